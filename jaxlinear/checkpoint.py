@@ -1,0 +1,150 @@
+"""Checkpoints of a run, through Orbax: saved while training goes on, restored exactly or not at all."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import config_dict
+from orbax.checkpoint import checkpoint_managers as policies
+
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
+
+DIRECTORY = "checkpoints"
+_META = "meta"
+_READ_ERRORS = (ValueError, OSError, KeyError, TypeError)  # what Orbax and TensorStore raise for a damaged file
+
+
+class Checkpoints:
+    """The checkpoints of one run. Each holds named pytrees, the resolved config and the data position.
+
+    A checkpoint is written to a temporary directory and renamed when it is whole, so one that was cut short is never
+    seen here; its remains are removed when the run is opened for writing.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, config: config_dict.ConfigDict | None = None):
+        """Opens the run for reading, or, with its config, for writing."""
+        self.directory = Path(workdir).absolute() / DIRECTORY
+        if config is None and not self.directory.is_dir():
+            raise UserError(f"{workdir} has no checkpoints: it is not the work directory of a run")
+        self._config = config
+        options = ocp.CheckpointManagerOptions(
+            read_only=config is None,
+            create=config is not None,
+            cleanup_tmp_directories=config is not None,
+            preservation_policy=None if config is None else _preservation(config),
+            save_decision_policy=policies.FixedIntervalPolicy(1),
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that can be restored, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self, step: int, trees: Mapping[str, Any], *, next_batch: int, heldout_loss: float | None = None
+    ) -> None:
+        """Begins to save; returns when the arrays have been copied, while the writing goes on in the background.
+
+        An error of an earlier save is raised here or in ``close``.
+        """
+        assert self._config is not None
+        meta = {"config": json.loads(configs.to_json(self._config)), "next_batch": next_batch}
+        items = {name: ocp.args.StandardSave(_by_path(tree)) for name, tree in trees.items()}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
+            metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
+        )
+
+    def restore(self, structs: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
+        """The trees named in ``structs`` at ``step`` (the newest by default).
+
+        Each is placed like its ``ShapeDtypeStruct``s, on whatever mesh those are, not on the mesh it was saved from.
+        """
+        step = self._existing(step)
+        items = {name: ocp.args.StandardRestore(_by_path(tree)) for name, tree in structs.items()}
+        try:
+            saved = self._manager.restore(step, args=ocp.args.Composite(**items))
+            return {name: _from_path(saved[name], tree) for name, tree in structs.items()}
+        except _READ_ERRORS as error:
+            raise self._unreadable(step, error) from error
+
+    def meta(self, step: int | None = None) -> dict[str, Any]:
+        """What was saved beside the trees: ``config`` and ``next_batch``."""
+        step = self._existing(step)
+        try:
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[_META]
+            return {"config": meta["config"], "next_batch": meta["next_batch"]}
+        except _READ_ERRORS as error:
+            raise self._unreadable(step, error) from error
+
+    def wait(self) -> None:
+        """Waits until everything that was begun is written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _existing(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"{self.directory} holds no checkpoint that was completed")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise UserError(f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        return step
+
+    def _unreadable(self, step: int, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())[:300]
+        earlier = [other for other in self.steps() if other < step]
+        advice = f"remove it to go on from step {earlier[-1]}" if earlier else "there is no earlier one"
+        return UserError(f"the checkpoint {self.directory / str(step)} cannot be read ({reason}); {advice}")
+
+
+def _preservation(config: config_dict.ConfigDict) -> policies.PreservationPolicy:
+    options = config.checkpoint
+    kept: list[policies.PreservationPolicy] = [policies.LatestN(options.keep_newest)]
+    if options.keep_every_steps:
+        kept.append(_Multiples(options.keep_every_steps))
+    if options.keep_best:
+        kept.append(
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics["heldout_loss"],
+                reverse=True,
+                n=options.keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    return policies.AnyPreservationPolicy(kept)
+
+
+class _Multiples(policies.PreservationPolicy):
+    """Keeps the steps that are multiples of ``interval``, however far apart the saves were."""
+
+    def __init__(self, interval: int):
+        self._interval = interval
+
+    def should_preserve(self, checkpoints, *, context):
+        return [checkpoint.step % self._interval == 0 for checkpoint in checkpoints]
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """A flat dict by path, which does not depend on how containers are represented in memory."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _from_path(saved: Mapping[str, Any], structs: Any) -> Any:
+    leaves = [saved[_name(path)] for path, _ in jax.tree_util.tree_leaves_with_path(structs)]
+    return jax.tree.unflatten(jax.tree.structure(structs), leaves)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,0 +1,232 @@
+"""Every key of a run's configuration: its default, its type and its meaning, in one place.
+
+A config file in ``configs/`` has ``get_config()``, which takes ``default()``, sets what the experiment is, and returns
+it; ``--config.section.key=VALUE`` changes one key on the command line. ``resolve`` fills in what follows from a preset and
+refuses what cannot work; what it returns is what a run writes to its ``config.json``.
+"""
+
+import dataclasses
+import difflib
+import json
+from typing import Any
+
+from ml_collections import config_dict
+
+from jaxlinear.errors import UserError
+from jaxlinear.models import mixers, presets
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.language_model import REMAT_POLICIES
+
+# A key whose default is a type, not a value, is None until a preset, the data or the user gives it a value.
+KEYS: dict[str, tuple[Any, str]] = {
+    "model.preset": ("", "A published size (jaxlinear/models/presets.py); the keys below change it."),
+    "model.pattern": (tuple, "Mixer names, repeated to the depth."),
+    "model.num_layers": (int, "Blocks, each a mixer and an MLP."),
+    "model.vocab_size": (int, "Rows of the embedding; by default the tokeniser's, rounded up to a multiple of 128."),
+    "model.width": (int, "Channels of the residual stream, D."),
+    "model.recurrent_width": (int, "Channels of the recurrent block."),
+    "model.num_heads": (int, "Attention heads, and blocks of the recurrence's gates."),
+    "model.window": (int, "Tokens that local attention sees, the present one included."),
+    "model.mlp_expansion": (3.0, "Inner width of the MLP over D."),
+    "model.convolution_width": (4, "Tokens that the convolution before a recurrence sees."),
+    "model.rotary_fraction": (0.5, "Part of each attention head that rotary positions turn."),
+    "model.embedding_scale": (bool, "Multiply embeddings by sqrt(D)."),
+    "model.logit_soft_cap": (float, "Logits become cap * tanh(logits / cap); 0 means none."),
+    "model.dtype": ("bfloat16", "Of activations: bfloat16 or float32. Parameters and losses are float32."),
+    "model.remat": ("none", "What the backward pass finds stored: none (all), dots, dots_no_batch, full (nothing)."),
+    "data.path": ("", "A prepared dataset, or a mixture: DIR=WEIGHT,DIR=WEIGHT."),
+    "data.heldout_path": ("", "The dataset whose held-out split is evaluated; by default the first of data.path."),
+    "data.segment_documents": (True, "Packed documents do not see each other."),
+    "training.steps": (1000, "Optimiser steps in the run."),
+    "training.batch_size": (8, "Rows of a step, over all devices and microbatches."),
+    "training.sequence_length": (1024, "Tokens a row, T."),
+    "training.seed": (0, "Of the parameters and of the order of the data."),
+    "training.microbatches": (1, "Parts of the batch whose gradients are taken one after another and averaged."),
+    "training.z_loss": (0.0, "Weight of the squared log normaliser in the objective."),
+    "training.spike_multiple": (
+        0.0,
+        "Skip a step whose gradient norm exceeds this many times its running average; 0 means never.",
+    ),
+    "training.max_skips": (20, "End the run when this many steps in a row have been skipped."),
+    "optimizer.name": ("adamw", "adamw, adafactor or muon (matrices by Muon, the rest by AdamW)."),
+    "optimizer.learning_rate": (1e-3, "At the top of the schedule."),
+    "optimizer.beta1": (0.9, "Decay of the first moment (adamw, muon's AdamW part)."),
+    "optimizer.beta2": (0.95, "Decay of the second moment (adamw, muon's AdamW part)."),
+    "optimizer.epsilon": (1e-8, "Added to the root of the second moment."),
+    "optimizer.weight_decay": (0.1, "Decoupled; times the learning rate. Matrices only: no bias, norm or decay vector."),
+    "optimizer.clip_norm": (1.0, "Gradients are scaled down to this global norm; 0 means never."),
+    "optimizer.muon_learning_rate": (0.02, "At the top of the schedule, for the matrices that Muon updates."),
+    "schedule.name": ("cosine", "cosine, linear, wsd (warm-up, stable, decay) or constant; each after a warm-up."),
+    "schedule.warmup_steps": (100, "Steps of linear warm-up from 0."),
+    "schedule.decay_fraction": (0.2, "Last part of the run in which wsd decays."),
+    "schedule.final_fraction": (0.1, "Learning rate at the last step over that at the top."),
+    "mesh.data": (-1, "Devices over which the batch is spread, each with all parameters; -1 takes what is left."),
+    "mesh.fsdp": (1, "Devices over which the batch, the parameters and the optimiser are spread."),
+    "mesh.sequence": (1, "Devices over which time is spread."),
+    "mesh.tensor": (1, "Devices over which heads, channels and the vocabulary are spread."),
+    "mesh.expert": (1, "Devices over which experts are spread."),
+    "checkpoint.every_steps": (500, "Save this often, and at the end."),
+    "checkpoint.keep_newest": (2, "Checkpoints kept because they are the newest."),
+    "checkpoint.keep_every_steps": (0, "Keep every checkpoint at a multiple of this; 0 means none."),
+    "checkpoint.keep_best": (0, "Checkpoints kept because their held-out loss is the lowest."),
+    "evaluation.every_steps": (500, "Evaluate the held-out split this often, and at the end; 0 means never."),
+    "evaluation.batches": (16, "Held-out batches taken each time; 0 means the whole split."),
+    "logging.every_steps": (10, "Write metrics this often."),
+    "logging.layer_norms": (False, "Also write gradient and parameter norms of each group of layers."),
+    "logging.tensorboard": (True, "Write TensorBoard events."),
+    "logging.profile_step": (0, "Take a profiler trace that begins at this step; 0 means none."),
+    "logging.profile_steps": (3, "Steps in the trace."),
+}
+
+MODEL_DTYPES = ("bfloat16", "float32", "float64")
+OPTIMIZERS = ("adamw", "adafactor", "muon")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+
+
+def default() -> config_dict.ConfigDict:
+    """A config with every key at its default, locked against unknown ones."""
+    config = config_dict.ConfigDict()
+    for key, (value, _) in KEYS.items():
+        section, name = key.split(".")
+        if section not in config:
+            config[section] = config_dict.ConfigDict()
+        config[section][name] = config_dict.placeholder(value) if isinstance(value, type) else value
+    config.lock()
+    return config
+
+
+def check_known(keys: list[str]) -> None:
+    """Raises ``UserError`` for the first key that does not exist, with the nearest one that does."""
+    for key in keys:
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)
+            raise UserError(f"there is no config key {key!r}; did you mean {near[0]!r}?")
+
+
+def resolve(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+    """A copy with the preset's values filled in, checked; ``UserError`` says what cannot work and why."""
+    config = config.copy_and_resolve_references()
+    check_known([f"{section}.{name}" for section in config for name in config[section]])
+    model = config.model
+    if model.preset:
+        for name, value in presets.find(model.preset).items():
+            if model[name] is None:
+                model[name] = value
+    for name, value in (("embedding_scale", False), ("logit_soft_cap", 0.0)):
+        if model[name] is None:
+            model[name] = value
+    if model.pattern is not None:
+        model.pattern = tuple(part.strip() for names in model.pattern for part in names.split(",") if part.strip())
+    missing = [f"model.{name}" for name in model if model[name] is None and name != "vocab_size"]
+    if missing:
+        raise UserError(f"without model.preset these keys need a value: {', '.join(missing)}")
+    _check(config)
+    return config
+
+
+def model_config(config: config_dict.ConfigDict) -> ModelConfig:
+    """The model that a resolved config describes."""
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    return ModelConfig(**{name: config.model[name] for name in names})
+
+
+def to_json(config: config_dict.ConfigDict) -> str:
+    """The text of ``config.json``: keys in the order of ``KEYS``."""
+    return json.dumps({section: dict(config[section]) for section in config}, indent=2) + "\n"
+
+
+def from_json(text: str) -> config_dict.ConfigDict:
+    """The inverse of ``to_json``. Unknown keys are refused; a key that is not there has its default."""
+    config = default()
+    values = json.loads(text)
+    check_known([f"{section}.{name}" for section in values for name in values[section]])
+    for section, names in values.items():
+        for name, value in names.items():
+            config[section][name] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def _check(config: config_dict.ConfigDict) -> None:
+    for key in _POSITIVE:
+        section, name = key.split(".")
+        value = config[section][name]
+        if value is not None and value < 1:
+            raise UserError(f"{key} is {value}; it must be at least 1")
+    for key in _NOT_NEGATIVE:
+        section, name = key.split(".")
+        if config[section][name] < 0:
+            raise UserError(f"{key} is {config[section][name]}; it must not be negative")
+    for key, choices in _CHOICES.items():
+        section, name = key.split(".")
+        if config[section][name] not in choices:
+            raise UserError(f"{key} is {config[section][name]!r}; it can be {', '.join(choices)}")
+
+    model, training = config.model, config.training
+    if not model.pattern:
+        raise UserError("model.pattern is empty; it names at least one mixer")
+    for name in model.pattern:
+        mixers.find(name)
+    if model.width % model.num_heads:
+        raise UserError(f"model.num_heads={model.num_heads} does not divide model.width={model.width}")
+    if model.recurrent_width % model.num_heads:
+        raise UserError(
+            f"model.num_heads={model.num_heads} does not divide model.recurrent_width={model.recurrent_width}"
+        )
+    if not 0 <= model.rotary_fraction <= 1:
+        raise UserError(f"model.rotary_fraction is {model.rotary_fraction}; it lies between 0 and 1")
+    if training.batch_size % training.microbatches:
+        raise UserError(
+            f"training.microbatches={training.microbatches} does not divide training.batch_size={training.batch_size}"
+        )
+    if config.schedule.warmup_steps > training.steps:
+        raise UserError(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} is more than training.steps={training.steps}"
+        )
+    if not 0 < config.schedule.decay_fraction <= 1:
+        raise UserError(f"schedule.decay_fraction is {config.schedule.decay_fraction}; it lies in (0, 1]")
+    if config.checkpoint.keep_best and not config.evaluation.every_steps:
+        raise UserError("checkpoint.keep_best needs held-out losses: set evaluation.every_steps")
+    for name, size in config.mesh.items():
+        if size < 1 and size != -1:
+            raise UserError(f"mesh.{name} is {size}; it is a number of devices, or -1 for what is left")
+
+
+_POSITIVE = (
+    "model.num_layers",
+    "model.vocab_size",
+    "model.width",
+    "model.recurrent_width",
+    "model.num_heads",
+    "model.window",
+    "model.convolution_width",
+    "training.steps",
+    "training.batch_size",
+    "training.sequence_length",
+    "training.microbatches",
+    "training.max_skips",
+    "checkpoint.every_steps",
+    "checkpoint.keep_newest",
+    "logging.every_steps",
+    "logging.profile_steps",
+)
+_NOT_NEGATIVE = (
+    "model.logit_soft_cap",
+    "training.z_loss",
+    "training.spike_multiple",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "schedule.warmup_steps",
+    "schedule.final_fraction",
+    "checkpoint.keep_every_steps",
+    "checkpoint.keep_best",
+    "evaluation.every_steps",
+    "evaluation.batches",
+    "logging.profile_step",
+)
+_CHOICES = {
+    "model.dtype": MODEL_DTYPES,
+    "model.remat": tuple(REMAT_POLICIES),
+    "optimizer.name": OPTIMIZERS,
+    "schedule.name": SCHEDULES,
+}

@@ -1,0 +1,67 @@
+"""Files that may be compressed (.gz, .zst), read in chunks; damage is one exception, whatever the format."""
+
+import functools
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxlinear.errors import UserError
+
+_CHUNK = 1 << 20
+_SUFFIXES = (".gz", ".zst")
+
+
+class DamagedFile(Exception):
+    """A compressed file that ends too soon or whose content is not what its name says."""
+
+
+def stripped_suffix(file: pathlib.Path) -> str:
+    """The suffix that tells the content: ``.txt`` of a.txt, ``.jsonl`` of a.jsonl.gz."""
+    suffix = file.suffix.lower()
+    return pathlib.Path(file.stem).suffix.lower() if suffix in _SUFFIXES else suffix
+
+
+def read_all(file: pathlib.Path) -> bytes:
+    return b"".join(read_chunks(file))
+
+
+def read_chunks(file: pathlib.Path) -> Iterator[bytes]:
+    """The decompressed content; raises DamagedFile behind the last chunk that could be read."""
+    suffix = file.suffix.lower()
+    new, failure = _decompressor(file)
+    if new is None:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                yield chunk
+        return
+    decompressor = None
+    with file.open("rb") as stream:
+        while data := stream.read(_CHUNK):
+            # A file may be several gzip members or zstd frames in a row.
+            while data:
+                decompressor = decompressor or new()
+                try:
+                    content = decompressor.decompress(data)
+                except failure as error:
+                    raise DamagedFile(f"damaged {suffix} file: {error}") from error
+                if content:
+                    yield content
+                data = b""
+                if decompressor.eof:
+                    data, decompressor = decompressor.unused_data, None
+    if decompressor is not None:
+        raise DamagedFile(f"damaged {suffix} file: it ends too soon")
+
+
+def _decompressor(file: pathlib.Path) -> tuple[Callable[[], Any] | None, type[Exception]]:
+    """(a function that makes a decompressor, the error it raises); (None, ...) for a file that is not compressed."""
+    if file.suffix.lower() == ".gz":
+        return functools.partial(zlib.decompressobj, wbits=31), zlib.error
+    if file.suffix.lower() == ".zst":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise UserError(f"{file} needs the zstandard package: pip install zstandard") from error
+        return zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+    return None, DamagedFile

@@ -1,0 +1,81 @@
+"""Encoding in several processes, in the order of the source."""
+
+import collections
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+import pathlib
+import signal
+from collections.abc import Generator, Iterable, Iterator
+
+import numpy as np
+
+from jaxlinear.data.tokenizer import Tokenizer, load_tokenizer
+
+# A worker is given so much text at a time: enough to make the transfer cheap, little enough to keep all of them busy.
+_BATCH_BYTES = 1 << 19
+_BATCH_DOCUMENTS = 1024
+
+_tokenizer: Tokenizer  # of a worker process
+
+
+def encode_in_order(
+    texts: Iterable[tuple[str, int]], tokenizer: Tokenizer, directory: pathlib.Path, workers: int
+) -> Generator[tuple[str, int, np.ndarray], None, None]:
+    """(text, bytes) -> (text, bytes, tokens [T]) for every text, in order.
+
+    ``directory`` is where ``tokenizer`` is saved; ``workers`` processes load it from there. At most a few batches a
+    worker are in memory at once. A source of a single batch is encoded here, for to start a process takes longer.
+    """
+    batches = _batches(texts)
+    first = list(itertools.islice(batches, 2))
+    batches = itertools.chain(first, batches)
+    if workers == 1 or len(first) < 2:
+        for batch in batches:
+            yield from _joined(batch, tokenizer.encode_batch([text for text, _ in batch]))
+        return
+    # Spawned, for forking a process that has threads (JAX, tokenizers) can deadlock.
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (str(directory),))
+    waiting: collections.deque[tuple[list[tuple[str, int]], concurrent.futures.Future]] = collections.deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(_encode, [text for text, _ in batch])))
+            if len(waiting) > 3 * workers:
+                done, future = waiting.popleft()
+                yield from _joined(done, future.result())
+        while waiting:
+            done, future = waiting.popleft()
+            yield from _joined(done, future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _joined(batch: list[tuple[str, int]], encoded: list[np.ndarray]) -> Iterator[tuple[str, int, np.ndarray]]:
+    for (text, num_bytes), tokens in zip(batch, encoded, strict=True):
+        yield text, num_bytes, tokens
+
+
+def _batches(texts: Iterable[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+    batch: list[tuple[str, int]] = []
+    size = 0
+    for text, num_bytes in texts:
+        batch.append((text, num_bytes))
+        size += num_bytes
+        if size >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _start_worker(directory: str) -> None:
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it stops the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is the parallelism
+    _tokenizer = load_tokenizer(directory)
+
+
+def _encode(texts: list[str]) -> list[np.ndarray]:
+    return _tokenizer.encode_batch(texts)

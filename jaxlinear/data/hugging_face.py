@@ -1,0 +1,25 @@
+"""Documents of a Hugging Face dataset, by name."""
+
+from collections.abc import Iterator
+
+from jaxlinear.data.sources import Record, Source, field_record
+from jaxlinear.errors import UserError
+
+
+def open_dataset(name: str, text_field: str) -> Source:
+    """``name`` is hf:NAME or hf:NAME:CONFIG; its training split is taken."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{name} needs the datasets package: pip install jaxlinear[hf]") from error
+    path, _, config = name.removeprefix("hf:").partition(":")
+    try:
+        dataset = datasets.load_dataset(path, config or None, split="train")
+    except (OSError, ValueError) as error:  # not found, no connection, an unknown configuration
+        raise UserError(f"{name} cannot be loaded: {error}") from error
+
+    def records() -> Iterator[Record]:
+        for row, fields in enumerate(dataset, start=1):
+            yield field_record(f"{name}:{row}", fields, text_field)
+
+    return Source(name, None, records)

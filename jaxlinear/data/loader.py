@@ -1,0 +1,245 @@
+"""Batches of a prepared dataset, addressed by index.
+
+Example i of epoch e is a pure function of (seed, e, i): grain's ``MapDataset`` maps the global index of an example to
+the place in the datasets where it lies (shuffle, reseeded each epoch; mixture), and the rows of a batch are then read
+together. So the state of a loader is the step, and the hosts of a run agree without a word.
+"""
+
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxlinear.data.blocks import SplitReader, decode_block
+from jaxlinear.data.manifest import Manifest, read_manifest
+from jaxlinear.errors import UserError
+
+if TYPE_CHECKING:
+    import grain
+
+Path = str | os.PathLike[str]
+Batch = dict[str, np.ndarray]
+
+
+class TrainBatches:
+    """``batches[step]`` is this host's rows of global batch ``step``.
+
+    A batch is a dict of int32 arrays [b, T], b = rows stop - start: ``tokens``; ``targets``, the token after each; and
+    ``segment_ids``, 1, 2, 3 ... by document within a row. Batch ``step`` holds the examples step B ... step B + B - 1,
+    however many hosts there are.
+
+    ``paths`` is a dataset, or several with their weights: the shares of the examples that come from each. An epoch of
+    a mixture ends when the first of its datasets has been seen once; then all go on, each reshuffled when it is
+    through. ``epochs`` ends the sequence (IndexError behind it, so that ``for batch in batches`` works).
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[str, float] | Path,
+        *,
+        split: str = "train",
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rows: tuple[int, int] | None = None,
+        epochs: int | None = None,
+    ):
+        weights = {paths: 1.0} if isinstance(paths, str | os.PathLike) else dict(paths)
+        _check_positive(batch_size=batch_size, sequence_length=sequence_length, epochs=epochs)
+        if seed < 0:
+            raise UserError(f"seed has to be at least 0, not {seed}")
+        if not weights or min(weights.values()) <= 0:
+            raise UserError(f"a mixture needs datasets with weights above 0, not {weights}")
+        self._tables = [ExampleTable(path, split, sequence_length) for path in weights]
+        manifests = [table.manifest for table in self._tables]
+        _check_same_tokenizer(list(weights), manifests)
+        # Examples behind the last whole one are left out.
+        lengths = [table.whole_examples for table in self._tables]
+        for path, table, length in zip(weights, self._tables, lengths, strict=True):
+            if length == 0:
+                raise UserError(
+                    f"the {split} split of {path} has {table.targets} targets, too few for one sequence of "
+                    f"{sequence_length}; choose a sequence_length of at most {table.largest_sequence_length()}"
+                )
+        self._ends = np.cumsum(lengths)
+        self._order, self.examples_per_epoch = _order(lengths, list(weights.values()), seed)
+        if self.examples_per_epoch < batch_size:
+            raise UserError(
+                f"an epoch has {self.examples_per_epoch} examples of length {sequence_length}, fewer than the batch "
+                f"size {batch_size}; the largest batch size is {self.examples_per_epoch}"
+            )
+        self._rows = _check_rows(rows, batch_size)
+        self._batch_size = batch_size
+        self.vocab_size = manifests[0].vocab_size
+        self.document_token = manifests[0].document_token
+        self.batches_per_epoch = self.examples_per_epoch // batch_size
+        self.tokens_per_epoch = self.examples_per_epoch * sequence_length
+        self.num_batches = None if epochs is None else epochs * self.examples_per_epoch // batch_size
+
+    def __getitem__(self, step: int) -> Batch:
+        if step < 0 or (self.num_batches is not None and step >= self.num_batches):
+            raise IndexError(f"no batch {step} among {self.num_batches or 'all'}")
+        start, stop = self._rows
+        first = step * self._batch_size
+        places = np.array([self._order[i] for i in range(first + start, first + stop)], np.int64)
+        if len(self._tables) == 1:
+            return self._tables[0].read(places)
+        which = np.searchsorted(self._ends, places, side="right")
+        batch: Batch = {}
+        for k in np.unique(which):
+            (where,) = np.nonzero(which == k)
+            part = self._tables[k].read(places[where] - (self._ends[k - 1] if k else 0))
+            for name, values in part.items():
+                batch.setdefault(name, np.empty((stop - start, values.shape[1]), np.int32))[where] = values
+        return batch
+
+
+def heldout_batches(
+    path: Path,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    split: str = "heldout",
+    rows: tuple[int, int] | None = None,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """The whole split in order, or its first ``limit`` batches: dicts like those of ``TrainBatches``.
+
+    Every token but the first of the stream is a target exactly once. The end is padded with segment 0 (token and
+    target 0 there) to whole batches, so every host gets the same number of them.
+    """
+    _check_positive(batch_size=batch_size, sequence_length=sequence_length, limit=limit)
+    table = ExampleTable(path, split, sequence_length)
+    start, stop = _check_rows(rows, batch_size)
+    num_batches = -(-table.examples // batch_size)
+
+    def batches() -> Iterator[Batch]:
+        for step in range(num_batches if limit is None else min(limit, num_batches)):
+            first = step * batch_size
+            yield table.read(np.arange(first + start, first + stop))
+
+    return batches()
+
+
+class ExampleTable:
+    """The examples of one split at sequence length T: example j has the targets j T + 1 ... j T + T of the stream."""
+
+    def __init__(self, path: Path, split: str, sequence_length: int):
+        self.manifest = read_manifest(path)
+        if split not in self.manifest.splits:
+            raise UserError(f"{path} has no split {split!r} but {', '.join(self.manifest.splits)}")
+        self._check_sequence_length(sequence_length)
+        info = self.manifest.splits[split]
+        self._reader = SplitReader(pathlib.Path(path), info)
+        self._path, self._sequence_length = path, sequence_length
+        self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        self.targets = max(info.tokens - 1, 0)
+        self.whole_examples = self.targets // sequence_length
+        self.examples = -(-self.targets // sequence_length)
+
+    def _check_sequence_length(self, sequence_length: int) -> None:
+        block_length = self.manifest.block_length
+        if sequence_length % block_length == 0 or block_length % sequence_length == 0:
+            return
+        lengths = _lengths_that_work(block_length, sequence_length + block_length)
+        below = max(n for n in lengths if n < sequence_length)
+        above = min(n for n in lengths if n > sequence_length)
+        raise UserError(
+            f"sequence_length {sequence_length} neither divides the block length {block_length} nor is a multiple of "
+            f"it; the nearest that work are {below} and {above}"
+        )
+
+    def largest_sequence_length(self) -> int:
+        return max(_lengths_that_work(self.manifest.block_length, self.targets), default=0)
+
+    def read(self, examples: np.ndarray) -> Batch:
+        """examples: [b] -> arrays [b, T]; an index behind the last example gives a row of padding."""
+        length, block_length = self._sequence_length, self.manifest.block_length
+        starts_at = examples * length
+        present = np.flatnonzero(starts_at < self.targets)
+        blocks_each = max(length // block_length, 1)
+        first_block = starts_at[present] // block_length
+        blocks = (first_block[:, None] + np.arange(blocks_each)).ravel()
+        rows = np.repeat(present, blocks_each)
+        exists = blocks < self._reader.blocks
+        blocks, rows = blocks[exists], rows[exists]
+        stream = np.zeros((len(examples), length + 1), np.int32)
+        starts = np.zeros((len(examples), length), np.int32)
+        taken = min(length, block_length)
+        # Where the block lies in the row (0 or more) or, below 0, where the row lies in the block.
+        offsets = (blocks * block_length - starts_at[rows]).tolist()
+        for record, block, row, offset in zip(
+            self._reader.read(blocks), blocks.tolist(), rows.tolist(), offsets, strict=True
+        ):
+            tokens, documents = self._decode(record, block)
+            if offset >= 0:
+                stream[row, offset : offset + taken + 1] = tokens[: taken + 1]
+                starts[row, offset + documents[documents < taken]] = 1
+            else:
+                stream[row] = tokens[-offset : -offset + length + 1]
+                inside = documents[(documents >= -offset) & (documents < -offset + length)]
+                starts[row, inside + offset] = 1
+        starts[:, 0] = 1
+        segment_ids = np.cumsum(starts, axis=1, dtype=np.int32)
+        tokens, targets = stream[:, :-1], stream[:, 1:]
+        if (ends := starts_at + length - self.targets).max(initial=0) > 0:
+            padding = np.arange(length) >= (length - ends)[:, None]
+            tokens, targets = np.where(padding, 0, tokens), np.where(padding, 0, targets)
+            segment_ids = np.where(padding, 0, segment_ids)
+        return {
+            "tokens": np.ascontiguousarray(tokens),
+            "targets": np.ascontiguousarray(targets),
+            "segment_ids": segment_ids,
+        }
+
+    def _decode(self, record: bytes, block: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            _, tokens, starts = decode_block(record, self.manifest.block_length, self._dtype)
+        except ValueError as error:
+            raise UserError(f"block {block} of {self._path} is damaged: {error}; prepare the dataset again") from error
+        return tokens, starts
+
+
+def _order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> tuple["grain.MapDataset", int]:
+    """(index of an example in the run -> its place in the datasets laid end to end, examples an epoch)."""
+    # Imported here, for grain imports JAX, and neither the worker processes nor the preparation needs it.
+    import grain
+
+    offsets = np.cumsum([0, *lengths]).tolist()
+    parts = [grain.MapDataset.range(start, stop) for start, stop in zip(offsets, offsets[1:], strict=False)]
+    seeds = np.random.SeedSequence(seed).generate_state(len(parts)).tolist()
+    shuffled = [part.shuffle(seed=s).repeat() for part, s in zip(parts, seeds, strict=True)]
+    if len(parts) == 1:
+        return shuffled[0], lengths[0]
+    return grain.MapDataset.mix(shuffled, weights), len(grain.MapDataset.mix(parts, weights))
+
+
+def _lengths_that_work(block_length: int, limit: int) -> list[int]:
+    """The sequence lengths up to ``limit`` that divide the block length or are a multiple of it."""
+    divisors = [n for n in range(1, min(block_length, limit + 1)) if block_length % n == 0]
+    return divisors + list(range(block_length, limit + 1, block_length))
+
+
+def _check_positive(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} has to be at least 1, not {value}")
+
+
+def _check_rows(rows: tuple[int, int] | None, batch_size: int) -> tuple[int, int]:
+    start, stop = (0, batch_size) if rows is None else rows
+    if not 0 <= start < stop <= batch_size:
+        raise UserError(f"rows {start} to {stop} are not part of a batch of {batch_size}")
+    return start, stop
+
+
+def _check_same_tokenizer(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    file = manifests[0].tokenizer.file  # bytes have none
+    for path, manifest in zip(paths, manifests, strict=True):
+        if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
+            raise UserError(
+                f"{paths[0]} and {path} were prepared with different tokenizers; prepare the second with "
+                f"--tokenizer={os.path.join(paths[0], file) if file else manifests[0].tokenizer.kind}"
+            )

@@ -1,0 +1,264 @@
+"""Text to a prepared dataset: read, split, train the tokenizer, encode, pack, count.
+
+The bytes written depend on the source and the arguments only: not on the number of workers, nor on the time.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import random
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+
+from tqdm import tqdm
+
+from jaxlinear.data.blocks import SplitWriter, token_dtype
+from jaxlinear.data.encoding import encode_in_order
+from jaxlinear.data.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    Records,
+    Split,
+    TokenizerInfo,
+)
+from jaxlinear.data.sources import DEFAULT_SUFFIXES, Record, Source, open_source
+from jaxlinear.data.splitting import (
+    COMPRESSED_TEXT_LIMIT,
+    Splitter,
+    with_compressed_sizes,
+)
+from jaxlinear.data.tokenizer import Tokenizer, open_tokenizer, train_bpe
+from jaxlinear.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+DEFAULT_VOCAB_SIZE = 4096
+_LOGGED_BROKEN = 5
+_LARGEST_SAMPLING = 16  # reads at most 16 times as much text as the tokenizer is trained on
+_PIECE = 1 << 14  # characters of a document that are taken or left together
+
+
+def prepare(
+    source: str,
+    output: str | os.PathLike[str],
+    *,
+    tokenizer: str = "bpe",
+    vocab_size: int | None = None,
+    train_bytes: int = 16_000_000,
+    document_token: str | None = None,
+    text_field: str = "text",
+    suffixes: Sequence[str] = DEFAULT_SUFFIXES,
+    document_separator: str | None = None,
+    heldout_fraction: float = 0.05,
+    block_length: int = 2048,
+    workers: int | None = None,
+    seed: int = 0,
+    max_broken_fraction: float = 0.01,
+    overwrite: bool = False,
+) -> Manifest:
+    """Makes the dataset ``output`` from ``source`` and returns its manifest; either all of it appears or nothing.
+
+    ``tokenizer`` is "bpe" (of ``vocab_size`` tokens, 4096 by default, trained on ``train_bytes`` of the training text),
+    "bytes", or the path of a tokenizer. ``workers`` processes encode (None: one a CPU). The other arguments are
+    explained by the flags of ``launch/prepare_data.py`` and in docs/data.md.
+    """
+    _check_arguments(heldout_fraction, block_length, max_broken_fraction, workers, train_bytes, seed)
+    output = pathlib.Path(os.path.abspath(output))
+    _check_output(output, overwrite)
+    documents = open_source(source, text_field=text_field, suffixes=tuple(suffixes), separator=document_separator)
+    splitter = Splitter(seed, heldout_fraction)
+    existing = _existing_tokenizer(tokenizer, vocab_size, document_token)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir()
+    try:
+        sample = _training_sample(documents, splitter, train_bytes, seed)
+        chosen = existing or train_bpe(sample, vocab_size or DEFAULT_VOCAB_SIZE)
+        chosen.save(partial)
+        counts, splits = _write_splits(
+            documents, splitter, chosen, partial, block_length, workers or os.cpu_count() or 1, max_broken_fraction
+        )
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            block_length=block_length,
+            vocab_size=chosen.vocab_size,
+            dtype=token_dtype(chosen.vocab_size),
+            tokenizer=TokenizerInfo(chosen.kind, chosen.file, chosen.sha256),
+            document_token=chosen.document_token,
+            source=documents.description,
+            seed=seed,
+            heldout_fraction=heldout_fraction,
+            records=counts,
+            splits=splits,
+        )
+        manifest.write(partial)
+        _replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _check_arguments(
+    heldout_fraction: float,
+    block_length: int,
+    max_broken_fraction: float,
+    workers: int | None,
+    train_bytes: int,
+    seed: int,
+) -> None:
+    if not 0 < heldout_fraction < 1:
+        raise UserError(f"heldout_fraction has to lie between 0 and 1, not at {heldout_fraction}")
+    if not 0 <= max_broken_fraction <= 1:
+        raise UserError(f"max_broken_fraction has to lie between 0 and 1, not at {max_broken_fraction}")
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"seed has to be at least 0 and below 2**63, not {seed}")
+    for name, value in (("block_length", block_length), ("workers", workers), ("train_bytes", train_bytes)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} has to be at least 1, not {value}")
+
+
+def _existing_tokenizer(name: str, vocab_size: int | None, document_token: str | None) -> Tokenizer | None:
+    """The tokenizer ``name``, None where it is yet to be trained; refuses options that would have no effect."""
+    if name in ("bpe", "bytes") and document_token is not None:
+        raise UserError(f"document_token is for an existing tokenizer; {name} has its own")
+    if name == "bpe":
+        return None
+    if vocab_size is not None:
+        raise UserError(f"vocab_size is for a trained tokenizer (bpe); {name} has its own size")
+    return open_tokenizer(name, document_token)
+
+
+def _check_output(output: pathlib.Path, overwrite: bool) -> None:
+    if output.parent.exists() and not output.parent.is_dir():
+        raise UserError(f"{output.parent} is a file, so nothing can be made in it")
+    if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{output} exists already; --overwrite replaces it, or choose another --output")
+    if not (output / MANIFEST).is_file():
+        raise UserError(f"{output} is not a prepared dataset (it has no {MANIFEST}), so --overwrite leaves it alone")
+
+
+def _replace(partial: pathlib.Path, output: pathlib.Path) -> None:
+    """Renames ``partial`` to ``output``; an older dataset there is moved aside first and deleted last."""
+    if not os.path.lexists(output):
+        partial.rename(output)
+        return
+    old = output.parent / f".{output.name}.old-{secrets.token_hex(4)}"
+    output.rename(old)
+    try:
+        partial.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old)
+
+
+def _training_sample(documents: Source, splitter: Splitter, train_bytes: int, seed: int) -> Iterator[str]:
+    """About ``train_bytes`` of training text, in pieces from all over the source where its size is known."""
+    share = max(train_bytes / documents.size, 1 / _LARGEST_SAMPLING) if documents.size else 1.0
+    choice = random.Random(seed)
+    total = 0
+    for record in documents:
+        if not record.text or splitter.split(record.text.encode()) != "train":
+            continue
+        for start in range(0, len(record.text), _PIECE):
+            # The first piece always, lest a tiny sample be empty.
+            if choice.random() < share or total == 0:
+                piece = record.text[start : start + _PIECE]
+                yield piece
+                total += len(piece.encode())
+            if total >= train_bytes:
+                return
+
+
+@dataclasses.dataclass
+class _Counts:
+    read: int = 0
+    broken: int = 0
+    empty: int = 0
+
+
+def _usable(documents: Iterable[Record], counts: _Counts, progress: tqdm) -> Iterator[tuple[str, int]]:
+    """(text, bytes) of the records that are neither broken nor empty; counts all and names the first broken ones."""
+    for record in documents:
+        counts.read += 1
+        if record.text is None:
+            counts.broken += 1
+            if counts.broken <= _LOGGED_BROKEN:
+                _LOG.warning("broken record left out: %s: %s", record.origin, record.error)
+            continue
+        num_bytes = len(record.text.encode())
+        progress.update(num_bytes)
+        if num_bytes == 0:
+            counts.empty += 1
+            continue
+        yield record.text, num_bytes
+
+
+def _write_splits(
+    documents: Source,
+    splitter: Splitter,
+    tokenizer: Tokenizer,
+    directory: pathlib.Path,
+    block_length: int,
+    workers: int,
+    max_broken_fraction: float,
+) -> tuple[Records, dict[str, Split]]:
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers = {
+        name: SplitWriter(
+            directory, name, block_length=block_length, dtype=dtype, document_token=tokenizer.document_token
+        )
+        for name in SPLITS
+    }
+    counts = _Counts()
+    heldout_text: bytearray | None = bytearray()
+    with contextlib.ExitStack() as stack:
+        for writer in writers.values():
+            stack.callback(writer.abandon)
+        progress = stack.enter_context(
+            tqdm(total=documents.size, desc="encoding", unit="B", unit_scale=True, disable=None)
+        )
+        texts = _usable(documents, counts, progress)
+        encoded = stack.enter_context(contextlib.closing(encode_in_order(texts, tokenizer, directory, workers)))
+        for text, num_bytes, tokens in encoded:
+            content = text.encode()
+            name = splitter.split(content)
+            writers[name].add(tokens, num_bytes)
+            if name == "heldout" and heldout_text is not None:
+                heldout_text += content
+                if len(heldout_text) > COMPRESSED_TEXT_LIMIT:
+                    heldout_text = None
+        _check_broken(documents.description, counts, max_broken_fraction)
+        splits = {name: writer.finish() for name, writer in writers.items()}
+    _check_not_empty(documents.description, counts, splits, splitter)
+    splits["heldout"] = with_compressed_sizes(splits["heldout"], heldout_text)
+    return Records(counts.read, counts.broken, counts.empty), splits
+
+
+def _check_broken(description: str, counts: _Counts, max_broken_fraction: float) -> None:
+    if counts.broken > max_broken_fraction * counts.read:
+        raise UserError(
+            f"{counts.broken} of {counts.read} records of {description} are broken, more than max_broken_fraction "
+            f"{max_broken_fraction:g} allows; mend the source or raise --max_broken_fraction"
+        )
+
+
+def _check_not_empty(description: str, counts: _Counts, splits: dict[str, Split], splitter: Splitter) -> None:
+    documents = sum(split.documents for split in splits.values())
+    if not documents:
+        raise UserError(f"{description} holds no text: all of its {counts.empty} documents are empty")
+    for name, split in splits.items():
+        if split.blocks == 0:
+            fraction = splitter.nearest_fraction()
+            remedy = (
+                f"the nearest that gives both splits one is --heldout_fraction={fraction}"
+                if fraction is not None
+                else "two different documents are needed (--document_separator cuts a plain-text file into documents)"
+            )
+            raise UserError(f"the {name} split would be empty: none of {documents} documents falls into it; {remedy}")

@@ -1,0 +1,62 @@
+"""Which split a document belongs to, and how well the held-out text compresses."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import lzma
+import zlib
+
+from jaxlinear.data.manifest import Split
+
+COMPRESSED_TEXT_LIMIT = 100_000_000  # xz -9 takes about a minute for so much text
+
+
+class Splitter:
+    """Assigns a document to a split by the hash of its text: equal documents never end on both sides."""
+
+    def __init__(self, seed: int, heldout_fraction: float):
+        self._key = seed.to_bytes(8, "little")
+        self._heldout_fraction = heldout_fraction
+        self.smallest, self.largest = 1.0, 0.0
+
+    def split(self, content: bytes) -> str:
+        digest = hashlib.blake2b(content, key=self._key, digest_size=8).digest()
+        position = (int.from_bytes(digest, "little") >> 11) / (1 << 53)  # in [0, 1); 53 bits, exact in a float
+        self.smallest, self.largest = min(self.smallest, position), max(self.largest, position)
+        return "heldout" if position < self._heldout_fraction else "train"
+
+    def nearest_fraction(self) -> str | None:
+        """The fraction nearest to the present one that gives both splits a document, None where there is none."""
+        if self.smallest >= self.largest:
+            return None
+        if self._heldout_fraction <= self.smallest:
+            return _short_decimal(self.smallest, self.largest, up=True)
+        return _short_decimal(self.smallest, self.largest, up=False)
+
+
+def _short_decimal(low: float, high: float, *, up: bool) -> str:
+    """A short decimal f with low < f <= high, close to ``low`` (up) or to ``high``."""
+    for digits in range(1, 18):
+        scale = 10**digits
+        f = (int(low * scale) + 1) / scale if up else int(high * scale) / scale
+        if low < f <= high:
+            return f"{f:.{digits}f}"
+    return repr(high)
+
+
+def with_compressed_sizes(split: Split, text: bytearray | None) -> Split:
+    if text is None:
+        note = f"not compressed: the text is longer than {COMPRESSED_TEXT_LIMIT} bytes"
+        return dataclasses.replace(split, note=note)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # both compressors release the interpreter lock
+        gzip_bytes, xz_bytes = pool.map(lambda size: size(text), (_gzip_size, _xz_size))
+    return dataclasses.replace(split, gzip_bytes=gzip_bytes, xz_bytes=xz_bytes)
+
+
+def _gzip_size(text: bytearray) -> int:
+    compressor = zlib.compressobj(9, wbits=31)
+    return len(compressor.compress(text)) + len(compressor.flush())
+
+
+def _xz_size(text: bytearray) -> int:
+    return len(lzma.compress(text, preset=9))

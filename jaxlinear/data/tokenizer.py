@@ -1,0 +1,228 @@
+"""Tokenizers: a trained byte-level BPE, an existing ``tokenizer.json`` or SentencePiece model, or plain bytes.
+
+Text is only ever text: no string in a document turns into a special token. The one special token is the document
+token, which the packing writes before every document.
+"""
+
+import abc
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlinear.errors import UserError
+
+DOCUMENT_TOKEN = "<|endoftext|>"
+# Names under which existing tokenizers have a token for the border of documents, in the order of preference.
+_KNOWN_DOCUMENT_TOKENS = (DOCUMENT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<s>", "<bos>", "<|bos|>")
+_INFO = "tokenizer_info.json"
+# Pieces are bounded, for a base64 blob or a script without spaces is otherwise one "word" of a million characters.
+_PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}{1,48}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,24}[\r\n]{0,8}|\s{1,64}(?!\S)|\s{1,64}"
+
+
+class Tokenizer(abc.ABC):
+    """Text to token ids and back. ``document_token`` is an id below ``vocab_size`` that no text encodes to."""
+
+    kind: str
+    file: str | None  # the tokenizer's own file inside a saved directory
+    vocab_size: int
+    document_token: int
+    document_token_name: str
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of every text, each [T]."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of some ids; document tokens are left out, bytes that are no UTF-8 become U+FFFD."""
+
+    @abc.abstractmethod
+    def _serialized(self) -> bytes:
+        """The content of the tokenizer's own file."""
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    @property
+    def sha256(self) -> str:
+        """Equal for two tokenizers that give the same ids to all documents."""
+        header = f"{self.kind}\n{self.document_token_name}\n{self.document_token}\n".encode()
+        return hashlib.sha256(header + self._serialized()).hexdigest()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the files that ``load_tokenizer`` reads."""
+        info = {"kind": self.kind, "file": self.file, "document_token": self.document_token_name}
+        pathlib.Path(directory, _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        if self.file is not None:
+            pathlib.Path(directory, self.file).write_bytes(self._serialized())
+
+    @staticmethod
+    def load(directory: str | os.PathLike[str]) -> "Tokenizer":
+        return load_tokenizer(directory)
+
+    def _check_document_token(self) -> None:
+        if self.document_token in self.encode(self.document_token_name):
+            raise UserError(
+                f"the tokenizer turns the text {self.document_token_name!r} into its document token, so a document "
+                "could forge a boundary; name another token with --document_token"
+            )
+
+
+class BytesTokenizer(Tokenizer):
+    """256 bytes and the document token."""
+
+    kind, file, vocab_size, document_token, document_token_name = "bytes", None, 257, 256, DOCUMENT_TOKEN
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.uint16) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids)
+        return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def _serialized(self) -> bytes:
+        return b""
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer of the ``tokenizers`` package, from the content of a ``tokenizer.json``."""
+
+    kind, file = "tokenizers", "tokenizer.json"
+
+    def __init__(self, content: bytes, document_token: str | None = None, *, origin: str = "tokenizer.json"):
+        import tokenizers
+
+        self._content = content
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # a malformed file raises Exception itself, and nothing else is in this try
+            raise UserError(f"{origin} is not a tokenizer.json of the tokenizers package: {error}") from error
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.document_token_name = _choose_document_token(vocabulary, document_token)
+        self.document_token = vocabulary[self.document_token_name]
+        self.vocab_size = max(vocabulary.values()) + 1
+        # A special token is not looked for in text; some files list theirs as an ordinary added token.
+        self._tokenizer.add_special_tokens([self.document_token_name])
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._check_document_token()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
+    def _serialized(self) -> bytes:
+        return self._content
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, from the content of its ``.model`` file."""
+
+    kind, file = "sentencepiece", "tokenizer.model"
+
+    def __init__(self, content: bytes, document_token: str | None = None, *, origin: str = "tokenizer.model"):
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise UserError(
+                "a SentencePiece model needs the sentencepiece package: pip install jaxlinear[sentencepiece]"
+            ) from error
+        self._content = content
+        try:
+            self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise UserError(f"{origin} is not a SentencePiece model: {error}") from error
+        vocabulary = {self._processor.id_to_piece(i): i for i in range(self._processor.get_piece_size())}
+        self.document_token_name = _choose_document_token(vocabulary, document_token)
+        self.document_token = vocabulary[self.document_token_name]
+        self.vocab_size = len(vocabulary)
+        self._check_document_token()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, np.uint32) for ids in self._processor.encode(list(texts), num_threads=1)]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids)
+        return self._processor.decode(ids[ids != self.document_token].tolist())
+
+    def _serialized(self) -> bytes:
+        return self._content
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
+    """A byte-level BPE of at most ``vocab_size`` tokens, document token included; lossless on any text."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(f"a byte-level BPE cannot have {vocab_size} tokens: 256 bytes and the document token make 257")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=[DOCUMENT_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return JsonTokenizer(tokenizer.to_str().encode(), DOCUMENT_TOKEN)
+
+
+def open_tokenizer(path: str, document_token: str | None = None) -> Tokenizer:
+    """An existing tokenizer: "bytes", the path of a ``tokenizer.json`` or of a SentencePiece ``.model``."""
+    if path == "bytes":
+        return BytesTokenizer()
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"no tokenizer {path!r}: give bpe, bytes, or the path of a tokenizer.json or a .model file")
+    if file.suffix == ".model":
+        return SentencePieceTokenizer(file.read_bytes(), document_token, origin=path)
+    return JsonTokenizer(file.read_bytes(), document_token, origin=path)
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that was saved in ``directory``: a prepared dataset, a run, or any ``Tokenizer.save``."""
+    file = pathlib.Path(directory, _INFO)
+    if not file.is_file():
+        raise UserError(f"no tokenizer in {directory}: it has no {_INFO}")
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        kind, name, document_token = info["kind"], info["file"], info["document_token"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {error or type(error).__name__}") from error
+    if kind == "bytes":
+        return BytesTokenizer()
+    content = file.parent / name
+    if not content.is_file():
+        raise UserError(f"the tokenizer in {directory} is incomplete: {name} is missing")
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer(content.read_bytes(), document_token, origin=str(content))
+    return JsonTokenizer(content.read_bytes(), document_token, origin=str(content))
+
+
+def _choose_document_token(vocabulary: dict[str, int], wanted: str | None) -> str:
+    candidates = _KNOWN_DOCUMENT_TOKENS if wanted is None else (wanted,)
+    for name in candidates:
+        if name in vocabulary:
+            return name
+    if wanted is not None:
+        raise UserError(f"the tokenizer has no token {wanted!r} to separate documents with")
+    raise UserError(
+        f"the tokenizer has none of {', '.join(candidates)} to separate documents with; name its token with "
+        "--document_token"
+    )

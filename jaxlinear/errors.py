@@ -1,0 +1,12 @@
+"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+
+
+class UserError(Exception):
+    """Bad input or an impossible request. Its message is one line: what is wrong, why, and the nearest thing that works.
+
+    Programs in ``launch/`` print the message on stderr and exit with status 2, without a traceback.
+    """
+
+
+class RunError(Exception):
+    """The work was begun and cannot be finished. Programs print its one line on stderr and exit with status 1."""

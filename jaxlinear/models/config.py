@@ -1,0 +1,44 @@
+"""What a model is: the numbers that its shapes and its arithmetic follow from."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Every field is a key of the ``model`` section of a config, where its meaning is written (``config.py``)."""
+
+    pattern: tuple[str, ...]
+    num_layers: int
+    vocab_size: int
+    width: int
+    recurrent_width: int
+    num_heads: int
+    window: int
+    mlp_expansion: float = 3.0
+    convolution_width: int = 4
+    rotary_fraction: float = 0.5
+    embedding_scale: bool = True
+    logit_soft_cap: float = 30.0
+    dtype: str = "bfloat16"
+    remat: str = "none"
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head, K = V."""
+        return self.width // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.width * self.mlp_expansion)
+
+    @property
+    def activation_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The mixer of each layer: the pattern repeated to the depth, its last repetition cut short."""
+        period = len(self.pattern)
+        return tuple(self.pattern[i % period] for i in range(self.num_layers))

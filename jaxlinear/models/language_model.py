@@ -1,0 +1,131 @@
+"""The language model: embeddings, the pattern of blocks scanned over its period, a last norm, tied logits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxlinear.models.blocks import Period
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.layers import RMSNorm, parameter
+from jaxlinear.ops.cross_entropy import soft_capped
+from jaxlinear.parallel import sharding
+
+# What the backward pass may find stored, by name; the rest of a period it computes again.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class LanguageModel(nnx.Module):
+    """``model(tokens [B, T] int32, segment_ids=None, state=None) -> (logits [B, T, vocab] float32, state)``.
+
+    The whole periods of the pattern are one module with stacked parameters, scanned, so that neither the program nor
+    the time to compile it grows with depth; what is left of the depth (26 = 8 * 3 + 2) is a shorter period after them.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        periods, rest = divmod(config.num_layers, len(config.pattern))
+        init = nnx.initializers.normal(config.width**-0.5)
+        self.embedding = parameter(init, (config.vocab_size, config.width), ("vocab", "embed"), rngs)
+
+        @nnx.split_rngs(splits=max(periods, 1))
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Period:
+            return Period(config, config.pattern, rngs=rngs)
+
+        self.periods = stack(rngs) if periods else None
+        self.rest = Period(config, config.pattern[:rest], rngs=rngs) if rest else None
+        self.norm = RMSNorm(config.width, rngs=rngs)
+
+    @property
+    def num_periods(self) -> int:
+        return self.config.num_layers // len(self.config.pattern)
+
+    def init_state(self, batch: int) -> dict[str, Any]:
+        """The empty past of ``batch`` rows."""
+        state: dict[str, Any] = {"segment": jnp.full((batch,), -1, jnp.int32)}
+        if self.periods is not None:
+            one = self.periods.init_state(batch)
+            state["periods"] = jax.tree.map(lambda x: jnp.repeat(x[None], self.num_periods, axis=0), one)
+        if self.rest is not None:
+            state["rest"] = self.rest.init_state(batch)
+        return state
+
+    def __call__(
+        self, tokens: jax.Array, segment_ids: jax.Array | None = None, state: dict[str, Any] | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Logits for the token after each token, and the state after the last.
+
+        ``segment_ids`` ``[B, T]``: documents do not see each other. A state that is handed on continues the document
+        it ended in; a row whose next segment id is another one starts from an empty past.
+        """
+        x, state = self.hidden(tokens, segment_ids, state)
+        embedding = self.embedding[...].astype(x.dtype)
+        logits = jnp.einsum("btd,vd->btv", x, embedding, preferred_element_type=_float32(x))
+        logits = sharding.constrain(logits, "batch", "time", "vocab")
+        return soft_capped(logits, self.config.logit_soft_cap), state
+
+    def hidden(
+        self, tokens: jax.Array, segment_ids: jax.Array | None = None, state: dict[str, Any] | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """``[B, T, D]`` after the last norm, which the embedding turns into logits, and the state."""
+        config = self.config
+        if state is not None and segment_ids is not None:
+            state = _forget_others(state, self.init_state(tokens.shape[0]), segment_ids[:, 0])
+        x = jnp.take(self.embedding[...].astype(config.activation_dtype), tokens, axis=0)
+        if config.embedding_scale:
+            x = x * jnp.asarray(config.width**0.5, x.dtype)
+        x = sharding.constrain(x, "batch", "time", None)
+
+        new: dict[str, Any] = {"segment": _last_segment(tokens, segment_ids, state)}
+        if self.periods is not None:
+            x, new["periods"] = self._scan(x, segment_ids, None if state is None else state["periods"])
+        if self.rest is not None:
+            x, new["rest"] = self.rest(
+                x, segment_ids=segment_ids, state=None if state is None else state["rest"]
+            )
+        return self.norm(x), new
+
+    def _scan(self, x, segment_ids, states):
+        graph, parameters = nnx.split(self.periods)
+
+        def step(x, xs):
+            parameters, state = xs
+            return nnx.merge(graph, parameters)(x, segment_ids=segment_ids, state=state)
+
+        policy = REMAT_POLICIES[self.config.remat]
+        if policy is not None:
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        return lax.scan(step, x, (parameters, states))
+
+
+def _float32(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _last_segment(tokens, segment_ids, state):
+    if segment_ids is not None:
+        return segment_ids[:, -1].astype(jnp.int32)
+    return jnp.zeros((tokens.shape[0],), jnp.int32) if state is None else state["segment"]
+
+
+def _forget_others(state, empty, segment):
+    """The rows of the state whose document goes on with ``segment`` ``[B]``; the empty past in the others."""
+    same = state["segment"] == segment
+
+    def keep(batch_axis):
+        def choose(old, new):
+            mask = jnp.expand_dims(same, tuple(i for i in range(old.ndim) if i != batch_axis))
+            return jnp.where(mask, old, new)
+
+        return choose
+
+    kept = {key: jax.tree.map(keep(1 if key == "periods" else 0), state[key], empty[key]) for key in state}
+    return kept

@@ -1,0 +1,136 @@
+"""The real-gated linear recurrent unit and the block around it, of Griffin and Hawk (De et al. 2024, arXiv:2402.19427).
+
+    r_t = sigmoid(W_a x_t + b_a)                        recurrence gate
+    i_t = sigmoid(W_x x_t + b_x)                        input gate
+    log a_t = -8 softplus(L) r_t
+    h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t)
+
+The block is ``out(gelu(gate(x)) * rg_lru(convolution(input(x))))``.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlinear import ops
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.layers import Linear, fan_in_normal, parameter
+from jaxlinear.ops import segments
+from jaxlinear.parallel import sharding
+
+DECAY_POWER = 8.0  # c of the paper
+DECAY_RANGE = (0.9, 0.999)  # of a at r = 1, when training begins
+_LARGEST_SLOPE = 1000.0  # of the square root: its own grows without bound as a -> 1
+
+
+class RGLRU(nnx.Module):
+    """The recurrence with its gates, over ``[B, T, R]``. W_a and W_x are block-diagonal, one block a head."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        block = width // heads
+        axes = ("heads", None, None)
+        self.recurrence_kernel = parameter(fan_in_normal(), (heads, block, block), axes, rngs)
+        self.input_kernel = parameter(fan_in_normal(), (heads, block, block), axes, rngs)
+        self.recurrence_bias = parameter(nnx.initializers.zeros, (width,), ("recurrent",), rngs)
+        self.input_bias = parameter(nnx.initializers.zeros, (width,), ("recurrent",), rngs)
+        self.decay = parameter(_decay_init, (width,), ("recurrent",), rngs)
+
+    def __call__(
+        self, x: jax.Array, first: jax.Array, initial_state: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """``[B, T, R]`` -> the same and the last h ``[B, R]``. ``first`` ``[B, T]`` marks each document's first token,
+        which enters with weight 1."""
+        recurrence = self._gate(x, self.recurrence_kernel[...], self.recurrence_bias[...])
+        input_ = self._gate(x, self.input_kernel[...], self.input_bias[...])
+        a, u = _transition(x, recurrence, input_, self.decay[...], first)
+        h, final = ops.linear_recurrence(a, u, initial_state, segment_ids=segment_ids)
+        return h.astype(x.dtype), final
+
+    def _gate(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        heads = x.reshape(*x.shape[:2], self.heads, -1)
+        gate = jnp.einsum("bthi,hij->bthj", heads, kernel.astype(x.dtype)).reshape(x.shape)
+        return gate + bias.astype(x.dtype)[None, None]
+
+
+class RGLRUBlock(nnx.Module):
+    """Griffin's recurrent block (arXiv:2402.19427, section 2.4). State: ``h [B, R]``, ``convolution [B, 3, R]``,
+    ``started [B]``: whether a token has been seen."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width, inner = config.width, config.recurrent_width
+        self.inner, self.convolution_width = inner, config.convolution_width
+        self.dtype = config.activation_dtype
+        self.input = Linear(width, inner, axes=("embed", "recurrent"), rngs=rngs)
+        self.gate = Linear(width, inner, axes=("embed", "recurrent"), rngs=rngs)
+        self.convolution_kernel = parameter(
+            nnx.initializers.normal((0.01 / config.convolution_width) ** 0.5),
+            (config.convolution_width, inner),
+            (None, "recurrent"),
+            rngs,
+        )
+        self.convolution_bias = parameter(nnx.initializers.zeros, (inner,), ("recurrent",), rngs)
+        self.rg_lru = RGLRU(inner, config.num_heads, rngs=rngs)
+        init = fan_in_normal(2 / config.num_layers)
+        self.out = Linear(inner, width, axes=("recurrent", "embed"), init=init, rngs=rngs)
+
+    def init_state(self, batch: int) -> dict[str, jax.Array]:
+        return {
+            "h": jnp.zeros((batch, self.inner), jnp.promote_types(self.dtype, jnp.float32)),
+            "convolution": jnp.zeros((batch, self.convolution_width - 1, self.inner), self.dtype),
+            "started": jnp.zeros((batch,), bool),
+        }
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        state = self.init_state(x.shape[0]) if state is None else state
+        first = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segments.starts(segment_ids)
+        first = first.at[:, 0].set(~state["started"])
+
+        gate = jax.nn.gelu(sharding.constrain(self.gate(x), "batch", "time", "recurrent"))
+        inner = sharding.constrain(self.input(x), "batch", "time", "recurrent")
+        inner, convolution = ops.causal_convolution(
+            inner,
+            self.convolution_kernel[...],
+            self.convolution_bias[...],
+            state["convolution"],
+            segment_ids=segment_ids,
+        )
+        inner, h = self.rg_lru(inner, first, state["h"], segment_ids)
+        state = {"h": h, "convolution": convolution, "started": jnp.ones_like(state["started"])}
+        return self.out(gate * inner), state
+
+
+def _transition(x, recurrence, input_, decay, first):
+    """The a and the input of the recurrence, ``[B, T, R]`` in float32, from the gates before their sigmoid."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    x, recurrence, input_ = (y.astype(wide) for y in (x, recurrence, input_))
+    log_a = jax.nn.sigmoid(recurrence) * (-DECAY_POWER * jax.nn.softplus(decay.astype(wide)))[None, None]
+    weight = jnp.where(first[..., None], jnp.ones((), wide), _bounded_sqrt(-jnp.expm1(2 * log_a)))
+    return jnp.exp(log_a), weight * (jax.nn.sigmoid(input_) * x)
+
+
+@jax.custom_vjp
+def _bounded_sqrt(x):
+    return jnp.sqrt(x)
+
+
+def _bounded_sqrt_forward(x):
+    root = jnp.sqrt(x)
+    return root, root
+
+
+def _bounded_sqrt_backward(root, cotangent):
+    return (cotangent / jnp.maximum(2 * root, 1 / _LARGEST_SLOPE),)
+
+
+_bounded_sqrt.defvjp(_bounded_sqrt_forward, _bounded_sqrt_backward)
+
+
+def _decay_init(key, shape, dtype):
+    """L such that a^2 at r = 1 is uniform between the squares of ``DECAY_RANGE`` (the ring of LRU, arXiv:2303.06349)."""
+    low, high = (bound**2 for bound in DECAY_RANGE)
+    square = jax.random.uniform(key, shape, dtype, low, high)
+    softplus = -0.5 * jnp.log(square) / DECAY_POWER
+    return jnp.log(jnp.expm1(softplus))

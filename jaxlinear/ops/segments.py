@@ -1,0 +1,24 @@
+"""Document boundaries of packed sequences, in the forms that the operations use."""
+
+import jax
+import jax.numpy as jnp
+
+
+def starts(segment_ids: jax.Array) -> jax.Array:
+    """Where a document begins inside the row: ``[B, T]`` bool, true where the id differs from the one before.
+
+    Position 0 is false: whether the first token continues an earlier run is told by the initial state.
+    """
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.concatenate([jnp.zeros_like(changed, shape=(segment_ids.shape[0], 1)), changed], axis=1)
+
+
+def ends(segment_ids: jax.Array) -> jax.Array:
+    """Where a document ends inside the row: ``[B, T]`` bool, true where the id differs from the one after."""
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.concatenate([changed, jnp.zeros_like(changed, shape=(segment_ids.shape[0], 1))], axis=1)
+
+
+def runs(segment_ids: jax.Array) -> jax.Array:
+    """``[B, T]`` int32: 0, 1, 2, ... by run of equal ids, so that an id used twice in a row names two documents."""
+    return jnp.cumsum(starts(segment_ids), axis=1, dtype=jnp.int32)

@@ -1,0 +1,33 @@
+"""The mesh of devices that a config asks for."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlinear.errors import UserError
+
+AXES = ("data", "fsdp", "sequence", "tensor", "expert")
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices with the axes ``AXES``; one size may be -1, which takes what the others leave."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: sizes[axis] for axis in AXES}
+    free = [axis for axis in AXES if sizes[axis] == -1]
+    if len(free) > 1:
+        raise UserError(f"only one size of the mesh can be -1, not both mesh.{free[0]} and mesh.{free[1]}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        named = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "1"
+        raise UserError(f"a mesh of {named} does not use the {len(devices)} devices that there are, each once")
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where ``[B, T]`` arrays of tokens lie."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))

@@ -1,0 +1,57 @@
+"""Logical axes of parameters and activations, and the rules that map them to the axes of the mesh."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Every logical axis and the mesh axes that it is spread over. One that is not named here is replicated.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "time": ("sequence",),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "recurrent": ("tensor",),
+    "heads": ("tensor",),
+}
+
+_meshes: list[Mesh] = []
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Within it, ``constrain`` places activations on ``mesh``; outside any, ``constrain`` does nothing."""
+    _meshes.append(mesh)
+    try:
+        yield
+    finally:
+        _meshes.pop()
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of an array with these logical axes. An axis that its mesh axes do not divide is replicated."""
+    entries: list[tuple[str, ...] | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        names = tuple(name for name in RULES.get(axis or "", ()) if mesh.shape.get(name, 1) > 1)
+        parts = 1
+        for name in names:
+            parts *= mesh.shape[name]
+        entries.append(names if names and size % parts == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Places an activation by its logical axes on the mesh in use."""
+    if not _meshes:
+        return x
+    mesh = _meshes[-1]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
+
+
+def batch_groups() -> int:
+    """Over how many devices the batch is spread on the mesh in use."""
+    if not _meshes:
+        return 1
+    return _meshes[-1].shape.get("data", 1) * _meshes[-1].shape.get("fsdp", 1)

@@ -1,0 +1,72 @@
+"""Where the numbers of a run go: ``metrics.jsonl``, TensorBoard events, a progress bar."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes numbers by step. Opened at the step that a run goes on from: what was logged after it is dropped, since
+    those steps will be taken again."""
+
+    def __init__(self, workdir: Path, *, step: int, steps: int, tensorboard: bool):
+        self._file = _open_at(workdir / FILE, step)
+        self._board = SummaryWriter(str(workdir), purge_step=step + 1) if tensorboard else None
+        self._bar = tqdm(
+            total=steps,
+            initial=step,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line of ``metrics.jsonl`` and one point of each TensorBoard curve."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(name, value, step)
+
+    def progress(self, step: int, shown: Mapping[str, str]) -> None:
+        """Moves the bar to ``step``, with a few values behind it."""
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def sync(self) -> None:
+        """Returns when the lines written so far are on the disk: before a checkpoint that stands for their steps."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``, oldest first. A last line that was cut short is left out."""
+    path = Path(workdir) / FILE
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _open_at(path: Path, step: int):
+    kept = [json.dumps(line) + "\n" for line in read(path.parent) if line["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+    return path.open("a")

@@ -1,0 +1,84 @@
+"""The optimisers, all from optax, with decoupled weight decay on matrices."""
+
+from typing import Any
+
+import jax
+import optax
+from ml_collections import config_dict
+from optax import contrib
+
+from jaxlinear.models.parameters import Architecture
+from jaxlinear.training.schedule import make_schedule
+
+Tree = Any
+
+
+def make_optimizer(config: config_dict.ConfigDict, architecture: Architecture) -> optax.GradientTransformation:
+    """Clipping by the global norm, then the optimiser that ``config.optimizer.name`` names, on its schedule."""
+    options = config.optimizer
+    multiplier = make_schedule(config)
+
+    def schedule(top: float) -> optax.Schedule:
+        return lambda step: top * multiplier(step)
+
+    decayed = decay_mask(architecture)
+    if options.name == "adamw":
+        update = optax.adamw(
+            schedule(options.learning_rate),
+            b1=options.beta1,
+            b2=options.beta2,
+            eps=options.epsilon,
+            weight_decay=options.weight_decay,
+            mask=decayed,
+        )
+    elif options.name == "adafactor":
+        update = optax.chain(
+            optax.adafactor(schedule(options.learning_rate), multiply_by_parameter_scale=False),
+            _decay(schedule(options.learning_rate), options.weight_decay, decayed),
+        )
+    else:
+        update = optax.chain(
+            contrib.muon(
+                schedule(options.muon_learning_rate),
+                adam_b1=options.beta1,
+                adam_b2=options.beta2,
+                eps=options.epsilon,
+                adam_learning_rate=schedule(options.learning_rate),
+                muon_weight_dimension_numbers=lambda _: _muon_matrices(architecture),
+            ),
+            _decay(schedule(options.learning_rate), options.weight_decay, decayed),
+        )
+    clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
+    return optax.chain(clip, update)
+
+
+def decay_mask(architecture: Architecture) -> Tree:
+    """True for matrices: parameters with two axes or more, not counting that of layers stacked by the scan."""
+    return _map(architecture, lambda path, axes, stacked: len(axes) - stacked >= 2)
+
+
+def _muon_matrices(architecture: Architecture) -> Tree:
+    """Which axes of a parameter Muon takes for a matrix's; None where it is not one that maps activations to
+    activations (embeddings, filters and vectors, which AdamW updates)."""
+
+    def numbers(path: tuple[str, ...], axes: tuple, stacked: int) -> contrib.MuonDimensionNumbers | None:
+        if not path[-1].endswith("kernel") or path[-1].startswith("convolution"):
+            return None
+        return contrib.MuonDimensionNumbers(reduction_axis=len(axes) - 2, output_axis=len(axes) - 1)
+
+    return _map(architecture, numbers)
+
+
+def _map(architecture: Architecture, function) -> Tree:
+    """``function(path, axes, number of stacked axes)`` at each parameter."""
+
+    def at(path, _, axes):
+        names = tuple(str(entry.key) for entry in path)
+        return function(names, axes, int(names[0] == "periods"))
+
+    return jax.tree_util.tree_map_with_path(at, architecture.shapes, architecture.axes)
+
+
+def _decay(schedule: optax.Schedule, weight_decay: float, mask: Tree) -> optax.GradientTransformation:
+    """Decoupled weight decay for updates that carry their sign and learning rate already."""
+    return optax.add_decayed_weights(lambda step: -weight_decay * schedule(step), mask=mask)

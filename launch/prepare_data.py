@@ -1,0 +1,86 @@
+"""Prepares a dataset: text in, tokens in indexed blocks out. docs/data.md explains every option.
+
+python launch/prepare_data.py --source=python-stdlib --output=data/stdlib
+"""
+
+import os
+import time
+
+from absl import flags
+
+from jaxlinear import cli
+from jaxlinear.data import Manifest, prepare
+from jaxlinear.data.sources import DEFAULT_SUFFIXES
+from jaxlinear.errors import UserError
+
+_SOURCE = flags.DEFINE_string("source", None, "python-stdlib, hf:NAME, or the path of a file or folder.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "The directory to make.", required=True)
+_TOKENIZER = flags.DEFINE_string("tokenizer", "bpe", "bpe (trained here), bytes, or a tokenizer.json or .model file.")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Tokens of a trained BPE; 4096 by default.")
+_TRAIN_BYTES = flags.DEFINE_integer("train_bytes", 16_000_000, "Bytes of training text that the BPE is trained on.")
+_DOCUMENT_TOKEN = flags.DEFINE_string("document_token", None, "The token of an existing tokenizer between documents.")
+_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "The field with the text in JSONL, Parquet and hf: records.")
+_SUFFIXES = flags.DEFINE_list(
+    "suffixes", list(DEFAULT_SUFFIXES), "Which files of a folder to take (or .gz, .zst of them)."
+)
+_DOCUMENT_SEPARATOR = flags.DEFINE_string(
+    "document_separator", None, r"Cuts plain-text files into documents, \n is a line end; without it one file is one."
+)
+_HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.05, "The share of the documents that is held out.")
+_BLOCK_LENGTH = flags.DEFINE_integer("block_length", 2048, "Tokens a block; training takes its divisors and multiples.")
+_WORKERS = flags.DEFINE_integer("workers", None, "Processes that encode; one a CPU by default.")
+_SEED = flags.DEFINE_integer("seed", 0, "Chooses another split of the documents.")
+_MAX_BROKEN_FRACTION = flags.DEFINE_float("max_broken_fraction", 0.01, "Fails when more of the records are broken.")
+_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replaces a dataset that is there already.")
+
+
+def main() -> None:
+    started = time.monotonic()
+    manifest = prepare(
+        _SOURCE.value,
+        _OUTPUT.value,
+        tokenizer=_TOKENIZER.value,
+        vocab_size=_VOCAB_SIZE.value,
+        train_bytes=_TRAIN_BYTES.value,
+        document_token=_DOCUMENT_TOKEN.value,
+        text_field=_TEXT_FIELD.value,
+        suffixes=_SUFFIXES.value,
+        document_separator=_unescaped(_DOCUMENT_SEPARATOR.value),
+        heldout_fraction=_HELDOUT_FRACTION.value,
+        block_length=_BLOCK_LENGTH.value,
+        workers=_WORKERS.value,
+        seed=_SEED.value,
+        max_broken_fraction=_MAX_BROKEN_FRACTION.value,
+        overwrite=_OVERWRITE.value,
+    )
+    _print_summary(manifest, time.monotonic() - started)
+
+
+def _unescaped(separator: str | None) -> str | None:
+    if separator == "":
+        raise UserError("--document_separator must not be empty")
+    return None if separator is None else separator.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _print_summary(manifest: Manifest, seconds: float) -> None:
+    records = manifest.records
+    print(f"{manifest.source}: {records.read} records, {records.broken} broken, {records.empty} empty")
+    for name, split in manifest.splits.items():
+        print(
+            f"{name}: {split.documents} documents, {split.tokens} tokens, {split.bytes} bytes, "
+            f"{split.bytes / split.tokens:.2f} bytes a token, {split.blocks} blocks of {manifest.block_length}"
+        )
+    heldout = manifest.splits["heldout"]
+    if heldout.gzip_bytes is None or heldout.xz_bytes is None:
+        print(f"heldout: {heldout.note}")
+    else:
+        print(
+            f"heldout: gzip -9 {8 * heldout.gzip_bytes / heldout.bytes:.3f} and xz -9 "
+            f"{8 * heldout.xz_bytes / heldout.bytes:.3f} bits a byte"
+        )
+    print(f"vocabulary: {manifest.vocab_size} tokens ({manifest.tokenizer.kind})")
+    print(f"{os.path.abspath(_OUTPUT.value)} made in {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    cli.run(main)

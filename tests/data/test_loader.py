@@ -1,0 +1,303 @@
+"""The loader: a pure function of (seed, step), the same on any number of hosts, true to the stream."""
+
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxlinear.data import TrainBatches, heldout_batches, loader, prepare, read_manifest
+from jaxlinear.data.blocks import SplitReader, decode_block
+from jaxlinear.errors import UserError
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+L = 32
+
+
+def make_dataset(directory, seed, characters, **options):
+    """Bytes as tokens, documents of 1 to 99 letters; ``characters`` tell the datasets apart."""
+    random = np.random.default_rng(seed)
+    texts = ["".join(random.choice(list(characters), random.integers(1, 100))) + str(i) for i in range(200)]
+    source = directory.with_suffix(".jsonl")
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "block_length": L, "workers": 1, **options}
+    prepare(str(source), directory, **options)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("a") / "data", 0, "abcdefgh")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("b") / "data", 1, "ABCDEFGH")
+
+
+def stream_and_segments(path, split) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [N], number of the document of every token [N]) of a split, from the blocks."""
+    manifest = read_manifest(path)
+    info = manifest.splits[split]
+    stream, starts = np.zeros(info.tokens, np.int32), np.zeros(info.tokens, np.int32)
+    for k, record in enumerate(SplitReader(path, info).read(range(info.blocks))):
+        valid, tokens, positions = decode_block(record, L, np.dtype(manifest.dtype))
+        stream[k * L : k * L + valid] = tokens[:valid]
+        starts[k * L + positions] = 1
+    return stream, np.cumsum(starts)
+
+
+def rows_of(batches) -> np.ndarray:
+    """Tokens and last target of all rows: [rows, T + 1]."""
+    return np.concatenate([np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1) for batch in batches])
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() == {"tokens", "targets", "segment_ids"}
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name, strict=True)
+
+
+@pytest.mark.parametrize("length", [4, 8, L, 3 * L])
+def test_one_epoch_is_a_permutation_of_the_stream(dataset, length):
+    stream, documents = stream_and_segments(dataset, "train")
+    batches = TrainBatches(dataset, batch_size=4, sequence_length=length, seed=0)
+    count = (len(stream) - 1) // length
+    assert batches.examples_per_epoch == count
+    assert batches.batches_per_epoch == count // 4 > 10
+    assert batches.tokens_per_epoch == count * length
+    found = []
+    for step in range(count // 4):
+        batch = batches[step]
+        for tokens, targets, segments in zip(*batch.values(), strict=True):
+            assert tokens.dtype == targets.dtype == segments.dtype == np.int32 and tokens.shape == (length,)
+            # Where in the stream is it? Document numbers at the ends of the texts make windows unique, if not short.
+            (places,) = np.nonzero(np.all(np.lib.stride_tricks.sliding_window_view(stream, length) == tokens, axis=1))
+            places = [p for p in places if p % length == 0 and p + length < len(stream)]
+            places = [p for p in places if np.array_equal(stream[p + 1 : p + length + 1], targets)]
+            expected = [documents[p : p + length] - documents[p] + 1 for p in places]
+            assert any(np.array_equal(segments, e) for e in expected)
+            if len(places) == 1:
+                found.append(places[0] // length)
+    assert len(set(found)) == len(found)
+    if length >= L:
+        assert len(found) == count // 4 * 4
+
+
+def test_segments_start_at_document_tokens(dataset):
+    batch = TrainBatches(dataset, batch_size=64, sequence_length=L, seed=0)[0]
+    steps = np.diff(batch["segment_ids"], axis=1)
+    np.testing.assert_array_equal(steps == 1, batch["tokens"][:, 1:] == 256)
+    np.testing.assert_array_equal(batch["segment_ids"][:, 0], 1)
+    assert set(np.unique(steps)) == {0, 1}
+    # The end of a document is told by a target in that document, not in the next.
+    ends = batch["targets"] == 256
+    np.testing.assert_array_equal(ends[:, :-1], steps == 1)
+
+
+def test_random_access_is_sequential_access(dataset):
+    options = {"batch_size": 4, "sequence_length": L, "seed": 3}
+    first = TrainBatches(dataset, **options)
+    sequential = [first[step] for step in range(30)]
+    again = TrainBatches(dataset, **options)
+    for step in np.random.default_rng(0).permutation(30).tolist():
+        assert_same(again[step], sequential[step])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("cuts", [(0, 3, 6), (0, 1, 2, 6)])
+def test_hosts_together_have_the_batch(dataset, other, mixed, cuts):
+    paths = {str(dataset): 0.5, str(other): 0.5} if mixed else dataset
+    options = {"batch_size": 6, "sequence_length": 2 * L, "seed": 0}
+    whole = TrainBatches(paths, **options)
+    hosts = [TrainBatches(paths, rows=rows, **options) for rows in itertools.pairwise(cuts)]
+    for step in (0, 7, 1000):
+        parts = [host[step] for host in hosts]
+        assert_same({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, whole[step])
+
+
+def test_global_order_does_not_depend_on_the_batch_size(dataset):
+    small = TrainBatches(dataset, batch_size=2, sequence_length=L, seed=0)
+    large = TrainBatches(dataset, batch_size=10, sequence_length=L, seed=0)
+    np.testing.assert_array_equal(rows_of(small[i] for i in range(50)), rows_of(large[i] for i in range(10)))
+
+
+def test_epochs_hold_the_same_rows_in_another_order(dataset):
+    count = TrainBatches(dataset, batch_size=1, sequence_length=L, seed=0).examples_per_epoch
+    batches = TrainBatches(dataset, batch_size=1, sequence_length=L, seed=0)
+    first, second = (rows_of(batches[e * count + i] for i in range(count)) for e in (0, 1))
+    assert sorted(map(bytes, first)) == sorted(map(bytes, second))
+    assert np.mean(np.all(first == second, axis=1)) < 0.1
+    stream, _ = stream_and_segments(dataset, "train")
+    in_order = np.lib.stride_tricks.sliding_window_view(stream, L + 1)[::L]
+    assert sorted(map(bytes, first)) == sorted(map(bytes, np.ascontiguousarray(in_order)))
+    assert np.mean(np.all(first == in_order, axis=1)) < 0.1
+
+
+def test_seeds_give_other_orders(dataset):
+    rows = [
+        rows_of(TrainBatches(dataset, batch_size=8, sequence_length=L, seed=s)[i] for i in range(5)) for s in (0, 1)
+    ]
+    assert np.mean(np.all(rows[0] == rows[1], axis=1)) < 0.1
+    # Nor is the second epoch of one seed the first of the next.
+    count = TrainBatches(dataset, batch_size=1, sequence_length=L, seed=0).examples_per_epoch
+    batches = [TrainBatches(dataset, batch_size=1, sequence_length=L, seed=s) for s in (0, 1)]
+    second = rows_of(batches[0][count + i] for i in range(40))
+    assert np.mean(np.all(second == rows_of(batches[1][i] for i in range(40)), axis=1)) < 0.1
+
+
+def test_the_order_is_what_it_was():
+    """If this fails, a run that is resumed sees other batches than the run that was stopped would have.
+
+    After a deliberate change, or an update of grain that cannot be avoided, put the new numbers here and tell so in
+    the release notes.
+    """
+    order, epoch = loader._order([1000], [1.0], 0)
+    assert [order[i] for i in (0, 1, 2, 999, 1000, 123456)] == [233, 815, 962, 157, 83, 274]
+    assert epoch == 1000
+    order, epoch = loader._order([1000, 500], [3, 1], 7)
+    assert [order[i] for i in (0, 1, 2, 3, 4, 5, 123456)] == [661, 759, 214, 1278, 871, 246, 56]
+    assert epoch == 1333
+
+
+@pytest.mark.parametrize("weights", [(0.75, 0.25), (3, 1)])
+def test_mixture_has_its_proportions(dataset, other, weights):
+    paths = dict(zip((str(dataset), str(other)), weights, strict=True))
+    batches = TrainBatches(paths, batch_size=8, sequence_length=L, seed=0)
+    rows = rows_of(batches[i] for i in range(100))
+    # Letters below "a" are the second dataset's; a row may be all digits and document tokens, but not of 32.
+    second = np.any((rows >= ord("A")) & (rows <= ord("H")), axis=1)
+    first = np.any((rows >= ord("a")) & (rows <= ord("h")), axis=1)
+    assert not np.any(first & second)
+    assert second.sum() == pytest.approx(200, abs=2)
+    assert np.all([7 >= s >= 1 for s in second.reshape(100, 8).sum(axis=1)])  # spread, not in runs
+    assert_same(TrainBatches(paths, batch_size=8, sequence_length=L, seed=0)[57], batches[57])
+    # The epoch of the mixture ends with the dataset that is used up first.
+    counts = [TrainBatches(p, batch_size=1, sequence_length=L, seed=0).examples_per_epoch for p in paths]
+    assert batches.examples_per_epoch == pytest.approx(min(counts[0] / 0.75, counts[1] / 0.25), abs=1)
+
+
+def test_mixture_shows_each_dataset_in_whole_epochs(dataset, other):
+    batches = TrainBatches({str(dataset): 1, str(other): 1}, batch_size=2, sequence_length=L, seed=0)
+    count = TrainBatches(other, batch_size=1, sequence_length=L, seed=0).examples_per_epoch
+    rows = rows_of(batches[i] for i in range(count))
+    of_other = rows[~np.any((rows >= ord("a")) & (rows <= ord("h")), axis=1)]
+    stream, _ = stream_and_segments(other, "train")
+    in_order = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(stream, L + 1)[::L])
+    assert sorted(map(bytes, of_other)) == sorted(map(bytes, in_order))
+
+
+def test_epochs_end(dataset):
+    batches = TrainBatches(dataset, batch_size=7, sequence_length=L, seed=0, epochs=2)
+    assert batches.num_batches == 2 * batches.examples_per_epoch // 7
+    assert len(list(batches)) == batches.num_batches
+    for step in (batches.num_batches, -1):
+        with pytest.raises(IndexError, match=f"no batch {step} among {batches.num_batches}"):
+            batches[step]
+    assert TrainBatches(dataset, batch_size=7, sequence_length=L, seed=0).num_batches is None
+
+
+@pytest.mark.parametrize("split", ["heldout", "train"])
+@pytest.mark.parametrize("length", [1, 4, L, 2 * L, 64 * L])
+def test_heldout_has_every_target_once(dataset, split, length):
+    stream, documents = stream_and_segments(dataset, split)
+    batches = list(heldout_batches(dataset, batch_size=5, sequence_length=length, split=split))
+    assert all(batch["tokens"].shape == (5, length) and batch["tokens"].dtype == np.int32 for batch in batches)
+    tokens, targets, segments = (
+        np.concatenate([batch[name] for batch in batches]) for name in ("tokens", "targets", "segment_ids")
+    )
+    real = segments > 0
+    np.testing.assert_array_equal(targets[real], stream[1:])
+    np.testing.assert_array_equal(tokens[real], stream[:-1])
+    assert not tokens[~real].any() and not targets[~real].any()
+    # Padding is at the end only, and less than a batch.
+    np.testing.assert_array_equal(np.flatnonzero(real), np.arange(len(stream) - 1))
+    assert (~real).sum() < 5 * length
+    for row in range(-(-(len(stream) - 1) // length)):
+        there = documents[row * length : (row + 1) * length][: real[row].sum()]
+        np.testing.assert_array_equal(segments[row][real[row]], there - there[0] + 1)
+
+
+def test_heldout_hosts_and_limit(dataset):
+    options = {"batch_size": 6, "sequence_length": L}
+    whole = list(heldout_batches(dataset, **options))
+    hosts = [list(heldout_batches(dataset, rows=rows, **options)) for rows in ((0, 2), (2, 6))]
+    assert len(whole) == len(hosts[0]) == len(hosts[1]) > 3
+    for i, batch in enumerate(whole):
+        assert_same({name: np.concatenate([host[i][name] for host in hosts]) for name in batch}, batch)
+    limited = list(heldout_batches(dataset, limit=2, **options))
+    assert len(limited) == 2
+    assert_same(limited[1], whole[1])
+
+
+def test_attributes(dataset):
+    batches = TrainBatches(dataset, batch_size=4, sequence_length=L, seed=0)
+    assert (batches.vocab_size, batches.document_token) == (257, 256)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"sequence_length": 24},
+            "24 neither divides the block length 32 nor .*; the nearest that work are 16 and 32$",
+        ),
+        ({"sequence_length": 33}, "33 neither divides .*; the nearest that work are 32 and 64$"),
+        ({"sequence_length": 3}, "3 neither divides .*; the nearest that work are 2 and 4$"),
+        ({"sequence_length": 0}, "sequence_length has to be at least 1, not 0"),
+        (
+            {"sequence_length": 1 << 20},
+            r"too few for one sequence of 1048576; choose a sequence_length of at most \d+$",
+        ),
+        ({"batch_size": 0}, "batch_size has to be at least 1, not 0"),
+        ({"batch_size": 10_000}, r"fewer than the batch size 10000; the largest batch size is \d+$"),
+        ({"epochs": 0}, "epochs has to be at least 1, not 0"),
+        ({"seed": -1}, "seed has to be at least 0, not -1"),
+        ({"rows": (2, 2)}, "rows 2 to 2 are not part of a batch of 4"),
+        ({"rows": (0, 5)}, "rows 0 to 5 are not part of a batch of 4"),
+        ({"split": "test"}, "has no split 'test' but train, heldout"),
+        ({"paths": {}}, "a mixture needs datasets with weights above 0"),
+        ({"paths": "nowhere"}, "no dataset at nowhere: the directory does not exist"),
+    ],
+)
+def test_bad_requests_are_refused(dataset, changes, message):
+    options = {"paths": dataset, "batch_size": 4, "sequence_length": L, "seed": 0, **changes}
+    with pytest.raises(UserError, match=message):
+        TrainBatches(options.pop("paths"), **options)
+
+
+def test_the_proposed_sequence_length_works(dataset):
+    with pytest.raises(UserError, match="too few") as raised:
+        TrainBatches(dataset, batch_size=1, sequence_length=1 << 20, seed=0)
+    proposed = int(str(raised.value).split()[-1])
+    assert TrainBatches(dataset, batch_size=1, sequence_length=proposed, seed=0).examples_per_epoch == 1
+
+
+def test_weights_have_to_be_positive(dataset, other):
+    with pytest.raises(UserError, match="weights above 0"):
+        TrainBatches({str(dataset): 1.0, str(other): 0.0}, batch_size=1, sequence_length=L, seed=0)
+
+
+def test_datasets_of_a_mixture_share_their_tokenizer(dataset, tmp_path):
+    different = make_dataset(tmp_path / "data", 0, "abcdefgh", tokenizer="bpe", vocab_size=300)
+    paths = [str(dataset), str(different)]
+    for (first, second), proposed in ((paths, "bytes"), (paths[::-1], f"{different}/tokenizer.json")):
+        with pytest.raises(UserError, match=f"prepared with different tokenizers; .* with --tokenizer={proposed}$"):
+            TrainBatches({first: 1, second: 1}, batch_size=1, sequence_length=L, seed=0)
+
+
+def test_heldout_refuses_before_the_first_batch(dataset):
+    with pytest.raises(UserError, match="neither divides"):
+        heldout_batches(dataset, batch_size=2, sequence_length=24)
+    with pytest.raises(UserError, match="limit has to be at least 1, not 0"):
+        heldout_batches(dataset, batch_size=2, sequence_length=L, limit=0)
+
+
+def test_import_is_light():
+    """Worker processes import the package; JAX in each of them would cost seconds and memory."""
+    program = "import sys, jaxlinear.data; print(sorted({'jax', 'grain', 'pyarrow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,318 @@
+"""Preparation: lossless, split without overlap, independent of the workers, all or nothing."""
+
+import errno
+import gzip
+import json
+import lzma
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from jaxlinear.data import encoding, load_tokenizer, prepare, read_manifest
+from jaxlinear.data.blocks import SplitReader, SplitWriter, decode_block
+from jaxlinear.data.manifest import Manifest
+from jaxlinear.data.splitting import Splitter
+from jaxlinear.errors import UserError
+
+WORDS = "def return x + 1\n\t  <|endoftext|> 数学 kůň 🙂 for while \r\n the of and 12345 ( ) : ▁".split(" ")
+
+
+def make_texts(seed, count, longest=200) -> list[str]:
+    random = np.random.default_rng(seed)
+    return [f"{i} " + " ".join(random.choice(WORDS, random.integers(0, longest))) for i in range(count)]
+
+
+def write_jsonl(path, texts) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def read_documents(dataset, split) -> list[np.ndarray]:
+    """The documents of a split as the blocks have them, each [T] with its document token."""
+    manifest = read_manifest(dataset)
+    info, length = manifest.splits[split], manifest.block_length
+    stream, starts = np.zeros(info.tokens, np.int64), []
+    for k, record in enumerate(SplitReader(dataset, info).read(range(info.blocks))):
+        valid, tokens, positions = decode_block(record, length, np.dtype(manifest.dtype))
+        stream[k * length : k * length + valid] = tokens[:valid]
+        starts += (k * length + positions).tolist()
+    assert starts == np.flatnonzero(stream == manifest.document_token).tolist()
+    return np.split(stream, starts[1:])
+
+
+def read_texts(dataset, split) -> list[str]:
+    tokenizer = load_tokenizer(dataset)
+    documents = read_documents(dataset, split)
+    assert all(document[0] == tokenizer.document_token for document in documents)
+    return [tokenizer.decode(document[1:]) for document in documents]
+
+
+def files(directory) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in sorted(pathlib.Path(directory).rglob("*")) if p.is_file()
+    }
+
+
+def sentencepiece_model(directory) -> str:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["def return x for while the of and"] * 20),
+        model_prefix=str(directory / "tiny"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return str(directory / "tiny.model")
+
+
+def json_tokenizer(directory) -> str:
+    prepare(write_jsonl(directory / "other.jsonl", make_texts(5, 50)), directory / "other", vocab_size=290, workers=1)
+    return str(directory / "other/tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes", "json", "sentencepiece"])
+def test_text_to_tokens_to_text(tmp_path, kind):
+    texts = make_texts(0, 120)
+    options = {"bpe": {"vocab_size": 400}, "bytes": {"tokenizer": "bytes"}}.get(kind)
+    if kind == "json":
+        options = {"tokenizer": json_tokenizer(tmp_path)}
+    elif kind == "sentencepiece":
+        texts = [text.replace("▁", "_") for text in texts]  # SentencePiece's own sign for a space
+        options = {"tokenizer": sentencepiece_model(tmp_path)}
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    manifest = prepare(source, tmp_path / "data", heldout_fraction=0.2, block_length=128, workers=1, **options)
+    train, heldout = read_texts(tmp_path / "data", "train"), read_texts(tmp_path / "data", "heldout")
+    splitter = Splitter(0, 0.2)
+    assert train == [text for text in texts if splitter.split(text.encode()) == "train"]
+    assert heldout == [text for text in texts if splitter.split(text.encode()) == "heldout"]
+    assert 10 <= len(heldout) <= 40
+    for name, part in (("train", train), ("heldout", heldout)):
+        split = manifest.splits[name]
+        assert (split.documents, split.bytes) == (len(part), sum(len(text.encode()) for text in part))
+    assert manifest == read_manifest(tmp_path / "data")
+    content = "".join(heldout).encode()
+    assert manifest.splits["heldout"].gzip_bytes == len(gzip.compress(content, 9))
+    assert manifest.splits["heldout"].xz_bytes == len(lzma.compress(content, preset=9))
+    assert manifest.splits["train"].gzip_bytes is None
+
+
+def test_vocabulary_above_16_bits_is_stored_in_32(tmp_path):
+    file = json_tokenizer(tmp_path)
+    fields = json.loads(pathlib.Path(file).read_text())
+    fields["model"]["vocab"]["</s>"] = 70_000
+    pathlib.Path(file).write_text(json.dumps(fields))
+    texts = make_texts(0, 60)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    manifest = prepare(
+        source,
+        tmp_path / "data",
+        tokenizer=file,
+        document_token="</s>",
+        heldout_fraction=0.3,
+        block_length=64,
+        workers=1,
+    )
+    assert (manifest.dtype, manifest.vocab_size, manifest.document_token) == ("uint32", 70_001, 70_000)
+    assert sorted(read_texts(tmp_path / "data", "train") + read_texts(tmp_path / "data", "heldout")) == sorted(texts)
+
+
+def test_splits_share_no_document_even_when_documents_repeat(tmp_path):
+    texts = make_texts(0, 60, longest=20) * 3
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    prepare(source, tmp_path / "data", tokenizer="bytes", heldout_fraction=0.3, block_length=64, workers=1)
+    train, heldout = read_texts(tmp_path / "data", "train"), read_texts(tmp_path / "data", "heldout")
+    assert len(train) + len(heldout) == 180 and len(set(heldout)) * 3 == len(heldout) >= 30
+    assert set(train) & set(heldout) == set()
+
+
+def test_seed_chooses_the_split(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60, longest=20))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "block_length": 64, "workers": 1}
+    prepare(source, tmp_path / "0", seed=0, **options)
+    prepare(source, tmp_path / "1", seed=1, **options)
+    assert read_texts(tmp_path / "0", "heldout") != read_texts(tmp_path / "1", "heldout")
+
+
+def test_workers_and_repetition_change_no_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "_BATCH_DOCUMENTS", 16)  # enough batches to overtake each other
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 300))
+    options = {"vocab_size": 400, "heldout_fraction": 0.2, "block_length": 128}
+    for name, workers in (("one", 1), ("three", 3), ("again", 1)):
+        prepare(source, tmp_path / name, workers=workers, **options)
+    one = files(tmp_path / "one")
+    assert sorted(one) == [
+        "heldout/00000.array_record",
+        "manifest.json",
+        "tokenizer.json",
+        "tokenizer_info.json",
+        "train/00000.array_record",
+    ]
+    assert files(tmp_path / "three") == one
+    assert files(tmp_path / "again") == one
+
+
+def test_tokenizer_is_trained_on_the_training_split_only(tmp_path):
+    splitter = Splitter(0, 0.3)
+    plain = [text for text in make_texts(0, 200) if splitter.split(text.encode()) == "train"]
+    marked = [text for i in range(100) if splitter.split((text := f"{i} unmistakable").encode()) == "heldout"]
+    assert len(plain) > 100 and len(marked) > 20
+    source = write_jsonl(tmp_path / "a.jsonl", [*marked, *plain])
+    prepare(source, tmp_path / "data", vocab_size=1000, heldout_fraction=0.3, workers=1)
+    assert read_texts(tmp_path / "data", "heldout") == marked
+    vocabulary = json.loads((tmp_path / "data/tokenizer.json").read_text())["model"]["vocab"]
+    assert any("return" in token for token in vocabulary)
+    assert not any("mis" in token for token in vocabulary)
+
+
+def test_sample_for_the_tokenizer_is_bounded(tmp_path):
+    texts = [f"word{i} " * 400 for i in range(200)]
+    prepare(
+        write_jsonl(tmp_path / "a.jsonl", texts),
+        tmp_path / "data",
+        vocab_size=3000,
+        train_bytes=50_000,
+        heldout_fraction=0.3,
+        workers=1,
+    )
+    vocabulary = json.loads((tmp_path / "data/tokenizer.json").read_text())["model"]["vocab"]
+    # 50 kB are about 16 of the documents, from all over the source: not the first 16.
+    assert vocabulary.keys() >= {"word", "Ġword"} and len(vocabulary) < 600
+
+
+def test_broken_and_empty_records_are_counted_and_named(tmp_path, caplog):
+    file = tmp_path / "a.jsonl"
+    write_jsonl(file, [*make_texts(0, 195), "", ""])
+    with file.open("a") as stream:
+        stream.write("nonsense\n" * 7)
+    options = {"tokenizer": "bytes", "workers": 1, "block_length": 64}
+    manifest = prepare(str(file), tmp_path / "data", max_broken_fraction=0.05, **options)
+    assert (manifest.records.read, manifest.records.broken, manifest.records.empty) == (204, 7, 2)
+    assert manifest.splits["train"].documents + manifest.splits["heldout"].documents == 195
+    named = [record.getMessage() for record in caplog.records]
+    assert named[0] == (
+        f"broken record left out: {file}:198: not JSON, one object a line: Expecting value: line 1 column 1 (char 0)"
+    )
+    assert len(named) == 5
+    message = r"7 of 204 records of .*a\.jsonl are broken, more than max_broken_fraction 0\.034 allows"
+    with pytest.raises(UserError, match=message):
+        prepare(str(file), tmp_path / "strict", max_broken_fraction=0.034, **options)
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            "one document",
+            r"the heldout split would be empty: none of 1 documents .* two different documents are needed",
+        ),
+        ("same|same|same", "would be empty: none of 3 documents .* two different documents are needed"),
+        ("||", r"a\.txt holds no text: all of its 3 documents are empty"),
+        ("", r"a\.txt holds no text: all of its 1 documents are empty"),
+    ],
+)
+def test_too_few_documents_are_refused(tmp_path, content, message):
+    (tmp_path / "a.txt").write_text(content)
+    options = {"tokenizer": "bytes", "workers": 1, "document_separator": "|"}
+    with pytest.raises(UserError, match=message):
+        prepare(str(tmp_path / "a.txt"), tmp_path / "data", heldout_fraction=1e-9, **options)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_the_proposed_fraction_works(tmp_path, fraction):
+    (tmp_path / "a.txt").write_text("|".join(make_texts(0, 5)))
+    options = {"tokenizer": "bytes", "workers": 1, "document_separator": "|"}
+    with pytest.raises(UserError, match=r"--heldout_fraction=0\.\d+$") as raised:
+        prepare(str(tmp_path / "a.txt"), tmp_path / "data", heldout_fraction=fraction, **options)
+    proposed = float(str(raised.value).rpartition("=")[2])
+    manifest = prepare(str(tmp_path / "a.txt"), tmp_path / "data", heldout_fraction=proposed, **options)
+    assert all(split.documents >= 1 for split in manifest.splits.values())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"heldout_fraction": 0.0}, "heldout_fraction has to lie between 0 and 1, not at 0.0"),
+        ({"heldout_fraction": 1.0}, "heldout_fraction has to lie between 0 and 1, not at 1.0"),
+        ({"max_broken_fraction": 2.0}, "max_broken_fraction has to lie between 0 and 1, not at 2.0"),
+        ({"block_length": 0}, "block_length has to be at least 1, not 0"),
+        ({"workers": 0}, "workers has to be at least 1, not 0"),
+        ({"train_bytes": 0}, "train_bytes has to be at least 1, not 0"),
+        ({"seed": -1}, r"seed has to be at least 0 and below 2\*\*63, not -1"),
+        ({"vocab_size": 100}, "a byte-level BPE cannot have 100 tokens"),
+        (
+            {"tokenizer": "bytes", "vocab_size": 300},
+            r"vocab_size is for a trained tokenizer \(bpe\); bytes has its own",
+        ),
+        ({"document_token": "</s>"}, "document_token is for an existing tokenizer; bpe has its own"),
+        ({"tokenizer": "nonesuch"}, "no tokenizer 'nonesuch': give bpe, bytes, or the path"),
+        ({"source": "nowhere"}, "no source 'nowhere'"),
+        ({"text_field": "body"}, r"no field 'body' \(its fields: text\); --text_field chooses"),
+    ],
+)
+def test_bad_arguments_leave_nothing_behind(tmp_path, options, message):
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 10))
+    options = {"source": source, "output": tmp_path / "data", **options}
+    with pytest.raises(UserError, match=message):
+        prepare(**options)
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_existing_output(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
+    data = tmp_path / "data"
+    data.mkdir()
+    prepare(source, data, block_length=64, **options)  # an empty directory is as good as none
+    before = files(data)
+    with pytest.raises(UserError, match="data exists already; --overwrite replaces it"):
+        prepare(source, data, block_length=32, **options)
+    assert files(data) == before
+    prepare(source, data, block_length=32, overwrite=True, **options)
+    assert read_manifest(data).block_length == 32
+    (data / "manifest.json").unlink()
+    with pytest.raises(
+        UserError, match=r"is not a prepared dataset \(it has no manifest\.json\), so --overwrite leaves"
+    ):
+        prepare(source, data, overwrite=True, **options)
+    with pytest.raises(UserError, match=r"a\.jsonl is a file, so nothing can be made in it"):
+        prepare(source, tmp_path / "a.jsonl/data", **options)
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    monkeypatch.setattr(SplitWriter, "_shard_path", lambda self: pathlib.Path("/dev/full"))
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        prepare(source, tmp_path / "data", tokenizer="bytes", heldout_fraction=0.3)
+    assert raised.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch, overwrite):
+    """At the last moment, when all but the manifest is written; an older dataset stays."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
+    if overwrite:
+        prepare(source, tmp_path / "data", block_length=64, **options)
+    before = files(tmp_path)
+
+    def interrupt(self, directory):
+        assert (directory / "train/00000.array_record").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Manifest, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path / "data", overwrite=overwrite, **options)
+    assert files(tmp_path) == before
+    assert sorted(os.listdir(tmp_path)) == (["a.jsonl", "data"] if overwrite else ["a.jsonl"])

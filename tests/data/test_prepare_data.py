@@ -1,0 +1,79 @@
+"""launch/prepare_data.py: the summary of a good run; one line and status 2 for a bad one."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jaxlinear.data import load_tokenizer, read_manifest
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "launch/prepare_data.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def source(tmp_path):
+    text = "\n".join(f"line number {i} has {i * i} in it" for i in range(2000))
+    (tmp_path / "a.txt").write_text(text)
+    return tmp_path / "a.txt"
+
+
+def test_summary(tmp_path, source):
+    data = tmp_path / "made" / "data"
+    done = run(
+        f"--source={source}",
+        f"--output={data}",
+        "--vocab_size=300",
+        r"--document_separator=\n",
+        "--heldout_fraction=0.1",
+        "--workers=2",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    manifest = read_manifest(data)
+    train, heldout = manifest.splits["train"], manifest.splits["heldout"]
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{source}: 2000 records, 0 broken, 0 empty"
+    assert lines[1] == (
+        f"train: {train.documents} documents, {train.tokens} tokens, {train.bytes} bytes, "
+        f"{train.bytes / train.tokens:.2f} bytes a token, {train.blocks} blocks of 2048"
+    )
+    assert lines[2].startswith(f"heldout: {heldout.documents} documents, {heldout.tokens} tokens, ")
+    gzip_rate, xz_rate = 8 * heldout.gzip_bytes / heldout.bytes, 8 * heldout.xz_bytes / heldout.bytes
+    assert lines[3] == f"heldout: gzip -9 {gzip_rate:.3f} and xz -9 {xz_rate:.3f} bits a byte"
+    assert 0.5 < xz_rate < 4
+    assert lines[4] == "vocabulary: 300 tokens (tokenizers)"
+    assert re.fullmatch(rf"{re.escape(str(data))} made in \d+\.\d s", lines[5]) and len(lines) == 6
+    assert load_tokenizer(data).vocab_size == 300
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--source=nowhere"], "no source 'nowhere': there is no such file or folder"),
+        (["--source=SOURCE"], "the heldout split would be empty: none of 1 documents"),
+        (["--source=SOURCE", "--vocab_size=ten"], "flag --vocab_size=ten"),
+        (["--source=SOURCE", "--document_separator="], "--document_separator must not be empty"),
+        ([], "Flag --source must have a value other than None"),
+        (["--source=SOURCE", "--output=SOURCE/data"], "a.txt is a file, so nothing can be made in it"),
+        (["--source=SOURCE", "--output=/dev/full/a/b"], "a part of the path is not a directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, source, arguments, message):
+    arguments = [argument.replace("SOURCE", str(source)) for argument in arguments]
+    done = run(f"--output={tmp_path / 'data'}", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("prepare_data.py: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+    assert os.listdir(tmp_path) == ["a.txt"]

@@ -1,0 +1,222 @@
+"""Every kind of source, its broken records by name, and bad sources refused in one line."""
+
+import gzip
+import json
+import sys
+import types
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from jaxlinear.data.compressed import DamagedFile, read_all
+from jaxlinear.data.sources import Record, open_source
+from jaxlinear.errors import UserError
+
+
+def texts(source) -> list[str]:
+    return [record.text for record in source if record.text is not None]
+
+
+def errors(source) -> list[tuple[str, str]]:
+    return [(record.origin, record.error) for record in source if record.error is not None]
+
+
+def json_lines(*values) -> bytes:
+    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
+
+
+def test_python_stdlib():
+    records = list(open_source("python-stdlib"))
+    origins = [record.origin for record in records]
+    assert len(records) > 500 and not any("site-packages" in origin for origin in origins)
+    assert any(origin.endswith("asyncio/queues.py") for origin in origins)
+    by_name = {record.origin.rsplit("/", 1)[-1]: record.text for record in records}
+    assert by_name["this.py"].startswith('s = """Gur Mra bs Clguba')
+    assert len(errors(records)) < 0.01 * len(records)
+
+
+def test_one_text_file_is_one_document(tmp_path):
+    (tmp_path / "a.log").write_bytes("é\r\nb\n\n".encode())
+    assert texts(open_source(str(tmp_path / "a.log"))) == ["é\r\nb\n\n"]
+
+
+def test_separator_cuts_text_into_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n\nfour\n")
+    records = list(open_source(str(tmp_path / "a.txt"), separator="\n\n"))
+    file = tmp_path / "a.txt"
+    assert records == [
+        Record(f"{file}:1", "one\ntwo"),
+        Record(f"{file}:4", "three"),
+        Record(f"{file}:6", "four\n"),
+    ]
+
+
+def test_folder_is_read_recursively_in_order_by_suffix(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "z.txt").write_text("z")
+    (tmp_path / "b" / "a.md").write_text("a")
+    (tmp_path / "b" / "c.jsonl").write_bytes(json_lines({"text": "c1"}, {"text": "c2"}))
+    (tmp_path / "b" / "d.txt.gz").write_bytes(gzip.compress(b"d"))
+    (tmp_path / "b" / "e.bin").write_bytes(b"e")
+    (tmp_path / ".hidden" / "f.txt").write_text("f")
+    assert texts(open_source(str(tmp_path))) == ["a", "c1", "c2", "d", "z"]
+    assert texts(open_source(str(tmp_path), suffixes=(".bin",))) == ["e"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.ndjson"])
+def test_json_lines(tmp_path, name):
+    content = json_lines({"text": "one\ntwo", "id": 1}, {"text": "日本"}) + b"\n" + b'{"text": "no line end"}'
+    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get("." + name.split(".")[-1], bytes)
+    (tmp_path / name).write_bytes(pack(content))
+    source = open_source(str(tmp_path / name))
+    assert texts(source) == ["one\ntwo", "日本", "no line end"]
+    assert texts(source) == ["one\ntwo", "日本", "no line end"]  # a second pass gives the same
+
+
+def test_lines_longer_than_a_chunk(tmp_path):
+    values = [{"text": "a" * 3_000_000}, {"text": "b"}, {"text": "c" * 1_500_000}]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(*values))
+    assert texts(open_source(str(tmp_path / "a.jsonl"))) == [value["text"] for value in values]
+
+
+def test_text_field(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines({"body": "b", "text": "t"}))
+    assert texts(open_source(str(tmp_path / "a.jsonl"), text_field="body")) == ["b"]
+
+
+def test_broken_json_lines_are_named(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(
+        json_lines({"text": "good"})
+        + b'{"text": \n'
+        + json_lines({"id": 2}, {"text": 3}, [1], {"text": "\ud800"})
+        + b'{"text": "\xff"}\n'
+    )
+    assert errors(open_source(str(file))) == [
+        (f"{file}:2", "not JSON, one object a line: Expecting value: line 1 column 10 (char 9)"),
+        (f"{file}:3", "no field 'text' (its fields: id); --text_field chooses"),
+        (f"{file}:4", "field 'text' is not a string but int"),
+        (f"{file}:5", "a JSON list where an object is expected"),
+        (f"{file}:6", "field 'text' is not Unicode text: surrogates not allowed"),
+        (f"{file}:7", "not utf-8: invalid start byte at byte 10"),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_truncated_file_is_a_broken_record(tmp_path, suffix):
+    content = json_lines(*({"text": f"{i} " + "".join(map(chr, range(300, 900)))} for i in range(50)))
+    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
+    file = tmp_path / f"a.jsonl{suffix}"
+    packed = pack(content)
+    file.write_bytes(packed[: len(packed) - 5])
+    (tmp_path / "b.jsonl").write_bytes(json_lines({"text": "after"}))
+    source = open_source(str(tmp_path))
+    ((origin, error),) = errors(source)
+    assert origin.startswith(f"{file}:") and error == f"damaged {suffix} file: it ends too soon"
+    assert texts(source)[-1] == "after"
+
+
+def test_several_members_and_damage(tmp_path):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"one ") + gzip.compress(b"two"))
+    assert read_all(tmp_path / "a.gz") == b"one two"
+    pack = zstandard.ZstdCompressor().compress
+    (tmp_path / "a.zst").write_bytes(pack(b"one ") + pack(b"two"))
+    assert read_all(tmp_path / "a.zst") == b"one two"
+    for name in ("b.gz", "b.zst"):
+        (tmp_path / name).write_bytes(b"this is not compressed at all")
+        with pytest.raises(DamagedFile, match=f"damaged {name[1:]} file"):
+            read_all(tmp_path / name)
+
+
+def test_binary_and_other_encodings_among_text(tmp_path):
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "b.txt").write_bytes(b"\x7fELF\0\0")
+    (tmp_path / "c.txt").write_bytes("é".encode("latin-1"))
+    assert errors(open_source(str(tmp_path))) == [
+        (str(tmp_path / "b.txt"), "a binary file (it has NUL bytes)"),
+        (str(tmp_path / "c.txt"), "not utf-8: unexpected end of data at byte 0"),
+    ]
+
+
+def test_parquet(tmp_path):
+    file = tmp_path / "a.parquet"
+    column = pyarrow.array(["one", None, "zwei"] * 700)
+    pyarrow.parquet.write_table(pyarrow.table({"body": column, "n": range(2100)}), file, row_group_size=500)
+    source = open_source(str(file), text_field="body")
+    assert texts(source) == ["one", "zwei"] * 700
+    assert errors(source)[0] == (f"{file}:2", "field 'body' is not a string but NoneType")
+    assert errors(source)[-1][0] == f"{file}:2099"
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path):
+    file = tmp_path / "a.parquet"
+    column = pyarrow.array([b"good", b"\xff", b"fine"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), file)
+    source = open_source(str(file))
+    assert texts(source) == ["good", "fine"]
+    assert errors(source) == [(f"{file}:2", "not utf-8: invalid start byte at byte 0")]
+
+
+def test_parquet_refusals(tmp_path, monkeypatch):
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), file)
+    with pytest.raises(UserError, match=r"has no field 'text' \(its fields: body, n\); --text_field chooses"):
+        list(open_source(str(file)))
+    with pytest.raises(UserError, match="field 'n' of .* is not a string but int64"):
+        list(open_source(str(file), text_field="n"))
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(
+        UserError, match=r"no usable document among the first 1 of .*a\.parquet:1: damaged Parquet file"
+    ):
+        list(open_source(str(file), text_field="body"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install jaxlinear\[parquet\]"):
+        list(open_source(str(file)))
+
+
+def test_hugging_face(monkeypatch):
+    rows = [{"text": "one"}, {"text": None}, {"text": "two"}]
+    calls = []
+
+    def load_dataset(path, config, split):
+        calls.append((path, config, split))
+        if path == "absent":
+            raise FileNotFoundError("Dataset 'absent' doesn't exist")
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    source = open_source("hf:org/name:small")
+    assert texts(source) == ["one", "two"]
+    assert errors(source) == [("hf:org/name:small:2", "field 'text' is not a string but NoneType")]
+    assert calls == [("org/name", "small", "train")]
+    with pytest.raises(UserError, match="hf:absent cannot be loaded: Dataset 'absent' doesn't exist"):
+        open_source("hf:absent")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"hf:name needs the datasets package: pip install jaxlinear\[hf\]"):
+        open_source("hf:name")
+
+
+def test_bad_sources_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no source 'nowhere': there is no such file or folder"):
+        open_source("nowhere")
+    (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
+    with pytest.raises(UserError, match=r"empty\.jsonl is empty: there is no document in it"):
+        list(open_source(str(tmp_path / "empty.jsonl")))
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
+    with pytest.raises(UserError, match=r"no usable document .*image\.png: a binary file \(it has NUL bytes\)"):
+        list(open_source(str(tmp_path / "image.png")))
+    (tmp_path / "field.jsonl").write_bytes(json_lines(*[{"body": "b", "id": 1}] * 200))
+    message = r"among the first 100 of .*field\.jsonl:1: no field 'text' \(its fields: body, id\); --text_field chooses"
+    with pytest.raises(UserError, match=message):
+        list(open_source(str(tmp_path / "field.jsonl")))
+
+
+def test_folders_without_text_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no file with a suffix of \.txt, .* and no other"):
+        open_source(str(tmp_path))
+    (tmp_path / "a.rs").write_text("a")
+    with pytest.raises(UserError, match=r"has no file with a suffix of .*; there are \.rs \(--suffixes chooses\)"):
+        open_source(str(tmp_path))
