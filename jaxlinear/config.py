@@ -33,7 +33,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.embedding_scale": (bool, "Multiply embeddings by sqrt(D)."),
     "model.logit_soft_cap": (float, "Logits become cap * tanh(logits / cap); 0 means none."),
     "model.dtype": ("bfloat16", "Of activations: bfloat16 or float32. Parameters and losses are float32."),
-    "model.remat": ("none", "What the backward pass finds stored: none (all), dots, dots_no_batch, full (nothing)."),
+    "model.remat": (
+        "elementwise",
+        "What the backward pass computes again: none; elementwise (all but matrix products, recurrences, attention); "
+        "products (all but products with parameters); full (all).",
+    ),
     "data.path": ("", "A prepared dataset, or a mixture: DIR=WEIGHT,DIR=WEIGHT."),
     "data.heldout_path": ("", "The dataset whose held-out split is evaluated; by default the first of data.path."),
     "data.segment_documents": (True, "Packed documents do not see each other."),
@@ -78,7 +82,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "logging.profile_steps": (3, "Steps in the trace."),
 }
 
-MODEL_DTYPES = ("bfloat16", "float32", "float64")
+MODEL_DTYPES = ("bfloat16", "float32")
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -112,7 +116,7 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
         for name, value in presets.find(model.preset).items():
             if model[name] is None:
                 model[name] = value
-    for name, value in (("embedding_scale", False), ("logit_soft_cap", 0.0)):
+    for name, value in (("embedding_scale", False), ("logit_soft_cap", 0.0), ("recurrent_width", model.width)):
         if model[name] is None:
             model[name] = value
     if model.pattern is not None:

@@ -22,7 +22,7 @@ class ModelConfig:
     embedding_scale: bool = True
     logit_soft_cap: float = 30.0
     dtype: str = "bfloat16"
-    remat: str = "none"
+    remat: str = "elementwise"
 
     @property
     def head_width(self) -> int:

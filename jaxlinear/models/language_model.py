@@ -7,18 +7,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxlinear import ops
 from jaxlinear.models.blocks import Period
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import RMSNorm, parameter
+from jaxlinear.ops import dtypes
 from jaxlinear.ops.cross_entropy import soft_capped
 from jaxlinear.parallel import sharding
 
-# What the backward pass may find stored, by name; the rest of a period it computes again.
+# How much of a period the backward pass computes again instead of finding it stored. Elementwise work is cheaper to
+# repeat than to write and read back.
 REMAT_POLICIES = {
     "none": None,
+    "elementwise": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(*ops.SAVED)
+    ),
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -48,10 +53,32 @@ class LanguageModel(nnx.Module):
     def num_periods(self) -> int:
         return self.config.num_layers // len(self.config.pattern)
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the periods are one module with stacked parameters, and their states stacked likewise."""
+        return not isinstance(self.periods, nnx.List)
+
+    def unstacked(self) -> "LanguageModel":
+        """The same model with parameters and state of each period in arrays of their own.
+
+        It is for decoding: a scan copies the parameters and the state of a period out of the stacks for every token.
+        The program and the time to compile it then grow with depth.
+        """
+        if self.periods is None or not self.is_stacked:
+            return self
+        graph, stacked = nnx.split(self.periods)
+        model = nnx.clone(self)
+        model.periods = nnx.List(
+            [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(self.num_periods)]
+        )
+        return model
+
     def init_state(self, batch: int) -> dict[str, Any]:
         """The empty past of ``batch`` rows."""
         state: dict[str, Any] = {"segment": jnp.full((batch,), -1, jnp.int32)}
-        if self.periods is not None:
+        if not self.is_stacked:
+            state["periods"] = [period.init_state(batch) for period in self.periods]
+        elif self.periods is not None:
             one = self.periods.init_state(batch)
             state["periods"] = jax.tree.map(lambda x: jnp.repeat(x[None], self.num_periods, axis=0), one)
         if self.rest is not None:
@@ -67,10 +94,14 @@ class LanguageModel(nnx.Module):
         it ended in; a row whose next segment id is another one starts from an empty past.
         """
         x, state = self.hidden(tokens, segment_ids, state)
+        return self.logits(x), state
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """``[B, T, vocab]`` float32 from what ``hidden`` returns."""
         embedding = self.embedding[...].astype(x.dtype)
         logits = jnp.einsum("btd,vd->btv", x, embedding, preferred_element_type=_float32(x))
         logits = sharding.constrain(logits, "batch", "time", "vocab")
-        return soft_capped(logits, self.config.logit_soft_cap), state
+        return soft_capped(logits, self.config.logit_soft_cap)
 
     def hidden(
         self, tokens: jax.Array, segment_ids: jax.Array | None = None, state: dict[str, Any] | None = None
@@ -78,20 +109,29 @@ class LanguageModel(nnx.Module):
         """``[B, T, D]`` after the last norm, which the embedding turns into logits, and the state."""
         config = self.config
         if state is not None and segment_ids is not None:
-            state = _forget_others(state, self.init_state(tokens.shape[0]), segment_ids[:, 0])
-        x = jnp.take(self.embedding[...].astype(config.activation_dtype), tokens, axis=0)
+            state = _forget_others(state, self.init_state(tokens.shape[0]), segment_ids[:, 0], self.is_stacked)
+        # Looked up before the cast, so that the gradient of a frequent token is summed in float32.
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(config.activation_dtype)
         if config.embedding_scale:
             x = x * jnp.asarray(config.width**0.5, x.dtype)
         x = sharding.constrain(x, "batch", "time", None)
 
         new: dict[str, Any] = {"segment": _last_segment(tokens, segment_ids, state)}
         if self.periods is not None:
-            x, new["periods"] = self._scan(x, segment_ids, None if state is None else state["periods"])
+            run = self._scan if self.is_stacked else self._loop
+            x, new["periods"] = run(x, segment_ids, None if state is None else state["periods"])
         if self.rest is not None:
             x, new["rest"] = self.rest(
                 x, segment_ids=segment_ids, state=None if state is None else state["rest"]
             )
         return self.norm(x), new
+
+    def _loop(self, x, segment_ids, states):
+        new = []
+        for i, period in enumerate(self.periods):
+            x, state = period(x, segment_ids=segment_ids, state=None if states is None else states[i])
+            new.append(state)
+        return x, new
 
     def _scan(self, x, segment_ids, states):
         graph, parameters = nnx.split(self.periods)
@@ -107,7 +147,7 @@ class LanguageModel(nnx.Module):
 
 
 def _float32(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return dtypes.wide(x.dtype)
 
 
 def _last_segment(tokens, segment_ids, state):
@@ -116,7 +156,7 @@ def _last_segment(tokens, segment_ids, state):
     return jnp.zeros((tokens.shape[0],), jnp.int32) if state is None else state["segment"]
 
 
-def _forget_others(state, empty, segment):
+def _forget_others(state, empty, segment, stacked):
     """The rows of the state whose document goes on with ``segment`` ``[B]``; the empty past in the others."""
     same = state["segment"] == segment
 
@@ -127,5 +167,5 @@ def _forget_others(state, empty, segment):
 
         return choose
 
-    kept = {key: jax.tree.map(keep(1 if key == "periods" else 0), state[key], empty[key]) for key in state}
+    kept = {key: jax.tree.map(keep(1 if stacked and key == "periods" else 0), state[key], empty[key]) for key in state}
     return kept

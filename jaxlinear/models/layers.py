@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
+from jaxlinear.ops import dtypes
 from jaxlinear.parallel import sharding
 
 Initializer = Callable[..., jax.Array]
@@ -15,7 +16,13 @@ Initializer = Callable[..., jax.Array]
 
 def fan_in_normal(scale: float = 1.0) -> Initializer:
     """Normal with variance ``scale / fan_in``, the fan-in being the axis before the last."""
-    return nnx.initializers.variance_scaling(scale, "fan_in", "normal")
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        # Axes before that, as of the blocks of a block-diagonal matrix, are no part of the fan-in.
+        others = tuple(range(len(shape) - 2))
+        return nnx.initializers.variance_scaling(scale, "fan_in", "normal", batch_axis=others)(key, shape, dtype)
+
+    return init
 
 
 def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...], rngs: nnx.Rngs) -> nnx.Param:
@@ -41,7 +48,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.dot(x, self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + _last(self.bias[...], y)
+        if self.bias is None:
+            return y
+        # Added in float32, so that the gradient of the bias is summed in float32.
+        wide = y.astype(dtypes.wide(y.dtype))
+        return (wide + _last(self.bias[...], wide)).astype(y.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -53,7 +64,7 @@ class RMSNorm(nnx.Module):
         self.scale = parameter(nnx.initializers.zeros, (width,), (axis,), rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(dtypes.wide(x.dtype))
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return (wide * inverse * _last(1 + self.scale[...], wide)).astype(x.dtype)
 

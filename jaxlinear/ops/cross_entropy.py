@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlinear.ops import dtypes
+
 # Logits of one slice, in elements: on an accelerator enough for full matrix speed and little against the activations of
 # a batch; on CPU what stays in the cache, since each pass over more than that costs as much as the matrix product.
-_SLICE_ELEMENTS = {"cpu": 1 << 20}
+_SLICE_ELEMENTS = {"cpu": 1 << 21}
 _SLICE_ELEMENTS_ELSEWHERE = 1 << 26
 
 
@@ -44,6 +46,7 @@ def linear_cross_entropy(
       Two float32 scalars: the cross-entropy, which carries no gradient, and the objective, which does.
     """
     statics = (soft_cap, z_loss, groups)
+    weights = lax.stop_gradient(weights).astype(dtypes.wide(x.dtype))
     nll, objective = _objective(x, embedding, targets, weights, statics)
     return lax.stop_gradient(nll), objective
 
@@ -79,7 +82,7 @@ def _objective_backward(statics, residuals, cotangents):
 def _forward(x, embedding, targets, weights, statics, gradients):
     soft_cap, z_loss, groups = statics
     slices = _slices(x, embedding)
-    total = jnp.promote_types(x.dtype, jnp.float32)
+    total = dtypes.wide(x.dtype)
 
     def step(carry, xs):
         xi, ti, wi = xs
@@ -102,16 +105,17 @@ def _forward(x, embedding, targets, weights, statics, gradients):
         dlogits = dlogits.astype(x.dtype)
         dxi = jnp.einsum("btv,vd->btd", dlogits, embedding.astype(x.dtype))
         grouped = [y.reshape(groups, -1, *y.shape[1:]) for y in (dlogits, xi)]
-        d_embedding += jnp.einsum("gbtv,gbtd->gvd", *grouped, preferred_element_type=total)
+        # Channels before the vocabulary: so the small operand is the one that is turned for the product.
+        d_embedding += jnp.einsum("gbtv,gbtd->gdv", *grouped, preferred_element_type=total)
         return (nll, objective, d_embedding), dxi
 
     zero = jnp.zeros((), total)
-    carry = (zero, zero, jnp.zeros((groups, *embedding.shape), total) if gradients else None)
-    xs = (_split(x, slices), _split(targets, slices), _split(weights.astype(total), slices))
+    carry = (zero, zero, jnp.zeros((groups, *embedding.shape[::-1]), total) if gradients else None)
+    xs = (_split(x, slices), _split(targets, slices), _split(weights, slices))
     (nll, objective, d_embedding), dx = lax.scan(step, carry, xs)
     if not gradients:
         return (nll, objective), None
-    return (nll, objective), (_join(dx, x.shape[1]), jnp.sum(d_embedding, axis=0).astype(embedding.dtype))
+    return (nll, objective), (_join(dx, x.shape[1]), jnp.sum(d_embedding, axis=0).T.astype(embedding.dtype))
 
 
 _objective.defvjp(_objective_forward, _objective_backward)
@@ -123,7 +127,7 @@ def soft_capped(logits: jax.Array, soft_cap: float) -> jax.Array:
 
 
 def _logits(x, embedding, soft_cap):
-    compute = jnp.promote_types(x.dtype, jnp.float32)
+    compute = dtypes.wide(x.dtype)
     logits = jnp.einsum("btd,vd->btv", x, embedding.astype(x.dtype), preferred_element_type=compute)
     return soft_capped(logits, soft_cap)
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def starts(segment_ids: jax.Array) -> jax.Array:
@@ -22,3 +23,9 @@ def ends(segment_ids: jax.Array) -> jax.Array:
 def runs(segment_ids: jax.Array) -> jax.Array:
     """``[B, T]`` int32: 0, 1, 2, ... by run of equal ids, so that an id used twice in a row names two documents."""
     return jnp.cumsum(starts(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def first_positions(segment_ids: jax.Array) -> jax.Array:
+    """``[B, T]`` int32: where in the row the document of each token begins."""
+    positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    return lax.cummax(jnp.where(starts(segment_ids), positions, 0), axis=1)

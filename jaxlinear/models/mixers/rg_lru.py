@@ -15,7 +15,7 @@ from flax import nnx
 from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, fan_in_normal, parameter
-from jaxlinear.ops import segments
+from jaxlinear.ops import dtypes, segments
 from jaxlinear.parallel import sharding
 
 DECAY_POWER = 8.0  # c of the paper
@@ -50,7 +50,8 @@ class RGLRU(nnx.Module):
     def _gate(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         heads = x.reshape(*x.shape[:2], self.heads, -1)
         gate = jnp.einsum("bthi,hij->bthj", heads, kernel.astype(x.dtype)).reshape(x.shape)
-        return gate + bias.astype(x.dtype)[None, None]
+        wide = dtypes.wide(x.dtype)  # in which the gradient of the bias is then summed
+        return gate.astype(wide) + bias.astype(wide)[None, None]
 
 
 class RGLRUBlock(nnx.Module):
@@ -76,7 +77,7 @@ class RGLRUBlock(nnx.Module):
 
     def init_state(self, batch: int) -> dict[str, jax.Array]:
         return {
-            "h": jnp.zeros((batch, self.inner), jnp.promote_types(self.dtype, jnp.float32)),
+            "h": jnp.zeros((batch, self.inner), dtypes.wide(self.dtype)),
             "convolution": jnp.zeros((batch, self.convolution_width - 1, self.inner), self.dtype),
             "started": jnp.zeros((batch,), bool),
         }
@@ -104,7 +105,7 @@ class RGLRUBlock(nnx.Module):
 
 def _transition(x, recurrence, input_, decay, first):
     """The a and the input of the recurrence, ``[B, T, R]`` in float32, from the gates before their sigmoid."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = dtypes.wide(x.dtype)
     x, recurrence, input_ = (y.astype(wide) for y in (x, recurrence, input_))
     log_a = jax.nn.sigmoid(recurrence) * (-DECAY_POWER * jax.nn.softplus(decay.astype(wide)))[None, None]
     weight = jnp.where(first[..., None], jnp.ones((), wide), _bounded_sqrt(-jnp.expm1(2 * log_a)))

@@ -1,0 +1,37 @@
+# make quickstart   a language model from nothing, in at most ten minutes on two cores
+# make test         the whole test suite
+# make lint         ruff and mypy
+# Each makes its own environment in .venv; PYTHON names the interpreter it is made with (3.11 or newer).
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/installed
+	$(BIN)/python launch/quickstart.py --workdir=runs/quickstart
+
+test: .venv/installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --durations=15 tests
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "jaxlinear needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/installed: .venv/bin/python setup.py
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-test: .venv/bin/python setup.py
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch .venv/installed $@
+
+clean:
+	rm -rf .venv build *.egg-info

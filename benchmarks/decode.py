@@ -1,0 +1,137 @@
+"""Tokens a second of decoding, over all streams, after the prompts and without compilation; greedy, float32.
+
+    python benchmarks/decode.py --model=griffin_6m --streams=8 --prompt=64 --tokens=64 [--json=FILE]
+    python benchmarks/decode.py --against=RG/bin/python        # the same model in the recurrentgemma package
+
+With --against, the named Python runs benchmarks/recurrentgemma_worker.py (which says how to make its environment), and
+the two take turns, so that both see the same machine. The weights are random: the speed does not depend on them. The
+package cuts its attention window to the length of the text, as it does by itself; ours stays whole.
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from jaxlinear import cli
+from jaxlinear.errors import RunError, UserError
+
+_MODEL = flags.DEFINE_string("model", "griffin_6m", "A preset; --against has griffin_6m alone.")
+_STREAMS = flags.DEFINE_integer("streams", 8, "Prompts that are continued together, B.", lower_bound=1)
+_PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens of each prompt.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens that each stream gets in a round.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds that count; one more, the first, does not.", lower_bound=1)
+_AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with the recurrentgemma package.")
+_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+
+
+def main() -> None:
+    if _AGAINST.value and _MODEL.value != "griffin_6m":
+        raise UserError(f"--against has the model griffin_6m alone, not {_MODEL.value}")
+    parts = {"jaxlinear": _ours()}
+    worker = _Worker(_AGAINST.value) if _AGAINST.value else None
+    if worker:
+        parts["recurrentgemma"] = worker.go
+    try:
+        rates = _alternate(parts)
+    finally:
+        if worker:
+            worker.close()
+    result: dict[str, Any] = {
+        "model": _MODEL.value,
+        "streams": _STREAMS.value,
+        "prompt": _PROMPT.value,
+        "tokens": _TOKENS.value,
+        "load_average": os.getloadavg()[0],
+    }
+    for name, values in rates.items():
+        result[name] = {"tokens_per_second": statistics.median(values), "rounds": values}
+    if worker:
+        result["recurrentgemma"]["worker"] = worker.told
+        result["ratio"] = statistics.median(
+            ours / theirs for ours, theirs in zip(rates["jaxlinear"], rates["recurrentgemma"], strict=True)
+        )
+    text = json.dumps(result, indent=2)
+    print(text)
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
+
+
+def _ours() -> Callable[[], float]:
+    """A function that decodes one round, compiled, and returns its tokens a second."""
+    import jax
+    import numpy as np
+
+    from jaxlinear import generation
+    from jaxlinear.models import ModelConfig, parameters, presets
+
+    architecture = parameters.describe(ModelConfig(**presets.find(_MODEL.value), dtype="float32"))
+    model = architecture.bind(jax.jit(architecture.initialise)(jax.random.key(0))).unstacked()
+    random = np.random.default_rng(1)
+    prompts = list(random.integers(0, model.config.vocab_size, (_STREAMS.value, _PROMPT.value)))
+
+    def go() -> float:
+        rounds = generation.chunks(model, prompts, generation.Sampling(temperature=0.0), _TOKENS.value + 1)
+        next(rounds)  # the first token comes with the prompt
+        begin = time.perf_counter()
+        made = sum(tokens.size for tokens in rounds)
+        seconds = time.perf_counter() - begin
+        assert made == _STREAMS.value * _TOKENS.value
+        return made / seconds
+
+    go()
+    return go
+
+
+def _alternate(parts: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    rates: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(_ROUNDS.value + 1):
+        for name, go in parts.items():
+            rates[name].append(go())
+    return {name: values[1:] for name, values in rates.items()}
+
+
+class _Worker:
+    """The comparison side, in a process of its own."""
+
+    def __init__(self, python: str):
+        script = pathlib.Path(__file__).with_name("recurrentgemma_worker.py")
+        options = {"streams": _STREAMS.value, "prompt": _PROMPT.value, "tokens": _TOKENS.value}
+        command = [python, str(script), "decode", *(f"--{name}={value}" for name, value in options.items())]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
+        except FileNotFoundError as error:
+            raise UserError(f"--against={python} is not a Python") from error
+        self.told = self._read()
+
+    def go(self) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        told = self._read()
+        return told["tokens"] / told["seconds"]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RunError(f"the comparison side ended with status {self._process.wait()}; its reason is above")
+        return json.loads(line)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,221 @@
+"""Loss on the held-out split: by length of the rows, up to several times the training length, and by position."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlinear import data
+from jaxlinear.errors import RunError, UserError
+from jaxlinear.evaluation.run import Run
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training.loop import mixture, place
+from jaxlinear.training.step import make_loss_step
+
+LENGTHS = (1, 2, 4, 8)  # multiples of the training length, where the dataset has them
+
+
+def evaluate(
+    run: Run,
+    *,
+    data: str | None = None,
+    lengths: Sequence[int] | None = None,
+    batches: int = 0,
+    batch_tokens: int = 0,
+) -> dict[str, Any]:
+    """The losses of a run on a held-out split.
+
+    Args:
+      run: of ``open_run``.
+      data: the dataset; by default the one that the run was evaluated on while it trained.
+      lengths: multiples of the training length. One that the dataset does not have is refused; of the default,
+        ``LENGTHS``, it is left out.
+      batches: how many batches to take; 0 takes the whole split.
+      batch_tokens: tokens of a batch, whatever the length; by default as many as in training.
+    """
+    if batches < 0 or batch_tokens < 0:
+        raise UserError(f"batches={batches} and batch_tokens={batch_tokens} must not be negative")
+    path = _dataset(run, data)
+    manifest = _read_manifest(run, path)
+    split = manifest.splits["heldout"]
+    training = run.config.training
+    batch_tokens = batch_tokens or training.batch_size * training.sequence_length
+
+    plans, left_out = [], []
+    for multiple in LENGTHS if lengths is None else lengths:
+        length = multiple * training.sequence_length
+        try:
+            plans.append((multiple, _plan(run, path, length, split.tokens - 1, batch_tokens, batches)))
+        except UserError as error:
+            if lengths is not None:
+                raise UserError(f"length {multiple} x {training.sequence_length}: {error}") from error
+            left_out.append({"multiple": multiple, "length": length, "reason": str(error)})
+    if not plans:
+        raise UserError(left_out[0]["reason"] if left_out else "no length is asked for")
+
+    loss_step = make_loss_step(run.config, run.architecture, run.mesh)
+    return {
+        "dataset": str(path),
+        "source": manifest.source,
+        "documents": split.documents,
+        "tokens": split.tokens,
+        "bytes": split.bytes,
+        "gzip_bits_per_byte": None if split.gzip_bytes is None else 8 * split.gzip_bytes / split.bytes,
+        "xz_bits_per_byte": None if split.xz_bytes is None else 8 * split.xz_bytes / split.bytes,
+        "segment_documents": run.config.data.segment_documents,
+        "lengths": [
+            {"multiple": multiple} | _measure(run, loss_step, plan, split.tokens / split.bytes)
+            for multiple, plan in plans
+        ],
+        "left_out": left_out,
+    }
+
+
+def context(segment_ids: np.ndarray, *, segment_documents: bool) -> np.ndarray:
+    """How many earlier tokens of its row the model sees at each token, ``[B, T]``: those of the same document, or all
+    if documents are not segmented."""
+    index = np.broadcast_to(np.arange(segment_ids.shape[1]), segment_ids.shape)
+    if not segment_documents:
+        return index
+    starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
+    return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+
+
+def bucket(position: np.ndarray) -> np.ndarray:
+    """0 for position 0, then one for each power of two: 1 for 1, 2 for 2-3, 3 for 4-7, ..."""
+    return np.frexp(position)[1]
+
+
+def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
+    """From nats a token."""
+    return loss / math.log(2) * tokens_per_byte
+
+
+def _dataset(run: Run, path: str | None) -> Path:
+    if path:
+        return Path(path)
+    config = run.config.data
+    if config.heldout_path:
+        return Path(config.heldout_path)
+    if not config.path:
+        raise UserError(f"the run in {run.workdir} names no dataset; name one with --data")
+    return Path(next(iter(mixture(config.path))))
+
+
+def _read_manifest(run: Run, path: Path) -> data.Manifest:
+    """The manifest, if its tokens are those that the model was trained on."""
+    manifest = data.read_manifest(path)
+    if "heldout" not in manifest.splits or manifest.splits["heldout"].tokens < 2:
+        raise UserError(f"{path} has no held-out text; prepare it with a larger --heldout_fraction")
+    if manifest.vocab_size > run.config.model.vocab_size:
+        raise UserError(
+            f"{path} has a vocabulary of {manifest.vocab_size} tokens, the model in {run.workdir} only "
+            f"{run.config.model.vocab_size}; prepare the dataset with --tokenizer=... of the run"
+        )
+    known = (run.workdir / "tokenizer_info.json").is_file()  # a converted run may have none
+    if known and data.load_tokenizer(run.workdir).sha256 != manifest.tokenizer.sha256:
+        raise UserError(
+            f"{path} was prepared with another tokenizer than the one that {run.workdir} was trained with; prepare it "
+            f"with the tokenizer in {run.workdir}"
+        )
+    return manifest
+
+
+def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int, limit: int) -> dict[str, Any]:
+    """Arguments of ``heldout_batches`` for rows of ``length``, or a refusal."""
+    if length < 1:
+        raise UserError("a length is a multiple of the training length, at least 1")
+    if length > targets:
+        raise UserError(f"it is {length} tokens, and the held-out split of {path} has {targets} targets in all")
+    devices = run.mesh.size
+    rows = min(max(batch_tokens // length, 1), math.ceil(targets / length))
+    rows = math.ceil(rows / devices) * devices
+    total = math.ceil(targets / (rows * length))
+    plan = {"path": path, "batch_size": rows, "sequence_length": length, "limit": min(limit or total, total)}
+    data.heldout_batches(**plan)  # checks the length against that of the blocks; reads nothing yet
+    return plan | {"whole_split": plan["limit"] == total}
+
+
+def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byte: float) -> dict[str, Any]:
+    plan = dict(plan)
+    whole = plan.pop("whole_split")
+    length = plan["sequence_length"]
+    sharding = meshes.batch_sharding(run.mesh)
+    totals = np.zeros(int(bucket(np.asarray(length - 1))) + 1)
+    counts = np.zeros(len(totals), np.int64)
+
+    def read(segment_ids: np.ndarray, nll: jax.Array) -> None:
+        where = segment_ids > 0
+        buckets = bucket(context(segment_ids, segment_documents=run.config.data.segment_documents))[where]
+        totals[:] += np.bincount(buckets, np.asarray(nll, np.float64)[where], len(totals))
+        counts[:] += np.bincount(buckets, minlength=len(totals))
+
+    begin = time.perf_counter()
+    pending = None  # the losses of a batch are read after the next one is under way
+    for batch in data.heldout_batches(**plan):
+        nll, _ = loss_step(run.parameters, place(batch, sharding))
+        if pending is not None:
+            read(*pending)
+        pending = batch["segment_ids"], nll
+    if pending is not None:
+        read(*pending)
+    seconds = time.perf_counter() - begin
+
+    loss = float(totals.sum() / counts.sum())
+    if not math.isfinite(loss):
+        raise RunError(f"the loss of {run.workdir} at step {run.step} and length {length} is {loss}")
+    return {
+        "length": length,
+        "batch_size": plan["batch_size"],
+        "batches": plan["limit"],
+        "whole_split": whole,
+        "tokens": int(counts.sum()),
+        "loss": loss,
+        "perplexity": float(np.exp(loss)),
+        "bits_per_byte": bits_per_byte(loss, tokens_per_byte),
+        "by_position": [
+            {
+                "first": (1 << i) >> 1,
+                "last": min((1 << i) - 1, length - 1),
+                "tokens": int(count),
+                "loss": float(total / count) if count else None,
+            }
+            for i, (total, count) in enumerate(zip(totals, counts, strict=True))
+        ],
+        "seconds": seconds,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report of ``evaluate`` as text for people."""
+    lengths = report["lengths"]
+    lines = [
+        f"held-out split of {report['dataset']} ({report['source']}): {report['documents']:,} documents, "
+        f"{report['tokens']:,} tokens, {report['bytes']:,} bytes"
+    ]
+    if report["gzip_bits_per_byte"] is not None and report["xz_bits_per_byte"] is not None:
+        gzip, xz = report["gzip_bits_per_byte"], report["xz_bits_per_byte"]
+        lines.append(f"the same text under gzip -9: {gzip:.3f}, under xz -9: {xz:.3f} bits a byte")
+    lines += ["", f"{'length':>8} {'':>4} {'tokens':>12} {'loss':>8} {'perplexity':>11} {'bits a byte':>12}"]
+    for row in lengths:
+        lines.append(
+            f"{row['length']:>8} {'x' + str(row['multiple']):>4} {row['tokens']:>12,} {row['loss']:>8.4f} "
+            f"{row['perplexity']:>11.2f} {row['bits_per_byte']:>12.4f}" + ("" if row["whole_split"] else "  (a part)")
+        )
+    lines += [
+        f"{row['length']:>8} {'x' + str(row['multiple']):>4} left out: {row['reason']}" for row in report["left_out"]
+    ]
+
+    seen = "of the document" if report["segment_documents"] else "of the row"
+    lines += ["", f"loss by position: the tokens {seen} that the model has seen"]
+    lines.append(f"{'position':>16}" + "".join(f" {row['length']:>9}" for row in lengths))
+    longest = max((row["by_position"] for row in lengths), key=len)
+    for i, named in enumerate(longest):
+        span = f"{named['first']}" if named["first"] == named["last"] else f"{named['first']}-{named['last']}"
+        losses = [row["by_position"][i]["loss"] if i < len(row["by_position"]) else None for row in lengths]
+        lines.append(f"{span:>16}" + "".join(f" {'' if loss is None else f'{loss:.4f}':>9}" for loss in losses))
+    return "\n".join(lines)

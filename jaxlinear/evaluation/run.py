@@ -1,0 +1,59 @@
+"""A run as evaluation sees it: its config, one of its checkpoints on the devices, nothing that can be trained."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import config_dict
+
+from jaxlinear.checkpoint import Checkpoints
+from jaxlinear.errors import UserError
+from jaxlinear.models import load, parameters
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training.workdir import read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """``parameters`` are replicated over ``mesh``, whose devices share the batch."""
+
+    workdir: Path
+    step: int
+    config: config_dict.ConfigDict
+    architecture: parameters.Architecture
+    parameters: dict[str, Any]
+    mesh: jax.sharding.Mesh
+
+    def summary(self) -> dict[str, Any]:
+        """What a report says of the run itself."""
+        training = self.config.training
+        return {
+            "workdir": str(self.workdir),
+            "step": self.step,
+            "parameters": self.architecture.num_parameters,
+            "model": dict(self.config.model) | {"pattern": list(self.config.model.pattern)},
+            "training": {name: training[name] for name in ("steps", "batch_size", "sequence_length", "seed")},
+        }
+
+
+def open_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
+    """The run with the weights of its newest checkpoint or of ``step``, on all devices."""
+    config = read_config(workdir)
+    if step is None:  # fixed here, since a run that goes on may save another one at any time
+        steps = Checkpoints(workdir).steps()
+        if not steps:
+            raise UserError(f"{workdir} holds no checkpoint that was completed")
+        step = steps[-1]
+    mesh = meshes.make_mesh({**dict.fromkeys(meshes.AXES, 1), "data": len(jax.devices())})
+    model = load(workdir, step, mesh=mesh)
+    return Run(
+        workdir=Path(workdir),
+        step=step,
+        config=config,
+        architecture=parameters.describe(model.config),
+        parameters=nnx.to_pure_dict(nnx.split(model)[1]),
+        mesh=mesh,
+    )

@@ -1,0 +1,292 @@
+"""Text from a model: the prompts in parallel, then a token at a time from a state of constant size."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from jaxlinear.data import Tokenizer, load_tokenizer
+from jaxlinear.errors import UserError
+from jaxlinear.models import LanguageModel, load
+
+CHUNK = 64  # tokens that the device makes between two looks of the host
+_SHORTEST_PROMPT = 16  # prompts are padded to a power of two, from here on, so that few lengths are compiled
+_ONE = 0x3F800000  # the bits of 1.0 in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits. The draws of row r are a function of (seed, r, index of the token) alone.
+
+    ``temperature`` 0 takes the likeliest token. Otherwise the logits are divided by it, all but the ``top_k`` likeliest
+    are dropped (0 keeps all), and of those the fewest are kept that together have at least ``top_p`` of the
+    probability. Tokens as likely as the last one kept are kept too.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"the temperature is {self.temperature}; it is a number from 0 (the likeliest token) on")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; it is a number of tokens, or 0 for all")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it lies in (0, 1]")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"the seed is {self.seed}; it lies in [0, 2**32)")
+
+    @property
+    def filters(self) -> tuple[bool, bool, bool]:
+        """What is compiled: (draw rather than take the likeliest, by top_k, by top_p)."""
+        return self.temperature > 0, self.top_k > 0, self.top_p < 1
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What may vary without compiling again."""
+        return {
+            "temperature": np.float32(self.temperature),
+            "top_k": np.float32(self.top_k),
+            "top_p": np.float32(self.top_p),
+            "seed": np.uint32(self.seed),
+        }
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_token: int | None = None,
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """Continues every prompt by at most ``max_tokens`` tokens; a row ends before its first ``stop_token``.
+
+    An empty prompt begins with the stop token, which is the one between documents. Tokens from ``vocab_size`` on,
+    which stand for nothing when the embedding has more rows than the tokeniser has tokens, are never drawn. A row's
+    tokens do not depend on the other rows, but on its place among them (see ``Sampling``).
+    """
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in chunks(model, prompts, sampling, max_tokens, stop_token, vocab_size, CHUNK):
+        for row, new in zip(rows, tokens.T.tolist(), strict=True):
+            row.extend(new)
+    return rows if stop_token is None else [_until(row, stop_token) for row in rows]
+
+
+def stream(
+    model: LanguageModel,
+    prompt: Sequence[int] | np.ndarray,
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_token: int | None = None,
+    vocab_size: int | None = None,
+    chunk: int = 8,
+) -> Iterator[list[int]]:
+    """The tokens of ``generate(model, [prompt], ...)[0]``, up to ``chunk`` at a time, as they come."""
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    for tokens in chunks(model, [prompt], sampling, max_tokens, stop_token, vocab_size, chunk):
+        new = tokens[:, 0].tolist()
+        yield new if stop_token is None else _until(new, stop_token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """A trained run that continues text. A prompt is the beginning of a document, and its text ends with it."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, workdir: str | os.PathLike, step: int | None = None) -> "Writer":
+        """The run with its newest checkpoint or that of ``step``."""
+        model = load(workdir, step).unstacked()
+        return cls(model, load_tokenizer(workdir))
+
+    def write(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """Each prompt with its continuation. ``options`` are those of ``generate``."""
+        encoded = [self._encode(prompt) for prompt in prompts]
+        rows = generate(self.model, encoded, **self._options(options))
+        return [prompt + self._text(ids, row) for prompt, ids, row in zip(prompts, encoded, rows, strict=True)]
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """The prompt, then its continuation in pieces as they come; joined, they are ``write([prompt])[0]``."""
+        ids, row = self._encode(prompt), []
+        written = ""
+        for i, new in enumerate(stream(self.model, ids, **self._options(options))):
+            if i == 0:
+                yield prompt
+            row += new
+            text = self._text(ids, row).rstrip("\ufffd")  # a character may yet lack its last bytes
+            if len(text) > len(written) and text.startswith(written):
+                yield text[len(written) :]
+                written = text
+        yield self._text(ids, row)[len(written) :]
+
+    def _text(self, ids: np.ndarray, row: list[int]) -> str:
+        # Decoded after its prompt, since some tokenisers drop the space that a text begins with.
+        return self.tokenizer.decode(np.append(ids, row).astype(np.int64))[len(self.tokenizer.decode(ids)) :]
+
+    def _encode(self, prompt: str) -> np.ndarray:
+        return np.append(self.tokenizer.document_token, self.tokenizer.encode(prompt))
+
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"stop_token": self.tokenizer.document_token, "vocab_size": self.tokenizer.vocab_size} | options
+
+
+def _until(tokens: list[int], stop: int) -> list[int]:
+    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+
+
+def chunks(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    sampling: Sampling,
+    max_tokens: int,
+    stop_token: int | None = None,
+    vocab_size: int | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[np.ndarray]:
+    """Arrays ``[n, B]`` of new tokens as they come: one token with the prompts, then up to ``chunk`` at a time.
+
+    They end after ``max_tokens`` in all, or when every row has met the stop token; what a row has behind it is to be
+    left out.
+    """
+    if max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens}; it must be at least 1")
+    if chunk < 1:
+        raise UserError(f"chunk is {chunk}; it must be at least 1")
+    vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    tokens, segment_ids = _batch(prompts, vocab_size, stop_token)
+    values = sampling.values | {"stop": np.int32(-1 if stop_token is None else stop_token)}
+    values["vocab_size"] = np.int32(vocab_size)
+    graph, parameters = nnx.split(model.unstacked())
+    carry, first = _prefill(graph, sampling.filters, parameters, tokens, segment_ids, values)
+    yield np.asarray(first)[None]
+    left = max_tokens - 1
+    while left > 0 and not np.asarray(carry["done"]).all():
+        carry, new, count = _decode(
+            graph, sampling.filters, chunk, parameters, carry, values, np.int32(min(left, chunk))
+        )
+        new = np.asarray(new)[: int(count)]
+        left -= len(new)
+        yield new
+
+
+def _batch(prompts, vocab_size: int, stop_token: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts ``[B, T]``, padded on the left, and their segment ids: 0 for padding, 1 for the prompt."""
+    if not prompts:
+        raise UserError("there is no prompt")
+    rows = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
+    if stop_token is None and not all(map(len, rows)):
+        raise UserError("a prompt is empty, and there is no stop token for it to begin with")
+    rows = [row if len(row) else np.array([stop_token]) for row in rows]
+    for row in rows:
+        if row.min() < 0 or row.max() >= vocab_size:
+            raise UserError(
+                f"a prompt has tokens from {row.min()} to {row.max()}; the model's are 0 to {vocab_size - 1}"
+            )
+    longest = max(map(len, rows))
+    length = max(_SHORTEST_PROMPT, 1 << (longest - 1).bit_length())
+    tokens = np.zeros((len(rows), length), np.int32)
+    segment_ids = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :] = row
+        segment_ids[i, length - len(row) :] = 1
+    return tokens, segment_ids
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(graph, filters, parameters, tokens, segment_ids, values):
+    """The state after the prompts, and the first new tokens ``[B]``."""
+    model = nnx.merge(graph, parameters)
+    hidden, state = model.hidden(tokens, segment_ids)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(values["seed"])))(jnp.arange(len(tokens)))
+    first = sample(model.logits(hidden[:, -1:])[:, 0], _fold(keys, 0), values, filters)
+    carry = {"state": state, "token": first, "keys": keys, "index": jnp.int32(1), "done": first == values["stop"]}
+    return carry, first
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _decode(graph, filters, chunk, parameters, carry, values, limit):
+    """Up to ``limit`` <= ``chunk`` more tokens: the carry, the tokens ``[chunk, B]``, and how many there are."""
+    model = nnx.merge(graph, parameters)
+
+    def unfinished(loop):
+        i, carry, _ = loop
+        return (i < limit) & ~jnp.all(carry["done"])
+
+    def step(loop):
+        i, carry, new = loop
+        logits, state = model(carry["token"][:, None], state=carry["state"])
+        token = sample(logits[:, 0], _fold(carry["keys"], carry["index"]), values, filters)
+        carry = {
+            "state": state,
+            "token": token,
+            "keys": carry["keys"],
+            "index": carry["index"] + 1,
+            "done": carry["done"] | (token == values["stop"]),
+        }
+        return i + 1, carry, lax.dynamic_update_index_in_dim(new, token, i, axis=0)
+
+    new = jnp.zeros((chunk, len(carry["token"])), jnp.int32)
+    count, carry, new = lax.while_loop(unfinished, step, (jnp.int32(0), carry, new))
+    return carry, new, count
+
+
+def _fold(keys, index):
+    return jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+
+
+def sample(logits: jax.Array, keys: jax.Array, values: dict[str, Any], filters: tuple[bool, bool, bool]) -> jax.Array:
+    """One token a row, ``[B]`` int32, from logits ``[B, vocab]`` float32, by ``Sampling`` and with a key a row."""
+    draw, by_count, by_mass = filters
+    absent = lax.broadcasted_iota(jnp.int32, logits.shape, 1) >= values["vocab_size"]
+    logits = jnp.where(absent, -jnp.inf, logits)
+    if not draw:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / values["temperature"]
+    p = jnp.exp(logits)
+    if by_count:
+        p = _keep(p, (p > 0).astype(p.dtype), jnp.full((len(p), 1), values["top_k"]))
+    if by_mass:
+        p = _keep(p, p, values["top_p"] * jnp.sum(p, axis=-1, keepdims=True))
+    logits = jnp.where(p > 0, logits, -jnp.inf)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+
+def _keep(p: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """p ``[B, vocab]`` in [0, 1] with 0 for all but its largest entries: the fewest whose weights reach ``target``.
+
+    Floats from 0 on are ordered as their bits are, so the smallest entry to be kept is found by bisection, exactly,
+    which costs 30 passes over p and no sort.
+    """
+    bits = lax.bitcast_convert_type(p, jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds  # the weight from `low` on reaches the target, that from `high` on does not
+        middle = low + (high - low) // 2
+        enough = jnp.sum(jnp.where(bits >= middle, weights, 0.0), axis=-1, keepdims=True) >= target
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.zeros((len(p), 1), jnp.int32)
+    low, _ = lax.fori_loop(0, 30, halve, (low, low + (_ONE + 1)))
+    return jnp.where(bits >= low, p, 0.0)

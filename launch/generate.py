@@ -1,0 +1,39 @@
+"""Continues text with a trained run: python launch/generate.py --workdir=DIR --prompt=TEXT [--prompt=TEXT ...]"""
+
+from absl import flags, logging
+
+from jaxlinear import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "The text to continue; several make a batch.", required=True)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Ends after so many new tokens, or with the document.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the sampling; 0 takes the likeliest token each time.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many of the likeliest tokens; 0 means all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that have this much of the probability.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+
+
+def main() -> None:
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what it is asked for: to open a run for reading only
+    from jaxlinear import generation
+
+    writer = generation.Writer.open(_WORKDIR.value, _STEP.value)
+    options = {
+        "max_tokens": _MAX_TOKENS.value,
+        "temperature": _TEMPERATURE.value,
+        "top_k": _TOP_K.value,
+        "top_p": _TOP_P.value,
+        "seed": _SEED.value,
+    }
+    if len(_PROMPT.value) == 1:
+        for text in writer.stream(_PROMPT.value[0], **options):
+            print(text, end="", flush=True)
+        print()
+        return
+    for i, text in enumerate(writer.write(_PROMPT.value, **options)):
+        print(f"--- {i + 1}\n{text}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,57 @@
+"""Packaging of jaxlinear. Tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "jaxlinear" / "__init__.py").read_text())
+assert version is not None
+
+extras = {
+    "tpu": ["jax[tpu]>=0.10,<0.12"],
+    "cuda": ["jax[cuda13]>=0.10,<0.12"],
+    "parquet": ["pyarrow>=18"],
+    "hf": ["datasets>=3,<5"],
+    "sentencepiece": ["sentencepiece>=0.2,<0.3"],
+    "plot": ["matplotlib>=3.9,<4"],
+    "tensorboard": ["tensorboard>=2.18,<3"],
+}
+extras["test"] = [
+    "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
+    "hypothesis>=6.100,<7",
+    "ruff>=0.14,<0.18",
+    "mypy>=1.15,<3",
+    *extras["parquet"],
+    *extras["sentencepiece"],
+    *extras["plot"],
+]
+
+setup(
+    name="jaxlinear",
+    version=version.group(1),
+    description="Pretraining of language models of linear complexity, in JAX and Flax",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jaxlinear", "jaxlinear.*"]),
+    install_requires=[
+        "jax>=0.10,<0.12",  # 0.11 needs Python 3.12
+        "flax>=0.12.4,<0.13",  # the models (NNX)
+        "optax>=0.2.6,<0.3",  # the optimisers, Muon included
+        "orbax-checkpoint>=0.11.32,<0.13",  # checkpoints
+        "grain>=0.2.15,<0.3",  # the order of the data
+        "array_record>=0.8,<0.9",  # the format of the data
+        "tokenizers>=0.21,<0.24",  # byte-level BPE
+        "zstandard>=0.23,<0.26",  # sources that end in .zst
+        "ml-collections>=1.1,<2",  # configs
+        "absl-py>=2.1,<3",  # flags and logging
+        "tensorboardX>=2.6,<3",  # TensorBoard events
+        "tqdm>=4.66,<5",  # progress bars
+        "numpy>=2,<3",
+    ],
+    extras_require=extras,
+)

@@ -1,0 +1,72 @@
+"""What all tests share: several devices on the CPU, and a run that is trained once."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
+if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory):
+    """A dataset of bytes: 600 short documents in blocks of 64 tokens, some 2,000 tokens of them held out."""
+    from jaxlinear import data
+
+    directory = tmp_path_factory.mktemp("tiny_dataset")
+    random = np.random.default_rng(0)
+    words = ["for", "x", "in", "range", "(", ")", ":", "print", "return", "def", "if", "é"]
+    documents = [" ".join(random.choice(words, random.integers(2, 30))) for _ in range(600)]
+    (directory / "text.txt").write_text("\n".join(documents), encoding="utf-8")
+    path = directory / "data"
+    data.prepare(
+        str(directory / "text.txt"),
+        str(path),
+        tokenizer="bytes",
+        document_separator="\n",
+        block_length=64,
+        heldout_fraction=0.05,
+        workers=1,
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_dataset):
+    """The config of ``tiny_run``: two steps of a Griffin of width 32 on all devices."""
+    from jaxlinear import config as configs
+
+    config = configs.default()
+    config.model.update(
+        {
+            "pattern": ("rg_lru", "rg_lru", "sliding_window"),
+            "num_layers": 3,
+            "width": 32,
+            "recurrent_width": 32,
+            "num_heads": 4,
+            "window": 8,
+            "dtype": "float32",
+        }
+    )
+    config.data.path = str(tiny_dataset)
+    config.training.update({"steps": 2, "batch_size": 8, "sequence_length": 32})
+    config.schedule.warmup_steps = 1
+    config.checkpoint.every_steps = 1
+    config.evaluation.every_steps = 0
+    config.logging.update({"every_steps": 1, "tensorboard": False})
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config, tiny_dataset, tmp_path_factory):
+    """The directory of a run with checkpoints of the steps 1 and 2."""
+    from jaxlinear.data import load_tokenizer
+    from jaxlinear.training.loop import FINISHED, train
+
+    workdir = tmp_path_factory.mktemp("tiny_run") / "run"
+    assert train(tiny_config, workdir) == FINISHED
+    load_tokenizer(tiny_dataset).save(workdir)  # TEMP
+    assert load_tokenizer(workdir).kind == "bytes"
+    return workdir

@@ -1,0 +1,163 @@
+"""evaluation/perplexity.py: the losses are those of the model's logits, by length and by position."""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlinear import data, evaluation
+from jaxlinear.data import heldout_batches, read_manifest
+from jaxlinear.errors import UserError
+from jaxlinear.evaluation import perplexity
+from jaxlinear.models import load
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def report(tiny_run):
+    return evaluation.evaluate(tiny_run, step=1, lengths=[1, 4])
+
+
+def _direct(run, dataset, length):
+    """``(nll, context)`` of every target, from logits and NumPy in float64."""
+    model, losses, seen = load(run, 1), [], []
+    forward = jax.jit(lambda tokens, segment_ids: model(tokens, segment_ids)[0])
+    for batch in heldout_batches(dataset, batch_size=8, sequence_length=length):
+        logits = np.asarray(forward(batch["tokens"], batch["segment_ids"]), np.float64)
+        peak = logits.max(-1, keepdims=True)
+        log_p = logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+        nll = -np.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
+        for row_nll, ids in zip(nll, batch["segment_ids"], strict=True):
+            for t in range(length):
+                if ids[t] > 0:
+                    losses.append(row_nll[t])
+                    seen.append(int((ids[:t] == ids[t]).sum()))
+    return np.array(losses), np.array(seen)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_losses_are_those_of_the_logits(report, tiny_run, tiny_dataset, which):
+    row = report["perplexity"]["lengths"][which]
+    assert (row["multiple"], row["length"], row["whole_split"]) == [(1, 32, True), (4, 128, True)][which]
+    losses, seen = _direct(tiny_run, tiny_dataset, row["length"])
+    split = read_manifest(tiny_dataset).splits["heldout"]
+    assert row["tokens"] == len(losses) == split.tokens - 1
+    np.testing.assert_allclose(row["loss"], losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(row["perplexity"], math.exp(losses.mean()), rtol=1e-5)
+    bits = losses.mean() / math.log(2) * split.tokens / split.bytes
+    np.testing.assert_allclose(row["bits_per_byte"], bits, rtol=1e-5)
+
+    spans = [(entry["first"], entry["last"]) for entry in row["by_position"]]
+    assert spans[:4] == [(0, 0), (1, 1), (2, 3), (4, 7)] and spans[-1][1] == row["length"] - 1
+    for entry in row["by_position"]:
+        inside = (seen >= entry["first"]) & (seen <= entry["last"])
+        assert entry["tokens"] == inside.sum()
+        if entry["tokens"]:
+            np.testing.assert_allclose(entry["loss"], losses[inside].mean(), rtol=1e-5)
+    assert sum(entry["tokens"] for entry in row["by_position"]) == row["tokens"]
+
+
+def test_the_report_names_the_run(report, tiny_run, tiny_dataset):
+    json.dumps(report, allow_nan=False)
+    assert (report["step"], report["model"]["width"], report["training"]["sequence_length"]) == (1, 32, 32)
+    result, split = report["perplexity"], read_manifest(tiny_dataset).splits["heldout"]
+    assert result["gzip_bits_per_byte"] == 8 * split.gzip_bytes / split.bytes
+    assert result["xz_bits_per_byte"] == 8 * split.xz_bytes / split.bytes
+    text = evaluation.table(report)
+    for part in (str(tiny_run), "step 1 of 2", f"{split.tokens:,} tokens", "gzip -9", "64-127", "x4"):
+        assert part in text
+
+
+def test_bits_per_byte():
+    assert perplexity.bits_per_byte(math.log(2) * 3, 0.25) == pytest.approx(0.75)
+
+
+def test_context_and_buckets():
+    ids = np.array([[1, 1, 2, 2, 2, 3, 0, 0], [1] * 8])
+    expected = [[0, 1, 0, 1, 2, 0, 0, 1], list(range(8))]
+    assert perplexity.context(ids, segment_documents=True).tolist() == expected
+    assert perplexity.context(ids, segment_documents=False).tolist() == [list(range(8))] * 2
+    buckets = perplexity.bucket(np.array([0, 1, 2, 3, 4, 7, 8, 1023, 1024])).tolist()
+    assert buckets == [0, 1, 2, 2, 3, 3, 4, 10, 11]
+
+
+def test_default_lengths_are_left_out_where_the_split_is_shorter(tiny_run, tmp_path):
+    """Of a held-out split of some 100 tokens, in blocks of 64, lengths 32 and 64 are taken."""
+    (tmp_path / "text.txt").write_text("\n".join(f"a document, the {i}th" for i in range(100)))
+    data.prepare(
+        str(tmp_path / "text.txt"),
+        str(tmp_path / "data"),
+        tokenizer="bytes",
+        document_separator="\n",
+        block_length=64,
+        heldout_fraction=0.05,
+        workers=1,
+    )
+    targets = read_manifest(tmp_path / "data").splits["heldout"].tokens - 1
+    assert 64 <= targets < 256
+    result = evaluation.evaluate(tiny_run, data=str(tmp_path / "data"), batches=1)["perplexity"]
+    taken, left_out = ([row["length"] for row in result[name]] for name in ("lengths", "left_out"))
+    assert taken == [length for length in (32, 64, 128, 256) if length <= targets]
+    assert taken + left_out == [32, 64, 128, 256]
+    assert f"has {targets} targets in all" in result["left_out"][-1]["reason"]
+    with pytest.raises(UserError, match=r"length 8 x 32: it is 256 tokens, and the held-out split"):
+        evaluation.evaluate(tiny_run, data=str(tmp_path / "data"), lengths=[1, 8])
+
+
+def test_a_part_of_the_split(tiny_run):
+    result = evaluation.evaluate(tiny_run, lengths=[1], batches=1, batch_tokens=64)["perplexity"]["lengths"][0]
+    assert (result["batch_size"], result["batches"], result["whole_split"]) == (8, 1, False)  # a row a device, at least
+    assert result["tokens"] == 8 * 32
+
+
+def test_another_tokenizer_is_refused(tiny_run, tiny_dataset, tmp_path):
+    shutil.copytree(tiny_dataset, tmp_path / "data")
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="was prepared with another tokenizer"):
+        evaluation.evaluate(tiny_run, data=str(tmp_path / "data"))
+
+
+def _launch(*arguments):
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "launch/evaluate.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        timeout=300,
+    )
+
+
+def test_program(tiny_run, report, tmp_path):
+    done = _launch(f"--workdir={tiny_run}", "--step=1", "--lengths=1", f"--json={tmp_path / 'report.json'}")
+    assert (done.returncode, done.stderr) == (0, "")
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert done.stdout == evaluation.table(written) + "\n"
+    expected = json.loads(json.dumps(report))
+    del expected["perplexity"]["lengths"][1:]
+    for made in (written, expected):
+        del made["perplexity"]["lengths"][0]["seconds"]
+    assert written == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir={run}", "--tasks=perplexity,speed"], "there is no task 'speed'; there are perplexity"),
+        (["--workdir={run}", "--step=7"], "has no checkpoint of step 7; it has 1, 2"),
+        (["--workdir={run}", "--lengths=3"], "length 3 x 32: sequence_length 96 neither divides the block length 64"),
+    ],
+)
+def test_program_refuses(tiny_run, arguments, message):
+    done = _launch(*[argument.format(run=tiny_run) for argument in arguments])
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr

@@ -1,0 +1,227 @@
+"""The whole model: the oracle, packing, states that are handed on, the scan over its period, and its options."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlinear.models.language_model import REMAT_POLICIES
+from jaxlinear.models.parameters import describe
+from tests import numerics, oracles, small
+
+LENGTH = 13
+IDS = np.array([[1] * LENGTH, [1, 2, 2, 2, 2, 2, 1, 1, 1, 2, 3, 3, 3], [7] * 6 + [8] * 7], np.int32)
+TOKENS = np.random.default_rng(0).integers(0, 31, (3, LENGTH)).astype(np.int32)
+
+
+@functools.cache
+def model(**changes):
+    """``run(tokens, ids, state) -> (logits, state)``, jitted, and the empty past of 3 rows; float32."""
+    _, architecture, _, bound = small.bound(changes)
+    graph, parameters = nnx.split(bound)
+
+    @jax.jit
+    def run(tokens, ids=None, state=None):
+        return nnx.merge(graph, parameters)(tokens, ids, state)
+
+    return run, bound.init_state
+
+
+@pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "packed"])
+@pytest.mark.parametrize("num_layers", [2, 3, 5])
+def test_logits_are_those_of_the_oracle(num_layers, ids):
+    """A remainder only, a period only, and both, in float64 without rotary positions, whose angles are float32."""
+    changes = {"num_layers": num_layers, "rotary_fraction": 0.0, "embedding_scale": num_layers != 3}
+    config = small.config(dtype="float64", **changes)
+    architecture = describe(config)
+    parameters = small.parameters(architecture)
+    run = jax.jit(lambda parameters, tokens: architecture.bind(parameters)(tokens, ids)[0])
+    found = numerics.run(run, parameters, TOKENS, dtype="float64")
+    numerics.assert_close(found, oracles.language_model(config, parameters, TOKENS, ids), 1e-10)
+
+
+@pytest.mark.parametrize("changes", [{}, {"logit_soft_cap": 0.0, "pattern": ("rg_lru",), "num_layers": 2}], ids=str)
+def test_float32_is_close_to_the_oracle(changes):
+    config, _, parameters, bound = small.bound(changes)
+    found, _ = bound(jnp.asarray(TOKENS), jnp.asarray(IDS))
+    numerics.assert_close(found, oracles.language_model(config, parameters, TOKENS, IDS), 3e-5)
+    assert found.dtype == jnp.float32
+
+
+def test_bfloat16_is_close_to_float32():
+    parameters = small.parameters(describe(small.config()), noise=0.1)
+    logits = {}
+    for dtype in ("float32", "bfloat16"):
+        architecture = describe(small.config(dtype=dtype))
+        run = jax.jit(lambda parameters, architecture=architecture: architecture.bind(parameters)(TOKENS, IDS))
+        logits[dtype], state = run(numerics.cast(parameters, "float32"))
+        assert logits[dtype].dtype == jnp.float32
+        like = architecture.bind(numerics.cast(parameters, "float32")).init_state(3)
+        assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, like)
+    numerics.assert_close(logits["bfloat16"], logits["float32"], 0.05)
+
+
+def test_the_soft_cap():
+    plain, _ = model(logit_soft_cap=0.0)
+    capped, _ = model(logit_soft_cap=5.0)
+    logits = numerics.wide(plain(TOKENS)[0])
+    assert np.abs(logits).max() > 5
+    numerics.assert_close(capped(TOKENS)[0], 5 * np.tanh(logits / 5), 1e-5)
+
+
+def test_packed_documents_are_documents_alone():
+    run, _ = model()
+    whole, _ = run(TOKENS, IDS)
+    documents = [(row, start, end) for row in range(3) for start, end in numerics.runs(IDS[row])]
+    alone = np.zeros((len(documents), LENGTH), np.int32)
+    for i, (row, start, end) in enumerate(documents):
+        alone[i, : end - start] = TOKENS[row, start:end]
+    logits, _ = run(alone)
+    for i, (row, start, end) in enumerate(documents):
+        numerics.assert_close(whole[row, start:end], logits[i, : end - start], 2e-5)
+
+
+def test_decoding_token_by_token_is_one_pass():
+    run, init_state = model()
+    whole, _ = run(TOKENS)
+    for prompt in (0, 6):
+        parts, state = ([], init_state(3)) if prompt == 0 else ([None], None)
+        if prompt:
+            parts[0], state = run(TOKENS[:, :prompt])
+        for t in range(prompt, LENGTH):
+            logits, state = run(TOKENS[:, t : t + 1], None, state)
+            parts.append(logits)
+        numerics.assert_close(jnp.concatenate(parts, axis=1), whole, 2e-5)
+
+
+def test_a_state_goes_on_in_its_document_and_is_forgotten_in_another():
+    """Cut at 6: row 0 goes on in its document, rows 1 and 2 begin another; so do 1 to 3 tokens beyond, in part."""
+    run, init_state = model()
+    whole, _ = run(TOKENS, IDS)
+    for cuts in ((6,), (1, 6, 10), (3, 9)):
+        parts, state = [], init_state(3)
+        for start, end in zip((0, *cuts), (*cuts, LENGTH), strict=True):
+            logits, state = run(TOKENS[:, start:end], IDS[:, start:end], state)
+            parts.append(logits)
+        assert state["segment"].tolist() == IDS[:, -1].tolist()
+        numerics.assert_close(jnp.concatenate(parts, axis=1), whole, 2e-5)
+
+
+def test_no_ids_go_on_in_the_document_of_the_state():
+    run, _ = model()
+    whole, _ = run(TOKENS)
+    _, state = run(TOKENS[:, :6], np.full((3, 6), 4, np.int32))
+    logits, state = run(TOKENS[:, 6:], None, state)
+    numerics.assert_close(logits, whole[:, 6:], 2e-5)
+    assert state["segment"].tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("num_layers", [2, 5, 6])
+def test_the_scan_is_the_blocks_one_by_one(num_layers):
+    config, architecture, parameters, bound = small.bound({"num_layers": num_layers})
+    parameters = numerics.cast(parameters, "float32")
+    x = jnp.take(parameters["embedding"], TOKENS, axis=0) * 4.0
+    one_period = describe(small.config(num_layers=2)), describe(small.config(num_layers=3))
+    for layer in range(num_layers):
+        repetition, place = divmod(layer, 3)
+        if repetition < num_layers // 3:
+            values = jax.tree.map(lambda y, i=repetition: y[i : i + 1], parameters["periods"])
+            shell = one_period[1].bind({**_without_blocks(parameters), "periods": values})
+            graph, stacked = nnx.split(shell.periods)
+            period = nnx.merge(graph, jax.tree.map(lambda y: y[0], stacked))
+        else:
+            shell = one_period[0].bind({**_without_blocks(parameters), "rest": parameters["rest"]})
+            period = shell.rest
+        x, _ = period.blocks[place](x, segment_ids=jnp.asarray(IDS))
+    expected = bound.norm(x)
+    found, state = bound.hidden(jnp.asarray(TOKENS), jnp.asarray(IDS))
+    numerics.assert_close(found, expected, 1e-5)
+    assert ("periods" in state, "rest" in state) == (num_layers >= 3, num_layers % 3 > 0)
+
+
+def _without_blocks(parameters):
+    return {name: parameters[name] for name in ("embedding", "norm")}
+
+
+def loss(architecture, parameters):
+    logits, _ = architecture.bind(parameters)(jnp.asarray(TOKENS), jnp.asarray(IDS))
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(TOKENS)[..., None], axis=-1))
+
+
+def test_remat_changes_no_number():
+    assert set(REMAT_POLICIES) == {"none", "full", "dots", "dots_no_batch"}
+    parameters, results, sizes = None, {}, {}
+    for remat in REMAT_POLICIES:
+        architecture = describe(small.config(remat=remat, num_layers=6))
+        if parameters is None:
+            parameters = numerics.cast(small.parameters(architecture), "float32")
+        run = jax.value_and_grad(functools.partial(loss, architecture))
+        results[remat] = jax.jit(run)(parameters)
+        sizes[remat] = str(jax.make_jaxpr(run)(parameters)).count("tanh")
+    for remat in ("full", "dots", "dots_no_batch"):
+        numerics.assert_close(results[remat], results["none"], 1e-5)
+    assert sizes["full"] > sizes["none"]  # something is computed again
+
+
+def test_gradients_are_those_of_finite_differences():
+    """Of all parameters together, in float64, by the oracle."""
+    config = small.config(dtype="float64", rotary_fraction=0.0)
+    architecture = describe(config)
+    parameters = small.parameters(architecture)
+    leaves, structure = jax.tree.flatten(parameters)
+    random = np.random.default_rng(1)
+    weights = random.standard_normal((3, LENGTH, 31))
+
+    def objective(*leaves):
+        return np.sum(weights * oracles.language_model(config, structure.unflatten(leaves), TOKENS, IDS))
+
+    def value(parameters, weights):
+        return jnp.sum(weights * architecture.bind(parameters)(jnp.asarray(TOKENS), jnp.asarray(IDS))[0])
+
+    gradients = numerics.run(jax.jit(jax.grad(value)), parameters, weights, dtype="float64")
+    directions = [random.standard_normal(y.shape) for y in leaves]
+    found = sum(np.sum(d * np.asarray(g)) for d, g in zip(directions, jax.tree.leaves(gradients), strict=True))
+    assert found == pytest.approx(numerics.directional_derivative(objective, leaves, directions), rel=1e-6)
+
+
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
+    """Of 10,000 equal terms: in bfloat16 a sum stops growing at 256. No layers; the norm's slope stands for them."""
+    architecture = describe(small.config(num_layers=1, pattern=("rg_lru",), dtype="bfloat16", embedding_scale=False))
+    parameters = numerics.cast(small.parameters(architecture, noise=0.0), "float32")
+    parameters["periods"] = jax.tree.map(jnp.zeros_like, parameters["periods"])  # each block gives nothing
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(embedding, length):
+        def total(embedding):
+            model = architecture.bind(parameters | {"embedding": embedding})
+            return jnp.sum(model.hidden(jnp.zeros((1, length), jnp.int32))[0][..., 0].astype(jnp.float32))
+
+        return jax.grad(total)(embedding)[0]
+
+    one, many = gradient(parameters["embedding"], 1), gradient(parameters["embedding"], 10_000)
+    numerics.assert_close(many, 10_000 * numerics.wide(one), 2e-2)
+
+
+@pytest.mark.parametrize("kind", ["forward", "gradient"])
+def test_the_program_does_not_grow_with_depth(kind):
+    def size(num_layers):
+        architecture = describe(small.config(num_layers=num_layers))
+        run = functools.partial(loss, architecture)
+        return len(jax.jit(jax.grad(run) if kind == "gradient" else run).lower(architecture.shapes).as_text())
+
+    assert size(48) == pytest.approx(size(6), rel=0.05)
+    assert size(5) > 1.1 * size(3)  # and the measure sees a block
+
+
+def test_the_loss_at_the_start_is_that_of_a_guess():
+    config = small.config(vocab_size=512, width=64, recurrent_width=64, logit_soft_cap=0.0)
+    architecture = describe(config)
+    parameters = jax.jit(architecture.initialise)(jax.random.key(0))
+    tokens = np.random.default_rng(2).integers(0, 512, (4, 65)).astype(np.int32)
+    logits, _ = architecture.bind(parameters)(jnp.asarray(tokens[:, :-1]))
+    losses = -np.take_along_axis(oracles.log_softmax(numerics.wide(logits)), tokens[:, 1:, None], axis=-1)
+    assert math.log(512) - 0.2 < losses.mean() < math.log(512) + 1.0

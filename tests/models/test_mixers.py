@@ -1,0 +1,153 @@
+"""What holds for every mixer: one function whether tokens come at once, in parts, one by one, or packed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlinear.errors import UserError
+from jaxlinear.models import mixers
+from tests import numerics, oracles, small
+
+LENGTH = 13
+# name: mixer, changes of the config
+MIXERS = {
+    "rg_lru": ("rg_lru", {}),
+    "rg_lru_no_convolution": ("rg_lru", {"convolution_width": 1}),
+    "window_4": ("sliding_window", {"window": 4}),
+    "window_1": ("sliding_window", {"window": 1}),
+    "window_of_the_length": ("sliding_window", {"window": LENGTH}),
+    "window_beyond": ("sliding_window", {"window": 40}),
+}
+IDS = np.array([[1] * LENGTH, [1, 2, 2, 2, 2, 2, 1, 1, 1, 2, 3, 3, 3], [7] * 6 + [8] * 7], np.int32)
+
+
+@functools.cache
+def mixer(name):
+    """``run(parameters, x, ids, state) -> (y, state)``, jitted, its parameters, and the empty past of 3 rows."""
+    kind, changes = MIXERS[name]
+    config = small.config(**changes)
+    graph, parameters = small.module(lambda rngs: mixers.find(kind)(config, rngs=rngs))
+    parameters = numerics.cast(parameters, "float32")
+
+    @jax.jit
+    def run(x, ids=None, state=None):
+        return nnx.merge(graph, parameters)(x, segment_ids=ids, state=state)
+
+    return run, nnx.merge(graph, parameters).init_state
+
+
+def tokens(seed=0, rows=3, length=LENGTH):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, length, 16)), jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", numerics.TOLERANCES)
+@pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "packed"])
+@pytest.mark.parametrize("name", ["rg_lru", "window_4"])
+def test_values_are_those_of_the_oracle(name, ids, dtype):
+    """With rotary positions in float32, which are turned off to compare in float64."""
+    kind, changes = MIXERS[name]
+    fraction = 0.0 if dtype == "float64" else 0.5
+    config = small.config(dtype=dtype, rotary_fraction=fraction, **changes)
+    graph, parameters = small.module(lambda rngs: mixers.find(kind)(config, rngs=rngs))
+    x = numerics.normal(np.random.default_rng(0), 3, LENGTH, 16)
+    if kind == "rg_lru":
+        expected = oracles.rg_lru_block(parameters, x, ids)
+    else:
+        expected = oracles.sliding_window_block(parameters, x, ids, heads=2, window=4, fraction=fraction)
+    run = jax.jit(lambda parameters, x: nnx.merge(graph, parameters)(x, segment_ids=ids))
+    with jax.enable_x64(dtype == "float64"):
+        y, _ = run(numerics.cast(parameters, "float64" if dtype == "float64" else "float32"), numerics.cast(x, dtype))
+    numerics.assert_close(y, expected, numerics.TOLERANCES[dtype])
+    assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_packed_documents_are_documents_alone(name):
+    """In what they give and in the state that they leave: both go on with the same tokens in the same way."""
+    run, _ = mixer(name)
+    x, more = np.asarray(tokens()), tokens(1, 1, 5)
+    whole, state = run(x, jnp.asarray(IDS))
+    documents = [(row, start, end) for row in range(3) for start, end in numerics.runs(IDS[row])]
+    alone = np.zeros((len(documents), LENGTH, 16), np.float32)
+    for i, (row, start, end) in enumerate(documents):
+        alone[i, : end - start] = x[row, start:end]
+    alone_y, _ = run(alone)
+    for i, (row, start, end) in enumerate(documents):
+        numerics.assert_close(whole[row, start:end], alone_y[i, : end - start], 1e-5)
+
+    _, alone_state = run(x[1:2, -3:])
+    state = jax.tree.map(lambda y: y[1:2], state)
+    numerics.assert_close(run(more, None, state)[0], run(more, None, alone_state)[0], 1e-5)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_decoding_token_by_token_is_one_pass(name):
+    """From an empty past, and from a prompt."""
+    run, init_state = mixer(name)
+    x = tokens()
+    whole, whole_state = run(x)
+    for prompt in (0, 6):
+        parts, state = [], init_state(3)
+        if prompt:
+            y, state = run(x[:, :prompt])
+            parts.append(y)
+        for t in range(prompt, LENGTH):
+            y, state = run(x[:, t : t + 1], None, state)
+            parts.append(y)
+        numerics.assert_close(jnp.concatenate(parts, axis=1), whole, 1e-5)
+        more = tokens(1, 3, 5)
+        numerics.assert_close(run(more, None, state)[0], run(more, None, whole_state)[0], 1e-5)
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 8), (6,), (3, 5, 9, 12)], ids=str)
+@pytest.mark.parametrize("name", MIXERS)
+def test_packed_chunks_are_one_pass(name, cuts):
+    """The state is that of the document that goes on: rows whose document ends at a cut begin with none."""
+    run, init_state = mixer(name)
+    x = tokens()
+    whole, _ = run(x, jnp.asarray(IDS))
+    parts, state = [], init_state(3)
+    for start, end in zip((0, *cuts), (*cuts, LENGTH), strict=True):
+        if start:
+            goes_on = IDS[:, start] == IDS[:, start - 1]
+            keep = lambda old, new: jnp.where(goes_on.reshape(-1, *(1,) * (old.ndim - 1)), old, new)  # noqa: E731, B023
+            state = jax.tree.map(keep, state, init_state(3))
+        y, state = run(x[:, start:end], jnp.asarray(IDS[:, start:end]), state)
+        parts.append(y)
+    numerics.assert_close(jnp.concatenate(parts, axis=1), whole, 1e-5)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_an_empty_past_is_none(name):
+    run, init_state = mixer(name)
+    numerics.assert_close(run(tokens(), None, init_state(3))[0], run(tokens())[0], 1e-6)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_the_state_does_not_grow(name):
+    """And does not change its structure, shapes or dtypes, so that a program that takes it can be used again."""
+    run, init_state = mixer(name)
+    like = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)  # noqa: E731
+    empty = like(init_state(3))
+    for length in (1, 2, LENGTH):
+        assert like(run(tokens()[:, :length])[1]) == empty
+        assert like(run(tokens()[:, :length], jnp.asarray(IDS[:, :length]), init_state(3))[1]) == empty
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_the_future_and_other_rows_are_not_seen(name):
+    run, _ = mixer(name)
+    x = tokens()
+    before, _ = run(x)
+    after, _ = run(x.at[1, 7].add(1.0))
+    changed = jnp.any(before != after, axis=-1)
+    assert changed[1, 7] and not changed[1, :7].any() and not changed[0].any() and not changed[2].any()
+
+
+def test_an_unknown_mixer_is_refused():
+    with pytest.raises(UserError, match="there is no mixer 'mamba'; there are rg_lru, sliding_window"):
+        mixers.find("mamba")

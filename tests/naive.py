@@ -1,0 +1,82 @@
+"""The oracles transcribed to jax.numpy in the plainest form that can be differentiated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def _new_document(ids, shape):
+    if ids is None:
+        return jnp.zeros(shape, bool)
+    return jnp.concatenate([jnp.zeros_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+
+
+def linear_recurrence(a, x, initial_state=None, ids=None, reverse=False):
+    if reverse:
+        a, x, ids = (None if y is None else jnp.flip(y, 1) if y.ndim >= 2 else y for y in (a, x, ids))
+    total = np.result_type(a.dtype, x.dtype)
+    a = jnp.broadcast_to(a.reshape((1,) * (x.ndim - a.ndim) + a.shape), x.shape).astype(total)
+    state = jnp.zeros((x.shape[0], *x.shape[2:]), total) if initial_state is None else initial_state.astype(total)
+    new = _new_document(ids, x.shape[:2])
+
+    def step(state, xs):
+        at, xt, new = xs
+        new = new.reshape(new.shape + (1,) * (state.ndim - 1))
+        state = at * jnp.where(new, jnp.zeros_like(state), state) + xt
+        return state, state
+
+    final, h = lax.scan(step, state, [jnp.moveaxis(y, 1, 0) for y in (a, x.astype(total), new)])
+    h = jnp.moveaxis(h, 0, 1)
+    return jnp.flip(h, 1) if reverse else h, final
+
+
+def causal_convolution(x, kernel, bias, state, ids=None):
+    """By scan: the state is the window."""
+
+    def step(window, xs):
+        xt, new = xs
+        window = jnp.where(new[:, None, None], jnp.zeros_like(window), window)
+        window = jnp.concatenate([window, xt[:, None]], axis=1)
+        return window[:, 1:], jnp.sum(window * kernel[None], axis=1) + bias[None]
+
+    final, y = lax.scan(step, state, (jnp.moveaxis(x, 1, 0), _new_document(ids, x.shape[:2]).T))
+    return jnp.moveaxis(y, 0, 1), final
+
+
+def sliding_window_attention(q, k, v, *, window, scale=None, ids=None):
+    """The whole matrix of logits, masked."""
+    batch, length, heads, width = q.shape
+    total, repeats = k.shape[1], heads // k.shape[2]
+    k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
+    logits = jnp.einsum("bthk,bshk->bhts", q, k) * (width**-0.5 if scale is None else scale)
+    query, key = jnp.arange(length)[:, None] + total - length, jnp.arange(total)[None]
+    seen = jnp.broadcast_to((key <= query) & (key > query - window), (batch, length, total))
+    document = jnp.cumsum(_new_document(ids, (batch, total)), axis=1)
+    seen &= document[:, total - length :, None] == document[:, None]
+    weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshv->bthv", weights, v)
+
+
+def linear_cross_entropy(x, embedding, targets, weights, *, soft_cap=0.0, z_loss=0.0):
+    logits = jnp.einsum("btd,vd->btv", x, embedding)
+    if soft_cap:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.sum(weights * losses), jnp.sum(weights * (losses + z_loss * log_z**2))
+
+
+def rg_lru(parameters, x, ids=None):
+    """Gates, decay, first-token rule and recurrence, from an empty past."""
+    heads = parameters["input_kernel"].shape[0]
+
+    def gate(name):
+        product = jnp.einsum("bthi,hij->bthj", x.reshape(*x.shape[:2], heads, -1), parameters[f"{name}_kernel"])
+        return 1 / (1 + jnp.exp(-product.reshape(x.shape) - parameters[f"{name}_bias"][None, None]))
+
+    decay = jnp.log(1 + jnp.exp(parameters["decay"]))[None, None]
+    a = jnp.exp(-8 * decay * gate("recurrence"))
+    first = _new_document(ids, x.shape[:2]).at[:, 0].set(True)[..., None]
+    u = gate("input") * x * jnp.where(first, 1.0, jnp.sqrt(1 - a**2))
+    return linear_recurrence(a, u, ids=ids)

@@ -1,0 +1,25 @@
+"""The three forms of document boundaries, written out."""
+
+import numpy as np
+
+from jaxlinear.ops import segments
+
+IDS = np.array([[1, 1, 2, 1, 1], [0, 0, 0, 0, 0], [5, 4, 3, 2, 1]], np.int32)
+
+
+def test_starts():
+    assert segments.starts(IDS).astype(int).tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]]
+
+
+def test_ends():
+    assert segments.ends(IDS).astype(int).tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
+
+
+def test_runs():
+    assert segments.runs(IDS).tolist() == [[0, 0, 1, 2, 2], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]]
+    assert segments.runs(IDS).dtype == np.int32
+
+
+def test_one_token_begins_and_ends_nothing():
+    one = IDS[:, :1]
+    assert not segments.starts(one).any() and not segments.ends(one).any() and not segments.runs(one).any()

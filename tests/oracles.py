@@ -1,0 +1,204 @@
+"""The operations and layers once more, step by step in NumPy, from their equations: slow, plain, float64.
+
+A document is a run of equal segment ids. Axes: B batch, T time, H heads, G key heads, K key, V value, D model,
+R recurrent. ``parameters`` is the pure dict of a module.
+"""
+
+import numpy as np
+
+
+def document_starts(ids, batch, length):
+    """``[B, T]`` int: where the document of each token begins in its row."""
+    starts = np.zeros((batch, length), int)
+    for b in range(batch):
+        for t in range(1, length):
+            starts[b, t] = t if ids is not None and ids[b, t] != ids[b, t - 1] else starts[b, t - 1]
+    return starts
+
+
+def linear_recurrence(a, x, initial_state=None, ids=None, reverse=False):
+    """``h_t = a_t h_{t-1} + x_t`` (``h_{t+1}`` if reverse); a ``[B, T, ...]`` or ``[...]``. -> h, the last h."""
+    batch, length = x.shape[:2]
+    a = np.broadcast_to(a, x.shape)
+    order = range(length)[::-1] if reverse else range(length)
+    h = np.zeros(x.shape, np.result_type(a, x, np.float64))
+    final = np.zeros((batch, *x.shape[2:]), h.dtype)
+    for b in range(batch):
+        state = np.zeros(x.shape[2:]) if initial_state is None else initial_state[b]
+        before = None
+        for t in order:
+            if before is not None and ids is not None and ids[b, t] != ids[b, before]:
+                state = np.zeros(x.shape[2:])
+            state = h[b, t] = a[b, t] * state + x[b, t]
+            before = t
+        final[b] = state
+    return h, final
+
+
+def causal_convolution(x, kernel, bias=None, state=None, ids=None):
+    """``y_t = bias + sum_j kernel[width-1-j] x_{t-j}``. -> y, the last width-1 inputs of the last document."""
+    (batch, length, channels), width = x.shape, len(kernel)
+    starts = document_starts(ids, batch, length)
+
+    def look(b, t, back):
+        """x[b, t - back], of the document of t."""
+        place = t - back
+        if place >= starts[b, t]:
+            return x[b, place]
+        if starts[b, t] > 0 or state is None or place < -(width - 1):
+            return np.zeros(channels)
+        return state[b, width - 1 + place]
+
+    y, final = np.zeros(x.shape), np.zeros((batch, width - 1, channels))
+    for b in range(batch):
+        for t in range(length):
+            y[b, t] = 0 if bias is None else bias
+            for back in range(width):
+                y[b, t] += kernel[width - 1 - back] * look(b, t, back)
+        for back in range(width - 1):
+            final[b, width - 2 - back] = look(b, length - 1, back)
+    return y, final
+
+
+def sliding_window_attention(q, k, v, *, window, scale=None, ids=None):
+    """Each head of each token by itself. q ``[B, T, H, K]``; k, v ``[B, P+T, G, ...]``; ids ``[B, P+T]``."""
+    batch, length, heads, width = q.shape
+    prefix, repeats = k.shape[1] - length, heads // k.shape[2]
+    scale = width**-0.5 if scale is None else scale
+    starts = document_starts(ids, batch, prefix + length)
+    o = np.zeros((batch, length, heads, v.shape[-1]))
+    for b in range(batch):
+        for t in range(length):
+            present = prefix + t
+            seen = range(max(starts[b, present], present - window + 1), present + 1)
+            for h in range(heads):
+                logits = np.array([scale * np.dot(q[b, t, h], k[b, s, h // repeats]) for s in seen])
+                weights = np.exp(logits - logits.max())
+                weights = weights / weights.sum()
+                for s, weight in zip(seen, weights, strict=True):
+                    o[b, t, h] += weight * v[b, s, h // repeats]
+    return o
+
+
+def log_softmax(logits):
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def linear_cross_entropy(x, embedding, targets, weights, *, soft_cap=0.0, z_loss=0.0):
+    """-> weighted nll, weighted nll + z_loss log_z^2, and the nll of each token ``[B, T]``."""
+    losses, nll, objective = np.zeros(targets.shape), 0.0, 0.0
+    for b, t in np.ndindex(*targets.shape):
+        logits = embedding @ x[b, t]
+        if soft_cap:
+            logits = soft_cap * np.tanh(logits / soft_cap)
+        losses[b, t] = -log_softmax(logits)[targets[b, t]]
+        log_z = logits[0] - log_softmax(logits)[0]
+        nll += weights[b, t] * losses[b, t]
+        objective += weights[b, t] * (losses[b, t] + z_loss * log_z**2)
+    return nll, objective, losses
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def gelu(x):
+    """Its tanh form (Hendrycks and Gimpel, arXiv:1606.08415)."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def linear(parameters, x):
+    y = x @ parameters["kernel"]
+    return y + parameters["bias"] if "bias" in parameters else y
+
+
+def rms_norm(parameters, x):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * (1 + parameters["scale"])
+
+
+def gated_mlp(parameters, x):
+    inner = gelu(linear(parameters["gate"], x)) * linear(parameters["up"], x)
+    return linear(parameters["down"], inner)
+
+
+def rotary(x, positions, *, fraction, base=10_000.0):
+    """Channel pairs (i, i + half) turned as complex numbers; x ``[B, T, H, K]``, positions ``[B, T]``."""
+    half = int(x.shape[-1] * fraction) // 2
+    y = np.array(x, np.float64)
+    for i in range(half):
+        turned = (x[..., i] + 1j * x[..., i + half]) * np.exp(1j * positions * base ** (-i / half))[..., None]
+        y[..., i], y[..., i + half] = turned.real, turned.imag
+    return y
+
+
+def rg_lru(parameters, x, ids=None):
+    """From an empty past: x ``[B, T, R]`` -> h, the last h (De et al., arXiv:2402.19427, section 2.4)."""
+    batch, length, _ = x.shape
+    heads, block, _ = parameters["input_kernel"].shape
+    starts = document_starts(ids, batch, length)
+    h, state = np.zeros(x.shape), np.zeros((batch, x.shape[-1]))
+    for b in range(batch):
+        for t in range(length):
+            parts = x[b, t].reshape(heads, block)
+            gates = []
+            for name in ("recurrence", "input"):
+                product = [parts[i] @ parameters[f"{name}_kernel"][i] for i in range(heads)]
+                gates.append(sigmoid(np.concatenate(product) + parameters[f"{name}_bias"]))
+            a = np.exp(-8 * softplus(parameters["decay"]) * gates[0])
+            u = gates[1] * x[b, t]
+            if t == starts[b, t]:
+                state[b] = u
+            else:
+                state[b] = a * state[b] + np.sqrt(1 - a**2) * u
+            h[b, t] = state[b]
+    return h, state
+
+
+def rg_lru_block(parameters, x, ids=None):
+    """``[B, T, D]`` -> ``[B, T, D]`` from an empty past."""
+    gate = gelu(linear(parameters["gate"], x))
+    inner = linear(parameters["input"], x)
+    inner, _ = causal_convolution(inner, parameters["convolution_kernel"], parameters["convolution_bias"], ids=ids)
+    return linear(parameters["out"], gate * rg_lru(parameters["rg_lru"], inner, ids)[0])
+
+
+def sliding_window_block(parameters, x, ids=None, *, heads, window, fraction):
+    """``[B, T, D]`` -> ``[B, T, D]`` from an empty past. Positions count from each document's first token."""
+    batch, length, _ = x.shape
+    positions = np.arange(length)[None] - document_starts(ids, batch, length)
+    q = linear(parameters["query"], x).reshape(batch, length, heads, -1)
+    k, v = linear(parameters["key"], x)[:, :, None], linear(parameters["value"], x)[:, :, None]
+    q, k = (rotary(y, positions, fraction=fraction) for y in (q, k))
+    o = sliding_window_attention(q, k, v, window=window, ids=ids)
+    return linear(parameters["out"], o.reshape(batch, length, -1))
+
+
+def language_model(config, parameters, tokens, ids=None):
+    """Logits ``[B, T, vocab]`` from an empty past, block by block."""
+    x = parameters["embedding"][tokens] * (np.sqrt(config.width) if config.embedding_scale else 1.0)
+    period = len(config.pattern)
+    for layer, mixer in enumerate(config.layers):
+        repetition, place = divmod(layer, period)
+        whole = repetition < config.num_layers // period
+        block = parameters["periods" if whole else "rest"]["blocks"][place]
+        if whole:
+            block = _take(block, repetition)
+        y = rms_norm(block["mixer_norm"], x)
+        if mixer == "rg_lru":
+            x = x + rg_lru_block(block["mixer"], y, ids)
+        else:
+            x = x + sliding_window_block(
+                block["mixer"], y, ids, heads=config.num_heads, window=config.window, fraction=config.rotary_fraction
+            )
+        x = x + gated_mlp(block["mlp"], rms_norm(block["mlp_norm"], x))
+    logits = rms_norm(parameters["norm"], x) @ parameters["embedding"].T
+    return config.logit_soft_cap * np.tanh(logits / config.logit_soft_cap) if config.logit_soft_cap else logits
+
+
+def _take(tree, index):
+    return {key: _take(value, index) if isinstance(value, dict) else value[index] for key, value in tree.items()}

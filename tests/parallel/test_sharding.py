@@ -1,0 +1,129 @@
+"""Meshes, the sharding rules, and that a model on 8 devices gives the numbers of one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxlinear.errors import UserError
+from jaxlinear.models.parameters import describe
+from jaxlinear.ops.cross_entropy import linear_cross_entropy
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel import sharding
+from tests import numerics, small
+
+ONES = dict.fromkeys(meshes.AXES, 1)
+
+
+def mesh_of(**sizes):
+    return meshes.make_mesh(ONES | sizes)
+
+
+def test_there_are_8_devices():
+    assert jax.device_count() == 8
+
+
+def test_make_mesh():
+    assert dict(mesh_of(data=8).shape) == ONES | {"data": 8}
+    assert dict(mesh_of(data=-1).shape) == ONES | {"data": 8}
+    assert dict(mesh_of(data=2, fsdp=-1, tensor=2).shape) == ONES | {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh_of(data=8, sequence=-1).shape) == ONES | {"data": 8}
+    assert dict(meshes.make_mesh(ONES, jax.devices()[:1]).shape) == ONES
+    assert list(mesh_of(data=4, tensor=2).devices.flat) == jax.devices()
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"data": 4}, "a mesh of data 4 does not use the 8 devices that there are, each once"),
+        ({"data": 3, "fsdp": -1}, "does not use the 8 devices"),
+        ({"data": 16}, "does not use the 8 devices"),
+        ({}, "a mesh of 1 does not use the 8 devices"),
+        ({"data": -1, "tensor": -1}, "only one size of the mesh can be -1, not both mesh.data and mesh.tensor"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
+    with pytest.raises(UserError, match=message):
+        mesh_of(**sizes)
+
+
+def test_spec():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    spec = functools.partial(sharding.spec, mesh=mesh)
+    assert spec(("batch", "time", None), (8, 16, 6)) == PartitionSpec(("data", "fsdp"), None, None)
+    assert spec(("embed", "mlp"), (6, 10)) == PartitionSpec("fsdp", "tensor")
+    assert spec(("vocab", "embed"), (31, 6)) == PartitionSpec(None, "fsdp")  # 2 does not divide 31
+    assert spec(("batch",), (6,)) == PartitionSpec(None)  # nor 4 divide 6
+    assert spec((None, "heads", "recurrent"), (3, 4, 2)) == PartitionSpec(None, "tensor", "tensor")
+    assert spec(("time",), (16,), mesh=mesh_of(sequence=8)) == PartitionSpec("sequence")
+    assert spec((), ()) == PartitionSpec()
+    with pytest.raises(ValueError, match="zip"):
+        spec(("embed",), (6, 10))
+
+
+def test_constrain():
+    x = jnp.ones((8, 4, 6))
+    assert sharding.constrain(x, "batch", "time", None) is x
+    mesh = mesh_of(data=2, fsdp=4)
+    with sharding.use_mesh(mesh):
+        assert sharding.constrain(x, "batch", "time", None).sharding.spec == PartitionSpec(("data", "fsdp"), None, None)
+        assert sharding.batch_groups() == 8
+        with sharding.use_mesh(mesh_of(tensor=8)):
+            assert sharding.batch_groups() == 1
+        assert sharding.batch_groups() == 8
+    assert sharding.batch_groups() == 1 and sharding.constrain(x, None, None, None) is x
+
+
+ARCHITECTURE = functools.cache(lambda: describe(small.config(num_layers=5, vocab_size=32)))
+BATCH = 8
+
+
+@functools.cache
+def batch():
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 32, (BATCH, 12)).astype(np.int32)
+    ids = np.cumsum(random.random((BATCH, 12)) < 0.2, axis=1, dtype=np.int32)
+    return tokens, np.roll(tokens, -1, axis=1), ids, random.random((BATCH, 12)).astype(np.float32) / 100
+
+
+def loss(parameters, tokens, targets, ids, weights):
+    model = ARCHITECTURE().bind(parameters)
+    hidden, _ = model.hidden(tokens, ids)
+    embedding, groups = model.embedding[...], sharding.batch_groups()
+    return linear_cross_entropy(hidden, embedding, targets, weights, soft_cap=5.0, groups=groups)[1]
+
+
+@functools.cache
+def on_one_device():
+    parameters = numerics.cast(small.parameters(ARCHITECTURE()), "float32")
+    return parameters, jax.jit(jax.value_and_grad(loss))(parameters, *batch())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"fsdp": 2, "tensor": 2, "data": 2}],
+    ids=lambda sizes: "_".join(f"{axis}{size}" for axis, size in sizes.items()),
+)
+def test_8_devices_give_the_numbers_of_one(sizes):
+    parameters, expected = on_one_device()
+    mesh = mesh_of(**sizes)
+    places, rows = ARCHITECTURE().shardings(mesh), meshes.batch_sharding(mesh)
+
+    def run(*inputs):
+        with sharding.use_mesh(mesh):
+            return jax.value_and_grad(loss)(*inputs)
+
+    placed = jax.device_put(parameters, places)
+    jitted = jax.jit(run, in_shardings=(places, rows, rows, rows, rows), out_shardings=(None, places))
+    value, gradients = jitted(placed, *batch())
+    numerics.assert_close((value, gradients), expected, 1e-5)
+    jax.tree.map(lambda gradient, place: _check_place(gradient, place), gradients, places)
+    parts = [leaf for leaf in jax.tree.leaves(gradients) if leaf.addressable_shards[0].data.size < leaf.size]
+    assert bool(parts) == (sizes != {"data": 8})
+
+
+def _check_place(x, place):
+    assert x.sharding.is_equivalent_to(place, x.ndim)

@@ -1,0 +1,281 @@
+"""generation.py: decoding is the parallel pass a token at a time, sampling is what it says, rows are by themselves."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlinear import generation
+from jaxlinear.data import load_tokenizer
+from jaxlinear.errors import UserError
+from jaxlinear.generation import Sampling, generate, sample, stream
+from jaxlinear.models import ModelConfig
+from jaxlinear.models.parameters import describe
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+VOCAB, WINDOW = 61, 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strict():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def _model(num_layers):
+    """Its biases and decays are moved about, so that every parameter counts."""
+    architecture = describe(
+        ModelConfig(
+            pattern=("rg_lru", "sliding_window"),
+            num_layers=num_layers,
+            vocab_size=VOCAB,
+            width=32,
+            recurrent_width=32,
+            num_heads=4,
+            window=WINDOW,
+            dtype="float32",
+        )
+    )
+    random = np.random.default_rng(0)
+    initial = jax.jit(architecture.initialise)(jax.random.key(0))
+    moved = jax.tree.map(lambda x: x + 0.2 * random.standard_normal(x.shape).astype(np.float32), initial)
+    return architecture.bind(moved)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """Two periods and a rest."""
+    return _model(5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A period and a rest."""
+    return _model(3)
+
+
+@functools.cache
+def _forward(model):
+    return jax.jit(lambda *arguments: model(*arguments))
+
+
+def tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "unstacked"])
+@pytest.mark.parametrize("prompt", [3, 3 * WINDOW - 1])
+def test_decoding_is_one_pass(deep, layout, prompt):
+    """A prompt behind padding, then one token, then five at once, then one at a time past the window."""
+    text, length, pad = tokens(2, 40), 40, 5
+    forward = _forward(deep if layout == "stacked" else deep.unstacked())
+    expected, _ = forward(text)
+    padded = np.concatenate([tokens(2, pad, seed=1), text[:, :prompt]], axis=1)
+    segment_ids = np.concatenate([np.zeros((2, pad), np.int32), np.ones((2, prompt), np.int32)], axis=1)
+    logits, state = forward(padded, segment_ids)
+    parts, size = [logits[:, pad:]], jax.tree.map(jnp.shape, state)
+    for start, stop in [(prompt, prompt + 1), (prompt + 1, prompt + 6)] + [
+        (i, i + 1) for i in range(prompt + 6, length)
+    ]:
+        logits, state = forward(text[:, start:stop], None, state)
+        parts.append(logits)
+        assert jax.tree.map(jnp.shape, state) == size
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [2, WINDOW - 1, WINDOW, 2 * WINDOW + 3])
+def test_state_after_packed_documents(model, length):
+    """The state belongs to the last document of the row, wherever that began; another id begins an empty one."""
+    forward, text = _forward(model), tokens(1, length + 6, seed=2)
+    before = tokens(1, 2 * WINDOW + 8 - length % 8, seed=3)
+    row = np.concatenate([before, text[:, :length]], axis=1)
+    segment_ids = np.concatenate([np.full_like(before, 1), np.full((1, length), 2, np.int32)], axis=1)
+    _, state = forward(row, segment_ids)
+    expected, _ = forward(text)
+    for i in range(length, length + 6):
+        logits, state = forward(text[:, i : i + 1], None, state)
+        np.testing.assert_allclose(logits[:, 0], expected[:, i], rtol=0, atol=2e-5)
+    logits, state = forward(text[:, :1], np.full((1, 1), 7, np.int32), state)  # of another document
+    np.testing.assert_allclose(logits[:, 0], expected[:, 0], rtol=0, atol=2e-5)
+    logits, state = forward(text[:, 1:2], np.full((1, 1), 7, np.int32), state)
+    np.testing.assert_allclose(logits[:, 0], expected[:, 1], rtol=0, atol=2e-5)
+
+
+def test_greedy_is_the_argmax_of_full_passes(model):
+    prompt, made = tokens(5).tolist(), 2 * WINDOW + 2
+    expected = list(prompt)
+    for _ in range(made):
+        text = np.zeros((1, 32), np.int32)
+        text[0, : len(expected)] = expected
+        expected.append(int(np.argmax(_forward(model)(text)[0][0, len(expected) - 1])))
+    assert len(set(expected[5:])) > 2
+    assert generate(model, [prompt], max_tokens=made, temperature=0.0) == [expected[5:]]
+    assert generate(model, [prompt], max_tokens=made, top_k=1) == [expected[5:]]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}])
+def test_rows_do_not_depend_on_each_other(model, options):
+    """Nor on the padding, which is as long as the longest prompt makes it."""
+    first, second = tokens(5, seed=4), tokens(40, seed=5)
+    alone = generate(model, [first], max_tokens=12, **options)[0]
+    assert generate(model, [first, second], max_tokens=12, **options)[0] == alone
+    assert generate(model, [first, first], max_tokens=12, **options)[0] == alone
+
+
+def test_chunks_do_not_change_the_text(model):
+    prompt = tokens(6, seed=6)
+    whole = generate(model, [prompt], max_tokens=20, seed=1)[0]
+    assert len(whole) == 20
+    pieces = list(stream(model, prompt, max_tokens=20, seed=1, chunk=8))
+    assert [len(piece) for piece in pieces] == [1, 8, 8, 3]
+    assert sum(pieces, []) == whole
+    assert generate(model, [prompt], max_tokens=7, seed=1)[0] == whole[:7]
+
+
+def test_seeds_and_rows_draw_differently(model):
+    prompt = tokens(6, seed=6)
+    again, other = (generate(model, [prompt, prompt], max_tokens=20, seed=seed) for seed in (1, 2))
+    assert again == generate(model, [prompt, prompt], max_tokens=20, seed=1)
+    assert len({tuple(row) for row in again + other}) == 4
+
+
+def test_stop_token(model):
+    prompt = tokens(6, seed=6)
+    whole = generate(model, [prompt, prompt], max_tokens=20, seed=1)
+    stop = whole[0][9]
+    expected = [row[: row.index(stop)] if stop in row else row for row in whole]
+    assert len(expected[0]) <= 9
+    assert generate(model, [prompt, prompt], max_tokens=20, seed=1, stop_token=stop) == expected
+    assert sum(stream(model, prompt, max_tokens=20, seed=1, stop_token=stop, chunk=8), []) == expected[0]
+    first = whole[0][0]
+    assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=first) == [[]]
+    assert generate(model, [[]], max_tokens=9, stop_token=stop) == generate(
+        model, [[stop]], max_tokens=9, stop_token=stop
+    )
+
+
+def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
+    rows = generate(model, [tokens(4) % 7] * 4, max_tokens=20, temperature=5.0, vocab_size=7)
+    assert {token for row in rows for token in row} == set(range(7))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"temperature": -0.1}, "the temperature is -0.1"),
+        ({"temperature": float("nan")}, "the temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"seed": -1}, "the seed is -1"),
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": [[1], []]}, "a prompt is empty"),
+        ({"prompts": [[1, VOCAB]]}, "a prompt has tokens from 1 to 61; the model's are 0 to 60"),
+        ({"prompts": [[-1]]}, "a prompt has tokens from -1"),
+    ],
+)
+def test_refusals(model, options, message):
+    with pytest.raises(UserError, match=message):
+        generate(model, **({"prompts": [[1]], "max_tokens": 3} | options))
+
+
+P = np.array([0.4, 0.05, 0.25, 0.05, 0.2, 0.05], np.float32)
+
+
+def _frequencies(draws=4000, **options):
+    sampling = Sampling(**options)
+    values = sampling.values | {"vocab_size": np.int32(len(P))}
+    keys = jax.random.split(jax.random.key(0), draws)
+    logits = jnp.broadcast_to(jnp.log(P)[None], (draws, len(P)))
+    drawn = sample(logits, keys, values, sampling.filters)
+    return np.bincount(drawn, minlength=len(P)) / draws
+
+
+def _kept(*which):
+    kept = np.zeros_like(P)
+    kept[list(which)] = P[list(which)]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, P),
+        ({"temperature": 2.0}, P**0.5 / (P**0.5).sum()),
+        ({"temperature": 0.5}, P**2 / (P**2).sum()),
+        ({"temperature": 0.0}, _kept(0)),
+        ({"temperature": 1e-30}, _kept(0)),
+        ({"top_k": 1}, _kept(0)),
+        ({"top_k": 2}, _kept(0, 2)),
+        ({"top_k": 4}, P),  # three are as likely as the fourth
+        ({"top_k": 100}, P),
+        ({"top_p": 0.3}, _kept(0)),
+        ({"top_p": 0.6}, _kept(0, 2)),
+        ({"top_p": 0.7}, _kept(0, 2, 4)),
+        ({"top_p": 1e-6}, _kept(0)),
+        ({"top_k": 2, "top_p": 0.6}, _kept(0)),  # of the two that are left, 0.4 / 0.65 is enough
+    ],
+)
+def test_sampling_statistics(options, expected):
+    frequencies = _frequencies(**options)
+    np.testing.assert_array_equal(frequencies[expected == 0], 0)
+    # Four standard deviations of a frequency of 4,000 draws, at most.
+    np.testing.assert_allclose(frequencies, expected, rtol=0, atol=4 * 0.5 / 4000**0.5)
+
+
+def test_nucleus_is_that_of_sorting():
+    random = np.random.default_rng(0)
+    p = random.dirichlet(np.full(200, 0.1), 16).astype(np.float32)
+    kept = np.asarray(generation._keep(jnp.asarray(p), jnp.asarray(p), jnp.full((16, 1), 0.8, jnp.float32))) > 0
+    for row, keep in zip(p, kept, strict=True):
+        order = np.argsort(-row)
+        count = int(np.searchsorted(np.cumsum(row[order], dtype=np.float64), 0.8)) + 1
+        assert set(np.flatnonzero(keep)) == set(order[:count])
+
+
+def _launch(*arguments):
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "launch/generate.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        timeout=300,
+    )
+
+
+def test_writer(tiny_run):
+    writer = generation.Writer.open(tiny_run)
+    options = {"max_tokens": 40, "seed": 5}
+    texts = writer.write(["for é", ""], **options)
+    assert texts[0].startswith("for é") and len(texts[0]) > 5
+    pieces = list(writer.stream("for é", **options))
+    assert pieces[0] == "for é" and len(pieces) > 3 and "".join(pieces) == texts[0]
+    assert load_tokenizer(tiny_run).vocab_size == 257 < writer.model.config.vocab_size
+
+
+def test_program(tiny_run):
+    arguments = [f"--workdir={tiny_run}", "--prompt=for x", "--max_tokens=10", "--seed=5"]
+    done = _launch(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == generation.Writer.open(tiny_run).write(["for x"], max_tokens=10, seed=5)[0] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir={run}", "--prompt=a", "--step=7"], "has no checkpoint of step 7; it has 1, 2"),
+        (["--workdir={run}/none", "--prompt=a"], "is not the work directory of a run"),
+        (["--workdir={run}", "--prompt=a", "--top_p=0"], "top_p is 0.0; it lies in (0, 1]"),
+    ],
+)
+def test_program_refuses(tiny_run, arguments, message):
+    done = _launch(*[argument.format(run=tiny_run) for argument in arguments])
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
