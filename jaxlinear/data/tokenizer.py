@@ -19,7 +19,7 @@ from jaxlinear.errors import UserError
 DOCUMENT_TOKEN = "<|endoftext|>"
 # Names under which existing tokenizers have a token for the border of documents, in the order of preference.
 _KNOWN_DOCUMENT_TOKENS = (DOCUMENT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<s>", "<bos>", "<|bos|>")
-_INFO = "tokenizer_info.json"
+INFO_FILE = "tokenizer_info.json"
 # Pieces are bounded, for a base64 blob or a script without spaces is otherwise one "word" of a million characters.
 _PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}{1,48}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,24}[\r\n]{0,8}|\s{1,64}(?!\S)|\s{1,64}"
 
@@ -57,7 +57,7 @@ class Tokenizer(abc.ABC):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the files that ``load_tokenizer`` reads."""
         info = {"kind": self.kind, "file": self.file, "document_token": self.document_token_name}
-        pathlib.Path(directory, _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        pathlib.Path(directory, INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         if self.file is not None:
             pathlib.Path(directory, self.file).write_bytes(self._serialized())
 
@@ -197,9 +197,9 @@ def open_tokenizer(path: str, document_token: str | None = None) -> Tokenizer:
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that was saved in ``directory``: a prepared dataset, a run, or any ``Tokenizer.save``."""
-    file = pathlib.Path(directory, _INFO)
+    file = pathlib.Path(directory, INFO_FILE)
     if not file.is_file():
-        raise UserError(f"no tokenizer in {directory}: it has no {_INFO}")
+        raise UserError(f"no tokenizer in {directory}: it has no {INFO_FILE}")
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
         kind, name, document_token = info["kind"], info["file"], info["document_token"]

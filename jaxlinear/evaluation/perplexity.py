@@ -10,10 +10,12 @@ import jax
 import numpy as np
 
 from jaxlinear import data
+from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import RunError, UserError
 from jaxlinear.evaluation.run import Run
+from jaxlinear.parallel import feeding
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.training.loop import mixture, place
+from jaxlinear.training.job import heldout_path
 from jaxlinear.training.step import make_loss_step
 
 LENGTHS = (1, 2, 4, 8)  # multiples of the training length, where the dataset has them
@@ -98,12 +100,9 @@ def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
 def _dataset(run: Run, path: str | None) -> Path:
     if path:
         return Path(path)
-    config = run.config.data
-    if config.heldout_path:
-        return Path(config.heldout_path)
-    if not config.path:
+    if not run.config.data.path and not run.config.data.heldout_path:
         raise UserError(f"the run in {run.workdir} names no dataset; name one with --data")
-    return Path(next(iter(mixture(config.path))))
+    return Path(heldout_path(run.config))
 
 
 def _read_manifest(run: Run, path: Path) -> data.Manifest:
@@ -116,7 +115,7 @@ def _read_manifest(run: Run, path: Path) -> data.Manifest:
             f"{path} has a vocabulary of {manifest.vocab_size} tokens, the model in {run.workdir} only "
             f"{run.config.model.vocab_size}; prepare the dataset with --tokenizer=... of the run"
         )
-    known = (run.workdir / "tokenizer_info.json").is_file()  # a converted run may have none
+    known = (run.workdir / INFO_FILE).is_file()  # a converted run may have none
     if known and data.load_tokenizer(run.workdir).sha256 != manifest.tokenizer.sha256:
         raise UserError(
             f"{path} was prepared with another tokenizer than the one that {run.workdir} was trained with; prepare it "
@@ -157,7 +156,7 @@ def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byt
     begin = time.perf_counter()
     pending = None  # the losses of a batch are read after the next one is under way
     for batch in data.heldout_batches(**plan):
-        nll, _ = loss_step(run.parameters, place(batch, sharding))
+        nll, _ = loss_step(run.parameters, feeding.place(batch, sharding))
         if pending is not None:
             read(*pending)
         pending = batch["segment_ids"], nll

@@ -1,0 +1,131 @@
+"""What a run's config fixes: the model, the mesh, the data and the optimiser, checked against each other."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from ml_collections import config_dict
+
+from jaxlinear import config as configs
+from jaxlinear import data
+from jaxlinear.data.tokenizer import INFO_FILE
+from jaxlinear.errors import UserError
+from jaxlinear.models import parameters
+from jaxlinear.parallel import feeding
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training.optimizer import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything of a run that its config fixes: nothing here depends on the step."""
+
+    config: config_dict.ConfigDict
+    architecture: parameters.Architecture
+    mesh: jax.sharding.Mesh
+    optimizer: optax.GradientTransformation
+    batches: data.TrainBatches
+
+    @classmethod
+    def build(cls, config: config_dict.ConfigDict) -> "Job":
+        """Checks the config against the devices and the data; writes nothing. ``UserError`` says what does not fit."""
+        config = configs.resolve(config)
+        mesh = meshes.make_mesh(config.mesh)
+        _check_mesh(config, mesh)
+        batches = _open_batches(config, mesh)
+        config = _with_vocabulary(config, batches.vocab_size)
+        architecture = parameters.describe(configs.model_config(config))
+        job = cls(config, architecture, mesh, make_optimizer(config, architecture), batches)
+        if config.evaluation.every_steps:
+            job.heldout_batches()
+        return job
+
+    @property
+    def heldout_path(self) -> str:
+        return heldout_path(self.config)
+
+    def heldout_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of the held-out batches that are evaluated while training."""
+        shape = (self.config.training.batch_size, self.config.training.sequence_length)
+        return data.heldout_batches(
+            self.heldout_path,
+            batch_size=shape[0],
+            sequence_length=shape[1],
+            rows=feeding.local_rows(meshes.batch_sharding(self.mesh), shape),
+            limit=self.config.evaluation.batches or None,
+        )
+
+    def check_tokenizer(self, workdir: Path) -> None:
+        """Raises ``UserError`` if the run in ``workdir`` was begun on data of another tokeniser; keeps a copy there if
+        it is new, so that text can be read and written without the dataset."""
+        tokenizer = data.load_tokenizer(next(iter(mixture(self.config.data.path))))
+        if (workdir / INFO_FILE).exists():
+            if data.load_tokenizer(workdir).sha256 != tokenizer.sha256:
+                raise UserError(
+                    f"{workdir} holds a run on data of another tokeniser than that of {self.config.data.path}"
+                )
+        else:
+            tokenizer.save(workdir)
+
+
+def heldout_path(config: config_dict.ConfigDict) -> str:
+    """The dataset whose held-out split a run is judged by."""
+    return config.data.heldout_path or next(iter(mixture(config.data.path)))
+
+
+def mixture(path: str) -> dict[str, float]:
+    """``DIR`` or ``DIR=WEIGHT,DIR=WEIGHT`` as weights by directory."""
+    weights = {}
+    for part in path.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            weights[name.strip()] = float(weight) if weight else 1.0
+        except ValueError:
+            raise UserError(f"data.path: {weight!r} is not a weight; write DIR=WEIGHT,DIR=WEIGHT") from None
+    return weights
+
+
+def _open_batches(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> data.TrainBatches:
+    """The training batches of this process: its rows of every global batch."""
+    if not config.data.path:
+        raise UserError("data.path is not set; launch/prepare_data.py makes a dataset")
+    training = config.training
+    return data.TrainBatches(
+        mixture(config.data.path),
+        batch_size=training.batch_size,
+        sequence_length=training.sequence_length,
+        seed=training.seed,
+        rows=feeding.local_rows(meshes.batch_sharding(mesh), (training.batch_size, training.sequence_length)),
+    )
+
+
+def _with_vocabulary(config: config_dict.ConfigDict, vocab_size: int) -> config_dict.ConfigDict:
+    """The config with ``model.vocab_size`` set for a tokeniser of ``vocab_size``, or a refusal."""
+    config = config.copy_and_resolve_references()
+    if config.model.vocab_size is None:
+        config.model.vocab_size = math.ceil(vocab_size / 128) * 128
+    if config.model.vocab_size < vocab_size:
+        raise UserError(
+            f"the tokeniser of {config.data.path} has {vocab_size} tokens, more than model.vocab_size="
+            f"{config.model.vocab_size}; leave model.vocab_size unset to follow the data"
+        )
+    return config
+
+
+def _check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    rows = config.training.batch_size // config.training.microbatches
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise UserError(
+            f"training.batch_size={config.training.batch_size} in {config.training.microbatches} microbatches is "
+            f"{rows} rows, which the mesh (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}) does not divide; "
+            f"the nearest batch size that works is "
+            f"{max(1, round(rows / parts)) * parts * config.training.microbatches}"
+        )
+    for axis in ("sequence", "expert"):
+        if mesh.shape[axis] > 1:
+            raise UserError(f"mesh.{axis}={mesh.shape[axis]}: no layer can be split over {axis} yet; set it to 1")

@@ -1,0 +1,76 @@
+"""Turns the device's metrics into lines of the log, and wall-clock time into rates."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import jax
+from absl import logging
+
+from jaxlinear.errors import RunError
+from jaxlinear.scaling import flops, hardware
+from jaxlinear.training.job import Job
+from jaxlinear.training.metrics import MetricsWriter
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Reads the metrics of steps as they are done. Rates are over the time since the last line, pauses not counted."""
+
+    def __init__(self, job: Job, writer: MetricsWriter, first: int):
+        config = job.config
+        self._config, self._writer = config, writer
+        self._tokens_per_step = config.training.batch_size * config.training.sequence_length
+        self._flops = flops.training_flops_per_token(job.architecture.config, config.training.sequence_length)
+        device = job.mesh.devices.flat[0]
+        peak = hardware.peak_flops(device)
+        if peak is None:
+            logging.warning("the peak of %s is not known: mfu will be 0", device.device_kind)
+        self._peak = (peak or math.inf) * job.mesh.size
+        self._read_step = first
+        self._waited = 0.0
+        self._begin = time.perf_counter()
+
+    def read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Waits for the metrics after ``step`` steps; logs them if they are due."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if values["skips_in_a_row"] >= self._config.training.max_skips:
+            raise RunError(
+                f"{self._config.training.max_skips} steps in a row were skipped, the last of them step {step} with a "
+                f"gradient norm of {values['gradient_norm']:.3g}: the run diverged; go on from an earlier checkpoint "
+                "with a lower optimizer.learning_rate, or raise training.spike_multiple"
+            )
+        if step % self._config.logging.every_steps and step != self._config.training.steps:
+            return
+        now = time.perf_counter()
+        steps, elapsed = step - self._read_step, now - self._begin
+        rate = steps * self._tokens_per_step / elapsed
+        line = {
+            "loss": values.pop("loss"),
+            "tokens": step * self._tokens_per_step,
+            **{name: int(value) if name.startswith("skips") else value for name, value in values.items()},
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops / self._peak,
+            "step_seconds": elapsed / steps,
+            "data_wait_fraction": self._waited / elapsed,
+        }
+        self._writer.write(step, line)
+        self._writer.progress(step, {"loss": f"{line['loss']:.3f}", "tok/s": f"{rate:,.0f}"})
+        self._read_step, self._waited, self._begin = step, 0.0, now
+
+    def timed(self, fetch: Callable[[], T]) -> T:
+        """Calls ``fetch`` and counts its time as waiting for data."""
+        begin = time.perf_counter()
+        result = fetch()
+        self._waited += time.perf_counter() - begin
+        return result
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time within does not count."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin

@@ -1,0 +1,78 @@
+"""From nothing to a language model: a corpus, a trained Griffin, its held-out loss, a sample. `make quickstart` runs it.
+
+Started again, it goes on where it was stopped; when the run is done it only evaluates and samples.
+"""
+
+import pathlib
+import sys
+import time
+
+from absl import flags, logging
+
+from jaxlinear import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where the corpus and the run lie.")
+_PROMPT = "def "
+
+
+def main() -> int:
+    import importlib.util
+
+    from jaxlinear import data, evaluation, generation
+    from jaxlinear.training import loop, metrics
+
+    path = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
+    spec = importlib.util.spec_from_file_location("quickstart", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    begin = time.perf_counter()
+    workdir = pathlib.Path(_WORKDIR.value)
+    corpus = workdir / "corpus"
+    if not corpus.exists():
+        print("== preparing the sources of Python's standard library", flush=True)
+        data.prepare("python-stdlib", corpus, tokenizer="bpe", vocab_size=module.VOCAB_SIZE, block_length=512)
+    config = module.get_config()
+    config.data.path = str(corpus.absolute())
+    print("== training", flush=True)
+    status = loop.train(config, workdir)
+    if status != loop.FINISHED:
+        return status
+
+    print("== evaluating the held-out split", flush=True)
+    logging.set_verbosity(logging.ERROR)
+    report = evaluation.evaluate(workdir, lengths=[1])["perplexity"]
+    result = report["lengths"][0]
+    print("== a sample", flush=True)
+    writer = generation.Writer.open(workdir)
+    print(writer.write([_PROMPT], max_tokens=96, temperature=0.7, top_p=0.95, seed=1)[0])
+
+    rates = sorted(line["tokens_per_second"] for line in metrics.read(workdir) if "tokens_per_second" in line)
+    run = f"{_relative(sys.executable)} launch"
+    print(
+        f"""
+held-out loss   {result["loss"]:.3f} nats a token
+bits per byte   {result["bits_per_byte"]:.3f}    gzip -9 {report["gzip_bits_per_byte"]:.3f}    \
+xz -9 {report["xz_bits_per_byte"]:.3f}    (the same {report["bytes"]:,} bytes)
+speed           {rates[len(rates) // 2]:,.0f} tokens a second (median)
+the run         {workdir}
+time            {time.perf_counter() - begin:.0f} s
+
+go on from here:
+  resume, longer  {run}/train.py --config=configs/quickstart.py --workdir={workdir} --config.data.path={corpus.absolute()} \
+--config.training.steps={config.training.steps * 2}
+  evaluate        {run}/evaluate.py --workdir={workdir}
+  generate        {run}/generate.py --workdir={workdir} --prompt='import ' --temperature=0.7
+  TensorBoard     {_relative(sys.executable)} -m pip install tensorboard && {_relative(sys.executable)} -m tensorboard.main \
+--logdir={workdir}"""
+    )
+    return 0
+
+
+def _relative(path: str) -> str:
+    here = pathlib.Path.cwd()
+    return str(pathlib.Path(path).relative_to(here)) if pathlib.Path(path).is_relative_to(here) else path
+
+
+if __name__ == "__main__":
+    cli.run(main)
