@@ -60,13 +60,12 @@ def tiny_config(tiny_dataset):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_config, tiny_dataset, tmp_path_factory):
+def tiny_run(tiny_config, tmp_path_factory):
     """The directory of a run with checkpoints of the steps 1 and 2."""
     from jaxlinear.data import load_tokenizer
     from jaxlinear.training.loop import FINISHED, train
 
     workdir = tmp_path_factory.mktemp("tiny_run") / "run"
     assert train(tiny_config, workdir) == FINISHED
-    
     assert load_tokenizer(workdir).kind == "bytes"
     return workdir

@@ -134,7 +134,12 @@ def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int, li
     rows = min(max(batch_tokens // length, 1), math.ceil(targets / length))
     rows = math.ceil(rows / devices) * devices
     total = math.ceil(targets / (rows * length))
-    plan = {"path": path, "batch_size": rows, "sequence_length": length, "limit": min(limit or total, total)}
+    plan: dict[str, Any] = {
+        "path": path,
+        "batch_size": rows,
+        "sequence_length": length,
+        "limit": min(limit or total, total),
+    }
     data.heldout_batches(**plan)  # checks the length against that of the blocks; reads nothing yet
     return plan | {"whole_split": plan["limit"] == total}
 

@@ -45,7 +45,7 @@ class LanguageModel(nnx.Module):
         def stack(rngs: nnx.Rngs) -> Period:
             return Period(config, config.pattern, rngs=rngs)
 
-        self.periods = stack(rngs) if periods else None
+        self.periods: Any = stack(rngs) if periods else None
         self.rest = Period(config, config.pattern[:rest], rngs=rngs) if rest else None
         self.norm = RMSNorm(config.width, rngs=rngs)
 
@@ -121,9 +121,7 @@ class LanguageModel(nnx.Module):
             run = self._scan if self.is_stacked else self._loop
             x, new["periods"] = run(x, segment_ids, None if state is None else state["periods"])
         if self.rest is not None:
-            x, new["rest"] = self.rest(
-                x, segment_ids=segment_ids, state=None if state is None else state["rest"]
-            )
+            x, new["rest"] = self.rest(x, segment_ids=segment_ids, state=None if state is None else state["rest"])
         return self.norm(x), new
 
     def _loop(self, x, segment_ids, states):

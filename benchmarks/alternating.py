@@ -1,0 +1,55 @@
+"""Two programs measured in turn, so that both see the same machine; and the comparison side as one of them."""
+
+import json
+import os
+import pathlib
+import subprocess
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxlinear.errors import RunError, UserError
+
+
+def alternate(parts: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each of ``parts`` returns, ``rounds`` times in turn, after one round that does not count."""
+    values: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(rounds + 1):
+        for name, go in parts.items():
+            values[name].append(go())
+    return {name: of_part[1:] for name, of_part in values.items()}
+
+
+class Worker:
+    """``recurrentgemma_worker.py`` in a process of its own, under the Python of its own environment."""
+
+    def __init__(self, python: str, task: str, **options: Any):
+        script = pathlib.Path(__file__).with_name("recurrentgemma_worker.py")
+        command = [python, str(script), task, *(f"--{name}={value}" for name, value in options.items())]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
+        except FileNotFoundError as error:
+            raise UserError(f"--against={python} is not a Python") from error
+        self.told = self._read()
+
+    def go(self) -> float:
+        """Runs one round; its tokens a second."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        told = self._read()
+        return told["tokens"] / told["seconds"]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RunError(f"the comparison side ended with status {self._process.wait()}; its reason is above")
+        return json.loads(line)

@@ -1,0 +1,135 @@
+"""The whole training step, float32: tokens a second and the time to compile it.
+
+    python benchmarks/train_step.py --model=griffin_6m --batch=4 --length=1024 [--json=FILE]
+    python benchmarks/train_step.py --batch=1 --length=4096 --against=RG/bin/python    # and the recurrentgemma package
+    python benchmarks/train_step.py --layers=48 --batch=1 --length=256                 # another depth
+
+The step is the one that `launch/train.py` runs: forward, backward, AdamW, the skipping of bad steps, the metrics; on
+random tokens, which it does not depend on. With --against, the named Python runs the same model of the recurrentgemma
+package (benchmarks/recurrentgemma_worker.py says how to make its environment) with each of its two scans, in turn with
+ours, so that all see the same machine.
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+from alternating import Worker, alternate
+
+from jaxlinear import cli
+from jaxlinear.errors import UserError
+
+_MODEL = flags.DEFINE_string("model", "griffin_6m", "A preset; --against has griffin_6m alone.")
+_BATCH = flags.DEFINE_integer("batch", 4, "Rows of a step, B.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 1024, "Tokens a row, T.", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("layers", None, "Another depth than the preset's.", lower_bound=1)
+_REMAT = flags.DEFINE_string("remat", None, "Another model.remat than the default.")
+_STEPS = flags.DEFINE_integer("steps", 7, "Steps that count; one more, the first, does not.", lower_bound=4)
+_AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with the recurrentgemma package.")
+_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+
+
+def main() -> None:
+    if _AGAINST.value and (_MODEL.value != "griffin_6m" or _LAYERS.value):
+        raise UserError("--against has the model griffin_6m alone, at its own depth")
+    ours, result = _ours()
+    workers = {}
+    if _AGAINST.value:
+        for scan in ("native", "associative"):
+            workers[scan] = Worker(_AGAINST.value, "train", batch=_BATCH.value, length=_LENGTH.value, scan=scan)
+    try:
+        parts = {"jaxlinear": ours} | {name: worker.go for name, worker in workers.items()}
+        rates = alternate(parts, _STEPS.value)
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+    speed = statistics.median(rates["jaxlinear"])
+    result |= {"tokens_per_second": speed, "rates": rates["jaxlinear"]}
+    result["mfu"] = speed * result["flops_per_token"] / result.pop("peak_flops")
+    if workers:
+        result["recurrentgemma"] = {
+            name: {
+                "tokens_per_second": statistics.median(rates[name]),
+                "rates": rates[name],
+                "compile_seconds": worker.told["compile_seconds"],
+            }
+            for name, worker in workers.items()
+        }
+        theirs = result["recurrentgemma"]
+        best = max(theirs, key=lambda name: theirs[name]["tokens_per_second"])
+        result["ratio_to_better_scan"] = speed / theirs[best]["tokens_per_second"]
+        result["better_scan"] = best
+        result["compile_ratio"] = {
+            name: result["compile_seconds"] / value["compile_seconds"] for name, value in theirs.items()
+        }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
+
+
+def _ours() -> tuple[Callable[[], float], dict[str, Any]]:
+    """A function that runs one step and returns its tokens a second, and what is known before it runs."""
+    import jax
+    import numpy as np
+
+    from jaxlinear import config as configs
+    from jaxlinear.models import parameters
+    from jaxlinear.parallel import feeding
+    from jaxlinear.parallel import mesh as meshes
+    from jaxlinear.scaling import flops, hardware
+    from jaxlinear.training import state as states
+    from jaxlinear.training.optimizer import make_optimizer
+    from jaxlinear.training.step import make_train_step
+
+    config = configs.default()
+    config.model.preset, config.model.dtype = _MODEL.value, "float32"
+    config.model.num_layers = _LAYERS.value
+    if _REMAT.value:
+        config.model.remat = _REMAT.value
+    config.training.batch_size, config.training.sequence_length = _BATCH.value, _LENGTH.value
+    config.data.segment_documents = False  # the package has none in this comparison
+    config = configs.resolve(config)
+    mesh = meshes.make_mesh(config.mesh)
+    architecture = parameters.describe(configs.model_config(config))
+    optimizer = make_optimizer(config, architecture)
+    shape = (_BATCH.value, _LENGTH.value)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones(shape, np.int32)}
+    batch = feeding.place(batch, meshes.batch_sharding(mesh))
+    state = states.initialise(architecture, optimizer, 0, mesh)
+
+    lowered = make_train_step(config, architecture, optimizer, mesh).lower(state, batch)
+    begin = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - begin
+    holder = [state]
+
+    def go() -> float:
+        begin = time.perf_counter()
+        holder[0], metrics = compiled(holder[0], batch)
+        jax.block_until_ready((holder[0], metrics))
+        return shape[0] * shape[1] / (time.perf_counter() - begin)
+
+    return go, {
+        "model": _MODEL.value,
+        "batch": shape[0],
+        "length": shape[1],
+        "layers": config.model.num_layers,
+        "parameters": architecture.num_parameters,
+        "device": jax.devices()[0].device_kind,
+        "load_average": os.getloadavg()[0],
+        "compile_seconds": seconds,
+        "flops_per_token": flops.training_flops_per_token(architecture.config, _LENGTH.value),
+        "peak_flops": hardware.peak_flops(jax.devices()[0]) or float("nan"),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,25 @@
+"""Hawk 100M on 2 B tokens of a prepared dataset: about 20 tokens a parameter.
+
+    python launch/prepare_data.py --source=TEXT --output=DATA --vocab_size=32000
+    python launch/train.py --config=configs/hawk_100m.py --workdir=RUN --config.data.path=DATA
+
+Meant for one host of 8 accelerators; not yet trained to its end by us, so no loss is quoted. `--config.mesh.fsdp=8
+--config.mesh.data=1` spreads the parameters too.
+"""
+
+from jaxlinear import config as configs
+
+
+def get_config():
+    config = configs.default()
+    config.model.preset = "hawk_100m"
+    config.training.batch_size = 256
+    config.training.sequence_length = 2048
+    config.training.steps = 4_000
+    config.training.spike_multiple = 10.0
+    config.optimizer.learning_rate = 2e-3
+    config.schedule.warmup_steps = 200
+    config.checkpoint.every_steps = 500
+    config.checkpoint.keep_every_steps = 2000
+    config.evaluation.every_steps = 500
+    return config
