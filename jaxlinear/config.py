@@ -150,6 +150,34 @@ def from_json(text: str) -> config_dict.ConfigDict:
     return config
 
 
+def markdown() -> str:
+    """``docs/configuration.md``: every key with its type, default and meaning."""
+    lines = [_MARKDOWN_HEAD]
+    section = ""
+    for key, (value, meaning) in KEYS.items():
+        if key.split(".")[0] != section:
+            section = key.split(".")[0]
+            lines.append(f"\n## {section}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |")
+        kind = value if isinstance(value, type) else type(value)
+        shown = "" if isinstance(value, type) else f"`{value!r}`"
+        lines.append(f"| `{key}` | {kind.__name__} | {shown} | {meaning.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+_MARKDOWN_HEAD = """# Configuration
+
+A config file in `configs/` is Python: `get_config()` takes `jaxlinear.config.default()`, sets what the experiment is, and
+returns it. On the command line, `--config.section.key=VALUE` changes one key; a tuple is written `"('a','b')"` or `a,b`.
+
+A key that does not exist is refused with the nearest one that does; so are values of another type and combinations that
+cannot work, with the reason. A key without a default below follows from the preset, the data or another key. The
+resolved config is written to the run's `config.json`; when a run goes on, only the keys of `mesh`, `checkpoint`,
+`evaluation` and `logging`, `training.steps`, `training.max_skips`, `model.remat` and the paths of the data may have changed.
+
+This page is made by `python -m jaxlinear.config > docs/configuration.md`.
+"""
+
+
 def _check(config: config_dict.ConfigDict) -> None:
     for key in _POSITIVE:
         section, name = key.split(".")
@@ -234,3 +262,6 @@ _CHOICES = {
     "optimizer.name": OPTIMIZERS,
     "schedule.name": SCHEDULES,
 }
+
+if __name__ == "__main__":
+    print(markdown(), end="")

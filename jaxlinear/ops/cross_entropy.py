@@ -133,7 +133,7 @@ def _logits(x, embedding, soft_cap):
 
 
 def _one_hot(targets, logits):
-    """``[B, T, vocab]`` bool. A comparison, since a scatter or gather by index does not partition over the vocabulary."""
+    """``[B, T, vocab]`` bool. A comparison, since a gather by index does not partition over the vocabulary."""
     return targets[..., None] == lax.broadcasted_iota(targets.dtype, (1, 1, logits.shape[-1]), 2)
 
 

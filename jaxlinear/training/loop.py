@@ -93,7 +93,8 @@ def _run(
         stop = interrupted[0]
         last = done == steps or stop
         if not last:
-            batch = meter.timed(lambda index=done: feeding.place(job.batches[index], sharding))
+            with meter.waiting():
+                batch = feeding.place(job.batches[done], sharding)
         evaluating = config.evaluation.every_steps and (done % config.evaluation.every_steps == 0 or done == steps)
         saving = done % config.checkpoint.every_steps == 0 or last
         if not (evaluating or saving):

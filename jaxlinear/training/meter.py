@@ -3,8 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import jax
 from absl import logging
@@ -13,8 +12,6 @@ from jaxlinear.errors import RunError
 from jaxlinear.scaling import flops, hardware
 from jaxlinear.training.job import Job
 from jaxlinear.training.metrics import MetricsWriter
-
-T = TypeVar("T")
 
 
 class Meter:
@@ -61,12 +58,12 @@ class Meter:
         self._writer.progress(step, {"loss": f"{line['loss']:.3f}", "tok/s": f"{rate:,.0f}"})
         self._read_step, self._waited, self._begin = step, 0.0, now
 
-    def timed(self, fetch: Callable[[], T]) -> T:
-        """Calls ``fetch`` and counts its time as waiting for data."""
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time within counts as waiting for data."""
         begin = time.perf_counter()
-        result = fetch()
+        yield
         self._waited += time.perf_counter() - begin
-        return result
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,12 +1,11 @@
 """The training step: a pure function of (state, batch)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
+from jax import lax, stages
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
@@ -30,8 +29,8 @@ def make_train_step(
     architecture: Architecture,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step on a mesh. Its state is donated.
+) -> stages.Wrapped:
+    """The jitted ``(TrainState, Batch) -> (TrainState, Metrics)`` on a mesh. The state is donated.
 
     Metrics are float32 scalars: ``loss`` (nats a token), ``gradient_norm``, ``parameter_norm``, ``learning_rate``,
     ``skips``, ``skips_in_a_row``, and norms by group of layers if ``logging.layer_norms``.
@@ -104,7 +103,7 @@ def make_train_step(
     )
 
 
-def make_loss_step(config: config_dict.ConfigDict, architecture: Architecture, mesh: Mesh) -> Callable[..., Any]:
+def make_loss_step(config: config_dict.ConfigDict, architecture: Architecture, mesh: Mesh) -> stages.Wrapped:
     """``(parameters, batch) -> (nll [B, T] float32, is a target [B, T] bool)``, jitted: for evaluation."""
 
     def step(parameters, batch):

@@ -1,0 +1,54 @@
+"""Pictures of runs. Needs the extra ``plot``."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxlinear.errors import UserError
+from jaxlinear.training import metrics
+
+
+def loss_curves(workdirs: Sequence[str], output: str | os.PathLike) -> None:
+    """Training loss (each logged step, and smoothed) and held-out loss of runs against tokens, to a file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install 'jaxlinear[plot]'") from None
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, workdir in enumerate(workdirs):
+        lines = metrics.read(workdir)
+        training = [line for line in lines if "loss" in line]
+        if not training:
+            raise UserError(f"{workdir} has no losses to draw: it is not the work directory of a run")
+        tokens = {line["step"]: line["tokens"] for line in training}
+        heldout = [line for line in lines if "heldout_loss" in line and line["step"] in tokens]
+        name = Path(workdir).name
+        losses = [line["loss"] for line in training]
+        seen = list(tokens.values())
+        axes.plot(seen, losses, color=f"C{i}", alpha=0.25, linewidth=0.8)
+        axes.plot(seen, _smooth(losses), color=f"C{i}", label=f"{name}, training")
+        if heldout:
+            axes.plot(
+                [tokens[line["step"]] for line in heldout],
+                [line["heldout_loss"] for line in heldout],
+                color=f"C{i}",
+                marker="o",
+                linestyle="--",
+                label=f"{name}, held out",
+            )
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=150)
+
+
+def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:
+    """A running mean without the bias of its start."""
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        smoothed.append(total / weight)
+    return smoothed

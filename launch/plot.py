@@ -1,0 +1,24 @@
+"""Draws the loss curve of runs: python launch/plot.py --workdir=RUN [--workdir=RUN ...] --output=loss.png"""
+
+import pathlib
+
+from absl import flags
+
+from jaxlinear import cli
+from jaxlinear.errors import UserError
+
+_WORKDIRS = flags.DEFINE_multi_string("workdir", None, "A run; several are drawn together.", required=True)
+_OUTPUT = flags.DEFINE_string("output", "loss.png", "The picture: .png, .svg or .pdf.")
+
+
+def main() -> None:
+    from jaxlinear.evaluation import plots
+
+    suffix = pathlib.Path(_OUTPUT.value).suffix
+    if suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--output={_OUTPUT.value} must end in .png, .svg or .pdf")
+    plots.loss_curves(_WORKDIRS.value, _OUTPUT.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
