@@ -1,14 +1,29 @@
-"""What `make quickstart` trains: a small Griffin on the standard library's sources."""
+"""What `make quickstart` trains: a Griffin of 1.8 M parameters on the sources of Python's standard library.
+
+    make quickstart
+
+About 2 M tokens in six minutes on two CPU cores; README.md shows what it reaches.
+"""
 
 from jaxlinear import config as configs
+
+VOCAB_SIZE = 2048  # of the byte-level BPE that the corpus is prepared with
 
 
 def get_config():
     config = configs.default()
-    config.model.preset = "griffin_3m"
+    config.model.preset = "griffin_2m"
     config.model.dtype = "float32"
-    config.training.batch_size = 8
+    config.training.batch_size = 2
     config.training.sequence_length = 512
-    config.training.steps = 400
-    config.schedule.warmup_steps = 20
+    config.training.steps = 2000
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.muon_learning_rate = 0.02
+    config.schedule.name = "linear"
+    config.schedule.warmup_steps = 30
+    config.schedule.final_fraction = 0.0
+    config.checkpoint.every_steps = 500
+    config.evaluation.every_steps = 500
+    config.evaluation.batches = 64
     return config

@@ -1,8 +1,12 @@
 """What every program in ``launch/`` shares: parse flags, call one function, turn bad input into one line and status 2."""
 
+import difflib
 import errno
+import glob
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import flags
@@ -28,7 +32,7 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     """
     argv = sys.argv if argv is None else argv
     try:
-        rest = flags.FLAGS(argv)[1:]
+        rest = _parse(argv)
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: every option is written --name=value")
         status = main()
@@ -45,6 +49,42 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
         _refuse(argv, f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}")
     else:
         sys.exit(status or 0)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """The arguments that are not flags. For an unknown key or file of ``--config`` ml_collections has only tracebacks."""
+    if "config" not in flags.FLAGS:
+        return flags.FLAGS(argv)[1:]
+    from jaxlinear import config as configs
+
+    overrides = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv) if match]
+    configs.check_known(overrides)
+    file = _config_file(argv)
+    try:
+        return flags.FLAGS(argv)[1:]
+    except (AttributeError, KeyError) as error:
+        key = re.match(r"""\W*(?:Key ")?(\w+)(\W*$|.*the config is locked|.*Did you mean)""", str(error), re.DOTALL)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        if key is None or not lines:
+            raise
+        near = re.search(r'Did you mean ("\w+")', str(error))
+        advice = f"; did you mean {near[1]}?" if near else ""
+        raise UserError(f'{file}, line {lines[-1]}: there is no config key "{key[1]}"{advice}') from error
+
+
+def _config_file(argv: list[str]) -> str | None:
+    """The file that ``--config`` names, which has to exist."""
+    named = re.search(r"^--?config(?:=|\n)(.*)", "\n".join(argv), re.MULTILINE)
+    if named is None:
+        return None
+    file = named[1].split(":")[0]
+    if not os.path.isfile(file):
+        folder, name = os.path.split(file)
+        others = glob.glob("*.py", root_dir=folder or None)
+        near = difflib.get_close_matches(name, others, n=1, cutoff=0.0)
+        advice = f"; did you mean {os.path.join(folder, near[0])!r}?" if near else ""
+        raise UserError(f"there is no config file {file!r}{advice}")
+    return file
 
 
 def _refuse(argv: list[str], message: str) -> None:

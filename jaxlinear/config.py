@@ -120,10 +120,16 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
         if model[name] is None:
             model[name] = value
     if model.pattern is not None:
+        if not all(isinstance(names, str) for names in model.pattern):
+            raise UserError(f"model.pattern is {model.pattern!r}; it is names of mixers")
         model.pattern = tuple(part.strip() for names in model.pattern for part in names.split(",") if part.strip())
     missing = [f"model.{name}" for name in model if model[name] is None and name != "vocab_size"]
     if missing:
         raise UserError(f"without model.preset these keys need a value: {', '.join(missing)}")
+    for key in KEYS:
+        section, name = key.split(".")
+        if config[section][name] is None and key != "model.vocab_size":
+            raise UserError(f"{key} is None; it needs a value")
     _check(config)
     return config
 
@@ -136,7 +142,11 @@ def model_config(config: config_dict.ConfigDict) -> ModelConfig:
 
 def to_json(config: config_dict.ConfigDict) -> str:
     """The text of ``config.json``: keys in the order of ``KEYS``."""
-    return json.dumps({section: dict(config[section]) for section in config}, indent=2) + "\n"
+    values: dict[str, dict[str, Any]] = {}
+    for key in KEYS:
+        section, name = key.split(".")
+        values.setdefault(section, {})[name] = config[section][name]
+    return json.dumps(values, indent=2) + "\n"
 
 
 def from_json(text: str) -> config_dict.ConfigDict:
@@ -172,7 +182,7 @@ returns it. On the command line, `--config.section.key=VALUE` changes one key; a
 A key that does not exist is refused with the nearest one that does; so are values of another type and combinations that
 cannot work, with the reason. A key without a default below follows from the preset, the data or another key. The
 resolved config is written to the run's `config.json`; when a run goes on, only the keys of `mesh`, `checkpoint`,
-`evaluation` and `logging`, `training.steps`, `training.max_skips`, `model.remat` and the paths of the data may have changed.
+`evaluation` and `logging`, `training.steps`, `training.max_skips`, `model.remat` and the paths of the data may change.
 
 This page is made by `python -m jaxlinear.config > docs/configuration.md`.
 """
@@ -186,7 +196,7 @@ def _check(config: config_dict.ConfigDict) -> None:
             raise UserError(f"{key} is {value}; it must be at least 1")
     for key in _NOT_NEGATIVE:
         section, name = key.split(".")
-        if config[section][name] < 0:
+        if not config[section][name] >= 0:  # nor not a number
             raise UserError(f"{key} is {config[section][name]}; it must not be negative")
     for key, choices in _CHOICES.items():
         section, name = key.split(".")
@@ -204,6 +214,8 @@ def _check(config: config_dict.ConfigDict) -> None:
         raise UserError(
             f"model.num_heads={model.num_heads} does not divide model.recurrent_width={model.recurrent_width}"
         )
+    if not model.mlp_expansion * model.width >= 1:
+        raise UserError(f"model.mlp_expansion is {model.mlp_expansion}; it must be above 0")
     if not 0 <= model.rotary_fraction <= 1:
         raise UserError(f"model.rotary_fraction is {model.rotary_fraction}; it lies between 0 and 1")
     if training.batch_size % training.microbatches:
@@ -214,6 +226,9 @@ def _check(config: config_dict.ConfigDict) -> None:
         raise UserError(
             f"schedule.warmup_steps={config.schedule.warmup_steps} is more than training.steps={training.steps}"
         )
+    for name in ("beta1", "beta2"):
+        if not 0 <= config.optimizer[name] < 1:
+            raise UserError(f"optimizer.{name} is {config.optimizer[name]}; it lies in [0, 1)")
     if not 0 < config.schedule.decay_fraction <= 1:
         raise UserError(f"schedule.decay_fraction is {config.schedule.decay_fraction}; it lies in (0, 1]")
     if config.checkpoint.keep_best and not config.evaluation.every_steps:
@@ -246,8 +261,10 @@ _NOT_NEGATIVE = (
     "training.z_loss",
     "training.spike_multiple",
     "optimizer.learning_rate",
+    "optimizer.epsilon",
     "optimizer.weight_decay",
     "optimizer.clip_norm",
+    "optimizer.muon_learning_rate",
     "schedule.warmup_steps",
     "schedule.final_fraction",
     "checkpoint.keep_every_steps",

@@ -31,7 +31,7 @@ def main() -> int:
     corpus = workdir / "corpus"
     if not corpus.exists():
         print("== preparing the sources of Python's standard library", flush=True)
-        data.prepare("python-stdlib", corpus, tokenizer="bpe", vocab_size=module.VOCAB_SIZE, block_length=512)
+        data.prepare("python-stdlib", corpus, tokenizer="bpe", vocab_size=module.VOCAB_SIZE, block_length=2048)
     config = module.get_config()
     config.data.path = str(corpus.absolute())
     print("== training", flush=True)
@@ -41,14 +41,16 @@ def main() -> int:
 
     print("== evaluating the held-out split", flush=True)
     logging.set_verbosity(logging.ERROR)
-    report = evaluation.evaluate(workdir, lengths=[1])["perplexity"]
-    result = report["lengths"][0]
+    report = evaluation.evaluate(workdir, lengths=[1, 4])["perplexity"]
+    print(evaluation.perplexity.table(report))
+    result = report["lengths"][-1]
     print("== a sample", flush=True)
     writer = generation.Writer.open(workdir)
     print(writer.write([_PROMPT], max_tokens=96, temperature=0.7, top_p=0.95, seed=1)[0])
 
     rates = sorted(line["tokens_per_second"] for line in metrics.read(workdir) if "tokens_per_second" in line)
-    run = f"{_relative(sys.executable)} launch"
+    python = _relative(sys.executable)
+    run = f"{python} launch"
     print(
         f"""
 held-out loss   {result["loss"]:.3f} nats a token
@@ -63,8 +65,7 @@ go on from here:
 --config.training.steps={config.training.steps * 2}
   evaluate        {run}/evaluate.py --workdir={workdir}
   generate        {run}/generate.py --workdir={workdir} --prompt='import ' --temperature=0.7
-  TensorBoard     {_relative(sys.executable)} -m pip install tensorboard && {_relative(sys.executable)} -m tensorboard.main \
---logdir={workdir}"""
+  TensorBoard     {python} -m pip install tensorboard && {python} -m tensorboard.main --logdir={workdir}"""
     )
     return 0
 

@@ -7,6 +7,7 @@ from jaxlinear import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train: a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lies. One that is there already goes on.", required=True)
+flags.mark_flag_as_required("config")
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """Running a function in a chosen precision, its gradients, and comparing the results with a reference."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,12 @@ import numpy as np
 # Of the largest magnitude of the reference.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}
 _COMPLEX = {"float64": "complex128", "float32": "complex64", "bfloat16": "complex64"}
+
+
+def each_dtype(names, *chosen):
+    """``(name, dtype)``: every case in float64, which checks the mathematics; the chosen in the others as well."""
+    names = [*names, *(name for name in chosen if name not in names)]
+    return [(name, dtype) for name in names for dtype in TOLERANCES if dtype == "float64" or name in chosen]
 
 
 def normal(random, *shape, complex_=False):
@@ -89,7 +96,7 @@ def assert_close(actual, expected, tolerance):
 def runs(ids):
     """``(start, end)`` of each document of one row of ids."""
     edges = [0, *(np.flatnonzero(np.diff(ids)) + 1), len(ids)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def jit(function, **static):

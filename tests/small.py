@@ -34,8 +34,8 @@ def parameters(architecture, seed=0, noise=0.3):
     return jax.tree.map(lambda x: np.asarray(x, np.float64) + noise * random.standard_normal(x.shape), initial)
 
 
-def module(make, dtype="float32", seed=0):
-    """``(graph, float64 parameters)`` of an ``nnx`` module, and ``call(parameters, *args)``, jitted."""
+def module(make, seed=0):
+    """``(graph, float64 parameters)`` of an ``nnx`` module, the parameters moved about like those of a model."""
     random = np.random.default_rng(seed)
     graph, state = nnx.split(make(nnx.Rngs(seed)))
     pure = jax.tree.map(
@@ -44,9 +44,9 @@ def module(make, dtype="float32", seed=0):
     return graph, pure
 
 
-def bound(changes, dtype="float32", **options):
-    """``(config, architecture, float64 parameters, model)``."""
-    small = config(dtype=dtype, **changes)
+def bound(changes):
+    """``(config, float64 parameters, float32 model)``."""
+    small = config(**changes)
     architecture = describe(small)
-    values = parameters(architecture, **options)
-    return small, architecture, values, architecture.bind(numerics.cast(values, "float32" if dtype != "float64" else dtype))
+    values = parameters(architecture)
+    return small, values, architecture.bind(numerics.cast(values, "float32"))

@@ -11,6 +11,7 @@ all its L positions). A record is, little-endian,
 """
 
 import collections
+import contextlib
 import errno
 import os
 import pathlib
@@ -127,10 +128,8 @@ class SplitWriter:
         """Closes the open shard after a failure elsewhere; what it holds is about to be deleted."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            try:
+            with contextlib.suppress(RuntimeError):  # the failure that brought us here, once more
                 writer.close()
-            except RuntimeError:  # the failure that brought us here, once more
-                pass
 
 
 def _call(path: pathlib.Path, function: Any, *arguments: Any) -> Any:

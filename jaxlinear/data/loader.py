@@ -5,6 +5,7 @@ the place in the datasets where it lies (shuffle, reseeded each epoch; mixture),
 together. So the state of a loader is the step, and the hosts of a run agree without a word.
 """
 
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -208,7 +209,7 @@ def _order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> tuple
     import grain
 
     offsets = np.cumsum([0, *lengths]).tolist()
-    parts = [grain.MapDataset.range(start, stop) for start, stop in zip(offsets, offsets[1:], strict=False)]
+    parts = [grain.MapDataset.range(start, stop) for start, stop in itertools.pairwise(offsets)]
     seeds = np.random.SeedSequence(seed).generate_state(len(parts)).tolist()
     shuffled = [part.shuffle(seed=s).repeat() for part, s in zip(parts, seeds, strict=True)]
     if len(parts) == 1:

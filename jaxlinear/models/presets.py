@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         for name, size in {"2b": (2560, 2560, 26, 10), "9b": (4096, 4096, 38, 16)}.items()
     },
     # Two cores, ten minutes: what `make quickstart` trains, and what the step benchmarks are run on.
-    "griffin_3m": _griffin(_GRIFFIN, (192, 192, 6, 3), window=256, vocab_size=2048),
+    "griffin_2m": _griffin(_GRIFFIN, (192, 192, 3, 3), window=512, vocab_size=2048),
     "hawk_6m": _griffin(("rg_lru",), (256, 256, 6, 4), window=512, vocab_size=4096),
     "griffin_6m": _griffin(_GRIFFIN, (256, 256, 6, 4), window=512, vocab_size=4096),
 }

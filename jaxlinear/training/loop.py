@@ -82,8 +82,9 @@ def _run(
 
     meter = Meter(job, writer, first)
     pending: tuple[int, Any] | None = None  # the metrics of a step are read after the next one is under way
+    trace = _Trace(config, first, directory)
     for step in range(first, steps):
-        _profile(config, step, first, directory)
+        trace.at(step)
         state, metrics = compiled(state, batch)
         done = step + 1
         if pending is not None:
@@ -115,6 +116,8 @@ def _run(
                     next_batch=done,
                     heldout_loss=heldout["heldout_loss"] if heldout else None,
                 )
+        if last:
+            trace.close()
         if stop and done < steps:
             checkpoints.wait()
             logging.info("SIGTERM: saved at step %d of %d; the same command goes on from there", done, steps)
@@ -146,11 +149,28 @@ def _on_sigterm() -> list[bool]:
     return cell
 
 
-def _profile(config: config_dict.ConfigDict, step: int, first: int, directory: Path) -> None:
-    begin = config.logging.profile_step
-    if not begin:
-        return
-    if step == max(begin, first + 1):
-        jax.profiler.start_trace(str(directory / "profile"))
-    elif step == max(begin, first + 1) + config.logging.profile_steps:
-        jax.profiler.stop_trace()
+class _Trace:
+    """A profiler trace of the steps that ``logging.profile_step`` and ``profile_steps`` name, not of the first step
+    after a start, which is no step like the others."""
+
+    def __init__(self, config: config_dict.ConfigDict, first: int, directory: Path):
+        begin = config.logging.profile_step
+        self._begin = max(begin, first + 1) if begin else None
+        self._steps = config.logging.profile_steps
+        self._directory = str(directory / "profile")
+        self._running = False
+
+    def at(self, step: int) -> None:
+        """To be called before each step."""
+        if self._begin is None:
+            return
+        if step == self._begin:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        elif step == self._begin + self._steps:
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

@@ -38,7 +38,7 @@ def test_written_and_read_is_the_same(dataset, tmp_path):
 
 
 def test_no_dataset(tmp_path):
-    with pytest.raises(UserError, match="no dataset at .*/absent: the directory does not exist"):
+    with pytest.raises(UserError, match=r"no dataset at .*/absent: the directory does not exist"):
         read_manifest(tmp_path / "absent")
     with pytest.raises(UserError, match=r"is not a prepared dataset: it has no manifest\.json"):
         read_manifest(tmp_path)

@@ -16,7 +16,7 @@ from jaxlinear.data.manifest import Manifest
 from jaxlinear.data.splitting import Splitter
 from jaxlinear.errors import UserError
 
-WORDS = "def return x + 1\n\t  <|endoftext|> 数学 kůň 🙂 for while \r\n the of and 12345 ( ) : ▁".split(" ")
+WORDS = "def return x + 1\n\t  <|endoftext|> 数学 kůň 🙂 for while \r\n the of and 12345 ( ) : ▁".split(" ")  # noqa: SIM905 (readable as it is)
 
 
 def make_texts(seed, count, longest=200) -> list[str]:

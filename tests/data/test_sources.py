@@ -165,7 +165,7 @@ def test_parquet_refusals(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), file)
     with pytest.raises(UserError, match=r"has no field 'text' \(its fields: body, n\); --text_field chooses"):
         list(open_source(str(file)))
-    with pytest.raises(UserError, match="field 'n' of .* is not a string but int64"):
+    with pytest.raises(UserError, match=r"field 'n' of .* is not a string but int64"):
         list(open_source(str(file), text_field="n"))
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(

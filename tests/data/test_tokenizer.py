@@ -131,7 +131,7 @@ def _json_tokenizer(directory, names, special=True) -> str:
 def test_bad_tokenizers_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot have 256 tokens: 256 bytes and the document token make 257"):
         train_bpe(TEXTS, 256)
-    with pytest.raises(UserError, match="no tokenizer 'absent.json': give bpe, bytes, or the path"):
+    with pytest.raises(UserError, match=r"no tokenizer 'absent.json': give bpe, bytes, or the path"):
         open_tokenizer("absent.json")
     (tmp_path / "bad.json").write_text('{"model": 1}')
     with pytest.raises(UserError, match=r"bad\.json is not a tokenizer\.json of the tokenizers package"):

@@ -83,7 +83,8 @@ def test_gradients_are_finite_at_every_decay(bias):
     pure = nnx.to_pure_dict(parameters)
     pure["recurrence_bias"] = jnp.full((4,), bias)
     x = numerics.cast(numerics.normal(np.random.default_rng(3), 1, 30, 4), "float32")
-    values, gradients = numerics.with_gradients(functools.partial(lru, graph=graph))((pure, x), (np.ones((1, 30, 4)), np.ones((1, 4))))
+    run = numerics.with_gradients(functools.partial(lru, graph=graph))
+    values, gradients = run((pure, x), (np.ones((1, 30, 4)), np.ones((1, 4))))
     assert all(jnp.isfinite(y).all() for y in jax.tree.leaves((values, gradients)))
     assert all(jnp.abs(y).max() < 1e5 for y in jax.tree.leaves(gradients))
     if bias == -200:

@@ -43,7 +43,7 @@ def case(name):
     def gradient(x, embedding):
         return value(x, embedding), jax.grad(lambda *p: value(*p)[1], argnums=(0, 1))(x, embedding)
 
-    naive_values, gradients = numerics.run(gradient, x, embedding, dtype="float64")
+    naive_values, gradients = numerics.run(jax.jit(gradient), x, embedding, dtype="float64")
     numerics.assert_close(naive_values, (nll, objective), 1e-12)
     return x, embedding, targets, weights, (nll, objective), losses, numerics.wide(gradients)
 
@@ -53,8 +53,7 @@ def set_slice(monkeypatch, elements):
         monkeypatch.setattr(cross_entropy, "_SLICE_ELEMENTS", {"cpu": elements})
 
 
-@pytest.mark.parametrize("dtype", numerics.TOLERANCES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, dtype", numerics.each_dtype(CASES, "soft_cap", "z_loss", "everything"))
 def test_values_and_gradients(monkeypatch, name, dtype):
     x, embedding, targets, weights, values, _, gradients = case(name)
     *_, soft_cap, z_loss, groups, elements = CASES[name]
@@ -91,9 +90,10 @@ def test_gradients_are_those_of_finite_differences():
         return oracles.linear_cross_entropy(x, embedding, targets, weights, **options)[1]
 
     def gradient(x, embedding, targets, weights):
-        return jax.grad(lambda *p: linear_cross_entropy(*p, targets, weights, **options)[1], argnums=(0, 1))(x, embedding)
+        loss = lambda *p: linear_cross_entropy(*p, targets, weights, **options)[1]  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1))(x, embedding)
 
-    gradients = numerics.run(gradient, x, embedding, targets, weights, dtype="float64")
+    gradients = numerics.run(jax.jit(gradient), x, embedding, targets, weights, dtype="float64")
     for position in range(2):
         directions = [random.standard_normal(y.shape) * (i == position) for i, y in enumerate((x, embedding))]
         expected = numerics.directional_derivative(objective, (x, embedding), directions)
@@ -101,12 +101,11 @@ def test_gradients_are_those_of_finite_differences():
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", numerics.TOLERANCES)
-@pytest.mark.parametrize("name", ["one_token", "soft_cap", "slices_that_do_not_divide", "everything"])
+@pytest.mark.parametrize("name, dtype", numerics.each_dtype(["one_token", "slices_that_do_not_divide"], "everything"))
 def test_token_losses(monkeypatch, name, dtype):
     x, embedding, targets, _, _, losses, _ = case(name)
     set_slice(monkeypatch, CASES[name][-1])
-    run = functools.partial(token_losses, soft_cap=CASES[name][4])
+    run = numerics.jit(token_losses, soft_cap=CASES[name][4])
     found = numerics.run(run, x, embedding, targets, dtype=dtype)
     numerics.assert_close(found, losses, numerics.TOLERANCES[dtype])
     assert found.dtype == ("float64" if dtype == "float64" else "float32")

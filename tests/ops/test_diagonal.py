@@ -19,15 +19,15 @@ CASES = {
     "one_token": (3, 1, (5,), False, True, "real", "real"),
     "short": (1, 7, (2, 3), False, True, "real", "real"),
     "short_reverse": (3, 7, (4,), True, True, "real", "real"),
-    "complex": (1, 64, (3,), False, True, "complex", "complex"),
+    "complex": (1, 7, (3,), False, True, "complex", "complex"),
     "complex_reverse": (3, 7, (3,), True, True, "complex", "complex"),
-    "complex_decay": (1, 64, (2,), False, False, "complex", "real"),
+    "complex_decay": (1, 7, (2,), False, False, "complex", "real"),
     "complex_input": (1, 7, (2,), False, True, "real", "complex"),
     "scalar": (3, 100, (), False, True, "real", "real"),
-    "constant": (3, 64, (4,), False, False, "constant", "real"),
-    "constant_packed": (1, 100, (4,), True, True, "constant", "real"),
+    "constant": (3, 7, (4,), False, False, "constant", "real"),
+    "constant_packed": (1, 64, (4,), True, True, "constant", "real"),
     "long": (3, 257, (4,), False, True, "real", "real"),
-    "long_reverse": (1, 257, (4,), True, True, "real", "real"),
+    "long_reverse": (1, 64, (4,), True, True, "real", "real"),
 }
 
 
@@ -51,9 +51,8 @@ def case(name):
     return (a, x, state), cotangents, ids, outputs, numerics.wide(gradients)
 
 
-@pytest.mark.parametrize("dtype", numerics.TOLERANCES)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, dtype", numerics.each_dtype(CASES, "short", "complex_reverse", "constant_packed", "long"))
 def test_values_and_gradients(name, backend, dtype):
     inputs, cotangents, ids, outputs, gradients = case(name)
     op = functools.partial(linear_recurrence, segment_ids=ids, reverse=CASES[name][3], backend=backend)
@@ -76,7 +75,8 @@ def test_gradients_are_those_of_finite_differences(backend, reverse):
     weights = [random.standard_normal(shape) for shape in ((2, 9, 3), (2, 3))]
 
     def objective(*inputs):
-        return sum(np.sum(w * y) for w, y in zip(weights, oracles.linear_recurrence(*inputs, ids, reverse), strict=True))
+        outputs = oracles.linear_recurrence(*inputs, ids, reverse)
+        return sum(np.sum(w * y) for w, y in zip(weights, outputs, strict=True))
 
     op = functools.partial(linear_recurrence, segment_ids=ids, reverse=reverse, backend=backend)
     _, gradients = numerics.run(numerics.with_gradients(op), (a, x, state), tuple(weights), dtype="float64")
@@ -208,15 +208,13 @@ def test_65536_tokens_in_float32(backend):
     random = np.random.default_rng(4)
     a = numerics.uniform(random, 1, 65_536, 2, low=0.9, high=1.0)
     x, state = numerics.normal(random, *a.shape), numerics.normal(random, 1, 2)
+    # The second channel adds up whole numbers, which float32 does exactly.
+    a[..., 1], x[..., 1], state[..., 1] = 1, random.integers(-3, 4, 65_536), 2
     found = numerics.run(jax.jit(functools.partial(linear_recurrence, backend=backend)), a, x, state, dtype="float32")
-    numerics.assert_close(found, oracles.linear_recurrence(a, x, state), 1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_sum_of_65536_tokens_is_exact(backend):
-    x = np.random.default_rng(5).integers(-3, 4, (1, 65_536, 1)).astype(np.float32)
-    h, _ = jax.jit(functools.partial(linear_recurrence, backend=backend))(np.ones_like(x), x)
-    assert np.array_equal(h, np.cumsum(x, axis=1))
+    expected = oracles.linear_recurrence(a, x, state)
+    first, second = (jax.tree.map(lambda y, i=i: y[..., i], (found, expected)) for i in (0, 1))
+    numerics.assert_close(*first, 1e-5)
+    numerics.assert_close(*second, 0)
 
 
 def test_auto_is_one_of_the_backends():
@@ -227,5 +225,5 @@ def test_auto_is_one_of_the_backends():
 
 def test_an_unknown_backend_is_refused():
     x = jnp.ones((1, 2, 1))
-    with pytest.raises(UserError, match="linear_recurrence has no backend 'chunked'; it has 'auto', 'recurrent', 'asso"):
+    with pytest.raises(UserError, match="linear_recurrence has no backend 'chunked'; it has 'auto', 'rec"):
         linear_recurrence(x, x, backend="chunked")

@@ -1,4 +1,4 @@
-"""The three forms of document boundaries, written out."""
+"""The forms of document boundaries, written out."""
 
 import numpy as np
 
@@ -20,6 +20,11 @@ def test_runs():
     assert segments.runs(IDS).dtype == np.int32
 
 
+def test_first_positions():
+    assert segments.first_positions(IDS).tolist() == [[0, 0, 2, 3, 3], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]]
+
+
 def test_one_token_begins_and_ends_nothing():
     one = IDS[:, :1]
+    assert not segments.first_positions(one).any()
     assert not segments.starts(one).any() and not segments.ends(one).any() and not segments.runs(one).any()

@@ -47,10 +47,14 @@ def case(name):
     return (q, k, v), cotangents, ids, outputs, numerics.wide(gradients)
 
 
-@pytest.mark.parametrize("dtype", numerics.TOLERANCES)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name, backend, dtype):
+RUNS = [
+    *((name, dtype, "chunked") for name, dtype in numerics.each_dtype(CASES, "grouped", "more_keys_in_front", "long")),
+    *((name, dtype, "recurrent") for name, dtype in numerics.each_dtype(CASES, "more_keys_in_front")),
+]
+
+
+@pytest.mark.parametrize("name, dtype, backend", RUNS)
+def test_values_and_gradients(name, dtype, backend):
     inputs, cotangents, ids, outputs, gradients = case(name)
     op = functools.partial(sliding_window_attention, window=CASES[name][6], segment_ids=ids, backend=backend)
     found, found_gradients = numerics.run(numerics.with_gradients(op), inputs, cotangents, dtype=dtype)
