@@ -1,12 +1,16 @@
 """Checkpoints of a run, through Orbax: saved while training goes on, restored exactly or not at all."""
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from ml_collections import config_dict
 from orbax.checkpoint import checkpoint_managers as policies
@@ -16,11 +20,13 @@ from jaxlinear.errors import UserError
 
 DIRECTORY = "checkpoints"
 _META = "meta"
-_READ_ERRORS = (ValueError, OSError, KeyError, TypeError)  # what Orbax and TensorStore raise for a damaged file
+# What Orbax and TensorStore raise for a damaged file; for damaged contents of an array it is a bare Exception.
+_READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
+_DISK_FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")  # in the messages of a failed write
 
 
 class Checkpoints:
-    """The checkpoints of one run. Each holds named pytrees, the resolved config and the data position.
+    """The checkpoints of one run. Each holds named pytrees, their checksums, the resolved config and the data position.
 
     A checkpoint is written to a temporary directory and renamed when it is whole, so one that was cut short is never
     seen here; its remains are removed when the run is opened for writing.
@@ -32,6 +38,7 @@ class Checkpoints:
         if config is None and not self.directory.is_dir():
             raise UserError(f"{workdir} has no checkpoints: it is not the work directory of a run")
         self._config = config
+        self._failed = False
         options = ocp.CheckpointManagerOptions(
             read_only=config is None,
             create=config is not None,
@@ -45,21 +52,25 @@ class Checkpoints:
         """The steps that can be restored, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(
-        self, step: int, trees: Mapping[str, Any], *, next_batch: int, heldout_loss: float | None = None
-    ) -> None:
+    def save(self, step: int, trees: Mapping[str, Any], *, next_batch: int, heldout_loss: float | None = None) -> None:
         """Begins to save; returns when the arrays have been copied, while the writing goes on in the background.
 
         An error of an earlier save is raised here or in ``close``.
         """
         assert self._config is not None
-        meta = {"config": json.loads(configs.to_json(self._config)), "next_batch": next_batch}
+        self._check_space(trees)
+        meta = {
+            "config": json.loads(configs.to_json(self._config)),
+            "next_batch": next_batch,
+            "checksums": {name: _checksums(tree) for name, tree in trees.items()},
+        }
         items = {name: ocp.args.StandardSave(_by_path(tree)) for name, tree in trees.items()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
-            metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
+                metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
+            )
 
     def restore(self, structs: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
         """The trees named in ``structs`` at ``step`` (the newest by default).
@@ -68,29 +79,66 @@ class Checkpoints:
         """
         step = self._existing(step)
         items = {name: ocp.args.StandardRestore(_by_path(tree)) for name, tree in structs.items()}
+        saved = self._read(step, meta=ocp.args.JsonRestore(), **items)
         try:
-            saved = self._manager.restore(step, args=ocp.args.Composite(**items))
-            return {name: _from_path(saved[name], tree) for name, tree in structs.items()}
-        except _READ_ERRORS as error:
+            trees = {name: _from_path(saved[name], tree) for name, tree in structs.items()}
+            for name, expected in saved[_META].get("checksums", {}).items():
+                checksums = _checksums(trees.get(name, {}))
+                wrong = [path for path in checksums if checksums[path] != expected[path]]
+                if wrong:
+                    raise ValueError(f"{name}: {wrong[0]} is not what was saved")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._unreadable(step, error) from error
+        return trees
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the trees: ``config`` and ``next_batch``."""
         step = self._existing(step)
+        meta = self._read(step, meta=ocp.args.JsonRestore())[_META]
         try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[_META]
             return {"config": meta["config"], "next_batch": meta["next_batch"]}
-        except _READ_ERRORS as error:
+        except (KeyError, TypeError) as error:
             raise self._unreadable(step, error) from error
 
     def wait(self) -> None:
         """Waits until everything that was begun is written."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and lets go of the threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        if not self._failed:
+            self.wait()
+            self._manager.close()
+
+    def _check_space(self, trees: Mapping[str, Any]) -> None:
+        """Refuses before anything is begun: a write that runs out of space leaves remains and pages of tracebacks."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees)))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            self._failed = True
+            raise UserError(self._full(f"it takes up to {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"))
+
+    def _full(self, reason: str) -> str:
+        steps = self.steps()
+        there = f"the newest that is there is of step {steps[-1]}" if steps else "there is no earlier one"
+        return (
+            f"no space left on the disk for a checkpoint in {self.directory} ({reason}); {there}; make room and start "
+            "the same command again"
+        )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns the error of a full disk, in this write or in an earlier one, into ``UserError``; removes the rest."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            self._failed = True
+            if not any(sign in str(error) for sign in _DISK_FULL):
+                raise
+            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(self._full("other data took it while this was written")) from error
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
@@ -134,6 +182,23 @@ class _Multiples(policies.PreservationPolicy):
 
     def should_preserve(self, checkpoints, *, context):
         return [checkpoint.step % self._interval == 0 for checkpoint in checkpoints]
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """Of each array by path. They do not depend on how the arrays are spread over devices."""
+    return {path: int(checksum) for path, checksum in jax.device_get(jax.tree.map(_checksum, _by_path(tree))).items()}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """The sum of all entries' bits, each times its odd number, modulo 2**32: a change of one entry always shows."""
+    bits = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        stride = math.prod(x.shape[axis + 1 :]) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -31,24 +31,23 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     status 2. Any other exception is a defect and keeps its traceback.
     """
     argv = sys.argv if argv is None else argv
+    message, status = None, 0
     try:
         rest = _parse(argv)
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: every option is written --name=value")
-        status = main()
-    except flags.Error as error:
-        _refuse(argv, str(error))
-    except UserError as error:
-        _refuse(argv, str(error))
+        status = main() or 0
+    except (flags.Error, UserError) as error:
+        message, status = str(error), 2
     except RunError as error:
-        _report(argv, str(error))
-        sys.exit(1)
+        message, status = str(error), 1
     except OSError as error:
         if error.errno not in _ENVIRONMENT_ERRORS:
             raise
-        _refuse(argv, f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}")
-    else:
-        sys.exit(status or 0)
+        message, status = f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}", 2
+    if message is not None:
+        print(f"{os.path.basename(argv[0])}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -85,12 +84,3 @@ def _config_file(argv: list[str]) -> str | None:
         advice = f"; did you mean {os.path.join(folder, near[0])!r}?" if near else ""
         raise UserError(f"there is no config file {file!r}{advice}")
     return file
-
-
-def _refuse(argv: list[str], message: str) -> None:
-    _report(argv, message)
-    sys.exit(2)
-
-
-def _report(argv: list[str], message: str) -> None:
-    print(f"{os.path.basename(argv[0])}: {' '.join(message.split())}", file=sys.stderr)

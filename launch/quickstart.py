@@ -41,7 +41,7 @@ def main() -> int:
 
     print("== evaluating the held-out split", flush=True)
     logging.set_verbosity(logging.ERROR)
-    report = evaluation.evaluate(workdir, lengths=[1, 4])["perplexity"]
+    report = evaluation.evaluate(workdir, lengths=[4])["perplexity"]
     print(evaluation.perplexity.table(report))
     result = report["lengths"][-1]
     print("== a sample", flush=True)

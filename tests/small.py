@@ -27,26 +27,30 @@ def config(**changes):
     return ModelConfig(**(values | changes))
 
 
-def parameters(architecture, seed=0, noise=0.3):
-    """Float64 NumPy arrays: the initial ones, moved about so that biases and scales count."""
+def parameters(shapes, seed=0):
+    """Float64 NumPy arrays of these shapes, so drawn that every gate, bias and scale counts."""
     random = np.random.default_rng(seed)
-    initial = jax.jit(architecture.initialise)(jax.random.key(seed))
-    return jax.tree.map(lambda x: np.asarray(x, np.float64) + noise * random.standard_normal(x.shape), initial)
+
+    def draw(path, shape):
+        name = path[-1].key
+        size = {"embedding": shape.shape[-1] ** -0.5}.get(name, 0.3)
+        if name.endswith("kernel"):
+            size = shape.shape[-2] ** -0.5
+        values = size * random.standard_normal(shape.shape)
+        return values - 3 if name == "decay" else values
+
+    return jax.tree.map_with_path(draw, shapes)
 
 
-def module(make, seed=0):
-    """``(graph, float64 parameters)`` of an ``nnx`` module, the parameters moved about like those of a model."""
-    random = np.random.default_rng(seed)
-    graph, state = nnx.split(make(nnx.Rngs(seed)))
-    pure = jax.tree.map(
-        lambda x: np.asarray(x, np.float64) + 0.3 * random.standard_normal(x.shape), nnx.to_pure_dict(state)
-    )
-    return graph, pure
+def module(make):
+    """``(graph, float64 parameters)`` of an ``nnx`` module, which takes its ``Rngs``."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    return graph, parameters(nnx.to_pure_dict(state))
 
 
 def bound(changes):
     """``(config, float64 parameters, float32 model)``."""
     small = config(**changes)
     architecture = describe(small)
-    values = parameters(architecture)
+    values = parameters(architecture.shapes)
     return small, values, architecture.bind(numerics.cast(values, "float32"))

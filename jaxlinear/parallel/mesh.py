@@ -20,7 +20,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if len(free) > 1:
         raise UserError(f"only one size of the mesh can be -1, not both mesh.{free[0]} and mesh.{free[1]}")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free and len(devices) % fixed == 0:
+    if free:
+        if len(devices) % fixed:
+            asked = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
+            raise UserError(f"{asked} does not divide the {len(devices)} devices that there are")
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
         named = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "1"

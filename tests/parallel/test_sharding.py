@@ -98,7 +98,7 @@ def loss(parameters, tokens, targets, ids, weights):
 
 @functools.cache
 def on_one_device():
-    parameters = numerics.cast(small.parameters(ARCHITECTURE()), "float32")
+    parameters = numerics.cast(small.parameters(ARCHITECTURE().shapes), "float32")
     return parameters, jax.jit(jax.value_and_grad(loss))(parameters, *batch())
 
 

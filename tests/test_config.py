@@ -1,0 +1,194 @@
+"""The keys of a config, what ``resolve`` fills in and refuses, and the resolved text of every file in configs/."""
+
+import json
+import math
+
+import pytest
+
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
+from jaxlinear.models import presets
+from tests.golden import rewrite
+
+SMALL = {
+    "model.pattern": ("rg_lru", "sliding_window"),
+    "model.num_layers": 2,
+    "model.width": 16,
+    "model.num_heads": 2,
+    "model.window": 4,
+}
+
+
+def changed(changes):
+    config = configs.default()
+    for key, value in (SMALL | changes).items():
+        section, name = key.split(".")
+        config[section][name] = value
+    return config
+
+
+def flat(config):
+    return {f"{section}.{name}": value for section in config for name, value in config[section].items()}
+
+
+def test_default_has_every_key_and_no_other():
+    values = flat(configs.default())
+    assert set(values) == set(configs.KEYS) and len(values) > 50
+    for key, (value, meaning) in configs.KEYS.items():
+        assert values[key] == (None if isinstance(value, type) else value), key
+        assert len(meaning) > 10 and meaning.endswith("."), key
+
+
+def test_an_unknown_key_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"^there is no config key 'model.wdth'; did you mean 'model.width'\?$"):
+        configs.check_known(["model.window", "model.wdth", "nothing.of.it"])
+    configs.check_known(list(configs.KEYS))
+    with pytest.raises(AttributeError, match='Did you mean "width"'):
+        configs.default().model.wdth = 3
+    config = changed({})
+    with config.unlocked():
+        config.training.stepz = 3
+    with pytest.raises(UserError, match=r"'training.stepz'; did you mean 'training.steps'\?"):
+        configs.resolve(config)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("model.width", "wide"), ("training.steps", 2.5), ("model.dtype", 16), ("model.pattern", 3)]
+)
+def test_a_value_of_another_type_is_refused(key, value):
+    with pytest.raises(TypeError):
+        changed({key: value})
+
+
+def test_whole_numbers_are_taken_for_real_ones():
+    assert configs.resolve(changed({"optimizer.learning_rate": 1})).optimizer.learning_rate == 1.0
+
+
+AT_LEAST_1 = (
+    *(f"model.{name}" for name in ("num_layers", "vocab_size", "width", "recurrent_width", "num_heads", "window")),
+    "model.convolution_width",
+    *(f"training.{name}" for name in ("steps", "batch_size", "sequence_length", "microbatches", "max_skips")),
+    *("checkpoint.every_steps", "checkpoint.keep_newest", "logging.every_steps", "logging.profile_steps"),
+)
+NOT_NEGATIVE = (
+    *("model.logit_soft_cap", "training.z_loss", "training.spike_multiple"),
+    *(f"optimizer.{name}" for name in ("learning_rate", "epsilon", "weight_decay", "clip_norm", "muon_learning_rate")),
+    *("schedule.warmup_steps", "schedule.final_fraction", "checkpoint.keep_every_steps", "checkpoint.keep_best"),
+    *("evaluation.every_steps", "evaluation.batches", "logging.profile_step"),
+)
+
+
+@pytest.mark.parametrize("key", AT_LEAST_1)
+def test_counts_are_at_least_1(key):
+    with pytest.raises(UserError, match=rf"^{key} is 0; it must be at least 1$"):
+        configs.resolve(changed({key: 0}))
+
+
+@pytest.mark.parametrize("key", NOT_NEGATIVE)
+def test_rates_and_weights_are_not_negative(key):
+    whole = isinstance(configs.KEYS[key][0], int)
+    with pytest.raises(UserError, match=rf"^{key} is -1(\.0)?; it must not be negative$"):
+        configs.resolve(changed({key: -1 if whole else -1.0}))
+    if not whole:
+        with pytest.raises(UserError, match=rf"^{key} is nan; "):
+            configs.resolve(changed({key: math.nan}))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model.dtype": "float16"}, "model.dtype is 'float16'; it can be bfloat16, float32"),
+        ({"model.remat": "some"}, "model.remat is 'some'; it can be none, elementwise, products, full"),
+        ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; it can be adamw, adafactor, muon"),
+        ({"schedule.name": "step"}, "schedule.name is 'step'; it can be cosine, linear, wsd, constant"),
+        ({"model.preset": "griffin"}, "there is no preset 'griffin'; there are hawk_100m"),
+        ({"model.pattern": ()}, "model.pattern is empty; it names at least one mixer"),
+        ({"model.pattern": (5,)}, r"model.pattern is \(5,\); it is names of mixers"),
+        ({"model.pattern": ("mamba",)}, "there is no mixer 'mamba'; there are "),
+        ({"model.num_heads": 3}, "model.num_heads=3 does not divide model.width=16"),
+        ({"model.recurrent_width": 17}, "model.num_heads=2 does not divide model.recurrent_width=17"),
+        ({"model.rotary_fraction": 1.5}, "model.rotary_fraction is 1.5; it lies between 0 and 1"),
+        ({"model.rotary_fraction": -0.5}, "model.rotary_fraction is -0.5; it lies between 0 and 1"),
+        ({"model.mlp_expansion": 0.0}, "model.mlp_expansion is 0.0; it must be above 0"),
+        ({"training.microbatches": 3}, "training.microbatches=3 does not divide training.batch_size=8"),
+        ({"training.steps": 99}, "schedule.warmup_steps=100 is more than training.steps=99"),
+        ({"schedule.decay_fraction": 0.0}, r"schedule.decay_fraction is 0.0; it lies in \(0, 1\]"),
+        ({"schedule.decay_fraction": 1.5}, r"schedule.decay_fraction is 1.5; it lies in \(0, 1\]"),
+        ({"optimizer.beta1": 1.0}, r"optimizer.beta1 is 1.0; it lies in \[0, 1\)"),
+        ({"optimizer.beta2": -0.1}, r"optimizer.beta2 is -0.1; it lies in \[0, 1\)"),
+        ({"optimizer.learning_rate": None}, "optimizer.learning_rate is None; it needs a value"),
+        ({"checkpoint.keep_best": 1, "evaluation.every_steps": 0}, "keep_best needs held-out losses: set evaluation"),
+        ({"mesh.fsdp": 0}, "mesh.fsdp is 0; it is a number of devices, or -1 for what is left"),
+        ({"mesh.data": -2}, "mesh.data is -2; it is a number of devices"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_reason(changes, message):
+    with pytest.raises(UserError, match=message):
+        configs.resolve(changed(changes))
+
+
+def test_without_a_preset_the_shapes_have_to_be_named():
+    with pytest.raises(UserError) as refusal:
+        configs.resolve(configs.default())
+    named = str(refusal.value).removeprefix("without model.preset these keys need a value: ").split(", ")
+    assert set(named) == {f"model.{name}" for name in ("pattern", "num_layers", "width", "num_heads", "window")} | {
+        "model.recurrent_width"
+    }
+
+
+def test_resolve_fills_in_what_follows():
+    config = changed({"model.pattern": ("rg_lru, sliding_window,", "rg_lru")})
+    model = configs.resolve(config).model
+    assert model.pattern == ("rg_lru", "sliding_window", "rg_lru")
+    assert (model.recurrent_width, model.embedding_scale, model.logit_soft_cap) == (16, False, 0.0)
+    assert model.vocab_size is None  # the data's to say
+    assert config.model.recurrent_width is None, "resolve changed what it was given"
+
+
+def test_a_preset_gives_way_to_what_is_set():
+    config = configs.default()
+    config.model.preset, config.model.num_layers = "recurrentgemma_2b", 5
+    model = configs.model_config(configs.resolve(config))
+    preset = presets.find("recurrentgemma_2b")
+    assert model.num_layers == 5 and preset["num_layers"] == 26
+    assert {name: getattr(model, name) for name in preset} == preset | {"num_layers": 5}
+    assert model.logit_soft_cap == 30.0 and model.embedding_scale is True
+
+
+def test_json_round_trip():
+    config = configs.resolve(changed({"training.seed": 7, "model.embedding_scale": True, "data.path": "a é=1"}))
+    text = configs.to_json(config)
+    assert flat(configs.from_json(text)) == flat(config)
+    assert configs.to_json(configs.from_json(text)) == text
+    values = json.loads(text)
+    assert [f"{section}.{name}" for section in values for name in values[section]] == list(configs.KEYS)
+    assert configs.from_json(text).model.pattern == ("rg_lru", "sliding_window")
+
+
+def test_json_of_an_earlier_version():
+    assert configs.from_json('{"training": {"seed": 3}}').training.seed == 3
+    assert configs.from_json('{"training": {"seed": 3}}').training.steps == configs.KEYS["training.steps"][0]
+    with pytest.raises(UserError, match=r"no config key 'training.sed'; did you mean 'training.seed'\?"):
+        configs.from_json('{"training": {"sed": 3}}')
+
+
+@pytest.mark.parametrize("path", rewrite.files(), ids=lambda path: path.stem)
+def test_golden(path):
+    golden = rewrite.GOLDEN / f"{path.stem}.json"
+    advice = f"{path.name} resolves to something else than {golden.name}; if that is meant: {rewrite.COMMAND}"
+    assert golden.is_file(), f"{golden} is missing: {rewrite.COMMAND}"
+    assert rewrite.resolved_text(path) == golden.read_text(encoding="utf-8"), advice
+
+
+def test_no_golden_file_is_left_over():
+    assert rewrite.files()
+    assert {path.stem for path in rewrite.GOLDEN.glob("*.json")} == {path.stem for path in rewrite.files()}, (
+        rewrite.COMMAND
+    )
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_resolves(name):
+    config = configs.default()
+    config.model.preset = name
+    assert configs.model_config(configs.resolve(config)).width == presets.PRESETS[name]["width"]

@@ -1,0 +1,161 @@
+"""Which parameters are decayed and which Muon takes; AdamW against NumPy; that each optimiser lowers a loss."""
+
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxlinear.training import optimizer as optimizers
+from jaxlinear.training import state as states
+from jaxlinear.training.optimizer import make_optimizer
+from tests.training import tiny
+
+MATRICES = {"kernel", "embedding", "convolution_kernel", "recurrence_kernel", "input_kernel"}
+VECTORS = {"bias", "convolution_bias", "recurrence_bias", "input_bias", "decay", "scale"}
+MUON = {"kernel", "recurrence_kernel", "input_kernel"}  # of which the last two are a matrix for each head
+
+
+def both():
+    """Layers that are stacked, and one that is not."""
+    return tiny.architecture(num_layers=3)
+
+
+def by_path(tree):
+    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_matrices_are_decayed_and_nothing_else():
+    mask = by_path(optimizers.decay_mask(both()))
+    assert {path[-1] for path in mask} == MATRICES | VECTORS
+    assert {path[0] for path in mask} == {"embedding", "periods", "rest", "norm"}
+    for path, decayed in mask.items():
+        assert decayed == (path[-1] in MATRICES), path
+
+
+def random_gradients(architecture, seed=1):
+    return jax.tree.map(lambda x: x + np.float32(0.01), tiny.parameters(architecture, seed))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
+def test_adamw_is_that_of_the_paper(clip):
+    """Three steps against NumPy: moments without bias, decay apart from the gradient (Loshchilov and Hutter)."""
+    rate, decay, beta1, beta2, epsilon = 0.1, 0.3, 0.8, 0.9, 1e-3
+    config = tiny.config(
+        optimizer__learning_rate=rate,
+        optimizer__weight_decay=decay,
+        optimizer__beta1=beta1,
+        optimizer__beta2=beta2,
+        optimizer__epsilon=epsilon,
+        optimizer__clip_norm=clip,
+        schedule__warmup_steps=4,
+    )
+    architecture = tiny.architecture()
+    optimizer = make_optimizer(config, architecture)
+    parameters = tiny.parameters(architecture)
+    state = optimizer.init(parameters)
+    update = tiny.compiled(optimizer.update, parameters, state, parameters)
+    expected = {path: value.astype(np.float64) for path, value in by_path(parameters).items()}
+    first, second = ({path: np.zeros_like(value) for path, value in expected.items()} for _ in range(2))
+    for step in range(3):
+        gradients = random_gradients(architecture, seed=step + 1)
+        updates, state = update(gradients, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+
+        gradients = {path: value.astype(np.float64) for path, value in by_path(gradients).items()}
+        norm = np.sqrt(sum(np.sum(gradient**2) for gradient in gradients.values()))
+        assert 0.5 < norm < 1e6
+        scale = min(1.0, clip / norm) if clip else 1.0
+        for path, gradient in gradients.items():
+            first[path] = beta1 * first[path] + (1 - beta1) * scale * gradient
+            second[path] = beta2 * second[path] + (1 - beta2) * (scale * gradient) ** 2
+            mean, square = first[path] / (1 - beta1 ** (step + 1)), second[path] / (1 - beta2 ** (step + 1))
+            direction = mean / (np.sqrt(square) + epsilon) + decay * (path[-1] in MATRICES) * expected[path]
+            expected[path] = expected[path] - rate * (step + 1) / 4 * direction
+    for path, value in by_path(parameters).items():
+        np.testing.assert_allclose(value, expected[path], rtol=2e-5, atol=2e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_decay_is_decoupled(name):
+    """Without a gradient a matrix shrinks by the rate times the decay, and a vector stays."""
+    architecture = tiny.architecture()
+    config = tiny.config(optimizer__name=name, optimizer__learning_rate=0.1, optimizer__weight_decay=0.3)
+    optimizer = make_optimizer(config, architecture)
+    parameters = tiny.parameters(architecture)
+    zeros = jax.tree.map(np.zeros_like, parameters)
+    state = optimizer.init(parameters)
+    updates = by_path(tiny.compiled(optimizer.update, zeros, state, parameters)(zeros, state, parameters)[0])
+    for path, value in by_path(parameters).items():
+        expected = -0.1 * 0.3 * value if path[-1] in MATRICES else np.zeros_like(value)
+        np.testing.assert_allclose(updates[path], expected, rtol=1e-5, atol=1e-9, err_msg=str(path))
+
+
+def test_muon_takes_each_matrix_between_activations():
+    """Its first update is a matrix with like singular values; AdamW's has entries of the size of the rate."""
+    architecture = both()
+    config = tiny.config(
+        optimizer__name="muon",
+        optimizer__weight_decay=0.0,
+        optimizer__learning_rate=1e-3,
+        optimizer__muon_learning_rate=1.0,
+    )
+    optimizer = make_optimizer(config, architecture)
+    parameters = tiny.parameters(architecture)
+    state = optimizer.init(parameters)
+    gradients = random_gradients(architecture)
+    updates = tiny.compiled(optimizer.update, gradients, state, parameters)(gradients, state, parameters)[0]
+    taken = set()
+    for path, update in by_path(updates).items():
+        if path[-1] in MUON:
+            taken.add(path[-1])
+            values = np.linalg.svd(update, compute_uv=False)
+            assert values.ndim == update.ndim - 1
+            assert np.all(values > 0.2 * values.max()) and np.median(values) > 0.5 * values.max(), path
+            assert 0.5 < values.max() < 4, path
+        else:
+            # Optax's Muon gives its AdamW the momentum of Nesterov: the first step is 0.9 / 1.9 longer than the rate.
+            np.testing.assert_allclose(np.abs(update), 1e-3 * (1 + 0.9 / 1.9), rtol=1e-2, err_msg=str(path))
+    assert taken == MUON
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])  # for AdamW, test_step.py
+def test_lowers_a_loss(name):
+    shape = {"model__pattern": ("rg_lru",), "model__num_layers": 1}
+    trainer = tiny.Trainer(tiny.config(optimizer__name=name, optimizer__learning_rate=3e-3, **shape))
+    state, batch = trainer.state(), tiny.batch()
+    before, losses = tiny.host(state.parameters), []
+    for _ in range(12):
+        state, metrics = trainer(state, batch)
+        losses.append(metrics["loss"])
+        assert np.isfinite(metrics["gradient_norm"]) and metrics["skips"] == 0
+    assert losses[-1] < losses[0] - 0.3 and np.all(np.diff(losses[:4]) < 0), losses
+    for path, value in by_path(tiny.host(state.parameters)).items():
+        assert np.isfinite(value).all(), path
+        assert np.any(value != by_path(before)[path]), f"{path} did not move"
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+def test_the_moments_lie_where_their_parameters_do(name):
+    architecture, mesh = both(), tiny.mesh(8, fsdp=8)
+    optimizer = make_optimizer(tiny.config(optimizer__name=name), architecture)
+    shapes = states.structs(architecture, optimizer, mesh)
+    places = by_path(architecture.shardings(mesh))
+    split = [place for place in places.values() if place.spec != () and any(place.spec)]
+    assert len(split) > 10
+    moments = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.optimizer):
+        keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        keys = tuple(itertools.dropwhile(lambda key: key not in architecture.shapes, keys))
+        if keys in places and leaf.shape == by_path(architecture.shapes)[keys].shape:
+            moments.setdefault(keys, []).append(leaf.sharding)
+        else:
+            assert leaf.sharding.is_fully_replicated
+            assert name == "adafactor" or leaf.size <= 3, path  # counters, and the coefficients of Muon's polynomial
+    for keys, found in moments.items():
+        assert all(place == places[keys] for place in found), keys
+    if name == "adamw":
+        assert {keys: len(found) for keys, found in moments.items()} == dict.fromkeys(places, 2)
+    elif name == "muon":  # one moment for Muon's matrices
+        assert {keys: len(found) for keys, found in moments.items()} == {keys: 2 - (keys[-1] in MUON) for keys in places}

@@ -1,0 +1,176 @@
+"""The training step on one device: what it optimises, what it skips, and that microbatches change nothing."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlinear.training.step import make_loss_step
+from tests.training import tiny
+
+# A large epsilon makes AdamW's update nearly proportional to the gradient, so that small gradients are compared too.
+PLAIN = {"optimizer__epsilon": 1.0, "optimizer__clip_norm": 0.0}
+
+
+@functools.cache
+def trainer(**changes):
+    return tiny.Trainer(tiny.config(**PLAIN, **changes))
+
+
+def watchful():
+    """A step that skips spikes and writes norms by group."""
+    return trainer(training__spike_multiple=3.0, logging__layer_norms=True)
+
+
+def slow_start():
+    return trainer(schedule__warmup_steps=6, optimizer__learning_rate=0.5)
+
+
+def test_loss_is_that_of_the_logits_and_padding_does_not_count():
+    """Against the logits of the whole batch in NumPy, by the step and by the one that evaluates."""
+    train, batch = trainer(), tiny.batch(padding=5)
+    architecture, state = train.architecture, train.state()
+    parameters = tiny.host(state.parameters)
+
+    def forward(parameters, batch):
+        return architecture.bind(parameters)(batch["tokens"], batch["segment_ids"])[0]
+
+    logits = np.asarray(tiny.compiled(forward, parameters, batch)(parameters, batch), np.float64)
+    log_normaliser = np.log(np.sum(np.exp(logits), axis=-1))
+    nll = log_normaliser - np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    counted = batch["segment_ids"] > 0
+    assert 0 < np.sum(~counted) == 20
+
+    _, metrics = train(state, batch)
+    np.testing.assert_allclose(metrics["loss"], nll[counted].mean(), rtol=1e-5)
+    assert abs(metrics["loss"] - nll.mean()) > 1e-4
+
+    step = make_loss_step(train.config, architecture, train.mesh)
+    placed = train.place(batch)
+    got, targets = tiny.compiled(step, parameters, placed)(parameters, placed)
+    np.testing.assert_array_equal(targets, counted)
+    np.testing.assert_allclose(got, np.where(counted, nll, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_what_stands_in_the_padding_changes_nothing():
+    train, batch = trainer(), tiny.batch(padding=5)
+    other = {name: values.copy() for name, values in batch.items()}
+    padding = batch["segment_ids"] == 0
+    for name in ("tokens", "targets"):
+        other[name][padding] = (other[name][padding] + 7) % tiny.VOCABULARY
+    (first, metrics), (second, other_metrics) = train(train.state(), batch), train(train.state(), other)
+    assert metrics["loss"] == other_metrics["loss"]
+    for got, want in zip(jax.tree.leaves(second.parameters), jax.tree.leaves(first.parameters), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-7)
+
+
+def test_microbatches_give_the_same_update():
+    """Also where the parts have unequal shares of padding."""
+    batch = tiny.batch(padding=11)
+    whole, in_parts = trainer(), trainer(training__microbatches=4)
+    (first, metrics), (second, other) = (train(train.state(), batch) for train in (whole, in_parts))
+    np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(other["gradient_norm"], metrics["gradient_norm"], rtol=1e-6)
+    before = tiny.parameters(whole.architecture)
+    for got, want, old in zip(*(jax.tree.leaves(t) for t in (second.parameters, first.parameters, before)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+        assert np.max(np.abs(want - old)) > 2e-6  # so that a part left out would show
+    for got, want in zip(jax.tree.leaves(second.optimizer), jax.tree.leaves(first.optimizer), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_of_one_batch_falls():
+    train = slow_start()
+    state, losses = train.state(), []
+    for step in range(12):
+        state, metrics = train(state, tiny.batch())
+        losses.append(metrics["loss"])
+        assert int(state.step) == step + 1
+    assert losses[-1] < losses[0] - 0.3 and np.all(np.diff(losses) < 0), losses
+
+
+def test_z_loss_is_in_the_objective_and_not_in_the_loss():
+    plain, with_z = trainer(), trainer(training__z_loss=0.1)
+    (first, metrics), (second, other) = (train(train.state(), tiny.batch()) for train in (plain, with_z))
+    assert metrics["loss"] == other["loss"]
+    assert abs(other["gradient_norm"] / metrics["gradient_norm"] - 1) > 0.01
+    assert np.any(np.asarray(first.parameters["embedding"]) != np.asarray(second.parameters["embedding"]))
+
+
+def test_a_gradient_that_is_not_finite_is_skipped():
+    train = watchful()
+    broken = tiny.parameters(train.architecture)
+    broken["norm"]["scale"][3] = np.inf
+    state = train.state(parameters=broken, skips=np.int32(2), skips_in_a_row=np.int32(1), step=np.int32(9))
+    before = tiny.host(state)
+    after, metrics = train(state, tiny.batch())
+    assert not np.isfinite(metrics["gradient_norm"])
+    assert (metrics["skips"], metrics["skips_in_a_row"]) == (3, 2)
+    assert (int(after.step), int(after.skips), int(after.skips_in_a_row)) == (10, 3, 2)
+    for name in ("parameters", "optimizer", "norm_average", "key"):
+        tiny.assert_equal(getattr(after, name), getattr(before, name))
+
+
+@pytest.mark.parametrize(
+    "step, skips, average, skipped",
+    [
+        (25, 0, 1 / 4, True),  # four times the average: more than three
+        (25, 0, 1 / 2, False),
+        (19, 0, 1 / 4, False),  # too early to tell
+        (20, 0, 1 / 4, True),
+        (25, 6, 1 / 4, False),  # of 25 steps only 19 were applied
+        (26, 6, 1 / 4, True),
+    ],
+)
+def test_a_spike_is_skipped(step, skips, average, skipped):
+    train = watchful()
+    norm = train(train.state(), tiny.batch())[1]["gradient_norm"]
+    running = average * norm * (1 - 0.98 ** (step - skips))
+    state = train.state(
+        step=np.int32(step), skips=np.int32(skips), skips_in_a_row=np.int32(3), norm_average=np.float32(running)
+    )
+    before = tiny.host(state)
+    after, metrics = train(state, tiny.batch())
+    assert metrics["skips"] == skips + skipped and metrics["skips_in_a_row"] == (4 if skipped else 0)
+    assert int(after.step) == step + 1
+    if skipped:
+        tiny.assert_equal((after.parameters, after.optimizer), (before.parameters, before.optimizer))
+        assert float(after.norm_average) == np.float32(running)
+    else:
+        assert np.any(np.asarray(after.parameters["embedding"]) != before.parameters["embedding"])
+        np.testing.assert_allclose(after.norm_average, 0.98 * running + 0.02 * norm, rtol=1e-5)
+
+
+def test_skipped_steps_do_not_advance_the_schedule():
+    train = slow_start()
+    metrics = train(train.state(step=np.int32(7), skips=np.int32(3)), tiny.batch())[1]
+    np.testing.assert_allclose(metrics["learning_rate"], 0.5 * 5 / 6, rtol=1e-6)
+
+
+def test_norms_by_group():
+    train = watchful()
+    before = tiny.parameters(train.architecture)
+    after, metrics = train(train.state(), tiny.batch())
+    groups = {"embedding", "periods_0", "periods_1", "norm"}
+    for name in ("gradient_norm", "parameter_norm"):
+        assert {key for key in metrics if key.startswith(f"{name}/")} == {f"{name}/{group}" for group in groups}
+        parts = [metrics[f"{name}/{group}"] for group in groups]
+        assert min(parts) > 0
+        np.testing.assert_allclose(metrics[name], np.sqrt(np.sum(np.square(parts))), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["parameter_norm/embedding"], np.linalg.norm(after.parameters["embedding"]), rtol=1e-5
+    )
+    assert metrics["parameter_norm/embedding"] != pytest.approx(np.linalg.norm(before["embedding"]), rel=1e-7)
+    assert set(trainer().step.out_info[1]) == {key for key in metrics if "/" not in key}
+
+
+def test_the_step_moves_nothing_between_host_and_device():
+    train = trainer()
+    state, batch = train.state(), train.place(tiny.batch())
+    with jax.transfer_guard("disallow"):
+        state, metrics = train.step(state, batch)
+        train.step(state, batch)
+        with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
+            jax.numpy.add(batch["tokens"], 1)
+    assert np.isfinite(float(metrics["loss"]))

@@ -1,0 +1,64 @@
+"""Training on 8 devices, in every way of spreading it, follows training on one."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlinear.training import state as states
+from jaxlinear.training.optimizer import make_optimizer
+from tests.training import tiny
+
+MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"fsdp": 2, "tensor": 2, "data": 2}]
+STEPS = 5
+
+
+def train(mesh):
+    trainer = tiny.Trainer(tiny.config(optimizer__epsilon=1e-3), mesh)
+    state, losses = trainer.state(), []
+    for step in range(STEPS):
+        state, metrics = trainer(state, tiny.batch(seed=step, padding=3))
+        losses.append(metrics["loss"])
+    return trainer, state, losses
+
+
+@functools.cache
+def on_one_device():
+    _, state, losses = train(tiny.mesh())
+    return tiny.host(state), losses
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "_".join(f"{axis}{n}" for axis, n in sizes.items()))
+def test_8_devices_follow_one(sizes):
+    expected, losses = on_one_device()
+    assert max(losses) - min(losses) > 1e-2
+    trainer, state, got = train(tiny.mesh(8, **sizes))
+    np.testing.assert_allclose(got, losses, rtol=1e-5)
+    for value, want in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(expected.parameters), strict=True):
+        np.testing.assert_allclose(value, want, rtol=0, atol=1e-4)
+    jax.tree.map(lambda x, place: _check_place(x, place), state, trainer.placed)
+    on_a_device = [shard.data.size for x in jax.tree.leaves(state.optimizer) for shard in x.addressable_shards[:1]]
+    share = sum(on_a_device) / sum(x.size for x in jax.tree.leaves(state.optimizer))
+    parts = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+    assert 1 / parts <= share < 1.5 / parts + 0.1, f"a device holds {share:.2f} of the moments"
+
+
+def _check_place(x, place):
+    assert x.sharding.is_equivalent_to(place, x.ndim)
+
+
+def test_the_first_state_does_not_depend_on_the_mesh():
+    """It is made in its place, with the numbers of one device."""
+    config = tiny.config(model__pattern=("sliding_window",), model__num_layers=1)
+    architecture = tiny.architecture(("sliding_window",), 1)
+    optimizer = make_optimizer(config, architecture)
+    spread, single = tiny.mesh(8, fsdp=8), tiny.mesh()
+    state = states.initialise(architecture, optimizer, 3, spread)
+    jax.tree.map(lambda x, place: _check_place(x, place), state, states.shardings(architecture, optimizer, spread))
+    assert len(state.parameters["embedding"].sharding.device_set) == 8
+    assert not state.parameters["embedding"].sharding.is_fully_replicated
+    expected = states.initialise(architecture, optimizer, 3, single)
+    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert np.std(state.parameters["embedding"]) > 0.1

@@ -1,0 +1,225 @@
+"""Runs and training states small enough to compile in a moment, in this process and in others."""
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from jaxlinear import config as configs
+from jaxlinear.checkpoint import Checkpoints
+from jaxlinear.models.parameters import describe
+from jaxlinear.parallel import feeding
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training import state as states
+from jaxlinear.training.job import Job
+from jaxlinear.training.optimizer import make_optimizer
+from jaxlinear.training.step import make_train_step
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+ONES = dict.fromkeys(meshes.AXES, 1)
+BATCH, LENGTH, VOCABULARY = 8, 16, 32
+
+
+def config(**changes):
+    """A resolved config of one period of two layers; ``section__key=value`` changes a key."""
+    made = configs.default()
+    values = {
+        "model__pattern": ("rg_lru", "sliding_window"),
+        "model__num_layers": 2,
+        "model__vocab_size": VOCABULARY,
+        "model__width": 32,
+        "model__num_heads": 4,
+        "model__window": 4,
+        "model__dtype": "float32",
+        "training__batch_size": BATCH,
+        "training__sequence_length": LENGTH,
+        "schedule__name": "constant",
+        "schedule__warmup_steps": 0,
+        "optimizer__learning_rate": 1e-2,
+    }
+    for key, value in (values | changes).items():
+        section, name = key.split("__")
+        made[section][name] = value
+    return configs.resolve(made)
+
+
+@functools.cache
+def architecture(pattern=("rg_lru", "sliding_window"), num_layers=2):
+    return describe(configs.model_config(config(model__pattern=pattern, model__num_layers=num_layers)))
+
+
+def parameters(architecture, seed=0):
+    """NumPy arrays in the shapes of the parameters; nothing is compiled for them."""
+    random = np.random.default_rng(seed)
+
+    def draw(path, shape):
+        scale = shape.shape[-2] ** -0.5 if path[-1].key in ("kernel", "recurrence_kernel", "input_kernel") else 0.2
+        return (scale * random.standard_normal(shape.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, architecture.shapes)
+
+
+def batch(seed=0, padding=0):
+    """Random tokens in documents of some 5; the last ``padding`` positions of the odd rows are padding."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, VOCABULARY, (BATCH, LENGTH + 1)).astype(np.int32)
+    ids = 1 + np.cumsum(random.random((BATCH, LENGTH)) < 0.2, axis=1, dtype=np.int32)
+    if padding:
+        ids[1::2, -padding:] = 0
+    return {"tokens": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy(), "segment_ids": ids}
+
+
+def mesh(devices=1, **sizes):
+    return meshes.make_mesh(ONES | sizes, jax.devices()[:devices])
+
+
+def compiled(function, *arguments):
+    """``function`` for arguments like these, by the quickest way through the compiler."""
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    return jitted.lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})
+
+
+class Trainer:
+    """The compiled step of a config on a mesh, and its state before the first step."""
+
+    def __init__(self, config, mesh=None):
+        self.config, self.mesh = config, mesh or meshes.make_mesh(ONES, jax.devices()[:1])
+        self.architecture = architecture(config.model.pattern, config.model.num_layers)
+        self.optimizer = make_optimizer(config, self.architecture)
+        self.placed = states.shardings(self.architecture, self.optimizer, self.mesh)
+        self.step = compiled(
+            make_train_step(config, self.architecture, self.optimizer, self.mesh),
+            states.structs(self.architecture, self.optimizer, self.mesh),
+            self.place(batch()),
+        )
+
+    def state(self, seed=0, **changes):
+        """A new state, since a step takes the memory of the one that it is given."""
+        values = parameters(self.architecture, seed)
+        zero = np.zeros((), np.int32)
+        state = states.TrainState(
+            step=zero,
+            parameters=values,
+            optimizer=jax.tree.map(np.array, self.optimizer.init(values)),
+            key=np.zeros(2, np.uint32),
+            norm_average=np.zeros((), np.float32),
+            skips=zero,
+            skips_in_a_row=zero,
+        )
+        return jax.device_put(copy.deepcopy(dataclasses.replace(state, **changes)), self.placed)
+
+    def place(self, batch):
+        return feeding.place(batch, meshes.batch_sharding(self.mesh))
+
+    def __call__(self, state, batch):
+        """The state and the metrics after a step, as NumPy arrays."""
+        state, metrics = self.step(state, self.place(batch))
+        return state, {name: float(value) for name, value in metrics.items()}
+
+
+def host(tree):
+    """A tree of NumPy arrays, which a later step cannot take away."""
+    return jax.tree.map(lambda x: np.array(x), tree)
+
+
+def assert_equal(actual, expected):
+    """Trees of arrays with the same bits; what is compared has to be something."""
+    paths, structure = jax.tree.flatten_with_path(host(expected))
+    leaves, actual_structure = jax.tree.flatten(host(actual))
+    assert actual_structure == structure and leaves
+    for (path, want), got in zip(paths, leaves, strict=True):
+        where = jax.tree_util.keystr(path)
+        assert got.dtype == want.dtype and got.shape == want.shape, where
+        assert got.tobytes() == want.tobytes(), f"{where} differs by {np.max(np.abs(got - want))}"
+
+
+def lasting(config):
+    """``config`` for 8 steps on a schedule that does not depend on how many they are."""
+    config = config.copy_and_resolve_references()
+    config.schedule.name = "constant"
+    config.training.steps = 8
+    config.checkpoint.every_steps = 2
+    return config
+
+
+def restored(workdir, config, mesh, step=None):
+    """The training state in a checkpoint."""
+    job = Job.build(config)
+    structs = states.structs(job.architecture, job.optimizer, mesh)
+    return states.from_trees(Checkpoints(workdir).restore(states.to_trees(structs), step))
+
+
+def losses(workdir):
+    """``{step: the text of its loss}``, as metrics.jsonl has it."""
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    found = [(json.loads(line)["step"], re.search(r'"loss": ([^,}]*)', line)[1]) for line in lines]
+    assert len(dict(found)) == len(found), "a step is there twice"
+    return dict(found)
+
+
+def files(directory):
+    """``{path: content}`` of everything in a directory."""
+    directory = pathlib.Path(directory)
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+ARGUMENTS = {
+    "config": "configs/quickstart.py",
+    "config.model.preset": "",
+    "config.model.pattern": "rg_lru,sliding_window",
+    "config.model.num_layers": 2,
+    "config.model.vocab_size": 384,
+    "config.model.width": 32,
+    "config.model.recurrent_width": 32,
+    "config.model.num_heads": 4,
+    "config.model.window": 8,
+    "config.training.batch_size": 8,
+    "config.training.sequence_length": 32,
+    "config.training.steps": 24,
+    "config.schedule.name": "constant",
+    "config.schedule.warmup_steps": 1,
+    "config.checkpoint.every_steps": 1,
+    "config.evaluation.every_steps": 0,
+    "config.logging.every_steps": 1,
+    "config.logging.tensorboard": "false",
+}
+
+
+def command(workdir, dataset, *arguments):
+    """The command line of a small run; later arguments count."""
+    options = ARGUMENTS | {"config.data.path": dataset, "workdir": workdir}
+    options |= dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+    return [sys.executable, "launch/train.py", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def environment(compiled_programs):
+    """One device, and programs that were compiled before are not compiled again."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def start(workdir, dataset, compiled_programs, *arguments):
+    """launch/train.py as a process of its own."""
+    return subprocess.Popen(
+        command(workdir, dataset, *arguments),
+        cwd=REPOSITORY,
+        env=environment(compiled_programs),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
