@@ -2,7 +2,7 @@
 
     make quickstart
 
-About 2.5 M tokens in five to six minutes on two CPU cores; README.md shows what it reaches.
+About 2 M tokens in five to six minutes on two CPU cores; README.md shows what it reaches.
 """
 
 from jaxlinear import config as configs
@@ -16,14 +16,14 @@ def get_config():
     config.model.dtype = "float32"
     config.training.batch_size = 4
     config.training.sequence_length = 512
-    config.training.steps = 1200
+    config.training.steps = 1000
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 0.015
     config.optimizer.muon_learning_rate = 0.03
     config.schedule.name = "linear"
     config.schedule.warmup_steps = 30
     config.schedule.final_fraction = 0.0
-    config.checkpoint.every_steps = 400
-    config.evaluation.every_steps = 400
+    config.checkpoint.every_steps = 250
+    config.evaluation.every_steps = 250
     config.evaluation.batches = 16
     return config

@@ -140,6 +140,14 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(self._full("other data took it while this was written")) from error
 
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            if type(error) is not Exception and not isinstance(error, _READ_ERRORS):
+                raise
+            raise self._unreadable(step, error) from error
+
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
         if not steps:

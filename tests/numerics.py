@@ -13,6 +13,10 @@ TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}
 _COMPLEX = {"float64": "complex128", "float32": "complex64", "bfloat16": "complex64"}
 
 
+# Without the optimisation of machine code, most of which runs once: half the time to compile.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def each_dtype(names, *chosen):
     """``(name, dtype)``: every case in float64, which checks the mathematics; the chosen in the others as well."""
     names = [*names, *(name for name in chosen if name not in names)]
@@ -53,7 +57,7 @@ def wide(tree):
 def with_gradients(function):
     """``(inputs, cotangents) -> (outputs, gradients of the inputs)``, jitted once for each dtype and shape."""
 
-    @jax.jit
+    @jit
     def both(inputs, cotangents):
         outputs, pullback = jax.vjp(lambda inputs: function(*inputs), inputs)
         cotangents = jax.tree.map(lambda output, y: y.astype(output.dtype), outputs, cotangents)
@@ -97,7 +101,3 @@ def runs(ids):
     """``(start, end)`` of each document of one row of ids."""
     edges = [0, *(np.flatnonzero(np.diff(ids)) + 1), len(ids)]
     return list(itertools.pairwise(edges))
-
-
-def jit(function, **static):
-    return jax.jit(functools.partial(function, **static))

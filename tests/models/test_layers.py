@@ -13,7 +13,7 @@ from tests import numerics, oracles, small
 
 def check(make, oracle, x, dtype):
     graph, parameters = small.module(make)
-    run = jax.jit(lambda parameters, x: nnx.merge(graph, parameters)(x))
+    run = numerics.jit(lambda parameters, x: nnx.merge(graph, parameters)(x))
     with jax.enable_x64(dtype == "float64"):
         found = run(numerics.cast(parameters, "float64" if dtype == "float64" else "float32"), numerics.cast(x, dtype))
     numerics.assert_close(found, oracle(parameters, x), numerics.TOLERANCES[dtype])
@@ -68,7 +68,7 @@ def test_gradient_of_a_bias_is_summed_in_float32():
     graph, parameters = nnx.split(Linear(1, 1, axes=(None, None), rngs=nnx.Rngs(0)))
     x = np.ones((1, 100_000, 1), ml_dtypes.bfloat16)
 
-    @jax.jit
+    @numerics.jit
     def gradient(parameters):
         return jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(x).astype(jnp.float32)))(parameters)
 

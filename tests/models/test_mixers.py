@@ -32,7 +32,7 @@ def mixer(name):
     graph, parameters = small.module(lambda rngs: mixers.find(kind)(config, rngs=rngs))
     parameters = numerics.cast(parameters, "float32")
 
-    @jax.jit
+    @numerics.jit
     def run(x, ids=None, state=None):
         return nnx.merge(graph, parameters)(x, segment_ids=ids, state=state)
 
@@ -57,7 +57,7 @@ def test_values_are_those_of_the_oracle(name, ids, dtype):
         expected = oracles.rg_lru_block(parameters, x, ids)
     else:
         expected = oracles.sliding_window_block(parameters, x, ids, heads=2, window=4, fraction=fraction)
-    run = jax.jit(lambda parameters, x: nnx.merge(graph, parameters)(x, segment_ids=ids))
+    run = numerics.jit(lambda parameters, x: nnx.merge(graph, parameters)(x, segment_ids=ids))
     with jax.enable_x64(dtype == "float64"):
         y, _ = run(numerics.cast(parameters, "float64" if dtype == "float64" else "float32"), numerics.cast(x, dtype))
     numerics.assert_close(y, expected, numerics.TOLERANCES[dtype])
@@ -102,7 +102,7 @@ def test_decoding_token_by_token_is_one_pass(name):
         numerics.assert_close(run(more, None, state)[0], run(more, None, whole_state)[0], 1e-5)
 
 
-@pytest.mark.parametrize("cuts", [(1, 2, 8), (6,)], ids=str)
+@pytest.mark.parametrize("cuts", [(1, 2, 7), (6,)], ids=str)
 @pytest.mark.parametrize("name", MIXERS)
 def test_packed_chunks_are_one_pass(name, cuts):
     """The state is that of the document that goes on: rows whose document ends at a cut begin with none."""
@@ -133,8 +133,8 @@ def test_the_state_does_not_grow(name):
     like = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)  # noqa: E731
     empty = like(init_state(3))
     for length in (1, 2, LENGTH):
-        assert like(run(tokens()[:, :length])[1]) == empty
-        assert like(run(tokens()[:, :length], jnp.asarray(IDS[:, :length]), init_state(3))[1]) == empty
+        assert like(jax.eval_shape(run, tokens()[:, :length])[1]) == empty
+        assert like(jax.eval_shape(run, tokens()[:, :length], IDS[:, :length], init_state(3))[1]) == empty
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -74,7 +74,7 @@ def test_no_state_is_zeros_and_no_bias_is_none():
     numerics.assert_close(found, oracles.causal_convolution(numerics.wide(x), numerics.wide(kernel)), 1e-6)
 
 
-OP = jax.jit(lambda x, kernel, state, ids: causal_convolution(x, kernel, None, state, segment_ids=ids))
+OP = numerics.jit(lambda x, kernel, state, ids: causal_convolution(x, kernel, None, state, segment_ids=ids))
 LENGTH = 12
 some_ids = st.lists(st.integers(0, 2), min_size=LENGTH, max_size=LENGTH).map(lambda ids: np.array([ids], np.int32))
 law = settings(max_examples=15, deadline=None, derandomize=True)
@@ -124,7 +124,7 @@ def test_gradients_of_the_parameters_are_summed_in_float32():
     """Of 100,000 equal terms: in bfloat16 a sum stops growing at 256."""
     x = np.ones((1, 100_000, 1), ml_dtypes.bfloat16)
 
-    @jax.jit
+    @numerics.jit
     def gradients(kernel, bias):
         total = lambda *p: jnp.sum(causal_convolution(x, *p)[0].astype(jnp.float32))  # noqa: E731
         return jax.grad(total, argnums=(0, 1))(kernel, bias)

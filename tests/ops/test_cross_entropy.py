@@ -43,7 +43,7 @@ def case(name):
     def gradient(x, embedding):
         return value(x, embedding), jax.grad(lambda *p: value(*p)[1], argnums=(0, 1))(x, embedding)
 
-    naive_values, gradients = numerics.run(jax.jit(gradient), x, embedding, dtype="float64")
+    naive_values, gradients = numerics.run(numerics.jit(gradient), x, embedding, dtype="float64")
     numerics.assert_close(naive_values, (nll, objective), 1e-12)
     return x, embedding, targets, weights, (nll, objective), losses, numerics.wide(gradients)
 
@@ -59,7 +59,7 @@ def test_values_and_gradients(monkeypatch, name, dtype):
     *_, soft_cap, z_loss, groups, elements = CASES[name]
     set_slice(monkeypatch, elements)
 
-    @jax.jit
+    @numerics.jit
     def run(x, embedding, weights):
         def objective(x, embedding):
             options = {"soft_cap": soft_cap, "z_loss": z_loss, "groups": groups}
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_finite_differences():
         loss = lambda *p: linear_cross_entropy(*p, targets, weights, **options)[1]  # noqa: E731
         return jax.grad(loss, argnums=(0, 1))(x, embedding)
 
-    gradients = numerics.run(jax.jit(gradient), x, embedding, targets, weights, dtype="float64")
+    gradients = numerics.run(numerics.jit(gradient), x, embedding, targets, weights, dtype="float64")
     for position in range(2):
         directions = [random.standard_normal(y.shape) * (i == position) for i, y in enumerate((x, embedding))]
         expected = numerics.directional_derivative(objective, (x, embedding), directions)
@@ -105,7 +105,7 @@ def test_gradients_are_those_of_finite_differences():
 def test_token_losses(monkeypatch, name, dtype):
     x, embedding, targets, _, _, losses, _ = case(name)
     set_slice(monkeypatch, CASES[name][-1])
-    run = numerics.jit(token_losses, soft_cap=CASES[name][4])
+    run = numerics.jit(functools.partial(token_losses, soft_cap=CASES[name][4]))
     found = numerics.run(run, x, embedding, targets, dtype=dtype)
     numerics.assert_close(found, losses, numerics.TOLERANCES[dtype])
     assert found.dtype == ("float64" if dtype == "float64" else "float32")

@@ -103,7 +103,7 @@ some_ids = st.lists(st.integers(0, 2), min_size=LENGTH, max_size=LENGTH).map(lam
 seeds = st.integers(0, 1000)
 law = settings(max_examples=15, deadline=None, derandomize=True)
 OPS = {
-    (backend, reverse): jax.jit(
+    (backend, reverse): numerics.jit(
         lambda a, x, state, ids, backend=backend, reverse=reverse: linear_recurrence(
             a, x, state, segment_ids=ids, reverse=reverse, backend=backend
         )
@@ -210,7 +210,7 @@ def test_65536_tokens_in_float32(backend):
     x, state = numerics.normal(random, *a.shape), numerics.normal(random, 1, 2)
     # The second channel adds up whole numbers, which float32 does exactly.
     a[..., 1], x[..., 1], state[..., 1] = 1, random.integers(-3, 4, 65_536), 2
-    found = numerics.run(jax.jit(functools.partial(linear_recurrence, backend=backend)), a, x, state, dtype="float32")
+    found = numerics.run(numerics.jit(functools.partial(linear_recurrence, backend=backend)), a, x, state, dtype="float32")
     expected = oracles.linear_recurrence(a, x, state)
     first, second = (jax.tree.map(lambda y, i=i: y[..., i], (found, expected)) for i in (0, 1))
     numerics.assert_close(*first, 1e-5)

@@ -96,7 +96,7 @@ def op(window=WINDOW, backend="auto", packed=True):
         ids = ids if packed else None
         return sliding_window_attention(q, k, v, window=window, segment_ids=ids, backend=backend)
 
-    return jax.jit(run)
+    return numerics.jit(run)
 
 
 def law_inputs(seed):

@@ -77,7 +77,7 @@ def test_constrain():
     assert sharding.batch_groups() == 1 and sharding.constrain(x, None, None, None) is x
 
 
-ARCHITECTURE = functools.cache(lambda: describe(small.config(num_layers=5, vocab_size=32)))
+ARCHITECTURE = functools.cache(lambda: describe(small.config(pattern=("rg_lru", "sliding_window"), num_layers=3, vocab_size=32)))
 BATCH = 8
 
 
@@ -99,7 +99,7 @@ def loss(parameters, tokens, targets, ids, weights):
 @functools.cache
 def on_one_device():
     parameters = numerics.cast(small.parameters(ARCHITECTURE().shapes), "float32")
-    return parameters, jax.jit(jax.value_and_grad(loss))(parameters, *batch())
+    return parameters, numerics.jit(jax.value_and_grad(loss))(parameters, *batch())
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_8_devices_give_the_numbers_of_one(sizes):
             return jax.value_and_grad(loss)(*inputs)
 
     placed = jax.device_put(parameters, places)
-    jitted = jax.jit(run, in_shardings=(places, rows, rows, rows, rows), out_shardings=(None, places))
+    jitted = numerics.jit(run, in_shardings=(places, rows, rows, rows, rows), out_shardings=(None, places))
     value, gradients = jitted(placed, *batch())
     numerics.assert_close((value, gradients), expected, 1e-5)
     jax.tree.map(lambda gradient, place: _check_place(gradient, place), gradients, places)
