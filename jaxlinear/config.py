@@ -25,7 +25,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.vocab_size": (int, "Rows of the embedding; by default the tokeniser's, rounded up to a multiple of 128."),
     "model.width": (int, "Channels of the residual stream, D."),
     "model.recurrent_width": (int, "Channels of the recurrent block."),
-    "model.num_heads": (int, "Attention heads, and blocks of the recurrence's gates."),
+    "model.num_heads": (int, "Attention heads; and blocks of the recurrence's gates, as far as they divide its width."),
     "model.window": (int, "Tokens that local attention sees, the present one included."),
     "model.mlp_expansion": (3.0, "Inner width of the MLP over D."),
     "model.convolution_width": (4, "Tokens that the convolution before a recurrence sees."),
@@ -57,7 +57,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "optimizer.beta1": (0.9, "Decay of the first moment (adamw, muon's AdamW part)."),
     "optimizer.beta2": (0.95, "Decay of the second moment (adamw, muon's AdamW part)."),
     "optimizer.epsilon": (1e-8, "Added to the root of the second moment."),
-    "optimizer.weight_decay": (0.1, "Decoupled; times the learning rate. Matrices only: no bias, norm or decay vector."),
+    "optimizer.weight_decay": (
+        0.1,
+        "Decoupled; times the learning rate. Matrices only: no bias, norm or decay vector.",
+    ),
     "optimizer.clip_norm": (1.0, "Gradients are scaled down to this global norm; 0 means never."),
     "optimizer.muon_learning_rate": (0.02, "At the top of the schedule, for the matrices that Muon updates."),
     "schedule.name": ("cosine", "cosine, linear, wsd (warm-up, stable, decay) or constant; each after a warm-up."),
@@ -210,10 +213,6 @@ def _check(config: config_dict.ConfigDict) -> None:
         mixers.find(name)
     if model.width % model.num_heads:
         raise UserError(f"model.num_heads={model.num_heads} does not divide model.width={model.width}")
-    if model.recurrent_width % model.num_heads:
-        raise UserError(
-            f"model.num_heads={model.num_heads} does not divide model.recurrent_width={model.recurrent_width}"
-        )
     if not model.mlp_expansion * model.width >= 1:
         raise UserError(f"model.mlp_expansion is {model.mlp_expansion}; it must be above 0")
     if not 0 <= model.rotary_fraction <= 1:

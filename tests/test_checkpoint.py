@@ -16,6 +16,9 @@ from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import mesh as meshes
 
+# Orbax leaves coroutines behind when a file is damaged.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 ONES = dict.fromkeys(meshes.AXES, 1)
 
 
@@ -25,7 +28,11 @@ def trees(seed):
     wide = random.standard_normal((2, 64, 128)).astype(np.float32)
     return {
         "parameters": {"layers": {0: {"kernel": wide}}, "norm": {"scale": wide[0, 0, :8].copy()}},
-        "training": {"step": np.int32(seed), "moments": ({"kernel": wide**2}, None), "key": np.arange(2, dtype=np.uint32)},
+        "training": {
+            "step": np.int32(seed),
+            "moments": ({"kernel": wide**2}, None),
+            "key": np.arange(2, dtype=np.uint32),
+        },
     }
 
 
@@ -88,7 +95,11 @@ def test_one_tree_alone(tmp_path):
 
 @pytest.mark.parametrize(
     "sizes, devices, spec",
-    [({"fsdp": 4, "tensor": 2}, 8, (None, "fsdp", "tensor")), ({}, 1, ()), ({"data": 2, "fsdp": 4}, 8, ("data", "fsdp"))],
+    [
+        ({"fsdp": 4, "tensor": 2}, 8, (None, "fsdp", "tensor")),
+        ({}, 1, ()),
+        ({"data": 2, "fsdp": 4}, 8, ("data", "fsdp")),
+    ],
 )
 def test_restores_on_another_mesh(tmp_path, sizes, devices, spec):
     checkpoints = Checkpoints(tmp_path, config())
@@ -121,7 +132,9 @@ def test_what_is_kept(tmp_path, options, kept):
     losses = {1: 4.0, 3: 1.0, 5: 2.0, 7: 3.0, 9: 3.5}
     assert save(tmp_path, range(1, 10), losses, **options).steps() == kept
     # As many when the run goes on.
-    assert save(tmp_path, (10,), **options).steps() == sorted({*kept, 10} - {kept[-options["keep_newest"]]} | _also(options))
+    assert save(tmp_path, (10,), **options).steps() == sorted(
+        {*kept, 10} - {kept[-options["keep_newest"]]} | _also(options)
+    )
 
 
 def _also(options):

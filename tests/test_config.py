@@ -106,7 +106,6 @@ def test_rates_and_weights_are_not_negative(key):
         ({"model.pattern": (5,)}, r"model.pattern is \(5,\); it is names of mixers"),
         ({"model.pattern": ("mamba",)}, "there is no mixer 'mamba'; there are "),
         ({"model.num_heads": 3}, "model.num_heads=3 does not divide model.width=16"),
-        ({"model.recurrent_width": 17}, "model.num_heads=2 does not divide model.recurrent_width=17"),
         ({"model.rotary_fraction": 1.5}, "model.rotary_fraction is 1.5; it lies between 0 and 1"),
         ({"model.rotary_fraction": -0.5}, "model.rotary_fraction is -0.5; it lies between 0 and 1"),
         ({"model.mlp_expansion": 0.0}, "model.mlp_expansion is 0.0; it must be above 0"),

@@ -30,6 +30,12 @@ class ModelConfig:
         return self.width // self.num_heads
 
     @property
+    def gate_blocks(self) -> int:
+        """Blocks of the recurrence's gates: one a head. Where the heads do not divide the recurrent width (Griffin 100M,
+        400M, 3B and 14B, whose paper does not say what it does), the largest number below that does."""
+        return next(blocks for blocks in range(self.num_heads, 0, -1) if self.recurrent_width % blocks == 0)
+
+    @property
     def mlp_width(self) -> int:
         return round(self.width * self.mlp_expansion)
 

@@ -7,7 +7,9 @@ import jax
 from jaxlinear.models.language_model import LanguageModel
 
 
-def load(workdir: str | os.PathLike, step: int | None = None, *, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
+def load(
+    workdir: str | os.PathLike, step: int | None = None, *, mesh: jax.sharding.Mesh | None = None
+) -> LanguageModel:
     """The model of a trained run, with the weights of the newest checkpoint or of ``step``.
 
     On ``mesh``, the parameters are placed by the sharding rules; by default on the first device. ``UserError`` names

@@ -13,9 +13,9 @@ FORWARD_AND_BACKWARD = 3
 
 
 def rg_lru(config: ModelConfig, length: int) -> float:
-    """Three projections D x R, two gates of H blocks, the convolution, and the recurrence (2 for h, 3 for its input)."""
+    """Three projections D x R, two block-diagonal gates, the convolution, and the recurrence (2 for h, 3 for its input)."""
     d, r = config.width, config.recurrent_width
-    gates = 2 * 2 * r * r // config.num_heads
+    gates = 2 * 2 * r * r // config.gate_blocks
     return 3 * 2 * d * r + gates + 2 * config.convolution_width * r + 5 * r
 
 

@@ -52,7 +52,9 @@ def case(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name, dtype", numerics.each_dtype(CASES, "short", "complex_reverse", "constant_packed", "long"))
+@pytest.mark.parametrize(
+    "name, dtype", numerics.each_dtype(CASES, "short", "complex_reverse", "constant_packed", "long")
+)
 def test_values_and_gradients(name, backend, dtype):
     inputs, cotangents, ids, outputs, gradients = case(name)
     op = functools.partial(linear_recurrence, segment_ids=ids, reverse=CASES[name][3], backend=backend)
@@ -210,7 +212,9 @@ def test_65536_tokens_in_float32(backend):
     x, state = numerics.normal(random, *a.shape), numerics.normal(random, 1, 2)
     # The second channel adds up whole numbers, which float32 does exactly.
     a[..., 1], x[..., 1], state[..., 1] = 1, random.integers(-3, 4, 65_536), 2
-    found = numerics.run(numerics.jit(functools.partial(linear_recurrence, backend=backend)), a, x, state, dtype="float32")
+    found = numerics.run(
+        numerics.jit(functools.partial(linear_recurrence, backend=backend)), a, x, state, dtype="float32"
+    )
     expected = oracles.linear_recurrence(a, x, state)
     first, second = (jax.tree.map(lambda y, i=i: y[..., i], (found, expected)) for i in (0, 1))
     numerics.assert_close(*first, 1e-5)

@@ -77,7 +77,9 @@ def test_constrain():
     assert sharding.batch_groups() == 1 and sharding.constrain(x, None, None, None) is x
 
 
-ARCHITECTURE = functools.cache(lambda: describe(small.config(pattern=("rg_lru", "sliding_window"), num_layers=3, vocab_size=32)))
+ARCHITECTURE = functools.cache(
+    lambda: describe(small.config(pattern=("rg_lru", "sliding_window"), num_layers=3, vocab_size=32))
+)
 BATCH = 8
 
 

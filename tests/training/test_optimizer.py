@@ -158,4 +158,6 @@ def test_the_moments_lie_where_their_parameters_do(name):
     if name == "adamw":
         assert {keys: len(found) for keys, found in moments.items()} == dict.fromkeys(places, 2)
     elif name == "muon":  # one moment for Muon's matrices
-        assert {keys: len(found) for keys, found in moments.items()} == {keys: 2 - (keys[-1] in MUON) for keys in places}
+        assert {keys: len(found) for keys, found in moments.items()} == {
+            keys: 2 - (keys[-1] in MUON) for keys in places
+        }

@@ -73,7 +73,9 @@ def test_microbatches_give_the_same_update():
     np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(other["gradient_norm"], metrics["gradient_norm"], rtol=1e-6)
     before = tiny.parameters(whole.architecture)
-    for got, want, old in zip(*(jax.tree.leaves(t) for t in (second.parameters, first.parameters, before)), strict=True):
+    for got, want, old in zip(
+        *(jax.tree.leaves(t) for t in (second.parameters, first.parameters, before)), strict=True
+    ):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
         assert np.max(np.abs(want - old)) > 2e-6  # so that a part left out would show
     for got, want in zip(jax.tree.leaves(second.optimizer), jax.tree.leaves(first.optimizer), strict=True):

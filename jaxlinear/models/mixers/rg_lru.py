@@ -71,7 +71,7 @@ class RGLRUBlock(nnx.Module):
             rngs,
         )
         self.convolution_bias = parameter(nnx.initializers.zeros, (inner,), ("recurrent",), rngs)
-        self.rg_lru = RGLRU(inner, config.num_heads, rngs=rngs)
+        self.rg_lru = RGLRU(inner, config.gate_blocks, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(inner, width, axes=("recurrent", "embed"), init=init, rngs=rngs)
 
