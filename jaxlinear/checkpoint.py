@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ class Checkpoints:
             cleanup_tmp_directories=config is not None,
             preservation_policy=None if config is None else _preservation(config),
             save_decision_policy=policies.FixedIntervalPolicy(1),
+            # Has the losses written beside the trees, so that the best are known when the run goes on.
+            best_fn=_heldout_loss if config is not None and config.checkpoint.keep_best else None,
+            best_mode="min",
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -64,6 +68,7 @@ class Checkpoints:
             "next_batch": next_batch,
             "checksums": {name: _checksums(tree) for name, tree in trees.items()},
         }
+        meta["checksum"] = _text_checksum(meta)
         items = {name: ocp.args.StandardSave(_by_path(tree)) for name, tree in trees.items()}
         with self._writing():
             self._manager.save(
@@ -79,26 +84,20 @@ class Checkpoints:
         """
         step = self._existing(step)
         items = {name: ocp.args.StandardRestore(_by_path(tree)) for name, tree in structs.items()}
-        saved = self._read(step, meta=ocp.args.JsonRestore(), **items)
-        try:
-            trees = {name: _from_path(saved[name], tree) for name, tree in structs.items()}
-            for name, expected in saved[_META].get("checksums", {}).items():
-                checksums = _checksums(trees.get(name, {}))
-                wrong = [path for path in checksums if checksums[path] != expected[path]]
-                if wrong:
-                    raise ValueError(f"{name}: {wrong[0]} is not what was saved")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._unreadable(step, error) from error
+        saved = self._read(step, **items)
+        trees = {name: _from_path(saved[name], tree) for name, tree in structs.items()}
+        for name, tree in trees.items():
+            expected = saved[_META]["checksums"][name]
+            for path, checksum in _checksums(tree).items():
+                if checksum != expected[path]:
+                    raise self._unreadable(step, ValueError(f"{name}: {path} is not what was saved"))
         return trees
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the trees: ``config`` and ``next_batch``."""
         step = self._existing(step)
-        meta = self._read(step, meta=ocp.args.JsonRestore())[_META]
-        try:
-            return {"config": meta["config"], "next_batch": meta["next_batch"]}
-        except (KeyError, TypeError) as error:
-            raise self._unreadable(step, error) from error
+        meta = self._read(step)[_META]
+        return {"config": meta["config"], "next_batch": meta["next_batch"]}
 
     def wait(self) -> None:
         """Waits until everything that was begun is written."""
@@ -141,8 +140,13 @@ class Checkpoints:
             raise UserError(self._full("other data took it while this was written")) from error
 
     def _read(self, step: int, **items: Any) -> Any:
+        """These items and what was saved beside them, which is checked to be what was written."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            saved = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
+            meta = dict(saved[_META])
+            if meta.pop("checksum") != _text_checksum(meta):
+                raise ValueError("meta: it is not what was saved")
+            return saved
         except Exception as error:
             if type(error) is not Exception and not isinstance(error, _READ_ERRORS):
                 raise
@@ -173,13 +177,17 @@ def _preservation(config: config_dict.ConfigDict) -> policies.PreservationPolicy
     if options.keep_best:
         kept.append(
             policies.BestN(
-                get_metric_fn=lambda metrics: metrics["heldout_loss"],
+                get_metric_fn=_heldout_loss,
                 reverse=True,
                 n=options.keep_best,
                 keep_checkpoints_without_metrics=False,
             )
         )
     return policies.AnyPreservationPolicy(kept)
+
+
+def _heldout_loss(metrics: Mapping[str, float]) -> float:
+    return metrics["heldout_loss"]
 
 
 class _Multiples(policies.PreservationPolicy):
@@ -194,19 +202,30 @@ class _Multiples(policies.PreservationPolicy):
 
 def _checksums(tree: Any) -> dict[str, int]:
     """Of each array by path. They do not depend on how the arrays are spread over devices."""
-    return {path: int(checksum) for path, checksum in jax.device_get(jax.tree.map(_checksum, _by_path(tree))).items()}
+    # One after another: on the CPU, programs with collectives that run side by side can wait for each other for ever.
+    return {path: int(_checksum(x)) for path, x in _by_path(tree).items()}
 
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """The sum of all entries' bits, each times its odd number, modulo 2**32: a change of one entry always shows."""
+    """The sum modulo 2**32, over all entries, of a hash of the entry's bits and its place.
+
+    A change of a single entry always shows: the hash (the last step of MurmurHash3) is one to one in the bits.
+    """
     bits = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
-        stride = math.prod(x.shape[axis + 1 :]) % 2**32
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+        stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
+    bits += place * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+def _text_checksum(values: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

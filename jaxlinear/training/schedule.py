@@ -21,11 +21,11 @@ def make_schedule(config: config_dict.ConfigDict) -> optax.Schedule:
     def multiplier(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+        if schedule.name == "constant":
+            return rise
         progress = jnp.clip((step - begin) / max(steps - 1 - begin, 1), 0.0, 1.0)
         if schedule.name == "cosine":
             fall = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        elif schedule.name == "constant":
-            fall = jnp.ones_like(progress)
         else:
             fall = 1 - (1 - final) * progress
         return rise * fall

@@ -38,7 +38,7 @@ def run_config(tiny_config):
     return tiny.lasting(tiny_config)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole_run(tiny_config, tmp_path_factory):
     """The directory of the run of ``run_config`` from its first to its 8th step, never interrupted."""
     from jaxlinear.training.loop import FINISHED, train

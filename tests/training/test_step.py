@@ -89,7 +89,7 @@ def test_the_loss_of_one_batch_falls():
         state, metrics = train(state, tiny.batch())
         losses.append(metrics["loss"])
         assert int(state.step) == step + 1
-    assert losses[-1] < losses[0] - 0.3 and np.all(np.diff(losses) < 0), losses
+    assert losses[-1] < losses[0] - 1.0 and np.all(np.diff(losses[:8]) < 0), losses
 
 
 def test_z_loss_is_in_the_objective_and_not_in_the_loss():
@@ -173,6 +173,6 @@ def test_the_step_moves_nothing_between_host_and_device():
     with jax.transfer_guard("disallow"):
         state, metrics = train.step(state, batch)
         train.step(state, batch)
-        with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
+        with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device"):
             jax.numpy.add(batch["tokens"], 1)
     assert np.isfinite(float(metrics["loss"]))

@@ -144,6 +144,7 @@ def assert_equal(actual, expected):
 def lasting(config):
     """``config`` for 8 steps on a schedule that does not depend on how many they are."""
     config = config.copy_and_resolve_references()
+    config.model.pattern, config.model.num_layers = ("rg_lru", "sliding_window"), 2
     config.schedule.name = "constant"
     config.training.steps = 8
     config.checkpoint.every_steps = 2
@@ -155,6 +156,15 @@ def restored(workdir, config, mesh, step=None):
     job = Job.build(config)
     structs = states.structs(job.architecture, job.optimizer, mesh)
     return states.from_trees(Checkpoints(workdir).restore(states.to_trees(structs), step))
+
+
+def saved_structs(workdir):
+    """What the trees of a run's checkpoint are restored into: on one device, from the run's own config."""
+    from jaxlinear.training.workdir import read_config
+
+    config = read_config(workdir)
+    described = describe(configs.model_config(config))
+    return states.to_trees(states.structs(described, make_optimizer(config, described), mesh()))
 
 
 def losses(workdir):
@@ -183,7 +193,7 @@ ARGUMENTS = {
     "config.model.window": 8,
     "config.training.batch_size": 8,
     "config.training.sequence_length": 32,
-    "config.training.steps": 24,
+    "config.training.steps": 20,
     "config.schedule.name": "constant",
     "config.schedule.warmup_steps": 1,
     "config.checkpoint.every_steps": 1,

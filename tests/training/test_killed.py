@@ -1,0 +1,102 @@
+"""launch/train.py in processes of their own that are killed or told to stop, and started again until they are done."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+
+from jaxlinear.checkpoint import DIRECTORY, Checkpoints
+from jaxlinear.training.metrics import FILE
+from tests.training import tiny
+
+KILLS = 5
+STEPS = 20  # of tiny.ARGUMENTS, with a checkpoint at every step, so that one is nearly always being written
+PATIENCE = 240
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(launch, tmp_path_factory):
+    """The run that the others are compared with."""
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = launch(workdir)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
+    assert list(tiny.losses(workdir)) == list(range(1, STEPS + 1))
+    return workdir
+
+
+def last_step(workdir):
+    """The newest step in metrics.jsonl, whose last line may not be whole."""
+    file = workdir / FILE
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def wait(process, condition):
+    """Until ``condition()``; the process has to be running all the while."""
+    begin = time.monotonic()
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() - begin < PATIENCE
+        time.sleep(0.002)
+
+
+def unfinished(workdir):
+    return [path.name for path in (workdir / DIRECTORY).glob("*orbax-checkpoint-tmp*")]
+
+
+def same_end(workdir, expected):
+    """The same losses as text, and the same checkpoint."""
+    assert tiny.losses(workdir) == tiny.losses(expected)
+    metas = [Checkpoints(path).meta() for path in (workdir, expected)]
+    assert [meta["next_batch"] for meta in metas] == [STEPS, STEPS]
+    structs = tiny.saved_structs(workdir)
+    tiny.assert_equal(Checkpoints(workdir).restore(structs), Checkpoints(expected).restore(structs))
+
+
+def test_killed_at_any_moment_it_ends_the_same(launch, uninterrupted, tmp_path):
+    """Five kills at moments from a fixed seed; every second one as soon as a checkpoint is seen being written."""
+    workdir, moments = tmp_path / "run", random.Random(0)
+    begun, torn = [], []
+    for kill in range(KILLS):
+        process = launch(workdir)
+        begun.append(max(Checkpoints(workdir).steps(), default=0) if kill else 0)
+        goal = begun[-1] + moments.randint(1, 3)
+        wait(process, lambda goal=goal: last_step(workdir) >= goal)
+        if kill % 2:
+            wait(process, lambda: unfinished(workdir))
+        else:
+            time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=PATIENCE) == -signal.SIGKILL, "it was done before it could be killed"
+        process.communicate()
+        torn.append(unfinished(workdir))
+    assert any(torn), "no kill came while a checkpoint was being written"
+    assert begun[-1] > begun[1], f"the run did not advance: {begun}"
+    process = launch(workdir)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
+    assert not unfinished(workdir)
+    same_end(workdir, uninterrupted)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(launch, uninterrupted, tmp_path):
+    """With no other checkpoint than the one that SIGTERM asks for."""
+    workdir, rarely = tmp_path / "run", "--config.checkpoint.every_steps=1000"
+    process = launch(workdir, rarely, "--config.training.steps=1000000")
+    wait(process, lambda: last_step(workdir) >= 3)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75, errors
+    saved = Checkpoints(workdir).steps()
+    assert saved == [last_step(workdir)] and saved[0] >= 3
+
+    again = launch(workdir, rarely, f"--config.training.steps={saved[0] + 2}")
+    _, errors = again.communicate(timeout=PATIENCE)
+    assert again.returncode == 0, errors
+    losses, expected = tiny.losses(workdir), tiny.losses(uninterrupted)
+    assert list(losses) == list(range(1, saved[0] + 3))
+    assert [losses[step] for step in range(1, 4)] == [expected[step] for step in range(1, 4)]
+    assert all(losses[step] == expected[step] for step in expected if step in losses)
