@@ -62,6 +62,7 @@ class Checkpoints:
         An error of an earlier save is raised here or in ``close``.
         """
         assert self._config is not None
+        self.wait()  # Orbax would; so that what is free is known
         self._check_space(trees)
         meta = {
             "config": json.loads(configs.to_json(self._config)),
@@ -115,7 +116,6 @@ class Checkpoints:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees)))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            self._failed = True
             raise UserError(self._full(f"it takes up to {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"))
 
     def _full(self, reason: str) -> str:

@@ -62,7 +62,8 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)[1:]
     except (AttributeError, KeyError) as error:
-        key = re.match(r"""\W*(?:Key ")?(\w+)(\W*$|.*the config is locked|.*Did you mean)""", str(error), re.DOTALL)
+        bare = r"|\W*$" if isinstance(error, AttributeError) else ""
+        key = re.match(rf"""\W*(?:Key ")?(\w+)(.*the config is locked|.*Did you mean{bare})""", str(error), re.DOTALL)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         if key is None or not lines:
             raise
@@ -73,14 +74,12 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _config_file(argv: list[str]) -> str | None:
     """The file that ``--config`` names, which has to exist."""
-    named = re.search(r"^--?config(?:=|\n)(.*)", "\n".join(argv), re.MULTILINE)
-    if named is None:
-        return None
-    file = named[1].split(":")[0]
-    if not os.path.isfile(file):
-        folder, name = os.path.split(file)
-        others = glob.glob("*.py", root_dir=folder or None)
-        near = difflib.get_close_matches(name, others, n=1, cutoff=0.0)
-        advice = f"; did you mean {os.path.join(folder, near[0])!r}?" if near else ""
-        raise UserError(f"there is no config file {file!r}{advice}")
+    file = None
+    for name in re.findall(r"^--?config(?:=|\n)(.*)", "\n".join(argv), re.MULTILINE):
+        file = name.split(":")[0]
+        if not os.path.isfile(file):
+            folder, name = os.path.split(file)
+            near = difflib.get_close_matches(name, glob.glob("*.py", root_dir=folder or None), n=1, cutoff=0.0)
+            advice = f"; did you mean {os.path.join(folder, near[0])!r}?" if near else ""
+            raise UserError(f"there is no config file {file!r}{advice}")
     return file

@@ -29,7 +29,10 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
     path = Path(workdir) / CONFIG
     if not path.is_file():
         raise UserError(f"{workdir} is not the work directory of a run: it has no {CONFIG}")
-    return configs.from_json(path.read_text())
+    try:
+        return configs.from_json(path.read_text())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:

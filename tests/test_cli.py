@@ -1,0 +1,140 @@
+"""Exit statuses and the one line of bad input, in this process and through launch/train.py."""
+
+import errno
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jaxlinear import cli
+from jaxlinear.errors import RunError, UserError
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+def run(main, *arguments):
+    """The status with which ``cli.run`` exits."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main, ["path/to/program.py", *arguments])
+    return exit_.value.code
+
+
+def raises(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("returned, status", [(None, 0), (0, 0), (75, 75)])
+def test_the_status_is_what_main_returns(returned, status, capsys):
+    assert run(lambda: returned) == status
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (UserError("this is\n  wrong"), 2, "this is wrong"),
+        (RunError("it diverged"), 1, "it diverged"),
+        (OSError(errno.ENOSPC, "x", "a/b"), 2, "no space left on the disk: a/b"),
+        (OSError(errno.EROFS, "x", "a/b"), 2, "the file system is read-only: a/b"),
+        (PermissionError(errno.EACCES, "x", "a/b"), 2, "permission denied: a/b"),
+        (NotADirectoryError(errno.ENOTDIR, "x", "a/b"), 2, "a part of the path is not a directory: a/b"),
+        (OSError(errno.EDQUOT, "no more"), 2, "the disk quota is used up: no more"),
+    ],
+)
+def test_bad_input_is_one_line(error, status, line, capsys):
+    assert run(raises(error)) == status
+    assert capsys.readouterr() == ("", f"program.py: {line}\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), FileNotFoundError(errno.ENOENT, "x"), KeyError("k")])
+def test_a_defect_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        cli.run(raises(error), ["program.py"])
+
+
+@pytest.mark.parametrize(
+    "argument, line",
+    [
+        ("train", "unexpected argument 'train': every option is written --name=value"),
+        ("--verbositty=1", "Unknown command line flag 'verbositty'. Did you mean: verbosity ?"),
+    ],
+)
+def test_arguments_that_are_not_understood(argument, line, capsys):
+    assert run(lambda: None, argument) == 2
+    assert capsys.readouterr() == ("", f"program.py: {line}\n")
+
+
+WITHOUT_A_NEAR_ONE = "config.zzz.width = 3"
+BAD_CONFIG = """
+from jaxlinear import config as configs
+
+def get_config():
+    config = configs.default()
+    LINE
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    "line, arguments, message",
+    [
+        ("pass", ["--config.model.wdth=3"], "there is no config key 'model.wdth'; did you mean 'model.width'?"),
+        (
+            "pass",
+            ["--noconfig.loging.layer_norms"],
+            "there is no config key 'loging.layer_norms'; did you mean 'logging.",
+        ),
+        ("pass", ["--config.training.steps=2.5"], "flag --config.training.steps=2.5: invalid literal for int()"),
+        ("pass", ["--config.model.pattern=mamba"], "without model.preset these keys need a value: model.num_heads"),
+        ("pass", ["--config=FILE_"], "there is no config file 'FILE_'; did you mean 'FILE'?"),
+        ("config.model.wdth = 3", [], 'FILE, line 6: there is no config key "wdth"; did you mean "width"?'),
+        ("config.model.update({'wdth': 3})", [], 'FILE, line 6: there is no config key "wdth"; did you mean "width"?'),
+        (WITHOUT_A_NEAR_ONE, [], 'FILE, line 6: there is no config key "zzz"'),
+        ("config.model.width = 'wide'", [], "field 'width' (reference). wide is of original type"),
+        ("config.model.preset = 'griffin_100m'", [], "data.path is not set; launch/prepare_data.py makes a dataset"),
+        (
+            "config.model.preset = 'griffin_100m'",
+            ["--config.data.path=no/data"],
+            "no dataset at no/data: the directory",
+        ),
+    ],
+)
+def test_train_refuses_bad_input(tmp_path, line, arguments, message):
+    file = tmp_path / "small.py"
+    file.write_text(BAD_CONFIG.replace("LINE", line))
+    arguments = [argument.replace("FILE_", f"{tmp_path}/smal.py") for argument in arguments]
+    message = message.replace("FILE_", f"{tmp_path}/smal.py").replace("FILE", str(file))
+    done = launch(tmp_path, f"--config={file}", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "" and done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_needs_a_config(tmp_path):
+    done = launch(tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "Flag --config must have a value other than None" in done.stderr
+
+
+def test_a_defect_in_a_config_file_keeps_its_traceback(tmp_path):
+    file = tmp_path / "small.py"
+    file.write_text(BAD_CONFIG.replace("LINE", "{}['key']"))
+    done = launch(tmp_path, f"--config={file}")
+    assert done.returncode == 1 and done.stderr.endswith("KeyError: 'key'\n")
+
+
+def launch(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "launch/train.py", f"--workdir={folder / 'run'}", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )

@@ -1,0 +1,124 @@
+"""Runs in this process: what they write, and that one that was stopped goes on as if it had not been."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlinear import data
+from jaxlinear.checkpoint import DIRECTORY, Checkpoints
+from jaxlinear.errors import RunError, UserError
+from jaxlinear.training import metrics
+from jaxlinear.training import state as states
+from jaxlinear.training.loop import FINISHED, train
+from tests.training import tiny
+
+KEYS = {
+    *("step", "loss", "tokens", "gradient_norm", "parameter_norm", "learning_rate", "skips", "skips_in_a_row"),
+    *("tokens_per_second", "mfu", "step_seconds", "data_wait_fraction"),
+}
+
+
+def test_what_a_run_writes(run_config, whole_run):
+    assert {path.name for path in whole_run.iterdir()} == {
+        *("checkpoints", "config.json", "metrics.jsonl", "tokenizer_info.json"),
+    }
+    lines = metrics.read(whole_run)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for line in lines:
+        assert set(line) == KEYS
+        assert line["tokens"] == line["step"] * 8 * 32
+        assert line["skips"] == line["skips_in_a_row"] == 0
+        assert 0 <= line["data_wait_fraction"] <= 1 and line["mfu"] > 0
+        assert line["tokens_per_second"] == pytest.approx(8 * 32 / line["step_seconds"])
+        assert line["learning_rate"] == pytest.approx(run_config.optimizer.learning_rate)
+    assert np.log(384) + 1 > lines[0]["loss"] > lines[-1]["loss"] > 1
+    assert Checkpoints(whole_run).steps() == [6, 8]
+    assert Checkpoints(whole_run).meta()["next_batch"] == 8
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_config, whole_run, tmp_path):
+    workdir = tmp_path / "run"
+    run_config.training.steps = 4
+    assert train(run_config, workdir) == FINISHED
+    with (workdir / metrics.FILE).open("a") as file:  # logged after the checkpoint, and a line cut short
+        file.write('{"step": 5, "loss": 0.0}\n{"step": 6, "lo')
+    run_config.training.steps = 8
+    assert train(run_config, workdir) == FINISHED
+    assert tiny.losses(workdir) == tiny.losses(whole_run)
+    mesh = tiny.mesh()
+    tiny.assert_equal(tiny.restored(workdir, run_config, mesh), tiny.restored(whole_run, run_config, mesh))
+
+    before = tiny.files(workdir)
+    assert train(run_config, workdir) == FINISHED  # nothing is left to do
+    assert tiny.files(workdir) == before
+
+
+@pytest.mark.parametrize("devices, sizes", [(8, {"fsdp": 4, "tensor": 2}), (1, {})])
+def test_a_checkpoint_restores_on_another_mesh(run_config, whole_run, devices, sizes):
+    state = tiny.restored(whole_run, run_config, tiny.mesh(devices, **sizes))
+    tiny.assert_equal(state, tiny.restored(whole_run, run_config, tiny.mesh(8, data=8)))
+    kernel = state.parameters["periods"]["blocks"][0]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // devices
+
+
+def test_evaluation_chooses_the_checkpoints_to_keep(run_config, tmp_path):
+    run_config.training.steps = 6
+    run_config.checkpoint.update({"every_steps": 1, "keep_newest": 1, "keep_best": 1})
+    run_config.evaluation.update({"every_steps": 3, "batches": 0})
+    run_config.logging.every_steps = 100
+    workdir = tmp_path / "run"
+    assert train(run_config, workdir) == FINISHED
+    first, logged, last = metrics.read(workdir)
+    assert logged["step"] == 6 and set(logged) == KEYS
+    assert set(first) == set(last) == {"step", "heldout_loss", "heldout_bits_per_byte"}
+    assert (first["step"], last["step"]) == (3, 6) and first["heldout_loss"] > last["heldout_loss"] > 1
+    split = data.read_manifest(run_config.data.path).splits["heldout"]
+    expected = last["heldout_loss"] / np.log(2) * split.tokens / split.bytes
+    assert last["heldout_bits_per_byte"] == pytest.approx(expected)
+    assert Checkpoints(workdir).steps() == [6]
+
+
+def test_too_many_skips_end_the_run(run_config, tmp_path, monkeypatch):
+    initialise = states.initialise
+
+    def broken(*arguments):
+        state = initialise(*arguments)
+        scale = state.parameters["norm"]["scale"]
+        state.parameters["norm"]["scale"] = jax.device_put(np.full(scale.shape, np.inf, np.float32), scale.sharding)
+        return state
+
+    monkeypatch.setattr(states, "initialise", broken)
+    run_config.training.max_skips = 3
+    with pytest.raises(RunError, match=r"^3 steps in a row were skipped, the last of them step 3 with a gradient norm"):
+        train(run_config, tmp_path / "run")
+    lines = metrics.read(tmp_path / "run")
+    assert [(line["skips"], line["skips_in_a_row"]) for line in lines] == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("damaged", ["parameters", "training", "meta"])
+def test_a_damaged_checkpoint_is_not_a_fresh_start(run_config, whole_run, tmp_path, damaged):
+    workdir = shutil.copytree(whole_run, tmp_path / "run")
+    run_config.training.steps = 10
+    item = workdir / DIRECTORY / "8" / damaged
+    file = max((path for path in item.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    before = tiny.files(workdir / DIRECTORY) | {metrics.FILE: (workdir / metrics.FILE).read_bytes()}
+    with pytest.raises(UserError, match=rf"the checkpoint {workdir}/checkpoints/8 cannot be read .* from step 6$"):
+        train(run_config, workdir)
+    assert tiny.files(workdir / DIRECTORY) | {metrics.FILE: (workdir / metrics.FILE).read_bytes()} == before
+
+
+def test_a_half_written_checkpoint_is_not_picked(run_config, whole_run, tmp_path):
+    workdir = shutil.copytree(whole_run, tmp_path / "run")
+    checkpoints = workdir / DIRECTORY
+    shutil.move(checkpoints / "8", checkpoints / "8.orbax-checkpoint-tmp")
+    (checkpoints / "8.orbax-checkpoint-tmp" / "commit_success.txt").unlink()
+    assert train(run_config, workdir) == FINISHED
+    assert tiny.losses(workdir) == tiny.losses(whole_run)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["6", "8"]
+    mesh = tiny.mesh()
+    tiny.assert_equal(tiny.restored(workdir, run_config, mesh), tiny.restored(whole_run, run_config, mesh))

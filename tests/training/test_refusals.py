@@ -1,0 +1,148 @@
+"""What does not fit together, refused before anything is written."""
+
+import re
+import shutil
+
+import pytest
+
+from jaxlinear import config as configs
+from jaxlinear import data
+from jaxlinear.errors import UserError
+from jaxlinear.training import workdir as workdirs
+from jaxlinear.training.job import Job, mixture
+from jaxlinear.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def other_dataset(tmp_path_factory):
+    """A dataset of another tokeniser, whose vocabulary is rounded to the same size as that of bytes."""
+    directory = tmp_path_factory.mktemp("other_dataset")
+    (directory / "text.txt").write_text("\n".join(f"line {i} of {i * i} lines" for i in range(2000)))
+    data.prepare(
+        str(directory / "text.txt"),
+        str(directory / "data"),
+        tokenizer="bpe",
+        vocab_size=300,
+        document_separator="\n",
+        block_length=64,
+        heldout_fraction=0.05,
+        workers=1,
+    )
+    return directory / "data"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data.path": ""}, r"data.path is not set; launch/prepare_data.py makes a dataset"),
+        ({"data.path": "nowhere"}, r"no dataset at nowhere: the directory does not exist"),
+        ({"data.path": "DATA=two"}, r"data.path: 'two' is not a weight; write DIR=WEIGHT,DIR=WEIGHT"),
+        ({"data.path": "DATA=0"}, r"a mixture needs datasets with weights above 0"),
+        ({"data.heldout_path": "nowhere", "evaluation.every_steps": 1}, r"no dataset at nowhere"),
+        (
+            {"training.batch_size": 12},
+            r"training.batch_size=12 in 1 microbatches is 12 rows, which the mesh \(data 8 x fsdp 1\) does not divide; "
+            r"the nearest batch size that works is 16$",
+        ),
+        (
+            {"training.batch_size": 24, "training.microbatches": 2, "mesh.fsdp": 4},
+            r"=24 in 2 microbatches is 12 rows, which the mesh \(data 2 x fsdp 4\) does not divide; .* is 32$",
+        ),
+        ({"training.sequence_length": 48}, r"sequence_length 48 neither divides the block length 64 nor .* 32 and 64"),
+        ({"training.seed": -1}, r"seed has to be at least 0, not -1"),
+        ({"model.vocab_size": 256}, r"has 257 tokens, more than model.vocab_size=256; leave model.vocab_size unset"),
+        ({"mesh.data": 3}, r"a mesh of data 3 does not use the 8 devices that there are"),
+        ({"mesh.fsdp": -1}, r"only one size of the mesh can be -1, not both mesh.data and mesh.fsdp"),
+        (
+            {"mesh.data": 4, "mesh.sequence": 2},
+            r"mesh.sequence=2: no layer can be split over sequence yet; set it to 1",
+        ),
+        ({"mesh.data": 4, "mesh.expert": 2}, r"mesh.expert=2: no layer can be split over expert yet; set it to 1"),
+        ({"model.num_heads": 5}, r"model.num_heads=5 does not divide model.width=32"),
+    ],
+)
+def test_bad_input_writes_nothing(tiny_config, tmp_path, changes, message):
+    config = tiny_config.copy_and_resolve_references()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        config[section][name] = value.replace("DATA", config.data.path) if isinstance(value, str) else value
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_nearest_batch_size_works(tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.training.batch_size = 16
+    assert Job.build(config).batches[0]["tokens"].shape == (16, 32)
+
+
+def test_the_vocabulary_follows_the_data(tiny_config, other_dataset):
+    config = tiny_config.copy_and_resolve_references()
+    job = Job.build(config)
+    assert job.batches.vocab_size == 257 and job.config.model.vocab_size == 384
+    assert job.architecture.shapes["embedding"].shape == (384, 32)
+    config.model.vocab_size = 257
+    assert Job.build(config).architecture.shapes["embedding"].shape == (257, 32)
+
+
+def test_mixture():
+    assert mixture("a") == {"a": 1.0}
+    assert mixture("a=2, b=0.5,c") == {"a": 2.0, "b": 0.5, "c": 1.0}
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (
+            "model.mlp_expansion",
+            2.0,
+            "holds a checkpoint of another model: model.mlp_expansion is 3.0 there and 2.0 in",
+        ),
+        ("model.window", 4, "holds a checkpoint of another model: model.window is 8 there and 4 in this config"),
+        ("training.seed", 5, "holds another run: training.seed is 0 there and 5 in this config; give the new run a"),
+        ("training.batch_size", 16, "holds another run: training.batch_size is 8 there and 16"),
+        ("optimizer.name", "muon", "holds another run: optimizer.name is 'adamw' there and 'muon' in this config"),
+        ("schedule.name", "linear", "holds another run: schedule.name is 'cosine' there"),
+    ],
+)
+def test_another_run_in_the_same_directory_is_refused(tiny_config, tiny_run, tmp_path, key, value, message):
+    workdir = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    before = (workdir / workdirs.CONFIG).read_bytes()
+    config = tiny_config.copy_and_resolve_references()
+    section, name = key.split(".")
+    config[section][name] = value
+    with pytest.raises(UserError, match=re.escape(f"{workdir} {message}")):
+        train(config, workdir)
+    assert (workdir / workdirs.CONFIG).read_bytes() == before
+
+
+def test_data_of_another_tokeniser_are_refused(tiny_config, tiny_run, other_dataset):
+    config = tiny_config.copy_and_resolve_references()
+    config.data.path = str(other_dataset)
+    message = f"{tiny_run} holds a run on data of another tokeniser than that of {other_dataset}"
+    with pytest.raises(UserError, match=message):
+        train(config, tiny_run)
+
+
+def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path):
+    """The same run on another mesh, for longer, kept and logged otherwise; what it says then is what holds."""
+    workdir = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    config = Job.build(tiny_config).config
+    changes = {
+        **{"mesh.fsdp": 8, "mesh.data": 1, "training.steps": 9, "training.max_skips": 3, "model.remat": "full"},
+        **{"checkpoint.every_steps": 7, "evaluation.every_steps": 7, "logging.every_steps": 7, "data.path": "moved"},
+    }
+    for key, value in changes.items():
+        section, name = key.split(".")
+        config[section][name] = value
+    workdirs.prepare(workdir, config)
+    assert configs.to_json(workdirs.read_config(workdir)) == configs.to_json(config)
+
+
+def test_a_directory_that_is_not_a_run(tmp_path):
+    with pytest.raises(UserError, match=rf"{tmp_path} is not the work directory of a run: it has no config.json"):
+        workdirs.read_config(tmp_path)
+    (tmp_path / workdirs.CONFIG).write_text('{"model": {"width": 3')
+    with pytest.raises(UserError, match=rf"{tmp_path}/config.json is damaged: .*"):
+        workdirs.read_config(tmp_path)
