@@ -21,6 +21,7 @@ from jaxlinear.errors import UserError
 
 DIRECTORY = "checkpoints"
 _META = "meta"
+_OVERHEAD_BYTES = 1 << 19  # of a checkpoint over its arrays: its descriptions, and blocks that are not full
 # What Orbax and TensorStore raise for a damaged file; for damaged contents of an array it is a bare Exception.
 _READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
 _DISK_FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")  # in the messages of a failed write
@@ -113,7 +114,7 @@ class Checkpoints:
 
     def _check_space(self, trees: Mapping[str, Any]) -> None:
         """Refuses before anything is begun: a write that runs out of space leaves remains and pages of tracebacks."""
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees)))
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees))) + _OVERHEAD_BYTES
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise UserError(self._full(f"it takes up to {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"))
