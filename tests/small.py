@@ -14,7 +14,7 @@ PATTERN = ("rg_lru", "rg_lru", "sliding_window")
 def config(**changes):
     values = {
         "pattern": PATTERN,
-        "num_layers": 5,
+        "num_layers": 8,  # two periods, scanned, and two layers more
         "vocab_size": 31,
         "width": 16,
         "recurrent_width": 24,

@@ -130,7 +130,7 @@ def test_a_full_disk_is_seen_before_anything_is_begun(three, monkeypatch):
     usage = shutil.disk_usage(three)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     with pytest.raises(
-        UserError, match=r"no space .* \(it takes up to 0.1 MB and 0.1 MB are free\); .* of step 4; make"
+        UserError, match=r"no space .* \(it takes up to [\d.]+ MB and 0.1 MB are free\); .* of step 4; make"
     ):
         checkpoints.save(5, small_trees.placed(5, small_trees.single()), next_batch=5)
     checkpoints.close()

@@ -78,7 +78,7 @@ def test_constrain():
 
 
 ARCHITECTURE = functools.cache(
-    lambda: describe(small.config(pattern=("rg_lru", "sliding_window"), num_layers=3, vocab_size=32))
+    lambda: describe(small.config(pattern=("rg_lru", "sliding_window"), num_layers=4, vocab_size=32))
 )
 BATCH = 8
 
