@@ -31,7 +31,7 @@ class Checkpoints:
     """The checkpoints of one run. Each holds named pytrees, their checksums, the resolved config and the data position.
 
     A checkpoint is written to a temporary directory and renamed when it is whole, so one that was cut short is never
-    seen here; its remains are removed when the run is opened for writing.
+    seen here; its remains are removed at the next save.
     """
 
     def __init__(self, workdir: str | os.PathLike, config: config_dict.ConfigDict | None = None):
