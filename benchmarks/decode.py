@@ -12,15 +12,15 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
 from absl import flags
+from alternating import Worker, alternate
 
 from jaxlinear import cli
-from jaxlinear.errors import RunError, UserError
+from jaxlinear.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", "griffin_6m", "A preset; --against has griffin_6m alone.")
 _STREAMS = flags.DEFINE_integer("streams", 8, "Prompts that are continued together, B.", lower_bound=1)
@@ -35,11 +35,13 @@ def main() -> None:
     if _AGAINST.value and _MODEL.value != "griffin_6m":
         raise UserError(f"--against has the model griffin_6m alone, not {_MODEL.value}")
     parts = {"jaxlinear": _ours()}
-    worker = _Worker(_AGAINST.value) if _AGAINST.value else None
+    worker = None
+    if _AGAINST.value:
+        worker = Worker(_AGAINST.value, "decode", streams=_STREAMS.value, prompt=_PROMPT.value, tokens=_TOKENS.value)
     if worker:
         parts["recurrentgemma"] = worker.go
     try:
-        rates = _alternate(parts)
+        rates = alternate(parts, _ROUNDS.value)
     finally:
         if worker:
             worker.close()
@@ -87,50 +89,6 @@ def _ours() -> Callable[[], float]:
 
     go()
     return go
-
-
-def _alternate(parts: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    rates: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(_ROUNDS.value + 1):
-        for name, go in parts.items():
-            rates[name].append(go())
-    return {name: values[1:] for name, values in rates.items()}
-
-
-class _Worker:
-    """The comparison side, in a process of its own."""
-
-    def __init__(self, python: str):
-        script = pathlib.Path(__file__).with_name("recurrentgemma_worker.py")
-        options = {"streams": _STREAMS.value, "prompt": _PROMPT.value, "tokens": _TOKENS.value}
-        command = [python, str(script), "decode", *(f"--{name}={value}" for name, value in options.items())]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
-        except FileNotFoundError as error:
-            raise UserError(f"--against={python} is not a Python") from error
-        self.told = self._read()
-
-    def go(self) -> float:
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        told = self._read()
-        return told["tokens"] / told["seconds"]
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RunError(f"the comparison side ended with status {self._process.wait()}; its reason is above")
-        return json.loads(line)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python launch/train.py --config=configs/griffin_100m.py --workdir=RUN --config.data.path=DATA
 
 Meant for one host of 8 accelerators; not yet trained to its end by us, so no loss is quoted. `--config.mesh.fsdp=8
---config.mesh.data=1` spreads the parameters too.
+--config.mesh.data=1` spreads the parameters too; `--config.model.preset=hawk_100m` trains Hawk instead.
 """
 
 from jaxlinear import config as configs

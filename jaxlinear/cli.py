@@ -3,6 +3,7 @@
 import difflib
 import errno
 import glob
+import logging
 import os
 import re
 import sys
@@ -36,6 +37,7 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
         rest = _parse(argv)
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: every option is written --name=value")
+        _show_messages()
         status = main() or 0
     except (flags.Error, UserError) as error:
         message, status = str(error), 2
@@ -48,6 +50,15 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     if message is not None:
         print(f"{os.path.basename(argv[0])}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def _show_messages() -> None:
+    """What the library says of its work goes to stderr as it is. Other libraries' logs keep their own ways."""
+    logger = logging.getLogger("jaxlinear")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
 
 
 def _parse(argv: list[str]) -> list[str]:

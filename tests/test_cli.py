@@ -1,6 +1,7 @@
 """Exit statuses and the one line of bad input, in this process and through launch/train.py."""
 
 import errno
+import logging
 import os
 import pathlib
 import subprocess
@@ -12,6 +13,15 @@ from jaxlinear import cli
 from jaxlinear.errors import RunError, UserError
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def logger():
+    """As it was: ``cli.run`` shows the library's messages on stderr, which other tests collect."""
+    messages = logging.getLogger("jaxlinear")
+    before = messages.level, messages.propagate, list(messages.handlers)
+    yield
+    messages.level, messages.propagate, messages.handlers = before
 
 
 def run(main, *arguments):
@@ -138,3 +148,15 @@ def launch(folder, *arguments):
         text=True,
         timeout=240,
     )
+
+
+def test_messages_of_the_library_are_shown_once(capsys):
+    def main():
+        logging.getLogger("jaxlinear.training.loop").info("saved at step %d", 3)
+
+    for _ in range(2):
+        assert run(main) == 0
+        assert capsys.readouterr().err.count("saved at step 3") <= 1
+    logging.getLogger("jaxlinear").handlers.clear()
+    assert run(main) == 0
+    assert capsys.readouterr().err == "saved at step 3\n"

@@ -41,6 +41,7 @@ def linear_recurrence(
     prefix elsewhere. A single token takes neither.
     """
     backends.check("linear_recurrence", backend, ("recurrent", "associative"))
+    a, x = jnp.asarray(a), jnp.asarray(x)
     compute = dtypes.wide(a.dtype, x.dtype)
     out = dtypes.wide(x.dtype, jnp.complex64) if _is_complex(a) and not _is_complex(x) else x.dtype
 

@@ -41,6 +41,7 @@ def sliding_window_attention(
       o ``[B, T, H, V]`` in the dtype of v. Logits and weights are float32 inside.
     """
     backends.check("sliding_window_attention", backend, ("recurrent", "chunked"))
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     batch, length, heads, width = q.shape
     groups, prefix = k.shape[2], k.shape[1] - length
     if heads % groups:

@@ -1,5 +1,6 @@
 """A training run, from a config to its last checkpoint: one loop."""
 
+import logging
 import math
 import os
 import signal
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 from ml_collections import config_dict
 
 from jaxlinear import data
@@ -21,6 +21,8 @@ from jaxlinear.training.job import Job
 from jaxlinear.training.meter import Meter
 from jaxlinear.training.metrics import MetricsWriter
 from jaxlinear.training.step import make_loss_step, make_train_step
+
+_LOG = logging.getLogger(__name__)
 
 FINISHED, PREEMPTED = 0, 75  # exit statuses; 75 is EX_TEMPFAIL: start the same command again
 
@@ -53,7 +55,7 @@ def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.Train
     if not checkpoints.steps():
         return states.initialise(job.architecture, job.optimizer, job.config.training.seed, job.mesh), 0
     first = checkpoints.meta()["next_batch"]
-    logging.info("going on from step %d in %s", first, checkpoints.directory)
+    _LOG.info("going on from step %d in %s", first, checkpoints.directory)
     structs = states.structs(job.architecture, job.optimizer, job.mesh)
     return states.from_trees(checkpoints.restore(states.to_trees(structs))), first
 
@@ -70,7 +72,7 @@ def _run(
     config, steps = job.config, job.config.training.steps
     sharding = meshes.batch_sharding(job.mesh)
     if first >= steps:
-        logging.info("the run is at step %d of %d: nothing to do", first, steps)
+        _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
         return FINISHED
 
     step_fn = make_train_step(config, job.architecture, job.optimizer, job.mesh)
@@ -78,7 +80,7 @@ def _run(
     batch = feeding.place(job.batches[first], sharding)
     begin = time.perf_counter()
     compiled = step_fn.lower(state, batch).compile()
-    logging.info("compiled the step in %.1f s", time.perf_counter() - begin)
+    _LOG.info("compiled the step in %.1f s", time.perf_counter() - begin)
 
     meter = Meter(job, writer, first)
     pending: tuple[int, Any] | None = None  # the metrics of a step are read after the next one is under way
@@ -120,7 +122,7 @@ def _run(
             trace.close()
         if stop and done < steps:
             checkpoints.wait()
-            logging.info("SIGTERM: saved at step %d of %d; the same command goes on from there", done, steps)
+            _LOG.info("SIGTERM: saved at step %d of %d; the same command goes on from there", done, steps)
             return PREEMPTED
     return FINISHED
 

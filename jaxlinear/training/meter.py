@@ -1,17 +1,19 @@
 """Turns the device's metrics into lines of the log, and wall-clock time into rates."""
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator
 
 import jax
-from absl import logging
 
 from jaxlinear.errors import RunError
 from jaxlinear.scaling import flops, hardware
 from jaxlinear.training.job import Job
 from jaxlinear.training.metrics import MetricsWriter
+
+_LOG = logging.getLogger(__name__)
 
 
 class Meter:
@@ -25,7 +27,7 @@ class Meter:
         device = job.mesh.devices.flat[0]
         peak = hardware.peak_flops(device)
         if peak is None:
-            logging.warning("the peak of %s is not known: mfu will be 0", device.device_kind)
+            _LOG.warning("the peak of %s is not known: mfu will be 0", device.device_kind)
         self._peak = (peak or math.inf) * job.mesh.size
         self._read_step = first
         self._waited = 0.0

@@ -122,3 +122,12 @@ def test_a_half_written_checkpoint_is_not_picked(run_config, whole_run, tmp_path
     assert sorted(path.name for path in checkpoints.iterdir()) == ["6", "8"]
     mesh = tiny.mesh()
     tiny.assert_equal(tiny.restored(workdir, run_config, mesh), tiny.restored(whole_run, run_config, mesh))
+
+
+def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
+    """Also when the run ends before the trace would."""
+    run_config.training.steps = 3
+    run_config.logging.profile_step, run_config.logging.profile_steps = 2, 5
+    assert train(run_config, tmp_path / "run") == FINISHED
+    traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 1000
