@@ -8,7 +8,7 @@ refuses what cannot work; what it returns is what a run writes to its ``config.j
 import dataclasses
 import difflib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
@@ -17,21 +17,53 @@ from jaxlinear.models import mixers, presets
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.language_model import REMAT_POLICIES
 
+
+class OrPreset(NamedTuple):
+    """A default that a preset may replace: None until ``resolve`` has looked at the preset."""
+
+    value: Any
+
+
 # A key whose default is a type, not a value, is None until a preset, the data or the user gives it a value.
 KEYS: dict[str, tuple[Any, str]] = {
     "model.preset": ("", "A published size (jaxlinear/models/presets.py); the keys below change it."),
     "model.pattern": (tuple, "Mixer names, repeated to the depth."),
-    "model.num_layers": (int, "Blocks, each a mixer and an MLP."),
+    "model.num_layers": (int, "Blocks, each a mixer and a channel mixer."),
     "model.vocab_size": (int, "Rows of the embedding; by default the tokeniser's, rounded up to a multiple of 128."),
     "model.width": (int, "Channels of the residual stream, D."),
-    "model.recurrent_width": (int, "Channels of the recurrent block."),
-    "model.num_heads": (int, "Attention heads; and blocks of the recurrence's gates, as far as they divide its width."),
-    "model.window": (int, "Tokens that local attention sees, the present one included."),
-    "model.mlp_expansion": (3.0, "Inner width of the MLP over D."),
-    "model.convolution_width": (4, "Tokens that the convolution before a recurrence sees."),
-    "model.rotary_fraction": (0.5, "Part of each attention head that rotary positions turn."),
-    "model.embedding_scale": (bool, "Multiply embeddings by sqrt(D)."),
-    "model.logit_soft_cap": (float, "Logits become cap * tanh(logits / cap); 0 means none."),
+    "model.recurrent_width": (int, "Channels of the recurrent block; by default D."),
+    "model.num_heads": (int, "Attention heads; and blocks of the RG-LRU's gates, as far as they divide its width."),
+    "model.window": (OrPreset(1024), "Tokens that local attention sees, the present one included."),
+    "model.key_value_heads": (
+        OrPreset(1),
+        "Key and value heads of attention; they divide its heads; 1 is multi-query.",
+    ),
+    "model.context": (OrPreset(4096), "Tokens that full attention remembers when it decodes."),
+    "model.recurrent_heads": (OrPreset(0), "Heads of linear attention and the delta rule, H; 0 means num_heads."),
+    "model.key_width": (
+        OrPreset(0),
+        "Channels of a recurrence's key in each head, K; 0 means as in the mixer's paper.",
+    ),
+    "model.value_width": (OrPreset(0), "Channels of its value in each head, V; 0 means as in the mixer's paper."),
+    "model.feature_map": (
+        OrPreset("identity"),
+        "Of linear_attention's queries and keys: identity, elu, relu, taylor (Based), rebased or hedgehog.",
+    ),
+    "model.discretization": (OrPreset("zero_order_hold"), "Of s5: zero_order_hold or bilinear."),
+    "model.channel_mixer": (OrPreset("gated_mlp"), "What follows each mixer: gated_mlp, mixture_of_experts or none."),
+    "model.mlp_expansion": (OrPreset(3.0), "Inner width of the MLP over D."),
+    "model.mlp_activation": (OrPreset("gelu"), "Of the gate of an MLP or an expert: gelu or silu."),
+    "model.experts": (OrPreset(0), "Experts of a mixture."),
+    "model.experts_per_token": (OrPreset(0), "Experts that a token goes to."),
+    "model.expert_width": (OrPreset(0), "Inner width of an expert."),
+    "model.bias": (OrPreset(True), "Biases in the MLP and at the end of attention, as in Griffin."),
+    "model.convolution_width": (OrPreset(4), "Tokens that the convolution before a recurrence sees."),
+    "model.rotary_fraction": (OrPreset(0.5), "Part of each attention head that rotary positions turn."),
+    "model.rotary_base": (OrPreset(10_000.0), "Base of the frequencies of rotary positions."),
+    "model.norm_epsilon": (OrPreset(1e-6), "Added to the mean square inside RMSNorm."),
+    "model.tied_embeddings": (OrPreset(True), "The embedding also gives the logits; else a matrix of its own does."),
+    "model.embedding_scale": (OrPreset(False), "Multiply embeddings by sqrt(D)."),
+    "model.logit_soft_cap": (OrPreset(0.0), "Logits become cap * tanh(logits / cap); 0 means none."),
     "model.dtype": ("bfloat16", "Of activations: bfloat16 or float32. Parameters and losses are float32."),
     "model.remat": (
         "elementwise",
@@ -97,7 +129,8 @@ def default() -> config_dict.ConfigDict:
         section, name = key.split(".")
         if section not in config:
             config[section] = config_dict.ConfigDict()
-        config[section][name] = config_dict.placeholder(value) if isinstance(value, type) else value
+        kind = type(value.value) if isinstance(value, OrPreset) else value
+        config[section][name] = config_dict.placeholder(kind) if isinstance(kind, type) else kind
     config.lock()
     return config
 
@@ -119,9 +152,9 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
         for name, value in presets.find(model.preset).items():
             if model[name] is None:
                 model[name] = value
-    for name, value in (("embedding_scale", False), ("logit_soft_cap", 0.0), ("recurrent_width", model.width)):
-        if model[name] is None:
-            model[name] = value
+    if model.recurrent_width is None:
+        model.recurrent_width = model.width
+    _fill_defaults(config)
     if model.pattern is not None:
         if not all(isinstance(names, str) for names in model.pattern):
             raise UserError(f"model.pattern is {model.pattern!r}; it is names of mixers")
@@ -160,7 +193,16 @@ def from_json(text: str) -> config_dict.ConfigDict:
     for section, names in values.items():
         for name, value in names.items():
             config[section][name] = tuple(value) if isinstance(value, list) else value
+    _fill_defaults(config)
     return config
+
+
+def _fill_defaults(config: config_dict.ConfigDict) -> None:
+    """Gives the keys that no preset has given a value their defaults."""
+    for key, (default_, _) in KEYS.items():
+        section, name = key.split(".")
+        if isinstance(default_, OrPreset) and config[section][name] is None:
+            config[section][name] = default_.value
 
 
 def markdown() -> str:
@@ -171,6 +213,7 @@ def markdown() -> str:
         if key.split(".")[0] != section:
             section = key.split(".")[0]
             lines.append(f"\n## {section}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |")
+        value = value.value if isinstance(value, OrPreset) else value
         kind = value if isinstance(value, type) else type(value)
         shown = "" if isinstance(value, type) else f"`{value!r}`"
         lines.append(f"| `{key}` | {kind.__name__} | {shown} | {meaning.replace('|', '/')} |")
@@ -213,6 +256,10 @@ def _check(config: config_dict.ConfigDict) -> None:
         mixers.find(name)
     if model.width % model.num_heads:
         raise UserError(f"model.num_heads={model.num_heads} does not divide model.width={model.width}")
+    if model.num_heads % model.key_value_heads:
+        raise UserError(
+            f"model.key_value_heads={model.key_value_heads} does not divide model.num_heads={model.num_heads}"
+        )
     if not model.mlp_expansion * model.width >= 1:
         raise UserError(f"model.mlp_expansion is {model.mlp_expansion}; it must be above 0")
     if not 0 <= model.rotary_fraction <= 1:
@@ -244,6 +291,8 @@ _POSITIVE = (
     "model.recurrent_width",
     "model.num_heads",
     "model.window",
+    "model.key_value_heads",
+    "model.context",
     "model.convolution_width",
     "training.steps",
     "training.batch_size",
@@ -256,6 +305,14 @@ _POSITIVE = (
     "logging.profile_steps",
 )
 _NOT_NEGATIVE = (
+    "model.recurrent_heads",
+    "model.key_width",
+    "model.value_width",
+    "model.experts",
+    "model.experts_per_token",
+    "model.expert_width",
+    "model.rotary_base",
+    "model.norm_epsilon",
     "model.logit_soft_cap",
     "training.z_loss",
     "training.spike_multiple",
@@ -273,6 +330,10 @@ _NOT_NEGATIVE = (
     "logging.profile_step",
 )
 _CHOICES = {
+    "model.feature_map": ("identity", "elu", "relu", "taylor", "rebased", "hedgehog"),
+    "model.discretization": ("zero_order_hold", "bilinear"),
+    "model.channel_mixer": ("gated_mlp", "mixture_of_experts", "none"),
+    "model.mlp_activation": ("gelu", "silu"),
     "model.dtype": MODEL_DTYPES,
     "model.remat": tuple(REMAT_POLICIES),
     "optimizer.name": OPTIMIZERS,

@@ -217,7 +217,7 @@ def _batch(prompts, vocab_size: int, stop_token: int | None) -> tuple[np.ndarray
 def _prefill(graph, filters, parameters, tokens, segment_ids, values):
     """The state after the prompts, and the first new tokens ``[B]``."""
     model = nnx.merge(graph, parameters)
-    hidden, state = model.hidden(tokens, segment_ids)
+    hidden, state, _ = model.hidden(tokens, segment_ids)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(values["seed"])))(jnp.arange(len(tokens)))
     first = sample(model.logits(hidden[:, -1:])[:, 0], _fold(keys, 0), values, filters)
     carry = {"state": state, "token": first, "keys": keys, "index": jnp.int32(1), "done": first == values["stop"]}

@@ -159,27 +159,8 @@ def rg_lru(parameters, x, ids=None):
     return h, state
 
 
-def rg_lru_block(parameters, x, ids=None):
-    """``[B, T, D]`` -> ``[B, T, D]`` from an empty past."""
-    gate = gelu(linear(parameters["gate"], x))
-    inner = linear(parameters["input"], x)
-    inner, _ = causal_convolution(inner, parameters["convolution_kernel"], parameters["convolution_bias"], ids=ids)
-    return linear(parameters["out"], gate * rg_lru(parameters["rg_lru"], inner, ids)[0])
-
-
-def sliding_window_block(parameters, x, ids=None, *, heads, window, fraction):
-    """``[B, T, D]`` -> ``[B, T, D]`` from an empty past. Positions count from each document's first token."""
-    batch, length, _ = x.shape
-    positions = np.arange(length)[None] - document_starts(ids, batch, length)
-    q = linear(parameters["query"], x).reshape(batch, length, heads, -1)
-    k, v = linear(parameters["key"], x)[:, :, None], linear(parameters["value"], x)[:, :, None]
-    q, k = (rotary(y, positions, fraction=fraction) for y in (q, k))
-    o = sliding_window_attention(q, k, v, window=window, ids=ids)
-    return linear(parameters["out"], o.reshape(batch, length, -1))
-
-
-def language_model(config, parameters, tokens, ids=None):
-    """Logits ``[B, T, vocab]`` from an empty past, block by block."""
+def language_model(config, parameters, tokens, ids=None, *, mixers):
+    """Logits ``[B, T, vocab]`` from an empty past, block by block; ``mixers``: the oracle of each."""
     x = parameters["embedding"][tokens] * (np.sqrt(config.width) if config.embedding_scale else 1.0)
     period = len(config.pattern)
     for layer, mixer in enumerate(config.layers):
@@ -188,13 +169,7 @@ def language_model(config, parameters, tokens, ids=None):
         block = parameters["periods" if whole else "rest"]["blocks"][place]
         if whole:
             block = _take(block, repetition)
-        y = rms_norm(block["mixer_norm"], x)
-        if mixer == "rg_lru":
-            x = x + rg_lru_block(block["mixer"], y, ids)
-        else:
-            x = x + sliding_window_block(
-                block["mixer"], y, ids, heads=config.num_heads, window=config.window, fraction=config.rotary_fraction
-            )
+        x = x + mixers[mixer](block["mixer"], rms_norm(block["mixer_norm"], x), ids, config)
         x = x + gated_mlp(block["mlp"], rms_norm(block["mlp_norm"], x))
     logits = rms_norm(parameters["norm"], x) @ parameters["embedding"].T
     return config.logit_soft_cap * np.tanh(logits / config.logit_soft_cap) if config.logit_soft_cap else logits

@@ -21,6 +21,7 @@ def config(**changes):
         "num_heads": 2,
         "window": 4,
         "mlp_expansion": 2.0,
+        "embedding_scale": True,
         "logit_soft_cap": 5.0,
         "dtype": "float32",
     }

@@ -35,7 +35,8 @@ def test_default_has_every_key_and_no_other():
     values = flat(configs.default())
     assert set(values) == set(configs.KEYS) and len(values) > 50
     for key, (value, meaning) in configs.KEYS.items():
-        assert values[key] == (None if isinstance(value, type) else value), key
+        follows = isinstance(value, type | configs.OrPreset)
+        assert values[key] == (None if follows else value), key
         assert len(meaning) > 10 and meaning.endswith("."), key
 
 
@@ -66,11 +67,13 @@ def test_whole_numbers_are_taken_for_real_ones():
 
 AT_LEAST_1 = (
     *(f"model.{name}" for name in ("num_layers", "vocab_size", "width", "recurrent_width", "num_heads", "window")),
-    "model.convolution_width",
+    *("model.key_value_heads", "model.context", "model.convolution_width"),
     *(f"training.{name}" for name in ("steps", "batch_size", "sequence_length", "microbatches", "max_skips")),
     *("checkpoint.every_steps", "checkpoint.keep_newest", "logging.every_steps", "logging.profile_steps"),
 )
 NOT_NEGATIVE = (
+    *(f"model.{name}" for name in ("recurrent_heads", "key_width", "value_width", "experts", "experts_per_token")),
+    *("model.expert_width", "model.rotary_base", "model.norm_epsilon"),
     *("model.logit_soft_cap", "training.z_loss", "training.spike_multiple"),
     *(f"optimizer.{name}" for name in ("learning_rate", "epsilon", "weight_decay", "clip_norm", "muon_learning_rate")),
     *("schedule.warmup_steps", "schedule.final_fraction", "checkpoint.keep_every_steps", "checkpoint.keep_best"),
@@ -86,7 +89,8 @@ def test_counts_are_at_least_1(key):
 
 @pytest.mark.parametrize("key", NOT_NEGATIVE)
 def test_rates_and_weights_are_not_negative(key):
-    whole = isinstance(configs.KEYS[key][0], int)
+    default = configs.KEYS[key][0]
+    whole = isinstance(default.value if isinstance(default, configs.OrPreset) else default, int)
     with pytest.raises(UserError, match=rf"^{key} is -1(\.0)?; it must not be negative$"):
         configs.resolve(changed({key: -1 if whole else -1.0}))
     if not whole:
@@ -130,7 +134,7 @@ def test_without_a_preset_the_shapes_have_to_be_named():
     with pytest.raises(UserError) as refusal:
         configs.resolve(configs.default())
     named = str(refusal.value).removeprefix("without model.preset these keys need a value: ").split(", ")
-    assert set(named) == {f"model.{name}" for name in ("pattern", "num_layers", "width", "num_heads", "window")} | {
+    assert set(named) == {f"model.{name}" for name in ("pattern", "num_layers", "width", "num_heads")} | {
         "model.recurrent_width"
     }
 

@@ -1,6 +1,7 @@
 """A residual block, the same for every mixer, and a period: one block for each name in the pattern."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxlinear.models import mixers
@@ -8,35 +9,56 @@ from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import GatedMLP, RMSNorm
 from jaxlinear.parallel import sharding
 
+Losses = dict[str, jax.Array]  # what a layer adds to the objective, by name: float32 scalars
+
 
 class Block(nnx.Module):
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``, over ``[B, T, D]``."""
+    """``x + mixer(norm(x))``, then ``x + channel_mixer(norm(x))`` if there is one, over ``[B, T, D]``.
 
-    def __init__(self, config: ModelConfig, mixer: str, *, rngs: nnx.Rngs):
-        self.mixer_norm = RMSNorm(config.width, rngs=rngs)
-        self.mixer = mixers.find(mixer)(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.width, rngs=rngs)
-        self.mlp = GatedMLP(config, rngs=rngs)
+    ``layer`` is the block's place in the model, which some mixers' decays depend on: a number, traced under the scan.
+    """
+
+    def __init__(self, config: ModelConfig, mixer: str, *, layer: int | jax.Array, rngs: nnx.Rngs):
+        self.mixer_norm = RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        self.mixer = mixers.find(mixer)(config, layer=layer, rngs=rngs)
+        self.has_mlp = config.channel_mixer != "none"
+        if self.has_mlp:
+            self.mlp_norm = RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+            self.mlp = GatedMLP(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state=None):
+        """``(y [B, T, D], state, losses)``."""
         y, state = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, state=state)
         x = sharding.constrain(x + y, "batch", "time", None)
-        x = x + self.mlp(self.mlp_norm(x))
-        return sharding.constrain(x, "batch", "time", None), state
+        losses: Losses = {}
+        if self.has_mlp:
+            x = x + self.mlp(self.mlp_norm(x))
+        return sharding.constrain(x, "batch", "time", None), state, losses
 
 
 class Period(nnx.Module):
     """The blocks of one repetition of the pattern, or of its beginning. State: a list, one entry a block."""
 
-    def __init__(self, config: ModelConfig, pattern: tuple[str, ...], *, rngs: nnx.Rngs):
-        self.blocks = nnx.List([Block(config, mixer, rngs=rngs) for mixer in pattern])
+    def __init__(self, config: ModelConfig, pattern: tuple[str, ...], *, first_layer: int | jax.Array, rngs: nnx.Rngs):
+        self.blocks = nnx.List(
+            [Block(config, mixer, layer=first_layer + i, rngs=rngs) for i, mixer in enumerate(pattern)]
+        )
 
     def init_state(self, batch: int) -> list:
         return [block.mixer.init_state(batch) for block in self.blocks]
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: list | None = None):
-        states = []
+        """``(y [B, T, D], state, losses)``, the losses summed over the blocks."""
+        states: list = []
+        losses: Losses = {}
         for i, block in enumerate(self.blocks):
-            x, block_state = block(x, segment_ids=segment_ids, state=None if state is None else state[i])
+            x, block_state, more = block(x, segment_ids=segment_ids, state=None if state is None else state[i])
             states.append(block_state)
-        return x, states
+            losses = add(losses, more)
+        return x, states, losses
+
+
+def add(losses: Losses, more: Losses) -> Losses:
+    """The sum by name; a name that is missing counts as 0."""
+    zero = jnp.zeros((), jnp.float32)
+    return {name: losses.get(name, zero) + more.get(name, zero) for name in losses | more}

@@ -15,12 +15,28 @@ class ModelConfig:
     width: int
     recurrent_width: int
     num_heads: int
-    window: int
+    window: int = 1024
+    key_value_heads: int = 1
+    context: int = 4096
+    recurrent_heads: int = 0
+    key_width: int = 0
+    value_width: int = 0
+    feature_map: str = "identity"
+    discretization: str = "zero_order_hold"
+    channel_mixer: str = "gated_mlp"
     mlp_expansion: float = 3.0
+    mlp_activation: str = "gelu"
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
+    bias: bool = True
     convolution_width: int = 4
     rotary_fraction: float = 0.5
-    embedding_scale: bool = True
-    logit_soft_cap: float = 30.0
+    rotary_base: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    tied_embeddings: bool = True
+    embedding_scale: bool = False
+    logit_soft_cap: float = 0.0
     dtype: str = "bfloat16"
     remat: str = "elementwise"
 
@@ -28,6 +44,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """Width of one attention head, K = V."""
         return self.width // self.num_heads
+
+    @property
+    def heads(self) -> int:
+        """Heads of a recurrence, H."""
+        return self.recurrent_heads or self.num_heads
 
     @property
     def gate_blocks(self) -> int:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 
 from jaxlinear import ops
-from jaxlinear.models.blocks import Period
+from jaxlinear.models.blocks import Losses, Period, add
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import RMSNorm, parameter
 from jaxlinear.ops import dtypes
@@ -41,13 +41,21 @@ class LanguageModel(nnx.Module):
         self.embedding = parameter(init, (config.vocab_size, config.width), ("vocab", "embed"), rngs)
 
         @nnx.split_rngs(splits=max(periods, 1))
-        @nnx.vmap(in_axes=(0,), out_axes=0)
-        def stack(rngs: nnx.Rngs) -> Period:
-            return Period(config, config.pattern, rngs=rngs)
+        @nnx.vmap(in_axes=(0, 0), out_axes=0)
+        def stack(rngs: nnx.Rngs, first_layer: jax.Array) -> Period:
+            return Period(config, config.pattern, first_layer=first_layer, rngs=rngs)
 
-        self.periods: Any = stack(rngs) if periods else None
-        self.rest = Period(config, config.pattern[:rest], rngs=rngs) if rest else None
-        self.norm = RMSNorm(config.width, rngs=rngs)
+        first_layers = jnp.arange(periods, dtype=jnp.int32) * len(config.pattern)
+        self.periods: Any = stack(rngs, first_layers) if periods else None
+        self.rest = (
+            Period(config, config.pattern[:rest], first_layer=config.num_layers - rest, rngs=rngs) if rest else None
+        )
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        self.head = (
+            None
+            if config.tied_embeddings
+            else parameter(init, (config.vocab_size, config.width), ("vocab", "embed"), rngs)
+        )
 
     @property
     def num_periods(self) -> int:
@@ -93,20 +101,26 @@ class LanguageModel(nnx.Module):
         ``segment_ids`` ``[B, T]``: documents do not see each other. A state that is handed on continues the document
         it ended in; a row whose next segment id is another one starts from an empty past.
         """
-        x, state = self.hidden(tokens, segment_ids, state)
+        x, state, _ = self.hidden(tokens, segment_ids, state)
         return self.logits(x), state
+
+    @property
+    def output_embedding(self) -> jax.Array:
+        """``[vocab, D]``, what turns the last hidden values into logits."""
+        return (self.embedding if self.head is None else self.head)[...]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``[B, T, vocab]`` float32 from what ``hidden`` returns."""
-        embedding = self.embedding[...].astype(x.dtype)
+        embedding = self.output_embedding.astype(x.dtype)
         logits = jnp.einsum("btd,vd->btv", x, embedding, preferred_element_type=_float32(x))
         logits = sharding.constrain(logits, "batch", "time", "vocab")
         return soft_capped(logits, self.config.logit_soft_cap)
 
     def hidden(
         self, tokens: jax.Array, segment_ids: jax.Array | None = None, state: dict[str, Any] | None = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        """``[B, T, D]`` after the last norm, which the embedding turns into logits, and the state."""
+    ) -> tuple[jax.Array, dict[str, Any], Losses]:
+        """``[B, T, D]`` after the last norm, which ``output_embedding`` turns into logits, the state, and what the
+        layers add to the objective, averaged over them."""
         config = self.config
         if state is not None and segment_ids is not None:
             state = _forget_others(state, self.init_state(tokens.shape[0]), segment_ids[:, 0], self.is_stacked)
@@ -117,31 +131,37 @@ class LanguageModel(nnx.Module):
         x = sharding.constrain(x, "batch", "time", None)
 
         new: dict[str, Any] = {"segment": _last_segment(tokens, segment_ids, state)}
+        losses: Losses = {}
         if self.periods is not None:
             run = self._scan if self.is_stacked else self._loop
-            x, new["periods"] = run(x, segment_ids, None if state is None else state["periods"])
+            x, new["periods"], losses = run(x, segment_ids, None if state is None else state["periods"])
         if self.rest is not None:
-            x, new["rest"] = self.rest(x, segment_ids=segment_ids, state=None if state is None else state["rest"])
-        return self.norm(x), new
+            past = None if state is None else state["rest"]
+            x, new["rest"], more = self.rest(x, segment_ids=segment_ids, state=past)
+            losses = add(losses, more)
+        return self.norm(x), new, {name: loss / config.num_layers for name, loss in losses.items()}
 
     def _loop(self, x, segment_ids, states):
-        new = []
+        new, losses = [], {}
         for i, period in enumerate(self.periods):
-            x, state = period(x, segment_ids=segment_ids, state=None if states is None else states[i])
+            x, state, more = period(x, segment_ids=segment_ids, state=None if states is None else states[i])
             new.append(state)
-        return x, new
+            losses = add(losses, more)
+        return x, new, losses
 
     def _scan(self, x, segment_ids, states):
         graph, parameters = nnx.split(self.periods)
 
         def step(x, xs):
             parameters, state = xs
-            return nnx.merge(graph, parameters)(x, segment_ids=segment_ids, state=state)
+            x, state, losses = nnx.merge(graph, parameters)(x, segment_ids=segment_ids, state=state)
+            return x, (state, losses)
 
         policy = REMAT_POLICIES[self.config.remat]
         if policy is not None:
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        return lax.scan(step, x, (parameters, states))
+        x, (states, losses) = lax.scan(step, x, (parameters, states))
+        return x, states, jax.tree.map(jnp.sum, losses)
 
 
 def _float32(x: jax.Array) -> jnp.dtype:

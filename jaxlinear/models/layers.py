@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import sharding
@@ -58,9 +59,8 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """``x / rms(x) * (1 + scale)`` over the last axis, in float32 inside (Zhang and Sennrich, arXiv:1910.07467)."""
 
-    epsilon = 1e-6
-
-    def __init__(self, width: int, *, axis: str = "embed", rngs: nnx.Rngs):
+    def __init__(self, width: int, *, axis: str | None = "embed", epsilon: float = 1e-6, rngs: nnx.Rngs):
+        self.epsilon = epsilon
         self.scale = parameter(nnx.initializers.zeros, (width,), (axis,), rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,19 +69,58 @@ class RMSNorm(nnx.Module):
         return (wide * inverse * _last(1 + self.scale[...], wide)).astype(x.dtype)
 
 
+ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
+
 class GatedMLP(nnx.Module):
-    """``down(gelu(x @ gate) * (x @ up))``, the channel mixing of Griffin (arXiv:2402.19427, section 2.2)."""
+    """``down(activation(x @ gate) * (x @ up))`` (Shazeer 2020, arXiv:2002.05202): with GeLU the channel mixing of Griffin
+    (arXiv:2402.19427, section 2.2), with SiLU and no biases that of Llama (arXiv:2302.13971, section 2.2)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width, inner = config.width, config.mlp_width
-        self.gate = Linear(width, inner, axes=("embed", "mlp"), rngs=rngs)
-        self.up = Linear(width, inner, axes=("embed", "mlp"), rngs=rngs)
+        self.activation = config.mlp_activation
+        self.gate = Linear(width, inner, axes=("embed", "mlp"), bias=config.bias, rngs=rngs)
+        self.up = Linear(width, inner, axes=("embed", "mlp"), bias=config.bias, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
-        self.down = Linear(inner, width, axes=("mlp", "embed"), init=init, rngs=rngs)
+        self.down = Linear(inner, width, axes=("mlp", "embed"), bias=config.bias, init=init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        inner = jax.nn.gelu(self.gate(x)) * self.up(x)
+        inner = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
         return self.down(sharding.constrain(inner, "batch", "time", "mlp"))
+
+
+class ShortConvolution(nnx.Module):
+    """The causal convolution before a recurrence, one filter a channel, over ``[B, T, C]``, followed by SiLU unless
+    ``activation`` is None. State: the inputs before ``[B, width-1, C]``."""
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        axis: str | None,
+        bias: bool = False,
+        activation: str | None = "silu",
+        rngs: nnx.Rngs,
+    ):
+        self.channels, self.width, self.activation = channels, width, activation
+        # Uniform within 1 / sqrt(fan-in), the fan-in of a channel's filter being its width.
+        bound = width**-0.5
+        init = nnx.initializers.uniform(2 * bound)
+        self.convolution_kernel = parameter(
+            lambda key, shape, dtype: init(key, shape, dtype) - bound, (width, channels), (None, axis), rngs
+        )
+        self.convolution_bias = parameter(nnx.initializers.zeros, (channels,), (axis,), rngs) if bias else None
+
+    def init_state(self, batch: int, dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros((batch, self.width - 1, self.channels), dtype)
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None, state: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        bias = None if self.convolution_bias is None else self.convolution_bias[...]
+        y, state = ops.causal_convolution(x, self.convolution_kernel[...], bias, state, segment_ids=segment_ids)
+        return (y if self.activation is None else ACTIVATIONS[self.activation](y)), state
 
 
 def rotary(x: jax.Array, positions: jax.Array, *, fraction: float, base: float = 10_000.0) -> jax.Array:

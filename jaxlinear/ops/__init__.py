@@ -1,11 +1,19 @@
 """The mathematics of the layers: pure functions on arrays. Nothing here knows of Flax, meshes or configs."""
 
 from jaxlinear.ops.convolution import causal_convolution
+from jaxlinear.ops.delta_rule import delta_rule
 from jaxlinear.ops.diagonal import linear_recurrence
+from jaxlinear.ops.linear_attention import linear_attention
 from jaxlinear.ops.sliding_window import sliding_window_attention
 
 # Names of what the backward passes of the operations need and would be dear to compute again: see
 # ``jax.ad_checkpoint.checkpoint_name``.
 SAVED = ("recurrence", "attention")
 
-__all__ = ["causal_convolution", "linear_recurrence", "sliding_window_attention"]
+__all__ = [
+    "causal_convolution",
+    "delta_rule",
+    "linear_attention",
+    "linear_recurrence",
+    "sliding_window_attention",
+]

@@ -41,10 +41,10 @@ def make_train_step(
     def objective(parameters, batch, weights):
         model = architecture.bind(parameters)
         segment_ids = batch["segment_ids"] if config.data.segment_documents else None
-        hidden, _ = model.hidden(batch["tokens"], segment_ids)
+        hidden, _, losses = model.hidden(batch["tokens"], segment_ids)
         nll, total = linear_cross_entropy(
             hidden,
-            model.embedding[...],
+            model.output_embedding,
             batch["targets"],
             weights,
             soft_cap=architecture.config.logit_soft_cap,
@@ -110,9 +110,9 @@ def make_loss_step(config: config_dict.ConfigDict, architecture: Architecture, m
         with sharding.use_mesh(mesh):
             model = architecture.bind(parameters)
             segment_ids = batch["segment_ids"] if config.data.segment_documents else None
-            hidden, _ = model.hidden(batch["tokens"], segment_ids)
+            hidden, _, _ = model.hidden(batch["tokens"], segment_ids)
             soft_cap = architecture.config.logit_soft_cap
-            nll = token_losses(hidden, model.embedding[...], batch["targets"], soft_cap=soft_cap)
+            nll = token_losses(hidden, model.output_embedding, batch["targets"], soft_cap=soft_cap)
             targets = batch["segment_ids"] > 0
             return jnp.where(targets, nll, jnp.zeros((), nll.dtype)), targets
 

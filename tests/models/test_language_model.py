@@ -12,6 +12,7 @@ from flax import nnx
 from jaxlinear.models.language_model import REMAT_POLICIES
 from jaxlinear.models.parameters import describe
 from tests import numerics, oracles, small
+from tests.mixer_oracles import ORACLES
 
 LENGTH = 13
 IDS = np.array([[1] * LENGTH, [1, 2, 2, 2, 2, 2, 1, 1, 1, 2, 3, 3, 3], [7] * 6 + [8] * 7], np.int32)
@@ -40,14 +41,14 @@ def test_logits_are_those_of_the_oracle(num_layers, ids):
     parameters = small.parameters(architecture.shapes)
     run = numerics.jit(lambda parameters, tokens: architecture.bind(parameters)(tokens, ids)[0])
     found = numerics.run(run, parameters, TOKENS, dtype="float64")
-    numerics.assert_close(found, oracles.language_model(config, parameters, TOKENS, ids), 1e-10)
+    numerics.assert_close(found, oracles.language_model(config, parameters, TOKENS, ids, mixers=ORACLES), 1e-10)
 
 
 def test_float32_is_close_to_the_oracle():
     config, parameters, _ = small.bound({})
     run, _ = model()
     found, _ = run(TOKENS, IDS)
-    numerics.assert_close(found, oracles.language_model(config, parameters, TOKENS, IDS), 3e-5)
+    numerics.assert_close(found, oracles.language_model(config, parameters, TOKENS, IDS, mixers=ORACLES), 3e-5)
     assert found.dtype == jnp.float32
 
 
@@ -126,10 +127,10 @@ def test_the_scan_is_the_blocks_one_by_one(num_layers):
             blocks += bound.rest.blocks
         assert len(blocks) == num_layers
         for block in blocks:
-            x, _ = block(x, segment_ids=jnp.asarray(IDS))
+            x, _, _ = block(x, segment_ids=jnp.asarray(IDS))
         return bound.norm(x)
 
-    found, state = numerics.jit(bound.hidden)(jnp.asarray(TOKENS), jnp.asarray(IDS))
+    found, state, _ = numerics.jit(bound.hidden)(jnp.asarray(TOKENS), jnp.asarray(IDS))
     numerics.assert_close(found, one_by_one(), 1e-5)
     assert ("periods" in state, "rest" in state) == (num_layers >= 3, num_layers % 3 > 0)
 
@@ -162,7 +163,8 @@ def test_gradients_are_those_of_finite_differences():
     weights = random.standard_normal((3, LENGTH, 31))
 
     def objective(*leaves):
-        return np.sum(weights * oracles.language_model(config, structure.unflatten(leaves), TOKENS, IDS))
+        logits = oracles.language_model(config, structure.unflatten(leaves), TOKENS, IDS, mixers=ORACLES)
+        return np.sum(weights * logits)
 
     def value(parameters, weights):
         return jnp.sum(weights * architecture.bind(parameters)(jnp.asarray(TOKENS), jnp.asarray(IDS))[0])

@@ -93,7 +93,7 @@ def batch():
 
 def loss(parameters, tokens, targets, ids, weights):
     model = ARCHITECTURE().bind(parameters)
-    hidden, _ = model.hidden(tokens, ids)
+    hidden, _, _ = model.hidden(tokens, ids)
     embedding, groups = model.embedding[...], sharding.batch_groups()
     return linear_cross_entropy(hidden, embedding, targets, weights, soft_cap=5.0, groups=groups)[1]
 

@@ -1,6 +1,6 @@
 """The mixers: one file each, found by name. A mixer mixes over time; the block around it is the same for all.
 
-``Mixer(config, rngs=...)`` builds one. ``mixer(x, segment_ids=None, state=None) -> (y, state)`` runs it over
+``Mixer(config, layer=..., rngs=...)`` builds one; its place in the model matters to a few. ``mixer(x, segment_ids=None, state=None) -> (y, state)`` runs it over
 ``[B, T, D]``, from an empty past or from a state; ``mixer.init_state(batch)`` is the empty past. A state is a pytree of
 arrays with B first, whose size does not depend on the tokens seen.
 """

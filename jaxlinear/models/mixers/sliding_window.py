@@ -20,7 +20,7 @@ class SlidingWindow(nnx.Module):
     Only differences of positions matter within a document, so a document may begin at any position.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         width = config.width
         self.heads, self.head_width, self.window = config.num_heads, config.head_width, config.window
         self.rotary_fraction = config.rotary_fraction
@@ -30,7 +30,7 @@ class SlidingWindow(nnx.Module):
         self.key = Linear(width, self.head_width, axes=("embed", None), bias=False, rngs=rngs)
         self.value = Linear(width, self.head_width, axes=("embed", None), bias=False, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
-        self.out = Linear(inner, width, axes=("heads", "embed"), init=init, rngs=rngs)
+        self.out = Linear(inner, width, axes=("heads", "embed"), bias=config.bias, init=init, rngs=rngs)
 
     def init_state(self, batch: int) -> dict[str, jax.Array]:
         past = jnp.zeros((batch, self.window, 1, self.head_width), self.dtype)

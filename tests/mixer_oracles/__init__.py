@@ -1,0 +1,6 @@
+"""The mixers once more, from their equations, in float64 NumPy: ``oracle(parameters, x [B, T, D], ids, config)`` -> y,
+from an empty past. One file a family, each with its ``ORACLES`` by the mixer's name."""
+
+from tests.mixer_oracles import griffin
+
+ORACLES = griffin.ORACLES
