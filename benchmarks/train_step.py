@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --model=griffin_6m --batch=4 --length=1024 [--json=FILE]
     python benchmarks/train_step.py --batch=1 --length=4096 --against=RG/bin/python    # and the recurrentgemma package
     python benchmarks/train_step.py --layers=48 --batch=1 --length=256                 # another depth
+    python benchmarks/train_step.py --mixers=all [--size=100m]                         # a table of every mixer
 
 The step is the one that `launch/train.py` runs: forward, backward, AdamW, the skipping of bad steps, the metrics; on
 random tokens, which it does not depend on. With --against, the named Python runs the same model of the recurrentgemma
@@ -30,6 +31,8 @@ _LENGTH = flags.DEFINE_integer("length", 1024, "Tokens a row, T.", lower_bound=1
 _LAYERS = flags.DEFINE_integer("layers", None, "Another depth than the preset's.", lower_bound=1)
 _REMAT = flags.DEFINE_string("remat", None, "Another model.remat than the default.")
 _STEPS = flags.DEFINE_integer("steps", 7, "Steps that count; one more, the first, does not.", lower_bound=4)
+_MIXERS = flags.DEFINE_list("mixers", None, "Instead of --model: all mixers, or those named; a table.")
+_SIZE = flags.DEFINE_enum("size", "6m", ["6m", "100m"], "Of --mixers: about 6 M or 100 M parameters.")
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with the recurrentgemma package.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
@@ -37,7 +40,11 @@ _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 def main() -> None:
     if _AGAINST.value and (_MODEL.value != "griffin_6m" or _LAYERS.value):
         raise UserError("--against has the model griffin_6m alone, at its own depth")
-    ours, result = _ours()
+    if _MIXERS.value:
+        _write(_table())
+        return
+    ours, result = _ours(_config(_MODEL.value))
+    result = {"model": _MODEL.value} | result
     workers = {}
     if _AGAINST.value:
         for scan in ("native", "associative"):
@@ -68,13 +75,65 @@ def main() -> None:
         result["compile_ratio"] = {
             name: result["compile_seconds"] / value["compile_seconds"] for name, value in theirs.items()
         }
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
+    _write(result)
+
+
+def _write(result: Any) -> None:
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
+        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _ours() -> tuple[Callable[[], float], dict[str, Any]]:
+def _table() -> list[dict[str, Any]]:
+    """Every mixer by itself, one after another, at the same width, depth and shape of the batch."""
+    from jaxlinear.models import mixers, presets
+
+    small = {preset["pattern"][0]: name for name, preset in presets.PRESETS.items() if name.endswith("_6m")}
+    small |= {"rg_lru": "hawk_6m", "sliding_window": "transformer_6m", "convolution": "transformer_6m"}
+    chosen = sorted(mixers.MIXERS) if _MIXERS.value == ["all"] else _MIXERS.value
+    print(f"{'mixer':18} {'parameters':>12} {'tokens/s':>9} {'mfu':>6} {'compile, s':>10}")
+    rows = []
+    for mixer in chosen:
+        mixers.find(mixer)
+        config = _config(small[mixer])
+        config.model.pattern = (mixer,)
+        if _SIZE.value == "100m":
+            _enlarge(config.model, presets.find(small[mixer]))
+        go, row = _ours(config)
+        speed = statistics.median(alternate({mixer: go}, _STEPS.value)[mixer])
+        row = {"mixer": mixer, "size": _SIZE.value, "tokens_per_second": speed} | row
+        row["mfu"] = speed * row["flops_per_token"] / row.pop("peak_flops")
+        rows.append(row)
+        print(
+            f"{mixer:18} {row['parameters']:12,} {speed:9,.0f} {row['mfu']:6.3f} {row['compile_seconds']:10.1f}",
+            flush=True,
+        )
+    return rows
+
+
+def _enlarge(model: Any, preset: dict[str, Any]) -> None:
+    """From 6 M parameters to about 100 M: three times the width and the heads, twice the depth, 32,000 words."""
+    for name in ("width", "recurrent_width", "num_heads", "key_value_heads"):
+        if name in preset:
+            model[name] = 3 * preset[name]
+    model.num_layers, model.vocab_size = 2 * preset["num_layers"], 32_000
+
+
+def _config(preset: str) -> Any:
+    """An unresolved config with the preset and what the flags change."""
+    from jaxlinear import config as configs
+
+    config = configs.default()
+    config.model.preset, config.model.dtype = preset, "float32"
+    config.model.num_layers = _LAYERS.value
+    if _REMAT.value:
+        config.model.remat = _REMAT.value
+    config.training.batch_size, config.training.sequence_length = _BATCH.value, _LENGTH.value
+    config.data.segment_documents = False  # the package has none in this comparison
+    return config
+
+
+def _ours(config: Any) -> tuple[Callable[[], float], dict[str, Any]]:
     """A function that runs one step and returns its tokens a second, and what is known before it runs."""
     import jax
     import numpy as np
@@ -88,13 +147,6 @@ def _ours() -> tuple[Callable[[], float], dict[str, Any]]:
     from jaxlinear.training.optimizer import make_optimizer
     from jaxlinear.training.step import make_train_step
 
-    config = configs.default()
-    config.model.preset, config.model.dtype = _MODEL.value, "float32"
-    config.model.num_layers = _LAYERS.value
-    if _REMAT.value:
-        config.model.remat = _REMAT.value
-    config.training.batch_size, config.training.sequence_length = _BATCH.value, _LENGTH.value
-    config.data.segment_documents = False  # the package has none in this comparison
     config = configs.resolve(config)
     mesh = meshes.make_mesh(config.mesh)
     architecture = parameters.describe(configs.model_config(config))
@@ -102,7 +154,7 @@ def _ours() -> tuple[Callable[[], float], dict[str, Any]]:
     shape = (_BATCH.value, _LENGTH.value)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones(shape, np.int32)}
-    batch = feeding.place(batch, meshes.batch_sharding(mesh))
+    batch = feeding.place(batch, meshes.batch_sharding(mesh), shape[0])
     state = states.initialise(architecture, optimizer, 0, mesh)
 
     lowered = make_train_step(config, architecture, optimizer, mesh).lower(state, batch)
@@ -118,7 +170,6 @@ def _ours() -> tuple[Callable[[], float], dict[str, Any]]:
         return shape[0] * shape[1] / (time.perf_counter() - begin)
 
     return go, {
-        "model": _MODEL.value,
         "batch": shape[0],
         "length": shape[1],
         "layers": config.model.num_layers,

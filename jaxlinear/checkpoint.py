@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import config_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxlinear import config as configs
+from jaxlinear import streaming
 from jaxlinear.errors import UserError
 
 DIRECTORY = "checkpoints"
@@ -65,12 +67,7 @@ class Checkpoints:
         assert self._config is not None
         self.wait()  # Orbax would; so that what is free is known
         self._check_space(trees)
-        meta = {
-            "config": json.loads(configs.to_json(self._config)),
-            "next_batch": next_batch,
-            "checksums": {name: _checksums(tree) for name, tree in trees.items()},
-        }
-        meta["checksum"] = _text_checksum(meta)
+        meta = _meta(self._config, next_batch, {name: _checksums(tree) for name, tree in trees.items()})
         items = {name: ocp.args.StandardSave(_by_path(tree)) for name, tree in trees.items()}
         with self._writing():
             self._manager.save(
@@ -100,6 +97,21 @@ class Checkpoints:
         step = self._existing(step)
         meta = self._read(step)[_META]
         return {"config": meta["config"], "next_batch": meta["next_batch"]}
+
+    def stream(self, name: str, step: int | None = None) -> dict[str, streaming.StreamedArray]:
+        """The arrays of one tree by path, to be read from the disk part by part. Each is compared with its checksum here,
+        so all of the tree is read once before anything is returned."""
+        step = self._existing(step)
+        arrays = {}
+        for path, expected in self._read(step)[_META]["checksums"][name].items():
+            try:
+                arrays[path] = streaming.open_array(self.directory / str(step) / name, path)
+                found = _streamed_checksum(arrays[path])
+            except _READ_ERRORS as error:
+                raise self._unreadable(step, error) from error
+            if found != expected:
+                raise self._unreadable(step, ValueError(f"{name}: {path} is not what was saved"))
+        return arrays
 
     def wait(self) -> None:
         """Waits until everything that was begun is written."""
@@ -134,7 +146,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             self._failed = True
-            if not any(sign in str(error) for sign in _DISK_FULL):
+            if not is_disk_full(error):
                 raise
             for unfinished in self.directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -168,6 +180,25 @@ class Checkpoints:
         earlier = [other for other in self.steps() if other < step]
         advice = f"remove it to go on from step {earlier[-1]}" if earlier else "there is no earlier one"
         return UserError(f"the checkpoint {self.directory / str(step)} cannot be read ({reason}); {advice}")
+
+
+def save_streamed(
+    workdir: str | os.PathLike, config: config_dict.ConfigDict, name: str, arrays: Mapping[str, streaming.StreamedArray]
+) -> None:
+    """Writes a checkpoint of step 0, which no training saves: one tree of arrays by path, of which no more is in memory
+    than a part of one array. Each is read twice, for its checksum and to be written."""
+    checksums = {path: _streamed_checksum(x) for path, x in arrays.items()}
+    directory = Path(workdir).absolute() / DIRECTORY / "0"
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        meta = _meta(config, 0, {name: checksums})
+        checkpointer.save(directory, args=ocp.args.Composite(**{_META: ocp.args.JsonSave(meta)}))
+    # By itself: Orbax writes what is saved together in the background, all at once.
+    streaming.save(directory / name, dict(arrays))
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether this is how Orbax, TensorStore or the system say that a disk is full."""
+    return any(sign in str(error) for sign in _DISK_FULL)
 
 
 def _preservation(config: config_dict.ConfigDict) -> policies.PreservationPolicy:
@@ -207,15 +238,23 @@ def _checksums(tree: Any) -> dict[str, int]:
     return {path: int(_checksum(x)) for path, x in _by_path(tree).items()}
 
 
+def _streamed_checksum(x: streaming.StreamedArray) -> int:
+    """That of the whole array: the sum of those of its parts, which are taken flat so that few shapes are compiled."""
+    row = math.prod(x.shape[1:])
+    parts = ((part.reshape(-1), np.uint32(begin * row % 2**32)) for begin, part in x.parts())
+    return sum(int(_checksum(part, first)) for part, first in parts) % 2**32
+
+
 @jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    """The sum modulo 2**32, over all entries, of a hash of the entry's bits and its place.
+def _checksum(x: jax.Array, first: int | jax.Array = 0) -> jax.Array:
+    """The sum modulo 2**32, over all entries, of a hash of the entry's bits and its place, that of x[0, ..., 0] being
+    ``first``.
 
     A change of a single entry always shows: the hash (the last step of MurmurHash3) is one to one in the bits.
     """
     bits = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
+    place = jnp.full(x.shape, first, jnp.uint32)
     for axis in range(x.ndim):
         stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
@@ -223,6 +262,14 @@ def _checksum(x: jax.Array) -> jax.Array:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     return jnp.sum(bits, dtype=jnp.uint32)
+
+
+def _meta(
+    config: config_dict.ConfigDict, next_batch: int, checksums: Mapping[str, Mapping[str, int]]
+) -> dict[str, Any]:
+    """What is saved beside the trees."""
+    meta = {"config": json.loads(configs.to_json(config)), "next_batch": next_batch, "checksums": checksums}
+    return meta | {"checksum": _text_checksum(meta)}
 
 
 def _text_checksum(values: Mapping[str, Any]) -> int:

@@ -39,7 +39,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         "Key and value heads of attention; they divide its heads; 1 is multi-query.",
     ),
     "model.context": (OrPreset(4096), "Tokens that full attention remembers when it decodes."),
-    "model.recurrent_heads": (OrPreset(0), "Heads of linear attention and the delta rule, H; 0 means num_heads."),
+    "model.recurrent_heads": (
+        OrPreset(0),
+        "Heads of linear attention and the delta rule, H; blocks of s5's states; groups of gateloop's norm; 0 means "
+        "num_heads.",
+    ),
     "model.key_width": (
         OrPreset(0),
         "Channels of a recurrence's key in each head, K; 0 means as in the mixer's paper.",
@@ -61,8 +65,12 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.rotary_fraction": (OrPreset(0.5), "Part of each attention head that rotary positions turn."),
     "model.rotary_base": (OrPreset(10_000.0), "Base of the frequencies of rotary positions."),
     "model.norm_epsilon": (OrPreset(1e-6), "Added to the mean square inside RMSNorm."),
+    "model.norm_offset": (OrPreset(1.0), "Added to the scale of RMSNorm: 1 as in Griffin, 0 as in Llama."),
     "model.tied_embeddings": (OrPreset(True), "The embedding also gives the logits; else a matrix of its own does."),
-    "model.embedding_scale": (OrPreset(False), "Multiply embeddings by sqrt(D)."),
+    "model.embedding_scale": (
+        OrPreset(False),
+        "Multiply embeddings by sqrt(D), rounded to bfloat16, as in RecurrentGemma.",
+    ),
     "model.logit_soft_cap": (OrPreset(0.0), "Logits become cap * tanh(logits / cap); 0 means none."),
     "model.dtype": ("bfloat16", "Of activations: bfloat16 or float32. Parameters and losses are float32."),
     "model.remat": (
@@ -79,6 +87,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "training.seed": (0, "Of the parameters and of the order of the data."),
     "training.microbatches": (1, "Parts of the batch whose gradients are taken one after another and averaged."),
     "training.z_loss": (0.0, "Weight of the squared log normaliser in the objective."),
+    "training.load_balance_loss": (0.01, "Weight of the load balancing loss of a mixture of experts."),
+    "training.router_z_loss": (0.001, "Weight of the squared log normaliser of its routers."),
     "training.spike_multiple": (
         0.0,
         "Skip a step whose gradient norm exceeds this many times its running average; 0 means never.",
@@ -262,8 +272,11 @@ def _check(config: config_dict.ConfigDict) -> None:
         )
     if not model.mlp_expansion * model.width >= 1:
         raise UserError(f"model.mlp_expansion is {model.mlp_expansion}; it must be above 0")
+    _check_experts(model)
     if not 0 <= model.rotary_fraction <= 1:
         raise UserError(f"model.rotary_fraction is {model.rotary_fraction}; it lies between 0 and 1")
+    if model.norm_offset not in (0.0, 1.0):
+        raise UserError(f"model.norm_offset is {model.norm_offset}; it can be 0 or 1")
     if training.batch_size % training.microbatches:
         raise UserError(
             f"training.microbatches={training.microbatches} does not divide training.batch_size={training.batch_size}"
@@ -282,6 +295,25 @@ def _check(config: config_dict.ConfigDict) -> None:
     for name, size in config.mesh.items():
         if size < 1 and size != -1:
             raise UserError(f"mesh.{name} is {size}; it is a number of devices, or -1 for what is left")
+
+
+def _check_experts(model: config_dict.ConfigDict) -> None:
+    sizes = ("experts", "experts_per_token", "expert_width")
+    if model.channel_mixer != "mixture_of_experts":
+        for name in sizes:
+            if model[name]:
+                raise UserError(
+                    f"model.{name}={model[name]} is for model.channel_mixer='mixture_of_experts', which is "
+                    f"{model.channel_mixer!r}"
+                )
+        return
+    for name in sizes:
+        if model[name] < 1:
+            raise UserError(f"model.channel_mixer='mixture_of_experts' needs model.{name}; it is {model[name]}")
+    if model.experts_per_token > model.experts:
+        raise UserError(
+            f"model.experts_per_token={model.experts_per_token} is more than model.experts={model.experts}"
+        )
 
 
 _POSITIVE = (
@@ -315,6 +347,8 @@ _NOT_NEGATIVE = (
     "model.norm_epsilon",
     "model.logit_soft_cap",
     "training.z_loss",
+    "training.load_balance_loss",
+    "training.router_z_loss",
     "training.spike_multiple",
     "optimizer.learning_rate",
     "optimizer.epsilon",

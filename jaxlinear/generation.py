@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxlinear.data import Tokenizer, load_tokenizer
 from jaxlinear.errors import UserError
-from jaxlinear.models import LanguageModel, load
+from jaxlinear.models import LanguageModel, ModelConfig, load
 
 CHUNK = 64  # tokens that the device makes between two looks of the host
 _SHORTEST_PROMPT = 16  # prompts are padded to a power of two, from here on, so that few lengths are compiled
@@ -175,6 +175,7 @@ def chunks(
         raise UserError(f"chunk is {chunk}; it must be at least 1")
     vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
     tokens, segment_ids = _batch(prompts, vocab_size, stop_token)
+    _check_context(model.config, int(segment_ids.sum(axis=1).max()), max_tokens)
     values = sampling.values | {"stop": np.int32(-1 if stop_token is None else stop_token)}
     values["vocab_size"] = np.int32(vocab_size)
     graph, parameters = nnx.split(model.unstacked())
@@ -211,6 +212,17 @@ def _batch(prompts, vocab_size: int, stop_token: int | None) -> tuple[np.ndarray
         tokens[i, length - len(row) :] = row
         segment_ids[i, length - len(row) :] = 1
     return tokens, segment_ids
+
+
+def _check_context(config: ModelConfig, prompt: int, max_tokens: int) -> None:
+    """Raises ``UserError`` where full attention, whose state has room for ``model.context`` tokens, would forget some."""
+    if "attention" in config.layers and prompt + max_tokens > config.context:
+        most = config.context - prompt
+        advice = f"max_tokens={most} fits" if most > 0 else "the prompt alone is too long"
+        raise UserError(
+            f"a prompt of {prompt} tokens and max_tokens={max_tokens} go beyond model.context={config.context}, "
+            f"the tokens that the model's attention remembers; {advice}"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -7,12 +7,17 @@ from jaxlinear import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train: a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lies. One that is there already goes on.", required=True)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes train together.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 flags.mark_flag_as_required("config")
 
 
 def main() -> int:
+    from jaxlinear.parallel import start
     from jaxlinear.training.loop import train
 
+    start.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     return train(_CONFIG.value, _WORKDIR.value)
 
 

@@ -31,6 +31,27 @@ def linear_recurrence(a, x, initial_state=None, ids=None, reverse=False):
     return jnp.flip(h, 1) if reverse else h, final
 
 
+def linear_attention(q, k, v, log_decay=None, initial_state=None, ids=None, scale=None):
+    batch, length, heads, width = q.shape
+    scale = width**-0.5 if scale is None else scale
+    if log_decay is None:
+        log_decay = jnp.zeros((heads,), q.dtype)
+    if log_decay.ndim < 4:
+        log_decay = log_decay[..., None]
+    decay = jnp.exp(jnp.broadcast_to(log_decay.reshape((1,) * (4 - log_decay.ndim) + log_decay.shape), q.shape))
+    state = jnp.zeros((batch, heads, width, v.shape[-1]), q.dtype) if initial_state is None else initial_state
+
+    def step(state, xs):
+        qt, kt, vt, at, new = xs
+        state = jnp.where(new[:, None, None, None], jnp.zeros_like(state), state)
+        state = at[..., None] * state + jnp.einsum("bhk,bhv->bhkv", kt, vt)
+        return state, scale * jnp.einsum("bhkv,bhk->bhv", state, qt)
+
+    new = _new_document(ids, (batch, length))
+    final, o = lax.scan(step, state, [jnp.moveaxis(y, 1, 0) for y in (q, k, v, decay, new)])
+    return jnp.moveaxis(o, 0, 1), final
+
+
 def causal_convolution(x, kernel, bias, state, ids=None):
     """By scan: the state is the window."""
 

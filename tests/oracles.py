@@ -35,6 +35,29 @@ def linear_recurrence(a, x, initial_state=None, ids=None, reverse=False):
     return h, final
 
 
+def linear_attention(q, k, v, log_decay=None, initial_state=None, ids=None, scale=None):
+    """``S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T``, ``o_t = scale S_t^T q_t``, one head of one token at a time.
+
+    q, k ``[B, T, H, K]``; v ``[B, T, H, V]``; log_decay None, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``. -> o, the last S.
+    """
+    (batch, length, heads, width), value_width = q.shape, v.shape[-1]
+    scale = 1 / np.sqrt(width) if scale is None else scale
+    log_decay = np.zeros(heads) if log_decay is None else log_decay
+    if log_decay.ndim < 4:
+        log_decay = log_decay[..., None]
+    log_decay = np.broadcast_to(log_decay, q.shape)
+    o, final = np.zeros((batch, length, heads, value_width)), np.zeros((batch, heads, width, value_width))
+    for b, h in np.ndindex(batch, heads):
+        state = np.zeros((width, value_width)) if initial_state is None else initial_state[b, h]
+        for t in range(length):
+            if t > 0 and ids is not None and ids[b, t] != ids[b, t - 1]:
+                state = np.zeros((width, value_width))
+            state = np.diag(np.exp(log_decay[b, t, h])) @ state + np.outer(k[b, t, h], v[b, t, h])
+            o[b, t, h] = scale * state.T @ q[b, t, h]
+        final[b, h] = state
+    return o, final
+
+
 def causal_convolution(x, kernel, bias=None, state=None, ids=None):
     """``y_t = bias + sum_j kernel[width-1-j] x_{t-j}``. -> y, the last width-1 inputs of the last document."""
     (batch, length, channels), width = x.shape, len(kernel)
@@ -124,6 +147,35 @@ def rms_norm(parameters, x):
 def gated_mlp(parameters, x):
     inner = gelu(linear(parameters["gate"], x)) * linear(parameters["up"], x)
     return linear(parameters["down"], inner)
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def mixture_of_experts(parameters, x, experts_per_token, *, activation=gelu, counted=None):
+    """Token by token, expert by expert. -> y, and the losses over the tokens that are ``counted`` ``[B, T]``, or all."""
+    batch, length, _ = x.shape
+    experts = parameters["router"].shape[1]
+    counted = np.ones((batch, length), bool) if counted is None else counted
+    y, choices, probabilities, squares = np.zeros(x.shape), np.zeros(experts), np.zeros(experts), 0.0
+    for b, t in np.ndindex(batch, length):
+        logits = x[b, t] @ parameters["router"]
+        probability = np.exp(log_softmax(logits))
+        chosen = np.argsort(-logits, kind="stable")[:experts_per_token]
+        total = probability[chosen].sum() if experts_per_token > 1 else 1.0
+        for e in chosen:
+            expert = {
+                name: {kind: parameters[f"{name}_{kind}"][e] for kind in ("kernel", "bias") if f"{name}_{kind}" in parameters}
+                for name in ("gate", "up", "down")
+            }
+            inner = activation(linear(expert["gate"], x[b, t])) * linear(expert["up"], x[b, t])
+            y[b, t] += probability[e] / total * linear(expert["down"], inner)
+        if counted[b, t]:
+            choices[chosen] += 1 / (experts_per_token * counted.sum())
+            probabilities += probability / counted.sum()
+            squares += (logits - np.log(probability))[0] ** 2 / counted.sum()
+    return y, {"load_balance": experts * np.sum(choices * probabilities), "router_z": squares}
 
 
 def rotary(x, positions, *, fraction, base=10_000.0):

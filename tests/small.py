@@ -38,6 +38,10 @@ def parameters(shapes, seed=0):
         if name.endswith("kernel"):
             size = shape.shape[-2] ** -0.5
         values = size * random.standard_normal(shape.shape)
+        if name == "log_decay":
+            return -abs(values)
+        if name == "lower_bound":
+            return abs(values) % 1
         return values - 3 if name == "decay" else values
 
     return jax.tree.map_with_path(draw, shapes)

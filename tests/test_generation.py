@@ -188,6 +188,26 @@ def test_refusals(model, options, message):
         generate(model, **({"prompts": [[1]], "max_tokens": 3} | options))
 
 
+def test_full_attention_generates_within_its_context():
+    """And is refused beyond it, whatever the padding of the prompts; a window of the same size goes on."""
+    config = {"num_layers": 2, "vocab_size": VOCAB, "width": 16, "recurrent_width": 16, "num_heads": 2, "window": 20}
+
+    def make(*pattern):
+        architecture = describe(ModelConfig(pattern=pattern, context=20, dtype="float32", **config))
+        return architecture.bind(jax.jit(architecture.initialise)(jax.random.key(0)))
+
+    model, prompts = make("sliding_window", "attention"), [tokens(5), tokens(9)]
+    rows = generate(model, prompts, max_tokens=11, temperature=0.0)
+    text = np.concatenate([prompts[1], rows[1]])[None].astype(np.int32)
+    assert np.asarray(_forward(model)(text)[0][0, 8:-1]).argmax(axis=-1).tolist() == rows[1]
+    message = "a prompt of 9 tokens and max_tokens=12 go beyond model.context=20, .*; max_tokens=11 fits"
+    with pytest.raises(UserError, match=message):
+        generate(model, prompts, max_tokens=12)
+    with pytest.raises(UserError, match="the prompt alone is too long"):
+        list(stream(model, tokens(20), max_tokens=1))
+    assert len(generate(make("sliding_window", "rg_lru"), prompts, max_tokens=12)[0]) == 12
+
+
 P = np.array([0.4, 0.05, 0.25, 0.05, 0.2, 0.05], np.float32)
 
 

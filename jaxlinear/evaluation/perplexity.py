@@ -161,7 +161,7 @@ def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byt
     begin = time.perf_counter()
     pending = None  # the losses of a batch are read after the next one is under way
     for batch in data.heldout_batches(**plan):
-        nll, _ = loss_step(run.parameters, feeding.place(batch, sharding))
+        nll, _ = loss_step(run.parameters, feeding.place(batch, sharding, plan["batch_size"]))
         if pending is not None:
             read(*pending)
         pending = batch["segment_ids"], nll

@@ -1,12 +1,14 @@
 """A residual block, the same for every mixer, and a period: one block for each name in the pattern."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxlinear.models import mixers
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import GatedMLP, RMSNorm
+from jaxlinear.models.mixture_of_experts import MixtureOfExperts
 from jaxlinear.parallel import sharding
 
 Losses = dict[str, jax.Array]  # what a layer adds to the objective, by name: float32 scalars
@@ -19,12 +21,14 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, mixer: str, *, layer: int | jax.Array, rngs: nnx.Rngs):
-        self.mixer_norm = RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        norm = functools.partial(RMSNorm, config.width, epsilon=config.norm_epsilon, offset=config.norm_offset)
+        self.mixer_norm = norm(rngs=rngs)
         self.mixer = mixers.find(mixer)(config, layer=layer, rngs=rngs)
         self.has_mlp = config.channel_mixer != "none"
         if self.has_mlp:
-            self.mlp_norm = RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
-            self.mlp = GatedMLP(config, rngs=rngs)
+            self.mlp_norm = norm(rngs=rngs)
+            self.routed = config.channel_mixer == "mixture_of_experts"
+            self.mlp = MixtureOfExperts(config, rngs=rngs) if self.routed else GatedMLP(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state=None):
         """``(y [B, T, D], state, losses)``."""
@@ -32,7 +36,9 @@ class Block(nnx.Module):
         x = sharding.constrain(x + y, "batch", "time", None)
         losses: Losses = {}
         if self.has_mlp:
-            x = x + self.mlp(self.mlp_norm(x))
+            y = self.mlp_norm(x)
+            y, losses = self.mlp(y, segment_ids=segment_ids) if self.routed else (self.mlp(y), losses)
+            x = x + y
         return sharding.constrain(x, "batch", "time", None), state, losses
 
 
@@ -60,5 +66,4 @@ class Period(nnx.Module):
 
 def add(losses: Losses, more: Losses) -> Losses:
     """The sum by name; a name that is missing counts as 0."""
-    zero = jnp.zeros((), jnp.float32)
-    return {name: losses.get(name, zero) + more.get(name, zero) for name in losses | more}
+    return losses | {name: losses[name] + value if name in losses else value for name, value in more.items()}

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 
 from jaxlinear import ops
+from jaxlinear.models.across_layers import across_layers
 from jaxlinear.models.blocks import Losses, Period, add
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import RMSNorm, parameter
@@ -20,7 +21,7 @@ from jaxlinear.parallel import sharding
 REMAT_POLICIES = {
     "none": None,
     "elementwise": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(*ops.SAVED)
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(*ops.SAVED, "experts")
     ),
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -50,7 +51,7 @@ class LanguageModel(nnx.Module):
         self.rest = (
             Period(config, config.pattern[:rest], first_layer=config.num_layers - rest, rngs=rngs) if rest else None
         )
-        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         self.head = (
             None
             if config.tied_embeddings
@@ -127,30 +128,32 @@ class LanguageModel(nnx.Module):
         # Looked up before the cast, so that the gradient of a frequent token is summed in float32.
         x = jnp.take(self.embedding[...], tokens, axis=0).astype(config.activation_dtype)
         if config.embedding_scale:
-            x = x * jnp.asarray(config.width**0.5, x.dtype)
+            # Rounded as in RecurrentGemma, whatever the dtype of x, so that its weights give the same logits.
+            x = x * jnp.asarray(config.width**0.5, jnp.bfloat16).astype(x.dtype)
         x = sharding.constrain(x, "batch", "time", None)
 
         new: dict[str, Any] = {"segment": _last_segment(tokens, segment_ids, state)}
         losses: Losses = {}
-        if self.periods is not None:
+        periods, rest = across_layers(config, self.periods, self.rest)
+        if periods is not None:
             run = self._scan if self.is_stacked else self._loop
-            x, new["periods"], losses = run(x, segment_ids, None if state is None else state["periods"])
-        if self.rest is not None:
+            x, new["periods"], losses = run(periods, x, segment_ids, None if state is None else state["periods"])
+        if rest is not None:
             past = None if state is None else state["rest"]
-            x, new["rest"], more = self.rest(x, segment_ids=segment_ids, state=past)
+            x, new["rest"], more = rest(x, segment_ids=segment_ids, state=past)
             losses = add(losses, more)
         return self.norm(x), new, {name: loss / config.num_layers for name, loss in losses.items()}
 
-    def _loop(self, x, segment_ids, states):
+    def _loop(self, periods, x, segment_ids, states):
         new, losses = [], {}
-        for i, period in enumerate(self.periods):
+        for i, period in enumerate(periods):
             x, state, more = period(x, segment_ids=segment_ids, state=None if states is None else states[i])
             new.append(state)
             losses = add(losses, more)
         return x, new, losses
 
-    def _scan(self, x, segment_ids, states):
-        graph, parameters = nnx.split(self.periods)
+    def _scan(self, periods, x, segment_ids, states):
+        graph, parameters = nnx.split(periods)
 
         def step(x, xs):
             parameters, state = xs

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear import ops
+from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import sharding
@@ -57,16 +58,22 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """``x / rms(x) * (1 + scale)`` over the last axis, in float32 inside (Zhang and Sennrich, arXiv:1910.07467)."""
+    """``x / rms(x) * (offset + scale)`` over the last axis, in float32 inside (Zhang and Sennrich, arXiv:1910.07467).
 
-    def __init__(self, width: int, *, axis: str | None = "embed", epsilon: float = 1e-6, rngs: nnx.Rngs):
-        self.epsilon = epsilon
-        self.scale = parameter(nnx.initializers.zeros, (width,), (axis,), rngs)
+    The factor is 1 when training begins. With the offset 1 the scale begins at 0, as in Griffin; with 0 the scale is the
+    weight of Llama.
+    """
+
+    def __init__(
+        self, width: int, *, axis: str | None = "embed", epsilon: float = 1e-6, offset: float = 1.0, rngs: nnx.Rngs
+    ):
+        self.epsilon, self.offset = epsilon, offset
+        self.scale = parameter(nnx.initializers.constant(1 - offset), (width,), (axis,), rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(dtypes.wide(x.dtype))
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * _last(1 + self.scale[...], wide)).astype(x.dtype)
+        return (wide * inverse * _last(self.offset + self.scale[...], wide)).astype(x.dtype)
 
 
 ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}
@@ -120,7 +127,10 @@ class ShortConvolution(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         bias = None if self.convolution_bias is None else self.convolution_bias[...]
         y, state = ops.causal_convolution(x, self.convolution_kernel[...], bias, state, segment_ids=segment_ids)
-        return (y if self.activation is None else ACTIVATIONS[self.activation](y)), state
+        if self.activation is not None:
+            # In float32: in bfloat16 the activation would round at every step within.
+            y = ACTIVATIONS[self.activation](y.astype(dtypes.wide(y.dtype))).astype(y.dtype)
+        return y, state
 
 
 def rotary(x: jax.Array, positions: jax.Array, *, fraction: float, base: float = 10_000.0) -> jax.Array:
@@ -145,6 +155,39 @@ def rotary(x: jax.Array, positions: jax.Array, *, fraction: float, base: float =
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def per_head(mixer: str, channels: int, heads: int) -> int:
+    """Channels of each head, where the config does not give them."""
+    if channels % heads:
+        raise UserError(
+            f"{mixer}: {heads} heads do not divide {channels} channels; change model.recurrent_heads or model.num_heads, "
+            "or set model.key_width and model.value_width"
+        )
+    return channels // heads
+
+
+def by_head(x: jax.Array, heads: int) -> jax.Array:
+    """``[B, T, H * K]`` -> ``[B, T, H, K]``, the heads spread over the mesh."""
+    return sharding.constrain(x.reshape(*x.shape[:2], heads, -1), "batch", "time", "heads", None)
+
+
+def to_complex(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``x @ (kernel[0] + i kernel[1])``: ``[B, T, D]`` by ``[2, D, N]`` -> ``[B, T, N]`` complex64."""
+    wide = dtypes.wide(x.dtype)
+    parts = (jnp.dot(x, kernel[i].astype(x.dtype), preferred_element_type=wide) for i in range(2))
+    return jax.lax.complex(*parts)
+
+
+def from_complex(h: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The real part of ``h @ (kernel[0] + i kernel[1])``, multiplied in ``dtype``: ``[B, T, N]`` by ``[2, N, D]`` ->
+    ``[B, T, D]`` float32."""
+    wide = dtypes.wide(dtype)
+    products = (
+        jnp.dot(part(h).astype(dtype), kernel[i].astype(dtype), preferred_element_type=wide)
+        for i, part in enumerate((jnp.real, jnp.imag))
+    )
+    return next(products) - next(products)
 
 
 def _last(vector: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The mathematics of the layers: pure functions on arrays. Nothing here knows of Flax, meshes or configs."""
 
+from jaxlinear.ops.attention import causal_attention
 from jaxlinear.ops.convolution import causal_convolution
 from jaxlinear.ops.delta_rule import delta_rule
 from jaxlinear.ops.diagonal import linear_recurrence
@@ -8,9 +9,10 @@ from jaxlinear.ops.sliding_window import sliding_window_attention
 
 # Names of what the backward passes of the operations need and would be dear to compute again: see
 # ``jax.ad_checkpoint.checkpoint_name``.
-SAVED = ("recurrence", "attention")
+SAVED = ("recurrence", "attention", "grouped_product")
 
 __all__ = [
+    "causal_attention",
     "causal_convolution",
     "delta_rule",
     "linear_attention",

@@ -1,9 +1,12 @@
-"""Decays within a chunk: sums of their logarithms between any two tokens, and products of tokens decayed by them.
+"""Decays within a chunk: of one token for another, and products of tokens decayed by them.
 
-Axes: any leading ones, then time within the chunk c, then D: the key channels K, or 1 for a decay of the whole head. G_i
-is the sum of the log decays of tokens 0 .. i. What token i sees of token j < i is decayed by exp(G_i - G_j).
+A log decay is ``[..., c, D]``, float32 or float64, at most 0 and possibly -inf: any leading axes, the c tokens of the
+chunk, D = K for a decay of each key channel and D = 1 for one of the whole head. Token i sees token j < i decayed by
+exp(G_i - G_j), the log decays of j + 1 .. i summed. Their sum must not be taken as a difference of two longer ones: after
+a log decay of -50 these no longer tell -1e-7 from 0. Every exponential here is of a sum of nothing but what it is of.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,129 +16,261 @@ from jax import lax
 
 from jaxlinear.ops import dtypes
 
-# Blocks of this many tokens take their products channel by channel, which beats ever smaller matrix products.
-_DIRECT = 4
+_BLOCK = 8  # tokens; smaller matrix products are no faster
 
 
-class Sums(NamedTuple):
-    """G in two parts, each ``[..., c, D]``: G_i - G_j is the difference of the coarse parts plus that of the fine ones.
-
-    A difference of plain float32 sums would lose what is small to what is large: after a log decay of -50, the sum no
-    longer tells -1e-7 from 0. The coarse parts are whole multiples of one unit, so that their sums and differences are
-    exact; the fine parts are small.
-    """
-
-    coarse: jax.Array
-    fine: jax.Array
+def since_start(log_decay: jax.Array) -> jax.Array:
+    """``[..., c, D]``: the decay of the state before the chunk for token i."""
+    return _ends(log_decay)[0]
 
 
-def sums(log_decay: jax.Array) -> Sums:
-    """G of log decays ``[..., c, D]``, at most 0, float32 or float64. -inf is a decay to zero."""
-    bits = jnp.finfo(log_decay.dtype)
-    floor = 128.0 if bits.bits == 32 else 1024.0  # the exponential of what is below is zero
-    length = log_decay.shape[-2]
-    unit = 2.0 ** np.ceil(np.log2(floor * length / 2 ** (bits.nmant + 1)))
-    log_decay = jnp.maximum(log_decay, -floor)
-    coarse = lax.stop_gradient(jnp.ceil(log_decay / unit) * unit)
-    until = jnp.tri(length, dtype=log_decay.dtype)
-    return Sums(*(dtypes.product("ij,...jd->...id", until, part) for part in (coarse, log_decay - coarse)))
+def until_end(log_decay: jax.Array) -> jax.Array:
+    """``[..., c, D]``: the decay of token j for the state after the chunk."""
+    return _ends(log_decay)[1]
 
 
-def since_start(sums: Sums) -> jax.Array:
-    """exp(G_i) ``[..., c, D]``: what token i sees of the state before the chunk."""
-    return jnp.exp(sums.coarse + sums.fine)
+def whole(log_decay: jax.Array) -> jax.Array:
+    """``[..., D]``: the decay of the state before the chunk for the state after it."""
+    return jnp.exp(jnp.sum(log_decay, axis=-2))
 
 
-def until_end(sums: Sums) -> jax.Array:
-    """``[..., c, D]``: what the state after the chunk holds of token j."""
-    return jnp.exp(_difference(Sums(*(part[..., -1:, :] for part in sums)), sums))
-
-
-def whole(sums: Sums) -> jax.Array:
-    """``[..., D]``: what the state after the chunk holds of the state before it."""
-    return since_start(Sums(*(part[..., -1, :] for part in sums)))
-
-
-def pairwise(rows: jax.Array, columns: jax.Array, sums: Sums | None) -> jax.Array:
-    """``A_ij = sum_k rows_ik columns_jk exp(G_ik - G_jk)`` for i >= j, zero elsewhere.
+def pairwise(rows: tuple[jax.Array, ...], columns: jax.Array, log_decay: jax.Array | None) -> tuple[jax.Array, ...]:
+    """``A_ij = sum_k r_ik columns_jk exp(G_ik - G_jk)`` for i >= j, zero elsewhere, for each r of ``rows``.
 
     Args:
-      rows, columns: ``[..., c, K]``, multiplied in their dtype.
-      sums: None for no decay.
+      rows: each ``[..., c, K]``, multiplied in its own dtype. Together they share the work on the columns.
+      columns: ``[..., c, K]``.
+      log_decay: ``[..., c, D]``, or None for no decay.
 
     Returns:
-      A ``[..., c, c]``, float32 at least.
+      for each r its A ``[..., c, c]``, float32 at least.
     """
-    length = rows.shape[-2]
-    if sums is not None and sums.fine.shape[-1] > 1:
-        return _by_halves(rows, columns, sums)
-    products = dtypes.product("...ik,...jk->...ij", rows, columns)
-    if sums is not None:
-        steps = _difference(*(Sums(*(jnp.expand_dims(p[..., 0], axis) for p in sums)) for axis in (-1, -2)))
-        products = products * jnp.exp(jnp.where(_lower(length, steps.ndim, strict=True), steps, jnp.zeros_like(steps)))
-    return jnp.where(_lower(length, products.ndim), products, jnp.zeros_like(products))
+    if log_decay is not None and log_decay.shape[-1] > 1:
+        length = columns.shape[-2]
+        *rows, columns, log_decay = (_pad(x, -length % _BLOCK) for x in (*rows, columns, log_decay))
+        products = _by_channel(tuple(rows), columns, _finite(log_decay))
+        return tuple(x[..., :length, :length] for x in products)
+    products = (dtypes.product("...ik,...jk->...ij", r, columns.astype(r.dtype)) for r in rows)
+    if log_decay is None:
+        return tuple(jnp.where(_lower(x), x, jnp.zeros_like(x)) for x in products)
+    decays = _matrix(_finite(log_decay))
+    return tuple(x * decays for x in products)
 
 
-def _by_halves(rows, columns, sums: Sums) -> jax.Array:
-    """A decay of each channel is no factor of the products: it must be within them, on the rows and on the columns.
+@jax.custom_vjp
+def _ends(log_decay):
+    """``since_start`` and ``until_end``."""
+    length = log_decay.shape[-2]
+    log_decay = _finite(log_decay)
+    if log_decay.shape[-1] == 1:
+        return jnp.exp(_sums(np.tri(length), log_decay)), jnp.exp(_sums(np.tri(length, k=-1).T, log_decay))
+    factors = _factors(_pad(log_decay, -length % _BLOCK))
+    ends = factors.seen * factors.before, factors.left * factors.after
+    return tuple(x.reshape(*x.shape[:-3], -1, x.shape[-1])[..., :length, :] for x in ends)
 
-    In a block of tokens cut in half, what the second half sees of the first goes through the last token r of the first:
-    exp(G_i - G_j) = exp(G_i - G_r) exp(G_r - G_j), both at most 1. The halves are blocks in their turn.
+
+def _ends_forward(log_decay):
+    ends = _ends(log_decay)
+    return ends, ends
+
+
+def _ends_backward(ends, cotangents):
+    since_start, until_end = (end * d for end, d in zip(ends, cotangents, strict=True))
+    length = since_start.shape[-2]
+    # The log decay of a token is part of what it and later tokens see, and of what earlier tokens leave.
+    return (_sums(np.tri(length).T, since_start) + _sums(np.tri(length, k=-1), until_end),)
+
+
+_ends.defvjp(_ends_forward, _ends_backward)
+
+
+# A decay of the whole head is a factor of the products: one matrix of decays.
+
+
+def _matrix(log_decay):
+    """exp(G_i - G_j) for i >= j, zero elsewhere ``[..., c, c]``.
+
+    Each log decay is cut in a whole multiple of one unit and a small rest. The multiples are summed exactly, so that the
+    differences of their sums are exact as well.
     """
-    length = rows.shape[-2]
-    padding = (1 << (length - 1).bit_length()) - length  # to a power of two, with tokens of zeros and no decay
-    if padding:
-        rows, columns = (_pad(x, padding, "constant") for x in (rows, columns))
-        sums = Sums(*(_pad(part, padding, "edge") for part in sums))
-    size = min(_DIRECT, length + padding)
-    products = _direct(*(_blocks(x, size) for x in (rows, columns)), Sums(*(_blocks(part, size) for part in sums)))
-    while size < length + padding:
-        first, second = (Sums(*(_blocks(part, 2 * size)[..., i, :] for part in sums)) for i in _halves(size))
-        last = Sums(*(part[..., -1:, :] for part in first))
-        lower = dtypes.product(
-            "...ik,...jk->...ij",
-            _scaled(_blocks(rows, 2 * size)[..., size:, :], _difference(second, last)),
-            _scaled(_blocks(columns, 2 * size)[..., :size, :], _difference(last, first)),
-        )
-        products = products.reshape(*lower.shape[:-2], 2, size, size)
-        upper = jnp.concatenate([products[..., 0, :, :], jnp.zeros_like(lower)], axis=-1)
-        lower = jnp.concatenate([lower, products[..., 1, :, :]], axis=-1)
-        products = jnp.concatenate([upper, lower], axis=-2)
-        size *= 2
-    return products[..., 0, :length, :length]
+    bits, length = jnp.finfo(log_decay.dtype), log_decay.shape[-2]
+    unit = 2.0 ** math.ceil(math.log2(-_floor(log_decay.dtype) * length / 2 ** (bits.nmant + 1)))
+    coarse = lax.stop_gradient(jnp.ceil(log_decay / unit) * unit)
+    coarse, fine = (_sums(np.tri(length), part) for part in (coarse, log_decay - coarse))
+    steps = (coarse - jnp.swapaxes(coarse, -1, -2)) + (fine - jnp.swapaxes(fine, -1, -2))
+    # The diagonal is 1 whatever the decay. Left out here, it adds nothing to the gradient to be taken off again.
+    decays = jnp.exp(jnp.where(_lower(steps, strict=True), steps, jnp.zeros_like(steps)))
+    return jnp.where(_lower(steps), decays, jnp.zeros_like(decays))
 
 
-def _direct(rows, columns, sums: Sums) -> jax.Array:
-    """``pairwise`` with every triple (i, j, k) written out."""
-    steps = _difference(*(Sums(*(jnp.expand_dims(p, axis) for p in sums)) for axis in (-2, -3)))
-    strict, lower = (_lower(rows.shape[-2], steps.ndim - 1, strict=strict) for strict in (True, False))
-    decay = jnp.exp(jnp.where(strict[..., None], steps, jnp.zeros_like(steps)))
-    products = jnp.expand_dims(rows, -2).astype(decay.dtype) * jnp.expand_dims(columns, -3).astype(decay.dtype) * decay
-    products = jnp.sum(products, axis=-1)
-    return jnp.where(lower, products, jnp.zeros_like(products))
+# A decay of each channel is within the products, on their rows and columns. Tokens of different blocks meet at the start
+# of the later one, tokens of one block at the middle of the smallest of its halves, quarters, ... that has both:
+#     exp(G_i - G_j) = exp(G_i - G_r) exp(G_r - G_j),   i > r >= j,
+# so that both factors are at most 1. Tokens on the same side of r get a product that is of nothing and is masked.
 
 
-def _scaled(x, log_scale):
-    return (x.astype(log_scale.dtype) * jnp.exp(log_scale)).astype(x.dtype)
+class _Factors(NamedTuple):
+    """N blocks of S tokens. ``seen`` is the decay from a block's start to its token, ``left`` from there to its end."""
+
+    parts: tuple[tuple[int, jax.Array, jax.Array], ...]  # of parts of 1, 2, ... S / 2 tokens: size, seen, left
+    seen: jax.Array  # [..., N, S, K]
+    left: jax.Array  # [..., N, S, K]
+    between: jax.Array  # [..., N, N, 1, K], from the end of the second block to the start of the first, or zero
+    before: jax.Array  # [..., N, 1, K], from the start of the chunk to that of the block
+    after: jax.Array  # [..., N, 1, K], from the end of the block to that of the chunk
 
 
-def _difference(later: Sums, earlier: Sums) -> jax.Array:
-    return (later.coarse - earlier.coarse) + (later.fine - earlier.fine)
+def _factors(log_decay) -> _Factors:
+    log_decay = _blocks(log_decay)
+    count = log_decay.shape[-3]
+    i, j, m = np.ogrid[:count, :count, :count]
+    pairs = ((j < m) & (m < i)).reshape(-1, count)
+    chosen = np.concatenate([pairs, m[0] < i[:, :, 0], m[0] > i[:, :, 0]])
+    of_blocks = jnp.exp(_sums(chosen, jnp.sum(log_decay, axis=-2)))[..., None, :]
+    between, before, after = jnp.split(of_blocks, [len(pairs), len(pairs) + count], axis=-3)
+    between = between.reshape(*between.shape[:-3], count, count, *between.shape[-2:])
+    between = jnp.where(_like(i[..., None] > j[..., None], between), between, jnp.zeros_like(between))
+    of_tokens = jnp.exp(_sums(np.concatenate([np.tri(_BLOCK), np.tri(_BLOCK, k=-1).T]), log_decay))
+    seen, left = jnp.split(of_tokens, 2, axis=-2)
+    return _Factors(_parts(log_decay), seen, left, between, before, after)
 
 
-def _lower(length: int, ndim: int, strict: bool = False) -> jax.Array:
-    """True where i >= j (i > j if strict): ``[1, ..., 1, c, c]``."""
-    return jnp.tri(length, k=-1 if strict else 0, dtype=bool).reshape((1,) * (ndim - 2) + (length, length))
+def _parts(log_decay):
+    """Products of two to four decays, which are dearer to sum and exponentiate than to multiply."""
+    seen, left = jnp.exp(log_decay), jnp.ones_like(log_decay)
+    parts, size = [(1, seen, left)], 1
+    while 2 * size < _BLOCK:
+        first, second = (x.reshape(*x.shape[:-2], -1, 2 * size, x.shape[-1]) for x in (seen, left))
+        in_second = _like((np.arange(2 * size) >= size)[:, None], first)
+        one = jnp.ones_like(first[..., :1, :])
+        grown = first * jnp.where(in_second, first[..., size - 1 : size, :], one)
+        left = (second * jnp.where(in_second, one, first[..., -1:, :])).reshape(seen.shape)
+        seen, size = grown.reshape(seen.shape), 2 * size
+        parts.append((size, seen, left))
+    return tuple(parts)
 
 
-def _halves(size: int) -> tuple[slice, slice]:
-    return slice(None, size), slice(size, None)
+@jax.custom_vjp
+def _by_channel(rows, columns, log_decay):
+    factors = _factors(log_decay)
+    columns = _blocks(columns)
+    count = columns.shape[-3]
+    far_columns = _far(columns, factors)
+    near, same = _crossings(columns), _like(np.eye(_BLOCK, dtype=bool), columns)
+    products = []
+    for r in map(_blocks, rows):
+        far = dtypes.product("...ik,...jk->...ij", _scaled(r, factors.seen), far_columns.astype(r.dtype))
+        block = dtypes.product("...ik,...jk->...ij", r, columns.astype(r.dtype))
+        block = jnp.where(same, block, jnp.zeros_like(block))
+        for crossing, (_, seen, left) in zip(near, factors.parts, strict=True):
+            scaled = _scaled(r, seen), _scaled(columns, left).astype(r.dtype)
+            block = jnp.where(crossing, dtypes.product("...ik,...jk->...ij", *scaled), block)
+        far = far.reshape(*far.shape[:-1], count, _BLOCK)
+        own = _like(np.eye(count, dtype=bool)[:, None, :, None], far)
+        product = jnp.where(own, block[..., None, :], far)
+        products.append(product.reshape(*product.shape[:-4], count * _BLOCK, count * _BLOCK))
+    return tuple(products)
 
 
-def _blocks(x, size: int):
-    """``[..., c, D]`` -> ``[..., c / size, size, D]``."""
-    return x.reshape(*x.shape[:-2], -1, size, x.shape[-1])
+def _by_channel_forward(rows, columns, log_decay):
+    return _by_channel(rows, columns, log_decay), (rows, columns, log_decay)
 
 
-def _pad(x, amount: int, mode: str):
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, amount), (0, 0)), mode=mode)
+def _by_channel_backward(residuals, cotangents):
+    all_rows, all_columns, log_decay = residuals
+    factors = _factors(log_decay)
+    columns = _blocks(all_columns)
+    count = columns.shape[-3]
+    far_columns = _far(columns, factors)
+    near = _crossings(columns)
+    # Of the products of different tokens alone: those of a token with itself have no decay.
+    d_rows, d_far, d_near = [], 0.0, [0.0] * len(near)
+    for r, d in zip(map(_blocks, all_rows), cotangents, strict=True):
+        d = d.reshape(*d.shape[:-2], count, _BLOCK, count, _BLOCK).astype(r.dtype)
+        block = jnp.stack([d[..., n, :, n, :] for n in range(count)], axis=-3)
+        d = d.reshape(*d.shape[:-2], count * _BLOCK)
+        d_row = factors.seen * dtypes.product("...ij,...jk->...ik", d, far_columns.astype(r.dtype))
+        d_far = d_far + dtypes.product("...ij,...ik->...jk", d, _scaled(r, factors.seen))
+        for n, (crossing, (_, seen, left)) in enumerate(zip(near, factors.parts, strict=True)):
+            down = jnp.where(crossing, block, jnp.zeros_like(block))
+            # Turned before it is masked: a product that contracts the rows of both is slow when they are few.
+            across = jnp.swapaxes(block, -1, -2)
+            across = jnp.where(jnp.swapaxes(crossing, -1, -2), across, jnp.zeros_like(across))
+            d_row = d_row + seen * dtypes.product("...ij,...jk->...ik", down, _scaled(columns, left).astype(r.dtype))
+            d_near[n] = d_near[n] + dtypes.product("...ji,...ik->...jk", across, _scaled(r, seen))
+        d_rows.append(d_row.reshape(all_columns.shape))
+    d_far = d_far.reshape(*columns.shape[:-2], *columns.shape[-3:])
+    d_columns = factors.left * sum(
+        (factors.between[..., n, :, :, :] * d_far[..., n, :, :, :] for n in range(1, count)),
+        start=jnp.zeros_like(factors.left),
+    )
+    d_columns = d_columns + sum(left * d for d, (_, _, left) in zip(d_near, factors.parts, strict=True))
+    d_columns = d_columns.reshape(all_columns.shape)
+    # A product has in it G of its row and -G of its column, and a token's log decay is in G of it and of later ones.
+    wide_rows, wide_columns = [r.astype(log_decay.dtype) for r in all_rows], all_columns.astype(log_decay.dtype)
+    d_sums = sum(r * d for r, d in zip(wide_rows, d_rows, strict=True)) - wide_columns * d_columns
+    d_log_decay = _sums(np.tri(log_decay.shape[-2]).T, d_sums)
+    same = [jnp.diagonal(d, axis1=-2, axis2=-1)[..., None] for d in cotangents]
+    d_rows = tuple(
+        (d + d_same * wide_columns).astype(r.dtype) for r, d, d_same in zip(all_rows, d_rows, same, strict=True)
+    )
+    d_columns = d_columns + sum(d_same * r for r, d_same in zip(wide_rows, same, strict=True))
+    return d_rows, d_columns.astype(all_columns.dtype), d_log_decay
+
+
+_by_channel.defvjp(_by_channel_forward, _by_channel_backward)
+
+
+def _far(columns, factors: _Factors):
+    """The columns of all blocks as each block sees them at its start: ``[..., N, c, K]``."""
+    scaled = _scaled(columns, factors.left)[..., None, :, :, :]
+    scaled = _scaled(scaled, factors.between)
+    return scaled.reshape(*scaled.shape[:-3], -1, scaled.shape[-1])
+
+
+def _crossings(like):
+    """For parts of 1, 2, ... S / 2 tokens ``[S, S]`` bool: i in the second of two parts, j in the first."""
+    part = [np.arange(_BLOCK) >> n for n in range(_BLOCK.bit_length() - 1)]
+    return [_like((p[:, None] == p[None] + 1) & (p[None] % 2 == 0), like) for p in part]
+
+
+def _sums(chosen: np.ndarray, x):
+    """``sum_j chosen_ij x_j`` over the last axis but one, in full precision."""
+    chosen = jnp.asarray(chosen, x.dtype)
+    if x.shape[-1] == 1:
+        return dtypes.product("...j,ij->...i", x[..., 0], chosen)[..., None]
+    # A copy for each of the leading axes, lest XLA transpose x to multiply them in one.
+    return dtypes.product("...ij,...jd->...id", jnp.broadcast_to(_like(chosen, x), (*x.shape[:-2], *chosen.shape)), x)
+
+
+def _finite(log_decay):
+    """-inf is no summand: log decays below a floor whose exponential is zero are that floor."""
+    return jnp.maximum(log_decay, _floor(log_decay.dtype))
+
+
+def _floor(dtype) -> float:
+    return -128.0 if jnp.finfo(dtype).bits == 32 else -1024.0
+
+
+def _scaled(x, scale):
+    return (x.astype(scale.dtype) * scale).astype(x.dtype)
+
+
+def _lower(like, strict: bool = False) -> jax.Array:
+    """True where i >= j (i > j if strict)."""
+    return _like(np.tri(like.shape[-1], k=-1 if strict else 0, dtype=bool), like)
+
+
+def _like(constant, like) -> jax.Array:
+    """With the rank of ``like``."""
+    return jnp.asarray(constant).reshape((1,) * (like.ndim - constant.ndim) + constant.shape)
+
+
+def _blocks(x):
+    """``[..., c, D]`` -> ``[..., N, S, D]``."""
+    return x.reshape(*x.shape[:-2], -1, _BLOCK, x.shape[-1])
+
+
+def _pad(x, amount: int):
+    """With tokens of zeros at the end, which decay nothing."""
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, amount), (0, 0))) if amount else x

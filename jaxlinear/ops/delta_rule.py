@@ -1,9 +1,11 @@
 """The delta rule: S' = diag(exp(log_decay_t)) S_{t-1},  S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  o_t = scale S_t^T q_t.
 
-The recurrence of DeltaNet, Gated DeltaNet and Kimi Delta Attention: what the state holds at a key is replaced, not added to.
+The recurrence of DeltaNet, Gated DeltaNet and Kimi Delta Attention: what the state holds at a key is replaced, where
+linear attention adds to it.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,12 +14,8 @@ import numpy as np
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, decay, dtypes, recurrence, segments
-from jaxlinear.ops.linear_attention import by_channel, check_shapes
-
-
-_FEW_TOKENS = 8
-_INVERTED_WHOLE = 8
+from jaxlinear.ops import decay, dtypes, recurrence, segments, triangular
+from jaxlinear.ops.linear_attention import by_channel, check_shapes, choose_chunk
 
 
 def delta_rule(
@@ -39,45 +37,131 @@ def delta_rule(
       q, k: ``[B, T, H, K]``; k is used as given: the caller normalises it.
       v: ``[B, T, H, V]``.
       beta: ``[B, T, H]``, how much of what the state holds at k is replaced by v.
-      log_decay: at most 0. None (1 forever), ``[B, T, H]`` or ``[B, T, H, K]`` (by key channel).
+      log_decay: at most 0. None (1 forever), ``[B, T, H]`` or ``[B, T, H, K]`` (by key channel). -inf forgets.
       initial_state: ``[B, H, K, V]``, the state before the first token, of its document; None means zeros.
       scale: of the outputs ``o_t = scale * S_t^T q_t``; ``K**-0.5`` by default.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
-      chunk_size: tokens in a chunk of the ``"chunked"`` backend, which chooses by itself if None. Changes nothing but
-        speed, memory and rounding.
+      chunk_size: tokens in a chunk of the ``"chunked"`` backend; None is CHUNKS, or the power of two that holds a shorter
+        T. Changes nothing but speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks) or ``"auto"``.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]`` in float32 (float64
       when given that).
+
+    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more. Sums, decays,
+    states and the solution of what the tokens of a chunk replace of each other are float32 (float64) in both; the other
+    products of chunks are of the dtype that holds those of q, k and v.
     """
-    backends.check("delta_rule", backend, ("recurrent", "chunked"))
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     check_shapes("delta_rule", q, k, v, log_decay, initial_state, constant_decay=False)
-    batch, _, heads, width = q.shape
+    batch, length, heads, width = q.shape
     if beta.shape != q.shape[:3]:
         raise UserError(f"delta_rule: beta {beta.shape} does not fit queries {q.shape}; it is [B, T, H]")
+    chunk = choose_chunk("delta_rule", backend, chunk_size, length)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = width**-0.5 if scale is None else scale
+    log_decay = None if log_decay is None else jnp.asarray(log_decay)
     if initial_state is None:
         initial_state = jnp.zeros_like(q, shape=(batch, heads, width, v.shape[-1]), dtype=wide)
+    initial_state = jnp.asarray(initial_state).astype(wide)
     starts = None if segment_ids is None else segments.starts(jnp.asarray(segment_ids))
-    if _pick(backend, q.shape[1]) == "recurrent":
-        return _recurrent(q, k, v, beta, log_decay, initial_state.astype(wide), starts, scale)
+    if chunk is None:
+        return _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale)
     inputs = Inputs(q, k, v, beta, log_decay, starts)
-    chunk = _default_chunk(q.shape[1]) if chunk_size is None else chunk_size
-    o, final = recurrence.chunked(DeltaRule(scale), chunk, inputs, None, initial_state.astype(wide))
-    return o, final
+    o, final = recurrence.chunked(DeltaRule(scale), chunk, inputs, None, initial_state)
+    return o.astype(v.dtype), final
 
 
-def _pick(backend, length):
-    if backend != "auto":
-        return backend
-    return "recurrent" if length <= _FEW_TOKENS else "chunked"
+class Inputs(NamedTuple):
+    """What a run of ``DeltaRule`` is made of. Arrays ``[B, T, ...]``."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    beta: jax.Array
+    log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K]
+    starts: jax.Array | None  # [B, T] bool, true where a document begins and the state with it
 
 
-def _default_chunk(length):
-    return 64
+class _Run(NamedTuple):
+    """Arrays by chunk, heads before time. Of the state S before the run, the run writes U - W S at its keys."""
+
+    attention: jax.Array  # [B, H, T, T], what the tokens read of each other's writes
+    queries: jax.Array  # [B, H, T, K], what reads the state before the run
+    keys: jax.Array  # [B, H, T, K], decayed to the end of the run
+    u: jax.Array  # [B, H, T, V]
+    w: jax.Array  # [B, H, T, K]
+    kept: jax.Array  # [B, H, K or 1], how much of the state before the run is in the one after
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaRule:
+    """The family (``recurrence.Family``) of these recurrences, in its WY form (Yang et al., arXiv:2406.06484).
+
+    What token i writes at its key, x_i = beta_i (v_i - S'^T k_i), is of the state before the run and of the earlier writes:
+
+        x_i + beta_i sum_{j<i} (k_i^T diag(exp(G_i - G_j)) k_j) x_j = beta_i v_i - beta_i S^T (exp(G_i) k_i),
+
+    a triangular system, whose solution is linear in S: X = U - W S. With decays as in arXiv:2412.06464 (by head) and
+    arXiv:2510.26692 (by channel). A summary is ``(M [B, H, K, K], C [B, H, K, V])``. ``constants`` is None.
+    """
+
+    scale: float
+
+    def prepare(self, inputs: Inputs, constants: None) -> _Run:
+        wide = dtypes.wide(inputs.q.dtype, inputs.k.dtype, inputs.v.dtype)
+        narrow = functools.reduce(np.promote_types, (inputs.q.dtype, inputs.k.dtype, inputs.v.dtype))
+        q, k, v = (x.swapaxes(1, 2) for x in inputs[:3])
+        q, k, v = q.astype(narrow), k.astype(wide), v.astype(wide)
+        beta = inputs.beta.swapaxes(1, 2).astype(wide)[..., None]
+        log_decay, since_start, until_end, kept = inputs.log_decay, None, None, jnp.ones_like(k[..., 0, :1])
+        if log_decay is not None:
+            log_decay = log_decay.swapaxes(1, 2).astype(wide)
+            log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+            since_start, until_end = decay.since_start(log_decay), decay.until_end(log_decay)
+            kept = decay.whole(log_decay)
+        attention, overlap = decay.pairwise((q, k), k, log_decay)
+        overlap = beta * jnp.tril(overlap, -1)
+        if inputs.starts is not None:
+            run = jnp.cumsum(inputs.starts, axis=1, dtype=jnp.int32)[:, None]
+            same = run[..., :, None] == run[..., None, :]
+            attention, overlap = _where(same, attention), _where(same, overlap)
+            since_start = _where((run == 0)[..., None], since_start, wide)
+            until_end = _where((run == run[..., -1:])[..., None], until_end, wide)
+            kept = _where(run[..., -1:] == 0, kept)
+        u, w = triangular.solve(overlap, (beta * v, beta * _scaled(k, since_start)))
+        queries, keys = _scaled(q, since_start), _scaled(k, until_end)
+        return _Run(attention.astype(narrow), queries, *(x.astype(narrow) for x in (keys, u, w)), kept)
+
+    def summarise(self, run: _Run) -> tuple[jax.Array, jax.Array]:
+        kept = run.kept[..., None] * jnp.eye(run.keys.shape[-1], dtype=run.kept.dtype)[None, None]
+        replaced = dtypes.product("...tk,...tl->...kl", run.keys, run.w)
+        return kept - replaced, dtypes.product("...tk,...tv->...kv", run.keys, run.u)
+
+    def compose(self, earlier, later) -> tuple[jax.Array, jax.Array]:
+        transition = dtypes.product("...kl,...lm->...km", later[0], earlier[0])
+        return transition, self.advance(later, earlier[1])
+
+    def advance(self, summary, state: jax.Array) -> jax.Array:
+        return dtypes.product("...kl,...lv->...kv", summary[0], state) + summary[1]
+
+    def apply(self, run: _Run, state: jax.Array) -> jax.Array:
+        """o ``[B, T, H, V]`` in the dtype of the products."""
+        state = state.astype(run.w.dtype)
+        written = run.u.astype(run.kept.dtype) - dtypes.product("...tk,...kv->...tv", run.w, state)
+        inner = dtypes.product("...ij,...jv->...iv", run.attention, written.astype(run.w.dtype))
+        outer = dtypes.product("...tk,...kv->...tv", run.queries, state)
+        return (self.scale * (inner + outer)).astype(run.w.dtype).swapaxes(1, 2)
+
+
+def _where(condition: jax.Array, x: jax.Array | None, dtype=None) -> jax.Array:
+    """x, or 1 if None, where the condition holds, else 0."""
+    return condition.astype(dtype) if x is None else jnp.where(condition, x, jnp.zeros((), x.dtype))
+
+
+def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)
 
 
 def _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale):
@@ -97,126 +181,3 @@ def _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale):
     xs = [jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, beta, decay)]
     final, o = lax.scan(step, initial_state, xs)
     return jnp.moveaxis(o, 0, 1).astype(v.dtype), final
-
-
-class Inputs(NamedTuple):
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    beta: jax.Array
-    log_decay: jax.Array | None
-    starts: jax.Array | None
-
-
-class Run(NamedTuple):
-    attention: jax.Array
-    new: jax.Array
-    seen: jax.Array
-    queries: jax.Array
-    tail: jax.Array
-    kept: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class DeltaRule:
-    scale: float
-
-    def prepare(self, inputs: Inputs, constants: None) -> Run:
-        q, k, v = (jnp.moveaxis(x, 1, 2) for x in inputs[:3])
-        wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
-        q, k, v = q.astype(wide), k.astype(wide), v.astype(wide)
-        beta = jnp.moveaxis(inputs.beta, 1, 2)[..., None].astype(wide)
-        length, width = k.shape[-2:]
-        q = q * jnp.asarray(self.scale, q.dtype)
-        sums = None
-        entering, leaving, kept = k, k, jnp.ones_like(k, shape=(*k.shape[:2], width), dtype=wide)
-        queries = q
-        if inputs.log_decay is not None:
-            log_decay = jnp.moveaxis(inputs.log_decay, 1, 2).astype(wide)
-            log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-            sums = decay.sums(log_decay)
-            start = decay.since_start(sums)
-            entering, queries = k * start, q * start
-            leaving = k * decay.until_end(sums)
-            kept = kept * decay.whole(sums)
-        attention = decay.pairwise(q, k, sums)
-        overlap = jnp.tril(decay.pairwise(k, k, sums), -1) * beta
-        if inputs.starts is not None:
-            run = jnp.cumsum(inputs.starts, axis=1, dtype=jnp.int32)[:, None]
-            same = run[..., :, None] == run[..., None, :]
-            zero = jnp.zeros((), wide)
-            attention, overlap = jnp.where(same, attention, zero), jnp.where(same, overlap, zero)
-            entering, queries = (jnp.where(run[..., None] == 0, x, zero) for x in (entering, queries))
-            leaving = jnp.where(run[..., None] == run[..., -1:, None], leaving, zero)
-            kept = jnp.where(run[..., -1:] == 0, kept, zero)
-        solved = _solve(overlap, beta * jnp.concatenate([v, entering], axis=-1))
-        return Run(attention, solved[..., : v.shape[-1]], solved[..., v.shape[-1] :], queries, leaving, kept)
-
-    def summarise(self, run: Run):
-        lost = dtypes.product("nhck,nhcl->nhkl", run.tail, run.seen)
-        return jnp.eye(lost.shape[-1], dtype=lost.dtype)[None, None] * run.kept[..., None] - lost, dtypes.product(
-            "nhck,nhcv->nhkv", run.tail, run.new
-        )
-
-    def compose(self, earlier, later):
-        return self.product(later[0], earlier[0]), self.advance(later, earlier[1])
-
-    def advance(self, summary, state):
-        return dtypes.product("...kl,...lv->...kv", summary[0], state) + summary[1]
-
-    def apply(self, run: Run, state):
-        new = run.new - dtypes.product("nhck,nhkv->nhcv", run.seen, state)
-        o = dtypes.product("nhck,nhkv->nhcv", run.queries, state) + dtypes.product(
-            "nhcd,nhdv->nhcv", run.attention, new
-        )
-        return jnp.moveaxis(o, 2, 1)
-
-
-@jax.custom_vjp
-def _solve(lower, right):
-    return _solve_forward(lower, right)[0]
-
-
-def _solve_forward(lower, right):
-    inverse = _inverse(lower)
-    solved = dtypes.product("...ij,...jv->...iv", inverse, right)
-    return solved, (inverse, solved)
-
-
-def _solve_backward(residuals, d_solved):
-    inverse, solved = residuals
-    d_right = dtypes.product("...ji,...jv->...iv", inverse, d_solved)
-    return -dtypes.product("...iv,...jv->...ij", d_right, solved), d_right
-
-
-_solve.defvjp(_solve_forward, _solve_backward)
-
-
-def _inverse(lower):
-    length = lower.shape[-1]
-    size = max(_INVERTED_WHOLE, 1 << (length - 1).bit_length())
-    lower = jnp.pad(lower, ((0, 0),) * (lower.ndim - 2) + ((0, size - length),) * 2)
-    blocks = _diagonal_blocks(lower, _INVERTED_WHOLE)
-    i = np.arange(_INVERTED_WHOLE)
-    inverse = jnp.broadcast_to(jnp.eye(_INVERTED_WHOLE, dtype=lower.dtype), blocks.shape)
-    b = 1
-    while b < _INVERTED_WHOLE:
-        off = (i[:, None] // (2 * b) == i[None] // (2 * b)) & (i[:, None] // b > i[None] // b)
-        part = blocks * jnp.asarray(off, lower.dtype)[None, None, None]
-        inverse = inverse - (part if b == 1 else inverse @ (part @ inverse))
-        b *= 2
-    while b < size:
-        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        off = _diagonal_blocks(lower, 2 * b)[..., b:, :b]
-        off = -second @ (off @ first)
-        inverse = jnp.concatenate(
-            [jnp.concatenate([first, jnp.zeros_like(off)], -1), jnp.concatenate([off, second], -1)], -2
-        )
-        b *= 2
-    return inverse[..., 0, :length, :length]
-
-
-def _diagonal_blocks(x, size):
-    count = x.shape[-1] // size
-    x = x.reshape(*x.shape[:-2], count, size, count, size)
-    return jnp.stack([x[..., i, :, i, :] for i in range(count)], axis=-3)

@@ -3,14 +3,21 @@
 The transition of RG-LRU (Griffin, Hawk), S5, LRU, HGRN and their kin.
 """
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, dtypes, segments
+
+# Where a complex recurrence is run as real arithmetic, on two real arrays: XLA emulates complex numbers on TPU, and a
+# Pallas kernel has none. Elsewhere they are native, and the loop over one array is the faster.
+REAL_ARITHMETIC_ON = ("tpu",)
 
 
 def linear_recurrence(
@@ -38,66 +45,212 @@ def linear_recurrence(
       step ``[B, ...]`` in float32 or complex64 (float64 or complex128 when given those).
 
     ``auto`` takes the loop on CPU, where each step is a memory pass and the loop makes the fewest, and the parallel
-    prefix elsewhere. A single token takes neither.
+    prefix elsewhere. A single token takes neither. Either runs complex numbers as pairs of real ones on the platforms
+    of ``REAL_ARITHMETIC_ON``; values and gradients are the same.
     """
-    backends.check("linear_recurrence", backend, ("recurrent", "associative"))
+    backends.check("linear_recurrence", backend, _BACKENDS)
     a, x = jnp.asarray(a), jnp.asarray(x)
+    _check_shapes(a, x, initial_state)
     compute = dtypes.wide(a.dtype, x.dtype)
-    out = dtypes.wide(x.dtype, jnp.complex64) if _is_complex(a) and not _is_complex(x) else x.dtype
+    out = dtypes.wide(x.dtype, jnp.complex64) if _is_complex(a.dtype) and not _is_complex(x.dtype) else x.dtype
 
-    a = a.astype(compute)
-    if a.ndim < x.ndim:
-        a = jnp.broadcast_to(jnp.expand_dims(a, tuple(range(x.ndim - a.ndim))), x.shape)
+    boundary = None
     if segment_ids is not None:
         boundary = segments.ends(segment_ids) if reverse else segments.starts(segment_ids)
-        a = jnp.where(jnp.expand_dims(boundary, tuple(range(2, x.ndim))), jnp.zeros((), compute), a)
     if initial_state is None:
         initial_state = jnp.zeros_like(x, shape=(x.shape[0], *x.shape[2:]), dtype=compute)
-    h, final = _recurrence(a, x.astype(compute), initial_state.astype(compute), reverse, _pick(backend))
+    h, final = _run(a, x.astype(compute), initial_state.astype(compute), boundary, reverse, backend)
     return h.astype(out), final
 
 
-def _is_complex(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.complexfloating)
+_BACKENDS = ("recurrent", "associative")
 
 
-def _pick(backend: str) -> str:
-    if backend != "auto":
-        return backend
-    return "recurrent" if jax.default_backend() == "cpu" else "associative"
+@dataclasses.dataclass(frozen=True)
+class Diagonal:
+    """The family (``recurrence.Family``) of these recurrences, for where time is split. Its outputs are h.
+
+    ``inputs`` are ``(a, x, starts)``: a and x ``[B, T, ...]``; ``starts`` ``[B, T]`` bool, where the state begins anew,
+    which may be the first token, or None for nowhere. For a transition that is constant in time a is None there and
+    ``constants`` is a ``[...]``; M is then a^n for a run of n tokens.
+
+    Zeros are no tokens that change nothing: a = 0 forgets, and a^n counts every token. So the pieces must divide T.
+    Nothing is split on one device: the loop and the prefix are linear in T as they are.
+    """
+
+    backend: str = "auto"
+
+    def prepare(self, inputs, constants) -> "_Run":
+        a, x, starts = inputs
+        backends.check("Diagonal", self.backend, _BACKENDS)
+        constant = a is None
+        a = jnp.asarray(constants if constant else a)
+        _check_shapes(a, x, None)
+        x = x.astype(dtypes.wide(a.dtype, x.dtype))
+        h, _ = _run(a, x, jnp.zeros_like(x[:, 0]), starts, False, self.backend)
+        # The state before the run is alone a product of transitions: the same for all rows if those are constant, until
+        # the first document of a row ends.
+        if not constant:
+            return _Run(h, _run(a, jnp.zeros_like(x), jnp.ones_like(x[:, 0]), starts, False, self.backend)[0], None)
+        decay, _ = _run(a, jnp.zeros_like(x[:1]), jnp.ones_like(x[:1, 0]), None, False, self.backend)
+        return _Run(h, decay, None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32) == 0)
+
+    def summarise(self, run: "_Run") -> tuple[jax.Array, jax.Array]:
+        return jnp.broadcast_to(_kept(run.decay, run.keep)[:, -1], run.h[:, -1].shape), run.h[:, -1]
+
+    def compose(self, earlier, later) -> tuple[jax.Array, jax.Array]:
+        return later[0] * earlier[0], self.advance(later, earlier[1])
+
+    def advance(self, summary, state: jax.Array) -> jax.Array:
+        return summary[0] * state + summary[1]
+
+    def apply(self, run: "_Run", state: jax.Array) -> jax.Array:
+        """h ``[B, T, ...]`` in float32 or complex64 (float64 or complex128 when given those)."""
+        return _kept(run.decay * state[:, None], run.keep) + run.h
+
+
+class _Run(NamedTuple):
+    h: jax.Array  # [B, T, ...], from no state
+    decay: jax.Array  # [B or 1, T, ...], of the state before the run
+    keep: jax.Array | None  # [B, T], false where the document of that state has ended, unless the decay is zero there
+
+
+def _check_shapes(a, x, initial_state) -> None:
+    inner = x.shape[2:]
+    if a.ndim == x.ndim:
+        fits = a.shape == x.shape
+    else:
+        fits = a.ndim <= len(inner) and all(n in (1, m) for n, m in zip(a.shape[::-1], inner[::-1], strict=False))
+    if not fits:
+        raise UserError(f"linear_recurrence: a {a.shape} does not fit x {x.shape}; it is [B, T, ...] or [...]")
+    if initial_state is not None and jnp.shape(initial_state) != (x.shape[0], *inner):
+        raise UserError(
+            f"linear_recurrence: the initial state is {jnp.shape(initial_state)}, not [B, ...] = {(x.shape[0], *inner)}"
+        )
+
+
+def _is_complex(dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def _run(a, x, initial_state, boundary, reverse: bool, backend: str):
+    """``_recurrence`` of a ``[B, T, ...]`` or ``[...]``, x in the dtype to compute in, forgetting at ``boundary``."""
+    if backend == "auto":
+        backend = "recurrent" if jax.default_backend() == "cpu" else "associative"
+    pairs = _is_complex(x.dtype) and jax.default_backend() in REAL_ARITHMETIC_ON
+    a, keep = a.astype(x.dtype), None
+    if a.ndim < x.ndim:
+        a = jnp.expand_dims(a, tuple(range(x.ndim - a.ndim)))
+        a = jnp.broadcast_to(a, (1, 1, *x.shape[2:]))
+        keep = None if boundary is None else ~boundary
+    elif boundary is not None:
+        a = jnp.where(_beside(boundary, a), jnp.zeros((), a.dtype), a)
+    return _recurrence(a, x, initial_state, keep, reverse, backend, pairs)
 
 
 # The backward pass of a linear recurrence is the same recurrence run the other way:
-#     g_t = dh_t + a_{t+1} g_{t+1},   dx_t = g_t,   da_t = g_t h_{t-1},   dh_{-1} = a_0 g_0.
-# Written out so that a and h are all that is kept between the passes.
+#     g_t = dh_t + a_{t+1} g_{t+1},   dx_t = g_t,   da_t = g_t h_{t-1},   dh_{-1} = a_0 g_0,
+# without conjugates, JAX's gradient of a real function of x + iy being its derivative by x minus i times that by y.
+# Written out so that a and h are all that is kept between the passes. A transition that is constant in time is
+# [1, 1, ...]; with it comes ``keep`` [B, T], false where the state before a step is forgotten, or None.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _recurrence(a, x, initial_state, reverse, backend):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _recurrence(a, x, initial_state, keep, reverse, backend, pairs):
     first, last = (-1, 0) if reverse else (0, -1)
-    x = x.at[:, first].add(a[:, first] * initial_state)
-    h = (_associative if backend == "associative" else _recurrent)(a, x, reverse)
+    x = x.at[:, first].add(a[:, first] * _kept(initial_state, keep, first))
+    h = _steps(a, x, keep, reverse, backend, pairs)
     return h, h[:, last]
 
 
-def _recurrence_forward(a, x, initial_state, reverse, backend):
-    h, final = checkpoint_name(_recurrence(a, x, initial_state, reverse, backend), "recurrence")
-    return (h, final), (a, h, initial_state)
+def _recurrence_forward(a, x, initial_state, keep, reverse, backend, pairs):
+    h, final = jax.tree.map(_named, _recurrence(a, x, initial_state, keep, reverse, backend, pairs))
+    return (h, final), (a, h, initial_state, keep)
 
 
-def _recurrence_backward(reverse, backend, residuals, cotangents):
-    a, h, initial_state = residuals
+def _named(x: jax.Array) -> jax.Array:
+    """x, to be saved under remat (``ops.SAVED``): by its parts, since remat cannot save complex numbers (JAX 0.10.2)."""
+    if not _is_complex(x.dtype):
+        return checkpoint_name(x, "recurrence")
+    return lax.complex(*checkpoint_name((jnp.real(x), jnp.imag(x)), "recurrence"))
+
+
+def _recurrence_backward(reverse, backend, pairs, residuals, cotangents):
+    a, h, initial_state, keep = residuals
     dh, d_final = cotangents
     first, last = (-1, 0) if reverse else (0, -1)
     dh = dh.at[:, last].add(d_final)
-    if backend == "associative":
-        g = _associative(_shift(a, jnp.zeros_like(d_final), not reverse), dh, not reverse)
-    else:
-        g = _recurrent(a, dh, not reverse, lag=1)
-    return g * _shift(h, initial_state, reverse), g, a[:, first] * g[:, first]
+    g = _steps(a, dh, keep, not reverse, backend, pairs, lag=1)
+    d_a = g * _kept(_shift(h, initial_state, reverse), keep)
+    if a.shape != h.shape:
+        d_a = jnp.sum(d_a, axis=(0, 1), keepdims=True)
+    return d_a, g, _kept(a[:, first] * g[:, first], keep, first), None
 
 
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+
+def _steps(a, x, keep, reverse: bool, backend: str, pairs: bool, lag: int = 0) -> jax.Array:
+    """h from the state ``x[first]``, with the transition of ``lag`` steps before. Arrays are handed on as tuples: of
+    one, or of the real and the imaginary part."""
+    split = (lambda y: (jnp.real(y), jnp.imag(y))) if pairs else lambda y: (y,)
+    if backend == "associative":
+        a = _kept(jnp.broadcast_to(a, x.shape), keep)
+        if lag:
+            a = _shift(a, jnp.zeros_like(a[:, 0]), reverse)
+        h = _associative(split(a), split(x), reverse)
+    else:
+        h = _recurrent(split(a), split(x), keep, reverse, lag)
+    return lax.complex(*h) if pairs else h[0]
+
+
+def _recurrent(a, x, keep, reverse: bool, lag: int):
+    """A loop over time.
+
+    The state goes from step to step by itself and is written, not read, where it belongs in h: so a step is an update
+    in place and nothing is transposed. On CPU it costs little more than an addition of two arrays.
+    """
+    length = x[0].shape[1]
+    direction = -1 if reverse else 1
+    first = length - 1 if reverse else 0
+
+    def at(y: jax.Array, t: jax.Array) -> jax.Array:
+        return y[:, 0] if y.shape[1] == 1 else lax.dynamic_index_in_dim(y, t, axis=1, keepdims=False)
+
+    def step(i: jax.Array, carry):
+        state, h = carry
+        t = first + direction * i
+        before = t - direction * lag
+        if keep is not None:
+            state = tuple(jnp.where(_beside(at(keep, before), s), s, jnp.zeros((), s.dtype)) for s in state)
+        state = _plus(_times(tuple(at(y, before) for y in a), state), tuple(at(y, t) for y in x))
+        h = tuple(lax.dynamic_update_index_in_dim(y, s, t, axis=1) for y, s in zip(h, state, strict=True))
+        return state, h
+
+    start = tuple(y[:, first] for y in x)
+    h = tuple(jnp.zeros_like(y).at[:, first].set(s) for y, s in zip(x, start, strict=True))
+    return lax.fori_loop(1, length, step, (start, h))[1]
+
+
+def _associative(a, x, reverse: bool):
+    """A parallel prefix over the maps h -> a h + x (Blelloch 1990)."""
+
+    def compose(earlier, later):
+        a_earlier, x_earlier = earlier
+        a_later, x_later = later
+        return _times(a_later, a_earlier), _plus(_times(a_later, x_earlier), x_later)
+
+    return lax.associative_scan(compose, (a, x), reverse=reverse, axis=1)[1]
+
+
+def _times(x, y):
+    if len(x) == 1:
+        return (x[0] * y[0],)
+    return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
+
+
+def _plus(x, y):
+    return tuple(one + other for one, other in zip(x, y, strict=True))
 
 
 def _shift(x: jax.Array, fill: jax.Array, reverse: bool) -> jax.Array:
@@ -106,33 +259,13 @@ def _shift(x: jax.Array, fill: jax.Array, reverse: bool) -> jax.Array:
     return jnp.concatenate([x[:, 1:], fill] if reverse else [fill, x[:, :-1]], axis=1)
 
 
-def _recurrent(a: jax.Array, x: jax.Array, reverse: bool, lag: int = 0) -> jax.Array:
-    """A loop over time from the state ``x[first]``, with the transition of ``lag`` steps before.
-
-    The state is read where the step before wrote it, so that a step is one in-place update and nothing is transposed:
-    on CPU it costs little more than an addition of two arrays.
-    """
-    length = x.shape[1]
-    direction = -1 if reverse else 1
-    first = length - 1 if reverse else 0
-
-    def at(y: jax.Array, t: jax.Array) -> jax.Array:
-        return lax.dynamic_index_in_dim(y, t, axis=1, keepdims=False)
-
-    def step(i: jax.Array, h: jax.Array) -> jax.Array:
-        t = first + direction * i
-        state = at(a, t - direction * lag) * at(h, t - direction) + at(x, t)
-        return lax.dynamic_update_index_in_dim(h, state, t, axis=1)
-
-    return lax.fori_loop(1, length, step, jnp.zeros_like(x).at[:, first].set(x[:, first]))
+def _kept(x: jax.Array, keep: jax.Array | None, at: int | None = None) -> jax.Array:
+    """x ``[B, T, ...]``, or ``[B, ...]`` of the step ``at``: zero where it is not kept."""
+    if keep is None:
+        return x
+    return jnp.where(_beside(keep if at is None else keep[:, at], x), x, jnp.zeros((), x.dtype))
 
 
-def _associative(a: jax.Array, x: jax.Array, reverse: bool) -> jax.Array:
-    """A parallel prefix over the maps h -> a h + x (Blelloch 1990)."""
-
-    def compose(earlier, later):
-        a_earlier, x_earlier = earlier
-        a_later, x_later = later
-        return a_later * a_earlier, a_later * x_earlier + x_later
-
-    return lax.associative_scan(compose, (a, x), reverse=reverse, axis=1)[1]
+def _beside(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """The mask with as many axes as x."""
+    return jnp.expand_dims(mask, tuple(range(mask.ndim, x.ndim)))

@@ -17,7 +17,28 @@ def wide(*dtypes: jnp.dtype) -> jnp.dtype:
 
 
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """An einsum of two arrays of one dtype, summed in float32 at least; float32 is not cut to fewer bits on any device."""
-    out = wide(x.dtype, y.dtype)
-    precision = lax.Precision.HIGHEST if x.dtype == out else lax.Precision.DEFAULT
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=out)
+    """An einsum of two arrays of one dtype, summed in float32 at least; float32 is not cut to fewer bits on any device.
+
+    The gradients of narrower arrays are products of narrow arrays too.
+    """
+    if x.dtype == wide(x.dtype, y.dtype):
+        return jnp.einsum(equation, x, y, precision=lax.Precision.HIGHEST)
+    return _narrow_product(equation, x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow_product(equation, x, y):
+    return jnp.einsum(equation, x, y, preferred_element_type=wide(x.dtype, y.dtype))
+
+
+def _narrow_forward(equation, x, y):
+    return _narrow_product(equation, x, y), (x, y)
+
+
+def _narrow_backward(equation, residuals, d_product):
+    # The gradient of a float32 result is float32, and a product with it would be one of float32.
+    _, pullback = jax.vjp(functools.partial(jnp.einsum, equation), *residuals)
+    return pullback(d_product.astype(residuals[0].dtype))
+
+
+_narrow_product.defvjp(_narrow_forward, _narrow_backward)

@@ -3,12 +3,20 @@
 The recurrence of linear attention, RetNet, Lightning attention, Mamba-2, GLA, HGRN2 and their kin.
 """
 
+import dataclasses
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, dtypes, segments
+from jaxlinear.ops import backends, decay, dtypes, recurrence, segments
+
+_FEW_TOKENS = 8  # up to which the loop over time is the faster
+_CHUNK = 64
 
 
 def linear_attention(
@@ -29,28 +37,54 @@ def linear_attention(
       q, k: ``[B, T, H, K]``.
       v: ``[B, T, H, V]``.
       log_decay: at most 0. None (1 forever), ``[H]`` (constant in time), ``[B, T, H]`` or ``[B, T, H, K]`` (by key
-        channel).
+        channel). -inf forgets.
       initial_state: ``[B, H, K, V]``, the state before the first token, of its document; None means zeros.
       scale: of the outputs; ``K**-0.5`` by default.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
-      chunk_size: tokens in a chunk of the ``"chunked"`` backend, which chooses by itself if None. Changes nothing but
-        speed, memory and rounding.
+      chunk_size: tokens in a chunk of the ``"chunked"`` backend; None is 64, or the power of two that holds a shorter
+        T. Changes nothing but speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks) or ``"auto"``.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]`` in float32 (float64
       when given that).
+
+    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more. Chunks multiply in
+    the dtype that holds those of q, k and v; all sums, decays and states are float32 (float64) in both.
     """
-    backends.check("linear_attention", backend, ("recurrent",))
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_shapes("linear_attention", q, k, v, log_decay, initial_state, constant_decay=True)
-    batch, _, heads, width = q.shape
+    batch, length, heads, width = q.shape
+    chunk = choose_chunk("linear_attention", backend, chunk_size, length)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = width**-0.5 if scale is None else scale
+    log_decay = None if log_decay is None else jnp.asarray(log_decay)
     if initial_state is None:
         initial_state = jnp.zeros_like(q, shape=(batch, heads, width, v.shape[-1]), dtype=wide)
+    initial_state = jnp.asarray(initial_state).astype(wide)
     starts = None if segment_ids is None else segments.starts(jnp.asarray(segment_ids))
-    return _recurrent(q, k, v, log_decay, initial_state.astype(wide), starts, scale)
+    if chunk is None:
+        return _recurrent(q, k, v, log_decay, initial_state, starts, scale)
+    inputs, constants = Inputs(q, k, v, log_decay, starts, None), None
+    if log_decay is not None and log_decay.ndim == 1:
+        inputs = inputs._replace(log_decay=None, present=jnp.ones((batch, length), bool))
+        constants = log_decay.astype(wide)
+    o, final = recurrence.chunked(LinearAttention(scale), chunk, inputs, constants, initial_state)
+    return o.astype(v.dtype), final
+
+
+def choose_chunk(operation: str, backend: str, chunk_size: int | None, length: int) -> int | None:
+    """Tokens in a chunk, or None for a loop over time."""
+    backends.check(operation, backend, ("recurrent", "chunked"))
+    if chunk_size is not None:
+        if backend == "recurrent":
+            raise UserError(f"{operation}: chunk_size={chunk_size} is for backend='chunked'; 'recurrent' has no chunks")
+        if not isinstance(chunk_size, int | np.integer) or chunk_size < 1:
+            raise UserError(f"{operation}: chunk_size={chunk_size} is not a whole number of tokens, at least 1")
+        return int(chunk_size)
+    if backend == "recurrent" or (backend == "auto" and length <= _FEW_TOKENS):
+        return None
+    return min(_CHUNK, 1 << (length - 1).bit_length())
 
 
 def check_shapes(operation, q, k, v, log_decay, initial_state, *, constant_decay: bool) -> None:
@@ -78,6 +112,84 @@ def by_channel(log_decay, shape, dtype) -> jax.Array:
     log_decay = jnp.asarray(log_decay).astype(dtype)
     missing = {1: (0, 1, 3), 3: (3,), 4: ()}[log_decay.ndim]
     return jnp.broadcast_to(jnp.expand_dims(log_decay, missing), shape)
+
+
+class Inputs(NamedTuple):
+    """What a run of ``LinearAttention`` is made of. Arrays ``[B, T, ...]``."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K]
+    starts: jax.Array | None  # [B, T] bool, true where a document begins and the state with it
+    present: jax.Array | None  # [B, T] bool, given with a constant decay: true but for padding, which must not decay
+
+
+class _Run(NamedTuple):
+    """Arrays by chunk, heads before time: ``[B, H, T, ...]``."""
+
+    inner: jax.Array  # [B, H, T, V], what the tokens read of the tokens of the run
+    queries: jax.Array  # [B, H, T, K], what reads the state before the run
+    keys: jax.Array  # [B, H, T, K], decayed to the end of the run
+    values: jax.Array
+    kept: jax.Array  # [B, H, K or 1], how much of the state before the run is in the one after
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearAttention:
+    """The family (``recurrence.Family``) of these recurrences.
+
+    ``inputs`` are ``Inputs``; ``constants`` is None or a log decay ``[H]`` that is constant in time. M is diagonal: a
+    summary is ``(kept [B, H, K or 1], C [B, H, K, V])``.
+    """
+
+    scale: float
+
+    def prepare(self, inputs: Inputs, constants: jax.Array | None) -> _Run:
+        wide = dtypes.wide(inputs.q.dtype, inputs.k.dtype, inputs.v.dtype)
+        narrow = functools.reduce(np.promote_types, (inputs.q.dtype, inputs.k.dtype, inputs.v.dtype))
+        q, k, v = (x.swapaxes(1, 2).astype(narrow) for x in inputs[:3])
+        log_decay = inputs.log_decay
+        if constants is not None:
+            log_decay = jnp.where(inputs.present[..., None], constants[None, None], jnp.zeros((), constants.dtype))
+        since_start, until_end, kept = None, None, jnp.ones_like(q[:, :, :1, 0], dtype=wide)
+        if log_decay is not None:
+            log_decay = log_decay.swapaxes(1, 2).astype(wide)
+            log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+            since_start, until_end = decay.since_start(log_decay), decay.until_end(log_decay)
+            kept = decay.whole(log_decay)
+        (attention,) = decay.pairwise((q,), k, log_decay)
+        if inputs.starts is not None:
+            run = jnp.cumsum(inputs.starts, axis=1, dtype=jnp.int32)[:, None]
+            attention = _where(run[..., :, None] == run[..., None, :], attention)
+            since_start = _where((run == 0)[..., None], since_start, wide)
+            until_end = _where((run == run[..., -1:])[..., None], until_end, wide)
+            kept = _where(run[..., -1:] == 0, kept)
+        inner = dtypes.product("...ij,...jv->...iv", attention.astype(narrow), v)
+        return _Run(inner, _scaled(q, since_start), _scaled(k, until_end), v, kept)
+
+    def summarise(self, run: _Run) -> tuple[jax.Array, jax.Array]:
+        return run.kept, dtypes.product("...tk,...tv->...kv", run.keys, run.values)
+
+    def compose(self, earlier, later) -> tuple[jax.Array, jax.Array]:
+        return later[0] * earlier[0], self.advance(later, earlier[1])
+
+    def advance(self, summary, state: jax.Array) -> jax.Array:
+        return summary[0][..., None] * state + summary[1]
+
+    def apply(self, run: _Run, state: jax.Array) -> jax.Array:
+        """o ``[B, T, H, V]`` in the dtype of the products."""
+        outer = dtypes.product("...tk,...kv->...tv", run.queries, state.astype(run.queries.dtype))
+        return (self.scale * (run.inner + outer)).astype(run.values.dtype).swapaxes(1, 2)
+
+
+def _where(condition: jax.Array, x: jax.Array | None, dtype=None) -> jax.Array:
+    """x, or 1 if None, where the condition holds, else 0."""
+    return condition.astype(dtype) if x is None else jnp.where(condition, x, jnp.zeros((), x.dtype))
+
+
+def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)
 
 
 def _recurrent(q, k, v, log_decay, initial_state, starts, scale):

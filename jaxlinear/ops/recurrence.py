@@ -19,11 +19,14 @@ Run = Any  # what a family keeps of a run
 Summary = Any  # (M, C)
 State = Any  # [B, ...]
 
+# The inputs of a group of chunks: what follows from them is then still in the cache when it is read.
+_CPU_GROUP_BYTES = 1 << 20
+
 
 class Family(Protocol):
     """One kind of transition. Hashable, so that it can be a static argument; all arrays are in its arguments.
 
-    Zeros in ``inputs`` are tokens that change nothing: a run is padded with them.
+    Zeros at the end of ``inputs`` are tokens that change nothing: a run is padded with them.
     """
 
     def prepare(self, inputs: Inputs, constants: Constants) -> Run:
@@ -44,7 +47,7 @@ class Family(Protocol):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def chunked(family: Family, chunk: int, inputs: Inputs, constants: Constants, state: State) -> tuple[jax.Array, State]:
-    """Runs a family in chunks of time: every chunk at once, but for the fold of their maps over the state.
+    """Runs a family in chunks of time: a group of chunks at once, but for the fold of their maps over the state.
 
     Kept for the backward pass are the inputs and the state before each chunk; the rest is computed again. Backward,
     with D_n the gradient of chunk n's outputs with respect to the state before it, the gradient of the state after
@@ -65,71 +68,171 @@ def chunked(family: Family, chunk: int, inputs: Inputs, constants: Constants, st
 
 def _forward(family, chunk, inputs, constants, state):
     batch, length = jax.tree.leaves(inputs)[0].shape[:2]
-    run = family.prepare(_split(inputs, chunk), constants)
-    summaries = _by_chunk(family.summarise(run), batch)
-    before, final = _fold(family, summaries, state)
-    outputs = _join(family.apply(run, _flat(before)), batch, length)
-    outputs, before = checkpoint_name((outputs, before), "recurrence")
+    groups, span = _groups(inputs, chunk)
+    padded = _pad(inputs, groups * span)
+
+    def step(state, i):
+        run = family.prepare(split(_part(padded, i, span), chunk), constants)
+        before, state = fold(family, by_chunk(family.summarise(run), batch), state)
+        return state, (join(family.apply(run, flat(before)), batch, span), before)
+
+    final, (outputs, before) = _scan(step, state, groups)
+    outputs, before = checkpoint_name((outputs[:, :length], before), "recurrence")
     return (outputs, final), (inputs, constants, before)
 
 
 def _backward(family, chunk, residuals, cotangents):
     inputs, constants, before = residuals
     d_outputs, d_final = cotangents
-    batch = d_outputs.shape[0]
+    length = d_outputs.shape[1]
+    groups, span = _groups(inputs, chunk)
+    padded = _pad((inputs, d_outputs), groups * span)
 
-    def local(inputs, constants, before):
-        run = family.prepare(inputs, constants)
-        return family.apply(run, before), family.summarise(run)
+    def step(carry, i):
+        d_state, d_constants = carry
+        part, d_part = _part(padded, i, span)
+        gradients = Gradients(family, chunk, part, constants, _part(before, i, span // chunk), d_part)
+        after, d_state = gradients.fold_back(d_state)
+        d_inputs, more = gradients.of_inputs(after)
+        return (d_state, jax.tree.map(jnp.add, d_constants, more)), d_inputs
 
-    chunks, states = _split(inputs, chunk), _flat(before)
-    (_, summaries), pullback = jax.vjp(local, chunks, constants, states)
-    d_outputs = _split(d_outputs, chunk)
-    zeros = jax.tree.map(jnp.zeros_like, summaries)
-    through_outputs = _by_chunk(pullback((d_outputs, zeros))[2], batch)  # D
-    after, d_state = _fold_back(family, _by_chunk(summaries, batch), through_outputs, d_final)  # G
-    _, of_advance = jax.vjp(lambda summary: family.advance(summary, states), summaries)
-    d_inputs, d_constants, _ = pullback((d_outputs, of_advance(_flat(after))[0]))
-    length = jax.tree.leaves(inputs)[0].shape[1]
-    return jax.tree.map(lambda x: _join(x, batch, length), d_inputs), d_constants, d_state
+    carry = d_final, jax.tree.map(jnp.zeros_like, constants)
+    (d_state, d_constants), d_inputs = _scan(step, carry, groups, reverse=True)
+    return jax.tree.map(lambda x: x[:, :length], d_inputs), d_constants, d_state
 
 
 chunked.defvjp(_forward, _backward)
 
 
-def _fold(family: Family, summaries: Summary, state: State) -> tuple[State, State]:
+class Gradients:
+    """The backward pass of a run in chunks, whose forward pass is computed again.
+
+    ``before`` are the states before each chunk ``[B, N, ...]``.
+    """
+
+    def __init__(
+        self, family: Family, chunk: int, inputs: Inputs, constants: Constants, before: State, d_outputs: jax.Array
+    ):
+        self._family, (self._batch, self._length) = family, d_outputs.shape[:2]
+
+        def local(chunks, constants, states):
+            run = family.prepare(chunks, constants)
+            return family.apply(run, states), family.summarise(run)
+
+        self._states = flat(before)
+        (_, self._summaries), self._pullback = jax.vjp(local, split(inputs, chunk), constants, self._states)
+        self._d_outputs = split(d_outputs, chunk)
+        zeros = jax.tree.map(jnp.zeros_like, self._summaries)
+        self._through_outputs = by_chunk(self._pullback((self._d_outputs, zeros))[2], self._batch)  # D
+
+    def fold_back(self, d_final: State) -> tuple[State, State]:
+        """The gradients of the states after each chunk ``[B, N, ...]``, G, and of the state before the first."""
+        summaries = by_chunk(self._summaries, self._batch)
+
+        def step(d_state, n):
+            through_state = transposed(self._family, _at(summaries, n)[0], d_state)
+            d_before = jax.tree.map(jnp.add, _at(self._through_outputs, n), through_state)
+            return d_before, jax.tree.map(lambda x: x[:, None], d_state)
+
+        d_state, after = _scan(step, d_final, _count(summaries), reverse=True)
+        return after, d_state
+
+    def of_inputs(self, after: State) -> tuple[Inputs, Constants]:
+        """The gradients of the inputs ``[B, T, ...]`` (None for those that have none) and of the constants."""
+        _, of_advance = jax.vjp(lambda summary: self._family.advance(summary, self._states), self._summaries)
+        d_chunks, d_constants, _ = self._pullback((self._d_outputs, of_advance(flat(after))[0]))
+        return jax.tree.map(lambda x: join(x, self._batch, self._length), d_chunks), d_constants
+
+
+def fold(family: Family, summaries: Summary, state: State) -> tuple[State, State]:
     """The states before each chunk ``[B, N, ...]`` and after the last, from the chunks' maps ``[B, N, ...]``."""
 
-    def step(n, carry):
-        state, before = carry
-        before = jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, n, axis=1), before, state)
-        return family.advance(_at(summaries, n), state), before
+    def step(state, n):
+        return family.advance(_at(summaries, n), state), jax.tree.map(lambda x: x[:, None], state)
 
-    count = _count(summaries)
-    before = jax.tree.map(lambda x: jnp.zeros_like(x, shape=(x.shape[0], count, *x.shape[1:])), state)
-    final, before = lax.fori_loop(0, count, step, (state, before))
+    final, before = _scan(step, state, _count(summaries))
     return before, final
 
 
-def _fold_back(family: Family, summaries: Summary, through_outputs: State, d_final: State) -> tuple[State, State]:
-    """The gradients of the states after each chunk ``[B, N, ...]``, and of the state before the first."""
-    count = _count(summaries)
-
-    def step(i, carry):
-        n = count - 1 - i
-        d_state, after = carry
-        after = jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, n, axis=1), after, d_state)
-        transposed = jax.linear_transpose(lambda state: _linear_part(family, _at(summaries, n), state), d_state)
-        return jax.tree.map(jnp.add, _at(through_outputs, n), transposed(d_state)[0]), after
-
-    after = jax.tree.map(jnp.zeros_like, through_outputs)
-    d_state, after = lax.fori_loop(0, count, step, (d_final, after))
-    return after, d_state
+def whole(family: Family, summaries: Summary) -> Summary:
+    """The map of all chunks, one after the other, from theirs ``[B, N, ...]``."""
+    step = lambda n, total: family.compose(total, _at(summaries, n))  # noqa: E731
+    return lax.fori_loop(1, _count(summaries), step, _at(summaries, 0))
 
 
-def _linear_part(family: Family, summary: Summary, state: State) -> State:
-    transition, addition = summary
-    return family.advance((transition, jax.tree.map(jnp.zeros_like, addition)), state)
+def transposed(family: Family, transition: Any, d_state: State) -> State:
+    """M^T d_state."""
+    none = jax.tree.map(jnp.zeros_like, d_state)
+    return jax.linear_transpose(lambda state: family.advance((transition, none), state), d_state)(d_state)[0]
+
+
+def _scan(step, carry, count: int, reverse: bool = False):
+    """``lax.scan`` of ``step(carry, i)``, whose outputs ``[B, n, ...]`` are laid side by side: ``[B, count * n, ...]``."""
+    if count == 1:
+        return step(carry, 0)
+
+    def place(i, loop):
+        i = count - 1 - i if reverse else i
+        carry, pieces = step(loop[0], i)
+
+        def put(row, piece):
+            return lax.dynamic_update_slice_in_dim(row, piece, i * piece.shape[1], axis=1)
+
+        return carry, jax.tree.map(put, loop[1], pieces)
+
+    def row(piece):
+        return jnp.zeros_like(piece, shape=(piece.shape[0], count * piece.shape[1], *piece.shape[2:]))
+
+    _, pieces = jax.eval_shape(step, carry, jnp.zeros((), jnp.int32))
+    return lax.fori_loop(0, count, place, (carry, jax.tree.map(row, pieces)))
+
+
+def _groups(inputs: Inputs, chunk: int) -> tuple[int, int]:
+    """How many groups of chunks are taken one after the other, and the tokens of one.
+
+    On CPU as many chunks are a group as fit ``_CPU_GROUP_BYTES``; elsewhere all of them. Groups are equal, so that
+    nothing is padded but the last chunk.
+    """
+    leaves = jax.tree.leaves(inputs)
+    chunks = -(-leaves[0].shape[1] // chunk)
+    together = chunks
+    if jax.default_backend() == "cpu":
+        size = sum(x.size * x.dtype.itemsize for x in leaves)
+        fitting = _CPU_GROUP_BYTES * chunks // max(size, 1)
+        together = next(n for n in range(max(1, min(chunks, fitting)), 0, -1) if chunks % n == 0)
+    return chunks // together, together * chunk
+
+
+def _pad(tree: Any, length: int) -> Any:
+    """``[B, T, ...]`` to ``[B, length, ...]``, with zeros at the end."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2))), tree)
+
+
+def _part(tree: Any, i, size: int) -> Any:
+    """``[B, T, ...]`` -> ``[B, size, ...]``, the i-th of such."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * size, size, axis=1), tree)
+
+
+def split(tree: Any, chunk: int) -> Any:
+    """``[B, T, ...]`` -> ``[B * N, chunk, ...]``, padded with zeros at the end."""
+    length = jax.tree.leaves(tree)[0].shape[1]
+    tree = _pad(tree, length + -length % chunk)
+    return jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[2:]), tree)
+
+
+def join(x: jax.Array, batch: int, length: int) -> jax.Array | None:
+    """The inverse of ``split``; None for the gradient of what has none (bools)."""
+    return None if x.dtype == jax.dtypes.float0 else x.reshape(batch, -1, *x.shape[2:])[:, :length]
+
+
+def by_chunk(tree: Any, batch: int) -> Any:
+    """``[B * N, ...]`` -> ``[B, N, ...]``."""
+    return jax.tree.map(lambda x: x.reshape(batch, -1, *x.shape[1:]), tree)
+
+
+def flat(tree: Any) -> Any:
+    """``[B, N, ...]`` -> ``[B * N, ...]``."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 def _count(summaries: Summary) -> int:
@@ -138,28 +241,3 @@ def _count(summaries: Summary) -> int:
 
 def _at(tree, n):
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, n, axis=1, keepdims=False), tree)
-
-
-def _split(tree, chunk: int):
-    """``[B, T, ...]`` -> ``[B * N, chunk, ...]``, padded with zeros at the end."""
-
-    def one(x):
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(-1, chunk, *x.shape[2:])
-
-    return jax.tree.map(one, tree)
-
-
-def _join(x: jax.Array, batch: int, length: int) -> jax.Array | None:
-    """The inverse of ``_split``; None for the gradient of what has none (bools)."""
-    return None if x.dtype == jax.dtypes.float0 else x.reshape(batch, -1, *x.shape[2:])[:, :length]
-
-
-def _by_chunk(tree, batch: int):
-    """``[B * N, ...]`` -> ``[B, N, ...]``."""
-    return jax.tree.map(lambda x: x.reshape(batch, -1, *x.shape[1:]), tree)
-
-
-def _flat(tree):
-    """``[B, N, ...]`` -> ``[B * N, ...]``."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)

@@ -12,6 +12,18 @@ def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, in
     return min(starts), max(stops)
 
 
-def place(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This process's rows as its part of the global batch on the mesh."""
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+def place(batch: dict[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> dict[str, jax.Array]:
+    """The global batch of ``batch_size`` rows, of which ``batch`` are this process's: whole rows of T tokens, of which
+    each device gets its part."""
+
+    def one(rows: np.ndarray) -> jax.Array:
+        shape = (batch_size, rows.shape[1])
+        first, _ = local_rows(sharding, shape)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return rows[start - first : stop - first, index[1]]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: one(rows) for name, rows in batch.items()}

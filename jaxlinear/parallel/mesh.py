@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlinear.errors import UserError
+from jaxlinear.parallel import sharding
 
 AXES = ("data", "fsdp", "sequence", "tensor", "expert")
 
@@ -33,4 +34,4 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where ``[B, T]`` arrays of tokens lie."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
+    return NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"], sharding.RULES["time"]))

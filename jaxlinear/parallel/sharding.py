@@ -1,20 +1,23 @@
 """Logical axes of parameters and activations, and the rules that map them to the axes of the mesh."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Every logical axis and the mesh axes that it is spread over. One that is not named here is replicated.
 RULES: Mapping[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "time": ("sequence",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
     "recurrent": ("tensor",),
     "heads": ("tensor",),
+    "expert": ("expert",),
 }
 
 _meshes: list[Mesh] = []
@@ -50,8 +53,25 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
 
 
+def mesh_in_use() -> Mesh | None:
+    return _meshes[-1] if _meshes else None
+
+
+def token_by_token(function: Callable[..., Any], *tokens: jax.Array) -> Any:
+    """``function(*tokens)`` of arrays ``[B, T, ...]`` to such arrays, each device with its own tokens alone: for what
+    XLA would rather gather than split, such as ``top_k``."""
+    mesh = mesh_in_use()
+    if mesh is None or mesh.size == 1:
+        return function(*tokens)
+    rows = spec(("batch", "time"), tokens[0].shape[:2], mesh)
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows)(*tokens)
+
+
+def parts(axis: str) -> int:
+    """Over how many devices a logical axis is spread on the mesh in use."""
+    return math.prod(_meshes[-1].shape.get(name, 1) for name in RULES[axis]) if _meshes else 1
+
+
 def batch_groups() -> int:
     """Over how many devices the batch is spread on the mesh in use."""
-    if not _meshes:
-        return 1
-    return _meshes[-1].shape.get("data", 1) * _meshes[-1].shape.get("fsdp", 1)
+    return parts("batch")

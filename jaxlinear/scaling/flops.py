@@ -7,6 +7,7 @@ Norms, activations and the optimiser are left out: less than 1% at any size wort
 
 from collections.abc import Callable
 
+from jaxlinear.models import mixers
 from jaxlinear.models.config import ModelConfig
 
 FORWARD_AND_BACKWARD = 3
@@ -20,10 +21,119 @@ def rg_lru(config: ModelConfig, length: int) -> float:
 
 
 def sliding_window(config: ModelConfig, length: int) -> float:
-    """Queries and outputs D x D, one key and value head, and the products with the tokens that are seen."""
-    d, k = config.width, config.head_width
-    seen = mean_context(length, config.window)
-    return 2 * 2 * d * config.num_heads * k + 2 * 2 * d * k + 2 * 2 * config.num_heads * k * seen
+    """As ``attention``, but that a token sees the window."""
+    return _attention(config, mean_context(length, config.window))
+
+
+def attention(config: ModelConfig, length: int) -> float:
+    """Queries and outputs D x D, keys and values D x G K, and the products with the tokens that are seen."""
+    return _attention(config, mean_context(length, length))
+
+
+def _attention(config: ModelConfig, seen: float) -> float:
+    d, h, k = config.width, config.num_heads, config.head_width
+    return 2 * 2 * d * h * k + 2 * 2 * d * config.key_value_heads * k + 2 * 2 * h * k * seen
+
+
+def convolution(config: ModelConfig, length: int) -> float:
+    """Three projections D x R and the convolution."""
+    d, r = config.width, config.recurrent_width
+    return 3 * 2 * d * r + 2 * config.convolution_width * r
+
+
+def mamba2(config: ModelConfig, length: int) -> float:
+    """Projections D x (2 R + 2 N + H) and R x D, the convolution over R + 2 N channels, the state's update and its read
+    (2 N P each a head, decays left out), and the skip."""
+    d, r, w = config.width, config.recurrent_width, config.convolution_width
+    h, n, p = mixers.mamba2.widths(config)
+    return 2 * d * (3 * r + 2 * n + h) + 2 * w * (r + 2 * n) + 2 * 2 * h * n * p + 2 * r
+
+
+def delta_net(config: ModelConfig, length: int) -> float:
+    """Projections D x H (2 K + V + 1) and H V x D, and ``_delta_rule``."""
+    h, k, v = mixers.delta_net.widths(config)
+    return 2 * config.width * h * (2 * k + 2 * v + 1) + _delta_rule(config, h, k, v)
+
+
+def gated_delta_net(config: ModelConfig, length: int) -> float:
+    """As DeltaNet, and the projections of the decay, D x H, and of the gate, D x H V."""
+    h, k, v = mixers.gated_delta_net.widths(config)
+    return 2 * config.width * h * (2 * k + 3 * v + 2) + _delta_rule(config, h, k, v)
+
+
+def kda(config: ModelConfig, length: int) -> float:
+    """As DeltaNet, and two maps of rank V, to the decays, H K, and to the gate, H V."""
+    h, k, v = mixers.kda.widths(config)
+    low_rank = 2 * v * (2 * config.width + h * k + h * v)
+    return 2 * config.width * h * (2 * k + 2 * v + 1) + low_rank + _delta_rule(config, h, k, v)
+
+
+def _delta_rule(config: ModelConfig, h: int, k: int, v: int) -> float:
+    """The convolutions of q, k and v; of each head the read at the key, the write that replaces what was read, and the
+    read at the query (2 K V each, decays left out), and the difference that is written (2 V)."""
+    return 2 * config.convolution_width * h * (2 * k + v) + h * (3 * 2 * k * v + 2 * v)
+
+
+def lru(config: ModelConfig, length: int) -> float:
+    """B, D x R, and the real part of C, R x D, both complex; the gated unit D x 2 D; of each state a complex product and
+    sum (8) and a real factor of the input (2); and the skip."""
+    d, r = config.width, config.recurrent_width
+    return 2 * 2 * 2 * d * r + 2 * 2 * d * d + 10 * r + 2 * d
+
+
+def s5(config: ModelConfig, length: int) -> float:
+    """As the LRU, of R / 2 states, whose input has a complex factor (6), and a gate D x D."""
+    d, r = config.width, config.recurrent_width
+    return 2 * 2 * d * r + 2 * d * d + 7 * r + 2 * d
+
+
+def gateloop(config: ModelConfig, length: int) -> float:
+    """Seven projections D x R; of each channel the transition from its magnitude and phase (2), k v, a complex product
+    with the state to which it is added (7), and the real part of its product with q (1)."""
+    d, r = config.width, config.recurrent_width
+    return 7 * 2 * d * r + 11 * r
+
+
+def gla(config: ModelConfig, length: int) -> float:
+    """Queries and keys D x H K, values, gate and output D x H V, the decay's two maps of rank 16, and
+    ``_linear_attention``."""
+    h, k, v = mixers.gla.widths(config)
+    low_rank = 2 * mixers.gla.GATE_RANK * (config.width + h * k)
+    return 2 * config.width * h * (2 * k + 3 * v) + low_rank + _linear_attention(h, k, v)
+
+
+def hgrn2(config: ModelConfig, length: int) -> float:
+    """Queries and forget gates D x H K, values and output D x H V, and ``_linear_attention``."""
+    h, k, v = mixers.hgrn2.widths(config)
+    return 2 * config.width * h * (2 * k + 2 * v) + _linear_attention(h, k, v)
+
+
+def lightning(config: ModelConfig, length: int) -> float:
+    """Queries and keys D x H K, values, gate and output D x H V, and ``_linear_attention``."""
+    h, k, v = mixers.lightning.widths(config)
+    return 2 * config.width * h * (2 * k + 3 * v) + _linear_attention(h, k, v)
+
+
+def linear_attention(config: ModelConfig, length: int) -> float:
+    """Queries and keys D x H K, values and output D x H V, Hedgehog's maps K x K of queries and keys in each head, and
+    ``_linear_attention`` of the features and of one value channel more, but for the identity; no decay."""
+    h, k, v = mixers.linear_attention.widths(config)
+    features = mixers.linear_attention.features(config.feature_map, k)
+    maps = 2 * 2 * h * k * k if config.feature_map == "hedgehog" else 0
+    values = v if config.feature_map == "identity" else v + 1
+    return 2 * config.width * h * (2 * k + 2 * v) + maps + _linear_attention(h, features, values, decays=False)
+
+
+def retention(config: ModelConfig, length: int) -> float:
+    """Queries and keys D x H K, values, gate and output D x H V, and ``_linear_attention``."""
+    h, k, v = mixers.retention.widths(config)
+    return 2 * config.width * h * (2 * k + 3 * v) + _linear_attention(h, k, v)
+
+
+def _linear_attention(h: int, k: int, v: int, decays: bool = True) -> float:
+    """Of each head: the product that is added to the state and the read at the query (2 K V each), and the decay (K V).
+    It is that of the recurrence; what the chunked form does more is not counted."""
+    return h * k * v * (5 if decays else 4)
 
 
 def gated_mlp(config: ModelConfig) -> float:
@@ -31,7 +141,37 @@ def gated_mlp(config: ModelConfig) -> float:
     return 3 * 2 * config.width * config.mlp_width
 
 
-MIXERS: dict[str, Callable[[ModelConfig, int], float]] = {"rg_lru": rg_lru, "sliding_window": sliding_window}
+def mixture_of_experts(config: ModelConfig) -> float:
+    """The router, D x E, and of each expert that a token goes to three projections D x F and the sum."""
+    d, k = config.width, config.experts_per_token
+    return 2 * d * config.experts + k * (3 * 2 * d * config.expert_width + 2 * d)
+
+
+CHANNEL_MIXERS: dict[str, Callable[[ModelConfig], float]] = {
+    "gated_mlp": gated_mlp,
+    "mixture_of_experts": mixture_of_experts,
+    "none": lambda config: 0,
+}
+
+
+MIXERS: dict[str, Callable[[ModelConfig, int], float]] = {
+    "attention": attention,
+    "convolution": convolution,
+    "delta_net": delta_net,
+    "gated_delta_net": gated_delta_net,
+    "gateloop": gateloop,
+    "gla": gla,
+    "hgrn2": hgrn2,
+    "kda": kda,
+    "lightning": lightning,
+    "linear_attention": linear_attention,
+    "lru": lru,
+    "mamba2": mamba2,
+    "retention": retention,
+    "rg_lru": rg_lru,
+    "s5": s5,
+    "sliding_window": sliding_window,
+}
 
 
 def mean_context(length: int, window: int) -> float:
@@ -42,7 +182,8 @@ def mean_context(length: int, window: int) -> float:
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
     """Of one token in a sequence of ``length``, the logits included and the look-up of embeddings not."""
-    layers = sum(MIXERS[name](config, length) + gated_mlp(config) for name in config.layers)
+    channel_mixer = CHANNEL_MIXERS[config.channel_mixer]
+    layers = sum(MIXERS[name](config, length) + channel_mixer(config) for name in config.layers)
     return layers + 2 * config.width * config.vocab_size
 
 

@@ -15,7 +15,7 @@ from jaxlinear import data
 from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import UserError
 from jaxlinear.models import parameters
-from jaxlinear.parallel import feeding
+from jaxlinear.parallel import feeding, sharding, start
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training.optimizer import make_optimizer
 
@@ -68,7 +68,7 @@ class Job:
                 raise UserError(
                     f"{workdir} holds a run on data of another tokeniser than that of {self.config.data.path}"
                 )
-        else:
+        elif start.is_first():
             tokenizer.save(workdir)
 
 
@@ -118,14 +118,21 @@ def _with_vocabulary(config: config_dict.ConfigDict, vocab_size: int) -> config_
 
 def _check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     rows = config.training.batch_size // config.training.microbatches
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    axes = sharding.RULES["batch"]
+    parts = math.prod(mesh.shape[axis] for axis in axes)
     if rows % parts:
         raise UserError(
             f"training.batch_size={config.training.batch_size} in {config.training.microbatches} microbatches is "
-            f"{rows} rows, which the mesh (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}) does not divide; "
+            f"{rows} rows, which the mesh ({' x '.join(f'{axis} {mesh.shape[axis]}' for axis in axes)}) does not divide; "
             f"the nearest batch size that works is "
             f"{max(1, round(rows / parts)) * parts * config.training.microbatches}"
         )
-    for axis in ("sequence", "expert"):
-        if mesh.shape[axis] > 1:
-            raise UserError(f"mesh.{axis}={mesh.shape[axis]}: no layer can be split over {axis} yet; set it to 1")
+    if mesh.shape["sequence"] > 1:
+        raise UserError(f"mesh.sequence={mesh.shape['sequence']}: no layer can be split over sequence yet; set it to 1")
+    model, parts = config.model, mesh.shape["expert"]
+    if parts > 1 and model.channel_mixer != "mixture_of_experts":
+        raise UserError(
+            f"mesh.expert={parts}: the model has no experts (model.channel_mixer is {model.channel_mixer!r}); set it to 1"
+        )
+    if parts > 1 and model.experts % parts:
+        raise UserError(f"mesh.expert={parts} does not divide model.experts={model.experts}")

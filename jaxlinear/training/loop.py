@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
+from jaxlinear import config as configs
 from jaxlinear import data
 from jaxlinear.checkpoint import Checkpoints
-from jaxlinear.parallel import feeding
+from jaxlinear.parallel import feeding, start
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import state as states
 from jaxlinear.training import workdir as workdirs
@@ -34,9 +36,10 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
     again, it follows the uninterrupted run exactly.
     """
     job = Job.build(config)
+    start.check_agreement("the config", configs.to_json(job.config))
     directory = workdirs.prepare(workdir, job.config)
     job.check_tokenizer(directory)
-    interrupted = _on_sigterm()
+    stop = _Stop()
     checkpoints = Checkpoints(directory, job.config)
     try:
         state, first = _restore_or_create(job, checkpoints)
@@ -44,7 +47,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
             directory, step=first, steps=job.config.training.steps, tensorboard=job.config.logging.tensorboard
         )
         try:
-            return _run(job, state, first, directory, checkpoints, writer, interrupted)
+            return _run(job, state, first, directory, checkpoints, writer, stop)
         finally:
             writer.close()
     finally:
@@ -67,7 +70,7 @@ def _run(
     directory: Path,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
-    interrupted: list[bool],
+    preempted: "_Stop",
 ) -> int:
     config, steps = job.config, job.config.training.steps
     sharding = meshes.batch_sharding(job.mesh)
@@ -77,7 +80,8 @@ def _run(
 
     step_fn = make_train_step(config, job.architecture, job.optimizer, job.mesh)
     loss_step = make_loss_step(config, job.architecture, job.mesh)
-    batch = feeding.place(job.batches[first], sharding)
+    rows = config.training.batch_size
+    batch = feeding.place(job.batches[first], sharding, rows)
     begin = time.perf_counter()
     compiled = step_fn.lower(state, batch).compile()
     _LOG.info("compiled the step in %.1f s", time.perf_counter() - begin)
@@ -93,11 +97,11 @@ def _run(
             meter.read(*pending)
         pending = (done, metrics)
 
-        stop = interrupted[0]
+        stop = preempted.after(done)
         last = done == steps or stop
         if not last:
             with meter.waiting():
-                batch = feeding.place(job.batches[done], sharding)
+                batch = feeding.place(job.batches[done], sharding, rows)
         evaluating = config.evaluation.every_steps and (done % config.evaluation.every_steps == 0 or done == steps)
         saving = done % config.checkpoint.every_steps == 0 or last
         if not (evaluating or saving):
@@ -132,7 +136,7 @@ def _evaluate(job: Job, loss_step, params: dict[str, Any]) -> dict[str, float]:
     sharding = meshes.batch_sharding(job.mesh)
     total, count = 0.0, 0
     for batch in job.heldout_batches():
-        nll, targets = loss_step(params, feeding.place(batch, sharding))
+        nll, targets = loss_step(params, feeding.place(batch, sharding, job.config.training.batch_size))
         total += float(nll.sum())
         count += int(targets.sum())
     split = data.read_manifest(job.heldout_path).splits["heldout"]
@@ -140,15 +144,23 @@ def _evaluate(job: Job, loss_step, params: dict[str, Any]) -> dict[str, float]:
     return {"heldout_loss": loss, "heldout_bits_per_byte": loss / math.log(2) * split.tokens / split.bytes}
 
 
-def _on_sigterm() -> list[bool]:
-    """A cell that turns true when SIGTERM comes."""
-    cell = [False]
+class _Stop:
+    """Whether SIGTERM came. Processes that train together stop after the same step, whichever of them it came to: JAX
+    then handles the signal and agrees on the step."""
 
-    def handle(*_: Any) -> None:
-        cell[0] = True
+    def __init__(self) -> None:
+        self._came = False
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._handle)
 
-    signal.signal(signal.SIGTERM, handle)
-    return cell
+    def _handle(self, *_: Any) -> None:
+        self._came = True
+
+    def after(self, step: int) -> bool:
+        """To be asked after each step."""
+        if jax.process_count() == 1:
+            return self._came
+        return multihost_utils.reached_preemption_sync_point(step)
 
 
 class _Trace:

@@ -10,6 +10,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxlinear.parallel import start
+
 FILE = "metrics.jsonl"
 
 
@@ -18,14 +20,17 @@ class MetricsWriter:
     those steps will be taken again."""
 
     def __init__(self, workdir: Path, *, step: int, steps: int, tensorboard: bool):
-        self._file = _open_at(workdir / FILE, step)
-        self._board = SummaryWriter(str(workdir), purge_step=step + 1) if tensorboard else None
+        # The first process of a run writes; the others' lines go nowhere.
+        first = start.is_first()
+        self._file = _open_at(workdir / FILE, step) if first else open(os.devnull, "a")
+        self._board = SummaryWriter(str(workdir), purge_step=step + 1) if tensorboard and first else None
         self._bar = tqdm(
             total=steps,
             initial=step,
             unit="step",
             mininterval=0.5 if sys.stderr.isatty() else 20,
             file=sys.stderr,
+            disable=not first,
             dynamic_ncols=True,
         )
 
@@ -46,7 +51,8 @@ class MetricsWriter:
     def sync(self) -> None:
         """Returns when the lines written so far are on the disk: before a checkpoint that stands for their steps."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if start.is_first():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._bar.close()

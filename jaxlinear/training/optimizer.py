@@ -53,13 +53,14 @@ def make_optimizer(config: config_dict.ConfigDict, architecture: Architecture) -
 
 
 def decay_mask(architecture: Architecture) -> Tree:
-    """True for matrices: parameters with two axes or more, not counting that of layers stacked by the scan."""
-    return _map(architecture, lambda path, axes, stacked: len(axes) - stacked >= 2)
+    """True for matrices: parameters with two axes or more, not counting that of layers stacked by the scan; not for the
+    biases of experts, ``[E, F]``."""
+    return _map(architecture, lambda path, axes, stacked: len(axes) - stacked >= 2 and not path[-1].endswith("bias"))
 
 
 def _muon_matrices(architecture: Architecture) -> Tree:
     """Which axes of a parameter Muon takes for a matrix's; None where it is not one that maps activations to
-    activations (embeddings, filters and vectors, which AdamW updates)."""
+    activations (embeddings, routers, filters and vectors, which AdamW updates)."""
 
     def numbers(path: tuple[str, ...], axes: tuple, stacked: int) -> contrib.MuonDimensionNumbers | None:
         if not path[-1].endswith("kernel") or path[-1].startswith("convolution"):

@@ -33,7 +33,8 @@ def make_train_step(
     """The jitted ``(TrainState, Batch) -> (TrainState, Metrics)`` on a mesh. The state is donated.
 
     Metrics are float32 scalars: ``loss`` (nats a token), ``gradient_norm``, ``parameter_norm``, ``learning_rate``,
-    ``skips``, ``skips_in_a_row``, and norms by group of layers if ``logging.layer_norms``.
+    ``skips``, ``skips_in_a_row``, the losses of the layers (``load_balance`` and ``router_z`` of a mixture of experts),
+    and norms by group of layers if ``logging.layer_norms``.
     """
     training = config.training
     multiplier = make_schedule(config)
@@ -51,7 +52,11 @@ def make_train_step(
             z_loss=training.z_loss,
             groups=sharding.batch_groups(),
         )
-        return total, nll
+        # The weights make the cross-entropy of the microbatches a sum; the losses of the layers are means of each.
+        losses = {name: loss / training.microbatches for name, loss in losses.items()}
+        for name, loss in losses.items():
+            total += training[f"{name}_loss"] * loss
+        return total, {"loss": nll, **losses}
 
     def gradients(parameters, batch):
         targets = batch["segment_ids"] > 0
@@ -60,16 +65,17 @@ def make_train_step(
         if training.microbatches == 1:
             return gradient(parameters, batch, weights)
 
-        def one(carry, part):
-            return jax.tree.map(jnp.add, carry, gradient(parameters, *part)), None
+        def one(total, part):
+            more, losses = gradient(parameters, *part)
+            return jax.tree.map(jnp.add, total, more), losses
 
-        zeros = jax.tree.map(jnp.zeros_like, (parameters, jnp.zeros((), jnp.float32)))
         parts = jax.tree.map(lambda x: _microbatches(x, training.microbatches), (batch, weights))
-        return lax.scan(one, zeros, parts)[0]
+        total, losses = lax.scan(one, jax.tree.map(jnp.zeros_like, parameters), parts)
+        return total, jax.tree.map(lambda x: jnp.sum(x, axis=0), losses)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with sharding.use_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-            gradient, loss = gradients(state.parameters, batch)
+            gradient, losses = gradients(state.parameters, batch)
             norm = optax.tree.norm(gradient)
             applied = jnp.isfinite(norm) & ~_is_spike(state, norm, training.spike_multiple)
             updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.parameters)
@@ -86,7 +92,7 @@ def make_train_step(
                 skips_in_a_row=jnp.where(applied, 0, state.skips_in_a_row + 1),
             )
             metrics = {
-                "loss": loss,
+                **losses,
                 "gradient_norm": norm,
                 "parameter_norm": optax.tree.norm(new.parameters),
                 "learning_rate": learning_rate,

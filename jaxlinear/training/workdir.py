@@ -6,7 +6,9 @@ from pathlib import Path
 from ml_collections import config_dict
 
 from jaxlinear import config as configs
+from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
+from jaxlinear.parallel import start
 
 CONFIG = "config.json"
 
@@ -38,12 +40,18 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
 def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
     """Makes the directory, or checks that the run in it is the one that ``config`` describes; writes the config."""
     directory = Path(workdir)
+    if (directory / DIRECTORY / "0").exists():  # a run saves from step 1 on
+        raise UserError(
+            f"{workdir} holds imported weights, without the state of an optimiser: they can be evaluated, sampled from and "
+            "exported, not trained; give the new run a --workdir of its own"
+        )
     if (directory / CONFIG).exists():
         check_same_run(directory, read_config(directory), config)
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / (CONFIG + ".tmp")
-    temporary.write_text(configs.to_json(config))
-    os.replace(temporary, directory / CONFIG)
+    if start.is_first():
+        temporary = directory / (CONFIG + ".tmp")
+        temporary.write_text(configs.to_json(config))
+        os.replace(temporary, directory / CONFIG)
     return directory
 
 

@@ -1,6 +1,6 @@
 """The mixers once more, from their equations, in float64 NumPy: ``oracle(parameters, x [B, T, D], ids, config)`` -> y,
 from an empty past. One file a family, each with its ``ORACLES`` by the mixer's name."""
 
-from tests.mixer_oracles import griffin
+from tests.mixer_oracles import attention, delta_rule, diagonal, griffin, linear_attention
 
-ORACLES = griffin.ORACLES
+ORACLES = attention.ORACLES | griffin.ORACLES | delta_rule.ORACLES | linear_attention.ORACLES | diagonal.ORACLES

@@ -26,6 +26,29 @@ COUNTS = {
     "griffin_14b": 13_814_535_168,
     "recurrentgemma_2b": 2_682_862_080,
     "recurrentgemma_9b": 8_579_977_216,
+    "s5_small": 54_210_048,
+    "mamba2_130m": 128_989_632,
+    "mamba2_370m": 368_346_624,
+    "mamba2_780m": 780_161_280,
+    "mamba2_1b3": 1_343_757_312,
+    "mamba2_2b7": 2_702_599_680,
+    "delta_net_340m": 374_362_112,
+    "delta_net_1b3": 1_365_677_056,
+    "gated_delta_net_1b3": 1_309_295_488,
+    "gla_340m": 341_707_776,
+    "gla_1b3": 1_365_514_240,
+    "retnet_1b3": 1_351_714_816,
+    "hgrn2_1b3": 1_364_396_032,
+    "transformer_340m": 373_867_520,
+    "transformer_1b3": 1_364_297_728,
+    "samba_421m": 420_161_376,
+    "samba_1b3": 1_323_046_296,
+    "gla_hybrid_340m": 341_403_648,
+    "delta_net_hybrid_340m": 374_114_816,
+    "delta_net_global_340m": 374_320_896,
+    "based_360m": 362_620_928,
+    "based_1b3": 1_349_453_056,
+    "linear_llama3_1b": 1_311_312_640,
 }
 
 
@@ -65,6 +88,98 @@ def test_recurrentgemma_2b_by_hand():
     total = vocab * width + 18 * (recurrent + mlp + norms) + 8 * (local + mlp + norms) + width
     assert total == 2_682_862_080
     assert describe(ModelConfig(**presets.find("recurrentgemma_2b"))).num_parameters == total
+
+
+def test_mamba2_130m_by_hand():
+    """The published checkpoint has as many: 50,288 words; 24 layers of width 768, 24 heads of 64, a state of 128."""
+    vocab, width, inner, state, heads = 50_288, 768, 1536, 128, 24
+    projections = width * (2 * inner + 2 * state + heads) + inner * width
+    convolution = 4 * (inner + 2 * state) + inner + 2 * state
+    layer = projections + convolution + 3 * heads + inner + width  # A, dt and D; the gated norm and that of the block
+    assert vocab * width + 24 * layer + width == COUNTS["mamba2_130m"]
+
+
+def test_delta_net_340m_by_hand():
+    """32,000 words, twice; 24 layers of width 1024, 8 heads of 128. With tied embeddings it would be 341.6 M."""
+    vocab, width, heads, head = 32_000, 1024, 8, 128
+    mixer = 4 * width * width + heads * width + 3 * 4 * width + head  # q, k, v, out; beta; convolutions; norm
+    mlp = 3 * width * 2816
+    total = 2 * vocab * width + 24 * (mixer + mlp + 2 * width) + width
+    assert total == COUNTS["delta_net_340m"]
+
+
+def test_gated_delta_net_1b3_by_hand():
+    """32,000 words; 16 layers of width 2400, 9 heads with keys of 200 and values of 400. The authors' program has 18
+    numbers a layer more: a bias of beta, and a skip that it does not use."""
+    vocab, width, heads, keys, values = 32_000, 2400, 9, 1800, 3600
+    mixer = width * (2 * keys + 3 * values + 2 * heads)  # q, k; v, gate, out; beta and the decay
+    mixer += 4 * (2 * keys + values) + 2 * heads + 400  # convolutions; A and dt; norm
+    mlp = 3 * width * 5888
+    total = vocab * width + 16 * (mixer + mlp + 2 * width) + width
+    assert total == COUNTS["gated_delta_net_1b3"]
+
+
+def test_s5_small_by_hand():
+    """32,000 words; 12 layers of width 512 with 256 complex states."""
+    vocab, width, states, inner = 32_000, 512, 256, 1536
+    mixer = 3 * states + 2 * (2 * width * states) + width + width * width + width  # L and Delta, B and C, D, gate
+    mlp = 2 * (width * inner + inner) + inner * width + width
+    assert vocab * width + 12 * (mixer + mlp + 2 * width) + width == COUNTS["s5_small"]
+
+
+def test_transformer_340m_by_hand():
+    """32,000 words, twice; 24 layers of width 1024. With tied embeddings it would be 341.1 M."""
+    layer = 4 * 1024 * 1024 + 3 * 1024 * 2816 + 2 * 1024
+    assert 2 * 32_000 * 1024 + 24 * layer + 1024 == COUNTS["transformer_340m"]
+
+
+def test_based_360m_by_hand():
+    """50,264 words; 27 layers of width 1024: 17 convolutions of 2048 channels, 5 of linear attention with 16 heads that
+    have 16 channels of keys, 5 windows."""
+    width, inner = 1024, 2048
+    convolution = 2 * (width * inner + inner) + 3 * inner + inner * width + width
+    linear, window = 2 * width * 256 + 2 * width * width, 4 * width * width
+    mlp_and_norms = 3 * width * inner + 2 * width
+    total = 50_264 * width + 17 * convolution + 5 * linear + 5 * window + 27 * mlp_and_norms + width
+    assert total == COUNTS["based_360m"]
+
+
+def test_the_hybrids_have_their_layers_where_they_were_published():
+    layers = {name: ModelConfig(**presets.find(name)).layers for name in COUNTS}
+    for name in ("samba_421m", "gla_hybrid_340m", "delta_net_hybrid_340m"):
+        assert set(layers[name][1::2]) == {"sliding_window"} and len(set(layers[name][0::2])) == 1, name
+    of_full_attention = [i + 1 for i, mixer in enumerate(layers["delta_net_global_340m"]) if mixer == "attention"]
+    assert of_full_attention == [2, 13]  # of 24: the second, and the one after the middle
+    of_full_attention = [i + 1 for i, mixer in enumerate(layers["linear_llama3_1b"]) if mixer == "attention"]
+    assert of_full_attention == [4, 8, 12, 16]
+    for name, depth, each in (("based_360m", 27, 5), ("based_1b3", 36, 7)):
+        counts = {mixer: layers[name].count(mixer) for mixer in set(layers[name])}
+        assert counts == {"convolution": depth - 2 * each, "linear_attention": each, "sliding_window": each}
+        assert layers[name][:8] == tuple(
+            {"c": "convolution", "l": "linear_attention", "w": "sliding_window"}[letter] for letter in "clwccclw"
+        )
+
+
+def test_gla_340m_by_hand():
+    """32,000 words; 24 layers of width 1024, 4 heads with keys of 128 and values of 256."""
+    vocab, width, keys, rank, mlp = 32_000, 1024, 512, 16, 2816
+    mixer = width * (2 * keys + 3 * width) + rank * (width + keys) + keys + 256  # q, k; v, gate, out; decay; norm
+    total = vocab * width + 24 * (mixer + 3 * width * mlp + 2 * width) + width
+    assert total == COUNTS["gla_340m"]
+
+
+def test_retnet_1b3_by_hand():
+    """32,000 words, twice; 24 layers of width 2048, whose mixer has 8 D^2."""
+    vocab, width, mlp = 32_000, 2048, 2816
+    total = 2 * vocab * width + 24 * (8 * width * width + 3 * width * mlp + 2 * width) + width
+    assert total == COUNTS["retnet_1b3"]
+
+
+def test_hgrn2_1b3_by_hand():
+    """32,000 words, twice; 24 layers of width 2048, 4 D^2 in the mixer, its norm and its lower bound."""
+    vocab, width, mlp = 32_000, 2048, 5632
+    total = 2 * vocab * width + 24 * (4 * width * width + 2 * width + 3 * width * mlp + 2 * width) + width
+    assert total == COUNTS["hgrn2_1b3"]
 
 
 def test_layers_repeat_the_pattern():

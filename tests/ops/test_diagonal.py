@@ -1,6 +1,7 @@
 """linear_recurrence against the step-by-step oracle, its gradients, its laws, and inputs at the limits."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import linear_recurrence
+from jaxlinear.ops import SAVED, diagonal, linear_recurrence, recurrence
 from tests import naive, numerics, oracles
 
 BACKENDS = ["recurrent", "associative"]
@@ -26,6 +27,9 @@ CASES = {
     "scalar": (3, 100, (), False, True, "real", "real"),
     "constant": (3, 7, (4,), False, False, "constant", "real"),
     "constant_packed": (1, 64, (4,), True, True, "constant", "real"),
+    "constant_complex": (3, 7, (4,), False, True, "constant complex", "real"),
+    "constant_complex_reverse": (3, 7, (4,), True, True, "constant complex", "complex"),
+    "constant_one_token": (3, 1, (4,), False, True, "constant complex", "complex"),
     "long": (3, 257, (4,), False, True, "real", "real"),
     "long_reverse": (1, 64, (4,), True, True, "real", "real"),
 }
@@ -36,12 +40,12 @@ def case(name):
     """Inputs, cotangents and, from the oracles, outputs and gradients."""
     batch, length, trailing, reverse, packed, kind_a, kind_x = CASES[name]
     random = np.random.default_rng(length)
-    shape = trailing if kind_a == "constant" else (batch, length, *trailing)
+    shape = trailing if kind_a.startswith("constant") else (batch, length, *trailing)
     a = numerics.uniform(random, *shape, low=-0.3, high=1.0)
-    if kind_a == "complex":
+    if kind_a.endswith("complex"):
         a = numerics.representable(0.9 * a) + 1j * numerics.uniform(random, *shape, low=-0.4, high=0.4)
     x = numerics.normal(random, batch, length, *trailing, complex_=kind_x == "complex")
-    state = numerics.normal(random, batch, *trailing, complex_="complex" in (kind_a, kind_x))
+    state = numerics.normal(random, batch, *trailing, complex_="complex" in kind_a + kind_x)
     ids = np.cumsum(random.random((batch, length)) < 0.08, axis=1, dtype=np.int32) % 2 if packed else None
     outputs = oracles.linear_recurrence(a, x, state, ids, reverse)
     cotangents = numerics.cotangents_like(random, outputs)
@@ -66,6 +70,28 @@ def test_values_and_gradients(name, backend, dtype):
     h, final = found
     assert h.dtype == (complex_ if np.iscomplexobj(outputs[0]) else dtype)
     assert final.dtype == (complex_ if np.iscomplexobj(outputs[0]) else real)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [name for name in CASES if "complex" in name])
+def test_complex_numbers_as_real_arithmetic(monkeypatch, name, backend):
+    """The same values and, by JAX's convention, the same gradients; nothing complex is carried through time."""
+    monkeypatch.setattr(diagonal, "REAL_ARITHMETIC_ON", ("cpu",))
+    inputs, cotangents, ids, outputs, gradients = case(name)
+    op = functools.partial(linear_recurrence, segment_ids=ids, reverse=CASES[name][3], backend=backend)
+    for dtype in ("float64", "float32"):
+        found, found_gradients = numerics.run(numerics.with_gradients(op), inputs, cotangents, dtype=dtype)
+        numerics.assert_close(found, outputs, numerics.TOLERANCES[dtype])
+        numerics.assert_close(found_gradients, gradients, numerics.TOLERANCES[dtype])
+    steps = jax.make_jaxpr(diagonal._steps, static_argnums=(3, 4, 5))
+    x = jnp.ones((1, 4, 2), jnp.complex64)
+    assert dtypes_of_products(steps(x, x, None, False, backend, False)) == {"complex64"}
+    assert dtypes_of_products(steps(x, x, None, False, backend, True)) == {"float32"}
+
+
+def dtypes_of_products(jaxpr):
+    equations = re.findall(r":(f32|c64|i32)\[[^]]*\] = mul ", str(jaxpr))
+    return {{"f32": "float32", "c64": "complex64"}[name] for name in equations if name != "i32"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,6 +122,21 @@ def test_no_initial_state_is_zeros(backend):
     found = linear_recurrence(a, x, backend=backend)
     numerics.assert_close(found, linear_recurrence(a, x, jnp.zeros((2, 3)), backend=backend), 0)
     numerics.assert_close(found, oracles.linear_recurrence(numerics.wide(a), numerics.wide(x)), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_remat_saves_the_states(dtype):
+    """One loop forward and one backward; the forward one is not run again."""
+    x = jnp.asarray(numerics.normal(np.random.default_rng(2), 1, 6, 2), dtype)
+
+    def objective(remat):
+        op = lambda a, x: linear_recurrence(a, 2 * x, backend="recurrent")[0]  # noqa: E731
+        op = jax.checkpoint(op, policy=jax.checkpoint_policies.save_only_these_names(*SAVED)) if remat else op
+        return lambda a, x: jnp.sum(jnp.abs(op(a, x)) ** 2)
+
+    gradients = [jax.grad(objective(remat), (0, 1)) for remat in (True, False)]
+    numerics.assert_close(*(jax.jit(gradient)(0.5 * x, x) for gradient in gradients), 1e-6)
+    assert str(jax.make_jaxpr(gradients[0])(0.5 * x, x)).count("scan[") == 2
 
 
 # Laws, on [1, 12, 2] in float64, so that each function is compiled once for each length.
@@ -158,6 +199,63 @@ def test_reversing_time_twice_changes_nothing(backend, seed, ids):
     turned = [np.flip(y, 1) for y in (a, x)]
     h_turned, final_turned = numerics.run(OPS[backend, True], *turned, state, np.flip(ids, 1), dtype="float64")
     numerics.assert_close((np.flip(h_turned, 1), final_turned), (h, final), 1e-12)
+
+
+@functools.cache
+def ways(constant):
+    """Of ``(a, x, state, starts)``, with gradients: the operation, then the family in one run, in two whose maps are
+    composed, and in pieces of 4 tokens. ``starts`` is of numbers, which have gradients: 1 where a document begins."""
+    family = diagonal.Diagonal()
+
+    def prepare(a, x, starts):
+        return family.prepare((None, x, starts > 0), a) if constant else family.prepare((a, x, starts > 0), None)
+
+    def operation(a, x, state, starts):
+        state = jnp.where(starts[:, :1] > 0, jnp.zeros_like(state), state)
+        return linear_recurrence(a, x, state, segment_ids=jnp.cumsum(starts, axis=1))
+
+    def one_run(a, x, state, starts):
+        run = prepare(a, x, starts)
+        return family.apply(run, state), family.advance(family.summarise(run), state)
+
+    def two_runs(a, x, state, starts):
+        runs = [prepare(a if constant else a[:, part], x[:, part], starts[:, part]) for part in (PAST, REST)]
+        first, second = (family.summarise(run) for run in runs)
+        outputs = [family.apply(runs[0], state), family.apply(runs[1], family.advance(first, state))]
+        return jnp.concatenate(outputs, axis=1), family.advance(family.compose(first, second), state)
+
+    def pieces(a, x, state, starts):
+        inputs, constants = ((None, x, starts > 0), a) if constant else ((a, x, starts > 0), None)
+        return recurrence.chunked(family, 4, inputs, constants, state)
+
+    return [numerics.with_gradients(way) for way in (operation, one_run, two_runs, pieces)]
+
+
+PAST, REST = slice(None, 5), slice(5, None)
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["varying", "constant"])
+@given(seed=seeds, ids=some_ids, anew=st.booleans())
+@settings(law, max_examples=8)
+def test_the_family_is_the_operation_however_time_is_split(constant, seed, ids, anew):
+    random = np.random.default_rng(seed)
+    a, x, state = (0.7 * y + 0.7j * z for y, z in zip(law_inputs(seed), law_inputs(seed + 1), strict=True))
+    starts = np.diff(ids, axis=1, prepend=ids[:, :1]) != 0
+    starts[:, 0] = anew
+    inputs = (a[0, 0] if constant else a, x, state, starts.astype(np.float64))
+    cotangents = numerics.cotangents_like(random, (x, state))
+    operation, *others = (numerics.run(way, inputs, cotangents, dtype="float64") for way in ways(constant))
+    for other in others:
+        numerics.assert_close(other, operation, 1e-12)
+
+
+def test_a_map_does_not_grow_with_its_run():
+    family = diagonal.Diagonal()
+    summary = lambda *inputs: family.summarise(family.prepare(inputs, None))  # noqa: E731
+    for length in (1, 9):
+        x = jax.ShapeDtypeStruct((2, length, 3), jnp.bfloat16)
+        maps = jax.eval_shape(summary, x, x, jax.ShapeDtypeStruct((2, length), bool))
+        assert [(leaf.shape, leaf.dtype) for leaf in maps] == [((2, 3), jnp.float32)] * 2
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -231,3 +329,17 @@ def test_an_unknown_backend_is_refused():
     x = jnp.ones((1, 2, 1))
     with pytest.raises(UserError, match="linear_recurrence has no backend 'chunked'; it has 'auto', 'rec"):
         linear_recurrence(x, x, backend="chunked")
+
+
+@pytest.mark.parametrize(
+    "a, state, message",
+    [
+        ((2, 5, 1), (2, 3), r"a \(2, 5, 1\) does not fit x \(2, 5, 3\); it is \[B, T, ...\] or \[...\]"),
+        ((5, 3), (2, 3), r"a \(5, 3\) does not fit"),
+        ((2,), (2, 3), r"a \(2,\) does not fit"),
+        ((3,), (1, 3), r"the initial state is \(1, 3\), not \[B, ...\] = \(2, 3\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(a, state, message):
+    with pytest.raises(UserError, match=message):
+        linear_recurrence(jnp.ones(a), jnp.ones((2, 5, 3)), jnp.ones(state))

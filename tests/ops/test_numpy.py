@@ -21,6 +21,7 @@ CALLS = {
         [draw(1, 5, 2, 4), draw(1, 5, 1, 4), draw(1, 5, 1, 4)],
         {"window": 2},
     ),
+    "attention": (ops.causal_attention, [draw(1, 5, 2, 4), draw(1, 5, 1, 4), draw(1, 5, 1, 4)], {}),
     "convolution": (ops.causal_convolution, [draw(1, 5, 3), draw(4, 3), draw(3), draw(1, 3, 3)], {}),
 }
 

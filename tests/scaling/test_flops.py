@@ -37,6 +37,116 @@ def test_sliding_window_by_hand():
     assert flops.sliding_window(CONFIG, LENGTH) == projections + products == 6_032
 
 
+def test_attention_by_hand():
+    """4 query heads of 8, and two for keys and values."""
+    config = dataclasses.replace(CONFIG, key_value_heads=2)
+    seen = sum(range(1, 33)) / 32
+    projections = 2 * 2 * 32 * 32 + 2 * 2 * 32 * 16  # query and out; key and value
+    products = 2 * 2 * 32 * seen
+    assert flops.attention(config, LENGTH) == projections + products == 8_256
+    assert flops.sliding_window(config, LENGTH) == flops.sliding_window(CONFIG, LENGTH) + 2 * 2 * 32 * 8
+
+
+def test_convolution_by_hand():
+    assert flops.convolution(CONFIG, LENGTH) == 3 * 2 * 32 * 48 + 2 * 4 * 48 == 9_600
+
+
+def test_mamba2_by_hand():
+    """3 heads with a state of 8 x 16."""
+    projections = 2 * 32 * (48 + 48 + 8 + 8 + 3) + 2 * 48 * 32  # z, x, B, C, dt; out
+    convolution, skip = 2 * 4 * (48 + 8 + 8), 2 * 48
+    recurrence = 3 * 2 * (2 * 8 * 16)
+    config = dataclasses.replace(CONFIG, key_width=8, value_width=16)
+    assert flops.mamba2(config, LENGTH) == projections + convolution + skip + recurrence == 12_576
+
+
+def test_delta_net_by_hand():
+    """4 heads of 8."""
+    projections = 2 * 32 * 32 * 4 + 2 * 32 * 4  # q, k, v, out; beta
+    convolution = 2 * 4 * 32 * 3
+    recurrence = 4 * (3 * 2 * 8 * 8 + 2 * 8)
+    assert flops.delta_net(CONFIG, LENGTH) == projections + convolution + recurrence == 10_816
+
+
+def test_gated_delta_net_by_hand():
+    """4 heads with keys of 6 and values of 12."""
+    projections = 2 * 32 * 24 * 2 + 2 * 32 * 48 * 3 + 2 * 32 * 4 * 2  # q, k; v, gate, out; beta, decay
+    convolution = 2 * 4 * (24 + 24 + 48)
+    recurrence = 4 * (3 * 2 * 6 * 12 + 2 * 12)
+    assert flops.gated_delta_net(CONFIG, LENGTH) == projections + convolution + recurrence == 15_392
+
+
+def test_kda_by_hand():
+    """4 heads of 8."""
+    low_rank = 2 * (2 * 32 * 8 + 2 * 8 * 32)
+    assert flops.kda(CONFIG, LENGTH) == flops.delta_net(CONFIG, LENGTH) + low_rank == 12_864
+
+
+def test_lru_by_hand():
+    """48 complex states."""
+    projections, unit = 2 * 2 * 32 * 48 + 2 * 2 * 48 * 32, 2 * 32 * 64  # into and out of two parts; value and gate
+    recurrence, skip = 48 * (6 + 2 + 2), 2 * 32
+    assert flops.lru(CONFIG, LENGTH) == projections + unit + recurrence + skip == 16_928
+
+
+def test_s5_by_hand():
+    """24 complex states."""
+    projections, gate = 2 * 2 * 32 * 24 + 2 * 2 * 24 * 32, 2 * 32 * 32
+    recurrence, skip = 24 * (6 + 2 + 6), 2 * 32
+    assert flops.s5(CONFIG, LENGTH) == projections + gate + recurrence + skip == 8_592
+
+
+def test_gateloop_by_hand():
+    """48 channels."""
+    projections = 2 * 32 * 48 * 7  # q, k, v, magnitude, phase, gate, out
+    recurrence = 48 * (2 + 1 + 6 + 1 + 1)
+    assert flops.gateloop(CONFIG, LENGTH) == projections + recurrence == 22_032
+
+
+def test_gla_by_hand():
+    """4 heads with keys of 4 and values of 8."""
+    projections = 2 * 32 * 16 * 2 + 2 * 32 * 32 * 3  # q, k; v, gate, out
+    decay = 2 * 32 * 16 + 2 * 16 * 16
+    recurrence = 4 * (2 * 2 + 1) * 4 * 8
+    assert flops.gla(CONFIG, LENGTH) == projections + decay + recurrence == 10_368
+
+
+def test_hgrn2_by_hand():
+    """4 heads of 8."""
+    config = dataclasses.replace(CONFIG, key_width=8)
+    assert flops.hgrn2(config, LENGTH) == 4 * 2 * 32 * 32 + 4 * (2 * 2 + 1) * 8 * 8 == 9_472
+
+
+def test_lightning_by_hand():
+    """4 heads of 8."""
+    assert flops.lightning(CONFIG, LENGTH) == 5 * 2 * 32 * 32 + 4 * (2 * 2 + 1) * 8 * 8 == 11_520
+
+
+def test_retention_by_hand():
+    """4 heads with keys of 8 and values of 16."""
+    projections = 2 * 2 * 32 * 32 + 3 * 2 * 32 * 64
+    assert flops.retention(CONFIG, LENGTH) == projections + 4 * (2 * 2 + 1) * 8 * 16 == 18_944
+
+
+@pytest.mark.parametrize(
+    "feature_map, key_width, features, values, maps, total",
+    [
+        ("identity", 8, 8, 8, 0, 9_216),
+        ("elu", 8, 8, 9, 0, 9_344),
+        ("relu", 8, 8, 9, 0, 9_344),
+        ("taylor", 16, 1 + 16 + 136, 9, 0, 34_320),
+        ("rebased", 16, 136, 9, 0, 31_872),
+        ("hedgehog", 8, 16, 9, 2 * 4 * 2 * 8 * 8, 11_520),
+    ],
+)
+def test_linear_attention_by_hand(feature_map, key_width, features, values, maps, total):
+    """4 heads with values of 8, and what is divided by."""
+    projections = 2 * 2 * 32 * 4 * key_width + 2 * 2 * 32 * 32
+    recurrence = 4 * 2 * 2 * features * values
+    config = dataclasses.replace(CONFIG, feature_map=feature_map)
+    assert flops.linear_attention(config, LENGTH) == projections + maps + recurrence == total
+
+
 def test_a_model_by_hand():
     mlp = 3 * 2 * 32 * 64
     assert flops.gated_mlp(CONFIG) == mlp == 12_288
@@ -55,7 +165,7 @@ def test_every_mixer_has_its_formula():
     assert set(flops.MIXERS) == set(mixers.MIXERS)
 
 
-@pytest.mark.parametrize("pattern", ["rg_lru", "sliding_window"])
+@pytest.mark.parametrize("pattern", ["rg_lru", "sliding_window", "attention", "convolution", "lru", "s5", "gateloop"])
 def test_xla_counts_as_many(pattern):
     """One layer, so that the scan's body, which XLA counts once, is the whole of it."""
     config = dataclasses.replace(

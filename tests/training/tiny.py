@@ -51,9 +51,11 @@ def config(**changes):
     return configs.resolve(made)
 
 
-@functools.cache
 def architecture(pattern=("rg_lru", "sliding_window"), num_layers=2):
-    return describe(configs.model_config(config(model__pattern=pattern, model__num_layers=num_layers)))
+    return described(configs.model_config(config(model__pattern=pattern, model__num_layers=num_layers)))
+
+
+described = functools.cache(describe)
 
 
 def parameters(architecture, seed=0):
@@ -92,7 +94,7 @@ class Trainer:
 
     def __init__(self, config, mesh=None):
         self.config, self.mesh = config, mesh or meshes.make_mesh(ONES, jax.devices()[:1])
-        self.architecture = architecture(config.model.pattern, config.model.num_layers)
+        self.architecture = described(configs.model_config(config))
         self.optimizer = make_optimizer(config, self.architecture)
         self.placed = states.shardings(self.architecture, self.optimizer, self.mesh)
         self.step = compiled(
@@ -117,7 +119,7 @@ class Trainer:
         return jax.device_put(copy.deepcopy(dataclasses.replace(state, **changes)), self.placed)
 
     def place(self, batch):
-        return feeding.place(batch, meshes.batch_sharding(self.mesh))
+        return feeding.place(batch, meshes.batch_sharding(self.mesh), len(batch["tokens"]))
 
     def __call__(self, state, batch):
         """The state and the metrics after a step, as NumPy arrays."""

@@ -3,13 +3,47 @@
 ``Mixer(config, layer=..., rngs=...)`` builds one; its place in the model matters to a few. ``mixer(x, segment_ids=None, state=None) -> (y, state)`` runs it over
 ``[B, T, D]``, from an empty past or from a state; ``mixer.init_state(batch)`` is the empty past. A state is a pytree of
 arrays with B first, whose size does not depend on the tokens seen.
+
+A class may declare ``ACROSS_LAYERS``, functions by the name of a parameter: ``function(rows [L, ...]) -> [L, ...]`` takes
+the parameter of every layer of this mixer, in their order, and gives what the mixer of each layer finds in its place.
 """
 
 from jaxlinear.errors import UserError
+from jaxlinear.models.mixers.attention import Attention
+from jaxlinear.models.mixers.convolution import Convolution
+from jaxlinear.models.mixers.delta_net import DeltaNet
+from jaxlinear.models.mixers.gated_delta_net import GatedDeltaNet
+from jaxlinear.models.mixers.gateloop import GateLoop
+from jaxlinear.models.mixers.gla import GLA
+from jaxlinear.models.mixers.hgrn2 import HGRN2
+from jaxlinear.models.mixers.kda import KimiDeltaAttention
+from jaxlinear.models.mixers.lightning import Lightning
+from jaxlinear.models.mixers.linear_attention import LinearAttention
+from jaxlinear.models.mixers.lru import LRU
+from jaxlinear.models.mixers.mamba2 import Mamba2
+from jaxlinear.models.mixers.retention import Retention
 from jaxlinear.models.mixers.rg_lru import RGLRUBlock
+from jaxlinear.models.mixers.s5 import S5
 from jaxlinear.models.mixers.sliding_window import SlidingWindow
 
-MIXERS = {"rg_lru": RGLRUBlock, "sliding_window": SlidingWindow}
+MIXERS = {
+    "attention": Attention,
+    "convolution": Convolution,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "gateloop": GateLoop,
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "kda": KimiDeltaAttention,
+    "lightning": Lightning,
+    "linear_attention": LinearAttention,
+    "lru": LRU,
+    "mamba2": Mamba2,
+    "retention": Retention,
+    "rg_lru": RGLRUBlock,
+    "s5": S5,
+    "sliding_window": SlidingWindow,
+}
 
 
 def find(name: str):

@@ -1,0 +1,173 @@
+"""Every operation and backend: time and peak memory a token, forward and with gradients, over the length of a sequence.
+
+    python benchmarks/ops.py [--lengths=256,1024,4096,16384,65536] [--tokens=65536] [--heads=4 --width=64] [--json=FILE]
+    python benchmarks/ops.py --ratio_length=4096        # chunked against recurrent at one shape, in turn
+
+B * T is the same at every length, so that a perfectly linear operation takes the same time a token everywhere; softmax
+attention of the same width stands beside, and the first length at which each operation is faster than it is printed. A
+backward pass of the ``recurrent`` backend keeps a state for every token, so it is measured on --recurrent_tokens only;
+the ratio of chunked to recurrent is measured at one shape for both, in turn.
+
+Memory is XLA's own figure for the compiled program: its temporaries and its outputs, without the inputs.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+from alternating import alternate
+
+from jaxlinear import cli
+from jaxlinear.errors import UserError
+
+_OPS = flags.DEFINE_list("ops", None, "Some of them only, by name.")
+_LENGTHS = flags.DEFINE_list("lengths", ["256", "1024", "4096", "16384", "65536"], "T.")
+_TOKENS = flags.DEFINE_integer("tokens", 65_536, "B * T.", lower_bound=1)
+_RECURRENT_TOKENS = flags.DEFINE_integer("recurrent_tokens", 8_192, "B * T of the recurrent backends.", lower_bound=1)
+_HEADS = flags.DEFINE_integer("heads", 4, "H.", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("width", 64, "K = V; the diagonal recurrence has H * K channels.", lower_bound=1)
+_RATIO_LENGTH = flags.DEFINE_integer("ratio_length", None, "Only the ratio of chunked to recurrent, at B=1 and this T.")
+_WINDOW = flags.DEFINE_integer("window", 512, "Of sliding_window_attention.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Runs that count; one more, the first, does not.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+
+# name: the operation, the decay it is given, its backends
+CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "linear_recurrence": ("linear_recurrence", "", ("recurrent", "associative")),
+    "linear_attention": ("linear_attention", "none", ("recurrent", "chunked")),
+    "linear_attention_constant": ("linear_attention", "constant", ("chunked",)),
+    "linear_attention_scalar": ("linear_attention", "scalar", ("chunked",)),
+    "linear_attention_channel": ("linear_attention", "channel", ("recurrent", "chunked")),
+    "delta_rule": ("delta_rule", "none", ("recurrent", "chunked")),
+    "delta_rule_scalar": ("delta_rule", "scalar", ("chunked",)),
+    "delta_rule_channel": ("delta_rule", "channel", ("recurrent", "chunked")),
+    "sliding_window_attention": ("sliding_window_attention", "", ("chunked",)),
+    "attention": ("causal_attention", "", ("chunked",)),
+}
+
+
+def main() -> None:
+    names = list(CASES) if _OPS.value is None else _OPS.value
+    if unknown := [name for name in names if name not in CASES]:
+        raise UserError(f"--ops={unknown[0]} is not one of {', '.join(CASES)}")
+    result: dict[str, Any] = {"load_average": os.getloadavg()[0], "heads": _HEADS.value, "width": _WIDTH.value}
+    if _RATIO_LENGTH.value:
+        result["ratios"] = _ratios(names, _RATIO_LENGTH.value)
+    else:
+        result["rows"] = _table(names, [int(length) for length in _LENGTHS.value])
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _table(names: list[str], lengths: list[int]) -> list[dict[str, Any]]:
+    print(
+        f"{'operation':27} {'backend':12} {'T':>6} {'B':>4}   us/token: {'forward':>8} {'+backward':>9}   MiB: forward"
+    )
+    rows = []
+    for name in names:
+        for backend in CASES[name][2]:
+            for length in lengths:
+                total = _RECURRENT_TOKENS.value if backend == "recurrent" else _TOKENS.value
+                if length > total:
+                    continue
+                parts = {pas: _case(name, backend, total // length, length, pas) for pas in ("forward", "gradient")}
+                seconds = alternate({pas: part[0] for pas, part in parts.items()}, _ROUNDS.value)
+                row = {"operation": name, "backend": backend, "length": length, "batch": total // length}
+                for pas, (_, memory) in parts.items():
+                    row[f"{pas}_us_per_token"] = 1e6 * statistics.median(seconds[pas]) / total
+                    row[f"{pas}_bytes"] = memory
+                rows.append(row)
+                print(
+                    f"{name:27} {backend:12} {length:6} {row['batch']:4} {'':11} {row['forward_us_per_token']:8.3f} "
+                    f"{row['gradient_us_per_token']:9.3f}   {row['forward_bytes'] / 2**20:8.1f} "
+                    f"+backward {row['gradient_bytes'] / 2**20:8.1f}",
+                    flush=True,
+                )
+    _crossings(rows)
+    return rows
+
+
+def _crossings(rows: list[dict[str, Any]]) -> None:
+    """The first measured length at which each operation, with gradients, is faster than softmax attention."""
+    attention = {row["length"]: row["gradient_us_per_token"] for row in rows if row["operation"] == "attention"}
+    for name, backend in {(row["operation"], row["backend"]): None for row in rows if row["operation"] != "attention"}:
+        own = {
+            r["length"]: r["gradient_us_per_token"] for r in rows if (r["operation"], r["backend"]) == (name, backend)
+        }
+        faster = [length for length in sorted(own) if length in attention and own[length] < attention[length]]
+        if attention:
+            at = f"from T = {faster[0]:,} on" if faster else "at no measured length"
+            print(f"{name} ({backend}) is faster than attention {at}")
+
+
+def _ratios(names: list[str], length: int) -> dict[str, Any]:
+    ratios = {}
+    for name in names:
+        backends = CASES[name][2]
+        if "chunked" not in backends or CASES[name][0] not in ("linear_attention", "delta_rule"):
+            continue
+        parts = {backend: _case(name, backend, 1, length, "gradient")[0] for backend in ("recurrent", "chunked")}
+        seconds = alternate(parts, _ROUNDS.value)
+        each = [slow / fast for slow, fast in zip(seconds["recurrent"], seconds["chunked"], strict=True)]
+        ratios[name] = {"ratio": statistics.median(each), "ratios": each, "seconds": seconds}
+        print(f"{name:27} T={length} B=1: chunked is {ratios[name]['ratio']:.1f} times as fast, forward + backward")
+    return ratios
+
+
+def _case(name: str, backend: str, batch: int, length: int, pas: str) -> tuple[Callable[[], float], int]:
+    """A function that runs it once and returns its seconds, and the bytes that the program needs."""
+    import jax
+    import numpy as np
+
+    from jaxlinear import ops
+
+    operation, decay, _ = CASES[name]
+    heads, width = _HEADS.value, _WIDTH.value
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return jax.numpy.asarray(random.standard_normal(shape), "float32")
+
+    if operation == "linear_recurrence":
+        a = jax.numpy.asarray(random.uniform(0.5, 1, (batch, length, heads * width)), "float32")
+        inputs = {"a": a, "x": normal(batch, length, heads * width)}
+    else:
+        inputs = {axis: normal(batch, length, heads, width) for axis in ("q", "k", "v")}
+        inputs["k"] = inputs["k"] / jax.numpy.linalg.norm(inputs["k"], axis=-1, keepdims=True)
+    if operation == "delta_rule":
+        inputs["beta"] = jax.nn.sigmoid(normal(batch, length, heads))
+    shapes = {"constant": (heads,), "scalar": (batch, length, heads), "channel": (batch, length, heads, width)}
+    if decay in shapes:
+        inputs["log_decay"] = jax.nn.log_sigmoid(4 + normal(*shapes[decay]))
+
+    function: Callable = functools.partial(getattr(ops, operation), backend=backend)
+    if operation == "sliding_window_attention":
+        function = functools.partial(function, window=_WINDOW.value)
+
+    def outputs(inputs: dict) -> Any:
+        found = function(**inputs)
+        return found[0] if isinstance(found, tuple) else found
+
+    def gradient(inputs: dict) -> Any:
+        o, pullback = jax.vjp(outputs, inputs)
+        return pullback(o)
+
+    compiled = jax.jit(outputs if pas == "forward" else gradient).lower(inputs).compile()
+    memory = compiled.memory_analysis()
+
+    def go() -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled(inputs))
+        return time.perf_counter() - begin
+
+    return go, memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,50 @@
+"""Parameters that depend on those of the other layers, which a layer does not see under the scan."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxlinear.models import mixers
+from jaxlinear.models.blocks import Period
+from jaxlinear.models.config import ModelConfig
+
+
+def across_layers(config: ModelConfig, periods: Any, rest: Period | None) -> tuple[Any, Period | None]:
+    """The blocks of a model, in which what a mixer's class has in ``ACROSS_LAYERS`` is done (``mixers/__init__.py``).
+
+    Args:
+      periods: one module with stacked parameters, a list of modules, or None.
+      rest: the blocks after them.
+    """
+    declared = {mixer: getattr(mixers.find(mixer), "ACROSS_LAYERS", {}) for mixer in config.pattern}
+    if not any(declared.values()):
+        return periods, rest
+    periods, rest = nnx.clone((periods, rest))
+    # Axis 0 of a stack's parameters is that of its repetitions; the place in the pattern comes after it.
+    parts = [(period, 0) for period in periods] if isinstance(periods, nnx.List) else [(periods, 1)]
+    parts = [(period, axis) for period, axis in [*parts, (rest, 0)] if period is not None]
+    for mixer, functions in declared.items():
+        for name, function in functions.items():
+            groups = []
+            for period, axis in parts:
+                blocks = zip(period.blocks, config.pattern, strict=False)  # the rest ends before the pattern
+                variables = [getattr(block.mixer, name) for block, kind in blocks if kind == mixer]
+                groups += [(variables, axis)] if variables else []
+            _replace(groups, function)
+    return periods, rest
+
+
+def _replace(groups: list[tuple[list[nnx.Variable], int]], function: Callable[[jax.Array], jax.Array]) -> None:
+    """Sets variables to the function of all of them, as rows in the order of the layers. A group's are stacked on an axis,
+    and all axes up to it are those of layers."""
+    stacks = [jnp.stack([variable[...] for variable in variables], axis) for variables, axis in groups]
+    rows = [stack.reshape(-1, *stack.shape[axis + 1 :]) for stack, (_, axis) in zip(stacks, groups, strict=True)]
+    ends = np.cumsum([len(part) for part in rows])
+    new = jnp.split(function(jnp.concatenate(rows)), ends[:-1])
+    for (variables, axis), stack, part in zip(groups, stacks, new, strict=True):
+        for variable, value in zip(variables, jnp.unstack(part.reshape(stack.shape), axis=axis), strict=True):
+            variable[...] = value

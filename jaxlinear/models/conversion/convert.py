@@ -1,0 +1,195 @@
+"""Weights of other programs to a run's directory, and back."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import config_dict
+
+from jaxlinear import checkpoint
+from jaxlinear import config as configs
+from jaxlinear.data.tokenizer import INFO_FILE, Tokenizer, load_tokenizer, open_tokenizer
+from jaxlinear.errors import UserError
+from jaxlinear.models.conversion import flax, hugging_face
+from jaxlinear.models.conversion.family import Fields
+from jaxlinear.models.conversion.links import Plan
+from jaxlinear.streaming import StreamedArray
+from jaxlinear.training.workdir import CONFIG, read_config
+
+LAYOUTS = ("huggingface", "flax")
+TREE = "parameters"
+_OVERHEAD_BYTES = 1 << 20  # of a directory over its arrays
+
+
+def import_weights(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
+    """Makes a run's directory of another program's model: its config, its tokenizer, and a checkpoint of step 0.
+
+    Args:
+      source: a directory of Hugging Face with a recurrent_gemma, mamba2 or llama in safetensors, or a checkpoint of the
+        ``recurrentgemma`` package.
+      workdir: must not be there yet, or be empty.
+
+    What is wrong is refused before anything is written, and the directory appears when it is whole. In memory is a part of
+    one array, at most a tensor of one layer.
+    """
+    source, workdir = Path(source).absolute(), Path(workdir).absolute()
+    _check_empty(workdir)
+    if not source.is_dir():
+        raise UserError(f"{source} is not a directory")
+    if flax.is_one(source):
+        config, arrays, tokenizer = _from_flax(source)
+    elif hugging_face.is_one(source):
+        config, arrays, tokenizer = _from_hugging_face(source)
+    else:
+        raise UserError(
+            f"{source} is neither a directory of Hugging Face, with config.json and model.safetensors, nor a checkpoint of "
+            "recurrentgemma, with _METADATA"
+        )
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}; move the "
+            "tokenizer away to import the weights without it"
+        )
+    with _made_whole(workdir, arrays) as unfinished:
+        unfinished.mkdir()
+        (unfinished / CONFIG).write_text(configs.to_json(config), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(unfinished)
+        checkpoint.save_streamed(unfinished, config, TREE, arrays)
+
+
+def export_weights(
+    workdir: str | os.PathLike, target: str | os.PathLike, *, step: int | None = None, layout: str = "huggingface"
+) -> None:
+    """Writes a run's weights, in float32, and its tokenizer as another program has them.
+
+    Args:
+      workdir: the run; its newest checkpoint, or that of ``step``.
+      target: the directory to make; must not be there yet, or be empty.
+      layout: one of ``LAYOUTS``: that of Hugging Face, for a model that is a recurrent_gemma, mamba2 or llama, or that of
+        the ``recurrentgemma`` package.
+
+    Nothing is written before the model is known to be one of theirs and the checkpoint to be undamaged, and the target
+    appears when it is whole. In memory is at most one tensor of theirs; of a trained run, whose checkpoints hold each array
+    of all periods in one piece, those arrays of ours that the tensor is made of.
+    """
+    workdir, target = Path(workdir).absolute(), Path(target).absolute()
+    if layout not in LAYOUTS:
+        raise UserError(f"there is no layout {layout!r}; there are {' and '.join(LAYOUTS)}")
+    _check_empty(target)
+    model = configs.model_config(read_config(workdir))
+    tokenizer = load_tokenizer(workdir) if (workdir / INFO_FILE).is_file() else None
+    if layout == "flax":
+        fields, links = flax.fields(model), flax.links(model)
+    else:
+        family = hugging_face.family_of_model(model)
+        fields = family.fields(model) | hugging_face.shared_fields(
+            family.name, model, None if tokenizer is None else tokenizer.document_token
+        )
+        links = family.links(model)
+    tensors = Plan.of(model, links).to_theirs(checkpoint.Checkpoints(workdir).stream(TREE, step))
+    with _made_whole(target, tensors) as unfinished:
+        (flax if layout == "flax" else hugging_face).write(unfinished, fields, tensors)
+        if tokenizer is not None and tokenizer.file is not None:
+            shutil.copyfile(workdir / tokenizer.file, unfinished / tokenizer.file)
+
+
+class _Imported(NamedTuple):
+    config: config_dict.ConfigDict
+    arrays: dict[str, StreamedArray]
+    tokenizer: Tokenizer | None
+
+
+def _from_hugging_face(source: Path) -> _Imported:
+    fields = Fields(hugging_face.read_json(source / hugging_face.CONFIG), str(source / hugging_face.CONFIG))
+    family = hugging_face.family_of_fields(fields)
+    config = _config(family.model(fields) | {"dtype": fields.dtype()})
+    model = configs.model_config(config)
+    plan = Plan.of(model, family.links(model))
+    tensors = hugging_face.read_tensors(source)
+    if model.tied_embeddings:
+        tensors = hugging_face.without_copy(tensors, plan.name_of("embedding"), str(source))
+    plan.check(tensors, str(source))
+    return _Imported(config, plan.to_ours(tensors), _tokenizer([source], fields.optional("bos_token_id")))
+
+
+def _from_flax(source: Path) -> _Imported:
+    tensors = flax.read_tensors(source)
+    config = _config(flax.model(source, tensors))
+    model = configs.model_config(config)
+    plan = Plan.of(model, flax.links(model))
+    plan.check(tensors, str(source))
+    return _Imported(config, plan.to_ours(tensors), _tokenizer([source, source.parent]))
+
+
+def _config(model: Mapping[str, Any]) -> config_dict.ConfigDict:
+    config = configs.default()
+    config.model.update(model)
+    return configs.resolve(config)
+
+
+def _tokenizer(directories: Sequence[Path], first_token: int | None = None) -> Tokenizer | None:
+    """The tokenizer that lies with the weights. Its document token is the one that the model's texts began with."""
+    files = [directory / name for directory in directories for name in ("tokenizer.json", "tokenizer.model")]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
+        return None
+    name = _added_token(path, first_token) if path.suffix == ".json" else _first_piece(path)
+    try:
+        return open_tokenizer(str(path), name)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; move the file away to import the weights without it") from error
+
+
+def _added_token(path: Path, index: int | None) -> str | None:
+    """The name of a special token of a ``tokenizer.json``."""
+    tokens = hugging_face.read_json(path).get("added_tokens") or []
+    return next((token["content"] for token in tokens if token["id"] == index), None)
+
+
+def _first_piece(path: Path) -> str | None:
+    """The name of the token that begins a text, in a SentencePiece model."""
+    try:
+        import sentencepiece
+    except ImportError:
+        return None  # opening the tokenizer says what it needs
+    try:
+        pieces: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        return None  # and what is wrong with it
+    return pieces.id_to_piece(pieces.bos_id()) if pieces.bos_id() >= 0 else None
+
+
+def _check_empty(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is there already; name a directory that is not, or is empty")
+
+
+@contextlib.contextmanager
+def _made_whole(directory: Path, arrays: Mapping[str, StreamedArray]) -> Iterator[Path]:
+    """A path to make in place of ``directory``, which then gets its name. Of what fails, nothing is left."""
+    parent = directory.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(x.nbytes for x in arrays.values()) + _OVERHEAD_BYTES, shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            f"no space left on the disk for {directory}: it takes up to {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB "
+            "are free"
+        )
+    around = parent / f".{directory.name}.unfinished"
+    shutil.rmtree(around, ignore_errors=True)  # of one that was killed
+    around.mkdir()
+    try:
+        yield around / "whole"
+        os.replace(around / "whole", directory)
+    except (OSError, ValueError, RuntimeError) as error:
+        if not checkpoint.is_disk_full(error):
+            raise
+        raise UserError(
+            f"no space left on the disk for {directory}: other data took it while this was written"
+        ) from error
+    finally:
+        shutil.rmtree(around, ignore_errors=True)

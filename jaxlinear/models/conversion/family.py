@@ -1,0 +1,86 @@
+"""What an architecture of another program is made of, for all that read and write its weights."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from jaxlinear.errors import UserError
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.conversion.links import Link
+
+
+class Fields:
+    """The fields of a ``config.json``. ``UserError`` names the one that is missing or that no model here can have."""
+
+    def __init__(self, values: Mapping[str, Any], origin: str):
+        self._values, self.origin = values, origin
+
+    def optional(self, name: str) -> Any:
+        """A field's value, None where it is not there."""
+        return self._values.get(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field's value; ``default`` where it is not there or null, which is refused if there is none."""
+        value = self._values.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise UserError(f"{self.origin} has no {name}")
+        return value
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """The same of a number from 1 on."""
+        value = self.get(name, default)
+        if type(value) is not int or value < 1:
+            self.refuse(name, value, "it is a whole number from 1 on")
+        return value
+
+    def only(self, name: str, *allowed: Any, default: Any) -> Any:
+        """The same of a field of which just these values can be imported."""
+        value = self.get(name, default)
+        if value not in allowed:
+            self.refuse(name, value, f"only {' or '.join(map(repr, allowed))} can be imported")
+        return value
+
+    def refuse(self, name: str, value: Any, reason: str) -> NoReturn:
+        raise UserError(f"{self.origin}: {name} is {value!r}; {reason}")
+
+    def dtype(self) -> str:
+        """Of the activations: what the weights were saved in, where a model here can have it."""
+        saved = self.optional("dtype") or self.optional("torch_dtype")
+        return "bfloat16" if saved == "bfloat16" else "float32"
+
+    def rotary(self, *, fraction: float) -> tuple[float, float]:
+        """Base and fraction of plain rotary positions, from the fields of any release of transformers."""
+        base = self.get("rope_theta", 10_000.0)
+        fraction = self.get("partial_rotary_factor", fraction)
+        for name in ("rope_scaling", "rope_parameters"):
+            rope = self.get(name, {})
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind != "default":
+                self.refuse(f"{name}.rope_type", kind, "only positions that are not scaled ('default') can be imported")
+            base, fraction = rope.get("rope_theta", base), rope.get("partial_rotary_factor", fraction)
+        return float(base), float(fraction)
+
+
+class Family(NamedTuple):
+    """An architecture under the name that the other program has for it.
+
+    Attributes:
+      name: its ``model_type`` in a ``config.json`` of Hugging Face.
+      mixers: what the pattern of a model of this family may hold.
+      model: from its fields to keys of our ``model`` section, all that the arithmetic follows from.
+      fields: the way back; ``UserError`` where a model is none of this family.
+      links: of a model, which is one of this family.
+    """
+
+    name: str
+    mixers: tuple[str, ...]
+    model: Callable[[Fields], dict[str, Any]]
+    fields: Callable[[ModelConfig], dict[str, Any]]
+    links: Callable[[ModelConfig], Iterator[Link]]
+
+
+def require(config: ModelConfig, family: str, **values: Any) -> None:
+    """``UserError`` for the first key of a model that has another value than all models of the family."""
+    for name, value in values.items():
+        if getattr(config, name) != value:
+            raise UserError(f"model.{name} is {getattr(config, name)!r}; in {family} it can only be {value!r}")

@@ -1,0 +1,158 @@
+"""Directories of Hugging Face: ``config.json`` and the weights in one safetensors file, or in several with an index."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlinear.errors import UserError
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.conversion import llama, mamba2, recurrent_gemma, safetensors
+from jaxlinear.models.conversion.family import Family, Fields
+from jaxlinear.streaming import StreamedArray
+
+FAMILIES = {family.name: family for family in (llama.FAMILY, mamba2.FAMILY, recurrent_gemma.FAMILY)}
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+# Left over in the files of older releases: the frequencies of rotary positions, which follow from their base.
+_NO_WEIGHT = re.compile(r".*\.rotary_emb\.inv_freq")
+_OLD_NAMES = {"backbone.embedding.weight": "backbone.embeddings.weight"}
+
+
+def is_one(directory: Path) -> bool:
+    """Whether this is such a directory, whatever the state it is in."""
+    return any((directory / name).exists() for name in (WEIGHTS, INDEX, CONFIG))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. transformers writes infinity, which JSON lacks, as an object of its own."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it is not an object")
+    return values
+
+
+def _number(value: dict[str, Any]) -> Any:
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
+def family_of_fields(fields: Fields) -> Family:
+    """That of a ``config.json``."""
+    name = fields.get("model_type")
+    if name not in FAMILIES:
+        fields.refuse("model_type", name, f"{', '.join(FAMILIES)} can be imported")
+    quantization = fields.optional("quantization_config")
+    if quantization is not None:
+        fields.refuse("quantization_config", quantization, "only weights that are not quantised can be imported")
+    return FAMILIES[name]
+
+
+def family_of_model(config: ModelConfig) -> Family:
+    """The one whose layers have the model's mixers."""
+    for family in FAMILIES.values():
+        if set(config.pattern) <= set(family.mixers):
+            return family
+    raise UserError(f"no model of {', '.join(FAMILIES)} has the layers {', '.join(dict.fromkeys(config.pattern))}")
+
+
+def shared_fields(name: str, config: ModelConfig, document_token: int | None) -> dict[str, Any]:
+    """Fields of a ``config.json`` that are the same in every family."""
+    return {
+        "model_type": name,
+        "torch_dtype": "float32",
+        "num_hidden_layers": config.num_layers,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "tie_word_embeddings": config.tied_embeddings,
+        "bos_token_id": document_token,
+        "eos_token_id": document_token,
+        "pad_token_id": None,
+    }
+
+
+def read_tensors(directory: Path) -> dict[str, StreamedArray]:
+    """The tensors by name. Only the headers of the files are read now."""
+    if (directory / WEIGHTS).is_file():
+        return _weights(safetensors.read(directory / WEIGHTS))
+    if not (directory / INDEX).is_file():
+        others = sorted(path.name for pattern in ("*.bin", "*.pth") for path in directory.glob(pattern))
+        advice = f"; {others[0]} is not read, save the model as safetensors" if others else ""
+        raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}{advice}")
+    file_of = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(file_of, dict):
+        raise UserError(f"{directory / INDEX} is damaged: it has no weight_map")
+    tensors: dict[str, StreamedArray] = {}
+    for file in sorted(set(file_of.values())):
+        path = directory / Path(file).name
+        if not path.is_file():
+            raise UserError(f"{directory} lacks {path.name}, which {INDEX} names")
+        for name, tensor in safetensors.read(path).items():
+            if file_of.get(name) != file:
+                raise UserError(f"{path} has the tensor {name}, which {INDEX} has in {file_of.get(name, 'no file')}")
+            tensors[name] = tensor
+    for name, file in file_of.items():
+        if name not in tensors:
+            raise UserError(f"{directory / file} has no tensor {name}, which {INDEX} has there")
+    return _weights(tensors)
+
+
+def _weights(tensors: dict[str, StreamedArray]) -> dict[str, StreamedArray]:
+    return {_OLD_NAMES.get(name, name): x for name, x in tensors.items() if not _NO_WEIGHT.fullmatch(name)}
+
+
+def without_copy(tensors: dict[str, StreamedArray], embedding: str, origin: str) -> dict[str, StreamedArray]:
+    """The tensors of a model with tied embeddings, some files of which hold the embedding twice."""
+    head = "lm_head.weight"
+    if head not in tensors or embedding not in tensors:
+        return tensors
+    copy = tensors[head]
+    same = copy.shape == tensors[embedding].shape and all(
+        np.array_equal(part, tensors[embedding].read(begin, begin + len(part))) for begin, part in copy.parts()
+    )
+    if not same:
+        raise UserError(f"{origin}: the tensor {head} is not {embedding}, though tie_word_embeddings is set")
+    return {name: x for name, x in tensors.items() if name != head}
+
+
+def write(directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, StreamedArray]) -> None:
+    """Writes a directory that is not there yet; of the tensors, a part of one is in memory at a time."""
+    directory.mkdir()
+    (directory / CONFIG).write_text(json.dumps(dict(fields), indent=2) + "\n", encoding="utf-8")
+    shards = _shards(tensors)
+    places = {}
+    for i, names in enumerate(shards):
+        file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        header, begins = safetensors.header({name: tensors[name] for name in names})
+        (directory / file).write_bytes(header)
+        places.update({name: (file, begin) for name, begin in begins.items()})
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].order):
+        file, begin = places[name]
+        with (directory / file).open("r+b") as stream:
+            stream.seek(begin)
+            for _, part in tensor.parts():
+                stream.write(np.ascontiguousarray(part, np.dtype("<f4")).data)
+    if len(shards) > 1:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": {name: places[name][0] for name in tensors}}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Mapping[str, StreamedArray]) -> list[list[str]]:
+    """The names, cut where a file would exceed ``SHARD_BYTES``."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards

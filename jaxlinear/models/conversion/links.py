@@ -1,0 +1,216 @@
+"""How the tensors of another program's model lie in the arrays of ours: nothing but names, axes and places."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlinear.errors import UserError
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.parameters import describe
+from jaxlinear.streaming import StreamedArray, rows_at_once
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+class Form(NamedTuple):
+    """Two functions, each the inverse of the other: what our array is, from theirs, and what theirs is, from ours."""
+
+    ours: Callable[[np.ndarray], np.ndarray]
+    theirs: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Form(lambda x: x, lambda x: x)
+TRANSPOSED = Form(np.transpose, np.transpose)  # [inputs, outputs] here, [outputs, inputs] in PyTorch
+TAPS = Form(lambda x: x[:, 0].T, lambda x: x.T[:, None])  # [width, C] here, [C, 1, width] in PyTorch
+
+
+def by_block(blocks: int) -> Form:
+    """``[blocks * n]`` here, ``[blocks, n]`` there."""
+    return Form(lambda x: x.reshape(-1), lambda x: x.reshape(blocks, -1))
+
+
+def under(axes: int) -> Form:
+    """There, with so many axes of length 1 before ours: one of several that are stacked."""
+    return Form(lambda x: x.reshape(x.shape[axes:]), lambda x: x.reshape((1,) * axes + x.shape))
+
+
+def shifted(offset: float) -> Form:
+    """Theirs is ours plus ``offset``. Without one, both are the same bits; with one, both are rounded."""
+    return Form(lambda x: x - np.float32(offset), lambda x: x + np.float32(offset)) if offset else SAME
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """One of our arrays, and the tensor of theirs that it is, or is a part of.
+
+    Attributes:
+      theirs: the tensor's name.
+      ours: the path of our array: within a layer (``mixer.gate.kernel``) or, where ``layer`` is None, in the model.
+      layer: counted from 0.
+      form: of the array in the tensor. Where a tensor has several links, they are its parts along its first axis.
+    """
+
+    theirs: str
+    ours: str
+    layer: int | None = None
+    form: Form = SAME
+
+
+class _Place(NamedTuple):
+    """A link, found: ``period`` of the first axis of our ``leaf`` (None: all of it), and the rows ``[begin:end]`` of the
+    tensor ``theirs``."""
+
+    theirs: str
+    leaf: str
+    period: int | None
+    form: Form
+    begin: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Every array of a model and every tensor of the other program's: each number lies in one of either.
+
+    Attributes:
+      shapes: of their tensors, by name.
+      leaves: the shapes of our arrays, by their path in a checkpoint.
+      by_tensor: what a tensor consists of, in the order of its rows.
+      by_leaf: what an array consists of, in the order of its periods.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    leaves: dict[str, tuple[int, ...]]
+    by_tensor: dict[str, list[_Place]]
+    by_leaf: dict[str, list[_Place]]
+
+    @classmethod
+    def of(cls, config: ModelConfig, links: Iterable[Link]) -> "Plan":
+        """The plan of ``links``, which cover the model: a number that has none, or two, would be a defect."""
+        paths = jax.tree_util.tree_leaves_with_path(describe(config).shapes)
+        leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in paths}
+        shapes: dict[str, tuple[int, ...]] = {}
+        by_tensor, by_leaf = defaultdict(list), defaultdict(list)
+        for link in links:
+            leaf, period = _leaf(config, link)
+            ours = leaves[leaf] if period is None else leaves[leaf][1:]
+            part = link.form.theirs(np.broadcast_to(np.float32(0), ours)).shape  # which holds a single number
+            begin = shapes[link.theirs][0] if link.theirs in shapes else 0
+            place = _Place(link.theirs, leaf, period, link.form, begin, begin + part[0])
+            shapes[link.theirs] = (place.end, *part[1:])
+            by_tensor[link.theirs].append(place)
+            by_leaf[leaf].append(place)
+        for leaf, shape in leaves.items():
+            periods = [place.period for place in by_leaf[leaf]]
+            assert periods in ([None], [*range(shape[0])]), f"{leaf} has links for {periods}"
+        return cls(shapes, leaves, dict(by_tensor), dict(by_leaf))
+
+    def check(self, tensors: Mapping[str, StreamedArray], origin: str) -> None:
+        """``UserError`` names a tensor that is missing, is none of the model's, or has another shape."""
+        missing = [name for name in self.shapes if name not in tensors]
+        extra = sorted(tensors.keys() - self.shapes.keys())
+        for names, what in ((missing, "is missing"), (extra, "is none of this model's")):
+            if names:
+                more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+                raise UserError(f"{origin}: the tensor {names[0]} {what}{more}")
+        for name, shape in self.shapes.items():
+            if tensors[name].shape != shape:
+                raise UserError(
+                    f"{origin}: the tensor {name} has the shape {list(tensors[name].shape)}; by the config it is "
+                    f"{list(shape)}"
+                )
+
+    def name_of(self, leaf: str) -> str:
+        """Of the tensor that an array of ours is, or is a part of."""
+        return self.by_leaf[leaf][0].theirs
+
+    def to_ours(self, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
+        """Our arrays, in float32, from their tensors, which ``check`` has passed."""
+        return {leaf: self._ours(leaf, tensors) for leaf in self.leaves}
+
+    def _ours(self, leaf: str, tensors: Mapping[str, StreamedArray]) -> StreamedArray:
+        places = self.by_leaf[leaf]
+
+        def part(place: _Place, begin: int, end: int) -> np.ndarray:
+            return place.form.ours(tensors[place.theirs].read(begin, end).astype(_FLOAT32, copy=False))
+
+        def read(begin: int, end: int) -> np.ndarray:
+            first = places[0]
+            if first.period is not None:
+                return np.stack([part(place, place.begin, place.end) for place in places[begin:end]])
+            if first.form is SAME:
+                return part(first, first.begin + begin, first.begin + end)
+            return part(first, first.begin, first.end)[begin:end]
+
+        rows = _rows(self.leaves[leaf], places) if places[0].period is None else 1
+        return StreamedArray(self.leaves[leaf], _FLOAT32, rows, read)
+
+    def to_theirs(self, arrays: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
+        """Their tensors, in float32, from our arrays. Read in their ``order``, nothing of ours is read more than once."""
+        number = {leaf: i for i, leaf in enumerate(self.leaves)}
+        first = {name: (number[places[0].leaf], places[0].period) for name, places in self.by_tensor.items()}
+        chunks = _Chunks(arrays)
+        order = {name: i for i, name in enumerate(sorted(first, key=first.__getitem__))}
+        return {name: self._theirs(name, arrays, chunks, order[name]) for name in self.by_tensor}
+
+    def _theirs(self, name: str, arrays: Mapping[str, StreamedArray], chunks: "_Chunks", order: int) -> StreamedArray:
+        shape, places = self.shapes[name], self.by_tensor[name]
+
+        def read(begin: int, end: int) -> np.ndarray:
+            if _is_one_of_ours(places):
+                return arrays[places[0].leaf].read(begin, end)
+            parts = [place.form.theirs(x) for place, x in zip(places, chunks.read(places), strict=True)]
+            return (parts[0] if len(parts) == 1 else np.concatenate(parts))[begin:end]
+
+        return StreamedArray(shape, _FLOAT32, _rows(shape, places), read, order)
+
+
+class _Chunks:
+    """Reads the arrays of single layers. In the checkpoint of a trained run a stacked array is one chunk, which is read
+    whole; it is kept for the tensors that follow, which are those of the other layers."""
+
+    def __init__(self, arrays: Mapping[str, StreamedArray]):
+        self._arrays = arrays
+        self._kept: dict[tuple[str, int, int], np.ndarray] = {}
+
+    def read(self, places: list[_Place]) -> list[np.ndarray]:
+        keys = [self._key(place) for place in places]
+        self._kept = {key: chunk for key, chunk in self._kept.items() if key in keys}
+        for key in keys:
+            if key not in self._kept:
+                leaf, begin, end = key
+                self._kept[key] = self._arrays[leaf].read(begin, end)
+        return [
+            self._kept[key] if place.period is None else self._kept[key][place.period - key[1]]
+            for place, key in zip(places, keys, strict=True)
+        ]
+
+    def _key(self, place: _Place) -> tuple[str, int, int]:
+        array = self._arrays[place.leaf]
+        if place.period is None:
+            return place.leaf, 0, array.shape[0]
+        begin = place.period // array.rows * array.rows
+        return place.leaf, begin, min(begin + array.rows, array.shape[0])
+
+
+def _leaf(config: ModelConfig, link: Link) -> tuple[str, int | None]:
+    """The path of a link's array in a checkpoint, and the period of a stacked one."""
+    if link.layer is None:
+        return link.ours, None
+    period, block = divmod(link.layer, len(config.pattern))
+    if period < config.num_layers // len(config.pattern):
+        return f"periods.blocks.{block}.{link.ours}", period
+    return f"rest.blocks.{block}.{link.ours}", None
+
+
+def _is_one_of_ours(places: list[_Place]) -> bool:
+    """Whether a tensor is one of our arrays as it stands, and so may be cut anywhere."""
+    return len(places) == 1 and places[0].period is None and places[0].form is SAME
+
+
+def _rows(shape: tuple[int, ...], places: list[_Place]) -> int:
+    return rows_at_once(shape, _FLOAT32.itemsize) if _is_one_of_ours(places) else shape[0]

@@ -1,0 +1,70 @@
+"""Files of the safetensors format: eight bytes with the length of a header, the header in JSON, the tensors' bytes.
+
+The header has, by name, each tensor's dtype, shape and place among the bytes. Tensors are read and written part by part.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxlinear.errors import UserError
+from jaxlinear.streaming import StreamedArray, rows_at_once
+
+# By their names in the format; those of weights, all of which float32 holds exactly.
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_LARGEST_HEADER = 100_000_000
+
+
+def read(path: Path) -> dict[str, StreamedArray]:
+    """The tensors of a file by name. Only the header is read now."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, _LARGEST_HEADER):
+            raise UserError(f"{path} is no safetensors file, or is cut short")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise UserError(f"{path} is no safetensors file: its header is not JSON") from error
+    header.pop("__metadata__", None)
+    return {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StreamedArray:
+    try:
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the entry of {name} is damaged") from error
+    if kind not in DTYPES:
+        raise UserError(f"{path}: {name} has the dtype {kind}; weights are imported from {', '.join(DTYPES)}")
+    dtype = DTYPES[kind]
+    if end - begin != math.prod(shape) * dtype.itemsize or not 0 <= begin <= end <= size - start:
+        raise UserError(f"{path}: {name} does not lie where its header says; the file is cut short or damaged")
+    row = math.prod(shape[1:])
+
+    def read_rows(first: int, last: int) -> np.ndarray:
+        offset = start + begin + first * row * dtype.itemsize
+        return np.fromfile(path, dtype, (last - first) * row, offset=offset).reshape(-1, *shape[1:])
+
+    # A scalar has no rows; no model here has one, and its shape is refused by name like any other.
+    rows = rows_at_once(shape, dtype.itemsize) if shape else 1
+    return StreamedArray(shape, dtype, rows, read_rows)
+
+
+def header(tensors: Mapping[str, StreamedArray]) -> tuple[bytes, dict[str, int]]:
+    """What a file of these float32 tensors begins with, and where in the file each of them begins."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without which transformers refuses a file
+    begin = 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.nbytes
+        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    places = {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in entries.items() if name in tensors}
+    return len(text).to_bytes(8, "little") + text, places

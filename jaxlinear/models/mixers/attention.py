@@ -1,0 +1,36 @@
+"""Full causal softmax attention with rotary positions: the transformer that linear layers are measured against
+(Vaswani et al. 2017, arXiv:1706.03762; RoFormer, arXiv:2104.09864; grouped queries, arXiv:2305.13245)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlinear import ops
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.mixers.cached_attention import CachedAttention, State
+from jaxlinear.ops import segments
+
+
+class Attention(CachedAttention):
+    """A token sees all of its document up to itself.
+
+    A run from an empty past may be of any length. The state has room for ``context`` tokens of a document: from the
+    token after those on, what follows from a state is NaN, since the beginning of the document is forgotten.
+    """
+
+    def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
+        super().__init__(config, slots=config.context, rngs=rngs)
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        return ops.causal_attention(q, k, v, segment_ids=segment_ids)
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
+        y, new = super().__call__(x, segment_ids=segment_ids, state=state)
+        if state is not None:
+            beyond = state["seen"][:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None] >= self.slots
+            if segment_ids is not None:
+                beyond &= segments.runs(segment_ids) == 0  # the documents after the first have all of their past here
+            y = jnp.where(beyond[..., None], jnp.full((), jnp.nan, y.dtype), y)
+        return y, new

@@ -1,0 +1,125 @@
+"""Softmax attention with rotary positions whose state is the keys and values of the last tokens: what ``sliding_window``
+and ``attention`` share. How far back a token sees is theirs."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.layers import Linear, by_head, fan_in_normal, rotary
+from jaxlinear.ops import dtypes, segments
+from jaxlinear.parallel import sharding
+
+State = dict[str, jax.Array]
+
+
+class CachedAttention(nnx.Module):
+    """H query heads, G key and value heads, which H / G query heads each share.
+
+    State: the ``keys`` (turned) and ``values`` ``[B, G, slots, K]`` of the last tokens, the one at position p in slot
+    ``p % slots``; ``position [B]``, that of the next token; and ``seen [B]``, the tokens before it in its document. G lies
+    before the slots, as the products of decoding read them: else all would be transposed for every token.
+    Only differences of positions matter within a document, so a document may begin at any position.
+    """
+
+    def __init__(self, config: ModelConfig, *, slots: int, rngs: nnx.Rngs):
+        width = config.width
+        self.heads, self.groups, self.head_width = config.num_heads, config.key_value_heads, config.head_width
+        self.slots = slots
+        self.rotary_fraction, self.rotary_base = config.rotary_fraction, config.rotary_base
+        self.dtype = config.activation_dtype
+        inner, shared = self.heads * self.head_width, self.groups * self.head_width
+        # One head is not cut over the mesh: every device needs the whole of it.
+        by_group = "heads" if self.groups > 1 else None
+        self.query = Linear(width, inner, axes=("embed", "heads"), bias=False, rngs=rngs)
+        self.key = Linear(width, shared, axes=("embed", by_group), bias=False, rngs=rngs)
+        self.value = Linear(width, shared, axes=("embed", by_group), bias=False, rngs=rngs)
+        init = fan_in_normal(2 / config.num_layers)
+        self.out = Linear(inner, width, axes=("heads", "embed"), bias=config.bias, init=init, rngs=rngs)
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        """``q [B, T, H, K]``, ``k`` and ``v`` ``[B, P+T, G, K]``, ``segment_ids [B, P+T]`` -> ``[B, T, H, K]``."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int) -> State:
+        past, counts = (batch, self.groups, self.slots, self.head_width), (batch,)
+        return {
+            **{name: jnp.zeros(past, self.dtype) for name in ("keys", "values")},
+            **{name: jnp.zeros(counts, jnp.int32) for name in ("position", "seen")},
+        }
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
+        batch, length, _ = x.shape
+        start = jnp.zeros((1,), jnp.int32) if state is None else state["position"]
+        positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+        q = self._turn(by_head(self.query(x), self.heads), positions)
+        k = self._turn(by_head(self.key(x), self.groups), positions)
+        v = by_head(self.value(x), self.groups)
+        if state is not None and length == 1:
+            o, state = self._one_token(q, k, v, state)
+        else:
+            o, state = self._tokens(q, k, v, segment_ids, state)
+        return self.out(o.reshape(batch, length, -1)), state
+
+    def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        return rotary(x, positions, fraction=self.rotary_fraction, base=self.rotary_base)
+
+    def _tokens(self, q, k, v, segment_ids, state):
+        batch, length = q.shape[:2]
+        ids, runs = segment_ids, None if segment_ids is None else segments.runs(segment_ids)
+        start = seen = jnp.zeros((batch,), jnp.int32)
+        if state is not None:
+            # The past that is there is of the first token's document; what lies before that document is of none.
+            start, seen, past = state["position"], state["seen"], self.slots - 1
+            slots = (start[:, None] - past + jnp.arange(past, dtype=jnp.int32)[None]) % self.slots
+            k = jnp.concatenate([_rows(state["keys"].swapaxes(1, 2), slots), k], axis=1)
+            v = jnp.concatenate([_rows(state["values"].swapaxes(1, 2), slots), v], axis=1)
+            empty = jnp.arange(past)[None] < past - seen[:, None]
+            ids = jnp.ones((batch, length), jnp.int32) if runs is None else runs + 1
+            ids = jnp.concatenate([jnp.where(empty, 0, 1), ids], axis=1)
+        o = self.attend(q, self._for_each_device(k), self._for_each_device(v), ids)
+
+        # Slot s takes the last position that is congruent to it; it is not read if that lies before the document.
+        last = start[:, None] + length - 1
+        age = (last - jnp.arange(self.slots, dtype=jnp.int32)[None]) % self.slots
+        places = jnp.maximum(k.shape[1] - 1 - age, 0)
+        seen = seen + length
+        if runs is not None:
+            seen = jnp.where(runs[:, -1] == 0, seen, jnp.sum(runs == runs[:, -1:], axis=1, dtype=jnp.int32))
+        keys, values = (_rows(x, places).swapaxes(1, 2) for x in (k, v))
+        return o, {"keys": keys, "values": values, "position": start + length, "seen": seen}
+
+    def _for_each_device(self, x: jax.Array) -> jax.Array:
+        """Keys or values: where fewer heads of them than devices that the queries' heads are spread over, repeated until
+        each device has its own. So their gradients are summed over devices once, and not in every block."""
+        copies, rest = divmod(sharding.parts("heads"), self.groups)
+        if copies <= 1 or rest or self.heads % (copies * self.groups):
+            return x
+        return sharding.constrain(jnp.repeat(x, copies, axis=2), "batch", "time", "heads", None)
+
+    def _one_token(self, q, k, v, state):
+        """The same for one token: its key and value go to their slot, and the slots are attended to as they lie."""
+        batch, position, seen = q.shape[0], state["position"], state["seen"]
+        slot = position % self.slots
+        keys, values = (_write(state[name], x, slot) for name, x in (("keys", k), ("values", v)))
+        age = (slot[:, None] - jnp.arange(self.slots, dtype=jnp.int32)[None]) % self.slots
+        q = q.reshape(batch, self.groups, -1, self.head_width) * self.head_width**-0.5
+        logits = dtypes.product("bgrk,bgsk->bgrs", q, keys)
+        weights = jax.nn.softmax(jnp.where((age <= seen[:, None])[:, None, None], logits, -jnp.inf), axis=-1)
+        o = dtypes.product("bgrs,bgsk->bgrk", weights.astype(v.dtype), values)
+        state = {"keys": keys, "values": values, "position": position + 1, "seen": seen + 1}
+        return o.astype(v.dtype), state
+
+
+def _rows(x: jax.Array, places: jax.Array) -> jax.Array:
+    """``x[b, places[b, i]]``: ``[B, N, G, K]`` and ``[B, M]`` -> ``[B, M, G, K]``."""
+    return jnp.take_along_axis(x, places[:, :, None, None], axis=1)
+
+
+def _write(x: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """``x`` ``[B, G, N, K]`` with ``new`` ``[B, 1, G, K]`` at ``slot`` ``[B]``."""
+    new = new.swapaxes(1, 2)
+    return jax.vmap(lambda row, token, at: lax.dynamic_update_slice_in_dim(row, token, at, axis=1))(x, new, slot)

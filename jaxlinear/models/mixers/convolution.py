@@ -1,0 +1,40 @@
+"""The gated convolution of Based (Arora et al. 2024, arXiv:2402.18668; BaseConv of Zoology, arXiv:2312.04927):
+
+    y = out(silu(convolution(W x)) * (V x))
+
+with a causal filter of ``convolution_width`` tokens for each of the R = ``recurrent_width`` channels. R = 2 D, the width 3
+and the SiLU are those of the models that were released with Based (github.com/HazyResearch/based); the equation of Zoology
+has no SiLU and no last map. It sees ``convolution_width`` tokens and no more: it stands between layers that see further.
+"""
+
+import jax
+from flax import nnx
+
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.layers import Linear, ShortConvolution, fan_in_normal
+from jaxlinear.parallel import sharding
+
+
+class Convolution(nnx.Module):
+    """State: ``convolution [B, convolution_width-1, R]``, what it convolved last."""
+
+    def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
+        width, inner = config.width, config.recurrent_width
+        self.dtype = config.activation_dtype
+        self.input = Linear(width, inner, axes=("embed", "recurrent"), rngs=rngs)
+        self.gate = Linear(width, inner, axes=("embed", "recurrent"), rngs=rngs)
+        self.convolution = ShortConvolution(inner, config.convolution_width, axis="recurrent", rngs=rngs)
+        init = fan_in_normal(2 / config.num_layers)
+        self.out = Linear(inner, width, axes=("recurrent", "embed"), init=init, rngs=rngs)
+
+    def init_state(self, batch: int) -> dict[str, jax.Array]:
+        return {"convolution": self.convolution.init_state(batch, self.dtype)}
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        gate = sharding.constrain(self.gate(x), "batch", "time", "recurrent")
+        inner = sharding.constrain(self.input(x), "batch", "time", "recurrent")
+        past = None if state is None else state["convolution"]
+        inner, past = self.convolution(inner, segment_ids=segment_ids, state=past)
+        return self.out(inner * gate), {"convolution": past}

@@ -1,0 +1,98 @@
+"""DeltaNet (Yang et al. 2024, arXiv:2406.06484): what the state holds at a key is replaced, not added to.
+
+    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,  beta_t = sigmoid(W_beta x_t)                one beta a head
+    o_t = K^-0.5 S_t^T q_t
+
+q, k and v are projections of x after a short convolution and SiLU, q and k then of unit length in each head. The layer is
+``out(norm(o))``, the norm over each head. The factor K^-0.5 is that of the authors' program
+(github.com/fla-org/flash-linear-attention); but for the norm's epsilon it changes nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlinear import ops
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.layers import Linear, RMSNorm, ShortConvolution, by_head, fan_in_normal, per_head
+from jaxlinear.ops import dtypes
+from jaxlinear.parallel import sharding
+
+_EPSILON = 1e-6  # added to the squared length of a query or a key
+
+
+def widths(config: ModelConfig, mixer: str = "delta_net") -> tuple[int, int, int]:
+    """H, K and V. Over all heads, K and V each add up to D, unless they are given."""
+    heads = config.heads
+    key_width = config.key_width or per_head(mixer, config.width, heads)
+    return heads, key_width, config.value_width or per_head(mixer, config.width, heads)
+
+
+class DeltaInputs(nnx.Module):
+    """What the delta rule runs on, here and in the mixers that add decays to it: q and k ``[B, T, H, K]`` of unit length,
+    v ``[B, T, H, V]`` and beta ``[B, T, H]`` in float32.
+
+    State: the inputs of the convolutions, ``query`` and ``key`` ``[B, width-1, H K]`` and ``value`` ``[B, width-1, H V]``.
+    """
+
+    def __init__(self, config: ModelConfig, heads: int, key_width: int, value_width: int, *, rngs: nnx.Rngs):
+        self.heads, self.dtype = heads, config.activation_dtype
+
+        def project(outputs: int) -> Linear:
+            return Linear(config.width, outputs, axes=("embed", "heads"), bias=False, rngs=rngs)
+
+        def convolve(channels: int) -> ShortConvolution:
+            return ShortConvolution(channels, config.convolution_width, axis="heads", rngs=rngs)
+
+        self.query, self.query_convolution = project(heads * key_width), convolve(heads * key_width)
+        self.key, self.key_convolution = project(heads * key_width), convolve(heads * key_width)
+        self.value, self.value_convolution = project(heads * value_width), convolve(heads * value_width)
+        self.beta = project(heads)
+
+    def init_state(self, batch: int) -> dict[str, jax.Array]:
+        return {
+            "query": self.query_convolution.init_state(batch, self.dtype),
+            "key": self.key_convolution.init_state(batch, self.dtype),
+            "value": self.value_convolution.init_state(batch, self.dtype),
+        }
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None, past: dict[str, jax.Array]
+    ) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
+        """``((q, k, v, beta), state)``; an empty ``past`` is one of zeros."""
+        new: dict[str, jax.Array] = {}
+        q, new["query"] = self.query_convolution(self.query(x), segment_ids=segment_ids, state=past.get("query"))
+        k, new["key"] = self.key_convolution(self.key(x), segment_ids=segment_ids, state=past.get("key"))
+        v, new["value"] = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
+        q, k, v = (by_head(y, self.heads) for y in (q, k, v))
+        beta = jax.nn.sigmoid(self.beta(x).astype(dtypes.wide(x.dtype)))
+        return (unit_length(q), unit_length(k), v, sharding.constrain(beta, "batch", "time", "heads")), new
+
+
+class DeltaNet(nnx.Module):
+    """Over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and that of ``DeltaInputs``."""
+
+    def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
+        self.widths = heads, _, value_width = widths(config)
+        self.inputs = DeltaInputs(config, *self.widths, rngs=rngs)
+        self.norm = RMSNorm(value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
+        init = fan_in_normal(2 / config.num_layers)
+        self.out = Linear(heads * value_width, config.width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
+
+    def init_state(self, batch: int) -> dict[str, jax.Array]:
+        memory = jnp.zeros((batch, *self.widths), dtypes.wide(self.inputs.dtype))
+        return {"memory": memory, **self.inputs.init_state(batch)}
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        past = {} if state is None else state
+        (q, k, v, beta), new = self.inputs(x, segment_ids=segment_ids, past=past)
+        o, new["memory"] = ops.delta_rule(q, k, v, beta, None, past.get("memory"), segment_ids=segment_ids)
+        return self.out(self.norm(o).reshape(*x.shape[:2], -1)), new
+
+
+def unit_length(x: jax.Array) -> jax.Array:
+    """``x / |x|`` over the last axis, in float32 inside; zeros stay zeros."""
+    wide = x.astype(dtypes.wide(x.dtype))
+    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + _EPSILON)).astype(x.dtype)

@@ -1,0 +1,62 @@
+"""Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464): the delta rule with Mamba-2's decay.
+
+    log a_t = -exp(A_log) softplus(W_a x_t + dt_bias)                                                one a head
+    S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T
+    o_t = K^-0.5 S_t^T q_t
+
+q, k, v and beta are those of DeltaNet (``delta_net.py``). The layer is ``out(norm(o) * silu(W_g x))``, the norm over each
+head.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlinear import ops
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, parameter, per_head
+from jaxlinear.models.mixers.delta_net import DeltaInputs
+from jaxlinear.models.mixers.mamba2 import PROJECTION_SCALE, log_rates, time_step_biases, time_steps
+from jaxlinear.ops import dtypes
+
+RATE_RANGE = (0.0, 16.0)  # of exp(A_log), when training begins
+
+
+def widths(config: ModelConfig) -> tuple[int, int, int]:
+    """H, K and V. Over all heads, K adds up to 3/4 D, and V is 2 K, unless they are given."""
+    heads = config.heads
+    key_width = config.key_width or per_head("gated_delta_net", 3 * config.width // 4, heads)
+    return heads, key_width, config.value_width or 2 * key_width
+
+
+class GatedDeltaNet(nnx.Module):
+    """Over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and that of ``DeltaInputs``."""
+
+    def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
+        self.widths = heads, _, value_width = widths(config)
+        width, inner = config.width, heads * value_width
+        self.inputs = DeltaInputs(config, *self.widths, rngs=rngs)
+        init = fan_in_normal(PROJECTION_SCALE)
+        self.decay = Linear(width, heads, axes=("embed", "heads"), bias=False, init=init, rngs=rngs)
+        self.A_log = parameter(log_rates(*RATE_RANGE), (heads,), ("heads",), rngs)
+        self.dt_bias = parameter(time_step_biases, (heads,), ("heads",), rngs)
+        self.gate = Linear(width, inner, axes=("embed", "heads"), bias=False, rngs=rngs)
+        self.norm = RMSNorm(value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
+        init = fan_in_normal(2 / config.num_layers)
+        self.out = Linear(inner, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
+
+    def init_state(self, batch: int) -> dict[str, jax.Array]:
+        memory = jnp.zeros((batch, *self.widths), dtypes.wide(self.inputs.dtype))
+        return {"memory": memory, **self.inputs.init_state(batch)}
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        past = {} if state is None else state
+        (q, k, v, beta), new = self.inputs(x, segment_ids=segment_ids, past=past)
+        dt = time_steps(self.decay(x), self.dt_bias[...])
+        log_decay = -jnp.exp(self.A_log[...].astype(dt.dtype))[None, None] * dt
+        o, new["memory"] = ops.delta_rule(q, k, v, beta, log_decay, past.get("memory"), segment_ids=segment_ids)
+        gate = by_head(self.gate(x), v.shape[2]).astype(dt.dtype)
+        o = (self.norm(o.astype(dt.dtype)) * jax.nn.silu(gate)).astype(x.dtype)
+        return self.out(o.reshape(*x.shape[:2], -1)), new

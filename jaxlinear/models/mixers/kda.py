@@ -1,0 +1,69 @@
+"""Kimi Delta Attention (Kimi Team 2025, arXiv:2510.26692): the gated delta rule with a decay of each key channel.
+
+    log a_t = -exp(A_log) softplus(W_up W_down x_t + dt_bias)           one a key channel, A_log one a head
+    S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  S' = diag(a_t) S_{t-1}
+    o_t = K^-0.5 S_t^T q_t
+
+q, k, v and beta are those of DeltaNet (``delta_net.py``). The layer is ``out(norm(o) * sigmoid(U_up U_down x))``, the norm
+over each head. Both low-rank maps have the rank V of a head.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlinear import ops
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.layers import Initializer, Linear, RMSNorm, by_head, fan_in_normal, parameter
+from jaxlinear.models.mixers import delta_net
+from jaxlinear.models.mixers.mamba2 import PROJECTION_SCALE, RATE_RANGE, log_rates, time_step_biases, time_steps
+from jaxlinear.ops import dtypes
+
+
+def widths(config: ModelConfig) -> tuple[int, int, int]:
+    """H, K and V. Over all heads, K and V each add up to D, unless they are given."""
+    return delta_net.widths(config, "kda")
+
+
+class LowRank(nnx.Module):
+    """``up(down(x))``: ``[B, T, D]`` -> ``[B, T, outputs]``."""
+
+    def __init__(self, width: int, rank: int, outputs: int, *, init: Initializer, rngs: nnx.Rngs):
+        self.down = Linear(width, rank, axes=("embed", None), bias=False, rngs=rngs)
+        self.up = Linear(rank, outputs, axes=(None, "heads"), bias=False, init=init, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.up(self.down(x))
+
+
+class KimiDeltaAttention(nnx.Module):
+    """Over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and that of ``DeltaInputs``."""
+
+    def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
+        self.widths = heads, key_width, value_width = widths(config)
+        width, keys, inner = config.width, heads * key_width, heads * value_width
+        self.inputs = delta_net.DeltaInputs(config, *self.widths, rngs=rngs)
+        self.decay = LowRank(width, value_width, keys, init=fan_in_normal(PROJECTION_SCALE), rngs=rngs)
+        self.A_log = parameter(log_rates(*RATE_RANGE), (heads,), ("heads",), rngs)
+        self.dt_bias = parameter(time_step_biases, (keys,), ("heads",), rngs)
+        self.gate = LowRank(width, value_width, inner, init=fan_in_normal(), rngs=rngs)
+        self.norm = RMSNorm(value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
+        init = fan_in_normal(2 / config.num_layers)
+        self.out = Linear(inner, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
+
+    def init_state(self, batch: int) -> dict[str, jax.Array]:
+        memory = jnp.zeros((batch, *self.widths), dtypes.wide(self.inputs.dtype))
+        return {"memory": memory, **self.inputs.init_state(batch)}
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        past = {} if state is None else state
+        (q, k, v, beta), new = self.inputs(x, segment_ids=segment_ids, past=past)
+        heads = v.shape[2]
+        dt = by_head(time_steps(self.decay(x), self.dt_bias[...]), heads)
+        log_decay = -jnp.exp(self.A_log[...].astype(dt.dtype))[None, None, :, None] * dt
+        o, new["memory"] = ops.delta_rule(q, k, v, beta, log_decay, past.get("memory"), segment_ids=segment_ids)
+        gate = by_head(self.gate(x), heads).astype(dt.dtype)
+        o = (self.norm(o.astype(dt.dtype)) * jax.nn.sigmoid(gate)).astype(x.dtype)
+        return self.out(o.reshape(*x.shape[:2], -1)), new

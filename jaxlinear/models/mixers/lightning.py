@@ -1,0 +1,74 @@
+"""Lightning attention: the linear attention of TransNormerLLM (Qin et al. 2023, arXiv:2307.14995), whose chunked form is
+Lightning Attention-2 (arXiv:2401.04658).
+
+    q_t, k_t = swish(W_q x_t), swish(W_k x_t)           v_t = W_v x_t
+    S_t = lambda S_{t-1} + k_t v_t^T                    o_t = S_t^T q_t, in heads
+    lambda = exp(-8 (h + 1) / H (1 - l / L))            in head h of H, layer l of L, from 0
+    y_t = W_o ((W_u x_t) * norm(o_t))                   all heads normalised as one
+
+``norm`` is the paper's SRMSNorm, an RMSNorm with no learned scale. Of the paper's positions this is the decay; LRPE,
+which it adds in the first layer, is left out. Kernels begin normal with variance 1 / fan-in: the authors' constant
+deviation of 0.02 is that of D = 2,500.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from jaxlinear import ops
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.layers import Linear, by_head, fan_in_normal, parameter, per_head
+from jaxlinear.ops import dtypes
+
+
+def widths(config: ModelConfig) -> tuple[int, int, int]:
+    """H, K and V. Over all heads, K and V add up to D, unless they are given."""
+    heads = config.heads
+    key = config.key_width or per_head("lightning", config.width, heads)
+    return heads, key, config.value_width or per_head("lightning", config.width, heads)
+
+
+class Lightning(nnx.Module):
+    """Linear attention with a constant decay by head and layer over ``[B, T, D]``. State: ``memory [B, H, K, V]``.
+
+    ``log_decay [H]`` lies among the parameters because it differs from layer to layer and layers are scanned. It has no
+    gradient, so that training leaves it as it is.
+    """
+
+    def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
+        width = config.width
+        self.heads, self.key_width, self.value_width = widths(config)
+        self.epsilon, self.dtype = config.norm_epsilon, config.activation_dtype
+        keys, values = self.heads * self.key_width, self.heads * self.value_width
+        self.query = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
+        self.key = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
+        self.value = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
+        self.gate = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
+        place = 1 - jnp.asarray(layer, jnp.float32) / config.num_layers
+        decay = lambda key, shape, dtype: place * jnp.asarray(-8 * np.arange(1, shape[0] + 1) / shape[0], dtype)  # noqa: E731
+        self.log_decay = parameter(decay, (self.heads,), ("heads",), rngs)
+        init = fan_in_normal(2 / config.num_layers)
+        self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
+
+    def init_state(self, batch: int) -> dict[str, jax.Array]:
+        shape = (batch, self.heads, self.key_width, self.value_width)
+        return {"memory": jnp.zeros(shape, dtypes.wide(self.dtype))}
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        q, k = (by_head(jax.nn.silu(project(x)), self.heads) for project in (self.query, self.key))
+        v = by_head(self.value(x), self.heads)
+        log_decay = lax.stop_gradient(self.log_decay[...])
+        past = None if state is None else state["memory"]
+        o, memory = ops.linear_attention(q, k, v, log_decay, past, scale=1.0, segment_ids=segment_ids)
+        o = _rms_norm(o.reshape(*x.shape[:2], -1), self.epsilon)
+        return self.out(self.gate(x) * o), {"memory": memory}
+
+
+def _rms_norm(x: jax.Array, epsilon: float) -> jax.Array:
+    """``x / rms(x)`` over the last axis."""
+    wide = x.astype(dtypes.wide(x.dtype))
+    return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)

@@ -1,0 +1,149 @@
+"""Linear attention (Katharopoulos et al. 2020, arXiv:2006.16236): softmax's exp(q k) becomes phi(q) phi(k).
+
+    S_t = S_{t-1} + phi(k_t) v_t^T      z_t = z_{t-1} + phi(k_t)      o_t = phi(q_t) S_t / (phi(q_t) z_t)      y_t = W_o o_t
+
+| ``model.feature_map`` | phi(x), x of K channels | K of a head |
+| --- | --- | --- |
+| elu | elu(x) + 1 (arXiv:2006.16236) | D / H |
+| relu | max(x, 0) (Kasai et al. 2021, arXiv:2103.13076) | D / H |
+| taylor | 1, x / K^(1/4), x x^T / sqrt(2 K): exp(q k / sqrt K) to second order (Based, arXiv:2402.18668) | 16 |
+| rebased | x' x'^T / K, x' = norm(x) scale + bias: (q' k' / K)^2 (ReBased, arXiv:2402.10644) | 16 |
+| hedgehog | softmax(W x), softmax(-W x), W of each head (Zhang et al. 2024, arXiv:2402.04347) | D / H |
+| identity | x; no z_t: o_t = norm(K^-1/2 q_t S_t) (TransNormer, arXiv:2210.10340) | D / H |
+
+All but identity divide by z, as their papers do; z is one more value channel, of ones. Identity has an RMSNorm of each
+head in its place. Of a symmetric product x x^T each pair of channels is kept once, times sqrt 2. Queries and keys have
+maps of their own: rebased begins with scale 1 and bias 0, hedgehog with W = 1.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxlinear import ops
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, parameter, per_head
+from jaxlinear.ops import dtypes
+
+PRODUCT_WIDTH = 16  # K where phi has the products of all pairs of channels
+_EPSILON = 1e-6  # added to phi(q) z, which relu and rebased can make 0, with S
+
+
+def widths(config: ModelConfig) -> tuple[int, int, int]:
+    """H, K before the feature map, and V: D / H, or K = 16 where phi has products, unless they are given."""
+    heads = config.heads
+    products = config.feature_map in ("taylor", "rebased")
+    key = config.key_width or (PRODUCT_WIDTH if products else per_head("linear_attention", config.width, heads))
+    return heads, key, config.value_width or per_head("linear_attention", config.width, heads)
+
+
+def features(feature_map: str, key_width: int) -> int:
+    """Channels of phi(x)."""
+    pairs = key_width * (key_width + 1) // 2
+    return {"taylor": 1 + key_width + pairs, "rebased": pairs, "hedgehog": 2 * key_width}.get(feature_map, key_width)
+
+
+class LinearAttention(nnx.Module):
+    """Linear attention over ``[B, T, D]``. State: ``memory [B, H, F, V]``, or ``[B, H, F, V + 1]`` with z; F features."""
+
+    def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
+        width, name = config.width, config.feature_map
+        self.heads, key_width, self.value_width = widths(config)
+        self.features = features(name, key_width)
+        self.dtype = config.activation_dtype
+        keys, values = self.heads * key_width, self.heads * self.value_width
+        self.query = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
+        self.key = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
+        self.value = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
+        self.query_map, self.key_map = (_feature_map(name, self.heads, key_width, rngs) for _ in range(2))
+        # ReBased's weights are squares, down to 0. Of features rounded to bfloat16 they would come out at either sign, and
+        # their sum, by which is divided, now and then at about 0.
+        self.rounded = name != "rebased"
+        self.norm = (
+            RMSNorm(self.value_width, axis=None, epsilon=config.norm_epsilon, rngs=rngs) if name == "identity" else None
+        )
+        init = fan_in_normal(2 / config.num_layers)
+        self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
+
+    def init_state(self, batch: int) -> dict[str, jax.Array]:
+        shape = (batch, self.heads, self.features, self.value_width + (self.norm is None))
+        return {"memory": jnp.zeros(shape, dtypes.wide(self.dtype))}
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        wide = dtypes.wide(x.dtype)
+        dtype = x.dtype if self.rounded else wide
+        q, k, v = (by_head(project(x), self.heads) for project in (self.query, self.key, self.value))
+        q, k = (phi(y.astype(wide)).astype(dtype) for phi, y in ((self.query_map, q), (self.key_map, k)))
+        v = v.astype(dtype)
+        past = None if state is None else state["memory"]
+        if self.norm is None:
+            v = jnp.concatenate([v, jnp.ones_like(v, shape=(*v.shape[:3], 1))], axis=-1)
+            o, memory = ops.linear_attention(q, k, v, None, past, scale=1.0, segment_ids=segment_ids)
+            o = o.astype(wide)
+            o = (o[..., :-1] / (o[..., -1:] + _EPSILON)).astype(x.dtype)
+        else:
+            o, memory = ops.linear_attention(q, k, v, None, past, segment_ids=segment_ids)
+            o = self.norm(o)
+        return self.out(o.reshape(*x.shape[:2], -1)), {"memory": memory}
+
+
+class Rebased(nnx.Module):
+    """ReBased's map of ``[B, T, H, K]``, each head normalised to mean 0 and variance 1 first."""
+
+    def __init__(self, heads: int, width: int, *, rngs: nnx.Rngs):
+        self.scale = parameter(nnx.initializers.ones, (heads * width,), ("heads",), rngs)
+        self.bias = parameter(nnx.initializers.zeros, (heads * width,), ("heads",), rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale, bias = (y[...].astype(x.dtype).reshape(1, 1, *x.shape[2:]) for y in (self.scale, self.bias))
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
+        return _pairs(x * scale + bias) / x.shape[-1]
+
+
+class Hedgehog(nnx.Module):
+    """Hedgehog's map of ``[B, T, H, K]``, with a K x K matrix of each head."""
+
+    def __init__(self, heads: int, width: int, *, rngs: nnx.Rngs):
+        identity = lambda key, shape, dtype: jnp.broadcast_to(jnp.eye(width, dtype=dtype), shape)  # noqa: E731
+        self.kernel = parameter(identity, (heads, width, width), ("heads", None, None), rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jnp.einsum("bthi,hij->bthj", x, self.kernel[...].astype(x.dtype))
+        return jnp.concatenate([jax.nn.softmax(x, axis=-1), jax.nn.softmax(-x, axis=-1)], axis=-1)
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _elu(x: jax.Array) -> jax.Array:
+    """elu(x) + 1, which is exp(x) below 0."""
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+
+
+def _taylor(x: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    one = jnp.ones_like(x, shape=(*x.shape[:-1], 1))
+    return jnp.concatenate([one, x * width**-0.25, _pairs(x) * (2 * width) ** -0.5], axis=-1)
+
+
+def _pairs(x: jax.Array) -> jax.Array:
+    """``[..., K]`` -> ``[..., K (K + 1) / 2]`` such that the product of two is the square of that of their x."""
+    width = x.shape[-1]
+    weights = np.concatenate([[1.0] + [2.0**0.5] * (width - i - 1) for i in range(width)])
+    products = jnp.concatenate([x[..., i : i + 1] * x[..., i:] for i in range(width)], axis=-1)
+    return products * jnp.asarray(weights, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+_FIXED = {"identity": _identity, "elu": _elu, "relu": jax.nn.relu, "taylor": _taylor}
+_LEARNED = {"rebased": Rebased, "hedgehog": Hedgehog}
+
+
+def _feature_map(name: str, heads: int, width: int, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
+    return _LEARNED[name](heads, width, rngs=rngs) if name in _LEARNED else _FIXED[name]

@@ -1,0 +1,71 @@
+"""Multi-scale retention (RetNet, Sun et al. 2023, arXiv:2307.08621, section 2).
+
+    q_t, k_t = turn_t(W_q x_t), turn_t(W_k x_t)         v_t = W_v x_t
+    S_t = (1 - 2^(-5 - h)) S_{t-1} + k_t v_t^T          o_t = K^-1/2 S_t^T q_t, in head h = 0, 1, ...
+    y_t = W_o (swish(W_g x_t) * norm(o_t))              each head normalised by itself
+
+``turn`` are the rotary positions (xPos is they and the decay). ``norm`` is GroupNorm, each head to mean 0 and variance 1,
+with no learned scale, as in the authors' code (torchscale), and so is the beginning: Xavier's uniform, with gain 2^-2.5
+but for W_o.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxlinear import ops
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.layers import Linear, by_head, per_head, rotary
+from jaxlinear.ops import dtypes
+
+
+def widths(config: ModelConfig) -> tuple[int, int, int]:
+    """H, K and V. Over all heads, K adds up to D and V to 2 D, unless they are given."""
+    heads = config.heads
+    key = config.key_width or per_head("retention", config.width, heads)
+    return heads, key, config.value_width or per_head("retention", 2 * config.width, heads)
+
+
+class Retention(nnx.Module):
+    """Retention over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and ``position [B]``, that of the next token.
+
+    Only differences of positions matter within a document, so a document may begin at any position.
+    """
+
+    def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
+        width = config.width
+        self.heads, self.key_width, self.value_width = widths(config)
+        self.rotary = {"fraction": config.rotary_fraction, "base": config.rotary_base}
+        self.epsilon, self.dtype = config.norm_epsilon, config.activation_dtype
+        keys, values = self.heads * self.key_width, self.heads * self.value_width
+        small, xavier = (nnx.initializers.variance_scaling(scale, "fan_avg", "uniform") for scale in (2**-5, 1))
+        self.query = Linear(width, keys, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
+        self.key = Linear(width, keys, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
+        self.value = Linear(width, values, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
+        self.gate = Linear(width, values, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
+        self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=xavier, rngs=rngs)
+
+    def init_state(self, batch: int) -> dict[str, jax.Array]:
+        shape = (batch, self.heads, self.key_width, self.value_width)
+        return {"memory": jnp.zeros(shape, dtypes.wide(self.dtype)), "position": jnp.zeros((batch,), jnp.int32)}
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        state = self.init_state(x.shape[0]) if state is None else state
+        positions = state["position"][:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        q, k, v = (by_head(project(x), self.heads) for project in (self.query, self.key, self.value))
+        q, k = (rotary(y, positions, **self.rotary) for y in (q, k))
+        log_decay = jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(self.heads)))), dtypes.wide(x.dtype))
+        o, memory = ops.linear_attention(q, k, v, log_decay, state["memory"], segment_ids=segment_ids)
+        o = _group_norm(o, self.epsilon).reshape(*x.shape[:2], -1)
+        y = self.out(jax.nn.silu(self.gate(x)) * o)
+        return y, {"memory": memory, "position": state["position"] + x.shape[1]}
+
+
+def _group_norm(x: jax.Array, epsilon: float) -> jax.Array:
+    """Mean 0 and variance 1 over the last axis."""
+    wide = x.astype(dtypes.wide(x.dtype))
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)

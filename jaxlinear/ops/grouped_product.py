@@ -1,0 +1,139 @@
+"""A matrix product of its own for each group of rows, the groups of any sizes: what a mixture of experts computes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlinear.ops import backends, dtypes
+
+BACKENDS = ("blocks", "ragged_dot")
+
+# Rows of a block: a part of the mean group, so that little of a group's last block is wasted, within these bounds.
+_PARTS_OF_MEAN = 4
+_LEAST_BLOCK, _LARGEST_BLOCK = 8, 256
+
+
+def grouped_product(x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, backend: str = "auto") -> jax.Array:
+    """``y[m] = x[m] @ kernels[group of m]``, summed in float32 at least.
+
+    Backends: ``ragged_dot`` is ``jax.lax.ragged_dot``, which TPUs have an instruction for. Elsewhere XLA makes of it a
+    product of every row with every kernel. ``blocks`` takes blocks of rows of one group, one after the other, as many
+    as there are: its work and its reading of kernels grow with the rows and the groups that have any. ``auto`` takes
+    ``ragged_dot`` on a TPU, else ``blocks``.
+
+    Args:
+      x: ``[M, D]``, sorted by group: the first ``sizes[0]`` rows are group 0's, and so on.
+      kernels: ``[E, D, F]``; multiplied in the dtype of x, their gradient in their own.
+      sizes: ``[E]`` int, each from 0 to M, together at most M.
+      backend: ``"blocks"``, ``"ragged_dot"`` or ``"auto"``.
+
+    Returns:
+      ``[M, F]`` in the dtype of x; zeros in the rows behind the last group, whose gradients are zeros too.
+    """
+    backends.check("grouped_product", backend, BACKENDS)
+    if backend == "auto":
+        backend = "ragged_dot" if jax.default_backend() == "tpu" else "blocks"
+    return _product(x, kernels, sizes.astype(jnp.int32), backend)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(x, kernels, sizes, backend):
+    return _forward(x, kernels, sizes, backend)[0]
+
+
+def _forward(x, kernels, sizes, backend):
+    y = _rows(x, kernels, sizes, backend, contracted=1)
+    return checkpoint_name(y, "grouped_product"), (x, kernels, sizes)
+
+
+def _backward(backend, residuals, dy):
+    x, kernels, sizes = residuals
+    d_x = _rows(dy, kernels, sizes, backend, contracted=2)
+    of_kernels = _kernels_by_blocks if backend == "blocks" else _kernels_by_ragged_dot
+    return d_x, of_kernels(x, dy, sizes).astype(kernels.dtype), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _rows(x, kernels, sizes, backend, *, contracted):
+    """Each row times its group's kernel, over the kernels' axis ``contracted``."""
+    rows = _rows_by_blocks if backend == "blocks" else _rows_by_ragged_dot
+    return rows(x, kernels, sizes, contracted)
+
+
+def _rows_by_blocks(x, kernels, sizes, contracted):
+    block = _block(x, sizes)
+    count, place = _blocks(x, sizes, block)
+
+    def step(n, y):
+        group, first, in_group = place(n)
+        product = lax.dot_general(
+            lax.dynamic_slice_in_dim(x, first, block),
+            lax.dynamic_index_in_dim(kernels, group, keepdims=False).astype(x.dtype),
+            (((1,), (contracted - 1,)), ((), ())),
+            preferred_element_type=dtypes.wide(x.dtype),
+        )
+        others = lax.dynamic_slice_in_dim(y, first, block)
+        return lax.dynamic_update_slice_in_dim(y, jnp.where(in_group, product.astype(y.dtype), others), first, axis=0)
+
+    return lax.fori_loop(0, count, step, jnp.zeros_like(x, shape=(x.shape[0], kernels.shape[3 - contracted])))
+
+
+def _kernels_by_blocks(x, dy, sizes):
+    """``[E, D, F]``: the sum over a group's rows of ``x[m]^T dy[m]``."""
+    block, sum_dtype = _block(x, sizes), dtypes.wide(x.dtype)
+    count, place = _blocks(x, sizes, block)
+
+    def step(n, total):
+        group, first, in_group = place(n)
+        rows = jnp.where(in_group, lax.dynamic_slice_in_dim(x, first, block), jnp.zeros((), x.dtype))
+        product = lax.dot_general(
+            rows,
+            lax.dynamic_slice_in_dim(dy, first, block),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=sum_dtype,
+        )
+        before = lax.dynamic_index_in_dim(total, group, keepdims=False)
+        return lax.dynamic_update_index_in_dim(total, before + product, group, axis=0)
+
+    shape = (sizes.shape[0], x.shape[1], dy.shape[1])
+    return lax.fori_loop(0, count, step, jnp.zeros_like(x, shape=shape, dtype=sum_dtype))
+
+
+def _block(x, sizes):
+    part = x.shape[0] // (_PARTS_OF_MEAN * sizes.shape[0])
+    return min(x.shape[0], max(_LEAST_BLOCK, min(_LARGEST_BLOCK, part // 8 * 8)))
+
+
+def _blocks(x, sizes, block):
+    """How many blocks there are, and a function from a block's number to its group, its first row, and which of its
+    rows are the group's ``[block, 1]`` (the first row is such that the block ends within x)."""
+    ends, blocks = jnp.cumsum(sizes, dtype=jnp.int32), -(-sizes // block)
+    blocks_through = jnp.cumsum(blocks, dtype=jnp.int32)
+
+    def place(n):
+        group = jnp.sum(blocks_through <= n, dtype=jnp.int32)
+        start = ends[group] - sizes[group] + (n - blocks_through[group] + blocks[group]) * block
+        first = jnp.minimum(start, x.shape[0] - block)
+        rows = first + jnp.arange(block, dtype=jnp.int32)
+        return group, first, ((rows >= start) & (rows < ends[group]))[:, None]
+
+    return blocks_through[-1], place
+
+
+def _rows_by_ragged_dot(x, kernels, sizes, contracted):
+    numbers = lax.RaggedDotDimensionNumbers((((1,), (contracted,)), ((), ())), (0,), (0,))
+    kernels, sum_dtype = kernels.astype(x.dtype), dtypes.wide(x.dtype)
+    y = lax.ragged_dot_general(x, kernels, sizes, numbers, preferred_element_type=sum_dtype)
+    # What stands in the rows of no group is not specified.
+    in_a_group = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes, dtype=jnp.int32)
+    return jnp.where(in_a_group[:, None], y.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def _kernels_by_ragged_dot(x, dy, sizes):
+    numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+    return lax.ragged_dot_general(x, dy, sizes, numbers, preferred_element_type=dtypes.wide(x.dtype))

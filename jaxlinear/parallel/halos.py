@@ -1,0 +1,44 @@
+"""What a shard of time sees of the shards before it: a fixed number of positions. All within ``shard_map``."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlinear.parallel.exchanges import AXIS
+
+
+def before(x: jax.Array, width: int, first: jax.Array) -> jax.Array:
+    """The ``width`` positions before this shard's own: ``[B, T, ...]`` -> ``[B, width, ...]``.
+
+    ``first`` ``[B, width, ...]`` are those before the whole sequence. Takes as many hops as the width needs.
+    """
+    if width == 0:
+        return x[:, :0]
+    start = lax.axis_index(AXIS) * x.shape[1]
+    past = _hops(x, width)
+    place = jnp.arange(width, dtype=jnp.int32) + start  # in ``first``, where that is below its width
+    outside = jnp.take(first, jnp.minimum(place, width - 1), axis=1).astype(x.dtype)
+    return jnp.where(jnp.expand_dims(place < width, (0, *range(2, x.ndim))), outside, past)
+
+
+def ids_before(ids: jax.Array, width: int) -> jax.Array:
+    """Likewise of segment ids ``[B, T]``; the positions before the whole sequence have the first token's id."""
+    if width == 0:
+        return ids[:, :0]
+    past = jnp.concatenate([_hops(ids, width), ids[:, :1]], axis=1)
+    own = jnp.arange(width, dtype=jnp.int32)
+    begin = width - lax.axis_index(AXIS) * ids.shape[1]  # where in ``past`` the sequence begins
+    return jnp.take(past, jnp.clip(begin, own, width), axis=1)
+
+
+def _hops(x: jax.Array, width: int) -> jax.Array:
+    """``[B, width, ...]`` from the shards before; zeros where there is none."""
+    length, shards = x.shape[1], lax.axis_size(AXIS)
+    parts = []
+    for hop in range(math.ceil(width / length), 0, -1):
+        part = x[:, -min(length, width - (hop - 1) * length) :]
+        pairs = [(i, i + hop) for i in range(shards - hop)]
+        parts.append(lax.ppermute(part, AXIS, pairs) if pairs else jnp.zeros_like(part))
+    return jnp.concatenate(parts, axis=1)

@@ -1,0 +1,191 @@
+"""The operations on the mesh in use: those of ``jaxlinear.ops``, by the same names and contracts, for global arrays.
+
+Where the mesh spreads time, each runs under ``shard_map`` on its shard: recurrences exchange their states
+(``parallel.sequence``), windows and convolutions receive the positions before their shard (``parallel.halos``). Else they
+are the plain operations. A mixer calls these.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxlinear import ops
+from jaxlinear.errors import UserError
+from jaxlinear.ops import cross_entropy, segments
+from jaxlinear.parallel import halos, sharding
+from jaxlinear.parallel.exchanges import AXIS
+
+_TIME = ("batch", "time")
+_NO_DOCUMENT = -(2**31)  # the id of positions before the sequence
+
+
+def document_starts(segment_ids: jax.Array) -> jax.Array:
+    """``ops.segments.starts``: ``[B, T]`` bool, where a document begins inside the row."""
+    mesh = _mesh("document_starts", segment_ids.shape[1])
+    if mesh is None:
+        return segments.starts(segment_ids)
+
+    def local(ids):
+        return segments.starts(jnp.concatenate([halos.ids_before(ids, 1), ids], axis=1))[:, 1:]
+
+    return _on_shards(mesh, local, 0, (segment_ids,), (_TIME,))
+
+
+def causal_convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    state: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    channels: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """``ops.causal_convolution``; ``channels`` is the logical axis of D."""
+    mesh = _mesh("causal_convolution", x.shape[1])
+    if mesh is None:
+        return ops.causal_convolution(x, kernel, bias, state, segment_ids=segment_ids)
+    width = kernel.shape[0]
+    if state is None:
+        state = jnp.zeros_like(x, shape=(x.shape[0], width - 1, x.shape[2]))
+
+    def local(x, kernel, bias, state, ids):
+        past = halos.before(x, width - 1, state)
+        if ids is not None:
+            ids = jnp.concatenate([halos.ids_before(ids, width - 1), ids], axis=1)
+        y, final = ops.causal_convolution(jnp.concatenate([past, x], axis=1), kernel, bias, segment_ids=ids)
+        return y[:, width - 1 :], _of_last_shard(final)
+
+    axes = (*_TIME, channels), (None, channels), (channels,), ("batch", None, channels), _TIME
+    return _on_shards(mesh, local, (0, 3), (x, kernel, bias, state, segment_ids), axes)
+
+
+def sliding_window_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int,
+    scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+    past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """``ops.sliding_window_attention`` of T queries on their T keys and, in front of these, the ``past``: keys
+    ``[B, P, G, K]``, values ``[B, P, G, V]`` and segment ids ``[B, P]`` of earlier tokens, P at least ``window - 1``."""
+    mesh = _mesh("sliding_window_attention", q.shape[1])
+    if mesh is None:
+        if past is not None:
+            ids = jnp.zeros_like(past[2], shape=q.shape[:2]) if segment_ids is None else segment_ids
+            k, v, segment_ids = (
+                jnp.concatenate([earlier, own], axis=1) for earlier, own in zip(past, (k, v, ids), strict=True)
+            )
+        return ops.sliding_window_attention(q, k, v, window=window, scale=scale, segment_ids=segment_ids)
+
+    if past is None:
+        none = jnp.zeros_like(k, shape=(k.shape[0], window - 1, *k.shape[2:]))
+        past = none, jnp.zeros_like(v, shape=(*none.shape[:3], v.shape[-1])), None
+
+    def local(q, k, v, ids, past_k, past_v, past_ids):
+        ids = jnp.zeros_like(q, shape=q.shape[:2], dtype=jnp.int32) if ids is None else ids
+        if past_ids is None:
+            past_ids = jnp.full((ids.shape[0], window - 1), _NO_DOCUMENT, ids.dtype)
+        earlier = (
+            halos.before(x, window - 1, y[:, -(window - 1) :]) for x, y in ((k, past_k), (v, past_v), (ids, past_ids))
+        )
+        k, v, ids = (jnp.concatenate([x, y], axis=1) for x, y in zip(earlier, (k, v, ids), strict=True))
+        return ops.sliding_window_attention(q, k, v, window=window, scale=scale, segment_ids=ids)
+
+    heads = _head_axis(mesh, q.shape[2], k.shape[2])
+    own, others = (*_TIME, heads, None), ("batch", None, heads, None)
+    axes = own, own, own, _TIME, others, others, ("batch", None)
+    return _on_shards(mesh, local, 0, (q, k, v, segment_ids, *past), axes)
+
+
+def linear_cross_entropy(
+    x: jax.Array,
+    embedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    soft_cap: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """``ops.cross_entropy.linear_cross_entropy``: each shard of time takes the losses of its own tokens."""
+
+    def local(x, embedding, targets, weights):
+        return cross_entropy.linear_cross_entropy(
+            x, embedding, targets, weights, soft_cap=soft_cap, z_loss=z_loss, groups=sharding.batch_groups()
+        )
+
+    mesh = _mesh("linear_cross_entropy", x.shape[1])
+    if mesh is None:
+        return local(x, embedding, targets, weights)
+    return _over_time(mesh, lambda *arguments: lax.psum(local(*arguments), AXIS), PartitionSpec())(
+        x, embedding, targets, weights
+    )
+
+
+def token_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft_cap: float = 0.0) -> jax.Array:
+    """``ops.cross_entropy.token_losses``, each shard of time by itself."""
+
+    def local(x, embedding, targets):
+        return cross_entropy.token_losses(x, embedding, targets, soft_cap=soft_cap)
+
+    mesh = _mesh("token_losses", x.shape[1])
+    return (local if mesh is None else _over_time(mesh, local, _BY_TIME))(x, embedding, targets)
+
+
+_BY_TIME = PartitionSpec(None, AXIS)
+
+
+def _over_time(mesh: Mesh, function: Callable, out_specs: PartitionSpec) -> Callable:
+    """``function(x, embedding, *others)`` on each shard of time; the other axes of the mesh are left to the compiler."""
+
+    def run(x, embedding, *others):
+        in_specs = _BY_TIME, PartitionSpec(), *(_BY_TIME for _ in others)
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={AXIS}, check_vma=False
+        )
+        return mapped(x, embedding, *others)
+
+    return run
+
+
+def _head_axis(mesh: Mesh, heads: int, groups: int) -> str | None:
+    """The logical axis of attention heads: none where a device would hold heads without their group's keys."""
+    tensor = mesh.shape.get("tensor", 1)
+    return "heads" if groups == 1 or groups % tensor == 0 or heads % tensor else None
+
+
+def _of_last_shard(x: jax.Array) -> jax.Array:
+    """The last shard's value on every shard."""
+    is_last = lax.axis_index(AXIS) == lax.axis_size(AXIS) - 1
+    return lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), AXIS)
+
+
+def _mesh(operation: str, length: int) -> Mesh | None:
+    """The mesh in use if it spreads this many tokens over its axis ``sequence``."""
+    mesh = sharding.mesh_in_use()
+    if mesh is None or mesh.shape.get(AXIS, 1) == 1 or length == 1:
+        return None
+    if length % mesh.shape[AXIS]:
+        raise UserError(
+            f"{operation}: mesh.sequence={mesh.shape[AXIS]} does not divide {length} tokens; "
+            f"{-(-length // mesh.shape[AXIS]) * mesh.shape[AXIS]} would do"
+        )
+    return mesh
+
+
+def _on_shards(mesh: Mesh, function: Callable, like: Any, arguments: tuple, axes: tuple) -> Any:
+    """``function`` on each device's parts of the arguments, which lie by their logical axes (None is passed on).
+
+    ``like``: for each output the number of the argument that it lies like.
+    """
+    specs = tuple(
+        None if x is None else sharding.spec(names, x.shape, mesh) for names, x in zip(axes, arguments, strict=True)
+    )
+    out_specs = jax.tree.map(lambda i: specs[i], like)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*arguments)

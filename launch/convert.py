@@ -1,0 +1,36 @@
+"""Imports the weights of another program's model, or exports a run's. docs/conversion.md says which.
+
+python launch/convert.py --source=PATH --workdir=DIR
+python launch/convert.py --workdir=DIR --target=PATH [--step=N] [--layout=flax]
+"""
+
+from absl import flags, logging
+
+from jaxlinear import cli
+from jaxlinear.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run: made of --source, or written to --target.", required=True)
+_SOURCE = flags.DEFINE_string("source", None, "Imports this directory of Hugging Face, or Flax checkpoint.")
+_TARGET = flags.DEFINE_string("target", None, "Exports the run to this directory.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint is exported; the newest by default.")
+_LAYOUT = flags.DEFINE_string("layout", "huggingface", "Of the export: huggingface, or flax (RecurrentGemma).")
+
+
+def main() -> None:
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of the arrays that it is given, which are none of JAX
+    from jaxlinear.models import conversion
+
+    if (_SOURCE.value is None) == (_TARGET.value is None):
+        raise UserError("give --source to import into --workdir, or --target to export from it")
+    if _SOURCE.value is not None:
+        if _STEP.value is not None or _LAYOUT.present:
+            raise UserError("--step and --layout are of an export; an import is told from what is in --source")
+        conversion.import_weights(_SOURCE.value, _WORKDIR.value)
+        print(f"imported {_SOURCE.value} into {_WORKDIR.value}")
+    else:
+        conversion.export_weights(_WORKDIR.value, _TARGET.value, step=_STEP.value, layout=_LAYOUT.value)
+        print(f"exported {_WORKDIR.value} to {_TARGET.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,56 @@
+"""LRU (arXiv:2303.06349), S5 (arXiv:2208.04933) and GateLoop (arXiv:2311.01927), one token after the other."""
+
+import numpy as np
+
+from tests import oracles
+
+
+def lru(parameters, x, ids, config):
+    a = np.exp(-np.exp(parameters["nu"]) + 1j * np.exp(parameters["theta"]))
+    b, c = (_complex(parameters[name]) for name in ("input_kernel", "output_kernel"))
+    h = _run(np.broadcast_to(a, (*x.shape[:2], len(a))), np.exp(parameters["gamma"]) * (x @ b), ids)
+    z = (h @ c).real + parameters["skip"] * x
+    return oracles.linear(parameters["value"], z) * oracles.sigmoid(oracles.linear(parameters["gate"], z))
+
+
+def s5(parameters, x, ids, config):
+    z = oracles.gelu(s5_states(parameters, x, ids, config.discretization) + parameters["skip"] * x)
+    return z * oracles.sigmoid(oracles.linear(parameters["gate"], z))
+
+
+def s5_states(parameters, x, ids, discretization):
+    """What is read of the states, ``[B, T, D]``: all P of them, each eigenvalue beside its conjugate."""
+    eigenvalues = -np.exp(parameters["log_rate"]) + 1j * parameters["frequency"]
+    b, c = (_complex(parameters[name]) for name in ("input_kernel", "output_kernel"))
+    eigenvalues, b, c = (np.concatenate([y, y.conj()], axis) for y, axis in ((eigenvalues, 0), (b, 1), (c, 0)))
+    step = np.exp(np.tile(parameters["log_step"], 2))
+    if discretization == "bilinear":
+        inverse = 1 / (1 - step / 2 * eigenvalues)
+        a, b = inverse * (1 + step / 2 * eigenvalues), inverse * step * b
+    else:
+        a = np.exp(eigenvalues * step)
+        b = (a - 1) / eigenvalues * b
+    y = _run(np.broadcast_to(a, (*x.shape[:2], len(a))), x @ b, ids) @ c
+    assert np.abs(y.imag).max() < 1e-10 * np.abs(y.real).max()
+    return y.real
+
+
+def gateloop(parameters, x, ids, config):
+    q, k, v, alpha, beta, gate = (
+        oracles.linear(parameters[name], x) for name in ("query", "key", "value", "magnitude", "phase", "gate")
+    )
+    alpha, beta = alpha + parameters["magnitude_bias"], beta + parameters["phase_bias"]
+    o = q * _run(oracles.sigmoid(alpha) * np.exp(1j * beta), k * v, ids).real
+    o = oracles.rms_norm(parameters["norm"], o.reshape(*x.shape[:2], config.heads, -1)).reshape(o.shape)
+    return oracles.linear(parameters["out"], gate * oracles.sigmoid(gate) * o)
+
+
+def _run(a, u, ids):
+    return oracles.linear_recurrence(a, u, ids=ids)[0]
+
+
+def _complex(kernel):
+    return kernel[0] + 1j * kernel[1]
+
+
+ORACLES = {"gateloop": gateloop, "lru": lru, "s5": s5}

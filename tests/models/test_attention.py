@@ -1,0 +1,160 @@
+"""What attention and sliding_window share, and attention's context: parameters, the state's end, heads over devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlinear.models.mixers.attention import Attention
+from jaxlinear.models.mixers.sliding_window import SlidingWindow
+from jaxlinear.models.parameters import describe
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel import sharding
+from tests import numerics, small
+
+CONTEXT = 8
+BOTH = pytest.mark.parametrize("mixer", [Attention, SlidingWindow])
+
+
+@BOTH
+def test_the_parameters(mixer):
+    """4 query heads of 4; 1, 2 or 4 heads of keys and values; a bias at the end, or none."""
+    for groups in (1, 2, 4):
+        config = small.config(num_heads=4, key_value_heads=groups, bias=groups < 4)
+        _, parameters = small.module(lambda rngs, config=config: mixer(config, rngs=rngs))
+        assert jax.tree.map(np.shape, parameters) == {
+            "query": {"kernel": (16, 16)},
+            "key": {"kernel": (16, 4 * groups)},
+            "value": {"kernel": (16, 4 * groups)},
+            "out": {"kernel": (16, 16), "bias": (16,)} if groups < 4 else {"kernel": (16, 16)},
+        }
+
+
+@BOTH
+def test_the_parameters_at_the_start(mixer):
+    layer = mixer(small.config(width=256, num_heads=4, key_value_heads=2, num_layers=8), rngs=nnx.Rngs(0))
+    for name in ("query", "key", "value"):
+        assert np.std(getattr(layer, name).kernel[...]) == pytest.approx(256**-0.5, rel=0.05), name
+    assert np.std(layer.out.kernel[...]) == pytest.approx((2 / 8 / 256) ** 0.5, rel=0.05)
+    assert not layer.out.bias[...].any()
+
+
+@BOTH
+def test_the_state(mixer):
+    layer = mixer(small.config(num_heads=4, key_value_heads=2, window=5, context=5), rngs=nnx.Rngs(0))
+    assert jax.tree.map(lambda x: x.shape, layer.init_state(7)) == {
+        "keys": (7, 2, 5, 4),
+        "values": (7, 2, 5, 4),
+        "position": (7,),
+        "seen": (7,),
+    }
+
+
+def attention():
+    """``(run(x, ids, state), init_state)`` with room for 8 tokens."""
+    config = small.config(num_heads=4, key_value_heads=2, context=CONTEXT)
+    graph, parameters = small.module(lambda rngs: Attention(config, rngs=rngs))
+    layer = nnx.merge(graph, numerics.cast(parameters, "float32"))
+    return numerics.jit(lambda x, ids=None, state=None: layer(x, segment_ids=ids, state=state)), layer.init_state
+
+
+def tokens(length, rows=1):
+    return jnp.asarray(np.random.default_rng(0).standard_normal((rows, length, 16)), jnp.float32)
+
+
+def lost(y):
+    """``[B, T]``: which tokens are NaN, all of their channels or none."""
+    nan = np.isnan(y)
+    assert (nan.all(axis=-1) == nan.any(axis=-1)).all()
+    return nan.any(axis=-1)
+
+
+def test_a_document_beyond_the_context_is_never_wrong_in_silence():
+    """One pass may be longer than the context, a document that goes on from a state may not."""
+    run, init_state = attention()
+    x = tokens(12)
+    whole, after = run(x)
+    assert not lost(whole).any()
+
+    parts, state = [], init_state(1)
+    for t in range(12):
+        y, state = run(x[:, t : t + 1], None, state)
+        parts.append(y)
+    assert lost(jnp.concatenate(parts, axis=1)).tolist() == [[False] * CONTEXT + [True] * 4]
+    numerics.assert_close(jnp.concatenate(parts[:CONTEXT], axis=1), whole[:, :CONTEXT], 1e-5)
+
+    _, state = run(x[:, :5])
+    y, state = run(x[:, 5:], None, state)
+    assert lost(y).tolist() == [[False] * 3 + [True] * 4]
+    numerics.assert_close(y[:, :3], whole[:, 5:CONTEXT], 1e-5)
+    assert lost(run(x[:, :1], None, after)[0]).all() and lost(run(x[:, :2], None, state)[0]).all()
+
+
+def test_only_the_document_that_goes_on_is_lost():
+    """Those after it have all of their past in the run."""
+    run, _ = attention()
+    x, more = tokens(6), tokens(14)
+    _, state = run(x)
+    ids = np.array([[1] * 4 + [2] * 10], np.int32)
+    y, state = run(more, ids, state)
+    assert lost(y).tolist() == [[False] * 2 + [True] * 2 + [False] * 10]
+    numerics.assert_close(y[:, 4:], run(more[:, 4:])[0], 1e-5)
+    assert lost(run(x[:, :1], None, state)[0]).all()  # the second has 10 tokens by now
+
+    _, state = run(more, np.array([[1] * 9 + [2] * 5], np.int32))
+    assert lost(run(x, None, state)[0]).tolist() == [[False] * 3 + [True] * 3]
+
+
+def test_training_pays_for_no_cache():
+    """The state that a training pass returns and does not use is left out of the program."""
+
+    def memory(context):
+        architecture = describe(small.config(pattern=("attention",), num_layers=2, context=context))
+        tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+        loss = lambda parameters, tokens: jnp.sum(architecture.bind(parameters).hidden(tokens)[0] ** 2)  # noqa: E731
+        compiled = numerics.jit(jax.grad(loss)).lower(architecture.shapes, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(2**20) == memory(16)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+@BOTH
+def test_heads_over_devices(mixer, groups):
+    """4 devices hold 8 query heads; as many heads of keys as they are, fewer or more."""
+    config = small.config(width=32, num_heads=8, key_value_heads=groups, window=5)
+    graph, parameters = small.module(lambda rngs: mixer(config, rngs=rngs))
+    mesh = meshes.make_mesh(dict.fromkeys(meshes.AXES, 1) | {"tensor": 4, "data": 2})
+    x = np.random.default_rng(0).standard_normal((4, 11, 32))
+    ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (4, 11))))
+
+    def run(parameters, x):
+        return nnx.merge(graph, parameters)(x, segment_ids=ids)[0]
+
+    def run_on_mesh(parameters, x):
+        parameters = jax.tree.map_with_path(place, parameters)
+        with sharding.use_mesh(mesh):
+            return run(parameters, x)
+
+    def place(path, kernel):
+        axes = (None, "tensor") if path[0].key != "out" else ("tensor", None)
+        spread = kernel.ndim == 2 and (groups > 1 or path[0].key in ("query", "out"))
+        spec = PartitionSpec(*axes) if spread else PartitionSpec()
+        return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, spec))
+
+    cotangents = np.random.default_rng(2).standard_normal((4, 11, 32))
+    arguments = (parameters, x), cotangents
+    expected = numerics.run(numerics.with_gradients(run), *arguments, dtype="float32")
+    found = numerics.run(numerics.with_gradients(run_on_mesh), *arguments, dtype="float32")
+    numerics.assert_close(found, expected, 1e-5)
+
+
+def test_one_key_head_is_on_every_device():
+    for groups, axis in ((1, None), (2, "tensor")):
+        config = small.config(pattern=("attention",), num_layers=1, num_heads=4, key_value_heads=groups)
+        mesh = meshes.make_mesh(dict.fromkeys(meshes.AXES, 1) | {"tensor": 2, "data": 4})
+        mixer = describe(config).shardings(mesh)["periods"]["blocks"][0]["mixer"]
+        assert mixer["key"]["kernel"].spec[-1] == mixer["value"]["kernel"].spec[-1] == axis
+        assert mixer["query"]["kernel"].spec[-1] == "tensor"

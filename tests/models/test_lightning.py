@@ -1,0 +1,76 @@
+"""Lightning attention: its parameters, the numbers that it starts from, and its decays, which stay what they are."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
+from jaxlinear.models.mixers.lightning import Lightning, widths
+from jaxlinear.models.parameters import describe
+from jaxlinear.training.optimizer import make_optimizer
+from tests import numerics, small
+
+
+def test_the_parameters():
+    """2 heads: K = V = D / H. The norm has none."""
+    _, parameters = small.module(lambda rngs: Lightning(small.config(), rngs=rngs))
+    kernels = {name: {"kernel": (16, 16)} for name in ("query", "key", "value", "gate", "out")}
+    assert jax.tree.map(np.shape, parameters) == {**kernels, "log_decay": (2,)}
+
+
+def test_the_widths_that_are_given():
+    mixer = Lightning(small.config(recurrent_heads=3, key_width=5, value_width=4), rngs=nnx.Rngs(0))
+    assert mixer.init_state(7)["memory"].shape == (7, 3, 5, 4)
+    with pytest.raises(UserError, match=r"^lightning: 3 heads do not divide 16 channels"):
+        widths(small.config(recurrent_heads=3, key_width=5))
+
+
+def test_the_parameters_at_the_start():
+    mixer = Lightning(small.config(width=256, num_heads=4, num_layers=8), rngs=nnx.Rngs(0))
+    for name in ("query", "key", "value", "gate"):
+        assert np.std(getattr(mixer, name).kernel[...]) == pytest.approx(256**-0.5, rel=0.05), name
+    assert np.std(mixer.out.kernel[...]) == pytest.approx((2 / 8 / 256) ** 0.5, rel=0.05)
+
+
+SIZES = {"pattern": ("lightning", "rg_lru", "lightning"), "num_layers": 7, "num_heads": 4}
+
+
+def test_the_decays_by_head_and_layer():
+    """Scanned and not: layers 0, 2, 3, 5 and 6 of 7."""
+    parameters = numerics.jit(describe(small.config(**SIZES)).initialise)(jax.random.key(0))
+    periods, rest = parameters["periods"]["blocks"], parameters["rest"]["blocks"]
+    found = [periods[0], periods[2]]
+    found = {0: found[0], 2: found[1], 3: found[0], 5: found[1], 6: rest[0]}
+    for layer, block in found.items():
+        decay = block["mixer"]["log_decay"]
+        decay = decay[layer // 3] if layer < 6 else decay
+        expected = np.array([-8 * (h + 1) / 4 * (1 - layer / 7) for h in range(4)])
+        numerics.assert_close(decay, expected, 1e-6)
+
+
+@functools.cache
+def gradients():
+    """Of two layers, scanned, with their parameters."""
+    architecture = describe(small.config(pattern=("lightning",), num_layers=2))
+    parameters = numerics.jit(architecture.initialise)(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 31, (2, 9)).astype(np.int32)
+    loss = lambda parameters: jnp.mean(architecture.bind(parameters)(tokens)[0] ** 2)  # noqa: E731
+    return architecture, parameters, numerics.jit(jax.grad(loss))(parameters)
+
+
+@pytest.mark.parametrize("name", configs.OPTIMIZERS)
+def test_training_leaves_the_decays_as_they_are(name):
+    architecture, parameters, gradient = gradients()
+    config = configs.default()
+    config.optimizer.name = name
+    config.schedule.warmup_steps = 0
+    optimizer = make_optimizer(config, architecture)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        update = numerics.jit(lambda *trees: optimizer.update(trees[0], optimizer.init(trees[1]), trees[1])[0])
+        updates = update(gradient, parameters)["periods"]["blocks"][0]["mixer"]
+    assert not updates["log_decay"].any() and updates["query"]["kernel"].any()

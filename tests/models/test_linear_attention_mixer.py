@@ -1,0 +1,116 @@
+"""Linear attention: its parameters, the numbers that it starts from, its feature maps, and what it divides by."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlinear.errors import UserError
+from jaxlinear.models.mixers.linear_attention import Hedgehog, LinearAttention, Rebased, _elu, _pairs, _taylor, widths
+from tests import numerics, small
+
+MAPS = ("identity", "elu", "relu", "taylor", "rebased", "hedgehog")
+
+
+def shapes(**changes):
+    _, parameters = small.module(lambda rngs: LinearAttention(small.config(**changes), rngs=rngs))
+    return jax.tree.map(np.shape, parameters)
+
+
+def test_the_parameters():
+    """2 heads: K = V = D / H = 8, but for the maps with products, which have K = 16."""
+    square = {name: {"kernel": (16, 16)} for name in ("query", "key", "value", "out")}
+    wide = square | {name: {"kernel": (16, 32)} for name in ("query", "key")}
+    learned = {"scale": (32,), "bias": (32,)}
+    assert shapes(feature_map="elu") == shapes(feature_map="relu") == square
+    assert shapes(feature_map="identity") == square | {"norm": {"scale": (8,)}}
+    assert shapes(feature_map="taylor") == wide
+    assert shapes(feature_map="rebased") == wide | {"query_map": learned, "key_map": learned}
+    matrices = {"kernel": (2, 8, 8)}
+    assert shapes(feature_map="hedgehog") == square | {"query_map": matrices, "key_map": matrices}
+
+
+@pytest.mark.parametrize(
+    "feature_map, features, values",
+    [("identity", 6, 5), ("elu", 6, 6), ("relu", 6, 6), ("taylor", 28, 6), ("rebased", 21, 6), ("hedgehog", 12, 6)],
+)
+def test_the_state(feature_map, features, values):
+    """With K = 6 and V = 5: what is divided by is one value more."""
+    config = small.config(recurrent_heads=3, key_width=6, value_width=5, feature_map=feature_map)
+    mixer = LinearAttention(config, rngs=nnx.Rngs(0))
+    assert mixer.init_state(7)["memory"].shape == (7, 3, features, values)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"^linear_attention: 3 heads do not divide 16 channels"):
+        widths(small.config(recurrent_heads=3))
+
+
+def test_the_parameters_at_the_start():
+    config = small.config(width=256, num_heads=4, num_layers=8, feature_map="rebased")
+    mixer = LinearAttention(config, rngs=nnx.Rngs(0))
+    for name in ("query", "key", "value"):
+        assert np.std(getattr(mixer, name).kernel[...]) == pytest.approx(256**-0.5, rel=0.05), name
+    assert np.std(mixer.out.kernel[...]) == pytest.approx((2 / 8 / 256) ** 0.5, rel=0.05)
+    assert (mixer.query_map.scale[...] == 1).all() and not mixer.query_map.bias[...].any()
+    hedgehog = Hedgehog(3, 4, rngs=nnx.Rngs(0)).kernel[...]
+    assert np.array_equal(hedgehog, np.broadcast_to(np.eye(4), (3, 4, 4)))
+
+
+def test_the_kernels_that_the_maps_stand_for():
+    random = np.random.default_rng(0)
+    q, k = numerics.normal(random, 2, 3, 1, 6), numerics.normal(random, 2, 3, 1, 6)
+    product = np.sum(q * k, axis=-1)
+
+    def kernel(phi):
+        return numerics.run(lambda q, k: jnp.sum(phi(q) * phi(k), axis=-1), q, k, dtype="float64")
+
+    numerics.assert_close(kernel(_pairs), product**2, 1e-12)
+    s = product / np.sqrt(6)
+    numerics.assert_close(kernel(_taylor), 1 + s + s**2 / 2, 1e-12)
+    near = numerics.run(lambda q, k: jnp.sum(_taylor(q) * _taylor(k), axis=-1), q / 10, k / 10, dtype="float64")
+    numerics.assert_close(near, np.exp(s / 100), 1e-4)  # of the exponential, the first terms
+    centred = [(y - y.mean(axis=-1, keepdims=True)) / np.sqrt(y.var(axis=-1, keepdims=True) + 1e-5) for y in (q, k)]
+    numerics.assert_close(kernel(Rebased(1, 6, rngs=nnx.Rngs(0))), np.mean(centred[0] * centred[1], axis=-1) ** 2, 1e-6)
+
+
+def test_elu_keeps_what_is_small():
+    x = np.array([-30.0, -10.0, -1e-3, 0.0, 2.0])
+    found = np.asarray(_elu(jnp.asarray(x, jnp.float32)), np.float64)
+    np.testing.assert_allclose(found, [np.exp(-30), np.exp(-10), np.exp(-1e-3), 1, 3], rtol=1e-6)
+    assert jax.vmap(jax.grad(_elu))(jnp.array([-200.0, 0.5, 200.0])).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("feature_map", [name for name in MAPS if name != "identity"])
+def test_what_all_tokens_agree_on_is_kept(feature_map):
+    """The weights add up to 1: equal values come out as they are, whatever the queries and keys."""
+    graph, parameters = small.module(lambda rngs: LinearAttention(small.config(feature_map=feature_map), rngs=rngs))
+    parameters["value"]["kernel"][1:] = 0
+    parameters["out"]["kernel"] = np.eye(16)
+    x = numerics.normal(np.random.default_rng(1), 2, 12, 16)
+    x[..., 0] = 1
+    mixer = nnx.merge(graph, numerics.cast(parameters, "float32"))
+    y = numerics.jit(mixer)(numerics.cast(x, "float32"))[0][:, 6:]  # a few tokens on, some have weight in every map
+    numerics.assert_close(y, np.broadcast_to(parameters["value"]["kernel"][0], y.shape), 1e-3)
+
+
+def test_nothing_that_fits_is_nothing():
+    """A query that meets no key under relu gives 0, and finite gradients."""
+    graph, parameters = small.module(lambda rngs: LinearAttention(small.config(feature_map="relu"), rngs=rngs))
+    parameters["query"]["kernel"] = -np.abs(parameters["query"]["kernel"])
+    x = np.abs(numerics.normal(np.random.default_rng(2), 1, 5, 16))
+    run = numerics.with_gradients(lambda parameters, x: nnx.merge(graph, parameters)(x)[0])
+    y, gradients = numerics.run(run, (parameters, x), np.ones(x.shape), dtype="float32")
+    assert not y.any() and all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_rebased_is_not_divided_by_rounding():
+    """In bfloat16, among 4,000 documents of two tokens, of which some have next to no weight: what comes out is an average
+    of values, and as large as they are."""
+    config = small.config(dtype="bfloat16", feature_map="rebased")
+    mixer = LinearAttention(config, rngs=nnx.Rngs(0))
+    mixer.out.kernel[...] = jnp.eye(16)
+    x = jax.random.normal(jax.random.key(1), (4000, 2, 16), jnp.bfloat16)
+    y, _ = jax.jit(mixer)(x)
+    assert float(jnp.abs(y).max()) <= float(jnp.abs(mixer.value(x)).max()) * 1.01
