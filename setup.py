@@ -17,6 +17,7 @@ extras = {
     "sentencepiece": ["sentencepiece>=0.2,<0.3"],
     "plot": ["matplotlib>=3.9,<4"],
     "tensorboard": ["tensorboard>=2.18,<3"],
+    "parity": ["torch>=2.6,<3", "transformers>=5,<6"],  # what imported weights are compared with, on the CPU
 }
 extras["test"] = [
     "pytest>=8,<10",
@@ -43,6 +44,7 @@ setup(
         "flax>=0.12.4,<0.13",  # the models (NNX)
         "optax>=0.2.6,<0.3",  # the optimisers, Muon included
         "orbax-checkpoint>=0.11.32,<0.13",  # checkpoints
+        "tensorstore>=0.1.74,<0.2",  # their arrays, part by part
         "grain>=0.2.15,<0.3",  # the order of the data
         "array_record>=0.8,<0.9",  # the format of the data
         "tokenizers>=0.21,<0.24",  # byte-level BPE

@@ -239,10 +239,12 @@ def _checksums(tree: Any) -> dict[str, int]:
 
 
 def _streamed_checksum(x: streaming.StreamedArray) -> int:
-    """That of the whole array: the sum of those of its parts, which are taken flat so that few shapes are compiled."""
-    row = math.prod(x.shape[1:])
-    parts = ((part.reshape(-1), np.uint32(begin * row % 2**32)) for begin, part in x.parts())
-    return sum(int(_checksum(part, first)) for part, first in parts) % 2**32
+    """That of the whole array: the sum of those of its pieces, which are taken flat so that few shapes are compiled."""
+    total = first = 0
+    for _, piece in x.pieces():
+        total += int(_checksum(piece.reshape(-1), np.uint32(first % 2**32)))
+        first += piece.size
+    return total % 2**32
 
 
 @jax.jit

@@ -113,7 +113,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "mesh.fsdp": (1, "Devices over which the batch, the parameters and the optimiser are spread."),
     "mesh.sequence": (1, "Devices over which time is spread."),
     "mesh.tensor": (1, "Devices over which heads, channels and the vocabulary are spread."),
-    "mesh.expert": (1, "Devices over which experts are spread."),
+    "mesh.expert": (1, "Devices over which the batch and the experts of a mixture are spread."),
     "checkpoint.every_steps": (500, "Save this often, and at the end."),
     "checkpoint.keep_newest": (2, "Checkpoints kept because they are the newest."),
     "checkpoint.keep_every_steps": (0, "Keep every checkpoint at a multiple of this; 0 means none."),
@@ -311,9 +311,7 @@ def _check_experts(model: config_dict.ConfigDict) -> None:
         if model[name] < 1:
             raise UserError(f"model.channel_mixer='mixture_of_experts' needs model.{name}; it is {model[name]}")
     if model.experts_per_token > model.experts:
-        raise UserError(
-            f"model.experts_per_token={model.experts_per_token} is more than model.experts={model.experts}"
-        )
+        raise UserError(f"model.experts_per_token={model.experts_per_token} is more than model.experts={model.experts}")
 
 
 _POSITIVE = (

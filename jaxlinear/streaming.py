@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-ROW_BYTES = 1 << 24  # of the rows that are read at once, where an array may be cut anywhere
+PIECE_BYTES = 1 << 24  # of what is handed on at once, and read at once where an array may be cut anywhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +40,38 @@ class StreamedArray:
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
-    def parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The array, ``rows`` at a time, each part with where it begins."""
+    @property
+    def piece(self) -> tuple[int, ...]:
+        """The shape of what is handed on at once: of what is read at once, as much as has about ``PIECE_BYTES``."""
+        shape = (self.rows, *self.shape[1:])
+        axis = _cut(shape)
+        return (*shape[:axis], rows_at_once(shape[axis:], self.dtype.itemsize), *shape[axis + 1 :])
+
+    def pieces(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """The array by pieces that follow each other in it, each with its place."""
+        axis = _cut((self.rows, *self.shape[1:]))
+        length = self.piece[axis]
         for begin in range(0, self.shape[0], self.rows):
-            yield begin, self.read(begin, min(begin + self.rows, self.shape[0]))
+            part = self.read(begin, min(begin + self.rows, self.shape[0]))
+            for first in range(0, part.shape[axis], length):
+                place = [slice(begin, begin + len(part)), *map(slice, part.shape[1:])]
+                start = first + (begin if axis == 0 else 0)
+                # A copy, which does not keep the whole part in memory while the next one is read.
+                x = part[(slice(None),) * axis + (slice(first, first + length),)].copy()
+                place[axis] = slice(start, start + x.shape[axis])
+                yield tuple(place), x
+            del part
 
 
 def rows_at_once(shape: Sequence[int], itemsize: int) -> int:
-    """As many rows as have about ``ROW_BYTES``."""
+    """As many rows as have about ``PIECE_BYTES``."""
     row = math.prod(shape[1:]) * itemsize
-    return min(max(ROW_BYTES // max(row, 1), 1), max(shape[0], 1))
+    return min(max(PIECE_BYTES // max(row, 1), 1), max(shape[0], 1))
+
+
+def _cut(shape: Sequence[int]) -> int:
+    """The axis on which an array is cut into pieces that follow each other: the first that can be."""
+    return next((axis for axis, length in enumerate(shape) if length > 1), 0)
 
 
 def save(directory: Path, tree: Any) -> None:
@@ -61,7 +83,7 @@ def save(directory: Path, tree: Any) -> None:
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
-    """Writes one part after another, each a chunk of its own on the disk."""
+    """Writes one piece after another, each a chunk of its own on the disk."""
 
     async def serialize(self, values: Sequence[StreamedArray], infos: Sequence[Any], args: Any = None) -> list:
         for value, info in sorted(zip(values, infos, strict=True), key=lambda pair: pair[0].order):
@@ -69,14 +91,14 @@ class _Handler(ocp.type_handlers.NumpyHandler):
                 info,
                 use_ocdbt=info.is_ocdbt_checkpoint,
                 global_shape=value.shape,
-                local_shape=(value.rows, *value.shape[1:]),
+                local_shape=value.piece,
                 dtype=value.dtype,
                 process_index=0,
             )
             dtype = ts.dtype(value.dtype)
             store = await ts.open(ts.Spec(spec), dtype=dtype, create=True, open=True, context=info.ts_context)
-            for begin, part in value.parts():
-                await store[begin : begin + len(part)].write(part)
+            for place, piece in value.pieces():
+                await store[place].write(piece)
         return []
 
 

@@ -52,6 +52,25 @@ def linear_attention(q, k, v, log_decay=None, initial_state=None, ids=None, scal
     return jnp.moveaxis(o, 0, 1), final
 
 
+def delta_rule(q, k, v, beta, log_decay=None, initial_state=None, ids=None, scale=None):
+    batch, length, heads, width = q.shape
+    scale = width**-0.5 if scale is None else scale
+    log_decay = jnp.zeros_like(beta) if log_decay is None else log_decay
+    decay = jnp.exp(jnp.broadcast_to(log_decay if log_decay.ndim == 4 else log_decay[..., None], q.shape))
+    state = jnp.zeros((batch, heads, width, v.shape[-1]), q.dtype) if initial_state is None else initial_state
+
+    def step(state, xs):
+        qt, kt, vt, bt, at, new = xs
+        state = at[..., None] * jnp.where(new[:, None, None, None], jnp.zeros_like(state), state)
+        error = vt - jnp.einsum("bhkv,bhk->bhv", state, kt)
+        state = state + jnp.einsum("bh,bhk,bhv->bhkv", bt, kt, error)
+        return state, scale * jnp.einsum("bhkv,bhk->bhv", state, qt)
+
+    new = _new_document(ids, (batch, length))
+    final, o = lax.scan(step, state, [jnp.moveaxis(y, 1, 0) for y in (q, k, v, beta, decay, new)])
+    return jnp.moveaxis(o, 0, 1), final
+
+
 def causal_convolution(x, kernel, bias, state, ids=None):
     """By scan: the state is the window."""
 

@@ -58,6 +58,30 @@ def linear_attention(q, k, v, log_decay=None, initial_state=None, ids=None, scal
     return o, final
 
 
+def delta_rule(q, k, v, beta, log_decay=None, initial_state=None, ids=None, scale=None):
+    """``S' = diag(exp(log_decay_t)) S_{t-1}``, ``S_t = S' + beta_t k_t (v_t - S'^T k_t)^T``, ``o_t = scale S_t^T q_t``.
+
+    q, k ``[B, T, H, K]``; v ``[B, T, H, V]``; beta ``[B, T, H]``; log_decay None, ``[B, T, H]`` or ``[B, T, H, K]``.
+    -> o, the last S.
+    """
+    (batch, length, heads, width), value_width = q.shape, v.shape[-1]
+    scale = 1 / np.sqrt(width) if scale is None else scale
+    log_decay = np.zeros(beta.shape) if log_decay is None else log_decay
+    log_decay = np.broadcast_to(log_decay if log_decay.ndim == 4 else log_decay[..., None], q.shape)
+    o, final = np.zeros((batch, length, heads, value_width)), np.zeros((batch, heads, width, value_width))
+    for b, h in np.ndindex(batch, heads):
+        state = np.zeros((width, value_width)) if initial_state is None else initial_state[b, h]
+        for t in range(length):
+            if t > 0 and ids is not None and ids[b, t] != ids[b, t - 1]:
+                state = np.zeros((width, value_width))
+            state = np.diag(np.exp(log_decay[b, t, h])) @ state
+            held = state.T @ k[b, t, h]
+            state = state + beta[b, t, h] * np.outer(k[b, t, h], v[b, t, h] - held)
+            o[b, t, h] = scale * state.T @ q[b, t, h]
+        final[b, h] = state
+    return o, final
+
+
 def causal_convolution(x, kernel, bias=None, state=None, ids=None):
     """``y_t = bias + sum_j kernel[width-1-j] x_{t-j}``. -> y, the last width-1 inputs of the last document."""
     (batch, length, channels), width = x.shape, len(kernel)
@@ -165,17 +189,18 @@ def mixture_of_experts(parameters, x, experts_per_token, *, activation=gelu, cou
         chosen = np.argsort(-logits, kind="stable")[:experts_per_token]
         total = probability[chosen].sum() if experts_per_token > 1 else 1.0
         for e in chosen:
-            expert = {
-                name: {kind: parameters[f"{name}_{kind}"][e] for kind in ("kernel", "bias") if f"{name}_{kind}" in parameters}
-                for name in ("gate", "up", "down")
-            }
-            inner = activation(linear(expert["gate"], x[b, t])) * linear(expert["up"], x[b, t])
-            y[b, t] += probability[e] / total * linear(expert["down"], inner)
+            inner = activation(_expert(parameters, "gate", e, x[b, t])) * _expert(parameters, "up", e, x[b, t])
+            y[b, t] += probability[e] / total * _expert(parameters, "down", e, inner)
         if counted[b, t]:
             choices[chosen] += 1 / (experts_per_token * counted.sum())
             probabilities += probability / counted.sum()
             squares += (logits - np.log(probability))[0] ** 2 / counted.sum()
     return y, {"load_balance": experts * np.sum(choices * probabilities), "router_z": squares}
+
+
+def _expert(parameters, name, e, x):
+    y = x @ parameters[f"{name}_kernel"][e]
+    return y + parameters[f"{name}_bias"][e] if f"{name}_bias" in parameters else y
 
 
 def rotary(x, positions, *, fraction, base=10_000.0):

@@ -74,7 +74,8 @@ AT_LEAST_1 = (
 NOT_NEGATIVE = (
     *(f"model.{name}" for name in ("recurrent_heads", "key_width", "value_width", "experts", "experts_per_token")),
     *("model.expert_width", "model.rotary_base", "model.norm_epsilon"),
-    *("model.logit_soft_cap", "training.z_loss", "training.spike_multiple"),
+    *("model.logit_soft_cap", "training.z_loss", "training.load_balance_loss", "training.router_z_loss"),
+    "training.spike_multiple",
     *(f"optimizer.{name}" for name in ("learning_rate", "epsilon", "weight_decay", "clip_norm", "muon_learning_rate")),
     *("schedule.warmup_steps", "schedule.final_fraction", "checkpoint.keep_every_steps", "checkpoint.keep_best"),
     *("evaluation.every_steps", "evaluation.batches", "logging.profile_step"),
@@ -111,8 +112,23 @@ def test_rates_and_weights_are_not_negative(key):
         ({"model.pattern": ("mamba",)}, "there is no mixer 'mamba'; there are "),
         ({"model.num_heads": 3}, "model.num_heads=3 does not divide model.width=16"),
         ({"model.rotary_fraction": 1.5}, "model.rotary_fraction is 1.5; it lies between 0 and 1"),
+        ({"model.norm_offset": 0.5}, "model.norm_offset is 0.5; it can be 0 or 1"),
         ({"model.rotary_fraction": -0.5}, "model.rotary_fraction is -0.5; it lies between 0 and 1"),
         ({"model.mlp_expansion": 0.0}, "model.mlp_expansion is 0.0; it must be above 0"),
+        *(
+            ({"model.channel_mixer": "mixture_of_experts"} | changes, message)
+            for changes, message in (
+                ({}, "channel_mixer='mixture_of_experts' needs model.experts; it is 0"),
+                ({"model.experts": 2, "model.expert_width": 3}, "needs model.experts_per_token; it is 0"),
+                ({"model.experts": 2, "model.experts_per_token": 1}, "needs model.expert_width; it is 0"),
+                (
+                    {"model.experts": 2, "model.experts_per_token": 3, "model.expert_width": 3},
+                    "model.experts_per_token=3 is more than model.experts=2",
+                ),
+            )
+        ),
+        ({"model.experts": 2}, "model.experts=2 is for model.channel_mixer='mixture_of_experts', which is 'gated_mlp'"),
+        ({"model.channel_mixer": "none", "model.expert_width": 2}, "model.expert_width=2 is for .*, which is 'none'"),
         ({"training.microbatches": 3}, "training.microbatches=3 does not divide training.batch_size=8"),
         ({"training.steps": 99}, "schedule.warmup_steps=100 is more than training.steps=99"),
         ({"schedule.decay_fraction": 0.0}, r"schedule.decay_fraction is 0.0; it lies in \(0, 1\]"),

@@ -27,8 +27,8 @@ class Block(nnx.Module):
         self.has_mlp = config.channel_mixer != "none"
         if self.has_mlp:
             self.mlp_norm = norm(rngs=rngs)
-            self.routed = config.channel_mixer == "mixture_of_experts"
-            self.mlp = MixtureOfExperts(config, rngs=rngs) if self.routed else GatedMLP(config, rngs=rngs)
+            channel_mixer = MixtureOfExperts if config.channel_mixer == "mixture_of_experts" else GatedMLP
+            self.mlp: MixtureOfExperts | GatedMLP = channel_mixer(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state=None):
         """``(y [B, T, D], state, losses)``."""
@@ -37,7 +37,10 @@ class Block(nnx.Module):
         losses: Losses = {}
         if self.has_mlp:
             y = self.mlp_norm(x)
-            y, losses = self.mlp(y, segment_ids=segment_ids) if self.routed else (self.mlp(y), losses)
+            if isinstance(self.mlp, MixtureOfExperts):
+                y, losses = self.mlp(y, segment_ids=segment_ids)
+            else:
+                y = self.mlp(y)
             x = x + y
         return sharding.constrain(x, "batch", "time", None), state, losses
 

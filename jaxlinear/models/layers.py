@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.ops import dtypes
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding
 
 Initializer = Callable[..., jax.Array]
 
@@ -110,7 +109,7 @@ class ShortConvolution(nnx.Module):
         activation: str | None = "silu",
         rngs: nnx.Rngs,
     ):
-        self.channels, self.width, self.activation = channels, width, activation
+        self.channels, self.width, self.activation, self.axis = channels, width, activation, axis
         # Uniform within 1 / sqrt(fan-in), the fan-in of a channel's filter being its width.
         bound = width**-0.5
         init = nnx.initializers.uniform(2 * bound)
@@ -126,7 +125,9 @@ class ShortConvolution(nnx.Module):
         self, x: jax.Array, *, segment_ids: jax.Array | None, state: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         bias = None if self.convolution_bias is None else self.convolution_bias[...]
-        y, state = ops.causal_convolution(x, self.convolution_kernel[...], bias, state, segment_ids=segment_ids)
+        y, state = operations.causal_convolution(
+            x, self.convolution_kernel[...], bias, state, segment_ids=segment_ids, channels=self.axis
+        )
         if self.activation is not None:
             # In float32: in bfloat16 the activation would round at every step within.
             y = ACTIVATIONS[self.activation](y.astype(dtypes.wide(y.dtype))).astype(y.dtype)

@@ -29,6 +29,7 @@ def causal_attention(
     *,
     scale: float | None = None,
     segment_ids: jax.Array | None = None,
+    offset: jax.Array | None = None,
     backend: str = "auto",
 ) -> jax.Array:
     """Softmax attention in which a token sees all of its own document up to itself. Memory grows with T, not T^2.
@@ -39,6 +40,8 @@ def causal_attention(
         in front (P may be 0) are those of earlier tokens: query t stands at key position P+t.
       scale: of the logits; ``K**-0.5`` by default.
       segment_ids: ``[B, P+T]`` int; no token sees across a change of id.
+      offset: the key position of query 0, an int32 scalar, where it is not P: the keys then go on behind the queries'
+        own, as on a device that has some of the queries and all keys.
       backend: ``"recurrent"`` (one query at a time, for checking), ``"chunked"`` (blocks of queries against blocks of
         keys; those after a block of queries are skipped) or ``"auto"``, which is ``"chunked"``.
 
@@ -54,12 +57,13 @@ def causal_attention(
     padded = math.ceil(keys / run) * run
     k, v = (jnp.pad(x, ((0, 0), (0, padded - keys), (0, 0), (0, 0))) for x in (k, v))
     lowest = jnp.zeros((1, keys), jnp.int32) if segment_ids is None else segments.first_positions(segment_ids)
+    blocks = range(math.ceil(length / block))
+    if offset is not None:
+        lowest = lax.dynamic_slice_in_dim(lowest, offset, length, axis=1)
+        meetings = [(i, start) for i in blocks for start in range(0, padded, run)]
+        return attend(q, k, v, lowest, meetings, scale=scale, offset=offset, block=block, run=run)
     # Block i of queries meets the runs up to the one that holds the key of its last query.
-    meetings = [
-        (i, start)
-        for i in range(math.ceil(length / block))
-        for start in range(0, min(prefix + (i + 1) * block, padded), run)
-    ]
+    meetings = [(i, start) for i in blocks for start in range(0, min(prefix + (i + 1) * block, padded), run)]
     return attend(q, k, v, lowest[:, prefix:], meetings, scale=scale, offset=prefix, block=block, run=run)
 
 
@@ -80,7 +84,7 @@ def attend(
     meetings: list[tuple[int, int]],
     *,
     scale: float | None,
-    offset: int,
+    offset: int | jax.Array,
     block: int,
     run: int,
 ) -> jax.Array:
@@ -92,7 +96,7 @@ def attend(
       meetings: (i, start): block i of queries meets the keys ``start .. start + run - 1``. One of the meetings of a
         query's block has to be with the query's own key, ``offset + t``.
       scale: of the logits; ``K**-0.5`` by default.
-      offset: the key position of query 0.
+      offset: the key position of query 0. If it is traced, meetings behind a block's last query are passed over.
       block, run: queries in a block, keys in a run.
 
     Returns:
@@ -109,22 +113,23 @@ def attend(
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     lowest = jnp.pad(lowest, ((0, 0), (0, right))).reshape(lowest.shape[0], -1, block).swapaxes(0, 1)
     blocks, starts = (jnp.asarray(np.array(x, np.int32)) for x in zip(*meetings, strict=True))
-    o = _attend(q, k, v, lowest, blocks, starts, scale, offset, run)
+    skips = isinstance(offset, jax.Array)
+    o = _attend(q, k, v, lowest, blocks, starts, jnp.asarray(offset, jnp.int32), scale, run, skips)
     o = o.reshape(-1, batch, groups, heads // groups, block, v.shape[-1]).transpose(1, 0, 4, 2, 3, 5)
     return o.reshape(batch, -1, heads, v.shape[-1])[:, :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _attend(q, k, v, lowest, blocks, starts, scale, offset, run):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def _attend(q, k, v, lowest, blocks, starts, offset, scale, run, skips):
     """``q [I, B, G, R * t, K]``, ``k [B, G, S, K]``, ``v [B, G, S, V]``, ``lowest [I, B or 1, t]``, and of the meetings
     the block and the first key ``[M]`` -> ``[I, B, G, R * t, V]``."""
-    return _attend_forward(q, k, v, lowest, blocks, starts, scale, offset, run)[0]
+    return _attend_forward(q, k, v, lowest, blocks, starts, offset, scale, run, skips)[0]
 
 
-def _attend_forward(q, k, v, lowest, blocks, starts, scale, offset, run):
+def _attend_forward(q, k, v, lowest, blocks, starts, offset, scale, run, skips):
     wide = dtypes.wide(q.dtype, v.dtype)
 
-    def step(carry, meeting):
+    def meet(carry, meeting):
         peak, total, o = carry
         i, start = meeting
         logits, seen = _logits(q, k, lowest, i, start, scale, offset, run)
@@ -135,21 +140,22 @@ def _attend_forward(q, k, v, lowest, blocks, starts, scale, offset, run):
         fade, weights = jnp.exp(before - highest), jnp.exp(logits - highest)
         total = _put(total, fade * _at(total, i) + jnp.sum(weights, axis=-1, keepdims=True), i)
         weighted = dtypes.product("bgrs,bgsv->bgrv", weights.astype(v.dtype), _run(v, start, run))
-        return (_put(peak, highest, i), total, _put(o, fade * _at(o, i) + weighted, i)), None
+        return _put(peak, highest, i), total, _put(o, fade * _at(o, i) + weighted, i)
 
     one = jnp.zeros((*q.shape[:-1], 1), wide)
     o = jnp.zeros((*q.shape[:-1], v.shape[-1]), wide)
-    (peak, total, o), _ = lax.scan(step, (jnp.full_like(one, _MASKED), one, o), (blocks, starts))
+    carry = jnp.full_like(one, _MASKED), one, o
+    peak, total, o = _meetings(meet, carry, blocks, starts, offset, lowest.shape[2], skips)
     o, log_totals = checkpoint_name(((o / total).astype(v.dtype), peak + jnp.log(total)), "attention")
-    return o, (q, k, v, lowest, blocks, starts, o, log_totals)
+    return o, (q, k, v, lowest, blocks, starts, offset, o, log_totals)
 
 
-def _attend_backward(scale, offset, run, residuals, do):
-    q, k, v, lowest, blocks, starts, o, log_totals = residuals
+def _attend_backward(scale, run, skips, residuals, do):
+    q, k, v, lowest, blocks, starts, offset, o, log_totals = residuals
     # sum_v o do: the softmax's normaliser seen from behind (section 3.1.2)
     deltas = jnp.sum(o.astype(log_totals.dtype) * do.astype(log_totals.dtype), axis=-1, keepdims=True)
 
-    def step(carry, meeting):
+    def meet(carry, meeting):
         dq, dk, dv = carry
         i, start = meeting
         qi, doi, ki = _at(q, i), _at(do, i), _run(k, start, run)
@@ -161,16 +167,28 @@ def _attend_backward(scale, offset, run, residuals, do):
         # Channels before keys: so the small operand is the one that is turned for the product.
         dki = dtypes.product("bgrk,bgrs->bgks", qi, dlogits)
         dvi = dtypes.product("bgrv,bgrs->bgvs", doi, weights.astype(v.dtype))
-        return (_put(dq, dqi, i), _add(dk, dki, start), _add(dv, dvi, start)), None
+        return _put(dq, dqi, i), _add(dk, dki, start), _add(dv, dvi, start)
 
     dq = jnp.zeros(q.shape, dtypes.wide(q.dtype))
     dk, dv = (jnp.zeros((*x.shape[:2], x.shape[3], x.shape[2]), dtypes.wide(x.dtype)) for x in (k, v))
-    (dq, dk, dv), _ = lax.scan(step, (dq, dk, dv), (blocks, starts))
+    dq, dk, dv = _meetings(meet, (dq, dk, dv), blocks, starts, offset, lowest.shape[2], skips)
     dk, dv = dk.swapaxes(2, 3), dv.swapaxes(2, 3)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _meetings(meet, carry, blocks, starts, offset, block, skips):
+    """``meet(carry, (block, start))`` for each meeting, but, if ``skips``, for those behind the block's last query."""
+
+    def step(carry, meeting):
+        if not skips:
+            return meet(carry, meeting), None
+        i, start = meeting
+        return lax.cond(start < offset + (i + 1) * block, meet, lambda carry, _: carry, carry, meeting), None
+
+    return lax.scan(step, carry, (blocks, starts))[0]
 
 
 def _logits(q, k, lowest, i, start, scale, offset, run):

@@ -47,10 +47,10 @@ def pairwise(rows: tuple[jax.Array, ...], columns: jax.Array, log_decay: jax.Arr
     """
     if log_decay is not None and log_decay.shape[-1] > 1:
         length = columns.shape[-2]
-        *rows, columns, log_decay = (_pad(x, -length % _BLOCK) for x in (*rows, columns, log_decay))
-        products = _by_channel(tuple(rows), columns, _finite(log_decay))
+        padded = [_pad(x, -length % _BLOCK) for x in (*rows, columns, log_decay)]
+        products = _by_channel(tuple(padded[:-2]), padded[-2], _finite(padded[-1]))
         return tuple(x[..., :length, :length] for x in products)
-    products = (dtypes.product("...ik,...jk->...ij", r, columns.astype(r.dtype)) for r in rows)
+    products = tuple(dtypes.product("...ik,...jk->...ij", r, columns.astype(r.dtype)) for r in rows)
     if log_decay is None:
         return tuple(jnp.where(_lower(x), x, jnp.zeros_like(x)) for x in products)
     decays = _matrix(_finite(log_decay))
@@ -236,11 +236,11 @@ def _crossings(like):
 
 def _sums(chosen: np.ndarray, x):
     """``sum_j chosen_ij x_j`` over the last axis but one, in full precision."""
-    chosen = jnp.asarray(chosen, x.dtype)
+    matrix = jnp.asarray(chosen, x.dtype)
     if x.shape[-1] == 1:
-        return dtypes.product("...j,ij->...i", x[..., 0], chosen)[..., None]
+        return dtypes.product("...j,ij->...i", x[..., 0], matrix)[..., None]
     # A copy for each of the leading axes, lest XLA transpose x to multiply them in one.
-    return dtypes.product("...ij,...jd->...id", jnp.broadcast_to(_like(chosen, x), (*x.shape[:-2], *chosen.shape)), x)
+    return dtypes.product("...ij,...jd->...id", jnp.broadcast_to(_like(matrix, x), (*x.shape[:-2], *matrix.shape)), x)
 
 
 def _finite(log_decay):

@@ -14,8 +14,10 @@ import numpy as np
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import decay, dtypes, recurrence, segments, triangular
+from jaxlinear.ops import decay, dtypes, recurrence, triangular
 from jaxlinear.ops.linear_attention import by_channel, check_shapes, choose_chunk
+
+_CHANNEL_CHUNK = 32  # what such a decay costs within a chunk grows with its size
 
 
 def delta_rule(
@@ -30,6 +32,7 @@ def delta_rule(
     segment_ids: jax.Array | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
+    runner: recurrence.Runner = recurrence.WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs ``S_t = S' + beta_t k_t (v_t - S'^T k_t)^T`` with ``S' = diag(exp(log_decay_t)) S_{t-1}``.
 
@@ -41,9 +44,10 @@ def delta_rule(
       initial_state: ``[B, H, K, V]``, the state before the first token, of its document; None means zeros.
       scale: of the outputs ``o_t = scale * S_t^T q_t``; ``K**-0.5`` by default.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
-      chunk_size: tokens in a chunk of the ``"chunked"`` backend; None is CHUNKS, or the power of two that holds a shorter
-        T. Changes nothing but speed, memory and rounding.
+      chunk_size: tokens in a chunk of the ``"chunked"`` backend; None is 64, 32 for a decay by key channel, or the power
+        of two that holds a shorter T. Changes nothing but speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks) or ``"auto"``.
+      runner: where time lies; on one device by default.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]`` in float32 (float64
@@ -58,18 +62,20 @@ def delta_rule(
     batch, length, heads, width = q.shape
     if beta.shape != q.shape[:3]:
         raise UserError(f"delta_rule: beta {beta.shape} does not fit queries {q.shape}; it is [B, T, H]")
-    chunk = choose_chunk("delta_rule", backend, chunk_size, length)
+    chunk = choose_chunk("delta_rule", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = width**-0.5 if scale is None else scale
     log_decay = None if log_decay is None else jnp.asarray(log_decay)
     if initial_state is None:
         initial_state = jnp.zeros_like(q, shape=(batch, heads, width, v.shape[-1]), dtype=wide)
     initial_state = jnp.asarray(initial_state).astype(wide)
-    starts = None if segment_ids is None else segments.starts(jnp.asarray(segment_ids))
+    starts = None if segment_ids is None else runner.starts(jnp.asarray(segment_ids))
     if chunk is None:
         return _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale)
+    if chunk_size is None and log_decay is not None and log_decay.ndim == 4:
+        chunk = min(chunk, _CHANNEL_CHUNK)
     inputs = Inputs(q, k, v, beta, log_decay, starts)
-    o, final = recurrence.chunked(DeltaRule(scale), chunk, inputs, None, initial_state)
+    o, final = runner.run(DeltaRule(scale), chunk, inputs, None, initial_state)
     return o.astype(v.dtype), final
 
 
@@ -96,7 +102,7 @@ class _Run(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaRule:
+class DeltaRule(recurrence.Family):
     """The family (``recurrence.Family``) of these recurrences, in its WY form (Yang et al., arXiv:2406.06484).
 
     What token i writes at its key, x_i = beta_i (v_i - S'^T k_i), is of the state before the run and of the earlier writes:
@@ -132,7 +138,8 @@ class DeltaRule:
             kept = _where(run[..., -1:] == 0, kept)
         u, w = triangular.solve(overlap, (beta * v, beta * _scaled(k, since_start)))
         queries, keys = _scaled(q, since_start), _scaled(k, until_end)
-        return _Run(attention.astype(narrow), queries, *(x.astype(narrow) for x in (keys, u, w)), kept)
+        attention, keys, u, w = (x.astype(narrow) for x in (attention, keys, u, w))
+        return _Run(attention, queries, keys, u, w, kept)
 
     def summarise(self, run: _Run) -> tuple[jax.Array, jax.Array]:
         kept = run.kept[..., None] * jnp.eye(run.keys.shape[-1], dtype=run.kept.dtype)[None, None]
@@ -148,11 +155,23 @@ class DeltaRule:
 
     def apply(self, run: _Run, state: jax.Array) -> jax.Array:
         """o ``[B, T, H, V]`` in the dtype of the products."""
-        state = state.astype(run.w.dtype)
-        written = run.u.astype(run.kept.dtype) - dtypes.product("...tk,...kv->...tv", run.w, state)
-        inner = dtypes.product("...ij,...jv->...iv", run.attention, written.astype(run.w.dtype))
-        outer = dtypes.product("...tk,...kv->...tv", run.queries, state)
-        return (self.scale * (inner + outer)).astype(run.w.dtype).swapaxes(1, 2)
+        return self._read(run, state, self._written(run, state))
+
+    def through(self, run: _Run, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Without M, whose gradient is two products of matrices more."""
+        written = self._written(run, state)
+        after = run.kept[..., None] * state + dtypes.product("...tk,...tv->...kv", run.keys, written)
+        return self._read(run, state, written), after
+
+    def _written(self, run: _Run, state: jax.Array) -> jax.Array:
+        """U - W S: what the tokens write at their keys."""
+        replaced = dtypes.product("...tk,...kv->...tv", run.w, state.astype(run.w.dtype))
+        return (run.u.astype(replaced.dtype) - replaced).astype(run.u.dtype)
+
+    def _read(self, run: _Run, state: jax.Array, written: jax.Array) -> jax.Array:
+        inner = dtypes.product("...ij,...jv->...iv", run.attention, written)
+        outer = dtypes.product("...tk,...kv->...tv", run.queries, state.astype(run.queries.dtype))
+        return (self.scale * (inner + outer)).astype(written.dtype).swapaxes(1, 2)
 
 
 def _where(condition: jax.Array, x: jax.Array | None, dtype=None) -> jax.Array:

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, dtypes, segments
+from jaxlinear.ops import backends, dtypes, recurrence, segments
 
 # Where a complex recurrence is run as real arithmetic, on two real arrays: XLA emulates complex numbers on TPU, and a
 # Pallas kernel has none. Elsewhere they are native, and the loop over one array is the faster.
@@ -28,6 +27,7 @@ def linear_recurrence(
     segment_ids: jax.Array | None = None,
     reverse: bool = False,
     backend: str = "auto",
+    runner: recurrence.Runner = recurrence.WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs ``h_t = a_t * h_{t-1} + x_t`` over time.
 
@@ -39,6 +39,7 @@ def linear_recurrence(
         of the first step taken.
       reverse: run from the last token to the first, ``h_t = a_t * h_{t+1} + x_t``.
       backend: ``"recurrent"`` (a loop over time), ``"associative"`` (a parallel prefix) or ``"auto"``.
+      runner: where time lies; on one device by default.
 
     Returns:
       h ``[B, T, ...]`` in the dtype of x (its complex counterpart if ``a`` is complex), and the state after the last
@@ -56,10 +57,17 @@ def linear_recurrence(
 
     boundary = None
     if segment_ids is not None:
-        boundary = segments.ends(segment_ids) if reverse else segments.starts(segment_ids)
+        boundary = segments.ends(segment_ids) if reverse else runner.starts(segment_ids)
     if initial_state is None:
         initial_state = jnp.zeros_like(x, shape=(x.shape[0], *x.shape[2:]), dtype=compute)
-    h, final = _run(a, x.astype(compute), initial_state.astype(compute), boundary, reverse, backend)
+    initial_state = initial_state.astype(compute)
+    if runner is not recurrence.WHOLE:
+        if reverse:
+            raise UserError("linear_recurrence: reverse=True does not run with time spread over several devices")
+        inputs, constants = ((a, x, boundary), None) if a.ndim == x.ndim else ((None, x, boundary), a)
+        h, final = runner.run(Diagonal(backend), None, inputs, constants, initial_state)
+        return h.astype(out), final
+    h, final = _run(a, x.astype(compute), initial_state, boundary, reverse, backend)
     return h.astype(out), final
 
 
@@ -67,7 +75,7 @@ _BACKENDS = ("recurrent", "associative")
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagonal:
+class Diagonal(recurrence.Family):
     """The family (``recurrence.Family``) of these recurrences, for where time is split. Its outputs are h.
 
     ``inputs`` are ``(a, x, starts)``: a and x ``[B, T, ...]``; ``starts`` ``[B, T]`` bool, where the state begins anew,
@@ -164,15 +172,8 @@ def _recurrence(a, x, initial_state, keep, reverse, backend, pairs):
 
 
 def _recurrence_forward(a, x, initial_state, keep, reverse, backend, pairs):
-    h, final = jax.tree.map(_named, _recurrence(a, x, initial_state, keep, reverse, backend, pairs))
+    h, final = recurrence.named(_recurrence(a, x, initial_state, keep, reverse, backend, pairs))
     return (h, final), (a, h, initial_state, keep)
-
-
-def _named(x: jax.Array) -> jax.Array:
-    """x, to be saved under remat (``ops.SAVED``): by its parts, since remat cannot save complex numbers (JAX 0.10.2)."""
-    if not _is_complex(x.dtype):
-        return checkpoint_name(x, "recurrence")
-    return lax.complex(*checkpoint_name((jnp.real(x), jnp.imag(x)), "recurrence"))
 
 
 def _recurrence_backward(reverse, backend, pairs, residuals, cotangents):

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, decay, dtypes, recurrence, segments
+from jaxlinear.ops import backends, decay, dtypes, recurrence
 
 _FEW_TOKENS = 8  # up to which the loop over time is the faster
 _CHUNK = 64
@@ -30,6 +30,7 @@ def linear_attention(
     segment_ids: jax.Array | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
+    runner: recurrence.Runner = recurrence.WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs ``S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T`` and reads ``o_t = scale * S_t^T q_t``.
 
@@ -44,6 +45,7 @@ def linear_attention(
       chunk_size: tokens in a chunk of the ``"chunked"`` backend; None is 64, or the power of two that holds a shorter
         T. Changes nothing but speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks) or ``"auto"``.
+      runner: where time lies; on one device by default.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]`` in float32 (float64
@@ -55,26 +57,28 @@ def linear_attention(
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_shapes("linear_attention", q, k, v, log_decay, initial_state, constant_decay=True)
     batch, length, heads, width = q.shape
-    chunk = choose_chunk("linear_attention", backend, chunk_size, length)
+    chunk = choose_chunk("linear_attention", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = width**-0.5 if scale is None else scale
     log_decay = None if log_decay is None else jnp.asarray(log_decay)
     if initial_state is None:
         initial_state = jnp.zeros_like(q, shape=(batch, heads, width, v.shape[-1]), dtype=wide)
     initial_state = jnp.asarray(initial_state).astype(wide)
-    starts = None if segment_ids is None else segments.starts(jnp.asarray(segment_ids))
+    starts = None if segment_ids is None else runner.starts(jnp.asarray(segment_ids))
     if chunk is None:
         return _recurrent(q, k, v, log_decay, initial_state, starts, scale)
     inputs, constants = Inputs(q, k, v, log_decay, starts, None), None
     if log_decay is not None and log_decay.ndim == 1:
         inputs = inputs._replace(log_decay=None, present=jnp.ones((batch, length), bool))
         constants = log_decay.astype(wide)
-    o, final = recurrence.chunked(LinearAttention(scale), chunk, inputs, constants, initial_state)
+    o, final = runner.run(LinearAttention(scale), chunk, inputs, constants, initial_state)
     return o.astype(v.dtype), final
 
 
-def choose_chunk(operation: str, backend: str, chunk_size: int | None, length: int) -> int | None:
-    """Tokens in a chunk, or None for a loop over time."""
+def choose_chunk(
+    operation: str, backend: str, chunk_size: int | None, length: int, runner: recurrence.Runner
+) -> int | None:
+    """Tokens in a chunk, or None for a loop over time, which cannot be spread over devices."""
     backends.check(operation, backend, ("recurrent", "chunked"))
     if chunk_size is not None:
         if backend == "recurrent":
@@ -82,7 +86,10 @@ def choose_chunk(operation: str, backend: str, chunk_size: int | None, length: i
         if not isinstance(chunk_size, int | np.integer) or chunk_size < 1:
             raise UserError(f"{operation}: chunk_size={chunk_size} is not a whole number of tokens, at least 1")
         return int(chunk_size)
-    if backend == "recurrent" or (backend == "auto" and length <= _FEW_TOKENS):
+    if runner is not recurrence.WHOLE:
+        if backend == "recurrent":
+            raise UserError(f"{operation}: backend='recurrent' does not run over several devices; 'chunked' does")
+    elif backend == "recurrent" or (backend == "auto" and length <= _FEW_TOKENS):
         return None
     return min(_CHUNK, 1 << (length - 1).bit_length())
 
@@ -136,7 +143,7 @@ class _Run(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearAttention:
+class LinearAttention(recurrence.Family):
     """The family (``recurrence.Family``) of these recurrences.
 
     ``inputs`` are ``Inputs``; ``constants`` is None or a log decay ``[H]`` that is constant in time. M is diagonal: a

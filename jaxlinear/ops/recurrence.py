@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlinear.ops import segments
+
 Inputs = Any  # a tree of arrays [B, T, ...]
 Constants = Any  # a tree of arrays that do not change with time and have no B
 Run = Any  # what a family keeps of a run
@@ -43,6 +45,23 @@ class Family(Protocol):
 
     def apply(self, run: Run, state: State) -> jax.Array:
         """The run's outputs ``[B, T, ...]``, given the state before it."""
+
+    def through(self, run: Run, state: State) -> tuple[jax.Array, State]:
+        """The run's outputs and the state after it, for the backward pass: a family may know a way that is cheaper to
+        differentiate than this one."""
+        return self.apply(run, state), self.advance(self.summarise(run), state)
+
+
+class Runner(Protocol):
+    """Where the time of a sequence lies, as far as an operation needs to know."""
+
+    def starts(self, segment_ids: jax.Array) -> jax.Array:
+        """``segments.starts``."""
+
+    def run(
+        self, family: Family, chunk: int | None, inputs: Inputs, constants: Constants, state: State
+    ) -> tuple[jax.Array, State]:
+        """``chunked``; without a chunk, all of what lies together is one."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -77,7 +96,7 @@ def _forward(family, chunk, inputs, constants, state):
         return state, (join(family.apply(run, flat(before)), batch, span), before)
 
     final, (outputs, before) = _scan(step, state, groups)
-    outputs, before = checkpoint_name((outputs[:, :length], before), "recurrence")
+    outputs, before = named((outputs[:, :length], before))
     return (outputs, final), (inputs, constants, before)
 
 
@@ -104,6 +123,30 @@ def _backward(family, chunk, residuals, cotangents):
 chunked.defvjp(_forward, _backward)
 
 
+def named(tree: Any) -> Any:
+    """The same arrays, to be saved under remat (``ops.SAVED``): complex ones by their parts, since remat cannot save
+    them (JAX 0.10.2)."""
+
+    def one(x):
+        if not jnp.issubdtype(x.dtype, jnp.complexfloating):
+            return checkpoint_name(x, "recurrence")
+        return lax.complex(*checkpoint_name((jnp.real(x), jnp.imag(x)), "recurrence"))
+
+    return jax.tree.map(one, tree)
+
+
+class _Whole:
+    """A sequence that lies on one device."""
+
+    starts = staticmethod(segments.starts)
+
+    def run(self, family, chunk, inputs, constants, state):
+        return chunked(family, chunk or jax.tree.leaves(inputs)[0].shape[1], inputs, constants, state)
+
+
+WHOLE: Runner = _Whole()
+
+
 class Gradients:
     """The backward pass of a run in chunks, whose forward pass is computed again.
 
@@ -117,13 +160,13 @@ class Gradients:
 
         def local(chunks, constants, states):
             run = family.prepare(chunks, constants)
-            return family.apply(run, states), family.summarise(run)
+            return family.through(run, states), (run, family.summarise(run))
 
-        self._states = flat(before)
-        (_, self._summaries), self._pullback = jax.vjp(local, split(inputs, chunk), constants, self._states)
+        chunks, states = split(inputs, chunk), flat(before)
+        _, self._pullback, (run, self._summaries) = jax.vjp(local, chunks, constants, states, has_aux=True)
         self._d_outputs = split(d_outputs, chunk)
-        zeros = jax.tree.map(jnp.zeros_like, self._summaries)
-        self._through_outputs = by_chunk(self._pullback((self._d_outputs, zeros))[2], self._batch)  # D
+        _, of_states = jax.vjp(functools.partial(family.apply, run), states)
+        self._through_outputs = by_chunk(of_states(self._d_outputs)[0], self._batch)  # D
 
     def fold_back(self, d_final: State) -> tuple[State, State]:
         """The gradients of the states after each chunk ``[B, N, ...]``, G, and of the state before the first."""
@@ -139,8 +182,7 @@ class Gradients:
 
     def of_inputs(self, after: State) -> tuple[Inputs, Constants]:
         """The gradients of the inputs ``[B, T, ...]`` (None for those that have none) and of the constants."""
-        _, of_advance = jax.vjp(lambda summary: self._family.advance(summary, self._states), self._summaries)
-        d_chunks, d_constants, _ = self._pullback((self._d_outputs, of_advance(flat(after))[0]))
+        d_chunks, d_constants, _ = self._pullback((self._d_outputs, flat(after)))
         return jax.tree.map(lambda x: join(x, self._batch, self._length), d_chunks), d_constants
 
 

@@ -15,24 +15,55 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.ops import cross_entropy, segments
+from jaxlinear.ops import cross_entropy, recurrence
 from jaxlinear.parallel import halos, sharding
 from jaxlinear.parallel.exchanges import AXIS
+from jaxlinear.parallel.sequence import Spread
 
 _TIME = ("batch", "time")
-_NO_DOCUMENT = -(2**31)  # the id of positions before the sequence
+NO_DOCUMENT = -(2**31)  # the id of positions before the sequence
+
+# Keys [B, P, G, K], values [B, P, G, V] and segment ids [B, P] of the tokens before a sequence; the ids of a sequence that
+# is given without any are 0.
+Past = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def linear_recurrence(a: jax.Array, x: jax.Array, initial_state: jax.Array | None = None, **options: Any):
+    """``ops.linear_recurrence``; D lies by the logical axis ``recurrent``."""
+    runner = _runner("linear_recurrence", x.shape[1], "recurrent")
+    return ops.linear_recurrence(a, x, initial_state, runner=runner, **options)
+
+
+def linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    **options: Any,
+):
+    """``ops.linear_attention``."""
+    runner = _runner("linear_attention", q.shape[1], "heads")
+    return ops.linear_attention(q, k, v, log_decay, initial_state, runner=runner, **options)
+
+
+def delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    **options: Any,
+):
+    """``ops.delta_rule``."""
+    runner = _runner("delta_rule", q.shape[1], "heads")
+    return ops.delta_rule(q, k, v, beta, log_decay, initial_state, runner=runner, **options)
 
 
 def document_starts(segment_ids: jax.Array) -> jax.Array:
     """``ops.segments.starts``: ``[B, T]`` bool, where a document begins inside the row."""
-    mesh = _mesh("document_starts", segment_ids.shape[1])
-    if mesh is None:
-        return segments.starts(segment_ids)
-
-    def local(ids):
-        return segments.starts(jnp.concatenate([halos.ids_before(ids, 1), ids], axis=1))[:, 1:]
-
-    return _on_shards(mesh, local, 0, (segment_ids,), (_TIME,))
+    return _runner("document_starts", segment_ids.shape[1], None).starts(segment_ids)
 
 
 def causal_convolution(
@@ -71,17 +102,13 @@ def sliding_window_attention(
     window: int,
     scale: float | None = None,
     segment_ids: jax.Array | None = None,
-    past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    past: Past | None = None,
 ) -> jax.Array:
     """``ops.sliding_window_attention`` of T queries on their T keys and, in front of these, the ``past``: keys
     ``[B, P, G, K]``, values ``[B, P, G, V]`` and segment ids ``[B, P]`` of earlier tokens, P at least ``window - 1``."""
     mesh = _mesh("sliding_window_attention", q.shape[1])
     if mesh is None:
-        if past is not None:
-            ids = jnp.zeros_like(past[2], shape=q.shape[:2]) if segment_ids is None else segment_ids
-            k, v, segment_ids = (
-                jnp.concatenate([earlier, own], axis=1) for earlier, own in zip(past, (k, v, ids), strict=True)
-            )
+        k, v, segment_ids = _behind(past, k, v, segment_ids)
         return ops.sliding_window_attention(q, k, v, window=window, scale=scale, segment_ids=segment_ids)
 
     if past is None:
@@ -91,7 +118,7 @@ def sliding_window_attention(
     def local(q, k, v, ids, past_k, past_v, past_ids):
         ids = jnp.zeros_like(q, shape=q.shape[:2], dtype=jnp.int32) if ids is None else ids
         if past_ids is None:
-            past_ids = jnp.full((ids.shape[0], window - 1), _NO_DOCUMENT, ids.dtype)
+            past_ids = jnp.full((ids.shape[0], window - 1), NO_DOCUMENT, ids.dtype)
         earlier = (
             halos.before(x, window - 1, y[:, -(window - 1) :]) for x, y in ((k, past_k), (v, past_v), (ids, past_ids))
         )
@@ -102,6 +129,45 @@ def sliding_window_attention(
     own, others = (*_TIME, heads, None), ("batch", None, heads, None)
     axes = own, own, own, _TIME, others, others, ("batch", None)
     return _on_shards(mesh, local, 0, (q, k, v, segment_ids, *past), axes)
+
+
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+    past: Past | None = None,
+) -> jax.Array:
+    """``ops.causal_attention``, with the ``past`` of any length as in ``sliding_window_attention``. Where time is spread,
+    every shard gathers all keys and values (LASP-2H, arXiv:2502.07563, section 3.4)."""
+    mesh = _mesh("causal_attention", q.shape[1])
+    if mesh is None:
+        k, v, segment_ids = _behind(past, k, v, segment_ids)
+        return ops.causal_attention(q, k, v, scale=scale, segment_ids=segment_ids)
+
+    def local(q, k, v, ids, *past):
+        offset = lax.axis_index(AXIS) * q.shape[1]
+        k, v = (lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (k, v))
+        ids = None if ids is None else lax.all_gather(ids, AXIS, axis=1, tiled=True)
+        if past:
+            k, v, ids = _behind(past, k, v, ids)
+            offset += past[0].shape[1]
+        return ops.causal_attention(q, k, v, scale=scale, segment_ids=ids, offset=offset)
+
+    heads = _head_axis(mesh, q.shape[2], k.shape[2])
+    own, others = (*_TIME, heads, None), ("batch", None, heads, None)
+    axes = own, own, own, _TIME, *((others, others, ("batch", None)) if past else ())
+    return _on_shards(mesh, local, 0, (q, k, v, segment_ids, *(past or ())), axes)
+
+
+def _behind(past: Past | None, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None):
+    """Keys, values and segment ids with the past in front of them."""
+    if past is None:
+        return k, v, segment_ids
+    ids = jnp.zeros_like(past[2], shape=k.shape[:2]) if segment_ids is None else segment_ids
+    return (jnp.concatenate([earlier, own], axis=1) for earlier, own in zip(past, (k, v, ids), strict=True))
 
 
 def linear_cross_entropy(
@@ -164,6 +230,11 @@ def _of_last_shard(x: jax.Array) -> jax.Array:
     """The last shard's value on every shard."""
     is_last = lax.axis_index(AXIS) == lax.axis_size(AXIS) - 1
     return lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), AXIS)
+
+
+def _runner(operation: str, length: int, heads: str | None) -> recurrence.Runner:
+    mesh = _mesh(operation, length)
+    return recurrence.WHOLE if mesh is None else Spread(mesh, heads, "all_gather")
 
 
 def _mesh(operation: str, length: int) -> Mesh | None:

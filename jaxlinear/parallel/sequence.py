@@ -7,115 +7,116 @@ M_{r+1}^T G_{r+1}; a shard's own gradients follow from its outputs' and G_r. Wha
 (LASP-2, Sun et al. 2025, arXiv:2502.07563, for linear attention without decay; here for every family).
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxlinear.ops import recurrence
+from jaxlinear.ops import recurrence, segments
 from jaxlinear.ops.recurrence import Family, State
-from jaxlinear.parallel import exchanges, sharding
+from jaxlinear.parallel import exchanges, halos, sharding
 from jaxlinear.parallel.exchanges import AXIS
 
-Axes = tuple[str | None, ...]
 
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """The time of sequences spread over the axis ``sequence`` of a mesh (``recurrence.Runner``).
 
-class Layout(NamedTuple):
-    """The logical axes of what a family runs on: trees of tuples, as the trees of arrays are."""
-
-    inputs: Any
-    constants: Any
-    state: Axes
-    outputs: Axes
-
-
-def run(
-    mesh: Mesh,
-    layout: Layout,
-    exchange: str,
-    family: Family,
-    chunk: int,
-    inputs: Any,
-    constants: Any,
-    state: State,
-) -> tuple[jax.Array, State]:
-    """``ops.recurrence.chunked`` with time spread over the mesh axis ``sequence``.
-
-    Args:
-      mesh: its axis ``sequence`` divides T; the other axes lie as ``layout`` says.
-      layout: the logical axes of the arguments.
-      exchange: a name in ``exchanges.EXCHANGES``.
-      family, chunk, inputs, constants, state: as those of ``chunked``; global arrays.
-
-    Returns:
-      the outputs, spread over time as the inputs are, and the state after the last token, on every shard.
+    ``heads`` is the logical axis of the third axis of the inputs, which is the second of a state and the first of
+    constants. ``exchange`` names one of ``exchanges.EXCHANGES``.
     """
-    shapes = jax.eval_shape(
-        lambda *arguments: (recurrence.chunked(family, chunk, *arguments)[0], _chunks(family, chunk, *arguments)[1][0]),
-        *(inputs, constants, state),
-    )
-    outputs_spec = sharding.spec(layout.outputs, shapes[0].shape, mesh)
-    state_spec = sharding.spec(layout.state, state.shape, mesh)
-    inputs_specs, constants_specs = (
-        jax.tree.map(lambda axes, x: sharding.spec(axes, x.shape, mesh), axes, arrays, is_leaf=_is_axes)
-        for axes, arrays in ((layout.inputs, inputs), (layout.constants, constants))
-    )
-    # Kept between the passes: the state before each chunk [B, N, ...], and what an exchange keeps of M [W, B, ...].
-    before_spec = PartitionSpec(state_spec[0], AXIS, *state_spec[1:])
-    transition_spec = PartitionSpec(AXIS, *state_spec[: shapes[1].ndim])
-    spread = {name for spec in jax.tree.leaves(inputs_specs, is_leaf=_is_spec) for name in _names(spec)}
+
+    mesh: Mesh
+    heads: str | None
+    exchange: str
+
+    def starts(self, segment_ids: jax.Array) -> jax.Array:
+        spec = self._spec(segment_ids, "batch", "time")
+
+        def local(ids):
+            return segments.starts(jnp.concatenate([halos.ids_before(ids, 1), ids], axis=1))[:, 1:]
+
+        return _shard_map(local, self.mesh, (spec,), spec)(segment_ids)
+
+    def run(
+        self, family: Family, chunk: int | None, inputs: Any, constants: Any, state: State
+    ) -> tuple[jax.Array, State]:
+        """``ops.recurrence.chunked`` of global arrays. The outputs lie as the inputs do; the last state is on every
+        shard."""
+        chunk = chunk or jax.tree.leaves(inputs)[0].shape[1] // self.mesh.shape[AXIS]
+        of_inputs = jax.tree.map(lambda x: self._spec(x, "batch", "time", self.heads), inputs)
+        of_constants = jax.tree.map(lambda x: self._spec(x, self.heads), constants)
+        of_state = self._spec(state, "batch", self.heads)
+        outputs, transition = jax.eval_shape(_outputs_and_transition(family, chunk), inputs, constants, state)
+        of_outputs = self._spec(outputs, "batch", "time", self.heads)
+        # Kept between the passes: the state before each chunk [B, N, ...], and what an exchange keeps of M [W, B, ...].
+        of_before = PartitionSpec(of_state[0], AXIS, *of_state[1:])
+        of_transitions = PartitionSpec(AXIS, *of_state[: transition.ndim])
+        forward, backward = _local(family, chunk, self.exchange, of_inputs, of_constants)
+
+        @jax.custom_vjp
+        def spread(inputs, constants, state):
+            return spread_forward(inputs, constants, state)[0]
+
+        def spread_forward(inputs, constants, state):
+            results = of_outputs, of_state, of_before, of_transitions
+            mapped = _shard_map(forward, self.mesh, (of_inputs, of_constants, of_state), results)
+            outputs, final, before, transitions = mapped(inputs, constants, state)
+            outputs, before = recurrence.named((outputs, before))
+            return (outputs, final), (inputs, constants, before, transitions)
+
+        def spread_backward(residuals, cotangents):
+            of_gradients = jax.tree.map(_if_floating, residuals[0], of_inputs)
+            arguments = of_inputs, of_constants, of_before, of_transitions, of_outputs, of_state
+            mapped = _shard_map(backward, self.mesh, arguments, (of_gradients, of_constants, of_state))
+            return mapped(*residuals, *cotangents)
+
+        spread.defvjp(spread_forward, spread_backward)
+        return spread(inputs, constants, state)
+
+    def _spec(self, x: jax.Array, *axes: str | None) -> PartitionSpec:
+        """Where x lies, whose first axes these are."""
+        return sharding.spec((*axes, *(None,) * x.ndim)[: x.ndim], x.shape, self.mesh)
+
+
+def _outputs_and_transition(family, chunk):
+    def function(inputs, constants, state):
+        run = family.prepare(recurrence.split(inputs, chunk), constants)
+        return recurrence.chunked(family, chunk, inputs, constants, state)[0], family.summarise(run)[0]
+
+    return function
+
+
+def _local(family, chunk, exchange, of_inputs, of_constants):
+    """The two passes on one shard."""
     forward_exchange, backward_exchange = exchanges.EXCHANGES[exchange]
+    spread = {name for spec in jax.tree.leaves(of_inputs, is_leaf=_is_spec) for name in _names(spec)}
 
     def forward(inputs, constants, state):
         batch, length = jax.tree.leaves(inputs)[0].shape[:2]
-        run, summaries = _chunks(family, chunk, inputs, constants)
-        summaries = recurrence.by_chunk(summaries, batch)
+        run = family.prepare(recurrence.split(inputs, chunk), constants)
+        summaries = recurrence.by_chunk(family.summarise(run), batch)
         start, final, transitions = forward_exchange(family, recurrence.whole(family, summaries), state)
         before, _ = recurrence.fold(family, summaries, start)
-        return recurrence.join(family.apply(run, recurrence.flat(before)), batch, length), final, before, transitions
+        outputs = recurrence.join(family.apply(run, recurrence.flat(before)), batch, length)
+        return outputs, final, before, transitions
 
     def backward(inputs, constants, before, transitions, d_outputs, d_final):
-        local = recurrence.Gradients(family, chunk, inputs, constants, before, d_outputs)
-        _, d_shard = local.fold_back(jnp.zeros_like(d_final))
+        gradients = recurrence.Gradients(family, chunk, inputs, constants, before, d_outputs)
+        _, d_shard = gradients.fold_back(jnp.zeros_like(d_final))
         d_after, d_state = backward_exchange(family, transitions, d_shard, d_final)
-        after, _ = local.fold_back(d_after)
-        d_inputs, d_constants = local.of_inputs(after)
+        after, _ = gradients.fold_back(d_after)
+        d_inputs, d_constants = gradients.of_inputs(after)
 
         def summed(x, spec):
             return lax.psum(x, tuple(sorted(spread - _names(spec))))
 
-        return d_inputs, jax.tree.map(summed, d_constants, constants_specs), d_state
+        return d_inputs, jax.tree.map(summed, d_constants, of_constants), d_state
 
-    @jax.custom_vjp
-    def spread_run(inputs, constants, state):
-        return spread_forward(inputs, constants, state)[0]
-
-    def spread_forward(inputs, constants, state):
-        outputs, final, before, transitions = _shard_map(
-            forward,
-            mesh,
-            (inputs_specs, constants_specs, state_spec),
-            (outputs_spec, state_spec, before_spec, transition_spec),
-        )(inputs, constants, state)
-        outputs, before = checkpoint_name((outputs, before), "recurrence")
-        return (outputs, final), (inputs, constants, before, transitions)
-
-    def spread_backward(residuals, cotangents):
-        is_floating = lambda x, spec: spec if jnp.issubdtype(x.dtype, jnp.inexact) else None  # noqa: E731
-        gradients = jax.tree.map(is_floating, residuals[0], inputs_specs), constants_specs, state_spec
-        arguments = inputs_specs, constants_specs, before_spec, transition_spec, outputs_spec, state_spec
-        return _shard_map(backward, mesh, arguments, gradients)(*residuals, *cotangents)
-
-    spread_run.defvjp(spread_forward, spread_backward)
-    return spread_run(inputs, constants, state)
-
-
-def _chunks(family, chunk, inputs, constants, *_):
-    run = family.prepare(recurrence.split(inputs, chunk), constants)
-    return run, family.summarise(run)
+    return forward, backward
 
 
 def _shard_map(function, mesh, in_specs, out_specs):
@@ -123,8 +124,8 @@ def _shard_map(function, mesh, in_specs, out_specs):
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _is_axes(x: Any) -> bool:
-    return isinstance(x, tuple) and all(isinstance(name, str | None) for name in x)
+def _if_floating(x: jax.Array, spec: PartitionSpec) -> PartitionSpec | None:
+    return spec if jnp.issubdtype(x.dtype, jnp.inexact) else None
 
 
 def _is_spec(x: Any) -> bool:

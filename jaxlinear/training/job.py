@@ -127,8 +127,12 @@ def _check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None
             f"the nearest batch size that works is "
             f"{max(1, round(rows / parts)) * parts * config.training.microbatches}"
         )
-    if mesh.shape["sequence"] > 1:
-        raise UserError(f"mesh.sequence={mesh.shape['sequence']}: no layer can be split over sequence yet; set it to 1")
+    length, shards = config.training.sequence_length, mesh.shape["sequence"]
+    if length % shards:
+        raise UserError(
+            f"mesh.sequence={shards} does not divide training.sequence_length={length}; the nearest that it does is "
+            f"{max(1, round(length / shards)) * shards}"
+        )
     model, parts = config.model, mesh.shape["expert"]
     if parts > 1 and model.channel_mixer != "mixture_of_experts":
         raise UserError(

@@ -10,9 +10,8 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from jaxlinear.models.parameters import Architecture
-from jaxlinear.ops.cross_entropy import linear_cross_entropy, token_losses
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding
 from jaxlinear.training import state as states
 from jaxlinear.training.schedule import make_schedule
 from jaxlinear.training.state import TrainState
@@ -43,14 +42,13 @@ def make_train_step(
         model = architecture.bind(parameters)
         segment_ids = batch["segment_ids"] if config.data.segment_documents else None
         hidden, _, losses = model.hidden(batch["tokens"], segment_ids)
-        nll, total = linear_cross_entropy(
+        nll, total = operations.linear_cross_entropy(
             hidden,
             model.output_embedding,
             batch["targets"],
             weights,
             soft_cap=architecture.config.logit_soft_cap,
             z_loss=training.z_loss,
-            groups=sharding.batch_groups(),
         )
         # The weights make the cross-entropy of the microbatches a sum; the losses of the layers are means of each.
         losses = {name: loss / training.microbatches for name, loss in losses.items()}
@@ -118,7 +116,7 @@ def make_loss_step(config: config_dict.ConfigDict, architecture: Architecture, m
             segment_ids = batch["segment_ids"] if config.data.segment_documents else None
             hidden, _, _ = model.hidden(batch["tokens"], segment_ids)
             soft_cap = architecture.config.logit_soft_cap
-            nll = token_losses(hidden, model.output_embedding, batch["targets"], soft_cap=soft_cap)
+            nll = operations.token_losses(hidden, model.output_embedding, batch["targets"], soft_cap=soft_cap)
             targets = batch["segment_ids"] > 0
             return jnp.where(targets, nll, jnp.zeros((), nll.dtype)), targets
 

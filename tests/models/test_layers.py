@@ -33,6 +33,17 @@ def test_rms_norm(dtype):
     check(lambda rngs: RMSNorm(6, rngs=rngs), oracles.rms_norm, x, dtype)
 
 
+def test_rms_norm_without_an_offset():
+    """The weight of Llama: the norm of a scale that is 1 less, and 1 when training begins."""
+    x = numerics.normal(np.random.default_rng(1), 2, 5, 6)
+
+    def oracle(parameters, x):
+        return oracles.rms_norm({"scale": parameters["scale"] - 1}, x)
+
+    check(lambda rngs: RMSNorm(6, offset=0.0, rngs=rngs), oracle, x, "float64")
+    assert (RMSNorm(6, offset=0.0, rngs=nnx.Rngs(0)).scale[...] == 1).all()
+
+
 def test_rms_norm_of_zeros_is_zeros():
     norm = RMSNorm(4, rngs=nnx.Rngs(0))
     assert not norm(jnp.zeros((1, 1, 4))).any()

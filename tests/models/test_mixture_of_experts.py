@@ -192,6 +192,7 @@ MESHES = {
     "fsdp2_tensor2_expert2": ({"fsdp": 2, "tensor": 2, "expert": 2}, {}),
     "fsdp2_tensor4_of_10_channels": ({"fsdp": 2, "tensor": 4}, {}),  # 4 does not divide them: each device has all
     "expert4_of_6": ({"data": 2, "expert": 4}, {}),  # so do the experts lie
+    "data2_sequence2_expert2": ({"data": 2, "sequence": 2, "expert": 2}, {"bias": False}),
     "rows_not_split": ({"fsdp": 4, "expert": 2}, {"rows": 3}),
 }
 
@@ -203,8 +204,8 @@ def test_experts_on_8_devices_give_the_numbers_of_one(name):
     made = config(**{key: value for key, value in changes.items() if key != "rows"})
     graph, parameters = small.module(lambda rngs: MixtureOfExperts(made, rngs=rngs))
     axes = {key: value.get_metadata("axes") for key, value in nnx.split(abstract(made))[1].items()}
-    x, weights = tokens(rows=rows, length=3), tokens(seed=5, rows=rows, length=3)
-    ids = np.arange(3 * rows, dtype=np.int32).reshape(rows, 3) % 4
+    x, weights = tokens(rows=rows, length=4), tokens(seed=5, rows=rows, length=4)
+    ids = np.arange(4 * rows, dtype=np.int32).reshape(rows, 4) % 5
 
     def value(parameters, x, weights, ids):
         y, losses = nnx.merge(graph, parameters)(x, segment_ids=ids)

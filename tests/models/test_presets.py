@@ -27,6 +27,8 @@ COUNTS = {
     "recurrentgemma_2b": 2_682_862_080,
     "recurrentgemma_9b": 8_579_977_216,
     "s5_small": 54_210_048,
+    "linear_moe_a0b3_2b": 2_476_540_416,
+    "linear_moe_a1b_7b": 7_336_185_856,
     "mamba2_130m": 128_989_632,
     "mamba2_370m": 368_346_624,
     "mamba2_780m": 780_161_280,
@@ -117,6 +119,24 @@ def test_gated_delta_net_1b3_by_hand():
     mlp = 3 * width * 5888
     total = vocab * width + 16 * (mixer + mlp + 2 * width) + width
     assert total == COUNTS["gated_delta_net_1b3"]
+
+
+@pytest.mark.parametrize(
+    "name, width, inner, layers, keys, in_all, active",
+    [
+        ("linear_moe_a0b3_2b", 1024, 896, 12, 512, 2_165_375_488, 315_687_424),
+        ("linear_moe_a1b_7b", 2048, 1024, 16, 1024, 6_713_856_000, 1_076_711_424),
+    ],
+)
+def test_linear_moe_by_hand(name, width, inner, layers, keys, in_all, active):
+    """151,936 words, twice, which the name does not count; of 64 experts a token goes to 8."""
+    heads = 8 if width == 1024 else 16
+    mixer = width * (2 * keys + 3 * width)  # q, k; v, gate, out
+    mixer += 16 * (width + keys) + keys + width // heads  # the decay's two maps; norm
+    expert, router = 3 * width * inner, 64 * width
+    rest = layers * (mixer + router + 2 * width) + width
+    assert rest + layers * 64 * expert == in_all and rest + layers * 8 * expert == active
+    assert 2 * 151_936 * width + in_all == COUNTS[name]
 
 
 def test_s5_small_by_hand():

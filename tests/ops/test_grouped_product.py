@@ -37,9 +37,9 @@ def oracle(x, kernels, sizes, dy):
 @functools.cache
 def run(backend):
     return numerics.jit(
-        lambda x, kernels, sizes, dy: (
-            lambda y, pullback: (y, pullback(dy))
-        )(*jax.vjp(lambda x, kernels: grouped_product(x, kernels, sizes, backend=backend), x, kernels))
+        lambda x, kernels, sizes, dy: (lambda y, pullback: (y, pullback(dy)))(
+            *jax.vjp(lambda x, kernels: grouped_product(x, kernels, sizes, backend=backend), x, kernels)
+        )
     )
 
 
@@ -58,7 +58,11 @@ def test_values_and_gradients(backend, name, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_kernels_are_summed_in_float32(backend):
     """Of 1,000 equal terms: in bfloat16 a sum stops growing at 256. Float32 kernels have float32 gradients."""
-    x, kernels, dy = jnp.ones((1000, 1), jnp.bfloat16), jnp.ones((2, 1, 1), jnp.float32), jnp.ones((1000, 1), jnp.bfloat16)
+    x, kernels, dy = (
+        jnp.ones((1000, 1), jnp.bfloat16),
+        jnp.ones((2, 1, 1), jnp.float32),
+        jnp.ones((1000, 1), jnp.bfloat16),
+    )
     y, (_, d_kernels) = run(backend)(x, kernels, jnp.asarray([999, 1], jnp.int32), dy)
     assert d_kernels.dtype == jnp.float32 and d_kernels.ravel().tolist() == [999, 1] and y.dtype == jnp.bfloat16
 
@@ -83,7 +87,9 @@ def test_its_result_can_be_kept():
             product = jax.checkpoint(lambda x, kernels: jnp.sin(grouped_product(x, kernels, sizes)), policy=policy)
             return jnp.sum(product(x, kernels))
 
-        return str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(jnp.ones((8, 2)), jnp.ones((2, 2, 3)))).count("while[")
+        return str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(jnp.ones((8, 2)), jnp.ones((2, 2, 3)))).count(
+            "while["
+        )
 
     assert loops(policy) == 3 and loops(jax.checkpoint_policies.nothing_saveable) == 4
 

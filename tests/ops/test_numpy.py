@@ -22,6 +22,11 @@ CALLS = {
         {"window": 2},
     ),
     "attention": (ops.causal_attention, [draw(1, 5, 2, 4), draw(1, 5, 1, 4), draw(1, 5, 1, 4)], {}),
+    "linear_attention": (
+        ops.linear_attention,
+        [draw(1, 5, 2, 4), draw(1, 5, 2, 4), draw(1, 5, 2, 3), -abs(draw(1, 5, 2)), draw(1, 2, 4, 3)],
+        {"chunk_size": 2},
+    ),
     "convolution": (ops.causal_convolution, [draw(1, 5, 3), draw(4, 3), draw(3), draw(1, 3, 3)], {}),
 }
 

@@ -15,7 +15,7 @@ WIDTH = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Turning:
+class Turning(recurrence.Family):
     """S_t = A_t S_{t-1} + weights u_t, with A_t = 1 + turn_t and 0 where a document begins; o_t = sum(S_t read_t).
 
     ``inputs`` are turn ``[B, T, D, D]``, u and read ``[B, T, D]`` and starts ``[B, T]`` bool; ``constants`` the weights

@@ -59,6 +59,10 @@ def test_spec():
     assert spec(("batch",), (6,)) == PartitionSpec(None)  # nor 4 divide 6
     assert spec((None, "heads", "recurrent"), (3, 4, 2)) == PartitionSpec(None, "tensor", "tensor")
     assert spec(("time",), (16,), mesh=mesh_of(sequence=8)) == PartitionSpec("sequence")
+    of_experts = mesh_of(fsdp=2, tensor=2, expert=2)
+    assert spec(("batch", "time", None), (8, 16, 6), mesh=of_experts) == PartitionSpec(("fsdp", "expert"), None, None)
+    kernel = ("expert", "embed", "mlp")
+    assert spec(kernel, (4, 6, 10), mesh=of_experts) == PartitionSpec("expert", "fsdp", "tensor")
     assert spec((), ()) == PartitionSpec()
     with pytest.raises(ValueError, match="zip"):
         spec(("embed",), (6, 10))
@@ -73,6 +77,8 @@ def test_constrain():
         assert sharding.batch_groups() == 8
         with sharding.use_mesh(mesh_of(tensor=8)):
             assert sharding.batch_groups() == 1
+        with sharding.use_mesh(mesh_of(data=2, tensor=2, expert=2)):
+            assert sharding.batch_groups() == 4
         assert sharding.batch_groups() == 8
     assert sharding.batch_groups() == 1 and sharding.constrain(x, None, None, None) is x
 

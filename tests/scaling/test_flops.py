@@ -147,6 +147,17 @@ def test_linear_attention_by_hand(feature_map, key_width, features, values, maps
     assert flops.linear_attention(config, LENGTH) == projections + maps + recurrence == total
 
 
+def test_channel_mixers_by_hand():
+    """Two of six experts of width 10."""
+    experts = {"experts": 6, "experts_per_token": 2, "expert_width": 10}
+    config = dataclasses.replace(CONFIG, channel_mixer="mixture_of_experts", **experts)
+    mixture = 2 * 32 * 6 + 2 * (3 * 2 * 32 * 10 + 2 * 32)  # router; of each expert three projections and its weight
+    assert flops.mixture_of_experts(config) == mixture == 4_352
+    none = flops.forward_flops_per_token(dataclasses.replace(CONFIG, channel_mixer="none"), LENGTH)
+    assert flops.forward_flops_per_token(config, LENGTH) == none + 5 * 4_352
+    assert flops.forward_flops_per_token(CONFIG, LENGTH) == none + 5 * 12_288
+
+
 def test_a_model_by_hand():
     mlp = 3 * 2 * 32 * 64
     assert flops.gated_mlp(CONFIG) == mlp == 12_288

@@ -41,12 +41,12 @@ def other_dataset(tmp_path_factory):
         ({"data.heldout_path": "nowhere", "evaluation.every_steps": 1}, r"no dataset at nowhere"),
         (
             {"training.batch_size": 12},
-            r"training.batch_size=12 in 1 microbatches is 12 rows, which the mesh \(data 8 x fsdp 1\) does not divide; "
-            r"the nearest batch size that works is 16$",
+            r"training.batch_size=12 in 1 microbatches is 12 rows, which the mesh \(data 8 x fsdp 1 x expert 1\) does not "
+            r"divide; the nearest batch size that works is 16$",
         ),
         (
             {"training.batch_size": 24, "training.microbatches": 2, "mesh.fsdp": 4},
-            r"=24 in 2 microbatches is 12 rows, which the mesh \(data 2 x fsdp 4\) does not divide; .* is 32$",
+            r"=24 in 2 microbatches is 12 rows, which the mesh \(data 2 x fsdp 4 x expert 1\) does not divide; .* is 32$",
         ),
         ({"training.sequence_length": 48}, r"sequence_length 48 neither divides the block length 64 nor .* 32 and 64"),
         ({"training.seed": -1}, r"seed has to be at least 0, not -1"),
@@ -57,7 +57,7 @@ def other_dataset(tmp_path_factory):
             {"mesh.data": 4, "mesh.sequence": 2},
             r"mesh.sequence=2: no layer can be split over sequence yet; set it to 1",
         ),
-        ({"mesh.data": 4, "mesh.expert": 2}, r"mesh.expert=2: no layer can be split over expert yet; set it to 1"),
+        ({"mesh.data": 4, "mesh.expert": 2}, r"mesh.expert=2: the model has no experts .* 'gated_mlp'\); set it to 1"),
         ({"model.num_heads": 5}, r"model.num_heads=5 does not divide model.width=32"),
     ],
 )

@@ -5,8 +5,10 @@ the logits) is read from a ``config.json`` beside them, which the export writes;
 a published model. The window of that package does not count the present token, ours does.
 """
 
+import dataclasses
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +42,26 @@ def read_tensors(directory: Path) -> dict[str, StreamedArray]:
         names = [".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in metadata.values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / _METADATA} is damaged: {error or type(error).__name__}") from error
-    tensors = {}
-    for name in names:
-        try:
-            tensors[name] = streaming.open_array(directory, name)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{directory}: {name} cannot be read ({' '.join(str(error).split())[:300]})") from error
-        if tensors[name].dtype.name not in _DTYPES:
+    tensors = {name: _open(directory, name) for name in names}
+    for name, tensor in tensors.items():
+        if tensor.dtype.name not in _DTYPES:
             raise UserError(
-                f"{directory}: {name} has the dtype {tensors[name].dtype.name}; weights are imported from "
-                f"{', '.join(_DTYPES)}"
+                f"{directory}: {name} has the dtype {tensor.dtype.name}; weights are imported from {', '.join(_DTYPES)}"
             )
     return tensors
+
+
+def _open(directory: Path, name: str) -> StreamedArray:
+    """An array; ``UserError``, now or when it is read, if it is damaged."""
+
+    def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{directory}: {name} cannot be read ({' '.join(str(error).split())[:300]})") from error
+
+    tensor = guarded(streaming.open_array, directory, name)
+    return dataclasses.replace(tensor, read=functools.partial(guarded, tensor.read))
 
 
 def model(directory: Path, tensors: Mapping[str, StreamedArray]) -> dict[str, Any]:

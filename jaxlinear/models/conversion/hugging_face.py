@@ -113,11 +113,10 @@ def without_copy(tensors: dict[str, StreamedArray], embedding: str, origin: str)
     head = "lm_head.weight"
     if head not in tensors or embedding not in tensors:
         return tensors
-    copy = tensors[head]
-    same = copy.shape == tensors[embedding].shape and all(
-        np.array_equal(part, tensors[embedding].read(begin, begin + len(part))) for begin, part in copy.parts()
-    )
-    if not same:
+    copies = [tensors[name] for name in (head, embedding)]
+    if copies[0].shape != copies[1].shape or not all(
+        np.array_equal(x, y) for (_, x), (_, y) in zip(*(copy.pieces() for copy in copies), strict=True)
+    ):
         raise UserError(f"{origin}: the tensor {head} is not {embedding}, though tie_word_embeddings is set")
     return {name: x for name, x in tensors.items() if name != head}
 
@@ -137,8 +136,8 @@ def write(directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, Stre
         file, begin = places[name]
         with (directory / file).open("r+b") as stream:
             stream.seek(begin)
-            for _, part in tensor.parts():
-                stream.write(np.ascontiguousarray(part, np.dtype("<f4")).data)
+            for _, piece in tensor.pieces():
+                stream.write(np.ascontiguousarray(piece, np.dtype("<f4")).data)
     if len(shards) > 1:
         size = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": {name: places[name][0] for name in tensors}}

@@ -141,7 +141,8 @@ class Plan:
         def read(begin: int, end: int) -> np.ndarray:
             first = places[0]
             if first.period is not None:
-                return np.stack([part(place, place.begin, place.end) for place in places[begin:end]])
+                layers = [part(place, place.begin, place.end)[None] for place in places[begin:end]]
+                return layers[0] if len(layers) == 1 else np.concatenate(layers)
             if first.form is SAME:
                 return part(first, first.begin + begin, first.begin + end)
             return part(first, first.begin, first.end)[begin:end]

@@ -1,8 +1,10 @@
 """The mixers: one file each, found by name. A mixer mixes over time; the block around it is the same for all.
 
-``Mixer(config, layer=..., rngs=...)`` builds one; its place in the model matters to a few. ``mixer(x, segment_ids=None, state=None) -> (y, state)`` runs it over
-``[B, T, D]``, from an empty past or from a state; ``mixer.init_state(batch)`` is the empty past. A state is a pytree of
-arrays with B first, whose size does not depend on the tokens seen.
+``Mixer(config, layer=..., rngs=...)`` builds one; its place in the model matters to a few. ``mixer(x, segment_ids=None,
+state=None) -> (y, state)`` runs it over ``[B, T, D]``, from an empty past or from a state; ``mixer.init_state(batch)`` is
+the empty past. A state is a pytree of arrays with B first, whose size does not depend on the tokens seen.
+
+A mixer runs the operations of ``jaxlinear.parallel.operations``, so that time may be spread over devices.
 
 A class may declare ``ACROSS_LAYERS``, functions by the name of a parameter: ``function(rows [L, ...]) -> [L, ...]`` takes
 the parameter of every layer of this mixer, in their order, and gives what the mixer of each layer finds in its place.

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.mixers.cached_attention import CachedAttention, State
 from jaxlinear.ops import segments
+from jaxlinear.parallel import operations
 
 
 class Attention(CachedAttention):
@@ -21,8 +21,10 @@ class Attention(CachedAttention):
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         super().__init__(config, slots=config.context, rngs=rngs)
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-        return ops.causal_attention(q, k, v, segment_ids=segment_ids)
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, past: operations.Past | None
+    ) -> jax.Array:
+        return operations.causal_attention(q, k, v, segment_ids=segment_ids, past=past)
 
     def __call__(
         self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None

@@ -9,7 +9,7 @@ from jax import lax
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, by_head, fan_in_normal, rotary
 from jaxlinear.ops import dtypes, segments
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding
 
 State = dict[str, jax.Array]
 
@@ -38,8 +38,10 @@ class CachedAttention(nnx.Module):
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(inner, width, axes=("heads", "embed"), bias=config.bias, init=init, rngs=rngs)
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-        """``q [B, T, H, K]``, ``k`` and ``v`` ``[B, P+T, G, K]``, ``segment_ids [B, P+T]`` -> ``[B, T, H, K]``."""
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, past: operations.Past | None
+    ) -> jax.Array:
+        """``q [B, T, H, K]``, ``k`` and ``v`` ``[B, T, G, K]``, ``segment_ids [B, T]`` -> ``[B, T, H, K]``."""
         raise NotImplementedError
 
     def init_state(self, batch: int) -> State:
@@ -69,27 +71,29 @@ class CachedAttention(nnx.Module):
 
     def _tokens(self, q, k, v, segment_ids, state):
         batch, length = q.shape[:2]
-        ids, runs = segment_ids, None if segment_ids is None else segments.runs(segment_ids)
         start = seen = jnp.zeros((batch,), jnp.int32)
+        past, all_k, all_v = None, k, v
         if state is not None:
             # The past that is there is of the first token's document; what lies before that document is of none.
-            start, seen, past = state["position"], state["seen"], self.slots - 1
-            slots = (start[:, None] - past + jnp.arange(past, dtype=jnp.int32)[None]) % self.slots
-            k = jnp.concatenate([_rows(state["keys"].swapaxes(1, 2), slots), k], axis=1)
-            v = jnp.concatenate([_rows(state["values"].swapaxes(1, 2), slots), v], axis=1)
-            empty = jnp.arange(past)[None] < past - seen[:, None]
-            ids = jnp.ones((batch, length), jnp.int32) if runs is None else runs + 1
-            ids = jnp.concatenate([jnp.where(empty, 0, 1), ids], axis=1)
-        o = self.attend(q, self._for_each_device(k), self._for_each_device(v), ids)
+            start, seen, count = state["position"], state["seen"], self.slots - 1
+            slots = (start[:, None] - count + jnp.arange(count, dtype=jnp.int32)[None]) % self.slots
+            keys, values = (_rows(state[name].swapaxes(1, 2), slots) for name in ("keys", "values"))
+            empty = jnp.arange(count)[None] < count - seen[:, None]
+            first = jnp.zeros((1, 1), jnp.int32) if segment_ids is None else segment_ids[:, :1].astype(jnp.int32)
+            ids = jnp.where(empty, operations.NO_DOCUMENT, first)
+            past = self._for_each_device(keys), self._for_each_device(values), ids
+            all_k, all_v = jnp.concatenate([keys, k], axis=1), jnp.concatenate([values, v], axis=1)
+        o = self.attend(q, self._for_each_device(k), self._for_each_device(v), segment_ids, past)
 
         # Slot s takes the last position that is congruent to it; it is not read if that lies before the document.
         last = start[:, None] + length - 1
         age = (last - jnp.arange(self.slots, dtype=jnp.int32)[None]) % self.slots
-        places = jnp.maximum(k.shape[1] - 1 - age, 0)
+        places = jnp.maximum(all_k.shape[1] - 1 - age, 0)
         seen = seen + length
-        if runs is not None:
+        if segment_ids is not None:
+            runs = segments.runs(segment_ids)
             seen = jnp.where(runs[:, -1] == 0, seen, jnp.sum(runs == runs[:, -1:], axis=1, dtype=jnp.int32))
-        keys, values = (_rows(x, places).swapaxes(1, 2) for x in (k, v))
+        keys, values = (_rows(x, places).swapaxes(1, 2) for x in (all_k, all_v))
         return o, {"keys": keys, "values": values, "position": start + length, "seen": seen}
 
     def _for_each_device(self, x: jax.Array) -> jax.Array:

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, RMSNorm, ShortConvolution, by_head, fan_in_normal, per_head
 from jaxlinear.ops import dtypes
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding
 
 _EPSILON = 1e-6  # added to the squared length of a query or a key
 
@@ -88,7 +87,7 @@ class DeltaNet(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         past = {} if state is None else state
         (q, k, v, beta), new = self.inputs(x, segment_ids=segment_ids, past=past)
-        o, new["memory"] = ops.delta_rule(q, k, v, beta, None, past.get("memory"), segment_ids=segment_ids)
+        o, new["memory"] = operations.delta_rule(q, k, v, beta, None, past.get("memory"), segment_ids=segment_ids)
         return self.out(self.norm(o).reshape(*x.shape[:2], -1)), new
 
 

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, parameter, per_head
 from jaxlinear.models.mixers.delta_net import DeltaInputs
 from jaxlinear.models.mixers.mamba2 import PROJECTION_SCALE, log_rates, time_step_biases, time_steps
 from jaxlinear.ops import dtypes
+from jaxlinear.parallel import operations
 
 RATE_RANGE = (0.0, 16.0)  # of exp(A_log), when training begins
 
@@ -56,7 +56,7 @@ class GatedDeltaNet(nnx.Module):
         (q, k, v, beta), new = self.inputs(x, segment_ids=segment_ids, past=past)
         dt = time_steps(self.decay(x), self.dt_bias[...])
         log_decay = -jnp.exp(self.A_log[...].astype(dt.dtype))[None, None] * dt
-        o, new["memory"] = ops.delta_rule(q, k, v, beta, log_decay, past.get("memory"), segment_ids=segment_ids)
+        o, new["memory"] = operations.delta_rule(q, k, v, beta, log_decay, past.get("memory"), segment_ids=segment_ids)
         gate = by_head(self.gate(x), v.shape[2]).astype(dt.dtype)
         o = (self.norm(o.astype(dt.dtype)) * jax.nn.silu(gate)).astype(x.dtype)
         return self.out(o.reshape(*x.shape[:2], -1)), new

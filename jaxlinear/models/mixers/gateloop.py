@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, parameter, per_head
 from jaxlinear.ops import dtypes
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding
 
 
 class GateLoop(nnx.Module):
@@ -55,7 +54,7 @@ class GateLoop(nnx.Module):
             for project in (self.query, self.key, self.value)
         )
         past = None if state is None else state["h"]
-        h, last = ops.linear_recurrence(self._transition(x), k * v, past, segment_ids=segment_ids)
+        h, last = operations.linear_recurrence(self._transition(x), k * v, past, segment_ids=segment_ids)
         o = self.norm(by_head((q * jnp.real(h)).astype(x.dtype), self.groups)).reshape(q.shape)
         return self.out(jax.nn.silu(self.gate(x)) * o), {"h": last}
 

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, per_head
 from jaxlinear.ops import dtypes
+from jaxlinear.parallel import operations
 
 GATE_RANK = 16
 GATE_DIVISOR = 16.0  # of the logarithm
@@ -60,6 +60,6 @@ class GLA(nnx.Module):
         gate = self.decay_out(self.decay_in(x).astype(dtypes.wide(x.dtype)))
         log_decay = by_head(jax.nn.log_sigmoid(gate) / GATE_DIVISOR, self.heads)
         past = None if state is None else state["memory"]
-        o, memory = ops.linear_attention(q, k, v, log_decay, past, segment_ids=segment_ids)
+        o, memory = operations.linear_attention(q, k, v, log_decay, past, segment_ids=segment_ids)
         o = self.norm(o).reshape(*x.shape[:2], -1)
         return self.out(jax.nn.silu(self.gate(x)) * o), {"memory": memory}

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, parameter, per_head
 from jaxlinear.ops import dtypes
+from jaxlinear.parallel import operations
 
 EXPANSION = 128  # K
 _LOWEST = -15.0  # of the gate before its sigmoid, which below it is 0 to float32
@@ -75,7 +75,7 @@ class HGRN2(nnx.Module):
         q = by_head(jax.nn.silu(self.query(x)), self.heads)
         k, v = (by_head(y, self.heads) for y in (k.astype(x.dtype), self.value(x)))
         past = None if state is None else state["memory"]
-        o, memory = ops.linear_attention(q, k, v, log_decay, past, segment_ids=segment_ids)
+        o, memory = operations.linear_attention(q, k, v, log_decay, past, segment_ids=segment_ids)
         return self.out(self.norm(o.reshape(*x.shape[:2], -1))), {"memory": memory}
 
     def _input_gate(self, x: jax.Array) -> jax.Array:

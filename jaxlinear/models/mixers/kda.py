@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Initializer, Linear, RMSNorm, by_head, fan_in_normal, parameter
 from jaxlinear.models.mixers import delta_net
 from jaxlinear.models.mixers.mamba2 import PROJECTION_SCALE, RATE_RANGE, log_rates, time_step_biases, time_steps
 from jaxlinear.ops import dtypes
+from jaxlinear.parallel import operations
 
 
 def widths(config: ModelConfig) -> tuple[int, int, int]:
@@ -63,7 +63,7 @@ class KimiDeltaAttention(nnx.Module):
         heads = v.shape[2]
         dt = by_head(time_steps(self.decay(x), self.dt_bias[...]), heads)
         log_decay = -jnp.exp(self.A_log[...].astype(dt.dtype))[None, None, :, None] * dt
-        o, new["memory"] = ops.delta_rule(q, k, v, beta, log_decay, past.get("memory"), segment_ids=segment_ids)
+        o, new["memory"] = operations.delta_rule(q, k, v, beta, log_decay, past.get("memory"), segment_ids=segment_ids)
         gate = by_head(self.gate(x), heads).astype(dt.dtype)
         o = (self.norm(o.astype(dt.dtype)) * jax.nn.sigmoid(gate)).astype(x.dtype)
         return self.out(o.reshape(*x.shape[:2], -1)), new

@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, by_head, fan_in_normal, parameter, per_head
 from jaxlinear.ops import dtypes
+from jaxlinear.parallel import operations
 
 
 def widths(config: ModelConfig) -> tuple[int, int, int]:
@@ -63,7 +63,7 @@ class Lightning(nnx.Module):
         v = by_head(self.value(x), self.heads)
         log_decay = lax.stop_gradient(self.log_decay[...])
         past = None if state is None else state["memory"]
-        o, memory = ops.linear_attention(q, k, v, log_decay, past, scale=1.0, segment_ids=segment_ids)
+        o, memory = operations.linear_attention(q, k, v, log_decay, past, scale=1.0, segment_ids=segment_ids)
         o = _rms_norm(o.reshape(*x.shape[:2], -1), self.epsilon)
         return self.out(self.gate(x) * o), {"memory": memory}
 

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, parameter, per_head
 from jaxlinear.ops import dtypes
+from jaxlinear.parallel import operations
 
 PRODUCT_WIDTH = 16  # K where phi has the products of all pairs of channels
 _EPSILON = 1e-6  # added to phi(q) z, which relu and rebased can make 0, with S
@@ -83,11 +83,11 @@ class LinearAttention(nnx.Module):
         past = None if state is None else state["memory"]
         if self.norm is None:
             v = jnp.concatenate([v, jnp.ones_like(v, shape=(*v.shape[:3], 1))], axis=-1)
-            o, memory = ops.linear_attention(q, k, v, None, past, scale=1.0, segment_ids=segment_ids)
+            o, memory = operations.linear_attention(q, k, v, None, past, scale=1.0, segment_ids=segment_ids)
             o = o.astype(wide)
             o = (o[..., :-1] / (o[..., -1:] + _EPSILON)).astype(x.dtype)
         else:
-            o, memory = ops.linear_attention(q, k, v, None, past, segment_ids=segment_ids)
+            o, memory = operations.linear_attention(q, k, v, None, past, segment_ids=segment_ids)
             o = self.norm(o)
         return self.out(o.reshape(*x.shape[:2], -1)), {"memory": memory}
 

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, fan_in_normal, from_complex, parameter, to_complex
 from jaxlinear.ops import dtypes
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding
 
 RADIUS_RANGE = (0.9, 0.999)  # of |a|, when training begins
 LARGEST_PHASE = 2 * jnp.pi
@@ -55,7 +54,7 @@ class LRU(nnx.Module):
         a = jnp.exp(jax.lax.complex(-jnp.exp(nu), jnp.exp(theta)))
         u = sharding.constrain(to_complex(x, self.input_kernel[...]), "batch", "time", "recurrent")
         u = jnp.exp(gamma)[None, None].astype(u.dtype) * u
-        h, last = ops.linear_recurrence(a, u, past, segment_ids=segment_ids)
+        h, last = operations.linear_recurrence(a, u, past, segment_ids=segment_ids)
         z = from_complex(h, self.output_kernel[...], x.dtype) + skip[None, None] * x.astype(wide)
         return z.astype(x.dtype), last
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import (
@@ -26,7 +25,7 @@ from jaxlinear.models.layers import (
     parameter,
 )
 from jaxlinear.ops import dtypes
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding
 
 RATE_RANGE = (1.0, 16.0)  # of A = exp(A_log), when training begins
 TIME_STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt_bias), when training begins
@@ -100,7 +99,7 @@ class Mamba2(nnx.Module):
         rate, skip = jnp.exp(self.A_log[...]).astype(dt.dtype), self.D[...].astype(dt.dtype)
         wide = v.astype(dt.dtype)
         inputs, log_decay = (dt[..., None] * wide).astype(v.dtype), -rate[None, None] * dt
-        y, new["memory"] = ops.linear_attention(
+        y, new["memory"] = operations.linear_attention(
             q, k, inputs, log_decay, past.get("memory"), scale=1.0, segment_ids=segment_ids
         )
         y = y.astype(dt.dtype) + skip[None, None, :, None] * wide

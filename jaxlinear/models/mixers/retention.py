@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, by_head, per_head, rotary
 from jaxlinear.ops import dtypes
+from jaxlinear.parallel import operations
 
 
 def widths(config: ModelConfig) -> tuple[int, int, int]:
@@ -58,7 +58,7 @@ class Retention(nnx.Module):
         q, k, v = (by_head(project(x), self.heads) for project in (self.query, self.key, self.value))
         q, k = (rotary(y, positions, **self.rotary) for y in (q, k))
         log_decay = jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(self.heads)))), dtypes.wide(x.dtype))
-        o, memory = ops.linear_attention(q, k, v, log_decay, state["memory"], segment_ids=segment_ids)
+        o, memory = operations.linear_attention(q, k, v, log_decay, state["memory"], segment_ids=segment_ids)
         o = _group_norm(o, self.epsilon).reshape(*x.shape[:2], -1)
         y = self.out(jax.nn.silu(self.gate(x)) * o)
         return y, {"memory": memory, "position": state["position"] + x.shape[1]}

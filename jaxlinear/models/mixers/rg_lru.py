@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, fan_in_normal, parameter
-from jaxlinear.ops import dtypes, segments
-from jaxlinear.parallel import sharding
+from jaxlinear.ops import dtypes
+from jaxlinear.parallel import operations, sharding
 
 DECAY_POWER = 8.0  # c of the paper
 DECAY_RANGE = (0.9, 0.999)  # of a at r = 1, when training begins
@@ -44,7 +43,7 @@ class RGLRU(nnx.Module):
         recurrence = self._gate(x, self.recurrence_kernel[...], self.recurrence_bias[...])
         input_ = self._gate(x, self.input_kernel[...], self.input_bias[...])
         a, u = _transition(x, recurrence, input_, self.decay[...], first)
-        h, final = ops.linear_recurrence(a, u, initial_state, segment_ids=segment_ids)
+        h, final = operations.linear_recurrence(a, u, initial_state, segment_ids=segment_ids)
         return h.astype(x.dtype), final
 
     def _gate(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -86,17 +85,18 @@ class RGLRUBlock(nnx.Module):
         self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         state = self.init_state(x.shape[0]) if state is None else state
-        first = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segments.starts(segment_ids)
-        first = first.at[:, 0].set(~state["started"])
+        first = jnp.zeros(x.shape[:2], bool) if segment_ids is None else operations.document_starts(segment_ids)
+        first = jnp.where(jnp.arange(x.shape[1])[None] == 0, ~state["started"][:, None], first)
 
         gate = jax.nn.gelu(sharding.constrain(self.gate(x), "batch", "time", "recurrent"))
         inner = sharding.constrain(self.input(x), "batch", "time", "recurrent")
-        inner, convolution = ops.causal_convolution(
+        inner, convolution = operations.causal_convolution(
             inner,
             self.convolution_kernel[...],
             self.convolution_bias[...],
             state["convolution"],
             segment_ids=segment_ids,
+            channels="recurrent",
         )
         inner, h = self.rg_lru(inner, first, state["h"], segment_ids)
         state = {"h": h, "convolution": convolution, "started": jnp.ones_like(state["started"])}

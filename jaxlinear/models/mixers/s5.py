@@ -21,12 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, from_complex, parameter, to_complex
 from jaxlinear.ops import dtypes
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding
 
 STEP_RANGE = (0.001, 0.1)  # of Delta, when training begins
 
@@ -89,10 +88,10 @@ class S5(nnx.Module):
         a, b = self.discretize(jax.lax.complex(-jnp.exp(rate), frequency), jnp.exp(step))
         u = sharding.constrain(to_complex(x, self.input_kernel[...]), "batch", "time", "recurrent")
         u = b[None, None] * u
-        h, last = ops.linear_recurrence(a, u, past, segment_ids=segment_ids)
+        h, last = operations.linear_recurrence(a, u, past, segment_ids=segment_ids)
         z = from_complex(h, self.output_kernel[...], x.dtype)
         if self.reverse_output_kernel is not None:
-            h, _ = ops.linear_recurrence(a, u, segment_ids=segment_ids, reverse=True)
+            h, _ = operations.linear_recurrence(a, u, segment_ids=segment_ids, reverse=True)
             z = z + from_complex(h, self.reverse_output_kernel[...], x.dtype)
         return (2 * z + skip[None, None] * x.astype(wide)).astype(x.dtype), last
 

@@ -4,9 +4,9 @@ value head it is multi-query, as there; with more, grouped."""
 import jax
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.mixers.cached_attention import CachedAttention
+from jaxlinear.parallel import operations
 
 
 class SlidingWindow(CachedAttention):
@@ -15,5 +15,7 @@ class SlidingWindow(CachedAttention):
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         super().__init__(config, slots=config.window, rngs=rngs)
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-        return ops.sliding_window_attention(q, k, v, window=self.slots, segment_ids=segment_ids)
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, past: operations.Past | None
+    ) -> jax.Array:
+        return operations.sliding_window_attention(q, k, v, window=self.slots, segment_ids=segment_ids, past=past)

@@ -148,7 +148,12 @@ def test_experts_are_decayed_and_the_muon_takes_their_kernels():
     "changes, message",
     [
         (
-            {"model.channel_mixer": "gated_mlp", "model.experts": 0, "model.experts_per_token": 0, "model.expert_width": 0},
+            {
+                "model.channel_mixer": "gated_mlp",
+                "model.experts": 0,
+                "model.experts_per_token": 0,
+                "model.expert_width": 0,
+            },
             r"^mesh.expert=4: the model has no experts \(model.channel_mixer is 'gated_mlp'\); set it to 1$",
         ),
         ({"model.experts": 6}, r"^mesh.expert=4 does not divide model.experts=6$"),
