@@ -1,0 +1,214 @@
+"""The operations with time spread over 8 devices: outputs, last states and gradients are those of one, in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlinear import ops
+from jaxlinear.errors import UserError
+from jaxlinear.ops import recurrence
+from jaxlinear.ops.delta_rule import DeltaRule
+from jaxlinear.ops.delta_rule import Inputs as DeltaInputs
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel import operations, sharding
+from jaxlinear.parallel.sequence import Spread
+from tests import numerics
+
+B, T, H, K, V = 4, 32, 2, 3, 5
+MESHES = [{"sequence": 8}, {"data": 2, "sequence": 4}, {"fsdp": 2, "sequence": 2, "tensor": 2}]
+# Documents that begin before, on and after the borders of shards, longer than two shards, and of one token.
+IDS = np.stack(
+    [
+        np.repeat([0, 1, 2, 3], [3, 5, 20, 4]),
+        np.repeat([0, 1, 2], [8, 8, 16]),
+        np.arange(T),
+        np.repeat([7, 8, 7], [1, 30, 1]),
+    ]
+).astype(np.int32)
+
+
+def make_mesh(sizes):
+    return meshes.make_mesh({axis: sizes.get(axis, 1) for axis in meshes.AXES})
+
+
+def random_inputs(kind, decay, seed=0):
+    random = np.random.default_rng(seed)
+    normal, uniform = random.standard_normal, functools.partial(random.uniform, 0, 1)
+    if kind == "linear_recurrence":
+        shape = (6,) if "constant" in decay else (B, T, 6)
+        a, x, state = uniform(shape), normal((B, T, 6)), normal((B, 6))
+        if "complex" in decay:
+            a, x, state = a * np.exp(1j * uniform(shape)), x + 1j * normal(x.shape), state + 1j * normal(state.shape)
+        return a, x, state
+    k = normal((B, T, H, K))
+    inputs = [normal((B, T, H, K)), k / np.linalg.norm(k, axis=-1, keepdims=True), normal((B, T, H, V))]
+    if kind == "delta_rule":
+        inputs.append(uniform((B, T, H)))
+    shapes = {"constant": (H,), "scalar": (B, T, H), "channel": (B, T, H, K)}
+    return (*inputs, normal((B, H, K, V)), *([-3 * uniform(shapes[decay])] if decay != "none" else []))
+
+
+def call(module, kind, ids):
+    """The operation of ``module`` with the decay, if there is one, last among the inputs."""
+
+    def run(*inputs):
+        if kind == "linear_recurrence":
+            return module.linear_recurrence(*inputs, segment_ids=ids)
+        count = 4 if kind == "delta_rule" else 3
+        decay = inputs[count + 1] if len(inputs) > count + 1 else None
+        operation = getattr(module, kind)
+        return operation(*inputs[:count], decay, inputs[count], segment_ids=ids, chunk_size=3)
+
+    return run
+
+
+def compare(whole, spread, inputs, mesh, tolerance=1e-12):
+    """``spread`` on the mesh gives what ``whole`` gives on one device."""
+    random = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        outputs = jax.eval_shape(whole, *numerics.cast(inputs, "float64"))
+    cotangents = jax.tree.map(
+        lambda y: numerics.normal(random, *y.shape, complex_=jnp.issubdtype(y.dtype, jnp.complexfloating)), outputs
+    )
+    expected = numerics.run(numerics.with_gradients(whole), inputs, cotangents, dtype="float64")
+    with sharding.use_mesh(mesh):
+        found = numerics.run(numerics.with_gradients(spread), inputs, cotangents, dtype="float64")
+    numerics.assert_close(found, numerics.wide(expected), tolerance)
+
+
+FAMILIES = [
+    *(("linear_attention", decay) for decay in ("none", "constant", "scalar", "channel")),
+    *(("delta_rule", decay) for decay in ("none", "scalar", "channel")),
+    *(("linear_recurrence", decay) for decay in ("in_time", "constant", "complex", "complex_constant")),
+]
+
+
+@pytest.mark.parametrize("kind, decay", FAMILIES, ids=lambda name: name)
+def test_recurrences(kind, decay):
+    """The mesh and whether documents are packed go round, so that every family sees some of each."""
+    place = FAMILIES.index((kind, decay))
+    for packed in (False, True):
+        mesh = make_mesh(MESHES[(place + packed) % len(MESHES)])
+        with jax.enable_x64(True):
+            ids = jnp.asarray(IDS) if packed else None
+            compare(call(ops, kind, ids), call(operations, kind, ids), random_inputs(kind, decay), mesh)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_both_exchanges(sizes, exchange):
+    """On the family whose M is a matrix, so that the order of compositions counts."""
+    q, k, v, beta, state, decay = random_inputs("delta_rule", "channel")
+    family, mesh = DeltaRule(0.5), make_mesh(sizes)
+
+    def whole(q, k, v, beta, decay, state):
+        starts = ops.segments.starts(jnp.asarray(IDS))
+        return recurrence.chunked(family, 4, DeltaInputs(q, k, v, beta, decay, starts), None, state)
+
+    def spread(q, k, v, beta, decay, state):
+        runner = Spread(mesh, "heads", exchange)
+        inputs = DeltaInputs(q, k, v, beta, decay, runner.starts(jnp.asarray(IDS)))
+        return runner.run(family, 4, inputs, None, state)
+
+    compare(whole, spread, (q, k, v, beta, decay, state), mesh)
+
+
+@pytest.mark.parametrize("width", [1, 4, 7])
+def test_convolution(width):
+    """The filter of 7 reaches over two shards of 4."""
+    random = np.random.default_rng(2)
+    inputs = tuple(random.standard_normal(shape) for shape in ((B, T, 6), (width, 6), (6,), (B, width - 1, 6)))
+    run = functools.partial(ops.causal_convolution, segment_ids=jnp.asarray(IDS))
+    spread = functools.partial(operations.causal_convolution, segment_ids=jnp.asarray(IDS), channels="recurrent")
+    compare(run, spread, inputs, make_mesh(MESHES[0]))
+
+
+@pytest.mark.parametrize("window, groups", [(1, 1), (4, 2), (11, 1), (11, 4), (50, 2)])
+def test_sliding_window(window, groups):
+    """Windows of less than a shard, of several, and of more than there is."""
+    random = np.random.default_rng(3)
+    shapes = (B, T, 4, K), (B, T, groups, K), (B, T, groups, V)
+    inputs = tuple(random.standard_normal(shape) for shape in shapes)
+    options = {"window": window, "segment_ids": jnp.asarray(IDS)}
+    run = functools.partial(ops.sliding_window_attention, **options)
+    mesh = make_mesh(MESHES[window % 3])
+    compare(run, functools.partial(operations.sliding_window_attention, **options), inputs, mesh)
+
+
+@pytest.mark.parametrize("kind", ["sliding_window_attention", "causal_attention"])
+def test_attention_with_a_past(kind):
+    window = {"window": 9} if kind == "sliding_window_attention" else {}
+    random = np.random.default_rng(4)
+    shapes = (B, T, 4, K), (B, T, 2, K), (B, T, 2, V), (B, 8, 2, K), (B, 8, 2, V)
+    inputs = tuple(random.standard_normal(shape) for shape in shapes)
+    past_ids = np.where(np.arange(8)[None] < np.array([[0], [3], [7], [8]]), operations.NO_DOCUMENT, IDS[:, :1])
+
+    def whole(q, k, v, past_k, past_v):
+        k, v = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
+        ids = jnp.asarray(np.concatenate([past_ids, IDS], axis=1), jnp.int32)
+        return getattr(ops, kind)(q, k, v, segment_ids=ids, **window)
+
+    def spread(q, k, v, past_k, past_v):
+        past = past_k, past_v, jnp.asarray(past_ids, jnp.int32)
+        return getattr(operations, kind)(q, k, v, segment_ids=jnp.asarray(IDS), past=past, **window)
+
+    compare(whole, spread, inputs, make_mesh(MESHES[2]))
+
+
+def test_causal_attention():
+    random = np.random.default_rng(5)
+    inputs = tuple(random.standard_normal(shape) for shape in ((B, T, 4, K), (B, T, 1, K), (B, T, 1, V)))
+    for ids in (None, jnp.asarray(IDS)):
+        run = functools.partial(ops.causal_attention, segment_ids=ids)
+        spread = functools.partial(operations.causal_attention, segment_ids=ids)
+        compare(run, spread, inputs, make_mesh(MESHES[0]))
+
+
+def test_document_starts():
+    with sharding.use_mesh(make_mesh(MESHES[1])):
+        found = jax.jit(operations.document_starts)(jnp.asarray(IDS))
+    assert np.array_equal(found, ops.segments.starts(jnp.asarray(IDS)))
+
+
+def test_what_cannot_be_spread_is_refused():
+    x = jnp.ones((1, 12, 2))
+    with sharding.use_mesh(make_mesh(MESHES[0])):
+        with pytest.raises(UserError, match=r"mesh.sequence=8 does not divide 12 tokens; 16 would do"):
+            operations.linear_recurrence(x, x)
+        x = jnp.ones((1, 16, 2))
+        with pytest.raises(UserError, match="reverse=True does not run with time spread over several devices"):
+            operations.linear_recurrence(x, x, reverse=True)
+        q = jnp.ones((1, 16, 2, 2))
+        with pytest.raises(UserError, match="'recurrent' does not run over several devices; 'chunked' does"):
+            operations.linear_attention(q, q, q, backend="recurrent")
+
+
+@pytest.mark.parametrize("kind, decay", [("linear_attention", "channel"), ("delta_rule", "scalar")])
+def test_one_collective_a_pass_whose_size_does_not_grow_with_time(kind, decay):
+    """From the compiled program: an all-gather forward and one backward, of as many bytes at 64 tokens as at 1,024."""
+    mesh = make_mesh(MESHES[0])
+
+    def gathered(length):
+        shapes = {"q": (B, length, H, K), "k": (B, length, H, K), "v": (B, length, H, V)}
+        if kind == "delta_rule":
+            shapes["beta"] = (B, length, H)
+        shapes["log_decay"] = (B, length, H) if decay == "scalar" else (B, length, H, K)
+        place = jax.NamedSharding(mesh, jax.P(None, "sequence"))
+        structs = {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for name, shape in shapes.items()}
+
+        def objective(inputs):
+            with sharding.use_mesh(mesh):
+                return jnp.sum(getattr(operations, kind)(**inputs)[0] ** 2)
+
+        text = jax.jit(jax.grad(objective), out_shardings=place).lower(structs).compile().as_text()
+        lines = [line for line in text.splitlines() if " = " in line]
+        found = [line.split(" = ")[1].split()[0] for line in lines if " all-gather(" in line]
+        others = [line for line in lines if any(f" {name}(" in line for name in ("collective-permute", "all-to-all"))]
+        assert not others
+        return found
+
+    short, long = gathered(64), gathered(1024)
+    assert len(short) == 2 and short == long
