@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlinear.ops import dtypes
+from jaxlinear.ops import backends, dtypes
 
 # Logits of one slice, in elements: on an accelerator enough for full matrix speed and little against the activations of
 # a batch; on CPU what stays in the cache, since each pass over more than that costs as much as the matrix product.
@@ -142,7 +142,7 @@ def _pick(logits, targets):
 
 
 def _slices(x, embedding):
-    elements = _SLICE_ELEMENTS.get(jax.default_backend(), _SLICE_ELEMENTS_ELSEWHERE)
+    elements = _SLICE_ELEMENTS.get(backends.platform(), _SLICE_ELEMENTS_ELSEWHERE)
     return min(x.shape[1], math.ceil(x.shape[0] * x.shape[1] * embedding.shape[0] / elements))
 
 

@@ -144,8 +144,8 @@ def _is_complex(dtype) -> bool:
 def _run(a, x, initial_state, boundary, reverse: bool, backend: str):
     """``_recurrence`` of a ``[B, T, ...]`` or ``[...]``, x in the dtype to compute in, forgetting at ``boundary``."""
     if backend == "auto":
-        backend = "recurrent" if jax.default_backend() == "cpu" else "associative"
-    pairs = _is_complex(x.dtype) and jax.default_backend() in REAL_ARITHMETIC_ON
+        backend = "recurrent" if backends.platform() == "cpu" else "associative"
+    pairs = _is_complex(x.dtype) and backends.platform() in REAL_ARITHMETIC_ON
     a, keep = a.astype(x.dtype), None
     if a.ndim < x.ndim:
         a = jnp.expand_dims(a, tuple(range(x.ndim - a.ndim)))

@@ -35,7 +35,7 @@ def grouped_product(x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, backe
     """
     backends.check("grouped_product", backend, BACKENDS)
     if backend == "auto":
-        backend = "ragged_dot" if jax.default_backend() == "tpu" else "blocks"
+        backend = "ragged_dot" if backends.platform() == "tpu" else "blocks"
     return _product(x, kernels, sizes.astype(jnp.int32), backend)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlinear.ops import segments
+from jaxlinear.ops import backends, segments
 
 Inputs = Any  # a tree of arrays [B, T, ...]
 Constants = Any  # a tree of arrays that do not change with time and have no B
@@ -238,7 +238,7 @@ def _groups(inputs: Inputs, chunk: int) -> tuple[int, int]:
     leaves = jax.tree.leaves(inputs)
     chunks = -(-leaves[0].shape[1] // chunk)
     together = chunks
-    if jax.default_backend() == "cpu":
+    if backends.platform() == "cpu":
         size = sum(x.size * x.dtype.itemsize for x in leaves)
         fitting = _CPU_GROUP_BYTES * chunks // max(size, 1)
         together = next(n for n in range(max(1, min(chunks, fitting)), 0, -1) if chunks % n == 0)

@@ -3,10 +3,12 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlinear.ops import backends
 
 # Every logical axis and the mesh axes that it is spread over. One that is not named here is replicated.
 RULES: Mapping[str, tuple[str, ...]] = {
@@ -25,10 +27,12 @@ _meshes: list[Mesh] = []
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within it, ``constrain`` places activations on ``mesh``; outside any, ``constrain`` does nothing."""
+    """Within it, ``constrain`` places activations on ``mesh``, and operations are traced for its devices' platform;
+    outside any, ``constrain`` does nothing."""
     _meshes.append(mesh)
     try:
-        yield
+        with backends.use_platform(mesh.devices.flat[0].platform):
+            yield
     finally:
         _meshes.pop()
 
@@ -47,14 +51,18 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> Pa
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Places an activation by its logical axes on the mesh in use."""
-    if not _meshes:
+    mesh = mesh_in_use()
+    if mesh is None:
         return x
-    mesh = _meshes[-1]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
 
 
 def mesh_in_use() -> Mesh | None:
-    return _meshes[-1] if _meshes else None
+    return _in_use[-1][0] if _in_use else None
+
+
+def choices_in_use() -> Choices:
+    return _in_use[-1][1] if _in_use else Choices()
 
 
 def token_by_token(function: Callable[..., Any], *tokens: jax.Array) -> Any:
@@ -69,7 +77,8 @@ def token_by_token(function: Callable[..., Any], *tokens: jax.Array) -> Any:
 
 def parts(axis: str) -> int:
     """Over how many devices a logical axis is spread on the mesh in use."""
-    return math.prod(_meshes[-1].shape.get(name, 1) for name in RULES[axis]) if _meshes else 1
+    mesh = mesh_in_use()
+    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in RULES[axis])
 
 
 def batch_groups() -> int:
