@@ -64,8 +64,9 @@ def linear_recurrence(
     if runner is not recurrence.WHOLE:
         if reverse:
             raise UserError("linear_recurrence: reverse=True does not run with time spread over several devices")
-        inputs, constants = ((a, x, boundary), None) if a.ndim == x.ndim else ((None, x, boundary), a)
-        h, final = runner.run(Diagonal(backend), None, inputs, constants, initial_state)
+        constant = jnp.expand_dims(a, tuple(range(x.ndim - 2 - a.ndim))) if a.ndim < x.ndim else None
+        inputs = (a if constant is None else None, x, boundary)
+        h, final = runner.run(Diagonal(backend), None, inputs, constant, initial_state)
         return h.astype(out), final
     h, final = _run(a, x.astype(compute), initial_state, boundary, reverse, backend)
     return h.astype(out), final
@@ -80,7 +81,7 @@ class Diagonal(recurrence.Family):
 
     ``inputs`` are ``(a, x, starts)``: a and x ``[B, T, ...]``; ``starts`` ``[B, T]`` bool, where the state begins anew,
     which may be the first token, or None for nowhere. For a transition that is constant in time a is None there and
-    ``constants`` is a ``[...]``; M is then a^n for a run of n tokens.
+    ``constants`` is a, with the axes of the state but B; M is then a ``Power``, of which ``kept`` alone travels.
 
     Zeros are no tokens that change nothing: a = 0 forgets, and a^n counts every token. So the pieces must divide T.
     Nothing is split on one device: the loop and the prefix are linear in T as they are.
@@ -101,26 +102,47 @@ class Diagonal(recurrence.Family):
         if not constant:
             return _Run(h, _run(a, jnp.zeros_like(x), jnp.ones_like(x[:, 0]), starts, False, self.backend)[0], None)
         decay, _ = _run(a, jnp.zeros_like(x[:1]), jnp.ones_like(x[:1, 0]), None, False, self.backend)
-        return _Run(h, decay, None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32) == 0)
+        if starts is None:
+            return _Run(h, decay, jnp.ones_like(x, shape=(x.shape[0], 1), dtype=bool))
+        return _Run(h, decay, jnp.cumsum(starts, axis=1, dtype=jnp.int32) == 0)
 
-    def summarise(self, run: "_Run") -> tuple[jax.Array, jax.Array]:
-        return jnp.broadcast_to(_kept(run.decay, run.keep)[:, -1], run.h[:, -1].shape), run.h[:, -1]
+    def summarise(self, run: "_Run") -> tuple["jax.Array | Power", jax.Array]:
+        decay = jnp.broadcast_to(run.decay[:, -1], run.h[:, -1].shape)
+        return decay if run.keep is None else Power(run.keep[:, -1].astype(decay.dtype), decay), run.h[:, -1]
 
-    def compose(self, earlier, later) -> tuple[jax.Array, jax.Array]:
-        return later[0] * earlier[0], self.advance(later, earlier[1])
+    def compose(self, earlier, later) -> tuple["jax.Array | Power", jax.Array]:
+        return jax.tree.map(jnp.multiply, later[0], earlier[0]), self.advance(later, earlier[1])
 
     def advance(self, summary, state: jax.Array) -> jax.Array:
-        return summary[0] * state + summary[1]
+        transition, added = summary
+        if isinstance(transition, Power):
+            transition = _kept(transition.power, transition.kept.astype(bool))
+        return transition * state + added
 
     def apply(self, run: "_Run", state: jax.Array) -> jax.Array:
         """h ``[B, T, ...]`` in float32 or complex64 (float64 or complex128 when given those)."""
         return _kept(run.decay * state[:, None], run.keep) + run.h
 
+    def pack(self, transition: "jax.Array | Power") -> jax.Array:
+        return transition.kept if isinstance(transition, Power) else transition
+
+    def unpack(self, packed: jax.Array, constants: jax.Array | None, length: int) -> "jax.Array | Power":
+        if constants is None:
+            return packed
+        return Power(packed, lax.integer_pow(constants.astype(packed.dtype), length)[None])
+
+
+class Power(NamedTuple):
+    """M of a transition that is constant in time: a^n for a run of n tokens, but zero where a document ends in them."""
+
+    kept: jax.Array  # [B], 1 where it is a^n, else 0
+    power: jax.Array  # [B or 1, ...]
+
 
 class _Run(NamedTuple):
     h: jax.Array  # [B, T, ...], from no state
     decay: jax.Array  # [B or 1, T, ...], of the state before the run
-    keep: jax.Array | None  # [B, T], false where the document of that state has ended, unless the decay is zero there
+    keep: jax.Array | None  # [B, T or 1], false where the document of that state has ended; None if the decay varies
 
 
 def _check_shapes(a, x, initial_state) -> None:

@@ -51,6 +51,14 @@ class Family(Protocol):
         differentiate than this one."""
         return self.apply(run, state), self.advance(self.summarise(run), state)
 
+    def pack(self, transition: Any) -> Any:
+        """What of a run's M does not follow from the constants and the number of its tokens: what other devices need."""
+        return transition
+
+    def unpack(self, packed: Any, constants: Constants, length: int) -> Any:
+        """The M of a run of ``length`` tokens again."""
+        return packed
+
 
 class Runner(Protocol):
     """Where the time of a sequence lies, as far as an operation needs to know."""
@@ -123,14 +131,14 @@ def _backward(family, chunk, residuals, cotangents):
 chunked.defvjp(_forward, _backward)
 
 
-def named(tree: Any) -> Any:
+def named(tree: Any, name: str = "recurrence") -> Any:
     """The same arrays, to be saved under remat (``ops.SAVED``): complex ones by their parts, since remat cannot save
     them (JAX 0.10.2)."""
 
     def one(x):
         if not jnp.issubdtype(x.dtype, jnp.complexfloating):
-            return checkpoint_name(x, "recurrence")
-        return lax.complex(*checkpoint_name((jnp.real(x), jnp.imag(x)), "recurrence"))
+            return checkpoint_name(x, name)
+        return lax.complex(*checkpoint_name((jnp.real(x), jnp.imag(x)), name))
 
     return jax.tree.map(one, tree)
 

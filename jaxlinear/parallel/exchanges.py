@@ -1,12 +1,14 @@
 """The exchange of maps between shards of time, in two forms behind one interface.
 
 ``all_gather``: one collective; every shard holds the W maps and folds them itself. ``doubling``: log2 W permutes of
-composed maps and one more; two maps in memory.
+composed maps and one more; two maps in memory. ``parallel.cost`` reckons what each costs.
 
 A forward exchange takes a shard's own map (M_r, C_r) and the state before the first shard, and gives the state before
-the own shard, the state after the last, and what of the M its backward exchange needs ``[W or 1, B, ...]``. A backward
-exchange takes that, D_r and the gradient of the last state, and gives G_r and the gradient of the first state.
+the own shard, the state after the last, and what of the M its backward exchange needs, packed, ``[W or 1, B, ...]``. A
+backward exchange takes that, D_r and the gradient of the last state, and gives G_r and the gradient of the first state.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +16,47 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jaxlinear.ops import recurrence
-from jaxlinear.ops.recurrence import Family, State, Summary
+from jaxlinear.ops.recurrence import Constants, Family, State, Summary
 
 AXIS = "sequence"
+EXCHANGED = "exchanged"  # what is named so is kept for the backward pass, under any remat policy
+LANES = 128  # what is exchanged is padded to a multiple of so many numbers
 
 
-def gather(family: Family, summary: Summary, state: State) -> tuple[State, State, Summary]:
+class Maps(NamedTuple):
+    """The maps of shards of ``length`` tokens each, and how their M travel: as the family packs them."""
+
+    family: Family
+    constants: Constants
+    length: int
+
+    def pack(self, transition: Any) -> Any:
+        return self.family.pack(transition)
+
+    def unpack(self, packed: Any, shards: int = 1) -> Any:
+        """The M of so many shards together."""
+        return self.family.unpack(packed, self.constants, shards * self.length)
+
+    def back(self, transition: Any, d_shard: State, d_state: State) -> State:
+        """D + M^T d_state."""
+        return jax.tree.map(jnp.add, d_shard, recurrence.transposed(self.family, transition, d_state))
+
+
+def gather(maps: Maps, summary: Summary, state: State) -> tuple[State, State, Any]:
     """Forward, by one all-gather."""
-    gathered, rank = _all_gather(summary), lax.axis_index(AXIS)
+    transitions, states = _all_gather((maps.pack(summary[0]), summary[1]))
+    rank = lax.axis_index(AXIS)
 
     def step(r, carry):
         state, start = carry
         start = _where(r == rank, state, start)
-        return family.advance(_take(gathered, r), state), start
+        return maps.family.advance((maps.unpack(_take(transitions, r)), _take(states, r)), state), start
 
     final, start = lax.fori_loop(0, lax.axis_size(AXIS), step, (state, state))
-    return start, final, gathered[0]
+    return start, final, transitions
 
 
-def gather_back(family: Family, transitions: Summary, d_shard: State, d_final: State) -> tuple[State, State]:
+def gather_back(maps: Maps, transitions: Any, d_shard: State, d_final: State) -> tuple[State, State]:
     """Backward, by one all-gather."""
     gathered, rank, last = _all_gather(d_shard), lax.axis_index(AXIS), lax.axis_size(AXIS) - 1
 
@@ -40,42 +64,48 @@ def gather_back(family: Family, transitions: Summary, d_shard: State, d_final: S
         r = last - i
         d_state, d_after = carry
         d_after = _where(r == rank, d_state, d_after)
-        through = recurrence.transposed(family, _take(transitions, r), d_state)
-        return jax.tree.map(jnp.add, _take(gathered, r), through), d_after
+        return maps.back(maps.unpack(_take(transitions, r)), _take(gathered, r), d_state), d_after
 
     d_state, d_after = lax.fori_loop(0, last + 1, step, (d_final, d_final))
     return d_after, d_state
 
 
-def double(family: Family, summary: Summary, state: State) -> tuple[State, State, Summary]:
-    """Forward, by doubling: after step i, a shard holds the map of itself and the 2^i - 1 before it."""
+def double(maps: Maps, summary: Summary, state: State) -> tuple[State, State, Any]:
+    """Forward, by doubling: after step i, a shard holds the map of itself and the 2^i - 1 before it.
+
+    The state before the sequence is in the first shard's C, whose M is therefore zero: so an M that is not is one of 2^i
+    shards, wherever it is.
+    """
     rank, shards = lax.axis_index(AXIS), lax.axis_size(AXIS)
-    total, distance = summary, 1
+    first = jax.tree.map(jnp.zeros_like, summary[0]), maps.family.advance(summary, state)
+    (transition, total), distance = _where(rank == 0, first, summary), 1
     while distance < shards:
-        earlier = _permute(total, distance)
-        total = _where(rank >= distance, family.compose(earlier, total), total)
+        packed, earlier = _permute((maps.pack(transition), total), distance)
+        both = maps.family.compose((maps.unpack(packed, distance), earlier), (transition, total))
+        transition, total = _where(rank >= distance, both, (transition, total))
         distance *= 2
-    start = _where(rank == 0, state, family.advance(_permute(total, 1), state))
-    final = _from(shards - 1, family.advance(total, state))
-    return start, final, jax.tree.map(lambda x: x[None], summary[0])
+    start = _where(rank == 0, state, _permute(total, 1))
+    return start, _from(shards - 1, total), jax.tree.map(lambda x: x[None], maps.pack(summary[0]))
 
 
-def double_back(family: Family, transitions: Summary, d_shard: State, d_final: State) -> tuple[State, State]:
-    """Backward, by doubling: after step i, a shard holds D and M of itself and the 2^i - 1 behind it."""
+def double_back(maps: Maps, transitions: Any, d_shard: State, d_final: State) -> tuple[State, State]:
+    """Backward, by doubling: after step i, a shard holds D and M of itself and the 2^i - 1 behind it.
+
+    The gradient of the last state is in the last shard's D, whose M is therefore zero.
+    """
     rank, shards = lax.axis_index(AXIS), lax.axis_size(AXIS)
-    transition, d_total, distance = jax.tree.map(lambda x: x[0], transitions), d_shard, 1
+    own = maps.unpack(_take(transitions, 0))
+    last = jax.tree.map(jnp.zeros_like, own), maps.back(own, d_shard, d_final)
+    (transition, d_total), distance = _where(rank == shards - 1, last, (own, d_shard)), 1
     none = jax.tree.map(jnp.zeros_like, d_shard)
-
-    def through(transition, d_total, d_state):
-        return jax.tree.map(jnp.add, d_total, recurrence.transposed(family, transition, d_state))
-
     while distance < shards:
-        later, d_later = _permute((transition, d_total), -distance)
-        both = family.compose((transition, none), (later, none))[0], through(transition, d_total, d_later)
+        packed, d_later = _permute((maps.pack(transition), d_total), -distance)
+        later = maps.unpack(packed, distance), none
+        both = maps.family.compose((transition, none), later)[0], maps.back(transition, d_total, d_later)
         transition, d_total = _where(rank < shards - distance, both, (transition, d_total))
         distance *= 2
-    d_after = _where(rank == shards - 1, d_final, through(*_permute((transition, d_total), -1), d_final))
-    return d_after, _from(0, through(transition, d_total, d_final))
+    d_after = _where(rank == shards - 1, d_final, _permute(d_total, -1))
+    return d_after, _from(0, d_total)
 
 
 EXCHANGES = {"all_gather": (gather, gather_back), "doubling": (double, double_back)}
@@ -83,16 +113,30 @@ EXCHANGES = {"all_gather": (gather, gather_back), "doubling": (double, double_ba
 
 def _all_gather(tree):
     """``[W, ...]`` of each leaf, by one collective for all of them."""
-    flat, unravel = ravel_pytree(tree)
+    flat, unravel = _flat(tree)
     return jax.vmap(unravel)(lax.all_gather(flat, AXIS))
 
 
 def _permute(tree, distance: int):
     """What the shard ``distance`` places before holds; zeros where there is none."""
-    flat, unravel = ravel_pytree(tree)
+    flat, unravel = _flat(tree)
     shards = lax.axis_size(AXIS)
     pairs = [(i, i + distance) for i in range(shards) if 0 <= i + distance < shards]
     return unravel(lax.ppermute(flat, AXIS, pairs))
+
+
+def _flat(tree):
+    """All leaves as one real vector, and the way back. Real, since XLA exchanges the parts of complex numbers one by one
+    on TPU; as long as whole rows of its registers, since it makes all-reduces of W times the size of other all-gathers."""
+    leaves, structure = jax.tree.flatten(tree)
+    parts = [(jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else (x,) for x in leaves]
+    flat, unravel = ravel_pytree(parts)
+    size = flat.size
+
+    def back(flat):
+        return structure.unflatten([part[0] if len(part) == 1 else lax.complex(*part) for part in unravel(flat[:size])])
+
+    return jnp.pad(flat, (0, -size % LANES)), back
 
 
 def _from(rank: int, tree):

@@ -234,7 +234,7 @@ def _of_last_shard(x: jax.Array) -> jax.Array:
 
 def _runner(operation: str, length: int, heads: str | None) -> recurrence.Runner:
     mesh = _mesh(operation, length)
-    return recurrence.WHOLE if mesh is None else Spread(mesh, heads, "all_gather")
+    return recurrence.WHOLE if mesh is None else Spread(mesh, heads, sharding.choices_in_use().exchange)
 
 
 def _mesh(operation: str, length: int) -> Mesh | None:

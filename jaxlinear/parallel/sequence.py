@@ -8,16 +8,18 @@ M_{r+1}^T G_{r+1}; a shard's own gradients follow from its outputs' and G_r. Wha
 """
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlinear.ops import recurrence, segments
 from jaxlinear.ops.recurrence import Family, State
-from jaxlinear.parallel import exchanges, halos, sharding
+from jaxlinear.parallel import cost, exchanges, halos, sharding
 from jaxlinear.parallel.exchanges import AXIS
 
 
@@ -26,7 +28,7 @@ class Spread:
     """The time of sequences spread over the axis ``sequence`` of a mesh (``recurrence.Runner``).
 
     ``heads`` is the logical axis of the third axis of the inputs, which is the second of a state and the first of
-    constants. ``exchange`` names one of ``exchanges.EXCHANGES``.
+    constants. ``exchange`` names one of ``exchanges.EXCHANGES``, or is ``"auto"``: ``parallel.cost`` chooses.
     """
 
     mesh: Mesh
@@ -50,44 +52,70 @@ class Spread:
         of_inputs = jax.tree.map(lambda x: self._spec(x, "batch", "time", self.heads), inputs)
         of_constants = jax.tree.map(lambda x: self._spec(x, self.heads), constants)
         of_state = self._spec(state, "batch", self.heads)
-        outputs, transition = jax.eval_shape(_outputs_and_transition(family, chunk), inputs, constants, state)
+        whole = functools.partial(recurrence.chunked, family, chunk)
+        outputs, _ = jax.eval_shape(whole, inputs, constants, state)
+        own = jax.eval_shape(
+            lambda *shard: _summarised(family, chunk, *shard)[2],
+            self._shards(inputs, of_inputs),
+            self._shards(constants, of_constants),
+        )
+        packed = jax.eval_shape(family.pack, own[0])
         of_outputs = self._spec(outputs, "batch", "time", self.heads)
-        # Kept between the passes: the state before each chunk [B, N, ...], and what an exchange keeps of M [W, B, ...].
-        of_before = PartitionSpec(of_state[0], AXIS, *of_state[1:])
-        of_transitions = PartitionSpec(AXIS, *of_state[: transition.ndim])
-        forward, backward = _local(family, chunk, self.exchange, of_inputs, of_constants)
+        # Kept between the passes, under any remat policy: the state before each shard, and what an exchange keeps of M,
+        # [W, B, ...]. So nothing grows with T, and nothing is exchanged again. The states before chunks follow from them.
+        of_start = PartitionSpec(AXIS, *of_state)
+        of_transitions = PartitionSpec(AXIS, *of_state[: packed.ndim])
+        exchange = cost.choose_exchange(self.exchange, _load(family, packed, own, self.mesh), *kind_and_span(self.mesh))
+        forward, backward = _local(family, chunk, exchange, of_inputs, of_constants)
 
         @jax.custom_vjp
         def spread(inputs, constants, state):
             return spread_forward(inputs, constants, state)[0]
 
         def spread_forward(inputs, constants, state):
-            results = of_outputs, of_state, of_before, of_transitions
+            results = of_outputs, of_state, of_start, of_transitions
             mapped = _shard_map(forward, self.mesh, (of_inputs, of_constants, of_state), results)
-            outputs, final, before, transitions = mapped(inputs, constants, state)
-            outputs, before = recurrence.named((outputs, before))
-            return (outputs, final), (inputs, constants, before, transitions)
+            outputs, final, start, transitions = mapped(inputs, constants, state)
+            return (recurrence.named(outputs), final), (inputs, constants, start, transitions)
 
         def spread_backward(residuals, cotangents):
             of_gradients = jax.tree.map(_if_floating, residuals[0], of_inputs)
-            arguments = of_inputs, of_constants, of_before, of_transitions, of_outputs, of_state
+            arguments = of_inputs, of_constants, of_start, of_transitions, of_outputs, of_state
             mapped = _shard_map(backward, self.mesh, arguments, (of_gradients, of_constants, of_state))
             return mapped(*residuals, *cotangents)
 
         spread.defvjp(spread_forward, spread_backward)
         return spread(inputs, constants, state)
 
+    def _shards(self, tree: Any, specs: Any) -> Any:
+        """The shapes of a device's parts."""
+
+        def one(x, spec):
+            return jax.ShapeDtypeStruct(NamedSharding(self.mesh, spec).shard_shape(x.shape), x.dtype)
+
+        return jax.tree.map(one, tree, specs)
+
     def _spec(self, x: jax.Array, *axes: str | None) -> PartitionSpec:
         """Where x lies, whose first axes these are."""
         return sharding.spec((*axes, *(None,) * x.ndim)[: x.ndim], x.shape, self.mesh)
 
 
-def _outputs_and_transition(family, chunk):
-    def function(inputs, constants, state):
-        run = family.prepare(recurrence.split(inputs, chunk), constants)
-        return recurrence.chunked(family, chunk, inputs, constants, state)[0], family.summarise(run)[0]
+def kind_and_span(mesh: Mesh) -> tuple[str, int]:
+    """The kind of the mesh's devices, and among how many neighbours a row of shards lies (``parallel.cost``)."""
+    sizes = [mesh.shape[name] for name in mesh.axis_names]
+    return mesh.devices.flat[0].device_kind, math.prod(sizes[mesh.axis_names.index(AXIS) :])
 
-    return function
+
+def _load(family, packed, own, mesh) -> cost.States:
+    flops = [cost.product_flops(function, own, x) for function, x in ((family.advance, own[1]), (family.compose, own))]
+    return cost.States(mesh.shape[AXIS], cost.size_of(packed), cost.size_of(own[1]), *flops)
+
+
+def _summarised(family, chunk, inputs, constants):
+    """Of one shard: the run by chunks, their maps, and the map of all of it."""
+    run = family.prepare(recurrence.split(inputs, chunk), constants)
+    summaries = recurrence.by_chunk(family.summarise(run), jax.tree.leaves(inputs)[0].shape[0])
+    return run, summaries, recurrence.whole(family, summaries)
 
 
 def _local(family, chunk, exchange, of_inputs, of_constants):
@@ -97,17 +125,20 @@ def _local(family, chunk, exchange, of_inputs, of_constants):
 
     def forward(inputs, constants, state):
         batch, length = jax.tree.leaves(inputs)[0].shape[:2]
-        run = family.prepare(recurrence.split(inputs, chunk), constants)
-        summaries = recurrence.by_chunk(family.summarise(run), batch)
-        start, final, transitions = forward_exchange(family, recurrence.whole(family, summaries), state)
+        run, summaries, own = _summarised(family, chunk, inputs, constants)
+        exchanged = forward_exchange(exchanges.Maps(family, constants, length), own, state)
+        start, final, transitions = recurrence.named(exchanged, exchanges.EXCHANGED)
         before, _ = recurrence.fold(family, summaries, start)
         outputs = recurrence.join(family.apply(run, recurrence.flat(before)), batch, length)
-        return outputs, final, before, transitions
+        return outputs, final, jax.tree.map(lambda x: x[None], start), transitions
 
-    def backward(inputs, constants, before, transitions, d_outputs, d_final):
+    def backward(inputs, constants, start, transitions, d_outputs, d_final):
+        _, summaries, _ = _summarised(family, chunk, inputs, constants)
+        before, _ = recurrence.fold(family, summaries, jax.tree.map(lambda x: x[0], start))
         gradients = recurrence.Gradients(family, chunk, inputs, constants, before, d_outputs)
         _, d_shard = gradients.fold_back(jnp.zeros_like(d_final))
-        d_after, d_state = backward_exchange(family, transitions, d_shard, d_final)
+        maps = exchanges.Maps(family, constants, d_outputs.shape[1])
+        d_after, d_state = backward_exchange(maps, transitions, d_shard, d_final)
         after, _ = gradients.fold_back(d_after)
         d_inputs, d_constants = gradients.of_inputs(after)
 

@@ -22,19 +22,27 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "expert": ("expert",),
 }
 
-_meshes: list[Mesh] = []
+
+class Choices(NamedTuple):
+    """How shards of time hear of each other: the config's keys ``parallel.exchange`` and ``parallel.attention``."""
+
+    exchange: str = "auto"
+    attention: str = "auto"
+
+
+_in_use: list[tuple[Mesh, Choices]] = []
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within it, ``constrain`` places activations on ``mesh``, and operations are traced for its devices' platform;
-    outside any, ``constrain`` does nothing."""
-    _meshes.append(mesh)
+def use_mesh(mesh: Mesh, **choices: str) -> Iterator[None]:
+    """Within it, ``constrain`` places activations on ``mesh``, and operations are traced for its devices' platform and
+    spread time over it by the ``Choices``; outside any, ``constrain`` does nothing."""
+    _in_use.append((mesh, Choices(**choices)))
     try:
         with backends.use_platform(mesh.devices.flat[0].platform):
             yield
     finally:
-        _meshes.pop()
+        _in_use.pop()
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

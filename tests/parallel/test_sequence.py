@@ -1,6 +1,7 @@
 """The operations with time spread over 8 devices: outputs, last states and gradients are those of one, in float64."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,24 @@ def test_both_exchanges(sizes, exchange):
     compare(whole, spread, (q, k, v, beta, decay, state), mesh)
 
 
+@pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
+def test_constant_transitions_whose_axes_are_fewer(exchange):
+    """A transition ``[P]`` of states ``[B, H, P]``, one of its entries zero: the heads are spread, it is not."""
+    random = np.random.default_rng(6)
+    a = np.array([0.9, 0.0, -0.7])
+    inputs = a, random.standard_normal((B, T, 2, 3)), random.standard_normal((B, 2, 3))
+    mesh = make_mesh(MESHES[2] if exchange == "all_gather" else MESHES[0])
+
+    def spread(a, x, state):
+        with sharding.use_mesh(mesh, exchange=exchange):
+            return operations.linear_recurrence(a, x, state, segment_ids=jnp.asarray(IDS))
+
+    def whole(a, x, state):
+        return ops.linear_recurrence(a, x, state, segment_ids=jnp.asarray(IDS))
+
+    compare(whole, spread, inputs, mesh)
+
+
 @pytest.mark.parametrize("width", [1, 4, 7])
 def test_convolution(width):
     """The filter of 7 reaches over two shards of 4."""
@@ -186,29 +205,68 @@ def test_what_cannot_be_spread_is_refused():
             operations.linear_attention(q, q, q, backend="recurrent")
 
 
+def collectives(function, structs):
+    """Of the compiled gradients of ``sum(function(**structs) ** 2)``: (name, shape of the result)."""
+
+    def objective(inputs):
+        return jnp.sum(jnp.abs(function(**inputs)) ** 2)
+
+    places = jax.tree.map(lambda x: x.sharding, structs)
+    text = jax.jit(jax.grad(objective), out_shardings=places).lower(structs).compile().as_text()
+    found = re.findall(
+        r" = \(?(\S+?)\{\S* (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)\(", text
+    )
+    return sorted((name, shape) for shape, name in found)
+
+
+def structs_on(mesh, shapes, dtype=jnp.float32):
+    """Time spread over the mesh where there are three axes or more."""
+
+    def one(shape):
+        spec = jax.P(None, "sequence") if len(shape) > 2 else jax.P()
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return {name: one(shape) for name, shape in shapes.items()}
+
+
 @pytest.mark.parametrize("kind, decay", [("linear_attention", "channel"), ("delta_rule", "scalar")])
 def test_one_collective_a_pass_whose_size_does_not_grow_with_time(kind, decay):
     """From the compiled program: an all-gather forward and one backward, of as many bytes at 64 tokens as at 1,024."""
     mesh = make_mesh(MESHES[0])
 
-    def gathered(length):
+    def of_length(length):
         shapes = {"q": (B, length, H, K), "k": (B, length, H, K), "v": (B, length, H, V)}
         if kind == "delta_rule":
             shapes["beta"] = (B, length, H)
         shapes["log_decay"] = (B, length, H) if decay == "scalar" else (B, length, H, K)
-        place = jax.NamedSharding(mesh, jax.P(None, "sequence"))
-        structs = {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for name, shape in shapes.items()}
 
-        def objective(inputs):
+        def run(**inputs):
             with sharding.use_mesh(mesh):
-                return jnp.sum(getattr(operations, kind)(**inputs)[0] ** 2)
+                return getattr(operations, kind)(**inputs)[0]
 
-        text = jax.jit(jax.grad(objective), out_shardings=place).lower(structs).compile().as_text()
-        lines = [line for line in text.splitlines() if " = " in line]
-        found = [line.split(" = ")[1].split()[0] for line in lines if " all-gather(" in line]
-        others = [line for line in lines if any(f" {name}(" in line for name in ("collective-permute", "all-to-all"))]
-        assert not others
-        return found
+        return collectives(run, structs_on(mesh, shapes))
 
-    short, long = gathered(64), gathered(1024)
-    assert len(short) == 2 and short == long
+    m, c = B * H * K * (K if kind == "delta_rule" else 1), B * H * K * V
+    expected = [("all-gather", f"f32[8,{m + c}]"), ("all-gather", f"f32[8,{c}]")]
+    assert sorted(expected) == of_length(64) == of_length(1024)
+
+
+@pytest.mark.parametrize("dtype, name", [(jnp.float32, "f32"), (jnp.complex64, "c64")])
+def test_of_constant_transitions_the_state_alone_travels(dtype, name):
+    """And one number a row, by which M is zero where a document ends; under remat as without it."""
+    mesh, width = make_mesh(MESHES[0]), 6
+    policy = jax.checkpoint_policies.save_only_these_names(*ops.SAVED)
+
+    def run(a, x):
+        with sharding.use_mesh(mesh):
+            ids = jnp.zeros(x.shape[:2], jnp.int32)
+            recur = jax.checkpoint(lambda a, x: operations.linear_recurrence(a, x, segment_ids=ids)[0], policy=policy)
+            return recur(a, x)
+
+    def gathered(a):
+        found = collectives(run, structs_on(mesh, {"a": a, "x": (B, 64, width)}, dtype))
+        return [shape for name, shape in found if name == "all-gather"]
+
+    of_state = f"{name}[8,{B * width}]"
+    assert gathered((width,)) == sorted([f"{name}[8,{B * (width + 1)}]", of_state])
+    assert gathered((B, 64, width)) == sorted([f"{name}[8,{2 * B * width}]", of_state])

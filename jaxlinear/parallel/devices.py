@@ -1,0 +1,85 @@
+"""Devices and the links between them, by data sheet: what costs are reckoned from (``parallel.cost``)."""
+
+from typing import NamedTuple
+
+
+class Link(NamedTuple):
+    """How shards of one axis reach each other."""
+
+    name: str
+    bandwidth: float  # bytes/s from one device to another, one way
+    gathering: float  # bytes/s that a device receives of an all-gather
+    start: float  # seconds before a collective moves its first byte
+    hop: float  # seconds for each step of it
+    torus: bool  # devices are linked to their neighbours alone, in a ring; else all of them through switches
+
+    def gather(self, shards: int, size: int) -> float:
+        """Seconds of an all-gather of so many bytes from each shard; round a torus it goes both ways."""
+        steps = shards // 2 if self.torus else shards - 1
+        return self.start + steps * self.hop + (shards - 1) * size / self.gathering
+
+    def permute(self, shards: int, distance: int, size: int) -> float:
+        """Seconds in which each shard sends so many bytes to the one ``distance`` places on."""
+        steps = min(distance, shards - distance) if self.torus else 1  # hops; each link carries as many shards' bytes
+        return self.start + steps * self.hop + steps * size / self.bandwidth
+
+
+class Device(NamedTuple):
+    """One device."""
+
+    name: str
+    flops: float  # of float32 products, which states need
+    memory: float  # bytes
+    memory_bandwidth: float  # bytes/s
+    link: Link
+    domain: int | None = None  # devices that ``link`` joins; None: all
+    beyond: Link | None = None  # what joins more
+
+
+def _torus(name: str, one_way: float) -> Link:
+    # One axis of the torus, its two directions both in use by a gather. A microsecond a hop: "How to Scale Your Model"
+    # (jax-ml.github.io/scaling-book), on latency in inference.
+    return Link(f"ICI of {name}", one_way, 2 * one_way, 1e-6, 1e-6, True)
+
+
+# Memory and its bandwidth, and ICI a chip in both directions over all its links (400, 1,200 and 800 GB/s, on 4, 6 and 4
+# links): cloud.google.com/tpu/docs/{v5e,v5p,v6e}. Float32 products are six of bfloat16 (XLA's HIGHEST precision).
+_V5E = Device("TPU v5e", 197e12 / 6, 16e9, 819e9, _torus("v5e", 50e9))
+_V5P = Device("TPU v5p", 459e12 / 6, 95 * 2**30, 2765e9, _torus("v5p", 100e9))
+_V6E = Device("TPU v6e", 918e12 / 6, 32e9, 1600e9, _torus("v6e", 100e9))
+
+# NVIDIA's data sheets. H100 SXM: 67 TFLOP/s float32, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways together. DGX H100:
+# eight GPUs, each with a network port of 400 Gb/s; a gather over hosts goes to each of them once, over all eight ports.
+# Latencies: NCCL's own (src/graph/tuning.cc, ring, protocol LL128).
+_NVLINK = Link("NVLink", 450e9, 450e9, 14e-6, 1.9e-6, False)
+# Between hosts a step takes 4 us; round a ring one in eight does.
+_INFINIBAND = Link("400 Gb/s a GPU between hosts of 8", 50e9, 400e9, 14e-6, (7 * 1.9e-6 + 4.0e-6) / 8, False)
+_H100 = Device("NVIDIA H100", 67e12, 80e9, 3.35e12, _NVLINK, 8, _INFINIBAND)
+_H200 = _H100._replace(name="NVIDIA H200", memory=141e9, memory_bandwidth=4.8e12)  # its data sheet; the rest is alike
+
+# Devices of one process, linked by its memory: round figures of a small machine, for trials on CPU.
+_CPU = Device("a CPU", 5e10, 8e9, 6e9, Link("shared memory", 6e9, 6e9, 5e-5, 1e-6, False))
+
+_DEVICES = {
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    "NVIDIA H100 80GB HBM3": _H100,
+    "NVIDIA H200": _H200,
+    "cpu": _CPU,
+}
+
+
+def device_of(kind: str) -> Device:
+    """By ``jax.Device.device_kind``. One that is not in the table is taken for an H100, and named so."""
+    return _DEVICES.get(
+        kind, _H100._replace(name=f"{kind}, which is not in the table, by the figures of an NVIDIA H100")
+    )
+
+
+def link_of(device: Device, span: int) -> Link:
+    """What joins the devices of a row of shards that lies among ``span`` neighbouring devices."""
+    return device.link if device.beyond is None or span <= (device.domain or span) else device.beyond

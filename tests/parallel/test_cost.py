@@ -1,0 +1,135 @@
+"""What exchanges cost, by hand; that "auto" goes both ways, and that the results do not change with it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlinear.ops.delta_rule import DeltaRule
+from jaxlinear.parallel import cost, devices, operations, sharding
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel.cost import KeysAndValues, States
+
+H100, V5E = "NVIDIA H100 80GB HBM3", "TPU v5 lite"
+RING = devices.Link("ring", 10.0, 20.0, 1.0, 0.5, True)
+SWITCH = devices.Link("switch", 10.0, 10.0, 1.0, 0.5, False)
+DEVICE = devices.Device("round figures", 100.0, 64000.0, 1000.0, SWITCH)
+
+
+def test_collectives_by_hand():
+    """8 shards of 100 bytes. A ring goes both ways, and a permute over 4 places crosses 4 links."""
+    assert SWITCH.gather(8, 100) == 1 + 7 * 0.5 + 7 * 100 / 10
+    assert RING.gather(8, 100) == 1 + 4 * 0.5 + 7 * 100 / 20
+    assert SWITCH.permute(8, 4, 100) == 1 + 0.5 + 100 / 10
+    assert RING.permute(8, 4, 100) == 1 + 4 * 0.5 + 4 * 100 / 10
+    assert RING.permute(8, 7, 100) == 1 + 0.5 + 100 / 10  # the other way round
+
+
+def test_costs_of_states_by_hand():
+    """W = 4, m = 100, c = 200; a fold is bound by memory, (100 + 600) / 1000 s, a compose by its 200 FLOPs, 2 s."""
+    costs = cost.of_states(States(4, 100, 200, 10, 200), DEVICE, SWITCH)
+    gathered = (1 + 1.5 + 3 * 300 / 10) + (1 + 1.5 + 3 * 200 / 10) + 8 * 0.7
+    doubled = 2 * (2 * (1.5 + 300 / 10 + 2.0) + 1.5 + 200 / 10)
+    assert costs["all_gather"] == pytest.approx((gathered, 3 * 500, 4 * 300), rel=1e-12)
+    assert costs["doubling"] == pytest.approx((doubled, 4 * 300 + 400, 600), rel=1e-12)
+
+
+def test_costs_of_keys_and_values_by_hand():
+    costs = cost.of_keys_and_values(KeysAndValues(4, 100, 200), SWITCH)
+    assert costs["all_gather"] == pytest.approx((2 * (2.5 + 30), 600, 1200), rel=1e-12)
+    assert costs["ring"] == pytest.approx((6 * (1.5 + 10) + 4 * (1.5 + 20), 600 + 800, 600), rel=1e-12)
+
+
+MIB = 2**20
+# Shards, bytes of M and of C, FLOPs of a fold and of a compose.
+HAWK = functools.partial(States, transition=10240, state=10240, fold=0, compose=0)  # B=1, D=2560
+GLA = functools.partial(States, transition=4096, state=2 * MIB, fold=0, compose=0)  # B=1, H=4, K=256, V=512
+WIDE = functools.partial(States, transition=4096, state=16 * MIB, fold=0, compose=0)  # the same, B=8
+DELTA = functools.partial(States, transition=MIB, state=MIB, fold=67 * 10**6, compose=134 * 10**6)  # H=16, K=V=128
+
+
+@pytest.mark.parametrize(
+    "load, kind, expected",
+    [
+        (HAWK(8), H100, "all_gather"),
+        (GLA(8), H100, "all_gather"),
+        (DELTA(8), H100, "all_gather"),
+        (WIDE(8), H100, "doubling"),  # fewer bytes through the switch
+        (GLA(64), H100, "doubling"),
+        (HAWK(256), V5E, "all_gather"),  # on a torus the gather is the faster as long as it fits
+        (GLA(64), V5E, "all_gather"),
+        (GLA(256), V5E, "doubling"),  # 512 MiB held
+        (DELTA(256), V5E, "doubling"),
+    ],
+)
+def test_auto_goes_both_ways(load, kind, expected):
+    assert cost.choose_exchange("auto", load, kind, load.shards) == expected
+    assert {cost.choose_exchange(name, load, kind, load.shards) for name in cost.EXCHANGES} == set(cost.EXCHANGES)
+
+
+def test_attention_gathers_what_fits():
+    """A head of 128 channels, bfloat16, on 8 devices: 64K tokens are gathered, of 16 heads 1M are not."""
+    short, long = KeysAndValues(8, 4 * MIB, 8 * MIB), KeysAndValues(8, 1024 * MIB, 2048 * MIB)
+    assert cost.choose_attention("auto", short, H100, 8) == "all_gather"
+    assert cost.choose_attention("auto", long, H100, 8) == "ring"
+    assert cost.choose_attention("all_gather", long, H100, 8) == "all_gather"
+
+
+def test_products_are_counted():
+    """The delta rule's M S and M2 M1, B=2, H=3, K=4, V=5."""
+    family = DeltaRule(1.0)
+    own = jax.ShapeDtypeStruct((2, 3, 4, 4), jnp.float32), jax.ShapeDtypeStruct((2, 3, 4, 5), jnp.float32)
+    fold = 2 * 2 * 3 * 4 * 4 * 5
+    assert cost.product_flops(family.advance, own, own[1]) == fold
+    assert cost.product_flops(family.compose, own, own) == fold + 2 * 2 * 3 * 4 * 4 * 4
+    assert cost.size_of(own) == 4 * 6 * (16 + 20)
+
+
+def test_hosts_are_joined_by_the_network():
+    device = devices.device_of(H100)
+    assert devices.link_of(device, 8).name == "NVLink"
+    assert devices.link_of(device, 16).bandwidth == 50e9
+    assert devices.link_of(devices.device_of(V5E), 256).torus
+    assert "NVIDIA B999, which is not in the table" in devices.device_of("NVIDIA B999").name
+
+
+def test_the_choice_is_explained_once():
+    with cost.explained() as lines:
+        for _ in range(2):
+            cost.choose_exchange("auto", GLA(64), V5E, 64)
+        cost.choose_exchange("doubling", HAWK(8), V5E, 8)
+    assert lines == [
+        "states of 64 shards, M 4 KiB, C 2 MiB: all_gather (auto; at most 238.4 MiB held)",
+        "  all_gather: 3694.9 us, 252.2 MiB sent a device, 128.2 MiB held",
+        "  doubling: 5613.4 us, 28.05 MiB sent a device, 4.008 MiB held",
+        "  reckoned for TPU v5e, ICI of v5e",
+        "states of 8 shards, M 10 KiB, C 10 KiB: doubling (as asked; at most 238.4 MiB held)",
+        *lines[5:],
+    ]
+    assert len(lines) == 8
+
+
+def test_auto_on_the_mesh_changes_no_result(monkeypatch):
+    """States that are dear to hold are doubled: told by the compiled program, whose outputs and gradients stay."""
+    mesh = meshes.make_mesh({**dict.fromkeys(meshes.AXES, 1), "sequence": 8})
+    random = np.random.default_rng(0)
+    inputs = {name: jnp.asarray(random.standard_normal((1, 32, 2, 4)), jnp.float32) for name in "qkv"}
+
+    def run():
+        def objective(inputs):
+            with sharding.use_mesh(mesh):
+                return jnp.sum(operations.linear_attention(**inputs)[0] ** 2)
+
+        compiled = jax.jit(jax.value_and_grad(objective)).lower(inputs).compile()
+        return compiled(inputs), compiled.as_text()
+
+    gathered, text = run()
+    assert " all-gather(" in text and " collective-permute(" not in text
+    monkeypatch.setattr(cost, "STATES_BOUND", 1e-9)
+    doubled, text = run()
+    assert " all-gather(" not in text and " collective-permute(" in text
+    for one, other in zip(jax.tree.leaves(gathered), jax.tree.leaves(doubled), strict=True):
+        assert float(jnp.max(jnp.abs(one))) > 0.1
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(one))))
