@@ -284,20 +284,22 @@ def in_float32(backend, packed):
     return numerics.with_gradients(functools.partial(delta_rule, segment_ids=ids, backend=backend))
 
 
-def assert_right_in_float32(backend, inputs, packed=False):
+def assert_right_in_float32(backend, inputs, packed=False, tolerance=1e-5):
     """Values and gradients against those in float64; ``packed`` is one document a token."""
     random = np.random.default_rng(3)
     cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[5].shape)
     expected = numerics.run(reference(packed), inputs, cotangents, dtype="float64")
     found = numerics.run(in_float32(backend, packed), inputs, cotangents, dtype="float32")
-    numerics.assert_close(found, expected, 1e-5)
+    numerics.assert_close(found, expected, tolerance)
 
 
 def at_the_limits(kind, log_decay=None, beta=None, length=100):
     """Tokens with the decays ``log_decay(random, shape)``."""
     random = np.random.default_rng(4)
     q, k, v, state = (numerics.normal(random, *shape) for shape in (*[(1, length, 2, 4)] * 3, (1, 2, 4, 4)))
-    if kind != "none":
+    if kind == "none":
+        log_decay = None
+    else:
         shape = {"scalar": (1, length, 2), "channel": q.shape}[kind]
         log_decay = np.asarray(log_decay(random, shape)).astype(np.float32).astype(np.float64)
     drawn = numerics.uniform(random, 1, length, 2)
@@ -328,11 +330,13 @@ def test_one_decay_for_all(kind, value):
 @pytest.mark.parametrize("kind", ["none", "scalar", "channel"])
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 def test_all_keys_equal(kind, beta):
-    """One of four channels, so that the keys are of length 1 exactly: with beta = 2 each write mirrors the state."""
+    """One of four channels, so that the keys are of length 1 exactly. With beta = 2 each write mirrors the state: the
+    rounding of the decays between the tokens of a chunk then adds up over its pairs, to 3e-5 here."""
     q, k, v, beta, log_decay, state = at_the_limits(kind, lambda random, shape: -random.uniform(0, 0.01, shape), beta)
     k = np.zeros_like(k)
     k[..., 1] = 1
-    assert_right_in_float32("chunked", (q, k, v, beta, log_decay, state))
+    mirrors = np.all(beta == 2) and kind != "none"
+    assert_right_in_float32("chunked", (q, k, v, beta, log_decay, state), tolerance=5e-5 if mirrors else 1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
