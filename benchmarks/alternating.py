@@ -10,9 +10,9 @@ from typing import Any
 from jaxlinear.errors import RunError, UserError
 
 
-def alternate(parts: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(parts: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:
     """What each of ``parts`` returns, ``rounds`` times in turn, after one round that does not count."""
-    values: dict[str, list[float]] = {name: [] for name in parts}
+    values: dict[Any, list[float]] = {name: [] for name in parts}
     for _ in range(rounds + 1):
         for name, go in parts.items():
             values[name].append(go())

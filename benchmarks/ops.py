@@ -4,9 +4,9 @@
     python benchmarks/ops.py --ratio_length=4096        # chunked against recurrent at one shape, in turn
 
 B * T is the same at every length, so that a perfectly linear operation takes the same time a token everywhere; softmax
-attention of the same width stands beside, and the first length at which each operation is faster than it is printed. A
-backward pass of the ``recurrent`` backend keeps a state for every token, so it is measured on --recurrent_tokens only;
-the ratio of chunked to recurrent is measured at one shape for both, in turn.
+attention of the same width stands beside, and the first length at which each operation is faster than it is printed. The
+lengths of an operation are measured in turn. A backward pass of the ``recurrent`` backend keeps a state for every token, so
+it is measured on --recurrent_tokens only; the ratio of chunked to recurrent is measured at one shape for both, in turn.
 
 Memory is XLA's own figure for the compiled program: its temporaries and its outputs, without the inputs.
 """
@@ -72,16 +72,17 @@ def _table(names: list[str], lengths: list[int]) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         for backend in CASES[name][2]:
-            for length in lengths:
-                total = _RECURRENT_TOKENS.value if backend == "recurrent" else _TOKENS.value
-                if length > total:
-                    continue
-                parts = {pas: _case(name, backend, total // length, length, pas) for pas in ("forward", "gradient")}
-                seconds = alternate({pas: part[0] for pas, part in parts.items()}, _ROUNDS.value)
+            total = _RECURRENT_TOKENS.value if backend == "recurrent" else _TOKENS.value
+            parts, memory = {}, {}
+            for length in (length for length in lengths if length <= total):
+                for pas in ("forward", "gradient"):
+                    parts[length, pas], memory[length, pas] = _case(name, backend, total // length, length, pas)
+            seconds = alternate(parts, _ROUNDS.value)
+            for length in dict.fromkeys(length for length, _ in parts):
                 row = {"operation": name, "backend": backend, "length": length, "batch": total // length}
-                for pas, (_, memory) in parts.items():
-                    row[f"{pas}_us_per_token"] = 1e6 * statistics.median(seconds[pas]) / total
-                    row[f"{pas}_bytes"] = memory
+                for pas in ("forward", "gradient"):
+                    row[f"{pas}_us_per_token"] = 1e6 * statistics.median(seconds[length, pas]) / total
+                    row[f"{pas}_bytes"] = memory[length, pas]
                 rows.append(row)
                 print(
                     f"{name:27} {backend:12} {length:6} {row['batch']:4} {'':11} {row['forward_us_per_token']:8.3f} "
