@@ -15,16 +15,21 @@ from jaxlinear.models.layers import RMSNorm, parameter
 from jaxlinear.ops import dtypes
 from jaxlinear.ops.cross_entropy import soft_capped
 from jaxlinear.parallel import sharding
+from jaxlinear.parallel.exchanges import EXCHANGED
 
 # How much of a period the backward pass computes again instead of finding it stored. Elementwise work is cheaper to
 # repeat than to write and read back.
 REMAT_POLICIES = {
     "none": None,
     "elementwise": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(*ops.SAVED, "experts")
+        jax.checkpoint_policies.dots_saveable,
+        jax.checkpoint_policies.save_only_these_names(*ops.SAVED, "experts", EXCHANGED),
     ),
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(EXCHANGED),
+    ),
+    "full": jax.checkpoint_policies.save_only_these_names(EXCHANGED),
 }
 
 

@@ -97,18 +97,22 @@ class Diagonal(recurrence.Family):
         _check_shapes(a, x, None)
         x = x.astype(dtypes.wide(a.dtype, x.dtype))
         h, _ = _run(a, x, jnp.zeros_like(x[:, 0]), starts, False, self.backend)
+        # M by itself, not the last of the products below: so those can wait, or run while the map is under way.
         # The state before the run is alone a product of transitions: the same for all rows if those are constant, until
         # the first document of a row ends.
         if not constant:
-            return _Run(h, _run(a, jnp.zeros_like(x), jnp.ones_like(x[:, 0]), starts, False, self.backend)[0], None)
+            decay, _ = _run(a, jnp.zeros_like(x), jnp.ones_like(x[:, 0]), starts, False, self.backend)
+            whole = jnp.prod(_kept(a.astype(x.dtype), None if starts is None else ~starts), axis=1)
+            return _Run(h, decay, None, whole)
         decay, _ = _run(a, jnp.zeros_like(x[:1]), jnp.ones_like(x[:1, 0]), None, False, self.backend)
-        if starts is None:
-            return _Run(h, decay, jnp.ones_like(x, shape=(x.shape[0], 1), dtype=bool))
-        return _Run(h, decay, jnp.cumsum(starts, axis=1, dtype=jnp.int32) == 0)
+        keep = jnp.ones_like(x, shape=(x.shape[0], 1), dtype=bool)
+        if starts is not None:
+            keep = jnp.cumsum(starts, axis=1, dtype=jnp.int32) == 0
+        power = jnp.broadcast_to(lax.integer_pow(a.astype(x.dtype), x.shape[1]), h[:, -1].shape)
+        return _Run(h, decay, keep, Power(keep[:, -1].astype(x.dtype), power))
 
     def summarise(self, run: "_Run") -> tuple["jax.Array | Power", jax.Array]:
-        decay = jnp.broadcast_to(run.decay[:, -1], run.h[:, -1].shape)
-        return decay if run.keep is None else Power(run.keep[:, -1].astype(decay.dtype), decay), run.h[:, -1]
+        return run.whole, run.h[:, -1]
 
     def compose(self, earlier, later) -> tuple["jax.Array | Power", jax.Array]:
         return jax.tree.map(jnp.multiply, later[0], earlier[0]), self.advance(later, earlier[1])
@@ -122,6 +126,11 @@ class Diagonal(recurrence.Family):
     def apply(self, run: "_Run", state: jax.Array) -> jax.Array:
         """h ``[B, T, ...]`` in float32 or complex64 (float64 or complex128 when given those)."""
         return _kept(run.decay * state[:, None], run.keep) + run.h
+
+    def through(self, run: "_Run", state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The outputs are the states."""
+        h = self.apply(run, state)
+        return h, h[:, -1]
 
     def pack(self, transition: "jax.Array | Power") -> jax.Array:
         return transition.kept if isinstance(transition, Power) else transition
@@ -143,6 +152,7 @@ class _Run(NamedTuple):
     h: jax.Array  # [B, T, ...], from no state
     decay: jax.Array  # [B or 1, T, ...], of the state before the run
     keep: jax.Array | None  # [B, T or 1], false where the document of that state has ended; None if the decay varies
+    whole: jax.Array | Power  # M
 
 
 def _check_shapes(a, x, initial_state) -> None:

@@ -1,12 +1,17 @@
-"""What a shard of time sees of the shards before it: a fixed number of positions. All within ``shard_map``."""
+"""What a shard of time sees of the shards before it: a fixed number of positions. All within ``shard_map``.
+
+They are kept for the backward pass whatever is computed again (``checkpoint_name``): what crossed the network once need
+not cross it twice.
+"""
 
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from jaxlinear.parallel.exchanges import AXIS
+from jaxlinear.parallel.exchanges import AXIS, EXCHANGED
 
 
 def before(x: jax.Array, width: int, first: jax.Array) -> jax.Array:
@@ -41,4 +46,4 @@ def _hops(x: jax.Array, width: int) -> jax.Array:
         part = x[:, -min(length, width - (hop - 1) * length) :]
         pairs = [(i, i + hop) for i in range(shards - hop)]
         parts.append(lax.ppermute(part, AXIS, pairs) if pairs else jnp.zeros_like(part))
-    return jnp.concatenate(parts, axis=1)
+    return checkpoint_name(jnp.concatenate(parts, axis=1), EXCHANGED)

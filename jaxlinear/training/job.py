@@ -35,7 +35,7 @@ class Job:
         """Checks the config against the devices and the data; writes nothing. ``UserError`` says what does not fit."""
         config = configs.resolve(config)
         mesh = meshes.make_mesh(config.mesh)
-        _check_mesh(config, mesh)
+        check_mesh(config, mesh)
         batches = _open_batches(config, mesh)
         config = _with_vocabulary(config, batches.vocab_size)
         architecture = parameters.describe(configs.model_config(config))
@@ -116,7 +116,7 @@ def _with_vocabulary(config: config_dict.ConfigDict, vocab_size: int) -> config_
     return config
 
 
-def _check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     rows = config.training.batch_size // config.training.microbatches
     axes = sharding.RULES["batch"]
     parts = math.prod(mesh.shape[axis] for axis in axes)
@@ -133,6 +133,7 @@ def _check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None
             f"mesh.sequence={shards} does not divide training.sequence_length={length}; the nearest that it does is "
             f"{max(1, round(length / shards)) * shards}"
         )
+    mixers.check_over_sequence(config.model.pattern, shards)
     model, parts = config.model, mesh.shape["expert"]
     if parts > 1 and model.channel_mixer != "mixture_of_experts":
         raise UserError(

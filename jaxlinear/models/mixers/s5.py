@@ -86,8 +86,12 @@ class S5(nnx.Module):
             p[...].astype(wide) for p in (self.log_rate, self.frequency, self.log_step, self.skip)
         )
         a, b = self.discretize(jax.lax.complex(-jnp.exp(rate), frequency), jnp.exp(step))
-        u = sharding.constrain(to_complex(x, self.input_kernel[...]), "batch", "time", "recurrent")
-        u = b[None, None] * u
+        # b goes to the matrix, not to every token: so its gradient is no sum of complex numbers over devices, which XLA
+        # makes of a gather on TPU.
+        real, imaginary = self.input_kernel[...].astype(wide)
+        b_real, b_imaginary = jnp.real(b)[None], jnp.imag(b)[None]
+        kernel = jnp.stack([real * b_real - imaginary * b_imaginary, real * b_imaginary + imaginary * b_real])
+        u = sharding.constrain(to_complex(x, kernel), "batch", "time", "recurrent")
         h, last = operations.linear_recurrence(a, u, past, segment_ids=segment_ids)
         z = from_complex(h, self.output_kernel[...], x.dtype)
         if self.reverse_output_kernel is not None:
