@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 
 from jaxlinear import ops
+from jaxlinear.models import mixers
 from jaxlinear.models.across_layers import across_layers
 from jaxlinear.models.blocks import Losses, Period, add
 from jaxlinear.models.config import ModelConfig
@@ -128,6 +129,8 @@ class LanguageModel(nnx.Module):
         """``[B, T, D]`` after the last norm, which ``output_embedding`` turns into logits, the state, and what the
         layers add to the objective, averaged over them."""
         config = self.config
+        if tokens.shape[1] > 1:
+            mixers.check_over_sequence(config.pattern, sharding.parts("time"))
         if state is not None and segment_ids is not None:
             state = _forget_others(state, self.init_state(tokens.shape[0]), segment_ids[:, 0], self.is_stacked)
         # Looked up before the cast, so that the gradient of a frequent token is summed in float32.

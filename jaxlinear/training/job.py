@@ -14,7 +14,7 @@ from jaxlinear import config as configs
 from jaxlinear import data
 from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import UserError
-from jaxlinear.models import parameters
+from jaxlinear.models import mixers, parameters
 from jaxlinear.parallel import feeding, sharding, start
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training.optimizer import make_optimizer

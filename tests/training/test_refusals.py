@@ -8,6 +8,7 @@ import pytest
 from jaxlinear import config as configs
 from jaxlinear import data
 from jaxlinear.errors import UserError
+from jaxlinear.models import mixers
 from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.job import Job, mixture
 from jaxlinear.training.loop import train
@@ -54,8 +55,8 @@ def other_dataset(tmp_path_factory):
         ({"mesh.data": 3}, r"a mesh of data 3 does not use the 8 devices that there are"),
         ({"mesh.fsdp": -1}, r"only one size of the mesh can be -1, not both mesh.data and mesh.fsdp"),
         (
-            {"mesh.data": 4, "mesh.sequence": 2},
-            r"mesh.sequence=2: no layer can be split over sequence yet; set it to 1",
+            {"mesh.sequence": 8, "training.sequence_length": 44},
+            r"mesh.sequence=8 does not divide training.sequence_length=44; the nearest that it does is 48",
         ),
         ({"mesh.data": 4, "mesh.expert": 2}, r"mesh.expert=2: the model has no experts .* 'gated_mlp'\); set it to 1"),
         ({"model.num_heads": 5}, r"model.num_heads=5 does not divide model.width=32"),
@@ -67,6 +68,21 @@ def test_bad_input_writes_nothing(tiny_config, tmp_path, changes, message):
         section, name = key.split(".")
         config[section][name] = value.replace("DATA", config.data.path) if isinstance(value, str) else value
     with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mixer_that_does_not_run_over_sequence_is_refused(tiny_config, tmp_path, monkeypatch):
+    """One that a user adds, on plain operations: the compiler would gather the sequence, and say nothing."""
+
+    class Mine(mixers.find("gla")):
+        OVER_SEQUENCE = False
+
+    monkeypatch.setitem(mixers.MIXERS, "mine", Mine)
+    config = tiny_config.copy_and_resolve_references()
+    config.model.pattern = ("gla", "mine")
+    config.mesh.sequence = 4
+    with pytest.raises(UserError, match=r"mesh.sequence=4: the mixer 'mine' does not run over it .* to 1$"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -10,7 +10,10 @@ from jaxlinear.training import state as states
 from jaxlinear.training.optimizer import make_optimizer
 from tests.training import tiny
 
-MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"fsdp": 2, "tensor": 2, "data": 2}]
+MESHES = [
+    *({"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"fsdp": 2, "tensor": 2, "data": 2}),
+    *({"sequence": 8}, {"data": 2, "sequence": 2, "tensor": 2}),  # shards of 2 tokens, windows of 4
+]
 STEPS = 5
 
 

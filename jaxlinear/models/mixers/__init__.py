@@ -4,11 +4,14 @@
 state=None) -> (y, state)`` runs it over ``[B, T, D]``, from an empty past or from a state; ``mixer.init_state(batch)`` is
 the empty past. A state is a pytree of arrays with B first, whose size does not depend on the tokens seen.
 
-A mixer runs the operations of ``jaxlinear.parallel.operations``, so that time may be spread over devices.
+A class declares ``OVER_SEQUENCE = True`` if all that it does over time goes through ``jaxlinear.parallel.operations``: then
+time may be spread over devices. Others are refused there, since the compiler would gather their whole sequence unasked.
 
 A class may declare ``ACROSS_LAYERS``, functions by the name of a parameter: ``function(rows [L, ...]) -> [L, ...]`` takes
 the parameter of every layer of this mixer, in their order, and gives what the mixer of each layer finds in its place.
 """
+
+from collections.abc import Iterable
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.mixers.attention import Attention
@@ -53,3 +56,13 @@ def find(name: str):
     if name not in MIXERS:
         raise UserError(f"there is no mixer {name!r}; there are {', '.join(sorted(MIXERS))}")
     return MIXERS[name]
+
+
+def check_over_sequence(names: Iterable[str], shards: int) -> None:
+    """Raises ``UserError`` for the first of these mixers that cannot have time spread over so many devices."""
+    for name in names:
+        if shards > 1 and not getattr(find(name), "OVER_SEQUENCE", False):
+            raise UserError(
+                f"mesh.sequence={shards}: the mixer {name!r} does not run over it (its class does not declare "
+                "OVER_SEQUENCE, see jaxlinear/models/mixers/__init__.py); set mesh.sequence to 1"
+            )

@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, by_head, fan_in_normal, rotary
-from jaxlinear.ops import dtypes, segments
+from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
 State = dict[str, jax.Array]
@@ -22,6 +22,8 @@ class CachedAttention(nnx.Module):
     before the slots, as the products of decoding read them: else all would be transposed for every token.
     Only differences of positions matter within a document, so a document may begin at any position.
     """
+
+    OVER_SEQUENCE = True
 
     def __init__(self, config: ModelConfig, *, slots: int, rngs: nnx.Rngs):
         width = config.width
@@ -78,7 +80,7 @@ class CachedAttention(nnx.Module):
             start, seen, count = state["position"], state["seen"], self.slots - 1
             slots = (start[:, None] - count + jnp.arange(count, dtype=jnp.int32)[None]) % self.slots
             keys, values = (_rows(state[name].swapaxes(1, 2), slots) for name in ("keys", "values"))
-            empty = jnp.arange(count)[None] < count - seen[:, None]
+            empty = jnp.arange(count, dtype=jnp.int32)[None] < count - seen[:, None]
             first = jnp.zeros((1, 1), jnp.int32) if segment_ids is None else segment_ids[:, :1].astype(jnp.int32)
             ids = jnp.where(empty, operations.NO_DOCUMENT, first)
             past = self._for_each_device(keys), self._for_each_device(values), ids
@@ -91,8 +93,9 @@ class CachedAttention(nnx.Module):
         places = jnp.maximum(all_k.shape[1] - 1 - age, 0)
         seen = seen + length
         if segment_ids is not None:
-            runs = segments.runs(segment_ids)
-            seen = jnp.where(runs[:, -1] == 0, seen, jnp.sum(runs == runs[:, -1:], axis=1, dtype=jnp.int32))
+            begins = operations.document_starts(segment_ids)
+            last_begin = jnp.max(jnp.where(begins, jnp.arange(length, dtype=jnp.int32)[None], 0), axis=1)
+            seen = jnp.where(last_begin == 0, seen, length - last_begin)
         keys, values = (_rows(x, places).swapaxes(1, 2) for x in (all_k, all_v))
         return o, {"keys": keys, "values": values, "position": start + length, "seen": seen}
 

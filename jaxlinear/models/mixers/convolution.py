@@ -18,6 +18,8 @@ from jaxlinear.parallel import sharding
 class Convolution(nnx.Module):
     """State: ``convolution [B, convolution_width-1, R]``, what it convolved last."""
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         width, inner = config.width, config.recurrent_width
         self.dtype = config.activation_dtype

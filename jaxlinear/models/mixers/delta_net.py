@@ -71,6 +71,8 @@ class DeltaInputs(nnx.Module):
 class DeltaNet(nnx.Module):
     """Over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and that of ``DeltaInputs``."""
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         self.widths = heads, _, value_width = widths(config)
         self.inputs = DeltaInputs(config, *self.widths, rngs=rngs)

@@ -32,6 +32,8 @@ def widths(config: ModelConfig) -> tuple[int, int, int]:
 class GatedDeltaNet(nnx.Module):
     """Over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and that of ``DeltaInputs``."""
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         self.widths = heads, _, value_width = widths(config)
         width, inner = config.width, heads * value_width

@@ -24,6 +24,8 @@ class GateLoop(nnx.Module):
     """GateLoop over ``[B, T, D]``, of R = ``recurrent_width`` channels, normalised in as many groups as the config has
     ``heads``. State: ``h [B, R]``, complex64."""
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         width, inner = config.width, config.recurrent_width
         self.inner, self.groups = inner, config.heads

@@ -33,6 +33,8 @@ def widths(config: ModelConfig) -> tuple[int, int, int]:
 class GLA(nnx.Module):
     """Gated linear attention over ``[B, T, D]``. State: ``memory [B, H, K, V]``."""
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         width = config.width
         self.heads, self.key_width, self.value_width = widths(config)

@@ -48,6 +48,7 @@ class HGRN2(nnx.Module):
     (``ACROSS_LAYERS``). A module that is run by itself has bounds of 0 at first.
     """
 
+    OVER_SEQUENCE = True
     ACROSS_LAYERS = {"lower_bound": lower_bounds}
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):

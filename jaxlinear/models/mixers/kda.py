@@ -39,6 +39,8 @@ class LowRank(nnx.Module):
 class KimiDeltaAttention(nnx.Module):
     """Over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and that of ``DeltaInputs``."""
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         self.widths = heads, key_width, value_width = widths(config)
         width, keys, inner = config.width, heads * key_width, heads * value_width

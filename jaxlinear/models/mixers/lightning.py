@@ -37,6 +37,8 @@ class Lightning(nnx.Module):
     gradient, so that training leaves it as it is.
     """
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         width = config.width
         self.heads, self.key_width, self.value_width = widths(config)

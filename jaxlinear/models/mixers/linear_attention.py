@@ -49,6 +49,8 @@ def features(feature_map: str, key_width: int) -> int:
 class LinearAttention(nnx.Module):
     """Linear attention over ``[B, T, D]``. State: ``memory [B, H, F, V]``, or ``[B, H, F, V + 1]`` with z; F features."""
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         width, name = config.width, config.feature_map
         self.heads, key_width, self.value_width = widths(config)

@@ -25,6 +25,8 @@ LARGEST_PHASE = 2 * jnp.pi
 class LRU(nnx.Module):
     """The unit over ``[B, T, D]``, of N = ``recurrent_width`` complex states. State: ``h [B, N]``, complex64."""
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         width, self.states = config.width, config.recurrent_width
         self.dtype = config.activation_dtype

@@ -52,6 +52,8 @@ class Mamba2(nnx.Module):
     ``[B, width-1, H P]``.
     """
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         self.heads, self.key_width, self.value_width = widths(config)
         width, inner, self.dtype = config.width, config.recurrent_width, config.activation_dtype

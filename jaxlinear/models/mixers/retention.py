@@ -33,6 +33,8 @@ class Retention(nnx.Module):
     Only differences of positions matter within a document, so a document may begin at any position.
     """
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         width = config.width
         self.heads, self.key_width, self.value_width = widths(config)

@@ -57,6 +57,8 @@ class RGLRUBlock(nnx.Module):
     """Griffin's recurrent block (arXiv:2402.19427, section 2.4). State: ``h [B, R]``, ``convolution [B, 3, R]``,
     ``started [B]``: whether a token has been seen."""
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         width, inner = config.width, config.recurrent_width
         self.inner, self.convolution_width = inner, config.convolution_width

@@ -38,6 +38,8 @@ class S5(nnx.Module):
     whole: there is no state to go on from, and the future is seen, so it is no key of a language model's config.
     """
 
+    OVER_SEQUENCE = True
+
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, bidirectional: bool = False, rngs: nnx.Rngs):
         width, blocks = config.width, config.heads
         if config.recurrent_width % (2 * blocks):
@@ -75,6 +77,11 @@ class S5(nnx.Module):
         """y and the state after it; None for the state if bidirectional."""
         if self.bidirectional and state is not None:
             raise UserError("s5: a bidirectional layer cannot go on from a state; it sees each document whole")
+        if self.bidirectional and sharding.parts("time") > 1:
+            raise UserError(
+                f"mesh.sequence={sharding.parts('time')}: a bidirectional s5 layer does not run over it, since its second "
+                "pass goes from the last shard to the first; set mesh.sequence to 1"
+            )
         z, h = self.recur(x, segment_ids, None if state is None else state["h"])
         z = jax.nn.gelu(z)
         return z * jax.nn.sigmoid(self.gate(z)), None if self.bidirectional else {"h": h}
