@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from jaxlinear.errors import RunError, UserError
+from jaxlinear.errors import EveryProcessError, RunError, UserError
 
 # Errors of the machine that the person at the keyboard can mend; everything else keeps its traceback.
 _ENVIRONMENT_ERRORS = {
@@ -29,10 +29,11 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     """Parses absl flags, calls ``main()`` and exits with its status (None means 0).
 
     ``UserError``, a malformed flag and the errors of a full or read-only disk become one line on stderr and exit
-    status 2. Any other exception is a defect and keeps its traceback.
+    status 2. Any other exception is a defect and keeps its traceback. A process that has others beside it and fails alone
+    ends at once.
     """
     argv = sys.argv if argv is None else argv
-    message, status = None, 0
+    message, status, alone = None, 0, False
     try:
         rest = _parse(argv)
         if rest:
@@ -41,15 +42,32 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
         status = main() or 0
     except (flags.Error, UserError) as error:
         message, status = str(error), 2
-    except RunError as error:
+        alone = not isinstance(error, EveryProcessError)
+    except RunError as error:  # of numbers that every process has
         message, status = str(error), 1
     except OSError as error:
         if error.errno not in _ENVIRONMENT_ERRORS:
             raise
         message, status = f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}", 2
+        alone = True
+    except Exception:
+        if not _has_others():
+            raise
+        traceback.print_exc()
+        status, alone = 1, True
     if message is not None:
         print(f"{os.path.basename(argv[0])}: {' '.join(message.split())}", file=sys.stderr)
+    if alone and _has_others():
+        # At exit JAX waits for the other processes, and they for what this one was to send. They see it go.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
+
+
+def _has_others() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def _show_messages() -> None:

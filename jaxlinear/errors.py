@@ -8,5 +8,9 @@ class UserError(Exception):
     """
 
 
+class EveryProcessError(UserError):
+    """Bad input of which every process of a run has learned, so that all of them end."""
+
+
 class RunError(Exception):
     """The work was begun and cannot be finished. Programs print its one line on stderr and exit with status 1."""

@@ -55,11 +55,13 @@ class Tokenizer(abc.ABC):
         return hashlib.sha256(header + self._serialized()).hexdigest()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the files that ``load_tokenizer`` reads."""
-        info = {"kind": self.kind, "file": self.file, "document_token": self.document_token_name}
-        pathlib.Path(directory, INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        """Writes the files that ``load_tokenizer`` reads. Where the last of them is, all are whole."""
         if self.file is not None:
             pathlib.Path(directory, self.file).write_bytes(self._serialized())
+        info = {"kind": self.kind, "file": self.file, "document_token": self.document_token_name}
+        temporary = pathlib.Path(directory, INFO_FILE + ".tmp")
+        temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, temporary.with_name(INFO_FILE))
 
     @staticmethod
     def load(directory: str | os.PathLike[str]) -> "Tokenizer":

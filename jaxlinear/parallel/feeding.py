@@ -20,7 +20,8 @@ def place(batch: dict[str, np.ndarray], sharding: NamedSharding, batch_size: int
         shape = (batch_size, rows.shape[1])
         first, _ = local_rows(sharding, shape)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(batch_size)
             return rows[start - first : stop - first, index[1]]
 

@@ -1,15 +1,17 @@
 """Joining the processes of one run, and what they must agree on."""
 
+import contextlib
 import glob
 import importlib.util
 import os
 import zlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlinear.errors import UserError
+from jaxlinear.errors import EveryProcessError, UserError
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -54,9 +56,38 @@ def check_agreement(what: str, text: str) -> None:
     if jax.process_count() == 1:
         return
     # In two halves, since an array of integers is 32 bits wide.
-    own = np.array([zlib.crc32(text.encode()) >> 16, zlib.crc32(text.encode()) & 0xFFFF, len(text)], np.int32)
-    of_all = multihost_utils.process_allgather(own)
-    others = [int(i) for i in np.flatnonzero((of_all != of_all[0]).any(axis=1))]
-    if others:
-        named = ", ".join(map(str, others))
-        raise UserError(f"{what} of process {named} differs from that of process 0; all must be given the same")
+    checksum = zlib.crc32(text.encode())
+    of_all = _of_every_process(checksum >> 16, checksum & 0xFFFF, len(text))
+    others = np.flatnonzero((of_all != of_all[0]).any(axis=1))
+    if len(others):
+        raise EveryProcessError(
+            f"{what} of process {_named(others)} differs from that of process 0; all must be given the same"
+        )
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """If a ``UserError`` is raised within on some processes, every process raises one: else the others would wait."""
+    error = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    if jax.process_count() == 1:
+        if error is not None:
+            raise error
+        return
+    failed = np.flatnonzero(_of_every_process(int(error is not None)))
+    if error is not None:
+        raise EveryProcessError(str(error)) from error
+    if len(failed):
+        raise EveryProcessError(f"process {_named(failed)} cannot go on; its own message says why")
+
+
+def _of_every_process(*numbers: int) -> np.ndarray:
+    """``[processes, numbers]``."""
+    return multihost_utils.process_allgather(np.array(numbers, np.int32))
+
+
+def _named(processes: np.ndarray) -> str:
+    return ", ".join(map(str, processes))

@@ -12,14 +12,14 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
-from jaxlinear import config as configs
 from jaxlinear import data
 from jaxlinear.checkpoint import Checkpoints
+from jaxlinear.errors import RunError
 from jaxlinear.parallel import feeding, start
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import state as states
 from jaxlinear.training import workdir as workdirs
-from jaxlinear.training.job import Job
+from jaxlinear.training.job import Job, mixture
 from jaxlinear.training.meter import Meter
 from jaxlinear.training.metrics import MetricsWriter
 from jaxlinear.training.step import make_loss_step, make_train_step
@@ -35,10 +35,14 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
     Returns ``FINISHED``, or ``PREEMPTED`` if SIGTERM came and the run saved itself. Killed in any other way and started
     again, it follows the uninterrupted run exactly.
     """
-    job = Job.build(config)
-    start.check_agreement("the config", configs.to_json(job.config))
-    directory = workdirs.prepare(workdir, job.config)
-    job.check_tokenizer(directory)
+    start.check_agreement("the config", config.to_json_best_effort(sort_keys=True))
+    start.check_agreement("the work directory", str(workdir))
+    with start.together():
+        job = Job.build(config)
+        directory = workdirs.prepare(workdir, job.config)
+        job.check_tokenizer(directory)
+    datasets = [*mixture(job.config.data.path), job.heldout_path]
+    start.check_agreement("the dataset", repr([data.read_manifest(path) for path in datasets]))
     stop = _Stop()
     checkpoints = Checkpoints(directory, job.config)
     try:
@@ -47,11 +51,16 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
             directory, step=first, steps=job.config.training.steps, tensorboard=job.config.logging.tensorboard
         )
         try:
-            return _run(job, state, first, directory, checkpoints, writer, stop)
+            status = _run(job, state, first, directory, checkpoints, writer, stop)
         finally:
             writer.close()
-    finally:
-        checkpoints.close()
+    except BaseException as error:
+        # Another process may be gone, and what is being written would wait for it.
+        if jax.process_count() == 1 or isinstance(error, RunError):
+            checkpoints.close()
+        raise
+    checkpoints.close()
+    return status
 
 
 def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.TrainState, int]:

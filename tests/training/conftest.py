@@ -56,3 +56,14 @@ def launch(tiny_dataset, compiled_programs):
         return tiny.start(workdir, tiny_dataset, compiled_programs, *arguments)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(launch, tmp_path_factory):
+    """The directory of the run of ``tiny.ARGUMENTS``, from its first to its last step on one device."""
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = launch(workdir)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert list(tiny.losses(workdir)) == list(range(1, tiny.ARGUMENTS["config.training.steps"] + 1))
+    return workdir

@@ -5,8 +5,6 @@ import random
 import signal
 import time
 
-import pytest
-
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.training.metrics import FILE
 from tests.training import tiny
@@ -14,17 +12,6 @@ from tests.training import tiny
 KILLS = 5
 STEPS = 20  # of tiny.ARGUMENTS, with a checkpoint at every step, so that one is nearly always being written
 PATIENCE = 240
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(launch, tmp_path_factory):
-    """The run that the others are compared with."""
-    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = launch(workdir)
-    _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, errors
-    assert list(tiny.losses(workdir)) == list(range(1, STEPS + 1))
-    return workdir
 
 
 def last_step(workdir):

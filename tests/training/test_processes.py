@@ -1,0 +1,181 @@
+"""launch/train.py as several processes on one machine, joined by ``jax.distributed``."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+from jaxlinear.checkpoint import DIRECTORY, Checkpoints
+from jaxlinear.errors import UserError
+from jaxlinear.parallel import start
+from jaxlinear.training.metrics import FILE
+from tests.training import tiny
+
+STEPS = 20  # of tiny.ARGUMENTS
+PATIENCE = 240
+# Seconds within which the others end when one is lost while they train: less than the 100 that JAX waits for a sign of
+# life, which is how long it takes where one is lost while all write a checkpoint.
+PROMPT = 60
+
+
+@dataclasses.dataclass
+class Process:
+    running: subprocess.Popen
+    output: pathlib.Path
+
+    def end(self, patience=PATIENCE):
+        """``(status, the lines of the library and of the program on stderr)``."""
+        status = self.running.wait(timeout=patience)
+        lines = self.output.read_text().splitlines()
+        return status, [line for line in lines if line.startswith("train.py: ")]
+
+    def __str__(self):
+        return self.output.read_text()[-3000:]
+
+
+@pytest.fixture
+def processes(tiny_dataset, compiled_programs, tmp_path):
+    """``processes(workdir, count, devices, *arguments, each=...)`` starts as many, each with its devices and with its own
+    further arguments. Whatever becomes of the test, none outlives it."""
+    with contextlib.ExitStack() as stack:
+
+        def run(workdir, count, devices, *arguments, each=None, folders=None):
+            # Nothing else is given the port while this socket has it; the coordinator may share it.
+            held = stack.enter_context(socket.socket(socket.AF_INET6))
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind(("::", 0))
+            joined = [f"--coordinator=127.0.0.1:{held.getsockname()[1]}", f"--processes={count}"]
+            environment = tiny.environment(compiled_programs)
+            environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
+            started = []
+            for i in range(count):
+                own = [*joined, f"--process={i}", *arguments, *(each[i] if each else [])]
+                python, program, *options = tiny.command(workdir, tiny_dataset, *own)
+                output = tmp_path / f"{time.monotonic_ns()}_{i}"
+                with output.open("w") as file:
+                    process = subprocess.Popen(
+                        [python, str(tiny.REPOSITORY / program), *options],
+                        cwd=folders[i] if folders else tiny.REPOSITORY,
+                        env=environment,
+                        stdout=file,
+                        stderr=file,
+                    )
+                stack.callback(process.wait)
+                stack.callback(process.kill)
+                started.append(Process(process, output))
+            return started
+
+        yield run
+
+
+def wait_for(group, condition):
+    """Until ``condition()``; all processes have to be running all the while."""
+    begin = time.monotonic()
+    while not condition():
+        for process in group:
+            assert process.running.poll() is None, process
+        assert time.monotonic() - begin < PATIENCE, group[0]
+        time.sleep(0.01)
+
+
+def last_step(workdir):
+    file = workdir / FILE
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterrupted, tmp_path):
+    """2 processes of 2 devices, one killed; 4 of one device, told to stop; then one alone: always the same curve."""
+    workdir = tmp_path / "run"
+    endless = "--config.training.steps=100000"
+    every = "--config.checkpoint.every_steps=8"
+    pair = processes(workdir, 2, 2, "--config.mesh.data=2", "--config.mesh.sequence=2", every, endless)
+    wait_for(pair, lambda: (workdir / DIRECTORY / "8").exists())
+    pair[1].running.send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    status, _ = pair[0].end()
+    assert status not in (0, 75) and time.monotonic() - begin < PROMPT, pair[0]
+    saved = Checkpoints(workdir).steps()[-1]
+    assert saved >= 8
+
+    rarely = "--config.checkpoint.every_steps=1000"
+    four = processes(workdir, 4, 1, "--config.mesh.sequence=4", rarely, endless)
+    wait_for(four, lambda: last_step(workdir) >= saved + 3)
+    four[2].running.send_signal(signal.SIGTERM)
+    for process in four:
+        assert process.end()[0] == 75, process
+    stopped = Checkpoints(workdir).steps()[-1]
+    assert stopped >= saved + 3 and stopped == max(map(int, tiny.losses(workdir)))
+
+    (alone,) = processes(workdir, 1, 1, f"--config.training.steps={max(STEPS, stopped + 1)}")
+    assert alone.end()[0] == 0, alone
+    losses, expected = tiny.losses(workdir), tiny.losses(uninterrupted)
+    assert list(losses) == list(range(1, max(STEPS, stopped + 1) + 1))
+    for step, loss in expected.items():
+        assert float(losses[step]) == pytest.approx(float(loss), rel=1e-5), step
+
+
+def test_the_coordinator_lost(processes, tmp_path):
+    """It is process 0 that the others ask after each other."""
+    workdir = tmp_path / "run"
+    pair = processes(
+        workdir, 2, 1, "--config.mesh.data=1", "--config.mesh.sequence=2", "--config.training.steps=100000"
+    )
+    wait_for(pair, lambda: last_step(workdir) >= 2)
+    pair[0].running.send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    status, _ = pair[1].end()
+    assert status not in (0, 75) and time.monotonic() - begin < PROMPT, pair[1]
+
+
+def test_hosts_whose_configs_differ_are_refused(processes, tmp_path):
+    workdir = tmp_path / "run"
+    for process in processes(workdir, 2, 1, each=[[], ["--config.training.seed=1"]]):
+        status, lines = process.end()
+        assert status == 2, process
+        assert lines == ["train.py: the config of process 1 differs from that of process 0; all must be given the same"]
+    assert not workdir.exists()
+
+
+def test_a_host_that_lacks_the_data_ends_all(processes, tiny_dataset, tmp_path):
+    """The same command on both, from directories of which only the first has the dataset."""
+    with_data, without = tmp_path / "with", tmp_path / "without"
+    with_data.mkdir(), without.mkdir()
+    (with_data / "data").symlink_to(tiny_dataset)
+    workdir = tmp_path / "run"
+    config = f"--config={tiny.REPOSITORY / tiny.ARGUMENTS['config']}"
+    pair = processes(workdir, 2, 1, config, "--config.data.path=data", folders=[with_data, without])
+    (status, lines), (other_status, other_lines) = (process.end() for process in pair)
+    assert (status, other_status) == (2, 2), pair[0]
+    assert lines == ["train.py: process 1 cannot go on; its own message says why"]
+    assert len(other_lines) == 1 and "no dataset at data: the directory does not exist" in other_lines[0]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("localhost:1", 2, 2), "--process=2 is not one of --processes=2: they count from 0"),
+        (("localhost:1", 2, -1), "--process=-1 is not one of --processes=2"),
+        ((None, 2, 0), "--coordinator, --processes and --process belong together; --coordinator is missing"),
+        (("localhost:1", 2, None), "belong together; --process is missing"),
+    ],
+)
+def test_wrong_flags_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        start.join(*flags)
+
+
+def test_alone_there_is_nothing_to_join(monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "JOBSET_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    start.join()
+    assert start.is_first()
+    start.check_agreement("the config", "text")
+    with pytest.raises(UserError, match="as it was"), start.together():
+        raise UserError("as it was")
