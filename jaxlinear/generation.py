@@ -1,7 +1,9 @@
 """Text from a model: the prompts in parallel, then a token at a time from a state of constant size."""
 
+import contextlib
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 
 from jaxlinear.data import Tokenizer, load_tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.models import LanguageModel, ModelConfig, load
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel import sharding
 
 CHUNK = 64  # tokens that the device makes between two looks of the host
 _SHORTEST_PROMPT = 16  # prompts are padded to a power of two, from here on, so that few lengths are compiled
@@ -72,16 +77,18 @@ def generate(
     seed: int = 0,
     stop_token: int | None = None,
     vocab_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> list[list[int]]:
     """Continues every prompt by at most ``max_tokens`` tokens; a row ends before its first ``stop_token``.
 
     An empty prompt begins with the stop token, which is the one between documents. Tokens from ``vocab_size`` on,
     which stand for nothing when the embedding has more rows than the tokeniser has tokens, are never drawn. A row's
-    tokens do not depend on the other rows, but on its place among them (see ``Sampling``).
+    tokens do not depend on the other rows, but on its place among them (see ``Sampling``). On ``mesh``, where the model's
+    parameters then have to lie, the time of the prompts is spread over its axis ``sequence``.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     rows: list[list[int]] = [[] for _ in prompts]
-    for tokens in chunks(model, prompts, sampling, max_tokens, stop_token, vocab_size, CHUNK):
+    for tokens in chunks(model, prompts, sampling, max_tokens, stop_token, vocab_size, CHUNK, mesh):
         for row, new in zip(rows, tokens.T.tolist(), strict=True):
             row.extend(new)
     return rows if stop_token is None else [_until(row, stop_token) for row in rows]
@@ -99,10 +106,11 @@ def stream(
     stop_token: int | None = None,
     vocab_size: int | None = None,
     chunk: int = 8,
+    mesh: Mesh | None = None,
 ) -> Iterator[list[int]]:
     """The tokens of ``generate(model, [prompt], ...)[0]``, up to ``chunk`` at a time, as they come."""
     sampling = Sampling(temperature, top_k, top_p, seed)
-    for tokens in chunks(model, [prompt], sampling, max_tokens, stop_token, vocab_size, chunk):
+    for tokens in chunks(model, [prompt], sampling, max_tokens, stop_token, vocab_size, chunk, mesh):
         new = tokens[:, 0].tolist()
         yield new if stop_token is None else _until(new, stop_token)
 
@@ -113,12 +121,15 @@ class Writer:
 
     model: LanguageModel
     tokenizer: Tokenizer
+    mesh: Mesh | None = None
 
     @classmethod
-    def open(cls, workdir: str | os.PathLike, step: int | None = None) -> "Writer":
-        """The run with its newest checkpoint or that of ``step``."""
-        model = load(workdir, step).unstacked()
-        return cls(model, load_tokenizer(workdir))
+    def open(cls, workdir: str | os.PathLike, step: int | None = None, mesh: Sequence[str] = ()) -> "Writer":
+        """The run with its newest checkpoint or that of ``step``, on the first device or on a ``mesh`` of all devices (of
+        ``mesh.from_text``)."""
+        devices = meshes.from_text(mesh) if mesh else None
+        model = load(workdir, step, mesh=devices).unstacked()
+        return cls(model, load_tokenizer(workdir), devices)
 
     def write(self, prompts: Sequence[str], **options: Any) -> list[str]:
         """Each prompt with its continuation. ``options`` are those of ``generate``."""
@@ -148,7 +159,8 @@ class Writer:
         return np.append(self.tokenizer.document_token, self.tokenizer.encode(prompt))
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"stop_token": self.tokenizer.document_token, "vocab_size": self.tokenizer.vocab_size} | options
+        own = {"stop_token": self.tokenizer.document_token, "vocab_size": self.tokenizer.vocab_size, "mesh": self.mesh}
+        return own | options
 
 
 def _until(tokens: list[int], stop: int) -> list[int]:
@@ -163,6 +175,7 @@ def chunks(
     stop_token: int | None = None,
     vocab_size: int | None = None,
     chunk: int = CHUNK,
+    mesh: Mesh | None = None,
 ) -> Iterator[np.ndarray]:
     """Arrays ``[n, B]`` of new tokens as they come: one token with the prompts, then up to ``chunk`` at a time.
 
@@ -174,24 +187,24 @@ def chunks(
     if chunk < 1:
         raise UserError(f"chunk is {chunk}; it must be at least 1")
     vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-    tokens, segment_ids = _batch(prompts, vocab_size, stop_token)
+    tokens, segment_ids = _batch(prompts, vocab_size, stop_token, 1 if mesh is None else mesh.shape["sequence"])
     _check_context(model.config, int(segment_ids.sum(axis=1).max()), max_tokens)
     values = sampling.values | {"stop": np.int32(-1 if stop_token is None else stop_token)}
     values["vocab_size"] = np.int32(vocab_size)
     graph, parameters = nnx.split(model.unstacked())
-    carry, first = _prefill(graph, sampling.filters, parameters, tokens, segment_ids, values)
+    carry, first = _prefill(graph, sampling.filters, mesh, parameters, tokens, segment_ids, values)
     yield np.asarray(first)[None]
     left = max_tokens - 1
     while left > 0 and not np.asarray(carry["done"]).all():
         carry, new, count = _decode(
-            graph, sampling.filters, chunk, parameters, carry, values, np.int32(min(left, chunk))
+            graph, sampling.filters, mesh, chunk, parameters, carry, values, np.int32(min(left, chunk))
         )
         new = np.asarray(new)[: int(count)]
         left -= len(new)
         yield new
 
 
-def _batch(prompts, vocab_size: int, stop_token: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _batch(prompts, vocab_size: int, stop_token: int | None, shards: int) -> tuple[np.ndarray, np.ndarray]:
     """The prompts ``[B, T]``, padded on the left, and their segment ids: 0 for padding, 1 for the prompt."""
     if not prompts:
         raise UserError("there is no prompt")
@@ -206,6 +219,7 @@ def _batch(prompts, vocab_size: int, stop_token: int | None) -> tuple[np.ndarray
             )
     longest = max(map(len, rows))
     length = max(_SHORTEST_PROMPT, 1 << (longest - 1).bit_length())
+    length = math.ceil(length / shards) * shards
     tokens = np.zeros((len(rows), length), np.int32)
     segment_ids = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
@@ -225,19 +239,25 @@ def _check_context(config: ModelConfig, prompt: int, max_tokens: int) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(graph, filters, parameters, tokens, segment_ids, values):
+def _on(mesh: Mesh | None):
+    return contextlib.nullcontext() if mesh is None else sharding.use_mesh(mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(graph, filters, mesh, parameters, tokens, segment_ids, values):
     """The state after the prompts, and the first new tokens ``[B]``."""
     model = nnx.merge(graph, parameters)
-    hidden, state, _ = model.hidden(tokens, segment_ids)
+    with _on(mesh):
+        tokens, segment_ids = (sharding.constrain(x, "batch", "time") for x in (tokens, segment_ids))
+        hidden, state, _ = model.hidden(tokens, segment_ids)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(values["seed"])))(jnp.arange(len(tokens)))
     first = sample(model.logits(hidden[:, -1:])[:, 0], _fold(keys, 0), values, filters)
     carry = {"state": state, "token": first, "keys": keys, "index": jnp.int32(1), "done": first == values["stop"]}
     return carry, first
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _decode(graph, filters, chunk, parameters, carry, values, limit):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+def _decode(graph, filters, mesh, chunk, parameters, carry, values, limit):
     """Up to ``limit`` <= ``chunk`` more tokens: the carry, the tokens ``[chunk, B]``, and how many there are."""
     model = nnx.merge(graph, parameters)
 
@@ -247,7 +267,8 @@ def _decode(graph, filters, chunk, parameters, carry, values, limit):
 
     def step(loop):
         i, carry, new = loop
-        logits, state = model(carry["token"][:, None], state=carry["state"])
+        with _on(mesh):
+            logits, state = model(carry["token"][:, None], state=carry["state"])
         token = sample(logits[:, 0], _fold(carry["keys"], carry["index"]), values, filters)
         carry = {
             "state": state,

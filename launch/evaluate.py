@@ -14,6 +14,7 @@ _TASKS = flags.DEFINE_list("tasks", ["perplexity"], "What to evaluate.")
 _JSON = flags.DEFINE_string("json", None, "Also write everything to this file.")
 _DATA = flags.DEFINE_string("data", None, "Another prepared dataset than the run's own.")
 _LENGTHS = flags.DEFINE_list("lengths", None, "Multiples of the training length; 1,2,4,8 as far as the dataset goes.")
+_MESH = flags.DEFINE_list("mesh", [], "How all devices share a batch, as sequence=8; by default by rows, data=-1.")
 _BATCHES = flags.DEFINE_integer("batches", 0, "Batches of each length; 0 takes the whole held-out split.")
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 0, "Tokens of a batch; 0 takes as many as in training.")
 
@@ -28,6 +29,7 @@ def main() -> None:
         _WORKDIR.value,
         step=_STEP.value,
         tasks=_TASKS.value,
+        mesh=_MESH.value,
         data=_DATA.value,
         lengths=None if _LENGTHS.value is None else [_multiple(text) for text in _LENGTHS.value],
         batches=_BATCHES.value,

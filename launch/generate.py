@@ -11,6 +11,7 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Ends after so many new to
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the sampling; 0 takes the likeliest token each time.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many of the likeliest tokens; 0 means all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that have this much of the probability.")
+_MESH = flags.DEFINE_list("mesh", [], "Spread it over all devices, as sequence=8; by default it runs on the first.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 
 
@@ -18,7 +19,7 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what it is asked for: to open a run for reading only
     from jaxlinear import generation
 
-    writer = generation.Writer.open(_WORKDIR.value, _STEP.value)
+    writer = generation.Writer.open(_WORKDIR.value, _STEP.value, _MESH.value)
     options = {
         "max_tokens": _MAX_TOKENS.value,
         "temperature": _TEMPERATURE.value,

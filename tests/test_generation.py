@@ -301,3 +301,12 @@ def test_program_refuses(tiny_run, arguments, message):
     done = _launch(*[argument.format(run=tiny_run) for argument in arguments])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+
+
+def test_a_prompt_spread_over_devices_goes_on_the_same(tiny_run):
+    """Of 300 tokens over 8 devices: the likeliest tokens, and drawn ones."""
+    prompts = ["for x in range ( ) : print " * 12, "def "]
+    one, eight = generation.Writer.open(tiny_run), generation.Writer.open(tiny_run, mesh=["sequence=8"])
+    for temperature in (0.0, 1.0):
+        options = {"max_tokens": 12, "temperature": temperature}
+        assert eight.write(prompts, **options) == one.write(prompts, **options)

@@ -18,9 +18,12 @@ def evaluate(
     *,
     step: int | None = None,
     tasks: Sequence[str] = ("perplexity",),
+    mesh: Sequence[str] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint (the newest by default) on each task. Returns what ``--json`` writes.
+
+    ``mesh`` is what ``open_run`` takes: how all devices share the work.
 
     ``options`` are those of ``perplexity.evaluate``. ``UserError`` says what cannot be evaluated, before anything runs.
     """
@@ -29,7 +32,7 @@ def evaluate(
     for name in tasks:
         if name not in TASKS:
             raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
-    run = open_run(workdir, step)
+    run = open_run(workdir, step, mesh)
     return run.summary() | {name: TASKS[name].evaluate(run, **options) for name in tasks}
 
 

@@ -13,7 +13,7 @@ from jaxlinear import data
 from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import RunError, UserError
 from jaxlinear.evaluation.run import Run
-from jaxlinear.parallel import feeding
+from jaxlinear.parallel import feeding, sharding
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training.job import heldout_path
 from jaxlinear.training.step import make_loss_step
@@ -130,9 +130,11 @@ def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int, li
         raise UserError("a length is a multiple of the training length, at least 1")
     if length > targets:
         raise UserError(f"it is {length} tokens, and the held-out split of {path} has {targets} targets in all")
-    devices = run.mesh.size
+    shards, groups = (math.prod(run.mesh.shape[axis] for axis in sharding.RULES[name]) for name in ("time", "batch"))
+    if length % shards:
+        raise UserError(f"it is {length} tokens, which mesh.sequence={shards} does not divide")
     rows = min(max(batch_tokens // length, 1), math.ceil(targets / length))
-    rows = math.ceil(rows / devices) * devices
+    rows = math.ceil(rows / groups) * groups
     total = math.ceil(targets / (rows * length))
     plan: dict[str, Any] = {
         "path": path,
@@ -148,7 +150,7 @@ def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byt
     plan = dict(plan)
     whole = plan.pop("whole_split")
     length = plan["sequence_length"]
-    sharding = meshes.batch_sharding(run.mesh)
+    place = meshes.batch_sharding(run.mesh)
     totals = np.zeros(int(bucket(np.asarray(length - 1))) + 1)
     counts = np.zeros(len(totals), np.int64)
 
@@ -161,7 +163,7 @@ def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byt
     begin = time.perf_counter()
     pending = None  # the losses of a batch are read after the next one is under way
     for batch in data.heldout_batches(**plan):
-        nll, _ = loss_step(run.parameters, feeding.place(batch, sharding, plan["batch_size"]))
+        nll, _ = loss_step(run.parameters, feeding.place(batch, place, plan["batch_size"]))
         if pending is not None:
             read(*pending)
         pending = batch["segment_ids"], nll

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ from ml_collections import config_dict
 
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
-from jaxlinear.models import load, parameters
+from jaxlinear.models import load, mixers, parameters
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """``parameters`` are replicated over ``mesh``, whose devices share the batch."""
+    """``parameters`` lie on ``mesh``, whose devices share each batch, by the sharding rules."""
 
     workdir: Path
     step: int
@@ -39,21 +40,23 @@ class Run:
         }
 
 
-def open_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
-    """The run with the weights of its newest checkpoint or of ``step``, on all devices."""
+def open_run(workdir: str | os.PathLike, step: int | None = None, mesh: Sequence[str] = ()) -> Run:
+    """The run with the weights of its newest checkpoint or of ``step``, on all devices; ``mesh`` is of
+    ``mesh.from_text``, whatever mesh the run was trained on."""
     config = read_config(workdir)
+    devices = meshes.from_text(mesh)
+    mixers.check_over_sequence(config.model.pattern, devices.shape["sequence"])
     if step is None:  # fixed here, since a run that goes on may save another one at any time
         steps = Checkpoints(workdir).steps()
         if not steps:
             raise UserError(f"{workdir} holds no checkpoint that was completed")
         step = steps[-1]
-    mesh = meshes.make_mesh({**dict.fromkeys(meshes.AXES, 1), "data": len(jax.devices())})
-    model = load(workdir, step, mesh=mesh)
+    model = load(workdir, step, mesh=devices)
     return Run(
         workdir=Path(workdir),
         step=step,
         config=config,
         architecture=parameters.describe(model.config),
         parameters=nnx.to_pure_dict(nnx.split(model)[1]),
-        mesh=mesh,
+        mesh=devices,
     )

@@ -32,6 +32,17 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
 
 
+def from_text(parts: Sequence[str]) -> Mesh:
+    """A mesh over all devices from ``["sequence=4", "fsdp=2"]``; ``data`` takes what is left unless it is named."""
+    sizes = {**dict.fromkeys(AXES, 1), "data": -1}
+    for part in parts:
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not size.isdigit() or int(size) < 1:
+            raise UserError(f"{part!r} is not a part of a mesh; write AXIS=SIZE, the axes being {', '.join(AXES)}")
+        sizes[axis] = int(size)
+    return make_mesh(sizes)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where ``[B, T]`` arrays of tokens lie."""
     return NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"], sharding.RULES["time"]))

@@ -1,0 +1,74 @@
+"""Losses of rows whose time is spread over devices: those of whole rows, and nothing as long as the row on any device."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlinear import config as configs
+from jaxlinear import evaluation
+from jaxlinear.errors import UserError
+from jaxlinear.models.parameters import describe
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training.step import make_loss_step
+
+
+def test_spread_over_time_the_losses_are_the_same(tiny_run):
+    by_rows = evaluation.evaluate(tiny_run, step=1, lengths=[4], batch_tokens=1024)["perplexity"]["lengths"][0]
+    for mesh in (["sequence=8"], ["sequence=2", "fsdp=2", "data=2"]):
+        report = evaluation.evaluate(tiny_run, step=1, lengths=[4], batch_tokens=1024, mesh=mesh)
+        found = report["perplexity"]["lengths"][0]
+        assert found["length"] == 128 and found["tokens"] == by_rows["tokens"]
+        np.testing.assert_allclose(found["loss"], by_rows["loss"], rtol=1e-5)
+        for part, expected in zip(found["by_position"], by_rows["by_position"], strict=True):
+            assert part["tokens"] == expected["tokens"]
+            if part["tokens"]:
+                np.testing.assert_allclose(part["loss"], expected["loss"], rtol=1e-5)
+
+
+def test_one_row_is_enough_for_all_devices(tiny_run):
+    """By rows, a batch would have to have as many as there are devices."""
+    report = evaluation.evaluate(tiny_run, step=1, lengths=[4], batch_tokens=128, batches=1, mesh=["sequence=8"])
+    row = report["perplexity"]["lengths"][0]
+    assert (row["batch_size"], row["tokens"]) == (1, 128)
+
+
+def test_a_million_tokens_fit_where_an_eighth_fits(tiny_config):
+    """From the program compiled for one document of 2^20 tokens over 8 devices: no array of that length, and no more memory
+    than the same program for an eighth of the document takes on one device."""
+    config = configs.resolve(tiny_config)
+    config.model.vocab_size = 384
+    architecture = describe(configs.model_config(config))
+
+    def compiled(length, devices):
+        sizes = {**dict.fromkeys(meshes.AXES, 1), "sequence": devices}
+        mesh = meshes.make_mesh(sizes, jax.devices()[:devices])
+        row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        batch = dict.fromkeys(("tokens", "targets", "segment_ids"), row)
+        return make_loss_step(config, architecture, mesh).lower(architecture.shapes, batch).compile()
+
+    million = compiled(1 << 20, 8)
+    longest = max(
+        int(size) for shape in re.findall(r"\w\d+\[([\d,]+)\]", million.as_text()) for size in shape.split(",")
+    )
+    eighth = compiled(1 << 17, 1)
+    assert longest < 1 << 18, longest
+    assert million.memory_analysis().temp_size_in_bytes < 1.1 * eighth.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        (["sequence=3"], "mesh.sequence=3 does not divide the 8 devices that there are"),
+        (
+            ["time=8"],
+            "'time=8' is not a part of a mesh; write AXIS=SIZE, the axes being data, fsdp, sequence, tensor, ex",
+        ),
+        (["sequence=all"], "'sequence=all' is not a part of a mesh"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(tiny_run, mesh, message):
+    with pytest.raises(UserError, match=message):
+        evaluation.evaluate(tiny_run, mesh=mesh)
