@@ -16,6 +16,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.models import mixers, presets
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.language_model import REMAT_POLICIES
+from jaxlinear.parallel.cost import ATTENTION, EXCHANGES
 
 
 class OrPreset(NamedTuple):
@@ -76,7 +77,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.remat": (
         "elementwise",
         "What the backward pass computes again: none; elementwise (all but matrix products, recurrences, attention); "
-        "products (all but products with parameters); full (all).",
+        "products (all but products with parameters); full (all). The states and windows that devices exchanged are kept.",
     ),
     "data.path": ("", "A prepared dataset, or a mixture: DIR=WEIGHT,DIR=WEIGHT."),
     "data.heldout_path": ("", "The dataset whose held-out split is evaluated; by default the first of data.path."),
@@ -114,6 +115,16 @@ KEYS: dict[str, tuple[Any, str]] = {
     "mesh.sequence": (1, "Devices over which time is spread."),
     "mesh.tensor": (1, "Devices over which heads, channels and the vocabulary are spread."),
     "mesh.expert": (1, "Devices over which the batch and the experts of a mixture are spread."),
+    "parallel.exchange": (
+        "auto",
+        "How shards of time exchange the states of recurrences: all_gather (one step, the states of all shards in "
+        "memory), doubling (log2 steps, two states) or auto (the cheaper that fits: jaxlinear/parallel/cost.py).",
+    ),
+    "parallel.attention": (
+        "auto",
+        "How they exchange keys and values of full attention: all_gather (all in memory), ring (those of two shards) or "
+        "auto (all_gather, if they fit).",
+    ),
     "checkpoint.every_steps": (500, "Save this often, and at the end."),
     "checkpoint.keep_newest": (2, "Checkpoints kept because they are the newest."),
     "checkpoint.keep_every_steps": (0, "Keep every checkpoint at a multiple of this; 0 means none."),
@@ -237,8 +248,9 @@ returns it. On the command line, `--config.section.key=VALUE` changes one key; a
 
 A key that does not exist is refused with the nearest one that does; so are values of another type and combinations that
 cannot work, with the reason. A key without a default below follows from the preset, the data or another key. The
-resolved config is written to the run's `config.json`; when a run goes on, only the keys of `mesh`, `checkpoint`,
-`evaluation` and `logging`, `training.steps`, `training.max_skips`, `model.remat` and the paths of the data may change.
+resolved config is written to the run's `config.json`; when a run goes on, only the keys of `mesh`, `parallel`,
+`checkpoint`, `evaluation` and `logging`, `training.steps`, `training.max_skips`, `model.remat` and the paths of the data
+may change.
 
 This page is made by `python -m jaxlinear.config > docs/configuration.md`.
 """
@@ -369,6 +381,8 @@ _CHOICES = {
     "model.dtype": MODEL_DTYPES,
     "model.remat": tuple(REMAT_POLICIES),
     "optimizer.name": OPTIMIZERS,
+    "parallel.exchange": ("auto", *EXCHANGES),
+    "parallel.attention": ("auto", *ATTENTION),
     "schedule.name": SCHEDULES,
 }
 

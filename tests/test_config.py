@@ -104,6 +104,8 @@ def test_rates_and_weights_are_not_negative(key):
     [
         ({"model.dtype": "float16"}, "model.dtype is 'float16'; it can be bfloat16, float32"),
         ({"model.remat": "some"}, "model.remat is 'some'; it can be none, elementwise, products, full"),
+        ({"parallel.exchange": "ring"}, "parallel.exchange is 'ring'; it can be auto, all_gather, doubling"),
+        ({"parallel.attention": "none"}, "parallel.attention is 'none'; it can be auto, all_gather, ring"),
         ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; it can be adamw, adafactor, muon"),
         ({"schedule.name": "step"}, "schedule.name is 'step'; it can be cosine, linear, wsd, constant"),
         ({"model.preset": "griffin"}, "there is no preset 'griffin'; there are hawk_100m"),

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from jaxlinear.errors import UserError
 from jaxlinear.parallel.devices import Device, Link, device_of, link_of
 from jaxlinear.parallel.exchanges import EXCHANGES
 
@@ -100,6 +101,7 @@ def choose_exchange(asked: str, load: States, kind: str, span: int) -> str:
       kind: of the devices, as ``jax.Device.device_kind``.
       span: devices between the first and the last of a row of shards, in the order of the mesh.
     """
+    _check("parallel.exchange", asked, tuple(EXCHANGES))
     device = device_of(kind)
     costs, bound = of_states(load, device, link_of(device, span)), int(STATES_BOUND * device.memory)
     fitting = [name for name in EXCHANGES if costs[name].held <= bound]
@@ -115,6 +117,7 @@ def choose_exchange(asked: str, load: States, kind: str, span: int) -> str:
 
 def choose_attention(asked: str, load: KeysAndValues, kind: str, span: int) -> str:
     """One of ``ATTENTION``: what is asked for, or for ``"auto"`` the gather, unless it holds more than its bound."""
+    _check("parallel.attention", asked, ATTENTION)
     device = device_of(kind)
     costs, bound = of_keys_and_values(load, link_of(device, span)), int(KEYS_AND_VALUES_BOUND * device.memory)
     best = "all_gather" if costs["all_gather"].held <= bound else "ring"
@@ -122,6 +125,11 @@ def choose_attention(asked: str, load: KeysAndValues, kind: str, span: int) -> s
     what = f"keys and values of {load.shards} shards, {_size(load.own)} each"
     _explain(what, chosen, asked, costs, bound, kind, span)
     return chosen
+
+
+def _check(key: str, asked: str, known: tuple[str, ...]) -> None:
+    if asked not in ("auto", *known):
+        raise UserError(f"{key} is {asked!r}; it can be auto, {', '.join(known)}")
 
 
 def size_of(tree: Any) -> int:

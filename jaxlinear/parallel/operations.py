@@ -15,10 +15,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.ops import cross_entropy, recurrence
-from jaxlinear.parallel import halos, sharding
+from jaxlinear.ops import cross_entropy, dtypes, recurrence
+from jaxlinear.parallel import cost, halos, ring, sharding
 from jaxlinear.parallel.exchanges import AXIS
-from jaxlinear.parallel.sequence import Spread
+from jaxlinear.parallel.sequence import Spread, kind_and_span
 
 _TIME = ("batch", "time")
 NO_DOCUMENT = -(2**31)  # the id of positions before the sequence
@@ -111,9 +111,8 @@ def sliding_window_attention(
         k, v, segment_ids = _behind(past, k, v, segment_ids)
         return ops.sliding_window_attention(q, k, v, window=window, scale=scale, segment_ids=segment_ids)
 
-    if past is None:
-        none = jnp.zeros_like(k, shape=(k.shape[0], window - 1, *k.shape[2:]))
-        past = none, jnp.zeros_like(v, shape=(*none.shape[:3], v.shape[-1])), None
+    none = jnp.zeros_like(k, shape=(k.shape[0], window - 1, *k.shape[2:]))
+    before = past or (none, jnp.zeros_like(v, shape=(*none.shape[:3], v.shape[-1])), None)
 
     def local(q, k, v, ids, past_k, past_v, past_ids):
         ids = jnp.zeros_like(q, shape=q.shape[:2], dtype=jnp.int32) if ids is None else ids
@@ -128,7 +127,7 @@ def sliding_window_attention(
     heads = _head_axis(mesh, q.shape[2], k.shape[2])
     own, others = (*_TIME, heads, None), ("batch", None, heads, None)
     axes = own, own, own, _TIME, others, others, ("batch", None)
-    return _on_shards(mesh, local, 0, (q, k, v, segment_ids, *past), axes)
+    return _on_shards(mesh, local, 0, (q, k, v, segment_ids, *before), axes)
 
 
 def causal_attention(
@@ -141,13 +140,17 @@ def causal_attention(
     past: Past | None = None,
 ) -> jax.Array:
     """``ops.causal_attention``, with the ``past`` of any length as in ``sliding_window_attention``. Where time is spread,
-    every shard gathers all keys and values (LASP-2H, arXiv:2502.07563, section 3.4)."""
+    every shard gathers all keys and values (LASP-2H, arXiv:2502.07563, section 3.4), or they go round the shards
+    (``parallel.ring``)."""
     mesh = _mesh("causal_attention", q.shape[1])
     if mesh is None:
         k, v, segment_ids = _behind(past, k, v, segment_ids)
         return ops.causal_attention(q, k, v, scale=scale, segment_ids=segment_ids)
 
-    def local(q, k, v, ids, *past):
+    def by_ring(q, k, v, ids, *past):
+        return ring.causal_attention(q, k, v, ids, past or None, scale)
+
+    def gathered(q, k, v, ids, *past):
         offset = lax.axis_index(AXIS) * q.shape[1]
         k, v = (lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (k, v))
         ids = None if ids is None else lax.all_gather(ids, AXIS, axis=1, tiled=True)
@@ -159,7 +162,16 @@ def causal_attention(
     heads = _head_axis(mesh, q.shape[2], k.shape[2])
     own, others = (*_TIME, heads, None), ("batch", None, heads, None)
     axes = own, own, own, _TIME, *((others, others, ("batch", None)) if past else ())
+    local = {"all_gather": gathered, "ring": by_ring}[_attention_exchange(mesh, k, v, own)]
     return _on_shards(mesh, local, 0, (q, k, v, segment_ids, *(past or ())), axes)
+
+
+def _attention_exchange(mesh: Mesh, k: jax.Array, v: jax.Array, axes: tuple) -> str:
+    """One of ``cost.ATTENTION``, for keys and values that lie by these logical axes."""
+    own = [jax.ShapeDtypeStruct(sharding.shard_shape(axes, x.shape, mesh), x.dtype) for x in (k, v)]
+    wide = [jax.ShapeDtypeStruct(x.shape, dtypes.wide(x.dtype)) for x in own]
+    load = cost.KeysAndValues(mesh.shape[AXIS], cost.size_of(own), cost.size_of(wide))
+    return cost.choose_attention(sharding.choices_in_use().attention, load, *kind_and_span(mesh))
 
 
 def _behind(past: Past | None, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None):

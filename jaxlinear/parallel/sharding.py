@@ -57,6 +57,11 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> Pa
     return PartitionSpec(*entries)
 
 
+def shard_shape(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
+    """The shape of each device's part of such an array."""
+    return NamedSharding(mesh, spec(axes, shape, mesh)).shard_shape(shape)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Places an activation by its logical axes on the mesh in use."""
     mesh = mesh_in_use()

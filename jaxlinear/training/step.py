@@ -72,7 +72,7 @@ def make_train_step(
         return total, jax.tree.map(lambda x: jnp.sum(x, axis=0), losses)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with sharding.use_mesh(mesh), jax.numpy_dtype_promotion("standard"):
+        with sharding.use_mesh(mesh, **config.parallel), jax.numpy_dtype_promotion("standard"):
             gradient, losses = gradients(state.parameters, batch)
             norm = optax.tree.norm(gradient)
             applied = jnp.isfinite(norm) & ~_is_spike(state, norm, training.spike_multiple)
@@ -111,7 +111,7 @@ def make_loss_step(config: config_dict.ConfigDict, architecture: Architecture, m
     """``(parameters, batch) -> (nll [B, T] float32, is a target [B, T] bool)``, jitted: for evaluation."""
 
     def step(parameters, batch):
-        with sharding.use_mesh(mesh):
+        with sharding.use_mesh(mesh, **config.parallel):
             model = architecture.bind(parameters)
             segment_ids = batch["segment_ids"] if config.data.segment_documents else None
             hidden, _, _ = model.hidden(batch["tokens"], segment_ids)

@@ -15,6 +15,7 @@ CONFIG = "config.json"
 # A run goes on with other values of these; any other key would make it another run.
 _MAY_CHANGE = {
     "mesh",
+    "parallel",
     "checkpoint",
     "evaluation",
     "logging",

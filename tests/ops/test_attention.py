@@ -31,8 +31,8 @@ CASES = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """So that short inputs have many, none of which divides another or the length."""
-    monkeypatch.setattr(attention, "_QUERY_BLOCK", 16)
-    monkeypatch.setattr(attention, "_KEY_BLOCK", 24)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(attention, "KEY_RUN", 24)
 
 
 @functools.cache
@@ -74,8 +74,8 @@ def test_values_and_gradients(name, dtype, backend):
 
 @pytest.mark.parametrize("blocks", [(256, 512), (7, 64), (100, 9), (1, 1)])
 def test_blocks_change_nothing(blocks, monkeypatch):
-    monkeypatch.setattr(attention, "_QUERY_BLOCK", blocks[0])
-    monkeypatch.setattr(attention, "_KEY_BLOCK", blocks[1])
+    monkeypatch.setattr(attention, "QUERY_BLOCK", blocks[0])
+    monkeypatch.setattr(attention, "KEY_RUN", blocks[1])
     inputs, cotangents, ids, outputs, gradients = case("keys_in_front")
     run = numerics.with_gradients(functools.partial(causal_attention, segment_ids=ids))
     found = numerics.run(run, inputs, cotangents, dtype="float64")

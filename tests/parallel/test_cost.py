@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlinear.errors import UserError
 from jaxlinear.ops.delta_rule import DeltaRule
 from jaxlinear.parallel import cost, devices, operations, sharding
 from jaxlinear.parallel import mesh as meshes
@@ -75,6 +76,13 @@ def test_attention_gathers_what_fits():
     assert cost.choose_attention("auto", short, H100, 8) == "all_gather"
     assert cost.choose_attention("auto", long, H100, 8) == "ring"
     assert cost.choose_attention("all_gather", long, H100, 8) == "all_gather"
+
+
+def test_what_there_is_not_is_refused():
+    with pytest.raises(UserError, match=r"^parallel.exchange is 'ring'; it can be auto, all_gather, doubling$"):
+        cost.choose_exchange("ring", HAWK(8), H100, 8)
+    with pytest.raises(UserError, match=r"^parallel.attention is 'doubling'; it can be auto, all_gather, ring$"):
+        cost.choose_attention("doubling", KeysAndValues(8, 1, 1), H100, 8)
 
 
 def test_products_are_counted():

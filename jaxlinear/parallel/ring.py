@@ -1,0 +1,177 @@
+"""Causal attention with time spread over devices: the keys and values of the shards go round them as a ring.
+
+Each shard keeps its queries. A block of keys and values goes from shard to shard, W - 1 steps of ``ppermute``, while the
+shard that has it counts it in (Ring Attention, Liu et al. 2023, arXiv:2310.01889); backward it goes round again, and its
+gradients with it, which one step more brings home. So memory is that of the keys and values of two shards, and nothing of
+the size of T is anywhere.
+
+Blocks in a shard's future are passed over. That does not balance: shard r has r + 1 blocks to count, the last one all W of
+them, and the others wait for it in the same steps; about half of the devices' time is idle, just as when the keys are
+gathered. Balance takes another order of tokens (striped, arXiv:2311.09431), which recurrences in the same model do not
+have.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlinear.ops import attention, blockwise, segments
+from jaxlinear.ops.blockwise import Rule
+from jaxlinear.parallel.exchanges import AXIS
+
+
+class Block(NamedTuple):
+    """Keys and values as they travel, padded to whole runs."""
+
+    k: jax.Array  # [B, G, S, K]
+    v: jax.Array  # [B, G, S, V]
+    end: "End | None"
+
+
+class End(NamedTuple):
+    """The document of a block's last token: by these a later shard knows what it sees of the block."""
+
+    id: jax.Array  # [B]
+    begin: jax.Array  # [B] int32, its first token in the block
+
+
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    past: tuple[jax.Array, jax.Array, jax.Array] | None,
+    scale: float | None,
+) -> jax.Array:
+    """Within ``shard_map``: a shard's queries ``[B, T/W, H, K]``, keys ``[B, T/W, G, K]``, values ``[B, T/W, G, V]`` and
+    segment ids ``[B, T/W]``, and the ``operations.Past`` of the whole sequence -> ``[B, T/W, H, V]``. Sums are float32 at
+    least."""
+    attention.check_shapes("causal_attention", q, k, v)
+    heads, groups, (batch, length) = q.shape[2], k.shape[2], k.shape[:2]
+    if past is not None and segment_ids is None:
+        segment_ids = jnp.zeros_like(past[2], shape=(batch, length))
+    block, scale = min(attention.QUERY_BLOCK, length), attention.scale_of(q, scale)
+    own, keys = _block(k, v, segment_ids), 0 if past is None else past[0].shape[1]
+    earlier = _block(*past) if past is not None and keys else None
+    places = None if segment_ids is None else (segments.first_positions(segment_ids), segment_ids[:, 0])
+    o = _attend(blockwise.by_blocks(q, groups, block), own, earlier, places, _Shape(length, keys, block, scale))
+    return blockwise.from_blocks(o, length, heads, block)
+
+
+class _Shape(NamedTuple):
+    length: int  # tokens of a shard
+    past: int  # and before the first one
+    block: int  # queries in a block
+    scale: float
+
+    def rule(self, keys: int) -> Rule:
+        return Rule(self.scale, min(attention.KEY_RUN, keys), True)
+
+
+def _block(k, v, ids) -> Block:
+    pad = -k.shape[1] % min(attention.KEY_RUN, k.shape[1])
+    k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v))
+    return Block(k, v, None if ids is None else End(ids[:, -1], segments.first_positions(ids)[:, -1]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: jax.Array, own: Block, earlier: Block | None, places: Any, shape: _Shape) -> jax.Array:
+    """``places``: where in the shard the document of each token begins ``[B, T/W]``, and the first token's id ``[B]``."""
+    return _forward(q, own, earlier, places, shape)[0]
+
+
+def _forward(q, own, earlier, places, shape):
+    def visit(sums, block, _, meetings, rule):
+        return blockwise.see(sums, q, block.k, block.v, meetings, rule), None
+
+    sums, _, _ = _round(visit, blockwise.nothing_seen(q, own.v), own, None, earlier, None, places, shape)
+    outputs = checkpoint_name(blockwise.normalised(sums, own.v), "attention")
+    return outputs[0], (q, own, earlier, places, outputs)
+
+
+def _backward(shape, residuals, do):
+    q, own, earlier, places, outputs = residuals
+
+    def visit(dq, block, gradients, meetings, rule):
+        dq, *gradients = blockwise.pull_back((dq, *gradients), q, block.k, block.v, outputs, do, meetings, rule)
+        return dq, tuple(gradients)
+
+    def none(block):
+        return None if block is None else tuple(blockwise.no_gradient(x, turned=True) for x in (block.k, block.v))
+
+    def of_block(gradients, block):
+        if block is None:
+            return None
+        dk, dv = (dx.swapaxes(2, 3).astype(x.dtype) for dx, x in zip(gradients, (block.k, block.v), strict=True))
+        return Block(dk, dv, None)
+
+    dq, d_own, d_earlier = _round(
+        visit, blockwise.no_gradient(q), own, none(own), earlier, none(earlier), places, shape
+    )
+    return dq.astype(q.dtype), of_block(d_own, own), of_block(d_earlier, earlier), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _round(visit, carry, own: Block, with_own, earlier: Block | None, with_earlier, places, shape: _Shape):
+    """``visit(carry, block, what goes with it, meetings, rule)`` of the own block, of those before it, the nearest first,
+    and of the past; each gives the carry and what goes with the block from then on.
+
+    Returns:
+      the carry, and what went with the own block and with the past.
+    """
+    rank, shards = lax.axis_index(AXIS), lax.axis_size(AXIS)
+    batch, size = own.k.shape[0], own.k.shape[2]
+    blocks = range(-(-shape.length // shape.block))
+    to_end = jnp.ones((batch,), bool)  # the document of the shard's first token goes back to before the last block
+
+    def met(keys: int, lowest, offset, last: int):
+        run = shape.rule(keys).run
+        pairs = [(i, start) for i in blocks for start in range(0, keys, run)]
+        return blockwise.meetings(pairs, lowest, offset, last, shape.block), shape.rule(keys)
+
+    def behind(to_end, end: End | None, keys: int):
+        """What the queries see of a block behind the shard, and whether they may see more behind it."""
+        if places is None or end is None:
+            return jnp.zeros((1, shape.length), jnp.int32), to_end
+        first, id_ = places
+        to_end = to_end & (end.id == id_)
+        begin = jnp.where(to_end, end.begin, jnp.int32(keys))
+        lowest = jnp.where(first == 0, begin[:, None], jnp.int32(keys))
+        return lowest, to_end & (end.begin == 0)
+
+    def meet(s, carry, to_end, block, with_it):
+        lowest, further = behind(to_end, block.end, size)
+        is_own = s == 0
+        if places is not None:
+            lowest = jnp.where(is_own, places[0], lowest)
+        # Of a block in the future every meeting is behind the last query.
+        offset = jnp.where(s <= rank, s * shape.length, jnp.int32(-len(blocks) * shape.block))
+        carry, with_it = visit(carry, block, with_it, *met(size, lowest, offset, shape.length - 1))
+        return carry, jnp.where(is_own | (s > rank), to_end, further), with_it
+
+    def step(s, loop):
+        carry, to_end, block, with_it = loop
+        following = _onward(block)  # beside the work on this one
+        carry, to_end, with_it = meet(jnp.asarray(s, jnp.int32), carry, to_end, block, with_it)
+        return carry, to_end, following, _onward(with_it)
+
+    carry, to_end, block, with_it = lax.fori_loop(0, shards - 1, step, (carry, to_end, own, with_own))
+    carry, to_end, with_it = meet(jnp.int32(shards - 1), carry, to_end, block, with_it)
+    if earlier is not None:
+        keys = earlier.k.shape[2]
+        lowest, _ = behind(to_end, earlier.end, keys)
+        carry, with_earlier = visit(carry, earlier, with_earlier, *met(keys, lowest, keys, shape.past - 1))
+    return carry, _onward(with_it), with_earlier
+
+
+def _onward(tree):
+    """To the next shard, from the last to the first."""
+    shards = lax.axis_size(AXIS)
+    pairs = [(i, (i + 1) % shards) for i in range(shards)]
+    return jax.tree.map(lambda x: lax.ppermute(x, AXIS, pairs), tree)

@@ -1,0 +1,141 @@
+"""Attention whose keys and values go round the shards: outputs and gradients are those of one device, in float64."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlinear import ops
+from jaxlinear.ops import attention
+from jaxlinear.parallel import cost, operations, sharding
+from jaxlinear.parallel import mesh as meshes
+from tests import numerics
+
+B, T, H, K, V = 4, 32, 4, 3, 5
+MESHES = [{"sequence": 8}, {"data": 2, "sequence": 4}, {"fsdp": 2, "sequence": 2, "tensor": 2}]
+# Documents that begin before, on and after the borders of shards, longer than two shards, of one token; an id used twice.
+IDS = np.stack(
+    [
+        np.repeat([0, 1, 2, 3], [3, 5, 20, 4]),
+        np.repeat([0, 1, 2], [8, 8, 16]),
+        np.arange(T),
+        np.repeat([7, 8, 7], [5, 23, 4]),
+    ]
+).astype(np.int32)
+PAST = 7
+# The past is of another document, of the first one from its third token on or from its first, or has an id used twice.
+PAST_IDS = np.array([[9] * 7, [9, 9, 0, 0, 0, 0, 0], [0] * 7, [7, 7, 9, 7, 7, 7, 7]], np.int32)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that a shard has several, which do not divide it."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(attention, "KEY_RUN", 3)
+
+
+def make_mesh(sizes):
+    return meshes.make_mesh({axis: sizes.get(axis, 1) for axis in meshes.AXES})
+
+
+CASES = [
+    (0, False, False, 1),
+    (0, True, True, 2),
+    (1, True, False, 4),
+    (1, False, True, 1),
+    (2, True, True, 2),
+    (2, True, False, 1),
+]
+
+
+@pytest.mark.parametrize("mesh, packed, past, groups", CASES)
+def test_is_that_of_one_device(mesh, packed, past, groups):
+    random = np.random.default_rng(0)
+    keys = (PAST + T) if past else T
+    shapes = (B, T, H, K), (B, keys, groups, K), (B, keys, groups, V)
+    inputs = tuple(random.standard_normal(shape) for shape in shapes)
+    ids = jnp.asarray(IDS) if packed else None
+    # Without ids the tokens have the id 0, and so have some of the past.
+    all_ids = np.concatenate([PAST_IDS, IDS if packed else 0 * IDS], axis=1)
+
+    def whole(q, k, v):
+        return ops.causal_attention(q, k, v, segment_ids=jnp.asarray(all_ids) if past else ids)
+
+    def spread(q, k, v):
+        if not past:
+            return operations.causal_attention(q, k, v, segment_ids=ids)
+        earlier = k[:, :PAST], v[:, :PAST], jnp.asarray(PAST_IDS)
+        return operations.causal_attention(q, k[:, PAST:], v[:, PAST:], segment_ids=ids, past=earlier)
+
+    cotangents = random.standard_normal((B, T, H, V))
+    expected = numerics.run(numerics.with_gradients(whole), inputs, cotangents, dtype="float64")
+    with sharding.use_mesh(make_mesh(MESHES[mesh]), attention="ring"):
+        found = numerics.run(numerics.with_gradients(spread), inputs, cotangents, dtype="float64")
+    numerics.assert_close(found, numerics.wide(expected), 1e-12)
+
+
+def test_narrow_dtypes_are_summed_in_float32():
+    """In bfloat16 it errs no more than one device does: by the rounding of the outputs and of the weights."""
+    random = np.random.default_rng(1)
+    inputs = tuple(numerics.normal(random, B, T, heads, width) for heads, width in ((H, K), (1, K), (1, V)))
+    exact = numerics.run(ops.causal_attention, *inputs, dtype="float64")
+    with sharding.use_mesh(make_mesh(MESHES[0]), attention="ring"):
+        found = numerics.run(jax.jit(operations.causal_attention), *inputs, dtype="bfloat16")
+    one = numerics.run(jax.jit(ops.causal_attention), *inputs, dtype="bfloat16")
+    assert found.dtype == jnp.bfloat16
+    errors = [np.max(np.abs(numerics.wide(x) - np.asarray(exact))) for x in (found, one)]
+    assert errors[0] <= 1.1 * errors[1] < 0.05
+
+
+def compiled(mesh, choice, length):
+    """The program of the gradients."""
+    place = jax.NamedSharding(mesh, jax.P(None, "sequence"))
+    shapes = {"q": (1, length, 2, 8), "k": (1, length, 1, 8), "v": (1, length, 1, 8), "ids": (1, length)}
+    structs = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32 if name == "ids" else jnp.float32, sharding=place)
+        for name, shape in shapes.items()
+    }
+
+    def objective(q, k, v, ids):
+        with sharding.use_mesh(mesh, attention=choice):
+            return jnp.sum(operations.causal_attention(q, k, v, segment_ids=ids) ** 2)
+
+    gradient = jax.jit(jax.grad(objective, argnums=(0, 1, 2)), out_shardings=place)
+    return gradient.lower(*structs.values()).compile()
+
+
+def test_nothing_is_gathered(monkeypatch):
+    """Only permutes in the compiled program, and less memory than of the gather, whose share grows with T."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 64)
+    monkeypatch.setattr(attention, "KEY_RUN", 64)
+    mesh, length = make_mesh(MESHES[0]), 4096
+    ring, gathered = (compiled(mesh, choice, length) for choice in ("ring", "all_gather"))
+    assert set(collectives(ring)) == {"collective-permute"}
+    assert "all-gather" in collectives(gathered)
+    block = 2 * 8 * 4 * length // 8  # bytes of a shard's keys and values
+    temporary = [program.memory_analysis().temp_size_in_bytes for program in (ring, gathered)]
+    # Eight shards' keys and values, and their gradients, against two's.
+    assert temporary[1] - temporary[0] >= 12 * block
+
+
+def test_auto_gathers_what_fits(monkeypatch):
+    mesh, q = make_mesh(MESHES[0]), jax.ShapeDtypeStruct((1, 32, 2, 8), jnp.float32)
+
+    def chosen():
+        with cost.explained() as lines, sharding.use_mesh(mesh):
+            jax.eval_shape(lambda q: operations.causal_attention(q, q, q), q)
+        assert lines[0].startswith("keys and values of 8 shards, 512 B each: ")
+        return lines[0].split(": ")[1].split()[0]
+
+    assert chosen() == "all_gather"
+    monkeypatch.setattr(cost, "KEYS_AND_VALUES_BOUND", 1e-9)
+    assert chosen() == "ring"
+
+
+def collectives(program):
+    """Those between devices: XLA leaves reductions over axes of one device in the text."""
+    lines = [line for line in program.as_text().splitlines() if "replica_groups={{0},{1}" not in line]
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    return re.findall(rf" ({kinds})\(", "\n".join(lines))

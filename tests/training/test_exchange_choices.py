@@ -1,0 +1,45 @@
+"""What a config says of the exchange between shards of time is what its programs do; a run goes on with another."""
+
+import pathlib
+
+import jax
+import pytest
+
+from jaxlinear.parallel import cost
+from jaxlinear.training import state as states
+from jaxlinear.training import workdir as workdirs
+from jaxlinear.training.optimizer import make_optimizer
+from jaxlinear.training.step import make_loss_step, make_train_step
+from tests.training import tiny
+
+PATTERN = ("rg_lru", "attention")
+
+
+@pytest.mark.parametrize("exchange, attention", [("auto", "auto"), ("doubling", "ring")])
+def test_the_steps_follow_the_config(exchange, attention):
+    """Told while the training step and the step of evaluation are traced; nothing is compiled."""
+    choices = {"parallel__exchange": exchange, "parallel__attention": attention}
+    config = tiny.config(model__pattern=PATTERN, **choices)
+    architecture, mesh = tiny.architecture(PATTERN), tiny.mesh(8, sequence=8)
+    optimizer = make_optimizer(config, architecture)
+    state, batch = states.structs(architecture, optimizer, mesh), jax.eval_shape(tiny.batch)
+    expected = {
+        "states": "all_gather (auto" if exchange == "auto" else "doubling (as asked",
+        "keys and values": "all_gather (auto" if attention == "auto" else "ring (as asked",
+    }
+    steps = [
+        (make_train_step(config, architecture, optimizer, mesh), state),
+        (make_loss_step(config, architecture, mesh), state.parameters),
+    ]
+    for step, argument in steps:
+        with cost.explained() as lines:
+            step.trace(argument, batch)
+        found = {line.split(" of ")[0]: line.split(": ")[1].split(";")[0] for line in lines if not line.startswith(" ")}
+        assert found == expected
+
+
+def test_a_run_goes_on_with_another():
+    old = tiny.config()
+    new = tiny.config(parallel__exchange="doubling", parallel__attention="ring")
+    assert old.parallel != new.parallel
+    workdirs.check_same_run(pathlib.Path("run"), old, new)
