@@ -84,11 +84,11 @@ def of_keys_and_values(load: KeysAndValues, link: Link) -> dict[str, Cost]:
     """The cost of each of ``ATTENTION``, without the products, behind which the ring hides what it can."""
     shards, own, wide = load
     steps = shards - 1
-    ring = 2 * steps * link.permute(shards, 1, own) + shards * link.permute(shards, 1, wide)
+    ring = 2 * steps * link.permute(shards, 1, own) + (shards + 1) * link.permute(shards, 1, wide)
     return {
         # Backward the gradients are summed where the keys came from: as many bytes, in the dtype of the keys.
         "all_gather": Cost(2 * link.gather(shards, own), 2 * steps * own, shards * (own + wide)),
-        "ring": Cost(ring, 2 * steps * own + shards * wide, 2 * (own + wide)),
+        "ring": Cost(ring, 2 * steps * own + (shards + 1) * wide, 2 * own + 3 * wide),
     }
 
 

@@ -2,8 +2,9 @@
 
 Each shard keeps its queries. A block of keys and values goes from shard to shard, W - 1 steps of ``ppermute``, while the
 shard that has it counts it in (Ring Attention, Liu et al. 2023, arXiv:2310.01889); backward it goes round again, and its
-gradients with it, which one step more brings home. So memory is that of the keys and values of two shards, and nothing of
-the size of T is anywhere.
+gradients a step behind it, which one step more brings home. So memory is that of the keys and values of two shards, and
+backward of their gradients and of what the present shard adds to them; nothing of the size of T is anywhere. All that
+travels does so beside the work on a block.
 
 Blocks in a shard's future are passed over. That does not balance: shard r has r + 1 blocks to count, the last one all W of
 them, and the others wait for it in the same steps; about half of the devices' time is idle, just as when the keys are
@@ -85,10 +86,10 @@ def _attend(q: jax.Array, own: Block, earlier: Block | None, places: Any, shape:
 
 
 def _forward(q, own, earlier, places, shape):
-    def visit(sums, block, _, meetings, rule):
+    def visit(sums, block, meetings, rule):
         return blockwise.see(sums, q, block.k, block.v, meetings, rule), None
 
-    sums, _, _ = _round(visit, blockwise.nothing_seen(q, own.v), own, None, earlier, None, places, shape)
+    sums, _, _ = _round(visit, blockwise.nothing_seen(q, own.v), None, own, earlier, places, shape)
     outputs = checkpoint_name(blockwise.normalised(sums, own.v), "attention")
     return outputs[0], (q, own, earlier, places, outputs)
 
@@ -96,12 +97,12 @@ def _forward(q, own, earlier, places, shape):
 def _backward(shape, residuals, do):
     q, own, earlier, places, outputs = residuals
 
-    def visit(dq, block, gradients, meetings, rule):
-        dq, *gradients = blockwise.pull_back((dq, *gradients), q, block.k, block.v, outputs, do, meetings, rule)
-        return dq, tuple(gradients)
-
     def none(block):
-        return None if block is None else tuple(blockwise.no_gradient(x, turned=True) for x in (block.k, block.v))
+        return tuple(blockwise.no_gradient(x, turned=True) for x in (block.k, block.v))
+
+    def visit(dq, block, meetings, rule):
+        dq, dk, dv = blockwise.pull_back((dq, *none(block)), q, block.k, block.v, outputs, do, meetings, rule)
+        return dq, (dk, dv)
 
     def of_block(gradients, block):
         if block is None:
@@ -109,21 +110,21 @@ def _backward(shape, residuals, do):
         dk, dv = (dx.swapaxes(2, 3).astype(x.dtype) for dx, x in zip(gradients, (block.k, block.v), strict=True))
         return Block(dk, dv, None)
 
-    dq, d_own, d_earlier = _round(
-        visit, blockwise.no_gradient(q), own, none(own), earlier, none(earlier), places, shape
-    )
+    dq, d_own, d_earlier = _round(visit, blockwise.no_gradient(q), none(own), own, earlier, places, shape)
     return dq.astype(q.dtype), of_block(d_own, own), of_block(d_earlier, earlier), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _round(visit, carry, own: Block, with_own, earlier: Block | None, with_earlier, places, shape: _Shape):
-    """``visit(carry, block, what goes with it, meetings, rule)`` of the own block, of those before it, the nearest first,
-    and of the past; each gives the carry and what goes with the block from then on.
+def _round(visit, carry, gained, own: Block, earlier: Block | None, places, shape: _Shape):
+    """``visit(carry, block, meetings, rule)`` of the own block, of those before it, the nearest first, and of the past.
+
+    A visit gives the carry and what the block gains by it. What a block has gained follows it from shard to shard, begins
+    as ``gained``, and is home in the end.
 
     Returns:
-      the carry, and what went with the own block and with the past.
+      the carry, and what the own block and the past have gained.
     """
     rank, shards = lax.axis_index(AXIS), lax.axis_size(AXIS)
     batch, size = own.k.shape[0], own.k.shape[2]
@@ -145,29 +146,30 @@ def _round(visit, carry, own: Block, with_own, earlier: Block | None, with_earli
         lowest = jnp.where(first == 0, begin[:, None], jnp.int32(keys))
         return lowest, to_end & (end.begin == 0)
 
-    def meet(s, carry, to_end, block, with_it):
+    def meet(s, carry, to_end, gained, block):
+        arrived = _onward(gained)  # of this block, from the shard before
         lowest, further = behind(to_end, block.end, size)
         is_own = s == 0
         if places is not None:
             lowest = jnp.where(is_own, places[0], lowest)
         # Of a block in the future every meeting is behind the last query.
         offset = jnp.where(s <= rank, s * shape.length, jnp.int32(-len(blocks) * shape.block))
-        carry, with_it = visit(carry, block, with_it, *met(size, lowest, offset, shape.length - 1))
-        return carry, jnp.where(is_own | (s > rank), to_end, further), with_it
+        carry, more = visit(carry, block, *met(size, lowest, offset, shape.length - 1))
+        return carry, jnp.where(is_own | (s > rank), to_end, further), jax.tree.map(jnp.add, arrived, more)
 
     def step(s, loop):
-        carry, to_end, block, with_it = loop
-        following = _onward(block)  # beside the work on this one
-        carry, to_end, with_it = meet(jnp.asarray(s, jnp.int32), carry, to_end, block, with_it)
-        return carry, to_end, following, _onward(with_it)
+        carry, to_end, gained, block = loop
+        following = _onward(block)
+        return *meet(jnp.asarray(s, jnp.int32), carry, to_end, gained, block), following
 
-    carry, to_end, block, with_it = lax.fori_loop(0, shards - 1, step, (carry, to_end, own, with_own))
-    carry, to_end, with_it = meet(jnp.int32(shards - 1), carry, to_end, block, with_it)
+    carry, to_end, gained, block = lax.fori_loop(0, shards - 1, step, (carry, to_end, gained, own))
+    carry, to_end, gained = meet(jnp.int32(shards - 1), carry, to_end, gained, block)
+    of_earlier = None
     if earlier is not None:
         keys = earlier.k.shape[2]
         lowest, _ = behind(to_end, earlier.end, keys)
-        carry, with_earlier = visit(carry, earlier, with_earlier, *met(keys, lowest, keys, shape.past - 1))
-    return carry, _onward(with_it), with_earlier
+        carry, of_earlier = visit(carry, earlier, *met(keys, lowest, keys, shape.past - 1))
+    return carry, _onward(gained), of_earlier
 
 
 def _onward(tree):

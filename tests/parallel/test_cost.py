@@ -40,7 +40,7 @@ def test_costs_of_states_by_hand():
 def test_costs_of_keys_and_values_by_hand():
     costs = cost.of_keys_and_values(KeysAndValues(4, 100, 200), SWITCH)
     assert costs["all_gather"] == pytest.approx((2 * (2.5 + 30), 600, 1200), rel=1e-12)
-    assert costs["ring"] == pytest.approx((6 * (1.5 + 10) + 4 * (1.5 + 20), 600 + 800, 600), rel=1e-12)
+    assert costs["ring"] == pytest.approx((6 * (1.5 + 10) + 5 * (1.5 + 20), 600 + 1000, 800), rel=1e-12)
 
 
 MIB = 2**20

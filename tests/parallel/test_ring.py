@@ -116,8 +116,8 @@ def test_nothing_is_gathered(monkeypatch):
     assert "all-gather" in collectives(gathered)
     block = 2 * 8 * 4 * length // 8  # bytes of a shard's keys and values
     temporary = [program.memory_analysis().temp_size_in_bytes for program in (ring, gathered)]
-    # Eight shards' keys and values, and their gradients, against two's.
-    assert temporary[1] - temporary[0] >= 12 * block
+    # Eight shards' keys and values and their gradients, against those of two and the gradients of a third.
+    assert temporary[1] - temporary[0] >= 11 * block
 
 
 def test_auto_gathers_what_fits(monkeypatch):
