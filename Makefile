@@ -30,7 +30,7 @@ lint: .venv/installed-test
 	touch $@
 
 .venv/installed-test: .venv/bin/python setup.py
-	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,parity,aot]'
 	touch .venv/installed $@
 
 clean:

@@ -12,6 +12,9 @@ assert version is not None
 extras = {
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "cuda": ["jax[cuda13]>=0.10,<0.12"],
+    # The compilers for TPU and GPU, for machines that have neither (parallel/targets.py): without the CUDA libraries, which
+    # programs need to run and not to be compiled; ptxas and libdevice are in nvidia-cuda-nvcc.
+    "aot": ["jax[tpu]>=0.10,<0.12", "jax[cuda13-local]>=0.10,<0.12", "nvidia-cuda-nvcc>=13,<14"],
     "parquet": ["pyarrow>=18"],
     "hf": ["datasets>=3,<5"],
     "sentencepiece": ["sentencepiece>=0.2,<0.3"],

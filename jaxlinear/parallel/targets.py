@@ -1,0 +1,127 @@
+"""Targets without hardware: the devices of a TPU slice or of GPU hosts that this machine can compile for, having none.
+
+The compilers are the real ones, those of the packages libtpu and jax-cuda13-plugin (``pip install 'jaxlinear[aot]'``). What
+they answer is how a program is lowered, what memory it takes, what it exchanges and in which order; not how fast it runs.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxlinear.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+
+# The memory of a device that a program may use, in GiB: "available HBM" in libtpu's own words (0.0.42), which is what it
+# refuses larger programs by.
+_TPUS = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+_GPUS_A_HOST = 8
+
+# What the CUDA plugin would read from the device: a description in the text form of XLA's GpuTargetConfigProto.
+_H100_BYTES = 84_929_347_584
+_H100 = f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: {_H100_BYTES} shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA" runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    # libtpu would ask the metadata server of a TPU VM for these, and complain that there is none.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """``devices`` are for meshes and programs compiled ahead of time; nothing runs on them."""
+
+    name: str
+    devices: Sequence["jax.Device"]
+    memory_bytes: int  # of one device, that a program may use
+
+
+def set_environment() -> None:
+    """Makes this a process that compiles for targets and computes on the CPU: what a program does first, since JAX reads
+    some of it when it is imported. What the user has set stays."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def find(name: str) -> Target:
+    """The target of that name: ``v5e:2x4`` (also ``v5p`` and ``v6e``; a slice by its shape in chips) or
+    ``h100:16`` (a number of GPUs, eight a host)."""
+    kind, _, size = name.partition(":")
+    if kind in _TPUS and re.fullmatch(r"\d+(x\d+){1,2}", size):
+        return Target(name, _tpus(name, size), int(_TPUS[kind] * 2**30))
+    if kind == "h100" and size.isdecimal():
+        return Target(name, _gpus(name, int(size)), _H100_BYTES)
+    raise UserError(
+        f"there is no target {name!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16) or a number "
+        "of GPUs (h100:16)"
+    )
+
+
+def _tpus(name: str, shape: str) -> Sequence["jax.Device"]:
+    if not _has("libtpu"):
+        raise _missing(name, "libtpu")
+    from jax.errors import JaxRuntimeError
+    from jax.experimental import topologies
+
+    # A host has 2 x 2 chips, unless there is only one chip.
+    options: dict[str, Any] = {} if set(shape.split("x")) != {"1"} else {"chips_per_host_bounds": (1, 1, 1)}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except JaxRuntimeError as error:
+        raise UserError(f"libtpu knows no slice {name}: {error}") from error
+
+
+def _gpus(name: str, count: int) -> Sequence["jax.Device"]:
+    for module, package in (
+        ("jax_plugins.xla_cuda13", "jax-cuda13-plugin"),
+        ("jax_cuda13_plugin", "jax-cuda13-plugin"),
+    ):
+        if not _has(module):
+            raise _missing(name, package)
+    if not _has_ptxas():
+        raise _missing(name, "ptxas (of nvidia-cuda-nvcc, or of a CUDA toolkit)")
+    hosts, rest = divmod(count, _GPUS_A_HOST)
+    if (rest and hosts) or not count:
+        raise UserError(
+            f"{name}: more than {_GPUS_A_HOST} GPUs are whole hosts of as many; h100:{(hosts + 1) * 8} would do"
+        )
+    from jax.experimental import topologies
+
+    layout = f"1x{hosts}x{_GPUS_A_HOST}" if hosts else f"1x1x{count}"
+    return topologies.get_topology_desc(name, "cuda", topology=layout, target_config=_H100).devices
+
+
+def _missing(name: str, package: str) -> UserError:
+    return UserError(f"compiling for {name} takes {package}, which is not installed: pip install 'jaxlinear[aot]'")
+
+
+def _has(module: str) -> bool:
+    parent = module.rpartition(".")[0]
+    return (not parent or _has(parent)) and importlib.util.find_spec(module) is not None
+
+
+def _has_ptxas() -> bool:
+    """Where XLA looks for it: in the wheel, which JAX tells it of, on the path, and in the toolkit's usual place."""
+    wheel = importlib.util.find_spec("nvidia")
+    places = [] if wheel is None else [Path(place) / "cu13" / "bin" for place in wheel.submodule_search_locations or ()]
+    search = os.pathsep.join([*map(str, places), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    return shutil.which("ptxas", path=search) is not None

@@ -1,0 +1,129 @@
+"""The text of a compiled program (HLO after all passes): computations, their instructions, and how often each runs."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
+_CALLED = re.compile(
+    r"\b(?:calls|body|to_apply|(?:branch|called)_computations|(?:true|false)_computation)=(?:\{([^}]*)\}|([^,\s]+))"
+)
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_BYTES = {"pred": 1, "token": 0, "s4": 0.5, "u4": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: ``name = shape opcode(inside), attributes``."""
+
+    name: str
+    shape: str
+    opcode: str
+    inside: str
+    attributes: str
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of instructions of the same computation."""
+        return tuple(re.findall(r"%([\w.\-]+)", self.inside))
+
+    @property
+    def operation(self) -> str:
+        """Where in the traced program it comes from (``op_name``)."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The computations that it runs, but for the condition of a loop."""
+        groups = (several or one for several, one in _CALLED.findall(self.attributes))
+        return tuple(name.strip().lstrip("%") for group in groups for name in group.split(","))
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """Computations by name, each in the order in which its instructions run, and how often each runs in all (None: not
+    known, or never)."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+    runs: dict[str, int | None]
+
+    def within(self, instruction: Instruction) -> Iterator[Instruction]:
+        """All that runs where it does, itself included."""
+        yield instruction
+        for name in instruction.called:
+            for inner in self.computations.get(name, ()):
+                yield from self.within(inner)
+
+
+def parse(text: str) -> Module:
+    """The module that ``compiled.as_text()`` is of."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            current.append(_instruction(match[1], line[match.end() :]))
+    return Module(computations, entry, _runs(computations, entry))
+
+
+def size(shape: str) -> int:
+    """Bytes of a shape, those of all arrays of a tuple; layouts are not counted."""
+    total = 0.0
+    for dtype, dimensions in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape)):
+        width = _BYTES.get(dtype) or (int(re.findall(r"\d+", dtype)[0]) / 8 if re.search(r"\d", dtype) else 0)
+        total += width * math.prod(int(n) for n in dimensions.split(",") if n)
+    return int(total)
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    # A tuple's shape holds parentheses and spaces: the opcode is the first word before a parenthesis after it.
+    end = _closing(rest, 0) if rest.startswith("(") else 0
+    match = _OPCODE.search(rest, end)
+    assert match, rest
+    stop = _closing(rest, match.end() - 1)
+    return Instruction(name, rest[: match.start()], match[1], rest[match.end() : stop], rest[stop + 1 :])
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at ``start`` closes."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise AssertionError(text)
+
+
+def _runs(computations: dict[str, list[Instruction]], entry: str) -> dict[str, int | None]:
+    """Callers stand after what they call, so one way back through the text sees every caller first."""
+    runs: dict[str, int | None] = {name: int(name == entry) for name in computations}
+    for name in reversed(computations):
+        for instruction in computations[name]:
+            times = _trips(instruction, computations) if instruction.opcode == "while" else 1
+            for called in instruction.called:
+                before, caller = runs.get(called, 0), runs[name]
+                if before is None or caller is None or times is None:
+                    runs[called] = None
+                else:
+                    runs[called] = before + caller * times
+    return runs
+
+
+def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
+    """As XLA says, or the constant that the counter of the loop, which begins at 0, is compared with."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    lines = {line.name: line for line in computations.get(condition[1], ())} if condition else {}
+    compared = [line for line in lines.values() if line.opcode == "compare" and "direction=LT" in line.attributes]
+    bound = lines.get(compared[0].operands[1]) if len(compared) == 1 else None
+    return int(bound.inside) if bound is not None and bound.opcode == "constant" else None

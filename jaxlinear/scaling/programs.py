@@ -1,0 +1,213 @@
+"""What a compiled program takes and exchanges, read from what the compiler says of it: memory, FLOPs, collectives.
+
+For TPU and GPU programs, also those that were compiled with no such device at hand (``parallel.targets``).
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from jax import stages
+
+from jaxlinear.scaling import hlo
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
+# What moves, names or exchanges values, and computes nothing.
+_IDLE = re.compile(
+    rf"parameter|constant|tuple|get-tuple-element|bitcast|copy|opt-barrier|.*-(start|update|done)|{'|'.join(KINDS)}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between devices.
+
+    ``bytes`` are what a device gives to it (its shard, for an all-gather), each time that it runs; ``devices`` how many
+    take part; ``axes`` the axes of the mesh that they differ in. ``runs`` is how often it runs in the whole program, a
+    loop's trips counted; None if they are not known. ``operation`` is where in the traced program it comes from.
+    ``during`` are the operations that are computed between its start and its end; none, if it is not asynchronous.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    devices: int
+    bytes: int
+    runs: int | None
+    operation: str
+    asynchronous: bool
+    during: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device. Of the outputs, ``aliased`` bytes lie where donated arguments lay."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """``flops`` and ``seconds`` are XLA's own estimates for one device, None where the compiler gives none (GPU). A loop's
+    body counts once in both."""
+
+    memory: Memory
+    collectives: tuple[Collective, ...]
+    flops: float | None
+    seconds: float | None
+
+
+def read(compiled: stages.Compiled, mesh: jax.sharding.Mesh) -> Program:
+    """All of it, of a program on this mesh."""
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    assert stats is not None and text is not None
+    memory = Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.alias_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.generated_code_size_in_bytes,
+    )
+    cost = compiled.cost_analysis() or {}
+    return Program(memory, collectives(text, dict(mesh.shape)), cost.get("flops"), cost.get("optimal_seconds"))
+
+
+def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
+    """The collectives of a compiled program, from its text and the sizes of its mesh's axes, in the mesh's order."""
+    module = hlo.parse(text)
+    # Names are of one instruction in the whole module.
+    sizes = {line.name: hlo.size(line.shape) for lines in module.computations.values() for line in lines}
+    found = []
+    for name in _sequences(module):
+        for line, between in _exchanges(module, module.computations[name]):
+            kind = line.opcode.removesuffix("-start")
+            groups = _groups(line.attributes, math.prod(mesh.values()))
+            axes = _axes(groups, mesh)
+            during = (
+                inner for work in between or () for inner in module.within(work) if not _IDLE.fullmatch(inner.opcode)
+            )
+            found.append(
+                Collective(
+                    kind=kind,
+                    axes=axes,
+                    devices=math.prod(mesh[axis] for axis in axes) if kind == "collective-permute" else len(groups[0]),
+                    bytes=sum(sizes[operand] for operand in line.operands),
+                    runs=module.runs[name],
+                    operation=line.operation,
+                    asynchronous=between is not None,
+                    during=tuple(dict.fromkeys(inner.operation for inner in during if inner.operation)),
+                )
+            )
+    return tuple(found)
+
+
+def _sequences(module: hlo.Module) -> list[str]:
+    """The computations whose instructions run one after the other: not what is fused, wrapped or applied."""
+    found = [module.entry]
+    for name in found:
+        for line in module.computations[name]:
+            if line.opcode in ("while", "call", "conditional"):
+                found += [called for called in line.called if called not in found]
+    return found
+
+
+def _exchanges(
+    module: hlo.Module, lines: list[hlo.Instruction]
+) -> Iterator[tuple[hlo.Instruction, list[hlo.Instruction] | None]]:
+    """Each collective of these lines, and those between its start and its end, if it has them."""
+    chains: dict[str, tuple[hlo.Instruction, list[int]]] = {}
+    for i, line in enumerate(lines):
+        if line.opcode in KINDS:
+            yield line, None
+        elif line.opcode.removesuffix("-start") in KINDS:
+            yield line, lines[i + 1 : _end(lines, i)]
+        elif line.opcode in ("async-start", "fusion"):
+            for inner in module.within(line):
+                if inner.opcode not in KINDS:
+                    continue
+                if line.opcode == "async-start":
+                    yield inner, lines[i + 1 : _end(lines, i)]
+                # On TPU one goes on through a chain of fusions, each of which holds it again beside its own work.
+                chain = re.search(r'chain_id="(\d+)"', inner.attributes)
+                if line.opcode == "fusion":
+                    chains.setdefault(chain[1] if chain else inner.name, (inner, []))[1].append(i)
+    for first, links in chains.values():
+        yield first, lines[links[0] + 1 : links[-1]] if len(links) > 1 else None
+
+
+def _end(lines: list[hlo.Instruction], start: int) -> int:
+    """Where what starts there is done: at the last line of those that hand it on."""
+    name, end = lines[start].name, start
+    for i in range(start + 1, len(lines)):
+        if lines[i].opcode.endswith(("-update", "-done")) and name in lines[i].operands:
+            name, end = lines[i].name, i
+            if lines[i].opcode.endswith("-done"):
+                break
+    return end
+
+
+def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes of the mesh in which devices of one group differ."""
+    shape = tuple(mesh.values())
+    varies = np.zeros(len(shape), bool)
+    for group in groups:
+        coordinates = np.stack(np.unravel_index(np.array(group), shape))
+        varies |= (coordinates != coordinates[:, :1]).any(axis=1)
+    return tuple(axis for axis, differs in zip(mesh, varies, strict=True) if differs)
+
+
+def _groups(attributes: str, devices: int) -> list[list[int]]:
+    """Numbers of the devices that exchange with each other: pairs for a permute, else one of XLA's three notations."""
+    pairs = re.search(r"source_target_pairs=\{([^=]*?\})\}", attributes)
+    listed = pairs or re.search(r"replica_groups=\{(\{[^=]*?\})\}", attributes)
+    if listed:
+        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    iota = re.search(rf"replica_groups=({_IOTA})", attributes)
+    if iota:
+        return _iota(iota[1]).tolist()
+    meshed = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((.*?)\))? ?\{([^}]*)\}", attributes)
+    if meshed:
+        sizes = {axis: int(size) for axis, size in re.findall(r"'?([\w.]+)'?=(\d+)", meshed[1])}
+        return _of_mesh(sizes, meshed[2], re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", meshed[3])).tolist()
+    return [list(range(devices))]
+
+
+_IOTA = r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
+
+
+def _iota(text: str) -> np.ndarray:
+    """``[groups, devices]<=[reshape]T(permutation)``, the numbers from 0 on so laid out."""
+    to, of, turn = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # type: ignore[union-attr]
+    numbers = lambda x: tuple(int(i) for i in x.split(","))  # noqa: E731
+    grid = np.arange(math.prod(numbers(of))).reshape(numbers(of))
+    return (grid.transpose(numbers(turn)) if turn else grid).reshape(numbers(to))
+
+
+def _of_mesh(sizes: dict[str, int], ids: str | None, axes: list[tuple[str, str, str]]) -> np.ndarray:
+    """Groups along some axes of XLA's own mesh. Of an axis written ``x:(p)n`` the part of size n after those of size p."""
+    grid = np.arange(math.prod(sizes.values()))
+    if ids:
+        grid = _iota(ids).ravel() if "<=" in ids else np.array([int(i) for i in ids.split(",")])
+    shape: list[int] = []
+    grouped: list[int] = []  # which axes of the shape
+    for axis, size in sizes.items():
+        parts = [(int(before or 1), int(part or size)) for name, before, part in axes if name == axis]
+        # The axis cut at each part's ends, major first.
+        cuts = sorted({1, size, *(before for before, _ in parts), *(before * part for before, part in parts)})
+        for low, high in itertools.pairwise(cuts):
+            if any(before <= low and high <= before * part for before, part in parts):
+                grouped.append(len(shape))
+            shape.append(high // low)
+    grid = np.moveaxis(grid.reshape(shape), grouped, range(-len(grouped), 0)) if grouped else grid.reshape(*shape, 1)
+    return grid.reshape(-1, math.prod(shape[i] for i in grouped))

@@ -1,0 +1,84 @@
+"""Targets without hardware, and their refusals. That programs compile for them is seen in test_compiled_collectives.py."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxlinear.errors import UserError
+from jaxlinear.parallel import targets
+
+
+@pytest.mark.parametrize(
+    "name, devices, hosts, platform, gib",
+    [
+        ("v5e:2x4", 8, 2, "tpu", 15.75),
+        ("v5e:1x1", 1, 1, "tpu", 15.75),
+        ("v5p:4x4x4", 64, 16, "tpu", 95.74),
+        ("v6e:16x16", 256, 64, "tpu", 31.25),
+        ("h100:4", 4, 1, "gpu", 79.10),
+        ("h100:64", 64, 8, "gpu", 79.10),
+    ],
+)
+def test_devices(name, devices, hosts, platform, gib):
+    target = targets.find(name)
+    assert len(target.devices) == devices
+    assert len({device.process_index for device in target.devices}) == hosts
+    assert {device.platform for device in target.devices} == {platform}
+    assert target.memory_bytes / 2**30 == pytest.approx(gib, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("v9:2x2", "there is no target 'v9:2x2'; a target is a TPU slice by its shape"),
+        ("h100", "there is no target 'h100'"),
+        ("h100:12", "h100:12: more than 8 GPUs are whole hosts of as many; h100:16 would do"),
+        ("v5e:3x3", "libtpu knows no slice v5e:3x3: .*not divisible"),
+    ],
+)
+def test_what_is_no_target_is_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        targets.find(name)
+
+
+@pytest.mark.parametrize(
+    "name, module, package",
+    [
+        ("v5e:2x4", "libtpu", "libtpu"),
+        ("h100:8", "jax_plugins.xla_cuda13", "jax-cuda13-plugin"),
+        ("h100:8", "nvidia", "ptxas"),
+    ],
+)
+def test_a_missing_compiler_is_named(monkeypatch, name, module, package):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda of, *rest: None if of == module else found(of, *rest))
+    monkeypatch.setattr(targets.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(UserError, match=rf"compiling for {name} takes {package}.*pip install 'jaxlinear\[aot\]'"):
+        targets.find(name)
+
+
+def test_a_gpu_program_compiles_with_nothing_on_the_path():
+    """ptxas is found in its wheel, and what a program sets is all that a process needs."""
+    program = """
+from jaxlinear.parallel import targets
+targets.set_environment()
+import jax, jax.numpy as jnp
+place = jax.NamedSharding(jax.make_mesh((8,), ("x",), devices=targets.find("h100:8").devices), jax.P("x"))
+x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=place)
+print(jax.jit(lambda x: jnp.cumsum(jnp.sin(x), axis=1)).lower(x).compile().memory_analysis().output_size_in_bytes)
+print(jax.default_backend())
+"""
+    environment = {"PATH": "/nonexistent", "HOME": os.environ.get("HOME", "/")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(64 * 128 * 4 // 8), "cpu"], done.stderr
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    targets.set_environment()
+    assert os.environ["JAX_PLATFORMS"] == "cuda"
+    assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"

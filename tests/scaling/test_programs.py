@@ -1,0 +1,149 @@
+"""Compiled programs as they are read: from texts of the three compilers' forms, and from one that is compiled here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlinear.scaling import hlo, programs
+from jaxlinear.scaling.programs import Collective
+
+MESH = {"data": 2, "sequence": 4}
+
+# A loop of three trips, known by what its counter is compared with, around a gather that goes on through a chain of
+# fusions, as on TPU; and one of five, known as such, around one with a start and an end, as on GPU.
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%start (p.0: f32[1,256]) -> (f32[1,256], f32[4,256]) {
+  %p.0 = f32[1,256]{1,0:T(1,128)} parameter(0)
+  %all-gather.1 = f32[4,256]{1,0:T(1,128)} all-gather(%p.0), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}, \
+frontend_attributes={chain_id="3"}, metadata={op_name="jit(step)/all_gather"}
+  ROOT %custom-call.1 = (f32[1,256]{1,0}, f32[4,256]{1,0}) custom-call(%all-gather.1), custom_call_target="Start"
+}
+
+%middle (p.1: f32[1,256], p.2: bf16[8,8]) -> (f32[1,256], f32[4,256], bf16[8,8]) {
+  %p.1 = f32[1,256]{1,0:T(1,128)} parameter(0)
+  %p.2 = bf16[8,8]{1,0} parameter(1)
+  %all-gather.2 = f32[4,256]{1,0:T(1,128)} all-gather(%p.1), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}, \
+frontend_attributes={chain_id="3"}, metadata={op_name="jit(step)/all_gather"}
+  %dot.1 = bf16[8,8]{1,0} dot(%p.2, %p.2), lhs_contracting_dims={1}, metadata={op_name="jit(step)/inside/dot_general"}
+  ROOT %tuple.1 = (f32[1,256]{1,0}, f32[4,256]{1,0}, bf16[8,8]{1,0}) tuple(%p.1, %all-gather.2, %dot.1)
+}
+
+%end (p.3: f32[1,256]) -> f32[4,256] {
+  %p.3 = f32[1,256]{1,0:T(1,128)} parameter(0)
+  ROOT %all-gather.3 = f32[4,256]{1,0:T(1,128)} all-gather(%p.3), channel_id=7, replica_groups=[2,4]<=[8], \
+dimensions={0}, frontend_attributes={chain_id="3"}, metadata={op_name="jit(step)/all_gather"}
+}
+
+%body (b: (s32[], f32[1,256])) -> (s32[], f32[1,256]) {
+  %b = (s32[], f32[1,256]{1,0}) parameter(0)
+  %mine = f32[1,256]{1,0} get-tuple-element(%b), index=1
+  %fusion.1 = (f32[1,256]{1,0}, f32[4,256]{1,0}) fusion(%mine), kind=kCustom, calls=%start
+  %between = f32[8]{0} sine(%other), metadata={op_name="jit(step)/between/sin"}
+  %fusion.2 = (f32[1,256]{1,0}, f32[4,256]{1,0}, bf16[8,8]{1,0}) fusion(%mine, %half), kind=kOutput, calls=%middle
+  %fusion.3 = f32[4,256]{1,0} fusion(%mine), kind=kCustom, calls=%end
+  ROOT %next = (s32[], f32[1,256]{1,0}) tuple(%counter, %mine)
+}
+
+%condition (c: (s32[], f32[1,256])) -> pred[] {
+  %limit = s32[] constant(3)
+  %c = (s32[], f32[1,256]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body.2 (d: (s32[], bf16[2,10])) -> (s32[], bf16[2,10]) {
+  %d = (s32[], bf16[2,10]{1,0}) parameter(0)
+  %own = bf16[2,10]{1,0} get-tuple-element(%d), index=1
+  %all-gather-start = (bf16[2,10]{1,0}, bf16[4,10]{1,0}) all-gather-start(%own), replica_groups={{0,4},{1,5},{2,6},{3,7}}, \
+dimensions={0}
+  %work = f32[8]{0} cosine(%other.2), metadata={op_name="jit(step)/work/cos"}
+  %all-gather-done = bf16[4,10]{1,0} all-gather-done(%all-gather-start)
+  ROOT %next.2 = (s32[], bf16[2,10]{1,0}) tuple(%counter.2, %own)
+}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%wrapped (w: f32[16]) -> f32[2] {
+  %w = f32[16]{0} parameter(0)
+  ROOT %reduce-scatter.1 = f32[2]{0} reduce-scatter(%w), replica_groups={}, dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (a: f32[16]) -> f32[] {
+  %a = f32[16]{0} parameter(0)
+  %loop = (s32[], f32[1,256]{1,0}) while(%init), condition=%condition, body=%body
+  %loop.2 = (s32[], bf16[2,10]{1,0}) while(%init.2), condition=%unknown, body=%body.2, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %two = (f32[16]{0}, f32[3]{0}) all-reduce(%a, %small), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, to_apply=%add
+  %small = f32[3]{0} constant({1, 2, 3})
+  %permute = f32[16]{0} collective-permute(%a), source_target_pairs={{0,1},{1,2},{2,3},{4,5},{5,6},{6,7}}
+  %async-start = ((f32[16]{0}), f32[2]{0}, u32[]) async-start(%a), calls=%wrapped
+  %async-update = ((f32[16]{0}), f32[2]{0}, u32[]) async-update(%async-start)
+  %later = f32[8]{0} tanh(%other.3), metadata={op_name="jit(step)/later/tanh"}
+  %async-done = f32[2]{0} async-done(%async-update), calls=%wrapped
+  ROOT %result = f32[] constant(0)
+}
+"""
+
+
+def test_collectives():
+    """Kind, axes, devices, bytes, runs, whether something goes on meanwhile, and what."""
+    found = {(c.kind, c.axes): c for c in programs.collectives(TEXT, MESH)}
+    gather, step = "all-gather", "jit(step)"
+    during = (f"{step}/between/sin", f"{step}/inside/dot_general")
+    assert list(found.values()) == [
+        Collective("all-reduce", ("data",), 2, 16 * 4 + 3 * 4, 1, "", False, ()),
+        Collective("collective-permute", ("sequence",), 4, 16 * 4, 1, "", False, ()),
+        Collective("reduce-scatter", ("data", "sequence"), 8, 16 * 4, 1, "", True, (f"{step}/later/tanh",)),
+        Collective(gather, ("sequence",), 4, 256 * 4, 3, f"{step}/all_gather", True, during),
+        Collective(gather, ("data",), 2, 2 * 10 * 2, 5, "", True, (f"{step}/work/cos",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "attributes, groups",
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]<=[2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+        ("source_target_pairs={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups={}", [[0, 1, 2, 3]]),
+    ],
+)
+def test_groups(attributes, groups):
+    assert programs._groups(f"channel_id=1, {attributes}, dimensions={{0}}", 4) == groups
+
+
+def test_sizes():
+    assert hlo.size("f32[8,1,128]{2,1,0:T(1,128)S(1)}") == 8 * 128 * 4
+    assert hlo.size("(bf16[3]{0}, pred[5]{0}, s32[], /*index=3*/u4[6]{0:T(8)(4,1)})") == 6 + 5 + 4 + 3
+    assert hlo.size("c64[2]{0}") == 16
+    assert hlo.size("f8e4m3fn[10]{0}") == 10
+
+
+def test_a_program_that_is_compiled_here():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "sequence"))
+    place = jax.NamedSharding(mesh, jax.P("data", "sequence"))
+    x = jax.ShapeDtypeStruct((4, 64), jnp.float32, sharding=place)
+
+    def step(x):
+        return jax.lax.with_sharding_constraint(x + jnp.sum(x, axis=1, keepdims=True), place)
+
+    program = programs.read(jax.jit(step, donate_argnums=0).lower(x).compile(), mesh)
+    assert [(c.kind, c.axes, c.devices, c.bytes, c.runs) for c in program.collectives] == [
+        ("all-reduce", ("sequence",), 4, 2 * 4, 1)
+    ]
+    assert program.memory.arguments == program.memory.outputs == program.memory.aliased == 2 * 16 * 4
+    assert program.memory.total == program.memory.arguments + program.memory.temporaries + program.memory.code
+    assert program.flops is not None
+    assert program.flops >= 2 * 16
