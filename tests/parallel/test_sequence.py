@@ -13,8 +13,8 @@ from jaxlinear.errors import UserError
 from jaxlinear.ops import recurrence
 from jaxlinear.ops.delta_rule import DeltaRule
 from jaxlinear.ops.delta_rule import Inputs as DeltaInputs
-from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import exchanges, operations, sharding
+from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel.sequence import Spread
 from tests import numerics
 
