@@ -2,15 +2,13 @@
 
 import os
 
-from jaxlinear.parallel import targets
-
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
-targets.set_environment()
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-import numpy as np
-import pytest
+from jaxlinear.parallel import targets
+
+targets.set_environment()
 
 
 @pytest.fixture(scope="session")

@@ -158,6 +158,7 @@ class LinearAttention(recurrence.Family):
         q, k, v = (x.swapaxes(1, 2).astype(narrow) for x in inputs[:3])
         log_decay = inputs.log_decay
         if constants is not None:
+            assert inputs.present is not None
             log_decay = jnp.where(inputs.present[..., None], constants[None, None], jnp.zeros((), constants.dtype))
         since_start, until_end, kept = None, None, jnp.ones_like(q[:, :, :1, 0], dtype=wide)
         if log_decay is not None:

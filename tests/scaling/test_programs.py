@@ -79,7 +79,8 @@ ENTRY %main (a: f32[16]) -> f32[] {
   %loop = (s32[], f32[1,256]{1,0}) while(%init), condition=%condition, body=%body
   %loop.2 = (s32[], bf16[2,10]{1,0}) while(%init.2), condition=%unknown, body=%body.2, \
 backend_config={"known_trip_count":{"n":"5"}}
-  %two = (f32[16]{0}, f32[3]{0}) all-reduce(%a, %small), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, to_apply=%add
+  %two = (f32[16]{0}, f32[3]{0}) all-reduce(%a, %small), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, \
+to_apply=%add
   %small = f32[3]{0} constant({1, 2, 3})
   %permute = f32[16]{0} collective-permute(%a), source_target_pairs={{0,1},{1,2},{2,3},{4,5},{5,6},{6,7}}
   %async-start = ((f32[16]{0}), f32[2]{0}, u32[]) async-start(%a), calls=%wrapped
