@@ -6,6 +6,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
+import numpy as np
+import pytest
+
 from jaxlinear.parallel import targets
 
 targets.set_environment()
