@@ -1,19 +1,26 @@
 """The ways to run an operation: the refusal of those that it lacks, and the platform that a choice is made for."""
 
 import contextlib
+import functools
+import logging
 from collections.abc import Iterator
 
 import jax
 
 from jaxlinear.errors import UserError
+from jaxlinear.pallas.target import Target
 
-_platforms: list[str] = []
+COMPILED = ("tpu", "gpu")  # where kernels are compiled; elsewhere they are interpreted
+
+_LOG = logging.getLogger(__name__)
+_platforms: list[tuple[str, str]] = []
 
 
 @contextlib.contextmanager
-def use_platform(name: str) -> Iterator[None]:
-    """Within it, operations are traced for this platform, which need not be one of this machine's."""
-    _platforms.append(name)
+def use_platform(name: str, device_kind: str = "") -> Iterator[None]:
+    """Within it, operations are traced for this platform, which need not be one of this machine's, and for this kind of
+    device, as JAX names it."""
+    _platforms.append((name, device_kind))
     try:
         yield
     finally:
@@ -22,7 +29,18 @@ def use_platform(name: str) -> Iterator[None]:
 
 def platform() -> str:
     """What the program that is being traced is for: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
-    return _platforms[-1] if _platforms else jax.default_backend()
+    return _platforms[-1][0] if _platforms else jax.default_backend()
+
+
+def target() -> Target:
+    """What kernels are built for."""
+    name, kind = _platforms[-1] if _platforms else (jax.default_backend(), jax.devices()[0].device_kind)
+    return Target(name, kind, interpret=name not in COMPILED)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    _LOG.info(message)
 
 
 def check(operation: str, backend: str, known: tuple[str, ...]) -> None:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, dtypes, recurrence, segments
+from jaxlinear.ops import backends, diagonal_kernel, dtypes, recurrence, segments
+from jaxlinear.ops.diagonal_maps import DiagonalMaps, Power, Transition
 
 # Where a complex recurrence is run as real arithmetic, on two real arrays: XLA emulates complex numbers on TPU, and a
 # Pallas kernel has none. Elsewhere they are native, and the loop over one array is the faster.
@@ -38,20 +39,23 @@ def linear_recurrence(
       segment_ids: ``[B, T]`` int; the state never crosses a change of id. The initial state belongs to the document
         of the first step taken.
       reverse: run from the last token to the first, ``h_t = a_t * h_{t+1} + x_t``.
-      backend: ``"recurrent"`` (a loop over time), ``"associative"`` (a parallel prefix) or ``"auto"``.
+      backend: ``"recurrent"`` (a loop over time), ``"associative"`` (a parallel prefix), ``"pallas"`` (a kernel for TPU
+        and GPU, interpreted elsewhere) or ``"auto"``.
       runner: where time lies; on one device by default.
 
     Returns:
       h ``[B, T, ...]`` in the dtype of x (its complex counterpart if ``a`` is complex), and the state after the last
       step ``[B, ...]`` in float32 or complex64 (float64 or complex128 when given those).
 
-    ``auto`` takes the loop on CPU, where each step is a memory pass and the loop makes the fewest, and the parallel
-    prefix elsewhere. A single token takes neither. Either runs complex numbers as pairs of real ones on the platforms
-    of ``REAL_ARITHMETIC_ON``; values and gradients are the same.
+    ``auto`` takes the kernel on TPU and GPU, the parallel prefix where the kernel does not run, which the log says once;
+    and on CPU, where each step is a memory pass and the loop makes the fewest, the loop. A single token is one step.
+    Loop and prefix run complex numbers as pairs of real ones on the platforms of ``REAL_ARITHMETIC_ON``; values and
+    gradients are the same.
     """
     backends.check("linear_recurrence", backend, _BACKENDS)
     a, x = jnp.asarray(a), jnp.asarray(x)
     _check_shapes(a, x, initial_state)
+    backend = choose(backend, a, x)
     compute = dtypes.wide(a.dtype, x.dtype)
     out = dtypes.wide(x.dtype, jnp.complex64) if _is_complex(a.dtype) and not _is_complex(x.dtype) else x.dtype
 
@@ -59,24 +63,46 @@ def linear_recurrence(
     if segment_ids is not None:
         boundary = segments.ends(segment_ids) if reverse else runner.starts(segment_ids)
     if initial_state is None:
-        initial_state = jnp.zeros_like(x, shape=(x.shape[0], *x.shape[2:]), dtype=compute)
+        initial_state = diagonal_kernel.no_state(a, x)
     initial_state = initial_state.astype(compute)
     if runner is not recurrence.WHOLE:
         if reverse:
             raise UserError("linear_recurrence: reverse=True does not run with time spread over several devices")
         constant = jnp.expand_dims(a, tuple(range(x.ndim - 2 - a.ndim))) if a.ndim < x.ndim else None
         inputs = (a if constant is None else None, x, boundary)
-        h, final = runner.run(Diagonal(backend), None, inputs, constant, initial_state)
+        family = diagonal_kernel.DiagonalKernel(target=backends.target()) if backend == "pallas" else Diagonal(backend)
+        h, final = runner.run(family, None, inputs, constant, initial_state)
         return h.astype(out), final
-    h, final = _run(a, x.astype(compute), initial_state, boundary, reverse, backend)
+    if backend == "pallas":
+        a, x = diagonal_kernel.of_one_kind(a, x)
+        h, final = diagonal_kernel.scan(a, x, initial_state, boundary, reverse, backends.target())
+    else:
+        h, final = _run(a, x.astype(compute), initial_state, boundary, reverse, backend)
     return h.astype(out), final
 
 
-_BACKENDS = ("recurrent", "associative")
+_LOOPS = ("recurrent", "associative")
+_BACKENDS = (*_LOOPS, "pallas")
+
+
+def choose(backend: str, a: jax.Array, x: jax.Array) -> str:
+    """The backend that ``linear_recurrence`` takes for these: by its rules where it is ``"auto"``."""
+    platform = backends.platform()
+    if backend not in ("auto", "pallas"):
+        return backend
+    if backend == "auto" and (platform not in backends.COMPILED or x.shape[1] == 1):
+        return "recurrent" if platform == "cpu" or x.shape[1] == 1 else "associative"
+    reason = diagonal_kernel.refusal(a.dtype, x.dtype, dtypes.wide(a.dtype, x.dtype), platform)
+    if reason is None:
+        return "pallas"
+    if backend == "pallas":
+        raise UserError(f"linear_recurrence: {reason}; backend='associative' runs it")
+    backends.say_once(f"linear_recurrence runs as an associative scan, not as a kernel: {reason}")
+    return "associative"
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagonal(recurrence.Family):
+class Diagonal(DiagonalMaps):
     """The family (``recurrence.Family``) of these recurrences, for where time is split. Its outputs are h.
 
     ``inputs`` are ``(a, x, starts)``: a and x ``[B, T, ...]``; ``starts`` ``[B, T]`` bool, where the state begins anew,
@@ -91,7 +117,7 @@ class Diagonal(recurrence.Family):
 
     def prepare(self, inputs, constants) -> "_Run":
         a, x, starts = inputs
-        backends.check("Diagonal", self.backend, _BACKENDS)
+        backends.check("Diagonal", self.backend, _LOOPS)
         constant = a is None
         a = jnp.asarray(constants if constant else a)
         _check_shapes(a, x, None)
@@ -111,17 +137,8 @@ class Diagonal(recurrence.Family):
         power = jnp.broadcast_to(lax.integer_pow(a.astype(x.dtype), x.shape[1]), h[:, -1].shape)
         return _Run(h, decay, keep, Power(keep[:, -1].astype(x.dtype), power))
 
-    def summarise(self, run: "_Run") -> tuple["jax.Array | Power", jax.Array]:
+    def summarise(self, run: "_Run") -> tuple[Transition, jax.Array]:
         return run.whole, run.h[:, -1]
-
-    def compose(self, earlier, later) -> tuple["jax.Array | Power", jax.Array]:
-        return jax.tree.map(jnp.multiply, later[0], earlier[0]), self.advance(later, earlier[1])
-
-    def advance(self, summary, state: jax.Array) -> jax.Array:
-        transition, added = summary
-        if isinstance(transition, Power):
-            transition = _kept(transition.power, transition.kept.astype(bool))
-        return transition * state + added
 
     def apply(self, run: "_Run", state: jax.Array) -> jax.Array:
         """h ``[B, T, ...]`` in float32 or complex64 (float64 or complex128 when given those)."""
@@ -132,27 +149,12 @@ class Diagonal(recurrence.Family):
         h = self.apply(run, state)
         return h, h[:, -1]
 
-    def pack(self, transition: "jax.Array | Power") -> jax.Array:
-        return transition.kept if isinstance(transition, Power) else transition
-
-    def unpack(self, packed: jax.Array, constants: jax.Array | None, length: int) -> "jax.Array | Power":
-        if constants is None:
-            return packed
-        return Power(packed, lax.integer_pow(constants.astype(packed.dtype), length)[None])
-
-
-class Power(NamedTuple):
-    """M of a transition that is constant in time: a^n for a run of n tokens, but zero where a document ends in them."""
-
-    kept: jax.Array  # [B], 1 where it is a^n, else 0
-    power: jax.Array  # [B or 1, ...]
-
 
 class _Run(NamedTuple):
     h: jax.Array  # [B, T, ...], from no state
     decay: jax.Array  # [B or 1, T, ...], of the state before the run
     keep: jax.Array | None  # [B, T or 1], false where the document of that state has ended; None if the decay varies
-    whole: jax.Array | Power  # M
+    whole: Transition  # M
 
 
 def _check_shapes(a, x, initial_state) -> None:

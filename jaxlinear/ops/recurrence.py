@@ -188,6 +188,13 @@ class Gradients:
         d_state, after = _scan(step, d_final, _count(summaries), reverse=True)
         return after, d_state
 
+    def of_first_state(self) -> State:
+        """The gradient of the outputs alone with respect to the state before the first chunk. Of one chunk it is D, and
+        its map is not needed."""
+        if _count(self._through_outputs) == 1:
+            return _at(self._through_outputs, 0)
+        return self.fold_back(jax.tree.map(jnp.zeros_like, _at(self._through_outputs, 0)))[1]
+
     def of_inputs(self, after: State) -> tuple[Inputs, Constants]:
         """The gradients of the inputs ``[B, T, ...]`` (None for those that have none) and of the constants."""
         d_chunks, d_constants, _ = self._pullback((self._d_outputs, flat(after)))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.ops import cross_entropy, dtypes, recurrence
+from jaxlinear.ops import cross_entropy, diagonal, diagonal_kernel, dtypes, recurrence
 from jaxlinear.parallel import cost, halos, ring, sharding
 from jaxlinear.parallel.exchanges import AXIS
 from jaxlinear.parallel.sequence import Spread, kind_and_span
@@ -29,9 +29,23 @@ Past = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def linear_recurrence(a: jax.Array, x: jax.Array, initial_state: jax.Array | None = None, **options: Any):
-    """``ops.linear_recurrence``; D lies by the logical axis ``recurrent``."""
-    runner = _runner("linear_recurrence", x.shape[1], "recurrent")
-    return ops.linear_recurrence(a, x, initial_state, runner=runner, **options)
+    """``ops.linear_recurrence``; D lies by the logical axis ``recurrent``. The kernel runs on each device's part, since
+    the compiler cannot split it."""
+    runner, mesh = _runner("linear_recurrence", x.shape[1], "recurrent"), sharding.mesh_in_use()
+    spread = runner is not recurrence.WHOLE
+    if mesh is None or mesh.size == 1 or spread or diagonal.choose(options.get("backend", "auto"), a, x) != "pallas":
+        return ops.linear_recurrence(a, x, initial_state, runner=runner, **options)
+    segment_ids, reverse = options.get("segment_ids"), options.get("reverse", False)
+    if initial_state is None:
+        initial_state = diagonal_kernel.no_state(a, x)
+
+    def local(a, x, state, ids):
+        return ops.linear_recurrence(a, x, state, segment_ids=ids, reverse=reverse, backend="pallas")
+
+    inner = ("recurrent", *(None,) * x.ndim)[: x.ndim - 2]
+    axes_of_a = (*_TIME, *inner) if a.ndim == x.ndim else inner[len(inner) - a.ndim :]
+    axes = axes_of_a, (*_TIME, *inner), ("batch", *inner), _TIME
+    return _on_shards(mesh, local, (1, 2), (a, x, initial_state, segment_ids), axes)
 
 
 def linear_attention(

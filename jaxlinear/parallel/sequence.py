@@ -136,7 +136,7 @@ def _local(family, chunk, exchange, of_inputs, of_constants):
         _, summaries, _ = _summarised(family, chunk, inputs, constants)
         before, _ = recurrence.fold(family, summaries, jax.tree.map(lambda x: x[0], start))
         gradients = recurrence.Gradients(family, chunk, inputs, constants, before, d_outputs)
-        _, d_shard = gradients.fold_back(jnp.zeros_like(d_final))
+        d_shard = gradients.of_first_state()
         maps = exchanges.Maps(family, constants, d_outputs.shape[1])
         d_after, d_state = backward_exchange(maps, transitions, d_shard, d_final)
         after, _ = gradients.fold_back(d_after)

@@ -35,11 +35,12 @@ _in_use: list[tuple[Mesh, Choices]] = []
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, **choices: str) -> Iterator[None]:
-    """Within it, ``constrain`` places activations on ``mesh``, and operations are traced for its devices' platform and
+    """Within it, ``constrain`` places activations on ``mesh``, and operations are traced for its devices and
     spread time over it by the ``Choices``; outside any, ``constrain`` does nothing."""
     _in_use.append((mesh, Choices(**choices)))
     try:
-        with backends.use_platform(mesh.devices.flat[0].platform):
+        device = mesh.devices.flat[0]
+        with backends.use_platform(device.platform, device.device_kind):
             yield
     finally:
         _in_use.pop()

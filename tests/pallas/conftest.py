@@ -1,0 +1,20 @@
+"""Kernels are tested without implicit promotion of dtypes or ranks, in blocks small enough that short sequences have
+several."""
+
+import jax
+import pytest
+
+from jaxlinear.pallas import blocks
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strict():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """128 time steps x 128 channels, 16 steps at once; on GPU 8 steps at once of a and x."""
+    monkeypatch.setattr(blocks, "_SCAN_TPU_ELSEWHERE", blocks.ScanBlock(128, 128, 16))
+    monkeypatch.setattr(blocks, "_SCAN_GPU_REGISTERS", 16)

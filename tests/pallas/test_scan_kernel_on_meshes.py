@@ -1,0 +1,42 @@
+"""The scan kernel on a mesh, interpreted: each device runs it on its part, with time whole and with time spread."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from jaxlinear import ops
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel import operations, sharding
+from tests import numerics
+
+B, T = 4, 32
+IDS = np.stack([np.repeat([0, 1, 2], [3, 25, 4]), np.repeat([0, 1, 2], [8, 8, 16]), np.arange(T), np.zeros(T, int)])
+
+
+@pytest.mark.parametrize(
+    "sizes, kind, packed",
+    [
+        ({"data": 4, "tensor": 2}, "in time", True),
+        ({"fsdp": 2, "tensor": 4}, "constant", False),
+        ({"data": 2, "sequence": 4}, "in time", True),
+        ({"sequence": 2, "tensor": 2, "data": 2}, "complex constant", True),
+    ],
+    ids=str,
+)
+def test_the_kernel_on_a_mesh(small_blocks, sizes, kind, packed):
+    random = np.random.default_rng(0)
+    shape = (8,) if "constant" in kind else (B, T, 8)
+    complex_ = "complex" in kind
+    a = random.uniform(0, 1, shape) * (np.exp(1j * random.uniform(0, 6, shape)) if complex_ else 1)
+    x, state = (numerics.normal(random, *s, complex_=complex_) for s in ((B, T, 8), (B, 8)))
+    cotangents = tuple(numerics.normal(random, *y.shape, complex_=complex_) for y in (x, state))
+    mesh = meshes.make_mesh({axis: sizes.get(axis, 1) for axis in meshes.AXES})
+    results = []
+    for module, backend in ((ops, "recurrent"), (operations, "pallas")):
+        run = functools.partial(
+            module.linear_recurrence, segment_ids=IDS.astype(np.int32) if packed else None, backend=backend
+        )
+        with sharding.use_mesh(mesh):
+            results.append(numerics.run(numerics.with_gradients(run), (a, x, state), cotangents, dtype="float64"))
+    numerics.assert_close(results[1], numerics.wide(results[0]), 1e-12)
