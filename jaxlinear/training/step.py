@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 from jaxlinear.models.parameters import Architecture
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import operations, sharding
+from jaxlinear.parallel import operations, sharding, targets
 from jaxlinear.training import state as states
 from jaxlinear.training.schedule import make_schedule
 from jaxlinear.training.state import TrainState
@@ -103,7 +103,11 @@ def make_train_step(
 
     placed = states.shardings(architecture, optimizer, mesh)
     return jax.jit(
-        step, in_shardings=(placed, meshes.batch_sharding(mesh)), out_shardings=(placed, None), donate_argnums=0
+        step,
+        in_shardings=(placed, meshes.batch_sharding(mesh)),
+        out_shardings=(placed, None),
+        donate_argnums=0,
+        compiler_options=targets.compiler_options(mesh.devices.flat[0].platform),
     )
 
 

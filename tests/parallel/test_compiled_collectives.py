@@ -1,0 +1,156 @@
+"""What the training step exchanges over the axis ``sequence``, from programs that the TPU and GPU compilers made.
+
+Of each layer that is a recurrence, in each pass, one all-gather: of (M, C) forward, of D backward, of as many bytes as its
+formula says, whatever T is, and under every remat policy. Else, over this axis:
+
+- permutes of what a shard sees of those before it: the inputs of a convolution, the keys and values of a window, segment
+  ids; none of more positions than that;
+- sums of the gradients of parameters, which all shards of time share, and of scalars: no more bytes than the parameters
+  have in float32.
+
+While a gather is under way, the device computes.
+"""
+
+import math
+
+import pytest
+
+from jaxlinear import config as configs
+from jaxlinear.parallel import targets
+from jaxlinear.parallel.exchanges import LANES
+from jaxlinear.scaling import programs
+from jaxlinear.training import ahead
+
+B, D, HEADS, LAYERS, WINDOW, SHARDS = 2, 128, 2, 2, 24, 8
+LENGTH, LONG = 256, 16 * 256
+TPU, GPU = "v5e:2x4", "h100:8"
+
+# The numbers that a shard gives forward, (M, C), and backward, D; and the positions of a halo, with their bytes for a row.
+# RG-LRU: a [D] product and a [D] state. S5: a flag and D / 2 complex states, both of two numbers. GLA: K and K x V a head.
+# Delta rule: K x K and K x V a head.
+KEY = {"gla": D // 2 // HEADS, "delta_net": D // HEADS, "gated_delta_net": 3 * D // 4 // HEADS}
+VALUE = {"gla": D // HEADS, "delta_net": D // HEADS, "gated_delta_net": 2 * KEY["gated_delta_net"]}
+EXCHANGED = {
+    "hawk": (2 * D, D),
+    "griffin": (2 * D, D),
+    "s5": (2 + D, D),
+    "gla": (HEADS * KEY["gla"] * (1 + VALUE["gla"]), HEADS * KEY["gla"] * VALUE["gla"]),
+    **{
+        name: (HEADS * KEY[name] * (KEY[name] + VALUE[name]), HEADS * KEY[name] * VALUE[name])
+        for name in ("delta_net", "gated_delta_net")
+    },
+}
+BFLOAT16, INT32 = 2, 4
+CONVOLUTION = 3 * (2 * KEY["gated_delta_net"] + VALUE["gated_delta_net"]) * HEADS  # the most channels of any
+HALO = B * max(CONVOLUTION * BFLOAT16, (WINDOW - 1) * 2 * D // HEADS * BFLOAT16 + WINDOW * INT32)
+
+
+def program(model, target, length, mesh=None, remat="elementwise", **changes):
+    """The training step of a narrow model on a target, and the number of its parameters."""
+    config = configs.default()
+    config.model.update(
+        {
+            "preset": f"{model}_6m",
+            "num_layers": 3 if model == "griffin" else LAYERS,
+            "width": D,
+            "recurrent_width": D,
+            "num_heads": HEADS,
+            "recurrent_heads": HEADS,
+            "vocab_size": 256,
+            "window": WINDOW,
+            "tied_embeddings": False,
+            "channel_mixer": "none",
+            "remat": remat,
+        }
+        | changes
+    )
+    config.training.batch_size, config.training.sequence_length = B, length
+    config.parallel.exchange = "all_gather"
+    config.mesh.data = 1
+    config.mesh.update(mesh or {"sequence": SHARDS})
+    made = ahead.lower(config, targets.find(target).devices)
+    return programs.read(made.lowered.compile(), made.mesh), made.architecture.num_parameters
+
+
+def check(model, compiled, parameters, rows=B):
+    """The rule above. Returns the gathers, forward and backward."""
+    over = [c for c in compiled.collectives if "sequence" in c.axes]
+    assert all(c.runs is not None for c in over)
+    kinds = {kind: [c for c in over if c.kind == kind] for kind in programs.KINDS}
+
+    forward, backward = (math.ceil(rows * n / LANES) * LANES * 4 for n in EXCHANGED[model])
+    gathers = [[c for c in kinds["all-gather"] if ("transpose(jvp" in c.operation) == back] for back in (False, True)]
+    layers = 2 if model == "griffin" else LAYERS
+    for found, size in zip(gathers, (forward, backward), strict=True):
+        assert [c.bytes for c in found] == [size] * len(found)
+        assert sum(c.runs for c in found) == layers
+
+    halos = kinds["collective-permute"]
+    assert halos
+    assert max(c.bytes for c in halos) <= HALO * rows // B
+
+    reduced = sum(c.bytes * c.runs for kind in ("all-reduce", "reduce-scatter") for c in kinds[kind])
+    assert parameters < reduced <= 4 * parameters + 64
+    assert not kinds["all-to-all"]
+    assert not kinds["ragged-all-to-all"]
+    return gathers
+
+
+def overlap(gathers):
+    """Whether the device computes between the start and the end of each."""
+    return all(c.asynchronous and any("closed_call" in o for o in c.during) for c in gathers)
+
+
+def has_products(gathers):
+    """Whether it computes products of matrices of the operation itself, those within chunks."""
+    return all(any("shard_map" in o and o.endswith("dot_general") for o in c.during) for c in gathers)
+
+
+# Forward, a recurrence of one state a channel has no product of matrices to compute meanwhile, and on TPU a gather goes on
+# beside nothing else: the compiler then makes it one that the device waits for, of a few kilobytes.
+@pytest.mark.parametrize("model", ["gla", "hawk", "s5", "delta_net", "gated_delta_net", "griffin"])
+def test_on_tpu(model):
+    forward, backward = check(model, *program(model, TPU, LENGTH))
+    assert overlap(backward)
+    if model not in ("hawk", "s5", "griffin"):
+        assert overlap(forward)
+    if model == "gla":
+        assert has_products(forward)
+        assert has_products(backward)
+
+
+@pytest.mark.parametrize("target", ["v5p:2x2x2", "v6e:2x4"])
+@pytest.mark.parametrize("model", ["gla", "hawk"])
+def test_on_other_tpus(model, target):
+    forward, backward = check(model, *program(model, target, LENGTH))
+    assert overlap(backward)
+    if model == "gla":
+        assert overlap(forward)
+        assert has_products(forward)
+        assert has_products(backward)
+
+
+@pytest.mark.parametrize("model", ["gla", "hawk", "gated_delta_net"])
+def test_on_gpu(model):
+    # Two chunks a shard: of one, XLA gathers D before it makes float32 of it, as bfloat16.
+    forward, backward = check(model, *program(model, GPU, 4 * LENGTH))
+    assert overlap(forward)
+    assert overlap(backward)
+    if model == "gla":
+        assert has_products(forward)
+        assert has_products(backward)
+
+
+@pytest.mark.parametrize("model", ["gla", "hawk", "delta_net"])
+def test_sixteen_times_the_tokens_are_the_same_bytes(model):
+    check(model, *program(model, TPU, LONG))
+
+
+@pytest.mark.parametrize("remat", ["none", "products", "full"])
+def test_nothing_is_exchanged_again_whatever_is_computed_again(remat):
+    check("gla", *program("gla", TPU, LENGTH, remat=remat))
+
+
+def test_beside_fsdp():
+    """Half the rows on a shard: half the bytes."""
+    check("gla", *program("gla", TPU, LENGTH, mesh={"fsdp": 2, "sequence": 4}), rows=B // 2)
