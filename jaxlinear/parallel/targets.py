@@ -54,6 +54,8 @@ _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    # Else one process at a time holds libtpu, as if it were a TPU.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 

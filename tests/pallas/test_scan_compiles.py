@@ -1,0 +1,145 @@
+"""The scan kernels compiled for TPUs and GPUs that are not here, forward and backward, as ``auto`` takes them.
+
+One kernel each way, and no copy of an array around them: the kernels take the layout that arrays have. On GPU, the
+registers of each kernel, by ptxas: none is spilled.
+"""
+
+import importlib.util
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from jaxlinear.ops import SAVED, backends, linear_recurrence
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel import operations, sharding, targets
+
+# name: B, T, D, dtype, what else it has
+CASES = {
+    "griffin": (2, 2048, 2560, "float32", "packed"),
+    "widest": (1, 4096, 8192, "float32", "constant"),
+    "longest": (1, 131_072, 8192, "bfloat16", ""),
+    "odd": (3, 1000, 300, "bfloat16", "reverse packed"),
+    "shortest": (2, 7, 100, "float32", "packed"),
+    "complex": (2, 1000, 1024, "complex64", "packed constant"),
+    "complex_in_time": (2, 4096, 512, "complex64", "reverse"),
+}
+TPUS = {
+    "v5e:1x1": ["griffin", "widest", "longest", "odd", "shortest", "complex", "complex_in_time"],
+    "v5p:2x2x1": ["griffin", "longest", "complex"],
+    "v6e:1x1": ["griffin", "longest", "complex"],
+}
+
+
+def compiled(target, name, remat=False, **options):
+    """The gradient of an objective of h and the last state."""
+    batch, length, width, dtype, kinds = CASES[name]
+    device = targets.find(target).devices[0]
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    a = array(width) if "constant" in kinds else array(batch, length, width)
+    x, ids = array(batch, length, width), array(batch, length, dtype=jnp.int32) if "packed" in kinds else None
+    state = array(batch, width, dtype="complex64" if dtype == "complex64" else "float32")
+
+    def both(a, x, state, ids, cotangents):
+        def operation(a, x, state):
+            return linear_recurrence(a, x, state, segment_ids=ids, reverse="reverse" in kinds)
+
+        if remat:
+            operation = jax.checkpoint(operation, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
+        outputs, pullback = jax.vjp(operation, a, x, state)
+        return outputs, pullback(cotangents)
+
+    with backends.use_platform(device.platform, device.device_kind):
+        return jax.jit(both).lower(a, x, state, ids, (x, state)).compile(**options)
+
+
+def kernels(text):
+    return sorted(re.findall(r"%\w*?(scan_[a-z_]+?)_*[.\d]* = .*custom-call\(", text))
+
+
+def copies(text, elements):
+    """Copies and transposes of arrays of so many elements, in whatever shape."""
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|copy-start)\(", text)
+    return [shape for shape in found if math.prod(map(int, shape.split(","))) >= elements]
+
+
+@pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
+def test_tpu(target, name):
+    text = compiled(target, name).as_text()
+    batch, length, width, dtype, kinds = CASES[name]
+    marks = [mark for mark in ("constant", "packed") if mark in kinds]
+    number, (forward, backward) = ["complex"] * (dtype == "complex64"), ([], ["reverse"])
+    if "reverse" in kinds:
+        forward, backward = backward, forward
+    expected = [["forward", *number, *forward], ["gradient", *number, *backward]]
+    assert kernels(text) == ["_".join(["scan", *words, *marks]) for words in expected]
+    # Complex numbers are split; and XLA lays out what does not fill registers as it likes.
+    if dtype != "complex64" and width % 128 == 0:
+        assert not copies(text, batch * length * width)
+
+
+def test_remat_runs_the_forward_kernel_once():
+    text = compiled("v5e:1x1", "griffin", remat=True).as_text()
+    assert kernels(text) == ["scan_forward_packed", "scan_gradient_reverse_packed"]
+
+
+def test_copies_are_found():
+    """What the tests above look for is there when an array is asked for in another layout."""
+    device = targets.find("v5e:1x1").devices[0]
+    x = jax.ShapeDtypeStruct((2, 1024, 1024), jnp.float32, sharding=SingleDeviceSharding(device))
+    text = jax.jit(lambda x: jnp.swapaxes(x, 1, 2)).lower(x).compile().as_text()
+    assert copies(text, 2 * 1024 * 1024) == ["2,1024,1024"]
+
+
+def test_over_a_mesh_of_tpus():
+    """Time over 4, channels over 2. Forward the map of a shard and its states; backward the gradient of a shard's first
+    state, its states again, and the gradients. No map is computed twice."""
+    mesh = meshes.make_mesh(
+        {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2, "expert": 1}, targets.find("v5e:2x4").devices
+    )
+
+    def objective(a, x):
+        return jnp.sum(operations.linear_recurrence(a, x)[0] ** 2)
+
+    x = jax.ShapeDtypeStruct((2, 2048, 1024), jnp.float32)
+    with sharding.use_mesh(mesh):
+        place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch", "time", "recurrent"), x.shape, mesh))
+        text = jax.jit(jax.grad(objective, (0, 1)), in_shardings=place).lower(x, x).compile().as_text()
+    assert kernels(text) == [
+        "scan_forward",
+        "scan_forward",
+        "scan_gradient_reverse",
+        "scan_lagged_summary_reverse",
+        "scan_summary",
+    ]
+
+
+@pytest.mark.parametrize("name", ["griffin", "longest", "odd", "complex"])
+def test_h100(name, tmp_path, record_property):
+    text = compiled("h100:1", name, compiler_options={"xla_dump_to": str(tmp_path)}).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2
+    ptxas = Path(importlib.util.find_spec("nvidia").submodule_search_locations[0]) / "cu13" / "bin" / "ptxas"
+    used = {}
+    for ptx in tmp_path.glob("*.ptx"):
+        if ".entry scan_" not in ptx.read_text():
+            continue
+        done = subprocess.run(
+            [ptxas, "-v", "-arch=sm_90a", ptx, "-o", tmp_path / "out"], capture_output=True, text=True, check=True
+        )
+        for kernel, spilled, registers in re.findall(
+            r"Compiling entry function '(scan_\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers",
+            done.stderr,
+            re.S,
+        ):
+            used[kernel] = int(registers)
+            assert int(spilled) == 0, kernel
+    record_property("registers", used)
+    assert len(used) == 2 and all(32 < registers <= 200 for registers in used.values())
