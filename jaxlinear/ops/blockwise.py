@@ -81,6 +81,9 @@ def nothing_seen(q: jax.Array, v: jax.Array) -> Sums:
 
 def see(sums: Sums, q: jax.Array, k: jax.Array, v: jax.Array, meetings: Meetings, rule: Rule) -> Sums:
     """The sums with these keys and values too."""
+    # What is seen does not depend on the queries, but is bound to them here: else, where layers are scanned, JAX takes it
+    # out of their loop, the masks of all blocks at once, of T^2 elements.
+    _, meetings = lax.optimization_barrier((q[(0,) * q.ndim], meetings))
 
     def meet(sums, meeting):
         i, start = meeting

@@ -219,3 +219,20 @@ def test_misfits_are_refused():
         run(k=(1, 3, 2, 2), v=(1, 3, 2, 2))
     with pytest.raises(UserError, match="do not fit queries"):
         run(v=(1, 5, 2, 2))
+
+
+def test_no_masks_of_all_pairs_are_kept_for_scanned_layers():
+    """Where layers are scanned and computed again, what does not depend on them would be computed once and kept."""
+    length = 4096
+
+    def objective(x, ids):
+        def layer(x, _):
+            return causal_attention(x, x, x, segment_ids=ids), None
+
+        step = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        return jnp.sum(jax.lax.scan(step, x, None, length=2)[0])
+
+    x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    compiled = jax.jit(jax.grad(objective)).lower(x, ids).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < length**2
