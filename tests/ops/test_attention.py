@@ -235,4 +235,5 @@ def test_no_masks_of_all_pairs_are_kept_for_scanned_layers():
     x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     compiled = jax.jit(jax.grad(objective)).lower(x, ids).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < length**2
+    # One byte a pair of the lower half would be 8 MB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4e6
