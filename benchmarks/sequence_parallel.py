@@ -92,7 +92,7 @@ def _measure(model: str, scheme: str, tokens: int, devices: int, remat: str) -> 
     whole = mock.patch.object(operations, "_runner", _gathered_runner(operations._runner))
     with whole if scheme == "gathered" else contextlib.nullcontext():
         made = ahead.lower(config, targets.find(f"h100:{devices}").devices)
-    program = programs.read(made.lowered.compile(), made.mesh)
+    program = programs.read(made.compile(), made.mesh)
     received = {"exchanged": 0, "gradients": 0}
     for collective in program.collectives:
         if "sequence" in collective.axes:

@@ -18,6 +18,10 @@ from jaxlinear.training.job import check_mesh
 from jaxlinear.training.optimizer import make_optimizer
 from jaxlinear.training.step import make_train_step
 
+# By platform, what differs in the compilation for want of a device. XLA finds the tiles of Triton's matrix products by
+# timing them; without a GPU it takes some that do not fit every product (JAX 0.10.2). cuBLAS has its own.
+_WITHOUT_DEVICE: dict[str, dict[str, bool]] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Ahead:
@@ -27,6 +31,11 @@ class Ahead:
     architecture: parameters.Architecture
     mesh: Mesh
     lowered: stages.Lowered
+
+    def compile(self) -> stages.Compiled:
+        """Compiled for devices that are not there."""
+        platform = self.mesh.devices.flat[0].platform
+        return self.lowered.compile(compiler_options=_WITHOUT_DEVICE.get(platform))
 
 
 def lower(config: config_dict.ConfigDict, devices: Sequence[jax.Device]) -> Ahead:
