@@ -9,13 +9,13 @@ class ScanBlock(NamedTuple):
     rows: int  # steps taken in an iteration, a multiple of 16
 
 
-_SCAN_TPU = {
-    "TPU v4": ScanBlock(256, 512, 16),
-    "TPU v5 lite": ScanBlock(512, 512, 16),
-    "TPU v5": ScanBlock(512, 512, 16),
-    "TPU v6 lite": ScanBlock(512, 512, 16),
+SCAN_TPU = {
+    "TPU v4": ScanBlock(256, 512, 32),
+    "TPU v5 lite": ScanBlock(512, 512, 32),
+    "TPU v5": ScanBlock(512, 512, 32),
+    "TPU v6 lite": ScanBlock(512, 512, 32),
 }
-_SCAN_TPU_ELSEWHERE = ScanBlock(256, 512, 16)
+_SCAN_TPU_ELSEWHERE = ScanBlock(256, 512, 32)
 
 # Registers of 32 bits that a thread may hold of time steps that are loaded, of 255; the next as many are on their way.
 _SCAN_GPU_REGISTERS = 72
@@ -24,7 +24,7 @@ SCAN_GPU_CHANNELS = 32  # of a program: a warp, a thread a channel
 
 def scan_tpu(kind: str, length: int, width: int, parts: int) -> ScanBlock:
     """The block of the scan ``[length, width]``; ``parts``: 2 of complex numbers."""
-    time, lanes, rows = _SCAN_TPU.get(kind, _SCAN_TPU_ELSEWHERE)
+    time, lanes, rows = SCAN_TPU.get(kind, _SCAN_TPU_ELSEWHERE)
     lanes = max(128, lanes // parts)
     time = min(time, -(-length // 128) * 128)
     if width <= lanes:

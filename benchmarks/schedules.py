@@ -1,0 +1,157 @@
+"""What libtpu's static schedule says of a program that is compiled for a TPU which is not here. Needs JAX and libtpu alone.
+
+A TPU core runs a static schedule of bundles, one a cycle when nothing stalls, and libtpu writes it down for each fusion and
+kernel. Bundles of loop bodies times the loops' trips are the cycles of computing, a lower bound of the time. The other is
+the bytes over the rate of the memory.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+import tempfile
+from typing import NamedTuple
+
+# Bytes a second of HBM of a chip, and cycles a second, of the chips' published figures.
+RATES = {"v5e": (819e9, 0.94e9), "v5p": (2765e9, 1.75e9), "v6e": (1640e9, 0.94e9)}
+
+_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]*)\s*:\s*([> ]*)\{")
+_EXIT = re.compile(r"scmp\.ge\.s32\.totalorder \S+, (\d+) /\* loop exit test")
+_COPIED = re.compile(r"%(?:\w*copy|\w*transpose)[\w.]* = (\w+)\[([\d,]+)\]\S* (?:copy|transpose|fusion)\(")
+_SIZES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1, "s8": 1, "u8": 1, "f16": 2, "u32": 4}
+
+
+def begin() -> str:
+    """To be called before jax is imported: where libtpu then writes its schedules."""
+    directory = tempfile.mkdtemp(prefix="schedules")
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-8",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true",
+    )
+    return directory
+
+
+class Bundle(NamedTuple):
+    depth: int  # of the loop that it is marked to be in; some in loops are not marked
+    begins: bool  # a loop's body
+    trips: int | None  # of the loop, if it holds the test and that is against a constant
+
+
+@dataclasses.dataclass
+class Loop:
+    depth: int
+    first: int
+    last: int  # bundles
+    trips: float = math.nan
+    times: float = math.nan  # that the body runs, those of the outer loops counted
+
+
+def read(path: pathlib.Path) -> tuple[list[Bundle], bool]:
+    """The schedule of one fusion or kernel, and whether it is a kernel's."""
+    bundles, text = [], path.read_text(errors="replace")
+    for line in text.splitlines():
+        if found := _BUNDLE.match(line):
+            test = _EXIT.search(line)
+            bundles.append(Bundle(found[2].count(">"), found[1] == "LB", int(test[1]) if test else None))
+    return bundles, "inlined_call_operand" in text
+
+
+def loops(bundles: list[Bundle]) -> list[Loop]:
+    """From the outer to the inner."""
+    found: list[Loop] = []
+    opened: list[Loop] = []
+    for i, bundle in enumerate(bundles):
+        if bundle.begins:
+            opened = [loop for loop in opened if loop.depth < bundle.depth]
+            opened.append(Loop(bundle.depth, i, i))
+            found.append(opened[-1])
+        for loop in opened:
+            if bundle.depth >= loop.depth:
+                loop.last = i
+            if bundle.depth == loop.depth and bundle.trips is not None:
+                loop.trips = bundle.trips
+    return found
+
+
+def cycles(bundles: list[Bundle], pipelined: bool) -> float:
+    """Bundles times trips; not a number where trips are not constant.
+
+    ``pipelined``: the outer loop is the grid of a kernel, which takes two trips more than it has blocks: to read the first
+    ahead and to wait for the last; the loops within do not run in those.
+    """
+    total, inside = 0.0, [1.0] * len(bundles)
+    opened: list[Loop] = []
+    for loop in loops(bundles):
+        opened = [outer for outer in opened if outer.last >= loop.last]
+        outer = opened[-1].times if opened else 1.0
+        loop.times = outer * loop.trips
+        if pipelined and len(opened) == 1:
+            loop.times = (outer - 2) * loop.trips
+        opened.append(loop)
+        inside[loop.first : loop.last + 1] = [loop.times] * (loop.last + 1 - loop.first)
+    for times in inside:
+        total += times
+    return total
+
+
+def schedules(directory: str) -> dict[str, float]:
+    """Cycles of each fusion and kernel of the programs that were compiled, by the name of its instruction."""
+    found = {}
+    for path in sorted(pathlib.Path(directory).glob("*-final_bundles.txt")):
+        name = re.fullmatch(r"\d+-(.*)-\d+-final_bundles\.txt", path.name)
+        if name is None or name.group(1) == "TLP" or name.group(1).startswith("<"):
+            continue
+        found[name.group(1)] = cycles(*read(path))
+    return found
+
+
+def device(topology: str):
+    from jax.experimental import topologies
+
+    options = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices[0]
+
+
+def compile_for(topology: str, function, *shapes):
+    """``function`` for one chip of it."""
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    place = SingleDeviceSharding(device(topology))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    return jax.jit(function).lower(*shapes).compile()
+
+
+def relayouts(text: str) -> list[int]:
+    """Bytes of each array of 1 MiB or more that the compiled program copies or transposes by itself or in a fusion."""
+    found = []
+    text = text[text.index("\nENTRY ") :]
+    for kind, shape in _COPIED.findall(text):
+        size = _SIZES.get(kind, 4) * math.prod(map(int, shape.split(",")))
+        if size >= 2**20:
+            found.append(size)
+    return found
+
+
+def report(directory: str, compiled, topology: str) -> dict:
+    """Of one compiled program: its kernels' cycles, bytes, and the time that each implies."""
+    text = compiled.as_text()
+    bandwidth, clock = RATES[topology.partition(":")[0]]
+    cycles = schedules(directory)
+    kernels = {
+        name: value for name, value in cycles.items() if re.search(rf"%{re.escape(name)} = .*custom-call\(", text)
+    }
+    moved = compiled.cost_analysis()["bytes accessed"]
+    return {
+        "kernels": kernels,
+        "cycles": sum(cycles.values()),
+        "bytes": moved,
+        "relayouts": relayouts(text),
+        "compute_us": 1e6 * sum(cycles.values()) / clock,
+        "memory_us": 1e6 * moved / bandwidth,
+    }
