@@ -20,7 +20,7 @@ from jaxlinear.training.step import make_train_step
 
 # By platform, what differs in the compilation for want of a device. XLA finds the tiles of Triton's matrix products by
 # timing them; without a GPU it takes some that do not fit every product (JAX 0.10.2). cuBLAS has its own.
-_WITHOUT_DEVICE: dict[str, dict[str, bool]] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+_WITHOUT_DEVICE: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
 @dataclasses.dataclass(frozen=True)
