@@ -1,6 +1,8 @@
 """What all tests share: several devices on the CPU, and a run that is trained once."""
 
+import gc
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -12,6 +14,20 @@ import pytest
 from jaxlinear.parallel import targets
 
 targets.set_environment()
+
+_MAPS = pathlib.Path("/proc/self/maps")
+_MANY_MAPS = 30_000  # Linux allows a process 65,530; compiled programs take a few each, and the compiler aborts without
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Lets go of compiled programs when there are many: a worker meets those of a thousand tests."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
