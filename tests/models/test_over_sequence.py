@@ -20,23 +20,11 @@ from jax import lax
 from jaxlinear.errors import UserError
 from jaxlinear.models import mixers
 from jaxlinear.models.parameters import describe
-from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding
 from tests import numerics, small
+from tests.shards import EIGHT, FOUR, IDS, TWO, T, make_mesh
 
-B, T, VOCABULARY = 4, 32, 32
-ONES = dict.fromkeys(meshes.AXES, 1)
-# Shards of 4, 8 and 16 tokens.
-EIGHT, FOUR, TWO = {"sequence": 8}, {"data": 2, "sequence": 4}, {"fsdp": 2, "sequence": 2, "tensor": 2}
-# Documents that begin before, on and after the borders of shards, longer than two shards, and of one token.
-IDS = np.stack(
-    [
-        np.repeat([0, 1, 2, 3], [3, 5, 20, 4]),
-        np.repeat([0, 1, 2], [8, 8, 16]),
-        np.arange(T),
-        np.repeat([7, 8, 7], [1, 30, 1]),
-    ]
-).astype(np.int32)
+B, VOCABULARY = 4, 32
 # The document that each row's state is of: it goes on in the rows 0, 1 and 3, and is another one in row 2.
 BEFORE = np.broadcast_to(np.array([[0], [0], [5], [7]], np.int32), (B, T)).copy()
 
@@ -139,10 +127,6 @@ def parameters(name, dtype):
     return numerics.cast(small.parameters(shapes), "float64" if dtype == "float64" else "float32")
 
 
-def mesh_of(sizes):
-    return meshes.make_mesh(ONES | sizes)
-
-
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in HYBRIDS])
 def test_8_devices_give_what_one_gives(name):
     """From a state: documents that go on, and one that does not; and without."""
@@ -151,12 +135,12 @@ def test_8_devices_give_what_one_gives(name):
         empty = describe(config(name, dtype="float64")).bind(values).init_state(B)
         (_, _, _, state), _ = one(values, tokens(0), BEFORE, empty)
         assert state["segment"].tolist() == BEFORE[:, -1].tolist()
-        text, spread = tokens(1), step(name, "float64", mesh_of(EIGHT))
+        text, spread = tokens(1), step(name, "float64", make_mesh(EIGHT))
         numerics.assert_close(spread(values, text, IDS, state), one(values, text, IDS, state), 1e-12)
 
         if MODELS[name][2] is None:
             return
-        spread = step(name, "float64", mesh_of(MODELS[name][2]))
+        spread = step(name, "float64", make_mesh(MODELS[name][2]))
         expected, (gradients, _) = one(values, text, IDS, empty)
         found, (found_gradients, _) = spread(values, text, IDS, None)
         numerics.assert_close((found, found_gradients), (expected, gradients), 1e-12)
@@ -166,7 +150,7 @@ def test_8_devices_give_what_one_gives(name):
 def test_hybrids(name):
     with jax.enable_x64(True):
         values, text = parameters(name, "float64"), tokens(1)
-        found = step(name, "float64", mesh_of(MODELS[name][2]))(values, text, IDS, None)
+        found = step(name, "float64", make_mesh(MODELS[name][2]))(values, text, IDS, None)
         numerics.assert_close(found, step(name, "float64")(values, text, IDS, None), 1e-12)
 
 
@@ -180,7 +164,7 @@ def test_experts():
     """A mixture of experts beside the recurrence: (2 expert x 4 sequence)."""
     with jax.enable_x64(True):
         values, text = parameters("experts", "float64"), tokens(1)
-        found = step("experts", "float64", mesh_of({"expert": 2, "sequence": 4}))(values, text, IDS, None)
+        found = step("experts", "float64", make_mesh({"expert": 2, "sequence": 4}))(values, text, IDS, None)
         numerics.assert_close(found, step("experts", "float64")(values, text, IDS, None), 1e-12)
 
 
@@ -191,14 +175,14 @@ LOWER = ["gla", "delta_net", "griffin"]
 def test_float32(name):
     """With rotary positions, which are float32."""
     values, text = parameters(name, "float32"), tokens(1)
-    found = step(name, "float32", mesh_of(EIGHT))(values, text, IDS, None)
+    found = step(name, "float32", make_mesh(EIGHT))(values, text, IDS, None)
     numerics.assert_close(found, step(name, "float32")(values, text, IDS, None), 1e-5)
 
 
 def test_what_cannot_be_spread_is_refused(monkeypatch):
     architecture = describe(config("gla"))
     x = jnp.zeros((1, 12), jnp.int32)
-    with sharding.use_mesh(mesh_of(EIGHT)):
+    with sharding.use_mesh(make_mesh(EIGHT)):
         with pytest.raises(UserError, match=r"mesh.sequence=8 does not divide 12 tokens; 16 would do"):
             jax.eval_shape(lambda values: architecture.bind(values)(x), architecture.shapes)
         monkeypatch.delattr(mixers.find("gla"), "OVER_SEQUENCE")

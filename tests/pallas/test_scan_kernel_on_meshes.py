@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jaxlinear import ops
-from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
+from tests.shards import make_mesh
 
 B, T = 4, 32
 IDS = np.stack([np.repeat([0, 1, 2], [3, 25, 4]), np.repeat([0, 1, 2], [8, 8, 16]), np.arange(T), np.zeros(T, int)])
@@ -31,7 +31,7 @@ def test_the_kernel_on_a_mesh(small_blocks, sizes, kind, packed):
     a = random.uniform(0, 1, shape) * (np.exp(1j * random.uniform(0, 6, shape)) if complex_ else 1)
     x, state = (numerics.normal(random, *s, complex_=complex_) for s in ((B, T, 8), (B, 8)))
     cotangents = tuple(numerics.normal(random, *y.shape, complex_=complex_) for y in (x, state))
-    mesh = meshes.make_mesh({axis: sizes.get(axis, 1) for axis in meshes.AXES})
+    mesh = make_mesh(sizes)
     results = []
     for module, backend in ((ops, "recurrent"), (operations, "pallas")):
         run = functools.partial(

@@ -10,20 +10,12 @@ import pytest
 from jaxlinear import ops
 from jaxlinear.ops import attention
 from jaxlinear.parallel import cost, operations, sharding
-from jaxlinear.parallel import mesh as meshes
-from tests import numerics
+from tests import numerics, shards
+from tests.shards import MESHES, T, make_mesh
 
-B, T, H, K, V = 4, 32, 4, 3, 5
-MESHES = [{"sequence": 8}, {"data": 2, "sequence": 4}, {"fsdp": 2, "sequence": 2, "tensor": 2}]
-# Documents that begin before, on and after the borders of shards, longer than two shards, of one token; an id used twice.
-IDS = np.stack(
-    [
-        np.repeat([0, 1, 2, 3], [3, 5, 20, 4]),
-        np.repeat([0, 1, 2], [8, 8, 16]),
-        np.arange(T),
-        np.repeat([7, 8, 7], [5, 23, 4]),
-    ]
-).astype(np.int32)
+B, H, K, V = 4, 4, 3, 5
+# As elsewhere, but the id that is used twice is of a first document longer than a shard.
+IDS = np.concatenate([shards.IDS[:3], np.repeat([7, 8, 7], [5, 23, 4])[None].astype(np.int32)])
 PAST = 7
 # The past is of another document, of the first one from its third token on or from its first, or has an id used twice.
 PAST_IDS = np.array([[9] * 7, [9, 9, 0, 0, 0, 0, 0], [0] * 7, [7, 7, 9, 7, 7, 7, 7]], np.int32)
@@ -34,10 +26,6 @@ def small_blocks(monkeypatch):
     """So that a shard has several, which do not divide it."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
     monkeypatch.setattr(attention, "KEY_RUN", 3)
-
-
-def make_mesh(sizes):
-    return meshes.make_mesh({axis: sizes.get(axis, 1) for axis in meshes.AXES})
 
 
 CASES = [

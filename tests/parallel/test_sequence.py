@@ -14,25 +14,11 @@ from jaxlinear.ops import recurrence
 from jaxlinear.ops.delta_rule import DeltaRule
 from jaxlinear.ops.delta_rule import Inputs as DeltaInputs
 from jaxlinear.parallel import exchanges, operations, sharding
-from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel.sequence import Spread
 from tests import numerics
+from tests.shards import IDS, MESHES, T, make_mesh
 
-B, T, H, K, V = 4, 32, 2, 3, 5
-MESHES = [{"sequence": 8}, {"data": 2, "sequence": 4}, {"fsdp": 2, "sequence": 2, "tensor": 2}]
-# Documents that begin before, on and after the borders of shards, longer than two shards, and of one token.
-IDS = np.stack(
-    [
-        np.repeat([0, 1, 2, 3], [3, 5, 20, 4]),
-        np.repeat([0, 1, 2], [8, 8, 16]),
-        np.arange(T),
-        np.repeat([7, 8, 7], [1, 30, 1]),
-    ]
-).astype(np.int32)
-
-
-def make_mesh(sizes):
-    return meshes.make_mesh({axis: sizes.get(axis, 1) for axis in meshes.AXES})
+B, H, K, V = 4, 2, 3, 5
 
 
 def random_inputs(kind, decay, seed=0):
