@@ -1,4 +1,5 @@
-"""Block sizes of the kernels, by JAX's name of the device. Measured by ``benchmarks/tpu_kernels.py --tune``."""
+"""Block sizes of the kernels, by JAX's name of the device. Those for TPU are the best of ``benchmarks/tpu_kernels.py
+--tune``, by static schedules: nothing was timed."""
 
 from typing import NamedTuple
 
@@ -10,7 +11,6 @@ class ScanBlock(NamedTuple):
 
 
 SCAN_TPU = {
-    "TPU v4": ScanBlock(256, 512, 32),
     "TPU v5 lite": ScanBlock(512, 512, 32),
     "TPU v5": ScanBlock(512, 512, 32),
     "TPU v6 lite": ScanBlock(512, 512, 32),
