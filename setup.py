@@ -57,6 +57,8 @@ setup(
         "tensorboardX>=2.6,<3",  # TensorBoard events
         "tqdm>=4.66,<5",  # progress bars
         "numpy>=2,<3",
+        "scipy>=1.14,<2",  # the fits of scaling laws; jax needs it too
+        "threadpoolctl>=3.5,<4",  # which run in one thread
     ],
     extras_require=extras,
 )

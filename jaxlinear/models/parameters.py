@@ -42,6 +42,11 @@ class Architecture:
     def num_parameters(self) -> int:
         return sum(shape.size for shape in jax.tree.leaves(self.shapes))
 
+    @property
+    def num_embedding_parameters(self) -> int:
+        """Of the embedding, and of the matrix that gives the logits, if it is another one."""
+        return sum(self.shapes[name].size for name in ("embedding", "head") if name in self.shapes)
+
 
 def describe(config: ModelConfig) -> Architecture:
     """The architecture of ``config``; no array is made."""

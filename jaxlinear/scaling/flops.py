@@ -180,13 +180,13 @@ def mean_context(length: int, window: int) -> float:
     return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
-def forward_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Of one token in a sequence of ``length``, the logits included and the look-up of embeddings not."""
+def forward_flops_per_token(config: ModelConfig, length: int, *, logits: bool = True) -> float:
+    """Of one token in a sequence of ``length``, the look-up of embeddings not included; the logits if asked for."""
     channel_mixer = CHANNEL_MIXERS[config.channel_mixer]
     layers = sum(MIXERS[name](config, length) + channel_mixer(config) for name in config.layers)
-    return layers + 2 * config.width * config.vocab_size
+    return layers + (2 * config.width * config.vocab_size if logits else 0)
 
 
-def training_flops_per_token(config: ModelConfig, length: int) -> float:
+def training_flops_per_token(config: ModelConfig, length: int, *, logits: bool = True) -> float:
     """Forward and backward."""
-    return FORWARD_AND_BACKWARD * forward_flops_per_token(config, length)
+    return FORWARD_AND_BACKWARD * forward_flops_per_token(config, length, logits=logits)

@@ -199,3 +199,22 @@ def test_xla_counts_as_many(pattern):
     lowered = jax.jit(forward).lower(architecture.shapes, tokens)
     counted = lowered.cost_analysis()["flops"] / (batch * LENGTH)
     assert counted == pytest.approx(flops.forward_flops_per_token(config, LENGTH), rel=0.1)
+
+
+def test_without_the_logits():
+    logits = 2 * CONFIG.width * CONFIG.vocab_size
+    assert flops.forward_flops_per_token(CONFIG, LENGTH, logits=False) == (
+        flops.forward_flops_per_token(CONFIG, LENGTH) - logits
+    )
+    assert flops.training_flops_per_token(CONFIG, LENGTH, logits=False) == (
+        flops.training_flops_per_token(CONFIG, LENGTH) - 3 * logits
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_of_the_embeddings(tied):
+    one = CONFIG.vocab_size * CONFIG.width
+    architecture = describe(dataclasses.replace(CONFIG, tied_embeddings=tied))
+    assert architecture.num_embedding_parameters == (one if tied else 2 * one)
+    other = describe(dataclasses.replace(CONFIG, tied_embeddings=tied, vocab_size=2 * CONFIG.vocab_size))
+    assert other.num_parameters - architecture.num_parameters == architecture.num_embedding_parameters

@@ -1,0 +1,65 @@
+"""How far a fit can be trusted: the same fit to resampled runs."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from jaxlinear.scaling.laws import parametric
+from jaxlinear.scaling.laws.parametric import Law
+
+REPLICATES = 500
+LEVEL = 0.95
+
+T = TypeVar("T")
+
+
+class Interval(NamedTuple):
+    """A value, and between which bounds it lies with probability ``LEVEL``."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit(Generic[T]):
+    """A fit to the runs, and the fits to resampled runs."""
+
+    best: T
+    replicates: tuple[T, ...]
+
+    def interval(self, function: Callable[[T], float]) -> Interval:
+        """Of any number that follows from the fit; the bounds are percentiles."""
+        return interval(function(self.best), [function(replicate) for replicate in self.replicates])
+
+
+def interval(value: float, samples: Sequence[float]) -> Interval:
+    """``value`` between percentiles of ``samples``, which may be infinite. Where there are none, or where too many are
+    not a number, the bounds are NaN."""
+    found = np.asarray(samples, np.float64)
+    if not len(found) or np.isnan(found).mean() > 1 - LEVEL:
+        return Interval(float(value), np.nan, np.nan)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(found[~np.isnan(found)], [tail, 1 - tail], method="inverted_cdf")
+    return Interval(float(value), float(low), float(high))
+
+
+def fit_law(parameters: Any, tokens: Any, losses: Any, *, replicates: int = REPLICATES, seed: int = 0) -> Fit[Law]:
+    """``parametric.fit``, and again for runs that are drawn from the runs, with replacement.
+
+    On synthetic losses with noise of 0.3 to 1%, intervals from resampled runs covered the truth as often as they should;
+    those from resampled residuals covered it too seldom.
+    """
+    best = parametric.fit(parameters, tokens, losses)
+    x, y, z = parametric.log_points(parameters, tokens, losses)
+    random = np.random.default_rng(seed)
+    laws: list[Law] = []
+    with parametric.one_thread():
+        while len(laws) < replicates:
+            drawn = random.integers(len(x), size=len(x))
+            if min(parametric.distinct(x[drawn]), parametric.distinct(y[drawn])) < 3:
+                continue  # no law follows from these
+            laws.append(parametric.refit(best, x[drawn], y[drawn], z[drawn]))
+    return Fit(best, tuple(laws))

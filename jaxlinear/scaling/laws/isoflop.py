@@ -1,0 +1,105 @@
+"""IsoFLOP profiles: at each budget a parabola of the loss over log N, whose minimum is the best size (Hoffmann et al.
+2022, arXiv:2203.15556, approach 2); through the minima a power law of the budget."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxlinear.errors import UserError
+from jaxlinear.scaling.laws.bootstrap import REPLICATES, Fit
+
+_LEAST = 3  # sizes that a parabola needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Parabola:
+    """loss = square x^2 + slope x + constant with x = log N; its minimum is ``at``, of N = ``best``.
+
+    ``inside`` says whether the minimum lies among the sizes that were tried. Elsewhere ``best`` is the best of these, and
+    ``at`` its loss.
+    """
+
+    flops: float
+    square: float
+    slope: float
+    constant: float
+    best: float
+    at: float
+    inside: bool
+
+    def loss(self, parameters) -> np.ndarray:
+        return np.polyval([self.square, self.slope, self.constant], np.log(parameters))
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """The parabolas, and ``N_best = scale * flops ** power`` through the minima that are inside; without two of these,
+    power and scale are NaN."""
+
+    parabolas: tuple[Parabola, ...]
+    power: float
+    scale: float
+
+    def best(self, flops: float) -> float:
+        return self.scale * flops**self.power
+
+
+def fit(
+    budgets: Sequence[float],
+    parameters: Sequence[float],
+    losses: Sequence[float],
+    *,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> Fit[Profile]:
+    """The profile of runs, each with its budget, N and L.
+
+    The replicates have the residuals of all budgets drawn anew for each run: a budget has too few runs to draw from them.
+    They are scaled by the degrees of freedom that the parabolas took. Where none are left (three sizes a budget), the
+    parabolas go through the runs, and there are no replicates.
+
+    Raises:
+      UserError: a budget has fewer than three sizes.
+    """
+    c, n, z = (np.asarray(values, np.float64) for values in (budgets, parameters, losses))
+    groups = [np.flatnonzero(c == budget) for budget in np.unique(c)]
+    for group in groups:
+        sizes = len(np.unique(n[group]))
+        if sizes < _LEAST:
+            raise UserError(
+                f"a parabola needs at least {_LEAST} sizes; the budget of {c[group[0]]:.3g} FLOPs has {sizes}"
+            )
+    best = _profile(c, n, z, groups)
+    fitted = np.empty_like(z)
+    for parabola, group in zip(best.parabolas, groups, strict=True):
+        fitted[group] = parabola.loss(n[group])
+    freedom = len(z) - 3 * len(groups)
+    if freedom < 1:
+        return Fit(best, ())
+    residuals = (z - fitted) * np.sqrt(len(z) / freedom)
+    random = np.random.default_rng(seed)
+    drawn = (fitted + random.choice(residuals, len(z)) for _ in range(replicates))
+    return Fit(best, tuple(_profile(c, n, losses, groups) for losses in drawn))
+
+
+def _profile(c: np.ndarray, n: np.ndarray, z: np.ndarray, groups: list[np.ndarray]) -> Profile:
+    parabolas = tuple(_parabola(c[group[0]], n[group], z[group]) for group in groups)
+    inside = [parabola for parabola in parabolas if parabola.inside]
+    if len(inside) < 2:
+        return Profile(parabolas, np.nan, np.nan)
+    logs = np.log([[parabola.flops, parabola.best] for parabola in inside])
+    power, scale = np.polyfit(logs[:, 0], logs[:, 1], 1)
+    return Profile(parabolas, float(power), float(np.exp(scale)))
+
+
+def _parabola(flops: float, n: np.ndarray, z: np.ndarray) -> Parabola:
+    x = np.log(n)
+    square, slope, constant = map(float, np.polyfit(x, z, 2))
+    vertex = -slope / (2 * square) if square > 0 else np.inf
+    inside = bool(x.min() <= vertex <= x.max())
+    if inside:
+        best, at = float(np.exp(vertex)), constant + slope * vertex / 2
+    else:
+        best, at = float(n[z.argmin()]), float(z.min())
+    return Parabola(float(flops), square, slope, constant, best, at, inside)

@@ -1,0 +1,73 @@
+"""The best use of a budget of FLOPs under a law, and what one architecture's budget is worth to another."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from jaxlinear.scaling.laws.parametric import Law
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs of training as kappa N^gamma D: kappa = 6 and gamma = 1 by the rule of thumb; as counted, gamma is less
+    where attention or the logits weigh more in small models, and kappa makes up for it."""
+
+    kappa: float = 6.0
+    gamma: float = 1.0
+
+    @classmethod
+    def of(cls, parameters, flops_per_token) -> "Cost":
+        """The least squares of log FLOPs a token over log N; of runs of one size, gamma is 1."""
+        x, y = np.log(np.asarray(parameters, np.float64)), np.log(np.asarray(flops_per_token, np.float64))
+        spread = x - x.mean()
+        gamma = 1.0 if np.abs(spread).max() < 0.01 else float(spread @ (y - y.mean()) / (spread @ spread))
+        return cls(float(np.exp(y.mean() - gamma * x.mean())), gamma)
+
+    def per_token(self, parameters: float) -> float:
+        return self.kappa * parameters**self.gamma
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimum:
+    parameters: float
+    tokens: float
+    loss: float
+
+
+def compute_optimal(law: Law, flops: float, cost: Cost = Cost()) -> Optimum:
+    """N and D of the least loss with kappa N^gamma D = ``flops``.
+
+    For kappa = 6 and gamma = 1 it is equation 4 of Hoffmann et al. 2022 (arXiv:2203.15556). In general, D follows from N,
+    and the derivative of A N^-alpha + B (kappa N^gamma / C)^beta vanishes at
+    N^(alpha + gamma beta) = alpha A / (gamma beta B) (C / kappa)^beta.
+    """
+    weight = cost.gamma * law.beta
+    log_n = math.log(law.alpha * law.A / (weight * law.B)) + law.beta * math.log(flops / cost.kappa)
+    parameters = math.exp(log_n / (law.alpha + weight))
+    tokens = flops / cost.per_token(parameters)
+    return Optimum(parameters, tokens, float(law.loss(parameters, tokens)))
+
+
+def exponents(law: Law, cost: Cost = Cost()) -> tuple[float, float]:
+    """(a, b) of the optimum: N grows as C^a, D as C^b."""
+    total = law.alpha + cost.gamma * law.beta
+    return law.beta / total, law.alpha / total
+
+
+def flops_for_loss(law: Law, loss: float, cost: Cost = Cost()) -> float:
+    """FLOPs with which the optimum has this loss; infinite at or below E.
+
+    Along the optimum both terms fall as C^-p, p = alpha beta / (alpha + gamma beta), so L(C) = E + (L(1) - E) C^-p.
+    """
+    if loss <= law.E:
+        return math.inf
+    power = law.beta * exponents(law, cost)[1]
+    reducible = compute_optimal(law, 1.0, cost).loss - law.E
+    return (reducible / (loss - law.E)) ** (1 / power)
+
+
+def compute_multiplier(law: Law, cost: Cost, baseline: Law, baseline_cost: Cost, flops: float) -> float:
+    """How many times ``flops`` the baseline needs for the loss that ``law`` has with ``flops``; above 1, ``law`` is
+    better."""
+    return flops_for_loss(baseline, compute_optimal(law, flops, cost).loss, baseline_cost) / flops

@@ -1,0 +1,138 @@
+"""The parametric law L(N, D) = E + A / N^alpha + B / D^beta, fitted to losses (Hoffmann et al. 2022, approach 3)."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import optimize
+from threadpoolctl import threadpool_limits
+
+from jaxlinear.errors import UserError
+
+DELTA = 1e-3  # of the Huber loss, as in Hoffmann et al. 2022 (arXiv:2203.15556), section 3.3
+EXPONENTS = (0.02, 2.5)  # where alpha and beta are looked for
+_GRID = np.linspace(0.05, 1.5, 12)  # of alpha and of beta, from which starts are made
+_STARTS = 20
+_TERMS = (-15.0, 5.0)  # the logarithm of each term of the loss, in nats, at the mean log N and log D
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """Loss in nats a token of N parameters after D tokens."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    def loss(self, parameters, tokens) -> np.ndarray:
+        return self.E + self.A * np.power(parameters, -self.alpha) + self.B * np.power(tokens, -self.beta)
+
+
+# The optimiser solves systems of some ten unknowns, which BLAS would share among threads: ten times slower, and worse on a
+# machine that is busy.
+one_thread = functools.partial(threadpool_limits, 1, "blas")
+
+
+def fit(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], *, delta: float = DELTA) -> Law:
+    """The law with the least sum of Huber losses of log L, by L-BFGS from many starts.
+
+    Args:
+      parameters, tokens, losses: N, D and L of each run.
+      delta: where the Huber loss goes from square to linear, of the difference of logarithms.
+
+    Raises:
+      UserError: the runs are too few, or too alike, for five constants.
+    """
+    x, y, z = log_points(parameters, tokens, losses)
+    _check(x, y)
+    centre = np.array([x.mean(), y.mean()])
+    x, y = x - centre[0], y - centre[1]
+    with one_thread():
+        ends = [_minimise(start, x, y, z, delta) for start in _starts(x, y, z, delta)]
+    return _law(min(ends, key=lambda end: end[0])[1], centre)
+
+
+def refit(law: Law, x: np.ndarray, y: np.ndarray, z: np.ndarray, *, delta: float = DELTA) -> Law:
+    """As ``fit``, of log N, log D and log L, from one start that is near."""
+    centre = np.array([x.mean(), y.mean()])
+    start = np.log(np.maximum([law.A, law.B, law.E], np.exp(_TERMS[0])))
+    start[:2] -= np.array([law.alpha, law.beta]) * centre
+    start = np.clip(start, *_TERMS)
+    end = _minimise(np.array([*start, law.alpha, law.beta]), x - centre[0], y - centre[1], z, delta)
+    return _law(end[1], centre)
+
+
+def log_points(parameters, tokens, losses) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    arrays = [np.asarray(values, np.float64) for values in (parameters, tokens, losses)]
+    if not all(array.shape == arrays[0].shape and array.ndim == 1 for array in arrays):
+        raise UserError("parameters, tokens and losses are lists of one length")
+    if not all(np.isfinite(array).all() and (array > 0).all() for array in arrays):
+        raise UserError("parameters, tokens and losses must be finite and above 0")
+    x, y, z = map(np.log, arrays)
+    return x, y, z
+
+
+def distinct(logs: np.ndarray) -> int:
+    """How many values differ by more than a hundredth."""
+    return 1 + int((np.diff(np.sort(logs)) > 0.01).sum())
+
+
+def _check(x: np.ndarray, y: np.ndarray) -> None:
+    counts = {"runs": len(x), "sizes": distinct(x), "numbers of tokens": distinct(y)}
+    for (what, count), least in zip(counts.items(), (6, 3, 3), strict=True):
+        if count < least:
+            raise UserError(f"the parametric law needs at least {least} {what}; there are {count}")
+
+
+def objective(theta: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray, delta: float) -> tuple[float, np.ndarray]:
+    """The sum over runs of Huber(log L_fit - log L) / delta^2, and its gradient.
+
+    ``theta`` is (log A, log B, log E, alpha, beta), so that log L_fit = logsumexp(log A - alpha x, log B - beta y, log E).
+    A sum and not a mean, so scaled that the optimiser's tolerances mean something: with means of so small a loss it ends
+    early (Besiroglu et al. 2024, arXiv:2404.10102, section 3).
+    """
+    a, b, e, alpha, beta = theta
+    terms = np.stack([a - alpha * x, b - beta * y, np.full_like(x, e)])
+    top = terms.max(0)
+    shares = np.exp(terms - top)
+    total = shares.sum(0)
+    difference = (top + np.log(total) - z) / delta
+    slope = np.clip(difference, -1, 1)
+    shares *= slope / (total * delta)
+    of_terms = shares.sum(1)
+    return float((slope * (difference - slope / 2)).sum()), np.array([*of_terms, -shares[0] @ x, -shares[1] @ y])
+
+
+def _starts(x: np.ndarray, y: np.ndarray, z: np.ndarray, delta: float) -> list[np.ndarray]:
+    """The best of a grid of exponents; for each, A, B and E are the least squares of L_fit / L - 1, which is linear."""
+    weights = np.exp(-z)
+    starts = []
+    for alpha in _GRID:
+        for beta in _GRID:
+            columns = np.stack([np.exp(-alpha * x), np.exp(-beta * y), np.ones_like(x)], 1)
+            terms, _ = optimize.nnls(columns * weights[:, None], np.ones_like(x))
+            theta = np.array([*np.log(np.maximum(terms, 1e-2 / weights.max())), alpha, beta])
+            starts.append((objective(theta, x, y, z, delta)[0], theta))
+    return [theta for _, theta in sorted(starts, key=lambda start: start[0])[:_STARTS]]
+
+
+def _minimise(start: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray, delta: float) -> tuple[float, np.ndarray]:
+    result = optimize.minimize(
+        objective,
+        start,
+        args=(x, y, z, delta),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[_TERMS] * 3 + [EXPONENTS] * 2,
+        options={"maxiter": 1000, "ftol": 1e-11, "gtol": 1e-6},
+    )
+    return result.fun, result.x
+
+
+def _law(theta: np.ndarray, centre: np.ndarray) -> Law:
+    a, b, e, alpha, beta = map(float, theta)
+    a, b = a + alpha * centre[0], b + beta * centre[1]
+    return Law(E=float(np.exp(e)), A=float(np.exp(a)), B=float(np.exp(b)), alpha=alpha, beta=beta)
