@@ -80,6 +80,10 @@ KEYS: dict[str, tuple[Any, str]] = {
         "products (all but products with parameters); full (all). The states and windows that devices exchanged are kept.",
     ),
     "data.path": ("", "A prepared dataset, or a mixture: DIR=WEIGHT,DIR=WEIGHT."),
+    "data.task": (
+        "",
+        "A synthetic task to train on instead, as mqar:pairs=8 (docs/evaluation.md); passkey takes its text of data.path.",
+    ),
     "data.heldout_path": ("", "The dataset whose held-out split is evaluated; by default the first of data.path."),
     "data.segment_documents": (True, "Packed documents do not see each other."),
     "training.steps": (1000, "Optimiser steps in the run."),
@@ -131,6 +135,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "checkpoint.keep_best": (0, "Checkpoints kept because their held-out loss is the lowest."),
     "evaluation.every_steps": (500, "Evaluate the held-out split this often, and at the end; 0 means never."),
     "evaluation.batches": (16, "Held-out batches taken each time; 0 means the whole split."),
+    "evaluation.tasks": ((), "Synthetic tasks that are evaluated too, as mqar,induction:length=64 (docs/evaluation.md)."),
+    "evaluation.examples": (256, "Examples taken of each difficulty of these tasks."),
     "logging.every_steps": (10, "Write metrics this often."),
     "logging.layer_norms": (False, "Also write gradient and parameter norms of each group of layers."),
     "logging.tensorboard": (True, "Write TensorBoard events."),
@@ -179,7 +185,8 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     if model.pattern is not None:
         if not all(isinstance(names, str) for names in model.pattern):
             raise UserError(f"model.pattern is {model.pattern!r}; it is names of mixers")
-        model.pattern = tuple(part.strip() for names in model.pattern for part in names.split(",") if part.strip())
+        model.pattern = _names(model.pattern)
+    config.evaluation.tasks = _names(config.evaluation.tasks)
     missing = [f"model.{name}" for name in model if model[name] is None and name != "vocab_size"]
     if missing:
         raise UserError(f"without model.preset these keys need a value: {', '.join(missing)}")
@@ -302,11 +309,18 @@ def _check(config: config_dict.ConfigDict) -> None:
             raise UserError(f"optimizer.{name} is {config.optimizer[name]}; it lies in [0, 1)")
     if not 0 < config.schedule.decay_fraction <= 1:
         raise UserError(f"schedule.decay_fraction is {config.schedule.decay_fraction}; it lies in (0, 1]")
+    if config.data.task and config.evaluation.every_steps and not config.evaluation.batches:
+        raise UserError("evaluation.batches=0 means the whole held-out split, and data.task has no end; set it to 1 or more")
     if config.checkpoint.keep_best and not config.evaluation.every_steps:
         raise UserError("checkpoint.keep_best needs held-out losses: set evaluation.every_steps")
     for name, size in config.mesh.items():
         if size < 1 and size != -1:
             raise UserError(f"mesh.{name} is {size}; it is a number of devices, or -1 for what is left")
+
+
+def _names(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts between commas: on the command line a tuple may come as one text."""
+    return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
 
 
 def _check_experts(model: config_dict.ConfigDict) -> None:
@@ -343,6 +357,7 @@ _POSITIVE = (
     "training.max_skips",
     "checkpoint.every_steps",
     "checkpoint.keep_newest",
+    "evaluation.examples",
     "logging.every_steps",
     "logging.profile_steps",
 )

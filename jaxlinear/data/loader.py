@@ -71,7 +71,7 @@ class TrainBatches:
                 f"an epoch has {self.examples_per_epoch} examples of length {sequence_length}, fewer than the batch "
                 f"size {batch_size}; the largest batch size is {self.examples_per_epoch}"
             )
-        self._rows = _check_rows(rows, batch_size)
+        self._rows = check_rows(rows, batch_size)
         self._batch_size = batch_size
         self.vocab_size = manifests[0].vocab_size
         self.document_token = manifests[0].document_token
@@ -113,7 +113,7 @@ def heldout_batches(
     """
     _check_positive(batch_size=batch_size, sequence_length=sequence_length, limit=limit)
     table = ExampleTable(path, split, sequence_length)
-    start, stop = _check_rows(rows, batch_size)
+    start, stop = check_rows(rows, batch_size)
     num_batches = -(-table.examples // batch_size)
 
     def batches() -> Iterator[Batch]:
@@ -229,7 +229,7 @@ def _check_positive(**values: int | None) -> None:
             raise UserError(f"{name} has to be at least 1, not {value}")
 
 
-def _check_rows(rows: tuple[int, int] | None, batch_size: int) -> tuple[int, int]:
+def check_rows(rows: tuple[int, int] | None, batch_size: int) -> tuple[int, int]:
     start, stop = (0, batch_size) if rows is None else rows
     if not 0 <= start < stop <= batch_size:
         raise UserError(f"rows {start} to {stop} are not part of a batch of {batch_size}")

@@ -2,15 +2,19 @@
 
 import os
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
+from jaxlinear.data import tasks as synthetic_tasks
 from jaxlinear.errors import UserError
-from jaxlinear.evaluation import perplexity
+from jaxlinear.evaluation import perplexity, synthetic
+from jaxlinear.evaluation.options import Options
 from jaxlinear.evaluation.run import Run, open_run
 
-__all__ = ["TASKS", "Run", "evaluate", "open_run", "table"]
+__all__ = ["TASKS", "Options", "Run", "evaluate", "evaluate_run", "open_run", "table"]
 
-TASKS = {"perplexity": perplexity}  # modules with evaluate(run, **options) -> report and table(report) -> text
+# By name, modules with evaluate(run, spec, options) -> report and table(report) -> text; spec is NAME:option=VALUE:...
+TASKS: dict[str, ModuleType] = {"perplexity": perplexity, **dict.fromkeys(synthetic_tasks.TASKS, synthetic)}
 
 
 def evaluate(
@@ -23,17 +27,32 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint (the newest by default) on each task. Returns what ``--json`` writes.
 
-    ``mesh`` is what ``open_run`` takes: how all devices share the work.
-
-    ``options`` are those of ``perplexity.evaluate``. ``UserError`` says what cannot be evaluated, before anything runs.
+    ``mesh`` is what ``open_run`` takes: how all devices share the work. ``options`` are those of ``Options``.
+    ``UserError`` says what cannot be evaluated, before anything runs.
     """
-    if not tasks:
+    check_names(tasks)
+    return evaluate_run(open_run(workdir, step, mesh), tasks, Options(**options))
+
+
+def evaluate_run(run: Run, tasks: Sequence[str], options: Options) -> dict[str, Any]:
+    """``evaluate`` of a run that is open."""
+    return run.summary() | {spec: find(spec).evaluate(run, spec, options) for spec in tasks}
+
+
+def check_names(specs: Sequence[str]) -> None:
+    """Raises ``UserError`` for a task that does not exist, or if none is named."""
+    if not specs:
         raise UserError(f"no task is named; there are {', '.join(TASKS)}")
-    for name in tasks:
-        if name not in TASKS:
-            raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
-    run = open_run(workdir, step, mesh)
-    return run.summary() | {name: TASKS[name].evaluate(run, **options) for name in tasks}
+    for spec in specs:
+        find(spec)
+
+
+def find(spec: str) -> ModuleType:
+    """The module of the task ``NAME:option=VALUE:...``."""
+    name = spec.split(":")[0]
+    if name not in TASKS:
+        raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
+    return TASKS[name]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -43,4 +62,9 @@ def table(report: dict[str, Any]) -> str:
         f"{report['workdir']}, step {report['step']} of {training['steps']}: {model['preset'] or 'a model'} of "
         f"{report['parameters']:,} parameters, trained at length {training['sequence_length']}"
     )
-    return "\n\n".join([head, *(TASKS[name].table(report[name]) for name in TASKS if name in report)])
+    parts = [head]
+    for spec in report:
+        if spec.split(":")[0] in TASKS:
+            text = find(spec).table(report[spec])
+            parts.append(text if spec == "perplexity" else f"{spec}: {text}")
+    return "\n\n".join(parts)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from jaxlinear import data
 from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import RunError, UserError
+from jaxlinear.evaluation.options import Options
 from jaxlinear.evaluation.run import Run
 from jaxlinear.parallel import feeding, sharding
 from jaxlinear.parallel import mesh as meshes
@@ -21,27 +22,16 @@ from jaxlinear.training.step import make_loss_step
 LENGTHS = (1, 2, 4, 8)  # multiples of the training length, where the dataset has them
 
 
-def evaluate(
-    run: Run,
-    *,
-    data: str | None = None,
-    lengths: Sequence[int] | None = None,
-    batches: int = 0,
-    batch_tokens: int = 0,
-) -> dict[str, Any]:
-    """The losses of a run on a held-out split.
-
-    Args:
-      run: of ``open_run``.
-      data: the dataset; by default the one that the run was evaluated on while it trained.
-      lengths: multiples of the training length. One that the dataset does not have is refused; of the default,
-        ``LENGTHS``, it is left out.
-      batches: how many batches to take; 0 takes the whole split.
-      batch_tokens: tokens of a batch, whatever the length; by default as many as in training.
-    """
+def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
+    """The losses of a run on a held-out split; the spec has no options."""
+    if spec != "perplexity":
+        raise UserError(
+            f"{spec!r}: perplexity takes no options of this kind; --lengths, --batches and --data are its own"
+        )
+    lengths, batches, batch_tokens = options.lengths, options.batches, options.batch_tokens
     if batches < 0 or batch_tokens < 0:
         raise UserError(f"batches={batches} and batch_tokens={batch_tokens} must not be negative")
-    path = _dataset(run, data)
+    path = _dataset(run, options.data)
     manifest = _read_manifest(run, path)
     split = manifest.splits["heldout"]
     training = run.config.training
@@ -101,6 +91,11 @@ def _dataset(run: Run, path: str | None) -> Path:
     if path:
         return Path(path)
     if not run.config.data.path and not run.config.data.heldout_path:
+        if run.config.data.task:
+            raise UserError(
+                f"the run in {run.workdir} was trained on {run.config.data.task}, not on text; evaluate it with "
+                f"--tasks={run.config.data.task.split(':')[0]}"
+            )
         raise UserError(f"the run in {run.workdir} names no dataset; name one with --data")
     return Path(heldout_path(run.config))
 

@@ -12,6 +12,7 @@ from ml_collections import config_dict
 
 from jaxlinear import config as configs
 from jaxlinear import data
+from jaxlinear.data import tasks
 from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import UserError
 from jaxlinear.models import mixers, parameters
@@ -28,7 +29,7 @@ class Job:
     architecture: parameters.Architecture
     mesh: jax.sharding.Mesh
     optimizer: optax.GradientTransformation
-    batches: data.TrainBatches
+    batches: data.TrainBatches | tasks.TaskBatches
 
     @classmethod
     def build(cls, config: config_dict.ConfigDict) -> "Job":
@@ -41,12 +42,30 @@ class Job:
         architecture = parameters.describe(configs.model_config(config))
         job = cls(config, architecture, mesh, make_optimizer(config, architecture), batches)
         if config.evaluation.every_steps:
-            job.heldout_batches()
+            if not config.data.task:
+                job.heldout_batches()
+            job.evaluation_tasks()
         return job
 
     @property
     def heldout_path(self) -> str:
         return heldout_path(self.config)
+
+    @property
+    def trained_task(self) -> tasks.Task | None:
+        """The synthetic task that the run is trained on, if it is."""
+        return self.batches.task if isinstance(self.batches, tasks.TaskBatches) else None
+
+    def evaluation_tasks(self) -> list[tasks.Task]:
+        """The difficulties of ``evaluation.tasks``."""
+        setting = task_setting(self.config, "heldout")
+        specs = self.config.evaluation.tasks
+        return [task for spec in specs for task in tasks.difficulties(spec, setting, self.trained_task)]
+
+    def data_text(self) -> str:
+        """What the data are, for processes to compare."""
+        paths = [] if not self.config.data.path else [*mixture(self.config.data.path), self.heldout_path]
+        return repr((self.trained_task, [data.read_manifest(path) for path in paths]))
 
     def heldout_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of the held-out batches that are evaluated while training."""
@@ -62,6 +81,8 @@ class Job:
     def check_tokenizer(self, workdir: Path) -> None:
         """Raises ``UserError`` if the run in ``workdir`` was begun on data of another tokeniser; keeps a copy there if
         it is new, so that text can be read and written without the dataset."""
+        if not self.config.data.path:
+            return
         tokenizer = data.load_tokenizer(next(iter(mixture(self.config.data.path))))
         if (workdir / INFO_FILE).exists():
             if data.load_tokenizer(workdir).sha256 != tokenizer.sha256:
@@ -89,11 +110,29 @@ def mixture(path: str) -> dict[str, float]:
     return weights
 
 
-def _open_batches(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> data.TrainBatches:
+def task_setting(config: config_dict.ConfigDict, split: str) -> tasks.Setting:
+    """What a run gives its tasks."""
+    dataset = heldout_path(config) if split == "heldout" else next(iter(mixture(config.data.path)))
+    return tasks.Setting(config.training.sequence_length, config.model.vocab_size, dataset, split)
+
+
+def _open_batches(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> data.TrainBatches | tasks.TaskBatches:
     """The training batches of this process: its rows of every global batch."""
-    if not config.data.path:
-        raise UserError("data.path is not set; launch/prepare_data.py makes a dataset")
     training = config.training
+    if config.data.task:
+        task = tasks.one(config.data.task, task_setting(config, "train"))
+        if config.data.path and not task.READS_TEXT:
+            raise UserError(
+                f"data.task={config.data.task} takes no text, but data.path={config.data.path} is set; leave one out"
+            )
+        return tasks.TaskBatches(
+            task,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            rows=feeding.local_rows(meshes.batch_sharding(mesh), (training.batch_size, training.sequence_length)),
+        )
+    if not config.data.path:
+        raise UserError("data.path is not set; launch/prepare_data.py makes a dataset, and data.task needs none")
     return data.TrainBatches(
         mixture(config.data.path),
         batch_size=training.batch_size,
@@ -104,13 +143,14 @@ def _open_batches(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> da
 
 
 def _with_vocabulary(config: config_dict.ConfigDict, vocab_size: int) -> config_dict.ConfigDict:
-    """The config with ``model.vocab_size`` set for a tokeniser of ``vocab_size``, or a refusal."""
+    """The config with ``model.vocab_size`` set for data of ``vocab_size`` tokens, or a refusal."""
     config = config.copy_and_resolve_references()
     if config.model.vocab_size is None:
         config.model.vocab_size = math.ceil(vocab_size / 128) * 128
     if config.model.vocab_size < vocab_size:
+        what = config.data.task or f"the tokeniser of {config.data.path}"
         raise UserError(
-            f"the tokeniser of {config.data.path} has {vocab_size} tokens, more than model.vocab_size="
+            f"{what} has {vocab_size} tokens, more than model.vocab_size="
             f"{config.model.vocab_size}; leave model.vocab_size unset to follow the data"
         )
     return config

@@ -14,12 +14,14 @@ from ml_collections import config_dict
 
 from jaxlinear import data
 from jaxlinear.checkpoint import Checkpoints
+from jaxlinear.data import tasks
 from jaxlinear.errors import RunError
 from jaxlinear.parallel import feeding, start
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import state as states
 from jaxlinear.training import workdir as workdirs
-from jaxlinear.training.job import Job, mixture
+from jaxlinear.training.answers import Answers
+from jaxlinear.training.job import Job
 from jaxlinear.training.meter import Meter
 from jaxlinear.training.metrics import MetricsWriter
 from jaxlinear.training.step import make_loss_step, make_train_step
@@ -41,8 +43,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
         job = Job.build(config)
         directory = workdirs.prepare(workdir, job.config)
         job.check_tokenizer(directory)
-    datasets = [*mixture(job.config.data.path), job.heldout_path]
-    start.check_agreement("the dataset", repr([data.read_manifest(path) for path in datasets]))
+    start.check_agreement("the data", job.data_text())
     stop = _Stop()
     checkpoints = Checkpoints(directory, job.config)
     try:
@@ -88,7 +89,7 @@ def _run(
         return FINISHED
 
     step_fn = make_train_step(config, job.architecture, job.optimizer, job.mesh)
-    loss_step = make_loss_step(config, job.architecture, job.mesh)
+    evaluation = _Evaluation(job)
     rows = config.training.batch_size
     batch = feeding.place(job.batches[first], sharding, rows)
     begin = time.perf_counter()
@@ -121,7 +122,7 @@ def _run(
         with meter.paused():
             heldout = None
             if evaluating:
-                heldout = _evaluate(job, loss_step, state.parameters)
+                heldout = evaluation(state.parameters)
                 writer.write(done, heldout)
             if saving:
                 writer.sync()
@@ -140,17 +141,44 @@ def _run(
     return FINISHED
 
 
-def _evaluate(job: Job, loss_step, params: dict[str, Any]) -> dict[str, float]:
-    """Held-out loss in nats a token, and in bits a byte of text."""
-    sharding = meshes.batch_sharding(job.mesh)
-    total, count = 0.0, 0
-    for batch in job.heldout_batches():
-        nll, targets = loss_step(params, feeding.place(batch, sharding, job.config.training.batch_size))
-        total += float(nll.sum())
-        count += int(targets.sum())
-    split = data.read_manifest(job.heldout_path).splits["heldout"]
-    loss = total / count
-    return {"heldout_loss": loss, "heldout_bits_per_byte": loss / math.log(2) * split.tokens / split.bytes}
+class _Evaluation:
+    """What is measured of held-out data while a run trains."""
+
+    def __init__(self, job: Job):
+        config = job.config
+        self._job, self._loss_step = job, make_loss_step(config, job.architecture, job.mesh)
+        tokens = config.training.batch_size * config.training.sequence_length
+        self._answers = Answers(config, job.architecture, job.mesh, tokens)
+        self._tasks = job.evaluation_tasks() if config.evaluation.every_steps else []
+
+    def __call__(self, parameters: dict[str, Any]) -> dict[str, float]:
+        """``heldout_loss`` in nats a token, or an answer of the task that the run is trained on, and beside it bits a byte
+        of text, or accuracies; then the accuracy of each difficulty of ``evaluation.tasks``."""
+        config, trained = self._job.config, self._job.trained_task
+        if trained is None:
+            values = self._heldout(parameters)
+        else:
+            found = self._measure(parameters, trained, config.evaluation.batches * config.training.batch_size)
+            values = {f"heldout_{name}": found[name] for name in ("loss", "accuracy", "solved")}
+        for task in self._tasks:
+            accuracy = self._measure(parameters, task, config.evaluation.examples)["accuracy"]
+            values[f"{tasks.text(task)}/accuracy"] = accuracy
+        return values
+
+    def _measure(self, parameters: dict[str, Any], task: tasks.Task, examples: int) -> dict[str, Any]:
+        return self._answers.measure(parameters, task, examples=examples, seed=self._job.config.training.seed)
+
+    def _heldout(self, parameters: dict[str, Any]) -> dict[str, float]:
+        job = self._job
+        sharding = meshes.batch_sharding(job.mesh)
+        total, count = 0.0, 0
+        for batch in job.heldout_batches():
+            nll, targets = self._loss_step(parameters, feeding.place(batch, sharding, job.config.training.batch_size))
+            total += float(nll.sum())
+            count += int(targets.sum())
+        split = data.read_manifest(job.heldout_path).splits["heldout"]
+        loss = total / count
+        return {"heldout_loss": loss, "heldout_bits_per_byte": loss / math.log(2) * split.tokens / split.bytes}
 
 
 class _Stop:

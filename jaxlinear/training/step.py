@@ -16,7 +16,7 @@ from jaxlinear.training import state as states
 from jaxlinear.training.schedule import make_schedule
 from jaxlinear.training.state import TrainState
 
-Batch = dict[str, jax.Array]  # tokens, targets, segment_ids: [B, T] int32; segment 0 is padding
+Batch = dict[str, jax.Array]  # tokens, targets, segment_ids: [B, T] int32
 Metrics = dict[str, jax.Array]
 
 _NORM_DECAY = 0.98  # of the running average of gradient norms
@@ -57,7 +57,7 @@ def make_train_step(
         return total, {"loss": nll, **losses}
 
     def gradients(parameters, batch):
-        targets = batch["segment_ids"] > 0
+        targets = is_target(batch)
         weights = targets.astype(jnp.float32) / jnp.maximum(jnp.sum(targets), 1).astype(jnp.float32)
         gradient = jax.grad(objective, has_aux=True)
         if training.microbatches == 1:
@@ -121,10 +121,15 @@ def make_loss_step(config: config_dict.ConfigDict, architecture: Architecture, m
             hidden, _, _ = model.hidden(batch["tokens"], segment_ids)
             soft_cap = architecture.config.logit_soft_cap
             nll = operations.token_losses(hidden, model.output_embedding, batch["targets"], soft_cap=soft_cap)
-            targets = batch["segment_ids"] > 0
+            targets = is_target(batch)
             return jnp.where(targets, nll, jnp.zeros((), nll.dtype)), targets
 
     return jax.jit(step, in_shardings=(architecture.shardings(mesh), meshes.batch_sharding(mesh)))
+
+
+def is_target(batch: Batch) -> jax.Array:
+    """``[B, T]`` bool: segment 0 is padding, and a target below 0 none (only the answers of a synthetic task are due)."""
+    return (batch["segment_ids"] > 0) & (batch["targets"] >= 0)
 
 
 def _microbatches(x: jax.Array, parts: int) -> jax.Array:

@@ -1,0 +1,38 @@
+"""Batches of a synthetic task, addressed by index like those of a dataset."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxlinear.data.loader import Batch, check_rows
+
+if TYPE_CHECKING:
+    from jaxlinear.data.tasks.task import Task
+
+SPLITS = {"train": 0, "heldout": 1}
+
+
+class TaskBatches:
+    """``batches[step]`` is this host's rows of global batch ``step``: int32 arrays ``[b, T]`` ``tokens``, ``segment_ids``
+    (all 1), and ``targets``, which are below 0 where nothing is to be predicted.
+
+    Batch ``step`` holds the examples step B ... step B + B - 1, however many hosts there are. Example i of a split is a
+    pure function of (seed, split, i), and no two splits have a generator in common.
+    """
+
+    def __init__(
+        self, task: "Task", *, batch_size: int, seed: int, split: str = "train", rows: tuple[int, int] | None = None
+    ):
+        self.task = task
+        self.vocab_size = task.vocabulary
+        self._rows = check_rows(rows, batch_size)
+        self._batch_size, self._key = batch_size, (seed, SPLITS[split])
+
+    def __getitem__(self, step: int) -> Batch:
+        start, stop = self._rows
+        first = step * self._batch_size
+        examples = [
+            self.task.example(np.random.default_rng((*self._key, i))) for i in range(first + start, first + stop)
+        ]
+        tokens, targets = (np.stack(arrays).astype(np.int32) for arrays in zip(*examples, strict=True))
+        return {"tokens": tokens, "targets": targets, "segment_ids": np.ones_like(tokens)}

@@ -1,0 +1,98 @@
+"""ListOps: nested operations on digits, whose value is the answer."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxlinear.data.tasks.task import NO_TARGET, Example, Task
+
+OPERATIONS: dict[str, Callable[[list[int]], int]] = {
+    "MAX": max,
+    "MIN": min,
+    "MED": lambda values: int(np.median(values)),
+    "SM": lambda values: sum(values) % 10,
+}
+PADDING, DIGITS, OPEN, CLOSE, END = 0, 1, 11, 15, 16  # tokens: 1 to 10 are digits, 11 to 14 open an operation
+_NESTED = 0.25  # probability that an argument is an operation, as in the Long Range Arena
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOps(Task):
+    """``[MAX 2 9 [MIN 4 7] 0] =`` and at its end the answer, a digit; before it padding to T tokens.
+
+    Operations (maximum, minimum, median rounded down, sum modulo 10) have 2 to ``arguments`` arguments and are nested at
+    most ``depth`` deep; an expression has at least ``shortest`` tokens.
+    """
+
+    SOURCE = (
+        "Nangia and Bowman 2018 (arXiv:1804.06028); depth, arguments and lengths of 500 to 2000 of Tay et al. 2020, Long "
+        "Range Arena (arXiv:2011.04006), section 2.2.1; the shorter ones are ours"
+    )
+    REFERENCE = (
+        {"length": 64, "shortest": 16, "depth": 4, "arguments": 5},
+        {"length": 256, "shortest": 64, "depth": 6, "arguments": 8},
+        {"length": 2048, "shortest": 500, "depth": 10, "arguments": 10},
+    )
+
+    length: int = 2048
+    shortest: int = 500
+    depth: int = 10
+    arguments: int = 10
+
+    def __post_init__(self) -> None:
+        self.require(self.depth >= 1, f"depth={self.depth} must be at least 1")
+        self.require(self.arguments >= 2, f"arguments={self.arguments} must be at least 2")
+        self.require(
+            self.length >= 5, f"length={self.length} must be at least 5, an operation on two digits and its end"
+        )
+        most = min(self.length // 2, max(_largest(self.depth, self.arguments) // 8, 4))  # more would hardly be drawn
+        self.require(
+            0 <= self.shortest <= most,
+            f"shortest={self.shortest} must not exceed {most}: half of the length, and an eighth of the largest of "
+            f"depth={self.depth} and arguments={self.arguments}",
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        return END + 1
+
+    @property
+    def most_answers(self) -> int:
+        return 1
+
+    @property
+    def chance(self) -> float:
+        return 1 / 10
+
+    def example(self, random: np.random.Generator) -> Example:
+        expression: list[int] = []
+        while not self.shortest <= len(expression) + 1 <= self.length or not expression:
+            expression = []
+            value = self._write(random, expression, self.depth)
+        tokens = np.full(self.length, PADDING, np.int32)
+        tokens[-1 - len(expression) :] = [*expression, END]
+        targets = np.full(self.length, NO_TARGET, np.int32)
+        targets[-1] = DIGITS + value
+        return tokens, targets
+
+    def _write(self, random: np.random.Generator, expression: list[int], depth: int) -> int:
+        """Appends an operation to the expression and returns its value; nests no further when it is too long already."""
+        operation = int(random.integers(len(OPERATIONS)))
+        expression.append(OPEN + operation)
+        values = []
+        count = int(random.integers(2, self.arguments + 1))
+        nested, digits = random.random(count) < _NESTED, random.integers(10, size=count).tolist()
+        for is_operation, digit in zip(nested, digits, strict=True):
+            if is_operation and depth > 1 and len(expression) < self.length:
+                values.append(self._write(random, expression, depth - 1))
+            else:
+                expression.append(DIGITS + digit)
+                values.append(digit)
+        expression.append(CLOSE)
+        return list(OPERATIONS.values())[operation](values)
+
+
+def _largest(depth: int, arguments: int) -> int:
+    """Tokens of the largest expression."""
+    return 2 + arguments * (1 if depth == 1 else _largest(depth - 1, arguments))

@@ -1,0 +1,119 @@
+"""A pass key hidden in real text, to be told at the end."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from jaxlinear.data.loader import ExampleTable
+from jaxlinear.data.manifest import read_manifest
+from jaxlinear.data.tasks.task import NO_TARGET, Example, Setting, Task
+from jaxlinear.data.tokenizer import Tokenizer, load_tokenizer
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+_QUESTION = "\nWhat is the pass key? The pass key is"
+
+
+@dataclasses.dataclass(frozen=True)
+class PassKey(Task):
+    """One document: text of a prepared dataset, in it at ``depth`` (0 the beginning, 1 the end; -1 anywhere) a sentence
+    with a number of ``digits`` digits; at the end a question whose answer is the number.
+
+    The answer is of the tokens that the tokenizer makes of it; each counts as predicted from the true ones before it, so
+    that all are right exactly if greedy decoding gives the number.
+    """
+
+    SOURCE = (
+        "Mohtashami and Jaggi 2023 (arXiv:2305.16300), section 4.2, whose sentences these are; the text is that of the "
+        "dataset, as in the needle tests of long contexts; the depths are ours"
+    )
+    READS_TEXT = True
+    REFERENCE = tuple({"depth": depth} for depth in DEPTHS)
+
+    length: int
+    depth: float = -1.0
+    digits: int = 5
+    dataset: str = ""
+    split: str = "heldout"
+
+    def __post_init__(self) -> None:
+        self.require(bool(self.dataset), "it needs text: data.path, --data, or the option dataset")
+        self.require(
+            0 <= self.depth <= 1 or self.depth == -1, f"depth={self.depth} lies between 0 and 1, or is -1 for any"
+        )
+        self.require(1 <= self.digits <= 18, f"digits={self.digits} lies between 1 and 18")
+        needed = sum(map(len, self._parts(10**self.digits - 1)))
+        self.require(self.length >= needed, f"length={self.length} is less than the {needed} tokens without any text")
+        text = self._table.targets
+        self.require(
+            self.length <= text // 2,
+            f"length={self.length} is more than half of the {text} tokens in the {self.split} split of {self.dataset}",
+        )
+
+    @classmethod
+    def defaults(cls, setting: Setting) -> dict[str, Any]:
+        return {"length": setting.sequence_length, "dataset": setting.dataset, "split": setting.split}
+
+    @classmethod
+    def references(cls, setting: Setting) -> tuple[dict[str, Any], ...]:
+        """At the training length and twice it, as far as the text goes."""
+        return tuple({"length": k * setting.sequence_length} | more for k in (1, 2) for more in cls.REFERENCE)
+
+    @property
+    def vocabulary(self) -> int:
+        return self._table.manifest.vocab_size
+
+    @property
+    def most_answers(self) -> int:
+        return self.digits + 1  # bytes of the number and the space before it
+
+    @property
+    def chance(self) -> float:
+        return 0.1**self.digits
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.dataset)
+
+    @functools.cached_property
+    def _table(self) -> ExampleTable:
+        return ExampleTable(self.dataset, self.split, read_manifest(self.dataset).block_length)
+
+    def _parts(self, key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of the sentence, of the question, and of its answer."""
+        text = str(key).zfill(self.digits)
+        encode = self._tokenizer.encode
+        question, whole = encode(_QUESTION), encode(f"{_QUESTION} {text}")
+        self.require(
+            len(whole) > len(question) and np.array_equal(whole[: len(question)], question),
+            "the tokenizer merges the question with its answer",
+        )
+        return encode(_NEEDLE.format(key=text)), question, whole[len(question) :]
+
+    def _text(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """``count`` tokens from a random place of the split on, without the tokens between documents."""
+        taken: list[np.ndarray] = []
+        block, missing = int(random.integers(self._table.examples)), count
+        skipped = int(random.integers(self._table.manifest.block_length))
+        while missing > 0:
+            read = self._table.read(np.array([block % self._table.examples]))
+            tokens = read["tokens"][0][read["segment_ids"][0] > 0][skipped:]
+            tokens = tokens[tokens != self._tokenizer.document_token][:missing]
+            taken.append(tokens)
+            block, missing, skipped = block + 1, missing - len(tokens), 0
+        return np.concatenate(taken) if taken else np.zeros(0, np.int32)
+
+    def example(self, random: np.random.Generator) -> Example:
+        needle, question, answer = self._parts(int(random.integers(10**self.digits)))
+        text = self._text(
+            random, self.length - len(needle) - len(question) - len(answer)
+        )  # the answer's end is not read
+        depth = random.random() if self.depth == -1 else self.depth
+        cut = round(depth * len(text))
+        document = self._tokenizer.document_token
+        stream = np.concatenate([[document], text[:cut], needle, text[cut:], question, answer]).astype(np.int32)
+        targets = np.full(self.length, NO_TARGET, np.int32)
+        targets[-len(answer) :] = answer
+        return stream[:-1], targets

@@ -1,0 +1,118 @@
+"""What every synthetic task is: examples made from a seed, in which only the answers are to be predicted."""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from jaxlinear.errors import UserError
+
+NO_TARGET = -1  # in the targets of an example, where nothing is to be predicted
+Example = tuple[np.ndarray, np.ndarray]  # tokens [T], and the answer due after each token or NO_TARGET
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a run gives the tasks that it is trained on or judged by."""
+
+    sequence_length: int
+    vocab_size: int | None = None  # of the model; None if it follows the task
+    dataset: str = ""  # for tasks in real text
+    split: str = "heldout"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(abc.ABC):
+    """One difficulty of a task: its fields are the options, which ``NAME:option=VALUE`` sets.
+
+    ``example`` is a function of the generator alone. Tokens are below ``vocab_size``, answers too.
+    """
+
+    REFERENCE: ClassVar[tuple[dict[str, Any], ...]]  # the difficulties that a checkpoint is judged by
+    SOURCE: ClassVar[str]  # of the task and its difficulties
+    READS_TEXT: ClassVar[bool] = False  # it needs a prepared dataset
+
+    length: int  # tokens of an example, T
+
+    @property
+    @abc.abstractmethod
+    def vocabulary(self) -> int:
+        """Tokens that the task uses."""
+
+    @property
+    @abc.abstractmethod
+    def most_answers(self) -> int:
+        """No example has more answers."""
+
+    @property
+    @abc.abstractmethod
+    def chance(self) -> float:
+        """Accuracy of an answer by one who knows what answers look like and has not read the example."""
+
+    @abc.abstractmethod
+    def example(self, random: np.random.Generator) -> Example:
+        """Tokens ``[T]`` and targets ``[T]``."""
+
+    @classmethod
+    def defaults(cls, setting: Setting) -> dict[str, Any]:
+        """Options that follow from the run."""
+        return {}
+
+    @classmethod
+    def references(cls, setting: Setting) -> tuple[dict[str, Any], ...]:
+        """The difficulties that a checkpoint of this run is judged by."""
+        return cls.REFERENCE
+
+    @classmethod
+    def make(cls, options: dict[str, Any]) -> Self:
+        """With options by name, values as they are or as text."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        values = {}
+        for name, value in options.items():
+            if name not in fields:
+                raise UserError(f"{name_of(cls)} has no option {name!r}; it has {', '.join(fields)}")
+            values[name] = _parsed(cls, fields[name], value)
+        return cls(**values)
+
+    def options(self) -> dict[str, Any]:
+        """All options, by name."""
+        return dataclasses.asdict(self)
+
+    def require(self, fits: bool, reason: str) -> None:
+        """Raises ``UserError`` unless ``fits``."""
+        if not fits:
+            raise UserError(f"{name_of(type(self))}: {reason}")
+
+
+@dataclasses.dataclass(frozen=True)
+class WithVocabulary(Task):
+    """A task whose vocabulary is an option."""
+
+    vocab_size: int = 8192
+
+    @property
+    def vocabulary(self) -> int:
+        return self.vocab_size
+
+    @classmethod
+    def defaults(cls, setting: Setting) -> dict[str, Any]:
+        """The vocabulary of the paper, as far as the model has so many tokens."""
+        return {} if setting.vocab_size is None else {"vocab_size": min(cls.vocab_size, setting.vocab_size)}
+
+
+def name_of(task: type[Task]) -> str:
+    """The name that the registry has for a task."""
+    from jaxlinear.data import tasks  # which imports the tasks, and they this file
+
+    return next(name for name, known in tasks.TASKS.items() if known is task)
+
+
+def _parsed(cls: type[Task], field: dataclasses.Field, value: Any) -> Any:
+    kind = {"int": int, "float": float, "bool": bool, "str": str}[str(getattr(field.type, "__name__", field.type))]
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = {"true": True, "false": False}[value] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise UserError(f"{name_of(cls)}: {field.name}={value} is not of type {kind.__name__}") from None
+    return value

@@ -1,0 +1,24 @@
+"""What can be asked of an evaluation beyond the names of its tasks."""
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each is for the tasks named in brackets.
+
+    Args:
+      data: a prepared dataset (perplexity, passkey); by default the one that the run was evaluated on while it trained.
+      lengths: multiples of the training length (perplexity). One that the dataset does not have is refused; by default
+        1, 2, 4 and 8 as far as it has them.
+      batches: how many batches to take of each length (perplexity); 0 takes the whole split.
+      batch_tokens: tokens of a batch, whatever the length (all); by default as many as in training.
+      examples: examples of each difficulty (synthetic tasks).
+    """
+
+    data: str | None = None
+    lengths: Sequence[int] | None = None
+    batches: int = 0
+    batch_tokens: int = 0
+    examples: int = 256

@@ -1,0 +1,64 @@
+"""Accuracy of a checkpoint in the synthetic tasks (``jaxlinear.data.tasks``), by difficulty."""
+
+import dataclasses
+import time
+from typing import Any
+
+from jaxlinear.data import tasks
+from jaxlinear.errors import UserError
+from jaxlinear.evaluation.options import Options
+from jaxlinear.evaluation.run import Run
+from jaxlinear.training.answers import Answers
+from jaxlinear.training.job import task_setting
+
+
+def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
+    """``spec`` is ``NAME:option=VALUE:...``: the difficulties of reference with these options, and that of the training
+    before them if the run was trained on the task."""
+    if options.examples < 1:
+        raise UserError(f"examples={options.examples} must be at least 1")
+    training = run.config.training
+    setting = task_setting(run.config, "heldout")
+    if options.data:
+        setting = dataclasses.replace(setting, dataset=options.data)
+    trained = tasks.one(run.config.data.task, task_setting(run.config, "train")) if run.config.data.task else None
+    difficulties = tasks.difficulties(spec, setting, trained)
+    batch_tokens = options.batch_tokens or training.batch_size * training.sequence_length
+    answers = Answers(run.config, run.architecture, run.mesh, batch_tokens)
+    rows = []
+    for task in difficulties:
+        begin = time.perf_counter()
+        found = answers.measure(run.parameters, task, examples=options.examples, seed=training.seed)
+        rows.append(
+            {"options": task.options(), "trained": _same(task, trained), "chance": task.chance}
+            | found
+            | {"seconds": time.perf_counter() - begin}
+        )
+    return {"source": difficulties[0].SOURCE, "difficulties": rows}
+
+
+def _same(task: tasks.Task, trained: tasks.Task | None) -> bool:
+    """Whether this is the difficulty that was trained on; of the text, any split."""
+    if type(task) is not type(trained) or trained is None:
+        return False
+    ignored = ("dataset", "split")
+    return all(value == trained.options()[name] for name, value in task.options().items() if name not in ignored)
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report of ``evaluate`` as text for people: the options that differ are columns, those that do not stand above."""
+    rows = report["difficulties"]
+    names = list(rows[0]["options"])
+    varying = [name for name in names if len({row["options"][name] for row in rows}) > 1] or ["length"]
+    fixed = ", ".join(f"{name} {rows[0]['options'][name]}" for name in names if name not in varying)
+    lines = [report["source"]] + ([fixed] if fixed else [])
+    lines.append(
+        "".join(f"{name:>12}" for name in varying) + f"{'accuracy':>10}{'chance':>9}{'solved':>9}{'examples':>10}"
+    )
+    for row in rows:
+        lines.append(
+            "".join(f"{row['options'][name]:>12}" for name in varying)
+            + f"{row['accuracy']:>10.4f}{row['chance']:>9.4f}{row['solved']:>9.4f}{row['examples']:>10}"
+            + ("  (as trained)" if row["trained"] else "")
+        )
+    return "\n".join(lines)

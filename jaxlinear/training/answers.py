@@ -1,0 +1,86 @@
+"""How many answers of a synthetic task a model gives: of held-out examples, while it trains and afterwards."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_dict
+
+from jaxlinear.data import tasks
+from jaxlinear.errors import UserError
+from jaxlinear.models.parameters import Architecture
+from jaxlinear.parallel import feeding, sharding
+from jaxlinear.parallel import mesh as meshes
+
+
+class Answers:
+    """Measures models of one architecture on a mesh. One program is compiled for each shape of a task's examples."""
+
+    def __init__(self, config: config_dict.ConfigDict, architecture: Architecture, mesh: Mesh, batch_tokens: int):
+        self._mesh, self._batch_tokens = mesh, batch_tokens
+        whole = NamedSharding(mesh, PartitionSpec())
+
+        def count(parameters, batch, most: int):
+            with sharding.use_mesh(mesh, **config.parallel):
+                model = architecture.bind(parameters)
+                hidden, _, _ = model.hidden(batch["tokens"], batch["segment_ids"])
+                due = batch["targets"] >= 0
+                # The logits of the answers alone, of which an example has few: the answers' places, then any others.
+                places = jnp.argsort(jnp.where(due, 0, 1), axis=1, stable=True)[:, :most]
+                hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
+                targets, due = (jnp.take_along_axis(x, places, axis=1) for x in (batch["targets"], due))
+                logits = model.logits(hidden)
+            chosen = jnp.argmax(logits, axis=-1)
+            nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(
+                logits, jnp.maximum(targets, 0)[..., None], axis=-1
+            ).squeeze(-1)
+            right = due & (chosen == targets)
+            return {
+                "answers": jnp.sum(due),
+                "right": jnp.sum(right),
+                "solved": jnp.sum(jnp.all(right | ~due, axis=1)),
+                "nll": jnp.sum(jnp.where(due, nll, jnp.zeros((), nll.dtype))),
+            }
+
+        self._count = jax.jit(
+            count,
+            static_argnums=2,
+            in_shardings=(architecture.shardings(mesh), meshes.batch_sharding(mesh)),
+            out_shardings=whole,
+        )
+
+    def measure(self, parameters: dict[str, Any], task: tasks.Task, *, examples: int, seed: int) -> dict[str, Any]:
+        """Of at least so many held-out examples, in whole batches:
+
+        ``accuracy`` of the answers, each after the true tokens before it, whether an answer or not; ``solved``, the part of
+        the examples whose answers are all right; ``loss`` in nats an answer; and how many there were.
+        """
+        rows, batches = self._plan(task.length, examples)
+        place = meshes.batch_sharding(self._mesh)
+        local = feeding.local_rows(place, (rows, task.length))
+        made = tasks.TaskBatches(task, batch_size=rows, seed=seed, split="heldout", rows=local)
+        most = min(task.most_answers, task.length)
+        totals = {"answers": 0.0, "right": 0.0, "solved": 0.0, "nll": 0.0}
+        for i in range(batches):
+            counted = self._count(parameters, feeding.place(made[i], place, rows), most)
+            totals = {name: total + float(counted[name]) for name, total in totals.items()}
+        return {
+            "accuracy": totals["right"] / totals["answers"],
+            "solved": totals["solved"] / (rows * batches),
+            "loss": totals["nll"] / totals["answers"],
+            "examples": rows * batches,
+            "answers": int(totals["answers"]),
+        }
+
+    def _plan(self, length: int, examples: int) -> tuple[int, int]:
+        """(rows of a batch, batches), or a refusal of a length that the mesh does not divide."""
+        shards, groups = (
+            math.prod(self._mesh.shape[axis] for axis in sharding.RULES[name]) for name in ("time", "batch")
+        )
+        if length % shards:
+            raise UserError(f"examples of {length} tokens cannot be spread over mesh.sequence={shards}; set it to 1")
+        rows = min(max(self._batch_tokens // length, 1), examples)
+        rows = math.ceil(rows / groups) * groups
+        return rows, math.ceil(examples / rows)

@@ -1,0 +1,240 @@
+"""data/tasks: every answer follows from the tokens, by another way than the one that made it; examples are of (seed, i)."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxlinear.data import load_tokenizer, tasks
+from jaxlinear.data.tasks import list_ops, state_tracking
+from jaxlinear.errors import UserError
+
+SPECS = (
+    "mqar:length=32:pairs=4:vocab_size=40",
+    "mqar:length=64:pairs=8:vocab_size=64:random_filling=true",
+    "induction:length=16",
+    "selective_copying:length=40:count=6:vocab_size=9",
+    "parity:length=20",
+    "s5_permutations:length=12",
+    "listops:length=48:shortest=12:depth=3:arguments=4",
+)
+
+
+def rows(spec, count=40, split="train", seed=3):
+    task = made(spec)
+    return task, tasks.TaskBatches(task, batch_size=count, seed=seed, split=split)[0]
+
+
+def made(spec):
+    name, options = tasks.split(spec)
+    return tasks.TASKS[name].make(options)
+
+
+@pytest.fixture(scope="module")
+def passkey(tiny_dataset):
+    return f"passkey:length=200:depth=0.5:dataset={tiny_dataset}:split=train"
+
+
+def due(targets):
+    return np.flatnonzero(targets >= 0)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_examples_are_of_seed_split_and_index(spec):
+    task, whole = rows(spec)
+    assert whole["tokens"].shape == (40, task.length) and all(a.dtype == np.int32 for a in whole.values())
+    # As other hosts would make them, and as later batches of a smaller size.
+    parts = [tasks.TaskBatches(task, batch_size=40, seed=3, rows=r)[0] for r in ((0, 17), (17, 40))]
+    small = [tasks.TaskBatches(task, batch_size=8, seed=3)[step] for step in range(5)]
+    for name in whole:
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in small]), whole[name])
+    for changed in ({"seed": 4}, {"split": "heldout"}):
+        assert (rows(spec, **changed)[1]["tokens"] != whole["tokens"]).any(axis=1).mean() > 0.9
+    later = tasks.TaskBatches(task, batch_size=40, seed=3)[1]
+    assert (later["tokens"] != whole["tokens"]).any(axis=1).mean() > 0.9
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_tokens_and_answers_are_of_the_vocabulary(spec):
+    task, batch = rows(spec)
+    assert batch["tokens"].min() >= 0 and batch["tokens"].max() < task.vocabulary
+    assert batch["targets"].min() >= -1 and batch["targets"].max() < task.vocabulary
+    answers = (batch["targets"] >= 0).sum(axis=1)
+    assert answers.min() >= 1 and answers.max() == task.most_answers
+    assert (batch["segment_ids"] == 1).all() and 0 < task.chance <= 0.5
+
+
+@pytest.mark.parametrize("spec", SPECS[:2])
+def test_mqar(spec):
+    task, batch = rows(spec)
+    distances = []
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        pairs = dict(zip(tokens[0 : 2 * task.pairs : 2].tolist(), tokens[1 : 2 * task.pairs : 2].tolist(), strict=True))
+        assert len(pairs) == len(set(pairs.values())) == task.pairs
+        assert all(0 < key < task.vocab_size // 2 <= value for key, value in pairs.items())
+        at = due(targets)
+        assert sorted(tokens[at].tolist()) == sorted(pairs) and at.min() >= 2 * task.pairs
+        assert [pairs[key] for key in tokens[at].tolist()] == targets[at].tolist()
+        rest = np.delete(tokens, at)[2 * task.pairs :]
+        assert not set(rest.tolist()) & set(pairs)
+        assert (rest.max() > 0) == task.random_filling
+        distances += (at - 2 * task.pairs).tolist()
+    near = np.mean(np.array(distances) < (task.length - 2 * task.pairs) // 2)
+    assert 0.55 < near < 0.8  # the power law: half of the places have more than half of the queries
+
+
+def test_induction():
+    task, batch = rows("induction:length=16", count=200)
+    followers = []
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        first, last = np.flatnonzero(tokens == 0)
+        assert last == 15 and due(targets).tolist() == [15] and targets[15] == tokens[first + 1] > 0
+        followers.append(first)
+    assert set(followers) == set(range(14)) and task.vocabulary == 16
+
+
+def test_selective_copying():
+    task, batch = rows("selective_copying:length=40:count=6:vocab_size=9")
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        assert due(targets).tolist() == list(range(34, 40)) and (tokens[34:] == 1).all()
+        assert targets[34:].tolist() == [token for token in tokens[:34].tolist() if token > 0]
+    assert len({tuple(np.flatnonzero(tokens[:34])) for tokens in batch["tokens"]}) == 40 and task.chance == 1 / 7
+
+
+def test_parity():
+    _, batch = rows("parity:length=20")
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        assert targets.tolist() == [tokens[: t + 1].tolist().count(1) % 2 for t in range(20)]
+
+
+def test_permutations():
+    """The answer, applied to five things, is what the permutations do to them one after another."""
+    _, batch = rows("s5_permutations:length=12")
+    everything = list(itertools.permutations(range(5)))
+    assert len(everything) == 120
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        places = list(range(5))  # where each of five things is now
+        for token, target in zip(tokens, targets, strict=True):
+            places = [everything[token][place] for place in places]
+            assert tuple(places) == everything[target]
+    assert state_tracking.PERMUTATIONS.shape == (120, 5)
+
+
+def _value(tokens):
+    """Of a ListOps expression, by Python's own evaluation of it."""
+    names = {list_ops.OPEN + i: f"{name}((" for i, name in enumerate(("MAX", "MIN", "MED", "SM"))}
+    text = "".join(
+        names.get(token, ")),") if token in names or token == list_ops.CLOSE else f"{token - list_ops.DIGITS},"
+        for token in tokens.tolist()
+    )
+    functions = {
+        "MAX": lambda v: sorted(v)[-1],
+        "MIN": lambda v: sorted(v)[0],
+        "MED": lambda v: (sorted(v)[(len(v) - 1) // 2] + sorted(v)[len(v) // 2]) // 2,
+        "SM": lambda v: sum(v) % 10,
+    }
+    return eval(text.rstrip(","), functions)
+
+
+def test_list_ops():
+    task, batch = rows("listops:length=48:shortest=12:depth=3:arguments=4", count=100)
+    depths = []
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        expression = tokens[tokens != list_ops.PADDING]
+        assert 12 <= len(expression) <= 48 and expression[-1] == list_ops.END and due(targets).tolist() == [47]
+        assert targets[-1] - list_ops.DIGITS == _value(expression[:-1])
+        opens = (expression >= list_ops.OPEN) & (expression < list_ops.CLOSE)
+        depths.append(np.max(np.cumsum(opens.astype(int) - (expression == list_ops.CLOSE))))
+    assert max(depths) == 3 and task.vocabulary == 17
+    assert len(np.unique(batch["targets"][:, -1])) == 10
+
+
+def test_pass_key(passkey, tiny_dataset):
+    """The number is in the text, at its depth, and the answer is the number; the text is that of the split."""
+    task, batch = rows(passkey, count=6)
+    tokenizer = load_tokenizer(tiny_dataset)
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        assert tokens[0] == tokenizer.document_token and tokenizer.document_token not in tokens[1:]
+        answer = tokenizer.decode(targets[due(targets)])
+        assert len(answer) == 6 and answer[1:].isdigit() and due(targets).tolist() == list(range(194, 200))
+        sentence = f"\nThe pass key is{answer}. Remember it.{answer} is the pass key.\n"
+        question = f"\nWhat is the pass key? The pass key is{answer[:-1]}"
+        before, found, after = tokenizer.decode(tokens[1:]).partition(sentence)
+        assert found and after.endswith(question)
+        text = before + after.removesuffix(question)
+        assert abs(len(before.encode()) - len(text.encode()) / 2) <= 1
+        assert set(text.replace("(", " ").split()) & {"for", "print", "return", "range", "def"}
+    assert task.most_answers == 6 and len({tuple(row) for row in batch["targets"].tolist()}) == 6
+
+
+def test_pass_key_at_the_ends(tiny_dataset):
+    decoded = []
+    for depth in (0.0, 1.0):
+        _, batch = rows(f"passkey:length=150:depth={depth}:dataset={tiny_dataset}", count=2)
+        decoded.append(load_tokenizer(tiny_dataset).decode(batch["tokens"][0][1:]))
+    assert decoded[0].startswith("\nThe pass key is")
+    assert "is the pass key.\n\nWhat is the pass key?" in decoded[1] and not decoded[1].startswith("\nThe pass")
+
+
+def test_a_task_as_training_set():
+    task = tasks.one("mqar:pairs=4:vocab_size=64", tasks.Setting(sequence_length=48))
+    assert (task.length, task.pairs, task.vocab_size) == (48, 4, 64)
+    assert made(tasks.text(task)) == task
+    with pytest.raises(UserError, match=r"length=32 is not training.sequence_length=48; leave length out"):
+        tasks.one("mqar:length=32:pairs=4", tasks.Setting(48))
+
+
+def test_difficulties():
+    small, large = tasks.Setting(64, 512), tasks.Setting(64, 50_000)
+    found = tasks.difficulties("mqar", small)
+    assert [(task.length, task.pairs, task.vocab_size) for task in found] == [
+        (64, 4, 512), (128, 8, 512), (256, 16, 512), (512, 64, 512),
+    ]  # fmt: skip
+    assert {task.vocab_size for task in tasks.difficulties("mqar", large)} == {8192}
+    assert len(tasks.difficulties("mqar:length=64:pairs=8", large)) == 1
+    trained = tasks.one("mqar:pairs=12:power=0.5", tasks.Setting(64, 512))
+    found = tasks.difficulties("mqar", small, trained)
+    assert found[0] == trained and len(found) == 5 and {task.power for task in found} == {0.5}
+    for name in set(tasks.TASKS) - {"passkey"}:
+        assert len(tasks.difficulties(name, large)) >= 3, name
+
+
+def test_difficulties_of_the_pass_key_follow_the_run(tiny_dataset):
+    found = tasks.difficulties("passkey", tasks.Setting(150, 512, str(tiny_dataset), "train"))
+    assert [task.length for task in found] == [150] * 5 + [300] * 5
+    assert [task.depth for task in found[:5]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mqarr", "there is no task 'mqarr'; there are mqar, induction, passkey"),
+        ("mqar:pair=3", "mqar has no option 'pair'; it has length, vocab_size, pairs"),
+        ("mqar:pairs", "'pairs' is not an option; write NAME:option=VALUE:option=VALUE"),
+        ("mqar:pairs=x", "mqar: pairs=x is not of type int"),
+        ("mqar:pairs=17", "mqar: length=64 must be even and at least 68, four tokens a pair"),
+        ("mqar:vocab_size=12", "mqar: vocab_size=12 must be at least 18 for pairs=8"),
+        ("mqar:random_filling=1", "mqar: random_filling=1 is not of type bool"),
+        ("induction:length=2", "induction: length=2 must be at least 3"),
+        ("selective_copying:length=20", "selective_copying: length=20 must be at least 32, twice count"),
+        ("listops:shortest=1500", "listops: shortest=1500 must not exceed 1024"),
+        ("passkey:length=64", "passkey: it needs text"),
+        ("passkey:length=64:dataset={dataset}", "passkey: length=64 is less than the 104 tokens without any text"),
+        (
+            "passkey:length=5000:dataset={dataset}",
+            r"length=5000 is more than half of the \d+ tokens in the heldout",
+        ),
+        ("passkey:length=200:depth=2:dataset={dataset}", "passkey: depth=2.0 lies between 0 and 1, or is -1"),
+    ],
+)
+def test_refusals(spec, message, tiny_dataset):
+    with pytest.raises(UserError, match=message):
+        made(spec.format(dataset=tiny_dataset))
+
+
+def test_a_vocabulary_that_the_model_lacks_is_refused():
+    with pytest.raises(UserError, match=r"mqar takes 600 tokens, and model.vocab_size is 512; set vocab_size"):
+        tasks.difficulties("mqar:vocab_size=600", tasks.Setting(64, 512))
+    with pytest.raises(UserError, match=r"s5_permutations takes 120 tokens, and model.vocab_size is 64$"):
+        tasks.difficulties("s5_permutations", tasks.Setting(64, 64))

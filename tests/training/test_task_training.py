@@ -1,0 +1,174 @@
+"""Runs on a synthetic task: only answers count, what is measured is what the logits say, a stopped run goes on exactly."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlinear import config as configs
+from jaxlinear.data import tasks
+from jaxlinear.errors import UserError
+from jaxlinear.training import metrics
+from jaxlinear.training.answers import Answers
+from jaxlinear.training.job import Job
+from jaxlinear.training.loop import FINISHED, train
+from jaxlinear.training.step import make_loss_step
+from tests.training import tiny
+
+TASK = "mqar:pairs=3:vocab_size=32"
+
+
+def task_config(**changes):
+    made = {
+        "data__task": TASK,
+        "training__steps": 4,
+        "checkpoint__every_steps": 2,
+        "evaluation__every_steps": 2,
+        "evaluation__batches": 2,
+        "evaluation__tasks": ("parity:length=6",),
+        "evaluation__examples": 12,
+        "logging__every_steps": 1,
+        "logging__tensorboard": False,
+    }
+    return tiny.config(**made | changes)
+
+
+@pytest.fixture(scope="module")
+def task_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("task_run") / "run"
+    assert train(task_config(), workdir) == FINISHED
+    return workdir
+
+
+def test_what_a_run_writes(task_run):
+    assert not (task_run / "tokenizer_info.json").exists()
+    lines = metrics.read(task_run)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    evaluated = [line for line in lines if "heldout_loss" in line]
+    assert [set(line) for line in evaluated] == [
+        {
+            *("step", "heldout_loss", "heldout_accuracy", "heldout_solved"),
+            "parity:length=6/accuracy",
+        }
+    ] * 2
+    assert all(0 <= value <= 1 for line in evaluated for name, value in line.items() if "accuracy" in name)
+    assert abs(evaluated[0]["heldout_loss"] - np.log(32)) < 1
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(task_run, tmp_path):
+    assert train(task_config(training__steps=2), tmp_path / "run") == FINISHED
+    assert train(task_config(), tmp_path / "run") == FINISHED
+    names = ("step", "loss", "heldout_loss", "heldout_accuracy", "parity:length=6/accuracy")
+    logged = [
+        [{name: line.get(name) for name in names} for line in metrics.read(run)] for run in (tmp_path / "run", task_run)
+    ]
+    assert logged[0] == logged[1] and len(logged[0]) == 6
+    mesh = tiny.mesh()
+    tiny.assert_equal(
+        tiny.restored(tmp_path / "run", task_config(), mesh), tiny.restored(task_run, task_config(), mesh)
+    )
+
+
+def test_another_task_is_another_run(task_run):
+    with pytest.raises(UserError, match=r"another run: data.task is 'mqar:pairs=3:vocab_size=32' there and"):
+        train(task_config(data__task="mqar:pairs=2:vocab_size=32"), task_run)
+
+
+def test_the_loss_is_that_of_the_answers_alone():
+    """A step's loss is the mean over the answers, and what is no answer has no gradient: with other weights it would."""
+    trainer = tiny.Trainer(tiny.config())
+    task = tasks.one(TASK, tasks.Setting(tiny.LENGTH, 32))
+    batch = tasks.TaskBatches(task, batch_size=tiny.BATCH, seed=0)[0]
+    state = trainer.state()
+    loss_step = make_loss_step(trainer.config, trainer.architecture, trainer.mesh)
+    everything = dict(batch, targets=np.where(batch["targets"] < 0, batch["tokens"], batch["targets"]))
+    nll, due = loss_step(state.parameters, trainer.place(everything))
+    nll, answers = np.asarray(nll, np.float64), batch["targets"] >= 0
+    assert due.all() and answers.sum() == 3 * tiny.BATCH
+    of_answers, found = loss_step(state.parameters, trainer.place(batch))
+    np.testing.assert_array_equal(found, answers)
+    np.testing.assert_allclose(np.asarray(of_answers), np.where(answers, nll, 0), rtol=1e-6)
+    _, values = trainer(state, batch)
+    np.testing.assert_allclose(values["loss"], nll[answers].mean(), rtol=1e-5)
+    assert abs(values["loss"] - nll.mean()) > 1e-3
+
+
+@pytest.mark.parametrize("spec", ["mqar:pairs=3:vocab_size=32", "parity"])
+def test_answers_are_those_of_the_logits(spec):
+    """Against NumPy on all logits, on one device and on eight; of a model whose answers are often right by chance."""
+    config = tiny.config()
+    architecture = tiny.described(configs.model_config(config))
+    parameters = tiny.parameters(architecture, 1)
+    task = tasks.one(spec, tasks.Setting(tiny.LENGTH, 32))
+    found = [
+        Answers(config, architecture, mesh, batch_tokens=8 * tiny.LENGTH).measure(
+            jax.device_put(parameters, architecture.shardings(mesh)), task, examples=20, seed=5
+        )
+        for mesh in (tiny.mesh(), tiny.mesh(8, data=2, sequence=2, tensor=2))
+    ]
+    model = architecture.bind(parameters)
+    forward = jax.jit(lambda tokens, ids: model(tokens, ids)[0])
+    right, solved, losses = [], [], []
+    batches = tasks.TaskBatches(task, batch_size=8, seed=5, split="heldout")
+    for step in range(3):
+        batch = batches[step]
+        logits = np.asarray(forward(batch["tokens"], batch["segment_ids"]), np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for row, targets in zip(log_p, batch["targets"], strict=True):
+            at = np.flatnonzero(targets >= 0)
+            correct = row[at].argmax(-1) == targets[at]
+            right += correct.tolist()
+            solved.append(correct.all())
+            losses += (-row[at, targets[at]]).tolist()
+    for values in found:
+        assert (values["examples"], values["answers"]) == (24, len(right))
+        assert values["accuracy"] == pytest.approx(np.mean(right)) and values["solved"] == pytest.approx(
+            np.mean(solved)
+        )
+        assert values["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert 0 < np.mean(right) < 1 or spec != "parity"
+
+
+def test_the_pass_key_trains_on_text(tiny_dataset):
+    config = task_config(
+        data__task="passkey:digits=2",
+        data__path=str(tiny_dataset),
+        model__vocab_size=384,
+        training__sequence_length=128,
+        evaluation__tasks=("passkey:length=128",),
+    )
+    job = Job.build(config)
+    batch = job.batches[0]
+    assert (batch["targets"] >= 0).sum(axis=1).tolist() == [3] * tiny.BATCH
+    assert job.trained_task.split == "train" and [task.depth for task in job.evaluation_tasks()] == [
+        -1,
+        0,
+        0.25,
+        0.5,
+        0.75,
+        1,
+    ]
+    assert {task.split for task in job.evaluation_tasks()} == {"heldout"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data__task": "mqa"}, "there is no task 'mqa'; there are mqar"),
+        ({"data__path": "somewhere"}, "takes no text, but data.path=somewhere is set; leave one out"),
+        ({"evaluation__batches": 0}, "data.task has no end; set it to 1 or more"),
+        (
+            {"data__task": "mqar:pairs=3:vocab_size=64"},
+            "mqar:pairs=3:vocab_size=64 has 64 tokens, more than model.vocab_size=32",
+        ),
+        ({"evaluation__tasks": ("speed",)}, "there is no task 'speed'"),
+        ({"data__task": "passkey"}, "passkey: it needs text"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(UserError, match=message):
+        Job.build(task_config(**changes))
+
+
+def test_the_vocabulary_follows_the_task():
+    job = Job.build(task_config(model__vocab_size=None, evaluation__tasks=()))
+    assert (job.config.model.vocab_size, job.batches.vocab_size) == (128, 32)
