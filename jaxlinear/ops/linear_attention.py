@@ -13,7 +13,8 @@ import numpy as np
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, decay, dtypes, recurrence
+from jaxlinear.ops import backends, decay, dtypes, linear_attention_kernel, recurrence
+from jaxlinear.ops.linear_attention_maps import Inputs, LinearAttentionMaps
 
 _FEW_TOKENS = 8  # up to which the loop over time is the faster
 _CHUNK = 64
@@ -42,22 +43,25 @@ def linear_attention(
       initial_state: ``[B, H, K, V]``, the state before the first token, of its document; None means zeros.
       scale: of the outputs; ``K**-0.5`` by default.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
-      chunk_size: tokens in a chunk of the ``"chunked"`` backend; None is 64, or the power of two that holds a shorter
-        T. Changes nothing but speed, memory and rounding.
-      backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks) or ``"auto"``.
+      chunk_size: tokens in a chunk. None is 64 for ``"chunked"``, or the power of two that holds a shorter T; for
+        ``"pallas"`` the size of its table. Changes nothing but speed, memory and rounding.
+      backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks), ``"pallas"`` (the same
+        as a kernel for TPU and GPU, interpreted elsewhere) or ``"auto"``.
       runner: where time lies; on one device by default.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]`` in float32 (float64
       when given that).
 
-    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more. Chunks multiply in
-    the dtype that holds those of q, k and v; all sums, decays and states are float32 (float64) in both.
+    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more: on TPU and GPU as a
+    kernel, but where that does not run, which the log says once. Chunks multiply in the dtype that holds those of q, k and
+    v; all sums, decays and states are float32 (float64) in all.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_shapes("linear_attention", q, k, v, log_decay, initial_state, constant_decay=True)
     batch, length, heads, width = q.shape
-    chunk = choose_chunk("linear_attention", backend, chunk_size, length, runner)
+    backend = choose(backend, q, k, v, chunk_size, runner)
+    chunk = None if backend == "pallas" else choose_chunk("linear_attention", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = width**-0.5 if scale is None else scale
     log_decay = None if log_decay is None else jnp.asarray(log_decay)
@@ -65,14 +69,45 @@ def linear_attention(
         initial_state = jnp.zeros_like(q, shape=(batch, heads, width, v.shape[-1]), dtype=wide)
     initial_state = jnp.asarray(initial_state).astype(wide)
     starts = None if segment_ids is None else runner.starts(jnp.asarray(segment_ids))
-    if chunk is None:
+    if chunk is None and backend != "pallas":
         return _recurrent(q, k, v, log_decay, initial_state, starts, scale)
     inputs, constants = Inputs(q, k, v, log_decay, starts, None), None
     if log_decay is not None and log_decay.ndim == 1:
-        inputs = inputs._replace(log_decay=None, present=jnp.ones((batch, length), bool))
-        constants = log_decay.astype(wide)
-    o, final = runner.run(LinearAttention(scale), chunk, inputs, constants, initial_state)
+        inputs, constants = inputs._replace(log_decay=None), log_decay.astype(wide)
+    if chunk is None:
+        family = linear_attention_kernel.LinearAttentionKernel(scale, chunk_size, backends.target())
+        if runner is recurrence.WHOLE:
+            o, final = family.through(family.prepare(inputs, constants), initial_state)
+        else:
+            o, final = runner.run(family, None, inputs, constants, initial_state)
+    else:
+        if constants is not None:
+            inputs = inputs._replace(present=jnp.ones((batch, length), bool))
+        o, final = runner.run(LinearAttention(scale), chunk, inputs, constants, initial_state)
     return o.astype(v.dtype), final
+
+
+def choose(
+    backend: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    chunk_size: int | None = None,
+    runner: recurrence.Runner = recurrence.WHOLE,
+) -> str:
+    """``"pallas"`` where ``linear_attention`` takes the kernel, else the backend as it was given."""
+    backends.check("linear_attention", backend, ("recurrent", "chunked", "pallas"))
+    check_chunk("linear_attention", backend, chunk_size)
+    platform, few = backends.platform(), chunk_size is None and q.shape[1] <= _FEW_TOKENS and runner is recurrence.WHOLE
+    if backend not in ("auto", "pallas") or (backend == "auto" and (platform not in backends.COMPILED or few)):
+        return backend
+    reason = linear_attention_kernel.refusal(q, k, v, chunk_size, platform)
+    if reason is None:
+        return "pallas"
+    if backend == "pallas":
+        raise UserError(f"linear_attention: {reason}; backend='chunked' runs it")
+    backends.say_once(f"linear_attention runs in chunks, not as a kernel: {reason}")
+    return backend
 
 
 def choose_chunk(
@@ -80,11 +115,8 @@ def choose_chunk(
 ) -> int | None:
     """Tokens in a chunk, or None for a loop over time, which cannot be spread over devices."""
     backends.check(operation, backend, ("recurrent", "chunked"))
+    check_chunk(operation, backend, chunk_size)
     if chunk_size is not None:
-        if backend == "recurrent":
-            raise UserError(f"{operation}: chunk_size={chunk_size} is for backend='chunked'; 'recurrent' has no chunks")
-        if not isinstance(chunk_size, int | np.integer) or chunk_size < 1:
-            raise UserError(f"{operation}: chunk_size={chunk_size} is not a whole number of tokens, at least 1")
         return int(chunk_size)
     if runner is not recurrence.WHOLE:
         if backend == "recurrent":
@@ -92,6 +124,16 @@ def choose_chunk(
     elif backend == "recurrent" or (backend == "auto" and length <= _FEW_TOKENS):
         return None
     return min(_CHUNK, 1 << (length - 1).bit_length())
+
+
+def check_chunk(operation: str, backend: str, chunk_size: int | None) -> None:
+    """Raises ``UserError`` for what is no size of a chunk, or of a backend that has none."""
+    if chunk_size is None:
+        return
+    if backend == "recurrent":
+        raise UserError(f"{operation}: chunk_size={chunk_size} is for backend='chunked'; 'recurrent' has no chunks")
+    if not isinstance(chunk_size, int | np.integer) or chunk_size < 1:
+        raise UserError(f"{operation}: chunk_size={chunk_size} is not a whole number of tokens, at least 1")
 
 
 def check_shapes(operation, q, k, v, log_decay, initial_state, *, constant_decay: bool) -> None:
@@ -121,17 +163,6 @@ def by_channel(log_decay, shape, dtype) -> jax.Array:
     return jnp.broadcast_to(jnp.expand_dims(log_decay, missing), shape)
 
 
-class Inputs(NamedTuple):
-    """What a run of ``LinearAttention`` is made of. Arrays ``[B, T, ...]``."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K]
-    starts: jax.Array | None  # [B, T] bool, true where a document begins and the state with it
-    present: jax.Array | None  # [B, T] bool, given with a constant decay: true but for padding, which must not decay
-
-
 class _Run(NamedTuple):
     """Arrays by chunk, heads before time: ``[B, H, T, ...]``."""
 
@@ -143,11 +174,10 @@ class _Run(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearAttention(recurrence.Family):
+class LinearAttention(LinearAttentionMaps):
     """The family (``recurrence.Family``) of these recurrences.
 
-    ``inputs`` are ``Inputs``; ``constants`` is None or a log decay ``[H]`` that is constant in time. M is diagonal: a
-    summary is ``(kept [B, H, K or 1], C [B, H, K, V])``.
+    ``inputs`` are ``Inputs``; ``constants`` is None or a log decay ``[H]`` that is constant in time.
     """
 
     scale: float
@@ -178,12 +208,6 @@ class LinearAttention(recurrence.Family):
 
     def summarise(self, run: _Run) -> tuple[jax.Array, jax.Array]:
         return run.kept, dtypes.product("...tk,...tv->...kv", run.keys, run.values)
-
-    def compose(self, earlier, later) -> tuple[jax.Array, jax.Array]:
-        return later[0] * earlier[0], self.advance(later, earlier[1])
-
-    def advance(self, summary, state: jax.Array) -> jax.Array:
-        return summary[0][..., None] * state + summary[1]
 
     def apply(self, run: _Run, state: jax.Array) -> jax.Array:
         """o ``[B, T, H, V]`` in the dtype of the products."""

@@ -37,3 +37,72 @@ def scan_tpu(kind: str, length: int, width: int, parts: int) -> ScanBlock:
 def scan_gpu_rows(arrays: int) -> int:
     """Time steps that a thread loads at once, of so many arrays: a power of two."""
     return 1 << ((_SCAN_GPU_REGISTERS // arrays).bit_length() - 1)
+
+
+class AttentionBlock(NamedTuple):
+    time: int  # tokens of a block, a multiple of the chunk
+    chunk: int  # tokens of a chunk, a power of two; 128 at least where it is compiled
+    lanes: int  # channels of the heads of a block, so many or few more
+
+
+# Of linear attention: without a decay or with one a head, and with one a channel.
+LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {}
+_LINEAR_ATTENTION_TPU_ELSEWHERE = AttentionBlock(256, 128, 256), AttentionBlock(256, 128, 128)
+CHUNKS = {"tpu": (128, 256)}  # the smallest and the largest that kernels are compiled for
+VMEM_BYTES = 64 * 2**20  # that a kernel of chunks may take
+HEADS = 8  # of a block, which are written out one after the other
+
+
+def heads_of_block(heads: int, widths: tuple[int, ...], lanes: int) -> int | None:
+    """As few as fill whole registers of 128 lanes with each width, or as many of these as fit ``lanes``; or all. None
+    where more than ``HEADS`` would have to be in one block."""
+    least = next(n for n in range(1, 129) if all(n * width % 128 == 0 for width in widths))
+    most = max(least, lanes // max(widths) // least * least)
+    count = next((n for n in range(min(most, HEADS) // least * least, 0, -least) if heads % n == 0), least)
+    count = min(count, heads)
+    return count if count <= HEADS else None
+
+
+def linear_attention_tpu(
+    kind: str, length: int, heads: int, widths: tuple[int, int], by_channel: bool, chunk: int | None
+) -> tuple[int, int, int]:
+    """Tokens of a block and of a chunk, and heads of a block. ``chunk``: the one to take, or None."""
+    table = LINEAR_ATTENTION_TPU.get(kind, _LINEAR_ATTENTION_TPU_ELSEWHERE)
+    block = table[by_channel]
+    chunk = block.chunk if chunk is None else chunk
+    time = max(block.time // chunk, 1) * chunk
+    together = heads_of_block(heads, widths, block.lanes)
+    assert together is not None
+    return min(time, -(-length // chunk) * chunk), chunk, together
+
+
+class DeltaRuleBlock(NamedTuple):
+    chunk: int  # tokens, a power of two from 16
+    chunk_by_channel: int  # where there is a decay by key channel
+    lanes: int  # channels of the heads of a block, so many or few more
+
+
+DELTA_RULE_TPU: dict[str, DeltaRuleBlock] = {}
+_DELTA_RULE_TPU_ELSEWHERE = DeltaRuleBlock(128, 128, 1024)
+
+
+DELTA_RULE_HEADS = 16  # of a block at most: they are written out one after the other
+
+
+def delta_rule_chunk(kind: str, length: int, by_channel: bool, chunk: int | None) -> int:
+    """Tokens of a chunk of the delta rule: as many as given or as the table has, but no more than hold T."""
+    block = DELTA_RULE_TPU.get(kind, _DELTA_RULE_TPU_ELSEWHERE)
+    if chunk is None:
+        chunk = block.chunk_by_channel if by_channel else block.chunk
+    return min(chunk, max(16, 1 << (length - 1).bit_length()))
+
+
+def delta_rule_heads(kind: str, heads: int, keys: int, values: int) -> int:
+    """Of a block: all, or so many that K and V of them fill whole registers of 128 lanes; the last may have fewer."""
+    least = next(n for n in range(1, 129) if n * keys % 128 == n * values % 128 == 0)
+    lanes = DELTA_RULE_TPU.get(kind, _DELTA_RULE_TPU_ELSEWHERE).lanes
+    most = max(least, lanes // max(keys, values) // least * least)
+    if heads <= most:
+        return heads
+    groups = -(-heads // most)  # as few as can be, as even as can be
+    return -(-heads // groups // least) * least

@@ -16,6 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import cross_entropy, diagonal, diagonal_kernel, dtypes, recurrence
+from jaxlinear.ops.delta_rule import choose as choose_delta_rule
+from jaxlinear.ops.linear_attention import choose as choose_attention
 from jaxlinear.parallel import cost, halos, ring, sharding
 from jaxlinear.parallel.exchanges import AXIS
 from jaxlinear.parallel.sequence import Spread, kind_and_span
@@ -56,9 +58,24 @@ def linear_attention(
     initial_state: jax.Array | None = None,
     **options: Any,
 ):
-    """``ops.linear_attention``."""
-    runner = _runner("linear_attention", q.shape[1], "heads")
-    return ops.linear_attention(q, k, v, log_decay, initial_state, runner=runner, **options)
+    """``ops.linear_attention``. The kernel runs on each device's part, since the compiler cannot split it."""
+    runner, mesh = _runner("linear_attention", q.shape[1], "heads"), sharding.mesh_in_use()
+    chosen = options.get("backend", "auto"), q, k, v, options.get("chunk_size")
+    spread = runner is not recurrence.WHOLE
+    if mesh is None or mesh.size == 1 or spread or choose_attention(*chosen) != "pallas":
+        return ops.linear_attention(q, k, v, log_decay, initial_state, runner=runner, **options)
+    others = {name: options.get(name) for name in ("scale", "chunk_size")}
+    if initial_state is None:
+        shape = q.shape[0], *q.shape[2:], v.shape[3]
+        initial_state = jnp.zeros_like(q, shape=shape, dtype=dtypes.wide(q.dtype, k.dtype, v.dtype))
+
+    def local(q, k, v, log_decay, state, ids):
+        return ops.linear_attention(q, k, v, log_decay, state, segment_ids=ids, backend="pallas", **others)
+
+    inner, of_state = (*_TIME, "heads", None), ("batch", "heads", None, None)
+    of_decay = None if log_decay is None else ("heads",) if log_decay.ndim == 1 else inner[: log_decay.ndim]
+    arguments = q, k, v, log_decay, initial_state, options.get("segment_ids")
+    return _on_shards(mesh, local, (2, 4), arguments, (inner, inner, inner, of_decay, of_state, _TIME))
 
 
 def delta_rule(
@@ -70,9 +87,24 @@ def delta_rule(
     initial_state: jax.Array | None = None,
     **options: Any,
 ):
-    """``ops.delta_rule``."""
-    runner = _runner("delta_rule", q.shape[1], "heads")
-    return ops.delta_rule(q, k, v, beta, log_decay, initial_state, runner=runner, **options)
+    """``ops.delta_rule``. The kernel runs on each device's part, since the compiler cannot split it."""
+    runner, mesh = _runner("delta_rule", q.shape[1], "heads"), sharding.mesh_in_use()
+    chosen = options.get("backend", "auto"), q, k, v, options.get("chunk_size")
+    spread = runner is not recurrence.WHOLE
+    if mesh is None or mesh.size == 1 or spread or choose_delta_rule(*chosen) != "pallas":
+        return ops.delta_rule(q, k, v, beta, log_decay, initial_state, runner=runner, **options)
+    others = {name: options.get(name) for name in ("scale", "chunk_size")}
+    if initial_state is None:
+        shape = q.shape[0], *q.shape[2:], v.shape[3]
+        initial_state = jnp.zeros_like(q, shape=shape, dtype=dtypes.wide(q.dtype, k.dtype, v.dtype))
+
+    def local(q, k, v, beta, log_decay, state, ids):
+        return ops.delta_rule(q, k, v, beta, log_decay, state, segment_ids=ids, backend="pallas", **others)
+
+    inner, of_state = (*_TIME, "heads", None), ("batch", "heads", None, None)
+    of_decay = None if log_decay is None else inner[: log_decay.ndim]
+    arguments = q, k, v, beta, log_decay, initial_state, options.get("segment_ids")
+    return _on_shards(mesh, local, (2, 5), arguments, (inner, inner, inner, inner[:3], of_decay, of_state, _TIME))
 
 
 def document_starts(segment_ids: jax.Array) -> jax.Array:
@@ -212,7 +244,7 @@ def linear_cross_entropy(
             x, embedding, targets, weights, soft_cap=soft_cap, z_loss=z_loss, groups=sharding.batch_groups()
         )
 
-    mesh = _mesh("linear_cross_entropy", x.shape[1])
+    mesh, embedding = _mesh("linear_cross_entropy", x.shape[1]), sharding.gather_embed(embedding, _EMBEDDING)
     if mesh is None:
         return local(x, embedding, targets, weights)
     return _over_time(mesh, lambda *arguments: lax.psum(local(*arguments), AXIS), PartitionSpec())(
@@ -224,12 +256,13 @@ def token_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft
     """``ops.cross_entropy.token_losses``, each shard of time by itself."""
 
     def local(x, embedding, targets):
-        return cross_entropy.token_losses(x, embedding, targets, soft_cap=soft_cap)
+        return cross_entropy.token_losses(x, embedding, targets, soft_cap=soft_cap, groups=sharding.batch_groups())
 
-    mesh = _mesh("token_losses", x.shape[1])
+    mesh, embedding = _mesh("token_losses", x.shape[1]), sharding.gather_embed(embedding, _EMBEDDING)
     return (local if mesh is None else _over_time(mesh, local, _BY_TIME))(x, embedding, targets)
 
 
+_EMBEDDING = ("vocab", "embed")
 _BY_TIME = PartitionSpec(None, AXIS)
 
 

@@ -1,0 +1,117 @@
+"""One chunk of one head of linear attention, as values in registers: what a kernel does between its loads and stores.
+
+States are transposed, ``[V, K]``: a decay of each key channel then scales them along their rows. Products are in the dtype
+of the tokens, sums in that of the state. ``decays`` are those of ``chunk_decays``.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlinear.pallas.chunk_decays import dot
+
+
+class Documents(NamedTuple):
+    """Of a chunk that documents share; the state before it is of the first."""
+
+    same: jax.Array  # [c, c] bool, two tokens of one document
+    in_first: jax.Array  # [c, 1], 1 or 0
+    in_last: jax.Array  # [c, 1], 1 or 0
+    one: jax.Array  # [1, 1], 1 if no document ends in the chunk, else 0
+
+
+class Chunk(NamedTuple):
+    decays: Any
+    documents: Documents | None
+    last: Any  # the number of the last token, those behind it being none
+
+    @property
+    def since_start(self) -> jax.Array | None:
+        """What scales a token's read of the state before the chunk; None for 1."""
+        return _times(self.decays.since_start, None if self.documents is None else self.documents.in_first)
+
+    @property
+    def until_end(self) -> jax.Array | None:
+        """What scales a token's write to the state after the chunk; None for 1."""
+        return _times(self.decays.until_end, None if self.documents is None else self.documents.in_last)
+
+    @property
+    def whole(self) -> jax.Array | None:
+        """What scales the state before the chunk in that after it; None for 1."""
+        return _times(self.decays.whole, None if self.documents is None else self.documents.one)
+
+    def seen(self, products: jax.Array) -> jax.Array:
+        """Products of pairs of tokens ``[c, c]``, zero where the second does not see the first."""
+        if self.documents is None:
+            return products
+        return jnp.where(self.documents.same, products, jnp.zeros_like(products))
+
+
+class Tokens(NamedTuple):
+    q: Any  # [c, K]
+    k: Any  # [c, K]
+    v: Any  # [c, V]
+    d_o: Any = None  # [c, V], times the scale
+
+
+class Gradients(NamedTuple):
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    state: jax.Array  # of that before the chunk
+    # The gradient of the log decays is suffix_sums(sums) + total, both summed over channels for a decay of the head.
+    sums: Any  # [c, K], None without a decay
+    total: Any  # [1, K]
+
+
+def outputs(chunk: Chunk, tokens: Tokens, state: jax.Array) -> jax.Array:
+    """``[c, V]``, but for the scale."""
+    q, k, v = tokens[:3]
+    wide = state.dtype
+    (attention,) = chunk.decays.pairwise((q,), k, wide)
+    inner = dot(chunk.seen(attention).astype(v.dtype), v, (1, 0), wide)
+    since_start = chunk.since_start
+    if since_start is not None and since_start.shape[1] == 1:
+        return inner + since_start * dot(q, state, (1, 1), wide)
+    return inner + dot(_scaled(q, since_start), state, (1, 1), wide)
+
+
+def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, factor: jax.Array | None, state: jax.Array) -> jax.Array:
+    """``whole * state + values^T (factor * keys)``: the state after the chunk, by what it writes; and the gradient of the
+    state before it, by what it reads."""
+    return _times(chunk.whole, state) + dot(values, _scaled(keys, factor), (0, 0), state.dtype)
+
+
+def gradients(chunk: Chunk, tokens: Tokens, state: jax.Array, d_after: jax.Array) -> Gradients:
+    """From those of the outputs and of the state after the chunk. ``state`` is before it."""
+    q, k, v, d_o = tokens
+    wide = state.dtype
+    since_start, until_end = chunk.since_start, chunk.until_end
+    (attention,) = chunk.decays.pairwise((q,), k, wide)
+    d_attention = chunk.seen(dot(d_o, v, (1, 1), wide))
+    (d_q,), d_k, sums = chunk.decays.pairwise_gradient((q,), k, (d_attention,), wide)
+    d_q_outer = _times(since_start, dot(d_o, state, (1, 0), wide))
+    d_k_outer = _times(until_end, dot(v, d_after, (1, 0), wide))
+    d_v = dot(chunk.seen(attention).astype(d_o.dtype), d_o, (0, 0), wide)
+    d_v = d_v + dot(_scaled(k, until_end), d_after, (1, 1), wide)
+    d_before = advance(chunk, q, d_o, since_start, d_after)
+    total = None
+    if sums is not None:
+        # What the last token writes has no decay: beside others that have it would be lost, or they beside it.
+        row = lax.broadcasted_iota(jnp.int32, d_k_outer.shape, 0)
+        written = k.astype(wide) * jnp.where(row == chunk.last, jnp.zeros_like(d_k_outer), d_k_outer)
+        sums = sums + q.astype(wide) * d_q_outer - written
+        held = _times(chunk.whole, jnp.sum(state * d_after, axis=0, keepdims=True))
+        total = jnp.sum(written, axis=0, keepdims=True) + held
+    return Gradients(d_q + d_q_outer, d_k + d_k_outer, d_v, d_before, sums, total)
+
+
+def _times(factor: jax.Array | None, x: Any) -> Any:
+    """Where either may be None for 1."""
+    return x if factor is None else factor if x is None else factor * x
+
+
+def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)

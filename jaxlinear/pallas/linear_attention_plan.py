@@ -1,0 +1,64 @@
+"""What a kernel of linear attention is built for, what it is given and what it returns: the same on TPU and GPU."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Arguments(NamedTuple):
+    """``[B, T, H, K]`` is given as ``[B, T, H K]``, which moves nothing. States are ``[B, H, V, K]``."""
+
+    keys: Any  # [B, T, H K]; of the gradient of the state alone the queries
+    values: Any  # [B, T, H V]; of the gradient of the state alone the gradient of o
+    state: jax.Array  # before the first step taken
+    queries: Any = None  # [B, T, H K], where there are outputs in time
+    d_o: Any = None  # [B, T, H V], in the backward pass
+    before: Any = None  # [B, N, H, V, K], the states before each block of time, in the backward pass
+    log_decay: Any = None  # [H], [B, T, H] or [B, T, H K]
+    starts: Any = None  # [B, T] bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One kernel.
+
+    Attributes:
+      kind: "forward", "summary", "gradient" or "state_gradient".
+      decay: "none", "constant", "scalar" or "channel".
+      scale: of the outputs.
+      chunk: tokens of a chunk, or None: by the table of ``blocks``.
+      keep: forward, also the states before each block of time.
+    """
+
+    kind: str
+    heads: int
+    key_width: int
+    value_width: int
+    decay: str
+    packed: bool
+    scale: float
+    chunk: int | None = None
+    keep: bool = False
+
+    @property
+    def reverse(self) -> bool:
+        return self.kind in ("gradient", "state_gradient")
+
+    @property
+    def name(self) -> str:
+        marks = [self.decay] if self.decay != "none" else []
+        return "_".join(["linear_attention", self.kind, *marks, *(["packed"] if self.packed else [])])
+
+    @property
+    def by_head(self) -> bool:
+        return self.decay in ("constant", "scalar")
+
+    def products(self, chunk: int) -> int:
+        """Floating point operations of the matrix products of a token and head, as the chunked form has them."""
+        inner, outer = 2 * chunk, 2 * self.key_width * self.value_width
+        both = self.key_width + self.value_width
+        return {
+            "forward": inner * both + 2 * outer,
+            "gradient": inner * (3 * self.key_width + 2 * self.value_width) + 4 * outer,
+        }.get(self.kind, outer)

@@ -1,0 +1,181 @@
+"""Chunked linear attention for TPU: blocks of time streamed through VMEM, a few heads at once, the states resident.
+
+The states before each block of time are all that the forward pass keeps for the backward pass, which computes those before
+the block's chunks again.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxlinear.pallas import blocks
+from jaxlinear.pallas.linear_attention_plan import Arguments, Plan
+from jaxlinear.pallas.linear_attention_tpu_block import Block, Shape
+from jaxlinear.pallas.target import Target
+
+_SUBLANES = 8
+
+
+def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
+    """What ``Plan`` names, in its order."""
+    layout = _layout(plan, arguments, target)
+    inputs, outputs = _inputs(layout, arguments), _outputs(layout, arguments)
+    results = pl.pallas_call(
+        functools.partial(_kernel, plan, layout.shape),
+        grid=(layout.batch, layout.head_blocks, layout.steps),
+        in_specs=[spec for _, spec in inputs],
+        out_specs=[spec for _, spec in outputs],
+        out_shape=[shape for shape, _ in outputs],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.VMEM_BYTES
+        ),
+        cost_estimate=_cost(plan, layout, inputs, outputs),
+        name=plan.name,
+        interpret=target.interpret,
+    )(*(x for x, _ in inputs))
+    return _finished(layout, results)
+
+
+def _kernel(plan: Plan, shape: Shape, *refs) -> None:
+    Block(plan, shape, refs).run()
+
+
+class _Layout(NamedTuple):
+    plan: Plan
+    shape: Shape
+    batch: int
+
+    @property
+    def steps(self) -> int:
+        return pl.cdiv(self.shape.length, self.shape.time)
+
+    @property
+    def head_blocks(self) -> int:
+        return pl.cdiv(self.plan.heads, self.shape.heads)
+
+    def at(self, t):
+        """The block of time that is taken in the grid's step t."""
+        return self.steps - 1 - t if self.plan.reverse else t
+
+    def in_time(self, width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, self.shape.time, self.shape.heads * width), lambda b, h, t: (b, self.at(t), h))
+
+    def rows(self) -> pl.BlockSpec:
+        """Of ``[B, head blocks, rows, T]``."""
+        return pl.BlockSpec((None, None, self.shape.rows, self.shape.time), lambda b, h, t: (b, h, 0, self.at(t)))
+
+    def of_state(self, *shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, self.shape.heads, *shape), lambda b, h, t: (b, h, 0, 0))
+
+    def before(self) -> pl.BlockSpec:
+        state = self.plan.value_width, self.plan.key_width
+        return pl.BlockSpec((None, None, self.shape.heads, *state), lambda b, h, t: (b, self.at(t), h, 0, 0))
+
+
+def _layout(plan: Plan, arguments: Arguments, target: Target) -> _Layout:
+    batch, length, _ = arguments.keys.shape
+    widths, by_channel = (plan.key_width, plan.value_width), plan.decay == "channel"
+    time, chunk, heads = blocks.linear_attention_tpu(target.kind, length, plan.heads, widths, by_channel, plan.chunk)
+    rows = -(-heads // _SUBLANES) * _SUBLANES
+    return _Layout(plan, Shape(length, time, chunk, heads, rows), batch)
+
+
+def _inputs(layout: _Layout, arguments: Arguments):
+    """The arrays with their block specs, in the order in which ``Block`` takes them."""
+    plan, shape = layout.plan, layout.shape
+    keys, values = layout.in_time(plan.key_width), layout.in_time(plan.value_width)
+    inputs = [(arguments.keys, keys), (arguments.values, values)]
+    if arguments.queries is not None:
+        inputs.append((arguments.queries, keys))
+    if arguments.d_o is not None:
+        inputs += [(arguments.d_o, values), (arguments.before, layout.before())]
+    if plan.decay == "channel":
+        inputs.append((arguments.log_decay, keys))
+    elif plan.decay == "scalar":
+        inputs.append((_to_rows(layout, arguments.log_decay), layout.rows()))
+    elif plan.decay == "constant":
+        by_block = _by_block(layout, arguments.log_decay.astype(arguments.state.dtype))
+        inputs.append((by_block[:, None], pl.BlockSpec((None, 1, shape.rows), lambda b, h, t: (h, 0, 0))))
+    if plan.packed:
+        starts = _padded(layout, arguments.starts.astype(jnp.int32), 1)
+        runs = jnp.cumsum(starts.reshape(layout.batch, -1, shape.chunk), axis=2).reshape(layout.batch, 1, -1)
+        inputs.append((runs, pl.BlockSpec((None, 1, shape.time), lambda b, h, t: (b, 0, layout.at(t)))))
+    return [*inputs, (arguments.state, layout.of_state(plan.value_width, plan.key_width))]
+
+
+def _outputs(layout: _Layout, arguments: Arguments):
+    """Shapes with their block specs, the state last."""
+    plan, shape, state = layout.plan, layout.shape, arguments.state
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    keys, values = layout.in_time(plan.key_width), layout.in_time(plan.value_width)
+    outputs = []
+    if plan.kind == "forward":
+        outputs.append((like(arguments.values), values))
+        if plan.keep:
+            before = state.shape[0], layout.steps, *state.shape[1:]
+            outputs.append((jax.ShapeDtypeStruct(before, state.dtype), layout.before()))
+    elif plan.kind == "summary" and plan.decay == "channel":
+        kept = jax.ShapeDtypeStruct((layout.batch, plan.heads, 1, plan.key_width), state.dtype)
+        outputs.append((kept, layout.of_state(1, plan.key_width)))
+    elif plan.kind == "gradient":
+        outputs += [(like(arguments.queries), keys), (like(arguments.keys), keys), (like(arguments.values), values)]
+        if plan.decay == "channel":
+            outputs.append((like(arguments.log_decay), keys))
+        elif plan.by_head:
+            by_block = layout.batch, layout.head_blocks, shape.rows
+            time, spec = layout.steps * shape.time, layout.rows()
+            if plan.decay == "constant":
+                time, spec = (
+                    shape.chunk,
+                    pl.BlockSpec((None, None, shape.rows, shape.chunk), lambda b, h, t: (b, h, 0, 0)),
+                )
+            outputs.append((jax.ShapeDtypeStruct((*by_block, time), state.dtype), spec))
+    return [*outputs, (like(state), layout.of_state(plan.value_width, plan.key_width))]
+
+
+def _finished(layout: _Layout, results: list[jax.Array]) -> list[jax.Array]:
+    """With the gradient of the decays of heads as ``[B, T, H]``, or ``[H]`` of constant ones."""
+    plan = layout.plan
+    if plan.kind != "gradient" or not plan.by_head:
+        return results
+    *others, rows, state = results
+    rows = rows[:, :, : layout.shape.heads].reshape(layout.batch, -1, rows.shape[-1])[:, : plan.heads]
+    if plan.decay == "constant":
+        return [*others, jnp.sum(rows, axis=(0, 2)), state]
+    return [*others, rows[:, :, : layout.shape.length].swapaxes(1, 2), state]
+
+
+def _to_rows(layout: _Layout, log_decay: jax.Array) -> jax.Array:
+    """``[B, T, H]`` as ``[B, head blocks, rows, T]``, time along lanes: one row a head."""
+    log_decay = _padded(layout, log_decay.astype(jnp.float32) if log_decay.dtype.itemsize < 4 else log_decay, 1)
+    return _by_block(layout, log_decay.swapaxes(1, 2), 1)
+
+
+def _by_block(layout: _Layout, x: jax.Array, axis: int = 0) -> jax.Array:
+    """Heads along ``axis`` by blocks of them, with rows of zeros up to a whole register."""
+    shape, missing = layout.shape, layout.head_blocks * layout.shape.heads - layout.plan.heads
+    pad = [(0, 0)] * (x.ndim + 1)
+    pad[axis + 1] = 0, shape.rows - shape.heads
+    x = jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
+    return jnp.pad(x.reshape(*x.shape[:axis], -1, shape.heads, *x.shape[axis + 1 :]), pad)
+
+
+def _padded(layout: _Layout, x: jax.Array, axis: int) -> jax.Array:
+    """With zeros to whole blocks of time."""
+    missing = layout.steps * layout.shape.time - x.shape[axis]
+    return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
+
+
+def _cost(plan: Plan, layout: _Layout, inputs, outputs) -> pl.CostEstimate:
+    tokens = layout.batch * layout.shape.length * plan.heads
+    size = lambda x: math.prod(x.shape) * jnp.dtype(x.dtype).itemsize  # noqa: E731
+    return pl.CostEstimate(
+        flops=tokens * plan.products(layout.shape.chunk),
+        transcendentals=0 if plan.decay == "none" else tokens * layout.shape.chunk,
+        bytes_accessed=sum(size(x) for x, _ in (*inputs, *outputs)),
+    )

@@ -1,0 +1,190 @@
+"""One block of time of linear attention for TPU, a few heads: its chunks one after the other."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxlinear.pallas import chunk_decays, linear_attention_chunk
+from jaxlinear.pallas.linear_attention_chunk import Chunk, Documents, Tokens
+from jaxlinear.pallas.linear_attention_plan import Plan
+
+
+class Shape(NamedTuple):
+    length: int  # T
+    time: int  # tokens of a block
+    chunk: int  # tokens of a chunk
+    heads: int  # of a block
+    rows: int  # of arrays with a row a head: a multiple of 8
+
+
+class Block:
+    """Reads and writes the refs of one block."""
+
+    def __init__(self, plan: Plan, shape: Shape, refs):
+        remaining = iter(refs)
+
+        def take(wanted: bool = True) -> Any:
+            return next(remaining) if wanted else None
+
+        self.plan, self.shape = plan, shape
+        in_time, backward = plan.kind in ("forward", "gradient"), plan.kind == "gradient"
+        self.keys, self.values, self.queries = take(), take(), take(in_time)
+        self.d_o, self.before = take(backward), take(backward)
+        self.log_decay, self.runs = take(plan.decay != "none"), take(plan.packed)
+        self.state = take()
+        self.o, self.before_out = take(plan.kind == "forward"), take(plan.keep)
+        self.kept = take(plan.kind == "summary" and plan.decay == "channel")
+        self.d_q, self.d_k, self.d_v = take(backward), take(backward), take(backward)
+        self.d_log_decay = take(backward and plan.decay != "none")
+        self.carry = take()  # the state between blocks, and in the end the output
+
+        step, self.steps = pl.program_id(2), pl.cdiv(shape.length, shape.time)
+        self.is_first = step == 0
+        self.left = shape.length - (self.steps - 1 - step if plan.reverse else step) * shape.time
+        self.ragged = shape.length % shape.time != 0
+        self.wide = self.carry.dtype
+        self.chunks = range(shape.time // shape.chunk)
+
+    def run(self) -> None:
+        pl.when(self.is_first)(self._begin)
+        states = [self.carry[h] for h in range(self.shape.heads)]
+        work = {"forward": self._forward, "gradient": self._gradient}.get(self.plan.kind, self._accumulate)
+        for h, state in enumerate(work(states)):
+            self.carry[h] = state
+
+    def _begin(self) -> None:
+        self.carry[...] = self.state[...]
+        if self.kept is not None:
+            self.kept[...] = jnp.ones_like(self.kept)
+        if self.d_log_decay is not None and self.plan.decay == "constant":
+            self.d_log_decay[...] = jnp.zeros_like(self.d_log_decay)
+
+    def _forward(self, states: list[jax.Array]) -> list[jax.Array]:
+        if self.before_out is not None:
+            for h, state in enumerate(states):
+                self.before_out[h] = state
+        scale = jnp.asarray(self.plan.scale, self.wide)
+        for n in self.chunks:
+            for h, chunk in enumerate(self._chunk(n)):
+                tokens = self._tokens(n, h)
+                o = linear_attention_chunk.outputs(chunk, tokens, states[h])
+                self._store(self.o, n, h, scale * o)
+                states[h] = linear_attention_chunk.advance(chunk, tokens.k, tokens.v, chunk.until_end, states[h])
+        return states
+
+    def _accumulate(self, states: list[jax.Array]) -> list[jax.Array]:
+        """The map of a run; and backward the gradient of its first state."""
+        for n in reversed(self.chunks) if self.plan.reverse else self.chunks:
+            for h, chunk in enumerate(self._chunk(n)):
+                keys, values = self._load(self.keys, n, h), self._load(self.values, n, h)
+                if self.plan.reverse:
+                    values = self._times_scale(values)
+                factor = chunk.since_start if self.plan.reverse else chunk.until_end
+                states[h] = linear_attention_chunk.advance(chunk, keys, values, factor, states[h])
+                if self.kept is not None:
+                    self.kept[h] = self.kept[h] * chunk.whole
+        return states
+
+    def _gradient(self, d_states: list[jax.Array]) -> list[jax.Array]:
+        heads = range(self.shape.heads)
+        chunks, states = [self._chunk(n) for n in self.chunks], [[self.before[h] for h in heads]]
+        for n in self.chunks[:-1]:
+            keys_and_values = [(self._load(self.keys, n, h), self._load(self.values, n, h)) for h in heads]
+            states.append(
+                [
+                    linear_attention_chunk.advance(chunk, *kv, chunk.until_end, state)
+                    for chunk, kv, state in zip(chunks[n], keys_and_values, states[n], strict=True)
+                ]
+            )
+        for n in reversed(self.chunks):
+            found = []
+            for h in heads:
+                tokens = self._tokens(n, h)
+                found.append(linear_attention_chunk.gradients(chunks[n][h], tokens, states[n][h], d_states[h]))
+                for ref, d in ((self.d_q, found[h].q), (self.d_k, found[h].k), (self.d_v, found[h].v)):
+                    self._store(ref, n, h, d)
+                if self.plan.decay == "channel":
+                    self._store(self.d_log_decay, n, h, chunk_decays.suffix_sums(found[h].sums) + found[h].total)
+            if self.plan.by_head:
+                self._store_by_head(n, found)
+            d_states = [d.state for d in found]
+        return d_states
+
+    def _store_by_head(self, n: int, found) -> None:
+        """The gradients of the log decays of heads, a row each."""
+        lane = lax.broadcasted_iota(jnp.int32, (self.shape.chunk, self.shape.rows), 1)
+        sums, total = jnp.zeros(lane.shape, self.wide), jnp.zeros((1, self.shape.rows), self.wide)
+        for h, d in enumerate(found):
+            here = lane == h
+            sums = jnp.where(here, jnp.sum(d.sums, axis=1, keepdims=True), sums)
+            total = jnp.where(here[:1], jnp.sum(d.total, axis=1, keepdims=True), total)
+        d = (self._inside(chunk_decays.suffix_sums(sums) + total, n)).T
+        if self.plan.decay == "constant":
+            self.d_log_decay[...] += d
+        else:
+            self.d_log_decay[:, self._at(n)] = d
+
+    def _chunk(self, n: int) -> list[Chunk]:
+        """The n-th chunk of the block, of each head."""
+        size, documents = self.shape.chunk, self._documents(n)
+        last = jnp.minimum(self.left - n * size, size) - 1 if self.ragged else size - 1
+        decays: list[Any]
+        if self.plan.decay == "none":
+            decays = [chunk_decays.NoDecay(size)] * self.shape.heads
+        elif self.plan.decay == "channel":
+            loaded = [self._load(self.log_decay, n, h).astype(self.wide) for h in range(self.shape.heads)]
+            decays = [chunk_decays.ByChannel(chunk_decays.finite(x)) for x in loaded]
+        else:
+            decays = chunk_decays.by_heads(chunk_decays.finite(self._of_heads(n)))[: self.shape.heads]
+        return [Chunk(x, documents, last) for x in decays]
+
+    def _of_heads(self, n: int) -> jax.Array:
+        """The log decays of heads ``[c, rows]``."""
+        if self.plan.decay == "scalar":
+            return self.log_decay[:, self._at(n)].T
+        return self._inside(jnp.broadcast_to(self.log_decay[...], (self.shape.chunk, self.shape.rows)), n)
+
+    def _documents(self, n: int) -> Documents | None:
+        if self.runs is None:
+            return None
+        size = self.shape.chunk
+        row = self.runs[:, self._at(n)]
+        every = jnp.broadcast_to(row, (size, size)).T
+        column, last = every[:, :1], row[:, size - 1 :]
+        in_first, in_last, one = (
+            jnp.where(x, 1.0, 0.0).astype(self.wide)
+            for x in (column == 0, column == jnp.broadcast_to(last, column.shape), last == 0)
+        )
+        return Documents(every == jnp.broadcast_to(row, every.shape), in_first, in_last, one)
+
+    def _tokens(self, n: int, h: int) -> Tokens:
+        q, k, v = (self._load(ref, n, h) for ref in (self.queries, self.keys, self.values))
+        d_o = None if self.d_o is None else self._times_scale(self._load(self.d_o, n, h))
+        return Tokens(q, k, v, d_o)
+
+    def _times_scale(self, x: jax.Array) -> jax.Array:
+        return (x.astype(self.wide) * jnp.asarray(self.plan.scale, self.wide)).astype(x.dtype)
+
+    def _load(self, ref, n: int, h: int) -> jax.Array:
+        x = ref[self._at(n), self._lanes(ref, h)]
+        return self._inside(x.astype(self.wide), n).astype(x.dtype) if self.ragged else x
+
+    def _store(self, ref, n: int, h: int, x: jax.Array) -> None:
+        ref[self._at(n), self._lanes(ref, h)] = x.astype(ref.dtype)
+
+    def _inside(self, x: jax.Array, n: int) -> jax.Array:
+        """Zero where the sequence has ended; what lies there may be anything."""
+        if not self.ragged:
+            return x
+        row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        return jnp.where(row < self.left - n * self.shape.chunk, x, jnp.zeros_like(x))
+
+    def _at(self, n: int) -> slice:
+        return slice(n * self.shape.chunk, (n + 1) * self.shape.chunk)
+
+    def _lanes(self, ref, h: int) -> slice:
+        width = ref.shape[1] // self.shape.heads
+        return slice(h * width, (h + 1) * width)

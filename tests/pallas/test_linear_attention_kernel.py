@@ -1,0 +1,213 @@
+"""The kernels of linear attention, interpreted, against the oracles: values, last states and all gradients, on the inputs
+of the operation's tests."""
+
+import functools
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxlinear.errors import UserError
+from jaxlinear.ops import backends, linear_attention, recurrence
+from jaxlinear.ops import linear_attention_kernel as kernel
+from jaxlinear.ops.linear_attention import choose
+from jaxlinear.ops.linear_attention_maps import Inputs
+from jaxlinear.pallas import blocks
+from jaxlinear.pallas import linear_attention as kernels
+from jaxlinear.pallas.target import Target
+from tests import numerics
+from tests.ops import test_linear_attention as operation
+
+INTERPRETED = Target("tpu", "none", True)
+RUNS = [
+    *((name, "float64") for name in operation.CASES),
+    *((name, dtype) for name in ("none", "constant", "scalar", "channel") for dtype in ("float32", "bfloat16")),
+]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Two chunks a block where the decay is a head's or none, one where it is a channel's."""
+    small = blocks.AttentionBlock(64, 32, 1), blocks.AttentionBlock(32, 32, 1)
+    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", small)
+
+
+def run_kernel(ids, target, q, k, v, log_decay, state):
+    starts = None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids))
+    wide = np.promote_types(state.dtype, np.float32)
+    options = kernels.Options(q.shape[-1] ** -0.5, None, target)
+    return kernel.run(kernels.Inputs(q, k, v, log_decay, starts), state.astype(wide), options)
+
+
+def check(name, dtype, target=INTERPRETED):
+    inputs, cotangents, ids, outputs, gradients = operation.case(name)
+    run = functools.partial(run_kernel, ids, target)
+    found, found_gradients = numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype=dtype)
+    numerics.assert_close(found, outputs, numerics.TOLERANCES[dtype])
+    numerics.assert_close(found_gradients, gradients, numerics.TOLERANCES[dtype])
+    assert [y.dtype for y in jax.tree.leaves((found[0], found_gradients))] == [dtype] * len(
+        jax.tree.leaves((found[0], inputs))
+    )
+
+
+@pytest.mark.parametrize("name, dtype", RUNS)
+def test_values_and_gradients(small_blocks, name, dtype):
+    check(name, dtype)
+
+
+@pytest.mark.parametrize("name", ["short", "channel_whole_chunks"])
+def test_on_a_simulated_tpu(small_blocks, name):
+    """With TPU memories and copies; what is read beyond an array is NaN, and so is memory that nothing wrote."""
+    check(name, "float32", Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan")))
+
+
+@pytest.mark.parametrize("name", ["none", "constant_packed", "no_documents", "channel"])
+def test_a_run_without_its_outputs(small_blocks, name):
+    """The map of a run, and the gradient of the state alone."""
+    inputs, cotangents, ids, outputs, gradients = operation.case(name)
+    options = kernels.Options(inputs[0].shape[-1] ** -0.5, None, INTERPRETED)
+
+    @numerics.jit
+    def both(inputs, d_o, d_final):
+        *arrays, state = inputs
+        run = kernels.Inputs(*arrays, None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids)))
+        kept, written = kernels.summary(run, state.dtype, options)
+        return kept[..., None] * state + written, kernels.state_gradient(run, d_o, d_final, options)
+
+    found = numerics.run(both, inputs, *cotangents, dtype="float64")
+    numerics.assert_close(found, (outputs[1], gradients[4]), 1e-10)
+
+
+# Inputs at the limits
+
+
+@functools.cache
+def in_float32(packed):
+    ids = np.arange(100)[None] if packed else None
+    return numerics.with_gradients(functools.partial(run_kernel, ids, INTERPRETED))
+
+
+def assert_right_in_float32(inputs, packed=False):
+    random = np.random.default_rng(3)
+    cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[4].shape)
+    expected = numerics.run(operation.reference(packed), inputs, cotangents, dtype="float64")
+    found = numerics.run(in_float32(packed), inputs, cotangents, dtype="float32")
+    numerics.assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["constant", "scalar", "channel"])
+def test_hard_decays(small_blocks, kind):
+    """Strong and weak in one chunk; one for all; most of a chunk strong, its end weak."""
+    hard = [
+        lambda random, shape: random.choice([-50.0, -1e4, -1e-7, -1e-3, 0.0], shape),
+        *(lambda _, shape, value=value: np.full(shape, value) for value in (-1e-7, -50.0, -np.inf)),
+    ]
+    for draw in hard:
+        assert_right_in_float32(operation.at_the_limits(kind, draw))
+    if kind != "constant":
+        inputs = operation.at_the_limits(kind, hard[2])
+        inputs[3][:, 50:] = -0.01
+        assert_right_in_float32(inputs)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_one_document_a_token(small_blocks, kind):
+    inputs = operation.at_the_limits(kind, lambda random, shape: -random.uniform(0, 1, shape))
+    assert_right_in_float32(inputs, packed=True)
+
+
+# What is chosen and what is refused
+
+
+def test_one_kernel_each_way():
+    x = jnp.ones((1, 130, 2, 4))
+    operation = lambda q, k, v: jnp.sum(linear_attention(q, k, v, backend="pallas")[0] ** 2)  # noqa: E731
+    text = str(jax.make_jaxpr(jax.grad(operation, (0, 1, 2)))(x, x, x))
+    assert re.findall(r" name=(linear_attention_\w+)", text) == [
+        "linear_attention_forward",
+        "linear_attention_gradient",
+    ]
+    # Of the state's gradient alone, nothing is kept or written that is as long as the sequence.
+    of_state = jax.grad(lambda state: jnp.sum(linear_attention(x, x, x, None, state, backend="pallas")[0]))
+    assert "linear_attention_state_gradient" in str(jax.make_jaxpr(of_state)(jnp.ones((1, 2, 4, 4))))
+
+
+def test_the_operation_takes_it(small_blocks):
+    """With segment ids, a scale, values of another dtype, no initial state, and chunks of 16 tokens."""
+    random = np.random.default_rng(1)
+    q, v = (numerics.normal(random, 1, 20, 2, width) for width in (4, 3))
+    ids = np.array([[0] * 7 + [1] * 13], np.int32)
+    results = []
+    for backend, chunk in (("recurrent", None), ("pallas", 16)):
+        run = functools.partial(linear_attention, scale=0.3, segment_ids=ids, chunk_size=chunk, backend=backend)
+        narrow = numerics.jit(lambda q, v, run=run: run(q, q, v.astype(jnp.bfloat16), -jnp.ones(2, q.dtype)))
+        results.append(numerics.run(narrow, q, v, dtype="float32"))
+    assert [y.dtype for y in results[1]] == [jnp.bfloat16, jnp.float32]
+    numerics.assert_close(results[1][1], results[0][1], 1e-5)
+    numerics.assert_close(results[1][0], results[0][0], 1e-2)
+
+
+def test_auto_takes_it_where_it_runs(caplog):
+    def array(length=9, width=32, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((1, length, 2, width), dtype)
+
+    x, wide = array(), array(width=512)
+    assert choose("auto", x, x, x) == "auto"
+    backends.say_once.cache_clear()
+    for platform in ("tpu",):
+        with backends.use_platform(platform, "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
+            assert choose("auto", x, x, array(dtype=jnp.bfloat16)) == "pallas"
+            assert choose("auto", *[array(length=8)] * 3) == "auto"
+            assert choose("auto", wide, wide, x) == "auto"
+            assert choose("chunked", x, x, x) == "chunked"
+    assert [record.getMessage() for record in caplog.records] == [
+        "linear_attention runs in chunks, not as a kernel: the kernel takes K and V from 16 to 256, not K = 512"
+    ]
+
+
+def test_what_it_does_not_take_is_refused():
+    def run(heads=1, key=32, value=32, dtype=jnp.float32, **options):
+        q, v = (jnp.ones((1, 20, heads, width), dtype) for width in (key, value))
+        linear_attention(q, q, v, backend="pallas", **options)
+
+    with pytest.raises(
+        UserError, match="chunks of a power of two from 8 to 256 tokens, not of 48; backend='chunked' runs"
+    ):
+        run(chunk_size=48)
+    with backends.use_platform("tpu", "TPU v5 lite"):
+        with pytest.raises(UserError, match="takes float32 and bfloat16, not float16"):
+            run(dtype=jnp.float16)
+        with pytest.raises(UserError, match="K and V from 16 to 256, not V = 8"):
+            run(value=8)
+        with pytest.raises(
+            UserError, match=r"at most 8 heads together, and of 12 heads with K, V = \(24, 32\) more are"
+        ):
+            run(heads=12, key=24)
+        with pytest.raises(UserError, match="a power of two from 128 to 256 tokens, not of 64"):
+            run(chunk_size=64)
+    with jax.enable_x64(True), backends.use_platform("tpu", ""), pytest.raises(UserError, match="not float64"):
+        run(dtype=jnp.float64)
+
+
+def test_the_map_of_a_run_has_no_gradient():
+    x = jnp.ones((1, 5, 2, 4))
+    family = kernel.LinearAttentionKernel(1.0, None, INTERPRETED)
+    with pytest.raises(UserError, match="the map of a run has no gradient by the kernel"):
+        jax.grad(lambda k: jnp.sum(family.summarise(family.prepare(Inputs(x, k, x, None, None, None), None))[1]))(x)
+
+
+@pytest.mark.parametrize("widths", [(16, 16), (32, 64), (48, 128), (128, 128), (64, 256), (256, 256), (100, 100)])
+def test_heads_of_a_block(widths):
+    """They fill whole registers, or are all; as many more as the table asks for if these divide H."""
+    for heads in (1, 2, 3, 8, 12, 16):
+        for lanes in (0, 256, 1024):
+            count = blocks.heads_of_block(heads, widths, lanes)
+            if widths == (100, 100) and heads > 8:
+                assert count is None
+                continue
+            assert count == heads or all(count * width % 128 == 0 for width in widths)
+            assert count <= 8
