@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -48,3 +48,20 @@ def check(operation: str, backend: str, known: tuple[str, ...]) -> None:
     if backend != "auto" and backend not in known:
         names = ", ".join(repr(name) for name in ("auto", *known))
         raise UserError(f"{operation} has no backend {backend!r}; it has {names}")
+
+
+def kernel_or_chunks(operation: str, backend: str, few: bool, refusal: Callable[[str], str | None]) -> str:
+    """``"pallas"`` where an operation that has chunks takes its kernel, else ``backend`` as it is given.
+
+    ``few``: so few tokens that ``"auto"`` takes no chunks. ``refusal``: why the kernel does not run on a platform, or None;
+    then ``"auto"`` says so once, and ``"pallas"`` raises ``UserError``.
+    """
+    if backend not in ("auto", "pallas") or (backend == "auto" and (platform() not in COMPILED or few)):
+        return backend
+    reason = refusal(platform())
+    if reason is None:
+        return "pallas"
+    if backend == "pallas":
+        raise UserError(f"{operation}: {reason}; backend='chunked' runs it")
+    say_once(f"{operation} runs in chunks, not as a kernel: {reason}")
+    return backend

@@ -14,8 +14,9 @@ import numpy as np
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import decay, dtypes, recurrence, triangular
-from jaxlinear.ops.linear_attention import by_channel, check_shapes, choose_chunk
+from jaxlinear.ops import backends, decay, delta_rule_kernel, dtypes, recurrence, triangular
+from jaxlinear.ops.delta_rule_maps import DeltaRuleMaps, Inputs
+from jaxlinear.ops.linear_attention import FEW_TOKENS, by_channel, check_chunk, check_shapes, choose_chunk
 
 _CHANNEL_CHUNK = 32  # what such a decay costs within a chunk grows with its size
 
@@ -44,25 +45,28 @@ def delta_rule(
       initial_state: ``[B, H, K, V]``, the state before the first token, of its document; None means zeros.
       scale: of the outputs ``o_t = scale * S_t^T q_t``; ``K**-0.5`` by default.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
-      chunk_size: tokens in a chunk of the ``"chunked"`` backend; None is 64, 32 for a decay by key channel, or the power
-        of two that holds a shorter T. Changes nothing but speed, memory and rounding.
-      backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks) or ``"auto"``.
+      chunk_size: tokens in a chunk. None is 64 for ``"chunked"``, 32 for a decay by key channel, or the power of two that
+        holds a shorter T; for ``"pallas"`` the size of its table. Changes nothing but speed, memory and rounding.
+      backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks), ``"pallas"`` (the same
+        as a kernel for TPU, interpreted on CPU) or ``"auto"``.
       runner: where time lies; on one device by default.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]`` in float32 (float64
       when given that).
 
-    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more. Sums, decays,
-    states and the solution of what the tokens of a chunk replace of each other are float32 (float64) in both; the other
-    products of chunks are of the dtype that holds those of q, k and v.
+    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more: on TPU as a kernel,
+    but where that does not run, which the log says once. Sums, decays and states are float32 (float64) in all; products
+    of chunks are of the dtype that holds those of q, k and v, but for the solution of what the tokens of a chunk replace
+    of each other, which is float32 in ``"chunked"``, and 16 bits wide in the kernel if those are bfloat16.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     check_shapes("delta_rule", q, k, v, log_decay, initial_state, constant_decay=False)
     batch, length, heads, width = q.shape
     if beta.shape != q.shape[:3]:
         raise UserError(f"delta_rule: beta {beta.shape} does not fit queries {q.shape}; it is [B, T, H]")
-    chunk = choose_chunk("delta_rule", backend, chunk_size, length, runner)
+    backend = choose(backend, q, k, v, chunk_size, runner)
+    chunk = None if backend == "pallas" else choose_chunk("delta_rule", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = width**-0.5 if scale is None else scale
     log_decay = None if log_decay is None else jnp.asarray(log_decay)
@@ -70,24 +74,36 @@ def delta_rule(
         initial_state = jnp.zeros_like(q, shape=(batch, heads, width, v.shape[-1]), dtype=wide)
     initial_state = jnp.asarray(initial_state).astype(wide)
     starts = None if segment_ids is None else runner.starts(jnp.asarray(segment_ids))
+    inputs = Inputs(q, k, v, beta, log_decay, starts)
+    if backend == "pallas":
+        family = delta_rule_kernel.DeltaRuleKernel(scale, chunk_size and int(chunk_size), backends.target())
+        if runner is recurrence.WHOLE:
+            o, final = family.through(family.prepare(inputs, None), initial_state)
+        else:
+            o, final = runner.run(family, None, inputs, None, initial_state)
+        return o.astype(v.dtype), final
     if chunk is None:
         return _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale)
     if chunk_size is None and log_decay is not None and log_decay.ndim == 4:
         chunk = min(chunk, _CHANNEL_CHUNK)
-    inputs = Inputs(q, k, v, beta, log_decay, starts)
     o, final = runner.run(DeltaRule(scale), chunk, inputs, None, initial_state)
     return o.astype(v.dtype), final
 
 
-class Inputs(NamedTuple):
-    """What a run of ``DeltaRule`` is made of. Arrays ``[B, T, ...]``."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    beta: jax.Array
-    log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K]
-    starts: jax.Array | None  # [B, T] bool, true where a document begins and the state with it
+def choose(
+    backend: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    chunk_size: int | None = None,
+    runner: recurrence.Runner = recurrence.WHOLE,
+) -> str:
+    """``"pallas"`` where ``delta_rule`` takes the kernel, else the backend as it was given."""
+    backends.check("delta_rule", backend, ("recurrent", "chunked", "pallas"))
+    check_chunk("delta_rule", backend, chunk_size)
+    few = chunk_size is None and q.shape[1] <= FEW_TOKENS and runner is recurrence.WHOLE
+    refusal = functools.partial(delta_rule_kernel.refusal, q, k, v, chunk_size)
+    return backends.kernel_or_chunks("delta_rule", backend, few, refusal)
 
 
 class _Run(NamedTuple):
@@ -102,7 +118,7 @@ class _Run(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaRule(recurrence.Family):
+class DeltaRule(DeltaRuleMaps):
     """The family (``recurrence.Family``) of these recurrences, in its WY form (Yang et al., arXiv:2406.06484).
 
     What token i writes at its key, x_i = beta_i (v_i - S'^T k_i), is of the state before the run and of the earlier writes:
@@ -110,7 +126,7 @@ class DeltaRule(recurrence.Family):
         x_i + beta_i sum_{j<i} (k_i^T diag(exp(G_i - G_j)) k_j) x_j = beta_i v_i - beta_i S^T (exp(G_i) k_i),
 
     a triangular system, whose solution is linear in S: X = U - W S. With decays as in arXiv:2412.06464 (by head) and
-    arXiv:2510.26692 (by channel). A summary is ``(M [B, H, K, K], C [B, H, K, V])``. ``constants`` is None.
+    arXiv:2510.26692 (by channel). ``constants`` is None.
     """
 
     scale: float
@@ -145,13 +161,6 @@ class DeltaRule(recurrence.Family):
         kept = run.kept[..., None] * jnp.eye(run.keys.shape[-1], dtype=run.kept.dtype)[None, None]
         replaced = dtypes.product("...tk,...tl->...kl", run.keys, run.w)
         return kept - replaced, dtypes.product("...tk,...tv->...kv", run.keys, run.u)
-
-    def compose(self, earlier, later) -> tuple[jax.Array, jax.Array]:
-        transition = dtypes.product("...kl,...lm->...km", later[0], earlier[0])
-        return transition, self.advance(later, earlier[1])
-
-    def advance(self, summary, state: jax.Array) -> jax.Array:
-        return dtypes.product("...kl,...lv->...kv", summary[0], state) + summary[1]
 
     def apply(self, run: _Run, state: jax.Array) -> jax.Array:
         """o ``[B, T, H, V]`` in the dtype of the products."""

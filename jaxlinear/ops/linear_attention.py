@@ -16,7 +16,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, decay, dtypes, linear_attention_kernel, recurrence
 from jaxlinear.ops.linear_attention_maps import Inputs, LinearAttentionMaps
 
-_FEW_TOKENS = 8  # up to which the loop over time is the faster
+FEW_TOKENS = 8  # up to which the loop over time is the faster
 _CHUNK = 64
 
 
@@ -98,16 +98,9 @@ def choose(
     """``"pallas"`` where ``linear_attention`` takes the kernel, else the backend as it was given."""
     backends.check("linear_attention", backend, ("recurrent", "chunked", "pallas"))
     check_chunk("linear_attention", backend, chunk_size)
-    platform, few = backends.platform(), chunk_size is None and q.shape[1] <= _FEW_TOKENS and runner is recurrence.WHOLE
-    if backend not in ("auto", "pallas") or (backend == "auto" and (platform not in backends.COMPILED or few)):
-        return backend
-    reason = linear_attention_kernel.refusal(q, k, v, chunk_size, platform)
-    if reason is None:
-        return "pallas"
-    if backend == "pallas":
-        raise UserError(f"linear_attention: {reason}; backend='chunked' runs it")
-    backends.say_once(f"linear_attention runs in chunks, not as a kernel: {reason}")
-    return backend
+    few = chunk_size is None and q.shape[1] <= FEW_TOKENS and runner is recurrence.WHOLE
+    refusal = functools.partial(linear_attention_kernel.refusal, q, k, v, chunk_size)
+    return backends.kernel_or_chunks("linear_attention", backend, few, refusal)
 
 
 def choose_chunk(
@@ -121,7 +114,7 @@ def choose_chunk(
     if runner is not recurrence.WHOLE:
         if backend == "recurrent":
             raise UserError(f"{operation}: backend='recurrent' does not run over several devices; 'chunked' does")
-    elif backend == "recurrent" or (backend == "auto" and length <= _FEW_TOKENS):
+    elif backend == "recurrent" or (backend == "auto" and length <= FEW_TOKENS):
         return None
     return min(_CHUNK, 1 << (length - 1).bit_length())
 

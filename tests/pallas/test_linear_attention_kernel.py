@@ -12,9 +12,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, linear_attention, recurrence
-from jaxlinear.ops import linear_attention_kernel as kernel
+from jaxlinear.ops import backends, linear_attention, recurrence, state_kernels
 from jaxlinear.ops.linear_attention import choose
+from jaxlinear.ops.linear_attention_kernel import LinearAttentionKernel
 from jaxlinear.ops.linear_attention_maps import Inputs
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas import linear_attention as kernels
@@ -40,7 +40,7 @@ def run_kernel(ids, target, q, k, v, log_decay, state):
     starts = None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids))
     wide = np.promote_types(state.dtype, np.float32)
     options = kernels.Options(q.shape[-1] ** -0.5, None, target)
-    return kernel.run(kernels.Inputs(q, k, v, log_decay, starts), state.astype(wide), options)
+    return state_kernels.run(kernels, kernels.Inputs(q, k, v, log_decay, starts), state.astype(wide), options)
 
 
 def check(name, dtype, target=INTERPRETED):
@@ -195,7 +195,7 @@ def test_what_it_does_not_take_is_refused():
 
 def test_the_map_of_a_run_has_no_gradient():
     x = jnp.ones((1, 5, 2, 4))
-    family = kernel.LinearAttentionKernel(1.0, None, INTERPRETED)
+    family = LinearAttentionKernel(1.0, None, INTERPRETED)
     with pytest.raises(UserError, match="the map of a run has no gradient by the kernel"):
         jax.grad(lambda k: jnp.sum(family.summarise(family.prepare(Inputs(x, k, x, None, None, None), None))[1]))(x)
 

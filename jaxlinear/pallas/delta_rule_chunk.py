@@ -1,0 +1,191 @@
+"""One chunk of the delta rule for several heads, as values in registers: what a kernel does between its loads and stores.
+
+With S the state before the chunk, K and Q the keys and queries decayed from its start, and E the keys decayed to its end,
+the tokens write X at their keys and read O:
+
+    X = (I + beta L)^-1 beta (V - K S),   O = scale (P X + Q S),   S' = whole S + E^T X,
+
+where P and L are the decayed products of queries and of keys with keys: of a token with the earlier ones, P with itself
+too. States are transposed, ``[V, K]``: a decay of each key channel then scales them along their rows. Every step is
+written for all heads before the next one, so that no head waits for its own last step.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlinear.pallas import inverse
+from jaxlinear.pallas.chunk_decays import dot
+from jaxlinear.pallas.linear_attention_chunk import Chunk
+
+
+class Head(NamedTuple):
+    """The tokens of one head, in the dtype of products; what is not needed is None."""
+
+    chunk: Chunk
+    k: jax.Array  # [c, K]
+    beta: jax.Array  # [c, 1], wide
+    q: Any = None  # [c, K]
+    v: Any = None  # [c, V]
+    d_o: Any = None  # [c, V], times the scale
+
+
+class Tokens(NamedTuple):
+    """What follows from the tokens of one head alone."""
+
+    inverse: jax.Array  # [c, c], of I + beta L
+    overlap: jax.Array  # L
+    attention: Any  # P
+
+
+class Gradients(NamedTuple):
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    beta: jax.Array  # [c, 1]
+    state: jax.Array  # of that before the chunk
+    # The gradient of the log decays is suffix_sums(sums) + total, both summed over channels for a decay of the head.
+    sums: Any  # [c, K]
+    total: Any  # [1, K]
+
+
+def prepare(heads: Sequence[Head]) -> list[Tokens]:
+    wide, narrow = heads[0].beta.dtype, heads[0].k.dtype
+    pairs = [h.chunk.decays.pairwise((h.k,) if h.q is None else (h.q, h.k), h.k, wide) for h in heads]
+    overlaps = [_earlier(h, products[-1]) for h, products in zip(heads, pairs, strict=True)]
+    inverses = inverse.inverses([h.beta * x for h, x in zip(heads, overlaps, strict=True)], narrow)
+    attention = [None if h.q is None else h.chunk.seen(x[0]).astype(narrow) for h, x in zip(heads, pairs, strict=True)]
+    return [Tokens(x.astype(narrow), y, z) for x, y, z in zip(inverses, overlaps, attention, strict=True)]
+
+
+def outputs(heads: Sequence[Head], tokens: Sequence[Tokens], states: Sequence[jax.Array]):
+    """By head: ``[c, V]``, but for the scale; and the state after the chunk."""
+    reads = [
+        _scaled_product(h.chunk.since_start, (h.q, h.k), state, state.dtype)
+        for h, state in zip(heads, states, strict=True)
+    ]
+    written = _written(heads, tokens, [x[1] for x in reads])
+    inner = [dot(t.attention, x, (1, 0), s.dtype) for t, x, s in zip(tokens, written, states, strict=True)]
+    return [x + read[0] for x, read in zip(inner, reads, strict=True)], _after(heads, written, states)
+
+
+def advance(heads: Sequence[Head], tokens: Sequence[Tokens], states: Sequence[jax.Array]) -> list[jax.Array]:
+    """By head, the state after the chunk. Without values, of tokens that write zero: M times the state."""
+    reads = _reads(heads, states)
+    return _after(heads, _written(heads, tokens, reads), states)
+
+
+def state_gradients(heads: Sequence[Head], tokens: Sequence[Tokens], d_after: Sequence[jax.Array]) -> list[jax.Array]:
+    """By head, of the state before the chunk, from those of the outputs and of the state after it."""
+    _, d_errors = _errors_gradients(heads, tokens, d_after)
+    return _before(heads, d_errors, d_after)
+
+
+def gradients(
+    heads: Sequence[Head], tokens: Sequence[Tokens], states: Sequence[jax.Array], d_after: Sequence[jax.Array]
+) -> list[Gradients]:
+    """By head, from those of the outputs and of the state after the chunk. ``states`` are before it."""
+    wide = heads[0].beta.dtype
+    reads = _reads(heads, states)
+    written = _written(heads, tokens, reads)
+    d_solved, d_errors = _errors_gradients(heads, tokens, d_after)
+    d_attention = [h.chunk.seen(dot(h.d_o, x, (1, 1), wide)) for h, x in zip(heads, written, strict=True)]
+    d_lower = [
+        -_earlier(h, dot(d.astype(x.dtype), x, (1, 1), wide)) for h, d, x in zip(heads, d_solved, written, strict=True)
+    ]
+    pairs = [
+        h.chunk.decays.pairwise_gradient((h.q, h.k), h.k, (d_p, h.beta * d_l), wide)
+        for h, d_p, d_l in zip(heads, d_attention, d_lower, strict=True)
+    ]
+    d_before = _before(heads, d_errors, d_after)
+    found = []
+    for n, h in enumerate(heads):
+        (d_q, d_k_row), d_k_column, sums = pairs[n]
+        since_start, until_end = h.chunk.since_start, h.chunk.until_end
+        d_q_read = _times(since_start, dot(h.d_o, states[n], (1, 0), wide))
+        d_k_read = -_times(since_start, dot(d_errors[n].astype(h.k.dtype), states[n], (1, 0), wide))
+        d_k_written = _times(until_end, dot(written[n], d_after[n], (1, 0), wide))
+        d_beta = d_solved[n] * (h.v.astype(wide) - reads[n])
+        d_beta = jnp.sum(d_beta, axis=1, keepdims=True) + jnp.sum(d_lower[n] * tokens[n].overlap, axis=1, keepdims=True)
+        total = None
+        if sums is not None:
+            # What the last token writes has no decay: beside others that have it would be lost, or they beside it.
+            row = lax.broadcasted_iota(jnp.int32, d_k_written.shape, 0)
+            wide_k = h.k.astype(wide)
+            kept = wide_k * jnp.where(row == h.chunk.last, jnp.zeros_like(d_k_written), d_k_written)
+            sums = sums + h.q.astype(wide) * d_q_read + wide_k * d_k_read - kept
+            held = _times(h.chunk.whole, jnp.sum(states[n].astype(wide) * d_after[n], axis=0, keepdims=True))
+            total = jnp.sum(kept, axis=0, keepdims=True) + held
+        d_k = d_k_row + d_k_column + d_k_read + d_k_written
+        found.append(Gradients(d_q + d_q_read, d_k, d_errors[n], d_beta, d_before[n], sums, total))
+    return found
+
+
+def _reads(heads, states) -> list[jax.Array]:
+    """What the keys read of the state before the chunk."""
+    return [
+        _scaled_product(h.chunk.since_start, (h.k,), state, h.beta.dtype)[0]
+        for h, state in zip(heads, states, strict=True)
+    ]
+
+
+def _written(heads, tokens, reads) -> list[jax.Array]:
+    """X, what the tokens write, from what they read of the state before the chunk."""
+    errors = [-read if h.v is None else h.v.astype(read.dtype) - read for h, read in zip(heads, reads, strict=True)]
+    return [
+        dot(t.inverse, h.beta * error, (1, 0), error.dtype).astype(h.k.dtype)
+        for h, t, error in zip(heads, tokens, errors, strict=True)
+    ]
+
+
+def _after(heads, written, states) -> list[jax.Array]:
+    return [
+        _times(h.chunk.whole, s) + dot(x, _scaled(h.k, h.chunk.until_end), (0, 0), s.dtype)
+        for h, x, s in zip(heads, written, states, strict=True)
+    ]
+
+
+def _errors_gradients(heads, tokens, d_after):
+    """The gradients of beta (V - K S), and of V - K S."""
+    wide = heads[0].beta.dtype
+    outer = [_scaled_product(h.chunk.until_end, (h.k,), d, wide)[0] for h, d in zip(heads, d_after, strict=True)]
+    inner = [dot(t.attention, h.d_o, (0, 0), wide) for h, t in zip(heads, tokens, strict=True)]
+    d_solved = [dot(t.inverse, x + y, (0, 0), wide) for t, x, y in zip(tokens, outer, inner, strict=True)]
+    return d_solved, [h.beta * d for h, d in zip(heads, d_solved, strict=True)]
+
+
+def _before(heads, d_errors, d_after) -> list[jax.Array]:
+    """The gradients of the states before the chunk."""
+    found = []
+    for h, d_error, d in zip(heads, d_errors, d_after, strict=True):
+        since_start, dtype = h.chunk.since_start, h.k.dtype
+        reading = jnp.concatenate([h.d_o, (-d_error).astype(dtype)])
+        read = jnp.concatenate([_scaled(h.q, since_start), _scaled(h.k, since_start)])
+        found.append(_times(h.chunk.whole, d) + dot(reading, read, (0, 0), d.dtype))
+    return found
+
+
+def _scaled_product(factor: jax.Array | None, rows: Sequence[jax.Array], state: jax.Array, wide) -> list[jax.Array]:
+    """``(factor x) state^T`` for each x of ``rows``, by one product."""
+    of_head, length = factor is None or factor.shape[1] == 1, rows[0].shape[0]
+    x = jnp.concatenate([x if of_head else _scaled(x, factor) for x in rows])
+    product = dot(x, state, (1, 1), wide)
+    products = [product[n * length : (n + 1) * length] for n in range(len(rows))]
+    return [_times(factor, y) for y in products] if of_head else products
+
+
+def _earlier(head: Head, products: jax.Array) -> jax.Array:
+    """Those of a token with earlier ones of its document."""
+    row, lane = (lax.broadcasted_iota(jnp.int32, products.shape, axis) for axis in (0, 1))
+    return head.chunk.seen(jnp.where(row > lane, products, jnp.zeros_like(products)))
+
+
+def _times(factor: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if factor is None else factor * x
+
+
+def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)

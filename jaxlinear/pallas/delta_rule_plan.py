@@ -1,0 +1,73 @@
+"""What a kernel of the delta rule is built for and what it is given."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Arguments(NamedTuple):
+    """``[B, T, H, K]`` is given as ``[B, T, H K]``, which moves nothing. States are ``[B, H, V, K]``."""
+
+    k: jax.Array  # [B, T, H K]
+    beta: jax.Array  # [B, T, H]
+    state: jax.Array  # before the first step taken
+    q: Any = None  # [B, T, H K], but in the summary
+    v: Any = None  # [B, T, H V], but in the gradient of the state alone
+    log_decay: Any = None  # [B, T, H] or [B, T, H K]
+    starts: Any = None  # [B, T] bool
+    d_o: Any = None  # [B, T, H V], in the backward pass
+    before: Any = None  # [B, N, H, V, K], the states before each chunk, in the backward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One kernel.
+
+    Attributes:
+      kind: "forward", "summary", "gradient" or "state_gradient".
+      length, heads, keys, values: T, H, K and V.
+      decay: "none", "scalar" or "channel".
+      packed: whether documents begin within rows.
+      scale: of the outputs.
+      narrow, wide: the dtypes of products, and of states and sums.
+      chunk: tokens of a chunk, or None: by the table of ``blocks``.
+      keep: forward, also the states before each chunk.
+    """
+
+    kind: str
+    length: int
+    heads: int
+    keys: int
+    values: int
+    decay: str
+    packed: bool
+    scale: float
+    narrow: Any
+    wide: Any
+    chunk: int | None = None
+    keep: bool = False
+
+    @property
+    def reverse(self) -> bool:
+        return self.kind in ("gradient", "state_gradient")
+
+    @property
+    def name(self) -> str:
+        marks = [self.decay] if self.decay != "none" else []
+        return "_".join(["delta_rule", self.kind, *marks, *(["packed"] if self.packed else [])])
+
+    def products(self, chunk: int) -> int:
+        """Floating point operations of the products of matrices of a token and head; the inverse is not counted."""
+        keys, values, state = 2 * chunk * self.keys, 2 * chunk * self.values, 2 * self.keys * self.values
+        return {
+            "forward": 2 * keys + 2 * values + 3 * state,
+            "summary": keys * 2 + values + 2 * state + 4 * self.keys**2,
+            "gradient": 6 * keys + 5 * values + 7 * state,
+            "state_gradient": 2 * keys + 2 * values + 3 * state,
+        }[self.kind]
+
+
+def size_of(tree: Any) -> int:
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

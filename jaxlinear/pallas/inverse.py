@@ -1,0 +1,116 @@
+"""Inverses of unit lower triangular matrices inside a kernel for TPU: small blocks by elimination, larger ones by doubling.
+
+    inv([[A, 0], [B, C]]) = [[inv(A), 0], [-inv(C) B inv(A), inv(C)]]
+
+Nothing grows beyond the inverse itself, as the powers of a series do. Blocks of the diagonal are worked on side by side,
+``[n, c]``, the i-th in the i-th n lanes.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxlinear.pallas.chunk_decays import dot
+
+BLOCK = 16  # rows of the blocks that are eliminated
+
+
+def inverses(lower: Sequence[jax.Array], narrow) -> list[jax.Array]:
+    """``(I + L)^-1`` for each L ``[c, c]``, float32 or float64, zero on the diagonal and above, c a power of two from
+    ``BLOCK``. They are worked on in turn, so that none waits for its own last step.
+
+    With ``narrow`` bfloat16 one factor of each product is cut to 8 bits and the other to 16, which leaves no more error
+    than the inverse has when it then is cut to bfloat16; else all is in full precision.
+    """
+    length = lower[0].shape[0]
+    row, lane = (lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
+    inside = _part(row, BLOCK) == _part(lane, BLOCK)
+    whole = []
+    for small in _eliminate([_side_by_side(x, BLOCK, range(length // BLOCK)) for x in lower]):
+        tiled = jnp.concatenate([small] * (length // BLOCK))
+        whole.append(jnp.where(inside, tiled, jnp.zeros_like(tiled)))
+    size = BLOCK
+    while size < length:
+        whole = _double(lower, whole, size, narrow)
+        size *= 2
+    return whole
+
+
+def _eliminate(blocks: list[jax.Array]) -> list[jax.Array]:
+    """The inverses of blocks side by side: column after column is subtracted, times the row that then is final."""
+    row, lane = (lax.broadcasted_iota(jnp.int32, blocks[0].shape, axis) for axis in (0, 1))
+    first = _part(lane, BLOCK) * BLOCK
+    solved = [(lane - first == row).astype(blocks[0].dtype)] * len(blocks)
+    for j in range(BLOCK - 1):
+        columns = [jnp.take_along_axis(x, first + j, axis=1, mode="promise_in_bounds") for x in blocks]
+        solved = [x - column * x[j : j + 1] for x, column in zip(solved, columns, strict=True)]
+    return solved
+
+
+def _double(lower: Sequence[jax.Array], inverse: list[jax.Array], size: int, narrow) -> list[jax.Array]:
+    """From the inverses of diagonal blocks of ``size`` rows those of twice as many."""
+    length = lower[0].shape[0]
+    part = _part(lax.broadcasted_iota(jnp.int32, (size, length), 1), size)
+    firsts, seconds = range(0, length // size, 2), range(1, length // size, 2)
+    in_first = (part & 1) == 0
+    keep = [part == i for i in firsts]
+
+    def only(i: int, x: jax.Array) -> jax.Array:
+        return jnp.where(keep[i // 2], x, jnp.zeros_like(x))
+
+    def rows(x: jax.Array, i: int) -> jax.Array:
+        return x[i * size : (i + 1) * size]
+
+    cut = narrow == jnp.bfloat16
+    reached = []
+    for x, y in zip(lower, inverse, strict=True):
+        # The lanes of the second blocks, which else are zero, take the rest of B to the same inv(A).
+        b = jnp.where(in_first, _side_by_side(x, size, seconds, lanes=firsts), jnp.zeros((size, length), x.dtype))
+        if cut:
+            high, rest = _parts(b)
+            b = high + _rolled(rest, size)
+        a = jnp.concatenate([rows(y, i) for first in firsts for i in (first, first)])
+        reached.append(dot(b.astype(narrow), a, (1, 0), y.dtype))
+    off = []
+    for x, y in zip(reached, inverse, strict=True):
+        c = jnp.where(in_first, jnp.zeros((size, length), y.dtype), _side_by_side(y, size, seconds))
+        if cut:
+            high, rest = _parts(x)
+            c = c + _rolled(c, size)
+            pairs = [only(i, part) for i in firsts for part in (rest, high)]
+        else:
+            pairs = [only(i, part) for i in firsts for part in (jnp.zeros_like(x), x)]
+        off.append(dot(c.astype(narrow), jnp.concatenate(pairs), (1, 0), y.dtype))
+    return [
+        jnp.concatenate([z for i in firsts for z in (rows(y, i), rows(y, i + 1) - only(i, x))])
+        for y, x in zip(inverse, off, strict=True)
+    ]
+
+
+def _side_by_side(x: jax.Array, size: int, rows: Sequence[int], lanes: Sequence[int] | None = None) -> jax.Array:
+    """``[c, c]`` -> ``[size, c]``: those rows of blocks, each on the lanes of the block of its number, or ``lanes``."""
+    part = _part(lax.broadcasted_iota(jnp.int32, (size, x.shape[1]), 1), size)
+    found = x[rows[0] * size : (rows[0] + 1) * size]
+    for i, at in list(zip(rows, rows if lanes is None else lanes, strict=True))[1:]:
+        found = jnp.where(part == at, x[i * size : (i + 1) * size], found)
+    return found
+
+
+def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A float32 array as the sum of one that bfloat16 holds and the rest."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    high = lax.bitcast_convert_type(bits & jnp.int32(-(2**16)), x.dtype)
+    return high, x - high
+
+
+def _rolled(x: jax.Array, by: int) -> jax.Array:
+    if x.shape[1] % 128 == 0:
+        return pltpu.roll(x, by, axis=1)
+    return jnp.concatenate([x[:, -by:], x[:, :-by]], axis=1)
+
+
+def _part(i: jax.Array, size: int) -> jax.Array:
+    return lax.div(i, jnp.int32(size))

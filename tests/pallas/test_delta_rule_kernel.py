@@ -1,0 +1,230 @@
+"""The kernels of the delta rule, interpreted, against the oracles: values, last states and all gradients, on the inputs of
+the operation's tests."""
+
+import functools
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxlinear.errors import UserError
+from jaxlinear.ops import backends, delta_rule, recurrence, state_kernels
+from jaxlinear.ops.delta_rule import DeltaRule, Inputs, choose
+from jaxlinear.ops.delta_rule_kernel import DeltaRuleKernel
+from jaxlinear.pallas import blocks
+from jaxlinear.pallas import delta_rule as kernels
+from jaxlinear.pallas.target import Target
+from tests import numerics
+from tests.ops import test_delta_rule as operation
+
+INTERPRETED = Target("tpu", "none", True)
+# Chunks of 16 tokens are one block of the inverse, of 64 two steps of doubling.
+RUNS = [
+    ("one_token", "float64", None),
+    ("short", "float64", 64),
+    ("none", "float64", 16),
+    ("none_long", "float64", None),
+    ("scalar", "float64", 128),
+    ("channel", "float64", 64),
+    ("scalar_whole", "float32", None),
+    *((name, "bfloat16", 64) for name in ("none", "scalar", "channel")),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several chunks, and of three heads two in the first block."""
+    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(32, 32, 256))
+
+
+def run_kernel(ids, target, q, k, v, beta, log_decay, state, chunk=None):
+    starts = None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids))
+    wide = np.promote_types(state.dtype, np.float32)
+    options = kernels.Options(q.shape[-1] ** -0.5, chunk, target)
+    return state_kernels.run(kernels, kernels.Inputs(q, k, v, beta, log_decay, starts), state.astype(wide), options)
+
+
+def check(name, dtype, target=INTERPRETED, chunk=None):
+    inputs, cotangents, ids, outputs, gradients = operation.case(name)
+    run = functools.partial(run_kernel, ids, target, chunk=chunk)
+    found, found_gradients = numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype=dtype)
+    numerics.assert_close(found, outputs, numerics.TOLERANCES[dtype])
+    numerics.assert_close(found_gradients, gradients, numerics.TOLERANCES[dtype])
+    assert {y.dtype for y in jax.tree.leaves((found[0], found_gradients))} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("name, dtype, chunk", RUNS)
+def test_values_and_gradients(name, dtype, chunk):
+    check(name, dtype, chunk=chunk)
+
+
+def test_on_a_simulated_tpu():
+    """With TPU memories and copies; what is read beyond an array is NaN, and so is memory that nothing wrote."""
+    target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
+    check("short_channel", "float32", target)
+
+
+@pytest.mark.parametrize("name", ["none_long", "channel"])
+def test_a_run_without_its_outputs(name):
+    """The map of a run, and the gradient of the state alone."""
+    inputs, cotangents, ids, outputs, gradients = operation.case(name)
+    options = kernels.Options(inputs[0].shape[-1] ** -0.5, None, INTERPRETED)
+
+    @numerics.jit
+    def both(inputs, d_o, d_final):
+        *arrays, state = inputs
+        run = kernels.Inputs(*arrays, None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids)))
+        transition, written = kernels.summary(run, state.dtype, options)
+        final = jnp.einsum("bhkl,bhlv->bhkv", transition, state) + written
+        return final, kernels.state_gradient(run, d_o, d_final, options)
+
+    found = numerics.run(both, inputs, *cotangents, dtype="float64")
+    numerics.assert_close(found, (outputs[1], gradients[5]), 1e-10)
+
+
+# Inputs at the limits
+
+
+@functools.cache
+def in_float32(packed):
+    ids = np.arange(100)[None] if packed else None
+    return numerics.with_gradients(functools.partial(run_kernel, ids, INTERPRETED))
+
+
+def assert_right_in_float32(inputs, packed=False, tolerance=1e-5):
+    random = np.random.default_rng(3)
+    cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[5].shape)
+    expected = numerics.run(operation.reference(packed), inputs, cotangents, dtype="float64")
+    found = numerics.run(in_float32(packed), inputs, cotangents, dtype="float32")
+    numerics.assert_close(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_hard_decays(kind):
+    """Strong and weak in one chunk; one for all; most of a chunk strong, its end weak; equal keys, writes that mirror."""
+    hard = [
+        lambda random, shape: random.choice([-50.0, -1e4, -1e-7, -1e-3, 0.0], shape),
+        *(lambda _, shape, value=value: np.full(shape, value) for value in (-1e-7, -50.0, -np.inf)),
+    ]
+    for draw in hard:
+        assert_right_in_float32(operation.at_the_limits(kind, draw))
+    inputs = operation.at_the_limits(kind, hard[2])
+    inputs[4][:, 50:] = -0.01
+    assert_right_in_float32(inputs)
+    q, k, *rest = operation.at_the_limits(kind, lambda random, shape: -random.uniform(0, 0.01, shape), 2.0)
+    k = np.zeros_like(k)
+    k[..., 1] = 1
+    assert_right_in_float32((q, k, *rest), tolerance=5e-5)
+
+
+def test_hard_keys():
+    q, k, v, beta, _, state = operation.at_the_limits("none", beta=1.0)
+    near = k[:, :1] + 1e-3 * k
+    near = near / np.linalg.norm(near, axis=-1, keepdims=True)
+    for keys in (k[:, :1] + np.zeros_like(k), near.astype(np.float32).astype(np.float64), 0 * k):
+        assert_right_in_float32((q, keys, v, beta, None, state))
+
+
+@pytest.mark.parametrize("kind", ["channel"])
+def test_one_document_a_token(kind):
+    inputs = operation.at_the_limits(kind, lambda random, shape: -random.uniform(0, 1, shape))
+    assert_right_in_float32(inputs, packed=True)
+
+
+def test_keys_alike_in_bfloat16():
+    """As keys of one sign are: the entries of the inverse cancel. Worked out in bfloat16, it would be off by 3%."""
+    random = np.random.default_rng(3)
+    common, own = (operation.unit(random.standard_normal((1, length, 1, 16))) for length in (1, 128))
+    keys = operation.unit(0.9 * common + np.sqrt(1 - 0.9**2) * own)
+    q, v = (numerics.normal(random, *keys.shape) for _ in range(2))
+    inputs = q, keys, v, numerics.uniform(random, 1, 128, 1, high=1.9)
+    expected = numerics.run(numerics.jit(functools.partial(delta_rule, backend="recurrent")), *inputs, dtype="float64")
+    run = numerics.jit(functools.partial(delta_rule, chunk_size=128, backend="pallas"))
+    numerics.assert_close(numerics.run(run, *inputs, dtype="bfloat16"), numerics.wide(expected), 2e-2)
+
+
+# What is chosen and what is refused
+
+
+def test_one_kernel_each_way():
+    x, beta = jnp.ones((1, 40, 1, 4)), jnp.ones((1, 40, 1))
+    run = functools.partial(delta_rule, backend="pallas")
+    objective = lambda q, k, v: jnp.sum(run(q, k, v, beta)[0] ** 2)  # noqa: E731
+    text = str(jax.make_jaxpr(jax.grad(objective, (0, 1, 2)))(x, x, x))
+    assert re.findall(r" name=(delta_rule_\w+)", text) == ["delta_rule_forward", "delta_rule_gradient"]
+    # Of the state's gradient alone, nothing is kept or written that is as long as the sequence.
+    of_state = jax.grad(lambda state: jnp.sum(run(x, x, x, beta, -x, state)[0]))
+    text = str(jax.make_jaxpr(of_state)(jnp.ones((1, 1, 4, 4))))
+    names = ["delta_rule_forward_channel", "delta_rule_state_gradient_channel"]
+    assert re.findall(r" name=(delta_rule_\w+)", text) == names
+
+
+def test_the_family_of_the_kernel_in_pieces():
+    """Runs one after the other, and their gradients, the state's own by the kernel that computes it alone."""
+    random = np.random.default_rng(2)
+    q, k, v, state = (random.standard_normal(shape) for shape in (*[(1, 24, 1, 3)] * 2, (1, 24, 1, 2), (1, 1, 3, 2)))
+    beta, log_decay = random.uniform(0, 1, (2, 1, 24, 1)) * np.array([1, -1]).reshape(2, 1, 1, 1)
+    starts = np.zeros((1, 24), bool)
+    starts[0, 5] = True
+    cotangents = random.standard_normal(v.shape), random.standard_normal(state.shape)
+
+    def pieces(family):
+        def run(*inputs):
+            return recurrence.chunked(family, 12, Inputs(*inputs[:5], jnp.asarray(starts)), None, inputs[5])
+
+        inputs = q, k / 2, v, beta, log_decay, state
+        return numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype="float64")
+
+    by_kernel = pieces(DeltaRuleKernel(0.5, None, INTERPRETED))
+    numerics.assert_close(by_kernel, numerics.wide(pieces(DeltaRule(0.5))), 1e-12)
+
+
+def test_auto_takes_it_where_it_runs(caplog):
+    q = jnp.ones((1, 9, 2, 16), jnp.bfloat16)
+    with jax.enable_x64(True):
+        double = jnp.ones((1, 9, 2, 16), jnp.float64)
+    assert choose("auto", q, q, q) == "auto"
+    backends.say_once.cache_clear()
+    with backends.use_platform("tpu", "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
+        assert choose("auto", q, q, q) == choose("pallas", q, q, q, 64) == "pallas"
+        assert choose("auto", q[:, :8], q[:, :8], q[:, :8]) == choose("auto", double, double, double) == "auto"
+        assert choose("chunked", q, q, q) == "chunked"
+    said = "delta_rule runs in chunks, not as a kernel: the kernel takes float32 and bfloat16, not float64"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+@pytest.mark.parametrize(
+    "shapes, chunk, reason",
+    [
+        ((2, 8, 16), None, "K and V from 16 to 256, not K = 8"),
+        ((2, 16, 300), None, "K and V from 16 to 256, not V = 300"),
+        ((64, 20, 20), None, "at most 16 heads together, and of 64 heads with K, V = .20, 20. 32 fill registers"),
+        ((2, 16, 16), 48, "chunks of a power of two from 16 to 128 tokens, not of 48"),
+        ((2, 16, 16), 256, "chunks of a power of two from 16 to 128 tokens, not of 256"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(shapes, chunk, reason):
+    heads, keys, values = shapes
+    q, v, beta = jnp.ones((1, 9, heads, keys)), jnp.ones((1, 9, heads, values)), jnp.ones((1, 9, heads))
+    with backends.use_platform("tpu", "TPU v5 lite"), pytest.raises(UserError) as error:
+        delta_rule(q, q, v, beta, chunk_size=chunk, backend="pallas")
+    assert re.fullmatch(rf"delta_rule: the kernel takes {reason}.*; backend='chunked' runs it", str(error.value))
+
+
+def test_the_map_of_a_run_has_no_gradient():
+    x, family = jnp.ones((1, 5, 1, 2)), DeltaRuleKernel(1.0, None, INTERPRETED)
+    inputs = lambda k: Inputs(x, k, x, x[..., 0], None, None)  # noqa: E731
+    with pytest.raises(UserError, match="the map of a run has no gradient by the kernel"):
+        jax.grad(lambda k: jnp.sum(family.summarise(family.prepare(inputs(k), None))[1]))(x)
+
+
+@pytest.mark.parametrize("heads, keys, values", [(16, 64, 64), (6, 128, 256), (5, 96, 192), (40, 16, 16), (1, 100, 20)])
+def test_blocks_of_heads(heads, keys, values):
+    """Whole registers of lanes, or all; no more heads beyond H than such a block has."""
+    count = blocks.delta_rule_heads("", heads, keys, values)
+    assert count == heads or count * keys % 128 == count * values % 128 == 0
+    assert -(-heads // count) * count - heads < 128
