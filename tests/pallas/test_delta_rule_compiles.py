@@ -1,0 +1,110 @@
+"""The kernels of the delta rule compiled for TPUs that are not here, forward and backward, as ``auto`` takes them.
+
+One kernel each way, and no copy of an array around them: the kernels take the layout that arrays have as they come from
+products, ``[B, T, H K]``.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from jaxlinear.ops import SAVED, backends, delta_rule
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel import operations, sharding, targets
+from tests.pallas.test_linear_attention_compiles import copies
+
+# name: B, T, H, K, V, dtype, decay, packed
+CASES = {
+    "none_64": (2, 2048, 4, 64, 64, "bfloat16", "none", True),
+    "scalar_128": (1, 4096, 4, 128, 256, "bfloat16", "scalar", True),
+    "channel_128": (1, 4096, 2, 128, 128, "bfloat16", "channel", False),
+    "channel_256": (1, 1024, 1, 256, 256, "bfloat16", "channel", True),
+    "none_256": (1, 2048, 2, 256, 256, "float32", "none", False),
+    "longest": (1, 131_072, 2, 128, 128, "bfloat16", "scalar", False),
+    "odd": (3, 1000, 3, 48, 32, "float32", "scalar", True),
+    "narrow": (1, 200, 9, 16, 16, "bfloat16", "none", True),
+    "shortest": (1, 9, 2, 64, 64, "bfloat16", "channel", False),
+}
+TARGETS = {
+    "v5e:1x1": list(CASES),
+    "v5p:2x2x1": ["scalar_128"],
+    "v6e:1x1": ["none_64", "scalar_128"],
+}
+
+
+def compiled(target, name, remat=False):
+    """The gradient of an objective of o and the last state."""
+    batch, length, heads, key, value, dtype, decay, packed = CASES[name]
+    device = targets.find(target).devices[0]
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    q, v = array(batch, length, heads * key), array(batch, length, heads * value)
+    beta = array(batch, length, heads, dtype=jnp.float32)
+    log_decay = {"none": None, "scalar": beta, "channel": array(batch, length, heads * key, dtype=jnp.float32)}[decay]
+    state = array(batch, heads, key, value, dtype=jnp.float32)
+    ids = array(batch, length, dtype=jnp.int32) if packed else None
+
+    def operation(q, k, v, beta, log_decay, state, ids):
+        q, k, v = (x.reshape(batch, length, heads, -1) for x in (q, k, v))
+        if decay == "channel":
+            log_decay = log_decay.reshape(q.shape)
+        o, final = delta_rule(q, k, v, beta, log_decay, state, segment_ids=ids)
+        return o.reshape(batch, length, -1), final
+
+    if remat:
+        operation = jax.checkpoint(operation, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
+
+    def both(inputs, ids, cotangents):
+        outputs, pullback = jax.vjp(lambda *x: operation(*x, ids), *inputs)
+        return outputs, pullback(cotangents)
+
+    with backends.use_platform(device.platform, device.device_kind):
+        return jax.jit(both).lower((q, q, v, beta, log_decay, state), ids, (v, state)).compile()
+
+
+def kernels(text):
+    return sorted(re.findall(r"%\w*?(delta_rule_[a-z_]+?)_*[.\d]* = .*custom-call\(", text))
+
+
+def names(name, *kinds):
+    decay, packed = CASES[name][-2:]
+    marks = ([decay] if decay != "none" else []) + (["packed"] if packed else [])
+    return ["_".join(["delta_rule", kind, *marks]) for kind in kinds]
+
+
+@pytest.mark.parametrize("target, name", [(target, name) for target, cases in TARGETS.items() for name in cases])
+def test_tpu(target, name):
+    text = compiled(target, name).as_text()
+    batch, length, heads, key, value = CASES[name][:5]
+    assert kernels(text) == names(name, "forward", "gradient")
+    if heads * key % 128 == heads * value % 128 == length % 128 == 0:
+        assert not copies(text, batch * length * heads * min(key, value))
+
+
+def test_remat_runs_the_forward_kernel_once():
+    assert kernels(compiled("v5e:1x1", "none_64", remat=True).as_text()) == names("none_64", "forward", "gradient")
+
+
+def test_over_a_mesh_of_tpus():
+    """Time over 4, heads over 2. Forward the map of a shard and its outputs; backward the gradient of a shard's first
+    state, the states of its chunks again, and the gradients. No map is computed twice."""
+    mesh = meshes.make_mesh(
+        {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2, "expert": 1}, targets.find("v5e:2x4").devices
+    )
+
+    def objective(q, k, v, beta):
+        return jnp.sum(operations.delta_rule(q, k, v, beta)[0].astype(jnp.float32) ** 2)
+
+    x, beta = jax.ShapeDtypeStruct((1, 1024, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 1024, 4), jnp.float32)
+    with sharding.use_mesh(mesh):
+        specs = (sharding.spec(("batch", "time", "heads", None)[: y.ndim], y.shape, mesh) for y in (x, x, x, beta))
+        places = tuple(jax.sharding.NamedSharding(mesh, spec) for spec in specs)
+        gradient = jax.jit(jax.grad(objective, (0, 1, 2, 3)), in_shardings=places)
+        text = gradient.lower(x, x, x, beta).compile().as_text()
+    kinds = ["forward", "forward", "gradient", "state_gradient", "summary"]
+    assert kernels(text) == ["delta_rule_" + kind for kind in kinds]
