@@ -134,7 +134,8 @@ class LanguageModel(nnx.Module):
         if state is not None and segment_ids is not None:
             state = _forget_others(state, self.init_state(tokens.shape[0]), segment_ids[:, 0], self.is_stacked)
         # Looked up before the cast, so that the gradient of a frequent token is summed in float32.
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(config.activation_dtype)
+        table = sharding.gather_embed(self.embedding[...], ("vocab", "embed"))
+        x = jnp.take(table, tokens, axis=0).astype(config.activation_dtype)
         if config.embedding_scale:
             # Rounded as in RecurrentGemma, whatever the dtype of x, so that its weights give the same logits.
             x = x * jnp.asarray(config.width**0.5, jnp.bfloat16).astype(x.dtype)

@@ -40,7 +40,8 @@ def linear_cross_entropy(
       soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``; 0 means none.
       z_loss: weight of the squared log normaliser (PaLM, arXiv:2204.02311, section 5).
       groups: into how many parts of the batch the embedding's gradient is summed before the parts are added: the
-        number of devices over which the batch is spread, so that they exchange it once and not once a slice.
+        number of devices over which the batch is spread, so that they exchange it once and not once a slice. A slice
+        is of a size for one of them.
 
     Returns:
       Two float32 scalars: the cross-entropy, which carries no gradient, and the objective, which does.
@@ -51,7 +52,9 @@ def linear_cross_entropy(
     return lax.stop_gradient(nll), objective
 
 
-def token_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft_cap: float = 0.0) -> jax.Array:
+def token_losses(
+    x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft_cap: float = 0.0, groups: int = 1
+) -> jax.Array:
     """The negative log-likelihood of each target in nats, ``[B, T]`` float32. For evaluation: no gradient."""
     x, targets = lax.stop_gradient((x, targets))
 
@@ -59,7 +62,7 @@ def token_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft
         logits = _logits(xs[0], embedding, soft_cap)
         return carry, jax.nn.logsumexp(logits, axis=-1) - _pick(logits, xs[1])
 
-    slices = _slices(x, embedding)
+    slices = _slices(x, embedding, groups)
     _, nll = lax.scan(step, None, (_split(x, slices), _split(targets, slices)))
     return _join(nll, targets.shape[1])
 
@@ -81,7 +84,7 @@ def _objective_backward(statics, residuals, cotangents):
 
 def _forward(x, embedding, targets, weights, statics, gradients):
     soft_cap, z_loss, groups = statics
-    slices = _slices(x, embedding)
+    slices = _slices(x, embedding, groups)
     total = dtypes.wide(x.dtype)
 
     def step(carry, xs):
@@ -141,8 +144,8 @@ def _pick(logits, targets):
     return jnp.sum(jnp.where(_one_hot(targets, logits), logits, jnp.zeros((), logits.dtype)), axis=-1)
 
 
-def _slices(x, embedding):
-    elements = _SLICE_ELEMENTS.get(backends.platform(), _SLICE_ELEMENTS_ELSEWHERE)
+def _slices(x, embedding, groups):
+    elements = groups * _SLICE_ELEMENTS.get(backends.platform(), _SLICE_ELEMENTS_ELSEWHERE)
     return min(x.shape[1], math.ceil(x.shape[0] * x.shape[1] * embedding.shape[0] / elements))
 
 

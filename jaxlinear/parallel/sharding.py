@@ -1,6 +1,7 @@
 """Logical axes of parameters and activations, and the rules that map them to the axes of the mesh."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -69,6 +70,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_embed(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A parameter that lies by these logical axes, with the axis ``embed`` whole on each device: gathered here, once, where
+    XLA would rather move tokens, or gather it in each trip of a loop. Its gradient lies as it does."""
+    return constrain(x, *(None if axis == "embed" else axis for axis in axes))
+
+
+def _gather_forward(x, axes):
+    return gather_embed(x, axes), None
+
+
+def _gather_backward(axes, _, d_x):
+    return (constrain(d_x, *axes),)
+
+
+gather_embed.defvjp(_gather_forward, _gather_backward)
 
 
 def mesh_in_use() -> Mesh | None:
