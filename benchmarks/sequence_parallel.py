@@ -91,13 +91,13 @@ def _measure(model: str, scheme: str, tokens: int, devices: int, remat: str) -> 
     begin = time.perf_counter()
     whole = mock.patch.object(operations, "_runner", _gathered_runner(operations._runner))
     with whole if scheme == "gathered" else contextlib.nullcontext():
-        made = ahead.lower(config, targets.find(f"h100:{devices}").devices)
+        made = ahead.trace(config, targets.find(f"h100:{devices}").devices)
     program = programs.read(made.compile(), made.mesh)
     received = {"exchanged": 0, "gradients": 0}
     for collective in program.collectives:
         if "sequence" in collective.axes:
             kind = "gradients" if collective.kind == "all-reduce" else "exchanged"
-            received[kind] += round(_received(collective))
+            received[kind] += round(collective.received * collective.runs)
     return {
         "memory": program.memory.total,
         "temporaries": program.memory.temporaries,
@@ -106,19 +106,6 @@ def _measure(model: str, scheme: str, tokens: int, devices: int, remat: str) -> 
         "parameters": made.architecture.num_parameters,
         "compile_seconds": round(time.perf_counter() - begin, 1),
     }
-
-
-def _received(collective: Any) -> float:
-    """Bytes that come to a device, by the least that each kind can do with (a ring)."""
-    devices = collective.devices
-    share = {
-        "all-gather": devices - 1,
-        "reduce-scatter": (devices - 1) / devices,
-        "all-reduce": 2 * (devices - 1) / devices,
-        "all-to-all": (devices - 1) / devices,
-        "collective-permute": 1,
-    }[collective.kind]
-    return collective.bytes * share * collective.runs
 
 
 def _gathered_runner(runner):

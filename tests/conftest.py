@@ -19,6 +19,12 @@ _MAPS = pathlib.Path("/proc/self/maps")
 _MANY_MAPS = 30_000  # Linux allows a process 65,530; compiled programs take a few each, and the compiler aborts without
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every_mesh", action="store_true", help="Models on every mesh that spreads time, not on some: half an hour."
+    )
+
+
 @pytest.fixture(autouse=True)
 def few_programs():
     """Lets go of compiled programs when there are many: a worker meets those of a thousand tests."""

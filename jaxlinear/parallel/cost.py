@@ -19,11 +19,10 @@ shards' at a time; the products are the same ones.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core
 
 from jaxlinear.errors import UserError
 from jaxlinear.parallel.devices import Device, Link, device_of, link_of
@@ -135,24 +134,6 @@ def _check(key: str, asked: str, known: tuple[str, ...]) -> None:
 def size_of(tree: Any) -> int:
     """Bytes of the arrays."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def product_flops(function: Callable[..., Any], *arguments: Any) -> int:
-    """FLOPs of the matrix products in ``function`` of arrays of these shapes."""
-
-    def count(jaxpr: core.Jaxpr) -> int:
-        total = 0
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                left, product = equation.invars[0].aval, equation.outvars[0].aval
-                assert isinstance(left, jax.core.ShapedArray) and isinstance(product, jax.core.ShapedArray)
-                total += 2 * product.size * math.prod(left.shape[axis] for axis in contracted)
-            inner = (x for x in equation.params.values() if isinstance(x, core.ClosedJaxpr))
-            total += sum(count(x.jaxpr) for x in inner)
-        return total
-
-    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 _listeners: list[list[str]] = []

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlinear.ops import recurrence, segments
 from jaxlinear.ops.recurrence import Family, State
-from jaxlinear.parallel import cost, exchanges, halos, sharding
+from jaxlinear.parallel import cost, exchanges, halos, sharding, traced
 from jaxlinear.parallel.exchanges import AXIS
 
 
@@ -107,7 +107,7 @@ def kind_and_span(mesh: Mesh) -> tuple[str, int]:
 
 
 def _load(family, packed, own, mesh) -> cost.States:
-    flops = [cost.product_flops(function, own, x) for function, x in ((family.advance, own[1]), (family.compose, own))]
+    flops = [traced.product_flops_of(function, own, x) for function, x in ((family.advance, own[1]), (family.compose, own))]
     return cost.States(mesh.shape[AXIS], cost.size_of(packed), cost.size_of(own[1]), *flops)
 
 

@@ -41,6 +41,18 @@ class Collective:
     asynchronous: bool
     during: tuple[str, ...]
 
+    @property
+    def received(self) -> float:
+        """Bytes that come to a device each time, by the least that each kind can do with (a ring)."""
+        others = self.devices - 1
+        share = {
+            "all-gather": others,
+            "reduce-scatter": others / self.devices,
+            "all-reduce": 2 * others / self.devices,
+            "collective-permute": 1,
+        }
+        return self.bytes * share.get(self.kind, others / self.devices)
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -198,7 +210,10 @@ def _of_mesh(sizes: dict[str, int], ids: str | None, axes: list[tuple[str, str, 
     """Groups along some axes of XLA's own mesh. Of an axis written ``x:(p)n`` the part of size n after those of size p."""
     grid = np.arange(math.prod(sizes.values()))
     if ids:
-        grid = _iota(ids).ravel() if "<=" in ids else np.array([int(i) for i in ids.split(",")])
+        if ids.startswith("["):  # also [reshape]T(permutation) alone
+            grid = _iota(ids if "<=" in ids else f"[{grid.size}]<={ids}").ravel()
+        else:
+            grid = np.array([int(i) for i in ids.split(",")])
     shape: list[int] = []
     grouped: list[int] = []  # which axes of the shape
     for axis, size in sizes.items():

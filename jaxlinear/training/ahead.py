@@ -1,4 +1,4 @@
-"""The training step ahead of its run: lowered from shapes alone, for devices that need not be there."""
+"""The training step ahead of its run: traced from shapes alone, for devices that need not be there."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,20 +25,21 @@ _WITHOUT_DEVICE: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_tri
 
 @dataclasses.dataclass(frozen=True)
 class Ahead:
-    """The step that ``training.loop.train`` runs, not compiled yet."""
+    """The step that ``training.loop.train`` runs, traced and not compiled yet."""
 
     config: config_dict.ConfigDict
     architecture: parameters.Architecture
     mesh: Mesh
-    lowered: stages.Lowered
+    state: states.TrainState  # shapes, with their places
+    traced: stages.Traced
 
     def compile(self) -> stages.Compiled:
         """Compiled for devices that are not there."""
         platform = self.mesh.devices.flat[0].platform
-        return self.lowered.compile(compiler_options=_WITHOUT_DEVICE.get(platform))
+        return self.traced.lower().compile(compiler_options=_WITHOUT_DEVICE.get(platform))
 
 
-def lower(config: config_dict.ConfigDict, devices: Sequence[jax.Device]) -> Ahead:
+def trace(config: config_dict.ConfigDict, devices: Sequence[jax.Device]) -> Ahead:
     """The training step of a config on these devices. No data is read, so ``model.vocab_size`` must be given."""
     config = configs.resolve(config)
     if config.model.vocab_size is None:
@@ -50,5 +51,6 @@ def lower(config: config_dict.ConfigDict, devices: Sequence[jax.Device]) -> Ahea
     shape = config.training.batch_size, config.training.sequence_length
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.batch_sharding(mesh))
     batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
-    step = make_train_step(config, architecture, optimizer, mesh)
-    return Ahead(config, architecture, mesh, step.lower(states.structs(architecture, optimizer, mesh), batch))
+    state = states.structs(architecture, optimizer, mesh)
+    traced = make_train_step(config, architecture, optimizer, mesh).trace(state, batch)
+    return Ahead(config, architecture, mesh, state, traced)

@@ -1,5 +1,6 @@
 """The training step: a pure function of (state, batch)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,20 +24,12 @@ _NORM_DECAY = 0.98  # of the running average of gradient norms
 _NORM_STEPS = 20  # applied steps before the average is trusted
 
 
-def make_train_step(
-    config: config_dict.ConfigDict,
-    architecture: Architecture,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-) -> stages.Wrapped:
-    """The jitted ``(TrainState, Batch) -> (TrainState, Metrics)`` on a mesh. The state is donated.
-
-    Metrics are float32 scalars: ``loss`` (nats a token), ``gradient_norm``, ``parameter_norm``, ``learning_rate``,
-    ``skips``, ``skips_in_a_row``, the losses of the layers (``load_balance`` and ``router_z`` of a mixture of experts),
-    and norms by group of layers if ``logging.layer_norms``.
-    """
+def make_objective(
+    config: config_dict.ConfigDict, architecture: Architecture
+) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """``(parameters, batch, weights [B, T]) -> (objective, losses)`` of a microbatch; the weights of the tokens' losses
+    sum to 1 over the whole batch."""
     training = config.training
-    multiplier = make_schedule(config)
 
     def objective(parameters, batch, weights):
         model = architecture.bind(parameters)
@@ -55,6 +48,26 @@ def make_train_step(
         for name, loss in losses.items():
             total += training[f"{name}_loss"] * loss
         return total, {"loss": nll, **losses}
+
+    return objective
+
+
+def make_train_step(
+    config: config_dict.ConfigDict,
+    architecture: Architecture,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> stages.Wrapped:
+    """The jitted ``(TrainState, Batch) -> (TrainState, Metrics)`` on a mesh. The state is donated.
+
+    Metrics are float32 scalars: ``loss`` (nats a token), ``gradient_norm``, ``parameter_norm``, ``learning_rate``,
+    ``skips``, ``skips_in_a_row``, the losses of the layers (``load_balance`` and ``router_z`` of a mixture of experts),
+    and norms by group of layers if ``logging.layer_norms``.
+    """
+    training = config.training
+    multiplier = make_schedule(config)
+
+    objective = make_objective(config, architecture)
 
     def gradients(parameters, batch):
         targets = is_target(batch)

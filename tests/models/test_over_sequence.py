@@ -1,5 +1,6 @@
 """Language models with time spread over 8 devices, for every mixer and the hybrids' patterns: loss, logits, states and the
-gradients of every parameter and of the state before are those of one device, in float64.
+gradients of every parameter and of the state before are those of one device, in float64. With ``--every_mesh`` each model
+runs on three meshes both from a state and without, which takes half an hour; without it on those that ``MODELS`` names.
 
 In float32 they agree to 1e-5 of the largest entry. In bfloat16 the logits of gla, delta_net, mamba2, griffin, rg_lru and
 attention, as they are here, differ between 8 devices and one by at most 0.022 of the largest entry, and gradients by 0.054.
@@ -127,31 +128,34 @@ def parameters(name, dtype):
     return numerics.cast(small.parameters(shapes), "float64" if dtype == "float64" else "float32")
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in HYBRIDS])
-def test_8_devices_give_what_one_gives(name):
-    """From a state: documents that go on, and one that does not; and without."""
+@pytest.fixture
+def every_mesh(request) -> bool:
+    return request.config.getoption("every_mesh")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_8_devices_give_what_one_gives(name, every_mesh):
+    """From a state, of documents that go on and of one that does not; and without."""
+    alone, other = name not in HYBRIDS, MODELS[name][2]
+    if every_mesh:
+        from_state = without = [EIGHT, FOUR, TWO]
+    else:
+        from_state, without = [EIGHT] if alone else [], [other] if other else []
     with jax.enable_x64(True):
         values, one = parameters(name, "float64"), step(name, "float64")
         empty = describe(config(name, dtype="float64")).bind(values).init_state(B)
-        (_, _, _, state), _ = one(values, tokens(0), BEFORE, empty)
-        assert state["segment"].tolist() == BEFORE[:, -1].tolist()
-        text, spread = tokens(1), step(name, "float64", make_mesh(EIGHT))
-        numerics.assert_close(spread(values, text, IDS, state), one(values, text, IDS, state), 1e-12)
-
-        if MODELS[name][2] is None:
-            return
-        spread = step(name, "float64", make_mesh(MODELS[name][2]))
-        expected, (gradients, _) = one(values, text, IDS, empty)
-        found, (found_gradients, _) = spread(values, text, IDS, None)
-        numerics.assert_close((found, found_gradients), (expected, gradients), 1e-12)
-
-
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_hybrids(name):
-    with jax.enable_x64(True):
-        values, text = parameters(name, "float64"), tokens(1)
-        found = step(name, "float64", make_mesh(MODELS[name][2]))(values, text, IDS, None)
-        numerics.assert_close(found, step(name, "float64")(values, text, IDS, None), 1e-12)
+        text = tokens(1)
+        if from_state:
+            (_, _, _, state), _ = one(values, tokens(0), BEFORE, empty)
+            assert state["segment"].tolist() == BEFORE[:, -1].tolist()
+            expected = one(values, text, IDS, state)
+            for mesh in from_state:
+                numerics.assert_close(step(name, "float64", make_mesh(mesh))(values, text, IDS, state), expected, 1e-12)
+        if without:
+            expected, (gradients, _) = one(values, text, IDS, empty)
+            for mesh in without:
+                found, (found_gradients, _) = step(name, "float64", make_mesh(mesh))(values, text, IDS, None)
+                numerics.assert_close((found, found_gradients), (expected, gradients), 1e-12)
 
 
 def test_every_mixer_is_here():

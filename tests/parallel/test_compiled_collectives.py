@@ -21,7 +21,7 @@ from jaxlinear.parallel.exchanges import LANES
 from jaxlinear.scaling import programs
 from jaxlinear.training import ahead
 
-B, D, HEADS, LAYERS, WINDOW, SHARDS = 2, 128, 2, 2, 24, 8
+B, D, HEADS, LAYERS, WINDOW, SHARDS = 2, 1024, 8, 2, 24, 8
 LENGTH, LONG = 256, 16 * 256
 TPU, GPU = "v5e:2x4", "h100:8"
 
@@ -68,7 +68,7 @@ def program(model, target, length, mesh=None, remat="elementwise", **changes):
     config.parallel.exchange = "all_gather"
     config.mesh.data = 1
     config.mesh.update(mesh or {"sequence": SHARDS})
-    made = ahead.lower(config, targets.find(target).devices)
+    made = ahead.trace(config, targets.find(target).devices)
     return programs.read(made.compile(), made.mesh), made.architecture.num_parameters
 
 
@@ -102,8 +102,8 @@ def overlap(gathers):
 
 
 def has_products(gathers):
-    """Whether it computes products of matrices of the operation itself, those within chunks."""
-    return all(any("shard_map" in o and o.endswith("dot_general") for o in c.during) for c in gathers)
+    """Whether it computes products of matrices: within chunks, or, where a kernel has these, projections beside it."""
+    return all(any(o.endswith(("dot_general", "pallas_call")) for o in c.during) for c in gathers)
 
 
 # Forward, a recurrence of one state a channel has no product of matrices to compute meanwhile, and on TPU a gather goes on

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops.delta_rule import DeltaRule
-from jaxlinear.parallel import cost, devices, operations, sharding
+from jaxlinear.parallel import cost, devices, operations, sharding, traced
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel.cost import KeysAndValues, States
 
@@ -90,8 +90,8 @@ def test_products_are_counted():
     family = DeltaRule(1.0)
     own = jax.ShapeDtypeStruct((2, 3, 4, 4), jnp.float32), jax.ShapeDtypeStruct((2, 3, 4, 5), jnp.float32)
     fold = 2 * 2 * 3 * 4 * 4 * 5
-    assert cost.product_flops(family.advance, own, own[1]) == fold
-    assert cost.product_flops(family.compose, own, own) == fold + 2 * 2 * 3 * 4 * 4 * 4
+    assert traced.product_flops_of(family.advance, own, own[1]) == fold
+    assert traced.product_flops_of(family.compose, own, own) == fold + 2 * 2 * 3 * 4 * 4 * 4
     assert cost.size_of(own) == 4 * 6 * (16 + 20)
 
 
@@ -141,3 +141,24 @@ def test_auto_on_the_mesh_changes_no_result(monkeypatch):
     for one, other in zip(jax.tree.leaves(gathered), jax.tree.leaves(doubled), strict=True):
         assert float(jnp.max(jnp.abs(one))) > 0.1
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(one))))
+
+
+def test_products_of_loops_branches_and_shards_are_counted():
+    a, b = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 1, "sequence": 1, "tensor": 1, "expert": 1}, jax.devices()[:2])
+    one = 2 * 4 * 8 * 16
+
+    def looped(a, b):
+        return jax.lax.scan(lambda c, _: (c + a @ b, None), jnp.zeros((4, 16)), None, length=5)
+
+    def branched(a, b):
+        return jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: (a @ b) + (a @ b))
+
+    def mapped(a, b):
+        rows = jax.P("data")
+        return jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(rows, jax.P()), out_specs=rows)(a, b)
+
+    assert traced.product_flops_of(looped, a, b) == 5 * one
+    assert traced.product_flops_of(branched, a, b) == 2 * one
+    assert traced.product_flops_of(jax.checkpoint(jax.jit(lambda a, b: a @ b)), a, b) == one
+    assert traced.product_flops_of(mapped, a, b) == one

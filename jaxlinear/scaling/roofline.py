@@ -1,0 +1,99 @@
+"""The least time of a step, from the data sheets of its devices: products, memory and links, each at its full rate."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from jaxlinear.errors import UserError
+from jaxlinear.parallel.devices import Link, device_of, link_of
+from jaxlinear.scaling.hardware import PEAK_FLOPS
+from jaxlinear.scaling.programs import Collective
+
+ASSUMPTIONS = (
+    "every product at the matrix unit's peak; recurrences and elementwise work free",
+    "of memory only the state, read and written once, and activations kept for the backward pass, written and read",
+    "collectives one after the other, each at its link's full rate",
+    "the least time hides the two smaller of the three behind the largest, the most hides nothing",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of one step."""
+
+    products: float
+    memory: float
+    exchanges: float
+    peak_flops: float  # of one device, FLOP/s
+
+    @property
+    def least(self) -> float:
+        return max(self.products, self.memory, self.exchanges)
+
+    @property
+    def most(self) -> float:
+        return self.products + self.memory + self.exchanges
+
+
+class Row(NamedTuple):
+    """The collectives of one kind over the same axes in a step; bytes are those that a device receives."""
+
+    kind: str
+    axes: tuple[str, ...]
+    devices: int
+    runs: int
+    bytes: int
+    hidden: int  # of the runs, those that go on while the device computes
+    known: bool  # False: some are in a loop whose trips are not known, and count once
+
+
+def times(
+    kind: str, dtype: str, mesh: Mapping[str, int], flops: float, bytes_: float, collectives: Iterable[Collective]
+) -> Times:
+    """``flops`` and ``bytes_`` are those of one device; ``kind`` is its ``jax.Device.device_kind``, ``dtype`` that of the
+    products."""
+    device = device_of(kind)
+    if kind not in PEAK_FLOPS:
+        raise UserError(f"the peak of {kind} is not known (jaxlinear/scaling/hardware.py)")
+    peak = PEAK_FLOPS[kind] if dtype == "bfloat16" else device.flops
+    exchanges = sum((c.runs or 1) * seconds(c, link_of(device, _span(c.axes, mesh))) for c in collectives)
+    return Times(flops / peak, bytes_ / device.memory_bandwidth, exchanges, peak)
+
+
+def seconds(collective: Collective, link: Link) -> float:
+    """Of one run."""
+    if collective.devices < 2:
+        return 0.0
+    if collective.kind == "collective-permute":
+        return link.permute(collective.devices, 1, collective.bytes)
+    steps = collective.devices // 2 if link.torus else collective.devices - 1
+    passes = 2 if collective.kind == "all-reduce" else 1
+    return link.start + passes * steps * link.hop + collective.received / link.gathering
+
+
+def grouped(collectives: Iterable[Collective]) -> list[Row]:
+    """By kind and axes, the most bytes first."""
+    rows: dict[tuple[str, tuple[str, ...], int], list[Collective]] = {}
+    for collective in collectives:
+        rows.setdefault((collective.kind, collective.axes, collective.devices), []).append(collective)
+    found = [
+        Row(
+            kind=kind,
+            axes=axes,
+            devices=devices,
+            runs=sum(c.runs or 1 for c in group),
+            bytes=round(sum((c.runs or 1) * c.received for c in group)),
+            hidden=sum(c.runs or 1 for c in group if c.during),
+            known=all(c.runs is not None for c in group),
+        )
+        for (kind, axes, devices), group in rows.items()
+    ]
+    return sorted(found, key=lambda row: -row.bytes)
+
+
+def _span(axes: tuple[str, ...], mesh: Mapping[str, int]) -> int:
+    """Devices between the first and the last of a group, in the order of the mesh."""
+    names = list(mesh)
+    first = min((names.index(axis) for axis in axes), default=len(names))
+    return math.prod([mesh[name] for name in names[first:]])

@@ -1,0 +1,170 @@
+"""Other settings of a run on the same devices: meshes, remat policies and microbatches, by reckoning and then compiled.
+
+What is reckoned orders what is worth compiling and drops what cannot fit; it is not shown as a result.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from ml_collections import config_dict
+
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
+from jaxlinear.models import parameters
+from jaxlinear.models.language_model import REMAT_POLICIES
+from jaxlinear.parallel import cost, sharding
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel.devices import device_of, link_of
+from jaxlinear.parallel.targets import Target
+from jaxlinear.scaling import roofline, sizing
+from jaxlinear.scaling.sizing import Sizing
+from jaxlinear.training import state as states
+from jaxlinear.training.job import check_mesh
+from jaxlinear.training.optimizer import make_optimizer
+
+_MICROBATCHES = (1, 2, 4, 8, 16, 32)
+_FULL = 0.9  # of a device's memory, what a reckoned program may take: the reckoning is coarse
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Settings, and what is reckoned of them: bytes of a device, seconds of a step."""
+
+    mesh: dict[str, int]
+    remat: str
+    microbatches: int
+    memory: int
+    seconds: float
+
+    def applied(self, config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+        config = config.copy_and_resolve_references()
+        config.mesh.update(self.mesh)
+        config.model.remat, config.training.microbatches = self.remat, self.microbatches
+        return config
+
+    def flags(self) -> str:
+        """As options of ``launch/train.py``."""
+        named = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh.items()]
+        rest = [f"--config.model.remat={self.remat}", f"--config.training.microbatches={self.microbatches}"]
+        return " ".join([*named, *rest])
+
+
+def search(
+    config: config_dict.ConfigDict, target: Target, count: int, show: Callable[[str], Any] = lambda _: None
+) -> list[Sizing]:
+    """Compiles the ``count`` candidates that should be the fastest, and ranks them: what fits first, by its least time,
+    and among those of one time by their memory."""
+    found = []
+    for candidate in candidates(config, target)[:count]:
+        show(f"compiling {candidate.flags()}")
+        found.append(sizing.size(candidate.applied(config), target))
+    return sorted(found, key=lambda sized: (not sized.fits, sized.time.least, sized.memory.total))
+
+
+def candidates(config: config_dict.ConfigDict, target: Target) -> list[Candidate]:
+    """All settings that should fit, the fastest first. The batch stays as it is."""
+    config = configs.resolve(config)
+    if config.model.vocab_size is None:
+        raise UserError("model.vocab_size is not set, and there is no tokeniser to take it from")
+    model = _Model(config, target)
+    found = []
+    for microbatches in (n for n in _MICROBATCHES if config.training.batch_size % n == 0):
+        config.training.microbatches = microbatches
+        for sizes in _meshes(len(target.devices)):
+            mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+            if config.model.num_heads % sizes["tensor"] or not _allowed(config, mesh):
+                continue
+            for remat in REMAT_POLICIES:
+                candidate = model.reckon(sizes, mesh, remat, microbatches)
+                if candidate.memory <= _FULL * target.memory_bytes:
+                    found.append(candidate)
+    return sorted(found, key=_order)
+
+
+def _order(one: Candidate) -> tuple:
+    """The fastest first; of those within 1% the simplest mesh, then the fewest microbatches."""
+    axes = (one.mesh["tensor"], one.mesh["sequence"], one.mesh["expert"], one.mesh["fsdp"])
+    return round(math.log(one.seconds) * 100), *axes, one.microbatches, one.memory
+
+
+def _allowed(config: config_dict.ConfigDict, mesh: Any) -> bool:
+    try:
+        check_mesh(config, mesh)
+    except UserError:
+        return False
+    return True
+
+
+def _meshes(devices: int, axes: tuple[str, ...] = meshes.AXES) -> Iterator[dict[str, int]]:
+    """All sizes of the axes whose product is the number of devices."""
+    if len(axes) == 1:
+        yield {axes[0]: devices}
+        return
+    for size in (n for n in range(1, devices + 1) if devices % n == 0):
+        for rest in _meshes(devices // size, axes[1:]):
+            yield {axes[0]: size} | rest
+
+
+class _Model:
+    """What of a config does not depend on the mesh."""
+
+    def __init__(self, config: config_dict.ConfigDict, target: Target):
+        self._config, self._kind = config, target.devices[0].device_kind
+        self._architecture = parameters.describe(configs.model_config(config))
+        optimizer = make_optimizer(config, self._architecture)
+        state = jax.eval_shape(lambda: states.create(self._architecture, optimizer, 0))
+        self._state_over_parameters = cost.size_of(state) / cost.size_of(state.parameters)
+        self._kept, self._flops = {}, {}
+        for remat in REMAT_POLICIES:
+            changed = config.copy_and_resolve_references()
+            changed.model.remat = remat
+            architecture = parameters.describe(configs.model_config(changed))
+            self._kept[remat], self._flops[remat] = sizing.passes(changed, architecture, target)
+
+    def reckon(self, sizes: dict[str, int], mesh: Any, remat: str, microbatches: int) -> Candidate:
+        config, tokens = self._config, self._config.training.batch_size * self._config.training.sequence_length
+        own = self._parameters_on_one(mesh)
+        gathered = own * sizes["fsdp"]
+        local = tokens / sizing.spread(sizes) / microbatches  # tokens of one device in a microbatch
+        layers = config.model.num_layers
+        in_a_layer = self._kept["none"] / tokens / layers
+        memory = own * (self._state_over_parameters + (1 if microbatches == 1 else 2))
+        memory += local * (self._kept[remat] / tokens + in_a_layer)
+        memory += 2 * gathered / layers if sizes["fsdp"] > 1 else 0
+
+        device = device_of(self._kind)
+        received = dict.fromkeys(sizes, 0.0)
+        passes = 3 if remat == "full" else 2
+        received["fsdp"] = (passes * microbatches + 1) * gathered * (1 - 1 / sizes["fsdp"])
+        for axis in ("data", "sequence"):
+            received[axis] = 2 * own * (1 - 1 / sizes[axis])
+        width = config.model.width * jnp.dtype(config.model.dtype).itemsize
+        sums = 2 * (passes + 1) * layers * width * local * microbatches
+        received["tensor"] = sums * 2 * (1 - 1 / sizes["tensor"])
+        received["expert"] = sums * config.model.experts_per_token * (1 - 1 / sizes["expert"])
+        names = list(sizes)
+        exchanges = sum(
+            size / link_of(device, math.prod(sizes[name] for name in names[names.index(axis) :])).gathering
+            for axis, size in received.items()
+        )
+        times = roofline.times(
+            self._kind, config.model.dtype, sizes, self._flops[remat] / math.prod(sizes.values()), 0.0, ()
+        )
+        # A tenth of what is hidden is not: of two that hide all they exchange the one that exchanges less comes first.
+        seconds = max(times.products, exchanges) + 0.1 * min(times.products, exchanges)
+        return Candidate(sizes, remat, microbatches, int(memory), seconds)
+
+    def _parameters_on_one(self, mesh: Any) -> int:
+        total = 0
+        for axes, shape in zip(
+            jax.tree.leaves(self._architecture.axes, is_leaf=lambda x: isinstance(x, tuple)),
+            jax.tree.leaves(self._architecture.shapes),
+            strict=True,
+        ):
+            total += shape.dtype.itemsize * math.prod(sharding.shard_shape(axes, shape.shape, mesh))
+        return total

@@ -1,0 +1,207 @@
+"""What a training step takes on devices that need not be there: its memory by kind, its exchanges, its FLOPs, and the least
+time that these leave.
+
+The program is the one that ``launch/train.py`` runs, compiled by the target's own compiler. Its memory and collectives are
+facts of that program; the time is arithmetic from data sheets (``roofline``), no measurement.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.errors import JaxRuntimeError
+from jax.extend import core
+from ml_collections import config_dict
+
+from jaxlinear.errors import UserError
+from jaxlinear.models.parameters import Architecture
+from jaxlinear.ops import backends
+from jaxlinear.parallel import cost, sharding, traced
+from jaxlinear.parallel.targets import Target
+from jaxlinear.scaling import flops, programs, roofline
+from jaxlinear.scaling.programs import Collective
+from jaxlinear.training import ahead
+from jaxlinear.training.step import make_objective
+
+_SIZE = r"([\d.]+)([KMGT]?)B?"
+# libtpu's two ways to say it: of all that the program takes, and of its temporaries alone.
+_OUT_OF_MEMORY = re.compile(rf"Used {_SIZE} of \S+ hbm")
+_OUT_OF_TEMPORARIES = re.compile(rf"required for HLO temporaries \({_SIZE}\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kinds:
+    """Bytes of one device by what they are for. Parameters, optimiser and batch follow from shapes. What the program takes
+    besides is the compiler's figure; its parts, gradients and the activations kept for the backward pass, are reckoned
+    from shapes (activations as if nothing were spread over ``tensor``), and ``temporaries`` is the rest."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    gradients: int
+    activations: int
+    temporaries: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizing:
+    """``memory_analysis`` is the compiler's own count, or None if it refused the program for its memory; ``memory`` then
+    has what it said. ``flops`` are those of the model's formulas in a step of all devices, ``executed_flops`` the products
+    of the traced program, what remat computes again included. ``xla_seconds`` is XLA's own estimate, with every loop's
+    body counted once; None where the compiler gives none."""
+
+    target: str
+    devices: int
+    mesh: dict[str, int]
+    remat: str
+    microbatches: int
+    parameters: int
+    memory: Kinds
+    memory_limit: int
+    memory_analysis: programs.Memory | None
+    flops: float
+    executed_flops: float
+    collectives: tuple[Collective, ...]
+    choices: tuple[str, ...]
+    xla_seconds: float | None
+    time: roofline.Times
+    tokens_a_step: int
+    steps: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_analysis is not None and self.memory.total <= self.memory_limit
+
+    @property
+    def too_much(self) -> int:
+        """Bytes of a device by which the program is too large; negative where it fits."""
+        return self.memory.total - self.memory_limit
+
+    @property
+    def tokens_a_day(self) -> float:
+        return 86_400 * self.tokens_a_step / self.time.least
+
+    @property
+    def days(self) -> float:
+        """Of the config's ``training.steps``."""
+        return self.steps * self.time.least / 86_400
+
+    @property
+    def mfu_bound(self) -> float:
+        return self.flops / (self.time.least * self.time.peak_flops * self.devices)
+
+    def to_json(self) -> dict[str, Any]:
+        """With what follows from it, the collectives summed by kind and axes."""
+        values = dataclasses.asdict(self)
+        values["collectives"] = [row._asdict() for row in roofline.grouped(self.collectives)]
+        values["memory"]["total"] = self.memory.total
+        derived = {name: getattr(self, name) for name in ("fits", "too_much", "tokens_a_day", "days", "mfu_bound")}
+        return values | derived | {"time": values["time"] | {"least": self.time.least, "most": self.time.most}}
+
+
+def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
+    """Compiles the training step of a config for a target, which takes as long as the compiler does."""
+    with cost.explained() as choices:
+        made = ahead.trace(config, target.devices)
+    training = made.config.training
+    activations, _ = passes(made.config, made.architecture, target)
+    activations //= spread(made.mesh.shape) * training.microbatches
+    try:
+        compiled = made.compile()
+    except JaxRuntimeError as error:
+        program, used = None, _used(error, shard_bytes(made.state))
+    else:
+        program = programs.read(compiled, made.mesh)
+        used = program.memory.total
+    kinds = _kinds(made, activations, used, program.memory.code if program else 0)
+    tokens = training.batch_size * training.sequence_length
+    executed = float(traced.product_flops(made.traced.jaxpr.jaxpr))
+    collectives = program.collectives if program else ()
+    return Sizing(
+        target=target.name,
+        devices=len(target.devices),
+        mesh=dict(made.mesh.shape),
+        remat=made.config.model.remat,
+        microbatches=training.microbatches,
+        parameters=made.architecture.num_parameters,
+        memory=kinds,
+        memory_limit=target.memory_bytes,
+        memory_analysis=program.memory if program else None,
+        flops=tokens * flops.training_flops_per_token(made.architecture.config, training.sequence_length),
+        executed_flops=executed,
+        collectives=collectives,
+        choices=tuple(choices),
+        xla_seconds=program.seconds if program else None,
+        time=roofline.times(
+            kind=target.devices[0].device_kind,
+            dtype=made.config.model.dtype,
+            mesh=dict(made.mesh.shape),
+            flops=executed / len(target.devices),
+            bytes_=2 * (kinds.parameters + kinds.optimizer) + kinds.batch + 2 * kinds.activations,
+            collectives=collectives,
+        ),
+        tokens_a_step=tokens,
+        steps=training.steps,
+    )
+
+
+def passes(config: config_dict.ConfigDict, architecture: Architecture, target: Target) -> tuple[int, int]:
+    """Of the whole batch, on one device of the target's kind: bytes that the forward pass leaves for the backward pass,
+    besides the parameters; and FLOPs of the products of both."""
+    shape = config.training.batch_size, config.training.sequence_length
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
+    objective = make_objective(config, architecture)
+
+    def pullback(parameters, batch):
+        weights = jnp.ones(shape, jnp.float32)
+        total, pullback, _ = jax.vjp(lambda parameters: objective(parameters, batch, weights), parameters, has_aux=True)
+        return pullback, total
+
+    def gradient(parameters, batch):
+        pull, total = pullback(parameters, batch)
+        return pull(jnp.ones_like(total))
+
+    device = target.devices[0]
+    with backends.use_platform(device.platform, device.device_kind), jax.numpy_dtype_promotion("standard"):
+        forward = jax.make_jaxpr(lambda *given: pullback(*given)[0])(architecture.shapes, batch).jaxpr
+        both = jax.make_jaxpr(gradient)(architecture.shapes, batch).jaxpr
+    given = {id(x) for x in (*forward.invars, *forward.constvars)}
+    kept = {id(x): x.aval for x in forward.outvars if isinstance(x, core.Var) and id(x) not in given}
+    return cost.size_of(list(kept.values())), traced.product_flops(both)
+
+
+def spread(mesh: Any) -> int:
+    """Over how many devices the tokens of a batch lie."""
+    return math.prod(mesh[axis] for axis in (*sharding.RULES["batch"], *sharding.RULES["time"]))
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes on one device of arrays that know their places."""
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def _kinds(made: ahead.Ahead, activations: int, used: int, code: int) -> Kinds:
+    parameters, state = shard_bytes(made.state.parameters), shard_bytes(made.state)
+    shape = made.config.training.batch_size * made.config.training.sequence_length
+    batch = 3 * 4 * shape // spread(made.mesh.shape)  # tokens, targets and segment ids
+    rest = max(0, used - state - batch - code)
+    gradients = min(parameters, rest)
+    activations = min(activations, rest - gradients)
+    return Kinds(parameters, state - parameters, batch, gradients, activations, rest - gradients - activations, code)
+
+
+def _used(error: JaxRuntimeError, arguments: int) -> int:
+    """The bytes that libtpu says a program would use when it refuses it for its memory."""
+    for pattern, besides in ((_OUT_OF_MEMORY, 0), (_OUT_OF_TEMPORARIES, arguments)):
+        if found := pattern.search(str(error)):
+            return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) + besides
+    raise UserError(f"the compiler refuses the program: {str(error).splitlines()[0]}") from error

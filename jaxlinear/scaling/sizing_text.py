@@ -1,0 +1,84 @@
+"""What ``launch/compile.py`` prints."""
+
+from collections.abc import Sequence
+
+from jaxlinear.scaling import roofline
+from jaxlinear.scaling.search import Candidate
+from jaxlinear.scaling.sizing import Sizing
+
+_SHOWN = 8  # kinds of collectives
+
+
+def table(sized: Sizing) -> str:
+    """All of it, for people."""
+    memory, limit = sized.memory, sized.memory_limit
+    lines = [
+        f"{sized.parameters:,} parameters on {sized.devices} devices, {sized.target}: {_mesh(sized)}, remat "
+        f"{sized.remat}, microbatches {sized.microbatches}",
+        "",
+        f"memory of a device, of {_gib(limit)}:",
+    ]
+    kinds = ("parameters", "optimizer", "batch", "gradients", "activations", "temporaries", "code")
+    lines += [f"  {name:24} {_gib(getattr(memory, name)):>11}" for name in kinds]
+    lines += [f"  {'in all':24} {_gib(memory.total):>11}   {_verdict(sized)}", ""]
+    rows = roofline.grouped(sized.collectives)
+    if rows:
+        lines.append(
+            f"{'collectives of a step':26} {'over':20} {'devices':>7} {'runs':>6} {'received':>11} {'hidden':>7}"
+        )
+        for row in rows[:_SHOWN]:
+            hidden = f"{row.hidden / row.runs:.0%}"
+            runs = f"{row.runs}" if row.known else f">={row.runs}"
+            over = " x ".join(row.axes) or "-"
+            lines.append(f"  {row.kind:24} {over:20} {row.devices:7} {runs:>6} {_gib(row.bytes):>11} {hidden:>7}")
+        if len(rows) > _SHOWN:
+            lines.append(f"  and {len(rows) - _SHOWN} kinds more, {_gib(sum(row.bytes for row in rows[_SHOWN:]))}")
+        lines.append("")
+    lines += [*sized.choices, ""] if sized.choices else []
+    time = sized.time
+    lines += [
+        f"FLOPs of a step             {sized.flops:.3e} by formula, {sized.executed_flops:.3e} in the program's products",
+        f"least seconds of a step     products {time.products:.4f}, memory {time.memory:.4f}, "
+        f"exchanges {time.exchanges:.4f}",
+        f"  so at least {time.least:.4f} s, {time.most:.4f} s if nothing were hidden; MFU at most {sized.mfu_bound:.1%}",
+        f"tokens                      {sized.tokens_a_step:,} a step, at most {sized.tokens_a_day:.3e} a day; "
+        f"{sized.steps:,} steps take at least {sized.days:.2f} days",
+    ]
+    if sized.xla_seconds is not None:
+        lines.append(f"XLA's own estimate          {sized.xla_seconds:.4f} s, each loop's body counted once")
+    lines += [f"  assumed: {text}" for text in roofline.ASSUMPTIONS]
+    return "\n".join(lines)
+
+
+def ranking(found: Sequence[Sizing]) -> str:
+    """What the search compiled, the best first."""
+    lines = [f"{'mesh':40} {'remat':12} {'microbatches':>12} {'memory':>10} {'least s':>9} {'MFU <=':>7}"]
+    for sized in found:
+        fits = "" if sized.fits else "  does not fit"
+        lines.append(
+            f"{_mesh(sized):40} {sized.remat:12} {sized.microbatches:12} {_gib(sized.memory.total):>10} "
+            f"{sized.time.least:9.4f} {sized.mfu_bound:7.1%}{fits}"
+        )
+    return "\n".join(lines)
+
+
+def advice(candidates: Sequence[Candidate]) -> str:
+    """For a config that does not fit: what should, by reckoning."""
+    if not candidates:
+        return "by reckoning no mesh, remat policy and number of microbatches fits this batch on these devices"
+    best = candidates[0]
+    return f"by reckoning this would fit, with {_gib(best.memory)} (--search=4 compiles it and others): {best.flags()}"
+
+
+def _verdict(sized: Sizing) -> str:
+    if sized.fits:
+        return f"fits, {_gib(-sized.too_much)} to spare"
+    return f"DOES NOT FIT: {_gib(sized.too_much)} too much"
+
+
+def _mesh(sized: Sizing) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sized.mesh.items() if size > 1) or "one device"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3f} GiB"

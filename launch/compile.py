@@ -1,0 +1,44 @@
+"""Says what a run will take before it is launched: python launch/compile.py --config=configs/NAME.py --topology=v5e:4x4
+
+Compiles the training step of the config for devices that need not be there (``pip install 'jaxlinear[aot]'``): does it fit,
+what does a device hold, what is exchanged, and the least time of a step by data sheet rates. With --search also what else
+would fit: meshes, model.remat and training.microbatches, ranked. Status 1 if the config does not fit.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from jaxlinear import cli
+from jaxlinear.parallel import targets
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train: a file in configs/.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, v6e:16x16, or h100:16.", required=True)
+_SEARCH = flags.DEFINE_integer("search", 0, "Also compile so many of the most promising other settings.", lower_bound=0)
+_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+flags.mark_flag_as_required("config")
+
+
+def main() -> int:
+    targets.set_environment()
+    from jaxlinear.scaling import search, sizing, sizing_text
+
+    target = targets.find(_TOPOLOGY.value)
+    sized = sizing.size(_CONFIG.value, target)
+    print(sizing_text.table(sized))
+    result = sized.to_json()
+    if _SEARCH.value:
+        found = search.search(_CONFIG.value, target, _SEARCH.value, show=print)
+        print(sizing_text.ranking(found))
+        result["search"] = [other.to_json() for other in found]
+    elif not sized.fits:
+        print(sizing_text.advice(search.candidates(_CONFIG.value, target)))
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0 if sized.fits else 1
+
+
+if __name__ == "__main__":
+    cli.run(main)

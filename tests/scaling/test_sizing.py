@@ -1,0 +1,157 @@
+"""What ``launch/compile.py`` says of a run: that it is of the step that trains, and its figures."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import jax
+import pytest
+from jax.errors import JaxRuntimeError
+
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
+from jaxlinear.parallel import targets
+from jaxlinear.scaling import flops, roofline, search, sizing, sizing_text
+from jaxlinear.scaling.programs import Collective
+from jaxlinear.training import ahead, loop
+from jaxlinear.training import step as steps
+
+B, T, D, LAYERS, VOCABULARY = 8, 64, 128, 3, 256
+BATCH = ("data", "fsdp", "expert")
+
+
+def config(**mesh):
+    config = configs.default()
+    config.model.update(
+        {
+            "preset": "griffin_6m",
+            "num_layers": LAYERS,
+            "width": D,
+            "recurrent_width": D,
+            "num_heads": 2,
+            "vocab_size": VOCABULARY,
+            "window": 16,
+        }
+    )
+    config.training.update({"batch_size": B, "sequence_length": T, "steps": 1000})
+    config.mesh.update(mesh)
+    return config
+
+
+@pytest.fixture(scope="module")
+def target():
+    return targets.find("v5e:2x2")
+
+
+@pytest.fixture(scope="module")
+def sized(target):
+    return sizing.size(config(data=2, fsdp=2), target)
+
+
+def test_memory_is_the_compilers(sized, target):
+    assert sized.memory.total == pytest.approx(sized.memory_analysis.total, rel=0.05)
+    architecture = ahead.trace(config(data=2, fsdp=2), target.devices).architecture
+    # Matrices lie on half of the devices, norms and biases on all.
+    assert 2 * architecture.num_parameters <= sized.memory.parameters < 2.2 * architecture.num_parameters
+    assert sized.memory.optimizer == pytest.approx(2 * sized.memory.parameters, rel=0.001)  # two moments
+    assert sized.memory.batch == 3 * 4 * B * T // 4
+    assert sized.fits and sized.too_much == sized.memory.total - target.memory_bytes
+
+
+def test_time_is_the_least_that_the_rates_leave(sized):
+    by_formula = flops.training_flops_per_token(configs.model_config(configs.resolve(config())), T)
+    assert sized.flops == pytest.approx(B * T * by_formula)
+    assert by_formula * B * T < sized.executed_flops < 2 * by_formula * B * T
+    assert sized.time.products == pytest.approx(sized.executed_flops / 4 / 197e12)
+    assert sized.time.least == max(sized.time.products, sized.time.memory, sized.time.exchanges)
+    assert sized.tokens_a_day == pytest.approx(B * T * 86_400 / sized.time.least)
+    assert sized.days == pytest.approx(1000 * sized.time.least / 86_400)
+    assert 0 < sized.mfu_bound < 1
+
+
+def test_the_embedding_is_gathered_once_a_pass(sized):
+    """And not in each slice of the loss."""
+    rows = {(row.kind, row.axes): row for row in roofline.grouped(sized.collectives)}
+    gathered = rows["all-gather", ("fsdp",)].bytes
+    assert gathered <= 3 * 4 * sized.parameters / 2  # forward, backward and recomputation, float32 at most
+
+
+def test_table_and_json(sized):
+    text = sizing_text.table(sized)
+    assert "data 2 x fsdp 2" in text and "fits" in text and "all-gather" in text
+    values = json.loads(json.dumps(sized.to_json()))
+    assert values["memory"]["total"] == sized.memory.total
+    assert values["time"]["least"] == sized.time.least
+    assert {row["kind"] for row in values["collectives"]} >= {"all-gather", "all-reduce"}
+
+
+def test_what_does_not_fit(target, sized):
+    small = dataclasses.replace(sized, memory_limit=sized.memory.total - 2**20)
+    assert not small.fits and small.too_much == 2**20
+    assert "DOES NOT FIT: 0.001 GiB too much" in sizing_text.table(small)
+    best = search.candidates(config(data=2, fsdp=2), target)
+    assert f"would fit, with {best[0].memory / 2**30:.3f} GiB" in sizing_text.advice(best)
+    assert sizing_text.advice([]).startswith("by reckoning no mesh")
+
+
+@pytest.mark.parametrize(
+    "message, used",
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.04G of 15.75G hbm. Exceeded", 23.04 * 2**30),
+        ("the total memory required for HLO temporaries (512.00M) exceeds available HBM (15.75G).", 512 * 2**20 + 7),
+    ],
+)
+def test_a_compiler_that_runs_out_of_memory(message, used):
+    assert sizing._used(JaxRuntimeError(message), 7) == int(used)
+
+
+def test_another_refusal_of_the_compiler_is_passed_on():
+    with pytest.raises(UserError, match="the compiler refuses the program: INTERNAL: no"):
+        sizing._used(JaxRuntimeError("INTERNAL: no\nmore"), 0)
+
+
+def test_the_search_keeps_the_batch_and_uses_every_device(target):
+    found = search.candidates(config(), target)
+    assert {candidate.remat for candidate in found} == {"none", "elementwise", "products", "full"}
+    for candidate in found:
+        assert math.prod(candidate.mesh.values()) == 4
+        batch, time = (math.prod(candidate.mesh[axis] for axis in axes) for axes in (BATCH, ("sequence",)))
+        assert B // candidate.microbatches % batch == 0 and T % time == 0
+    assert all(later.seconds > 0.98 * earlier.seconds for earlier, later in itertools.pairwise(found))
+    (one,) = search.search(config(), target, 1)
+    assert one.fits and one.mesh == found[0].mesh
+    assert found[0].memory == pytest.approx(one.memory.total, rel=0.5)
+
+
+def test_a_link_that_is_crossed_by_each_kind():
+    link = roofline.link_of(roofline.device_of("TPU v5 lite"), 4)
+
+    def seconds(kind, size, devices=4):
+        return roofline.seconds(Collective(kind, ("data",), devices, size, 1, "", False, ()), link)
+
+    gather = seconds("all-gather", 1000_000)
+    assert gather == pytest.approx(1e-6 + 2e-6 + 3e6 / 100e9)
+    assert seconds("all-reduce", 4000_000) == pytest.approx(1e-6 + 4e-6 + 6e6 / 100e9)
+    assert seconds("all-gather", 1000_000, devices=1) == 0
+
+
+def test_it_is_the_step_that_trains(tiny_config, tmp_path, monkeypatch):
+    """The very program: the text that ``train`` lowers."""
+    texts = []
+
+    def recorded(*arguments):
+        step = steps.make_train_step(*arguments)
+
+        class Step:
+            def lower(self, *given):
+                lowered = step.lower(*given)
+                texts.append(lowered.as_text())
+                return lowered
+
+        return Step()
+
+    monkeypatch.setattr(loop, "make_train_step", recorded)
+    assert loop.train(tiny_config, tmp_path / "run") == loop.FINISHED
+    trained = configs.from_json((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert texts == [ahead.trace(trained, jax.devices()).traced.lower().as_text()]
