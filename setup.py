@@ -18,6 +18,7 @@ extras = {
     "parquet": ["pyarrow>=18"],
     "hf": ["datasets>=3,<5"],
     "sentencepiece": ["sentencepiece>=0.2,<0.3"],
+    "sweep": ["submitit>=1.5,<2"],  # starts the runs of a sweep, on this machine or by SLURM
     "plot": ["matplotlib>=3.9,<4"],
     "tensorboard": ["tensorboard>=2.18,<3"],
     "parity": ["torch>=2.6,<3", "transformers>=5,<6"],  # what imported weights are compared with, on the CPU
@@ -30,6 +31,7 @@ extras["test"] = [
     "mypy>=1.15,<3",
     *extras["parquet"],
     *extras["sentencepiece"],
+    *extras["sweep"],
     *extras["plot"],
 ]
 

@@ -1,0 +1,114 @@
+"""What a run of a sweep leaves on the disk: where each file lies, its lock, its attempts. Imports nothing heavy, since each
+job of a sweep begins with it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_PATIENCE = 10.0  # seconds that a job waits for the lock, which is taken for a moment by those who only look
+_TAIL = 65_536  # bytes of a log or of metrics, at their end, that are looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFiles:
+    """The paths of the run ``name`` of the sweep in directory ``sweep``."""
+
+    sweep: Path
+    name: str
+
+    @property
+    def workdir(self) -> Path:
+        """The run's own directory, as ``launch/train.py`` makes it."""
+        return self.sweep / "runs" / self.name
+
+    @property
+    def job(self) -> Path:
+        """What the sweep keeps of it."""
+        return self.sweep / "jobs" / self.name
+
+    @property
+    def config(self) -> Path:
+        return self.job / "config.json"
+
+    @property
+    def log(self) -> Path:
+        return self.job / "log.txt"
+
+    @property
+    def _attempts(self) -> Path:
+        return self.job / "attempts.jsonl"
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Each start of the run: ``host``, ``pid`` and ``begin``; ``end``, ``status`` and ``error`` if it was seen to end.
+        Lines that were cut short are left out."""
+        found: list[dict[str, Any]] = []
+        lines = self._attempts.read_text(encoding="utf-8").split("\n")[:-1] if self._attempts.exists() else []
+        for line in lines:
+            with contextlib.suppress(
+                ValueError
+            ):  # of a line that a full disk or a kill cut, and the next one beside it
+                values = json.loads(line)
+                if "begin" in values:
+                    found.append(values)
+                elif found:
+                    found[-1] |= values
+        return found
+
+    def begin(self, **values: Any) -> None:
+        self._append({"begin": time.time(), **values})
+
+    def end(self, status: int) -> None:
+        """Of the newest attempt; a status below 0 is a signal's."""
+        failed = status != 0
+        self._append({"end": time.time(), "status": status, "error": last_line(self.log) if failed else None})
+
+    def _append(self, values: dict[str, Any]) -> None:
+        with self._attempts.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[BinaryIO | None]:
+        """Holds the run's lock, or gives None if another process does. A child that inherits the file holds it too, so the
+        lock lasts as long as any process of the run."""
+        with (self.job / "lock").open("ab") as file:
+            begin = time.monotonic()
+            while not (held := _lock(file, fcntl.LOCK_EX)) and time.monotonic() - begin < _PATIENCE:
+                time.sleep(0.05)
+            yield file if held else None
+
+    def is_running(self) -> bool:
+        """Whether a process on this machine (or, on a file system that tells, on any) works on the run."""
+        path = self.job / "lock"
+        if not path.exists():
+            return False
+        with path.open("ab") as file:
+            return not _lock(file, fcntl.LOCK_SH)
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that is not empty; what a progress bar wrote over is no line."""
+    lines = [line.rsplit("\r", 1)[-1].strip() for line in tail(path).split("\n")]
+    return next((line for line in reversed(lines) if line), "")
+
+
+def tail(path: Path) -> str:
+    """The end of a file of text; nothing if there is none."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+        return file.read().decode("utf-8", "replace")
+
+
+def _lock(file: BinaryIO, how: int) -> bool:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

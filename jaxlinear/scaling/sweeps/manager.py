@@ -1,0 +1,186 @@
+"""Starts the runs of a sweep, as many at a time as may be, until all are finished or have failed."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlinear.errors import UserError
+from jaxlinear.scaling.sweeps import executors, planned_config, states
+from jaxlinear.scaling.sweeps.files import last_line
+from jaxlinear.scaling.sweeps.runner import TrainingJob
+from jaxlinear.scaling.sweeps.sweep import PlannedRun, Sweep
+from jaxlinear.training.loop import FINISHED, PREEMPTED
+
+_SUBMITTED = "submitted.json"  # in jobs/NAME: which job of which scheduler was the last for the run
+_FAILED = 1
+
+Table = list[tuple[str, states.Progress]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A job of a run: submitit's, or None where only the run's lock tells; ``attempts`` and ``step`` of the run before
+    it, -1 if an earlier manager submitted it."""
+
+    job: Any
+    attempts: int
+    step: int
+
+
+class Manager:
+    """Works on a sweep, one manager at a time. Runs that an earlier one left running or queued are waited for and not
+    started again; those that it left unfinished go on from their checkpoints."""
+
+    def __init__(self, sweep: Sweep, executor: executors.Local | executors.Slurm, train: Sequence[str]):
+        """``train`` is the command of ``launch/train.py`` without its flags."""
+        self._sweep, self._executor, self._train = sweep, executor, list(train)
+        self._runs = {run.name: run for run in sweep.runs}
+        self._waiting: list[str] = []
+        self._jobs: dict[str, _Job] = {}
+        self._errors: dict[str, str] = {}  # of the runs that failed under this manager
+        self._finished: dict[str, states.Progress] = {}
+        self._stop = False
+
+    def run(self, show: Callable[[Table], None], *, poll: float = 2.0) -> int:
+        """Works until nothing more can be done. ``show`` is given the state of every run, each time that it looked.
+
+        Returns 0 if all runs are finished, 1 if some failed, and 75 after SIGINT or SIGTERM: local runs have then saved
+        themselves, jobs of SLURM stay, and the same command goes on.
+        """
+        with _alone(self._sweep.directory), self._signals():
+            self._look()
+            while (self._jobs or self._waiting) and not self._stop:
+                self._settle()
+                while self._waiting and not self._stop and self._has_room():
+                    self._submit(self._waiting.pop(0))
+                show(self.progress())
+                time.sleep(poll if self._jobs else 0)
+            if self._stop and self._executor.name == executors.Local.name:
+                self._stop_runs(show, poll)
+            table = self.progress()
+            show(table)
+        if all(progress.state == states.FINISHED for _, progress in table):
+            return FINISHED
+        return PREEMPTED if self._stop else _FAILED
+
+    def progress(self) -> Table:
+        """The state of every run, in the order of the plan."""
+        table = []
+        for name, run in self._runs.items():
+            progress = self._finished.get(name) or run.progress(queued=name in self._jobs)
+            if progress.state == states.FINISHED:
+                self._finished[name] = progress
+            elif name in self._errors:
+                progress = dataclasses.replace(progress, state=states.FAILED, error=self._errors[name])
+            table.append((name, progress))
+        return table
+
+    def _look(self) -> None:
+        """What there is to do, after whatever came before."""
+        for name, run in self._runs.items():
+            job = self._submitted(run)
+            if run.files.is_running() or job is not None:
+                self._jobs[name] = _Job(job, -1, -1)
+            elif not states.is_finished(run.files, run.steps):
+                self._waiting.append(name)
+
+    def _submitted(self, run: PlannedRun) -> Any:
+        """The job that an earlier manager submitted, if its scheduler still has it."""
+        path = run.files.job / _SUBMITTED
+        if not path.exists():
+            return None
+        last = json.loads(path.read_text(encoding="utf-8"))
+        if last["executor"] != self._executor.name:
+            return None
+        job = self._executor.find(last["job"])
+        return None if job is None or job.done(force_check=True) else job
+
+    def _has_room(self) -> bool:
+        inherited = any(job.attempts < 0 for job in self._jobs.values())
+        # Which GPUs an inherited run holds is not known, so runs that are given GPUs wait until it ends.
+        return len(self._jobs) < self._executor.parallel and not (inherited and self._executor.gives_gpus)
+
+    def _submit(self, name: str) -> None:
+        run = self._runs[name]
+        command = [
+            *self._train,
+            f"--config={planned_config.__file__}:{run.files.config}",
+            f"--workdir={run.files.workdir}",
+        ]
+        before = run.progress()
+        job = self._executor.submit(TrainingJob(str(self._sweep.directory), name, command, {}))
+        submitted = {"executor": self._executor.name, "job": job.job_id}
+        (run.files.job / _SUBMITTED).write_text(json.dumps(submitted) + "\n", encoding="utf-8")
+        self._jobs[name] = _Job(job, before.attempts, before.step)
+
+    def _settle(self) -> None:
+        """Takes note of the jobs that have ended."""
+        for name, job in list(self._jobs.items()):
+            run = self._runs[name]
+            if (job.job is not None and not job.job.done()) or run.files.is_running():
+                continue
+            del self._jobs[name]
+            progress = run.progress()
+            if progress.state == states.FINISHED:
+                continue
+            if progress.attempts == job.attempts:
+                reason = last_line(Path(job.job.paths.stderr))
+                self._errors[name] = f"its job ended before it began: {reason or 'without a word'}"
+            elif progress.state == states.FAILED:
+                self._errors[name] = progress.error or ""
+            elif progress.step > job.step:
+                self._waiting.append(name)
+            else:
+                self._errors[name] = f"interrupted before it came further than step {progress.step}"
+
+    def _stop_runs(self, show: Callable[[Table], None], poll: float) -> None:
+        """SIGTERM to each run, as soon as it has begun; they save themselves."""
+        told = set()
+        while self._jobs:
+            for name in self._jobs:
+                files = self._runs[name].files
+                attempt = files.attempts()[-1:]
+                if name in told or not files.is_running() or not attempt or "end" in attempt[0]:
+                    continue
+                if attempt[0]["host"] == socket.gethostname():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(attempt[0]["pid"], signal.SIGTERM)
+                told.add(name)
+            show(self.progress())
+            time.sleep(poll)
+            self._settle()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks to stop; a second one ends the program, while runs go on."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, _: Any) -> None:
+            self._stop = True
+            signal.signal(number, signal.SIG_DFL)
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    with (directory / "lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another launch/sweep.py works on {directory}; --status shows how far it is") from None
+        yield

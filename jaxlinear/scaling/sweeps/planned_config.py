@@ -1,0 +1,9 @@
+"""The config of a planned run: launch/train.py --config=jaxlinear/scaling/sweeps/planned_config.py:jobs/NAME/config.json"""
+
+import pathlib
+
+from jaxlinear import config as configs
+
+
+def get_config(path: str):
+    return configs.from_json(pathlib.Path(path).read_text(encoding="utf-8"))

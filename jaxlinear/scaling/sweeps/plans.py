@@ -1,0 +1,158 @@
+"""Which runs a sweep has. A run is a dict: config keys have a dot; a few words without one are labels for reports."""
+
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import config_dict
+
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
+from jaxlinear.scaling import flops
+
+# architecture and size name what is compared; budget is in FLOPs, counted with the logits unless it says "without".
+LABELS = ("architecture", "size", "budget", "budget_counts")
+_ROUNDING = 0.05  # how far whole steps may be from the tokens that a ladder asks for
+
+Run = dict[str, Any]
+
+
+def grid(axes: Mapping[str, Sequence[Any]]) -> list[Run]:
+    """Every combination of the values of each key; the last key varies fastest."""
+    for key, values in axes.items():
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise UserError(f"{key}: {values!r} is one value; a grid takes a list of them")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def product(*lists: Sequence[Run]) -> list[Run]:
+    """Every combination of one run of each list; where two set the same key, that of the later list counts."""
+    return [{key: value for run in runs for key, value in run.items()} for runs in itertools.product(*lists)]
+
+
+def ladder(architectures: Mapping[str, Sequence[str | Run]]) -> list[Run]:
+    """The sizes of each architecture: names of presets, or dicts of config keys."""
+    runs: list[Run] = []
+    for architecture, sizes in architectures.items():
+        for size in sizes:
+            changes: Run = {"model.preset": size, "size": size} if isinstance(size, str) else dict(size)
+            runs.append({"architecture": architecture, **changes})
+    return runs
+
+
+def fixed_tokens(
+    config: config_dict.ConfigDict, sizes: Sequence[Run], tokens: Sequence[float], **options: Any
+) -> list[Run]:
+    """Each size with each number of tokens; ``options`` as for ``isoflops``."""
+    return [_lasting(config, size, count, f"{count:.4g} tokens", **options) for count in tokens for size in sizes]
+
+
+def isoflops(
+    config: config_dict.ConfigDict,
+    sizes: Sequence[Run],
+    budgets: Sequence[float],
+    *,
+    logits: bool = True,
+    warmup_fraction: float | None = None,
+) -> list[Run]:
+    """Each size with each budget: as many steps as the budget has FLOPs for (``scaling/flops.py``, forward and backward).
+
+    Args:
+      config: what all runs share; its batch and length give the tokens of a step.
+      sizes: runs of ``ladder``.
+      budgets: FLOPs.
+      logits: whether the products with the output embedding count.
+      warmup_fraction: also sets ``schedule.warmup_steps``, to this part of the run's steps.
+    """
+    runs = []
+    for budget in budgets:
+        for size in sizes:
+            resolved = resolve(config, size)
+            if resolved.model.vocab_size is None:
+                raise UserError(
+                    "an isoFLOP ladder counts the FLOPs of the logits: set model.vocab_size, that of the data"
+                )
+            per_token = flops.training_flops_per_token(
+                configs.model_config(resolved), resolved.training.sequence_length, logits=logits
+            )
+            what = f"the budget of {budget:.4g} FLOPs"
+            run = _lasting(config, size, budget / per_token, what, warmup_fraction=warmup_fraction)
+            runs.append({**run, "budget": budget, "budget_counts": "with logits" if logits else "without logits"})
+    return runs
+
+
+def resolve(config: config_dict.ConfigDict, run: Run) -> config_dict.ConfigDict:
+    """The resolved config of a run."""
+    labels = [key for key in run if "." not in key]
+    for label in labels:
+        if label not in LABELS:
+            near = difflib.get_close_matches(label, [*LABELS, *configs.KEYS], n=1, cutoff=0.0)
+            raise UserError(f"there is neither a config key nor a label {label!r}; did you mean {near[0]!r}?")
+    changes = {key: value for key, value in run.items() if key not in LABELS}
+    configs.check_known(list(changes))
+    config = config.copy_and_resolve_references()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        try:
+            config[section][name] = value
+        except TypeError as error:
+            raise UserError(f"{key}={value!r}: {error}") from error
+    return configs.resolve(config)
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+    """A name for each run, which is also that of its directory: its labels, and the keys in which runs of the same labels
+    differ. Two runs that differ in nothing are refused."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_labelled(run), []).append(run)
+    made = [_name(run, groups[_labelled(run)]) for run in runs]
+    for name, count in ((name, made.count(name)) for name in made):
+        if count > 1:
+            raise UserError(f"{count} runs of the sweep are the same: {name}")
+    return made
+
+
+def _lasting(
+    config: config_dict.ConfigDict, size: Run, tokens: float, what: str, *, warmup_fraction: float | None = None
+) -> Run:
+    """``size`` with the steps of ``tokens``."""
+    resolved = resolve(config, size)
+    if not resolved.evaluation.every_steps:
+        raise UserError("a ladder compares held-out losses: set evaluation.every_steps; the end is always evaluated")
+    per_step = resolved.training.batch_size * resolved.training.sequence_length
+    steps = round(tokens / per_step)
+    if abs(steps * per_step / tokens - 1) > _ROUNDING:
+        raise UserError(
+            f"{what} is {tokens / per_step:.2f} steps of {per_step} tokens for {_labelled(size) or size}; take more, or a "
+            "smaller training.batch_size"
+        )
+    run = {**size, "training.steps": steps}
+    if warmup_fraction is not None:
+        run["schedule.warmup_steps"] = max(1, round(warmup_fraction * steps))
+    return run
+
+
+def _labelled(run: Run) -> str:
+    parts = [str(run[label]) for label in ("architecture", "size") if label in run]
+    if len(parts) == 2 and parts[1].startswith(parts[0]):
+        parts = parts[1:]  # a preset is named after its architecture
+    if "budget" in run:
+        parts.append(f"{run['budget']:.3g}flops".replace("+", ""))
+    return "-".join(parts)
+
+
+def _name(run: Run, alike: Iterable[Run]) -> str:
+    alike = list(alike)
+    keys = [key for key in run if "." in key and any(other.get(key) != run[key] for other in alike)]
+    parts = [f"{key.split('.')[1]}={_text(run[key])}" for key in keys]
+    name = "-".join(([_labelled(run)] if _labelled(run) else []) + parts) or "run"
+    if len(name) > 200:
+        raise UserError(f"the run's name is longer than a file's may be; give its size a label: {name}")
+    return name
+
+
+def _text(value: Any) -> str:
+    text = "+".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    return text.replace("/", "_").replace(" ", "_")

@@ -1,0 +1,103 @@
+"""How far a run of a sweep is. That it is finished its own directory says; what became of it else, its attempts."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+from typing import Any
+
+from jaxlinear import config as configs
+from jaxlinear.checkpoint import DIRECTORY, Checkpoints
+from jaxlinear.scaling.sweeps.files import RunFiles, tail
+from jaxlinear.training import metrics
+from jaxlinear.training.loop import PREEMPTED
+from jaxlinear.training.workdir import CONFIG, check_same_run, read_config
+
+FINISHED, RUNNING, QUEUED, INTERRUPTED, FAILED, WAITING = (
+    "finished",
+    "running",
+    "queued",
+    "interrupted",
+    "failed",
+    "waiting",
+)
+
+_INTERRUPTED = (None, PREEMPTED, -signal.SIGTERM, -signal.SIGINT)  # a signal that came before the run could save itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """``error`` is of the last attempt that failed; losses and rates are None until there are some."""
+
+    state: str
+    step: int
+    steps: int
+    loss: float | None = None
+    heldout_loss: float | None = None
+    tokens_per_second: float | None = None
+    attempts: int = 0
+    error: str | None = None
+
+
+def read(files: RunFiles, steps: int, *, queued: bool = False) -> Progress:
+    """The run's progress towards ``steps``; ``queued`` says that a scheduler has a job of it."""
+    values = _newest_metrics(files)
+    attempts = files.attempts()
+    state, error = WAITING, None
+    if is_finished(files, steps):
+        state = FINISHED
+    elif files.is_running():
+        state = RUNNING
+    elif queued:
+        state = QUEUED
+    elif attempts:
+        status = attempts[-1].get("status")
+        if status in _INTERRUPTED:
+            state = INTERRUPTED
+        elif status != 0:  # after 0, more steps are wanted than were when it ended
+            state, error = FAILED, _reason(attempts[-1])
+    return Progress(state=state, steps=steps, attempts=len(attempts), error=error, **values)
+
+
+def is_finished(files: RunFiles, steps: int) -> bool:
+    """Whether the run's newest whole checkpoint is of its last step."""
+    if not (files.workdir / DIRECTORY).is_dir():
+        return False
+    # A run saves at its end; where no such directory is, Orbax need not be asked.
+    names = [name for name in os.listdir(files.workdir / DIRECTORY) if name.isdigit() and int(name) >= steps]
+    if not names:
+        return False
+    checkpoints = Checkpoints(files.workdir)
+    found = checkpoints.steps()
+    checkpoints.close()
+    return bool(found) and found[-1] >= steps
+
+
+def check_unchanged(files: RunFiles, planned: str) -> None:
+    """Raises ``UserError`` if the run in the directory is not the planned one (the text of ``config.json``)."""
+    if not (files.workdir / CONFIG).exists():
+        return
+    begun = read_config(files.workdir)
+    config = configs.from_json(planned)
+    if config.model.vocab_size is None:
+        config.model.vocab_size = begun.model.vocab_size  # it follows the data
+    check_same_run(files.workdir, begun, config)
+
+
+def _newest_metrics(files: RunFiles) -> dict[str, Any]:
+    """The last value of each number, from the end of the run's metrics."""
+    newest: dict[str, Any] = {}
+    for line in tail(files.workdir / metrics.FILE).split("\n")[:-1]:
+        with contextlib.suppress(ValueError):  # of the first line, which may be cut
+            newest |= json.loads(line)
+    return {"step": newest.get("step", 0)} | {
+        key: newest.get(key) for key in ("loss", "heldout_loss", "tokens_per_second")
+    }
+
+
+def _reason(attempt: dict) -> str:
+    status = attempt["status"]
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    return attempt.get("error") or f"ended with status {status}"

@@ -1,0 +1,98 @@
+"""A sweep's directory: the plan, written down before the first run starts, and read again by whoever comes later."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict
+
+from jaxlinear import config as configs
+from jaxlinear import data
+from jaxlinear.errors import UserError
+from jaxlinear.scaling.sweeps import plans, states
+from jaxlinear.scaling.sweeps.files import RunFiles
+from jaxlinear.training.job import mixture
+
+FILE = "sweep.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """``labels`` are those of ``plans.LABELS`` that the run has."""
+
+    files: RunFiles
+    steps: int
+    labels: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.files.name
+
+    def progress(self, *, queued: bool = False) -> states.Progress:
+        return states.read(self.files, self.steps, queued=queued)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    directory: Path
+    runs: tuple[PlannedRun, ...]
+
+
+def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: Sequence[plans.Run]) -> Sweep:
+    """Checks every run, and writes the plan and the runs' configs.
+
+    A sweep that is there already may have more or fewer runs than before, and longer ones; ``UserError`` if a run that was
+    begun would become another one.
+    """
+    if not runs:
+        raise UserError("the sweep has no runs")
+    sweep = Path(directory).absolute()
+    names = plans.names(runs)
+    resolved = [plans.resolve(config, run) for run in runs]
+    _check_data(resolved)
+    planned = []
+    for name, run, run_config in zip(names, runs, resolved, strict=True):
+        files = RunFiles(sweep, name)
+        states.check_unchanged(files, configs.to_json(run_config))
+        labels = {key: value for key, value in run.items() if key in plans.LABELS}
+        planned.append(PlannedRun(files, run_config.training.steps, labels))
+    for item, run_config in zip(planned, resolved, strict=True):
+        item.files.job.mkdir(parents=True, exist_ok=True)
+        _write(item.files.config, configs.to_json(run_config))
+    listed = [{"name": item.name, "steps": item.steps, "labels": dict(item.labels)} for item in planned]
+    _write(sweep / FILE, json.dumps({"runs": listed}, indent=2) + "\n")
+    return Sweep(sweep, tuple(planned))
+
+
+def read(directory: str | os.PathLike) -> Sweep:
+    """The sweep in a directory."""
+    sweep = Path(directory).absolute()
+    if not (sweep / FILE).is_file():
+        raise UserError(f"{directory} is not the directory of a sweep: it has no {FILE}")
+    try:
+        listed = json.loads((sweep / FILE).read_text(encoding="utf-8"))["runs"]
+        planned = [PlannedRun(RunFiles(sweep, run["name"]), run["steps"], run["labels"]) for run in listed]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{sweep / FILE} is damaged: {error}") from error
+    return Sweep(sweep, tuple(planned))
+
+
+def _check_data(resolved: Sequence[config_dict.ConfigDict]) -> None:
+    """Here and not in each run, where the same mistake would be made many times."""
+    paths = set()
+    for config in resolved:
+        if config.data.path:
+            paths |= {*mixture(config.data.path), *([config.data.heldout_path] if config.data.heldout_path else [])}
+        elif not config.data.get("task", ""):
+            raise UserError("data.path is not set: --config.data.path=DIR; launch/prepare_data.py makes a dataset")
+    for path in sorted(paths):
+        data.read_manifest(path)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

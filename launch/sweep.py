@@ -1,0 +1,77 @@
+"""Trains the runs of a sweep: python launch/sweep.py --config=configs/sweeps/NAME.py --workdir=DIR
+
+Started again, it goes on: finished runs are skipped, others resumed. docs/scaling.md explains it.
+"""
+
+import importlib.util
+import pathlib
+import sys
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from jaxlinear import cli
+from jaxlinear.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train: a file in configs/sweeps/.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the sweep lies. One that is there already goes on.", required=True
+)
+_EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm"], "Where the runs are started, by submitit.")
+_PARALLEL = flags.DEFINE_integer("parallel", None, "Runs at a time; 1 by default, and with slurm all.", lower_bound=1)
+_GPUS_PER_RUN = flags.DEFINE_integer("gpus_per_run", 0, "local: GPUs that each run sees; 0 means all.", lower_bound=0)
+_SBATCH = flags.DEFINE_multi_string("sbatch", [], "slurm: an option of sbatch, as --sbatch=partition=gpu.")
+_STATUS = flags.DEFINE_boolean("status", False, "Only show how far the runs are.")
+flags.mark_flag_as_required("config")
+
+
+def main() -> int:
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what it is asked for: to open a run for reading only
+    from jaxlinear.scaling.sweeps import states, sweep, table
+
+    if _EXECUTOR.value == "local" and _SBATCH.value:
+        raise UserError(f"--sbatch={_SBATCH.value[0]} is for --executor=slurm")
+    if _EXECUTOR.value == "slurm" and _GPUS_PER_RUN.value:
+        raise UserError("--gpus_per_run is for --executor=local; with slurm it is --sbatch=gpus-per-node=N")
+    if _STATUS.value:
+        print(table.text([(run.name, run.progress()) for run in sweep.read(_WORKDIR.value).runs]))
+        return 0
+
+    try:
+        from jaxlinear.scaling.sweeps import executors, manager
+    except ModuleNotFoundError as error:
+        if error.name != "submitit":
+            raise
+        raise UserError("starting the runs of a sweep needs submitit: pip install 'jaxlinear[sweep]'") from None
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    planned = sweep.prepare(_WORKDIR.value, _CONFIG.value, _load(file).get_runs(_CONFIG.value))
+    folder = planned.directory / "jobs" / "submitit"
+    executor = (
+        executors.Local(folder, parallel=_PARALLEL.value or 1, gpus_per_run=_GPUS_PER_RUN.value)
+        if _EXECUTOR.value == "local"
+        else executors.Slurm(folder, parallel=_PARALLEL.value, options=_SBATCH.value)
+    )
+    train = [sys.executable, str(pathlib.Path(__file__).absolute().with_name("train.py"))]
+    runs = manager.Manager(planned, executor, train)
+    status = runs.run(table.Live(sys.stdout).show)
+    rows = runs.progress()
+    for name, progress in rows:
+        if progress.state == states.FAILED:
+            print(f"{name} failed: {progress.error} (all of it: {planned.directory / 'jobs' / name / 'log.txt'})")
+    print(table.summary(rows))
+    if status == 75:
+        print("stopped; the same command goes on from there" + " and finds its jobs" * (_EXECUTOR.value == "slurm"))
+    return status
+
+
+def _load(path: str):
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_runs"):
+        raise UserError(f"{path} is the config of a run, not of a sweep: it has no get_runs(config)")
+    return module
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,84 @@
+"""A sweep whose runs are not trained: a program that leaves what launch/train.py leaves, in a moment and without JAX.
+
+``python -m tests.scaling.stand_in train --config=...:FILE --workdir=DIR`` is the program; ``... sweep DIR DATA`` works on a
+sweep of twelve runs of it, in a process that can be killed.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import tests
+
+ROOT = pathlib.Path(next(iter(tests.__path__))).parent
+TRAIN = [sys.executable, "-m", "tests.scaling.stand_in", "train"]
+STEPS, SECONDS = 6, 0.05
+BROKEN = 13  # a seed whose run fails
+
+
+def train(config_file: str, workdir: str) -> int:
+    """A checkpoint a step. ``steps.txt`` lists the steps that were done, with those that were done again."""
+    config, directory = json.loads(pathlib.Path(config_file).read_text()), pathlib.Path(workdir)
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    if config["training"]["seed"] == BROKEN:
+        print("working", "stand_in: this seed is broken", sep="\n", file=sys.stderr)
+        return 2
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.tmp").write_text(json.dumps(config))
+    os.replace(directory / "config.tmp", directory / "config.json")
+    saved = [int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
+    for step in range(max(saved, default=0) + 1, config["training"]["steps"] + 1):
+        time.sleep(SECONDS)
+        with (directory / "steps.txt").open("a") as file:
+            file.write(f"{step}\n")
+        with (directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "loss": 5 - step / 10, "heldout_loss": 5.5, "tokens": step}) + "\n")
+        (directory / "checkpoints" / f"{step}.tmp").mkdir(parents=True)
+        os.replace(directory / "checkpoints" / f"{step}.tmp", directory / "checkpoints" / str(step))
+        if stopped and step < config["training"]["steps"]:
+            return 75
+    return 0
+
+
+def runs(seeds=range(12)):
+    return [{"training.seed": seed} for seed in seeds]
+
+
+def config(dataset, **changes):
+    from jaxlinear import config as configs
+
+    made = configs.default()
+    small = {
+        "pattern": ("rg_lru",),
+        "num_layers": 1,
+        "width": 8,
+        "recurrent_width": 8,
+        "num_heads": 1,
+        "vocab_size": 384,
+    }
+    made.model.update(small)
+    made.data.path = str(dataset)
+    made.training.update({"steps": STEPS} | changes)
+    made.schedule.warmup_steps = 1
+    return made
+
+
+def sweep(directory, dataset, plan=None, *, parallel=4, show=lambda table: None, **changes) -> int:
+    """The status of a manager in this process."""
+    from jaxlinear.scaling.sweeps import executors, manager
+    from jaxlinear.scaling.sweeps.sweep import prepare
+
+    planned = prepare(directory, config(dataset, **changes), plan or runs())
+    executor = executors.Local(planned.directory / "jobs" / "submitit", parallel=parallel)
+    return manager.Manager(planned, executor, TRAIN).run(show, poll=0.05)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "train":
+        flags = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[2:])
+        sys.exit(train(flags["config"].split(":", 1)[1], flags["workdir"]))
+    sys.exit(sweep(*sys.argv[2:]))

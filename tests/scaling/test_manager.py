@@ -1,0 +1,179 @@
+"""Sweeps that are killed, stopped, started again and broken; their runs are those of ``stand_in``."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxlinear.errors import UserError
+from jaxlinear.scaling.sweeps import states
+from jaxlinear.scaling.sweeps.sweep import read
+from tests.scaling import stand_in
+
+PATIENCE = 120
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    """So that jobs, which are processes of their own, find the package of tests."""
+    monkeypatch.chdir(stand_in.ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(stand_in.ROOT))
+
+
+def start(directory, dataset):
+    """A manager in a process group of its own."""
+    command = [sys.executable, "-m", "tests.scaling.stand_in", "sweep", str(directory), str(dataset)]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def wait(process, condition):
+    begin = time.monotonic()
+    while not condition():
+        assert process.poll() is None, "the sweep ended early"
+        assert time.monotonic() - begin < PATIENCE
+        time.sleep(0.01)
+
+
+def progress(directory):
+    return {run.name: run.progress() for run in read(directory).runs} if (directory / "sweep.json").exists() else {}
+
+
+def finished(directory):
+    """The names of runs that have a last checkpoint."""
+    return {path.parent.parent.name for path in directory.glob(f"runs/*/checkpoints/{stand_in.STEPS}")}
+
+
+def steps(directory):
+    """The steps that each run did, in their order."""
+    return {path.parent.name: list(map(int, path.read_text().split())) for path in directory.glob("runs/*/steps.txt")}
+
+
+def attempts(directory):
+    return {run.name: run.files.attempts() for run in read(directory).runs}
+
+
+def running(directory):
+    return {run.name for run in read(directory).runs if run.files.is_running()}
+
+
+def test_killed_half_way_it_ends_complete_and_no_run_is_done_twice(tiny_dataset, tmp_path):
+    process = start(tmp_path, tiny_dataset)
+    wait(process, lambda: len(finished(tmp_path)) >= 6)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before, tries = steps(tmp_path), attempts(tmp_path)
+    done = {name for name in finished(tmp_path) if tries[name] and tries[name][-1].get("status") == 0}
+    assert 6 <= len(finished(tmp_path)) < 12 and done
+    begun = {name for name in tries if tries[name]} - done
+
+    assert stand_in.sweep(tmp_path, tiny_dataset) == 0
+    after, tries = steps(tmp_path), attempts(tmp_path)
+    assert finished(tmp_path) == set(tries) == set(after) and len(after) == 12
+    for name, taken in after.items():
+        if name in done:  # nobody touched it
+            assert taken == before[name] == list(range(1, stand_in.STEPS + 1)) and len(tries[name]) == 1
+        else:  # it went on from its last checkpoint: a step is done twice only if the kill came before it was saved
+            assert sorted(set(taken)) == list(range(1, stand_in.STEPS + 1)) and len(taken) <= stand_in.STEPS + 1
+            assert len(tries[name]) <= (2 if name in begun else 1)
+    assert {run.state for run in progress(tmp_path).values()} == {states.FINISHED}
+
+    assert stand_in.sweep(tmp_path, tiny_dataset) == 0
+    assert steps(tmp_path) == after and attempts(tmp_path) == tries, "a sweep that is done does nothing"
+
+
+def test_runs_that_survive_their_manager_are_waited_for(tiny_dataset, tmp_path):
+    process = start(tmp_path, tiny_dataset)
+    wait(process, lambda: len(list(tmp_path.glob("jobs/*/submitted.json"))) == 4)
+    process.kill()  # the manager alone, whose four jobs are just beginning
+    process.wait()
+    assert not finished(tmp_path)
+    assert stand_in.sweep(tmp_path, tiny_dataset) == 0
+    assert all(taken == list(range(1, stand_in.STEPS + 1)) for taken in steps(tmp_path).values())
+    assert [len(tries) for tries in attempts(tmp_path).values()] == [1] * 12
+
+
+def test_sigterm_has_the_runs_save_themselves(tiny_dataset, tmp_path):
+    process = start(tmp_path, tiny_dataset)
+    wait(process, lambda: len(finished(tmp_path)) >= 1 and running(tmp_path))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=PATIENCE) == 75
+    assert not running(tmp_path)
+    assert 0 < len(finished(tmp_path)) < 12
+    ended = {tries[-1]["status"] for tries in attempts(tmp_path).values() if tries}
+    assert ended <= {0, 75, -signal.SIGTERM}, "the last: before the run had learned what to do"
+    found = {run.state for run in progress(tmp_path).values()}
+    assert found <= {states.FINISHED, states.INTERRUPTED, states.WAITING} and states.WAITING in found
+    assert stand_in.sweep(tmp_path, tiny_dataset) == 0
+    assert all(taken == list(range(1, stand_in.STEPS + 1)) for taken in steps(tmp_path).values())
+
+
+def test_a_failed_run_is_named_with_its_error_and_the_others_end(tiny_dataset, tmp_path):
+    tables = []
+    plan = stand_in.runs([0, stand_in.BROKEN, 1])
+    assert stand_in.sweep(tmp_path, tiny_dataset, plan, show=tables.append) == 1
+    found = dict(tables[-1])
+    assert [run.state for run in found.values()] == [states.FINISHED, states.FAILED, states.FINISHED]
+    assert found[f"seed={stand_in.BROKEN}"].error == "stand_in: this seed is broken"
+    assert progress(tmp_path) == found
+    assert stand_in.sweep(tmp_path, tiny_dataset, plan) == 1, "started again, what failed is tried again"
+    assert [len(tries) for tries in attempts(tmp_path).values()] == [1, 2, 1]
+
+
+def test_more_runs_and_more_steps_may_be_asked_for_later(tiny_dataset, tmp_path):
+    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1])) == 0
+    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1, 2]), steps=stand_in.STEPS + 2) == 0
+    assert steps(tmp_path) == {f"seed={seed}": list(range(1, stand_in.STEPS + 3)) for seed in range(3)}
+
+
+def test_another_run_of_the_same_name_is_refused(tiny_dataset, tmp_path):
+    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1])) == 0
+    with pytest.raises(UserError, match=r"another run: training\.batch_size is 8 there and 4 in this config"):
+        stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), batch_size=4)
+
+
+def test_a_run_that_another_process_holds_is_waited_for(tiny_dataset, tmp_path):
+    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1])) == 0
+    files = read(tmp_path).runs[0].files
+    with files.locked() as lock:
+        assert lock is not None and files.is_running()
+        held = []
+        status = stand_in.sweep(
+            tmp_path,
+            tiny_dataset,
+            stand_in.runs([0, 1]),
+            steps=stand_in.STEPS + 1,
+            show=lambda table: held.append(lock.close()),
+        )
+    assert status == 0 and held
+    assert steps(tmp_path)["seed=0"] == list(range(1, stand_in.STEPS + 2))
+
+
+def test_two_managers_are_one_too_many(tiny_dataset, tmp_path):
+    def second(_):
+        with pytest.raises(UserError, match=r"another launch/sweep\.py works on"):
+            stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]))
+        asked.append(True)
+
+    asked = []
+    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), show=second) == 0
+    assert asked
+
+
+def test_without_data_nothing_is_started(tmp_path):
+    with pytest.raises(UserError, match=r"data\.path is not set"):
+        stand_in.sweep(tmp_path / "sweep", "", stand_in.runs([0]))
+    with pytest.raises(UserError, match="no dataset at"):
+        stand_in.sweep(tmp_path / "sweep", tmp_path / "nothing", stand_in.runs([0]))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_directory_that_is_none_of_a_sweep(tmp_path):
+    with pytest.raises(UserError, match=r"is not the directory of a sweep: it has no sweep\.json"):
+        read(tmp_path)
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": [{}]}))
+    with pytest.raises(UserError, match=r"sweep\.json is damaged: 'name'"):
+        read(tmp_path)

@@ -1,0 +1,105 @@
+"""Which runs a sweep has, what they are called, and what is refused."""
+
+import pytest
+
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
+from jaxlinear.scaling import flops
+from jaxlinear.scaling.sweeps import plans
+
+
+def base(**changes):
+    config = configs.default()
+    config.model.vocab_size = 512
+    config.training.update({"batch_size": 4, "sequence_length": 64} | changes)
+    return config
+
+
+SIZES = plans.ladder({"hawk": ["hawk_6m"], "griffin": ["griffin_2m", {"model.preset": "griffin_6m", "size": "six"}]})
+
+
+def test_a_grid_is_every_combination():
+    runs = plans.grid({"optimizer.learning_rate": [1e-3, 2e-3], "training.seed": [0, 1]})
+    assert [tuple(run.values()) for run in runs] == [(1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1)]
+    assert plans.names(runs)[1] == "learning_rate=0.001-seed=1"
+
+
+def test_a_product_joins_runs():
+    runs = plans.product(SIZES, plans.grid({"training.seed": [7]}))
+    assert [run["training.seed"] for run in runs] == [7, 7, 7]
+    assert [run["model.preset"] for run in runs] == ["hawk_6m", "griffin_2m", "griffin_6m"]
+
+
+def test_names_are_those_of_sizes_budgets_and_what_differs():
+    assert plans.names(SIZES) == ["hawk_6m", "griffin_2m", "griffin-six"]
+    runs = plans.isoflops(base(), SIZES[:1], [1e13, 2e13])
+    assert plans.names(runs) == ["hawk_6m-1e13flops", "hawk_6m-2e13flops"]
+    assert plans.names(plans.product(runs[:1], plans.grid({"training.seed": [0, 1]}))) == [
+        "hawk_6m-1e13flops-seed=0",
+        "hawk_6m-1e13flops-seed=1",
+    ]
+    assert plans.names([{"model.pattern": ("rg_lru", "gla"), "data.path": "a/b"}, {"model.pattern": ("gla",)}]) == [
+        "pattern=rg_lru+gla-path=a_b",
+        "pattern=gla",
+    ]
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_isoflops_spend_the_budget(logits):
+    budget, config = 2e13, base()
+    for run in plans.isoflops(config, SIZES, [budget], logits=logits, warmup_fraction=0.1):
+        resolved = plans.resolve(config, run)
+        tokens = resolved.training.steps * 4 * 64
+        spent = tokens * flops.training_flops_per_token(configs.model_config(resolved), 64, logits=logits)
+        assert spent == pytest.approx(budget, rel=0.02)
+        assert run["budget"] == budget and run["budget_counts"] == ("with logits" if logits else "without logits")
+        assert resolved.schedule.warmup_steps == round(0.1 * resolved.training.steps)
+
+
+def test_fixed_tokens():
+    runs = plans.fixed_tokens(base(), SIZES, [25_600, 51_200], warmup_fraction=0.05)
+    assert [run["training.steps"] for run in runs] == [100] * 3 + [200] * 3
+    assert [run["schedule.warmup_steps"] for run in runs] == [5] * 3 + [10] * 3
+    assert plans.names(runs)[:3] == [
+        "hawk_6m-steps=100-warmup_steps=5",
+        "griffin_2m-steps=100-warmup_steps=5",
+        ("griffin-six-steps=100-warmup_steps=5"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "run, message",
+    [
+        ({"model.wdth": 3}, "there is no config key 'model.wdth'; did you mean 'model.width'?"),
+        ({"architectur": "x"}, "neither a config key nor a label 'architectur'; did you mean 'architecture'?"),
+        ({"training.steps": "many"}, "training.steps='many': "),
+        ({"model.preset": "griffin_3m"}, "there is no preset 'griffin_3m'"),
+        ({"model.preset": "griffin_2m", "training.steps": 0}, "training.steps is 0"),
+    ],
+)
+def test_runs_that_are_refused(run, message):
+    with pytest.raises(UserError) as refusal:
+        plans.resolve(base(), run)
+    assert message in str(refusal.value)
+
+
+def test_ladders_that_are_refused():
+    with pytest.raises(UserError, match=r"the budget of 6e\+09 FLOPs is \d\.\d+ steps of 256 tokens for hawk_6m"):
+        plans.isoflops(base(), SIZES, [6e9])
+    silent, unknown = base(), base()
+    silent.evaluation.every_steps = 0
+    unknown.model.vocab_size = None
+    sizes = [
+        {"model.preset": "", "model.pattern": ("gla",), "model.num_layers": 1, "model.width": 8, "model.num_heads": 1}
+    ]
+    with pytest.raises(UserError, match="a ladder compares held-out losses"):
+        plans.fixed_tokens(silent, SIZES, [25_600])
+    with pytest.raises(UserError, match=r"set model\.vocab_size"):
+        plans.isoflops(unknown, sizes, [1e13])
+
+
+def test_the_same_run_twice_is_refused():
+    with pytest.raises(UserError, match="2 runs of the sweep are the same: griffin_2m"):
+        plans.names([SIZES[1], SIZES[1]])
+    with pytest.raises(UserError, match="a grid takes a list"):
+        plans.grid({"model.preset": "griffin_2m"})
