@@ -11,7 +11,7 @@ from jaxlinear import config as configs
 from jaxlinear.errors import UserError
 from jaxlinear.scaling import flops
 
-# architecture and size name what is compared; budget is in FLOPs, counted with the logits unless it says "without".
+# architecture and size name what is compared; budget is in FLOPs, which budget_counts "with" or "without" the logits.
 LABELS = ("architecture", "size", "budget", "budget_counts")
 _ROUNDING = 0.05  # how far whole steps may be from the tokens that a ladder asks for
 
@@ -78,7 +78,7 @@ def isoflops(
             )
             what = f"the budget of {budget:.4g} FLOPs"
             run = _lasting(config, size, budget / per_token, what, warmup_fraction=warmup_fraction)
-            runs.append({**run, "budget": budget, "budget_counts": "with logits" if logits else "without logits"})
+            runs.append({**run, "budget": budget, "budget_counts": "with" if logits else "without"})
     return runs
 
 

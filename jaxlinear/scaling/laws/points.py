@@ -1,0 +1,98 @@
+"""What a finished sweep measured: of each run its parameters, tokens, FLOPs and held-out loss."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
+from jaxlinear.models.parameters import describe
+from jaxlinear.scaling import flops
+from jaxlinear.scaling.sweeps import states
+from jaxlinear.scaling.sweeps.sweep import PlannedRun, read
+from jaxlinear.training import metrics
+from jaxlinear.training.workdir import read_config
+
+COUNTS = {"with": "with embeddings", "without": "without embeddings"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A run at its end. FLOPs are forward and backward; ``budget`` is that of an isoFLOP ladder, ``budget_counts`` which of
+    ``COUNTS`` it was counted by."""
+
+    name: str
+    architecture: str
+    parameters: int
+    embedding_parameters: int
+    tokens: int
+    flops_per_token: float
+    logits_flops_per_token: float
+    loss: float
+    budget: float | None = None
+    budget_counts: str | None = None
+
+    def size(self, counts: str) -> int:
+        """N, by one of ``COUNTS``: all parameters, or those that are not of an embedding."""
+        return self.parameters - (self.embedding_parameters if counts == "without" else 0)
+
+    def token_flops(self, counts: str) -> float:
+        """FLOPs a token: all, or those that are not of the logits."""
+        return self.flops_per_token - (self.logits_flops_per_token if counts == "without" else 0)
+
+    def flops(self, counts: str) -> float:
+        return self.tokens * self.token_flops(counts)
+
+
+def of_sweep(workdir: str | os.PathLike, *, partial: bool = False) -> list[Point]:
+    """The runs of the sweep in ``workdir``; of those with the same architecture, size and tokens the one of the lowest
+    loss, so that a sweep may try several learning rates.
+
+    Raises:
+      UserError: a run is not finished (with ``partial`` it is left out), or has no held-out loss at its end.
+    """
+    sweep = read(workdir)
+    unfinished = [run for run in sweep.runs if not states.is_finished(run.files, run.steps)]
+    if unfinished and (not partial or len(unfinished) == len(sweep.runs)):
+        first = unfinished[0]
+        raise UserError(
+            f"{len(unfinished)} of the {len(sweep.runs)} runs in {workdir} are not finished, {first.name} ("
+            f"{first.progress().state}) among them; launch/sweep.py goes on with them, --partial does without"
+        )
+    names = {run.name for run in unfinished}
+    return best([_point(run) for run in sweep.runs if run.name not in names])
+
+
+def best(points: Sequence[Point]) -> list[Point]:
+    """One point of each architecture, size and number of tokens."""
+    kept: dict[tuple, Point] = {}
+    for point in points:
+        key = (point.architecture, point.parameters, point.tokens)
+        if key not in kept or point.loss < kept[key].loss:
+            kept[key] = point
+    return list(kept.values())
+
+
+def _point(run: PlannedRun) -> Point:
+    config = read_config(run.files.workdir)
+    training = config.training
+    losses = [line["heldout_loss"] for line in metrics.read(run.files.workdir) if "heldout_loss" in line]
+    if not losses:
+        raise UserError(f"the run {run.name} has no held-out loss: train it with evaluation.every_steps")
+    model = configs.model_config(config)
+    architecture = describe(model)
+    counted = [
+        flops.training_flops_per_token(model, training.sequence_length, logits=logits) for logits in (True, False)
+    ]
+    return Point(
+        name=run.name,
+        architecture=run.labels.get("architecture") or "+".join(dict.fromkeys(model.pattern)),
+        parameters=architecture.num_parameters,
+        embedding_parameters=architecture.num_embedding_parameters,
+        tokens=training.steps * training.batch_size * training.sequence_length,
+        flops_per_token=counted[0],
+        logits_flops_per_token=counted[0] - counted[1],
+        loss=losses[-1],
+        budget=run.labels.get("budget"),
+        budget_counts=run.labels.get("budget_counts"),
+    )

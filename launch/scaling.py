@@ -1,0 +1,32 @@
+"""Fits scaling laws to a finished sweep: python launch/scaling.py --workdir=DIR. docs/scaling.md explains it."""
+
+import os
+
+from absl import flags, logging
+
+from jaxlinear import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The sweep.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Where the report goes; by default into the sweep's directory, scaling/.")
+_BASELINE = flags.DEFINE_string("baseline", None, "The architecture that others are measured against; else the first.")
+_PARTIAL = flags.DEFINE_boolean("partial", False, "Leave out runs that are not finished.")
+_REPLICATES = flags.DEFINE_integer("replicates", 500, "Resamplings, for the intervals.", lower_bound=20)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the resamplings.")
+
+
+def main() -> None:
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what it is asked for: to open a run for reading only
+    from jaxlinear.scaling.laws import comparison, points, report
+
+    measured = points.of_sweep(_WORKDIR.value, partial=_PARTIAL.value)
+    fitted = comparison.compare(measured, baseline=_BASELINE.value, replicates=_REPLICATES.value, seed=_SEED.value)
+    name = os.path.basename(os.path.abspath(_WORKDIR.value))
+    output = _OUTPUT.value or os.path.join(_WORKDIR.value, "scaling")
+    written = report.write(fitted, output, title=f"Scaling laws: {name}")
+    print(report.text(fitted))
+    print()
+    print(*written, sep="\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

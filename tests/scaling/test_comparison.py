@@ -1,0 +1,184 @@
+"""Several architectures on the same axes, from runs whose laws are known; the report of them; the runs of a sweep."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxlinear.errors import UserError
+from jaxlinear.scaling.laws import comparison, optimum, points, report
+from jaxlinear.scaling.laws.parametric import Law
+from tests.evaluation import test_html
+from tests.scaling import stand_in
+
+LAWS = {
+    "slow": Law(E=1.8, A=400.0, B=1500.0, alpha=0.34, beta=0.36),
+    "fast": Law(E=1.8, A=300.0, B=1300.0, alpha=0.34, beta=0.36),
+}
+BUDGETS = (1e15, 4e15, 1.6e16)
+
+
+def ladder(budgets=BUDGETS, sizes=5, noise=0.0005):
+    """Runs at the optimum's size and around it; a third of the parameters are embeddings, a fourth of the FLOPs logits."""
+    random, made = np.random.default_rng(0), []
+    for name, law in LAWS.items():
+        for budget in budgets:
+            best = optimum.compute_optimal(law, budget).parameters
+            for size in best * np.geomspace(0.25, 4, sizes):
+                tokens = budget / (6 * size)
+                loss = float(law.loss(size, tokens) * np.exp(noise * random.standard_normal()))
+                made.append(
+                    points.Point(
+                        name=f"{name}-{budget:g}-{size:.0f}",
+                        architecture=name,
+                        parameters=int(size),
+                        embedding_parameters=int(size / 3),
+                        tokens=int(tokens),
+                        flops_per_token=6 * size,
+                        logits_flops_per_token=1.5 * size,
+                        loss=loss,
+                        budget=budget,
+                        budget_counts="with",
+                    )
+                )
+    return made
+
+
+@pytest.fixture(scope="module")
+def compared():
+    return comparison.compare(ladder(), replicates=50)
+
+
+def test_the_laws_are_those_that_made_the_losses(compared):
+    for name, law in LAWS.items():
+        fit = compared.fits["with"][name]
+        assert (fit.cost.kappa, fit.cost.gamma) == pytest.approx((6, 1), rel=1e-4)
+        assert abs(fit.constant("E").value - law.E) < 0.06
+        for constant in ("alpha", "beta"):
+            found = fit.constant(constant)
+            assert found.low <= getattr(law, constant) <= found.high and found.high - found.low < 0.05
+        best = optimum.compute_optimal(law, 4e15)
+        assert fit.optimum(4e15)["parameters"].value == pytest.approx(best.parameters, rel=0.03)
+        assert fit.optimum(4e15)["loss"].value == pytest.approx(best.loss, rel=0.003)
+        assert fit.profile is not None and fit.profile.best.power == pytest.approx(fit.exponents()[0].value, abs=0.02)
+        assert fit.undetermined() == [] and fit.refusals == []
+
+
+def test_without_embeddings_parameters_and_flops_are_fewer(compared):
+    for name, law in LAWS.items():
+        fit = compared.fits["without"][name]
+        assert fit.cost.per_token(1e6) == pytest.approx(4.5 * 1.5e6, rel=1e-3), (
+            "three fourths of 6 N for two thirds of N"
+        )
+        assert fit.law is not None and pytest.approx(law.A * (2 / 3) ** law.alpha, rel=0.15) == fit.law.best.A
+        assert fit.profile is None, "the budgets counted the logits"
+    assert compared.budgets["with"] == [*BUDGETS, 1.6e17]
+    assert compared.budgets["without"] == pytest.approx([7.5e14, 3e15, 1.2e16, 1.2e17], rel=1e-3)
+
+
+def test_what_one_is_worth_in_the_others_flops(compared):
+    assert compared.baseline == "slow"
+    truth = optimum.compute_multiplier(LAWS["fast"], optimum.Cost(), LAWS["slow"], optimum.Cost(), 4e15)
+    found = compared.multiplier("with", "fast", 4e15)
+    assert truth > 1.5 and found.low <= truth <= found.high and found.value == pytest.approx(truth, rel=0.03)
+    assert compared.multiplier("with", "slow", 4e15).value == pytest.approx(1)
+
+
+def test_of_runs_that_differ_in_nothing_else_the_best_counts():
+
+    runs = ladder()
+    worse = [dataclasses.replace(run, name="worse", loss=run.loss + 1) for run in runs]
+    assert points.best([*worse, *runs]) == runs
+
+
+def test_too_few_runs_have_no_law():
+    found = comparison.compare(ladder(budgets=(1e15,), sizes=4), replicates=20).fits["with"]["fast"]
+    assert found.law is None and found.profile is not None
+    assert found.refusals == ["the parametric law needs at least 6 runs; there are 4"]
+    with pytest.raises(UserError, match="no architecture 'faster' in the sweep; there are slow, fast"):
+        comparison.compare(ladder(), baseline="faster")
+    with pytest.raises(UserError, match="no runs to compare"):
+        comparison.compare([])
+
+
+def test_constants_that_the_runs_do_not_tell():
+    """Losses that depend on nothing."""
+    random = np.random.default_rng(0)
+    runs = [run for run in ladder() if run.architecture == "fast"]
+    alike = [dataclasses.replace(run, loss=3 + 0.01 * random.standard_normal()) for run in runs]
+    found = comparison.compare(alike, replicates=30)
+    assert {"alpha", "beta"} <= set(found.fits["with"]["fast"].undetermined())
+    assert "fast: these runs do not determine" in report.text(found)
+
+
+def test_the_report(compared, tmp_path):
+    written = report.write(compared, tmp_path / "out", title="A ladder")
+    names = [
+        "scaling.json",
+        *(f"{name}.{kind}" for name in ("loss", "optimum", "residuals", "isoflop") for kind in ("svg", "png")),
+    ]
+    assert [path.name for path in written] == [*names, "scaling.html"]
+    assert all(path.stat().st_size > 1000 for path in written)
+    read = test_html.assert_self_contained(written[-1].read_text())
+    for text in ("A ladder", "fast-4e+15-", "IsoFLOP profiles (with embeddings)", "The best use of 1.6e+17 FLOPs"):
+        assert text in read.text
+    values = json.loads(written[0].read_text())
+    fast = values["counts"]["with embeddings"]["fast"]
+    assert fast["law"]["alpha"] == list(compared.fits["with"]["fast"].constant("alpha"))
+    assert [found["flops"] for found in fast["optimum"]] == [*BUDGETS, 1.6e17]
+    assert fast["optimum"][1]["baseline_flops_multiplier"][0] > 1.5
+    assert len(fast["isoflop"]["minima"]) == 3 and all(minimum["inside"] for minimum in fast["isoflop"]["minima"])
+    assert len(fast["runs"]) == 15
+    again = report.write(compared, tmp_path / "again", title="A ladder")
+    assert [path.read_bytes() for path in again if path.suffix != ".png"] == [
+        path.read_bytes() for path in written if path.suffix != ".png"
+    ]
+
+
+def test_the_terminal_shows_the_same(compared):
+    lines = report.text(compared).splitlines()
+    assert lines[0] == "counted with embeddings"
+    assert lines[2].split("  ")[0] == "architecture"
+    assert sum(line.startswith("fast ") for line in lines) == 2 * (1 + 4)
+
+
+def test_numbers_for_people():
+    values = [0.3412, 12.34, 1234.0, 5.6e6, 7.8e9, 2e12, float("nan"), float("inf")]
+    assert list(map(report._number, values)) == ["0.341", "12.3", "1.23k", "5.6M", "7.8G", "2T", "?", "∞"]
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny_dataset, tmp_path_factory):
+    """Two finished runs, and one that failed, of ``stand_in``."""
+    directory = tmp_path_factory.mktemp("sweep")
+    plan = [{"architecture": "small", "training.seed": seed} for seed in (0, stand_in.BROKEN)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(stand_in.ROOT)
+        patch.setenv("PYTHONPATH", str(stand_in.ROOT))
+        assert stand_in.sweep(directory, tiny_dataset, plan) == 1
+    return directory
+
+
+def test_the_runs_of_a_sweep(sweep):
+    with pytest.raises(UserError, match=r"1 of the 2 runs in .* are not finished, small-seed=13 \(failed\) among them"):
+        points.of_sweep(sweep)
+    (point,) = points.of_sweep(sweep, partial=True)
+    assert (point.name, point.architecture, point.loss) == ("small-seed=0", "small", 5.5)
+    assert point.tokens == stand_in.STEPS * 8 * 1024
+    assert point.embedding_parameters == 384 * 8 and point.size("without") == point.parameters - 384 * 8
+    assert point.logits_flops_per_token == 3 * 2 * 8 * 384
+    assert point.flops("with") - point.flops("without") == point.tokens * point.logits_flops_per_token
+
+
+def test_the_program(sweep):
+    command = [sys.executable, "launch/scaling.py", f"--workdir={sweep}"]
+    refused = subprocess.run(command, cwd=stand_in.ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.startswith("scaling.py: 1 of the 2 runs in ")
+    done = subprocess.run([*command, "--partial"], cwd=stand_in.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "small: the parametric law needs at least 6 runs; there are 1" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(sweep / "scaling" / "scaling.html")
+    assert (sweep / "scaling" / "loss.png").exists()
