@@ -55,6 +55,7 @@ setup(
         "tokenizers>=0.21,<0.24",  # byte-level BPE
         "zstandard>=0.23,<0.26",  # sources that end in .zst
         "ml-collections>=1.1,<2",  # configs
+        "pyyaml>=6,<7",  # manifests for GKE
         "absl-py>=2.1,<3",  # flags and logging
         "tensorboardX>=2.6,<3",  # TensorBoard events
         "tqdm>=4.66,<5",  # progress bars

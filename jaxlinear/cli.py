@@ -25,8 +25,9 @@ _ENVIRONMENT_ERRORS = {
 }
 
 
-def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
-    """Parses absl flags, calls ``main()`` and exits with its status (None means 0).
+def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes_arguments: bool = False) -> None:
+    """Parses absl flags, calls ``main()`` and exits with its status (None means 0). What follows after ``--`` is refused,
+    or, with ``takes_arguments``, given to ``main``.
 
     ``UserError``, a malformed flag and the errors of a full or read-only disk become one line on stderr and exit
     status 2. Any other exception is a defect and keeps its traceback. A process that has others beside it and fails alone
@@ -36,10 +37,10 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     message, status, alone = None, 0, False
     try:
         rest = _parse(argv)
-        if rest:
+        if rest and not takes_arguments:
             raise UserError(f"unexpected argument {rest[0]!r}: every option is written --name=value")
         _show_messages()
-        status = main() or 0
+        status = (main(rest) if takes_arguments else main()) or 0
     except (flags.Error, UserError) as error:
         message, status = str(error), 2
         alone = not isinstance(error, EveryProcessError)
@@ -83,11 +84,7 @@ def _parse(argv: list[str]) -> list[str]:
     """The arguments that are not flags. For an unknown key or file of ``--config`` ml_collections has only tracebacks."""
     if "config" not in flags.FLAGS:
         return flags.FLAGS(argv)[1:]
-    from jaxlinear import config as configs
-
-    overrides = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv) if match]
-    configs.check_known(overrides)
-    file = _config_file(argv)
+    file = check_config_options(argv)
     try:
         return flags.FLAGS(argv)[1:]
     except (AttributeError, KeyError) as error:
@@ -99,6 +96,15 @@ def _parse(argv: list[str]) -> list[str]:
         near = re.search(r'Did you mean ("\w+")', str(error))
         advice = f"; did you mean {near[1]}?" if near else ""
         raise UserError(f'{file}, line {lines[-1]}: there is no config key "{key[1]}"{advice}') from error
+
+
+def check_config_options(argv: list[str]) -> str | None:
+    """The file that ``--config`` names, if any. ``UserError`` for one that is not there, and for an unknown key."""
+    from jaxlinear import config as configs
+
+    overrides = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv) if match]
+    configs.check_known(overrides)
+    return _config_file(argv)
 
 
 def _config_file(argv: list[str]) -> str | None:

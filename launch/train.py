@@ -10,6 +10,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lies. One that is
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes train together.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+_EXPECT = flags.DEFINE_string("expect", None, "PLATFORM:DEVICES that all processes see together, or none goes on.")
 flags.mark_flag_as_required("config")
 
 
@@ -18,6 +19,8 @@ def main() -> int:
     from jaxlinear.training.loop import train
 
     start.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if _EXPECT.value:
+        start.expect(_EXPECT.value)
     return train(_CONFIG.value, _WORKDIR.value)
 
 

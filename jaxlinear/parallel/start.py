@@ -4,6 +4,7 @@ import contextlib
 import glob
 import importlib.util
 import os
+import re
 import zlib
 from collections.abc import Iterator
 
@@ -31,7 +32,38 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     elif len(missing) < len(given):
         raise UserError(f"--coordinator, --processes and --process belong together; --{missing[0]} is missing")
     elif _under_a_scheduler():
-        jax.distributed.initialize()
+        jax.distributed.initialize(local_device_ids=_gpus_of_a_node())
+
+
+def expect(what: str) -> None:
+    """Raises ``UserError`` on every process unless together they see these devices: ``gpu:16``, ``tpu:64``, ``cpu:2``."""
+    platform, _, count = what.partition(":")
+    if not re.fullmatch(r"[1-9]\d*", count) or platform not in _PLATFORMS:
+        raise UserError(
+            f"--expect={what!r} is not PLATFORM:DEVICES, such as gpu:16; platforms are {', '.join(_PLATFORMS)}"
+        )
+    found = jax.default_backend()
+    seen = _of_every_process(_PLATFORMS.index(found) if found in _PLATFORMS else -1, jax.local_device_count())
+    if np.all(seen[:, 0] == _PLATFORMS.index(platform)) and seen[:, 1].sum() == int(count):
+        return
+    by_what: dict[str, list[int]] = {}
+    for process, (index, devices) in enumerate(seen.tolist()):
+        by_what.setdefault(f"{devices} {_PLATFORMS[index] if index >= 0 else 'unknown'}", []).append(process)
+    each = "; ".join(f"process {_named(np.array(processes))} sees {words}" for words, processes in by_what.items())
+    advice = "" if jax.process_count() > 1 or int(count) == 1 else "; it is alone: were the others not found?"
+    raise EveryProcessError(f"{count} {platform} devices are expected in all, but {each}{advice}")
+
+
+_PLATFORMS = ("cpu", "gpu", "tpu")
+
+
+def _gpus_of_a_node() -> list[int] | None:
+    """Under SLURM JAX takes one GPU for each process. One process a node has all of them: those that are visible."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    visible = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
+    if "SLURM_PROCID" not in os.environ or not re.fullmatch(r"1(\(x\d+\))?", tasks) or len(visible) < 2:
+        return None
+    return list(range(len(visible)))
 
 
 def _under_a_scheduler() -> bool:
@@ -86,7 +118,7 @@ def together() -> Iterator[None]:
 
 def _of_every_process(*numbers: int) -> np.ndarray:
     """``[processes, numbers]``."""
-    return multihost_utils.process_allgather(np.array(numbers, np.int32))
+    return multihost_utils.process_allgather(np.array(numbers, np.int32), tiled=False).reshape(-1, len(numbers))
 
 
 def _named(processes: np.ndarray) -> str:

@@ -1,0 +1,98 @@
+"""A run as a JobSet of a GKE cluster: one pod a host, started again together when one of them is gone."""
+
+from typing import Any
+
+import yaml
+
+from jaxlinear.errors import UserError
+from jaxlinear.launching.request import PREEMPTED, Request
+
+_PORT = 8476
+
+# Labels of the nodes (cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus and .../how-to/gpus).
+_TPUS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
+_GPUS = {"h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb", "a100": "nvidia-tesla-a100"}
+
+
+def render(request: Request, *, image: str, restarts: int = 20, grace: int = 300, spot: bool = False) -> str:
+    """The manifest for ``kubectl apply -f``.
+
+    Args:
+      request: of TPUs or GPUs.
+      image: a container with this project in its working directory.
+      restarts: how often a failure is followed by another start; a preemption does not count.
+      grace: seconds between SIGTERM and SIGKILL.
+      spot: on nodes that may be taken away at any time.
+    """
+    if request.kind == "gpu":
+        raise UserError("GKE needs to know which GPU: h100:N, h200:N or a100:N")
+    if not image:
+        raise UserError("--platform=gke needs --image, a container with this project in its working directory")
+    on_tpu = request.platform == "tpu"
+    resource = "google.com/tpu" if on_tpu else "nvidia.com/gpu"
+    selector = (
+        {
+            "cloud.google.com/gke-tpu-accelerator": _TPUS[request.kind],
+            "cloud.google.com/gke-tpu-topology": request.shape,
+        }
+        if on_tpu
+        else {"cloud.google.com/gke-accelerator": _GPUS[request.kind]}
+    )
+    if spot:
+        selector["cloud.google.com/gke-spot"] = "true"
+    container: dict[str, Any] = {
+        "name": "train",
+        "image": image,
+        "command": ["bash", "-c", f"exec {request.line(*_joining(request))}"],
+        "resources": {"limits": {resource: request.on_a_host}},
+    }
+    if request.hosts > 1:
+        container["ports"] = [{"containerPort": _PORT}]
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": grace,
+        "nodeSelector": selector,
+        "containers": [container],
+    }
+    # A pod that is evicted, and one that saved itself, end the job at once; the set then starts again, and that is not
+    # counted. Any other failure is.
+    rules = [
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [PREEMPTED]}},
+    ]
+    job = {
+        "backoffLimit": 0,
+        "completions": request.hosts,
+        "parallelism": request.hosts,
+        "completionMode": "Indexed",
+        "podFailurePolicy": {"rules": rules},
+        "template": {"spec": pod},
+    }
+    manifest = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": request.name},
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": restarts,
+                "rules": [
+                    {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]},
+                ],
+            },
+            "network": {"enableDNSHostnames": True},
+            "replicatedJobs": [{"name": "hosts", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+    if on_tpu and request.hosts > 1:
+        # All pods on the hosts of one slice, and no others there.
+        topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+        manifest["metadata"] = {"name": request.name, "annotations": topology}
+    return yaml.safe_dump(manifest, sort_keys=False, width=1000)
+
+
+def _joining(request: Request) -> list[str]:
+    """How the processes find each other: on TPU JAX knows from the pods' environment."""
+    if request.platform == "tpu" or request.hosts == 1:
+        return []
+    first = f"{request.name}-hosts-0-0.{request.name}"
+    return [f"--coordinator={first}:{_PORT}", f"--processes={request.hosts}", '--process="$JOB_COMPLETION_INDEX"']

@@ -1,0 +1,62 @@
+"""A run as several processes on this machine, joined by its loopback."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from jaxlinear.errors import UserError
+from jaxlinear.launching.request import PREEMPTED, Request
+
+
+def run(request: Request, *, processes: int, requeue: bool = False) -> int:
+    """Runs it to its end and returns the status: the largest of its processes'. SIGTERM and SIGINT are passed on to them.
+
+    GPUs are dealt out to the processes in equal parts. With ``requeue`` a run that was preempted is started again, unless
+    this program was told to end.
+    """
+    if request.devices % processes:
+        raise UserError(f"--processes={processes} does not divide {request.devices} devices")
+    told = False
+    running: list[subprocess.Popen] = []
+
+    def end(number: int, _: Any) -> None:
+        nonlocal told
+        told = True
+        for process in running:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while True:
+            joining = [f"--coordinator=127.0.0.1:{_free_port()}", f"--processes={processes}"] if processes > 1 else []
+            for i in range(processes):
+                command = request.command(*joining, *([f"--process={i}"] if joining else []))
+                environment = _environment(request, i, processes)
+                running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment))
+            # One that a signal ended has a negative number, and is as bad as any.
+            statuses = [process.wait() for process in running]
+            status = max(status if status >= 0 else 128 - status for status in statuses)
+            running.clear()
+            if status != PREEMPTED or told or not requeue:
+                return status
+            print("the run was preempted: it goes on", file=sys.stderr, flush=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment(request: Request, process: int, processes: int) -> dict[str, str]:
+    environment = dict(os.environ)
+    if request.platform == "gpu" and processes > 1:
+        each = request.devices // processes
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(process * each + i) for i in range(each))
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

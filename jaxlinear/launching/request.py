@@ -1,0 +1,70 @@
+"""What is asked for, whatever schedules it: a training command on a number of devices."""
+
+import dataclasses
+import math
+import re
+import shlex
+from collections.abc import Sequence
+
+from jaxlinear.errors import UserError
+
+# Chips of a host of a TPU slice that has several hosts, and GPUs of a host.
+_ON_A_HOST = {"v5e": 4, "v5p": 4, "v6e": 4, "h100": 8, "h200": 8, "a100": 8, "gpu": 8, "cpu": 1}
+_PROGRAM = "launch/train.py"
+PREEMPTED = 75  # what it ends with when it has saved itself (training.loop.PREEMPTED, which takes JAX to import)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A run of ``launch/train.py``. ``arguments`` are its own; ``shape`` is a TPU slice's, in chips, or None for GPUs."""
+
+    name: str
+    kind: str
+    shape: str | None
+    devices: int
+    hosts: int
+    python: str
+    arguments: tuple[str, ...]
+
+    @property
+    def platform(self) -> str:
+        return "tpu" if self.shape else "cpu" if self.kind == "cpu" else "gpu"
+
+    @property
+    def on_a_host(self) -> int:
+        return self.devices // self.hosts
+
+    def command(self, *joining: str) -> list[str]:
+        """Of one process. It goes no further unless all of them together see the devices that they should."""
+        expected = f"--expect={self.platform}:{self.devices}"
+        return [self.python, _PROGRAM, *self.arguments, expected, *joining]
+
+    def line(self, *joining: str) -> str:
+        """The command for a shell. What is in ``joining`` stands as it is, with variables of the shell."""
+        return " ".join([shlex.join(self.command()), *joining])
+
+
+def make(target: str, name: str | None, arguments: Sequence[str], *, python: str, on_a_host: int | None) -> Request:
+    """``target``: ``v5e:4x8`` (v5p, v6e: a slice by its shape) or ``h100:16`` (h200, a100, gpu, cpu: a number of them)."""
+    kind, _, size = target.partition(":")
+    tpu = bool(re.fullmatch(r"v\d+[a-z]", kind))
+    if kind not in _ON_A_HOST or not re.fullmatch(r"\d+(x\d+){1,2}" if tpu else r"[1-9]\d*", size):
+        raise UserError(
+            f"there is no target {target!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16) or a "
+            "number of GPUs (h100:16; also h200, a100, or gpu for any) or of CPU devices (cpu:2)"
+        )
+    devices = math.prod(map(int, size.split("x")))
+    full = on_a_host or _ON_A_HOST[kind]
+    hosts, rest = divmod(devices, full)
+    if rest and hosts:
+        raise UserError(
+            f"{target}: more than {full} devices are whole hosts of as many; --devices_a_host says how many"
+        )
+    values = dict(found.groups() for x in arguments if (found := re.fullmatch(r"--?(workdir|config)=(.*)", x)))
+    for key in ("config", "workdir"):
+        if not values.get(key):
+            raise UserError(f"the training command has no --{key}=...; it is what follows after --")
+    name = name or re.sub(r"[^a-z0-9]+", "-", values["workdir"].rstrip("/").rpartition("/")[2].lower()).strip("-")
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
+        raise UserError(f"--name={name!r} is no name for a job; it is a letter, then letters, digits and -, at most 40")
+    return Request(name, kind, size if tpu else None, devices, max(hosts, 1), python, tuple(arguments))

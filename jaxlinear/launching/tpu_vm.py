@@ -1,0 +1,71 @@
+"""A run on the TPU VMs of a slice: a shell script that asks for the slice, starts a process on each host, and begins again
+when the slice is taken away."""
+
+import shlex
+
+from jaxlinear.errors import UserError
+from jaxlinear.launching.request import PREEMPTED, Request
+
+# The type of a slice by its number of chips, and the software of its hosts (cloud.google.com/tpu/docs/runtimes).
+_TYPES = {"v5e": "v5litepod-{chips}", "v5p": "v5p-{cores}", "v6e": "v6e-{chips}"}
+_RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+
+
+def render(
+    request: Request, *, zone: str, project: str, setup: str, directory: str = "jaxlinear", spot: bool = False
+) -> str:
+    """The script, to be left running where ``gcloud`` is.
+
+    Args:
+      request: of a TPU slice.
+      zone, project: of Google Cloud.
+      setup: shell that makes this project, with its environment, in ``directory`` of every host.
+      directory: where the training command runs.
+      spot: of slices that may be taken away at any time.
+    """
+    if request.platform != "tpu":
+        raise UserError(
+            f"--platform=tpu_vm is for TPUs, not for {request.kind}:{request.devices}; slurm and gke have GPUs"
+        )
+    missing = [name for name, value in (("zone", zone), ("project", project), ("setup", setup)) if not value]
+    if missing:
+        raise UserError(f"--platform=tpu_vm needs --{missing[0]}")
+    slice_type = _TYPES[request.kind].format(chips=request.devices, cores=2 * request.devices)
+    asked = f"--node-id={request.name} --accelerator-type={slice_type} --runtime-version={_RUNTIMES[request.kind]}"
+    asked += " --spot" if spot else ""
+    where = f"--zone={shlex.quote(zone)} --project={shlex.quote(project)}"
+    # Processes that have saved themselves begin again together.
+    loop = f'until {request.line()}; do status=$?; [ "$status" -eq {PREEMPTED} ] || exit "$status"; done'
+    train = f"cd {shlex.quote(directory)} && {loop}"
+    return f"""#!/bin/bash
+# Asks for a {request.kind} slice of {request.shape}, trains on it, and asks again when it is taken away. The same
+# command goes on from what was saved: the work directory must be on a file system that outlives the slice, and is the same
+# on all hosts.
+set -u
+
+name={request.name}
+gcloud="gcloud --quiet"
+
+state() {{
+  $gcloud compute tpus queued-resources describe "$name" {where} --format='value(state.state)' 2>/dev/null
+}}
+
+on_all() {{
+  $gcloud compute tpus tpu-vm ssh "$name" {where} --worker=all --command="$1"
+}}
+
+while true; do
+  case "$(state)" in
+    ACTIVE) ;;
+    "") $gcloud compute tpus queued-resources create "$name" {where} {asked} || exit 1 ;;
+    SUSPENDED | FAILED) $gcloud compute tpus queued-resources delete "$name" {where} --force || exit 1 ;;
+  esac
+  while [ "$(state)" != ACTIVE ]; do
+    case "$(state)" in SUSPENDED | FAILED | "") continue 2 ;; esac
+    sleep 30
+  done
+  on_all {shlex.quote(setup)} && on_all {shlex.quote(train)} && exit 0
+  # A slice that is gone is no failure of the run.
+  [ "$(state)" = ACTIVE ] && exit 1
+done
+"""

@@ -1,0 +1,118 @@
+"""Starts a training run on many devices.
+
+    python launch/submit.py --platform=slurm --target=h100:16 --partition=gpu -- --config=configs/NAME.py --workdir=DIR ...
+    python launch/submit.py --platform=gke --target=v5e:4x8 --image=IMAGE -- --config=configs/NAME.py --workdir=DIR ...
+    python launch/submit.py --platform=tpu_vm --target=v5p:4x4x4 --zone=Z --project=P --setup=SHELL -- --config=... ...
+    python launch/submit.py --platform=local --processes=2 --target=cpu:2 -- --config=configs/NAME.py --workdir=DIR ...
+
+What follows after -- is the command of launch/train.py. It is checked here; then a script or manifest is written (--output,
+or to stdout) or, with --submit, handed to the scheduler. Every one starts the run again after a preemption; it goes on from
+what it saved. The processes go no further unless together they see the devices that were asked for.
+"""
+
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl import flags
+
+from jaxlinear import cli
+from jaxlinear.errors import UserError
+from jaxlinear.launching import gke, local, request, slurm, tpu_vm
+
+_PLATFORM = flags.DEFINE_enum("platform", None, ["slurm", "gke", "tpu_vm", "local"], "What starts it.", required=True)
+_TARGET = flags.DEFINE_string("target", None, "v5e:4x8 (v5p, v6e), or h100:16 (h200, a100, gpu, cpu).", required=True)
+_NAME = flags.DEFINE_string("name", None, "Of the job; by default the work directory's.")
+_OUTPUT = flags.DEFINE_string("output", None, "Write the script or manifest to this file.")
+_SUBMIT = flags.DEFINE_bool("submit", False, "Hand it to the scheduler: sbatch or kubectl.")
+_PYTHON = flags.DEFINE_string("python", None, "The interpreter on the other machines; by default python, or this one.")
+_DEVICES_A_HOST = flags.DEFINE_integer("devices_a_host", None, "Where it is not 8 GPUs or 4 TPU chips.", lower_bound=1)
+_GRACE = flags.DEFINE_integer("grace", 300, "Seconds that a run has to save itself.", lower_bound=1)
+_SPOT = flags.DEFINE_bool("spot", False, "gke, tpu_vm: on machines that may be taken away.")
+
+_PROCESSES_PER = flags.DEFINE_enum(
+    "processes_per", "device", ["device", "host"], "slurm: one process a GPU, or a node."
+)
+_PARTITION = flags.DEFINE_string("partition", None, "slurm.")
+_ACCOUNT = flags.DEFINE_string("account", None, "slurm.")
+_SBATCH = flags.DEFINE_multi_string("sbatch", [], "slurm: another option, NAME=VALUE; may be given again.")
+_MINUTES = flags.DEFINE_integer("minutes", 24 * 60, "slurm: the time limit.", lower_bound=1)
+_LOG = flags.DEFINE_string("log", "slurm-%j.log", "slurm: where the output goes.")
+_SHELL = flags.DEFINE_multi_string("shell", [], "slurm: a line of shell before the run; may be given again.")
+
+_IMAGE = flags.DEFINE_string("image", None, "gke: a container with this project in its working directory.")
+_RESTARTS = flags.DEFINE_integer("restarts", 20, "gke: starts after failures that are no preemption.", lower_bound=0)
+
+_ZONE = flags.DEFINE_string("zone", None, "tpu_vm.")
+_PROJECT = flags.DEFINE_string("project", None, "tpu_vm.")
+_SETUP = flags.DEFINE_string("setup", None, "tpu_vm: shell that makes this project in --directory of every host.")
+_DIRECTORY = flags.DEFINE_string("directory", "jaxlinear", "tpu_vm: where the training command runs.")
+
+_PROCESSES = flags.DEFINE_integer("processes", 1, "local: how many.", lower_bound=1)
+_REQUEUE = flags.DEFINE_bool("requeue", False, "local: start again after a preemption.")
+
+
+def main(arguments: list[str]) -> int:
+    cli.check_config_options(arguments)
+    python = _PYTHON.value or (sys.executable if _PLATFORM.value == "local" else "python")
+    asked = request.make(_TARGET.value, _NAME.value, arguments, python=python, on_a_host=_DEVICES_A_HOST.value)
+    if _PLATFORM.value == "local":
+        return local.run(asked, processes=_PROCESSES.value, requeue=_REQUEUE.value)
+    text, suffix = _render(asked)
+    file = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
+    if file:
+        file.write_text(text, encoding="utf-8")
+    elif not _SUBMIT.value:
+        print(text, end="")
+    if not _SUBMIT.value:
+        return 0
+    program = {"slurm": ["sbatch"], "gke": ["kubectl", "apply", "-f"]}.get(_PLATFORM.value)
+    if program is None:
+        raise UserError("--submit is for slurm and gke; the script for tpu_vm is one to leave running")
+    with tempfile.TemporaryDirectory() as directory:
+        if file is None:
+            file = pathlib.Path(directory) / f"{asked.name}{suffix}"
+            file.write_text(text, encoding="utf-8")
+        try:
+            return subprocess.run([*program, str(file)], check=False).returncode
+        except FileNotFoundError:
+            raise UserError(f"{program[0]} is not on this machine; without --submit what it takes is printed") from None
+
+
+def _render(asked: request.Request) -> tuple[str, str]:
+    if _PLATFORM.value == "slurm":
+        named = {"partition": _PARTITION.value, "account": _ACCOUNT.value}
+        options = {name: value for name, value in named.items() if value}
+        for option in _SBATCH.value:
+            name, equals, value = option.partition("=")
+            if not equals:
+                raise UserError(f"--sbatch={option!r} is not NAME=VALUE")
+            options[name.lstrip("-")] = value
+        script = slurm.render(
+            asked,
+            per=_PROCESSES_PER.value,
+            minutes=_MINUTES.value,
+            grace=_GRACE.value,
+            log=_LOG.value,
+            options=options,
+            setup=_SHELL.value,
+        )
+        return script, ".sh"
+    if _PLATFORM.value == "gke":
+        return gke.render(
+            asked, image=_IMAGE.value, restarts=_RESTARTS.value, grace=_GRACE.value, spot=_SPOT.value
+        ), ".yaml"
+    script = tpu_vm.render(
+        asked,
+        zone=_ZONE.value,
+        project=_PROJECT.value,
+        setup=_SETUP.value,
+        directory=_DIRECTORY.value,
+        spot=_SPOT.value,
+    )
+    return script, ".sh"
+
+
+if __name__ == "__main__":
+    cli.run(main, takes_arguments=True)

@@ -1,0 +1,97 @@
+"""launch/submit.py --platform=local: a run as processes of this machine, stopped, begun again, and refused."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxlinear.errors import EveryProcessError, UserError
+from jaxlinear.parallel import start
+from jaxlinear.training.metrics import FILE
+from tests.training import tiny
+
+
+@pytest.fixture
+def submit(tiny_dataset, compiled_programs):
+    """``submit(target, processes, workdir, *arguments)`` starts it; whatever becomes of the test, it is told to end."""
+    running = []
+
+    def begin(target, processes, workdir, *arguments):
+        _, _, *options = tiny.command(workdir, tiny_dataset, *arguments)
+        program = [sys.executable, "launch/submit.py", "--platform=local", f"--target={target}"]
+        process = subprocess.Popen(
+            [*program, f"--processes={processes}", "--requeue", "--", *options],
+            cwd=tiny.REPOSITORY,
+            env=tiny.environment(compiled_programs),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+        process.stderr.close()
+
+
+def test_a_run_of_two_processes_is_stopped_and_goes_on(submit, tmp_path):
+    workdir = tmp_path / "run"
+    rarely = "--config.checkpoint.every_steps=1000"
+    process = submit("cpu:2", 2, workdir, rarely, "--config.training.steps=100000")
+    begin = time.monotonic()
+    while not (workdir / FILE).exists() or len((workdir / FILE).read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() - begin < 240
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(240) == 75, process.stderr.read()
+    stopped = len(tiny.losses(workdir))
+    assert stopped >= 3
+
+    process = submit("cpu:2", 2, workdir, rarely, f"--config.training.steps={stopped + 2}")
+    assert process.wait(240) == 0, process.stderr.read()
+    assert list(tiny.losses(workdir)) == list(range(1, stopped + 3))
+    assert json.loads((workdir / "config.json").read_text())["training"]["steps"] == stopped + 2
+
+
+def test_devices_that_are_not_there(submit, tmp_path):
+    process = submit("cpu:4", 2, tmp_path / "run")
+    assert process.wait(240) == 2
+    said = "4 cpu devices are expected in all, but process 0, 1 sees 1 cpu"
+    assert process.stderr.read().count(said) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_expect_here():
+    start.expect("cpu:8")
+    alone = "it is alone: were the others not found"
+    with pytest.raises(
+        EveryProcessError, match=f"16 cpu devices are expected in all, but process 0 sees 8 cpu; {alone}"
+    ):
+        start.expect("cpu:16")
+    with pytest.raises(EveryProcessError, match="8 gpu devices are expected in all, but process 0 sees 8 cpu"):
+        start.expect("gpu:8")
+    with pytest.raises(UserError, match="--expect='eight' is not PLATFORM:DEVICES"):
+        start.expect("eight")
+
+
+@pytest.mark.parametrize(
+    "environment, ids",
+    [
+        ({"SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [0, 1, 2, 3]),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, None),
+    ],
+)
+def test_one_process_a_node_has_all_its_gpus(environment, ids, monkeypatch):
+    for name in ("SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert start._gpus_of_a_node() == ids
