@@ -21,6 +21,7 @@ extras = {
     "sweep": ["submitit>=1.5,<2"],  # starts the runs of a sweep, on this machine or by SLURM
     "plot": ["matplotlib>=3.9,<4"],
     "tensorboard": ["tensorboard>=2.18,<3"],
+    "eval": ["lm_eval>=0.4.13,<0.5"],  # the EleutherAI harness; it needs neither torch nor transformers
     "parity": ["torch>=2.6,<3", "transformers>=5,<6"],  # what imported weights are compared with, on the CPU
 }
 extras["test"] = [
@@ -29,6 +30,7 @@ extras["test"] = [
     "hypothesis>=6.100,<7",
     "ruff>=0.14,<0.18",
     "mypy>=1.15,<3",
+    *extras["eval"],
     *extras["parquet"],
     *extras["sentencepiece"],
     *extras["sweep"],

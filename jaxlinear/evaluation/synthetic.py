@@ -21,25 +21,27 @@ def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
     setting = task_setting(run.config, "heldout")
     if options.data:
         setting = dataclasses.replace(setting, dataset=options.data)
-    trained = tasks.one(run.config.data.task, task_setting(run.config, "train")) if run.config.data.task else None
+    trained = (
+        tasks.training_set(run.config.data.task, task_setting(run.config, "train")) if run.config.data.task else ()
+    )
     difficulties = tasks.difficulties(spec, setting, trained)
     batch_tokens = options.batch_tokens or training.batch_size * training.sequence_length
     answers = Answers(run.config, run.architecture, run.mesh, batch_tokens)
     rows = []
     for task in difficulties:
         begin = time.perf_counter()
-        found = answers.measure(run.parameters, task, examples=options.examples, seed=training.seed)
+        found = answers.measure(run.parameters, [task], examples=options.examples, seed=training.seed)
         rows.append(
-            {"options": task.options(), "trained": _same(task, trained), "chance": task.chance}
+            {"options": task.options(), "trained": any(_same(task, known) for known in trained), "chance": task.chance}
             | found
             | {"seconds": time.perf_counter() - begin}
         )
     return {"source": difficulties[0].SOURCE, "difficulties": rows}
 
 
-def _same(task: tasks.Task, trained: tasks.Task | None) -> bool:
-    """Whether this is the difficulty that was trained on; of the text, any split."""
-    if type(task) is not type(trained) or trained is None:
+def _same(task: tasks.Task, trained: tasks.Task) -> bool:
+    """Whether this is a difficulty that was trained on; of the text, any split."""
+    if type(task) is not type(trained):
         return False
     ignored = ("dataset", "split")
     return all(value == trained.options()[name] for name, value in task.options().items() if name not in ignored)

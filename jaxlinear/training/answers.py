@@ -1,6 +1,7 @@
 """How many answers of a synthetic task a model gives: of held-out examples, while it trains and afterwards."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,17 +52,20 @@ class Answers:
             out_shardings=whole,
         )
 
-    def measure(self, parameters: dict[str, Any], task: tasks.Task, *, examples: int, seed: int) -> dict[str, Any]:
-        """Of at least so many held-out examples, in whole batches:
+    def measure(
+        self, parameters: dict[str, Any], asked: Sequence[tasks.Task], *, examples: int, seed: int
+    ) -> dict[str, Any]:
+        """Of at least so many held-out examples in whole batches, of one difficulty or of several with the same length:
 
         ``accuracy`` of the answers, each after the true tokens before it, whether an answer or not; ``solved``, the part of
         the examples whose answers are all right; ``loss`` in nats an answer; and how many there were.
         """
-        rows, batches = self._plan(task.length, examples)
+        length = asked[0].length
+        rows, batches = self._plan(length, examples)
         place = meshes.batch_sharding(self._mesh)
-        local = feeding.local_rows(place, (rows, task.length))
-        made = tasks.TaskBatches(task, batch_size=rows, seed=seed, split="heldout", rows=local)
-        most = min(task.most_answers, task.length)
+        local = feeding.local_rows(place, (rows, length))
+        made = tasks.TaskBatches(asked, batch_size=rows, seed=seed, split="heldout", rows=local)
+        most = min(max(task.most_answers for task in asked), length)
         totals = {"answers": 0.0, "right": 0.0, "solved": 0.0, "nll": 0.0}
         for i in range(batches):
             counted = self._count(parameters, feeding.place(made[i], place, rows), most)

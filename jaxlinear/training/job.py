@@ -52,20 +52,20 @@ class Job:
         return heldout_path(self.config)
 
     @property
-    def trained_task(self) -> tasks.Task | None:
-        """The synthetic task that the run is trained on, if it is."""
-        return self.batches.task if isinstance(self.batches, tasks.TaskBatches) else None
+    def trained_tasks(self) -> tuple[tasks.Task, ...]:
+        """The difficulties of the synthetic task that the run is trained on, if it is."""
+        return self.batches.tasks if isinstance(self.batches, tasks.TaskBatches) else ()
 
     def evaluation_tasks(self) -> list[tasks.Task]:
         """The difficulties of ``evaluation.tasks``."""
         setting = task_setting(self.config, "heldout")
         specs = self.config.evaluation.tasks
-        return [task for spec in specs for task in tasks.difficulties(spec, setting, self.trained_task)]
+        return [task for spec in specs for task in tasks.difficulties(spec, setting, self.trained_tasks)]
 
     def data_text(self) -> str:
         """What the data are, for processes to compare."""
         paths = [] if not self.config.data.path else [*mixture(self.config.data.path), self.heldout_path]
-        return repr((self.trained_task, [data.read_manifest(path) for path in paths]))
+        return repr((self.trained_tasks, [data.read_manifest(path) for path in paths]))
 
     def heldout_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of the held-out batches that are evaluated while training."""
@@ -120,13 +120,13 @@ def _open_batches(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> da
     """The training batches of this process: its rows of every global batch."""
     training = config.training
     if config.data.task:
-        task = tasks.one(config.data.task, task_setting(config, "train"))
-        if config.data.path and not task.READS_TEXT:
+        made = tasks.training_set(config.data.task, task_setting(config, "train"))
+        if config.data.path and not made[0].READS_TEXT:
             raise UserError(
                 f"data.task={config.data.task} takes no text, but data.path={config.data.path} is set; leave one out"
             )
         return tasks.TaskBatches(
-            task,
+            made,
             batch_size=training.batch_size,
             seed=training.seed,
             rows=feeding.local_rows(meshes.batch_sharding(mesh), (training.batch_size, training.sequence_length)),

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,19 +155,19 @@ class _Evaluation:
     def __call__(self, parameters: dict[str, Any]) -> dict[str, float]:
         """``heldout_loss`` in nats a token, or an answer of the task that the run is trained on, and beside it bits a byte
         of text, or accuracies; then the accuracy of each difficulty of ``evaluation.tasks``."""
-        config, trained = self._job.config, self._job.trained_task
-        if trained is None:
+        config, trained = self._job.config, self._job.trained_tasks
+        if not trained:
             values = self._heldout(parameters)
         else:
             found = self._measure(parameters, trained, config.evaluation.batches * config.training.batch_size)
             values = {f"heldout_{name}": found[name] for name in ("loss", "accuracy", "solved")}
         for task in self._tasks:
-            accuracy = self._measure(parameters, task, config.evaluation.examples)["accuracy"]
+            accuracy = self._measure(parameters, [task], config.evaluation.examples)["accuracy"]
             values[f"{tasks.text(task)}/accuracy"] = accuracy
         return values
 
-    def _measure(self, parameters: dict[str, Any], task: tasks.Task, examples: int) -> dict[str, Any]:
-        return self._answers.measure(parameters, task, examples=examples, seed=self._job.config.training.seed)
+    def _measure(self, parameters: dict[str, Any], asked: Sequence[tasks.Task], examples: int) -> dict[str, Any]:
+        return self._answers.measure(parameters, asked, examples=examples, seed=self._job.config.training.seed)
 
     def _heldout(self, parameters: dict[str, Any]) -> dict[str, float]:
         job = self._job

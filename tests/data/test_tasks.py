@@ -22,7 +22,7 @@ SPECS = (
 
 def rows(spec, count=40, split="train", seed=3):
     task = made(spec)
-    return task, tasks.TaskBatches(task, batch_size=count, seed=seed, split=split)[0]
+    return task, tasks.TaskBatches([task], batch_size=count, seed=seed, split=split)[0]
 
 
 def made(spec):
@@ -44,14 +44,14 @@ def test_examples_are_of_seed_split_and_index(spec):
     task, whole = rows(spec)
     assert whole["tokens"].shape == (40, task.length) and all(a.dtype == np.int32 for a in whole.values())
     # As other hosts would make them, and as later batches of a smaller size.
-    parts = [tasks.TaskBatches(task, batch_size=40, seed=3, rows=r)[0] for r in ((0, 17), (17, 40))]
-    small = [tasks.TaskBatches(task, batch_size=8, seed=3)[step] for step in range(5)]
+    parts = [tasks.TaskBatches([task], batch_size=40, seed=3, rows=r)[0] for r in ((0, 17), (17, 40))]
+    small = [tasks.TaskBatches([task], batch_size=8, seed=3)[step] for step in range(5)]
     for name in whole:
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
         np.testing.assert_array_equal(np.concatenate([part[name] for part in small]), whole[name])
     for changed in ({"seed": 4}, {"split": "heldout"}):
         assert (rows(spec, **changed)[1]["tokens"] != whole["tokens"]).any(axis=1).mean() > 0.9
-    later = tasks.TaskBatches(task, batch_size=40, seed=3)[1]
+    later = tasks.TaskBatches([task], batch_size=40, seed=3)[1]
     assert (later["tokens"] != whole["tokens"]).any(axis=1).mean() > 0.9
 
 
@@ -178,11 +178,22 @@ def test_pass_key_at_the_ends(tiny_dataset):
 
 
 def test_a_task_as_training_set():
-    task = tasks.one("mqar:pairs=4:vocab_size=64", tasks.Setting(sequence_length=48))
+    (task,) = tasks.training_set("mqar:pairs=4:vocab_size=64", tasks.Setting(sequence_length=48))
     assert (task.length, task.pairs, task.vocab_size) == (48, 4, 64)
     assert made(tasks.text(task)) == task
     with pytest.raises(UserError, match=r"length=32 is not training.sequence_length=48; leave length out"):
-        tasks.one("mqar:length=32:pairs=4", tasks.Setting(48))
+        tasks.training_set("mqar:length=32:pairs=4", tasks.Setting(48))
+
+
+def test_several_difficulties_take_turns():
+    setting = tasks.Setting(sequence_length=48, vocab_size=256)
+    several = tasks.training_set("mqar:pairs=2+3+6", setting)
+    assert [task.pairs for task in several] == [2, 3, 6]
+    batches = tasks.TaskBatches(several, batch_size=8, seed=0)
+    found = np.concatenate([(batches[step]["targets"] >= 0).sum(axis=1) for step in range(3)])
+    assert found.tolist() == [2, 3, 6] * 8
+    assert tasks.difficulties("mqar:length=48", setting, several) == [several[-1]]
+    assert tasks.difficulties("mqar", setting, several)[:3] == list(several)
 
 
 def test_difficulties():
@@ -193,9 +204,13 @@ def test_difficulties():
     ]  # fmt: skip
     assert {task.vocab_size for task in tasks.difficulties("mqar", large)} == {8192}
     assert len(tasks.difficulties("mqar:length=64:pairs=8", large)) == 1
-    trained = tasks.one("mqar:pairs=12:power=0.5", tasks.Setting(64, 512))
-    found = tasks.difficulties("mqar", small, trained)
+    found = tasks.difficulties("mqar:length=64+128:pairs=4+8", large)
+    assert [(task.length, task.pairs) for task in found] == [(64, 4), (64, 8), (128, 4), (128, 8)]
+    (trained,) = tasks.training_set("mqar:pairs=12:power=0.5", tasks.Setting(64, 512))
+    found = tasks.difficulties("mqar", small, [trained])
     assert found[0] == trained and len(found) == 5 and {task.power for task in found} == {0.5}
+    (found,) = tasks.difficulties("mqar:length=128", small, [trained])
+    assert (found.length, found.pairs, found.power, found.vocab_size) == (128, 12, 0.5, 512)
     for name in set(tasks.TASKS) - {"passkey"}:
         assert len(tasks.difficulties(name, large)) >= 3, name
 
@@ -204,6 +219,10 @@ def test_difficulties_of_the_pass_key_follow_the_run(tiny_dataset):
     found = tasks.difficulties("passkey", tasks.Setting(150, 512, str(tiny_dataset), "train"))
     assert [task.length for task in found] == [150] * 5 + [300] * 5
     assert [task.depth for task in found[:5]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    found = tasks.difficulties("passkey:length=200", tasks.Setting(150, 512, str(tiny_dataset), "train"))
+    assert [(task.length, task.depth) for task in found] == [(200, depth) for depth in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    (found,) = tasks.difficulties("passkey:length=200:depth=0.1", tasks.Setting(150, 512, str(tiny_dataset), "train"))
+    assert (found.length, found.depth, found.split) == (200, 0.1, "train")
 
 
 @pytest.mark.parametrize(

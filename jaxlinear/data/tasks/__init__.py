@@ -4,6 +4,8 @@ A difficulty is written ``NAME:option=VALUE:option=VALUE``; options that are lef
 """
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from jaxlinear.data.tasks.batches import TaskBatches
@@ -15,7 +17,7 @@ from jaxlinear.data.tasks.state_tracking import Parity, Permutations
 from jaxlinear.data.tasks.task import NO_TARGET, Setting, Task
 from jaxlinear.errors import UserError
 
-__all__ = ["NO_TARGET", "TASKS", "Setting", "Task", "TaskBatches", "difficulties", "one", "split", "text"]
+__all__ = ["NO_TARGET", "TASKS", "Setting", "Task", "TaskBatches", "difficulties", "split", "text", "training_set"]
 
 TASKS: dict[str, type[Task]] = {
     "mqar": MultiQueryRecall,
@@ -48,45 +50,52 @@ def text(task: Task) -> str:
     return ":".join([name, *(f"{option}={_written(value)}" for option, value in task.options().items())])
 
 
-def one(spec: str, setting: Setting) -> Task:
-    """The one difficulty that is trained on: of the run's length, options that are not given at their defaults."""
-    name, options = split(spec)
-    task = TASKS[name].make(TASKS[name].defaults(setting) | {"length": setting.sequence_length} | options)
-    if task.length != setting.sequence_length:
-        raise UserError(
-            f"{spec}: length={task.length} is not training.sequence_length={setting.sequence_length}; leave length out"
-        )
-    return task
+def training_set(spec: str, setting: Setting) -> tuple[Task, ...]:
+    """What is trained on: one difficulty of the run's length, or several, as ``mqar:pairs=2+4+8``."""
+    name, given = split(spec)
+    defaults = TASKS[name].defaults(setting) | {"length": setting.sequence_length}
+    made = tuple(TASKS[name].make(defaults | options) for options in _alternatives(TASKS[name], given))
+    for task in made:
+        if task.length != setting.sequence_length:
+            raise UserError(
+                f"{spec}: length={task.length} is not training.sequence_length={setting.sequence_length}; leave length out"
+            )
+    return made
 
 
-def difficulties(spec: str, setting: Setting, trained: Task | None = None) -> list[Task]:
-    """The difficulties that a checkpoint is judged by: those of reference, each with the options that ``spec`` gives.
+def difficulties(spec: str, setting: Setting, trained: Sequence[Task] = ()) -> list[Task]:
+    """The difficulties that a checkpoint is judged by: those of reference with the options that ``spec`` gives, or, if it
+    gives one of those that the reference varies, those of ``spec`` alone. A number may be several, ``pairs=4+8``.
 
-    If the run was trained on the task (``trained``), its own difficulty comes first, and its options hold where the
-    reference has none. What the vocabulary of the model or the text is too small for is refused.
+    If the run was trained on the task (``trained``), the options of its last difficulty are the defaults, and all of them
+    come before those of reference. What the vocabulary of the model or the text is too small for is refused.
     """
     name, given = split(spec)
     task = TASKS[name]
-    base = task.defaults(setting)
-    own: list[dict[str, Any]] = []
-    if isinstance(trained, task):
-        base |= trained.options() | ({"split": setting.split} if "split" in base else {})
-        own = [base]
+    text = {"dataset": setting.dataset, "split": setting.split} if task.READS_TEXT else {}
+    own = tuple(known.options() | text for known in trained if isinstance(known, task))
+    base = own[-1] if own else task.defaults(setting)
+    references = task.references(setting, set(given))
+    if references != ({},):
+        references = (*own, *references)
     made = []
-    for reference in [*own, *task.references(setting)]:
-        difficulty = task.make(base | reference | given)
+    for reference, options in itertools.product(references, _alternatives(task, given)):
+        difficulty = task.make(base | reference | options)
         if setting.vocab_size is not None and difficulty.vocabulary > setting.vocab_size:
             raise UserError(
                 f"{name} takes {difficulty.vocabulary} tokens, and model.vocab_size is {setting.vocab_size}"
-                + ("; set vocab_size" if "vocab_size" in _fields(task) else "")
+                + ("; set vocab_size" if "vocab_size" in difficulty.options() else "")
             )
         if difficulty not in made:
             made.append(difficulty)
     return made
 
 
-def _fields(task: type[Task]) -> list[str]:
-    return [field.name for field in dataclasses.fields(task)]
+def _alternatives(task: type[Task], given: dict[str, str]) -> list[dict[str, str]]:
+    """Every combination of the values that are given for the options."""
+    texts = {field.name for field in dataclasses.fields(task) if field.type in (str, "str")}
+    values = [[value] if name in texts else value.split("+") for name, value in given.items()]
+    return [dict(zip(given, chosen, strict=True)) for chosen in itertools.product(*values)]
 
 
 def _written(value: Any) -> str:

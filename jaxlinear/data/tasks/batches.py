@@ -1,5 +1,6 @@
 """Batches of a synthetic task, addressed by index like those of a dataset."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from jaxlinear.data.loader import Batch, check_rows
 
 if TYPE_CHECKING:
-    from jaxlinear.data.tasks.task import Task
+    from jaxlinear.data.tasks.task import Example, Task
 
 SPLITS = {"train": 0, "heldout": 1}
 
@@ -17,22 +18,30 @@ class TaskBatches:
     (all 1), and ``targets``, which are below 0 where nothing is to be predicted.
 
     Batch ``step`` holds the examples step B ... step B + B - 1, however many hosts there are. Example i of a split is a
-    pure function of (seed, split, i), and no two splits have a generator in common.
+    pure function of (seed, split, i), and no two splits have a generator in common. Of several difficulties, which have
+    the same length, each has as many examples: example i is of number i modulo their count.
     """
 
     def __init__(
-        self, task: "Task", *, batch_size: int, seed: int, split: str = "train", rows: tuple[int, int] | None = None
+        self,
+        tasks: "Sequence[Task]",
+        *,
+        batch_size: int,
+        seed: int,
+        split: str = "train",
+        rows: tuple[int, int] | None = None,
     ):
-        self.task = task
-        self.vocab_size = task.vocabulary
+        self.tasks = tuple(tasks)
+        self.vocab_size = max(task.vocabulary for task in tasks)
         self._rows = check_rows(rows, batch_size)
         self._batch_size, self._key = batch_size, (seed, SPLITS[split])
 
     def __getitem__(self, step: int) -> Batch:
         start, stop = self._rows
         first = step * self._batch_size
-        examples = [
-            self.task.example(np.random.default_rng((*self._key, i))) for i in range(first + start, first + stop)
-        ]
+        examples = [self._example(i) for i in range(first + start, first + stop)]
         tokens, targets = (np.stack(arrays).astype(np.int32) for arrays in zip(*examples, strict=True))
         return {"tokens": tokens, "targets": targets, "segment_ids": np.ones_like(tokens)}
+
+    def _example(self, i: int) -> "Example":
+        return self.tasks[i % len(self.tasks)].example(np.random.default_rng((*self._key, i)))

@@ -57,9 +57,11 @@ class PassKey(Task):
         return {"length": setting.sequence_length, "dataset": setting.dataset, "split": setting.split}
 
     @classmethod
-    def references(cls, setting: Setting) -> tuple[dict[str, Any], ...]:
-        """At the training length and twice it, as far as the text goes."""
-        return tuple({"length": k * setting.sequence_length} | more for k in (1, 2) for more in cls.REFERENCE)
+    def references(cls, setting: Setting, given: set[str]) -> tuple[dict[str, Any], ...]:
+        """At each depth, at the training length and twice it; a length or a depth that is given takes their place."""
+        lengths = ({},) if "length" in given else tuple({"length": k * setting.sequence_length} for k in (1, 2))
+        depths = super().references(setting, given)
+        return tuple(length | depth for length in lengths for depth in depths)
 
     @property
     def vocabulary(self) -> int:

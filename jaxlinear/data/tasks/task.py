@@ -60,9 +60,10 @@ class Task(abc.ABC):
         return {}
 
     @classmethod
-    def references(cls, setting: Setting) -> tuple[dict[str, Any], ...]:
-        """The difficulties that a checkpoint of this run is judged by."""
-        return cls.REFERENCE
+    def references(cls, setting: Setting, given: set[str]) -> tuple[dict[str, Any], ...]:
+        """The difficulties that a checkpoint of this run is judged by: one without options of its own if one of theirs is
+        ``given``."""
+        return ({},) if given & {name for options in cls.REFERENCE for name in options} else cls.REFERENCE
 
     @classmethod
     def make(cls, options: dict[str, Any]) -> Self:

@@ -1,0 +1,256 @@
+"""The EleutherAI harness (lm_eval) on a run: its tasks, scored by ``scoring.Scorer``. Needs the extra ``eval``.
+
+A task is ``harness:NAME``, ``harness:FILE.yaml``, with options behind it: ``:limit=200`` questions, ``:fewshot=5``, and
+``:data=FILE`` (JSON lines or Arrow) in the place of the dataset that the task would download.
+"""
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlinear import generation
+from jaxlinear.data import load_tokenizer
+from jaxlinear.errors import UserError
+from jaxlinear.evaluation.options import Options
+from jaxlinear.evaluation.run import Run
+from jaxlinear.evaluation.scoring import Scorer
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise UserError(f"harness tasks need lm_eval: pip install 'jaxlinear[eval]' ({error})") from None
+
+_OPTIONS = {"limit": int, "fewshot": int, "data": str}
+_BUILDERS = {".jsonl": "json", ".json": "json", ".arrow": "arrow", ".parquet": "parquet"}
+
+
+class HarnessModel(TemplateLM):
+    """A run as the harness sees a model. A context is the beginning of a document, as in training."""
+
+    def __init__(self, run: Run, batch_tokens: int):
+        super().__init__()
+        self._run, self._scorer = run, Scorer(run, batch_tokens)
+        self._tokens = load_tokenizer(run.workdir)
+        self._batch_tokens = batch_tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokens.document_token
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._tokens.sha256
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The tokens of the text alone."""
+        return self._tokens.encode(string).tolist()
+
+    def _begun(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        document = self._tokens.document_token
+        return tuple(tokens) if len(tokens) and tokens[0] == document else (document, *tokens)
+
+    def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
+        pairs = []
+        for (context, continuation), before, after in requests:
+            if not after:
+                raise UserError(f"the tokenizer leaves nothing of {continuation!r} behind {context[-40:]!r}")
+            pairs.append((self._begun(before), tuple(after)))
+        scores = self._scorer.score(pairs)
+        for (texts, _, _), score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, score)
+        return scores
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, each from its first token on."""
+        texts = [request.args[0] for request in requests]
+        scores = self._scorer.whole([self._begun(self.tok_encode(text)) for text in texts])
+        for text, score in zip(texts, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), score)
+        return scores
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """The texts that follow, each up to the first of its ``until``."""
+        made = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
+        for group in groups.values():
+            group.sort(key=lambda i: len(requests[i].args[0]))
+            until, limit, sampling = _sampling(requests[group[0]].args[1])
+            for some in self._by_length(requests, group):
+                prompts = [self._begun(self.tok_encode(requests[i].args[0])) for i in some]
+                for i, text in zip(some, self._generate(prompts, until, limit, sampling), strict=True):
+                    made[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return made
+
+    def _by_length(self, requests, group: list[int]) -> list[list[int]]:
+        """The group, which is in order of length, in batches of about as many tokens."""
+        batches: list[list[int]] = [[]]
+        for i in group:
+            if batches[-1] and (len(batches[-1]) + 1) * (1 + len(requests[i].args[0])) > self._batch_tokens:
+                batches.append([])
+            batches[-1].append(i)
+        return batches
+
+    def _generate(self, prompts, until: list[str], limit: int, sampling: generation.Sampling) -> list[str]:
+        """Ends when every row has one of ``until``, is at the end of its document, or has ``limit`` tokens."""
+        model = self._run.architecture.bind(self._run.parameters)
+        document = self._tokens.document_token
+        before = [self._tokens.decode(np.array(prompt)) for prompt in prompts]
+        rows: list[list[int]] = [[] for _ in prompts]
+        texts = [""] * len(prompts)
+        done = [False] * len(prompts)
+        mesh = self._run.mesh if self._run.mesh.size > 1 else None
+        for new in generation.chunks(model, prompts, sampling, limit, document, self._tokens.vocab_size, mesh=mesh):
+            for i, more in enumerate(new.T.tolist()):
+                if done[i]:
+                    continue
+                ended = document in more
+                rows[i] += more[: more.index(document)] if ended else more
+                whole = self._tokens.decode(np.array([*prompts[i], *rows[i]]))[len(before[i]) :]
+                texts[i], stopped = _cut(whole, until)
+                done[i] = ended or stopped
+            if all(done):
+                break
+        return texts
+
+
+def _sampling(arguments: dict[str, Any]) -> tuple[list[str], int, generation.Sampling]:
+    """``until``, the most tokens, and how tokens are drawn, of a request's arguments in the harness."""
+    known = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+    if unknown := sorted(set(arguments) - known):
+        raise UserError(f"generation with {unknown[0]} is not supported; there are {', '.join(sorted(known))}")
+    until = arguments.get("until") or []
+    greedy = not arguments.get("do_sample", False) or not arguments.get("temperature", 1.0)
+    sampling = (
+        generation.Sampling(temperature=0.0)
+        if greedy
+        else generation.Sampling(
+            arguments.get("temperature", 1.0), arguments.get("top_k", 0), arguments.get("top_p", 1.0)
+        )
+    )
+    return [until] if isinstance(until, str) else list(until), int(arguments.get("max_gen_toks", 256)), sampling
+
+
+def _cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first of ``until``, and whether there is one."""
+    ends = [place for end in until if end and (place := text.find(end)) >= 0]
+    return (text[: min(ends)], True) if ends else (text, False)
+
+
+def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
+    """The metrics of a harness task, as the harness reports them."""
+    name, given = _split(spec)
+    batch_tokens = options.batch_tokens or run.config.training.batch_size * run.config.training.sequence_length
+    model = HarnessModel(run, batch_tokens)
+    manager, tasks = _load(name, given.get("data"))
+    found = lm_eval.simple_evaluate(
+        model,
+        tasks=tasks,
+        task_manager=manager,
+        num_fewshot=given.get("fewshot"),
+        limit=given.get("limit"),
+        bootstrap_iters=1000,
+        log_samples=False,
+    )
+    assert found is not None  # it is on other processes than the first
+    return {"lm_eval": lm_eval.__version__, "tasks": {task: _metrics(found, task) for task in found["results"]}}
+
+
+def _metrics(found: dict[str, Any], task: str) -> dict[str, Any]:
+    values = {
+        key.removesuffix(",none"): value
+        for key, value in found["results"][task].items()
+        if isinstance(value, int | float)
+    }
+    samples = found.get("n-samples", {}).get(task, {})
+    return {"samples": samples.get("effective"), "of": samples.get("original")} | values
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report of ``evaluate`` as text for people."""
+    lines = [f"lm_eval {report['lm_eval']}"]
+    for task, values in report["tasks"].items():
+        shown = [
+            f"{name} {value:.4f}" + (f" ± {values[error]:.4f}" if (error := f"{name}_stderr") in values else "")
+            for name, value in values.items()
+            if isinstance(value, float) and not name.endswith("_stderr")
+        ]
+        lines.append(f"{task}: {', '.join(shown)}; {values['samples']} of {values['of']} questions")
+    return "\n".join(lines)
+
+
+def _split(spec: str) -> tuple[str, dict[str, Any]]:
+    _, name, *parts = [*spec.split(":"), ""] if spec.count(":") == 0 else spec.split(":")
+    if not name:
+        raise UserError(f"{spec!r} names no task; write harness:NAME, as harness:piqa, or harness:FILE.yaml")
+    given = {}
+    for part in parts:
+        option, _, value = part.partition("=")
+        if option not in _OPTIONS:
+            raise UserError(f"{spec!r}: there is no option {option!r}; there are {', '.join(_OPTIONS)}")
+        try:
+            given[option] = _OPTIONS[option](value)
+        except ValueError:
+            raise UserError(f"{spec!r}: {option} is a whole number, not {value!r}") from None
+    return name, given
+
+
+def _load(name: str, data: str | None) -> tuple[TaskManager, list[Any]]:
+    """The tasks of that name. The file of one task is found by itself: the manager would read all that there are."""
+    file = Path(name) if name.endswith((".yaml", ".yml")) else _find(name)
+    if file is None:
+        if data:
+            raise UserError(f"{name!r} has no file of its own in lm_eval, so data={data} cannot be its data")
+        manager = TaskManager()
+        if name not in manager.all_tasks:
+            raise UserError(f"lm_eval has no task {name!r}; `lm-eval ls tasks` lists those that it has")
+        return manager, [name]
+    if not file.is_file():
+        raise UserError(f"there is no task file {file}")
+    manager = TaskManager(include_defaults=False)
+    if data is None:
+        return manager, list(manager.load([str(file)])["tasks"].values())
+    with tempfile.TemporaryDirectory() as folder:
+        changed = Path(folder) / "task.yaml"
+        changed.write_text(_with_data(file, Path(data)), encoding="utf-8")
+        return manager, list(manager.load([str(changed)])["tasks"].values())
+
+
+def _find(name: str) -> Path | None:
+    """The file of a task that comes with lm_eval."""
+    folder = Path(lm_eval.__file__).parent / "tasks"
+    line = re.compile(rf"^task: *[\"']?{re.escape(name)}[\"']? *$", re.MULTILINE)
+    nearest = [path for path in folder.rglob(f"{name}.yaml") if line.search(path.read_text(encoding="utf-8"))]
+    if nearest:
+        return nearest[0]
+    return next(
+        (path for path in sorted(folder.rglob("*.yaml")) if line.search(path.read_text(encoding="utf-8"))), None
+    )
+
+
+def _with_data(file: Path, data: Path) -> str:
+    """A task file like ``file`` whose questions, and examples before them, are those of ``data``."""
+    if data.suffix not in _BUILDERS:
+        raise UserError(f"data={data}: its name has to end in {', '.join(_BUILDERS)}")
+    if not data.is_file():
+        raise UserError(f"data={data}: there is no such file")
+    path = str(data.absolute()).replace("'", "''")
+    return f"""include: '{str(file.absolute()).replace("'", "''")}'
+dataset_path: {_BUILDERS[data.suffix]}
+dataset_name: null
+dataset_kwargs:
+  data_files:
+    validation: '{path}'
+training_split: null
+validation_split: validation
+test_split: null
+fewshot_split: validation
+"""

@@ -1,0 +1,168 @@
+"""evaluation/harness.py: the harness gets from a run what scoring each choice by itself gives; from local files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+
+from lm_eval.api.instance import Instance
+
+from jaxlinear import evaluation, generation
+from jaxlinear.data import load_tokenizer
+from jaxlinear.errors import UserError
+from jaxlinear.evaluation import Options, harness
+from jaxlinear.evaluation.scoring import Scorer
+
+TASK = """task: words
+dataset_path: somewhere/that_is_not_asked
+output_type: multiple_choice
+training_split: train
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: label
+doc_to_choice: "{{choices}}"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+metadata:
+  version: 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return evaluation.open_run(tiny_run, 2)
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return harness.HarnessModel(run, 512)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A task and its questions."""
+    folder = tmp_path_factory.mktemp("harness")
+    (folder / "words.yaml").write_text(TASK)
+    questions = [
+        {"question": f"for x in range({i}):", "choices": [" print", " x", " def if"], "label": i % 3} for i in range(12)
+    ]
+    (folder / "words.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return folder / "words.yaml", folder / "words.jsonl", questions
+
+
+def requests(kind, *arguments):
+    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
+
+
+def test_loglikelihood(model, run):
+    """Of contexts that are empty, shared, and that end in a space, which goes to the continuation."""
+    asked = [("for x", " in"), ("for x", " range("), ("", "def"), ("for x ", "in")]
+    found = model.loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True)
+    tokenizer, document = load_tokenizer(run.workdir), load_tokenizer(run.workdir).document_token
+    texts = [("for x", " in"), ("for x", " range("), ("", "def"), ("for x", " in")]
+    pairs = [((document, *tokenizer.encode(a).tolist()), tuple(tokenizer.encode(b).tolist())) for a, b in texts]
+    alone = [Scorer(run, 64).score([pair])[0] for pair in pairs]
+    np.testing.assert_allclose([score for score, _ in found], [score for score, _ in alone], rtol=1e-5)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in alone] and found[0][0] != found[1][0]
+
+
+def test_rolling_is_the_likelihood_of_the_whole_text(model):
+    text = "for x in range(3): print(x)"
+    (rolling,) = model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
+    ((whole, _),) = model.loglikelihood(requests("loglikelihood", ("", text)), disable_tqdm=True)
+    np.testing.assert_allclose(rolling, whole, rtol=1e-5)
+
+
+def test_generation_ends_where_it_is_told(model, run):
+    """As ``generation.generate`` writes, up to the first of the stops, or so many tokens."""
+    tokenizer = load_tokenizer(run.workdir)
+    prompts = ["for x in", "print("]
+    rows = generation.generate(
+        run.architecture.bind(run.parameters),
+        [[tokenizer.document_token, *tokenizer.encode(prompt).tolist()] for prompt in prompts],
+        max_tokens=24,
+        temperature=0,
+        stop_token=tokenizer.document_token,
+        vocab_size=tokenizer.vocab_size,
+    )
+    texts = [tokenizer.decode(np.array(row)) for row in rows]
+    found = model.generate_until(
+        requests("generate_until", *[(prompt, {"until": ["\0"], "max_gen_toks": 24}) for prompt in prompts])
+    )
+    assert found == texts and all(len(text) > 1 for text in texts)
+    stop = texts[0][3]
+    found = model.generate_until(requests("generate_until", (prompts[0], {"until": stop, "max_gen_toks": 24})))
+    assert found == [texts[0][: texts[0].index(stop)]]
+    with pytest.raises(
+        UserError, match="generation with num_beams is not supported; there are do_sample, max_gen_toks"
+    ):
+        model.generate_until(requests("generate_until", (prompts[0], {"num_beams": 4})))
+
+
+def test_cut():
+    assert harness._cut("one\ntwo. three", [".", "\n"]) == ("one", True)
+    assert harness._cut("one two", ["\n", ""]) == ("one two", False)
+
+
+def test_a_task_from_local_files(run, files):
+    """The accuracies are those of scoring each choice of each question by itself."""
+    task, data, questions = files
+    spec = f"harness:{task}:data={data}:limit=10"
+    report = evaluation.evaluate_run(run, [spec], Options(batch_tokens=512))
+    json.dumps(report, allow_nan=False)
+    values = report[spec]["tasks"]["words"]
+    tokenizer, scorer = load_tokenizer(run.workdir), Scorer(run, 64)
+    right, right_norm = [], []
+    for question in questions[:10]:
+        context = (tokenizer.document_token, *tokenizer.encode(question["question"]).tolist())
+        scores = [scorer.score([(context, tuple(tokenizer.encode(c).tolist()))])[0][0] for c in question["choices"]]
+        right.append(np.argmax(scores) == question["label"])
+        right_norm.append(np.argmax(np.array(scores) / [len(c) for c in question["choices"]]) == question["label"])
+    assert (values["samples"], values["of"]) == (10, 12)
+    assert values["acc"] == pytest.approx(np.mean(right)) and values["acc_norm"] == pytest.approx(np.mean(right_norm))
+    text = evaluation.table(report)
+    assert f"words: acc {values['acc']:.4f} ± {values['acc_stderr']:.4f}" in text and "10 of 12 questions" in text
+
+
+def test_examples_before_a_question(run, files):
+    spec = f"harness:{files[0]}:data={files[1]}:limit=2:fewshot=2"
+    assert evaluation.evaluate_run(run, [spec], Options())[spec]["tasks"]["words"]["samples"] == 2
+
+
+def test_tasks_that_come_with_the_harness_are_found():
+    """Without reading all of them, and with their questions from a local file."""
+    assert harness._find("piqa").name == "piqa.yaml"
+    assert "task: boolq" in harness._find("boolq").read_text()
+    assert harness._find("no_such_task") is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("harness", "names no task; write harness:NAME, as harness:piqa"),
+        ("harness:piqa:shots=2", "there is no option 'shots'; there are limit, fewshot, data"),
+        ("harness:piqa:limit=x", "limit is a whole number, not 'x'"),
+        ("harness:nothing.yaml", "there is no task file nothing.yaml"),
+        ("harness:piqa:data=questions.csv", "its name has to end in .jsonl, .json, .arrow, .parquet"),
+        ("harness:piqa:data=none.jsonl", "data=none.jsonl: there is no such file"),
+    ],
+)
+def test_refusals(run, spec, message):
+    with pytest.raises(UserError, match=message):
+        evaluation.evaluate_run(run, [spec], Options())
+
+
+def test_neither_torch_nor_transformers_is_imported():
+    code = (
+        "import sys; from jaxlinear.evaluation import harness; "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,101 @@
+"""evaluation/scoring.py: each score is that of the continuation by itself, from all logits of a row without padding."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlinear import evaluation
+from jaxlinear.errors import UserError
+from jaxlinear.evaluation import scoring
+from jaxlinear.evaluation.scoring import Scorer
+from jaxlinear.models import load
+
+SHARED = tuple(range(40, 63))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return evaluation.open_run(tiny_run, 2, ["data=2", "tensor=2", "fsdp=2"])
+
+
+@pytest.fixture(scope="module")
+def log_p(tiny_run):
+    """``log_p(tokens)``: ``[T, vocab]`` float64 of one row by itself, of one compiled length."""
+    model = load(tiny_run, 2)
+    forward = jax.jit(lambda tokens: model(tokens)[0])
+
+    def rows(tokens):
+        padded = np.zeros((1, 96), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logits = np.asarray(forward(padded), np.float64)[0, : len(tokens)]
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    return rows
+
+
+def alone(log_p, context, continuation):
+    found = log_p([*context, *continuation])[len(context) - 1 : -1]
+    at = np.arange(len(continuation))
+    return found[at, list(continuation)].sum(), bool((found.argmax(-1) == continuation).all())
+
+
+def test_scores_are_those_of_each_by_itself(run, log_p, monkeypatch):
+    """Contexts shared and not, of many lengths; continuations of one token and of more, greedy ones among them."""
+    random = np.random.default_rng(0)
+    pairs = [(SHARED, tuple(random.integers(0, 256, n).tolist())) for n in (1, 2, 3, 5, 9)]
+    pairs += [((7, *SHARED), (3,)), ((5,), (1, 2, 3)), (SHARED, pairs[0][1])]
+    pairs += [(tuple(random.integers(0, 256, n).tolist()), (9, 8)) for n in (15, 16, 17, 24, 25, 40)]
+    greedy = [int(log_p(SHARED)[-1].argmax())]
+    greedy.append(int(log_p([*SHARED, *greedy])[-1].argmax()))
+    pairs += [(SHARED, tuple(greedy)), (SHARED, (*greedy, (greedy[0] + 1) % 256))]
+    read = []
+    scorer = Scorer(run, 128)
+    prefix = scorer._prefix
+    scorer._prefix = lambda parameters, tokens, ids: (
+        read.append(int((ids > 0).sum())) or prefix(parameters, tokens, ids)
+    )
+    scores = scorer.score(pairs)
+    assert len(scores) == len(pairs)
+    for (context, continuation), (score, is_greedy) in zip(pairs, scores, strict=True):
+        expected, expected_greedy = alone(log_p, context, continuation)
+        np.testing.assert_allclose(score, expected, rtol=1e-4, err_msg=f"{len(context)} + {len(continuation)}")
+        assert is_greedy == expected_greedy
+    assert [is_greedy for _, is_greedy in scores[-2:]] == [True, False]
+    assert sum(read) == sum(len(context) for context in {context for context, _ in pairs})  # each context once
+
+
+def test_whole_documents(run, log_p, monkeypatch):
+    """Longer than a chunk, exactly one, and shorter, together in one batch; and a document of one token, with nothing to
+    predict."""
+    monkeypatch.setattr(scoring, "_CHUNK", 32)
+    random = np.random.default_rng(1)
+    documents = [tuple(random.integers(0, 256, n).tolist()) for n in (1, 2, 20, 32, 33, 34, 65, 90)]
+    scores = Scorer(run, 512).whole(documents)
+    assert scores[0] == 0
+    for document, score in zip(documents[1:], scores[1:], strict=True):
+        np.testing.assert_allclose(score, alone(log_p, document[:1], document[1:])[0], rtol=1e-4)
+
+
+def test_lengths_that_are_compiled():
+    assert [scoring._padded(n) for n in (1, 16, 17, 24, 25, 32, 33, 48, 49, 65)] == [
+        16,
+        16,
+        24,
+        24,
+        32,
+        32,
+        48,
+        48,
+        64,
+        96,
+    ]
+    assert [scoring._power_of_two(n) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 8]
+
+
+def test_refusals(tiny_run, run, monkeypatch):
+    with pytest.raises(UserError, match=r"rows are shared by devices here, not their time; leave --mesh=sequence out"):
+        Scorer(evaluation.open_run(tiny_run, 2, ["sequence=2"]), 128)
+    scorer = Scorer(run, 128)
+    monkeypatch.setattr(scorer, "_context", 30)
+    with pytest.raises(UserError, match=r"a text of 31 tokens is longer than model.context=30"):
+        scorer.score([(SHARED, tuple(range(8)))])

@@ -1,0 +1,76 @@
+"""evaluation/synthetic.py: which difficulties a checkpoint is judged by, and what the report says. Accuracies are tested in
+tests/training/test_task_training.py."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxlinear import evaluation
+from jaxlinear.errors import UserError
+from jaxlinear.evaluation import Options
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return evaluation.open_run(tiny_run, 1)
+
+
+@pytest.fixture(scope="module")
+def task_run(run):
+    """As if it had been trained on a task."""
+    config = run.config.copy_and_resolve_references()
+    config.data.task, config.data.path = "mqar:pairs=2:vocab_size=64", ""
+    return dataclasses.replace(run, config=config)
+
+
+def test_report_and_table(run, tiny_dataset):
+    specs = ["passkey:length=128:digits=2", "parity:length=32"]
+    report = evaluation.evaluate_run(run, specs, Options(examples=20, batch_tokens=1024))
+    json.dumps(report, allow_nan=False)
+    rows = report[specs[0]]["difficulties"]
+    assert [row["options"]["depth"] for row in rows] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert {row["options"]["dataset"] for row in rows} == {str(tiny_dataset)}
+    assert {(row["examples"], row["answers"], row["trained"]) for row in rows} == {(24, 24 * 3, False)}
+    (parity,) = report[specs[1]]["difficulties"]
+    assert (parity["chance"], parity["examples"], parity["answers"]) == (0.5, 24, 24 * 32)
+    assert all(0 <= row["solved"] <= row["accuracy"] <= 1 for row in [*rows, parity])
+    text = evaluation.table(report)
+    for part in ("passkey:length=128:digits=2: Mohtashami", "depth  accuracy", "0.75", "parity:length=32: Grazzi"):
+        assert part in text
+
+
+def test_the_difficulty_of_the_training(task_run):
+    """Its options hold where no others are given, and it is marked."""
+    report = evaluation.evaluate_run(task_run, ["mqar:length=32+64"], Options(examples=8))
+    rows = report["mqar:length=32+64"]["difficulties"]
+    names = ("length", "pairs", "vocab_size")
+    assert [tuple(row["options"][name] for name in names) for row in rows] == [(32, 2, 64), (64, 2, 64)]
+    assert [row["trained"] for row in rows] == [True, False]
+    assert "(as trained)" in evaluation.table(report).split("\n")[-2]
+
+
+def test_another_dataset_for_the_text(task_run, tiny_dataset):
+    with pytest.raises(UserError, match=r"passkey: it needs text: data.path, --data, or the option dataset"):
+        evaluation.evaluate_run(task_run, ["passkey"], Options())
+    with pytest.raises(UserError, match=r"passkey: length=32 is less than the 10\d tokens without any text"):
+        evaluation.evaluate_run(task_run, ["passkey"], Options(data=str(tiny_dataset)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("perplexity", {}, r"was trained on mqar:pairs=2:vocab_size=64, not on text; evaluate it with --tasks=mqar"),
+        (
+            "perplexity:x=1",
+            {},
+            r"perplexity takes no options of this kind; --lengths, --batches and --data are its own",
+        ),
+        ("mqar:vocab_size=512", {}, r"mqar takes 512 tokens, and model.vocab_size is 384; set vocab_size"),
+        ("mqar", {"examples": 0}, r"examples=0 must be at least 1"),
+        ("speed", {}, r"there is no task 'speed'; there are perplexity, mqar"),
+    ],
+)
+def test_refusals(task_run, spec, options, message):
+    with pytest.raises(UserError, match=message):
+        evaluation.evaluate_run(task_run, [spec], Options(**options))
