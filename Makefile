@@ -1,4 +1,5 @@
 # make quickstart   a language model from nothing, in at most ten minutes on two cores
+# make sweep        isoFLOP ladders of four architectures and their scaling laws, in at most an hour on two cores
 # make test         the whole test suite
 # make lint         ruff and mypy
 # Each makes its own environment in .venv; PYTHON names the interpreter it is made with (3.11 or newer).
@@ -6,10 +7,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart sweep test lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python launch/quickstart.py --workdir=runs/quickstart
+
+sweep: .venv/installed-sweep
+	test -d runs/sweep/corpus || $(BIN)/python launch/prepare_data.py --source=python-stdlib --output=runs/sweep/corpus \
+	  --vocab_size=2048
+	$(BIN)/python launch/sweep.py --config=configs/sweeps/quickstart.py --workdir=runs/sweep \
+	  --config.data.path=runs/sweep/corpus
+	$(BIN)/python launch/scaling.py --workdir=runs/sweep --baseline=transformer
 
 test: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --durations=15 tests
@@ -29,9 +37,13 @@ lint: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
+.venv/installed-sweep: .venv/bin/python setup.py
+	$(BIN)/python -m pip install --quiet --editable '.[sweep,plot]'
+	touch .venv/installed $@
+
 .venv/installed-test: .venv/bin/python setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[test,parity,aot]'
-	touch .venv/installed $@
+	touch .venv/installed .venv/installed-sweep $@
 
 clean:
 	rm -rf .venv build *.egg-info

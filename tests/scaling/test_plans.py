@@ -1,5 +1,8 @@
 """Which runs a sweep has, what they are called, and what is refused."""
 
+import importlib.util
+import pathlib
+
 import pytest
 
 from jaxlinear import config as configs
@@ -103,3 +106,20 @@ def test_the_same_run_twice_is_refused():
         plans.names([SIZES[1], SIZES[1]])
     with pytest.raises(UserError, match="a grid takes a list"):
         plans.grid({"model.preset": "griffin_2m"})
+
+
+def test_the_quickstart_sweep():
+    path = pathlib.Path(__file__).parents[2] / "configs" / "sweeps" / "quickstart.py"
+    spec = importlib.util.spec_from_file_location("quickstart_sweep", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    runs = module.get_runs(config)
+    assert len(set(plans.names(runs))) == 48 and plans.names(runs)[0] == "transformer-w48-7e11flops"
+    for run in runs:
+        resolved = plans.resolve(config, run)
+        tokens = resolved.training.steps * 4 * 512
+        spent = tokens * flops.training_flops_per_token(configs.model_config(resolved), 512)
+        assert spent == pytest.approx(run["budget"], rel=0.01)
+        assert resolved.training.steps >= 50
+        assert len(resolved.model.pattern) in (1, 3)

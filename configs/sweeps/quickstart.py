@@ -1,0 +1,51 @@
+"""What `make sweep` trains: isoFLOP ladders of four architectures on the sources of Python's standard library.
+
+    make sweep
+
+Hawk, Griffin, GLA and a transformer, each in four sizes of 0.2 to 0.9 M parameters at three budgets of FLOPs: 48 runs, one
+after another. Estimated, not yet run as a whole: 40 to 55 minutes on two quiet CPU cores. docs/scaling.md shows how.
+"""
+
+from jaxlinear import config as configs
+from jaxlinear.scaling.sweeps import plans
+
+BUDGETS = (7e11, 1.4e12, 2.8e12)  # FLOPs, those of the logits included
+HEADS = {48: 2, 64: 2, 96: 3, 128: 4}  # of each width
+PRESETS = {"transformer": "transformer_6m", "hawk": "hawk_6m", "griffin": "griffin_6m", "gla": "gla_6m"}
+
+
+def get_config():
+    config = configs.default()
+    config.model.num_layers = 3  # one period of Griffin
+    config.model.vocab_size = 2048  # of the corpus
+    config.model.dtype = "float32"
+    config.training.batch_size = 4
+    config.training.sequence_length = 512
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 0.015
+    config.optimizer.muon_learning_rate = 0.03
+    config.schedule.name = "linear"
+    config.schedule.final_fraction = 0.0
+    config.checkpoint.keep_newest = 1
+    config.evaluation.every_steps = 1_000_000  # at the end alone
+    config.evaluation.batches = 32
+    config.logging.tensorboard = False
+    return config
+
+
+def get_runs(config):
+    sizes = plans.ladder(
+        {name: [_size(preset, width) for width in HEADS] for name, preset in PRESETS.items()},
+    )
+    return plans.isoflops(config, sizes, BUDGETS, warmup_fraction=0.05)
+
+
+def _size(preset, width):
+    return {
+        "size": f"w{width}",
+        "model.preset": preset,
+        "model.width": width,
+        "model.recurrent_width": width,
+        "model.num_heads": HEADS[width],
+        "model.key_value_heads": HEADS[width] if preset.startswith("transformer") else 1,
+    }
