@@ -1,0 +1,186 @@
+"""The kernels of matrix states for TPU by their static schedules: how much of the matrix unit's peak their products take.
+
+    python benchmarks/tpu_chunks.py [--operations=delta_rule,linear_attention] [--decays=none,scalar,channel]
+        [--topology=v5e:2x2] [--batch=1 --length=4096 --heads=16 --key=128 --value=128] [--dtype=bfloat16] [--json=FILE]
+    python benchmarks/tpu_chunks.py --tune [--topology=...]      # of the delta rule: cycles by chunks and heads of a block
+
+Takes the compiler for TPU (pip install 'jaxlinear[aot]'). Every program is compiled in a process of its own. Of each
+kernel:
+
+    cycles         bundles of the schedule x trips of its loops, for 128 tokens of a head
+    compute        the time of these at the chip's clock rate, for the whole array
+    memory         the time of the bytes that the kernel must read and write, at the rate of the chip's HBM
+    peak %         the operations of the chunked form's products at the chunk that is used, over those that the matrix
+                   unit could do in so many cycles; the inverse, and what a decay by channel takes more, are not counted
+    at 64 %        the same of the operations that chunks of 64 tokens would have, so that a larger chunk flatters nothing
+
+With ``--chunked`` also the bytes that the instructions of both passes read and write, with and without the kernel.
+Schedules are lower bounds of the time, not timings.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import schedules
+from absl import flags
+
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "v5e, v5p or v6e, and the shape of the slice.")
+_OPERATIONS = flags.DEFINE_list("operations", ["delta_rule", "linear_attention"], "Of jaxlinear.ops.")
+_DECAYS = flags.DEFINE_list("decays", ["none", "scalar", "channel"], "None, one a head, one a key channel.")
+_BATCH = flags.DEFINE_integer("batch", 1, "B.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 4096, "T.", lower_bound=1)
+_HEADS = flags.DEFINE_integer("heads", 16, "H.", lower_bound=1)
+_KEY = flags.DEFINE_integer("key", 128, "K.", lower_bound=1)
+_VALUE = flags.DEFINE_integer("value", 128, "V.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of q, k and v.")
+_CHUNKED = flags.DEFINE_bool("chunked", False, "Also the program without the kernel, which takes minutes to compile.")
+_TUNE = flags.DEFINE_bool("tune", False, "Instead: the delta rule by block sizes.")
+_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+_WORKER = flags.DEFINE_list("worker", None, "Compile this operation, decay and backend, and print its report.")
+_BLOCK = flags.DEFINE_list("block", None, "Of the worker: chunk and lanes of the delta rule's block.")
+
+KINDS = ("forward", "gradient")
+
+
+def main() -> None:
+    if _WORKER.value:
+        print(json.dumps(_compile(*_WORKER.value)))
+        return
+    names = ("topology", "batch", "length", "heads", "key", "value", "dtype")
+    result: dict = {name: flags.FLAGS[name].value for name in names}
+    result["rows"] = _tuning() if _TUNE.value else _comparison()
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _comparison() -> list[dict]:
+    columns = ("cycles", 8), ("compute us", 11), ("memory us", 10), ("peak %", 7), ("at 64 %", 8)
+    print(f"{'':34}", *(f"{name:>{width}}" for name, width in columns))
+    rows, backends = [], ("pallas", "chunked") if _CHUNKED.value else ("pallas",)
+    for operation in _OPERATIONS.value:
+        for decay in _DECAYS.value:
+            reports = {backend: _worker(operation, decay, backend) for backend in backends}
+            for row in reports["pallas"]["kernels"]:
+                print(
+                    f"{row['name']:34} {row['cycles']:8.0f} {row['compute_us']:11.0f} {row['memory_us']:10.0f} "
+                    f"{100 * row['peak']:7.1f} {100 * row['at_64']:8.1f}",
+                    flush=True,
+                )
+            if _CHUNKED.value:
+                moved = ", ".join(f"{backend} {report['bytes'] / 1e9:.2f} GB" for backend, report in reports.items())
+                print(f"    bytes of both passes: {moved}")
+            rows.append({"operation": operation, "decay": decay, **reports})
+    return rows
+
+
+def _tuning() -> list[dict]:
+    rows = []
+    for decay in _DECAYS.value:
+        for chunk in (64, 128):
+            for lanes in (512, 1024, 2048):
+                report = _worker("delta_rule", decay, "pallas", f"--block={chunk},{lanes}")
+                cycles = {row["kind"]: row["cycles"] for row in report["kernels"]}
+                rows.append({"decay": decay, "chunk": chunk, "lanes": lanes, **cycles})
+                print(f"{decay:8} chunk {chunk:4} lanes {lanes:5}: {cycles}", flush=True)
+    return rows
+
+
+def _worker(operation: str, decay: str, backend: str, *more: str) -> dict:
+    from jaxlinear.errors import RunError
+
+    names = ("topology", "batch", "length", "heads", "key", "value", "dtype")
+    options = [f"--{name}={flags.FLAGS[name].value}" for name in names]
+    command = [sys.executable, __file__, f"--worker={operation},{decay},{backend}", *options, *more]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RunError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _compile(operation: str, decay: str, backend: str) -> dict:
+    directory = schedules.begin()
+    import jax
+
+    from jaxlinear import ops
+    from jaxlinear.ops import backends
+    from jaxlinear.pallas import blocks
+
+    batch, length, heads, key, value = (flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY, _VALUE))
+    kind = schedules.device(_TOPOLOGY.value).device_kind
+    if _BLOCK.value:
+        chunk, lanes = map(int, _BLOCK.value)
+        blocks.DELTA_RULE_TPU[kind] = blocks.DeltaRuleBlock(chunk, chunk, lanes)
+    by_head = jax.ShapeDtypeStruct((batch, length, heads), "float32")
+    wide = functools.partial(jax.ShapeDtypeStruct, dtype=_DTYPE.value)
+    q, v = wide((batch, length, heads * key)), wide((batch, length, heads * value))
+    log_decay = {"none": None, "scalar": by_head, "channel": q}[decay]
+    beta = by_head if operation == "delta_rule" else None
+    state = jax.ShapeDtypeStruct((batch, heads, key, value), "float32")
+
+    def forward(inputs):
+        *arrays, beta, log_decay, state = inputs
+        q, k, v = (x.reshape(batch, length, heads, -1) for x in arrays)
+        if decay == "channel":
+            log_decay = log_decay.reshape(q.shape)
+        more = () if beta is None else (beta,)
+        with backends.use_platform("tpu", kind):
+            o, final = getattr(ops, operation)(q, k, v, *more, log_decay, state, backend=backend)
+        return o.reshape(batch, length, -1), final
+
+    def both(inputs, cotangents):
+        outputs, pullback = jax.vjp(forward, inputs)
+        with backends.use_platform("tpu", kind):
+            return outputs, pullback(cotangents)
+
+    compiled = schedules.compile_for(_TOPOLOGY.value, both, (q, q, v, beta, log_decay, state), (v, state))
+    report = schedules.report(directory, compiled, _TOPOLOGY.value)
+    size = [x.size * x.dtype.itemsize for x in (q, q, v, log_decay, beta) if x is not None]
+    moved = {"forward": sum(size) + size[2], "gradient": 2 * sum(size) + size[2]}
+    bandwidth, clock = schedules.RATES[_TOPOLOGY.value.partition(":")[0]]
+    found = []
+    for name, cycles in report["kernels"].items():
+        direction = next((word for word in KINDS if f"{operation}_{word}" in name), None)
+        if direction is None:
+            continue
+        peak = cycles * schedules.MATRIX_UNIT[_TOPOLOGY.value.partition(":")[0]]
+        short = re.search(rf"{operation}_[a-z_]*[a-z]", name)[0]
+        row = {"name": short, "kind": direction, "cycles": cycles / (batch * length * heads) * 128}
+        row |= {"compute_us": 1e6 * cycles / clock, "memory_us": 1e6 * moved[direction] / bandwidth}
+        used = _chunk(operation, decay, kind)
+        row |= {"peak": _operations(operation, direction, decay, used) / peak}
+        found.append(row | {"at_64": _operations(operation, direction, decay, 64) / peak})
+    return {"kernels": found, "bytes": report["bytes"], "relayouts": report["relayouts"]}
+
+
+def _chunk(operation: str, decay: str, kind: str) -> int:
+    from jaxlinear.pallas import blocks
+
+    length, by_channel = _LENGTH.value, decay == "channel"
+    if operation == "delta_rule":
+        return blocks.delta_rule_chunk(kind, length, by_channel, None)
+    widths = _KEY.value, _VALUE.value
+    return blocks.linear_attention_tpu(kind, length, _HEADS.value, widths, by_channel, None)[1]
+
+
+def _operations(operation: str, direction: str, decay: str, chunk: int) -> float:
+    """Floating point operations of the products, of all tokens and heads."""
+    from jaxlinear.pallas import delta_rule_plan, linear_attention_plan
+
+    length, *shape = (flag.value for flag in (_LENGTH, _HEADS, _KEY, _VALUE))
+    if operation == "delta_rule":
+        plan = delta_rule_plan.Plan(direction, length, *shape, decay, False, 1.0, None, None)
+    else:
+        plan = linear_attention_plan.Plan(direction, *shape, decay, False, 1.0)
+    return plan.products(chunk) * _BATCH.value * length * _HEADS.value
+
+
+if __name__ == "__main__":
+    from jaxlinear import cli
+
+    cli.run(main)
