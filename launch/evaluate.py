@@ -17,6 +17,13 @@ _LENGTHS = flags.DEFINE_list("lengths", None, "Multiples of the training length;
 _EXAMPLES = flags.DEFINE_integer("examples", 256, "Examples of each difficulty of a synthetic task.")
 _MESH = flags.DEFINE_list("mesh", [], "How all devices share a batch, as sequence=8; by default by rows, data=-1.")
 _BATCHES = flags.DEFINE_integer("batches", 0, "Batches of each length; 0 takes the whole held-out split.")
+_FOLLOW = flags.DEFINE_boolean(
+    "follow", False, "Every checkpoint as it appears, to the end of the run: WORKDIR/evaluations has what is found."
+)
+_POLL = flags.DEFINE_float("poll", 10.0, "With --follow: seconds between two looks.", lower_bound=0.0)
+_PATIENCE = flags.DEFINE_float(
+    "patience", 0.0, "With --follow: ends after so many seconds without a new one; 0: never."
+)
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 0, "Tokens of a batch; 0 takes as many as in training.")
 
 
@@ -26,20 +33,37 @@ def main() -> None:
 
     if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
         raise UserError(f"--json={_JSON.value}: its directory does not exist")
-    report = evaluation.evaluate(
-        _WORKDIR.value,
-        step=_STEP.value,
-        tasks=_TASKS.value,
-        mesh=_MESH.value,
+    options = evaluation.Options(
         data=_DATA.value,
-        lengths=None if _LENGTHS.value is None else [_multiple(text) for text in _LENGTHS.value],
+        lengths=None if _LENGTHS.value is None else tuple(_multiple(text) for text in _LENGTHS.value),
         batches=_BATCHES.value,
         batch_tokens=_BATCH_TOKENS.value,
         examples=_EXAMPLES.value,
     )
+    if not _FOLLOW.value:
+        report = evaluation.evaluate(
+            _WORKDIR.value, step=_STEP.value, tasks=_TASKS.value, mesh=_MESH.value, options=options
+        )
+        _write(report)
+        print(evaluation.table(report))
+        return
+    if _STEP.value is not None:
+        raise UserError(f"--follow evaluates every checkpoint; leave --step={_STEP.value} out")
+    from jaxlinear.evaluation import following
+
+    reports = []
+    for report in following.follow(
+        _WORKDIR.value, _TASKS.value, options, mesh=_MESH.value, poll=_POLL.value, patience=_PATIENCE.value
+    ):
+        reports.append(report)
+        _write(reports)
+        print(evaluation.table(report), end="\n\n", flush=True)
+    print(f"{len(reports)} checkpoints; {following.directory(_WORKDIR.value) / following.PAGE} has the curves")
+
+
+def _write(reports: dict | list) -> None:
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(evaluation.table(report))
+        pathlib.Path(_JSON.value).write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
 
 
 def _multiple(text: str) -> int:

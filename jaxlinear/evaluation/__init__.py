@@ -1,5 +1,6 @@
 """What a trained model is worth: tasks by name, each a function of a run and its options that returns a report."""
 
+import dataclasses
 import importlib
 import os
 from collections.abc import Sequence
@@ -11,10 +12,10 @@ from jaxlinear.errors import UserError
 from jaxlinear.evaluation.options import Options
 from jaxlinear.evaluation.run import Run, open_run
 
-__all__ = ["TASKS", "Options", "Run", "evaluate", "evaluate_run", "open_run", "table"]
+__all__ = ["TASKS", "Options", "Run", "evaluate", "evaluate_run", "open_run", "scalars", "table"]
 
-# The modules of the tasks, with evaluate(run, spec, options) -> report and table(report) -> text; spec is
-# NAME:option=VALUE:... They are imported when asked for: harness needs the extra eval.
+# The modules of the tasks: evaluate(run, spec, options) -> report, table(report) -> text, scalars(report) -> numbers by
+# name; spec is NAME:option=VALUE:... They are imported when asked for: harness needs the extra eval.
 TASKS: dict[str, str] = {
     "perplexity": "perplexity",
     **dict.fromkeys(synthetic_tasks.TASKS, "synthetic"),
@@ -28,20 +29,27 @@ def evaluate(
     step: int | None = None,
     tasks: Sequence[str] = ("perplexity",),
     mesh: Sequence[str] = (),
-    **options: Any,
+    options: Options | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint (the newest by default) on each task. Returns what ``--json`` writes.
 
-    ``mesh`` is what ``open_run`` takes: how all devices share the work. ``options`` are those of ``Options``.
+    ``mesh`` is what ``open_run`` takes: how all devices share the work. ``changes`` are to the ``options``, by name.
     ``UserError`` says what cannot be evaluated, before anything runs.
     """
     check_names(tasks)
-    return evaluate_run(open_run(workdir, step, mesh), tasks, Options(**options))
+    options = dataclasses.replace(options or Options(), **changes)
+    return evaluate_run(open_run(workdir, step, mesh), tasks, options)
 
 
 def evaluate_run(run: Run, tasks: Sequence[str], options: Options) -> dict[str, Any]:
     """``evaluate`` of a run that is open."""
     return run.summary() | {spec: find(spec).evaluate(run, spec, options) for spec in tasks}
+
+
+def scalars(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By task, the numbers of a report that are curves over the steps of a run, each named ``WHAT, WHERE``."""
+    return {spec: find(spec).scalars(report[spec]) for spec in report if spec.split(":")[0] in TASKS}
 
 
 def check_names(specs: Sequence[str]) -> None:

@@ -174,6 +174,16 @@ def _metrics(found: dict[str, Any], task: str) -> dict[str, Any]:
     return {"samples": samples.get("effective"), "of": samples.get("original")} | values
 
 
+def scalars(report: dict[str, Any]) -> dict[str, float]:
+    """The numbers that are curves over the steps of a run."""
+    return {
+        f"{name}, {task}": value
+        for task, values in report["tasks"].items()
+        for name, value in values.items()
+        if isinstance(value, float) and not name.endswith("_stderr")
+    }
+
+
 def table(report: dict[str, Any]) -> str:
     """A report of ``evaluate`` as text for people."""
     lines = [f"lm_eval {report['lm_eval']}"]

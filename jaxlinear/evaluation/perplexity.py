@@ -49,7 +49,7 @@ def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
     if not plans:
         raise UserError(left_out[0]["reason"] if left_out else "no length is asked for")
 
-    loss_step = make_loss_step(run.config, run.architecture, run.mesh)
+    loss_step = run.program("loss", lambda: make_loss_step(run.config, run.architecture, run.mesh))
     return {
         "dataset": str(path),
         "source": manifest.source,
@@ -188,6 +188,13 @@ def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byt
             for i, (total, count) in enumerate(zip(totals, counts, strict=True))
         ],
         "seconds": seconds,
+    }
+
+
+def scalars(report: dict[str, Any]) -> dict[str, float]:
+    """The numbers that are curves over the steps of a run."""
+    return {
+        f"{name}, length {row['length']}": row[name] for row in report["lengths"] for name in ("loss", "bits_per_byte")
     }
 
 

@@ -1,21 +1,21 @@
 """Pictures of runs. Needs the extra ``plot``."""
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxlinear.errors import UserError
 from jaxlinear.training import metrics
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def loss_curves(workdirs: Sequence[str], output: str | os.PathLike) -> None:
     """Training loss (each logged step, and smoothed) and held-out loss of runs against tokens, to a file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install 'jaxlinear[plot]'") from None
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = _figure()
     axes = figure.subplots()
     for i, workdir in enumerate(workdirs):
         lines = metrics.read(workdir)
@@ -52,3 +52,34 @@ def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:
         total, weight = decay * total + value, decay * weight + 1
         smoothed.append(total / weight)
     return smoothed
+
+
+def step_curves(curves: Mapping[str, Mapping[int, float]], what: str) -> "Figure":
+    """Numbers of the checkpoints of a run over their steps: ``{name: {step: value}}``."""
+    figure = _figure()
+    axes = figure.subplots()
+    for name, values in curves.items():
+        axes.plot(list(values), list(values.values()), marker="o", markersize=3, label=name)
+    axes.set_xlabel("steps")
+    axes.set_ylabel(what)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _figure() -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install 'jaxlinear[plot]'") from None
+    return Figure(figsize=(7, 4), layout="constrained")
+
+
+def to_svg(figure: "Figure") -> str:
+    """The figure as an SVG document: the same text for the same figure."""
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": "jaxlinear", "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,18 @@ class Run:
     architecture: parameters.Architecture
     parameters: dict[str, Any]
     mesh: jax.sharding.Mesh
+    _programs: dict[Hashable, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    def at(self, step: int) -> "Run":
+        """The same run with the weights of another checkpoint."""
+        model = load(self.workdir, step, mesh=self.mesh)
+        return dataclasses.replace(self, step=step, parameters=nnx.to_pure_dict(nnx.split(model)[1]))
+
+    def program(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, made once for all checkpoints: functions that are compiled and take the parameters."""
+        if key not in self._programs:
+            self._programs[key] = make()
+        return self._programs[key]
 
     def summary(self) -> dict[str, Any]:
         """What a report says of the run itself."""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import lax, stages
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlinear.errors import UserError
@@ -31,9 +31,7 @@ class Scorer:
         self._groups = math.prod(run.mesh.shape[axis] for axis in sharding.RULES["batch"])
         self._context = run.architecture.config.context if "attention" in run.architecture.config.layers else None
         self._rows = NamedSharding(run.mesh, PartitionSpec(sharding.RULES["batch"]))
-        self._prefix, self._continuations, self._next = (
-            jax.jit(self._on_mesh(function)) for function in (_prefix, _continuations, _next_chunk)
-        )
+        self._prefix, self._continuations, self._next = run.program("scoring", lambda: _programs(run))
 
     def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         """For each pair the log-probability of the continuation in nats, and whether greedy decoding gives it."""
@@ -115,12 +113,19 @@ class Scorer:
                 "leave the longest questions out, or raise model.context"
             )
 
-    def _on_mesh(self, function):
-        def run(parameters, *arguments):
-            with sharding.use_mesh(self._run.mesh, **self._run.config.parallel):
-                return function(self._run.architecture.bind(parameters), *arguments)
 
-        return run
+def _programs(run: Run) -> tuple[stages.Wrapped, ...]:
+    """The functions below of the run's architecture, which take parameters in the place of the model."""
+    architecture, mesh, exchanges = run.architecture, run.mesh, dict(run.config.parallel)
+
+    def on_mesh(function):
+        def program(parameters, *arguments):
+            with sharding.use_mesh(mesh, **exchanges):
+                return function(architecture.bind(parameters), *arguments)
+
+        return jax.jit(program)
+
+    return tuple(on_mesh(function) for function in (_prefix, _continuations, _next_chunk))
 
 
 def _prefix(model, tokens, segment_ids):

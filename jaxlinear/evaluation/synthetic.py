@@ -26,7 +26,9 @@ def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
     )
     difficulties = tasks.difficulties(spec, setting, trained)
     batch_tokens = options.batch_tokens or training.batch_size * training.sequence_length
-    answers = Answers(run.config, run.architecture, run.mesh, batch_tokens)
+    answers = run.program(
+        ("answers", batch_tokens), lambda: Answers(run.config, run.architecture, run.mesh, batch_tokens)
+    )
     rows = []
     for task in difficulties:
         begin = time.perf_counter()
@@ -47,11 +49,23 @@ def _same(task: tasks.Task, trained: tasks.Task) -> bool:
     return all(value == trained.options()[name] for name, value in task.options().items() if name not in ignored)
 
 
+def scalars(report: dict[str, Any]) -> dict[str, float]:
+    """The numbers that are curves over the steps of a run."""
+    rows, varying = report["difficulties"], _varying(report)
+    named = [", ".join(f"{name} {row['options'][name]}" for name in varying) for row in rows]
+    return {f"accuracy, {name}": row["accuracy"] for name, row in zip(named, rows, strict=True)}
+
+
+def _varying(report: dict[str, Any]) -> list[str]:
+    """The options that tell the difficulties apart."""
+    rows = report["difficulties"]
+    return [name for name in rows[0]["options"] if len({row["options"][name] for row in rows}) > 1] or ["length"]
+
+
 def table(report: dict[str, Any]) -> str:
     """A report of ``evaluate`` as text for people: the options that differ are columns, those that do not stand above."""
-    rows = report["difficulties"]
+    rows, varying = report["difficulties"], _varying(report)
     names = list(rows[0]["options"])
-    varying = [name for name in names if len({row["options"][name] for row in rows}) > 1] or ["length"]
     fixed = ", ".join(f"{name} {rows[0]['options'][name]}" for name in names if name not in varying)
     lines = [report["source"]] + ([fixed] if fixed else [])
     lines.append(

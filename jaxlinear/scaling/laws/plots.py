@@ -1,6 +1,5 @@
 """Figures of a comparison, as matplotlib draws them. Needs the extra ``plot``."""
 
-import io
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -25,16 +24,6 @@ def figures(comparison: Comparison) -> dict[str, tuple["Figure", str]]:
         if any(fit.profile is not None for fit in fits.values()):
             drawn["isoflop"] = (_isoflop(comparison, counts), _ISOFLOP.format(counts=COUNTS[counts]))
     return drawn
-
-
-def to_svg(figure: "Figure") -> str:
-    """The figure as an SVG document: the same text for the same figure."""
-    from matplotlib import rc_context
-
-    file = io.StringIO()
-    with rc_context({"svg.hashsalt": "jaxlinear", "svg.fonttype": "none"}):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return file.getvalue()
 
 
 _LOSS = (

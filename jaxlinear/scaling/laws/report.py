@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from jaxlinear.evaluation import html
+from jaxlinear.evaluation.plots import to_svg
 from jaxlinear.scaling.laws import bootstrap, plots
 from jaxlinear.scaling.laws.bootstrap import Interval
 from jaxlinear.scaling.laws.comparison import ArchitectureFit, Comparison, to_json
@@ -23,7 +24,7 @@ def write(comparison: Comparison, output: str | os.PathLike, *, title: str) -> l
     written[0].write_text(json.dumps(to_json(comparison), indent=2) + "\n", encoding="utf-8")
     parts = [html.paragraph(_INTRODUCTION)]
     for name, (figure, caption) in drawn.items():
-        svg = plots.to_svg(figure)
+        svg = to_svg(figure)
         parts.append(html.figure(svg, caption, name=name))
         written += [directory / f"{name}.svg", directory / f"{name}.png"]
         written[-2].write_text(svg, encoding="utf-8")

@@ -1,0 +1,129 @@
+"""Every checkpoint of a run as it appears: its report to JSON, its numbers to TensorBoard, their curves to an HTML page."""
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from jaxlinear import evaluation
+from jaxlinear.checkpoint import Checkpoints
+from jaxlinear.errors import UserError
+from jaxlinear.evaluation import html, plots
+from jaxlinear.evaluation.options import Options
+from jaxlinear.evaluation.run import Run, open_run
+from jaxlinear.training.workdir import read_config
+
+_LOG = logging.getLogger(__name__)
+
+PAGE = "index.html"
+
+
+def directory(workdir: str | os.PathLike) -> Path:
+    """Where the reports of a run lie: ``STEP.json``, TensorBoard events and the page."""
+    return Path(workdir) / "evaluations"
+
+
+def follow(
+    workdir: str | os.PathLike,
+    tasks: Sequence[str],
+    options: Options,
+    *,
+    mesh: Sequence[str] = (),
+    poll: float = 10.0,
+    patience: float = 0.0,
+) -> Iterator[dict[str, Any]]:
+    """The report of each checkpoint, oldest first, until that of the run's last step; each is written before it comes.
+
+    Those that an earlier call wrote, for the same tasks and options, are read and not made again. A checkpoint that the run
+    removes before its turn is left out, with a line that says so. Looks every ``poll`` seconds; with ``patience`` seconds
+    above 0 it also ends when none has come for so long.
+    """
+    evaluation.check_names(tasks)
+    read_config(workdir)
+    folder = directory(workdir)
+    folder.mkdir(exist_ok=True)
+    reports: dict[int, dict[str, Any]] = {}
+    asked = {"tasks": list(tasks), "options": json.loads(json.dumps(dataclasses.asdict(options)))}
+    run: Run | None = None
+    removed: set[int] = set()
+    seen = time.monotonic()
+    while True:
+        for step in _steps(workdir):
+            if step in reports or step in removed:
+                continue
+            report = _read(folder / f"{step}.json", asked)
+            if report is None:
+                try:
+                    run = open_run(workdir, step, mesh) if run is None else run.at(step)
+                except UserError:
+                    if step in _steps(workdir):
+                        raise
+                    _LOG.warning("step %d was removed before it could be evaluated", step)
+                    removed.add(step)
+                    continue
+                report = evaluation.evaluate_run(run, tasks, options) | {"asked": asked}
+                _write(folder / f"{step}.json", json.dumps(report, indent=2) + "\n")
+                _to_tensorboard(folder, step, report)
+            reports[step] = report
+            _write(folder / PAGE, _page(reports))
+            yield report
+            seen = time.monotonic()
+        if any(step >= read_config(workdir).training.steps for step in (*reports, *removed)):
+            return
+        if patience and time.monotonic() - seen > patience:
+            _LOG.warning("no new checkpoint for %.0f s", patience)
+            return
+        time.sleep(poll)
+
+
+def _steps(workdir: str | os.PathLike) -> list[int]:
+    """The checkpoints that there are; none before the run has made their directory."""
+    try:
+        return Checkpoints(workdir).steps()
+    except UserError:
+        return []
+
+
+def _read(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of an earlier call, if it was asked for the same."""
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return report if report.get("asked") == asked else None
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _to_tensorboard(folder: Path, step: int, report: dict[str, Any]) -> None:
+    with SummaryWriter(str(folder)) as board:
+        for task, values in evaluation.scalars(report).items():
+            for name, value in values.items():
+                board.add_scalar(f"{task}/{name}", value, step)
+
+
+def _page(reports: Mapping[int, dict[str, Any]]) -> str:
+    """Curves of every number over the steps, one figure for what has the same name in a task, and the newest report."""
+    steps = sorted(reports)
+    newest = reports[steps[-1]]
+    figures: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for step in steps:
+        for task, values in evaluation.scalars(reports[step]).items():
+            for name, value in values.items():
+                what, _, where = name.partition(", ")
+                figures.setdefault((task, what), {}).setdefault(where, {})[step] = value
+    parts = [html.paragraph(f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}.")]
+    for i, ((task, what), curves) in enumerate(figures.items()):
+        svg = plots.to_svg(plots.step_curves(curves, what.replace("_", " ")))
+        parts.append(html.figure(svg, f"{task}: {what.replace('_', ' ')}", name=f"figure{i}"))
+    parts += [html.heading(f"Step {steps[-1]}"), html.preformatted(evaluation.table(newest))]
+    return html.page(f"Evaluations of {Path(newest['workdir']).name}", *parts)

@@ -1,0 +1,107 @@
+"""evaluation/following.py: every checkpoint of a run is evaluated once, as it appears, and what is found is written."""
+
+import json
+import shutil
+
+import pytest
+
+from jaxlinear import evaluation
+from jaxlinear.checkpoint import DIRECTORY
+from jaxlinear.errors import UserError
+from jaxlinear.evaluation import Options, following
+
+OPTIONS = Options(lengths=(1,), batches=1, batch_tokens=256, examples=8)
+TASKS = ["perplexity", "parity:length=8+16"]
+
+
+@pytest.fixture(scope="module")
+def copied(tiny_run, tmp_path_factory):
+    """A run of which only the first checkpoint is there; the second one comes while it is followed."""
+    workdir = tmp_path_factory.mktemp("followed") / "run"
+    shutil.copytree(tiny_run, workdir)
+    (workdir / DIRECTORY / "2").rename(workdir / "later")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def followed(copied):
+    """The reports, and the steps for which a checkpoint was opened."""
+    reports = []
+    for report in following.follow(copied, TASKS, OPTIONS, poll=0.1):
+        reports.append(report)
+        assert (following.directory(copied) / f"{report['step']}.json").exists()
+        if report["step"] == 1:
+            (copied / "later").rename(copied / DIRECTORY / "2")
+    return reports
+
+
+def test_reports_are_those_of_each_checkpoint(followed, tiny_run):
+    assert [report["step"] for report in followed] == [1, 2]
+    run = evaluation.open_run(tiny_run, 2)
+    expected = evaluation.evaluate_run(run, TASKS, OPTIONS)
+    for task in TASKS:
+        assert evaluation.scalars(followed[1])[task] == pytest.approx(evaluation.scalars(expected)[task])
+    assert evaluation.scalars(followed[0]) != evaluation.scalars(followed[1])
+    assert set(evaluation.scalars(expected)) == set(TASKS)
+    assert set(evaluation.scalars(expected)[TASKS[1]]) == {"accuracy, length 8", "accuracy, length 16"}
+    assert set(evaluation.scalars(expected)["perplexity"]) == {"loss, length 32", "bits_per_byte, length 32"}
+
+
+def test_what_is_written(followed, copied):
+    folder = following.directory(copied)
+    for report in followed:
+        assert json.loads((folder / f"{report['step']}.json").read_text()) == report
+    assert len(list(folder.glob("events.out.tfevents.*"))) >= 1
+    page = (folder / following.PAGE).read_text()
+    assert page.count("<svg") == 3 and "2 checkpoints, steps 1 to 2." in page
+    for part in (
+        "perplexity: loss",
+        "perplexity: bits per byte",
+        "parity:length=8+16: accuracy",
+        "length 16",
+        "step 2 of 2",
+    ):
+        assert part in page
+    assert "src=" not in page and "http:" not in page and "https:" not in page
+
+
+def test_what_was_evaluated_is_not_evaluated_again(followed, copied, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a checkpoint was opened")
+
+    monkeypatch.setattr(following, "open_run", refuse)
+    assert list(following.follow(copied, TASKS, OPTIONS)) == followed
+    with pytest.raises(AssertionError, match="a checkpoint was opened"):  # other options are another evaluation
+        list(following.follow(copied, TASKS, Options(lengths=(1,), batches=2)))
+
+
+def test_it_waits_and_gives_up(copied, followed, monkeypatch, caplog):
+    """Of a run whose last step does not come."""
+    config = evaluation.open_run(copied, 1).config.copy_and_resolve_references()
+    config.training.steps = 5
+    monkeypatch.setattr(following, "read_config", lambda workdir: config)
+    slept = []
+    monkeypatch.setattr(following.time, "sleep", lambda seconds: slept.append(seconds))
+    monkeypatch.setattr(following.time, "monotonic", lambda: 10.0 * len(slept))
+    with caplog.at_level("WARNING", logger="jaxlinear"):
+        assert list(following.follow(copied, TASKS, OPTIONS, poll=3.0, patience=25.0)) == followed
+    assert slept == [3.0] * 3 and "no new checkpoint for 25 s" in caplog.text
+
+
+def test_a_checkpoint_that_is_removed_is_left_out(copied, followed, monkeypatch, caplog):
+    """Between two looks at the directory; one that cannot be read and is still there is an error."""
+    looks = iter([[1, 2, 3], [1, 2]])
+    monkeypatch.setattr(following, "_steps", lambda workdir: next(looks))
+    with caplog.at_level("WARNING", logger="jaxlinear"):
+        assert list(following.follow(copied, TASKS, OPTIONS)) == followed
+    assert "step 3 was removed before it could be evaluated" in caplog.text
+    monkeypatch.setattr(following, "_steps", lambda workdir: [1, 2, 3])
+    with pytest.raises(UserError, match=r"has no checkpoint of step 3; it has 1, 2"):
+        list(following.follow(copied, TASKS, OPTIONS))
+
+
+def test_refusals(tmp_path, copied):
+    with pytest.raises(UserError, match="is not the work directory of a run"):
+        list(following.follow(tmp_path, TASKS, OPTIONS))
+    with pytest.raises(UserError, match="there is no task 'speed'"):
+        list(following.follow(copied, ["speed"], OPTIONS))
