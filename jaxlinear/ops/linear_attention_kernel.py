@@ -15,17 +15,17 @@ from jaxlinear.ops.state_kernels import StateKernels
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas import linear_attention as kernels
 
-_WIDTHS = 16, 256
+_WIDTHS = 16, 256  # of K and V
 
 
 def refusal(q: jax.Array, k: jax.Array, v: jax.Array, chunk_size: int | None, platform: str) -> str | None:
     """Why the kernels do not run, or None. On other platforms they are interpreted, and run whatever these do but chunks
     that are no power of two."""
-    compiled = platform in backends.COMPILED
-    least, most = blocks.CHUNKS.get(platform, (8, 256))
+    least, most = blocks.CHUNKS.get(platform, blocks.CHUNKS_INTERPRETED)
     if chunk_size is not None and (chunk_size.bit_count() != 1 or not least <= chunk_size <= most):
-        return f"the kernel takes chunks of a power of two from {least} to {most} tokens, not of {chunk_size}"
-    if not compiled:
+        sizes = f"{least} tokens" if least == most else f"a power of two from {least} to {most} tokens"
+        return f"the kernel takes chunks of {sizes}, not of {chunk_size}"
+    if platform not in backends.COMPILED:
         return None
     for x in (q, k, v):
         if x.dtype not in (np.dtype(np.float32), np.dtype(jnp.bfloat16)):

@@ -47,9 +47,11 @@ class AttentionBlock(NamedTuple):
 
 # Of linear attention: without a decay or with one a head, and with one a channel.
 LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {}
-_LINEAR_ATTENTION_TPU_ELSEWHERE = AttentionBlock(256, 128, 256), AttentionBlock(256, 128, 128)
-CHUNKS = {"tpu": (128, 256)}  # the smallest and the largest that kernels are compiled for
+_LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 256),) * 2
+CHUNKS = {"tpu": (128, 128)}  # the smallest and the largest that kernels are compiled for
+CHUNKS_INTERPRETED = 8, 256
 VMEM_BYTES = 64 * 2**20  # that a kernel of chunks may take
+_WRITTEN_OUT = 8  # chunks of heads of a block
 HEADS = 8  # of a block, which are written out one after the other
 
 
@@ -70,10 +72,10 @@ def linear_attention_tpu(
     table = LINEAR_ATTENTION_TPU.get(kind, _LINEAR_ATTENTION_TPU_ELSEWHERE)
     block = table[by_channel]
     chunk = block.chunk if chunk is None else chunk
-    time = max(block.time // chunk, 1) * chunk
     together = heads_of_block(heads, widths, block.lanes)
     assert together is not None
-    return min(time, -(-length // chunk) * chunk), chunk, together
+    chunks = max(1, min(block.time // chunk, _WRITTEN_OUT // together))
+    return min(chunks, -(-length // chunk)) * chunk, chunk, together
 
 
 class DeltaRuleBlock(NamedTuple):
@@ -106,3 +108,16 @@ def delta_rule_heads(kind: str, heads: int, keys: int, values: int) -> int:
         return heads
     groups = -(-heads // most)  # as few as can be, as even as can be
     return -(-heads // groups // least) * least
+
+
+class DeltaRuleGPUBlock(NamedTuple):
+    chunk: int  # tokens
+    keys: int  # channels of a tile of K and of V, where a program has a chunk
+    values: int
+    states: int  # rows of the state, where a program goes through time
+
+
+def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None) -> DeltaRuleGPUBlock:
+    """Not tuned: the largest that no program spills registers with."""
+    tokens = min(64 if chunk is None else chunk, max(16, 1 << (length - 1).bit_length()))
+    return DeltaRuleGPUBlock(tokens, 32 if by_channel else 64, 64, 32 if keys <= 128 else 16)

@@ -56,6 +56,7 @@ def _running(x: jax.Array, step: int) -> jax.Array:
 class NoDecay:
     """As the classes below, of no decay: what scales a state or a token is None."""
 
+    by_channel = False
     since_start = until_end = whole = None
 
     def __init__(self, length: int):
@@ -72,18 +73,19 @@ class NoDecay:
 
 
 class ByHead:
-    """A decay of the whole head: ``since_start``, ``until_end`` ``[c, 1]`` and ``whole`` ``[1, 1]`` as in ``ops.decay``.
+    """A decay of the whole head: ``since_start``, ``until_end`` ``[c, 1 or c]`` and ``whole`` ``[1, 1 or c]`` as in
+    ``ops.decay``, the same in all columns.
 
-    Made by ``by_heads``.
+    Made of the log decays since the start and until the end, and of ``steps`` ``[c, c]``, which is G_i - G_j where i >= j
+    and whatever it is elsewhere.
     """
 
-    def __init__(self, columns: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]):
-        (coarse, fine), (coarse_row, fine_row) = columns, rows
-        self._pairs = i, j = _pairs(coarse.shape[0])
-        steps = (coarse - coarse_row) + (fine - fine_row)
-        self.matrix = _masked(i >= j, jnp.exp(_masked(i > j, steps)))
-        self.since_start = jnp.exp(coarse + fine)
-        self.until_end = jnp.exp((coarse[-1:] - coarse) + (fine[-1:] - fine))
+    by_channel = False
+
+    def __init__(self, steps: jax.Array, since_start: jax.Array, until_end: jax.Array):
+        self._pairs = i, j = _pairs(steps.shape[0])
+        self.matrix = jnp.exp(jnp.where(i >= j, steps, jnp.full_like(steps, -jnp.inf)))
+        self.since_start, self.until_end = jnp.exp(since_start), jnp.exp(until_end)
         self.whole = self.since_start[-1:]
 
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
@@ -98,19 +100,39 @@ class ByHead:
         return _with_same(self._pairs, rows, columns, d_products, d_rows, d_columns)
 
 
-def by_heads(log_decay: jax.Array) -> list[ByHead]:
-    """Of each head's ``[c]`` in ``[c, n]``.
+def by_sums(coarse: jax.Array, fine: jax.Array) -> ByHead:
+    """From the two parts of the sums of ``head_sums.cut``, ``[1, c]`` each."""
+    # A row turned as many rows is each token's number in all columns: cheaper than one column that is spread.
+    columns = [jnp.broadcast_to(x, (x.shape[1], x.shape[1])).T for x in (coarse, fine)]
+    steps = [x - y for x, y in zip(columns, (coarse, fine), strict=True)]
+    left = [x[:, -1:] - y for x, y in zip((coarse, fine), columns, strict=True)]
+    return ByHead(steps[0] + steps[1], columns[0] + columns[1], left[0] + left[1])
 
-    Each log decay is cut in a whole multiple of one unit and a small rest. The multiples are summed exactly, so that the
-    differences of their sums are exact as well.
-    """
-    length, bits = log_decay.shape[0], jnp.finfo(log_decay.dtype)
-    unit = 2.0 ** math.ceil(math.log2(-_floor(log_decay.dtype) * length / 2 ** (bits.nmant + 1)))
-    coarse = jnp.ceil(log_decay * (1 / unit)) * unit
-    sums = [prefix_sums(part) for part in (coarse, log_decay - coarse)]
+
+def constant(log_decay: jax.Array, length: int, last: Any) -> ByHead:
+    """Of a log decay ``[1, 1]`` that is the same for all tokens up to the one of number ``last``, and 0 behind it."""
+    i, j = (jnp.minimum(x, last).astype(log_decay.dtype) for x in _pairs(length))
+    return ByHead((i - j) * log_decay, (i + 1) * log_decay, (i[-1:] - i) * log_decay)
+
+
+def by_heads(log_decay: jax.Array) -> list[ByHead]:
+    """Of each head's ``[c]`` in ``[c, n]``, summed as ``head_sums.cut`` does."""
+    sums = [prefix_sums(part) for part in cut(log_decay, log_decay.shape[0])]
     rows = [x.T for x in sums]
-    heads = [slice(n, n + 1) for n in range(log_decay.shape[1])]
-    return [ByHead((sums[0][:, h], sums[1][:, h]), (rows[0][h], rows[1][h])) for h in heads]
+    found = []
+    for n in range(log_decay.shape[1]):
+        (coarse, fine), (coarse_row, fine_row) = (x[:, n : n + 1] for x in sums), (x[n : n + 1] for x in rows)
+        left = (coarse[-1:] - coarse) + (fine[-1:] - fine)
+        found.append(ByHead((coarse - coarse_row) + (fine - fine_row), coarse + fine, left))
+    return found
+
+
+def cut(log_decay: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """Whole multiples of a unit of which ``length``, down to the floor of log decays, are summed exactly; and the rest."""
+    dtype = log_decay.dtype
+    unit = 2.0 ** math.ceil(math.log2(-_floor(dtype) * length / 2 ** (jnp.finfo(dtype).nmant + 1)))
+    coarse = jnp.ceil(log_decay * (1 / unit)) * unit
+    return coarse, log_decay - coarse
 
 
 class ByChannel:
@@ -122,17 +144,19 @@ class ByChannel:
     middle, or a column, decayed until the middle, and has one factor.
     """
 
+    by_channel = True
+
     def __init__(self, log_decay: jax.Array):
-        groups = _groups(log_decay)
+        groups = _groups(log_decay * jnp.asarray(1 / math.log(2), log_decay.dtype))  # to the base of the hardware
         self._row = _rows(groups)
         near, seen, left = _near(groups, self._row)
-        self._near = [jnp.exp(x) for x in near]
-        self._seen, self._left = jnp.exp(seen), jnp.exp(left)
+        self._near = [jnp.exp2(x) for x in near]
+        self._seen, self._left = jnp.exp2(seen), jnp.exp2(left)
         far, before, after, whole = _far(seen[:, -1:])
-        self._far = [jnp.exp(x) for x in far]
-        self.since_start = (self._seen * jnp.exp(before)).reshape(log_decay.shape)
-        self.until_end = (self._left * jnp.exp(after)).reshape(log_decay.shape)
-        self.whole = jnp.exp(whole)
+        self._far = [jnp.exp2(x) for x in far]
+        self.since_start = (self._seen * jnp.exp2(before)).reshape(log_decay.shape)
+        self.until_end = (self._left * jnp.exp2(after)).reshape(log_decay.shape)
+        self.whole = jnp.exp2(whole)
         self._pairs = _pairs(log_decay.shape[0])
 
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
@@ -142,15 +166,12 @@ class ByChannel:
         products = []
         for r in rows:
             product = dot(r, columns, (1, 1), wide)
-            for level, (x, _) in enumerate(self._scaled(r, columns)):
-                size = 1 << level
-                if size < _GROUP:
+            for size, x, second, _ in self._scaled(r, columns):
+                if second is None:
                     product = jnp.where(apart >= size, dot(x, x, (1, 1), wide), product)
-                    continue
-                second, of_second = _halves(x, size)[1], _halves(apart, size)[1]
-                crossed = dot(second, x, (1, 1), wide)
-                first, own = _halves(product, size)
-                product = _joined(first, jnp.where(of_second >= size, crossed, own), size)
+                else:
+                    (first, own), far = _halves(product, size), _halves(apart, size)[1] >= size
+                    product = _joined(first, jnp.where(far, dot(second, x, (1, 1), wide), own), size)
             products.append(_masked(i >= j, product))
         return products
 
@@ -169,35 +190,48 @@ class ByChannel:
             # Of both tokens of a pair at once: each product has one of them as a row, the other as a column.
             d = jnp.where(i > j, d, d.T)
             d_row: Any = 0.0
-            for level, (x, factor) in enumerate(self._scaled(r, columns)):
-                size = 1 << level
+            for size, x, second, factor in self._scaled(r, columns):
                 crossing = (apart >= size) & (apart < 2 * size)
-                d_x = factor * dot(_masked(crossing, d).astype(x.dtype), x, (1, 0), wide).reshape(factor.shape)
-                in_second = self._in_second(size)
-                d_row = d_row + _masked(in_second, d_x)
-                d_columns = d_columns + _masked(~in_second, d_x)
-            d_rows.append(d_row.reshape(r.shape))
-        return _with_same(self._pairs, rows, columns, d_products, d_rows, d_columns.reshape(columns.shape))
-
-    def _in_second(self, size: int) -> jax.Array:
-        if size < _GROUP:
-            return (self._row & size) != 0
-        group = lax.broadcasted_iota(jnp.int32, self._row.shape, 0)
-        return (group & (size // _GROUP)) != 0
+                d_x = factor * dot(_masked(crossing, d).astype(x.dtype), x, (1, 0), wide)
+                if second is None:
+                    d_x, in_second = _groups(d_x), (self._row & size) != 0
+                    d_row = d_row + _masked(in_second, d_x).reshape(x.shape)
+                    d_columns = d_columns + _masked(~in_second, d_x).reshape(x.shape)
+                else:
+                    of_columns, of_row = _halves(d_x, size)
+                    first, second = _halves(d_row, size)
+                    d_row = _joined(first, second + of_row, size)
+                    first, second = _halves(d_columns, size)
+                    d_columns = _joined(first + of_columns, second, size)
+            d_rows.append(d_row)
+        return _with_same(self._pairs, rows, columns, d_products, d_rows, d_columns)
 
     def _scaled(self, row: jax.Array, columns: jax.Array):
-        """By level: rows and columns in one array ``[c, K]`` of their dtype, and the factors in it."""
-        wide = self._seen.dtype
-        row, columns, dtype, shape = _groups(row.astype(wide)), _groups(columns.astype(wide)), row.dtype, row.shape
+        """By level: the tokens of half of its parts; rows and columns in one array ``[c, K]`` of their dtype, where parts
+        are whole groups the rows alone again ``[c / 2, K]``; and the factors in them."""
+        shape, dtype, wide = row.shape, row.dtype, self._seen.dtype
+        row, columns = _groups(row.astype(wide)), _groups(columns.astype(wide))
         for n, factor in enumerate(self._near):
-            x = jnp.where(self._in_second(1 << n), row, columns) * factor
-            yield x.reshape(shape).astype(dtype), factor
+            x = jnp.where((self._row & (1 << n)) != 0, row, columns) * factor
+            yield 1 << n, x.reshape(shape).astype(dtype), None, factor.reshape(shape)
         seen, left = row * self._seen, columns * self._left
         for n, factor in enumerate(self._far):
-            size = _GROUP << n
-            in_second = self._in_second(size)
-            x = jnp.where(in_second, seen, left) * factor
-            yield x.reshape(shape).astype(dtype), jnp.where(in_second, self._seen, self._left) * factor
+            x, second = _decayed(left, seen, factor, 1 << n)
+            yield (
+                _GROUP << n,
+                x.astype(dtype),
+                second.astype(dtype),
+                _decayed(self._left, self._seen, factor, 1 << n)[0],
+            )
+
+
+def _decayed(first: jax.Array, second: jax.Array, factor: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Of parts of ``2 * count`` groups, the first halves of ``first`` and the second halves of ``second``, times factors
+    of groups ``[N, 1, K]``; and the second halves alone."""
+    width, parts = first.shape[-1], (-1, 2, count)
+    factor = factor.reshape(*parts, 1, width)
+    halves = [x.reshape(*parts, _GROUP, width)[:, n] * factor[:, n] for n, x in enumerate((first, second))]
+    return jnp.stack(halves, axis=1).reshape(-1, width), halves[1].reshape(-1, width)
 
 
 def _near(log_decay: jax.Array, row: jax.Array):

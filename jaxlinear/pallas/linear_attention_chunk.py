@@ -17,8 +17,8 @@ class Documents(NamedTuple):
     """Of a chunk that documents share; the state before it is of the first."""
 
     same: jax.Array  # [c, c] bool, two tokens of one document
-    in_first: jax.Array  # [c, 1], 1 or 0
-    in_last: jax.Array  # [c, 1], 1 or 0
+    in_first: jax.Array  # [c, 1 or c], 1 or 0, the same in all columns
+    in_last: jax.Array  # [c, 1 or c], 1 or 0
     one: jax.Array  # [1, 1], 1 if no document ends in the chunk, else 0
 
 
@@ -30,17 +30,17 @@ class Chunk(NamedTuple):
     @property
     def since_start(self) -> jax.Array | None:
         """What scales a token's read of the state before the chunk; None for 1."""
-        return _times(self.decays.since_start, None if self.documents is None else self.documents.in_first)
+        return _times(None if self.documents is None else self.documents.in_first, self.decays.since_start)
 
     @property
     def until_end(self) -> jax.Array | None:
         """What scales a token's write to the state after the chunk; None for 1."""
-        return _times(self.decays.until_end, None if self.documents is None else self.documents.in_last)
+        return _times(None if self.documents is None else self.documents.in_last, self.decays.until_end)
 
     @property
     def whole(self) -> jax.Array | None:
         """What scales the state before the chunk in that after it; None for 1."""
-        return _times(self.decays.whole, None if self.documents is None else self.documents.one)
+        return _times(None if self.documents is None else self.documents.one, self.decays.whole)
 
     def seen(self, products: jax.Array) -> jax.Array:
         """Products of pairs of tokens ``[c, c]``, zero where the second does not see the first."""
@@ -73,9 +73,9 @@ def outputs(chunk: Chunk, tokens: Tokens, state: jax.Array) -> jax.Array:
     (attention,) = chunk.decays.pairwise((q,), k, wide)
     inner = dot(chunk.seen(attention).astype(v.dtype), v, (1, 0), wide)
     since_start = chunk.since_start
-    if since_start is not None and since_start.shape[1] == 1:
-        return inner + since_start * dot(q, state, (1, 1), wide)
-    return inner + dot(_scaled(q, since_start), state, (1, 1), wide)
+    if chunk.decays.by_channel:
+        return inner + dot(_scaled(q, since_start), state, (1, 1), wide)
+    return inner + _times(since_start, dot(q, state, (1, 1), wide))
 
 
 def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, factor: jax.Array | None, state: jax.Array) -> jax.Array:
@@ -109,9 +109,13 @@ def gradients(chunk: Chunk, tokens: Tokens, state: jax.Array, d_after: jax.Array
 
 
 def _times(factor: jax.Array | None, x: Any) -> Any:
-    """Where either may be None for 1."""
-    return x if factor is None else factor if x is None else factor * x
+    """Where either may be None for 1. The factor of a head is the same in all of its columns, however many."""
+    if factor is None or x is None:
+        return x if factor is None else factor
+    if factor.shape[1] != x.shape[1]:
+        factor = factor[:, : x.shape[1] if factor.shape[1] >= x.shape[1] else 1]
+    return factor * x
 
 
 def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)
+    return x if factor is None else _times(factor, x.astype(factor.dtype)).astype(x.dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlinear.pallas import blocks
+from jaxlinear.pallas import blocks, head_sums
 from jaxlinear.pallas.linear_attention_plan import Arguments, Plan
 from jaxlinear.pallas.linear_attention_tpu_block import Block, Shape
 from jaxlinear.pallas.target import Target
@@ -65,9 +65,9 @@ class _Layout(NamedTuple):
     def in_time(self, width: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, self.shape.time, self.shape.heads * width), lambda b, h, t: (b, self.at(t), h))
 
-    def rows(self) -> pl.BlockSpec:
-        """Of ``[B, head blocks, rows, T]``."""
-        return pl.BlockSpec((None, None, self.shape.rows, self.shape.time), lambda b, h, t: (b, h, 0, self.at(t)))
+    def rows(self, count: int) -> pl.BlockSpec:
+        """Of ``[B, head blocks, count, T]``."""
+        return pl.BlockSpec((None, None, count, self.shape.time), lambda b, h, t: (b, h, 0, self.at(t)))
 
     def of_state(self, *shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, self.shape.heads, *shape), lambda b, h, t: (b, h, 0, 0))
@@ -97,7 +97,7 @@ def _inputs(layout: _Layout, arguments: Arguments):
     if plan.decay == "channel":
         inputs.append((arguments.log_decay, keys))
     elif plan.decay == "scalar":
-        inputs.append((_to_rows(layout, arguments.log_decay), layout.rows()))
+        inputs.append((_sums(layout, arguments.log_decay.astype(arguments.state.dtype)), layout.rows(2 * shape.rows)))
     elif plan.decay == "constant":
         by_block = _by_block(layout, arguments.log_decay.astype(arguments.state.dtype))
         inputs.append((by_block[:, None], pl.BlockSpec((None, 1, shape.rows), lambda b, h, t: (h, 0, 0))))
@@ -128,7 +128,7 @@ def _outputs(layout: _Layout, arguments: Arguments):
             outputs.append((like(arguments.log_decay), keys))
         elif plan.by_head:
             by_block = layout.batch, layout.head_blocks, shape.rows
-            time, spec = layout.steps * shape.time, layout.rows()
+            time, spec = layout.steps * shape.time, layout.rows(shape.rows)
             if plan.decay == "constant":
                 time, spec = (
                     shape.chunk,
@@ -147,13 +147,17 @@ def _finished(layout: _Layout, results: list[jax.Array]) -> list[jax.Array]:
     rows = rows[:, :, : layout.shape.heads].reshape(layout.batch, -1, rows.shape[-1])[:, : plan.heads]
     if plan.decay == "constant":
         return [*others, jnp.sum(rows, axis=(0, 2)), state]
-    return [*others, rows[:, :, : layout.shape.length].swapaxes(1, 2), state]
+    by_chunk = rows.reshape(*rows.shape[:2], -1, layout.shape.chunk)
+    d_log_decay = head_sums.from_last(by_chunk).reshape(rows.shape)
+    return [*others, d_log_decay[:, :, : layout.shape.length].swapaxes(1, 2), state]
 
 
-def _to_rows(layout: _Layout, log_decay: jax.Array) -> jax.Array:
-    """``[B, T, H]`` as ``[B, head blocks, rows, T]``, time along lanes: one row a head."""
-    log_decay = _padded(layout, log_decay.astype(jnp.float32) if log_decay.dtype.itemsize < 4 else log_decay, 1)
-    return _by_block(layout, log_decay.swapaxes(1, 2), 1)
+def _sums(layout: _Layout, log_decay: jax.Array) -> jax.Array:
+    """``[B, T, H]`` to ``[B, head blocks, 2 rows, T]``, time along lanes: ``head_sums.cut`` of chunks, a row a head of the
+    one part and then of the other."""
+    by_head = _padded(layout, log_decay, 1).swapaxes(1, 2)
+    parts = head_sums.cut(by_head.reshape(*by_head.shape[:2], -1, layout.shape.chunk))
+    return jnp.concatenate([_by_block(layout, x.reshape(by_head.shape), 1) for x in parts], axis=2)
 
 
 def _by_block(layout: _Layout, x: jax.Array, axis: int = 0) -> jax.Array:

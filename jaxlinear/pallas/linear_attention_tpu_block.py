@@ -114,51 +114,49 @@ class Block:
         return d_states
 
     def _store_by_head(self, n: int, found) -> None:
-        """The gradients of the log decays of heads, a row each."""
-        lane = lax.broadcasted_iota(jnp.int32, (self.shape.chunk, self.shape.rows), 1)
-        sums, total = jnp.zeros(lane.shape, self.wide), jnp.zeros((1, self.shape.rows), self.wide)
+        """A row each head: what the gradient of the log decay of a token is the sum of, from the chunk's last to it; of a
+        constant log decay, these gradients."""
+        shape = self.shape.chunk, self.shape.rows
+        row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        sums = jnp.zeros(shape, self.wide)
         for h, d in enumerate(found):
-            here = lane == h
-            sums = jnp.where(here, jnp.sum(d.sums, axis=1, keepdims=True), sums)
-            total = jnp.where(here[:1], jnp.sum(d.total, axis=1, keepdims=True), total)
-        d = (self._inside(chunk_decays.suffix_sums(sums) + total, n)).T
+            of_head, total = (jnp.sum(x, axis=1, keepdims=True) for x in (d.sums, d.total))
+            of_head = of_head + jnp.where(row[:, :1] == self.shape.chunk - 1, total, jnp.zeros_like(total))
+            sums = jnp.where(lane == h, of_head, sums)
         if self.plan.decay == "constant":
-            self.d_log_decay[...] += d
+            self.d_log_decay[...] += self._inside(chunk_decays.suffix_sums(sums), n).T
         else:
-            self.d_log_decay[:, self._at(n)] = d
+            self.d_log_decay[:, self._at(n)] = sums.T
 
     def _chunk(self, n: int) -> list[Chunk]:
         """The n-th chunk of the block, of each head."""
         size, documents = self.shape.chunk, self._documents(n)
-        last = jnp.minimum(self.left - n * size, size) - 1 if self.ragged else size - 1
+        last = jnp.clip(self.left - n * size, 0, size) - 1 if self.ragged else size - 1
         decays: list[Any]
         if self.plan.decay == "none":
             decays = [chunk_decays.NoDecay(size)] * self.shape.heads
         elif self.plan.decay == "channel":
             loaded = [self._load(self.log_decay, n, h).astype(self.wide) for h in range(self.shape.heads)]
             decays = [chunk_decays.ByChannel(chunk_decays.finite(x)) for x in loaded]
+        elif self.plan.decay == "constant":
+            of_heads = [self.log_decay[:, h : h + 1] for h in range(self.shape.heads)]
+            decays = [chunk_decays.constant(chunk_decays.finite(x), size, last) for x in of_heads]
         else:
-            decays = chunk_decays.by_heads(chunk_decays.finite(self._of_heads(n)))[: self.shape.heads]
+            coarse, fine = (
+                self.log_decay[first : first + self.shape.heads, self._at(n)] for first in (0, self.shape.rows)
+            )
+            decays = [chunk_decays.by_sums(coarse[h : h + 1], fine[h : h + 1]) for h in range(self.shape.heads)]
         return [Chunk(x, documents, last) for x in decays]
-
-    def _of_heads(self, n: int) -> jax.Array:
-        """The log decays of heads ``[c, rows]``."""
-        if self.plan.decay == "scalar":
-            return self.log_decay[:, self._at(n)].T
-        return self._inside(jnp.broadcast_to(self.log_decay[...], (self.shape.chunk, self.shape.rows)), n)
 
     def _documents(self, n: int) -> Documents | None:
         if self.runs is None:
             return None
         size = self.shape.chunk
         row = self.runs[:, self._at(n)]
-        every = jnp.broadcast_to(row, (size, size)).T
-        column, last = every[:, :1], row[:, size - 1 :]
-        in_first, in_last, one = (
-            jnp.where(x, 1.0, 0.0).astype(self.wide)
-            for x in (column == 0, column == jnp.broadcast_to(last, column.shape), last == 0)
-        )
-        return Documents(every == jnp.broadcast_to(row, every.shape), in_first, in_last, one)
+        column, rows = jnp.broadcast_to(row, (size, size)).T, jnp.broadcast_to(row, (size, size))
+        last = jnp.broadcast_to(row[:, size - 1 :], (size, size))
+        ends = (jnp.where(x, 1.0, 0.0).astype(self.wide) for x in (column == 0, column == last, last[:1, :1] == 0))
+        return Documents(column == rows, *ends)
 
     def _tokens(self, n: int, h: int) -> Tokens:
         q, k, v = (self._load(ref, n, h) for ref in (self.queries, self.keys, self.values))
