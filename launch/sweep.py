@@ -21,8 +21,7 @@ _EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm"], "Where th
 _PARALLEL = flags.DEFINE_integer("parallel", None, "Runs at a time; 1 by default, and with slurm all.", lower_bound=1)
 _GPUS_PER_RUN = flags.DEFINE_integer("gpus_per_run", 0, "local: GPUs that each run sees; 0 means all.", lower_bound=0)
 _SBATCH = flags.DEFINE_multi_string("sbatch", [], "slurm: an option of sbatch, as --sbatch=partition=gpu.")
-_STATUS = flags.DEFINE_boolean("status", False, "Only show how far the runs are.")
-flags.mark_flag_as_required("config")
+_STATUS = flags.DEFINE_boolean("status", False, "Only show how far the runs are; needs no --config.")
 
 
 def main() -> int:
@@ -36,6 +35,8 @@ def main() -> int:
     if _STATUS.value:
         print(table.text([(run.name, run.progress()) for run in sweep.read(_WORKDIR.value).runs]))
         return 0
+    if _CONFIG.value is None:
+        raise UserError("which sweep? --config=configs/sweeps/NAME.py")
 
     try:
         from jaxlinear.scaling.sweeps import executors, manager

@@ -1,0 +1,97 @@
+"""A sweep of runs that are trained, by launch/sweep.py, killed half way and started again.
+
+``python -m tests.scaling.killed_sweep 12`` does it with twelve runs; the test, with two.
+"""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from jaxlinear.scaling.sweeps import states
+from jaxlinear.scaling.sweeps.sweep import read
+from jaxlinear.training import metrics
+from tests.training import tiny
+
+PATIENCE = 900
+STEPS = 6
+SWEEP = f"""
+from jaxlinear import config as configs
+from jaxlinear.scaling.sweeps import plans
+
+def get_config():
+    config = configs.default()
+    config.model.update({{
+        "pattern": ("rg_lru", "sliding_window"), "num_layers": 2, "vocab_size": 384, "width": 32, "recurrent_width": 32,
+        "num_heads": 4, "window": 8, "dtype": "float32",
+    }})
+    config.training.update({{"steps": {STEPS}, "batch_size": 8, "sequence_length": 32}})
+    config.schedule.warmup_steps = 1
+    config.checkpoint.every_steps = 1
+    config.evaluation.update({{"every_steps": {STEPS}, "batches": 1}})
+    config.logging.update({{"every_steps": 1, "tensorboard": False}})
+    return config
+
+def get_runs(config):
+    return plans.grid({{"KEY": list(range(RUNS))}})
+"""
+
+
+def start(directory, dataset, *, runs=2, key="training.seed"):
+    """launch/sweep.py in a process group of its own."""
+    file = directory / "small.py"
+    file.write_text(SWEEP.replace("KEY", key).replace("RUNS", str(runs)))
+    options = {"config": file, "workdir": directory / "sweep", "config.data.path": dataset}
+    return subprocess.Popen(
+        [sys.executable, "launch/sweep.py", *(f"--{name}={value}" for name, value in options.items())],
+        cwd=tiny.REPOSITORY,
+        env=tiny.environment(directory / "programs"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def check(directory, dataset, runs):
+    """Kills the sweep in its run ``runs // 2``, starts it again, and asserts that it ends complete: the runs that were
+    finished are as they were, that one went on from a checkpoint, and every other one was begun once."""
+    workdirs = [directory / "sweep" / "runs" / f"seed={seed}" for seed in range(runs)]
+    half = runs // 2
+    process, begin = start(directory, dataset, runs=runs), time.monotonic()
+    while not (workdirs[half] / "checkpoints" / "2").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - begin < PATIENCE
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = [tiny.files(workdir) for workdir in workdirs[:half]]
+
+    process = start(directory, dataset, runs=runs)
+    output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
+    assert output.splitlines()[-1] == f"{runs} runs: {runs} finished"
+    assert [tiny.files(workdir) for workdir in workdirs[:half]] == before
+    for workdir in workdirs:
+        assert [line["step"] for line in metrics.read(workdir) if "loss" in line] == list(range(1, STEPS + 1))
+    planned = read(directory / "sweep").runs
+    assert [run.progress().state for run in planned] == [states.FINISHED] * runs
+    assert [len(run.files.attempts()) for run in planned] == [2 if i == half else 1 for i in range(runs)]
+    assert "going on from step" in planned[half].files.log.read_text()
+    assert len({run.progress().heldout_loss for run in planned}) == runs
+
+
+if __name__ == "__main__":
+    from jaxlinear import data
+
+    with tempfile.TemporaryDirectory() as folder:
+        directory, begin = pathlib.Path(folder), time.monotonic()
+        (directory / "text.txt").write_text("\n".join(f"for x in range({i}): print({i * i})" for i in range(2000)))
+        data.prepare(str(directory / "text.txt"), directory / "data", tokenizer="bytes", document_separator="\n")
+        check(directory, directory / "data", int(sys.argv[1]))
+        print(
+            f"{sys.argv[1]} runs, killed half way, are complete and none was done twice: {time.monotonic() - begin:.0f} s"
+        )
