@@ -18,6 +18,7 @@ from jaxlinear.ops.linear_attention_maps import Inputs, LinearAttentionMaps
 
 FEW_TOKENS = 8  # up to which the loop over time is the faster
 _CHUNK = 64
+_CPU_CHANNEL_CHUNK = 32  # what a decay by channel costs within a chunk grows with its size; elsewhere states count more
 
 
 def linear_attention(
@@ -43,8 +44,8 @@ def linear_attention(
       initial_state: ``[B, H, K, V]``, the state before the first token, of its document; None means zeros.
       scale: of the outputs; ``K**-0.5`` by default.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
-      chunk_size: tokens in a chunk. None is 64 for ``"chunked"``, or the power of two that holds a shorter T; for
-        ``"pallas"`` the size of its table. Changes nothing but speed, memory and rounding.
+      chunk_size: tokens in a chunk. None is 64 for ``"chunked"``, 32 for a decay by key channel on CPU, or the power of
+        two that holds a shorter T; for ``"pallas"`` the size of its table. Changes nothing but speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks), ``"pallas"`` (the same
         as a kernel for TPU and GPU, interpreted elsewhere) or ``"auto"``.
       runner: where time lies; on one device by default.
@@ -83,6 +84,8 @@ def linear_attention(
     else:
         if constants is not None:
             inputs = inputs._replace(present=jnp.ones((batch, length), bool))
+        if chunk_size is None and log_decay is not None and log_decay.ndim == 4 and backends.platform() == "cpu":
+            chunk = min(chunk, _CPU_CHANNEL_CHUNK)
         o, final = runner.run(LinearAttention(scale), chunk, inputs, constants, initial_state)
     return o.astype(v.dtype), final
 
