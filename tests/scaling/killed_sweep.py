@@ -85,8 +85,11 @@ def check(directory, dataset, runs):
 
 
 if __name__ == "__main__":
+    from absl import logging
+
     from jaxlinear import data
 
+    logging.set_verbosity(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         directory, begin = pathlib.Path(folder), time.monotonic()
         (directory / "text.txt").write_text("\n".join(f"for x in range({i}): print({i * i})" for i in range(2000)))

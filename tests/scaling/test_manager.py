@@ -96,10 +96,18 @@ def test_runs_that_survive_their_manager_are_waited_for(tiny_dataset, tmp_path):
     assert [len(tries) for tries in attempts(tmp_path).values()] == [1] * 12
 
 
-def test_sigterm_has_the_runs_save_themselves(tiny_dataset, tmp_path):
+@pytest.mark.parametrize(
+    "tell",
+    [
+        lambda process: process.send_signal(signal.SIGTERM),
+        lambda process: os.killpg(process.pid, signal.SIGINT),  # as Ctrl-C does
+    ],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_told_to_stop_it_has_its_runs_save_themselves(tiny_dataset, tmp_path, tell):
     process = start(tmp_path, tiny_dataset)
     wait(process, lambda: len(finished(tmp_path)) >= 1 and running(tmp_path))
-    process.send_signal(signal.SIGTERM)
+    tell(process)
     assert process.wait(timeout=PATIENCE) == 75
     assert not running(tmp_path)
     assert 0 < len(finished(tmp_path)) < 12
