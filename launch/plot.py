@@ -17,7 +17,7 @@ def main() -> None:
     suffix = pathlib.Path(_OUTPUT.value).suffix
     if suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--output={_OUTPUT.value} must end in .png, .svg or .pdf")
-    plots.loss_curves(_WORKDIRS.value, _OUTPUT.value)
+    plots.loss_curves(_WORKDIRS.value).savefig(_OUTPUT.value, dpi=150)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def loss_curves(workdirs: Sequence[str], output: str | os.PathLike) -> None:
-    """Training loss (each logged step, and smoothed) and held-out loss of runs against tokens, to a file."""
+def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
+    """Training loss (each logged step, and smoothed) and held-out loss of runs against tokens."""
     figure = _figure()
     axes = figure.subplots()
     for i, workdir in enumerate(workdirs):
@@ -42,7 +42,7 @@ def loss_curves(workdirs: Sequence[str], output: str | os.PathLike) -> None:
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(output, dpi=150)
+    return figure
 
 
 def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:
@@ -54,12 +54,12 @@ def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:
     return smoothed
 
 
-def step_curves(curves: Mapping[str, Mapping[int, float]], what: str) -> "Figure":
-    """Numbers of the checkpoints of a run over their steps: ``{name: {step: value}}``."""
+def step_curves(curves: Mapping[str, Mapping[int, float]], what: str, *, marker: str = "o") -> "Figure":
+    """Numbers of a run over its steps: ``{name: {step: value}}``."""
     figure = _figure()
     axes = figure.subplots()
     for name, values in curves.items():
-        axes.plot(list(values), list(values.values()), marker="o", markersize=3, label=name)
+        axes.plot(list(values), list(values.values()), marker=marker, markersize=3, label=name)
     axes.set_xlabel("steps")
     axes.set_ylabel(what)
     axes.grid(alpha=0.3)

@@ -88,6 +88,7 @@ def _run(
     if first >= steps:
         _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
         return FINISHED
+    workdirs.note_start(directory, first, job.mesh)
 
     step_fn = make_train_step(config, job.architecture, job.optimizer, job.mesh)
     evaluation = _Evaluation(job)

@@ -1,16 +1,24 @@
 """A run's directory: its config, and what may change when the run goes on."""
 
+import datetime
+import importlib.metadata
+import json
 import os
+import platform
 from pathlib import Path
+from typing import Any
 
+import jax
 from ml_collections import config_dict
 
+from jaxlinear import __version__
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import start
 
 CONFIG = "config.json"
+STARTS = "starts.jsonl"
 
 # A run goes on with other values of these; any other key would make it another run.
 _MAY_CHANGE = {
@@ -54,6 +62,33 @@ def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
         temporary.write_text(configs.to_json(config))
         os.replace(temporary, directory / CONFIG)
     return directory
+
+
+def note_start(directory: Path, step: int, mesh: jax.sharding.Mesh) -> None:
+    """Adds a line to ``starts.jsonl``: from which step the run goes on, when, with what and on what."""
+    if not start.is_first():
+        return
+    device = mesh.devices.flat[0]
+    line = {
+        "step": step,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+        "python": platform.python_version(),
+        "jaxlinear": __version__,
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+    }
+    with open(directory / STARTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_starts(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of ``starts.jsonl``; none for runs that were begun before there was one."""
+    path = Path(workdir) / STARTS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def check_same_run(workdir: Path, old: config_dict.ConfigDict, new: config_dict.ConfigDict) -> None:

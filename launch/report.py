@@ -1,0 +1,34 @@
+"""One HTML page of a run: python launch/report.py --workdir=DIR [--output=FILE] [--prompt=TEXT ...]
+
+Config, curves, evaluations, samples and hardware, in one file that needs no network. Takes the extra ``plot``.
+"""
+
+import pathlib
+
+from absl import flags, logging
+
+from jaxlinear import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "The page; by default report.html in the run's directory.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "Also show how the newest checkpoint continues this text.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Of such a sample.", lower_bound=1)
+
+
+def main() -> None:
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what it is asked for: to open a run for reading only
+    from jaxlinear import generation
+    from jaxlinear.evaluation import report
+
+    samples: list[tuple[str, str]] = []
+    if _PROMPT.value:
+        writer = generation.Writer.open(_WORKDIR.value)
+        texts = writer.write(_PROMPT.value, max_tokens=_MAX_TOKENS.value)
+        samples = list(zip(_PROMPT.value, texts, strict=True))
+    output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else pathlib.Path(_WORKDIR.value) / "report.html"
+    output.write_text(report.page(_WORKDIR.value, samples), encoding="utf-8")
+    print(output)
+
+
+if __name__ == "__main__":
+    cli.run(main)

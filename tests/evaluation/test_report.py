@@ -1,0 +1,99 @@
+"""The page of a run: its figures, numbers and texts are there, and it asks nothing of a network."""
+
+import html as escaping
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
+from jaxlinear.evaluation import report
+from jaxlinear.training import metrics
+from jaxlinear.training.workdir import STARTS, read_config, read_starts
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Reader(HTMLParser):
+    """Collects what a page would fetch, its ids, and whether every tag is closed."""
+
+    _VOID = ("meta", "link", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.fetched, self.ids, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self._VOID:
+            self.open.append(tag)
+        self._see(attrs)
+
+    def handle_startendtag(self, tag, attrs):
+        self._see(attrs)
+
+    def _see(self, attrs):
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href") and not value.startswith(("#", "data:")):
+                self.fetched.append(value)
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page(tiny_run):
+    return report.page(tiny_run, [("for x", "for x in <range>:\n  print")])
+
+
+def test_it_stands_alone(page):
+    reader = Reader(page)
+    assert reader.open == []
+    assert reader.fetched == [] and "@import" not in page and "url(http" not in page
+    assert len(set(reader.ids)) == len(reader.ids) > 0
+
+
+def test_what_it_says(page, tiny_run):
+    lines = [line for line in metrics.read(tiny_run) if "loss" in line]
+    assert f"<td>{lines[-1]['loss']:.4f} nats a token</td>" in page
+    assert "<td>2 of 2</td>" in page
+    assert len(re.findall("<svg", page)) >= 4
+    config = re.search(r"Config</h2>\n<pre>(.*?)</pre>", page, re.DOTALL)[1]
+    assert configs.from_json(escaping.unescape(config)) == read_config(tiny_run)
+    assert "for x in &lt;range&gt;:" in page
+
+
+def test_where_it_ran_is_noted_at_each_start(page, tiny_run):
+    (start,) = read_starts(tiny_run)
+    assert start["step"] == 0 and start["devices"] == 8 and start["platform"] == "cpu" and start["mesh"]["data"] == 8
+    assert "<td>8 x cpu</td>" in page and f"jax {start['jax']}" in page
+    assert (tiny_run / STARTS).read_text().count("\n") == 1
+
+
+def test_an_evaluation_that_followed_the_run(tiny_run, monkeypatch, tmp_path):
+    (tmp_path / "9.json").write_text(json.dumps({"step": 9}))
+    (tmp_path / "10.json").write_text(json.dumps({"step": 10}))
+    monkeypatch.setattr(report.following, "directory", lambda workdir: tmp_path)
+    monkeypatch.setattr(report.evaluation, "table", lambda found: f"the table of {found['step']}")
+    assert "<h2>Evaluation of step 10</h2>\n<pre>the table of 10</pre>" in report.page(tiny_run)
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="is not the work directory of a run"):
+        report.page(tmp_path)
+
+
+def test_the_program(tiny_run, tmp_path):
+    output = tmp_path / "page.html"
+    command = [sys.executable, "launch/report.py", f"--workdir={tiny_run}", f"--output={output}", "--prompt=for x"]
+    found = subprocess.run([*command, "--max_tokens=4"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == f"{output}\n"
+    assert "After &#x27;for x&#x27;:" in output.read_text()
