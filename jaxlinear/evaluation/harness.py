@@ -198,7 +198,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _split(spec: str) -> tuple[str, dict[str, Any]]:
-    _, name, *parts = [*spec.split(":"), ""] if spec.count(":") == 0 else spec.split(":")
+    name, *parts = spec.removeprefix("harness").removeprefix(":").split(":")
     if not name:
         raise UserError(f"{spec!r} names no task; write harness:NAME, as harness:piqa, or harness:FILE.yaml")
     given = {}

@@ -18,7 +18,7 @@ Tokens = tuple[int, ...]
 Pair = tuple[Tokens, Tokens]  # a context, which is not empty, and its continuation
 
 _CHUNK = 1024  # tokens of a document that are read at once
-_SHORTEST = 16  # contexts are padded to 16, 24, 32, 48, 64, ..., so that few lengths are compiled
+_SHORTEST = 16  # contexts are padded to 16, 24, 32, 48, ..., so that few lengths are compiled
 
 
 class Scorer:
@@ -49,12 +49,12 @@ class Scorer:
             last, state = self._prefix(self._run.parameters, *self._place(tokens, segment_ids))
             asked = [(row, i) for row, context in enumerate(contexts) for i in by_context[context]]
             asked.sort(key=lambda item: len(pairs[item[1]][1]))
-            for some in self._batches(asked, _power_of_two, lambda item: len(pairs[item[1]][1])):
+            for some in self._batches(asked, _rounded, lambda item: len(pairs[item[1]][1])):
                 self._score_some(scores, pairs, some, last, state)
         return scores
 
     def _score_some(self, scores, pairs: Sequence[Pair], some: list[tuple[int, int]], last, state) -> None:
-        count, length = self._many(len(some)), _power_of_two(max(len(pairs[i][1]) for _, i in some))
+        count, length = self._many(len(some)), _rounded(max(len(pairs[i][1]) for _, i in some))
         rows, tokens, due = (
             np.zeros(count, np.int32),
             np.zeros((count, length), np.int32),
@@ -101,7 +101,7 @@ class Scorer:
 
     def _many(self, count: int) -> int:
         """Rows of the batch that holds so many: few sizes are compiled, and every device has as many."""
-        return math.ceil(_power_of_two(count) / self._groups) * self._groups
+        return math.ceil(_rounded(count) / self._groups) * self._groups
 
     def _place(self, *arrays: np.ndarray) -> list[jax.Array]:
         return [jax.device_put(array, self._rows) for array in arrays]
@@ -169,10 +169,11 @@ def _batch_axis(model, key: str) -> int:
     return 1 if model.is_stacked and key == "periods" else 0
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _rounded(n: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    whole = 1 << (n - 1).bit_length()
+    return whole * 3 // 4 if whole >= 4 and n <= whole * 3 // 4 else whole
 
 
 def _padded(n: int) -> int:
-    whole = max(_power_of_two(n), _SHORTEST)
-    return whole * 3 // 4 if n <= whole * 3 // 4 and whole > _SHORTEST else whole
+    return max(_rounded(n), _SHORTEST)

@@ -89,7 +89,7 @@ def test_lengths_that_are_compiled():
         64,
         96,
     ]
-    assert [scoring._power_of_two(n) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 8]
+    assert [scoring._rounded(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13)] == [1, 2, 3, 4, 6, 6, 8, 12, 16]
 
 
 def test_refusals(tiny_run, run, monkeypatch):

@@ -27,7 +27,7 @@ class ListOps(Task):
 
     SOURCE = (
         "Nangia and Bowman 2018 (arXiv:1804.06028); depth, arguments and lengths of 500 to 2000 of Tay et al. 2020, Long "
-        "Range Arena (arXiv:2011.04006), section 2.2.1; the shorter ones are ours"
+        "Range Arena (arXiv:2011.04006); the shorter ones are ours"
     )
     REFERENCE = (
         {"length": 64, "shortest": 16, "depth": 4, "arguments": 5},

@@ -26,8 +26,8 @@ class PassKey(Task):
     """
 
     SOURCE = (
-        "Mohtashami and Jaggi 2023 (arXiv:2305.16300), section 4.2, whose sentences these are; the text is that of the "
-        "dataset, as in the needle tests of long contexts; the depths are ours"
+        "Mohtashami and Jaggi 2023 (arXiv:2305.16300), whose sentences these are; the text is the dataset's, as in the "
+        "needle tests of long contexts; lengths and depths are ours"
     )
     READS_TEXT = True
     REFERENCE = tuple({"depth": depth} for depth in DEPTHS)

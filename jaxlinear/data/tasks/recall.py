@@ -20,7 +20,7 @@ class MultiQueryRecall(WithVocabulary):
     likelier. The filling is token 0, or with ``random_filling`` any token that is not a key of the example.
     """
 
-    SOURCE = "Arora et al. 2023, Zoology (arXiv:2312.04927), section 4 and figure 2"
+    SOURCE = "Arora et al. 2023, Zoology (arXiv:2312.04927); the difficulties are those of its figure 2"
     REFERENCE = (
         {"length": 64, "pairs": 4},
         {"length": 128, "pairs": 8},
@@ -82,7 +82,7 @@ class InductionHeads(WithVocabulary):
     that followed it the first time."""
 
     SOURCE = (
-        "Olsson et al. 2022 (arXiv:2209.11895); in this form Dao et al. 2022, H3 (arXiv:2212.14052); vocabulary and "
+        "Olsson et al. 2022 (arXiv:2209.11895); in this form Fu, Dao et al. 2022, H3 (arXiv:2212.14052); vocabulary and "
         "lengths, trained at 256, of Gu and Dao 2023, Mamba (arXiv:2312.00752), section 4.1.2"
     )
     REFERENCE = tuple({"length": length} for length in (64, 128, 256, 512, 1024, 2048, 4096))

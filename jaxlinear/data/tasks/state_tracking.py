@@ -12,7 +12,7 @@ from jaxlinear.data.tasks.task import Example, Task
 class Parity(Task):
     """Random bits; the answer at each is the parity of the bits so far (the group Z2)."""
 
-    SOURCE = "Grazzi et al. 2024 (arXiv:2411.12537), section 5.1: trained at lengths up to 40, judged up to 256"
+    SOURCE = "Grazzi et al. 2024 (arXiv:2411.12537): trained at lengths up to 40, judged up to 256"
     REFERENCE = tuple({"length": length} for length in (40, 64, 128, 256))
 
     length: int = 40
@@ -42,7 +42,7 @@ class Permutations(Task):
     """Random permutations of five things; the answer at each is their product so far (the group S5, which is not
     solvable). Token n is the n-th permutation in lexicographic order; the product applies the earliest first."""
 
-    SOURCE = "Merrill, Petty and Sabharwal 2024 (arXiv:2404.08819), section 5; lengths beyond 25 are ours"
+    SOURCE = "Merrill, Petty and Sabharwal 2024 (arXiv:2404.08819); lengths beyond 25 are ours"
     REFERENCE = tuple({"length": length} for length in (5, 10, 15, 20, 25, 50, 100))
 
     length: int = 25

@@ -1,0 +1,70 @@
+"""Layers compared on a synthetic task: each trained from nothing in the same way, then asked."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import config_dict
+
+from jaxlinear import evaluation
+from jaxlinear.errors import UserError
+from jaxlinear.training import loop
+from jaxlinear.training.workdir import read_config
+
+FAMILIES = {"griffin": ("rg_lru", "rg_lru", "sliding_window"), "hawk": ("rg_lru",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """``seconds`` and ``cpu_seconds`` are of this process, compilation and evaluation while training included."""
+
+    name: str
+    parameters: int
+    steps: int
+    accuracy: float  # of the answers
+    solved: float  # part of the examples whose answers are all right
+    seconds: float
+    cpu_seconds: float
+
+
+def pattern(name: str) -> tuple[str, ...]:
+    """Of ``griffin``, ``hawk``, a mixer, or several as ``rg_lru+sliding_window``."""
+    return FAMILIES.get(name) or tuple(name.split("+"))
+
+
+def with_pattern(config: config_dict.ConfigDict, name: str) -> config_dict.ConfigDict:
+    """The config with that pattern as many times over as the config has layers."""
+    config = config.copy_and_resolve_references()
+    if not config.data.task:
+        raise UserError("data.task is not set: there is nothing to recall; configs/mqar.py sets it")
+    config.model.pattern = pattern(name)
+    config.model.num_layers *= len(config.model.pattern)
+    return config
+
+
+def train(config: config_dict.ConfigDict, workdir: str | os.PathLike, name: str, examples: int) -> Row | None:
+    """Trains the pattern in ``workdir/name``, or goes on there, and measures it on so many held-out examples of its task;
+    None if it was told to stop."""
+    config, directory = with_pattern(config, name), Path(workdir) / name
+    begin, cpu = time.perf_counter(), time.process_time()
+    if loop.train(config, directory) != loop.FINISHED:
+        return None
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    trained = read_config(directory)
+    spec = f"{trained.data.task.split(':')[0]}:length={trained.training.sequence_length}"
+    report = evaluation.evaluate(directory, tasks=[spec], examples=examples)
+    (found,) = report[spec]["difficulties"]
+    return Row(name, report["parameters"], trained.training.steps, found["accuracy"], found["solved"], seconds, cpu)
+
+
+def table(task: str, rows: Sequence[Row]) -> str:
+    """The rows as text for people."""
+    lines = [task, f"{'':<20}{'parameters':>11}{'steps':>7}{'accuracy':>10}{'solved':>9}{'seconds':>9}{'CPU':>7}"]
+    lines += [
+        f"{row.name:<20}{row.parameters:>11,}{row.steps:>7,}{row.accuracy:>10.2%}{row.solved:>9.2%}{row.seconds:>9.0f}"
+        f"{row.cpu_seconds:>7.0f}"
+        for row in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+"""Trains layers on a synthetic task, one after another, and prints what each recalls:
+
+python launch/recall.py --workdir=runs/recall --patterns=gated_delta_net,griffin,linear_attention
+
+The task, the size of the models and the training are those of configs/mqar.py; docs/evaluation.md has the table.
+"""
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from jaxlinear import cli
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/mqar.py", "What to train: a file in configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs lie; those that are there go on.", required=True)
+_PATTERNS = flags.DEFINE_list(
+    "patterns",
+    ["gated_delta_net", "griffin", "linear_attention"],
+    "griffin, hawk, a mixer, or several as rg_lru+sliding_window.",
+)
+_EXAMPLES = flags.DEFINE_integer("examples", 1024, "Held-out examples that each is asked.")
+
+
+def main() -> int:
+    from jaxlinear.evaluation import recall
+    from jaxlinear.training import loop
+
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what it is asked for: to open a run for reading only
+    rows = []
+    for name in _PATTERNS.value:
+        row = recall.train(_CONFIG.value, _WORKDIR.value, name, _EXAMPLES.value)
+        if row is None:
+            return loop.PREEMPTED
+        rows.append(row)
+    print(recall.table(_CONFIG.value.data.task, rows))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

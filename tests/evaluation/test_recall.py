@@ -1,0 +1,70 @@
+"""evaluation/recall.py and launch/recall.py: layers trained in the same way, and the table of what they recall."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jaxlinear import config as configs
+from jaxlinear import evaluation
+from jaxlinear.errors import UserError
+from jaxlinear.evaluation import recall
+from jaxlinear.training import metrics
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+
+
+def test_patterns():
+    config = configs.default()
+    config.data.task, config.model.num_layers = "mqar", 2
+    for name, pattern, layers in (
+        ("kda", ("kda",), 2),
+        ("griffin", ("rg_lru", "rg_lru", "sliding_window"), 6),
+        ("gla+attention", ("gla", "attention"), 4),
+    ):
+        made = recall.with_pattern(config, name)
+        assert (made.model.pattern, made.model.num_layers) == (pattern, layers)
+    assert config.model.num_layers == 2
+    with pytest.raises(UserError, match=r"data.task is not set: there is nothing to recall; configs/mqar.py sets it"):
+        recall.with_pattern(configs.default(), "kda")
+
+
+def test_table():
+    rows = [recall.Row("kda", 1234, 20, 0.98765, 0.5, 12.3, 20.1), recall.Row("gla", 1, 2000, 1.0, 1.0, 1.0, 2.0)]
+    lines = recall.table("mqar:pairs=8", rows).split("\n")
+    assert lines[0] == "mqar:pairs=8" and len(lines) == 4
+    assert re.split(r" +", lines[2]) == ["kda", "1,234", "20", "98.77%", "50.00%", "12", "20"]
+
+
+def test_program(tmp_path):
+    """A run of two steps, then the table of it without training."""
+    arguments = {
+        "workdir": tmp_path,
+        "patterns": "convolution",
+        "examples": 16,
+        "config.data.task": "mqar:pairs=2:vocab_size=32",
+        "config.model.width": 16,
+        "config.model.num_layers": 1,
+        "config.training.sequence_length": 16,
+        "config.training.batch_size": 8,
+        "config.training.steps": 2,
+        "config.schedule.warmup_steps": 0,
+        "config.evaluation.every_steps": 0,
+        "config.logging.tensorboard": "false",
+    }
+    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": flags}
+    command = [sys.executable, "launch/recall.py", *(f"--{name}={value}" for name, value in arguments.items())]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        task, _, row = done.stdout.strip().split("\n")
+        assert task == "mqar:pairs=2:vocab_size=32" and row.split()[0] == "convolution"
+        (found,) = evaluation.evaluate(tmp_path / "convolution", tasks=["mqar:length=16"], examples=16)[
+            "mqar:length=16"
+        ]["difficulties"]
+        assert row.split()[3:5] == [f"{found['accuracy']:.2%}", f"{found['solved']:.2%}"]
+    assert metrics.read(tmp_path / "convolution")[-1]["step"] == 2
