@@ -3,7 +3,7 @@
     make sweep
 
 Hawk, Griffin, GLA and a transformer, each in four sizes of 0.07 to 0.3 M parameters at three budgets of FLOPs: 48 runs, one
-after another. Estimated, not yet run as a whole: 45 to 60 minutes on two quiet CPU cores. Steps are of 512 tokens, since at
+after another. Estimated, not yet run as a whole: 35 to 50 minutes on two quiet CPU cores. Steps are of 512 tokens, since at
 these sizes more and smaller steps reach far lower losses for the same FLOPs. docs/scaling.md says what is made of it.
 """
 
