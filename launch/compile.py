@@ -23,7 +23,7 @@ flags.mark_flag_as_required("config")
 
 def main() -> int:
     targets.set_environment()
-    from jaxlinear.scaling import search, sizing, sizing_text
+    from jaxlinear.launching import search, sizing, sizing_text
 
     target = targets.find(_TOPOLOGY.value)
     sized = sizing.size(_CONFIG.value, target)

@@ -1,1 +1,2 @@
-"""Starting a run on many machines: what a scheduler is given (SLURM, GKE, TPU VMs), and processes on this one."""
+"""Before a run, what it takes on devices that are not there; and its start: what a scheduler is given (SLURM, GKE, TPU VMs),
+or processes of this machine."""

@@ -15,14 +15,14 @@ from ml_collections import config_dict
 
 from jaxlinear import config as configs
 from jaxlinear.errors import UserError
+from jaxlinear.launching import roofline, sizing
+from jaxlinear.launching.sizing import Sizing
 from jaxlinear.models import parameters
 from jaxlinear.models.language_model import REMAT_POLICIES
 from jaxlinear.parallel import cost, sharding
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel.devices import device_of, link_of
 from jaxlinear.parallel.targets import Target
-from jaxlinear.scaling import roofline, sizing
-from jaxlinear.scaling.sizing import Sizing
 from jaxlinear.training import state as states
 from jaxlinear.training.job import check_mesh
 from jaxlinear.training.optimizer import make_optimizer

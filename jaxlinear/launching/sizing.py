@@ -17,11 +17,12 @@ from jax.extend import core
 from ml_collections import config_dict
 
 from jaxlinear.errors import UserError
+from jaxlinear.launching import roofline
 from jaxlinear.models.parameters import Architecture
 from jaxlinear.ops import backends
 from jaxlinear.parallel import cost, sharding, traced
 from jaxlinear.parallel.targets import Target
-from jaxlinear.scaling import flops, programs, roofline
+from jaxlinear.scaling import flops, programs
 from jaxlinear.scaling.programs import Collective
 from jaxlinear.training import ahead
 from jaxlinear.training.step import make_objective

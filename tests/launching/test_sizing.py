@@ -11,8 +11,9 @@ from jax.errors import JaxRuntimeError
 
 from jaxlinear import config as configs
 from jaxlinear.errors import UserError
+from jaxlinear.launching import roofline, search, sizing, sizing_text
 from jaxlinear.parallel import targets
-from jaxlinear.scaling import flops, roofline, search, sizing, sizing_text
+from jaxlinear.scaling import flops
 from jaxlinear.scaling.programs import Collective
 from jaxlinear.training import ahead, loop
 from jaxlinear.training import step as steps
@@ -98,7 +99,10 @@ def test_what_does_not_fit(target, sized):
 @pytest.mark.parametrize(
     "message, used",
     [
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.04G of 15.75G hbm. Exceeded", 23.04 * 2**30),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.04G of 15.75G hbm. Exceeded",
+            23.04 * 2**30,
+        ),
         ("the total memory required for HLO temporaries (512.00M) exceeds available HBM (15.75G).", 512 * 2**20 + 7),
     ],
 )

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from jaxlinear.scaling import roofline
-from jaxlinear.scaling.search import Candidate
-from jaxlinear.scaling.sizing import Sizing
+from jaxlinear.launching import roofline
+from jaxlinear.launching.search import Candidate
+from jaxlinear.launching.sizing import Sizing
 
 _SHOWN = 8  # kinds of collectives
 
