@@ -60,7 +60,8 @@ def make(target: str, name: str | None, arguments: Sequence[str], *, python: str
         raise UserError(
             f"{target}: more than {full} devices are whole hosts of as many; --devices_a_host says how many"
         )
-    values = dict(found.groups() for x in arguments if (found := re.fullmatch(r"--?(workdir|config)=(.*)", x)))
+    given = (re.fullmatch(r"--?(workdir|config)=(.*)", argument) for argument in arguments)
+    values = {found[1]: found[2] for found in given if found}
     for key in ("config", "workdir"):
         if not values.get(key):
             raise UserError(f"the training command has no --{key}=...; it is what follows after --")
