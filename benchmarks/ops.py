@@ -5,8 +5,9 @@
 
 B * T is the same at every length, so that a perfectly linear operation takes the same time a token everywhere; softmax
 attention of the same width stands beside, and the first length at which each operation is faster than it is printed. The
-lengths of an operation are measured in turn, each by the second of two runs. A backward pass of the ``recurrent`` backend keeps a state for every token, so
-it is measured on --recurrent_tokens only; the ratio of chunked to recurrent is measured at one shape for both, in turn.
+lengths of an operation are measured in turn, each by the second of two runs. A backward pass of the ``recurrent`` backend
+keeps a state for every token, so it is measured on --recurrent_tokens only; the ratio of chunked to recurrent is measured
+at one shape for both, in turn.
 
 Memory is XLA's own figure for the compiled program: its temporaries and its outputs, without the inputs.
 """

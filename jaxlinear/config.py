@@ -135,7 +135,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "checkpoint.keep_best": (0, "Checkpoints kept because their held-out loss is the lowest."),
     "evaluation.every_steps": (500, "Evaluate the held-out split this often, and at the end; 0 means never."),
     "evaluation.batches": (16, "Held-out batches taken each time; 0 means the whole split."),
-    "evaluation.tasks": ((), "Synthetic tasks that are evaluated too, as mqar,induction:length=64 (docs/evaluation.md)."),
+    "evaluation.tasks": (
+        (),
+        "Synthetic tasks that are evaluated too, as mqar,induction:length=64 (docs/evaluation.md).",
+    ),
     "evaluation.examples": (256, "Examples taken of each difficulty of these tasks."),
     "logging.every_steps": (10, "Write metrics this often."),
     "logging.layer_norms": (False, "Also write gradient and parameter norms of each group of layers."),
@@ -310,7 +313,9 @@ def _check(config: config_dict.ConfigDict) -> None:
     if not 0 < config.schedule.decay_fraction <= 1:
         raise UserError(f"schedule.decay_fraction is {config.schedule.decay_fraction}; it lies in (0, 1]")
     if config.data.task and config.evaluation.every_steps and not config.evaluation.batches:
-        raise UserError("evaluation.batches=0 means the whole held-out split, and data.task has no end; set it to 1 or more")
+        raise UserError(
+            "evaluation.batches=0 means the whole held-out split, and data.task has no end; set it to 1 or more"
+        )
     if config.checkpoint.keep_best and not config.evaluation.every_steps:
         raise UserError("checkpoint.keep_best needs held-out losses: set evaluation.every_steps")
     for name, size in config.mesh.items():

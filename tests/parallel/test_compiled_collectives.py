@@ -106,9 +106,9 @@ def has_products(gathers):
     return all(any(o.endswith(("dot_general", "pallas_call")) for o in c.during) for c in gathers)
 
 
-# Forward, a kernel that needs the state before it leaves but what precedes it to compute meanwhile, and on TPU a gather goes
-# on beside products of matrices alone: where the compiler finds none it makes it one that the device waits for, of some
-# kilobytes.
+# Forward, a kernel that needs the state before it leaves but what precedes it to compute meanwhile, and on TPU a gather
+# goes on beside products of matrices alone: where the compiler finds none it makes it one that the device waits for, of
+# some kilobytes.
 @pytest.mark.parametrize("model", ["gla", "hawk", "s5", "delta_net", "gated_delta_net", "griffin"])
 def test_on_tpu(model):
     forward, backward = check(model, *program(model, TPU, LENGTH))
