@@ -48,17 +48,17 @@ def delta_rule(
       chunk_size: tokens in a chunk. None is 64 for ``"chunked"``, 32 for a decay by key channel, or the power of two that
         holds a shorter T; for ``"pallas"`` the size of its table. Changes nothing but speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks), ``"pallas"`` (the same
-        as a kernel for TPU, interpreted on CPU) or ``"auto"``.
+        as a kernel for TPU and GPU, interpreted on CPU) or ``"auto"``.
       runner: where time lies; on one device by default.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]`` in float32 (float64
       when given that).
 
-    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more: on TPU as a kernel,
-    but where that does not run, which the log says once. Sums, decays and states are float32 (float64) in all; products
-    of chunks are of the dtype that holds those of q, k and v, but for the solution of what the tokens of a chunk replace
-    of each other, which is float32 in ``"chunked"``, and 16 bits wide in the kernel if those are bfloat16.
+    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more: on TPU and GPU as a
+    kernel, but where that does not run, which the log says once. Sums, decays and states are float32 (float64) in all, and
+    products of chunks of the dtype that holds those of q, k and v; but for the solution of what the tokens of a chunk
+    replace of each other, which is float32 in ``"chunked"``, and in the kernel 16 bits wide if those are bfloat16.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     check_shapes("delta_rule", q, k, v, log_decay, initial_state, constant_decay=False)

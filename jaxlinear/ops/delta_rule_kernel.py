@@ -11,32 +11,36 @@ import numpy as np
 
 from jaxlinear.ops import backends
 from jaxlinear.ops.delta_rule_maps import DeltaRuleMaps, Inputs
-from jaxlinear.ops.state_kernels import StateKernels
+from jaxlinear.ops.state_kernels import NARROWEST, WIDEST, StateKernels, value_pieces
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas import delta_rule as kernels
 
-_WIDTHS = 16, 256  # of K and V
-_CHUNKS = 16, 128  # tokens
+_CHUNKS = {"gpu": (16, 64)}  # tokens, least and most
+_CHUNKS_ELSEWHERE = 16, 128
+_DTYPES = {"tpu": (np.dtype(np.float32), np.dtype(jnp.bfloat16)), "gpu": (np.dtype(jnp.bfloat16),)}
 
 
 def refusal(q: jax.Array, k: jax.Array, v: jax.Array, chunk_size: int | None, platform: str) -> str | None:
     """Why the kernels do not run, or None. On other platforms they are interpreted, and run whatever these do but chunks
-    that are no power of two."""
-    least, most = _CHUNKS
+    that are no power of two. On GPU products of float32 would take more registers and shared memory than there are."""
+    least, most = _CHUNKS.get(platform, _CHUNKS_ELSEWHERE)
     if chunk_size is not None and (chunk_size.bit_count() != 1 or not least <= chunk_size <= most):
         return f"the kernel takes chunks of a power of two from {least} to {most} tokens, not of {chunk_size}"
     if platform not in backends.COMPILED:
         return None
+    taken = _DTYPES[platform]
     for x in (q, k, v):
-        if x.dtype not in (np.dtype(np.float32), np.dtype(jnp.bfloat16)):
-            return f"the kernel takes float32 and bfloat16, not {x.dtype}"
-    heads, widths = q.shape[2], (q.shape[3], v.shape[3])
-    for name, width in zip(("K", "V"), widths, strict=True):
-        if not _WIDTHS[0] <= width <= _WIDTHS[1]:
-            return f"the kernel takes K and V from {_WIDTHS[0]} to {_WIDTHS[1]}, not {name} = {width}"
-    if platform == "gpu":
-        return "the kernel is for TPU"
-    if (together := blocks.delta_rule_heads("", heads, *widths)) > blocks.DELTA_RULE_HEADS:
+        if x.dtype not in taken:
+            return f"the kernel takes {' and '.join(map(str, taken))}, not {x.dtype}"
+    heads, keys, values = q.shape[2], q.shape[3], v.shape[3]
+    for name, width, most in (("K", keys, WIDEST), ("V", values, None)):
+        if width < NARROWEST or (most and width > most):
+            return f"the kernel takes K from {NARROWEST} to {WIDEST} and V from {NARROWEST} on, not {name} = {width}"
+    pieces = value_pieces(values)
+    if pieces is None:
+        return f"kernels of at most {WIDEST} share V in equal parts, which V = {values} does not allow"
+    widths = keys, values // pieces
+    if platform == "tpu" and (together := blocks.delta_rule_heads("", heads, *widths)) > blocks.DELTA_RULE_HEADS:
         return (
             f"the kernel takes at most {blocks.DELTA_RULE_HEADS} heads together, and of {heads} heads with K, V = {widths} "
             f"{together} fill registers of 128 lanes; multiples of 16 need fewer"

@@ -48,7 +48,7 @@ class AttentionBlock(NamedTuple):
 # Of linear attention: without a decay or with one a head, and with one a channel.
 LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {}
 _LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 256),) * 2
-CHUNKS = {"tpu": (128, 128)}  # the smallest and the largest that kernels are compiled for
+CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that kernels are compiled for
 CHUNKS_INTERPRETED = 8, 256
 VMEM_BYTES = 64 * 2**20  # that a kernel of chunks may take
 _WRITTEN_OUT = 8  # chunks of heads of a block
@@ -78,13 +78,32 @@ def linear_attention_tpu(
     return min(chunks, -(-length // chunk)) * chunk, chunk, together
 
 
+class AttentionGPUBlock(NamedTuple):
+    chunk: int  # tokens, a power of two from 16
+    keys: int  # channels of a tile
+    values: int
+    outputs: int  # channels of the outputs of a program: a multiple of a tile
+    gradients: int  # channels of queries and keys of a program, of their gradients
+
+
+def linear_attention_gpu(length: int, by_channel: bool, chunk: int | None) -> AttentionGPUBlock:
+    """Not tuned: the largest that no program spills registers with."""
+    chunk = (32 if by_channel else 64) if chunk is None else chunk
+    tokens = min(chunk, max(16, 1 << (length - 1).bit_length()))
+    return AttentionGPUBlock(tokens, 32, 64, 64, 16) if by_channel else AttentionGPUBlock(tokens, 64, 64, 128, 64)
+
+
 class DeltaRuleBlock(NamedTuple):
     chunk: int  # tokens, a power of two from 16
     chunk_by_channel: int  # where there is a decay by key channel
     lanes: int  # channels of the heads of a block, so many or few more
 
 
-DELTA_RULE_TPU: dict[str, DeltaRuleBlock] = {}
+DELTA_RULE_TPU = {
+    "TPU v5 lite": DeltaRuleBlock(128, 128, 1024),
+    "TPU v5": DeltaRuleBlock(128, 128, 1024),
+    "TPU v6 lite": DeltaRuleBlock(128, 128, 1024),
+}
 _DELTA_RULE_TPU_ELSEWHERE = DeltaRuleBlock(128, 128, 1024)
 
 
@@ -111,13 +130,17 @@ def delta_rule_heads(kind: str, heads: int, keys: int, values: int) -> int:
 
 
 class DeltaRuleGPUBlock(NamedTuple):
-    chunk: int  # tokens
+    chunk: int  # tokens, a power of two from 16
     keys: int  # channels of a tile of K and of V, where a program has a chunk
     values: int
     states: int  # rows of the state, where a program goes through time
 
 
 def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None) -> DeltaRuleGPUBlock:
-    """Not tuned: the largest that no program spills registers with."""
-    tokens = min(64 if chunk is None else chunk, max(16, 1 << (length - 1).bit_length()))
-    return DeltaRuleGPUBlock(tokens, 32 if by_channel else 64, 64, 32 if keys <= 128 else 16)
+    """Not tuned: about as large as the registers of a program allow."""
+    if chunk is None:
+        chunk = (32 if keys <= 128 else 16) if by_channel else 64
+    tokens = min(chunk, max(16, 1 << (length - 1).bit_length()))
+    if keys <= 128:
+        return DeltaRuleGPUBlock(tokens, 16 if by_channel else 64, 64, 32)
+    return DeltaRuleGPUBlock(tokens, 16 if by_channel else 64, 16 if by_channel else 32, 16)

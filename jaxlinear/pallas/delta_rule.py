@@ -6,7 +6,8 @@ Within and between chunks in one kernel, the state resident. All arrays have the
 
 In all: q, k ``[B, T, H, K]``; v ``[B, T, H, V]``; beta ``[B, T, H]``; log_decay None, ``[B, T, H]`` or ``[B, T, H, K]``;
 states ``[B, H, K, V]`` float32 (float64 interpreted); ``starts`` ``[B, T]`` bool, where the state before the token is
-forgotten, or None. ``platform`` of the target is "tpu"; elsewhere that kernel is interpreted.
+forgotten, or None. ``platform`` of the target is "tpu" or "gpu"; elsewhere the kernel
+for TPU is interpreted.
 """
 
 import functools
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlinear.pallas import delta_rule_tpu
+from jaxlinear.pallas import delta_rule_gpu, delta_rule_tpu
 from jaxlinear.pallas.delta_rule_plan import Arguments, Plan
 from jaxlinear.pallas.linear_attention import Options
 
@@ -96,7 +97,8 @@ def _call(kind: str, inputs: Inputs, arguments: Arguments, options: Options, *, 
         chunk=options.chunk,
         keep=keep,
     )
-    return delta_rule_tpu.call(plan, arguments, options.target)
+    kernel = delta_rule_gpu if options.target.platform == "gpu" else delta_rule_tpu
+    return kernel.call(plan, arguments, options.target)
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -4,11 +4,8 @@ One kernel each way, and no copy of an array around them: the kernels take the l
 registers of each kernel, by ptxas: none is spilled.
 """
 
-import importlib.util
 import math
 import re
-import subprocess
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlinear.ops import SAVED, backends, linear_recurrence
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding, targets
+from tests import ptxas
 
 # name: B, T, D, dtype, what else it has
 CASES = {
@@ -126,20 +124,6 @@ def test_over_a_mesh_of_tpus():
 def test_h100(name, tmp_path, record_property):
     text = compiled("h100:1", name, compiler_options={"xla_dump_to": str(tmp_path)}).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2
-    ptxas = Path(importlib.util.find_spec("nvidia").submodule_search_locations[0]) / "cu13" / "bin" / "ptxas"
-    used = {}
-    for ptx in tmp_path.glob("*.ptx"):
-        if ".entry scan_" not in ptx.read_text():
-            continue
-        done = subprocess.run(
-            [ptxas, "-v", "-arch=sm_90a", ptx, "-o", tmp_path / "out"], capture_output=True, text=True, check=True
-        )
-        for kernel, spilled, registers in re.findall(
-            r"Compiling entry function '(scan_\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers",
-            done.stderr,
-            re.S,
-        ):
-            used[kernel] = int(registers)
-            assert int(spilled) == 0, kernel
+    used = ptxas.registers(tmp_path, "scan_")
     record_property("registers", used)
     assert len(used) == 2 and all(32 < registers <= 200 for registers in used.values())

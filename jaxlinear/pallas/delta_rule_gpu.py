@@ -1,0 +1,236 @@
+"""The delta rule for GPU, through Triton: first what follows from the tokens of each chunk alone, then the states in time;
+backward the same, and last the gradients of the tokens of each chunk.
+
+What is kept between these is by head, ``[B, H, N c, ...]``, with channels up to a power of two.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxlinear.pallas import delta_rule_gpu_gradients as gradients
+from jaxlinear.pallas import delta_rule_gpu_states as states
+from jaxlinear.pallas import delta_rule_gpu_tokens as tokens
+from jaxlinear.pallas import head_sums
+from jaxlinear.pallas.delta_rule_gpu_layout import layout_of
+from jaxlinear.pallas.delta_rule_plan import Arguments, Plan, size_of
+from jaxlinear.pallas.target import Target
+
+Arrays = dict[str, jax.Array]
+
+# What the tokens of a chunk are asked for, and what of it goes through time.
+_OF_TOKENS = {
+    "forward": ("attention", "queries", "ends", "w", "whole", "u"),
+    "summary": ("ends", "w", "whole", "u"),
+    "state_gradient": ("attention", "queries", "ends", "w", "whole"),
+    "gradient": ("attention", "queries", "ends", "w", "whole", "u", "keys", "inverse", "overlap"),
+}
+
+
+def call(plan: Plan, arguments: Arguments, target: Target) -> Arrays:
+    """The outputs by name, as those of ``delta_rule_tpu.call``; but ``before`` is as it is given back here."""
+    return _Call(plan, arguments, target).run()
+
+
+class _Call:
+    def __init__(self, plan: Plan, arguments: Arguments, target: Target):
+        self.plan, self.target, self.layout = plan, target, layout_of(plan)
+        self.batch = arguments.k.shape[0]
+        self.arguments = arguments
+
+    def run(self) -> Arrays:
+        plan, given = self.plan, self._given()
+        found = self._tokens(given)
+        if plan.kind == "forward":
+            more: dict[str, Any] = {"o": given["v"]}
+            if plan.keep:
+                more["before"] = self._states()
+            done = self._in_time(states.forward_kernel, found, more, "final", self.arguments.state)
+            return {**done, "o": done["o"].reshape(self.arguments.v.shape)}
+        if plan.kind == "summary":
+            done = self._in_time(states.forward_kernel, found, {}, "final", self.arguments.state)
+            return {"final": done["final"], "transition": self._transition(found)}
+        found["d_o"] = self._by_head(self.arguments.d_o)
+        if plan.kind == "state_gradient":
+            return self._in_time(states.backward_kernel, found, {}, "d_state", self.arguments.state)
+        return self._gradients(given, found)
+
+    def _given(self) -> Arrays:
+        """Small arrays by head; the others as they are."""
+        plan, given = self.plan, self.arguments
+        arrays = {name: self._by_head(x) for name in ("q", "k", "v") if (x := getattr(given, name)) is not None}
+        arrays["beta"] = self._in_chunks(given.beta)
+        if plan.decay == "channel":
+            arrays["log_decay"] = self._by_head(given.log_decay)
+        elif plan.decay == "scalar":
+            sums = head_sums.cut(self._chunked(self._in_chunks(given.log_decay)))
+            arrays["coarse"], arrays["fine"] = map(self._flat, sums)
+        if given.starts is not None:
+            starts = jnp.pad(given.starts.astype(jnp.int32), ((0, 0), (0, self._padding)))
+            arrays["runs"] = self._flat(jnp.cumsum(self._chunked(starts), axis=-1, dtype=jnp.int32))
+        return arrays
+
+    def _tokens(self, given: Arrays) -> Arrays:
+        plan, layout, names = self.plan, self.layout, _OF_TOKENS[self.plan.kind]
+        square, keys, values = (self._temporary(n) for n in (layout.chunk, layout.keys, layout.values))
+        whole = layout.keys if plan.decay == "channel" else 1
+        shapes = {name: square for name in ("attention", "inverse", "overlap")}
+        shapes |= {name: keys for name in ("queries", "keys", "ends", "w")}
+        shapes |= {"u": values, "whole": self._shape(plan.wide, self.batch, plan.heads, layout.chunks, whole)}
+        if "attention" not in names:
+            given = {name: x for name, x in given.items() if name != "q"}
+        if "u" not in names:
+            given = {name: x for name, x in given.items() if name != "v"}
+        return self._run(tokens.tokens_kernel, "tokens", given, {name: shapes[name] for name in names}, self._of_chunks)
+
+    def _in_time(self, kernel, found: Arrays, more: dict[str, Any], last: str, state: jax.Array) -> Arrays:
+        """The states in time, from ``state`` ``[B, H, V, K]``; ``last`` is what the last one is called."""
+        plan, layout = self.plan, self.layout
+        padding = (0, layout.values - plan.values), (0, layout.keys - plan.keys)
+        given = {name: found[name] for name in found if name not in ("keys", "inverse", "overlap")}
+        if kernel is states.forward_kernel and "o" not in more:
+            given = {name: x for name, x in given.items() if name not in ("attention", "queries", "d_o")}
+        given["state"] = jnp.pad(state, ((0, 0), (0, 0), *padding))
+        outputs = {**more, last: given["state"]}
+        grid = layout.values // layout.states_tile, plan.heads, self.batch
+        done = self._run(kernel, "states", given, outputs, grid)
+        return {**done, last: done[last][..., : plan.values, : plan.keys]}
+
+    def _transition(self, found: Arrays) -> jax.Array:
+        """M, transposed: what the run makes of each row of the identity, with nothing written."""
+        plan, layout = self.plan, self.layout
+        square = dataclasses.replace(plan, values=plan.keys)
+        other = _Call(square, self.arguments, self.target)
+        other.layout = dataclasses.replace(layout, values=layout.keys, states_tile=min(layout.states_tile, layout.keys))
+        identity = jnp.broadcast_to(jnp.eye(plan.keys, dtype=plan.wide), (self.batch, plan.heads, plan.keys, plan.keys))
+        without = {name: x for name, x in found.items() if name != "u"}
+        return other._in_time(states.forward_kernel, without, {}, "final", identity)["final"]
+
+    def _gradients(self, given: Arrays, found: Arrays) -> Arrays:
+        plan, layout = self.plan, self.layout
+        values, square = self._temporary(layout.values), self._temporary(layout.chunk)
+        before = {"before": self.arguments.before}
+        backward = self._in_time(
+            states.backward_kernel,
+            {name: x for name, x in found.items() if name != "u"},
+            {"d_written": values, "d_after": self._states()},
+            "d_state",
+            self.arguments.state,
+        )
+        by_head = self._shape(plan.wide, *given["beta"].shape)
+        names = "beta", "runs", "coarse", "fine", "log_decay", "q", "k", "v"
+        shared = {name: given[name] for name in names if name in given}
+        of_values = self._run(
+            gradients.values_kernel,
+            "values",
+            {
+                **{name: shared[name] for name in ("beta", "runs", "v") if name in shared},
+                **{name: found[name] for name in ("inverse", "overlap", "keys", "w", "u", "d_o")},
+                **before,
+                "d_written": backward["d_written"],
+            },
+            {
+                "d_v": given["v"],
+                "d_beta": by_head,
+                "d_attention": square,
+                "d_overlap": square,
+                "written": values,
+                "d_errors": values,
+            },
+            self._of_chunks,
+        )
+        outputs: dict[str, Any] = {"d_q": given["q"], "d_k": given["k"]}
+        tiles = layout.keys // layout.key_tile
+        if plan.decay == "channel":
+            outputs["d_log_decay"] = given["log_decay"]
+        elif plan.decay == "scalar":
+            outputs["d_sums"] = self._shape(plan.wide, tiles, *by_head.shape)
+            outputs["d_total"] = self._shape(plan.wide, tiles, self.batch, plan.heads, layout.chunks, 1)
+        of_keys = self._run(
+            gradients.keys_kernel,
+            "keys",
+            {
+                **{name: x for name, x in shared.items() if name not in ("beta", "v")},
+                **{name: of_values[name] for name in ("d_attention", "d_overlap", "written", "d_errors")},
+                "d_o": found["d_o"],
+                "d_after": backward["d_after"],
+                **before,
+            },
+            outputs,
+            (layout.chunks, tiles, plan.heads * self.batch),
+        )
+        done = {"d_state": backward["d_state"], "d_v": of_values["d_v"], "d_q": of_keys["d_q"], "d_k": of_keys["d_k"]}
+        done["d_beta"] = self._in_time_first(of_values["d_beta"])
+        if plan.decay == "channel":
+            done["d_log_decay"] = of_keys["d_log_decay"]
+        elif plan.decay == "scalar":
+            sums = head_sums.from_last(self._chunked(jnp.sum(of_keys["d_sums"], axis=0)))
+            d = sums + jnp.sum(of_keys["d_total"], axis=0)
+            done["d_log_decay"] = self._in_time_first(self._flat(d))
+        return done
+
+    def _run(self, kernel, name: str, given: Arrays, outputs: dict[str, Any], grid: tuple[int, ...]) -> Arrays:
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]
+        share = {"tokens": 0.5, "states": 0.5, "values": 0.3, "keys": 0.4}[name]
+        flops = share * self.batch * self.plan.length * self.plan.heads * self.plan.products(self.layout.chunk)
+        found = pl.pallas_call(
+            functools.partial(kernel, self.layout, (*given, *outputs)),
+            grid=grid,
+            out_shape=shapes,
+            compiler_params=plgpu.CompilerParams(
+                num_warps=4 if name == "states" else 8, num_stages=2 if name == "states" else 1
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=int(flops), transcendentals=0, bytes_accessed=size_of((list(given.values()), shapes))
+            ),
+            name=f"{self.plan.name}_{name}",
+            interpret=self.target.interpret,
+        )(*given.values())
+        return dict(zip(outputs, found, strict=True))
+
+    def _compiler_params(self, name: str) -> plgpu.CompilerParams:
+        """Not tuned: so many warps that their registers hold the tiles."""
+        return plgpu.CompilerParams(num_warps=4 if name == "states" else 8, num_stages=1)
+
+    @property
+    def _of_chunks(self) -> tuple[int, int, int]:
+        return self.layout.chunks, self.plan.heads, self.batch
+
+    @property
+    def _padding(self) -> int:
+        return self.layout.chunks * self.layout.chunk - self.plan.length
+
+    def _by_head(self, x: jax.Array) -> jax.Array:
+        """``[B, T, H K]`` -> ``[B, T, H, K]``"""
+        return x.reshape(*x.shape[:2], self.plan.heads, -1)
+
+    def _in_chunks(self, x: jax.Array) -> jax.Array:
+        """``[B, T, H]`` -> ``[B, H, N c]``"""
+        return jnp.pad(x.astype(self.plan.wide).swapaxes(1, 2), ((0, 0), (0, 0), (0, self._padding)))
+
+    def _in_time_first(self, x: jax.Array) -> jax.Array:
+        """``[B, H, N c]`` -> ``[B, T, H]``"""
+        return x[:, :, : self.plan.length].swapaxes(1, 2)
+
+    def _chunked(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.layout.chunks, self.layout.chunk)
+
+    def _flat(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-2], math.prod(x.shape[-2:]))
+
+    def _temporary(self, width: int) -> jax.ShapeDtypeStruct:
+        layout = self.layout
+        return self._shape(self.plan.narrow, self.batch, self.plan.heads, layout.chunks * layout.chunk, width)
+
+    def _states(self) -> jax.ShapeDtypeStruct:
+        layout = self.layout
+        return self._shape(self.plan.narrow, self.batch, layout.chunks, self.plan.heads, layout.values, layout.keys)
+
+    def _shape(self, dtype, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)

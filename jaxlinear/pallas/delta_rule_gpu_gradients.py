@@ -1,0 +1,143 @@
+"""The delta rule for GPU, through Triton: the gradients of the tokens of a chunk, of all chunks at once, from those of what
+they write and of the states."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, over_tiles, span
+from jaxlinear.pallas.delta_rule_gpu_states import scaled_cotangent
+from jaxlinear.pallas.delta_rule_gpu_tokens import (
+    ByChannel,
+    ByHead,
+    Documents,
+    Place,
+    crossing,
+    decay_of,
+    scaled,
+    times,
+)
+
+
+def values_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
+    """The gradients of v, of beta, and of the products P and L ``[c, c]``, by tiles of values; and what the tokens write,
+    ``written``, and the gradients of V - K S, ``d_errors``, for the other kernel."""
+    named, plan = dict(zip(names, refs, strict=True)), layout.plan
+    place = Place(layout, *(pl.program_id(axis) for axis in range(3)))
+    documents = Documents(place, named)
+    beta = place.numbers(named["beta"])[:, None]
+    solve = place.load(named["inverse"], 0, layout.chunk)
+    keys, w = (place.load(named[name], 0, layout.keys) for name in ("keys", "w"))
+    square = jnp.zeros((layout.chunk, layout.chunk), plan.wide)
+    tile = layout.value_tile
+
+    def step(first, carry):
+        d_attention, d_lower, d_beta = carry
+        state = plgpu.load(state_at(named["before"], place, first, tile, 0, layout.keys))
+        written = place.load(named["u"], first, tile).astype(plan.wide) - dot(w, state, (1, 1), layout)
+        written = written.astype(plan.narrow)
+        place.store(named["written"], first, written)
+        d_solved = dot(solve, place.load(named["d_written"], first, tile), (0, 0), layout)
+        d_attention = d_attention + dot(scaled_cotangent(place, named["d_o"], first, tile), written, (1, 1), layout)
+        d_lower = d_lower - dot(d_solved, written, (1, 1), layout)
+        error = place.given(named["v"], first, tile).astype(plan.wide) - dot(keys, state, (1, 1), layout)
+        d_beta = d_beta + jnp.sum(d_solved * error, axis=1)
+        place.store(named["d_errors"], first, beta * d_solved)
+        place.give(named["d_v"], first, beta * d_solved)
+        return d_attention, d_lower, d_beta
+
+    carry = square, square, jnp.zeros((layout.chunk,), plan.wide)
+    d_attention, d_lower, d_beta = over_tiles(layout.values, tile, step, carry)
+    d_attention, d_lower = documents.seen(d_attention, itself=True), documents.seen(d_lower, itself=False)
+    overlap = place.load(named["overlap"], 0, layout.chunk).astype(plan.wide)
+    plgpu.store(named["d_beta"].at[place.b, place.h, place.time], d_beta + jnp.sum(d_lower * overlap, axis=1))
+    place.store(named["d_attention"], 0, d_attention)
+    place.store(named["d_overlap"], 0, beta * d_lower)
+
+
+def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
+    """The gradients of a tile of q, k and log decays; of decays by head the tile's part, with sums still to be taken."""
+    named, plan = dict(zip(names, refs, strict=True)), layout.plan
+    tile, both, heads = pl.program_id(1), pl.program_id(2), jnp.int32(plan.heads)
+    place = Place(layout, pl.program_id(0), jax.lax.rem(both, heads), jax.lax.div(both, heads))
+    first = tile * layout.key_tile
+    documents = Documents(place, named)
+    of_head = ByHead(place, named, documents)
+
+    def step(value, carry):
+        d_queries, d_keys, d_ends, held = carry
+        at = value, layout.value_tile
+        state, d_after = (
+            plgpu.load(state_at(named[name], place, *at, first, layout.key_tile)) for name in ("before", "d_after")
+        )
+        d_queries = d_queries + dot(scaled_cotangent(place, named["d_o"], *at), state, (1, 0), layout)
+        d_keys = d_keys - dot(place.load(named["d_errors"], *at), state, (1, 0), layout)
+        d_ends = d_ends + dot(place.load(named["written"], *at), d_after, (1, 0), layout)
+        held = held + jnp.sum(state.astype(plan.wide) * d_after.astype(plan.wide), axis=0)
+        return d_queries, d_keys, d_ends, held
+
+    none = jnp.zeros((layout.chunk, layout.key_tile), plan.wide)
+    carry = none, none, none, jnp.zeros((layout.key_tile,), plan.wide)
+    d_queries, d_keys, d_ends, held = over_tiles(layout.values, layout.value_tile, step, carry)
+    decay = decay_of(place, named, documents, of_head, first)
+    d_attention, d_overlap = (
+        place.load(named[name], 0, layout.chunk).astype(plan.wide) for name in ("d_attention", "d_overlap")
+    )
+    q, k = (place.given(named[name], first, layout.key_tile) for name in ("q", "k"))
+    d_q, d_k_row, d_k_column, itself = _pairs_gradient(layout, decay, documents, q, k, d_attention, d_overlap)
+    first_document, last_document, one = documents.ends(none)
+    since_start, until_end = times(decay.since_start, first_document), times(decay.until_end, last_document)
+    d_queries, d_keys, d_ends = (
+        x if f is None else f * x for x, f in ((d_queries, since_start), (d_keys, since_start), (d_ends, until_end))
+    )
+    wide_q, wide_k = q.astype(plan.wide), k.astype(plan.wide)
+    place.give(named["d_q"], first, d_q + itself * wide_k + d_queries)
+    place.give(named["d_k"], first, d_k_row + d_k_column + itself * wide_q + d_keys + d_ends)
+    if plan.decay == "none":
+        return
+    # What the last token writes has no decay: beside others that have it would be lost, or they beside it.
+    token = place.n * layout.chunk + jnp.arange(layout.chunk, dtype=jnp.int32)
+    is_last = (token == jnp.minimum((place.n + 1) * layout.chunk, plan.length) - 1)[:, None]
+    kept = wide_k * jnp.where(is_last, jnp.zeros_like(d_ends), d_ends)
+    sums = wide_q * (d_q + d_queries) + wide_k * (d_k_row + d_keys - d_k_column) - kept
+    whole = times(decay.whole, one)
+    total = jnp.sum(kept, axis=0) + (held if whole is None else whole * held)
+    if plan.decay == "channel":
+        later = (documents.row <= documents.lane).astype(plan.wide)
+        d_log_decay = jax.lax.dot_general(
+            later, sums, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=plan.wide
+        )
+        place.give(named["d_log_decay"], first, d_log_decay + total[None])
+    else:
+        plgpu.store(named["d_sums"].at[tile, place.b, place.h, place.time], jnp.sum(sums, axis=1))
+        plgpu.store(named["d_total"].at[tile, place.b, place.h, place.n, span(0, 1)], jnp.sum(total)[None])
+
+
+def _pairs_gradient(layout: Layout, decay: Any, documents: Documents, q, k, d_attention, d_overlap):
+    """The gradients by the products of a tile: of q, of k as row and as column, but for those of a token with itself; and
+    that of these products ``[c, 1]``."""
+    same = documents.row == documents.lane
+    itself = jnp.sum(jnp.where(same, d_attention, jnp.zeros_like(d_attention)), axis=1)[:, None]
+    d_attention = jnp.where(same, jnp.zeros_like(d_attention), d_attention)
+    if not isinstance(decay, ByChannel):
+        if decay.matrix is not None:
+            d_attention, d_overlap = decay.matrix * d_attention, decay.matrix * d_overlap
+        d_q, d_k_row = (dot(d, k, (1, 0), layout) for d in (d_attention, d_overlap))
+        return d_q, d_k_row, sum(dot(d, x, (0, 0), layout) for d, x in ((d_attention, q), (d_overlap, k))), itself
+    found = [jnp.zeros(q.shape, layout.plan.wide) for _ in range(3)]
+    for n, seen, left in decay.levels():
+        across = crossing(documents, n)
+        column = scaled(k, left)
+        for m, (row, d) in enumerate(((q, d_attention), (k, d_overlap))):
+            d = jnp.where(across, d, jnp.zeros_like(d))
+            found[m] = found[m] + seen * dot(d, column, (1, 0), layout)
+            found[2] = found[2] + left * dot(d, scaled(row, seen), (0, 0), layout)
+    return *found, itself
+
+
+def state_at(ref, place: Place, value, values: int, key, keys: int):
+    """Of the states ``[B, N, H, V, K]``."""
+    return ref.at[place.b, place.n, place.h, span(value, values), span(key, keys)]

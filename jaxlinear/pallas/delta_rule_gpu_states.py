@@ -1,0 +1,89 @@
+"""The delta rule for GPU, through Triton: the states, chunk after chunk of one head, for a tile of values.
+
+    X = U - W S,   O = scale (P X + Q S),   S' = whole S + E^T X
+    dX = P^T dO + E dS',   dS = whole dS' + Q^T dO - W^T dX
+
+States are ``[V, K]``, a program has some of their rows, and products are with all of K.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, span
+from jaxlinear.pallas.delta_rule_gpu_tokens import Place
+
+
+def forward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
+    """From the state before the first chunk that after the last, and what else is named: ``o``, ``written`` (X), ``before``
+    (the states before each chunk). Without ``u`` it is zero."""
+    named, plan = dict(zip(names, refs, strict=True)), layout.plan
+    first, h, b = pl.program_id(0) * layout.states_tile, pl.program_id(1), pl.program_id(2)
+    values = layout.states_tile
+
+    def step(n, state):
+        place = Place(layout, n, h, b)
+        narrow_state = state.astype(plan.narrow)
+        if "before" in named:
+            plgpu.store(_at(named["before"], (b, n, h), first, layout), narrow_state)
+        written = -dot(place.load(named["w"], 0, layout.keys), narrow_state, (1, 1), layout)
+        if "u" in named:
+            written = written + place.load(named["u"], first, values).astype(plan.wide)
+        written = written.astype(plan.narrow)
+        if "written" in named:
+            place.store(named["written"], first, written)
+        if "o" in named:
+            o = dot(place.load(named["attention"], 0, layout.chunk), written, (1, 0), layout)
+            o = o + dot(place.load(named["queries"], 0, layout.keys), narrow_state, (1, 1), layout)
+            place.give(named["o"], first, jnp.asarray(plan.scale, o.dtype) * o)
+        added = dot(written, place.load(named["ends"], 0, layout.keys), (0, 0), layout)
+        return _whole(layout, named, place) * state + added
+
+    state = plgpu.load(_at(named["state"], (b, h), first, layout))
+    state = lax.fori_loop(jnp.int32(0), jnp.int32(layout.chunks), step, state)
+    plgpu.store(_at(named["final"], (b, h), first, layout), state)
+
+
+def backward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
+    """From the gradient of the state after the last chunk that of the state before the first, and what else is named:
+    ``d_written`` (dX), ``d_after`` (the gradients of the states after each chunk)."""
+    named, plan = dict(zip(names, refs, strict=True)), layout.plan
+    first, h, b = pl.program_id(0) * layout.states_tile, pl.program_id(1), pl.program_id(2)
+
+    def step(i, d_state):
+        n = layout.chunks - 1 - i
+        place = Place(layout, n, h, b)
+        narrow_d = d_state.astype(plan.narrow)
+        if "d_after" in named:
+            plgpu.store(_at(named["d_after"], (b, n, h), first, layout), narrow_d)
+        d_o = scaled_cotangent(place, named["d_o"], first, layout.states_tile)
+        d_written = dot(place.load(named["attention"], 0, layout.chunk), d_o, (0, 0), layout)
+        d_written = d_written + dot(place.load(named["ends"], 0, layout.keys), narrow_d, (1, 1), layout)
+        if "d_written" in named:
+            place.store(named["d_written"], first, d_written)
+        read = dot(d_o, place.load(named["queries"], 0, layout.keys), (0, 0), layout)
+        read = read - dot(d_written.astype(plan.narrow), place.load(named["w"], 0, layout.keys), (0, 0), layout)
+        return _whole(layout, named, place) * d_state + read
+
+    state = plgpu.load(_at(named["state"], (b, h), first, layout))
+    state = lax.fori_loop(jnp.int32(0), jnp.int32(layout.chunks), step, state)
+    plgpu.store(_at(named["d_state"], (b, h), first, layout), state)
+
+
+def scaled_cotangent(place: Place, ref, first: int, tile: int):
+    """That of the outputs but for the scale ``[c, tile]``, in the dtype of products."""
+    plan = place.layout.plan
+    d_o = place.given(ref, first, tile).astype(plan.wide)
+    return (jnp.asarray(plan.scale, plan.wide) * d_o).astype(plan.narrow)
+
+
+def _at(ref, place: tuple, first, layout: Layout):
+    """Some rows of a state."""
+    return ref.at[(*place, span(first, layout.states_tile), span(0, layout.keys))]
+
+
+def _whole(layout: Layout, named, place: Place):
+    """``[1, K or 1]``"""
+    width = layout.keys if layout.plan.decay == "channel" else 1
+    return plgpu.load(named["whole"].at[place.b, place.h, place.n, span(0, width)])[None]

@@ -1,0 +1,268 @@
+"""The delta rule for GPU, through Triton: what follows from the tokens of a chunk alone, of all chunks at once.
+
+A program has one chunk of one head. It goes through keys and values by tiles of channels, so that no array outgrows the
+registers, and leaves what ``delta_rule_gpu_states`` goes through in time.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxlinear.pallas.chunk_decays import finite
+from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, over_tiles, power_of_two, span
+
+Refs = dict[str, Any]
+
+
+class Place:
+    """Where a program is: the chunk n of head h of row b."""
+
+    def __init__(self, layout: Layout, n, h, b):
+        self.layout, self.n, self.h, self.b = layout, n, h, b
+        self.time = span(n * layout.chunk, layout.chunk)
+
+    def given(self, ref, first, tile: int) -> jax.Array:
+        """A tile ``[c, tile]`` of ``[B, T, H, K]`` in the dtype of products, zero where there is none."""
+        at = ref.at[self.b, self.time, self.h, span(first, tile)]
+        mask = self._inside(ref.shape[3], first, tile)
+        return plgpu.load(at, mask=mask, other=None if mask is None else 0.0)
+
+    def give(self, ref, first, value: jax.Array) -> None:
+        tile = value.shape[1]
+        at = ref.at[self.b, self.time, self.h, span(first, tile)]
+        plgpu.store(at, value.astype(ref.dtype), mask=self._inside(ref.shape[3], first, tile))
+
+    def load(self, ref, first: int, tile: int) -> jax.Array:
+        """A tile ``[c, tile]`` of ``[B, H, N c, K]``."""
+        return plgpu.load(ref.at[self.b, self.h, self.time, span(first, tile)])
+
+    def store(self, ref, first: int, value: jax.Array) -> None:
+        plgpu.store(ref.at[self.b, self.h, self.time, span(first, value.shape[1])], value.astype(ref.dtype))
+
+    def numbers(self, ref) -> jax.Array:
+        """``[c]`` of ``[B, H, N c]``."""
+        return plgpu.load(ref.at[self.b, self.h, self.time])
+
+    def _inside(self, width: int, first, tile: int) -> jax.Array | None:
+        """Of an array that ends within the last tiles."""
+        layout, mask = self.layout, None
+        if layout.plan.length % layout.chunk:
+            rows = self.n * layout.chunk + jnp.arange(layout.chunk, dtype=jnp.int32)
+            mask = jnp.broadcast_to(rows[:, None] < layout.plan.length, (layout.chunk, tile))
+        if width != power_of_two(width):
+            columns = first + jnp.arange(tile, dtype=jnp.int32)
+            inside = jnp.broadcast_to(columns[None] < width, (layout.chunk, tile))
+            mask = inside if mask is None else mask & inside
+        return mask
+
+
+class Documents:
+    """Which tokens of a chunk see each other, and the state before it or that after it; None for all."""
+
+    def __init__(self, place: Place, refs: Refs):
+        self.packed, chunk = "runs" in refs, place.layout.chunk
+        self.row, self.lane = (lax.broadcasted_iota(jnp.int32, (chunk, chunk), axis) for axis in (0, 1))
+        if self.packed:
+            self.run = plgpu.load(refs["runs"].at[place.b, place.time])
+            self.last = plgpu.load(refs["runs"].at[place.b, (place.n + 1) * chunk - 1])
+
+    def seen(self, products: jax.Array, *, itself: bool) -> jax.Array:
+        """Zero where a token does not see the other: itself, if so wanted, and the earlier ones of its document."""
+        condition = self.row >= self.lane if itself else self.row > self.lane
+        if self.packed:
+            condition = condition & (self.run[:, None] == self.run[None])
+        return jnp.where(condition, products, jnp.zeros_like(products))
+
+    def ends(self, like: jax.Array) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+        """1 or 0 ``[c, 1]``: of the state before, and for that after; ``[]``: whether nothing ends in the chunk."""
+        if not self.packed:
+            return None, None, None
+        conditions = (self.run == 0)[:, None], (self.run == self.last)[:, None], self.last == 0
+        first, last, one = (x.astype(like.dtype) for x in conditions)
+        return first, last, one
+
+
+class ByHead:
+    """A decay of the whole head, or none: ``matrix`` ``[c, c]`` of i >= j, and the decays of a tile since the start and
+    until the end of the chunk ``[c, 1]``; None for 1."""
+
+    matrix = since_start = until_end = whole = None
+
+    def __init__(self, place: Place, refs: Refs, documents: Documents):
+        if place.layout.plan.decay != "scalar":
+            return
+        coarse, fine = (place.numbers(refs[name]) for name in ("coarse", "fine"))
+        end = (place.n + 1) * place.layout.chunk - 1
+        last = [plgpu.load(refs[name].at[place.b, place.h, end]) for name in ("coarse", "fine")]
+        steps = (coarse[:, None] - coarse[None]) + (fine[:, None] - fine[None])
+        lower = documents.row >= documents.lane
+        self.matrix = jnp.exp(jnp.where(lower, steps, jnp.full_like(steps, -jnp.inf)))
+        self.since_start = jnp.exp(coarse + fine)[:, None]
+        self.until_end = jnp.exp((last[0] - coarse) + (last[1] - fine))[:, None]
+        self.whole = jnp.exp(last[0] + last[1])
+
+
+class ByChannel:
+    """A decay of each key channel of a tile: tokens meet at the middle of the smallest of the chunk's halves, quarters,
+    ... that has both (``chunk_decays.ByChannel``). ``since_start``, ``until_end`` ``[c, tile]``, ``whole`` ``[tile]``."""
+
+    def __init__(self, log_decay: jax.Array):
+        self._log_decay = log_decay
+
+    def levels(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
+        """n, and of each token the decay since the start of its part of 2^n and that until its end. Those of a level follow
+        from the level before: what is not needed any more takes no registers."""
+        chunk, tile = self._log_decay.shape
+        token = lax.broadcasted_iota(jnp.int32, (chunk, tile), 0)
+        seen, left = self._log_decay, jnp.zeros_like(self._log_decay)
+        for n in range(chunk.bit_length() - 1):
+            yield n, jnp.exp(seen), jnp.exp(left)
+            in_second, parts = ((token >> n) & 1) == 1, (chunk >> (n + 1), 2 << n, tile)
+            halves = []
+            for half in (~in_second, in_second):
+                of_half = jnp.where(half, self._log_decay, jnp.zeros_like(self._log_decay)).reshape(parts)
+                halves.append(jnp.broadcast_to(jnp.sum(of_half, axis=1)[:, None], parts).reshape(chunk, tile))
+            seen = jnp.where(in_second, seen + halves[0], seen)
+            left = jnp.where(in_second, left, left + halves[1])
+        self._ends = seen, left
+
+    @functools.cached_property
+    def ends(self) -> tuple[jax.Array, jax.Array]:
+        for _ in self.levels() if not hasattr(self, "_ends") else ():
+            pass
+        return jnp.exp(self._ends[0]), jnp.exp(self._ends[1])
+
+    @property
+    def since_start(self) -> jax.Array:
+        return self.ends[0]
+
+    @property
+    def until_end(self) -> jax.Array:
+        return self.ends[1]
+
+    @property
+    def whole(self) -> jax.Array:
+        return jnp.exp(jnp.sum(self._log_decay, axis=0))
+
+
+def crossing(documents: Documents, n: int) -> jax.Array:
+    """Pairs of tokens whose smallest common part has 2^(n+1), the row in its second half."""
+    row, lane = documents.row >> n, documents.lane >> n
+    return (row == lane + 1) & ((lane & 1) == 0)
+
+
+def pairs(layout: Layout, decay: Any, documents: Documents, rows: list[jax.Array]) -> list[jax.Array]:
+    """Of a tile the products of ``rows`` with the first of them, decayed if by channel; above the diagonal anything."""
+    columns = rows[0]
+    products = [dot(r, columns, (1, 1), layout) for r in rows]
+    if not isinstance(decay, ByChannel):
+        return products
+    for n, seen, left in decay.levels():
+        across, column = crossing(documents, n), scaled(columns, left)
+        for m, r in enumerate(rows):
+            products[m] = jnp.where(across, dot(scaled(r, seen), column, (1, 1), layout), products[m])
+    return products
+
+
+def decay_of(place: Place, refs: Refs, documents: Documents, of_head: ByHead, first) -> Any:
+    if place.layout.plan.decay != "channel":
+        return of_head
+    log_decay = place.given(refs["log_decay"], first, place.layout.key_tile)
+    return ByChannel(finite(log_decay.astype(place.layout.plan.wide)))
+
+
+def inverse(lower: jax.Array, documents: Documents, layout: Layout) -> jax.Array:
+    """``(I + lower)^-1`` by doubling, as ``pallas.inverse``, all blocks in one matrix."""
+    narrow = layout.plan.narrow
+    found = (documents.row == documents.lane).astype(lower.dtype)
+    found = found - jnp.where(crossing(documents, 0), lower, jnp.zeros_like(lower))
+    for n in range(1, lower.shape[0].bit_length() - 1):
+        b = jnp.where(crossing(documents, n), lower, jnp.zeros_like(lower))
+        cut = found.astype(narrow)
+        reached = jnp.zeros_like(lower)
+        for part in _parts(b, narrow):
+            reached = reached + dot(part, cut, (1, 0), layout)
+        for part in _parts(reached, narrow):
+            found = found - dot(cut, part, (1, 0), layout)
+    return found
+
+
+def _parts(x: jax.Array, narrow) -> list[jax.Array]:
+    """x as a sum of arrays of the dtype of products, to 16 bits."""
+    if narrow == x.dtype:
+        return [x]
+    high = x.astype(narrow)
+    return [high, (x - high.astype(x.dtype)).astype(narrow)]
+
+
+def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
+    """P, L and (I + beta L)^-1 ``[c, c]``; keys, queries and ends, which are the decayed ones; W and U."""
+    named, plan = dict(zip(names, refs, strict=True)), layout.plan
+    place = Place(layout, *(pl.program_id(axis) for axis in range(3)))
+    documents = Documents(place, named)
+    of_head = ByHead(place, named, documents)
+    beta = place.numbers(named["beta"])[:, None]
+    with_q = "q" in named
+    tile, square = layout.key_tile, jnp.zeros((layout.chunk, layout.chunk), plan.wide)
+
+    def multiply(first, sums):
+        rows = [place.given(named[name], first, tile) for name in ("k", "q")[: len(sums)]]
+        decay = decay_of(place, named, documents, of_head, first)
+        return tuple(x + y for x, y in zip(sums, pairs(layout, decay, documents, rows), strict=True))
+
+    sums = over_tiles(layout.keys, tile, multiply, (square,) * (1 + with_q))
+    if of_head.matrix is not None:
+        sums = tuple(x * of_head.matrix for x in sums)
+    overlap = documents.seen(sums[0], itself=False)
+    solve = inverse(beta * overlap, documents, layout).astype(plan.narrow)
+    found = {"overlap": overlap, "inverse": solve}
+    if with_q:
+        found["attention"] = documents.seen(sums[1], itself=True)
+    for name, value in found.items():
+        if name in named:
+            place.store(named[name], 0, value)
+    first_document, last_document, one = documents.ends(beta)
+
+    def decay_and_solve(first, carry):
+        decay = decay_of(place, named, documents, of_head, first)
+        since_start, until_end = times(decay.since_start, first_document), times(decay.until_end, last_document)
+        k = place.given(named["k"], first, tile)
+        keys = scaled(k, since_start)
+        if "keys" in named:
+            place.store(named["keys"], first, keys)
+        place.store(named["ends"], first, scaled(k, until_end))
+        if with_q:
+            place.store(named["queries"], first, scaled(place.given(named["q"], first, tile), since_start))
+        read = (beta * keys.astype(plan.wide)).astype(plan.narrow)
+        place.store(named["w"], first, dot(solve, read, (1, 0), layout))
+        if plan.decay == "channel":
+            whole = times(decay.whole, one)
+            plgpu.store(named["whole"].at[place.b, place.h, place.n, span(first, tile)], whole)
+        return carry
+
+    over_tiles(layout.keys, tile, decay_and_solve)
+    if plan.decay != "channel":
+        whole = times(jnp.ones((1,), plan.wide), times(of_head.whole, one))
+        plgpu.store(named["whole"].at[place.b, place.h, place.n, span(0, 1)], whole)
+    if "u" in named:
+
+        def solve_values(first, carry):
+            v = place.given(named["v"], first, layout.value_tile).astype(plan.wide)
+            place.store(named["u"], first, dot(solve, (beta * v).astype(plan.narrow), (1, 0), layout))
+            return carry
+
+        over_tiles(layout.values, layout.value_tile, solve_values)
+
+
+def times(x: jax.Array | None, y: jax.Array | None) -> Any:
+    return y if x is None else x if y is None else x * y
+
+
+def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)

@@ -1,0 +1,77 @@
+"""The kernels of the delta rule for GPU, interpreted: as those for TPU."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlinear.errors import UserError
+from jaxlinear.ops import backends, delta_rule, recurrence
+from jaxlinear.ops.delta_rule import choose
+from jaxlinear.pallas import delta_rule as kernels
+from jaxlinear.pallas.target import Target
+from tests import numerics
+from tests.ops import test_delta_rule as operation
+from tests.pallas.test_delta_rule_kernel import check, run_kernel
+
+INTERPRETED = Target("gpu", "none", True)
+RUNS = [
+    ("one_token", "float64", None),
+    ("short", "float64", 64),
+    ("none_long", "float64", 16),
+    ("scalar", "float64", 64),
+    ("channel", "float64", None),
+    *((name, "bfloat16", None) for name in ("none", "scalar", "channel")),
+]
+
+
+@pytest.mark.parametrize("name, dtype, chunk", RUNS)
+def test_values_and_gradients(name, dtype, chunk):
+    check(name, dtype, INTERPRETED, chunk)
+
+
+@pytest.mark.parametrize("name", ["none_long", "channel"])
+def test_a_run_without_its_outputs(name):
+    """The map of a run, and the gradient of the state alone."""
+    inputs, cotangents, ids, outputs, gradients = operation.case(name)
+    options = kernels.Options(inputs[0].shape[-1] ** -0.5, None, INTERPRETED)
+
+    @numerics.jit
+    def both(inputs, d_o, d_final):
+        *arrays, state = inputs
+        run = kernels.Inputs(*arrays, None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids)))
+        transition, written = kernels.summary(run, state.dtype, options)
+        final = jnp.einsum("bhkl,bhlv->bhkv", transition, state) + written
+        return final, kernels.state_gradient(run, d_o, d_final, options)
+
+    found = numerics.run(both, inputs, *cotangents, dtype="float64")
+    numerics.assert_close(found, (outputs[1], gradients[5]), 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_hard_decays(kind):
+    """Strong and weak in one chunk; one for all; most of a chunk strong, its end weak."""
+    hard = [
+        lambda random, shape: random.choice([-50.0, -1e4, -1e-7, -1e-3, 0.0], shape),
+        *(lambda _, shape, value=value: np.full(shape, value) for value in (-1e-7, -50.0, -np.inf)),
+    ]
+    every = [operation.at_the_limits(kind, draw) for draw in (*hard, hard[2])]
+    every[-1][4][:, 50:] = -0.01
+    run, random = numerics.with_gradients(functools.partial(run_kernel, None, INTERPRETED)), np.random.default_rng(3)
+    for inputs in every:
+        cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[5].shape)
+        expected = numerics.run(operation.reference(False), inputs, cotangents, dtype="float64")
+        numerics.assert_close(numerics.run(run, inputs, cotangents, dtype="float32"), expected, 1e-5)
+
+
+def test_what_it_takes():
+    q, beta = jnp.ones((1, 9, 2, 16)), jnp.ones((1, 9, 2))
+    narrow = q.astype(jnp.bfloat16)
+    with backends.use_platform("gpu", "NVIDIA H100 80GB HBM3"):
+        assert choose("auto", narrow, narrow, narrow) == "pallas"
+        assert choose("auto", q, q, q) == "auto"
+        with pytest.raises(UserError, match="delta_rule: the kernel takes bfloat16, not float32; backend='chunked'"):
+            delta_rule(q, q, q, beta, backend="pallas")
+        with pytest.raises(UserError, match="chunks of a power of two from 16 to 64 tokens, not of 128"):
+            delta_rule(narrow, narrow, narrow, beta, chunk_size=128, backend="pallas")

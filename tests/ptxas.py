@@ -1,0 +1,22 @@
+"""What ptxas makes of kernels that were compiled for a GPU which is not here."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+
+def registers(directory: Path, name: str) -> dict[str, int]:
+    """By kernel whose name begins so, of those that XLA dumped: registers of a thread. None spills any."""
+    ptxas = Path(importlib.util.find_spec("nvidia").submodule_search_locations[0]) / "cu13" / "bin" / "ptxas"
+    used = {}
+    for ptx in directory.glob("*.ptx"):
+        if f".entry {name}" not in ptx.read_text():
+            continue
+        command = [ptxas, "-v", "-arch=sm_90a", ptx, "-o", directory / "out"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        pattern = rf"Compiling entry function '({name}\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+        for kernel, spilled, count in re.findall(pattern, said, re.S):
+            used[kernel] = int(count)
+            assert int(spilled) == 0, f"{kernel} spills {spilled} bytes"
+    return used
