@@ -38,7 +38,7 @@ def refusal(q: jax.Array, k: jax.Array, v: jax.Array, chunk_size: int | None, pl
             return f"the kernel takes K from {NARROWEST} to {WIDEST} and V from {NARROWEST} on, not {name} = {width}"
     pieces = value_pieces(values)
     if pieces is None:
-        return f"kernels of at most {WIDEST} share V in equal parts, which V = {values} does not allow"
+        return f"the kernel takes V in equal parts of at most {WIDEST}, which V = {values} does not allow"
     widths = keys, values // pieces
     if platform == "tpu" and (together := blocks.delta_rule_heads("", heads, *widths)) > blocks.DELTA_RULE_HEADS:
         return (

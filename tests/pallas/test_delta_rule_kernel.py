@@ -200,8 +200,8 @@ def test_auto_takes_it_where_it_runs(caplog):
 @pytest.mark.parametrize(
     "shapes, chunk, reason",
     [
-        ((2, 8, 16), None, "K and V from 16 to 256, not K = 8"),
-        ((2, 16, 300), None, "K and V from 16 to 256, not V = 300"),
+        ((2, 8, 16), None, "K from 16 to 256 and V from 16 on, not K = 8"),
+        ((2, 16, 257), None, "V in equal parts of at most 256, which V = 257 does not allow"),
         ((64, 20, 20), None, "at most 16 heads together, and of 64 heads with K, V = .20, 20. 32 fill registers"),
         ((2, 16, 16), 48, "chunks of a power of two from 16 to 128 tokens, not of 48"),
         ((2, 16, 16), 256, "chunks of a power of two from 16 to 128 tokens, not of 256"),
