@@ -33,9 +33,9 @@ def refusal(q: jax.Array, k: jax.Array, v: jax.Array, chunk_size: int | None, pl
         if x.dtype not in taken:
             return f"the kernel takes {' and '.join(map(str, taken))}, not {x.dtype}"
     heads, keys, values = q.shape[2], q.shape[3], v.shape[3]
-    for name, width, most in (("K", keys, WIDEST), ("V", values, None)):
-        if width < NARROWEST or (most and width > most):
-            return f"the kernel takes K from {NARROWEST} to {WIDEST} and V from {NARROWEST} on, not {name} = {width}"
+    wrong = f"K = {keys}" if not NARROWEST <= keys <= WIDEST else f"V = {values}" if values < NARROWEST else None
+    if wrong:
+        return f"the kernel takes K from {NARROWEST} to {WIDEST} and V from {NARROWEST} on, not {wrong}"
     pieces = value_pieces(values)
     if pieces is None:
         return f"the kernel takes V in equal parts of at most {WIDEST}, which V = {values} does not allow"
