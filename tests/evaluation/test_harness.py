@@ -7,9 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-
 from lm_eval.api.instance import Instance
 
 from jaxlinear import evaluation, generation
