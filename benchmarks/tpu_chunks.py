@@ -1,8 +1,8 @@
 """The kernels of matrix states for TPU by their static schedules: how much of the matrix unit's peak their products take.
 
-    python benchmarks/tpu_chunks.py [--operations=delta_rule,linear_attention] [--decays=none,scalar,channel]
+    python benchmarks/tpu_chunks.py [--operations=delta_rule,linear_attention] [--decays=none,constant,scalar,channel]
         [--topology=v5e:2x2] [--batch=1 --length=4096 --heads=16 --key=128 --value=128] [--dtype=bfloat16] [--json=FILE]
-    python benchmarks/tpu_chunks.py --tune [--topology=...]      # of the delta rule: cycles by chunks and heads of a block
+    python benchmarks/tpu_chunks.py --tune [--operations=...] [--topology=...]      # cycles by sizes of blocks
 
 Takes the compiler for TPU (pip install 'jaxlinear[aot]'). Every program is compiled in a process of its own. Of each
 kernel:
@@ -31,7 +31,11 @@ from absl import flags
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "v5e, v5p or v6e, and the shape of the slice.")
 _OPERATIONS = flags.DEFINE_list("operations", ["delta_rule", "linear_attention"], "Of jaxlinear.ops.")
-_DECAYS = flags.DEFINE_list("decays", ["none", "scalar", "channel"], "None, one a head, one a key channel.")
+_DECAYS = flags.DEFINE_list(
+    "decays",
+    ["none", "scalar", "channel"],
+    "None; one a head, constant (of linear attention alone) or not; one a key channel.",
+)
 _BATCH = flags.DEFINE_integer("batch", 1, "B.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 4096, "T.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 16, "H.", lower_bound=1)
@@ -39,10 +43,14 @@ _KEY = flags.DEFINE_integer("key", 128, "K.", lower_bound=1)
 _VALUE = flags.DEFINE_integer("value", 128, "V.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of q, k and v.")
 _CHUNKED = flags.DEFINE_bool("chunked", False, "Also the program without the kernel, which takes minutes to compile.")
-_TUNE = flags.DEFINE_bool("tune", False, "Instead: the delta rule by block sizes.")
+_TUNE = flags.DEFINE_bool("tune", False, "Instead: by sizes of blocks.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 _WORKER = flags.DEFINE_list("worker", None, "Compile this operation, decay and backend, and print its report.")
-_BLOCK = flags.DEFINE_list("block", None, "Of the worker: chunk and lanes of the delta rule's block.")
+_BLOCK = flags.DEFINE_list(
+    "block",
+    None,
+    "Of the worker: chunk and lanes of a block of the delta rule, time and lanes of one of linear attention.",
+)
 
 KINDS = ("forward", "gradient")
 
@@ -80,13 +88,16 @@ def _comparison() -> list[dict]:
 
 def _tuning() -> list[dict]:
     rows = []
-    for decay in _DECAYS.value:
-        for chunk in (64, 128):
-            for lanes in (512, 1024, 2048):
-                report = _worker("delta_rule", decay, "pallas", f"--block={chunk},{lanes}")
-                cycles = {row["kind"]: row["cycles"] for row in report["kernels"]}
-                rows.append({"decay": decay, "chunk": chunk, "lanes": lanes, **cycles})
-                print(f"{decay:8} chunk {chunk:4} lanes {lanes:5}: {cycles}", flush=True)
+    for operation in _OPERATIONS.value:
+        delta_rule = operation == "delta_rule"
+        first, sizes = ("chunk", (64, 128)) if delta_rule else ("time", (256, 512, 1024))
+        for decay in _DECAYS.value:
+            for size in sizes:
+                for lanes in (512, 1024, 2048) if delta_rule else (128, 256, 512):
+                    report = _worker(operation, decay, "pallas", f"--block={size},{lanes}")
+                    cycles = {row["kind"]: row["cycles"] for row in report["kernels"]}
+                    rows.append({"operation": operation, "decay": decay, first: size, "lanes": lanes, **cycles})
+                    print(f"{operation} {decay:8} {first} {size:4} lanes {lanes:5}: {cycles}", flush=True)
     return rows
 
 
@@ -114,12 +125,14 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
     batch, length, heads, key, value = (flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY, _VALUE))
     kind = schedules.device(_TOPOLOGY.value).device_kind
     if _BLOCK.value:
-        chunk, lanes = map(int, _BLOCK.value)
-        blocks.DELTA_RULE_TPU[kind] = blocks.DeltaRuleBlock(chunk, chunk, lanes)
+        size, lanes = map(int, _BLOCK.value)
+        blocks.DELTA_RULE_TPU[kind] = blocks.DeltaRuleBlock(size, size, lanes)
+        blocks.LINEAR_ATTENTION_TPU[kind] = (blocks.AttentionBlock(size, 128, lanes),) * 2
     by_head = jax.ShapeDtypeStruct((batch, length, heads), "float32")
     wide = functools.partial(jax.ShapeDtypeStruct, dtype=_DTYPE.value)
     q, v = wide((batch, length, heads * key)), wide((batch, length, heads * value))
-    log_decay = {"none": None, "scalar": by_head, "channel": q}[decay]
+    constant = jax.ShapeDtypeStruct((heads,), "float32")
+    log_decay = {"none": None, "constant": constant, "scalar": by_head, "channel": q}[decay]
     beta = by_head if operation == "delta_rule" else None
     state = jax.ShapeDtypeStruct((batch, heads, key, value), "float32")
 

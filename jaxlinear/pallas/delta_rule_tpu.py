@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import blocks, delta_rule_chunk
-from jaxlinear.pallas.chunk_decays import ByChannel, NoDecay, by_heads, finite, suffix_sums
+from jaxlinear.pallas.channel_decays import ByChannel
+from jaxlinear.pallas.chunk_decays import NoDecay, by_heads, finite, suffix_sums
 from jaxlinear.pallas.delta_rule_plan import Arguments, Plan, size_of
 from jaxlinear.pallas.linear_attention_chunk import Chunk, Documents
 from jaxlinear.pallas.target import Target

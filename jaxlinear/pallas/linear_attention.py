@@ -1,19 +1,21 @@
 """Chunked linear attention S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t as kernels: forward, its
 summary, its gradients, and the gradient of the state alone.
 
-Within and between chunks in one kernel, the state resident. All arrays have the layout that they have outside.
+On TPU within and between chunks in one kernel, the state resident; on GPU a kernel for the states and one for all chunks.
+Arrays have the layout that they have outside.
 
 In all: q, k ``[B, T, H, K]`` and v ``[B, T, H, V]`` of one dtype; log_decay None, ``[H]``, ``[B, T, H]`` or
 ``[B, T, H, K]``; states ``[B, H, K, V]`` float32 (float64 interpreted); ``starts`` ``[B, T]`` bool, where the state before
 the token is forgotten, or None. ``platform`` of the target is "tpu" or "gpu"; elsewhere the kernel for TPU is interpreted.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlinear.pallas import linear_attention_tpu
+from jaxlinear.pallas import linear_attention_gpu, linear_attention_tpu
 from jaxlinear.pallas.linear_attention_plan import Arguments, Plan
 from jaxlinear.pallas.target import Target
 
@@ -38,7 +40,7 @@ def forward(
     inputs: Inputs, state: jax.Array, options: Options, *, keep: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """o ``[B, T, H, V]``, the state after the last token, and if ``keep`` the states that ``gradient`` takes:
-    ``[B, N, H, V, K]``, before each block of time."""
+    before each block of time, or on GPU each chunk."""
     q, k, v, _, _ = inputs
     plan = _plan("forward", inputs, options, keep=keep)
     arguments = Arguments(_flat(k), _flat(v), _turned(state), queries=_flat(q), **_shared(inputs))
@@ -53,7 +55,7 @@ def summary(inputs: Inputs, dtype, options: Options) -> tuple[jax.Array, jax.Arr
     none = jnp.zeros((batch, heads, inputs.v.shape[-1], width), dtype)
     arguments = Arguments(_flat(inputs.k), _flat(inputs.v), none, **_shared(inputs))
     *kept, final = _call(_plan("summary", inputs, options), arguments, options)
-    return (kept[0][:, :, 0] if kept else _kept_by_head(inputs, dtype)), _turned(final)
+    return (kept[0][:, :, 0] if kept else _kept(inputs, dtype)), _turned(final)
 
 
 def gradient(
@@ -77,7 +79,11 @@ def state_gradient(inputs: Inputs, d_o: jax.Array, d_final: jax.Array, options: 
 
 
 def _call(plan: Plan, arguments: Arguments, options: Options) -> list[jax.Array]:
-    return linear_attention_tpu.call(plan, arguments, options.target)
+    plan = dataclasses.replace(
+        plan, length=arguments.keys.shape[1], narrow=arguments.keys.dtype, wide=arguments.state.dtype
+    )
+    kernel = linear_attention_gpu if options.target.platform == "gpu" else linear_attention_tpu
+    return kernel.call(plan, arguments, options.target)
 
 
 def _plan(kind: str, inputs: Inputs, options: Options, *, keep: bool = False) -> Plan:
@@ -94,18 +100,19 @@ def _shared(inputs: Inputs) -> dict:
     return {"log_decay": log_decay, "starts": inputs.starts}
 
 
-def _kept_by_head(inputs: Inputs, dtype) -> jax.Array:
-    """How much of the state is left ``[B, H, 1]`` by decays of whole heads."""
+def _kept(inputs: Inputs, dtype) -> jax.Array:
+    """How much of the state is left ``[B, H, K or 1]``, from the log decays alone."""
     batch, length, heads, _ = inputs.k.shape
-    total = jnp.zeros((batch, heads), dtype)
+    total = jnp.zeros((batch, heads, 1), dtype)
     if inputs.log_decay is not None and inputs.log_decay.ndim == 1:
-        total = total + inputs.log_decay.astype(dtype)[None] * jnp.asarray(length, dtype)
+        total = total + (inputs.log_decay.astype(dtype) * jnp.asarray(length, dtype))[None, :, None]
     elif inputs.log_decay is not None:
-        total = jnp.sum(inputs.log_decay.astype(dtype), axis=1)
+        summed = jnp.sum(inputs.log_decay.astype(dtype), axis=1)
+        total = summed if summed.ndim == 3 else summed[..., None]
     kept = jnp.exp(total)
     if inputs.starts is not None:
-        kept = jnp.where(jnp.any(inputs.starts, axis=1)[:, None], jnp.zeros_like(kept), kept)
-    return kept[..., None]
+        kept = jnp.where(jnp.any(inputs.starts, axis=1)[:, None, None], jnp.zeros_like(kept), kept)
+    return kept
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ class Plan:
       scale: of the outputs.
       chunk: tokens of a chunk, or None: by the table of ``blocks``.
       keep: forward, also the states before each block of time.
+      length, narrow, wide: T, and the dtypes of products, and of states and sums; for GPU.
     """
 
     kind: str
@@ -40,6 +41,9 @@ class Plan:
     scale: float
     chunk: int | None = None
     keep: bool = False
+    length: int = 0
+    narrow: Any = None
+    wide: Any = None
 
     @property
     def reverse(self) -> bool:

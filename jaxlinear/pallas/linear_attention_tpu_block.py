@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxlinear.pallas import chunk_decays, linear_attention_chunk
+from jaxlinear.pallas import channel_decays, chunk_decays, linear_attention_chunk
 from jaxlinear.pallas.linear_attention_chunk import Chunk, Documents, Tokens
 from jaxlinear.pallas.linear_attention_plan import Plan
 
@@ -137,7 +137,7 @@ class Block:
             decays = [chunk_decays.NoDecay(size)] * self.shape.heads
         elif self.plan.decay == "channel":
             loaded = [self._load(self.log_decay, n, h).astype(self.wide) for h in range(self.shape.heads)]
-            decays = [chunk_decays.ByChannel(chunk_decays.finite(x)) for x in loaded]
+            decays = [channel_decays.ByChannel(chunk_decays.finite(x)) for x in loaded]
         elif self.plan.decay == "constant":
             of_heads = [self.log_decay[:, h : h + 1] for h in range(self.shape.heads)]
             decays = [chunk_decays.constant(chunk_decays.finite(x), size, last) for x in of_heads]

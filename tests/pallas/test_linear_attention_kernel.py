@@ -22,10 +22,10 @@ from jaxlinear.pallas.target import Target
 from tests import numerics
 from tests.ops import test_linear_attention as operation
 
-INTERPRETED = Target("tpu", "none", True)
+INTERPRETED, GPU = Target("tpu", "none", True), Target("gpu", "none", True)
 RUNS = [
     *((name, "float64") for name in operation.CASES),
-    *((name, dtype) for name in ("none", "constant", "scalar", "channel") for dtype in ("float32", "bfloat16")),
+    *((name, dtype) for name in ("scalar", "channel") for dtype in ("float32", "bfloat16")),
 ]
 
 
@@ -54,9 +54,10 @@ def check(name, dtype, target=INTERPRETED):
     )
 
 
+@pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("name, dtype", RUNS)
-def test_values_and_gradients(small_blocks, name, dtype):
-    check(name, dtype)
+def test_values_and_gradients(small_blocks, name, dtype, target):
+    check(name, dtype, target)
 
 
 @pytest.mark.parametrize("name", ["short", "channel_whole_chunks"])
@@ -65,11 +66,12 @@ def test_on_a_simulated_tpu(small_blocks, name):
     check(name, "float32", Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan")))
 
 
+@pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("name", ["none", "constant_packed", "no_documents", "channel"])
-def test_a_run_without_its_outputs(small_blocks, name):
+def test_a_run_without_its_outputs(small_blocks, name, target):
     """The map of a run, and the gradient of the state alone."""
     inputs, cotangents, ids, outputs, gradients = operation.case(name)
-    options = kernels.Options(inputs[0].shape[-1] ** -0.5, None, INTERPRETED)
+    options = kernels.Options(inputs[0].shape[-1] ** -0.5, None, target)
 
     @numerics.jit
     def both(inputs, d_o, d_final):
@@ -82,42 +84,61 @@ def test_a_run_without_its_outputs(small_blocks, name):
     numerics.assert_close(found, (outputs[1], gradients[4]), 1e-10)
 
 
+@pytest.mark.parametrize("decay, packed", [("constant", False), ("scalar", True), ("channel", True)])
+def test_gpu_by_tiles(monkeypatch, decay, packed):
+    """K and V of several tiles, the last not whole; outputs of two programs."""
+    monkeypatch.setattr(blocks, "linear_attention_gpu", lambda *_: blocks.AttentionGPUBlock(16, 16, 16, 32, 16))
+    random = np.random.default_rng(7)
+    q, k, v, state = (
+        numerics.normal(random, *s) for s in ((1, 40, 2, 40), (1, 40, 2, 40), (1, 40, 2, 50), (1, 2, 40, 50))
+    )
+    inputs = q, k, v, operation.draw_decay(random, decay, 1, 40, 2, 40), state
+    ids = np.repeat([[0, 1, 2]], [5, 27, 8], axis=1).astype(np.int32) if packed else None
+    cotangents = numerics.normal(random, *v.shape), numerics.normal(random, *state.shape)
+    results = []
+    recurrent = functools.partial(linear_attention, segment_ids=ids, backend="recurrent")
+    for run in (recurrent, functools.partial(run_kernel, ids, GPU)):
+        results.append(numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype="float64"))
+    numerics.assert_close(results[1], numerics.wide(results[0]), 1e-10)
+
+
 # Inputs at the limits
 
 
 @functools.cache
-def in_float32(packed):
+def in_float32(packed, target):
     ids = np.arange(100)[None] if packed else None
-    return numerics.with_gradients(functools.partial(run_kernel, ids, INTERPRETED))
+    return numerics.with_gradients(functools.partial(run_kernel, ids, target))
 
 
-def assert_right_in_float32(inputs, packed=False):
+def assert_right_in_float32(inputs, target, packed=False):
     random = np.random.default_rng(3)
     cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[4].shape)
     expected = numerics.run(operation.reference(packed), inputs, cotangents, dtype="float64")
-    found = numerics.run(in_float32(packed), inputs, cotangents, dtype="float32")
+    found = numerics.run(in_float32(packed, target), inputs, cotangents, dtype="float32")
     numerics.assert_close(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("kind", ["constant", "scalar", "channel"])
-def test_hard_decays(small_blocks, kind):
+def test_hard_decays(small_blocks, kind, target):
     """Strong and weak in one chunk; one for all; most of a chunk strong, its end weak."""
     hard = [
         lambda random, shape: random.choice([-50.0, -1e4, -1e-7, -1e-3, 0.0], shape),
         *(lambda _, shape, value=value: np.full(shape, value) for value in (-1e-7, -50.0, -np.inf)),
     ]
     for draw in hard:
-        assert_right_in_float32(operation.at_the_limits(kind, draw))
+        assert_right_in_float32(operation.at_the_limits(kind, draw), target)
     if kind != "constant":
         inputs = operation.at_the_limits(kind, hard[2])
         inputs[3][:, 50:] = -0.01
-        assert_right_in_float32(inputs)
+        assert_right_in_float32(inputs, target)
 
 
-@pytest.mark.parametrize("kind", ["scalar", "channel"])
-def test_one_document_a_token(small_blocks, kind):
+@pytest.mark.parametrize("kind, target", [("scalar", INTERPRETED), ("channel", INTERPRETED), ("channel", GPU)])
+def test_one_document_a_token(small_blocks, kind, target):
     inputs = operation.at_the_limits(kind, lambda random, shape: -random.uniform(0, 1, shape))
-    assert_right_in_float32(inputs, packed=True)
+    assert_right_in_float32(inputs, target, packed=True)
 
 
 # What is chosen and what is refused
@@ -152,20 +173,23 @@ def test_the_operation_takes_it(small_blocks):
 
 
 def test_auto_takes_it_where_it_runs(caplog):
-    def array(length=9, width=32, dtype=jnp.float32):
+    def array(length=9, width=32, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((1, length, 2, width), dtype)
 
-    x, wide = array(), array(width=512)
+    x, wide, full = array(), array(width=512), array(dtype=jnp.float32)
     assert choose("auto", x, x, x) == "auto"
     backends.say_once.cache_clear()
-    for platform in ("tpu",):
+    for platform in backends.COMPILED:
         with backends.use_platform(platform, "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
-            assert choose("auto", x, x, array(dtype=jnp.bfloat16)) == "pallas"
+            assert choose("auto", x, x, x) == "pallas"
+            assert choose("auto", full, x, full) == ("pallas" if platform == "tpu" else "auto")
             assert choose("auto", *[array(length=8)] * 3) == "auto"
             assert choose("auto", wide, wide, x) == "auto"
             assert choose("chunked", x, x, x) == "chunked"
+    said = "linear_attention runs in chunks, not as a kernel: the kernel takes "
     assert [record.getMessage() for record in caplog.records] == [
-        "linear_attention runs in chunks, not as a kernel: the kernel takes K and V from 16 to 256, not K = 512"
+        f"{said}K from 16 to 256 and V from 16 on, not K = 512",
+        f"{said}bfloat16, not float32",
     ]
 
 
@@ -181,7 +205,7 @@ def test_what_it_does_not_take_is_refused():
     with backends.use_platform("tpu", "TPU v5 lite"):
         with pytest.raises(UserError, match="takes float32 and bfloat16, not float16"):
             run(dtype=jnp.float16)
-        with pytest.raises(UserError, match="K and V from 16 to 256, not V = 8"):
+        with pytest.raises(UserError, match="K from 16 to 256 and V from 16 on, not V = 8"):
             run(value=8)
         with pytest.raises(
             UserError, match=r"at most 8 heads together, and of 12 heads with K, V = \(24, 32\) more are"

@@ -1,0 +1,237 @@
+"""Linear attention for GPU, through Triton: the states in time, and what follows from them for the tokens of each chunk.
+
+    S' = whole S + V^T (until K),   O = scale (A V + (since Q) S^T)
+    dS = whole dS' + dO^T (since Q),   dV = A^T dO + (until K) dS'^T,   dA = dO V^T
+
+States are ``[V, K]``. A program goes through keys and values by tiles of channels, so that no array outgrows the registers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxlinear.pallas.chunk_decays import finite
+from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, span
+from jaxlinear.pallas.delta_rule_gpu_tokens import ByChannel, ByHead, Documents, Place, crossing, scaled, times
+
+Refs = dict[str, Any]
+
+
+class Constant:
+    """As ``ByHead``, of a log decay that is constant in time; tokens behind the last decay nothing."""
+
+    def __init__(self, place: Place, refs: Refs, documents: Documents):
+        chunk, length = place.layout.chunk, place.layout.plan.length
+        log_decay = finite(plgpu.load(refs["log_decay"].at[place.h]))
+        last = jnp.minimum(length - place.n * chunk, chunk) - 1
+
+        def at(token: jax.Array) -> jax.Array:
+            return jnp.minimum(token, last).astype(log_decay.dtype)
+
+        row, lane = at(documents.row), at(documents.lane)
+        lower, steps = documents.row >= documents.lane, (row - lane) * log_decay
+        self.matrix = jnp.exp(jnp.where(lower, steps, jnp.full_like(steps, -jnp.inf)))
+        token = at(jnp.arange(chunk, dtype=jnp.int32))[:, None]
+        self.since_start = jnp.exp((token + 1) * log_decay)
+        self.until_end = jnp.exp((last.astype(log_decay.dtype) - token) * log_decay)
+        self.whole = jnp.exp((last + 1).astype(log_decay.dtype) * log_decay)
+
+
+class _Chunk:
+    """The decays and documents of a chunk; those of channels by tiles."""
+
+    def __init__(self, layout: Layout, refs: Refs, n, h, b):
+        self.layout, self.refs, self.place = layout, refs, Place(layout, n, h, b)
+        self.documents = Documents(self.place, refs)
+        constant = layout.plan.decay == "constant"
+        self.of_head = (Constant if constant else ByHead)(self.place, refs, self.documents)
+        self.first_document, self.last_document, self.one = self.documents.ends(jnp.zeros((), layout.plan.wide))
+
+    def decay(self, first) -> Any:
+        plan = self.layout.plan
+        if plan.decay != "channel":
+            return self.of_head
+        log_decay = self.place.given(self.refs["log_decay"], first, self.layout.key_tile)
+        return ByChannel(finite(log_decay.astype(plan.wide)))
+
+    def since_start(self, decay: Any) -> jax.Array | None:
+        return times(decay.since_start, self.first_document)
+
+    def until_end(self, decay: Any) -> jax.Array | None:
+        return times(decay.until_end, self.last_document)
+
+    def whole(self, decay: Any) -> Any:
+        return times(decay.whole, self.one)
+
+    def keys(self, name: str, first) -> jax.Array:
+        return self.place.given(self.refs[name], first, self.layout.key_tile)
+
+    def values(self, name: str, first) -> jax.Array:
+        """The gradient of o is given without the scale."""
+        plan, value = self.layout.plan, self.place.given(self.refs[name], first, self.layout.value_tile)
+        if name != "d_o":
+            return value
+        return (jnp.asarray(plan.scale, plan.wide) * value.astype(plan.wide)).astype(value.dtype)
+
+    def state(self, name: str, values, keys) -> jax.Array:
+        place, layout = self.place, self.layout
+        tile = span(values, layout.value_tile), span(keys, layout.key_tile)
+        return plgpu.load(self.refs[name].at[(place.b, place.n, place.h, *tile)])
+
+
+def states_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
+    """A tile of the states before each chunk, or backward of their gradients after each, and what comes of the last."""
+    named, plan = dict(zip(names, refs, strict=True)), layout.plan
+    tiles = jnp.int32(layout.keys // layout.key_tile)
+    of_values, of_keys = lax.div(pl.program_id(0), tiles), lax.rem(pl.program_id(0), tiles)
+    values, keys = of_values * layout.value_tile, of_keys * layout.key_tile
+    h, b = pl.program_id(1), pl.program_id(2)
+    tile = span(values, layout.value_tile), span(keys, layout.key_tile)
+
+    def step(i, state):
+        n = layout.chunks - 1 - i if plan.reverse else i
+        if "states" in named:
+            plgpu.store(named["states"].at[(b, n, h, *tile)], state.astype(named["states"].dtype))
+        chunk = _Chunk(layout, named, n, h, b)
+        decay = chunk.decay(keys)
+        factor = chunk.since_start(decay) if plan.reverse else chunk.until_end(decay)
+        read, written = ("q", "d_o") if plan.reverse else ("k", "v")
+        added = dot(chunk.values(written, values), scaled(chunk.keys(read, keys), factor), (0, 0), layout)
+        whole = chunk.whole(decay)
+        whole = whole[None] if plan.decay == "channel" else whole
+        return added + times(whole, state)
+
+    state = plgpu.load(named["state"].at[(b, h, *tile)])
+    state = lax.fori_loop(jnp.int32(0), jnp.int32(layout.chunks), step, state)
+    plgpu.store(named["final"].at[(b, h, *tile)], state)
+
+
+def outputs_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
+    """Some channels of o; or, backward, of the gradient of v."""
+    named, plan = dict(zip(names, refs, strict=True)), layout.plan
+    n, part, row = (pl.program_id(axis) for axis in range(3))
+    b, h = (of(row, jnp.int32(plan.heads)) for of in (lax.div, lax.rem))
+    chunk = _Chunk(layout, named, n, h, b)
+    read, written, over = ("k", "d_o", 0) if plan.reverse else ("q", "v", 1)
+    of_values = [part * layout.states_tile + first for first in range(0, layout.states_tile, layout.value_tile)]
+    by_channel = plan.decay == "channel"
+
+    def of_keys(first, sums):
+        attention, *outer = sums
+        q, k, decay = chunk.keys("q", first), chunk.keys("k", first), chunk.decay(first)
+        attention = attention + _pairs(chunk, decay, q, k)
+        factor = (chunk.until_end if plan.reverse else chunk.since_start)(decay)
+        reading = {"q": q, "k": k}[read]
+        reading = scaled(reading, factor) if by_channel else reading
+        for m, values in enumerate(of_values):
+            found = dot(reading, chunk.state("states", values, first), (1, 1), layout)
+            outer[m] = outer[m] + (found if by_channel else times(factor, found))
+        return attention, *outer
+
+    none = [jnp.zeros((layout.chunk, layout.value_tile), plan.wide) for _ in of_values]
+    none.insert(0, jnp.zeros((layout.chunk, layout.chunk), plan.wide))
+    attention, *outer = _over_tiles(layout.keys, layout.key_tile, of_keys, tuple(none))
+    if chunk.of_head.matrix is not None:
+        attention = chunk.of_head.matrix * attention
+    attention = chunk.documents.seen(attention, itself=True).astype(plan.narrow)
+    for m, values in enumerate(of_values):
+        o = dot(attention, chunk.values(written, values), (over, 0), layout) + outer[m]
+        chunk.place.give(named["out"], values, o if plan.reverse else jnp.asarray(plan.scale, o.dtype) * o)
+
+
+def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
+    """The gradients of a tile of q, k and, with one, their log decays."""
+    named, plan = dict(zip(names, refs, strict=True)), layout.plan
+    n, tile, row = (pl.program_id(axis) for axis in range(3))
+    b, h = (of(row, jnp.int32(plan.heads)) for of in (lax.div, lax.rem))
+    first, chunk = tile * layout.key_tile, _Chunk(layout, named, n, h, b)
+    shape = layout.chunk, layout.key_tile
+
+    def of_values(values, sums):
+        d_attention, d_q, d_k, held = sums
+        d_o, v = chunk.values("d_o", values), chunk.values("v", values)
+        state, d_after = chunk.state("before", values, first), chunk.state("states", values, first)
+        d_attention = d_attention + dot(d_o, v, (1, 1), layout)
+        d_q, d_k = d_q + dot(d_o, state, (1, 0), layout), d_k + dot(v, d_after, (1, 0), layout)
+        return d_attention, d_q, d_k, held + jnp.sum(state.astype(plan.wide) * d_after.astype(plan.wide), axis=0)
+
+    shapes = (layout.chunk, layout.chunk), shape, shape, (layout.key_tile,)
+    none = tuple(jnp.zeros(x, plan.wide) for x in shapes)
+    sums = _over_tiles(layout.values, layout.value_tile, of_values, none)
+    d_attention, d_q_outer, d_k_outer, held = sums
+    d_attention, decay = chunk.documents.seen(d_attention, itself=True), chunk.decay(first)
+    d_q_outer = times(chunk.since_start(decay), d_q_outer)
+    d_k_outer = times(chunk.until_end(decay), d_k_outer)
+    q, k = chunk.keys("q", first), chunk.keys("k", first)
+    d_q, d_k, itself = _pairs_gradient(chunk, decay, q, k, d_attention)
+    wide_q, wide_k = q.astype(plan.wide), k.astype(plan.wide)
+    chunk.place.give(named["d_q"], first, d_q + itself * wide_k + d_q_outer)
+    chunk.place.give(named["d_k"], first, d_k + itself * wide_q + d_k_outer)
+    if plan.decay == "none":
+        return
+    # What the last token writes has no decay: beside others that have it would be lost, or they beside it.
+    token = jnp.arange(layout.chunk, dtype=jnp.int32)
+    last = jnp.minimum(plan.length - n * layout.chunk, layout.chunk) - 1
+    written = wide_k * jnp.where((token == last)[:, None], jnp.zeros_like(d_k_outer), d_k_outer)
+    sums = wide_q * (d_q + d_q_outer) - wide_k * d_k - written
+    total = jnp.sum(written, axis=0) + times(chunk.whole(decay), held)
+    if plan.decay == "channel":
+        d_log_decay = _from_last(chunk, sums)
+        chunk.place.give(named["d_log_decay"], first, d_log_decay + total[None])
+        return
+    of_tokens, of_all = jnp.sum(sums, axis=1), jnp.sum(total)
+    if plan.decay == "constant":
+        tokens = (jnp.minimum(token, last) + 1).astype(plan.wide)  # that decay, of those up to each
+        of_all = (last + 1).astype(plan.wide) * of_all + jnp.sum(tokens * of_tokens)
+    else:
+        plgpu.store(named["d_sums"].at[tile, b, h, chunk.place.time], of_tokens)
+    plgpu.store(named["d_total"].at[tile, b, h, n, span(0, 1)], jnp.broadcast_to(of_all, (1,)))
+
+
+def _from_last(chunk: _Chunk, x: jax.Array) -> jax.Array:
+    """``y_i = sum_{j >= i} x_j`` of ``[c, tile]``, x cut in parts that products of narrow numbers sum exactly."""
+    later, narrow = chunk.documents.row <= chunk.documents.lane, chunk.layout.plan.narrow
+    total = jnp.zeros_like(x)
+    for _ in range(1 if narrow == x.dtype else 3):
+        part = x.astype(narrow)
+        total = total + dot(later.astype(narrow), part, (1, 0), chunk.layout)
+        x = x - part.astype(x.dtype)
+    return total
+
+
+def _over_tiles(width: int, tile: int, step, sums):
+    """A loop that is not written out: what tiles have loaded would else take registers at once."""
+    if width == tile:
+        return step(0, sums)
+    body = lambda n, sums: step(n * tile, sums)  # noqa: E731
+    return lax.fori_loop(jnp.int32(0), jnp.int32(width // tile), body, sums)
+
+
+def _pairs(chunk: _Chunk, decay: Any, q: jax.Array, k: jax.Array) -> jax.Array:
+    """Of a tile the products of queries and keys, decayed if by channel; above the diagonal anything."""
+    product = dot(q, k, (1, 1), chunk.layout)
+    if isinstance(decay, ByChannel):
+        for n, seen, left in decay.levels():
+            decayed = dot(scaled(q, seen), scaled(k, left), (1, 1), chunk.layout)
+            product = jnp.where(crossing(chunk.documents, n), decayed, product)
+    return product
+
+
+def _pairs_gradient(chunk: _Chunk, decay: Any, q: jax.Array, k: jax.Array, d: jax.Array):
+    """The gradients of a tile of q and k, but for the products of a token with itself; and those of these ``[c, 1]``."""
+    documents, layout, none = chunk.documents, chunk.layout, jnp.zeros_like(d)
+    same = documents.row == documents.lane
+    itself = jnp.sum(jnp.where(same, d, none), axis=1)[:, None]
+    if not isinstance(decay, ByChannel):
+        d = times(decay.matrix, jnp.where(same, none, d))
+        return dot(d, k, (1, 0), layout), dot(d, q, (0, 0), layout), itself
+    d_q, d_k = jnp.zeros(q.shape, layout.plan.wide), jnp.zeros(k.shape, layout.plan.wide)
+    for n, seen, left in decay.levels():
+        across = jnp.where(crossing(documents, n), d, none)
+        d_q = d_q + seen * dot(across, scaled(k, left), (1, 0), layout)
+        d_k = d_k + left * dot(across, scaled(q, seen), (0, 0), layout)
+    return d_q, d_k, itself
