@@ -16,8 +16,8 @@ from typing import NamedTuple
 # Bytes a second of HBM of a chip, and cycles a second, of the chips' published figures.
 RATES = {"v5e": (819e9, 0.94e9), "v5p": (2765e9, 1.75e9), "v6e": (1640e9, 0.94e9)}
 
-# Operations that the matrix units of a chip do in a cycle: four arrays of 128 x 128 a core, two cores on v5p, which share the
-# parallel axes of a kernel's grid; on v6e 256 x 256. A product of bfloat16 matrices of 512 rows compiles to 92% on v5e.
+# Operations that the matrix units of a chip do in a cycle: four arrays of 128 x 128 a core, two cores on v5p, which share a
+# kernel's parallel grid; on v6e of 256 x 256. A product of bfloat16 matrices of 512 rows compiles to 92% of it on v5e.
 MATRIX_UNIT = {"v5e": 4 * 2 * 128**2, "v5p": 2 * 4 * 2 * 128**2, "v6e": 4 * 2 * 256**2}
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]*)\s*:\s*([> ]*)\{")
