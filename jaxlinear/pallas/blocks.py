@@ -41,12 +41,17 @@ def scan_gpu_rows(arrays: int) -> int:
 
 class AttentionBlock(NamedTuple):
     time: int  # tokens of a block, a multiple of the chunk
-    chunk: int  # tokens of a chunk, a power of two; 128 at least where it is compiled
+    chunk: int  # tokens of a chunk, a power of two; 128 where it is compiled
     lanes: int  # channels of the heads of a block, so many or few more
 
 
-# Of linear attention: without a decay or with one a head, and with one a channel.
-LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {}
+# Of linear attention: without a decay or with one a head, and with one a channel. Of blocks that are within 5% of the best
+# those that keep the fewest states.
+LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {
+    "TPU v5 lite": (AttentionBlock(512, 128, 256),) * 2,
+    "TPU v5": (AttentionBlock(512, 128, 256),) * 2,
+    "TPU v6 lite": (AttentionBlock(512, 128, 256),) * 2,
+}
 _LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 256),) * 2
 CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that kernels are compiled for
 CHUNKS_INTERPRETED = 8, 256
