@@ -4,6 +4,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -20,6 +24,7 @@ from jaxlinear.training import step as steps
 
 B, T, D, LAYERS, VOCABULARY = 8, 64, 128, 3, 256
 BATCH = ("data", "fsdp", "expert")
+REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 def config(**mesh):
@@ -159,3 +164,30 @@ def test_it_is_the_step_that_trains(tiny_config, tmp_path, monkeypatch):
     assert loop.train(tiny_config, tmp_path / "run") == loop.FINISHED
     trained = configs.from_json((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert texts == [ahead.trace(trained, jax.devices()).traced.lower().as_text()]
+
+
+def test_the_program(tmp_path):
+    """With nothing in the environment that says what JAX should take."""
+    changed = {
+        "model": {
+            "preset": "hawk_6m",
+            "num_layers": 2,
+            "width": D,
+            "recurrent_width": D,
+            "num_heads": 2,
+            "vocab_size": 256,
+        },
+        "training": {"batch_size": B, "sequence_length": T, "steps": 200},
+        "mesh": {"data": 1, "fsdp": 2},
+    }
+    keys = [f"--config.{section}.{key}={value}" for section, of in changed.items() for key, value in of.items()]
+    command = [sys.executable, "launch/compile.py", "--config=configs/griffin_100m.py", "--topology=h100:2", *keys]
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    output = tmp_path / "sizing.json"
+    found = subprocess.run(
+        [*command, f"--json={output}"], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    values = json.loads(output.read_text())
+    assert values["fits"] and values["devices"] == 2 and values["mesh"]["fsdp"] == 2
+    assert f"{values['parameters']:,} parameters on 2 devices, h100:2: fsdp 2" in found.stdout
