@@ -90,7 +90,7 @@ def test_runs_that_survive_their_manager_are_waited_for(tiny_dataset, tmp_path):
     wait(process, lambda: len(list(tmp_path.glob("jobs/*/submitted.json"))) == 4)
     process.kill()  # the manager alone, whose four jobs are just beginning
     process.wait()
-    assert not finished(tmp_path)
+    assert len(finished(tmp_path)) < 4
     assert stand_in.sweep(tmp_path, tiny_dataset) == 0
     assert all(taken == list(range(1, stand_in.STEPS + 1)) for taken in steps(tmp_path).values())
     assert [len(tries) for tries in attempts(tmp_path).values()] == [1] * 12

@@ -42,7 +42,7 @@ class Local:
     def submit(self, job: TrainingJob) -> submitit.Job:
         slot = next(slot for slot, holder in self._slots.items() if holder is None or holder.done())
         job.environment["CUDA_VISIBLE_DEVICES"] = self._devices(slot)
-        with _ignored(signal.SIGINT):  # Ctrl-C is for the sweep, which has its runs save themselves
+        with _blocked(signal.SIGINT):  # Ctrl-C is for the sweep, which has its runs save themselves
             submitted = self._slots[slot] = self._executor.submit(job)
         return submitted
 
@@ -127,10 +127,10 @@ def _parameters(options: Sequence[str]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _ignored(number: int) -> Iterator[None]:
-    """Processes that are started within ignore the signal."""
-    before = signal.signal(number, signal.SIG_IGN)
+def _blocked(number: int) -> Iterator[None]:
+    """Processes that are started within never get the signal; this one gets what came meanwhile at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:
-        signal.signal(number, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
