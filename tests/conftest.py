@@ -20,9 +20,7 @@ _MANY_MAPS = 30_000  # Linux allows a process 65,530; compiled programs take a f
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--every_mesh", action="store_true", help="Models on every mesh that spreads time, not on some: half an hour."
-    )
+    parser.addoption("--every_mesh", action="store_true", help="Models on every mesh that spreads time, not on some.")
 
 
 @pytest.fixture(autouse=True)
