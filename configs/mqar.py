@@ -2,8 +2,8 @@
 
     python launch/recall.py --workdir=runs/recall --patterns=gated_delta_net,griffin,linear_attention
 
-trains each on it and prints what it recalls; docs/evaluation.md has what was measured. Width 64, float32, Muon: 2000 steps of
-32 rows.
+trains each on it and prints what it recalls; docs/evaluation.md has what was measured. Width 64, float32, Muon: 2000 steps
+of 32 rows.
 """
 
 from jaxlinear import config as configs
