@@ -14,9 +14,8 @@ import numpy as np
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, decay, delta_rule_kernel, dtypes, recurrence, triangular
+from jaxlinear.ops import backends, decay, delta_rule_kernel, dtypes, matrix_states, recurrence, triangular
 from jaxlinear.ops.delta_rule_maps import DeltaRuleMaps, Inputs
-from jaxlinear.ops.linear_attention import FEW_TOKENS, by_channel, check_chunk, check_shapes, choose_chunk
 
 _CHANNEL_CHUNK = 32  # what such a decay costs within a chunk grows with its size
 
@@ -61,26 +60,23 @@ def delta_rule(
     replace of each other, which is float32 in ``"chunked"``, and in the kernel 16 bits wide if those are bfloat16.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
-    check_shapes("delta_rule", q, k, v, log_decay, initial_state, constant_decay=False)
-    batch, length, heads, width = q.shape
+    matrix_states.check_shapes("delta_rule", q, k, v, log_decay, initial_state, constant_decay=False)
+    length, width = q.shape[1], q.shape[3]
     if beta.shape != q.shape[:3]:
         raise UserError(f"delta_rule: beta {beta.shape} does not fit queries {q.shape}; it is [B, T, H]")
     backend = choose(backend, q, k, v, chunk_size, runner)
-    chunk = None if backend == "pallas" else choose_chunk("delta_rule", backend, chunk_size, length, runner)
+    chunk = matrix_states.choose_chunk("delta_rule", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = width**-0.5 if scale is None else scale
     log_decay = None if log_decay is None else jnp.asarray(log_decay)
     if initial_state is None:
-        initial_state = jnp.zeros_like(q, shape=(batch, heads, width, v.shape[-1]), dtype=wide)
+        initial_state = matrix_states.no_state(q, k, v)
     initial_state = jnp.asarray(initial_state).astype(wide)
     starts = None if segment_ids is None else runner.starts(jnp.asarray(segment_ids))
     inputs = Inputs(q, k, v, beta, log_decay, starts)
     if backend == "pallas":
-        family = delta_rule_kernel.DeltaRuleKernel(scale, chunk_size and int(chunk_size), backends.target())
-        if runner is recurrence.WHOLE:
-            o, final = family.through(family.prepare(inputs, None), initial_state)
-        else:
-            o, final = runner.run(family, None, inputs, None, initial_state)
+        family = delta_rule_kernel.DeltaRuleKernel(scale, chunk_size, backends.target())
+        o, final = family.run(runner, inputs, None, initial_state)
         return o.astype(v.dtype), final
     if chunk is None:
         return _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale)
@@ -90,20 +86,8 @@ def delta_rule(
     return o.astype(v.dtype), final
 
 
-def choose(
-    backend: str,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    chunk_size: int | None = None,
-    runner: recurrence.Runner = recurrence.WHOLE,
-) -> str:
-    """``"pallas"`` where ``delta_rule`` takes the kernel, else the backend as it was given."""
-    backends.check("delta_rule", backend, ("recurrent", "chunked", "pallas"))
-    check_chunk("delta_rule", backend, chunk_size)
-    few = chunk_size is None and q.shape[1] <= FEW_TOKENS and runner is recurrence.WHOLE
-    refusal = functools.partial(delta_rule_kernel.refusal, q, k, v, chunk_size)
-    return backends.kernel_or_chunks("delta_rule", backend, few, refusal)
+# ``"pallas"`` where ``delta_rule`` takes the kernel, else the backend as it was given.
+choose = functools.partial(matrix_states.choose, "delta_rule", delta_rule_kernel.refusal)
 
 
 class _Run(NamedTuple):
@@ -195,7 +179,7 @@ def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
 def _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale):
     """A loop over time."""
     wide = initial_state.dtype
-    decay = jnp.exp(by_channel(log_decay, q.shape, wide))
+    decay = jnp.exp(matrix_states.by_channel(log_decay, q.shape, wide))
     if starts is not None:
         decay = jnp.where(starts[:, :, None, None], jnp.zeros((), wide), decay)
 

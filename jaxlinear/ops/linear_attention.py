@@ -12,12 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, decay, dtypes, linear_attention_kernel, recurrence
+from jaxlinear.ops import backends, decay, dtypes, linear_attention_kernel, matrix_states, recurrence
 from jaxlinear.ops.linear_attention_maps import Inputs, LinearAttentionMaps
 
-FEW_TOKENS = 8  # up to which the loop over time is the faster
-_CHUNK = 64
 _CPU_CHANNEL_CHUNK = 32  # what a decay by channel costs within a chunk grows with its size; elsewhere states count more
 
 
@@ -59,15 +56,15 @@ def linear_attention(
     v; all sums, decays and states are float32 (float64) in all.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
-    check_shapes("linear_attention", q, k, v, log_decay, initial_state, constant_decay=True)
-    batch, length, heads, width = q.shape
+    matrix_states.check_shapes("linear_attention", q, k, v, log_decay, initial_state, constant_decay=True)
+    batch, length, _, width = q.shape
     backend = choose(backend, q, k, v, chunk_size, runner)
-    chunk = None if backend == "pallas" else choose_chunk("linear_attention", backend, chunk_size, length, runner)
+    chunk = matrix_states.choose_chunk("linear_attention", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = width**-0.5 if scale is None else scale
     log_decay = None if log_decay is None else jnp.asarray(log_decay)
     if initial_state is None:
-        initial_state = jnp.zeros_like(q, shape=(batch, heads, width, v.shape[-1]), dtype=wide)
+        initial_state = matrix_states.no_state(q, k, v)
     initial_state = jnp.asarray(initial_state).astype(wide)
     starts = None if segment_ids is None else runner.starts(jnp.asarray(segment_ids))
     if chunk is None and backend != "pallas":
@@ -77,10 +74,7 @@ def linear_attention(
         inputs, constants = inputs._replace(log_decay=None), log_decay.astype(wide)
     if chunk is None:
         family = linear_attention_kernel.LinearAttentionKernel(scale, chunk_size, backends.target())
-        if runner is recurrence.WHOLE:
-            o, final = family.through(family.prepare(inputs, constants), initial_state)
-        else:
-            o, final = runner.run(family, None, inputs, constants, initial_state)
+        o, final = family.run(runner, inputs, constants, initial_state)
     else:
         if constants is not None:
             inputs = inputs._replace(present=jnp.ones((batch, length), bool))
@@ -90,73 +84,8 @@ def linear_attention(
     return o.astype(v.dtype), final
 
 
-def choose(
-    backend: str,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    chunk_size: int | None = None,
-    runner: recurrence.Runner = recurrence.WHOLE,
-) -> str:
-    """``"pallas"`` where ``linear_attention`` takes the kernel, else the backend as it was given."""
-    backends.check("linear_attention", backend, ("recurrent", "chunked", "pallas"))
-    check_chunk("linear_attention", backend, chunk_size)
-    few = chunk_size is None and q.shape[1] <= FEW_TOKENS and runner is recurrence.WHOLE
-    refusal = functools.partial(linear_attention_kernel.refusal, q, k, v, chunk_size)
-    return backends.kernel_or_chunks("linear_attention", backend, few, refusal)
-
-
-def choose_chunk(
-    operation: str, backend: str, chunk_size: int | None, length: int, runner: recurrence.Runner
-) -> int | None:
-    """Tokens in a chunk, or None for a loop over time, which cannot be spread over devices."""
-    backends.check(operation, backend, ("recurrent", "chunked"))
-    check_chunk(operation, backend, chunk_size)
-    if chunk_size is not None:
-        return int(chunk_size)
-    if runner is not recurrence.WHOLE:
-        if backend == "recurrent":
-            raise UserError(f"{operation}: backend='recurrent' does not run over several devices; 'chunked' does")
-    elif backend == "recurrent" or (backend == "auto" and length <= FEW_TOKENS):
-        return None
-    return min(_CHUNK, 1 << (length - 1).bit_length())
-
-
-def check_chunk(operation: str, backend: str, chunk_size: int | None) -> None:
-    """Raises ``UserError`` for what is no size of a chunk, or of a backend that has none."""
-    if chunk_size is None:
-        return
-    if backend == "recurrent":
-        raise UserError(f"{operation}: chunk_size={chunk_size} is for backend='chunked'; 'recurrent' has no chunks")
-    if not isinstance(chunk_size, int | np.integer) or chunk_size < 1:
-        raise UserError(f"{operation}: chunk_size={chunk_size} is not a whole number of tokens, at least 1")
-
-
-def check_shapes(operation, q, k, v, log_decay, initial_state, *, constant_decay: bool) -> None:
-    """Raises ``UserError`` for shapes that do not fit each other."""
-    batch, length, heads, width = q.shape
-    fitting = {(batch, length, heads), (batch, length, heads, width)} | ({(heads,)} if constant_decay else set())
-    if k.shape != q.shape:
-        raise UserError(f"{operation}: keys {k.shape} are not of the shape of the queries {q.shape}")
-    if v.shape[:3] != q.shape[:3] or v.ndim != 4:
-        raise UserError(f"{operation}: values {v.shape} do not fit queries {q.shape}; they are [B, T, H, V]")
-    if log_decay is not None and jnp.shape(log_decay) not in fitting:
-        names = " or ".join((["[H]"] if constant_decay else []) + ["[B, T, H]", "[B, T, H, K]"])
-        raise UserError(f"{operation}: log_decay {jnp.shape(log_decay)} does not fit queries {q.shape}; it is {names}")
-    if initial_state is not None and jnp.shape(initial_state) != (batch, heads, width, v.shape[-1]):
-        raise UserError(
-            f"{operation}: the initial state is {jnp.shape(initial_state)}, not [B, H, K, V] = "
-            f"{(batch, heads, width, v.shape[-1])}"
-        )
-
-
-def by_channel(log_decay, shape, dtype) -> jax.Array:
-    """Any log decay as ``[B, T, H, K]``."""
-    if log_decay is None:
-        return jnp.zeros(shape, dtype)
-    log_decay = jnp.asarray(log_decay).astype(dtype)
-    missing = {1: (0, 1, 3), 3: (3,), 4: ()}[log_decay.ndim]
-    return jnp.broadcast_to(jnp.expand_dims(log_decay, missing), shape)
+# ``"pallas"`` where ``linear_attention`` takes the kernel, else the backend as it was given.
+choose = functools.partial(matrix_states.choose, "linear_attention", linear_attention_kernel.refusal)
 
 
 class _Run(NamedTuple):
@@ -223,7 +152,7 @@ def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
 def _recurrent(q, k, v, log_decay, initial_state, starts, scale):
     """A loop over time."""
     wide = initial_state.dtype
-    decay = jnp.exp(by_channel(log_decay, q.shape, wide))
+    decay = jnp.exp(matrix_states.by_channel(log_decay, q.shape, wide))
     if starts is not None:
         decay = jnp.where(starts[:, :, None, None], jnp.zeros((), wide), decay)
 

@@ -5,6 +5,7 @@ Such a module (``pallas.delta_rule``) has ``forward``, ``summary``, ``gradient``
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -15,11 +16,48 @@ from jax.custom_derivatives import SymbolicZero
 from jax.custom_derivatives import custom_vjp_primal_tree_values as values
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import dtypes, recurrence
+from jaxlinear.ops import backends, dtypes, recurrence
 from jaxlinear.pallas.linear_attention import Options
 from jaxlinear.pallas.target import Target
 
 NARROWEST, WIDEST = 16, 256  # K, and V of one kernel, where they are compiled
+_TAKEN = {"tpu": (np.dtype(np.float32), np.dtype(jnp.bfloat16)), "gpu": (np.dtype(jnp.bfloat16),)}
+
+
+def refusal(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    chunk_size: int | None,
+    platform: str,
+    *,
+    chunks: tuple[int, int],
+    of_heads: Callable[[int, tuple[int, int]], str | None],
+) -> str | None:
+    """Why kernels do not run, or None. On other platforms than TPU and GPU they are interpreted, and run whatever these do
+    but chunks that are no power of two. On GPU products of float32 would take more registers than there are.
+
+    ``chunks``: the fewest and the most tokens of one on this platform; ``of_heads(H, (K, V of a kernel))``: what stands
+    against such heads on TPU.
+    """
+    least, most = chunks
+    if chunk_size is not None and (int(chunk_size).bit_count() != 1 or not least <= chunk_size <= most):
+        sizes = f"{least} tokens" if least == most else f"a power of two from {least} to {most} tokens"
+        return f"the kernel takes chunks of {sizes}, not of {chunk_size}"
+    if platform not in backends.COMPILED:
+        return None
+    taken = _TAKEN[platform]
+    for x in (q, k, v):
+        if x.dtype not in taken:
+            return f"the kernel takes {' and '.join(map(str, taken))}, not {x.dtype}"
+    heads, keys, values = q.shape[2], q.shape[3], v.shape[3]
+    wrong = f"K = {keys}" if not NARROWEST <= keys <= WIDEST else f"V = {values}" if values < NARROWEST else None
+    if wrong:
+        return f"the kernel takes K from {NARROWEST} to {WIDEST} and V from {NARROWEST} on, not {wrong}"
+    pieces = value_pieces(values)
+    if pieces is None:
+        return f"the kernel takes V in equal parts of at most {WIDEST}, which V = {values} does not allow"
+    return of_heads(heads, (keys, values // pieces)) if platform == "tpu" else None
 
 
 def value_pieces(width: int) -> int | None:
@@ -28,33 +66,29 @@ def value_pieces(width: int) -> int | None:
     return pieces if width % pieces == 0 else None
 
 
-def run(kernels: ModuleType, inputs: Any, state: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
-    """``kernels.forward``, differentiable. Where the gradient of the state alone is asked for, only that is computed."""
-    return _run(kernels, inputs, state, options)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _run(kernels, inputs, state, options):
-    return _forward(kernels, inputs, state, options, keep=False)[:2]
+def outputs(kernels: ModuleType, inputs: Any, state: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
+    """``kernels.forward``, differentiable. Where the gradient of the state alone is asked for, only that is computed."""
+    return _by_pieces(kernels, inputs, state, options, keep=False)[:2]
 
 
-def _forward(kernels, inputs, state, options, *, keep):
+def _by_pieces(kernels, inputs, state, options, *, keep):
     parts = zip(_of_pieces(inputs), _split(state), strict=True)
     o, final, before = zip(*(kernels.forward(*part, options, keep=keep) for part in parts), strict=True)
     return _joined(o), _joined(final), before
 
 
-def _run_forward(kernels, inputs, state, options):
+def _outputs_forward(kernels, inputs, state, options):
     only_state = not any(x.perturbed for x in inputs if x is not None)
     inputs, state = values((inputs, state))
-    o, final, before = _forward(kernels, inputs, state, options, keep=not only_state)
+    o, final, before = _by_pieces(kernels, inputs, state, options, keep=not only_state)
     if only_state:
         return (o, final), (inputs, None)
     o, final, before = recurrence.named((o, final, before))
     return (o, final), (inputs, before)
 
 
-def _run_backward(kernels, options, residuals, cotangents):
+def _outputs_backward(kernels, options, residuals, cotangents):
     inputs, before = residuals
     d_o, d_final = (jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
     pieces = _of_pieces(inputs)
@@ -68,7 +102,7 @@ def _run_backward(kernels, options, residuals, cotangents):
     return summed._replace(v=_joined([one.v for one in d_inputs])), _joined(d_state)
 
 
-_run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
+outputs.defvjp(_outputs_forward, _outputs_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2, 3))
@@ -124,7 +158,15 @@ class StateKernels(recurrence.Family):
 
     @property
     def _options(self) -> Options:
-        return Options(self.scale, self.chunk, self.target)
+        return Options(self.scale, None if self.chunk is None else int(self.chunk), self.target)
+
+    def run(
+        self, runner: recurrence.Runner, inputs: Any, constants: Any, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """``runner.run`` of one run a shard; of a sequence that is whole, the kernel alone, whose map nobody needs."""
+        if runner is recurrence.WHOLE:
+            return self.through(self.prepare(inputs, constants), state)
+        return runner.run(self, None, inputs, constants, state)
 
     def summarise(self, run: Any) -> tuple[jax.Array, jax.Array]:
         return summary(self.KERNELS, run, dtypes.wide(run.q.dtype), self._options)
@@ -133,5 +175,5 @@ class StateKernels(recurrence.Family):
         """o ``[B, T, H, V]`` in the dtype of the products."""
         return self.through(run, state)[0]
 
-    def through(self, run_: Any, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return run(self.KERNELS, run_, state, self._options)
+    def through(self, run: Any, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return outputs(self.KERNELS, run, state, self._options)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.ops import cross_entropy, diagonal, diagonal_kernel, dtypes, recurrence
+from jaxlinear.ops import cross_entropy, diagonal, diagonal_kernel, dtypes, matrix_states, recurrence
 from jaxlinear.ops.delta_rule import choose as choose_delta_rule
 from jaxlinear.ops.linear_attention import choose as choose_attention
 from jaxlinear.parallel import cost, halos, ring, sharding
@@ -58,24 +58,8 @@ def linear_attention(
     initial_state: jax.Array | None = None,
     **options: Any,
 ):
-    """``ops.linear_attention``. The kernel runs on each device's part, since the compiler cannot split it."""
-    runner, mesh = _runner("linear_attention", q.shape[1], "heads"), sharding.mesh_in_use()
-    chosen = options.get("backend", "auto"), q, k, v, options.get("chunk_size")
-    spread = runner is not recurrence.WHOLE
-    if mesh is None or mesh.size == 1 or spread or choose_attention(*chosen) != "pallas":
-        return ops.linear_attention(q, k, v, log_decay, initial_state, runner=runner, **options)
-    others = {name: options.get(name) for name in ("scale", "chunk_size")}
-    if initial_state is None:
-        shape = q.shape[0], *q.shape[2:], v.shape[3]
-        initial_state = jnp.zeros_like(q, shape=shape, dtype=dtypes.wide(q.dtype, k.dtype, v.dtype))
-
-    def local(q, k, v, log_decay, state, ids):
-        return ops.linear_attention(q, k, v, log_decay, state, segment_ids=ids, backend="pallas", **others)
-
-    inner, of_state = (*_TIME, "heads", None), ("batch", "heads", None, None)
-    of_decay = None if log_decay is None else ("heads",) if log_decay.ndim == 1 else inner[: log_decay.ndim]
-    arguments = q, k, v, log_decay, initial_state, options.get("segment_ids")
-    return _on_shards(mesh, local, (2, 4), arguments, (inner, inner, inner, of_decay, of_state, _TIME))
+    """``ops.linear_attention``."""
+    return _with_matrix_state(ops.linear_attention, choose_attention, (q, k, v), log_decay, initial_state, options)
 
 
 def delta_rule(
@@ -87,24 +71,42 @@ def delta_rule(
     initial_state: jax.Array | None = None,
     **options: Any,
 ):
-    """``ops.delta_rule``. The kernel runs on each device's part, since the compiler cannot split it."""
-    runner, mesh = _runner("delta_rule", q.shape[1], "heads"), sharding.mesh_in_use()
-    chosen = options.get("backend", "auto"), q, k, v, options.get("chunk_size")
-    spread = runner is not recurrence.WHOLE
-    if mesh is None or mesh.size == 1 or spread or choose_delta_rule(*chosen) != "pallas":
-        return ops.delta_rule(q, k, v, beta, log_decay, initial_state, runner=runner, **options)
-    others = {name: options.get(name) for name in ("scale", "chunk_size")}
-    if initial_state is None:
-        shape = q.shape[0], *q.shape[2:], v.shape[3]
-        initial_state = jnp.zeros_like(q, shape=shape, dtype=dtypes.wide(q.dtype, k.dtype, v.dtype))
+    """``ops.delta_rule``."""
+    return _with_matrix_state(ops.delta_rule, choose_delta_rule, (q, k, v, beta), log_decay, initial_state, options)
 
-    def local(q, k, v, beta, log_decay, state, ids):
-        return ops.delta_rule(q, k, v, beta, log_decay, state, segment_ids=ids, backend="pallas", **others)
 
-    inner, of_state = (*_TIME, "heads", None), ("batch", "heads", None, None)
-    of_decay = None if log_decay is None else inner[: log_decay.ndim]
-    arguments = q, k, v, beta, log_decay, initial_state, options.get("segment_ids")
-    return _on_shards(mesh, local, (2, 5), arguments, (inner, inner, inner, inner[:3], of_decay, of_state, _TIME))
+def _with_matrix_state(
+    operation: Callable[..., Any],
+    choose: Callable[..., str],
+    inputs: tuple[jax.Array, ...],
+    log_decay: jax.Array | None,
+    state: jax.Array | None,
+    options: dict[str, Any],
+):
+    """An operation of ``inputs``, q, k and v among them, whose kernel runs on each device's part, since the compiler cannot
+    split it."""
+    q, k, v = inputs[:3]
+    runner, mesh = _runner(operation.__name__, q.shape[1], "heads"), sharding.mesh_in_use()
+    spread, chunk_size = runner is not recurrence.WHOLE, options.get("chunk_size")
+    alone = mesh is None or mesh.size == 1
+    if alone or spread or choose(options.get("backend", "auto"), q, k, v, chunk_size) != "pallas":
+        return operation(*inputs, log_decay, state, runner=runner, **options)
+    assert mesh is not None
+
+    def local(state, log_decay, ids, *inputs):
+        own = {"segment_ids": ids, "chunk_size": chunk_size, "scale": options.get("scale"), "backend": "pallas"}
+        return operation(*inputs, log_decay, state, **own)
+
+    by_head = *_TIME, "heads", None
+    of_decay = None if log_decay is None else ("heads",) if log_decay.ndim == 1 else by_head[: log_decay.ndim]
+    arguments = (
+        matrix_states.no_state(q, k, v) if state is None else state,
+        log_decay,
+        options.get("segment_ids"),
+        *inputs,
+    )
+    axes = ("batch", "heads", None, None), of_decay, _TIME, *(by_head[: x.ndim] for x in inputs)
+    return _on_shards(mesh, local, (5, 0), arguments, axes)  # o lies as v does, and the last state as the first
 
 
 def document_starts(segment_ids: jax.Array) -> jax.Array:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import linear_attention, recurrence
-from jaxlinear.ops.linear_attention import Inputs, LinearAttention, choose_chunk
+from jaxlinear.ops.linear_attention import Inputs, LinearAttention
+from jaxlinear.ops.matrix_states import choose_chunk
 from tests import naive, numerics, oracles
 
 BACKENDS = ["recurrent", "chunked"]

@@ -45,7 +45,7 @@ def run_kernel(ids, target, q, k, v, beta, log_decay, state, chunk=None):
     starts = None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids))
     wide = np.promote_types(state.dtype, np.float32)
     options = kernels.Options(q.shape[-1] ** -0.5, chunk, target)
-    return state_kernels.run(kernels, kernels.Inputs(q, k, v, beta, log_decay, starts), state.astype(wide), options)
+    return state_kernels.outputs(kernels, kernels.Inputs(q, k, v, beta, log_decay, starts), state.astype(wide), options)
 
 
 def check(name, dtype, target=INTERPRETED, chunk=None):

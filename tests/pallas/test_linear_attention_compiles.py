@@ -5,11 +5,8 @@ On TPU one kernel each way, and no copy of an array around them: the kernels tak
 from products, ``[B, T, H K]``. On GPU, the registers of each kernel, by ptxas: none is spilled.
 """
 
-import importlib.util
 import math
 import re
-import subprocess
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlinear.ops import SAVED, backends, linear_attention
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding, targets
+from tests import ptxas
 
 # name: B, T, H, K, V, dtype, decay, packed
 CASES = {
@@ -131,21 +129,7 @@ def test_over_a_mesh_of_tpus():
 def test_h100(name, tmp_path, record_property):
     """Forward the states and the outputs; backward the gradients of states, of values, and of queries and keys."""
     compiled("h100:1", name, compiler_options={"xla_dump_to": str(tmp_path)})
-    ptxas = Path(importlib.util.find_spec("nvidia").submodule_search_locations[0]) / "cu13" / "bin" / "ptxas"
-    used = {}
-    for ptx in tmp_path.glob("*.ptx"):
-        if ".entry linear_attention_" not in ptx.read_text():
-            continue
-        done = subprocess.run(
-            [ptxas, "-v", "-arch=sm_90a", ptx, "-o", tmp_path / "out"], capture_output=True, text=True, check=True
-        )
-        for kernel, spilled, registers in re.findall(
-            r"Compiling entry function '(linear_attention_\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers",
-            done.stderr,
-            re.S,
-        ):
-            used[kernel] = int(registers)
-            assert int(spilled) == 0, kernel
+    used = ptxas.registers(tmp_path, "linear_attention_")
     record_property("registers", used)
     forward, gradient = names(name, "forward", "gradient")
     parts = [(forward, "states"), (forward, "outputs"), (gradient, "states"), (gradient, "values"), (gradient, "keys")]

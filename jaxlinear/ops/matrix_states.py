@@ -1,0 +1,92 @@
+"""What the recurrences with a state ``[K, V]`` a head share before they run: shapes, the choice of backend and chunk."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlinear.errors import UserError
+from jaxlinear.ops import backends, dtypes, recurrence
+
+FEW_TOKENS = 8  # up to which the loop over time is the faster
+CHUNK = 64
+
+
+def choose(
+    operation: str,
+    refusal: Callable[..., str | None],
+    backend: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    chunk_size: int | None = None,
+    runner: recurrence.Runner = recurrence.WHOLE,
+) -> str:
+    """``"pallas"`` where an operation takes its kernel, else the backend as it was given. ``refusal(q, k, v, chunk_size,
+    platform)``: why the kernel does not run, or None."""
+    backends.check(operation, backend, ("recurrent", "chunked", "pallas"))
+    _check_chunk(operation, backend, chunk_size)
+    few = chunk_size is None and q.shape[1] <= FEW_TOKENS and runner is recurrence.WHOLE
+    return backends.kernel_or_chunks(operation, backend, few, functools.partial(refusal, q, k, v, chunk_size))
+
+
+def choose_chunk(
+    operation: str, backend: str, chunk_size: int | None, length: int, runner: recurrence.Runner
+) -> int | None:
+    """Tokens in a chunk; None for a kernel, which has its own, and for a loop over time, which devices cannot share.
+    ``backend`` is what ``choose`` gave."""
+    if backend == "pallas":
+        return None
+    if chunk_size is not None:
+        return int(chunk_size)
+    if runner is not recurrence.WHOLE:
+        if backend == "recurrent":
+            raise UserError(f"{operation}: backend='recurrent' does not run over several devices; 'chunked' does")
+    elif backend == "recurrent" or (backend == "auto" and length <= FEW_TOKENS):
+        return None
+    return min(CHUNK, 1 << (length - 1).bit_length())
+
+
+def _check_chunk(operation: str, backend: str, chunk_size: int | None) -> None:
+    """Raises ``UserError`` for what is no size of a chunk, or of a backend that has none."""
+    if chunk_size is None:
+        return
+    if backend == "recurrent":
+        raise UserError(f"{operation}: chunk_size={chunk_size} is for backend='chunked'; 'recurrent' has no chunks")
+    if not isinstance(chunk_size, int | np.integer) or chunk_size < 1:
+        raise UserError(f"{operation}: chunk_size={chunk_size} is not a whole number of tokens, at least 1")
+
+
+def check_shapes(operation, q, k, v, log_decay, initial_state, *, constant_decay: bool) -> None:
+    """Raises ``UserError`` for shapes that do not fit each other."""
+    batch, length, heads, width = q.shape
+    fitting = {(batch, length, heads), (batch, length, heads, width)} | ({(heads,)} if constant_decay else set())
+    if k.shape != q.shape:
+        raise UserError(f"{operation}: keys {k.shape} are not of the shape of the queries {q.shape}")
+    if v.shape[:3] != q.shape[:3] or v.ndim != 4:
+        raise UserError(f"{operation}: values {v.shape} do not fit queries {q.shape}; they are [B, T, H, V]")
+    if log_decay is not None and jnp.shape(log_decay) not in fitting:
+        names = " or ".join((["[H]"] if constant_decay else []) + ["[B, T, H]", "[B, T, H, K]"])
+        raise UserError(f"{operation}: log_decay {jnp.shape(log_decay)} does not fit queries {q.shape}; it is {names}")
+    if initial_state is not None and jnp.shape(initial_state) != (batch, heads, width, v.shape[-1]):
+        raise UserError(
+            f"{operation}: the initial state is {jnp.shape(initial_state)}, not [B, H, K, V] = "
+            f"{(batch, heads, width, v.shape[-1])}"
+        )
+
+
+def by_channel(log_decay, shape, dtype) -> jax.Array:
+    """Any log decay as ``[B, T, H, K]``."""
+    if log_decay is None:
+        return jnp.zeros(shape, dtype)
+    log_decay = jnp.asarray(log_decay).astype(dtype)
+    missing = {1: (0, 1, 3), 3: (3,), 4: ()}[log_decay.ndim]
+    return jnp.broadcast_to(jnp.expand_dims(log_decay, missing), shape)
+
+
+def no_state(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Zeros ``[B, H, K, V]`` in the dtype of states."""
+    shape = q.shape[0], *q.shape[2:], v.shape[3]
+    return jnp.zeros_like(q, shape=shape, dtype=dtypes.wide(q.dtype, k.dtype, v.dtype))
