@@ -24,8 +24,8 @@ def render(request: Request, *, image: str, restarts: int = 20, grace: int = 300
       grace: seconds between SIGTERM and SIGKILL.
       spot: on nodes that may be taken away at any time.
     """
-    if request.kind == "gpu":
-        raise UserError("GKE needs to know which GPU: h100:N, h200:N or a100:N")
+    if request.kind not in _TPUS | _GPUS:
+        raise UserError(f"GKE needs to know which nodes: {', '.join(_TPUS | _GPUS)}, not {request.target}")
     if not image:
         raise UserError("--platform=gke needs --image, a container with this project in its working directory")
     on_tpu = request.platform == "tpu"

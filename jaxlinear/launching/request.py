@@ -31,6 +31,10 @@ class Request:
         return "tpu" if self.shape else "cpu" if self.kind == "cpu" else "gpu"
 
     @property
+    def target(self) -> str:
+        return f"{self.kind}:{self.shape or self.devices}"
+
+    @property
     def on_a_host(self) -> int:
         return self.devices // self.hosts
 

@@ -28,9 +28,7 @@ def render(
       setup: lines of shell before the run, such as ``module load``.
     """
     if request.platform != "gpu":
-        raise UserError(
-            f"SLURM runs on GPUs here, not on {request.kind}:{request.shape}; --platform=tpu_vm or gke does"
-        )
+        raise UserError(f"SLURM runs on GPUs here, not on {request.target}; --platform=tpu_vm, gke or local may")
     tasks = {"device": request.on_a_host, "host": 1}
     if per not in tasks:
         raise UserError(f"--processes_per={per!r} can be device or host")

@@ -24,9 +24,7 @@ def render(
       spot: of slices that may be taken away at any time.
     """
     if request.platform != "tpu":
-        raise UserError(
-            f"--platform=tpu_vm is for TPUs, not for {request.kind}:{request.devices}; slurm and gke have GPUs"
-        )
+        raise UserError(f"--platform=tpu_vm is for TPUs, not for {request.target}; slurm and gke have GPUs")
     missing = [name for name, value in (("zone", zone), ("project", project), ("setup", setup)) if not value]
     if missing:
         raise UserError(f"--platform=tpu_vm needs --{missing[0]}")

@@ -1,10 +1,12 @@
 """What a kernel of the delta rule is built for and what it is given."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jaxlinear.pallas.plan import Named
 
 
 class Arguments(NamedTuple):
@@ -22,7 +24,7 @@ class Arguments(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Named):
     """One kernel.
 
     Attributes:
@@ -36,6 +38,8 @@ class Plan:
       keep: forward, also the states before each chunk.
     """
 
+    OPERATION: ClassVar[str] = "delta_rule"
+
     kind: str
     length: int
     heads: int
@@ -48,15 +52,6 @@ class Plan:
     wide: Any
     chunk: int | None = None
     keep: bool = False
-
-    @property
-    def reverse(self) -> bool:
-        return self.kind in ("gradient", "state_gradient")
-
-    @property
-    def name(self) -> str:
-        marks = [self.decay] if self.decay != "none" else []
-        return "_".join(["delta_rule", self.kind, *marks, *(["packed"] if self.packed else [])])
 
     def products(self, chunk: int) -> int:
         """Floating point operations of the products of matrices of a token and head; the inverse is not counted."""

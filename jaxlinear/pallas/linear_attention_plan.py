@@ -1,9 +1,11 @@
 """What a kernel of linear attention is built for, what it is given and what it returns: the same on TPU and GPU."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+
+from jaxlinear.pallas.plan import Named
 
 
 class Arguments(NamedTuple):
@@ -20,7 +22,7 @@ class Arguments(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Named):
     """One kernel.
 
     Attributes:
@@ -31,6 +33,8 @@ class Plan:
       keep: forward, also the states before each block of time.
       length, narrow, wide: T, and the dtypes of products, and of states and sums; for GPU.
     """
+
+    OPERATION: ClassVar[str] = "linear_attention"
 
     kind: str
     heads: int
@@ -44,15 +48,6 @@ class Plan:
     length: int = 0
     narrow: Any = None
     wide: Any = None
-
-    @property
-    def reverse(self) -> bool:
-        return self.kind in ("gradient", "state_gradient")
-
-    @property
-    def name(self) -> str:
-        marks = [self.decay] if self.decay != "none" else []
-        return "_".join(["linear_attention", self.kind, *marks, *(["packed"] if self.packed else [])])
 
     @property
     def by_head(self) -> bool:

@@ -57,9 +57,11 @@ def test_the_status_of_a_preempted_run_is_that_of_the_loop():
         (lambda: asked("h100:8", name="No Name"), "--name='No Name' is no name for a job"),
         (
             lambda: slurm.render(asked("v5e:2x4")),
-            "SLURM runs on GPUs here, not on v5e:2x4; --platform=tpu_vm or gke does",
+            "SLURM runs on GPUs here, not on v5e:2x4; --platform=tpu_vm, gke or local may",
         ),
-        (lambda: gke.render(asked("gpu:8"), image="i"), "GKE needs to know which GPU"),
+        (lambda: slurm.render(asked("cpu:2")), "SLURM runs on GPUs here, not on cpu:2"),
+        (lambda: gke.render(asked("cpu:2"), image="i"), "GKE needs to know which nodes: v5e, .*, not cpu:2"),
+        (lambda: gke.render(asked("gpu:8"), image="i"), "GKE needs to know which nodes: .*, not gpu:8"),
         (lambda: gke.render(asked("h100:8"), image=""), "--platform=gke needs --image"),
         (lambda: tpu_vm.render(asked("h100:8"), zone="z", project="p", setup="s"), "--platform=tpu_vm is for TPUs"),
         (

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, delta_rule, recurrence
+from jaxlinear.ops import backends, delta_rule
 from jaxlinear.ops.delta_rule import choose
-from jaxlinear.pallas import delta_rule as kernels
 from jaxlinear.pallas.target import Target
 from tests import numerics
 from tests.ops import test_delta_rule as operation
-from tests.pallas.test_delta_rule_kernel import check, run_kernel
+from tests.pallas.test_delta_rule_kernel import check, check_without_outputs, run_kernel
 
 INTERPRETED = Target("gpu", "none", True)
 RUNS = [
@@ -33,20 +32,7 @@ def test_values_and_gradients(name, dtype, chunk):
 
 @pytest.mark.parametrize("name", ["none_long", "channel"])
 def test_a_run_without_its_outputs(name):
-    """The map of a run, and the gradient of the state alone."""
-    inputs, cotangents, ids, outputs, gradients = operation.case(name)
-    options = kernels.Options(inputs[0].shape[-1] ** -0.5, None, INTERPRETED)
-
-    @numerics.jit
-    def both(inputs, d_o, d_final):
-        *arrays, state = inputs
-        run = kernels.Inputs(*arrays, None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids)))
-        transition, written = kernels.summary(run, state.dtype, options)
-        final = jnp.einsum("bhkl,bhlv->bhkv", transition, state) + written
-        return final, kernels.state_gradient(run, d_o, d_final, options)
-
-    found = numerics.run(both, inputs, *cotangents, dtype="float64")
-    numerics.assert_close(found, (outputs[1], gradients[5]), 1e-10)
+    check_without_outputs(name, INTERPRETED)
 
 
 @pytest.mark.parametrize("kind", ["scalar", "channel"])

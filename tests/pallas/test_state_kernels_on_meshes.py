@@ -1,0 +1,57 @@
+"""The kernels of linear attention and of the delta rule on a mesh, interpreted: each device runs them on its part, with
+time whole and with time spread."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from jaxlinear import ops
+from jaxlinear.pallas import blocks
+from jaxlinear.parallel import operations, sharding
+from tests import numerics
+from tests.shards import EIGHT, FOUR, IDS, TWO, T, make_mesh
+
+B, H, K, V = 4, 2, 3, 5
+DECAYS = {"none": None, "constant": (H,), "scalar": (B, T, H), "channel": (B, T, H, K)}
+ROWS = {"data": 4, "tensor": 2}, {"fsdp": 4, "tensor": 2}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (blocks.AttentionBlock(16, 16, 1),) * 2)
+    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(16, 16, 1))
+
+
+@pytest.mark.parametrize(
+    "operation, sizes, decay, packed",
+    [
+        ("linear_attention", ROWS[0], "scalar", True),
+        ("linear_attention", ROWS[1], "constant", False),
+        ("linear_attention", EIGHT, "scalar", True),
+        ("linear_attention", FOUR, "channel", True),
+        ("linear_attention", TWO, "constant", True),
+        ("linear_attention", TWO, "none", False),
+        ("delta_rule", ROWS[0], "scalar", True),
+        ("delta_rule", ROWS[1], "none", False),
+        ("delta_rule", EIGHT, "scalar", True),
+        ("delta_rule", FOUR, "channel", True),
+        ("delta_rule", TWO, "none", True),
+    ],
+    ids=str,
+)
+def test_the_kernel_on_a_mesh(small_blocks, operation, sizes, decay, packed):
+    random = np.random.default_rng(0)
+    q, k, v, state = (random.standard_normal(s) for s in ((B, T, H, K), (B, T, H, K), (B, T, H, V), (B, H, K, V)))
+    k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    beta = (random.uniform(0, 1, (B, T, H)),) if operation == "delta_rule" else ()
+    log_decay = None if decay == "none" else -3 * random.uniform(0, 1, DECAYS[decay])
+    inputs = q, k, v, *beta, log_decay, state
+    cotangents = random.standard_normal(v.shape), random.standard_normal(state.shape)
+    mesh = make_mesh(sizes)
+    results = []
+    for module, backend in ((ops, "recurrent"), (operations, "pallas")):
+        run = functools.partial(getattr(module, operation), segment_ids=IDS if packed else None, backend=backend)
+        with sharding.use_mesh(mesh):
+            results.append(numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype="float64"))
+    numerics.assert_close(results[1], numerics.wide(results[0]), 1e-12)
