@@ -1,5 +1,5 @@
 # make quickstart   a language model from nothing, in at most ten minutes on two cores
-# make sweep        isoFLOP ladders of four architectures and their scaling laws, in at most an hour on two cores
+# make sweep        isoFLOP ladders of four architectures and their scaling laws (about an hour on two cores, by estimate)
 # make test         the whole test suite
 # make lint         ruff and mypy
 # Each makes its own environment in .venv; PYTHON names the interpreter it is made with (3.11 or newer).
