@@ -20,11 +20,16 @@ def alternate(parts: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any
 
 
 class Worker:
-    """``recurrentgemma_worker.py`` in a process of its own, under the Python of its own environment."""
+    """A script of this directory in a process of its own, under the Python of its own environment: it runs one round for
+    each line that it is given."""
 
-    def __init__(self, python: str, task: str, **options: Any):
-        script = pathlib.Path(__file__).with_name("recurrentgemma_worker.py")
-        command = [python, str(script), task, *(f"--{name}={value}" for name, value in options.items())]
+    def __init__(self, python: str, task: str, script: str = "recurrentgemma_worker.py", **options: Any):
+        command = [
+            python,
+            str(pathlib.Path(__file__).with_name(script)),
+            task,
+            *(f"--{name}={value}" for name, value in options.items()),
+        ]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         try:
             self._process = subprocess.Popen(
@@ -36,11 +41,15 @@ class Worker:
 
     def go(self) -> float:
         """Runs one round; its tokens a second."""
+        told = self.round()
+        return told["tokens"] / told["seconds"]
+
+    def round(self) -> dict[str, Any]:
+        """Runs one round; what it tells."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
-        told = self._read()
-        return told["tokens"] / told["seconds"]
+        return self._read()
 
     def close(self) -> None:
         assert self._process.stdin is not None

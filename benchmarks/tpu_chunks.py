@@ -14,6 +14,10 @@ kernel:
                    unit could do in so many cycles; the inverse, and what a decay by channel takes more, are not counted
     at 64 %        the same of the operations that chunks of 64 tokens would have, so that a larger chunk flatters nothing
 
+A kernel with a decay by channel goes two ways: through blocks of chunks in which no decay is strong, and through others
+(``pallas/factored_decays.py``). Each is a row: the second of a program that has no other, the first what the program with
+both has more, the choice included.
+
 With ``--chunked`` also the bytes that the instructions of both passes read and write, with and without the kernel.
 Schedules are lower bounds of the time, not timings.
 """
@@ -45,6 +49,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of q, 
 _CHUNKED = flags.DEFINE_bool("chunked", False, "Also the program without the kernel, which takes minutes to compile.")
 _TUNE = flags.DEFINE_bool("tune", False, "Instead: by sizes of blocks.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+_STRONG = flags.DEFINE_bool("strong", False, "Of the worker: all decays taken for strong.")
 _WORKER = flags.DEFINE_list("worker", None, "Compile this operation, decay and backend, and print its report.")
 _BLOCK = flags.DEFINE_list(
     "block",
@@ -73,6 +78,10 @@ def _comparison() -> list[dict]:
     for operation in _OPERATIONS.value:
         for decay in _DECAYS.value:
             reports = {backend: _worker(operation, decay, backend) for backend in backends}
+            if decay == "channel" and _DTYPE.value == "bfloat16":
+                reports["pallas"]["kernels"] = _both_ways(
+                    reports["pallas"]["kernels"], _worker(operation, decay, "pallas", "--strong")["kernels"]
+                )
             for row in reports["pallas"]["kernels"]:
                 print(
                     f"{row['name']:34} {row['cycles']:8.0f} {row['compute_us']:11.0f} {row['memory_us']:10.0f} "
@@ -83,6 +92,18 @@ def _comparison() -> list[dict]:
                 moved = ", ".join(f"{backend} {report['bytes'] / 1e9:.2f} GB" for backend, report in reports.items())
                 print(f"    bytes of both passes: {moved}")
             rows.append({"operation": operation, "decay": decay, **reports})
+    return rows
+
+
+def _both_ways(both: list[dict], strong: list[dict]) -> list[dict]:
+    """Of each kernel with both ways that part which is for weak decays, and the kernel for strong ones alone."""
+    rows = []
+    for whole, alone in zip(both, strong, strict=True):
+        assert whole["name"] == alone["name"]
+        part = (whole["cycles"] - alone["cycles"]) / whole["cycles"]
+        weak = {name: whole[name] * part for name in ("cycles", "compute_us")}
+        weak |= {name: whole[name] / part for name in ("peak", "at_64")}
+        rows += [whole | weak | {"name": whole["name"] + ", weak"}, alone | {"name": alone["name"] + ", strong"}]
     return rows
 
 
@@ -120,8 +141,10 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
 
     from jaxlinear import ops
     from jaxlinear.ops import backends
-    from jaxlinear.pallas import blocks
+    from jaxlinear.pallas import blocks, factored_decays
 
+    if _STRONG.value:
+        factored_decays.takes = lambda *_: False
     batch, length, heads, key, value = (flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY, _VALUE))
     kind = schedules.device(_TOPOLOGY.value).device_kind
     if _BLOCK.value:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, blockwise, segments
 from jaxlinear.ops.blockwise import Meetings, Rule
+from jaxlinear.pallas import attention as kernels
 
 QUERY_BLOCK = 256
 KEY_RUN = 512
+_FEW = 128  # queries, fewer than which are no block of the kernel
 
 
 def causal_attention(
@@ -37,15 +40,18 @@ def causal_attention(
       offset: the key position of query 0, an int32 scalar, where it is not P: the keys then go on behind the queries'
         own, as on a device that has some of the queries and all keys.
       backend: ``"recurrent"`` (one query at a time, for checking), ``"chunked"`` (blocks of queries against blocks of
-        keys; those after a block of queries are skipped) or ``"auto"``, which is ``"chunked"``.
+        keys; those after a block of queries are skipped), ``"pallas"`` (splash attention for TPU) or ``"auto"``:
+        ``"pallas"`` on TPU where it runs, else ``"chunked"``.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v. Logits and weights are float32 inside.
     """
-    backends.check("causal_attention", backend, ("recurrent", "chunked"))
+    backends.check("causal_attention", backend, ("recurrent", "chunked", "pallas"))
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_shapes("causal_attention", q, k, v)
     length, keys = q.shape[1], k.shape[1]
+    if choose("causal_attention", backend, q, k, v, offset=offset) == "pallas":
+        return by_kernel(q, k, v, keys, scale, segment_ids)
     prefix = keys - length
     block, run = (1, keys) if backend == "recurrent" else (min(QUERY_BLOCK, length), min(KEY_RUN, keys))
     padded = math.ceil(keys / run) * run
@@ -68,6 +74,30 @@ def check_shapes(operation: str, q: jax.Array, k: jax.Array, v: jax.Array) -> No
         raise UserError(f"{operation}: {groups} key heads do not divide {heads} query heads")
     if k.shape[1] < q.shape[1] or v.shape[:3] != k.shape[:3]:
         raise UserError(f"{operation}: keys {k.shape} and values {v.shape} do not fit queries {q.shape}")
+
+
+def choose(operation: str, backend: str, q: jax.Array, k: jax.Array, v: jax.Array, *, offset: Any = None) -> str:
+    """``"pallas"`` where the kernel is taken, else ``backend``."""
+
+    def refusal(platform: str) -> str | None:
+        if offset is not None:
+            return "the kernel takes no offset: its queries are the last of the keys"
+        if platform == "gpu":
+            return "there is no kernel of attention for GPU"
+        for x in (q, k, v):
+            if x.dtype not in (jnp.float32, jnp.bfloat16):
+                return f"the kernel takes float32 and bfloat16, not {x.dtype}"
+        return None
+
+    return backends.kernel_or_chunks(operation, backend, q.shape[1] < _FEW, refusal)
+
+
+def by_kernel(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int, scale: float | None, segment_ids: jax.Array | None
+) -> jax.Array:
+    """Attention to the last ``window`` tokens by the kernel of ``jaxlinear.pallas.attention``."""
+    runs = None if segment_ids is None else segments.runs(segment_ids)
+    return kernels.attention(q, k, v, runs, window=window, scale=scale_of(q, scale), target=backends.target())
 
 
 def attend(
@@ -116,7 +146,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, meetings: Meetings, rule: 
 
 def _attend_forward(q, k, v, meetings, rule):
     sums = blockwise.see(blockwise.nothing_seen(q, v), q, k, v, meetings, rule)
-    outputs = checkpoint_name(blockwise.normalised(sums, v), "attention")
+    outputs = checkpoint_name(blockwise.normalised(sums, v), kernels.SAVED)
     return outputs[0], (q, k, v, meetings, outputs)
 
 

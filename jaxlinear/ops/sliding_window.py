@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, segments
-from jaxlinear.ops.attention import attend, check_shapes
+from jaxlinear.ops.attention import attend, by_kernel, check_shapes, choose
 
 _QUERY_BLOCK = 128
 
@@ -32,12 +32,13 @@ def sliding_window_attention(
       scale: of the logits; ``K**-0.5`` by default.
       segment_ids: ``[B, P+T]`` int; the window never crosses a change of id.
       backend: ``"recurrent"`` (one query at a time, for checking), ``"chunked"`` (blocks of queries, each against
-        the keys that it can see; the backward pass recomputes the weights) or ``"auto"``, which is ``"chunked"``.
+        the keys that it can see; the backward pass recomputes the weights), ``"pallas"`` (splash attention for TPU) or
+        ``"auto"``: ``"pallas"`` on TPU where it runs, else ``"chunked"``.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v. Logits and weights are float32 inside.
     """
-    backends.check("sliding_window_attention", backend, ("recurrent", "chunked"))
+    backends.check("sliding_window_attention", backend, ("recurrent", "chunked", "pallas"))
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_shapes("sliding_window_attention", q, k, v)
     if window < 1:
@@ -45,6 +46,8 @@ def sliding_window_attention(
     length, keys = q.shape[1], k.shape[1]
     prefix = keys - length
     window = min(window, keys)
+    if choose("sliding_window_attention", backend, q, k, v) == "pallas":
+        return by_kernel(q, k, v, window, scale, segment_ids)
     block = 1 if backend == "recurrent" else min(_QUERY_BLOCK, length)
     blocks = math.ceil(length / block)
 

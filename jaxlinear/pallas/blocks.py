@@ -149,3 +149,8 @@ def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None) 
     if keys <= 128:
         return DeltaRuleGPUBlock(tokens, 16 if by_channel else 64, 64, 32)
     return DeltaRuleGPUBlock(tokens, 16 if by_channel else 64, 16 if by_channel else 32, 16)
+
+
+def attention_tpu(length: int) -> int:
+    """Queries and keys of a block of softmax attention, of so many queries. Not tuned."""
+    return min(512, -(-length // 128) * 128)

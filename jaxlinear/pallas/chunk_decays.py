@@ -100,8 +100,20 @@ class ByHead:
         return with_same(self._pairs, rows, columns, d_products, d_rows, d_columns)
 
 
+def by_heads(coarse: jax.Array, fine: jax.Array) -> list[ByHead]:
+    """Of each head from the two parts of the sums of ``head_sums.cut``, ``[n, c]`` each; factors are ``[c, 1]``."""
+    columns, found = [x.T for x in (coarse, fine)], []
+    for n in range(coarse.shape[0]):
+        rows, (first, second) = (x[n : n + 1] for x in (coarse, fine)), (x[:, n : n + 1] for x in columns)
+        steps = [x - y for x, y in zip((first, second), rows, strict=True)]
+        left = (first[-1:] - first) + (second[-1:] - second)
+        found.append(ByHead(steps[0] + steps[1], first + second, left))
+    return found
+
+
 def by_sums(coarse: jax.Array, fine: jax.Array) -> ByHead:
-    """From the two parts of the sums of ``head_sums.cut``, ``[1, c]`` each."""
+    """As ``by_heads`` of one head, ``[1, c]`` each; factors are ``[c, c]``: more registers, but products with them as they
+    are."""
     # A row turned as many rows is each token's number in all columns: cheaper than one column that is spread.
     columns = [jnp.broadcast_to(x, (x.shape[1], x.shape[1])).T for x in (coarse, fine)]
     steps = [x - y for x, y in zip(columns, (coarse, fine), strict=True)]
@@ -113,18 +125,6 @@ def constant(log_decay: jax.Array, length: int, last: Any) -> ByHead:
     """Of a log decay ``[1, 1]`` that is the same for all tokens up to the one of number ``last``, and 0 behind it."""
     i, j = (jnp.minimum(x, last).astype(log_decay.dtype) for x in pairs(length))
     return ByHead((i - j) * log_decay, (i + 1) * log_decay, (i[-1:] - i) * log_decay)
-
-
-def by_heads(log_decay: jax.Array) -> list[ByHead]:
-    """Of each head's ``[c]`` in ``[c, n]``, summed as ``head_sums.cut`` does."""
-    sums = [prefix_sums(part) for part in cut(log_decay, log_decay.shape[0])]
-    rows = [x.T for x in sums]
-    found = []
-    for n in range(log_decay.shape[1]):
-        (coarse, fine), (coarse_row, fine_row) = (x[:, n : n + 1] for x in sums), (x[n : n + 1] for x in rows)
-        left = (coarse[-1:] - coarse) + (fine[-1:] - fine)
-        found.append(ByHead((coarse - coarse_row) + (fine - fine_row), coarse + fine, left))
-    return found
 
 
 def cut(log_decay: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:

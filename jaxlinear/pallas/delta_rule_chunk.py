@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxlinear.pallas import inverse
 from jaxlinear.pallas.chunk_decays import dot
-from jaxlinear.pallas.linear_attention_chunk import Chunk
+from jaxlinear.pallas.linear_attention_chunk import Chunk, scaled, times
 
 
 class Head(NamedTuple):
@@ -63,10 +63,7 @@ def prepare(heads: Sequence[Head]) -> list[Tokens]:
 
 def outputs(heads: Sequence[Head], tokens: Sequence[Tokens], states: Sequence[jax.Array]):
     """By head: ``[c, V]``, but for the scale; and the state after the chunk."""
-    reads = [
-        _scaled_product(h.chunk.since_start, (h.q, h.k), state, state.dtype)
-        for h, state in zip(heads, states, strict=True)
-    ]
+    reads = [_scaled_product(h, h.chunk.since_start, (h.q, h.k), state) for h, state in zip(heads, states, strict=True)]
     written = _written(heads, tokens, [x[1] for x in reads])
     inner = [dot(t.attention, x, (1, 0), s.dtype) for t, x, s in zip(tokens, written, states, strict=True)]
     return [x + read[0] for x, read in zip(inner, reads, strict=True)], _after(heads, written, states)
@@ -105,9 +102,9 @@ def gradients(
     for n, h in enumerate(heads):
         (d_q, d_k_row), d_k_column, sums = pairs[n]
         since_start, until_end = h.chunk.since_start, h.chunk.until_end
-        d_q_read = _times(since_start, dot(h.d_o, states[n], (1, 0), wide))
-        d_k_read = -_times(since_start, dot(d_errors[n].astype(h.k.dtype), states[n], (1, 0), wide))
-        d_k_written = _times(until_end, dot(written[n], d_after[n], (1, 0), wide))
+        d_q_read = times(since_start, dot(h.d_o, states[n], (1, 0), wide))
+        d_k_read = -times(since_start, dot(d_errors[n].astype(h.k.dtype), states[n], (1, 0), wide))
+        d_k_written = times(until_end, dot(written[n], d_after[n], (1, 0), wide))
         d_beta = d_solved[n] * (h.v.astype(wide) - reads[n])
         d_beta = jnp.sum(d_beta, axis=1, keepdims=True) + jnp.sum(d_lower[n] * tokens[n].overlap, axis=1, keepdims=True)
         total = None
@@ -117,7 +114,7 @@ def gradients(
             wide_k = h.k.astype(wide)
             kept = wide_k * jnp.where(row == h.chunk.last, jnp.zeros_like(d_k_written), d_k_written)
             sums = sums + h.q.astype(wide) * d_q_read + wide_k * d_k_read - kept
-            held = _times(h.chunk.whole, jnp.sum(states[n].astype(wide) * d_after[n], axis=0, keepdims=True))
+            held = times(h.chunk.whole, jnp.sum(states[n].astype(wide) * d_after[n], axis=0, keepdims=True))
             total = jnp.sum(kept, axis=0, keepdims=True) + held
         d_k = d_k_row + d_k_column + d_k_read + d_k_written
         found.append(Gradients(d_q + d_q_read, d_k, d_errors[n], d_beta, d_before[n], sums, total))
@@ -126,10 +123,7 @@ def gradients(
 
 def _reads(heads, states) -> list[jax.Array]:
     """What the keys read of the state before the chunk."""
-    return [
-        _scaled_product(h.chunk.since_start, (h.k,), state, h.beta.dtype)[0]
-        for h, state in zip(heads, states, strict=True)
-    ]
+    return [_scaled_product(h, h.chunk.since_start, (h.k,), state)[0] for h, state in zip(heads, states, strict=True)]
 
 
 def _written(heads, tokens, reads) -> list[jax.Array]:
@@ -143,7 +137,7 @@ def _written(heads, tokens, reads) -> list[jax.Array]:
 
 def _after(heads, written, states) -> list[jax.Array]:
     return [
-        _times(h.chunk.whole, s) + dot(x, _scaled(h.k, h.chunk.until_end), (0, 0), s.dtype)
+        times(h.chunk.whole, s) + dot(x, scaled(h.k, h.chunk.until_end), (0, 0), s.dtype)
         for h, x, s in zip(heads, written, states, strict=True)
     ]
 
@@ -151,7 +145,7 @@ def _after(heads, written, states) -> list[jax.Array]:
 def _errors_gradients(heads, tokens, d_after):
     """The gradients of beta (V - K S), and of V - K S."""
     wide = heads[0].beta.dtype
-    outer = [_scaled_product(h.chunk.until_end, (h.k,), d, wide)[0] for h, d in zip(heads, d_after, strict=True)]
+    outer = [_scaled_product(h, h.chunk.until_end, (h.k,), d)[0] for h, d in zip(heads, d_after, strict=True)]
     inner = [dot(t.attention, h.d_o, (0, 0), wide) for h, t in zip(heads, tokens, strict=True)]
     d_solved = [dot(t.inverse, x + y, (0, 0), wide) for t, x, y in zip(tokens, outer, inner, strict=True)]
     return d_solved, [h.beta * d for h, d in zip(heads, d_solved, strict=True)]
@@ -163,29 +157,23 @@ def _before(heads, d_errors, d_after) -> list[jax.Array]:
     for h, d_error, d in zip(heads, d_errors, d_after, strict=True):
         since_start, dtype = h.chunk.since_start, h.k.dtype
         reading = jnp.concatenate([h.d_o, (-d_error).astype(dtype)])
-        read = jnp.concatenate([_scaled(h.q, since_start), _scaled(h.k, since_start)])
-        found.append(_times(h.chunk.whole, d) + dot(reading, read, (0, 0), d.dtype))
+        read = jnp.concatenate([scaled(h.q, since_start), scaled(h.k, since_start)])
+        found.append(times(h.chunk.whole, d) + dot(reading, read, (0, 0), d.dtype))
     return found
 
 
-def _scaled_product(factor: jax.Array | None, rows: Sequence[jax.Array], state: jax.Array, wide) -> list[jax.Array]:
+def _scaled_product(
+    head: Head, factor: jax.Array | None, rows: Sequence[jax.Array], state: jax.Array
+) -> list[jax.Array]:
     """``(factor x) state^T`` for each x of ``rows``, by one product."""
-    of_head, length = factor is None or factor.shape[1] == 1, rows[0].shape[0]
-    x = jnp.concatenate([x if of_head else _scaled(x, factor) for x in rows])
+    by_channel, length, wide = head.chunk.decays.by_channel, rows[0].shape[0], head.beta.dtype
+    x = jnp.concatenate([scaled(x, factor) if by_channel else x for x in rows])
     product = dot(x, state, (1, 1), wide)
     products = [product[n * length : (n + 1) * length] for n in range(len(rows))]
-    return [_times(factor, y) for y in products] if of_head else products
+    return products if by_channel else [times(factor, y) for y in products]
 
 
 def _earlier(head: Head, products: jax.Array) -> jax.Array:
     """Those of a token with earlier ones of its document."""
     row, lane = (lax.broadcasted_iota(jnp.int32, products.shape, axis) for axis in (0, 1))
     return head.chunk.seen(jnp.where(row > lane, products, jnp.zeros_like(products)))
-
-
-def _times(factor: jax.Array | None, x: jax.Array) -> jax.Array:
-    return x if factor is None else factor * x
-
-
-def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)

@@ -30,17 +30,17 @@ class Chunk(NamedTuple):
     @property
     def since_start(self) -> jax.Array | None:
         """What scales a token's read of the state before the chunk; None for 1."""
-        return _times(None if self.documents is None else self.documents.in_first, self.decays.since_start)
+        return times(None if self.documents is None else self.documents.in_first, self.decays.since_start)
 
     @property
     def until_end(self) -> jax.Array | None:
         """What scales a token's write to the state after the chunk; None for 1."""
-        return _times(None if self.documents is None else self.documents.in_last, self.decays.until_end)
+        return times(None if self.documents is None else self.documents.in_last, self.decays.until_end)
 
     @property
     def whole(self) -> jax.Array | None:
         """What scales the state before the chunk in that after it; None for 1."""
-        return _times(None if self.documents is None else self.documents.one, self.decays.whole)
+        return times(None if self.documents is None else self.documents.one, self.decays.whole)
 
     def seen(self, products: jax.Array) -> jax.Array:
         """Products of pairs of tokens ``[c, c]``, zero where the second does not see the first."""
@@ -74,14 +74,14 @@ def outputs(chunk: Chunk, tokens: Tokens, state: jax.Array) -> jax.Array:
     inner = dot(chunk.seen(attention).astype(v.dtype), v, (1, 0), wide)
     since_start = chunk.since_start
     if chunk.decays.by_channel:
-        return inner + dot(_scaled(q, since_start), state, (1, 1), wide)
-    return inner + _times(since_start, dot(q, state, (1, 1), wide))
+        return inner + dot(scaled(q, since_start), state, (1, 1), wide)
+    return inner + times(since_start, dot(q, state, (1, 1), wide))
 
 
 def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, factor: jax.Array | None, state: jax.Array) -> jax.Array:
     """``whole * state + values^T (factor * keys)``: the state after the chunk, by what it writes; and the gradient of the
     state before it, by what it reads."""
-    return _times(chunk.whole, state) + dot(values, _scaled(keys, factor), (0, 0), state.dtype)
+    return times(chunk.whole, state) + dot(values, scaled(keys, factor), (0, 0), state.dtype)
 
 
 def gradients(chunk: Chunk, tokens: Tokens, state: jax.Array, d_after: jax.Array) -> Gradients:
@@ -92,10 +92,10 @@ def gradients(chunk: Chunk, tokens: Tokens, state: jax.Array, d_after: jax.Array
     (attention,) = chunk.decays.pairwise((q,), k, wide)
     d_attention = chunk.seen(dot(d_o, v, (1, 1), wide))
     (d_q,), d_k, sums = chunk.decays.pairwise_gradient((q,), k, (d_attention,), wide)
-    d_q_outer = _times(since_start, dot(d_o, state, (1, 0), wide))
-    d_k_outer = _times(until_end, dot(v, d_after, (1, 0), wide))
+    d_q_outer = times(since_start, dot(d_o, state, (1, 0), wide))
+    d_k_outer = times(until_end, dot(v, d_after, (1, 0), wide))
     d_v = dot(chunk.seen(attention).astype(d_o.dtype), d_o, (0, 0), wide)
-    d_v = d_v + dot(_scaled(k, until_end), d_after, (1, 1), wide)
+    d_v = d_v + dot(scaled(k, until_end), d_after, (1, 1), wide)
     d_before = advance(chunk, q, d_o, since_start, d_after)
     total = None
     if sums is not None:
@@ -103,12 +103,12 @@ def gradients(chunk: Chunk, tokens: Tokens, state: jax.Array, d_after: jax.Array
         row = lax.broadcasted_iota(jnp.int32, d_k_outer.shape, 0)
         written = k.astype(wide) * jnp.where(row == chunk.last, jnp.zeros_like(d_k_outer), d_k_outer)
         sums = sums + q.astype(wide) * d_q_outer - written
-        held = _times(chunk.whole, jnp.sum(state * d_after, axis=0, keepdims=True))
+        held = times(chunk.whole, jnp.sum(state * d_after, axis=0, keepdims=True))
         total = jnp.sum(written, axis=0, keepdims=True) + held
     return Gradients(d_q + d_q_outer, d_k + d_k_outer, d_v, d_before, sums, total)
 
 
-def _times(factor: jax.Array | None, x: Any) -> Any:
+def times(factor: jax.Array | None, x: Any) -> Any:
     """Where either may be None for 1. The factor of a head is the same in all of its columns, however many."""
     if factor is None or x is None:
         return x if factor is None else factor
@@ -117,5 +117,6 @@ def _times(factor: jax.Array | None, x: Any) -> Any:
     return factor * x
 
 
-def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    return x if factor is None else _times(factor, x.astype(factor.dtype)).astype(x.dtype)
+def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    """In the dtype of x."""
+    return x if factor is None else times(factor, x.astype(factor.dtype)).astype(x.dtype)

@@ -1,5 +1,6 @@
 """One block of time of linear attention for TPU, a few heads: its chunks one after the other."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxlinear.pallas import channel_decays, chunk_decays, linear_attention_chunk
+from jaxlinear.pallas import chunk_decays, factored_decays, linear_attention_chunk
+from jaxlinear.pallas.channel_decays import ByChannel
 from jaxlinear.pallas.linear_attention_chunk import Chunk, Documents, Tokens
 from jaxlinear.pallas.linear_attention_plan import Plan
 
@@ -47,9 +49,21 @@ class Block:
         self.ragged = shape.length % shape.time != 0
         self.wide = self.carry.dtype
         self.chunks = range(shape.time // shape.chunk)
+        self.by_channel: type = ByChannel
 
     def run(self) -> None:
         pl.when(self.is_first)(self._begin)
+        pairs = self.plan.kind in ("forward", "gradient")
+        if self.plan.decay == "channel" and pairs and factored_decays.takes(self.keys.dtype, self.wide):
+            factored = factored_decays.within([x for n in self.chunks for x in self._log_decays(n)])
+            pl.when(factored)(functools.partial(self._work, factored_decays.Factored))
+            pl.when(~factored)(self._work)
+        else:
+            self._work()
+
+    def _work(self, by_channel: type = ByChannel) -> None:
+        """``by_channel``: what has the decays of key channels, if these decay."""
+        self.by_channel = by_channel
         states = [self.carry[h] for h in range(self.shape.heads)]
         work = {"forward": self._forward, "gradient": self._gradient}.get(self.plan.kind, self._accumulate)
         for h, state in enumerate(work(states)):
@@ -136,8 +150,7 @@ class Block:
         if self.plan.decay == "none":
             decays = [chunk_decays.NoDecay(size)] * self.shape.heads
         elif self.plan.decay == "channel":
-            loaded = [self._load(self.log_decay, n, h).astype(self.wide) for h in range(self.shape.heads)]
-            decays = [channel_decays.ByChannel(chunk_decays.finite(x)) for x in loaded]
+            decays = [self.by_channel(x) for x in self._log_decays(n)]
         elif self.plan.decay == "constant":
             of_heads = [self.log_decay[:, h : h + 1] for h in range(self.shape.heads)]
             decays = [chunk_decays.constant(chunk_decays.finite(x), size, last) for x in of_heads]
@@ -147,6 +160,11 @@ class Block:
             )
             decays = [chunk_decays.by_sums(coarse[h : h + 1], fine[h : h + 1]) for h in range(self.shape.heads)]
         return [Chunk(x, documents, last) for x in decays]
+
+    def _log_decays(self, n: int) -> list[jax.Array]:
+        """Of the key channels of each head, ``[c, K]``."""
+        loaded = [self._load(self.log_decay, n, h) for h in range(self.shape.heads)]
+        return [chunk_decays.finite(x.astype(self.wide)) for x in loaded]
 
     def _documents(self, n: int) -> Documents | None:
         if self.runs is None:

@@ -5,6 +5,7 @@ Where the mesh spreads time, each runs under ``shard_map`` on its shard: recurre
 are the plain operations. A mixer calls these.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import cross_entropy, diagonal, diagonal_kernel, dtypes, matrix_states, recurrence
+from jaxlinear.ops.attention import choose as choose_softmax
 from jaxlinear.ops.delta_rule import choose as choose_delta_rule
 from jaxlinear.ops.linear_attention import choose as choose_attention
 from jaxlinear.parallel import cost, halos, ring, sharding
@@ -151,13 +153,14 @@ def sliding_window_attention(
     scale: float | None = None,
     segment_ids: jax.Array | None = None,
     past: Past | None = None,
+    backend: str = "auto",
 ) -> jax.Array:
     """``ops.sliding_window_attention`` of T queries on their T keys and, in front of these, the ``past``: keys
     ``[B, P, G, K]``, values ``[B, P, G, V]`` and segment ids ``[B, P]`` of earlier tokens, P at least ``window - 1``."""
     mesh = _mesh("sliding_window_attention", q.shape[1])
+    attend = functools.partial(ops.sliding_window_attention, window=window, scale=scale)
     if mesh is None:
-        k, v, segment_ids = _behind(past, k, v, segment_ids)
-        return ops.sliding_window_attention(q, k, v, window=window, scale=scale, segment_ids=segment_ids)
+        return _attention_in_parts(attend, backend, q, *_behind(past, k, v, segment_ids))
 
     none = jnp.zeros_like(k, shape=(k.shape[0], window - 1, *k.shape[2:]))
     before = past or (none, jnp.zeros_like(v, shape=(*none.shape[:3], v.shape[-1])), None)
@@ -170,7 +173,7 @@ def sliding_window_attention(
             halos.before(x, window - 1, y[:, -(window - 1) :]) for x, y in ((k, past_k), (v, past_v), (ids, past_ids))
         )
         k, v, ids = (jnp.concatenate([x, y], axis=1) for x, y in zip(earlier, (k, v, ids), strict=True))
-        return ops.sliding_window_attention(q, k, v, window=window, scale=scale, segment_ids=ids)
+        return attend(q, k, v, segment_ids=ids, backend=backend)
 
     heads = _head_axis(mesh, q.shape[2], k.shape[2])
     own, others = (*_TIME, heads, None), ("batch", None, heads, None)
@@ -186,14 +189,15 @@ def causal_attention(
     scale: float | None = None,
     segment_ids: jax.Array | None = None,
     past: Past | None = None,
+    backend: str = "auto",
 ) -> jax.Array:
     """``ops.causal_attention``, with the ``past`` of any length as in ``sliding_window_attention``. Where time is spread,
     every shard gathers all keys and values (LASP-2H, arXiv:2502.07563, section 3.4), or they go round the shards
     (``parallel.ring``)."""
     mesh = _mesh("causal_attention", q.shape[1])
+    attend = functools.partial(ops.causal_attention, scale=scale)
     if mesh is None:
-        k, v, segment_ids = _behind(past, k, v, segment_ids)
-        return ops.causal_attention(q, k, v, scale=scale, segment_ids=segment_ids)
+        return _attention_in_parts(attend, backend, q, *_behind(past, k, v, segment_ids))
 
     def by_ring(q, k, v, ids, *past):
         return ring.causal_attention(q, k, v, ids, past or None, scale)
@@ -205,13 +209,28 @@ def causal_attention(
         if past:
             k, v, ids = _behind(past, k, v, ids)
             offset += past[0].shape[1]
-        return ops.causal_attention(q, k, v, scale=scale, segment_ids=ids, offset=offset)
+        return attend(q, k, v, segment_ids=ids, offset=offset, backend=backend)
 
     heads = _head_axis(mesh, q.shape[2], k.shape[2])
     own, others = (*_TIME, heads, None), ("batch", None, heads, None)
     axes = own, own, own, _TIME, *((others, others, ("batch", None)) if past else ())
     local = {"all_gather": gathered, "ring": by_ring}[_attention_exchange(mesh, k, v, own)]
     return _on_shards(mesh, local, 0, (q, k, v, segment_ids, *(past or ())), axes)
+
+
+def _attention_in_parts(
+    attend: functools.partial, backend: str, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+) -> jax.Array:
+    """Attention that has all of time. Its kernel runs on each device's part, since the compiler cannot split it."""
+    mesh = sharding.mesh_in_use()
+    if mesh is None or mesh.size == 1 or choose_softmax(attend.func.__name__, backend, q, k, v) != "pallas":
+        return attend(q, k, v, segment_ids=segment_ids, backend=backend)
+
+    def local(q, k, v, ids):
+        return attend(q, k, v, segment_ids=ids, backend="pallas")
+
+    axes = "batch", None, _head_axis(mesh, q.shape[2], k.shape[2]), None
+    return _on_shards(mesh, local, 0, (q, k, v, segment_ids), (axes, axes, axes, ("batch", None)))
 
 
 def _attention_exchange(mesh: Mesh, k: jax.Array, v: jax.Array, axes: tuple) -> str:

@@ -1,0 +1,164 @@
+"""The kernels timed on a GPU, beside those of flash-linear-attention at the same shapes in one run.
+
+    python benchmarks/gpu_kernels.py [--against=FLA/bin/python] [--operations=...] [--json=FILE]    # FLA: see fla_worker.py
+
+Shapes are B x T x H x D with K = V = D, and arrays bfloat16. For each operation and shape: milliseconds a call, forward and
+forward with backward, by the clock with the device waited for, and by the device's own record of its kernels; with
+``--against`` the two libraries in turn, and how many times as fast ours is. The recurrence of channels has H * D of them.
+
+``--backend=chunked`` times what runs without kernels, on any device: the program can be tried where there is no GPU.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+from alternating import Worker
+
+from jaxlinear import cli
+from jaxlinear.errors import UserError
+
+OPERATIONS = {
+    "linear_attention": ("linear_attention", "none"),
+    "linear_attention_scalar": ("linear_attention", "scalar"),
+    "linear_attention_channel": ("linear_attention", "channel"),
+    "delta_rule": ("delta_rule", "none"),
+    "delta_rule_scalar": ("delta_rule", "scalar"),
+    "delta_rule_channel": ("delta_rule", "channel"),
+    "linear_recurrence": ("linear_recurrence", "channel"),
+}
+
+_OPERATIONS = flags.DEFINE_list("operations", list(OPERATIONS), "Some of them only.")
+_SHAPES = flags.DEFINE_list(
+    "shapes", ["1x8192x96x128", "2x16384x16x128", "4x2048x16x128", "4x4096x64x128", "8x2048x32x256"], "BxTxHxD."
+)
+_BACKEND = flags.DEFINE_enum("backend", "pallas", ["pallas", "chunked"], "chunked: without kernels, on any device.")
+_AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with flash-linear-attention.")
+_CALLS = flags.DEFINE_integer("calls", 10, "Of a round.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "That count, in turn; one more, the first, does not.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+
+
+def main() -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other library takes its part of the memory
+    import jax
+
+    if unknown := [name for name in _OPERATIONS.value if name not in OPERATIONS]:
+        raise UserError(f"--operations={unknown[0]} is not one of {', '.join(OPERATIONS)}")
+    if _BACKEND.value == "pallas" and jax.default_backend() != "gpu":
+        raise UserError("there is no GPU to time kernels on; --backend=chunked runs without them")
+    result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "backend": _BACKEND.value, "rows": []}
+    print(f"{result['device']}\n{'ms a call':26} {'shape':16} {'direction':9} {'clock':>9} {'device':>9}", flush=True)
+    for name in _OPERATIONS.value:
+        for shape in _SHAPES.value:
+            for direction in ("forward", "both"):
+                result["rows"].append(_row(name, shape, direction))
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _row(name: str, shape: str, direction: str) -> dict[str, Any]:
+    call = _ours(name, tuple(map(int, shape.split("x"))), direction)
+    row: dict[str, Any] = {"operation": name, "shape": shape, "direction": direction}
+    row["ms"], row["device_ms"], theirs = [], _device_ms(call), []
+    worker = None
+    if _AGAINST.value:
+        options = {"shape": shape, "direction": direction, "calls": _CALLS.value}
+        worker = Worker(_AGAINST.value, name, "fla_worker.py", **options)
+        row["against"] = {"version": worker.told["version"]}
+    try:
+        for _ in range(_ROUNDS.value + 1):
+            row["ms"].append(_clock_ms(call))
+            if worker is not None:
+                theirs.append(worker.round())
+    finally:
+        if worker is not None:
+            worker.close()
+    row["ms"] = statistics.median(row["ms"][1:])
+    device = "-" if row["device_ms"] is None else f"{row['device_ms']:.3f}"
+    line = f"{name:26} {shape:16} {direction:9} {row['ms']:9.3f} {device:>9}"
+    if worker is not None:
+        for key, told in (("ms", "seconds"), ("device_ms", "device_seconds")):
+            row["against"][key] = 1000 * statistics.median(x[told] / x["calls"] for x in theirs[1:])
+        row["times_as_fast"] = row["against"]["ms"] / row["ms"]
+        line += f"   theirs {row['against']['ms']:9.3f} {row['against']['device_ms']:9.3f}   {row['times_as_fast']:.2f}"
+    print(line, flush=True)
+    return row
+
+
+def _clock_ms(call: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - begin) / _CALLS.value
+
+
+def _device_ms(call: Callable[[], None]) -> float | None:
+    """By the profile of a round: how long the GPU's kernels took, one call's; None where there is no GPU."""
+    import jax
+
+    call()
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            call()
+        (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+        nanoseconds = [
+            event.duration_ns
+            for plane in profile.planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    return sum(nanoseconds) / 1e6 / _CALLS.value if nanoseconds else None
+
+
+def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], None]:
+    """``_CALLS`` calls, waited for."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlinear import ops
+
+    operation, decay = OPERATIONS[name]
+    batch, length, heads, width = shape
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    draw = lambda *size: jax.random.normal(next(keys), size, jnp.bfloat16)  # noqa: E731
+    q, k, v, d_o = (draw(*shape) for _ in range(4))
+    k = k / jnp.linalg.norm(k.astype(jnp.float32), axis=-1, keepdims=True).astype(k.dtype)
+    beta = jax.nn.sigmoid(draw(*shape[:3]))
+    log_decay = jax.nn.log_sigmoid(draw(*(shape if decay == "channel" else shape[:3])).astype(jnp.float32)) / 16
+    if decay == "channel":
+        log_decay = log_decay.astype(jnp.bfloat16)
+    backend = "associative" if operation == "linear_recurrence" and _BACKEND.value == "chunked" else _BACKEND.value
+    run = functools.partial(getattr(ops, operation), backend=backend)
+    inputs: tuple[Any, ...] = {"linear_attention": (q, k, v), "delta_rule": (q, k, v, beta)}.get(operation, ())
+    if operation == "linear_recurrence":
+        flat = (batch, length, heads * width)
+        inputs, d_o = (jnp.exp(log_decay).reshape(flat), v.reshape(flat)), d_o.reshape(flat)
+    elif decay != "none":
+        inputs = *inputs, log_decay
+
+    def both(*inputs):
+        o, pullback = jax.vjp(lambda *x: run(*x)[0], *inputs)
+        return o, pullback(d_o.astype(o.dtype))
+
+    compiled = jax.jit(both if direction == "both" else lambda *x: run(*x)[0]).lower(*inputs).compile()
+
+    def call() -> None:
+        for _ in range(_CALLS.value):
+            found = compiled(*inputs)
+        jax.block_until_ready(found)
+
+    return call
+
+
+if __name__ == "__main__":
+    cli.run(main)

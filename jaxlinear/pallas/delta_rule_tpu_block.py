@@ -1,0 +1,161 @@
+"""One chunk of time of the delta rule for TPU, several heads at once."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxlinear.pallas import chunk_decays, delta_rule_chunk, factored_decays
+from jaxlinear.pallas.channel_decays import ByChannel
+from jaxlinear.pallas.delta_rule_plan import Plan
+from jaxlinear.pallas.linear_attention_chunk import Chunk, Documents
+
+
+class Shape(NamedTuple):
+    chunk: int  # tokens of a chunk
+    heads: int  # of a block
+
+
+class Block:
+    """Reads and writes the refs of one chunk of a block of heads."""
+
+    def __init__(self, plan: Plan, shape: Shape, refs: dict[str, Any]):
+        self.plan, self.refs, self.chunk, self.heads = plan, refs, shape.chunk, range(shape.heads)
+        step, steps = pl.program_id(2), pl.cdiv(plan.length, shape.chunk)
+        self.is_first = step == 0
+        left = plan.length - (steps - 1 - step if plan.reverse else step) * shape.chunk
+        self.left = None if plan.length % shape.chunk == 0 else left
+        self.last = jnp.minimum(left, shape.chunk) - 1
+
+    def run(self) -> None:
+        carried = self.refs["d_state" if self.plan.reverse else "final"]
+
+        @pl.when(self.is_first)
+        def _():
+            carried[...] = self.refs["state"][...]
+            if self.plan.kind == "summary":
+                self.refs["transition"][...] = self._identity()
+
+        if self.plan.decay == "channel" and factored_decays.takes(self.plan.narrow, self.plan.wide):
+            factored = factored_decays.within(self._by_channel())
+            pl.when(factored)(functools.partial(self._work, factored_decays.Factored))
+            pl.when(~factored)(self._work)
+        else:
+            self._work()
+
+    def _work(self, by_channel: type = ByChannel) -> None:
+        """``by_channel``: what has the decays of key channels, if these decay."""
+        carried = self.refs["d_state" if self.plan.reverse else "final"]
+        heads = self._heads(by_channel)
+        tokens = delta_rule_chunk.prepare(heads)
+        states = [carried[h] for h in self.heads]
+        if self.plan.kind == "forward":
+            if self.plan.keep:
+                self._store_states("before", states)
+            outputs, states = delta_rule_chunk.outputs(heads, tokens, states)
+            self._store("o", [self.plan.scale * x for x in outputs])
+        elif self.plan.kind == "summary":
+            states = delta_rule_chunk.advance(heads, tokens, states)
+            transitions = [self.refs["transition"][h] for h in self.heads]
+            without = [h._replace(v=None) for h in heads]
+            self._store_states("transition", delta_rule_chunk.advance(without, tokens, transitions))
+        elif self.plan.kind == "state_gradient":
+            states = delta_rule_chunk.state_gradients(heads, tokens, states)
+        else:
+            before = [self.refs["before"][h] for h in self.heads]
+            found = delta_rule_chunk.gradients(heads, tokens, before, states)
+            self._store_gradients(found)
+            states = [x.state for x in found]
+        for h in self.heads:
+            carried[h] = states[h]
+
+    def _heads(self, by_channel: type) -> list[delta_rule_chunk.Head]:
+        chunks = [Chunk(decay, self._documents(), self.last) for decay in self._decays(by_channel)]
+        beta = self._columns("beta")
+        names = [name for name in ("k", "q", "v", "d_o") if name in self.refs]
+        loaded = {name: self._load(name) for name in names}
+        if "d_o" in loaded:
+            loaded["d_o"] = [self.plan.scale * x.astype(self.plan.wide) for x in loaded["d_o"]]
+        return [
+            delta_rule_chunk.Head(
+                chunks[h], beta=beta[h], **{name: loaded[name][h].astype(self.plan.narrow) for name in names}
+            )
+            for h in self.heads
+        ]
+
+    def _decays(self, by_channel: type) -> Sequence[Any]:
+        if self.plan.decay == "none":
+            return [chunk_decays.NoDecay(self.chunk)] * len(self.heads)
+        if self.plan.decay == "channel":
+            return [by_channel(x) for x in self._by_channel()]
+        return chunk_decays.by_heads(self.refs["log_decay"][0], self.refs["log_decay"][1])
+
+    def _by_channel(self) -> list[jax.Array]:
+        """The log decays of the key channels of each head, ``[c, K]``."""
+        return [chunk_decays.finite(x.astype(self.plan.wide)) for x in self._load("log_decay")]
+
+    def _documents(self) -> Documents | None:
+        if "runs" not in self.refs:
+            return None
+        row = self.refs["runs"][...]
+        column = jnp.broadcast_to(row, (8, self.chunk)).T[:, :1]
+        last = row[:, -1:]
+        ends = (x.astype(self.plan.wide) for x in (column == 0, column == last, last == 0))
+        return Documents(column == row, *ends)
+
+    def _load(self, name: str) -> list[jax.Array]:
+        """By head ``[c, K or V]``, zero behind the last token."""
+        ref = self.refs[name]
+        width = ref.shape[-1] // len(self.heads)
+        loaded = [ref[:, h * width : (h + 1) * width] for h in self.heads]
+        if self.left is None:
+            return loaded
+        inside = lax.broadcasted_iota(jnp.int32, loaded[0].shape, 0) < self.left
+        wide = [x.astype(self.plan.wide) for x in loaded]
+        return [jnp.where(inside, x, jnp.zeros_like(x)).astype(ref.dtype) for x in wide]
+
+    def _columns(self, name: str) -> list[jax.Array]:
+        columns = self.refs[name][...].T
+        return [columns[:, h : h + 1] for h in self.heads]
+
+    def _store(self, name: str, values: list[jax.Array]) -> None:
+        ref, width = self.refs[name], values[0].shape[1]
+        for h, value in enumerate(values):
+            ref[:, h * width : (h + 1) * width] = value.astype(ref.dtype)
+
+    def _store_states(self, name: str, values: list[jax.Array]) -> None:
+        for h, value in enumerate(values):
+            self.refs[name][h] = value.astype(self.refs[name].dtype)
+
+    def _store_gradients(self, found: list[delta_rule_chunk.Gradients]) -> None:
+        self._store("d_q", [x.q for x in found])
+        self._store("d_k", [x.k for x in found])
+        self._store("d_v", [x.v for x in found])
+        self.refs["d_beta"][...] = self._side_by_side([x.beta for x in found]).T
+        if self.plan.decay == "channel":
+            self._store("d_log_decay", [chunk_decays.suffix_sums(x.sums) + x.total for x in found])
+        elif self.plan.decay == "scalar":
+            # What the gradient of a token is the sum of, from the chunk's last to it.
+            sums, total = (
+                self._side_by_side([jnp.sum(x, axis=1, keepdims=True) for x in every])
+                for every in ([x.sums for x in found], [x.total for x in found])
+            )
+            is_last = lax.broadcasted_iota(jnp.int32, sums.shape, 0) == self.chunk - 1
+            self.refs["d_log_decay"][...] = jnp.where(is_last, sums + total, sums).T
+
+    def _side_by_side(self, columns: list[jax.Array]) -> jax.Array:
+        """``[c or 1, n]`` of each head's ``[c or 1, 1]``."""
+        shape = (columns[0].shape[0], len(columns))
+        lane, found = lax.broadcasted_iota(jnp.int32, shape, 1), jnp.broadcast_to(columns[0], shape)
+        for h, column in enumerate(columns[1:], start=1):
+            found = jnp.where(lane == h, jnp.broadcast_to(column, shape), found)
+        return found
+
+    def _identity(self) -> jax.Array:
+        shape = self.refs["transition"].shape
+        row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
+        return (row == lane).astype(self.plan.wide)

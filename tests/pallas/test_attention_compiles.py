@@ -1,0 +1,69 @@
+"""Splash attention compiled for TPUs that are not here, forward and backward, as ``auto`` takes it."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from jaxlinear.ops import SAVED, backends, causal_attention, sliding_window_attention
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel import operations, sharding, targets
+
+# name: B, T, H, G, K, window, dtype, packed
+CASES = {
+    "griffin": (1, 8192, 8, 1, 128, 2048, "bfloat16", True),
+    "recurrent_gemma": (2, 4096, 4, 1, 256, 2048, "bfloat16", False),
+    "grouped_64": (2, 2048, 8, 4, 64, 512, "float32", True),
+    "longest": (1, 131_072, 2, 1, 64, 1024, "bfloat16", True),
+    "odd": (1, 1000, 3, 3, 48, 100, "bfloat16", True),
+    "all_tokens": (1, 4096, 4, 4, 128, None, "bfloat16", True),
+}
+TARGETS = {"v5e:1x1": list(CASES), "v5p:2x2x1": ["griffin"], "v6e:1x1": ["griffin", "recurrent_gemma"]}
+KERNELS = ["dkv", "dq", "fwd"]
+
+
+def kernels(text):
+    return sorted(re.findall(r"%\w*?splash\w*?_(fwd|dq|dkv)\w*[.\d]* = .*custom-call\(", text))
+
+
+def shape(batch, length, heads, width, dtype, device):
+    return jax.ShapeDtypeStruct((batch, length, heads, width), dtype, sharding=SingleDeviceSharding(device))
+
+
+@pytest.mark.parametrize("target, name", [(target, name) for target, cases in TARGETS.items() for name in cases])
+def test_tpu(target, name):
+    batch, length, heads, groups, width, window, dtype, packed = CASES[name]
+    device = targets.find(target).devices[0]
+    q, k = (shape(batch, length, n, width, dtype, device) for n in (heads, groups))
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=SingleDeviceSharding(device)) if packed else None
+    operation = causal_attention if window is None else functools.partial(sliding_window_attention, window=window)
+
+    def both(q, k, v, ids, d_o):
+        run = jax.checkpoint(operation, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
+        o, pullback = jax.vjp(lambda *x: run(*x, segment_ids=ids), q, k, v)
+        return o, pullback(d_o)
+
+    with backends.use_platform(device.platform, device.device_kind):
+        compiled = jax.jit(both).lower(q, k, k, ids, q).compile()
+    assert kernels(compiled.as_text()) == KERNELS  # the forward one once, its outputs being saved
+    assert " while(" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"sequence": 4, "tensor": 2}], ids=str)
+def test_over_a_mesh_of_tpus(sizes):
+    """Each device attends with its rows and heads, or with its part of time behind a window of those before."""
+    axes = dict.fromkeys(("data", "fsdp", "sequence", "tensor", "expert"), 1) | sizes
+    mesh = meshes.make_mesh(axes, targets.find("v5e:2x4").devices)
+
+    def objective(q, k, v):
+        return jnp.sum(operations.sliding_window_attention(q, k, v, window=100).astype(jnp.float32) ** 2)
+
+    x = jax.ShapeDtypeStruct((4, 1024, 4, 64), jnp.bfloat16)
+    with sharding.use_mesh(mesh):
+        place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch", "time", "heads", None), x.shape, mesh))
+        text = jax.jit(jax.grad(objective, (0, 1, 2)), in_shardings=place).lower(x, x, x).compile().as_text()
+    assert kernels(text) == KERNELS
+    assert "all-gather" not in text and "all-to-all" not in text

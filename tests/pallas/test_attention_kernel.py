@@ -1,0 +1,132 @@
+"""Splash attention, interpreted, against the oracles of the operations, on the inputs of their tests; and on meshes."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from jaxlinear import ops
+from jaxlinear.errors import UserError
+from jaxlinear.ops import attention, backends, causal_attention, sliding_window_attention
+from jaxlinear.pallas import attention as kernels
+from jaxlinear.pallas import blocks
+from jaxlinear.pallas.target import Target
+from jaxlinear.parallel import operations, sharding
+from tests import numerics
+from tests.ops import test_attention as full
+from tests.ops import test_sliding_window as windows
+from tests.shards import EIGHT, FOUR, IDS, TWO, T, make_mesh
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "attention_tpu", lambda length: 128)
+
+
+def check(operation, inputs, cotangents, outputs, gradients, dtype):
+    found, found_gradients = numerics.run(numerics.with_gradients(operation), inputs, cotangents, dtype=dtype)
+    numerics.assert_close(found, outputs, numerics.TOLERANCES[dtype])
+    numerics.assert_close(found_gradients, gradients, numerics.TOLERANCES[dtype])
+    assert found.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [*((name, "float32") for name in windows.CASES), ("grouped", "bfloat16"), ("more_keys_in_front", "bfloat16")],
+)
+def test_windows(name, dtype):
+    inputs, cotangents, ids, *expected = windows.case(name)
+    operation = functools.partial(
+        sliding_window_attention, window=windows.CASES[name][6], segment_ids=ids, backend="pallas"
+    )
+    check(operation, inputs, cotangents, *expected, dtype)
+
+
+@pytest.mark.parametrize("name", ["grouped", "keys_in_front", "whole", "long"])
+def test_all_tokens(name):
+    inputs, cotangents, ids, *expected = full.case(name)
+    operation = functools.partial(causal_attention, segment_ids=ids, backend="pallas")
+    check(operation, inputs, cotangents, *expected, "float32")
+
+
+def test_on_a_simulated_tpu(monkeypatch):
+    """With TPU memories and copies; memory that nothing wrote is NaN."""
+    target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
+    monkeypatch.setattr(backends, "target", lambda: target)
+    inputs, cotangents, ids, *expected = windows.case("long")
+    operation = functools.partial(sliding_window_attention, window=70, segment_ids=ids, backend="pallas")
+    check(operation, inputs, cotangents, *expected, "float32")
+
+
+def test_an_id_used_again_names_another_document():
+    """Equal keys, so that the output is the mean of the values seen."""
+    q = k = jnp.ones((1, 6, 1, 2))
+    v = jnp.arange(1.0, 7.0)[None, :, None, None]
+    o = sliding_window_attention(q, k, v, window=6, segment_ids=jnp.array([[1, 1, 2, 2, 1, 1]]), backend="pallas")
+    numerics.assert_close(o[0, :, 0, 0], np.array([1, 1.5, 3, 3.5, 5, 5.5]), 1e-6)
+
+
+@pytest.mark.parametrize("window, offset", [(1, 0), (5, 0), (16, 3), (17, 8), (40, 8)])
+def test_the_mask_of_blocks_is_that_of_pairs(window, offset):
+    found = kernels._Window((32, 40), window, offset)
+    expected = masks.LocalMask((32, 40), (window - 1, 0), offset)
+    for rows in range(0, 32, 8):
+        for columns in range(0, 40, 8):
+            index = slice(rows, rows + 8), slice(columns, columns + 8)
+            assert np.array_equal(np.broadcast_to(found[index], (8, 8)), expected[index])
+
+
+@pytest.mark.parametrize(
+    "operation, sizes, groups",
+    [
+        ("sliding_window_attention", {"data": 4, "tensor": 2}, 1),
+        ("sliding_window_attention", {"fsdp": 4, "tensor": 2}, 2),
+        ("sliding_window_attention", EIGHT, 2),
+        ("sliding_window_attention", FOUR, 1),
+        ("sliding_window_attention", TWO, 2),
+        ("causal_attention", {"data": 4, "tensor": 2}, 2),
+    ],
+    ids=str,
+)
+def test_on_a_mesh(operation, sizes, groups):
+    random = np.random.default_rng(0)
+    inputs = tuple(numerics.normal(random, 4, T, heads, 3) for heads in (4, groups, groups))
+    cotangents = numerics.normal(random, *inputs[0].shape)
+    options = {"window": 7} if operation.startswith("sliding") else {}
+    results = []
+    for module, backend, dtype in ((ops, "recurrent", "float64"), (operations, "pallas", "float32")):
+        run = functools.partial(getattr(module, operation), segment_ids=IDS, backend=backend, **options)
+        with sharding.use_mesh(make_mesh(sizes)):
+            results.append(numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype=dtype))
+    numerics.assert_close(results[1], numerics.wide(results[0]), 1e-5)
+
+
+def test_what_is_chosen():
+    q, k = jnp.ones((1, 256, 4, 64), jnp.bfloat16), jnp.ones((1, 256, 1, 64), jnp.bfloat16)
+    assert attention.choose("causal_attention", "auto", q, k, k) == "auto"  # on CPU
+    with backends.use_platform("tpu", "TPU v5 lite"):
+        assert attention.choose("causal_attention", "auto", q, k, k) == "pallas"
+        assert attention.choose("causal_attention", "auto", q[:, -1:], k, k) == "auto"  # one token: decoding
+        assert attention.choose("causal_attention", "auto", q, k, k, offset=jnp.int32(0)) == "auto"
+    with backends.use_platform("gpu", "NVIDIA H100"):
+        assert attention.choose("causal_attention", "auto", q, k, k) == "auto"
+        with pytest.raises(
+            UserError,
+            match="sliding_window_attention: there is no kernel of attention for GPU; backend='chunked' runs it",
+        ):
+            sliding_window_attention(q, k, k, window=5, backend="pallas")
+    with pytest.raises(UserError, match="takes float32 and bfloat16, not float16"):
+        causal_attention(*(x.astype(jnp.float16) for x in (q, k, k)), backend="pallas")
+
+
+def test_blocks_that_no_query_sees_are_not_visited():
+    """Of 32 x 32 blocks, a window of a block touches two a row."""
+    x = jax.ShapeDtypeStruct((1, 4096, 1, 64), jnp.bfloat16)
+    operation = functools.partial(sliding_window_attention, window=128, backend="pallas")
+    text = str(jax.make_jaxpr(operation)(x, x, x))
+    assert re.findall(r"grid=\((\d+), (\d+), (\d+)\)", text) == [("1", "32", "2")]
