@@ -22,7 +22,7 @@ Summary = Any  # (M, C)
 State = Any  # [B, ...]
 
 # The inputs of a group of chunks: what follows from them is then still in the cache when it is read.
-_CPU_GROUP_BYTES = 1 << 20
+_CPU_GROUP_BYTES = 1 << 21
 
 
 class Family(Protocol):
