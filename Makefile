@@ -1,13 +1,14 @@
 # make quickstart   a language model from nothing, in at most ten minutes on two cores
 # make sweep        isoFLOP ladders of four architectures and their scaling laws (about an hour on two cores, by estimate)
 # make test         the whole test suite
+# make test-published  training steps of published sizes compiled for a TPU pod and for GPUs (minutes)
 # make lint         ruff and mypy
 # Each makes its own environment in .venv; PYTHON names the interpreter it is made with (3.11 or newer).
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart sweep test lint clean
+.PHONY: quickstart sweep test test-published lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python launch/quickstart.py --workdir=runs/quickstart
@@ -21,6 +22,9 @@ sweep: .venv/installed-sweep
 
 test: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --durations=15 tests
+
+test-published: .venv/installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -71,8 +71,8 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """``flops`` and ``seconds`` are XLA's own estimates for one device, None where the compiler gives none (GPU). A loop's
-    body counts once in both."""
+    """``flops`` and ``seconds`` are XLA's own estimates for one device, None where the compiler gives none (GPU), or one
+    below 0 (TPU, of some programs with collectives in loops). A loop's body counts once in both."""
 
     memory: Memory
     collectives: tuple[Collective, ...]
@@ -92,7 +92,8 @@ def read(compiled: stages.Compiled, mesh: jax.sharding.Mesh) -> Program:
         stats.generated_code_size_in_bytes,
     )
     cost = compiled.cost_analysis() or {}
-    return Program(memory, collectives(text, dict(mesh.shape)), cost.get("flops"), cost.get("optimal_seconds"))
+    flops, seconds = (x if x is not None and x > 0 else None for x in (cost.get("flops"), cost.get("optimal_seconds")))
+    return Program(memory, collectives(text, dict(mesh.shape)), flops, seconds)
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:

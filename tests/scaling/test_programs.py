@@ -149,3 +149,11 @@ def test_a_program_that_is_compiled_here():
     assert program.memory.total == program.memory.arguments + program.memory.temporaries + program.memory.code
     assert program.flops is not None
     assert program.flops >= 2 * 16
+
+
+@pytest.mark.parametrize("given, kept", [(2.0, 2.0), (-54.97, None), (None, None)])
+def test_an_estimate_below_zero_is_none(monkeypatch, given, kept):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    compiled = jax.jit(jnp.sum).lower(jax.ShapeDtypeStruct((4,), jnp.float32)).compile()
+    monkeypatch.setattr(type(compiled), "cost_analysis", lambda _: {"flops": 3.0, "optimal_seconds": given})
+    assert programs.read(compiled, mesh).seconds == kept

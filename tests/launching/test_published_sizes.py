@@ -1,0 +1,51 @@
+"""Training steps at published sizes, compiled for a TPU pod and for eight GPUs: they fit, and their kernels are in them.
+
+Minutes of compilation: collected with ``--published_sizes`` alone (``make test-published``, a step of CI).
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxlinear.parallel import targets
+from jaxlinear.training import ahead
+
+_PATH = Path(__file__).parents[2] / "configs" / "griffin_100m.py"
+_SPEC = importlib.util.spec_from_file_location("griffin_100m", _PATH)
+griffin_100m = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(griffin_100m)
+
+# The beginnings of the names of kernels; what is left out has none on GPU.
+MODELS = {
+    "griffin_7b": {"scan_forward", "scan_gradient", "splash_fwd", "splash_dq", "splash_dkv"},
+    "gla_1b3": {"linear_attention_forward_channel_packed", "linear_attention_gradient_channel_packed"},
+    "gated_delta_net_1b3": {"delta_rule_forward_scalar_packed", "delta_rule_gradient_scalar_packed"},
+}
+TARGETS = {"v5p:4x4x4": {"data": 4, "fsdp": 16}, "h100:8": {"data": 1, "fsdp": 8}}
+
+
+def kernels(text):
+    """Names of the kernels, without what the compiler adds in front and behind."""
+    found = set(re.findall(r"(?:scan|linear_attention|delta_rule)_(?:forward|gradient)[a-z_]*[a-z]", text))
+    return found | {"splash_" + kind for kind in re.findall(r"splash\w*?_(fwd|dq|dkv)", text)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("preset", MODELS)
+def test_the_step_compiles_with_its_kernels_and_fits(preset, target):
+    config, devices = griffin_100m.get_config(), targets.find(target)
+    config.model.preset, config.model.vocab_size, config.model.remat = preset, 32_000, "full"
+    config.training.batch_size = len(devices.devices)
+    config.mesh.update(TARGETS[target])
+    made = ahead.trace(config, devices.devices)
+    compiled = made.compile()
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    used = (
+        stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    )
+    assert used < 0.75 * devices.memory_bytes
+    found = kernels(text)
+    wanted = {name for name in MODELS[preset] if not (target.startswith("h100") and name.startswith("splash"))}
+    assert {name for name in wanted if any(kernel.startswith(name) for kernel in found)} == wanted
