@@ -14,7 +14,8 @@ def product_flops_of(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 def product_flops(jaxpr: core.Jaxpr) -> int:
-    """FLOPs of all matrix products on all devices together (a multiply-add is 2); and what a kernel says of itself.
+    """FLOPs of all matrix products on all devices together (a multiply-add is 2). Of a kernel what it says of itself, or,
+    if it says nothing, as many as if none of its grid's steps were passed over.
 
     A scan's body counts as often as it runs, that of a ``while`` once, of branches the dearest.
     """
@@ -35,7 +36,9 @@ def _flops(equation) -> int:
         return 2 * product.size // groups * per_row
     if name == "pallas_call":
         estimate = params.get("cost_estimate")
-        return int(estimate.flops) if estimate else 0
+        if estimate:
+            return int(estimate.flops)
+        return math.prod(params["grid_mapping"].grid) * product_flops(params["jaxpr"])
     if name == "cond":
         return max(product_flops(branch.jaxpr) for branch in params["branches"])
     times = params["length"] if name == "scan" else 1

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops.delta_rule import DeltaRule
+from jaxlinear.pallas import blocks
 from jaxlinear.parallel import cost, devices, operations, sharding, traced
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel.cost import KeysAndValues, States
@@ -162,3 +164,17 @@ def test_products_of_loops_branches_and_shards_are_counted():
     assert traced.product_flops_of(branched, a, b) == 2 * one
     assert traced.product_flops_of(jax.checkpoint(jax.jit(lambda a, b: a @ b)), a, b) == one
     assert traced.product_flops_of(mapped, a, b) == one
+
+
+def test_products_of_a_kernel_that_says_nothing_of_itself():
+    """Splash attention of 4 x 4 blocks of 128, two of a row: queries by keys and weights by values, of one head of each
+    row; backward four for the gradients of keys and values, the logits again among them, and three for that of queries; and
+    the sums of outputs by their gradients."""
+    x = jax.ShapeDtypeStruct((2, 512, 1, 64), jnp.float32)
+    attend = functools.partial(ops.sliding_window_attention, window=128, backend="pallas")
+    one = 2 * 128 * 128 * 64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "attention_tpu", lambda length: 128)
+        assert traced.product_flops_of(attend, x, x, x) == 2 * 4 * 2 * 2 * one
+        both = lambda q, k, v: jax.vjp(attend, q, k, v)[1](q)  # noqa: E731
+        assert traced.product_flops_of(both, x, x, x) == 2 * 4 * 2 * (2 + 4 + 3) * one + 2 * 2 * 512 * 64
