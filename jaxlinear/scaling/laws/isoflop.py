@@ -101,5 +101,5 @@ def _parabola(flops: float, n: np.ndarray, z: np.ndarray) -> Parabola:
     if inside:
         best, at = float(np.exp(vertex)), constant + slope * vertex / 2
     else:
-        best, at = float(n[z.argmin()]), float(z.min())
+        best, at = float(n[np.argmin(z)]), float(z.min())
     return Parabola(float(flops), square, slope, constant, best, at, inside)
