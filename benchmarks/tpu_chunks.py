@@ -77,11 +77,7 @@ def _comparison() -> list[dict]:
     rows, backends = [], ("pallas", "chunked") if _CHUNKED.value else ("pallas",)
     for operation in _OPERATIONS.value:
         for decay in _DECAYS.value:
-            reports = {backend: _worker(operation, decay, backend) for backend in backends}
-            if decay == "channel" and _DTYPE.value == "bfloat16":
-                reports["pallas"]["kernels"] = _both_ways(
-                    reports["pallas"]["kernels"], _worker(operation, decay, "pallas", "--strong")["kernels"]
-                )
+            reports = {backend: _report(operation, decay, backend) for backend in backends}
             for row in reports["pallas"]["kernels"]:
                 print(
                     f"{row['name']:34} {row['cycles']:8.0f} {row['compute_us']:11.0f} {row['memory_us']:10.0f} "
@@ -93,6 +89,15 @@ def _comparison() -> list[dict]:
                 print(f"    bytes of both passes: {moved}")
             rows.append({"operation": operation, "decay": decay, **reports})
     return rows
+
+
+def _report(operation: str, decay: str, backend: str, *more: str) -> dict:
+    """The worker's; of kernels that go two ways a row for each."""
+    report = _worker(operation, decay, backend, *more)
+    if backend == "pallas" and decay == "channel" and _DTYPE.value == "bfloat16":
+        strong = _worker(operation, decay, backend, "--strong", *more)
+        report["kernels"] = _both_ways(report["kernels"], strong["kernels"])
+    return report
 
 
 def _both_ways(both: list[dict], strong: list[dict]) -> list[dict]:
@@ -115,8 +120,8 @@ def _tuning() -> list[dict]:
         for decay in _DECAYS.value:
             for size in sizes:
                 for lanes in (512, 1024, 2048) if delta_rule else (128, 256, 512):
-                    report = _worker(operation, decay, "pallas", f"--block={size},{lanes}")
-                    cycles = {row["kind"]: row["cycles"] for row in report["kernels"]}
+                    report = _report(operation, decay, "pallas", f"--block={size},{lanes}")
+                    cycles = {row["name"]: row["cycles"] for row in report["kernels"]}
                     rows.append({"operation": operation, "decay": decay, first: size, "lanes": lanes, **cycles})
                     print(f"{operation} {decay:8} {first} {size:4} lanes {lanes:5}: {cycles}", flush=True)
     return rows

@@ -36,16 +36,16 @@ def attention(
     padded = -(-(keys - length + queries) // block) * block
     dtype = functools.reduce(np.promote_types, (q.dtype, k.dtype, v.dtype))
     scaled = (q.astype(jnp.float32) * scale).astype(dtype)
-    q, k, v_ = (
+    q, k, values = (
         jnp.pad(x.astype(dtype), ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
         for x, size in ((scaled, queries), (k, padded), (v, padded))
     )
     ids = None
     if runs is not None:
         runs = jnp.pad(runs, ((0, 0), (0, padded - keys)), mode="edge")
-        ids = splash.SegmentIds(q=runs[:, keys - length :][:, :queries], kv=runs)
+        ids = splash.SegmentIds(q=runs[:, keys - length : keys - length + queries], kv=runs)
     kernel = _kernel(heads, queries, padded, min(window, keys), keys - length, block, target.interpret)
-    o = jax.vmap(kernel)(q, k, v_, ids)
+    o = jax.vmap(kernel)(q, k, values, ids)
     return o.swapaxes(1, 2)[:, :length].astype(v.dtype)
 
 
