@@ -2,13 +2,16 @@
 # make sweep        isoFLOP ladders of four architectures and their scaling laws (about an hour on two cores, by estimate)
 # make test         the whole test suite
 # make test-published  training steps of published sizes compiled for a TPU pod and for GPUs (minutes)
+# make test-meshes  every model on every mesh that spreads time over devices (a quarter of an hour)
+# make test-pages   reports opened in a headless browser; CHROMIUM names it
 # make lint         ruff and mypy
 # Each makes its own environment in .venv; PYTHON names the interpreter it is made with (3.11 or newer).
 
 PYTHON ?= python3
 BIN := .venv/bin
+CHROMIUM ?= chromium
 
-.PHONY: quickstart sweep test test-published lint clean
+.PHONY: quickstart sweep test test-published test-meshes test-pages lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python launch/quickstart.py --workdir=runs/quickstart
@@ -25,6 +28,13 @@ test: .venv/installed-test
 
 test-published: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py
+
+test-meshes: .venv/installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --every_mesh tests/models/test_over_sequence.py
+
+test-pages: .venv/installed-pages
+	@command -v "$(CHROMIUM)" >/dev/null || { echo "there is no $(CHROMIUM) here; name one: make test-pages CHROMIUM=/path/to/chromium" >&2; exit 2; }
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --chromium="$$(command -v $(CHROMIUM))" tests/evaluation/test_in_chromium.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -48,6 +58,10 @@ lint: .venv/installed-test
 .venv/installed-test: .venv/bin/python setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[test,parity,aot]'
 	touch .venv/installed .venv/installed-sweep $@
+
+.venv/installed-pages: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[test,pages]'
+	touch $@
 
 clean:
 	rm -rf .venv build *.egg-info

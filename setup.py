@@ -23,6 +23,7 @@ extras = {
     "tensorboard": ["tensorboard>=2.18,<3"],
     "eval": ["lm_eval>=0.4.13,<0.5"],  # the EleutherAI harness; it needs neither torch nor transformers
     "parity": ["torch>=2.6,<3", "transformers>=5,<6"],  # what imported weights are compared with, on the CPU
+    "pages": ["playwright>=1.50,<2"],  # drives a Chromium that is there, for make test-pages
 }
 extras["test"] = [
     "pytest>=8,<10",

@@ -22,10 +22,13 @@ _MANY_MAPS = 30_000  # Linux allows a process 65,530; compiled programs take a f
 def pytest_addoption(parser):
     parser.addoption("--every_mesh", action="store_true", help="Models on every mesh that spreads time, not on some.")
     parser.addoption("--published_sizes", action="store_true", help="Also training steps at published sizes: minutes.")
+    parser.addoption("--chromium", help="Also pages of HTML, in this Chromium.")
 
 
 def pytest_ignore_collect(collection_path, config):
-    if collection_path.name == "test_published_sizes.py" and not config.getoption("published_sizes"):
+    on_request = {"test_published_sizes.py": "published_sizes", "test_in_chromium.py": "chromium"}
+    option = on_request.get(collection_path.name)
+    if option is not None and not config.getoption(option):
         return True
 
 
