@@ -20,7 +20,7 @@ from flax import nnx
 import jaxlinear.models
 from jaxlinear.models.conversion import export_weights, import_weights
 from tests import numerics
-from tests.models import recurrentgemma_golden as golden
+from tests.models.conversion import recurrentgemma_golden as golden
 
 VOCABULARY, LENGTH = 61, 21
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))

@@ -3,7 +3,7 @@
 The package does not install beside ours (it asks for absl-py < 2), so its logits are kept in a file. To make it again:
 
     python3.11 -m venv RG && RG/bin/pip install -r benchmarks/recurrentgemma.txt
-    RG/bin/python tests/models/recurrentgemma_golden.py
+    RG/bin/python tests/models/conversion/recurrentgemma_golden.py
 
 It imports the package only then, and nothing of ours. With ``--check=DIR`` it takes a checkpoint of the same model that
 ``launch/convert.py --layout=flax`` wrote, and compares the logits that the package gives for it with the file's.

@@ -1,0 +1,29 @@
+"""Runs and what was exported of them."""
+
+import functools
+import shutil
+
+import pytest
+
+from jaxlinear.models.conversion import export_weights
+from tests.models.conversion.converted import MODELS, layout, run
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """``made(name)``: the run of that model and what was exported of it, made once; neither is to be changed."""
+
+    @functools.cache
+    def make(name):
+        folder = tmp_path_factory.mktemp(name)
+        run(folder / "run", **MODELS[name])
+        export_weights(folder / "run", folder / "exported", layout=layout(name))
+        return folder / "run", folder / "exported"
+
+    return make
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """``copied(name)``: a copy of what was exported."""
+    return lambda name: shutil.copytree(made(name)[1], tmp_path / "source")

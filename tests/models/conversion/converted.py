@@ -1,0 +1,130 @@
+"""What the tests of conversion share: models of a few numbers, their runs, and what is in files."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from jaxlinear import config as configs
+from jaxlinear.checkpoint import Checkpoints
+from jaxlinear.models.conversion import flax, hugging_face
+from jaxlinear.models.parameters import describe
+from jaxlinear.streaming import StreamedArray
+from jaxlinear.training import workdir as workdirs
+from tests import small
+
+REPOSITORY = pathlib.Path(__file__).parents[3]
+GRIFFIN = {
+    "pattern": ("rg_lru", "sliding_window"),
+    "num_layers": 5,  # two periods, and a layer more
+    "width": 16,
+    "recurrent_width": 24,
+    "num_heads": 2,
+    "window": 4,
+    "embedding_scale": True,
+    "logit_soft_cap": 5.0,
+}
+MODELS = {
+    "recurrent_gemma": GRIFFIN | {"key_value_heads": 2, "rotary_base": 5000.0},
+    "untied": GRIFFIN | {"num_layers": 3, "tied_embeddings": False, "convolution_width": 3},
+    "flax": GRIFFIN,
+    "flax_hawk": GRIFFIN | {"pattern": ("rg_lru",), "num_layers": 2, "embedding_scale": False, "logit_soft_cap": 0.0},
+    "flax_local": GRIFFIN | {"pattern": ("sliding_window",), "num_layers": 2, "recurrent_width": 16},
+    "llama": {
+        "pattern": ("attention",),
+        "num_layers": 3,
+        "width": 16,
+        "num_heads": 4,
+        "key_value_heads": 2,
+        "context": 32,
+        "mlp_expansion": 40 / 16,
+        "mlp_activation": "silu",
+        "bias": False,
+        "rotary_fraction": 1.0,
+        "norm_offset": 0.0,
+        "tied_embeddings": False,
+    },
+    "mamba2": {
+        "pattern": ("mamba2",),
+        "num_layers": 3,
+        "width": 16,
+        "recurrent_width": 32,
+        "num_heads": 1,
+        "key_width": 6,
+        "value_width": 8,
+        "channel_mixer": "none",
+        "norm_offset": 0.0,
+    },
+}
+
+
+def layout(name):
+    return "flax" if name.startswith("flax") else "huggingface"
+
+
+def run(workdir, **model):
+    """A run's directory, as training leaves it, with a checkpoint of step 7."""
+    config = configs.default()
+    config.model.update({"vocab_size": 31, "dtype": "float32"} | model)
+    config = configs.resolve(config)
+    workdirs.prepare(workdir, config)
+    values = small.parameters(describe(configs.model_config(config)).shapes)
+    checkpoints = Checkpoints(workdir, config)
+    checkpoints.save(7, {"parameters": jax.tree.map(lambda x: jax.numpy.asarray(x, np.float32), values)}, next_batch=7)
+    checkpoints.close()
+    return workdir
+
+
+def arrays(workdir):
+    streamed = Checkpoints(workdir).stream("parameters")
+    return {name: x.read(0, x.shape[0]) for name, x in streamed.items()}
+
+
+def tensors(directory):
+    read = flax.read_tensors if flax.is_one(directory) else hugging_face.read_tensors
+    return {name: x.read(0, x.shape[0]) for name, x in read(directory).items()}
+
+
+def assert_same_bits(actual, expected):
+    assert actual.keys() == expected.keys() and expected
+    for name, x in expected.items():
+        assert actual[name].shape == x.shape and actual[name].dtype == x.dtype == np.float32, name
+        np.testing.assert_array_equal(actual[name].view(np.uint32), x.view(np.uint32), err_msg=name)
+
+
+def rewrite(directory, change=None, fields=None):
+    """Writes the files again with the tensors that ``change`` makes of theirs, and with other ``fields``."""
+    values = tensors(directory)
+    values = values if change is None else change(values)
+    config = json.loads((directory / "config.json").read_text()) | (fields or {})
+    shutil.rmtree(directory)
+    hugging_face.write(directory, config, {name: streamed(x) for name, x in values.items()})
+
+
+def streamed(x):
+    return StreamedArray(x.shape, x.dtype, len(x), lambda begin, end: x[begin:end])
+
+
+def write_header(path, header, data=b""):
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def assert_nothing_in(folder, *but):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(but)
+
+
+def launch(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "launch/convert.py", f"--workdir={folder / 'run'}", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )

@@ -1,0 +1,162 @@
+"""Tensors, fields and models that do not fit are named before anything is written."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
+from jaxlinear.models.conversion import export_weights, import_weights
+from jaxlinear.training import workdir as workdirs
+from tests.models.conversion.converted import MODELS, assert_nothing_in, launch, rewrite
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing$"),
+        (
+            lambda x: [x.pop(name) for name in list(x) if ".q_proj." in name],
+            "0.self_attn.q_proj.weight is missing, and 2 m",
+        ),
+        (lambda x: x.update(score=np.zeros(3, np.float32)), "the tensor score is none of this model's$"),
+        (
+            lambda x: x.update({"model.norm.weight": np.zeros(3, np.float32)}),
+            r"the tensor model.norm.weight has the shape \[3\]; by the config it is \[16\]$",
+        ),
+        (
+            lambda x: x.update({"lm_head.weight": np.zeros((16, 31), np.float32)}),
+            r"the tensor lm_head.weight has the shape \[16, 31\]; by the config it is \[31, 16\]$",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
+    source = copied("llama")
+
+    def changed(values):
+        change(values)
+        return values
+
+    rewrite(source, changed)
+    with pytest.raises(UserError, match=rf"^{source}: .*{message}"):
+        import_weights(source, tmp_path / "run")
+    assert_nothing_in(tmp_path, "source")
+
+
+@pytest.mark.parametrize(
+    "name, fields, message",
+    [
+        ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2'; llama, mamba2, recurrent_gemma can be imported"),
+        ("llama", {"model_type": None}, "has no model_type"),
+        (
+            "llama",
+            {"quantization_config": {"bits": 4}},
+            "quantization_config is .* only weights that are not quantised",
+        ),
+        ("llama", {"head_dim": 8}, "head_dim is 8; only hidden_size / num_attention_heads = 4 can be imported"),
+        ("llama", {"hidden_size": 18}, "hidden_size is 18; its 4 heads do not divide it"),
+        ("llama", {"hidden_size": "wide"}, "hidden_size is 'wide'; it is a whole number from 1 on"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' can be imported"),
+        ("llama", {"attention_bias": True}, "attention_bias is True; only False can be imported"),
+        ("llama", {"mlp_bias": True}, "mlp_bias is True; only False can be imported"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'; only pos"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type is 'llama3'; only pos"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only positions of whole heads"),
+        ("llama", {"num_key_value_heads": 3}, "key_value_heads=3 does not divide model.num_heads=4"),
+        ("mamba2", {"n_groups": 8}, "n_groups is 8; only 1 can be imported"),
+        ("mamba2", {"use_bias": True}, "use_bias is True; only False can be imported"),
+        ("mamba2", {"use_conv_bias": False}, "use_conv_bias is False; only True can be imported"),
+        ("mamba2", {"hidden_act": "relu"}, "hidden_act is 'relu'; only 'silu' can be imported"),
+        ("mamba2", {"time_step_limit": [0.0, 1.0]}, "time_step_limit is .* without a limit can be imported"),
+        ("mamba2", {"head_dim": 4}, r"num_heads is 4; with head_dim 4 it does not give expand \* hidden_size = 32"),
+        ("recurrent_gemma", {"attention_bias": True}, "attention_bias is True; only False can be imported"),
+        ("recurrent_gemma", {"hidden_activation": "relu"}, "hidden_activation is 'relu'; only 'gelu_pytorch_tanh' can"),
+        (
+            "recurrent_gemma",
+            {"block_types": ["recurrent", "ssm"]},
+            "block_types is .*; only recurrent and attention can",
+        ),
+        ("recurrent_gemma", {"logits_soft_cap": 0.0}, "logits_soft_cap is 0.0; it must be above 0"),
+        ("recurrent_gemma", {"lru_width": 25}, "lru_width is 25; its 2 heads do not divide it"),
+        ("recurrent_gemma", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'; only positions that are"),
+    ],
+)
+def test_fields_that_no_model_here_can_have(made, tmp_path, name, fields, message):
+    source = shutil.copytree(made(name)[1], tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | fields
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        import_weights(source, tmp_path / "run")
+    assert_nothing_in(tmp_path, "source")
+
+
+def test_fields_of_other_releases_of_transformers(copied, tmp_path):
+    """What is left out has the default of the architecture; infinity has a spelling of its own."""
+    source = copied("mamba2")
+    fields = json.loads((source / "config.json").read_text())
+    for name in ("expand", "conv_kernel", "use_bias", "use_conv_bias", "hidden_act", "torch_dtype"):
+        del fields[name]
+    fields |= {"time_step_limit": [0.0, {"__float__": "Infinity"}], "dtype": "float32"}
+    (source / "config.json").write_text(json.dumps(fields))
+    import_weights(source, tmp_path / "run")
+    assert workdirs.read_config(tmp_path / "run").model.recurrent_width == 32
+
+
+@pytest.mark.parametrize(
+    "name, changes, options, message",
+    [
+        (
+            "recurrent_gemma",
+            {"embedding_scale": False},
+            {},
+            "embedding_scale is False; in recurrent_gemma it can only be",
+        ),
+        ("recurrent_gemma", {"logit_soft_cap": 0.0}, {}, "logit_soft_cap is 0; recurrent_gemma always has one"),
+        (
+            "recurrent_gemma",
+            {"recurrent_width": 25},
+            {},
+            "num_heads=2 does not divide model.recurrent_width=25; in recu",
+        ),
+        ("recurrent_gemma", {"bias": False}, {}, "model.bias is False; in recurrent_gemma it can only be True"),
+        (
+            "recurrent_gemma",
+            {"rotary_base": 10_000.0},
+            {"layout": "flax"},
+            "key_value_heads is 2; in a checkpoint of recurrentgemma it can onl",
+        ),
+        (
+            "untied",
+            {},
+            {"layout": "flax"},
+            "tied_embeddings is False; in a checkpoint of recurrentgemma it can only be",
+        ),
+        ("llama", {}, {"layout": "flax"}, "a checkpoint of recurrentgemma has no layers like attention"),
+        ("llama", {}, {"layout": "onnx"}, "there is no layout 'onnx'; there are huggingface and flax"),
+        ("llama", {"rotary_fraction": 0.5}, {}, "rotary_fraction is 0.5; in llama it can only be 1.0"),
+        ("llama", {"mlp_activation": "gelu"}, {}, "mlp_activation is 'gelu'; in llama it can only be 'silu'"),
+        (
+            "llama",
+            {"pattern": ("attention", "mamba2"), "recurrent_width": 64},
+            {},
+            "no model of llama, .* has the layers a",
+        ),
+        ("mamba2", {"channel_mixer": "gated_mlp"}, {}, "channel_mixer is 'gated_mlp'; in mamba2 it can only be 'none'"),
+        ("mamba2", {"recurrent_width": 40}, {}, "recurrent_width=40 is no multiple of model.width=16; in mamba2 it is"),
+    ],
+)
+def test_models_that_are_none_of_theirs(tmp_path, name, changes, options, message):
+    config = configs.default()
+    config.model.update({"vocab_size": 31} | MODELS[name] | changes)
+    workdirs.prepare(tmp_path / "run", configs.resolve(config))
+    with pytest.raises(UserError, match=message):
+        export_weights(tmp_path / "run", tmp_path / "target", **options)
+    assert_nothing_in(tmp_path, "run")
+
+
+def test_flags_that_do_not_go_together(tmp_path):
+    done = launch(tmp_path)
+    line = "convert.py: give --source to import into --workdir, or --target to export from it\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
