@@ -35,12 +35,11 @@ def pattern(name: str) -> tuple[str, ...]:
 
 
 def with_pattern(config: config_dict.ConfigDict, name: str) -> config_dict.ConfigDict:
-    """The config with that pattern as many times over as the config has layers."""
+    """The config with that pattern, to the depth that it has."""
     config = config.copy_and_resolve_references()
     if not config.data.task:
         raise UserError("data.task is not set: there is nothing to recall; configs/mqar.py sets it")
     config.model.pattern = pattern(name)
-    config.model.num_layers *= len(config.model.pattern)
     return config
 
 

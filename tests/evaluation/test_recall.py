@@ -19,15 +19,15 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 
 def test_patterns():
     config = configs.default()
-    config.data.task, config.model.num_layers = "mqar", 2
-    for name, pattern, layers in (
-        ("kda", ("kda",), 2),
-        ("griffin", ("rg_lru", "rg_lru", "sliding_window"), 6),
-        ("gla+attention", ("gla", "attention"), 4),
+    config.data.task, config.model.num_layers = "mqar", 3
+    for name, pattern in (
+        ("kda", ("kda",)),
+        ("griffin", ("rg_lru", "rg_lru", "sliding_window")),
+        ("gla+attention", ("gla", "attention")),
     ):
         made = recall.with_pattern(config, name)
-        assert (made.model.pattern, made.model.num_layers) == (pattern, layers)
-    assert config.model.num_layers == 2
+        assert (made.model.pattern, made.model.num_layers) == (pattern, 3)
+    assert config.model.pattern != ("kda",)
     with pytest.raises(UserError, match=r"data.task is not set: there is nothing to recall; configs/mqar.py sets it"):
         recall.with_pattern(configs.default(), "kda")
 

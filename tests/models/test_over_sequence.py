@@ -1,6 +1,7 @@
 """Language models with time spread over 8 devices, for every mixer and the hybrids' patterns: loss, logits, states and the
 gradients of every parameter and of the state before are those of one device, in float64. With ``--every_mesh`` each model
-runs on three meshes both from a state and without, which takes long; without it on those that ``MODELS`` names.
+runs on three meshes both from a state and without, which takes long (``make test-meshes``, a step of CI); without it from a
+state, on the mesh that ``MODELS`` names.
 
 In float32 they agree to 1e-5 of the largest entry. In bfloat16 the logits of gla, delta_net, mamba2, griffin, rg_lru and
 attention, as they are here, differ between 8 devices and one by at most 0.022 of the largest entry, and gradients by 0.054.
@@ -29,27 +30,26 @@ B, VOCABULARY = 4, 32
 # The document that each row's state is of: it goes on in the rows 0, 1 and 3, and is another one in row 2.
 BEFORE = np.broadcast_to(np.array([[0], [0], [5], [7]], np.int32), (B, T)).copy()
 
-# name: pattern, changes of the config, the mesh of the model without a state (None: it is not run). That with a state runs
-# on EIGHT.
+# name: pattern, changes of the config, the mesh of a run that does not take every one.
 MODELS = {
     "attention": (("attention",), {"key_value_heads": 2, "context": 2 * T}, TWO),
-    "attention_of_one_group": (("attention",), {"context": 2 * T}, None),
+    "attention_of_one_group": (("attention",), {"context": 2 * T}, EIGHT),
     "convolution": (("convolution",), {"convolution_width": 7}, FOUR),  # reaches over two shards of 4
     "delta_net": (("delta_net",), {}, TWO),
     "gated_delta_net": (("gated_delta_net",), {}, FOUR),
     "gateloop": (("gateloop",), {}, TWO),
-    "gla": (("gla",), {}, FOUR),
+    "gla": (("gla",), {}, EIGHT),
     "hgrn2": (("hgrn2",), {"key_width": 4}, TWO),
-    "kda": (("kda",), {"key_width": 4}, None),
+    "kda": (("kda",), {"key_width": 4}, EIGHT),
     "lightning": (("lightning",), {"recurrent_heads": 4}, TWO),
     "linear_attention": (("linear_attention",), {"recurrent_heads": 4}, FOUR),
-    "linear_attention_of_elu": (("linear_attention",), {"feature_map": "elu"}, None),
+    "linear_attention_of_elu": (("linear_attention",), {"feature_map": "elu"}, EIGHT),
     "lru": (("lru",), {}, TWO),
     "mamba2": (("mamba2",), {"key_width": 6, "value_width": 8}, FOUR),
     "retention": (("retention",), {}, TWO),
     "rg_lru": (("rg_lru",), {}, FOUR),
     "s5": (("s5",), {}, TWO),
-    "window_in_a_shard": (("sliding_window",), {"window": 3}, None),
+    "window_in_a_shard": (("sliding_window",), {"window": 3}, EIGHT),
     "window_over_shards": (("sliding_window",), {"window": 11, "key_value_heads": 2}, TWO),
     "window_over_all": (("sliding_window",), {"window": 50}, FOUR),
     "griffin": (("rg_lru", "rg_lru", "sliding_window"), {"channel_mixer": "gated_mlp", "num_layers": 4}, TWO),
@@ -136,21 +136,18 @@ def every_mesh(request) -> bool:
 @pytest.mark.parametrize("name", MODELS)
 def test_8_devices_give_what_one_gives(name, every_mesh):
     """From a state, of documents that go on and of one that does not; and without."""
-    alone, other = name not in HYBRIDS, MODELS[name][2]
-    if every_mesh:
-        from_state = without = [EIGHT, FOUR, TWO]
-    else:
-        from_state, without = [EIGHT] if alone else [], [other] if other else []
+    from_state = without = [EIGHT, FOUR, TWO]
+    if not every_mesh:
+        from_state, without = [MODELS[name][2]], []
     with jax.enable_x64(True):
         values, one = parameters(name, "float64"), step(name, "float64")
         empty = describe(config(name, dtype="float64")).bind(values).init_state(B)
         text = tokens(1)
-        if from_state:
-            (_, _, _, state), _ = one(values, tokens(0), BEFORE, empty)
-            assert state["segment"].tolist() == BEFORE[:, -1].tolist()
-            expected = one(values, text, IDS, state)
-            for mesh in from_state:
-                numerics.assert_close(step(name, "float64", make_mesh(mesh))(values, text, IDS, state), expected, 1e-12)
+        (_, _, _, state), _ = one(values, tokens(0), BEFORE, empty)
+        assert state["segment"].tolist() == BEFORE[:, -1].tolist()
+        expected = one(values, text, IDS, state)
+        for mesh in from_state:
+            numerics.assert_close(step(name, "float64", make_mesh(mesh))(values, text, IDS, state), expected, 1e-12)
         if without:
             expected, (gradients, _) = one(values, text, IDS, empty)
             for mesh in without:
