@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from jaxlinear import ops
+from jaxlinear.ops import backends
+from jaxlinear.pallas.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
 from tests.shards import make_mesh
@@ -24,7 +26,9 @@ IDS = np.stack([np.repeat([0, 1, 2], [3, 25, 4]), np.repeat([0, 1, 2], [8, 8, 16
     ],
     ids=str,
 )
-def test_the_kernel_on_a_mesh(small_blocks, sizes, kind, packed):
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_the_kernel_on_a_mesh(monkeypatch, small_blocks, platform, sizes, kind, packed):
+    monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
     random = np.random.default_rng(0)
     shape = (8,) if "constant" in kind else (B, T, 8)
     complex_ = "complex" in kind

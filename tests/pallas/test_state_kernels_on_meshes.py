@@ -1,5 +1,5 @@
-"""The kernels of linear attention and of the delta rule on a mesh, interpreted: each device runs them on its part, with
-time whole and with time spread."""
+"""The kernels of linear attention and of the delta rule on a mesh, those for TPU and those for GPU, interpreted: each device
+runs them on its part, with time whole and with time spread."""
 
 import functools
 
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from jaxlinear import ops
+from jaxlinear.ops import backends
 from jaxlinear.pallas import blocks
+from jaxlinear.pallas.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
 from tests.shards import EIGHT, FOUR, IDS, TWO, T, make_mesh
@@ -23,24 +25,33 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(16, 16, 1))
 
 
-@pytest.mark.parametrize(
-    "operation, sizes, decay, packed",
-    [
-        ("linear_attention", ROWS[0], "scalar", True),
-        ("linear_attention", ROWS[1], "constant", False),
-        ("linear_attention", EIGHT, "scalar", True),
-        ("linear_attention", FOUR, "channel", True),
-        ("linear_attention", TWO, "constant", True),
-        ("linear_attention", TWO, "none", False),
-        ("delta_rule", ROWS[0], "scalar", True),
-        ("delta_rule", ROWS[1], "none", False),
-        ("delta_rule", EIGHT, "scalar", True),
-        ("delta_rule", FOUR, "channel", True),
-        ("delta_rule", TWO, "none", True),
-    ],
-    ids=str,
-)
+CASES = [
+    ("linear_attention", ROWS[0], "scalar", True),
+    ("linear_attention", ROWS[1], "constant", False),
+    ("linear_attention", EIGHT, "scalar", True),
+    ("linear_attention", FOUR, "channel", True),
+    ("linear_attention", TWO, "constant", True),
+    ("linear_attention", TWO, "none", False),
+    ("delta_rule", ROWS[0], "scalar", True),
+    ("delta_rule", ROWS[1], "none", False),
+    ("delta_rule", EIGHT, "scalar", True),
+    ("delta_rule", FOUR, "channel", True),
+    ("delta_rule", TWO, "none", True),
+]
+
+
+@pytest.mark.parametrize("operation, sizes, decay, packed", CASES, ids=str)
 def test_the_kernel_on_a_mesh(small_blocks, operation, sizes, decay, packed):
+    check(operation, sizes, decay, packed)
+
+
+@pytest.mark.parametrize("operation, sizes, decay, packed", [CASES[i] for i in (3, 6, 8)], ids=str)
+def test_the_gpu_kernel_on_a_mesh(monkeypatch, operation, sizes, decay, packed):
+    monkeypatch.setattr(backends, "target", lambda: Target("gpu", "none", True))
+    check(operation, sizes, decay, packed)
+
+
+def check(operation, sizes, decay, packed):
     random = np.random.default_rng(0)
     q, k, v, state = (random.standard_normal(s) for s in ((B, T, H, K), (B, T, H, K), (B, T, H, V), (B, H, K, V)))
     k = k / np.linalg.norm(k, axis=-1, keepdims=True)
