@@ -20,7 +20,7 @@ sweep: .venv/installed-sweep
 	test -d runs/sweep/corpus || $(BIN)/python launch/prepare_data.py --source=python-stdlib --output=runs/sweep/corpus \
 	  --vocab_size=2048
 	$(BIN)/python launch/sweep.py --config=configs/sweeps/quickstart.py --workdir=runs/sweep \
-	  --config.data.path=runs/sweep/corpus
+	  --parallel=2 --config.data.path=runs/sweep/corpus
 	$(BIN)/python launch/scaling.py --workdir=runs/sweep --baseline=transformer
 
 test: .venv/installed-test

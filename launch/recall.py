@@ -1,8 +1,9 @@
 """Trains layers on a synthetic task, one after another, and prints what each recalls:
 
-python launch/recall.py --workdir=runs/recall --patterns=gated_delta_net,griffin,linear_attention
+python launch/recall.py --workdir=runs/recall
 
-The task, the size of the models and the training are those of configs/mqar.py; docs/evaluation.md has the table.
+The task, the size of the models and the training are those of configs/mqar.py, but for keys of the config that a pattern is
+given for itself, --patterns=gla,griffin:training.steps=4000; docs/evaluation.md has the table.
 """
 
 from absl import flags, logging
@@ -14,8 +15,12 @@ _CONFIG = config_flags.DEFINE_config_file("config", "configs/mqar.py", "What to 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs lie; those that are there go on.", required=True)
 _PATTERNS = flags.DEFINE_list(
     "patterns",
-    ["gated_delta_net", "griffin", "linear_attention"],
-    "griffin, hawk, a mixer, or several as rg_lru+sliding_window.",
+    [
+        "gated_delta_net",
+        "griffin:optimizer.muon_learning_rate=0.015:training.steps=4000",
+        "linear_attention",
+    ],
+    "griffin, hawk, a mixer, or several as rg_lru+sliding_window; each may have keys of the config of its own, as above.",
 )
 _EXAMPLES = flags.DEFINE_integer("examples", 1024, "Held-out examples that each is asked.")
 

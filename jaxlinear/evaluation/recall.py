@@ -3,17 +3,19 @@
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import config_dict
 
+from jaxlinear import config as configs
 from jaxlinear import evaluation
 from jaxlinear.errors import UserError
 from jaxlinear.training import loop
 from jaxlinear.training.workdir import read_config
 
 FAMILIES = {"griffin": ("rg_lru", "rg_lru", "sliding_window"), "hawk": ("rg_lru",)}
+_KINDS = {kind: kind for kind in (int, float, str)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,27 +36,48 @@ def pattern(name: str) -> tuple[str, ...]:
     return FAMILIES.get(name) or tuple(name.split("+"))
 
 
-def with_pattern(config: config_dict.ConfigDict, name: str) -> config_dict.ConfigDict:
-    """The config with that pattern, to the depth that it has."""
+def split(spec: str) -> tuple[str, dict[str, str]]:
+    """The pattern's name in ``NAME:section.key=VALUE:...`` and the keys of the config that are its own."""
+    name, *parts = spec.split(":")
+    changes = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"{spec!r}: {part!r} changes no key; write NAME:section.key=VALUE:section.key=VALUE")
+        changes[key] = value
+    configs.check_known(list(changes))
+    return name, changes
+
+
+def with_pattern(config: config_dict.ConfigDict, name: str, changes: Mapping[str, str]) -> config_dict.ConfigDict:
+    """The config with that pattern, to the depth that it has, and with the values of ``changes``, which are text."""
     config = config.copy_and_resolve_references()
+    config.model.pattern = pattern(name)
+    for key, text in changes.items():
+        section, field = key.split(".")
+        kind = type(config[section][field])
+        try:
+            config[section][field] = _KINDS[kind](text)
+        except (KeyError, ValueError):
+            raise UserError(f"{name}: {key}={text} is no {kind.__name__} that can be given here") from None
     if not config.data.task:
         raise UserError("data.task is not set: there is nothing to recall; configs/mqar.py sets it")
-    config.model.pattern = pattern(name)
     return config
 
 
-def train(config: config_dict.ConfigDict, workdir: str | os.PathLike, name: str, examples: int) -> Row | None:
-    """Trains the pattern in ``workdir/name``, or goes on there, and measures it on so many held-out examples of its task;
-    None if it was told to stop."""
-    config, directory = with_pattern(config, name), Path(workdir) / name
+def train(config: config_dict.ConfigDict, workdir: str | os.PathLike, spec: str, examples: int) -> Row | None:
+    """Trains the pattern of ``spec`` in ``workdir/name``, or goes on there, and measures it on so many held-out examples of
+    its task; None if it was told to stop."""
+    name, changes = split(spec)
+    config, directory = with_pattern(config, name, changes), Path(workdir) / name
     begin, cpu = time.perf_counter(), time.process_time()
     if loop.train(config, directory) != loop.FINISHED:
         return None
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     trained = read_config(directory)
-    spec = f"{trained.data.task.split(':')[0]}:length={trained.training.sequence_length}"
-    report = evaluation.evaluate(directory, tasks=[spec], examples=examples)
-    (found,) = report[spec]["difficulties"]
+    task = f"{trained.data.task.split(':')[0]}:length={trained.training.sequence_length}"
+    report = evaluation.evaluate(directory, tasks=[task], examples=examples)
+    (found,) = report[task]["difficulties"]
     return Row(name, report["parameters"], trained.training.steps, found["accuracy"], found["solved"], seconds, cpu)
 
 

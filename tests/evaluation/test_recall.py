@@ -25,11 +25,24 @@ def test_patterns():
         ("griffin", ("rg_lru", "rg_lru", "sliding_window")),
         ("gla+attention", ("gla", "attention")),
     ):
-        made = recall.with_pattern(config, name)
+        made = recall.with_pattern(config, name, {})
         assert (made.model.pattern, made.model.num_layers) == (pattern, 3)
     assert config.model.pattern != ("kda",)
     with pytest.raises(UserError, match=r"data.task is not set: there is nothing to recall; configs/mqar.py sets it"):
-        recall.with_pattern(configs.default(), "kda")
+        recall.with_pattern(configs.default(), "kda", {})
+
+
+def test_keys_of_one_pattern():
+    name, changes = recall.split("kda:optimizer.learning_rate=0.25:training.steps=7:data.task=mqar")
+    made = recall.with_pattern(configs.default(), name, changes)
+    assert (name, made.optimizer.learning_rate, made.training.steps, made.data.task) == ("kda", 0.25, 7, "mqar")
+    with pytest.raises(UserError, match=r"there is no config key 'training.step'; did you mean 'training.steps'\?"):
+        recall.split("kda:training.step=7")
+    with pytest.raises(UserError, match=r"'kda:steps': 'steps' changes no key; write NAME:section.key=VALUE"):
+        recall.split("kda:steps")
+    for key, value, kind in (("training.steps", "many", "int"), ("logging.tensorboard", "false", "bool")):
+        with pytest.raises(UserError, match=f"kda: {key}={value} is no {kind} that can be given here"):
+            recall.with_pattern(configs.default(), "kda", {key: value})
 
 
 def test_table():

@@ -1,5 +1,5 @@
-"""The kernels of linear attention and of the delta rule on a mesh, those for TPU and those for GPU, interpreted: each device
-runs them on its part, with time whole and with time spread."""
+"""The kernels of linear attention and of the delta rule on a mesh, those for TPU and those for GPU, interpreted: each
+device runs them on its part, with time whole and with time spread."""
 
 import functools
 
