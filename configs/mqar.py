@@ -2,9 +2,9 @@
 
     python launch/recall.py --workdir=runs/recall
 
-trains each of some patterns, three layers deep, and prints what it recalls; docs/evaluation.md has what was measured. Rows of
-fewer pairs are between those of 8: with 8 alone, Griffin does not begin to learn. Width 64, float32, Muon, rows of 64 tokens,
-32 a step.
+trains each of some patterns, three layers deep, and prints what it recalls; docs/evaluation.md has what was measured. Rows
+of fewer pairs are between those of 8: with 8 alone, Griffin does not begin to learn. Width 64, float32, Muon, rows of 64
+tokens, 32 a step.
 """
 
 from jaxlinear import config as configs
