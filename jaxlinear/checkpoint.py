@@ -219,7 +219,9 @@ def _preservation(config: config_dict.ConfigDict) -> policies.PreservationPolicy
 
 
 def _heldout_loss(metrics: Mapping[str, float]) -> float:
-    return metrics["heldout_loss"]
+    """One that is not finite is the worst: as it is, it would leave the others without an order."""
+    loss = metrics["heldout_loss"]
+    return loss if math.isfinite(loss) else math.inf
 
 
 class _Multiples(policies.PreservationPolicy):

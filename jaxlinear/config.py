@@ -8,6 +8,7 @@ refuses what cannot work; what it returns is what a run writes to its ``config.j
 import dataclasses
 import difflib
 import json
+import math
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
@@ -43,7 +44,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.recurrent_heads": (
         OrPreset(0),
         "Heads of linear attention and the delta rule, H; blocks of s5's states; groups of gateloop's norm; 0 means "
-        "num_heads.",
+        "num_heads, or D / K in hgrn2.",
     ),
     "model.key_width": (
         OrPreset(0),
@@ -276,6 +277,8 @@ def _check(config: config_dict.ConfigDict) -> None:
         section, name = key.split(".")
         if not config[section][name] >= 0:  # nor not a number
             raise UserError(f"{key} is {config[section][name]}; it must not be negative")
+        if math.isinf(config[section][name]):
+            raise UserError(f"{key} is {config[section][name]}; it must be finite")
     for key, choices in _CHOICES.items():
         section, name = key.split(".")
         if config[section][name] not in choices:
@@ -286,17 +289,20 @@ def _check(config: config_dict.ConfigDict) -> None:
         raise UserError("model.pattern is empty; it names at least one mixer")
     for name in model.pattern:
         mixers.find(name)
+    _check_read(model)
     if model.width % model.num_heads:
         raise UserError(f"model.num_heads={model.num_heads} does not divide model.width={model.width}")
     if model.num_heads % model.key_value_heads:
         raise UserError(
             f"model.key_value_heads={model.key_value_heads} does not divide model.num_heads={model.num_heads}"
         )
-    if not model.mlp_expansion * model.width >= 1:
-        raise UserError(f"model.mlp_expansion is {model.mlp_expansion}; it must be above 0")
+    if not 1 <= model.mlp_expansion * model.width < math.inf:
+        raise UserError(f"model.mlp_expansion is {model.mlp_expansion}; it must be above 0 and finite")
     _check_experts(model)
     if not 0 <= model.rotary_fraction <= 1:
         raise UserError(f"model.rotary_fraction is {model.rotary_fraction}; it lies between 0 and 1")
+    if not 0 < model.rotary_base < math.inf:
+        raise UserError(f"model.rotary_base is {model.rotary_base}; it must be above 0 and finite")
     if model.norm_offset not in (0.0, 1.0):
         raise UserError(f"model.norm_offset is {model.norm_offset}; it can be 0 or 1")
     if training.batch_size % training.microbatches:
@@ -326,6 +332,18 @@ def _check(config: config_dict.ConfigDict) -> None:
 def _names(texts: tuple[str, ...]) -> tuple[str, ...]:
     """The parts between commas: on the command line a tuple may come as one text."""
     return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
+
+
+def _check_read(model: config_dict.ConfigDict) -> None:
+    """What is set and no mixer of the pattern reads would do nothing. What the preset says may stand."""
+    preset = presets.find(model.preset) if model.preset else {}
+    for name, readers in mixers.READERS.items():
+        value, default_ = model[name], KEYS[f"model.{name}"][0].value
+        if value not in (default_, preset.get(name, default_)) and not set(readers) & set(model.pattern):
+            raise UserError(
+                f"model.{name}={value!r} does nothing for model.pattern={','.join(model.pattern)}: only "
+                f"{', '.join(readers)} {'reads' if len(readers) == 1 else 'read'} it; leave it at {default_!r}"
+            )
 
 
 def _check_experts(model: config_dict.ConfigDict) -> None:
@@ -373,7 +391,6 @@ _NOT_NEGATIVE = (
     "model.experts",
     "model.experts_per_token",
     "model.expert_width",
-    "model.rotary_base",
     "model.norm_epsilon",
     "model.logit_soft_cap",
     "training.z_loss",

@@ -41,8 +41,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"the temperature is {self.temperature}; it is a number from 0 (the likeliest token) on")
+        if self.temperature != 0 and not 1e-30 <= self.temperature < float("inf"):  # logits are divided by it
+            raise UserError(f"the temperature is {self.temperature}; it is 0 (the likeliest token), or from 1e-30 on")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; it is a number of tokens, or 0 for all")
         if not 0 < self.top_p <= 1:

@@ -83,6 +83,11 @@ def test_what_is_kept(tmp_path, options, kept, then):
     assert small_trees.save(tmp_path, (10,), **options).steps() == then
 
 
+def test_of_losses_that_are_no_numbers_none_is_the_best(tmp_path):
+    losses = {1: float("nan"), 2: 2.0, 3: float("nan"), 4: 3.0}
+    assert small_trees.save(tmp_path, range(1, 6), losses, keep_newest=1, keep_best=1).steps() == [2, 5]
+
+
 def test_a_step_that_is_not_there(tmp_path):
     checkpoints = small_trees.save(tmp_path, (1, 2))
     with pytest.raises(UserError, match=rf"{tmp_path}/checkpoints has no checkpoint of step 7; it has 1, 2$"):

@@ -7,7 +7,7 @@ import pytest
 
 from jaxlinear import config as configs
 from jaxlinear.errors import UserError
-from jaxlinear.models import presets
+from jaxlinear.models import mixers, presets
 from tests.golden import rewrite
 
 SMALL = {
@@ -73,7 +73,7 @@ AT_LEAST_1 = (
 )
 NOT_NEGATIVE = (
     *(f"model.{name}" for name in ("recurrent_heads", "key_width", "value_width", "experts", "experts_per_token")),
-    *("model.expert_width", "model.rotary_base", "model.norm_epsilon"),
+    *("model.expert_width", "model.norm_epsilon"),
     *("model.logit_soft_cap", "training.z_loss", "training.load_balance_loss", "training.router_z_loss"),
     "training.spike_multiple",
     *(f"optimizer.{name}" for name in ("learning_rate", "epsilon", "weight_decay", "clip_norm", "muon_learning_rate")),
@@ -97,6 +97,8 @@ def test_rates_and_weights_are_not_negative(key):
     if not whole:
         with pytest.raises(UserError, match=rf"^{key} is nan; "):
             configs.resolve(changed({key: math.nan}))
+        with pytest.raises(UserError, match=rf"^{key} is inf; it must be finite$"):
+            configs.resolve(changed({key: math.inf}))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,11 @@ def test_rates_and_weights_are_not_negative(key):
         ({"model.rotary_fraction": 1.5}, "model.rotary_fraction is 1.5; it lies between 0 and 1"),
         ({"model.norm_offset": 0.5}, "model.norm_offset is 0.5; it can be 0 or 1"),
         ({"model.rotary_fraction": -0.5}, "model.rotary_fraction is -0.5; it lies between 0 and 1"),
-        ({"model.mlp_expansion": 0.0}, "model.mlp_expansion is 0.0; it must be above 0"),
+        *(
+            ({f"model.{name}": value}, f"^model.{name} is {value}; it must be above 0 and finite$")
+            for name in ("mlp_expansion", "rotary_base")
+            for value in (0.0, -1.0, math.inf, math.nan)
+        ),
         *(
             ({"model.channel_mixer": "mixture_of_experts"} | changes, message)
             for changes, message in (
@@ -146,6 +152,39 @@ def test_rates_and_weights_are_not_negative(key):
 def test_what_cannot_work_is_refused_with_its_reason(changes, message):
     with pytest.raises(UserError, match=message):
         configs.resolve(changed(changes))
+
+
+OTHER = {"feature_map": "elu", "discretization": "bilinear"} | dict.fromkeys(
+    ("recurrent_heads", "key_width", "value_width"), 2
+)
+
+
+@pytest.mark.parametrize("name", mixers.READERS)
+def test_what_no_mixer_of_the_pattern_reads_is_refused(name):
+    default, readers, key = configs.KEYS[f"model.{name}"][0].value, mixers.READERS[name], f"model.{name}"
+    for mixer in mixers.MIXERS:
+        config = changed({"model.pattern": ("rg_lru", mixer), key: OTHER[name]})
+        if mixer in readers:
+            assert configs.resolve(config).model[name] == OTHER[name]
+            continue
+        with pytest.raises(UserError) as refusal:
+            configs.resolve(config)
+        assert str(refusal.value) == (
+            f"model.{name}={OTHER[name]!r} does nothing for model.pattern=rg_lru,{mixer}: only {', '.join(readers)} "
+            f"read{'s' * (len(readers) == 1)} it; leave it at {default!r}"
+        )
+        assert configs.resolve(changed({"model.pattern": (mixer,), key: default})).model[name] == default
+
+
+def test_what_a_preset_says_and_another_pattern_does_not_read_may_stand():
+    config = configs.default()
+    config.model.preset, config.model.pattern = "mamba2_130m", ("rg_lru",)
+    resolved = configs.resolve(config)
+    assert (resolved.model.key_width, resolved.model.value_width) == (128, 64)
+    assert flat(configs.resolve(configs.from_json(configs.to_json(resolved)))) == flat(resolved)
+    config.model.key_width = 64
+    with pytest.raises(UserError, match=r"^model.key_width=64 does nothing for model.pattern=rg_lru: only delta_net, "):
+        configs.resolve(config)
 
 
 def test_without_a_preset_the_shapes_have_to_be_named():

@@ -172,6 +172,7 @@ def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
     [
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"temperature": -0.1}, "the temperature is -0.1"),
+        ({"temperature": 1e-40}, "the temperature is 1e-40; it is 0 .the likeliest token., or from 1e-30 on"),
         ({"temperature": float("nan")}, "the temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),

@@ -55,7 +55,7 @@ class TrainBatches:
             raise UserError(f"a mixture needs datasets with weights above 0, not {weights}")
         self._tables = [ExampleTable(path, split, sequence_length) for path in weights]
         manifests = [table.manifest for table in self._tables]
-        _check_same_tokenizer(list(weights), manifests)
+        check_same_tokenizer(list(weights), manifests)
         # Examples behind the last whole one are left out.
         lengths = [table.whole_examples for table in self._tables]
         for path, table, length in zip(weights, self._tables, lengths, strict=True):
@@ -236,7 +236,8 @@ def check_rows(rows: tuple[int, int] | None, batch_size: int) -> tuple[int, int]
     return start, stop
 
 
-def _check_same_tokenizer(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+def check_same_tokenizer(paths: Sequence[str | os.PathLike], manifests: Sequence[Manifest]) -> None:
+    """Raises ``UserError`` for the first dataset whose tokens are not those of the first."""
     file = manifests[0].tokenizer.file  # bytes have none
     for path, manifest in zip(paths, manifests, strict=True):
         if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:

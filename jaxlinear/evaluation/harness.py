@@ -247,7 +247,8 @@ def _find(name: str) -> Path | None:
 
 
 def _with_data(file: Path, data: Path) -> str:
-    """A task file like ``file`` whose questions, and examples before them, are those of ``data``."""
+    """A task file like ``file`` whose questions, and examples before them, are those of ``data``: as one split of tests, of
+    which the harness leaves a question out of its own examples."""
     if data.suffix not in _BUILDERS:
         raise UserError(f"data={data}: its name has to end in {', '.join(_BUILDERS)}")
     if not data.is_file():
@@ -260,7 +261,7 @@ dataset_kwargs:
   data_files:
     validation: '{path}'
 training_split: null
-validation_split: validation
-test_split: null
+validation_split: null
+test_split: validation
 fewshot_split: validation
 """

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from jaxlinear import data
-from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import RunError, UserError
 from jaxlinear.evaluation.options import Options
 from jaxlinear.evaluation.run import Run
 from jaxlinear.parallel import feeding, sharding
 from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training import trained_data
 from jaxlinear.training.job import heldout_path
 from jaxlinear.training.step import make_loss_step
 
@@ -110,12 +110,7 @@ def _read_manifest(run: Run, path: Path) -> data.Manifest:
             f"{path} has a vocabulary of {manifest.vocab_size} tokens, the model in {run.workdir} only "
             f"{run.config.model.vocab_size}; prepare the dataset with --tokenizer=... of the run"
         )
-    known = (run.workdir / INFO_FILE).is_file()  # a converted run may have none
-    if known and data.load_tokenizer(run.workdir).sha256 != manifest.tokenizer.sha256:
-        raise UserError(
-            f"{path} was prepared with another tokenizer than the one that {run.workdir} was trained with; prepare it "
-            f"with the tokenizer in {run.workdir}"
-        )
+    trained_data.check_tokenizer(run.workdir, path, manifest)
     return manifest
 
 

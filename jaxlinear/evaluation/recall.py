@@ -11,6 +11,7 @@ from ml_collections import config_dict
 from jaxlinear import config as configs
 from jaxlinear import evaluation
 from jaxlinear.errors import UserError
+from jaxlinear.models import mixers
 from jaxlinear.training import loop
 from jaxlinear.training.workdir import read_config
 
@@ -50,9 +51,13 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def with_pattern(config: config_dict.ConfigDict, name: str, changes: Mapping[str, str]) -> config_dict.ConfigDict:
-    """The config with that pattern, to the depth that it has, and with the values of ``changes``, which are text."""
+    """The config with that pattern, to the depth that it has, and with the values of ``changes``, which are text. What the
+    config sets for other patterns' mixers alone is left out."""
     config = config.copy_and_resolve_references()
     config.model.pattern = pattern(name)
+    for key, readers in mixers.READERS.items():
+        if not set(readers) & set(config.model.pattern):
+            config.model[key] = None
     for key, text in changes.items():
         section, field = key.split(".")
         kind = type(config[section][field])

@@ -51,6 +51,7 @@ class Scorer:
             asked.sort(key=lambda item: len(pairs[item[1]][1]))
             for some in self._batches(asked, _rounded, lambda item: len(pairs[item[1]][1])):
                 self._score_some(scores, pairs, some, last, state)
+        _check_finite([score for score, _ in scores])
         return scores
 
     def _score_some(self, scores, pairs: Sequence[Pair], some: list[tuple[int, int]], last, state) -> None:
@@ -86,6 +87,7 @@ class Scorer:
                 nll, state = self._next(self._run.parameters, state, *self._place(tokens, targets, due))
                 for i, loss in zip(some, np.asarray(nll), strict=False):
                     losses[i] += float(loss)
+        _check_finite(losses)
         return [-loss for loss in losses]
 
     def _batches(self, items: Sequence[Any], padded, length=len) -> Iterator[list[Any]]:
@@ -140,7 +142,7 @@ def _continuations(model, last, state, rows, tokens, due):
     hidden = last[rows][:, None]
     if tokens.shape[1] > 1:
         past = {key: _take(state[key], rows, _batch_axis(model, key)) for key in state}
-        more, _, _ = model.hidden(tokens[:, :-1], None, past)
+        more, _, _ = model.hidden(tokens[:, :-1], _ids(due[:, :-1]), past)
         hidden = jnp.concatenate([hidden, more], axis=1)
 
     def one(column):  # the logits of one column of tokens at a time
@@ -155,9 +157,21 @@ def _continuations(model, last, state, rows, tokens, due):
 
 def _next_chunk(model, state, tokens, targets, due):
     """The losses ``[B]`` of a chunk of documents, and the state after it."""
-    hidden, state, _ = model.hidden(tokens, None, state)
+    hidden, state, _ = model.hidden(tokens, _ids(due), state)
     nll = operations.token_losses(hidden, model.output_embedding, targets, soft_cap=model.config.logit_soft_cap)
     return jnp.sum(jnp.where(due, nll, jnp.zeros((), nll.dtype)), axis=1), state
+
+
+def _ids(due):
+    """1, as in contexts, and 2 for the padding behind: a document of its own, which may reach beyond ``model.context``."""
+    return jnp.where(due, 1, 2).astype(jnp.int32)
+
+
+def _check_finite(scores: Sequence[float]) -> None:
+    """A score that is not a number would be the largest to what compares them."""
+    wrong = sum(not math.isfinite(score) for score in scores)
+    if wrong:
+        raise UserError(f"the scores of {wrong} of {len(scores)} texts are not finite: the model's own numbers are not")
 
 
 def _take(tree, rows, axis: int):

@@ -4,10 +4,12 @@ import dataclasses
 import time
 from typing import Any
 
+from jaxlinear import data
 from jaxlinear.data import tasks
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation.options import Options
 from jaxlinear.evaluation.run import Run
+from jaxlinear.training import trained_data
 from jaxlinear.training.answers import Answers
 from jaxlinear.training.job import task_setting
 
@@ -25,6 +27,10 @@ def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
         tasks.training_set(run.config.data.task, task_setting(run.config, "train")) if run.config.data.task else ()
     )
     difficulties = tasks.difficulties(spec, setting, trained)
+    for task in difficulties:
+        if task.READS_TEXT:
+            dataset = task.options()["dataset"]
+            trained_data.check_tokenizer(run.workdir, dataset, data.read_manifest(dataset))
     batch_tokens = options.batch_tokens or training.batch_size * training.sequence_length
     answers = run.program(
         ("answers", batch_tokens), lambda: Answers(run.config, run.architecture, run.mesh, batch_tokens)

@@ -14,11 +14,12 @@ from jaxlinear.launching.request import PREEMPTED, Request
 def run(request: Request, *, processes: int, requeue: bool = False) -> int:
     """Runs it to its end and returns the status: the largest of its processes'. SIGTERM and SIGINT are passed on to them.
 
-    GPUs are dealt out to the processes in equal parts. With ``requeue`` a run that was preempted is started again, unless
-    this program was told to end.
+    GPUs, those that ``CUDA_VISIBLE_DEVICES`` names if it is set, are dealt out to the processes in equal parts. With
+    ``requeue`` a run that was preempted is started again, unless this program was told to end.
     """
     if request.devices % processes:
         raise UserError(f"--processes={processes} does not divide {request.devices} devices")
+    environments = [_environment(request, i, processes) for i in range(processes)]
     told = False
     running: list[subprocess.Popen] = []
 
@@ -32,9 +33,8 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
     try:
         while True:
             joining = [f"--coordinator=127.0.0.1:{_free_port()}", f"--processes={processes}"] if processes > 1 else []
-            for i in range(processes):
+            for i, environment in enumerate(environments):
                 command = request.command(*joining, *([f"--process={i}"] if joining else []))
-                environment = _environment(request, i, processes)
                 running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment))
             # One that a signal ended has a negative number, and is as bad as any.
             statuses = [process.wait() for process in running]
@@ -51,8 +51,15 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
 def _environment(request: Request, process: int, processes: int) -> dict[str, str]:
     environment = dict(os.environ)
     if request.platform == "gpu" and processes > 1:
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        names = [str(i) for i in range(request.devices)] if visible is None else [x for x in visible.split(",") if x]
+        if len(names) < request.devices:
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={visible} names {len(names)} GPUs, --target={request.target} asks for "
+                f"{request.devices}; name as many, or ask for fewer"
+            )
         each = request.devices // processes
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(process * each + i) for i in range(each))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[process * each : (process + 1) * each])
     return environment
 
 

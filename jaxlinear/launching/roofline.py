@@ -11,7 +11,8 @@ from jaxlinear.scaling.hardware import PEAK_FLOPS
 from jaxlinear.scaling.programs import Collective
 
 ASSUMPTIONS = (
-    "every product at the matrix unit's peak; recurrences and elementwise work free",
+    "every product at the matrix unit's peak, those of float32 at their default precision: one pass of bfloat16 on TPU, "
+    "TF32 on GPU, half as fast; recurrences and elementwise work free",
     "of memory only the state, read and written once, and activations kept for the backward pass, written and read",
     "collectives one after the other, each at its link's full rate",
     "the least time hides the two smaller of the three behind the largest, the most hides nothing",
@@ -25,7 +26,7 @@ class Times:
     products: float
     memory: float
     exchanges: float
-    peak_flops: float  # of one device, FLOP/s
+    peak_flops: float  # of one device in bfloat16, FLOP/s: the denominator of MFU, whatever the dtype
 
     @property
     def least(self) -> float:
@@ -56,9 +57,11 @@ def times(
     device = device_of(kind)
     if kind not in PEAK_FLOPS:
         raise UserError(f"the peak of {kind} is not known (jaxlinear/scaling/hardware.py)")
-    peak = PEAK_FLOPS[kind] if dtype == "bfloat16" else device.flops
+    peak = PEAK_FLOPS[kind]
+    # Above what products that ask for more precision can reach, so that the least time is one.
+    rate = peak / 2 if dtype == "float32" and not kind.startswith("TPU") else peak
     exchanges = sum((c.runs or 1) * seconds(c, link_of(device, _span(c.axes, mesh))) for c in collectives)
-    return Times(flops / peak, bytes_ / device.memory_bandwidth, exchanges, peak)
+    return Times(flops / rate, bytes_ / device.memory_bandwidth, exchanges, peak)
 
 
 def seconds(collective: Collective, link: Link) -> float:

@@ -1,5 +1,6 @@
 """A run as a SLURM batch job: it requeues itself when it is preempted or its time is up, and goes on."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 from jaxlinear.errors import UserError
@@ -43,7 +44,7 @@ def render(
         "output": log,
         **(options or {}),
     }
-    lines = ["#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in settings.items()), "#SBATCH --requeue", ""]
+    lines = ["#!/bin/bash", *(_option(name, value) for name, value in settings.items()), "#SBATCH --requeue", ""]
     lines += [
         f"# Before the time is up every process gets SIGTERM, saves itself and ends with status {PREEMPTED}; the job goes",
         "# back into the queue; after a preemption SLURM puts it there. The same command goes on from what was saved.",
@@ -57,3 +58,10 @@ def render(
         "",
     ]
     return "\n".join(lines)
+
+
+def _option(name: str, value: str) -> str:
+    """A line of ``sbatch``, which ends a value at a blank or # unless it is quoted."""
+    if re.search(r'["\r\n]', value):
+        raise UserError(f"#SBATCH --{name}: {value!r} has a line break or a double quote; sbatch takes it without")
+    return f'#SBATCH --{name}="{value}"' if re.search(r"[\s#']", value) else f"#SBATCH --{name}={value}"

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 
 from jaxlinear import ops
+from jaxlinear.errors import UserError
 from jaxlinear.models import mixers
 from jaxlinear.models.across_layers import across_layers
 from jaxlinear.models.blocks import Losses, Period, add
@@ -129,6 +130,8 @@ class LanguageModel(nnx.Module):
         """``[B, T, D]`` after the last norm, which ``output_embedding`` turns into logits, the state, and what the
         layers add to the objective, averaged over them."""
         config = self.config
+        if not tokens.shape[1]:
+            raise UserError(f"tokens of shape {tokens.shape} have no time step; the model takes at least 1")
         if tokens.shape[1] > 1:
             mixers.check_over_sequence(config.pattern, sharding.parts("time"))
         if state is not None and segment_ids is not None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,10 +13,9 @@ from ml_collections import config_dict
 from jaxlinear import config as configs
 from jaxlinear import data
 from jaxlinear.data import tasks
-from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import UserError
 from jaxlinear.models import mixers, parameters
-from jaxlinear.parallel import feeding, sharding, start
+from jaxlinear.parallel import feeding, sharding
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training.optimizer import make_optimizer
 
@@ -41,11 +40,20 @@ class Job:
         config = _with_vocabulary(config, batches.vocab_size)
         architecture = parameters.describe(configs.model_config(config))
         job = cls(config, architecture, mesh, make_optimizer(config, architecture), batches)
+        if config.data.heldout_path:
+            job._check_same_tokenizer(config.data.heldout_path)
         if config.evaluation.every_steps:
-            if not config.data.task:
+            if job.trained_tasks:
+                _ = job.heldout_tasks  # whether their text is long enough
+            else:
                 job.heldout_batches()
             job.evaluation_tasks()
         return job
+
+    @property
+    def datasets(self) -> dict[str, float]:
+        """Weights by directory; none where the data are made."""
+        return mixture(self.config.data.path) if self.config.data.path else {}
 
     @property
     def heldout_path(self) -> str:
@@ -56,15 +64,30 @@ class Job:
         """The difficulties of the synthetic task that the run is trained on, if it is."""
         return self.batches.tasks if isinstance(self.batches, tasks.TaskBatches) else ()
 
+    @property
+    def heldout_tasks(self) -> list[tasks.Task]:
+        """``trained_tasks`` as the run is judged by them: the text is held out."""
+        return [_held_out(task, self.datasets, self.heldout_path) for task in self.trained_tasks]
+
     def evaluation_tasks(self) -> list[tasks.Task]:
         """The difficulties of ``evaluation.tasks``."""
         setting = task_setting(self.config, "heldout")
         specs = self.config.evaluation.tasks
-        return [task for spec in specs for task in tasks.difficulties(spec, setting, self.trained_tasks)]
+        found = [task for spec in specs for task in tasks.difficulties(spec, setting, self.trained_tasks)]
+        for task in found:
+            if task.READS_TEXT:
+                self._check_same_tokenizer(task.options()["dataset"])
+        return found
+
+    def _check_same_tokenizer(self, path: str) -> None:
+        """That of the training data. Numbers in other tokens would mean nothing."""
+        if self.datasets:
+            paths = [next(iter(self.datasets)), path]
+            data.check_same_tokenizer(paths, [data.read_manifest(one) for one in paths])
 
     def data_text(self) -> str:
         """What the data are, for processes to compare."""
-        paths = [] if not self.config.data.path else [*mixture(self.config.data.path), self.heldout_path]
+        paths = [*self.datasets, self.heldout_path] if self.datasets else []
         return repr((self.trained_tasks, [data.read_manifest(path) for path in paths]))
 
     def heldout_batches(self) -> Iterator[dict[str, np.ndarray]]:
@@ -78,19 +101,13 @@ class Job:
             limit=self.config.evaluation.batches or None,
         )
 
-    def check_tokenizer(self, workdir: Path) -> None:
-        """Raises ``UserError`` if the run in ``workdir`` was begun on data of another tokeniser; keeps a copy there if
-        it is new, so that text can be read and written without the dataset."""
-        if not self.config.data.path:
-            return
-        tokenizer = data.load_tokenizer(next(iter(mixture(self.config.data.path))))
-        if (workdir / INFO_FILE).exists():
-            if data.load_tokenizer(workdir).sha256 != tokenizer.sha256:
-                raise UserError(
-                    f"{workdir} holds a run on data of another tokeniser than that of {self.config.data.path}"
-                )
-        elif start.is_first():
-            tokenizer.save(workdir)
+
+def _held_out(task: tasks.Task, datasets: dict[str, float], heldout: str) -> tasks.Task:
+    if not task.READS_TEXT:
+        return task
+    dataset = task.options()["dataset"]
+    changes: dict[str, Any] = {"split": "heldout", "dataset": heldout if dataset in datasets else dataset}
+    return dataclasses.replace(task, **changes)
 
 
 def heldout_path(config: config_dict.ConfigDict) -> str:
@@ -103,6 +120,8 @@ def mixture(path: str) -> dict[str, float]:
     weights = {}
     for part in path.split(","):
         name, _, weight = part.partition("=")
+        if name.strip() in weights:
+            raise UserError(f"data.path names {name.strip()} twice; give it one weight")
         try:
             weights[name.strip()] = float(weight) if weight else 1.0
         except ValueError:

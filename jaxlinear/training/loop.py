@@ -20,6 +20,7 @@ from jaxlinear.errors import RunError
 from jaxlinear.parallel import feeding, start
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import state as states
+from jaxlinear.training import trained_data
 from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.answers import Answers
 from jaxlinear.training.job import Job
@@ -42,8 +43,10 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
     start.check_agreement("the work directory", str(workdir))
     with start.together():
         job = Job.build(config)
+        workdirs.check(workdir, job.config)
+        trained_data.check(workdir, job.datasets)
         directory = workdirs.prepare(workdir, job.config)
-        job.check_tokenizer(directory)
+        trained_data.keep(directory, job.datasets)
     start.check_agreement("the data", job.data_text())
     stop = _Stop()
     checkpoints = Checkpoints(directory, job.config)
@@ -156,7 +159,7 @@ class _Evaluation:
     def __call__(self, parameters: dict[str, Any]) -> dict[str, float]:
         """``heldout_loss`` in nats a token, or an answer of the task that the run is trained on, and beside it bits a byte
         of text, or accuracies; then the accuracy of each difficulty of ``evaluation.tasks``."""
-        config, trained = self._job.config, self._job.trained_tasks
+        config, trained = self._job.config, self._job.heldout_tasks
         if not trained:
             values = self._heldout(parameters)
         else:

@@ -27,7 +27,7 @@ _MAY_CHANGE = {
     "checkpoint",
     "evaluation",
     "logging",
-    "data.path",  # the dataset may have moved; that it is the same one is checked by its contents
+    "data.path",  # the dataset may have moved; that it is the same one is checked by its manifest (trained_data)
     "data.heldout_path",
     "training.steps",
     "training.max_skips",
@@ -46,8 +46,8 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
-    """Makes the directory, or checks that the run in it is the one that ``config`` describes; writes the config."""
+def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
+    """Raises ``UserError`` unless there is no run in the directory, or the one that ``config`` describes."""
     directory = Path(workdir)
     if (directory / DIRECTORY / "0").exists():  # a run saves from step 1 on
         raise UserError(
@@ -56,6 +56,12 @@ def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
         )
     if (directory / CONFIG).exists():
         check_same_run(directory, read_config(directory), config)
+
+
+def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
+    """Makes the directory and writes the config, once all is checked."""
+    check(workdir, config)
+    directory = Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)
     if start.is_first():
         temporary = directory / (CONFIG + ".tmp")

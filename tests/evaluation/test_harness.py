@@ -132,6 +132,24 @@ def test_examples_before_a_question(run, files):
     assert evaluation.evaluate_run(run, [spec], Options())[spec]["tasks"]["words"]["samples"] == 2
 
 
+def test_no_question_is_among_its_own_examples(run, files):
+    manager, tasks = harness._load(str(files[0]), str(files[1]))
+    asked = []
+
+    class Asked(harness.HarnessModel):
+        def loglikelihood(self, requests, **options):
+            asked.extend(request.args[0] for request in requests)
+            return [(0.0, False)] * len(requests)
+
+    harness.lm_eval.simple_evaluate(
+        Asked(run, 512), tasks=tasks, task_manager=manager, num_fewshot=5, bootstrap_iters=0, log_samples=False
+    )
+    assert len(asked) == 3 * 12
+    for context in asked:
+        *examples, question = context.split("\n\n")
+        assert len(examples) == 5 and not any(example.startswith(question) for example in examples), context
+
+
 def test_tasks_that_come_with_the_harness_are_found():
     """Without reading all of them, and with their questions from a local file."""
     assert harness._find("piqa").name == "piqa.yaml"

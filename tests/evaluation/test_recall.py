@@ -19,7 +19,7 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 
 def test_patterns():
     config = configs.default()
-    config.data.task, config.model.num_layers = "mqar", 3
+    config.data.task, config.model.num_layers, config.model.recurrent_heads = "mqar", 3, 2
     for name, pattern in (
         ("kda", ("kda",)),
         ("griffin", ("rg_lru", "rg_lru", "sliding_window")),
@@ -27,6 +27,7 @@ def test_patterns():
     ):
         made = recall.with_pattern(config, name, {})
         assert (made.model.pattern, made.model.num_layers) == (pattern, 3)
+        assert made.model.recurrent_heads == (None if name == "griffin" else 2), "which griffin does not read"
     assert config.model.pattern != ("kda",)
     with pytest.raises(UserError, match=r"data.task is not set: there is nothing to recall; configs/mqar.py sets it"):
         recall.with_pattern(configs.default(), "kda", {})

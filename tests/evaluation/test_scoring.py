@@ -1,14 +1,20 @@
 """evaluation/scoring.py: each score is that of the continuation by itself, from all logits of a row without padding."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
+from jaxlinear import config as configs
 from jaxlinear import evaluation
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import scoring
 from jaxlinear.evaluation.scoring import Scorer
 from jaxlinear.models import load
+from jaxlinear.models.parameters import describe
+from jaxlinear.parallel import mesh as meshes
+from tests.training import tiny
 
 SHARED = tuple(range(40, 63))
 
@@ -90,6 +96,40 @@ def test_lengths_that_are_compiled():
         96,
     ]
     assert [scoring._rounded(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13)] == [1, 2, 3, 4, 6, 6, 8, 12, 16]
+
+
+@pytest.mark.parametrize("pattern", [("attention", "attention"), ("gla", "attention", "gla")], ids="+".join)
+def test_padding_beyond_what_attention_remembers(pattern):
+    """It fits, and what it is padded with does not."""
+    random = np.random.default_rng(0)
+    context, document = (tuple(random.integers(0, tiny.VOCABULARY, n).tolist()) for n in (22, 30))
+    pairs = [(context, document[:9]), (context, document[:8]), (context[:5], document[:27])]
+
+    def scorer(remembered):
+        config = tiny.config(model__pattern=pattern, model__num_layers=len(pattern), model__context=remembered)
+        architecture = describe(configs.model_config(config))
+        run = types.SimpleNamespace(
+            mesh=meshes.make_mesh(dict.fromkeys(meshes.AXES, 1), jax.devices()[:1]),
+            architecture=architecture,
+            parameters=architecture.initialise(jax.random.key(0)),
+            config=config,
+            program=lambda name, make: make(),
+        )
+        return Scorer(run, 4096)
+
+    short, long = scorer(32), scorer(64)
+    np.testing.assert_allclose([x for x, _ in short.score(pairs)], [x for x, _ in long.score(pairs)], rtol=1e-5)
+    np.testing.assert_allclose(short.whole([document]), long.whole([document]), rtol=1e-5)
+
+
+def test_a_score_that_is_no_number(run, monkeypatch):
+    scorer = Scorer(run, 128)
+    run_continuations = scorer._continuations
+    monkeypatch.setattr(
+        scorer, "_continuations", lambda *given: (run_continuations(*given)[0] * np.nan, given[-1][:, 0])
+    )
+    with pytest.raises(UserError, match=r"the scores of 2 of 2 texts are not finite: the model's own numbers are not"):
+        scorer.score([(SHARED, (1, 2)), (SHARED, (2, 3))])
 
 
 def test_refusals(tiny_run, run, monkeypatch):

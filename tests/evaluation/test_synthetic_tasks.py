@@ -3,6 +3,7 @@ tests/training/test_task_training.py."""
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -55,6 +56,16 @@ def test_another_dataset_for_the_text(task_run, tiny_dataset):
         evaluation.evaluate_run(task_run, ["passkey"], Options())
     with pytest.raises(UserError, match=r"passkey: length=32 is less than the 10\d tokens without any text"):
         evaluation.evaluate_run(task_run, ["passkey"], Options(data=str(tiny_dataset)))
+
+
+def test_text_of_another_tokenizer_is_refused(run, tiny_dataset, tmp_path):
+    shutil.copytree(tiny_dataset, tmp_path / "data")
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+    for spec, data in (("passkey:length=128", tmp_path / "data"), (f"passkey:length=128:dataset={tmp_path}/data", "")):
+        with pytest.raises(UserError, match="was prepared with another tokenizer than the one that"):
+            evaluation.evaluate_run(run, [spec], Options(data=str(data)))
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,17 @@ def test_a_link_that_is_crossed_by_each_kind():
     assert seconds("all-gather", 1000_000, devices=1) == 0
 
 
+@pytest.mark.parametrize(
+    "kind, peak, slower", [("TPU v5e", 197e12, 1), ("TPU v5 lite", 197e12, 1), ("NVIDIA H100 80GB HBM3", 989e12, 2)]
+)
+def test_float32_products_at_their_default_precision(kind, peak, slower):
+    """TPUs round the factors to bfloat16; GPUs multiply in TF32, half as fast."""
+    for dtype, factor in (("bfloat16", 1), ("float32", slower)):
+        found = roofline.times(kind, dtype, {"data": 1}, 1e15, 0.0, [])
+        assert found.products == pytest.approx(factor * 1e15 / peak)
+        assert found.peak_flops == peak and found.least == found.products
+
+
 def test_it_is_the_step_that_trains(tiny_config, tmp_path, monkeypatch):
     """The very program: the text that ``train`` lowers."""
     texts = []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxlinear.errors import UserError
 from jaxlinear.models.language_model import REMAT_POLICIES
 from jaxlinear.models.parameters import describe
 from tests import numerics, oracles, small
@@ -133,6 +134,16 @@ def test_the_scan_is_the_blocks_one_by_one(num_layers):
     found, state, _ = numerics.jit(bound.hidden)(jnp.asarray(TOKENS), jnp.asarray(IDS))
     numerics.assert_close(found, one_by_one(), 1e-5)
     assert ("periods" in state, "rest" in state) == (num_layers >= 3, num_layers % 3 > 0)
+
+
+def test_no_tokens_are_refused():
+    bound = small.bound({"num_layers": 3})[-1]
+    tokens = jnp.asarray(TOKENS)[:, :0]
+    for state in (None, bound.init_state(3)):
+        with pytest.raises(
+            UserError, match=r"^tokens of shape \(3, 0\) have no time step; the model takes at least 1$"
+        ):
+            bound(tokens, state=state)
 
 
 def loss(architecture, parameters):

@@ -64,6 +64,15 @@ def mixer(name):
     return run, nnx.merge(graph, parameters).init_state
 
 
+@pytest.mark.parametrize("name", MIXERS)
+def test_what_is_no_array_can_be_hashed(name):
+    """Programs of generation are kept by it."""
+    kind, changes = MIXERS[name]
+    config = small.config(**changes)
+    graphs = [small.module(lambda rngs: mixers.find(kind)(config, rngs=rngs))[0] for _ in range(2)]
+    assert hash(graphs[0]) == hash(graphs[1])
+
+
 def tokens(seed=0, rows=3, length=LENGTH):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, length, 16)), jnp.float32)
 

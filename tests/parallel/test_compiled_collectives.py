@@ -55,7 +55,6 @@ def program(model, target, length, mesh=None, remat="elementwise", **changes):
             "width": D,
             "recurrent_width": D,
             "num_heads": HEADS,
-            "recurrent_heads": HEADS,
             "vocab_size": 256,
             "window": WINDOW,
             "tied_embeddings": False,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -92,6 +93,30 @@ def test_of_runs_that_differ_in_nothing_else_the_best_counts():
     runs = ladder()
     worse = [dataclasses.replace(run, name="worse", loss=run.loss + 1) for run in runs]
     assert points.best([*worse, *runs]) == runs
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_that_diverged_never_wins(loss, first):
+    runs = ladder()
+    broken = [dataclasses.replace(run, name=f"broken-{run.name}", loss=loss) for run in runs[:2]]
+    assert points.best([*broken, *runs] if first else [*runs, *broken]) == [*runs, *broken]
+
+
+def test_runs_that_diverged_are_left_out_and_named(tmp_path, compared):
+    runs = ladder()
+    broken = dataclasses.replace(runs[0], name="broken-1", loss=math.nan)
+    lone = dataclasses.replace(runs[0], name="broken-2", architecture="lone", loss=math.inf)
+    found = comparison.compare([broken, lone, *runs], replicates=50)
+    assert (found.diverged, found.baseline, compared.diverged) == (["broken-1", "broken-2"], "slow", [])
+    assert comparison.to_json(found) == comparison.to_json(compared) | {"diverged": found.diverged}
+    remark = "left out, since their loss is not finite: broken-1, broken-2"
+    assert report.text(found) == f"{report.text(compared)}\n\n{remark}"
+    written = report.write(found, tmp_path, title="A ladder")
+    assert remark in written[-1].read_text()
+    assert json.loads(written[0].read_text())["diverged"] == ["broken-1", "broken-2"]
+    with pytest.raises(UserError, match=r"^there are no runs to compare whose loss is finite$"):
+        comparison.compare([broken, lone])
 
 
 def test_too_few_runs_have_no_law():

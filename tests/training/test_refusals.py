@@ -1,5 +1,6 @@
 """What does not fit together, refused before anything is written."""
 
+import json
 import re
 import shutil
 
@@ -9,6 +10,7 @@ from jaxlinear import config as configs
 from jaxlinear import data
 from jaxlinear.errors import UserError
 from jaxlinear.models import mixers
+from jaxlinear.training import trained_data
 from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.job import Job, mixture
 from jaxlinear.training.loop import train
@@ -38,6 +40,7 @@ def other_dataset(tmp_path_factory):
         ({"data.path": ""}, r"data.path is not set; launch/prepare_data.py makes a dataset"),
         ({"data.path": "nowhere"}, r"no dataset at nowhere: the directory does not exist"),
         ({"data.path": "DATA=two"}, r"data.path: 'two' is not a weight; write DIR=WEIGHT,DIR=WEIGHT"),
+        ({"data.path": "DATA=1,DATA=3"}, r"data.path names .*data twice; give it one weight"),
         ({"data.path": "DATA=0"}, r"a mixture needs datasets with weights above 0"),
         ({"data.heldout_path": "nowhere", "evaluation.every_steps": 1}, r"no dataset at nowhere"),
         (
@@ -134,11 +137,43 @@ def test_another_run_in_the_same_directory_is_refused(tiny_config, tiny_run, tmp
 
 
 def test_data_of_another_tokeniser_are_refused(tiny_config, tiny_run, other_dataset):
-    config = tiny_config.copy_and_resolve_references()
+    config, before = tiny_config.copy_and_resolve_references(), (tiny_run / workdirs.CONFIG).read_bytes()
     config.data.path = str(other_dataset)
+    config.training.steps = 9
     message = f"{tiny_run} holds a run on data of another tokeniser than that of {other_dataset}"
     with pytest.raises(UserError, match=message):
         train(config, tiny_run)
+    assert (tiny_run / workdirs.CONFIG).read_bytes() == before, "nothing is written of what is refused"
+
+
+def test_other_data_of_the_same_tokeniser_are_refused(tiny_config, tiny_run, tiny_dataset, tmp_path):
+    """A dataset may lie elsewhere; one that was prepared anew, or with others beside it, is another."""
+    copy, changed = tmp_path / "copy", tmp_path / "changed"
+    for path in (copy, changed):
+        shutil.copytree(tiny_dataset, path)
+    manifest = json.loads((changed / "manifest.json").read_text())
+    (changed / "manifest.json").write_text(json.dumps(manifest | {"seed": manifest["seed"] + 1}))
+    trained_data.check(tiny_run, {str(copy): 1.0})
+    for datasets, difference in (
+        ({changed: 1.0}, r"seed is 0 there and 1 in this config"),
+        ({copy: 2.0}, r"weight is 1.0 there and 2.0 in this config"),
+        ({copy: 1.0, changed: 1.0}, r"1 datasets there and 2 in this config"),
+    ):
+        with pytest.raises(UserError, match=f"holds a run on other data than .*: {difference}; give the new run"):
+            trained_data.check(tiny_run, {str(path): weight for path, weight in datasets.items()})
+
+
+def test_text_in_other_tokens_is_not_evaluated(tiny_config, other_dataset):
+    for changes in (
+        {"data.heldout_path": str(other_dataset)},
+        {"evaluation.every_steps": 1, "evaluation.tasks": (f"passkey:length=128:dataset={other_dataset}",)},
+    ):
+        config = tiny_config.copy_and_resolve_references()
+        for key, value in changes.items():
+            section, name = key.split(".")
+            config[section][name] = value
+        with pytest.raises(UserError, match=f"and {other_dataset} were prepared with different tokenizers"):
+            Job.build(config)
 
 
 def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path):

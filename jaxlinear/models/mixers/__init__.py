@@ -9,6 +9,8 @@ time may be spread over devices. Others are refused there, since the compiler wo
 
 A class may declare ``ACROSS_LAYERS``, functions by the name of a parameter: ``function(rows [L, ...]) -> [L, ...]`` takes
 the parameter of every layer of this mixer, in their order, and gives what the mixer of each layer finds in its place.
+
+``READERS`` names the mixers that read a key which others do not.
 """
 
 from collections.abc import Iterable
@@ -48,6 +50,18 @@ MIXERS = {
     "rg_lru": RGLRUBlock,
     "s5": S5,
     "sliding_window": SlidingWindow,
+}
+
+
+# Keys of the config's section ``model`` that only some mixers read, and which: for a pattern of others they are refused.
+# A mixer that reads one is named here (tests/models/test_options.py).
+_HEADS_OF_KEYS = ("delta_net", "gated_delta_net", "gla", "hgrn2", "kda", "lightning", "linear_attention", "retention")
+READERS = {
+    "recurrent_heads": (*_HEADS_OF_KEYS, "gateloop", "s5"),
+    "key_width": (*_HEADS_OF_KEYS, "mamba2"),
+    "value_width": (*_HEADS_OF_KEYS, "mamba2"),
+    "feature_map": ("linear_attention",),
+    "discretization": ("s5",),
 }
 
 

@@ -15,7 +15,8 @@ class Attention(CachedAttention):
     """A token sees all of its document up to itself.
 
     A run from an empty past may be of any length. The state has room for ``context`` tokens of a document: from the
-    token after those on, what follows from a state is NaN, since the beginning of the document is forgotten.
+    token after those on, what follows from a state is NaN, since the beginning of the document is forgotten. The layers
+    above spread it over all of the row's tokens of that call.
     """
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):

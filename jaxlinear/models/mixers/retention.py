@@ -38,7 +38,7 @@ class Retention(nnx.Module):
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         width = config.width
         self.heads, self.key_width, self.value_width = widths(config)
-        self.rotary = {"fraction": config.rotary_fraction, "base": config.rotary_base}
+        self.rotary_fraction, self.rotary_base = config.rotary_fraction, config.rotary_base
         self.epsilon, self.dtype = config.norm_epsilon, config.activation_dtype
         keys, values = self.heads * self.key_width, self.heads * self.value_width
         small, xavier = (nnx.initializers.variance_scaling(scale, "fan_avg", "uniform") for scale in (2**-5, 1))
@@ -58,7 +58,7 @@ class Retention(nnx.Module):
         state = self.init_state(x.shape[0]) if state is None else state
         positions = state["position"][:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         q, k, v = (by_head(project(x), self.heads) for project in (self.query, self.key, self.value))
-        q, k = (rotary(y, positions, **self.rotary) for y in (q, k))
+        q, k = (rotary(y, positions, fraction=self.rotary_fraction, base=self.rotary_base) for y in (q, k))
         log_decay = jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(self.heads)))), dtypes.wide(x.dtype))
         o, memory = operations.linear_attention(q, k, v, log_decay, state["memory"], segment_ids=segment_ids)
         o = _group_norm(o, self.epsilon).reshape(*x.shape[:2], -1)

@@ -63,11 +63,12 @@ class ArchitectureFit:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """``fits`` by way to count and architecture; ``budgets`` by way to count."""
+    """``fits`` by way to count and architecture; ``budgets`` by way to count; ``diverged`` names the runs left out."""
 
     fits: dict[str, dict[str, ArchitectureFit]]
     budgets: dict[str, list[float]]
     baseline: str
+    diverged: list[str]
 
     def multiplier(self, counts: str, architecture: str, flops: float) -> Interval | None:
         """How many times ``flops`` the baseline needs for this architecture's loss; None without two laws."""
@@ -85,14 +86,16 @@ class Comparison:
 def compare(
     points: Sequence[Point], *, baseline: str | None = None, replicates: int = bootstrap.REPLICATES, seed: int = 0
 ) -> Comparison:
-    """Fits every architecture of ``points``; ``baseline`` is the first one, if no other is named.
+    """Fits every architecture of ``points`` that have not diverged; ``baseline`` is the first, if no other is named.
 
     Raises:
       UserError: there is no such baseline, or nothing to fit.
     """
+    diverged = [point.name for point in points if point.diverged]
+    points = [point for point in points if not point.diverged]
     names = list(dict.fromkeys(point.architecture for point in points))
     if not names:
-        raise UserError("there are no runs to compare")
+        raise UserError("there are no runs to compare" + " whose loss is finite" * bool(diverged))
     baseline = baseline or names[0]
     if baseline not in names:
         raise UserError(f"there is no architecture {baseline!r} in the sweep; there are {', '.join(names)}")
@@ -105,7 +108,7 @@ def compare(
             for i, name in enumerate(names)
         }
         budgets[counts] = _budgets(points, counts)
-    return Comparison(fits, budgets, baseline)
+    return Comparison(fits, budgets, baseline, diverged)
 
 
 def _fit(points: list[Point], counts: str, replicates: int, seed: int) -> ArchitectureFit:
@@ -144,7 +147,12 @@ def _budgets(points: Sequence[Point], counts: str) -> list[float]:
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """Everything that was fitted, for ``scaling.json``: intervals are [value, low, high], and null is not known."""
-    report: dict[str, Any] = {"level": bootstrap.LEVEL, "baseline": comparison.baseline, "counts": {}}
+    report: dict[str, Any] = {
+        "level": bootstrap.LEVEL,
+        "baseline": comparison.baseline,
+        "diverged": comparison.diverged,
+        "counts": {},
+    }
     for counts, fits in comparison.fits.items():
         of_counts = report["counts"][COUNTS[counts]] = {}
         for name, fit in fits.items():

@@ -1,6 +1,7 @@
 """What a finished sweep measured: of each run its parameters, tokens, FLOPs and held-out loss."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -43,10 +44,15 @@ class Point:
     def flops(self, counts: str) -> float:
         return self.tokens * self.token_flops(counts)
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss is not finite: then nothing can be fitted to it."""
+        return not math.isfinite(self.loss)
+
 
 def of_sweep(workdir: str | os.PathLike, *, partial: bool = False) -> list[Point]:
     """The runs of the sweep in ``workdir``; of those with the same architecture, size and tokens the one of the lowest
-    loss, so that a sweep may try several learning rates.
+    loss, so that a sweep may try several learning rates. Runs that diverged are there too, whatever others there are.
 
     Raises:
       UserError: a run is not finished (with ``partial`` it is left out), or has no held-out loss at its end.
@@ -64,13 +70,15 @@ def of_sweep(workdir: str | os.PathLike, *, partial: bool = False) -> list[Point
 
 
 def best(points: Sequence[Point]) -> list[Point]:
-    """One point of each architecture, size and number of tokens."""
+    """Of each architecture, size and number of tokens the point of the lowest loss; then all that diverged."""
     kept: dict[tuple, Point] = {}
     for point in points:
+        if point.diverged:
+            continue
         key = (point.architecture, point.parameters, point.tokens)
         if key not in kept or point.loss < kept[key].loss:
             kept[key] = point
-    return list(kept.values())
+    return [*kept.values(), *(point for point in points if point.diverged)]
 
 
 def _point(run: PlannedRun) -> Point:

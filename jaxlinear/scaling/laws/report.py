@@ -40,7 +40,7 @@ def write(comparison: Comparison, output: str | os.PathLike, *, title: str) -> l
                 html.paragraph(f"The best use of {flops:.3g} FLOPs:"),
                 html.table(*best(comparison, counts, flops)),
             ]
-    parts += [html.heading("Runs"), html.table(*_runs(comparison))]
+    parts += [html.heading("Runs"), html.table(*_runs(comparison)), *map(html.paragraph, _left_out(comparison))]
     written.append(directory / "scaling.html")
     written[-1].write_text(html.page(title, *parts), encoding="utf-8")
     return written
@@ -54,7 +54,7 @@ def text(comparison: Comparison) -> str:
         for flops in comparison.budgets[counts]:
             parts.append(f"the best use of {flops:.3g} FLOPs\n{_aligned(best(comparison, counts, flops))}")
         parts += _remarks(comparison, counts)
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_left_out(comparison)])
 
 
 def laws(comparison: Comparison, counts: str) -> Rows:
@@ -109,6 +109,12 @@ def _remarks(comparison: Comparison, counts: str) -> list[str]:
             )
         found += _outside(name, fit)
     return found
+
+
+def _left_out(comparison: Comparison) -> list[str]:
+    if not comparison.diverged:
+        return []
+    return [f"left out, since their loss is not finite: {', '.join(comparison.diverged)}"]
 
 
 def _outside(name: str, fit: ArchitectureFit) -> list[str]:

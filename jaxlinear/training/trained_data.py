@@ -1,0 +1,90 @@
+"""The data of a run, as its directory knows them: the tokenizer, and what tells the datasets from others."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlinear import data
+from jaxlinear.data.tokenizer import INFO_FILE
+from jaxlinear.errors import UserError
+from jaxlinear.parallel import start
+
+FILE = "data.json"
+
+
+def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
+    """Raises ``UserError`` if the run in ``workdir`` was begun on other data than these weights by directory. A dataset may
+    lie elsewhere by now. Runs begun before there was a ``data.json`` are asked for their tokenizer alone."""
+    directory, path = Path(workdir), ",".join(datasets)
+    if datasets and (directory / INFO_FILE).exists():
+        tokenizer = data.load_tokenizer(next(iter(datasets)))
+        if data.load_tokenizer(directory).sha256 != tokenizer.sha256:
+            raise UserError(f"{workdir} holds a run on data of another tokeniser than that of {path}")
+    if not (directory / FILE).exists():
+        return
+    try:
+        old = json.loads((directory / FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{directory / FILE} is damaged: {error}") from error
+    difference = _difference(old, _identities(datasets))
+    if difference:
+        raise UserError(
+            f"{workdir} holds a run on other data than {path}: {difference}; give the new run a --workdir of its own"
+        )
+
+
+def keep(directory: Path, datasets: Mapping[str, float]) -> None:
+    """Writes what ``check`` reads, if it is not there; the tokenizer also so that text can be read and written without the
+    dataset."""
+    if not start.is_first():
+        return
+    if datasets and not (directory / INFO_FILE).exists():
+        data.load_tokenizer(next(iter(datasets))).save(directory)
+    if not (directory / FILE).exists():
+        temporary = directory / (FILE + ".tmp")
+        temporary.write_text(json.dumps(_identities(datasets), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, directory / FILE)
+
+
+def check_tokenizer(workdir: Path, path: str | os.PathLike, manifest: data.Manifest) -> None:
+    """Raises ``UserError`` if a dataset has another tokenizer than the run's. A converted run may have none."""
+    if not (workdir / INFO_FILE).is_file():
+        return
+    if data.load_tokenizer(workdir).sha256 != manifest.tokenizer.sha256:
+        raise UserError(
+            f"{path} was prepared with another tokenizer than the one that {workdir} was trained with; prepare it with "
+            f"the tokenizer in {workdir}"
+        )
+
+
+def _identities(datasets: Mapping[str, float]) -> list[dict[str, Any]]:
+    """In their order, which the order of the examples follows."""
+    found = []
+    for path, weight in datasets.items():
+        manifest = data.read_manifest(path)
+        train = manifest.splits["train"]
+        found.append(
+            {
+                "weight": weight,
+                "tokenizer": manifest.tokenizer.sha256,
+                "seed": manifest.seed,
+                "heldout_fraction": manifest.heldout_fraction,
+                "block_length": manifest.block_length,
+                "documents": train.documents,
+                "tokens": train.tokens,
+                "bytes": train.bytes,
+            }
+        )
+    return found
+
+
+def _difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str | None:
+    if len(old) != len(new):
+        return f"{len(old)} datasets there and {len(new)} in this config"
+    for before, now in zip(old, new, strict=True):
+        for name, value in now.items():
+            if before.get(name) != value:
+                return f"{name} is {before.get(name)!r} there and {value!r} in this config"
+    return None

@@ -1,0 +1,44 @@
+"""``mixers.READERS``: which mixers read a key of the config, from the programs that they become."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxlinear.models import mixers
+from tests import small
+
+BASE = {
+    "recurrent_heads": 2,
+    "key_width": 4,
+    "value_width": 4,
+    "feature_map": "elu",
+    "discretization": "zero_order_hold",
+}
+OTHER = {"recurrent_heads": 4, "key_width": 8, "value_width": 8, "feature_map": "relu", "discretization": "bilinear"}
+
+
+@functools.cache
+def program(mixer, **changes):
+    """The text of a layer's program, from the key of its parameters to what it gives: shapes, constants, operations."""
+    config = small.config(context=8, **(BASE | changes))
+
+    def run(key, x):
+        return mixers.find(mixer)(config, rngs=nnx.Rngs(key))(x)
+
+    x = jax.ShapeDtypeStruct((2, 8, config.width), jnp.float32)
+    return jax.jit(run).lower(jax.eval_shape(lambda: jax.random.key(0)), x).as_text()
+
+
+@pytest.mark.parametrize("mixer", mixers.MIXERS)
+def test_a_mixer_reads_what_the_table_says(mixer):
+    """What it does not read changes nothing at all."""
+    read = {name for name, value in OTHER.items() if program(mixer, **{name: value}) != program(mixer)}
+    assert read == {name for name, readers in mixers.READERS.items() if mixer in readers}
+
+
+def test_the_table_names_keys_and_mixers_that_there_are():
+    assert set(mixers.READERS) == set(BASE) == set(OTHER)
+    assert {mixer for readers in mixers.READERS.values() for mixer in readers} <= set(mixers.MIXERS)
