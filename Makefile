@@ -1,5 +1,5 @@
 # make quickstart   a language model from nothing, in at most ten minutes on two cores
-# make sweep        isoFLOP ladders of four architectures and their scaling laws (about an hour on two cores, by estimate)
+# make sweep        isoFLOP ladders of four architectures and their scaling laws (an hour of CPU)
 # make test         the whole test suite
 # make test-published  training steps of published sizes compiled for a TPU pod and for GPUs (minutes)
 # make test-meshes  every model on every mesh that spreads time over devices (a quarter of an hour)
