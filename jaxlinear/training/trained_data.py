@@ -18,7 +18,9 @@ def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
     """Raises ``UserError`` if the run in ``workdir`` was begun on other data than these weights by directory. A dataset may
     lie elsewhere by now. Runs begun before there was a ``data.json`` are asked for their tokenizer alone."""
     directory, path = Path(workdir), ",".join(datasets)
-    if datasets and (directory / INFO_FILE).exists():
+    if not datasets:
+        return
+    if (directory / INFO_FILE).exists():
         tokenizer = data.load_tokenizer(next(iter(datasets)))
         if data.load_tokenizer(directory).sha256 != tokenizer.sha256:
             raise UserError(f"{workdir} holds a run on data of another tokeniser than that of {path}")
@@ -38,9 +40,9 @@ def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
 def keep(directory: Path, datasets: Mapping[str, float]) -> None:
     """Writes what ``check`` reads, if it is not there; the tokenizer also so that text can be read and written without the
     dataset."""
-    if not start.is_first():
+    if not datasets or not start.is_first():
         return
-    if datasets and not (directory / INFO_FILE).exists():
+    if not (directory / INFO_FILE).exists():
         data.load_tokenizer(next(iter(datasets))).save(directory)
     if not (directory / FILE).exists():
         temporary = directory / (FILE + ".tmp")
