@@ -2,9 +2,9 @@
 
     make sweep
 
-Hawk, Griffin, GLA and a transformer, each in four sizes of 0.07 to 0.3 M parameters at three budgets of FLOPs: 48 runs, one
-after another or, as make sweep does, two at a time: 60 minutes of CPU. Steps are of 512 tokens, since at these sizes more and
-smaller steps reach far lower losses for the same FLOPs. docs/scaling.md has what came of it.
+Hawk, Griffin, GLA and a transformer, each in four sizes of 0.07 to 0.3 M parameters at three budgets of FLOPs: 48 runs, two
+at a time, 60 minutes of CPU in all. Steps are of 512 tokens, since at these sizes more and smaller steps reach far lower
+losses for the same FLOPs. docs/scaling.md has what came of it.
 """
 
 from jaxlinear import config as configs
