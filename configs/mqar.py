@@ -24,7 +24,7 @@ def get_config():
     config.model.remat = "none"
     config.training.batch_size = 32
     config.training.sequence_length = 64
-    config.training.steps = 2500
+    config.training.steps = 1500
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1.5e-2  # of vectors and of the embedding
     config.optimizer.muon_learning_rate = 6e-3
