@@ -166,6 +166,13 @@ def default() -> config_dict.ConfigDict:
     return config
 
 
+def kind(key: str) -> type:
+    """The type of a key's value."""
+    value = KEYS[key][0]
+    value = value.value if isinstance(value, OrPreset) else value
+    return value if isinstance(value, type) else type(value)
+
+
 def check_known(keys: list[str]) -> None:
     """Raises ``UserError`` for the first key that does not exist, with the nearest one that does."""
     for key in keys:

@@ -9,14 +9,14 @@ from pathlib import Path
 from ml_collections import config_dict
 
 from jaxlinear import config as configs
-from jaxlinear import evaluation
+from jaxlinear import evaluation, specs
 from jaxlinear.errors import UserError
 from jaxlinear.models import mixers
 from jaxlinear.training import loop
 from jaxlinear.training.workdir import read_config
 
 FAMILIES = {"griffin": ("rg_lru", "rg_lru", "sliding_window"), "hawk": ("rg_lru",)}
-_KINDS = {kind: kind for kind in (int, float, str)}
+_KINDS = (int, float, str)  # of the keys that a pattern may have of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +39,7 @@ def pattern(name: str) -> tuple[str, ...]:
 
 def split(spec: str) -> tuple[str, dict[str, str]]:
     """The pattern's name in ``NAME:section.key=VALUE:...`` and the keys of the config that are its own."""
-    name, *parts = spec.split(":")
-    changes = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise UserError(f"{spec!r}: {part!r} changes no key; write NAME:section.key=VALUE:section.key=VALUE")
-        changes[key] = value
+    name, changes = specs.split(spec)
     configs.check_known(list(changes))
     return name, changes
 
@@ -60,11 +54,13 @@ def with_pattern(config: config_dict.ConfigDict, name: str, changes: Mapping[str
             config.model[key] = None
     for key, text in changes.items():
         section, field = key.split(".")
-        kind = type(config[section][field])
+        kind = configs.kind(key)
+        if kind not in _KINDS:
+            raise UserError(f"{name}: {key} is a {kind.__name__}; a pattern's own keys are numbers and names")
         try:
-            config[section][field] = _KINDS[kind](text)
-        except (KeyError, ValueError):
-            raise UserError(f"{name}: {key}={text} is no {kind.__name__} that can be given here") from None
+            config[section][field] = kind(text)
+        except ValueError:
+            raise UserError(f"{name}: {key}={text} is no {kind.__name__}") from None
     if not config.data.task:
         raise UserError("data.task is not set: there is nothing to recall; configs/mqar.py sets it")
     return config

@@ -58,7 +58,7 @@ def times(
     if kind not in PEAK_FLOPS:
         raise UserError(f"the peak of {kind} is not known (jaxlinear/scaling/hardware.py)")
     peak = PEAK_FLOPS[kind]
-    # Above what products that ask for more precision can reach, so that the least time is one.
+    # Products that ask for more precision are slower: the least time stays a bound.
     rate = peak / 2 if dtype == "float32" and not kind.startswith("TPU") else peak
     exchanges = sum((c.runs or 1) * seconds(c, link_of(device, _span(c.axes, mesh))) for c in collectives)
     return Times(flops / rate, bytes_ / device.memory_bandwidth, exchanges, peak)

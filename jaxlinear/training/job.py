@@ -43,10 +43,9 @@ class Job:
         if config.data.heldout_path:
             job._check_same_tokenizer(config.data.heldout_path)
         if config.evaluation.every_steps:
-            if job.trained_tasks:
-                _ = job.heldout_tasks  # whether their text is long enough
-            else:
+            if not config.data.task:
                 job.heldout_batches()
+            job.heldout_tasks()
             job.evaluation_tasks()
         return job
 
@@ -64,9 +63,8 @@ class Job:
         """The difficulties of the synthetic task that the run is trained on, if it is."""
         return self.batches.tasks if isinstance(self.batches, tasks.TaskBatches) else ()
 
-    @property
     def heldout_tasks(self) -> list[tasks.Task]:
-        """``trained_tasks`` as the run is judged by them: the text is held out."""
+        """``trained_tasks`` as the run is judged by them: the text is held out, and refused if there is too little."""
         return [_held_out(task, self.datasets, self.heldout_path) for task in self.trained_tasks]
 
     def evaluation_tasks(self) -> list[tasks.Task]:

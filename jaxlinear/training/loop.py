@@ -159,7 +159,7 @@ class _Evaluation:
     def __call__(self, parameters: dict[str, Any]) -> dict[str, float]:
         """``heldout_loss`` in nats a token, or an answer of the task that the run is trained on, and beside it bits a byte
         of text, or accuracies; then the accuracy of each difficulty of ``evaluation.tasks``."""
-        config, trained = self._job.config, self._job.heldout_tasks
+        config, trained = self._job.config, self._job.heldout_tasks()
         if not trained:
             values = self._heldout(parameters)
         else:

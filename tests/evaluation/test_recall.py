@@ -39,10 +39,14 @@ def test_keys_of_one_pattern():
     assert (name, made.optimizer.learning_rate, made.training.steps, made.data.task) == ("kda", 0.25, 7, "mqar")
     with pytest.raises(UserError, match=r"there is no config key 'training.step'; did you mean 'training.steps'\?"):
         recall.split("kda:training.step=7")
-    with pytest.raises(UserError, match=r"'kda:steps': 'steps' changes no key; write NAME:section.key=VALUE"):
+    with pytest.raises(UserError, match=r"'kda:steps': 'steps' is not an option; write NAME:option=VALUE"):
         recall.split("kda:steps")
-    for key, value, kind in (("training.steps", "many", "int"), ("logging.tensorboard", "false", "bool")):
-        with pytest.raises(UserError, match=f"kda: {key}={value} is no {kind} that can be given here"):
+    assert recall.with_pattern(made, "griffin", {"model.recurrent_heads": "0"}).model.recurrent_heads == 0
+    for key, value, message in (
+        ("training.steps", "many", "training.steps=many is no int"),
+        ("logging.tensorboard", "false", "logging.tensorboard is a bool; a pattern's own keys are numbers and names"),
+    ):
+        with pytest.raises(UserError, match=f"kda: {message}"):
             recall.with_pattern(configs.default(), "kda", {key: value})
 
 

@@ -147,7 +147,7 @@ def test_the_pass_key_trains_on_text(tiny_dataset):
         0.75,
         1,
     ]
-    assert {task.split for task in [*job.evaluation_tasks(), *job.heldout_tasks]} == {"heldout"}
+    assert {task.split for task in [*job.evaluation_tasks(), *job.heldout_tasks()]} == {"heldout"}
 
 
 @pytest.mark.parametrize(

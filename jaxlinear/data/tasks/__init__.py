@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from jaxlinear import specs
 from jaxlinear.data.tasks.batches import TaskBatches
 from jaxlinear.data.tasks.copying import SelectiveCopying
 from jaxlinear.data.tasks.list_ops import ListOps
@@ -32,15 +33,9 @@ TASKS: dict[str, type[Task]] = {
 
 def split(spec: str) -> tuple[str, dict[str, str]]:
     """The name in ``NAME:option=VALUE:...`` and its options."""
-    name, *parts = spec.strip().split(":")
+    name, options = specs.split(spec)
     if name not in TASKS:
         raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
-    options = {}
-    for part in parts:
-        option, equals, value = part.partition("=")
-        if not equals:
-            raise UserError(f"{spec!r}: {part!r} is not an option; write NAME:option=VALUE:option=VALUE")
-        options[option] = value
     return name, options
 
 

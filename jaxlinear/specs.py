@@ -1,0 +1,15 @@
+"""``NAME:option=VALUE:option=VALUE``: how a thing and its options are written on a command line."""
+
+from jaxlinear.errors import UserError
+
+
+def split(spec: str) -> tuple[str, dict[str, str]]:
+    """The name and the options, as text."""
+    name, *parts = spec.strip().split(":")
+    options = {}
+    for part in parts:
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"{spec!r}: {part!r} is not an option; write NAME:option=VALUE:option=VALUE")
+        options[option] = value
+    return name, options
