@@ -116,6 +116,12 @@ def document_starts(segment_ids: jax.Array) -> jax.Array:
     return _runner("document_starts", segment_ids.shape[1], None).starts(segment_ids)
 
 
+def after(x: jax.Array, inputs: Any) -> jax.Array:
+    """x ``[B, T, ...]``; where time is spread, what is computed from it waits for the ``inputs`` of a recurrence, arrays
+    ``[B, T, ...]``, so that it goes on beside the exchange of states, which else would have nothing beside it."""
+    return x if _mesh("after", x.shape[1]) is None else lax.optimization_barrier((x, inputs))[0]
+
+
 def causal_convolution(
     x: jax.Array,
     kernel: jax.Array,

@@ -76,15 +76,15 @@ def _delta_rule(config: ModelConfig, h: int, k: int, v: int) -> float:
 
 def lru(config: ModelConfig, length: int) -> float:
     """B, D x R, and the real part of C, R x D, both complex; the gated unit D x 2 D; of each state a complex product and
-    sum (8) and a real factor of the input (2); and the skip."""
+    sum (8); and the skip."""
     d, r = config.width, config.recurrent_width
-    return 2 * 2 * 2 * d * r + 2 * 2 * d * d + 10 * r + 2 * d
+    return 2 * 2 * 2 * d * r + 2 * 2 * d * d + 8 * r + 2 * d
 
 
 def s5(config: ModelConfig, length: int) -> float:
-    """As the LRU, of R / 2 states, whose input has a complex factor (6), and a gate D x D."""
+    """As the LRU, of R / 2 states, and a gate D x D."""
     d, r = config.width, config.recurrent_width
-    return 2 * 2 * d * r + 2 * d * d + 7 * r + 2 * d
+    return 2 * 2 * d * r + 2 * d * d + 4 * r + 2 * d
 
 
 def gateloop(config: ModelConfig, length: int) -> float:

@@ -26,18 +26,19 @@ LENGTH, LONG = 256, 16 * 256
 TPU, GPU = "v5e:2x4", "h100:8"
 
 # The numbers that a shard gives forward, (M, C), and backward, D; and the positions of a halo, with their bytes for a row.
-# RG-LRU: a [D] product and a [D] state. S5: a flag and D / 2 complex states, both of two numbers. GLA: K and K x V a head.
-# Delta rule: K x K and K x V a head.
-KEY = {"gla": D // 2 // HEADS, "delta_net": D // HEADS, "gated_delta_net": 3 * D // 4 // HEADS}
-VALUE = {"gla": D // HEADS, "delta_net": D // HEADS, "gated_delta_net": 2 * KEY["gated_delta_net"]}
+# RG-LRU: a [D] product and a [D] state. S5 and the LRU: a flag and D / 2 or D complex states, all of two numbers. GLA: K
+# and K x V a head. Delta rule: K x K and K x V a head.
+KEY = {"gla": D // 2 // HEADS, "delta_net": D // HEADS, "gated_delta_net": 3 * D // 4 // HEADS, "kda": D // HEADS}
+VALUE = {"gla": D // HEADS, "delta_net": D // HEADS, "gated_delta_net": 2 * KEY["gated_delta_net"], "kda": D // HEADS}
 EXCHANGED = {
     "hawk": (2 * D, D),
     "griffin": (2 * D, D),
     "s5": (2 + D, D),
+    "lru": (2 + 2 * D, 2 * D),
     "gla": (HEADS * KEY["gla"] * (1 + VALUE["gla"]), HEADS * KEY["gla"] * VALUE["gla"]),
     **{
         name: (HEADS * KEY[name] * (KEY[name] + VALUE[name]), HEADS * KEY[name] * VALUE[name])
-        for name in ("delta_net", "gated_delta_net")
+        for name in ("delta_net", "gated_delta_net", "kda")
     },
 }
 BFLOAT16, INT32 = 2, 4
@@ -51,7 +52,7 @@ def program(model, target, length, mesh=None, remat="elementwise", **changes):
     config.model.update(
         {
             "preset": f"{model}_6m",
-            "num_layers": 3 if model == "griffin" else LAYERS,
+            "num_layers": 3 * LAYERS if model == "griffin" else LAYERS,
             "width": D,
             "recurrent_width": D,
             "num_heads": HEADS,
@@ -79,7 +80,7 @@ def check(model, compiled, parameters, rows=B):
 
     forward, backward = (math.ceil(rows * n / LANES) * LANES * 4 for n in EXCHANGED[model])
     gathers = [[c for c in kinds["all-gather"] if ("transpose(jvp" in c.operation) == back] for back in (False, True)]
-    layers = 2 if model == "griffin" else LAYERS
+    layers = 2 * LAYERS if model == "griffin" else LAYERS
     for found, size in zip(gathers, (forward, backward), strict=True):
         assert [c.bytes for c in found] == [size] * len(found)
         assert sum(c.runs for c in found) == layers
@@ -105,28 +106,24 @@ def has_products(gathers):
     return all(any(o.endswith(("dot_general", "pallas_call")) for o in c.during) for c in gathers)
 
 
-# Forward, a kernel that needs the state before it leaves but what precedes it to compute meanwhile, and on TPU a gather
-# goes on beside products of matrices alone: where the compiler finds none it makes it one that the device waits for, of
-# some kilobytes.
-@pytest.mark.parametrize("model", ["gla", "hawk", "s5", "delta_net", "gated_delta_net", "griffin"])
+# Forward, a kernel that needs the state before it leaves but projections to compute meanwhile. S5 and the LRU have none
+# that does not need the recurrence: there, the device waits for some kilobytes.
+@pytest.mark.parametrize("model", ["gla", "hawk", "s5", "lru", "delta_net", "gated_delta_net", "kda", "griffin"])
 def test_on_tpu(model):
     forward, backward = check(model, *program(model, TPU, LENGTH))
     assert overlap(backward)
-    if model == "gla":
+    assert has_products(backward)
+    if model not in ("s5", "lru"):
         assert overlap(forward)
         assert has_products(forward)
-        assert has_products(backward)
 
 
 @pytest.mark.parametrize("target", ["v5p:2x2x2", "v6e:2x4"])
-@pytest.mark.parametrize("model", ["gla", "hawk"])
+@pytest.mark.parametrize("model", ["gla", "hawk", "delta_net"])
 def test_on_other_tpus(model, target):
-    forward, backward = check(model, *program(model, target, LENGTH))
-    assert overlap(backward)
-    if model == "gla":
-        assert overlap(forward)
-        assert has_products(forward)
-        assert has_products(backward)
+    for gathers in check(model, *program(model, target, LENGTH)):
+        assert overlap(gathers)
+        assert has_products(gathers)
 
 
 @pytest.mark.parametrize("model", ["gla", "hawk", "gated_delta_net"])

@@ -60,11 +60,12 @@ class DeltaInputs(nnx.Module):
     ) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
         """``((q, k, v, beta), state)``; an empty ``past`` is one of zeros."""
         new: dict[str, jax.Array] = {}
-        q, new["query"] = self.query_convolution(self.query(x), segment_ids=segment_ids, state=past.get("query"))
         k, new["key"] = self.key_convolution(self.key(x), segment_ids=segment_ids, state=past.get("key"))
         v, new["value"] = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
-        q, k, v = (by_head(y, self.heads) for y in (q, k, v))
         beta = jax.nn.sigmoid(self.beta(x).astype(dtypes.wide(x.dtype)))
+        x = operations.after(x, (k, v, beta))  # the states do not depend on the queries
+        q, new["query"] = self.query_convolution(self.query(x), segment_ids=segment_ids, state=past.get("query"))
+        q, k, v = (by_head(y, self.heads) for y in (q, k, v))
         return (unit_length(q), unit_length(k), v, sharding.constrain(beta, "batch", "time", "heads")), new
 
 

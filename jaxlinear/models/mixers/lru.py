@@ -54,8 +54,10 @@ class LRU(nnx.Module):
         wide = dtypes.wide(x.dtype)
         nu, theta, gamma, skip = (p[...].astype(wide) for p in (self.nu, self.theta, self.gamma, self.skip))
         a = jnp.exp(jax.lax.complex(-jnp.exp(nu), jnp.exp(theta)))
-        u = sharding.constrain(to_complex(x, self.input_kernel[...]), "batch", "time", "recurrent")
-        u = jnp.exp(gamma)[None, None].astype(u.dtype) * u
+        # gamma goes to the matrix, not to every token: so its gradient is no sum of complex numbers over devices, which XLA
+        # makes of a gather on TPU.
+        kernel = self.input_kernel[...].astype(wide) * jnp.exp(gamma)[None, None]
+        u = sharding.constrain(to_complex(x, kernel), "batch", "time", "recurrent")
         h, last = operations.linear_recurrence(a, u, past, segment_ids=segment_ids)
         z = from_complex(h, self.output_kernel[...], x.dtype) + skip[None, None] * x.astype(wide)
         return z.astype(x.dtype), last

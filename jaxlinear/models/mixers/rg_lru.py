@@ -90,7 +90,6 @@ class RGLRUBlock(nnx.Module):
         first = jnp.zeros(x.shape[:2], bool) if segment_ids is None else operations.document_starts(segment_ids)
         first = jnp.where(jnp.arange(x.shape[1])[None] == 0, ~state["started"][:, None], first)
 
-        gate = jax.nn.gelu(sharding.constrain(self.gate(x), "batch", "time", "recurrent"))
         inner = sharding.constrain(self.input(x), "batch", "time", "recurrent")
         inner, convolution = operations.causal_convolution(
             inner,
@@ -100,6 +99,8 @@ class RGLRUBlock(nnx.Module):
             segment_ids=segment_ids,
             channels="recurrent",
         )
+        x = operations.after(x, inner)
+        gate = jax.nn.gelu(sharding.constrain(self.gate(x), "batch", "time", "recurrent"))
         inner, h = self.rg_lru(inner, first, state["h"], segment_ids)
         state = {"h": h, "convolution": convolution, "started": jnp.ones_like(state["started"])}
         return self.out(gate * inner), state
