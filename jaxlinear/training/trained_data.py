@@ -28,6 +28,8 @@ def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
         return
     try:
         old = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        if not (isinstance(old, list) and all(isinstance(dataset, dict) for dataset in old)):
+            raise ValueError("it is no list of datasets")
     except ValueError as error:
         raise UserError(f"{directory / FILE} is damaged: {error}") from error
     difference = _difference(old, _identities(datasets))

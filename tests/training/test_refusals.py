@@ -163,6 +163,13 @@ def test_other_data_of_the_same_tokeniser_are_refused(tiny_config, tiny_run, tin
             trained_data.check(tiny_run, {str(path): weight for path, weight in datasets.items()})
 
 
+@pytest.mark.parametrize(("text", "reason"), [("[{", "Expecting property name"), ("{}", "no list"), ("[1]", "no list")])
+def test_a_damaged_record_of_the_data_is_refused(tiny_dataset, tmp_path, text, reason):
+    (tmp_path / trained_data.FILE).write_text(text)
+    with pytest.raises(UserError, match=rf"{tmp_path / trained_data.FILE} is damaged: .*{reason}"):
+        trained_data.check(tmp_path, {str(tiny_dataset): 1.0})
+
+
 def test_text_in_other_tokens_is_not_evaluated(tiny_config, other_dataset):
     for changes in (
         {"data.heldout_path": str(other_dataset)},
