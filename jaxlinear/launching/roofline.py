@@ -21,20 +21,20 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one step."""
+    """Seconds of one step. ``exchanges`` is None where the collectives are not known."""
 
     products: float
     memory: float
-    exchanges: float
+    exchanges: float | None
     peak_flops: float  # of one device in bfloat16, FLOP/s: the denominator of MFU, whatever the dtype
 
     @property
     def least(self) -> float:
-        return max(self.products, self.memory, self.exchanges)
+        return max(self.products, self.memory, self.exchanges or 0.0)
 
     @property
-    def most(self) -> float:
-        return self.products + self.memory + self.exchanges
+    def most(self) -> float | None:
+        return None if self.exchanges is None else self.products + self.memory + self.exchanges
 
 
 class Row(NamedTuple):
@@ -50,17 +50,19 @@ class Row(NamedTuple):
 
 
 def times(
-    kind: str, dtype: str, mesh: Mapping[str, int], flops: float, bytes_: float, collectives: Iterable[Collective]
+    kind: str, dtype: str, mesh: Mapping[str, int], flops: float, bytes_: float, collectives: Iterable[Collective] | None
 ) -> Times:
     """``flops`` and ``bytes_`` are those of one device; ``kind`` is its ``jax.Device.device_kind``, ``dtype`` that of the
-    products."""
+    products. ``collectives`` is None if they are not known."""
     device = device_of(kind)
     if kind not in PEAK_FLOPS:
         raise UserError(f"the peak of {kind} is not known (jaxlinear/scaling/hardware.py)")
     peak = PEAK_FLOPS[kind]
     # Products that ask for more precision are slower: the least time stays a bound.
     rate = peak / 2 if dtype == "float32" and not kind.startswith("TPU") else peak
-    exchanges = sum((c.runs or 1) * seconds(c, link_of(device, _span(c.axes, mesh))) for c in collectives)
+    exchanges = None
+    if collectives is not None:
+        exchanges = sum((c.runs or 1) * seconds(c, link_of(device, _span(c.axes, mesh))) for c in collectives)
     return Times(flops / rate, bytes_ / device.memory_bandwidth, exchanges, peak)
 
 

@@ -55,7 +55,7 @@ class Kinds:
 @dataclasses.dataclass(frozen=True)
 class Sizing:
     """``memory_analysis`` is the compiler's own count, or None if it refused the program for its memory; ``memory`` then
-    has what it said. ``flops`` are those of the model's formulas in a step of all devices, ``executed_flops`` the products
+    has what it said, and ``collectives`` is None too: they are in no program. ``flops`` are those of the model's formulas in a step of all devices, ``executed_flops`` the products
     of the traced program, what remat computes again included. ``xla_seconds`` is XLA's own estimate, with every loop's
     body counted once; None where the compiler gives none."""
 
@@ -70,7 +70,7 @@ class Sizing:
     memory_analysis: programs.Memory | None
     flops: float
     executed_flops: float
-    collectives: tuple[Collective, ...]
+    collectives: tuple[Collective, ...] | None
     choices: tuple[str, ...]
     xla_seconds: float | None
     time: roofline.Times
@@ -102,7 +102,8 @@ class Sizing:
     def to_json(self) -> dict[str, Any]:
         """With what follows from it, the collectives summed by kind and axes."""
         values = dataclasses.asdict(self)
-        values["collectives"] = [row._asdict() for row in roofline.grouped(self.collectives)]
+        if self.collectives is not None:
+            values["collectives"] = [row._asdict() for row in roofline.grouped(self.collectives)]
         values["memory"]["total"] = self.memory.total
         derived = {name: getattr(self, name) for name in ("fits", "too_much", "tokens_a_day", "days", "mfu_bound")}
         return values | derived | {"time": values["time"] | {"least": self.time.least, "most": self.time.most}}
@@ -125,7 +126,7 @@ def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
     kinds = _kinds(made, activations, used, program.memory.code if program else 0)
     tokens = training.batch_size * training.sequence_length
     executed = float(traced.product_flops(made.traced.jaxpr.jaxpr))
-    collectives = program.collectives if program else ()
+    collectives = program.collectives if program else None
     return Sizing(
         target=target.name,
         devices=len(target.devices),

@@ -21,7 +21,7 @@ def table(sized: Sizing) -> str:
     kinds = ("parameters", "optimizer", "batch", "gradients", "activations", "temporaries", "code")
     lines += [f"  {name:24} {_gib(getattr(memory, name)):>11}" for name in kinds]
     lines += [f"  {'in all':24} {_gib(memory.total):>11}   {_verdict(sized)}", ""]
-    rows = roofline.grouped(sized.collectives)
+    rows = roofline.grouped(sized.collectives or ())
     if rows:
         lines.append(
             f"{'collectives of a step':26} {'over':20} {'devices':>7} {'runs':>6} {'received':>11} {'hidden':>7}"
@@ -36,11 +36,14 @@ def table(sized: Sizing) -> str:
         lines.append("")
     lines += [*sized.choices, ""] if sized.choices else []
     time = sized.time
+    exchanges, most = "not known, as there is no program", ""
+    if time.exchanges is not None:
+        exchanges, most = f"{time.exchanges:.4f}", f", {time.most:.4f} s if nothing were hidden"
     lines += [
         f"FLOPs of a step             {sized.flops:.3e} by formula, {sized.executed_flops:.3e} in the program's products",
         f"least seconds of a step     products {time.products:.4f}, memory {time.memory:.4f}, "
-        f"exchanges {time.exchanges:.4f}",
-        f"  so at least {time.least:.4f} s, {time.most:.4f} s if nothing were hidden; MFU at most {sized.mfu_bound:.1%}",
+        f"exchanges {exchanges}",
+        f"  so at least {time.least:.4f} s{most}; MFU at most {sized.mfu_bound:.1%}",
         f"tokens                      {sized.tokens_a_step:,} a step, at most {sized.tokens_a_day:.3e} a day; "
         f"{sized.steps:,} steps take at least {sized.days:.2f} days",
     ]

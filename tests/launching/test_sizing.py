@@ -115,6 +115,20 @@ def test_a_compiler_that_runs_out_of_memory(message, used):
     assert sizing._used(JaxRuntimeError(message), 7) == int(used)
 
 
+def test_of_a_program_that_was_refused_the_exchanges_are_not_known(target, monkeypatch):
+    def refuse(made):
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.04G of 15.75G hbm.")
+
+    monkeypatch.setattr(ahead.Ahead, "compile", refuse)
+    refused = sizing.size(config(data=2, fsdp=2), target)
+    assert not refused.fits and refused.memory.total == pytest.approx(23.04 * 2**30)
+    assert refused.collectives is None and refused.time.exchanges is None and refused.time.most is None
+    assert refused.time.least == max(refused.time.products, refused.time.memory)
+    assert "exchanges not known, as there is no program\n" in sizing_text.table(refused)
+    values = json.loads(json.dumps(refused.to_json()))
+    assert values["collectives"] is None and values["time"]["exchanges"] is None
+
+
 def test_another_refusal_of_the_compiler_is_passed_on():
     with pytest.raises(UserError, match="the compiler refuses the program: INTERNAL: no"):
         sizing._used(JaxRuntimeError("INTERNAL: no\nmore"), 0)
