@@ -75,13 +75,14 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt by at most ``max_tokens`` tokens; a row ends before its first ``stop_token``.
+    """Continues every prompt by at most ``max_tokens`` tokens; a row ends before its first ``stop_token``, or
+    before the first of several.
 
-    An empty prompt begins with the stop token, which is the one between documents. Tokens from ``vocab_size`` on,
+    An empty prompt begins with the (first) stop token, which is the one between documents. Tokens from ``vocab_size`` on,
     which stand for nothing when the embedding has more rows than the tokeniser has tokens, are never drawn. A row's
     tokens do not depend on the other rows, but on its place among them (see ``Sampling``). On ``mesh``, where the model's
     parameters then have to lie, the time of the prompts is spread over its axis ``sequence``.
@@ -91,7 +92,7 @@ def generate(
     for tokens in chunks(model, prompts, sampling, max_tokens, stop_token, vocab_size, CHUNK, mesh):
         for row, new in zip(rows, tokens.T.tolist(), strict=True):
             row.extend(new)
-    return rows if stop_token is None else [_until(row, stop_token) for row in rows]
+    return [until(row, _stops(stop_token)) for row in rows]
 
 
 def stream(
@@ -103,7 +104,7 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
     chunk: int = 8,
     mesh: Mesh | None = None,
@@ -111,8 +112,7 @@ def stream(
     """The tokens of ``generate(model, [prompt], ...)[0]``, up to ``chunk`` at a time, as they come."""
     sampling = Sampling(temperature, top_k, top_p, seed)
     for tokens in chunks(model, [prompt], sampling, max_tokens, stop_token, vocab_size, chunk, mesh):
-        new = tokens[:, 0].tolist()
-        yield new if stop_token is None else _until(new, stop_token)
+        yield until(tokens[:, 0].tolist(), _stops(stop_token))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +159,17 @@ class Writer:
         return np.append(self.tokenizer.document_token, self.tokenizer.encode(prompt))
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-        own = {"stop_token": self.tokenizer.document_token, "vocab_size": self.tokenizer.vocab_size, "mesh": self.mesh}
+        own = {"stop_token": self.tokenizer.stop_tokens, "vocab_size": self.tokenizer.vocab_size, "mesh": self.mesh}
         return own | options
 
 
-def _until(tokens: list[int], stop: int) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+def until(tokens: list[int], stops: Sequence[int]) -> list[int]:
+    """The tokens before the first that is one of ``stops``."""
+    return tokens[: next((i for i, token in enumerate(tokens) if token in stops), len(tokens))]
+
+
+def _stops(stop_token: int | Sequence[int] | None) -> tuple[int, ...]:
+    return () if stop_token is None else (stop_token,) if isinstance(stop_token, int) else tuple(stop_token)
 
 
 def chunks(
@@ -172,7 +177,7 @@ def chunks(
     prompts: Sequence[Sequence[int] | np.ndarray],
     sampling: Sampling,
     max_tokens: int,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
     chunk: int = CHUNK,
     mesh: Mesh | None = None,
@@ -187,9 +192,12 @@ def chunks(
     if chunk < 1:
         raise UserError(f"chunk is {chunk}; it must be at least 1")
     vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-    tokens, segment_ids = _batch(prompts, vocab_size, stop_token, 1 if mesh is None else mesh.shape["sequence"])
+    stops = _stops(stop_token)
+    tokens, segment_ids = _batch(
+        prompts, vocab_size, stops[0] if stops else None, 1 if mesh is None else mesh.shape["sequence"]
+    )
     _check_context(model.config, int(segment_ids.sum(axis=1).max()), max_tokens)
-    values = sampling.values | {"stop": np.int32(-1 if stop_token is None else stop_token)}
+    values = sampling.values | {"stop": np.array(stops or (-1,), np.int32)}
     values["vocab_size"] = np.int32(vocab_size)
     graph, parameters = nnx.split(model.unstacked())
     carry, first = _prefill(graph, sampling.filters, mesh, parameters, tokens, segment_ids, values)
@@ -252,7 +260,7 @@ def _prefill(graph, filters, mesh, parameters, tokens, segment_ids, values):
         hidden, state, _ = model.hidden(tokens, segment_ids)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(values["seed"])))(jnp.arange(len(tokens)))
     first = sample(model.logits(hidden[:, -1:])[:, 0], _fold(keys, 0), values, filters)
-    carry = {"state": state, "token": first, "keys": keys, "index": jnp.int32(1), "done": first == values["stop"]}
+    carry = {"state": state, "token": first, "keys": keys, "index": jnp.int32(1), "done": _is_stop(first, values)}
     return carry, first
 
 
@@ -275,13 +283,17 @@ def _decode(graph, filters, mesh, chunk, parameters, carry, values, limit):
             "token": token,
             "keys": carry["keys"],
             "index": carry["index"] + 1,
-            "done": carry["done"] | (token == values["stop"]),
+            "done": carry["done"] | _is_stop(token, values),
         }
         return i + 1, carry, lax.dynamic_update_index_in_dim(new, token, i, axis=0)
 
     new = jnp.zeros((chunk, len(carry["token"])), jnp.int32)
     count, carry, new = lax.while_loop(unfinished, step, (jnp.int32(0), carry, new))
     return carry, new, count
+
+
+def _is_stop(token, values):
+    return jnp.any(token[:, None] == values["stop"][None], axis=1)
 
 
 def _fold(keys, index):

@@ -155,6 +155,10 @@ def test_stop_token(model):
     assert generate(model, [prompt, prompt], max_tokens=20, seed=1, stop_token=stop) == expected
     pieces = stream(model, prompt, max_tokens=20, seed=1, stop_token=stop, chunk=8)
     assert list(itertools.chain(*pieces)) == expected[0]
+    both = [stop, whole[0][4]]
+    expected = [whole[0][: min(map(whole[0].index, both))]]
+    assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=both) == expected
+    assert list(itertools.chain(*stream(model, prompt, max_tokens=20, seed=1, stop_token=both))) == expected[0]
     first = whole[0][0]
     assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=first) == [[]]
     assert generate(model, [[]], max_tokens=9, stop_token=stop) == generate(

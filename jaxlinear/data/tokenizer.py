@@ -25,13 +25,22 @@ _PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}{1,48}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,24}[\r\
 
 
 class Tokenizer(abc.ABC):
-    """Text to token ids and back. ``document_token`` is an id below ``vocab_size`` that no text encodes to."""
+    """Text to token ids and back. ``document_token`` is an id below ``vocab_size`` that no text encodes to.
+
+    A model that was trained elsewhere may end its texts with other tokens than begin them: ``end_tokens``.
+    """
 
     kind: str
     file: str | None  # the tokenizer's own file inside a saved directory
     vocab_size: int
     document_token: int
     document_token_name: str
+    end_tokens: tuple[int, ...] = ()
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Where a text ends: the document token, and the others."""
+        return self.document_token, *(token for token in self.end_tokens if token != self.document_token)
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -58,7 +67,9 @@ class Tokenizer(abc.ABC):
         """Writes the files that ``load_tokenizer`` reads. Where the last of them is, all are whole."""
         if self.file is not None:
             pathlib.Path(directory, self.file).write_bytes(self._serialized())
-        info = {"kind": self.kind, "file": self.file, "document_token": self.document_token_name}
+        info: dict[str, Any] = {"kind": self.kind, "file": self.file, "document_token": self.document_token_name}
+        if self.end_tokens:
+            info["end_tokens"] = list(self.end_tokens)
         temporary = pathlib.Path(directory, INFO_FILE + ".tmp")
         temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, temporary.with_name(INFO_FILE))
@@ -205,6 +216,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
         kind, name, document_token = info["kind"], info["file"], info["document_token"]
+        end_tokens = tuple(int(token) for token in info.get("end_tokens", ()))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error or type(error).__name__}") from error
     if kind == "bytes":
@@ -212,9 +224,10 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     content = file.parent / name
     if not content.is_file():
         raise UserError(f"the tokenizer in {directory} is incomplete: {name} is missing")
-    if kind == "sentencepiece":
-        return SentencePieceTokenizer(content.read_bytes(), document_token, origin=str(content))
-    return JsonTokenizer(content.read_bytes(), document_token, origin=str(content))
+    make = SentencePieceTokenizer if kind == "sentencepiece" else JsonTokenizer
+    tokenizer = make(content.read_bytes(), document_token, origin=str(content))
+    tokenizer.end_tokens = end_tokens
+    return tokenizer
 
 
 def _choose_document_token(vocabulary: dict[str, int], wanted: str | None) -> str:

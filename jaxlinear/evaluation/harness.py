@@ -102,18 +102,19 @@ class HarnessModel(TemplateLM):
     def _generate(self, prompts, until: list[str], limit: int, sampling: generation.Sampling) -> list[str]:
         """Ends when every row has one of ``until``, is at the end of its document, or has ``limit`` tokens."""
         model = self._run.architecture.bind(self._run.parameters)
-        document = self._tokens.document_token
+        stops = self._tokens.stop_tokens
         before = [self._tokens.decode(np.array(prompt)) for prompt in prompts]
         rows: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         done = [False] * len(prompts)
         mesh = self._run.mesh if self._run.mesh.size > 1 else None
-        for new in generation.chunks(model, prompts, sampling, limit, document, self._tokens.vocab_size, mesh=mesh):
+        for new in generation.chunks(model, prompts, sampling, limit, stops, self._tokens.vocab_size, mesh=mesh):
             for i, more in enumerate(new.T.tolist()):
                 if done[i]:
                     continue
-                ended = document in more
-                rows[i] += more[: more.index(document)] if ended else more
+                kept = generation.until(more, stops)
+                ended = len(kept) < len(more)
+                rows[i] += kept
                 whole = self._tokens.decode(np.array([*prompts[i], *rows[i]]))[len(before[i]) :]
                 texts[i], stopped = _cut(whole, until)
                 done[i] = ended or stopped

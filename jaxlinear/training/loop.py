@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,11 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
         directory = workdirs.prepare(workdir, job.config)
         trained_data.keep(directory, job.datasets)
     start.check_agreement("the data", job.data_text())
-    stop = _Stop()
+    with _Stop() as stop:
+        return _train(job, directory, stop)
+
+
+def _train(job: Job, directory: Path, stop: "_Stop") -> int:
     checkpoints = Checkpoints(directory, job.config)
     try:
         state, first = _restore_or_create(job, checkpoints)
@@ -91,7 +96,7 @@ def _run(
     if first >= steps:
         _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
         return FINISHED
-    workdirs.note_start(directory, first, job.mesh)
+    workdirs.note_start(directory, first, config, job.mesh)
 
     step_fn = make_train_step(config, job.architecture, job.optimizer, job.mesh)
     evaluation = _Evaluation(job)
@@ -187,13 +192,22 @@ class _Evaluation:
 
 
 class _Stop:
-    """Whether SIGTERM came. Processes that train together stop after the same step, whichever of them it came to: JAX
-    then handles the signal and agrees on the step."""
+    """Whether SIGTERM came, within the block. Processes that train together stop after the same step, whichever of them it
+    came to: JAX then handles the signal and agrees on the step. Signals come to the main thread alone; a run in another
+    does not hear of them."""
 
     def __init__(self) -> None:
         self._came = False
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._handle)
+        self._listens = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> "_Stop":
+        if self._listens:
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._before)
 
     def _handle(self, *_: Any) -> None:
         self._came = True

@@ -39,8 +39,9 @@ class Meter:
         if values["skips_in_a_row"] >= self._config.training.max_skips:
             raise RunError(
                 f"{self._config.training.max_skips} steps in a row were skipped, the last of them step {step} with a "
-                f"gradient norm of {values['gradient_norm']:.3g}: the run diverged; go on from an earlier checkpoint "
-                "with a lower optimizer.learning_rate, or raise training.spike_multiple"
+                f"gradient norm of {values['gradient_norm']:.3g}: the run diverged, or training.spike_multiple is too low; "
+                "the same command with another, or with a lower optimizer.learning_rate, goes on from the newest checkpoint "
+                "(remove those that are too late)"
             )
         if step % self._config.logging.every_steps and step != self._config.training.steps:
             return

@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 from pathlib import Path
@@ -17,9 +18,18 @@ from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import start
 
+_LOG = logging.getLogger(__name__)
+
 CONFIG = "config.json"
 STARTS = "starts.jsonl"
 
+# What else may be needed to get a run over a divergence: it goes on as another would have, which is said aloud and noted.
+_BEHAVIOUR = (
+    "optimizer.learning_rate",
+    "optimizer.muon_learning_rate",
+    "optimizer.clip_norm",
+    "training.spike_multiple",
+)
 # A run goes on with other values of these; any other key would make it another run.
 _MAY_CHANGE = {
     "mesh",
@@ -32,6 +42,7 @@ _MAY_CHANGE = {
     "training.steps",
     "training.max_skips",
     "model.remat",
+    *_BEHAVIOUR,
 }
 
 
@@ -62,6 +73,11 @@ def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
     """Makes the directory and writes the config, once all is checked."""
     check(workdir, config)
     directory = Path(workdir)
+    if (directory / CONFIG).exists():
+        before, after = _behaviour(read_config(directory)), _behaviour(config)
+        for key, value in after.items():
+            if before[key] != value:
+                _LOG.warning("the run goes on with %s=%r; it was %r", key, value, before[key])
     directory.mkdir(parents=True, exist_ok=True)
     if start.is_first():
         temporary = directory / (CONFIG + ".tmp")
@@ -70,7 +86,11 @@ def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
     return directory
 
 
-def note_start(directory: Path, step: int, mesh: jax.sharding.Mesh) -> None:
+def _behaviour(config: config_dict.ConfigDict) -> dict[str, Any]:
+    return {key: config[key.split(".")[0]][key.split(".")[1]] for key in _BEHAVIOUR}
+
+
+def note_start(directory: Path, step: int, config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Adds a line to ``starts.jsonl``: from which step the run goes on, when, with what and on what."""
     if not start.is_first():
         return
@@ -86,6 +106,7 @@ def note_start(directory: Path, step: int, mesh: jax.sharding.Mesh) -> None:
         "python": platform.python_version(),
         "jaxlinear": __version__,
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        **_behaviour(config),
     }
     with open(directory / STARTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

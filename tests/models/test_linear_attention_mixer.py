@@ -95,6 +95,22 @@ def test_what_all_tokens_agree_on_is_kept(feature_map):
     numerics.assert_close(y, np.broadcast_to(parameters["value"]["kernel"][0], y.shape), 1e-3)
 
 
+@pytest.mark.parametrize("sharper", [1, 3, 20])
+def test_a_token_alone_is_its_value_however_peaked_the_maps(sharper):
+    """Hedgehog's features are softmaxes: where those of a query and its key peak apart, both parts of the quotient are next
+    to nothing, and it is not. The gradients are finite then too."""
+    graph, parameters = small.module(lambda rngs: LinearAttention(small.config(feature_map="hedgehog"), rngs=rngs))
+    parameters["out"]["kernel"] = np.eye(16)
+    for name in ("query", "key"):
+        parameters[name]["kernel"] = 2 * sharper * parameters[name]["kernel"]
+    x = numerics.normal(np.random.default_rng(4), 64, 1, 16)
+    run = numerics.with_gradients(lambda parameters, x: nnx.merge(graph, parameters)(x)[0])
+    y, gradients = numerics.run(run, (parameters, x), np.ones(x.shape), dtype="float32")
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    if sharper < 20:  # there, some are below what float32 can square
+        numerics.assert_close(y, x @ parameters["value"]["kernel"], 1e-5)
+
+
 def test_nothing_that_fits_is_nothing():
     """A query that meets no key under relu gives 0, and finite gradients."""
     graph, parameters = small.module(lambda rngs: LinearAttention(small.config(feature_map="relu"), rngs=rngs))

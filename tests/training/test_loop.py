@@ -1,6 +1,9 @@
 """Runs in this process: what they write, and that one that was stopped goes on as if it had not been."""
 
+import concurrent.futures
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from jaxlinear import data
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import RunError, UserError
-from jaxlinear.training import metrics
+from jaxlinear.training import loop, metrics
 from jaxlinear.training import state as states
 from jaxlinear.training.loop import FINISHED, train
 from tests.training import tiny
@@ -132,3 +135,19 @@ def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
     assert train(run_config, tmp_path / "run") == FINISHED
     traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1 and traces[0].stat().st_size > 1000
+
+
+def test_sigterm_is_heard_within_a_run_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    with loop._Stop() as stop:
+        assert not stop.after(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.after(2)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+    def elsewhere():
+        with loop._Stop() as stop:
+            return stop.after(1)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        assert not threads.submit(elsewhere).result()

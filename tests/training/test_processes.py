@@ -171,6 +171,18 @@ def test_wrong_flags_are_refused(flags, message):
         start.join(*flags)
 
 
+@pytest.mark.parametrize("hosts, joins", [(None, False), ("a,b", True)])
+def test_of_a_jobset_only_pods_with_tpus_are_joined(monkeypatch, hosts, joins):
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    for name, value in {"JOBSET_NAME": "run", "JOB_COMPLETION_INDEX": "0", "TPU_WORKER_HOSTNAMES": hosts}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(start.jax.distributed, "initialize", lambda **options: calls.append(options))
+    start.join()
+    assert bool(calls) == joins
+
+
 def test_alone_there_is_nothing_to_join(monkeypatch):
     for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "JOBSET_NAME"):
         monkeypatch.delenv(name, raising=False)

@@ -1,6 +1,7 @@
 """What does not fit together, refused before anything is written."""
 
 import json
+import logging
 import re
 import shutil
 
@@ -183,19 +184,25 @@ def test_text_in_other_tokens_is_not_evaluated(tiny_config, other_dataset):
             Job.build(config)
 
 
-def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path):
+def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path, caplog):
     """The same run on another mesh, for longer, kept and logged otherwise; what it says then is what holds."""
     workdir = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     config = Job.build(tiny_config).config
     changes = {
         **{"mesh.fsdp": 8, "mesh.data": 1, "training.steps": 9, "training.max_skips": 3, "model.remat": "full"},
         **{"checkpoint.every_steps": 7, "evaluation.every_steps": 7, "logging.every_steps": 7, "data.path": "moved"},
+        **{"optimizer.learning_rate": 5e-4, "training.spike_multiple": 20.0},
     }
     for key, value in changes.items():
         section, name = key.split(".")
         config[section][name] = value
-    workdirs.prepare(workdir, config)
+    before = tiny_config.optimizer.learning_rate
+    with caplog.at_level(logging.WARNING):
+        workdirs.prepare(workdir, config)
     assert configs.to_json(workdirs.read_config(workdir)) == configs.to_json(config)
+    assert f"the run goes on with optimizer.learning_rate=0.0005; it was {before}" in caplog.text
+    workdirs.note_start(workdir, 3, config, Job.build(tiny_config).mesh)
+    assert workdirs.read_starts(workdir)[-1]["optimizer.learning_rate"] == 5e-4
 
 
 def test_a_directory_that_is_not_a_run(tmp_path):

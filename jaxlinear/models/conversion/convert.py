@@ -86,9 +86,7 @@ def export_weights(
         fields, links = flax.fields(model), flax.links(model)
     else:
         family = hugging_face.family_of_model(model)
-        fields = family.fields(model) | hugging_face.shared_fields(
-            family.name, model, None if tokenizer is None else tokenizer.document_token
-        )
+        fields = family.fields(model) | hugging_face.shared_fields(family.name, model, tokenizer)
         links = family.links(model)
     tensors = Plan.of(model, links).to_theirs(checkpoint.Checkpoints(workdir).stream(TREE, step))
     with _made_whole(target, tensors) as unfinished:
@@ -113,7 +111,8 @@ def _from_hugging_face(source: Path) -> _Imported:
     if model.tied_embeddings:
         tensors = hugging_face.without_copy(tensors, plan.name_of("embedding"), str(source))
     plan.check(tensors, str(source))
-    return _Imported(config, plan.to_ours(tensors), _tokenizer([source], fields.optional("bos_token_id")))
+    tokenizer = _tokenizer([source], fields.optional("bos_token_id"), hugging_face.end_tokens(source, fields))
+    return _Imported(config, plan.to_ours(tensors), tokenizer)
 
 
 def _from_flax(source: Path) -> _Imported:
@@ -131,17 +130,26 @@ def _config(model: Mapping[str, Any]) -> config_dict.ConfigDict:
     return configs.resolve(config)
 
 
-def _tokenizer(directories: Sequence[Path], first_token: int | None = None) -> Tokenizer | None:
-    """The tokenizer that lies with the weights. Its document token is the one that the model's texts began with."""
+def _tokenizer(
+    directories: Sequence[Path], first_token: int | None = None, end_tokens: tuple[int, ...] = ()
+) -> Tokenizer | None:
+    """The tokenizer that lies with the weights. Its document token is the one that the model's texts began with; where none
+    are named that they end with, those are a SentencePiece model's own."""
     files = [directory / name for directory in directories for name in ("tokenizer.json", "tokenizer.model")]
     path = next((path for path in files if path.is_file()), None)
     if path is None:
         return None
-    name = _added_token(path, first_token) if path.suffix == ".json" else _first_piece(path)
+    if path.suffix == ".json":
+        name = _added_token(path, first_token)
+    else:
+        name, last = _borders(path)
+        end_tokens = end_tokens or last
     try:
-        return open_tokenizer(str(path), name)
+        tokenizer = open_tokenizer(str(path), name)
     except UserError as error:
         raise UserError(f"{path}: {error}; move the file away to import the weights without it") from error
+    tokenizer.end_tokens = end_tokens
+    return tokenizer
 
 
 def _added_token(path: Path, index: int | None) -> str | None:
@@ -150,17 +158,18 @@ def _added_token(path: Path, index: int | None) -> str | None:
     return next((token["content"] for token in tokens if token["id"] == index), None)
 
 
-def _first_piece(path: Path) -> str | None:
-    """The name of the token that begins a text, in a SentencePiece model."""
+def _borders(path: Path) -> tuple[str | None, tuple[int, ...]]:
+    """The name of the token that begins a text, in a SentencePiece model, and that which ends it."""
     try:
         import sentencepiece
     except ImportError:
-        return None  # opening the tokenizer says what it needs
+        return None, ()  # opening the tokenizer says what it needs
     try:
         pieces: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
-        return None  # and what is wrong with it
-    return pieces.id_to_piece(pieces.bos_id()) if pieces.bos_id() >= 0 else None
+        return None, ()  # and what is wrong with it
+    first, last = pieces.bos_id(), pieces.eos_id()
+    return pieces.id_to_piece(first) if first >= 0 else None, (last,) if last >= 0 else ()
 
 
 def _check_empty(directory: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlinear.data import Tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion import llama, mamba2, recurrent_gemma, safetensors
@@ -16,6 +17,7 @@ from jaxlinear.streaming import StreamedArray
 
 FAMILIES = {family.name: family for family in (llama.FAMILY, mamba2.FAMILY, recurrent_gemma.FAMILY)}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
 # Left over in the files of older releases: the frequencies of rotary positions, which follow from their base.
 _NO_WEIGHT = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -63,8 +65,21 @@ def family_of_model(config: ModelConfig) -> Family:
     raise UserError(f"no model of {', '.join(FAMILIES)} has the layers {', '.join(dict.fromkeys(config.pattern))}")
 
 
-def shared_fields(name: str, config: ModelConfig, document_token: int | None) -> dict[str, Any]:
+def end_tokens(directory: Path, fields: Fields) -> tuple[int, ...]:
+    """The tokens at which texts of the model end: those of ``generation_config.json``, else of ``config.json``."""
+    found = fields.optional("eos_token_id")
+    if (directory / GENERATION).is_file():
+        found = read_json(directory / GENERATION).get("eos_token_id", found)
+    tokens = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(isinstance(token, int) for token in tokens):
+        raise UserError(f"{directory}: eos_token_id is {found!r}; it is a token or a list of tokens")
+    return tuple(tokens)
+
+
+def shared_fields(name: str, config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Fields of a ``config.json`` that are the same in every family."""
+    first = None if tokenizer is None else tokenizer.document_token
+    ends = () if tokenizer is None else tokenizer.end_tokens or (first,)
     return {
         "model_type": name,
         "torch_dtype": "float32",
@@ -72,8 +87,8 @@ def shared_fields(name: str, config: ModelConfig, document_token: int | None) ->
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "tie_word_embeddings": config.tied_embeddings,
-        "bos_token_id": document_token,
-        "eos_token_id": document_token,
+        "bos_token_id": first,
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
         "pad_token_id": None,
     }
 

@@ -29,7 +29,9 @@ from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
 PRODUCT_WIDTH = 16  # K where phi has the products of all pairs of channels
-_EPSILON = 1e-6  # added to phi(q) z, which relu and rebased can make 0, with S
+# Added to phi(q) z. Relu and rebased can make it 0, with S; of the others it is positive, but hedgehog's, a product of two
+# softmaxes, may be far below 1e-6. The gradient divides by its square, which float32 has to hold.
+_EPSILON, _LEAST = {"relu": 1e-6, "rebased": 1e-6}, 1e-18
 
 
 def widths(config: ModelConfig) -> tuple[int, int, int]:
@@ -64,6 +66,7 @@ class LinearAttention(nnx.Module):
         # ReBased's weights are squares, down to 0. Of features rounded to bfloat16 they would come out at either sign, and
         # their sum, by which is divided, now and then at about 0.
         self.rounded = name != "rebased"
+        self.epsilon = _EPSILON.get(name, _LEAST)
         self.norm = (
             RMSNorm(self.value_width, axis=None, epsilon=config.norm_epsilon, rngs=rngs) if name == "identity" else None
         )
@@ -87,7 +90,7 @@ class LinearAttention(nnx.Module):
             v = jnp.concatenate([v, jnp.ones_like(v, shape=(*v.shape[:3], 1))], axis=-1)
             o, memory = operations.linear_attention(q, k, v, None, past, scale=1.0, segment_ids=segment_ids)
             o = o.astype(wide)
-            o = (o[..., :-1] / (o[..., -1:] + _EPSILON)).astype(x.dtype)
+            o = (o[..., :-1] / (o[..., -1:] + self.epsilon)).astype(x.dtype)
         else:
             o, memory = operations.linear_attention(q, k, v, None, past, segment_ids=segment_ids)
             o = self.norm(o)

@@ -77,20 +77,32 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     random = np.random.default_rng(0)
     grow = ("model.embed_tokens.weight", "lm_head.weight")
     wide = {name: random.standard_normal((300, 16)).astype(np.float32) for name in grow}
-    rewrite(source, lambda values: values | wide, {"vocab_size": 300, "bos_token_id": 257})
+    rewrite(source, lambda values: values | wide, {"vocab_size": 300, "bos_token_id": 257, "eos_token_id": 3})
     (source / "tokenizer.json").write_text(json.dumps(content))
     import_weights(source, tmp_path / "run")
     assert load_tokenizer(tmp_path / "run").document_token_name == "<s>"
+    assert load_tokenizer(tmp_path / "run").stop_tokens == (257, 3)
     text = generation.Writer.open(tmp_path / "run").write(["def "], max_tokens=4, temperature=0.0)[0]
     assert text.startswith("def ")
     export_weights(tmp_path / "run", tmp_path / "exported")
     assert (tmp_path / "exported" / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
-    assert json.loads((tmp_path / "exported" / "config.json").read_text())["bos_token_id"] == 257
+    exported = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert (exported["bos_token_id"], exported["eos_token_id"]) == (257, 3)
+
+    # What transformers generates by comes first.
+    (tmp_path / "exported" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    import_weights(tmp_path / "exported", tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").stop_tokens == (257, 3, 5)
+    export_weights(tmp_path / "again", tmp_path / "twice")
+    assert json.loads((tmp_path / "twice" / "config.json").read_text())["eos_token_id"] == [3, 5]
+    (tmp_path / "exported" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(UserError, match="exported: eos_token_id is '</s>'; it is a token or a list of tokens"):
+        import_weights(tmp_path / "exported", tmp_path / "other")
 
     (source / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"source/tokenizer.json: .*; move the file away to import the weights without"):
         import_weights(source, tmp_path / "other")
-    assert_nothing_in(tmp_path, "source", "run", "exported")
+    assert_nothing_in(tmp_path, "source", "run", "exported", "again", "twice")
 
 
 def test_other_dtypes_are_widened(copied, tmp_path):
