@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxlinear.errors import UserError
-from jaxlinear.parallel.devices import Link, device_of, link_of
+from jaxlinear.parallel.devices import Device, axes_of, device_of, link_of, most_gathering
 from jaxlinear.scaling.hardware import PEAK_FLOPS
 from jaxlinear.scaling.programs import Collective
 
@@ -14,27 +14,33 @@ ASSUMPTIONS = (
     "every product at the matrix unit's peak, those of float32 at their default precision: one pass of bfloat16 on TPU, "
     "TF32 on GPU, half as fast; recurrences and elementwise work free",
     "of memory only the state, read and written once, and activations kept for the backward pass, written and read",
-    "collectives one after the other, each at its link's full rate",
-    "the least time hides the two smaller of the three behind the largest, the most hides nothing",
+    "collectives one after the other, each at the full rate of all the links that its devices may use",
+    "the least time hides the two smaller of the three behind the largest, but for collectives beside which the program "
+    "computes nothing; the most hides nothing",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one step. ``exchanges`` is None where the collectives are not known."""
+    """Seconds of one step. ``exchanges`` is None where the collectives are not known; ``waited`` are those of them beside which
+    nothing is computed; ``counted`` is False where some are in a loop whose trips are not known, and count once."""
 
     products: float
     memory: float
     exchanges: float | None
+    waited: float
+    counted: bool
     peak_flops: float  # of one device in bfloat16, FLOP/s: the denominator of MFU, whatever the dtype
 
     @property
     def least(self) -> float:
-        return max(self.products, self.memory, self.exchanges or 0.0)
+        return max(self.products, self.memory, (self.exchanges or 0.0) - self.waited) + self.waited
 
     @property
     def most(self) -> float | None:
-        return None if self.exchanges is None else self.products + self.memory + self.exchanges
+        if self.exchanges is None or not self.counted:
+            return None
+        return self.products + self.memory + self.exchanges
 
 
 class Row(NamedTuple):
@@ -50,7 +56,12 @@ class Row(NamedTuple):
 
 
 def times(
-    kind: str, dtype: str, mesh: Mapping[str, int], flops: float, bytes_: float, collectives: Iterable[Collective] | None
+    kind: str,
+    dtype: str,
+    mesh: Mapping[str, int],
+    flops: float,
+    bytes_: float,
+    collectives: Sequence[Collective] | None,
 ) -> Times:
     """``flops`` and ``bytes_`` are those of one device; ``kind`` is its ``jax.Device.device_kind``, ``dtype`` that of the
     products. ``collectives`` is None if they are not known."""
@@ -60,21 +71,27 @@ def times(
     peak = PEAK_FLOPS[kind]
     # Products that ask for more precision are slower: the least time stays a bound.
     rate = peak / 2 if dtype == "float32" and not kind.startswith("TPU") else peak
-    exchanges = None
+    exchanges, waited, counted = None, 0.0, True
     if collectives is not None:
-        exchanges = sum((c.runs or 1) * seconds(c, link_of(device, _span(c.axes, mesh))) for c in collectives)
-    return Times(flops / rate, bytes_ / device.memory_bandwidth, exchanges, peak)
+        taken = [((c.runs or 1) * seconds(c, device, _span(c.axes, mesh)), c) for c in collectives]
+        exchanges, waited = (sum(t for t, _ in taken), sum(t for t, c in taken if not c.during))
+        counted = all(c.runs is not None for c in collectives)
+    return Times(flops / rate, bytes_ / device.memory_bandwidth, exchanges, waited, counted, peak)
 
 
-def seconds(collective: Collective, link: Link) -> float:
-    """Of one run."""
+def seconds(collective: Collective, device: Device, span: int) -> float:
+    """Of one run, between devices that lie among ``span`` neighbouring ones, at least."""
+    link = link_of(device, span)
     if collective.devices < 2:
         return 0.0
     if collective.kind == "collective-permute":
         return link.permute(collective.devices, 1, collective.bytes)
-    steps = collective.devices // 2 if link.torus else collective.devices - 1
+    axes = axes_of(device, collective.devices)
+    # Round a torus both ways, an axis after the other.
+    steps = int(axes * round(collective.devices ** (1 / axes)) // 2) if link.torus else collective.devices - 1
     passes = 2 if collective.kind == "all-reduce" else 1
-    return link.start + passes * steps * link.hop + collective.received / link.gathering
+    received = collective.received / most_gathering(device, collective.devices, span)
+    return link.start + passes * steps * link.hop + received
 
 
 def grouped(collectives: Iterable[Collective]) -> list[Row]:

@@ -21,7 +21,7 @@ from jaxlinear.models import parameters
 from jaxlinear.models.language_model import REMAT_POLICIES
 from jaxlinear.parallel import cost, sharding
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel.devices import device_of, link_of
+from jaxlinear.parallel.devices import device_of, most_gathering
 from jaxlinear.parallel.targets import Target
 from jaxlinear.training import state as states
 from jaxlinear.training.job import check_mesh
@@ -62,7 +62,10 @@ def search(
     found = []
     for candidate in candidates(config, target)[:count]:
         show(f"compiling {candidate.flags()}")
-        found.append(sizing.size(candidate.applied(config), target))
+        try:
+            found.append(sizing.size(candidate.applied(config), target))
+        except UserError as error:  # of one candidate: the others are worth what they took to compile
+            show(f"left out: {error}")
     return sorted(found, key=lambda sized: (not sized.fits, sized.time.least, sized.memory.total))
 
 
@@ -149,7 +152,7 @@ class _Model:
         received["expert"] = sums * config.model.experts_per_token * (1 - 1 / sizes["expert"])
         names = list(sizes)
         exchanges = sum(
-            size / link_of(device, math.prod(sizes[name] for name in names[names.index(axis) :])).gathering
+            size / most_gathering(device, sizes[axis], math.prod(sizes[name] for name in names[names.index(axis) :]))
             for axis, size in received.items()
         )
         times = roofline.times(

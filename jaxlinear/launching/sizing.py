@@ -55,9 +55,9 @@ class Kinds:
 @dataclasses.dataclass(frozen=True)
 class Sizing:
     """``memory_analysis`` is the compiler's own count, or None if it refused the program for its memory; ``memory`` then
-    has what it said, and ``collectives`` is None too: they are in no program. ``flops`` are those of the model's formulas in a step of all devices, ``executed_flops`` the products
-    of the traced program, what remat computes again included. ``xla_seconds`` is XLA's own estimate, with every loop's
-    body counted once; None where the compiler gives none."""
+    has what it said, and ``collectives`` is None too: they are in no program. ``flops`` are those of the model's formulas
+    in a step of all devices, ``executed_flops`` the products of the traced program, what remat computes again included.
+    ``xla_seconds`` is XLA's own estimate, with every loop's body counted once; None where the compiler gives none."""
 
     target: str
     devices: int
@@ -147,7 +147,9 @@ def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
             dtype=made.config.model.dtype,
             mesh=dict(made.mesh.shape),
             flops=executed / len(target.devices),
-            bytes_=2 * (kinds.parameters + kinds.optimizer) + kinds.batch + 2 * kinds.activations,
+            bytes_=2 * (kinds.parameters + kinds.optimizer)
+            + kinds.batch
+            + 2 * training.microbatches * kinds.activations,
             collectives=collectives,
         ),
         tokens_a_step=tokens,

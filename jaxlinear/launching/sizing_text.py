@@ -38,11 +38,14 @@ def table(sized: Sizing) -> str:
     time = sized.time
     exchanges, most = "not known, as there is no program", ""
     if time.exchanges is not None:
-        exchanges, most = f"{time.exchanges:.4f}", f", {time.most:.4f} s if nothing were hidden"
+        exchanges = f"{time.exchanges:.4f}, of which {time.waited:.4f} waited for"
+        if not time.counted:
+            exchanges = f">= {exchanges}, as loops of unknown trips count once"
+    if time.most is not None:
+        most = f", {time.most:.4f} s if nothing were hidden"
     lines += [
         f"FLOPs of a step             {sized.flops:.3e} by formula, {sized.executed_flops:.3e} in the program's products",
-        f"least seconds of a step     products {time.products:.4f}, memory {time.memory:.4f}, "
-        f"exchanges {exchanges}",
+        f"least seconds of a step     products {time.products:.4f}, memory {time.memory:.4f}, exchanges {exchanges}",
         f"  so at least {time.least:.4f} s{most}; MFU at most {sized.mfu_bound:.1%}",
         f"tokens                      {sized.tokens_a_step:,} a step, at most {sized.tokens_a_day:.3e} a day; "
         f"{sized.steps:,} steps take at least {sized.days:.2f} days",

@@ -34,6 +34,7 @@ class Device(NamedTuple):
     link: Link
     domain: int | None = None  # devices that ``link`` joins; None: all
     beyond: Link | None = None  # what joins more
+    axes: int = 1  # of the torus
 
 
 def _torus(name: str, one_way: float) -> Link:
@@ -44,9 +45,9 @@ def _torus(name: str, one_way: float) -> Link:
 
 # Memory and its bandwidth, and ICI a chip in both directions over all its links (400, 1,200 and 800 GB/s, on 4, 6 and 4
 # links): cloud.google.com/tpu/docs/{v5e,v5p,v6e}. Float32 products are six of bfloat16 (XLA's HIGHEST precision).
-_V5E = Device("TPU v5e", 197e12 / 6, 16e9, 819e9, _torus("v5e", 50e9))
-_V5P = Device("TPU v5p", 459e12 / 6, 95 * 2**30, 2765e9, _torus("v5p", 100e9))
-_V6E = Device("TPU v6e", 918e12 / 6, 32e9, 1600e9, _torus("v6e", 100e9))
+_V5E = Device("TPU v5e", 197e12 / 6, 16e9, 819e9, _torus("v5e", 50e9), axes=2)
+_V5P = Device("TPU v5p", 459e12 / 6, 95 * 2**30, 2765e9, _torus("v5p", 100e9), axes=3)
+_V6E = Device("TPU v6e", 918e12 / 6, 32e9, 1600e9, _torus("v6e", 100e9), axes=2)
 
 # NVIDIA's data sheets. H100 SXM: 67 TFLOP/s float32, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways together. DGX H100:
 # eight GPUs, each with a network port of 400 Gb/s; a gather over hosts goes to each of them once, over all eight ports.
@@ -83,3 +84,19 @@ def device_of(kind: str) -> Device:
 def link_of(device: Device, span: int) -> Link:
     """What joins the devices of a row of shards that lies among ``span`` neighbouring devices."""
     return device.link if device.beyond is None or span <= (device.domain or span) else device.beyond
+
+
+def axes_of(device: Device, devices: int) -> int:
+    """Over how many axes of the torus a group of so many devices may lie, at most."""
+    return max(1, min(device.axes, devices.bit_length() - 1))
+
+
+def most_gathering(device: Device, devices: int, span: int) -> float:
+    """bytes/s that a device may receive, at most, of a collective of so many devices among ``span`` neighbouring ones: over
+    all links that they have, and between hosts over the ports of those of a host that take part."""
+    link = link_of(device, span)
+    if link.torus:
+        return link.gathering * axes_of(device, devices)
+    if link is device.beyond and device.domain:
+        return min(link.gathering, link.bandwidth * max(1, device.domain * devices // span))
+    return link.gathering
