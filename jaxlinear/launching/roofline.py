@@ -22,8 +22,8 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one step. ``exchanges`` is None where the collectives are not known; ``waited`` are those of them beside which
-    nothing is computed; ``counted`` is False where some are in a loop whose trips are not known, and count once."""
+    """Seconds of one step. ``exchanges`` is None where the collectives are not known; ``waited`` are those of them beside
+    which nothing is computed; ``counted`` is False where some are in a loop of unknown trips, and count once."""
 
     products: float
     memory: float

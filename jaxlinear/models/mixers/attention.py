@@ -1,5 +1,7 @@
 """Full causal softmax attention with rotary positions: the transformer that linear layers are measured against
-(Vaswani et al. 2017, arXiv:1706.03762; RoFormer, arXiv:2104.09864; grouped queries, arXiv:2305.13245)."""
+(Vaswani et al. 2017, arXiv:1706.03762; RoFormer, arXiv:2104.09864; grouped queries, arXiv:2305.13245).
+
+Positions turn ``model.rotary_fraction`` of a head: all of it in the presets, half by default, as in Griffin."""
 
 import jax
 import jax.numpy as jnp
