@@ -5,6 +5,7 @@ import errno
 import glob
 import logging
 import os
+import pathlib
 import re
 import sys
 import traceback
@@ -66,6 +67,16 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes
     sys.exit(status)
 
 
+def check_output(flag: str, path: str | None) -> None:
+    """``UserError`` unless ``path`` can be that of a file: to be called before the work, which would else be in vain."""
+    if not path:
+        return
+    if pathlib.Path(path).is_dir():
+        raise UserError(f"--{flag}={path} is a directory; name a file in it")
+    if not pathlib.Path(path).absolute().parent.is_dir():
+        raise UserError(f"--{flag}={path}: its directory does not exist")
+
+
 def _has_others() -> bool:
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
@@ -107,11 +118,16 @@ def check_config_options(argv: list[str]) -> str | None:
     return _config_file(argv)
 
 
+def config_file(name: str) -> str:
+    """The file of a ``--config=FILE.py:ARGUMENT``."""
+    return name.split(":")[0]
+
+
 def _config_file(argv: list[str]) -> str | None:
     """The file that ``--config`` names, which has to exist."""
     file = None
     for name in re.findall(r"^--?config(?:=|\n)(.*)", "\n".join(argv), re.MULTILINE):
-        file = name.split(":")[0]
+        file = config_file(name)
         if not os.path.isfile(file):
             folder, name = os.path.split(file)
             near = difflib.get_close_matches(name, glob.glob("*.py", root_dir=folder or None), n=1, cutoff=0.0)

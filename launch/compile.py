@@ -24,6 +24,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> int:
+    cli.check_output("json", _JSON.value)
     from jaxlinear.launching import search, sizing, sizing_text
 
     target = targets.find(_TOPOLOGY.value)

@@ -31,8 +31,7 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what it is asked for: to open a run for reading only
     from jaxlinear import evaluation
 
-    if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
-        raise UserError(f"--json={_JSON.value}: its directory does not exist")
+    cli.check_output("json", _JSON.value)
     options = evaluation.Options(
         data=_DATA.value,
         lengths=None if _LENGTHS.value is None else tuple(_multiple(text) for text in _LENGTHS.value),

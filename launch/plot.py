@@ -12,11 +12,12 @@ _OUTPUT = flags.DEFINE_string("output", "loss.png", "The picture: .png, .svg or 
 
 
 def main() -> None:
-    from jaxlinear.evaluation import plots
-
     suffix = pathlib.Path(_OUTPUT.value).suffix
     if suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--output={_OUTPUT.value} must end in .png, .svg or .pdf")
+    cli.check_output("output", _OUTPUT.value)
+    from jaxlinear.evaluation import plots
+
     plots.loss_curves(_WORKDIRS.value).savefig(_OUTPUT.value, dpi=150)
 
 

@@ -6,18 +6,22 @@ The task, the size of the models and the training are those of configs/mqar.py, 
 given for itself, --patterns=gla,griffin:training.steps=4000; docs/evaluation.md has the table.
 """
 
+import pathlib
+
 from absl import flags, logging
 from ml_collections import config_flags
 
 from jaxlinear import cli
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/mqar.py", "What to train: a file in configs/.")
+_MQAR = pathlib.Path(__file__).absolute().parents[1] / "configs" / "mqar.py"  # wherever the program is started
+_CONFIG = config_flags.DEFINE_config_file("config", str(_MQAR), "What to train: a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs lie; those that are there go on.", required=True)
 _PATTERNS = flags.DEFINE_list(
     "patterns",
     [
         "gated_delta_net",
-        "griffin:optimizer.muon_learning_rate=0.015:training.steps=4000",
+        "griffin:optimizer.muon_learning_rate=0.015:optimizer.learning_rate=0.03:optimizer.weight_decay=0.0"
+        ":schedule.final_fraction=0.0:training.steps=4500",
         "linear_attention",
     ],
     "griffin, hawk, a mixer, or several as rg_lru+sliding_window; each may have keys of the config of its own, as above.",

@@ -16,6 +16,7 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Of such a sample.", lower
 
 
 def main() -> None:
+    cli.check_output("output", _OUTPUT.value)
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what it is asked for: to open a run for reading only
     from jaxlinear import generation
     from jaxlinear.evaluation import report

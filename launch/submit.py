@@ -5,9 +5,10 @@
     python launch/submit.py --platform=tpu_vm --target=v5p:4x4x4 --zone=Z --project=P --setup=SHELL -- --config=... ...
     python launch/submit.py --platform=local --processes=2 --target=cpu:2 -- --config=configs/NAME.py --workdir=DIR ...
 
-What follows after -- is the command of launch/train.py. It is checked here; then a script or manifest is written (--output,
-or to stdout) or, with --submit, handed to the scheduler. Every one starts the run again after a preemption; it goes on from
-what it saved. The processes go no further unless together they see the devices that were asked for.
+What follows after -- is the command of launch/train.py. That its config file and the keys that it sets exist is checked
+here, and their values when the run begins. Then a script or manifest is written (--output, or to stdout) or, with --submit,
+handed to the scheduler. Every one starts the run again after a preemption; it goes on from what it saved. The processes go
+no further unless together they see the devices that were asked for.
 """
 
 import pathlib
@@ -23,12 +24,12 @@ from jaxlinear.launching import gke, local, request, slurm, tpu_vm
 
 _PLATFORM = flags.DEFINE_enum("platform", None, ["slurm", "gke", "tpu_vm", "local"], "What starts it.", required=True)
 _TARGET = flags.DEFINE_string("target", None, "v5e:4x8 (v5p, v6e), or h100:16 (h200, a100, gpu, cpu).", required=True)
-_NAME = flags.DEFINE_string("name", None, "Of the job; by default the work directory's.")
-_OUTPUT = flags.DEFINE_string("output", None, "Write the script or manifest to this file.")
-_SUBMIT = flags.DEFINE_bool("submit", False, "Hand it to the scheduler: sbatch or kubectl.")
+_NAME = flags.DEFINE_string("name", None, "Of the job; by default the work directory's; not local.")
+_OUTPUT = flags.DEFINE_string("output", None, "Write the script or manifest to this file; not local.")
+_SUBMIT = flags.DEFINE_bool("submit", False, "slurm, gke: hand it to the scheduler, by sbatch or kubectl.")
 _PYTHON = flags.DEFINE_string("python", None, "The interpreter on the other machines; by default python, or this one.")
 _DEVICES_A_HOST = flags.DEFINE_integer("devices_a_host", None, "Where it is not 8 GPUs or 4 TPU chips.", lower_bound=1)
-_GRACE = flags.DEFINE_integer("grace", 300, "Seconds that a run has to save itself.", lower_bound=1)
+_GRACE = flags.DEFINE_integer("grace", 300, "slurm, gke: seconds that a run has to save itself.", lower_bound=1)
 _SPOT = flags.DEFINE_bool("spot", False, "gke, tpu_vm: on machines that may be taken away.")
 
 _PROCESSES_PER = flags.DEFINE_enum(
@@ -52,8 +53,26 @@ _DIRECTORY = flags.DEFINE_string("directory", "jaxlinear", "tpu_vm: where the tr
 _PROCESSES = flags.DEFINE_integer("processes", 1, "local: how many.", lower_bound=1)
 _REQUEUE = flags.DEFINE_bool("requeue", False, "local: start again after a preemption.")
 
+# Who reads what; the other flags are for all.
+_READ_BY: tuple[tuple[tuple[str, ...], tuple[flags.FlagHolder, ...]], ...] = (
+    (("slurm", "gke", "tpu_vm"), (_NAME, _OUTPUT)),
+    (("slurm", "gke"), (_SUBMIT, _GRACE)),
+    (("gke", "tpu_vm"), (_SPOT,)),
+    (("slurm",), (_PROCESSES_PER, _PARTITION, _ACCOUNT, _SBATCH, _MINUTES, _LOG, _SHELL)),
+    (("gke",), (_IMAGE, _RESTARTS)),
+    (("tpu_vm",), (_ZONE, _PROJECT, _SETUP, _DIRECTORY)),
+    (("local",), (_PROCESSES, _REQUEUE)),
+)
+
 
 def main(arguments: list[str]) -> int:
+    for platforms, read in _READ_BY:
+        given = [flag.name for flag in read if flag.present]
+        if given and _PLATFORM.value not in platforms:
+            raise UserError(
+                f"--{given[0]} is for --platform={' or '.join(platforms)}; {_PLATFORM.value} has no use for it"
+            )
+    cli.check_output("output", _OUTPUT.value)
     cli.check_config_options(arguments)
     python = _PYTHON.value or (sys.executable if _PLATFORM.value == "local" else "python")
     asked = request.make(_TARGET.value, _NAME.value, arguments, python=python, on_a_host=_DEVICES_A_HOST.value)
@@ -67,9 +86,7 @@ def main(arguments: list[str]) -> int:
         print(text, end="")
     if not _SUBMIT.value:
         return 0
-    program = {"slurm": ["sbatch"], "gke": ["kubectl", "apply", "-f"]}.get(_PLATFORM.value)
-    if program is None:
-        raise UserError("--submit is for slurm and gke; the script for tpu_vm is one to leave running")
+    program = {"slurm": ["sbatch"], "gke": ["kubectl", "apply", "-f"]}[_PLATFORM.value]
     with tempfile.TemporaryDirectory() as directory:
         if file is None:
             file = pathlib.Path(directory) / f"{asked.name}{suffix}"

@@ -44,7 +44,7 @@ def main() -> int:
         if error.name != "submitit":
             raise
         raise UserError("starting the runs of a sweep needs submitit: pip install 'jaxlinear[sweep]'") from None
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    file = cli.config_file(config_flags.get_config_filename(flags.FLAGS["config"]))
     planned = sweep.prepare(_WORKDIR.value, _CONFIG.value, _load(file).get_runs(_CONFIG.value))
     folder = planned.directory / "jobs" / "submitit"
     executor = (

@@ -79,6 +79,36 @@ def test_arguments_that_are_not_understood(argument, line, capsys):
     assert capsys.readouterr() == ("", f"program.py: {line}\n")
 
 
+@pytest.mark.parametrize(
+    "program, arguments, message",
+    [
+        (
+            "compile",
+            "--config=configs/griffin_100m.py --topology=h100:1 --json=no/x",
+            "--json=no/x: its directory does",
+        ),
+        ("evaluate", "--workdir=x --json=no/x", "--json=no/x: its directory does not exist"),
+        ("plot", "--workdir=x --output=no/x.png", "--output=no/x.png: its directory does not exist"),
+        ("report", "--workdir=x --output=docs", "--output=docs is a directory; name a file in it"),
+        ("report", "--workdir=x --output=no/x.html", "--output=no/x.html: its directory does not exist"),
+        ("scaling", "--workdir=x --output=README.md", "--output=README.md is a file; the report is several: name a"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_begun(program, arguments, message):
+    command = [sys.executable, f"launch/{program}.py", *arguments.split()]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{program}.py: {message}") and done.stderr.count("\n") == 1
+
+
+def test_the_config_of_a_program_is_found_from_anywhere(tmp_path):
+    command = [sys.executable, REPOSITORY / "launch" / "recall.py", "--workdir=x", "--config.training.steps=many"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("recall.py: flag --config.training.steps=many: invalid literal for int()")
+
+
 WITHOUT_A_NEAR_ONE = "config.zzz.width = 3"
 BAD_CONFIG = """
 from jaxlinear import config as configs

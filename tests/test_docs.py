@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from jaxlinear import config as configs
+from jaxlinear import ops
+from jaxlinear.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -27,3 +30,28 @@ def test_local_links_lead_somewhere(page):
 def test_programs_that_are_named_exist(page):
     named = set(re.findall(r"\b((?:launch|benchmarks|configs)/\w+\.py)\b", page.read_text())) - {"configs/NAME.py"}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_that_is_shown_imports_what_it_names(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        imports = re.findall(r"^import (jaxlinear\.\w+)", block, re.MULTILINE)
+        assert set(re.findall(r"(?<!from )\bjaxlinear\.\w+(?=[.(])", block)) <= set(imports)
+
+
+def test_the_table_of_operations_has_their_backends():
+    """As each names them when it refuses one."""
+    x, heads = jnp.ones((1, 2, 4)), jnp.ones((1, 2, 1, 4))
+    calls = {
+        "linear_recurrence": lambda: ops.linear_recurrence(x, x, backend="none"),
+        "linear_attention": lambda: ops.linear_attention(heads, heads, heads, backend="none"),
+        "delta_rule": lambda: ops.delta_rule(heads, heads, heads, heads[..., 0], backend="none"),
+        "sliding_window_attention": lambda: ops.sliding_window_attention(heads, heads, heads, window=2, backend="none"),
+        "causal_attention": lambda: ops.causal_attention(heads, heads, heads, backend="none"),
+    }
+    rows = (ROOT / "docs" / "mixers.md").read_text().split("\n")
+    for name, call in calls.items():
+        with pytest.raises(UserError, match=f"{name} has no backend 'none'; it has 'auto'") as refused:
+            call()
+        (row,) = (row for row in rows if row.startswith("| `") and f"`{name}`" in row.split("|")[1] and " | `" in row)
+        assert re.findall(r"`(\w+)`", row.split("|")[3]) == re.findall(r"'(\w+)'", str(refused.value))[2:]

@@ -1,18 +1,23 @@
 """A run as several processes on this machine, joined by its loopback."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from jaxlinear.errors import UserError
 from jaxlinear.launching.request import PREEMPTED, Request
 
+_PAUSE = 1.0  # seconds before a preempted run is started again: one that ends at once would else take a whole core
+
 
 def run(request: Request, *, processes: int, requeue: bool = False) -> int:
-    """Runs it to its end and returns the status: the largest of its processes'. SIGTERM and SIGINT are passed on to them.
+    """Runs it to its end and returns the status of its processes together. SIGTERM and SIGINT are passed on to them.
 
     GPUs, those that ``CUDA_VISIBLE_DEVICES`` names if it is set, are dealt out to the processes in equal parts. With
     ``requeue`` a run that was preempted is started again, unless this program was told to end.
@@ -20,6 +25,10 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
     if request.devices % processes:
         raise UserError(f"--processes={processes} does not divide {request.devices} devices")
     environments = [_environment(request, i, processes) for i in range(processes)]
+    if shutil.which(request.python) is None:
+        raise UserError(
+            f"--python={request.python}: this machine has no such program; by default it is {sys.executable}"
+        )
     told = False
     running: list[subprocess.Popen] = []
 
@@ -36,16 +45,25 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
             for i, environment in enumerate(environments):
                 command = request.command(*joining, *([f"--process={i}"] if joining else []))
                 running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment))
-            # One that a signal ended has a negative number, and is as bad as any.
-            statuses = [process.wait() for process in running]
-            status = max(status if status >= 0 else 128 - status for status in statuses)
+                if told:  # before this one was there to be told
+                    running[-1].terminate()
+            status = _of_all([process.wait() for process in running])
             running.clear()
+            if status == PREEMPTED and requeue and not told:
+                time.sleep(_PAUSE)
             if status != PREEMPTED or told or not requeue:
                 return status
             print("the run was preempted: it goes on", file=sys.stderr, flush=True)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _of_all(statuses: Sequence[int]) -> int:
+    """``PREEMPTED`` if some saved themselves and none failed, which the next start would do again; else the largest of
+    the failures, those by a signal as a shell counts them."""
+    failures = [status if status >= 0 else 128 - status for status in statuses if status not in (0, PREEMPTED)]
+    return max(failures or statuses)
 
 
 def _environment(request: Request, process: int, processes: int) -> dict[str, str]:

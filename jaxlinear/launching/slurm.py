@@ -23,7 +23,7 @@ def render(
       request: of GPUs.
       per: ``"device"`` for one process a GPU, ``"host"`` for one that has all of a node's.
       minutes: the time limit.
-      grace: seconds before the limit at which the processes are told to save themselves.
+      grace: seconds before the limit at which the processes are told to save themselves; less than the limit.
       log: where both streams go.
       options: further ``#SBATCH`` options by name: account, partition, qos, ...
       setup: lines of shell before the run, such as ``module load``.
@@ -33,6 +33,12 @@ def render(
     tasks = {"device": request.on_a_host, "host": 1}
     if per not in tasks:
         raise UserError(f"--processes_per={per!r} can be device or host")
+    options = options or {}
+    if grace >= 60 * minutes and not {"time", "signal"} & set(options):
+        raise UserError(
+            f"--grace={grace}: with --minutes={minutes} the run would be told to end whenever it begins; "
+            f"--grace must be less than {60 * minutes}"
+        )
     settings = {
         "job-name": request.name,
         "nodes": str(request.hosts),
@@ -42,7 +48,7 @@ def render(
         "signal": f"TERM@{grace}",
         "open-mode": "append",
         "output": log,
-        **(options or {}),
+        **options,
     }
     lines = ["#!/bin/bash", *(_option(name, value) for name, value in settings.items()), "#SBATCH --requeue", ""]
     lines += [

@@ -6,8 +6,8 @@ import shlex
 from jaxlinear.errors import UserError
 from jaxlinear.launching.request import PREEMPTED, Request
 
-# The type of a slice by its number of chips, and the software of its hosts (cloud.google.com/tpu/docs/runtimes).
-_TYPES = {"v5e": "v5litepod-{chips}", "v5p": "v5p-{cores}", "v6e": "v6e-{chips}"}
+# What gcloud calls them, and the software of their hosts (cloud.google.com/tpu/docs/runtimes).
+_TYPES = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 _RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 
 
@@ -28,9 +28,9 @@ def render(
     missing = [name for name, value in (("zone", zone), ("project", project), ("setup", setup)) if not value]
     if missing:
         raise UserError(f"--platform=tpu_vm needs --{missing[0]}")
-    slice_type = _TYPES[request.kind].format(chips=request.devices, cores=2 * request.devices)
-    asked = f"--node-id={request.name} --accelerator-type={slice_type} --runtime-version={_RUNTIMES[request.kind]}"
-    asked += " --spot" if spot else ""
+    # By its shape: --accelerator-type names only how many chips, and gcloud then takes the shape that it likes.
+    asked = f"--node-id={request.name} --type={_TYPES[request.kind]} --topology={request.shape}"
+    asked += f" --runtime-version={_RUNTIMES[request.kind]}" + (" --spot" if spot else "")
     where = f"--zone={shlex.quote(zone)} --project={shlex.quote(project)}"
     # Processes that have saved themselves begin again together.
     loop = f'until {request.line()}; do status=$?; [ "$status" -eq {PREEMPTED} ] || exit "$status"; done'
@@ -44,8 +44,16 @@ set -u
 name={request.name}
 gcloud="gcloud --quiet"
 
+command -v gcloud >/dev/null || {{ echo "gcloud is not on this machine" >&2; exit 1; }}
+
+# NONE if there is no such slice, UNKNOWN if gcloud could not find out, as when the network is gone.
 state() {{
-  $gcloud compute tpus queued-resources describe "$name" {where} --format='value(state.state)' 2>/dev/null
+  local errors describe="$gcloud compute tpus queued-resources describe"
+  {{ errors=$($describe "$name" {where} --format='value(state.state)' 2>&1 >&3); }} 3>&1 && return
+  case "$errors" in
+    *NOT_FOUND*) echo NONE ;;
+    *) echo "$errors" >&2; echo UNKNOWN ;;
+  esac
 }}
 
 on_all() {{
@@ -54,16 +62,16 @@ on_all() {{
 
 while true; do
   case "$(state)" in
-    ACTIVE) ;;
-    "") $gcloud compute tpus queued-resources create "$name" {where} {asked} || exit 1 ;;
+    NONE) $gcloud compute tpus queued-resources create "$name" {where} {asked} || exit 1 ;;
     SUSPENDED | FAILED) $gcloud compute tpus queued-resources delete "$name" {where} --force || exit 1 ;;
+    ACTIVE)
+      on_all {shlex.quote(setup)} && on_all {shlex.quote(train)} && exit 0
+      status=$?
+      # A slice that is gone is no failure of the run; ssh ends with 255 then, a while before the state says so.
+      [ "$status" -eq 255 ] && sleep 60
+      [ "$(state)" = ACTIVE ] && exit "$status"
+      ;;
   esac
-  while [ "$(state)" != ACTIVE ]; do
-    case "$(state)" in SUSPENDED | FAILED | "") continue 2 ;; esac
-    sleep 30
-  done
-  on_all {shlex.quote(setup)} && on_all {shlex.quote(train)} && exit 0
-  # A slice that is gone is no failure of the run.
-  [ "$(state)" = ACTIVE ] && exit 1
+  sleep 30
 done
 """

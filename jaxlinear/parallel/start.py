@@ -19,8 +19,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     """Joins this process to the others of its run, before any device is touched; alone, it does nothing.
 
     With ``coordinator`` (HOST:PORT of process 0), the number of ``processes`` and the number of this one, these are
-    taken. Without, SLURM (more than one task in the step), GKE and TPU pods are known by their environment, and JAX finds
-    the rest out by itself.
+    taken. Without, SLURM (more than one task in the step) and TPU pods, those of GKE too, are known by their environment,
+    and JAX finds the rest out by itself.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [name for name, value in given.items() if value is None]
@@ -69,7 +69,8 @@ def _gpus_of_a_node() -> list[int] | None:
 def _under_a_scheduler() -> bool:
     slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))) > 1
     slurm = slurm and "SLURM_PROCID" in os.environ
-    gke = "JOBSET_NAME" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
+    # Every pod of a JobSet has the first two. JAX finds the others of TPUs only, by the third.
+    gke = {"JOBSET_NAME", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} <= set(os.environ)
     tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and _has("libtpu")
     return slurm or gke or tpu
 

@@ -1,8 +1,11 @@
 """What the schedulers are given, as the golden files hold it; ``python -m tests.launching.rewrite`` writes them anew."""
 
 import dataclasses
+import os
 import shlex
+import signal
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -11,6 +14,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.launching import gke, local, request, slurm, tpu_vm
 from jaxlinear.training.loop import PREEMPTED
 from tests.launching.rewrite import ARGUMENTS, CASES, GOLDEN, asked
+from tests.training.tiny import REPOSITORY
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -57,6 +61,57 @@ def test_gpus_are_dealt_out(tmp_path, monkeypatch, visible, dealt):
     assert [(tmp_path / f"--process={i}").read_text() for i in range(2)] == dealt
 
 
+def stand_in(file, *lines):
+    """A program of shell in place of another; its path."""
+    file.write_text("\n".join(("#!/bin/bash", *lines, "")))
+    file.chmod(0o755)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    "ends, status, starts",
+    [
+        (("exit 75", "exit 0"), 75, 3),
+        (("exit 75", "exit 2"), 2, 1),
+        (("exit 1", "exit 75"), 1, 1),
+        (("kill -9 $$", "exit 75"), 137, 1),
+        (("exit 0", "exit 0"), 0, 1),
+    ],
+)
+def test_a_run_goes_on_if_none_of_its_processes_failed(tmp_path, monkeypatch, ends, status, starts):
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:  # enough: as a person would end it
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(local.time, "sleep", pause)
+    log = tmp_path / "log"
+    cases = (f"--process={i}) echo >> {log}; {end};;" for i, end in enumerate(ends))
+    program = stand_in(tmp_path / "python", "for last; do :; done", 'case "$last" in', *cases, "esac")
+    request = dataclasses.replace(asked("cpu:2"), python=program)
+    assert local.run(request, processes=2, requeue=True) == status
+    assert len(log.read_text().splitlines()) == 2 * len(pauses or [0])
+    assert pauses == ([local._PAUSE] * 2 if starts == 3 else [])
+
+
+def test_told_to_end_between_two_starts(tmp_path, monkeypatch):
+    """Both processes are: the first, which was not yet known, and the one that comes later."""
+    start, begun = subprocess.Popen, []
+
+    def begin(*arguments, **options):
+        begun.append(start(*arguments, **options))
+        if len(begun) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return begun[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", begin)
+    request = dataclasses.replace(asked("cpu:2"), python=stand_in(tmp_path / "python", "exec sleep 10"))
+    assert local.run(request, processes=2) == 128 + signal.SIGTERM
+    assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2
+
+
 @pytest.mark.parametrize("visible, count", [("0,1,2", 3), ("", 0)])
 def test_fewer_gpus_than_asked_for(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -78,6 +133,60 @@ def test_a_job_goes_back_into_the_queue_by_its_status(tmp_path):
         assert (found.returncode, found.stdout) == (status, said)
 
 
+GONE, NO_NETWORK = "!NOT_FOUND: Resource 'griffin' was not found", "!Could not reach the server"
+
+
+@pytest.mark.parametrize(
+    "states, ends, status, done",
+    [
+        (["ACTIVE"], [0, 0], 0, "ssh ssh"),
+        ([GONE, "PROVISIONING", "ACTIVE"], [0, 0], 0, "create sleep30 sleep30 ssh ssh"),
+        ([NO_NETWORK, "ACTIVE"], [0, 0], 0, "sleep30 ssh ssh"),
+        (["ACTIVE", "ACTIVE"], [0, 3], 3, "ssh ssh"),
+        (["ACTIVE", "ACTIVE"], [0, 255], 255, "ssh ssh sleep60"),
+        (["ACTIVE", NO_NETWORK, "ACTIVE"], [0, 255, 0, 0], 0, "ssh ssh sleep60 sleep30 ssh ssh"),
+        (
+            ["ACTIVE", "SUSPENDING", "SUSPENDED", GONE, "ACTIVE"],
+            [0, 255, 0, 0],
+            0,
+            "ssh ssh sleep60 sleep30 delete sleep30 create sleep30 ssh ssh",
+        ),
+    ],
+)
+def test_a_slice_is_asked_for_again(tmp_path, states, ends, status, done):
+    """The script for TPU VMs run here, with a stand-in for gcloud that goes through these states, and ends of ssh."""
+    log = tmp_path / "log"
+    (tmp_path / "describe").write_text("\n".join(states) + "\n")
+    (tmp_path / "ssh").write_text("\n".join(map(str, ends)) + "\n")
+    stand_in(tmp_path / "sleep", f'echo "sleep$1" >> {log}')
+    stand_in(
+        tmp_path / "gcloud",
+        f"cd {tmp_path}",
+        'next() { head -n 1 "$1"; sed -i 1d "$1"; }',
+        '[ "$5" = describe ] || echo "$5" >> log',
+        'case "$5" in',
+        "describe) said=$(next describe)",
+        '[ "${said#!}" = "$said" ] && echo "$said" && exit',
+        'echo "${said#!}" >&2; exit 1;;',
+        'ssh) exit "$(next ssh)";;',
+        "esac",
+    )
+    environment = {"PATH": f"{tmp_path}:/bin:/usr/bin"}
+    script = CASES["tpu_vm.sh"]()
+    found = subprocess.run(
+        ["bash"], input=script, text=True, capture_output=True, env=environment, timeout=60, check=False
+    )
+    assert (found.returncode, log.read_text().split()) == (status, done.split())
+    assert [line for line in found.stderr.split("\n") if line] == [NO_NETWORK[1:]] * (NO_NETWORK in states)
+
+
+@pytest.mark.parametrize(
+    "target, shape", [("v5p:2x2x16", "v5p --topology=2x2x16"), ("v5e:4x8", "v5litepod --topology=4x8")]
+)
+def test_a_slice_is_asked_for_by_its_shape(target, shape):
+    assert f" --type={shape} " in tpu_vm.render(asked(target), zone="z", project="p", setup="s")
+
+
 def test_a_manifest_starts_one_pod_a_host():
     manifest = yaml.safe_load(CASES["gke_tpu.yaml"]())
     (hosts,) = manifest["spec"]["replicatedJobs"]
@@ -95,7 +204,10 @@ def test_the_status_of_a_preempted_run_is_that_of_the_loop():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: asked("v9:2"), "there is no target 'v9:2'"),
+        *(
+            (lambda target=target: asked(target), f"there is no target '{target}'")
+            for target in ("v9:2", "v5e:0x4", "v5e:4x04", "v5p:4x4", "v5e:2x2x2", "v6e:8", "h100:0", "h100:2x2")
+        ),
         (lambda: asked("h100:12"), "h100:12: more than 8 devices are whole hosts of as many"),
         (lambda: asked("h100:8", ["--config=x.py"]), "the training command has no --workdir"),
         (lambda: asked("h100:8", name="No Name"), "--name='No Name' is no name for a job"),
@@ -104,6 +216,10 @@ def test_the_status_of_a_preempted_run_is_that_of_the_loop():
             "SLURM runs on GPUs here, not on v5e:2x4; --platform=tpu_vm, gke or local may",
         ),
         (lambda: slurm.render(asked("cpu:2")), "SLURM runs on GPUs here, not on cpu:2"),
+        (
+            lambda: slurm.render(asked("h100:8"), minutes=5, grace=300),
+            "--grace=300: with --minutes=5 the run would be told to end whenever it begins; --grace must be less than 300",
+        ),
         *(
             (
                 lambda value=value: slurm.render(asked("h100:8"), options={"comment": value}),
@@ -120,6 +236,10 @@ def test_the_status_of_a_preempted_run_is_that_of_the_loop():
             "--platform=tpu_vm needs --project",
         ),
         (lambda: local.run(asked("cpu:3"), processes=2), "--processes=2 does not divide 3 devices"),
+        (
+            lambda: local.run(dataclasses.replace(asked("cpu:1"), python="/no/python"), processes=1),
+            "--python=/no/python: this machine has no such program; by default it is ",
+        ),
     ],
 )
 def test_refusals(make, message):
@@ -129,3 +249,36 @@ def test_refusals(make, message):
 
 def test_the_name_is_the_work_directorys():
     assert asked("h100:8", [*ARGUMENTS[:1], "--workdir=/runs/Griffin_100M.b/"]).name == "griffin-100m-b"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            "--platform=local --target=cpu:1 --output=x",
+            "--output is for --platform=slurm or gke or tpu_vm; local has no use",
+        ),
+        (
+            "--platform=local --target=cpu:1 --submit",
+            "--submit is for --platform=slurm or gke; local has no use for it",
+        ),
+        ("--platform=slurm --target=h100:8 --spot", "--spot is for --platform=gke or tpu_vm; slurm has no use for it"),
+        ("--platform=slurm --target=h100:8 --requeue", "--requeue is for --platform=local; slurm has no use for it"),
+        (
+            "--platform=gke --target=h100:8 --image=i --minutes=9",
+            "--minutes is for --platform=slurm; gke has no use for it",
+        ),
+        (
+            "--platform=tpu_vm --target=v5e:2x4 --grace=9",
+            "--grace is for --platform=slurm or gke; tpu_vm has no use for it",
+        ),
+        ("--platform=tpu_vm --target=v5e:2x4 --shell=x", "--shell is for --platform=slurm; tpu_vm has no use for it"),
+        ("--platform=slurm --target=h100:8 --output=no/x", "--output=no/x: its directory does not exist"),
+    ],
+)
+def test_submit_refuses_what_it_would_not_read(options, message):
+    arguments = ["--config=configs/griffin_100m.py", "--workdir=x"]
+    command = [sys.executable, "launch/submit.py", *options.split(), "--", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"submit.py: {message}") and done.stderr.count("\n") == 1

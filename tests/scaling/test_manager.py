@@ -137,6 +137,15 @@ def test_more_runs_and_more_steps_may_be_asked_for_later(tiny_dataset, tmp_path)
     assert steps(tmp_path) == {f"seed={seed}": list(range(1, stand_in.STEPS + 3)) for seed in range(3)}
 
 
+@pytest.mark.parametrize("text", ["", '{"executor": "lo', "[]", "{}"])
+def test_a_note_of_a_job_that_was_cut_counts_as_none(tiny_dataset, tmp_path, text):
+    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0])) == 0
+    note = read(tmp_path).runs[0].files.job / "submitted.json"
+    note.write_text(text)
+    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0]), steps=stand_in.STEPS + 1) == 0
+    assert json.loads(note.read_text())["executor"] == "local"
+
+
 def test_another_run_of_the_same_name_is_refused(tiny_dataset, tmp_path):
     assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1])) == 0
     with pytest.raises(UserError, match=r"another run: training\.batch_size is 8 there and 4 in this config"):

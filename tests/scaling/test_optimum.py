@@ -45,6 +45,12 @@ def test_flops_for_a_loss(cost):
     assert optimum.flops_for_loss(LAW, LAW.E, cost) == math.inf
 
 
+def test_more_flops_than_a_float_holds():
+    law = Law(2, 30, 30, 0.3, 0.02)
+    assert optimum.flops_for_loss(law, 2.0000001) == math.inf
+    assert math.isfinite(optimum.flops_for_loss(law, 3.0))
+
+
 def test_an_architecture_that_needs_half_the_flops():
     """The same law, each FLOP worth two: N and D for C are those of the other for 2 C."""
     half = optimum.Cost(kappa=3.0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import numpy as np
 
@@ -56,15 +57,16 @@ def exponents(law: Law, cost: Cost = Cost()) -> tuple[float, float]:
 
 
 def flops_for_loss(law: Law, loss: float, cost: Cost = Cost()) -> float:
-    """FLOPs with which the optimum has this loss; infinite at or below E.
+    """FLOPs with which the optimum has this loss; infinite at or below E, and beyond what a float holds.
 
     Along the optimum both terms fall as C^-p, p = alpha beta / (alpha + gamma beta), so L(C) = E + (L(1) - E) C^-p.
     """
     if loss <= law.E:
         return math.inf
     power = law.beta * exponents(law, cost)[1]
-    reducible = compute_optimal(law, 1.0, cost).loss - law.E
-    return (reducible / (loss - law.E)) ** (1 / power)
+    reducible = compute_optimal(dataclasses.replace(law, E=0.0), 1.0, cost).loss
+    log_flops = math.log(reducible / (loss - law.E)) / power
+    return math.exp(log_flops) if log_flops < math.log(sys.float_info.max) else math.inf
 
 
 def compute_multiplier(law: Law, cost: Cost, baseline: Law, baseline_cost: Cost, flops: float) -> float:

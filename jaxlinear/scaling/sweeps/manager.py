@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps import executors, planned_config, states
-from jaxlinear.scaling.sweeps.files import last_line
+from jaxlinear.scaling.sweeps.files import last_line, write
 from jaxlinear.scaling.sweeps.runner import TrainingJob
 from jaxlinear.scaling.sweeps.sweep import PlannedRun, Sweep
 from jaxlinear.training.loop import FINISHED, PREEMPTED
@@ -93,14 +93,16 @@ class Manager:
                 self._waiting.append(name)
 
     def _submitted(self, run: PlannedRun) -> Any:
-        """The job that an earlier manager submitted, if its scheduler still has it."""
-        path = run.files.job / _SUBMITTED
-        if not path.exists():
+        """The job that an earlier manager submitted, if its scheduler still has it. A file that a full disk cut counts as
+        none: whether the run goes on is then told by its lock."""
+        try:
+            last = json.loads((run.files.job / _SUBMITTED).read_text(encoding="utf-8"))
+            executor, number = last["executor"], last["job"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        last = json.loads(path.read_text(encoding="utf-8"))
-        if last["executor"] != self._executor.name:
+        if executor != self._executor.name:
             return None
-        job = self._executor.find(last["job"])
+        job = self._executor.find(number)
         return None if job is None or job.done(force_check=True) else job
 
     def _has_room(self) -> bool:
@@ -118,7 +120,7 @@ class Manager:
         before = run.progress()
         job = self._executor.submit(TrainingJob(str(self._sweep.directory), name, command, {}))
         submitted = {"executor": self._executor.name, "job": job.job_id}
-        (run.files.job / _SUBMITTED).write_text(json.dumps(submitted) + "\n", encoding="utf-8")
+        write(run.files.job / _SUBMITTED, json.dumps(submitted) + "\n")
         self._jobs[name] = _Job(job, before.attempts, before.step)
 
     def _settle(self) -> None:

@@ -13,7 +13,7 @@ from jaxlinear import config as configs
 from jaxlinear import data
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps import plans, states
-from jaxlinear.scaling.sweeps.files import RunFiles
+from jaxlinear.scaling.sweeps.files import RunFiles, write
 from jaxlinear.training.job import mixture
 
 FILE = "sweep.json"
@@ -61,9 +61,9 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
         planned.append(PlannedRun(files, run_config.training.steps, labels))
     for item, run_config in zip(planned, resolved, strict=True):
         item.files.job.mkdir(parents=True, exist_ok=True)
-        _write(item.files.config, configs.to_json(run_config))
+        write(item.files.config, configs.to_json(run_config))
     listed = [{"name": item.name, "steps": item.steps, "labels": dict(item.labels)} for item in planned]
-    _write(sweep / FILE, json.dumps({"runs": listed}, indent=2) + "\n")
+    write(sweep / FILE, json.dumps({"runs": listed}, indent=2) + "\n")
     return Sweep(sweep, tuple(planned))
 
 
@@ -90,9 +90,3 @@ def _check_data(resolved: Sequence[config_dict.ConfigDict]) -> None:
             raise UserError("data.path is not set: --config.data.path=DIR; launch/prepare_data.py makes a dataset")
     for path in sorted(paths):
         data.read_manifest(path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
