@@ -40,8 +40,8 @@ class Meter:
             raise RunError(
                 f"{self._config.training.max_skips} steps in a row were skipped, the last of them step {step} with a "
                 f"gradient norm of {values['gradient_norm']:.3g}: the run diverged, or training.spike_multiple is too low; "
-                "the same command with a lower optimizer.learning_rate, or a higher training.spike_multiple, goes on from the "
-                "newest checkpoint (remove those that are too late)"
+                "the same command with a lower optimizer.learning_rate, or a higher training.spike_multiple, goes on from "
+                "the newest checkpoint (remove those that are too late)"
             )
         if step % self._config.logging.every_steps and step != self._config.training.steps:
             return
