@@ -124,7 +124,7 @@ def linear_attention(parameters, x, ids, config):
                 total += weight
                 o[b, t] += weight * v[b, s]
             if config.feature_map != "identity":
-                o[b, t] /= total + 1e-6
+                o[b, t] /= total + (1e-6 if config.feature_map in ("relu", "rebased") else 0)
     if config.feature_map == "identity":
         o = oracles.rms_norm(parameters["norm"], o)
     return oracles.linear(parameters["out"], o.reshape(*x.shape[:2], -1))
