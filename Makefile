@@ -1,8 +1,8 @@
 # make quickstart   a language model from nothing, in at most ten minutes on two cores
 # make sweep        isoFLOP ladders of four architectures and their scaling laws (an hour of CPU)
-# make test         the whole test suite
+# make test         the test suite
 # make test-published  training steps of published sizes compiled for a TPU pod and for GPUs (minutes)
-# make test-meshes  every model on every mesh that spreads time over devices (a quarter of an hour)
+# make test-meshes  every model on every mesh that spreads time, and what compiled steps exchange (a quarter of an hour)
 # make test-pages   reports opened in a headless browser; CHROMIUM names it
 # make lint         ruff and mypy
 # Each makes its own environment in .venv; PYTHON names the interpreter it is made with (3.11 or newer).
@@ -30,7 +30,8 @@ test-published: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py
 
 test-meshes: .venv/installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --every_mesh tests/models/test_over_sequence.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --every_mesh tests/models/test_over_sequence.py \
+	  tests/parallel/test_compiled_collectives.py
 
 test-pages: .venv/installed-pages
 	@command -v "$(CHROMIUM)" >/dev/null || { echo "there is no $(CHROMIUM) here; name one: make test-pages CHROMIUM=/path/to/chromium" >&2; exit 2; }

@@ -20,13 +20,21 @@ _MANY_MAPS = 30_000  # Linux allows a process 65,530; compiled programs take a f
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every_mesh", action="store_true", help="Models on every mesh that spreads time, not on some.")
+    parser.addoption(
+        "--every_mesh",
+        action="store_true",
+        help="Models on every mesh that spreads time, not on some, and what their compiled steps exchange.",
+    )
     parser.addoption("--published_sizes", action="store_true", help="Also training steps at published sizes: minutes.")
     parser.addoption("--chromium", help="Also pages of HTML, in this Chromium.")
 
 
 def pytest_ignore_collect(collection_path, config):
-    on_request = {"test_published_sizes.py": "published_sizes", "test_in_chromium.py": "chromium"}
+    on_request = {
+        "test_published_sizes.py": "published_sizes",
+        "test_compiled_collectives.py": "every_mesh",
+        "test_in_chromium.py": "chromium",
+    }
     option = on_request.get(collection_path.name)
     if option is not None and not config.getoption(option):
         return True

@@ -8,7 +8,7 @@ formula says, whatever T is, and under every remat policy. Else, over this axis:
 - sums of the gradients of parameters, which all shards of time share, and of scalars: no more bytes than the parameters
   have in float32.
 
-While a gather is under way, the device computes.
+While a gather is under way, the device computes. Compiling takes long: ``make test-meshes``, a step of CI, runs this file.
 """
 
 import math
