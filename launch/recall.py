@@ -19,7 +19,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs lie; those that 
 _PATTERNS = flags.DEFINE_list(
     "patterns",
     [
-        "gated_delta_net",
+        "gated_delta_net:training.steps=2000",
         "griffin:optimizer.muon_learning_rate=0.015:optimizer.learning_rate=0.03:optimizer.weight_decay=0.0"
         ":schedule.final_fraction=0.0:training.steps=4500",
         "linear_attention",
