@@ -268,7 +268,8 @@ A key that does not exist is refused with the nearest one that does; so are valu
 cannot work, with the reason. A key without a default below follows from the preset, the data or another key. The
 resolved config is written to the run's `config.json`; when a run goes on, only the keys of `mesh`, `parallel`,
 `checkpoint`, `evaluation` and `logging`, `training.steps`, `training.max_skips`, `model.remat` and the paths of the data
-may change.
+may change; and, to get over a divergence, `optimizer.learning_rate`, `optimizer.muon_learning_rate`, `optimizer.clip_norm`
+and `training.spike_multiple`, which is logged and noted in the run's `starts.jsonl`.
 
 This page is made by `python -m jaxlinear.config > docs/configuration.md`.
 """

@@ -169,7 +169,7 @@ def until(tokens: list[int], stops: Sequence[int]) -> list[int]:
 
 
 def _stops(stop_token: int | Sequence[int] | None) -> tuple[int, ...]:
-    return () if stop_token is None else (stop_token,) if isinstance(stop_token, int) else tuple(stop_token)
+    return () if stop_token is None else tuple(np.ravel(stop_token).tolist())
 
 
 def chunks(

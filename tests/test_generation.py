@@ -159,6 +159,10 @@ def test_stop_token(model):
     expected = [whole[0][: min(map(whole[0].index, both))]]
     assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=both) == expected
     assert list(itertools.chain(*stream(model, prompt, max_tokens=20, seed=1, stop_token=both))) == expected[0]
+    assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=np.array(both)[0]) == [
+        whole[0][: whole[0].index(stop)]
+    ]
+    assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=()) == [whole[0]]
     first = whole[0][0]
     assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=first) == [[]]
     assert generate(model, [[]], max_tokens=9, stop_token=stop) == generate(

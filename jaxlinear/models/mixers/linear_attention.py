@@ -29,9 +29,10 @@ from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
 PRODUCT_WIDTH = 16  # K where phi has the products of all pairs of channels
-# Added to phi(q) z. Relu and rebased can make it 0, with S; of the others it is positive, but hedgehog's, a product of two
-# softmaxes, may be far below 1e-6. The gradient divides by its square, which float32 has to hold.
-_EPSILON, _LEAST = {"relu": 1e-6, "rebased": 1e-6}, 1e-18
+# Added to phi(q) z. Relu and rebased can make it 0, with S. Of the others it is positive, but hedgehog's, a product of two
+# softmaxes, may be far below 1e-6; the gradient divides by its square, which float32 has to hold.
+_EPSILON = {"relu": 1e-6, "rebased": 1e-6}
+_LEAST = 1e-18
 
 
 def widths(config: ModelConfig) -> tuple[int, int, int]:

@@ -99,7 +99,7 @@ class RGLRUBlock(nnx.Module):
             segment_ids=segment_ids,
             channels="recurrent",
         )
-        x = operations.after(x, inner)
+        x = operations.after(x, inner)  # the states do not depend on the gate
         gate = jax.nn.gelu(sharding.constrain(self.gate(x), "batch", "time", "recurrent"))
         inner, h = self.rg_lru(inner, first, state["h"], segment_ids)
         state = {"h": h, "convolution": convolution, "started": jnp.ones_like(state["started"])}

@@ -15,8 +15,9 @@ from jaxlinear.data import load_tokenizer
 from jaxlinear.data.tokenizer import train_bpe
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation.run import open_run
-from jaxlinear.models.conversion import export_weights, hugging_face, import_weights
+from jaxlinear.models.conversion import convert, export_weights, hugging_face, import_weights
 from jaxlinear.training import workdir as workdirs
+from tests.data.test_tokenizer import train_sentencepiece
 from tests.models.conversion.converted import (
     MODELS,
     arrays,
@@ -103,6 +104,16 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     with pytest.raises(UserError, match=r"source/tokenizer.json: .*; move the file away to import the weights without"):
         import_weights(source, tmp_path / "other")
     assert_nothing_in(tmp_path, "source", "run", "exported", "again", "twice")
+
+
+def test_a_sentencepiece_model_says_itself_where_texts_begin_and_end(tmp_path):
+    train_sentencepiece(tmp_path / "tokenizer.model")
+    tokenizer = convert._tokenizer([tmp_path])
+    assert tokenizer.document_token_name == "<s>" and tokenizer.stop_tokens == (1, 2)
+    assert convert._tokenizer([tmp_path], None, (5,)).stop_tokens == (1, 5)
+    (tmp_path / "run").mkdir()
+    tokenizer.save(tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run").stop_tokens == (1, 2)
 
 
 def test_other_dtypes_are_widened(copied, tmp_path):
