@@ -20,8 +20,10 @@ from tests.training import tiny
 STEPS = 20  # of tiny.ARGUMENTS
 PATIENCE = 240
 # Seconds within which the others end when one is lost while they train: less than the 100 that JAX waits for a sign of
-# life, which is how long it takes where one is lost while all write a checkpoint.
+# life.
 PROMPT = 60
+# And when it is lost while all write a checkpoint: they wait for it at a barrier, which only those 100 seconds end.
+AT_A_BARRIER = 150
 
 
 @dataclasses.dataclass
@@ -100,7 +102,8 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
     pair[1].running.send_signal(signal.SIGKILL)
     begin = time.monotonic()
     status, _ = pair[0].end()
-    assert status not in (0, 75) and time.monotonic() - begin < PROMPT, pair[0]
+    # The next checkpoint, of step 16, may be under way.
+    assert status not in (0, 75) and time.monotonic() - begin < AT_A_BARRIER, pair[0]
     saved = Checkpoints(workdir).steps()[-1]
     assert saved >= 8
 
