@@ -22,7 +22,8 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import sharding
 
 CHUNK = 64  # tokens that the device makes between two looks of the host
-_SHORTEST_PROMPT = 16  # prompts are padded to a power of two, from here on, so that few lengths are compiled
+_SHORTEST_PROMPT = 16  # what prompts are padded to at least
+_FEWEST_REMEMBERED = 128  # tokens that the state of attention has room for at least, if its window is no smaller
 _ONE = 0x3F800000  # the bits of 1.0 in float32
 
 
@@ -128,7 +129,7 @@ class Writer:
         """The run with its newest checkpoint or that of ``step``, on the first device or on a ``mesh`` of all devices (of
         ``mesh.from_text``)."""
         devices = meshes.from_text(mesh) if mesh else None
-        model = load(workdir, step, mesh=devices).unstacked()
+        model = load(workdir, step, mesh=devices).for_decoding()
         return cls(model, load_tokenizer(workdir), devices)
 
     def write(self, prompts: Sequence[str], **options: Any) -> list[str]:
@@ -196,16 +197,18 @@ def chunks(
     tokens, segment_ids = _batch(
         prompts, vocab_size, stops[0] if stops else None, 1 if mesh is None else mesh.shape["sequence"]
     )
-    _check_context(model.config, int(segment_ids.sum(axis=1).max()), max_tokens)
+    longest = int(segment_ids.sum(axis=1).max())
+    _check_context(model.config, longest, max_tokens)
+    remembered = _padded(longest + max_tokens - 1, _FEWEST_REMEMBERED)  # the last token is read by none
     values = sampling.values | {"stop": np.array(stops or (-1,), np.int32)}
     values["vocab_size"] = np.int32(vocab_size)
-    graph, parameters = nnx.split(model.unstacked())
-    carry, first = _prefill(graph, sampling.filters, mesh, parameters, tokens, segment_ids, values)
+    graph, parameters = nnx.split(model.for_decoding())
+    carry, first = _prefill(graph, remembered, sampling.filters, mesh, parameters, tokens, segment_ids, values)
     yield np.asarray(first)[None]
     left = max_tokens - 1
     while left > 0 and not np.asarray(carry["done"]).all():
         carry, new, count = _decode(
-            graph, sampling.filters, mesh, chunk, parameters, carry, values, np.int32(min(left, chunk))
+            graph, remembered, sampling.filters, mesh, chunk, parameters, carry, values, np.int32(min(left, chunk))
         )
         new = np.asarray(new)[: int(count)]
         left -= len(new)
@@ -226,14 +229,18 @@ def _batch(prompts, vocab_size: int, stop_token: int | None, shards: int) -> tup
                 f"a prompt has tokens from {row.min()} to {row.max()}; the model's are 0 to {vocab_size - 1}"
             )
     longest = max(map(len, rows))
-    length = max(_SHORTEST_PROMPT, 1 << (longest - 1).bit_length())
-    length = math.ceil(length / shards) * shards
+    length = math.ceil(_padded(longest, _SHORTEST_PROMPT) / shards) * shards
     tokens = np.zeros((len(rows), length), np.int32)
     segment_ids = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
         tokens[i, length - len(row) :] = row
         segment_ids[i, length - len(row) :] = 1
     return tokens, segment_ids
+
+
+def _padded(tokens: int, least: int) -> int:
+    """The power of two, from ``least`` on, that has room for them: so few lengths are compiled."""
+    return max(least, 1 << (tokens - 1).bit_length())
 
 
 def _check_context(config: ModelConfig, prompt: int, max_tokens: int) -> None:
@@ -251,10 +258,11 @@ def _on(mesh: Mesh | None):
     return contextlib.nullcontext() if mesh is None else sharding.use_mesh(mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(graph, filters, mesh, parameters, tokens, segment_ids, values):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _prefill(graph, remembered, filters, mesh, parameters, tokens, segment_ids, values):
     """The state after the prompts, and the first new tokens ``[B]``."""
     model = nnx.merge(graph, parameters)
+    model.remember(remembered)
     with _on(mesh):
         tokens, segment_ids = (sharding.constrain(x, "batch", "time") for x in (tokens, segment_ids))
         hidden, state, _ = model.hidden(tokens, segment_ids)
@@ -264,10 +272,11 @@ def _prefill(graph, filters, mesh, parameters, tokens, segment_ids, values):
     return carry, first
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-def _decode(graph, filters, mesh, chunk, parameters, carry, values, limit):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)
+def _decode(graph, remembered, filters, mesh, chunk, parameters, carry, values, limit):
     """Up to ``limit`` <= ``chunk`` more tokens: the carry, the tokens ``[chunk, B]``, and how many there are."""
     model = nnx.merge(graph, parameters)
+    model.remember(remembered)
 
     def unfinished(loop):
         i, carry, _ = loop

@@ -17,6 +17,7 @@ from jaxlinear.data import load_tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.generation import Sampling, generate, sample, stream
 from jaxlinear.models import ModelConfig
+from jaxlinear.models.layers import by_outputs
 from jaxlinear.models.parameters import describe
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -70,12 +71,12 @@ def tokens(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize("layout", ["stacked", "unstacked"])
+@pytest.mark.parametrize("layout", ["stacked", "unstacked", "for_decoding"])
 @pytest.mark.parametrize("prompt", [3, 3 * WINDOW - 1])
 def test_decoding_is_one_pass(deep, layout, prompt):
     """A prompt behind padding, then one token, then five at once, then one at a time past the window."""
     text, length, pad = tokens(2, 40), 40, 5
-    forward = _forward(deep if layout == "stacked" else deep.unstacked())
+    forward = _forward(deep if layout == "stacked" else getattr(deep, layout)())
     expected, _ = forward(text)
     padded = np.concatenate([tokens(2, pad, seed=1), text[:, :prompt]], axis=1)
     segment_ids = np.concatenate([np.zeros((2, pad), np.int32), np.ones((2, prompt), np.int32)], axis=1)
@@ -106,6 +107,48 @@ def test_state_after_packed_documents(model, length):
     np.testing.assert_allclose(logits[:, 0], expected[:, 0], rtol=0, atol=2e-5)
     logits, state = forward(text[:, 1:2], np.full((1, 1), 7, np.int32), state)
     np.testing.assert_allclose(logits[:, 0], expected[:, 1], rtol=0, atol=2e-5)
+
+
+def test_kernels_by_output_are_those_of_the_model(deep):
+    """Laid out once: what is laid out is left as it is, and so is the model that was given."""
+    turned = deep.for_decoding()
+    assert turned.by_output and not deep.by_output and turned.for_decoding() is turned
+    before, after = (model.unstacked().periods[1].blocks[0].mlp.gate.kernel for model in (deep, turned))
+    np.testing.assert_array_equal(after[...], before[...].T)
+    assert before.get_metadata("axes") == ("embed", "mlp") and after.get_metadata("axes") == ("mlp", "embed")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 33])
+def test_products_by_output(rows):
+    random = np.random.default_rng(rows)
+    x, kernel = random.standard_normal((rows, 1, 24)), random.standard_normal((40, 24))
+    y = by_outputs(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32))
+    np.testing.assert_allclose(y, x @ kernel.T, rtol=0, atol=2e-5)
+    narrow = by_outputs(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16), jnp.float32)
+    assert narrow.dtype == jnp.float32
+    np.testing.assert_allclose(narrow, x @ kernel.T, rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("pattern", [("attention",), ("sliding_window", "rg_lru")])
+def test_attention_has_room_for_the_text_alone(pattern, monkeypatch):
+    """Not for the whole of its context or window; and the text is the same."""
+    sizes = {"num_layers": 2, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
+    config = ModelConfig(pattern=pattern, window=64, context=64, dtype="float32", **sizes)
+    architecture = describe(config)
+    model = architecture.bind(jax.jit(architecture.initialise)(jax.random.key(0)))
+    prompts, rooms, prefill = [tokens(5), tokens(9)], [], generation._prefill
+
+    def seen(*arguments):
+        carry, first = prefill(*arguments)
+        rooms.append({tuple(x.shape) for x in jax.tree.leaves(carry["state"]) if x.ndim == 4})
+        return carry, first
+
+    monkeypatch.setattr(generation, "_prefill", seen)
+    whole = generate(model, prompts, max_tokens=24, seed=3)  # 128 tokens at least, so all 64
+    monkeypatch.setattr(generation, "_FEWEST_REMEMBERED", 8)
+    assert generate(model, prompts, max_tokens=24, seed=3) == whole
+    assert generate(model, prompts, max_tokens=8, seed=3) == [row[:8] for row in whole]
+    assert rooms == [{(2, 1, 64, 8)}, {(2, 1, 32, 8)}, {(2, 1, 16, 8)}]
 
 
 def test_greedy_is_the_argmax_of_full_passes(model):

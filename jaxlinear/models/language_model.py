@@ -13,7 +13,8 @@ from jaxlinear.models import mixers
 from jaxlinear.models.across_layers import across_layers
 from jaxlinear.models.blocks import Losses, Period, add
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import RMSNorm, parameter
+from jaxlinear.models.layers import Linear, RMSNorm, by_outputs, parameter
+from jaxlinear.models.mixers.cached_attention import CachedAttention
 from jaxlinear.ops import dtypes
 from jaxlinear.ops.cross_entropy import soft_capped
 from jaxlinear.parallel import sharding
@@ -44,6 +45,7 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.by_output = False  # the layout of linear maps, see `for_decoding`
         periods, rest = divmod(config.num_layers, len(config.pattern))
         init = nnx.initializers.normal(config.width**-0.5)
         self.embedding = parameter(init, (config.vocab_size, config.width), ("vocab", "embed"), rngs)
@@ -89,6 +91,25 @@ class LanguageModel(nnx.Module):
         )
         return model
 
+    def for_decoding(self) -> "LanguageModel":
+        """``unstacked``, and on one CPU with the kernels of linear maps laid out for products with few tokens."""
+        model = self.unstacked()
+        if model.by_output or {device.platform for device in self.embedding[...].devices()} != {"cpu"}:
+            return model
+        model = nnx.clone(model)
+        model.by_output = True
+        for _, module in nnx.iter_graph(model):
+            if isinstance(module, Linear):
+                module.turn()
+        return model
+
+    def remember(self, tokens: int) -> None:
+        """Gives the states of attention room for no more than ``tokens``, of this very model. Where rows get no longer,
+        that changes nothing but what a token reads."""
+        for _, module in nnx.iter_graph(self):
+            if isinstance(module, CachedAttention):
+                module.slots = min(module.slots, tokens)
+
     def init_state(self, batch: int) -> dict[str, Any]:
         """The empty past of ``batch`` rows."""
         state: dict[str, Any] = {"segment": jnp.full((batch,), -1, jnp.int32)}
@@ -120,7 +141,10 @@ class LanguageModel(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """``[B, T, vocab]`` float32 from what ``hidden`` returns."""
         embedding = self.output_embedding.astype(x.dtype)
-        logits = jnp.einsum("btd,vd->btv", x, embedding, preferred_element_type=_float32(x))
+        if self.by_output:
+            logits = by_outputs(x, embedding, _float32(x))
+        else:
+            logits = jnp.einsum("btd,vd->btv", x, embedding, preferred_element_type=_float32(x))
         logits = sharding.constrain(logits, "batch", "time", "vocab")
         return soft_capped(logits, self.config.logit_soft_cap)
 
