@@ -60,7 +60,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
-        y = by_outputs(x, kernel) if self.by_output else jnp.dot(x, kernel)
+        if self.by_output:
+            y = by_outputs(x, kernel)
+        elif sharding.parts("batch") == sharding.parts("time") == 1:
+            # The gradient of the kernel is then a sum over one axis. XLA for CPUs would copy what it sums over two.
+            y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+        else:
+            y = jnp.dot(x, kernel)
         if self.bias is None:
             return y
         # Added in float32, so that the gradient of the bias is summed in float32.
