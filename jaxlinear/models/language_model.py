@@ -94,7 +94,8 @@ class LanguageModel(nnx.Module):
     def for_decoding(self) -> "LanguageModel":
         """``unstacked``, and on one CPU with the kernels of linear maps laid out for products with few tokens."""
         model = self.unstacked()
-        if model.by_output or {device.platform for device in self.embedding[...].devices()} != {"cpu"}:
+        first, *others = jnp.asarray(self.embedding[...]).devices()
+        if model.by_output or others or first.platform != "cpu":
             return model
         model = nnx.clone(model)
         model.by_output = True
