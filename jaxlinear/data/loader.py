@@ -6,6 +6,7 @@ together. So the state of a loader is the step, and the hosts of a run agree wit
 """
 
 import itertools
+import logging
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from jaxlinear.errors import UserError
 
 if TYPE_CHECKING:
     import grain
+
+_LOG = logging.getLogger(__name__)
 
 Path = str | os.PathLike[str]
 Batch = dict[str, np.ndarray]
@@ -56,6 +59,7 @@ class TrainBatches:
         self._tables = [ExampleTable(path, split, sequence_length) for path in weights]
         manifests = [table.manifest for table in self._tables]
         check_same_tokenizer(list(weights), manifests)
+        _warn_of_splits(list(weights), manifests)
         # Examples behind the last whole one are left out.
         lengths = [table.whole_examples for table in self._tables]
         for path, table, length in zip(weights, self._tables, lengths, strict=True):
@@ -244,4 +248,22 @@ def check_same_tokenizer(paths: Sequence[str | os.PathLike], manifests: Sequence
             raise UserError(
                 f"{paths[0]} and {path} were prepared with different tokenizers; prepare the second with "
                 f"--tokenizer={os.path.join(paths[0], file) if file else manifests[0].tokenizer.kind}"
+            )
+
+
+def _warn_of_splits(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    """Splits are by the hash of a document, so those of two datasets agree about one that both hold if they were made
+    with the same seed and fraction."""
+    first = manifests[0]
+    for path, manifest in zip(paths, manifests, strict=True):
+        if (manifest.seed, manifest.heldout_fraction) != (first.seed, first.heldout_fraction):
+            _LOG.warning(
+                "%s was split with seed %d and heldout_fraction %g, and %s with %d and %g: if both hold a document, it may "
+                "be trained on in the one and held out in the other; prepare both alike",
+                paths[0],
+                first.seed,
+                first.heldout_fraction,
+                path,
+                manifest.seed,
+                manifest.heldout_fraction,
             )

@@ -289,6 +289,16 @@ def test_datasets_of_a_mixture_share_their_tokenizer(dataset, tmp_path):
             TrainBatches({first: 1, second: 1}, batch_size=1, sequence_length=L, seed=0)
 
 
+def test_a_mixture_of_other_splits_is_warned_of(dataset, other, tmp_path, caplog):
+    TrainBatches({dataset: 1, other: 1}, batch_size=1, sequence_length=L, seed=0)
+    assert not caplog.records
+    apart = make_dataset(tmp_path / "data", 2, "abcdefgh", heldout_fraction=0.2)
+    TrainBatches({dataset: 1, apart: 1}, batch_size=1, sequence_length=L, seed=0)
+    (record,) = caplog.records
+    said = f"{dataset} was split with seed 0 and heldout_fraction 0.3, and {apart} with 0 and 0.2: if both hold a document"
+    assert record.getMessage().startswith(said)
+
+
 def test_heldout_refuses_before_the_first_batch(dataset):
     with pytest.raises(UserError, match="neither divides"):
         heldout_batches(dataset, batch_size=2, sequence_length=24)
