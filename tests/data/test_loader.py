@@ -295,7 +295,9 @@ def test_a_mixture_of_other_splits_is_warned_of(dataset, other, tmp_path, caplog
     apart = make_dataset(tmp_path / "data", 2, "abcdefgh", heldout_fraction=0.2)
     TrainBatches({dataset: 1, apart: 1}, batch_size=1, sequence_length=L, seed=0)
     (record,) = caplog.records
-    said = f"{dataset} was split with seed 0 and heldout_fraction 0.3, and {apart} with 0 and 0.2: if both hold a document"
+    said = (
+        f"{dataset} was split with seed 0 and heldout_fraction 0.3, and {apart} with 0 and 0.2: if both hold a document"
+    )
     assert record.getMessage().startswith(said)
 
 
