@@ -24,6 +24,9 @@ State = Any  # [B, ...]
 # The inputs of a group of chunks: what follows from them is then still in the cache when it is read.
 _CPU_GROUP_BYTES = 1 << 21
 
+# A fold over no more chunks is written out: of a loop's step, most of the time goes into the loop and the copies it makes.
+_CHUNKS_WRITTEN_OUT = 16
+
 
 class Family(Protocol):
     """One kind of transition. Hashable, so that it can be a static argument; all arrays are in its arguments.
@@ -185,7 +188,7 @@ class Gradients:
             d_before = jax.tree.map(jnp.add, _at(self._through_outputs, n), through_state)
             return d_before, jax.tree.map(lambda x: x[:, None], d_state)
 
-        d_state, after = _scan(step, d_final, _count(summaries), reverse=True)
+        d_state, after = _scan(step, d_final, _count(summaries), reverse=True, written_out=_CHUNKS_WRITTEN_OUT)
         return after, d_state
 
     def of_first_state(self) -> State:
@@ -207,7 +210,7 @@ def fold(family: Family, summaries: Summary, state: State) -> tuple[State, State
     def step(state, n):
         return family.advance(_at(summaries, n), state), jax.tree.map(lambda x: x[:, None], state)
 
-    final, before = _scan(step, state, _count(summaries))
+    final, before = _scan(step, state, _count(summaries), written_out=_CHUNKS_WRITTEN_OUT)
     return before, final
 
 
@@ -223,10 +226,14 @@ def transposed(family: Family, transition: Any, d_state: State) -> State:
     return jax.linear_transpose(lambda state: family.advance((transition, none), state), d_state)(d_state)[0]
 
 
-def _scan(step, carry, count: int, reverse: bool = False):
-    """``lax.scan`` of ``step(carry, i)``, whose outputs ``[B, n, ...]`` are laid side by side: ``[B, count * n, ...]``."""
-    if count == 1:
-        return step(carry, 0)
+def _scan(step, carry, count: int, *, reverse: bool = False, written_out: int = 1):
+    """``lax.scan`` of ``step(carry, i)``, whose outputs ``[B, n, ...]`` are laid side by side: ``[B, count * n, ...]``.
+    Up to ``written_out`` steps are no loop."""
+    if count <= written_out:
+        pieces = [None] * count
+        for i in reversed(range(count)) if reverse else range(count):
+            carry, pieces[i] = step(carry, i)
+        return carry, jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *pieces)
 
     def place(i, loop):
         i = count - 1 - i if reverse else i

@@ -83,8 +83,10 @@ def expected(length):
 @pytest.mark.parametrize(
     "length, chunk, size", [(22, 4, 0), (22, 4, 2_000), (22, 4, 3_500), (20, 5, 1 << 20), (3, 8, 0)]
 )
-def test_values_and_gradients(monkeypatch, length, chunk, size):
+@pytest.mark.parametrize("written_out", [1, 16])
+def test_values_and_gradients(monkeypatch, length, chunk, size, written_out):
     monkeypatch.setattr(recurrence, "_CPU_GROUP_BYTES", size)
+    monkeypatch.setattr(recurrence, "_CHUNKS_WRITTEN_OUT", written_out)
     inputs, cotangents, want = expected(length)
     run = numerics.with_gradients(functools.partial(in_chunks, chunk=chunk))
     numerics.assert_close(numerics.run(run, inputs, cotangents, dtype="float64"), numerics.wide(want), 1e-12)
@@ -107,8 +109,9 @@ def test_the_map_of_all_chunks_is_that_of_the_run():
     numerics.assert_close(recurrence.whole(family, by_chunk), one, 1e-5)
 
 
-def test_remat_saves_the_states_between_chunks():
+def test_remat_saves_the_states_between_chunks(monkeypatch):
     """One loop over the chunks forward and one backward; the forward one is not run again."""
+    monkeypatch.setattr(recurrence, "_CHUNKS_WRITTEN_OUT", 1)
     inputs = numerics.cast(draw(20), "float32")
 
     def loops(wrap):
