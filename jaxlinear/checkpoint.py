@@ -49,8 +49,8 @@ class Checkpoints:
             cleanup_tmp_directories=config is not None,
             preservation_policy=None if config is None else _preservation(config),
             save_decision_policy=policies.FixedIntervalPolicy(1),
-            # Has the losses written beside the trees, so that the best are known when the run goes on.
-            best_fn=_heldout_loss if config is not None and config.checkpoint.keep_best else None,
+            # Has the losses written beside the trees, so that the best are known when the run goes on, and keeps them.
+            best_fn=None if config is None else _heldout_loss,
             best_mode="min",
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -97,6 +97,10 @@ class Checkpoints:
         step = self._existing(step)
         meta = self._read(step)[_META]
         return {"config": meta["config"], "next_batch": meta["next_batch"]}
+
+    def fingerprint(self, step: int) -> str:
+        """What tells the checkpoint from another of that step, which a run may save that was set back."""
+        return self._read(self._existing(step))[_META]["checksum"]
 
     def stream(self, name: str, step: int | None = None) -> dict[str, streaming.StreamedArray]:
         """The arrays of one tree by path, to be read from the disk part by part. Each is compared with its checksum here,

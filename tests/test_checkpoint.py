@@ -83,6 +83,11 @@ def test_what_is_kept(tmp_path, options, kept, then):
     assert small_trees.save(tmp_path, (10,), **options).steps() == then
 
 
+def test_the_best_of_before_it_was_asked_for_is_kept(tmp_path):
+    small_trees.save(tmp_path, range(1, 4), {1: 1.0, 2: 2.0, 3: 3.0}, keep_newest=3)
+    assert small_trees.save(tmp_path, (4, 5, 6), {4: 2.5}, keep_newest=1, keep_best=1).steps() == [1, 6]
+
+
 def test_of_losses_that_are_no_numbers_none_is_the_best(tmp_path):
     losses = {1: float("nan"), 2: 2.0, 3: float("nan"), 4: 3.0}
     assert small_trees.save(tmp_path, range(1, 6), losses, keep_newest=1, keep_best=1).steps() == [2, 5]

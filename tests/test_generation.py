@@ -16,7 +16,7 @@ from jaxlinear import generation
 from jaxlinear.data import load_tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.generation import Sampling, generate, sample, stream
-from jaxlinear.models import ModelConfig
+from jaxlinear.models import ModelConfig, mixers
 from jaxlinear.models.layers import by_outputs
 from jaxlinear.models.parameters import describe
 
@@ -116,6 +116,31 @@ def test_kernels_by_output_are_those_of_the_model(deep):
     before, after = (model.unstacked().periods[1].blocks[0].mlp.gate.kernel for model in (deep, turned))
     np.testing.assert_array_equal(after[...], before[...].T)
     assert before.get_metadata("axes") == ("embed", "mlp") and after.get_metadata("axes") == ("mlp", "embed")
+
+
+@pytest.mark.parametrize("mixer", sorted(mixers.MIXERS))
+def test_a_model_for_decoding_is_the_same_model(mixer):
+    """Of square kernels too, which fit either way they are laid."""
+    sizes = {"num_layers": 1, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
+    sizes |= {"key_width": 8, "value_width": 8, "dtype": "float32"}
+    architecture = describe(ModelConfig(pattern=(mixer,), **sizes))
+    model = architecture.bind(jax.jit(architecture.initialise)(jax.random.key(0)))
+    expected, state = _forward(model)(tokens(2, 5))
+    logits, turned_state = _forward(model.for_decoding())(tokens(2, 5))
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+    for ours, theirs in zip(jax.tree.leaves(turned_state), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(ours, np.reshape(theirs, ours.shape), rtol=1e-5, atol=2e-5)
+
+
+def test_an_empty_past_goes_on_as_none_does(model):
+    """With the ids 0 that a sequence has which is given none."""
+    text, ids = tokens(2, 6), np.zeros((2, 3), np.int32)
+    forward = _forward(model)
+    _, state = forward(text[:, :3], None, model.init_state(2))
+    np.testing.assert_array_equal(state["segment"], [0, 0])
+    logits, _ = forward(text[:, 3:], ids, state)
+    np.testing.assert_allclose(logits, forward(text)[0][:, 3:], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 33])

@@ -59,7 +59,7 @@ class TrainBatches:
         self._tables = [ExampleTable(path, split, sequence_length) for path in weights]
         manifests = [table.manifest for table in self._tables]
         check_same_tokenizer(list(weights), manifests)
-        _warn_of_splits(list(weights), manifests)
+        warn_of_splits(list(weights), manifests)
         # Examples behind the last whole one are left out.
         lengths = [table.whole_examples for table in self._tables]
         for path, table, length in zip(weights, self._tables, lengths, strict=True):
@@ -251,7 +251,7 @@ def check_same_tokenizer(paths: Sequence[str | os.PathLike], manifests: Sequence
             )
 
 
-def _warn_of_splits(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+def warn_of_splits(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
     """Splits are by the hash of a document, so those of two datasets agree about one that both hold if they were made
     with the same seed and fraction."""
     first = manifests[0]

@@ -101,6 +101,8 @@ def _files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pa
     for directory, subdirectories, names in os.walk(folder):
         subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
         for name in names:
+            if name.startswith("."):
+                continue
             file = pathlib.Path(directory, name)
             if stripped_suffix(file) in suffixes:
                 files.append(file)

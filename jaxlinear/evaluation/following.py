@@ -40,9 +40,9 @@ def follow(
 ) -> Iterator[dict[str, Any]]:
     """The report of each checkpoint, oldest first, until that of the run's last step; each is written before it comes.
 
-    Those that an earlier call wrote, for the same tasks and options, are read and not made again. A checkpoint that the run
-    removes before its turn is left out, with a line that says so. Looks every ``poll`` seconds; with ``patience`` seconds
-    above 0 it also ends when none has come for so long.
+    Those that an earlier call wrote, of the same checkpoint, tasks and options, are read and not made again. A checkpoint
+    that the run removes before its turn is left out, with a line that says so. Looks every ``poll`` seconds; with
+    ``patience`` seconds above 0 it also ends when none has come for so long.
     """
     evaluation.check_names(tasks)
     read_config(workdir)
@@ -55,19 +55,26 @@ def follow(
     seen = time.monotonic()
     while True:
         for step in _steps(workdir):
-            if step in reports or step in removed:
+            if step in removed:
                 continue
-            report = _read(folder / f"{step}.json", asked)
-            if report is None:
-                try:
+            try:
+                # A run that was set back may have saved another checkpoint of a step than the one that was evaluated.
+                of_step = asked | {"checkpoint": Checkpoints(workdir).fingerprint(step)}
+                if step in reports and reports[step]["asked"] == of_step:
+                    continue
+                report = _read(folder / f"{step}.json", of_step)
+                if report is None:
                     run = open_run(workdir, step, mesh) if run is None else run.at(step)
-                except UserError:
-                    if step in _steps(workdir):
-                        raise
+            except UserError:
+                if step in _steps(workdir):
+                    raise
+                if step not in reports:
                     _LOG.warning("step %d was removed before it could be evaluated", step)
                     removed.add(step)
-                    continue
-                report = evaluation.evaluate_run(run, tasks, options) | {"asked": asked}
+                continue
+            if report is None:
+                assert run is not None
+                report = evaluation.evaluate_run(run, tasks, options) | {"asked": of_step}
                 _write(folder / f"{step}.json", json.dumps(report, indent=2) + "\n")
                 _to_tensorboard(folder, step, report)
             reports[step] = report

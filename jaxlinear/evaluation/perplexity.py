@@ -111,6 +111,7 @@ def _read_manifest(run: Run, path: Path) -> data.Manifest:
             f"{run.config.model.vocab_size}; prepare the dataset with --tokenizer=... of the run"
         )
     trained_data.check_tokenizer(run.workdir, path, manifest)
+    trained_data.warn_of_split(run.workdir, path, manifest)
     return manifest
 
 

@@ -22,6 +22,8 @@ from jaxlinear.parallel.exchanges import EXCHANGED
 
 # How much of a period the backward pass computes again instead of finding it stored. Elementwise work is cheaper to
 # repeat than to write and read back.
+_NO_SEGMENT = -1  # of a state that no token has been before
+
 REMAT_POLICIES = {
     "none": None,
     "elementwise": jax.checkpoint_policies.save_from_both_policies(
@@ -113,7 +115,7 @@ class LanguageModel(nnx.Module):
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The empty past of ``batch`` rows."""
-        state: dict[str, Any] = {"segment": jnp.full((batch,), -1, jnp.int32)}
+        state: dict[str, Any] = {"segment": jnp.full((batch,), _NO_SEGMENT, jnp.int32)}
         if not self.is_stacked:
             state["periods"] = [period.init_state(batch) for period in self.periods]
         elif self.periods is not None:
@@ -211,7 +213,9 @@ def _float32(x: jax.Array) -> jnp.dtype:
 def _last_segment(tokens, segment_ids, state):
     if segment_ids is not None:
         return segment_ids[:, -1].astype(jnp.int32)
-    return jnp.zeros((tokens.shape[0],), jnp.int32) if state is None else state["segment"]
+    if state is None:
+        return jnp.zeros((tokens.shape[0],), jnp.int32)
+    return jnp.where(state["segment"] == _NO_SEGMENT, 0, state["segment"])
 
 
 def _forget_others(state, empty, segment, stacked):

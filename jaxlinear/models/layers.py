@@ -58,15 +58,19 @@ class Linear(nnx.Module):
             self.kernel = nnx.Param(self.kernel[...].T, axes=self.kernel.get_metadata("axes")[::-1])
             self.by_output = True
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def product(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """``x @ kernel`` however the kernel lies, of ``dtype``: that of x by default."""
         kernel = self.kernel[...].astype(x.dtype)
         if self.by_output:
-            y = by_outputs(x, kernel)
-        elif sharding.parts("batch") == sharding.parts("time") == 1:
+            return by_outputs(x, kernel, dtype)
+        if sharding.parts("batch") == sharding.parts("time") == 1:
             # The gradient of the kernel is then a sum over one axis. XLA for CPUs would copy what it sums over two.
-            y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
-        else:
-            y = jnp.dot(x, kernel)
+            rows = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+            return rows.reshape(*x.shape[:-1], -1)
+        return jnp.dot(x, kernel, preferred_element_type=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.product(x)
         if self.bias is None:
             return y
         # Added in float32, so that the gradient of the bias is summed in float32.

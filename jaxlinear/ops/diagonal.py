@@ -45,7 +45,7 @@ def linear_recurrence(
 
     Returns:
       h ``[B, T, ...]`` in the dtype of x (its complex counterpart if ``a`` is complex), and the state after the last
-      step ``[B, ...]`` in float32 or complex64 (float64 or complex128 when given those).
+      step ``[B, ...]`` in float32 or complex64 (float64 or complex128 when a or x is).
 
     ``auto`` takes the kernel on TPU and GPU, the parallel prefix where the kernel does not run, which the log says once;
     and on CPU, where each step is a memory pass and the loop makes the fewest, the loop. A single token is one step.
@@ -169,6 +169,9 @@ def _check_shapes(a, x, initial_state) -> None:
         raise UserError(
             f"linear_recurrence: the initial state is {jnp.shape(initial_state)}, not [B, ...] = {(x.shape[0], *inner)}"
         )
+    given = a.dtype, x.dtype
+    if initial_state is not None and _is_complex(jnp.result_type(initial_state)) and not any(map(_is_complex, given)):
+        raise UserError("linear_recurrence: the initial state is complex, a and x are real; make one of them complex")
 
 
 def _is_complex(dtype) -> bool:

@@ -49,7 +49,7 @@ def linear_attention(
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]`` in float32 (float64
-      when given that).
+      when q, k or v is).
 
     ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more: on TPU and GPU as a
     kernel, but where that does not run, which the log says once. Chunks multiply in the dtype that holds those of q, k and

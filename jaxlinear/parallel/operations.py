@@ -163,6 +163,7 @@ def sliding_window_attention(
 ) -> jax.Array:
     """``ops.sliding_window_attention`` of T queries on their T keys and, in front of these, the ``past``: keys
     ``[B, P, G, K]``, values ``[B, P, G, V]`` and segment ids ``[B, P]`` of earlier tokens, P at least ``window - 1``."""
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     mesh = _mesh("sliding_window_attention", q.shape[1])
     attend = functools.partial(ops.sliding_window_attention, window=window, scale=scale)
     if mesh is None:
@@ -200,6 +201,7 @@ def causal_attention(
     """``ops.causal_attention``, with the ``past`` of any length as in ``sliding_window_attention``. Where time is spread,
     every shard gathers all keys and values (LASP-2H, arXiv:2502.07563, section 3.4), or they go round the shards
     (``parallel.ring``)."""
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     mesh = _mesh("causal_attention", q.shape[1])
     attend = functools.partial(ops.causal_attention, scale=scale)
     if mesh is None:

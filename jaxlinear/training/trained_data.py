@@ -1,17 +1,25 @@
 """The data of a run, as its directory knows them: the tokenizer, and what tells the datasets from others."""
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxlinear import data
+from jaxlinear.data.loader import ExampleTable
 from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import start
 
+_LOG = logging.getLogger(__name__)
+
 FILE = "data.json"
+_BLOCKS_READ = 16  # of the training split, to tell the same documents in another order
 
 
 def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
@@ -63,6 +71,23 @@ def check_tokenizer(workdir: Path, path: str | os.PathLike, manifest: data.Manif
         )
 
 
+def warn_of_split(workdir: Path, path: str | os.PathLike, manifest: data.Manifest) -> None:
+    """Logs a warning if documents that a dataset holds out may be among those that the run was trained on."""
+    if not (workdir / FILE).exists():
+        return
+    for trained in json.loads((workdir / FILE).read_text(encoding="utf-8")):
+        if (trained["seed"], trained["heldout_fraction"]) != (manifest.seed, manifest.heldout_fraction):
+            _LOG.warning(
+                "%s was split with seed %d and heldout_fraction %g, and what the run was trained on with %d and %g: if "
+                "both hold a document, it may have been trained on; prepare both alike",
+                path,
+                manifest.seed,
+                manifest.heldout_fraction,
+                trained["seed"],
+                trained["heldout_fraction"],
+            )
+
+
 def _identities(datasets: Mapping[str, float]) -> list[dict[str, Any]]:
     """In their order, which the order of the examples follows."""
     found = []
@@ -79,9 +104,16 @@ def _identities(datasets: Mapping[str, float]) -> list[dict[str, Any]]:
                 "documents": train.documents,
                 "tokens": train.tokens,
                 "bytes": train.bytes,
+                "blocks": _hash_of_blocks(path, manifest.block_length),
             }
         )
     return found
+
+
+def _hash_of_blocks(path: str, block_length: int) -> str:
+    table = ExampleTable(path, "train", block_length)
+    places = np.unique(np.linspace(0, table.examples - 1, _BLOCKS_READ, dtype=np.int64))
+    return hashlib.sha256(table.read(places)["tokens"].tobytes()).hexdigest()
 
 
 def _difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str | None:
@@ -89,6 +121,6 @@ def _difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str | N
         return f"{len(old)} datasets there and {len(new)} in this config"
     for before, now in zip(old, new, strict=True):
         for name, value in now.items():
-            if before.get(name) != value:
+            if name in before and before[name] != value:
                 return f"{name} is {before.get(name)!r} there and {value!r} in this config"
     return None

@@ -66,7 +66,9 @@ def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
             "exported, not trained; give the new run a --workdir of its own"
         )
     if (directory / CONFIG).exists():
-        check_same_run(directory, read_config(directory), config)
+        saved = [int(path.name) for path in (directory / DIRECTORY).glob("*") if path.name.isdigit()]
+        goes_on = max(saved, default=0) < config.training.steps
+        check_same_run(directory, read_config(directory), config, goes_on=goes_on)
 
 
 def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
@@ -118,11 +120,15 @@ def read_starts(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def check_same_run(workdir: Path, old: config_dict.ConfigDict, new: config_dict.ConfigDict) -> None:
-    """Raises ``UserError`` for the first key that would make the run in ``workdir`` another run."""
+def check_same_run(
+    workdir: Path, old: config_dict.ConfigDict, new: config_dict.ConfigDict, *, goes_on: bool = True
+) -> None:
+    """Raises ``UserError`` for the first key that would make the run in ``workdir`` another run. That is so of what may get
+    a run over a divergence too, where it does not go on: what it has come to would be taken for the new value's."""
+    may_change = _MAY_CHANGE if goes_on else _MAY_CHANGE.difference(_BEHAVIOUR)
     for key in configs.KEYS:
         section, name = key.split(".")
-        if section in _MAY_CHANGE or key in _MAY_CHANGE or old[section][name] == new[section][name]:
+        if section in may_change or key in may_change or old[section][name] == new[section][name]:
             continue
         kind = "a checkpoint of another model" if section == "model" else "another run"
         raise UserError(

@@ -104,6 +104,21 @@ def test_text_to_tokens_to_text(tmp_path, kind):
     assert manifest.splits["train"].gzip_bytes is None
 
 
+def test_a_tokenizer_that_changes_text_is_warned_of(tmp_path, caplog):
+    fields = json.loads(pathlib.Path(json_tokenizer(tmp_path)).read_text())
+    assert not caplog.records
+    (tmp_path / "lower.json").write_text(json.dumps(fields | {"normalizer": {"type": "Lowercase"}}))
+    source = write_jsonl(tmp_path / "a.jsonl", [f"Of {i} words" for i in range(50)] + [f"of {i}" for i in range(50)])
+    manifest = prepare(
+        source, tmp_path / "data", tokenizer=str(tmp_path / "lower.json"), heldout_fraction=0.3, workers=1
+    )
+    changed = sum(text.startswith("of") and text.endswith("words") for text in read_texts(tmp_path / "data", "heldout"))
+    assert 5 < changed < manifest.splits["heldout"].documents
+    (record,) = caplog.records
+    said = f"{changed} of {manifest.splits['heldout'].documents} held-out documents are not what their tokens decode to"
+    assert record.getMessage().startswith(said)
+
+
 def test_vocabulary_above_16_bits_is_stored_in_32(tmp_path):
     file = json_tokenizer(tmp_path)
     fields = json.loads(pathlib.Path(file).read_text())

@@ -62,6 +62,7 @@ def test_folder_is_read_recursively_in_order_by_suffix(tmp_path):
     (tmp_path / "b" / "d.txt.gz").write_bytes(gzip.compress(b"d"))
     (tmp_path / "b" / "e.bin").write_bytes(b"e")
     (tmp_path / ".hidden" / "f.txt").write_text("f")
+    (tmp_path / ".draft.txt").write_text("draft")
     assert texts(open_source(str(tmp_path))) == ["a", "c1", "c2", "d", "z"]
     assert texts(open_source(str(tmp_path), suffixes=(".bin",))) == ["e"]
 

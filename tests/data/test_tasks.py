@@ -166,6 +166,7 @@ def test_pass_key(passkey, tiny_dataset):
         assert abs(len(before.encode()) - len(text.encode()) / 2) <= 1
         assert set(text.replace("(", " ").split()) & {"for", "print", "return", "range", "def"}
     assert task.most_answers == 6 and len({tuple(row) for row in batch["targets"].tolist()}) == 6
+    assert task.chance == pytest.approx((1 + 5 * 0.1) / 6, abs=0.01)  # the space before the number, then digits
 
 
 def test_pass_key_at_the_ends(tiny_dataset):

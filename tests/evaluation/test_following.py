@@ -75,6 +75,21 @@ def test_what_was_evaluated_is_not_evaluated_again(followed, copied, monkeypatch
         list(following.follow(copied, TASKS, Options(lengths=(1,), batches=2)))
 
 
+def test_another_checkpoint_of_a_step_is_evaluated(followed, copied, tmp_path, monkeypatch):
+    """As after a run was set back."""
+    workdir = shutil.copytree(copied, tmp_path / "run")
+    fingerprint, opened = following.Checkpoints.fingerprint, []
+    monkeypatch.setattr(
+        following.Checkpoints,
+        "fingerprint",
+        lambda self, step: "another" if step == 2 else fingerprint(self, step),
+    )
+    open_run = following.open_run
+    monkeypatch.setattr(following, "open_run", lambda *given: opened.append(given[1]) or open_run(*given))
+    assert [report["step"] for report in following.follow(workdir, TASKS, OPTIONS)] == [1, 2]
+    assert opened == [2]
+
+
 def test_it_waits_and_gives_up(copied, followed, monkeypatch, caplog):
     """Of a run whose last step does not come."""
     config = evaluation.open_run(copied, 1).config.copy_and_resolve_references()

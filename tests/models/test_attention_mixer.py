@@ -77,6 +77,7 @@ def test_a_document_beyond_the_context_is_never_wrong_in_silence():
     x = tokens(12)
     whole, after = run(x)
     assert not lost(whole).any()
+    numerics.assert_close(run(x, None, init_state(1))[0], whole, 1e-6)  # an empty past is none
 
     parts, state = [], init_state(1)
     for t in range(12):

@@ -143,6 +143,16 @@ def test_sliding_window(window, groups):
     compare(run, functools.partial(operations.sliding_window_attention, **options), inputs, mesh)
 
 
+def test_ids_of_few_bits():
+    """No number of theirs is that of the positions before the sequence."""
+    random = np.random.default_rng(3)
+    inputs = tuple(random.standard_normal(shape) for shape in ((B, T, 4, K), (B, T, 2, K), (B, T, 2, V)))
+    options = {"window": 4, "segment_ids": jnp.asarray(IDS - IDS.min(), jnp.uint8)}
+    run = functools.partial(ops.sliding_window_attention, **options)
+    spread = functools.partial(operations.sliding_window_attention, **options)
+    compare(run, spread, inputs, make_mesh(MESHES[0]))
+
+
 @pytest.mark.parametrize("kind", ["sliding_window_attention", "causal_attention"])
 def test_attention_with_a_past(kind):
     window = {"window": 9} if kind == "sliding_window_attention" else {}

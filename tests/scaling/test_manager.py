@@ -150,6 +150,11 @@ def test_another_run_of_the_same_name_is_refused(tiny_dataset, tmp_path):
     assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1])) == 0
     with pytest.raises(UserError, match=r"another run: training\.batch_size is 8 there and 4 in this config"):
         stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), batch_size=4)
+    # A run alone may go on with another value of this; of a sweep it would be taken for one that had it from the start.
+    with pytest.raises(
+        UserError, match=r"another run: training\.spike_multiple is 0\.0 there and 10\.0 in this config"
+    ):
+        stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), spike_multiple=10.0)
 
 
 def test_a_run_that_another_process_holds_is_waited_for(tiny_dataset, tmp_path):

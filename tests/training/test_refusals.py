@@ -137,6 +137,18 @@ def test_another_run_in_the_same_directory_is_refused(tiny_config, tiny_run, tmp
     assert (workdir / workdirs.CONFIG).read_bytes() == before
 
 
+def test_a_finished_run_is_of_its_own_learning_rate(tiny_config, tiny_run):
+    """It may change to get a run over a divergence; where no step is left, nothing would have been trained with it."""
+    before = (tiny_run / workdirs.CONFIG).read_bytes()
+    config = tiny_config.copy_and_resolve_references()
+    config.optimizer.learning_rate = 5e-4
+    with pytest.raises(UserError, match=r"holds another run: optimizer.learning_rate is .* there and 0.0005 in"):
+        train(config, tiny_run)
+    assert (tiny_run / workdirs.CONFIG).read_bytes() == before
+    config.training.steps = 3
+    workdirs.check(tiny_run, Job.build(config).config)
+
+
 def test_data_of_another_tokeniser_are_refused(tiny_config, tiny_run, other_dataset):
     config, before = tiny_config.copy_and_resolve_references(), (tiny_run / workdirs.CONFIG).read_bytes()
     config.data.path = str(other_dataset)
@@ -164,6 +176,46 @@ def test_other_data_of_the_same_tokeniser_are_refused(tiny_config, tiny_run, tin
             trained_data.check(tiny_run, {str(path): weight for path, weight in datasets.items()})
 
 
+def test_the_same_documents_in_another_order_are_other_data(tmp_path):
+    documents = [f"document {i} of some words" for i in range(200)]
+    for name, order in (("one", 1), ("same", 1), ("turned", -1)):
+        (tmp_path / "text.txt").write_text("\n".join(documents[::order]), encoding="utf-8")
+        data.prepare(
+            *(str(tmp_path / "text.txt"), str(tmp_path / name)),
+            **{"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "workers": 1},
+            heldout_fraction=0.1,
+        )
+    trained_data.keep(tmp_path, {str(tmp_path / "one"): 1.0})
+    trained_data.check(tmp_path, {str(tmp_path / "same"): 1.0})
+    with pytest.raises(UserError, match=r"holds a run on other data than .*turned: blocks is"):
+        trained_data.check(tmp_path, {str(tmp_path / "turned"): 1.0})
+    # A run that was begun before the blocks were read knows the rest.
+    known = json.loads((tmp_path / trained_data.FILE).read_text())
+    (tmp_path / trained_data.FILE).write_text(json.dumps([{k: v for k, v in known[0].items() if k != "blocks"}]))
+    trained_data.check(tmp_path, {str(tmp_path / "turned"): 1.0})
+
+
+def test_heldout_text_that_may_have_been_trained_on_is_warned_of(tiny_config, tiny_run, tiny_dataset, tmp_path, caplog):
+    apart = shutil.copytree(tiny_dataset, tmp_path / "apart")
+    manifest = json.loads((apart / "manifest.json").read_text())
+    (apart / "manifest.json").write_text(json.dumps(manifest | {"heldout_fraction": 0.5}))
+    config = tiny_config.copy_and_resolve_references()
+    config.data.heldout_path = str(tiny_dataset)
+    with caplog.at_level(logging.WARNING, logger="jaxlinear"):
+        Job.build(config)
+        trained_data.warn_of_split(tiny_run, tiny_dataset, data.read_manifest(tiny_dataset))
+        assert not caplog.records
+        config.data.heldout_path = str(apart)
+        Job.build(config)
+        trained_data.warn_of_split(tiny_run, apart, data.read_manifest(apart))
+    first, second = (record.getMessage() for record in caplog.records)
+    assert (
+        "heldout_fraction 0.05, and" in first
+        and "with 0 and 0.5: if both hold a document, it may be trained on" in first
+    )
+    assert f"{apart} was split with seed 0 and heldout_fraction 0.5" in second and "may have been trained on" in second
+
+
 @pytest.mark.parametrize(("text", "reason"), [("[{", "Expecting property name"), ("{}", "no list"), ("[1]", "no list")])
 def test_a_damaged_record_of_the_data_is_refused(tiny_dataset, tmp_path, text, reason):
     (tmp_path / trained_data.FILE).write_text(text)
@@ -175,6 +227,7 @@ def test_text_in_other_tokens_is_not_evaluated(tiny_config, other_dataset):
     for changes in (
         {"data.heldout_path": str(other_dataset)},
         {"evaluation.every_steps": 1, "evaluation.tasks": (f"passkey:length=128:dataset={other_dataset}",)},
+        {"data.task": f"passkey:dataset={other_dataset}:split=train", "training.sequence_length": 128},
     ):
         config = tiny_config.copy_and_resolve_references()
         for key, value in changes.items():

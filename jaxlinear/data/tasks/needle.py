@@ -1,5 +1,6 @@
 """A pass key hidden in real text, to be told at the end."""
 
+import collections
 import dataclasses
 import functools
 from typing import Any
@@ -11,6 +12,7 @@ from jaxlinear.data.manifest import read_manifest
 from jaxlinear.data.tasks.task import NO_TARGET, Example, Setting, Task
 from jaxlinear.data.tokenizer import Tokenizer, load_tokenizer
 
+_KEYS_COUNTED = 4_000  # for the accuracy by chance
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 _QUESTION = "\nWhat is the pass key? The pass key is"
@@ -71,9 +73,16 @@ class PassKey(Task):
     def most_answers(self) -> int:
         return self.digits + 1  # bytes of the number and the space before it
 
-    @property
+    @functools.cached_property
     def chance(self) -> float:
-        return 0.1**self.digits
+        """Counted over many keys: how often the token that is likeliest at its place of an answer is there. Of bytes it
+        is for the space before the number always, and for each digit a tenth of the time."""
+        keys = np.random.default_rng(0).integers(10**self.digits, size=_KEYS_COUNTED)
+        counts = collections.Counter(place for key in keys for place in enumerate(self._answer(int(key)).tolist()))
+        likeliest: dict[int, int] = {}
+        for (place, _), count in counts.items():
+            likeliest[place] = max(likeliest.get(place, 0), count)
+        return sum(likeliest.values()) / counts.total()
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -83,16 +92,24 @@ class PassKey(Task):
     def _table(self) -> ExampleTable:
         return ExampleTable(self.dataset, self.split, read_manifest(self.dataset).block_length)
 
-    def _parts(self, key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens of the sentence, of the question, and of its answer."""
-        text = str(key).zfill(self.digits)
-        encode = self._tokenizer.encode
-        question, whole = encode(_QUESTION), encode(f"{_QUESTION} {text}")
+    @functools.cached_property
+    def _question(self) -> np.ndarray:
+        return self._tokenizer.encode(_QUESTION)
+
+    def _answer(self, key: int) -> np.ndarray:
+        question, whole = self._question, self._tokenizer.encode(f"{_QUESTION} {self._digits(key)}")
         self.require(
             len(whole) > len(question) and np.array_equal(whole[: len(question)], question),
             "the tokenizer merges the question with its answer",
         )
-        return encode(_NEEDLE.format(key=text)), question, whole[len(question) :]
+        return whole[len(question) :]
+
+    def _digits(self, key: int) -> str:
+        return str(key).zfill(self.digits)
+
+    def _parts(self, key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of the sentence, of the question, and of its answer."""
+        return self._tokenizer.encode(_NEEDLE.format(key=self._digits(key))), self._question, self._answer(key)
 
     def _text(self, random: np.random.Generator, count: int) -> np.ndarray:
         """``count`` tokens from a random place of the split on, without the tokens between documents."""

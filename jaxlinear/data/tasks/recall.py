@@ -51,7 +51,7 @@ class MultiQueryRecall(WithVocabulary):
 
     @property
     def chance(self) -> float:
-        return 1 / self.pairs
+        return 1 / (self.vocab_size - self.vocab_size // 2)
 
     @functools.cached_property
     def _places(self) -> np.ndarray:

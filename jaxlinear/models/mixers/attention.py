@@ -35,6 +35,7 @@ class Attention(CachedAttention):
         y, new = super().__call__(x, segment_ids=segment_ids, state=state)
         if state is not None:
             beyond = state["seen"][:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None] >= self.slots
+            beyond &= (state["seen"] > 0)[:, None]  # an empty past is none
             if segment_ids is not None:
                 beyond &= segments.runs(segment_ids) == 0  # the documents after the first have all of their past here
             y = jnp.where(beyond[..., None], jnp.full((), jnp.nan, y.dtype), y)

@@ -64,8 +64,7 @@ class GateLoop(nnx.Module):
         """a ``[B, T, R]``, complex64. Alpha and beta are not rounded to the dtype of x: a phase adds up over time."""
         wide = dtypes.wide(x.dtype)
         alpha, beta = (
-            jnp.dot(x, linear.kernel[...].astype(x.dtype), preferred_element_type=wide)
-            + bias[...].astype(wide)[None, None]
+            linear.product(x, wide) + bias[...].astype(wide)[None, None]
             for linear, bias in ((self.magnitude, self.magnitude_bias), (self.phase, self.phase_bias))
         )
         magnitude = jax.nn.sigmoid(alpha)

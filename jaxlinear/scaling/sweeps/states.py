@@ -82,7 +82,7 @@ def check_unchanged(files: RunFiles, planned: str) -> None:
     config = configs.from_json(planned)
     if config.model.vocab_size is None:
         config.model.vocab_size = begun.model.vocab_size  # it follows the data
-    check_same_run(files.workdir, begun, config)
+    check_same_run(files.workdir, begun, config, goes_on=False)
 
 
 def _newest_metrics(files: RunFiles) -> dict[str, Any]:
