@@ -72,13 +72,13 @@ def test_values_and_gradients(name, backend, dtype):
     assert final.dtype == (complex_ if np.iscomplexobj(outputs[0]) else real)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_complex_state_of_a_real_recurrence_is_refused():
     x = jnp.ones((1, 2, 3))
     with pytest.raises(UserError, match=r"the initial state is complex, a and x are real; make one of them complex"):
         linear_recurrence(x, x, jnp.full((1, 3), 1j))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [name for name in CASES if "complex" in name])
 def test_complex_numbers_as_real_arithmetic(monkeypatch, name, backend):
     """The same values and, by JAX's convention, the same gradients; nothing complex is carried through time."""
