@@ -22,7 +22,7 @@ Summary = Any  # (M, C)
 State = Any  # [B, ...]
 
 # The inputs of a group of chunks: what follows from them is then still in the cache when it is read.
-# With 2 MiB, decays by channel, which make more of their inputs than others do, took up to a quarter longer.
+# Decays by channel make more of their inputs than others do, and were slower with 2 MiB.
 _CPU_GROUP_BYTES = 1_700_000
 
 # A fold over no more chunks is written out: of a loop's step, most of the time goes into the loop and the copies it makes.

@@ -42,8 +42,9 @@ class Job:
         job = cls(config, architecture, mesh, make_optimizer(config, architecture), batches)
         if config.data.heldout_path:
             job._check_same_tokenizer(config.data.heldout_path)
-            paths = [*job.datasets, config.data.heldout_path]
-            data.warn_of_splits(paths, [data.read_manifest(path) for path in paths])
+            for path in job.datasets:
+                paths = [path, config.data.heldout_path]
+                data.warn_of_splits(paths, [data.read_manifest(one) for one in paths])
         for task in job.trained_tasks:
             if task.READS_TEXT:
                 job._check_same_tokenizer(task.options()["dataset"])

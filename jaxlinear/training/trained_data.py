@@ -34,13 +34,7 @@ def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
             raise UserError(f"{workdir} holds a run on data of another tokeniser than that of {path}")
     if not (directory / FILE).exists():
         return
-    try:
-        old = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        if not (isinstance(old, list) and all(isinstance(dataset, dict) for dataset in old)):
-            raise ValueError("it is no list of datasets")
-    except ValueError as error:
-        raise UserError(f"{directory / FILE} is damaged: {error}") from error
-    difference = _difference(old, _identities(datasets))
+    difference = _difference(_read(directory), _identities(datasets))
     if difference:
         raise UserError(
             f"{workdir} holds a run on other data than {path}: {difference}; give the new run a --workdir of its own"
@@ -75,17 +69,27 @@ def warn_of_split(workdir: Path, path: str | os.PathLike, manifest: data.Manifes
     """Logs a warning if documents that a dataset holds out may be among those that the run was trained on."""
     if not (workdir / FILE).exists():
         return
-    for trained in json.loads((workdir / FILE).read_text(encoding="utf-8")):
-        if (trained["seed"], trained["heldout_fraction"]) != (manifest.seed, manifest.heldout_fraction):
+    for trained in _read(workdir):
+        if (trained.get("seed"), trained.get("heldout_fraction")) != (manifest.seed, manifest.heldout_fraction):
             _LOG.warning(
-                "%s was split with seed %d and heldout_fraction %g, and what the run was trained on with %d and %g: if "
+                "%s was split with seed %d and heldout_fraction %g, and what the run was trained on with %s and %s: if "
                 "both hold a document, it may have been trained on; prepare both alike",
                 path,
                 manifest.seed,
                 manifest.heldout_fraction,
-                trained["seed"],
-                trained["heldout_fraction"],
+                trained.get("seed"),
+                trained.get("heldout_fraction"),
             )
+
+
+def _read(directory: Path) -> list[dict[str, Any]]:
+    try:
+        old = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        if not (isinstance(old, list) and all(isinstance(dataset, dict) for dataset in old)):
+            raise ValueError("it is no list of datasets")
+    except ValueError as error:
+        raise UserError(f"{directory / FILE} is damaged: {error}") from error
+    return old
 
 
 def _identities(datasets: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -121,6 +125,8 @@ def _difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str | N
         return f"{len(old)} datasets there and {len(new)} in this config"
     for before, now in zip(old, new, strict=True):
         for name, value in now.items():
-            if name in before and before[name] != value:
+            if name == "blocks" and name not in before:
+                continue  # a run that was begun before they were read
+            if before.get(name) != value:
                 return f"{name} is {before.get(name)!r} there and {value!r} in this config"
     return None

@@ -68,6 +68,7 @@ def test_tokens_and_answers_are_of_the_vocabulary(spec):
 @pytest.mark.parametrize("spec", SPECS[:2])
 def test_mqar(spec):
     task, batch = rows(spec)
+    assert task.chance == 1 / (task.vocab_size - task.vocab_size // 2)  # of all values: which are there is not known
     distances = []
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
         pairs = dict(zip(tokens[0 : 2 * task.pairs : 2].tolist(), tokens[1 : 2 * task.pairs : 2].tolist(), strict=True))

@@ -193,6 +193,9 @@ def test_the_same_documents_in_another_order_are_other_data(tmp_path):
     known = json.loads((tmp_path / trained_data.FILE).read_text())
     (tmp_path / trained_data.FILE).write_text(json.dumps([{k: v for k, v in known[0].items() if k != "blocks"}]))
     trained_data.check(tmp_path, {str(tmp_path / "turned"): 1.0})
+    (tmp_path / trained_data.FILE).write_text("[{}]")
+    with pytest.raises(UserError, match=r"other data than .*: weight is None there and 1.0"):
+        trained_data.check(tmp_path, {str(tmp_path / "one"): 1.0})
 
 
 def test_heldout_text_that_may_have_been_trained_on_is_warned_of(tiny_config, tiny_run, tiny_dataset, tmp_path, caplog):
