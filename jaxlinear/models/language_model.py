@@ -20,10 +20,10 @@ from jaxlinear.ops.cross_entropy import soft_capped
 from jaxlinear.parallel import sharding
 from jaxlinear.parallel.exchanges import EXCHANGED
 
-# How much of a period the backward pass computes again instead of finding it stored. Elementwise work is cheaper to
-# repeat than to write and read back.
 _NO_SEGMENT = -1  # of a state that no token has been before
 
+# How much of a period the backward pass computes again instead of finding it stored. Elementwise work is cheaper to
+# repeat than to write and read back.
 REMAT_POLICIES = {
     "none": None,
     "elementwise": jax.checkpoint_policies.save_from_both_policies(
@@ -179,7 +179,9 @@ class LanguageModel(nnx.Module):
             x, new["periods"], losses = run(periods, x, segment_ids, None if state is None else state["periods"])
         if rest is not None:
             past = None if state is None else state["rest"]
-            x, new["rest"], more = rest(x, segment_ids=segment_ids, state=past)
+            graph, parameters = nnx.split(rest)
+            run = self._remat(_applied(graph, segment_ids), prevent_cse=True)
+            x, (new["rest"], more) = run(x, (parameters, past))
             losses = add(losses, more)
         return self.norm(x), new, {name: loss / config.num_layers for name, loss in losses.items()}
 
@@ -193,17 +195,24 @@ class LanguageModel(nnx.Module):
 
     def _scan(self, periods, x, segment_ids, states):
         graph, parameters = nnx.split(periods)
-
-        def step(x, xs):
-            parameters, state = xs
-            x, state, losses = nnx.merge(graph, parameters)(x, segment_ids=segment_ids, state=state)
-            return x, (state, losses)
-
-        policy = REMAT_POLICIES[self.config.remat]
-        if policy is not None:
-            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        step = self._remat(_applied(graph, segment_ids), prevent_cse=False)  # in a scan there is nothing to prevent
         x, (states, losses) = lax.scan(step, x, (parameters, states))
         return x, states, jax.tree.map(jnp.sum, losses)
+
+    def _remat(self, function, *, prevent_cse: bool):
+        policy = REMAT_POLICIES[self.config.remat]
+        return function if policy is None else jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)
+
+
+def _applied(graph, segment_ids):
+    """A period as a function ``(x, (parameters, state)) -> (y, (state, losses))``."""
+
+    def apply(x, xs):
+        parameters, state = xs
+        x, state, losses = nnx.merge(graph, parameters)(x, segment_ids=segment_ids, state=state)
+        return x, (state, losses)
+
+    return apply
 
 
 def _float32(x: jax.Array) -> jnp.dtype:
