@@ -117,6 +117,11 @@ def together() -> Iterator[None]:
         raise EveryProcessError(f"process {_named(failed)} cannot go on; its own message says why")
 
 
+def as_the_first(value: bool) -> bool:
+    """What the first process has here, on all of them."""
+    return bool(_of_every_process(int(value))[0, 0])
+
+
 def _of_every_process(*numbers: int) -> np.ndarray:
     """``[processes, numbers]``."""
     return multihost_utils.process_allgather(np.array(numbers, np.int32), tiled=False).reshape(-1, len(numbers))

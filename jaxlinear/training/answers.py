@@ -1,7 +1,7 @@
 """How many answers of a synthetic task a model gives: of held-out examples, while it trains and afterwards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,18 @@ from jaxlinear.parallel import mesh as meshes
 
 
 class Answers:
-    """Measures models of one architecture on a mesh. One program is compiled for each shape of a task's examples."""
+    """Measures models of one architecture on a mesh. One program is compiled for each shape of a task's examples.
+    ``between`` is called before each batch, and may raise to end the measurement."""
 
-    def __init__(self, config: config_dict.ConfigDict, architecture: Architecture, mesh: Mesh, batch_tokens: int):
-        self._mesh, self._batch_tokens = mesh, batch_tokens
+    def __init__(
+        self,
+        config: config_dict.ConfigDict,
+        architecture: Architecture,
+        mesh: Mesh,
+        batch_tokens: int,
+        between: Callable[[], None] = lambda: None,
+    ):
+        self._mesh, self._batch_tokens, self._between = mesh, batch_tokens, between
         whole = NamedSharding(mesh, PartitionSpec())
 
         def count(parameters, batch, most: int):
@@ -68,6 +76,7 @@ class Answers:
         most = min(max(task.most_answers for task in asked), length)
         totals = {"answers": 0.0, "right": 0.0, "solved": 0.0, "nll": 0.0}
         for i in range(batches):
+            self._between()
             counted = self._count(parameters, feeding.place(made[i], place, rows), most)
             totals = {name: total + float(counted[name]) for name, total in totals.items()}
         return {

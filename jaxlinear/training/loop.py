@@ -1,33 +1,28 @@
 """A training run, from a config to its last checkpoint: one loop."""
 
 import logging
-import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
-from jaxlinear import data
 from jaxlinear.checkpoint import Checkpoints
-from jaxlinear.data import tasks
 from jaxlinear.errors import RunError
 from jaxlinear.parallel import feeding, start
 from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training import heldout, trained_data
+from jaxlinear.training import metrics as logged
 from jaxlinear.training import state as states
-from jaxlinear.training import trained_data
 from jaxlinear.training import workdir as workdirs
-from jaxlinear.training.answers import Answers
+from jaxlinear.training.heldout import Evaluation
 from jaxlinear.training.job import Job
 from jaxlinear.training.meter import Meter
 from jaxlinear.training.metrics import MetricsWriter
-from jaxlinear.training.step import make_loss_step, make_train_step
+from jaxlinear.training.preemption import Preempted, Stop
+from jaxlinear.training.step import make_train_step
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,11 +44,11 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
         directory = workdirs.prepare(workdir, job.config)
         trained_data.keep(directory, job.datasets)
     start.check_agreement("the data", job.data_text())
-    with _Stop() as stop:
+    with Stop() as stop:
         return _train(job, directory, stop)
 
 
-def _train(job: Job, directory: Path, stop: "_Stop") -> int:
+def _train(job: Job, directory: Path, stop: Stop) -> int:
     checkpoints = Checkpoints(directory, job.config)
     try:
         state, first = _restore_or_create(job, checkpoints)
@@ -89,17 +84,23 @@ def _run(
     directory: Path,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
-    preempted: "_Stop",
+    preemption: Stop,
 ) -> int:
     config, steps = job.config, job.config.training.steps
     sharding = meshes.batch_sharding(job.mesh)
+    evaluation = Evaluation(job, preemption.check)
+    if _owes_evaluation(config, checkpoints, directory, first):
+        try:
+            writer.write(first, evaluation(state.parameters))
+        except Preempted:
+            return PREEMPTED
+        writer.sync()
     if first >= steps:
-        _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
+        _LOG.info("the run is at step %d of %d", first, steps)
         return FINISHED
     workdirs.note_start(directory, first, config, job.mesh)
 
     step_fn = make_train_step(config, job.architecture, job.optimizer, job.mesh)
-    evaluation = _Evaluation(job)
     rows = config.training.batch_size
     batch = feeding.place(job.batches[first], sharding, rows)
     begin = time.perf_counter()
@@ -117,12 +118,12 @@ def _run(
             meter.read(*pending)
         pending = (done, metrics)
 
-        stop = preempted.after(done)
+        stop = preemption.came()
         last = done == steps or stop
         if not last:
             with meter.waiting():
                 batch = feeding.place(job.batches[done], sharding, rows)
-        evaluating = config.evaluation.every_steps and (done % config.evaluation.every_steps == 0 or done == steps)
+        evaluating = evaluation.due(done)
         saving = done % config.checkpoint.every_steps == 0 or last
         if not (evaluating or saving):
             continue
@@ -130,93 +131,39 @@ def _run(
         meter.read(*pending)
         pending = None
         with meter.paused():
-            heldout = None
+            values, owed = None, False
             if evaluating:
-                heldout = evaluation(state.parameters)
-                writer.write(done, heldout)
-            if saving:
+                try:
+                    values = evaluation(state.parameters)
+                    writer.write(done, values)
+                except (
+                    Preempted
+                ):  # it may take longer than there is time: the run saves itself and evaluates when it goes on
+                    stop = owed = True
+            if saving or stop:
                 writer.sync()
                 checkpoints.save(
                     done,
                     states.to_trees(state),
                     next_batch=done,
-                    heldout_loss=heldout["heldout_loss"] if heldout else None,
+                    heldout_loss=None if values is None else values[heldout.LOSS],
+                    evaluation_due=owed,
                 )
-        if last:
+        if last or stop:
             trace.close()
-        if stop and done < steps:
+        if stop and (owed or done < steps):
             checkpoints.wait()
             _LOG.info("SIGTERM: saved at step %d of %d; the same command goes on from there", done, steps)
             return PREEMPTED
     return FINISHED
 
 
-class _Evaluation:
-    """What is measured of held-out data while a run trains."""
-
-    def __init__(self, job: Job):
-        config = job.config
-        self._job, self._loss_step = job, make_loss_step(config, job.architecture, job.mesh)
-        tokens = config.training.batch_size * config.training.sequence_length
-        self._answers = Answers(config, job.architecture, job.mesh, tokens)
-        self._tasks = job.evaluation_tasks() if config.evaluation.every_steps else []
-
-    def __call__(self, parameters: dict[str, Any]) -> dict[str, float]:
-        """``heldout_loss`` in nats a token, or an answer of the task that the run is trained on, and beside it bits a byte
-        of text, or accuracies; then the accuracy of each difficulty of ``evaluation.tasks``."""
-        config, trained = self._job.config, self._job.heldout_tasks()
-        if not trained:
-            values = self._heldout(parameters)
-        else:
-            found = self._measure(parameters, trained, config.evaluation.batches * config.training.batch_size)
-            values = {f"heldout_{name}": found[name] for name in ("loss", "accuracy", "solved")}
-        for task in self._tasks:
-            accuracy = self._measure(parameters, [task], config.evaluation.examples)["accuracy"]
-            values[f"{tasks.text(task)}/accuracy"] = accuracy
-        return values
-
-    def _measure(self, parameters: dict[str, Any], asked: Sequence[tasks.Task], examples: int) -> dict[str, Any]:
-        return self._answers.measure(parameters, asked, examples=examples, seed=self._job.config.training.seed)
-
-    def _heldout(self, parameters: dict[str, Any]) -> dict[str, float]:
-        job = self._job
-        sharding = meshes.batch_sharding(job.mesh)
-        total, count = 0.0, 0
-        for batch in job.heldout_batches():
-            nll, targets = self._loss_step(parameters, feeding.place(batch, sharding, job.config.training.batch_size))
-            total += float(nll.sum())
-            count += int(targets.sum())
-        split = data.read_manifest(job.heldout_path).splits["heldout"]
-        loss = total / count
-        return {"heldout_loss": loss, "heldout_bits_per_byte": loss / math.log(2) * split.tokens / split.bytes}
-
-
-class _Stop:
-    """Whether SIGTERM came, within the block. Processes that train together stop after the same step, whichever of them it
-    came to: JAX then handles the signal and agrees on the step. Signals come to the main thread alone; a run in another
-    does not hear of them."""
-
-    def __init__(self) -> None:
-        self._came = False
-        self._listens = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> "_Stop":
-        if self._listens:
-            self._before = signal.signal(signal.SIGTERM, self._handle)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._listens:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _handle(self, *_: Any) -> None:
-        self._came = True
-
-    def after(self, step: int) -> bool:
-        """To be asked after each step."""
-        if jax.process_count() == 1:
-            return self._came
-        return multihost_utils.reached_preemption_sync_point(step)
+def _owes_evaluation(config: config_dict.ConfigDict, checkpoints: Checkpoints, directory: Path, step: int) -> bool:
+    """Whether the run was stopped before the evaluation that belongs to the step that it goes on from."""
+    if not (config.evaluation.every_steps and checkpoints.steps() and checkpoints.meta()["evaluation_due"]):
+        return False
+    made = any(line["step"] == step and heldout.LOSS in line for line in logged.read(directory))
+    return not start.as_the_first(made)  # others may not see its file
 
 
 class _Trace:

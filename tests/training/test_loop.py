@@ -12,9 +12,10 @@ import pytest
 from jaxlinear import data
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import RunError, UserError
-from jaxlinear.training import loop, metrics
+from jaxlinear.training import metrics
 from jaxlinear.training import state as states
-from jaxlinear.training.loop import FINISHED, train
+from jaxlinear.training.loop import FINISHED, PREEMPTED, train
+from jaxlinear.training.preemption import Stop
 from tests.training import tiny
 
 KEYS = {
@@ -137,17 +138,57 @@ def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
     assert len(traces) == 1 and traces[0].stat().st_size > 1000
 
 
+def test_an_evaluation_that_sigterm_ends_is_made_when_the_run_goes_on(run_config, tmp_path, monkeypatch):
+    """Stopped in the evaluations of step 2, twice, and of the last step: the run saves itself at once, and all lines are
+    those of one that was not stopped."""
+    run_config.training.steps = 4
+    run_config.checkpoint.every_steps = 100
+    run_config.evaluation.update({"every_steps": 2, "batches": 3})
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    assert train(run_config, whole) == FINISHED
+
+    check, asked = Stop.check, []
+
+    def stopped_at(batch):
+        def with_signal(stop):
+            asked.append(batch)
+            if len(asked) == batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+            check(stop)
+
+        asked.clear()
+        monkeypatch.setattr(Stop, "check", with_signal)
+        return train(run_config, workdir)
+
+    for batch, step in ((2, 2), (1, 2), (3 + 3, 4)):
+        assert stopped_at(batch) == PREEMPTED
+        assert len(asked) == batch
+        assert Checkpoints(workdir).steps()[-1] == step
+        assert Checkpoints(workdir).meta()["evaluation_due"]
+        assert [line["step"] for line in metrics.read(workdir) if "heldout_loss" in line] == [2] * (step == 4)
+    for more in (3, 0):  # and then nothing is left to do
+        assert stopped_at(100) == FINISHED
+        assert len(asked) == more
+    found, expected = ([without_times(line) for line in metrics.read(path)] for path in (workdir, whole))
+    assert found == expected and sum("heldout_loss" in line for line in found) == 2
+
+
+def without_times(line):
+    times = ("tokens_per_second", "mfu", "step_seconds", "data_wait_fraction")
+    return {name: value for name, value in line.items() if name not in times}
+
+
 def test_sigterm_is_heard_within_a_run_alone():
     before = signal.getsignal(signal.SIGTERM)
-    with loop._Stop() as stop:
-        assert not stop.after(1)
+    with Stop() as stop:
+        assert not stop.came()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.after(2)
+        assert stop.came()
     assert signal.getsignal(signal.SIGTERM) is before
 
     def elsewhere():
-        with loop._Stop() as stop:
-            return stop.after(1)
+        with Stop() as stop:
+            return stop.came()
 
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         assert not threads.submit(elsewhere).result()

@@ -14,7 +14,7 @@ import pytest
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import start
-from jaxlinear.training.metrics import FILE
+from jaxlinear.training.metrics import FILE, read
 from tests.training import tiny
 
 STEPS = 20  # of tiny.ARGUMENTS
@@ -108,7 +108,11 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
     assert Checkpoints(workdir).steps()[-1] == 8
     further = last_step(workdir) + 3  # than what the killed pair wrote, from which the next cut what is beyond step 8
 
-    four = processes(workdir, 4, 1, "--config.mesh.sequence=4", rarely, endless)
+    often = (
+        "--config.evaluation.every_steps=1",
+        "--config.evaluation.batches=2",
+    )  # so that it mostly ends an evaluation
+    four = processes(workdir, 4, 1, "--config.mesh.sequence=4", rarely, endless, *often)
     wait_for(four, lambda: last_step(workdir) >= further)
     four[2].running.send_signal(signal.SIGTERM)
     for process in four:
@@ -116,8 +120,10 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
     stopped = Checkpoints(workdir).steps()[-1]
     assert stopped >= further and stopped == max(map(int, tiny.losses(workdir)))
 
-    (alone,) = processes(workdir, 1, 1, f"--config.training.steps={max(STEPS, stopped + 1)}")
+    (alone,) = processes(workdir, 1, 1, f"--config.training.steps={max(STEPS, stopped + 1)}", *often)
     assert alone.end()[0] == 0, alone
+    evaluated = [line["step"] for line in read(workdir) if "heldout_loss" in line]
+    assert evaluated == list(range(9, max(STEPS, stopped + 1) + 1))  # the one that was ended too
     losses, expected = tiny.losses(workdir), tiny.losses(uninterrupted)
     assert list(losses) == list(range(1, max(STEPS, stopped + 1) + 1))
     for step, loss in expected.items():

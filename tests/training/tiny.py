@@ -170,8 +170,8 @@ def saved_structs(workdir):
 
 
 def losses(workdir):
-    """``{step: the text of its loss}``, as metrics.jsonl has it."""
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    """``{step: the text of its loss}``, as metrics.jsonl has it; the lines of evaluations have none."""
+    lines = [line for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines() if '"loss": ' in line]
     found = [(json.loads(line)["step"], re.search(r'"loss": ([^,}]*)', line)[1]) for line in lines]
     assert len(dict(found)) == len(found), "a step is there twice"
     return dict(found)

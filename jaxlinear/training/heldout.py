@@ -1,0 +1,63 @@
+"""What is measured of held-out data while a run trains."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxlinear import data
+from jaxlinear.data import tasks
+from jaxlinear.parallel import feeding
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training.answers import Answers
+from jaxlinear.training.job import Job
+from jaxlinear.training.step import make_loss_step
+
+LOSS = "heldout_loss"  # is always among the values
+
+
+class Evaluation:
+    """The evaluation of a job. ``between`` is called before each batch, and may raise to end it."""
+
+    def __init__(self, job: Job, between: Callable[[], None]):
+        config = job.config
+        self._job, self._between = job, between
+        self._loss_step = make_loss_step(config, job.architecture, job.mesh)
+        tokens = config.training.batch_size * config.training.sequence_length
+        self._answers = Answers(config, job.architecture, job.mesh, tokens, between)
+        self._tasks = job.evaluation_tasks() if config.evaluation.every_steps else []
+
+    def due(self, step: int) -> bool:
+        """Whether it is to be made after so many steps."""
+        config = self._job.config
+        every = config.evaluation.every_steps
+        return bool(every) and (step % every == 0 or step == config.training.steps)
+
+    def __call__(self, parameters: dict[str, Any]) -> dict[str, float]:
+        """``heldout_loss`` in nats a token, or an answer of the task that the run is trained on, and beside it bits a byte
+        of text, or accuracies; then the accuracy of each difficulty of ``evaluation.tasks``."""
+        config, trained = self._job.config, self._job.heldout_tasks()
+        if not trained:
+            values = self._text(parameters)
+        else:
+            found = self._measure(parameters, trained, config.evaluation.batches * config.training.batch_size)
+            values = {f"heldout_{name}": found[name] for name in ("loss", "accuracy", "solved")}
+        for task in self._tasks:
+            accuracy = self._measure(parameters, [task], config.evaluation.examples)["accuracy"]
+            values[f"{tasks.text(task)}/accuracy"] = accuracy
+        return values
+
+    def _measure(self, parameters: dict[str, Any], asked: Sequence[tasks.Task], examples: int) -> dict[str, Any]:
+        return self._answers.measure(parameters, asked, examples=examples, seed=self._job.config.training.seed)
+
+    def _text(self, parameters: dict[str, Any]) -> dict[str, float]:
+        job = self._job
+        sharding = meshes.batch_sharding(job.mesh)
+        total, count = 0.0, 0
+        for batch in job.heldout_batches():
+            self._between()
+            nll, targets = self._loss_step(parameters, feeding.place(batch, sharding, job.config.training.batch_size))
+            total += float(nll.sum())
+            count += int(targets.sum())
+        split = data.read_manifest(job.heldout_path).splits["heldout"]
+        loss = total / count
+        return {LOSS: loss, "heldout_bits_per_byte": loss / math.log(2) * split.tokens / split.bytes}

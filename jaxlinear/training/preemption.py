@@ -1,0 +1,47 @@
+"""SIGTERM, by which schedulers say that a run will be killed soon."""
+
+import signal
+import threading
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Preempted(Exception):
+    """SIGTERM came, and what is under way is left as it is."""
+
+
+class Stop:
+    """Whether SIGTERM came, within the block. Processes that train together hear of it at the same point, whichever of them
+    it came to: JAX then handles the signal and agrees on the point. Signals come to the main thread alone; a run in another
+    does not hear of them."""
+
+    def __init__(self) -> None:
+        self._came = False
+        self._points = 0
+        self._listens = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> "Stop":
+        if self._listens:
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _handle(self, *_: Any) -> None:
+        self._came = True
+
+    def came(self) -> bool:
+        """To be asked after each step and each batch of an evaluation, by every process as often as by the others."""
+        if jax.process_count() > 1 and not self._came:
+            self._points += 1
+            self._came = multihost_utils.reached_preemption_sync_point(self._points)
+        return self._came
+
+    def check(self) -> None:
+        """Raises ``Preempted`` if it came."""
+        if self.came():
+            raise Preempted
