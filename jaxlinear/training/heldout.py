@@ -2,17 +2,28 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxlinear import data
+from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.data import tasks
 from jaxlinear.parallel import feeding
 from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training import metrics
 from jaxlinear.training.answers import Answers
 from jaxlinear.training.job import Job
 from jaxlinear.training.step import make_loss_step
 
 LOSS = "heldout_loss"  # is always among the values
+
+
+def is_owed(workdir: Path, checkpoints: Checkpoints) -> bool:
+    """Whether the run was stopped before the evaluation that goes with its newest checkpoint, and did not make it since."""
+    steps = checkpoints.steps()
+    if not steps or any(line["step"] == steps[-1] and LOSS in line for line in metrics.read(workdir)):
+        return False
+    return checkpoints.meta()["evaluation_due"]
 
 
 class Evaluation:

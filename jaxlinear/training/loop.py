@@ -14,7 +14,6 @@ from jaxlinear.errors import RunError
 from jaxlinear.parallel import feeding, start
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import heldout, trained_data
-from jaxlinear.training import metrics as logged
 from jaxlinear.training import state as states
 from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.heldout import Evaluation
@@ -89,7 +88,8 @@ def _run(
     config, steps = job.config, job.config.training.steps
     sharding = meshes.batch_sharding(job.mesh)
     evaluation = Evaluation(job, preemption.check)
-    if _owes_evaluation(config, checkpoints, directory, first):
+    # Other processes may not see what the first has logged.
+    if config.evaluation.every_steps and start.as_the_first(heldout.is_owed(directory, checkpoints)):
         try:
             writer.write(first, evaluation(state.parameters))
         except Preempted:
@@ -156,14 +156,6 @@ def _run(
             _LOG.info("SIGTERM: saved at step %d of %d; the same command goes on from there", done, steps)
             return PREEMPTED
     return FINISHED
-
-
-def _owes_evaluation(config: config_dict.ConfigDict, checkpoints: Checkpoints, directory: Path, step: int) -> bool:
-    """Whether the run was stopped before the evaluation that belongs to the step that it goes on from."""
-    if not (config.evaluation.every_steps and checkpoints.steps() and checkpoints.meta()["evaluation_due"]):
-        return False
-    made = any(line["step"] == step and heldout.LOSS in line for line in logged.read(directory))
-    return not start.as_the_first(made)  # others may not see its file
 
 
 class _Trace:

@@ -12,6 +12,8 @@ import pytest
 from jaxlinear import data
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import RunError, UserError
+from jaxlinear.scaling.sweeps.files import RunFiles
+from jaxlinear.scaling.sweeps.states import is_finished
 from jaxlinear.training import metrics
 from jaxlinear.training import state as states
 from jaxlinear.training.loop import FINISHED, PREEMPTED, train
@@ -144,7 +146,8 @@ def test_an_evaluation_that_sigterm_ends_is_made_when_the_run_goes_on(run_config
     run_config.training.steps = 4
     run_config.checkpoint.every_steps = 100
     run_config.evaluation.update({"every_steps": 2, "batches": 3})
-    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    files = RunFiles(tmp_path, "stopped")
+    whole, workdir = tmp_path / "whole", files.workdir
     assert train(run_config, whole) == FINISHED
 
     check, asked = Stop.check, []
@@ -167,6 +170,7 @@ def test_an_evaluation_that_sigterm_ends_is_made_when_the_run_goes_on(run_config
         assert Checkpoints(workdir).meta()["evaluation_due"]
         assert [line["step"] for line in metrics.read(workdir) if "heldout_loss" in line] == [2] * (step == 4)
     for more in (3, 0):  # and then nothing is left to do
+        assert is_finished(files, 4) == (more == 0)
         assert stopped_at(100) == FINISHED
         assert len(asked) == more
     found, expected = ([without_times(line) for line in metrics.read(path)] for path in (workdir, whole))

@@ -84,9 +84,10 @@ def best(points: Sequence[Point]) -> list[Point]:
 def _point(run: PlannedRun) -> Point:
     config = read_config(run.files.workdir)
     training = config.training
-    losses = [line["heldout_loss"] for line in metrics.read(run.files.workdir) if "heldout_loss" in line]
+    lines = [line for line in metrics.read(run.files.workdir) if line["step"] == training.steps]
+    losses = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
     if not losses:
-        raise UserError(f"the run {run.name} has no held-out loss: train it with evaluation.every_steps")
+        raise UserError(f"the run {run.name} has no held-out loss at its end: train it with evaluation.every_steps")
     model = configs.model_config(config)
     architecture = describe(model)
     counted = [

@@ -10,7 +10,7 @@ from typing import Any
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.scaling.sweeps.files import RunFiles, tail
-from jaxlinear.training import metrics
+from jaxlinear.training import heldout, metrics
 from jaxlinear.training.loop import PREEMPTED
 from jaxlinear.training.workdir import CONFIG, check_same_run, read_config
 
@@ -61,7 +61,7 @@ def read(files: RunFiles, steps: int, *, queued: bool = False) -> Progress:
 
 
 def is_finished(files: RunFiles, steps: int) -> bool:
-    """Whether the run's newest whole checkpoint is of its last step."""
+    """Whether the run's newest whole checkpoint is of its last step, and evaluated if it is to be."""
     if not (files.workdir / DIRECTORY).is_dir():
         return False
     # A run saves at its end; where no such directory is, Orbax need not be asked.
@@ -70,8 +70,9 @@ def is_finished(files: RunFiles, steps: int) -> bool:
         return False
     checkpoints = Checkpoints(files.workdir)
     found = checkpoints.steps()
+    finished = bool(found) and found[-1] >= steps and not heldout.is_owed(files.workdir, checkpoints)
     checkpoints.close()
-    return bool(found) and found[-1] >= steps
+    return finished
 
 
 def check_unchanged(files: RunFiles, planned: str) -> None:
