@@ -59,25 +59,15 @@ class Checkpoints:
         """The steps that can be restored, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(
-        self,
-        step: int,
-        trees: Mapping[str, Any],
-        *,
-        next_batch: int,
-        heldout_loss: float | None = None,
-        evaluation_due: bool = False,
-    ) -> None:
+    def save(self, step: int, trees: Mapping[str, Any], *, next_batch: int, heldout_loss: float | None = None) -> None:
         """Begins to save; returns when the arrays have been copied, while the writing goes on in the background.
 
-        ``evaluation_due``: the run is to evaluate them before it goes on. An error of an earlier save is raised here or
-        in ``close``.
+        An error of an earlier save is raised here or in ``close``.
         """
         assert self._config is not None
         self.wait()  # Orbax would; so that what is free is known
         self._check_space(trees)
-        checksums = {name: _checksums(tree) for name, tree in trees.items()}
-        meta = _meta(self._config, next_batch, checksums, evaluation_due)
+        meta = _meta(self._config, next_batch, {name: _checksums(tree) for name, tree in trees.items()})
         items = {name: ocp.args.StandardSave(_by_path(tree)) for name, tree in trees.items()}
         with self._writing():
             self._manager.save(
@@ -103,11 +93,10 @@ class Checkpoints:
         return trees
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
-        """What was saved beside the trees: ``config``, ``next_batch`` and ``evaluation_due``."""
+        """What was saved beside the trees: ``config`` and ``next_batch``."""
         step = self._existing(step)
         meta = self._read(step)[_META]
-        due = meta.get("evaluation_due", False)  # older ones do not have it
-        return {"config": meta["config"], "next_batch": meta["next_batch"], "evaluation_due": due}
+        return {"config": meta["config"], "next_batch": meta["next_batch"]}
 
     def fingerprint(self, step: int) -> str:
         """What tells the checkpoint from another of that step, which a run may save that was set back."""
@@ -284,14 +273,10 @@ def _checksum(x: jax.Array, first: int | jax.Array = 0) -> jax.Array:
 
 
 def _meta(
-    config: config_dict.ConfigDict,
-    next_batch: int,
-    checksums: Mapping[str, Mapping[str, int]],
-    evaluation_due: bool = False,
+    config: config_dict.ConfigDict, next_batch: int, checksums: Mapping[str, Mapping[str, int]]
 ) -> dict[str, Any]:
     """What is saved beside the trees."""
     meta = {"config": json.loads(configs.to_json(config)), "next_batch": next_batch, "checksums": checksums}
-    meta["evaluation_due"] = evaluation_due
     return meta | {"checksum": _text_checksum(meta)}
 
 

@@ -104,7 +104,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "optimizer.learning_rate": (1e-3, "At the top of the schedule."),
     "optimizer.beta1": (0.9, "Decay of the first moment (adamw, muon's AdamW part)."),
     "optimizer.beta2": (0.95, "Decay of the second moment (adamw, muon's AdamW part)."),
-    "optimizer.epsilon": (1e-8, "Added to the root of the second moment."),
+    "optimizer.epsilon": (
+        1e-8,
+        "Added to the root of the second moment (adamw), and to the norm by which Muon divides a matrix (muon).",
+    ),
     "optimizer.weight_decay": (
         0.1,
         "Decoupled; times the learning rate. Matrices only: no bias, norm or decay vector.",
@@ -326,6 +329,8 @@ def _check(config: config_dict.ConfigDict) -> None:
             raise UserError(f"optimizer.{name} is {config.optimizer[name]}; it lies in [0, 1)")
     if not 0 < config.schedule.decay_fraction <= 1:
         raise UserError(f"schedule.decay_fraction is {config.schedule.decay_fraction}; it lies in (0, 1]")
+    if config.schedule.final_fraction > 1:
+        raise UserError(f"schedule.final_fraction is {config.schedule.final_fraction}; it lies in [0, 1]")
     if config.data.task and config.evaluation.every_steps and not config.evaluation.batches:
         raise UserError(
             "evaluation.batches=0 means the whole held-out split, and data.task has no end; set it to 1 or more"

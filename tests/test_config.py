@@ -140,6 +140,7 @@ def test_rates_and_weights_are_not_negative(key):
         ({"training.microbatches": 3}, "training.microbatches=3 does not divide training.batch_size=8"),
         ({"training.steps": 99}, "schedule.warmup_steps=100 is more than training.steps=99"),
         ({"schedule.decay_fraction": 0.0}, r"schedule.decay_fraction is 0.0; it lies in \(0, 1\]"),
+        ({"schedule.final_fraction": 10.0}, r"schedule.final_fraction is 10.0; it lies in \[0, 1\]"),
         ({"schedule.decay_fraction": 1.5}, r"schedule.decay_fraction is 1.5; it lies in \(0, 1\]"),
         ({"optimizer.beta1": 1.0}, r"optimizer.beta1 is 1.0; it lies in \[0, 1\)"),
         ({"optimizer.beta2": -0.1}, r"optimizer.beta2 is -0.1; it lies in \[0, 1\)"),

@@ -33,7 +33,9 @@ def make_optimizer(config: config_dict.ConfigDict, architecture: Architecture) -
         )
     elif options.name == "adafactor":
         update = optax.chain(
-            optax.adafactor(schedule(options.learning_rate), multiply_by_parameter_scale=False),
+            _one_by_one(optax.scale_by_factored_rms(), architecture),
+            _one_by_one(optax.clip_by_block_rms(1.0), architecture),
+            optax.scale_by_learning_rate(schedule(options.learning_rate)),
             _decay(schedule(options.learning_rate), options.weight_decay, decayed),
         )
     else:
@@ -68,6 +70,23 @@ def _muon_matrices(architecture: Architecture) -> Tree:
         return contrib.MuonDimensionNumbers(reduction_axis=len(axes) - 2, output_axis=len(axes) - 1)
 
     return _map(architecture, numbers)
+
+
+def _one_by_one(of_matrices: optax.GradientTransformation, architecture: Architecture) -> optax.GradientTransformation:
+    """The transformation of each layer's and each expert's parameters by themselves, which lie stacked: as it is, it would
+    take a stack for one matrix."""
+
+    def stacked(_, axes: tuple, layers: int) -> str:
+        return str(layers + axes.count("expert"))
+
+    stacks = _map(architecture, stacked)
+    by_stacks = {}
+    for name in set(jax.tree.leaves(stacks)):
+        init, update = of_matrices.init, of_matrices.update
+        for _ in range(int(name)):
+            init, update = jax.vmap(init), jax.vmap(update)
+        by_stacks[name] = optax.GradientTransformation(init, update)
+    return optax.partition(by_stacks, stacks)
 
 
 def _map(architecture: Architecture, function) -> Tree:

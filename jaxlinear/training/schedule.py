@@ -16,14 +16,17 @@ def make_schedule(config: config_dict.ConfigDict) -> optax.Schedule:
     warmup, final = schedule.warmup_steps, schedule.final_fraction
     begin = warmup
     if schedule.name == "wsd":
-        begin = max(warmup, steps - round(steps * schedule.decay_fraction))
+        begin = max(warmup, steps - max(1, round(steps * schedule.decay_fraction)))
 
     def multiplier(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
         if schedule.name == "constant":
             return rise
-        progress = jnp.clip((step - begin) / max(steps - 1 - begin, 1), 0.0, 1.0)
+        if begin == steps - 1 > warmup:  # a decay of one step
+            progress = (step >= begin).astype(jnp.float32)
+        else:
+            progress = jnp.clip((step - begin) / max(steps - 1 - begin, 1), 0.0, 1.0)
         if schedule.name == "cosine":
             fall = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
         else:

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlinear import config as configs
 from jaxlinear.training import optimizer as optimizers
 from jaxlinear.training import state as states
 from jaxlinear.training.optimizer import make_optimizer
@@ -118,6 +119,42 @@ def test_muon_takes_each_matrix_between_activations():
             # Optax's Muon gives its AdamW the momentum of Nesterov: the first step is 0.9 / 1.9 longer than the rate.
             np.testing.assert_allclose(np.abs(update), 1e-3 * (1 + 0.9 / 1.9), rtol=1e-2, err_msg=str(path))
     assert taken == MUON
+
+
+def test_adafactor_takes_each_layer_and_each_expert_by_itself():
+    """Of stacks in which one layer's and one expert's gradients are far larger, two steps are those of each alone."""
+    sizes = {"model__experts": 2, "model__experts_per_token": 1, "model__expert_width": 8}
+    config = tiny.config(
+        model__channel_mixer="mixture_of_experts",
+        model__num_layers=4,
+        optimizer__name="adafactor",
+        optimizer__learning_rate=0.1,
+        optimizer__weight_decay=0.0,
+        optimizer__clip_norm=0.0,
+        **sizes,
+    )
+    architecture = tiny.described(configs.model_config(config))
+    parameters = tiny.parameters(architecture)
+    optimizer = make_optimizer(config, architecture)
+    state = optimizer.init(parameters)
+    update = tiny.compiled(optimizer.update, parameters, state, parameters)
+    axes = by_path(jax.tree.map(lambda _, axes: ",".join(map(str, axes)), architecture.shapes, architecture.axes))
+    alone = optax.adafactor(0.1, multiply_by_parameter_scale=False)
+    alone_states, found_stacks = {}, set()
+    for step in range(2):
+        gradients = random_gradients(architecture, seed=step + 1)
+        louder = np.array([1, 30**step], np.float32)  # of the two periods
+        gradients["periods"] = jax.tree.map(lambda x, by=louder: (x.T * by).T, gradients["periods"])
+        updates, state = update(gradients, state, parameters)
+        updates, gradients = by_path(updates), by_path(gradients)
+        for path, gradient in gradients.items():
+            stacks = (path[0] == "periods") + axes[path].split(",").count("expert")
+            found_stacks.add(stacks)
+            for place in np.ndindex(gradient.shape[:stacks]):
+                past = alone_states.get((path, place)) or alone.init(gradient[place])
+                expected, alone_states[path, place] = alone.update(gradient[place], past, gradient[place])
+                np.testing.assert_allclose(updates[path][place], expected, rtol=1e-5, err_msg=f"{path} {place}")
+    assert found_stacks == {0, 1, 2}
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])  # for AdamW, test_step.py

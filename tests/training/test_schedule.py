@@ -49,6 +49,12 @@ def test_the_shortest_runs(name, steps, warmup):
     np.testing.assert_allclose(values, [(step + 1) / max(warmup, 1) for step in range(steps)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("decay", [0.01, 0.004])
+def test_wsd_decays_for_one_step_at_least(decay):
+    multiplier = schedule("wsd", decay=decay)
+    np.testing.assert_allclose([multiplier(98), multiplier(99), multiplier(500)], [1, 0.1, 0.1], rtol=1e-5)
+
+
 def test_wsd_decays_after_the_warmup_at_the_earliest():
     multiplier = schedule("wsd", decay=1.0)
     np.testing.assert_allclose([multiplier(10), multiplier(99)], [1, 0.1], rtol=1e-5)

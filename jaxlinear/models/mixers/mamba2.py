@@ -110,7 +110,8 @@ class Mamba2(nnx.Module):
 
     def _for_every_head(self, x: jax.Array) -> jax.Array:
         """``[B, T, N]`` -> ``[B, T, H, N]``."""
-        x = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], self.heads, x.shape[-1]))
+        wide = x[:, :, None].astype(dtypes.wide(x.dtype))  # in which the gradient is then summed over heads
+        x = jnp.broadcast_to(wide, (*x.shape[:2], self.heads, x.shape[-1])).astype(x.dtype)
         return sharding.constrain(x, "batch", "time", "heads", None)
 
 
