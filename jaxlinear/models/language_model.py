@@ -195,7 +195,8 @@ class LanguageModel(nnx.Module):
 
     def _scan(self, periods, x, segment_ids, states):
         graph, parameters = nnx.split(periods)
-        step = self._remat(_applied(graph, segment_ids), prevent_cse=False)  # in a scan there is nothing to prevent
+        # The two passes of a loop are apart, those of one that XLA writes out are not.
+        step = self._remat(_applied(graph, segment_ids), prevent_cse=self.num_periods == 1)
         x, (states, losses) = lax.scan(step, x, (parameters, states))
         return x, states, jax.tree.map(jnp.sum, losses)
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import config_dict
+
 from jaxlinear import data
-from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.data import tasks
 from jaxlinear.parallel import feeding
 from jaxlinear.parallel import mesh as meshes
@@ -15,15 +16,19 @@ from jaxlinear.training.answers import Answers
 from jaxlinear.training.job import Job
 from jaxlinear.training.step import make_loss_step
 
-LOSS = "heldout_loss"  # is always among the values
+
+def is_due(config: config_dict.ConfigDict, step: int) -> bool:
+    """Whether the run is to be evaluated after so many steps."""
+    every = config.evaluation.every_steps
+    return bool(every) and (step % every == 0 or step == config.training.steps)
 
 
-def is_owed(workdir: Path, checkpoints: Checkpoints) -> bool:
-    """Whether the run was stopped before the evaluation that goes with its newest checkpoint, and did not make it since."""
-    steps = checkpoints.steps()
-    if not steps or any(line["step"] == steps[-1] and LOSS in line for line in metrics.read(workdir)):
-        return False
-    return checkpoints.meta()["evaluation_due"]
+def is_owed(config: config_dict.ConfigDict, workdir: Path, step: int) -> bool:
+    """Whether a run that saved itself after ``step`` steps still is to be evaluated there: it evaluates before it saves,
+    unless SIGTERM ends the evaluation."""
+    return is_due(config, step) and not any(
+        line["step"] == step and "heldout_loss" in line for line in metrics.read(workdir)
+    )
 
 
 class Evaluation:
@@ -36,12 +41,6 @@ class Evaluation:
         tokens = config.training.batch_size * config.training.sequence_length
         self._answers = Answers(config, job.architecture, job.mesh, tokens, between)
         self._tasks = job.evaluation_tasks() if config.evaluation.every_steps else []
-
-    def due(self, step: int) -> bool:
-        """Whether it is to be made after so many steps."""
-        config = self._job.config
-        every = config.evaluation.every_steps
-        return bool(every) and (step % every == 0 or step == config.training.steps)
 
     def __call__(self, parameters: dict[str, Any]) -> dict[str, float]:
         """``heldout_loss`` in nats a token, or an answer of the task that the run is trained on, and beside it bits a byte
@@ -71,4 +70,4 @@ class Evaluation:
             count += int(targets.sum())
         split = data.read_manifest(job.heldout_path).splits["heldout"]
         loss = total / count
-        return {LOSS: loss, "heldout_bits_per_byte": loss / math.log(2) * split.tokens / split.bytes}
+        return {"heldout_loss": loss, "heldout_bits_per_byte": loss / math.log(2) * split.tokens / split.bytes}

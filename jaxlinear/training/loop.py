@@ -87,18 +87,25 @@ def _run(
 ) -> int:
     config, steps = job.config, job.config.training.steps
     sharding = meshes.batch_sharding(job.mesh)
+    # Only the first process need see what was logged.
+    owed = first > 0 and start.as_the_first(start.is_first() and heldout.is_owed(config, directory, first))
+    if first >= steps and not owed:
+        _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
+        return FINISHED
+    workdirs.note_start(directory, first, config, job.mesh)
     evaluation = Evaluation(job, preemption.check)
-    # Other processes may not see what the first has logged.
-    if config.evaluation.every_steps and start.as_the_first(heldout.is_owed(directory, checkpoints)):
+    if owed:
         try:
             writer.write(first, evaluation(state.parameters))
         except Preempted:
+            _LOG.info(
+                "SIGTERM: step %d of %d is still to be evaluated; the same command goes on from there", first, steps
+            )
             return PREEMPTED
         writer.sync()
+        owed = False
     if first >= steps:
-        _LOG.info("the run is at step %d of %d", first, steps)
         return FINISHED
-    workdirs.note_start(directory, first, config, job.mesh)
 
     step_fn = make_train_step(config, job.architecture, job.optimizer, job.mesh)
     rows = config.training.batch_size
@@ -123,7 +130,7 @@ def _run(
         if not last:
             with meter.waiting():
                 batch = feeding.place(job.batches[done], sharding, rows)
-        evaluating = evaluation.due(done)
+        evaluating = heldout.is_due(config, done)
         saving = done % config.checkpoint.every_steps == 0 or last
         if not (evaluating or saving):
             continue
@@ -131,27 +138,25 @@ def _run(
         meter.read(*pending)
         pending = None
         with meter.paused():
-            values, owed = None, False
+            values = None
             if evaluating:
                 try:
                     values = evaluation(state.parameters)
                     writer.write(done, values)
-                except (
-                    Preempted
-                ):  # it may take longer than there is time: the run saves itself and evaluates when it goes on
-                    stop = owed = True
-            if saving or stop:
+                except Preempted:
+                    # There may be no time for it. It is made when the run goes on.
+                    stop = last = saving = owed = True
+            if saving:
                 writer.sync()
                 checkpoints.save(
                     done,
                     states.to_trees(state),
                     next_batch=done,
-                    heldout_loss=None if values is None else values[heldout.LOSS],
-                    evaluation_due=owed,
+                    heldout_loss=None if values is None else values["heldout_loss"],
                 )
-        if last or stop:
+        if last:
             trace.close()
-        if stop and (owed or done < steps):
+        if stop and (done < steps or owed):
             checkpoints.wait()
             _LOG.info("SIGTERM: saved at step %d of %d; the same command goes on from there", done, steps)
             return PREEMPTED

@@ -1,11 +1,14 @@
 """SIGTERM, by which schedulers say that a run will be killed soon."""
 
+import itertools
 import signal
 import threading
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+_POINTS = itertools.count(1)  # JAX counts them as long as the process lives
 
 
 class Preempted(Exception):
@@ -19,7 +22,6 @@ class Stop:
 
     def __init__(self) -> None:
         self._came = False
-        self._points = 0
         self._listens = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> "Stop":
@@ -37,8 +39,7 @@ class Stop:
     def came(self) -> bool:
         """To be asked after each step and each batch of an evaluation, by every process as often as by the others."""
         if jax.process_count() > 1 and not self._came:
-            self._points += 1
-            self._came = multihost_utils.reached_preemption_sync_point(self._points)
+            self._came = multihost_utils.reached_preemption_sync_point(next(_POINTS))
         return self._came
 
     def check(self) -> None:

@@ -167,7 +167,6 @@ def test_an_evaluation_that_sigterm_ends_is_made_when_the_run_goes_on(run_config
         assert stopped_at(batch) == PREEMPTED
         assert len(asked) == batch
         assert Checkpoints(workdir).steps()[-1] == step
-        assert Checkpoints(workdir).meta()["evaluation_due"]
         assert [line["step"] for line in metrics.read(workdir) if "heldout_loss" in line] == [2] * (step == 4)
     for more in (3, 0):  # and then nothing is left to do
         assert is_finished(files, 4) == (more == 0)

@@ -108,10 +108,8 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
     assert Checkpoints(workdir).steps()[-1] == 8
     further = last_step(workdir) + 3  # than what the killed pair wrote, from which the next cut what is beyond step 8
 
-    often = (
-        "--config.evaluation.every_steps=1",
-        "--config.evaluation.batches=2",
-    )  # so that it mostly ends an evaluation
+    # SIGTERM mostly ends an evaluation then.
+    often = ("--config.evaluation.every_steps=1", "--config.evaluation.batches=2")
     four = processes(workdir, 4, 1, "--config.mesh.sequence=4", rarely, endless, *often)
     wait_for(four, lambda: last_step(workdir) >= further)
     four[2].running.send_signal(signal.SIGTERM)

@@ -70,9 +70,8 @@ def is_finished(files: RunFiles, steps: int) -> bool:
         return False
     checkpoints = Checkpoints(files.workdir)
     found = checkpoints.steps()
-    finished = bool(found) and found[-1] >= steps and not heldout.is_owed(files.workdir, checkpoints)
     checkpoints.close()
-    return finished
+    return bool(found) and found[-1] >= steps and not heldout.is_owed(read_config(files.workdir), files.workdir, steps)
 
 
 def check_unchanged(files: RunFiles, planned: str) -> None:
