@@ -33,8 +33,7 @@ def make_optimizer(config: config_dict.ConfigDict, architecture: Architecture) -
         )
     elif options.name == "adafactor":
         update = optax.chain(
-            _one_by_one(optax.scale_by_factored_rms(), architecture),
-            _one_by_one(optax.clip_by_block_rms(1.0), architecture),
+            _one_by_one(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), architecture),
             optax.scale_by_learning_rate(schedule(options.learning_rate)),
             _decay(schedule(options.learning_rate), options.weight_decay, decayed),
         )
@@ -81,7 +80,7 @@ def _one_by_one(of_matrices: optax.GradientTransformation, architecture: Archite
 
     stacks = _map(architecture, stacked)
     by_stacks = {}
-    for name in set(jax.tree.leaves(stacks)):
+    for name in sorted(set(jax.tree.leaves(stacks))):  # in one order on every process, as their programs have to be
         init, update = of_matrices.init, of_matrices.update
         for _ in range(int(name)):
             init, update = jax.vmap(init), jax.vmap(update)

@@ -165,6 +165,20 @@ def test_remat_changes_no_number():
         assert activations[remat] == 2 * activations["none"] - 1
 
 
+def test_what_is_computed_again_is_not_kept_in_a_model_of_one_period():
+    """XLA writes a scan of one period out, and may then take equal work for one."""
+    tokens = jnp.zeros((2, 256), jnp.int32)
+
+    def kept(remat):
+        sizes = {"pattern": ("rg_lru",) * 4, "num_layers": 4, "width": 64, "recurrent_width": 64, "remat": remat}
+        architecture = describe(small.config(**sizes))
+        objective = lambda parameters: architecture.bind(parameters)(tokens)[0].sum()  # noqa: E731
+        compiled = jax.jit(jax.grad(objective)).lower(architecture.shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert kept("elementwise") < 0.95 * kept("none")
+
+
 def test_gradients_are_those_of_finite_differences():
     """Of all parameters together, in float64, by the oracle."""
     config = small.config(dtype="float64", rotary_fraction=0.0)
