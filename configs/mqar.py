@@ -18,7 +18,6 @@ def get_config():
     config.model.width = 64
     config.model.num_heads = 1
     config.model.recurrent_heads = 2
-    config.model.window = 64
     config.model.mlp_expansion = 2.0
     config.model.dtype = "float32"
     config.model.remat = "none"

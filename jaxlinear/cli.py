@@ -95,9 +95,9 @@ def _parse(argv: list[str]) -> list[str]:
     """The arguments that are not flags. For an unknown key or file of ``--config`` ml_collections has only tracebacks."""
     if "config" not in flags.FLAGS:
         return flags.FLAGS(argv)[1:]
-    file = check_config_options(argv)
+    file, changed = check_config_options(argv)
     try:
-        return flags.FLAGS(argv)[1:]
+        rest = flags.FLAGS(argv)[1:]
     except (AttributeError, KeyError) as error:
         bare = r"|\W*$" if isinstance(error, AttributeError) else ""
         key = re.match(rf"""\W*(?:Key ")?(\w+)(.*the config is locked|.*Did you mean{bare})""", str(error), re.DOTALL)
@@ -107,15 +107,21 @@ def _parse(argv: list[str]) -> list[str]:
         near = re.search(r'Did you mean ("\w+")', str(error))
         advice = f"; did you mean {near[1]}?" if near else ""
         raise UserError(f'{file}, line {lines[-1]}: there is no config key "{key[1]}"{advice}') from error
+    if changed:
+        from jaxlinear import config as configs
+
+        configs.forget_unread(flags.FLAGS["config"].value, changed)
+    return rest
 
 
-def check_config_options(argv: list[str]) -> str | None:
-    """The file that ``--config`` names, if any. ``UserError`` for one that is not there, and for an unknown key."""
+def check_config_options(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The file that ``--config`` names, if any, and the keys that are changed. ``UserError`` for a file that is not there,
+    and for an unknown key."""
     from jaxlinear import config as configs
 
-    overrides = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv) if match]
-    configs.check_known(overrides)
-    return _config_file(argv)
+    changed = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv) if match]
+    configs.check_known(changed)
+    return _config_file(argv), changed
 
 
 def config_file(name: str) -> str:

@@ -8,16 +8,15 @@ refuses what cannot work; what it returns is what a run writes to its ``config.j
 import dataclasses
 import difflib
 import json
-import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
+from jaxlinear import config_checks
 from jaxlinear.errors import UserError
-from jaxlinear.models import mixers, presets
+from jaxlinear.models import presets
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.language_model import REMAT_POLICIES
-from jaxlinear.parallel.cost import ATTENTION, EXCHANGES
 
 
 class OrPreset(NamedTuple):
@@ -151,10 +150,6 @@ KEYS: dict[str, tuple[Any, str]] = {
     "logging.profile_steps": (3, "Steps in the trace."),
 }
 
-MODEL_DTYPES = ("bfloat16", "float32")
-OPTIMIZERS = ("adamw", "adafactor", "muon")
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
-
 
 def default() -> config_dict.ConfigDict:
     """A config with every key at its default, locked against unknown ones."""
@@ -188,18 +183,8 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     """A copy with the preset's values filled in, checked; ``UserError`` says what cannot work and why."""
     config = config.copy_and_resolve_references()
     check_known([f"{section}.{name}" for section in config for name in config[section]])
+    _fill_in(config)
     model = config.model
-    if model.preset:
-        for name, value in presets.find(model.preset).items():
-            if model[name] is None:
-                model[name] = value
-    if model.recurrent_width is None:
-        model.recurrent_width = model.width
-    _fill_defaults(config)
-    if model.pattern is not None:
-        if not all(isinstance(names, str) for names in model.pattern):
-            raise UserError(f"model.pattern is {model.pattern!r}; it is names of mixers")
-        model.pattern = _names(model.pattern)
     config.evaluation.tasks = _names(config.evaluation.tasks)
     missing = [f"model.{name}" for name in model if model[name] is None and name != "vocab_size"]
     if missing:
@@ -208,8 +193,22 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
         section, name = key.split(".")
         if config[section][name] is None and key != "model.vocab_size":
             raise UserError(f"{key} is None; it needs a value")
-    _check(config)
+    config_checks.check(config, _may_stand(config))
     return config
+
+
+def forget_unread(config: config_dict.ConfigDict, changed: Collection[str]) -> None:
+    """For a config of which the keys ``changed`` were set after it was made, on a command line as it may be: what else it
+    says, and by what was chosen then nothing reads any more, is no longer set. What cannot be is left for ``resolve``."""
+    filled = config.copy_and_resolve_references()
+    _fill_in(filled)
+    if filled.model.pattern is None:
+        return
+    for key, chooser, _ in config_checks.unread(filled):
+        choosers = ("model.pattern", "model.preset", "model.num_layers") if chooser == "model.pattern" else (chooser,)
+        if key not in changed and set(choosers) & set(changed):
+            section, name = key.split(".")
+            config[section][name] = default()[section][name]
 
 
 def model_config(config: config_dict.ConfigDict) -> ModelConfig:
@@ -239,12 +238,44 @@ def from_json(text: str) -> config_dict.ConfigDict:
     return config
 
 
+def _fill_in(config: config_dict.ConfigDict) -> None:
+    """Gives the keys of the model that are not set the preset's values, and what follows from others."""
+    model = config.model
+    if model.preset:
+        for name, value in presets.find(model.preset).items():
+            if model[name] is None:
+                model[name] = value
+    if model.recurrent_width is None:
+        model.recurrent_width = model.width
+    _fill_defaults(config)
+    if model.pattern is not None:
+        if not all(isinstance(names, str) for names in model.pattern):
+            raise UserError(f"model.pattern is {model.pattern!r}; it is names of mixers")
+        model.pattern = _names(model.pattern)
+
+
 def _fill_defaults(config: config_dict.ConfigDict) -> None:
     """Gives the keys that no preset has given a value their defaults."""
     for key, (default_, _) in KEYS.items():
         section, name = key.split(".")
         if isinstance(default_, OrPreset) and config[section][name] is None:
             config[section][name] = default_.value
+
+
+def _may_stand(config: config_dict.ConfigDict) -> dict[str, tuple[Any, ...]]:
+    """Of every key the values that no one set: its default and that of the preset."""
+    preset = presets.find(config.model.preset) if config.model.preset else {}
+    values = {}
+    for key, (default_, _) in KEYS.items():
+        name = key.removeprefix("model.")
+        default_ = default_.value if isinstance(default_, OrPreset) else default_
+        values[key] = (default_, preset[name]) if name in preset else (default_,)
+    return values | {"model.recurrent_width": (config.model.width, *values["model.recurrent_width"][1:])}
+
+
+def _names(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts between commas: on the command line a tuple may come as one text."""
+    return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
 
 
 def markdown() -> str:
@@ -268,7 +299,9 @@ A config file in `configs/` is Python: `get_config()` takes `jaxlinear.config.de
 returns it. On the command line, `--config.section.key=VALUE` changes one key; a tuple is written `"('a','b')"` or `a,b`.
 
 A key that does not exist is refused with the nearest one that does; so are values of another type and combinations that
-cannot work, with the reason. A key without a default below follows from the preset, the data or another key. The
+cannot work, with the reason. A value that nothing of the run reads is refused too (a window where no layer has one, Muon's
+learning rate for AdamW); but what a config file says and a key of the command line leaves without a reader is not set then.
+A key without a default below follows from the preset, the data or another key. The
 resolved config is written to the run's `config.json`; when a run goes on, only the keys of `mesh`, `parallel`,
 `checkpoint`, `evaluation` and `logging`, `training.steps`, `training.max_skips`, `model.remat` and the paths of the data
 may change; and, to get over a divergence, `optimizer.learning_rate`, `optimizer.muon_learning_rate`, `optimizer.clip_norm`
@@ -277,164 +310,6 @@ and `training.spike_multiple`, which is logged and noted in the run's `starts.js
 This page is made by `python -m jaxlinear.config > docs/configuration.md`.
 """
 
-
-def _check(config: config_dict.ConfigDict) -> None:
-    for key in _POSITIVE:
-        section, name = key.split(".")
-        value = config[section][name]
-        if value is not None and value < 1:
-            raise UserError(f"{key} is {value}; it must be at least 1")
-    for key in _NOT_NEGATIVE:
-        section, name = key.split(".")
-        if not config[section][name] >= 0:  # nor not a number
-            raise UserError(f"{key} is {config[section][name]}; it must not be negative")
-        if math.isinf(config[section][name]):
-            raise UserError(f"{key} is {config[section][name]}; it must be finite")
-    for key, choices in _CHOICES.items():
-        section, name = key.split(".")
-        if config[section][name] not in choices:
-            raise UserError(f"{key} is {config[section][name]!r}; it can be {', '.join(choices)}")
-
-    model, training = config.model, config.training
-    if not model.pattern:
-        raise UserError("model.pattern is empty; it names at least one mixer")
-    for name in model.pattern:
-        mixers.find(name)
-    _check_read(model)
-    if model.width % model.num_heads:
-        raise UserError(f"model.num_heads={model.num_heads} does not divide model.width={model.width}")
-    if model.num_heads % model.key_value_heads:
-        raise UserError(
-            f"model.key_value_heads={model.key_value_heads} does not divide model.num_heads={model.num_heads}"
-        )
-    if not 1 <= model.mlp_expansion * model.width < math.inf:
-        raise UserError(f"model.mlp_expansion is {model.mlp_expansion}; it must be above 0 and finite")
-    _check_experts(model)
-    if not 0 <= model.rotary_fraction <= 1:
-        raise UserError(f"model.rotary_fraction is {model.rotary_fraction}; it lies between 0 and 1")
-    if not 0 < model.rotary_base < math.inf:
-        raise UserError(f"model.rotary_base is {model.rotary_base}; it must be above 0 and finite")
-    if model.norm_offset not in (0.0, 1.0):
-        raise UserError(f"model.norm_offset is {model.norm_offset}; it can be 0 or 1")
-    if training.batch_size % training.microbatches:
-        raise UserError(
-            f"training.microbatches={training.microbatches} does not divide training.batch_size={training.batch_size}"
-        )
-    if config.schedule.warmup_steps > training.steps:
-        raise UserError(
-            f"schedule.warmup_steps={config.schedule.warmup_steps} is more than training.steps={training.steps}"
-        )
-    for name in ("beta1", "beta2"):
-        if not 0 <= config.optimizer[name] < 1:
-            raise UserError(f"optimizer.{name} is {config.optimizer[name]}; it lies in [0, 1)")
-    if not 0 < config.schedule.decay_fraction <= 1:
-        raise UserError(f"schedule.decay_fraction is {config.schedule.decay_fraction}; it lies in (0, 1]")
-    if config.schedule.final_fraction > 1:
-        raise UserError(f"schedule.final_fraction is {config.schedule.final_fraction}; it lies in [0, 1]")
-    if config.data.task and config.evaluation.every_steps and not config.evaluation.batches:
-        raise UserError(
-            "evaluation.batches=0 means the whole held-out split, and data.task has no end; set it to 1 or more"
-        )
-    if config.checkpoint.keep_best and not config.evaluation.every_steps:
-        raise UserError("checkpoint.keep_best needs held-out losses: set evaluation.every_steps")
-    for name, size in config.mesh.items():
-        if size < 1 and size != -1:
-            raise UserError(f"mesh.{name} is {size}; it is a number of devices, or -1 for what is left")
-
-
-def _names(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts between commas: on the command line a tuple may come as one text."""
-    return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
-
-
-def _check_read(model: config_dict.ConfigDict) -> None:
-    """What is set and no mixer of the pattern reads would do nothing. What the preset says may stand."""
-    preset = presets.find(model.preset) if model.preset else {}
-    for name, readers in mixers.READERS.items():
-        value, default_ = model[name], KEYS[f"model.{name}"][0].value
-        if value not in (default_, preset.get(name, default_)) and not set(readers) & set(model.pattern):
-            raise UserError(
-                f"model.{name}={value!r} does nothing for model.pattern={','.join(model.pattern)}: only "
-                f"{', '.join(readers)} {'reads' if len(readers) == 1 else 'read'} it; leave it at {default_!r}"
-            )
-
-
-def _check_experts(model: config_dict.ConfigDict) -> None:
-    sizes = ("experts", "experts_per_token", "expert_width")
-    if model.channel_mixer != "mixture_of_experts":
-        for name in sizes:
-            if model[name]:
-                raise UserError(
-                    f"model.{name}={model[name]} is for model.channel_mixer='mixture_of_experts', which is "
-                    f"{model.channel_mixer!r}"
-                )
-        return
-    for name in sizes:
-        if model[name] < 1:
-            raise UserError(f"model.channel_mixer='mixture_of_experts' needs model.{name}; it is {model[name]}")
-    if model.experts_per_token > model.experts:
-        raise UserError(f"model.experts_per_token={model.experts_per_token} is more than model.experts={model.experts}")
-
-
-_POSITIVE = (
-    "model.num_layers",
-    "model.vocab_size",
-    "model.width",
-    "model.recurrent_width",
-    "model.num_heads",
-    "model.window",
-    "model.key_value_heads",
-    "model.context",
-    "model.convolution_width",
-    "training.steps",
-    "training.batch_size",
-    "training.sequence_length",
-    "training.microbatches",
-    "training.max_skips",
-    "checkpoint.every_steps",
-    "checkpoint.keep_newest",
-    "evaluation.examples",
-    "logging.every_steps",
-    "logging.profile_steps",
-)
-_NOT_NEGATIVE = (
-    "model.recurrent_heads",
-    "model.key_width",
-    "model.value_width",
-    "model.experts",
-    "model.experts_per_token",
-    "model.expert_width",
-    "model.norm_epsilon",
-    "model.logit_soft_cap",
-    "training.z_loss",
-    "training.load_balance_loss",
-    "training.router_z_loss",
-    "training.spike_multiple",
-    "optimizer.learning_rate",
-    "optimizer.epsilon",
-    "optimizer.weight_decay",
-    "optimizer.clip_norm",
-    "optimizer.muon_learning_rate",
-    "schedule.warmup_steps",
-    "schedule.final_fraction",
-    "checkpoint.keep_every_steps",
-    "checkpoint.keep_best",
-    "evaluation.every_steps",
-    "evaluation.batches",
-    "logging.profile_step",
-)
-_CHOICES = {
-    "model.feature_map": ("identity", "elu", "relu", "taylor", "rebased", "hedgehog"),
-    "model.discretization": ("zero_order_hold", "bilinear"),
-    "model.channel_mixer": ("gated_mlp", "mixture_of_experts", "none"),
-    "model.mlp_activation": ("gelu", "silu"),
-    "model.dtype": MODEL_DTYPES,
-    "model.remat": tuple(REMAT_POLICIES),
-    "optimizer.name": OPTIMIZERS,
-    "parallel.exchange": ("auto", *EXCHANGES),
-    "parallel.attention": ("auto", *ATTENTION),
-    "schedule.name": SCHEDULES,
-}
 
 if __name__ == "__main__":
     print(markdown(), end="")

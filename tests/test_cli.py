@@ -136,6 +136,16 @@ def get_config():
         ("config.model.update({'wdth': 3})", [], 'FILE, line 6: there is no config key "wdth"; did you mean "width"?'),
         (WITHOUT_A_NEAR_ONE, [], 'FILE, line 6: there is no config key "zzz"'),
         ("config.model.width = 'wide'", [], "field 'width' (reference). wide is of original type"),
+        (
+            "config.model.preset = 'griffin_100m'",
+            ["--config.optimizer.muon_learning_rate=0.1"],
+            "optimizer.muon_learning_rate=0.1 does nothing for optimizer.name=adamw: only muon reads it",
+        ),
+        (  # what is changed on the command line may leave what the file says without a reader
+            "config.model.update({'preset': 'griffin_100m', 'window': 64}); config.schedule.final_fraction = 0.0",
+            ["--config.model.pattern=gla", "--config.schedule.name=constant"],
+            "data.path is not set",
+        ),
         ("config.model.preset = 'griffin_100m'", [], "data.path is not set; launch/prepare_data.py makes a dataset"),
         (
             "config.model.preset = 'griffin_100m'",

@@ -135,8 +135,30 @@ def test_rates_and_weights_are_not_negative(key):
                 ),
             )
         ),
-        ({"model.experts": 2}, "model.experts=2 is for model.channel_mixer='mixture_of_experts', which is 'gated_mlp'"),
-        ({"model.channel_mixer": "none", "model.expert_width": 2}, "model.expert_width=2 is for .*, which is 'none'"),
+        *(
+            (
+                {chooser: choice, key: value},
+                f"^{key}={value!r} does nothing for {chooser}={choice}: only {readers} it; leave it",
+            )
+            for chooser, choice, key, value, readers in (
+                ("model.channel_mixer", "gated_mlp", "model.experts", 2, "mixture_of_experts reads"),
+                ("model.channel_mixer", "none", "model.expert_width", 2, "mixture_of_experts reads"),
+                ("model.channel_mixer", "none", "model.mlp_expansion", 2.0, "gated_mlp reads"),
+                ("model.channel_mixer", "none", "model.mlp_activation", "silu", "gated_mlp, mixture_of_experts read"),
+                ("model.channel_mixer", "gated_mlp", "training.load_balance_loss", 0.1, "mixture_of_experts reads"),
+                ("model.channel_mixer", "gated_mlp", "training.router_z_loss", 0.1, "mixture_of_experts reads"),
+                ("optimizer.name", "adamw", "optimizer.muon_learning_rate", 0.1, "muon reads"),
+                ("optimizer.name", "adafactor", "optimizer.beta1", 0.5, "adamw, muon read"),
+                ("optimizer.name", "adafactor", "optimizer.beta2", 0.5, "adamw, muon read"),
+                ("optimizer.name", "adafactor", "optimizer.epsilon", 0.5, "adamw, muon read"),
+                ("schedule.name", "cosine", "schedule.decay_fraction", 0.5, "wsd reads"),
+                ("schedule.name", "constant", "schedule.final_fraction", 0.5, "cosine, linear, wsd read"),
+            )
+        ),
+        (
+            {"model.num_layers": 1},
+            "^model.window=4 does nothing for model.pattern=rg_lru: only sliding_window reads it; ",
+        ),
         ({"training.microbatches": 3}, "training.microbatches=3 does not divide training.batch_size=8"),
         ({"training.steps": 99}, "schedule.warmup_steps=100 is more than training.steps=99"),
         ({"schedule.decay_fraction": 0.0}, r"schedule.decay_fraction is 0.0; it lies in \(0, 1\]"),
@@ -155,26 +177,32 @@ def test_what_cannot_work_is_refused_with_its_reason(changes, message):
         configs.resolve(changed(changes))
 
 
-OTHER = {"feature_map": "elu", "discretization": "bilinear"} | dict.fromkeys(
-    ("recurrent_heads", "key_width", "value_width"), 2
-)
+OTHER = dict.fromkeys(mixers.READERS, 2) | {
+    "feature_map": "elu",
+    "discretization": "bilinear",
+    "rotary_fraction": 0.25,
+    "rotary_base": 500.0,
+}
 
 
 @pytest.mark.parametrize("name", mixers.READERS)
 def test_what_no_mixer_of_the_pattern_reads_is_refused(name):
-    default, readers, key = configs.KEYS[f"model.{name}"][0].value, mixers.READERS[name], f"model.{name}"
+    readers, key = mixers.READERS[name], f"model.{name}"
+    default = 16 if name == "recurrent_width" else configs.KEYS[key][0].value
+    other = "gla" if "rg_lru" in readers else "rg_lru"
     for mixer in mixers.MIXERS:
-        config = changed({"model.pattern": ("rg_lru", mixer), key: OTHER[name]})
+        config = changed({"model.pattern": (other, mixer), "model.window": None, key: OTHER[name]})
         if mixer in readers:
             assert configs.resolve(config).model[name] == OTHER[name]
             continue
         with pytest.raises(UserError) as refusal:
             configs.resolve(config)
         assert str(refusal.value) == (
-            f"model.{name}={OTHER[name]!r} does nothing for model.pattern=rg_lru,{mixer}: only {', '.join(readers)} "
+            f"model.{name}={OTHER[name]!r} does nothing for model.pattern={other},{mixer}: only {', '.join(readers)} "
             f"read{'s' * (len(readers) == 1)} it; leave it at {default!r}"
         )
-        assert configs.resolve(changed({"model.pattern": (mixer,), key: default})).model[name] == default
+        alone = changed({"model.pattern": (mixer,), "model.window": None, key: default})
+        assert configs.resolve(alone).model[name] == default
 
 
 def test_what_a_preset_says_and_another_pattern_does_not_read_may_stand():
@@ -186,6 +214,29 @@ def test_what_a_preset_says_and_another_pattern_does_not_read_may_stand():
     config.model.key_width = 64
     with pytest.raises(UserError, match=r"^model.key_width=64 does nothing for model.pattern=rg_lru: only delta_net, "):
         configs.resolve(config)
+
+
+def test_what_is_changed_may_leave_what_the_file_says_without_a_reader():
+    of_a_file = {"optimizer.name": "muon", "optimizer.muon_learning_rate": 0.05, "optimizer.beta1": 0.5}
+
+    def forgotten(changes):
+        config = changed(of_a_file | changes)
+        configs.forget_unread(config, list(changes))
+        after = flat(config)
+        return {key: after[key] for key, value in flat(changed(of_a_file | changes)).items() if after[key] != value}
+
+    assert forgotten({"training.seed": 3}) == forgotten({"optimizer.name": "muon"}) == {}
+    assert forgotten({"optimizer.name": "adamw"}) == {"optimizer.muon_learning_rate": 0.02}
+    assert forgotten({"optimizer.name": "adafactor"}) == {
+        "optimizer.muon_learning_rate": 0.02,
+        "optimizer.beta1": 0.9,
+    }
+    assert forgotten({"model.pattern": ("gla", "gla")}) == forgotten({"model.num_layers": 1}) == {"model.window": None}
+    # What was asked for itself stays, for `resolve` to refuse; so does what had no reader before.
+    assert forgotten({"optimizer.name": "adamw", "optimizer.muon_learning_rate": 0.1}) == {}
+    assert forgotten({"optimizer.name": "adamw", "schedule.decay_fraction": 0.1}) == {
+        "optimizer.muon_learning_rate": 0.02
+    }
 
 
 def test_without_a_preset_the_shapes_have_to_be_named():

@@ -11,7 +11,6 @@ from ml_collections import config_dict
 from jaxlinear import config as configs
 from jaxlinear import evaluation, specs
 from jaxlinear.errors import UserError
-from jaxlinear.models import mixers
 from jaxlinear.training import loop
 from jaxlinear.training.workdir import read_config
 
@@ -49,9 +48,7 @@ def with_pattern(config: config_dict.ConfigDict, name: str, changes: Mapping[str
     config sets for other patterns' mixers alone is left out."""
     config = config.copy_and_resolve_references()
     config.model.pattern = pattern(name)
-    for key, readers in mixers.READERS.items():
-        if not set(readers) & set(config.model.pattern):
-            config.model[key] = None
+    configs.forget_unread(config, ["model.pattern"])
     for key, text in changes.items():
         section, field = key.split(".")
         kind = configs.kind(key)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxlinear import config as configs
+from jaxlinear import config_checks
 from jaxlinear.errors import UserError
 from jaxlinear.models.mixers.lightning import Lightning, widths
 from jaxlinear.models.parameters import describe
@@ -63,7 +64,7 @@ def gradients():
     return architecture, parameters, numerics.jit(jax.grad(loss))(parameters)
 
 
-@pytest.mark.parametrize("name", configs.OPTIMIZERS)
+@pytest.mark.parametrize("name", config_checks.OPTIMIZERS)
 def test_training_leaves_the_decays_as_they_are(name):
     architecture, parameters, gradient = gradients()
     config = configs.default()

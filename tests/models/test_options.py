@@ -11,22 +11,44 @@ from jaxlinear.models import mixers
 from tests import small
 
 BASE = {
+    "recurrent_width": 24,
+    "window": 4,
+    "key_value_heads": 1,
+    "context": 8,
     "recurrent_heads": 2,
-    "key_width": 4,
+    "key_width": 8,
     "value_width": 4,
     "feature_map": "elu",
     "discretization": "zero_order_hold",
+    "convolution_width": 4,
+    "rotary_fraction": 0.5,
+    "rotary_base": 10_000.0,
 }
-OTHER = {"recurrent_heads": 4, "key_width": 8, "value_width": 8, "feature_map": "relu", "discretization": "bilinear"}
+OTHER = {
+    "recurrent_width": 48,
+    "window": 5,
+    "key_value_heads": 2,
+    "context": 9,
+    "recurrent_heads": 4,
+    "key_width": 16,
+    "value_width": 8,
+    "feature_map": "relu",
+    "discretization": "bilinear",
+    "convolution_width": 3,
+    "rotary_fraction": 1.0,
+    "rotary_base": 500.0,
+}
 
 
 @functools.cache
 def program(mixer, **changes):
-    """The text of a layer's program, from the key of its parameters to what it gives: shapes, constants, operations."""
-    config = small.config(context=8, **(BASE | changes))
+    """The text of a layer's program, from the key of its parameters to what it gives and remembers: shapes, constants,
+    operations."""
+    config = small.config(**(BASE | changes))
 
     def run(key, x):
-        return mixers.find(mixer)(config, rngs=nnx.Rngs(key))(x)
+        layer = mixers.find(mixer)(config, rngs=nnx.Rngs(key))
+        return layer(x, state=layer.init_state(len(x)))
 
     x = jax.ShapeDtypeStruct((2, 8, config.width), jnp.float32)
     return jax.jit(run).lower(jax.eval_shape(lambda: jax.random.key(0)), x).as_text()

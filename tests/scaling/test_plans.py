@@ -86,6 +86,18 @@ def test_runs_that_are_refused(run, message):
     assert message in str(refusal.value)
 
 
+def test_what_a_run_leaves_without_a_reader_is_not_set_in_it():
+    config = base()
+    config.model.window = 64
+    config.optimizer.update({"name": "muon", "muon_learning_rate": 0.05})
+    hawk, griffin = ({"model.preset": name, "optimizer.name": "adamw"} for name in ("hawk_6m", "griffin_6m"))
+    assert plans.resolve(config, hawk).model.window == 512  # the preset's
+    resolved = plans.resolve(config, griffin)
+    assert (resolved.model.window, resolved.optimizer.muon_learning_rate) == (64, 0.02)
+    with pytest.raises(UserError, match=r"^model.window=32 does nothing for model.pattern=rg_lru: only sliding_window"):
+        plans.resolve(config, hawk | {"model.window": 32})
+
+
 def test_ladders_that_are_refused():
     with pytest.raises(UserError, match=r"the budget of 6e\+09 FLOPs is \d\.\d+ steps of 256 tokens for hawk_6m"):
         plans.isoflops(base(), SIZES, [6e9])

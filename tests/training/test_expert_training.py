@@ -175,6 +175,7 @@ def test_a_mesh_that_does_not_fit_is_refused(experts_config, changes, message):
 def experts_config(tiny_config):
     config = tiny_config.copy_and_resolve_references()
     config.model.update({"pattern": ("convolution",), "num_layers": 1, "channel_mixer": "mixture_of_experts"})
+    configs.forget_unread(config, ["model.pattern"])
     config.model.update({"experts": 8, "experts_per_token": 2, "expert_width": 12})
     config.mesh.update({"data": 2, "expert": 4})
     return config

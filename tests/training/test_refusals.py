@@ -85,6 +85,7 @@ def test_a_mixer_that_does_not_run_over_sequence_is_refused(tiny_config, tmp_pat
     monkeypatch.setitem(mixers.MIXERS, "mine", Mine)
     config = tiny_config.copy_and_resolve_references()
     config.model.pattern = ("gla", "mine")
+    configs.forget_unread(config, ["model.pattern"])
     config.mesh.sequence = 4
     with pytest.raises(UserError, match=r"mesh.sequence=4: the mixer 'mine' does not run over it .* to 1$"):
         train(config, tmp_path / "run")

@@ -45,6 +45,8 @@ def config(**changes):
         "schedule__warmup_steps": 0,
         "optimizer__learning_rate": 1e-2,
     }
+    if "sliding_window" not in changes.get("model__pattern", values["model__pattern"]):
+        del values["model__window"]
     for key, value in (values | changes).items():
         section, name = key.split("__")
         made[section][name] = value

@@ -74,7 +74,7 @@ def export_weights(
 
     Nothing is written before the model is known to be one of theirs and the checkpoint to be undamaged, and the target
     appears when it is whole. In memory is at most one tensor of theirs; of a trained run, whose checkpoints hold each array
-    of all periods in one piece, those arrays of ours that the tensor is made of.
+    of all repetitions in one piece, those arrays of ours that the tensor is made of.
     """
     workdir, target = Path(workdir).absolute(), Path(target).absolute()
     if layout not in LAYOUTS:
@@ -127,6 +127,7 @@ def _from_flax(source: Path) -> _Imported:
 def _config(model: Mapping[str, Any]) -> config_dict.ConfigDict:
     config = configs.default()
     config.model.update(model)
+    configs.forget_unread(config, ["model.pattern"])  # another project's file says more than its model has parts for
     return configs.resolve(config)
 
 

@@ -56,12 +56,21 @@ MIXERS = {
 # Keys of the config's section ``model`` that only some mixers read, and which: for a pattern of others they are refused.
 # A mixer that reads one is named here (tests/models/test_options.py).
 _HEADS_OF_KEYS = ("delta_net", "gated_delta_net", "gla", "hgrn2", "kda", "lightning", "linear_attention", "retention")
+_ATTENTION = ("attention", "sliding_window")
+_OF_CHANNELS = ("convolution", "gateloop", "lru", "mamba2", "rg_lru", "s5")
 READERS = {
+    "recurrent_width": _OF_CHANNELS,
+    "window": ("sliding_window",),
+    "key_value_heads": _ATTENTION,
+    "context": ("attention",),
     "recurrent_heads": (*_HEADS_OF_KEYS, "gateloop", "s5"),
     "key_width": (*_HEADS_OF_KEYS, "mamba2"),
     "value_width": (*_HEADS_OF_KEYS, "mamba2"),
     "feature_map": ("linear_attention",),
     "discretization": ("s5",),
+    "convolution_width": ("convolution", "delta_net", "gated_delta_net", "kda", "mamba2", "rg_lru"),
+    "rotary_fraction": (*_ATTENTION, "retention"),
+    "rotary_base": (*_ATTENTION, "retention"),
 }
 
 

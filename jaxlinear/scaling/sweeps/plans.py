@@ -98,6 +98,7 @@ def resolve(config: config_dict.ConfigDict, run: Run) -> config_dict.ConfigDict:
             config[section][name] = value
         except TypeError as error:
             raise UserError(f"{key}={value!r}: {error}") from error
+    configs.forget_unread(config, changes)
     return configs.resolve(config)
 
 

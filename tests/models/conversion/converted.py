@@ -71,6 +71,7 @@ def run(workdir, **model):
     """A run's directory, as training leaves it, with a checkpoint of step 7."""
     config = configs.default()
     config.model.update({"vocab_size": 31, "dtype": "float32"} | model)
+    configs.forget_unread(config, ["model.pattern"])
     config = configs.resolve(config)
     workdirs.prepare(workdir, config)
     values = small.parameters(describe(configs.model_config(config)).shapes)

@@ -1,0 +1,201 @@
+"""What a config with every key filled in must be, for a run to work as it says: ``check`` refuses the first thing that is
+not, in one line with the reason."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import config_dict
+
+from jaxlinear.errors import UserError
+from jaxlinear.models import mixers
+from jaxlinear.models.language_model import REMAT_POLICIES
+from jaxlinear.parallel.cost import ATTENTION, EXCHANGES
+
+MODEL_DTYPES = ("bfloat16", "float32")
+OPTIMIZERS = ("adamw", "adafactor", "muon")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+
+
+def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...]]) -> None:
+    """``may_stand``: of every key, the values that are no wish of the user's, the default first and what the preset says:
+    those that nothing reads are let be."""
+    for key in _POSITIVE:
+        section, name = key.split(".")
+        value = config[section][name]
+        if value is not None and value < 1:
+            raise UserError(f"{key} is {value}; it must be at least 1")
+    for key in _NOT_NEGATIVE:
+        section, name = key.split(".")
+        if not config[section][name] >= 0:  # nor not a number
+            raise UserError(f"{key} is {config[section][name]}; it must not be negative")
+        if math.isinf(config[section][name]):
+            raise UserError(f"{key} is {config[section][name]}; it must be finite")
+    for key, choices in _CHOICES.items():
+        section, name = key.split(".")
+        if config[section][name] not in choices:
+            raise UserError(f"{key} is {config[section][name]!r}; it can be {', '.join(choices)}")
+
+    model, training = config.model, config.training
+    if not model.pattern:
+        raise UserError("model.pattern is empty; it names at least one mixer")
+    for name in model.pattern:
+        mixers.find(name)
+    if model.width % model.num_heads:
+        raise UserError(f"model.num_heads={model.num_heads} does not divide model.width={model.width}")
+    if model.num_heads % model.key_value_heads:
+        raise UserError(
+            f"model.key_value_heads={model.key_value_heads} does not divide model.num_heads={model.num_heads}"
+        )
+    if not 1 <= model.mlp_expansion * model.width < math.inf:
+        raise UserError(f"model.mlp_expansion is {model.mlp_expansion}; it must be above 0 and finite")
+    _check_experts(model)
+    if not 0 <= model.rotary_fraction <= 1:
+        raise UserError(f"model.rotary_fraction is {model.rotary_fraction}; it lies between 0 and 1")
+    if not 0 < model.rotary_base < math.inf:
+        raise UserError(f"model.rotary_base is {model.rotary_base}; it must be above 0 and finite")
+    if model.norm_offset not in (0.0, 1.0):
+        raise UserError(f"model.norm_offset is {model.norm_offset}; it can be 0 or 1")
+    if training.batch_size % training.microbatches:
+        raise UserError(
+            f"training.microbatches={training.microbatches} does not divide training.batch_size={training.batch_size}"
+        )
+    if config.schedule.warmup_steps > training.steps:
+        raise UserError(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} is more than training.steps={training.steps}"
+        )
+    for name in ("beta1", "beta2"):
+        if not 0 <= config.optimizer[name] < 1:
+            raise UserError(f"optimizer.{name} is {config.optimizer[name]}; it lies in [0, 1)")
+    if not 0 < config.schedule.decay_fraction <= 1:
+        raise UserError(f"schedule.decay_fraction is {config.schedule.decay_fraction}; it lies in (0, 1]")
+    if config.schedule.final_fraction > 1:
+        raise UserError(f"schedule.final_fraction is {config.schedule.final_fraction}; it lies in [0, 1]")
+    if config.data.task and config.evaluation.every_steps and not config.evaluation.batches:
+        raise UserError(
+            "evaluation.batches=0 means the whole held-out split, and data.task has no end; set it to 1 or more"
+        )
+    if config.checkpoint.keep_best and not config.evaluation.every_steps:
+        raise UserError("checkpoint.keep_best needs held-out losses: set evaluation.every_steps")
+    for name, size in config.mesh.items():
+        if size < 1 and size != -1:
+            raise UserError(f"mesh.{name} is {size}; it is a number of devices, or -1 for what is left")
+    _check_read(config, may_stand)
+
+
+def unread(config: config_dict.ConfigDict) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """The keys that nothing of this run reads, each with the key that chooses who would, and the choices that do."""
+    for key, (chooser, readers) in _READ_BY.items():
+        if not set(_chosen(config, chooser)) & set(readers):
+            yield key, chooser, readers
+
+
+def _check_read(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...]]) -> None:
+    """What is set and nothing of this run reads would do nothing."""
+    for key, chooser, readers in unread(config):
+        section, name = key.split(".")
+        value = config[section][name]
+        if value not in may_stand[key]:
+            raise UserError(
+                f"{key}={value!r} does nothing for {chooser}={','.join(_chosen(config, chooser))}: only "
+                f"{', '.join(readers)} {'reads' if len(readers) == 1 else 'read'} it; leave it at {may_stand[key][0]!r}"
+            )
+
+
+def _chosen(config: config_dict.ConfigDict, chooser: str) -> tuple[str, ...]:
+    """The mixers of the layers that there are, or the one name that another key has."""
+    section, name = chooser.split(".")
+    value = config[section][name]
+    return (value,) if isinstance(value, str) else value[: config.model.num_layers]
+
+
+def _check_experts(model: config_dict.ConfigDict) -> None:
+    if model.channel_mixer != "mixture_of_experts":
+        return
+    for name in ("experts", "experts_per_token", "expert_width"):
+        if model[name] < 1:
+            raise UserError(f"model.channel_mixer='mixture_of_experts' needs model.{name}; it is {model[name]}")
+    if model.experts_per_token > model.experts:
+        raise UserError(f"model.experts_per_token={model.experts_per_token} is more than model.experts={model.experts}")
+
+
+_POSITIVE = (
+    "model.num_layers",
+    "model.vocab_size",
+    "model.width",
+    "model.recurrent_width",
+    "model.num_heads",
+    "model.window",
+    "model.key_value_heads",
+    "model.context",
+    "model.convolution_width",
+    "training.steps",
+    "training.batch_size",
+    "training.sequence_length",
+    "training.microbatches",
+    "training.max_skips",
+    "checkpoint.every_steps",
+    "checkpoint.keep_newest",
+    "evaluation.examples",
+    "logging.every_steps",
+    "logging.profile_steps",
+)
+_NOT_NEGATIVE = (
+    "model.recurrent_heads",
+    "model.key_width",
+    "model.value_width",
+    "model.experts",
+    "model.experts_per_token",
+    "model.expert_width",
+    "model.norm_epsilon",
+    "model.logit_soft_cap",
+    "training.z_loss",
+    "training.load_balance_loss",
+    "training.router_z_loss",
+    "training.spike_multiple",
+    "optimizer.learning_rate",
+    "optimizer.epsilon",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "optimizer.muon_learning_rate",
+    "schedule.warmup_steps",
+    "schedule.final_fraction",
+    "checkpoint.keep_every_steps",
+    "checkpoint.keep_best",
+    "evaluation.every_steps",
+    "evaluation.batches",
+    "logging.profile_step",
+)
+_CHOICES = {
+    "model.feature_map": ("identity", "elu", "relu", "taylor", "rebased", "hedgehog"),
+    "model.discretization": ("zero_order_hold", "bilinear"),
+    "model.channel_mixer": ("gated_mlp", "mixture_of_experts", "none"),
+    "model.mlp_activation": ("gelu", "silu"),
+    "model.dtype": MODEL_DTYPES,
+    "model.remat": tuple(REMAT_POLICIES),
+    "optimizer.name": OPTIMIZERS,
+    "parallel.exchange": ("auto", *EXCHANGES),
+    "parallel.attention": ("auto", *ATTENTION),
+    "schedule.name": SCHEDULES,
+}
+
+_MLP, _MIXTURE = "gated_mlp", "mixture_of_experts"
+# Keys that only some choices read: the key that chooses, and the choices.
+_READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
+    **{f"model.{name}": ("model.pattern", readers) for name, readers in mixers.READERS.items()},
+    "model.mlp_expansion": ("model.channel_mixer", (_MLP,)),
+    "model.mlp_activation": ("model.channel_mixer", (_MLP, _MIXTURE)),
+    **dict.fromkeys(
+        (
+            *(f"model.{name}" for name in ("experts", "experts_per_token", "expert_width")),
+            *(f"training.{name}" for name in ("load_balance_loss", "router_z_loss")),
+        ),
+        ("model.channel_mixer", (_MIXTURE,)),
+    ),
+    **dict.fromkeys(
+        (f"optimizer.{name}" for name in ("beta1", "beta2", "epsilon")), ("optimizer.name", ("adamw", "muon"))
+    ),
+    "optimizer.muon_learning_rate": ("optimizer.name", ("muon",)),
+    "schedule.decay_fraction": ("schedule.name", ("wsd",)),
+    "schedule.final_fraction": ("schedule.name", ("cosine", "linear", "wsd")),
+}
