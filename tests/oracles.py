@@ -6,6 +6,8 @@ R recurrent. ``parameters`` is the pure dict of a module.
 
 import numpy as np
 
+from jaxlinear.models import stacks
+
 
 def document_starts(ids, batch, length):
     """``[B, T]`` int: where the document of each token begins in its row."""
@@ -239,13 +241,9 @@ def rg_lru(parameters, x, ids=None):
 def language_model(config, parameters, tokens, ids=None, *, mixers):
     """Logits ``[B, T, vocab]`` from an empty past, block by block; ``mixers``: the oracle of each."""
     x = parameters["embedding"][tokens] * (np.sqrt(config.width) if config.embedding_scale else 1.0)
-    period = len(config.pattern)
     for layer, mixer in enumerate(config.layers):
-        repetition, place = divmod(layer, period)
-        whole = repetition < config.num_layers // period
-        block = parameters["periods" if whole else "rest"]["blocks"][place]
-        if whole:
-            block = _take(block, repetition)
+        place = stacks.place(config.stacks, layer)
+        block = _take(parameters["stacks"][place.stack]["blocks"][place.block], place.repeat)
         x = x + mixers[mixer](block["mixer"], rms_norm(block["mixer_norm"], x), ids, config)
         x = x + gated_mlp(block["mlp"], rms_norm(block["mlp_norm"], x))
     logits = rms_norm(parameters["norm"], x) @ parameters["embedding"].T

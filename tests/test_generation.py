@@ -113,7 +113,7 @@ def test_kernels_by_output_are_those_of_the_model(deep):
     """Laid out once: what is laid out is left as it is, and so is the model that was given."""
     turned = deep.for_decoding()
     assert turned.by_output and not deep.by_output and turned.for_decoding() is turned
-    before, after = (model.unstacked().periods[1].blocks[0].mlp.gate.kernel for model in (deep, turned))
+    before, after = (model.unstacked().stacks[0][1].blocks[0].mlp.gate.kernel for model in (deep, turned))
     np.testing.assert_array_equal(after[...], before[...].T)
     assert before.get_metadata("axes") == ("embed", "mlp") and after.get_metadata("axes") == ("mlp", "embed")
 

@@ -179,8 +179,8 @@ def _take(tree, rows, axis: int):
 
 
 def _batch_axis(model, key: str) -> int:
-    """Of the arrays in a part of the state: those of stacked periods have the periods first."""
-    return 1 if model.is_stacked and key == "periods" else 0
+    """Of the arrays in a part of the state: those of stacks have the repetitions first."""
+    return 1 if model.is_stacked and key == "stacks" else 0
 
 
 def _rounded(n: int) -> int:

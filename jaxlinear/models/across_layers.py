@@ -9,33 +9,30 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear.models import mixers
-from jaxlinear.models.blocks import Period
 from jaxlinear.models.config import ModelConfig
 
 
-def across_layers(config: ModelConfig, periods: Any, rest: Period | None) -> tuple[Any, Period | None]:
-    """The blocks of a model, in which what a mixer's class has in ``ACROSS_LAYERS`` is done (``mixers/__init__.py``).
-
-    Args:
-      periods: one module with stacked parameters, a list of modules, or None.
-      rest: the blocks after them.
-    """
+def across_layers(config: ModelConfig, stacks: Any) -> Any:
+    """The stacks of a model, in which what a mixer's class has in ``ACROSS_LAYERS`` is done (``mixers/__init__.py``): each
+    one module with stacked parameters, or a list of modules."""
     declared = {mixer: getattr(mixers.find(mixer), "ACROSS_LAYERS", {}) for mixer in config.pattern}
     if not any(declared.values()):
-        return periods, rest
-    periods, rest = nnx.clone((periods, rest))
+        return stacks
+    stacks = nnx.clone(stacks)
     # Axis 0 of a stack's parameters is that of its repetitions; the place in the pattern comes after it.
-    parts = [(period, 0) for period in periods] if isinstance(periods, nnx.List) else [(periods, 1)]
-    parts = [(period, axis) for period, axis in [*parts, (rest, 0)] if period is not None]
+    parts = []
+    for module, stack in zip(stacks, config.stacks, strict=True):
+        periods = module if isinstance(module, nnx.List) else [module]
+        parts += [(period, stack.pattern, 0 if periods is module else 1) for period in periods]
     for mixer, functions in declared.items():
         for name, function in functions.items():
             groups = []
-            for period, axis in parts:
-                blocks = zip(period.blocks, config.pattern, strict=False)  # the rest ends before the pattern
+            for period, pattern, axis in parts:
+                blocks = zip(period.blocks, pattern, strict=True)
                 variables = [getattr(block.mixer, name) for block, kind in blocks if kind == mixer]
                 groups += [(variables, axis)] if variables else []
             _replace(groups, function)
-    return periods, rest
+    return stacks
 
 
 def _replace(groups: list[tuple[list[nnx.Variable], int]], function: Callable[[jax.Array], jax.Array]) -> None:

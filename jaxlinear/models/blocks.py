@@ -1,6 +1,7 @@
-"""A residual block, the same for every mixer, and a period: one block for each name in the pattern."""
+"""A residual block, the same for every mixer, and a period: one block for each name in a pattern."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -9,6 +10,7 @@ from jaxlinear.models import mixers
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import GatedMLP, RMSNorm
 from jaxlinear.models.mixture_of_experts import MixtureOfExperts
+from jaxlinear.models.stacks import BLOCKS_AT_ONCE
 from jaxlinear.parallel import sharding
 
 Losses = dict[str, jax.Array]  # what a layer adds to the objective, by name: float32 scalars
@@ -46,7 +48,7 @@ class Block(nnx.Module):
 
 
 class Period(nnx.Module):
-    """The blocks of one repetition of the pattern, or of its beginning. State: a list, one entry a block."""
+    """The blocks of one repetition of a stack's pattern. State: a list, one entry a block."""
 
     def __init__(self, config: ModelConfig, pattern: tuple[str, ...], *, first_layer: int | jax.Array, rngs: nnx.Rngs):
         self.blocks = nnx.List(
@@ -56,15 +58,42 @@ class Period(nnx.Module):
     def init_state(self, batch: int) -> list:
         return [block.mixer.init_state(batch) for block in self.blocks]
 
-    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: list | None = None):
-        """``(y [B, T, D], state, losses)``, the losses summed over the blocks."""
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        state: list | None = None,
+        remat: Callable[[Callable], Callable] = lambda function: function,
+    ):
+        """``(y [B, T, D], state, losses)``, the losses summed over the blocks. ``remat`` is put around the function that
+        each run of ``BLOCKS_AT_ONCE`` blocks is, of its input, its parameters and its state: the inputs of the runs are
+        stored, and while one is computed again all of its activations are there."""
         states: list = []
         losses: Losses = {}
-        for i, block in enumerate(self.blocks):
-            x, block_state, more = block(x, segment_ids=segment_ids, state=None if state is None else state[i])
-            states.append(block_state)
+        for begin in range(0, len(self.blocks), BLOCKS_AT_ONCE):
+            blocks = list(self.blocks)[begin : begin + BLOCKS_AT_ONCE]
+            past = [None] * len(blocks) if state is None else state[begin : begin + BLOCKS_AT_ONCE]
+            graph, parameters = nnx.split(nnx.List(blocks))
+            x, new, more = remat(_applied(graph, segment_ids))(x, parameters, past)
+            states += new
             losses = add(losses, more)
         return x, states, losses
+
+
+def _applied(graph: nnx.GraphDef, segment_ids: jax.Array | None):
+    """Blocks as a function ``(x, parameters, states) -> (y, states, losses)``."""
+
+    def apply(x: jax.Array, parameters: nnx.State, past: list):
+        states: list = []
+        losses: Losses = {}
+        for block, state in zip(nnx.merge(graph, parameters), past, strict=True):
+            x, state, more = block(x, segment_ids=segment_ids, state=state)
+            states.append(state)
+            losses = add(losses, more)
+        return x, states, losses
+
+    return apply
 
 
 def add(losses: Losses, more: Losses) -> Losses:

@@ -1,8 +1,11 @@
 """What a model is: the numbers that its shapes and its arithmetic follow from."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
+
+from jaxlinear.models.stacks import Stack, cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,11 @@ class ModelConfig:
     @property
     def activation_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+    @functools.cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """How the layers lie in the model's parameters."""
+        return cut(self.pattern, self.num_layers)
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
-"""The language model: embeddings, the pattern of blocks scanned over its period, a last norm, tied logits."""
+"""The language model: embeddings, stacks of blocks, each scanned over the repetitions of a pattern, a last norm, logits."""
 
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from jaxlinear.models.blocks import Losses, Period, add
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, RMSNorm, by_outputs, parameter
 from jaxlinear.models.mixers.cached_attention import CachedAttention
+from jaxlinear.models.stacks import Stack
 from jaxlinear.ops import dtypes
 from jaxlinear.ops.cross_entropy import soft_capped
 from jaxlinear.parallel import sharding
@@ -22,7 +25,7 @@ from jaxlinear.parallel.exchanges import EXCHANGED
 
 _NO_SEGMENT = -1  # of a state that no token has been before
 
-# How much of a period the backward pass computes again instead of finding it stored. Elementwise work is cheaper to
+# How much of a run of blocks the backward pass computes again instead of finding it stored. Elementwise work is cheaper to
 # repeat than to write and read back.
 REMAT_POLICIES = {
     "none": None,
@@ -41,27 +44,16 @@ REMAT_POLICIES = {
 class LanguageModel(nnx.Module):
     """``model(tokens [B, T] int32, segment_ids=None, state=None) -> (logits [B, T, vocab] float32, state)``.
 
-    The whole periods of the pattern are one module with stacked parameters, scanned, so that neither the program nor
-    the time to compile it grows with depth; what is left of the depth (26 = 8 * 3 + 2) is a shorter period after them.
+    The layers are cut into stacks (``config.stacks``), of each of which the repetitions of its pattern are one module with
+    stacked parameters, scanned, so that neither the program nor the time to compile it grows with depth.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.by_output = False  # the layout of linear maps, see `for_decoding`
-        periods, rest = divmod(config.num_layers, len(config.pattern))
         init = nnx.initializers.normal(config.width**-0.5)
         self.embedding = parameter(init, (config.vocab_size, config.width), ("vocab", "embed"), rngs)
-
-        @nnx.split_rngs(splits=max(periods, 1))
-        @nnx.vmap(in_axes=(0, 0), out_axes=0)
-        def stack(rngs: nnx.Rngs, first_layer: jax.Array) -> Period:
-            return Period(config, config.pattern, first_layer=first_layer, rngs=rngs)
-
-        first_layers = jnp.arange(periods, dtype=jnp.int32) * len(config.pattern)
-        self.periods: Any = stack(rngs, first_layers) if periods else None
-        self.rest = (
-            Period(config, config.pattern[:rest], first_layer=config.num_layers - rest, rngs=rngs) if rest else None
-        )
+        self.stacks: Any = nnx.List([_stacked(config, stack, rngs) for stack in config.stacks])
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         self.head = (
             None
@@ -70,26 +62,24 @@ class LanguageModel(nnx.Module):
         )
 
     @property
-    def num_periods(self) -> int:
-        return self.config.num_layers // len(self.config.pattern)
-
-    @property
     def is_stacked(self) -> bool:
-        """Whether the periods are one module with stacked parameters, and their states stacked likewise."""
-        return not isinstance(self.periods, nnx.List)
+        """Whether the repetitions of a stack are one module with stacked parameters, and their states stacked likewise."""
+        return not isinstance(self.stacks[0], nnx.List)
 
     def unstacked(self) -> "LanguageModel":
-        """The same model with parameters and state of each period in arrays of their own.
+        """The same model with parameters and state of each repetition in arrays of their own.
 
-        It is for decoding: a scan copies the parameters and the state of a period out of the stacks for every token.
+        It is for decoding: a scan copies the parameters and the state of a repetition out of the stacks for every token.
         The program and the time to compile it then grow with depth.
         """
-        if self.periods is None or not self.is_stacked:
+        if not self.is_stacked:
             return self
-        graph, stacked = nnx.split(self.periods)
         model = nnx.clone(self)
-        model.periods = nnx.List(
-            [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(self.num_periods)]
+        model.stacks = nnx.List(
+            [
+                nnx.List([_repetition(module, i) for i in range(stack.repeats)])
+                for module, stack in self._each(self.stacks)
+            ]
         )
         return model
 
@@ -115,15 +105,18 @@ class LanguageModel(nnx.Module):
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The empty past of ``batch`` rows."""
-        state: dict[str, Any] = {"segment": jnp.full((batch,), _NO_SEGMENT, jnp.int32)}
+        return {
+            "segment": jnp.full((batch,), _NO_SEGMENT, jnp.int32),
+            "stacks": [self._init_state(module, stack.repeats, batch) for module, stack in self._each(self.stacks)],
+        }
+
+    def _init_state(self, module: Any, repeats: int, batch: int) -> Any:
         if not self.is_stacked:
-            state["periods"] = [period.init_state(batch) for period in self.periods]
-        elif self.periods is not None:
-            one = self.periods.init_state(batch)
-            state["periods"] = jax.tree.map(lambda x: jnp.repeat(x[None], self.num_periods, axis=0), one)
-        if self.rest is not None:
-            state["rest"] = self.rest.init_state(batch)
-        return state
+            return [period.init_state(batch) for period in module]
+        return jax.tree.map(lambda x: jnp.repeat(x[None], repeats, axis=0), module.init_state(batch))
+
+    def _each(self, modules: Any) -> Iterator[tuple[Any, Stack]]:
+        return zip(modules, self.config.stacks, strict=True)
 
     def __call__(
         self, tokens: jax.Array, segment_ids: jax.Array | None = None, state: dict[str, Any] | None = None
@@ -171,49 +164,57 @@ class LanguageModel(nnx.Module):
             x = x * jnp.asarray(config.width**0.5, jnp.bfloat16).astype(x.dtype)
         x = sharding.constrain(x, "batch", "time", None)
 
-        new: dict[str, Any] = {"segment": _last_segment(tokens, segment_ids, state)}
+        new: dict[str, Any] = {"segment": _last_segment(tokens, segment_ids, state), "stacks": []}
         losses: Losses = {}
-        periods, rest = across_layers(config, self.periods, self.rest)
-        if periods is not None:
-            run = self._scan if self.is_stacked else self._loop
-            x, new["periods"], losses = run(periods, x, segment_ids, None if state is None else state["periods"])
-        if rest is not None:
-            past = None if state is None else state["rest"]
-            graph, parameters = nnx.split(rest)
-            run = self._remat(_applied(graph, segment_ids), prevent_cse=True)
-            x, (new["rest"], more) = run(x, (parameters, past))
+        run = self._scan if self.is_stacked else self._loop
+        for i, (module, stack) in enumerate(self._each(across_layers(config, self.stacks))):
+            x, past, more = run(module, stack, x, segment_ids, None if state is None else state["stacks"][i])
+            new["stacks"].append(past)
             losses = add(losses, more)
         return self.norm(x), new, {name: loss / config.num_layers for name, loss in losses.items()}
 
-    def _loop(self, periods, x, segment_ids, states):
+    def _loop(self, periods, stack, x, segment_ids, states):
         new, losses = [], {}
-        for i, period in enumerate(periods):
-            x, state, more = period(x, segment_ids=segment_ids, state=None if states is None else states[i])
+        for i in range(stack.repeats):
+            x, state, more = periods[i](x, segment_ids=segment_ids, state=None if states is None else states[i])
             new.append(state)
             losses = add(losses, more)
         return x, new, losses
 
-    def _scan(self, periods, x, segment_ids, states):
-        graph, parameters = nnx.split(periods)
+    def _scan(self, module, stack, x, segment_ids, states):
+        graph, parameters = nnx.split(module)
         # The two passes of a loop are apart, those of one that XLA writes out are not.
-        step = self._remat(_applied(graph, segment_ids), prevent_cse=self.num_periods == 1)
+        remat = self._remat(prevent_cse=stack.repeats == 1)
+
+        def step(x, xs):
+            parameters, state = xs
+            x, state, losses = nnx.merge(graph, parameters)(x, segment_ids=segment_ids, state=state, remat=remat)
+            return x, (state, losses)
+
         x, (states, losses) = lax.scan(step, x, (parameters, states))
         return x, states, jax.tree.map(jnp.sum, losses)
 
-    def _remat(self, function, *, prevent_cse: bool):
+    def _remat(self, *, prevent_cse: bool) -> Callable[[Callable], Callable]:
         policy = REMAT_POLICIES[self.config.remat]
-        return function if policy is None else jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)
+        if policy is None:
+            return lambda function: function
+        return functools.partial(jax.checkpoint, policy=policy, prevent_cse=prevent_cse)
 
 
-def _applied(graph, segment_ids):
-    """A period as a function ``(x, (parameters, state)) -> (y, (state, losses))``."""
+def _stacked(config: ModelConfig, stack: Stack, rngs: nnx.Rngs) -> Period:
+    """The repetitions of a stack's pattern as one module, whose parameters have an axis of repetitions first."""
 
-    def apply(x, xs):
-        parameters, state = xs
-        x, state, losses = nnx.merge(graph, parameters)(x, segment_ids=segment_ids, state=state)
-        return x, (state, losses)
+    @nnx.split_rngs(splits=stack.repeats)
+    @nnx.vmap(in_axes=(0, 0), out_axes=0)
+    def make(rngs: nnx.Rngs, first_layer: jax.Array) -> Period:
+        return Period(config, stack.pattern, first_layer=first_layer, rngs=rngs)
 
-    return apply
+    return make(rngs, stack.first + jnp.arange(stack.repeats, dtype=jnp.int32) * len(stack.pattern))
+
+
+def _repetition(module: Period, i: int) -> Period:
+    graph, stacked = nnx.split(module)
+    return nnx.merge(graph, jax.tree.map(lambda x: x[i], stacked))
 
 
 def _float32(x: jax.Array) -> jnp.dtype:
@@ -239,5 +240,5 @@ def _forget_others(state, empty, segment, stacked):
 
         return choose
 
-    kept = {key: jax.tree.map(keep(1 if stacked and key == "periods" else 0), state[key], empty[key]) for key in state}
+    kept = {key: jax.tree.map(keep(1 if stacked and key == "stacks" else 0), state[key], empty[key]) for key in state}
     return kept

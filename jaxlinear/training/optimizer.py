@@ -93,7 +93,7 @@ def _map(architecture: Architecture, function) -> Tree:
 
     def at(path, _, axes):
         names = tuple(str(entry.key) for entry in path)
-        return function(names, axes, int(names[0] == "periods"))
+        return function(names, axes, int(names[0] == "stacks"))
 
     return jax.tree_util.tree_map_with_path(at, architecture.shapes, architecture.axes)
 

@@ -159,12 +159,13 @@ def _is_spike(state: TrainState, norm: jax.Array, multiple: float) -> jax.Array:
 
 
 def _group_norms(name: str, tree: dict[str, Any]) -> Metrics:
-    """Norms of the embedding, of each block of the pattern (over all its repetitions), and of the last norm."""
+    """Norms of the embedding, of each block of the stacks' patterns (over all its repetitions), and of the last norm."""
     norms = {}
     for group, subtree in tree.items():
-        if group in ("periods", "rest"):
-            for position, block in subtree["blocks"].items():
-                norms[f"{name}/{group}_{position}"] = optax.tree.norm(block)
+        if group == "stacks":
+            for i, stack in subtree.items():
+                for position, block in stack["blocks"].items():
+                    norms[f"{name}/stack_{i}_{position}"] = optax.tree.norm(block)
         else:
             norms[f"{name}/{group}"] = optax.tree.norm(subtree)
     return norms

@@ -156,6 +156,6 @@ def test_one_key_head_is_on_every_device():
     for groups, axis in ((1, None), (2, "tensor")):
         config = small.config(pattern=("attention",), num_layers=1, num_heads=4, key_value_heads=groups)
         mesh = meshes.make_mesh(dict.fromkeys(meshes.AXES, 1) | {"tensor": 2, "data": 4})
-        mixer = describe(config).shardings(mesh)["periods"]["blocks"][0]["mixer"]
+        mixer = describe(config).shardings(mesh)["stacks"][0]["blocks"][0]["mixer"]
         assert mixer["key"]["kernel"].spec[-1] == mixer["value"]["kernel"].spec[-1] == axis
         assert mixer["query"]["kernel"].spec[-1] == "tensor"

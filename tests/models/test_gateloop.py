@@ -16,10 +16,10 @@ from tests import numerics, oracles, small
 def test_the_parameters():
     """Which are counted by hand; the vectors are not decayed."""
     architecture = describe(small.config(pattern=("gateloop",), num_layers=2))
-    mixer = architecture.shapes["periods"]["blocks"][0]["mixer"]
+    mixer = architecture.shapes["stacks"][0]["blocks"][0]["mixer"]
     width, inner, group = 16, 24, 12
     assert sum(shape.size for shape in jax.tree.leaves(mixer)) == 2 * (7 * width * inner + 2 * inner + group)
-    decayed = jax.tree.leaves_with_path(decay_mask(architecture)["periods"]["blocks"][0]["mixer"])
+    decayed = jax.tree.leaves_with_path(decay_mask(architecture)["stacks"][0]["blocks"][0]["mixer"])
     assert {path[-1].key for path, is_decayed in decayed if is_decayed} == {"kernel"}
 
 

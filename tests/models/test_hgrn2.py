@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxlinear.errors import UserError
+from jaxlinear.models import stacks
 from jaxlinear.models.mixers.hgrn2 import HGRN2, lower_bounds, widths
 from jaxlinear.models.parameters import describe
 from tests import numerics, oracles, small
@@ -71,18 +72,17 @@ LAYERS = (0, 2, 3, 5, 6)  # of 8; the last is among the rest
 TOKENS = np.random.default_rng(1).integers(0, 31, (2, 9)).astype(np.int32)
 
 
-def _logits_at(parameters):
+def _logits_at(config, parameters):
     """The rows of the logits in the order of the layers, each with where it lies."""
     for layer in LAYERS:
-        repetition, place = divmod(layer, 3)
-        mixer = parameters["periods" if layer < 6 else "rest"]["blocks"][place]["mixer"]
-        yield mixer, repetition if layer < 6 else ...
+        place = stacks.place(config.stacks, layer)
+        yield parameters["stacks"][place.stack]["blocks"][place.block]["mixer"], place.repeat
 
 
 def _oracle(config, parameters):
     bounded = jax.tree.map(np.copy, parameters)
-    bounds = _bounds(np.stack([mixer["lower_bound"][at] for mixer, at in _logits_at(parameters)]))
-    for (mixer, at), bound in zip(_logits_at(bounded), bounds, strict=True):
+    bounds = _bounds(np.stack([mixer["lower_bound"][at] for mixer, at in _logits_at(config, parameters)]))
+    for (mixer, at), bound in zip(_logits_at(config, bounded), bounds, strict=True):
         mixer["lower_bound"][at] = bound
     return oracles.language_model(config, bounded, TOKENS, mixers=ORACLES)
 
@@ -110,9 +110,9 @@ def test_a_layer_has_the_bound_of_its_place_in_the_model(stacked):
 @pytest.mark.parametrize("num_layers", [1, 3], ids=["rest", "periods"])
 def test_models_without_the_one_or_the_other(num_layers):
     model = small.bound({"pattern": ("rg_lru", "hgrn2"), "num_layers": num_layers + 1, "key_width": 8})[-1]
-    before = model.periods.blocks[1].mixer.lower_bound[...] + 0
+    before = model.stacks[0].blocks[1].mixer.lower_bound[...] + 0
     assert jnp.isfinite(numerics.jit(lambda: model(TOKENS)[0])()).all()
-    assert np.array_equal(model.periods.blocks[1].mixer.lower_bound[...], before)  # the model itself keeps its logits
+    assert np.array_equal(model.stacks[0].blocks[1].mixer.lower_bound[...], before)  # the model itself keeps its logits
 
 
 def test_gradients_go_to_the_logits_of_all_layers():
@@ -124,13 +124,13 @@ def test_gradients_go_to_the_logits_of_all_layers():
 
     gradients = numerics.run(numerics.jit(jax.grad(value)), parameters, weights, dtype="float64")
     random = np.random.default_rng(3)
-    found = [np.asarray(mixer["lower_bound"])[at] for mixer, at in _logits_at(gradients)]
+    found = [np.asarray(mixer["lower_bound"])[at] for mixer, at in _logits_at(config, gradients)]
     assert all(np.abs(row).max() > 0 for row in found)
     directions = [random.standard_normal(row.shape) for row in found]
 
     def moved(step):
         values = jax.tree.map(np.copy, parameters)
-        for (mixer, at), direction in zip(_logits_at(values), directions, strict=True):
+        for (mixer, at), direction in zip(_logits_at(config, values), directions, strict=True):
             mixer["lower_bound"][at] += step * direction
         return np.sum(weights * _oracle(config, values))
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxlinear.errors import UserError
+from jaxlinear.models import mixers
 from jaxlinear.models.language_model import REMAT_POLICIES
 from jaxlinear.models.parameters import describe
 from tests import numerics, oracles, small
@@ -111,29 +112,37 @@ def test_a_state_goes_on_in_its_document_and_is_forgotten_in_another():
         numerics.assert_close(jnp.concatenate(parts, axis=1), whole, 2e-5)
 
 
-@pytest.mark.parametrize("num_layers", [2, 8])
-def test_the_scan_is_the_blocks_one_by_one(num_layers):
-    config, _, bound = small.bound({"num_layers": num_layers})
+# A whole pattern of its own, not repeated, in which layers repeat; and one that is, with more left than a rest has.
+LONG = ("gla", "rg_lru", "sliding_window", "rg_lru", "sliding_window", "rg_lru", "gla")
+
+
+@pytest.mark.parametrize(
+    "num_layers, pattern, stacks",
+    [(2, small.PATTERN, 1), (8, small.PATTERN, 2), (7, LONG, 3), (19, LONG, 3)],
+    ids=["part", "repeated", "long", "long_and_a_rest"],
+)
+def test_the_scans_are_the_blocks_one_by_one(num_layers, pattern, stacks):
+    config, _, bound = small.bound({"num_layers": num_layers, "pattern": pattern})
 
     @numerics.jit
     def one_by_one():
         x = bound.embedding[...][TOKENS] * config.width**0.5
         blocks = []
-        if bound.periods is not None:
-            graph, stacked = nnx.split(bound.periods)
-            for repetition in range(num_layers // 3):
-                period = nnx.merge(graph, jax.tree.map(lambda y, i=repetition: y[i], stacked))
-                blocks += period.blocks
-        if bound.rest is not None:
-            blocks += bound.rest.blocks
-        assert len(blocks) == num_layers
+        for module, stack in zip(bound.stacks, config.stacks, strict=True):
+            graph, stacked = nnx.split(module)
+            for i in range(stack.repeats):
+                blocks += nnx.merge(graph, jax.tree.map(lambda y, i=i: y[i], stacked)).blocks
+        assert [type(block.mixer) for block in blocks] == [mixers.find(mixer) for mixer in config.layers]
         for block in blocks:
             x, _, _ = block(x, segment_ids=jnp.asarray(IDS))
         return bound.norm(x)
 
     found, state, _ = numerics.jit(bound.hidden)(jnp.asarray(TOKENS), jnp.asarray(IDS))
     numerics.assert_close(found, one_by_one(), 1e-5)
-    assert ("periods" in state, "rest" in state) == (num_layers >= 3, num_layers % 3 > 0)
+    assert len(state["stacks"]) == len(config.stacks) == stacks
+    unstacked, apart, _ = numerics.jit(bound.unstacked().hidden)(jnp.asarray(TOKENS), jnp.asarray(IDS))
+    numerics.assert_close(unstacked, found, 1e-5)
+    assert [len(states) for states in apart["stacks"]] == [stack.repeats for stack in config.stacks]
 
 
 def test_no_tokens_are_refused():
@@ -165,18 +174,35 @@ def test_remat_changes_no_number():
         assert activations[remat] == 2 * activations["none"] - 1
 
 
+def kept(pattern, remat):
+    """Bytes beside parameters and gradients of a pass and back through one repetition of ``pattern``."""
+    sizes = {"pattern": pattern, "num_layers": len(pattern), "width": 64, "recurrent_width": 64, "remat": remat}
+    architecture = describe(small.config(**sizes))
+    tokens = jnp.zeros((2, 256), jnp.int32)
+    objective = lambda parameters: architecture.bind(parameters)(tokens)[0].sum()  # noqa: E731
+    compiled = jax.jit(jax.grad(objective)).lower(architecture.shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 def test_what_is_computed_again_is_not_kept_in_a_model_of_one_period():
     """XLA writes a scan of one period out, and may then take equal work for one."""
-    tokens = jnp.zeros((2, 256), jnp.int32)
+    pattern = ("rg_lru",) * 4
+    assert kept(pattern, "elementwise") < 0.95 * kept(pattern, "none")
 
-    def kept(remat):
-        sizes = {"pattern": ("rg_lru",) * 4, "num_layers": 4, "width": 64, "recurrent_width": 64, "remat": remat}
-        architecture = describe(small.config(**sizes))
-        objective = lambda parameters: architecture.bind(parameters)(tokens)[0].sum()  # noqa: E731
-        compiled = jax.jit(jax.grad(objective)).lower(architecture.shapes).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
 
-    assert kept("elementwise") < 0.95 * kept("none")
+def test_what_repeats_in_a_long_pattern_is_computed_again_by_itself():
+    """As in the presets whose pattern is as long as the model: at once it would all be there again."""
+    pattern = ("gla", *("rg_lru",) * 11)
+    assert kept(pattern, "full") < 0.5 * kept(pattern, "none")
+
+
+def test_a_long_pattern_in_which_nothing_repeats_is_computed_again_four_blocks_at_a_time():
+    pattern = ("gla", "rg_lru", "sliding_window", "retention", "delta_net", "attention", "hgrn2", "lru", "gateloop")
+    config = small.config(pattern=pattern, num_layers=9, key_width=4, value_width=4, remat="full")
+    assert len(config.stacks) == 1
+    architecture = describe(config)
+    passed = jax.make_jaxpr(lambda parameters: architecture.bind(parameters)(TOKENS)[0])(architecture.shapes)
+    assert str(passed).count("prevent_cse=True") == 3
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -205,7 +231,7 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
     """Of 10,000 equal terms: in bfloat16 a sum stops growing at 256. No layers; the norm's slope stands for them."""
     architecture = describe(small.config(num_layers=1, pattern=("rg_lru",), dtype="bfloat16", embedding_scale=False))
     parameters = numerics.cast(small.parameters(architecture.shapes), "float32")
-    parameters["periods"] = jax.tree.map(jnp.zeros_like, parameters["periods"])  # each block gives nothing
+    parameters["stacks"] = jax.tree.map(jnp.zeros_like, parameters["stacks"])  # each block gives nothing
 
     @functools.partial(jax.jit, static_argnums=1)
     def gradient(embedding, length):
@@ -231,7 +257,7 @@ def test_the_program_does_not_grow_with_depth(kind):
 
 
 def test_the_loss_at_the_start_is_that_of_a_guess():
-    config = small.config(vocab_size=512, width=64, recurrent_width=64, logit_soft_cap=0.0, num_layers=2)
+    config = small.config(vocab_size=512, width=64, recurrent_width=64, logit_soft_cap=0.0, num_layers=3)
     architecture = describe(config)
     parameters = numerics.jit(architecture.initialise)(jax.random.key(0))
     tokens = np.random.default_rng(2).integers(0, 512, (4, 65)).astype(np.int32)

@@ -44,12 +44,10 @@ SIZES = {"pattern": ("lightning", "rg_lru", "lightning"), "num_layers": 7, "num_
 def test_the_decays_by_head_and_layer():
     """Scanned and not: layers 0, 2, 3, 5 and 6 of 7."""
     parameters = numerics.jit(describe(small.config(**SIZES)).initialise)(jax.random.key(0))
-    periods, rest = parameters["periods"]["blocks"], parameters["rest"]["blocks"]
-    found = [periods[0], periods[2]]
-    found = {0: found[0], 2: found[1], 3: found[0], 5: found[1], 6: rest[0]}
+    periods, rest = (parameters["stacks"][i]["blocks"] for i in range(2))
+    found = {0: periods[0], 2: periods[2], 3: periods[0], 5: periods[2], 6: rest[0]}
     for layer, block in found.items():
-        decay = block["mixer"]["log_decay"]
-        decay = decay[layer // 3] if layer < 6 else decay
+        decay = block["mixer"]["log_decay"][layer // 3 % 2]
         expected = np.array([-8 * (h + 1) / 4 * (1 - layer / 7) for h in range(4)])
         numerics.assert_close(decay, expected, 1e-6)
 
@@ -73,5 +71,5 @@ def test_training_leaves_the_decays_as_they_are(name):
     optimizer = make_optimizer(config, architecture)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         update = numerics.jit(lambda *trees: optimizer.update(trees[0], optimizer.init(trees[1]), trees[1])[0])
-        updates = update(gradient, parameters)["periods"]["blocks"][0]["mixer"]
+        updates = update(gradient, parameters)["stacks"][0]["blocks"][0]["mixer"]
     assert not updates["log_decay"].any() and updates["query"]["kernel"].any()

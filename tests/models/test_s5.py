@@ -22,12 +22,12 @@ STEP = 0.03
 def test_the_parameters():
     """Which are counted by hand; the vectors are not decayed."""
     architecture = describe(small.config(pattern=("s5",), num_layers=2))
-    mixer = architecture.shapes["periods"]["blocks"][0]["mixer"]
+    mixer = architecture.shapes["stacks"][0]["blocks"][0]["mixer"]
     width, states = 16, 12
     by_hand = 3 * states + 2 * (2 * width * states) + width + width * width + width
     assert sum(shape.size for shape in jax.tree.leaves(mixer)) == 2 * by_hand
     assert {shape.dtype for shape in jax.tree.leaves(mixer)} == {jnp.dtype("float32")}
-    decayed = decay_mask(architecture)["periods"]["blocks"][0]["mixer"]
+    decayed = decay_mask(architecture)["stacks"][0]["blocks"][0]["mixer"]
     assert {name for name in mixer if decayed[name] is True} == {"input_kernel", "output_kernel"}
 
 

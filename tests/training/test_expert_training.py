@@ -64,7 +64,7 @@ def test_8_devices_follow_one(sizes):
 
 
 def each_has_its_experts(parameters, sizes):
-    kernels = parameters["periods"]["blocks"][0]["mlp"]["gate_kernel"]  # [layers, E, D, F]
+    kernels = parameters["stacks"][0]["blocks"][0]["mlp"]["gate_kernel"]  # [layers, E, D, F]
     parts = [sizes.get(axis, 1) for axis in ("expert", "fsdp", "tensor")]
     assert kernels.shape == (2, 8, 32, 12)
     for shard in kernels.addressable_shards:
@@ -104,7 +104,7 @@ def test_losses_enter_the_objective_with_their_weights(microbatches):
     difference = jax.tree.map(np.subtract, with_losses, without)
     for want, got in zip(jax.tree.leaves(mean(gradients)), jax.tree.leaves(difference), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
-    assert np.max(np.abs(difference["periods"]["blocks"][0]["mlp"]["router"])) > 1e-2
+    assert np.max(np.abs(difference["stacks"][0]["blocks"][0]["mlp"]["router"])) > 1e-2
     for name, value in mean(losses).items():
         assert metrics[name] == pytest.approx(value, rel=1e-6)
         assert microbatches == 4 or of_none[name] == metrics[name]
@@ -187,5 +187,5 @@ def test_a_run(experts_config, tmp_path):
     lines = read(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
     assert all(1 <= line["load_balance"] < 8 and line["router_z"] > 0 for line in lines)
-    kernels = load(tmp_path).periods.blocks[0].mlp.up_kernel[...]
+    kernels = load(tmp_path).stacks[0].blocks[0].mlp.up_kernel[...]
     assert kernels.shape == (1, 8, 32, 12) and kernels.sharding.num_devices == 1 and np.all(np.std(kernels, (2, 3)) > 0)

@@ -65,7 +65,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_config, whole_run, 
 def test_a_checkpoint_restores_on_another_mesh(run_config, whole_run, devices, sizes):
     state = tiny.restored(whole_run, run_config, tiny.mesh(devices, **sizes))
     tiny.assert_equal(state, tiny.restored(whole_run, run_config, tiny.mesh(8, data=8)))
-    kernel = state.parameters["periods"]["blocks"][0]["mlp"]["up"]["kernel"]
+    kernel = state.parameters["stacks"][0]["blocks"][0]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // devices
 
 

@@ -30,7 +30,7 @@ def by_path(tree):
 def test_matrices_are_decayed_and_nothing_else():
     mask = by_path(optimizers.decay_mask(both()))
     assert {path[-1] for path in mask} == MATRICES | VECTORS
-    assert {path[0] for path in mask} == {"embedding", "periods", "rest", "norm"}
+    assert {path[0] for path in mask} == {"embedding", "stacks", "norm"}
     for path, decayed in mask.items():
         assert decayed == (path[-1] in MATRICES), path
 
@@ -144,12 +144,12 @@ def test_adafactor_takes_each_layer_and_each_expert_by_itself():
     alone_states, found_stacks = {}, set()
     for step in range(2):
         gradients = random_gradients(architecture, seed=step + 1)
-        louder = np.array([1, 30**step], np.float32)  # of the two periods
-        gradients["periods"] = jax.tree.map(lambda x, by=louder: (x.T * by).T, gradients["periods"])
+        louder = np.array([1, 30**step], np.float32)  # of the two repetitions
+        gradients["stacks"][0] = jax.tree.map(lambda x, by=louder: (x.T * by).T, gradients["stacks"][0])
         updates, state = update(gradients, state, parameters)
         updates, gradients = by_path(updates), by_path(gradients)
         for path, gradient in gradients.items():
-            stacks = (path[0] == "periods") + axes[path].split(",").count("expert")
+            stacks = (path[0] == "stacks") + axes[path].split(",").count("expert")
             found_stacks.add(stacks)
             for place in np.ndindex(gradient.shape[:stacks]):
                 past = alone_states.get((path, place)) or alone.init(gradient[place])

@@ -154,7 +154,7 @@ def test_norms_by_group():
     train = watchful()
     before = tiny.parameters(train.architecture)
     after, metrics = train(train.state(), tiny.batch())
-    groups = {"embedding", "periods_0", "periods_1", "norm"}
+    groups = {"embedding", "stack_0_0", "stack_0_1", "norm"}
     for name in ("gradient_norm", "parameter_norm"):
         assert {key for key in metrics if key.startswith(f"{name}/")} == {f"{name}/{group}" for group in groups}
         parts = [metrics[f"{name}/{group}"] for group in groups]

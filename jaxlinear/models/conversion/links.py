@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxlinear.errors import UserError
+from jaxlinear.models import stacks
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.parameters import describe
 from jaxlinear.streaming import StreamedArray, rows_at_once
@@ -61,12 +62,12 @@ class Link:
 
 
 class _Place(NamedTuple):
-    """A link, found: ``period`` of the first axis of our ``leaf`` (None: all of it), and the rows ``[begin:end]`` of the
+    """A link, found: ``repeat`` of the first axis of our ``leaf`` (None: all of it), and the rows ``[begin:end]`` of the
     tensor ``theirs``."""
 
     theirs: str
     leaf: str
-    period: int | None
+    repeat: int | None
     form: Form
     begin: int
     end: int
@@ -80,7 +81,7 @@ class Plan:
       shapes: of their tensors, by name.
       leaves: the shapes of our arrays, by their path in a checkpoint.
       by_tensor: what a tensor consists of, in the order of its rows.
-      by_leaf: what an array consists of, in the order of its periods.
+      by_leaf: what an array consists of, in the order of its repetitions.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -96,17 +97,17 @@ class Plan:
         shapes: dict[str, tuple[int, ...]] = {}
         by_tensor, by_leaf = defaultdict(list), defaultdict(list)
         for link in links:
-            leaf, period = _leaf(config, link)
-            ours = leaves[leaf] if period is None else leaves[leaf][1:]
+            leaf, repeat = _leaf(config, link)
+            ours = leaves[leaf] if repeat is None else leaves[leaf][1:]
             part = link.form.theirs(np.broadcast_to(np.float32(0), ours)).shape  # which holds a single number
             begin = shapes[link.theirs][0] if link.theirs in shapes else 0
-            place = _Place(link.theirs, leaf, period, link.form, begin, begin + part[0])
+            place = _Place(link.theirs, leaf, repeat, link.form, begin, begin + part[0])
             shapes[link.theirs] = (place.end, *part[1:])
             by_tensor[link.theirs].append(place)
             by_leaf[leaf].append(place)
         for leaf, shape in leaves.items():
-            periods = [place.period for place in by_leaf[leaf]]
-            assert periods in ([None], [*range(shape[0])]), f"{leaf} has links for {periods}"
+            repeats = [place.repeat for place in by_leaf[leaf]]
+            assert repeats in ([None], [*range(shape[0])]), f"{leaf} has links for {repeats}"
         return cls(shapes, leaves, dict(by_tensor), dict(by_leaf))
 
     def check(self, tensors: Mapping[str, StreamedArray], origin: str) -> None:
@@ -140,20 +141,20 @@ class Plan:
 
         def read(begin: int, end: int) -> np.ndarray:
             first = places[0]
-            if first.period is not None:
+            if first.repeat is not None:
                 layers = [part(place, place.begin, place.end)[None] for place in places[begin:end]]
                 return layers[0] if len(layers) == 1 else np.concatenate(layers)
             if first.form is SAME:
                 return part(first, first.begin + begin, first.begin + end)
             return part(first, first.begin, first.end)[begin:end]
 
-        rows = _rows(self.leaves[leaf], places) if places[0].period is None else 1
+        rows = _rows(self.leaves[leaf], places) if places[0].repeat is None else 1
         return StreamedArray(self.leaves[leaf], _FLOAT32, rows, read)
 
     def to_theirs(self, arrays: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
         """Their tensors, in float32, from our arrays. Read in their ``order``, nothing of ours is read more than once."""
         number = {leaf: i for i, leaf in enumerate(self.leaves)}
-        first = {name: (number[places[0].leaf], places[0].period) for name, places in self.by_tensor.items()}
+        first = {name: (number[places[0].leaf], places[0].repeat) for name, places in self.by_tensor.items()}
         chunks = _Chunks(arrays)
         order = {name: i for i, name in enumerate(sorted(first, key=first.__getitem__))}
         return {name: self._theirs(name, arrays, chunks, order[name]) for name in self.by_tensor}
@@ -186,31 +187,29 @@ class _Chunks:
                 leaf, begin, end = key
                 self._kept[key] = self._arrays[leaf].read(begin, end)
         return [
-            self._kept[key] if place.period is None else self._kept[key][place.period - key[1]]
+            self._kept[key] if place.repeat is None else self._kept[key][place.repeat - key[1]]
             for place, key in zip(places, keys, strict=True)
         ]
 
     def _key(self, place: _Place) -> tuple[str, int, int]:
         array = self._arrays[place.leaf]
-        if place.period is None:
+        if place.repeat is None:
             return place.leaf, 0, array.shape[0]
-        begin = place.period // array.rows * array.rows
+        begin = place.repeat // array.rows * array.rows
         return place.leaf, begin, min(begin + array.rows, array.shape[0])
 
 
 def _leaf(config: ModelConfig, link: Link) -> tuple[str, int | None]:
-    """The path of a link's array in a checkpoint, and the period of a stacked one."""
+    """The path of a link's array in a checkpoint, and the repetition of a stacked one."""
     if link.layer is None:
         return link.ours, None
-    period, block = divmod(link.layer, len(config.pattern))
-    if period < config.num_layers // len(config.pattern):
-        return f"periods.blocks.{block}.{link.ours}", period
-    return f"rest.blocks.{block}.{link.ours}", None
+    place = stacks.place(config.stacks, link.layer)
+    return f"stacks.{place.stack}.blocks.{place.block}.{link.ours}", place.repeat
 
 
 def _is_one_of_ours(places: list[_Place]) -> bool:
     """Whether a tensor is one of our arrays as it stands, and so may be cut anywhere."""
-    return len(places) == 1 and places[0].period is None and places[0].form is SAME
+    return len(places) == 1 and places[0].repeat is None and places[0].form is SAME
 
 
 def _rows(shape: tuple[int, ...], places: list[_Place]) -> int:

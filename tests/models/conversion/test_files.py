@@ -11,7 +11,6 @@ from jaxlinear import streaming
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
 from jaxlinear.models.conversion import export_weights, flax, hugging_face, import_weights, safetensors
-from jaxlinear.models.parameters import describe
 from jaxlinear.streaming import StreamedArray
 from jaxlinear.training import workdir as workdirs
 from tests.models.conversion.converted import (
@@ -178,10 +177,13 @@ def test_what_is_read_at_once(made, tmp_path, monkeypatch, name):
     export_weights(tmp_path / "run", tmp_path / "again", layout=layout(name))
     stacked = {path: x.nbytes for path, x in stream(Checkpoints(tmp_path / "run"), "parameters").items()}
     assert sum(size for _, size in read) == sum(stacked.values())
-    periods = describe(configs.model_config(workdirs.read_config(source))).config.num_layers // len(
-        workdirs.read_config(source).model.pattern
-    )
-    assert all(size <= stacked[path] / (periods if path.startswith("periods") else 1) for path, size in read)
+    repeats = {
+        f"stacks.{i}.": stack.repeats
+        for i, stack in enumerate(configs.model_config(workdirs.read_config(source)).stacks)
+    }
+    of_layers = [(path, size, repeats[path[:9]]) for path, size in read if path.startswith("stacks.")]
+    assert len(of_layers) < len(read) and all(size <= stacked[path] / parts for path, size, parts in of_layers)
+    assert all(size <= stacked[path] for path, size in read)
 
 
 def test_a_checkpoint_of_training_is_read_once(made, tmp_path, monkeypatch):
