@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,8 @@ class Checkpoints:
         Each is placed like its ``ShapeDtypeStruct``s, on whatever mesh those are, not on the mesh it was saved from.
         """
         step = self._existing(step)
+        for name, tree in structs.items():
+            self.check_paths(name, _by_path(tree), step)
         items = {name: ocp.args.StandardRestore(_by_path(tree)) for name, tree in structs.items()}
         saved = self._read(step, **items)
         trees = {name: _from_path(saved[name], tree) for name, tree in structs.items()}
@@ -97,6 +99,18 @@ class Checkpoints:
         step = self._existing(step)
         meta = self._read(step)[_META]
         return {"config": meta["config"], "next_batch": meta["next_batch"]}
+
+    def check_paths(self, name: str, paths: Collection[str], step: int | None = None) -> None:
+        """``UserError`` unless these are the paths of the arrays of one tree: else it is no damage, but how the arrays of
+        the same model lie in another version."""
+        step = self._existing(step)
+        there = self._read(step)[_META]["checksums"].get(name, {})
+        if set(there) != set(paths):
+            other = min(set(there) ^ set(paths))
+            raise UserError(
+                f"the checkpoint {self.directory / str(step)} is of another version of jaxlinear: among its {name} is "
+                f"{'a' if other in there else 'no'} {other}; this version can't read it, the one that wrote it can"
+            )
 
     def fingerprint(self, step: int) -> str:
         """What tells the checkpoint from another of that step, which a run may save that was set back."""

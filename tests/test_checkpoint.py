@@ -105,11 +105,24 @@ def test_a_step_that_is_not_there(tmp_path):
 
 
 def test_another_tree_is_refused(tmp_path):
+    """It is no damage, and the advice is not to remove it."""
     checkpoints = small_trees.save(tmp_path, (1, 2))
-    structs = small_trees.on(small_trees.single())
-    structs["parameters"]["layers"][1] = structs["parameters"]["layers"][0]
+    more, less, wider = (small_trees.on(small_trees.single()) for _ in range(3))
+    more["parameters"]["layers"][1] = more["parameters"]["layers"][0]
+    del less["parameters"]["norm"]
+    for structs, what in ((more, "no layers.1.kernel"), (less, "a norm.scale")):
+        with pytest.raises(UserError) as refusal:
+            checkpoints.restore(structs)
+        assert str(refusal.value) == (
+            f"the checkpoint {tmp_path}/checkpoints/2 is of another version of jaxlinear: among its parameters is {what}; "
+            "this version can't read it, the one that wrote it can"
+        )
+    kernel = wider["parameters"]["layers"][0]["kernel"]
+    wider["parameters"]["layers"][0]["kernel"] = jax.ShapeDtypeStruct(
+        (3, 64, 128), kernel.dtype, sharding=kernel.sharding
+    )
     with pytest.raises(UserError, match=rf"the checkpoint {tmp_path}/checkpoints/2 cannot be read"):
-        checkpoints.restore(structs)
+        checkpoints.restore(wider)
 
 
 def test_the_checksum_of_an_array():

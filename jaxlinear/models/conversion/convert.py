@@ -88,7 +88,9 @@ def export_weights(
         family = hugging_face.family_of_model(model)
         fields = family.fields(model) | hugging_face.shared_fields(family.name, model, tokenizer)
         links = family.links(model)
-    tensors = Plan.of(model, links).to_theirs(checkpoint.Checkpoints(workdir).stream(TREE, step))
+    plan, checkpoints = Plan.of(model, links), checkpoint.Checkpoints(workdir)
+    checkpoints.check_paths(TREE, plan.leaves, step)
+    tensors = plan.to_theirs(checkpoints.stream(TREE, step))
     with _made_whole(target, tensors) as unfinished:
         (flax if layout == "flax" else hugging_face).write(unfinished, fields, tensors)
         if tokenizer is not None and tokenizer.file is not None:
