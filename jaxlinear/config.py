@@ -205,8 +205,8 @@ def forget_unread(config: config_dict.ConfigDict, changed: Collection[str]) -> N
     if filled.model.pattern is None:
         return
     for key, chooser, _ in config_checks.unread(filled):
-        choosers = ("model.pattern", "model.preset", "model.num_layers") if chooser == "model.pattern" else (chooser,)
-        if key not in changed and set(choosers) & set(changed):
+        choosers = {chooser} | ({"model.preset", "model.num_layers"} if chooser.startswith("model.") else set())
+        if key not in changed and choosers & set(changed):
             section, name = key.split(".")
             config[section][name] = default()[section][name]
 

@@ -92,6 +92,8 @@ def test_what_a_run_leaves_without_a_reader_is_not_set_in_it():
     config.optimizer.update({"name": "muon", "muon_learning_rate": 0.05})
     hawk, griffin = ({"model.preset": name, "optimizer.name": "adamw"} for name in ("hawk_6m", "griffin_6m"))
     assert plans.resolve(config, hawk).model.window == 512  # the preset's
+    config.model.mlp_expansion = 2.0
+    assert plans.resolve(config, {"model.preset": "mamba2_6m"}).model.mlp_expansion == 3.0
     resolved = plans.resolve(config, griffin)
     assert (resolved.model.window, resolved.optimizer.muon_learning_rate) == (64, 0.02)
     with pytest.raises(UserError, match=r"^model.window=32 does nothing for model.pattern=rg_lru: only sliding_window"):
