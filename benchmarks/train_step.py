@@ -88,6 +88,7 @@ def _write(result: Any) -> None:
 
 def _table() -> list[dict[str, Any]]:
     """Every mixer by itself, one after another, at the same width, depth and shape of the batch."""
+    from jaxlinear import config as configs
     from jaxlinear.models import mixers, presets
 
     small = {preset["pattern"][0]: name for name, preset in presets.PRESETS.items() if name.endswith("_6m")}
@@ -101,6 +102,7 @@ def _table() -> list[dict[str, Any]]:
         config.model.pattern = (mixer,)
         if _SIZE.value == "100m":
             _enlarge(config.model, presets.find(small[mixer]))
+        configs.forget_unread(config, ["model.pattern"])
         go, row = _ours(config)
         speed = statistics.median(alternate({mixer: go}, _STEPS.value)[mixer])
         row = {"mixer": mixer, "size": _SIZE.value, "tokens_per_second": speed} | row

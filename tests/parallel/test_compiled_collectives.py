@@ -64,6 +64,7 @@ def program(model, target, length, mesh=None, remat="elementwise", **changes):
         }
         | changes
     )
+    configs.forget_unread(config, ["model.preset"])
     config.training.batch_size, config.training.sequence_length = B, length
     config.parallel.exchange = "all_gather"
     config.mesh.data = 1
