@@ -48,7 +48,7 @@ def start(directory, dataset, *, runs=2, key="training.seed"):
     return subprocess.Popen(
         [sys.executable, "launch/sweep.py", *(f"--{name}={value}" for name, value in options.items())],
         cwd=tiny.REPOSITORY,
-        env=tiny.environment(directory / "programs"),
+        env={"JAX_COMPILATION_CACHE_DIR": str(directory / "programs"), **tiny.environment()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

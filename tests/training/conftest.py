@@ -1,35 +1,8 @@
-"""Compiled programs are kept between the runs of these tests, in this process and in those that they start."""
+"""What the tests of training share: a config whose run can be made longer, and runs that nothing interrupted."""
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from tests.training import tiny
-
-
-@pytest.fixture(scope="session")
-def compiled_programs(tmp_path_factory):
-    """The directory of JAX's compilation cache, new for each session."""
-    return tmp_path_factory.mktemp("compiled_programs")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _keep_compiled_programs(compiled_programs):
-    wanted = {
-        "jax_compilation_cache_dir": str(compiled_programs),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    _set(wanted)
-    yield
-    _set(before)
-
-
-def _set(options):
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -49,11 +22,11 @@ def whole_run(tiny_config, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def launch(tiny_dataset, compiled_programs):
+def launch(tiny_dataset):
     """``launch(workdir, *arguments)`` starts launch/train.py on one device as a process of its own."""
 
     def start(workdir, *arguments):
-        return tiny.start(workdir, tiny_dataset, compiled_programs, *arguments)
+        return tiny.start(workdir, tiny_dataset, *arguments)
 
     return start
 

@@ -35,7 +35,7 @@ def errors(text):
     return lines[0]
 
 
-def test_a_disk_that_fills_up(can_mount, tmp_path, tiny_dataset, compiled_programs):
+def test_a_disk_that_fills_up(can_mount, tmp_path, tiny_dataset):
     """Once there is room, the same command goes on from what was there and ends."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -51,7 +51,7 @@ def test_a_disk_that_fills_up(can_mount, tmp_path, tiny_dataset, compiled_progra
       cp {disk}/run/metrics.jsonl .
     """.replace("first.txt", f"{tmp_path}/first.txt").replace("second.txt", f"{tmp_path}/second.txt")
     script = script.replace("metrics.jsonl .", f"metrics.jsonl {tmp_path}")
-    done = in_a_namespace(script, cwd=tiny.REPOSITORY, env=tiny.environment(compiled_programs))
+    done = in_a_namespace(script, cwd=tiny.REPOSITORY, env=tiny.environment())
     lines = done.stdout.split()
     second = lines.index("second")
     assert lines[:2] == ["first", "2"] and lines[second + 1] == "0", done.stdout + done.stderr
@@ -64,12 +64,12 @@ def test_a_disk_that_fills_up(can_mount, tmp_path, tiny_dataset, compiled_progra
     assert list(tiny.losses(tmp_path)) == list(range(1, 21))
 
 
-def test_a_disk_that_is_read_only(can_mount, tmp_path, tiny_dataset, compiled_programs):
+def test_a_disk_that_is_read_only(can_mount, tmp_path, tiny_dataset):
     disk = tmp_path / "disk"
     disk.mkdir()
     train = shlex.join(tiny.command(disk / "run", tiny_dataset))
     script = f"mount -t tmpfs -o ro tmpfs {disk}; exec {train}"
-    done = in_a_namespace(script, cwd=tiny.REPOSITORY, env=tiny.environment(compiled_programs))
+    done = in_a_namespace(script, cwd=tiny.REPOSITORY, env=tiny.environment())
     assert done.returncode == 2, done.stderr
     assert errors(done.stderr) == f"train.py: the file system is read-only: {disk}/run"
     assert done.stderr.count("\n") == 1

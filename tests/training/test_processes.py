@@ -40,7 +40,7 @@ class Process:
 
 
 @pytest.fixture
-def processes(tiny_dataset, compiled_programs, tmp_path):
+def processes(tiny_dataset, tmp_path):
     """``processes(workdir, count, devices, *arguments, each=...)`` starts as many, each with its devices and with its own
     further arguments. Whatever becomes of the test, none outlives it."""
     with contextlib.ExitStack() as stack:
@@ -51,7 +51,7 @@ def processes(tiny_dataset, compiled_programs, tmp_path):
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             held.bind(("::", 0))
             joined = [f"--coordinator=127.0.0.1:{held.getsockname()[1]}", f"--processes={count}"]
-            environment = tiny.environment(compiled_programs)
+            environment = tiny.environment()
             environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
             started = []
             for i in range(count):

@@ -15,7 +15,7 @@ from tests.training import tiny
 
 
 @pytest.fixture
-def submit(tiny_dataset, compiled_programs):
+def submit(tiny_dataset):
     """``submit(target, processes, workdir, *arguments)`` starts it; whatever becomes of the test, it is told to end."""
     running = []
 
@@ -25,7 +25,7 @@ def submit(tiny_dataset, compiled_programs):
         process = subprocess.Popen(
             [*program, f"--processes={processes}", "--requeue", "--", *options],
             cwd=tiny.REPOSITORY,
-            env=tiny.environment(compiled_programs),
+            env=tiny.environment(),
             stderr=subprocess.PIPE,
             text=True,
         )

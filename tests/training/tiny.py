@@ -214,25 +214,18 @@ def command(workdir, dataset, *arguments):
     return [sys.executable, "launch/train.py", *(f"--{name}={value}" for name, value in options.items())]
 
 
-def environment(compiled_programs):
-    """One device, and programs that were compiled before are not compiled again."""
-    return {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+def environment():
+    """Of a program on one device, by the quickest way through the compiler."""
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), **own}
 
 
-def start(workdir, dataset, compiled_programs, *arguments):
+def start(workdir, dataset, *arguments):
     """launch/train.py as a process of its own."""
     return subprocess.Popen(
         command(workdir, dataset, *arguments),
         cwd=REPOSITORY,
-        env=environment(compiled_programs),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
