@@ -9,12 +9,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-# What is compiled is kept for the other workers and for the programs that tests start: they have the environment from here.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+# What is compiled is kept for the workers and for the programs that tests start, which have the environment from here.
+# Never in the user's own directory: tests kill programs while they write, and nothing of another day decides a test.
+if "PYTEST_XDIST_WORKER" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="compiled_programs_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import numpy as np
 import pytest

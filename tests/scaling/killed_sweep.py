@@ -48,7 +48,7 @@ def start(directory, dataset, *, runs=2, key="training.seed"):
     return subprocess.Popen(
         [sys.executable, "launch/sweep.py", *(f"--{name}={value}" for name, value in options.items())],
         cwd=tiny.REPOSITORY,
-        env={"JAX_COMPILATION_CACHE_DIR": str(directory / "programs"), **tiny.environment()},
+        env=tiny.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,6 +92,7 @@ if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         directory, begin = pathlib.Path(folder), time.monotonic()
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory / "programs")  # all its runs are one program
         (directory / "text.txt").write_text("\n".join(f"for x in range({i}): print({i * i})" for i in range(2000)))
         data.prepare(str(directory / "text.txt"), directory / "data", tokenizer="bytes", document_separator="\n")
         check(directory, directory / "data", int(sys.argv[1]))
