@@ -5,6 +5,7 @@
 Shapes are B x T x H x D with K = V = D, and arrays bfloat16. For each operation and shape: milliseconds a call, forward and
 forward with backward, by the clock with the device waited for, and by the device's own record of its kernels; with
 ``--against`` the two libraries in turn, and how many times as fast ours is. The recurrence of channels has H * D of them.
+Attention to a window of 1,024 stands beside cuDNN's, through JAX, which takes no documents, up to 128 channels a head.
 
 ``--backend=chunked`` times what runs without kernels, on any device: the program can be tried where there is no GPU.
 """
@@ -33,7 +34,9 @@ OPERATIONS = {
     "delta_rule_scalar": ("delta_rule", "scalar"),
     "delta_rule_channel": ("delta_rule", "channel"),
     "linear_recurrence": ("linear_recurrence", "channel"),
+    "sliding_window_attention": ("sliding_window_attention", "none"),
 }
+WINDOW, CUDNN_WIDTH = 1024, 128
 
 _OPERATIONS = flags.DEFINE_list("operations", list(OPERATIONS), "Some of them only.")
 _SHAPES = flags.DEFINE_list(
@@ -65,32 +68,43 @@ def main() -> None:
 
 
 def _row(name: str, shape: str, direction: str) -> dict[str, Any]:
-    call = _ours(name, tuple(map(int, shape.split("x"))), direction)
+    sizes = tuple(map(int, shape.split("x")))
+    call = _ours(name, sizes, direction)
     row: dict[str, Any] = {"operation": name, "shape": shape, "direction": direction}
-    row["ms"], row["device_ms"], theirs = [], _device_ms(call), []
-    worker = None
-    if _AGAINST.value:
+    row["ms"], row["device_ms"] = [], _device_ms(call)
+    worker, theirs = None, None  # a round of the other library: milliseconds by the clock and by the device
+    if name == "sliding_window_attention":
+        if _BACKEND.value == "pallas" and sizes[3] <= CUDNN_WIDTH:
+            theirs = _cudnn(sizes, direction)
+            row["against"] = {"library": "cuDNN"}
+    elif _AGAINST.value:
         options = {"shape": shape, "direction": direction, "calls": _CALLS.value}
         worker = Worker(_AGAINST.value, name, "fla_worker.py", **options)
-        row["against"] = {"version": worker.told["version"]}
+        row["against"] = {"library": f"flash-linear-attention {worker.told['version']}"}
+        theirs = functools.partial(_worker_ms, worker)
+    rounds = []
     try:
         for _ in range(_ROUNDS.value + 1):
             row["ms"].append(_clock_ms(call))
-            if worker is not None:
-                theirs.append(worker.round())
+            if theirs is not None:
+                rounds.append(theirs())
     finally:
         if worker is not None:
             worker.close()
     row["ms"] = statistics.median(row["ms"][1:])
     device = "-" if row["device_ms"] is None else f"{row['device_ms']:.3f}"
     line = f"{name:26} {shape:16} {direction:9} {row['ms']:9.3f} {device:>9}"
-    if worker is not None:
-        for key, told in (("ms", "seconds"), ("device_ms", "device_seconds")):
-            row["against"][key] = 1000 * statistics.median(x[told] / x["calls"] for x in theirs[1:])
+    if theirs is not None:
+        row["against"]["ms"], row["against"]["device_ms"] = map(statistics.median, zip(*rounds[1:], strict=True))
         row["times_as_fast"] = row["against"]["ms"] / row["ms"]
         line += f"   theirs {row['against']['ms']:9.3f} {row['against']['device_ms']:9.3f}   {row['times_as_fast']:.2f}"
     print(line, flush=True)
     return row
+
+
+def _worker_ms(worker: Worker) -> tuple[float, float]:
+    told = worker.round()
+    return 1000 * told["seconds"] / told["calls"], 1000 * told["device_seconds"] / told["calls"]
 
 
 def _clock_ms(call: Callable[[], None]) -> float:
@@ -138,19 +152,40 @@ def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], Non
     if decay == "channel":
         log_decay = log_decay.astype(jnp.bfloat16)
     backend = "associative" if operation == "linear_recurrence" and _BACKEND.value == "chunked" else _BACKEND.value
-    run = functools.partial(getattr(ops, operation), backend=backend)
-    inputs: tuple[Any, ...] = {"linear_attention": (q, k, v), "delta_rule": (q, k, v, beta)}.get(operation, ())
+    options = {"window": WINDOW} if operation == "sliding_window_attention" else {}
+    run = functools.partial(getattr(ops, operation), backend=backend, **options)
+    inputs: tuple[Any, ...] = (q, k, v, beta) if operation == "delta_rule" else (q, k, v)
     if operation == "linear_recurrence":
         flat = (batch, length, heads * width)
         inputs, d_o = (jnp.exp(log_decay).reshape(flat), v.reshape(flat)), d_o.reshape(flat)
     elif decay != "none":
         inputs = *inputs, log_decay
 
+    outputs = run if options else lambda *x: run(*x)[0]  # the others give a state too
+    return _calls(outputs, inputs, d_o, direction)
+
+
+def _cudnn(shape: tuple[int, ...], direction: str) -> Callable[[], tuple[float, float]]:
+    """cuDNN's attention to the same window."""
+    import jax
+
+    q, k, v, d_o = (jax.random.normal(jax.random.key(n), shape, "bfloat16") for n in range(4))
+    options = {"is_causal": True, "local_window_size": (WINDOW - 1, 0), "implementation": "cudnn"}
+    call = _calls(functools.partial(jax.nn.dot_product_attention, **options), (q, k, v), d_o, direction)
+    device_ms = _device_ms(call)
+    assert device_ms is not None
+    return lambda: (_clock_ms(call), device_ms)
+
+
+def _calls(run: Callable, inputs: tuple, d_o: Any, direction: str) -> Callable[[], None]:
+    """``_CALLS`` calls, waited for, of ``run`` or of it and its gradients."""
+    import jax
+
     def both(*inputs):
-        o, pullback = jax.vjp(lambda *x: run(*x)[0], *inputs)
+        o, pullback = jax.vjp(run, *inputs)
         return o, pullback(d_o.astype(o.dtype))
 
-    compiled = jax.jit(both if direction == "both" else lambda *x: run(*x)[0]).lower(*inputs).compile()
+    compiled = jax.jit(both if direction == "both" else run).lower(*inputs).compile()
 
     def call() -> None:
         for _ in range(_CALLS.value):

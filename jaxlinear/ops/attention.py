@@ -17,6 +17,7 @@ from jaxlinear.pallas import attention as kernels
 QUERY_BLOCK = 256
 KEY_RUN = 512
 _FEW = 128  # queries, fewer than which are no block of the kernel
+_WIDEST_ON_GPU = 256  # channels of a head
 
 
 def causal_attention(
@@ -40,8 +41,8 @@ def causal_attention(
       offset: the key position of query 0, an int32 scalar, where it is not P: the keys then go on behind the queries'
         own, as on a device that has some of the queries and all keys.
       backend: ``"recurrent"`` (one query at a time, for checking), ``"chunked"`` (blocks of queries against blocks of
-        keys; those after a block of queries are skipped), ``"pallas"`` (splash attention for TPU) or ``"auto"``:
-        ``"pallas"`` on TPU where it runs, else ``"chunked"``.
+        keys; those after a block of queries are skipped), ``"pallas"`` (a kernel for TPU or GPU) or ``"auto"``:
+        ``"pallas"`` on these where it runs, else ``"chunked"``.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v. Logits and weights are float32 inside.
@@ -82,9 +83,11 @@ def choose(operation: str, backend: str, q: jax.Array, k: jax.Array, v: jax.Arra
     def refusal(platform: str) -> str | None:
         if offset is not None:
             return "the kernel takes no offset: its queries are the last of the keys"
-        if platform == "gpu":
-            return "there is no kernel of attention for GPU"
+        if platform == "gpu" and max(q.shape[3], v.shape[3]) > _WIDEST_ON_GPU:
+            return f"the kernel for GPU takes up to {_WIDEST_ON_GPU} channels a head, not {max(q.shape[3], v.shape[3])}"
         for x in (q, k, v):
+            if platform == "gpu" and x.dtype != jnp.bfloat16:
+                return f"the kernel for GPU takes bfloat16, not {x.dtype}"
             if x.dtype not in (jnp.float32, jnp.bfloat16):
                 return f"the kernel takes float32 and bfloat16, not {x.dtype}"
         return None

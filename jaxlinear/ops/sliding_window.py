@@ -32,8 +32,8 @@ def sliding_window_attention(
       scale: of the logits; ``K**-0.5`` by default.
       segment_ids: ``[B, P+T]`` int; the window never crosses a change of id.
       backend: ``"recurrent"`` (one query at a time, for checking), ``"chunked"`` (blocks of queries, each against
-        the keys that it can see; the backward pass recomputes the weights), ``"pallas"`` (splash attention for TPU) or
-        ``"auto"``: ``"pallas"`` on TPU where it runs, else ``"chunked"``.
+        the keys that it can see; the backward pass recomputes the weights), ``"pallas"`` (a kernel for TPU or GPU) or
+        ``"auto"``: ``"pallas"`` on these where it runs, else ``"chunked"``.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v. Logits and weights are float32 inside.

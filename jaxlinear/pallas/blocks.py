@@ -154,3 +154,18 @@ def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None) 
 def attention_tpu(length: int) -> int:
     """Queries and keys of a block of softmax attention, of so many queries. Not tuned."""
     return min(512, -(-length // 128) * 128)
+
+
+class SoftmaxGPUBlock(NamedTuple):
+    queries: int  # of a block, a power of two
+    keys: int
+    warps: int
+    stages: int  # of loads that are on their way
+
+
+def attention_gpu(width: int) -> SoftmaxGPUBlock:
+    """Of softmax attention with heads of so many channels, a power of two. Not tuned: the largest that no program spills
+    registers with, and that its loads have room for."""
+    if width <= 128:
+        return SoftmaxGPUBlock(128, 64, 8, 3 if width <= 64 else 2)
+    return SoftmaxGPUBlock(64, 32, 8, 2)

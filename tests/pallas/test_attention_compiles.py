@@ -1,4 +1,7 @@
-"""Splash attention compiled for TPUs that are not here, forward and backward, as ``auto`` takes it."""
+"""The kernels of attention compiled for TPUs and GPUs that are not here, forward and backward, as ``auto`` takes them.
+
+On GPU the registers of each, by ptxas: none is spilled.
+"""
 
 import functools
 import re
@@ -11,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlinear.ops import SAVED, backends, causal_attention, sliding_window_attention
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding, targets
+from tests import ptxas
 
 # name: B, T, H, G, K, window, dtype, packed
 CASES = {
@@ -33,8 +37,7 @@ def shape(batch, length, heads, width, dtype, device):
     return jax.ShapeDtypeStruct((batch, length, heads, width), dtype, sharding=SingleDeviceSharding(device))
 
 
-@pytest.mark.parametrize("target, name", [(target, name) for target, cases in TARGETS.items() for name in cases])
-def test_tpu(target, name):
+def compiled(target, name, **options):
     batch, length, heads, groups, width, window, dtype, packed = CASES[name]
     device = targets.find(target).devices[0]
     q, k = (shape(batch, length, n, width, dtype, device) for n in (heads, groups))
@@ -47,16 +50,32 @@ def test_tpu(target, name):
         return o, pullback(d_o)
 
     with backends.use_platform(device.platform, device.device_kind):
-        compiled = jax.jit(both).lower(q, k, k, ids, q).compile()
-    assert kernels(compiled.as_text()) == KERNELS  # the forward one once, its outputs being saved
-    assert " while(" not in compiled.as_text()
+        return jax.jit(both).lower(q, k, k, ids, q).compile(**options)
 
 
+@pytest.mark.parametrize("target, name", [(target, name) for target, cases in TARGETS.items() for name in cases])
+def test_tpu(target, name):
+    text = compiled(target, name).as_text()
+    assert kernels(text) == KERNELS  # the forward one once, its outputs being saved
+    assert " while(" not in text
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[6] == "bfloat16"])
+def test_h100(name, tmp_path, record_property):
+    text = compiled("h100:1", name, compiler_options={"xla_dump_to": str(tmp_path)}).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 3 and " while(" not in text
+    used = ptxas.registers(tmp_path, "attention_")
+    record_property("registers", used)
+    assert set(used) == {"attention_outputs", "attention_queries", "attention_keys"}
+    assert all(32 < count <= 255 for count in used.values())
+
+
+@pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
 @pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"sequence": 4, "tensor": 2}], ids=str)
-def test_over_a_mesh_of_tpus(sizes):
+def test_over_a_mesh(sizes, target):
     """Each device attends with its rows and heads, or with its part of time behind a window of those before."""
     axes = dict.fromkeys(("data", "fsdp", "sequence", "tensor", "expert"), 1) | sizes
-    mesh = meshes.make_mesh(axes, targets.find("v5e:2x4").devices)
+    mesh = meshes.make_mesh(axes, targets.find(target).devices)
 
     def objective(q, k, v):
         return jnp.sum(operations.sliding_window_attention(q, k, v, window=100).astype(jnp.float32) ** 2)
@@ -65,5 +84,8 @@ def test_over_a_mesh_of_tpus(sizes):
     with sharding.use_mesh(mesh):
         place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch", "time", "heads", None), x.shape, mesh))
         text = jax.jit(jax.grad(objective, (0, 1, 2)), in_shardings=place).lower(x, x, x).compile().as_text()
-    assert kernels(text) == KERNELS
+    if target.startswith("h100"):
+        assert text.count("__gpu$xla.gpu.triton") == 3
+    else:
+        assert kernels(text) == KERNELS
     assert "all-gather" not in text and "all-to-all" not in text

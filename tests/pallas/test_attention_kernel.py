@@ -1,4 +1,4 @@
-"""Splash attention, interpreted, against the oracles of the operations, on the inputs of their tests; and on meshes."""
+"""The kernels of attention, interpreted, against the oracles of the operations, on the inputs of their tests; on meshes."""
 
 import functools
 import re
@@ -13,8 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import attention, backends, causal_attention, sliding_window_attention
-from jaxlinear.pallas import attention as kernels
-from jaxlinear.pallas import blocks
+from jaxlinear.pallas import attention_tpu, blocks
 from jaxlinear.pallas.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
@@ -26,6 +25,15 @@ from tests.shards import EIGHT, FOUR, IDS, TWO, T, make_mesh
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "attention_tpu", lambda length: 128)
+    monkeypatch.setattr(blocks, "attention_gpu", lambda width: blocks.SoftmaxGPUBlock(16, 32, 4, 1))
+
+
+@pytest.fixture(params=["tpu", "gpu"])
+def target(request, monkeypatch):
+    """What the kernels are interpreted for."""
+    target = Target(request.param, "none", True)
+    monkeypatch.setattr(backends, "target", lambda: target)
+    return target
 
 
 def check(operation, inputs, cotangents, outputs, gradients, dtype):
@@ -39,7 +47,7 @@ def check(operation, inputs, cotangents, outputs, gradients, dtype):
     "name, dtype",
     [*((name, "float32") for name in windows.CASES), ("grouped", "bfloat16"), ("more_keys_in_front", "bfloat16")],
 )
-def test_windows(name, dtype):
+def test_windows(name, dtype, target):
     inputs, cotangents, ids, *expected = windows.case(name)
     operation = functools.partial(
         sliding_window_attention, window=windows.CASES[name][6], segment_ids=ids, backend="pallas"
@@ -48,7 +56,7 @@ def test_windows(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["grouped", "keys_in_front", "whole", "long"])
-def test_all_tokens(name):
+def test_all_tokens(name, target):
     inputs, cotangents, ids, *expected = full.case(name)
     operation = functools.partial(causal_attention, segment_ids=ids, backend="pallas")
     check(operation, inputs, cotangents, *expected, "float32")
@@ -63,7 +71,7 @@ def test_on_a_simulated_tpu(monkeypatch):
     check(operation, inputs, cotangents, *expected, "float32")
 
 
-def test_an_id_used_again_names_another_document():
+def test_an_id_used_again_names_another_document(target):
     """Equal keys, so that the output is the mean of the values seen."""
     q = k = jnp.ones((1, 6, 1, 2))
     v = jnp.arange(1.0, 7.0)[None, :, None, None]
@@ -73,7 +81,7 @@ def test_an_id_used_again_names_another_document():
 
 @pytest.mark.parametrize("window, offset", [(1, 0), (5, 0), (16, 3), (17, 8), (40, 8)])
 def test_the_mask_of_blocks_is_that_of_pairs(window, offset):
-    found = kernels._Window((32, 40), window, offset)
+    found = attention_tpu._Window((32, 40), window, offset)
     expected = masks.LocalMask((32, 40), (window - 1, 0), offset)
     for rows in range(0, 32, 8):
         for columns in range(0, 40, 8):
@@ -82,18 +90,21 @@ def test_the_mask_of_blocks_is_that_of_pairs(window, offset):
 
 
 @pytest.mark.parametrize(
-    "operation, sizes, groups",
+    "operation, sizes, groups, target",
     [
-        ("sliding_window_attention", {"data": 4, "tensor": 2}, 1),
-        ("sliding_window_attention", {"fsdp": 4, "tensor": 2}, 2),
-        ("sliding_window_attention", EIGHT, 2),
-        ("sliding_window_attention", FOUR, 1),
-        ("sliding_window_attention", TWO, 2),
-        ("causal_attention", {"data": 4, "tensor": 2}, 2),
+        ("sliding_window_attention", {"data": 4, "tensor": 2}, 1, "tpu"),
+        ("sliding_window_attention", {"fsdp": 4, "tensor": 2}, 2, "tpu"),
+        ("sliding_window_attention", EIGHT, 2, "tpu"),
+        ("sliding_window_attention", FOUR, 1, "tpu"),
+        ("sliding_window_attention", TWO, 2, "tpu"),
+        ("causal_attention", {"data": 4, "tensor": 2}, 2, "tpu"),
+        ("sliding_window_attention", TWO, 2, "gpu"),
+        ("causal_attention", {"data": 4, "tensor": 2}, 2, "gpu"),
     ],
+    indirect=["target"],
     ids=str,
 )
-def test_on_a_mesh(operation, sizes, groups):
+def test_on_a_mesh(operation, sizes, groups, target):
     random = np.random.default_rng(0)
     inputs = tuple(numerics.normal(random, 4, T, heads, 3) for heads in (4, groups, groups))
     cotangents = numerics.normal(random, *inputs[0].shape)
@@ -114,12 +125,12 @@ def test_what_is_chosen():
         assert attention.choose("causal_attention", "auto", q[:, -1:], k, k) == "auto"  # one token: decoding
         assert attention.choose("causal_attention", "auto", q, k, k, offset=jnp.int32(0)) == "auto"
     with backends.use_platform("gpu", "NVIDIA H100"):
-        assert attention.choose("causal_attention", "auto", q, k, k) == "auto"
-        with pytest.raises(
-            UserError,
-            match="sliding_window_attention: there is no kernel of attention for GPU; backend='chunked' runs it",
-        ):
-            sliding_window_attention(q, k, k, window=5, backend="pallas")
+        assert attention.choose("causal_attention", "auto", q, k, k) == "pallas"
+        message = "sliding_window_attention: the kernel for GPU takes bfloat16, not float32; backend='chunked' runs it"
+        with pytest.raises(UserError, match=message):
+            sliding_window_attention(q.astype(jnp.float32), k, k, window=5, backend="pallas")
+        with pytest.raises(UserError, match="the kernel for GPU takes up to 256 channels a head, not 288"):
+            sliding_window_attention(q, k, jnp.ones((1, 256, 1, 288), k.dtype), window=5, backend="pallas")
     with pytest.raises(UserError, match="takes float32 and bfloat16, not float16"):
         causal_attention(*(x.astype(jnp.float16) for x in (q, k, k)), backend="pallas")
 
@@ -130,3 +141,18 @@ def test_blocks_that_no_query_sees_are_not_visited():
     operation = functools.partial(sliding_window_attention, window=128, backend="pallas")
     text = str(jax.make_jaxpr(operation)(x, x, x))
     assert re.findall(r"grid=\((\d+), (\d+), (\d+)\)", text) == [("1", "32", "2")]
+
+
+def test_work_that_the_kernels_for_gpu_say_they_do(monkeypatch):
+    """Per pair met: 2 (K + V) forward, 2 (2 K + V) and 2 (2 K + 2 V) backward. Blocks of 16 queries that begin at 5, 21, 37
+    and 53 see from 0, 2, 18 and 34 on: 1, 2, 2 and 2 blocks of 32 keys."""
+    monkeypatch.setattr(backends, "target", lambda: Target("gpu", "none", True))
+    q, k, v = (jax.ShapeDtypeStruct((1, n, 4, width), jnp.float32) for n, width in ((64, 16), (69, 16), (69, 32)))
+
+    def both(q, k, v):
+        o, pullback = jax.vjp(functools.partial(sliding_window_attention, window=20, backend="pallas"), q, k, v)
+        return pullback(o)
+
+    found = [int(flops) for flops in re.findall(r"CostEstimate\(flops=(\d+)", str(jax.make_jaxpr(both)(q, k, v)))]
+    pairs = 4 * (1 + 2 + 2 + 2) * 16 * 32
+    assert found == [2 * pairs * 48, 2 * pairs * 64, 2 * pairs * 96]

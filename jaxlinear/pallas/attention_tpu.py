@@ -1,0 +1,76 @@
+"""Causal softmax attention for TPU, full or to a window, by JAX's splash attention: forward and backward.
+
+It takes blocks of queries against blocks of keys, and of these only such that some query sees some key of.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from jaxlinear.pallas import blocks
+from jaxlinear.pallas.target import Target
+
+SAVED = "attention"  # what rules of rematerialisation call the outputs and the logs of the sums of weights
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, runs: jax.Array | None, *, window: int, scale: float, target: Target
+) -> jax.Array:
+    """As ``jaxlinear.pallas.attention.attention``."""
+    (length, heads), keys = q.shape[1:3], k.shape[1]
+    block = blocks.attention_tpu(length)
+    # Whole blocks of both, and for every query its own key. What stands behind the last is seen by queries behind it.
+    queries = -(-length // block) * block
+    padded = -(-(keys - length + queries) // block) * block
+    dtype = functools.reduce(np.promote_types, (q.dtype, k.dtype, v.dtype))
+    scaled = (q.astype(jnp.float32) * scale).astype(dtype)
+    q, k, values = (
+        jnp.pad(x.astype(dtype), ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+        for x, size in ((scaled, queries), (k, padded), (v, padded))
+    )
+    ids = None
+    if runs is not None:
+        runs = jnp.pad(runs, ((0, 0), (0, padded - keys)), mode="edge")
+        ids = splash.SegmentIds(q=runs[:, keys - length : keys - length + queries], kv=runs)
+    kernel = _kernel(heads, queries, padded, min(window, keys), keys - length, block, target.interpret)
+    o = jax.vmap(kernel)(q, k, values, ids)
+    return o.swapaxes(1, 2)[:, :length].astype(v.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(heads: int, queries: int, keys: int, window: int, offset: int, block: int, interpret):
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    mask = masks.MultiHeadMask([_Window((queries, keys), window, offset)] * heads)
+    with jax.ensure_compile_time_eval():  # it is kept, and so must not be of the program that is being traced
+        return splash.make_splash_mha_single_device(
+            mask, block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret
+        )
+
+
+class _Window(masks.LocalMask):
+    """JAX's mask of a window, which asks all pairs of tokens. Here the blocks in which all see all, or none sees any, are
+    told from their corners."""
+
+    def __init__(self, shape: tuple[int, int], window: int, offset: int):
+        super().__init__(shape, (window - 1, 0), offset)
+
+    def __getitem__(self, index) -> np.ndarray:
+        rows, columns = (range(size)[part] for size, part in zip(self.shape, index, strict=True))
+        least, most = rows[0] + self.offset - columns[-1], rows[-1] + self.offset - columns[0]  # how far keys lie back
+        seen = 0, self.window_size[0]
+        if least >= seen[0] and most <= seen[1]:
+            return np.ones((1, 1), np.bool_)
+        if most < seen[0] or least > seen[1]:
+            return np.zeros((1, 1), np.bool_)
+        return super().__getitem__(index)
