@@ -142,12 +142,15 @@ class DeltaRuleGPUBlock(NamedTuple):
 
 
 def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None) -> DeltaRuleGPUBlock:
-    """Not tuned: about as large as the registers of a program allow."""
-    if chunk is None:
-        chunk = (32 if keys <= 128 else 16) if by_channel else 64
+    """Not tuned: about the largest that no program spills registers with."""
+    if chunk is None and by_channel:
+        chunk = 32 if 32 <= keys <= 128 else 16
+    elif chunk is None:
+        chunk = 64 if keys >= 64 else 32
     tokens = min(chunk, max(16, 1 << (length - 1).bit_length()))
     if keys <= 128:
-        return DeltaRuleGPUBlock(tokens, 16 if by_channel else 64, 64, 32)
+        states = 16 if not by_channel and length <= 4 * tokens else 32  # so few steps in time are written out
+        return DeltaRuleGPUBlock(tokens, 16 if by_channel else max(16, min(64, keys // 2)), 64, states)
     return DeltaRuleGPUBlock(tokens, 16 if by_channel else 64, 16 if by_channel else 32, 16)
 
 

@@ -32,10 +32,20 @@ _OF_TOKENS = {
     "gradient": ("attention", "queries", "ends", "w", "whole", "u", "keys", "inverse", "overlap"),
 }
 
+_IN_TIME = ("o", "d_q", "d_k", "d_v", "d_beta", "d_log_decay")  # outputs [B, T, ...]
+
 
 def call(plan: Plan, arguments: Arguments, target: Target) -> Arrays:
-    """The outputs by name, as those of ``delta_rule_tpu.call``; but ``before`` is as it is given back here."""
-    return _Call(plan, arguments, target).run()
+    """The outputs by name, as those of ``delta_rule_tpu.call``; but ``before`` is as it is given back here.
+
+    Where T ends within a chunk, arrays get tokens behind that change nothing: a kernel that asks where they end has no
+    register left for that.
+    """
+    more = -plan.length % layout_of(plan).chunk
+    given = {name: x for name, x in arguments._asdict().items() if x is not None and name not in ("state", "before")}
+    given = {name: jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2))) for name, x in given.items()}
+    found = _Call(plan, arguments._replace(**given), target).run()
+    return {name: x[:, : plan.length] if name in _IN_TIME else x for name, x in found.items()}
 
 
 class _Call:
@@ -72,8 +82,7 @@ class _Call:
             sums = head_sums.cut(self._chunked(self._in_chunks(given.log_decay)))
             arrays["coarse"], arrays["fine"] = map(self._flat, sums)
         if given.starts is not None:
-            starts = jnp.pad(given.starts.astype(jnp.int32), ((0, 0), (0, self._padding)))
-            arrays["runs"] = self._flat(jnp.cumsum(self._chunked(starts), axis=-1, dtype=jnp.int32))
+            arrays["runs"] = self._flat(jnp.cumsum(self._chunked(given.starts), axis=-1, dtype=jnp.int32))
         return arrays
 
     def _tokens(self, given: Arrays) -> Arrays:
@@ -194,17 +203,9 @@ class _Call:
         )(*given.values())
         return dict(zip(outputs, found, strict=True))
 
-    def _compiler_params(self, name: str) -> plgpu.CompilerParams:
-        """Not tuned: so many warps that their registers hold the tiles."""
-        return plgpu.CompilerParams(num_warps=4 if name == "states" else 8, num_stages=1)
-
     @property
     def _of_chunks(self) -> tuple[int, int, int]:
         return self.layout.chunks, self.plan.heads, self.batch
-
-    @property
-    def _padding(self) -> int:
-        return self.layout.chunks * self.layout.chunk - self.plan.length
 
     def _by_head(self, x: jax.Array) -> jax.Array:
         """``[B, T, H K]`` -> ``[B, T, H, K]``"""
@@ -212,11 +213,11 @@ class _Call:
 
     def _in_chunks(self, x: jax.Array) -> jax.Array:
         """``[B, T, H]`` -> ``[B, H, N c]``"""
-        return jnp.pad(x.astype(self.plan.wide).swapaxes(1, 2), ((0, 0), (0, 0), (0, self._padding)))
+        return x.astype(self.plan.wide).swapaxes(1, 2)
 
     def _in_time_first(self, x: jax.Array) -> jax.Array:
         """``[B, H, N c]`` -> ``[B, T, H]``"""
-        return x[:, :, : self.plan.length].swapaxes(1, 2)
+        return x.swapaxes(1, 2)
 
     def _chunked(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.layout.chunks, self.layout.chunk)

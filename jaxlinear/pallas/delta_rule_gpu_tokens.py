@@ -30,13 +30,13 @@ class Place:
     def given(self, ref, first, tile: int) -> jax.Array:
         """A tile ``[c, tile]`` of ``[B, T, H, K]`` in the dtype of products, zero where there is none."""
         at = ref.at[self.b, self.time, self.h, span(first, tile)]
-        mask = self._inside(ref.shape[3], first, tile)
+        mask = self._inside(ref, first, tile)
         return plgpu.load(at, mask=mask, other=None if mask is None else 0.0)
 
     def give(self, ref, first, value: jax.Array) -> None:
         tile = value.shape[1]
         at = ref.at[self.b, self.time, self.h, span(first, tile)]
-        plgpu.store(at, value.astype(ref.dtype), mask=self._inside(ref.shape[3], first, tile))
+        plgpu.store(at, value.astype(ref.dtype), mask=self._inside(ref, first, tile))
 
     def load(self, ref, first: int, tile: int) -> jax.Array:
         """A tile ``[c, tile]`` of ``[B, H, N c, K]``."""
@@ -49,12 +49,13 @@ class Place:
         """``[c]`` of ``[B, H, N c]``."""
         return plgpu.load(ref.at[self.b, self.h, self.time])
 
-    def _inside(self, width: int, first, tile: int) -> jax.Array | None:
+    def _inside(self, ref, first, tile: int) -> jax.Array | None:
         """Of an array that ends within the last tiles."""
         layout, mask = self.layout, None
-        if layout.plan.length % layout.chunk:
+        _, length, _, width = ref.shape
+        if length % layout.chunk:
             rows = self.n * layout.chunk + jnp.arange(layout.chunk, dtype=jnp.int32)
-            mask = jnp.broadcast_to(rows[:, None] < layout.plan.length, (layout.chunk, tile))
+            mask = jnp.broadcast_to(rows[:, None] < length, (layout.chunk, tile))
         if width != power_of_two(width):
             columns = first + jnp.arange(tile, dtype=jnp.int32)
             inside = jnp.broadcast_to(columns[None] < width, (layout.chunk, tile))

@@ -29,6 +29,13 @@ CASES = {
     "narrow": (1, 200, 9, 16, 16, "bfloat16", "none", True),
     "shortest": (1, 9, 2, 64, 64, "bfloat16", "channel", False),
 }
+ON_GPU = {
+    "scalar_64": (1, 1024, 2, 64, 64, "bfloat16", "scalar", True),
+    "odd_64": (1, 1000, 2, 64, 64, "bfloat16", "scalar", True),
+    "odd_channel": (1, 1000, 2, 128, 128, "bfloat16", "channel", True),
+    "few_chunks": (1, 200, 2, 128, 128, "bfloat16", "none", False),
+    **{name: CASES[name] for name in ("none_64", "scalar_128", "channel_128", "channel_256", "narrow", "shortest")},
+}
 TARGETS = {
     "v5e:1x1": list(CASES),
     "v5p:2x2x1": ["scalar_128"],
@@ -38,7 +45,7 @@ TARGETS = {
 
 def compiled(target, name, remat=False, **options):
     """The gradient of an objective of o and the last state."""
-    batch, length, heads, key, value, dtype, decay, packed = CASES[name]
+    batch, length, heads, key, value, dtype, decay, packed = (CASES | ON_GPU)[name]
     device = targets.find(target).devices[0]
 
     def array(*shape, dtype=dtype):
@@ -87,7 +94,7 @@ def test_tpu(target, name):
         assert not copies(text, batch * length * heads * min(key, value))
 
 
-@pytest.mark.parametrize("name", ["none_64", "scalar_128", "channel_128", "channel_256"])
+@pytest.mark.parametrize("name", ON_GPU)
 def test_h100(name, tmp_path, record_property):
     text = compiled("h100:1", name, compiler_options={"xla_dump_to": str(tmp_path)}).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 6
