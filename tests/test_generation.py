@@ -19,6 +19,7 @@ from jaxlinear.generation import Sampling, generate, sample, stream
 from jaxlinear.models import ModelConfig, mixers
 from jaxlinear.models.layers import by_outputs
 from jaxlinear.models.parameters import describe
+from tests import numerics
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 VOCAB, WINDOW = 61, 8
@@ -45,7 +46,7 @@ def _model(num_layers):
         )
     )
     random = np.random.default_rng(0)
-    initial = jax.jit(architecture.initialise)(jax.random.key(0))
+    initial = numerics.jit(architecture.initialise)(jax.random.key(0))
     moved = jax.tree.map(lambda x: x + 0.2 * random.standard_normal(x.shape).astype(np.float32), initial)
     return architecture.bind(moved)
 
@@ -64,7 +65,12 @@ def model():
 
 @functools.cache
 def _forward(model):
-    return jax.jit(lambda *arguments: model(*arguments))
+    return numerics.jit(lambda *arguments: model(*arguments))
+
+
+@functools.cache
+def _laid_out(model, layout):
+    return model if layout == "stacked" else getattr(model, layout)()
 
 
 def tokens(*shape, seed=0):
@@ -76,7 +82,7 @@ def tokens(*shape, seed=0):
 def test_decoding_is_one_pass(deep, layout, prompt):
     """A prompt behind padding, then one token, then five at once, then one at a time past the window."""
     text, length, pad = tokens(2, 40), 40, 5
-    forward = _forward(deep if layout == "stacked" else getattr(deep, layout)())
+    forward = _forward(_laid_out(deep, layout))
     expected, _ = forward(text)
     padded = np.concatenate([tokens(2, pad, seed=1), text[:, :prompt]], axis=1)
     segment_ids = np.concatenate([np.zeros((2, pad), np.int32), np.ones((2, prompt), np.int32)], axis=1)
@@ -124,7 +130,7 @@ def test_a_model_for_decoding_is_the_same_model(mixer):
     sizes = {"num_layers": 1, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
     sizes |= {"key_width": 8, "value_width": 8, "dtype": "float32"}
     architecture = describe(ModelConfig(pattern=(mixer,), **sizes))
-    model = architecture.bind(jax.jit(architecture.initialise)(jax.random.key(0)))
+    model = architecture.bind(numerics.jit(architecture.initialise)(jax.random.key(0)))
     expected, state = _forward(model)(tokens(2, 5))
     logits, turned_state = _forward(model.for_decoding())(tokens(2, 5))
     assert np.abs(expected).max() > 0.1
@@ -160,7 +166,7 @@ def test_attention_has_room_for_the_text_alone(pattern, monkeypatch):
     sizes = {"num_layers": 2, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
     config = ModelConfig(pattern=pattern, window=64, context=64, dtype="float32", **sizes)
     architecture = describe(config)
-    model = architecture.bind(jax.jit(architecture.initialise)(jax.random.key(0)))
+    model = architecture.bind(numerics.jit(architecture.initialise)(jax.random.key(0)))
     prompts, rooms, prefill = [tokens(5), tokens(9)], [], generation._prefill
 
     def seen(*arguments):
@@ -271,7 +277,7 @@ def test_full_attention_generates_within_its_context():
 
     def make(*pattern):
         architecture = describe(ModelConfig(pattern=pattern, context=20, dtype="float32", **config))
-        return architecture.bind(jax.jit(architecture.initialise)(jax.random.key(0)))
+        return architecture.bind(numerics.jit(architecture.initialise)(jax.random.key(0)))
 
     model, prompts = make("sliding_window", "attention"), [tokens(5), tokens(9)]
     rows = generate(model, prompts, max_tokens=11, temperature=0.0)

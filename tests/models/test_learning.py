@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxlinear.models import mixers
 from jaxlinear.models.parameters import describe
-from tests import small
+from tests import numerics, small
 
 STEPS, BATCH, LENGTH = 200, 16, 32
 
@@ -62,7 +62,7 @@ def test_one_layer_learns(name):
         logits, _ = architecture.bind(parameters)(batch[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
-    @jax.jit
+    @numerics.jit
     def learn(parameters, batches, heldout):
         def step(carry, batch):
             parameters, state = carry
