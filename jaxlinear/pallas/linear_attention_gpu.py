@@ -126,8 +126,10 @@ class _Call:
         inputs = {**inputs, **self.shared}
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]
         plan, tokens = self.plan, self.batch * self.plan.length * self.plan.heads
-        wide = plan.decay == "channel" or max(self.layout.keys, self.layout.values) > 128
-        warps = 8 if wide and name != "states" else 4
+        if plan.decay == "channel":
+            warps = 8 if name == "keys" else 4
+        else:
+            warps = 8 if max(self.layout.keys, self.layout.values) > 128 and name != "states" else 4
         share = {"states": 0.25, "outputs": 0.75, "values": 0.25, "keys": 0.5}[name]
         found = pl.pallas_call(
             functools.partial(kernel, self.of_keys if name == "keys" else self.layout, (*inputs, *outputs)),

@@ -30,6 +30,12 @@ CASES = {
     "narrow": (1, 200, 16, 16, 16, "bfloat16", "channel", True),
     "ragged_heads": (1, 256, 5, 64, 128, "bfloat16", "constant", False),
 }
+ON_GPU = {
+    **{name: CASES[name] for name in ("none_64", "scalar_128", "channel_128", "constant_256", "narrow")},
+    "packed_channel_64": (1, 1024, 2, 64, 64, "bfloat16", "channel", True),
+    "packed_channel_256": (1, 1024, 2, 256, 256, "bfloat16", "channel", True),
+    "odd_128": (1, 1000, 2, 128, 128, "bfloat16", "channel", True),
+}
 TARGETS = {
     "v5e:1x1": list(CASES),
     "v5p:2x2x1": ["scalar_128", "channel_128"],
@@ -39,7 +45,7 @@ TARGETS = {
 
 def compiled(target, name, remat=False, **options):
     """The gradient of an objective of o and the last state."""
-    batch, length, heads, key, value, dtype, decay, packed = CASES[name]
+    batch, length, heads, key, value, dtype, decay, packed = (CASES | ON_GPU)[name]
     device = targets.find(target).devices[0]
 
     def array(*shape, dtype=dtype):
@@ -84,7 +90,7 @@ def copies(text, elements):
 
 
 def names(name, *kinds):
-    decay, packed = CASES[name][-2:]
+    decay, packed = (CASES | ON_GPU)[name][-2:]
     marks = ([decay] if decay != "none" else []) + (["packed"] if packed else [])
     return ["_".join(["linear_attention", kind, *marks]) for kind in kinds]
 
@@ -125,7 +131,7 @@ def test_over_a_mesh_of_tpus():
     ]
 
 
-@pytest.mark.parametrize("name", ["none_64", "scalar_128", "channel_128", "constant_256"])
+@pytest.mark.parametrize("name", ON_GPU)
 def test_h100(name, tmp_path, record_property):
     """Forward the states and the outputs; backward the gradients of states, of values, and of queries and keys."""
     compiled("h100:1", name, compiler_options={"xla_dump_to": str(tmp_path)})
