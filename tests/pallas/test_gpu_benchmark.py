@@ -15,13 +15,12 @@ def run(*options):
 def test_each_direction_of_each_operation_is_timed(tmp_path):
     path = tmp_path / "rows.json"
     sizes = "--shapes=1x64x2x16", "--calls=1", "--rounds=1"
-    done = run("--backend=chunked", "--operations=delta_rule_scalar,sliding_window_attention", *sizes, f"--json={path}")
+    operations = "delta_rule_scalar", "linear_recurrence", "sliding_window_attention"
+    done = run("--backend=chunked", f"--operations={','.join(operations)}", *sizes, f"--json={path}")
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())["rows"]
     assert [(row["operation"], row["direction"]) for row in rows] == [
-        (operation, direction)
-        for operation in ("delta_rule_scalar", "sliding_window_attention")
-        for direction in ("forward", "both")
+        (operation, direction) for operation in operations for direction in ("forward", "both")
     ]
     assert all(row["ms"] > 0 and row["device_ms"] is None for row in rows)
 
