@@ -13,28 +13,26 @@ from jaxlinear.pallas.target import Target
 COMPILED = ("tpu", "gpu")  # where kernels are compiled; elsewhere they are interpreted
 
 _LOG = logging.getLogger(__name__)
-_platforms: list[tuple[str, str]] = []
+# Of JAX's own, so that nothing is taken for one platform that was traced for another.
+_platform = jax.make_user_context(default_value=None)
 
 
 @contextlib.contextmanager
 def use_platform(name: str, device_kind: str = "") -> Iterator[None]:
     """Within it, operations are traced for this platform, which need not be one of this machine's, and for this kind of
     device, as JAX names it."""
-    _platforms.append((name, device_kind))
-    try:
+    with _platform((name, device_kind)):
         yield
-    finally:
-        _platforms.pop()
 
 
 def platform() -> str:
     """What the program that is being traced is for: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
-    return _platforms[-1][0] if _platforms else jax.default_backend()
+    return jax.default_backend() if _platform.value is None else _platform.value[0]
 
 
 def target() -> Target:
     """What kernels are built for."""
-    name, kind = _platforms[-1] if _platforms else (jax.default_backend(), jax.devices()[0].device_kind)
+    name, kind = _platform.value or (jax.default_backend(), jax.devices()[0].device_kind)
     return Target(name, kind, interpret=name not in COMPILED)
 
 

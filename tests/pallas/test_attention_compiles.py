@@ -42,9 +42,7 @@ def compiled(target, name, **options):
     device = targets.find(target).devices[0]
     q, k = (shape(batch, length, n, width, dtype, device) for n in (heads, groups))
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=SingleDeviceSharding(device)) if packed else None
-    # New each time: JAX keeps what it has traced of a function, for whatever platform.
-    windowed = functools.partial(sliding_window_attention, window=window)
-    operation = functools.partial(causal_attention) if window is None else windowed
+    operation = causal_attention if window is None else functools.partial(sliding_window_attention, window=window)
 
     def both(q, k, v, ids, d_o):
         run = jax.checkpoint(operation, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
