@@ -14,9 +14,9 @@ kernel:
                    unit could do in so many cycles; the inverse, and what a decay by channel takes more, are not counted
     at 64 %        the same of the operations that chunks of 64 tokens would have, so that a larger chunk flatters nothing
 
-A kernel with a decay by channel goes two ways: through blocks of chunks in which no decay is strong, and through others
-(``pallas/factored_decays.py``). Each is a row: the second of a program that has no other, the first what the program with
-both has more, the choice included.
+A kernel with a decay by channel goes three ways: through blocks of chunks in which no decay is strong, through those in
+which none is in parts of a chunk, and through others (``pallas/factored_decays.py``). Each is a row: the last two of a
+program that has no other, the first what the program with all has more, the choice included.
 
 With ``--chunked`` also the bytes that the instructions of both passes read and write, with and without the kernel.
 Schedules are lower bounds of the time, not timings.
@@ -49,7 +49,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of q, 
 _CHUNKED = flags.DEFINE_bool("chunked", False, "Also the program without the kernel, which takes minutes to compile.")
 _TUNE = flags.DEFINE_bool("tune", False, "Instead: by sizes of blocks.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
-_STRONG = flags.DEFINE_bool("strong", False, "Of the worker: all decays taken for strong.")
+_WAY = flags.DEFINE_enum("way", None, ["in_parts", "strong"], "Of the worker: the one way of a decay by channel.")
 _WORKER = flags.DEFINE_list("worker", None, "Compile this operation, decay and backend, and print its report.")
 _BLOCK = flags.DEFINE_list(
     "block",
@@ -73,14 +73,14 @@ def main() -> None:
 
 def _comparison() -> list[dict]:
     columns = ("cycles", 8), ("compute us", 11), ("memory us", 10), ("peak %", 7), ("at 64 %", 8)
-    print(f"{'':34}", *(f"{name:>{width}}" for name, width in columns))
+    print(f"{'':42}", *(f"{name:>{width}}" for name, width in columns))
     rows, backends = [], ("pallas", "chunked") if _CHUNKED.value else ("pallas",)
     for operation in _OPERATIONS.value:
         for decay in _DECAYS.value:
             reports = {backend: _report(operation, decay, backend) for backend in backends}
             for row in reports["pallas"]["kernels"]:
                 print(
-                    f"{row['name']:34} {row['cycles']:8.0f} {row['compute_us']:11.0f} {row['memory_us']:10.0f} "
+                    f"{row['name']:42} {row['cycles']:8.0f} {row['compute_us']:11.0f} {row['memory_us']:10.0f} "
                     f"{100 * row['peak']:7.1f} {100 * row['at_64']:8.1f}",
                     flush=True,
                 )
@@ -92,23 +92,26 @@ def _comparison() -> list[dict]:
 
 
 def _report(operation: str, decay: str, backend: str, *more: str) -> dict:
-    """The worker's; of kernels that go two ways a row for each."""
+    """The worker's; of kernels that go several ways a row for each."""
     report = _worker(operation, decay, backend, *more)
     if backend == "pallas" and decay == "channel" and _DTYPE.value == "bfloat16":
-        strong = _worker(operation, decay, backend, "--strong", *more)
-        report["kernels"] = _both_ways(report["kernels"], strong["kernels"])
+        ways = {
+            way: _worker(operation, decay, backend, f"--way={way}", *more)["kernels"] for way in ("in_parts", "strong")
+        }
+        report["kernels"] = _each_way(report["kernels"], ways)
     return report
 
 
-def _both_ways(both: list[dict], strong: list[dict]) -> list[dict]:
-    """Of each kernel with both ways that part which is for weak decays, and the kernel for strong ones alone."""
+def _each_way(all_ways: list[dict], ways: dict[str, list[dict]]) -> list[dict]:
+    """Of each kernel with all ways that part which is for weak decays, and the kernels for the other ``ways`` alone."""
     rows = []
-    for whole, alone in zip(both, strong, strict=True):
-        assert whole["name"] == alone["name"]
-        part = (whole["cycles"] - alone["cycles"]) / whole["cycles"]
+    for whole, *others in zip(all_ways, *ways.values(), strict=True):
+        assert all(other["name"] == whole["name"] for other in others)
+        part = (whole["cycles"] - sum(other["cycles"] for other in others)) / whole["cycles"]
         weak = {name: whole[name] * part for name in ("cycles", "compute_us")}
         weak |= {name: whole[name] / part for name in ("peak", "at_64")}
-        rows += [whole | weak | {"name": whole["name"] + ", weak"}, alone | {"name": alone["name"] + ", strong"}]
+        rows.append(whole | weak | {"name": whole["name"] + ", weak"})
+        rows += [other | {"name": f"{other['name']}, {way}"} for way, other in zip(ways, others, strict=True)]
     return rows
 
 
@@ -146,10 +149,11 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
 
     from jaxlinear import ops
     from jaxlinear.ops import backends
-    from jaxlinear.pallas import blocks, factored_decays
+    from jaxlinear.pallas import blocks, channel_decays, factored_decays
 
-    if _STRONG.value:
-        factored_decays.takes = lambda *_: False
+    if _WAY.value:
+        kind_of = {"in_parts": factored_decays.FactoredInParts, "strong": channel_decays.ByChannel}[_WAY.value]
+        factored_decays.each_way = lambda log_decays, narrow, wide, work: work(kind_of)
     batch, length, heads, key, value = (flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY, _VALUE))
     kind = schedules.device(_TOPOLOGY.value).device_kind
     if _BLOCK.value:

@@ -33,12 +33,12 @@ def suffix_sums(x: jax.Array) -> jax.Array:
     return _running(x, -1)
 
 
-def prefix_sums(x: jax.Array) -> jax.Array:
-    """``y_i = sum_{j <= i} x_j`` of ``[c, D]``."""
-    return _running(x, 1)
+def prefix_sums(x: jax.Array, part: int | None = None) -> jax.Array:
+    """``y_i = sum_{j <= i} x_j`` of ``[c, D]``; the sums begin anew every ``part`` tokens, a multiple of 8."""
+    return _running(x, 1, part)
 
 
-def _running(x: jax.Array, step: int) -> jax.Array:
+def _running(x: jax.Array, step: int, part: int | None = None) -> jax.Array:
     groups = in_groups(x)
     row = places(groups)
     for by in (1, 2, 4):
@@ -49,6 +49,8 @@ def _running(x: jax.Array, step: int) -> jax.Array:
     order = range(groups.shape[0]) if step == 1 else reversed(range(groups.shape[0]))
     before, total = {}, jnp.zeros_like(totals[0])
     for n in order:
+        if part and n * GROUP % part == 0:
+            total = jnp.zeros_like(total)
         before[n], total = total, total + totals[n]
     return (groups + jnp.stack([before[n] for n in range(groups.shape[0])])).reshape(x.shape)
 

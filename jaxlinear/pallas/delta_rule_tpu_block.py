@@ -1,6 +1,5 @@
 """One chunk of time of the delta rule for TPU, several heads at once."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,10 +39,8 @@ class Block:
             if self.plan.kind == "summary":
                 self.refs["transition"][...] = self._identity()
 
-        if self.plan.decay == "channel" and factored_decays.takes(self.plan.narrow, self.plan.wide):
-            factored = factored_decays.within(self._by_channel())
-            pl.when(factored)(functools.partial(self._work, factored_decays.Factored))
-            pl.when(~factored)(self._work)
+        if self.plan.decay == "channel":
+            factored_decays.each_way(self._by_channel(), self.plan.narrow, self.plan.wide, self._work)
         else:
             self._work()
 

@@ -1,20 +1,44 @@
-"""Decays of key channels within a chunk in which none is strong, inside kernels: the products of its pairs are one product.
+"""Decays of key channels within a chunk where none is strong, inside kernels: the products of its pairs are one product.
 
     exp(G_i - G_j) = exp(G_i - G_end) exp(G_end - G_j),   i >= j
 
-The first factor is at least 1, and bounded by what the whole chunk decays by, so only chunks that decay by no more than
-``LIMIT`` are taken (``within``), and only in bfloat16: it has the exponents of float32, and its own rounding is above that
-of the differences of sums that are taken here. ``channel_decays`` has all others.
+The first factor is at least 1, and bounded by what the tokens up to the end decay by: a whole chunk (``Factored``), or a
+part of it (``FactoredInParts``), of which no channel decays by more than ``LIMIT``; and only in bfloat16: it has the
+exponents of float32, and its own rounding is above that of the differences of sums that are taken here.
+``channel_decays.ByChannel`` has all others, and ``each_way`` chooses.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
+from jaxlinear.pallas.channel_decays import ByChannel, ByLevels, to_base_2
 from jaxlinear.pallas.chunk_decays import dot, masked, pairs, prefix_sums, with_same
 
-LIMIT = 80 * math.log(2)  # of a channel in a chunk; 2^80 leaves 2^47 for what it multiplies
+LIMIT = 80 * math.log(2)  # of a channel in a chunk or part; 2^80 leaves 2^47 for what it multiplies
+PART = 16  # tokens of a part
+
+
+def each_way(log_decays: list[jax.Array], narrow, wide, work: Callable[[type], None]) -> None:
+    """Calls ``work`` inside a kernel with the class for these chunks ``[c, K]``, the products being of dtype ``narrow``."""
+    if not takes(narrow, wide):
+        work(ByChannel)
+        return
+    whole = within(log_decays)
+    pl.when(whole)(functools.partial(work, Factored))
+
+    @pl.when(~whole)
+    def _():
+        if log_decays[0].shape[0] <= PART:
+            work(ByChannel)
+            return
+        in_parts = within(log_decays, PART)
+        pl.when(in_parts)(functools.partial(work, FactoredInParts))
+        pl.when(~in_parts)(functools.partial(work, ByChannel))
 
 
 def takes(narrow, wide) -> bool:
@@ -23,22 +47,19 @@ def takes(narrow, wide) -> bool:
     return narrow.nexp == wide.nexp and narrow.nmant < wide.nmant
 
 
-def within(log_decays: list[jax.Array]) -> jax.Array:
-    """Whether no channel of these chunks ``[c, K]`` decays by more than ``LIMIT``; a scalar."""
-    totals = [jnp.sum(x, axis=0, keepdims=True) for x in log_decays]
-    least = totals[0]
-    for total in totals[1:]:
-        least = jnp.minimum(least, total)
-    return jnp.min(least) >= -LIMIT
+def within(log_decays: list[jax.Array], part: int | None = None) -> jax.Array:
+    """Whether no channel decays by more than ``LIMIT``: in any of these chunks ``[c, K]``, or of their parts; a scalar."""
+    totals = [jnp.sum(x.reshape(-1, part or x.shape[0], x.shape[1]), axis=1) for x in log_decays]
+    return jnp.min(functools.reduce(jnp.minimum, totals)) >= -LIMIT
 
 
 class Factored:
-    """As ``channel_decays.ByChannel``."""
+    """As ``channel_decays.ByChannel``, of decays that are weak in the chunk."""
 
     by_channel = True
 
     def __init__(self, log_decay: jax.Array):
-        sums = prefix_sums(log_decay * jnp.asarray(1 / math.log(2), log_decay.dtype))  # to the base of the hardware
+        sums = prefix_sums(to_base_2(log_decay))
         last = sums[-1:]
         self.since_start, self.until_end, self.whole = jnp.exp2(sums), jnp.exp2(last - sums), jnp.exp2(last)
         self._row = self.since_start * jnp.exp2(-last)
@@ -58,6 +79,30 @@ class Factored:
             d_rows.append(self._row * dot(d, left, (1, 0), wide))
             of_columns.append(dot(d, _times(self._row, r), (0, 0), wide))
         return with_same(self._pairs, rows, columns, d_products, d_rows, self.until_end * sum(of_columns))
+
+
+class FactoredInParts(ByLevels):
+    """As ``channel_decays.ByChannel``, of decays that are weak in parts of ``PART`` tokens: two factors in a part, and the
+    levels of halves, quarters, ... above."""
+
+    def __init__(self, log_decay: jax.Array):
+        seen = prefix_sums(to_base_2(log_decay), PART).reshape(-1, PART, log_decay.shape[1])
+        left = seen[:, -1:] - seen
+        self._row = jnp.exp2(-left)
+        super().__init__(seen, left)
+
+    def _near_products(self, row, columns, apart, wide) -> jax.Array:
+        return dot(self._times(self._row, row), self._times(self._left, columns), (1, 1), wide)
+
+    def _near_gradients(self, row, columns, d_products, apart, wide) -> tuple[jax.Array, jax.Array]:
+        i, j = self._pairs
+        d = masked((i > j) & (apart < PART), d_products).astype(columns.dtype)
+        d_row = dot(d, self._times(self._left, columns), (1, 0), wide)
+        d_columns = dot(d, self._times(self._row, row), (0, 0), wide)
+        return self._row.reshape(d_row.shape) * d_row, self._left.reshape(d_row.shape) * d_columns
+
+    def _times(self, factor: jax.Array, x: jax.Array) -> jax.Array:
+        return _times(factor.reshape(x.shape), x)
 
 
 def _times(factor: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """One block of time of linear attention for TPU, a few heads: its chunks one after the other."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -53,11 +52,9 @@ class Block:
 
     def run(self) -> None:
         pl.when(self.is_first)(self._begin)
-        pairs = self.plan.kind in ("forward", "gradient")
-        if self.plan.decay == "channel" and pairs and factored_decays.takes(self.keys.dtype, self.wide):
-            factored = factored_decays.within([x for n in self.chunks for x in self._log_decays(n)])
-            pl.when(factored)(functools.partial(self._work, factored_decays.Factored))
-            pl.when(~factored)(self._work)
+        if self.plan.decay == "channel" and self.plan.kind in ("forward", "gradient"):
+            log_decays = [x for n in self.chunks for x in self._log_decays(n)]
+            factored_decays.each_way(log_decays, self.keys.dtype, self.wide, self._work)
         else:
             self._work()
 

@@ -1,4 +1,5 @@
-"""Decays of key channels as two factors: the same as by halves where no decay is strong; and kernels that take either."""
+"""Decays of key channels as two factors, in a chunk or its parts: the same as by halves where none is strong; and kernels
+that take each way."""
 
 import functools
 
@@ -10,17 +11,28 @@ import pytest
 from jaxlinear.ops import delta_rule, linear_attention
 from jaxlinear.pallas import blocks, factored_decays
 from jaxlinear.pallas.channel_decays import ByChannel
-from jaxlinear.pallas.factored_decays import LIMIT, Factored
+from jaxlinear.pallas.factored_decays import LIMIT, PART, Factored, FactoredInParts
 from tests import numerics
 
 C, K = 32, 4
 
 
-def test_one_factor_each_gives_what_halves_give():
+# By channel, of the sum over a chunk or part: nearly all that is allowed, hardly any, little; and all in a single step.
+SHARES = np.array([1.9 * LIMIT, 1e-6, 3.2, 0])
+
+
+def draw(random, part: int) -> np.ndarray:
+    """Log decays ``[C, K]``, as strong in each part of a chunk as they may be."""
+    log_decay = -random.uniform(0, 1, (C, K)) * SHARES / part
+    log_decay[part // 2 :: part, 3] = -0.99 * LIMIT
+    return log_decay
+
+
+@pytest.mark.parametrize("kind, part", [(Factored, C), (FactoredInParts, PART)])
+def test_one_factor_each_gives_what_halves_give(kind, part):
     random = np.random.default_rng(0)
-    # A third of the channels decay by nearly all that is allowed, a third hardly, and one in a single step.
-    log_decay = -random.uniform(0, 1, (C, K)) * np.array([1.9 * LIMIT / C, 1e-7, 0.1, 0])
-    log_decay[C // 2, 3] = -0.99 * LIMIT
+    log_decay = draw(random, part)
+    assert (log_decay.sum(axis=0) < -LIMIT).any() == (part < C)
     rows, columns, d = ([random.standard_normal(s) for _ in range(2)] for s in ((C, K), (C, K), (C, C)))
 
     def everything(kind, log_decay, rows, columns, d):
@@ -31,17 +43,20 @@ def test_one_factor_each_gives_what_halves_give():
 
     found, expected = (
         numerics.run(jax.jit(functools.partial(everything, kind)), log_decay, rows, columns, d, dtype="float64")
-        for kind in (Factored, ByChannel)
+        for kind in (kind, ByChannel)
     )
     numerics.assert_close(found, numerics.wide(expected), 1e-12)
 
 
 @pytest.mark.parametrize("factor, expected", [(0.99, True), (1.01, False)])
-def test_the_limit_is_of_a_channel_in_a_chunk(factor, expected):
+@pytest.mark.parametrize("part", [C, PART])
+def test_the_limit_is_of_a_channel_in_a_chunk_or_part(part, factor, expected):
     weak = np.full((C, K), -0.01, np.float32)
     other = weak.copy()
-    other[:, 1] = -factor * LIMIT / C
-    assert bool(factored_decays.within([jnp.asarray(weak), jnp.asarray(other)])) == expected
+    other[:, 1] = -factor * LIMIT / part
+    log_decays = [jnp.asarray(weak), jnp.asarray(other)]
+    assert bool(factored_decays.within(log_decays, part)) == expected
+    assert bool(factored_decays.within(log_decays)) == (expected and part == C)
 
 
 def test_only_narrow_numbers_with_as_large_exponents_are_taken():
@@ -51,21 +66,22 @@ def test_only_narrow_numbers_with_as_large_exponents_are_taken():
 
 
 @pytest.mark.parametrize("operation", [linear_attention, delta_rule], ids=lambda x: x.__name__)
-@pytest.mark.parametrize("way", ["weak", "strong", "both"])
-def test_kernels_take_either_way(monkeypatch, operation, way):
-    """Three chunks, of which the second or all decay by too much. The way that is not to be taken is broken."""
-    small = blocks.AttentionBlock(32, 32, 1), blocks.AttentionBlock(32, 32, 1)
+@pytest.mark.parametrize("way", ["weak", "in_parts", "strong", "all"])
+def test_kernels_take_each_way(monkeypatch, operation, way):
+    """Three chunks, each of its way or all of one. The ways that are not to be taken are broken."""
+    small = blocks.AttentionBlock(C, C, 1), blocks.AttentionBlock(C, C, 1)
     monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", small)
-    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(32, 32, 1))
-    for kind, name in ((Factored, "strong"), (ByChannel, "weak")):
-        if way == name:
-            monkeypatch.setattr(kind, "pairwise", lambda self, rows, *_: [jnp.full((32, 32), jnp.nan)] * len(rows))
+    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(C, C, 1))
+    ways = {"weak": (Factored, 0.0), "in_parts": (FactoredInParts, 2.0), "strong": (ByChannel, 4.0)}
+    for name, (kind, _) in ways.items():
+        if way not in (name, "all"):
+            monkeypatch.setattr(kind, "pairwise", lambda self, rows, *_: [jnp.full((C, C), jnp.nan)] * len(rows))
     random = np.random.default_rng(1)
     q, k, v, state = (numerics.normal(random, *s) for s in ((1, 96, 2, 8), (1, 96, 2, 8), (1, 96, 2, 8), (1, 2, 8, 8)))
     k = numerics.representable(k / np.linalg.norm(k, axis=-1, keepdims=True))
     log_decay = -random.uniform(0, 0.5, q.shape)
-    if way != "weak":
-        log_decay[:, slice(32, 64) if way == "both" else slice(None)] -= 2
+    for n, name in enumerate(ways if way == "all" else [way] * 3):
+        log_decay[:, n * C : (n + 1) * C] -= ways[name][1]
     log_decay = numerics.representable(log_decay)
     beta = (numerics.representable(random.uniform(0, 1, q.shape[:3])),) if operation is delta_rule else ()
     inputs = q, k, v, *beta, log_decay, state
