@@ -23,6 +23,7 @@ Schedules are lower bounds of the time, not timings.
 """
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -54,7 +55,7 @@ _WORKER = flags.DEFINE_list("worker", None, "Compile this operation, decay and b
 _BLOCK = flags.DEFINE_list(
     "block",
     None,
-    "Of the worker: chunk and lanes of a block of the delta rule, time and lanes of one of linear attention.",
+    "Of the worker: chunk and lanes of a block of the delta rule, time, chunk and lanes of one of linear attention.",
 )
 
 KINDS = ("forward", "gradient")
@@ -119,14 +120,19 @@ def _tuning() -> list[dict]:
     rows = []
     for operation in _OPERATIONS.value:
         delta_rule = operation == "delta_rule"
-        first, sizes = ("chunk", (64, 128)) if delta_rule else ("time", (256, 512, 1024))
         for decay in _DECAYS.value:
-            for size in sizes:
-                for lanes in (512, 1024, 2048) if delta_rule else (128, 256, 512):
-                    report = _report(operation, decay, "pallas", f"--block={size},{lanes}")
-                    cycles = {row["name"]: row["cycles"] for row in report["kernels"]}
-                    rows.append({"operation": operation, "decay": decay, first: size, "lanes": lanes, **cycles})
-                    print(f"{operation} {decay:8} {first} {size:4} lanes {lanes:5}: {cycles}", flush=True)
+            # Chunks of 256 are for matrix units of 256 channels; the inverse and the levels of a decay by channel grow with
+            # them.
+            chunks = (64, 128) if delta_rule else (128,) if decay == "channel" else (128, 256)
+            sizes = {"chunk": chunks, "lanes": (512, 1024, 2048) if delta_rule else (128, 256, 512)}
+            if not delta_rule:
+                sizes = {"time": (256, 512, 1024)} | sizes
+            for block in itertools.product(*sizes.values()):
+                report = _report(operation, decay, "pallas", "--block=" + ",".join(map(str, block)))
+                cycles = {row["name"]: row["cycles"] for row in report["kernels"]}
+                rows.append({"operation": operation, "decay": decay, **dict(zip(sizes, block, strict=True)), **cycles})
+                named = " ".join(f"{name} {size:4}" for name, size in zip(sizes, block, strict=True))
+                print(f"{operation} {decay:8} {named}: {cycles}", flush=True)
     return rows
 
 
@@ -157,9 +163,11 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
     batch, length, heads, key, value = (flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY, _VALUE))
     kind = schedules.device(_TOPOLOGY.value).device_kind
     if _BLOCK.value:
-        size, lanes = map(int, _BLOCK.value)
-        blocks.DELTA_RULE_TPU[kind] = blocks.DeltaRuleBlock(size, size, lanes)
-        blocks.LINEAR_ATTENTION_TPU[kind] = (blocks.AttentionBlock(size, 128, lanes),) * 2
+        *sizes, chunk, lanes = map(int, _BLOCK.value)
+        if operation == "delta_rule":
+            blocks.DELTA_RULE_TPU[kind] = blocks.DeltaRuleBlock(chunk, chunk, lanes)
+        else:
+            blocks.LINEAR_ATTENTION_TPU[kind] = (blocks.AttentionBlock(*sizes, chunk, lanes),) * 2
     by_head = jax.ShapeDtypeStruct((batch, length, heads), "float32")
     wide = functools.partial(jax.ShapeDtypeStruct, dtype=_DTYPE.value)
     q, v = wide((batch, length, heads * key)), wide((batch, length, heads * value))

@@ -41,7 +41,7 @@ def scan_gpu_rows(arrays: int) -> int:
 
 class AttentionBlock(NamedTuple):
     time: int  # tokens of a block, a multiple of the chunk
-    chunk: int  # tokens of a chunk, a power of two; 128 where it is compiled
+    chunk: int  # tokens of a chunk, a power of two; 128 at least where it is compiled
     lanes: int  # channels of the heads of a block, so many or few more
 
 
@@ -50,10 +50,10 @@ class AttentionBlock(NamedTuple):
 LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {
     "TPU v5 lite": (AttentionBlock(512, 128, 256),) * 2,
     "TPU v5": (AttentionBlock(512, 128, 256),) * 2,
-    "TPU v6 lite": (AttentionBlock(512, 128, 256),) * 2,
+    "TPU v6 lite": (AttentionBlock(1024, 256, 256), AttentionBlock(512, 128, 256)),  # its matrix unit is of 256 x 256
 }
 _LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 256),) * 2
-CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that kernels are compiled for
+CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that may be asked for
 CHUNKS_INTERPRETED = 8, 256
 VMEM_BYTES = 64 * 2**20  # that a kernel of chunks may take
 _WRITTEN_OUT = 8  # chunks of heads of a block
@@ -76,7 +76,8 @@ def linear_attention_tpu(
     """Tokens of a block and of a chunk, and heads of a block. ``chunk``: the one to take, or None."""
     table = LINEAR_ATTENTION_TPU.get(kind, _LINEAR_ATTENTION_TPU_ELSEWHERE)
     block = table[by_channel]
-    chunk = block.chunk if chunk is None else chunk
+    if chunk is None:
+        chunk = min(block.chunk, max(128, 1 << (length - 1).bit_length()))
     together = heads_of_block(heads, widths, block.lanes)
     assert together is not None
     chunks = max(1, min(block.time // chunk, _WRITTEN_OUT // together))

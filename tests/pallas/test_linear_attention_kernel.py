@@ -84,22 +84,42 @@ def test_a_run_without_its_outputs(small_blocks, name, target):
     numerics.assert_close(found, (outputs[1], gradients[4]), 1e-10)
 
 
+def assert_as_the_recurrence(run, ids, inputs):
+    """``run`` and the recurrence, in float64."""
+    random = np.random.default_rng(8)
+    cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[4].shape)
+    recurrent = functools.partial(linear_attention, segment_ids=ids, backend="recurrent")
+    expected, found = (
+        numerics.run(numerics.with_gradients(x), inputs, cotangents, dtype="float64") for x in (recurrent, run)
+    )
+    numerics.assert_close(found, numerics.wide(expected), 1e-10)
+
+
+def draw(random, decay, length, heads, keys, values):
+    q, k, v, state = (
+        numerics.normal(random, *shape)
+        for shape in (*[(1, length, heads, keys)] * 2, (1, length, heads, values), (1, heads, keys, values))
+    )
+    return q, k, v, operation.draw_decay(random, decay, 1, length, heads, keys), state
+
+
 @pytest.mark.parametrize("decay, packed", [("constant", False), ("scalar", True), ("channel", True)])
 def test_gpu_by_tiles(monkeypatch, decay, packed):
     """K and V of several tiles, the last not whole; outputs of two programs."""
     monkeypatch.setattr(blocks, "linear_attention_gpu", lambda *_: blocks.AttentionGPUBlock(16, 16, 16, 32, 16))
-    random = np.random.default_rng(7)
-    q, k, v, state = (
-        numerics.normal(random, *s) for s in ((1, 40, 2, 40), (1, 40, 2, 40), (1, 40, 2, 50), (1, 2, 40, 50))
-    )
-    inputs = q, k, v, operation.draw_decay(random, decay, 1, 40, 2, 40), state
     ids = np.repeat([[0, 1, 2]], [5, 27, 8], axis=1).astype(np.int32) if packed else None
-    cotangents = numerics.normal(random, *v.shape), numerics.normal(random, *state.shape)
-    results = []
-    recurrent = functools.partial(linear_attention, segment_ids=ids, backend="recurrent")
-    for run in (recurrent, functools.partial(run_kernel, ids, GPU)):
-        results.append(numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype="float64"))
-    numerics.assert_close(results[1], numerics.wide(results[0]), 1e-10)
+    inputs = draw(np.random.default_rng(7), decay, 40, 2, 40, 50)
+    assert_as_the_recurrence(functools.partial(run_kernel, ids, GPU), ids, inputs)
+
+
+@pytest.mark.parametrize("length", [100, 300])
+def test_in_the_blocks_of_v6e(length):
+    """Chunks of 256 tokens, and of 128 where those hold all."""
+    kind = "TPU v6 lite"
+    assert blocks.linear_attention_tpu(kind, length, 1, (128, 128), False, None)[1] == (128 if length == 100 else 256)
+    ids = np.repeat([[0, 1, 2]], [5, length - 30, 25], axis=1).astype(np.int32)
+    inputs = draw(np.random.default_rng(9), "scalar", length, 1, 128, 128)
+    assert_as_the_recurrence(functools.partial(run_kernel, ids, Target("tpu", kind, True)), ids, inputs)
 
 
 # Inputs at the limits
