@@ -2,20 +2,23 @@
 that take each way."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlinear.models import ModelConfig, parameters, presets
+from jaxlinear.models.mixers import kda
 from jaxlinear.ops import delta_rule, linear_attention
 from jaxlinear.pallas import blocks, factored_decays
 from jaxlinear.pallas.channel_decays import ByChannel
 from jaxlinear.pallas.factored_decays import LIMIT, PART, Factored, FactoredInParts
+from jaxlinear.parallel import operations
 from tests import numerics
 
 C, K = 32, 4
-
 
 # By channel, of the sum over a chunk or part: nearly all that is allowed, hardly any, little; and all in a single step.
 SHARES = np.array([1.9 * LIMIT, 1e-6, 3.2, 0])
@@ -57,6 +60,24 @@ def test_the_limit_is_of_a_channel_in_a_chunk_or_part(part, factor, expected):
     log_decays = [jnp.asarray(weak), jnp.asarray(other)]
     assert bool(factored_decays.within(log_decays, part)) == expected
     assert bool(factored_decays.within(log_decays)) == (expected and part == C)
+
+
+def test_kda_begins_with_decays_that_are_weak_in_parts_alone(monkeypatch):
+    found = []
+
+    def delta_rule(*arguments, **options):
+        found.append(arguments[4])
+        return operations.delta_rule(*arguments, **options)
+
+    monkeypatch.setattr(kda, "operations", SimpleNamespace(**vars(operations) | {"delta_rule": delta_rule}))
+    architecture = parameters.describe(ModelConfig(**presets.find("kda_6m"), dtype="float32"))
+    model = architecture.bind(jax.jit(architecture.initialise)(jax.random.key(0))).unstacked()
+    model.hidden(np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 256)))
+    assert len(found) == model.config.num_layers
+    for log_decay in found:
+        chunks = [log_decay[0, n : n + 128].reshape(128, -1) for n in (0, 128)]
+        assert not any(factored_decays.within([chunk]) for chunk in chunks)
+        assert factored_decays.within(chunks, PART)
 
 
 def test_only_narrow_numbers_with_as_large_exponents_are_taken():

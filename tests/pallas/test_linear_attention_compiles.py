@@ -25,6 +25,7 @@ CASES = {
     "channel_128": (1, 4096, 4, 128, 128, "bfloat16", "channel", False),
     "constant_256": (1, 2048, 2, 256, 256, "bfloat16", "constant", False),
     "channel_256": (1, 1024, 2, 128, 256, "float32", "channel", True),
+    "wide_256": (1, 2048, 2, 256, 256, "float32", "scalar", True),
     "longest": (1, 131_072, 2, 128, 128, "bfloat16", "scalar", False),
     "odd": (3, 1000, 3, 48, 32, "float32", "scalar", True),
     "narrow": (1, 200, 16, 16, 16, "bfloat16", "channel", True),
@@ -39,7 +40,7 @@ ON_GPU = {
 TARGETS = {
     "v5e:1x1": list(CASES),
     "v5p:2x2x1": ["scalar_128", "channel_128"],
-    "v6e:1x1": ["none_64", "scalar_128", "channel_128", "constant_256", "odd", "ragged_heads"],
+    "v6e:1x1": ["none_64", "scalar_128", "channel_128", "constant_256", "wide_256", "odd", "ragged_heads"],
 }
 
 
@@ -108,11 +109,12 @@ def test_remat_runs_the_forward_kernel_once():
     assert kernels(compiled("v5e:1x1", "none_64", remat=True).as_text()) == names("none_64", "forward", "gradient")
 
 
-def test_over_a_mesh_of_tpus():
+@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4"])
+def test_over_a_mesh_of_tpus(target):
     """Time over 4, heads over 2. Forward the map of a shard and its outputs; backward the gradient of a shard's first
     state, the states of its blocks again, and the gradients. No map is computed twice."""
     mesh = meshes.make_mesh(
-        {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2, "expert": 1}, targets.find("v5e:2x4").devices
+        {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2, "expert": 1}, targets.find(target).devices
     )
 
     def objective(q, k, v):
