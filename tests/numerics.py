@@ -15,7 +15,9 @@ _COMPLEX = {"float64": "complex128", "float32": "complex64", "bfloat16": "comple
 
 # Without the optimisation of machine code, most of which runs once, and without MLIR for each fusion: each about halves the
 # time to compile.
-_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+_OPTIONS = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # which has no other emitters
+    _OPTIONS["xla_cpu_use_fusion_emitters"] = False
 jit = functools.partial(jax.jit, compiler_options=_OPTIONS)
 
 

@@ -6,6 +6,11 @@ import subprocess
 from pathlib import Path
 
 
+def dumped_to(directory: Path) -> dict[str, str]:
+    """What ``compile`` is given so that kernels lie there for ``registers``; JAX 0.11 does not write them unless asked."""
+    return {"xla_dump_to": str(directory), "xla_dump_emitter_re": "ptx"}
+
+
 def registers(directory: Path, name: str) -> dict[str, int]:
     """By kernel whose name begins so, of those that XLA dumped: registers of a thread. None spills any."""
     ptxas = Path(importlib.util.find_spec("nvidia").submodule_search_locations[0]) / "cu13" / "bin" / "ptxas"

@@ -21,8 +21,17 @@ _platform = jax.make_user_context(default_value=None)
 def use_platform(name: str, device_kind: str = "") -> Iterator[None]:
     """Within it, operations are traced for this platform, which need not be one of this machine's, and for this kind of
     device, as JAX names it."""
-    with _platform((name, device_kind)):
+    with _platform((name, device_kind)), _as_jax_asks(name, device_kind):
         yield
+
+
+def _as_jax_asks(name: str, device_kind: str) -> contextlib.AbstractContextManager:
+    """The lowering of kernels for GPU asks the mesh in use for the kind of device, since JAX 0.11, and where there is none
+    the machine."""
+    if name != "gpu" or not device_kind or jax.default_backend() == "gpu" or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform=name)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def platform() -> str:

@@ -97,7 +97,8 @@ def read(compiled: stages.Compiled, mesh: jax.sharding.Mesh) -> Program:
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
-    """The collectives of a compiled program, from its text and the sizes of its mesh's axes, in the mesh's order."""
+    """The collectives of a compiled program, from its text and the sizes of its mesh's axes, in the mesh's order; without
+    those over axes of one device, which XLA may leave there."""
     module = hlo.parse(text)
     # Names are of one instruction in the whole module.
     sizes = {line.name: hlo.size(line.shape) for lines in module.computations.values() for line in lines}
@@ -107,6 +108,8 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
             kind = line.opcode.removesuffix("-start")
             groups = _groups(line.attributes, math.prod(mesh.values()))
             axes = _axes(groups, mesh)
+            if not axes:
+                continue
             during = (
                 inner for work in between or () for inner in module.within(work) if not _IDLE.fullmatch(inner.opcode)
             )

@@ -62,7 +62,7 @@ def test_tpu(target, name):
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[6] == "bfloat16"])
 def test_h100(name, tmp_path, record_property):
-    text = compiled("h100:1", name, compiler_options={"xla_dump_to": str(tmp_path)}).as_text()
+    text = compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 3 and " while(" not in text
     used = ptxas.registers(tmp_path, "attention_")
     record_property("registers", used)

@@ -96,7 +96,7 @@ def test_tpu(target, name):
 
 @pytest.mark.parametrize("name", ON_GPU)
 def test_h100(name, tmp_path, record_property):
-    text = compiled("h100:1", name, compiler_options={"xla_dump_to": str(tmp_path)}).as_text()
+    text = compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 6
     used = ptxas.registers(tmp_path, "delta_rule_")
     record_property("registers", used)

@@ -136,7 +136,7 @@ def test_over_a_mesh_of_tpus(target):
 @pytest.mark.parametrize("name", ON_GPU)
 def test_h100(name, tmp_path, record_property):
     """Forward the states and the outputs; backward the gradients of states, of values, and of queries and keys."""
-    compiled("h100:1", name, compiler_options={"xla_dump_to": str(tmp_path)})
+    compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path))
     used = ptxas.registers(tmp_path, "linear_attention_")
     record_property("registers", used)
     forward, gradient = names(name, "forward", "gradient")

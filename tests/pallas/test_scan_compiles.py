@@ -122,7 +122,7 @@ def test_over_a_mesh_of_tpus():
 
 @pytest.mark.parametrize("name", ["griffin", "longest", "odd", "complex"])
 def test_h100(name, tmp_path, record_property):
-    text = compiled("h100:1", name, compiler_options={"xla_dump_to": str(tmp_path)}).as_text()
+    text = compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2
     used = ptxas.registers(tmp_path, "scan_")
     record_property("registers", used)

@@ -82,6 +82,7 @@ backend_config={"known_trip_count":{"n":"5"}}
   %two = (f32[16]{0}, f32[3]{0}) all-reduce(%a, %small), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, \
 to_apply=%add
   %small = f32[3]{0} constant({1, 2, 3})
+  %alone = f32[3]{0} all-reduce(%small), replica_groups=mesh['axis_0'=2,'axis_1'=4,'axis_2'=1] {'axis_2'}, to_apply=%add
   %permute = f32[16]{0} collective-permute(%a), source_target_pairs={{0,1},{1,2},{2,3},{4,5},{5,6},{6,7}}
   %async-start = ((f32[16]{0}), f32[2]{0}, u32[]) async-start(%a), calls=%wrapped
   %async-update = ((f32[16]{0}), f32[2]{0}, u32[]) async-update(%async-start)
@@ -93,7 +94,7 @@ to_apply=%add
 
 
 def test_collectives():
-    """Kind, axes, devices, bytes, runs, whether something goes on meanwhile, and what."""
+    """Kind, axes, devices, bytes, runs, whether something goes on meanwhile, and what; none of a device with itself."""
     found = {(c.kind, c.axes): c for c in programs.collectives(TEXT, MESH)}
     gather, step = "all-gather", "jit(step)"
     during = (f"{step}/between/sin", f"{step}/inside/dot_general")
