@@ -3,15 +3,17 @@
 # make test         the test suite
 # make test-published  training steps of published sizes compiled for a TPU pod and for GPUs (minutes)
 # make test-meshes  every model on every mesh that spreads time, and what compiled steps exchange (a quarter of an hour)
+# make test-newest  operations, kernels and meshes with the newest JAX; PYTHON_NEWEST names a Python from 3.12 on
 # make test-pages   reports opened in a headless browser; CHROMIUM names it
 # make lint         ruff and mypy
-# Each makes its own environment in .venv; PYTHON names the interpreter it is made with (3.11 or newer).
+# Each makes its own environment in .venv (test-newest: .venv-newest); PYTHON names the interpreter of that, 3.11 or newer.
 
 PYTHON ?= python3
+PYTHON_NEWEST ?= python3.13
 BIN := .venv/bin
 CHROMIUM ?= chromium
 
-.PHONY: quickstart sweep test test-published test-meshes test-pages lint clean
+.PHONY: quickstart sweep test test-published test-meshes test-newest test-pages lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python launch/quickstart.py --workdir=runs/quickstart
@@ -32,6 +34,11 @@ test-published: .venv/installed-test
 test-meshes: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --every_mesh tests/models/test_over_sequence.py \
 	  tests/parallel/test_compiled_collectives.py
+
+# JAX 0.11 needs Python 3.12, and .venv may be older.
+test-newest: .venv-newest/installed
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal tests/ops tests/pallas tests/parallel
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py -k griffin
 
 test-pages: .venv/installed-pages
 	@command -v "$(CHROMIUM)" >/dev/null || { echo "there is no $(CHROMIUM) here; name one: make test-pages CHROMIUM=/path/to/chromium" >&2; exit 2; }
@@ -64,5 +71,13 @@ lint: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[test,pages]'
 	touch $@
 
+.venv-newest/installed: setup.py
+	@$(PYTHON_NEWEST) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "there is no Python 3.12 or newer here; name one: make test-newest PYTHON_NEWEST=/path/to/python3.13" >&2; exit 2; }
+	$(PYTHON_NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet --editable '.[test,aot]'
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-newest build *.egg-info

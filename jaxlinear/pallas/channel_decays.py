@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlinear.pallas.chunk_decays import GROUP, dot, in_groups, masked, pairs, places, with_same
+from jaxlinear.pallas.chunk_decays import GROUP, dot, finite, in_groups, masked, pairs, places, with_same
 
 
 class ByLevels:
@@ -27,7 +27,7 @@ class ByLevels:
         shape = -1, seen.shape[-1]
         far, before, after, whole = _far(seen[:, -1:])
         self._seen, self._left = jnp.exp2(seen), jnp.exp2(left)
-        self._far = [jnp.exp2(x) for x in far]
+        self._far = [None if x is None else jnp.exp2(x) for x in far]
         self.since_start = (self._seen * jnp.exp2(before)).reshape(shape)
         self.until_end = (self._left * jnp.exp2(after)).reshape(shape)
         self.whole = jnp.exp2(whole)
@@ -100,7 +100,7 @@ class ByChannel(ByLevels):
     """Any decay: groups are registers, and have the levels of their own halves, quarters and eighths."""
 
     def __init__(self, log_decay: jax.Array):
-        groups = in_groups(to_base_2(log_decay))
+        groups = in_groups(to_base_2(finite(log_decay)))
         self._row = places(groups)
         near, seen, left = _near(groups, self._row)
         self._near = [jnp.exp2(x) for x in near]
@@ -137,12 +137,14 @@ def to_base_2(log_decay: jax.Array) -> jax.Array:
     return log_decay * jnp.asarray(1 / math.log(2), log_decay.dtype)
 
 
-def _decayed(first: jax.Array, second: jax.Array, factor: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def _decayed(first: jax.Array, second: jax.Array, factor: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
     """Of parts of ``2 * count`` groups, the first halves of ``first`` and the second halves of ``second``, times factors
-    of groups ``[N, 1, K]``; and the second halves alone."""
+    of groups ``[N, 1, K]``, None for 1; and the second halves alone."""
     (_, size, width), parts = first.shape, (-1, 2, count)
-    factor = factor.reshape(*parts, 1, width)
-    halves = [x.reshape(*parts, size, width)[:, n] * factor[:, n] for n, x in enumerate((first, second))]
+    halves = [x.reshape(*parts, size, width)[:, n] for n, x in enumerate((first, second))]
+    if factor is not None:
+        factor = factor.reshape(*parts, 1, width)
+        halves = [x * factor[:, n] for n, x in enumerate(halves)]
     return jnp.stack(halves, axis=1).reshape(-1, width), halves[1].reshape(-1, width)
 
 
@@ -164,17 +166,18 @@ def _near(log_decay: jax.Array, row: jax.Array):
 
 
 def _far(totals: jax.Array):
-    """From the sums of groups ``[N, 1, K]``: of each level above, those from the group to the middle; of all before and
-    after it; of all."""
+    """From the sums of groups ``[N, 1, K]``: of each level above, those from the group to the middle, None for the first,
+    where there is no group between; of all before and after it; of all."""
     count, width = totals.shape[0], totals.shape[-1]
     before = after = jnp.zeros_like(totals)
-    levels, size = [], 1
+    levels: list[jax.Array | None] = []
+    size = 1
     while size < count:
         first, second = (totals.reshape(-1, 2, 1, 1, width)[:, n] for n in (0, 1))
         (before_1, before_2), (after_1, after_2) = (
             [x.reshape(-1, 2, size, 1, width)[:, n] for n in (0, 1)] for x in (before, after)
         )
-        levels.append(jnp.stack([after_1, before_2], axis=1).reshape(before.shape))
+        levels.append(None if size == 1 else jnp.stack([after_1, before_2], axis=1).reshape(before.shape))
         before = jnp.stack([before_1, before_2 + first], axis=1).reshape(before.shape)
         after = jnp.stack([after_1 + second, after_2], axis=1).reshape(before.shape)
         totals, size = (first + second).reshape(-1, 1, width), 2 * size

@@ -93,7 +93,7 @@ class Block:
 
     def _by_channel(self) -> list[jax.Array]:
         """The log decays of the key channels of each head, ``[c, K]``."""
-        return [chunk_decays.finite(x.astype(self.plan.wide)) for x in self._load("log_decay")]
+        return [x.astype(self.plan.wide) for x in self._load("log_decay")]
 
     def _documents(self) -> Documents | None:
         if "runs" not in self.refs:

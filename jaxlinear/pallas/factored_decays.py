@@ -1,10 +1,11 @@
 """Decays of key channels within a chunk where none is strong, inside kernels: the products of its pairs are one product.
 
-    exp(G_i - G_j) = exp(G_i - G_end) exp(G_end - G_j),   i >= j
+    exp(G_i - G_j) = exp(G_i - G_r) exp(G_r - G_j),   i >= j
 
-The first factor is at least 1, and bounded by what the tokens up to the end decay by: a whole chunk (``Factored``), or a
-part of it (``FactoredInParts``), of which no channel decays by more than ``LIMIT``; and only in bfloat16: it has the
-exponents of float32, and its own rounding is above that of the differences of sums that are taken here.
+A factor of a token on the other side of r is at least 1, and bounded by what the tokens between decay by: those of a whole
+chunk, r being its end (``Factored``), or of a part, r being the middle of two parts (``FactoredInParts``), of which no
+channel decays by more than ``LIMIT``; and only in bfloat16: it has the exponents of float32, and its own rounding is above
+that of the differences of sums that are taken here.
 ``channel_decays.ByChannel`` has all others, and ``each_way`` chooses.
 """
 
@@ -33,7 +34,7 @@ def each_way(log_decays: list[jax.Array], narrow, wide, work: Callable[[type], N
 
     @pl.when(~whole)
     def _():
-        if log_decays[0].shape[0] <= PART:
+        if log_decays[0].shape[0] < 2 * PART:
             work(ByChannel)
             return
         in_parts = within(log_decays, PART)
@@ -82,24 +83,24 @@ class Factored:
 
 
 class FactoredInParts(ByLevels):
-    """As ``channel_decays.ByChannel``, of decays that are weak in parts of ``PART`` tokens: two factors in a part, and the
-    levels of halves, quarters, ... above."""
+    """As ``channel_decays.ByChannel``, of decays that are weak in parts of ``PART`` tokens: two factors in two parts, and
+    the levels of halves, quarters, ... above."""
 
     def __init__(self, log_decay: jax.Array):
-        seen = prefix_sums(to_base_2(log_decay), PART).reshape(-1, PART, log_decay.shape[1])
-        left = seen[:, -1:] - seen
-        self._row = jnp.exp2(-left)
-        super().__init__(seen, left)
+        seen = prefix_sums(to_base_2(log_decay), 2 * PART).reshape(-1, 2 * PART, log_decay.shape[1])
+        since_middle = seen - seen[:, PART - 1 : PART]
+        self._row, self._column = jnp.exp2(since_middle), jnp.exp2(-since_middle)
+        super().__init__(seen, seen[:, -1:] - seen)
 
     def _near_products(self, row, columns, apart, wide) -> jax.Array:
-        return dot(self._times(self._row, row), self._times(self._left, columns), (1, 1), wide)
+        return dot(self._times(self._row, row), self._times(self._column, columns), (1, 1), wide)
 
     def _near_gradients(self, row, columns, d_products, apart, wide) -> tuple[jax.Array, jax.Array]:
         i, j = self._pairs
-        d = masked((i > j) & (apart < PART), d_products).astype(columns.dtype)
-        d_row = dot(d, self._times(self._left, columns), (1, 0), wide)
+        d = masked((i > j) & (apart < 2 * PART), d_products).astype(columns.dtype)
+        d_row = dot(d, self._times(self._column, columns), (1, 0), wide)
         d_columns = dot(d, self._times(self._row, row), (0, 0), wide)
-        return self._row.reshape(d_row.shape) * d_row, self._left.reshape(d_row.shape) * d_columns
+        return self._row.reshape(d_row.shape) * d_row, self._column.reshape(d_row.shape) * d_columns
 
     def _times(self, factor: jax.Array, x: jax.Array) -> jax.Array:
         return _times(factor.reshape(x.shape), x)

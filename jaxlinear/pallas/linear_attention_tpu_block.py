@@ -160,8 +160,7 @@ class Block:
 
     def _log_decays(self, n: int) -> list[jax.Array]:
         """Of the key channels of each head, ``[c, K]``."""
-        loaded = [self._load(self.log_decay, n, h) for h in range(self.shape.heads)]
-        return [chunk_decays.finite(x.astype(self.wide)) for x in loaded]
+        return [self._load(self.log_decay, n, h).astype(self.wide) for h in range(self.shape.heads)]
 
     def _documents(self, n: int) -> Documents | None:
         if self.runs is None:

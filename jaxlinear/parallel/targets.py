@@ -37,17 +37,6 @@ platform_name: "CUDA" runtime_version {{ major: 13 }} dnn_version_info {{ major:
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-# By platform, what programs are compiled with besides XLA's own choices. On TPU, all-gathers that go on while the device
-# computes: three flags that belong together (openxla.org/xla/flags_guidance), which v5e has by itself, v5p and v6e have not
-# (libtpu 0.0.42). On GPU they do (XLA of JAX 0.10.2).
-_COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
-    "tpu": {
-        "xla_enable_async_all_gather": True,
-        "xla_tpu_enable_async_collective_fusion": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-    }
-}
-
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     # libtpu would ask the metadata server of a TPU VM for these, and complain that there is none.
@@ -73,11 +62,6 @@ def set_environment() -> None:
     some of it when it is imported. What the user has set stays."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-
-
-def compiler_options(platform: str) -> dict[str, bool] | None:
-    """What ``jax.jit`` of a program over several devices of a platform is given as its ``compiler_options``."""
-    return _COMPILER_OPTIONS.get(platform)
 
 
 def find(name: str) -> Target:

@@ -12,7 +12,7 @@ from ml_collections import config_dict
 
 from jaxlinear.models.parameters import Architecture
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import operations, sharding, targets
+from jaxlinear.parallel import operations, sharding
 from jaxlinear.training import state as states
 from jaxlinear.training.schedule import make_schedule
 from jaxlinear.training.state import TrainState
@@ -120,7 +120,6 @@ def make_train_step(
         in_shardings=(placed, meshes.batch_sharding(mesh)),
         out_shardings=(placed, None),
         donate_argnums=0,
-        compiler_options=targets.compiler_options(mesh.devices.flat[0].platform),
     )
 
 

@@ -18,7 +18,7 @@ from jaxlinear.pallas.factored_decays import LIMIT, PART, Factored, FactoredInPa
 from jaxlinear.parallel import operations
 from tests import numerics
 
-C, K = 32, 4
+C, K = 64, 4
 
 # By channel, of the sum over a chunk or part: nearly all that is allowed, hardly any, little; and all in a single step.
 SHARES = np.array([1.9 * LIMIT, 1e-6, 3.2, 0])
@@ -98,7 +98,7 @@ def test_kernels_take_each_way(monkeypatch, operation, way):
         if way not in (name, "all"):
             monkeypatch.setattr(kind, "pairwise", lambda self, rows, *_: [jnp.full((C, C), jnp.nan)] * len(rows))
     random = np.random.default_rng(1)
-    q, k, v, state = (numerics.normal(random, *s) for s in ((1, 96, 2, 8), (1, 96, 2, 8), (1, 96, 2, 8), (1, 2, 8, 8)))
+    q, k, v, state = (numerics.normal(random, *s) for s in (*[(1, 3 * C, 2, 8)] * 3, (1, 2, 8, 8)))
     k = numerics.representable(k / np.linalg.norm(k, axis=-1, keepdims=True))
     log_decay = -random.uniform(0, 0.5, q.shape)
     for n, name in enumerate(ways if way == "all" else [way] * 3):

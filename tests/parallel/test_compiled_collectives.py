@@ -8,7 +8,9 @@ formula says, whatever T is, and under every remat policy. Else, over this axis:
 - sums of the gradients of parameters, which all shards of time share, and of scalars: no more bytes than the parameters
   have in float32.
 
-While a gather is under way, the device computes. Compiling takes long: ``make test-meshes``, a step of CI, runs this file.
+While a gather is under way, the device computes; not on v5p and v6e, where libtpu 0.0.48 refuses to fuse all-gathers with
+other work ("incorrect results, hang"), and 0.0.42 does it only when asked to. Compiling takes long: ``make test-meshes``, a
+step of CI, runs this file.
 """
 
 import math
@@ -99,7 +101,8 @@ def check(model, compiled, parameters, rows=B):
 
 def overlap(gathers):
     """Whether the device computes between the start and the end of each."""
-    return all(c.asynchronous and any("closed_call" in o for o in c.during) for c in gathers)
+    body = "closed_call", "eval_jaxpr"  # JAX 0.10's and 0.11's name of a layer in the loop over layers
+    return all(c.asynchronous and any(name in o for o in c.during for name in body) for c in gathers)
 
 
 def has_products(gathers):
@@ -123,8 +126,7 @@ def test_on_tpu(model):
 @pytest.mark.parametrize("model", ["gla", "hawk", "delta_net"])
 def test_on_other_tpus(model, target):
     for gathers in check(model, *program(model, target, LENGTH)):
-        assert overlap(gathers)
-        assert has_products(gathers)
+        assert not any(gather.asynchronous for gather in gathers)
 
 
 @pytest.mark.parametrize("model", ["gla", "hawk", "gated_delta_net"])
