@@ -148,15 +148,14 @@ def _exchanges(
             yield line, None
         elif line.opcode.removesuffix("-start") in KINDS:
             yield line, lines[i + 1 : _end(lines, i)]
-        elif line.opcode in ("async-start", "fusion"):
+        elif line.opcode in ("async-start", "call-start", "fusion"):  # call-start: on a SparseCore
             for inner in module.within(line):
                 if inner.opcode not in KINDS:
                     continue
-                if line.opcode == "async-start":
+                if line.opcode != "fusion":
                     yield inner, lines[i + 1 : _end(lines, i)]
-                # On TPU one goes on through a chain of fusions, each of which holds it again beside its own work.
-                chain = re.search(r'chain_id="(\d+)"', inner.attributes)
-                if line.opcode == "fusion":
+                else:  # on TPU one goes on through a chain of them, each of which holds it again beside its own work
+                    chain = re.search(r'chain_id="(\d+)"', inner.attributes)
                     chains.setdefault(chain[1] if chain else inner.name, (inner, []))[1].append(i)
     for first, links in chains.values():
         yield first, lines[links[0] + 1 : links[-1]] if len(links) > 1 else None

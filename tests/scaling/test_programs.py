@@ -11,7 +11,8 @@ from jaxlinear.scaling.programs import Collective
 MESH = {"data": 2, "sequence": 4}
 
 # A loop of three trips, known by what its counter is compared with, around a gather that goes on through a chain of
-# fusions, as on TPU; and one of five, known as such, around one with a start and an end, as on GPU.
+# fusions, as on TPU; and one of five, known as such, around one with a start and an end, as on GPU. The last is one on a TPU's
+# SparseCore.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %start (p.0: f32[1,256]) -> (f32[1,256], f32[4,256]) {
@@ -74,6 +75,11 @@ dimensions={0}
   ROOT %reduce-scatter.1 = f32[2]{0} reduce-scatter(%w), replica_groups={}, dimensions={0}, to_apply=%add
 }
 
+%called_computation (s: f32[2]) -> f32[16] {
+  %s = f32[2]{0} parameter(0)
+  ROOT %all-gather.4 = f32[16]{0} all-gather(%s), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}, dimensions={0}
+}
+
 ENTRY %main (a: f32[16]) -> f32[] {
   %a = f32[16]{0} parameter(0)
   %loop = (s32[], f32[1,256]{1,0}) while(%init), condition=%condition, body=%body
@@ -88,6 +94,10 @@ to_apply=%add
   %async-update = ((f32[16]{0}), f32[2]{0}, u32[]) async-update(%async-start)
   %later = f32[8]{0} tanh(%other.3), metadata={op_name="jit(step)/later/tanh"}
   %async-done = f32[2]{0} async-done(%async-update), calls=%wrapped
+  %call-start = ((), (), s32[]) call-start(), async_execution_thread="sparsecore", to_apply=%called_computation
+  %call-update = ((f32[2]{0}), f32[16]{0}) call-update(%call-start, %async-done)
+  %last = f32[8]{0} cosine(%later), metadata={op_name="jit(step)/last/cos"}
+  %call-done = f32[16]{0} call-done(%call-update)
   ROOT %result = f32[] constant(0)
 }
 """
@@ -102,6 +112,7 @@ def test_collectives():
         Collective("all-reduce", ("data",), 2, 16 * 4 + 3 * 4, 1, "", False, ()),
         Collective("collective-permute", ("sequence",), 4, 16 * 4, 1, "", False, ()),
         Collective("reduce-scatter", ("data", "sequence"), 8, 16 * 4, 1, "", True, (f"{step}/later/tanh",)),
+        Collective(gather, ("data", "sequence"), 8, 2 * 4, 1, "", True, (f"{step}/last/cos",)),
         Collective(gather, ("sequence",), 4, 256 * 4, 3, f"{step}/all_gather", True, during),
         Collective(gather, ("data",), 2, 2 * 10 * 2, 5, "", True, (f"{step}/work/cos",)),
     ]
