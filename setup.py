@@ -10,11 +10,11 @@ version = re.search(r'__version__ = "(.+)"', (here / "jaxlinear" / "__init__.py"
 assert version is not None
 
 extras = {
-    "tpu": ["jax[tpu]>=0.10,<0.12"],
-    "cuda": ["jax[cuda13]>=0.10,<0.12"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+    "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
     # The compilers for TPU and GPU, for machines that have neither (parallel/targets.py): without the CUDA libraries, which
     # programs need to run and not to be compiled; ptxas and libdevice are in nvidia-cuda-nvcc.
-    "aot": ["jax[tpu]>=0.10,<0.12", "jax[cuda13-local]>=0.10,<0.12", "nvidia-cuda-nvcc>=13,<14"],
+    "aot": ["jax[tpu]>=0.10.2,<0.12", "jax[cuda13-local]>=0.10.2,<0.12", "nvidia-cuda-nvcc>=13,<14"],
     "parquet": ["pyarrow>=18"],
     "hf": ["datasets>=3,<5"],
     "sentencepiece": ["sentencepiece>=0.2,<0.3"],
@@ -48,12 +48,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["jaxlinear", "jaxlinear.*"]),
     install_requires=[
-        "jax>=0.10,<0.12",  # 0.11 needs Python 3.12
-        "flax>=0.12.4,<0.13",  # the models (NNX)
-        "optax>=0.2.6,<0.3",  # the optimisers, Muon included
-        "orbax-checkpoint>=0.11.32,<0.13",  # checkpoints
-        "tensorstore>=0.1.74,<0.2",  # their arrays, part by part
-        "grain>=0.2.15,<0.3",  # the order of the data
+        # These change fast: no older ones than those that the tests run with.
+        "jax>=0.10.2,<0.12",  # 0.11 needs Python 3.12
+        "flax>=0.12.8,<0.13",  # the models (NNX)
+        "optax>=0.2.8,<0.3",  # the optimisers, Muon included
+        "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints
+        "tensorstore>=0.1.86,<0.2",  # their arrays, part by part
+        "grain>=0.2.18,<0.3",  # the order of the data
         "array_record>=0.8,<0.9",  # the format of the data
         "tokenizers>=0.21,<0.24",  # byte-level BPE
         "zstandard>=0.23,<0.26",  # sources that end in .zst
