@@ -11,7 +11,7 @@ from jaxlinear.scaling.programs import Collective
 MESH = {"data": 2, "sequence": 4}
 
 # A loop of three trips, known by what its counter is compared with, around a gather that goes on through a chain of
-# fusions, as on TPU; and one of five, known as such, around one with a start and an end, as on GPU. The last is one on a TPU's
+# fusions, as on TPU; and one of five, known as such, around one with a start and an end, as on GPU. The last is one on a
 # SparseCore.
 TEXT = """HloModule jit_step, is_scheduled=true
 
@@ -77,7 +77,8 @@ dimensions={0}
 
 %called_computation (s: f32[2]) -> f32[16] {
   %s = f32[2]{0} parameter(0)
-  ROOT %all-gather.4 = f32[16]{0} all-gather(%s), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}, dimensions={0}
+  ROOT %all-gather.4 = f32[16]{0} all-gather(%s), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}, \
+dimensions={0}
 }
 
 ENTRY %main (a: f32[16]) -> f32[] {
