@@ -1,7 +1,8 @@
 """Decays within a chunk, inside kernels: of one token for another, and products of tokens decayed by them.
 
 The rules are those of ``ops.decay``: no exponent is above 0, and each is a sum of nothing but what it is of. A log decay
-is finite (``finite``): one a head here, ``[c, K]`` by key channel in ``channel_decays``; c is 8 times a power of two.
+that is summed is finite (``finite``): one a head here, ``[c, K]`` by key channel in ``channel_decays``, which sees to it
+itself; c is 8 times a power of two.
 Arrays are values in registers, float32 (float64 where kernels are interpreted), and functions use what Mosaic compiles.
 """
 
