@@ -5,11 +5,13 @@ kernel. Bundles of loop bodies times the loops' trips are the cycles of computin
 the bytes over the rate of the memory.
 """
 
+import atexit
 import dataclasses
 import math
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from typing import NamedTuple
 
@@ -27,8 +29,10 @@ _SIZES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1, "s8": 1, "u8": 1, "f16": 2, 
 
 
 def begin() -> str:
-    """To be called before jax is imported: where libtpu then writes its schedules."""
+    """To be called before jax is imported: where libtpu then writes its schedules, up to a gigabyte, until the program
+    ends."""
     directory = tempfile.mkdtemp(prefix="schedules")
+    atexit.register(shutil.rmtree, directory)
     os.environ.update(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",

@@ -1,0 +1,131 @@
+"""The kernels for GPU as compiled for an H100, run instruction by instruction from their PTX, against the oracles: values
+and all gradients.
+
+So what Triton makes of a kernel is tested: layouts, products of warps and of warpgroups, copies that go on beside work, and
+barriers. What a GPU would refuse is refused, and so is what two warps do to the same memory with no barrier between.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+
+from jaxlinear import ops
+from jaxlinear.ops import delta_rule, linear_attention, sliding_window_attention
+from jaxlinear.pallas.target import Target
+from tests import numerics
+from tests.ops import test_delta_rule as delta_operation
+from tests.ops import test_sliding_window as windows
+from tests.pallas import test_attention_kernel as attention
+from tests.pallas import test_delta_rule_kernel as delta
+from tests.pallas import test_linear_attention_kernel as linear
+from tests.pallas import test_scan_kernel as scan
+from tests.ptx import calls
+
+GPU = Target("gpu", "none", True)
+
+
+@pytest.fixture(autouse=True)
+def ran(monkeypatch):
+    """The kernels that have run."""
+    return calls.emulate(monkeypatch)
+
+
+def names(ran):
+    return {x.name.rpartition("_")[2] for x in ran}
+
+
+@pytest.mark.parametrize("name, dtype", [("plain_reverse", "bfloat16"), ("complex", "float32")])
+def test_scan(name, dtype, ran):
+    scan.check(name, GPU, dtype)
+    assert len(ran) == 2
+
+
+@pytest.mark.parametrize("name", ["short", "constant_packed", "scalar", "channel", "no_documents"])
+def test_linear_attention(name, ran):
+    linear.check(name, "bfloat16", GPU)
+    assert names(ran) == {"states", "outputs", "values", "keys"}
+
+
+@pytest.mark.parametrize("name", ["short", "none", "scalar", "channel"])
+def test_delta_rule(name, ran):
+    delta.check(name, "bfloat16", GPU, None)
+    assert names(ran) == {"tokens", "states", "values", "keys"}
+
+
+@pytest.mark.parametrize("name", ["grouped", "more_keys_in_front", "long"])
+def test_windows(name, ran, monkeypatch):
+    monkeypatch.setattr(attention.backends, "target", lambda: GPU)
+    inputs, cotangents, ids, *expected = windows.case(name)
+    operation = functools.partial(
+        sliding_window_attention, window=windows.CASES[name][6], segment_ids=ids, backend="pallas"
+    )
+    attention.check(operation, inputs, cotangents, *expected, "bfloat16")
+    assert names(ran) == {"outputs", "queries", "keys"}
+
+
+def documents(length):
+    return np.repeat([[0, 1, 2]], [5, length - 30, 25], axis=1).astype(np.int32)
+
+
+def compare(kernel, reference, inputs, cotangents):
+    expected = numerics.wide(numerics.run(numerics.with_gradients(reference), inputs, cotangents, dtype="float64"))
+    found = numerics.run(numerics.with_gradients(kernel), inputs, cotangents, dtype="bfloat16")
+    numerics.assert_close(found, expected, numerics.TOLERANCES["bfloat16"])
+
+
+# Channels as models have them: products of warpgroups, several chunks in flight, states in tiles.
+
+
+@pytest.mark.parametrize("decay, length, width", [("scalar", 200, 128), ("channel", 130, 128), ("none", 150, 256)])
+def test_linear_attention_of_many_channels(decay, length, width):
+    random, ids = np.random.default_rng(0), documents(length)
+    inputs = linear.draw(random, decay, length, 2, width, width)
+    cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[4].shape)
+    reference = functools.partial(linear_attention, segment_ids=ids, backend="recurrent")
+    compare(functools.partial(linear.run_kernel, ids, GPU), reference, inputs, cotangents)
+
+
+@pytest.mark.parametrize("decay, width", [("scalar", 128), ("channel", 64)])
+def test_delta_rule_of_many_channels(decay, width):
+    random, ids = np.random.default_rng(0), documents(130)
+    q, k, v = (numerics.normal(random, 1, 130, 2, width) for _ in range(3))
+    k = numerics.representable(k / np.linalg.norm(k, axis=-1, keepdims=True))
+    beta, state = numerics.uniform(random, 1, 130, 2), numerics.normal(random, 1, 2, width, width)
+    inputs = q, k, v, beta, delta_operation.draw_decay(random, decay, 1, 130, 2, width), state
+    cotangents = numerics.normal(random, *v.shape), numerics.normal(random, *state.shape)
+    reference = functools.partial(delta_rule, segment_ids=ids, backend="recurrent")
+    compare(functools.partial(delta.run_kernel, ids, GPU), reference, inputs, cotangents)
+
+
+@pytest.mark.parametrize("operation, width", [("sliding_window_attention", 128), ("causal_attention", 64)])
+def test_attention_of_many_channels(operation, width, monkeypatch):
+    monkeypatch.setattr(attention.backends, "target", lambda: GPU)
+    random, ids = np.random.default_rng(0), documents(200)
+    inputs = [numerics.normal(random, 1, 200, heads, width) for heads in (4, 2, 2)]
+    run = functools.partial(getattr(ops, operation), segment_ids=ids)
+    if operation == "sliding_window_attention":
+        run = functools.partial(run, window=70)
+    cotangents = numerics.normal(random, *inputs[0].shape)
+    compare(functools.partial(run, backend="pallas"), functools.partial(run, backend="chunked"), inputs, cotangents)
+
+
+# What the tests above would find
+
+
+@pytest.mark.parametrize(
+    "left_out, message",
+    [
+        ("bar.sync", "before any barrier|nothing wrote"),
+        ("fence.proxy.async", "no proxy fence follows"),
+        ("cp.async.wait_group", "nothing wrote|ends before"),
+    ],
+)
+def test_a_kernel_without_what_orders_it(left_out, message, monkeypatch):
+    """Warps that wait for each other, writes that the matrix units are to see, and copies."""
+    read = calls.read
+    without = lambda text: read("".join(x for x in text.splitlines(keepends=True) if left_out not in x))  # noqa: E731
+    monkeypatch.setattr(calls, "read", without)
+    inputs = linear.draw(np.random.default_rng(0), "none", 130, 1, 64, 64)
+    with pytest.raises(Exception, match=message):
+        numerics.run(functools.partial(linear.run_kernel, None, GPU), *inputs, dtype="bfloat16")

@@ -1,0 +1,58 @@
+"""``pallas_call`` compiled for an H100 that is not here, and run on the CPU."""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.sharding import SingleDeviceSharding
+
+from jaxlinear.ops import backends
+from jaxlinear.parallel import targets
+from tests import ptxas
+from tests.ptx import machine
+from tests.ptx.program import Program, read
+
+_PALLAS_CALL = pl.pallas_call
+
+
+class Ran(NamedTuple):
+    name: str
+    counts: Counter  # of warps, by instruction
+
+
+def emulate(monkeypatch) -> list[Ran]:
+    """From now on ``pallas_call`` does so. Every run is added to what is returned."""
+    ran: list[Ran] = []
+
+    def pallas_call(kernel, *, out_shape, grid, name, interpret, **options):
+        def call(*arguments):
+            program = compiled(
+                _PALLAS_CALL(kernel, out_shape=out_shape, grid=grid, name=name, **options), name, arguments
+            )
+
+            def run(*given):
+                like = [np.zeros(x.shape, x.dtype) for x in jax.tree.leaves(out_shape)]
+                found, counts = machine.run(program, grid, [np.asarray(x) for x in given], like)
+                ran.append(Ran(name, counts))
+                return jax.tree.unflatten(jax.tree.structure(out_shape), found)
+
+            return jax.pure_callback(run, out_shape, *arguments)
+
+        return call
+
+    monkeypatch.setattr(pl, "pallas_call", pallas_call)
+    return ran
+
+
+def compiled(call, name: str, arguments) -> Program:
+    device = targets.find("h100:1").devices[0]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)) for x in arguments]
+    with tempfile.TemporaryDirectory() as directory, backends.use_platform("gpu", device.device_kind):
+        jax.jit(call).lower(*shapes).compile(compiler_options=ptxas.dumped_to(Path(directory)))
+        programs = [x for file in Path(directory).glob("*.ptx") for x in read(file.read_text())]
+    (program,) = [x for x in programs if x.name == name]
+    return program

@@ -1,0 +1,293 @@
+"""The threads of a kernel, in step."""
+
+import re
+from collections import Counter
+
+import numpy as np
+
+from tests.ptx import Fault, arithmetic, matrix
+from tests.ptx.memory import SHARED_BASE, Global, Shared, Threads
+from tests.ptx.program import Instruction, Program
+
+_TOGETHER = 64  # blocks
+_NOTHING = re.compile(r"griddepcontrol|wgmma\.fence|bar\.warp\.sync|membar|nanosleep")
+
+
+def run(
+    program: Program, grid: tuple[int, ...], given: list[np.ndarray], like: list[np.ndarray]
+) -> tuple[list, Counter]:
+    """What the kernel writes into arrays like those, and how many warps took each instruction."""
+    memory, counts = Global(given, like), Counter()
+    grid = (*grid, *[1] * (3 - len(grid)))
+    blocks = int(np.prod(grid))
+    for first in range(0, blocks, _TOGETHER):
+        numbers = np.arange(first, min(first + _TOGETHER, blocks))
+        _Blocks(program, grid, numbers, memory, counts).run()
+    return memory.arrays(like), counts
+
+
+class _Blocks:
+    def __init__(self, program: Program, grid, numbers: np.ndarray, memory: Global, counts: Counter):
+        self.program, self.memory, self.counts = program, memory, counts
+        self.shared = Shared(len(numbers))
+        self.block = np.repeat(np.arange(len(numbers)), program.threads)
+        thread = np.tile(np.arange(program.threads), len(numbers))
+        self.warp, self.number = thread // 32, numbers[self.block]
+        x, y = grid[:2]
+        self.special = {
+            "%tid.x": thread.astype(np.uint32),
+            "%ctaid.x": (self.number % x).astype(np.uint32),
+            "%ctaid.y": (self.number // x % y).astype(np.uint32),
+            "%ctaid.z": (self.number // (x * y)).astype(np.uint32),
+        }
+        self.everyone = np.ones(len(thread), bool)
+        self.barriers = np.zeros(len(numbers), np.int32)
+        self.registers: dict[str, np.ndarray] = {}
+        self.copies: list[list] = [[] for _ in numbers]  # of each block the groups that were committed
+        self.uncommitted: list = []
+        self.products: list[list] = []  # groups of what products read that may not have ended
+        self.unended: list[tuple[np.ndarray, Threads]] = []  # of none yet
+
+    def run(self) -> None:
+        """Those that are behind go first, and so meet the others again."""
+        waiting = {0: self.everyone}
+        while waiting:
+            at = min(waiting)
+            active = waiting.pop(at)
+            instruction = self.program.instructions[at]
+            if instruction.opcode in ("ret", "exit"):
+                self._meet(waiting, at + 1, active & ~self._where(instruction, active))
+                continue
+            goes_on = active
+            if instruction.opcode.startswith("bra"):
+                taken = self._where(instruction, active)
+                self._meet(waiting, self.program.labels[instruction.operands[0]], taken)
+                self._count(instruction, active)
+                goes_on = self._known(active & ~taken)
+            elif (where := self._where(instruction, active)).any():
+                self._count(instruction, where)
+                self._take(instruction, where)
+            self._meet(waiting, at + 1, goes_on)
+        if self.uncommitted or any(self.copies):
+            raise Fault("the kernel ends before its copies do")
+
+    def _meet(self, waiting: dict[int, np.ndarray], at: int, active: np.ndarray) -> None:
+        if active is self.everyone or active.any():
+            waiting[at] = self._known(waiting[at] | active) if at in waiting else active
+
+    def _known(self, where: np.ndarray) -> np.ndarray:
+        """``everyone`` itself, if that is who they are, as for most instructions: their cost here is Python's."""
+        return self.everyone if where.all() else where
+
+    def _count(self, instruction: Instruction, where: np.ndarray) -> None:
+        warps = len(where) // 32 if where is self.everyone else where.reshape(-1, 32).any(axis=1).sum()
+        self.counts[instruction.opcode] += int(warps)
+
+    def _where(self, instruction: Instruction, active: np.ndarray) -> np.ndarray:
+        if instruction.predicate is None:
+            return active
+        return self._known(active & (self._register(instruction.predicate) ^ instruction.unless))
+
+    # Operands
+
+    def _register(self, name: str) -> np.ndarray:
+        if name in self.special:
+            return self.special[name]
+        if name not in self.registers:
+            raise Fault(f"{name} is read before anything is written there")
+        return self.registers[name]
+
+    def _value(self, operand, kind: str) -> np.ndarray:
+        """In the type of that name, a number for all threads or one for each."""
+        to = np.dtype(arithmetic.TYPES[kind])
+        if isinstance(operand, list):  # the least significant first
+            return self._packed([self._value(x, f"b{to.itemsize * 8 // len(operand)}") for x in operand], to)
+        if operand.startswith("%"):
+            x = self._register(operand)
+            return x.view(to) if x.dtype.itemsize == to.itemsize else x.astype(f"u{to.itemsize}").view(to)
+        if operand.startswith("0f"):
+            return np.array([int(operand[2:], 16)], np.uint32).view(to)[0]
+        if operand == "global_smem":
+            return np.array(SHARED_BASE, to)
+        number = int(operand, 0)
+        if to == np.bool_:
+            return np.array(number != 0)
+        if kind[0] in "bfus" and to.kind not in "ui":
+            return np.array([number], f"i{to.itemsize}").view(to)[0]
+        return np.array(number & (1 << to.itemsize * 8) - 1, f"u{to.itemsize}").view(to)
+
+    def _packed(self, parts: list[np.ndarray], to: np.dtype) -> np.ndarray:
+        lanes = [np.broadcast_to(x, self.block.shape) for x in parts]
+        return np.ascontiguousarray(np.stack(lanes, axis=-1)).view(to).reshape(-1)
+
+    def _lanes(self, operand, kind: str) -> np.ndarray:
+        value = self._value(operand, kind)
+        return value if value.shape == self.block.shape else np.broadcast_to(value, self.block.shape)
+
+    def _write(self, operand, value: np.ndarray, where: np.ndarray) -> None:
+        if value.shape != self.block.shape:
+            value = np.broadcast_to(value, self.block.shape)
+        if isinstance(operand, list):
+            parts = np.ascontiguousarray(value).view(f"u{value.dtype.itemsize // len(operand)}").reshape(len(value), -1)
+            for name, part in zip(operand, parts.T, strict=True):
+                self._write(name, part, where)
+        elif operand != "_":
+            raw = value if value.dtype == np.bool_ else np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
+            if where is not self.everyone and operand in self.registers:
+                raw = np.where(where, raw, self.registers[operand])
+            self.registers[operand] = np.ascontiguousarray(raw)
+
+    def _address(self, operand: tuple[str, int], where: np.ndarray) -> np.ndarray:
+        name, offset = operand
+        return self._lanes(name, "u64")[where].astype(np.int64) + offset
+
+    def _threads(self, where: np.ndarray) -> Threads:
+        block = self.block[where]
+        return Threads(block, self.warp[where], self.barriers[block], self.number[where])
+
+    # Instructions
+
+    def _take(self, instruction: Instruction, where: np.ndarray) -> None:
+        opcode, operands = instruction.opcode, instruction.operands
+        if _NOTHING.match(opcode):
+            return
+        if opcode.startswith("ld.param"):
+            index = self.program.parameters.index(operands[1][0])
+            self._write(operands[0], np.uint64(self.memory.addresses[index]), where)
+        elif found := re.match(r"(ld|st)\.(global|shared)\b", opcode):
+            getattr(self, {"ld": "_load", "st": "_store"}[found[1]])(instruction, where)
+        elif opcode == "bar.sync":
+            self._whole("warp of a block", where, self.program.threads)
+            self.barriers[np.unique(self.block[where])] += 1
+        elif opcode.startswith("cp.async"):
+            self._copy(instruction, where)
+        elif opcode.startswith("shfl"):
+            self._shuffle(instruction, where)
+        elif opcode.startswith("fence.proxy.async"):
+            self.shared.fence(self._threads(where))
+        elif opcode.startswith(("ldmatrix", "stmatrix", "mma.")):
+            self._whole("thread of a warp", where, 32)
+            self._matrices(instruction, where)
+        elif opcode.startswith("wgmma.commit_group"):
+            self.products.append(self.unended)
+            self.unended = []
+        elif opcode.startswith("wgmma.wait_group"):
+            self._end_products(int(operands[0]), where)
+        elif opcode.startswith("wgmma"):
+            self._whole("thread of a warpgroup", where, 128)
+            self._product(instruction, where)
+        else:
+            value = arithmetic.apply(opcode, lambda i, kind: self._value(operands[i + 1], kind))
+            self._write(operands[0], value, where)
+
+    def _whole(self, of: str, where: np.ndarray, count: int) -> None:
+        if where is self.everyone:
+            return
+        groups = where.reshape(-1, count)
+        if (groups.any(axis=1) != groups.all(axis=1)).any():
+            raise Fault(f"not every {of} comes to an instruction for all")
+
+    @staticmethod
+    def _unit_and_names(opcode: str, operand) -> tuple[int, list[str]]:
+        return int(re.search(r"[bsuf](\d+)$", opcode)[1]) // 8, operand if isinstance(operand, list) else [operand]
+
+    def _load(self, instruction: Instruction, where: np.ndarray) -> None:
+        opcode, (to, address) = instruction.opcode, instruction.operands
+        unit, names = self._unit_and_names(opcode, to)
+        memory = self.memory if ".global" in opcode else self.shared
+        found = memory.load(self._address(address, where), unit, len(names), self._threads(where))
+        for name, values in zip(names, found.T, strict=True):
+            lanes = np.zeros(len(where), values.dtype)
+            lanes[where] = values
+            if unit == 1 or opcode.endswith("s16"):  # registers are wider
+                lanes = lanes.view(f"{'i' if '.s' in opcode[-4:] else 'u'}{unit}")
+                lanes = lanes.astype(np.int16 if name.startswith("%rs") else np.int32)
+            self._write(name, lanes, where)
+
+    def _store(self, instruction: Instruction, where: np.ndarray) -> None:
+        opcode, (address, given) = instruction.opcode, instruction.operands
+        unit, names = self._unit_and_names(opcode, given)
+        values = np.stack([self._lanes(name, f"b{8 * unit}")[where] for name in names], axis=1)
+        memory = self.memory if ".global" in opcode else self.shared
+        memory.store(self._address(address, where), values, self._threads(where))
+
+    def _copy(self, instruction: Instruction, where: np.ndarray) -> None:
+        opcode, operands = instruction.opcode, instruction.operands
+        blocks = np.unique(self.block[where])
+        if opcode == "cp.async.commit_group":
+            self._whole("thread of a block", where, self.program.threads)
+            for block in blocks:
+                self.copies[block].append([x for x in self.uncommitted if block in x[2].block])
+            self.uncommitted = [x for x in self.uncommitted if not np.isin(x[2].block, blocks).any()]
+        elif opcode == "cp.async.wait_group":
+            for block in blocks:
+                left = int(operands[0])
+                for group in self.copies[block][: len(self.copies[block]) - left]:
+                    for halves, values, threads in group:
+                        mine = threads.block == block
+                        who = Threads(*(x[mine] for x in threads))._replace(epoch=self.barriers[threads.block[mine]])
+                        self.shared.end_copy(halves[mine], values[mine], who)
+                del self.copies[block][: len(self.copies[block]) - left]
+        else:
+            size, threads = int(operands[2], 0), self._threads(where)
+            taken = self._lanes(operands[3], "u32")[where] if len(operands) > 3 else np.full(int(where.sum()), size)
+            values, some = np.zeros((len(taken), size // 2), np.uint16), taken > 0
+            if not np.isin(taken, (0, size)).all():
+                raise NotImplementedError("a copy of a part")
+            if some.any():
+                of_some = Threads(*(x[some] for x in threads))
+                values[some] = self.memory.load(self._address(operands[1], where)[some], 2, size // 2, of_some)
+            to = self.shared.begin_copy(self._address(operands[0], where), size, threads)
+            self.uncommitted.append((to, values, threads))
+
+    def _shuffle(self, instruction: Instruction, where: np.ndarray) -> None:
+        self._whole("thread of a warp", where, 32)
+        mode, (to, x, by) = instruction.opcode.split(".")[2], instruction.operands[:3]
+        lane, by = np.arange(len(where)) % 32, self._lanes(by, "u32").astype(np.int64)
+        source = {"bfly": lane ^ by, "idx": by % 32}[mode]
+        self._write(to, self._lanes(x, "b32")[np.arange(len(where)) - lane + source], where)
+
+    def _matrices(self, instruction: Instruction, where: np.ndarray) -> None:
+        opcode, operands = instruction.opcode, instruction.operands
+        if opcode.startswith("mma"):
+            given = [[self._lanes(x, "b32")[where] for x in names] for names in operands[1:3]]
+            to, found = operands[0], matrix.mma(opcode, *given, [self._lanes(x, "f32")[where] for x in operands[3]])
+        elif opcode.startswith("stmatrix"):
+            address, names = operands
+            values = [self._lanes(x, "b32")[where] for x in names]
+            at = self._address(address, where)
+            return matrix.store_matrices(".trans" in opcode, at, values, self.shared, self._threads(where))
+        else:
+            to, address = operands
+            at = self._address(address, where)
+            found = matrix.load_matrices(len(to), ".trans" in opcode, at, self.shared, self._threads(where))
+        for name, values in zip(to, found, strict=True):
+            self._give(name, values, where)
+
+    def _give(self, name: str, values: np.ndarray, where: np.ndarray) -> None:
+        lanes = np.zeros(len(where), values.dtype)
+        lanes[where] = values
+        self._write(name, lanes, where)
+
+    def _product(self, instruction: Instruction, where: np.ndarray) -> None:
+        sums, left, right, keep, *signs = instruction.operands
+        if signs[:2] != ["1", "1"]:
+            raise NotImplementedError(f"signs {signs}")
+        product, threads = matrix.Product(instruction.opcode), self._threads(where)
+        described = not isinstance(left, list)
+        given = self._lanes(left, "b64")[where] if described else [self._lanes(x, "b32")[where] for x in left]
+        a = product.left(given, described and signs[2] == "1", self.shared, threads)
+        b = product.right(self._lanes(right, "b64")[where], signs[-1] == "1", self.shared, threads)
+        keep = self._lanes(keep, "pred")[where]
+        for name, values in zip(sums, product.sums(a @ b), strict=True):
+            if keep.any():
+                values = values + np.where(keep, self._lanes(name, "f32")[where], np.float32(0))
+            self._give(name, values, where)
+        self.unended += product.read
+
+    def _end_products(self, left: int, where: np.ndarray) -> None:
+        """What they read may be read until here."""
+        ended = self.products[: len(self.products) - left]
+        del self.products[: len(ended)]
+        for halves, who in (x for read in ended for x in read):
+            self.shared.mark_read(halves, who._replace(epoch=self.barriers[who.block]))

@@ -1,0 +1,172 @@
+"""The memories of a GPU, which refuse what a GPU would, and what one warp reads or writes while another may write it."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.ptx import Fault
+
+GLOBAL_BASE = 1 << 24  # of addresses
+SHARED_BASE = 1 << 10
+SHARED_BYTES = 227 * 1024  # that a block of an H100 may have
+_UNITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+MATRIX_UNIT = 15  # as a warp
+
+
+class Threads(NamedTuple):
+    """Who accesses: the block of each, counted among those that run together, its warp, how many barriers its block has
+    passed, and the block's number of all."""
+
+    block: np.ndarray
+    warp: np.ndarray
+    epoch: np.ndarray
+    number: np.ndarray
+
+
+def _refuse(wrong: np.ndarray, what: str, threads: Threads) -> None:
+    if wrong.any():
+        first = int(np.argmax(wrong.reshape(len(threads.block), -1).any(axis=1)))
+        raise Fault(
+            f"{what}: block {threads.number[first]}, warp {threads.warp[first]}, {int(wrong.sum())} such accesses"
+        )
+
+
+class Global:
+    """Arrays, of which some are read and others written. Each byte of these is to be written by one block."""
+
+    def __init__(self, read: list[np.ndarray], written: list[np.ndarray]):
+        self.addresses, end = [], 256
+        for array in (*read, *written):
+            self.addresses.append(GLOBAL_BASE + end)
+            end += -(-array.nbytes // 256) * 256 + 256
+        self._data, self._array = np.zeros(end, np.uint8), np.full(end, -1, np.int16)
+        self._first_written = len(read)
+        for i, (array, address) in enumerate(zip((*read, *written), self.addresses, strict=True)):
+            at = slice(address - GLOBAL_BASE, address - GLOBAL_BASE + array.nbytes)
+            self._array[at] = i
+            if i < self._first_written:
+                self._data[at] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._writer = np.full(end, -1, np.int32)
+
+    def load(self, addresses: np.ndarray, unit: int, count: int, threads: Threads) -> np.ndarray:
+        """``[lanes, count]`` of ``unit`` bytes each."""
+        at = self._at(addresses, unit * count, threads)
+        _refuse(self._array[at] >= self._first_written, "reads what the kernel writes", threads)
+        return self._data.view(_UNITS[unit])[(at // unit)[:, None] + np.arange(count)]
+
+    def store(self, addresses: np.ndarray, values: np.ndarray, threads: Threads) -> None:
+        unit, count = values.dtype.itemsize, values.shape[1]
+        at = self._at(addresses, unit * count, threads)
+        _refuse(self._array[at] < self._first_written, "writes what the kernel is given", threads)
+        units, data = (at // unit)[:, None] + np.arange(count), self._data.view(values.dtype)
+        writer = self._writer[units * unit]
+        differs = (writer >= 0) & (data[units] != values)
+        _refuse(differs & (writer != threads.number[:, None]), "writes what another block wrote", threads)
+        data[units] = values
+        _refuse(data[units] != values, "two threads write different numbers at once", threads)
+        for byte in range(unit):
+            self._writer[units * unit + byte] = threads.number[:, None]
+
+    def arrays(self, like: list[np.ndarray]) -> list[np.ndarray]:
+        """Those that were to be written."""
+        found = []
+        for array, address in zip(like, self.addresses[self._first_written :], strict=True):
+            at = slice(address - GLOBAL_BASE, address - GLOBAL_BASE + array.nbytes)
+            if (self._writer[at] < 0).any():
+                raise Fault(f"{int((self._writer[at] < 0).sum())} of {array.nbytes} bytes of an output are not written")
+            found.append(self._data[at].copy().view(array.dtype).reshape(array.shape))
+        return found
+
+    def _at(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
+        at = addresses.astype(np.int64) - GLOBAL_BASE
+        _refuse((at < 0) | (at + size > len(self._data)), "an address of no array", threads)
+        _refuse(at % size != 0, f"an address that is not a multiple of {size}", threads)
+        array = self._array[at]
+        _refuse((array < 0) | (array != self._array[at + size - 1]), "an address beyond an array", threads)
+        return at
+
+
+class Shared:
+    """The shared memories of all blocks. What was written or read since the last barrier is known by halves of words."""
+
+    def __init__(self, blocks: int):
+        self._halves = SHARED_BYTES // 2
+        self._data = np.full(blocks * self._halves, 0xFFFF, np.uint16)  # NaN
+        shape = self._data.shape
+        self._written, self._writer = np.full(shape, -1, np.int32), np.zeros(shape, np.int8)
+        self._read, self._readers = np.full(shape, -1, np.int32), np.zeros(shape, np.uint16)
+        self._unfenced = np.zeros(shape, bool)
+        self._end = 0  # of what any block has used
+
+    def load(self, addresses: np.ndarray, unit: int, count: int, threads: Threads) -> np.ndarray:
+        """``[lanes, count]`` of ``unit`` bytes each."""
+        halves = self.read(addresses, unit * count, threads)
+        return self._data[halves].view(_UNITS[unit])
+
+    def store(self, addresses: np.ndarray, values: np.ndarray, threads: Threads) -> None:
+        halves = self._at(addresses, values.nbytes // len(values), threads)
+        self._write(halves, np.ascontiguousarray(values).view(np.uint16), threads)
+
+    def read(self, addresses: np.ndarray, size: int, threads: Threads, *, asynchronous: bool = False) -> np.ndarray:
+        """Where so many bytes lie from each address on."""
+        halves = self._at(addresses, size, threads)
+        self.mark_read(halves, threads)
+        written, same = self._written[halves], self._writer[halves] == threads.warp[:, None]
+        _refuse(written < 0, "reads shared memory that nothing wrote", threads)
+        _refuse(
+            (written == threads.epoch[:, None]) & ~same, "reads what another warp writes before any barrier", threads
+        )
+        if asynchronous:
+            _refuse(self._unfenced[halves], "a matrix unit reads what no proxy fence follows", threads)
+        return halves
+
+    def values(self, halves: np.ndarray) -> np.ndarray:
+        return self._data[halves]
+
+    def mark_read(self, halves: np.ndarray, threads: Threads) -> None:
+        epoch = np.broadcast_to(threads.epoch[:, None], halves.shape)
+        self._readers[halves] = np.where(self._read[halves] == epoch, self._readers[halves], 0).astype(np.uint16)
+        self._read[halves] = epoch
+        for warp in np.unique(threads.warp):
+            self._readers[halves[threads.warp == warp]] |= np.uint16(1 << warp)
+
+    def begin_copy(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
+        """Where a copy will write, at any time from now on."""
+        halves = self._at(addresses, size, threads)
+        self._refuse_write(halves, threads)
+        return halves
+
+    def end_copy(self, halves: np.ndarray, values: np.ndarray, threads: Threads) -> None:
+        self._write(halves, values, threads)
+
+    def fence(self, threads: Threads) -> None:
+        """Of what these warps wrote, and of what was written before the last barrier of their blocks."""
+        for block in np.unique(threads.block):
+            of_block = threads.block == block
+            part = slice(block * self._halves, block * self._halves + self._end)
+            mine = np.isin(self._writer[part], np.unique(threads.warp[of_block]))
+            self._unfenced[part] &= ~(mine | (self._written[part] < threads.epoch[of_block][0]))
+
+    def _refuse_write(self, halves: np.ndarray, threads: Threads) -> None:
+        others = self._readers[halves] & ~(1 << threads.warp.astype(np.uint16))[:, None]
+        now = self._read[halves] == threads.epoch[:, None]
+        _refuse(now & (others != 0), "writes what another warp reads before any barrier", threads)
+
+    def _write(self, halves: np.ndarray, values: np.ndarray, threads: Threads) -> None:
+        self._refuse_write(halves, threads)
+        now = (self._written[halves] == threads.epoch[:, None]) & (self._writer[halves] != threads.warp[:, None])
+        _refuse(now & (self._data[halves] != values), "writes what another warp writes before any barrier", threads)
+        self._data[halves] = values
+        _refuse(self._data[halves] != values, "two threads write different numbers at once", threads)
+        self._written[halves] = threads.epoch[:, None]
+        self._writer[halves] = threads.warp[:, None]
+        self._unfenced[halves] = True
+
+    def _at(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
+        at = addresses.astype(np.int64) - SHARED_BASE
+        _refuse((at < 0) | (at + size > SHARED_BYTES), "an address beyond shared memory", threads)
+        _refuse(at % size != 0, f"an address that is not a multiple of {size}", threads)
+        self._end = max(self._end, (int(at.max()) + size) // 2)
+        return (threads.block * self._halves + at // 2)[:, None] + np.arange(size // 2)

@@ -1,0 +1,125 @@
+"""What runs PTX, by small programs: what they compute, and the faults of those that are wrong."""
+
+import numpy as np
+import pytest
+
+from tests.ptx import Fault, machine, program
+
+_HEAD = """
+.visible .entry kernel(
+	.param .u64 .ptr .align 16 kernel_param_0,
+	.param .u64 .ptr .align 16 kernel_param_1
+)
+.reqntid 64, 1, 1
+{
+	.reg .b32 	%r<99>;
+	ld.param.b64 	%rd1, [kernel_param_0];
+	ld.param.b64 	%rd2, [kernel_param_1];
+	mov.u32 	%r1, %tid.x;
+	mov.u32 	%r2, %ctaid.x;
+	mad.lo.s32 	%r3, %r2, 64, %r1;
+	mul.wide.u32 	%rd3, %r3, 4;
+	add.s64 	%rd4, %rd1, %rd3;  // of the thread's number
+	add.s64 	%rd5, %rd2, %rd3;
+	mov.b64 	%rd6, global_smem;
+	mul.wide.u32 	%rd7, %r1, 4;
+	add.s64 	%rd8, %rd6, %rd7;
+	xor.b64 	%rd9, %rd7, 128;  // of the thread of the other warp
+	add.s64 	%rd10, %rd6, %rd9;
+	ld.global.b32 	%r4, [%rd4];
+"""
+
+
+def run(body, blocks=2):
+    (read,) = program.read(_HEAD + body + "\tst.global.b32 \t[%rd5], %r9;\n\tret;\n\n}\n")
+    given = np.arange(64 * blocks, dtype=np.float32)
+    (found,), counts = machine.run(read, (blocks,), [given], [np.zeros_like(given)])
+    return given, found, counts
+
+
+def test_each_goes_its_way():
+    """A loop of as many steps as the thread's number in fours, for odd ones; warps are counted."""
+    given, found, counts = run("""
+	and.b32 	%r5, %r1, 1;
+	setp.eq.b32 	%p1, %r5, 0;
+	mov.b32 	%r9, 0f40000000;
+	@%p1 bra 	$L__BB0_2;
+	and.b32 	%r6, %r1, 3;
+$L__BB0_1:
+	fma.rn.f32 	%r9, %r4, 0f3F800000, %r9;
+	add.s32 	%r6, %r6, -1;
+	setp.ne.b32 	%p2, %r6, 0;
+	@%p2 bra 	$L__BB0_1;
+$L__BB0_2:
+""")
+    steps = np.arange(128) % 4 * (np.arange(128) % 2)
+    assert np.array_equal(found, 2 + steps * given)
+    assert counts["fma.rn.f32"] == 4 * 3 and counts["mov.b32"] == 4
+
+
+EXCHANGE = """
+	st.shared.b32 	[%rd8], %r4;
+	bar.sync 	0;
+	ld.shared.b32 	%r9, [%rd10];
+"""
+
+
+def test_warps_exchange_over_a_barrier():
+    given, found, _ = run(EXCHANGE)
+    assert np.array_equal(found, given.reshape(-1, 2, 32)[:, ::-1].reshape(-1))
+
+
+def test_copies_beside_work():
+    given, found, _ = run("""
+	cp.async.ca.shared.global [ %rd8 + 0 ], [ %rd4 + 0 ], 0x4;
+	cp.async.commit_group;
+	cp.async.wait_group 	0;
+	bar.sync 	0;
+	ld.shared.b32 	%r9, [%rd10];
+""")
+    assert np.array_equal(found, given.reshape(-1, 2, 32)[:, ::-1].reshape(-1))
+
+
+FAULTS = {
+    "no_barrier": (EXCHANGE.replace("bar.sync", "membar"), "another warp writes before any barrier"),
+    "written_too_soon": (EXCHANGE + "\tst.shared.b32 \t[%rd8], %r1;\n", "another warp reads before any barrier"),
+    "nothing_written": ("\tld.shared.b32 \t%r9, [%rd8];\n", "nothing wrote"),
+    "copy_not_waited_for": (
+        "\tcp.async.ca.shared.global [%rd8], [%rd4], 0x4;\n\tcp.async.commit_group;\n\tld.shared.b32 \t%r9, [%rd8];\n",
+        "nothing wrote",
+    ),
+    "copy_never_ends": (
+        "\tcp.async.ca.shared.global [%rd8], [%rd4], 0x4;\n\tcp.async.commit_group;\n\tmov.b32 \t%r9, %r4;\n",
+        "ends before its copies",
+    ),
+    "beyond_the_array": ("\tld.global.b32 \t%r9, [%rd4+4];\n", "beyond an array"),
+    "of_no_array": ("\tld.global.b32 \t%r9, [%rd3];\n", "of no array"),
+    "misaligned": ("\tld.global.b32 \t%r9, [%rd4+2];\n", "not a multiple of 4"),
+    "writes_an_input": ("\tst.global.b32 \t[%rd4], %r4;\n\tmov.b32 \t%r9, %r4;\n", "what the kernel is given"),
+    "reads_an_output": ("\tld.global.b32 \t%r9, [%rd5];\n", "reads what the kernel writes"),
+    "not_all_written": ("\tmov.b32 \t%r9, %r4;\n\tsetp.eq.b32 \t%p1, %r1, 0;\n\t@%p1 ret;\n", "are not written"),
+    "at_once": ("\tmov.b32 \t%r9, %r4;\n\tst.global.b32 \t[%rd2], %r2;\n", "two threads write different numbers"),
+    "a_part_at_a_barrier": (
+        "\tmov.b32 \t%r9, %r4;\n\tsetp.lt.u32 \t%p1, %r1, 32;\n\t@%p1 bar.sync \t0;\n",
+        "not every warp of a block",
+    ),
+    "unset": ("\tadd.s32 \t%r9, %r77, 1;\n", "%r77 is read before"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults(name):
+    body, message = FAULTS[name]
+    with pytest.raises(Fault, match=message):
+        run(body)
+
+
+def test_blocks_that_do_not_run_together_and_write_the_same():
+    """The 65th is of the second group."""
+    with pytest.raises(Fault, match="another block wrote: block 64"):
+        run("\tmov.b32 \t%r9, %r4;\n\tshr.u32 \t%r5, %r3, 12;\n\tst.global.b32 \t[%rd2], %r5;\n", blocks=65)
+
+
+def test_an_instruction_that_is_not_known():
+    with pytest.raises(NotImplementedError, match=r"vote\.sync"):
+        run("\tvote.sync.any.pred \t%r9, %r4, 1;\n")
