@@ -88,15 +88,24 @@ class AttentionGPUBlock(NamedTuple):
     chunk: int  # tokens, a power of two from 16
     keys: int  # channels of a tile
     values: int
+    states: int  # values of the tile of states that a program goes through time with
     outputs: int  # channels of the outputs of a program: a multiple of a tile
     gradients: int  # channels of queries and keys of a program, of their gradients
+    gradient_values: int  # channels of a tile of values there
 
 
-def linear_attention_gpu(length: int, by_channel: bool, chunk: int | None) -> AttentionGPUBlock:
-    """Not tuned: the largest that no program spills registers with."""
+def linear_attention_gpu(length: int, keys: int, by_channel: bool, chunk: int | None) -> AttentionGPUBlock:
+    """The largest that no program spills registers with: with fewer tokens or channels a token takes more instructions, as
+    the PTX counts them. No GPU has timed them."""
     chunk = (32 if by_channel else 64) if chunk is None else chunk
     tokens = min(chunk, max(16, 1 << (length - 1).bit_length()))
-    return AttentionGPUBlock(tokens, 32, 64, 64, 16) if by_channel else AttentionGPUBlock(tokens, 64, 64, 128, 64)
+    if by_channel:
+        return AttentionGPUBlock(tokens, 32, 64, 128, 128, _gradients_by_channel(keys), 64)
+    return AttentionGPUBlock(tokens, 64, 64, 64, 128, 64, 128)
+
+
+def _gradients_by_channel(keys: int) -> int:
+    return 64 if keys >= 64 else 16  # 32, for whatever reason, spill
 
 
 class DeltaRuleBlock(NamedTuple):
@@ -140,19 +149,22 @@ class DeltaRuleGPUBlock(NamedTuple):
     keys: int  # channels of a tile of K and of V, where a program has a chunk
     values: int
     states: int  # rows of the state, where a program goes through time
+    gradients: int  # channels of K of a program, of their gradients
 
 
 def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None) -> DeltaRuleGPUBlock:
-    """Not tuned: about the largest that no program spills registers with."""
-    if chunk is None and by_channel:
-        chunk = 32 if 32 <= keys <= 128 else 16
-    elif chunk is None:
-        chunk = 64 if keys >= 64 else 32
+    """As ``linear_attention_gpu``."""
+    if chunk is None:
+        chunk = 64 if keys >= 64 and not by_channel else 32
     tokens = min(chunk, max(16, 1 << (length - 1).bit_length()))
+    if by_channel:
+        return DeltaRuleGPUBlock(tokens, 32, *((64, 32) if keys <= 128 else (16, 16)), _gradients_by_channel(keys))
     if keys <= 128:
-        states = 16 if not by_channel and length <= 4 * tokens else 32  # so few steps in time are written out
-        return DeltaRuleGPUBlock(tokens, 16 if by_channel else max(16, min(64, keys // 2)), 64, states)
-    return DeltaRuleGPUBlock(tokens, 16 if by_channel else 64, 16 if by_channel else 32, 16)
+        tile = max(16, min(64, keys // 2))
+        return DeltaRuleGPUBlock(
+            tokens, tile, 64, 16 if length <= 4 * tokens else 32, tile
+        )  # few steps are written out
+    return DeltaRuleGPUBlock(tokens, 64, 32, 16, 64)
 
 
 def attention_tpu(length: int) -> int:

@@ -155,7 +155,7 @@ class _Call:
             self._of_chunks,
         )
         outputs: dict[str, Any] = {"d_q": given["q"], "d_k": given["k"]}
-        tiles = layout.keys // layout.key_tile
+        tiles = layout.keys // layout.gradient_tile
         if plan.decay == "channel":
             outputs["d_log_decay"] = given["log_decay"]
         elif plan.decay == "scalar":
@@ -188,13 +188,14 @@ class _Call:
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]
         share = {"tokens": 0.5, "states": 0.5, "values": 0.3, "keys": 0.4}[name]
         flops = share * self.batch * self.plan.length * self.plan.heads * self.plan.products(self.layout.chunk)
+        by_channel = self.plan.decay == "channel"
+        few = (not by_channel or self.layout.keys <= 128) if name == "states" else by_channel and name == "tokens"
+        warps = 4 if few else 8
         found = pl.pallas_call(
-            functools.partial(kernel, self.layout, (*given, *outputs)),
+            functools.partial(kernel, self.layout.of_gradients if name == "keys" else self.layout, (*given, *outputs)),
             grid=grid,
             out_shape=shapes,
-            compiler_params=plgpu.CompilerParams(
-                num_warps=4 if name == "states" else 8, num_stages=2 if name == "states" else 1
-            ),
+            compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2 if name == "states" else 1),
             cost_estimate=pl.CostEstimate(
                 flops=int(flops), transcendentals=0, bytes_accessed=size_of((list(given.values()), shapes))
             ),

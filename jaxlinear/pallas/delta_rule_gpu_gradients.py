@@ -8,18 +8,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxlinear.pallas.channel_decays_gpu import ByChannel
 from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, over_tiles, span
 from jaxlinear.pallas.delta_rule_gpu_states import scaled_cotangent
-from jaxlinear.pallas.delta_rule_gpu_tokens import (
-    ByChannel,
-    ByHead,
-    Documents,
-    Place,
-    crossing,
-    decay_of,
-    scaled,
-    times,
-)
+from jaxlinear.pallas.delta_rule_gpu_tokens import ByHead, Documents, Place, decay_of, times
 
 
 def values_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
@@ -106,11 +98,7 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     whole = times(decay.whole, one)
     total = jnp.sum(kept, axis=0) + (held if whole is None else whole * held)
     if plan.decay == "channel":
-        later = (documents.row <= documents.lane).astype(plan.wide)
-        d_log_decay = jax.lax.dot_general(
-            later, sums, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=plan.wide
-        )
-        place.give(named["d_log_decay"], first, d_log_decay + total[None])
+        place.give(named["d_log_decay"], first, decay.from_last(sums) + total[None])
     else:
         plgpu.store(named["d_sums"].at[tile, place.b, place.h, place.time], jnp.sum(sums, axis=1))
         plgpu.store(named["d_total"].at[tile, place.b, place.h, place.n, span(0, 1)], jnp.sum(total)[None])
@@ -127,15 +115,10 @@ def _pairs_gradient(layout: Layout, decay: Any, documents: Documents, q, k, d_at
             d_attention, d_overlap = decay.matrix * d_attention, decay.matrix * d_overlap
         d_q, d_k_row = (dot(d, k, (1, 0), layout) for d in (d_attention, d_overlap))
         return d_q, d_k_row, sum(dot(d, x, (0, 0), layout) for d, x in ((d_attention, q), (d_overlap, k))), itself
-    found = [jnp.zeros(q.shape, layout.plan.wide) for _ in range(3)]
-    for n, seen, left in decay.levels():
-        across = crossing(documents, n)
-        column = scaled(k, left)
-        for m, (row, d) in enumerate(((q, d_attention), (k, d_overlap))):
-            d = jnp.where(across, d, jnp.zeros_like(d))
-            found[m] = found[m] + seen * dot(d, column, (1, 0), layout)
-            found[2] = found[2] + left * dot(d, scaled(row, seen), (0, 0), layout)
-    return *found, itself
+    earlier = documents.row > documents.lane
+    products = [jnp.where(earlier, d, jnp.zeros_like(d)) for d in (d_attention, d_overlap)]
+    (d_q, d_k_row), d_k_column = decay.products_gradient([q, k], k, products)
+    return d_q, d_k_row, d_k_column, itself
 
 
 def state_at(ref, place: Place, value, values: int, key, keys: int):

@@ -15,8 +15,8 @@ from jaxlinear.pallas.delta_rule_plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """``chunk`` tokens; K and V as powers of two, and the channels of a tile of them; and the values of which one program
-    goes through time."""
+    """``chunk`` tokens; K and V as powers of two, and the channels of a tile of them; the values of which one program goes
+    through time, or has the outputs; and the keys of which one has the gradients."""
 
     plan: Any
     chunk: int
@@ -25,6 +25,12 @@ class Layout:
     key_tile: int
     value_tile: int
     states_tile: int
+    gradient_tile: int
+
+    @property
+    def of_gradients(self) -> "Layout":
+        """Of the program that has the gradients of some keys: these are its tile."""
+        return dataclasses.replace(self, key_tile=self.gradient_tile)
 
     @property
     def chunks(self) -> int:
@@ -34,7 +40,7 @@ class Layout:
 def layout_of(plan: Plan) -> Layout:
     keys, values = power_of_two(plan.keys), power_of_two(plan.values)
     block = blocks.delta_rule_gpu(plan.length, keys, plan.decay == "channel", plan.chunk)
-    tiles = min(block.keys, keys), min(block.values, values), min(block.states, values)
+    tiles = min(block.keys, keys), min(block.values, values), min(block.states, values), min(block.gradients, keys)
     return Layout(plan, block.chunk, keys, values, *tiles)
 
 

@@ -4,8 +4,6 @@ A program has one chunk of one head. It goes through keys and values by tiles of
 registers, and leaves what ``delta_rule_gpu_states`` goes through in time.
 """
 
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxlinear.pallas.chunk_decays import finite
+from jaxlinear.pallas.channel_decays_gpu import ByChannel, crossing, exp, scaled
 from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, over_tiles, power_of_two, span
 
 Refs = dict[str, Any]
@@ -103,88 +101,32 @@ class ByHead:
         last = [plgpu.load(refs[name].at[place.b, place.h, end]) for name in ("coarse", "fine")]
         steps = (coarse[:, None] - coarse[None]) + (fine[:, None] - fine[None])
         lower = documents.row >= documents.lane
-        self.matrix = jnp.exp(jnp.where(lower, steps, jnp.full_like(steps, -jnp.inf)))
-        self.since_start = jnp.exp(coarse + fine)[:, None]
-        self.until_end = jnp.exp((last[0] - coarse) + (last[1] - fine))[:, None]
-        self.whole = jnp.exp(last[0] + last[1])
+        self.matrix = exp(jnp.where(lower, steps, jnp.full_like(steps, -jnp.inf)))
+        self.since_start = exp(coarse + fine)[:, None]
+        self.until_end = exp((last[0] - coarse) + (last[1] - fine))[:, None]
+        self.whole = exp(last[0] + last[1])
 
 
-class ByChannel:
-    """A decay of each key channel of a tile: tokens meet at the middle of the smallest of the chunk's halves, quarters,
-    ... that has both (``chunk_decays.ByChannel``). ``since_start``, ``until_end`` ``[c, tile]``, ``whole`` ``[tile]``."""
-
-    def __init__(self, log_decay: jax.Array):
-        self._log_decay = log_decay
-
-    def levels(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
-        """n, and of each token the decay since the start of its part of 2^n and that until its end. Those of a level follow
-        from the level before: what is not needed any more takes no registers."""
-        chunk, tile = self._log_decay.shape
-        token = lax.broadcasted_iota(jnp.int32, (chunk, tile), 0)
-        seen, left = self._log_decay, jnp.zeros_like(self._log_decay)
-        for n in range(chunk.bit_length() - 1):
-            yield n, jnp.exp(seen), jnp.exp(left)
-            in_second, parts = ((token >> n) & 1) == 1, (chunk >> (n + 1), 2 << n, tile)
-            halves = []
-            for half in (~in_second, in_second):
-                of_half = jnp.where(half, self._log_decay, jnp.zeros_like(self._log_decay)).reshape(parts)
-                halves.append(jnp.broadcast_to(jnp.sum(of_half, axis=1)[:, None], parts).reshape(chunk, tile))
-            seen = jnp.where(in_second, seen + halves[0], seen)
-            left = jnp.where(in_second, left, left + halves[1])
-        self._ends = seen, left
-
-    @functools.cached_property
-    def ends(self) -> tuple[jax.Array, jax.Array]:
-        for _ in self.levels() if not hasattr(self, "_ends") else ():
-            pass
-        return jnp.exp(self._ends[0]), jnp.exp(self._ends[1])
-
-    @property
-    def since_start(self) -> jax.Array:
-        return self.ends[0]
-
-    @property
-    def until_end(self) -> jax.Array:
-        return self.ends[1]
-
-    @property
-    def whole(self) -> jax.Array:
-        return jnp.exp(jnp.sum(self._log_decay, axis=0))
-
-
-def crossing(documents: Documents, n: int) -> jax.Array:
-    """Pairs of tokens whose smallest common part has 2^(n+1), the row in its second half."""
-    row, lane = documents.row >> n, documents.lane >> n
-    return (row == lane + 1) & ((lane & 1) == 0)
-
-
-def pairs(layout: Layout, decay: Any, documents: Documents, rows: list[jax.Array]) -> list[jax.Array]:
+def pairs(layout: Layout, decay: Any, rows: list[jax.Array]) -> list[jax.Array]:
     """Of a tile the products of ``rows`` with the first of them, decayed if by channel; above the diagonal anything."""
-    columns = rows[0]
-    products = [dot(r, columns, (1, 1), layout) for r in rows]
-    if not isinstance(decay, ByChannel):
-        return products
-    for n, seen, left in decay.levels():
-        across, column = crossing(documents, n), scaled(columns, left)
-        for m, r in enumerate(rows):
-            products[m] = jnp.where(across, dot(scaled(r, seen), column, (1, 1), layout), products[m])
-    return products
+    if isinstance(decay, ByChannel):
+        return decay.products(rows, rows[0])
+    return [dot(r, rows[0], (1, 1), layout) for r in rows]
 
 
 def decay_of(place: Place, refs: Refs, documents: Documents, of_head: ByHead, first) -> Any:
     if place.layout.plan.decay != "channel":
         return of_head
-    log_decay = place.given(refs["log_decay"], first, place.layout.key_tile)
-    return ByChannel(finite(log_decay.astype(place.layout.plan.wide)))
+    return ByChannel(place.given(refs["log_decay"], first, place.layout.key_tile), place.layout)
 
 
 def inverse(lower: jax.Array, documents: Documents, layout: Layout) -> jax.Array:
     """``(I + lower)^-1`` by doubling, as ``pallas.inverse``, all blocks in one matrix."""
     narrow = layout.plan.narrow
     found = (documents.row == documents.lane).astype(lower.dtype)
-    found = found - jnp.where(crossing(documents, 0), lower, jnp.zeros_like(lower))
+    found = found - jnp.where(crossing(documents.row, documents.lane, 0), lower, jnp.zeros_like(lower))
     for n in range(1, lower.shape[0].bit_length() - 1):
-        b = jnp.where(crossing(documents, n), lower, jnp.zeros_like(lower))
+        b = jnp.where(crossing(documents.row, documents.lane, n), lower, jnp.zeros_like(lower))
         cut = found.astype(narrow)
         reached = jnp.zeros_like(lower)
         for part in _parts(b, narrow):
@@ -215,7 +157,7 @@ def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     def multiply(first, sums):
         rows = [place.given(named[name], first, tile) for name in ("k", "q")[: len(sums)]]
         decay = decay_of(place, named, documents, of_head, first)
-        return tuple(x + y for x, y in zip(sums, pairs(layout, decay, documents, rows), strict=True))
+        return tuple(x + y for x, y in zip(sums, pairs(layout, decay, rows), strict=True))
 
     sums = over_tiles(layout.keys, tile, multiply, (square,) * (1 + with_q))
     if of_head.matrix is not None:
@@ -263,7 +205,3 @@ def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
 def times(x: jax.Array | None, y: jax.Array | None) -> Any:
     return y if x is None else x if y is None else x * y
-
-
-def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)

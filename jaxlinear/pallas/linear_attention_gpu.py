@@ -31,10 +31,11 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
 class _Call:
     def __init__(self, plan: Plan, arguments: Arguments, target: Target):
         keys, values = power_of_two(plan.key_width), power_of_two(plan.value_width)
-        block = blocks.linear_attention_gpu(plan.length, plan.decay == "channel", plan.chunk)
-        tiles = min(block.keys, keys), min(block.values, values)
-        self.layout = Layout(plan, block.chunk, keys, values, *tiles, min(block.outputs, values))
-        self.of_keys = dataclasses.replace(self.layout, key_tile=min(block.gradients, keys))
+        block = blocks.linear_attention_gpu(plan.length, keys, plan.decay == "channel", plan.chunk)
+        tiles = min(block.keys, keys), min(block.values, values), min(block.outputs, values), min(block.gradients, keys)
+        self.layout = layout = Layout(plan, block.chunk, keys, values, *tiles)
+        self.of_states = dataclasses.replace(layout, value_tile=min(block.states, values))
+        self.of_gradients = dataclasses.replace(layout.of_gradients, value_tile=min(block.gradient_values, values))
         self.plan, self.target, self.given = plan, target, arguments
         self.batch = arguments.keys.shape[0]
         self.shared = self._decays()
@@ -63,7 +64,7 @@ class _Call:
 
     def _in_time(self, tokens: Arrays, *, states: bool = False) -> Arrays:
         """The states in time, and what comes of them after the last step."""
-        plan, layout = self.plan, self.layout
+        plan, layout = self.plan, self.of_states
         padding = (0, layout.values - plan.value_width), (0, layout.keys - plan.key_width)
         state = jnp.pad(self.given.state, ((0, 0), (0, 0), *padding))
         outputs: Arrays = {}
@@ -81,7 +82,7 @@ class _Call:
         return self._run(kernels.outputs_kernel, name, inputs, {"out": like}, grid)["out"]
 
     def _of_keys(self, inputs: Arrays) -> Arrays:
-        plan, layout, outputs = self.plan, self.of_keys, {"d_q": inputs["q"], "d_k": inputs["k"]}
+        plan, layout, outputs = self.plan, self.of_gradients, {"d_q": inputs["q"], "d_k": inputs["k"]}
         tiles = layout.keys // layout.key_tile
         by_head = tiles, self.batch, plan.heads
         if plan.decay == "channel":
@@ -126,16 +127,13 @@ class _Call:
         inputs = {**inputs, **self.shared}
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]
         plan, tokens = self.plan, self.batch * self.plan.length * self.plan.heads
-        if plan.decay == "channel":
-            warps = 8 if name == "keys" else 4
-        else:
-            warps = 8 if max(self.layout.keys, self.layout.values) > 128 and name != "states" else 4
         share = {"states": 0.25, "outputs": 0.75, "values": 0.25, "keys": 0.5}[name]
+        layout = {"states": self.of_states, "keys": self.of_gradients}.get(name, self.layout)
         found = pl.pallas_call(
-            functools.partial(kernel, self.of_keys if name == "keys" else self.layout, (*inputs, *outputs)),
+            functools.partial(kernel, layout, (*inputs, *outputs)),
             grid=grid,
             out_shape=shapes,
-            compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2 if name == "states" else 1),
+            compiler_params=plgpu.CompilerParams(num_warps=self._warps(name), num_stages=2 if name == "states" else 1),
             cost_estimate=pl.CostEstimate(
                 flops=int(share * tokens * plan.products(self.layout.chunk)),
                 transcendentals=0,
@@ -145,6 +143,13 @@ class _Call:
             interpret=self.target.interpret,
         )(*inputs.values())
         return dict(zip(outputs, found, strict=True))
+
+    def _warps(self, name: str) -> int:
+        """As few as none spills registers with."""
+        plan, layout = self.plan, self.layout
+        if name == "states" or (plan.decay == "channel" and name != "keys"):
+            return 4
+        return 8 if plan.decay == "channel" or max(layout.keys, layout.values) > 128 else 4
 
     def _by_head(self, x: jax.Array) -> jax.Array:
         """``[B, T, H K]`` -> ``[B, T, H, K]``"""

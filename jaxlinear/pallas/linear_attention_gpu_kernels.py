@@ -14,9 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxlinear.pallas.channel_decays_gpu import ByChannel, exp, scaled
 from jaxlinear.pallas.chunk_decays import finite
 from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, span
-from jaxlinear.pallas.delta_rule_gpu_tokens import ByChannel, ByHead, Documents, Place, crossing, scaled, times
+from jaxlinear.pallas.delta_rule_gpu_tokens import ByHead, Documents, Place, times
 
 Refs = dict[str, Any]
 
@@ -34,11 +35,11 @@ class Constant:
 
         row, lane = at(documents.row), at(documents.lane)
         lower, steps = documents.row >= documents.lane, (row - lane) * log_decay
-        self.matrix = jnp.exp(jnp.where(lower, steps, jnp.full_like(steps, -jnp.inf)))
+        self.matrix = exp(jnp.where(lower, steps, jnp.full_like(steps, -jnp.inf)))
         token = at(jnp.arange(chunk, dtype=jnp.int32))[:, None]
-        self.since_start = jnp.exp((token + 1) * log_decay)
-        self.until_end = jnp.exp((last.astype(log_decay.dtype) - token) * log_decay)
-        self.whole = jnp.exp((last + 1).astype(log_decay.dtype) * log_decay)
+        self.since_start = exp((token + 1) * log_decay)
+        self.until_end = exp((last.astype(log_decay.dtype) - token) * log_decay)
+        self.whole = exp((last + 1).astype(log_decay.dtype) * log_decay)
 
 
 class _Chunk:
@@ -55,8 +56,7 @@ class _Chunk:
         plan = self.layout.plan
         if plan.decay != "channel":
             return self.of_head
-        log_decay = self.place.given(self.refs["log_decay"], first, self.layout.key_tile)
-        return ByChannel(finite(log_decay.astype(plan.wide)))
+        return ByChannel(self.place.given(self.refs["log_decay"], first, self.layout.key_tile), self.layout)
 
     def since_start(self, decay: Any) -> jax.Array | None:
         return times(decay.since_start, self.first_document)
@@ -180,7 +180,7 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     sums = wide_q * (d_q + d_q_outer) - wide_k * d_k - written
     total = jnp.sum(written, axis=0) + times(chunk.whole(decay), held)
     if plan.decay == "channel":
-        d_log_decay = _from_last(chunk, sums)
+        d_log_decay = decay.from_last(sums)
         chunk.place.give(named["d_log_decay"], first, d_log_decay + total[None])
         return
     of_tokens, of_all = jnp.sum(sums, axis=1), jnp.sum(total)
@@ -190,17 +190,6 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     else:
         plgpu.store(named["d_sums"].at[tile, b, h, chunk.place.time], of_tokens)
     plgpu.store(named["d_total"].at[tile, b, h, n, span(0, 1)], jnp.broadcast_to(of_all, (1,)))
-
-
-def _from_last(chunk: _Chunk, x: jax.Array) -> jax.Array:
-    """``y_i = sum_{j >= i} x_j`` of ``[c, tile]``, x cut in parts that products of narrow numbers sum exactly."""
-    later, narrow = chunk.documents.row <= chunk.documents.lane, chunk.layout.plan.narrow
-    total = jnp.zeros_like(x)
-    for _ in range(1 if narrow == x.dtype else 3):
-        part = x.astype(narrow)
-        total = total + dot(later.astype(narrow), part, (1, 0), chunk.layout)
-        x = x - part.astype(x.dtype)
-    return total
 
 
 def _over_tiles(width: int, tile: int, step, sums):
@@ -213,12 +202,9 @@ def _over_tiles(width: int, tile: int, step, sums):
 
 def _pairs(chunk: _Chunk, decay: Any, q: jax.Array, k: jax.Array) -> jax.Array:
     """Of a tile the products of queries and keys, decayed if by channel; above the diagonal anything."""
-    product = dot(q, k, (1, 1), chunk.layout)
     if isinstance(decay, ByChannel):
-        for n, seen, left in decay.levels():
-            decayed = dot(scaled(q, seen), scaled(k, left), (1, 1), chunk.layout)
-            product = jnp.where(crossing(chunk.documents, n), decayed, product)
-    return product
+        return decay.products([q], k)[0]
+    return dot(q, k, (1, 1), chunk.layout)
 
 
 def _pairs_gradient(chunk: _Chunk, decay: Any, q: jax.Array, k: jax.Array, d: jax.Array):
@@ -229,9 +215,5 @@ def _pairs_gradient(chunk: _Chunk, decay: Any, q: jax.Array, k: jax.Array, d: ja
     if not isinstance(decay, ByChannel):
         d = times(decay.matrix, jnp.where(same, none, d))
         return dot(d, k, (1, 0), layout), dot(d, q, (0, 0), layout), itself
-    d_q, d_k = jnp.zeros(q.shape, layout.plan.wide), jnp.zeros(k.shape, layout.plan.wide)
-    for n, seen, left in decay.levels():
-        across = jnp.where(crossing(documents, n), d, none)
-        d_q = d_q + seen * dot(across, scaled(k, left), (1, 0), layout)
-        d_k = d_k + left * dot(across, scaled(q, seen), (0, 0), layout)
+    (d_q,), d_k = decay.products_gradient([q], k, [jnp.where(documents.row > documents.lane, d, none)])
     return d_q, d_k, itself

@@ -36,6 +36,9 @@ ON_GPU = {
     "packed_channel_64": (1, 1024, 2, 64, 64, "bfloat16", "channel", True),
     "packed_channel_256": (1, 1024, 2, 256, 256, "bfloat16", "channel", True),
     "odd_128": (1, 1000, 2, 128, 128, "bfloat16", "channel", True),
+    "scalar_unpacked": (1, 2048, 2, 128, 128, "bfloat16", "scalar", False),
+    "narrow_channel": (1, 1000, 2, 32, 128, "bfloat16", "channel", True),
+    "wide_keys": (1, 1000, 2, 256, 64, "bfloat16", "channel", True),
 }
 TARGETS = {
     "v5e:1x1": list(CASES),
@@ -57,7 +60,7 @@ def compiled(target, name, remat=False, **options):
         "none": None,
         "constant": array(heads, dtype=jnp.float32),
         "scalar": array(batch, length, heads, dtype=jnp.float32),
-        "channel": array(batch, length, heads * key),
+        "channel": array(batch, length, heads * key, dtype=jnp.float32),  # as models have them
     }[decay]
     state = array(batch, heads, key, value, dtype=jnp.float32)
     ids = array(batch, length, dtype=jnp.int32) if packed else None

@@ -106,7 +106,7 @@ def draw(random, decay, length, heads, keys, values):
 @pytest.mark.parametrize("decay, packed", [("constant", False), ("scalar", True), ("channel", True)])
 def test_gpu_by_tiles(monkeypatch, decay, packed):
     """K and V of several tiles, the last not whole; outputs of two programs."""
-    monkeypatch.setattr(blocks, "linear_attention_gpu", lambda *_: blocks.AttentionGPUBlock(16, 16, 16, 32, 16))
+    monkeypatch.setattr(blocks, "linear_attention_gpu", lambda *_: blocks.AttentionGPUBlock(16, 16, 16, 32, 32, 16, 32))
     ids = np.repeat([[0, 1, 2]], [5, 27, 8], axis=1).astype(np.int32) if packed else None
     inputs = draw(np.random.default_rng(7), decay, 40, 2, 40, 50)
     assert_as_the_recurrence(functools.partial(run_kernel, ids, GPU), ids, inputs)

@@ -86,14 +86,18 @@ def test_linear_attention_of_many_channels(decay, length, width):
     compare(functools.partial(linear.run_kernel, ids, GPU), reference, inputs, cotangents)
 
 
-@pytest.mark.parametrize("decay, width", [("scalar", 128), ("channel", 64)])
+def draw_delta_rule(random, decay, length, width):
+    q, k, v = (numerics.normal(random, 1, length, 2, width) for _ in range(3))
+    k = numerics.representable(k / np.linalg.norm(k, axis=-1, keepdims=True))
+    beta, state = numerics.uniform(random, 1, length, 2), numerics.normal(random, 1, 2, width, width)
+    return q, k, v, beta, delta_operation.draw_decay(random, decay, 1, length, 2, width), state
+
+
+@pytest.mark.parametrize("decay, width", [("scalar", 128), ("channel", 128)])
 def test_delta_rule_of_many_channels(decay, width):
     random, ids = np.random.default_rng(0), documents(130)
-    q, k, v = (numerics.normal(random, 1, 130, 2, width) for _ in range(3))
-    k = numerics.representable(k / np.linalg.norm(k, axis=-1, keepdims=True))
-    beta, state = numerics.uniform(random, 1, 130, 2), numerics.normal(random, 1, 2, width, width)
-    inputs = q, k, v, beta, delta_operation.draw_decay(random, decay, 1, 130, 2, width), state
-    cotangents = numerics.normal(random, *v.shape), numerics.normal(random, *state.shape)
+    inputs = draw_delta_rule(random, decay, 130, width)
+    cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[5].shape)
     reference = functools.partial(delta_rule, segment_ids=ids, backend="recurrent")
     compare(functools.partial(delta.run_kernel, ids, GPU), reference, inputs, cotangents)
 
@@ -108,6 +112,43 @@ def test_attention_of_many_channels(operation, width, monkeypatch):
         run = functools.partial(run, window=70)
     cotangents = numerics.normal(random, *inputs[0].shape)
     compare(functools.partial(run, backend="pallas"), functools.partial(run, backend="chunked"), inputs, cotangents)
+
+
+# Decays by channel, in float32 as models have them: one product of two factors, or one for each level; both in one kernel.
+
+
+def draw_in_tiles(random, length, width):
+    """Of three runs of 32 tokens: weak in all channels, strong in the first half of them, and strong in a few tokens."""
+    decay = -0.1 * random.random((1, length, 2, width))
+    decay[:, 32:64, :, : width // 2] *= 100
+    decay[:, 64:96:7] = -40
+    decay[:, 80, :, 3] = -np.inf
+    return numerics.representable(decay)
+
+
+def in_float32(kernel, at):
+    def run(*inputs):
+        return kernel(*inputs[:at], inputs[at].astype(np.float32), *inputs[at + 1 :])
+
+    return run
+
+
+def test_linear_attention_of_weak_and_strong_decays():
+    random, ids = np.random.default_rng(1), documents(110)
+    q, k, v, _, state = linear.draw(random, "channel", 110, 2, 128, 64)
+    inputs = q, k, v, draw_in_tiles(random, 110, 128), state
+    cotangents = numerics.normal(random, *v.shape), numerics.normal(random, *state.shape)
+    reference = functools.partial(linear_attention, segment_ids=ids, backend="recurrent")
+    compare(in_float32(functools.partial(linear.run_kernel, ids, GPU), 3), reference, inputs, cotangents)
+
+
+def test_delta_rule_of_weak_and_strong_decays():
+    random, ids = np.random.default_rng(1), documents(110)
+    q, k, v, beta, _, state = draw_delta_rule(random, "channel", 110, 64)
+    inputs = q, k, v, beta, draw_in_tiles(random, 110, 64), state
+    cotangents = numerics.normal(random, *v.shape), numerics.normal(random, *state.shape)
+    reference = functools.partial(delta_rule, segment_ids=ids, backend="recurrent")
+    compare(in_float32(functools.partial(delta.run_kernel, ids, GPU), 4), reference, inputs, cotangents)
 
 
 # What the tests above would find

@@ -279,10 +279,11 @@ class _Blocks:
         a = product.left(given, described and signs[2] == "1", self.shared, threads)
         b = product.right(self._lanes(right, "b64")[where], signs[-1] == "1", self.shared, threads)
         keep = self._lanes(keep, "pred")[where]
-        for name, values in zip(sums, product.sums(a @ b), strict=True):
-            if keep.any():
-                values = values + np.where(keep, self._lanes(name, "f32")[where], np.float32(0))
-            self._give(name, values, where)
+        with np.errstate(all="ignore"):
+            for name, values in zip(sums, product.sums(a @ b), strict=True):
+                if keep.any():
+                    values = values + np.where(keep, self._lanes(name, "f32")[where], np.float32(0))
+                self._give(name, values, where)
         self.unended += product.read
 
     def _end_products(self, left: int, where: np.ndarray) -> None:

@@ -49,9 +49,9 @@ def mma(opcode: str, a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarra
     for i in range(2):
         for half in range(2):
             right[:, 2 * _MEMBER + half + 8 * i, _GROUP] = pairs[:, :, i, half]
-    product = _of_16_rows(_narrow(a)) @ right
     rows, columns = _rows_and_columns(4)
-    sums = product[:, rows, columns] + _registers(c)
+    with np.errstate(all="ignore"):
+        sums = (_of_16_rows(_narrow(a)) @ right)[:, rows, columns] + _registers(c)
     return [sums[..., i].reshape(-1) for i in range(4)]
 
 
