@@ -98,7 +98,7 @@ def linear_attention_gpu(length: int, keys: int, by_channel: bool, chunk: int | 
     """The largest that no program spills registers with: with fewer tokens or channels a token takes more instructions, as
     the PTX counts them. No GPU has timed them."""
     chunk = (32 if by_channel else 64) if chunk is None else chunk
-    tokens = min(chunk, max(16, 1 << (length - 1).bit_length()))
+    tokens = min(chunk, max(32, 1 << (length - 1).bit_length()))
     if by_channel:
         return AttentionGPUBlock(tokens, 32, 64, 128, 128, _gradients_by_channel(keys), 64)
     return AttentionGPUBlock(tokens, 64, 64, 64, 128, 64, 128)

@@ -22,6 +22,7 @@ _PALLAS_CALL = pl.pallas_call
 class Ran(NamedTuple):
     name: str
     counts: Counter  # of warps, by instruction
+    bytes: int  # of the arrays that it reads and writes
 
 
 def emulate(monkeypatch) -> list[Ran]:
@@ -36,8 +37,9 @@ def emulate(monkeypatch) -> list[Ran]:
 
             def run(*given):
                 like = [np.zeros(x.shape, x.dtype) for x in jax.tree.leaves(out_shape)]
-                found, counts = machine.run(program, grid, [np.asarray(x) for x in given], like)
-                ran.append(Ran(name, counts))
+                given = [np.asarray(x) for x in given]
+                found, counts = machine.run(program, grid, given, like)
+                ran.append(Ran(name, counts, sum(x.nbytes for x in (*given, *found))))
                 return jax.tree.unflatten(jax.tree.structure(out_shape), found)
 
             return jax.pure_callback(run, out_shape, *arguments)

@@ -1,0 +1,26 @@
+"""``benchmarks/gpu_instructions.py``: what it counts, of kernels whose products and bytes are known."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu_instructions.py"
+
+
+def test_linear_attention_of_one_chunk(tmp_path):
+    """64 tokens and channels: k v^T for the state; q k^T, A v and q S for the outputs. Bytes at 14.46 a cycle."""
+    path = tmp_path / "rows.json"
+    sizes = "--length=64", "--key=64", "--value=64"
+    command = [sys.executable, str(PROGRAM), "--operations=linear_attention", "--decays=none", *sizes, f"--json={path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["kernel"].removeprefix("linear_attention_"): row for row in json.loads(path.read_text())}
+    assert set(rows) == {
+        *("forward_states", "forward_outputs", "gradient_states", "gradient_values", "gradient_keys"),
+    }
+    assert [rows[f"forward_{name}"]["matrix"] for name in ("states", "outputs")] == [64, 3 * 64]
+    narrow, wide = 64 * 64 * 2, 64 * 64 * 4  # k, v and the states before chunks; the states before and after all
+    moved = [3 * narrow + 2 * wide, 5 * narrow]
+    assert [rows[f"forward_{name}"]["memory"] for name in ("states", "outputs")] == [round(x / 14.461) for x in moved]
+    assert all(0 < row["issue"] == round(row["instructions"] / 4) for row in rows.values())
