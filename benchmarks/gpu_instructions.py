@@ -7,13 +7,16 @@ No GPU is needed: kernels are compiled for an H100 by Triton and LLVM, and run o
 (``tests/ptx``), so that loops and branches count as they go. Takes the compiler for GPU (pip install 'jaxlinear[aot]') and
 a clone of the repository. Decays by channel are float32, as models have them. Of each kernel, for 64 tokens of a head:
 
-    instructions   that warps take
-    issue          cycles of one SM that these take at least: four a cycle
+    instructions   of PTX that warps take
+    issue          cycles of one SM, at four of these a cycle
     matrix         cycles that its tensor cores take for the products at their peak
     memory         cycles of the SM in its share of the HBM's bytes, of all that the kernel reads and writes, once
 
-PTX is not what the GPU runs: ptxas joins some instructions and cuts others, some take several cycles, and warps wait. These
-are no timings, but a kernel whose issue is well above its memory will not be as fast as its bytes.
+and of each pass their sums, and ``larger``: the sum of the larger of issue and memory, as kernels run one after the other.
+
+PTX is not what the GPU runs: ptxas drops moves and conversions of addresses, some instructions take the place of several,
+and warps wait. These are no timings and no bounds; but a kernel whose issue is well above its memory is not likely as fast
+as its bytes.
 """
 
 import json
@@ -42,12 +45,10 @@ _VALUE = flags.DEFINE_integer("value", 128, "V.", lower_bound=1)
 _MEAN = flags.DEFINE_float("mean", -0.04, "Of the log decays, whose distribution is exponential.", upper_bound=0.0)
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
-# Of an H100 SXM: NVIDIA's data sheet and "H100 Tensor Core GPU Architecture".
-_MULTIPROCESSORS, _CLOCK, _BANDWIDTH = 132, 1.755e9, 3.35e12
-_SCHEDULERS, _PRODUCTS = (
-    4,
-    4096,
-)  # of a multiprocessor: instructions, and bfloat16 multiply-adds of tensor cores, a cycle
+# Of an H100 SXM, "H100 Tensor Core GPU Architecture": 989.4e12 operations a second on bfloat16 matrices, not sparse.
+_MULTIPROCESSORS, _CLOCK, _BANDWIDTH, _OPERATIONS_A_SECOND = 132, 1.83e9, 3.35e12, 989.4e12
+_SCHEDULERS = 4  # of a multiprocessor, each with an instruction a cycle
+_PRODUCTS = _OPERATIONS_A_SECOND / 2 / _MULTIPROCESSORS / _CLOCK  # multiply-adds of a multiprocessor a cycle
 _SHAPE = re.compile(r"\.m(\d+)n(\d+)k(\d+)")
 
 
@@ -92,28 +93,34 @@ def row(ran: calls.Ran) -> dict:
     }
 
 
-class _Patch:
-    setattr = staticmethod(setattr)
+def together(name: str, rows: list[dict]) -> dict:
+    sums = {key: sum(x[key] for x in rows) for key in ("instructions", "issue", "matrix", "memory")}
+    return {"pass": name, **sums, "larger": sum(max(x["issue"], x["memory"]) for x in rows)}
 
 
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"not a flag: {argv[1]}")
-    ran = calls.emulate(_Patch)
+    ran = calls.emulate(setattr)
     backends.target = lambda: Target("gpu", "NVIDIA H100 80GB HBM3", True)
-    rows = []
+    rows, passes = [], []
     for operation in _OPERATIONS.value:
         for decay in _DECAYS.value:
             del ran[:]
             gradient(operation, decay)
-            rows += [row(x) for x in ran]
-    print(f"for 64 tokens of a head, K = {_KEY.value}, V = {_VALUE.value}, H100; cycles of one SM")
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
-    for found in rows:
-        print("| " + " | ".join(f"{x:,}" if isinstance(x, int) else x for x in found.values()) + " |")
+            found = [row(x) for x in ran]
+            rows += found
+            for direction in ("forward", "gradient"):
+                passes.append(
+                    together(f"{operation}, {decay}, {direction}", [x for x in found if direction in x["kernel"]])
+                )
+    print(f"for 64 tokens of a head, K = {_KEY.value}, V = {_VALUE.value}, T = {_LENGTH.value}, H100; cycles of one SM")
+    for table in (rows, passes):
+        print("\n| " + " | ".join(table[0]) + " |\n|" + " --- |" * len(table[0]))
+        for line in table:
+            print("| " + " | ".join(f"{x:,}" if isinstance(x, int) else x for x in line.values()) + " |")
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
+        pathlib.Path(_JSON.value).write_text(json.dumps({"kernels": rows, "passes": passes}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ the products of its pairs are one product of two factors around the middle m,
 
 and elsewhere tokens meet at the middle of the smallest of the chunk's halves, quarters, ... that has both, with no exponent
 above 0 (``channel_decays.ByChannel``). Both are in the kernel, which looks at the decays. Sums of decays are products with
-triangles of ones, each of nothing but what it is of, and exponentials are of base 2, which is one instruction.
+triangles of ones, each of nothing but what it is of.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlinear.pallas.chunk_decays import finite
-from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot
+from jaxlinear.pallas.delta_rule_gpu_layout import Layout, crossing, dot, exp, finite, scaled
 from jaxlinear.pallas.factored_decays import LIMIT, takes
 
 
@@ -130,17 +128,3 @@ def _cut(x: jax.Array, narrow, count: int) -> list[jax.Array]:
         parts.append(x.astype(narrow))
         x = x - parts[-1].astype(x.dtype)
     return parts
-
-
-def exp(x: jax.Array) -> jax.Array:
-    return jnp.exp2(x * math.log2(math.e))
-
-
-def crossing(row: jax.Array, lane: jax.Array, n: int) -> jax.Array:
-    """Pairs of tokens whose smallest common part has 2^(n+1), the row in its second half."""
-    row, lane = row >> n, lane >> n
-    return (row == lane + 1) & ((lane & 1) == 0)
-
-
-def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)

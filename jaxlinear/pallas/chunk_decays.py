@@ -19,7 +19,7 @@ GROUP = 8  # tokens of a register
 
 def finite(log_decay: jax.Array) -> jax.Array:
     """-inf is no summand: log decays below a floor whose exponential is zero are that floor."""
-    return jnp.maximum(log_decay, jnp.asarray(_floor(log_decay.dtype), log_decay.dtype))
+    return jnp.maximum(log_decay, jnp.asarray(floor(log_decay.dtype), log_decay.dtype))
 
 
 def dot(x: jax.Array, y: jax.Array, over: tuple[int, int], wide) -> jax.Array:
@@ -133,7 +133,7 @@ def constant(log_decay: jax.Array, length: int, last: Any) -> ByHead:
 def cut(log_decay: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
     """Whole multiples of a unit of which ``length``, down to the floor of log decays, are summed exactly; and the rest."""
     dtype = log_decay.dtype
-    unit = 2.0 ** math.ceil(math.log2(-_floor(dtype) * length / 2 ** (jnp.finfo(dtype).nmant + 1)))
+    unit = 2.0 ** math.ceil(math.log2(-floor(dtype) * length / 2 ** (jnp.finfo(dtype).nmant + 1)))
     coarse = jnp.ceil(log_decay * (1 / unit)) * unit
     return coarse, log_decay - coarse
 
@@ -178,5 +178,5 @@ def masked(condition: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(condition, x, jnp.zeros_like(x))
 
 
-def _floor(dtype) -> float:
+def floor(dtype) -> float:
     return -128.0 if jnp.finfo(dtype).bits == 32 else -1024.0

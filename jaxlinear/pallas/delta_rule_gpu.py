@@ -184,18 +184,21 @@ class _Call:
             done["d_log_decay"] = self._in_time_first(self._flat(d))
         return done
 
+    def _warps(self, name: str) -> int:
+        """As few as none spills registers with."""
+        if self.plan.decay != "channel":
+            return 4 if name == "states" else 8
+        return 4 if name == "tokens" or (name == "states" and self.layout.keys <= 128) else 8
+
     def _run(self, kernel, name: str, given: Arrays, outputs: dict[str, Any], grid: tuple[int, ...]) -> Arrays:
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]
         share = {"tokens": 0.5, "states": 0.5, "values": 0.3, "keys": 0.4}[name]
         flops = share * self.batch * self.plan.length * self.plan.heads * self.plan.products(self.layout.chunk)
-        by_channel = self.plan.decay == "channel"
-        few = (not by_channel or self.layout.keys <= 128) if name == "states" else by_channel and name == "tokens"
-        warps = 4 if few else 8
         found = pl.pallas_call(
             functools.partial(kernel, self.layout.of_gradients if name == "keys" else self.layout, (*given, *outputs)),
             grid=grid,
             out_shape=shapes,
-            compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2 if name == "states" else 1),
+            compiler_params=plgpu.CompilerParams(num_warps=self._warps(name), num_stages=2 if name == "states" else 1),
             cost_estimate=pl.CostEstimate(
                 flops=int(flops), transcendentals=0, bytes_accessed=size_of((list(given.values()), shapes))
             ),

@@ -74,7 +74,7 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     none = jnp.zeros((layout.chunk, layout.key_tile), plan.wide)
     carry = none, none, none, jnp.zeros((layout.key_tile,), plan.wide)
     d_queries, d_keys, d_ends, held = over_tiles(layout.values, layout.value_tile, step, carry)
-    decay = decay_of(place, named, documents, of_head, first)
+    decay = decay_of(place, named, of_head, first, layout.key_tile)
     d_attention, d_overlap = (
         place.load(named[name], 0, layout.chunk).astype(plan.wide) for name in ("d_attention", "d_overlap")
     )
@@ -109,15 +109,13 @@ def _pairs_gradient(layout: Layout, decay: Any, documents: Documents, q, k, d_at
     that of these products ``[c, 1]``."""
     same = documents.row == documents.lane
     itself = jnp.sum(jnp.where(same, d_attention, jnp.zeros_like(d_attention)), axis=1)[:, None]
-    d_attention = jnp.where(same, jnp.zeros_like(d_attention), d_attention)
+    d_attention = jnp.where(same, jnp.zeros_like(d_attention), d_attention)  # both are zero above the diagonal
     if not isinstance(decay, ByChannel):
         if decay.matrix is not None:
             d_attention, d_overlap = decay.matrix * d_attention, decay.matrix * d_overlap
         d_q, d_k_row = (dot(d, k, (1, 0), layout) for d in (d_attention, d_overlap))
         return d_q, d_k_row, sum(dot(d, x, (0, 0), layout) for d, x in ((d_attention, q), (d_overlap, k))), itself
-    earlier = documents.row > documents.lane
-    products = [jnp.where(earlier, d, jnp.zeros_like(d)) for d in (d_attention, d_overlap)]
-    (d_q, d_k_row), d_k_column = decay.products_gradient([q, k], k, products)
+    (d_q, d_k_row), d_k_column = decay.products_gradient([q, k], k, [d_attention, d_overlap])
     return d_q, d_k_row, d_k_column, itself
 
 

@@ -1,4 +1,4 @@
-"""How the delta rule is cut in programs on GPU."""
+"""How matrix states are cut in programs on GPU, and what all of these programs use."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,13 +10,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxlinear.pallas import blocks
+from jaxlinear.pallas.channel_decays import to_base_2
+from jaxlinear.pallas.chunk_decays import floor
 from jaxlinear.pallas.delta_rule_plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """``chunk`` tokens; K and V as powers of two, and the channels of a tile of them; the values of which one program goes
-    through time, or has the outputs; and the keys of which one has the gradients."""
+    through time, or has the outputs; and the keys of which one has the gradients, or of a tile without products of
+    pairs."""
 
     plan: Any
     chunk: int
@@ -55,7 +58,8 @@ def span(start, size: int) -> Any:
 
 
 def over_tiles(width: int, tile: int, step: Callable[[Any, Any], Any], carry: Any = ()) -> Any:
-    """``carry = step(first channel, carry)`` for each tile of a width, one after the other."""
+    """``carry = step(first channel, carry)`` for each tile of a width, one after the other: a loop that is not written out,
+    as what tiles have loaded would else take registers at once."""
     if width == tile:
         return step(jnp.int32(0), carry)
     return lax.fori_loop(jnp.int32(0), jnp.int32(width // tile), lambda i, carry: step(i * tile, carry), carry)
@@ -70,3 +74,24 @@ def dot(x: jax.Array, y: jax.Array, over: tuple[int, int], layout: Layout) -> ja
     return lax.dot_general(
         x.astype(narrow), y.astype(narrow), dimensions, precision=precision, preferred_element_type=wide
     )
+
+
+def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)
+
+
+def exp(x: jax.Array) -> jax.Array:
+    """By that of base 2, the hardware's: what Triton has for the other takes eight instructions."""
+    return jnp.exp2(to_base_2(x))
+
+
+def finite(log_decay: jax.Array) -> jax.Array:
+    """As ``chunk_decays.finite``; but Triton's maximum, of a NaN and a number, is the number."""
+    least = jnp.asarray(floor(log_decay.dtype), log_decay.dtype)
+    return jnp.where(log_decay < least, least, log_decay)
+
+
+def crossing(row: jax.Array, lane: jax.Array, n) -> jax.Array:
+    """Pairs of tokens whose smallest common part has 2^(n+1), the row in its second half."""
+    row, lane = row >> n, lane >> n
+    return (row == lane + 1) & ((lane & 1) == 0)

@@ -12,8 +12,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxlinear.pallas.channel_decays_gpu import ByChannel, crossing, exp, scaled
-from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, over_tiles, power_of_two, span
+from jaxlinear.pallas.channel_decays_gpu import ByChannel
+from jaxlinear.pallas.delta_rule_gpu_layout import (
+    Layout,
+    crossing,
+    dot,
+    exp,
+    over_tiles,
+    power_of_two,
+    scaled,
+    span,
+)
 
 Refs = dict[str, Any]
 
@@ -114,10 +123,10 @@ def pairs(layout: Layout, decay: Any, rows: list[jax.Array]) -> list[jax.Array]:
     return [dot(r, rows[0], (1, 1), layout) for r in rows]
 
 
-def decay_of(place: Place, refs: Refs, documents: Documents, of_head: ByHead, first) -> Any:
+def decay_of(place: Place, refs: Refs, of_head: ByHead, first, tile: int) -> Any:
     if place.layout.plan.decay != "channel":
         return of_head
-    return ByChannel(place.given(refs["log_decay"], first, place.layout.key_tile), place.layout)
+    return ByChannel(place.given(refs["log_decay"], first, tile), place.layout)
 
 
 def inverse(lower: jax.Array, documents: Documents, layout: Layout) -> jax.Array:
@@ -156,7 +165,7 @@ def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
     def multiply(first, sums):
         rows = [place.given(named[name], first, tile) for name in ("k", "q")[: len(sums)]]
-        decay = decay_of(place, named, documents, of_head, first)
+        decay = decay_of(place, named, of_head, first, tile)
         return tuple(x + y for x, y in zip(sums, pairs(layout, decay, rows), strict=True))
 
     sums = over_tiles(layout.keys, tile, multiply, (square,) * (1 + with_q))
@@ -171,25 +180,26 @@ def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
         if name in named:
             place.store(named[name], 0, value)
     first_document, last_document, one = documents.ends(beta)
+    wider = max(tile, layout.gradient_tile)  # without products of pairs, which take registers
 
     def decay_and_solve(first, carry):
-        decay = decay_of(place, named, documents, of_head, first)
+        decay = decay_of(place, named, of_head, first, wider)
         since_start, until_end = times(decay.since_start, first_document), times(decay.until_end, last_document)
-        k = place.given(named["k"], first, tile)
+        k = place.given(named["k"], first, wider)
         keys = scaled(k, since_start)
         if "keys" in named:
             place.store(named["keys"], first, keys)
         place.store(named["ends"], first, scaled(k, until_end))
         if with_q:
-            place.store(named["queries"], first, scaled(place.given(named["q"], first, tile), since_start))
+            place.store(named["queries"], first, scaled(place.given(named["q"], first, wider), since_start))
         read = (beta * keys.astype(plan.wide)).astype(plan.narrow)
         place.store(named["w"], first, dot(solve, read, (1, 0), layout))
         if plan.decay == "channel":
             whole = times(decay.whole, one)
-            plgpu.store(named["whole"].at[place.b, place.h, place.n, span(first, tile)], whole)
+            plgpu.store(named["whole"].at[place.b, place.h, place.n, span(first, wider)], whole)
         return carry
 
-    over_tiles(layout.keys, tile, decay_and_solve)
+    over_tiles(layout.keys, wider, decay_and_solve)
     if plan.decay != "channel":
         whole = times(jnp.ones((1,), plan.wide), times(of_head.whole, one))
         plgpu.store(named["whole"].at[place.b, place.h, place.n, span(0, 1)], whole)

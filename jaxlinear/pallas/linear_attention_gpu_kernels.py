@@ -14,9 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxlinear.pallas.channel_decays_gpu import ByChannel, exp, scaled
-from jaxlinear.pallas.chunk_decays import finite
-from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, span
+from jaxlinear.pallas.channel_decays_gpu import ByChannel
+from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, exp, finite, over_tiles, scaled, span
 from jaxlinear.pallas.delta_rule_gpu_tokens import ByHead, Documents, Place, times
 
 Refs = dict[str, Any]
@@ -134,7 +133,7 @@ def outputs_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
     none = [jnp.zeros((layout.chunk, layout.value_tile), plan.wide) for _ in of_values]
     none.insert(0, jnp.zeros((layout.chunk, layout.chunk), plan.wide))
-    attention, *outer = _over_tiles(layout.keys, layout.key_tile, of_keys, tuple(none))
+    attention, *outer = over_tiles(layout.keys, layout.key_tile, of_keys, tuple(none))
     if chunk.of_head.matrix is not None:
         attention = chunk.of_head.matrix * attention
     attention = chunk.documents.seen(attention, itself=True).astype(plan.narrow)
@@ -161,7 +160,7 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
     shapes = (layout.chunk, layout.chunk), shape, shape, (layout.key_tile,)
     none = tuple(jnp.zeros(x, plan.wide) for x in shapes)
-    sums = _over_tiles(layout.values, layout.value_tile, of_values, none)
+    sums = over_tiles(layout.values, layout.value_tile, of_values, none)
     d_attention, d_q_outer, d_k_outer, held = sums
     d_attention, decay = chunk.documents.seen(d_attention, itself=True), chunk.decay(first)
     d_q_outer = times(chunk.since_start(decay), d_q_outer)
@@ -190,14 +189,6 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     else:
         plgpu.store(named["d_sums"].at[tile, b, h, chunk.place.time], of_tokens)
     plgpu.store(named["d_total"].at[tile, b, h, n, span(0, 1)], jnp.broadcast_to(of_all, (1,)))
-
-
-def _over_tiles(width: int, tile: int, step, sums):
-    """A loop that is not written out: what tiles have loaded would else take registers at once."""
-    if width == tile:
-        return step(0, sums)
-    body = lambda n, sums: step(n * tile, sums)  # noqa: E731
-    return lax.fori_loop(jnp.int32(0), jnp.int32(width // tile), body, sums)
 
 
 def _pairs(chunk: _Chunk, decay: Any, q: jax.Array, k: jax.Array) -> jax.Array:

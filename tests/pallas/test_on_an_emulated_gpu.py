@@ -12,6 +12,7 @@ import pytest
 
 from jaxlinear import ops
 from jaxlinear.ops import delta_rule, linear_attention, sliding_window_attention
+from jaxlinear.pallas import factored_decays
 from jaxlinear.pallas.target import Target
 from tests import numerics
 from tests.ops import test_delta_rule as delta_operation
@@ -28,7 +29,7 @@ GPU = Target("gpu", "none", True)
 @pytest.fixture(autouse=True)
 def ran(monkeypatch):
     """The kernels that have run."""
-    return calls.emulate(monkeypatch)
+    return calls.emulate(monkeypatch.setattr)
 
 
 def names(ran):
@@ -142,6 +143,33 @@ def test_linear_attention_of_weak_and_strong_decays():
     compare(in_float32(functools.partial(linear.run_kernel, ids, GPU), 3), reference, inputs, cotangents)
 
 
+@pytest.mark.parametrize("part, products", [(0.1, "few"), (0.99, "few"), (1.01, "many"), (10, "many")])
+def test_which_way_decays_go(part, products, ran):
+    """Of the limit in each half of the only chunk, in every channel: at it factors are as large as they get, and products
+    above the diagonal overflow. One product for each of five levels is more than one."""
+    random = np.random.default_rng(2)
+    q, k, v, _, state = linear.draw(random, "channel", 32, 1, 16, 16)
+    decay = numerics.representable(np.full((1, 32, 1, 16), -part * factored_decays.LIMIT / 16))
+    reference = functools.partial(linear_attention, backend="recurrent")
+    cotangents = numerics.normal(random, *v.shape), numerics.normal(random, *state.shape)
+    inputs = q, k, v, decay, state
+    compare(in_float32(functools.partial(linear.run_kernel, None, GPU), 3), reference, inputs, cotangents)
+    for name in ("outputs", "values", "keys"):
+        (found,) = [x for x in ran if x.name.endswith(name)]
+        taken = sum(warps for opcode, warps in found.counts.items() if opcode.startswith("mma"))
+        assert (taken > {"outputs": 250, "values": 250, "keys": 800}[name]) == (products == "many"), (name, taken)
+
+
+@pytest.mark.parametrize("decay", ["channel", "constant"])
+def test_decays_that_are_not_numbers_are_seen(decay):
+    """As outputs that are none: not as a decay to nothing, which they would be as a maximum of them and the least."""
+    q, k, v, log_decay, state = linear.draw(np.random.default_rng(2), decay, 32, 2, 16, 16)
+    log_decay[..., 5 if decay == "channel" else 0] = np.nan
+    inputs = q, k, v, log_decay, state
+    o, final = numerics.run(functools.partial(linear.run_kernel, None, GPU), *inputs, dtype="bfloat16")
+    assert np.isnan(o[:, :, 0].astype(np.float32)).all() and np.isnan(np.asarray(final)[:, 0]).any()
+
+
 def test_delta_rule_of_weak_and_strong_decays():
     random, ids = np.random.default_rng(1), documents(110)
     q, k, v, beta, _, state = draw_delta_rule(random, "channel", 110, 64)
@@ -159,7 +187,9 @@ def test_delta_rule_of_weak_and_strong_decays():
     [
         ("bar.sync", "before any barrier|nothing wrote"),
         ("fence.proxy.async", "no proxy fence follows"),
-        ("cp.async.wait_group", "nothing wrote|ends before"),
+        ("cp.async.wait_group", "may still write|ends before"),
+        ("wgmma.wait_group", "of a product that may not have ended"),
+        ("wgmma.commit_group", "of a product that may not have ended"),
     ],
 )
 def test_a_kernel_without_what_orders_it(left_out, message, monkeypatch):

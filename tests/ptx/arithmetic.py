@@ -1,5 +1,7 @@
 """Instructions of a thread alone: numbers of its registers to a number."""
 
+import re
+
 import ml_dtypes
 import numpy as np
 
@@ -12,6 +14,23 @@ TYPES = {
     **{f"s{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"{kind}{bits}": np.dtype(f"u{bits // 8}") for kind in "ub" for bits in (8, 16, 32, 64)},
 }
+# With these modifiers alone: what is not written here is refused, not taken for something else.
+_KNOWN = re.compile(
+    "|".join(
+        (
+            r"(mov|selp|and|or|xor|not|shl|shr|bfe)\.(pred|[fusb]\d+)",
+            r"cvta\.to\.global\.u64|prmt\.b32",
+            r"setp\.((eq|ne|lt|le|gt|ge)u?|nan|num)\.(bf16|[fusb]\d+)",
+            r"(add|sub)(\.rn)?\.(f32|bf16x?2?|[us]\d+)|(min|max)\.(f32|bf16x?2?|[us]\d+)",
+            r"mul\.(lo|hi|wide)\.[us]\d+|mul\.rn\.(f32|bf16x?2?)|mad\.(lo|hi|wide)\.[us]\d+",
+            r"fma\.r[nm]\.f32|fma\.rn\.bf16x?2?",
+            r"(neg|abs)\.(f32|bf16|s\d+)|div\.(full|rn)\.f32|(rcp|sqrt|ex2|lg2)\.(approx|rn)(\.ftz)?\.f32",
+            r"cvt\.([usb]\d+\.[usb]\d+|f32\.bf16|rn\.bf16\.f32|rn\.bf16x2\.f32|sat\.f32\.f32|rn\.b?f\d+\.[us]\d+)",
+            r"cvt\.r[znmp]i\.([us]\d+|f32)\.f32",
+        )
+    )
+)
+_FLOATING = ("f16", "f32", "f64", "bf16")
 _COMPARE = {
     "eq": np.equal,
     "ne": np.not_equal,
@@ -29,6 +48,8 @@ def apply(opcode: str, given) -> np.ndarray:
     """What the first operand gets. ``given(i, type)``: the others in the type of that name."""
     name, *parts = opcode.split(".")
     kind = parts[-1]
+    if not _KNOWN.fullmatch(opcode):
+        raise NotImplementedError(opcode)
     with np.errstate(all="ignore"):
         if name in ("mov", "cvta"):
             return given(0, kind)
@@ -72,8 +93,9 @@ def _compare(parts: list[str], given) -> np.ndarray:
     comparison, kind = parts
     if comparison in _COMPARE:
         a, b = given(0, kind), given(1, kind)
-        return _COMPARE[comparison](a, b) & (True if comparison != "ne" or kind[0] != "f" else (a == a) & (b == b))
-    if comparison.endswith("u") and kind[0] in "fb":
+        found = _COMPARE[comparison](a, b)
+        return found & (a == a) & (b == b) if kind in _FLOATING else found
+    if comparison.endswith("u") and kind in _FLOATING:
         a, b = given(0, kind), given(1, kind)
         return _COMPARE[comparison[:-1]](a, b) | (a != a) | (b != b)
     if comparison in ("nan", "num"):

@@ -2,8 +2,9 @@
 
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ class Ran(NamedTuple):
     bytes: int  # of the arrays that it reads and writes
 
 
-def emulate(monkeypatch) -> list[Ran]:
+def emulate(set_attribute: Callable[[Any, str, Any], None]) -> list[Ran]:
     """From now on ``pallas_call`` does so. Every run is added to what is returned."""
     ran: list[Ran] = []
 
@@ -46,7 +47,7 @@ def emulate(monkeypatch) -> list[Ran]:
 
         return call
 
-    monkeypatch.setattr(pl, "pallas_call", pallas_call)
+    set_attribute(pl, "pallas_call", pallas_call)
     return ran
 
 

@@ -43,10 +43,10 @@ class _Blocks:
         self.everyone = np.ones(len(thread), bool)
         self.barriers = np.zeros(len(numbers), np.int32)
         self.registers: dict[str, np.ndarray] = {}
-        self.copies: list[list] = [[] for _ in numbers]  # of each block the groups that were committed
-        self.uncommitted: list = []
-        self.products: list[list] = []  # groups of what products read that may not have ended
-        self.unended: list[tuple[np.ndarray, Threads]] = []  # of none yet
+        self.copies, self.products = _Groups(len(numbers)), _Groups(len(numbers))
+        self.sums: dict[str, np.ndarray] = {}  # registers of products that may not have ended, and in which blocks
+        self.factors: dict[str, np.ndarray] = {}
+        self.active = self.everyone
 
     def run(self) -> None:
         """Those that are behind go first, and so meet the others again."""
@@ -58,18 +58,18 @@ class _Blocks:
             if instruction.opcode in ("ret", "exit"):
                 self._meet(waiting, at + 1, active & ~self._where(instruction, active))
                 continue
-            goes_on = active
+            goes_on = self.active = active
+            self._count(instruction, active)
             if instruction.opcode.startswith("bra"):
                 taken = self._where(instruction, active)
                 self._meet(waiting, self.program.labels[instruction.operands[0]], taken)
-                self._count(instruction, active)
                 goes_on = self._known(active & ~taken)
             elif (where := self._where(instruction, active)).any():
-                self._count(instruction, where)
                 self._take(instruction, where)
             self._meet(waiting, at + 1, goes_on)
-        if self.uncommitted or any(self.copies):
-            raise Fault("the kernel ends before its copies do")
+        for name, groups in (("copies", self.copies), ("products", self.products)):
+            if groups.unended():
+                raise Fault(f"the kernel ends before its {name} do")
 
     def _meet(self, waiting: dict[int, np.ndarray], at: int, active: np.ndarray) -> None:
         if active is self.everyone or active.any():
@@ -95,7 +95,12 @@ class _Blocks:
             return self.special[name]
         if name not in self.registers:
             raise Fault(f"{name} is read before anything is written there")
+        self._refuse_busy(self.sums, name)
         return self.registers[name]
+
+    def _refuse_busy(self, busy: dict[str, np.ndarray], name: str) -> None:
+        if name in busy and busy[name][self.block[self.active]].any():
+            raise Fault(f"{name} is of a product that may not have ended")
 
     def _value(self, operand, kind: str) -> np.ndarray:
         """In the type of that name, a number for all threads or one for each."""
@@ -109,7 +114,7 @@ class _Blocks:
             return np.array([int(operand[2:], 16)], np.uint32).view(to)[0]
         if operand == "global_smem":
             return np.array(SHARED_BASE, to)
-        number = int(operand, 0)
+        number = int(operand.rstrip("U"), 0)
         if to == np.bool_:
             return np.array(number != 0)
         if kind[0] in "bfus" and to.kind not in "ui":
@@ -133,8 +138,10 @@ class _Blocks:
                 self._write(name, part, where)
         elif operand != "_":
             raw = value if value.dtype == np.bool_ else np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
-            if where is not self.everyone and operand in self.registers:
-                raw = np.where(where, raw, self.registers[operand])
+            if where is not self.everyone:  # others keep theirs; what they never had is NaN
+                raw = np.where(where, raw, self.registers.get(operand, ~np.zeros((), raw.dtype)))
+            self._refuse_busy(self.sums, operand)
+            self._refuse_busy(self.factors, operand)
             self.registers[operand] = np.ascontiguousarray(raw)
 
     def _address(self, operand: tuple[str, int], where: np.ndarray) -> np.ndarray:
@@ -169,8 +176,7 @@ class _Blocks:
             self._whole("thread of a warp", where, 32)
             self._matrices(instruction, where)
         elif opcode.startswith("wgmma.commit_group"):
-            self.products.append(self.unended)
-            self.unended = []
+            self.products.commit(np.unique(self.block[where]))
         elif opcode.startswith("wgmma.wait_group"):
             self._end_products(int(operands[0]), where)
         elif opcode.startswith("wgmma"):
@@ -216,18 +222,13 @@ class _Blocks:
         blocks = np.unique(self.block[where])
         if opcode == "cp.async.commit_group":
             self._whole("thread of a block", where, self.program.threads)
-            for block in blocks:
-                self.copies[block].append([x for x in self.uncommitted if block in x[2].block])
-            self.uncommitted = [x for x in self.uncommitted if not np.isin(x[2].block, blocks).any()]
+            self.copies.commit(blocks)
         elif opcode == "cp.async.wait_group":
-            for block in blocks:
-                left = int(operands[0])
-                for group in self.copies[block][: len(self.copies[block]) - left]:
-                    for halves, values, threads in group:
-                        mine = threads.block == block
-                        who = Threads(*(x[mine] for x in threads))._replace(epoch=self.barriers[threads.block[mine]])
-                        self.shared.end_copy(halves[mine], values[mine], who)
-                del self.copies[block][: len(self.copies[block]) - left]
+            self._whole("thread of a block", where, self.program.threads)
+            for (halves, values, threads), of in self.copies.wait(blocks, int(operands[0])):
+                mine = np.isin(threads.block, of)
+                who = Threads(*(x[mine] for x in threads))._replace(epoch=self.barriers[threads.block[mine]])
+                self.shared.end_copy(halves[mine], values[mine], who)
         else:
             size, threads = int(operands[2], 0), self._threads(where)
             taken = self._lanes(operands[3], "u32")[where] if len(operands) > 3 else np.full(int(where.sum()), size)
@@ -238,7 +239,7 @@ class _Blocks:
                 of_some = Threads(*(x[some] for x in threads))
                 values[some] = self.memory.load(self._address(operands[1], where)[some], 2, size // 2, of_some)
             to = self.shared.begin_copy(self._address(operands[0], where), size, threads)
-            self.uncommitted.append((to, values, threads))
+            self.copies.add((to, values, threads), blocks)
 
     def _shuffle(self, instruction: Instruction, where: np.ndarray) -> None:
         self._whole("thread of a warp", where, 32)
@@ -279,16 +280,86 @@ class _Blocks:
         a = product.left(given, described and signs[2] == "1", self.shared, threads)
         b = product.right(self._lanes(right, "b64")[where], signs[-1] == "1", self.shared, threads)
         keep = self._lanes(keep, "pred")[where]
+        blocks = np.unique(self.block[where])
+        for name in sums:  # products follow each other in the same registers
+            self._mark_busy(self.sums, name, blocks, False)
         with np.errstate(all="ignore"):
             for name, values in zip(sums, product.sums(a @ b), strict=True):
                 if keep.any():
                     values = values + np.where(keep, self._lanes(name, "f32")[where], np.float32(0))
                 self._give(name, values, where)
-        self.unended += product.read
+        factors = left if isinstance(left, list) else []
+        self.products.add((product.read, sums, factors), blocks)
+        self._mark_products()
 
     def _end_products(self, left: int, where: np.ndarray) -> None:
         """What they read may be read until here."""
-        ended = self.products[: len(self.products) - left]
-        del self.products[: len(ended)]
-        for halves, who in (x for read in ended for x in read):
-            self.shared.mark_read(halves, who._replace(epoch=self.barriers[who.block]))
+        blocks, ended = np.unique(self.block[where]), []
+        for (read, sums, factors), of in self.products.wait(blocks, left):
+            for halves, who in read:
+                mine = np.isin(who.block, of)
+                threads = Threads(*(x[mine] for x in who))._replace(epoch=self.barriers[who.block[mine]])
+                ended.append((halves[mine], threads))
+            for busy, names in ((self.sums, sums), (self.factors, factors)):
+                for name in names:
+                    self._mark_busy(busy, name, of, False)
+        others = [halves[np.isin(who.block, of)] for (read, *_), of in self.products.all() for halves, who in read]
+        self.shared.end_products(ended, others)
+        self._mark_products()
+
+    def _mark_products(self) -> None:
+        for (_, sums, factors), of in self.products.all():
+            for busy, names in ((self.sums, sums), (self.factors, factors)):
+                for name in names:
+                    self._mark_busy(busy, name, of, True)
+
+    def _mark_busy(self, busy: dict[str, np.ndarray], name: str, blocks, value: bool) -> None:
+        if name not in busy:
+            busy[name] = np.zeros(len(self.barriers), bool)
+        busy[name][blocks] = value
+
+
+class _Groups:
+    """What goes on beside the threads, of each block in groups that are waited for in their order."""
+
+    def __init__(self, blocks: int):
+        self._open: list[list] = [[] for _ in range(blocks)]
+        self._committed: list[list[list]] = [[] for _ in range(blocks)]
+
+    def add(self, item, blocks: np.ndarray) -> None:
+        """One for all these blocks."""
+        for block in blocks:
+            self._open[block].append(item)
+
+    def commit(self, blocks: np.ndarray) -> None:
+        for block in blocks:
+            self._committed[block].append(self._open[block])
+            self._open[block] = []
+
+    def wait(self, blocks: np.ndarray, left: int) -> list[tuple]:
+        """All but so many groups: each item, and for which blocks it ends."""
+        ended = []
+        for block in blocks:
+            groups = self._committed[block]
+            count = max(0, len(groups) - left)
+            ended += [(block, item) for group in groups[:count] for item in group]
+            del groups[:count]
+        return self._by_item(ended)
+
+    def all(self) -> list[tuple]:
+        """Those that go on, and for which blocks."""
+        both = zip(self._open, self._committed, strict=True)
+        every = [
+            (block, item) for block, (now, groups) in enumerate(both) for group in (*groups, now) for item in group
+        ]
+        return self._by_item(every)
+
+    def unended(self) -> bool:
+        return bool(self.all())
+
+    @staticmethod
+    def _by_item(pairs: list[tuple]) -> list[tuple]:
+        found: dict[int, tuple] = {}
+        for block, item in pairs:
+            found.setdefault(id(item), (item, []))[1].append(block)
+        return list(found.values())

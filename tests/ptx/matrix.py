@@ -140,7 +140,7 @@ class Product:
         count = at[0].size
         leaders = [np.repeat(x.reshape(-1, 128)[:, 0], count) for x in threads]
         who = Threads(*leaders)._replace(warp=np.full(len(word) * count, MATRIX_UNIT))
-        halves = shared.read(at.reshape(-1), 16, who, asynchronous=True)
+        halves = shared.begin_product(at.reshape(-1), 16, who)
         self.read.append((halves, who))
         found = shared.values(halves).view(ml_dtypes.bfloat16).reshape(*at.shape, 8).astype(np.float32)
         if transposed:  # [groups, rows / 8, 16, 8]

@@ -34,7 +34,7 @@ def _refuse(wrong: np.ndarray, what: str, threads: Threads) -> None:
 
 
 class Global:
-    """Arrays, of which some are read and others written. Each byte of these is to be written by one block."""
+    """Arrays, of which some are read and others written: each byte of these by one warp, or by several the same."""
 
     def __init__(self, read: list[np.ndarray], written: list[np.ndarray]):
         self.addresses, end = [], 256
@@ -61,13 +61,17 @@ class Global:
         at = self._at(addresses, unit * count, threads)
         _refuse(self._array[at] < self._first_written, "writes what the kernel is given", threads)
         units, data = (at // unit)[:, None] + np.arange(count), self._data.view(values.dtype)
-        writer = self._writer[units * unit]
-        differs = (writer >= 0) & (data[units] != values)
-        _refuse(differs & (writer != threads.number[:, None]), "writes what another block wrote", threads)
+        before = data[units]
+        warp = (threads.number * 32 + threads.warp)[:, None]
+        for byte in range(unit):
+            writer = self._writer[units * unit + byte]
+            differs = (writer >= 0) & (writer != warp) & (before != values)
+            of_block = writer // 32 == warp // 32
+            _refuse(differs & ~of_block, "writes what another block wrote", threads)
+            _refuse(differs & of_block, "writes what another warp wrote", threads)
+            self._writer[units * unit + byte] = warp
         data[units] = values
         _refuse(data[units] != values, "two threads write different numbers at once", threads)
-        for byte in range(unit):
-            self._writer[units * unit + byte] = threads.number[:, None]
 
     def arrays(self, like: list[np.ndarray]) -> list[np.ndarray]:
         """Those that were to be written."""
@@ -98,6 +102,8 @@ class Shared:
         self._written, self._writer = np.full(shape, -1, np.int32), np.zeros(shape, np.int8)
         self._read, self._readers = np.full(shape, -1, np.int32), np.zeros(shape, np.uint16)
         self._unfenced = np.zeros(shape, bool)
+        self._copied_to = np.zeros(shape, bool)  # by copies that may not have ended
+        self._multiplied = np.zeros(shape, bool)  # by products that may not have ended
         self._end = 0  # of what any block has used
 
     def load(self, addresses: np.ndarray, unit: int, count: int, threads: Threads) -> np.ndarray:
@@ -109,18 +115,31 @@ class Shared:
         halves = self._at(addresses, values.nbytes // len(values), threads)
         self._write(halves, np.ascontiguousarray(values).view(np.uint16), threads)
 
-    def read(self, addresses: np.ndarray, size: int, threads: Threads, *, asynchronous: bool = False) -> np.ndarray:
+    def read(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
         """Where so many bytes lie from each address on."""
         halves = self._at(addresses, size, threads)
+        _refuse(self._copied_to[halves], "reads what a copy may still write", threads)
         self.mark_read(halves, threads)
         written, same = self._written[halves], self._writer[halves] == threads.warp[:, None]
         _refuse(written < 0, "reads shared memory that nothing wrote", threads)
-        _refuse(
-            (written == threads.epoch[:, None]) & ~same, "reads what another warp writes before any barrier", threads
-        )
-        if asynchronous:
-            _refuse(self._unfenced[halves], "a matrix unit reads what no proxy fence follows", threads)
+        now = (written == threads.epoch[:, None]) & ~same
+        _refuse(now, "reads what another warp writes before any barrier", threads)
         return halves
+
+    def begin_product(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
+        """As ``read``, by a matrix unit: at any time from now on."""
+        halves = self.read(addresses, size, threads)
+        _refuse(self._unfenced[halves], "a matrix unit reads what no proxy fence follows", threads)
+        self._multiplied[halves] = True
+        return halves
+
+    def end_products(self, ended: list[tuple[np.ndarray, Threads]], others: list[np.ndarray]) -> None:
+        """``others``: what those read that go on."""
+        for halves, threads in ended:
+            self.mark_read(halves, threads)
+            self._multiplied[halves] = False
+        for halves in others:
+            self._multiplied[halves] = True
 
     def values(self, halves: np.ndarray) -> np.ndarray:
         return self._data[halves]
@@ -136,9 +155,13 @@ class Shared:
         """Where a copy will write, at any time from now on."""
         halves = self._at(addresses, size, threads)
         self._refuse_write(halves, threads)
+        now = (self._written[halves] == threads.epoch[:, None]) & (self._writer[halves] != threads.warp[:, None])
+        _refuse(now, "copies to where another warp writes before any barrier", threads)
+        self._copied_to[halves] = True
         return halves
 
     def end_copy(self, halves: np.ndarray, values: np.ndarray, threads: Threads) -> None:
+        self._copied_to[halves] = False
         self._write(halves, values, threads)
 
     def fence(self, threads: Threads) -> None:
@@ -153,6 +176,8 @@ class Shared:
         others = self._readers[halves] & ~(1 << threads.warp.astype(np.uint16))[:, None]
         now = self._read[halves] == threads.epoch[:, None]
         _refuse(now & (others != 0), "writes what another warp reads before any barrier", threads)
+        _refuse(self._multiplied[halves], "writes what a product may still read", threads)
+        _refuse(self._copied_to[halves], "writes where a copy may still write", threads)
 
     def _write(self, halves: np.ndarray, values: np.ndarray, threads: Threads) -> None:
         self._refuse_write(halves, threads)
@@ -165,6 +190,8 @@ class Shared:
         self._unfenced[halves] = True
 
     def _at(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
+        if size % 2:
+            raise NotImplementedError("bytes of shared memory")
         at = addresses.astype(np.int64) - SHARED_BASE
         _refuse((at < 0) | (at + size > SHARED_BYTES), "an address beyond shared memory", threads)
         _refuse(at % size != 0, f"an address that is not a multiple of {size}", threads)

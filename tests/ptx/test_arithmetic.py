@@ -30,13 +30,14 @@ def pair(low, high):
         ("cvt.sat.f32.f32", (F(np.nan),), F(0)),
         ("cvt.rzi.s32.f32", (F(-1.7),), -1),
         ("mul.rn.bf16x2", (pair(3.0, -2.0), pair(0.5, 4.0)), pair(1.5, -8.0)),
-        ("fma.rm.f32", (F(1), F(2**-30), F(-1)), F(-1 + 2**-30) if F(-1 + 2**-30) > -1 else F(-1)),
+        ("fma.rm.f32", (F(1), F(2**-30), F(-1)), F(-1)),
         ("fma.rm.f32", (F(-1), F(2**-30), F(1)), np.nextafter(F(1), F(0))),
         ("fma.rn.f32", (F(-1), F(2**-30), F(1)), F(1)),
         ("setp.ltu.f32", (F(np.nan), F(1)), True),
         ("setp.lt.f32", (F(np.nan), F(1)), False),
         ("setp.ne.f32", (F(np.nan), F(1)), False),
         ("max.f32", (F(np.nan), F(1)), F(1)),
+        ("setp.ne.bf16", (ml_dtypes.bfloat16(np.nan), ml_dtypes.bfloat16(1)), False),
         ("ex2.approx.ftz.f32", (F(-127),), F(0)),
         ("ex2.approx.f32", (F(-127),), F(2**-127)),
         ("selp.f32", (F(1), F(2), False), F(2)),
@@ -49,3 +50,11 @@ def test_instructions(opcode, operands, expected):
 
     found = np.atleast_1d(arithmetic.apply(opcode, given))[0]
     assert np.array_equal(found, np.asarray(expected).astype(found.dtype))
+
+
+@pytest.mark.parametrize(
+    "opcode", ["max.NaN.f32", "add.rn.ftz.f32", "fma.rn.f64", "cvt.rz.bf16.f32", "prmt.b32.f4e", "vote.b32"]
+)
+def test_what_is_not_known_is_refused(opcode):
+    with pytest.raises(NotImplementedError, match=opcode):
+        arithmetic.apply(opcode, None)

@@ -86,13 +86,30 @@ FAULTS = {
     "nothing_written": ("\tld.shared.b32 \t%r9, [%rd8];\n", "nothing wrote"),
     "copy_not_waited_for": (
         "\tcp.async.ca.shared.global [%rd8], [%rd4], 0x4;\n\tcp.async.commit_group;\n\tld.shared.b32 \t%r9, [%rd8];\n",
-        "nothing wrote",
+        "a copy may still write",
+    ),
+    "copy_to_what_is_read": (
+        EXCHANGE.replace("ld.shared", "\tcp.async.ca.shared.global [%rd8], [%rd4], 0x4;\n\tld.shared"),
+        "a copy may still write",
+    ),
+    "copy_to_what_is_written": (
+        EXCHANGE.replace("bar.sync \t0", "cp.async.ca.shared.global [%rd10], [%rd4], 0x4"),
+        "copies to where another warp writes",
+    ),
+    "written_over_a_copy": (
+        "\tcp.async.ca.shared.global [%rd8], [%rd4], 0x4;\n\tst.shared.b32 \t[%rd8], %r4;\n\tmov.b32 \t%r9, %r4;\n",
+        "where a copy may still write",
     ),
     "copy_never_ends": (
         "\tcp.async.ca.shared.global [%rd8], [%rd4], 0x4;\n\tcp.async.commit_group;\n\tmov.b32 \t%r9, %r4;\n",
         "ends before its copies",
     ),
     "beyond_the_array": ("\tld.global.b32 \t%r9, [%rd4+4];\n", "beyond an array"),
+    "of_another_warp": (
+        "\tmov.b32 \t%r9, %r1;\n\tst.global.b32 \t[%rd5], %r1;\n\txor.b64 \t%rd11, %rd5, 128;\n"
+        "\tst.global.b32 \t[%rd11], %r9;\n",
+        "another warp wrote",
+    ),
     "of_no_array": ("\tld.global.b32 \t%r9, [%rd3];\n", "of no array"),
     "misaligned": ("\tld.global.b32 \t%r9, [%rd4+2];\n", "not a multiple of 4"),
     "writes_an_input": ("\tst.global.b32 \t[%rd4], %r4;\n\tmov.b32 \t%r9, %r4;\n", "what the kernel is given"),
