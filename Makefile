@@ -12,6 +12,7 @@ PYTHON ?= python3
 PYTHON_NEWEST ?= python3.13
 BIN := .venv/bin
 CHROMIUM ?= chromium
+TESTS_NEWEST ?= tests/ops tests/pallas tests/parallel
 
 .PHONY: quickstart sweep test test-published test-meshes test-newest test-pages lint clean
 
@@ -37,7 +38,7 @@ test-meshes: .venv/installed-test
 
 # JAX 0.11 needs Python 3.12, and .venv may be older.
 test-newest: .venv-newest/installed
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal tests/ops tests/pallas tests/parallel
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal $(TESTS_NEWEST)
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py -k griffin
 
 test-pages: .venv/installed-pages
