@@ -3,7 +3,8 @@
 # make test         the test suite
 # make test-published  training steps of published sizes compiled for a TPU pod and for GPUs (minutes)
 # make test-meshes  every model on every mesh that spreads time, and what compiled steps exchange (a quarter of an hour)
-# make test-newest  operations, kernels and meshes with the newest JAX; PYTHON_NEWEST names a Python from 3.12 on
+# make test-newest  operations, kernels and meshes with the newest JAX; PYTHON_NEWEST names a Python from 3.12 on,
+#                   TESTS_NEWEST other tests
 # make test-pages   reports opened in a headless browser; CHROMIUM names it
 # make lint         ruff and mypy
 # Each makes its own environment in .venv (test-newest: .venv-newest); PYTHON names the interpreter of that, 3.11 or newer.

@@ -1,4 +1,4 @@
-"""The kernels of matrix states for GPU by the instructions that their PTX takes: what of an H100's time they bound.
+"""The kernels of matrix states for GPU by the instructions that their PTX takes, and what these say of an H100's time.
 
     python benchmarks/gpu_instructions.py [--operations=linear_attention,delta_rule] [--decays=none,scalar,channel]
         [--length=1024 --heads=1 --key=128 --value=128] [--mean=-0.04] [--json=FILE]

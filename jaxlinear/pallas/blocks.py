@@ -98,7 +98,7 @@ def linear_attention_gpu(length: int, keys: int, by_channel: bool, chunk: int | 
     """The largest that no program spills registers with: with fewer tokens or channels a token takes more instructions, as
     the PTX counts them. No GPU has timed them."""
     chunk = (32 if by_channel else 64) if chunk is None else chunk
-    tokens = min(chunk, max(32, 1 << (length - 1).bit_length()))  # 16 spill where K = V = 64, unless they are asked for
+    tokens = min(chunk, max(32, 1 << (length - 1).bit_length()))  # 16 would spill at K = V = 64
     if by_channel:
         return AttentionGPUBlock(tokens, 32, 64, 128, 128, _gradients_by_channel(keys), 64)
     return AttentionGPUBlock(tokens, 64, 64, 64, 128, 64, 128)
@@ -161,7 +161,7 @@ def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None) 
         return DeltaRuleGPUBlock(tokens, 32, *((64, 32) if keys <= 128 else (16, 16)), _gradients_by_channel(keys))
     if keys <= 128:
         tile = max(16, min(64, keys // 2))
-        states = 16 if length <= 4 * tokens else 32  # of few steps, which are written out
+        states = 16 if length <= 4 * tokens else 32  # a loop of few steps is written out
         return DeltaRuleGPUBlock(tokens, tile, 64, states, tile)
     return DeltaRuleGPUBlock(tokens, 64, 32, 16, 64)
 

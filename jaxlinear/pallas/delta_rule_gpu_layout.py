@@ -18,8 +18,8 @@ from jaxlinear.pallas.delta_rule_plan import Plan
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """``chunk`` tokens; K and V as powers of two, and the channels of a tile of them; the values of which one program goes
-    through time, or has the outputs; and the keys of which one has the gradients, or of a tile without products of
-    pairs."""
+    through time, or has the outputs; and the keys of which one has the gradients, which is also a tile of what takes few
+    registers."""
 
     plan: Any
     chunk: int

@@ -206,5 +206,5 @@ def _pairs_gradient(chunk: _Chunk, decay: Any, q: jax.Array, k: jax.Array, d: ja
     if not isinstance(decay, ByChannel):
         d = times(decay.matrix, jnp.where(same, none, d))
         return dot(d, k, (1, 0), layout), dot(d, q, (0, 0), layout), itself
-    (d_q,), d_k = decay.products_gradient([q], k, [jnp.where(documents.row > documents.lane, d, none)])
+    (d_q,), d_k = decay.products_gradient([q], k, [jnp.where(same, none, d)])
     return d_q, d_k, itself

@@ -22,9 +22,9 @@ _KNOWN = re.compile(
             r"cvta\.to\.global\.u64|prmt\.b32",
             r"setp\.((eq|ne|lt|le|gt|ge)u?|nan|num)\.(bf16|[fusb]\d+)",
             r"(add|sub)(\.rn)?\.(f32|bf16x?2?|[us]\d+)|(min|max)\.(f32|bf16x?2?|[us]\d+)",
-            r"mul\.(lo|hi|wide)\.[us]\d+|mul\.rn\.(f32|bf16x?2?)|mad\.(lo|hi|wide)\.[us]\d+",
+            r"mul\.(lo|hi|wide)\.[us]\d+|mul\.rn\.(f32|bf16x?2?)|mad\.(lo|wide)\.[us]\d+",
             r"fma\.r[nm]\.f32|fma\.rn\.bf16x?2?",
-            r"(neg|abs)\.(f32|bf16|s\d+)|div\.(full|rn)\.f32|(rcp|sqrt|ex2|lg2)\.(approx|rn)(\.ftz)?\.f32",
+            r"(neg|abs)\.(f32|bf16|s\d+)|div\.(full|rn)\.f32|(rcp|sqrt|ex2|lg2)\.(approx|rn)\.f32|ex2\.approx\.ftz\.f32",
             r"cvt\.([usb]\d+\.[usb]\d+|f32\.bf16|rn\.bf16\.f32|rn\.bf16x2\.f32|sat\.f32\.f32|rn\.b?f\d+\.[us]\d+)",
             r"cvt\.r[znmp]i\.([us]\d+|f32)\.f32",
         )

@@ -58,7 +58,7 @@ class _Blocks:
             if instruction.opcode in ("ret", "exit"):
                 self._meet(waiting, at + 1, active & ~self._where(instruction, active))
                 continue
-            goes_on = self.active = active
+            goes_on = active
             self._count(instruction, active)
             if instruction.opcode.startswith("bra"):
                 taken = self._where(instruction, active)
@@ -99,7 +99,7 @@ class _Blocks:
         return self.registers[name]
 
     def _refuse_busy(self, busy: dict[str, np.ndarray], name: str) -> None:
-        if name in busy and busy[name][self.block[self.active]].any():
+        if name in busy and busy[name].any() and busy[name][self.block[self.active]].any():
             raise Fault(f"{name} is of a product that may not have ended")
 
     def _value(self, operand, kind: str) -> np.ndarray:
@@ -155,7 +155,7 @@ class _Blocks:
     # Instructions
 
     def _take(self, instruction: Instruction, where: np.ndarray) -> None:
-        opcode, operands = instruction.opcode, instruction.operands
+        opcode, operands, self.active = instruction.opcode, instruction.operands, where
         if _NOTHING.match(opcode):
             return
         if opcode.startswith("ld.param"):
@@ -176,8 +176,10 @@ class _Blocks:
             self._whole("thread of a warp", where, 32)
             self._matrices(instruction, where)
         elif opcode.startswith("wgmma.commit_group"):
+            self._whole_blocks(where)
             self.products.commit(np.unique(self.block[where]))
         elif opcode.startswith("wgmma.wait_group"):
+            self._whole_blocks(where)
             self._end_products(int(operands[0]), where)
         elif opcode.startswith("wgmma"):
             self._whole("thread of a warpgroup", where, 128)
@@ -192,6 +194,12 @@ class _Blocks:
         groups = where.reshape(-1, count)
         if (groups.any(axis=1) != groups.all(axis=1)).any():
             raise Fault(f"not every {of} comes to an instruction for all")
+
+    def _whole_blocks(self, where: np.ndarray) -> None:
+        """Groups are kept by block, though threads and warpgroups may have their own."""
+        groups = where.reshape(-1, self.program.threads)
+        if (groups.any(axis=1) != groups.all(axis=1)).any():
+            raise NotImplementedError("groups of a part of a block")
 
     @staticmethod
     def _unit_and_names(opcode: str, operand) -> tuple[int, list[str]]:
@@ -221,10 +229,10 @@ class _Blocks:
         opcode, operands = instruction.opcode, instruction.operands
         blocks = np.unique(self.block[where])
         if opcode == "cp.async.commit_group":
-            self._whole("thread of a block", where, self.program.threads)
+            self._whole_blocks(where)
             self.copies.commit(blocks)
         elif opcode == "cp.async.wait_group":
-            self._whole("thread of a block", where, self.program.threads)
+            self._whole_blocks(where)
             for (halves, values, threads), of in self.copies.wait(blocks, int(operands[0])):
                 mine = np.isin(threads.block, of)
                 who = Threads(*(x[mine] for x in threads))._replace(epoch=self.barriers[threads.block[mine]])
@@ -281,8 +289,10 @@ class _Blocks:
         b = product.right(self._lanes(right, "b64")[where], signs[-1] == "1", self.shared, threads)
         keep = self._lanes(keep, "pred")[where]
         blocks = np.unique(self.block[where])
-        for name in sums:  # products follow each other in the same registers
-            self._mark_busy(self.sums, name, blocks, False)
+        for (_, others, _), of in self.products.all():
+            if others == sums:  # products follow each other in the same registers
+                for name in sums:
+                    self._mark_busy(self.sums, name, of, False)
         with np.errstate(all="ignore"):
             for name, values in zip(sums, product.sums(a @ b), strict=True):
                 if keep.any():
@@ -290,7 +300,7 @@ class _Blocks:
                 self._give(name, values, where)
         factors = left if isinstance(left, list) else []
         self.products.add((product.read, sums, factors), blocks)
-        self._mark_products()
+        self._mark_product(sums, factors, blocks)
 
     def _end_products(self, left: int, where: np.ndarray) -> None:
         """What they read may be read until here."""
@@ -305,13 +315,13 @@ class _Blocks:
                     self._mark_busy(busy, name, of, False)
         others = [halves[np.isin(who.block, of)] for (read, *_), of in self.products.all() for halves, who in read]
         self.shared.end_products(ended, others)
-        self._mark_products()
-
-    def _mark_products(self) -> None:
         for (_, sums, factors), of in self.products.all():
-            for busy, names in ((self.sums, sums), (self.factors, factors)):
-                for name in names:
-                    self._mark_busy(busy, name, of, True)
+            self._mark_product(sums, factors, of)
+
+    def _mark_product(self, sums: list[str], factors: list[str], blocks) -> None:
+        for busy, names in ((self.sums, sums), (self.factors, factors)):
+            for name in names:
+                self._mark_busy(busy, name, blocks, True)
 
     def _mark_busy(self, busy: dict[str, np.ndarray], name: str, blocks, value: bool) -> None:
         if name not in busy:

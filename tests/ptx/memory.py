@@ -1,4 +1,5 @@
-"""The memories of a GPU, which refuse what a GPU would, and what one warp reads or writes while another may write it."""
+"""The memories of a GPU, which refuse what a GPU would, and what one warp reads or writes while another, or a copy or product
+in flight, may use it."""
 
 from typing import NamedTuple
 

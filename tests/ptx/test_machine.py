@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.ptx import Fault, machine, program
+from tests.ptx import Fault, machine, memory, program
 
 _HEAD = """
 .visible .entry kernel(
@@ -140,3 +140,34 @@ def test_blocks_that_do_not_run_together_and_write_the_same():
 def test_an_instruction_that_is_not_known():
     with pytest.raises(NotImplementedError, match=r"vote\.sync"):
         run("\tvote.sync.any.pred \t%r9, %r4, 1;\n")
+
+
+def test_what_a_product_in_flight_reads_is_not_written():
+    shared, values = memory.Shared(2), np.ones((2, 8), np.uint16)
+    addresses, block = np.full(2, memory.SHARED_BASE), np.arange(2)
+
+    def threads(epoch, of=slice(None)):
+        return memory.Threads(block[of], np.zeros_like(block[of]), np.full_like(block[of], epoch), block[of])
+
+    shared.store(addresses, values, threads(0))
+    with pytest.raises(Fault, match="no proxy fence follows"):
+        shared.begin_product(addresses, 16, threads(0))
+    shared.fence(threads(0))
+    halves = shared.begin_product(addresses, 16, threads(1))
+    with pytest.raises(Fault, match="a product may still read"):
+        shared.store(addresses, values, threads(2))
+    shared.end_products([(halves[:1], threads(2, slice(1)))], [halves[1:]])  # of the first block
+    shared.store(addresses[:1], values[:1], threads(3, slice(1)))
+    with pytest.raises(Fault, match="a product may still read: block 1"):
+        shared.store(addresses, values, threads(3))
+
+
+def test_blocks_wait_for_their_own_groups():
+    groups = machine._Groups(2)
+    for item in "ab":
+        groups.add(item, np.arange(2))
+        groups.commit(np.arange(2))
+    groups.add("c", np.array([1]))
+    assert groups.wait(np.array([0]), 1) == [("a", [0])]
+    assert groups.wait(np.arange(2), 0) == [("b", [0, 1]), ("a", [1])]
+    assert groups.all() == [("c", [1])] and groups.unended()
