@@ -1,5 +1,5 @@
-"""The memories of a GPU, which refuse what a GPU would, and what one warp reads or writes while another, or a copy or product
-in flight, may use it."""
+"""The memories of a GPU, which refuse what a GPU would, and what a warp, a copy or a product uses while another may change
+it, or changes while another may use it."""
 
 from typing import NamedTuple
 
