@@ -45,6 +45,9 @@ _VALUE = flags.DEFINE_integer("value", 128, "V.", lower_bound=1)
 _MEAN = flags.DEFINE_float("mean", -0.04, "Of the log decays, whose distribution is exponential.", upper_bound=0.0)
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
+for _flag, _known in (("operations", {"linear_attention", "delta_rule"}), ("decays", {"none", "scalar", "channel"})):
+    flags.register_validator(_flag, _known.issuperset, f"of {', '.join(sorted(_known))}")
+
 # Of an H100 SXM, "H100 Tensor Core GPU Architecture": 989.4e12 operations a second on bfloat16 matrices, not sparse.
 _MULTIPROCESSORS, _CLOCK, _BANDWIDTH, _OPERATIONS_A_SECOND = 132, 1.83e9, 3.35e12, 989.4e12
 _SCHEDULERS = 4  # of a multiprocessor, each with an instruction a cycle

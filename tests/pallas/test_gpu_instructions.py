@@ -32,3 +32,8 @@ def test_linear_attention_of_one_chunk(tmp_path):
         == forward["larger"]
         == sum(rows[f"forward_{name}"]["memory"] for name in ("states", "outputs"))
     )
+
+
+def test_what_it_does_not_count_is_refused():
+    done = subprocess.run([sys.executable, str(PROGRAM), "--decays=constant"], capture_output=True, text=True)
+    assert done.returncode != 0 and "of channel, none, scalar" in done.stderr + done.stdout
