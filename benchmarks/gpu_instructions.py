@@ -1,7 +1,7 @@
 """The kernels of matrix states for GPU by the instructions that their PTX takes, and what these say of an H100's time.
 
     python benchmarks/gpu_instructions.py [--operations=linear_attention,delta_rule] [--decays=none,scalar,channel]
-        [--length=1024 --heads=1 --key=128 --value=128] [--mean=-0.04] [--json=FILE]
+        [--length=1024 --heads=1 --key=128 --value=128] [--mean=-0.04] [--against=FLA/bin/python] [--json=FILE]
 
 No GPU is needed: kernels are compiled for an H100 by Triton and LLVM, and run on the CPU instruction by instruction
 (``tests/ptx``), so that loops and branches count as they go. Takes the compiler for GPU (pip install 'jaxlinear[aot]') and
@@ -14,6 +14,9 @@ a clone of the repository. Decays by channel are float32, as models have them. O
 
 and of each pass their sums, and ``larger``: the sum of the larger of issue and memory, as kernels run one after the other.
 
+With ``--against`` the kernels of flash-linear-attention are counted by the same program (FLA: see fla_instructions.py), and
+``times`` is their ``larger`` over ours. Ours also read and write a state of float32, once.
+
 PTX is not what the GPU runs: ptxas drops moves and conversions of addresses, some instructions take the place of several,
 and warps wait. These are no timings and no bounds; but a kernel whose issue is well above its memory is not likely as fast
 as its bytes.
@@ -21,13 +24,15 @@ as its bytes.
 
 import json
 import pathlib
-import re
+import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from instructions import row, together
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
@@ -43,16 +48,11 @@ _HEADS = flags.DEFINE_integer("heads", 1, "H.", lower_bound=1)
 _KEY = flags.DEFINE_integer("key", 128, "K.", lower_bound=1)
 _VALUE = flags.DEFINE_integer("value", 128, "V.", lower_bound=1)
 _MEAN = flags.DEFINE_float("mean", -0.04, "Of the log decays, whose distribution is exponential.", upper_bound=0.0)
+_AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with flash-linear-attention.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 for _flag, _known in (("operations", {"linear_attention", "delta_rule"}), ("decays", {"none", "scalar", "channel"})):
     flags.register_validator(_flag, _known.issuperset, f"of {', '.join(sorted(_known))}")
-
-# Of an H100 SXM, "H100 Tensor Core GPU Architecture": 989.4e12 operations a second on bfloat16 matrices, not sparse.
-_MULTIPROCESSORS, _CLOCK, _BANDWIDTH, _OPERATIONS_A_SECOND = 132, 1.83e9, 3.35e12, 989.4e12
-_SCHEDULERS = 4  # of a multiprocessor, each with an instruction a cycle
-_PRODUCTS = _OPERATIONS_A_SECOND / 2 / _MULTIPROCESSORS / _CLOCK  # multiply-adds of a multiprocessor a cycle
-_SHAPE = re.compile(r"\.m(\d+)n(\d+)k(\d+)")
 
 
 def draw(decay: str):
@@ -79,51 +79,57 @@ def gradient(operation: str, decay: str) -> None:
     jax.block_until_ready(jax.grad(objective, (0, 1) if log_decay is not None else 0)(given, log_decay))
 
 
-def row(ran: calls.Ran) -> dict:
-    parts = 64 / (_LENGTH.value * _HEADS.value)
-    products = 0.0
-    for opcode, warps in ran.counts.items():
-        if opcode.startswith(("mma", "wgmma.mma")):
-            rows, columns, steps = map(int, _SHAPE.search(opcode).groups())
-            products += warps * rows * columns * steps / (4 if opcode.startswith("wgmma") else 1)
-    instructions = parts * sum(ran.counts.values())
-    return {
-        "kernel": ran.name,
-        "instructions": round(instructions),
-        "issue": round(instructions / _SCHEDULERS),
-        "matrix": round(parts * products / _PRODUCTS),
-        "memory": round(parts * ran.bytes / (_BANDWIDTH / _MULTIPROCESSORS / _CLOCK)),
-    }
+def theirs(operation: str, decay: str) -> list[dict[str, Any]]:
+    """The rows of flash-linear-attention's kernels."""
+    name = operation if decay == "none" else f"{operation}_{decay}"
+    shape = "x".join(map(str, (1, _LENGTH.value, _HEADS.value, _KEY.value)))
+    script = pathlib.Path(__file__).with_name("fla_instructions.py")
+    command = [_AGAINST.value, str(script), name, f"--shape={shape}", f"--mean={_MEAN.value}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"the comparison side ended with status {done.returncode}; its reason is above")
+    return json.loads(done.stdout.splitlines()[-1])["rows"]
 
 
-def together(name: str, rows: list[dict]) -> dict:
-    sums = {key: sum(x[key] for x in rows) for key in ("instructions", "issue", "matrix", "memory")}
-    return {"pass": name, **sums, "larger": sum(max(x["issue"], x["memory"]) for x in rows)}
+def table(rows: list[dict[str, Any]]) -> None:
+    print("\n| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
+    for line in rows:
+        print("| " + " | ".join(f"{x:,}" if isinstance(x, int) else str(x) for x in line.values()) + " |")
 
 
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"not a flag: {argv[1]}")
+    if _AGAINST.value and _KEY.value != _VALUE.value:
+        raise app.UsageError("--against takes --key and --value that are the same")
     ran = calls.emulate(setattr)
     backends.target = lambda: Target("gpu", "NVIDIA H100 80GB HBM3", True)
-    rows, passes = [], []
+    rows, passes, compared = [], [], []
+    share = 64 / (_LENGTH.value * _HEADS.value)
     for operation in _OPERATIONS.value:
         for decay in _DECAYS.value:
             del ran[:]
             gradient(operation, decay)
-            found = [row(x) for x in ran]
+            found = [row(x.name, x.counts, x.bytes, share) for x in ran]
             rows += found
+            others = theirs(operation, decay) if _AGAINST.value else []
             for direction in ("forward", "gradient"):
-                passes.append(
-                    together(f"{operation}, {decay}, {direction}", [x for x in found if direction in x["kernel"]])
-                )
+                name = f"{operation}, {decay}, {direction}"
+                ours = together(name, [x for x in found if direction in x["kernel"]])
+                passes.append(ours)
+                if others:
+                    other = together(name, [x for x in others if x["direction"] == direction])
+                    compared.append({**other, "times": round(other["larger"] / ours["larger"], 2)})
+            rows += [{name: x for name, x in other.items() if name != "direction"} for other in others]
     print(f"for 64 tokens of a head, K = {_KEY.value}, V = {_VALUE.value}, T = {_LENGTH.value}, H100; cycles of one SM")
-    for table in (rows, passes):
-        print("\n| " + " | ".join(table[0]) + " |\n|" + " --- |" * len(table[0]))
-        for line in table:
-            print("| " + " | ".join(f"{x:,}" if isinstance(x, int) else x for x in line.values()) + " |")
+    table(rows)
+    table(passes)
+    if compared:
+        print("\nflash-linear-attention")
+        table(compared)
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps({"kernels": rows, "passes": passes}, indent=1) + "\n")
+        result = {"kernels": rows, "passes": passes, "compared": compared}
+        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

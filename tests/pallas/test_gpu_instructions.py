@@ -34,6 +34,30 @@ def test_linear_attention_of_one_chunk(tmp_path):
     )
 
 
+def test_beside_the_kernels_of_another_library(tmp_path):
+    """Which a program of another Python counts; here one that says what it is to count."""
+    python, path = tmp_path / "python", tmp_path / "rows.json"
+    row = {"kernel": "theirs", "instructions": 400, "issue": 100, "matrix": 10, "memory": 30}
+    told = {"rows": [{"direction": direction, **row} for direction in ("forward", "gradient", "gradient")]}
+    python.write_text(f"#!/bin/sh\necho $2 $3 > {tmp_path}/asked\necho '{json.dumps(told)}'\n")
+    python.chmod(0o755)
+    sizes = "--length=64", "--key=16", "--value=16"
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "--operations=linear_attention", "--decays=scalar", *sizes]
+        + [f"--against={python}", f"--json={path}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "asked").read_text() == "linear_attention_scalar --shape=1x64x1x16\n"
+    found = json.loads(path.read_text())
+    ours = [x["larger"] for x in found["passes"]]
+    assert [(x["pass"], x["larger"], x["times"]) for x in found["compared"]] == [
+        ("linear_attention, scalar, forward", 100, round(100 / ours[0], 2)),
+        ("linear_attention, scalar, gradient", 200, round(200 / ours[1], 2)),
+    ]
+
+
 def test_what_it_does_not_count_is_refused():
     done = subprocess.run([sys.executable, str(PROGRAM), "--decays=constant"], capture_output=True, text=True)
     assert done.returncode != 0 and "of channel, none, scalar" in done.stderr + done.stdout

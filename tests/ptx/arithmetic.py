@@ -22,11 +22,11 @@ _KNOWN = re.compile(
             r"cvta\.to\.global\.u64|prmt\.b32",
             r"setp\.((eq|ne|lt|le|gt|ge)u?|nan|num)\.(bf16|[fusb]\d+)",
             r"(add|sub)(\.rn)?\.(f32|bf16x?2?|[us]\d+)|(min|max)\.(f32|bf16x?2?|[us]\d+)",
-            r"mul\.(lo|hi|wide)\.[us]\d+|mul\.rn\.(f32|bf16x?2?)|mad\.(lo|wide)\.[us]\d+",
+            r"mul\.(lo|hi|wide)\.[us]\d+|mul(\.rn)?\.(f32|bf16x?2?)|(div|rem)\.[us]\d+|mad\.(lo|wide)\.[us]\d+",
             r"fma\.r[nm]\.f32|fma\.rn\.bf16x?2?",
             r"(neg|abs)\.(f32|bf16|s\d+)|div\.(full|rn)\.f32|(rcp|sqrt|ex2|lg2)\.(approx|rn)\.f32|ex2\.approx\.ftz\.f32",
             r"cvt\.([usb]\d+\.[usb]\d+|f32\.bf16|rn\.bf16\.f32|rn\.bf16x2\.f32|sat\.f32\.f32|rn\.b?f\d+\.[us]\d+)",
-            r"cvt\.r[znmp]i\.([us]\d+|f32)\.f32",
+            r"cvt\.r[znmp]i\.([us]\d+|f32)\.f32|cvt\.rna\.tf32\.f32",
         )
     )
 )
@@ -81,6 +81,8 @@ def apply(opcode: str, given) -> np.ndarray:
             return _EXTREMES[name](given(0, kind), given(1, kind))
         if name == "div" and kind == "f32":
             return given(0, kind) / given(1, kind)
+        if name in ("div", "rem"):
+            return _divide(name, given(0, kind), given(1, kind))
         one = {"neg": np.negative, "abs": np.abs, "rcp": np.reciprocal, "sqrt": np.sqrt, "ex2": np.exp2, "lg2": np.log2}
         if name in one:
             found = one[name](given(0, kind))
@@ -106,6 +108,8 @@ def _compare(parts: list[str], given) -> np.ndarray:
 
 def _convert(parts: list[str], given) -> np.ndarray:
     to, kind = parts[-2:]
+    if to == "tf32":  # 13 bits fewer, halves away from zero
+        return np.asarray(given(0, kind)).view(np.uint32) + np.uint32(1 << 12) & np.uint32(0xFFFFE000)
     if to == "bf16x2":  # the first operand is the upper half
         high, low = (given(i, kind).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32) for i in (0, 1))
         return high << np.uint32(16) | low
@@ -119,6 +123,14 @@ def _convert(parts: list[str], given) -> np.ndarray:
     if parts[0] in ("rzi", "rni", "rmi", "rpi"):
         return {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[parts[0]](x)
     return x.astype(TYPES[to])
+
+
+def _divide(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Towards zero."""
+    quotient = x // y
+    if x.dtype.kind == "i":
+        quotient = quotient + ((x % y != 0) & ((x < 0) != (y < 0)))
+    return quotient if name == "div" else x - quotient * y
 
 
 def _shift(name: str, x: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from tests.ptx.memory import SHARED_BASE, Global, Shared, Threads
 from tests.ptx.program import Instruction, Program
 
 _TOGETHER = 64  # blocks
+_REGISTERS = {"%p": np.bool_, "%rs": np.uint16, "%r": np.uint32, "%rd": np.uint64}
 _NOTHING = re.compile(r"griddepcontrol|wgmma\.fence|bar\.warp\.sync|membar|nanosleep")
 
 
@@ -17,19 +18,27 @@ def run(
     program: Program, grid: tuple[int, ...], given: list[np.ndarray], like: list[np.ndarray]
 ) -> tuple[list, Counter]:
     """What the kernel writes into arrays like those, and how many warps took each instruction."""
-    memory, counts = Global(given, like), Counter()
+    memory = Global(given, like)
+    counts = run_in(memory, program, grid, memory.addresses)
+    return memory.arrays(like), counts
+
+
+def run_in(memory, program: Program, grid: tuple[int, ...], parameters: list[int | float], *, strict=True) -> Counter:
+    """As ``run``, in a memory and with all parameters. Not ``strict``: products read memory when they are
+    issued, with no proxy fence after writes and copies, and a register that nothing was written to has some number."""
+    counts: Counter = Counter()
     grid = (*grid, *[1] * (3 - len(grid)))
     blocks = int(np.prod(grid))
     for first in range(0, blocks, _TOGETHER):
         numbers = np.arange(first, min(first + _TOGETHER, blocks))
-        _Blocks(program, grid, numbers, memory, counts).run()
-    return memory.arrays(like), counts
+        _Blocks(program, grid, numbers, memory, parameters, counts, strict).run()
+    return counts
 
 
 class _Blocks:
-    def __init__(self, program: Program, grid, numbers: np.ndarray, memory: Global, counts: Counter):
-        self.program, self.memory, self.counts = program, memory, counts
-        self.shared = Shared(len(numbers))
+    def __init__(self, program: Program, grid, numbers: np.ndarray, memory, parameters, counts: Counter, strict: bool):
+        self.program, self.memory, self.parameters = program, memory, parameters
+        self.counts, self.strict, self.shared = counts, strict, Shared(len(numbers), strict)
         self.block = np.repeat(np.arange(len(numbers)), program.threads)
         thread = np.tile(np.arange(program.threads), len(numbers))
         self.warp, self.number = thread // 32, numbers[self.block]
@@ -94,6 +103,8 @@ class _Blocks:
         if name in self.special:
             return self.special[name]
         if name not in self.registers:
+            if not self.strict:
+                return np.zeros(self.block.shape, _REGISTERS[name.rstrip("0123456789")])
             raise Fault(f"{name} is read before anything is written there")
         self._refuse_busy(self.sums, name)
         return self.registers[name]
@@ -159,8 +170,9 @@ class _Blocks:
         if _NOTHING.match(opcode):
             return
         if opcode.startswith("ld.param"):
-            index = self.program.parameters.index(operands[1][0])
-            self._write(operands[0], np.uint64(self.memory.addresses[index]), where)
+            parameter = self.parameters[self.program.parameters.index(operands[1][0])]
+            kind = np.float32 if isinstance(parameter, float) else np.dtype(f"u{int(opcode[-2:]) // 8}")
+            self._write(operands[0], np.asarray(parameter).astype(kind), where)
         elif found := re.match(r"(ld|st)\.(global|shared)\b", opcode):
             getattr(self, {"ld": "_load", "st": "_store"}[found[1]])(instruction, where)
         elif opcode == "bar.sync":
@@ -253,7 +265,8 @@ class _Blocks:
         self._whole("thread of a warp", where, 32)
         mode, (to, x, by) = instruction.opcode.split(".")[2], instruction.operands[:3]
         lane, by = np.arange(len(where)) % 32, self._lanes(by, "u32").astype(np.int64)
-        source = {"bfly": lane ^ by, "idx": by % 32}[mode]
+        source = {"bfly": lane ^ by, "idx": by % 32, "up": lane - by, "down": lane + by}[mode]
+        source = np.where((source < 0) | (source > 31), lane, source)
         self._write(to, self._lanes(x, "b32")[np.arange(len(where)) - lane + source], where)
 
     def _matrices(self, instruction: Instruction, where: np.ndarray) -> None:
@@ -282,11 +295,12 @@ class _Blocks:
         sums, left, right, keep, *signs = instruction.operands
         if signs[:2] != ["1", "1"]:
             raise NotImplementedError(f"signs {signs}")
+        turned = signs[2:]  # of operands in memory, where there is a choice
         product, threads = matrix.Product(instruction.opcode), self._threads(where)
         described = not isinstance(left, list)
         given = self._lanes(left, "b64")[where] if described else [self._lanes(x, "b32")[where] for x in left]
-        a = product.left(given, described and signs[2] == "1", self.shared, threads)
-        b = product.right(self._lanes(right, "b64")[where], signs[-1] == "1", self.shared, threads)
+        a = product.left(given, described and turned[:1] == ["1"], self.shared, threads)
+        b = product.right(self._lanes(right, "b64")[where], turned[-1:] == ["1"], self.shared, threads)
         keep = self._lanes(keep, "pred")[where]
         blocks = np.unique(self.block[where])
         for (_, others, _), of in self.products.all():

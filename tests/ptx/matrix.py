@@ -36,6 +36,20 @@ def _of_16_rows(x: np.ndarray) -> np.ndarray:
     return found
 
 
+def _wide(arrays: list[np.ndarray]) -> np.ndarray:
+    """A number a register, of which the last 13 bits are not read: ``[warps, 32, registers]``"""
+    return (_registers(arrays) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _of_16_rows_wide(arrays: list[np.ndarray]) -> np.ndarray:
+    """Four registers -> ``[warps, 16, 8]``"""
+    numbers = _wide(arrays)
+    found = np.zeros((len(numbers), 16, 8), np.float32)
+    for i in range(4):
+        found[:, _GROUP + 8 * (i % 2), _MEMBER + 4 * (i // 2)] = numbers[:, :, i]
+    return found
+
+
 def _rows_and_columns(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Of a warp's 16 rows of sums, ``[32, registers]``."""
     i = np.arange(count)
@@ -43,15 +57,20 @@ def _rows_and_columns(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mma(opcode: str, a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray]) -> list[np.ndarray]:
-    if "m16n8k16.row.col.f32.bf16.bf16.f32" not in opcode:
+    if "m16n8k16.row.col.f32.bf16.bf16.f32" in opcode:
+        left, right, pairs = _of_16_rows(_narrow(a)), np.zeros((len(a[0]) // 32, 16, 8), np.float32), _narrow(b)
+        for i in range(2):
+            for half in range(2):
+                right[:, 2 * _MEMBER + half + 8 * i, _GROUP] = pairs[:, :, i, half]
+    elif "m16n8k8.row.col.f32.tf32.tf32.f32" in opcode:
+        left, right, numbers = _of_16_rows_wide(a), np.zeros((len(a[0]) // 32, 8, 8), np.float32), _wide(b)
+        for i in range(2):
+            right[:, _MEMBER + 4 * i, _GROUP] = numbers[:, :, i]
+    else:
         raise NotImplementedError(opcode)
-    right, pairs = np.zeros((len(a[0]) // 32, 16, 8), np.float32), _narrow(b)
-    for i in range(2):
-        for half in range(2):
-            right[:, 2 * _MEMBER + half + 8 * i, _GROUP] = pairs[:, :, i, half]
     rows, columns = _rows_and_columns(4)
     with np.errstate(all="ignore"):
-        sums = (_of_16_rows(_narrow(a)) @ right)[:, rows, columns] + _registers(c)
+        sums = (left @ right)[:, rows, columns] + _registers(c)
     return [sums[..., i].reshape(-1) for i in range(4)]
 
 
@@ -88,20 +107,21 @@ class Product:
     """``wgmma.mma_async``: of 64 rows by four warps."""
 
     def __init__(self, opcode: str):
-        found = re.search(r"m64n(\d+)k16\.f32\.bf16\.bf16$", opcode)
+        found = re.search(r"m64n(\d+)k(16\.f32\.bf16\.bf16|8\.f32\.tf32\.tf32)$", opcode)
         if not found:
             raise NotImplementedError(opcode)
-        self.columns = int(found[1])
+        self.columns, self._of_32_bits = int(found[1]), opcode.endswith("tf32")
         self.read: list[tuple[np.ndarray, Threads]] = []  # where the operands lie
 
     def left(self, operand, transposed: bool, shared, threads: Threads) -> np.ndarray:
-        """``[groups, 64, 16]`` of registers, or of a descriptor's array."""
+        """``[groups, 64, 16]`` of registers, or of a descriptor's array; of 32 bits ``[groups, 64, 8]``."""
         if isinstance(operand, list):
-            return _of_16_rows(_narrow(operand)).reshape(-1, 64, 16)
+            found = _of_16_rows_wide(operand) if self._of_32_bits else _of_16_rows(_narrow(operand))
+            return found.reshape(-1, 64, found.shape[-1])
         return self._described(operand, 64, transposed, shared, threads)
 
     def right(self, descriptor: np.ndarray, transposed: bool, shared, threads: Threads) -> np.ndarray:
-        """``[groups, 16, columns]``"""
+        """``[groups, 16, columns]``, of 32 bits ``[groups, 8, columns]``"""
         return self._described(descriptor, self.columns, transposed, shared, threads).swapaxes(1, 2)
 
     def sums(self, product: np.ndarray) -> list[np.ndarray]:
@@ -142,6 +162,9 @@ class Product:
         who = Threads(*leaders)._replace(warp=np.full(len(word) * count, MATRIX_UNIT))
         halves = shared.begin_product(at.reshape(-1), 16, who)
         self.read.append((halves, who))
+        if self._of_32_bits:
+            words = np.ascontiguousarray(shared.values(halves)).view(np.uint32)
+            return (words & np.uint32(0xFFFFE000)).view(np.float32).reshape(len(word), rows, 8)
         found = shared.values(halves).view(ml_dtypes.bfloat16).reshape(*at.shape, 8).astype(np.float32)
         if transposed:  # [groups, rows / 8, 16, 8]
             return found.swapaxes(2, 3).reshape(len(word), rows, 16)

@@ -93,11 +93,51 @@ class Global:
         return at
 
 
+class Plain:
+    """The bytes of all arrays, which any thread may read and write; ``read`` and ``written`` say which were."""
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self.addresses, end = [], 256
+        for array in arrays:
+            self.addresses.append(GLOBAL_BASE + end)
+            end += -(-array.nbytes // 256) * 256 + 256
+        self._bytes, self._known = np.zeros(end, np.uint8), np.zeros(end, bool)
+        self.read, self.written = np.zeros(end, bool), np.zeros(end, bool)
+        for address, array in zip(self.addresses, arrays, strict=True):
+            self._bytes[self._part(address, array)] = array.reshape(-1).view(np.uint8)
+            self._known[self._part(address, array)] = True
+
+    def load(self, addresses: np.ndarray, unit: int, count: int, threads: Threads) -> np.ndarray:
+        at = self._at(addresses, unit * count, threads)
+        self.read[at] = True
+        return np.ascontiguousarray(self._bytes[at]).view(_UNITS[unit])
+
+    def store(self, addresses: np.ndarray, values: np.ndarray, threads: Threads) -> None:
+        at = self._at(addresses, values.nbytes // len(values), threads)
+        self._bytes[at], self.written[at] = np.ascontiguousarray(values).view(np.uint8), True
+
+    def give(self, arrays: list[np.ndarray]) -> None:
+        """What is there now to the arrays themselves."""
+        for address, array in zip(self.addresses, arrays, strict=True):
+            array.reshape(-1).view(np.uint8)[:] = self._bytes[self._part(address, array)]
+
+    @staticmethod
+    def _part(address: int, array: np.ndarray) -> slice:
+        return slice(address - GLOBAL_BASE, address - GLOBAL_BASE + array.nbytes)
+
+    def _at(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
+        at = addresses.astype(np.int64) - GLOBAL_BASE
+        _refuse((at < 0) | (at + size > len(self._known)), "an address of no array", threads)
+        at = at[:, None] + np.arange(size)
+        _refuse(~self._known[at], "an address of no array", threads)
+        return at
+
+
 class Shared:
     """The shared memories of all blocks. What was written or read since the last barrier is known by halves of words."""
 
-    def __init__(self, blocks: int):
-        self._halves = SHARED_BYTES // 2
+    def __init__(self, blocks: int, strict: bool):
+        self._strict, self._halves = strict, SHARED_BYTES // 2
         self._data = np.full(blocks * self._halves, 0xFFFF, np.uint16)  # NaN
         shape = self._data.shape
         self._written, self._writer = np.full(shape, -1, np.int32), np.zeros(shape, np.int8)
@@ -130,14 +170,16 @@ class Shared:
     def begin_product(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
         """As ``read``, by a matrix unit: at any time from now on."""
         halves = self.read(addresses, size, threads)
-        _refuse(self._unfenced[halves], "a matrix unit reads what no proxy fence follows", threads)
+        unfenced = self._strict & self._unfenced[halves]
+        _refuse(unfenced, "a matrix unit reads what no proxy fence follows", threads)
         self._multiplied[halves] = True
         return halves
 
     def end_products(self, ended: list[tuple[np.ndarray, Threads]], others: list[np.ndarray]) -> None:
         """``others``: what those read that go on."""
         for halves, threads in ended:
-            self.mark_read(halves, threads)
+            if self._strict:
+                self.mark_read(halves, threads)
             self._multiplied[halves] = False
         for halves in others:
             self._multiplied[halves] = True
@@ -177,7 +219,7 @@ class Shared:
         others = self._readers[halves] & ~(1 << threads.warp.astype(np.uint16))[:, None]
         now = self._read[halves] == threads.epoch[:, None]
         _refuse(now & (others != 0), "writes what another warp reads before any barrier", threads)
-        _refuse(self._multiplied[halves], "writes what a product may still read", threads)
+        _refuse(self._strict & self._multiplied[halves], "writes what a product may still read", threads)
         _refuse(self._copied_to[halves], "writes where a copy may still write", threads)
 
     def _write(self, halves: np.ndarray, values: np.ndarray, threads: Threads) -> None:

@@ -143,7 +143,7 @@ def test_an_instruction_that_is_not_known():
 
 
 def test_what_a_product_in_flight_reads_is_not_written():
-    shared, values = memory.Shared(2), np.ones((2, 8), np.uint16)
+    shared, values = memory.Shared(2, strict=True), np.ones((2, 8), np.uint16)
     addresses, block = np.full(2, memory.SHARED_BASE), np.arange(2)
 
     def threads(epoch, of=slice(None)):
@@ -160,6 +160,28 @@ def test_what_a_product_in_flight_reads_is_not_written():
     shared.store(addresses[:1], values[:1], threads(3, slice(1)))
     with pytest.raises(Fault, match="a product may still read: block 1"):
         shared.store(addresses, values, threads(3))
+
+
+def test_arrays_that_are_read_and_written():
+    """A kernel that adds to an array by a factor it is given as a number, in place."""
+    (read,) = program.read(
+        _HEAD
+        + "\tld.param.b32 \t%r5, [kernel_param_1];\n"
+        + """
+	fma.rn.f32 	%r9, %r4, %r5, %r4;
+	st.global.b32 	[%rd4], %r9;
+	ret;
+}
+"""
+    )
+    given, other = np.arange(64, dtype=np.float32), np.ones(3, np.float32)
+    plain = memory.Plain([other, given])
+    counts = machine.run_in(plain, read, (1,), [plain.addresses[1], 0.5])
+    plain.give([other, given])
+    assert np.array_equal(given, 1.5 * np.arange(64)) and np.array_equal(other, np.ones(3))
+    assert (plain.read.sum(), plain.written.sum()) == (256, 256) and counts["fma.rn.f32"] == 2
+    with pytest.raises(Fault, match="of no array"):
+        machine.run_in(plain, read, (1,), [plain.addresses[1] + 4, 0.5])
 
 
 def test_blocks_wait_for_their_own_groups():

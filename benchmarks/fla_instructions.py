@@ -1,0 +1,193 @@
+"""The comparison side of ``gpu_instructions.py``: the instructions of flash-linear-attention's kernels, with no GPU.
+
+The script knows nothing of jaxlinear but its emulator, and runs under the Python of an environment of its own:
+
+    python -m venv FLA && FLA/bin/pip install torch numpy ml_dtypes einops    # torch for the CPU will do
+    FLA/bin/pip install --no-deps 'fla-core>=0.6,<0.7' 'triton>=3.7.1,<3.8'
+    FLA/bin/python benchmarks/fla_instructions.py delta_rule_scalar --shape=1x1024x1x128
+
+Triton compiles each kernel for an H100, whose driver is made up here, and ``tests/ptx`` runs it on the CPU. Where a kernel
+has several configurations to be timed, all of them are compiled and run once, and that with the fewest instructions is
+taken: they move the same bytes. It prints, as JSON, the error of the outputs beside the recurrence, and a row for each
+kernel with its direction, as ``instructions.row`` has them. Bytes are those that a kernel reads, and those that it writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+import types
+from collections import Counter
+from typing import NamedTuple
+
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "0")
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+import triton
+from instructions import row
+from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+
+from tests.ptx import machine, memory, program
+
+_LENGTH_TRIED = 128  # T with which configurations are compared
+
+
+class Driver:
+    """Of an H100, as far as compiling asks."""
+
+    class utils:
+        @staticmethod
+        def get_device_properties(device):
+            return {"max_shared_mem": memory.SHARED_BYTES, "multiprocessor_count": 132, "warpSize": 32}
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+class Ran(NamedTuple):
+    kernel: str
+    counts: Counter
+    bytes: int
+
+
+class Emulator:
+    """Takes the place of Triton's launches."""
+
+    def __init__(self):
+        self.ran: list[Ran] = []
+        self._best: dict = {}
+        self._compile, emulator = JITFunction.run, self
+
+        def run(function, *arguments, grid, warmup=False, **options):
+            return emulator._run(function, arguments, grid, options)
+
+        def tuned(tuner, *arguments, **options):
+            return emulator._tuned(tuner, arguments, options)
+
+        JITFunction.run, Autotuner.run = run, tuned
+
+    def _run(self, function, arguments, grid, options):
+        kernel = self._compile(function, *arguments, grid=grid, warmup=True, **options)
+        if kernel.metadata.shared > memory.SHARED_BYTES:
+            raise OutOfResources(kernel.metadata.shared, memory.SHARED_BYTES, "shared memory")
+        bound, *_ = function.device_caches[0][4](*arguments, debug=False, **options)
+        grid = tuple(map(int, grid(bound) if callable(grid) else grid))
+        (read,) = program.read(kernel.asm["ptx"])
+        given = [bound[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
+        storages = {}  # of tensors, which may share them
+        for x in given:
+            if isinstance(x, torch.Tensor):
+                storages.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage())
+        arrays = [torch.tensor([], dtype=torch.uint8).set_(x).numpy() for x in storages.values()]
+        plain = memory.Plain(arrays)
+        at = dict(zip(storages, plain.addresses, strict=True))
+
+        def parameter(x):
+            if not isinstance(x, torch.Tensor):
+                return x
+            return at[x.untyped_storage().data_ptr()] + x.storage_offset() * x.element_size()
+
+        scratch = [0, 0]  # Triton's own, which these kernels do not use
+        counts = machine.run_in(plain, read, grid, [*map(parameter, given), *scratch], strict=False)
+        plain.give(arrays)
+        self.ran.append(Ran(function.__name__, counts, int(plain.read.sum() + plain.written.sum())))
+        return kernel
+
+    def _tuned(self, tuner, arguments, options):
+        tuner.nargs = dict(zip(tuner.arg_names, arguments, strict=False))
+        named = {**tuner.nargs, **options}
+        key = tuner.base_fn.__name__, *(str(named.get(name)) for name in tuner.keys if name != "T")
+        if key not in self._best:
+            self._best[key] = min(
+                tuner.prune_configs(options), key=lambda config: self._instructions(tuner, arguments, options, config)
+            )
+        return tuner.fn.run(*arguments, **{**options, **self._best[key].all_kwargs()})
+
+    def _instructions(self, tuner, arguments, options, config) -> float:
+        before = len(self.ran)
+        try:
+            tuner.fn.run(*arguments, **{**options, **config.all_kwargs()})
+        except OutOfResources:
+            return np.inf
+        finally:
+            tried, self.ran[before:] = self.ran[before:], []
+        return sum(sum(x.counts.values()) for x in tried)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("operation")
+    parser.add_argument("--shape", required=True, help="BxTxHxD")
+    parser.add_argument("--mean", type=float, default=-0.04, help="Of log decays.")
+    arguments = parser.parse_args()
+    triton.runtime.driver.set_active(Driver())
+    torch.cuda.get_device_name = lambda *_: "NVIDIA H100 80GB HBM3"
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.device_count = lambda: 1
+    properties = types.SimpleNamespace(shared_memory_per_block_optin=memory.SHARED_BYTES, multi_processor_count=132)
+    torch.cuda.get_device_properties = lambda *_: properties
+    import fla_worker  # reads of the driver what it is for
+
+    operation, shape = arguments.operation, tuple(map(int, arguments.shape.split("x")))
+    emulator, rows, error = Emulator(), [], np.nan
+    for length in (_LENGTH_TRIED, shape[1]):
+        del emulator.ran[:]
+        inputs = draw(operation, (shape[0], length, *shape[2:]), arguments.mean)
+        o = fla_worker.OPERATIONS[operation](*inputs)
+        forward = len(emulator.ran)
+        o.float().sum().backward()
+        error = error_of(operation, o, inputs) if length == _LENGTH_TRIED else error
+        share = 64 / (shape[0] * length * shape[2])
+        rows = [
+            {"direction": "forward" if i < forward else "gradient", **row(*x, share)}
+            for i, x in enumerate(emulator.ran)
+        ]
+    fla_worker.tell(operation=operation, error=error, rows=rows)
+
+
+def draw(operation: str, shape: tuple[int, ...], mean: float) -> list[torch.Tensor]:
+    """q, k, v in bfloat16; log decays and beta as ``gpu_instructions.py`` draws them."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape) for _ in range(3))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    log_decay = mean * torch.empty(shape if operation.endswith("_channel") else shape[:3]).exponential_()
+    tensors = *(x.bfloat16() for x in (q, k, v)), log_decay, torch.rand(shape[:3])
+    return [x.requires_grad_() for x in tensors]
+
+
+def error_of(operation: str, o: torch.Tensor, inputs: list[torch.Tensor]) -> float:
+    """Of o beside the recurrence in float64, in the norm of that."""
+    q, k, v, log_decay, beta = (x.detach().double() for x in inputs)
+    decay = torch.ones_like(k)
+    if operation.endswith(("_scalar", "_channel")):
+        decay = decay * (log_decay if log_decay.ndim == 4 else log_decay[..., None]).exp()
+    state, outputs = torch.zeros(*k[:, 0].shape, v.shape[-1], dtype=torch.float64), []
+    for t in range(q.shape[1]):
+        state, value = decay[:, t, :, :, None] * state, v[:, t]
+        if operation.startswith("delta_rule"):
+            value = beta[:, t, :, None] * (value - torch.einsum("bhk,bhkv->bhv", k[:, t], state))
+        state = state + k[:, t, :, :, None] * value[:, :, None]
+        outputs.append(k.shape[-1] ** -0.5 * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    expected = torch.stack(outputs, 1)
+    return float((o.detach().double() - expected).norm() / expected.norm())
+
+
+if __name__ == "__main__":
+    main()

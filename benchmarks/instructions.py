@@ -1,0 +1,42 @@
+"""What instructions of PTX and bytes say of the time of an H100: the arithmetic of ``gpu_instructions.py``, for both sides.
+
+It knows nothing of jaxlinear or JAX: the comparison side has an environment of its own.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+# Of an H100 SXM, "H100 Tensor Core GPU Architecture": 989.4e12 operations a second on bfloat16 matrices, not sparse.
+_MULTIPROCESSORS, _CLOCK, _BANDWIDTH, _OPERATIONS_A_SECOND = 132, 1.83e9, 3.35e12, 989.4e12
+_SCHEDULERS = 4  # of a multiprocessor, each with an instruction a cycle
+_PRODUCTS = _OPERATIONS_A_SECOND / 2 / _MULTIPROCESSORS / _CLOCK  # multiply-adds of a multiprocessor a cycle
+_SHAPE = re.compile(r"\.m(\d+)n(\d+)k(\d+)")
+SUMMED = "instructions", "issue", "matrix", "memory"
+
+
+def row(kernel: str, counts: Counter, moved: int, share: float) -> dict[str, Any]:
+    """``counts``: warps by instruction; ``moved``: bytes; ``share``: what part of these is for 64 tokens of a head."""
+    products = 0.0
+    for opcode, warps in counts.items():
+        if opcode.startswith(("mma", "wgmma.mma")):
+            found = _SHAPE.search(opcode)
+            assert found, opcode
+            rows, columns, steps = map(int, found.groups())
+            wide = 2 if "tf32" in opcode else 1  # these take twice as long
+            products += wide * warps * rows * columns * steps / (4 if opcode.startswith("wgmma") else 1)
+    instructions = share * sum(counts.values())
+    return {
+        "kernel": kernel,
+        "instructions": round(instructions),
+        "issue": round(instructions / _SCHEDULERS),
+        "matrix": round(share * products / _PRODUCTS),
+        "memory": round(share * moved / (_BANDWIDTH / _MULTIPROCESSORS / _CLOCK)),
+    }
+
+
+def together(name: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    rows = list(rows)
+    sums = {key: sum(x[key] for x in rows) for key in SUMMED}
+    return {"pass": name, **sums, "larger": sum(max(x["issue"], x["memory"]) for x in rows)}
