@@ -24,13 +24,20 @@ from jaxlinear.pallas.target import Target
 
 Arrays = dict[str, jax.Array]
 
-# What the tokens of a chunk are asked for, and what of it goes through time.
+# What the tokens of a chunk are asked for; and besides, of a decay by channel and of others.
 _OF_TOKENS = {
-    "forward": ("attention", "queries", "ends", "w", "whole", "u"),
-    "summary": ("ends", "w", "whole", "u"),
-    "state_gradient": ("attention", "queries", "ends", "w", "whole"),
-    "gradient": ("attention", "queries", "ends", "w", "whole", "u", "keys", "inverse", "overlap"),
+    "forward": ("attention", "w", "whole", "u"),
+    "summary": ("w", "whole", "u"),
+    "state_gradient": ("attention", "w", "whole"),
+    "gradient": ("attention", "w", "whole", "inverse", "overlap"),
 }
+_BY_CHANNEL = {
+    "forward": ("queries", "ends"),
+    "summary": ("ends",),
+    "state_gradient": ("queries", "ends"),
+    "gradient": ("queries", "ends", "keys"),
+}
+_BY_HEAD = "since_start", "until_end"
 
 _IN_TIME = ("o", "d_q", "d_k", "d_v", "d_beta", "d_log_decay")  # outputs [B, T, ...]
 
@@ -46,6 +53,11 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> Arrays:
     given = {name: jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2))) for name, x in given.items()}
     found = _Call(plan, arguments._replace(**given), target).run()
     return {name: x[:, : plan.length] if name in _IN_TIME else x for name, x in found.items()}
+
+
+def _with_decays(plan: Plan) -> bool:
+    """Whether what queries read of the state, or keys leave in it, is multiplied by decays, or by documents."""
+    return plan.decay == "scalar" or (plan.packed and plan.decay == "none")
 
 
 class _Call:
@@ -87,16 +99,26 @@ class _Call:
 
     def _tokens(self, given: Arrays) -> Arrays:
         plan, layout, names = self.plan, self.layout, _OF_TOKENS[self.plan.kind]
+        if plan.decay == "channel":
+            names += _BY_CHANNEL[plan.kind]
+        elif _with_decays(plan):
+            names += _BY_HEAD
         square, keys, values = (self._temporary(n) for n in (layout.chunk, layout.keys, layout.values))
-        whole = layout.keys if plan.decay == "channel" else 1
+        whole, time = layout.keys if plan.decay == "channel" else 1, layout.chunks * layout.chunk
         shapes = {name: square for name in ("attention", "inverse", "overlap")}
         shapes |= {name: keys for name in ("queries", "keys", "ends", "w")}
+        shapes |= {name: self._shape(plan.wide, self.batch, plan.heads, time) for name in _BY_HEAD}
         shapes |= {"u": values, "whole": self._shape(plan.wide, self.batch, plan.heads, layout.chunks, whole)}
         if "attention" not in names:
             given = {name: x for name, x in given.items() if name != "q"}
         if "u" not in names:
             given = {name: x for name, x in given.items() if name != "v"}
-        return self._run(tokens.tokens_kernel, "tokens", given, {name: shapes[name] for name in names}, self._of_chunks)
+        found = self._run(
+            tokens.tokens_kernel, "tokens", given, {name: shapes[name] for name in names}, self._of_chunks
+        )
+        if plan.decay != "channel":  # these are read as they are
+            found |= {name: given[name] for name in ("q", "k") if name in given}
+        return found
 
     def _in_time(self, kernel, found: Arrays, more: dict[str, Any], last: str, state: jax.Array) -> Arrays:
         """The states in time, from ``state`` ``[B, H, V, K]``; ``last`` is what the last one is called."""
@@ -104,7 +126,8 @@ class _Call:
         padding = (0, layout.values - plan.values), (0, layout.keys - plan.keys)
         given = {name: found[name] for name in found if name not in ("keys", "inverse", "overlap")}
         if kernel is states.forward_kernel and "o" not in more:
-            given = {name: x for name, x in given.items() if name not in ("attention", "queries", "d_o")}
+            of_outputs = "attention", "queries", "q", "since_start", "d_o"
+            given = {name: x for name, x in given.items() if name not in of_outputs}
         given["state"] = jnp.pad(state, ((0, 0), (0, 0), *padding))
         outputs = {**more, last: given["state"]}
         grid = layout.values // layout.states_tile, plan.heads, self.batch
@@ -127,7 +150,7 @@ class _Call:
         before = {"before": self.arguments.before}
         backward = self._in_time(
             states.backward_kernel,
-            {name: x for name, x in found.items() if name != "u"},
+            found,
             {"d_written": values, "d_after": self._states()},
             "d_state",
             self.arguments.state,
@@ -140,7 +163,8 @@ class _Call:
             "values",
             {
                 **{name: shared[name] for name in ("beta", "runs", "v") if name in shared},
-                **{name: found[name] for name in ("inverse", "overlap", "keys", "w", "u", "d_o")},
+                **{name: found[name] for name in ("inverse", "overlap", "d_o")},
+                **{name: found[name] for name in ("keys", "k", "since_start") if name in found},
                 **before,
                 "d_written": backward["d_written"],
             },
@@ -150,7 +174,6 @@ class _Call:
                 "d_attention": square,
                 "d_overlap": square,
                 "written": values,
-                "d_errors": values,
             },
             self._of_chunks,
         )
@@ -166,7 +189,7 @@ class _Call:
             "keys",
             {
                 **{name: x for name, x in shared.items() if name not in ("beta", "v")},
-                **{name: of_values[name] for name in ("d_attention", "d_overlap", "written", "d_errors")},
+                **{name: of_values[name] for name in ("d_attention", "d_overlap", "written", "d_v")},
                 "d_o": found["d_o"],
                 "d_after": backward["d_after"],
                 **before,
@@ -186,9 +209,15 @@ class _Call:
 
     def _warps(self, name: str) -> int:
         """As few as none spills registers with."""
-        if self.plan.decay != "channel":
-            return 4 if name == "states" else 8
-        return 4 if name == "tokens" or (name == "states" and self.layout.keys <= 128) else 8
+        plan = self.plan
+        if name == "tokens":
+            return 4
+        if name != "states":
+            return 8
+        backward, many = plan.kind in ("gradient", "state_gradient"), self.layout.keys > 128
+        if plan.decay == "channel":
+            return 8 if many else 4
+        return 8 if backward and (many or _with_decays(plan)) else 4
 
     def _run(self, kernel, name: str, given: Arrays, outputs: dict[str, Any], grid: tuple[int, ...]) -> Arrays:
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]

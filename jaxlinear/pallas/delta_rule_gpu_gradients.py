@@ -16,28 +16,29 @@ from jaxlinear.pallas.delta_rule_gpu_tokens import ByHead, Documents, Place, dec
 
 def values_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     """The gradients of v, of beta, and of the products P and L ``[c, c]``, by tiles of values; and what the tokens write,
-    ``written``, and the gradients of V - K S, ``d_errors``, for the other kernel."""
+    ``written``, for the other kernel. That of v is also the gradient of the errors V - K S."""
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
     place = Place(layout, *(pl.program_id(axis) for axis in range(3)))
     documents = Documents(place, named)
     beta = place.numbers(named["beta"])[:, None]
     solve = place.load(named["inverse"], 0, layout.chunk)
-    keys, w = (place.load(named[name], 0, layout.keys) for name in ("keys", "w"))
+    by_channel = plan.decay == "channel"
+    keys = place.load(named["keys"], 0, layout.keys) if by_channel else place.given(named["k"], 0, layout.keys)
+    since_start = place.numbers(named["since_start"])[:, None] if "since_start" in named else None
     square = jnp.zeros((layout.chunk, layout.chunk), plan.wide)
     tile = layout.value_tile
 
     def step(first, carry):
         d_attention, d_lower, d_beta = carry
         state = plgpu.load(state_at(named["before"], place, first, tile, 0, layout.keys))
-        written = place.load(named["u"], first, tile).astype(plan.wide) - dot(w, state, (1, 1), layout)
-        written = written.astype(plan.narrow)
+        read = times(since_start, dot(keys, state, (1, 1), layout))
+        error = place.given(named["v"], first, tile).astype(plan.wide) - read
+        written = dot(solve, beta * error, (1, 0), layout).astype(plan.narrow)
         place.store(named["written"], first, written)
         d_solved = dot(solve, place.load(named["d_written"], first, tile), (0, 0), layout)
         d_attention = d_attention + dot(scaled_cotangent(place, named["d_o"], first, tile), written, (1, 1), layout)
         d_lower = d_lower - dot(d_solved, written, (1, 1), layout)
-        error = place.given(named["v"], first, tile).astype(plan.wide) - dot(keys, state, (1, 1), layout)
         d_beta = d_beta + jnp.sum(d_solved * error, axis=1)
-        place.store(named["d_errors"], first, beta * d_solved)
         place.give(named["d_v"], first, beta * d_solved)
         return d_attention, d_lower, d_beta
 
@@ -66,7 +67,7 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
             plgpu.load(state_at(named[name], place, *at, first, layout.key_tile)) for name in ("before", "d_after")
         )
         d_queries = d_queries + dot(scaled_cotangent(place, named["d_o"], *at), state, (1, 0), layout)
-        d_keys = d_keys - dot(place.load(named["d_errors"], *at), state, (1, 0), layout)
+        d_keys = d_keys - dot(place.given(named["d_v"], *at), state, (1, 0), layout)
         d_ends = d_ends + dot(place.load(named["written"], *at), d_after, (1, 0), layout)
         held = held + jnp.sum(state.astype(plan.wide) * d_after.astype(plan.wide), axis=0)
         return d_queries, d_keys, d_ends, held

@@ -3,7 +3,8 @@
     X = U - W S,   O = scale (P X + Q S),   S' = whole S + E^T X
     dX = P^T dO + E dS',   dS = whole dS' + Q^T dO - W^T dX
 
-States are ``[V, K]``, a program has some of their rows, and products are with all of K.
+States are ``[V, K]``, a program has some of their rows, and products are with all of K. Q and E are decayed queries and
+keys; where the decay is not by channel they are q and k, and what is on their other side is decayed.
 """
 
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, span
-from jaxlinear.pallas.delta_rule_gpu_tokens import Place
+from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, scaled, span
+from jaxlinear.pallas.delta_rule_gpu_tokens import Place, times
 
 
 def forward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
@@ -35,9 +36,11 @@ def forward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
             place.store(named["written"], first, written)
         if "o" in named:
             o = dot(place.load(named["attention"], 0, layout.chunk), written, (1, 0), layout)
-            o = o + dot(place.load(named["queries"], 0, layout.keys), narrow_state, (1, 1), layout)
+            queries, since_start = _decayed(place, named, "queries")
+            o = o + times(since_start, dot(queries, narrow_state, (1, 1), layout))
             place.give(named["o"], first, jnp.asarray(plan.scale, o.dtype) * o)
-        added = dot(written, place.load(named["ends"], 0, layout.keys), (0, 0), layout)
+        ends, until_end = _decayed(place, named, "ends")
+        added = dot(scaled(written, until_end), ends, (0, 0), layout)
         return _whole(layout, named, place) * state + added
 
     state = plgpu.load(_at(named["state"], (b, h), first, layout))
@@ -59,10 +62,11 @@ def backward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
             plgpu.store(_at(named["d_after"], (b, n, h), first, layout), narrow_d)
         d_o = scaled_cotangent(place, named["d_o"], first, layout.states_tile)
         d_written = dot(place.load(named["attention"], 0, layout.chunk), d_o, (0, 0), layout)
-        d_written = d_written + dot(place.load(named["ends"], 0, layout.keys), narrow_d, (1, 1), layout)
+        (ends, until_end), (queries, since_start) = (_decayed(place, named, name) for name in ("ends", "queries"))
+        d_written = d_written + times(until_end, dot(ends, narrow_d, (1, 1), layout))
         if "d_written" in named:
             place.store(named["d_written"], first, d_written)
-        read = dot(d_o, place.load(named["queries"], 0, layout.keys), (0, 0), layout)
+        read = dot(scaled(d_o, since_start), queries, (0, 0), layout)
         read = read - dot(d_written.astype(plan.narrow), place.load(named["w"], 0, layout.keys), (0, 0), layout)
         return _whole(layout, named, place) * d_state + read
 
@@ -76,6 +80,15 @@ def scaled_cotangent(place: Place, ref, first: int, tile: int):
     plan = place.layout.plan
     d_o = place.given(ref, first, tile).astype(plan.wide)
     return (jnp.asarray(plan.scale, plan.wide) * d_o).astype(plan.narrow)
+
+
+def _decayed(place: Place, named, name: str):
+    """Queries, or the keys that reach the end: ``[c, K]``, and the decay ``[c, 1]`` that is still to be multiplied by."""
+    if place.layout.plan.decay == "channel":
+        return place.load(named[name], 0, place.layout.keys), None
+    tokens, factor = {"queries": ("q", "since_start"), "ends": ("k", "until_end")}[name]
+    decay = place.numbers(named[factor])[:, None] if factor in named else None
+    return place.given(named[tokens], 0, place.layout.keys), decay
 
 
 def _at(ref, place: tuple, first, layout: Layout):

@@ -154,7 +154,8 @@ def _parts(x: jax.Array, narrow) -> list[jax.Array]:
 
 
 def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
-    """P, L and (I + beta L)^-1 ``[c, c]``; keys, queries and ends, which are the decayed ones; W and U."""
+    """P, L and (I + beta L)^-1 ``[c, c]``; with a decay by channel the decayed keys, queries and ends, else the decays of
+    these; W and U."""
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
     place = Place(layout, *(pl.program_id(axis) for axis in range(3)))
     documents = Documents(place, named)
@@ -172,37 +173,42 @@ def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     if of_head.matrix is not None:
         sums = tuple(x * of_head.matrix for x in sums)
     overlap = documents.seen(sums[0], itself=False)
-    solve = inverse(beta * overlap, documents, layout).astype(plan.narrow)
-    found = {"overlap": overlap, "inverse": solve}
     if with_q:
-        found["attention"] = documents.seen(sums[1], itself=True)
-    for name, value in found.items():
-        if name in named:
-            place.store(named[name], 0, value)
+        place.store(named["attention"], 0, documents.seen(sums[1], itself=True))
+    if "overlap" in named:
+        place.store(named["overlap"], 0, overlap)
+    solve = inverse(beta * overlap, documents, layout).astype(plan.narrow)
+    if "inverse" in named:
+        place.store(named["inverse"], 0, solve)
     first_document, last_document, one = documents.ends(beta)
     wider = max(tile, layout.gradient_tile)  # without products of pairs, which take registers
 
     def decay_and_solve(first, carry):
         decay = decay_of(place, named, of_head, first, wider)
-        since_start, until_end = times(decay.since_start, first_document), times(decay.until_end, last_document)
+        since_start = times(decay.since_start, first_document)
         k = place.given(named["k"], first, wider)
         keys = scaled(k, since_start)
-        if "keys" in named:
-            place.store(named["keys"], first, keys)
-        place.store(named["ends"], first, scaled(k, until_end))
-        if with_q:
-            place.store(named["queries"], first, scaled(place.given(named["q"], first, wider), since_start))
-        read = (beta * keys.astype(plan.wide)).astype(plan.narrow)
-        place.store(named["w"], first, dot(solve, read, (1, 0), layout))
         if plan.decay == "channel":
+            until_end = times(decay.until_end, last_document)
+            place.store(named["ends"], first, scaled(k, until_end))
+            if "keys" in named:
+                place.store(named["keys"], first, keys)
+            if with_q:
+                place.store(named["queries"], first, scaled(place.given(named["q"], first, wider), since_start))
             whole = times(decay.whole, one)
             plgpu.store(named["whole"].at[place.b, place.h, place.n, span(first, wider)], whole)
+        read = (beta * keys.astype(plan.wide)).astype(plan.narrow)
+        place.store(named["w"], first, dot(solve, read, (1, 0), layout))
         return carry
 
     over_tiles(layout.keys, wider, decay_and_solve)
     if plan.decay != "channel":
         whole = times(jnp.ones((1,), plan.wide), times(of_head.whole, one))
         plgpu.store(named["whole"].at[place.b, place.h, place.n, span(0, 1)], whole)
+        decays = times(of_head.since_start, first_document), times(of_head.until_end, last_document)
+        for name, decay in zip(("since_start", "until_end"), decays, strict=True):
+            if name in named:
+                plgpu.store(named[name].at[place.b, place.h, place.time], jnp.sum(decay, axis=1))
     if "u" in named:
 
         def solve_values(first, carry):
