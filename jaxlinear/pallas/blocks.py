@@ -94,13 +94,19 @@ class AttentionGPUBlock(NamedTuple):
     gradient_values: int  # channels of a tile of values there
 
 
-def linear_attention_gpu(length: int, keys: int, by_channel: bool, chunk: int | None) -> AttentionGPUBlock:
+def linear_attention_gpu(length: int, keys: int, decay: str, packed: bool, chunk: int | None) -> AttentionGPUBlock:
     """The largest that no program spills registers with: with fewer tokens or channels a token takes more instructions, as
     the PTX counts them. No GPU has timed them."""
-    chunk = (32 if by_channel else 64) if chunk is None else chunk
+    by_channel = decay == "channel"
+    if chunk is None:
+        # With few keys, where T ends within a chunk, or with decays and documents, chunks of 128 would spill.
+        whole = keys >= 64 and length % 128 == 0 and not (decay == "scalar" and packed)
+        chunk = 32 if by_channel else 128 if whole else 64
     tokens = min(chunk, max(32, 1 << (length - 1).bit_length()))  # 16 would spill at K = V = 64
     if by_channel:
         return AttentionGPUBlock(tokens, 32, 64, 128, 128, _gradients_by_channel(keys), 64)
+    if tokens > 64:
+        return AttentionGPUBlock(tokens, 64, 64, 64, 64, 32, 32)
     return AttentionGPUBlock(tokens, 64, 64, 64, 128, 64, 128)
 
 

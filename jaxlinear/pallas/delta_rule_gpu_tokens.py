@@ -4,6 +4,7 @@ A program has one chunk of one head. It goes through keys and values by tiles of
 registers, and leaves what ``delta_rule_gpu_states`` goes through in time.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -97,10 +98,10 @@ class Documents:
 
 
 class ByHead:
-    """A decay of the whole head, or none: ``matrix`` ``[c, c]`` of i >= j, and the decays of a tile since the start and
-    until the end of the chunk ``[c, 1]``; None for 1."""
+    """A decay of the whole head, or none: ``matrix`` ``[c, c]`` of i >= j, taken where it is first asked for, as it fills
+    many registers; and the decays of a tile since the start and until the end of the chunk ``[c, 1]``; None for 1."""
 
-    matrix = since_start = until_end = whole = None
+    since_start = until_end = whole = _sums = None
 
     def __init__(self, place: Place, refs: Refs, documents: Documents):
         if place.layout.plan.decay != "scalar":
@@ -108,12 +109,18 @@ class ByHead:
         coarse, fine = (place.numbers(refs[name]) for name in ("coarse", "fine"))
         end = (place.n + 1) * place.layout.chunk - 1
         last = [plgpu.load(refs[name].at[place.b, place.h, end]) for name in ("coarse", "fine")]
-        steps = (coarse[:, None] - coarse[None]) + (fine[:, None] - fine[None])
-        lower = documents.row >= documents.lane
-        self.matrix = exp(jnp.where(lower, steps, jnp.full_like(steps, -jnp.inf)))
+        self._sums, self._lower = (coarse, fine), documents.row >= documents.lane
         self.since_start = exp(coarse + fine)[:, None]
         self.until_end = exp((last[0] - coarse) + (last[1] - fine))[:, None]
         self.whole = exp(last[0] + last[1])
+
+    @functools.cached_property
+    def matrix(self) -> jax.Array | None:
+        if self._sums is None:
+            return None
+        coarse, fine = self._sums
+        steps = (coarse[:, None] - coarse[None]) + (fine[:, None] - fine[None])
+        return exp(jnp.where(self._lower, steps, jnp.full_like(steps, -jnp.inf)))
 
 
 def pairs(layout: Layout, decay: Any, rows: list[jax.Array]) -> list[jax.Array]:

@@ -31,7 +31,7 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
 class _Call:
     def __init__(self, plan: Plan, arguments: Arguments, target: Target):
         keys, values = power_of_two(plan.key_width), power_of_two(plan.value_width)
-        block = blocks.linear_attention_gpu(plan.length, keys, plan.decay == "channel", plan.chunk)
+        block = blocks.linear_attention_gpu(plan.length, keys, plan.decay, plan.packed, plan.chunk)
         tiles = min(block.keys, keys), min(block.values, values), min(block.outputs, values), min(block.gradients, keys)
         self.layout = layout = Layout(plan, block.chunk, keys, values, *tiles)
         self.of_states = dataclasses.replace(layout, value_tile=min(block.states, values))
@@ -149,7 +149,7 @@ class _Call:
         plan, layout = self.plan, self.layout
         if name == "states" or (plan.decay == "channel" and name != "keys"):
             return 4
-        return 8 if plan.decay == "channel" or max(layout.keys, layout.values) > 128 else 4
+        return 8 if plan.decay == "channel" or layout.chunk > 64 or max(layout.keys, layout.values) > 128 else 4
 
     def _by_head(self, x: jax.Array) -> jax.Array:
         """``[B, T, H K]`` -> ``[B, T, H, K]``"""

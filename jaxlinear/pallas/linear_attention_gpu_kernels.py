@@ -148,25 +148,29 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     n, tile, row = (pl.program_id(axis) for axis in range(3))
     b, h = (of(row, jnp.int32(plan.heads)) for of in (lax.div, lax.rem))
     first, chunk = tile * layout.key_tile, _Chunk(layout, named, n, h, b)
-    shape = layout.chunk, layout.key_tile
 
-    def of_values(values, sums):
-        d_attention, d_q, d_k, held = sums
-        d_o, v = chunk.values("d_o", values), chunk.values("v", values)
+    def of_pairs(values, d_attention):
+        return d_attention + dot(chunk.values("d_o", values), chunk.values("v", values), (1, 1), layout)
+
+    def of_states(values, sums):
+        d_q, d_k, held = sums
         state, d_after = chunk.state("before", values, first), chunk.state("states", values, first)
-        d_attention = d_attention + dot(d_o, v, (1, 1), layout)
-        d_q, d_k = d_q + dot(d_o, state, (1, 0), layout), d_k + dot(v, d_after, (1, 0), layout)
-        return d_attention, d_q, d_k, held + jnp.sum(state.astype(plan.wide) * d_after.astype(plan.wide), axis=0)
+        d_q = d_q + dot(chunk.values("d_o", values), state, (1, 0), layout)
+        d_k = d_k + dot(chunk.values("v", values), d_after, (1, 0), layout)
+        return d_q, d_k, held + jnp.sum(state.astype(plan.wide) * d_after.astype(plan.wide), axis=0)
 
-    shapes = (layout.chunk, layout.chunk), shape, shape, (layout.key_tile,)
-    none = tuple(jnp.zeros(x, plan.wide) for x in shapes)
-    sums = over_tiles(layout.values, layout.value_tile, of_values, none)
-    d_attention, d_q_outer, d_k_outer, held = sums
+    d_attention = jnp.zeros((layout.chunk, layout.chunk), plan.wide)
+    d_attention = over_tiles(layout.values, layout.value_tile, of_pairs, d_attention)
     d_attention, decay = chunk.documents.seen(d_attention, itself=True), chunk.decay(first)
+    q, k = chunk.keys("q", first), chunk.keys("k", first)
+    d_q, d_k, itself = _pairs_gradient(
+        chunk, decay, q, k, d_attention
+    )  # which fill most registers: so without the others
+    shapes = *((layout.chunk, layout.key_tile),) * 2, (layout.key_tile,)
+    none = tuple(jnp.zeros(x, plan.wide) for x in shapes)
+    d_q_outer, d_k_outer, held = over_tiles(layout.values, layout.value_tile, of_states, none)
     d_q_outer = times(chunk.since_start(decay), d_q_outer)
     d_k_outer = times(chunk.until_end(decay), d_k_outer)
-    q, k = chunk.keys("q", first), chunk.keys("k", first)
-    d_q, d_k, itself = _pairs_gradient(chunk, decay, q, k, d_attention)
     wide_q, wide_k = q.astype(plan.wide), k.astype(plan.wide)
     chunk.place.give(named["d_q"], first, d_q + itself * wide_k + d_q_outer)
     chunk.place.give(named["d_k"], first, d_k + itself * wide_q + d_k_outer)

@@ -79,7 +79,13 @@ def compare(kernel, reference, inputs, cotangents):
 # Channels as models have them: products of warpgroups, several chunks in flight, states in tiles.
 
 
-@pytest.mark.parametrize("decay, length, width", [("scalar", 200, 128), ("channel", 130, 128), ("none", 150, 256)])
+@pytest.mark.parametrize(
+    "decay, length, width",
+    [
+        *(("scalar", 200, 128), ("channel", 130, 128), ("none", 150, 256)),
+        *(("scalar", 256, 128), ("constant", 256, 64), ("none", 384, 128)),  # chunks of 128
+    ],
+)
 def test_linear_attention_of_many_channels(decay, length, width):
     random, ids = np.random.default_rng(0), documents(length)
     inputs = linear.draw(random, decay, length, 2, width, width)
