@@ -13,7 +13,7 @@ _MULTIPROCESSORS, _CLOCK, _BANDWIDTH, _OPERATIONS_A_SECOND = 132, 1.83e9, 3.35e1
 _SCHEDULERS = 4  # of a multiprocessor, each with an instruction a cycle
 _PRODUCTS = _OPERATIONS_A_SECOND / 2 / _MULTIPROCESSORS / _CLOCK  # multiply-adds of a multiprocessor a cycle
 _SHAPE = re.compile(r"\.m(\d+)n(\d+)k(\d+)")
-SUMMED = "instructions", "issue", "matrix", "memory"
+_SUMMED = "instructions", "issue", "matrix", "memory"
 
 
 def row(kernel: str, counts: Counter, moved: int, share: float) -> dict[str, Any]:
@@ -38,5 +38,5 @@ def row(kernel: str, counts: Counter, moved: int, share: float) -> dict[str, Any
 
 def together(name: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     rows = list(rows)
-    sums = {key: sum(x[key] for x in rows) for key in SUMMED}
+    sums = {key: sum(x[key] for x in rows) for key in _SUMMED}
     return {"pass": name, **sums, "larger": sum(max(x["issue"], x["memory"]) for x in rows)}

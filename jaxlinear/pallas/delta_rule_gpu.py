@@ -37,7 +37,12 @@ _BY_CHANNEL = {
     "state_gradient": ("queries", "ends"),
     "gradient": ("queries", "ends", "keys"),
 }
-_BY_HEAD = "since_start", "until_end"
+_BY_HEAD = {
+    "forward": ("since_start", "until_end"),
+    "summary": ("until_end",),
+    "state_gradient": ("since_start", "until_end"),
+    "gradient": ("since_start", "until_end"),
+}
 
 _IN_TIME = ("o", "d_q", "d_k", "d_v", "d_beta", "d_log_decay")  # outputs [B, T, ...]
 
@@ -102,12 +107,12 @@ class _Call:
         if plan.decay == "channel":
             names += _BY_CHANNEL[plan.kind]
         elif _with_decays(plan):
-            names += _BY_HEAD
+            names += _BY_HEAD[plan.kind]
         square, keys, values = (self._temporary(n) for n in (layout.chunk, layout.keys, layout.values))
         whole, time = layout.keys if plan.decay == "channel" else 1, layout.chunks * layout.chunk
         shapes = {name: square for name in ("attention", "inverse", "overlap")}
         shapes |= {name: keys for name in ("queries", "keys", "ends", "w")}
-        shapes |= {name: self._shape(plan.wide, self.batch, plan.heads, time) for name in _BY_HEAD}
+        shapes |= {name: self._shape(plan.wide, self.batch, plan.heads, time) for name in _BY_HEAD["gradient"]}
         shapes |= {"u": values, "whole": self._shape(plan.wide, self.batch, plan.heads, layout.chunks, whole)}
         if "attention" not in names:
             given = {name: x for name, x in given.items() if name != "q"}
@@ -126,7 +131,7 @@ class _Call:
         padding = (0, layout.values - plan.values), (0, layout.keys - plan.keys)
         given = {name: found[name] for name in found if name not in ("keys", "inverse", "overlap")}
         if kernel is states.forward_kernel and "o" not in more:
-            of_outputs = "attention", "queries", "q", "since_start", "d_o"
+            of_outputs = "attention", "queries", "q", "d_o"
             given = {name: x for name, x in given.items() if name not in of_outputs}
         given["state"] = jnp.pad(state, ((0, 0), (0, 0), *padding))
         outputs = {**more, last: given["state"]}
@@ -214,10 +219,8 @@ class _Call:
             return 4
         if name != "states":
             return 8
-        backward, many = plan.kind in ("gradient", "state_gradient"), self.layout.keys > 128
-        if plan.decay == "channel":
-            return 8 if many else 4
-        return 8 if backward and (many or _with_decays(plan)) else 4
+        backward = plan.kind in ("gradient", "state_gradient")
+        return 8 if self.layout.keys > 128 or (backward and _with_decays(plan)) else 4
 
     def _run(self, kernel, name: str, given: Arrays, outputs: dict[str, Any], grid: tuple[int, ...]) -> Arrays:
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]

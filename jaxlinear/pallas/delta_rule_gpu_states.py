@@ -4,7 +4,8 @@
     dX = P^T dO + E dS',   dS = whole dS' + Q^T dO - W^T dX
 
 States are ``[V, K]``, a program has some of their rows, and products are with all of K. Q and E are decayed queries and
-keys; where the decay is not by channel they are q and k, and what is on their other side is decayed.
+keys; where the decay is not by channel they are q and k, and the rows of these products, or what E^T and Q^T multiply, are
+decayed.
 """
 
 import jax.numpy as jnp

@@ -163,9 +163,8 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     d_attention = over_tiles(layout.values, layout.value_tile, of_pairs, d_attention)
     d_attention, decay = chunk.documents.seen(d_attention, itself=True), chunk.decay(first)
     q, k = chunk.keys("q", first), chunk.keys("k", first)
-    d_q, d_k, itself = _pairs_gradient(
-        chunk, decay, q, k, d_attention
-    )  # which fill most registers: so without the others
+    # These fill most registers, so they are taken without those of the states, though values are loaded twice.
+    d_q, d_k, itself = _pairs_gradient(chunk, decay, q, k, d_attention)
     shapes = *((layout.chunk, layout.key_tile),) * 2, (layout.key_tile,)
     none = tuple(jnp.zeros(x, plan.wide) for x in shapes)
     d_q_outer, d_k_outer, held = over_tiles(layout.values, layout.value_tile, of_states, none)

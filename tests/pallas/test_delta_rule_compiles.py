@@ -37,6 +37,8 @@ ON_GPU = {
     "channel_64": (1, 1000, 2, 64, 64, "bfloat16", "channel", True),
     "narrow_channel": (1, 1000, 2, 32, 128, "bfloat16", "channel", True),
     "many_keys": (1, 1000, 2, 256, 64, "bfloat16", "none", False),
+    "scalar_256": (1, 1024, 2, 256, 256, "bfloat16", "scalar", True),
+    "none_packed_256": (1, 1024, 2, 256, 256, "bfloat16", "none", True),
     "few_chunks": (1, 200, 2, 128, 128, "bfloat16", "none", False),
     **{name: CASES[name] for name in ("none_64", "scalar_128", "channel_128", "channel_256", "narrow", "shortest")},
 }

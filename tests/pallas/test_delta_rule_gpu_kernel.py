@@ -30,7 +30,7 @@ def test_values_and_gradients(name, dtype, chunk):
     check(name, dtype, INTERPRETED, chunk)
 
 
-@pytest.mark.parametrize("name", ["none_long", "channel"])
+@pytest.mark.parametrize("name", ["none_long", "scalar", "channel"])
 def test_a_run_without_its_outputs(name):
     check_without_outputs(name, INTERPRETED)
 

@@ -37,6 +37,7 @@ ON_GPU = {
     "packed_channel_256": (1, 1024, 2, 256, 256, "bfloat16", "channel", True),
     "odd_128": (1, 1000, 2, 128, 128, "bfloat16", "channel", True),
     "scalar_256": (1, 1024, 2, 256, 256, "bfloat16", "scalar", True),
+    "constant_packed": (1, 1024, 2, 128, 128, "bfloat16", "constant", True),
     "few_values": (1, 1024, 2, 64, 16, "bfloat16", "scalar", True),
     "odd_scalar": (1, 1000, 2, 128, 128, "bfloat16", "scalar", True),
     "scalar_unpacked": (1, 2048, 2, 128, 128, "bfloat16", "scalar", False),

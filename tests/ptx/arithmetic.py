@@ -109,7 +109,8 @@ def _compare(parts: list[str], given) -> np.ndarray:
 def _convert(parts: list[str], given) -> np.ndarray:
     to, kind = parts[-2:]
     if to == "tf32":  # 13 bits fewer, halves away from zero
-        return np.asarray(given(0, kind)).view(np.uint32) + np.uint32(1 << 12) & np.uint32(0xFFFFE000)
+        x = np.asarray(given(0, kind))
+        return np.where(x != x, np.uint32(0x7FFFE000), x.view(np.uint32) + np.uint32(1 << 12) & np.uint32(0xFFFFE000))
     if to == "bf16x2":  # the first operand is the upper half
         high, low = (given(i, kind).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32) for i in (0, 1))
         return high << np.uint32(16) | low

@@ -25,7 +25,7 @@ def run(
 
 def run_in(memory, program: Program, grid: tuple[int, ...], parameters: list[int | float], *, strict=True) -> Counter:
     """As ``run``, in a memory and with all parameters. Not ``strict``: products read memory when they are
-    issued, with no proxy fence after writes and copies, and a register that nothing was written to has some number."""
+    issued, with no proxy fence after writes and copies, and a register that nothing was written to is NaN."""
     counts: Counter = Counter()
     grid = (*grid, *[1] * (3 - len(grid)))
     blocks = int(np.prod(grid))
@@ -104,7 +104,7 @@ class _Blocks:
             return self.special[name]
         if name not in self.registers:
             if not self.strict:
-                return np.zeros(self.block.shape, _REGISTERS[name.rstrip("0123456789")])
+                return ~np.zeros(self.block.shape, _REGISTERS[name.rstrip("0123456789")])
             raise Fault(f"{name} is read before anything is written there")
         self._refuse_busy(self.sums, name)
         return self.registers[name]
@@ -263,7 +263,9 @@ class _Blocks:
 
     def _shuffle(self, instruction: Instruction, where: np.ndarray) -> None:
         self._whole("thread of a warp", where, 32)
-        mode, (to, x, by) = instruction.opcode.split(".")[2], instruction.operands[:3]
+        mode, (to, x, by, ends, _) = instruction.opcode.split(".")[2], instruction.operands
+        if int(ends, 0) != (0 if mode == "up" else 31):
+            raise NotImplementedError(f"{instruction.opcode} of a part of a warp")
         lane, by = np.arange(len(where)) % 32, self._lanes(by, "u32").astype(np.int64)
         source = {"bfly": lane ^ by, "idx": by % 32, "up": lane - by, "down": lane + by}[mode]
         source = np.where((source < 0) | (source > 31), lane, source)

@@ -36,9 +36,15 @@ def _of_16_rows(x: np.ndarray) -> np.ndarray:
     return found
 
 
+def _of_19_bits(words: np.ndarray) -> np.ndarray:
+    """NaN stays so, whichever bits make it."""
+    numbers = words.view(np.float32)
+    return np.where(numbers != numbers, numbers, (words & np.uint32(0xFFFFE000)).view(np.float32))
+
+
 def _wide(arrays: list[np.ndarray]) -> np.ndarray:
     """A number a register, of which the last 13 bits are not read: ``[warps, 32, registers]``"""
-    return (_registers(arrays) & np.uint32(0xFFFFE000)).view(np.float32)
+    return _of_19_bits(_registers(arrays))
 
 
 def _of_16_rows_wide(arrays: list[np.ndarray]) -> np.ndarray:
@@ -164,7 +170,7 @@ class Product:
         self.read.append((halves, who))
         if self._of_32_bits:
             words = np.ascontiguousarray(shared.values(halves)).view(np.uint32)
-            return (words & np.uint32(0xFFFFE000)).view(np.float32).reshape(len(word), rows, 8)
+            return _of_19_bits(words).reshape(len(word), rows, 8)
         found = shared.values(halves).view(ml_dtypes.bfloat16).reshape(*at.shape, 8).astype(np.float32)
         if transposed:  # [groups, rows / 8, 16, 8]
             return found.swapaxes(2, 3).reshape(len(word), rows, 16)

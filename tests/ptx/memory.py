@@ -128,6 +128,7 @@ class Plain:
     def _at(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
         at = addresses.astype(np.int64) - GLOBAL_BASE
         _refuse((at < 0) | (at + size > len(self._known)), "an address of no array", threads)
+        _refuse(at % size != 0, f"an address that is not a multiple of {size}", threads)
         at = at[:, None] + np.arange(size)
         _refuse(~self._known[at], "an address of no array", threads)
         return at

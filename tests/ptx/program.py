@@ -37,6 +37,7 @@ def _program(name: str, parameters: str, directives: str, body: str) -> Program:
         elif statement and not statement.startswith("."):
             instructions.append(_instruction(statement))
     threads = [int(x) for x in re.findall(r"\d+", directives.partition(".reqntid")[2].partition("\n")[0])]
+    assert threads, f"{name} does not say of how many threads"
     threads += [1] * (3 - len(threads))
     # The number of a warp is below that of the matrix unit.
     assert threads[1:] == [1, 1] and threads[0] <= 480, f"{name}: {directives}"

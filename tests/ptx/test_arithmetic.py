@@ -29,6 +29,7 @@ def pair(low, high):
         ("rem.u32", (7, 4), 3),
         ("mul.f32", (F(3), F(0.5)), F(1.5)),
         ("cvt.rna.tf32.f32", (F(1 + 2**-11),), 0x3F802000),
+        ("cvt.rna.tf32.f32", (np.uint32(0xFFFFFFFF).view(F),), 0x7FFFE000),
         ("prmt.b32", (0x33221100, 0x77665544, 0x7610), 0x77661100),
         ("prmt.b32", (0x00008000, 0, 0x0009), 0x000000FF),  # the sign of a byte
         ("cvt.rn.bf16x2.f32", (F(1.0), F(2.0)), pair(2.0, 1.0)),

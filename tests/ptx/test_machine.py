@@ -162,6 +162,35 @@ def test_what_a_product_in_flight_reads_is_not_written():
         shared.store(addresses, values, threads(3))
 
 
+@pytest.mark.parametrize("mode, by, ends, source", [("up", 3, 0, -3), ("down", 5, 31, 5), ("idx", 7, 31, None)])
+def test_lanes_give_each_other_numbers(mode, by, ends, source):
+    """Where there is no other lane it is the own."""
+    given, found, _ = run(f"\tshfl.sync.{mode}.b32 \t%r9, %r4, {by}, {ends}, -1;\n")
+    lane = np.arange(128) % 32
+    of = np.full(128, by) if source is None else lane + source
+    assert np.array_equal(found, given[np.arange(128) - lane + np.where((of < 0) | (of > 31), lane, of)])
+    with pytest.raises(NotImplementedError, match="of a part of a warp"):
+        run(f"\tshfl.sync.{mode}.b32 \t%r9, %r4, {by}, 7, -1;\n")
+
+
+def test_what_is_not_strict_takes():
+    """A register that nothing was written to, as NaN; a product of what no fence follows, and writes under it."""
+    (read,) = program.read(_HEAD + "\tadd.f32 \t%r9, %r4, %r77;\n\tst.global.b32 \t[%rd5], %r9;\n\tret;\n\n}\n")
+    arrays = [np.arange(64, dtype=np.float32), np.zeros(64, np.float32)]
+    plain = memory.Plain(arrays)
+    with pytest.raises(Fault, match="%r77 is read before"):
+        machine.run_in(plain, read, (1,), plain.addresses)
+    machine.run_in(plain, read, (1,), plain.addresses, strict=False)
+    plain.give(arrays)
+    assert np.isnan(arrays[1]).all()
+    shared, one = memory.Shared(1, strict=False), np.zeros(1, np.int64)
+    threads = memory.Threads(one, one, one, one)
+    shared.store(np.array([memory.SHARED_BASE]), np.ones((1, 8), np.uint16), threads)
+    halves = shared.begin_product(np.array([memory.SHARED_BASE]), 16, threads)
+    shared.store(np.array([memory.SHARED_BASE]), np.zeros((1, 8), np.uint16), threads)
+    assert not shared.values(halves).any()
+
+
 def test_arrays_that_are_read_and_written():
     """A kernel that adds to an array by a factor it is given as a number, in place."""
     (read,) = program.read(
@@ -182,6 +211,8 @@ def test_arrays_that_are_read_and_written():
     assert (plain.read.sum(), plain.written.sum()) == (256, 256) and counts["fma.rn.f32"] == 2
     with pytest.raises(Fault, match="of no array"):
         machine.run_in(plain, read, (1,), [plain.addresses[1] + 4, 0.5])
+    with pytest.raises(Fault, match="not a multiple of 4"):
+        machine.run_in(plain, read, (1,), [plain.addresses[1] - 2, 0.5])
 
 
 def test_blocks_wait_for_their_own_groups():

@@ -50,4 +50,6 @@ def test_of_a_warpgroup_from_shared_memory():
     y = product.right(right, False, shared, threads)
     np.testing.assert_array_equal(x[0], cut(a))
     np.testing.assert_array_equal(y[0], cut(b).T)
-    assert product.left([x.view(np.uint32).reshape(-1)[:128]] * 4, False, shared, threads).shape == (1, 64, 8)
+    warp, row, column = np.arange(128) // 32, np.arange(128) % 32 // 4, np.arange(128) % 4
+    registers = [a[16 * warp + row + 8 * i, column + 4 * j].view(np.uint32) for j in range(2) for i in range(2)]
+    np.testing.assert_array_equal(product.left(registers, False, shared, threads)[0], cut(a))
