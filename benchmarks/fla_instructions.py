@@ -88,7 +88,8 @@ class Emulator:
         kernel = self._compile(function, *arguments, grid=grid, warmup=True, **options)
         if kernel.metadata.shared > memory.SHARED_BYTES:
             raise OutOfResources(kernel.metadata.shared, memory.SHARED_BYTES, "shared memory")
-        bound, *_ = function.device_caches[0][4](*arguments, debug=False, **options)
+        bind = function.device_caches[0][4]  # what Triton itself names a launch's arguments with
+        bound, *_ = bind(*arguments, debug=False, **options)
         grid = tuple(map(int, grid(bound) if callable(grid) else grid))
         (read,) = program.read(kernel.asm["ptx"])
         given = [bound[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
@@ -147,7 +148,7 @@ def main() -> None:
     import fla_worker  # reads of the driver what it is for
 
     operation, shape = arguments.operation, tuple(map(int, arguments.shape.split("x")))
-    emulator, rows, error = Emulator(), [], np.nan
+    emulator = Emulator()
     for length in (_LENGTH_TRIED, shape[1]):
         del emulator.ran[:]
         inputs = draw(operation, (shape[0], length, *shape[2:]), arguments.mean)

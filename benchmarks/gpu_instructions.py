@@ -85,7 +85,10 @@ def theirs(operation: str, decay: str) -> list[dict[str, Any]]:
     shape = "x".join(map(str, (1, _LENGTH.value, _HEADS.value, _KEY.value)))
     script = pathlib.Path(__file__).with_name("fla_instructions.py")
     command = [_AGAINST.value, str(script), name, f"--shape={shape}", f"--mean={_MEAN.value}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    except FileNotFoundError:
+        sys.exit(f"--against={_AGAINST.value} is not a Python")
     if done.returncode:
         sys.exit(f"the comparison side ended with status {done.returncode}; its reason is above")
     return json.loads(done.stdout.splitlines()[-1])["rows"]

@@ -99,8 +99,8 @@ def linear_attention_gpu(length: int, keys: int, decay: str, packed: bool, chunk
     the PTX counts them. No GPU has timed them."""
     by_channel = decay == "channel"
     if chunk is None:
-        # With few keys, where T ends within a chunk, or with decays a token and documents, chunks of 128 would spill: so
-        # these may not be asked for either.
+        # With few keys, where T ends within a chunk, or with decays a token and documents, chunks of 128 would spill, so
+        # ``CHUNKS`` does not let users ask for them.
         whole = keys >= 64 and length % 128 == 0 and not (decay == "scalar" and packed)
         chunk = 32 if by_channel else 128 if whole else 64
     tokens = min(chunk, max(32, 1 << (length - 1).bit_length()))  # 16 would spill at K = V = 64

@@ -98,8 +98,9 @@ class Documents:
 
 
 class ByHead:
-    """A decay of the whole head, or none: ``matrix`` ``[c, c]`` of i >= j, taken where it is first asked for, no loop,
-    as it fills many registers; and the decays since the start and until the end of the chunk ``[c, 1]``; None for 1."""
+    """A decay of the whole head, or none: ``matrix`` ``[c, c]`` of i >= j, and the decays since the start and until the
+    end of the chunk ``[c, 1]``; None for 1. The matrix fills many registers: it is taken where it is first asked for,
+    which must not be in a loop."""
 
     since_start = until_end = whole = _sums = None
 

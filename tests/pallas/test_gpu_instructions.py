@@ -58,6 +58,17 @@ def test_beside_the_kernels_of_another_library(tmp_path):
     ]
 
 
+def test_a_python_that_is_not_there_or_fails_is_named(tmp_path):
+    python, sizes = tmp_path / "python", ("--length=32", "--key=16", "--value=16")
+    command = [sys.executable, str(PROGRAM), "--operations=linear_attention", "--decays=none", *sizes]
+    done = subprocess.run([*command, f"--against={python}"], capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.endswith(f"--against={python} is not a Python\n")
+    python.write_text("#!/bin/sh\necho no such kernel >&2\nexit 3\n")
+    python.chmod(0o755)
+    done = subprocess.run([*command, f"--against={python}"], capture_output=True, text=True)
+    assert done.returncode != 0 and "no such kernel\n" in done.stderr and "ended with status 3" in done.stderr
+
+
 def test_what_it_does_not_count_is_refused():
     done = subprocess.run([sys.executable, str(PROGRAM), "--decays=constant"], capture_output=True, text=True)
     assert done.returncode != 0 and "of channel, none, scalar" in done.stderr + done.stdout

@@ -34,18 +34,28 @@ def _refuse(wrong: np.ndarray, what: str, threads: Threads) -> None:
         )
 
 
+def _laid_out(arrays: list[np.ndarray]) -> tuple[list[int], int]:
+    """The addresses of arrays, with room between them, and where the last ends, counted from ``GLOBAL_BASE``."""
+    addresses, end = [], 256
+    for array in arrays:
+        addresses.append(GLOBAL_BASE + end)
+        end += -(-array.nbytes // 256) * 256 + 256
+    return addresses, end
+
+
+def _part(address: int, array: np.ndarray) -> slice:
+    return slice(address - GLOBAL_BASE, address - GLOBAL_BASE + array.nbytes)
+
+
 class Global:
     """Arrays, of which some are read and others written: each byte of these by one warp, or by several the same."""
 
     def __init__(self, read: list[np.ndarray], written: list[np.ndarray]):
-        self.addresses, end = [], 256
-        for array in (*read, *written):
-            self.addresses.append(GLOBAL_BASE + end)
-            end += -(-array.nbytes // 256) * 256 + 256
+        self.addresses, end = _laid_out([*read, *written])
         self._data, self._array = np.zeros(end, np.uint8), np.full(end, -1, np.int16)
         self._first_written = len(read)
         for i, (array, address) in enumerate(zip((*read, *written), self.addresses, strict=True)):
-            at = slice(address - GLOBAL_BASE, address - GLOBAL_BASE + array.nbytes)
+            at = _part(address, array)
             self._array[at] = i
             if i < self._first_written:
                 self._data[at] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -78,7 +88,7 @@ class Global:
         """Those that were to be written."""
         found = []
         for array, address in zip(like, self.addresses[self._first_written :], strict=True):
-            at = slice(address - GLOBAL_BASE, address - GLOBAL_BASE + array.nbytes)
+            at = _part(address, array)
             if (self._writer[at] < 0).any():
                 raise Fault(f"{int((self._writer[at] < 0).sum())} of {array.nbytes} bytes of an output are not written")
             found.append(self._data[at].copy().view(array.dtype).reshape(array.shape))
@@ -97,15 +107,12 @@ class Plain:
     """The bytes of all arrays, which any thread may read and write; ``read`` and ``written`` say which were."""
 
     def __init__(self, arrays: list[np.ndarray]):
-        self.addresses, end = [], 256
-        for array in arrays:
-            self.addresses.append(GLOBAL_BASE + end)
-            end += -(-array.nbytes // 256) * 256 + 256
+        self.addresses, end = _laid_out(arrays)
         self._bytes, self._known = np.zeros(end, np.uint8), np.zeros(end, bool)
         self.read, self.written = np.zeros(end, bool), np.zeros(end, bool)
         for address, array in zip(self.addresses, arrays, strict=True):
-            self._bytes[self._part(address, array)] = array.reshape(-1).view(np.uint8)
-            self._known[self._part(address, array)] = True
+            self._bytes[_part(address, array)] = array.reshape(-1).view(np.uint8)
+            self._known[_part(address, array)] = True
 
     def load(self, addresses: np.ndarray, unit: int, count: int, threads: Threads) -> np.ndarray:
         at = self._at(addresses, unit * count, threads)
@@ -119,11 +126,7 @@ class Plain:
     def give(self, arrays: list[np.ndarray]) -> None:
         """What is there now to the arrays themselves."""
         for address, array in zip(self.addresses, arrays, strict=True):
-            array.reshape(-1).view(np.uint8)[:] = self._bytes[self._part(address, array)]
-
-    @staticmethod
-    def _part(address: int, array: np.ndarray) -> slice:
-        return slice(address - GLOBAL_BASE, address - GLOBAL_BASE + array.nbytes)
+            array.reshape(-1).view(np.uint8)[:] = self._bytes[_part(address, array)]
 
     def _at(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
         at = addresses.astype(np.int64) - GLOBAL_BASE
