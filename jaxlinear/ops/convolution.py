@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxlinear.ops import dtypes, segments
 
@@ -31,43 +32,68 @@ def causal_convolution(
     width, length = kernel.shape[0], x.shape[1]
     if state is None:
         state = jnp.zeros_like(x, shape=(x.shape[0], width - 1, x.shape[2]))
-    padded = jnp.concatenate([state.astype(x.dtype), x], axis=1)
-    ids = None
-    if segment_ids is not None:
-        ids = jnp.pad(segments.runs(segment_ids), ((0, 0), (width - 1, 0)))
-
-    y = _weigh(x, kernel[-1])
-    for lag in range(1, width):
-        past = padded[:, width - 1 - lag : width - 1 - lag + length]
-        if ids is not None:
-            same = ids[:, width - 1 - lag : width - 1 - lag + length] == ids[:, width - 1 :]
-            past = jnp.where(same[..., None], past, jnp.zeros((), x.dtype))
-        y = y + _weigh(past, kernel[width - 1 - lag])
-    if bias is not None:
-        wide = dtypes.wide(x.dtype)  # in which the gradient of the bias is then summed
-        y = (y.astype(wide) + bias.astype(wide)[None, None]).astype(x.dtype)
-
-    final = padded[:, length:]
-    if ids is not None:
-        same = ids[:, length:] == ids[:, -1:]
+    state = state.astype(x.dtype)
+    runs = None if segment_ids is None else segments.runs(segment_ids)
+    final = jnp.concatenate([state, x], axis=1)[:, length:]
+    if runs is not None:
+        same = jnp.pad(runs, ((0, 0), (width - 1, 0)))[:, length:] == runs[:, -1:]
         final = jnp.where(same[..., None], final, jnp.zeros((), x.dtype))
-    return y, final
+    return _filter(x, kernel, bias, state, runs), final
 
 
 @jax.custom_vjp
-def _weigh(x, weight):
-    """``x * weight``, ``[B, T, D]`` by ``[D]``, in the dtype of x; the gradient of the weight is summed in float32."""
-    return x * weight.astype(x.dtype)[None, None]
+def _filter(x, kernel, bias, state, runs):
+    """y, of documents ``runs [B, T]`` or None. It and its gradients are summed in float32 and rounded once, and the
+    arguments are all that is kept for these."""
+    return _sums(x, kernel, bias, state, runs).astype(x.dtype)
 
 
-def _weigh_forward(x, weight):
-    return _weigh(x, weight), (x, weight)
+def _sums(x, kernel, bias, state, runs):
+    width, wide = len(kernel), dtypes.wide(x.dtype)
+    y = jnp.zeros((), wide) if bias is None else bias.astype(wide)[None, None]
+    for lag in range(width):
+        y = y + _before(x, state, runs, lag).astype(wide) * kernel[width - 1 - lag].astype(wide)[None, None]
+    return y
 
 
-def _weigh_backward(residuals, dy):
-    x, weight = residuals
-    d_weight = jnp.sum(x * dy, axis=(0, 1), dtype=dtypes.wide(x.dtype))
-    return dy * weight.astype(x.dtype)[None, None], d_weight.astype(weight.dtype)
+def _before(x, state, runs, lag):
+    """The inputs ``lag`` before each token, zero where they are of another document."""
+    first = state.shape[1] - lag
+    past = jnp.concatenate([state, x], axis=1)[:, first : first + x.shape[1]]
+    return _where_same(past, runs, None if runs is None else jnp.pad(runs, ((0, 0), (lag, 0)))[:, : x.shape[1]])
 
 
-_weigh.defvjp(_weigh_forward, _weigh_backward)
+def _after(dy, runs, lag):
+    """The gradients ``lag`` after each token, zero where they are of another document or there are none."""
+    future = jnp.pad(dy, ((0, 0), (0, lag), (0, 0)))[:, lag:]
+    return _where_same(future, runs, None if runs is None else jnp.pad(runs, ((0, 0), (0, lag)))[:, lag:])
+
+
+def _where_same(x, runs, others):
+    return x if runs is None else jnp.where((runs == others)[..., None], x, jnp.zeros((), x.dtype))
+
+
+def _filter_forward(*arguments):
+    return _filter(*arguments), arguments
+
+
+def _filter_backward(arguments, dy):
+    """Shifts and sums as those of y, which XLA makes in fewer passes over memory than their transposes, which pad."""
+    x, kernel, bias, state, runs = arguments
+    width, wide, own = len(kernel), dtypes.wide(x.dtype), jnp.finfo(dy.dtype)
+    # It is dy itself, which XLA would else take, and keep, as the float32 that it was rounded from.
+    dy = lax.reduce_precision(dy, own.nexp, own.nmant)
+    dx, d_kernel = jnp.zeros((), wide), []
+    for lag in range(width):
+        dx = dx + _after(dy, runs, lag).astype(wide) * kernel[width - 1 - lag].astype(wide)[None, None]
+    for lag in reversed(range(width)):
+        d_kernel.append(jnp.sum(_before(x, state, runs, lag).astype(wide) * dy.astype(wide), axis=(0, 1)))
+    d_bias = None if bias is None else jnp.sum(dy.astype(wide), axis=(0, 1)).astype(bias.dtype)
+
+    head = lambda y: None if y is None else y[:, : width - 1]  # noqa: E731
+    of_state = lambda state: _sums(head(x).astype(wide), kernel, None, state, head(runs))  # noqa: E731
+    (d_state,) = jax.vjp(of_state, state.astype(wide))[1](head(dy).astype(wide))
+    return dx.astype(x.dtype), jnp.stack(d_kernel).astype(kernel.dtype), d_bias, d_state.astype(state.dtype), None
+
+
+_filter.defvjp(_filter_forward, _filter_backward)

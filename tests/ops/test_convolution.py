@@ -132,3 +132,23 @@ def test_gradients_of_the_parameters_are_summed_in_float32():
     kernel, bias = gradients(np.ones((2, 1), np.float32), np.ones(1, np.float32))
     assert kernel[:, 0].tolist() == [99_999, 100_000]
     assert bias.tolist() == [100_000]
+
+
+def test_bfloat16_is_rounded_once():
+    """Every value and gradient, half a unit of its own last place at most from that of float64."""
+    inputs, (dy, _), ids, _, _ = case("packed")
+    outputs = lambda op: numerics.with_gradients(lambda *inputs: op(*inputs)[0])  # noqa: E731
+    reference = outputs(functools.partial(naive.causal_convolution, ids=ids))
+    expected = numerics.wide(numerics.run(reference, inputs, dy, dtype="float64"))
+    op = outputs(functools.partial(causal_convolution, segment_ids=ids))
+    found = numerics.run(op, inputs, dy, dtype="bfloat16")
+    for ours, exact in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.all(np.abs(numerics.wide(ours) - exact) <= 2.0**-8 * np.abs(exact) + 1e-6 * np.abs(exact).max())
+
+
+def test_gradients_keep_the_inputs_alone():
+    """Nothing as long as the sequence beside them."""
+    arrays = [np.ones(shape, np.float32) for shape in ((1, 64, 8), (4, 8), (8,), (1, 3, 8))]
+    _, pullback = jax.vjp(lambda *x: causal_convolution(*x, segment_ids=np.zeros((1, 64), np.int32)), *arrays)
+    assert [y.shape for y in jax.tree.leaves(pullback) if y.dtype == np.float32 and y.size >= 64] == [(1, 64, 8)]
