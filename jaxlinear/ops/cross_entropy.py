@@ -107,7 +107,9 @@ def _forward(x, embedding, targets, weights, statics, gradients):
             dlogits *= 1 - (logits / soft_cap) ** 2
         dlogits = dlogits.astype(x.dtype)
         dxi = jnp.einsum("btv,vd->btd", dlogits, embedding.astype(x.dtype))
-        grouped = [y.reshape(groups, -1, *y.shape[1:]) for y in (dlogits, xi)]
+        # XLA for CPUs lacks the product of bfloat16 matrices of which the transpose is asked in float32.
+        own = total if backends.platform() == "cpu" else x.dtype
+        grouped = [y.reshape(groups, -1, *y.shape[1:]).astype(own) for y in (dlogits, xi)]
         # Channels before the vocabulary: so the small operand is the one that is turned for the product.
         d_embedding += jnp.einsum("gbtv,gbtd->gdv", *grouped, preferred_element_type=total)
         return (nll, objective, d_embedding), dxi
