@@ -83,9 +83,11 @@ def _elu(x):
 
 
 def _rebased(parameters, x):
-    """x ``[H, K]``."""
+    """x ``[H, K]``, of the size that it has at scale 1 and bias 0."""
+    scale, bias = (parameters[name].reshape(x.shape) for name in ("scale", "bias"))
+    size = np.sqrt(np.mean(scale**2 + bias**2, axis=-1, keepdims=True))
     x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(np.var(x, axis=-1, keepdims=True) + 1e-5)
-    return x * parameters["scale"].reshape(x.shape) + parameters["bias"].reshape(x.shape)
+    return (x * scale + bias) / size
 
 
 def _hedgehog(parameters, x):

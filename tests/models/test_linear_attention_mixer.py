@@ -121,12 +121,17 @@ def test_nothing_that_fits_is_nothing():
     assert not y.any() and all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
-def test_rebased_is_not_divided_by_rounding():
-    """In bfloat16, among 4,000 documents of two tokens, of which some have next to no weight: what comes out is an average
-    of values, and as large as they are."""
-    config = small.config(dtype="bfloat16", feature_map="rebased")
+@pytest.mark.parametrize(
+    ("dtype", "scale", "documents", "tokens"), [("bfloat16", 1, 4000, 2), ("float32", 8, 40_000, 1)]
+)
+def test_rebased_is_not_divided_by_rounding(dtype, scale, documents, tokens):
+    """Among thousands of documents of one or two tokens, of which some have next to no weight, and however large the scales
+    have become: what comes out is an average of values, and as large as they are."""
+    config = small.config(dtype=dtype, feature_map="rebased")
     mixer = LinearAttention(config, rngs=nnx.Rngs(0))
     mixer.out.kernel[...] = jnp.eye(16)
-    x = jax.random.normal(jax.random.key(1), (4000, 2, 16), jnp.bfloat16)
+    for features in (mixer.query_map, mixer.key_map):
+        features.scale[...] = scale * features.scale[...]
+    x = jax.random.normal(jax.random.key(1), (documents, tokens, 16), dtype)
     y, _ = jax.jit(mixer)(x)
     assert float(jnp.abs(y).max()) <= float(jnp.abs(mixer.value(x)).max()) * 1.01

@@ -99,7 +99,11 @@ class LinearAttention(nnx.Module):
 
 
 class Rebased(nnx.Module):
-    """ReBased's map of ``[B, T, H, K]``, each head normalised to mean 0 and variance 1 first."""
+    """ReBased's map of ``[B, T, H, K]``, each head normalised to mean 0 and variance 1 first.
+
+    The size that scale and bias have together in a head is divided out. It cancels in the division by z; but as they grow,
+    weights near 0, sums of terms that cancel, would come out as far below 0 as ``_EPSILON`` is above.
+    """
 
     def __init__(self, heads: int, width: int, *, rngs: nnx.Rngs):
         self.scale = parameter(nnx.initializers.ones, (heads * width,), ("heads",), rngs)
@@ -107,9 +111,10 @@ class Rebased(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         scale, bias = (y[...].astype(x.dtype).reshape(1, 1, *x.shape[2:]) for y in (self.scale, self.bias))
+        size = jax.lax.rsqrt(jnp.mean(scale * scale + bias * bias, axis=-1, keepdims=True) + 1e-12)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
-        return _pairs(x * scale + bias) / x.shape[-1]
+        return _pairs(x * (size * scale) + size * bias) / x.shape[-1]
 
 
 class Hedgehog(nnx.Module):
