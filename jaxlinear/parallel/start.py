@@ -13,6 +13,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxlinear.errors import EveryProcessError, UserError
+from jaxlinear.parallel import targets
+
+_MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+
+
+def set_environment() -> None:
+    """Before any device is touched: a run takes as much of a GPU's memory as ``targets`` reckons with, where JAX by itself
+    takes three quarters. What the user has set stays, by the old name of the variable too."""
+    if not {_MEMORY_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
+        os.environ[_MEMORY_FRACTION] = str(targets.GPU_MEMORY_FRACTION)
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:

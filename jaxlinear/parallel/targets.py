@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # The memory of a device that a program may use, in GiB: "available HBM" in libtpu's own words (0.0.42), which is what it
 # refuses larger programs by.
 _TPUS = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+# The part of a GPU's memory that a run takes (``start.set_environment``). The rest is for CUDA and NCCL.
+GPU_MEMORY_FRACTION = 0.9
 _GPUS_A_HOST = 8
 
 # What the CUDA plugin would read from the device: a description in the text form of XLA's GpuTargetConfigProto.
@@ -71,7 +73,7 @@ def find(name: str) -> Target:
     if kind in _TPUS and re.fullmatch(r"\d+(x\d+){1,2}", size):
         return Target(name, _tpus(name, size), int(_TPUS[kind] * 2**30))
     if kind == "h100" and size.isdecimal():
-        return Target(name, _gpus(name, int(size)), _H100_BYTES)
+        return Target(name, _gpus(name, int(size)), int(GPU_MEMORY_FRACTION * _H100_BYTES))
     raise UserError(
         f"there is no target {name!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16) or a number "
         "of GPUs (h100:16)"

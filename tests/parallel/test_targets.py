@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from jaxlinear.errors import UserError
-from jaxlinear.parallel import targets
+from jaxlinear.parallel import start, targets
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ from jaxlinear.parallel import targets
         ("v5e:1x1", 1, 1, "tpu", 15.75),
         ("v5p:4x4x4", 64, 16, "tpu", 95.74),
         ("v6e:16x16", 256, 64, "tpu", 31.25),
-        ("h100:4", 4, 1, "gpu", 79.10),
-        ("h100:64", 64, 8, "gpu", 79.10),
+        ("h100:4", 4, 1, "gpu", 71.19),
+        ("h100:64", 64, 8, "gpu", 71.19),
     ],
 )
 def test_devices(name, devices, hosts, platform, gib):
@@ -82,3 +82,18 @@ def test_what_the_user_has_set_stays(monkeypatch):
     targets.set_environment()
     assert os.environ["JAX_PLATFORMS"] == "cuda"
     assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
+
+
+def test_a_run_takes_the_memory_of_a_gpu_that_is_reckoned_with(monkeypatch):
+    """As JAX reads it when it first asks for the GPUs."""
+    from jaxlib import xla_client
+
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    start.set_environment()
+    assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == targets.GPU_MEMORY_FRACTION
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+        monkeypatch.setenv(name, "0.5")
+        start.set_environment()
+        assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == 0.5
