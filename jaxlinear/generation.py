@@ -29,7 +29,7 @@ _ONE = 0x3F800000  # the bits of 1.0 in float32
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits. The draws of row r are a function of (seed, r, index of the token) alone.
+    """How a token is drawn from logits. The draws of row number r are a function of (seed, r, index of the token) alone.
 
     ``temperature`` 0 takes the likeliest token. Otherwise the logits are divided by it, all but the ``top_k`` likeliest
     are dropped (0 keeps all), and of those the fewest are kept that together have at least ``top_p`` of the
@@ -182,11 +182,13 @@ def chunks(
     vocab_size: int | None = None,
     chunk: int = CHUNK,
     mesh: Mesh | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """Arrays ``[n, B]`` of new tokens as they come: one token with the prompts, then up to ``chunk`` at a time.
 
     They end after ``max_tokens`` in all, or when every row has met the stop token; what a row has behind it is to be
-    left out.
+    left out. ``numbers`` are those that the rows are drawn by (see ``Sampling``), for prompts that are a part of more;
+    by default 0, 1, ...
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; it must be at least 1")
@@ -203,7 +205,8 @@ def chunks(
     values = sampling.values | {"stop": np.array(stops or (-1,), np.int32)}
     values["vocab_size"] = np.int32(vocab_size)
     graph, parameters = nnx.split(model.for_decoding())
-    carry, first = _prefill(graph, remembered, sampling.filters, mesh, parameters, tokens, segment_ids, values)
+    rows = np.arange(len(prompts), dtype=np.int32) if numbers is None else np.asarray(numbers, np.int32)
+    carry, first = _prefill(graph, remembered, sampling.filters, mesh, parameters, tokens, segment_ids, rows, values)
     yield np.asarray(first)[None]
     left = max_tokens - 1
     while left > 0 and not np.asarray(carry["done"]).all():
@@ -259,14 +262,14 @@ def _on(mesh: Mesh | None):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _prefill(graph, remembered, filters, mesh, parameters, tokens, segment_ids, values):
-    """The state after the prompts, and the first new tokens ``[B]``."""
+def _prefill(graph, remembered, filters, mesh, parameters, tokens, segment_ids, rows, values):
+    """The state after the prompts, and the first new tokens ``[B]``; ``rows`` ``[B]`` are the numbers of the rows."""
     model = nnx.merge(graph, parameters)
     model.remember(remembered)
     with _on(mesh):
         tokens, segment_ids = (sharding.constrain(x, "batch", "time") for x in (tokens, segment_ids))
         hidden, state, _ = model.hidden(tokens, segment_ids)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(values["seed"])))(jnp.arange(len(tokens)))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(values["seed"])))(rows)
     first = sample(model.logits(hidden[:, -1:])[:, 0], _fold(keys, 0), values, filters)
     carry = {"state": state, "token": first, "keys": keys, "index": jnp.int32(1), "done": _is_stop(first, values)}
     return carry, first

@@ -220,6 +220,14 @@ def test_seeds_and_rows_draw_differently(model):
     assert len({tuple(row) for row in again + other}) == 4
 
 
+def test_rows_are_drawn_by_their_numbers(model):
+    """So that a part of the prompts goes on as it does among all of them."""
+    prompts = [tokens(6, seed=6), tokens(9, seed=7), tokens(6, seed=6)]
+    whole = generate(model, prompts, max_tokens=20, seed=1)
+    pieces = generation.chunks(model, prompts[1:], Sampling(seed=1), 20, numbers=[1, 2])
+    assert np.concatenate(list(pieces)).T.tolist() == whole[1:]
+
+
 def test_stop_token(model):
     prompt = tokens(6, seed=6)
     whole = generate(model, [prompt, prompt], max_tokens=20, seed=1)

@@ -75,7 +75,8 @@ class HarnessModel(TemplateLM):
         return scores
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """The texts that follow, each up to the first of its ``until``."""
+        """The texts that follow, each up to the first of its ``until``. A text is drawn by the place of its request among
+        all, so that repeats of a question are drawn apart, and the batches make no difference."""
         made = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -85,7 +86,7 @@ class HarnessModel(TemplateLM):
             until, limit, sampling = _sampling(requests[group[0]].args[1])
             for some in self._by_length(requests, group):
                 prompts = [self._begun(self.tok_encode(requests[i].args[0])) for i in some]
-                for i, text in zip(some, self._generate(prompts, until, limit, sampling), strict=True):
+                for i, text in zip(some, self._generate(prompts, some, until, limit, sampling), strict=True):
                     made[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return made
@@ -99,7 +100,9 @@ class HarnessModel(TemplateLM):
             batches[-1].append(i)
         return batches
 
-    def _generate(self, prompts, until: list[str], limit: int, sampling: generation.Sampling) -> list[str]:
+    def _generate(
+        self, prompts, numbers: list[int], until: list[str], limit: int, sampling: generation.Sampling
+    ) -> list[str]:
         """Ends when every row has one of ``until``, is at the end of its document, or has ``limit`` tokens."""
         model = self._run.architecture.bind(self._run.parameters)
         stops = self._tokens.stop_tokens
@@ -108,7 +111,9 @@ class HarnessModel(TemplateLM):
         texts = [""] * len(prompts)
         done = [False] * len(prompts)
         mesh = self._run.mesh if self._run.mesh.size > 1 else None
-        for new in generation.chunks(model, prompts, sampling, limit, stops, self._tokens.vocab_size, mesh=mesh):
+        for new in generation.chunks(
+            model, prompts, sampling, limit, stops, self._tokens.vocab_size, mesh=mesh, numbers=numbers
+        ):
             for i, more in enumerate(new.T.tolist()):
                 if done[i]:
                     continue

@@ -102,6 +102,15 @@ def test_generation_ends_where_it_is_told(model, run):
         model.generate_until(requests("generate_until", (prompts[0], {"num_beams": 4})))
 
 
+def test_repeats_are_drawn_apart_and_do_not_depend_on_the_batches(run):
+    """Of two questions, three times each: in batches of one, and all at once."""
+    arguments = [(prompt, {"until": ["\0"], "max_gen_toks": 6, "do_sample": True}) for prompt in ("for x in", "print(")]
+    asked = requests("generate_until", *(one for one in arguments for _ in range(3)))
+    alone, together = (harness.HarnessModel(run, tokens).generate_until(asked) for tokens in (1, 4096))
+    assert alone == together
+    assert [len(set(alone[:3])), len(set(alone[3:]))] == [3, 3]
+
+
 def test_cut():
     assert harness._cut("one\ntwo. three", [".", "\n"]) == ("one", True)
     assert harness._cut("one two", ["\n", ""]) == ("one two", False)
