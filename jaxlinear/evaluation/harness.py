@@ -180,13 +180,22 @@ def _metrics(found: dict[str, Any], task: str) -> dict[str, Any]:
     return {"samples": samples.get("effective"), "of": samples.get("original")} | values
 
 
+def _error(name: str) -> str:
+    """The key of the standard error of a metric, which is ``METRIC`` or ``METRIC,FILTER``."""
+    metric, comma, filtering = name.partition(",")
+    return f"{metric}_stderr{comma}{filtering}"
+
+
+def _scores(values: dict[str, Any]) -> dict[str, float]:
+    """The metrics among the values of a task, without their errors and the numbers of its questions."""
+    errors = {_error(name) for name in values}
+    return {name: value for name, value in values.items() if isinstance(value, float) and name not in errors}
+
+
 def scalars(report: dict[str, Any]) -> dict[str, float]:
     """The numbers that are curves over the steps of a run."""
     return {
-        f"{name}, {task}": value
-        for task, values in report["tasks"].items()
-        for name, value in values.items()
-        if isinstance(value, float) and not name.endswith("_stderr")
+        f"{name}, {task}": value for task, values in report["tasks"].items() for name, value in _scores(values).items()
     }
 
 
@@ -195,9 +204,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"lm_eval {report['lm_eval']}"]
     for task, values in report["tasks"].items():
         shown = [
-            f"{name} {value:.4f}" + (f" ± {values[error]:.4f}" if (error := f"{name}_stderr") in values else "")
-            for name, value in values.items()
-            if isinstance(value, float) and not name.endswith("_stderr")
+            f"{name} {value:.4f}" + (f" ± {values[error]:.4f}" if (error := _error(name)) in values else "")
+            for name, value in _scores(values).items()
         ]
         lines.append(f"{task}: {', '.join(shown)}; {values['samples']} of {values['of']} questions")
     return "\n".join(lines)

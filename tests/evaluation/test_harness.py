@@ -136,6 +136,16 @@ def test_a_task_from_local_files(run, files):
     assert f"words: acc {values['acc']:.4f} ± {values['acc_stderr']:.4f}" in text and "10 of 12 questions" in text
 
 
+def test_standard_errors_of_filtered_answers():
+    """lm_eval names them METRIC_stderr,FILTER; each stands beside its metric, and is no curve."""
+    results = {"exact_match,none": 0.25, "exact_match_stderr,none": "N/A", "alias": "words"}
+    results |= {"exact_match,maj": 0.5, "exact_match_stderr,maj": 0.125}
+    values = harness._metrics({"results": {"words": results}, "n-samples": {}}, "words")
+    report = {"lm_eval": "0", "tasks": {"words": values}}
+    assert harness.scalars(report) == {"exact_match, words": 0.25, "exact_match,maj, words": 0.5}
+    assert "words: exact_match 0.2500, exact_match,maj 0.5000 ± 0.1250; " in harness.table(report)
+
+
 def test_examples_before_a_question(run, files):
     spec = f"harness:{files[0]}:data={files[1]}:limit=2:fewshot=2"
     assert evaluation.evaluate_run(run, [spec], Options())[spec]["tasks"]["words"]["samples"] == 2
