@@ -40,9 +40,10 @@ def follow(
 ) -> Iterator[dict[str, Any]]:
     """The report of each checkpoint, oldest first, until that of the run's last step; each is written before it comes.
 
-    Those that an earlier call wrote, of the same checkpoint, tasks and options, are read and not made again. A checkpoint
-    that the run removes before its turn is left out, with a line that says so. Looks every ``poll`` seconds; with
-    ``patience`` seconds above 0 it also ends when none has come for so long.
+    Those that an earlier call wrote, of the same checkpoint, tasks and options, are read and not made again; also those of
+    checkpoints that the run has removed since. A checkpoint that the run removes before its turn is left out, with a line
+    that says so. Looks every ``poll`` seconds; with ``patience`` seconds above 0 it also ends when none has come for so
+    long.
     """
     evaluation.check_names(tasks)
     read_config(workdir)
@@ -50,12 +51,17 @@ def follow(
     folder.mkdir(exist_ok=True)
     reports: dict[int, dict[str, Any]] = {}
     asked = {"tasks": list(tasks), "options": json.loads(json.dumps(dataclasses.asdict(options)))}
+    past = _of_the_past(folder, asked, _steps(workdir))
     run: Run | None = None
     removed: set[int] = set()
     seen = time.monotonic()
     while True:
-        for step in _steps(workdir):
+        for step in sorted({*_steps(workdir), *past}):
             if step in removed:
+                continue
+            if step in past:
+                reports[step] = past.pop(step)
+                yield reports[step]
                 continue
             try:
                 # A run that was set back may have saved another checkpoint of a step than the one that was evaluated.
@@ -103,6 +109,18 @@ def _read(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     report = json.loads(path.read_text(encoding="utf-8"))
     return report if report.get("asked") == asked else None
+
+
+def _of_the_past(folder: Path, asked: Mapping[str, Any], steps: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The reports of earlier calls that were asked for the same, of checkpoints that are no longer among ``steps``. Those
+    of later steps than all of these are left out: the run was set back, and will take them again."""
+    past = {}
+    for path in folder.glob("*.json"):
+        if path.stem.isdigit() and int(path.stem) < max(steps, default=0) and int(path.stem) not in steps:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if asked == {name: value for name, value in report.get("asked", {}).items() if name != "checkpoint"}:
+                past[int(path.stem)] = report
+    return past
 
 
 def _write(path: Path, text: str) -> None:

@@ -75,6 +75,19 @@ def test_what_was_evaluated_is_not_evaluated_again(followed, copied, monkeypatch
         list(following.follow(copied, TASKS, Options(lengths=(1,), batches=2)))
 
 
+def test_reports_of_checkpoints_that_are_gone_are_read_again(followed, copied, tmp_path):
+    """Of those before the newest one: a run that was set back takes the later ones again."""
+    workdir = shutil.copytree(copied, tmp_path / "run")
+    folder = following.directory(workdir)
+    shutil.rmtree(workdir / DIRECTORY / "1")
+    (folder / "3.json").write_text(json.dumps(followed[0] | {"step": 3}))
+    (folder / following.PAGE).unlink()
+    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed
+    assert "2 checkpoints, steps 1 to 2." in (folder / following.PAGE).read_text()
+    (folder / "1.json").write_text(json.dumps(followed[0] | {"asked": followed[0]["asked"] | {"tasks": ["parity"]}}))
+    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed[1:]
+
+
 def test_another_checkpoint_of_a_step_is_evaluated(followed, copied, tmp_path, monkeypatch):
     """As after a run was set back."""
     workdir = shutil.copytree(copied, tmp_path / "run")
@@ -105,7 +118,7 @@ def test_it_waits_and_gives_up(copied, followed, monkeypatch, caplog):
 
 def test_a_checkpoint_that_is_removed_is_left_out(copied, followed, monkeypatch, caplog):
     """Between two looks at the directory; one that cannot be read and is still there is an error."""
-    looks = iter([[1, 2, 3], [1, 2]])
+    looks = iter([[1, 2, 3], [1, 2, 3], [1, 2]])
     monkeypatch.setattr(following, "_steps", lambda workdir: next(looks))
     with caplog.at_level("WARNING", logger="jaxlinear"):
         assert list(following.follow(copied, TASKS, OPTIONS)) == followed
