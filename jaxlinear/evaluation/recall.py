@@ -10,8 +10,10 @@ from ml_collections import config_dict
 
 from jaxlinear import config as configs
 from jaxlinear import evaluation, specs
+from jaxlinear.data import tasks
 from jaxlinear.errors import UserError
 from jaxlinear.training import loop
+from jaxlinear.training.job import task_setting
 from jaxlinear.training.workdir import read_config
 
 FAMILIES = {"griffin": ("rg_lru", "rg_lru", "sliding_window"), "hawk": ("rg_lru",)}
@@ -73,10 +75,19 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike, spec: str,
         return None
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     trained = read_config(directory)
-    task = f"{trained.data.task.split(':')[0]}:length={trained.training.sequence_length}"
+    task = asked(trained)
     report = evaluation.evaluate(directory, tasks=[task], examples=examples)
     (found,) = report[task]["difficulties"]
     return Row(name, report["parameters"], trained.training.steps, found["accuracy"], found["solved"], seconds, cpu)
+
+
+def asked(config: config_dict.ConfigDict) -> str:
+    """The last difficulty that a run is trained on, as a task of the evaluation, which has the run's other options and
+    held-out text: every option that its references vary is given, so that none of them is asked beside it."""
+    last = tasks.training_set(config.data.task, task_setting(config, "train"))[-1]
+    varied = {"length"}.union(*last.REFERENCE)
+    given = (f"{name}={value}" for name, value in last.options().items() if name in varied)
+    return ":".join([tasks.split(config.data.task)[0], *given])
 
 
 def table(task: str, rows: Sequence[Row]) -> str:

@@ -10,9 +10,11 @@ import pytest
 
 from jaxlinear import config as configs
 from jaxlinear import evaluation
+from jaxlinear.data import tasks
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import recall
 from jaxlinear.training import metrics
+from jaxlinear.training.job import task_setting
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -48,6 +50,25 @@ def test_keys_of_one_pattern():
     ):
         with pytest.raises(UserError, match=f"kda: {message}"):
             recall.with_pattern(configs.default(), "kda", {key: value})
+
+
+@pytest.mark.parametrize(
+    ("task", "asked"),
+    [
+        ("mqar:pairs=1+2:vocab_size=64", "mqar:length=256:pairs=2"),
+        ("parity", "parity:length=256"),
+        ("passkey:digits=3", "passkey:length=256:depth=-1.0"),
+        ("passkey:depth=0.5+1", "passkey:length=256:depth=1.0"),
+    ],
+)
+def test_one_difficulty_is_asked(tiny_config, task, asked):
+    """The last one that is trained, and no reference beside it; of text, held-out text."""
+    config = tiny_config.copy_and_resolve_references()
+    config.data.task, config.training.sequence_length, config.model.vocab_size = task, 256, 384
+    (*_, trained) = tasks.training_set(task, task_setting(config, "train"))
+    assert recall.asked(config) == asked
+    (found,) = tasks.difficulties(asked, task_setting(config, "heldout"), [trained])
+    assert found.options() == trained.options() | ({"split": "heldout"} if trained.READS_TEXT else {})
 
 
 def test_table():
