@@ -32,16 +32,18 @@ def page(workdir: str | os.PathLike, samples: Sequence[tuple[str, str]] = ()) ->
     the run made of them."""
     config = read_config(workdir)
     lines = metrics.read(workdir)
-    parts = [html.table(["", ""], _summary(config, lines)), html.heading("Losses")]
-    parts.append(html.figure(plots.to_svg(plots.loss_curves([workdir])), "Training and held-out loss.", name="losses"))
-    if heldout := [line for line in lines if "heldout_loss" in line]:
+    training = [line for line in lines if "loss" in line]  # of an imported run, and before the first is logged, none
+    heldout = [line for line in lines if "heldout_loss" in line]
+    parts = [html.table(["", ""], _summary(config, training))]
+    if training or heldout:
+        parts.append(html.heading("Losses"))
+    if training:
+        svg = plots.to_svg(plots.loss_curves([workdir]))
+        parts.append(html.figure(svg, "Training and held-out loss.", name="losses"))
+    if heldout:
         parts.append(html.table(["step", "held-out loss", "bits per byte"], _heldout(heldout)))
-    parts.append(html.heading("How it went"))
-    for name, (keys, axis, caption) in _CURVES.items():
-        curves = {key: {line["step"]: line[key] for line in lines if line.get(key) is not None} for key in keys}
-        if any(curves.values()):
-            svg = plots.to_svg(plots.step_curves({key: one for key, one in curves.items() if one}, axis, marker=""))
-            parts.append(html.figure(svg, caption, name=name))
+    if training:
+        parts += [html.heading("How it went"), *_curves(training)]
     if report := _newest_evaluation(Path(workdir)):
         parts += [html.heading(f"Evaluation of step {report['step']}"), html.preformatted(evaluation.table(report))]
     if samples:
@@ -54,14 +56,19 @@ def page(workdir: str | os.PathLike, samples: Sequence[tuple[str, str]] = ()) ->
     return html.page(f"The run {Path(workdir).resolve().name}", *parts)
 
 
-def _summary(config: Any, lines: Sequence[dict[str, Any]]) -> list[list[str]]:
-    training = [line for line in lines if "loss" in line]
-    last, model = training[-1], configs.model_config(config)
-    rates = sorted(line["tokens_per_second"] for line in training if line.get("tokens_per_second"))
-    per_token = flops.training_flops_per_token(model, config.training.sequence_length)
+def _summary(config: Any, training: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Of the lines with losses, if there are any."""
+    model = configs.model_config(config)
     rows = [
         ["model", config.model.preset or ", ".join(config.model.pattern)],
         ["parameters", f"{parameters.describe(model).num_parameters:,}"],
+    ]
+    if not training:
+        return rows
+    last = training[-1]
+    rates = sorted(line["tokens_per_second"] for line in training if line.get("tokens_per_second"))
+    per_token = flops.training_flops_per_token(model, config.training.sequence_length)
+    rows += [
         ["step", f"{last['step']:,} of {config.training.steps:,}"],
         ["tokens", f"{last['tokens']:,}"],
         ["FLOPs, forward and backward", f"{per_token * last['tokens']:.3e}"],
@@ -72,6 +79,17 @@ def _summary(config: Any, lines: Sequence[dict[str, Any]]) -> list[list[str]]:
     if skips := last.get("skips"):
         rows.append(["steps skipped", f"{skips:.0f}"])
     return rows
+
+
+def _curves(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """A figure for each of ``_CURVES`` that the lines have numbers of."""
+    figures = []
+    for name, (keys, axis, caption) in _CURVES.items():
+        curves = {key: {line["step"]: line[key] for line in lines if line.get(key) is not None} for key in keys}
+        if any(curves.values()):
+            svg = plots.to_svg(plots.step_curves({key: one for key, one in curves.items() if one}, axis, marker=""))
+            figures.append(html.figure(svg, caption, name=name))
+    return figures
 
 
 def _heldout(lines: Sequence[dict[str, Any]]) -> list[list[str]]:

@@ -3,6 +3,7 @@
 import html as escaping
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ from jaxlinear import config as configs
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import report
 from jaxlinear.training import metrics
-from jaxlinear.training.workdir import STARTS, read_config, read_starts
+from jaxlinear.training.workdir import CONFIG, STARTS, read_config, read_starts
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -83,6 +84,18 @@ def test_an_evaluation_that_followed_the_run(tiny_run, monkeypatch, tmp_path):
     monkeypatch.setattr(report.following, "directory", lambda workdir: tmp_path)
     monkeypatch.setattr(report.evaluation, "table", lambda found: f"the table of {found['step']}")
     assert "<h2>Evaluation of step 10</h2>\n<pre>the table of 10</pre>" in report.page(tiny_run)
+
+
+def test_a_run_without_losses(tiny_run, tmp_path):
+    """As an imported one, and one that has logged nothing but a held-out loss: no curves, and everything else."""
+    shutil.copy(tiny_run / CONFIG, tmp_path)
+    parameters = re.search(r"<td>parameters</td><td>[\d,]+</td>", report.page(tiny_run))[0]
+    page = report.page(tmp_path, [("for x", "for x in")])
+    assert parameters in page and "for x in" in page and '"sequence_length": 32' in escaping.unescape(page)
+    assert not re.search("<svg|Losses|How it went|<td>step</td>", page)
+    (tmp_path / metrics.FILE).write_text('{"step": 1, "heldout_loss": 2.5}\n')
+    page = report.page(tmp_path)
+    assert "<h2>Losses</h2>" in page and "<td>2.5000</td>" in page and "<svg" not in page
 
 
 def test_what_is_no_run(tmp_path):
