@@ -129,20 +129,28 @@ class HarnessModel(TemplateLM):
 
 
 def _sampling(arguments: dict[str, Any]) -> tuple[list[str], int, generation.Sampling]:
-    """``until``, the most tokens, and how tokens are drawn, of a request's arguments in the harness."""
+    """``until``, the most tokens, and how tokens are drawn, of a request's arguments in the harness. As lm_eval has it,
+    ``do_sample`` draws, at temperature 1 by default, and so does a temperature alone. Null is as if it were left out."""
     known = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
     if unknown := sorted(set(arguments) - known):
         raise UserError(f"generation with {unknown[0]} is not supported; there are {', '.join(sorted(known))}")
-    until = arguments.get("until") or []
-    greedy = not arguments.get("do_sample", False) or not arguments.get("temperature", 1.0)
+    given = {name: value for name, value in arguments.items() if value is not None}
+
+    def number(name: str, default: float) -> float:
+        try:
+            return float(given.get(name, default))
+        except (TypeError, ValueError):
+            raise UserError(f"generation with {name}: {given[name]!r} is not a number") from None
+
+    draws = given.get("do_sample")
+    temperature = 0.0 if draws is False else number("temperature", 1.0 if draws else 0.0)
     sampling = (
-        generation.Sampling(temperature=0.0)
-        if greedy
-        else generation.Sampling(
-            arguments.get("temperature", 1.0), arguments.get("top_k", 0), arguments.get("top_p", 1.0)
-        )
+        generation.Sampling(temperature, int(number("top_k", 0)), number("top_p", 1.0))
+        if temperature
+        else generation.Sampling(temperature=0.0)
     )
-    return [until] if isinstance(until, str) else list(until), int(arguments.get("max_gen_toks", 256)), sampling
+    until = given.get("until", [])
+    return [until] if isinstance(until, str) else list(until), int(number("max_gen_toks", 256)), sampling
 
 
 def _cut(text: str, until: Sequence[str]) -> tuple[str, bool]:

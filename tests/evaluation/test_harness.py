@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from jaxlinear import evaluation, generation
 from jaxlinear.data import load_tokenizer
@@ -109,6 +110,33 @@ def test_repeats_are_drawn_apart_and_do_not_depend_on_the_batches(run):
     alone, together = (harness.HarnessModel(run, tokens).generate_until(asked) for tokens in (1, 4096))
     assert alone == together
     assert [len(set(alone[:3])), len(set(alone[3:]))] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, {"temperature": 0.0}),
+        ({"temperature": 0.5}, {"temperature": 0.5}),
+        ({"temperature": 0.5, "do_sample": None}, {"temperature": 0.5}),
+        ({"temperature": 0.5, "do_sample": False, "top_p": 0.9}, {"temperature": 0.0}),
+        ({"do_sample": True, "top_k": None, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
+        ({"do_sample": True, "temperature": 0.0}, {"temperature": 0.0}),
+        ({"do_sample": True, "temperature": "1e-1", "top_k": 4}, {"temperature": 0.1, "top_k": 4}),
+    ],
+)
+def test_what_is_drawn(arguments, expected):
+    """By ``do_sample`` or a temperature alone, as ``normalize_gen_kwargs`` of lm_eval has it."""
+    until, limit, sampling = harness._sampling(arguments | {"until": None, "max_gen_toks": None})
+    assert (until, limit, sampling) == ([], 256, generation.Sampling(**{"temperature": 0.0} | expected))
+    theirs = normalize_gen_kwargs({name: value for name, value in arguments.items() if value is not None})
+    assert theirs["do_sample"] is (sampling.temperature > 0) or arguments.get("temperature") == 0.0
+
+
+def test_what_cannot_be_drawn():
+    with pytest.raises(UserError, match="generation with top_k: 'many' is not a number"):
+        harness._sampling({"temperature": 1.0, "top_k": "many"})
+    with pytest.raises(UserError, match=r"top_p is 0.0; it lies in \(0, 1\]"):
+        harness._sampling({"temperature": 1.0, "top_p": 0.0})
 
 
 def test_cut():
