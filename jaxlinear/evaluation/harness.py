@@ -22,11 +22,13 @@ from jaxlinear.evaluation.scoring import Scorer
 try:
     import lm_eval
     from lm_eval.api.model import TemplateLM
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise UserError(f"harness tasks need lm_eval: pip install 'jaxlinear[eval]' ({error})") from None
 
 _OPTIONS = {"limit": int, "fewshot": int, "data": str}
+_LEAST = {"limit": 1, "fewshot": 0}
 _BUILDERS = {".jsonl": "json", ".json": "json", ".arrow": "arrow", ".parquet": "parquet"}
 
 
@@ -165,6 +167,7 @@ def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
     batch_tokens = options.batch_tokens or run.config.training.batch_size * run.config.training.sequence_length
     model = HarnessModel(run, batch_tokens)
     manager, tasks = _load(name, given.get("data"))
+    _check(spec, manager.load(tasks)["tasks"], given.get("fewshot"))
     found = lm_eval.simple_evaluate(
         model,
         tasks=tasks,
@@ -232,6 +235,8 @@ def _split(spec: str) -> tuple[str, dict[str, Any]]:
             given[option] = _OPTIONS[option](value)
         except ValueError:
             raise UserError(f"{spec!r}: {option} is a whole number, not {value!r}") from None
+        if option in _LEAST and given[option] < _LEAST[option]:
+            raise UserError(f"{spec!r}: {option}={value} must be at least {_LEAST[option]}")
     return name, given
 
 
@@ -239,21 +244,49 @@ def _load(name: str, data: str | None) -> tuple[TaskManager, list[Any]]:
     """The tasks of that name. The file of one task is found by itself: the manager would read all that there are."""
     file = Path(name) if name.endswith((".yaml", ".yml")) else _find(name)
     if file is None:
-        if data:
+        if data is not None:
             raise UserError(f"{name!r} has no file of its own in lm_eval, so data={data} cannot be its data")
         manager = TaskManager()
         if name not in manager.all_tasks:
             raise UserError(f"lm_eval has no task {name!r}; `lm-eval ls tasks` lists those that it has")
-        return manager, [name]
+        loaded = _loaded(manager, name, name)
+        return manager, [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
     if not file.is_file():
         raise UserError(f"there is no task file {file}")
     manager = TaskManager(include_defaults=False)
     if data is None:
-        return manager, list(manager.load([str(file)])["tasks"].values())
+        return manager, list(_loaded(manager, name, file)["tasks"].values())
     with tempfile.TemporaryDirectory() as folder:
         changed = Path(folder) / "task.yaml"
         changed.write_text(_with_data(file, Path(data)), encoding="utf-8")
-        return manager, list(manager.load([str(changed)])["tasks"].values())
+        return manager, list(_loaded(manager, name, changed)["tasks"].values())
+
+
+def _loaded(manager: TaskManager, name: str, found: str | Path) -> Any:
+    """What lm_eval makes of a name or file, by name under ``tasks`` and ``groups``, with data that it may download."""
+    try:
+        return manager.load([str(found)])
+    except Exception as error:  # any: of the network, the data, the task's file, or of packages that it needs
+        raise UserError(f"lm_eval cannot load the task {name!r}: {type(error).__name__}: {error}") from error
+
+
+def _check(spec: str, tasks: dict[str, Any], fewshot: int | None) -> None:
+    """Raises ``UserError`` for what lm_eval refuses with a traceback: tasks that are not of text alone, and more examples
+    than there are."""
+    for name, task in tasks.items():
+        for attribute, reason in (("UNSAFE_CODE", "runs what the model writes"), ("MULTIMODAL", "has more than text")):
+            if getattr(task, attribute, False):
+                raise UserError(f"{spec!r}: {name} {reason}, which is not supported")
+        shots = task.get_config("num_fewshot")
+        if fewshot is not None and shots != 0:  # lm_eval keeps a 0 of the task's own
+            shots = fewshot
+        if shots and isinstance(task, ConfigurableTask):
+            examples = task.sampler.fewshot_docs() if hasattr(task, "sampler") else []
+            most = len(examples) - (task.fewshot_cfg.split == task.config.test_split)  # but for the question itself
+            if shots > most:
+                raise UserError(
+                    f"{spec!r}: {name} has no {shots} examples for a question; fewshot={max(most, 0)} is the most"
+                )
 
 
 def _find(name: str) -> Path | None:

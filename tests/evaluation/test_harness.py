@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,6 +211,8 @@ def test_tasks_that_come_with_the_harness_are_found():
         ("harness", "names no task; write harness:NAME, as harness:piqa"),
         ("harness:piqa:shots=2", "there is no option 'shots'; there are limit, fewshot, data"),
         ("harness:piqa:limit=x", "limit is a whole number, not 'x'"),
+        ("harness:piqa:limit=0", "limit=0 must be at least 1"),
+        ("harness:piqa:fewshot=-1", "fewshot=-1 must be at least 0"),
         ("harness:nothing.yaml", "there is no task file nothing.yaml"),
         ("harness:piqa:data=questions.csv", "its name has to end in .jsonl, .json, .arrow, .parquet"),
         ("harness:piqa:data=none.jsonl", "data=none.jsonl: there is no such file"),
@@ -218,6 +221,42 @@ def test_tasks_that_come_with_the_harness_are_found():
 def test_refusals(run, spec, message):
     with pytest.raises(UserError, match=message):
         evaluation.evaluate_run(run, [spec], Options())
+
+
+def test_too_many_examples_are_refused(run, files):
+    """The question itself is none; those that the task's file asks for are refused as well."""
+    task, data, _ = files
+    with pytest.raises(UserError, match="words has no 12 examples for a question; fewshot=11 is the most"):
+        evaluation.evaluate_run(run, [f"harness:{task}:data={data}:fewshot=12"], Options())
+    own = task.with_name("own.yaml")
+    own.write_text(task.read_text() + "num_fewshot: 12\n")
+    with pytest.raises(UserError, match="words has no 12 examples for a question; fewshot=11 is the most"):
+        evaluation.evaluate_run(run, [f"harness:{own}:data={data}"], Options())
+
+
+def test_tasks_that_are_not_of_text_alone_are_refused():
+    with pytest.raises(
+        UserError, match="'harness:humaneval': humaneval runs what the model writes, which is not supported"
+    ):
+        harness._check("harness:humaneval", {"humaneval": SimpleNamespace(UNSAFE_CODE=True)}, None)
+
+
+def test_what_lm_eval_cannot_load_is_refused(run, files, monkeypatch):
+    """Data that cannot be downloaded or read, with the task's name."""
+
+    def offline(**_):
+        raise ConnectionError("couldn't reach the hub")
+
+    task, data, _ = files
+    broken = data.with_name("broken.jsonl")
+    broken.write_text("{not JSON\n")
+    with pytest.raises(UserError, match=f"lm_eval cannot load the task '{task}': DatasetGenerationError: "):
+        evaluation.evaluate_run(run, [f"harness:{task}:data={broken}"], Options())
+    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", offline)
+    with pytest.raises(
+        UserError, match=f"lm_eval cannot load the task '{task}': ConnectionError: couldn't reach the hub"
+    ):
+        evaluation.evaluate_run(run, [f"harness:{task}"], Options())
 
 
 def test_neither_torch_nor_transformers_is_imported():
