@@ -14,8 +14,9 @@ from jaxlinear.evaluation.run import Run, open_run
 
 __all__ = ["TASKS", "Options", "Run", "evaluate", "evaluate_run", "open_run", "scalars", "table"]
 
-# The modules of the tasks: evaluate(run, spec, options) -> report, table(report) -> text, scalars(report) -> numbers by
-# name; spec is NAME:option=VALUE:... They are imported when asked for: harness needs the extra eval.
+# The modules of the tasks: prepare(run, spec, options) -> a function that measures and returns the report, table(report) ->
+# text, scalars(report) -> numbers by name; spec is NAME:option=VALUE:... What can be refused, prepare refuses. They are
+# imported when asked for: harness needs the extra eval.
 TASKS: dict[str, str] = {
     "perplexity": "perplexity",
     **dict.fromkeys(synthetic_tasks.TASKS, "synthetic"),
@@ -35,7 +36,8 @@ def evaluate(
     """Evaluates a checkpoint (the newest by default) on each task. Returns what ``--json`` writes.
 
     ``mesh`` is what ``open_run`` takes: how all devices share the work. ``changes`` are to the ``options``, by name.
-    ``UserError`` says what cannot be evaluated, before anything runs.
+    ``UserError`` says what cannot be evaluated, before anything runs; only single texts of a harness task, as one that is
+    too long for full attention, are met on the way.
     """
     check_names(tasks)
     options = dataclasses.replace(options or Options(), **changes)
@@ -44,7 +46,8 @@ def evaluate(
 
 def evaluate_run(run: Run, tasks: Sequence[str], options: Options) -> dict[str, Any]:
     """``evaluate`` of a run that is open."""
-    return run.summary() | {spec: find(spec).evaluate(run, spec, options) for spec in tasks}
+    measures = {spec: find(spec).prepare(run, spec, options) for spec in tasks}
+    return run.summary() | {spec: measure() for spec, measure in measures.items()}
 
 
 def scalars(report: dict[str, Any]) -> dict[str, dict[str, float]]:

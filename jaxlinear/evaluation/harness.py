@@ -6,7 +6,7 @@ A task is ``harness:NAME``, ``harness:FILE.yaml``, with options behind it: ``:li
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,24 +161,28 @@ def _cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(ends)], True) if ends else (text, False)
 
 
-def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
-    """The metrics of a harness task, as the harness reports them."""
+def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any]]:
+    """What measures the metrics of a harness task, as the harness reports them. Its data are read, or downloaded, here."""
     name, given = _split(spec)
     batch_tokens = options.batch_tokens or run.config.training.batch_size * run.config.training.sequence_length
     model = HarnessModel(run, batch_tokens)
     manager, tasks = _load(name, given.get("data"))
     _check(spec, manager.load(tasks)["tasks"], given.get("fewshot"))
-    found = lm_eval.simple_evaluate(
-        model,
-        tasks=tasks,
-        task_manager=manager,
-        num_fewshot=given.get("fewshot"),
-        limit=given.get("limit"),
-        bootstrap_iters=1000,
-        log_samples=False,
-    )
-    assert found is not None  # it is on other processes than the first
-    return {"lm_eval": lm_eval.__version__, "tasks": {task: _metrics(found, task) for task in found["results"]}}
+
+    def measure() -> dict[str, Any]:
+        found = lm_eval.simple_evaluate(
+            model,
+            tasks=tasks,
+            task_manager=manager,
+            num_fewshot=given.get("fewshot"),
+            limit=given.get("limit"),
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
+        assert found is not None  # it is on other processes than the first
+        return {"lm_eval": lm_eval.__version__, "tasks": {task: _metrics(found, task) for task in found["results"]}}
+
+    return measure
 
 
 def _metrics(found: dict[str, Any], task: str) -> dict[str, Any]:
@@ -271,16 +275,20 @@ def _loaded(manager: TaskManager, name: str, found: str | Path) -> Any:
 
 
 def _check(spec: str, tasks: dict[str, Any], fewshot: int | None) -> None:
-    """Raises ``UserError`` for what lm_eval refuses with a traceback: tasks that are not of text alone, and more examples
-    than there are."""
+    """Raises ``UserError`` for tasks that are not of text alone or generate in ways that there are not, and for more
+    examples than there are: what would else end in a traceback, or after the work."""
     for name, task in tasks.items():
         for attribute, reason in (("UNSAFE_CODE", "runs what the model writes"), ("MULTIMODAL", "has more than text")):
             if getattr(task, attribute, False):
                 raise UserError(f"{spec!r}: {name} {reason}, which is not supported")
-        shots = task.get_config("num_fewshot")
+        if not isinstance(task, ConfigurableTask):
+            continue  # a class of its own, which says less
+        if task.OUTPUT_TYPE == "generate_until":
+            _sampling(task.config.generation_kwargs or {})
+        shots = task.config.num_fewshot
         if fewshot is not None and shots != 0:  # lm_eval keeps a 0 of the task's own
             shots = fewshot
-        if shots and isinstance(task, ConfigurableTask):
+        if shots:
             examples = task.sampler.fewshot_docs() if hasattr(task, "sampler") else []
             most = len(examples) - (task.fewshot_cfg.split == task.config.test_split)  # but for the question itself
             if shots > most:

@@ -22,8 +22,8 @@ from jaxlinear.training.step import make_loss_step
 LENGTHS = (1, 2, 4, 8)  # multiples of the training length, where the dataset has them
 
 
-def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
-    """The losses of a run on a held-out split; the spec has no options."""
+def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any]]:
+    """What measures the losses of a run on a held-out split; the spec has no options."""
     if spec != "perplexity":
         raise UserError(
             f"{spec!r}: perplexity takes no options of this kind; --lengths, --batches and --data are its own"
@@ -49,22 +49,25 @@ def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
     if not plans:
         raise UserError(left_out[0]["reason"] if left_out else "no length is asked for")
 
-    loss_step = run.program("loss", lambda: make_loss_step(run.config, run.architecture, run.mesh))
-    return {
-        "dataset": str(path),
-        "source": manifest.source,
-        "documents": split.documents,
-        "tokens": split.tokens,
-        "bytes": split.bytes,
-        "gzip_bits_per_byte": None if split.gzip_bytes is None else 8 * split.gzip_bytes / split.bytes,
-        "xz_bits_per_byte": None if split.xz_bytes is None else 8 * split.xz_bytes / split.bytes,
-        "segment_documents": run.config.data.segment_documents,
-        "lengths": [
-            {"multiple": multiple} | _measure(run, loss_step, plan, split.tokens / split.bytes)
-            for multiple, plan in plans
-        ],
-        "left_out": left_out,
-    }
+    def measure() -> dict[str, Any]:
+        loss_step = run.program("loss", lambda: make_loss_step(run.config, run.architecture, run.mesh))
+        return {
+            "dataset": str(path),
+            "source": manifest.source,
+            "documents": split.documents,
+            "tokens": split.tokens,
+            "bytes": split.bytes,
+            "gzip_bits_per_byte": None if split.gzip_bytes is None else 8 * split.gzip_bytes / split.bytes,
+            "xz_bits_per_byte": None if split.xz_bytes is None else 8 * split.xz_bytes / split.bytes,
+            "segment_documents": run.config.data.segment_documents,
+            "lengths": [
+                {"multiple": multiple} | _measure(run, loss_step, plan, split.tokens / split.bytes)
+                for multiple, plan in plans
+            ],
+            "left_out": left_out,
+        }
+
+    return measure
 
 
 def context(segment_ids: np.ndarray, *, segment_documents: bool) -> np.ndarray:

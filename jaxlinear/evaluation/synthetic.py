@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 from jaxlinear import data
@@ -14,9 +15,9 @@ from jaxlinear.training.answers import Answers
 from jaxlinear.training.job import task_setting
 
 
-def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
-    """``spec`` is ``NAME:option=VALUE:...``: the difficulties of reference with these options, and that of the training
-    before them if the run was trained on the task."""
+def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any]]:
+    """What measures the accuracies. ``spec`` is ``NAME:option=VALUE:...``: the difficulties of reference with these
+    options, and that of the training before them if the run was trained on the task."""
     if options.examples < 1:
         raise UserError(f"examples={options.examples} must be at least 1")
     training = run.config.training
@@ -35,16 +36,26 @@ def evaluate(run: Run, spec: str, options: Options) -> dict[str, Any]:
     answers = run.program(
         ("answers", batch_tokens), lambda: Answers(run.config, run.architecture, run.mesh, batch_tokens)
     )
-    rows = []
     for task in difficulties:
-        begin = time.perf_counter()
-        found = answers.measure(run.parameters, [task], examples=options.examples, seed=training.seed)
-        rows.append(
-            {"options": task.options(), "trained": any(_same(task, known) for known in trained), "chance": task.chance}
-            | found
-            | {"seconds": time.perf_counter() - begin}
-        )
-    return {"source": difficulties[0].SOURCE, "difficulties": rows}
+        answers.plan(task.length, options.examples)  # refuses a length that the mesh does not divide
+
+    def measure() -> dict[str, Any]:
+        rows = []
+        for task in difficulties:
+            begin = time.perf_counter()
+            found = answers.measure(run.parameters, [task], examples=options.examples, seed=training.seed)
+            rows.append(
+                {
+                    "options": task.options(),
+                    "trained": any(_same(task, known) for known in trained),
+                    "chance": task.chance,
+                }
+                | found
+                | {"seconds": time.perf_counter() - begin}
+            )
+        return {"source": difficulties[0].SOURCE, "difficulties": rows}
+
+    return measure
 
 
 def _same(task: tasks.Task, trained: tasks.Task) -> bool:

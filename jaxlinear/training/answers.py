@@ -69,7 +69,7 @@ class Answers:
         the examples whose answers are all right; ``loss`` in nats an answer; and how many there were.
         """
         length = asked[0].length
-        rows, batches = self._plan(length, examples)
+        rows, batches = self.plan(length, examples)
         place = meshes.batch_sharding(self._mesh)
         local = feeding.local_rows(place, (rows, length))
         made = tasks.TaskBatches(asked, batch_size=rows, seed=seed, split="heldout", rows=local)
@@ -87,7 +87,7 @@ class Answers:
             "answers": int(totals["answers"]),
         }
 
-    def _plan(self, length: int, examples: int) -> tuple[int, int]:
+    def plan(self, length: int, examples: int) -> tuple[int, int]:
         """(rows of a batch, batches), or a refusal of a length that the mesh does not divide."""
         shards, groups = (
             math.prod(self._mesh.shape[axis] for axis in sharding.RULES[name]) for name in ("time", "batch")

@@ -14,7 +14,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from jaxlinear import evaluation, generation
 from jaxlinear.data import load_tokenizer
 from jaxlinear.errors import UserError
-from jaxlinear.evaluation import Options, harness
+from jaxlinear.evaluation import Options, harness, perplexity
 from jaxlinear.evaluation.scoring import Scorer
 
 TASK = """task: words
@@ -257,6 +257,31 @@ def test_what_lm_eval_cannot_load_is_refused(run, files, monkeypatch):
         UserError, match=f"lm_eval cannot load the task '{task}': ConnectionError: couldn't reach the hub"
     ):
         evaluation.evaluate_run(run, [f"harness:{task}"], Options())
+
+
+def test_nothing_runs_before_all_tasks_are_checked(run, files, monkeypatch):
+    """The last of several is refused before the first is measured; a harness task as well for how it generates."""
+
+    def measured(*_):
+        raise AssertionError("perplexity was measured")
+
+    task, data, _ = files
+    beams = task.with_name("beams.yaml")
+    beams.write_text(
+        TASK.replace("multiple_choice", "generate_until").split("metric_list")[0]
+        + "generation_kwargs: {num_beams: 4}\n"
+    )
+    monkeypatch.setattr(perplexity, "_measure", measured)
+    for last, message in (
+        ("parity:bogus=1", "parity has no option 'bogus'"),
+        ("passkey:length=999999", "length=999999 is more than half of the"),
+        (f"harness:{task}:data={data}:fewshot=12", "fewshot=11 is the most"),
+        (f"harness:{beams}:data={data}", "generation with num_beams is not supported"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluation.evaluate_run(run, ["perplexity", last], Options(lengths=(1,), batches=1))
+    with pytest.raises(AssertionError, match="perplexity was measured"):
+        evaluation.evaluate_run(run, ["perplexity", "parity"], Options(lengths=(1,), batches=1))
 
 
 def test_neither_torch_nor_transformers_is_imported():
