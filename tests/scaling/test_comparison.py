@@ -80,6 +80,16 @@ def test_without_embeddings_parameters_and_flops_are_fewer(compared):
     assert compared.budgets["without"] == pytest.approx([7.5e14, 3e15, 1.2e16, 1.2e17], rel=1e-3)
 
 
+@pytest.mark.parametrize("least", [10**16, 10**20])
+def test_without_a_ladder_the_middle_budget_is_between_what_runs_spent(least):
+    """FLOPs are whole numbers where formulas give them: their products are beyond 64 bits, at 1e20 they are themselves."""
+    run = dataclasses.replace(ladder()[0], budget=None, budget_counts=None, tokens=10**9, logits_flops_per_token=0)
+    runs = [dataclasses.replace(run, flops_per_token=times * least // 10**9) for times in (1, 100)]
+    found = comparison.compare(runs, replicates=20).budgets["with"]
+    assert found == pytest.approx([least, 10 * least, 100 * least, 1000 * least], rel=1e-9)
+    assert {type(run.flops("with")) for run in runs} == {float}
+
+
 def test_what_one_is_worth_in_the_others_flops(compared):
     assert compared.baseline == "slow"
     truth = optimum.compute_multiplier(LAWS["fast"], optimum.Cost(), LAWS["slow"], optimum.Cost(), 4e15)

@@ -6,8 +6,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.laws import bootstrap, isoflop, optimum, parametric
 from jaxlinear.scaling.laws.bootstrap import Fit, Interval
@@ -140,8 +138,8 @@ def _fit(points: list[Point], counts: str, replicates: int, seed: int) -> Archit
 def _budgets(points: Sequence[Point], counts: str) -> list[float]:
     """Those of the ladder; without one, the least, the middle and the largest FLOPs of a run. And one beyond."""
     planned = sorted({point.budget for point in points if point.budget is not None and point.budget_counts == counts})
-    spent = np.array([point.flops(counts) for point in points])
-    found = planned or [float(spent.min()), float(np.sqrt(spent.min() * spent.max())), float(spent.max())]
+    spent = [point.flops(counts) for point in points]
+    found = planned or [min(spent), math.sqrt(min(spent)) * math.sqrt(max(spent)), max(spent)]
     return [*found, BEYOND * found[-1]]
 
 
