@@ -45,17 +45,18 @@ def main() -> int:
             raise
         raise UserError("starting the runs of a sweep needs submitit: pip install 'jaxlinear[sweep]'") from None
     file = cli.config_file(config_flags.get_config_filename(flags.FLAGS["config"]))
-    planned = sweep.prepare(_WORKDIR.value, _CONFIG.value, _load(file).get_runs(_CONFIG.value))
-    folder = planned.directory / "jobs" / "submitit"
-    executor = (
-        executors.Local(folder, parallel=_PARALLEL.value or 1, gpus_per_run=_GPUS_PER_RUN.value)
-        if _EXECUTOR.value == "local"
-        else executors.Slurm(folder, parallel=_PARALLEL.value, options=_SBATCH.value)
-    )
-    train = [sys.executable, str(pathlib.Path(__file__).absolute().with_name("train.py"))]
-    runs = manager.Manager(planned, executor, train)
-    status = runs.run(table.Live(sys.stdout).show)
-    rows = runs.progress()
+    runs = _load(file).get_runs(_CONFIG.value)
+    with sweep.prepare(_WORKDIR.value, _CONFIG.value, runs) as planned:
+        folder = planned.directory / "jobs" / "submitit"
+        executor = (
+            executors.Local(folder, parallel=_PARALLEL.value or 1, gpus_per_run=_GPUS_PER_RUN.value)
+            if _EXECUTOR.value == "local"
+            else executors.Slurm(folder, parallel=_PARALLEL.value, options=_SBATCH.value)
+        )
+        train = [sys.executable, str(pathlib.Path(__file__).absolute().with_name("train.py"))]
+        work = manager.Manager(planned, executor, train)
+        status = work.run(table.Live(sys.stdout).show)
+        rows = work.progress()
     for name, progress in rows:
         if progress.state == states.FAILED:
             print(f"{name} failed: {progress.error} (all of it: {planned.directory / 'jobs' / name / 'log.txt'})")

@@ -72,9 +72,9 @@ def sweep(directory, dataset, plan=None, *, parallel=4, show=lambda table: None,
     from jaxlinear.scaling.sweeps import executors, manager
     from jaxlinear.scaling.sweeps.sweep import prepare
 
-    planned = prepare(directory, config(dataset, **changes), plan or runs())
-    executor = executors.Local(planned.directory / "jobs" / "submitit", parallel=parallel)
-    return manager.Manager(planned, executor, TRAIN).run(show, poll=0.05)
+    with prepare(directory, config(dataset, **changes), plan or runs()) as planned:
+        executor = executors.Local(planned.directory / "jobs" / "submitit", parallel=parallel)
+        return manager.Manager(planned, executor, TRAIN).run(show, poll=0.05)
 
 
 if __name__ == "__main__":

@@ -174,15 +174,25 @@ def test_a_run_that_another_process_holds_is_waited_for(tiny_dataset, tmp_path):
     assert steps(tmp_path)["seed=0"] == list(range(1, stand_in.STEPS + 2))
 
 
-def test_two_managers_are_one_too_many(tiny_dataset, tmp_path):
+def test_two_managers_are_one_too_many_and_the_second_changes_nothing(tiny_dataset, tmp_path):
+    """Runs that have not begun, above all: the first manager starts them with the config that lies there then."""
+
+    def plan():
+        return {path: path.read_bytes() for path in [tmp_path / "sweep.json", *tmp_path.glob("jobs/*/config.json")]}
+
     def second(_):
+        before = plan()
+        assert len(before) == 3
         with pytest.raises(UserError, match=r"another launch/sweep\.py works on"):
-            stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]))
+            stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([1, 2]), batch_size=4)
+        assert plan() == before and not (tmp_path / "jobs" / "seed=2").exists()
         asked.append(True)
 
     asked = []
-    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), show=second) == 0
+    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), parallel=1, show=second) == 0
     assert asked
+    sizes = [json.loads(path.read_text())["training"]["batch_size"] for path in tmp_path.glob("runs/*/config.json")]
+    assert sizes == [8, 8]
 
 
 def test_without_data_nothing_is_started(tmp_path):

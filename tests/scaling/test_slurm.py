@@ -1,5 +1,6 @@
 """Sweeps under SLURM, whose commands are stood in for: sbatch runs a script at once, sacct knows which ones are over."""
 
+import contextlib
 import os
 import signal
 import stat
@@ -55,16 +56,17 @@ def jobs(tmp_path, monkeypatch):
     return directory
 
 
+@contextlib.contextmanager
 def sweep(directory, dataset, plan, *, options=("time=60",), parallel=None, **changes):
-    planned = prepare(directory, stand_in.config(dataset, **changes), plan)
-    executor = executors.Slurm(planned.directory / "jobs" / "submitit", parallel=parallel, options=options)
-    return manager.Manager(planned, executor, stand_in.TRAIN)
+    with prepare(directory, stand_in.config(dataset, **changes), plan) as planned:
+        executor = executors.Slurm(planned.directory / "jobs" / "submitit", parallel=parallel, options=options)
+        yield manager.Manager(planned, executor, stand_in.TRAIN)
 
 
 def test_the_runs_are_jobs_with_the_options_that_were_given(jobs, tiny_dataset, tmp_path):
     options = ["time=90", "partition=gpu", "--gpus-per-node=8", "ntasks-per-node=1"]
-    runs = sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0, stand_in.BROKEN]), options=options)
-    assert runs.run(lambda table: None, poll=0.1) == 1
+    with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0, stand_in.BROKEN]), options=options) as runs:
+        assert runs.run(lambda table: None, poll=0.1) == 1
     found = dict(runs.progress())
     assert [run.state for run in found.values()] == [states.FINISHED, states.FAILED]
     assert found[f"seed={stand_in.BROKEN}"].error == "stand_in: this seed is broken"
@@ -79,11 +81,11 @@ def test_jobs_outlive_their_manager_and_are_found_again(jobs, tiny_dataset, tmp_
         first._stop = True
 
     steps = 40
-    first = sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0, 1]), steps=steps)
-    assert first.run(stop, poll=0.1) == 75
+    with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0, 1]), steps=steps) as first:
+        assert first.run(stop, poll=0.1) == 75
     assert len(list(jobs.glob("*.sh"))) == 2
-    again = sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0, 1, 2]), steps=steps)
-    assert again.run(lambda table: None, poll=0.1) == 0
+    with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0, 1, 2]), steps=steps) as again:
+        assert again.run(lambda table: None, poll=0.1) == 0
     assert len(list(jobs.glob("*.sh"))) == 3, "the runs 0 and 1 were not submitted again"
     for path in (tmp_path / "sweep").glob("runs/*/steps.txt"):
         assert list(map(int, path.read_text().split())) == list(range(1, steps + 1))
@@ -98,10 +100,10 @@ def test_a_preempted_job_saves_itself_and_asks_to_be_requeued(jobs, tiny_dataset
             told.append(os.kill(attempts[0]["pid"], signal.SIGUSR2))
 
     told = []
-    runs = sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0]), steps=100)
-    (run,) = read(tmp_path / "sweep").runs
-    # Who asks SLURM to requeue leaves; no one starts the job again here, so the manager submits a new one.
-    assert runs.run(preempt, poll=0.05) == 0
+    with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0]), steps=100) as runs:
+        (run,) = read(tmp_path / "sweep").runs
+        # Who asks SLURM to requeue leaves; no one starts the job again here, so the manager submits a new one.
+        assert runs.run(preempt, poll=0.05) == 0
     assert (jobs / "requeued").read_text() == "1\n"
     assert [tried["status"] for tried in run.files.attempts()] == [75, 0]
     assert list(map(int, (run.files.workdir / "steps.txt").read_text().split())) == list(range(1, 101))

@@ -91,6 +91,13 @@ class RunFiles:
             return not _lock(file, fcntl.LOCK_SH)
 
 
+@contextlib.contextmanager
+def hold(sweep: Path) -> Iterator[bool]:
+    """Holds the lock of a sweep's directory; False, at once, if another process does."""
+    with (sweep / "lock").open("ab") as file:
+        yield _lock(file, fcntl.LOCK_EX)
+
+
 def write(path: Path, text: str) -> None:
     """Whole or not at all: what was there stays until all of the text is on the disk."""
     temporary = path.with_suffix(".tmp")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import signal
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps import executors, planned_config, states
 from jaxlinear.scaling.sweeps.files import last_line, write
 from jaxlinear.scaling.sweeps.runner import TrainingJob
@@ -36,7 +34,7 @@ class _Job:
 
 
 class Manager:
-    """Works on a sweep, one manager at a time. Runs that an earlier one left running or queued are waited for and not
+    """Works on a sweep that ``sweep.prepare`` holds. Runs that an earlier one left running or queued are waited for and not
     started again; those that it left unfinished go on from their checkpoints."""
 
     def __init__(self, sweep: Sweep, executor: executors.Local | executors.Slurm, train: Sequence[str]):
@@ -55,7 +53,7 @@ class Manager:
         Returns 0 if all runs are finished, 1 if some failed, and 75 after SIGINT or SIGTERM: local runs have then saved
         themselves, jobs of SLURM stay, and the same command goes on.
         """
-        with _alone(self._sweep.directory), self._signals():
+        with self._signals():
             self._look()
             while (self._jobs or self._waiting) and not self._stop:
                 self._settle()
@@ -176,13 +174,3 @@ class Manager:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    with (directory / "lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another launch/sweep.py works on {directory}; --status shows how far it is") from None
-        yield

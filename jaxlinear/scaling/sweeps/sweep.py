@@ -1,9 +1,10 @@
 """A sweep's directory: the plan, written down before the first run starts, and read again by whoever comes later."""
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxlinear import config as configs
 from jaxlinear import data
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps import plans, states
-from jaxlinear.scaling.sweeps.files import RunFiles, write
+from jaxlinear.scaling.sweeps.files import RunFiles, hold, write
 from jaxlinear.training.job import mixture
 
 FILE = "sweep.json"
@@ -41,11 +42,16 @@ class Sweep:
     runs: tuple[PlannedRun, ...]
 
 
-def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: Sequence[plans.Run]) -> Sweep:
-    """Checks every run, and writes the plan and the runs' configs.
+@contextlib.contextmanager
+def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: Sequence[plans.Run]) -> Iterator[Sweep]:
+    """Checks every run, and writes the plan and the runs' configs. The sweep is this process's alone as long as the context
+    lasts: a job takes its config when it starts, so nobody else may write them until the last one has.
 
-    A sweep that is there already may have more or fewer runs than before, and longer ones; ``UserError`` if a run that was
-    begun would become another one.
+    A sweep that is there already may have more or fewer runs than before, and longer ones.
+
+    Raises:
+      UserError: a run cannot work, or was begun and would become another one; or another process works on the sweep.
+        Nothing is changed then.
     """
     if not runs:
         raise UserError("the sweep has no runs")
@@ -53,18 +59,22 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
     names = plans.names(runs)
     resolved = [plans.resolve(config, run) for run in runs]
     _check_data(resolved)
-    planned = []
-    for name, run, run_config in zip(names, runs, resolved, strict=True):
-        files = RunFiles(sweep, name)
-        states.check_unchanged(files, configs.to_json(run_config))
-        labels = {key: value for key, value in run.items() if key in plans.LABELS}
-        planned.append(PlannedRun(files, run_config.training.steps, labels))
-    for item, run_config in zip(planned, resolved, strict=True):
-        item.files.job.mkdir(parents=True, exist_ok=True)
-        write(item.files.config, configs.to_json(run_config))
-    listed = [{"name": item.name, "steps": item.steps, "labels": dict(item.labels)} for item in planned]
-    write(sweep / FILE, json.dumps({"runs": listed}, indent=2) + "\n")
-    return Sweep(sweep, tuple(planned))
+    sweep.mkdir(parents=True, exist_ok=True)
+    with hold(sweep) as held:
+        if not held:
+            raise UserError(f"another launch/sweep.py works on {sweep}; --status shows how far it is")
+        planned = []
+        for name, run, run_config in zip(names, runs, resolved, strict=True):
+            files = RunFiles(sweep, name)
+            states.check_unchanged(files, configs.to_json(run_config))
+            labels = {key: value for key, value in run.items() if key in plans.LABELS}
+            planned.append(PlannedRun(files, run_config.training.steps, labels))
+        for item, run_config in zip(planned, resolved, strict=True):
+            item.files.job.mkdir(parents=True, exist_ok=True)
+            write(item.files.config, configs.to_json(run_config))
+        listed = [{"name": item.name, "steps": item.steps, "labels": dict(item.labels)} for item in planned]
+        write(sweep / FILE, json.dumps({"runs": listed}, indent=2) + "\n")
+        yield Sweep(sweep, tuple(planned))
 
 
 def read(directory: str | os.PathLike) -> Sweep:
