@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,22 @@ def read_starts(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def check_same_run(
-    workdir: Path, old: config_dict.ConfigDict, new: config_dict.ConfigDict, *, goes_on: bool = True
+    workdir: Path,
+    old: config_dict.ConfigDict,
+    new: config_dict.ConfigDict,
+    *,
+    goes_on: bool = True,
+    compared: Collection[str] = (),
 ) -> None:
     """Raises ``UserError`` for the first key that would make the run in ``workdir`` another run. That is so of what may get
-    a run over a divergence too, where it does not go on: what it has come to would be taken for the new value's."""
+    a run over a divergence too, where it does not go on: what it has come to would be taken for the new value's. The
+    keys of ``compared``, which a run alone may change, are refused too: its losses are compared with those of others."""
     may_change = _MAY_CHANGE if goes_on else _MAY_CHANGE.difference(_BEHAVIOUR)
     for key in configs.KEYS:
         section, name = key.split(".")
-        if section in may_change or key in may_change or old[section][name] == new[section][name]:
+        if old[section][name] == new[section][name]:
+            continue
+        if (section in may_change or key in may_change) and key not in compared:
             continue
         kind = "a checkpoint of another model" if section == "model" else "another run"
         raise UserError(

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ import pytest
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.laws import comparison, optimum, points, report
 from jaxlinear.scaling.laws.parametric import Law
+from jaxlinear.scaling.sweeps.sweep import prepare
 from tests.evaluation import test_html
 from tests.scaling import stand_in
 
@@ -206,6 +209,57 @@ def test_the_runs_of_a_sweep(sweep):
     assert point.embedding_parameters == 384 * 8 and point.size("without") == point.parameters - 384 * 8
     assert point.logits_flops_per_token == 3 * 2 * 8 * 384
     assert point.flops("with") - point.flops("without") == point.tokens * point.logits_flops_per_token
+
+
+def finished(directory, dataset, plan):
+    """A sweep of runs that ``stand_in`` trained in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+    with prepare(directory, stand_in.config(dataset, steps=1, sequence_length=64), plan) as planned:
+        for run in planned.runs:
+            stand_in.train(str(run.files.config), str(run.files.workdir))
+    signal.signal(signal.SIGTERM, before)
+    return directory
+
+
+def rows(batch_size, batches, **changes):
+    return {"training.batch_size": batch_size, "evaluation.batches": batches} | changes
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [rows(8, 2), rows(4, 4)],  # the first 1,024 tokens
+        [rows(8, 2), rows(4, 2, **{"training.sequence_length": 128})],
+        [rows(8, 1000), rows(4, 1000), rows(4, 0)],  # all of some 2,000
+    ],
+)
+def test_runs_of_other_batches_may_be_measured_on_the_same_text(tiny_dataset, tmp_path, plan):
+    finished(tmp_path, tiny_dataset, plan)
+    assert {point.loss for point in points.of_sweep(tmp_path)} == {5.5}
+
+
+def test_losses_of_different_parts_of_a_text_are_refused(tiny_dataset, tmp_path):
+    finished(tmp_path, tiny_dataset, [rows(8, 2), rows(4, 2)])
+    with pytest.raises(UserError) as refusal:
+        points.of_sweep(tmp_path)
+    assert str(refusal.value) == (
+        f"the held-out losses are of different text: that of batch_size=8 is of 1,024 tokens of {tiny_dataset}, that of "
+        f"batch_size=4 of 512 tokens of {tiny_dataset}; train a sweep whose runs have the same data.heldout_path and "
+        "evaluation.batches x training.batch_size x training.sequence_length, or evaluation.batches=0 (all of it)"
+    )
+
+
+def test_losses_of_different_data_are_refused_and_of_a_copy_accepted(tiny_dataset, tmp_path):
+    copy = shutil.copytree(tiny_dataset, tmp_path / "copy")
+    plan = [{"data.heldout_path": str(path)} for path in (tiny_dataset, copy)]
+    finished(tmp_path / "sweep", tiny_dataset, plan)
+    assert len(points.of_sweep(tmp_path / "sweep")) == 1
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"seed": 1}))
+    with pytest.raises(
+        UserError, match=rf"different text: .* of [\d,]+ tokens of {tiny_dataset}, .* tokens of {copy};"
+    ):
+        points.of_sweep(tmp_path / "sweep")
 
 
 def test_the_program(sweep):

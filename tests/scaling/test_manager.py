@@ -155,6 +155,10 @@ def test_another_run_of_the_same_name_is_refused(tiny_dataset, tmp_path):
         UserError, match=r"another run: training\.spike_multiple is 0\.0 there and 10\.0 in this config"
     ):
         stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), spike_multiple=10.0)
+    # So may it of these, but the losses of a sweep are compared: they are to be of the same text.
+    for key, there, value in (("evaluation.batches", 16, 2), ("data.heldout_path", "", str(tiny_dataset))):
+        with pytest.raises(UserError, match=f"another run: {key} is {there!r} there and {value!r} in this config"):
+            stand_in.sweep(tmp_path, tiny_dataset, [run | {key: value} for run in stand_in.runs([0, 1, 2])])
 
 
 def test_a_run_that_another_process_holds_is_waited_for(tiny_dataset, tmp_path):

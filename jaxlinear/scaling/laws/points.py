@@ -6,12 +6,14 @@ import os
 from collections.abc import Sequence
 
 from jaxlinear import config as configs
+from jaxlinear import data
 from jaxlinear.errors import UserError
 from jaxlinear.models.parameters import describe
 from jaxlinear.scaling import flops
 from jaxlinear.scaling.sweeps import states
 from jaxlinear.scaling.sweeps.sweep import PlannedRun, read
 from jaxlinear.training import metrics
+from jaxlinear.training.job import heldout_path
 from jaxlinear.training.workdir import read_config
 
 COUNTS = {"with": "with embeddings", "without": "without embeddings"}
@@ -20,7 +22,8 @@ COUNTS = {"with": "with embeddings", "without": "without embeddings"}
 @dataclasses.dataclass(frozen=True)
 class Point:
     """A run at its end. FLOPs are forward and backward; ``budget`` is that of an isoFLOP ladder, ``budget_counts`` which of
-    ``COUNTS`` it was counted by."""
+    ``COUNTS`` it was counted by. ``loss`` is of the first ``heldout_tokens`` tokens, 0 for all, of ``heldout_data``: the
+    directory of a dataset, or a task."""
 
     name: str
     architecture: str
@@ -32,6 +35,8 @@ class Point:
     loss: float
     budget: float | None = None
     budget_counts: str | None = None
+    heldout_data: str = ""
+    heldout_tokens: int = 0
 
     def size(self, counts: str) -> int:
         """N, by one of ``COUNTS``: all parameters, or those that are not of an embedding."""
@@ -55,7 +60,8 @@ def of_sweep(workdir: str | os.PathLike, *, partial: bool = False) -> list[Point
     loss, so that a sweep may try several learning rates. Runs that diverged are there too, whatever others there are.
 
     Raises:
-      UserError: a run is not finished (with ``partial`` it is left out), or has no held-out loss at its end.
+      UserError: a run is not finished (with ``partial`` it is left out), or has no held-out loss at its end; or two losses
+        are of different text.
     """
     sweep = read(workdir)
     unfinished = [run for run in sweep.runs if not states.is_finished(run.files, run.steps)]
@@ -66,7 +72,9 @@ def of_sweep(workdir: str | os.PathLike, *, partial: bool = False) -> list[Point
             f"{first.progress().state}) among them; launch/sweep.py goes on with them, --partial does without"
         )
     names = {run.name for run in unfinished}
-    return best([_point(run) for run in sweep.runs if run.name not in names])
+    made = [_point(run) for run in sweep.runs if run.name not in names]
+    _check_same_text([point for point in made if not point.diverged])
+    return best(made)
 
 
 def best(points: Sequence[Point]) -> list[Point]:
@@ -79,6 +87,39 @@ def best(points: Sequence[Point]) -> list[Point]:
         if key not in kept or point.loss < kept[key].loss:
             kept[key] = point
     return [*kept.values(), *(point for point in points if point.diverged)]
+
+
+def _check_same_text(points: Sequence[Point]) -> None:
+    """Raises ``UserError`` for losses that neither tell which run is better nor follow a law, since they are of different
+    text: other data, or more of the same."""
+    manifests = {path: _manifest(path) for path in {point.heldout_data for point in points}}
+
+    def measured(point: Point) -> tuple[data.Manifest | str, int]:
+        manifest = manifests[point.heldout_data]
+        if manifest is None:
+            return point.heldout_data, point.heldout_tokens
+        whole = manifest.splits["heldout"].tokens - 1  # the first is no target
+        return manifest, min(point.heldout_tokens or whole, whole)
+
+    def said(point: Point) -> str:
+        count = measured(point)[1]
+        return f"{f'{count:,}' if count else 'all'} tokens of {point.heldout_data}"
+
+    for point in points:
+        if measured(point) != measured(points[0]):
+            raise UserError(
+                f"the held-out losses are of different text: that of {points[0].name} is of {said(points[0])}, that of "
+                f"{point.name} of {said(point)}; train a sweep whose runs have the same data.heldout_path and "
+                "evaluation.batches x training.batch_size x training.sequence_length, or evaluation.batches=0 (all of it)"
+            )
+
+
+def _manifest(path: str) -> data.Manifest | None:
+    """None for a task, and for a dataset that is no longer there."""
+    try:
+        return data.read_manifest(path)
+    except UserError:
+        return None
 
 
 def _point(run: PlannedRun) -> Point:
@@ -104,4 +145,6 @@ def _point(run: PlannedRun) -> Point:
         loss=losses[-1],
         budget=run.labels.get("budget"),
         budget_counts=run.labels.get("budget_counts"),
+        heldout_data=config.data.task or heldout_path(config),
+        heldout_tokens=config.evaluation.batches * training.batch_size * training.sequence_length,
     )

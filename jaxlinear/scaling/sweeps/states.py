@@ -25,6 +25,8 @@ FINISHED, RUNNING, QUEUED, INTERRUPTED, FAILED, WAITING = (
 
 _INTERRUPTED = (None, PREEMPTED, -signal.SIGTERM, -signal.SIGINT)  # a signal that came before the run could save itself
 
+_MEASURED = ("evaluation.batches", "data.heldout_path")  # which text the losses of a sweep are of: the same for all
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -82,7 +84,7 @@ def check_unchanged(files: RunFiles, planned: str) -> None:
     config = configs.from_json(planned)
     if config.model.vocab_size is None:
         config.model.vocab_size = begun.model.vocab_size  # it follows the data
-    check_same_run(files.workdir, begun, config, goes_on=False)
+    check_same_run(files.workdir, begun, config, goes_on=False, compared=_MEASURED)
 
 
 def _newest_metrics(files: RunFiles) -> dict[str, Any]:
