@@ -1,5 +1,7 @@
 """The parametric law: constants that are known are found again, and the intervals hold them."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -90,6 +92,32 @@ def test_objective_is_the_huber_loss_of_logarithms():
 def test_too_few_runs_are_refused(parameters, tokens, message):
     with pytest.raises(UserError, match=message):
         parametric.fit(parameters, tokens, np.linspace(3, 2, len(parameters)))
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5, 0.0])
+def test_tokens_that_follow_from_the_size_are_refused(power):
+    """As at 20 tokens a parameter: which term falls with N and which with D is then anyone's choice."""
+    sizes = np.geomspace(1e7, 1e10, 10)
+    near = np.exp(0.05 * np.random.default_rng(0).standard_normal(10))
+    with pytest.raises(
+        UserError, match=r"^tokens follow from the size .*; .* two or more numbers of tokens for a size$"
+    ) as found:
+        parametric.fit(sizes, 20e7 * (sizes / 1e7) ** power * near, np.linspace(3, 2, 10))
+    assert float(re.search(r"as N\^(\S+)\)", str(found.value)).group(1)) == pytest.approx(power, abs=0.03)
+
+
+def test_two_numbers_of_tokens_for_a_size_are_enough():
+    sizes = np.repeat(np.geomspace(1e7, 1e10, 6), 2)
+    tokens = sizes * np.tile([10.0, 40.0], 6)
+    found = parametric.fit(sizes, tokens, TRUTH.loss(sizes, tokens))
+    assert (found.E, found.alpha, found.beta) == pytest.approx((TRUTH.E, TRUTH.alpha, TRUTH.beta), rel=5e-3)
+
+
+def test_along_one_budget_the_signs_of_the_exponents_tell_the_terms():
+    sizes = np.geomspace(1e7, 1e10, 9)
+    tokens = 1e20 / sizes
+    found = parametric.fit(sizes, tokens, TRUTH.loss(sizes, tokens))
+    assert (found.alpha, found.beta) == pytest.approx((TRUTH.alpha, TRUTH.beta), rel=2e-2)
 
 
 def test_losses_must_be_positive():

@@ -14,6 +14,7 @@ DELTA = 1e-3  # of the Huber loss, as in Hoffmann et al. 2022 (arXiv:2203.15556)
 EXPONENTS = (0.02, 2.5)  # where alpha and beta are looked for
 _GRID = np.linspace(0.05, 1.5, 12)  # of alpha and of beta, from which starts are made
 _STARTS = 20
+_STRAIGHT = 0.1  # log D from a line of log N, root of the mean square: with less, N and D cannot be told apart
 _TERMS = (-15.0, 5.0)  # the logarithm of each term of the loss, in nats, at the mean log N and log D
 
 
@@ -44,7 +45,7 @@ def fit(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[f
       delta: where the Huber loss goes from square to linear, of the difference of logarithms.
 
     Raises:
-      UserError: the runs are too few, or too alike, for five constants.
+      UserError: the runs are too few, or too alike, for five constants, or their tokens follow from their sizes.
     """
     x, y, z = log_points(parameters, tokens, losses)
     _check(x, y)
@@ -85,6 +86,14 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
     for (what, count), least in zip(counts.items(), (6, 3, 3), strict=True):
         if count < least:
             raise UserError(f"the parametric law needs at least {least} {what}; there are {count}")
+    slope, constant = np.polyfit(x, y, 1)
+    # With D as N^slope the law is A N^-alpha + B' N^-(slope beta), the same with its terms exchanged, and resampled runs
+    # agree with whichever the fit came to. Where D falls as N grows, as along one budget, their signs tell them apart.
+    if slope > -0.1 and np.sqrt(np.mean((y - slope * x - constant) ** 2)) < _STRAIGHT:
+        raise UserError(
+            f"tokens follow from the size (as N^{slope:.2f}), so the loss does not tell what falls with N from what falls "
+            "with D; the parametric law needs two or more numbers of tokens for a size"
+        )
 
 
 def objective(theta: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray, delta: float) -> tuple[float, np.ndarray]:
