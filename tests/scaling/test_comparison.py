@@ -142,6 +142,26 @@ def test_too_few_runs_have_no_law():
         comparison.compare([])
 
 
+def test_where_flops_fall_as_sizes_grow_the_others_are_reported():
+    """As in mixtures whose tokens take fewer of more experts."""
+    runs = ladder()
+    size = min(run.parameters for run in runs)
+    sparse = [
+        dataclasses.replace(
+            run,
+            architecture="sparse",
+            flops_per_token=6 * size * (size / run.parameters) ** 0.2,
+            logits_flops_per_token=0,
+        )
+        for run in runs
+        if run.architecture == "fast"
+    ]
+    found = comparison.compare([*runs, *sparse], replicates=20)
+    fit = found.fits["with"]["sparse"]
+    assert fit.law is None and fit.profile is not None and found.fits["with"]["fast"].law is not None
+    assert "sparse: FLOPs a token go as N^-0.2, so that no size is the best" in report.text(found)
+
+
 def test_constants_that_the_runs_do_not_tell():
     """Losses that depend on nothing."""
     random = np.random.default_rng(0)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from jaxlinear.errors import UserError
 from jaxlinear.scaling.laws import optimum
 from jaxlinear.scaling.laws.parametric import Law
 
@@ -63,3 +64,13 @@ def test_cost_from_flops_as_counted():
     assert (found.kappa, found.gamma) == pytest.approx((30, 0.8))
     alike = optimum.Cost.of([1e6, 1e6], [6.6e6, 6.6e6])
     assert (alike.kappa, alike.gamma) == pytest.approx((6.6, 1))
+
+
+@pytest.mark.parametrize("gamma, said", [(-0.2, "-0.2"), (0.0, "0"), (0.05, "0.05")])
+def test_parameters_that_cost_nothing_have_no_best_number(gamma, said):
+    cost = optimum.Cost.of([1e7, 1e8, 1e9], 6e7 * np.array([1.0, 10.0, 100.0]) ** gamma)
+    with pytest.raises(
+        UserError, match=rf"^FLOPs a token go as N\^{said}, so that no size is the best for a budget; give"
+    ):
+        cost.check_grows()
+    optimum.Cost(gamma=0.3).check_grows()

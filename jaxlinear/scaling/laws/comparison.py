@@ -115,6 +115,7 @@ def _fit(points: list[Point], counts: str, replicates: int, seed: int) -> Archit
     refusals: list[str] = []
     law = profile = None
     try:
+        cost.check_grows()
         law = bootstrap.fit_law(
             sizes, [p.tokens for p in points], [p.loss for p in points], replicates=replicates, seed=seed
         )

@@ -6,7 +6,10 @@ import sys
 
 import numpy as np
 
+from jaxlinear.errors import UserError
 from jaxlinear.scaling.laws.parametric import Law
+
+LEAST_GAMMA = 0.1  # below, the optimum is of sizes without bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,15 @@ class Cost:
         spread = x - x.mean()
         gamma = 1.0 if np.abs(spread).max() < 0.01 else float(spread @ (y - y.mean()) / (spread @ spread))
         return cls(float(np.exp(y.mean() - gamma * x.mean())), gamma)
+
+    def check_grows(self) -> None:
+        """Raises ``UserError`` where more parameters cost next to nothing, as experts that a token does not take: then no
+        size is the best of a budget."""
+        if self.gamma < LEAST_GAMMA:
+            raise UserError(
+                f"FLOPs a token go as N^{self.gamma:.3g}, so that no size is the best for a budget; give runs of one "
+                "sparsity (experts for each that a token takes) an architecture label of their own"
+            )
 
     def per_token(self, parameters: float) -> float:
         return self.kappa * parameters**self.gamma
