@@ -10,8 +10,8 @@ import time
 import pytest
 
 from jaxlinear.errors import UserError
-from jaxlinear.scaling.sweeps import states
-from jaxlinear.scaling.sweeps.sweep import read
+from jaxlinear.scaling.sweeps import plans, states
+from jaxlinear.scaling.sweeps.sweep import prepare, read
 from tests.scaling import stand_in
 
 PATIENCE = 120
@@ -135,6 +135,26 @@ def test_more_runs_and_more_steps_may_be_asked_for_later(tiny_dataset, tmp_path)
     assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1])) == 0
     assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1, 2]), steps=stand_in.STEPS + 2) == 0
     assert steps(tmp_path) == {f"seed={seed}": list(range(1, stand_in.STEPS + 3)) for seed in range(3)}
+
+
+def test_runs_keep_their_names_when_others_are_planned_beside_them(tiny_dataset, tmp_path):
+    """Names hold what runs differ in: with a second seed they are others."""
+
+    def planned(rates, **axes):
+        plan = plans.grid({"optimizer.learning_rate": rates, **axes})
+        with prepare(tmp_path, stand_in.config(tiny_dataset), plan) as sweep:
+            return [run.name for run in sweep.runs]
+
+    assert planned([1e-3, 2e-3]) == ["learning_rate=0.001", "learning_rate=0.002"]
+    seeds = {"training.seed": [0, 1]}
+    both = planned([1e-3, 2e-3], **seeds)
+    assert both == [
+        *("learning_rate=0.001", "learning_rate=0.001-seed=1"),
+        *("learning_rate=0.002", "learning_rate=0.002-seed=1"),
+    ]
+    assert planned([1e-3, 2e-3], **seeds) == both and planned([1e-3, 2e-3]) == both[::2]
+    assert planned([2e-3], **seeds) == ["learning_rate=0.002", "learning_rate=0.002-seed=1"]
+    assert len(list(tmp_path.glob("jobs/*/config.json"))) == 4
 
 
 @pytest.mark.parametrize("text", ["", '{"executor": "lo', "[]", "{}"])

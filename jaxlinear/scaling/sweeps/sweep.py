@@ -64,7 +64,8 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
         if not held:
             raise UserError(f"another launch/sweep.py works on {sweep}; --status shows how far it is")
         planned = []
-        for name, run, run_config in zip(names, runs, resolved, strict=True):
+        kept = _kept(sweep, names, resolved)
+        for name, run, run_config in zip(kept, runs, resolved, strict=True):
             files = RunFiles(sweep, name)
             states.check_unchanged(files, configs.to_json(run_config))
             labels = {key: value for key, value in run.items() if key in plans.LABELS}
@@ -75,6 +76,17 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
         listed = [{"name": item.name, "steps": item.steps, "labels": dict(item.labels)} for item in planned]
         write(sweep / FILE, json.dumps({"runs": listed}, indent=2) + "\n")
         yield Sweep(sweep, tuple(planned))
+
+
+def _kept(sweep: Path, names: Sequence[str], resolved: Sequence[config_dict.ConfigDict]) -> list[str]:
+    """``names``, but a run that the sweep has with the same config under another one keeps that: a name holds what runs
+    differ in, so it changes with the runs that are planned beside it."""
+    there = {path.parent.name: path.read_text(encoding="utf-8") for path in sorted(sweep.glob("jobs/*/config.json"))}
+    others = {text: name for name, text in there.items() if name not in names}
+    return [
+        name if name in there else others.pop(configs.to_json(config), name)
+        for name, config in zip(names, resolved, strict=True)
+    ]
 
 
 def read(directory: str | os.PathLike) -> Sweep:
