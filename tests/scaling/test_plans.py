@@ -47,6 +47,15 @@ def test_names_are_those_of_sizes_budgets_and_what_differs():
     ]
 
 
+def test_labels_stay_inside_of_the_sweep():
+    """Names are those of directories."""
+    labels = [{"architecture": "../..", "size": "a/b"}, {"size": "../../x"}, {"size": "7 B"}]
+    assert plans.names(labels) == [".._..-a_b", ".._.._x", "7_B"]
+    for label in (".", ".."):
+        with pytest.raises(UserError, match=rf"^a run cannot be called '{label}', .*; give it another label$"):
+            plans.names([{"size": label}, {"size": "large"}])
+
+
 @pytest.mark.parametrize("logits", [True, False])
 def test_isoflops_spend_the_budget(logits):
     budget, config = 2e13, base()

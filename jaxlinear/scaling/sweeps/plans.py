@@ -136,7 +136,7 @@ def _lasting(
 
 
 def _labelled(run: Run) -> str:
-    parts = [str(run[label]) for label in ("architecture", "size") if label in run]
+    parts = [_text(run[label]) for label in ("architecture", "size") if label in run]
     if len(parts) == 2 and parts[1].startswith(parts[0]):
         parts = parts[1:]  # a preset is named after its architecture
     if "budget" in run:
@@ -149,6 +149,8 @@ def _name(run: Run, alike: Iterable[Run]) -> str:
     keys = [key for key in run if "." in key and any(other.get(key) != run[key] for other in alike)]
     parts = [f"{key.split('.')[1]}={_text(run[key])}" for key in keys]
     name = "-".join(([_labelled(run)] if _labelled(run) else []) + parts) or "run"
+    if name in (".", ".."):
+        raise UserError(f"a run cannot be called {name!r}, as its directory would be; give it another label")
     if len(name) > 200:
         raise UserError(f"the run's name is longer than a file's may be; give its size a label: {name}")
     return name
