@@ -206,6 +206,8 @@ def test_the_terminal_shows_the_same(compared):
 def test_numbers_for_people():
     values = [0.3412, 12.34, 1234.0, 5.6e6, 7.8e9, 2e12, float("nan"), float("inf")]
     assert list(map(report._number, values)) == ["0.341", "12.3", "1.23k", "5.6M", "7.8G", "2T", "?", "∞"]
+    values = [999.4, 999.9, 999.4e3, 999.9e6, 999.9e9, 999.9e12]
+    assert list(map(report._number, values)) == ["999", "1k", "999k", "1G", "1T", "1e+15"]
 
 
 @pytest.fixture(scope="module")

@@ -155,9 +155,10 @@ def _number(value: float) -> str:
         return "?"
     if math.isinf(value):
         return "∞"
+    rounded = float(f"{value:.3g}")
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}" if value < 1e15 else f"{value:.2g}"
+        if abs(rounded) >= size:
+            return f"{rounded / size:.3g}{unit}" if rounded < 1e15 else f"{value:.2g}"
     return f"{value:.3g}"
 
 
