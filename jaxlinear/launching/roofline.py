@@ -23,9 +23,11 @@ ASSUMPTIONS = (
 @dataclasses.dataclass(frozen=True)
 class Times:
     """Seconds of one step. ``exchanges`` is None where the collectives are not known; ``waited`` are those of them beside
-    which nothing is computed; ``counted`` is False where some are in a loop of unknown trips, and count once."""
+    which nothing is computed; ``counted`` is False where some are in a loop of unknown trips, and count once, and so is
+    ``products_counted``."""
 
     products: float
+    products_counted: bool
     memory: float
     exchanges: float | None
     waited: float
@@ -38,7 +40,7 @@ class Times:
 
     @property
     def most(self) -> float | None:
-        if self.exchanges is None or not self.counted:
+        if self.exchanges is None or not self.counted or not self.products_counted:
             return None
         return self.products + self.memory + self.exchanges
 
@@ -62,9 +64,10 @@ def times(
     flops: float,
     bytes_: float,
     collectives: Sequence[Collective] | None,
+    flops_counted: bool = True,
 ) -> Times:
     """``flops`` and ``bytes_`` are those of one device; ``kind`` is its ``jax.Device.device_kind``, ``dtype`` that of the
-    products. ``collectives`` is None if they are not known."""
+    products. ``collectives`` is None if they are not known; ``flops_counted`` is False if ``flops`` are not all."""
     device = device_of(kind)
     if kind not in PEAK_FLOPS:
         raise UserError(f"the peak of {kind} is not known (jaxlinear/scaling/hardware.py)")
@@ -76,7 +79,7 @@ def times(
         taken = [((c.runs or 1) * seconds(c, device, _span(c.axes, mesh)), c) for c in collectives]
         exchanges, waited = (sum(t for t, _ in taken), sum(t for t, c in taken if not c.during))
         counted = all(c.runs is not None for c in collectives)
-    return Times(flops / rate, bytes_ / device.memory_bandwidth, exchanges, waited, counted, peak)
+    return Times(flops / rate, flops_counted, bytes_ / device.memory_bandwidth, exchanges, waited, counted, peak)
 
 
 def seconds(collective: Collective, device: Device, span: int) -> float:

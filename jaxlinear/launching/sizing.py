@@ -56,7 +56,8 @@ class Kinds:
 class Sizing:
     """``memory_analysis`` is the compiler's own count, or None if it refused the program for its memory; ``memory`` then
     has what it said, and ``collectives`` is None too: they are in no program. ``flops`` are those of the model's formulas
-    in a step of all devices, ``executed_flops`` the products of the traced program, what remat computes again included.
+    in a step of all devices, ``executed_flops`` the products of the traced program, what remat computes again included;
+    ``mfu_bound`` is None where these are not all (``time.products_counted``).
     ``xla_seconds`` is XLA's own estimate, with every loop's body counted once; None where the compiler gives none."""
 
     target: str
@@ -96,7 +97,9 @@ class Sizing:
         return self.steps * self.time.least / 86_400
 
     @property
-    def mfu_bound(self) -> float:
+    def mfu_bound(self) -> float | None:
+        if not self.time.products_counted:
+            return None
         return self.flops / (self.time.least * self.time.peak_flops * self.devices)
 
     def to_json(self) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
         used = program.memory.total
     kinds = _kinds(made, activations, used, program.memory.code if program else 0)
     tokens = training.batch_size * training.sequence_length
-    executed = float(traced.product_flops(made.traced.jaxpr.jaxpr))
+    executed = traced.products(made.traced.jaxpr.jaxpr)
     collectives = program.collectives if program else None
     return Sizing(
         target=target.name,
@@ -138,7 +141,7 @@ def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
         memory_limit=target.memory_bytes,
         memory_analysis=program.memory if program else None,
         flops=tokens * flops.training_flops_per_token(made.architecture.config, training.sequence_length),
-        executed_flops=executed,
+        executed_flops=float(executed.flops),
         collectives=collectives,
         choices=tuple(choices),
         xla_seconds=program.seconds if program else None,
@@ -146,11 +149,12 @@ def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
             kind=target.devices[0].device_kind,
             dtype=made.config.model.dtype,
             mesh=dict(made.mesh.shape),
-            flops=executed / len(target.devices),
+            flops=executed.flops / len(target.devices),
             bytes_=2 * (kinds.parameters + kinds.optimizer)
             + kinds.batch
             + 2 * training.microbatches * kinds.activations,
             collectives=collectives,
+            flops_counted=executed.counted,
         ),
         tokens_a_step=tokens,
         steps=training.steps,
@@ -159,7 +163,7 @@ def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
 
 def passes(config: config_dict.ConfigDict, architecture: Architecture, target: Target) -> tuple[int, int]:
     """Of the whole batch, on one device of the target's kind: bytes that the forward pass leaves for the backward pass,
-    besides the parameters; and FLOPs of the products of both."""
+    besides the parameters; and FLOPs of the products of both, those in loops of unknown trips once."""
     shape = config.training.batch_size, config.training.sequence_length
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
@@ -180,7 +184,7 @@ def passes(config: config_dict.ConfigDict, architecture: Architecture, target: T
         both = jax.make_jaxpr(gradient)(architecture.shapes, batch).jaxpr
     given = {id(x) for x in (*forward.invars, *forward.constvars)}
     kept = {id(x): x.aval for x in forward.outvars if isinstance(x, core.Var) and id(x) not in given}
-    return cost.size_of(list(kept.values())), traced.product_flops(both)
+    return cost.size_of(list(kept.values())), traced.products(both).flops
 
 
 def spread(mesh: Any) -> int:

@@ -41,12 +41,16 @@ def table(sized: Sizing) -> str:
         exchanges = f"{time.exchanges:.4f}, of which {time.waited:.4f} waited for"
         if not time.counted:
             exchanges = f">= {exchanges}, as loops of unknown trips count once"
+    executed, products, mfu = f"{sized.executed_flops:.3e}", f"{time.products:.4f}", f"MFU at most {_mfu(sized)}"
+    if not time.products_counted:
+        executed, products = f">= {executed}", f">= {products}"
+        mfu = "MFU is not bounded, as products in loops of unknown trips count once"
     if time.most is not None:
         most = f", {time.most:.4f} s if nothing were hidden"
     lines += [
-        f"FLOPs of a step             {sized.flops:.3e} by formula, {sized.executed_flops:.3e} in the program's products",
-        f"least seconds of a step     products {time.products:.4f}, memory {time.memory:.4f}, exchanges {exchanges}",
-        f"  so at least {time.least:.4f} s{most}; MFU at most {sized.mfu_bound:.1%}",
+        f"FLOPs of a step             {sized.flops:.3e} by formula, {executed} in the program's products",
+        f"least seconds of a step     products {products}, memory {time.memory:.4f}, exchanges {exchanges}",
+        f"  so at least {time.least:.4f} s{most}; {mfu}",
         f"tokens                      {sized.tokens_a_step:,} a step, at most {sized.tokens_a_day:.3e} a day; "
         f"{sized.steps:,} steps take at least {sized.days:.2f} days",
     ]
@@ -63,7 +67,7 @@ def ranking(found: Sequence[Sizing]) -> str:
         fits = "" if sized.fits else "  does not fit"
         lines.append(
             f"{_mesh(sized):40} {sized.remat:12} {sized.microbatches:12} {_gib(sized.memory.total):>10} "
-            f"{sized.time.least:9.4f} {sized.mfu_bound:7.1%}{fits}"
+            f"{sized.time.least:9.4f} {_mfu(sized):>7}{fits}"
         )
     return "\n".join(lines)
 
@@ -80,6 +84,10 @@ def _verdict(sized: Sizing) -> str:
     if sized.fits:
         return f"fits, {_gib(-sized.too_much)} to spare"
     return f"DOES NOT FIT: {_gib(sized.too_much)} too much"
+
+
+def _mfu(sized: Sizing) -> str:
+    return "-" if sized.mfu_bound is None else f"{sized.mfu_bound:.1%}"
 
 
 def _mesh(sized: Sizing) -> str:

@@ -68,7 +68,7 @@ class MixtureOfExperts(nnx.Module):
 
         parameters = {name: getattr(self, name)[...] for name in _AXES if getattr(self, name) is not None}
         down_bias = parameters.pop("down_bias", None)  # not split like the others: added where the sums are
-        compute = functools.partial(_contributions, activation=self.activation)
+        compute = functools.partial(_contributions, of=logits.shape[-1], activation=self.activation)
         y = over_experts(compute, (x, chosen, weights), parameters, _AXES)
         if down_bias is not None:
             each = jnp.einsum("btk,btke->bte", weights, jax.nn.one_hot(chosen, logits.shape[-1], dtype=weights.dtype))
@@ -93,8 +93,9 @@ def _losses(logits, log_normaliser, chosen, segment_ids):
     }
 
 
-def _contributions(tokens, parameters, first, *, activation):
-    """What the experts from number ``first`` on, of which these are the parameters, contribute: ``[B, T, D]`` float32."""
+def _contributions(tokens, parameters, first, *, of, activation):
+    """What the experts from number ``first`` on, of which these are the parameters, contribute: ``[B, T, D]`` float32.
+    There are ``of`` experts in all."""
     x, chosen, weights = tokens
     (batch, length, width), k = x.shape, chosen.shape[-1]
     experts = parameters["gate_kernel"].shape[0]
@@ -104,9 +105,10 @@ def _contributions(tokens, parameters, first, *, activation):
     back = jnp.argsort(order).astype(jnp.int32)
     group = jnp.minimum(pairs[order], experts - 1)
     sizes = jnp.sum(pairs[:, None] == jnp.arange(experts, dtype=pairs.dtype)[None], axis=0, dtype=jnp.int32)
+    share = -(-pairs.size * experts // of)  # of the pairs, on average over the devices
 
     def product(rows, name):
-        y = grouped_product(rows, parameters[f"{name}_kernel"], sizes)
+        y = grouped_product(rows, parameters[f"{name}_kernel"], sizes, rows=share)
         bias = parameters.get(f"{name}_bias")
         if bias is None:
             return y

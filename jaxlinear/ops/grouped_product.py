@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlinear import counted
 from jaxlinear.ops import backends, dtypes
 
 BACKENDS = ("blocks", "ragged_dot")
@@ -16,7 +17,9 @@ _PARTS_OF_MEAN = 4
 _LEAST_BLOCK, _LARGEST_BLOCK = 8, 256
 
 
-def grouped_product(x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, backend: str = "auto") -> jax.Array:
+def grouped_product(
+    x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, rows: int | None = None, backend: str = "auto"
+) -> jax.Array:
     """``y[m] = x[m] @ kernels[group of m]``, summed in float32 at least.
 
     Backends: ``ragged_dot`` is ``jax.lax.ragged_dot``, which TPUs have an instruction for. Elsewhere XLA makes of it a
@@ -28,6 +31,8 @@ def grouped_product(x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, backe
       x: ``[M, D]``, sorted by group: the first ``sizes[0]`` rows are group 0's, and so on.
       kernels: ``[E, D, F]``; multiplied in the dtype of x, their gradient in their own.
       sizes: ``[E]`` int, each from 0 to M, together at most M.
+      rows: what the sizes should add up to, M by default, for who counts the products (``counted``): no result depends
+        on it.
       backend: ``"blocks"``, ``"ragged_dot"`` or ``"auto"``.
 
     Returns:
@@ -36,36 +41,48 @@ def grouped_product(x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, backe
     backends.check("grouped_product", backend, BACKENDS)
     if backend == "auto":
         backend = "ragged_dot" if backends.platform() == "tpu" else "blocks"
-    return _product(x, kernels, sizes.astype(jnp.int32), backend)
+    return _product(x, kernels, sizes.astype(jnp.int32), backend, x.shape[0] if rows is None else rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(x, kernels, sizes, backend):
-    return _forward(x, kernels, sizes, backend)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(x, kernels, sizes, backend, rows):
+    return _forward(x, kernels, sizes, backend, rows)[0]
 
 
-def _forward(x, kernels, sizes, backend):
-    y = _rows(x, kernels, sizes, backend, contracted=1)
+def _forward(x, kernels, sizes, backend, rows):
+    of_rows, _ = _functions(backend)
+    y = _program(of_rows, _runs(x, sizes, backend, rows), 1)(x, kernels, sizes)
     return checkpoint_name(y, "grouped_product"), (x, kernels, sizes)
 
 
-def _backward(backend, residuals, dy):
+def _backward(backend, rows, residuals, dy):
     x, kernels, sizes = residuals
-    d_x = _rows(dy, kernels, sizes, backend, contracted=2)
-    of_kernels = _kernels_by_blocks if backend == "blocks" else _kernels_by_ragged_dot
-    return d_x, of_kernels(x, dy, sizes).astype(kernels.dtype), None
+    (of_rows, of_kernels), runs = _functions(backend), _runs(x, sizes, backend, rows)
+    d_x = _program(of_rows, runs, 2)(dy, kernels, sizes)
+    return d_x, _program(of_kernels, runs)(x, dy, sizes).astype(kernels.dtype), None
 
 
 _product.defvjp(_forward, _backward)
 
 
-def _rows(x, kernels, sizes, backend, *, contracted):
-    """Each row times its group's kernel, over the kernels' axis ``contracted``."""
-    rows = _rows_by_blocks if backend == "blocks" else _rows_by_ragged_dot
-    return rows(x, kernels, sizes, contracted)
+def _functions(backend):
+    if backend == "blocks":
+        return _rows_by_blocks, _kernels_by_blocks
+    return _rows_by_ragged_dot, _kernels_by_ragged_dot
+
+
+def _runs(x, sizes, backend, rows):
+    """At least as many blocks hold so many rows; ``ragged_dot`` takes them row by row."""
+    return rows if backend == "ragged_dot" else -(-rows // _block(x, sizes))
+
+
+@functools.lru_cache(maxsize=64)
+def _program(function, runs, *static):
+    return counted.jit(lambda *arrays: function(*arrays, *static), runs)
 
 
 def _rows_by_blocks(x, kernels, sizes, contracted):
+    """Each row times its group's kernel, over the kernels' axis ``contracted``."""
     block = _block(x, sizes)
     count, place = _blocks(x, sizes, block)
 

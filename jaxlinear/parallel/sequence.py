@@ -108,7 +108,7 @@ def kind_and_span(mesh: Mesh) -> tuple[str, int]:
 
 def _load(family, packed, own, mesh) -> cost.States:
     flops = [
-        traced.product_flops_of(function, own, x) for function, x in ((family.advance, own[1]), (family.compose, own))
+        traced.products_of(function, own, x).flops for function, x in ((family.advance, own[1]), (family.compose, own))
     ]
     return cost.States(mesh.shape[AXIS], cost.size_of(packed), cost.size_of(own[1]), *flops)
 

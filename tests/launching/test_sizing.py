@@ -16,7 +16,7 @@ from jax.errors import JaxRuntimeError
 from jaxlinear import config as configs
 from jaxlinear.errors import UserError
 from jaxlinear.launching import roofline, search, sizing, sizing_text
-from jaxlinear.parallel import devices, targets
+from jaxlinear.parallel import devices, targets, traced
 from jaxlinear.scaling import flops
 from jaxlinear.scaling.programs import Collective
 from jaxlinear.training import ahead, loop
@@ -78,6 +78,38 @@ def test_time_is_the_least_that_the_rates_leave(sized):
     assert sized.tokens_a_day == pytest.approx(B * T * 86_400 / sized.time.least)
     assert sized.days == pytest.approx(1000 * sized.time.least / 86_400)
     assert 0 < sized.mfu_bound < 1
+
+
+@pytest.mark.parametrize("topology", ["h100:4", "v5e:2x2"])
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 2, "expert": 2}])
+def test_products_of_experts_are_those_of_the_formula(topology, mesh):
+    """Whatever computes them, and wherever the experts lie: by blocks of unknown number on GPU."""
+    changed = configs.default()
+    experts = {"channel_mixer": "mixture_of_experts", "experts": 4, "experts_per_token": 2, "expert_width": 256}
+    layers = {
+        "preset": "griffin_6m",
+        "num_layers": 1,
+        "width": D,
+        "pattern": ("convolution",),
+        "vocab_size": VOCABULARY,
+    }
+    changed.model.update(experts | layers | {"remat": "none"})
+    changed.training.update({"batch_size": B, "sequence_length": T})
+    changed.mesh.update(mesh)
+    made = ahead.trace(changed, targets.find(topology).devices)
+    formula = B * T * flops.training_flops_per_token(made.architecture.config, T)
+    products = traced.products(made.traced.jaxpr.jaxpr)
+    assert products.counted and products.flops == pytest.approx(formula, rel=0.02)
+
+
+def test_where_products_are_not_all_counted_there_is_no_bound(sized):
+    loops = dataclasses.replace(sized, time=dataclasses.replace(sized.time, products_counted=False))
+    assert loops.mfu_bound is None and loops.time.most is None and loops.time.least == sized.time.least
+    text = sizing_text.table(loops)
+    assert f">= {sized.executed_flops:.3e} in the program's products" in text
+    assert f"products >= {sized.time.products:.4f}, memory" in text
+    assert f"at least {sized.time.least:.4f} s; MFU is not bounded, as products in loops of unknown trips" in text
+    assert sizing_text.ranking([loops]).endswith(" -")
 
 
 def test_the_embedding_is_gathered_once_a_pass(sized):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlinear import ops
+from jaxlinear import counted, ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops.delta_rule import DeltaRule
+from jaxlinear.ops.grouped_product import BACKENDS, grouped_product
 from jaxlinear.pallas import blocks
 from jaxlinear.parallel import cost, devices, operations, sharding, traced
 from jaxlinear.parallel import mesh as meshes
@@ -92,8 +93,8 @@ def test_products_are_counted():
     family = DeltaRule(1.0)
     own = jax.ShapeDtypeStruct((2, 3, 4, 4), jnp.float32), jax.ShapeDtypeStruct((2, 3, 4, 5), jnp.float32)
     fold = 2 * 2 * 3 * 4 * 4 * 5
-    assert traced.product_flops_of(family.advance, own, own[1]) == fold
-    assert traced.product_flops_of(family.compose, own, own) == fold + 2 * 2 * 3 * 4 * 4 * 4
+    assert traced.products_of(family.advance, own, own[1]) == (fold, True)
+    assert traced.products_of(family.compose, own, own) == (fold + 2 * 2 * 3 * 4 * 4 * 4, True)
     assert cost.size_of(own) == 4 * 6 * (16 + 20)
 
 
@@ -160,10 +161,55 @@ def test_products_of_loops_branches_and_shards_are_counted():
         rows = jax.P("data")
         return jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(rows, jax.P()), out_specs=rows)(a, b)
 
-    assert traced.product_flops_of(looped, a, b) == 5 * one
-    assert traced.product_flops_of(branched, a, b) == 2 * one
-    assert traced.product_flops_of(jax.checkpoint(jax.jit(lambda a, b: a @ b)), a, b) == one
-    assert traced.product_flops_of(mapped, a, b) == one
+    assert traced.products_of(looped, a, b) == (5 * one, True)
+    assert traced.products_of(branched, a, b) == (2 * one, True)
+    assert traced.products_of(jax.checkpoint(jax.jit(lambda a, b: a @ b)), a, b) == (one, True)
+    assert traced.products_of(mapped, a, b) == (one, True)
+
+
+def test_products_in_loops_of_unknown_trips_are_said_not_to_be_counted():
+    a, n = jax.ShapeDtypeStruct((8, 8), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    one = 2 * 8 * 8 * 8
+
+    def looped(a, n):
+        return jax.lax.fori_loop(0, n, lambda _, b: a @ b, a)
+
+    def summed(a, n):
+        return jax.lax.fori_loop(0, n, lambda _, b: a + b, a) @ a
+
+    def twice(a, n):
+        return jax.lax.scan(lambda b, _: (looped(b, n), None), a, None, length=2)[0] @ a
+
+    assert traced.products_of(looped, a, n) == (one, False)
+    assert traced.products_of(summed, a, n) == (one, True)
+    assert traced.products_of(twice, a, n) == (3 * one, False)
+    assert traced.products_of(lambda a, n: jax.lax.cond(n > 0, looped, lambda a, n: a @ a @ a, a, n), a, n) == (
+        2 * one,
+        False,
+    )
+    assert traced.products_of(counted.jit(twice, runs=5), a, n) == ((2 * 5 + 1) * one, True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grouped_products_are_counted_by_their_rows(backend):
+    """40 rows in blocks of 8, which on this platform are a loop of as many steps as there are blocks; and of those rows 20
+    in a group, as where experts are spread. Under rematerialisation forward is taken twice."""
+    x, kernels = jax.ShapeDtypeStruct((40, 6), jnp.float32), jax.ShapeDtypeStruct((2, 6, 10), jnp.float32)
+    sizes, y = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((40, 10), jnp.float32)
+    one = 2 * 40 * 6 * 10
+
+    def product(x, kernels, sizes, rows=None):
+        return grouped_product(x, kernels, sizes, rows=rows, backend=backend)
+
+    def gradients(x, kernels, sizes, dy):
+        again = jax.checkpoint(lambda x, kernels: jnp.sin(product(x, kernels, sizes)))
+        return jax.vjp(again, x, kernels)[1](dy)
+
+    assert traced.products_of(product, x, kernels, sizes) == (one, True)
+    assert traced.products_of(functools.partial(product, rows=20), x, kernels, sizes).flops == (
+        one * 3 // 5 if backend == "blocks" else one // 2  # 20 rows are 3 blocks of 8
+    )
+    assert traced.products_of(gradients, x, kernels, sizes, y) == (4 * one, True)
 
 
 def test_products_of_a_kernel_that_says_nothing_of_itself():
@@ -175,6 +221,6 @@ def test_products_of_a_kernel_that_says_nothing_of_itself():
     one = 2 * 128 * 128 * 64
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "attention_tpu", lambda length: 128)
-        assert traced.product_flops_of(attend, x, x, x) == 2 * 4 * 2 * 2 * one
+        assert traced.products_of(attend, x, x, x) == (2 * 4 * 2 * 2 * one, True)
         both = lambda q, k, v: jax.vjp(attend, q, k, v)[1](q)  # noqa: E731
-        assert traced.product_flops_of(both, x, x, x) == 2 * 4 * 2 * (2 + 4 + 3) * one + 2 * 2 * 512 * 64
+        assert traced.products_of(both, x, x, x) == (2 * 4 * 2 * (2 + 4 + 3) * one + 2 * 2 * 512 * 64, True)
