@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from jaxlinear import counted
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas.target import Target
 
@@ -21,7 +22,7 @@ def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, runs: jax.Array | None, *, window: int, scale: float, target: Target
 ) -> jax.Array:
     """As ``jaxlinear.pallas.attention.attention``."""
-    (length, heads), keys = q.shape[1:3], k.shape[1]
+    (batch, length, heads), keys = q.shape[:3], k.shape[1]
     block = blocks.attention_tpu(length)
     # Whole blocks of both, and for every query its own key. What stands behind the last is seen by queries behind it.
     queries = -(-length // block) * block
@@ -36,13 +37,13 @@ def attention(
     if runs is not None:
         runs = jnp.pad(runs, ((0, 0), (0, padded - keys)), mode="edge")
         ids = splash.SegmentIds(q=runs[:, keys - length : keys - length + queries], kv=runs)
-    kernel = _kernel(heads, queries, padded, min(window, keys), keys - length, block, target.interpret)
-    o = jax.vmap(kernel)(q, k, values, ids)
+    kernel = _kernel(batch, heads, queries, padded, min(window, keys), keys - length, block, target.interpret)
+    o = kernel(q, k, values, ids)
     return o.swapaxes(1, 2)[:, :length].astype(v.dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(heads: int, queries: int, keys: int, window: int, offset: int, block: int, interpret):
+def _kernel(batch: int, heads: int, queries: int, keys: int, window: int, offset: int, block: int, interpret):
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -51,11 +52,13 @@ def _kernel(heads: int, queries: int, keys: int, window: int, offset: int, block
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = masks.MultiHeadMask([_Window((queries, keys), window, offset)] * heads)
+    mask = _Window((queries, keys), window, offset)
     with jax.ensure_compile_time_eval():  # it is kept, and so must not be of the program that is being traced
-        return splash.make_splash_mha_single_device(
-            mask, block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret
+        kernel = splash.make_splash_mha_single_device(
+            masks.MultiHeadMask([mask] * heads), block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret
         )
+    # Its grid has steps for blocks that are passed over too.
+    return counted.jit(jax.vmap(kernel), runs=batch * heads * mask.visited(block))
 
 
 class _Window(masks.LocalMask):
@@ -67,10 +70,20 @@ class _Window(masks.LocalMask):
 
     def __getitem__(self, index) -> np.ndarray:
         rows, columns = (range(size)[part] for size, part in zip(self.shape, index, strict=True))
-        least, most = rows[0] + self.offset - columns[-1], rows[-1] + self.offset - columns[0]  # how far keys lie back
+        least, most = self._back(rows[0], columns[-1]), self._back(rows[-1], columns[0])
         seen = 0, self.window_size[0]
         if least >= seen[0] and most <= seen[1]:
             return np.ones((1, 1), np.bool_)
         if most < seen[0] or least > seen[1]:
             return np.zeros((1, 1), np.bool_)
         return super().__getitem__(index)
+
+    def visited(self, block: int) -> int:
+        """How many blocks of queries and keys there are of which some query sees some key."""
+        queries, keys = (np.arange(0, size, block) for size in self.shape)
+        least, most = self._back(queries[:, None], keys + block - 1), self._back(queries[:, None] + block - 1, keys)
+        return int(np.sum((most >= 0) & (least <= self.window_size[0])))
+
+    def _back(self, query, key):
+        """How far a key lies back."""
+        return query + self.offset - key

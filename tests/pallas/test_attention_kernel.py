@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
@@ -87,6 +88,9 @@ def test_the_mask_of_blocks_is_that_of_pairs(window, offset):
         for columns in range(0, 40, 8):
             index = slice(rows, rows + 8), slice(columns, columns + 8)
             assert np.array_equal(np.broadcast_to(found[index], (8, 8)), expected[index])
+    kernels, _ = mask_info.process_mask(masks.MultiHeadMask([expected]), (8, 8))
+    seen = expected[:, :].reshape(4, 8, 5, 8).any(axis=(1, 3))
+    assert found.visited(8) == np.count_nonzero(seen) == np.count_nonzero(kernels.block_mask)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from jaxlinear import counted, ops
 from jaxlinear.errors import UserError
@@ -212,15 +213,29 @@ def test_grouped_products_are_counted_by_their_rows(backend):
     assert traced.products_of(gradients, x, kernels, sizes, y) == (4 * one, True)
 
 
-def test_products_of_a_kernel_that_says_nothing_of_itself():
-    """Splash attention of 4 x 4 blocks of 128, two of a row: queries by keys and weights by values, of one head of each
-    row; backward four for the gradients of keys and values, the logits again among them, and three for that of queries; and
-    the sums of outputs by their gradients."""
+@pytest.mark.parametrize("window, visited", [(128, 4 + 3), (512, 4 + 3 + 2 + 1)])
+def test_products_of_a_kernel_that_passes_over_steps_of_its_grid(window, visited):
+    """Splash attention of 4 x 4 blocks of 128, a grid of two a row or of all: queries by keys and weights by values, of one
+    head of each row; backward four for the gradients of keys and values, the logits again among them, and three for that of
+    queries; and the sums of outputs by their gradients. Rematerialisation takes the first two again."""
     x = jax.ShapeDtypeStruct((2, 512, 1, 64), jnp.float32)
-    attend = functools.partial(ops.sliding_window_attention, window=128, backend="pallas")
+    attend = functools.partial(ops.sliding_window_attention, window=window, backend="pallas")
     one = 2 * 128 * 128 * 64
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "attention_tpu", lambda length: 128)
-        assert traced.products_of(attend, x, x, x) == (2 * 4 * 2 * 2 * one, True)
-        both = lambda q, k, v: jax.vjp(attend, q, k, v)[1](q)  # noqa: E731
-        assert traced.products_of(both, x, x, x) == (2 * 4 * 2 * (2 + 4 + 3) * one + 2 * 2 * 512 * 64, True)
+        assert traced.products_of(attend, x, x, x) == (2 * visited * 2 * one, True)
+        for attention, again in ((attend, 0), (jax.checkpoint(attend), 2)):
+            both = lambda q, k, v, attention=attention: jax.vjp(attention, q, k, v)[1](q)  # noqa: E731
+            expected = 2 * visited * (2 + 4 + 3 + again) * one + 2 * 2 * 512 * 64
+            assert traced.products_of(both, x, x, x) == (expected, True)
+
+
+def test_products_of_a_kernel_that_says_nothing_of_itself():
+    x = jax.ShapeDtypeStruct((4, 8, 8), jnp.float32)
+
+    def kernel(x, y):
+        y[...] = x[...] @ x[...]
+
+    block = pl.BlockSpec((None, 8, 8), lambda i: (i, 0, 0))
+    squares = pl.pallas_call(kernel, grid=4, in_specs=[block], out_specs=block, out_shape=x)
+    assert traced.products_of(squares, x) == (4 * 2 * 8 * 8 * 8, True)
