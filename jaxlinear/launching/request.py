@@ -7,10 +7,10 @@ import shlex
 from collections.abc import Sequence
 
 from jaxlinear.errors import UserError
+from jaxlinear.parallel import targets
 
 # Chips of a host of a TPU slice that has several hosts, and GPUs of a host.
 _ON_A_HOST = {"v5e": 4, "v5p": 4, "v6e": 4, "h100": 8, "h200": 8, "a100": 8, "gpu": 8, "cpu": 1}
-_DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2}  # of a slice
 _PROGRAM = "launch/train.py"
 PREEMPTED = 75  # what it ends with when it has saved itself (training.loop.PREEMPTED, which takes JAX to import)
 
@@ -52,8 +52,7 @@ class Request:
 def make(target: str, name: str | None, arguments: Sequence[str], *, python: str, on_a_host: int | None) -> Request:
     """``target``: ``v5e:4x8`` (v5p, v6e: a slice by its shape) or ``h100:16`` (h200, a100, gpu, cpu: a number of them)."""
     kind, _, size = target.partition(":")
-    dimensions = _DIMENSIONS.get(kind)
-    if kind not in _ON_A_HOST or not re.fullmatch("x".join(["[1-9][0-9]*"] * (dimensions or 1)), size):
+    if kind not in _ON_A_HOST or not targets.is_size(kind, size):
         raise UserError(
             f"there is no target {target!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16) or a "
             "number of GPUs (h100:16; also h200, a100, or gpu for any) or of CPU devices (cpu:2)"
@@ -73,4 +72,5 @@ def make(target: str, name: str | None, arguments: Sequence[str], *, python: str
     name = name or re.sub(r"[^a-z0-9]+", "-", values["workdir"].rstrip("/").rpartition("/")[2].lower()).strip("-")
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
         raise UserError(f"--name={name!r} is no name for a job; it is a letter, then letters, digits and -, at most 40")
-    return Request(name, kind, size if dimensions else None, devices, max(hosts, 1), python, tuple(arguments))
+    shape = size if kind in targets.DIMENSIONS else None
+    return Request(name, kind, shape, devices, max(hosts, 1), python, tuple(arguments))

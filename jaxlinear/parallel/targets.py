@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # The memory of a device that a program may use, in GiB: "available HBM" in libtpu's own words (0.0.42), which is what it
 # refuses larger programs by.
 _TPUS = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2}  # of a slice
 # The part of a GPU's memory that a run takes (``start.set_environment``). The rest is for CUDA and NCCL.
 GPU_MEMORY_FRACTION = 0.9
 _GPUS_A_HOST = 8
@@ -66,13 +67,20 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def is_size(kind: str, size: str) -> bool:
+    """Whether devices of the kind can be so many: a TPU slice by its shape in chips, ``2x4``, others by their number."""
+    return re.fullmatch("x".join(["[1-9][0-9]*"] * DIMENSIONS.get(kind, 1)), size) is not None
+
+
 def find(name: str) -> Target:
     """The target of that name: ``v5e:2x4`` (also ``v5p`` and ``v6e``; a slice by its shape in chips) or
     ``h100:16`` (a number of GPUs, eight a host)."""
     kind, _, size = name.partition(":")
-    if kind in _TPUS and re.fullmatch(r"\d+(x\d+){1,2}", size):
+    if kind in _TPUS and is_size(kind, size):
         return Target(name, _tpus(name, size), int(_TPUS[kind] * 2**30))
-    if kind == "h100" and size.isdecimal():
+    if name == "h100:0":
+        raise UserError("h100:0 asks for no GPUs; h100:1 is the fewest")
+    if kind == "h100" and is_size(kind, size):
         return Target(name, _gpus(name, int(size)), int(GPU_MEMORY_FRACTION * _H100_BYTES))
     raise UserError(
         f"there is no target {name!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16) or a number "
@@ -104,7 +112,7 @@ def _gpus(name: str, count: int) -> Sequence["jax.Device"]:
     if not _has_ptxas():
         raise _missing(name, "ptxas (of nvidia-cuda-nvcc, or of a CUDA toolkit)")
     hosts, rest = divmod(count, _GPUS_A_HOST)
-    if (rest and hosts) or not count:
+    if rest and hosts:
         raise UserError(
             f"{name}: more than {_GPUS_A_HOST} GPUs are whole hosts of as many; h100:{(hosts + 1) * 8} would do"
         )

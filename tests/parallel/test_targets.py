@@ -35,6 +35,11 @@ def test_devices(name, devices, hosts, platform, gib):
     [
         ("v9:2x2", "there is no target 'v9:2x2'; a target is a TPU slice by its shape"),
         ("h100", "there is no target 'h100'"),
+        ("h100:0", "^h100:0 asks for no GPUs; h100:1 is the fewest$"),
+        ("h100:08", "there is no target 'h100:08'"),
+        ("v5p:2x2", "there is no target 'v5p:2x2'; .*v5p:4x4x4"),
+        ("v5e:2x2x1", "there is no target 'v5e:2x2x1'"),
+        ("v6e:0x4", "there is no target 'v6e:0x4'"),
         ("h100:12", "h100:12: more than 8 GPUs are whole hosts of as many; h100:16 would do"),
         ("v5e:3x3", "libtpu knows no slice v5e:3x3: .*not divisible"),
     ],
