@@ -63,7 +63,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.expert_width": (OrPreset(0), "Inner width of an expert."),
     "model.bias": (OrPreset(True), "Biases in the MLP and at the end of attention, as in Griffin."),
     "model.convolution_width": (OrPreset(4), "Tokens that the convolution before a recurrence sees."),
-    "model.rotary_fraction": (OrPreset(0.5), "Part of each attention head that rotary positions turn."),
+    "model.rotary_fraction": (
+        OrPreset(0.5),
+        "Part of each attention head that rotary positions turn, in whole pairs of channels.",
+    ),
     "model.rotary_base": (OrPreset(10_000.0), "Base of the frequencies of rotary positions."),
     "model.norm_epsilon": (OrPreset(1e-6), "Added to the mean square inside RMSNorm."),
     "model.norm_offset": (OrPreset(1.0), "Added to the scale of RMSNorm: 1 as in Griffin, 0 as in Llama."),

@@ -175,7 +175,8 @@ def rotary(x: jax.Array, positions: jax.Array, *, fraction: float, base: float =
     Args:
       x: ``[B, T, H, K]``.
       positions: ``[B or 1, T]`` int32.
-      fraction: of the K channels; the rest pass unturned. Channel i turns with channel i + fraction * K / 2.
+      fraction: of the K channels, rounded down to whole pairs of them; the rest pass unturned. Of n pairs, channel i turns
+        with channel i + n.
     """
     half = int(x.shape[-1] * fraction) // 2
     if half == 0:

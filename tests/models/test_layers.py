@@ -56,13 +56,14 @@ def test_gated_mlp(dtype):
     check(lambda rngs: GatedMLP(small.config(), rngs=rngs), oracles.gated_mlp, x, dtype)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 0.5, 1.0])
 def test_rotary(fraction):
+    """Of the 3 channels that are 0.4 of 8, a pair turns."""
     random = np.random.default_rng(3)
     x, positions = numerics.normal(random, 2, 5, 3, 8), random.integers(0, 3000, (2, 5)).astype(np.int32)
     found = numerics.run(lambda x, p: rotary(x, p, fraction=fraction), x, positions, dtype="float32")
     numerics.assert_close(found, oracles.rotary(x, positions, fraction=fraction), 5e-4)
-    unturned = 8 - int(8 * fraction)
+    unturned = 8 - {0.0: 0, 0.4: 2, 0.5: 4, 1.0: 8}[fraction]
     assert np.array_equal(found[..., 8 - unturned :], x[..., 8 - unturned :].astype(np.float32))
 
 

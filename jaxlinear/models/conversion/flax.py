@@ -26,6 +26,7 @@ CONFIG = "config.json"
 _METADATA = "_METADATA"
 _ROOT = "params."
 _DTYPES = ("float32", "float16", "bfloat16")
+_HEAD_UNIT = 4  # channels: the package cuts a head in two, and what turns in two again
 # Keys of our presets that no shape tells.
 _NOT_IN_SHAPES = ("window", "embedding_scale", "logit_soft_cap")
 
@@ -88,6 +89,11 @@ def model(directory: Path, tensors: Mapping[str, StreamedArray]) -> dict[str, An
         recurrent_width, taps = heads * block, shape(f"blocks.{i}.recurrent_block.conv_1d.w", 2)[0]
     else:
         heads, recurrent_width, taps = width // shape("blocks.0.attention_block.proj_k.kernel", 2)[1], width, 4
+    if "sliding_window" in layers and heads and width // heads % _HEAD_UNIT:
+        raise UserError(
+            f"{directory}: a width of {width} over {heads} heads is {width // heads} channels a head; in recurrentgemma it "
+            f"can only be a multiple of {_HEAD_UNIT}"
+        )
     period = next(n for n in range(1, len(layers) + 1) if all(x == layers[i % n] for i, x in enumerate(layers)))
     values = griffin(
         pattern=tuple(layers[:period]),
@@ -143,6 +149,11 @@ def fields(config: ModelConfig) -> dict[str, Any]:
     require(config, family, norm_offset=1.0, convolution_width=4, key_value_heads=1)
     if config.window < 2:
         raise UserError(f"model.window is {config.window}; in {family} it is at least 2")
+    if "sliding_window" in config.layers and config.head_width % _HEAD_UNIT:
+        raise UserError(
+            f"model.width={config.width} over model.num_heads={config.num_heads} is {config.head_width} channels a head; "
+            f"in {family} it can only be a multiple of {_HEAD_UNIT}"
+        )
     return {
         "vocab_size": config.vocab_size,
         "width": config.width,

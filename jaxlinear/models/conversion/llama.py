@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Family, Fields, require
 from jaxlinear.models.conversion.links import TRANSPOSED, Link, shifted
@@ -16,6 +17,13 @@ def _model(fields: Fields) -> dict[str, Any]:
     if head_width != width // heads:
         fields.refuse(
             "head_dim", head_width, f"only hidden_size / num_attention_heads = {width // heads} can be imported"
+        )
+    if head_width % 2:
+        fields.refuse(
+            "head_dim",
+            head_width,
+            f"positions turn pairs of channels: only an even number can be imported (hidden_size={width} over "
+            f"num_attention_heads={heads})",
         )
     fields.only("hidden_act", "silu", default="silu")
     for name in ("attention_bias", "mlp_bias"):
@@ -48,6 +56,11 @@ def _model(fields: Fields) -> dict[str, Any]:
 def _fields(config: ModelConfig) -> dict[str, Any]:
     require(config, "llama", channel_mixer="gated_mlp", mlp_activation="silu", bias=False, rotary_fraction=1.0)
     require(config, "llama", embedding_scale=False, logit_soft_cap=0.0)
+    if config.head_width % 2:
+        raise UserError(
+            f"model.width={config.width} over model.num_heads={config.num_heads} is {config.head_width} channels a head; "
+            "in llama it can only be an even number"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "intermediate_size": config.mlp_width,

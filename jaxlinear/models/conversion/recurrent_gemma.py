@@ -28,10 +28,20 @@ def _model(fields: Fields) -> dict[str, Any]:
     blocks = fields.get("block_types", ["recurrent", "recurrent", "attention"])
     if not blocks or not set(blocks) <= _BLOCKS.keys():
         fields.refuse("block_types", blocks, f"only {' and '.join(_BLOCKS)} can be imported")
+    pattern, num_layers = tuple(_BLOCKS[block] for block in blocks), fields.integer("num_hidden_layers")
     base, fraction = fields.rotary(fraction=0.5)
+    turned = int(width // heads * fraction)
+    # Of an odd number transformers turns one channel more, by other frequencies; ours turn one less.
+    if "sliding_window" in pattern[:num_layers] and turned % 2:
+        fields.refuse(
+            "partial_rotary_factor",
+            fraction,
+            f"that is {turned} of the {width // heads} channels of a head (hidden_size={width} over "
+            f"num_attention_heads={heads}), and only an even number can be imported",
+        )
     return griffin(
-        pattern=tuple(_BLOCKS[block] for block in blocks),
-        num_layers=fields.integer("num_hidden_layers"),
+        pattern=pattern,
+        num_layers=num_layers,
         vocab_size=fields.integer("vocab_size"),
         width=width,
         recurrent_width=recurrent_width,
@@ -69,6 +79,13 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
     require(config, "recurrent_gemma", embedding_scale=True)
     if not config.logit_soft_cap:
         raise UserError("model.logit_soft_cap is 0; recurrent_gemma always has one")
+    turned = int(config.head_width * config.rotary_fraction)
+    if "sliding_window" in config.layers and turned % 2:
+        raise UserError(
+            f"model.rotary_fraction={config.rotary_fraction} is {turned} of the {config.head_width} channels of a head "
+            f"(model.width={config.width} over model.num_heads={config.num_heads}); in recurrent_gemma it can only be an "
+            "even number"
+        )
     return {
         "architectures": ["RecurrentGemmaForCausalLM"],
         "intermediate_size": 2 * config.mlp_width,

@@ -8,9 +8,9 @@ import pytest
 
 from jaxlinear import config as configs
 from jaxlinear.errors import UserError
-from jaxlinear.models.conversion import export_weights, import_weights
+from jaxlinear.models.conversion import export_weights, flax, import_weights
 from jaxlinear.training import workdir as workdirs
-from tests.models.conversion.converted import MODELS, assert_nothing_in, launch, rewrite
+from tests.models.conversion.converted import MODELS, assert_nothing_in, launch, rewrite, run, streamed
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,11 @@ def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'; only pos"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type is 'llama3'; only pos"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only positions of whole heads"),
+        (
+            "llama",
+            {"hidden_size": 12, "head_dim": 3},
+            r"head_dim is 3; .* only an even number can be imported \(hidden_size=12 over num_attention_heads=4\)$",
+        ),
         ("llama", {"num_key_value_heads": 3}, "key_value_heads=3 does not divide model.num_heads=4"),
         ("mamba2", {"n_groups": 8}, "n_groups is 8; only 1 can be imported"),
         ("mamba2", {"use_bias": True}, "use_bias is True; only False can be imported"),
@@ -80,6 +85,11 @@ def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
         ),
         ("recurrent_gemma", {"logits_soft_cap": 0.0}, "logits_soft_cap is 0.0; it must be above 0"),
         ("recurrent_gemma", {"lru_width": 25}, "lru_width is 25; its 2 heads do not divide it"),
+        (
+            "recurrent_gemma",
+            {"partial_rotary_factor": 0.4},
+            r"partial_rotary_factor is 0.4; that is 3 of the 8 channels of a head \(hidden_size=16 over num_attention_h",
+        ),
         ("recurrent_gemma", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'; only positions that are"),
     ],
 )
@@ -143,6 +153,24 @@ def test_fields_of_other_releases_of_transformers(copied, tmp_path):
             {},
             "no model of llama, .* has the layers a",
         ),
+        (
+            "llama",
+            {"width": 12},
+            {},
+            "model.width=12 over model.num_heads=4 is 3 channels a head; in llama it can only be an even number",
+        ),
+        (
+            "recurrent_gemma",
+            {"rotary_fraction": 0.4},
+            {},
+            r"rotary_fraction=0.4 is 3 of the 8 channels of a head \(model.width=16 over model.num_heads=2\); in recurre",
+        ),
+        (
+            "flax",
+            {"width": 20},
+            {"layout": "flax"},
+            "model.width=20 over model.num_heads=2 is 10 channels a head; in a checkpoint .* only be a multiple of 4",
+        ),
         ("mamba2", {"channel_mixer": "gated_mlp"}, {}, "channel_mixer is 'gated_mlp'; in mamba2 it can only be 'none'"),
         ("mamba2", {"recurrent_width": 40}, {}, "recurrent_width=40 is no multiple of model.width=16; in mamba2 it is"),
     ],
@@ -154,6 +182,23 @@ def test_models_that_are_none_of_theirs(tmp_path, name, changes, options, messag
     with pytest.raises(UserError, match=message):
         export_weights(tmp_path / "run", tmp_path / "target", **options)
     assert_nothing_in(tmp_path, "run")
+
+
+def test_flax_heads_that_the_package_cannot_turn(made):
+    exported = made("flax")[1]
+    wide = flax.read_tensors(exported) | {"params.embedder.input_embedding": streamed(np.zeros((31, 20), np.float32))}
+    with pytest.raises(
+        UserError, match=rf"^{exported}: a width of 20 over 2 heads is 10 channels a head; .* multiple of 4$"
+    ):
+        flax.model(exported, wide)
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "flax"])
+def test_heads_that_nothing_turns_may_be_of_any_width(tmp_path, layout):
+    run(tmp_path / "run", **MODELS["flax_hawk"] | {"width": 10, "embedding_scale": True, "logit_soft_cap": 5.0})
+    export_weights(tmp_path / "run", tmp_path / "exported", layout=layout)
+    import_weights(tmp_path / "exported", tmp_path / "again")
+    assert configs.model_config(workdirs.read_config(tmp_path / "again")).head_width == 5
 
 
 def test_flags_that_do_not_go_together(tmp_path):
