@@ -158,7 +158,14 @@ def _tokenizer(
 def _added_token(path: Path, index: int | None) -> str | None:
     """The name of a special token of a ``tokenizer.json``."""
     tokens = hugging_face.read_json(path).get("added_tokens") or []
-    return next((token["content"] for token in tokens if token["id"] == index), None)
+    try:
+        names = [(token["id"], token["content"]) for token in tokens]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged: an entry of added_tokens has no id or no content; move the file away to import the "
+            "weights without it"
+        ) from error
+    return next((name for token, name in names if token == index), None)
 
 
 def _borders(path: Path) -> tuple[str | None, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """What an architecture of another program is made of, for all that read and write its weights."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -27,11 +28,32 @@ class Fields:
         return value
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """The same of a number from 1 on."""
+        """The same of a whole number from 1 on."""
         value = self.get(name, default)
         if type(value) is not int or value < 1:
             self.refuse(name, value, "it is a whole number from 1 on")
         return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """The same of a finite number."""
+        value = self.get(name, default)
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # nor not a number
+            self.refuse(name, value, "it is a finite number")
+        return float(value)
+
+    def boolean(self, name: str, default: bool | None = None) -> bool:
+        """The same of true or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, value, "it is true or false")
+        return value
+
+    def section(self, name: str) -> "Fields":
+        """The fields of an object, under their full names; none where it is not there or null."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            self.refuse(name, value, "it is an object")
+        return Fields({f"{name}.{key}": inner for key, inner in value.items()}, self.origin)
 
     def only(self, name: str, *allowed: Any, default: Any) -> Any:
         """The same of a field of which just these values can be imported."""
@@ -50,15 +72,16 @@ class Fields:
 
     def rotary(self, *, fraction: float) -> tuple[float, float]:
         """Base and fraction of plain rotary positions, from the fields of any release of transformers."""
-        base = self.get("rope_theta", 10_000.0)
-        fraction = self.get("partial_rotary_factor", fraction)
+        base = self.number("rope_theta", 10_000.0)
+        fraction = self.number("partial_rotary_factor", fraction)
         for name in ("rope_scaling", "rope_parameters"):
-            rope = self.get(name, {})
-            kind = rope.get("rope_type", rope.get("type", "default"))
+            rope = self.section(name)
+            kind = rope.get(f"{name}.rope_type", rope.get(f"{name}.type", "default"))
             if kind != "default":
                 self.refuse(f"{name}.rope_type", kind, "only positions that are not scaled ('default') can be imported")
-            base, fraction = rope.get("rope_theta", base), rope.get("partial_rotary_factor", fraction)
-        return float(base), float(fraction)
+            base = rope.number(f"{name}.rope_theta", base)
+            fraction = rope.number(f"{name}.partial_rotary_factor", fraction)
+        return base, fraction
 
 
 class Family(NamedTuple):

@@ -124,9 +124,9 @@ def _not_in_shapes(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]
     if (directory / CONFIG).is_file():
         fields = Fields(read_json(directory / CONFIG), str(directory / CONFIG))
         return {
-            "window": fields.get("attention_window_size") + 1,
-            "embedding_scale": fields.get("embeddings_scale_by_sqrt_dim"),
-            "logit_soft_cap": fields.get("logits_soft_cap"),
+            "window": fields.integer("attention_window_size") + 1,
+            "embedding_scale": fields.boolean("embeddings_scale_by_sqrt_dim"),
+            "logit_soft_cap": fields.number("logits_soft_cap"),
         }
     for name, preset in presets.PRESETS.items():
         sizes = ("pattern", "num_layers", "width", "recurrent_width", "num_heads")

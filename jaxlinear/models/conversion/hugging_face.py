@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent} has no {path.name}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # the second of an infinity that is none
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it is not an object")
@@ -49,7 +49,7 @@ def _number(value: dict[str, Any]) -> Any:
 def family_of_fields(fields: Fields) -> Family:
     """That of a ``config.json``."""
     name = fields.get("model_type")
-    if name not in FAMILIES:
+    if name not in tuple(FAMILIES):
         fields.refuse("model_type", name, f"{', '.join(FAMILIES)} can be imported")
     quantization = fields.optional("quantization_config")
     if quantization is not None:
@@ -104,6 +104,9 @@ def read_tensors(directory: Path) -> dict[str, StreamedArray]:
     file_of = read_json(directory / INDEX).get("weight_map")
     if not isinstance(file_of, dict):
         raise UserError(f"{directory / INDEX} is damaged: it has no weight_map")
+    for name, file in file_of.items():
+        if not isinstance(file, str):
+            raise UserError(f"{directory / INDEX} is damaged: it has {name} in {file!r}, which is no name of a file")
     tensors: dict[str, StreamedArray] = {}
     for file in sorted(set(file_of.values())):
         path = directory / Path(file).name

@@ -45,9 +45,9 @@ def _model(fields: Fields) -> dict[str, Any]:
         "bias": False,
         "rotary_base": base,
         "rotary_fraction": fraction,
-        "norm_epsilon": fields.get("rms_norm_eps", 1e-6),
+        "norm_epsilon": fields.number("rms_norm_eps", 1e-6),
         "norm_offset": 0.0,
-        "tied_embeddings": fields.get("tie_word_embeddings", False),
+        "tied_embeddings": fields.boolean("tie_word_embeddings", False),
         "embedding_scale": False,
         "logit_soft_cap": 0.0,
     }

@@ -19,7 +19,7 @@ def _model(fields: Fields) -> dict[str, Any]:
     fields.only("use_bias", False, default=False)
     fields.only("use_conv_bias", True, default=True)
     fields.only("hidden_act", "silu", default="silu")
-    limit = [float(bound) for bound in fields.get("time_step_limit", [0.0, float("inf")])]
+    limit = fields.get("time_step_limit", [0.0, float("inf")])
     if limit != [0.0, float("inf")]:
         fields.refuse("time_step_limit", limit, "only time steps without a limit can be imported")
     return {
@@ -33,9 +33,9 @@ def _model(fields: Fields) -> dict[str, Any]:
         "value_width": head_width,
         "channel_mixer": "none",
         "convolution_width": fields.integer("conv_kernel", 4),
-        "norm_epsilon": fields.get("layer_norm_epsilon", 1e-5),
+        "norm_epsilon": fields.number("layer_norm_epsilon", 1e-5),
         "norm_offset": 0.0,
-        "tied_embeddings": fields.get("tie_word_embeddings", False),
+        "tied_embeddings": fields.boolean("tie_word_embeddings", False),
         "embedding_scale": False,
         "logit_soft_cap": 0.0,
     }

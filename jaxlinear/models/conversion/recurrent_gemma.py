@@ -22,11 +22,11 @@ def _model(fields: Fields) -> dict[str, Any]:
         fields.refuse("hidden_size", width, f"its {heads} heads do not divide it")
     fields.only("attention_bias", False, default=False)
     fields.only("hidden_activation", _ACTIVATION, default=_ACTIVATION)
-    cap = fields.get("logits_soft_cap", 30.0)
-    if not cap > 0:
+    cap = fields.number("logits_soft_cap", 30.0)
+    if cap <= 0:
         fields.refuse("logits_soft_cap", cap, "it must be above 0")
     blocks = fields.get("block_types", ["recurrent", "recurrent", "attention"])
-    if not blocks or not set(blocks) <= _BLOCKS.keys():
+    if not isinstance(blocks, list) or not blocks or not all(block in tuple(_BLOCKS) for block in blocks):
         fields.refuse("block_types", blocks, f"only {' and '.join(_BLOCKS)} can be imported")
     pattern, num_layers = tuple(_BLOCKS[block] for block in blocks), fields.integer("num_hidden_layers")
     base, fraction = fields.rotary(fraction=0.5)
@@ -52,8 +52,8 @@ def _model(fields: Fields) -> dict[str, Any]:
         convolution_width=fields.integer("conv1d_width", 4),
         rotary_base=base,
         rotary_fraction=fraction,
-        norm_epsilon=fields.get("rms_norm_eps", 1e-6),
-        tied_embeddings=fields.get("tie_word_embeddings", True),
+        norm_epsilon=fields.number("rms_norm_eps", 1e-6),
+        tied_embeddings=fields.boolean("tie_word_embeddings", True),
         embedding_scale=True,
         logit_soft_cap=cap,
     )

@@ -31,6 +31,8 @@ def read(path: Path) -> dict[str, StreamedArray]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise UserError(f"{path} is no safetensors file: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is no safetensors file: its header is not an object")
     header.pop("__metadata__", None)
     return {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
 
@@ -40,10 +42,12 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> Streame
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: the entry of {name} is damaged") from error
+    if not isinstance(kind, str) or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise UserError(f"{path}: the entry of {name} is damaged")
     if kind not in DTYPES:
         raise UserError(f"{path}: {name} has the dtype {kind}; weights are imported from {', '.join(DTYPES)}")
     dtype = DTYPES[kind]
-    if end - begin != math.prod(shape) * dtype.itemsize or not 0 <= begin <= end <= size - start:
+    if end - begin != math.prod(shape) * dtype.itemsize or not begin <= end <= size - start:
         raise UserError(f"{path}: {name} does not lie where its header says; the file is cut short or damaged")
     row = math.prod(shape[1:])
 

@@ -34,7 +34,25 @@ from tests.models.conversion.converted import (
         ),
         (lambda path: path.write_bytes((4).to_bytes(8, "little") + b"none"), "its header is not JSON"),
         (lambda path: path.write_bytes(path.read_bytes()[:-4]), "does not lie where its header says; .* cut short"),
+        (lambda path: write_header(path, [1]), "is no safetensors file: its header is not an object"),
         (lambda path: write_header(path, {"x": {"dtype": "F32"}}), "the entry of x is damaged"),
+        *(
+            (
+                lambda path, entry=entry: write_header(
+                    path, {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | entry}, b"0000"
+                ),
+                "the entry of x is damaged",
+            )
+            for entry in (
+                {"dtype": []},
+                {"shape": ["1"]},
+                {"shape": [-1]},
+                {"shape": [True]},
+                {"data_offsets": ["0", "4"]},
+                {"data_offsets": [0.0, 4.0]},
+                {"data_offsets": [-4, 0]},
+            )
+        ),
         (
             lambda path: write_header(path, {"x": {"dtype": "I8", "shape": [1], "data_offsets": [0, 1]}}, b"0"),
             "x has the dtype I8; weights are imported from F32, F16, BF16",

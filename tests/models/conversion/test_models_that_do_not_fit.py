@@ -102,6 +102,53 @@ def test_fields_that_no_model_here_can_have(made, tmp_path, name, fields, messag
     assert_nothing_in(tmp_path, "source")
 
 
+@pytest.mark.parametrize(
+    "name, field, value, reason",
+    [
+        ("llama", "model_type", [], "llama, mamba2, recurrent_gemma can be imported"),
+        ("llama", "rms_norm_eps", "1e-6", "it is a finite number"),
+        ("llama", "rope_theta", [], "it is a finite number"),
+        ("llama", "rope_theta", float("nan"), "it is a finite number"),
+        pytest.param("llama", "rope_theta", 10**400, "it is a finite number", id="beyond float64"),
+        ("llama", "rope_scaling", "linear", "it is an object"),
+        ("llama", "rope_parameters", "default", "it is an object"),
+        ("llama", "rope_parameters.rope_theta", "x", "it is a finite number"),
+        ("llama", "tie_word_embeddings", "false", "it is true or false"),
+        ("mamba2", "layer_norm_epsilon", True, "it is a finite number"),
+        ("mamba2", "tie_word_embeddings", 0, "it is true or false"),
+        ("mamba2", "time_step_limit", "none", "only time steps without a limit can be imported"),
+        ("mamba2", "time_step_limit", -1, "only time steps without a limit can be imported"),
+        ("recurrent_gemma", "rms_norm_eps", {}, "it is a finite number"),
+        ("recurrent_gemma", "tie_word_embeddings", [], "it is true or false"),
+        ("recurrent_gemma", "logits_soft_cap", "30", "it is a finite number"),
+        ("recurrent_gemma", "partial_rotary_factor", [], "it is a finite number"),
+        ("recurrent_gemma", "partial_rotary_factor", float("inf"), "it is a finite number"),
+        ("recurrent_gemma", "block_types", -1, "only recurrent and attention can be imported"),
+        ("recurrent_gemma", "block_types", [["recurrent"]], "only recurrent and attention can be imported"),
+        ("recurrent_gemma", "block_types", {"recurrent": 1}, "only recurrent and attention can be imported"),
+        ("flax", "attention_window_size", "3", "it is a whole number from 1 on"),
+        ("flax", "embeddings_scale_by_sqrt_dim", 1, "it is true or false"),
+        ("flax", "logits_soft_cap", "5", "it is a finite number"),
+    ],
+)
+def test_fields_of_another_type(made, tmp_path, name, field, value, reason):
+    source = shutil.copytree(made(name)[1], tmp_path / "source")
+    file = source / "config.json"
+    outer, _, inner = field.partition(".")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {outer: {inner: value} if inner else value}))
+    with pytest.raises(UserError) as refusal:
+        import_weights(source, tmp_path / "run")
+    assert str(refusal.value) == f"{file}: {field} is {value!r}; {reason}"
+    assert_nothing_in(tmp_path, "source")
+
+
+def test_an_infinity_that_is_none(copied, tmp_path):
+    source = copied("mamba2")
+    (source / "config.json").write_text('{"time_step_limit": [0.0, {"__float__": []}]}')
+    with pytest.raises(UserError, match=r"config.json is damaged: float\(\) argument must be "):
+        import_weights(source, tmp_path / "run")
+
+
 def test_fields_of_other_releases_of_transformers(copied, tmp_path):
     """What is left out has the default of the architecture; infinity has a spelling of its own."""
     source = copied("mamba2")

@@ -100,6 +100,12 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     with pytest.raises(UserError, match="exported: eos_token_id is '</s>'; it is a token or a list of tokens"):
         import_weights(tmp_path / "exported", tmp_path / "other")
 
+    for tokens in ([{"content": "<s>"}], [{"id": 257}], ["<s>"], 5):
+        (source / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": tokens}))
+        with pytest.raises(
+            UserError, match=r"source/tokenizer.json is damaged: .* no id or no content; move the file away"
+        ):
+            import_weights(source, tmp_path / "other")
     (source / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"source/tokenizer.json: .*; move the file away to import the weights without"):
         import_weights(source, tmp_path / "other")
@@ -170,6 +176,7 @@ def test_several_files_with_an_index(made, tmp_path, monkeypatch):
             f"has the tensor {first}, which model.safetensors.index.json has in {files[-1]}",
         ),
         (None, "is damaged: it has no weight_map"),
+        (file_of | {first: 5}, f"is damaged: it has {first} in 5, which is no name of a file$"),
     ):
         (sharded / hugging_face.INDEX).write_text(json.dumps({"weight_map": changed}))
         refused(message)
