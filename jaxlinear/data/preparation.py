@@ -68,7 +68,8 @@ def prepare(
     explained by the flags of ``launch/prepare_data.py`` and in docs/data.md.
     """
     _check_arguments(heldout_fraction, block_length, max_broken_fraction, workers, train_bytes, seed)
-    output = pathlib.Path(os.path.abspath(output))
+    # Where a link leads to, so that all is written and renamed on one disk, and the link stays.
+    output = pathlib.Path(os.path.realpath(output))
     _check_output(output, overwrite)
     documents = open_source(source, text_field=text_field, suffixes=tuple(suffixes), separator=document_separator)
     splitter = Splitter(seed, heldout_fraction)

@@ -304,6 +304,23 @@ def test_existing_output(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
 
 
+@pytest.mark.parametrize("there", ["dataset", "empty directory", "nothing"])
+def test_output_through_a_link(tmp_path, there):
+    """The dataset appears where the link leads to; the link stays, and nothing is left beside either."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "data", tmp_path / "link"
+    if there == "dataset":
+        prepare(source, target, block_length=64, **options)
+    elif there == "empty directory":
+        target.mkdir()
+    link.symlink_to(target)
+    prepare(source, link, block_length=32, overwrite=there == "dataset", **options)
+    assert link.is_symlink() and read_manifest(target).block_length == 32
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "disk", "link"] and os.listdir(tmp_path / "disk") == ["data"]
+
+
 def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
     monkeypatch.setattr(SplitWriter, "_shard_path", lambda self: pathlib.Path("/dev/full"))
