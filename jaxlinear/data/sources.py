@@ -97,21 +97,39 @@ def open_source(
 
 
 def _files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
+    """Links are followed. What several names lead to is read once, which ends loops of links too: by the first name, so
+    the order that the disk lists names in is no matter."""
     files, others = [], collections.Counter[str]()
-    for directory, subdirectories, names in os.walk(folder):
-        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
-        for name in names:
+    seen = {os.path.realpath(folder)}
+
+    def is_new(path: pathlib.Path) -> bool:
+        real = os.path.realpath(path)
+        known = real in seen
+        seen.add(real)
+        return not known
+
+    for directory, subdirectories, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        shown = sorted(name for name in subdirectories if not name.startswith("."))
+        subdirectories[:] = [name for name in shown if is_new(pathlib.Path(directory, name))]
+        for name in sorted(names):
             if name.startswith("."):
                 continue
             file = pathlib.Path(directory, name)
+            if not file.exists():  # of whatever suffix: it may have been a folder
+                raise UserError(f"{file} is a link to {os.readlink(file)}, which is not there; mend or remove it")
             if stripped_suffix(file) in suffixes:
-                files.append(file)
+                if is_new(file):
+                    files.append(file)
             else:
                 others[stripped_suffix(file) or name] += 1
     if not files:
         there = f"; there are {', '.join(name for name, _ in others.most_common(5))}" if others else " and no other"
         raise UserError(f"{folder} has no file with a suffix of {', '.join(suffixes)}{there} (--suffixes chooses)")
     return sorted(files, key=lambda file: file.as_posix())
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}), and its text would be left out") from error
 
 
 def _records_of_file(file: pathlib.Path, text_field: str, separator: str | None) -> Iterator[Record]:

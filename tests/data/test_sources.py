@@ -1,7 +1,9 @@
 """Every kind of source, its broken records by name, and bad sources refused in one line."""
 
+import errno
 import gzip
 import json
+import os
 import sys
 import types
 
@@ -65,6 +67,53 @@ def test_folder_is_read_recursively_in_order_by_suffix(tmp_path):
     (tmp_path / ".draft.txt").write_text("draft")
     assert texts(open_source(str(tmp_path))) == ["a", "c1", "c2", "d", "z"]
     assert texts(open_source(str(tmp_path), suffixes=(".bin",))) == ["e"]
+
+
+def test_links_in_a_folder_are_followed_and_nothing_is_read_twice(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for path in (folder / "b", elsewhere / "deep"):
+        path.mkdir(parents=True)
+    (folder / "b" / "a.txt").write_text("a")
+    (elsewhere / "deep" / "c.txt").write_text("c")
+    (elsewhere / "blob").write_text("d")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "d.txt").symlink_to(elsewhere / "blob")
+    assert texts(open_source(str(folder))) == ["a", "d", "c"]
+    (folder / "e.txt").symlink_to(elsewhere / "blob")
+    (folder / "again").symlink_to(elsewhere / "deep")
+    (folder / "b" / "loop").symlink_to(folder)
+    (elsewhere / "deep" / "back").symlink_to(elsewhere)
+    records = list(open_source(str(folder)))
+    assert [record.origin for record in records] == [f"{folder}/{name}" for name in ("again/c.txt", "b/a.txt", "d.txt")]
+    (tmp_path / "other").symlink_to(folder)
+    assert texts(open_source(str(tmp_path / "other"))) == ["c", "a", "d"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "folder"])
+def test_a_link_that_leads_nowhere_is_refused(tmp_path, name):
+    (tmp_path / "z.txt").write_text("z")
+    (tmp_path / name).symlink_to("gone")
+    with pytest.raises(
+        UserError, match=f"^{tmp_path}/{name} is a link to gone, which is not there; mend or remove it$"
+    ):
+        open_source(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    """By whom permissions bind; tests may run as root."""
+    (tmp_path / "z.txt").write_text("z")
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=rf"^{closed} cannot be read \(Permission denied\), and its text would be left"):
+        open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.ndjson"])
