@@ -16,6 +16,18 @@ from jaxlinear.parallel import feeding, sharding
 from jaxlinear.parallel import mesh as meshes
 
 
+def check_length(length: int, mesh: Mesh) -> None:
+    """Raises ``UserError`` unless the mesh divides examples of so many tokens."""
+    shards = _devices(mesh, "time")
+    if length % shards:
+        raise UserError(f"examples of {length} tokens cannot be spread over mesh.sequence={shards}; set it to 1")
+
+
+def _devices(mesh: Mesh, axis: str) -> int:
+    """Over how many an axis of a batch is spread."""
+    return math.prod(mesh.shape[name] for name in sharding.RULES[axis])
+
+
 class Answers:
     """Measures models of one architecture on a mesh. One program is compiled for each shape of a task's examples.
     ``between`` is called before each batch, and may raise to end the measurement."""
@@ -89,11 +101,8 @@ class Answers:
 
     def plan(self, length: int, examples: int) -> tuple[int, int]:
         """(rows of a batch, batches), or a refusal of a length that the mesh does not divide."""
-        shards, groups = (
-            math.prod(self._mesh.shape[axis] for axis in sharding.RULES[name]) for name in ("time", "batch")
-        )
-        if length % shards:
-            raise UserError(f"examples of {length} tokens cannot be spread over mesh.sequence={shards}; set it to 1")
+        check_length(length, self._mesh)
+        groups = _devices(self._mesh, "batch")
         rows = min(max(self._batch_tokens // length, 1), examples)
         rows = math.ceil(rows / groups) * groups
         return rows, math.ceil(examples / rows)

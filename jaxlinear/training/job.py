@@ -17,6 +17,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.models import mixers, parameters
 from jaxlinear.parallel import feeding, sharding
 from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training.answers import check_length
 from jaxlinear.training.optimizer import make_optimizer
 
 
@@ -51,8 +52,8 @@ class Job:
         if config.evaluation.every_steps:
             if not config.data.task:
                 job.heldout_batches()
-            job.heldout_tasks()
-            job.evaluation_tasks()
+            for task in [*job.heldout_tasks(), *job.evaluation_tasks()]:
+                check_length(task.length, mesh)
         return job
 
     @property

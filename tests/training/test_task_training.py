@@ -162,6 +162,10 @@ def test_the_pass_key_trains_on_text(tiny_dataset):
         ),
         ({"evaluation__tasks": ("speed",)}, "there is no task 'speed'"),
         ({"data__task": "passkey"}, "passkey: it needs text"),
+        (
+            {"mesh__sequence": 2, "evaluation__tasks": ("parity:length=6+15",)},
+            "examples of 15 tokens cannot be spread over mesh.sequence=2; set it to 1",
+        ),
     ],
 )
 def test_refusals(changes, message):
