@@ -188,7 +188,6 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     check_known([f"{section}.{name}" for section in config for name in config[section]])
     _fill_in(config)
     model = config.model
-    config.evaluation.tasks = _names(config.evaluation.tasks)
     missing = [f"model.{name}" for name in model if model[name] is None and name != "vocab_size"]
     if missing:
         raise UserError(f"without model.preset these keys need a value: {', '.join(missing)}")
@@ -252,9 +251,8 @@ def _fill_in(config: config_dict.ConfigDict) -> None:
         model.recurrent_width = model.width
     _fill_defaults(config)
     if model.pattern is not None:
-        if not all(isinstance(names, str) for names in model.pattern):
-            raise UserError(f"model.pattern is {model.pattern!r}; it is names of mixers")
-        model.pattern = _names(model.pattern)
+        model.pattern = _names("model.pattern", "mixers", model.pattern)
+    config.evaluation.tasks = _names("evaluation.tasks", "tasks", config.evaluation.tasks)
 
 
 def _fill_defaults(config: config_dict.ConfigDict) -> None:
@@ -276,8 +274,10 @@ def _may_stand(config: config_dict.ConfigDict) -> dict[str, tuple[Any, ...]]:
     return values | {"model.recurrent_width": (config.model.width, *values["model.recurrent_width"][1:])}
 
 
-def _names(texts: tuple[str, ...]) -> tuple[str, ...]:
+def _names(key: str, what: str, texts: tuple[Any, ...]) -> tuple[str, ...]:
     """The parts between commas: on the command line a tuple may come as one text."""
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{key} is {texts!r}; it is names of {what}")
     return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
 
 

@@ -84,10 +84,17 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
 
 
 def unread(config: config_dict.ConfigDict) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """The keys that nothing of this run reads, each with the key that chooses who would, and the choices that do."""
+    """The keys that nothing of this run reads, each with the key that chooses who would, and the choices that do: none
+    where any value does but that which means never."""
     for key, (chooser, readers) in _READ_BY.items():
         if not set(_chosen(config, chooser)) & set(readers):
             yield key, chooser, readers
+    for key, needed in _READ_WITH.items():
+        for chooser in needed:
+            section, name = chooser.split(".")
+            if not config[section][name]:
+                yield key, chooser, ()
+                break
 
 
 def _check_read(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...]]) -> None:
@@ -95,6 +102,8 @@ def _check_read(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[An
     for key, chooser, readers in unread(config):
         section, name = key.split(".")
         value = config[section][name]
+        if value not in may_stand[key] and not readers:
+            raise UserError(f"{key}={value!r} does nothing without {chooser}; set that, or leave {key} at its default")
         if value not in may_stand[key]:
             raise UserError(
                 f"{key}={value!r} does nothing for {chooser}={','.join(_chosen(config, chooser))}: only "
@@ -198,4 +207,11 @@ _READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "optimizer.muon_learning_rate": ("optimizer.name", ("muon",)),
     "schedule.decay_fraction": ("schedule.name", ("wsd",)),
     "schedule.final_fraction": ("schedule.name", ("cosine", "linear", "wsd")),
+}
+# Keys that nothing reads unless all of these are set: to neither 0 nor nothing.
+_READ_WITH: dict[str, tuple[str, ...]] = {
+    "evaluation.batches": ("evaluation.every_steps",),
+    "evaluation.tasks": ("evaluation.every_steps",),
+    "evaluation.examples": ("evaluation.every_steps", "evaluation.tasks"),
+    "logging.profile_steps": ("logging.profile_step",),
 }

@@ -42,6 +42,7 @@ class Job:
         architecture = parameters.describe(configs.model_config(config))
         job = cls(config, architecture, mesh, make_optimizer(config, architecture), batches)
         if config.data.heldout_path:
+            job._check_heldout_text_is_read()
             job._check_same_tokenizer(config.data.heldout_path)
             for path in job.datasets:
                 paths = [path, config.data.heldout_path]
@@ -83,6 +84,14 @@ class Job:
             if task.READS_TEXT:
                 self._check_same_tokenizer(task.options()["dataset"])
         return found
+
+    def _check_heldout_text_is_read(self) -> None:
+        judged_by = [*self.trained_tasks, *self.evaluation_tasks()]
+        if self.config.data.task and not any(task.READS_TEXT for task in judged_by):
+            raise UserError(
+                f"data.task={self.config.data.task} takes no text, nor does a task of evaluation.tasks, but "
+                f"data.heldout_path={self.config.data.heldout_path} is set; leave it out"
+            )
 
     def _check_same_tokenizer(self, path: str) -> None:
         """That of the training data. Numbers in other tokens would mean nothing."""

@@ -155,6 +155,11 @@ def test_the_pass_key_trains_on_text(tiny_dataset):
     [
         ({"data__task": "mqa"}, "there is no task 'mqa'; there are mqar"),
         ({"data__path": "somewhere"}, "takes no text, but data.path=somewhere is set; leave one out"),
+        (
+            {"data__heldout_path": "somewhere"},
+            "takes no text, nor does a task of evaluation.tasks, but data.heldout_path=somewhere is set; leave it out",
+        ),
+        ({"data__heldout_path": "nowhere", "evaluation__tasks": ("passkey",)}, "no tokenizer in nowhere"),
         ({"evaluation__batches": 0}, "data.task has no end; set it to 1 or more"),
         (
             {"data__task": "mqar:pairs=3:vocab_size=64"},
@@ -174,5 +179,5 @@ def test_refusals(changes, message):
 
 
 def test_the_vocabulary_follows_the_task():
-    job = Job.build(task_config(model__vocab_size=None, evaluation__tasks=()))
+    job = Job.build(task_config(model__vocab_size=None, evaluation__tasks=(), evaluation__examples=256))
     assert (job.config.model.vocab_size, job.batches.vocab_size) == (128, 32)
