@@ -10,18 +10,22 @@ from absl import flags
 
 from jaxlinear import cli
 from jaxlinear.data import Manifest, prepare
-from jaxlinear.data.sources import DEFAULT_SUFFIXES
+from jaxlinear.data.sources import DEFAULT_SUFFIXES, DEFAULT_TEXT_FIELD
 from jaxlinear.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, "python-stdlib, hf:NAME, or the path of a file or folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The directory to make.", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bpe", "bpe (trained here), bytes, or a tokenizer.json or .model file.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Tokens of a trained BPE; 4096 by default.")
-_TRAIN_BYTES = flags.DEFINE_integer("train_bytes", 16_000_000, "Bytes of training text that the BPE is trained on.")
+_TRAIN_BYTES = flags.DEFINE_integer("train_bytes", None, "Bytes of training text for the BPE; 16000000 by default.")
 _DOCUMENT_TOKEN = flags.DEFINE_string("document_token", None, "The token of an existing tokenizer between documents.")
-_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "The field with the text in JSONL, Parquet and hf: records.")
+_TEXT_FIELD = flags.DEFINE_string(
+    "text_field", None, f"The field with the text in JSONL, Parquet and hf: records; {DEFAULT_TEXT_FIELD} by default."
+)
 _SUFFIXES = flags.DEFINE_list(
-    "suffixes", list(DEFAULT_SUFFIXES), "Which files of a folder to take (or .gz, .zst of them)."
+    "suffixes",
+    None,
+    f"Which files of a folder to take (or .gz, .zst of them); {','.join(DEFAULT_SUFFIXES)} by default.",
 )
 _DOCUMENT_SEPARATOR = flags.DEFINE_string(
     "document_separator", None, r"Cuts plain-text files into documents, \n is a line end; without it one file is one."

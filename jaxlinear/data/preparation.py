@@ -27,7 +27,7 @@ from jaxlinear.data.manifest import (
     Split,
     TokenizerInfo,
 )
-from jaxlinear.data.sources import DEFAULT_SUFFIXES, Record, Source, open_source
+from jaxlinear.data.sources import Record, Source, open_source
 from jaxlinear.data.splitting import (
     COMPRESSED_TEXT_LIMIT,
     Splitter,
@@ -38,6 +38,7 @@ from jaxlinear.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 DEFAULT_VOCAB_SIZE = 4096
+DEFAULT_TRAIN_BYTES = 16_000_000
 _LOGGED_BROKEN = 5
 _LARGEST_SAMPLING = 16  # reads at most 16 times as much text as the tokenizer is trained on
 _PIECE = 1 << 14  # characters of a document that are taken or left together
@@ -49,10 +50,10 @@ def prepare(
     *,
     tokenizer: str = "bpe",
     vocab_size: int | None = None,
-    train_bytes: int = 16_000_000,
+    train_bytes: int | None = None,
     document_token: str | None = None,
-    text_field: str = "text",
-    suffixes: Sequence[str] = DEFAULT_SUFFIXES,
+    text_field: str | None = None,
+    suffixes: Sequence[str] | None = None,
     document_separator: str | None = None,
     heldout_fraction: float = 0.05,
     block_length: int = 2048,
@@ -63,23 +64,32 @@ def prepare(
 ) -> Manifest:
     """Makes the dataset ``output`` from ``source`` and returns its manifest; either all of it appears or nothing.
 
-    ``tokenizer`` is "bpe" (of ``vocab_size`` tokens, 4096 by default, trained on ``train_bytes`` of the training text),
-    "bytes", or the path of a tokenizer. ``workers`` processes encode (None: one a CPU). The other arguments are
-    explained by the flags of ``launch/prepare_data.py`` and in docs/data.md.
+    ``tokenizer`` is "bpe" (of ``vocab_size`` tokens, 4096 by default, trained on ``train_bytes`` of the training text,
+    16 MB by default), "bytes", or the path of a tokenizer. ``workers`` processes encode (None: one a CPU). The other
+    arguments are explained by the flags of ``launch/prepare_data.py`` and in docs/data.md.
     """
     _check_arguments(heldout_fraction, block_length, max_broken_fraction, workers, train_bytes, seed)
     # Where a link leads to, so that all is written and renamed on one disk, and the link stays.
     output = pathlib.Path(os.path.realpath(output))
     _check_output(output, overwrite)
-    documents = open_source(source, text_field=text_field, suffixes=tuple(suffixes), separator=document_separator)
+    documents = open_source(
+        source,
+        text_field=text_field,
+        suffixes=None if suffixes is None else tuple(suffixes),
+        separator=document_separator,
+    )
     splitter = Splitter(seed, heldout_fraction)
-    existing = _existing_tokenizer(tokenizer, vocab_size, document_token)
+    existing = _existing_tokenizer(tokenizer, vocab_size, train_bytes, document_token)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir()
     try:
-        sample = _training_sample(documents, splitter, train_bytes, seed)
-        chosen = existing or train_bpe(sample, vocab_size or DEFAULT_VOCAB_SIZE)
+        chosen = existing
+        if chosen is None:
+            sample = _training_sample(
+                documents, splitter, DEFAULT_TRAIN_BYTES if train_bytes is None else train_bytes, seed
+            )
+            chosen = train_bpe(sample, DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
         chosen.save(partial)
         counts, splits = _write_splits(
             documents, splitter, chosen, partial, block_length, workers or os.cpu_count() or 1, max_broken_fraction
@@ -109,7 +119,7 @@ def _check_arguments(
     block_length: int,
     max_broken_fraction: float,
     workers: int | None,
-    train_bytes: int,
+    train_bytes: int | None,
     seed: int,
 ) -> None:
     if not 0 < heldout_fraction < 1:
@@ -123,7 +133,9 @@ def _check_arguments(
             raise UserError(f"{name} has to be at least 1, not {value}")
 
 
-def _existing_tokenizer(name: str, vocab_size: int | None, document_token: str | None) -> Tokenizer | None:
+def _existing_tokenizer(
+    name: str, vocab_size: int | None, train_bytes: int | None, document_token: str | None
+) -> Tokenizer | None:
     """The tokenizer ``name``, None where it is yet to be trained; refuses options that would have no effect."""
     if name in ("bpe", "bytes") and document_token is not None:
         raise UserError(f"document_token is for an existing tokenizer; {name} has its own")
@@ -131,6 +143,8 @@ def _existing_tokenizer(name: str, vocab_size: int | None, document_token: str |
         return None
     if vocab_size is not None:
         raise UserError(f"vocab_size is for a trained tokenizer (bpe); {name} has its own size")
+    if train_bytes is not None:
+        raise UserError(f"train_bytes is for a tokenizer that is trained (bpe); {name} is not")
     return open_tokenizer(name, document_token)
 
 

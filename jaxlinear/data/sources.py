@@ -24,6 +24,7 @@ from jaxlinear.data.compressed import (
 )
 from jaxlinear.errors import UserError
 
+DEFAULT_TEXT_FIELD = "text"
 DEFAULT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".parquet")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ACCEPTABLE_BROKEN_AT_START = 100
@@ -67,33 +68,64 @@ class Source:
 
 
 def open_source(
-    name: str, *, text_field: str = "text", suffixes: tuple[str, ...] = DEFAULT_SUFFIXES, separator: str | None = None
+    name: str,
+    *,
+    text_field: str | None = None,
+    suffixes: tuple[str, ...] | None = None,
+    separator: str | None = None,
 ) -> Source:
     """The source ``name``: "python-stdlib", "hf:NAME" or "hf:NAME:CONFIG", or the path of a file or a folder.
 
-    ``text_field`` names the text in JSONL, Parquet and Hugging Face records. ``suffixes`` are the files taken from a
-    folder (``.gz`` and ``.zst`` may follow). ``separator`` cuts plain text into documents; else one file is one.
+    ``text_field`` ("text") names the text in JSONL, Parquet and Hugging Face records. ``suffixes`` (``DEFAULT_SUFFIXES``)
+    are the files taken from a folder (``.gz`` and ``.zst`` may follow). ``separator`` cuts plain text into documents; else
+    one file is one. ``UserError`` for one that is given and that nothing of the source reads.
     """
+    field = DEFAULT_TEXT_FIELD if text_field is None else text_field
     if name == "python-stdlib":
+        _refuse(name, text_field=text_field, suffixes=suffixes, document_separator=separator)
         return _python_stdlib()
     if name.startswith("hf:"):
         from jaxlinear.data import hugging_face
 
-        return hugging_face.open_dataset(name, text_field)
+        _refuse(name, suffixes=suffixes, document_separator=separator)
+        return hugging_face.open_dataset(name, field)
     path = pathlib.Path(name)
     if path.is_dir():
-        files = _files_of_folder(path, suffixes)
+        files = _files_of_folder(path, DEFAULT_SUFFIXES if suffixes is None else suffixes)
     elif path.exists():
+        _refuse(name, suffixes=suffixes)
         files = [path]
     else:
         raise UserError(f"no source {name!r}: there is no such file or folder (nor is it python-stdlib or hf:NAME)")
+    plain = [_is_plain(file) for file in files]
+    if all(plain):
+        _refuse(name, text_field=text_field)
+    if not any(plain):
+        _refuse(name, document_separator=separator)
     size = sum(file.stat().st_size for file in files)
 
     def records() -> Iterator[Record]:
         for file in files:
-            yield from _records_of_file(file, text_field, separator)
+            yield from _records_of_file(file, field, separator)
 
     return Source(name, size, records)
+
+
+_READ_BY = {
+    "text_field": "records of JSONL, Parquet or Hugging Face",
+    "suffixes": "a folder",
+    "document_separator": "plain text",
+}
+
+
+def _refuse(name: str, **unread: object) -> None:
+    for option, value in unread.items():
+        if value is not None:
+            raise UserError(f"{option} does nothing for {name}: it is for {_READ_BY[option]}; leave it out")
+
+
+def _is_plain(file: pathlib.Path) -> bool:
+    return stripped_suffix(file) not in (*_JSON_SUFFIXES, ".parquet")
 
 
 def _files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.Path]:

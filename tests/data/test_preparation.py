@@ -268,6 +268,13 @@ def test_the_proposed_fraction_works(tmp_path, fraction):
             {"tokenizer": "bytes", "vocab_size": 300},
             r"vocab_size is for a trained tokenizer \(bpe\); bytes has its own",
         ),
+        ({"vocab_size": 0}, "a byte-level BPE cannot have 0 tokens"),
+        (
+            {"tokenizer": "bytes", "train_bytes": 3},
+            r"train_bytes is for a tokenizer that is trained \(bpe\); bytes is not",
+        ),
+        ({"document_separator": "|"}, r"^document_separator does nothing for .*a\.jsonl: it is for plain text; leave"),
+        ({"suffixes": (".foo",)}, r"^suffixes does nothing for .*a\.jsonl: it is for a folder; leave it out"),
         ({"document_token": "</s>"}, "document_token is for an existing tokenizer; bpe has its own"),
         ({"tokenizer": "nonesuch"}, "no tokenizer 'nonesuch': give bpe, bytes, or the path"),
         ({"source": "nowhere"}, "no source 'nowhere'"),

@@ -264,6 +264,25 @@ def test_bad_sources_are_refused(tmp_path):
         list(open_source(str(tmp_path / "field.jsonl")))
 
 
+def test_options_that_nothing_of_the_source_reads_are_refused(tmp_path):
+    """In a folder one file that reads them is enough."""
+    refused = r"^{} does nothing for .*: it is for {}; leave it out$"
+    records, plain, folder = r"records of JSONL, Parquet or Hugging Face", "plain text", "a folder"
+    (tmp_path / "a.txt").write_text("a|b")
+    for name in (str(tmp_path / "a.txt"), str(tmp_path), "python-stdlib"):
+        with pytest.raises(UserError, match=refused.format("text_field", records)):
+            open_source(name, text_field="text")
+    (tmp_path / "b.jsonl").write_bytes(json_lines({"body": "c|d"}))
+    assert texts(open_source(str(tmp_path), text_field="body", separator="|")) == ["a", "b", "c|d"]
+    (tmp_path / "a.txt").unlink()
+    for name in (str(tmp_path / "b.jsonl"), str(tmp_path), "hf:name", "python-stdlib"):
+        with pytest.raises(UserError, match=refused.format("document_separator", plain)):
+            open_source(name, separator="|")
+    for name in (str(tmp_path / "b.jsonl"), "hf:name", "python-stdlib"):
+        with pytest.raises(UserError, match=refused.format("suffixes", folder)):
+            open_source(name, suffixes=(".txt",))
+
+
 def test_folders_without_text_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no file with a suffix of \.txt, .* and no other"):
         open_source(str(tmp_path))
