@@ -23,6 +23,7 @@ _ENVIRONMENT_ERRORS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "operation not permitted",
     errno.ENOTDIR: "a part of the path is not a directory",
+    errno.ENAMETOOLONG: "a name in the path is too long",
 }
 
 

@@ -56,6 +56,8 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
         raise UserError(f"model.rotary_base is {model.rotary_base}; it must be above 0 and finite")
     if model.norm_offset not in (0.0, 1.0):
         raise UserError(f"model.norm_offset is {model.norm_offset}; it can be 0 or 1")
+    if not 0 <= training.seed < 1 << 63:
+        raise UserError(f"training.seed is {training.seed}; it lies in [0, 2**63)")
     if training.batch_size % training.microbatches:
         raise UserError(
             f"training.microbatches={training.microbatches} does not divide training.batch_size={training.batch_size}"

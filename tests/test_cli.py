@@ -53,6 +53,7 @@ def test_the_status_is_what_main_returns(returned, status, capsys):
         (OSError(errno.EROFS, "x", "a/b"), 2, "the file system is read-only: a/b"),
         (PermissionError(errno.EACCES, "x", "a/b"), 2, "permission denied: a/b"),
         (NotADirectoryError(errno.ENOTDIR, "x", "a/b"), 2, "a part of the path is not a directory: a/b"),
+        (OSError(errno.ENAMETOOLONG, "x", "a/b"), 2, "a name in the path is too long: a/b"),
         (OSError(errno.EDQUOT, "no more"), 2, "the disk quota is used up: no more"),
     ],
 )

@@ -175,6 +175,8 @@ def test_rates_and_weights_are_not_negative(key):
             "^model.window=4 does nothing for model.pattern=rg_lru: only sliding_window reads it; ",
         ),
         ({"training.microbatches": 3}, "training.microbatches=3 does not divide training.batch_size=8"),
+        ({"training.seed": -1}, r"^training.seed is -1; it lies in \[0, 2\*\*63\)$"),
+        ({"training.seed": 1 << 63}, r"^training.seed is 9223372036854775808; it lies in \[0, 2\*\*63\)$"),
         ({"training.steps": 99}, "schedule.warmup_steps=100 is more than training.steps=99"),
         ({"schedule.decay_fraction": 0.0}, r"schedule.decay_fraction is 0.0; it lies in \(0, 1\]"),
         ({"schedule.final_fraction": 10.0}, r"schedule.final_fraction is 10.0; it lies in \[0, 1\]"),

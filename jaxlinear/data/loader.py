@@ -7,6 +7,7 @@ together. So the state of a loader is the step, and the hosts of a run agree wit
 
 import itertools
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,8 +55,8 @@ class TrainBatches:
         _check_positive(batch_size=batch_size, sequence_length=sequence_length, epochs=epochs)
         if seed < 0:
             raise UserError(f"seed has to be at least 0, not {seed}")
-        if not weights or min(weights.values()) <= 0:
-            raise UserError(f"a mixture needs datasets with weights above 0, not {weights}")
+        if not weights or not all(0 < weight < math.inf for weight in weights.values()):  # nor not a number
+            raise UserError(f"a mixture needs datasets with finite weights above 0, not {weights}")
         self._tables = [ExampleTable(path, split, sequence_length) for path in weights]
         manifests = [table.manifest for table in self._tables]
         check_same_tokenizer(list(weights), manifests)

@@ -140,6 +140,8 @@ def mixture(path: str) -> dict[str, float]:
             weights[name.strip()] = float(weight) if weight else 1.0
         except ValueError:
             raise UserError(f"data.path: {weight!r} is not a weight; write DIR=WEIGHT,DIR=WEIGHT") from None
+        if not 0 < weights[name.strip()] < math.inf:  # nor not a number
+            raise UserError(f"data.path: the weight {weight} of {name.strip()} has to be above 0 and finite")
     return weights
 
 

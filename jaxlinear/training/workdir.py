@@ -61,6 +61,8 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
 def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
     """Raises ``UserError`` unless there is no run in the directory, or the one that ``config`` describes."""
     directory = Path(workdir)
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise UserError(f"{workdir} is no directory; give the run a --workdir of its own")
     if (directory / DIRECTORY / "0").exists():  # a run saves from step 1 on
         raise UserError(
             f"{workdir} holds imported weights, without the state of an optimiser: they can be evaluated, sampled from and "

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -259,7 +260,7 @@ def test_attributes(dataset):
         ({"rows": (2, 2)}, "rows 2 to 2 are not part of a batch of 4"),
         ({"rows": (0, 5)}, "rows 0 to 5 are not part of a batch of 4"),
         ({"split": "test"}, "has no split 'test' but train, heldout"),
-        ({"paths": {}}, "a mixture needs datasets with weights above 0"),
+        ({"paths": {}}, "a mixture needs datasets with finite weights above 0"),
         ({"paths": "nowhere"}, "no dataset at nowhere: the directory does not exist"),
     ],
 )
@@ -276,9 +277,10 @@ def test_the_proposed_sequence_length_works(dataset):
     assert TrainBatches(dataset, batch_size=1, sequence_length=proposed, seed=0).examples_per_epoch == 1
 
 
-def test_weights_have_to_be_positive(dataset, other):
-    with pytest.raises(UserError, match="weights above 0"):
-        TrainBatches({str(dataset): 1.0, str(other): 0.0}, batch_size=1, sequence_length=L, seed=0)
+@pytest.mark.parametrize("weight", [0.0, math.nan, math.inf])
+def test_weights_have_to_be_positive_and_finite(dataset, other, weight):
+    with pytest.raises(UserError, match="a mixture needs datasets with finite weights above 0"):
+        TrainBatches({str(dataset): 1.0, str(other): weight}, batch_size=1, sequence_length=L, seed=0)
 
 
 def test_datasets_of_a_mixture_share_their_tokenizer(dataset, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 
@@ -42,7 +43,10 @@ def other_dataset(tmp_path_factory):
         ({"data.path": "nowhere"}, r"no dataset at nowhere: the directory does not exist"),
         ({"data.path": "DATA=two"}, r"data.path: 'two' is not a weight; write DIR=WEIGHT,DIR=WEIGHT"),
         ({"data.path": "DATA=1,DATA=3"}, r"data.path names .*data twice; give it one weight"),
-        ({"data.path": "DATA=0"}, r"a mixture needs datasets with weights above 0"),
+        *(
+            ({"data.path": f"DATA={weight},B=1"}, rf"data.path: the weight {weight} of .*data has to be above 0 and")
+            for weight in ("0", "-1", "nan", "inf")
+        ),
         ({"data.heldout_path": "nowhere", "evaluation.every_steps": 1}, r"no dataset at nowhere"),
         (
             {"training.batch_size": 12},
@@ -54,7 +58,7 @@ def other_dataset(tmp_path_factory):
             r"=24 in 2 microbatches is 12 rows, which the mesh \(data 2 x fsdp 4 x expert 1\) does not divide; .* is 32$",
         ),
         ({"training.sequence_length": 48}, r"sequence_length 48 neither divides the block length 64 nor .* 32 and 64"),
-        ({"training.seed": -1}, r"seed has to be at least 0, not -1"),
+        ({"training.seed": -1}, r"training.seed is -1; it lies in \[0, 2\*\*63\)"),
         ({"model.vocab_size": 256}, r"has 257 tokens, more than model.vocab_size=256; leave model.vocab_size unset"),
         ({"mesh.data": 3}, r"a mesh of data 3 does not use the 8 devices that there are"),
         ({"mesh.fsdp": -1}, r"only one size of the mesh can be -1, not both mesh.data and mesh.fsdp"),
@@ -260,6 +264,15 @@ def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path, cap
     assert f"the run goes on with optimizer.learning_rate=0.0005; it was {before}" in caplog.text
     workdirs.note_start(workdir, 3, config, Job.build(tiny_config).mesh)
     assert workdirs.read_starts(workdir)[-1]["optimizer.learning_rate"] == 5e-4
+
+
+@pytest.mark.parametrize("kind", ["file", "link that leads nowhere"])
+def test_a_workdir_that_is_no_directory(tiny_config, tmp_path, kind):
+    workdir = tmp_path / "run"
+    workdir.write_text("notes") if kind == "file" else workdir.symlink_to("gone")
+    with pytest.raises(UserError, match=rf"^{workdir} is no directory; give the run a --workdir of its own$"):
+        train(tiny_config, workdir)
+    assert os.path.lexists(workdir) and not workdir.is_dir()
 
 
 def test_a_directory_that_is_not_a_run(tmp_path):
