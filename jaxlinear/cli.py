@@ -96,23 +96,51 @@ def _parse(argv: list[str]) -> list[str]:
     """The arguments that are not flags. For an unknown key or file of ``--config`` ml_collections has only tracebacks."""
     if "config" not in flags.FLAGS:
         return flags.FLAGS(argv)[1:]
+    from jaxlinear import config as configs
+
     file, changed = check_config_options(argv)
     try:
         rest = flags.FLAGS(argv)[1:]
-    except (AttributeError, KeyError) as error:
-        bare = r"|\W*$" if isinstance(error, AttributeError) else ""
-        key = re.match(rf"""\W*(?:Key ")?(\w+)(.*the config is locked|.*Did you mean{bare})""", str(error), re.DOTALL)
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        if key is None or not lines:
+    except (AttributeError, KeyError, flags.IllegalFlagValueError) as error:
+        if file is None or (refusal := _of_config_file(error, file)) is None:
             raise
-        near = re.search(r'Did you mean ("\w+")', str(error))
-        advice = f"; did you mean {near[1]}?" if near else ""
-        raise UserError(f'{file}, line {lines[-1]}: there is no config key "{key[1]}"{advice}') from error
+        raise refusal from error
+    config = flags.FLAGS["config"].value
+    if config is not None:  # launch/sweep.py need not have one
+        configs.check_whole(config)
     if changed:
-        from jaxlinear import config as configs
-
-        configs.forget_unread(flags.FLAGS["config"].value, changed)
+        configs.forget_unread(config, changed)
     return rest
+
+
+def _of_config_file(error: Exception, file: str) -> UserError | None:
+    """What is wrong in a config file, and where. None for what is no key or value of a config: a defect of the file, or a
+    flag that is malformed."""
+    cause, lines = _raised_in(error, file)
+    if cause is None:
+        if isinstance(error, flags.Error):
+            return None
+        return UserError(f"{file}: get_config() has to return jaxlinear.config.default() with keys changed: {error}")
+    if isinstance(cause, TypeError | ValueError):
+        return UserError(f"{file}, line {lines[-1]}: {cause}")
+    bare = r"|\W*$" if isinstance(cause, AttributeError) else ""
+    key = re.match(rf"""\W*(?:Key ")?(\w+)(.*the config is locked|.*Did you mean{bare})""", str(cause), re.DOTALL)
+    if key is None:
+        return None
+    near = re.search(r'Did you mean ("\w+")', str(cause))
+    advice = f"; did you mean {near[1]}?" if near else ""
+    return UserError(f'{file}, line {lines[-1]}: there is no config key "{key[1]}"{advice}')
+
+
+def _raised_in(error: BaseException | None, file: str) -> tuple[BaseException | None, list[int | None]]:
+    """The exception that came from a file, and the lines it came by: ml_collections and absl raise those of a type or a
+    value anew, with the traceback as text."""
+    while error is not None:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        if lines:
+            return error, lines
+        error = error.__context__
+    return None, []
 
 
 def check_config_options(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -182,8 +182,20 @@ def check_known(keys: list[str]) -> None:
             raise UserError(f"there is no config key {key!r}; did you mean {near[0]!r}?")
 
 
+def check_whole(config: object) -> None:
+    """Raises ``UserError`` for the first key that a config lacks: one that is not ``default()`` with keys changed."""
+    for key in KEYS:
+        section, name = key.split(".")
+        if name not in (getattr(config, section, None) or ()):
+            raise UserError(
+                f"the config has no {key}; get_config() takes jaxlinear.config.default() and sets its keys one by one, "
+                "as config.model.width = 64"
+            )
+
+
 def resolve(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     """A copy with the preset's values filled in, checked; ``UserError`` says what cannot work and why."""
+    check_whole(config)
     config = config.copy_and_resolve_references()
     check_known([f"{section}.{name}" for section in config for name in config[section]])
     _fill_in(config)

@@ -136,7 +136,27 @@ def get_config():
         ("config.model.wdth = 3", [], 'FILE, line 6: there is no config key "wdth"; did you mean "width"?'),
         ("config.model.update({'wdth': 3})", [], 'FILE, line 6: there is no config key "wdth"; did you mean "width"?'),
         (WITHOUT_A_NEAR_ONE, [], 'FILE, line 6: there is no config key "zzz"'),
-        ("config.model.width = 'wide'", [], "field 'width' (reference). wide is of original type"),
+        (
+            "config.model.width = 'wide'",
+            [],
+            "FILE, line 6: Could not override field 'width' (reference). wide is of original type <class 'str'> and cannot",
+        ),
+        (
+            "config.model = dict(width=64)",
+            [],
+            "the config has no model.preset; get_config() takes jaxlinear.config.def",
+        ),
+        (
+            "config.model = dict(width=64)",
+            ["--config.training.steps=3"],
+            "the config has no model.preset; get_config()",
+        ),
+        ("return dict(model=1)", [], "the config has no model.preset; get_config() takes jaxlinear.config.default()"),
+        (
+            "return dict(model=1)",
+            ["--config.training.steps=3"],
+            "FILE: get_config() has to return jaxlinear.config.def",
+        ),
         (
             "config.model.preset = 'griffin_100m'",
             ["--config.optimizer.muon_learning_rate=0.1"],
@@ -165,6 +185,14 @@ def test_train_refuses_bad_input(tmp_path, line, arguments, message):
     assert done.stdout == "" and done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_file_without_get_config(tmp_path):
+    file = tmp_path / "small.py"
+    file.write_text("config = 3\n")
+    done = launch(tmp_path, f"--config={file}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"{file}: get_config() has to return jaxlinear.config.default() with keys changed: module" in done.stderr
 
 
 def test_train_needs_a_config(tmp_path):

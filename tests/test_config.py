@@ -54,6 +54,16 @@ def test_an_unknown_key_is_refused_with_the_nearest():
         configs.resolve(config)
 
 
+@pytest.mark.parametrize("section, value, key", [("model", {"width": 64}, "preset"), ("optimizer", None, "name")])
+def test_a_config_that_lacks_keys_is_refused(section, value, key):
+    config = changed({})
+    config[section] = value
+    with pytest.raises(
+        UserError, match=rf"^the config has no {section}.{key}; get_config\(\) takes jaxlinear.config.def"
+    ):
+        configs.resolve(config)
+
+
 @pytest.mark.parametrize(
     "key, value", [("model.width", "wide"), ("training.steps", 2.5), ("model.dtype", 16), ("model.pattern", 3)]
 )
