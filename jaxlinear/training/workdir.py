@@ -113,14 +113,22 @@ def note_start(directory: Path, step: int, config: config_dict.ConfigDict, mesh:
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         **_behaviour(config),
     }
-    with open(directory / STARTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    temporary = directory / (STARTS + ".tmp")
+    temporary.write_text(
+        "".join(f"{known}\n" for known in [*_whole_lines(directory), json.dumps(line)]), encoding="utf-8"
+    )
+    os.replace(temporary, directory / STARTS)
 
 
 def read_starts(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of ``starts.jsonl``; none for runs that were begun before there was one."""
-    path = Path(workdir) / STARTS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The lines of ``starts.jsonl``; none for runs that were begun before there was one. A last line that was cut short is
+    left out."""
+    return [json.loads(line) for line in _whole_lines(Path(workdir))]
+
+
+def _whole_lines(directory: Path) -> list[str]:
+    path = directory / STARTS
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
 
 
 def check_same_run(

@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl and what becomes of them when a run goes on; rates and the end of a run that diverged."""
+"""The lines of metrics.jsonl and starts.jsonl, when a run goes on too; rates and the end of a run that diverged."""
 
 import types
 
@@ -8,9 +8,11 @@ import pytest
 from jaxlinear.errors import RunError
 from jaxlinear.scaling import flops
 from jaxlinear.training import metrics
+from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.job import Job
 from jaxlinear.training.meter import Meter
 from jaxlinear.training.metrics import MetricsWriter
+from tests.training import tiny
 
 VALUES = dict.fromkeys(("loss", "gradient_norm", "parameter_norm", "learning_rate", "skips", "skips_in_a_row"), 1.5)
 
@@ -36,6 +38,17 @@ def test_lines_of_steps_that_will_be_taken_again_are_dropped(tmp_path):
     assert lines[:3] == [f'{{"step": {step}, "loss": {1 / step}}}' for step in (1, 2, 3)]
     assert lines[3:] == ['{"step": 4, "loss": 0.30000000000000004, "heldout_loss": NaN}']
     assert [path.name for path in tmp_path.iterdir()] == [metrics.FILE]
+
+
+def test_a_start_after_a_line_that_was_cut_short_has_a_line_of_its_own(tmp_path):
+    config, mesh = tiny.config(), tiny.mesh()
+    workdirs.note_start(tmp_path, 0, config, mesh)
+    with (tmp_path / workdirs.STARTS).open("a") as file:
+        file.write('{"step": 3, "ti')
+    assert [line["step"] for line in workdirs.read_starts(tmp_path)] == [0]
+    workdirs.note_start(tmp_path, 5, config, mesh)
+    assert [line["step"] for line in workdirs.read_starts(tmp_path)] == [0, 5]
+    assert [path.name for path in tmp_path.iterdir()] == [workdirs.STARTS]
 
 
 def test_tensorboard_events(tmp_path):
