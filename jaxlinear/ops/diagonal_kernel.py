@@ -17,8 +17,11 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values as values
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, dtypes, recurrence
 from jaxlinear.ops.diagonal_maps import DiagonalMaps, Power, Transition
+from jaxlinear.pallas import derivatives
 from jaxlinear.pallas import scan as kernels
 from jaxlinear.pallas.target import Target
+
+_TWICE = "associative"  # the backend that has gradients of gradients
 
 
 def refusal(a_dtype, x_dtype, compute_dtype, platform: str) -> str | None:
@@ -62,7 +65,8 @@ def _scan(a, x, state, starts, reverse, target):
 def _scan_forward(a, x, state, starts, reverse, target):
     only_state = not (a.perturbed or x.perturbed)
     a, x, state, starts = values((a, x, state, starts))
-    h, final = kernels.forward(a, x, state, starts, reverse=reverse, target=target)
+    given = derivatives.once((a, x, state, starts), _TWICE)
+    h, final = kernels.forward(*given, reverse=reverse, target=target)
     if only_state:
         return (h, final), (a, None, state, starts)
     h, final = recurrence.named((h, final))
@@ -70,8 +74,8 @@ def _scan_forward(a, x, state, starts, reverse, target):
 
 
 def _scan_backward(reverse, target, residuals, cotangents):
-    a, h, state, starts = residuals
-    d_h, d_final = (jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
+    cotangents = tuple(jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
+    (a, h, state, starts), (d_h, d_final) = derivatives.once((residuals, cotangents), _TWICE)
     if h is None:
         return None, None, kernels.state_gradient(a, d_h, d_final, starts, reverse=reverse, target=target), None
     d_a, d_x, d_state = kernels.gradient(a, h, state, starts, d_h, d_final, reverse=reverse, target=target)

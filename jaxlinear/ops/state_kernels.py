@@ -17,10 +17,12 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values as values
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, dtypes, recurrence
+from jaxlinear.pallas import derivatives
 from jaxlinear.pallas.linear_attention import Options
 from jaxlinear.pallas.target import Target
 
 NARROWEST, WIDEST = 16, 256  # K, and V of one kernel, where they are compiled
+_TWICE = "chunked"  # the backend that has gradients of gradients
 _TAKEN = {"tpu": (np.dtype(np.float32), np.dtype(jnp.bfloat16)), "gpu": (np.dtype(jnp.bfloat16),)}
 
 
@@ -81,7 +83,8 @@ def _by_pieces(kernels, inputs, state, options, *, keep):
 def _outputs_forward(kernels, inputs, state, options):
     only_state = not any(x.perturbed for x in inputs if x is not None)
     inputs, state = values((inputs, state))
-    o, final, before = _by_pieces(kernels, inputs, state, options, keep=not only_state)
+    given = derivatives.once((inputs, state), _TWICE)
+    o, final, before = _by_pieces(kernels, *given, options, keep=not only_state)
     if only_state:
         return (o, final), (inputs, None)
     o, final, before = recurrence.named((o, final, before))
@@ -89,8 +92,8 @@ def _outputs_forward(kernels, inputs, state, options):
 
 
 def _outputs_backward(kernels, options, residuals, cotangents):
-    inputs, before = residuals
-    d_o, d_final = (jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
+    cotangents = tuple(jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
+    (inputs, before), (d_o, d_final) = derivatives.once((residuals, cotangents), _TWICE)
     pieces = _of_pieces(inputs)
     of_values = list(zip(_split(d_o, len(pieces)), _split(d_final, len(pieces)), strict=True))
     if before is None:

@@ -12,10 +12,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from jaxlinear import counted
-from jaxlinear.pallas import blocks
+from jaxlinear.pallas import blocks, derivatives
 from jaxlinear.pallas.target import Target
 
 SAVED = "attention"  # what rules of rematerialisation call the outputs and the logs of the sums of weights
+TWICE = "chunked"  # the backend that has gradients of gradients
 
 
 def attention(
@@ -38,8 +39,25 @@ def attention(
         runs = jnp.pad(runs, ((0, 0), (0, padded - keys)), mode="edge")
         ids = splash.SegmentIds(q=runs[:, keys - length : keys - length + queries], kv=runs)
     kernel = _kernel(batch, heads, queries, padded, min(window, keys), keys - length, block, target.interpret)
-    o = kernel(q, k, values, ids)
+    o = _attend(kernel, q, k, values, ids)
     return o.swapaxes(1, 2)[:, :length].astype(v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(kernel, q, k, v, ids):
+    """The kernel, whose own rules say nothing of a second derivative that they do not have."""
+    return kernel(q, k, v, ids)
+
+
+def _attend_forward(kernel, q, k, v, ids):
+    return jax.vjp(lambda q, k, v: kernel(q, k, v, ids), *derivatives.once((q, k, v), TWICE))
+
+
+def _attend_backward(kernel, pullback, d_o):
+    return *pullback(derivatives.once(d_o, TWICE)), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 @functools.lru_cache(maxsize=64)

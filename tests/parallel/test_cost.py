@@ -217,14 +217,16 @@ def test_grouped_products_are_counted_by_their_rows(backend):
 def test_products_of_a_kernel_that_passes_over_steps_of_its_grid(window, visited):
     """Splash attention of 4 x 4 blocks of 128, a grid of two a row or of all: queries by keys and weights by values, of one
     head of each row; backward four for the gradients of keys and values, the logits again among them, and three for that of
-    queries; and the sums of outputs by their gradients. Rematerialisation takes the first two again."""
+    queries; and the sums of outputs by their gradients. Rematerialisation takes the first two again, unless the outputs
+    are kept."""
     x = jax.ShapeDtypeStruct((2, 512, 1, 64), jnp.float32)
     attend = functools.partial(ops.sliding_window_attention, window=window, backend="pallas")
     one = 2 * 128 * 128 * 64
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "attention_tpu", lambda length: 128)
         assert traced.products_of(attend, x, x, x) == (2 * visited * 2 * one, True)
-        for attention, again in ((attend, 0), (jax.checkpoint(attend), 2)):
+        kept = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names("attention"))
+        for attention, again in ((attend, 0), (jax.checkpoint(attend), 2), (kept, 0)):
             both = lambda q, k, v, attention=attention: jax.vjp(attention, q, k, v)[1](q)  # noqa: E731
             expected = 2 * visited * (2 + 4 + 3 + again) * one + 2 * 2 * 512 * 64
             assert traced.products_of(both, x, x, x) == (expected, True)
