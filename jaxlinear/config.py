@@ -33,7 +33,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.vocab_size": (int, "Rows of the embedding; by default the tokeniser's, rounded up to a multiple of 128."),
     "model.width": (int, "Channels of the residual stream, D."),
     "model.recurrent_width": (int, "Channels of the recurrent block; by default D."),
-    "model.num_heads": (int, "Attention heads; and blocks of the RG-LRU's gates, as far as they divide its width."),
+    "model.num_heads": (
+        int,
+        "Attention heads; and blocks of the RG-LRU's gates, as far as they divide its width. By default 1 where no mixer "
+        "of the pattern reads it.",
+    ),
     "model.window": (OrPreset(1024), "Tokens that local attention sees, the present one included."),
     "model.key_value_heads": (
         OrPreset(1),
@@ -154,6 +158,9 @@ KEYS: dict[str, tuple[Any, str]] = {
 }
 
 
+_UNREAD_HEADS = 1  # what model.num_heads is where no mixer reads it, which no one has to set
+
+
 def default() -> config_dict.ConfigDict:
     """A config with every key at its default, locked against unknown ones."""
     config = config_dict.ConfigDict()
@@ -218,8 +225,10 @@ def forget_unread(config: config_dict.ConfigDict, changed: Collection[str]) -> N
     _fill_in(filled)
     if filled.model.pattern is None:
         return
-    for key, chooser, _ in config_checks.unread(filled):
-        choosers = {chooser} | ({"model.preset", "model.num_layers"} if chooser.startswith("model.") else set())
+    for key, readers in config_checks.unread(filled):
+        choosers = set(readers)
+        if any(chooser.startswith("model.") for chooser in readers):
+            choosers |= {"model.preset", "model.num_layers"}
         if key not in changed and choosers & set(changed):
             section, name = key.split(".")
             config[section][name] = default()[section][name]
@@ -264,6 +273,8 @@ def _fill_in(config: config_dict.ConfigDict) -> None:
     _fill_defaults(config)
     if model.pattern is not None:
         model.pattern = _names("model.pattern", "mixers", model.pattern)
+        if model.num_heads is None and not config_checks.is_read(config, "model.num_heads"):
+            model.num_heads = _UNREAD_HEADS
     config.evaluation.tasks = _names("evaluation.tasks", "tasks", config.evaluation.tasks)
 
 
@@ -283,7 +294,10 @@ def _may_stand(config: config_dict.ConfigDict) -> dict[str, tuple[Any, ...]]:
         name = key.removeprefix("model.")
         default_ = default_.value if isinstance(default_, OrPreset) else default_
         values[key] = (default_, preset[name]) if name in preset else (default_,)
-    return values | {"model.recurrent_width": (config.model.width, *values["model.recurrent_width"][1:])}
+    values["model.recurrent_width"] = (config.model.width, *values["model.recurrent_width"][1:])
+    # Any: configs that say all sizes have it, whatever their mixers.
+    values["model.num_heads"] = (_UNREAD_HEADS, config.model.num_heads)
+    return values
 
 
 def _names(key: str, what: str, texts: tuple[Any, ...]) -> tuple[str, ...]:

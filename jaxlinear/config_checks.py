@@ -41,9 +41,9 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
         raise UserError("model.pattern is empty; it names at least one mixer")
     for name in model.pattern:
         mixers.find(name)
-    if model.width % model.num_heads:
+    if is_read(config, "model.num_heads") and model.width % model.num_heads:
         raise UserError(f"model.num_heads={model.num_heads} does not divide model.width={model.width}")
-    if model.num_heads % model.key_value_heads:
+    if is_read(config, "model.key_value_heads") and model.num_heads % model.key_value_heads:
         raise UserError(
             f"model.key_value_heads={model.key_value_heads} does not divide model.num_heads={model.num_heads}"
         )
@@ -85,32 +85,41 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
     _check_read(config, may_stand)
 
 
-def unread(config: config_dict.ConfigDict) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """The keys that nothing of this run reads, each with the key that chooses who would, and the choices that do: none
-    where any value does but that which means never."""
-    for key, (chooser, readers) in _READ_BY.items():
-        if not set(_chosen(config, chooser)) & set(readers):
-            yield key, chooser, readers
+def is_read(config: config_dict.ConfigDict, key: str) -> bool:
+    """Whether anything of this run reads one of the keys that only some choices read."""
+    return any(set(_chosen(config, chooser)) & set(readers) for chooser, readers in _READ_BY[key].items())
+
+
+def unread(config: config_dict.ConfigDict) -> Iterator[tuple[str, Mapping[str, tuple[str, ...]]]]:
+    """The keys that nothing of this run reads, each with the keys that choose who would, and of each of these the choices:
+    none where any value does but that which means never."""
+    for key, readers in _READ_BY.items():
+        if not is_read(config, key):
+            yield key, readers
     for key, needed in _READ_WITH.items():
         for chooser in needed:
             section, name = chooser.split(".")
             if not config[section][name]:
-                yield key, chooser, ()
+                yield key, {chooser: ()}
                 break
 
 
 def _check_read(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...]]) -> None:
     """What is set and nothing of this run reads would do nothing."""
-    for key, chooser, readers in unread(config):
+    for key, readers in unread(config):
         section, name = key.split(".")
         value = config[section][name]
-        if value not in may_stand[key] and not readers:
-            raise UserError(f"{key}={value!r} does nothing without {chooser}; set that, or leave {key} at its default")
-        if value not in may_stand[key]:
-            raise UserError(
-                f"{key}={value!r} does nothing for {chooser}={','.join(_chosen(config, chooser))}: only "
-                f"{', '.join(readers)} {'reads' if len(readers) == 1 else 'read'} it; leave it at {may_stand[key][0]!r}"
-            )
+        if value in may_stand[key]:
+            continue
+        names = [name for choices in readers.values() for name in choices]
+        if not names:
+            needed = " and ".join(readers)
+            raise UserError(f"{key}={value!r} does nothing without {needed}; set that, or leave {key} at its default")
+        chosen = " and ".join(f"{chooser}={','.join(_chosen(config, chooser))}" for chooser in readers)
+        raise UserError(
+            f"{key}={value!r} does nothing for {chosen}: only {', '.join(names)} "
+            f"{'reads' if len(names) == 1 else 'read'} it; leave it at {may_stand[key][0]!r}"
+        )
 
 
 def _chosen(config: config_dict.ConfigDict, chooser: str) -> tuple[str, ...]:
@@ -191,24 +200,19 @@ _CHOICES = {
 }
 
 _MLP, _MIXTURE = "gated_mlp", "mixture_of_experts"
-# Keys that only some choices read: the key that chooses, and the choices.
-_READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
-    **{f"model.{name}": ("model.pattern", readers) for name, readers in mixers.READERS.items()},
-    "model.mlp_expansion": ("model.channel_mixer", (_MLP,)),
-    "model.mlp_activation": ("model.channel_mixer", (_MLP, _MIXTURE)),
-    **dict.fromkeys(
-        (
-            *(f"model.{name}" for name in ("experts", "experts_per_token", "expert_width")),
-            *(f"training.{name}" for name in ("load_balance_loss", "router_z_loss")),
-        ),
-        ("model.channel_mixer", (_MIXTURE,)),
-    ),
-    **dict.fromkeys(
-        (f"optimizer.{name}" for name in ("beta1", "beta2", "epsilon")), ("optimizer.name", ("adamw", "muon"))
-    ),
-    "optimizer.muon_learning_rate": ("optimizer.name", ("muon",)),
-    "schedule.decay_fraction": ("schedule.name", ("wsd",)),
-    "schedule.final_fraction": ("schedule.name", ("cosine", "linear", "wsd")),
+_OF_EXPERTS: dict[str, tuple[str, ...]] = {"model.channel_mixer": (_MIXTURE,)}
+# Keys that only some choices read: the keys that choose, and of each the choices.
+_READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    **{f"model.{name}": {"model.pattern": readers} for name, readers in mixers.READERS.items()},
+    "model.bias": {"model.channel_mixer": (_MLP, _MIXTURE), "model.pattern": mixers.READERS["bias"]},
+    "model.mlp_expansion": {"model.channel_mixer": (_MLP,)},
+    "model.mlp_activation": {"model.channel_mixer": (_MLP, _MIXTURE)},
+    **{f"model.{name}": _OF_EXPERTS for name in ("experts", "experts_per_token", "expert_width")},
+    **{f"training.{name}": _OF_EXPERTS for name in ("load_balance_loss", "router_z_loss")},
+    **{f"optimizer.{name}": {"optimizer.name": ("adamw", "muon")} for name in ("beta1", "beta2", "epsilon")},
+    "optimizer.muon_learning_rate": {"optimizer.name": ("muon",)},
+    "schedule.decay_fraction": {"schedule.name": ("wsd",)},
+    "schedule.final_fraction": {"schedule.name": ("cosine", "linear", "wsd")},
 }
 # Keys that nothing reads unless all of these are set: to neither 0 nor nothing.
 _READ_WITH: dict[str, tuple[str, ...]] = {

@@ -131,7 +131,7 @@ def get_config():
             "there is no config key 'loging.layer_norms'; did you mean 'logging.",
         ),
         ("pass", ["--config.training.steps=2.5"], "flag --config.training.steps=2.5: invalid literal for int()"),
-        ("pass", ["--config.model.pattern=mamba"], "without model.preset these keys need a value: model.num_heads"),
+        ("pass", ["--config.model.pattern=gla"], "without model.preset these keys need a value: model.num_heads"),
         ("pass", ["--config=FILE_"], "there is no config file 'FILE_'; did you mean 'FILE'?"),
         ("config.model.wdth = 3", [], 'FILE, line 6: there is no config key "wdth"; did you mean "width"?'),
         ("config.model.update({'wdth': 3})", [], 'FILE, line 6: there is no config key "wdth"; did you mean "width"?'),

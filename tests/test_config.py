@@ -204,7 +204,7 @@ def test_what_cannot_work_is_refused_with_its_reason(changes, message):
         configs.resolve(changed(changes))
 
 
-OTHER = dict.fromkeys(mixers.READERS, 2) | {
+OTHER = dict.fromkeys((name for name in mixers.READERS if name not in ("bias", "num_heads")), 2) | {
     "feature_map": "elu",
     "discretization": "bilinear",
     "rotary_fraction": 0.25,
@@ -212,11 +212,11 @@ OTHER = dict.fromkeys(mixers.READERS, 2) | {
 }
 
 
-@pytest.mark.parametrize("name", mixers.READERS)
+@pytest.mark.parametrize("name", OTHER)
 def test_what_no_mixer_of_the_pattern_reads_is_refused(name):
     readers, key = mixers.READERS[name], f"model.{name}"
     default = 16 if name == "recurrent_width" else configs.KEYS[key][0].value
-    other = "gla" if "rg_lru" in readers else "rg_lru"
+    other = next(mixer for mixer in ("rg_lru", "gla", "mamba2") if mixer not in readers)
     for mixer in mixers.MIXERS:
         config = changed({"model.pattern": (other, mixer), "model.window": None, key: OTHER[name]})
         if mixer in readers:
@@ -230,6 +230,38 @@ def test_what_no_mixer_of_the_pattern_reads_is_refused(name):
         )
         alone = changed({"model.pattern": (mixer,), "model.window": None, key: default})
         assert configs.resolve(alone).model[name] == default
+
+
+def test_biases_are_of_the_channel_mixer_or_of_attention():
+    def resolved(mixer, channel_mixer, bias):
+        config = changed({"model.pattern": (mixer,), "model.window": None, "model.bias": bias})
+        config.model.channel_mixer = channel_mixer
+        return configs.resolve(config).model.bias
+
+    assert resolved("attention", "none", False) is resolved("rg_lru", "gated_mlp", False) is False
+    assert resolved("rg_lru", "none", True) is True
+    with pytest.raises(UserError) as refusal:
+        resolved("rg_lru", "none", False)
+    assert str(refusal.value) == (
+        "model.bias=False does nothing for model.channel_mixer=none and model.pattern=rg_lru: only gated_mlp, "
+        "mixture_of_experts, attention, sliding_window read it; leave it at True"
+    )
+
+
+def test_heads_that_nothing_reads():
+    """Need not be named, divide nothing, and may be any: a config that says all sizes has them."""
+    config = configs.default()
+    config.model.preset, config.model.width = "mamba2_6m", 257
+    assert configs.resolve(config).model.num_heads == 8
+    config.model.num_heads = 2
+    assert configs.resolve(config).model.num_heads == 2
+    configs.forget_unread(config, ["model.pattern"])
+    assert configs.resolve(config).model.num_heads == 8
+    config = changed({"model.pattern": ("lru",), "model.num_heads": None, "model.window": None})
+    assert configs.resolve(config).model.num_heads == 1
+    config.model.pattern = ("lru", "gla")
+    with pytest.raises(UserError, match=r"^without model.preset these keys need a value: model.num_heads$"):
+        configs.resolve(config)
 
 
 def test_what_a_preset_says_and_another_pattern_does_not_read_may_stand():

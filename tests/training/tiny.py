@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import Checkpoints
+from jaxlinear.models import mixers
 from jaxlinear.models.parameters import describe
 from jaxlinear.parallel import feeding
 from jaxlinear.parallel import mesh as meshes
@@ -45,8 +46,10 @@ def config(**changes):
         "schedule__warmup_steps": 0,
         "optimizer__learning_rate": 1e-2,
     }
-    if "sliding_window" not in changes.get("model__pattern", values["model__pattern"]):
-        del values["model__window"]
+    pattern = changes.get("model__pattern", values["model__pattern"])
+    for name in ("num_heads", "window"):
+        if not set(mixers.READERS[name]) & set(pattern):
+            del values[f"model__{name}"]
     for key, value in (values | changes).items():
         section, name = key.split("__")
         made[section][name] = value

@@ -59,6 +59,9 @@ _HEADS_OF_KEYS = ("delta_net", "gated_delta_net", "gla", "hgrn2", "kda", "lightn
 _ATTENTION = ("attention", "sliding_window")
 _OF_CHANNELS = ("convolution", "gateloop", "lru", "mamba2", "rg_lru", "s5")
 READERS = {
+    # Others take their heads of other keys, or have none.
+    "num_heads": (*_ATTENTION, *(name for name in _HEADS_OF_KEYS if name != "hgrn2"), "gateloop", "rg_lru", "s5"),
+    "bias": _ATTENTION,
     "recurrent_width": _OF_CHANNELS,
     "window": ("sliding_window",),
     "key_value_heads": _ATTENTION,
