@@ -122,6 +122,8 @@ def _of_config_file(error: Exception, file: str) -> UserError | None:
             return None
         return UserError(f"{file}: get_config() has to return jaxlinear.config.default() with keys changed: {error}")
     if isinstance(cause, TypeError | ValueError):
+        if "ml_collections" not in traceback.extract_tb(cause.__traceback__)[-1].filename:
+            return None
         return UserError(f"{file}, line {lines[-1]}: {cause}")
     bare = r"|\W*$" if isinstance(cause, AttributeError) else ""
     key = re.match(rf"""\W*(?:Key ")?(\w+)(.*the config is locked|.*Did you mean{bare})""", str(cause), re.DOTALL)

@@ -294,10 +294,7 @@ def _may_stand(config: config_dict.ConfigDict) -> dict[str, tuple[Any, ...]]:
         name = key.removeprefix("model.")
         default_ = default_.value if isinstance(default_, OrPreset) else default_
         values[key] = (default_, preset[name]) if name in preset else (default_,)
-    values["model.recurrent_width"] = (config.model.width, *values["model.recurrent_width"][1:])
-    # Any: configs that say all sizes have it, whatever their mixers.
-    values["model.num_heads"] = (_UNREAD_HEADS, config.model.num_heads)
-    return values
+    return values | {"model.recurrent_width": (config.model.width, *values["model.recurrent_width"][1:])}
 
 
 def _names(key: str, what: str, texts: tuple[Any, ...]) -> tuple[str, ...]:

@@ -92,9 +92,10 @@ def is_read(config: config_dict.ConfigDict, key: str) -> bool:
 
 def unread(config: config_dict.ConfigDict) -> Iterator[tuple[str, Mapping[str, tuple[str, ...]]]]:
     """The keys that nothing of this run reads, each with the keys that choose who would, and of each of these the choices:
-    none where any value does but that which means never."""
+    none where any value does but that which means never. Not ``model.num_heads``, which has no default: configs that say
+    all sizes have it, whatever their mixers."""
     for key, readers in _READ_BY.items():
-        if not is_read(config, key):
+        if key != "model.num_heads" and not is_read(config, key):
             yield key, readers
     for key, needed in _READ_WITH.items():
         for chooser in needed:

@@ -13,7 +13,8 @@ def jit(function: Callable[..., Any], runs: int) -> Callable[..., Any]:
     """``jax.jit`` of a function by whose products ``runs`` is meant: how often the body of its loop runs, or how many steps
     of its kernels' grids do, or how many rows its grouped product takes. It changes nothing of what is computed.
 
-    The name of the program says so, since it stays as it is when the program is differentiated, mapped and split.
+    The name of the program says so, since it stays as it is when the program is differentiated and split. Nobody maps one
+    (``jax.vmap``): more would be done under the same name.
     """
 
     def counted(*arguments):

@@ -31,8 +31,10 @@ _EXAMPLES = flags.DEFINE_integer("examples", 1024, "Held-out examples that each 
 
 def main() -> int:
     from jaxlinear.evaluation import recall
+    from jaxlinear.parallel import start
     from jaxlinear.training import loop
 
+    start.use_gpu_memory()
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what it is asked for: to open a run for reading only
     rows = []
     for name in _PATTERNS.value:

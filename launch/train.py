@@ -18,7 +18,7 @@ def main() -> int:
     from jaxlinear.parallel import start
     from jaxlinear.training.loop import train
 
-    start.set_environment()
+    start.use_gpu_memory()
     start.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _EXPECT.value:
         start.expect(_EXPECT.value)

@@ -9,6 +9,7 @@ import pytest
 from jaxlinear import config as configs
 from jaxlinear.errors import UserError
 from jaxlinear.models import mixers, presets
+from jaxlinear.training import workdir
 from tests.golden import rewrite
 
 SMALL = {
@@ -248,6 +249,17 @@ def test_biases_are_of_the_channel_mixer_or_of_attention():
     )
 
 
+def test_what_nothing_reads_makes_no_other_run(tmp_path):
+    def made(channel_mixer, bias):
+        config = changed({"model.pattern": ("mamba2",), "model.window": None, "model.bias": bias})
+        config.model.channel_mixer = channel_mixer
+        return config
+
+    workdir.check_same_run(tmp_path, made("none", False), made("none", True))
+    with pytest.raises(UserError, match=r"model\.bias is False there and True in this config"):
+        workdir.check_same_run(tmp_path, made("gated_mlp", False), made("gated_mlp", True))
+
+
 def test_heads_that_nothing_reads():
     """Need not be named, divide nothing, and may be any: a config that says all sizes has them."""
     config = configs.default()
@@ -256,7 +268,7 @@ def test_heads_that_nothing_reads():
     config.model.num_heads = 2
     assert configs.resolve(config).model.num_heads == 2
     configs.forget_unread(config, ["model.pattern"])
-    assert configs.resolve(config).model.num_heads == 8
+    assert configs.resolve(config).model.num_heads == 2
     config = changed({"model.pattern": ("lru",), "model.num_heads": None, "model.window": None})
     assert configs.resolve(config).model.num_heads == 1
     config.model.pattern = ("lru", "gla")

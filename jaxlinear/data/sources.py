@@ -147,7 +147,10 @@ def _files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pa
             if name.startswith("."):
                 continue
             file = pathlib.Path(directory, name)
-            if not file.exists():  # of whatever suffix: it may have been a folder
+            if not file.exists() and stripped_suffix(file) in (
+                "",
+                *suffixes,
+            ):  # without a suffix it may have been a folder
                 raise UserError(f"{file} is a link to {os.readlink(file)}, which is not there; mend or remove it")
             if stripped_suffix(file) in suffixes:
                 if is_new(file):

@@ -1,6 +1,7 @@
 """Every checkpoint of a run as it appears: its report to JSON, its numbers to TensorBoard, their curves to an HTML page."""
 
 import dataclasses
+import datetime
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.evaluation import html, plots
 from jaxlinear.evaluation.options import Options
 from jaxlinear.evaluation.run import Run, open_run
-from jaxlinear.training.workdir import read_config
+from jaxlinear.training.workdir import read_config, read_starts
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def follow(
     folder.mkdir(exist_ok=True)
     reports: dict[int, dict[str, Any]] = {}
     asked = {"tasks": list(tasks), "options": json.loads(json.dumps(dataclasses.asdict(options)))}
-    past = _of_the_past(folder, asked, _steps(workdir))
+    past = _of_the_past(workdir, asked)
     run: Run | None = None
     removed: set[int] = set()
     seen = time.monotonic()
@@ -111,15 +112,22 @@ def _read(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     return report if report.get("asked") == asked else None
 
 
-def _of_the_past(folder: Path, asked: Mapping[str, Any], steps: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """The reports of earlier calls that were asked for the same, of checkpoints that are no longer among ``steps``. Those
-    of later steps than all of these are left out: the run was set back, and will take them again."""
-    past = {}
-    for path in folder.glob("*.json"):
-        if path.stem.isdigit() and int(path.stem) < max(steps, default=0) and int(path.stem) not in steps:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            if asked == {name: value for name, value in report.get("asked", {}).items() if name != "checkpoint"}:
-                past[int(path.stem)] = report
+def _of_the_past(workdir: str | os.PathLike, asked: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The reports of earlier calls that were asked for the same, of checkpoints that are there no more. Those that were
+    made before the run began anew from an earlier step, or that it has not come to again, are of another past."""
+    steps, past = _steps(workdir), {}
+    starts = [
+        (datetime.datetime.fromisoformat(line["time"]).timestamp(), line["step"]) for line in read_starts(workdir)
+    ]
+    for path in directory(workdir).glob("*.json"):
+        if not path.stem.isdigit() or int(path.stem) in steps or int(path.stem) > max(steps, default=0):
+            continue
+        step, made = int(path.stem), path.stat().st_mtime
+        if any(begun > made and first < step for begun, first in starts):
+            continue
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if asked == {name: value for name, value in report.get("asked", {}).items() if name != "checkpoint"}:
+            past[step] = report
     return past
 
 

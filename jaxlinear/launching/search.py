@@ -14,7 +14,6 @@ from jax.sharding import AbstractMesh
 from ml_collections import config_dict
 
 from jaxlinear import config as configs
-from jaxlinear import config_checks
 from jaxlinear.errors import UserError
 from jaxlinear.launching import roofline, sizing
 from jaxlinear.launching.sizing import Sizing
@@ -76,13 +75,12 @@ def candidates(config: config_dict.ConfigDict, target: Target) -> list[Candidate
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size is not set, and there is no tokeniser to take it from")
     model = _Model(config, target)
-    heads = config.model.num_heads if config_checks.is_read(config, "model.num_heads") else 0  # any axis divides 0
     found = []
     for microbatches in (n for n in _MICROBATCHES if config.training.batch_size % n == 0):
         config.training.microbatches = microbatches
         for sizes in _meshes(len(target.devices)):
             mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-            if heads % sizes["tensor"] or not _allowed(config, mesh):
+            if config.model.num_heads % sizes["tensor"] or not _allowed(config, mesh):
                 continue
             for remat in REMAT_POLICIES:
                 candidate = model.reckon(sizes, mesh, remat, microbatches)

@@ -18,7 +18,7 @@ from jaxlinear.parallel import targets
 _MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
 
 
-def set_environment() -> None:
+def use_gpu_memory() -> None:
     """Before any device is touched: a run takes as much of a GPU's memory as ``targets`` reckons with, where JAX by itself
     takes three quarters. What the user has set stays, by the old name of the variable too."""
     if not {_MEMORY_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # refuses larger programs by.
 _TPUS = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2}  # of a slice
-# The part of a GPU's memory that a run takes (``start.set_environment``). The rest is for CUDA and NCCL.
+# The part of a GPU's memory that a run takes (``start.use_gpu_memory``). The rest is for CUDA and NCCL.
 GPU_MEMORY_FRACTION = 0.9
 _GPUS_A_HOST = 8
 

@@ -59,7 +59,8 @@ def _products(equation, runs) -> Products:
     if name == "shard_map":
         times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     if name in ("jit", "pjit"):
-        runs = counted.runs_of(params["name"]) or runs
+        said = counted.runs_of(params["name"])
+        runs = runs if said is None else said
     return _times(times, _sum(products(inner, runs) for inner in _inner(params)))
 
 

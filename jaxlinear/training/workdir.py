@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
-from jaxlinear import __version__
+from jaxlinear import __version__, config_checks
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
@@ -141,11 +141,13 @@ def check_same_run(
 ) -> None:
     """Raises ``UserError`` for the first key that would make the run in ``workdir`` another run. That is so of what may get
     a run over a divergence too, where it does not go on: what it has come to would be taken for the new value's. The
-    keys of ``compared``, which a run alone may change, are refused too: its losses are compared with those of others."""
+    keys of ``compared``, which a run alone may change, are refused too: its losses are compared with those of others. Keys
+    that nothing of either reads make no difference."""
     may_change = _MAY_CHANGE if goes_on else _MAY_CHANGE.difference(_BEHAVIOUR)
+    unread = {key for key, _ in config_checks.unread(old)} & {key for key, _ in config_checks.unread(new)}
     for key in configs.KEYS:
         section, name = key.split(".")
-        if old[section][name] == new[section][name]:
+        if old[section][name] == new[section][name] or key in unread:
             continue
         if (section in may_change or key in may_change) and key not in compared:
             continue

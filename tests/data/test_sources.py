@@ -92,6 +92,8 @@ def test_links_in_a_folder_are_followed_and_nothing_is_read_twice(tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "folder"])
 def test_a_link_that_leads_nowhere_is_refused(tmp_path, name):
     (tmp_path / "z.txt").write_text("z")
+    (tmp_path / "program.js").symlink_to("gone")  # which nobody asks for
+    assert texts(open_source(str(tmp_path))) == ["z"]
     (tmp_path / name).symlink_to("gone")
     with pytest.raises(
         UserError, match=f"^{tmp_path}/{name} is a link to gone, which is not there; mend or remove it$"

@@ -9,6 +9,7 @@ from jaxlinear import evaluation
 from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import Options, following
+from jaxlinear.training.workdir import STARTS
 
 OPTIONS = Options(lengths=(1,), batches=1, batch_tokens=256, examples=8)
 TASKS = ["perplexity", "parity:length=8+16"]
@@ -84,7 +85,16 @@ def test_reports_of_checkpoints_that_are_gone_are_read_again(followed, copied, t
     (folder / following.PAGE).unlink()
     assert list(following.follow(workdir, TASKS, OPTIONS)) == followed
     assert "2 checkpoints, steps 1 to 2." in (folder / following.PAGE).read_text()
+    report = (folder / "1.json").read_text()
     (folder / "1.json").write_text(json.dumps(followed[0] | {"asked": followed[0]["asked"] | {"tasks": ["parity"]}}))
+    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed[1:]
+    (folder / "1.json").write_text(report)
+    again = {"step": 1, "time": "2100-01-01T00:00:00+00:00"}  # from that step, of which the report is
+    with (workdir / STARTS).open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed
+    with (workdir / STARTS).open("a") as file:
+        file.write(json.dumps(again | {"step": 0}) + "\n")
     assert list(following.follow(workdir, TASKS, OPTIONS)) == followed[1:]
 
 

@@ -183,14 +183,6 @@ def test_the_search_keeps_the_batch_and_uses_every_device(target):
     assert found[0].memory == pytest.approx(one.memory.total - one.memory.code, rel=0.5)  # the code is not reckoned
 
 
-def test_the_search_is_not_bound_by_heads_that_nothing_reads(target):
-    made = config()
-    made.model.preset, made.model.pattern, made.training.batch_size = "", ("lru",), 4
-    configs.forget_unread(made, ["model.pattern"])
-    assert configs.resolve(made).model.num_heads == 1
-    assert {candidate.mesh["tensor"] for candidate in search.candidates(made, target)} == {1, 2, 4}
-
-
 def test_a_candidate_that_the_compiler_refuses_does_not_end_a_search(target, sized, monkeypatch):
     asked, said = [], []
 

@@ -95,10 +95,10 @@ def test_a_run_takes_the_memory_of_a_gpu_that_is_reckoned_with(monkeypatch):
 
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
-    start.set_environment()
+    start.use_gpu_memory()
     assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == targets.GPU_MEMORY_FRACTION
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
         monkeypatch.setenv(name, "0.5")
-        start.set_environment()
+        start.use_gpu_memory()
         assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == 0.5

@@ -155,6 +155,24 @@ def test_runs_keep_their_names_when_others_are_planned_beside_them(tiny_dataset,
     assert planned([1e-3, 2e-3], **seeds) == both and planned([1e-3, 2e-3]) == both[::2]
     assert planned([2e-3], **seeds) == ["learning_rate=0.002", "learning_rate=0.002-seed=1"]
     assert len(list(tmp_path.glob("jobs/*/config.json"))) == 4
+    assert planned([2e-3]) == ["learning_rate=0.002"]
+
+
+def test_a_run_keeps_its_name_though_another_one_had_what_it_would_be_called(tiny_dataset, tmp_path):
+    def planned(*rates):
+        plan = [{"size": "small", "optimizer.learning_rate": rate} for rate in rates]
+        with prepare(tmp_path, stand_in.config(tiny_dataset), plan) as sweep:
+            return [run.name for run in sweep.runs]
+
+    assert planned(1e-3) == ["small"]
+    assert planned(1e-3, 3e-3) == ["small", "small-learning_rate=0.003"]
+    assert planned(3e-3) == ["small-learning_rate=0.003"]
+
+
+def test_a_file_is_no_directory_of_a_sweep(tiny_dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"^{tmp_path}/file is no directory; give the sweep a --workdir of its own$"):
+        stand_in.sweep(tmp_path / "file", tiny_dataset)
 
 
 @pytest.mark.parametrize("text", ["", '{"executor": "lo', "[]", "{}"])
@@ -175,10 +193,9 @@ def test_another_run_of_the_same_name_is_refused(tiny_dataset, tmp_path):
         UserError, match=r"another run: training\.spike_multiple is 0\.0 there and 10\.0 in this config"
     ):
         stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), spike_multiple=10.0)
-    # So may it of these, but the losses of a sweep are compared: they are to be of the same text.
-    for key, there, value in (("evaluation.batches", 16, 2), ("data.heldout_path", "", str(tiny_dataset))):
-        with pytest.raises(UserError, match=f"another run: {key} is {there!r} there and {value!r} in this config"):
-            stand_in.sweep(tmp_path, tiny_dataset, [run | {key: value} for run in stand_in.runs([0, 1, 2])])
+    # So may it of this, but the losses of a sweep are compared: they are to be of as much text.
+    with pytest.raises(UserError, match=r"another run: evaluation\.batches is 16 there and 2 in this config"):
+        stand_in.sweep(tmp_path, tiny_dataset, [run | {"evaluation.batches": 2} for run in stand_in.runs([0, 1, 2])])
 
 
 def test_a_run_that_another_process_holds_is_waited_for(tiny_dataset, tmp_path):

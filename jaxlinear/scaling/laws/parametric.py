@@ -86,6 +86,12 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
     for (what, count), least in zip(counts.items(), (6, 3, 3), strict=True):
         if count < least:
             raise UserError(f"the parametric law needs at least {least} {what}; there are {count}")
+    spread = np.std(y)
+    if spread < _STRAIGHT:
+        raise UserError(
+            f"the parametric law needs runs of more and of fewer tokens: the logarithms of theirs differ by {spread:.2g}, "
+            "as a standard deviation"
+        )
     slope, constant = np.polyfit(x, y, 1)
     # With D as N^slope the law is A N^-alpha + B' N^-(slope beta), the same with its terms exchanged, and resampled runs
     # agree with whichever the fit came to. Where D falls as N grows, as along one budget, their signs tell them apart.

@@ -25,7 +25,7 @@ FINISHED, RUNNING, QUEUED, INTERRUPTED, FAILED, WAITING = (
 
 _INTERRUPTED = (None, PREEMPTED, -signal.SIGTERM, -signal.SIGINT)  # a signal that came before the run could save itself
 
-_MEASURED = ("evaluation.batches", "data.heldout_path")  # which text the losses of a sweep are of: the same for all
+_MEASURED = ("evaluation.batches",)  # of how much text the losses of a sweep are: of the same for all
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,8 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
     names = plans.names(runs)
     resolved = [plans.resolve(config, run) for run in runs]
     _check_data(resolved)
+    if os.path.lexists(sweep) and not sweep.is_dir():
+        raise UserError(f"{sweep} is no directory; give the sweep a --workdir of its own")
     sweep.mkdir(parents=True, exist_ok=True)
     with hold(sweep) as held:
         if not held:
@@ -81,12 +83,19 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
 def _kept(sweep: Path, names: Sequence[str], resolved: Sequence[config_dict.ConfigDict]) -> list[str]:
     """``names``, but a run that the sweep has with the same config under another one keeps that: a name holds what runs
     differ in, so it changes with the runs that are planned beside it."""
-    there = {path.parent.name: path.read_text(encoding="utf-8") for path in sorted(sweep.glob("jobs/*/config.json"))}
-    others = {text: name for name, text in there.items() if name not in names}
-    return [
-        name if name in there else others.pop(configs.to_json(config), name)
-        for name, config in zip(names, resolved, strict=True)
-    ]
+    paths = sorted(sweep.glob("jobs/*/config.json"))
+    there = {path.parent.name: configs.to_json(configs.from_json(path.read_text(encoding="utf-8"))) for path in paths}
+    kept: list[str] = []
+    for name, config in zip(names, resolved, strict=True):
+        text = configs.to_json(config)
+        same = [known for known, other in there.items() if other == text and known not in kept]
+        kept.append(name if name in same or not same else same[0])
+    if len(set(kept)) < len(kept):
+        twice = next(name for name in kept if kept.count(name) > 1)
+        raise UserError(
+            f"two runs would be called {twice}: one of an earlier plan and a new one; give the new one a label"
+        )
+    return kept
 
 
 def read(directory: str | os.PathLike) -> Sweep:
