@@ -326,7 +326,8 @@ returns it. On the command line, `--config.section.key=VALUE` changes one key; a
 
 A key that does not exist is refused with the nearest one that does; so are values of another type and combinations that
 cannot work, with the reason. A value that nothing of the run reads is refused too (a window where no layer has one, Muon's
-learning rate for AdamW); but what a config file says and a key of the command line leaves without a reader is not set then.
+learning rate for AdamW); but what a config file says and a key of the command line leaves without a reader is not set then,
+and numbers of what is switched off may stand (`evaluation.batches`, `logging.profile_steps`).
 A key without a default below follows from the preset, the data or another key. The
 resolved config is written to the run's `config.json`; when a run goes on, only the keys of `mesh`, `parallel`,
 `checkpoint`, `evaluation` and `logging`, `training.steps`, `training.max_skips`, `model.remat` and the paths of the data

@@ -98,11 +98,9 @@ def unread(config: config_dict.ConfigDict) -> Iterator[tuple[str, Mapping[str, t
         if key != "model.num_heads" and not is_read(config, key):
             yield key, readers
     for key, needed in _READ_WITH.items():
-        for chooser in needed:
-            section, name = chooser.split(".")
-            if not config[section][name]:
-                yield key, {chooser: ()}
-                break
+        section, name = needed.split(".")
+        if not config[section][name]:
+            yield key, {needed: ()}
 
 
 def _check_read(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...]]) -> None:
@@ -215,10 +213,6 @@ _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "schedule.decay_fraction": {"schedule.name": ("wsd",)},
     "schedule.final_fraction": {"schedule.name": ("cosine", "linear", "wsd")},
 }
-# Keys that nothing reads unless all of these are set: to neither 0 nor nothing.
-_READ_WITH: dict[str, tuple[str, ...]] = {
-    "evaluation.batches": ("evaluation.every_steps",),
-    "evaluation.tasks": ("evaluation.every_steps",),
-    "evaluation.examples": ("evaluation.every_steps", "evaluation.tasks"),
-    "logging.profile_steps": ("logging.profile_step",),
-}
+# Keys that nothing reads unless another one is set, to neither 0 nor nothing. Numbers of what is switched off may stand, as
+# ``evaluation.batches``.
+_READ_WITH = {"evaluation.tasks": "evaluation.every_steps"}

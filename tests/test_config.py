@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 
 import pytest
 
@@ -167,18 +166,9 @@ def test_rates_and_weights_are_not_negative(key):
                 ("schedule.name", "constant", "schedule.final_fraction", 0.5, "cosine, linear, wsd read"),
             )
         ),
-        *(
-            (
-                changes | {key: value},
-                rf"^{key}={re.escape(repr(value))} does nothing without {needed}; set that, or leave {key} at its default$",
-            )
-            for changes, key, value, needed in (
-                ({"evaluation.every_steps": 0}, "evaluation.batches", 3, "evaluation.every_steps"),
-                ({"evaluation.every_steps": 0}, "evaluation.tasks", ("mqarx",), "evaluation.every_steps"),
-                ({"evaluation.every_steps": 0}, "evaluation.examples", 77, "evaluation.every_steps"),
-                ({}, "evaluation.examples", 77, "evaluation.tasks"),
-                ({}, "logging.profile_steps", 5, "logging.profile_step"),
-            )
+        (
+            {"evaluation.every_steps": 0, "evaluation.tasks": ("mqarx",)},
+            r"^evaluation.tasks=\('mqarx',\) does nothing without evaluation.every_steps; set that, or leave evalu",
         ),
         ({"evaluation.tasks": (1,)}, r"^evaluation.tasks is \(1,\); it is names of tasks$"),
         (
@@ -303,9 +293,8 @@ def test_what_is_changed_may_leave_what_the_file_says_without_a_reader():
         "optimizer.beta1": 0.9,
     }
     assert forgotten({"model.pattern": ("gla", "gla")}) == forgotten({"model.num_layers": 1}) == {"model.window": None}
-    of_a_file |= {"evaluation.tasks": ("parity",), "evaluation.examples": 77}
-    assert forgotten({"evaluation.every_steps": 0}) == {"evaluation.tasks": (), "evaluation.examples": 256}
-    assert forgotten({"evaluation.tasks": ()}) == {"evaluation.examples": 256}
+    of_a_file |= {"evaluation.tasks": ("parity",), "evaluation.examples": 77}  # how many may stand
+    assert forgotten({"evaluation.every_steps": 0}) == {"evaluation.tasks": ()}
     # What was asked for itself stays, for `resolve` to refuse; so does what had no reader before.
     assert forgotten({"optimizer.name": "adamw", "optimizer.muon_learning_rate": 0.1}) == {}
     assert forgotten({"optimizer.name": "adamw", "schedule.decay_fraction": 0.1}) == {

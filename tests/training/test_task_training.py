@@ -179,5 +179,5 @@ def test_refusals(changes, message):
 
 
 def test_the_vocabulary_follows_the_task():
-    job = Job.build(task_config(model__vocab_size=None, evaluation__tasks=(), evaluation__examples=256))
+    job = Job.build(task_config(model__vocab_size=None, evaluation__tasks=()))
     assert (job.config.model.vocab_size, job.batches.vocab_size) == (128, 32)
