@@ -169,6 +169,25 @@ def test_a_run_keeps_its_name_though_another_one_had_what_it_would_be_called(tin
     assert planned(3e-3) == ["small-learning_rate=0.003"]
 
 
+def test_two_runs_of_one_name_are_refused(tiny_dataset, tmp_path):
+    """One keeps what it was called when it had another label; nothing is written then."""
+
+    def planned(**rates):
+        plan = [{"size": size, "optimizer.learning_rate": rate} for size, rate in rates.items()]
+        with prepare(tmp_path, stand_in.config(tiny_dataset), plan) as sweep:
+            return [run.name for run in sweep.runs]
+
+    assert planned(small=1e-3) == ["small"]
+    before = (tmp_path / "sweep.json").read_text()
+    with pytest.raises(
+        UserError,
+        match=r"^two runs would be called small: one of an earlier plan and a new one; give the new one a label$",
+    ):
+        planned(tiny=1e-3, small=3e-3)
+    assert (tmp_path / "sweep.json").read_text() == before
+    assert planned(tiny=1e-3) == ["small"]
+
+
 def test_a_file_is_no_directory_of_a_sweep(tiny_dataset, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"^{tmp_path}/file is no directory; give the sweep a --workdir of its own$"):
