@@ -26,6 +26,9 @@ _ENVIRONMENT_ERRORS = {
     errno.ENAMETOOLONG: "a name in the path is too long",
 }
 
+# Flags that name a file or directory, in whatever program has them.
+_PATHS = {"workdir", "output", "json", "data", "source"}
+
 
 def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes_arguments: bool = False) -> None:
     """Parses absl flags, calls ``main()`` and exits with its status (None means 0). What follows after ``--`` is refused,
@@ -41,6 +44,7 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes
         rest = _parse(argv)
         if rest and not takes_arguments:
             raise UserError(f"unexpected argument {rest[0]!r}: every option is written --name=value")
+        _check_paths()
         _show_messages()
         status = (main(rest) if takes_arguments else main()) or 0
     except (flags.Error, UserError) as error:
@@ -76,6 +80,22 @@ def check_output(flag: str, path: str | None) -> None:
         raise UserError(f"--{flag}={path} is a directory; name a file in it")
     if not pathlib.Path(path).absolute().parent.is_dir():
         raise UserError(f"--{flag}={path}: its directory does not exist")
+
+
+def check_path(flag: str, path: str) -> None:
+    """``UserError`` for a URL, which would become a directory of such a name on this machine's own disk."""
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/+", path):
+        raise UserError(
+            f"--{flag}={path}: paths are those of a file system, and {scheme[0]} is none; mount the bucket on every "
+            "host (of Google Cloud Storage: gcsfuse) and give the path below the mount"
+        )
+
+
+def _check_paths() -> None:
+    for flag in sorted(_PATHS & set(flags.FLAGS)):
+        values = flags.FLAGS[flag].value
+        for path in [values] if isinstance(values, str) else values or ():
+            check_path(flag, path)
 
 
 def _has_others() -> bool:

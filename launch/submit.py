@@ -1,7 +1,7 @@
 """Starts a training run on many devices.
 
     python launch/submit.py --platform=slurm --target=h100:16 --partition=gpu -- --config=configs/NAME.py --workdir=DIR ...
-    python launch/submit.py --platform=gke --target=v5e:4x8 --image=IMAGE -- --config=configs/NAME.py --workdir=DIR ...
+    python launch/submit.py --platform=gke --target=v5e:4x8 --image=IMAGE --mount=gs://BUCKET:/runs -- ... --workdir=/runs/A
     python launch/submit.py --platform=tpu_vm --target=v5p:4x4x4 --zone=Z --project=P --setup=SHELL -- --config=... ...
     python launch/submit.py --platform=local --processes=2 --target=cpu:2 -- --config=configs/NAME.py --workdir=DIR ...
 
@@ -43,6 +43,10 @@ _LOG = flags.DEFINE_string("log", "slurm-%j.log", "slurm: where the output goes.
 _SHELL = flags.DEFINE_multi_string("shell", [], "slurm: a line of shell before the run; may be given again.")
 
 _IMAGE = flags.DEFINE_string("image", None, "gke: a container with this project in its working directory.")
+_MOUNT = flags.DEFINE_multi_string(
+    "mount", [], "gke: gs://BUCKET:/PATH or CLAIM:/PATH in every pod; may be given again."
+)
+_SERVICE_ACCOUNT = flags.DEFINE_string("service_account", None, "gke: of Kubernetes, that may use the buckets.")
 _RESTARTS = flags.DEFINE_integer("restarts", 20, "gke: starts after failures that are no preemption.", lower_bound=0)
 
 _ZONE = flags.DEFINE_string("zone", None, "tpu_vm.")
@@ -59,7 +63,7 @@ _READ_BY: tuple[tuple[tuple[str, ...], tuple[flags.FlagHolder, ...]], ...] = (
     (("slurm", "gke"), (_SUBMIT, _GRACE)),
     (("gke", "tpu_vm"), (_SPOT,)),
     (("slurm",), (_PROCESSES_PER, _PARTITION, _ACCOUNT, _SBATCH, _MINUTES, _LOG, _SHELL)),
-    (("gke",), (_IMAGE, _RESTARTS)),
+    (("gke",), (_IMAGE, _MOUNT, _SERVICE_ACCOUNT, _RESTARTS)),
     (("tpu_vm",), (_ZONE, _PROJECT, _SETUP, _DIRECTORY)),
     (("local",), (_PROCESSES, _REQUEUE)),
 )
@@ -76,6 +80,7 @@ def main(arguments: list[str]) -> int:
     cli.check_config_options(arguments)
     python = _PYTHON.value or (sys.executable if _PLATFORM.value == "local" else "python")
     asked = request.make(_TARGET.value, _NAME.value, arguments, python=python, on_a_host=_DEVICES_A_HOST.value)
+    cli.check_path("workdir", asked.workdir)
     if _PLATFORM.value == "local":
         return local.run(asked, processes=_PROCESSES.value, requeue=_REQUEUE.value)
     text, suffix = _render(asked)
@@ -117,9 +122,16 @@ def _render(asked: request.Request) -> tuple[str, str]:
         )
         return script, ".sh"
     if _PLATFORM.value == "gke":
-        return gke.render(
-            asked, image=_IMAGE.value, restarts=_RESTARTS.value, grace=_GRACE.value, spot=_SPOT.value
-        ), ".yaml"
+        manifest = gke.render(
+            asked,
+            image=_IMAGE.value,
+            mounts=_MOUNT.value,
+            service_account=_SERVICE_ACCOUNT.value,
+            restarts=_RESTARTS.value,
+            grace=_GRACE.value,
+            spot=_SPOT.value,
+        )
+        return manifest, ".yaml"
     script = tpu_vm.render(
         asked,
         zone=_ZONE.value,

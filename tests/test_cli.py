@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import absl.logging  # noqa: F401 (it has the flag --verbosity)
 import pytest
 
 from jaxlinear import cli
@@ -100,6 +101,27 @@ def test_where_nothing_can_be_written_nothing_is_begun(program, arguments, messa
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"{program}.py: {message}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "program, arguments",
+    [
+        ("train", "--config=configs/griffin_100m.py --workdir=gs://bucket/run"),
+        ("plot", "--workdir=runs/a --workdir=s3:/bucket/run"),
+        ("submit", "--platform=slurm --target=h100:8 -- --config=configs/griffin_100m.py --workdir=gs://bucket/run"),
+    ],
+)
+def test_urls_are_no_paths(program, arguments, tmp_path):
+    """Of which ``pathlib`` makes directories of this machine, that go with it."""
+    arguments = arguments.replace("configs/", f"{REPOSITORY}/configs/").split()
+    command = [sys.executable, REPOSITORY / "launch" / f"{program}.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
+    value, scheme = arguments[-1].removeprefix("--workdir="), arguments[-1][len("--workdir=") :].split("bucket")[0]
+    assert done.stderr.startswith(
+        f"{program}.py: --workdir={value}: paths are those of a file system, and {scheme} is none; mount the bucket on"
+    )
 
 
 def test_the_config_of_a_program_is_found_from_anywhere(tmp_path):

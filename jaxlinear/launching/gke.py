@@ -1,5 +1,8 @@
 """A run as a JobSet of a GKE cluster: one pod a host, started again together when one of them is gone."""
 
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
@@ -14,12 +17,24 @@ _TPUS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-
 _GPUS = {"h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb", "a100": "nvidia-tesla-a100"}
 
 
-def render(request: Request, *, image: str, restarts: int = 20, grace: int = 300, spot: bool = False) -> str:
+def render(
+    request: Request,
+    *,
+    image: str,
+    mounts: Sequence[str],
+    service_account: str | None = None,
+    restarts: int = 20,
+    grace: int = 300,
+    spot: bool = False,
+) -> str:
     """The manifest for ``kubectl apply -f``.
 
     Args:
       request: of TPUs or GPUs.
       image: a container with this project in its working directory.
+      mounts: what is mounted in every pod, ``gs://BUCKET:/PATH`` or ``CLAIM:/PATH``, a PersistentVolumeClaim that many
+        nodes may write. The work directory is below one of them: a pod's own disk goes with the pod.
+      service_account: of Kubernetes, that may read and write the buckets.
       restarts: how often a failure is followed by another start; a preemption does not count.
       grace: seconds between SIGTERM and SIGKILL.
       spot: on nodes that may be taken away at any time.
@@ -28,6 +43,15 @@ def render(request: Request, *, image: str, restarts: int = 20, grace: int = 300
         raise UserError(f"GKE needs to know which nodes: {', '.join(_TPUS | _GPUS)}, not {request.target}")
     if not image:
         raise UserError("--platform=gke needs --image, a container with this project in its working directory")
+    volumes, mounted = _volumes(mounts)
+    paths = [PurePosixPath(mount["mountPath"]) for mount in mounted]
+    workdir = PurePosixPath(request.workdir)
+    if ".." in workdir.parts or not any(workdir.is_relative_to(path) for path in paths):
+        below = " or ".join(map(str, paths)) or "/PATH of a --mount=gs://BUCKET:/PATH or --mount=CLAIM:/PATH"
+        raise UserError(
+            f"--workdir={request.workdir} would lie on a pod's own disk, which goes with the pod and which other pods do "
+            f"not see; give one below {below}"
+        )
     on_tpu = request.platform == "tpu"
     resource = "google.com/tpu" if on_tpu else "nvidia.com/gpu"
     selector = (
@@ -48,12 +72,22 @@ def render(request: Request, *, image: str, restarts: int = 20, grace: int = 300
     }
     if request.hosts > 1:
         container["ports"] = [{"containerPort": _PORT}]
-    pod = {
+    if not on_tpu:  # NCCL's buffers, for which a container's 64 MB are too few
+        volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
+        mounted.append({"name": "shared-memory", "mountPath": "/dev/shm"})
+    container["volumeMounts"] = mounted
+    pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": grace,
         "nodeSelector": selector,
         "containers": [container],
+        "volumes": volumes,
     }
+    if service_account:
+        pod["serviceAccountName"] = service_account
+    template: dict[str, Any] = {"spec": pod}
+    if any("csi" in volume for volume in volumes):
+        template["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}
     # A pod that is evicted, and one that saved itself, end the job at once; the set then starts again, and that is not
     # counted. Any other failure is.
     rules = [
@@ -66,7 +100,7 @@ def render(request: Request, *, image: str, restarts: int = 20, grace: int = 300
         "parallelism": request.hosts,
         "completionMode": "Indexed",
         "podFailurePolicy": {"rules": rules},
-        "template": {"spec": pod},
+        "template": template,
     }
     manifest = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -88,6 +122,25 @@ def render(request: Request, *, image: str, restarts: int = 20, grace: int = 300
         topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
         manifest["metadata"] = {"name": request.name, "annotations": topology}
     return yaml.safe_dump(manifest, sort_keys=False, width=1000)
+
+
+def _volumes(mounts: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Of a pod, and where its container has them (cloud.google.com/kubernetes-engine/docs/how-to/persistent-volumes, of
+    buckets by its page cloud-storage-fuse-csi-driver)."""
+    volumes: list[dict[str, Any]] = []
+    mounted = []
+    for i, mount in enumerate(mounts):
+        given = re.fullmatch(r"(?:gs://([^:/]+)|([^:/]+)):(/[^:]+)", mount)
+        if given is None:
+            raise UserError(f"--mount={mount!r} is neither gs://BUCKET:/PATH nor CLAIM:/PATH")
+        bucket, claim, path = given.groups()
+        source: dict[str, Any] = {"persistentVolumeClaim": {"claimName": claim}}
+        if bucket:
+            attributes = {"bucketName": bucket, "mountOptions": "implicit-dirs"}
+            source = {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
+        volumes.append({"name": f"mount-{i}", **source})
+        mounted.append({"name": f"mount-{i}", "mountPath": path})
+    return volumes, mounted
 
 
 def _joining(request: Request) -> list[str]:

@@ -25,6 +25,7 @@ class Request:
     devices: int
     hosts: int
     python: str
+    workdir: str
     arguments: tuple[str, ...]
 
     @property
@@ -73,4 +74,4 @@ def make(target: str, name: str | None, arguments: Sequence[str], *, python: str
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
         raise UserError(f"--name={name!r} is no name for a job; it is a letter, then letters, digits and -, at most 40")
     shape = size if kind in targets.DIMENSIONS else None
-    return Request(name, kind, shape, devices, max(hosts, 1), python, tuple(arguments))
+    return Request(name, kind, shape, devices, max(hosts, 1), python, values["workdir"], tuple(arguments))

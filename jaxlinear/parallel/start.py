@@ -5,8 +5,11 @@ import glob
 import importlib.util
 import os
 import re
+import secrets
+import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from jaxlinear.errors import EveryProcessError, UserError
 from jaxlinear.parallel import targets
 
 _MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+_LOOKS = 10  # a second apart, at a file that another host wrote: a file system of the network may show it late
 
 
 def use_gpu_memory() -> None:
@@ -125,6 +129,30 @@ def together() -> Iterator[None]:
         raise EveryProcessError(str(error)) from error
     if len(failed):
         raise EveryProcessError(f"process {_named(failed)} cannot go on; its own message says why")
+
+
+def check_shared(what: str, directory: Path) -> None:
+    """Raises ``UserError`` on every process unless what the first one writes in ``directory`` is there for all of them."""
+    if jax.process_count() == 1:
+        return
+    written = directory / f".written_by_process_0_{_of_every_process(secrets.randbelow(2**31))[0, 0]}"
+    if is_first():
+        written.touch()
+    _of_every_process(0)  # it is there
+    seen = written.exists()
+    for _ in range(_LOOKS - 1):
+        if seen:
+            break
+        time.sleep(1)
+        seen = written.exists()
+    unseen = np.flatnonzero(_of_every_process(int(seen))[:, 0] == 0)
+    if is_first():
+        written.unlink()
+    if len(unseen):
+        raise EveryProcessError(
+            f"{what} {directory} of process {_named(unseen)} is not that of process 0, which wrote a file there; a run has "
+            "one directory for all its processes: on a file system of the network, or in a bucket that all hosts mount"
+        )
 
 
 def as_the_first(value: bool) -> bool:

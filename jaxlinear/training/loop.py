@@ -40,7 +40,8 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
         job = Job.build(config)
         workdirs.check(workdir, job.config)
         trained_data.check(workdir, job.datasets)
-        directory = workdirs.prepare(workdir, job.config)
+    directory = workdirs.prepare(workdir, job.config)
+    with start.together():
         trained_data.keep(directory, job.datasets)
     start.check_agreement("the data", job.data_text())
     with Stop() as stop:

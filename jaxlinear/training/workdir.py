@@ -1,11 +1,13 @@
 """A run's directory: its config, and what may change when the run goes on."""
 
 import datetime
+import errno
 import importlib.metadata
 import json
 import logging
 import os
 import platform
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ _LOG = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 STARTS = "starts.jsonl"
+_NO_RENAMES = (errno.ENOSYS, errno.ENOTSUP, errno.EMFILE)  # what gcsfuse has answered for buckets without folders
 
 # What else may be needed to get a run over a divergence: it goes on as another would have, which is said aloud and noted.
 _BEHAVIOUR = (
@@ -75,20 +78,42 @@ def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
 
 
 def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
-    """Makes the directory and writes the config, once all is checked."""
+    """Makes the directory, which all processes share, and writes the config, once all is checked."""
     check(workdir, config)
     directory = Path(workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    start.check_shared("the work directory", directory)
+    with start.together():
+        _check_renames(directory)
     if (directory / CONFIG).exists():
         before, after = _behaviour(read_config(directory)), _behaviour(config)
         for key, value in after.items():
             if before[key] != value:
                 _LOG.warning("the run goes on with %s=%r; it was %r", key, value, before[key])
-    directory.mkdir(parents=True, exist_ok=True)
     if start.is_first():
         temporary = directory / (CONFIG + ".tmp")
         temporary.write_text(configs.to_json(config))
         os.replace(temporary, directory / CONFIG)
     return directory
+
+
+def _check_renames(directory: Path) -> None:
+    """Raises ``UserError`` where folders cannot be renamed, as a checkpoint is when it is whole."""
+    if not start.is_first():
+        return
+    with tempfile.TemporaryDirectory(prefix=".renames_", dir=directory) as made:
+        before = Path(made) / "a"
+        before.mkdir()
+        (before / "file").touch()
+        try:
+            before.rename(Path(made) / "b")
+        except OSError as error:
+            if error.errno not in _NO_RENAMES:
+                raise
+            raise UserError(
+                f"folders cannot be renamed in {directory} ({error.strerror}), as checkpoints are when they are whole; of "
+                "Google Cloud Storage, mount a bucket with a hierarchical namespace"
+            ) from error
 
 
 def _behaviour(config: config_dict.ConfigDict) -> dict[str, Any]:

@@ -19,8 +19,16 @@ def asked(target, arguments=None, name=None):
 CASES = {
     "slurm.sh": lambda: slurm.render(asked("h100:16"), options={"partition": "gpu"}, setup=["module load cuda"]),
     "slurm_by_host.sh": lambda: slurm.render(asked("a100:4"), per="host", minutes=90, grace=60),
-    "gke_tpu.yaml": lambda: gke.render(asked("v5e:4x8"), image="registry/jaxlinear:1", spot=True),
-    "gke_gpu.yaml": lambda: gke.render(asked("h100:16"), image="registry/jaxlinear:1", restarts=3),
+    "gke_tpu.yaml": lambda: gke.render(
+        asked("v5e:4x8"),
+        image="registry/jaxlinear:1",
+        mounts=["gs://mine:/shared", "corpora:/data"],
+        service_account="trainer",
+        spot=True,
+    ),
+    "gke_gpu.yaml": lambda: gke.render(
+        asked("h100:16"), image="registry/jaxlinear:1", mounts=["runs:/shared/runs"], restarts=3
+    ),
     "tpu_vm.sh": functools.partial(
         lambda setup: tpu_vm.render(asked("v5p:4x4x4"), zone="us-east5-a", project="mine", setup=setup, spot=True),
         "test -d jaxlinear || git clone -q /shared/jaxlinear; cd jaxlinear && pip install -q '.[tpu]'",

@@ -197,6 +197,10 @@ def test_a_manifest_starts_one_pod_a_host():
     assert container["command"][-1].endswith("--expect=tpu:32")
 
 
+def of_gke(request=None, image="i", mounts=("runs:/shared",)):
+    return gke.render(request or asked("h100:8"), image=image, mounts=mounts)
+
+
 def test_the_status_of_a_preempted_run_is_that_of_the_loop():
     assert request.PREEMPTED == PREEMPTED
 
@@ -227,9 +231,20 @@ def test_the_status_of_a_preempted_run_is_that_of_the_loop():
             )
             for value in ("a\nb", 'say "a"')
         ),
-        (lambda: gke.render(asked("cpu:2"), image="i"), "GKE needs to know which nodes: v5e, .*, not cpu:2"),
-        (lambda: gke.render(asked("gpu:8"), image="i"), "GKE needs to know which nodes: .*, not gpu:8"),
-        (lambda: gke.render(asked("h100:8"), image=""), "--platform=gke needs --image"),
+        (lambda: of_gke(asked("cpu:2")), "GKE needs to know which nodes: v5e, .*, not cpu:2"),
+        (lambda: of_gke(asked("gpu:8")), "GKE needs to know which nodes: .*, not gpu:8"),
+        (lambda: of_gke(image=""), "--platform=gke needs --image"),
+        (
+            lambda: of_gke(mounts=[]),
+            "--workdir=/shared/runs/griffin would .* goes with the pod .*; give one below /PATH",
+        ),
+        (lambda: of_gke(mounts=["a:/data", "b:/shared/run"]), "--workdir=.*; give one below /data or /shared/run$"),
+        (
+            lambda: of_gke(asked("h100:8", ["--config=c", "--workdir=/shared/../runs"])),
+            r"--workdir=/shared/\.\./runs would lie on a pod's own disk",
+        ),
+        (lambda: of_gke(mounts=["gs://a/b:/shared"]), "--mount='gs://a/b:/shared' is neither gs://BUCKET:/PATH nor"),
+        (lambda: of_gke(mounts=["/shared"]), "--mount='/shared' is neither"),
         (lambda: tpu_vm.render(asked("h100:8"), zone="z", project="p", setup="s"), "--platform=tpu_vm is for TPUs"),
         (
             lambda: tpu_vm.render(asked("v5e:2x4"), zone="z", project=None, setup="s"),

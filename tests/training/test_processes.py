@@ -165,6 +165,22 @@ def test_a_host_that_lacks_the_data_ends_all(processes, tiny_dataset, tmp_path):
     assert len(other_lines) == 1 and "no dataset at data: the directory does not exist" in other_lines[0]
 
 
+def test_hosts_with_a_directory_each_are_refused(processes, tmp_path):
+    """The same relative path from two directories, as that of two hosts with disks of their own."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    config = f"--config={tiny.REPOSITORY / tiny.ARGUMENTS['config']}"
+    for process in processes("run", 2, 1, config, folders=folders):
+        status, lines = process.end()
+        assert status == 2, process
+        assert lines == [
+            "train.py: the work directory run of process 1 is not that of process 0, which wrote a file there; a run has "
+            "one directory for all its processes: on a file system of the network, or in a bucket that all hosts mount"
+        ]
+    assert [list(folder.glob("run/*")) for folder in folders] == [[], []]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

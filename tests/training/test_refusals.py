@@ -1,8 +1,10 @@
 """What does not fit together, refused before anything is written."""
 
+import errno
 import json
 import logging
 import os
+import pathlib
 import re
 import shutil
 
@@ -273,6 +275,20 @@ def test_a_workdir_that_is_no_directory(tiny_config, tmp_path, kind):
     with pytest.raises(UserError, match=rf"^{workdir} is no directory; give the run a --workdir of its own$"):
         train(tiny_config, workdir)
     assert os.path.lexists(workdir) and not workdir.is_dir()
+
+
+def test_a_workdir_whose_folders_cannot_be_renamed(tiny_config, tmp_path, monkeypatch):
+    """As in a bucket without folders: the first checkpoint would never be whole."""
+
+    def rename(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    with pytest.raises(
+        UserError, match=rf"^folders cannot be renamed in {tmp_path}/run \(Operation not supported\), as"
+    ):
+        train(tiny_config, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_directory_that_is_not_a_run(tmp_path):
