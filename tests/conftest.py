@@ -49,6 +49,22 @@ def pytest_ignore_collect(collection_path, config):
         return True
 
 
+@pytest.fixture(autouse=True, scope="module")
+def optimised(request):
+    """``make test`` compiles with little optimisation, but not what is compiled for devices that are not here."""
+    if request.node.get_closest_marker("compiles_ahead") is None:
+        yield
+        return
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:  # of the programs that these tests start, too
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(autouse=True)
 def few_programs():
     """Lets go of compiled programs when there are many: a worker meets those of a thousand tests."""

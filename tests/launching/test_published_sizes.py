@@ -12,6 +12,8 @@ import pytest
 from jaxlinear.parallel import targets
 from jaxlinear.training import ahead
 
+pytestmark = pytest.mark.compiles_ahead
+
 _PATH = Path(__file__).parents[2] / "configs" / "griffin_100m.py"
 _SPEC = importlib.util.spec_from_file_location("griffin_100m", _PATH)
 griffin_100m = importlib.util.module_from_spec(_SPEC)

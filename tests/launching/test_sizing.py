@@ -22,6 +22,8 @@ from jaxlinear.scaling.programs import Collective
 from jaxlinear.training import ahead, loop
 from jaxlinear.training import step as steps
 
+pytestmark = pytest.mark.compiles_ahead
+
 B, T, D, LAYERS, VOCABULARY = 8, 64, 128, 3, 256
 BATCH = ("data", "fsdp", "expert")
 REPOSITORY = pathlib.Path(__file__).parents[2]

@@ -16,6 +16,8 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding, targets
 from tests import ptxas
 
+pytestmark = pytest.mark.compiles_ahead
+
 # name: B, T, H, G, K, window, dtype, packed
 CASES = {
     "griffin": (1, 8192, 8, 1, 128, 2048, "bfloat16", True),

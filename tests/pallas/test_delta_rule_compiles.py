@@ -17,6 +17,8 @@ from jaxlinear.parallel import operations, sharding, targets
 from tests import ptxas
 from tests.pallas.test_linear_attention_compiles import copies
 
+pytestmark = pytest.mark.compiles_ahead
+
 # name: B, T, H, K, V, dtype, decay, packed
 CASES = {
     "none_64": (2, 2048, 4, 64, 64, "bfloat16", "none", True),

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.compiles_ahead
+
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu_instructions.py"
 
 

@@ -18,6 +18,8 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding, targets
 from tests import ptxas
 
+pytestmark = pytest.mark.compiles_ahead
+
 # name: B, T, H, K, V, dtype, decay, packed
 CASES = {
     "none_64": (2, 2048, 4, 64, 64, "bfloat16", "none", True),

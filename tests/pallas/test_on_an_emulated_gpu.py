@@ -24,6 +24,8 @@ from tests.pallas import test_linear_attention_kernel as linear
 from tests.pallas import test_scan_kernel as scan
 from tests.ptx import calls
 
+pytestmark = pytest.mark.compiles_ahead
+
 GPU = Target("gpu", "none", True)
 
 

@@ -17,6 +17,8 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding, targets
 from tests import ptxas
 
+pytestmark = pytest.mark.compiles_ahead
+
 # name: B, T, D, dtype, what else it has
 CASES = {
     "griffin": (2, 2048, 2560, "float32", "packed"),

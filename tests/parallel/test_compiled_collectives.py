@@ -23,6 +23,8 @@ from jaxlinear.parallel.exchanges import LANES
 from jaxlinear.scaling import programs
 from jaxlinear.training import ahead
 
+pytestmark = pytest.mark.compiles_ahead
+
 B, D, HEADS, LAYERS, WINDOW, SHARDS = 2, 1024, 8, 2, 24, 8
 LENGTH, LONG = 256, 16 * 256
 TPU, GPU = "v5e:2x4", "h100:8"

@@ -10,6 +10,8 @@ import pytest
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import start, targets
 
+pytestmark = pytest.mark.compiles_ahead
+
 
 @pytest.mark.parametrize(
     "name, devices, hosts, platform, gib",
