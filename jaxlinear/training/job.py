@@ -39,6 +39,7 @@ class Job:
         check_mesh(config, mesh)
         batches = _open_batches(config, mesh)
         config = _with_vocabulary(config, batches.vocab_size)
+        _check_vocabulary(config, mesh)
         architecture = parameters.describe(configs.model_config(config))
         job = cls(config, architecture, mesh, make_optimizer(config, architecture), batches)
         if config.data.heldout_path:
@@ -216,3 +217,16 @@ def check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         )
     if parts > 1 and model.experts % parts:
         raise UserError(f"mesh.expert={parts} does not divide model.experts={model.experts}")
+    if model.vocab_size is not None:  # else it follows the data
+        _check_vocabulary(config, mesh)
+
+
+def _check_vocabulary(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """``UserError`` unless each shard of ``mesh.tensor`` has a part of its own of the embedding. Of a whole one each would
+    add up the gradient by itself; GPUs add up what is gathered in no fixed order, and the copies would drift apart."""
+    size, shards = config.model.vocab_size, mesh.shape["tensor"]
+    if size % shards:
+        raise UserError(
+            f"mesh.tensor={shards} does not divide model.vocab_size={size}; a larger vocabulary has room for the same "
+            f"tokens, and {math.ceil(size / shards) * shards} is the next that it does"
+        )

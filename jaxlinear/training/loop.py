@@ -32,7 +32,8 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
     """Trains until ``training.steps``, going on from the newest checkpoint in ``workdir`` if there is one.
 
     Returns ``FINISHED``, or ``PREEMPTED`` if SIGTERM came and the run saved itself. Killed in any other way and started
-    again, it follows the uninterrupted run exactly.
+    again, it follows the uninterrupted run: exactly on CPU, and elsewhere as exactly as the compiler's programs repeat
+    themselves (docs/checkpoints.md).
     """
     start.check_agreement("the config", config.to_json_best_effort(sort_keys=True))
     start.check_agreement("the work directory", str(workdir))

@@ -69,6 +69,10 @@ def other_dataset(tmp_path_factory):
             r"mesh.sequence=8 does not divide training.sequence_length=44; the nearest that it does is 48",
         ),
         ({"mesh.data": 4, "mesh.expert": 2}, r"mesh.expert=2: the model has no experts .* 'gated_mlp'\); set it to 1"),
+        (
+            {"mesh.data": 2, "mesh.tensor": 4, "model.vocab_size": 258},
+            r"mesh.tensor=4 does not divide model.vocab_size=258; .*, and 260 is the next that it does$",
+        ),
         ({"model.num_heads": 5}, r"model.num_heads=5 does not divide model.width=32"),
     ],
 )
