@@ -35,8 +35,8 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes
     or, with ``takes_arguments``, given to ``main``.
 
     ``UserError``, a malformed flag and the errors of a full or read-only disk become one line on stderr and exit
-    status 2. Any other exception is a defect and keeps its traceback. A process that has others beside it and fails alone
-    ends at once.
+    status 2; ``RunError`` and devices whose memory is too small one with status 1. Any other exception is a defect and
+    keeps its traceback. A process that has others beside it and fails alone ends at once.
     """
     argv = sys.argv if argv is None else argv
     message, status, alone = None, 0, False
@@ -57,10 +57,12 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes
             raise
         message, status = f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}", 2
         alone = True
-    except Exception:
-        if not _has_others():
-            raise
-        traceback.print_exc()
+    except Exception as error:
+        message = _out_of_memory(error)
+        if message is None:
+            if not _has_others():
+                raise
+            traceback.print_exc()
         status, alone = 1, True
     if message is not None:
         print(f"{os.path.basename(argv[0])}: {' '.join(message.split())}", file=sys.stderr)
@@ -95,7 +97,22 @@ def _check_paths() -> None:
     for flag in sorted(_PATHS & set(flags.FLAGS)):
         values = flags.FLAGS[flag].value
         for path in [values] if isinstance(values, str) else values or ():
+            if not path:  # which would be the current directory
+                raise UserError(f"--{flag} is empty; give it a path, or leave it out where there is another by default")
             check_path(flag, path)
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """What to say where a device has no room; None for any other error."""
+    found = re.search(r"RESOURCE_EXHAUSTED: [^\n]*memory[^\n]*", str(error))
+    if found is None or type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+        return None
+    advice = (
+        "more training.microbatches, model.remat or mesh.fsdp need less, and launch/compile.py says what fits"
+        if "config" in flags.FLAGS
+        else "smaller batches or shorter texts need less, and more devices have more"
+    )
+    return f"a device has not enough memory: {found[0]}; {advice}"
 
 
 def _has_others() -> bool:

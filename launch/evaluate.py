@@ -40,6 +40,9 @@ def main() -> None:
         examples=_EXAMPLES.value,
     )
     if not _FOLLOW.value:
+        for flag in (_POLL, _PATIENCE):
+            if flag.present:
+                raise UserError(f"--{flag.name} is for --follow, which waits for checkpoints; leave it out")
         report = evaluation.evaluate(
             _WORKDIR.value, step=_STEP.value, tasks=_TASKS.value, mesh=_MESH.value, options=options
         )

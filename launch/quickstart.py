@@ -3,7 +3,9 @@
 Started again, it goes on where it was stopped; when the run is done it only evaluates and samples.
 """
 
+import os
 import pathlib
+import shlex
 import sys
 import time
 
@@ -21,7 +23,7 @@ def main() -> int:
     from jaxlinear import data, evaluation, generation
     from jaxlinear.training import loop, metrics
 
-    path = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
+    path = pathlib.Path(__file__).absolute().parents[1] / "configs" / "quickstart.py"
     spec = importlib.util.spec_from_file_location("quickstart", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,8 +51,12 @@ def main() -> int:
     print(writer.write([_PROMPT], max_tokens=96, temperature=0.7, top_p=0.95, seed=1)[0])
 
     rates = sorted(line["tokens_per_second"] for line in metrics.read(workdir) if "tokens_per_second" in line)
-    python = _relative(sys.executable)
-    run = f"{python} launch"
+    programs = pathlib.Path(__file__).absolute().parent
+    python, train, evaluate, generate, quickstart = (
+        shlex.quote(_relative(path))
+        for path in (sys.executable, *(programs / f"{name}.py" for name in ("train", "evaluate", "generate")), path)
+    )
+    run, corpus = shlex.quote(str(workdir)), shlex.quote(str(corpus.absolute()))
     print(
         f"""
 held-out loss   {result["loss"]:.3f} nats a token
@@ -61,18 +67,18 @@ the run         {workdir}
 time            {time.perf_counter() - begin:.0f} s
 
 go on from here:
-  resume, longer  {run}/train.py --config=configs/quickstart.py --workdir={workdir} --config.data.path={corpus.absolute()} \
+  resume, longer  {python} {train} --config={quickstart} --workdir={run} --config.data.path={corpus} \
 --config.training.steps={config.training.steps * 2}
-  evaluate        {run}/evaluate.py --workdir={workdir}
-  generate        {run}/generate.py --workdir={workdir} --prompt='import ' --temperature=0.7
-  TensorBoard     {python} -m pip install tensorboard && {python} -m tensorboard.main --logdir={workdir}"""
+  evaluate        {python} {evaluate} --workdir={run}
+  generate        {python} {generate} --workdir={run} --prompt='import ' --temperature=0.7
+  TensorBoard     {python} -m pip install tensorboard && {python} -m tensorboard.main --logdir={run}"""
     )
     return 0
 
 
-def _relative(path: str) -> str:
-    here = pathlib.Path.cwd()
-    return str(pathlib.Path(path).relative_to(here)) if pathlib.Path(path).is_relative_to(here) else path
+def _relative(path: str | os.PathLike) -> str:
+    here, path = pathlib.Path.cwd(), pathlib.Path(path)
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 if __name__ == "__main__":

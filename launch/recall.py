@@ -12,6 +12,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from jaxlinear import cli
+from jaxlinear.errors import UserError
 
 _MQAR = pathlib.Path(__file__).absolute().parents[1] / "configs" / "mqar.py"  # wherever the program is started
 _CONFIG = config_flags.DEFINE_config_file("config", str(_MQAR), "What to train: a file in configs/.")
@@ -26,7 +27,7 @@ _PATTERNS = flags.DEFINE_list(
     ],
     "griffin, hawk, a mixer, or several as rg_lru+sliding_window; each may have keys of the config of its own, as above.",
 )
-_EXAMPLES = flags.DEFINE_integer("examples", 1024, "Held-out examples that each is asked.")
+_EXAMPLES = flags.DEFINE_integer("examples", 1024, "Held-out examples that each is asked.", lower_bound=1)
 
 
 def main() -> int:
@@ -34,6 +35,8 @@ def main() -> int:
     from jaxlinear.parallel import start
     from jaxlinear.training import loop
 
+    if not _PATTERNS.value:
+        raise UserError("--patterns is empty; name layers, as --patterns=gla,griffin")
     start.use_gpu_memory()
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what it is asked for: to open a run for reading only
     rows = []

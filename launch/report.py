@@ -8,6 +8,7 @@ import pathlib
 from absl import flags, logging
 
 from jaxlinear import cli
+from jaxlinear.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The page; by default report.html in the run's directory.")
@@ -21,6 +22,8 @@ def main() -> None:
     from jaxlinear import generation
     from jaxlinear.evaluation import report
 
+    if _MAX_TOKENS.present and not _PROMPT.value:
+        raise UserError("--max_tokens is of the samples of --prompt; give one, or leave it out")
     samples: list[tuple[str, str]] = []
     if _PROMPT.value:
         writer = generation.Writer.open(_WORKDIR.value)

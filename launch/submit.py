@@ -78,6 +78,7 @@ def main(arguments: list[str]) -> int:
             )
     cli.check_output("output", _OUTPUT.value)
     cli.check_config_options(arguments)
+    request.check_flags(arguments)
     python = _PYTHON.value or (sys.executable if _PLATFORM.value == "local" else "python")
     asked = request.make(_TARGET.value, _NAME.value, arguments, python=python, on_a_host=_DEVICES_A_HOST.value)
     cli.check_path("workdir", asked.workdir)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import absl.logging  # noqa: F401 (it has the flag --verbosity)
+import jax
 import pytest
 
 from jaxlinear import cli
@@ -63,6 +64,17 @@ def test_bad_input_is_one_line(error, status, line, capsys):
     assert capsys.readouterr() == ("", f"program.py: {line}\n")
 
 
+def test_too_little_memory_is_one_line(capsys):
+    text = "RESOURCE_EXHAUSTED: Out of memory allocating 413997377040 bytes.\nA table of buffers"
+    assert run(raises(jax.errors.JaxRuntimeError(text))) == 1
+    _, error = capsys.readouterr()
+    assert error.startswith(f"program.py: a device has not enough memory: {text.splitlines()[0]}; ")
+    assert error.count("\n") == 1
+    full = "RESOURCE_EXHAUSTED: write failed: No space left on device"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=full):
+        run(raises(jax.errors.JaxRuntimeError(full)))
+
+
 @pytest.mark.parametrize("error", [ValueError("a defect"), FileNotFoundError(errno.ENOENT, "x"), KeyError("k")])
 def test_a_defect_keeps_its_traceback(error):
     with pytest.raises(type(error)):
@@ -93,6 +105,15 @@ def test_arguments_that_are_not_understood(argument, line, capsys):
         ("plot", "--workdir=x --output=no/x.png", "--output=no/x.png: its directory does not exist"),
         ("report", "--workdir=x --output=docs", "--output=docs is a directory; name a file in it"),
         ("report", "--workdir=x --output=no/x.html", "--output=no/x.html: its directory does not exist"),
+        ("evaluate", "--workdir=", "--workdir is empty; give it a path"),
+        ("evaluate", "--workdir=x --poll=3", "--poll is for --follow, which waits for checkpoints; leave it out"),
+        (
+            "report",
+            "--workdir=x --max_tokens=5",
+            "--max_tokens is of the samples of --prompt; give one, or leave it out",
+        ),
+        ("recall", "--workdir=x --patterns=", "--patterns is empty; name layers, as --patterns=gla,griffin"),
+        ("recall", "--workdir=x --examples=0", "flag --examples=0: 0 is not a positive integer"),
         ("scaling", "--workdir=x --output=README.md", "--output=README.md is a file; the report is several: name a"),
     ],
 )

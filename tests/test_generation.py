@@ -179,7 +179,8 @@ def test_attention_has_room_for_the_text_alone(pattern, monkeypatch):
     monkeypatch.setattr(generation, "_FEWEST_REMEMBERED", 8)
     assert generate(model, prompts, max_tokens=24, seed=3) == whole
     assert generate(model, prompts, max_tokens=8, seed=3) == [row[:8] for row in whole]
-    assert rooms == [{(2, 1, 64, 8)}, {(2, 1, 32, 8)}, {(2, 1, 16, 8)}]
+    assert generate(model, prompts, max_tokens=9, seed=3) == [row[:9] for row in whole]  # of 17 tokens, one too many
+    assert rooms == [{(2, 1, 64, 8)}, {(2, 1, 32, 8)}, {(2, 1, 16, 8)}, {(2, 1, 32, 8)}]
 
 
 def test_greedy_is_the_argmax_of_full_passes(model):
@@ -371,6 +372,17 @@ def test_writer(tiny_run):
     pieces = list(writer.stream("for é", **options))
     assert pieces[0] == "for é" and len(pieces) > 3 and "".join(pieces) == texts[0]
     assert load_tokenizer(tiny_run).vocab_size == 257 < writer.model.config.vocab_size
+
+
+def test_a_writer_stops_and_draws_as_its_tokenizer_says(tiny_run):
+    """At a temperature where all tokens are as likely: those of the vocabulary alone, up to the one between documents."""
+    writer, tokenizer = generation.Writer.open(tiny_run), load_tokenizer(tiny_run)
+    prompts, options = [chr(97 + i) for i in range(8)], {"max_tokens": 96, "temperature": 1e6, "seed": 0}
+    encoded = [[256, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    rows = generate(writer.model, encoded, stop_token=256, vocab_size=257, **options)
+    assert min(map(len, rows)) < 96 == max(map(len, rows))
+    decoded = [tokenizer.decode(np.array([*ids, *row])) for ids, row in zip(encoded, rows, strict=True)]
+    assert writer.write(prompts, **options) == decoded
 
 
 def test_program(tiny_run):

@@ -41,6 +41,7 @@ DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_TRAIN_BYTES = 16_000_000
 _LOGGED_BROKEN = 5
 _LARGEST_SAMPLING = 16  # reads at most 16 times as much text as the tokenizer is trained on
+_MOST = 1 << 24  # tokens of a block, and of a vocabulary: far more than is of use, and what memory there is for
 _PIECE = 1 << 14  # characters of a document that are taken or left together
 
 
@@ -68,7 +69,7 @@ def prepare(
     16 MB by default), "bytes", or the path of a tokenizer. ``workers`` processes encode (None: one a CPU). The other
     arguments are explained by the flags of ``launch/prepare_data.py`` and in docs/data.md.
     """
-    _check_arguments(heldout_fraction, block_length, max_broken_fraction, workers, train_bytes, seed)
+    _check_arguments(heldout_fraction, block_length, vocab_size, max_broken_fraction, workers, train_bytes, seed)
     # Where a link leads to, so that all is written and renamed on one disk, and the link stays.
     output = pathlib.Path(os.path.realpath(output))
     _check_output(output, overwrite)
@@ -117,6 +118,7 @@ def prepare(
 def _check_arguments(
     heldout_fraction: float,
     block_length: int,
+    vocab_size: int | None,
     max_broken_fraction: float,
     workers: int | None,
     train_bytes: int | None,
@@ -131,6 +133,9 @@ def _check_arguments(
     for name, value in (("block_length", block_length), ("workers", workers), ("train_bytes", train_bytes)):
         if value is not None and value < 1:
             raise UserError(f"{name} has to be at least 1, not {value}")
+    for name, value in (("block_length", block_length), ("vocab_size", vocab_size)):
+        if value is not None and value > _MOST:
+            raise UserError(f"{name} can be at most {_MOST}, not {value}")
 
 
 def _existing_tokenizer(

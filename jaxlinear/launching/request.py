@@ -1,6 +1,7 @@
 """What is asked for, whatever schedules it: a training command on a number of devices."""
 
 import dataclasses
+import difflib
 import math
 import re
 import shlex
@@ -12,6 +13,7 @@ from jaxlinear.parallel import targets
 # Chips of a host of a TPU slice that has several hosts, and GPUs of a host.
 _ON_A_HOST = {"v5e": 4, "v5p": 4, "v6e": 4, "h100": 8, "h200": 8, "a100": 8, "gpu": 8, "cpu": 1}
 _PROGRAM = "launch/train.py"
+_FLAGS = ("config", "workdir")  # its own; the others are set here
 PREEMPTED = 75  # what it ends with when it has saved itself (training.loop.PREEMPTED, which takes JAX to import)
 
 
@@ -50,6 +52,18 @@ class Request:
         return " ".join([shlex.join(self.command()), *joining])
 
 
+def check_flags(arguments: Sequence[str]) -> None:
+    """Raises ``UserError`` for an argument that is not given here; keys of the config are not looked at."""
+    for argument in arguments:
+        name = argument.partition("=")[0].lstrip("-")
+        if not argument.startswith("-") or not re.fullmatch(rf"(no)?config\..*|{'|'.join(_FLAGS)}", name):
+            near = difflib.get_close_matches(name, _FLAGS, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"{argument!r} is none of the options of {_PROGRAM} that are given here, --config, --config.section.key "
+                f"and --workdir; did you mean --{near}=...?"
+            )
+
+
 def make(target: str, name: str | None, arguments: Sequence[str], *, python: str, on_a_host: int | None) -> Request:
     """``target``: ``v5e:4x8`` (v5p, v6e: a slice by its shape) or ``h100:16`` (h200, a100, gpu, cpu: a number of them)."""
     kind, _, size = target.partition(":")
@@ -59,6 +73,11 @@ def make(target: str, name: str | None, arguments: Sequence[str], *, python: str
             "number of GPUs (h100:16; also h200, a100, or gpu for any) or of CPU devices (cpu:2)"
         )
     devices = math.prod(map(int, size.split("x")))
+    if size not in (slices := targets.SLICES.get(kind, (size,))):
+        nearest = min(slices, key=lambda one: abs(math.prod(map(int, one.split("x"))) - devices))
+        raise UserError(
+            f"there is no slice {target}; those of {kind} are {', '.join(slices)}, of which {nearest} is the nearest"
+        )
     full = on_a_host or _ON_A_HOST[kind]
     hosts, rest = divmod(devices, full)
     if rest and hosts:

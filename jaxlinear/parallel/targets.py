@@ -67,6 +67,10 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+# The slices of v5e and v6e (cloud.google.com/tpu/docs/v5e and v6e). Those of v5p are many, and libtpu knows them.
+SLICES = {kind: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16") for kind in ("v5e", "v6e")}
+
+
 def is_size(kind: str, size: str) -> bool:
     """Whether devices of the kind can be so many: a TPU slice by its shape in chips, ``2x4``, others by their number."""
     return re.fullmatch("x".join(["[1-9][0-9]*"] * DIMENSIONS.get(kind, 1)), size) is not None

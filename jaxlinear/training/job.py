@@ -134,11 +134,11 @@ def mixture(path: str) -> dict[str, float]:
     """``DIR`` or ``DIR=WEIGHT,DIR=WEIGHT`` as weights by directory."""
     weights = {}
     for part in path.split(","):
-        name, _, weight = part.partition("=")
+        name, equals, weight = part.partition("=")
         if name.strip() in weights:
             raise UserError(f"data.path names {name.strip()} twice; give it one weight")
         try:
-            weights[name.strip()] = float(weight) if weight else 1.0
+            weights[name.strip()] = float(weight) if equals else 1.0
         except ValueError:
             raise UserError(f"data.path: {weight!r} is not a weight; write DIR=WEIGHT,DIR=WEIGHT") from None
         if not 0 < weights[name.strip()] < math.inf:  # nor not a number

@@ -27,7 +27,9 @@ class TrainState:
 
 def create(architecture: Architecture, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step. To be jitted with ``shardings``, so that nothing is made whole first."""
-    key = jax.random.key(seed)
+    key = jax.random.key(seed & 0xFFFFFFFF)
+    if seed >> 32:  # which JAX would leave out
+        key = jax.random.fold_in(key, seed >> 32)
     parameters = architecture.initialise(jax.random.fold_in(key, 0))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(

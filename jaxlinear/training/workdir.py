@@ -177,7 +177,8 @@ def check_same_run(
         if (section in may_change or key in may_change) and key not in compared:
             continue
         kind = "a checkpoint of another model" if section == "model" else "another run"
+        advice = "" if any((workdir / DIRECTORY).glob("[0-9]*")) else "; or remove the directory: it has no checkpoint"
         raise UserError(
             f"{workdir} holds {kind}: {key} is {old[section][name]!r} there and {new[section][name]!r} in this config; "
-            "give the new run a --workdir of its own"
+            f"give the new run a --workdir of its own{advice}"
         )

@@ -260,6 +260,8 @@ def test_the_proposed_fraction_works(tmp_path, fraction):
         ({"heldout_fraction": 1.0}, "heldout_fraction has to lie between 0 and 1, not at 1.0"),
         ({"max_broken_fraction": 2.0}, "max_broken_fraction has to lie between 0 and 1, not at 2.0"),
         ({"block_length": 0}, "block_length has to be at least 1, not 0"),
+        ({"block_length": 10**11}, "block_length can be at most 16777216, not 100000000000"),
+        ({"vocab_size": 10**9}, "vocab_size can be at most 16777216, not 1000000000"),
         ({"workers": 0}, "workers has to be at least 1, not 0"),
         ({"train_bytes": 0}, "train_bytes has to be at least 1, not 0"),
         ({"seed": -1}, r"seed has to be at least 0 and below 2\*\*63, not -1"),

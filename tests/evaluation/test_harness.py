@@ -175,9 +175,17 @@ def test_standard_errors_of_filtered_answers():
     assert "words: exact_match 0.2500, exact_match,maj 0.5000 ± 0.1250; " in harness.table(report)
 
 
-def test_examples_before_a_question(run, files):
-    spec = f"harness:{files[0]}:data={files[1]}:limit=2:fewshot=2"
+def test_examples_before_a_question(run, files, monkeypatch):
+    spec, asked = f"harness:{files[0]}:data={files[1]}:limit=2:fewshot=2", []
+    loglikelihood = harness.HarnessModel.loglikelihood
+
+    def seen(self, requests, **options):
+        asked.extend(request.args[0] for request in requests)
+        return loglikelihood(self, requests, **options)
+
+    monkeypatch.setattr(harness.HarnessModel, "loglikelihood", seen)
     assert evaluation.evaluate_run(run, [spec], Options())[spec]["tasks"]["words"]["samples"] == 2
+    assert [len(context.split("\n\n")) for context in asked] == [3] * 2 * 3
 
 
 def test_no_question_is_among_its_own_examples(run, files):

@@ -31,7 +31,7 @@ def test_report_and_table(run, tiny_dataset):
     json.dumps(report, allow_nan=False)
     rows = report[specs[0]]["difficulties"]
     assert [row["options"]["depth"] for row in rows] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert {row["options"]["dataset"] for row in rows} == {str(tiny_dataset)}
+    assert {(row["options"]["dataset"], row["options"]["split"]) for row in rows} == {(str(tiny_dataset), "heldout")}
     assert {(row["examples"], row["answers"], row["trained"]) for row in rows} == {(24, 24 * 3, False)}
     (parity,) = report[specs[1]]["difficulties"]
     assert (parity["chance"], parity["examples"], parity["answers"]) == (0.5, 24, 24 * 32)

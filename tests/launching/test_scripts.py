@@ -213,6 +213,16 @@ def test_the_status_of_a_preempted_run_is_that_of_the_loop():
             for target in ("v9:2", "v5e:0x4", "v5e:4x04", "v5p:4x4", "v5e:2x2x2", "v6e:8", "h100:0", "h100:2x2")
         ),
         (lambda: asked("h100:12"), "h100:12: more than 8 devices are whole hosts of as many"),
+        (lambda: asked("v5e:3x8"), "there is no slice v5e:3x8; those of v5e are 1x1, .*, of which 4x4 is the nearest"),
+        (lambda: asked("v6e:32x32"), "there is no slice v6e:32x32; .*, of which 16x16 is the nearest"),
+        (
+            lambda: request.check_flags([*ARGUMENTS, "--workdri=x"]),
+            "^'--workdri=x' is none of .*; did you mean --workdir=",
+        ),
+        (
+            lambda: request.check_flags(["--config=x.py", "run"]),
+            "^'run' is none of the options of launch/train.py that",
+        ),
         (lambda: asked("h100:8", ["--config=x.py"]), "the training command has no --workdir"),
         (lambda: asked("h100:8", name="No Name"), "--name='No Name' is no name for a job"),
         (

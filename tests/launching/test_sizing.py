@@ -215,6 +215,21 @@ def test_a_link_that_is_crossed_by_each_kind():
     assert seconds("all-gather", 1000_000, devices=1) == 0
 
 
+def test_links_between_neighbours_and_between_hosts():
+    """A permutation is one hop; a ring of n has n - 1 steps; a group of an outer axis lies beyond its host."""
+    v5e, h100 = roofline.device_of("TPU v5 lite"), "NVIDIA H100 80GB HBM3"
+    assert roofline.seconds(a_collective("collective-permute", 1000_000, 4), v5e, 4) == pytest.approx(2e-6 + 1e6 / 50e9)
+
+    def exchanges(devices, axes):
+        gather = dataclasses.replace(a_collective("all-gather", 1000_000, devices), axes=axes)
+        return roofline.times(h100, "bfloat16", {"data": 2, "fsdp": 8}, 0.0, 0.0, [gather]).exchanges
+
+    assert exchanges(8, ("fsdp",)) == pytest.approx(14e-6 + 7 * 1.9e-6 + 7e6 / 450e9)
+    beyond = (7 * 1.9e-6 + 4e-6) / 8
+    assert exchanges(2, ("data",)) == pytest.approx(14e-6 + beyond + 1e6 / 50e9)
+    assert exchanges(16, ("data", "fsdp")) == pytest.approx(14e-6 + 15 * beyond + 15e6 / 400e9)
+
+
 def test_links_that_a_group_may_use():
     """All of a torus's axes, if it is large enough to lie over them; between hosts, the ports of those of a host in it."""
     v5p, h100 = roofline.device_of("TPU v5p"), roofline.device_of("NVIDIA H100 80GB HBM3")

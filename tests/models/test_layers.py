@@ -56,6 +56,14 @@ def test_gated_mlp(dtype):
     check(lambda rngs: GatedMLP(small.config(), rngs=rngs), oracles.gated_mlp, x, dtype)
 
 
+def test_a_gated_mlp_at_the_start():
+    """Variances of 1 / fan-in, and of the one that ends the residual branch 2 / layers of it."""
+    mlp = GatedMLP(small.config(width=64, num_layers=8), rngs=nnx.Rngs(0))
+    for name, inverse in {"gate": 64, "up": 64, "down": 128 * 8 / 2}.items():
+        np.testing.assert_allclose(np.std(getattr(mlp, name).kernel[...]), inverse**-0.5, rtol=0.05, err_msg=name)
+        assert not np.any(getattr(mlp, name).bias[...])
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 0.5, 1.0])
 def test_rotary(fraction):
     """Of the 3 channels that are 0.4 of 8, a pair turns."""

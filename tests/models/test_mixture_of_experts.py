@@ -178,6 +178,15 @@ def test_a_model_of_experts_decodes_as_it_trains():
     assert 1 <= losses["load_balance"] < 6 and losses["router_z"] > 0
 
 
+def test_the_losses_of_a_model_are_the_means_of_its_layers():
+    """Routers of zeros give each layer a balance of 1 and log normalisers of log 6, scanned and not."""
+    architecture = describe(config(num_layers=3, pattern=("convolution",) * 2))
+    values = numerics.cast(small.parameters(architecture.shapes), "float32")
+    values = jax.tree.map_with_path(lambda path, x: 0 * x if path[-1].key == "router" else x, values)
+    _, _, losses = numerics.jit(lambda p, ids: architecture.bind(p).hidden(ids))(values, np.zeros((1, 3), np.int32))
+    np.testing.assert_allclose([losses["load_balance"], losses["router_z"]], [1, np.log(6) ** 2], rtol=1e-6)
+
+
 def test_statistics_of_a_new_module():
     made = config(width=64, experts=8, expert_width=32, num_layers=4)
     parameters = nnx.to_pure_dict(nnx.state(MixtureOfExperts(made, rngs=nnx.Rngs(0))))

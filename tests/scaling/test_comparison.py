@@ -108,6 +108,23 @@ def test_of_runs_that_differ_in_nothing_else_the_best_counts():
     assert points.best([*worse, *runs]) == runs
 
 
+def test_runs_of_another_architecture_size_or_number_of_tokens_are_kept():
+    run = ladder()[0]
+    changes = ({"architecture": "other"}, {"tokens": 2 * run.tokens}, {"parameters": 2 * run.parameters})
+    others = [dataclasses.replace(run, name=str(change), loss=run.loss + 1, **change) for change in changes]
+    assert points.best([run, *others]) == [run, *others]
+
+
+def test_architectures_are_resampled_apart():
+    """The same runs under two names have the same law, and other replicates of it."""
+    runs = [run for run in ladder() if run.architecture == "fast"]
+    again = [dataclasses.replace(run, architecture="again") for run in runs]
+    first, second = comparison.compare([*runs, *again], replicates=3).fits["with"].values()
+    assert first.law.best == second.law.best and first.profile.best == second.profile.best
+    for one, other in ((first.law, second.law), (first.profile, second.profile)):
+        assert not set(one.replicates) & set(other.replicates)
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_run_that_diverged_never_wins(loss, first):

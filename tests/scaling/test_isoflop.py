@@ -39,6 +39,20 @@ def test_intervals_cover_the_truth():
     assert covered >= 18
 
 
+def test_replicates_are_as_far_apart_as_the_runs_of_a_law():
+    """Parabolas of 6 runs, which have half of the variance of the noise: there are 3 constants. The residuals have less."""
+    noise = 0.01 * np.random.default_rng(0).standard_normal(len(LOSSES))
+    found = isoflop.fit(BUDGETS, PARAMETERS, LOSSES + noise, replicates=400)
+    sizes = PARAMETERS.reshape(4, 6)
+
+    def fitted(profile):
+        return np.array([parabola.loss(n) for parabola, n in zip(profile.parabolas, sizes, strict=True)])
+
+    residuals = (LOSSES + noise).reshape(4, 6) - fitted(found.best)
+    variance = np.mean([(fitted(replicate) - fitted(found.best)) ** 2 for replicate in found.replicates])
+    assert variance == pytest.approx(np.sum(residuals**2) / (24 - 4 * 3) * 3 / 6, rel=0.1)
+
+
 def test_a_minimum_outside_the_sizes_does_not_count():
     last = np.isclose(BUDGETS, BUDGETS[-1])
     far = np.where(last, 2 + 0.03 * np.log(PARAMETERS / (20 * BEST)) ** 2, LOSSES)

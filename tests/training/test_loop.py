@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,8 +15,10 @@ from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import RunError, UserError
 from jaxlinear.scaling.sweeps.files import RunFiles
 from jaxlinear.scaling.sweeps.states import is_finished
-from jaxlinear.training import metrics
+from jaxlinear.training import heldout, metrics
 from jaxlinear.training import state as states
+from jaxlinear.training.heldout import Evaluation
+from jaxlinear.training.job import Job
 from jaxlinear.training.loop import FINISHED, PREEMPTED, train
 from jaxlinear.training.preemption import Stop
 from tests.training import tiny
@@ -84,6 +87,53 @@ def test_evaluation_chooses_the_checkpoints_to_keep(run_config, tmp_path):
     expected = last["heldout_loss"] / np.log(2) * split.tokens / split.bytes
     assert last["heldout_bits_per_byte"] == pytest.approx(expected)
     assert Checkpoints(workdir).steps() == [6]
+
+
+@pytest.mark.parametrize("batches", [0, 2])
+def test_the_heldout_loss_is_the_mean_over_the_tokens(tiny_config, tmp_path, monkeypatch, batches):
+    """And not over batches, of which the last one has fewer; of the dataset that is named for it. A token's loss is here
+    its number."""
+    (tmp_path / "text.txt").write_text("\n".join(f"{i} plus {i} is {2 * i}" for i in range(900)))
+    heldout_path = str(tmp_path / "data")
+    options = {"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "workers": 1}
+    split = data.prepare(str(tmp_path / "text.txt"), heldout_path, heldout_fraction=0.05, **options).splits["heldout"]
+    config = tiny_config.copy_and_resolve_references()
+    config.data.heldout_path = heldout_path
+    config.evaluation.update({"every_steps": 1, "batches": batches})
+    evaluation = Evaluation(Job.build(config), lambda: None)
+
+    def losses(_, batch):
+        counted = batch["segment_ids"] > 0
+        return jnp.where(counted, batch["targets"].astype(jnp.float32), 0), counted
+
+    monkeypatch.setattr(evaluation, "_loss_step", losses)
+    found = evaluation({})
+    read = list(data.heldout_batches(heldout_path, batch_size=8, sequence_length=32, limit=batches or None))
+    targets = np.concatenate([batch["targets"][batch["segment_ids"] > 0] for batch in read])
+    assert len(read) == batches or 0 < len(targets) % 256 < 200
+    assert found["heldout_loss"] == pytest.approx(targets.mean(), rel=1e-6)
+    bits = targets.mean() / np.log(2) * split.tokens / split.bytes
+    assert found["heldout_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_a_run_is_evaluated_at_its_end(run_config):
+    run_config.evaluation.every_steps = 3
+    assert [step for step in range(1, 9) if heldout.is_due(run_config, step)] == [3, 6, 8]
+    run_config.evaluation.every_steps = 0
+    assert not heldout.is_due(run_config, 8)
+
+
+def test_batches_are_those_of_the_weights_and_the_seed(tiny_config, tiny_dataset, tmp_path):
+    paths = {str(tiny_dataset): 3.0, str(shutil.copytree(tiny_dataset, tmp_path / "copy")): 1.0}
+    config = tiny_config.copy_and_resolve_references()
+    config.data.path, config.training.seed = ",".join(f"{path}={weight}" for path, weight in paths.items()), 5
+    made = Job.build(config).batches
+    expected = data.TrainBatches(paths, batch_size=8, sequence_length=32, seed=5)
+    for step in (0, 7):
+        for name, values in expected[step].items():
+            np.testing.assert_array_equal(made[step][name], values, err_msg=name)
+    alike = data.TrainBatches(dict.fromkeys(paths, 1.0), batch_size=8, sequence_length=32, seed=5)
+    assert np.any(alike[7]["tokens"] != made[7]["tokens"])
 
 
 def test_too_many_skips_end_the_run(run_config, tmp_path, monkeypatch):

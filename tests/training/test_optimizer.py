@@ -93,6 +93,43 @@ def test_decay_is_decoupled(name):
         np.testing.assert_allclose(updates[path], expected, rtol=1e-5, atol=1e-9, err_msg=str(path))
 
 
+@pytest.mark.parametrize("name", ["adafactor", "muon"])  # for AdamW, above
+def test_all_of_an_update_follows_the_schedule(name):
+    """In the first of four steps of warm-up a fourth of it, of matrices and vectors, of the decay too."""
+    architecture = tiny.architecture(pattern=("rg_lru",), num_layers=1)
+    parameters, gradients, found = tiny.parameters(architecture), random_gradients(architecture), []
+    for warmup in (0, 4):
+        options = {"optimizer__name": name, "optimizer__learning_rate": 0.1, "optimizer__weight_decay": 0.3}
+        optimizer = make_optimizer(tiny.config(schedule__warmup_steps=warmup, **options), architecture)
+        update = lambda gradients, of=optimizer: of.update(gradients, of.init(parameters), parameters)[0]  # noqa: E731
+        found.append(by_path(tiny.compiled(update, gradients)(gradients)))
+    for path, whole in found[0].items():
+        np.testing.assert_allclose(found[1][path], whole / 4, rtol=1e-5, err_msg=str(path))
+
+
+def test_the_adamw_beside_muon_has_the_constants_of_the_config():
+    """Two steps of a vector are those of Adam with the momentum of Nesterov, of gradients that are clipped."""
+    constants = {"b1": 0.6, "b2": 0.8, "eps": 1e-2}
+    names = {"b1": "beta1", "b2": "beta2", "eps": "epsilon"}
+    config = tiny.config(
+        optimizer__name="muon",
+        optimizer__learning_rate=0.1,
+        optimizer__clip_norm=0.5,
+        **{f"optimizer__{names[name]}": value for name, value in constants.items()},
+    )
+    architecture = tiny.architecture(pattern=("rg_lru",), num_layers=1)
+    parameters, optimizer = tiny.parameters(architecture), make_optimizer(config, architecture)
+    adam = optax.scale_by_adam(**constants, nesterov=True)
+    state, own = optimizer.init(parameters), adam.init(parameters["norm"]["scale"])
+    update = tiny.compiled(optimizer.update, parameters, state, parameters)
+    for step in range(2):
+        gradients = random_gradients(architecture, seed=step + 1)
+        updates, state = update(gradients, state, parameters)
+        clipped = gradients["norm"]["scale"] * (0.5 / optax.tree.norm(gradients))
+        expected, own = adam.update(clipped, own)
+        np.testing.assert_allclose(updates["norm"]["scale"], -0.1 * expected, rtol=1e-4)
+
+
 def test_muon_takes_each_matrix_between_activations():
     """Its first update is a matrix with like singular values; AdamW's has entries of the size of the rate."""
     architecture = both()

@@ -43,6 +43,7 @@ def other_dataset(tmp_path_factory):
     [
         ({"data.path": ""}, r"data.path is not set; launch/prepare_data.py makes a dataset"),
         ({"data.path": "nowhere"}, r"no dataset at nowhere: the directory does not exist"),
+        ({"data.path": "DATA="}, r"data.path: '' is not a weight; write DIR=WEIGHT,DIR=WEIGHT"),
         ({"data.path": "DATA=two"}, r"data.path: 'two' is not a weight; write DIR=WEIGHT,DIR=WEIGHT"),
         ({"data.path": "DATA=1,DATA=3"}, r"data.path names .*data twice; give it one weight"),
         *(
@@ -131,7 +132,12 @@ def test_mixture():
             "holds a checkpoint of another model: model.mlp_expansion is 3.0 there and 2.0 in",
         ),
         ("model.window", 4, "holds a checkpoint of another model: model.window is 8 there and 4 in this config"),
-        ("training.seed", 5, "holds another run: training.seed is 0 there and 5 in this config; give the new run a"),
+        (
+            "training.seed",
+            5,
+            "holds another run: training.seed is 0 there and 5 in this config; give the new run a "
+            "--workdir of its own; or remove the directory: it has no checkpoint",
+        ),
         ("training.batch_size", 16, "holds another run: training.batch_size is 8 there and 16"),
         ("optimizer.name", "muon", "holds another run: optimizer.name is 'adamw' there and 'muon' in this config"),
         ("schedule.name", "linear", "holds another run: schedule.name is 'cosine' there"),

@@ -4,9 +4,14 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from jaxlinear.training.step import make_loss_step
+from jaxlinear.parallel import feeding
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training import state as states
+from jaxlinear.training.step import make_loss_step, make_objective
+from tests import numerics
 from tests.training import tiny
 
 # A large epsilon makes AdamW's update nearly proportional to the gradient, so that small gradients are compared too.
@@ -51,6 +56,27 @@ def test_loss_is_that_of_the_logits_and_padding_does_not_count():
     got, targets = tiny.compiled(step, parameters, placed)(parameters, placed)
     np.testing.assert_array_equal(targets, counted)
     np.testing.assert_allclose(got, np.where(counted, nll, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_documents_that_are_not_segmented_see_each_other():
+    """As if a row were one document, in training and in evaluation; padding still does not count."""
+    batch, architecture = tiny.batch(padding=5), tiny.architecture(("rg_lru",), 1)
+    one = dict(batch, segment_ids=np.minimum(batch["segment_ids"], 1))
+    parameters = tiny.parameters(architecture)
+    weights = (batch["segment_ids"] > 0) / np.float32(np.sum(batch["segment_ids"] > 0))
+
+    def losses(segmented, batch):
+        config = tiny.config(data__segment_documents=segmented)
+        placed = feeding.place(batch, meshes.batch_sharding(tiny.mesh()), tiny.BATCH)
+        for function, arguments in (
+            (make_loss_step(config, architecture, tiny.mesh()), (parameters, placed)),
+            (make_objective(config, architecture), (parameters, batch, weights)),
+        ):
+            yield np.asarray(tiny.compiled(function, *arguments)(*arguments)[0])
+
+    for found, expected, apart in zip(losses(False, batch), losses(True, one), losses(True, batch), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        assert np.max(np.abs(found - apart)) > 1e-3
 
 
 def test_what_stands_in_the_padding_changes_nothing():
@@ -98,6 +124,33 @@ def test_z_loss_is_in_the_objective_and_not_in_the_loss():
     assert metrics["loss"] == other["loss"]
     assert abs(other["gradient_norm"] / metrics["gradient_norm"] - 1) > 0.01
     assert np.any(np.asarray(first.parameters["embedding"]) != np.asarray(second.parameters["embedding"]))
+
+
+def test_the_weight_of_the_z_loss_does_not_depend_on_the_microbatches():
+    """Their tokens' weights sum to 1 over the whole batch."""
+    batch, architecture = tiny.batch(), tiny.architecture(("rg_lru",), 1)
+    weights = np.full(batch["tokens"].shape, 1 / batch["tokens"].size, np.float32)
+    arguments = tiny.parameters(architecture), batch, weights
+    found = []
+    for microbatches in (1, 4):
+        objective = make_objective(tiny.config(training__z_loss=0.1, training__microbatches=microbatches), architecture)
+        total, losses = tiny.compiled(objective, *arguments)(*arguments)
+        found.append((float(total), float(losses["loss"])))
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0][0] > found[0][1] + 0.1
+
+
+def test_a_run_begins_with_the_parameters_of_its_seed():
+    """Of all of it: JAX's keys take 32 bits."""
+    architecture = tiny.architecture(("rg_lru",), 1)
+
+    def create(seed):
+        return tiny.host(numerics.jit(lambda: states.create(architecture, optax.identity(), seed).parameters)())
+
+    first, others = create(3), [create(seed) for seed in (4, 3 + 2**32, 3 + 2**33)]
+    tiny.assert_equal(create(3), first)
+    for i, other in enumerate(others):
+        for seen in [first, *others[:i]]:
+            assert np.mean(seen["embedding"] == other["embedding"]) < 0.01
 
 
 def test_a_gradient_that_is_not_finite_is_skipped():

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from jaxlinear import config as configs
+from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.data import tasks
 from jaxlinear.errors import UserError
 from jaxlinear.training import metrics
 from jaxlinear.training.answers import Answers
+from jaxlinear.training.heldout import Evaluation
 from jaxlinear.training.job import Job
 from jaxlinear.training.loop import FINISHED, train
 from jaxlinear.training.step import make_loss_step
@@ -66,6 +68,41 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(task_run, tmp_path):
     tiny.assert_equal(
         tiny.restored(tmp_path / "run", task_config(), mesh), tiny.restored(task_run, task_config(), mesh)
     )
+
+
+def test_batches_are_the_training_examples_of_the_seed():
+    job = Job.build(task_config(training__seed=5))
+    expected = tasks.TaskBatches(job.trained_tasks, batch_size=tiny.BATCH, seed=5, split="train")[3]
+    for name, values in job.batches[3].items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
+def test_each_task_is_asked_by_itself_while_a_run_trains(monkeypatch):
+    """The accuracy under a task's name is of its own examples, as many as the config says."""
+    evaluation = Evaluation(Job.build(task_config(evaluation__tasks=("parity:length=6+8",))), lambda: None)
+    asked = []
+
+    def measure(parameters, made, *, examples, seed):
+        asked.append(([tasks.text(task) for task in made], examples))
+        return {"loss": 0.1, "accuracy": made[0].length / 100, "solved": 0.2}
+
+    monkeypatch.setattr(evaluation._answers, "measure", measure)
+    assert evaluation({}) == {
+        **{"heldout_loss": 0.1, "heldout_accuracy": 0.16, "heldout_solved": 0.2},
+        **{"parity:length=6/accuracy": 0.06, "parity:length=8/accuracy": 0.08},
+    }
+    trained = [tasks.text(task) for task in tasks.training_set(TASK, tasks.Setting(tiny.LENGTH, 32))]
+    assert asked == [(trained, 2 * tiny.BATCH), (["parity:length=6"], 12), (["parity:length=8"], 12)]
+
+
+def test_the_best_checkpoint_is_kept_by_its_heldout_loss(tmp_path, monkeypatch):
+    losses = iter([2.0, 1.0, 3.0])
+    monkeypatch.setattr(Evaluation, "__call__", lambda self, parameters: {"heldout_loss": next(losses)})
+    config = task_config(model__pattern=("convolution",), model__num_layers=1, training__steps=3)
+    config.evaluation.every_steps = 1
+    config.checkpoint.update({"every_steps": 1, "keep_newest": 1, "keep_best": 1})
+    assert train(config, tmp_path / "run") == FINISHED
+    assert Checkpoints(tmp_path / "run").steps() == [2, 3]
 
 
 def test_another_task_is_another_run(task_run):

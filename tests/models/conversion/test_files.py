@@ -20,6 +20,7 @@ from tests.models.conversion.converted import (
     layout,
     rewrite,
     streamed,
+    tensors,
     write_header,
 )
 
@@ -163,7 +164,7 @@ def test_a_damaged_checkpoint_is_not_exported(made, tmp_path):
 @pytest.mark.parametrize("name", ["flax", "mamba2"])
 def test_what_is_read_at_once(made, tmp_path, monkeypatch, name):
     """No more than a tensor of one layer, of an array that can be cut anywhere a few rows; and nothing twice but for the
-    checksums."""
+    checksums. What is written from the pieces is the whole."""
     monkeypatch.setattr(streaming, "PIECE_BYTES", 1000)
     read = []
 
@@ -202,6 +203,8 @@ def test_what_is_read_at_once(made, tmp_path, monkeypatch, name):
     of_layers = [(path, size, repeats[path[:9]]) for path, size in read if path.startswith("stacks.")]
     assert len(of_layers) < len(read) and all(size <= stacked[path] / parts for path, size, parts in of_layers)
     assert all(size <= stacked[path] for path, size in read)
+    assert_same_bits(arrays(tmp_path / "run"), arrays(source))
+    assert_same_bits(tensors(tmp_path / "again"), tensors(exported))
 
 
 def test_a_checkpoint_of_training_is_read_once(made, tmp_path, monkeypatch):
