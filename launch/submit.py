@@ -30,6 +30,7 @@ _SUBMIT = flags.DEFINE_bool("submit", False, "slurm, gke: hand it to the schedul
 _PYTHON = flags.DEFINE_string("python", None, "The interpreter on the other machines; by default python, or this one.")
 _DEVICES_A_HOST = flags.DEFINE_integer("devices_a_host", None, "Where it is not 8 GPUs or 4 TPU chips.", lower_bound=1)
 _GRACE = flags.DEFINE_integer("grace", 300, "slurm, gke: seconds that a run has to save itself.", lower_bound=1)
+_RESTARTS = flags.DEFINE_integer("restarts", 20, "Not local: starts after failures, not preemptions.", lower_bound=0)
 _SPOT = flags.DEFINE_bool("spot", False, "gke, tpu_vm: on machines that may be taken away.")
 
 _PROCESSES_PER = flags.DEFINE_enum(
@@ -37,7 +38,8 @@ _PROCESSES_PER = flags.DEFINE_enum(
 )
 _PARTITION = flags.DEFINE_string("partition", None, "slurm.")
 _ACCOUNT = flags.DEFINE_string("account", None, "slurm.")
-_SBATCH = flags.DEFINE_multi_string("sbatch", [], "slurm: another option, NAME=VALUE; may be given again.")
+_SBATCH = flags.DEFINE_multi_string("sbatch", [], "slurm: another option, NAME or NAME=VALUE; may be given again.")
+_CPUS_PER_TASK = flags.DEFINE_integer("cpus_per_task", None, "slurm: of a process.", lower_bound=1)
 _MINUTES = flags.DEFINE_integer("minutes", 24 * 60, "slurm: the time limit.", lower_bound=1)
 _LOG = flags.DEFINE_string("log", "slurm-%j.log", "slurm: where the output goes.")
 _SHELL = flags.DEFINE_multi_string("shell", [], "slurm: a line of shell before the run; may be given again.")
@@ -47,7 +49,6 @@ _MOUNT = flags.DEFINE_multi_string(
     "mount", [], "gke: gs://BUCKET:/PATH or CLAIM:/PATH in every pod; may be given again."
 )
 _SERVICE_ACCOUNT = flags.DEFINE_string("service_account", None, "gke: of Kubernetes, that may use the buckets.")
-_RESTARTS = flags.DEFINE_integer("restarts", 20, "gke: starts after failures that are no preemption.", lower_bound=0)
 
 _ZONE = flags.DEFINE_string("zone", None, "tpu_vm.")
 _PROJECT = flags.DEFINE_string("project", None, "tpu_vm.")
@@ -59,11 +60,11 @@ _REQUEUE = flags.DEFINE_bool("requeue", False, "local: start again after a preem
 
 # Who reads what; the other flags are for all.
 _READ_BY: tuple[tuple[tuple[str, ...], tuple[flags.FlagHolder, ...]], ...] = (
-    (("slurm", "gke", "tpu_vm"), (_NAME, _OUTPUT)),
+    (("slurm", "gke", "tpu_vm"), (_NAME, _OUTPUT, _RESTARTS)),
     (("slurm", "gke"), (_SUBMIT, _GRACE)),
     (("gke", "tpu_vm"), (_SPOT,)),
-    (("slurm",), (_PROCESSES_PER, _PARTITION, _ACCOUNT, _SBATCH, _MINUTES, _LOG, _SHELL)),
-    (("gke",), (_IMAGE, _MOUNT, _SERVICE_ACCOUNT, _RESTARTS)),
+    (("slurm",), (_PROCESSES_PER, _PARTITION, _ACCOUNT, _SBATCH, _CPUS_PER_TASK, _MINUTES, _LOG, _SHELL)),
+    (("gke",), (_IMAGE, _MOUNT, _SERVICE_ACCOUNT)),
     (("tpu_vm",), (_ZONE, _PROJECT, _SETUP, _DIRECTORY)),
     (("local",), (_PROCESSES, _REQUEUE)),
 )
@@ -106,12 +107,10 @@ def main(arguments: list[str]) -> int:
 def _render(asked: request.Request) -> tuple[str, str]:
     if _PLATFORM.value == "slurm":
         named = {"partition": _PARTITION.value, "account": _ACCOUNT.value}
-        options = {name: value for name, value in named.items() if value}
+        options: dict[str, str | None] = {name: value for name, value in named.items() if value}
         for option in _SBATCH.value:
             name, equals, value = option.partition("=")
-            if not equals:
-                raise UserError(f"--sbatch={option!r} is not NAME=VALUE")
-            options[name.lstrip("-")] = value
+            options[name.lstrip("-")] = value if equals else None
         script = slurm.render(
             asked,
             per=_PROCESSES_PER.value,
@@ -120,6 +119,8 @@ def _render(asked: request.Request) -> tuple[str, str]:
             log=_LOG.value,
             options=options,
             setup=_SHELL.value,
+            cpus_per_task=_CPUS_PER_TASK.value,
+            restarts=_RESTARTS.value,
         )
         return script, ".sh"
     if _PLATFORM.value == "gke":

@@ -15,11 +15,13 @@ _ON_A_HOST = {"v5e": 4, "v5p": 4, "v6e": 4, "h100": 8, "h200": 8, "a100": 8, "gp
 _PROGRAM = "launch/train.py"
 _FLAGS = ("config", "workdir")  # its own; the others are set here
 PREEMPTED = 75  # what it ends with when it has saved itself (training.loop.PREEMPTED, which takes JAX to import)
+BAD_INPUT = 2  # what it ends with when it refuses what it was given, as it would again (jaxlinear.cli)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A run of ``launch/train.py``. ``arguments`` are its own; ``shape`` is a TPU slice's, in chips, or None for GPUs."""
+    """A run of ``launch/train.py``. ``arguments`` are its own; ``shape`` is a TPU slice's, in chips, or None for GPUs.
+    ``whole_hosts``: it has all GPUs of its hosts."""
 
     name: str
     kind: str
@@ -29,6 +31,7 @@ class Request:
     python: str
     workdir: str
     arguments: tuple[str, ...]
+    whole_hosts: bool = True
 
     @property
     def platform(self) -> str:
@@ -93,4 +96,4 @@ def make(target: str, name: str | None, arguments: Sequence[str], *, python: str
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
         raise UserError(f"--name={name!r} is no name for a job; it is a letter, then letters, digits and -, at most 40")
     shape = size if kind in targets.DIMENSIONS else None
-    return Request(name, kind, shape, devices, max(hosts, 1), python, values["workdir"], tuple(arguments))
+    return Request(name, kind, shape, devices, max(hosts, 1), python, values["workdir"], tuple(arguments), not rest)

@@ -18,7 +18,7 @@ def asked(target, arguments=None, name=None):
 
 CASES = {
     "slurm.sh": lambda: slurm.render(asked("h100:16"), options={"partition": "gpu"}, setup=["module load cuda"]),
-    "slurm_by_host.sh": lambda: slurm.render(asked("a100:4"), per="host", minutes=90, grace=60),
+    "slurm_by_host.sh": lambda: slurm.render(asked("a100:4"), per="host", minutes=90, grace=60, cpus_per_task=24),
     "gke_tpu.yaml": lambda: gke.render(
         asked("v5e:4x8"),
         image="registry/jaxlinear:1",

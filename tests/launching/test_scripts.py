@@ -121,16 +121,91 @@ def test_fewer_gpus_than_asked_for(monkeypatch, visible, count):
         local.run(asked("gpu:4"), processes=2)
 
 
-def test_a_job_goes_back_into_the_queue_by_its_status(tmp_path):
-    """The script run here, with stand-ins for SLURM's commands."""
-    for name, text in {"srun": 'exit "$STATUS"', "scontrol": 'echo "$@"'}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    script = CASES["slurm.sh"]().replace("module load cuda", "true")
-    for status, said in ((PREEMPTED, "requeue 17\n"), (0, ""), (1, "")):
+def of_slurm(tmp_path, statuses, refused=0, script="slurm.sh"):
+    """The script run here once for each of these statuses of srun, with stand-ins for SLURM's commands; scontrol is
+    refused so often. How the last one ended, and what it and the stand-ins said."""
+    log, script = tmp_path / "log", CASES[script]().replace("module load cuda", "true")
+    (tmp_path / "refused").write_text("x\n" * refused)
+    stand_in(tmp_path / "srun", f'echo "srun $SRUN_CPUS_PER_TASK $1 $2" >> {tmp_path}/srun.log', 'exit "$STATUS"')
+    stand_in(tmp_path / "sleep", f'echo "sleep$1" >> {log}')
+    stand_in(
+        tmp_path / "scontrol",
+        f'echo "$@" >> {log}; cd {tmp_path}',
+        '[ -s refused ] && sed -i 1d refused && echo "connect failure" >&2 && exit 1',
+        "exit 0",
+    )
+    for status in statuses:
+        log.write_text("")
         environment = {"PATH": f"{tmp_path}:/bin:/usr/bin", "STATUS": str(status), "SLURM_JOB_ID": "17"}
-        found = subprocess.run(["bash"], input=script, text=True, capture_output=True, env=environment, check=False)
-        assert (found.returncode, found.stdout) == (status, said)
+        found = subprocess.run(
+            ["bash"], input=script, text=True, capture_output=True, env=environment, cwd=tmp_path, check=False
+        )
+    return found.returncode, log.read_text(), found.stderr
+
+
+@pytest.mark.parametrize(
+    "statuses, said",
+    [
+        ([PREEMPTED], "requeue 17\n"),
+        ([0], ""),
+        ([2], ""),
+        ([1], "requeue 17\n"),
+        ([134] * 20, "requeue 17\n"),
+        ([134] * 20 + [PREEMPTED] * 30, "requeue 17\n"),
+        ([134] * 20 + [0] + [134], "requeue 17\n"),
+    ],
+)
+def test_a_job_goes_back_into_the_queue_by_its_status(tmp_path, statuses, said):
+    assert of_slurm(tmp_path, statuses) == (statuses[-1], said, "")
+
+
+def test_a_job_that_always_fails_ends(tmp_path):
+    """Preemptions between its failures are not counted."""
+    status, said, errors = of_slurm(tmp_path, [134, PREEMPTED] * 20 + [1])
+    assert (status, said) == (1, "")
+    assert errors.startswith("the run failed with status 1, after 20 restarts (griffin-17.failures); sbatch it again")
+
+
+@pytest.mark.parametrize("status", [PREEMPTED, 134])
+def test_a_controller_that_is_away_for_a_while(tmp_path, status):
+    ended, said, _ = of_slurm(tmp_path, [status], refused=2)
+    assert (ended, said.split("\n")) == (status, ["requeue 17", "sleep15", "requeue 17", "sleep30", "requeue 17", ""])
+    ended, said, errors = of_slurm(tmp_path, [status], refused=99)
+    assert (ended, said.count("requeue")) == (status, 6)
+    assert errors.endswith("SLURM did not take the job back into the queue; sbatch it again, and the run goes on\n")
+
+
+def test_cpus_of_a_process(tmp_path):
+    """srun does not know what sbatch was told of them; else the processes share those of the node."""
+    of_slurm(tmp_path, [0])
+    of_slurm(tmp_path, [0], script="slurm_by_host.sh")
+    read = (tmp_path / "srun.log").read_text()
+    assert read == "srun  --kill-on-bad-exit=0 --cpu-bind=none\nsrun 24 --kill-on-bad-exit=0 python\n"
+    assert "\n#SBATCH --cpus-per-task=24\n" in CASES["slurm_by_host.sh"]()
+    given = slurm.render(asked("h100:8"), options={"cpus-per-task": "7"}, cpus_per_task=8)
+    assert "\nexport SRUN_CPUS_PER_TASK=7\n" in given and "=8\n#" not in given.partition("gpus-per-node=8\n")[2]
+
+
+@pytest.mark.parametrize(
+    "target, options, lines",
+    [
+        ("h100:16", {}, ["exclusive", "mem=0"]),
+        ("h100:4", {}, []),
+        ("h100:8", {"exclusive": "user"}, ["mem=0", "exclusive=user"]),
+        ("h100:4", {"exclusive": None}, ["exclusive"]),
+        ("h100:8", {"mem": "64G", "requeue": None}, ["exclusive", "mem=64G"]),
+        ("h100:8", {"mem-per-gpu": "64G", "oversubscribe": None}, ["mem-per-gpu=64G", "oversubscribe"]),
+    ],
+)
+def test_sbatch_is_told_each_thing_once(target, options, lines):
+    """Whole nodes are the run's alone, and what the user says takes the place of what is said for all."""
+    script = slurm.render(asked(target), options=options)
+    read = [line.removeprefix("#SBATCH --") for line in script.split("\n") if line.startswith("#SBATCH ")]
+    names = [line.partition("=")[0] for line in read]
+    assert len(set(names)) == len(names) and read.count("requeue") == 1
+    assert [line for line in read if line.startswith(("exclusive", "mem", "oversubscribe"))] == sorted(
+        lines, key=read.index
+    )
 
 
 GONE, NO_NETWORK = "!NOT_FOUND: Resource 'griffin' was not found", "!Could not reach the server"
@@ -234,6 +309,11 @@ def test_the_status_of_a_preempted_run_is_that_of_the_loop():
             lambda: slurm.render(asked("h100:8"), minutes=5, grace=300),
             "--grace=300: with --minutes=5 the run would be told to end whenever it begins; --grace must be less than 300",
         ),
+        (
+            lambda: slurm.render(asked("h100:8"), options={"no-requeue": None}),
+            "--sbatch=no-requeue: a run that was preempted goes back",
+        ),
+        (lambda: slurm.render(asked("h100:8"), options={"N": "2"}), "--sbatch=N: options are known here by their long"),
         *(
             (
                 lambda value=value: slurm.render(asked("h100:8"), options={"comment": value}),
