@@ -29,7 +29,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Write the script or manifest to t
 _SUBMIT = flags.DEFINE_bool("submit", False, "slurm, gke: hand it to the scheduler, by sbatch or kubectl.")
 _PYTHON = flags.DEFINE_string("python", None, "The interpreter on the other machines; by default python, or this one.")
 _DEVICES_A_HOST = flags.DEFINE_integer("devices_a_host", None, "Where it is not 8 GPUs or 4 TPU chips.", lower_bound=1)
-_GRACE = flags.DEFINE_integer("grace", 300, "slurm, gke: seconds that a run has to save itself.", lower_bound=1)
+_GRACE = flags.DEFINE_integer("grace", None, "slurm, gke: seconds to save itself; 300, gke --spot 15.", lower_bound=1)
 _RESTARTS = flags.DEFINE_integer("restarts", 20, "Not local: starts after failures, not preemptions.", lower_bound=0)
 _SPOT = flags.DEFINE_bool("spot", False, "gke, tpu_vm: on machines that may be taken away.")
 
@@ -49,6 +49,7 @@ _MOUNT = flags.DEFINE_multi_string(
     "mount", [], "gke: gs://BUCKET:/PATH or CLAIM:/PATH in every pod; may be given again."
 )
 _SERVICE_ACCOUNT = flags.DEFINE_string("service_account", None, "gke: of Kubernetes, that may use the buckets.")
+_QUEUE = flags.DEFINE_string("queue", None, "gke: of Kueue.")
 
 _ZONE = flags.DEFINE_string("zone", None, "tpu_vm.")
 _PROJECT = flags.DEFINE_string("project", None, "tpu_vm.")
@@ -64,7 +65,7 @@ _READ_BY: tuple[tuple[tuple[str, ...], tuple[flags.FlagHolder, ...]], ...] = (
     (("slurm", "gke"), (_SUBMIT, _GRACE)),
     (("gke", "tpu_vm"), (_SPOT,)),
     (("slurm",), (_PROCESSES_PER, _PARTITION, _ACCOUNT, _SBATCH, _CPUS_PER_TASK, _MINUTES, _LOG, _SHELL)),
-    (("gke",), (_IMAGE, _MOUNT, _SERVICE_ACCOUNT)),
+    (("gke",), (_IMAGE, _MOUNT, _SERVICE_ACCOUNT, _QUEUE)),
     (("tpu_vm",), (_ZONE, _PROJECT, _SETUP, _DIRECTORY)),
     (("local",), (_PROCESSES, _REQUEUE)),
 )
@@ -115,7 +116,7 @@ def _render(asked: request.Request) -> tuple[str, str]:
             asked,
             per=_PROCESSES_PER.value,
             minutes=_MINUTES.value,
-            grace=_GRACE.value,
+            grace=_GRACE.value or 300,
             log=_LOG.value,
             options=options,
             setup=_SHELL.value,
@@ -132,6 +133,7 @@ def _render(asked: request.Request) -> tuple[str, str]:
             restarts=_RESTARTS.value,
             grace=_GRACE.value,
             spot=_SPOT.value,
+            queue=_QUEUE.value,
         )
         return manifest, ".yaml"
     script = tpu_vm.render(

@@ -8,9 +8,13 @@ from typing import Any
 import yaml
 
 from jaxlinear.errors import UserError
-from jaxlinear.launching.request import PREEMPTED, Request
+from jaxlinear.launching.request import BAD_INPUT, PREEMPTED, Request
 
 _PORT = 8476
+
+# Seconds that a pod on a spot node has, and may be given by its node pool, whatever the pod itself asks for
+# (cloud.google.com/kubernetes-engine/docs/concepts/spot-vms).
+_SPOT_GRACE, _MOST_SPOT_GRACE = 15, 120
 
 # Labels of the nodes (cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus and .../how-to/gpus).
 _TPUS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
@@ -24,8 +28,9 @@ def render(
     mounts: Sequence[str],
     service_account: str | None = None,
     restarts: int = 20,
-    grace: int = 300,
+    grace: int | None = None,
     spot: bool = False,
+    queue: str | None = None,
 ) -> str:
     """The manifest for ``kubectl apply -f``.
 
@@ -36,13 +41,20 @@ def render(
         nodes may write. The work directory is below one of them: a pod's own disk goes with the pod.
       service_account: of Kubernetes, that may read and write the buckets.
       restarts: how often a failure is followed by another start; a preemption does not count.
-      grace: seconds between SIGTERM and SIGKILL.
+      grace: seconds between SIGTERM and SIGKILL; by default 300, and 15 on spot nodes.
       spot: on nodes that may be taken away at any time.
+      queue: of Kueue, in which the set waits.
     """
     if request.kind not in _TPUS | _GPUS:
         raise UserError(f"GKE needs to know which nodes: {', '.join(_TPUS | _GPUS)}, not {request.target}")
     if not image:
         raise UserError("--platform=gke needs --image, a container with this project in its working directory")
+    grace = grace or (_SPOT_GRACE if spot else 300)
+    if spot and grace > _MOST_SPOT_GRACE:
+        raise UserError(
+            f"--grace={grace}: spot nodes are gone {_SPOT_GRACE} seconds after SIGTERM, or up to {_MOST_SPOT_GRACE} where "
+            f"their node pool says so; with --spot --grace is at most {_MOST_SPOT_GRACE}"
+        )
     volumes, mounted = _volumes(mounts)
     paths = [PurePosixPath(mount["mountPath"]) for mount in mounted]
     workdir = PurePosixPath(request.workdir)
@@ -89,11 +101,18 @@ def render(
     if any("csi" in volume for volume in volumes):
         template["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}
     # A pod that is evicted, and one that saved itself, end the job at once; the set then starts again, and that is not
-    # counted. Any other failure is.
+    # counted. Bad input ends the set, which tells it by the message: a job's reason is the same for all rules. Any other
+    # failure is counted.
     rules = [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [PREEMPTED]}},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [BAD_INPUT]}},
     ]
+    refused = {
+        "action": "FailJobSet",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+        "onJobFailureMessagePatterns": [f".*failed with exit code {BAD_INPUT} matching FailJob rule.*"],
+    }
     job = {
         "backoffLimit": 0,
         "completions": request.hosts,
@@ -102,14 +121,22 @@ def render(
         "podFailurePolicy": {"rules": rules},
         "template": template,
     }
+    metadata: dict[str, Any] = {"name": request.name}
+    if queue:
+        metadata["labels"] = {"kueue.x-k8s.io/queue-name": queue}
+    if on_tpu and request.hosts > 1:
+        # All pods on the hosts of one slice, and no others there.
+        topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+        metadata["annotations"] = topology
     manifest = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {"name": request.name},
+        "metadata": metadata,
         "spec": {
             "failurePolicy": {
                 "maxRestarts": restarts,
                 "rules": [
+                    refused,
                     {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]},
                 ],
             },
@@ -117,10 +144,6 @@ def render(
             "replicatedJobs": [{"name": "hosts", "replicas": 1, "template": {"spec": job}}],
         },
     }
-    if on_tpu and request.hosts > 1:
-        # All pods on the hosts of one slice, and no others there.
-        topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-        manifest["metadata"] = {"name": request.name, "annotations": topology}
     return yaml.safe_dump(manifest, sort_keys=False, width=1000)
 
 

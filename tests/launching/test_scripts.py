@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -272,8 +273,46 @@ def test_a_manifest_starts_one_pod_a_host():
     assert container["command"][-1].endswith("--expect=tpu:32")
 
 
-def of_gke(request=None, image="i", mounts=("runs:/shared",)):
-    return gke.render(request or asked("h100:8"), image=image, mounts=mounts)
+def of_gke(request=None, image="i", mounts=("runs:/shared",), **options):
+    return gke.render(request or asked("h100:8"), image=image, mounts=mounts, **options)
+
+
+@pytest.mark.parametrize("options, seconds", [({}, 300), ({"spot": True}, 15), ({"spot": True, "grace": 120}, 120)])
+def test_a_spot_node_gives_less_time(options, seconds):
+    (hosts,) = yaml.safe_load(of_gke(**options))["spec"]["replicatedJobs"]
+    assert hosts["template"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == seconds
+
+
+@pytest.mark.parametrize(
+    "status, action",
+    [(2, "FailJobSet"), (22, "RestartJobSet"), (75, "RestartJobSetAndIgnoreMaxRestarts"), (134, "RestartJobSet")],
+)
+def test_what_a_set_does_after_a_status(status, action):
+    """By the rules of Jobs and JobSets: the first that matches, and of a JobSet counted restarts if none does."""
+    spec = yaml.safe_load(of_gke())["spec"]
+    codes = [
+        rule.get("onExitCodes", {"values": []})["values"]
+        for rule in spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    ]
+    matched = [i for i, values in enumerate(codes) if status in values]
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    if matched:
+        reason = "PodFailurePolicy"
+        message = (
+            f"Container train for pod a/b failed with exit code {status} matching FailJob rule at index {matched[0]}"
+        )
+    actions = [
+        rule["action"]
+        for rule in spec["failurePolicy"]["rules"]
+        if reason in rule["onJobFailureReasons"]
+        and any(re.fullmatch(pattern, message) for pattern in rule.get("onJobFailureMessagePatterns", [".*"]))
+    ]
+    assert [*actions, "RestartJobSet"][0] == action
+
+
+def test_a_set_waits_in_a_queue():
+    assert yaml.safe_load(of_gke(queue="tpus"))["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
+    assert "labels" not in yaml.safe_load(of_gke())["metadata"]
 
 
 def test_the_status_of_a_preempted_run_is_that_of_the_loop():
@@ -323,6 +362,10 @@ def test_the_status_of_a_preempted_run_is_that_of_the_loop():
         ),
         (lambda: of_gke(asked("cpu:2")), "GKE needs to know which nodes: v5e, .*, not cpu:2"),
         (lambda: of_gke(asked("gpu:8")), "GKE needs to know which nodes: .*, not gpu:8"),
+        (
+            lambda: of_gke(spot=True, grace=300),
+            "--grace=300: spot nodes are gone 15 seconds after SIGTERM, .*; with --spot --grace is at most 120",
+        ),
         (lambda: of_gke(image=""), "--platform=gke needs --image"),
         (
             lambda: of_gke(mounts=[]),
