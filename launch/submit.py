@@ -55,6 +55,7 @@ _ZONE = flags.DEFINE_string("zone", None, "tpu_vm.")
 _PROJECT = flags.DEFINE_string("project", None, "tpu_vm.")
 _SETUP = flags.DEFINE_string("setup", None, "tpu_vm: shell that makes this project in --directory of every host.")
 _DIRECTORY = flags.DEFINE_string("directory", "jaxlinear", "tpu_vm: where the training command runs.")
+_DELETE_WHEN_DONE = flags.DEFINE_bool("delete_when_done", False, "tpu_vm: the slice, when the run is finished.")
 
 _PROCESSES = flags.DEFINE_integer("processes", 1, "local: how many.", lower_bound=1)
 _REQUEUE = flags.DEFINE_bool("requeue", False, "local: start again after a preemption.")
@@ -66,7 +67,7 @@ _READ_BY: tuple[tuple[tuple[str, ...], tuple[flags.FlagHolder, ...]], ...] = (
     (("gke", "tpu_vm"), (_SPOT,)),
     (("slurm",), (_PROCESSES_PER, _PARTITION, _ACCOUNT, _SBATCH, _CPUS_PER_TASK, _MINUTES, _LOG, _SHELL)),
     (("gke",), (_IMAGE, _MOUNT, _SERVICE_ACCOUNT, _QUEUE)),
-    (("tpu_vm",), (_ZONE, _PROJECT, _SETUP, _DIRECTORY)),
+    (("tpu_vm",), (_ZONE, _PROJECT, _SETUP, _DIRECTORY, _DELETE_WHEN_DONE)),
     (("local",), (_PROCESSES, _REQUEUE)),
 )
 
@@ -143,6 +144,8 @@ def _render(asked: request.Request) -> tuple[str, str]:
         setup=_SETUP.value,
         directory=_DIRECTORY.value,
         spot=_SPOT.value,
+        restarts=_RESTARTS.value,
+        delete_when_done=_DELETE_WHEN_DONE.value,
     )
     return script, ".sh"
 

@@ -1,18 +1,34 @@
 """A run on the TPU VMs of a slice: a shell script that asks for the slice, starts a process on each host, and begins again
 when the slice is taken away."""
 
+import hashlib
 import shlex
 
 from jaxlinear.errors import UserError
-from jaxlinear.launching.request import PREEMPTED, Request
+from jaxlinear.launching.request import BAD_INPUT, PREEMPTED, Request
 
 # What gcloud calls them, and the software of their hosts (cloud.google.com/tpu/docs/runtimes).
 _TYPES = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 _RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 
+_FINISHED = {
+    False: "exit 0",
+    True: """until queued delete --force; do refused "it could not be deleted"; done
+          trap - EXIT
+          exit 0""",
+}
+
 
 def render(
-    request: Request, *, zone: str, project: str, setup: str, directory: str = "jaxlinear", spot: bool = False
+    request: Request,
+    *,
+    zone: str,
+    project: str,
+    setup: str,
+    directory: str = "jaxlinear",
+    spot: bool = False,
+    restarts: int = 20,
+    delete_when_done: bool = False,
 ) -> str:
     """The script, to be left running where ``gcloud`` is.
 
@@ -22,54 +38,124 @@ def render(
       setup: shell that makes this project, with its environment, in ``directory`` of every host.
       directory: where the training command runs.
       spot: of slices that may be taken away at any time.
+      restarts: how often a failure of the run is followed by another start, a preemption does not count; and how often in
+        a row Google Cloud may refuse something.
+      delete_when_done: the slice, when the run is finished; else that is left to who reads the script's last line.
     """
     if request.platform != "tpu":
         raise UserError(f"--platform=tpu_vm is for TPUs, not for {request.target}; slurm and gke have GPUs")
     missing = [name for name, value in (("zone", zone), ("project", project), ("setup", setup)) if not value]
     if missing:
         raise UserError(f"--platform=tpu_vm needs --{missing[0]}")
+    # Two runs whose work directories end alike are two jobs: a slice of the one's name may be the other's.
+    name = f"{request.name}-{hashlib.sha256(request.workdir.rstrip('/').encode()).hexdigest()[:6]}"
     # By its shape: --accelerator-type names only how many chips, and gcloud then takes the shape that it likes.
-    asked = f"--node-id={request.name} --type={_TYPES[request.kind]} --topology={request.shape}"
+    asked = f"--node-id={name} --type={_TYPES[request.kind]} --topology={request.shape}"
     asked += f" --runtime-version={_RUNTIMES[request.kind]}" + (" --spot" if spot else "")
-    where = f"--zone={shlex.quote(zone)} --project={shlex.quote(project)}"
-    # Processes that have saved themselves begin again together.
-    loop = f'until {request.line()}; do status=$?; [ "$status" -eq {PREEMPTED} ] || exit "$status"; done'
-    train = f"cd {shlex.quote(directory)} && {loop}"
     return f"""#!/bin/bash
 # Asks for a {request.kind} slice of {request.shape}, trains on it, and asks again when it is taken away. The same
 # command goes on from what was saved: the work directory must be on a file system that outlives the slice, and is the same
-# on all hosts.
+# on all hosts. A run goes on without this script; started again, the script follows it.
 set -u
 
-name={request.name}
-gcloud="gcloud --quiet"
+name={name} # the end is the work directory's mark
+where=(--zone={shlex.quote(zone)} --project={shlex.quote(project)})
+restarts={restarts}
 
-command -v gcloud >/dev/null || {{ echo "gcloud is not on this machine" >&2; exit 1; }}
+# On each host, before the run; not beside one to which the connection was lost.
+setup() {{
+  cat <<'END'
+flock -n ~/{name}.lock true || exit 0
+{setup}
+END
+}}
+
+# On each host: starts the run if there is none, and follows what it writes until it ends.
+train() {{
+  cat <<'END'
+run=~/{name}
+cd {shlex.quote(directory)} || exit 3
+exec 9>> "$run.lock"
+if flock -n 9; then
+  rm -f "$run.status"
+  (
+    trap "" HUP        # the connection is lost
+    trap told=yes TERM # the machine is taken away: the run saves itself, and is not started here again
+    status={PREEMPTED} told=no
+    while [ "$status $told" = "{PREEMPTED} no" ]; do
+      {request.line()} 9>&-
+      status=$?
+    done
+    echo "$status" > "$run.status"
+  ) < /dev/null >> "$run.log" 2>&1 &
+  echo $! > "$run.pid"
+fi
+exec 9>&-
+tail -n 20 -f --pid="$(cat "$run.pid")" "$run.log"
+status=$(cat "$run.status" || echo 137)
+[ "$status" -eq 1 ] && status=101 # 1 is gcloud's own
+exit "$status"
+END
+}}
+
+queued() {{ gcloud --quiet compute tpus queued-resources "$1" "$name" "${{where[@]}}" "${{@:2}}"; }}
+
+on_all() {{
+  gcloud --quiet compute tpus tpu-vm ssh "$name" "${{where[@]}}" --worker=all --ssh-flag=-oServerAliveInterval=60 \\
+    --command="$1" < /dev/null
+}}
 
 # NONE if there is no such slice, UNKNOWN if gcloud could not find out, as when the network is gone.
 state() {{
-  local errors describe="$gcloud compute tpus queued-resources describe"
-  {{ errors=$($describe "$name" {where} --format='value(state.state)' 2>&1 >&3); }} 3>&1 && return
+  local errors
+  {{ errors=$(queued describe --format='value(state.state)' 2>&1 >&3); }} 3>&1 && return
   case "$errors" in
     *NOT_FOUND*) echo NONE ;;
     *) echo "$errors" >&2; echo UNKNOWN ;;
   esac
 }}
 
-on_all() {{
-  $gcloud compute tpus tpu-vm ssh "$name" {where} --worker=all --command="$1"
+# Tries again after a pause, which grows to five minutes; so many in a row are the end.
+refusals=0
+refused() {{
+  refusals=$((refusals + 1))
+  echo "$name: $1 ($refusals in a row, at most $restarts)" >&2
+  [ "$refusals" -le "$restarts" ] || exit 1
+  sleep $((refusals < 5 ? 60 * refusals : 300))
 }}
 
+command -v gcloud >/dev/null || {{ echo "gcloud is not on this machine" >&2; exit 1; }}
+trap 'echo "$name: a slice that is still there is paid for; this deletes it:" \\
+  "gcloud compute tpus queued-resources delete $name ${{where[*]}} --force" >&2' EXIT
+trap 'exit 130' INT # gcloud ends with 1 then
+
+failures=0
 while true; do
   case "$(state)" in
-    NONE) $gcloud compute tpus queued-resources create "$name" {where} {asked} || exit 1 ;;
-    SUSPENDED | FAILED) $gcloud compute tpus queued-resources delete "$name" {where} --force || exit 1 ;;
+    NONE) queued create {asked} || refused "the slice was refused" ;;
+    SUSPENDED) queued delete --force || refused "it could not be deleted" ;;
+    FAILED) queued delete --force; refused "the request for the slice failed" ;;
     ACTIVE)
-      on_all {shlex.quote(setup)} && on_all {shlex.quote(train)} && exit 0
+      on_all "$(setup)" || {{ refused "the hosts could not be set up"; continue; }}
+      refusals=0
+      on_all "$(train)"
       status=$?
-      # A slice that is gone is no failure of the run; ssh ends with 255 then, a while before the state says so.
-      [ "$status" -eq 255 ] && sleep 60
-      [ "$(state)" = ACTIVE ] && exit "$status"
+      case "$status" in
+        0)
+          {_FINISHED[delete_when_done]}
+          ;;
+        {BAD_INPUT}) exit {BAD_INPUT} ;; # the next start would be refused as this one was
+      esac
+      # A slice that is gone is no failure of the run, and its state says so a while later. Nor is a connection that is
+      # lost (ssh ends with 255, gcloud with 1).
+      sleep 60
+      case "$status" in 1 | 255 | {PREEMPTED}) continue ;; esac
+      if [ "$(state)" = ACTIVE ]; then
+        failures=$((failures + 1))
+        echo "$name: the run failed with status $status ($failures times, at most $restarts)" >&2
+        [ "$failures" -le "$restarts" ] || exit "$status"
+      fi
+      continue
       ;;
   esac
   sleep 30

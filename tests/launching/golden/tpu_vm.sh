@@ -1,38 +1,107 @@
 #!/bin/bash
 # Asks for a v5p slice of 4x4x4, trains on it, and asks again when it is taken away. The same
 # command goes on from what was saved: the work directory must be on a file system that outlives the slice, and is the same
-# on all hosts.
+# on all hosts. A run goes on without this script; started again, the script follows it.
 set -u
 
-name=griffin
-gcloud="gcloud --quiet"
+name=griffin-96db98 # the end is the work directory's mark
+where=(--zone=us-east5-a --project=mine)
+restarts=20
 
-command -v gcloud >/dev/null || { echo "gcloud is not on this machine" >&2; exit 1; }
+# On each host, before the run; not beside one to which the connection was lost.
+setup() {
+  cat <<'END'
+flock -n ~/griffin-96db98.lock true || exit 0
+test -d jaxlinear || git clone -q /shared/jaxlinear; cd jaxlinear && pip install -q '.[tpu]'
+END
+}
+
+# On each host: starts the run if there is none, and follows what it writes until it ends.
+train() {
+  cat <<'END'
+run=~/griffin-96db98
+cd jaxlinear || exit 3
+exec 9>> "$run.lock"
+if flock -n 9; then
+  rm -f "$run.status"
+  (
+    trap "" HUP        # the connection is lost
+    trap told=yes TERM # the machine is taken away: the run saves itself, and is not started here again
+    status=75 told=no
+    while [ "$status $told" = "75 no" ]; do
+      python launch/train.py --config=configs/griffin_100m.py --workdir=/shared/runs/griffin --config.model.pattern=rg_lru,gla --expect=tpu:64 9>&-
+      status=$?
+    done
+    echo "$status" > "$run.status"
+  ) < /dev/null >> "$run.log" 2>&1 &
+  echo $! > "$run.pid"
+fi
+exec 9>&-
+tail -n 20 -f --pid="$(cat "$run.pid")" "$run.log"
+status=$(cat "$run.status" || echo 137)
+[ "$status" -eq 1 ] && status=101 # 1 is gcloud's own
+exit "$status"
+END
+}
+
+queued() { gcloud --quiet compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"; }
+
+on_all() {
+  gcloud --quiet compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --ssh-flag=-oServerAliveInterval=60 \
+    --command="$1" < /dev/null
+}
 
 # NONE if there is no such slice, UNKNOWN if gcloud could not find out, as when the network is gone.
 state() {
-  local errors describe="$gcloud compute tpus queued-resources describe"
-  { errors=$($describe "$name" --zone=us-east5-a --project=mine --format='value(state.state)' 2>&1 >&3); } 3>&1 && return
+  local errors
+  { errors=$(queued describe --format='value(state.state)' 2>&1 >&3); } 3>&1 && return
   case "$errors" in
     *NOT_FOUND*) echo NONE ;;
     *) echo "$errors" >&2; echo UNKNOWN ;;
   esac
 }
 
-on_all() {
-  $gcloud compute tpus tpu-vm ssh "$name" --zone=us-east5-a --project=mine --worker=all --command="$1"
+# Tries again after a pause, which grows to five minutes; so many in a row are the end.
+refusals=0
+refused() {
+  refusals=$((refusals + 1))
+  echo "$name: $1 ($refusals in a row, at most $restarts)" >&2
+  [ "$refusals" -le "$restarts" ] || exit 1
+  sleep $((refusals < 5 ? 60 * refusals : 300))
 }
 
+command -v gcloud >/dev/null || { echo "gcloud is not on this machine" >&2; exit 1; }
+trap 'echo "$name: a slice that is still there is paid for; this deletes it:" \
+  "gcloud compute tpus queued-resources delete $name ${where[*]} --force" >&2' EXIT
+trap 'exit 130' INT # gcloud ends with 1 then
+
+failures=0
 while true; do
   case "$(state)" in
-    NONE) $gcloud compute tpus queued-resources create "$name" --zone=us-east5-a --project=mine --node-id=griffin --type=v5p --topology=4x4x4 --runtime-version=v2-alpha-tpuv5 --spot || exit 1 ;;
-    SUSPENDED | FAILED) $gcloud compute tpus queued-resources delete "$name" --zone=us-east5-a --project=mine --force || exit 1 ;;
+    NONE) queued create --node-id=griffin-96db98 --type=v5p --topology=4x4x4 --runtime-version=v2-alpha-tpuv5 --spot || refused "the slice was refused" ;;
+    SUSPENDED) queued delete --force || refused "it could not be deleted" ;;
+    FAILED) queued delete --force; refused "the request for the slice failed" ;;
     ACTIVE)
-      on_all 'test -d jaxlinear || git clone -q /shared/jaxlinear; cd jaxlinear && pip install -q '"'"'.[tpu]'"'"'' && on_all 'cd jaxlinear && until python launch/train.py --config=configs/griffin_100m.py --workdir=/shared/runs/griffin --config.model.pattern=rg_lru,gla --expect=tpu:64; do status=$?; [ "$status" -eq 75 ] || exit "$status"; done' && exit 0
+      on_all "$(setup)" || { refused "the hosts could not be set up"; continue; }
+      refusals=0
+      on_all "$(train)"
       status=$?
-      # A slice that is gone is no failure of the run; ssh ends with 255 then, a while before the state says so.
-      [ "$status" -eq 255 ] && sleep 60
-      [ "$(state)" = ACTIVE ] && exit "$status"
+      case "$status" in
+        0)
+          exit 0
+          ;;
+        2) exit 2 ;; # the next start would be refused as this one was
+      esac
+      # A slice that is gone is no failure of the run, and its state says so a while later. Nor is a connection that is
+      # lost (ssh ends with 255, gcloud with 1).
+      sleep 60
+      case "$status" in 1 | 255 | 75) continue ;; esac
+      if [ "$(state)" = ACTIVE ]; then
+        failures=$((failures + 1))
+        echo "$name: the run failed with status $status ($failures times, at most $restarts)" >&2
+        [ "$failures" -le "$restarts" ] || exit "$status"
+      fi
+      continue
       ;;
   esac
   sleep 30
