@@ -75,6 +75,7 @@ train() {{
   cat <<'END'
 run=~/{name}
 cd {shlex.quote(directory)} || exit 3
+: >> "$run.log"
 exec 9>> "$run.lock"
 if flock -n 9; then
   rm -f "$run.status"
@@ -87,6 +88,7 @@ if flock -n 9; then
       status=$?
     done
     echo "$status" > "$run.status"
+    sleep 2 # what follows the run has read its last words then
   ) < /dev/null >> "$run.log" 2>&1 &
   echo $! > "$run.pid"
 fi

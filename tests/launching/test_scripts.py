@@ -350,6 +350,9 @@ def test_two_runs_whose_work_directories_end_alike_have_two_slices():
     assert all(name.startswith("griffin-") and f"--node-id={name} " not in script("/c/griffin") for name in names)
 
 
+WAIT = "for _ in {1..3000}; do sleep 0.02;"  # not for ever, should a test fail
+
+
 class Host:
     """Where the script for TPU VMs tells each host to train, with a stand-in for python: each start says so in ``starts``
     and does what ``program`` says."""
@@ -384,11 +387,12 @@ class Host:
 @pytest.mark.parametrize("end, status", [(0, 0), (2, 2), (1, 101), (134, 134)])
 def test_a_run_outlives_its_connection(tmp_path, end, status):
     """And the next one follows it: no other is started, and its status is the run's."""
-    host = Host(tmp_path, "until [ -e go ]; do sleep 0.02; done", "echo done", f"exit {end}")
+    host = Host(tmp_path, f"{WAIT} [ -e go ] && break; done", "echo done", f"exit {end}")
     lost = host.connect()
     host.wait_for("start")
     os.killpg(lost.pid, signal.SIGHUP)
     lost.communicate(timeout=60)
+    assert lost.returncode == -signal.SIGHUP
     follows = host.connect()
     assert follows.stdout.readline() == "start\n"
     (tmp_path / "go").touch()
@@ -402,7 +406,7 @@ def test_a_run_outlives_its_connection(tmp_path, end, status):
 
 def test_a_machine_that_is_taken_away_tells_its_run(tmp_path):
     """By SIGTERM and SIGHUP at once, to all that a connection began."""
-    host = Host(tmp_path, "trap 'echo saved; exit 75' TERM", "echo ready", "while true; do sleep 0.02; done")
+    host = Host(tmp_path, "trap 'echo saved; exit 75' TERM", "echo ready", f"{WAIT} :; done")
     taken = host.connect()
     host.wait_for("ready")
     os.killpg(taken.pid, signal.SIGTERM)

@@ -21,6 +21,7 @@ train() {
   cat <<'END'
 run=~/griffin-96db98
 cd jaxlinear || exit 3
+: >> "$run.log"
 exec 9>> "$run.lock"
 if flock -n 9; then
   rm -f "$run.status"
@@ -33,6 +34,7 @@ if flock -n 9; then
       status=$?
     done
     echo "$status" > "$run.status"
+    sleep 2 # what follows the run has read its last words then
   ) < /dev/null >> "$run.log" 2>&1 &
   echo $! > "$run.pid"
 fi
