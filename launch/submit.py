@@ -7,8 +7,8 @@
 
 What follows after -- is the command of launch/train.py. That its config file and the keys that it sets exist is checked
 here, and their values when the run begins. Then a script or manifest is written (--output, or to stdout) or, with --submit,
-handed to the scheduler. Every one starts the run again after a preemption; it goes on from what it saved. The processes go
-no further unless together they see the devices that were asked for.
+handed to the scheduler. Every one starts the run again after a preemption, and all but local after a failure; it goes on
+from what it saved. The processes go no further unless together they see the devices that were asked for.
 """
 
 import pathlib
