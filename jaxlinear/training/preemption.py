@@ -18,18 +18,27 @@ class Preempted(Exception):
 class Stop:
     """Whether SIGTERM came, within the block. Processes that train together hear of it at the same point, whichever of them
     it came to: JAX then handles the signal and agrees on the point. Signals come to the main thread alone; a run in another
-    does not hear of them."""
+    does not hear of them.
+
+    SIGHUP is taken for SIGTERM, unless it is ignored: a machine that shuts down sends both at once to what ssh began.
+    """
 
     def __init__(self) -> None:
         self._came = False
-        self._listens = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        in_main = threading.current_thread() is threading.main_thread()
+        self._listens = in_main and jax.process_count() == 1
+        self._hears_hang_up = in_main and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
     def __enter__(self) -> "Stop":
         if self._listens:
             self._before = signal.signal(signal.SIGTERM, self._handle)
+        if self._hears_hang_up:
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self._hears_hang_up:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         if self._listens:
             signal.signal(signal.SIGTERM, self._before)
 

@@ -231,6 +231,18 @@ def without_times(line):
     return {name: value for name, value in line.items() if name not in times}
 
 
+@pytest.mark.parametrize("before, heard", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_sighup_is_taken_for_sigterm_unless_it_is_ignored(before, heard):
+    at_first = signal.signal(signal.SIGHUP, before)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.came() == heard
+        assert signal.getsignal(signal.SIGHUP) is before
+    finally:
+        signal.signal(signal.SIGHUP, at_first)
+
+
 def test_sigterm_is_heard_within_a_run_alone():
     before = signal.getsignal(signal.SIGTERM)
     with Stop() as stop:
