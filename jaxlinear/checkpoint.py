@@ -19,7 +19,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxlinear import config as configs
 from jaxlinear import streaming
-from jaxlinear.errors import UserError
+from jaxlinear.errors import EveryProcessError, UserError
+from jaxlinear.parallel import start
 
 DIRECTORY = "checkpoints"
 _META = "meta"
@@ -59,6 +60,33 @@ class Checkpoints:
         """The steps that can be restored, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def newest_of_all(self) -> int | None:
+        """The newest step, the same on all processes of the run, each of which has to ask; None if there is none. A host
+        that knows an older state of the directory, as NFS may, looks again for a while.
+
+        Raises:
+          EveryProcessError: some processes see another newest step than others still.
+        """
+        none = -1
+
+        def look() -> int:
+            self._manager.reload()
+            return max(self.steps(), default=none)
+
+        seen = start.seen_by_each(look)
+        newest = max(seen)
+        others = [process for process, step in enumerate(seen) if step != newest]
+        if others:
+            named = "; ".join(
+                f"process {process} sees {'none' if seen[process] == none else f'step {seen[process]}'}"
+                for process in others
+            )
+            raise EveryProcessError(
+                f"the newest checkpoint in {self.directory} is that of step {newest} for process {seen.index(newest)}, but "
+                f"{named}; a run goes on when all its hosts see the same files: start the same command again when they do"
+            )
+        return None if newest == none else newest
+
     def save(self, step: int, trees: Mapping[str, Any], *, next_batch: int, heldout_loss: float | None = None) -> None:
         """Begins to save; returns when the arrays have been copied, while the writing goes on in the background.
 
@@ -66,7 +94,8 @@ class Checkpoints:
         """
         assert self._config is not None
         self.wait()  # Orbax would; so that what is free is known
-        self._check_space(trees)
+        with start.together():  # a quota may be used up for one host alone
+            self._check_space(trees)
         meta = _meta(self._config, next_batch, {name: _checksums(tree) for name, tree in trees.items()})
         items = {name: ocp.args.StandardSave(_by_path(tree)) for name, tree in trees.items()}
         with self._writing():

@@ -11,8 +11,9 @@ import pytest
 
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
-from jaxlinear.errors import UserError
+from jaxlinear.errors import EveryProcessError, UserError
 from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel import start
 from tests import small_trees
 
 
@@ -29,6 +30,55 @@ def test_round_trip(tmp_path):
     small_trees.assert_equal(checkpoints.restore(small_trees.on(small_trees.single()), 1), small_trees.trees(1))
     assert checkpoints.meta()["next_batch"] == 20 and checkpoints.meta(1)["next_batch"] == 10
     assert checkpoints.meta()["config"] == json.loads(configs.to_json(small_trees.config(keep_newest=2)))
+
+
+def of_two_processes(monkeypatch, other):
+    """Has this process be the first of two, of which the other one has ``other(number of the question)`` everywhere."""
+    asked = []
+
+    def gathered(*numbers):
+        asked.append(numbers)
+        return np.array([numbers, [other(len(asked))]], np.int32)
+
+    monkeypatch.setattr(start, "_of_every_process", gathered)
+    monkeypatch.setattr(start.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(start.time, "sleep", lambda seconds: None)
+    return asked
+
+
+def test_a_host_that_sees_the_newest_checkpoint_late_is_waited_for(three, monkeypatch):
+    checkpoints = Checkpoints(three)
+    asked = of_two_processes(monkeypatch, lambda question: 2 if question < 20 else 3)
+    assert checkpoints.newest_of_all() == 3 and len(asked) == 20
+
+
+@pytest.mark.parametrize("sees, words", [(2, "process 1 sees step 2"), (-1, "process 1 sees none")])
+def test_a_host_that_never_sees_the_newest_checkpoint_is_refused(three, monkeypatch, sees, words):
+    checkpoints = Checkpoints(three)
+    asked = of_two_processes(monkeypatch, lambda question: sees)
+    with pytest.raises(
+        EveryProcessError, match=f"is that of step 3 for process 0, but {words}; a run goes on when all"
+    ):
+        checkpoints.newest_of_all()
+    assert len(asked) > 60  # NFS shows what it knows of a directory for so many seconds
+
+
+def test_the_first_process_is_asked_for_no_other_than_the_newest(three, monkeypatch):
+    checkpoints = Checkpoints(three)
+    of_two_processes(monkeypatch, lambda question: 4)
+    with pytest.raises(EveryProcessError, match="is that of step 4 for process 1, but process 0 sees step 3;"):
+        checkpoints.newest_of_all()
+
+
+def test_a_host_without_space_ends_all(three, monkeypatch):
+    """A quota may be used up as one host sees it alone."""
+    checkpoints = Checkpoints(three, small_trees.config())
+    with monkeypatch.context() as patch:
+        of_two_processes(patch, lambda question: 1)
+        with pytest.raises(EveryProcessError, match="process 1 cannot go on; its own message says why"):
+            checkpoints.save(4, small_trees.trees(4), next_batch=4)
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2, 3]
 
 
 def test_one_tree_alone(tmp_path):

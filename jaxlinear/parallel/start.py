@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -20,6 +20,7 @@ from jaxlinear.parallel import targets
 
 _MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
 _LOOKS = 10  # a second apart, at a file that another host wrote: a file system of the network may show it late
+_LOOKS_AT_A_LISTING = 90  # a second apart: NFS shows what it knows of a directory for up to 60 s
 
 
 def use_gpu_memory() -> None:
@@ -153,6 +154,18 @@ def check_shared(what: str, directory: Path) -> None:
             f"{what} {directory} of process {_named(unseen)} is not that of process 0, which wrote a file there; a run has "
             "one directory for all its processes: on a file system of the network, or in a bucket that all hosts mount"
         )
+
+
+def seen_by_each(look: Callable[[], int]) -> list[int]:
+    """What ``look()`` gives on each process, by process: as soon as it is the same on all, or else after ``look`` was asked
+    some tens of times, a second apart. It reads a directory, of which a host may know an older state; a number lies below
+    2**31."""
+    for _ in range(_LOOKS_AT_A_LISTING - 1):
+        seen = _of_every_process(look())[:, 0]
+        if (seen == seen[0]).all():
+            return seen.tolist()
+        time.sleep(1)
+    return _of_every_process(look())[:, 0].tolist()
 
 
 def as_the_first(value: bool) -> bool:

@@ -70,12 +70,13 @@ def _train(job: Job, directory: Path, stop: Stop) -> int:
 
 
 def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.TrainState, int]:
-    if not checkpoints.steps():
+    step = checkpoints.newest_of_all()
+    if step is None:
         return states.initialise(job.architecture, job.optimizer, job.config.training.seed, job.mesh), 0
-    first = checkpoints.meta()["next_batch"]
+    first = checkpoints.meta(step)["next_batch"]
     _LOG.info("going on from step %d in %s", first, checkpoints.directory)
     structs = states.structs(job.architecture, job.optimizer, job.mesh)
-    return states.from_trees(checkpoints.restore(states.to_trees(structs))), first
+    return states.from_trees(checkpoints.restore(states.to_trees(structs), step)), first
 
 
 def _run(

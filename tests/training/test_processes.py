@@ -42,10 +42,10 @@ class Process:
 @pytest.fixture
 def processes(tiny_dataset, tmp_path):
     """``processes(workdir, count, devices, *arguments, each=...)`` starts as many, each with its devices and with its own
-    further arguments. Whatever becomes of the test, none outlives it."""
+    further arguments; ``before`` is Python that the last one runs first. Whatever becomes of the test, none outlives it."""
     with contextlib.ExitStack() as stack:
 
-        def run(workdir, count, devices, *arguments, each=None, folders=None):
+        def run(workdir, count, devices, *arguments, each=None, folders=None, before=None):
             # Nothing else is given the port while this socket has it; the coordinator may share it.
             held = stack.enter_context(socket.socket(socket.AF_INET6))
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -57,10 +57,17 @@ def processes(tiny_dataset, tmp_path):
             for i in range(count):
                 own = [*joined, f"--process={i}", *arguments, *(each[i] if each else [])]
                 python, program, *options = tiny.command(workdir, tiny_dataset, *own)
+                program = tiny.REPOSITORY / program
                 output = tmp_path / f"{time.monotonic_ns()}_{i}"
+                if before and i == count - 1:
+                    script = output.with_suffix(".py")
+                    script.write_text(
+                        f"{before}\nimport runpy\nrunpy.run_path({str(program)!r}, run_name='__main__')\n"
+                    )
+                    program = script
                 with output.open("w") as file:
                     process = subprocess.Popen(
-                        [python, str(tiny.REPOSITORY / program), *options],
+                        [python, str(program), *options],
                         cwd=folders[i] if folders else tiny.REPOSITORY,
                         env=environment,
                         stdout=file,
@@ -90,6 +97,18 @@ def last_step(workdir):
     return json.loads(lines[-1])["step"] if lines else 0
 
 
+# A host that lists the checkpoints as they were a while ago: without the newest, three times.
+STALE = """
+import orbax.checkpoint as ocp
+listed, looks = ocp.CheckpointManager._load_checkpoint_infos, []
+def stale(self, *args, **options):
+    looks.append(1)
+    found = listed(self, *args, **options)
+    return found[:-1] if len(looks) <= 3 else found
+ocp.CheckpointManager._load_checkpoint_infos = stale
+"""
+
+
 def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterrupted, tmp_path):
     """2 processes of 2 devices, that go on and one is killed; 4 of one device, told to stop; one alone: always the same
     curve."""
@@ -99,7 +118,7 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
     spread = ("--config.mesh.data=2", "--config.mesh.sequence=2", rarely)
     for process in processes(workdir, 2, 2, *spread, "--config.training.steps=8"):
         assert process.end()[0] == 0, process
-    pair = processes(workdir, 2, 2, *spread, endless)
+    pair = processes(workdir, 2, 2, *spread, endless, before=STALE)
     wait_for(pair, lambda: last_step(workdir) >= 11)
     pair[1].running.send_signal(signal.SIGKILL)
     begin = time.monotonic()
@@ -163,6 +182,7 @@ def test_a_host_that_lacks_the_data_ends_all(processes, tiny_dataset, tmp_path):
     assert (status, other_status) == (2, 2), pair[0]
     assert lines == ["train.py: process 1 cannot go on; its own message says why"]
     assert len(other_lines) == 1 and "no dataset at data: the directory does not exist" in other_lines[0]
+    assert not workdir.exists()
 
 
 def test_hosts_with_a_directory_each_are_refused(processes, tmp_path):
