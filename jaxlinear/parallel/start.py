@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxlinear.errors import EveryProcessError, UserError
-from jaxlinear.parallel import targets
+from jaxlinear.parallel import program, targets
 
 _MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
 _LOOKS = 10  # a second apart, at a file that another host wrote: a file system of the network may show it late
@@ -99,7 +99,15 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def check_agreement(what: str, text: str) -> None:
+def check_same_program() -> None:
+    """Raises ``UserError`` on every process unless all run the same code, versions and flags of the compilers: else they
+    may train together what none of them was to train, or wait for each other."""
+    if jax.process_count() > 1:
+        own = program.text()
+        check_agreement("the program", own, f": the same versions on every host. Here it is {own}")
+
+
+def check_agreement(what: str, text: str, advice: str = "") -> None:
     """Raises ``UserError`` on every process unless all were given the same text."""
     if jax.process_count() == 1:
         return
@@ -109,7 +117,7 @@ def check_agreement(what: str, text: str) -> None:
     others = np.flatnonzero((of_all != of_all[0]).any(axis=1))
     if len(others):
         raise EveryProcessError(
-            f"{what} of process {_named(others)} differs from that of process 0; all must be given the same"
+            f"{what} of process {_named(others)} differs from that of process 0; all must be given the same{advice}"
         )
 
 

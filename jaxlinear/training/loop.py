@@ -35,6 +35,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
     again, it follows the uninterrupted run: exactly on CPU, and elsewhere as exactly as the compiler's programs repeat
     themselves (docs/checkpoints.md).
     """
+    start.check_same_program()
     start.check_agreement("the config", config.to_json_best_effort(sort_keys=True))
     start.check_agreement("the work directory", str(workdir))
     with start.together():

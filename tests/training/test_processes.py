@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+import jaxlinear
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import start
@@ -167,6 +168,20 @@ def test_hosts_whose_configs_differ_are_refused(processes, tmp_path):
         status, lines = process.end()
         assert status == 2, process
         assert lines == ["train.py: the config of process 1 differs from that of process 0; all must be given the same"]
+    assert not workdir.exists()
+
+
+def test_hosts_whose_code_differs_are_refused(processes, tmp_path):
+    """An activation is another one in the version of the last process; nothing else would tell."""
+    workdir = tmp_path / "run"
+    before = "import jaxlinear; jaxlinear.__version__ = '0.0.9'\nimport jax; jax.nn.silu = jax.nn.gelu"
+    for process, version in zip(processes(workdir, 2, 1, before=before), (jaxlinear.__version__, "0.0.9"), strict=True):
+        status, lines = process.end()
+        assert status == 2, process
+        assert len(lines) == 1 and lines[0].startswith(
+            "train.py: the program of process 1 differs from that of process 0; all must be given the same: the same "
+            f"versions on every host. Here it is jaxlinear {version} (code "
+        )
     assert not workdir.exists()
 
 
