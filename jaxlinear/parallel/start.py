@@ -3,9 +3,13 @@
 import contextlib
 import glob
 import importlib.util
+import logging
+import math
 import os
 import re
 import secrets
+import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +23,11 @@ from jaxlinear.errors import EveryProcessError, UserError
 from jaxlinear.parallel import program, targets
 
 _MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+_LOG = logging.getLogger(__name__)
+
+JOIN_PATIENCE = 30 * 60.0  # seconds: hosts of one slice or job come up minutes apart, pulling images and installing
+_SAYS_SO_EVERY = 60.0  # seconds
+_ABORT_LATER = 60  # seconds by which JAX's own end of a wait comes after ours
 _LOOKS = 10  # a second apart, at a file that another host wrote: a file system of the network may show it late
 _LOOKS_AT_A_LISTING = 90  # a second apart: NFS shows what it knows of a directory for up to 60 s
 
@@ -30,12 +39,19 @@ def use_gpu_memory() -> None:
         os.environ[_MEMORY_FRACTION] = str(targets.GPU_MEMORY_FRACTION)
 
 
-def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def join(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    patience: float = JOIN_PATIENCE,
+) -> None:
     """Joins this process to the others of its run, before any device is touched; alone, it does nothing.
 
     With ``coordinator`` (HOST:PORT of process 0), the number of ``processes`` and the number of this one, these are
     taken. Without, SLURM (more than one task in the step) and TPU pods, those of GKE too, are known by their environment,
-    and JAX finds the rest out by itself.
+    and JAX finds the rest out by itself. When the others do not come within ``patience`` seconds, the process ends with
+    status 2 and one line.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [name for name, value in given.items() if value is None]
@@ -43,11 +59,44 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         assert processes is not None and process is not None
         if not 0 <= process < processes:
             raise UserError(f"--process={process} is not one of --processes={processes}: they count from 0")
-        jax.distributed.initialize(coordinator, processes, process)
+        with _waiting(f"the others of {processes} processes at {coordinator}", patience):
+            jax.distributed.initialize(
+                coordinator, processes, process, initialization_timeout=math.ceil(patience) + _ABORT_LATER
+            )
     elif len(missing) < len(given):
         raise UserError(f"--coordinator, --processes and --process belong together; --{missing[0]} is missing")
     elif _under_a_scheduler():
-        jax.distributed.initialize(local_device_ids=_gpus_of_a_node())
+        with _waiting("the other processes of this run", patience):
+            jax.distributed.initialize(
+                local_device_ids=_gpus_of_a_node(), initialization_timeout=math.ceil(patience) + _ABORT_LATER
+            )
+
+
+@contextlib.contextmanager
+def _waiting(whom: str, patience: float) -> Iterator[None]:
+    """Says now and then for whom it waits within, and ends the process after ``patience`` seconds. JAX's own end of the
+    wait is an abort in C++, which cannot be caught: a stack instead of a reason."""
+    over = threading.Event()
+
+    def watch() -> None:
+        begin = time.monotonic()
+        while not over.wait(min(_SAYS_SO_EVERY, patience)):
+            seconds = time.monotonic() - begin
+            if seconds >= patience:
+                print(
+                    f"{os.path.basename(sys.argv[0])}: {whom} did not come within {patience / 60:.3g} minutes: were they "
+                    "started, is that the address of process 0, and can it be reached?",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(2)
+            _LOG.info("waiting for %s, %d of %d minutes", whom, seconds // 60, patience // 60)
+
+    threading.Thread(target=watch, name="joining", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def expect(what: str) -> None:

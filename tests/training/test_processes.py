@@ -7,6 +7,7 @@ import pathlib
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -228,6 +229,41 @@ def test_hosts_with_a_directory_each_are_refused(processes, tmp_path):
 def test_wrong_flags_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         start.join(*flags)
+
+
+ALONE = """
+import logging, sys
+from jaxlinear.parallel import start
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+start.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]), patience=3)
+"""
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_whose_others_do_not_come_ends_with_a_reason(process):
+    with socket.socket() as held:  # of a process 1 nothing answers there
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(port), str(process)],
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"-c: the others of 2 processes at 127.0.0.1:{port} did not come within 0.05 minutes: were they started, is that "
+        "the address of process 0, and can it be reached?"
+    )
+    assert "stack trace" not in done.stderr
+
+
+def test_while_a_process_waits_it_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(start, "_SAYS_SO_EVERY", 0.05)
+    with caplog.at_level("INFO"), start._waiting("the others", patience=1800):
+        time.sleep(1)
+    assert caplog.messages[:2] == ["waiting for the others, 0 of 30 minutes"] * 2
 
 
 @pytest.mark.parametrize("hosts, joins", [(None, False), ("a,b", True)])
