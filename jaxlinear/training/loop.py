@@ -42,12 +42,13 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
         job = Job.build(config)
         workdirs.check(workdir, job.config)
         trained_data.check(workdir, job.datasets)
-    directory = workdirs.prepare(workdir, job.config)
-    with start.together():
-        trained_data.keep(directory, job.datasets)
-    start.check_agreement("the data", job.data_text())
-    with Stop() as stop:
-        return _train(job, directory, stop)
+    with workdirs.alone(workdir):
+        directory = workdirs.prepare(workdir, job.config)
+        with start.together():
+            trained_data.keep(directory, job.datasets)
+        start.check_agreement("the data", job.data_text())
+        with Stop() as stop:
+            return _train(job, directory, stop)
 
 
 def _train(job: Job, directory: Path, stop: Stop) -> int:

@@ -1,5 +1,6 @@
 """A run's directory: its config, and what may change when the run goes on."""
 
+import contextlib
 import datetime
 import errno
 import importlib.metadata
@@ -8,14 +9,14 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import config_dict
 
-from jaxlinear import __version__, config_checks
+from jaxlinear import __version__, config_checks, locks
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
@@ -77,14 +78,25 @@ def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
         check_same_run(directory, read_config(directory), config, goes_on=goes_on)
 
 
-def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
-    """Makes the directory, which all processes share, and writes the config, once all is checked."""
-    check(workdir, config)
+@contextlib.contextmanager
+def alone(workdir: str | os.PathLike) -> Iterator[None]:
+    """Makes the directory, which all processes share. Within, no other run has it."""
     directory = Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)
     start.check_shared("the work directory", directory)
+    with contextlib.ExitStack() as stack:
+        with start.together():
+            _check_renames(directory)
+            if start.is_first():
+                stack.enter_context(locks.of_run(directory))
+        yield
+
+
+def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
+    """Writes the config, once all is checked."""
     with start.together():
-        _check_renames(directory)
+        check(workdir, config)
+    directory = Path(workdir)
     if (directory / CONFIG).exists():
         before, after = _behaviour(read_config(directory)), _behaviour(config)
         for key, value in after.items():

@@ -11,13 +11,14 @@ import shutil
 import pytest
 
 from jaxlinear import config as configs
-from jaxlinear import data
+from jaxlinear import data, locks
 from jaxlinear.errors import UserError
 from jaxlinear.models import mixers
 from jaxlinear.training import trained_data
 from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.job import Job, mixture
 from jaxlinear.training.loop import train
+from tests.training import tiny
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +277,23 @@ def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path, cap
     assert f"the run goes on with optimizer.learning_rate=0.0005; it was {before}" in caplog.text
     workdirs.note_start(workdir, 3, config, Job.build(tiny_config).mesh)
     assert workdirs.read_starts(workdir)[-1]["optimizer.learning_rate"] == 5e-4
+
+
+def test_a_workdir_that_another_run_has(tiny_config, tiny_run, tmp_path, monkeypatch):
+    """It is left as it is: a second run would remove the checkpoint that the first is writing."""
+    monkeypatch.setattr(locks, "_PATIENCE", 0.1)
+    workdir = shutil.copytree(tiny_run, tmp_path / "run")
+    (workdir / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
+    (workdir / "checkpoints" / "3.orbax-checkpoint-tmp" / "part").touch()
+    config = tiny_config.copy_and_resolve_references()
+    config.training.steps = 4
+    with locks.of_run(workdir):
+        before = tiny.files(workdir)
+        with pytest.raises(
+            UserError, match=rf"^the run of process {os.getpid()} on .* has {workdir}; end that one first"
+        ):
+            train(config, workdir)
+        assert tiny.files(workdir) == before
 
 
 @pytest.mark.parametrize("kind", ["file", "link that leads nowhere"])

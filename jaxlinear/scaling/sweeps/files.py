@@ -3,13 +3,14 @@ job of a sweep begins with it."""
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from jaxlinear import locks
 
 _PATIENCE = 10.0  # seconds that a job waits for the lock, which is taken for a moment by those who only look
 _TAIL = 65_536  # bytes of a log or of metrics, at their end, that are looked at
@@ -78,7 +79,7 @@ class RunFiles:
         lock lasts as long as any process of the run."""
         with (self.job / "lock").open("ab") as file:
             begin = time.monotonic()
-            while not (held := _lock(file, fcntl.LOCK_EX)) and time.monotonic() - begin < _PATIENCE:
+            while not (held := locks.take(file)) and time.monotonic() - begin < _PATIENCE:
                 time.sleep(0.05)
             yield file if held else None
 
@@ -88,14 +89,14 @@ class RunFiles:
         if not path.exists():
             return False
         with path.open("ab") as file:
-            return not _lock(file, fcntl.LOCK_SH)
+            return not locks.take(file, shared=True)
 
 
 @contextlib.contextmanager
 def hold(sweep: Path) -> Iterator[bool]:
     """Holds the lock of a sweep's directory; False, at once, if another process does."""
     with (sweep / "lock").open("ab") as file:
-        yield _lock(file, fcntl.LOCK_EX)
+        yield locks.take(file)
 
 
 def write(path: Path, text: str) -> None:
@@ -118,11 +119,3 @@ def tail(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
         return file.read().decode("utf-8", "replace")
-
-
-def _lock(file: BinaryIO, how: int) -> bool:
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -1,0 +1,93 @@
+"""Locks by which programs that work on one directory are told apart. Each ends with the process that holds it, however that
+ends."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from jaxlinear.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+FILE = "lock"
+# Seconds: a scheduler starts a run again while the killed one still ends, and an NFS server keeps the lock of a host that
+# is gone for 90 s.
+_PATIENCE = 120.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def take(file: BinaryIO, *, shared: bool = False) -> bool:
+    """Locks an open file, or says at once that another program has it. ``shared`` locks exclude those that are not."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def of_run(directory: Path) -> Iterator[None]:
+    """Has a run's directory alone within, and waits a while for a program that has it. Where the file system has no locks,
+    a line of the log says so.
+
+    Raises:
+      UserError: another program has it still.
+    """
+    path = directory / FILE
+    with path.open("ab", buffering=0) as file:
+        try:
+            _wait(file, path)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _LOG.warning(
+                "the file system of %s has no locks (%s): a second run that is started there would not be refused",
+                directory,
+                error.strerror,
+            )
+            yield
+            return
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        file.truncate(0)
+        file.write(json.dumps(holder).encode() + b"\n")
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _wait(file: BinaryIO, path: Path) -> None:
+    begin = time.monotonic()
+    said = False
+    while not take(file):
+        if time.monotonic() - begin >= _PATIENCE:
+            raise UserError(
+                f"{_holder(path)} has {path.parent}; end that one first, or give the new run a --workdir of its own (if "
+                f"no such process is there, its host has died: remove {path})"
+            )
+        if not said:
+            _LOG.info("%s has %s: waiting for it, %.0f seconds at most", _holder(path), path.parent, _PATIENCE)
+            said = True
+        time.sleep(min(1.0, _PATIENCE))
+
+
+def _holder(path: Path) -> str:
+    """Who wrote the file when it took the lock."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return f"the run of process {values['pid']} on {values['host']}, begun {values['time']},"
+    except (OSError, ValueError, KeyError, TypeError):  # it is written after the lock is taken, and emptied at the end
+        return "another run"

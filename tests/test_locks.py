@@ -1,0 +1,90 @@
+"""One run at a time in a directory."""
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from jaxlinear import locks
+from jaxlinear.errors import UserError
+
+HOLD = """
+import pathlib, sys, time
+from jaxlinear import locks
+with locks.of_run(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_a_second_one_is_refused_with_who_holds_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "_PATIENCE", 0.1)
+    with locks.of_run(tmp_path):
+        before = (tmp_path / locks.FILE).read_bytes()
+        assert json.loads(before)["pid"] == os.getpid()
+        holder = f"the run of process {os.getpid()} on {socket.gethostname()}, begun 2.*"
+        with (
+            caplog.at_level("INFO"),
+            pytest.raises(UserError, match=f"^{holder}, has {tmp_path}; end that one first"),
+            locks.of_run(tmp_path),
+        ):
+            pass
+        assert (tmp_path / locks.FILE).read_bytes() == before
+    assert len(caplog.messages) == 1 and "waiting for it, 0 seconds at most" in caplog.messages[0]
+    with locks.of_run(tmp_path):
+        pass
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b""]
+
+
+def test_one_that_ends_is_waited_for(tmp_path):
+    """As the one before, when a scheduler starts a run again."""
+    ended = threading.Event()
+
+    def hold():
+        with locks.of_run(tmp_path):
+            held.set()
+            time.sleep(0.3)
+            ended.set()
+
+    held = threading.Event()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(10)
+    with locks.of_run(tmp_path):
+        assert ended.is_set()
+    thread.join()
+
+
+def test_a_killed_one_holds_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_PATIENCE", 0.1)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"^the run of process {process.pid} on "), locks.of_run(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    assert json.loads((tmp_path / locks.FILE).read_text())["pid"] == process.pid
+    with locks.of_run(tmp_path):
+        assert json.loads((tmp_path / locks.FILE).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_without_locks_a_line_says_so(tmp_path, monkeypatch, caplog, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with locks.of_run(tmp_path):
+        pass
+    assert caplog.messages == [
+        f"the file system of {tmp_path} has no locks ({os.strerror(number)}): a second run that is started there would not "
+        "be refused"
+    ]
