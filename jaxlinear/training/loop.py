@@ -170,11 +170,12 @@ def _run(
 
 class _Trace:
     """A profiler trace of the steps that ``logging.profile_step`` and ``profile_steps`` name, not of the first step
-    after a start, which is no step like the others."""
+    after a start, which is no step like the others. Of several processes the first takes it: all run the same program, and
+    two on one host would write one file."""
 
     def __init__(self, config: config_dict.ConfigDict, first: int, directory: Path):
         begin = config.logging.profile_step
-        self._begin = max(begin, first + 1) if begin else None
+        self._begin = max(begin, first + 1) if begin and start.is_first() else None
         self._steps = config.logging.profile_steps
         self._directory = str(directory / "profile")
         self._running = False

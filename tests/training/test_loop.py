@@ -13,9 +13,10 @@ import pytest
 from jaxlinear import data
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import RunError, UserError
+from jaxlinear.parallel import start
 from jaxlinear.scaling.sweeps.files import RunFiles
 from jaxlinear.scaling.sweeps.states import is_finished
-from jaxlinear.training import heldout, metrics
+from jaxlinear.training import heldout, loop, metrics
 from jaxlinear.training import state as states
 from jaxlinear.training.heldout import Evaluation
 from jaxlinear.training.job import Job
@@ -31,7 +32,7 @@ KEYS = {
 
 def test_what_a_run_writes(run_config, whole_run):
     assert {path.name for path in whole_run.iterdir()} == {
-        *("checkpoints", "config.json", "data.json", "metrics.jsonl", "starts.jsonl", "tokenizer_info.json"),
+        *("checkpoints", "config.json", "data.json", "lock", "metrics.jsonl", "starts.jsonl", "tokenizer_info.json"),
     }
     lines = metrics.read(whole_run)
     assert [line["step"] for line in lines] == list(range(1, 9))
@@ -188,6 +189,17 @@ def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
     assert train(run_config, tmp_path / "run") == FINISHED
     traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1 and traces[0].stat().st_size > 1000
+
+
+def test_only_the_first_process_takes_a_trace(run_config, tmp_path, monkeypatch):
+    """Two on one host would write the same file."""
+    run_config.logging.profile_step = 2
+    for first in (False, True):
+        monkeypatch.setattr(start, "is_first", lambda first=first: first)
+        trace = loop._Trace(run_config, 0, tmp_path)
+        trace.at(2)
+        trace.close()
+        assert bool(list(tmp_path.rglob("*.xplane.pb"))) == first
 
 
 def test_an_evaluation_that_sigterm_ends_is_made_when_the_run_goes_on(run_config, tmp_path, monkeypatch):
