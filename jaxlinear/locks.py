@@ -46,27 +46,29 @@ def of_run(directory: Path) -> Iterator[None]:
     with path.open("ab", buffering=0) as file:
         try:
             _wait(file, path)
+            locked = True
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+            locked = False
             _LOG.warning(
                 "the file system of %s has no locks (%s): a second run that is started there would not be refused",
                 directory,
                 error.strerror,
             )
-            yield
-            return
-        holder = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        file.truncate(0)
-        file.write(json.dumps(holder).encode() + b"\n")
+        if locked:
+            holder = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            }
+            file.truncate(0)
+            file.write(json.dumps(holder).encode() + b"\n")
         try:
             yield
         finally:
-            file.truncate(0)
+            if locked:
+                file.truncate(0)
 
 
 def _wait(file: BinaryIO, path: Path) -> None:
