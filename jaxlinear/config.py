@@ -106,6 +106,10 @@ KEYS: dict[str, tuple[Any, str]] = {
         "Skip a step whose gradient norm exceeds this many times its running average; 0 means never.",
     ),
     "training.max_skips": (20, "End the run when this many steps in a row have been skipped."),
+    "training.patience_minutes": (
+        60.0,
+        "End a process that gives no sign of life for so long in a step, a batch or a save; 0 means never.",
+    ),
     "optimizer.name": ("adamw", "adamw, adafactor or muon (matrices by Muon, the rest by AdamW)."),
     "optimizer.learning_rate": (1e-3, "At the top of the schedule."),
     "optimizer.beta1": (0.9, "Decay of the first moment (adamw, muon's AdamW part)."),
@@ -330,9 +334,10 @@ learning rate for AdamW); but what a config file says and a key of the command l
 and numbers of what is switched off may stand (`evaluation.batches`, `logging.profile_steps`).
 A key without a default below follows from the preset, the data or another key. The
 resolved config is written to the run's `config.json`; when a run goes on, only the keys of `mesh`, `parallel`,
-`checkpoint`, `evaluation` and `logging`, `training.steps`, `training.max_skips`, `model.remat` and the paths of the data
-may change; and, to get over a divergence, `optimizer.learning_rate`, `optimizer.muon_learning_rate`, `optimizer.clip_norm`
-and `training.spike_multiple`, which is logged and noted in the run's `starts.jsonl`.
+`checkpoint`, `evaluation` and `logging`, `training.steps`, `training.max_skips`, `training.patience_minutes`, `model.remat`
+and the paths of the data may change; and, to get over a divergence, `optimizer.learning_rate`,
+`optimizer.muon_learning_rate`, `optimizer.clip_norm` and `training.spike_multiple`, which is logged and noted in the run's
+`starts.jsonl`.
 
 This page is made by `python -m jaxlinear.config > docs/configuration.md`.
 """

@@ -172,6 +172,7 @@ _NOT_NEGATIVE = (
     "training.load_balance_loss",
     "training.router_z_loss",
     "training.spike_multiple",
+    "training.patience_minutes",
     "optimizer.learning_rate",
     "optimizer.epsilon",
     "optimizer.weight_decay",

@@ -22,6 +22,7 @@ from jaxlinear.training.meter import Meter
 from jaxlinear.training.metrics import MetricsWriter
 from jaxlinear.training.preemption import Preempted, Stop
 from jaxlinear.training.step import make_train_step
+from jaxlinear.training.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,11 +48,11 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
         with start.together():
             trained_data.keep(directory, job.datasets)
         start.check_agreement("the data", job.data_text())
-        with Stop() as stop:
-            return _train(job, directory, stop)
+        with Stop() as stop, Watchdog(job.config.training.patience_minutes) as watchdog:
+            return _train(job, directory, stop, watchdog)
 
 
-def _train(job: Job, directory: Path, stop: Stop) -> int:
+def _train(job: Job, directory: Path, stop: Stop, watchdog: Watchdog) -> int:
     checkpoints = Checkpoints(directory, job.config)
     try:
         state, first = _restore_or_create(job, checkpoints)
@@ -59,7 +60,7 @@ def _train(job: Job, directory: Path, stop: Stop) -> int:
             directory, step=first, steps=job.config.training.steps, tensorboard=job.config.logging.tensorboard
         )
         try:
-            status = _run(job, state, first, directory, checkpoints, writer, stop)
+            status = _run(job, state, first, directory, checkpoints, writer, stop, watchdog)
         finally:
             writer.close()
     except BaseException as error:
@@ -67,6 +68,7 @@ def _train(job: Job, directory: Path, stop: Stop) -> int:
         if jax.process_count() == 1 or isinstance(error, RunError):
             checkpoints.close()
         raise
+    watchdog.at("the writing of the last checkpoint")
     checkpoints.close()
     return status
 
@@ -89,6 +91,7 @@ def _run(
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     preemption: Stop,
+    watchdog: Watchdog,
 ) -> int:
     config, steps = job.config, job.config.training.steps
     sharding = meshes.batch_sharding(job.mesh)
@@ -98,7 +101,12 @@ def _run(
         _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
         return FINISHED
     workdirs.note_start(directory, first, config, job.mesh)
-    evaluation = Evaluation(job, preemption.check)
+
+    def between() -> None:
+        watchdog.at("a batch of an evaluation")
+        preemption.check()
+
+    evaluation, evaluated = Evaluation(job, between), owed  # the first one compiles
     if owed:
         try:
             writer.write(first, evaluation(state.parameters))
@@ -124,15 +132,18 @@ def _run(
     trace = _Trace(config, first, directory)
     for step in range(first, steps):
         trace.at(step)
+        watchdog.at(f"step {step + 1}")
         state, metrics = compiled(state, batch)
         done = step + 1
         if pending is not None:
             meter.read(*pending)
+            watchdog.start()
         pending = (done, metrics)
 
         stop = preemption.came()
         last = done == steps or stop
         if not last:
+            watchdog.at(f"the reading of the batch of step {done + 1}")
             with meter.waiting():
                 batch = feeding.place(job.batches[done], sharding, rows)
         evaluating = heldout.is_due(config, done)
@@ -140,18 +151,25 @@ def _run(
         if not (evaluating or saving):
             continue
 
+        watchdog.at(f"step {done}")
         meter.read(*pending)
+        watchdog.start()
         pending = None
         with meter.paused():
             values = None
             if evaluating:
+                if not evaluated:
+                    watchdog.rest()
                 try:
                     values = evaluation(state.parameters)
                     writer.write(done, values)
                 except Preempted:
                     # There may be no time for it. It is made when the run goes on.
                     stop = last = saving = owed = True
+                evaluated = True
+                watchdog.start()
             if saving:
+                watchdog.at(f"the saving of step {done}")
                 writer.sync()
                 checkpoints.save(
                     done,

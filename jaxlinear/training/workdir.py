@@ -46,6 +46,7 @@ _MAY_CHANGE = {
     "data.heldout_path",
     "training.steps",
     "training.max_skips",
+    "training.patience_minutes",
     "model.remat",
     *_BEHAVIOUR,
 }
