@@ -33,7 +33,7 @@ def text() -> str:
         except importlib.metadata.PackageNotFoundError:
             if package not in _PLUGINS:
                 raise
-    settings = [f"{name}={getattr(jax.config, name)}" for name in _SETTINGS]
+    settings = [f"{name}={getattr(jax.config, name, None)}" for name in _SETTINGS]  # a newer JAX may have dropped one
     flags = [f"{name}={' '.join(_of_all_hosts(os.environ.get(name, '')))!r}" for name in _FLAGS]
     return ", ".join(versions + settings + flags)
 

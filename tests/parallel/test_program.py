@@ -1,5 +1,6 @@
 """What tells the program of one process from that of another."""
 
+import jax
 import pytest
 
 from jaxlinear.parallel import program, start
@@ -53,6 +54,14 @@ def test_versions_are_told_apart(monkeypatch):
         program.importlib.metadata, "version", lambda name: "9.9" if name == "jaxlib" else version(name)
     )
     assert program.text() != before and "jaxlib 9.9" in program.text()
+
+
+def test_settings_that_change_results_are_told_apart():
+    before = program.text()
+    with jax.default_matmul_precision("highest"):
+        assert program.text() != before
+    with jax.enable_x64(True):
+        assert program.text() != before
 
 
 def test_of_one_process_nothing_is_asked(monkeypatch):
