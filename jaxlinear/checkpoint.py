@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxlinear import config as configs
 from jaxlinear import streaming
-from jaxlinear.errors import EveryProcessError, UserError
+from jaxlinear.errors import RunError, UserError
 from jaxlinear.parallel import start
 
 DIRECTORY = "checkpoints"
@@ -65,7 +65,7 @@ class Checkpoints:
         that knows an older state of the directory, as NFS may, looks again for a while.
 
         Raises:
-          EveryProcessError: some processes see another newest step than others still.
+          RunError: some processes see another newest step than others still.
         """
         none = -1
 
@@ -81,7 +81,7 @@ class Checkpoints:
                 f"process {process} sees {'none' if seen[process] == none else f'step {seen[process]}'}"
                 for process in others
             )
-            raise EveryProcessError(
+            raise RunError(
                 f"the newest checkpoint in {self.directory} is that of step {newest} for process {seen.index(newest)}, but "
                 f"{named}; a run goes on when all its hosts see the same files: start the same command again when they do"
             )

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
-from jaxlinear.errors import EveryProcessError, UserError
+from jaxlinear.errors import RunError, UserError
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import start
 from tests import small_trees
@@ -56,9 +56,7 @@ def test_a_host_that_sees_the_newest_checkpoint_late_is_waited_for(three, monkey
 def test_a_host_that_never_sees_the_newest_checkpoint_is_refused(three, monkeypatch, sees, words):
     checkpoints = Checkpoints(three)
     asked = of_two_processes(monkeypatch, lambda question: sees)
-    with pytest.raises(
-        EveryProcessError, match=f"is that of step 3 for process 0, but {words}; a run goes on when all"
-    ):
+    with pytest.raises(RunError, match=f"is that of step 3 for process 0, but {words}; a run goes on when all"):
         checkpoints.newest_of_all()
     assert len(asked) > 60  # NFS shows what it knows of a directory for so many seconds
 
@@ -66,7 +64,7 @@ def test_a_host_that_never_sees_the_newest_checkpoint_is_refused(three, monkeypa
 def test_the_first_process_is_asked_for_no_other_than_the_newest(three, monkeypatch):
     checkpoints = Checkpoints(three)
     of_two_processes(monkeypatch, lambda question: 4)
-    with pytest.raises(EveryProcessError, match="is that of step 4 for process 1, but process 0 sees step 3;"):
+    with pytest.raises(RunError, match="is that of step 4 for process 1, but process 0 sees step 3;"):
         checkpoints.newest_of_all()
 
 
@@ -75,7 +73,7 @@ def test_a_host_without_space_ends_all(three, monkeypatch):
     checkpoints = Checkpoints(three, small_trees.config())
     with monkeypatch.context() as patch:
         of_two_processes(patch, lambda question: 1)
-        with pytest.raises(EveryProcessError, match="process 1 cannot go on; its own message says why"):
+        with pytest.raises(RunError, match="process 1 cannot go on; its own message says why"):
             checkpoints.save(4, small_trees.trees(4), next_batch=4)
     checkpoints.close()
     assert checkpoints.steps() == [1, 2, 3]

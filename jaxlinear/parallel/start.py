@@ -51,7 +51,7 @@ def join(
     With ``coordinator`` (HOST:PORT of process 0), the number of ``processes`` and the number of this one, these are
     taken. Without, SLURM (more than one task in the step) and TPU pods, those of GKE too, are known by their environment,
     and JAX finds the rest out by itself. When the others do not come within ``patience`` seconds, the process ends with
-    status 2 and one line.
+    status 1, after which a scheduler may try again, and one line.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [name for name, value in given.items() if value is None]
@@ -89,7 +89,7 @@ def _waiting(whom: str, patience: float) -> Iterator[None]:
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(2)
+                os._exit(1)
             _LOG.info("waiting for %s, %d of %d minutes", whom, seconds // 60, patience // 60)
 
     threading.Thread(target=watch, name="joining", daemon=True).start()
