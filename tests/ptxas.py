@@ -16,9 +16,11 @@ def registers(directory: Path, name: str) -> dict[str, int]:
     ptxas = Path(importlib.util.find_spec("nvidia").submodule_search_locations[0]) / "cu13" / "bin" / "ptxas"
     used = {}
     for ptx in directory.glob("*.ptx"):
-        if f".entry {name}" not in ptx.read_text():
+        text = ptx.read_text()
+        if f".entry {name}" not in text:
             continue
-        command = [ptxas, "-v", "-arch=sm_90a", ptx, "-o", directory / "out"]
+        architecture = re.search(r"^\.target (\w+)", text, re.M)[1]
+        command = [ptxas, "-v", f"-arch={architecture}", ptx, "-o", directory / "out"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         pattern = rf"Compiling entry function '({name}\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
         for kernel, spilled, count in re.findall(pattern, said, re.S):

@@ -178,8 +178,7 @@ def passes(config: config_dict.ConfigDict, architecture: Architecture, target: T
         pull, total = pullback(parameters, batch)
         return pull(jnp.ones_like(total))
 
-    device = target.devices[0]
-    with backends.use_platform(device.platform, device.device_kind), jax.numpy_dtype_promotion("standard"):
+    with backends.use_device(target.devices[0]), jax.numpy_dtype_promotion("standard"):
         forward = jax.make_jaxpr(lambda *given: pullback(*given)[0])(architecture.shapes, batch).jaxpr
         both = jax.make_jaxpr(gradient)(architecture.shapes, batch).jaxpr
     given = {id(x) for x in (*forward.invars, *forward.constvars)}

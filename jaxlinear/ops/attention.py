@@ -92,7 +92,7 @@ def choose(operation: str, backend: str, q: jax.Array, k: jax.Array, v: jax.Arra
                 return f"the kernel takes float32 and bfloat16, not {x.dtype}"
         return None
 
-    return backends.kernel_or_chunks(operation, backend, q.shape[1] < _FEW, refusal)
+    return backends.kernel_or_chunks(operation, backend, q.shape[1] < _FEW, (), refusal)
 
 
 def by_kernel(

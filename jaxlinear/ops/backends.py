@@ -3,14 +3,16 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 
 from jaxlinear.errors import UserError
-from jaxlinear.pallas.target import Target
+from jaxlinear.pallas.target import GPU, Target, gpu_of
 
 COMPILED = ("tpu", "gpu")  # where kernels are compiled; elsewhere they are interpreted
+_OLDEST = 8, 0  # compute capability that Triton compiles for
 
 _LOG = logging.getLogger(__name__)
 # Of JAX's own, so that nothing is taken for one platform that was traced for another.
@@ -18,11 +20,16 @@ _platform = jax.make_user_context(default_value=None)
 
 
 @contextlib.contextmanager
-def use_platform(name: str, device_kind: str = "") -> Iterator[None]:
+def use_platform(name: str, device_kind: str = "", gpu: GPU | None = None) -> Iterator[None]:
     """Within it, operations are traced for this platform, which need not be one of this machine's, and for this kind of
     device, as JAX names it."""
-    with _platform((name, device_kind)), _as_jax_asks(name, device_kind):
+    with _platform((name, device_kind, gpu)), _as_jax_asks(name, device_kind):
         yield
+
+
+def use_device(device: Any) -> contextlib.AbstractContextManager:
+    """Within it, operations are traced for such a device, which need not be one of this machine's."""
+    return use_platform(device.platform, device.device_kind, gpu_of(device))
 
 
 def _as_jax_asks(name: str, device_kind: str) -> contextlib.AbstractContextManager:
@@ -41,8 +48,29 @@ def platform() -> str:
 
 def target() -> Target:
     """What kernels are built for."""
-    name, kind = _platform.value or (jax.default_backend(), jax.devices()[0].device_kind)
-    return Target(name, kind, interpret=name not in COMPILED)
+    name, kind, gpu = _platform.value or _of_this_machine()
+    return Target(name, kind, name not in COMPILED, gpu)
+
+
+def _of_this_machine() -> tuple[str, str, GPU | None]:
+    device = jax.devices()[0]
+    return jax.default_backend(), device.device_kind, gpu_of(device)
+
+
+def no_kernels(*shapes: tuple[int, ...]) -> str | None:
+    """Why no kernel at all is built for the device, or of arrays of such shapes; or None."""
+    for shape in shapes:
+        if 0 in shape:
+            return f"the kernel takes no empty arrays, not one of {list(shape)}"
+    _, kind, _, gpu = target()
+    if gpu is None:
+        return None
+    if gpu.capability is None:
+        return f"the kernels for GPU are for NVIDIA's, not for {kind}"
+    if gpu.capability < _OLDEST:
+        least, has = (".".join(map(str, number)) for number in (_OLDEST, gpu.capability))
+        return f"the kernels for GPU take compute capability {least} (A100) or more, not {has} ({kind})"
+    return None
 
 
 @functools.cache
@@ -57,15 +85,18 @@ def check(operation: str, backend: str, known: tuple[str, ...]) -> None:
         raise UserError(f"{operation} has no backend {backend!r}; it has {names}")
 
 
-def kernel_or_chunks(operation: str, backend: str, few: bool, refusal: Callable[[str], str | None]) -> str:
+def kernel_or_chunks(
+    operation: str, backend: str, few: bool, shapes: Iterable[tuple[int, ...]], refusal: Callable[[str], str | None]
+) -> str:
     """``"pallas"`` where an operation that has chunks takes its kernel, else ``backend`` as it is given.
 
-    ``few``: so few tokens that ``"auto"`` takes no chunks. ``refusal``: why the kernel does not run on a platform, or None;
-    then ``"auto"`` says so once, and ``"pallas"`` raises ``UserError``.
+    ``few``: so few tokens that ``"auto"`` takes no chunks. ``shapes``: of its arrays. ``refusal``: why the kernel does not
+    run on a platform, or None. Where it does not, or none does (``no_kernels``), ``"auto"`` says so once, and ``"pallas"``
+    raises ``UserError``.
     """
     if backend not in ("auto", "pallas") or (backend == "auto" and (platform() not in COMPILED or few)):
         return backend
-    reason = refusal(platform())
+    reason = no_kernels(*shapes) or refusal(platform())
     if reason is None:
         return "pallas"
     if backend == "pallas":

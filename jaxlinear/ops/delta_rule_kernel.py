@@ -8,19 +8,18 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from jaxlinear.ops import state_kernels
+from jaxlinear.ops import backends, state_kernels
 from jaxlinear.ops.delta_rule_maps import DeltaRuleMaps, Inputs
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas import delta_rule as kernels
 
-_CHUNKS = {"gpu": (16, 64)}  # tokens, least and most
-_CHUNKS_ELSEWHERE = 16, 128
+_LEAST, _MOST = 16, 128  # tokens of a chunk
 
 
 def refusal(q: jax.Array, k: jax.Array, v: jax.Array, chunk_size: int | None, platform: str) -> str | None:
     """``state_kernels.refusal``."""
-    chunks = _CHUNKS.get(platform, _CHUNKS_ELSEWHERE)
-    return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=chunks, of_heads=_of_heads)
+    most = blocks.delta_rule_gpu_chunk(k.shape[3], backends.target().gpu) if platform == "gpu" else _MOST
+    return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=(_LEAST, most), of_heads=_of_heads)
 
 
 def _of_heads(heads: int, widths: tuple[int, int]) -> str | None:

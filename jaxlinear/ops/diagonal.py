@@ -92,7 +92,8 @@ def choose(backend: str, a: jax.Array, x: jax.Array) -> str:
         return backend
     if backend == "auto" and (platform not in backends.COMPILED or x.shape[1] == 1):
         return "recurrent" if platform == "cpu" or x.shape[1] == 1 else "associative"
-    reason = diagonal_kernel.refusal(a.dtype, x.dtype, dtypes.wide(a.dtype, x.dtype), platform)
+    compute = dtypes.wide(a.dtype, x.dtype)
+    reason = backends.no_kernels(x.shape) or diagonal_kernel.refusal(a.dtype, x.dtype, compute, platform)
     if reason is None:
         return "pallas"
     if backend == "pallas":

@@ -29,7 +29,8 @@ def choose(
     backends.check(operation, backend, ("recurrent", "chunked", "pallas"))
     _check_chunk(operation, backend, chunk_size)
     few = chunk_size is None and q.shape[1] <= FEW_TOKENS and runner is recurrence.WHOLE
-    return backends.kernel_or_chunks(operation, backend, few, functools.partial(refusal, q, k, v, chunk_size))
+    shapes = q.shape, v.shape
+    return backends.kernel_or_chunks(operation, backend, few, shapes, functools.partial(refusal, q, k, v, chunk_size))
 
 
 def choose_chunk(

@@ -49,7 +49,7 @@ def attention(
     batch, length, _, key_width = q.shape
     keys, value_width = v.shape[1], v.shape[3]
     widths = power_of_two(key_width), power_of_two(value_width)
-    block = blocks.attention_gpu(max(widths))
+    block = blocks.attention_gpu(max(widths), target.gpu)
     whole = math.lcm(block.queries, block.keys)
     # Whole blocks of both, and for every query its own key. What stands behind the last is seen by queries behind it.
     queries = -(-length // whole) * whole

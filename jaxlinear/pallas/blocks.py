@@ -3,6 +3,8 @@
 
 from typing import NamedTuple
 
+from jaxlinear.pallas.target import GPU
+
 
 class ScanBlock(NamedTuple):
     time: int  # steps of a block, a multiple of 128
@@ -94,7 +96,9 @@ class AttentionGPUBlock(NamedTuple):
     gradient_values: int  # channels of a tile of values there
 
 
-def linear_attention_gpu(length: int, keys: int, decay: str, packed: bool, chunk: int | None) -> AttentionGPUBlock:
+def linear_attention_gpu(
+    length: int, keys: int, decay: str, packed: bool, chunk: int | None, gpu: GPU | None = None
+) -> AttentionGPUBlock:
     """The largest that no program spills registers with: with fewer tokens or channels a token takes more instructions, as
     the PTX counts them. No GPU has timed them."""
     by_channel = decay == "channel"
@@ -102,7 +106,8 @@ def linear_attention_gpu(length: int, keys: int, decay: str, packed: bool, chunk
         # With few keys, where T ends within a chunk, or with decays a token and documents, chunks of 128 would spill, so
         # ``CHUNKS`` does not let users ask for them.
         whole = keys >= 64 and length % 128 == 0 and not (decay == "scalar" and packed)
-        chunk = 32 if by_channel else 128 if whole else 64
+        few = by_channel or (keys >= 128 and gpu is not None and not gpu.ample)
+        chunk = 32 if few else 128 if whole else 64
     tokens = min(chunk, max(32, 1 << (length - 1).bit_length()))  # 16 would spill at K = V = 64
     if by_channel:
         return AttentionGPUBlock(tokens, 32, 64, 128, 128, _gradients_by_channel(keys), 64)
@@ -159,10 +164,15 @@ class DeltaRuleGPUBlock(NamedTuple):
     gradients: int  # channels of K of a program, of their gradients
 
 
-def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None) -> DeltaRuleGPUBlock:
+def delta_rule_gpu_chunk(keys: int, gpu: GPU | None) -> int:
+    """The most tokens of a chunk: with K = 256 those of 64 take 114 KiB of shared memory."""
+    return 64 if keys <= 128 or gpu is None or gpu.ample else 32
+
+
+def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None, gpu: GPU | None) -> DeltaRuleGPUBlock:
     """As ``linear_attention_gpu``."""
     if chunk is None:
-        chunk = 64 if keys >= 64 and not by_channel else 32
+        chunk = 64 if keys >= 64 and not by_channel and (gpu is None or gpu.ample) else 32
     tokens = min(chunk, max(16, 1 << (length - 1).bit_length()))
     if by_channel:
         return DeltaRuleGPUBlock(tokens, 32, *((64, 32) if keys <= 128 else (16, 16)), _gradients_by_channel(keys))
@@ -185,9 +195,13 @@ class SoftmaxGPUBlock(NamedTuple):
     stages: int  # of loads that are on their way
 
 
-def attention_gpu(width: int) -> SoftmaxGPUBlock:
+def attention_gpu(width: int, gpu: GPU | None) -> SoftmaxGPUBlock:
     """Of softmax attention with heads of so many channels, a power of two. Not tuned: the largest that no program spills
     registers with, and that its loads have room for."""
-    if width <= 128:
-        return SoftmaxGPUBlock(128, 64, 8, 3 if width <= 64 else 2)
-    return SoftmaxGPUBlock(64, 32, 8, 2)
+    if width <= 64:
+        return SoftmaxGPUBlock(128, 64, 8, 3)
+    if gpu is None or (gpu.ample and not gpu.blackwell):
+        return SoftmaxGPUBlock(128, 64, 8, 2) if width <= 128 else SoftmaxGPUBlock(64, 32, 8, 2)
+    if gpu.ample:  # Blackwell's products have more of their operands in shared memory
+        return SoftmaxGPUBlock(64, 64, 4, 2) if width <= 128 else SoftmaxGPUBlock(64, 32, 8, 1)
+    return SoftmaxGPUBlock(64, 32, 4, 2) if width <= 128 else SoftmaxGPUBlock(32, 32, 4, 1)

@@ -53,7 +53,7 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> Arrays:
     Where T ends within a chunk, arrays get tokens behind that change nothing: a kernel that asks where they end has no
     register left for that.
     """
-    more = -plan.length % layout_of(plan).chunk
+    more = -plan.length % layout_of(plan, target).chunk
     given = {name: x for name, x in arguments._asdict().items() if x is not None and name not in ("state", "before")}
     given = {name: jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2))) for name, x in given.items()}
     found = _Call(plan, arguments._replace(**given), target).run()
@@ -67,7 +67,7 @@ def _with_decays(plan: Plan) -> bool:
 
 class _Call:
     def __init__(self, plan: Plan, arguments: Arguments, target: Target):
-        self.plan, self.target, self.layout = plan, target, layout_of(plan)
+        self.plan, self.target, self.layout = plan, target, layout_of(plan, target)
         self.batch = arguments.k.shape[0]
         self.arguments = arguments
 

@@ -13,6 +13,7 @@ from jaxlinear.pallas import blocks
 from jaxlinear.pallas.channel_decays import to_base_2
 from jaxlinear.pallas.chunk_decays import floor
 from jaxlinear.pallas.delta_rule_plan import Plan
+from jaxlinear.pallas.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Layout:
         return -(-self.plan.length // self.chunk)
 
 
-def layout_of(plan: Plan) -> Layout:
+def layout_of(plan: Plan, target: Target) -> Layout:
     keys, values = power_of_two(plan.keys), power_of_two(plan.values)
-    block = blocks.delta_rule_gpu(plan.length, keys, plan.decay == "channel", plan.chunk)
+    block = blocks.delta_rule_gpu(plan.length, keys, plan.decay == "channel", plan.chunk, target.gpu)
     tiles = min(block.keys, keys), min(block.values, values), min(block.states, values), min(block.gradients, keys)
     return Layout(plan, block.chunk, keys, values, *tiles)
 

@@ -31,7 +31,7 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
 class _Call:
     def __init__(self, plan: Plan, arguments: Arguments, target: Target):
         keys, values = power_of_two(plan.key_width), power_of_two(plan.value_width)
-        block = blocks.linear_attention_gpu(plan.length, keys, plan.decay, plan.packed, plan.chunk)
+        block = blocks.linear_attention_gpu(plan.length, keys, plan.decay, plan.packed, plan.chunk, target.gpu)
         tiles = min(block.keys, keys), min(block.values, values), min(block.outputs, values), min(block.gradients, keys)
         self.layout = layout = Layout(plan, block.chunk, keys, values, *tiles)
         self.of_states = dataclasses.replace(layout, value_tile=min(block.states, values))

@@ -40,8 +40,7 @@ def use_mesh(mesh: Mesh, **choices: str) -> Iterator[None]:
     spread time over it by the ``Choices``; outside any, ``constrain`` does nothing."""
     _in_use.append((mesh, Choices(**choices)))
     try:
-        device = mesh.devices.flat[0]
-        with backends.use_platform(device.platform, device.device_kind):
+        with backends.use_device(mesh.devices.flat[0]):
             yield
     finally:
         _in_use.pop()

@@ -1,5 +1,7 @@
 """The platform that operations are traced for."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends
+from jaxlinear.pallas import blocks
+from jaxlinear.pallas.target import Target, gpu_of
 from jaxlinear.parallel import sharding
 
 
@@ -30,8 +34,53 @@ def test_a_mesh_brings_its_platform():
 
     mesh = type("Mesh", (), {"devices": np.array([Elsewhere()]), "shape": {"data": 1}})()
     with sharding.use_mesh(mesh):
-        assert backends.target() == ("tpu", "TPU v5 lite", False)
+        assert backends.target() == Target("tpu", "TPU v5 lite", False)
     assert backends.platform() == "cpu"
+
+
+@pytest.mark.parametrize(
+    "capability, kind, reason",
+    [
+        ("9.0", "NVIDIA H100 80GB HBM3", None),
+        ("8.9", "NVIDIA L40S", None),
+        ("13.0", "NVIDIA's next", None),
+        ("7.0", "Tesla V100", "take compute capability 8.0 (A100) or more, not 7.0 (Tesla V100)"),
+        ("gfx942", "AMD Instinct MI300X", "are for NVIDIA's, not for AMD Instinct MI300X"),
+        (None, "Intel(R) Data Center GPU Max 1550", "are for NVIDIA's, not for Intel(R) Data Center GPU Max 1550"),
+    ],
+)
+def test_gpus_that_kernels_are_built_for(capability, kind, reason):
+    given = {} if capability is None else {"compute_capability": capability}
+    device = types.SimpleNamespace(platform="gpu", device_kind=kind, **given)
+    with backends.use_device(device):
+        assert backends.no_kernels() == (reason and f"the kernels for GPU {reason}")
+
+
+@pytest.mark.parametrize(
+    "capability, kilobytes, attention, chunk",
+    [
+        ("8.0", 163, (128, 64, 8, 2), 64),
+        ("9.0", 227, (128, 64, 8, 2), 64),
+        ("10.0", 227, (64, 64, 4, 2), 64),
+        ("8.6", 99, (64, 32, 4, 2), 32),
+        ("12.0", 99, (64, 32, 4, 2), 32),
+        ("13.0", 227, (64, 32, 4, 2), 32),  # which nobody has asked a compiler about
+        ("8.9", None, (64, 32, 4, 2), 32),  # a JAX that does not say
+    ],
+)
+def test_blocks_fit_the_shared_memory(capability, kilobytes, attention, chunk):
+    """Of attention at K = 128, and the largest chunk of the delta rule at K = 256."""
+    memory = {} if kilobytes is None else {"shared_memory_per_block_optin": kilobytes * 1024}
+    device = types.SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability=capability, **memory)
+    with backends.use_device(device):
+        gpu = backends.target().gpu
+        assert gpu == gpu_of(device)
+        assert blocks.attention_gpu(128, gpu) == attention
+        assert blocks.delta_rule_gpu(4096, 256, False, None, gpu).chunk == chunk
+        x = jnp.ones((1, 64, 2, 256), jnp.bfloat16)
+        if chunk == 32:
+            with pytest.raises(UserError, match="takes chunks of a power of two from 16 to 32 tokens, not of 64"):
+                ops.delta_rule(x, x, x, jnp.ones((1, 64, 2)), chunk_size=64, backend="pallas")
 
 
 def test_unknown_backends_are_refused():

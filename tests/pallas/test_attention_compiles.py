@@ -51,7 +51,7 @@ def compiled(target, name, **options):
         o, pullback = jax.vjp(lambda *x: run(*x, segment_ids=ids), q, k, v)
         return o, pullback(d_o)
 
-    with backends.use_platform(device.platform, device.device_kind):
+    with backends.use_device(device):
         return jax.jit(both).lower(q, k, k, ids, q).compile(**options)
 
 

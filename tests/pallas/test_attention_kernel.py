@@ -26,7 +26,7 @@ from tests.shards import EIGHT, FOUR, IDS, TWO, T, make_mesh
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "attention_tpu", lambda length: 128)
-    monkeypatch.setattr(blocks, "attention_gpu", lambda width: blocks.SoftmaxGPUBlock(16, 32, 4, 1))
+    monkeypatch.setattr(blocks, "attention_gpu", lambda *_: blocks.SoftmaxGPUBlock(16, 32, 4, 1))
 
 
 @pytest.fixture(params=["tpu", "gpu"])

@@ -85,7 +85,7 @@ def compiled(target, name, remat=False, **options):
         outputs, pullback = jax.vjp(lambda *x: operation(*x, ids), q, k, v, log_decay, state)
         return outputs, pullback(cotangents)
 
-    with backends.use_platform(device.platform, device.device_kind):
+    with backends.use_device(device):
         return jax.jit(both).lower(q, q, v, log_decay, state, ids, (v, state)).compile(**options)
 
 

@@ -57,7 +57,7 @@ def compiled(target, name, remat=False, **options):
         outputs, pullback = jax.vjp(operation, a, x, state)
         return outputs, pullback(cotangents)
 
-    with backends.use_platform(device.platform, device.device_kind):
+    with backends.use_device(device):
         return jax.jit(both).lower(a, x, state, ids, (x, state)).compile(**options)
 
 
