@@ -50,6 +50,8 @@ def causal_attention(
     backends.check("causal_attention", backend, ("recurrent", "chunked", "pallas"))
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_shapes("causal_attention", q, k, v)
+    if 0 in q.shape[:3]:
+        return jnp.zeros_like(v, shape=(*q.shape[:3], v.shape[3]))
     length, keys = q.shape[1], k.shape[1]
     if choose("causal_attention", backend, q, k, v, offset=offset) == "pallas":
         return by_kernel(q, k, v, keys, scale, segment_ids)
@@ -71,7 +73,7 @@ def causal_attention(
 def check_shapes(operation: str, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     """Raises ``UserError`` for shapes that do not fit each other."""
     heads, groups = q.shape[2], k.shape[2]
-    if heads % groups:
+    if heads % groups if groups else heads:
         raise UserError(f"{operation}: {groups} key heads do not divide {heads} query heads")
     if k.shape[1] < q.shape[1] or v.shape[:3] != k.shape[:3]:
         raise UserError(f"{operation}: keys {k.shape} and values {v.shape} do not fit queries {q.shape}")

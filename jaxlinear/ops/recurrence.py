@@ -104,7 +104,7 @@ def _forward(family, chunk, inputs, constants, state):
 
     def step(state, i):
         run = family.prepare(split(_part(padded, i, span), chunk), constants)
-        before, state = fold(family, by_chunk(family.summarise(run), batch), state)
+        before, state = fold(family, by_chunk(family.summarise(run), batch, span // chunk), state)
         return state, (join(family.apply(run, flat(before)), batch, span), before)
 
     final, (outputs, before) = _scan(step, state, groups)
@@ -169,6 +169,7 @@ class Gradients:
         self, family: Family, chunk: int, inputs: Inputs, constants: Constants, before: State, d_outputs: jax.Array
     ):
         self._family, (self._batch, self._length) = family, d_outputs.shape[:2]
+        self._chunks = -(-self._length // chunk)
 
         def local(chunks, constants, states):
             run = family.prepare(chunks, constants)
@@ -178,11 +179,11 @@ class Gradients:
         _, self._pullback, (run, self._summaries) = jax.vjp(local, chunks, constants, states, has_aux=True)
         self._d_outputs = split(d_outputs, chunk)
         _, of_states = jax.vjp(functools.partial(family.apply, run), states)
-        self._through_outputs = by_chunk(of_states(self._d_outputs)[0], self._batch)  # D
+        self._through_outputs = by_chunk(of_states(self._d_outputs)[0], self._batch, self._chunks)  # D
 
     def fold_back(self, d_final: State) -> tuple[State, State]:
         """The gradients of the states after each chunk ``[B, N, ...]``, G, and of the state before the first."""
-        summaries = by_chunk(self._summaries, self._batch)
+        summaries = by_chunk(self._summaries, self._batch, self._chunks)
 
         def step(d_state, n):
             through_state = transposed(self._family, _at(summaries, n)[0], d_state)
@@ -282,22 +283,24 @@ def split(tree: Any, chunk: int) -> Any:
     """``[B, T, ...]`` -> ``[B * N, chunk, ...]``, padded with zeros at the end."""
     length = jax.tree.leaves(tree)[0].shape[1]
     tree = _pad(tree, length + -length % chunk)
-    return jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[2:]), tree)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * (x.shape[1] // chunk), chunk, *x.shape[2:]), tree)
 
 
 def join(x: jax.Array, batch: int, length: int) -> jax.Array | None:
     """The inverse of ``split``; None for the gradient of what has none (bools)."""
-    return None if x.dtype == jax.dtypes.float0 else x.reshape(batch, -1, *x.shape[2:])[:, :length]
+    if x.dtype == jax.dtypes.float0:
+        return None
+    return x.reshape(batch, -(-length // x.shape[1]) * x.shape[1], *x.shape[2:])[:, :length]
 
 
-def by_chunk(tree: Any, batch: int) -> Any:
-    """``[B * N, ...]`` -> ``[B, N, ...]``."""
-    return jax.tree.map(lambda x: x.reshape(batch, -1, *x.shape[1:]), tree)
+def by_chunk(tree: Any, batch: int, chunks: int = -1) -> Any:
+    """``[B * N, ...]`` -> ``[B, N, ...]``. N follows from B, unless B is 0."""
+    return jax.tree.map(lambda x: x.reshape(batch, chunks, *x.shape[1:]), tree)
 
 
 def flat(tree: Any) -> Any:
     """``[B, N, ...]`` -> ``[B * N, ...]``."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
 
 def _count(summaries: Summary) -> int:

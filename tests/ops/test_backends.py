@@ -1,5 +1,7 @@
 """The platform that operations are traced for."""
 
+import functools
+import re
 import types
 
 import jax
@@ -81,6 +83,30 @@ def test_blocks_fit_the_shared_memory(capability, kilobytes, attention, chunk):
         if chunk == 32:
             with pytest.raises(UserError, match="takes chunks of a power of two from 16 to 32 tokens, not of 64"):
                 ops.delta_rule(x, x, x, jnp.ones((1, 64, 2)), chunk_size=64, backend="pallas")
+
+
+@pytest.mark.parametrize("shape", [(0, 256, 2, 64), (2, 256, 0, 64)], ids=["no_rows", "no_heads"])
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_empty_arrays_take_no_kernel(platform, shape):
+    """Whose grid would be empty, which Pallas divides by."""
+    x, gate = jnp.ones(shape, jnp.bfloat16), jnp.ones(shape[:3], jnp.float32)
+    recurrences = {ops.linear_recurrence: (x, x), ops.linear_attention: (x, x, x), ops.delta_rule: (x, x, x, gate)}
+    window = functools.partial(ops.sliding_window_attention, window=100)
+    for operation, arrays in (recurrences | dict.fromkeys((ops.causal_attention, window), (x, x, x))).items():
+
+        def both(*given, operation=operation):
+            outputs, pullback = jax.vjp(operation, *given)
+            return outputs, pullback(outputs)
+
+        with backends.use_platform(platform):
+            jaxpr = jax.make_jaxpr(both)(*arrays)
+            if operation in recurrences:
+                with pytest.raises(UserError, match=re.escape(f"takes no empty arrays, not one of {list(shape)}")):
+                    operation(*arrays, backend="pallas")
+        assert "pallas_call[" not in str(jaxpr)
+        assert jaxpr.out_avals[0].shape == shape and [y.shape for y in jaxpr.out_avals[-len(arrays) :]] == [
+            y.shape for y in arrays
+        ]
 
 
 def test_unknown_backends_are_refused():
