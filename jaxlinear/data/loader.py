@@ -31,9 +31,9 @@ Batch = dict[str, np.ndarray]
 class TrainBatches:
     """``batches[step]`` is this host's rows of global batch ``step``.
 
-    A batch is a dict of int32 arrays [b, T], b = rows stop - start: ``tokens``; ``targets``, the token after each; and
-    ``segment_ids``, 1, 2, 3 ... by document within a row. Batch ``step`` holds the examples step B ... step B + B - 1,
-    however many hosts there are.
+    A batch is a dict of int32 arrays [b, T], a row for each of ``rows``, which are all by default: ``tokens``;
+    ``targets``, the token after each; and ``segment_ids``, 1, 2, 3 ... by document within a row. Batch ``step`` holds the
+    examples step B ... step B + B - 1, however many hosts there are.
 
     ``paths`` is a dataset, or several with their weights: the shares of the examples that come from each. An epoch of
     a mixture ends when the first of its datasets has been seen once; then all go on, each reshuffled when it is
@@ -48,7 +48,7 @@ class TrainBatches:
         batch_size: int,
         sequence_length: int,
         seed: int,
-        rows: tuple[int, int] | None = None,
+        rows: Sequence[int] | None = None,
         epochs: int | None = None,
     ):
         weights = {paths: 1.0} if isinstance(paths, str | os.PathLike) else dict(paths)
@@ -87,9 +87,8 @@ class TrainBatches:
     def __getitem__(self, step: int) -> Batch:
         if step < 0 or (self.num_batches is not None and step >= self.num_batches):
             raise IndexError(f"no batch {step} among {self.num_batches or 'all'}")
-        start, stop = self._rows
         first = step * self._batch_size
-        places = np.array([self._order[i] for i in range(first + start, first + stop)], np.int64)
+        places = np.array([self._order[first + row] for row in self._rows], np.int64)
         if len(self._tables) == 1:
             return self._tables[0].read(places)
         which = np.searchsorted(self._ends, places, side="right")
@@ -98,7 +97,7 @@ class TrainBatches:
             (where,) = np.nonzero(which == k)
             part = self._tables[k].read(places[where] - (self._ends[k - 1] if k else 0))
             for name, values in part.items():
-                batch.setdefault(name, np.empty((stop - start, values.shape[1]), np.int32))[where] = values
+                batch.setdefault(name, np.empty((len(places), values.shape[1]), np.int32))[where] = values
         return batch
 
 
@@ -108,7 +107,7 @@ def heldout_batches(
     batch_size: int,
     sequence_length: int,
     split: str = "heldout",
-    rows: tuple[int, int] | None = None,
+    rows: Sequence[int] | None = None,
     limit: int | None = None,
 ) -> Iterator[Batch]:
     """The whole split in order, or its first ``limit`` batches: dicts like those of ``TrainBatches``.
@@ -118,13 +117,12 @@ def heldout_batches(
     """
     _check_positive(batch_size=batch_size, sequence_length=sequence_length, limit=limit)
     table = ExampleTable(path, split, sequence_length)
-    start, stop = check_rows(rows, batch_size)
+    own = np.array(check_rows(rows, batch_size))
     num_batches = -(-table.examples // batch_size)
 
     def batches() -> Iterator[Batch]:
         for step in range(num_batches if limit is None else min(limit, num_batches)):
-            first = step * batch_size
-            yield table.read(np.arange(first + start, first + stop))
+            yield table.read(step * batch_size + own)
 
     return batches()
 
@@ -234,11 +232,16 @@ def _check_positive(**values: int | None) -> None:
             raise UserError(f"{name} has to be at least 1, not {value}")
 
 
-def check_rows(rows: tuple[int, int] | None, batch_size: int) -> tuple[int, int]:
-    start, stop = (0, batch_size) if rows is None else rows
-    if not 0 <= start < stop <= batch_size:
-        raise UserError(f"rows {start} to {stop} are not part of a batch of {batch_size}")
-    return start, stop
+def check_rows(rows: Sequence[int] | None, batch_size: int) -> list[int]:
+    """The rows that a host has of a batch, all of it by default. They ascend, but need not be neighbours."""
+    found = list(range(batch_size) if rows is None else rows)
+    if not found:
+        raise UserError(f"no rows of a batch of {batch_size} are asked for")
+    if outside := [row for row in found if not 0 <= row < batch_size]:
+        raise UserError(f"row {outside[0]} is not part of a batch of {batch_size}; they count from 0")
+    if any(later <= row for row, later in itertools.pairwise(found)):
+        raise UserError("the rows of a batch have to ascend, each of them once")
+    return found
 
 
 def check_same_tokenizer(paths: Sequence[str | os.PathLike], manifests: Sequence[Manifest]) -> None:

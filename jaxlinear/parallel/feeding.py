@@ -1,29 +1,38 @@
 """From the rows that a process reads to arrays over all devices of the mesh."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
 
-def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:
-    """The rows [start, stop) of ``[B, T]`` that lie on this process's devices."""
-    slices = [index[0] for index in sharding.addressable_devices_indices_map(shape).values() if index is not None]
-    starts, stops = [s.start or 0 for s in slices], [shape[0] if s.stop is None else s.stop for s in slices]
-    return min(starts), max(stops)
+def local_rows(sharding: NamedSharding, shape: tuple[int, int], process: int | None = None) -> list[int]:
+    """The rows of ``[B, T]`` that lie on this process's devices, or on those of another, ascending. They need not be
+    neighbours: on TPUs the mesh follows the torus, not the hosts."""
+    process = jax.process_index() if process is None else process
+    places: Mapping[Any, tuple[slice, ...]] = sharding.devices_indices_map(shape)
+    rows: set[int] = set()
+    for device, index in places.items():
+        if device.process_index == process:
+            rows.update(range(*index[0].indices(shape[0])))
+    return sorted(rows)
 
 
 def place(batch: dict[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> dict[str, jax.Array]:
-    """The global batch of ``batch_size`` rows, of which ``batch`` are this process's: whole rows of T tokens, of which
-    each device gets its part."""
+    """The global batch of ``batch_size`` rows, of which ``batch`` are this process's (``local_rows``): whole rows of T
+    tokens, of which each device gets its part."""
 
     def one(rows: np.ndarray) -> jax.Array:
         shape = (batch_size, rows.shape[1])
-        first, _ = local_rows(sharding, shape)
+        held = local_rows(sharding, shape)
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             start, stop, _ = index[0].indices(batch_size)
-            return rows[start - first : stop - first, index[1]]
+            first = held.index(start)  # a device's own rows are neighbours
+            return rows[first : first + stop - start, index[1]]
 
         return jax.make_array_from_callback(shape, sharding, part)
 

@@ -44,9 +44,12 @@ def test_examples_are_of_seed_split_and_index(spec):
     task, whole = rows(spec)
     assert whole["tokens"].shape == (40, task.length) and all(a.dtype == np.int32 for a in whole.values())
     # As other hosts would make them, and as later batches of a smaller size.
-    parts = [tasks.TaskBatches([task], batch_size=40, seed=3, rows=r)[0] for r in ((0, 17), (17, 40))]
+    parts = [tasks.TaskBatches([task], batch_size=40, seed=3, rows=range(*r))[0] for r in ((0, 17), (17, 40))]
     small = [tasks.TaskBatches([task], batch_size=8, seed=3)[step] for step in range(5)]
+    apart = [3, 4, 39]
+    some = tasks.TaskBatches([task], batch_size=40, seed=3, rows=apart)[0]
     for name in whole:
+        np.testing.assert_array_equal(some[name], whole[name][apart])
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
         np.testing.assert_array_equal(np.concatenate([part[name] for part in small]), whole[name])
     for changed in ({"seed": 4}, {"split": "heldout"}):

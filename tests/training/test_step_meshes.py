@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import state as states
 from jaxlinear.training.optimizer import make_optimizer
 from tests.training import tiny
@@ -34,9 +35,20 @@ def on_one_device():
 
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "_".join(f"{axis}{n}" for axis, n in sizes.items()))
 def test_8_devices_follow_one(sizes):
+    check_follows(tiny.mesh(8, **sizes), sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4, "data": 2}, {"data": 2, "sequence": 2, "tensor": 2}], ids=str)
+def test_8_devices_in_any_order_follow_one(sizes):
+    """As on TPUs, where the mesh follows the torus."""
+    devices = [jax.devices()[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
+    check_follows(meshes.make_mesh(tiny.ONES | sizes, devices), sizes)
+
+
+def check_follows(mesh, sizes):
     expected, losses = on_one_device()
     assert max(losses) - min(losses) > 1e-2
-    trainer, state, got = train(tiny.mesh(8, **sizes))
+    trainer, state, got = train(mesh)
     np.testing.assert_allclose(got, losses, rtol=1e-5)
     for value, want in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(expected.parameters), strict=True):
         np.testing.assert_allclose(value, want, rtol=0, atol=1e-4)

@@ -29,7 +29,7 @@ class TaskBatches:
         batch_size: int,
         seed: int,
         split: str = "train",
-        rows: tuple[int, int] | None = None,
+        rows: Sequence[int] | None = None,
     ):
         self.tasks = tuple(tasks)
         self.vocab_size = max(task.vocabulary for task in tasks)
@@ -37,9 +37,8 @@ class TaskBatches:
         self._batch_size, self._key = batch_size, (seed, SPLITS[split])
 
     def __getitem__(self, step: int) -> Batch:
-        start, stop = self._rows
         first = step * self._batch_size
-        examples = [self._example(i) for i in range(first + start, first + stop)]
+        examples = [self._example(first + row) for row in self._rows]
         tokens, targets = (np.stack(arrays).astype(np.int32) for arrays in zip(*examples, strict=True))
         return {"tokens": tokens, "targets": targets, "segment_ids": np.ones_like(tokens)}
 
