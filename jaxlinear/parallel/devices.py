@@ -38,8 +38,9 @@ class Device(NamedTuple):
 
 
 def _torus(name: str, one_way: float) -> Link:
-    # One axis of the torus, its two directions both in use by a gather. A microsecond a hop: "How to Scale Your Model"
-    # (jax-ml.github.io/scaling-book), on latency in inference.
+    # One axis of the torus, its two directions both in use by a gather: ``parallel.mesh`` lays an axis of the mesh along
+    # one where the sizes allow it, and where it lies over several, ways are shorter and links more. A microsecond a hop:
+    # "How to Scale Your Model" (jax-ml.github.io/scaling-book), on latency in inference.
     return Link(f"ICI of {name}", one_way, 2 * one_way, 1e-6, 1e-6, True)
 
 

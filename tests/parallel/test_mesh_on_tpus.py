@@ -1,0 +1,150 @@
+"""Where devices lie in a mesh: along the torus of a TPU slice, and slices along ``data``; on no chip, by descriptions."""
+
+import functools
+import logging
+
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from jaxlinear.errors import UserError
+from jaxlinear.parallel import feeding, targets
+from jaxlinear.parallel import mesh as meshes
+
+ONES = dict.fromkeys(meshes.AXES, 1)
+
+
+def mesh_of(target, **sizes):
+    return meshes.make_mesh(ONES | sizes, targets.find(target).devices)
+
+
+@functools.cache
+def two_slices():
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices
+
+
+def rows(mesh, axis):
+    """``[rows, size of the axis, 3]``: where on the torus the devices are that differ in this axis alone."""
+    coordinates = np.array([device.coords for device in mesh.devices.flat]).reshape(*mesh.devices.shape, 3)
+    at = meshes.AXES.index(axis)
+    return np.moveaxis(coordinates, at, -2).reshape(-1, mesh.shape[axis], 3)
+
+
+def varying(mesh, axis):
+    """In how many coordinates each of these rows varies."""
+    return set((np.ptp(rows(mesh, axis), axis=1) > 0).sum(axis=1).tolist())
+
+
+def assert_neighbours(mesh, axis, around):
+    """Each device of a row is one link from the next, and the last from the first, on axes of so many chips."""
+    found = rows(mesh, axis)
+    steps = np.abs(np.roll(found, -1, axis=1) - found)
+    assert np.minimum(steps, around - steps).sum(axis=2).tolist() == [[1] * found.shape[1]] * len(found)
+
+
+def assert_each_once(mesh, devices):
+    assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in devices)
+
+
+def test_sequence_lies_along_one_axis_of_the_torus():
+    mesh = mesh_of("v5p:4x4x4", data=16, sequence=4)
+    assert varying(mesh, "sequence") == {1} and varying(mesh, "data") == {2}
+    assert_neighbours(mesh, "sequence", 4)
+    assert_each_once(mesh, targets.find("v5p:4x4x4").devices)
+
+
+@pytest.mark.parametrize(
+    "target, around, sizes",
+    [
+        ("v6e:16x16", 16, {"data": 16, "fsdp": 16}),
+        ("v6e:16x16", 16, {"fsdp": 16, "sequence": 16}),
+        ("v5p:4x4x4", 4, {"data": 4, "fsdp": 4, "sequence": 4}),
+    ],
+)
+def test_each_axis_is_a_line_of_the_torus(target, around, sizes):
+    mesh = mesh_of(target, **sizes)
+    for axis in sizes:
+        assert varying(mesh, axis) == {1}
+        assert_neighbours(mesh, axis, around)
+
+
+def test_an_axis_of_the_torus_can_be_split(caplog):
+    meshes._warn.cache_clear()
+    mesh = mesh_of("v5p:4x4x4", data=2, fsdp=32)
+    assert_each_once(mesh, targets.find("v5p:4x4x4").devices)
+    assert varying(mesh, "data") == {1} and not caplog.records
+
+
+def test_a_tray_is_one_ring_or_in_the_order_of_its_hosts():
+    devices = targets.find("v5e:2x4").devices
+    assert list(meshes.make_mesh(ONES | {"data": 2, "fsdp": 4}, devices).devices.flat) == list(devices)
+    ring = meshes.make_mesh(ONES | {"sequence": 8}, devices)
+    assert list(ring.devices.flat) != list(devices)
+    assert_each_once(ring, devices)
+
+
+def test_devices_without_a_place_on_the_torus_stay_in_order_with_one_warning(caplog):
+    meshes._warn.cache_clear()
+    devices = targets.find("v5e:4x4").devices[:9]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert list(meshes.make_mesh(ONES | {"data": 3, "fsdp": 3}, devices).devices.flat) == list(devices)
+    (record,) = caplog.records
+    assert record.message.startswith("JAX finds no place on the torus for a mesh of data 3 x fsdp 3: ")
+    assert "devices are taken in the order that they come in" in record.message and "\n" not in record.message
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 16}, {"data": 4, "sequence": 8}, {"data": 32}])
+def test_slices_are_laid_along_data(sizes):
+    mesh = meshes.make_mesh(ONES | sizes, two_slices())
+    assert_each_once(mesh, two_slices())
+    half = sizes["data"] // 2
+    for index, part in enumerate((mesh.devices[:half], mesh.devices[half:])):
+        assert {device.slice_index for device in part.flat} == {index}
+    within = [np.array([device.coords for device in part.flat]) for part in (mesh.devices[:half], mesh.devices[half:])]
+    np.testing.assert_array_equal(*within)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (
+            {"fsdp": -1},
+            "^mesh.data=1 is not a multiple of the 2 slices, .*mesh.data=2 would do, .* over 16 devices in all$",
+        ),
+        ({"fsdp": 2, "tensor": 16}, "^mesh.data=1 is not a multiple of the 2 slices, "),
+        ({"sequence": 32}, "^mesh.data=1 is not a multiple of the 2 slices, "),
+    ],
+)
+def test_no_axis_but_data_goes_from_slice_to_slice(sizes, message):
+    with pytest.raises(UserError, match=message):
+        meshes.make_mesh(ONES | sizes, two_slices())
+
+
+def test_slices_of_different_sizes_are_refused():
+    with pytest.raises(UserError, match=r"^the 2 slices have 16, 8 devices; a mesh takes as many of each slice$"):
+        meshes.make_mesh(ONES | {"data": 24}, two_slices()[:24])
+
+
+@pytest.mark.parametrize(
+    "target, sizes, batch, most",
+    [
+        ("v5p:4x4x4", {"data": 16, "fsdp": 4}, 64, 4),
+        ("v6e:16x16", {"data": 16, "fsdp": 16}, 256, 4),
+        ("v6e:16x16", {"data": 16, "fsdp": 16}, 512, 8),
+        ("v5p:4x4x4", {"data": 16, "sequence": 4}, 32, 4),
+    ],
+)
+def test_a_host_reads_no_row_but_those_of_its_devices(target, sizes, batch, most):
+    mesh = mesh_of(target, **sizes)
+    places = meshes.batch_sharding(mesh)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    by_row = mesh.devices.reshape(parts, -1)  # the devices of each part of the batch
+    read = {process: feeding.local_rows(places, (batch, 2048), process) for process in range(mesh.size // 4)}
+    for process, got in read.items():
+        own = [part for part in range(parts) if process in {device.process_index for device in by_row[part]}]
+        each = batch // parts
+        assert got == [row for part in own for row in range(part * each, (part + 1) * each)]
+        assert len(got) == most
+    assert any(max(got) - min(got) >= len(got) for got in read.values())  # or they were neighbours everywhere
+    assert sorted(set().union(*read.values())) == list(range(batch))
