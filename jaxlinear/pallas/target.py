@@ -24,6 +24,8 @@ class GPU(NamedTuple):
 
 _AMPLE = 163 * 2**10
 _UNTRIED = 12, 0  # compute capability
+# Where JAX does not say it (CUDA C++ Programming Guide, technical specifications by compute capability).
+_SHARED_MEMORY = {(8, 0): 163 * 2**10, (9, 0): 227 * 2**10, (10, 0): 227 * 2**10, (10, 3): 227 * 2**10}
 _LEAST = 99 * 2**10  # of any from 8.0 on: that of 8.6, 8.9 and 12.0
 
 
@@ -44,4 +46,5 @@ def gpu_of(device: Any) -> GPU | None:
         return None
     number = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     capability = None if number is None else (int(number[1]), int(number[2]))
-    return GPU(capability, getattr(device, "shared_memory_per_block_optin", _LEAST))
+    by_capability = _SHARED_MEMORY.get(capability, _LEAST) if capability else _LEAST
+    return GPU(capability, getattr(device, "shared_memory_per_block_optin", by_capability))

@@ -68,6 +68,7 @@ def test_gpus_that_kernels_are_built_for(capability, kind, reason):
         ("12.0", 99, (64, 32, 4, 2), 32),
         ("13.0", 227, (64, 32, 4, 2), 32),  # which nobody has asked a compiler about
         ("8.9", None, (64, 32, 4, 2), 32),  # a JAX that does not say
+        ("9.0", None, (128, 64, 8, 2), 64),
     ],
 )
 def test_blocks_fit_the_shared_memory(capability, kilobytes, attention, chunk):
