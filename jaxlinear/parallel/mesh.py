@@ -42,10 +42,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes.values())
     if math.prod(shape) != len(devices):
-        raise UserError(
-            f"a mesh of {_named(tuple(sizes.values()))} does not use the {len(devices)} devices that there are, each once"
-        )
-    return Mesh(_over_slices(tuple(sizes.values()), devices), AXES)
+        raise UserError(f"a mesh of {_named(shape)} does not use the {len(devices)} devices that there are, each once")
+    return Mesh(_over_slices(shape, devices), AXES)
 
 
 def _over_slices(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
@@ -78,7 +76,8 @@ def _over_torus(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.nda
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError) as error:  # no whole box of a torus, for one
-        _warn(f"JAX finds no place on the torus for a mesh of {_named(shape)}: {str(error).splitlines()[0][:200]}")
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        _warn(f"JAX finds no place on the torus for a mesh of {_named(shape)}: {reason}")
         return np.asarray(devices).reshape(shape)
 
 
