@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,6 +29,18 @@ _OVERHEAD_BYTES = 1 << 19  # of a checkpoint over its arrays: its descriptions, 
 # What Orbax and TensorStore raise for a damaged file; for damaged contents of an array it is a bare Exception.
 _READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
 _DISK_FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")  # in the messages of a failed write
+
+
+class _AskedFor(logging.Filter):
+    """Leaves out Orbax's warnings of what is meant: to open a run for reading only, and to save without an evaluation."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(
+            ("CheckpointManagerOptions.read_only=True", "Given directory is read only", "Requested `tracked_metric`")
+        )
+
+
+logging.getLogger("absl").addFilter(_AskedFor())
 
 
 class Checkpoints:

@@ -97,6 +97,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "training.batch_size": (8, "Rows of a step, over all devices and microbatches."),
     "training.sequence_length": (1024, "Tokens a row, T."),
     "training.seed": (0, "Of the parameters and of the order of the data."),
+    "training.initial_from": (
+        "",
+        "Begin with the newest weights of this run or import (its work directory, or one of its checkpoints, "
+        "DIR/checkpoints/STEP), and all else anew.",
+    ),
     "training.microbatches": (1, "Parts of the batch whose gradients are taken one after another and averaged."),
     "training.z_loss": (0.0, "Weight of the squared log normaliser in the objective."),
     "training.load_balance_loss": (0.01, "Weight of the load balancing loss of a mixture of experts."),

@@ -17,6 +17,7 @@ from jaxlinear.training import heldout, trained_data
 from jaxlinear.training import state as states
 from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.heldout import Evaluation
+from jaxlinear.training.initial import Initial
 from jaxlinear.training.job import Job
 from jaxlinear.training.meter import Meter
 from jaxlinear.training.metrics import MetricsWriter
@@ -43,6 +44,8 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
         job = Job.build(config)
         workdirs.check(workdir, job.config)
         trained_data.check(workdir, job.datasets)
+        if config.training.initial_from and not workdirs.has_checkpoint(workdir):
+            Initial.find(job)
     with workdirs.alone(workdir):
         directory = workdirs.prepare(workdir, job.config)
         with start.together():
@@ -55,12 +58,12 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
 def _train(job: Job, directory: Path, stop: Stop, watchdog: Watchdog) -> int:
     checkpoints = Checkpoints(directory, job.config)
     try:
-        state, first = _restore_or_create(job, checkpoints)
+        state, first, initial = _restore_or_create(job, checkpoints)
         writer = MetricsWriter(
             directory, step=first, steps=job.config.training.steps, tensorboard=job.config.logging.tensorboard
         )
         try:
-            status = _run(job, state, first, directory, checkpoints, writer, stop, watchdog)
+            status = _run(job, state, first, initial, directory, checkpoints, writer, stop, watchdog)
         finally:
             writer.close()
     except BaseException as error:
@@ -73,20 +76,34 @@ def _train(job: Job, directory: Path, stop: Stop, watchdog: Watchdog) -> int:
     return status
 
 
-def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.TrainState, int]:
+def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.TrainState, int, Initial | None]:
+    """The state, the step that it is of, and whose weights a run begins with."""
     step = checkpoints.newest_of_all()
+    structs = states.structs(job.architecture, job.optimizer, job.mesh)
     if step is None:
-        return states.initialise(job.architecture, job.optimizer, job.config.training.seed, job.mesh), 0
+        state = states.initialise(job.architecture, job.optimizer, job.config.training.seed, job.mesh)
+        if not job.config.training.initial_from:
+            return state, 0, None
+        initial = _initial_of_all(job)
+        return initial.put_into(state, structs), 0, initial
     first = checkpoints.meta(step)["next_batch"]
     _LOG.info("going on from step %d in %s", first, checkpoints.directory)
-    structs = states.structs(job.architecture, job.optimizer, job.mesh)
-    return states.from_trees(checkpoints.restore(states.to_trees(structs), step)), first
+    return states.from_trees(checkpoints.restore(states.to_trees(structs), step)), first, None
+
+
+def _initial_of_all(job: Job) -> Initial:
+    """The same checkpoint on all processes: one may be written to that directory meanwhile."""
+    with start.together():
+        initial = Initial.find(job)
+    start.check_agreement("the checkpoint of training.initial_from", str(initial.step))
+    return initial
 
 
 def _run(
     job: Job,
     state: states.TrainState,
     first: int,
+    initial: Initial | None,
     directory: Path,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
@@ -100,7 +117,7 @@ def _run(
     if first >= steps and not owed:
         _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
         return FINISHED
-    workdirs.note_start(directory, first, config, job.mesh)
+    workdirs.note_start(directory, first, config, job.mesh, None if initial is None else str(initial))
 
     def between() -> None:
         watchdog.at("a batch of an evaluation")

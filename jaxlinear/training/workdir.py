@@ -63,6 +63,11 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
+def has_checkpoint(workdir: str | os.PathLike) -> bool:
+    """Whether one was completed, which the run goes on from."""
+    return any(path.name.isdigit() for path in (Path(workdir) / DIRECTORY).glob("*"))
+
+
 def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
     """Raises ``UserError`` unless there is no run in the directory, or the one that ``config`` describes."""
     directory = Path(workdir)
@@ -70,8 +75,8 @@ def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
         raise UserError(f"{workdir} is no directory; give the run a --workdir of its own")
     if (directory / DIRECTORY / "0").exists():  # a run saves from step 1 on
         raise UserError(
-            f"{workdir} holds imported weights, without the state of an optimiser: they can be evaluated, sampled from and "
-            "exported, not trained; give the new run a --workdir of its own"
+            f"{workdir} holds imported weights, without the state of an optimiser; give the new run a --workdir of its "
+            f"own, and --config.training.initial_from={workdir} to begin with them"
         )
     if (directory / CONFIG).exists():
         saved = [int(path.name) for path in (directory / DIRECTORY).glob("*") if path.name.isdigit()]
@@ -94,10 +99,11 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
 
 
 def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
-    """Writes the config, once all is checked."""
+    """Makes the directory, if it is not there, and writes the config, once all is checked."""
     with start.together():
         check(workdir, config)
     directory = Path(workdir)
+    directory.mkdir(parents=True, exist_ok=True)
     if (directory / CONFIG).exists():
         before, after = _behaviour(read_config(directory)), _behaviour(config)
         for key, value in after.items():
@@ -133,8 +139,11 @@ def _behaviour(config: config_dict.ConfigDict) -> dict[str, Any]:
     return {key: config[key.split(".")[0]][key.split(".")[1]] for key in _BEHAVIOUR}
 
 
-def note_start(directory: Path, step: int, config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Adds a line to ``starts.jsonl``: from which step the run goes on, when, with what and on what."""
+def note_start(
+    directory: Path, step: int, config: config_dict.ConfigDict, mesh: jax.sharding.Mesh, initial: str | None = None
+) -> None:
+    """Adds a line to ``starts.jsonl``: from which step the run goes on, when, with what and on what; and of which
+    checkpoint the weights are that it begins with, if they are not new."""
     if not start.is_first():
         return
     device = mesh.devices.flat[0]
@@ -150,6 +159,7 @@ def note_start(directory: Path, step: int, config: config_dict.ConfigDict, mesh:
         "jaxlinear": __version__,
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         **_behaviour(config),
+        **({} if initial is None else {"initial": initial}),
     }
     temporary = directory / (STARTS + ".tmp")
     temporary.write_text(
@@ -190,7 +200,7 @@ def check_same_run(
         if (section in may_change or key in may_change) and key not in compared:
             continue
         kind = "a checkpoint of another model" if section == "model" else "another run"
-        advice = "" if any((workdir / DIRECTORY).glob("[0-9]*")) else "; or remove the directory: it has no checkpoint"
+        advice = "" if has_checkpoint(workdir) else "; or remove the directory: it has no checkpoint"
         raise UserError(
             f"{workdir} holds {kind}: {key} is {old[section][name]!r} there and {new[section][name]!r} in this config; "
             f"give the new run a --workdir of its own{advice}"

@@ -258,6 +258,16 @@ def test_text_in_other_tokens_is_not_evaluated(tiny_config, other_dataset):
             Job.build(config)
 
 
+def test_weights_of_a_run_on_other_tokens_are_refused(tiny_config, tiny_run, other_dataset, tmp_path):
+    config = tiny_config.copy_and_resolve_references()
+    config.training.initial_from, config.data.path = str(tiny_run), str(other_dataset)
+    with pytest.raises(
+        UserError, match=rf"^{other_dataset} was prepared with another tokenizer than the one that {tiny_run}"
+    ):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path, caplog):
     """The same run on another mesh, for longer, kept and logged otherwise; what it says then is what holds."""
     workdir = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))

@@ -53,7 +53,7 @@ def test_an_imported_run_is_a_run(made, tmp_path):
     assert opened.step == 0 and opened.config.data.path == ""
     expected = nnx.to_pure_dict(nnx.split(jaxlinear.models.load(source, 7))[1])
     jax.tree.map(np.testing.assert_array_equal, opened.parameters, expected)
-    with pytest.raises(UserError, match=r"run holds imported weights, without .* optimiser: .* --workdir of its own$"):
+    with pytest.raises(UserError, match=r"run holds imported weights, .*, and --config.training.initial_from=.*run"):
         workdirs.prepare(tmp_path / "run", workdirs.read_config(tmp_path / "run"))
 
 

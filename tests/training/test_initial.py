@@ -1,0 +1,92 @@
+"""Runs that begin with the weights of another."""
+
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlinear import models
+from jaxlinear.checkpoint import Checkpoints
+from jaxlinear.errors import UserError
+from jaxlinear.training import workdir as workdirs
+from jaxlinear.training.initial import Initial
+from jaxlinear.training.job import Job
+from jaxlinear.training.loop import FINISHED, _restore_or_create, train
+from tests.training import tiny
+
+
+@pytest.fixture
+def config(tiny_config, tiny_run):
+    config = tiny_config.copy_and_resolve_references()
+    config.training.update({"initial_from": str(tiny_run), "seed": 7})
+    return config
+
+
+@pytest.mark.parametrize("step", [None, 1])
+def test_weights_are_those_of_the_checkpoint_and_all_else_is_new(config, tiny_run, tmp_path, step):
+    if step is not None:
+        config.training.initial_from = str(tiny_run / "checkpoints" / str(step))
+    job = Job.build(config)
+    state, first, initial = _restore_or_create(job, Checkpoints(tmp_path, job.config))
+    assert (first, str(initial)) == (0, f"{tiny_run}/checkpoints/{step or 2}")
+    expected = models.load(tiny_run, step, mesh=job.mesh)
+    jax.tree.map(np.testing.assert_array_equal, tiny.host(state.parameters), tiny.host(models_parameters(expected)))
+    assert int(state.step) == 0
+    assert all(not np.any(x) for x in jax.tree.leaves(tiny.host(state.optimizer)))
+
+
+def models_parameters(model):
+    from flax import nnx
+
+    return nnx.to_pure_dict(nnx.split(model)[1])
+
+
+def test_it_goes_on_without_the_other_run(config, tiny_run, tmp_path):
+    other, workdir = shutil.copytree(tiny_run, tmp_path / "other"), tmp_path / "run"
+    config.training.update({"initial_from": str(other), "steps": 1})
+    assert train(config, workdir) == FINISHED
+    shutil.rmtree(other)
+    config.training.steps = 2
+    assert train(config, workdir) == FINISHED
+    first, second = workdirs.read_starts(workdir)
+    assert (first["step"], first["initial"]) == (0, f"{other}/checkpoints/2")
+    assert second["step"] == 1 and "initial" not in second
+    # It begins where the other ended: no further from its end than a step takes it.
+    losses = tiny.losses(workdir)
+    assert float(losses[1]) < min(map(float, tiny.losses(tiny_run).values()))
+    config.training.initial_from = str(tiny_run)
+    with pytest.raises(UserError, match=r"holds another run: training.initial_from is '.*other' there and '"):
+        train(config, workdir)
+
+
+def test_what_differs_and_fits_is_said(config, tiny_run, tmp_path, caplog):
+    other = shutil.copytree(tiny_run, tmp_path / "other", ignore=shutil.ignore_patterns("tokenizer*"))
+    config.training.initial_from = str(other)
+    config.model.window = 4
+    with caplog.at_level(logging.WARNING):
+        Initial.find(Job.build(config))
+    assert f"the weights of {other}, but model.window is 8 there and 4 in this config" in caplog.text
+    assert f"{other} names no tokenizer: see to it that {config.data.path} has its own" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (
+            "model.recurrent_width",
+            64,
+            "has the weights of another model: model.recurrent_width is 32 there and 64 in this",
+        ),
+        ("model.vocab_size", 512, "has the weights of another model: model.vocab_size is 384 there and 512 in this"),
+        ("training.initial_from", "gone", "gone has no checkpoints: it is not the work directory of a run"),
+        ("training.initial_from", "RUN/checkpoints/5", "has no checkpoint of step 5; it has 1, 2$"),
+    ],
+)
+def test_what_does_not_fit_writes_nothing(config, tiny_run, tmp_path, key, value, message):
+    section, name = key.split(".")
+    config[section][name] = value.replace("RUN", str(tiny_run)) if isinstance(value, str) else value
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
