@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from jaxlinear.errors import EveryProcessError, RunError, UserError
+from jaxlinear.errors import Diverged, EveryProcessError, RunError, UserError
 
 # Errors of the machine that the person at the keyboard can mend; everything else keeps its traceback.
 _ENVIRONMENT_ERRORS = {
@@ -34,9 +34,9 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes
     """Parses absl flags, calls ``main()`` and exits with its status (None means 0). What follows after ``--`` is refused,
     or, with ``takes_arguments``, given to ``main``.
 
-    ``UserError``, a malformed flag and the errors of a full or read-only disk become one line on stderr and exit
-    status 2; ``RunError`` and devices whose memory is too small one with status 1. Any other exception is a defect and
-    keeps its traceback. A process that has others beside it and fails alone ends at once.
+    ``UserError``, a malformed flag, the errors of a full or read-only disk and devices whose memory is too small become
+    one line on stderr and exit status 2: the same command would end so again. ``RunError`` becomes one with status 1. Any
+    other exception is a defect and keeps its traceback. A process that has others beside it and fails alone ends at once.
     """
     argv = sys.argv if argv is None else argv
     message, status, alone = None, 0, False
@@ -51,7 +51,7 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes
         message, status = str(error), 2
         alone = not isinstance(error, EveryProcessError)
     except RunError as error:  # of numbers that every process has
-        message, status = str(error), 1
+        message, status = str(error), 2 if isinstance(error, Diverged) else 1
     except OSError as error:
         if error.errno not in _ENVIRONMENT_ERRORS:
             raise
@@ -63,7 +63,7 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes
             if not _has_others():
                 raise
             traceback.print_exc()
-        status, alone = 1, True
+        status, alone = 1 if message is None else 2, True
     if message is not None:
         print(f"{os.path.basename(argv[0])}: {' '.join(message.split())}", file=sys.stderr)
     if alone and _has_others():

@@ -13,4 +13,10 @@ class EveryProcessError(UserError):
 
 
 class RunError(Exception):
-    """The work was begun and cannot be finished. Programs print its one line on stderr and exit with status 1."""
+    """The work cannot go on now, and another start may mend it. Programs print its one line on stderr and exit with status
+    1, as they do with a traceback; schedulers start a run again after it.
+    """
+
+
+class Diverged(RunError):
+    """The work cannot go on, and the same command would come to the same end: status 2, as of bad input."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from jaxlinear.errors import UserError
+from jaxlinear.errors import RunError
 
 _LOG = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def of_run(directory: Path) -> Iterator[None]:
     a line of the log says so.
 
     Raises:
-      UserError: another program has it still.
+      RunError: another program has it still.
     """
     path = directory / FILE
     with path.open("ab", buffering=0) as file:
@@ -76,7 +76,7 @@ def _wait(file: BinaryIO, path: Path) -> None:
     said = False
     while not take(file):
         if time.monotonic() - begin >= _PATIENCE:
-            raise UserError(
+            raise RunError(
                 f"{_holder(path)} has {path.parent}; end that one first, or give the new run a --workdir of its own (if "
                 f"no such process is there, its host has died: remove {path})"
             )

@@ -8,7 +8,7 @@ given for itself, --patterns=gla,griffin:training.steps=4000; docs/evaluation.md
 
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from jaxlinear import cli
@@ -38,7 +38,6 @@ def main() -> int:
     if not _PATTERNS.value:
         raise UserError("--patterns is empty; name layers, as --patterns=gla,griffin")
     start.use_gpu_memory()
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what it is asked for: to open a run for reading only
     rows = []
     for name in _PATTERNS.value:
         row = recall.train(_CONFIG.value, _WORKDIR.value, name, _EXAMPLES.value)

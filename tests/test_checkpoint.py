@@ -11,7 +11,7 @@ import pytest
 
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
-from jaxlinear.errors import RunError, UserError
+from jaxlinear.errors import EveryProcessError, RunError, UserError
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import start
 from tests import small_trees
@@ -73,7 +73,7 @@ def test_a_host_without_space_ends_all(three, monkeypatch):
     checkpoints = Checkpoints(three, small_trees.config())
     with monkeypatch.context() as patch:
         of_two_processes(patch, lambda question: 1)
-        with pytest.raises(RunError, match="process 1 cannot go on; its own message says why"):
+        with pytest.raises(EveryProcessError, match="process 1 cannot go on; its own message says why"):
             checkpoints.save(4, small_trees.trees(4), next_batch=4)
     checkpoints.close()
     assert checkpoints.steps() == [1, 2, 3]

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from jaxlinear import cli
-from jaxlinear.errors import RunError, UserError
+from jaxlinear.errors import Diverged, RunError, UserError
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -50,7 +50,8 @@ def test_the_status_is_what_main_returns(returned, status, capsys):
     "error, status, line",
     [
         (UserError("this is\n  wrong"), 2, "this is wrong"),
-        (RunError("it diverged"), 1, "it diverged"),
+        (RunError("the others did not come"), 1, "the others did not come"),
+        (Diverged("it diverged"), 2, "it diverged"),
         (OSError(errno.ENOSPC, "x", "a/b"), 2, "no space left on the disk: a/b"),
         (OSError(errno.EROFS, "x", "a/b"), 2, "the file system is read-only: a/b"),
         (PermissionError(errno.EACCES, "x", "a/b"), 2, "permission denied: a/b"),
@@ -66,7 +67,7 @@ def test_bad_input_is_one_line(error, status, line, capsys):
 
 def test_too_little_memory_is_one_line(capsys):
     text = "RESOURCE_EXHAUSTED: Out of memory allocating 413997377040 bytes.\nA table of buffers"
-    assert run(raises(jax.errors.JaxRuntimeError(text))) == 1
+    assert run(raises(jax.errors.JaxRuntimeError(text))) == 2
     _, error = capsys.readouterr()
     assert error.startswith(f"program.py: a device has not enough memory: {text.splitlines()[0]}; ")
     assert error.count("\n") == 1

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from jaxlinear import locks
-from jaxlinear.errors import UserError
+from jaxlinear.errors import RunError
 
 HOLD = """
 import pathlib, sys, time
@@ -31,7 +31,7 @@ def test_a_second_one_is_refused_with_who_holds_it(tmp_path, monkeypatch, caplog
         holder = f"the run of process {os.getpid()} on {socket.gethostname()}, begun 2.*"
         with (
             caplog.at_level("INFO"),
-            pytest.raises(UserError, match=f"^{holder}, has {tmp_path}; end that one first"),
+            pytest.raises(RunError, match=f"^{holder}, has {tmp_path}; end that one first"),
             locks.of_run(tmp_path),
         ):
             pass
@@ -66,7 +66,7 @@ def test_a_killed_one_holds_nothing(tmp_path, monkeypatch):
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"^the run of process {process.pid} on "), locks.of_run(tmp_path):
+        with pytest.raises(RunError, match=f"^the run of process {process.pid} on "), locks.of_run(tmp_path):
             pass
     finally:
         process.kill()

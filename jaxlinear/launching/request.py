@@ -31,7 +31,7 @@ class Request:
     python: str
     workdir: str
     arguments: tuple[str, ...]
-    whole_hosts: bool = True
+    whole_hosts: bool
 
     @property
     def platform(self) -> str:

@@ -97,7 +97,7 @@ class AttentionGPUBlock(NamedTuple):
 
 
 def linear_attention_gpu(
-    length: int, keys: int, decay: str, packed: bool, chunk: int | None, gpu: GPU | None = None
+    length: int, keys: int, decay: str, packed: bool, chunk: int | None, gpu: GPU | None
 ) -> AttentionGPUBlock:
     """The largest that no program spills registers with: with fewer tokens or channels a token takes more instructions, as
     the PTX counts them. No GPU has timed them."""

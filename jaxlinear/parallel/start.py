@@ -19,13 +19,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlinear.errors import EveryProcessError, UserError
+from jaxlinear.errors import EveryProcessError, RunError, UserError
 from jaxlinear.parallel import program, targets
 
 _MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
 _LOG = logging.getLogger(__name__)
 
 JOIN_PATIENCE = 30 * 60.0  # seconds: hosts of one slice or job come up minutes apart, pulling images and installing
+_SLURM_PATIENCE = 10 * 60.0
 _SAYS_SO_EVERY = 60.0  # seconds
 _ABORT_LATER = 60  # seconds by which JAX's own end of a wait comes after ours
 _LOOKS = 10  # a second apart, at a file that another host wrote: a file system of the network may show it late
@@ -66,6 +67,8 @@ def join(
     elif len(missing) < len(given):
         raise UserError(f"--coordinator, --processes and --process belong together; --{missing[0]} is missing")
     elif _under_a_scheduler():
+        if "SLURM_PROCID" in os.environ:  # which starts all at once, and whose nodes idle meanwhile
+            patience = min(patience, _SLURM_PATIENCE)
         with _waiting("the other processes of this run", patience):
             jax.distributed.initialize(
                 local_device_ids=_gpus_of_a_node(), initialization_timeout=math.ceil(patience) + _ABORT_LATER
@@ -85,7 +88,7 @@ def _waiting(whom: str, patience: float) -> Iterator[None]:
             if seconds >= patience:
                 print(
                     f"{os.path.basename(sys.argv[0])}: {whom} did not come within {patience / 60:.3g} minutes: were they "
-                    "started, is that the address of process 0, and can it be reached?",
+                    "started, and can process 0 be reached?",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -100,7 +103,7 @@ def _waiting(whom: str, patience: float) -> Iterator[None]:
 
 
 def expect(what: str) -> None:
-    """Raises ``UserError`` on every process unless together they see these devices: ``gpu:16``, ``tpu:64``, ``cpu:2``."""
+    """Raises ``RunError`` on every process unless together they see these devices: ``gpu:16``, ``tpu:64``, ``cpu:2``."""
     platform, _, count = what.partition(":")
     if not re.fullmatch(r"[1-9]\d*", count) or platform not in _PLATFORMS:
         raise UserError(
@@ -115,7 +118,8 @@ def expect(what: str) -> None:
         by_what.setdefault(f"{devices} {_PLATFORMS[index] if index >= 0 else 'unknown'}", []).append(process)
     each = "; ".join(f"process {_named(np.array(processes))} sees {words}" for words, processes in by_what.items())
     advice = "" if jax.process_count() > 1 or int(count) == 1 else "; it is alone: were the others not found?"
-    raise EveryProcessError(f"{count} {platform} devices are expected in all, but {each}{advice}")
+    # After a GPU has fallen off, say: the next start may be given others.
+    raise RunError(f"{count} {platform} devices are expected in all, but {each}{advice}")
 
 
 _PLATFORMS = ("cpu", "gpu", "tpu")
@@ -170,23 +174,34 @@ def check_agreement(what: str, text: str, advice: str = "") -> None:
         )
 
 
+_KINDS = (None, EveryProcessError, RunError)
+
+
+def _kind(error: UserError | RunError) -> type[EveryProcessError] | type[RunError]:
+    return EveryProcessError if isinstance(error, UserError) else RunError
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """If a ``UserError`` is raised within on some processes, every process raises one: else the others would wait."""
-    error = None
+    """If a ``UserError`` or ``RunError`` is raised within on some processes, every process raises one: else the others
+    would wait."""
+    error: UserError | RunError | None = None
     try:
         yield
-    except UserError as raised:
+    except (UserError, RunError) as raised:
         error = raised
     if jax.process_count() == 1:
         if error is not None:
             raise error
         return
-    failed = np.flatnonzero(_of_every_process(int(error is not None)))
+    kinds = _of_every_process(_KINDS.index(None if error is None else _kind(error)))[:, 0]
+    failed = np.flatnonzero(kinds)
     if error is not None:
-        raise EveryProcessError(str(error)) from error
+        raise _kind(error)(str(error)) from error
     if len(failed):
-        raise EveryProcessError(f"process {_named(failed)} cannot go on; its own message says why")
+        kind = _KINDS[kinds[failed].min()]
+        assert kind is not None
+        raise kind(f"process {_named(failed)} cannot go on; its own message says why")
 
 
 def check_shared(what: str, directory: Path) -> None:

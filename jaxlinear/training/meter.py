@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import jax
 
-from jaxlinear.errors import RunError
+from jaxlinear.errors import Diverged
 from jaxlinear.scaling import flops, hardware
 from jaxlinear.training.job import Job
 from jaxlinear.training.metrics import MetricsWriter
@@ -37,7 +37,7 @@ class Meter:
         """Waits for the metrics after ``step`` steps; logs them if they are due."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if values["skips_in_a_row"] >= self._config.training.max_skips:
-            raise RunError(
+            raise Diverged(
                 f"{self._config.training.max_skips} steps in a row were skipped, the last of them step {step} with a "
                 f"gradient norm of {values['gradient_norm']:.3g}: the run diverged, or training.spike_multiple is too low; "
                 "the same command with a lower optimizer.learning_rate, or a higher training.spike_multiple, goes on from "

@@ -114,7 +114,7 @@ def test_gpu_by_tiles(monkeypatch, decay, packed):
 
 @pytest.mark.parametrize("decay, packed", [("none", True), ("constant", True), ("scalar", False)])
 def test_chunks_of_128_on_gpu(decay, packed):
-    assert blocks.linear_attention_gpu(256, 64, decay, packed, None).chunk == 128
+    assert blocks.linear_attention_gpu(256, 64, decay, packed, None, None).chunk == 128
     ids = np.repeat([[0, 1, 2]], [5, 200, 51], axis=1).astype(np.int32) if packed else None
     inputs = draw(np.random.default_rng(7), decay, 256, 1, 40, 24)
     assert_as_the_recurrence(functools.partial(run_kernel, ids, GPU), ids, inputs)

@@ -90,7 +90,7 @@ def compare(kernel, reference, inputs, cotangents):
 )
 def test_linear_attention_of_many_channels(decay, length, width):
     random, ids = np.random.default_rng(0), documents(length) if (decay, length) != ("scalar", 256) else None
-    chunk = blocks.linear_attention_gpu(length, width, decay, ids is not None, None).chunk
+    chunk = blocks.linear_attention_gpu(length, width, decay, ids is not None, None, None).chunk
     assert chunk == {200: 64, 130: 32, 150: 64}.get(length, 128)
     inputs = linear.draw(random, decay, length, 2, width, width)
     cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[4].shape)

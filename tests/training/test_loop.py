@@ -12,7 +12,7 @@ import pytest
 
 from jaxlinear import data
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
-from jaxlinear.errors import RunError, UserError
+from jaxlinear.errors import Diverged, UserError
 from jaxlinear.parallel import start
 from jaxlinear.scaling.sweeps.files import RunFiles
 from jaxlinear.scaling.sweeps.states import is_finished
@@ -148,7 +148,7 @@ def test_too_many_skips_end_the_run(run_config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(states, "initialise", broken)
     run_config.training.max_skips = 3
-    with pytest.raises(RunError, match=r"^3 steps in a row were skipped, the last of them step 3 with a gradient norm"):
+    with pytest.raises(Diverged, match=r"^3 steps in a row were skipped, the last of them step 3 with a gradient norm"):
         train(run_config, tmp_path / "run")
     lines = metrics.read(tmp_path / "run")
     assert [(line["skips"], line["skips_in_a_row"]) for line in lines] == [(1, 1), (2, 2)]

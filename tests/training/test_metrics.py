@@ -5,7 +5,7 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from jaxlinear.errors import RunError
+from jaxlinear.errors import Diverged
 from jaxlinear.scaling import flops
 from jaxlinear.training import metrics
 from jaxlinear.training import workdir as workdirs
@@ -107,7 +107,7 @@ def test_too_many_skips_in_a_row(meter):
     clock.now += 1
     read(meter, 6, skips_in_a_row=2.0)
     with pytest.raises(
-        RunError, match=r"^3 steps in a row were skipped, the last of them step 7 with a gradient norm of 8"
+        Diverged, match=r"^3 steps in a row were skipped, the last of them step 7 with a gradient norm of 8"
     ):
         read(meter, 7, skips_in_a_row=3.0, gradient_norm=8.0)
     assert len(lines) == 1

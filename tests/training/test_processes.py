@@ -253,8 +253,8 @@ def test_a_process_whose_others_do_not_come_ends_with_a_reason(process):
     )
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1] == (
-        f"-c: the others of 2 processes at 127.0.0.1:{port} did not come within 0.05 minutes: were they started, is that "
-        "the address of process 0, and can it be reached?"
+        f"-c: the others of 2 processes at 127.0.0.1:{port} did not come within 0.05 minutes: were they started, and can "
+        "process 0 be reached?"
     )
     assert "stack trace" not in done.stderr
 

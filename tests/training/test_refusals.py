@@ -12,7 +12,7 @@ import pytest
 
 from jaxlinear import config as configs
 from jaxlinear import data, locks
-from jaxlinear.errors import UserError
+from jaxlinear.errors import RunError, UserError
 from jaxlinear.models import mixers
 from jaxlinear.training import trained_data
 from jaxlinear.training import workdir as workdirs
@@ -300,7 +300,7 @@ def test_a_workdir_that_another_run_has(tiny_config, tiny_run, tmp_path, monkeyp
     with locks.of_run(workdir):
         before = tiny.files(workdir)
         with pytest.raises(
-            UserError, match=rf"^the run of process {os.getpid()} on .* has {workdir}; end that one first"
+            RunError, match=rf"^the run of process {os.getpid()} on .* has {workdir}; end that one first"
         ):
             train(config, workdir)
         assert tiny.files(workdir) == before
