@@ -117,7 +117,7 @@ def test_lines_where_no_terminal_is():
 
 
 def test_a_terminal_is_redrawn(monkeypatch):
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((40, 30)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((40, 30)))
     stream = Terminal()
     live = table.Live(stream)
     live.show(rows())
