@@ -1,6 +1,6 @@
 """Continues text with a trained run: python launch/generate.py --workdir=DIR --prompt=TEXT [--prompt=TEXT ...]"""
 
-from absl import flags
+from absl import flags, logging
 
 from jaxlinear import cli
 
@@ -16,6 +16,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 
 
 def main() -> None:
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of checkpoints that others wrote, and of what it is asked for
     from jaxlinear import generation
 
     writer = generation.Writer.open(_WORKDIR.value, _STEP.value, _MESH.value)

@@ -7,7 +7,7 @@ import importlib.util
 import pathlib
 import sys
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from jaxlinear import cli
@@ -25,6 +25,7 @@ _STATUS = flags.DEFINE_boolean("status", False, "Only show how far the runs are;
 
 
 def main() -> int:
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of checkpoints that others wrote, and of what it is asked for
     from jaxlinear.scaling.sweeps import states, sweep, table
 
     if _EXECUTOR.value == "local" and _SBATCH.value:
