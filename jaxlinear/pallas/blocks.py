@@ -106,7 +106,7 @@ def linear_attention_gpu(
         # With few keys, where T ends within a chunk, or with decays a token and documents, chunks of 128 would spill, so
         # ``CHUNKS`` does not let users ask for them.
         whole = keys >= 64 and length % 128 == 0 and not (decay == "scalar" and packed)
-        few = by_channel or (keys >= 128 and gpu is not None and not gpu.ample)
+        few = by_channel or (keys >= 128 and gpu is not None and not gpu.warpgroups)
         chunk = 32 if few else 128 if whole else 64
     tokens = min(chunk, max(32, 1 << (length - 1).bit_length()))  # 16 would spill at K = V = 64
     if by_channel:
@@ -172,7 +172,7 @@ def delta_rule_gpu_chunk(keys: int, gpu: GPU | None) -> int:
 def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None, gpu: GPU | None) -> DeltaRuleGPUBlock:
     """As ``linear_attention_gpu``."""
     if chunk is None:
-        chunk = 64 if keys >= 64 and not by_channel and (gpu is None or gpu.ample) else 32
+        chunk = 64 if keys >= 64 and not by_channel and (gpu is None or gpu.warpgroups) else 32
     tokens = min(chunk, max(16, 1 << (length - 1).bit_length()))
     if by_channel:
         return DeltaRuleGPUBlock(tokens, 32, *((64, 32) if keys <= 128 else (16, 16)), _gradients_by_channel(keys))
@@ -200,8 +200,10 @@ def attention_gpu(width: int, gpu: GPU | None) -> SoftmaxGPUBlock:
     registers with, and that its loads have room for."""
     if width <= 64:
         return SoftmaxGPUBlock(128, 64, 8, 3)
-    if gpu is None or (gpu.ample and not gpu.blackwell):
+    if gpu is None or (gpu.warpgroups and not gpu.blackwell):
         return SoftmaxGPUBlock(128, 64, 8, 2) if width <= 128 else SoftmaxGPUBlock(64, 32, 8, 2)
-    if gpu.ample:  # Blackwell's products have more of their operands in shared memory
+    if gpu.warpgroups:  # Blackwell's products have more of their operands in shared memory
         return SoftmaxGPUBlock(64, 64, 4, 2) if width <= 128 else SoftmaxGPUBlock(64, 32, 8, 1)
-    return SoftmaxGPUBlock(64, 32, 4, 2) if width <= 128 else SoftmaxGPUBlock(32, 32, 4, 1)
+    if width <= 128:
+        return SoftmaxGPUBlock(64, 64, 8, 2) if gpu.ample else SoftmaxGPUBlock(64, 32, 4, 2)
+    return SoftmaxGPUBlock(32, 32, 4, 1)

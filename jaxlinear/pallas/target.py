@@ -13,9 +13,15 @@ class GPU(NamedTuple):
 
     @property
     def ample(self) -> bool:
-        """Whether it is as much as an A100's. Where it is less, products also take more registers than an H100's; and what
-        is newer than the compilers were asked about is taken for one that has less."""
+        """Whether it is as much as an A100's. What is newer than the compilers were asked about is taken for one that has
+        less."""
         return self.shared_memory >= _AMPLE and self.capability is not None and self.capability < _UNTRIED
+
+    @property
+    def warpgroups(self) -> bool:
+        """Whether products are an H100's or B200's, with operands in shared memory. Those of other GPUs, an A100's too,
+        have them in registers, of which fewer are left."""
+        return self.capability is not None and (9, 0) <= self.capability < _UNTRIED
 
     @property
     def blackwell(self) -> bool:

@@ -58,6 +58,11 @@ def lowered(name, width, device, gradients=True, **options):
 @pytest.mark.parametrize(
     "gpu, name, width, kernels",
     [
+        ("a100", "causal_attention", 64, 3),
+        ("a100", "causal_attention", 128, 3),
+        ("a100", "causal_attention", 256, 3),
+        ("a100", "delta_rule", 128, 6),
+        ("a100", "linear_attention", 128, 2),
         ("b200", "sliding_window_attention", 128, 3),
         ("b200", "causal_attention", 256, 3),
         ("l40s", "causal_attention", 64, 3),
