@@ -50,7 +50,7 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes
     except (flags.Error, UserError) as error:
         message, status = str(error), 2
         alone = not isinstance(error, EveryProcessError)
-    except RunError as error:  # of numbers that every process has
+    except RunError as error:  # which every process raises
         message, status = str(error), 2 if isinstance(error, Diverged) else 1
     except OSError as error:
         if error.errno not in _ENVIRONMENT_ERRORS:

@@ -29,8 +29,9 @@ JOIN_PATIENCE = 30 * 60.0  # seconds: hosts of one slice or job come up minutes 
 _SLURM_PATIENCE = 10 * 60.0
 _SAYS_SO_EVERY = 60.0  # seconds
 _ABORT_LATER = 60  # seconds by which JAX's own end of a wait comes after ours
-_LOOKS = 10  # a second apart, at a file that another host wrote: a file system of the network may show it late
-_LOOKS_AT_A_LISTING = 90  # a second apart: NFS shows what it knows of a directory for up to 60 s
+# A second apart: a file system of the network may show late what another host wrote, NFS what is in a directory by 60 s.
+_LOOKS_AT_A_FILE = 10
+_LOOKS_AT_A_LISTING = 90
 
 
 def use_gpu_memory() -> None:
@@ -211,14 +212,8 @@ def check_shared(what: str, directory: Path) -> None:
     written = directory / f".written_by_process_0_{_of_every_process(secrets.randbelow(2**31))[0, 0]}"
     if is_first():
         written.touch()
-    _of_every_process(0)  # it is there
-    seen = written.exists()
-    for _ in range(_LOOKS - 1):
-        if seen:
-            break
-        time.sleep(1)
-        seen = written.exists()
-    unseen = np.flatnonzero(_of_every_process(int(seen))[:, 0] == 0)
+    _of_every_process(0)  # it is there: a host that looked before may remember that it was not
+    unseen = np.flatnonzero(np.array(seen_by_each(lambda: int(written.exists()), _LOOKS_AT_A_FILE)) == 0)
     if is_first():
         written.unlink()
     if len(unseen):
@@ -228,11 +223,10 @@ def check_shared(what: str, directory: Path) -> None:
         )
 
 
-def seen_by_each(look: Callable[[], int]) -> list[int]:
-    """What ``look()`` gives on each process, by process: as soon as it is the same on all, or else after ``look`` was asked
-    some tens of times, a second apart. It reads a directory, of which a host may know an older state; a number lies below
-    2**31."""
-    for _ in range(_LOOKS_AT_A_LISTING - 1):
+def seen_by_each(look: Callable[[], int], looks: int = _LOOKS_AT_A_LISTING) -> list[int]:
+    """What ``look()`` gives on each process, by process: as soon as it is the same on all, or else after so many looks, a
+    second apart. It reads a disk, of which a host may know an older state; a number lies below 2**31."""
+    for _ in range(looks - 1):
         seen = _of_every_process(look())[:, 0]
         if (seen == seen[0]).all():
             return seen.tolist()

@@ -28,6 +28,7 @@ class Initial:
 
     workdir: Path
     step: int
+    said: tuple[str, ...]  # what the user had better know, when they are taken
 
     @classmethod
     def find(cls, job: Job) -> "Initial":
@@ -40,40 +41,43 @@ class Initial:
         workdir, step = path, None
         if path.parent.name == DIRECTORY and path.name.isdigit():
             workdir, step = path.parents[1], int(path.name)
-        found = cls(workdir, _step(workdir, step))
-        found._check_model(job)
+        step = _step(workdir, step)
+        said = [f"but {difference}" for difference in _differences(workdir, job)]
         if job.datasets and not (workdir / INFO_FILE).is_file():
-            _LOG.warning("%s names no tokenizer: see to it that %s has its own", workdir, ", ".join(job.datasets))
+            said.append(f"which names no tokenizer: see to it that {', '.join(job.datasets)} has its own")
         for dataset in job.datasets:
             trained_data.check_tokenizer(workdir, dataset, data.read_manifest(dataset))
-        return found
+        return cls(workdir, step, tuple(said))
 
     def __str__(self) -> str:
         return str(self.workdir / DIRECTORY / str(self.step))
 
-    def _check_model(self, job: Job) -> None:
-        there, here = workdirs.read_config(self.workdir), job.config
-        shapes = parameters.describe(configs.model_config(there)).shapes
-        fits = _by_path(shapes) == _by_path(job.architecture.shapes)
-        for key in configs.KEYS:
-            section, name = key.split(".")
-            if section != "model" or name in _OF_THE_RUN_ALONE or there.model[name] == here.model[name]:
-                continue
-            difference = f"{key} is {there.model[name]!r} there and {here.model[name]!r} in this config"
-            if not fits:
-                raise UserError(
-                    f"training.initial_from={here.training.initial_from} has the weights of another model: {difference}"
-                )
-            _LOG.warning("the run begins with the weights of %s, but %s", self.workdir, difference)
-        assert fits, "models of one config have the same parameters"
-
     def put_into(self, state: states.TrainState, structs: states.TrainState) -> states.TrainState:
-        """The state with these parameters; its own are let go of before they are read. ``structs``: their shapes and their
+        """The state with these parameters, before whose reading its own are deleted. ``structs``: their shapes and their
         places on the mesh."""
         _LOG.info("beginning with the weights of %s", self)
-        state = dataclasses.replace(state, parameters={})
+        for what in self.said:
+            _LOG.warning("the run begins with the weights of %s, %s", self.workdir, what)
+        for leaf in jax.tree.leaves(state.parameters):
+            leaf.delete()
         read = Checkpoints(self.workdir).restore({"parameters": structs.parameters}, self.step)
         return dataclasses.replace(state, parameters=read["parameters"])
+
+
+def _differences(workdir: Path, job: Job) -> list[str]:
+    """Between the models, where the one has the parameters of the other; else ``UserError`` with the first."""
+    there, here = workdirs.read_config(workdir), job.config
+    shapes = parameters.describe(configs.model_config(there)).shapes
+    differences = [
+        f"{key} is {there.model[name]!r} there and {here.model[name]!r} in this config"
+        for key, name in ((key, key.removeprefix("model.")) for key in configs.KEYS if key.startswith("model."))
+        if name not in _OF_THE_RUN_ALONE and there.model[name] != here.model[name]
+    ]
+    if _by_path(shapes) != _by_path(job.architecture.shapes):
+        raise UserError(
+            f"training.initial_from={here.training.initial_from} has the weights of another model: {differences[0]}"
+        )
+    return differences
 
 
 def _step(workdir: Path, step: int | None) -> int:

@@ -44,8 +44,8 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
         job = Job.build(config)
         workdirs.check(workdir, job.config)
         trained_data.check(workdir, job.datasets)
-        if config.training.initial_from and not workdirs.has_checkpoint(workdir):
-            Initial.find(job)
+        if config.training.initial_from and not workdirs.saved_steps(workdir):
+            Initial.find(job)  # so that nothing is written where it does not fit
     with workdirs.alone(workdir):
         directory = workdirs.prepare(workdir, job.config)
         with start.together():

@@ -63,9 +63,9 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def has_checkpoint(workdir: str | os.PathLike) -> bool:
-    """Whether one was completed, which the run goes on from."""
-    return any(path.name.isdigit() for path in (Path(workdir) / DIRECTORY).glob("*"))
+def saved_steps(workdir: str | os.PathLike) -> list[int]:
+    """The steps of the checkpoints that were completed, without opening them."""
+    return [int(path.name) for path in (Path(workdir) / DIRECTORY).glob("*") if path.name.isdigit()]
 
 
 def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
@@ -79,8 +79,7 @@ def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
             f"own, and --config.training.initial_from={workdir} to begin with them"
         )
     if (directory / CONFIG).exists():
-        saved = [int(path.name) for path in (directory / DIRECTORY).glob("*") if path.name.isdigit()]
-        goes_on = max(saved, default=0) < config.training.steps
+        goes_on = max(saved_steps(directory), default=0) < config.training.steps
         check_same_run(directory, read_config(directory), config, goes_on=goes_on)
 
 
@@ -200,7 +199,7 @@ def check_same_run(
         if (section in may_change or key in may_change) and key not in compared:
             continue
         kind = "a checkpoint of another model" if section == "model" else "another run"
-        advice = "" if has_checkpoint(workdir) else "; or remove the directory: it has no checkpoint"
+        advice = "" if saved_steps(workdir) else "; or remove the directory: it has no checkpoint"
         raise UserError(
             f"{workdir} holds {kind}: {key} is {old[section][name]!r} there and {new[section][name]!r} in this config; "
             f"give the new run a --workdir of its own{advice}"

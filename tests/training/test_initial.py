@@ -10,6 +10,7 @@ import pytest
 from jaxlinear import models
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
+from jaxlinear.training import state as states
 from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.initial import Initial
 from jaxlinear.training.job import Job
@@ -35,6 +36,26 @@ def test_weights_are_those_of_the_checkpoint_and_all_else_is_new(config, tiny_ru
     jax.tree.map(np.testing.assert_array_equal, tiny.host(state.parameters), tiny.host(models_parameters(expected)))
     assert int(state.step) == 0
     assert all(not np.any(x) for x in jax.tree.leaves(tiny.host(state.optimizer)))
+
+
+def test_the_new_parameters_are_gone_when_the_others_are_read(config, tmp_path, monkeypatch):
+    """Else a device would have to hold both."""
+    job = Job.build(config)
+    made, restore = [], Checkpoints.restore
+    initialise = states.initialise
+
+    def keep(*given):
+        made.append(initialise(*given))
+        return made[0]
+
+    def read(*given):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(made[0].parameters))
+        return restore(*given)
+
+    monkeypatch.setattr(states, "initialise", keep)
+    monkeypatch.setattr(Checkpoints, "restore", read)
+    state, _, _ = _restore_or_create(job, Checkpoints(tmp_path, job.config))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states.to_trees(state)))
 
 
 def models_parameters(model):
@@ -65,10 +86,13 @@ def test_what_differs_and_fits_is_said(config, tiny_run, tmp_path, caplog):
     other = shutil.copytree(tiny_run, tmp_path / "other", ignore=shutil.ignore_patterns("tokenizer*"))
     config.training.initial_from = str(other)
     config.model.window = 4
+    job = Job.build(config)
     with caplog.at_level(logging.WARNING):
-        Initial.find(Job.build(config))
+        Initial.find(job)
+        assert not caplog.records  # a run looks before it writes anything, too
+        _restore_or_create(job, Checkpoints(tmp_path, job.config))
     assert f"the weights of {other}, but model.window is 8 there and 4 in this config" in caplog.text
-    assert f"{other} names no tokenizer: see to it that {config.data.path} has its own" in caplog.text
+    assert f"the weights of {other}, which names no tokenizer: see to it that {config.data.path} has" in caplog.text
 
 
 @pytest.mark.parametrize(
