@@ -1,0 +1,237 @@
+"""The script for TPU VMs, its shell run here with stand-ins for gcloud and python."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from jaxlinear.launching import tpu_vm
+from jaxlinear.training.loop import PREEMPTED
+from tests.launching.rewrite import ARGUMENTS, CASES, asked
+from tests.launching.shell import stand_in
+
+GONE, NO_NETWORK = "!NOT_FOUND: Resource 'griffin' was not found", "!Could not reach the server"
+REMAINS = "gcloud compute tpus queued-resources delete griffin-96db98 --zone=us-east5-a --project=mine --force"
+
+
+def of_tpu_vm(tmp_path, states, ends, create=(), delete=(), **options):
+    """The script for TPU VMs run here, with a stand-in for gcloud that goes through these states, and ends of ssh, create
+    and delete (0 when there are no more). Its status, what it did, and what it said."""
+    log = tmp_path / "log"
+    for name, values in {"describe": states, "ssh": ends, "create": create, "delete": delete}.items():
+        (tmp_path / name).write_text("".join(f"{value}\n" for value in values))
+    stand_in(tmp_path / "sleep", f'echo "sleep$1" >> {log}')
+    stand_in(
+        tmp_path / "gcloud",
+        f"cd {tmp_path}",
+        'next() { head -n 1 "$1"; sed -i 1d "$1"; }',
+        '[ "$5" = describe ] || echo "$5" >> log',
+        'case "$5" in',
+        "describe) said=$(next describe)",
+        '[ -n "$said" ] || { echo "no more states" >> log; kill "$(cat script)"; }',
+        '[ "${said#!}" = "$said" ] && echo "$said" && exit',
+        'echo "${said#!}" >&2; exit 1;;',
+        '*) status=$(next "$5"); exit "${status:-0}";;',
+        "esac",
+    )
+    script = tpu_vm.render(asked("v5p:4x4x4"), zone="us-east5-a", project="mine", setup="true", **options)
+    environment = {"PATH": f"{tmp_path}:/bin:/usr/bin"}
+    found = subprocess.run(
+        ["bash"],
+        input=f"echo $$ > {tmp_path}/script\n{script}",
+        text=True,
+        capture_output=True,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
+    return found.returncode, log.read_text().split(), [line for line in found.stderr.split("\n") if line]
+
+
+@pytest.mark.parametrize(
+    "states, ends, status, done",
+    [
+        (["ACTIVE"], [0, 0], 0, "ssh ssh"),
+        ([GONE, "PROVISIONING", "ACTIVE"], [0, 0], 0, "create sleep30 sleep30 ssh ssh"),
+        ([NO_NETWORK, "ACTIVE"], [0, 0], 0, "sleep30 ssh ssh"),
+        (["ACTIVE"], [0, 2], 2, "ssh ssh"),
+        (["ACTIVE", NO_NETWORK, "ACTIVE"], [0, 255, 0, 0], 0, "ssh ssh sleep60 sleep30 ssh ssh"),
+        (
+            ["ACTIVE", "SUSPENDING", "SUSPENDED", GONE, "ACTIVE"],
+            [0, 255, 0, 0],
+            0,
+            "ssh ssh sleep60 sleep30 delete sleep30 create sleep30 ssh ssh",
+        ),
+        # A connection that is lost while the slice is there, and a host that saved itself and is not taken away.
+        *((["ACTIVE"] * 2, [0, end, 0, 0], 0, "ssh ssh sleep60 ssh ssh") for end in (255, 1, PREEMPTED)),
+        # What is left of a run whose slice is taken away crashes.
+        (
+            ["ACTIVE", "SUSPENDING", "SUSPENDED", GONE, "ACTIVE"],
+            [0, 134, 0, 0],
+            0,
+            "ssh ssh sleep60 delete sleep30 create sleep30 ssh ssh",
+        ),
+    ],
+)
+def test_a_slice_is_asked_for_again(tmp_path, states, ends, status, done):
+    ended, did, errors = of_tpu_vm(tmp_path, states, ends)
+    assert (ended, did) == (status, done.split())
+    assert errors == [
+        *[NO_NETWORK[1:]] * (NO_NETWORK in states),
+        f"griffin-96db98: a slice that is still there is paid for; this deletes it: {REMAINS}",
+    ]
+
+
+def test_a_run_that_fails_is_started_again(tmp_path):
+    """So many times; between them connections may be lost as often as they like."""
+    ended, did, errors = of_tpu_vm(tmp_path, ["ACTIVE"] * 6, [0, 134, 0, 255, 0, 101, 0, 0], restarts=2)
+    assert (ended, did) == (0, ["ssh", "ssh", *["sleep60", "ssh", "ssh"] * 3])
+    assert errors[0] == "griffin-96db98: the run failed with status 134 (1 times, at most 2)"
+    ended, did, errors = of_tpu_vm(tmp_path, ["ACTIVE"] * 6, [0, 134] * 3, restarts=2)
+    assert ended == 134
+    assert errors[-2:] == [
+        "griffin-96db98: the run failed with status 134 (3 times, at most 2)",
+        f"griffin-96db98: a slice that is still there is paid for; this deletes it: {REMAINS}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "states, ends, create, delete, did, said",
+    [
+        ([GONE] * 3, [], [1] * 3, [], "create sleep60 sleep30 create sleep120 sleep30 create", "the slice was refused"),
+        (
+            ["SUSPENDED"] * 3,
+            [],
+            [],
+            [1] * 3,
+            "delete sleep60 sleep30 delete sleep120 sleep30 delete",
+            "it could not be",
+        ),
+        (
+            ["FAILED", GONE, "FAILED", GONE, "FAILED"],
+            [],
+            [],
+            [],
+            "delete sleep60 sleep30 create sleep30 delete sleep120 sleep30 create sleep30 delete",
+            "the request for the slice failed",
+        ),
+        (["ACTIVE"] * 3, [255] * 3, [], [], "ssh sleep60 ssh sleep120 ssh", "the hosts could not be set up"),
+    ],
+)
+def test_what_google_refuses_is_asked_for_again(tmp_path, states, ends, create, delete, did, said):
+    """With pauses; when it is granted at last the run begins, and if not it ends."""
+    ended, done, errors = of_tpu_vm(tmp_path, states, ends, create, delete, restarts=2)
+    assert (ended, done) == (1, did.split())
+    assert errors[-2].startswith(f"griffin-96db98: {said}") and errors[-2].endswith(" (3 in a row, at most 2)")
+    assert errors[-1].endswith(REMAINS)
+    (tmp_path / "log").unlink()
+    ended, done, errors = of_tpu_vm(tmp_path, [*states, "ACTIVE"], [*ends, 0, 0], create, delete, restarts=3)
+    assert (ended, done[-2:]) == (0, ["ssh", "ssh"])
+
+
+def test_the_slice_of_a_finished_run_may_be_deleted(tmp_path):
+    ended, did, errors = of_tpu_vm(tmp_path, ["ACTIVE"], [0, 0], delete=[1, 0], delete_when_done=True)
+    assert (ended, did) == (0, ["ssh", "ssh", "delete", "sleep60", "delete"])
+    assert errors == ["griffin-96db98: it could not be deleted (1 in a row, at most 20)"]
+    (tmp_path / "log").unlink()
+    ended, did, errors = of_tpu_vm(tmp_path, ["ACTIVE"], [0, 2], delete_when_done=True)
+    assert (ended, did) == (2, ["ssh", "ssh"]) and errors[-1].endswith(REMAINS)
+
+
+def test_two_runs_whose_work_directories_end_alike_have_two_slices():
+    def script(workdir):
+        arguments = [*ARGUMENTS[:1], f"--workdir={workdir}"]
+        return tpu_vm.render(asked("v5p:4x4x4", arguments), zone="z", project="p", setup="s")
+
+    names = [
+        re.search("\nname=([^ ]+) ", script(workdir))[1] for workdir in ("/a/griffin", "/a/griffin/", "/b/griffin")
+    ]
+    assert names[0] == names[1] != names[2]
+    assert all(name.startswith("griffin-") and f"--node-id={name} " not in script("/c/griffin") for name in names)
+
+
+WAIT = "for _ in {1..3000}; do sleep 0.02;"  # not for ever, should a test fail
+
+
+class Host:
+    """Where the script for TPU VMs tells each host to train, with a stand-in for python: each start says so in ``starts``
+    and does what ``program`` says."""
+
+    def __init__(self, home, *program):
+        (home / "jaxlinear").mkdir()
+        self._home, self.starts, self.log = home, home / "starts", home / "griffin-96db98.log"
+        stand_in(home / "python", f"echo start | tee -a {self.starts}", f"cd {home}", *program)
+        script = CASES["tpu_vm.sh"]().partition("\nqueued()")[0]
+        printed = subprocess.run(["bash", "-c", f"{script}\ntrain"], capture_output=True, text=True, check=True)
+        self._command = printed.stdout
+
+    def connect(self):
+        """As sshd does: the command in a session of its own."""
+        environment = {"PATH": f"{self._home}:/bin:/usr/bin", "HOME": str(self._home)}
+        return subprocess.Popen(
+            ["bash", "-c", self._command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, text):
+        begin = time.monotonic()
+        while not self.log.exists() or text not in self.log.read_text():
+            assert time.monotonic() - begin < 60
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("end, status", [(0, 0), (2, 2), (1, 101), (134, 134)])
+def test_a_run_outlives_its_connection(tmp_path, end, status):
+    """And the next one follows it: no other is started, and its status is the run's."""
+    host = Host(tmp_path, f"{WAIT} [ -e go ] && break; done", "echo done", f"exit {end}")
+    lost = host.connect()
+    host.wait_for("start")
+    os.killpg(lost.pid, signal.SIGHUP)
+    lost.communicate(timeout=60)
+    assert lost.returncode == -signal.SIGHUP
+    follows = host.connect()
+    assert follows.stdout.readline() == "start\n"
+    (tmp_path / "go").touch()
+    said, _ = follows.communicate(timeout=60)
+    assert (follows.returncode, said) == (status, "done\n")
+    assert host.starts.read_text() == "start\n"
+    again = host.connect()
+    said, _ = again.communicate(timeout=60)
+    assert again.returncode == status and host.starts.read_text() == "start\n" * 2
+
+
+def test_a_machine_that_is_taken_away_tells_its_run(tmp_path):
+    """By SIGTERM and SIGHUP at once, to all that a connection began."""
+    host = Host(tmp_path, "trap 'echo saved; exit 75' TERM", "echo ready", f"{WAIT} :; done")
+    taken = host.connect()
+    host.wait_for("ready")
+    os.killpg(taken.pid, signal.SIGTERM)
+    os.killpg(taken.pid, signal.SIGHUP)
+    taken.communicate(timeout=60)
+    host.wait_for("saved")
+    begin = time.monotonic()
+    while not (tmp_path / "griffin-96db98.status").exists():
+        assert time.monotonic() - begin < 60
+        time.sleep(0.02)
+    assert (tmp_path / "griffin-96db98.status").read_text() == "75\n" and host.starts.read_text() == "start\n"
+
+
+def test_a_run_that_saved_itself_goes_on_in_its_place(tmp_path):
+    host = Host(tmp_path, f"[ $(wc -l < {tmp_path}/starts) -lt 3 ] && exit 75", "exit 0")
+    run = host.connect()
+    said, _ = run.communicate(timeout=60)
+    assert (run.returncode, said) == (0, "start\n" * 3)
+
+
+@pytest.mark.parametrize(
+    "target, shape", [("v5p:2x2x16", "v5p --topology=2x2x16"), ("v5e:4x8", "v5litepod --topology=4x8")]
+)
+def test_a_slice_is_asked_for_by_its_shape(target, shape):
+    assert f" --type={shape} " in tpu_vm.render(asked(target), zone="z", project="p", setup="s")
