@@ -1,4 +1,5 @@
-"""A run as a JobSet of a GKE cluster: one pod a host, started again together when one of them is gone."""
+"""A run as a JobSet of a GKE cluster: a job for each slice of TPUs, or one for all GPUs, with one pod a host, started again
+together when one of them is gone."""
 
 import re
 from collections.abc import Sequence
@@ -49,6 +50,12 @@ def render(
         raise UserError(f"GKE needs to know which nodes: {', '.join(_TPUS | _GPUS)}, not {request.target}")
     if not image:
         raise UserError("--platform=gke needs --image, a container with this project in its working directory")
+    hosts = request.hosts // request.slices
+    if request.slices > 1 and hosts == 1:
+        raise UserError(
+            f"{request.target}: GKE joins slices of several hosts alone, so none of {request.shape} chips; one slice of as "
+            "many chips, or larger ones, can be had"
+        )
     grace = grace or (_SPOT_GRACE if spot else 300)
     if spot and grace > _MOST_SPOT_GRACE:
         raise UserError(
@@ -115,8 +122,8 @@ def render(
     }
     job = {
         "backoffLimit": 0,
-        "completions": request.hosts,
-        "parallelism": request.hosts,
+        "completions": hosts,
+        "parallelism": hosts,
         "completionMode": "Indexed",
         "podFailurePolicy": {"rules": rules},
         "template": template,
@@ -125,7 +132,8 @@ def render(
     if queue:
         metadata["labels"] = {"kueue.x-k8s.io/queue-name": queue}
     if on_tpu and request.hosts > 1:
-        # All pods on the hosts of one slice, and no others there.
+        # All pods of a job on the hosts of one slice, and no others there. By the set GKE's own webhook also tells the pods
+        # which slice of how many is theirs (cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice).
         topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
         metadata["annotations"] = topology
     manifest = {
@@ -141,7 +149,7 @@ def render(
                 ],
             },
             "network": {"enableDNSHostnames": True},
-            "replicatedJobs": [{"name": "hosts", "replicas": 1, "template": {"spec": job}}],
+            "replicatedJobs": [{"name": "hosts", "replicas": request.slices, "template": {"spec": job}}],
         },
     }
     return yaml.safe_dump(manifest, sort_keys=False, width=1000)

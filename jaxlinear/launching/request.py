@@ -21,10 +21,11 @@ BAD_INPUT = 2  # what it ends with when it refuses what it was given, as it woul
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A run of ``launch/train.py``. ``arguments`` are its own; ``shape`` is a TPU slice's, in chips, or None for GPUs.
-    ``whole_hosts``: it has all GPUs of its hosts."""
+    ``devices`` and ``hosts`` are those of all ``slices``. ``whole_hosts``: it has all GPUs of its hosts."""
 
     name: str
     kind: str
+    slices: int
     shape: str | None
     devices: int
     hosts: int
@@ -39,7 +40,8 @@ class Request:
 
     @property
     def target(self) -> str:
-        return f"{self.kind}:{self.shape or self.devices}"
+        several = f"{self.slices}x" if self.slices > 1 else ""
+        return f"{several}{self.kind}:{self.shape or self.devices}"
 
     @property
     def on_a_host(self) -> int:
@@ -68,18 +70,19 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 
 def make(target: str, name: str | None, arguments: Sequence[str], *, python: str, on_a_host: int | None) -> Request:
-    """``target``: ``v5e:4x8`` (v5p, v6e: a slice by its shape) or ``h100:16`` (h200, a100, gpu, cpu: a number of them)."""
-    kind, _, size = target.partition(":")
+    """``target``: ``v5e:4x8`` (v5p, v6e: a slice by its shape; ``2xv5e:4x8``: two of them) or ``h100:16`` (h200, a100, gpu,
+    cpu: a number of them)."""
+    slices, kind, size = targets.parts(target)
     if kind not in _ON_A_HOST or not targets.is_size(kind, size):
         raise UserError(
-            f"there is no target {target!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16) or a "
-            "number of GPUs (h100:16; also h200, a100, or gpu for any) or of CPU devices (cpu:2)"
+            f"there is no target {target!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16; several "
+            "as 2xv6e:16x16) or a number of GPUs (h100:16; also h200, a100, or gpu for any) or of CPU devices (cpu:2)"
         )
     devices = math.prod(map(int, size.split("x")))
-    if size not in (slices := targets.SLICES.get(kind, (size,))):
-        nearest = min(slices, key=lambda one: abs(math.prod(map(int, one.split("x"))) - devices))
+    if size not in (shapes := targets.SLICES.get(kind, (size,))):
+        nearest = min(shapes, key=lambda one: abs(math.prod(map(int, one.split("x"))) - devices))
         raise UserError(
-            f"there is no slice {target}; those of {kind} are {', '.join(slices)}, of which {nearest} is the nearest"
+            f"there is no slice {kind}:{size}; those of {kind} are {', '.join(shapes)}, of which {nearest} is the nearest"
         )
     full = on_a_host or _ON_A_HOST[kind]
     hosts, rest = divmod(devices, full)
@@ -96,4 +99,15 @@ def make(target: str, name: str | None, arguments: Sequence[str], *, python: str
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
         raise UserError(f"--name={name!r} is no name for a job; it is a letter, then letters, digits and -, at most 40")
     shape = size if kind in targets.DIMENSIONS else None
-    return Request(name, kind, shape, devices, max(hosts, 1), python, values["workdir"], tuple(arguments), not rest)
+    return Request(
+        name=name,
+        kind=kind,
+        slices=slices,
+        shape=shape,
+        devices=slices * devices,
+        hosts=slices * max(hosts, 1),
+        python=python,
+        workdir=values["workdir"],
+        arguments=tuple(arguments),
+        whole_hosts=not rest,
+    )

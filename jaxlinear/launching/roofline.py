@@ -14,7 +14,8 @@ ASSUMPTIONS = (
     "every product at the matrix unit's peak, those of float32 at their default precision: one pass of bfloat16 on TPU, "
     "TF32 on GPU, half as fast; recurrences and elementwise work free",
     "of memory only the state, read and written once, and activations kept for the backward pass, written and read",
-    "collectives one after the other, each at the full rate of all the links that its devices may use",
+    "collectives one after the other, each at the full rate of all the links that its devices may use; between slices at "
+    "what the network of the data centre has for each chip",
     "the least time hides the two smaller of the three behind the largest, but for collectives beside which the program "
     "computes nothing; the most hides nothing",
 )
@@ -55,6 +56,7 @@ class Row(NamedTuple):
     bytes: int
     hidden: int  # of the runs, those that go on while the device computes
     known: bool  # False: some are in a loop whose trips are not known, and count once
+    between_slices: bool
 
 
 def times(
@@ -84,9 +86,12 @@ def times(
 
 def seconds(collective: Collective, device: Device, span: int) -> float:
     """Of one run, between devices that lie among ``span`` neighbouring ones, at least."""
-    link = link_of(device, span)
     if collective.devices < 2:
         return 0.0
+    if collective.between_slices:
+        assert device.beyond is not None
+        return device.beyond.start + collective.received / device.beyond.gathering
+    link = link_of(device, span)
     if collective.kind == "collective-permute":
         return link.permute(collective.devices, 1, collective.bytes)
     axes = axes_of(device, collective.devices)
@@ -98,10 +103,10 @@ def seconds(collective: Collective, device: Device, span: int) -> float:
 
 
 def grouped(collectives: Iterable[Collective]) -> list[Row]:
-    """By kind and axes, the most bytes first."""
-    rows: dict[tuple[str, tuple[str, ...], int], list[Collective]] = {}
-    for collective in collectives:
-        rows.setdefault((collective.kind, collective.axes, collective.devices), []).append(collective)
+    """By kind and axes, those between slices by themselves, the most bytes first."""
+    rows: dict[tuple[str, tuple[str, ...], int, bool], list[Collective]] = {}
+    for one in collectives:
+        rows.setdefault((one.kind, one.axes, one.devices, one.between_slices), []).append(one)
     found = [
         Row(
             kind=kind,
@@ -111,8 +116,9 @@ def grouped(collectives: Iterable[Collective]) -> list[Row]:
             bytes=round(sum((c.runs or 1) * c.received for c in group)),
             hidden=sum(c.runs or 1 for c in group if c.during),
             known=all(c.runs is not None for c in group),
+            between_slices=between_slices,
         )
-        for (kind, axes, devices), group in rows.items()
+        for (kind, axes, devices, between_slices), group in rows.items()
     ]
     return sorted(found, key=lambda row: -row.bytes)
 

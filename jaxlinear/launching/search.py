@@ -79,6 +79,8 @@ def candidates(config: config_dict.ConfigDict, target: Target) -> list[Candidate
     for microbatches in (n for n in _MICROBATCHES if config.training.batch_size % n == 0):
         config.training.microbatches = microbatches
         for sizes in _meshes(len(target.devices)):
+            if sizes["data"] % target.slices:
+                continue
             mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
             if config.model.num_heads % sizes["tensor"] or not _allowed(config, mesh):
                 continue
@@ -117,7 +119,7 @@ class _Model:
     """What of a config does not depend on the mesh."""
 
     def __init__(self, config: config_dict.ConfigDict, target: Target):
-        self._config, self._kind = config, target.devices[0].device_kind
+        self._config, self._kind, self._slices = config, target.devices[0].device_kind, target.slices
         self._architecture = parameters.describe(configs.model_config(config))
         optimizer = make_optimizer(config, self._architecture)
         state = jax.eval_shape(lambda: states.create(self._architecture, optimizer, 0))
@@ -141,20 +143,24 @@ class _Model:
         memory += 2 * gathered / layers if sizes["fsdp"] > 1 else 0
 
         device = device_of(self._kind)
+        one = sizes | {"data": sizes["data"] // self._slices}  # in one slice
         received = dict.fromkeys(sizes, 0.0)
         passes = 3 if remat == "full" else 2
         received["fsdp"] = (passes * microbatches + 1) * gathered * (1 - 1 / sizes["fsdp"])
         for axis in ("data", "sequence"):
-            received[axis] = 2 * own * (1 - 1 / sizes[axis])
+            received[axis] = 2 * own * (1 - 1 / one[axis])
         width = config.model.width * jnp.dtype(config.model.dtype).itemsize
         sums = 2 * (passes + 1) * layers * width * local * microbatches
         received["tensor"] = sums * 2 * (1 - 1 / sizes["tensor"])
         received["expert"] = sums * config.model.experts_per_token * (1 - 1 / sizes["expert"])
         names = list(sizes)
         exchanges = sum(
-            size / most_gathering(device, sizes[axis], math.prod(sizes[name] for name in names[names.index(axis) :]))
+            size / most_gathering(device, one[axis], math.prod(one[name] for name in names[names.index(axis) :]))
             for axis, size in received.items()
         )
+        if self._slices > 1:  # each chip of a row of ``data`` exchanges its part of the sum with the other slices
+            assert device.beyond is not None
+            exchanges += 2 * own / one["data"] * (1 - 1 / self._slices) / device.beyond.gathering
         times = roofline.times(
             self._kind, config.model.dtype, sizes, self._flops[remat] / math.prod(sizes.values()), 0.0, ()
         )

@@ -29,7 +29,7 @@ def table(sized: Sizing) -> str:
         for row in rows[:_SHOWN]:
             hidden = f"{row.hidden / row.runs:.0%}"
             runs = f"{row.runs}" if row.known else f">={row.runs}"
-            over = " x ".join(row.axes) or "-"
+            over = "slices" if row.between_slices else " x ".join(row.axes) or "-"
             lines.append(f"  {row.kind:24} {over:20} {row.devices:7} {runs:>6} {_gib(row.bytes):>11} {hidden:>7}")
         if len(rows) > _SHOWN:
             lines.append(f"  and {len(rows) - _SHOWN} kinds more, {_gib(sum(row.bytes for row in rows[_SHOWN:]))}")

@@ -32,8 +32,8 @@ class Device(NamedTuple):
     memory: float  # bytes
     memory_bandwidth: float  # bytes/s
     link: Link
-    domain: int | None = None  # devices that ``link`` joins; None: all
-    beyond: Link | None = None  # what joins more
+    domain: int | None = None  # devices that ``link`` joins; None: all, of TPUs those of a slice
+    beyond: Link | None = None  # what joins more, of TPUs slices
     axes: int = 1  # of the torus
 
 
@@ -44,11 +44,17 @@ def _torus(name: str, one_way: float) -> Link:
     return Link(f"ICI of {name}", one_way, 2 * one_way, 1e-6, 1e-6, True)
 
 
+def _network(name: str, one_way: float) -> Link:
+    # What an exchange takes before its first byte no data sheet says.
+    return Link(f"the network between slices of {name}", one_way, one_way, 0.0, 0.0, False)
+
+
 # Memory and its bandwidth, and ICI a chip in both directions over all its links (400, 1,200 and 800 GB/s, on 4, 6 and 4
-# links): cloud.google.com/tpu/docs/{v5e,v5p,v6e}. Float32 products are six of bfloat16 (XLA's HIGHEST precision).
-_V5E = Device("TPU v5e", 197e12 / 6, 16e9, 819e9, _torus("v5e", 50e9), axes=2)
-_V5P = Device("TPU v5p", 459e12 / 6, 95 * 2**30, 2765e9, _torus("v5p", 100e9), axes=3)
-_V6E = Device("TPU v6e", 918e12 / 6, 32e9, 1600e9, _torus("v6e", 100e9), axes=2)
+# links): cloud.google.com/tpu/docs/{v5e,v5p,v6e}. There too the network of the data centre: 6.4 and 25.6 Tbit/s for 256
+# chips of v5e and v6e, 50 Gbit/s a chip of v5p. Float32 products are six of bfloat16 (XLA's HIGHEST precision).
+_V5E = Device("TPU v5e", 197e12 / 6, 16e9, 819e9, _torus("v5e", 50e9), beyond=_network("v5e", 3.125e9), axes=2)
+_V5P = Device("TPU v5p", 459e12 / 6, 95 * 2**30, 2765e9, _torus("v5p", 100e9), beyond=_network("v5p", 6.25e9), axes=3)
+_V6E = Device("TPU v6e", 918e12 / 6, 32e9, 1600e9, _torus("v6e", 100e9), beyond=_network("v6e", 12.5e9), axes=2)
 
 # NVIDIA's data sheets. H100 SXM: 67 TFLOP/s float32, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways together. DGX H100:
 # eight GPUs, each with a network port of 400 Gb/s; a gather over hosts goes to each of them once, over all eight ports.

@@ -1,4 +1,4 @@
-"""Targets without hardware: the devices of a TPU slice or of GPU hosts that this machine can compile for, having none.
+"""Targets without hardware: the devices of TPU slices or of GPU hosts that this machine can compile for, having none.
 
 The compilers are the real ones, those of the packages libtpu and jax-cuda13-plugin (``pip install 'jaxlinear[aot]'``). What
 they answer is how a program is lowered, what memory it takes, what it exchanges and in which order; not how fast it runs.
@@ -59,6 +59,11 @@ class Target:
     devices: Sequence["jax.Device"]
     memory_bytes: int  # of one device, that a program may use
 
+    @property
+    def slices(self) -> int:
+        """How many of TPUs; of GPUs one."""
+        return len({getattr(device, "slice_index", 0) for device in self.devices})
+
 
 def set_environment() -> None:
     """Makes this a process that compiles for targets and computes on the CPU: what a program does first, since JAX reads
@@ -76,23 +81,34 @@ def is_size(kind: str, size: str) -> bool:
     return re.fullmatch("x".join(["[1-9][0-9]*"] * DIMENSIONS.get(kind, 1)), size) is not None
 
 
+def parts(name: str) -> tuple[int, str, str]:
+    """Of the name of a target how many slices, the kind of its devices and their size: ``2xv5e:16x16`` -> 2, v5e, 16x16."""
+    several, one = re.fullmatch(r"(?:([1-9][0-9]*)x)?(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    kind, _, size = one.partition(":")
+    if several and kind not in DIMENSIONS:
+        raise UserError(
+            f"{name}: only slices of TPUs come in several, as 2xv5e:16x16; of GPUs all are counted, h100:16"
+        )
+    return int(several or 1), kind, size
+
+
 def find(name: str) -> Target:
-    """The target of that name: ``v5e:2x4`` (also ``v5p`` and ``v6e``; a slice by its shape in chips) or
-    ``h100:16`` (a number of GPUs, eight a host)."""
-    kind, _, size = name.partition(":")
+    """The target of that name: ``v5e:2x4`` (also ``v5p`` and ``v6e``; a slice by its shape in chips), ``2xv5e:16x16`` (two
+    such slices) or ``h100:16`` (a number of GPUs, eight a host)."""
+    slices, kind, size = parts(name)
     if kind in _TPUS and is_size(kind, size):
-        return Target(name, _tpus(name, size), int(_TPUS[kind] * 2**30))
+        return Target(name, _tpus(f"{kind}:{size}", size, slices), int(_TPUS[kind] * 2**30))
     if name == "h100:0":
         raise UserError("h100:0 asks for no GPUs; h100:1 is the fewest")
     if kind == "h100" and is_size(kind, size):
         return Target(name, _gpus(name, int(size)), int(GPU_MEMORY_FRACTION * _H100_BYTES))
     raise UserError(
-        f"there is no target {name!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16) or a number "
-        "of GPUs (h100:16)"
+        f"there is no target {name!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16; several as "
+        "2xv6e:16x16) or a number of GPUs (h100:16)"
     )
 
 
-def _tpus(name: str, shape: str) -> Sequence["jax.Device"]:
+def _tpus(name: str, shape: str, slices: int) -> Sequence["jax.Device"]:
     if not _has("libtpu"):
         raise _missing(name, "libtpu")
     from jax.errors import JaxRuntimeError
@@ -100,6 +116,8 @@ def _tpus(name: str, shape: str) -> Sequence["jax.Device"]:
 
     # A host has 2 x 2 chips, unless there is only one chip.
     options: dict[str, Any] = {} if set(shape.split("x")) != {"1"} else {"chips_per_host_bounds": (1, 1, 1)}
+    if slices > 1:
+        options["num_slices"] = slices
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except JaxRuntimeError as error:

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -18,7 +18,8 @@ from jaxlinear.scaling import hlo
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 # What moves, names or exchanges values, and computes nothing.
 _IDLE = re.compile(
-    rf"parameter|constant|tuple|get-tuple-element|bitcast|copy|opt-barrier|.*-(start|update|done)|{'|'.join(KINDS)}"
+    r"parameter|constant|tuple|get-tuple-element|bitcast|copy|opt-barrier|after-all|send|recv|.*-(start|update|done)|"
+    rf"{'|'.join(KINDS)}"
 )
 
 
@@ -30,6 +31,7 @@ class Collective:
     take part; ``axes`` the axes of the mesh that they differ in. ``runs`` is how often it runs in the whole program, a
     loop's trips counted; None if they are not known. ``operation`` is where in the traced program it comes from.
     ``during`` are the operations that are computed between its start and its end; none, if it is not asynchronous.
+    ``between_slices``: over the network, between the chips at one place of several slices, which hand it to their hosts.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class Collective:
     operation: str
     asynchronous: bool
     during: tuple[str, ...]
+    between_slices: bool = False
 
     @property
     def received(self) -> float:
@@ -110,9 +113,6 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
             axes = _axes(groups, mesh)
             if not axes:
                 continue
-            during = (
-                inner for work in between or () for inner in module.within(work) if not _IDLE.fullmatch(inner.opcode)
-            )
             found.append(
                 Collective(
                     kind=kind,
@@ -122,10 +122,30 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
                     runs=module.runs[name],
                     operation=line.operation,
                     asynchronous=between is not None,
-                    during=tuple(dict.fromkeys(inner.operation for inner in during if inner.operation)),
+                    during=_computed(module, between or ()),
+                )
+            )
+        for line, between in _between_slices(module.computations[name]):
+            found.append(
+                Collective(
+                    kind=_attribute(line, "_xla_megascale_transfer_type").lower().replace("_", "-"),
+                    axes=("data",),  # the only one that slices lie along (parallel.mesh)
+                    devices=_slices(_attribute(line, "_xla_megascale_target")),
+                    bytes=sizes[line.operands[0]],
+                    runs=module.runs[name],
+                    operation=line.operation,
+                    asynchronous=True,
+                    during=_computed(module, between),
+                    between_slices=True,
                 )
             )
     return tuple(found)
+
+
+def _computed(module: hlo.Module, between: Iterable[hlo.Instruction]) -> tuple[str, ...]:
+    """The operations that these instructions compute."""
+    inner = (inner for work in between for inner in module.within(work) if not _IDLE.fullmatch(inner.opcode))
+    return tuple(dict.fromkeys(one.operation for one in inner if one.operation))
 
 
 def _sequences(module: hlo.Module) -> list[str]:
@@ -159,6 +179,33 @@ def _exchanges(
                     chains.setdefault(chain[1] if chain else inner.name, (inner, []))[1].append(i)
     for first, links in chains.values():
         yield first, lines[links[0] + 1 : links[-1]] if len(links) > 1 else None
+
+
+def _between_slices(lines: list[hlo.Instruction]) -> Iterator[tuple[hlo.Instruction, list[hlo.Instruction]]]:
+    """Each collective between slices, of which only what the hosts take and give back is in the program: its ``send``, and
+    the lines from there until it is received."""
+    received = {_attribute(line, _RENDEZVOUS): i for i, line in enumerate(lines) if line.opcode == "recv"}
+    for i, line in enumerate(lines):
+        if line.opcode == "send" and "xla_megascale_runtime" in line.attributes:
+            yield line, lines[i + 1 : _end(lines, received[_attribute(line, _RENDEZVOUS)])]
+
+
+_RENDEZVOUS = "_xla_host_transfer_rendezvous"
+
+
+def _attribute(line: hlo.Instruction, name: str) -> str:
+    """A frontend attribute's value, empty if there is none."""
+    found = re.search(rf'\b{name}="([^"]*)"', line.attributes)
+    return found[1] if found else ""
+
+
+def _slices(target: str) -> int:
+    """How many slices are in ``{1,2}x{0:3}``, slices 1 and 2 with their chips 0 to 3."""
+    count = 0
+    for part in target[1 : target.index("}")].split(","):
+        first, _, last = part.partition(":")
+        count += int(last or first) - int(first) + 1
+    return count
 
 
 def _end(lines: list[hlo.Instruction], start: int) -> int:

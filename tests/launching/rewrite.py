@@ -26,6 +26,9 @@ CASES = {
         service_account="trainer",
         spot=True,
     ),
+    "gke_slices.yaml": lambda: gke.render(
+        asked("2xv6e:4x8"), image="registry/jaxlinear:1", mounts=["gs://mine:/shared"], queue="tpus"
+    ),
     "gke_gpu.yaml": lambda: gke.render(
         asked("h100:16"), image="registry/jaxlinear:1", mounts=["runs:/shared/runs"], restarts=3
     ),

@@ -213,6 +213,16 @@ def test_a_manifest_starts_one_pod_a_host():
     assert container["command"][-1].endswith("--expect=tpu:32")
 
 
+def test_several_slices_are_as_many_jobs_of_a_set():
+    spec = yaml.safe_load(CASES["gke_slices.yaml"]())["spec"]
+    (hosts,) = spec["replicatedJobs"]
+    job = hosts["template"]["spec"]
+    assert hosts["replicas"] == 2 and job["completions"] == job["parallelism"] == 8
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["command"][-1].endswith("--expect=tpu:64")
+
+
 def of_gke(request=None, image="i", mounts=("runs:/shared",), **options):
     return gke.render(request or asked("h100:8"), image=image, mounts=mounts, **options)
 
@@ -301,6 +311,16 @@ def test_the_status_of_a_preempted_run_is_that_of_the_loop():
             for value in ("a\nb", 'say "a"')
         ),
         (lambda: of_gke(asked("cpu:2")), "GKE needs to know which nodes: v5e, .*, not cpu:2"),
+        (
+            lambda: of_gke(asked("2xv5e:2x2")),
+            "2xv5e:2x2: GKE joins slices of several hosts alone, so none of 2x2 chips",
+        ),
+        (lambda: asked("2xh100:8"), "2xh100:8: only slices of TPUs come in several"),
+        (lambda: asked("2xv5e:3x8"), "there is no slice v5e:3x8; .*, of which 4x4 is the nearest"),
+        (
+            lambda: tpu_vm.render(asked("2xv5e:4x4"), zone="z", project="p", setup="s"),
+            "--platform=tpu_vm has one slice, not 2xv5e:4x4; --platform=gke joins several",
+        ),
         (lambda: of_gke(asked("gpu:8")), "GKE needs to know which nodes: .*, not gpu:8"),
         (
             lambda: of_gke(spot=True, grace=300),

@@ -230,6 +230,35 @@ def test_links_between_neighbours_and_between_hosts():
     assert exchanges(16, ("data", "fsdp")) == pytest.approx(14e-6 + 15 * beyond + 15e6 / 400e9)
 
 
+def test_the_network_between_slices():
+    """By its rate for each chip, whatever else lies along the axis."""
+    between = dataclasses.replace(a_collective("all-reduce", 1000_000, 2), between_slices=True)
+    for kind, rate in (("TPU v5e", 3.125e9), ("TPU v5p", 6.25e9), ("TPU v6e", 12.5e9)):
+        times = roofline.times(kind, "bfloat16", {"data": 8, "fsdp": 2}, 0.0, 0.0, [between])
+        assert times.exchanges == times.waited == pytest.approx(1e6 / rate)
+
+
+def test_several_slices():
+    """Between them go, once a step, the sums of the gradients and nothing else; ``data`` alone lies along them."""
+    target = targets.find("2xv5e:2x2")
+    sized = sizing.size(config(data=4, fsdp=2), target)
+    assert (sized.devices, sized.mesh["data"]) == (8, 4)
+    (between,) = [row for row in roofline.grouped(sized.collectives) if row.between_slices]
+    assert (between.kind, between.axes, between.devices) == ("all-reduce", ("data",), 2)
+    # Each of a slice's chips has its part of the sum, two bytes of a matrix's element and four of what is kept in float32.
+    assert 2 <= between.bytes / (sized.parameters / 4) < 3
+    assert f"{'  all-reduce':26} {'slices':20} {2:7}" in sizing_text.table(sized)
+    within = [one for one in sized.collectives if not one.between_slices]
+    assert {one.axes for one in within} >= {("fsdp",), ("data",)}  # of four along data two are in a slice
+    assert all(one.devices <= 4 for one in within)
+    assert sized.to_json()["collectives"][0].keys() >= {"between_slices"}
+    found = search.candidates(config(), target)
+    assert {candidate.mesh["data"] for candidate in found} == {2, 4, 8}
+    wide = {one.mesh["data"]: one.seconds for one in reversed(found) if one.mesh["fsdp"] == 8 // one.mesh["data"]}
+    alone = {one.mesh["data"]: one.seconds for one in reversed(search.candidates(config(), targets.find("v5e:2x4")))}
+    assert wide[2] > alone[1]  # the same parameters on a device, but their sums go over the network
+
+
 def test_links_that_a_group_may_use():
     """All of a torus's axes, if it is large enough to lie over them; between hosts, the ports of those of a host in it."""
     v5p, h100 = roofline.device_of("TPU v5p"), roofline.device_of("NVIDIA H100 80GB HBM3")

@@ -5,7 +5,6 @@ import logging
 
 import numpy as np
 import pytest
-from jax.experimental import topologies
 
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import feeding, targets
@@ -20,7 +19,7 @@ def mesh_of(target, **sizes):
 
 @functools.cache
 def two_slices():
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices
+    return targets.find("2xv5e:4x4").devices
 
 
 def rows(mesh, axis):

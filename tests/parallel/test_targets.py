@@ -20,6 +20,7 @@ pytestmark = pytest.mark.compiles_ahead
         ("v5e:1x1", 1, 1, "tpu", 15.75),
         ("v5p:4x4x4", 64, 16, "tpu", 95.74),
         ("v6e:16x16", 256, 64, "tpu", 31.25),
+        ("3xv5e:2x4", 24, 6, "tpu", 15.75),
         ("h100:4", 4, 1, "gpu", 71.19),
         ("h100:64", 64, 8, "gpu", 71.19),
     ],
@@ -30,6 +31,7 @@ def test_devices(name, devices, hosts, platform, gib):
     assert len({device.process_index for device in target.devices}) == hosts
     assert {device.platform for device in target.devices} == {platform}
     assert target.memory_bytes / 2**30 == pytest.approx(gib, abs=0.01)
+    assert target.slices == (3 if name.startswith("3x") else 1)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,9 @@ def test_devices(name, devices, hosts, platform, gib):
         ("v5p:2x2", "there is no target 'v5p:2x2'; .*v5p:4x4x4"),
         ("v5e:2x2x1", "there is no target 'v5e:2x2x1'"),
         ("v6e:0x4", "there is no target 'v6e:0x4'"),
+        ("0xv6e:2x4", "there is no target '0xv6e:2x4'"),
+        ("2xh100:8", "^2xh100:8: only slices of TPUs come in several, as 2xv5e:16x16; of GPUs all are counted"),
+        ("2xv5e:3x3", "libtpu knows no slice v5e:3x3: "),
         ("h100:12", "h100:12: more than 8 GPUs are whole hosts of as many; h100:16 would do"),
         ("v5e:3x3", "libtpu knows no slice v5e:3x3: .*not divisible"),
     ],

@@ -119,6 +119,37 @@ def test_collectives():
     ]
 
 
+# As between slices of TPUs: what the hosts take and give back, inside the slice an all-reduce before.
+BETWEEN_SLICES = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (a: f32[16]) -> f32[16] {
+  %a = f32[16]{0} parameter(0)
+  %all-reduce = f32[16]{0} all-reduce(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %after-all = token[] after-all()
+  %send = (f32[16]{0}, u32[], token[]) send(%all-reduce, %after-all), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="one",\
+_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{TARGET}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[16]{0}, u32[], token[]) recv(%after-all), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="one",\
+_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{TARGET}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=1, is_host_transfer=true
+  %work = f32[8]{0} cosine(%other), metadata={op_name="jit(step)/work/cos"}
+  %recv-done = (f32[16]{0}, token[]) recv-done(%recv), channel_id=2, is_host_transfer=true
+  %later = f32[8]{0} tanh(%other), metadata={op_name="jit(step)/later/tanh"}
+  %plain = (f32[16]{0}, u32[], token[]) send(%later, %after-all), channel_id=3
+  ROOT %result = f32[16]{0} get-tuple-element(%recv-done), index=0
+}
+"""
+
+
+@pytest.mark.parametrize("target, slices", [("{1,2}", 2), ("{1,2,3}", 3), ("{1:4}", 4), ("{1,3:4}", 3)])
+def test_collectives_between_slices(target, slices):
+    found = programs.collectives(BETWEEN_SLICES.replace("{TARGET}", target), {"data": slices, "fsdp": 4})
+    between = Collective("all-reduce", ("data",), slices, 16 * 4, 1, "", True, ("jit(step)/work/cos",), True)
+    assert found == (Collective("all-reduce", ("fsdp",), 4, 16 * 4, 1, "", False, ()), between)
+    assert between.received == 2 * (slices - 1) / slices * 16 * 4
+
+
 @pytest.mark.parametrize(
     "attributes, groups",
     [
