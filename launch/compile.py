@@ -17,7 +17,9 @@ from jaxlinear.parallel import targets
 targets.set_environment()  # before the config file is read, which imports JAX
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train: a file in configs/.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, 2xv6e:16x16, or h100:16.", required=True)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "v5e:4x4, v5p:4x4x4, tpu7x:4x4x4, 2xv6e:16x16 or h100:16.", required=True
+)
 _SEARCH = flags.DEFINE_integer("search", 0, "Also compile so many of the most promising other settings.", lower_bound=0)
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 flags.mark_flag_as_required("config")

@@ -24,7 +24,7 @@ from jaxlinear.launching import gke, local, request, slurm, tpu_vm
 
 _PLATFORM = flags.DEFINE_enum("platform", None, ["slurm", "gke", "tpu_vm", "local"], "What starts it.", required=True)
 _TARGET = flags.DEFINE_string(
-    "target", None, "v5e:4x8 (v5p, v6e), 2xv5e:4x8, h100:16 (h200, a100, gpu, cpu).", required=True
+    "target", None, "v5e:4x8 (v5p, v6e, tpu7x), 2xv5e:4x8, h100:16 (h200, a100, gpu, cpu).", required=True
 )
 _NAME = flags.DEFINE_string("name", None, "Of the job; by default the work directory's; not local.")
 _OUTPUT = flags.DEFINE_string("output", None, "Write the script or manifest to this file; not local.")

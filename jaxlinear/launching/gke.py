@@ -18,7 +18,7 @@ _PORT = 8476
 _SPOT_GRACE, _MOST_SPOT_GRACE = 15, 120
 
 # Labels of the nodes (cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus and .../how-to/gpus).
-_TPUS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
+_TPUS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x"}
 _GPUS = {"h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb", "a100": "nvidia-tesla-a100"}
 
 
@@ -87,7 +87,7 @@ def render(
         "name": "train",
         "image": image,
         "command": ["bash", "-c", f"exec {request.line(*_joining(request))}"],
-        "resources": {"limits": {resource: request.on_a_host}},
+        "resources": {"limits": {resource: request.chips_a_host}},
     }
     if request.hosts > 1:
         container["ports"] = [{"containerPort": _PORT}]

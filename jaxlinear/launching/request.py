@@ -11,7 +11,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.parallel import targets
 
 # Chips of a host of a TPU slice that has several hosts, and GPUs of a host.
-_ON_A_HOST = {"v5e": 4, "v5p": 4, "v6e": 4, "h100": 8, "h200": 8, "a100": 8, "gpu": 8, "cpu": 1}
+_ON_A_HOST = {"v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 4, "h100": 8, "h200": 8, "a100": 8, "gpu": 8, "cpu": 1}
 _PROGRAM = "launch/train.py"
 _FLAGS = ("config", "workdir")  # its own; the others are set here
 PREEMPTED = 75  # what it ends with when it has saved itself (training.loop.PREEMPTED, which takes JAX to import)
@@ -21,13 +21,13 @@ BAD_INPUT = 2  # what it ends with when it refuses what it was given, as it woul
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A run of ``launch/train.py``. ``arguments`` are its own; ``shape`` is a TPU slice's, in chips, or None for GPUs.
-    ``devices`` and ``hosts`` are those of all ``slices``. ``whole_hosts``: it has all GPUs of its hosts."""
+    ``chips``, of TPUs or GPUs, and ``hosts`` are those of all ``slices``. ``whole_hosts``: it has all GPUs of its hosts."""
 
     name: str
     kind: str
     slices: int
     shape: str | None
-    devices: int
+    chips: int
     hosts: int
     python: str
     workdir: str
@@ -41,11 +41,16 @@ class Request:
     @property
     def target(self) -> str:
         several = f"{self.slices}x" if self.slices > 1 else ""
-        return f"{several}{self.kind}:{self.shape or self.devices}"
+        return f"{several}{self.kind}:{self.shape or self.chips}"
 
     @property
-    def on_a_host(self) -> int:
-        return self.devices // self.hosts
+    def devices(self) -> int:
+        """As JAX counts them."""
+        return self.chips * targets.DEVICES_A_CHIP.get(self.kind, 1)
+
+    @property
+    def chips_a_host(self) -> int:
+        return self.chips // self.hosts
 
     def command(self, *joining: str) -> list[str]:
         """Of one process. It goes no further unless all of them together see the devices that they should."""
@@ -70,22 +75,23 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 
 def make(target: str, name: str | None, arguments: Sequence[str], *, python: str, on_a_host: int | None) -> Request:
-    """``target``: ``v5e:4x8`` (v5p, v6e: a slice by its shape; ``2xv5e:4x8``: two of them) or ``h100:16`` (h200, a100, gpu,
-    cpu: a number of them)."""
+    """``target``: ``v5e:4x8`` (v5p, v6e, tpu7x: a slice by its shape; ``2xv5e:4x8``: two of them) or ``h100:16`` (h200,
+    a100, gpu, cpu: a number of them)."""
     slices, kind, size = targets.parts(target)
     if kind not in _ON_A_HOST or not targets.is_size(kind, size):
         raise UserError(
-            f"there is no target {target!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16; several "
-            "as 2xv6e:16x16) or a number of GPUs (h100:16; also h200, a100, or gpu for any) or of CPU devices (cpu:2)"
+            f"there is no target {target!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16, "
+            "tpu7x:4x4x4; several as 2xv6e:16x16) or a number of GPUs (h100:16; also h200, a100, or gpu for any) or of CPU "
+            "devices (cpu:2)"
         )
-    devices = math.prod(map(int, size.split("x")))
+    chips = math.prod(map(int, size.split("x")))
     if size not in (shapes := targets.SLICES.get(kind, (size,))):
-        nearest = min(shapes, key=lambda one: abs(math.prod(map(int, one.split("x"))) - devices))
+        nearest = min(shapes, key=lambda one: abs(math.prod(map(int, one.split("x"))) - chips))
         raise UserError(
             f"there is no slice {kind}:{size}; those of {kind} are {', '.join(shapes)}, of which {nearest} is the nearest"
         )
     full = on_a_host or _ON_A_HOST[kind]
-    hosts, rest = divmod(devices, full)
+    hosts, rest = divmod(chips, full)
     if rest and hosts:
         raise UserError(
             f"{target}: more than {full} devices are whole hosts of as many; --devices_a_host says how many"
@@ -104,7 +110,7 @@ def make(target: str, name: str | None, arguments: Sequence[str], *, python: str
         kind=kind,
         slices=slices,
         shape=shape,
-        devices=slices * devices,
+        chips=slices * chips,
         hosts=slices * max(hosts, 1),
         python=python,
         workdir=values["workdir"],

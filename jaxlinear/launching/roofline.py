@@ -89,8 +89,8 @@ def seconds(collective: Collective, device: Device, span: int) -> float:
     if collective.devices < 2:
         return 0.0
     if collective.between_slices:
-        assert device.beyond is not None
-        return device.beyond.start + collective.received / device.beyond.gathering
+        assert device.network is not None
+        return device.network.start + collective.received / device.network.gathering
     link = link_of(device, span)
     if collective.kind == "collective-permute":
         return link.permute(collective.devices, 1, collective.bytes)

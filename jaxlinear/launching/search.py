@@ -159,8 +159,8 @@ class _Model:
             for axis, size in received.items()
         )
         if self._slices > 1:  # each chip of a row of ``data`` exchanges its part of the sum with the other slices
-            assert device.beyond is not None
-            exchanges += 2 * own / one["data"] * (1 - 1 / self._slices) / device.beyond.gathering
+            assert device.network is not None
+            exchanges += 2 * own / one["data"] * (1 - 1 / self._slices) / device.network.gathering
         times = roofline.times(
             self._kind, config.model.dtype, sizes, self._flops[remat] / math.prod(sizes.values()), 0.0, ()
         )

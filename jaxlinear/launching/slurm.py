@@ -38,7 +38,7 @@ def render(
     """
     if request.platform != "gpu":
         raise UserError(f"SLURM runs on GPUs here, not on {request.target}; --platform=tpu_vm, gke or local may")
-    tasks = {"device": request.on_a_host, "host": 1}
+    tasks = {"device": request.chips_a_host, "host": 1}
     if per not in tasks:
         raise UserError(f"--processes_per={per!r} can be device or host")
     options = options or {}
@@ -60,7 +60,7 @@ def render(
         "job-name": request.name,
         "nodes": str(request.hosts),
         "ntasks-per-node": str(tasks[per]),
-        "gpus-per-node": str(request.on_a_host),
+        "gpus-per-node": str(request.chips_a_host),
     }
     if request.whole_hosts:
         settings |= {"exclusive": None, "mem": "0"}

@@ -44,6 +44,8 @@ def render(
     """
     if request.platform != "tpu":
         raise UserError(f"--platform=tpu_vm is for TPUs, not for {request.target}; slurm and gke have GPUs")
+    if request.kind not in _TYPES:
+        raise UserError(f"--platform=tpu_vm has {', '.join(_TYPES)}, not {request.target}; --platform=gke has it")
     if request.slices > 1:
         raise UserError(f"--platform=tpu_vm has one slice, not {request.target}; --platform=gke joins several")
     missing = [name for name, value in (("zone", zone), ("project", project), ("setup", setup)) if not value]

@@ -33,8 +33,9 @@ class Device(NamedTuple):
     memory_bandwidth: float  # bytes/s
     link: Link
     domain: int | None = None  # devices that ``link`` joins; None: all, of TPUs those of a slice
-    beyond: Link | None = None  # what joins more, of TPUs slices
+    beyond: Link | None = None  # what joins more
     axes: int = 1  # of the torus
+    network: Link | None = None  # between slices of TPUs
 
 
 def _torus(name: str, one_way: float) -> Link:
@@ -49,12 +50,27 @@ def _network(name: str, one_way: float) -> Link:
     return Link(f"the network between slices of {name}", one_way, one_way, 0.0, 0.0, False)
 
 
-# Memory and its bandwidth, and ICI a chip in both directions over all its links (400, 1,200 and 800 GB/s, on 4, 6 and 4
-# links): cloud.google.com/tpu/docs/{v5e,v5p,v6e}. There too the network of the data centre: 6.4 and 25.6 Tbit/s for 256
-# chips of v5e and v6e, 50 Gbit/s a chip of v5p. Float32 products are six of bfloat16 (XLA's HIGHEST precision).
-_V5E = Device("TPU v5e", 197e12 / 6, 16e9, 819e9, _torus("v5e", 50e9), beyond=_network("v5e", 3.125e9), axes=2)
-_V5P = Device("TPU v5p", 459e12 / 6, 95 * 2**30, 2765e9, _torus("v5p", 100e9), beyond=_network("v5p", 6.25e9), axes=3)
-_V6E = Device("TPU v6e", 918e12 / 6, 32e9, 1600e9, _torus("v6e", 100e9), beyond=_network("v6e", 12.5e9), axes=2)
+# Memory and its bandwidth, and ICI a chip in both directions over all its links (400, 1,200, 800 and 1,200 GB/s, on 4, 6,
+# 4 and 6 links): cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. There too the network of the data centre: 6.4 and 25.6
+# Tbit/s for 256 chips of v5e and v6e, 50 and 100 Gbit/s a chip of v5p and TPU7x. Float32 products are six of bfloat16
+# (XLA's HIGHEST precision).
+_V5E = Device("TPU v5e", 197e12 / 6, 16e9, 819e9, _torus("v5e", 50e9), axes=2, network=_network("v5e", 3.125e9))
+_V5P = Device("TPU v5p", 459e12 / 6, 95 * 2**30, 2765e9, _torus("v5p", 100e9), axes=3, network=_network("v5p", 6.25e9))
+_V6E = Device("TPU v6e", 918e12 / 6, 32e9, 1600e9, _torus("v6e", 100e9), axes=2, network=_network("v6e", 12.5e9))
+# A chip is two devices, each with half of its products, memory and network, and joined by six times what a link of the
+# torus has (cloud.google.com/tpu/docs/tpu7x). Both use the chip's links, of which all may be one's.
+_PAIR = Link("the two halves of a chip of TPU7x", 600e9, 600e9, 1e-6, 0.0, False)
+_TPU7X = Device(
+    name="TPU7x",
+    flops=2307e12 / 2 / 6,
+    memory=192 * 2**30 / 2,
+    memory_bandwidth=7380e9 / 2,
+    link=_PAIR,
+    domain=2,
+    beyond=_torus("TPU7x", 100e9),
+    axes=3,
+    network=_network("TPU7x", 6.25e9),
+)
 
 # NVIDIA's data sheets. H100 SXM: 67 TFLOP/s float32, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways together. DGX H100:
 # eight GPUs, each with a network port of 400 Gb/s; a gather over hosts goes to each of them once, over all eight ports.
@@ -75,6 +91,7 @@ _DEVICES = {
     "TPU v5p": _V5P,
     "TPU v6 lite": _V6E,
     "TPU v6e": _V6E,
+    "TPU7x": _TPU7X,
     "NVIDIA H100 80GB HBM3": _H100,
     "NVIDIA H200": _H200,
     "cpu": _CPU,

@@ -18,10 +18,11 @@ from jaxlinear.errors import UserError
 if TYPE_CHECKING:
     import jax
 
-# The memory of a device that a program may use, in GiB: "available HBM" in libtpu's own words (0.0.42), which is what it
-# refuses larger programs by.
-_TPUS = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
-DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2}  # of a slice
+# The memory of a device that a program may use, in GiB: "available HBM" in libtpu's own words (0.0.42; of TPU7x 0.0.48),
+# which is what it refuses larger programs by.
+_TPUS = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # of a slice
+DEVICES_A_CHIP = {"tpu7x": 2}  # of others one
 # The part of a GPU's memory that a run takes (``start.use_gpu_memory``). The rest is for CUDA and NCCL.
 GPU_MEMORY_FRACTION = 0.9
 _GPUS_A_HOST = 8
@@ -72,7 +73,7 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-# The slices of v5e and v6e (cloud.google.com/tpu/docs/v5e and v6e). Those of v5p are many, and libtpu knows them.
+# The slices of v5e and v6e (cloud.google.com/tpu/docs/v5e and v6e). Those of v5p and TPU7x are many, and libtpu knows them.
 SLICES = {kind: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16") for kind in ("v5e", "v6e")}
 
 
@@ -93,8 +94,8 @@ def parts(name: str) -> tuple[int, str, str]:
 
 
 def find(name: str) -> Target:
-    """The target of that name: ``v5e:2x4`` (also ``v5p`` and ``v6e``; a slice by its shape in chips), ``2xv5e:16x16`` (two
-    such slices) or ``h100:16`` (a number of GPUs, eight a host)."""
+    """The target of that name: ``v5e:2x4`` (also ``v5p``, ``v6e`` and ``tpu7x``; a slice by its shape in chips),
+    ``2xv5e:16x16`` (two such slices) or ``h100:16`` (a number of GPUs, eight a host)."""
     slices, kind, size = parts(name)
     if kind in _TPUS and is_size(kind, size):
         return Target(name, _tpus(f"{kind}:{size}", size, slices), int(_TPUS[kind] * 2**30))
@@ -103,8 +104,8 @@ def find(name: str) -> Target:
     if kind == "h100" and is_size(kind, size):
         return Target(name, _gpus(name, int(size)), int(GPU_MEMORY_FRACTION * _H100_BYTES))
     raise UserError(
-        f"there is no target {name!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16; several as "
-        "2xv6e:16x16) or a number of GPUs (h100:16)"
+        f"there is no target {name!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16, "
+        "tpu7x:4x4x4; several as 2xv6e:16x16) or a number of GPUs (h100:16)"
     )
 
 

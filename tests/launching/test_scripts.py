@@ -223,6 +223,16 @@ def test_several_slices_are_as_many_jobs_of_a_set():
     assert container["command"][-1].endswith("--expect=tpu:64")
 
 
+def test_a_chip_may_be_two_devices():
+    """GKE counts chips, JAX devices."""
+    manifest = yaml.safe_load(of_gke(asked("tpu7x:4x4x4")))
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert job["completions"] == 16 and pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["containers"][0]["command"][-1].endswith("--expect=tpu:128")
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu7x"
+
+
 def of_gke(request=None, image="i", mounts=("runs:/shared",), **options):
     return gke.render(request or asked("h100:8"), image=image, mounts=mounts, **options)
 
@@ -314,6 +324,10 @@ def test_the_status_of_a_preempted_run_is_that_of_the_loop():
         (
             lambda: of_gke(asked("2xv5e:2x2")),
             "2xv5e:2x2: GKE joins slices of several hosts alone, so none of 2x2 chips",
+        ),
+        (
+            lambda: tpu_vm.render(asked("tpu7x:2x2x2"), zone="z", project="p", setup="s"),
+            "--platform=tpu_vm has v5e, v5p, v6e, not tpu7x:2x2x2; --platform=gke has it",
         ),
         (lambda: asked("2xh100:8"), "2xh100:8: only slices of TPUs come in several"),
         (lambda: asked("2xv5e:3x8"), "there is no slice v5e:3x8; .*, of which 4x4 is the nearest"),

@@ -233,7 +233,7 @@ def test_links_between_neighbours_and_between_hosts():
 def test_the_network_between_slices():
     """By its rate for each chip, whatever else lies along the axis."""
     between = dataclasses.replace(a_collective("all-reduce", 1000_000, 2), between_slices=True)
-    for kind, rate in (("TPU v5e", 3.125e9), ("TPU v5p", 6.25e9), ("TPU v6e", 12.5e9)):
+    for kind, rate in (("TPU v5e", 3.125e9), ("TPU v5p", 6.25e9), ("TPU v6e", 12.5e9), ("TPU7x", 6.25e9)):
         times = roofline.times(kind, "bfloat16", {"data": 8, "fsdp": 2}, 0.0, 0.0, [between])
         assert times.exchanges == times.waited == pytest.approx(1e6 / rate)
 
@@ -265,6 +265,10 @@ def test_links_that_a_group_may_use():
     assert devices.most_gathering(v5p, 64, 64) == 600e9
     assert devices.most_gathering(v5p, 4, 64) == 400e9
     assert devices.most_gathering(v5p, 2, 2) == 200e9
+    tpu7x = roofline.device_of("TPU7x")
+    assert devices.most_gathering(tpu7x, 2, 2) == 600e9  # the halves of a chip
+    assert devices.most_gathering(tpu7x, 2, 16) == 200e9
+    assert devices.most_gathering(tpu7x, 128, 128) == 600e9
     assert devices.most_gathering(h100, 8, 8) == 450e9
     assert devices.most_gathering(h100, 16, 16) == 400e9
     assert devices.most_gathering(h100, 2, 16) == 50e9  # data 2 x fsdp 8: one GPU of each host

@@ -27,7 +27,12 @@ CASES = {
     "odd": (1, 1000, 3, 3, 48, 100, "bfloat16", True),
     "all_tokens": (1, 4096, 4, 4, 128, None, "bfloat16", True),
 }
-TARGETS = {"v5e:1x1": list(CASES), "v5p:2x2x1": ["griffin"], "v6e:1x1": ["griffin", "recurrent_gemma"]}
+TARGETS = {
+    "v5e:1x1": list(CASES),
+    "v5p:2x2x1": ["griffin"],
+    "v6e:1x1": ["griffin", "recurrent_gemma"],
+    "tpu7x:2x2x1": ["griffin"],
+}
 KERNELS = ["dkv", "dq", "fwd"]
 
 

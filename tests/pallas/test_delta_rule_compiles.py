@@ -48,6 +48,7 @@ TARGETS = {
     "v5e:1x1": list(CASES),
     "v5p:2x2x1": ["scalar_128"],
     "v6e:1x1": ["none_64", "scalar_128"],
+    "tpu7x:2x2x1": ["scalar_128"],
 }
 
 

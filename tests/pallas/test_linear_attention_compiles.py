@@ -50,6 +50,7 @@ TARGETS = {
     "v5e:1x1": list(CASES),
     "v5p:2x2x1": ["scalar_128", "channel_128"],
     "v6e:1x1": ["none_64", "scalar_128", "channel_128", "constant_256", "wide_256", "odd", "ragged_heads"],
+    "tpu7x:2x2x1": ["channel_128"],
 }
 
 

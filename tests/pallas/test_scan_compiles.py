@@ -33,6 +33,7 @@ TPUS = {
     "v5e:1x1": ["griffin", "widest", "longest", "odd", "shortest", "complex", "complex_in_time"],
     "v5p:2x2x1": ["griffin", "longest", "complex"],
     "v6e:1x1": ["griffin", "longest", "complex"],
+    "tpu7x:2x2x1": ["griffin"],
 }
 
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.compiles_ahead
         ("v5e:1x1", 1, 1, "tpu", 15.75),
         ("v5p:4x4x4", 64, 16, "tpu", 95.74),
         ("v6e:16x16", 256, 64, "tpu", 31.25),
+        ("tpu7x:2x2x2", 16, 2, "tpu", 94.75),  # a chip is two devices
         ("3xv5e:2x4", 24, 6, "tpu", 15.75),
         ("h100:4", 4, 1, "gpu", 71.19),
         ("h100:64", 64, 8, "gpu", 71.19),
@@ -43,6 +44,7 @@ def test_devices(name, devices, hosts, platform, gib):
         ("h100:08", "there is no target 'h100:08'"),
         ("v5p:2x2", "there is no target 'v5p:2x2'; .*v5p:4x4x4"),
         ("v5e:2x2x1", "there is no target 'v5e:2x2x1'"),
+        ("tpu7x:2x4", "there is no target 'tpu7x:2x4'; .*tpu7x:4x4x4"),
         ("v6e:0x4", "there is no target 'v6e:0x4'"),
         ("0xv6e:2x4", "there is no target '0xv6e:2x4'"),
         ("2xh100:8", "^2xh100:8: only slices of TPUs come in several, as 2xv5e:16x16; of GPUs all are counted"),
