@@ -178,6 +178,8 @@ class Host:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # libtpu, which tests of this process may have loaded, ignores it, and so would what is started here.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
 
     def wait_for(self, text):
