@@ -59,6 +59,20 @@ def test_a_transition_that_does_not_depend_on_the_data(magnitude, phase):
     numerics.assert_close(y, expected, 1e-10)
 
 
+def test_the_transition_is_not_rounded_to_bfloat16():
+    """Nor are the products that it is made of: a phase adds up over time."""
+    graph, parameters = small.module(lambda rngs: GateLoop(small.config(), rngs=rngs))
+    parameters = jax.tree.map_with_path(
+        lambda path, x: numerics.representable(x) if path[-1].key == "kernel" else x, parameters
+    )
+    x = numerics.normal(np.random.default_rng(2), 2, 9, 16)
+    run = lambda parameters, x: nnx.merge(graph, parameters)._transition(x)  # noqa: E731
+    expected = numerics.run(run, parameters, x, dtype="float64")
+    found = run(numerics.cast(parameters, "float32"), numerics.cast(x, "bfloat16"))
+    assert found.dtype == jnp.complex64
+    numerics.assert_close(found, numerics.wide(expected), 3e-6)
+
+
 def test_groups_that_do_not_divide_the_channels_are_refused():
     with pytest.raises(UserError, match="gateloop: 5 heads do not divide 24 channels"):
         GateLoop(small.config(recurrent_heads=5), rngs=nnx.Rngs(0))

@@ -63,6 +63,16 @@ def test_bfloat16_is_close_to_float32():
     numerics.assert_close(logits, model()[0](TOKENS, IDS)[0], 0.05)
 
 
+def test_logits_are_summed_in_float32():
+    """In bfloat16 they would have 8 bits, and the losses of likely tokens with them."""
+    random = np.random.default_rng(4)
+    x, embedding = numerics.normal(random, 2, 3, 16), numerics.normal(random, 31, 16)
+    architecture = describe(small.config(dtype="bfloat16", num_layers=1, logit_soft_cap=0.0))
+    parameters = numerics.cast(small.parameters(architecture.shapes) | {"embedding": embedding}, "float32")
+    for bound in (architecture.bind(parameters), architecture.bind(parameters).for_decoding()):
+        numerics.assert_close(bound.logits(jnp.asarray(x, jnp.bfloat16)), x @ embedding.T, 1e-6)
+
+
 def test_the_soft_cap():
     plain, _ = model(logit_soft_cap=0.0, num_layers=1)
     capped, _ = model(logit_soft_cap=5.0, num_layers=1)
@@ -110,6 +120,25 @@ def test_a_state_goes_on_in_its_document_and_is_forgotten_in_another():
             parts.append(logits)
         assert state["segment"].tolist() == IDS[:, -1].tolist()
         numerics.assert_close(jnp.concatenate(parts, axis=1), whole, 2e-5)
+
+
+def test_a_state_without_ids_is_of_the_document_0():
+    """From an empty past as from none."""
+    run, init_state = model(num_layers=3)
+    whole, _ = run(TOKENS)
+    for past in (None, init_state(3)):
+        _, state = run(TOKENS[:, :6], None, past)
+        assert state["segment"].tolist() == [0, 0, 0]
+        goes_on, _ = run(TOKENS[:, 6:], np.zeros((3, LENGTH - 6), np.int32), state)
+        numerics.assert_close(goes_on, whole[:, 6:], 2e-5)
+
+
+def test_each_block_of_a_long_pattern_has_its_own_state():
+    """More of them than are computed again at once."""
+    run, init_state = model(pattern=("rg_lru", "sliding_window", "gla", "convolution", "rg_lru", "gla"), num_layers=6)
+    whole, _ = run(TOKENS, IDS)
+    _, state = run(TOKENS[:, :3], IDS[:, :3], init_state(3))
+    numerics.assert_close(run(TOKENS[:, 3:], IDS[:, 3:], state)[0], whole[:, 3:], 2e-5)
 
 
 # A whole pattern of its own, not repeated, in which layers repeat; and one that is, with more left than a rest has.
@@ -264,6 +293,7 @@ def test_the_loss_at_the_start_is_that_of_a_guess():
     config = small.config(vocab_size=512, width=64, recurrent_width=64, logit_soft_cap=0.0, num_layers=3)
     architecture = describe(config)
     parameters = numerics.jit(architecture.initialise)(jax.random.key(0))
+    assert np.std(parameters["embedding"]) == pytest.approx(64**-0.5, rel=0.05)
     tokens = np.random.default_rng(2).integers(0, 512, (4, 65)).astype(np.int32)
     logits, _ = numerics.jit(lambda parameters: architecture.bind(parameters)(tokens[:, :-1]))(parameters)
     losses = -np.take_along_axis(oracles.log_softmax(numerics.wide(logits)), tokens[:, 1:, None], axis=-1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlinear.models.layers import GatedMLP, Linear, RMSNorm, rotary
+from jaxlinear.models.layers import GatedMLP, Linear, RMSNorm, ShortConvolution, from_complex, rotary, to_complex
 from tests import numerics, oracles, small
 
 
@@ -31,6 +31,38 @@ def test_linear(bias, dtype):
 def test_rms_norm(dtype):
     x = 7 * numerics.normal(np.random.default_rng(1), 2, 5, 6)
     check(lambda rngs: RMSNorm(6, rngs=rngs), oracles.rms_norm, x, dtype)
+
+
+def test_rms_norm_in_bfloat16_is_rounded_once():
+    x = 8 * numerics.normal(np.random.default_rng(1), 2, 50, 64)
+    graph, parameters = small.module(lambda rngs: RMSNorm(64, rngs=rngs))
+    run = numerics.jit(lambda parameters, x: nnx.merge(graph, parameters)(x))
+    found = numerics.wide(run(numerics.cast(parameters, "float32"), numerics.cast(x, "bfloat16")))
+    expected = oracles.rms_norm(parameters, x)
+    assert np.max(np.abs(found - expected) / np.abs(expected)) < 1.01 * 2**-8
+
+
+def test_the_activation_after_a_convolution_is_rounded_once():
+    """In bfloat16, of a filter that lets the present token through."""
+    layer = ShortConvolution(8, 3, axis=None, rngs=nnx.Rngs(0))
+    layer.convolution_kernel[...] = jnp.eye(3)[:, 2:] * jnp.ones((1, 8))
+    x = numerics.normal(np.random.default_rng(1), 2, 200, 8)
+    found, _ = numerics.jit(lambda x: layer(x, segment_ids=None, state=None))(numerics.cast(x, "bfloat16"))
+    expected = oracles.silu(x)
+    assert np.max(np.abs(numerics.wide(found) - expected) / np.abs(expected)) < 1.01 * 2**-8
+
+
+def test_products_with_complex_kernels_are_summed_in_float32():
+    random = np.random.default_rng(5)
+    x, kernel = numerics.normal(random, 2, 3, 40), numerics.normal(random, 2, 40, 6)
+    expected = x @ (kernel[0] + 1j * kernel[1])
+    found = to_complex(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.float32))
+    assert found.dtype == jnp.complex64
+    numerics.assert_close(found, expected, 1e-6)
+    h = numerics.normal(random, 2, 3, 40, complex_=True)
+    found = from_complex(jnp.asarray(h, jnp.complex64), jnp.asarray(kernel, jnp.float32), jnp.bfloat16)
+    assert found.dtype == jnp.float32
+    numerics.assert_close(found, (h @ (kernel[0] + 1j * kernel[1])).real, 1e-6)
 
 
 def test_rms_norm_without_an_offset():

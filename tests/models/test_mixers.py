@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxlinear.errors import UserError
 from jaxlinear.models import mixers
+from jaxlinear.parallel import operations
 from tests import numerics, small
 from tests.mixer_oracles import ORACLES
 
@@ -158,15 +159,26 @@ def test_an_empty_past_is_none(name):
     numerics.assert_close(run(tokens(), None, init_state(3))[0], run(tokens())[0], 1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LAWS)
-def test_the_state_does_not_grow(name):
-    """And does not change its structure, shapes or dtypes, so that a program that takes it can be used again."""
-    run, init_state = mixer(name)
+def test_the_state_does_not_grow(name, dtype):
+    """And does not change its structure, shapes or dtypes, so that a program that takes it can be used again. What adds up
+    over time is float32 whatever the activations are; what was seen is as it was seen."""
+    kind, changes = MIXERS[name]
+    config = small.config(dtype=dtype, **changes)
+    graph, parameters = small.module(lambda rngs: mixers.find(kind)(config, rngs=rngs))
+    made = nnx.merge(graph, numerics.cast(parameters, "float32"))
     like = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)  # noqa: E731
-    empty = like(init_state(3))
+    empty = like(made.init_state(3))
     for length in (1, 2, LENGTH):
-        assert like(jax.eval_shape(run, tokens()[:, :length])[1]) == empty
-        assert like(jax.eval_shape(run, tokens()[:, :length], IDS[:, :length], init_state(3))[1]) == empty
+        x, ids = jax.ShapeDtypeStruct((3, length, 16), dtype), IDS[:, :length]
+        assert like(jax.eval_shape(made, x)[1]) == empty
+        run = lambda x, state, ids=ids: made(x, segment_ids=ids, state=state)  # noqa: E731
+        assert like(jax.eval_shape(run, x, made.init_state(3))[1]) == empty
+    for key, (_, found) in empty.items():
+        counts = {"position": "int32", "seen": "int32", "started": "bool"}
+        sums = {"memory": "float32", "h": "complex64" if kind in ("lru", "s5", "gateloop") else "float32"}
+        assert found == (counts | sums).get(key, dtype), key
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -217,6 +229,80 @@ def test_gradients_are_those_of_finite_differences(name):
         directions = [random.standard_normal(y.shape) * (i == j) for j, y in enumerate(inputs)]
         expected = numerics.directional_derivative(objective, inputs, directions)
         assert np.sum(directions[i] * np.asarray(found[i])) == pytest.approx(expected, rel=1e-5), path
+
+
+# Of the arguments of the recurrence those that are float32 where activations are bfloat16, and what is exact in them.
+WIDE = {
+    "rg_lru": {0: "a", 1: "its input"},
+    "lru": {0: "a"},
+    "s5": {0: "a"},
+    "s5_bilinear": {0: "a"},
+    "gateloop": {0: "a"},
+    "mamba2": {3: "log_decay"},
+    "gla": {3: "log_decay"},
+    "hgrn2": {3: "log_decay"},
+    "lightning": {3: "log_decay"},
+    "retention": {3: "log_decay"},
+    "delta_net": {3: "beta"},
+    "gated_delta_net": {3: "beta", 4: "log_decay"},
+    "kda": {3: "beta", 4: "log_decay"},
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_what_decays_is_not_rounded_to_bfloat16(name, monkeypatch):
+    """Of tokens that choose one row of each matrix, so that products are exact in every dtype, decays and gates are those
+    of float64 to float32: what is rounded there adds up over time. And the state is what the recurrence left."""
+    kind, changes = MIXERS[name]
+    calls, finals = [], []
+
+    def recorded(operation):
+        def run(*arguments, **options):
+            results = operation(*arguments, **options)
+            calls.append(arguments)
+            finals.append(results[1])
+            return results
+
+        return run
+
+    for operation in ("linear_recurrence", "linear_attention", "delta_rule"):
+        monkeypatch.setattr(operations, operation, recorded(getattr(operations, operation)))
+
+    def run(dtype):
+        config = small.config(dtype=dtype, rotary_fraction=0.0, **changes)
+        graph, parameters = small.module(lambda rngs: mixers.find(kind)(config, rngs=rngs))
+        parameters = jax.tree.map_with_path(_exact, parameters)
+        if kind == "rg_lru":
+            parameters["input"]["kernel"] = np.eye(*parameters["input"]["kernel"].shape)
+            parameters["convolution_bias"] *= 0
+        if kind == "kda":
+            parameters["decay"]["down"]["kernel"] = np.eye(*parameters["decay"]["down"]["kernel"].shape)
+
+        @numerics.jit
+        def results(parameters, x):
+            calls.clear(), finals.clear()
+            _, state = nnx.merge(graph, parameters)(x)
+            return calls[0], finals[0], state
+
+        with jax.enable_x64(dtype == "float64"):
+            x = numerics.cast(np.eye(16)[None, :LENGTH], dtype)
+            return results(numerics.cast(parameters, "float64" if dtype == "float64" else "float32"), x)
+
+    (found, final, state), (expected, _, _) = run("bfloat16"), run("float64")
+    for place, what in WIDE[name].items():
+        assert found[place].dtype in (jnp.float32, jnp.complex64), what
+        numerics.assert_close(found[place], expected[place], 3e-6)
+    assert np.array_equal(state["h" if "h" in state else "memory"], final)
+
+
+def _exact(path, x):
+    """What a matrix product or a filter has, such that one of its entries goes through bfloat16 as it is."""
+    name = path[-1].key
+    if name == "convolution_kernel":
+        return np.eye(len(x))[-1][:, None] * np.ones_like(x)
+    if name.endswith("kernel"):
+        return numerics.representable(x)
+    return 0 * x if name == "bias" else x
 
 
 def test_an_unknown_mixer_is_refused():

@@ -187,6 +187,18 @@ def test_the_losses_of_a_model_are_the_means_of_its_layers():
     np.testing.assert_allclose([losses["load_balance"], losses["router_z"]], [1, np.log(6) ** 2], rtol=1e-6)
 
 
+def test_padding_does_not_count_in_the_losses_of_a_model():
+    """Rows that end in padding give the losses of those without, in which no token sees another."""
+    architecture = describe(config(num_layers=3, pattern=("convolution",) * 2, convolution_width=1))
+    values = numerics.cast(small.parameters(architecture.shapes), "float32")
+    tokens, ids = np.arange(8, dtype=np.int32).reshape(2, 4), np.array([[1, 1, 2, 0], [1, 1, 1, 0]], np.int32)
+    run = numerics.jit(lambda p, tokens, ids: architecture.bind(p).hidden(tokens, ids)[2])
+    whole = run(values, tokens, np.ones_like(ids))
+    found = run(values, tokens, ids)
+    numerics.assert_close(found, numerics.wide(run(values, tokens[:, :3], ids[:, :3])), 1e-5)
+    assert abs(found["router_z"] - whole["router_z"]) > 1e-3 * whole["router_z"]
+
+
 def test_statistics_of_a_new_module():
     made = config(width=64, experts=8, expert_width=32, num_layers=4)
     parameters = nnx.to_pure_dict(nnx.state(MixtureOfExperts(made, rngs=nnx.Rngs(0))))

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxlinear.models import mixers
+from jaxlinear.models.parameters import describe
 from tests import small
 
 BASE = {
@@ -58,6 +59,28 @@ def program(mixer, **changes):
 
     x = jax.ShapeDtypeStruct((2, 8, config.width), jnp.float32)
     return jax.jit(run).lower(jax.eval_shape(lambda: jax.random.key(0)), x).as_text()
+
+
+# Those that normalise what they have read. Of linear attention the one that is not divided by its weights.
+NORMS = ("delta_net", "gated_delta_net", "gateloop", "gla", "hgrn2", "kda", "lightning", "mamba2", "retention")
+
+
+@pytest.mark.parametrize("mixer", mixers.MIXERS)
+def test_norms_have_the_epsilon_of_the_config(mixer):
+    """0.25 in the place of 1e-6 and nowhere else."""
+    feature_map = {"feature_map": "identity"} if mixer == "linear_attention" else {}
+    texts = [program(mixer, norm_epsilon=epsilon, **feature_map) for epsilon in (1e-6, 0.25)]
+    assert (texts[0] != texts[1]) == (mixer in (*NORMS, "linear_attention"))
+    texts = [program(mixer, norm_epsilon=epsilon) for epsilon in (1e-6, 0.25)]
+    assert (texts[0] != texts[1]) == (mixer in NORMS)
+
+
+def test_the_norms_of_a_model_have_the_epsilon_of_the_config():
+    """Before each mixer, each MLP and the logits."""
+    architecture = describe(small.config(pattern=("rg_lru",), num_layers=1, norm_epsilon=0.25))
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    text = jax.jit(lambda p, tokens: architecture.bind(p)(tokens)[0]).lower(architecture.shapes, tokens).as_text()
+    assert text.count("dense<2.500000e-01> : tensor<f32>") == 3 and "9.99999997E-7" not in text
 
 
 @pytest.mark.parametrize("mixer", mixers.MIXERS)
