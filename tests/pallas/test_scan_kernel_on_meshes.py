@@ -17,17 +17,17 @@ IDS = np.stack([np.repeat([0, 1, 2], [3, 25, 4]), np.repeat([0, 1, 2], [8, 8, 16
 
 
 @pytest.mark.parametrize(
-    "sizes, kind, packed",
+    "sizes, kind, packed, reverse",
     [
-        ({"data": 4, "tensor": 2}, "in time", True),
-        ({"fsdp": 2, "tensor": 4}, "constant", False),
-        ({"data": 2, "sequence": 4}, "in time", True),
-        ({"sequence": 2, "tensor": 2, "data": 2}, "complex constant", True),
+        ({"data": 4, "tensor": 2}, "in time", True, True),
+        ({"fsdp": 2, "tensor": 4}, "constant", False, False),
+        ({"data": 2, "sequence": 4}, "in time", True, False),
+        ({"sequence": 2, "tensor": 2, "data": 2}, "complex constant", True, False),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_the_kernel_on_a_mesh(monkeypatch, small_blocks, platform, sizes, kind, packed):
+def test_the_kernel_on_a_mesh(monkeypatch, small_blocks, platform, sizes, kind, packed, reverse):
     monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
     random = np.random.default_rng(0)
     shape = (8,) if "constant" in kind else (B, T, 8)
@@ -38,9 +38,8 @@ def test_the_kernel_on_a_mesh(monkeypatch, small_blocks, platform, sizes, kind, 
     mesh = make_mesh(sizes)
     results = []
     for module, backend in ((ops, "recurrent"), (operations, "pallas")):
-        run = functools.partial(
-            module.linear_recurrence, segment_ids=IDS.astype(np.int32) if packed else None, backend=backend
-        )
+        options = {"segment_ids": IDS.astype(np.int32) if packed else None, "reverse": reverse, "backend": backend}
+        run = functools.partial(module.linear_recurrence, **options)
         with sharding.use_mesh(mesh):
             results.append(numerics.run(numerics.with_gradients(run), (a, x, state), cotangents, dtype="float64"))
     numerics.assert_close(results[1], numerics.wide(results[0]), 1e-12)

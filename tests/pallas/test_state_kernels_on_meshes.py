@@ -62,7 +62,8 @@ def check(operation, sizes, decay, packed):
     mesh = make_mesh(sizes)
     results = []
     for module, backend in ((ops, "recurrent"), (operations, "pallas")):
-        run = functools.partial(getattr(module, operation), segment_ids=IDS if packed else None, backend=backend)
+        options = {"scale": 0.7, "segment_ids": IDS if packed else None, "backend": backend}
+        run = functools.partial(getattr(module, operation), **options)
         with sharding.use_mesh(mesh):
             results.append(numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype="float64"))
     numerics.assert_close(results[1], numerics.wide(results[0]), 1e-12)

@@ -137,7 +137,7 @@ def test_sliding_window(window, groups):
     random = np.random.default_rng(3)
     shapes = (B, T, 4, K), (B, T, groups, K), (B, T, groups, V)
     inputs = tuple(random.standard_normal(shape) for shape in shapes)
-    options = {"window": window, "segment_ids": jnp.asarray(IDS)}
+    options = {"window": window, "scale": 0.3, "segment_ids": jnp.asarray(IDS)}
     run = functools.partial(ops.sliding_window_attention, **options)
     mesh = make_mesh(MESHES[window % 3])
     compare(run, functools.partial(operations.sliding_window_attention, **options), inputs, mesh)
@@ -177,8 +177,8 @@ def test_causal_attention():
     random = np.random.default_rng(5)
     inputs = tuple(random.standard_normal(shape) for shape in ((B, T, 4, K), (B, T, 1, K), (B, T, 1, V)))
     for ids in (None, jnp.asarray(IDS)):
-        run = functools.partial(ops.causal_attention, segment_ids=ids)
-        spread = functools.partial(operations.causal_attention, segment_ids=ids)
+        run = functools.partial(ops.causal_attention, scale=0.3, segment_ids=ids)
+        spread = functools.partial(operations.causal_attention, scale=0.3, segment_ids=ids)
         compare(run, spread, inputs, make_mesh(MESHES[0]))
 
 
