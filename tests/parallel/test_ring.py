@@ -13,8 +13,10 @@ from tests import numerics, shards
 from tests.shards import MESHES, T, make_mesh
 
 B, H, K, V = 4, 4, 3, 5
-# As elsewhere, but the id that is used twice is of a first document longer than a shard.
-IDS = np.concatenate([shards.IDS[:3], np.repeat([7, 8, 7], [5, 23, 4])[None].astype(np.int32)])
+# As elsewhere, but the id that is used again is of a first document longer than a shard, and of one that begins within a
+# shard which comes after a shard that ends in the first.
+AGAIN = np.repeat([7, 8, 7, 8, 7], [6, 1, 14, 7, 4])[None].astype(np.int32)
+IDS = np.concatenate([shards.IDS[:3], AGAIN])
 PAST = 7
 # The past is of another document, of the first one from its third token on or from its first, or has an id used twice.
 PAST_IDS = np.array([[9] * 7, [9, 9, 0, 0, 0, 0, 0], [0] * 7, [7, 7, 9, 7, 7, 7, 7]], np.int32)
@@ -48,13 +50,14 @@ def test_is_that_of_one_device(mesh, packed, past, groups):
     all_ids = np.concatenate([PAST_IDS, IDS if packed else 0 * IDS], axis=1)
 
     def whole(q, k, v):
-        return ops.causal_attention(q, k, v, segment_ids=jnp.asarray(all_ids) if past else ids)
+        return ops.causal_attention(q, k, v, scale=0.3, segment_ids=jnp.asarray(all_ids) if past else ids)
 
     def spread(q, k, v):
         if not past:
-            return operations.causal_attention(q, k, v, segment_ids=ids)
+            return operations.causal_attention(q, k, v, scale=0.3, segment_ids=ids)
         earlier = k[:, :PAST], v[:, :PAST], jnp.asarray(PAST_IDS)
-        return operations.causal_attention(q, k[:, PAST:], v[:, PAST:], segment_ids=ids, past=earlier)
+        options = {"scale": 0.3, "segment_ids": ids, "past": earlier}
+        return operations.causal_attention(q, k[:, PAST:], v[:, PAST:], **options)
 
     cotangents = random.standard_normal((B, T, H, V))
     expected = numerics.run(numerics.with_gradients(whole), inputs, cotangents, dtype="float64")
