@@ -13,6 +13,7 @@ from jaxlinear.models.parameters import describe
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import sharding
 from tests import numerics, small
+from tests.mixer_oracles import ORACLES
 
 CONTEXT = 8
 BOTH = pytest.mark.parametrize("mixer", [Attention, SlidingWindow])
@@ -159,3 +160,26 @@ def test_one_key_head_is_on_every_device():
         mixer = describe(config).shardings(mesh)["stacks"][0]["blocks"][0]["mixer"]
         assert mixer["key"]["kernel"].spec[-1] == mixer["value"]["kernel"].spec[-1] == axis
         assert mixer["query"]["kernel"].spec[-1] == "tensor"
+
+
+@BOTH
+def test_large_logits_are_not_rounded_to_bfloat16(mixer):
+    """In a pass over all tokens and token by token: of 160, and close to each other, bfloat16 would leave weights off by a
+    half."""
+    config = small.config(dtype="bfloat16", num_heads=4, window=8, context=16, rotary_fraction=0.0)
+    graph, parameters = small.module(lambda rngs: mixer(config, rngs=rngs))
+    parameters["query"]["kernel"] = 40 + parameters["query"]["kernel"]
+    parameters["key"]["kernel"] = 2 + 0.2 * parameters["key"]["kernel"]
+    parameters = jax.tree.map(numerics.representable, parameters)
+    x = np.eye(16)[None, :13]  # tokens whose queries, keys and values bfloat16 holds
+    oracle = ORACLES["attention" if mixer is Attention else "sliding_window"]
+    expected = oracle(parameters, x, None, config)
+    made = nnx.merge(graph, numerics.cast(parameters, "float32"))
+    run, x = numerics.jit(lambda x, state: made(x, state=state)), numerics.cast(x, "bfloat16")
+    whole, _ = run(x, None)
+    parts, state = [], made.init_state(1)
+    for t in range(x.shape[1]):
+        y, state = run(x[:, t : t + 1], state)
+        parts.append(y)
+    numerics.assert_close(whole, expected, 2e-2)
+    numerics.assert_close(jnp.concatenate(parts, axis=1), expected, 2e-2)

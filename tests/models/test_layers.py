@@ -107,6 +107,15 @@ def test_rotary(fraction):
     assert np.array_equal(found[..., 8 - unturned :], x[..., 8 - unturned :].astype(np.float32))
 
 
+def test_rotary_in_bfloat16():
+    """The angles are not: of position 3,000 bfloat16 would leave them 8 radians of room."""
+    random = np.random.default_rng(3)
+    x, positions = numerics.normal(random, 1, 50, 1, 8), random.integers(2000, 3000, (1, 50)).astype(np.int32)
+    found = numerics.run(lambda x, p: rotary(x, p, fraction=1.0), x, positions, dtype="bfloat16")
+    assert found.dtype == jnp.bfloat16
+    numerics.assert_close(found, oracles.rotary(x, positions, fraction=1.0), 1e-2)
+
+
 def test_rotary_at_a_million():
     """Where a float32 product of position and frequency is off by up to 0.06 radians."""
     random = np.random.default_rng(4)

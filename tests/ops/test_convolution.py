@@ -147,6 +147,21 @@ def test_bfloat16_is_rounded_once():
         assert np.all(np.abs(numerics.wide(ours) - exact) <= 2.0**-8 * np.abs(exact) + 1e-6 * np.abs(exact).max())
 
 
+def test_filters_are_not_rounded_to_the_inputs():
+    """In training these are bfloat16 and filters float32: one product, rounded once, and its gradient, which is not."""
+    random = np.random.default_rng(3)
+    x, kernel = numerics.normal(random, 1, 50, 4), np.float32(random.standard_normal((1, 4)))
+
+    @numerics.jit
+    def run(x, kernel):
+        y, pullback = jax.vjp(lambda kernel: causal_convolution(x, kernel)[0], kernel)
+        return y, pullback(x)[0]
+
+    y, d_kernel = run(jnp.asarray(x, jnp.bfloat16), kernel)
+    assert np.all(np.abs(numerics.wide(y) - kernel * x) <= 2.0**-8 * np.abs(kernel * x))
+    numerics.assert_close(d_kernel, np.sum(x * x, axis=1), 1e-6)
+
+
 def test_gradients_keep_the_inputs_alone():
     """Nothing as long as the sequence beside them."""
     arrays = [np.ones(shape, np.float32) for shape in ((1, 64, 8), (4, 8), (8,), (1, 3, 8))]

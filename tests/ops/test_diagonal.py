@@ -264,8 +264,18 @@ def test_a_map_does_not_grow_with_its_run():
         assert [(leaf.shape, leaf.dtype) for leaf in maps] == [((2, 3), jnp.float32)] * 2
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("backend", [*BACKENDS, "pallas"])
+def test_a_state_is_not_rounded_to_the_inputs(backend):
+    """One that nothing decays and to which nothing is added stays as it is, to the last bit of float32."""
+    state = np.float32(np.random.default_rng(2).standard_normal((2, 3)))
+    x = jnp.zeros((2, 20, 3), jnp.bfloat16)
+    for a in (jnp.ones_like(x), jnp.ones((3,), jnp.bfloat16), jnp.ones_like(x, jnp.float32)):
+        h, final = linear_recurrence(a, x, jnp.asarray(state), backend=backend)
+        assert h.dtype == jnp.bfloat16 and np.array_equal(final, state)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reverse", [False, True])
 def test_zero_forgets_and_one_sums(backend, reverse):
     """Whole numbers, so that float32 is exact."""
     x = jnp.asarray(np.random.default_rng(2).integers(-9, 9, (2, 100, 3)), jnp.float32)
