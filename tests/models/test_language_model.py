@@ -289,11 +289,28 @@ def test_the_program_does_not_grow_with_depth(kind):
     assert size(5) > 1.1 * size(3)  # and the measure sees a block
 
 
+def test_no_two_layers_begin_alike():
+    """Of those that are stacked, those of one pattern and those of different stacks; and each seed has its own."""
+    architecture = describe(small.config(tied_embeddings=False, width=64))
+    initialise = numerics.jit(architecture.initialise)
+    first, second = (numerics.wide(initialise(jax.random.key(seed))) for seed in (0, 1))
+    matrices = [
+        row
+        for parameters in (first, second)
+        for path, x in jax.tree_util.tree_leaves_with_path(parameters)
+        if path[-1].key.endswith(("kernel", "embedding", "head", "decay"))
+        for row in (x if path[0].key == "stacks" else [x])
+    ]
+    assert len(matrices) == 2 * (2 + 6 * 10 + 2 * 7)
+    assert len({row.tobytes() for row in matrices}) == len(matrices)
+    for name in ("embedding", "head"):
+        assert np.std(first[name]) == pytest.approx(64**-0.5, rel=0.05), name
+
+
 def test_the_loss_at_the_start_is_that_of_a_guess():
     config = small.config(vocab_size=512, width=64, recurrent_width=64, logit_soft_cap=0.0, num_layers=3)
     architecture = describe(config)
     parameters = numerics.jit(architecture.initialise)(jax.random.key(0))
-    assert np.std(parameters["embedding"]) == pytest.approx(64**-0.5, rel=0.05)
     tokens = np.random.default_rng(2).integers(0, 512, (4, 65)).astype(np.int32)
     logits, _ = numerics.jit(lambda parameters: architecture.bind(parameters)(tokens[:, :-1]))(parameters)
     losses = -np.take_along_axis(oracles.log_softmax(numerics.wide(logits)), tokens[:, 1:, None], axis=-1)
