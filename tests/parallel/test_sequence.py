@@ -10,7 +10,7 @@ import pytest
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.ops import recurrence
+from jaxlinear.ops import cross_entropy, recurrence
 from jaxlinear.ops.delta_rule import DeltaRule
 from jaxlinear.ops.delta_rule import Inputs as DeltaInputs
 from jaxlinear.parallel import exchanges, operations, sharding
@@ -180,6 +180,23 @@ def test_causal_attention():
         run = functools.partial(ops.causal_attention, scale=0.3, segment_ids=ids)
         spread = functools.partial(operations.causal_attention, scale=0.3, segment_ids=ids)
         compare(run, spread, inputs, make_mesh(MESHES[0]))
+
+
+def test_losses():
+    """With all of their options, with time whole and with time spread. The cross-entropy has no gradient."""
+    random = np.random.default_rng(7)
+    x, embedding = random.standard_normal((B, T, 6)), random.standard_normal((11, 6))
+    targets, weights = jnp.asarray(random.integers(0, 11, (B, T)), jnp.int32), jnp.asarray(random.uniform(0, 1, (B, T)))
+
+    def losses(module):
+        def run(x, embedding):
+            sums = module.linear_cross_entropy(x, embedding, targets, weights.astype(x.dtype), soft_cap=2.0, z_loss=0.1)
+            return *sums, module.token_losses(x, embedding, targets, soft_cap=2.0)
+
+        return run
+
+    for mesh in (make_mesh({"data": 2, "tensor": 4}), make_mesh(MESHES[0]), make_mesh(MESHES[2])):
+        compare(losses(cross_entropy), losses(operations), (x, embedding), mesh, 1e-11)
 
 
 def test_document_starts():
