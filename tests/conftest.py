@@ -113,6 +113,7 @@ def tiny_config(tiny_dataset):
             "recurrent_width": 32,
             "num_heads": 4,
             "window": 8,
+            "logit_soft_cap": 2.0,  # so low that every loss without it would be another
             "dtype": "float32",
         }
     )
