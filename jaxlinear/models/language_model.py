@@ -150,6 +150,14 @@ class LanguageModel(nnx.Module):
         """``[B, T, D]`` after the last norm, which ``output_embedding`` turns into logits, the state, and what the
         layers add to the objective, averaged over them."""
         config = self.config
+        if tokens.ndim != 2:
+            raise UserError(f"tokens of shape {tokens.shape}; they are [B, T]")
+        if segment_ids is not None and segment_ids.shape != tokens.shape:
+            raise UserError(
+                f"segment_ids of shape {segment_ids.shape} for tokens of shape {tokens.shape}; they are one a token"
+            )
+        if state is not None and state["segment"].shape != tokens.shape[:1]:
+            raise UserError(f"a state of {len(state['segment'])} rows for tokens of shape {tokens.shape}")
         if not tokens.shape[1]:
             raise UserError(f"tokens of shape {tokens.shape} have no time step; the model takes at least 1")
         if tokens.shape[1] > 1:

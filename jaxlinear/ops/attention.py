@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, blockwise, segments
+from jaxlinear.ops import backends, blockwise, checks, segments
 from jaxlinear.ops.blockwise import Meetings, Rule
 from jaxlinear.pallas import attention as kernels
 
@@ -53,6 +54,12 @@ def causal_attention(
     if 0 in q.shape[:3]:
         return jnp.zeros_like(v, shape=(*q.shape[:3], v.shape[3]))
     length, keys = q.shape[1], k.shape[1]
+    segment_ids = checks.segment_ids("causal_attention", segment_ids, q.shape[0], keys)
+    if isinstance(offset, int | np.integer) and not 0 <= offset <= keys - length:
+        raise UserError(
+            f"causal_attention: offset is {offset}; of {length} queries on {keys} keys it is 0 to {keys - length}"
+        )
+    scale = checks.scale("causal_attention", q.shape[3], scale)
     if choose("causal_attention", backend, q, k, v, offset=offset) == "pallas":
         return by_kernel(q, k, v, keys, scale, segment_ids)
     prefix = keys - length
@@ -72,10 +79,14 @@ def causal_attention(
 
 def check_shapes(operation: str, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     """Raises ``UserError`` for shapes that do not fit each other."""
+    checks.axes(operation, "B T H K", q=q)
+    checks.axes(operation, "B T G K", k=k)
+    checks.axes(operation, "B T G V", v=v)
+    checks.numbers(operation, q=q, k=k, v=v)
     heads, groups = q.shape[2], k.shape[2]
     if heads % groups if groups else heads:
         raise UserError(f"{operation}: {groups} key heads do not divide {heads} query heads")
-    if k.shape[1] < q.shape[1] or v.shape[:3] != k.shape[:3]:
+    if k.shape[1] < q.shape[1] or v.shape[:3] != k.shape[:3] or k.shape[::3] != q.shape[::3]:
         raise UserError(f"{operation}: keys {k.shape} and values {v.shape} do not fit queries {q.shape}")
 
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlinear.ops import dtypes, segments
+from jaxlinear.errors import UserError
+from jaxlinear.ops import checks, dtypes, segments
 
 
 def causal_convolution(
@@ -29,6 +30,10 @@ def causal_convolution(
       y ``[B, T, D]`` in the dtype of x, and the state after the last token ``[B, width-1, D]``: the inputs of the
       last document of each row, zeros where it is shorter than that.
     """
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    bias, state = (None if y is None else jnp.asarray(y) for y in (bias, state))
+    _check_shapes(x, kernel, bias, state)
+    segment_ids = checks.segment_ids("causal_convolution", segment_ids, *x.shape[:2])
     width, length = kernel.shape[0], x.shape[1]
     if state is None:
         state = jnp.zeros_like(x, shape=(x.shape[0], width - 1, x.shape[2]))
@@ -39,6 +44,19 @@ def causal_convolution(
         same = jnp.pad(runs, ((0, 0), (width - 1, 0)))[:, length:] == runs[:, -1:]
         final = jnp.where(same[..., None], final, jnp.zeros((), x.dtype))
     return _filter(x, kernel, bias, state, runs), final
+
+
+def _check_shapes(x, kernel, bias, state) -> None:
+    checks.axes("causal_convolution", "B T D", x=x)
+    checks.numbers("causal_convolution", complex_too=True, x=x)
+    batch, _, channels = x.shape
+    if kernel.ndim != 2 or kernel.shape[0] < 1 or kernel.shape[1] != channels:
+        raise UserError(f"causal_convolution: the kernel {kernel.shape} does not fit x {x.shape}; it is [width, D]")
+    if bias is not None and bias.shape != (channels,):
+        raise UserError(f"causal_convolution: the bias {bias.shape} does not fit x {x.shape}; it is [D]")
+    before = batch, kernel.shape[0] - 1, channels
+    if state is not None and state.shape != before:
+        raise UserError(f"causal_convolution: the state is {state.shape}, not [B, width-1, D] = {before}")
 
 
 @jax.custom_vjp

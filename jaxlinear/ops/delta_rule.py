@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, decay, delta_rule_kernel, dtypes, matrix_states, recurrence, triangular
+from jaxlinear.ops import backends, checks, decay, delta_rule_kernel, dtypes, matrix_states, recurrence, triangular
 from jaxlinear.ops.delta_rule_maps import DeltaRuleMaps, Inputs
 
 _CHANNEL_CHUNK = 32  # what such a decay costs within a chunk grows with its size
@@ -61,18 +61,22 @@ def delta_rule(
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     matrix_states.check_shapes("delta_rule", q, k, v, log_decay, initial_state, constant_decay=False)
-    length, width = q.shape[1], q.shape[3]
+    batch, length, _, width = q.shape
     if beta.shape != q.shape[:3]:
         raise UserError(f"delta_rule: beta {beta.shape} does not fit queries {q.shape}; it is [B, T, H]")
+    checks.real("delta_rule", beta=beta)
     backend = choose(backend, q, k, v, chunk_size, runner)
     chunk = matrix_states.choose_chunk("delta_rule", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
-    scale = width**-0.5 if scale is None else scale
+    scale = checks.scale("delta_rule", width, scale)
     log_decay = None if log_decay is None else jnp.asarray(log_decay)
     if initial_state is None:
         initial_state = matrix_states.no_state(q, k, v)
     initial_state = jnp.asarray(initial_state).astype(wide)
-    starts = None if segment_ids is None else runner.starts(jnp.asarray(segment_ids))
+    segment_ids = checks.segment_ids("delta_rule", segment_ids, batch, length)
+    starts = None if segment_ids is None else runner.starts(segment_ids)
+    if 0 in q.shape[:3]:
+        return jnp.zeros_like(v), initial_state
     inputs = Inputs(q, k, v, beta, log_decay, starts)
     if backend == "pallas":
         family = delta_rule_kernel.DeltaRuleKernel(scale, chunk_size, backends.target())

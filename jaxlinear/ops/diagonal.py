@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, diagonal_kernel, dtypes, recurrence, segments
+from jaxlinear.ops import backends, checks, diagonal_kernel, dtypes, recurrence, segments
 from jaxlinear.ops.diagonal_maps import DiagonalMaps, Power, Transition
 
 # Where a complex recurrence is run as real arithmetic, on two real arrays: XLA emulates complex numbers on TPU, and a
@@ -54,7 +54,10 @@ def linear_recurrence(
     """
     backends.check("linear_recurrence", backend, _BACKENDS)
     a, x = jnp.asarray(a), jnp.asarray(x)
+    initial_state = None if initial_state is None else jnp.asarray(initial_state)
     _check_shapes(a, x, initial_state)
+    checks.numbers("linear_recurrence", complex_too=True, x=x)
+    segment_ids = checks.segment_ids("linear_recurrence", segment_ids, *x.shape[:2])
     backend = choose(backend, a, x)
     compute = dtypes.wide(a.dtype, x.dtype)
     out = dtypes.wide(x.dtype, jnp.complex64) if _is_complex(a.dtype) and not _is_complex(x.dtype) else x.dtype
@@ -65,6 +68,8 @@ def linear_recurrence(
     if initial_state is None:
         initial_state = diagonal_kernel.no_state(a, x)
     initial_state = initial_state.astype(compute)
+    if x.shape[1] == 0:
+        return jnp.zeros_like(x, dtype=out), initial_state
     if runner is not recurrence.WHOLE:
         if reverse:
             raise UserError("linear_recurrence: reverse=True does not run with time spread over several devices")
@@ -159,6 +164,8 @@ class _Run(NamedTuple):
 
 
 def _check_shapes(a, x, initial_state) -> None:
+    if x.ndim < 2:
+        raise UserError(f"linear_recurrence: x is {x.shape}; it is [B, T, ...]")
     inner = x.shape[2:]
     if a.ndim == x.ndim:
         fits = a.shape == x.shape

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlinear.ops import backends, decay, dtypes, linear_attention_kernel, matrix_states, recurrence
+from jaxlinear.ops import backends, checks, decay, dtypes, linear_attention_kernel, matrix_states, recurrence
 from jaxlinear.ops.linear_attention_maps import Inputs, LinearAttentionMaps
 
 _CPU_CHANNEL_CHUNK = 32  # what a decay by channel costs within a chunk grows with its size; elsewhere states count more
@@ -61,12 +61,15 @@ def linear_attention(
     backend = choose(backend, q, k, v, chunk_size, runner)
     chunk = matrix_states.choose_chunk("linear_attention", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
-    scale = width**-0.5 if scale is None else scale
+    scale = checks.scale("linear_attention", width, scale)
     log_decay = None if log_decay is None else jnp.asarray(log_decay)
     if initial_state is None:
         initial_state = matrix_states.no_state(q, k, v)
     initial_state = jnp.asarray(initial_state).astype(wide)
-    starts = None if segment_ids is None else runner.starts(jnp.asarray(segment_ids))
+    segment_ids = checks.segment_ids("linear_attention", segment_ids, batch, length)
+    starts = None if segment_ids is None else runner.starts(segment_ids)
+    if 0 in q.shape[:3]:
+        return jnp.zeros_like(v), initial_state
     if chunk is None and backend != "pallas":
         return _recurrent(q, k, v, log_decay, initial_state, starts, scale)
     inputs, constants = Inputs(q, k, v, log_decay, starts, None), None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, dtypes, recurrence
+from jaxlinear.ops import backends, checks, dtypes, recurrence
 
 FEW_TOKENS = 8  # up to which the loop over time is the faster
 CHUNK = 64
@@ -62,6 +62,9 @@ def _check_chunk(operation: str, backend: str, chunk_size: int | None) -> None:
 
 def check_shapes(operation, q, k, v, log_decay, initial_state, *, constant_decay: bool) -> None:
     """Raises ``UserError`` for shapes that do not fit each other."""
+    checks.axes(operation, "B T H K", q=q)
+    checks.numbers(operation, q=q, k=k, v=v)
+    checks.real(operation, log_decay=log_decay, initial_state=initial_state)
     batch, length, heads, width = q.shape
     fitting = {(batch, length, heads), (batch, length, heads, width)} | ({(heads,)} if constant_decay else set())
     if k.shape != q.shape:

@@ -4,9 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, segments
+from jaxlinear.ops import backends, checks, segments
 from jaxlinear.ops.attention import attend, by_kernel, check_shapes, choose
 
 _QUERY_BLOCK = 128
@@ -41,13 +42,17 @@ def sliding_window_attention(
     backends.check("sliding_window_attention", backend, ("recurrent", "chunked", "pallas"))
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_shapes("sliding_window_attention", q, k, v)
+    if not isinstance(window, int | np.integer):
+        raise UserError(f"sliding_window_attention: the window is {window!r}; it is a whole number of tokens")
     if window < 1:
         raise UserError(f"sliding_window_attention: the window is {window}; it must be at least 1")
     if 0 in q.shape[:3]:
         return jnp.zeros_like(v, shape=(*q.shape[:3], v.shape[3]))
     length, keys = q.shape[1], k.shape[1]
+    segment_ids = checks.segment_ids("sliding_window_attention", segment_ids, q.shape[0], keys)
+    scale = checks.scale("sliding_window_attention", q.shape[3], scale)
     prefix = keys - length
-    window = min(window, keys)
+    window = min(int(window), keys)
     if choose("sliding_window_attention", backend, q, k, v) == "pallas":
         return by_kernel(q, k, v, window, scale, segment_ids)
     block = 1 if backend == "recurrent" else min(_QUERY_BLOCK, length)

@@ -315,3 +315,17 @@ def test_the_loss_at_the_start_is_that_of_a_guess():
     logits, _ = numerics.jit(lambda parameters: architecture.bind(parameters)(tokens[:, :-1]))(parameters)
     losses = -np.take_along_axis(oracles.log_softmax(numerics.wide(logits)), tokens[:, 1:, None], axis=-1)
     assert math.log(512) - 0.2 < losses.mean() < math.log(512) + 1.0
+
+
+def test_arrays_that_do_not_belong_to_the_tokens_are_refused():
+    """Ids of a row more or a token less would be stretched or cut in silence."""
+    whole = small.bound({})[-1]
+    for ids in (IDS[:, :-1], IDS[:1], IDS[0]):
+        with pytest.raises(
+            UserError, match=r"segment_ids of shape .* for tokens of shape \(3, 13\); they are one a token"
+        ):
+            whole(TOKENS, ids)
+    with pytest.raises(UserError, match=r"tokens of shape \(13,\); they are \[B, T\]"):
+        whole(TOKENS[0])
+    with pytest.raises(UserError, match=r"a state of 2 rows for tokens of shape \(3, 13\)"):
+        whole(TOKENS, None, whole.init_state(2))

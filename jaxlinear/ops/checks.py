@@ -1,0 +1,56 @@
+"""What the operations refuse in their arguments before they run: else JAX would stretch it, cut it or round it unasked."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlinear.errors import UserError
+
+
+def numbers(operation: str, *, complex_too: bool = False, **arrays: jax.Array) -> None:
+    """Raises ``UserError`` for arrays whose dtype the outputs cannot have: whole numbers, to which they would be cut."""
+    for name, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.inexact if complex_too else jnp.floating):
+            kinds = "real or complex" if complex_too else "real"
+            raise UserError(f"{operation}: {name} is of {x.dtype}; it is {kinds}, as {name}.astype('float32') is")
+
+
+def real(operation: str, **arrays: Any) -> None:
+    """Raises ``UserError`` for complex arrays, of which the imaginary parts would be dropped. None is passed over."""
+    for name, x in arrays.items():
+        if x is not None and jnp.iscomplexobj(x):
+            raise UserError(f"{operation}: {name} is complex; only linear_recurrence takes complex numbers")
+
+
+def axes(operation: str, names: str, **arrays: jax.Array) -> None:
+    """Raises ``UserError`` for arrays that have not as many axes as ``names``, as ``"B T H K"``."""
+    for name, x in arrays.items():
+        if x.ndim != len(names.split()):
+            raise UserError(f"{operation}: {name} is {x.shape}; it is [{', '.join(names.split())}]")
+
+
+def segment_ids(operation: str, ids: Any, batch: int, length: int) -> jax.Array | None:
+    """The ids as an array, or None. Raises ``UserError`` unless there is one for each token."""
+    if ids is None:
+        return None
+    ids = jnp.asarray(ids)
+    if ids.shape != (batch, length):
+        raise UserError(f"{operation}: segment_ids {ids.shape} are not one a token: [B, T] = {(batch, length)}")
+    return ids
+
+
+def scale(operation: str, width: int, given: Any) -> float:
+    """``given``, or by default ``K**-0.5`` of K = ``width``. Raises ``UserError`` for what is no number while the program
+    is traced: it is a constant of the program, and has no gradient."""
+    if given is None:
+        if not width:
+            raise UserError(f"{operation}: queries and keys have no channels (K is 0)")
+        return float(width**-0.5)
+    try:
+        return float(given)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{operation}: scale is {given}; it is one number that is known when the program is traced (multiply the "
+            "queries by what is learned or varies)"
+        ) from None
