@@ -138,7 +138,9 @@ def _parse(argv: list[str]) -> list[str]:
     file, changed = check_config_options(argv)
     try:
         rest = flags.FLAGS(argv)[1:]
-    except (AttributeError, KeyError, flags.IllegalFlagValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         if file is None or (refusal := _of_config_file(error, file)) is None:
             raise
         raise refusal from error
@@ -151,24 +153,41 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _of_config_file(error: Exception, file: str) -> UserError | None:
-    """What is wrong in a config file, and where. None for what is no key or value of a config: a defect of the file, or a
-    flag that is malformed."""
+    """What is wrong in a config file, and where. None for a defect of what the file calls, and for a flag that is
+    malformed."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        advice = (
+            "" if file.endswith(".py") else " (it is no Python file, which a config file is, as configs/quickstart.py)"
+        )
+        return UserError(f"{file}, line {error.lineno}: {error.msg}{advice}")
     cause, lines = _raised_in(error, file)
     if cause is None:
-        if isinstance(error, flags.Error):
+        if not isinstance(error, AttributeError | KeyError):
             return None
         return UserError(f"{file}: get_config() has to return jaxlinear.config.default() with keys changed: {error}")
-    if isinstance(cause, TypeError | ValueError):
-        if "ml_collections" not in traceback.extract_tb(cause.__traceback__)[-1].filename:
-            return None
-        return UserError(f"{file}, line {lines[-1]}: {cause}")
+    innermost = traceback.extract_tb(cause.__traceback__)[-1].filename
+    if isinstance(cause, TypeError | ValueError) and "ml_collections" in innermost:
+        return UserError(f"{file}, line {lines[-1]}: {_as_tuple(str(cause)) or cause}")
     bare = r"|\W*$" if isinstance(cause, AttributeError) else ""
     key = re.match(rf"""\W*(?:Key ")?(\w+)(.*the config is locked|.*Did you mean{bare})""", str(cause), re.DOTALL)
     if key is None:
-        return None
+        if innermost != file:
+            return None
+        return UserError(f"{file}, line {lines[-1]}: {type(cause).__name__}: {cause}")
     near = re.search(r'Did you mean ("\w+")', str(cause))
     advice = f"; did you mean {near[1]}?" if near else ""
     return UserError(f'{file}, line {lines[-1]}: there is no config key "{key[1]}"{advice}')
+
+
+def _as_tuple(refusal: str) -> str | None:
+    """What to say where a text was set in the place of a tuple of names; None for other refusals of ml_collections."""
+    found = re.match(
+        r"Could not override field '(\w+)'.*?\. (.*) is of original type <class 'str'> .*'tuple'>", refusal
+    )
+    if found is None:
+        return None
+    names = tuple(name.strip() for name in found[2].split(","))
+    return f"{found[1]} is {found[2]!r}, one text; it is a tuple: {names!r}"
 
 
 def _raised_in(error: BaseException | None, file: str) -> tuple[BaseException | None, list[int | None]]:

@@ -186,6 +186,20 @@ def get_config():
             "FILE, line 6: Could not override field 'width' (reference). wide is of original type <class 'str'> and cannot",
         ),
         (
+            "config.model.pattern = 'gla, s5'",
+            [],
+            "FILE, line 6: pattern is 'gla, s5', one text; it is a tuple: ('gla', 's5')",
+        ),
+        ("{}['key']", [], "FILE, line 6: KeyError: 'key'"),
+        ("config.training.steps = 1 // 0", [], "FILE, line 6: ZeroDivisionError: integer division or modulo by zero"),
+        (
+            "config.training.steps = int('a')",
+            [],
+            "FILE, line 6: ValueError: invalid literal for int() with base 10: 'a'",
+        ),
+        ("import not_there", [], "FILE, line 6: ModuleNotFoundError: No module named 'not_there'"),
+        ("config.model.width = (", [], "FILE, line 6: '(' was never closed"),
+        (
             "config.model = dict(width=64)",
             [],
             "the config has no model.preset; get_config() takes jaxlinear.config.def",
@@ -245,11 +259,21 @@ def test_train_needs_a_config(tmp_path):
     assert "Flag --config must have a value other than None" in done.stderr
 
 
-def test_a_defect_in_a_config_file_keeps_its_traceback(tmp_path):
+def test_a_defect_of_what_a_config_file_calls_keeps_its_traceback(tmp_path):
     file = tmp_path / "small.py"
-    file.write_text(BAD_CONFIG.replace("LINE", "{}['key']"))
+    (tmp_path / "other_module.py").write_text("def value():\n    return {}['key']\n")
+    line = f"import sys; sys.path.append({str(tmp_path)!r}); import other_module; other_module.value()"
+    file.write_text(BAD_CONFIG.replace("LINE", line))
     done = launch(tmp_path, f"--config={file}")
     assert done.returncode == 1 and done.stderr.endswith("KeyError: 'key'\n")
+
+
+def test_a_config_that_is_no_python_file(tmp_path):
+    file = tmp_path / "notes.md"
+    file.write_text("# Notes\n\nThese are words.\n")
+    done = launch(tmp_path, f"--config={file}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"{file}, line 3: invalid syntax (it is no Python file, which a config file is" in done.stderr
 
 
 def launch(folder, *arguments):
