@@ -87,6 +87,10 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
 
 def is_read(config: config_dict.ConfigDict, key: str) -> bool:
     """Whether anything of this run reads one of the keys that only some choices read."""
+    if key == "model.num_heads" and config.model.recurrent_heads:
+        # What else reads the one reads the other instead.
+        readers = set(mixers.READERS["num_heads"]) - set(mixers.READERS["recurrent_heads"])
+        return bool(readers & set(_chosen(config, "model.pattern")))
     return any(set(_chosen(config, chooser)) & set(readers) for chooser, readers in _READ_BY[key].items())
 
 

@@ -264,6 +264,13 @@ def test_heads_that_nothing_reads():
     config.model.pattern = ("lru", "gla")
     with pytest.raises(UserError, match=r"^without model.preset these keys need a value: model.num_heads$"):
         configs.resolve(config)
+    config.model.recurrent_heads = 2  # which gla then reads instead
+    assert configs.resolve(config).model.num_heads == 1
+    config.model.num_heads = 3  # does not divide the width
+    assert configs.resolve(config).model.num_heads == 3
+    config.model.pattern = ("gla", "attention")
+    with pytest.raises(UserError, match=r"model.num_heads=3 does not divide model.width"):
+        configs.resolve(config)
 
 
 def test_what_a_preset_says_and_another_pattern_does_not_read_may_stand():
