@@ -22,7 +22,7 @@ FILE = "lock"
 # Seconds: a scheduler starts a run again while the killed one still ends, and an NFS server keeps the lock of a host that
 # is gone for 90 s.
 _PATIENCE = 120.0
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system that has none
 
 
 def take(file: BinaryIO, *, shared: bool = False) -> bool:
@@ -48,7 +48,7 @@ def of_run(directory: Path) -> Iterator[None]:
             _wait(file, path)
             locked = True
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             locked = False
             _LOG.warning(

@@ -1,10 +1,12 @@
 """What is known of a run from its files, and the tables that say it."""
 
+import errno
 import io
 import os
 
 import pytest
 
+from jaxlinear import locks
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps import executors, files, states, table
 
@@ -136,3 +138,17 @@ def test_gpus_are_dealt_out(tmp_path, monkeypatch):
     assert executors.Local(tmp_path, parallel=3, gpus_per_run=1)._devices(2) == "6"
     with pytest.raises(UserError, match="need 4 GPUs; CUDA_VISIBLE_DEVICES names 3"):
         two._devices(0)
+
+
+def test_a_file_system_without_locks(run, monkeypatch):
+    """Has no sweeps, and of one that was copied there nothing runs."""
+    (run.job / "lock").touch()
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    refusal = pytest.raises(UserError, match=r"has no locks \(.*\), and a sweep needs them, .*; give it a --workdir on")
+    with refusal, files.hold(run.sweep):
+        pass
+    assert not run.is_running()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxlinear import locks
+from jaxlinear.errors import UserError
 
 _PATIENCE = 10.0  # seconds that a job waits for the lock, which is taken for a moment by those who only look
 _TAIL = 65_536  # bytes of a log or of metrics, at their end, that are looked at
@@ -89,14 +90,32 @@ class RunFiles:
         if not path.exists():
             return False
         with path.open("ab") as file:
-            return not locks.take(file, shared=True)
+            try:
+                return not locks.take(file, shared=True)
+            except OSError as error:
+                if error.errno not in locks.NO_LOCKS:
+                    raise
+                return False  # no sweep runs there (``hold``): it was copied
 
 
 @contextlib.contextmanager
 def hold(sweep: Path) -> Iterator[bool]:
-    """Holds the lock of a sweep's directory; False, at once, if another process does."""
+    """Holds the lock of a sweep's directory; False, at once, if another process does.
+
+    Raises:
+      UserError: the file system has no locks, by which a sweep tells which of its runs are under way.
+    """
     with (sweep / "lock").open("ab") as file:
-        yield locks.take(file)
+        try:
+            held = locks.take(file)
+        except OSError as error:
+            if error.errno not in locks.NO_LOCKS:
+                raise
+            raise UserError(
+                f"the file system of {sweep} has no locks ({error.strerror}), and a sweep needs them, so that no run is "
+                "started twice; give it a --workdir on another one"
+            ) from None
+        yield held
 
 
 def write(path: Path, text: str) -> None:
