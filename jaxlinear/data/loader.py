@@ -134,12 +134,12 @@ class ExampleTable:
         self.manifest = read_manifest(path)
         if split not in self.manifest.splits:
             raise UserError(f"{path} has no split {split!r} but {', '.join(self.manifest.splits)}")
-        self._check_sequence_length(sequence_length)
         info = self.manifest.splits[split]
+        self.targets = max(info.tokens - 1, 0)
+        self._check_sequence_length(sequence_length)
         self._reader = SplitReader(pathlib.Path(path), info)
         self._path, self._sequence_length = path, sequence_length
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self.targets = max(info.tokens - 1, 0)
         self.whole_examples = self.targets // sequence_length
         self.examples = -(-self.targets // sequence_length)
 
@@ -147,12 +147,13 @@ class ExampleTable:
         block_length = self.manifest.block_length
         if sequence_length % block_length == 0 or block_length % sequence_length == 0:
             return
-        lengths = _lengths_that_work(block_length, sequence_length + block_length)
+        lengths = _lengths_that_work(block_length, min(sequence_length + block_length, max(self.targets, 1)))
         below = max(n for n in lengths if n < sequence_length)
-        above = min(n for n in lengths if n > sequence_length)
+        above = [n for n in lengths if n > sequence_length][:1]  # none where the split has not so many tokens
+        nearest = f"nearest that work are {below} and {above[0]}" if above else f"nearest that works is {below}"
         raise UserError(
             f"sequence_length {sequence_length} neither divides the block length {block_length} nor is a multiple of "
-            f"it; the nearest that work are {below} and {above}"
+            f"it; the {nearest}"
         )
 
     def largest_sequence_length(self) -> int:

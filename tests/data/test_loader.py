@@ -261,6 +261,7 @@ def test_attributes(dataset):
         ),
         ({"sequence_length": 33}, "33 neither divides .*; the nearest that work are 32 and 64$"),
         ({"sequence_length": 3}, "3 neither divides .*; the nearest that work are 2 and 4$"),
+        ({"sequence_length": (1 << 20) + 1}, r"1048577 neither divides .*; the nearest that works is \d{1,6}$"),
         ({"sequence_length": 0}, "sequence_length has to be at least 1, not 0"),
         (
             {"sequence_length": 1 << 20},
