@@ -22,7 +22,6 @@ from jaxlinear.pallas.linear_attention import Options
 from jaxlinear.pallas.target import Target
 
 NARROWEST, WIDEST = 16, 256  # K, and V of one kernel, where they are compiled
-_TWICE = "chunked"  # the backend that has gradients of gradients
 _TAKEN = {"tpu": (np.dtype(np.float32), np.dtype(jnp.bfloat16)), "gpu": (np.dtype(jnp.bfloat16),)}
 
 
@@ -83,7 +82,7 @@ def _by_pieces(kernels, inputs, state, options, *, keep):
 def _outputs_forward(kernels, inputs, state, options):
     only_state = not any(x.perturbed for x in inputs if x is not None)
     inputs, state = values((inputs, state))
-    given = derivatives.once((inputs, state), _TWICE)
+    given = derivatives.once((inputs, state))
     o, final, before = _by_pieces(kernels, *given, options, keep=not only_state)
     if only_state:
         return (o, final), (inputs, None)
@@ -93,7 +92,7 @@ def _outputs_forward(kernels, inputs, state, options):
 
 def _outputs_backward(kernels, options, residuals, cotangents):
     cotangents = tuple(jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
-    (inputs, before), (d_o, d_final) = derivatives.once((residuals, cotangents), _TWICE)
+    (inputs, before), (d_o, d_final) = derivatives.once((residuals, cotangents))
     pieces = _of_pieces(inputs)
     of_values = list(zip(_split(d_o, len(pieces)), _split(d_final, len(pieces)), strict=True))
     if before is None:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxlinear.pallas import blocks, derivatives
-from jaxlinear.pallas.attention_tpu import SAVED, TWICE
+from jaxlinear.pallas.attention_tpu import SAVED
 from jaxlinear.pallas.delta_rule_gpu_layout import power_of_two
 from jaxlinear.pallas.target import Target
 
@@ -93,14 +93,14 @@ def _attend_forward(q, k, v, seen, rule):
     o = jax.ShapeDtypeStruct((batch, length, heads, v.shape[3]), v.dtype)
     log_totals = jax.ShapeDtypeStruct((batch, heads, length), _wide(q))
     grid = length // rule.block.queries, heads, batch
-    inputs = derivatives.once((q, k, v, seen.lowest), TWICE)
+    inputs = derivatives.once((q, k, v, seen.lowest))
     outputs = _call(_outputs_kernel, "outputs", rule, grid, inputs, (o, log_totals), (1, 1))
     outputs = tuple(checkpoint_name(x, SAVED) for x in outputs)
     return outputs[0], (q, k, v, seen, outputs)
 
 
 def _attend_backward(rule, residuals, d_o):
-    (q, k, v, seen, (o, log_totals)), d_o = derivatives.once((residuals, d_o), TWICE)
+    (q, k, v, seen, (o, log_totals)), d_o = derivatives.once((residuals, d_o))
     (batch, length, heads, _), (_, keys, groups, _), wide = q.shape, k.shape, _wide(q)
     # sum_v o do: the softmax's normaliser seen from behind (section 3.1.2)
     deltas = jnp.sum(o.astype(wide) * d_o.astype(wide), axis=-1).swapaxes(1, 2)

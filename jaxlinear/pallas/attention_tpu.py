@@ -16,7 +16,6 @@ from jaxlinear.pallas import blocks, derivatives
 from jaxlinear.pallas.target import Target
 
 SAVED = "attention"  # what rules of rematerialisation call the outputs and the logs of the sums of weights
-TWICE = "chunked"  # the backend that has gradients of gradients
 
 
 def attention(
@@ -50,11 +49,11 @@ def _attend(kernel, q, k, v, ids):
 
 
 def _attend_forward(kernel, q, k, v, ids):
-    return jax.vjp(lambda q, k, v: kernel(q, k, v, ids), *derivatives.once((q, k, v), TWICE))
+    return jax.vjp(lambda q, k, v: kernel(q, k, v, ids), *derivatives.once((q, k, v)))
 
 
 def _attend_backward(kernel, pullback, d_o):
-    return *pullback(derivatives.once(d_o, TWICE)), None
+    return *pullback(derivatives.once(d_o)), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -9,13 +9,13 @@ from jaxlinear.errors import UserError
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def once(tree: Any, instead: str) -> Any:
+def once(tree: Any, instead: str = "chunked") -> Any:
     """The tree as it is: what the rules of a kernel's gradient hand to kernels, forward and backward. To differentiate it
     is to differentiate the gradient, in either mode, and raises ``UserError``.
 
     Args:
       tree: of arrays.
-      instead: the backend that has gradients of gradients.
+      instead: the backend that has gradients of gradients, as all but the diagonal recurrence call it.
     """
     return tree
 
