@@ -44,7 +44,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 1e-30 <= self.temperature < float("inf"):  # logits are divided by it
             raise UserError(f"the temperature is {self.temperature}; it is 0 (the likeliest token), or from 1e-30 on")
-        if self.top_k < 0:
+        if self.top_k < 0 or self.top_k != int(self.top_k):
             raise UserError(f"top_k is {self.top_k}; it is a number of tokens, or 0 for all")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it lies in (0, 1]")
@@ -190,8 +190,10 @@ def chunks(
     left out. ``numbers`` are those that the rows are drawn by (see ``Sampling``), for prompts that are a part of more;
     by default 0, 1, ...
     """
-    if max_tokens < 1:
-        raise UserError(f"max_tokens is {max_tokens}; it must be at least 1")
+    if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens!r}; it is a whole number, at least 1")
+    if vocab_size is not None and vocab_size < 1:
+        raise UserError(f"vocab_size is {vocab_size}; it must be at least 1")
     if chunk < 1:
         raise UserError(f"chunk is {chunk}; it must be at least 1")
     vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
@@ -222,7 +224,7 @@ def _batch(prompts, vocab_size: int, stop_token: int | None, shards: int) -> tup
     """The prompts ``[B, T]``, padded on the left, and their segment ids: 0 for padding, 1 for the prompt."""
     if not prompts:
         raise UserError("there is no prompt")
-    rows = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
+    rows = [_tokens(prompt) for prompt in prompts]
     if stop_token is None and not all(map(len, rows)):
         raise UserError("a prompt is empty, and there is no stop token for it to begin with")
     rows = [row if len(row) else np.array([stop_token]) for row in rows]
@@ -239,6 +241,15 @@ def _batch(prompts, vocab_size: int, stop_token: int | None, shards: int) -> tup
         tokens[i, length - len(row) :] = row
         segment_ids[i, length - len(row) :] = 1
     return tokens, segment_ids
+
+
+def _tokens(prompt: Any) -> np.ndarray:
+    row = np.asarray(prompt)
+    if row.ndim != 1 or (len(row) and not np.issubdtype(row.dtype, np.integer)):
+        raise UserError(
+            f"a prompt is {prompt!r}; it is a list of token ids, and several prompts are a list of such lists"
+        )
+    return row.astype(np.int64)
 
 
 def _padded(tokens: int, least: int) -> int:

@@ -262,6 +262,13 @@ def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
     ("options", "message"),
     [
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5; it is a whole number"),
+        ({"top_k": 1.5}, "top_k is 1.5; it is a number of tokens"),
+        ({"vocab_size": 0}, "vocab_size is 0; it must be at least 1"),
+        ({"prompts": [[1.7, 2.2]]}, r"a prompt is \[1.7, 2.2\]; it is a list of token ids"),
+        ({"prompts": [1, 2]}, "a prompt is 1; it is a list of token ids, and several prompts are a list of such lists"),
+        ({"prompts": [[[1, 2], [3, 4]]]}, r"a prompt is \[\[1, 2\], \[3, 4\]\]; it is a list of token ids"),
+        ({"prompts": ["text"]}, "a prompt is 'text'; it is a list of token ids"),
         ({"temperature": -0.1}, "the temperature is -0.1"),
         ({"temperature": 1e-40}, "the temperature is 1e-40; it is 0 .the likeliest token., or from 1e-30 on"),
         ({"temperature": float("nan")}, "the temperature is nan"),
