@@ -1,5 +1,6 @@
 """Every checkpoint of a run as it appears: its report to JSON, its numbers to TensorBoard, their curves to an HTML page."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -10,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from jaxlinear import evaluation
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import html, plots
 from jaxlinear.evaluation.options import Options
 from jaxlinear.evaluation.run import Run, open_run
+from jaxlinear.training.tensorboard import TensorBoard
 from jaxlinear.training.workdir import read_config, read_starts
 
 _LOG = logging.getLogger(__name__)
@@ -138,10 +138,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _to_tensorboard(folder: Path, step: int, report: dict[str, Any]) -> None:
-    with SummaryWriter(str(folder)) as board:
+    with contextlib.closing(TensorBoard(folder)) as board:
         for task, values in evaluation.scalars(report).items():
-            for name, value in values.items():
-                board.add_scalar(f"{task}/{name}", value, step)
+            board.write(step, {f"{task}/{name}": value for name, value in values.items()})
 
 
 def _page(reports: Mapping[int, dict[str, Any]]) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from jaxlinear.parallel import start
+from jaxlinear.training.tensorboard import TensorBoard
 
 FILE = "metrics.jsonl"
 
@@ -23,7 +23,7 @@ class MetricsWriter:
         # The first process of a run writes; the others' lines go nowhere.
         first = start.is_first()
         self._file = _open_at(workdir / FILE, step) if first else open(os.devnull, "a")
-        self._board = SummaryWriter(str(workdir), purge_step=step + 1) if tensorboard and first else None
+        self._board = TensorBoard(workdir, purge_step=step + 1) if tensorboard and first else None
         self._bar = tqdm(
             total=steps,
             initial=step,
@@ -39,9 +39,7 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
+            self._board.write(step, values)
 
     def progress(self, step: int, shown: Mapping[str, str]) -> None:
         """Moves the bar to ``step``, with a few values behind it."""
@@ -49,16 +47,20 @@ class MetricsWriter:
         self._bar.update(step - self._bar.n)
 
     def sync(self) -> None:
-        """Returns when the lines written so far are on the disk: before a checkpoint that stands for their steps."""
+        """Returns when what was written so far is on the disk: before a checkpoint that stands for its steps."""
         self._file.flush()
         if start.is_first():
             os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.sync()
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            self._file.close()
+        finally:
+            if self._board is not None:
+                self._board.close()
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:

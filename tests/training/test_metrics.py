@@ -1,9 +1,16 @@
 """The lines of metrics.jsonl and starts.jsonl, when a run goes on too; rates and the end of a run that diverged."""
 
+import contextlib
+import errno
+import os
+import resource
+import struct
 import types
 
 import jax.numpy as jnp
 import pytest
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from jaxlinear.errors import Diverged
 from jaxlinear.scaling import flops
@@ -12,6 +19,7 @@ from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.job import Job
 from jaxlinear.training.meter import Meter
 from jaxlinear.training.metrics import MetricsWriter
+from jaxlinear.training.tensorboard import TensorBoard
 from tests.training import tiny
 
 VALUES = dict.fromkeys(("loss", "gradient_norm", "parameter_norm", "learning_rate", "skips", "skips_in_a_row"), 1.5)
@@ -51,12 +59,72 @@ def test_a_start_after_a_line_that_was_cut_short_has_a_line_of_its_own(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [workdirs.STARTS]
 
 
+def curve(directory, name="loss"):
+    """``{step: value}`` as TensorBoard reads the event files: in the order of their names, what a start purges left out."""
+    points = {}
+    for path in sorted(directory.glob("events.out.tfevents.*")):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            assert struct.unpack("<I", content[8:12])[0] == masked_crc32c(content[:8])
+            assert struct.unpack("<I", content[12 + length : 16 + length])[0] == masked_crc32c(
+                content[12 : 12 + length]
+            )
+            event, content = event_pb2.Event.FromString(content[12 : 12 + length]), content[16 + length :]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                points = {step: value for step, value in points.items() if step < event.step}
+            for value in event.summary.value:
+                if value.tag == name:
+                    points[event.step] = value.simple_value
+    return points
+
+
 def test_tensorboard_events(tmp_path):
     one = writer(tmp_path, 0, tensorboard=True)
     one.write(1, {"loss": 2.0, "note": "no number"})
     one.close()
     (events,) = tmp_path.glob("events.out.tfevents.*")
-    assert b"loss" in events.read_bytes() and b"note" not in events.read_bytes()
+    assert curve(tmp_path) == {1: 2.0} and b"note" not in events.read_bytes()
+
+
+def test_a_killed_run_leaves_tensorboard_what_it_had_saved(tmp_path):
+    """It closes nothing. The steps after the one that it goes on from are purged."""
+    killed = writer(tmp_path, 0, tensorboard=True)
+    for step in (1, 2, 3, 4):
+        killed.write(step, {"loss": float(step)})
+        killed.sync()
+        assert curve(tmp_path)[step] == step
+    again = writer(tmp_path, 2, tensorboard=True)
+    assert curve(tmp_path) == {1: 1.0, 2: 2.0}
+    again.write(3, {"loss": 30.0})
+    assert curve(tmp_path) == {1: 1.0, 2: 2.0, 3: 30.0}
+    again.close(), killed.close()
+
+
+def test_event_files_follow_each_other_whatever_the_clock_says(tmp_path, monkeypatch):
+    for second in (2e9, 2e9, 1e9):  # two within one second, and a clock that was set back
+        monkeypatch.setattr("jaxlinear.training.tensorboard.time.time", lambda second=second: second)
+        board = TensorBoard(tmp_path, purge_step=1)
+        board.write(1, {"loss": second})
+        board.close()
+    assert len(list(tmp_path.iterdir())) == 3
+    assert curve(tmp_path) == {1: 1e9}, "the last one counts"
+
+
+def test_a_full_disk_is_an_error_of_the_point_that_has_no_room(tmp_path):
+    """It is not noted by a thread that nobody asks, while the run waits for it."""
+    board = TensorBoard(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+            for step in range(1, 1000):
+                board.write(step, {"loss": 1.0})
+        with contextlib.suppress(OSError):
+            board.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 1 < step < 100
 
 
 @pytest.fixture
