@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from jaxlinear.parallel import start
 DIRECTORY = "checkpoints"
 _META = "meta"
 _OVERHEAD_BYTES = 1 << 19  # of a checkpoint over its arrays: its descriptions, and blocks that are not full
+_OPENINGS = 10  # how often a directory is opened in which a run removes checkpoints
 # What Orbax and TensorStore raise for a damaged file; for damaged contents of an array it is a bare Exception.
 _READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
 _DISK_FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")  # in the messages of a failed write
@@ -67,7 +69,7 @@ class Checkpoints:
             best_fn=None if config is None else _heldout_loss,
             best_mode="min",
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = _open(self.directory, options)
 
     def steps(self) -> list[int]:
         """The steps that can be restored, oldest first."""
@@ -240,6 +242,35 @@ class Checkpoints:
         earlier = [other for other in self.steps() if other < step]
         advice = f"remove it to go on from step {earlier[-1]}" if earlier else "there is no earlier one"
         return UserError(f"the checkpoint {self.directory / str(step)} cannot be read ({reason}); {advice}")
+
+
+def _open(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    """Orbax lists the checkpoints and then looks at each, which for one who only reads the run may have removed meanwhile,
+    and reads the losses beside all of them."""
+    for opening in range(_OPENINGS):
+        try:
+            return ocp.CheckpointManager(directory, options=options)
+        except FileNotFoundError:
+            if not options.read_only or opening == _OPENINGS - 1:
+                raise
+            time.sleep(0.1)
+        except ValueError as error:  # how a JSON file that is damaged is reported, and not which
+            for file in sorted(directory.glob("*/metrics/metrics")):
+                if not _is_json(file):
+                    raise UserError(
+                        f"the checkpoint {file.parents[1]} cannot be read (its losses in metrics/metrics are damaged: "
+                        f"{error}); remove it, and the others are found"
+                    ) from error
+            raise
+    raise AssertionError
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
 def save_streamed(

@@ -1,7 +1,9 @@
 """Checkpoints of small trees: what is kept, what is refused, and that arrays come back on any mesh."""
 
+import errno
 import itertools
 import json
+import os
 import shutil
 
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlinear import checkpoint
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import EveryProcessError, RunError, UserError
@@ -30,6 +33,23 @@ def test_round_trip(tmp_path):
     small_trees.assert_equal(checkpoints.restore(small_trees.on(small_trees.single()), 1), small_trees.trees(1))
     assert checkpoints.meta()["next_batch"] == 20 and checkpoints.meta(1)["next_batch"] == 10
     assert checkpoints.meta()["config"] == json.loads(configs.to_json(small_trees.config(keep_newest=2)))
+
+
+def test_a_checkpoint_that_is_removed_while_they_are_listed(three, monkeypatch):
+    """Orbax looks at each that it has listed, for its time; the run that has the directory removes one in between."""
+    manager, opened = checkpoint.ocp.CheckpointManager, []
+
+    def removed_meanwhile(directory, options):
+        opened.append(options.read_only)
+        if len(opened) < 3:
+            gone = three / DIRECTORY / "1"
+            shutil.rmtree(gone, ignore_errors=True)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(gone))
+        return manager(directory, options=options)
+
+    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", removed_meanwhile)
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
+    assert Checkpoints(three).steps() == [2, 3] and opened == [True] * 3
 
 
 def of_two_processes(monkeypatch, other):

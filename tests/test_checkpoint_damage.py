@@ -76,6 +76,21 @@ def test_damage_is_refused_by_name(three, what, damage):
     assert _files(three) == before
 
 
+@pytest.mark.parametrize("damage", [truncate, empty])
+def test_damaged_losses_are_refused_by_name(tmp_path, damage):
+    """Orbax reads those of all checkpoints, whichever is asked for."""
+    small_trees.save(tmp_path, (1, 2), heldout={1: 2.0, 2: 3.0}, keep_newest=2, keep_best=1)
+    damage(tmp_path / DIRECTORY / "1" / "metrics" / "metrics")
+    message = (
+        rf"^the checkpoint {tmp_path}/checkpoints/1 cannot be read \(its losses .*\); remove it, and the others are"
+    )
+    for config in (None, small_trees.config(keep_newest=2, keep_best=1)):
+        with pytest.raises(UserError, match=message):
+            Checkpoints(tmp_path, config)
+    shutil.rmtree(tmp_path / DIRECTORY / "1")
+    assert Checkpoints(tmp_path).steps() == [2]
+
+
 def test_a_half_written_checkpoint_is_not_seen(three):
     """As Orbax names what it has not finished; the next save removes it."""
     directory = three / DIRECTORY
