@@ -1,5 +1,6 @@
 """A training run, from a config to its last checkpoint: one loop."""
 
+import json
 import logging
 import os
 import time
@@ -9,8 +10,9 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
+from jaxlinear import config as configs
 from jaxlinear.checkpoint import Checkpoints
-from jaxlinear.errors import RunError
+from jaxlinear.errors import RunError, UserError
 from jaxlinear.parallel import feeding, start
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import heldout, trained_data
@@ -86,7 +88,14 @@ def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.Train
             return state, 0, None
         initial = _initial_of_all(job)
         return initial.put_into(state, structs), 0, initial
-    first = checkpoints.meta(step)["next_batch"]
+    with start.together():
+        meta = checkpoints.meta(step)
+        saved = configs.from_json(json.dumps(meta["config"]))
+        try:
+            workdirs.check_same_run(checkpoints.directory.parent, saved, job.config)
+        except UserError as error:  # the directory's own config is this one's
+            raise UserError(f"the checkpoint of step {step} was copied from another run: {error}") from error
+    first = meta["next_batch"]
     _LOG.info("going on from step %d in %s", first, checkpoints.directory)
     return states.from_trees(checkpoints.restore(states.to_trees(structs), step)), first, None
 

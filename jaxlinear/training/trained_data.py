@@ -15,6 +15,7 @@ from jaxlinear.data.loader import ExampleTable
 from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import start
+from jaxlinear.training import workdir as workdirs
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
         if data.load_tokenizer(directory).sha256 != tokenizer.sha256:
             raise UserError(f"{workdir} holds a run on data of another tokeniser than that of {path}")
     if not (directory / FILE).exists():
+        if workdirs.saved_steps(directory):
+            _LOG.warning("%s has no %s: whether it was trained on the text of %s is not checked", workdir, FILE, path)
         return
     difference = _difference(_read(directory), _identities(datasets))
     if difference:

@@ -81,6 +81,11 @@ def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
     if (directory / CONFIG).exists():
         goes_on = max(saved_steps(directory), default=0) < config.training.steps
         check_same_run(directory, read_config(directory), config, goes_on=goes_on)
+    elif steps := saved_steps(directory):
+        raise UserError(
+            f"{workdir} has checkpoints but no {CONFIG}, which tells one run from another; put it back ({DIRECTORY}/"
+            f'{max(steps)}/meta/metadata has it under "config"), or give the new run a --workdir of its own'
+        )
 
 
 @contextlib.contextmanager

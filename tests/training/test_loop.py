@@ -16,7 +16,7 @@ from jaxlinear.errors import Diverged, UserError
 from jaxlinear.parallel import start
 from jaxlinear.scaling.sweeps.files import RunFiles
 from jaxlinear.scaling.sweeps.states import is_finished
-from jaxlinear.training import heldout, loop, metrics
+from jaxlinear.training import heldout, loop, metrics, trained_data
 from jaxlinear.training import state as states
 from jaxlinear.training.heldout import Evaluation
 from jaxlinear.training.job import Job
@@ -168,6 +168,36 @@ def test_a_damaged_checkpoint_is_not_a_fresh_start(run_config, whole_run, tmp_pa
     with pytest.raises(UserError, match=rf"the checkpoint {workdir}/checkpoints/8 cannot be read .* from step 6$"):
         train(run_config, workdir)
     assert tiny.files(workdir / DIRECTORY) | {metrics.FILE: (workdir / metrics.FILE).read_bytes()} == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(run_config, whole_run, tmp_path, caplog):
+    """One that was copied into the directory, and all of them without what tells the run from others."""
+    workdir = shutil.copytree(whole_run, tmp_path / "run")
+    run_config.training.steps = 10
+    config = workdir / "config.json"
+    text = config.read_text()
+    other = run_config.copy_and_resolve_references()
+    other.training.seed = 5
+    config.write_text(text.replace('"seed": 0', '"seed": 5'))  # so that the checkpoints are not of this run
+    before = tiny.files(workdir)
+    message = (
+        rf"the checkpoint of step 8 was copied from another run: {workdir} holds another run: training.seed is 0 there"
+    )
+    with pytest.raises(UserError, match=rf"^{message} and 5 in this config"):
+        train(other, workdir)
+    config.unlink()
+    message = rf"{workdir} has checkpoints but no config.json, .* \(checkpoints/8/meta/metadata has it"
+    with pytest.raises(UserError, match=rf"^{message}"):
+        train(other, workdir)
+    left = tiny.files(workdir)
+    assert left == {name: content for name, content in before.items() if name in left}
+    assert set(before) - set(left) == {"config.json"}
+
+    config.write_text(text)
+    (workdir / "data.json").unlink()
+    with caplog.at_level("WARNING"):
+        trained_data.check(workdir, {run_config.data.path: 1.0})
+    assert f"{workdir} has no data.json: whether it was trained on the text of" in caplog.text
 
 
 def test_a_half_written_checkpoint_is_not_picked(run_config, whole_run, tmp_path):
