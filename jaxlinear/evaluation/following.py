@@ -23,6 +23,7 @@ from jaxlinear.training.workdir import read_config, read_starts
 _LOG = logging.getLogger(__name__)
 
 PAGE = "index.html"
+_LOOKS = 60  # a second apart, at a checkpoint that is being removed
 
 
 def directory(workdir: str | os.PathLike) -> Path:
@@ -73,9 +74,15 @@ def follow(
                 if report is None:
                     run = open_run(workdir, step, mesh) if run is None else run.at(step)
             except UserError:
-                if step in _steps(workdir):
+                if not _is_removed(workdir, step):
                     raise
-                if step not in reports:
+                if step in reports:
+                    continue
+                past = _of_the_past(workdir, asked)
+                if step in past:
+                    reports[step] = past[step]
+                    yield reports[step]
+                else:
                     _LOG.warning("step %d was removed before it could be evaluated", step)
                     removed.add(step)
                 continue
@@ -102,6 +109,19 @@ def _steps(workdir: str | os.PathLike) -> list[int]:
         return Checkpoints(workdir).steps()
     except UserError:
         return []
+
+
+def _is_removed(workdir: str | os.PathLike, step: int) -> bool:
+    """Whether a checkpoint that cannot be read is gone, or goes: a run removes it file by file, which may take a while. The
+    newest is not removed."""
+    for _ in range(_LOOKS):
+        steps = _steps(workdir)
+        if step not in steps:
+            return True
+        if step == steps[-1]:
+            return False
+        time.sleep(1)
+    return False
 
 
 def _read(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -128,7 +128,7 @@ def test_it_waits_and_gives_up(copied, followed, monkeypatch, caplog):
 
 def test_a_checkpoint_that_is_removed_is_left_out(copied, followed, monkeypatch, caplog):
     """Between two looks at the directory; one that cannot be read and is still there is an error."""
-    looks = iter([[1, 2, 3], [1, 2, 3], [1, 2]])
+    looks = iter([[1, 2, 3], [1, 2, 3], [1, 2], [1, 2]])
     monkeypatch.setattr(following, "_steps", lambda workdir: next(looks))
     with caplog.at_level("WARNING", logger="jaxlinear"):
         assert list(following.follow(copied, TASKS, OPTIONS)) == followed
@@ -136,6 +136,36 @@ def test_a_checkpoint_that_is_removed_is_left_out(copied, followed, monkeypatch,
     monkeypatch.setattr(following, "_steps", lambda workdir: [1, 2, 3])
     with pytest.raises(UserError, match=r"has no checkpoint of step 3; it has 1, 2"):
         list(following.follow(copied, TASKS, OPTIONS))
+
+
+def test_a_checkpoint_whose_removal_is_under_way(copied, followed, tmp_path, monkeypatch, caplog):
+    """It is removed file by file, so that it is there and cannot be read. What an earlier call found of it is not lost."""
+    workdir = shutil.copytree(copied, tmp_path / "run")
+    first = workdir / DIRECTORY / "1"
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) % 3 == 0:
+            shutil.rmtree(first)
+
+    monkeypatch.setattr(following.time, "sleep", sleep)
+    (first / "meta" / "metadata").unlink()
+    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed and slept == [1] * 3
+    assert not caplog.records
+
+    shutil.copytree(copied / DIRECTORY / "1", first)
+    (first / "meta" / "metadata").unlink()
+    (following.directory(workdir) / "1.json").unlink()
+    with caplog.at_level("WARNING", logger="jaxlinear"):
+        assert list(following.follow(workdir, TASKS, OPTIONS)) == followed[1:]
+    assert "step 1 was removed before it could be evaluated" in caplog.text
+
+    shutil.copytree(copied / DIRECTORY / "1", first)
+    (first / "meta" / "metadata").unlink()
+    monkeypatch.setattr(following.time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match=r"the checkpoint .*/1 cannot be read"):  # it stays: damage
+        list(following.follow(workdir, TASKS, OPTIONS))
 
 
 def test_refusals(tmp_path, copied):
