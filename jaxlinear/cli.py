@@ -7,7 +7,9 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -72,6 +74,31 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def end_by_sigterm(status: int) -> None:
+    """From here on, and while SIGTERM has no other handler, it ends the program with ``status``, at once: for when there is
+    nothing to save. In C++ too, as while a process waits for the others, where Python's own handlers have to wait."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def end(number: int, frame: object) -> None:
+        print(f"{os.path.basename(sys.argv[0])}: SIGTERM, with nothing to save", file=sys.stderr, flush=True)
+        os._exit(status)
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is end:
+                end(number[0], None)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="sigterm", daemon=True).start()
+
+
+def stop_by_sigterm() -> None:
+    """SIGTERM ends the program as Ctrl-C does: by an exception, so that what is half-made is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def check_output(flag: str, path: str | None) -> None:

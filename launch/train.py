@@ -15,6 +15,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> int:
+    cli.end_by_sigterm(75)  # EX_TEMPFAIL, as of a run that saved itself: the same command goes on
     from jaxlinear.parallel import start
     from jaxlinear.training.loop import train
 

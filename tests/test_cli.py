@@ -297,3 +297,28 @@ def test_messages_of_the_library_are_shown_once(capsys):
     logging.getLogger("jaxlinear").handlers.clear()
     assert run(main) == 0
     assert capsys.readouterr().err == "saved at step 3\n"
+
+
+@pytest.mark.parametrize(
+    "then, status, said",
+    [
+        # As if within C++: no handler of Python's runs in the main thread.
+        (
+            "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); ctypes.CDLL(None).sleep(60)",
+            75,
+            "program: SIGTERM, with nothing to save",
+        ),
+        ("time.sleep(60)", 75, "program: SIGTERM, with nothing to save"),
+        ("signal.signal(signal.SIGTERM, lambda *_: sys.exit('heard')); time.sleep(60)", 1, "heard"),
+    ],
+)
+def test_sigterm_before_there_is_anything_to_save(then, status, said):
+    """A run that it comes to while it starts is no failure; once the run hears it, the run saves itself."""
+    code = (
+        "import ctypes, os, signal, sys, threading, time; from jaxlinear import cli; sys.argv[0] = 'program'; "
+        "cli.end_by_sigterm(75); threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start(); "
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + then], cwd=REPOSITORY, capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr.strip()) == (status, said)
