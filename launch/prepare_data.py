@@ -39,6 +39,7 @@ _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replaces a dataset that i
 
 
 def main() -> None:
+    cli.stop_by_sigterm()
     started = time.monotonic()
     manifest = prepare(
         _SOURCE.value,

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import threading
 from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
@@ -72,9 +73,18 @@ def _batches(texts: Iterable[tuple[str, int]]) -> Iterator[list[tuple[str, int]]
 
 def _start_worker(directory: str) -> None:
     global _tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it stops the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is the parallelism
     _tokenizer = load_tokenizer(directory)
+
+
+def _end_with_parent() -> None:
+    """A worker that waits for work does not notice that the process which would give it was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode(texts: list[str]) -> list[np.ndarray]:

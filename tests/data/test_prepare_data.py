@@ -1,10 +1,13 @@
 """launch/prepare_data.py: the summary of a good run; one line and status 2 for a bad one."""
 
+import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -77,3 +80,37 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, source, arguments, message
     assert done.stderr.startswith("prepare_data.py: ") and message in done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == ""
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_its_end_is_that_of_its_workers(tmp_path, number):
+    """While it reads. SIGTERM leaves nothing half-made either."""
+    source = tmp_path / "source.jsonl"
+    os.mkfifo(source)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, str(REPOSITORY / "launch/prepare_data.py"), f"--source={source}"),
+            *(f"--output={tmp_path / 'data'}", "--tokenizer=bytes", "--workers=2"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    with source.open("w") as pipe:
+        line = json.dumps({"text": "x" * 100_000}) + "\n"
+        pipe.write(40 * line)  # more than a batch for each worker
+        pipe.flush()
+        begin = time.monotonic()
+        while len(workers := children.read_text().split()) < 3:  # and what multiprocessing has beside them
+            assert process.poll() is None and time.monotonic() - begin < 60, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
+    while any(pathlib.Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() - begin < 60, "the workers go on"
+        time.sleep(0.05)
+    if number == signal.SIGTERM:
+        assert list(tmp_path.iterdir()) == [source]
