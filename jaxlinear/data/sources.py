@@ -153,6 +153,8 @@ def _files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pa
             ):  # without a suffix it may have been a folder
                 raise UserError(f"{file} is a link to {os.readlink(file)}, which is not there; mend or remove it")
             if stripped_suffix(file) in suffixes:
+                if not file.is_file():  # to read a pipe would be to wait for who writes it
+                    raise UserError(f"{file} is no file but a pipe, a socket or a device; remove it")
                 if is_new(file):
                     files.append(file)
             else:

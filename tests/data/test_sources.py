@@ -101,6 +101,14 @@ def test_a_link_that_leads_nowhere_is_refused(tmp_path, name):
         open_source(str(tmp_path))
 
 
+def test_a_pipe_in_a_folder_is_refused(tmp_path):
+    """It would be waited for, for ever."""
+    (tmp_path / "a.txt").write_text("one")
+    os.mkfifo(tmp_path / "b.txt")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/b\.txt is no file but a pipe"):
+        open_source(str(tmp_path))
+
+
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     """By whom permissions bind; tests may run as root."""
     (tmp_path / "z.txt").write_text("z")
