@@ -32,16 +32,23 @@ _ENVIRONMENT_ERRORS = {
 _PATHS = {"workdir", "output", "json", "data", "source"}
 
 
-def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes_arguments: bool = False) -> None:
+def run(
+    main: Callable[..., int | None],
+    argv: list[str] | None = None,
+    *,
+    takes_arguments: bool = False,
+    waits_for_threads: bool = True,
+) -> None:
     """Parses absl flags, calls ``main()`` and exits with its status (None means 0). What follows after ``--`` is refused,
     or, with ``takes_arguments``, given to ``main``.
 
     ``UserError``, a malformed flag, the errors of a full or read-only disk and devices whose memory is too small become
     one line on stderr and exit status 2: the same command would end so again. ``RunError`` becomes one with status 1. Any
-    other exception is a defect and keeps its traceback. A process that has others beside it and fails alone ends at once.
+    other exception is a defect and keeps its traceback. A process that has others beside it and fails alone ends at once;
+    without ``waits_for_threads`` so does one that has none, whatever threads it has.
     """
     argv = sys.argv if argv is None else argv
-    message, status, alone = None, 0, False
+    message, status, alone, failed = None, 0, False, True
     try:
         rest = _parse(argv)
         if rest and not takes_arguments:
@@ -49,6 +56,7 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes
         _check_paths()
         _show_messages()
         status = (main(rest) if takes_arguments else main()) or 0
+        failed = False
     except (flags.Error, UserError) as error:
         message, status = str(error), 2
         alone = not isinstance(error, EveryProcessError)
@@ -62,14 +70,15 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None, *, takes
     except Exception as error:
         message = _out_of_memory(error)
         if message is None:
-            if not _has_others():
+            if not _has_others() and waits_for_threads:
                 raise
             traceback.print_exc()
         status, alone = 1 if message is None else 2, True
     if message is not None:
         print(f"{os.path.basename(argv[0])}: {' '.join(message.split())}", file=sys.stderr)
-    if alone and _has_others():
-        # At exit JAX waits for the other processes, and they for what this one was to send. They see it go.
+    if (alone and _has_others()) or (failed and not waits_for_threads and not _has_others()):
+        # At exit JAX waits for the other processes, and they for what this one was to send. They see it go. And Python
+        # waits for threads: those of a checkpoint that could not be written wait five minutes for each other.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

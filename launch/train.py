@@ -27,4 +27,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, waits_for_threads=False)

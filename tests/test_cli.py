@@ -322,3 +322,22 @@ def test_sigterm_before_there_is_anything_to_save(then, status, said):
         [sys.executable, "-c", code + then], cwd=REPOSITORY, capture_output=True, text=True, timeout=50
     )
     assert (done.returncode, done.stderr.strip()) == (status, said)
+
+
+@pytest.mark.parametrize(
+    "what, status, said",
+    [
+        ("raise UserError('no space')", 2, "program: no space"),
+        ("raise OSError(errno.ENOSPC, 'full', 'file')", 2, "program: no space left on the disk: file"),
+        ("raise ValueError('a defect')", 1, "ValueError: a defect"),
+    ],
+)
+def test_a_failure_waits_for_no_thread(what, status, said):
+    """As those of Orbax that wait for a checkpoint which could not be written."""
+    code = (
+        "import errno, threading; from jaxlinear import cli; from jaxlinear.errors import UserError\n"
+        f"def main():\n  threading.Thread(target=threading.Event().wait, args=(300,)).start()\n  {what}\n"
+        "cli.run(main, ['program'], waits_for_threads=False)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (status, said)
