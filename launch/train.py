@@ -15,7 +15,6 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> int:
-    cli.end_by_sigterm(75)  # EX_TEMPFAIL, as of a run that saved itself: the same command goes on
     from jaxlinear.parallel import start
     from jaxlinear.training.loop import train
 
@@ -27,4 +26,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    cli.end_by_sigterm(75)  # EX_TEMPFAIL, as of a run that saved itself: the same command goes on
     cli.run(main, waits_for_threads=False)
