@@ -118,12 +118,32 @@ def _runs(computations: dict[str, list[Instruction]], entry: str) -> dict[str, i
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """As XLA says, or the constant that the counter of the loop, which begins at 0, is compared with."""
+    """As XLA says, or by the constant that the counter of the loop, which begins at 0, is compared with. The counter
+    may go on by more than 1: by 2 where libtpu makes a product of a loop of permutes, two of its parts a trip."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
     lines = {line.name: line for line in computations.get(condition[1], ())} if condition else {}
     compared = [line for line in lines.values() if line.opcode == "compare" and "direction=LT" in line.attributes]
-    bound = lines.get(compared[0].operands[1]) if len(compared) == 1 else None
-    return int(bound.inside) if bound is not None and bound.opcode == "constant" else None
+    if len(compared) != 1:
+        return None
+    counter, bound = (lines.get(name) for name in compared[0].operands)
+    if bound is None or bound.opcode != "constant":
+        return None
+    return math.ceil(int(bound.inside) / _increment(counter, loop, computations))
+
+
+def _increment(counter: Instruction | None, loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+    """By how much a trip adds to the counter; 1 where the body does not say it as the sum of it and a constant."""
+    place = re.search(r"\bindex=(\d+)", counter.attributes) if counter is not None else None
+    body = re.search(r"\bbody=%?([\w.\-]+)", loop.attributes)
+    lines = {line.name: line for line in computations.get(body[1], ())} if body else {}
+    if not place or not lines:
+        return 1
+    result = next(reversed(lines.values())).operands
+    new = lines.get(result[int(place[1])]) if int(place[1]) < len(result) else None
+    if new is None or new.opcode != "add":
+        return 1
+    added = [lines[name] for name in new.operands if name in lines and lines[name].opcode == "constant"]
+    return int(added[0].inside) if len(added) == 1 else 1

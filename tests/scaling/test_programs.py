@@ -170,6 +170,41 @@ def test_groups(attributes, groups):
     assert programs._groups(f"channel_id=1, {attributes}, dimensions={{0}}", 4) == groups
 
 
+# As libtpu writes a product of which one side is sent round: its counter goes by 2 up to 8, and a trip sends twice.
+BY_TWO = """HloModule jit_step, is_scheduled=true
+
+%body (b: (u32[], f32[4])) -> (u32[], f32[4]) {
+  %two = u32[] constant(2)
+  %b = (u32[], f32[4]{0}) parameter(0)
+  %i = u32[] get-tuple-element(%b), index=0
+  %mine = f32[4]{0} get-tuple-element(%b), index=1
+  %once = f32[4]{0} collective-permute(%mine), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %twice = f32[4]{0} collective-permute(%once), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %next = u32[] add(%i, %two)
+  ROOT %tuple = (u32[], f32[4]{0}) tuple(%next, %twice)
+}
+
+%condition (c: (u32[], f32[4])) -> pred[] {
+  %limit = u32[] constant(8)
+  %c = (u32[], f32[4]{0}) parameter(0)
+  %j = u32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %loop = (u32[], f32[4]{0}) while(%init), condition=%condition, body=%body
+  ROOT %result = f32[4]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.parametrize("limit, trips", [(8, 4), (7, 4), (1, 1)])
+def test_a_counter_that_goes_by_two(limit, trips):
+    text = BY_TWO.replace("constant(8)", f"constant({limit})")
+    assert [c.runs for c in programs.collectives(text, {"fsdp": 4})] == [trips, trips]
+
+
 def test_sizes():
     assert hlo.size("f32[8,1,128]{2,1,0:T(1,128)S(1)}") == 8 * 128 * 4
     assert hlo.size("(bf16[3]{0}, pred[5]{0}, s32[], /*index=3*/u4[6]{0:T(8)(4,1)})") == 6 + 5 + 4 + 3
