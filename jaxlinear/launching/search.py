@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import config_dict
 
 from jaxlinear import config as configs
+from jaxlinear.config_checks import is_read
 from jaxlinear.errors import UserError
 from jaxlinear.launching import roofline, sizing
 from jaxlinear.launching.sizing import Sizing
@@ -82,7 +83,7 @@ def candidates(config: config_dict.ConfigDict, target: Target) -> list[Candidate
             if sizes["data"] % target.slices:
                 continue
             mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-            if config.model.num_heads % sizes["tensor"] or not _allowed(config, mesh):
+            if any(count % sizes["tensor"] for count in _heads(config)) or not _allowed(config, mesh):
                 continue
             for remat in REMAT_POLICIES:
                 candidate = model.reckon(sizes, mesh, remat, microbatches)
@@ -95,6 +96,12 @@ def _order(one: Candidate) -> tuple:
     """The fastest first; of those within 1% the simplest mesh, then the fewest microbatches."""
     axes = (one.mesh["tensor"], one.mesh["sequence"], one.mesh["expert"], one.mesh["fsdp"])
     return round(math.log(one.seconds) * 100), *axes, one.microbatches, one.memory
+
+
+def _heads(config: config_dict.ConfigDict) -> list[int]:
+    """The numbers of heads of what mixes along time; none of a model that goes by channels alone."""
+    named = ("num_heads", "recurrent_heads")
+    return [config.model[key] for key in named if config.model[key] and is_read(config, f"model.{key}")]
 
 
 def _allowed(config: config_dict.ConfigDict, mesh: Any) -> bool:

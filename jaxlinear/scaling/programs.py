@@ -174,11 +174,20 @@ def _exchanges(
                     continue
                 if line.opcode != "fusion":
                     yield inner, lines[i + 1 : _end(lines, i)]
+                elif _is_scattered(module, line, inner):
+                    yield dataclasses.replace(inner, opcode="reduce-scatter"), None
                 else:  # on TPU one goes on through a chain of them, each of which holds it again beside its own work
                     chain = re.search(r'chain_id="(\d+)"', inner.attributes)
                     chains.setdefault(chain[1] if chain else inner.name, (inner, []))[1].append(i)
     for first, links in chains.values():
         yield first, lines[links[0] + 1 : links[-1]] if len(links) > 1 else None
+
+
+def _is_scattered(module: hlo.Module, fusion: hlo.Instruction, inner: hlo.Instruction) -> bool:
+    """Whether nothing of the sum but a device's own part leaves the fusion: libtpu's ``all-reduce-scatter``."""
+    lines = [line for name in fusion.called for line in module.computations.get(name, ())]
+    users = [line for line in lines if inner.name in line.operands]
+    return inner.opcode == "all-reduce" and [line.opcode for line in users] == ["dynamic-slice"] == [lines[-1].opcode]
 
 
 def _between_slices(lines: list[hlo.Instruction]) -> Iterator[tuple[hlo.Instruction, list[hlo.Instruction]]]:

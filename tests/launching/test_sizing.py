@@ -185,6 +185,21 @@ def test_the_search_keeps_the_batch_and_uses_every_device(target):
     assert found[0].memory == pytest.approx(one.memory.total - one.memory.code, rel=0.5)  # the code is not reckoned
 
 
+@pytest.mark.parametrize(
+    "changes, most",
+    [
+        ({"pattern": ("lru",), "num_heads": 1}, 4),  # it has channels alone, and 1 stands for what nothing reads
+        ({"pattern": ("gla",), "num_heads": 1, "recurrent_heads": 4}, 4),
+        ({"pattern": ("gla",), "num_heads": 4, "recurrent_heads": 2}, 2),
+        ({"pattern": ("gla",), "num_heads": 2}, 2),
+    ],
+)
+def test_tensor_splits_the_heads_that_there_are(target, changes, most):
+    changed = config()
+    changed.model.update({"preset": "", "window": 1024} | changes)
+    assert max(candidate.mesh["tensor"] for candidate in search.candidates(changed, target)) == most
+
+
 def test_a_candidate_that_the_compiler_refuses_does_not_end_a_search(target, sized, monkeypatch):
     asked, said = [], []
 

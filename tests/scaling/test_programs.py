@@ -205,6 +205,41 @@ def test_a_counter_that_goes_by_two(limit, trips):
     assert [c.runs for c in programs.collectives(text, {"fsdp": 4})] == [trips, trips]
 
 
+SCATTERED = """HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter (input: f32[16,4]) -> f32[16,1] {
+  %input = f32[16,4]{1,0} parameter(0)
+  %all-reduce.1 = f32[16,4]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = u32[] constant(0)
+  %own = u32[] partition-id()
+  ROOT %part = f32[16,1]{1,0} dynamic-slice(%all-reduce.1, %zero, %own), dynamic_slice_sizes={16,1}
+}
+
+%whole (input.2: f32[16,4]) -> (f32[16,4], f32[16,1]) {
+  %input.2 = f32[16,4]{1,0} parameter(0)
+  %all-reduce.2 = f32[16,4]{1,0} all-reduce(%input.2), replica_groups={{0,1,2,3}}, to_apply=%add
+  %part.2 = f32[16,1]{1,0} dynamic-slice(%all-reduce.2, %zero.2, %own.2), dynamic_slice_sizes={16,1}
+  ROOT %both = (f32[16,4]{1,0}, f32[16,1]{1,0}) tuple(%all-reduce.2, %part.2)
+}
+
+ENTRY %main (a: f32[16,4]) -> f32[] {
+  %a = f32[16,4]{1,0} parameter(0)
+  %fusion.1 = f32[16,1]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+  %fusion.2 = (f32[16,4]{1,0}, f32[16,1]{1,0}) fusion(%a), kind=kCustom, calls=%whole
+  ROOT %result = f32[] constant(0)
+}
+"""
+
+
+def test_a_sum_of_which_a_device_keeps_its_part():
+    """libtpu says it as an all-reduce and a slice in one: half of an all-reduce's bytes come to a device."""
+    found = programs.collectives(SCATTERED, {"fsdp": 4})
+    assert [(one.kind, one.bytes, one.received) for one in found] == [
+        ("reduce-scatter", 256, 192.0),
+        ("all-reduce", 256, 384.0),
+    ]
+
+
 def test_sizes():
     assert hlo.size("f32[8,1,128]{2,1,0:T(1,128)S(1)}") == 8 * 128 * 4
     assert hlo.size("(bf16[3]{0}, pred[5]{0}, s32[], /*index=3*/u4[6]{0:T(8)(4,1)})") == 6 + 5 + 4 + 3
