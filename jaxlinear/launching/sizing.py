@@ -58,7 +58,8 @@ class Sizing:
     has what it said, and ``collectives`` is None too: they are in no program. ``flops`` are those of the model's formulas
     in a step of all devices, ``executed_flops`` the products of the traced program, what remat computes again included;
     ``mfu_bound`` is None where these are not all (``time.products_counted``).
-    ``xla_seconds`` is XLA's own estimate, with every loop's body counted once; None where the compiler gives none."""
+    ``xla_seconds`` is XLA's own estimate, with every loop's body counted once, and ``xla_cycles`` that of what is neither a
+    kernel of ours nor a collective, with the loops' trips; None where the compiler gives none."""
 
     target: str
     devices: int
@@ -74,6 +75,7 @@ class Sizing:
     collectives: tuple[Collective, ...] | None
     choices: tuple[str, ...]
     xla_seconds: float | None
+    xla_cycles: int | None
     time: roofline.Times
     tokens_a_step: int
     steps: int
@@ -145,6 +147,7 @@ def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
         collectives=collectives,
         choices=tuple(choices),
         xla_seconds=program.seconds if program else None,
+        xla_cycles=program.cycles if program else None,
         time=roofline.times(
             kind=target.devices[0].device_kind,
             dtype=made.config.model.dtype,

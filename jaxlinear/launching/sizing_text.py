@@ -56,6 +56,11 @@ def table(sized: Sizing) -> str:
     ]
     if sized.xla_seconds is not None:
         lines.append(f"XLA's own estimate          {sized.xla_seconds:.4f} s, each loop's body counted once")
+    if sized.xla_cycles is not None:
+        lines.append(
+            f"XLA's estimate of a device  {sized.xla_cycles / 1e6:.1f} million cycles, loops by their trips, without "
+            "kernels and exchanges"
+        )
     lines += [f"  assumed: {text}" for text in roofline.ASSUMPTIONS]
     return "\n".join(lines)
 

@@ -75,12 +75,15 @@ class Memory:
 @dataclasses.dataclass(frozen=True)
 class Program:
     """``flops`` and ``seconds`` are XLA's own estimates for one device, None where the compiler gives none (GPU), or one
-    below 0 (TPU, of some programs with collectives in loops). A loop's body counts once in both."""
+    below 0 (TPU, of some programs with collectives in loops). A loop's body counts once in both. ``cycles`` are what it
+    estimates of each fusion and copy, a loop's trips counted where they are known; None where it says none. Our kernels and
+    collectives are not among them."""
 
     memory: Memory
     collectives: tuple[Collective, ...]
     flops: float | None
     seconds: float | None
+    cycles: int | None
 
 
 def read(compiled: stages.Compiled, mesh: jax.sharding.Mesh) -> Program:
@@ -96,7 +99,19 @@ def read(compiled: stages.Compiled, mesh: jax.sharding.Mesh) -> Program:
     )
     cost = compiled.cost_analysis() or {}
     flops, seconds = (x if x is not None and x > 0 else None for x in (cost.get("flops"), cost.get("optimal_seconds")))
-    return Program(memory, collectives(text, dict(mesh.shape)), flops, seconds)
+    return Program(memory, collectives(text, dict(mesh.shape)), flops, seconds, cycles(text))
+
+
+def cycles(text: str) -> int | None:
+    """What libtpu estimates of the instructions of a compiled program, each as often as it runs."""
+    module = hlo.parse(text)
+    estimates = [
+        int(found[1]) * (module.runs[name] or 1)
+        for name in _sequences(module)
+        for line in module.computations[name]
+        if (found := re.search(r'"estimated_cycles":"(\d+)"', line.attributes))
+    ]
+    return sum(estimates) if estimates else None
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:

@@ -20,12 +20,10 @@ from jaxlinear.training.state import TrainState
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids: [B, T] int32
 Metrics = dict[str, jax.Array]
 
-# By kind of device, what is asked of its compiler. Of a product with a split kernel libtpu makes a loop of permutes and of
+# By platform, what is asked of the compiler. Of a product with a split kernel libtpu makes a loop of permutes and of
 # products of a part each. It keeps their sum in the dtype of the result, so it reads, writes and rounds it to bfloat16 in
 # every trip. It does so of products above so many MiB alone: here of none.
-_COMPILER_OPTIONS: dict[str, dict[str, int]] = {
-    kind: {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000} for kind in ("TPU v5", "TPU v5p")
-}
+_COMPILER_OPTIONS: dict[str, dict[str, int]] = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
 
 _NORM_DECAY = 0.98  # of the running average of gradient norms
 _NORM_STEPS = 20  # applied steps before the average is trusted
@@ -127,7 +125,7 @@ def make_train_step(
         in_shardings=(placed, meshes.batch_sharding(mesh)),
         out_shardings=(placed, None),
         donate_argnums=0,
-        compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind),
+        compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
 
 

@@ -205,6 +205,13 @@ def test_a_counter_that_goes_by_two(limit, trips):
     assert [c.runs for c in programs.collectives(text, {"fsdp": 4})] == [trips, trips]
 
 
+def test_cycles_by_trips():
+    text = BY_TWO.replace("add(%i, %two)", 'add(%i, %two), backend_config={"estimated_cycles":"10","more":[]}')
+    text = text.replace("while(%init)", 'while(%init), backend_config={"estimated_cycles":"7"}')
+    assert programs.cycles(text) == 4 * 10 + 7
+    assert programs.cycles(BY_TWO) is None
+
+
 SCATTERED = """HloModule jit_step, is_scheduled=true
 
 %all-reduce-scatter (input: f32[16,4]) -> f32[16,1] {
