@@ -20,7 +20,7 @@ def real(operation: str, **arrays: Any) -> None:
     """Raises ``UserError`` for complex arrays, of which the imaginary parts would be dropped. None is passed over."""
     for name, x in arrays.items():
         if x is not None and jnp.iscomplexobj(x):
-            raise UserError(f"{operation}: {name} is complex; only linear_recurrence takes complex numbers")
+            raise UserError(f"{operation}: {name} is complex; of recurrences linear_recurrence alone takes them")
 
 
 def axes(operation: str, names: str, **arrays: jax.Array) -> None:
