@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -73,6 +74,22 @@ def test_norms_have_the_epsilon_of_the_config(mixer):
     assert (texts[0] != texts[1]) == (mixer in (*NORMS, "linear_attention"))
     texts = [program(mixer, norm_epsilon=epsilon) for epsilon in (1e-6, 0.25)]
     assert (texts[0] != texts[1]) == (mixer in NORMS)
+
+
+@pytest.mark.parametrize("mixer", (*NORMS, "linear_attention"))
+def test_norms_have_the_offset_of_the_config(mixer):
+    """The factor is 1 when training begins; those of TransNormerLLM and RetNet have no scale that could be offset."""
+    feature_map = {"feature_map": "identity"} if mixer == "linear_attention" else {}
+    layers = [
+        mixers.find(mixer)(small.config(**(BASE | feature_map), norm_offset=offset), rngs=nnx.Rngs(0))
+        for offset in (0.0, 1.0)
+    ]
+    if mixer in ("lightning", "retention"):
+        assert not any(hasattr(layer, "norm") for layer in layers)
+        return
+    for layer, scale in zip(layers, (1, 0), strict=True):
+        assert layer.norm.offset + scale == 1
+        np.testing.assert_array_equal(layer.norm.scale[...], scale)
 
 
 def test_the_norms_of_a_model_have_the_epsilon_of_the_config():

@@ -40,7 +40,7 @@ class GateLoop(nnx.Module):
         self.phase_bias = parameter(nnx.initializers.zeros, (inner,), axes[1:], rngs)
         self.gate = Linear(width, inner, axes=axes, bias=False, rngs=rngs)
         group = per_head("gateloop", inner, self.groups)
-        self.norm = RMSNorm(group, axis=None, epsilon=config.norm_epsilon, rngs=rngs)
+        self.norm = RMSNorm(group, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(inner, width, axes=("recurrent", "embed"), bias=False, init=init, rngs=rngs)
 

@@ -47,7 +47,9 @@ class GLA(nnx.Module):
         self.decay_in = Linear(width, GATE_RANK, axes=("embed", None), bias=False, init=xavier, rngs=rngs)
         self.decay_out = Linear(GATE_RANK, keys, axes=(None, "heads"), init=xavier, rngs=rngs)
         self.gate = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
-        self.norm = RMSNorm(self.value_width, axis=None, epsilon=config.norm_epsilon, rngs=rngs)
+        self.norm = RMSNorm(
+            self.value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs
+        )
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
 

@@ -60,7 +60,7 @@ class HGRN2(nnx.Module):
         self.forget = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
         self.value = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
         self.lower_bound = parameter(nnx.initializers.zeros, (keys,), ("heads",), rngs)
-        self.norm = RMSNorm(values, axis="heads", epsilon=config.norm_epsilon, rngs=rngs)
+        self.norm = RMSNorm(values, axis="heads", epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
 

@@ -69,7 +69,9 @@ class LinearAttention(nnx.Module):
         self.rounded = name != "rebased"
         self.epsilon = _EPSILON.get(name, _LEAST)
         self.norm = (
-            RMSNorm(self.value_width, axis=None, epsilon=config.norm_epsilon, rngs=rngs) if name == "identity" else None
+            RMSNorm(self.value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
+            if name == "identity"
+            else None
         )
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
