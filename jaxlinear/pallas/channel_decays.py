@@ -1,13 +1,17 @@
 """Decays of key channels within a chunk, inside kernels: as ``chunk_decays``, whose rules hold."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlinear.pallas.chunk_decays import GROUP, dot, finite, in_groups, masked, pairs, places, with_same
+from jaxlinear.pallas.chunk_decays import GROUP, dot, finite, in_groups, masked, pairs, places, times, with_same
+
+Groups: TypeAlias = Sequence[jax.Array | None]  # of each group ``[1, K]``, None for 1
+ROW, COLUMN = 0, 1  # what there are two of: since or before, until or after
 
 
 class ByLevels:
@@ -16,35 +20,55 @@ class ByLevels:
     Two tokens of different groups meet at the middle of the smallest of the chunk's halves, quarters, ... that has both:
         exp(G_i - G_j) = exp(G_i - G_r) exp(G_r - G_j),   i > r >= j,
     so that both factors are at most 1. At each such level a token is on one side: there it is a row, decayed since the
-    middle, or a column, decayed until the middle, and has one factor. What groups are, and the products within each, are
-    the subclass's.
+    middle, or a column, decayed until the middle, and has one factor: a factor of its own, since or until a place of its
+    group, times one of its group, between that and the middle. What groups are, and the products within each, are the
+    subclass's.
     """
 
     by_channel = True
 
-    def __init__(self, seen: jax.Array, left: jax.Array):
-        """Log decays to the base 2 since the start of a token's group and until its end, ``[N, size, K]``."""
-        shape = -1, seen.shape[-1]
-        far, before, after, whole = _far(seen[:, -1:])
-        self._seen, self._left = jnp.exp2(seen), jnp.exp2(left)
-        self._far = [None if x is None else jnp.exp2(x) for x in far]
-        self.since_start = (self._seen * jnp.exp2(before)).reshape(shape)
-        self.until_end = (self._left * jnp.exp2(after)).reshape(shape)
-        self.whole = jnp.exp2(whole)
-        self._pairs = pairs(seen.shape[0] * seen.shape[1])
+    def __init__(self, own: tuple[jax.Array, jax.Array], ends: tuple[Groups, Groups], wholes: Groups):
+        """``own`` ``[c, K]``: a token's decays as a row, since a place of its group, and as a column, until one. ``ends``:
+        of each group the decays from its start to that place, and from that to its end. ``wholes``: its whole decay."""
+        levels, outside, whole = _between(wholes)
+        assert whole is not None
+        self.whole = whole
+        self._own = [_cut(x, len(wholes)) for x in own]
+        self._outside = [[times(x, y) for x, y in zip(*z, strict=True)] for z in zip(ends, outside, strict=True)]
+        self._levels = [[times(ends[_side(g, n)][g], x) for g, x in enumerate(level)] for n, level in enumerate(levels)]
+        self._pairs = pairs(own[0].shape[0])
+
+    @property
+    def since_start(self) -> jax.Array:
+        return self._until_outside(ROW)
+
+    @property
+    def until_end(self) -> jax.Array:
+        return self._until_outside(COLUMN)
+
+    def from_start(self, x: jax.Array, factor: jax.Array | None) -> jax.Array:
+        """``factor * since_start * x``, in the dtype of x, by way of what ``pairwise`` has of these rows."""
+        return self._decayed(x, ROW, factor)
+
+    def to_end(self, x: jax.Array, factor: jax.Array | None) -> jax.Array:
+        """``factor * until_end * x``, in the dtype of x, by way of what ``pairwise`` has of these columns."""
+        return self._decayed(x, COLUMN, factor)
 
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
         """``A_ij = sum_k r_ik columns_jk exp(G_ik - G_jk)`` for i >= j, else 0, of each r of ``rows`` ``[c, K]``."""
         i, j = self._pairs
         apart = i ^ j
-        products = []
-        for r in rows:
-            product = self._near_products(r, columns, apart, wide)
-            for size, x, second, _ in self._scaled(r, columns):
-                (first, own), far = _halves(product, size), _halves(apart, size)[1] >= size
-                product = _joined(first, jnp.where(far, dot(second, x, (1, 1), wide), own), size)
-            products.append(masked(i >= j, product))
-        return products
+        products = self._near_products(rows, columns, apart, wide)
+        for n in range(len(self._levels)):
+            size = self._size << n
+            second = jnp.concatenate([_halves(self._at_level(n, r, ROW), size)[1] for r in rows])
+            first = self._at_level(n, columns, COLUMN)
+            crossing = dot(second.astype(columns.dtype), first.astype(columns.dtype), (1, 1), wide)
+            far = _halves(apart, size)[1] >= size
+            for m, new in enumerate(_cut(crossing, len(rows))):
+                above, own = _halves(products[m], size)
+                products[m] = _joined(above, jnp.where(far, new, own), size)
+        return [masked(i >= j, x) for x in products]
 
     def pairwise_gradient(self, rows, columns, d_products, wide) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         """From the gradients of ``pairwise``'s products.
@@ -59,13 +83,18 @@ class ByLevels:
         d_columns: Any = 0.0
         for r, d in zip(rows, d_products, strict=True):
             # Of both tokens of a pair at once: each product has one of them as a row, the other as a column.
-            d = jnp.where(i > j, d, d.T)
-            d_row, d_column = self._near_gradients(r, columns, d, apart, wide)
+            d = masked(i > j, d)
+            both = jnp.where(i > j, d, d.T)
+            d_row, d_column = self._near_gradients(r, columns, (d, both), apart, wide)
             d_columns = d_columns + d_column
-            for size, x, _, factor in self._scaled(r, columns):
-                crossing = (apart >= size) & (apart < 2 * size)
-                d_x = factor * dot(masked(crossing, d).astype(x.dtype), x, (1, 0), wide)
-                of_columns, of_row = _halves(d_x, size)
+            for n in range(len(self._levels)):
+                size = self._size << n
+                (first, _), (_, second) = (
+                    _halves(self._at_level(n, x, side), size) for x, side in ((columns, COLUMN), (r, ROW))
+                )
+                x = _joined(first, second, size).astype(columns.dtype)
+                crossing = masked((apart >= size) & (apart < 2 * size), both).astype(x.dtype)
+                of_columns, of_row = _halves(self._factors(n) * dot(crossing, x, (1, 0), wide), size)
                 first, second = _halves(d_row, size)
                 d_row = _joined(first, second + of_row, size)
                 first, second = _halves(d_columns, size)
@@ -73,27 +102,48 @@ class ByLevels:
             d_rows.append(d_row)
         return with_same(self._pairs, rows, columns, d_products, d_rows, d_columns)
 
-    def _near_products(self, row: jax.Array, columns: jax.Array, apart: jax.Array, wide) -> jax.Array:
+    def _near_products(
+        self, rows: tuple[jax.Array, ...], columns: jax.Array, apart: jax.Array, wide
+    ) -> list[jax.Array]:
         """``pairwise`` of pairs of one group, and anything of others; of tokens i and j ``apart`` is i ^ j."""
         raise NotImplementedError
 
     def _near_gradients(
-        self, row: jax.Array, columns: jax.Array, d_products: jax.Array, apart: jax.Array, wide
+        self, row: jax.Array, columns: jax.Array, d_products: tuple[jax.Array, jax.Array], apart: jax.Array, wide
     ) -> tuple[jax.Array, jax.Array]:
-        """Those of ``row`` and ``columns`` from ``d_products``, the same of (i, j) and (j, i), of pairs of one group."""
+        """Those of ``row`` and ``columns``, of pairs of one group, from ``d_products``: where i > j alone, and the same of
+        (i, j) and (j, i)."""
         raise NotImplementedError
 
-    def _scaled(self, row: jax.Array, columns: jax.Array):
-        """By level: the tokens of half of its parts; rows and columns in one array ``[c, K]`` of their dtype, the rows
-        alone again ``[c / 2, K]``, and the factors in the first."""
-        groups, dtype = self._seen.shape, row.dtype
-        seen, left = (
-            x.astype(factor.dtype).reshape(groups) * factor for x, factor in ((row, self._seen), (columns, self._left))
+    @property
+    def _size(self) -> int:
+        """Tokens of a group."""
+        return self._own[ROW][0].shape[0]
+
+    def _until_outside(self, side: int) -> jax.Array:
+        return jnp.concatenate([times(x, y) for x, y in zip(self._outside[side], self._own[side], strict=True)])
+
+    def _decayed(self, x: jax.Array, side: int, factor: jax.Array | None) -> jax.Array:
+        own = self._times_own(x, side)
+        wide = jnp.concatenate([times(y, z) for y, z in zip(self._outside[side], own, strict=True)])
+        return times(factor, wide).astype(x.dtype)
+
+    def _times_own(self, x: jax.Array, side: int) -> list[jax.Array]:
+        own = self._own[side]
+        return [y * z.astype(y.dtype) for y, z in zip(own, _cut(x, len(own)), strict=True)]
+
+    def _at_level(self, n: int, x: jax.Array, side: int) -> jax.Array:
+        """x as rows or as columns, wide, and zeros for the tokens that are on the other side."""
+        return jnp.concatenate(
+            [
+                times(factor, y) if side == _side(g, n) else jnp.zeros_like(y)
+                for g, (factor, y) in enumerate(zip(self._levels[n], self._times_own(x, side), strict=True))
+            ]
         )
-        for n, factor in enumerate(self._far):
-            x, second = _decayed(left, seen, factor, 1 << n)
-            scale, _ = _decayed(self._left, self._seen, factor, 1 << n)
-            yield groups[1] << n, x.astype(dtype), second.astype(dtype), scale
+
+    def _factors(self, n: int) -> jax.Array:
+        """What a token is scaled by at a level, ``[c, K]``."""
+        return jnp.concatenate([times(x, self._own[_side(g, n)][g]) for g, x in enumerate(self._levels[n])])
 
 
 class ByChannel(ByLevels):
@@ -104,28 +154,34 @@ class ByChannel(ByLevels):
         self._row = places(groups)
         near, seen, left = _near(groups, self._row)
         self._near = [jnp.exp2(x) for x in near]
-        super().__init__(seen, left)
+        own = jnp.exp2(seen).reshape(log_decay.shape), jnp.exp2(left).reshape(log_decay.shape)
+        none = [None] * len(groups)
+        super().__init__(own, (none, none), [jnp.exp2(x[-1:]) for x in seen])
 
-    def _near_products(self, row, columns, apart, wide) -> jax.Array:
-        product = dot(row, columns, (1, 1), wide)
-        for size, x, _ in self._near_scaled(row, columns):
-            product = jnp.where(apart >= size, dot(x, x, (1, 1), wide), product)
-        return product
+    def _near_products(self, rows, columns, apart, wide) -> list[jax.Array]:
+        products = []
+        for row in rows:
+            product = dot(row, columns, (1, 1), wide)
+            for size, x, _ in self._near_scaled(row, columns):
+                product = jnp.where(apart >= size, dot(x, x, (1, 1), wide), product)
+            products.append(product)
+        return products
 
     def _near_gradients(self, row, columns, d_products, apart, wide) -> tuple[jax.Array, jax.Array]:
         d_row: Any = 0.0
         d_columns: Any = 0.0
         for size, x, factor in self._near_scaled(row, columns):
             crossing = (apart >= size) & (apart < 2 * size)
-            d_x = in_groups(factor * dot(masked(crossing, d_products).astype(x.dtype), x, (1, 0), wide))
+            d_x = in_groups(factor * dot(masked(crossing, d_products[1]).astype(x.dtype), x, (1, 0), wide))
             in_second = (self._row & size) != 0
             d_row = d_row + masked(in_second, d_x).reshape(x.shape)
             d_columns = d_columns + masked(~in_second, d_x).reshape(x.shape)
         return d_row, d_columns
 
     def _near_scaled(self, row: jax.Array, columns: jax.Array):
-        """As ``_scaled``, but for the rows alone."""
-        shape, dtype, wide = row.shape, row.dtype, self._seen.dtype
+        """By level: the tokens of half of its parts as rows and those of the others as columns, in one array ``[c, K]`` of
+        their dtype; and the factors in it."""
+        shape, dtype, wide = row.shape, row.dtype, self._near[0].dtype
         row, columns = in_groups(row.astype(wide)), in_groups(columns.astype(wide))
         for n, factor in enumerate(self._near):
             x = jnp.where((self._row & (1 << n)) != 0, row, columns) * factor
@@ -135,17 +191,6 @@ class ByChannel(ByLevels):
 def to_base_2(log_decay: jax.Array) -> jax.Array:
     """What ``exp2``, the hardware's, has for the exponential of ``log_decay``."""
     return log_decay * jnp.asarray(1 / math.log(2), log_decay.dtype)
-
-
-def _decayed(first: jax.Array, second: jax.Array, factor: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
-    """Of parts of ``2 * count`` groups, the first halves of ``first`` and the second halves of ``second``, times factors
-    of groups ``[N, 1, K]``, None for 1; and the second halves alone."""
-    (_, size, width), parts = first.shape, (-1, 2, count)
-    halves = [x.reshape(*parts, size, width)[:, n] for n, x in enumerate((first, second))]
-    if factor is not None:
-        factor = factor.reshape(*parts, 1, width)
-        halves = [x * factor[:, n] for n, x in enumerate(halves)]
-    return jnp.stack(halves, axis=1).reshape(-1, width), halves[1].reshape(-1, width)
 
 
 def _near(log_decay: jax.Array, row: jax.Array):
@@ -165,23 +210,33 @@ def _near(log_decay: jax.Array, row: jax.Array):
     return levels, seen, left
 
 
-def _far(totals: jax.Array):
-    """From the sums of groups ``[N, 1, K]``: of each level above, those from the group to the middle, None for the first,
-    where there is no group between; of all before and after it; of all."""
-    count, width = totals.shape[0], totals.shape[-1]
-    before = after = jnp.zeros_like(totals)
-    levels: list[jax.Array | None] = []
-    size = 1
-    while size < count:
-        first, second = (totals.reshape(-1, 2, 1, 1, width)[:, n] for n in (0, 1))
-        (before_1, before_2), (after_1, after_2) = (
-            [x.reshape(-1, 2, size, 1, width)[:, n] for n in (0, 1)] for x in (before, after)
+def _between(wholes: Groups) -> tuple[list[Groups], tuple[Groups, Groups], jax.Array | None]:
+    """From the decays of groups: by level those between each group and the middle; those before and those after it; of
+    all."""
+    count, n = len(wholes), 0
+    before: Groups = [None] * count
+    after = before
+    levels: list[Groups] = []
+    while len(wholes) > 1:
+        sides = [_side(g, n) for g in range(count)]
+        levels.append([(before, after)[side][g] for g, side in enumerate(sides)])
+        other = [wholes[(g >> n) ^ 1] for g in range(count)]
+        before, after = (
+            [times(other[g], x) if sides[g] == side else x for g, x in enumerate(every)]
+            for side, every in ((ROW, before), (COLUMN, after))
         )
-        levels.append(None if size == 1 else jnp.stack([after_1, before_2], axis=1).reshape(before.shape))
-        before = jnp.stack([before_1, before_2 + first], axis=1).reshape(before.shape)
-        after = jnp.stack([after_1 + second, after_2], axis=1).reshape(before.shape)
-        totals, size = (first + second).reshape(-1, 1, width), 2 * size
-    return levels, before, after, totals[0]
+        wholes, n = [times(*wholes[g : g + 2]) for g in range(0, len(wholes), 2)], n + 1
+    return levels, (before, after), wholes[0]
+
+
+def _side(group: int, level: int) -> int:
+    """Of the tokens of a group: in second halves they are rows."""
+    return ROW if group >> level & 1 else COLUMN
+
+
+def _cut(x: jax.Array, count: int) -> list[jax.Array]:
+    size = x.shape[0] // count
+    return [x[n * size : (n + 1) * size] for n in range(count)]
 
 
 def _halves(x: jax.Array, size: int) -> list[jax.Array]:

@@ -29,6 +29,20 @@ def dot(x: jax.Array, y: jax.Array, over: tuple[int, int], wide) -> jax.Array:
     return lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=wide)
 
 
+def times(factor: jax.Array | None, x: Any) -> Any:
+    """Where either may be None for 1. The factor of a head is the same in all of its columns, however many."""
+    if factor is None or x is None:
+        return x if factor is None else factor
+    if factor.shape[1] != x.shape[1]:
+        factor = factor[:, : x.shape[1] if factor.shape[1] >= x.shape[1] else 1]
+    return factor * x
+
+
+def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    """In the dtype of x."""
+    return x if factor is None else times(factor, x.astype(factor.dtype)).astype(x.dtype)
+
+
 def suffix_sums(x: jax.Array) -> jax.Array:
     """``y_i = sum_{j >= i} x_j`` of ``[c, D]``."""
     return _running(x, -1)
@@ -46,14 +60,12 @@ def _running(x: jax.Array, step: int, part: int | None = None) -> jax.Array:
         reached = row >= by if step == 1 else row < GROUP - by
         shifted = pltpu.roll(groups, by if step == 1 else GROUP - by, axis=1)
         groups = groups + jnp.where(reached, shifted, jnp.zeros_like(groups))
-    totals = groups[:, -1:] if step == 1 else groups[:, :1]
-    order = range(groups.shape[0]) if step == 1 else reversed(range(groups.shape[0]))
-    before, total = {}, jnp.zeros_like(totals[0])
-    for n in order:
-        if part and n * GROUP % part == 0:
-            total = jnp.zeros_like(total)
-        before[n], total = total, total + totals[n]
-    return (groups + jnp.stack([before[n] for n in range(groups.shape[0])])).reshape(x.shape)
+    last = slice(GROUP - 1, GROUP) if step == 1 else slice(0, 1)
+    found: dict[int, jax.Array] = {}
+    for n in range(groups.shape[0])[::step]:
+        begins = n - step not in found or (part is not None and n * GROUP % part == 0)
+        found[n] = groups[n] if begins else groups[n] + found[n - step][last]
+    return jnp.concatenate([found[n] for n in range(groups.shape[0])])
 
 
 class NoDecay:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlinear.pallas import inverse
-from jaxlinear.pallas.chunk_decays import dot
-from jaxlinear.pallas.linear_attention_chunk import Chunk, scaled, times
+from jaxlinear.pallas.chunk_decays import dot, times
+from jaxlinear.pallas.linear_attention_chunk import Chunk
 
 
 class Head(NamedTuple):
@@ -63,7 +63,7 @@ def prepare(heads: Sequence[Head]) -> list[Tokens]:
 
 def outputs(heads: Sequence[Head], tokens: Sequence[Tokens], states: Sequence[jax.Array]):
     """By head: ``[c, V]``, but for the scale; and the state after the chunk."""
-    reads = [_scaled_product(h, h.chunk.since_start, (h.q, h.k), state) for h, state in zip(heads, states, strict=True)]
+    reads = [_from_start(h, (h.q, h.k), state) for h, state in zip(heads, states, strict=True)]
     written = _written(heads, tokens, [x[1] for x in reads])
     inner = [dot(t.attention, x, (1, 0), s.dtype) for t, x, s in zip(tokens, written, states, strict=True)]
     return [x + read[0] for x, read in zip(inner, reads, strict=True)], _after(heads, written, states)
@@ -123,7 +123,7 @@ def gradients(
 
 def _reads(heads, states) -> list[jax.Array]:
     """What the keys read of the state before the chunk."""
-    return [_scaled_product(h, h.chunk.since_start, (h.k,), state)[0] for h, state in zip(heads, states, strict=True)]
+    return [_from_start(h, (h.k,), state)[0] for h, state in zip(heads, states, strict=True)]
 
 
 def _written(heads, tokens, reads) -> list[jax.Array]:
@@ -137,7 +137,7 @@ def _written(heads, tokens, reads) -> list[jax.Array]:
 
 def _after(heads, written, states) -> list[jax.Array]:
     return [
-        times(h.chunk.whole, s) + dot(x, scaled(h.k, h.chunk.until_end), (0, 0), s.dtype)
+        times(h.chunk.whole, s) + dot(x, h.chunk.to_end(h.k), (0, 0), s.dtype)
         for h, x, s in zip(heads, written, states, strict=True)
     ]
 
@@ -145,7 +145,7 @@ def _after(heads, written, states) -> list[jax.Array]:
 def _errors_gradients(heads, tokens, d_after):
     """The gradients of beta (V - K S), and of V - K S."""
     wide = heads[0].beta.dtype
-    outer = [_scaled_product(h, h.chunk.until_end, (h.k,), d)[0] for h, d in zip(heads, d_after, strict=True)]
+    outer = [_to_end(h, d) for h, d in zip(heads, d_after, strict=True)]
     inner = [dot(t.attention, h.d_o, (0, 0), wide) for h, t in zip(heads, tokens, strict=True)]
     d_solved = [dot(t.inverse, x + y, (0, 0), wide) for t, x, y in zip(tokens, outer, inner, strict=True)]
     return d_solved, [h.beta * d for h, d in zip(heads, d_solved, strict=True)]
@@ -155,22 +155,27 @@ def _before(heads, d_errors, d_after) -> list[jax.Array]:
     """The gradients of the states before the chunk."""
     found = []
     for h, d_error, d in zip(heads, d_errors, d_after, strict=True):
-        since_start, dtype = h.chunk.since_start, h.k.dtype
-        reading = jnp.concatenate([h.d_o, (-d_error).astype(dtype)])
-        read = jnp.concatenate([scaled(h.q, since_start), scaled(h.k, since_start)])
+        reading = jnp.concatenate([h.d_o, (-d_error).astype(h.k.dtype)])
+        read = jnp.concatenate([h.chunk.from_start(x) for x in (h.q, h.k)])
         found.append(times(h.chunk.whole, d) + dot(reading, read, (0, 0), d.dtype))
     return found
 
 
-def _scaled_product(
-    head: Head, factor: jax.Array | None, rows: Sequence[jax.Array], state: jax.Array
-) -> list[jax.Array]:
-    """``(factor x) state^T`` for each x of ``rows``, by one product."""
-    by_channel, length, wide = head.chunk.decays.by_channel, rows[0].shape[0], head.beta.dtype
-    x = jnp.concatenate([scaled(x, factor) if by_channel else x for x in rows])
-    product = dot(x, state, (1, 1), wide)
+def _from_start(head: Head, rows: Sequence[jax.Array], state: jax.Array) -> list[jax.Array]:
+    """``(since_start x) state^T`` for each x of ``rows``, by one product."""
+    chunk, wide = head.chunk, head.beta.dtype
+    by_channel, length = chunk.decays.by_channel, rows[0].shape[0]
+    product = dot(jnp.concatenate([chunk.from_start(x) if by_channel else x for x in rows]), state, (1, 1), wide)
     products = [product[n * length : (n + 1) * length] for n in range(len(rows))]
-    return products if by_channel else [times(factor, y) for y in products]
+    return products if by_channel else [times(chunk.since_start, y) for y in products]
+
+
+def _to_end(head: Head, d_state: jax.Array) -> jax.Array:
+    """``(until_end k) d_state^T``"""
+    chunk, wide = head.chunk, head.beta.dtype
+    if chunk.decays.by_channel:
+        return dot(chunk.to_end(head.k), d_state, (1, 1), wide)
+    return times(chunk.until_end, dot(head.k, d_state, (1, 1), wide))
 
 
 def _earlier(head: Head, products: jax.Array) -> jax.Array:

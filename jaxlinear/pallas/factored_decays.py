@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxlinear.pallas.channel_decays import ByChannel, ByLevels, to_base_2
-from jaxlinear.pallas.chunk_decays import dot, masked, pairs, prefix_sums, with_same
+from jaxlinear.pallas.chunk_decays import dot, masked, pairs, prefix_sums, scaled, times, with_same
 
 LIMIT = 80 * math.log(2)  # of a channel in a chunk or part; 2^80 leaves 2^47 for what it multiplies
 PART = 16  # tokens of a part
@@ -62,23 +62,32 @@ class Factored:
     def __init__(self, log_decay: jax.Array):
         sums = prefix_sums(to_base_2(log_decay))
         last = sums[-1:]
-        self.since_start, self.until_end, self.whole = jnp.exp2(sums), jnp.exp2(last - sums), jnp.exp2(last)
-        self._row = self.since_start * jnp.exp2(-last)
+        self._row, self.until_end, self.whole = jnp.exp2(sums - last), jnp.exp2(last - sums), jnp.exp2(last)
         self._pairs = pairs(log_decay.shape[0])
+
+    @property
+    def since_start(self) -> jax.Array:
+        return self.whole * self._row
+
+    def from_start(self, x: jax.Array, factor: jax.Array | None) -> jax.Array:
+        return times(factor, self.whole * (self._row * x.astype(self._row.dtype))).astype(x.dtype)
+
+    def to_end(self, x: jax.Array, factor: jax.Array | None) -> jax.Array:
+        return scaled(x, times(factor, self.until_end))
 
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
         i, j = self._pairs
-        left = _times(self.until_end, columns)
+        left = scaled(columns, self.until_end)
         # Of j > i there may be infinities, which are not taken.
-        return [masked(i >= j, dot(_times(self._row, r), left, (1, 1), wide)) for r in rows]
+        return [masked(i >= j, dot(scaled(r, self._row), left, (1, 1), wide)) for r in rows]
 
     def pairwise_gradient(self, rows, columns, d_products, wide) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         i, j = self._pairs
-        left, d_rows, of_columns = _times(self.until_end, columns), [], []
+        left, d_rows, of_columns = scaled(columns, self.until_end), [], []
         for r, d in zip(rows, d_products, strict=True):
             d = masked(i > j, d).astype(columns.dtype)
             d_rows.append(self._row * dot(d, left, (1, 0), wide))
-            of_columns.append(dot(d, _times(self._row, r), (0, 0), wide))
+            of_columns.append(dot(d, scaled(r, self._row), (0, 0), wide))
         return with_same(self._pairs, rows, columns, d_products, d_rows, self.until_end * sum(of_columns))
 
 
@@ -88,23 +97,17 @@ class FactoredInParts(ByLevels):
 
     def __init__(self, log_decay: jax.Array):
         seen = prefix_sums(to_base_2(log_decay), 2 * PART).reshape(-1, 2 * PART, log_decay.shape[1])
-        since_middle = seen - seen[:, PART - 1 : PART]
-        self._row, self._column = jnp.exp2(since_middle), jnp.exp2(-since_middle)
-        super().__init__(seen, seen[:, -1:] - seen)
+        middle, whole = seen[:, PART - 1 : PART], seen[:, -1:]
+        self._row, self._column = (jnp.exp2(x).reshape(log_decay.shape) for x in (seen - middle, middle - seen))
+        ends = list(jnp.exp2(middle)), list(jnp.exp2(whole - middle))
+        super().__init__((self._row, self._column), ends, [times(x, y) for x, y in zip(*ends, strict=True)])
 
-    def _near_products(self, row, columns, apart, wide) -> jax.Array:
-        return dot(self._times(self._row, row), self._times(self._column, columns), (1, 1), wide)
+    def _near_products(self, rows, columns, apart, wide) -> list[jax.Array]:
+        left = scaled(columns, self._column)
+        return [dot(scaled(r, self._row), left, (1, 1), wide) for r in rows]
 
     def _near_gradients(self, row, columns, d_products, apart, wide) -> tuple[jax.Array, jax.Array]:
-        i, j = self._pairs
-        d = masked((i > j) & (apart < 2 * PART), d_products).astype(columns.dtype)
-        d_row = dot(d, self._times(self._column, columns), (1, 0), wide)
-        d_columns = dot(d, self._times(self._row, row), (0, 0), wide)
-        return self._row.reshape(d_row.shape) * d_row, self._column.reshape(d_row.shape) * d_columns
-
-    def _times(self, factor: jax.Array, x: jax.Array) -> jax.Array:
-        return _times(factor.reshape(x.shape), x)
-
-
-def _times(factor: jax.Array, x: jax.Array) -> jax.Array:
-    return (factor * x.astype(factor.dtype)).astype(x.dtype)
+        d = masked(apart < 2 * PART, d_products[0]).astype(columns.dtype)
+        d_row = dot(d, scaled(columns, self._column), (1, 0), wide)
+        d_columns = dot(d, scaled(row, self._row), (0, 0), wide)
+        return self._row * d_row, self._column * d_columns

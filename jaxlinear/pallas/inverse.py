@@ -15,24 +15,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas.chunk_decays import dot
 
-BLOCK = 16  # rows of the blocks that are eliminated
+BLOCK = 8  # rows of the blocks that are eliminated
 
 
 def inverses(lower: Sequence[jax.Array], narrow) -> list[jax.Array]:
     """``(I + L)^-1`` for each L ``[c, c]``, float32 or float64, zero on the diagonal and above, c a power of two from
-    ``BLOCK``. They are worked on in turn, so that none waits for its own last step.
+    ``2 * BLOCK``. They are worked on in turn, so that none waits for its own last step.
 
-    With ``narrow`` bfloat16 one factor of each product is cut to 8 bits and the other to 16, which leaves no more error
-    than the inverse has when it then is cut to bfloat16; else all is in full precision.
+    Blocks of ``2 * BLOCK`` rows are in full precision. With ``narrow`` bfloat16 one factor of each later product is cut to
+    8 bits and the other to 16, which leaves no more error than the inverse has when it then is cut to bfloat16; else all is
+    in full precision.
     """
     length = lower[0].shape[0]
-    row, lane = (lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
-    inside = _part(row, BLOCK) == _part(lane, BLOCK)
-    whole = []
-    for small in _eliminate([_side_by_side(x, BLOCK, range(length // BLOCK)) for x in lower]):
-        tiled = jnp.concatenate([small] * (length // BLOCK))
-        whole.append(jnp.where(inside, tiled, jnp.zeros_like(tiled)))
-    size = BLOCK
+    solved = _eliminate([_side_by_side(x, BLOCK, range(length // BLOCK)) for x in lower])
+    whole, size = _pairs(lower, solved), 2 * BLOCK
     while size < length:
         whole = _double(lower, whole, size, narrow)
         size *= 2
@@ -45,9 +41,41 @@ def _eliminate(blocks: list[jax.Array]) -> list[jax.Array]:
     first = _part(lane, BLOCK) * BLOCK
     solved = [(lane - first == row).astype(blocks[0].dtype)] * len(blocks)
     for j in range(BLOCK - 1):
-        columns = [jnp.take_along_axis(x, first + j, axis=1, mode="promise_in_bounds") for x in blocks]
+        columns = [_lanes(x, first + j) for x in blocks]
         solved = [x - column * x[j : j + 1] for x, column in zip(solved, columns, strict=True)]
     return solved
+
+
+def _pairs(lower: Sequence[jax.Array], solved: list[jax.Array]) -> list[jax.Array]:
+    """From the inverses of blocks side by side those of two blocks each, ``[c, c]``: one column of a factor times one row
+    of the other after the other, in the dtype that they have."""
+    length = lower[0].shape[0]
+    lane = lax.broadcasted_iota(jnp.int32, solved[0].shape, 1)
+    part, begin = _part(lane, BLOCK), _part(lane, 2 * BLOCK) * (2 * BLOCK)
+    blocks = range(length // BLOCK)
+    found = []
+    for x, y in zip(lower, solved, strict=True):
+        # B and what follows from it are on the lanes of the first blocks; of the second ones there may be anything.
+        b = _side_by_side(x, BLOCK, blocks[1::2], lanes=blocks[::2])
+        off = _product(y, begin + BLOCK, _product(b, begin, y))
+        rows = []
+        for i in blocks:
+            own = jnp.where(part == i, y, jnp.zeros_like(y))
+            rows.append(own if i % 2 == 0 else jnp.where(part == i - 1, -off, own))
+        found.append(jnp.concatenate(rows))
+    return found
+
+
+def _product(x: jax.Array, begin: jax.Array, y: jax.Array) -> jax.Array:
+    """Of blocks of x, whose lanes begin there, with those of y on the lane."""
+    found = _lanes(x, begin) * y[:1]
+    for j in range(1, BLOCK):
+        found = found + _lanes(x, begin + j) * y[j : j + 1]
+    return found
+
+
+def _lanes(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
 
 
 def _double(lower: Sequence[jax.Array], inverse: list[jax.Array], size: int, narrow) -> list[jax.Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlinear.pallas.chunk_decays import dot
+from jaxlinear.pallas.chunk_decays import dot, scaled, times
 
 
 class Documents(NamedTuple):
@@ -26,6 +26,9 @@ class Chunk(NamedTuple):
     decays: Any
     documents: Documents | None
     last: Any  # the number of the last token, those behind it being none
+    takes_factors: bool = (
+        False  # whether ``since_start`` and ``until_end`` scale more than tokens: they then scale these
+    )
 
     @property
     def since_start(self) -> jax.Array | None:
@@ -41,6 +44,18 @@ class Chunk(NamedTuple):
     def whole(self) -> jax.Array | None:
         """What scales the state before the chunk in that after it; None for 1."""
         return times(None if self.documents is None else self.documents.one, self.decays.whole)
+
+    def from_start(self, x: jax.Array) -> jax.Array:
+        """``since_start * x``, in the dtype of x."""
+        if self.takes_factors or not self.decays.by_channel:
+            return scaled(x, self.since_start)
+        return self.decays.from_start(x, None if self.documents is None else self.documents.in_first)
+
+    def to_end(self, x: jax.Array) -> jax.Array:
+        """``until_end * x``, in the dtype of x."""
+        if self.takes_factors or not self.decays.by_channel:
+            return scaled(x, self.until_end)
+        return self.decays.to_end(x, None if self.documents is None else self.documents.in_last)
 
     def seen(self, products: jax.Array) -> jax.Array:
         """Products of pairs of tokens ``[c, c]``, zero where the second does not see the first."""
@@ -72,31 +87,29 @@ def outputs(chunk: Chunk, tokens: Tokens, state: jax.Array) -> jax.Array:
     wide = state.dtype
     (attention,) = chunk.decays.pairwise((q,), k, wide)
     inner = dot(chunk.seen(attention).astype(v.dtype), v, (1, 0), wide)
-    since_start = chunk.since_start
     if chunk.decays.by_channel:
-        return inner + dot(scaled(q, since_start), state, (1, 1), wide)
-    return inner + times(since_start, dot(q, state, (1, 1), wide))
+        return inner + dot(chunk.from_start(q), state, (1, 1), wide)
+    return inner + times(chunk.since_start, dot(q, state, (1, 1), wide))
 
 
-def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, factor: jax.Array | None, state: jax.Array) -> jax.Array:
-    """``whole * state + values^T (factor * keys)``: the state after the chunk, by what it writes; and the gradient of the
-    state before it, by what it reads."""
-    return times(chunk.whole, state) + dot(values, scaled(keys, factor), (0, 0), state.dtype)
+def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, state: jax.Array) -> jax.Array:
+    """``whole * state + values^T keys``: the state after the chunk, by what it writes, of keys decayed to its end; and the
+    gradient of the state before it, by what it reads, of queries decayed from its start."""
+    return times(chunk.whole, state) + dot(values, keys, (0, 0), state.dtype)
 
 
 def gradients(chunk: Chunk, tokens: Tokens, state: jax.Array, d_after: jax.Array) -> Gradients:
     """From those of the outputs and of the state after the chunk. ``state`` is before it."""
     q, k, v, d_o = tokens
     wide = state.dtype
-    since_start, until_end = chunk.since_start, chunk.until_end
     (attention,) = chunk.decays.pairwise((q,), k, wide)
     d_attention = chunk.seen(dot(d_o, v, (1, 1), wide))
     (d_q,), d_k, sums = chunk.decays.pairwise_gradient((q,), k, (d_attention,), wide)
-    d_q_outer = times(since_start, dot(d_o, state, (1, 0), wide))
-    d_k_outer = times(until_end, dot(v, d_after, (1, 0), wide))
+    d_q_outer = times(chunk.since_start, dot(d_o, state, (1, 0), wide))
+    d_k_outer = times(chunk.until_end, dot(v, d_after, (1, 0), wide))
     d_v = dot(chunk.seen(attention).astype(d_o.dtype), d_o, (0, 0), wide)
-    d_v = d_v + dot(scaled(k, until_end), d_after, (1, 1), wide)
-    d_before = advance(chunk, q, d_o, since_start, d_after)
+    d_v = d_v + dot(chunk.to_end(k), d_after, (1, 1), wide)
+    d_before = advance(chunk, chunk.from_start(q), d_o, d_after)
     total = None
     if sums is not None:
         # What the last token writes has no decay: beside others that have it would be lost, or they beside it.
@@ -106,17 +119,3 @@ def gradients(chunk: Chunk, tokens: Tokens, state: jax.Array, d_after: jax.Array
         held = times(chunk.whole, jnp.sum(state * d_after, axis=0, keepdims=True))
         total = jnp.sum(written, axis=0, keepdims=True) + held
     return Gradients(d_q + d_q_outer, d_k + d_k_outer, d_v, d_before, sums, total)
-
-
-def times(factor: jax.Array | None, x: Any) -> Any:
-    """Where either may be None for 1. The factor of a head is the same in all of its columns, however many."""
-    if factor is None or x is None:
-        return x if factor is None else factor
-    if factor.shape[1] != x.shape[1]:
-        factor = factor[:, : x.shape[1] if factor.shape[1] >= x.shape[1] else 1]
-    return factor * x
-
-
-def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    """In the dtype of x."""
-    return x if factor is None else times(factor, x.astype(factor.dtype)).astype(x.dtype)

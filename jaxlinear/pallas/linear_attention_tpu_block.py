@@ -83,7 +83,7 @@ class Block:
                 tokens = self._tokens(n, h)
                 o = linear_attention_chunk.outputs(chunk, tokens, states[h])
                 self._store(self.o, n, h, scale * o)
-                states[h] = linear_attention_chunk.advance(chunk, tokens.k, tokens.v, chunk.until_end, states[h])
+                states[h] = linear_attention_chunk.advance(chunk, chunk.to_end(tokens.k), tokens.v, states[h])
         return states
 
     def _accumulate(self, states: list[jax.Array]) -> list[jax.Array]:
@@ -93,8 +93,8 @@ class Block:
                 keys, values = self._load(self.keys, n, h), self._load(self.values, n, h)
                 if self.plan.reverse:
                     values = self._times_scale(values)
-                factor = chunk.since_start if self.plan.reverse else chunk.until_end
-                states[h] = linear_attention_chunk.advance(chunk, keys, values, factor, states[h])
+                keys = chunk.from_start(keys) if self.plan.reverse else chunk.to_end(keys)
+                states[h] = linear_attention_chunk.advance(chunk, keys, values, states[h])
                 if self.kept is not None:
                     self.kept[h] = self.kept[h] * chunk.whole
         return states
@@ -106,8 +106,8 @@ class Block:
             keys_and_values = [(self._load(self.keys, n, h), self._load(self.values, n, h)) for h in heads]
             states.append(
                 [
-                    linear_attention_chunk.advance(chunk, *kv, chunk.until_end, state)
-                    for chunk, kv, state in zip(chunks[n], keys_and_values, states[n], strict=True)
+                    linear_attention_chunk.advance(chunk, chunk.to_end(k), v, state)
+                    for chunk, (k, v), state in zip(chunks[n], keys_and_values, states[n], strict=True)
                 ]
             )
         for n in reversed(self.chunks):
@@ -156,7 +156,7 @@ class Block:
                 self.log_decay[first : first + self.shape.heads, self._at(n)] for first in (0, self.shape.rows)
             )
             decays = [chunk_decays.by_sums(coarse[h : h + 1], fine[h : h + 1]) for h in range(self.shape.heads)]
-        return [Chunk(x, documents, last) for x in decays]
+        return [Chunk(x, documents, last, self.plan.kind == "gradient") for x in decays]
 
     def _log_decays(self, n: int) -> list[jax.Array]:
         """Of the key channels of each head, ``[c, K]``."""
