@@ -1,17 +1,18 @@
 """Batches of a prepared dataset, addressed by index.
 
-Example i of epoch e is a pure function of (seed, e, i): grain's ``MapDataset`` maps the global index of an example to
-the place in the datasets where it lies (shuffle, reseeded each epoch; mixture), and the rows of a batch are then read
+Example i of epoch e is a pure function of (seed, e, i): the global index of an example is mapped to the place in the
+datasets where it lies (a mixture of grain's shuffles, reseeded each epoch), and the rows of a batch are then read
 together. So the state of a loader is the step, and the hosts of a run agree without a word.
 """
 
+import fractions
 import itertools
 import logging
 import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -19,13 +20,14 @@ from jaxlinear.data.blocks import SplitReader, decode_block
 from jaxlinear.data.manifest import Manifest, read_manifest
 from jaxlinear.errors import UserError
 
-if TYPE_CHECKING:
-    import grain
-
 _LOG = logging.getLogger(__name__)
 
 Path = str | os.PathLike[str]
 Batch = dict[str, np.ndarray]
+
+
+class _Order(Protocol):
+    def __getitem__(self, index: int) -> int: ...
 
 
 class TrainBatches:
@@ -207,7 +209,7 @@ class ExampleTable:
         return tokens, starts
 
 
-def _order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> tuple["grain.MapDataset", int]:
+def _order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> tuple["_Order", int]:
     """(index of an example in the run -> its place in the datasets laid end to end, examples an epoch)."""
     # Imported here, for grain imports JAX, and neither the worker processes nor the preparation needs it.
     import grain
@@ -218,7 +220,37 @@ def _order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> tuple
     shuffled = [part.shuffle(seed=s).repeat() for part, s in zip(parts, seeds, strict=True)]
     if len(parts) == 1:
         return shuffled[0], lengths[0]
-    return grain.MapDataset.mix(shuffled, weights), len(grain.MapDataset.mix(parts, weights))
+    shares = _shares(weights)
+    epoch = min(length * sum(shares) // share for length, share in zip(lengths, shares, strict=True))
+    return _Mixture(shuffled, shares), epoch
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """The weights as whole numbers, in exactly the ratio of their decimals as one writes them."""
+    exact = [fractions.Fraction(repr(float(weight))) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    return [int(weight * scale) for weight in exact]
+
+
+class _Mixture:
+    """Several endless orders as one: of the first k examples each dataset has its share, off by fewer than there are
+    datasets, whatever k is.
+
+    grain mixes so too, but rounds weights down to hundredths of the smallest: for it 0.5 and 0.497 are 1 to 1.
+    """
+
+    def __init__(self, parts: Sequence["_Order"], shares: Sequence[int]):
+        self._parts, self._shares = parts, shares
+
+    def __getitem__(self, index: int) -> int:
+        # The first dataset has its share of all, rounded up; the next its share of what that leaves; and so on.
+        remaining = sum(self._shares)
+        for part, share in zip(self._parts, self._shares, strict=True):
+            left, left_after = (k * (remaining - share) // remaining for k in (index, index + 1))
+            if left == left_after:
+                return part[index - left]
+            index, remaining = left, remaining - share
+        raise AssertionError("the last dataset takes what the others left")
 
 
 def _lengths_that_work(block_length: int, limit: int) -> list[int]:

@@ -194,6 +194,30 @@ def test_mixture_has_its_proportions(dataset, other, weights):
     assert batches.examples_per_epoch == pytest.approx(min(counts[0] / 0.75, counts[1] / 0.25), abs=1)
 
 
+@pytest.mark.parametrize(
+    "weights, shares",
+    [
+        ((0.7, 0.3), (7, 3)),
+        ((0.5, 0.497), (500, 497)),
+        ((0.29, 0.29, 0.42), (29, 29, 42)),
+        ((np.float64(0.1), 1, 1e-3, 0.2), (100, 1000, 1, 200)),
+    ],
+)
+def test_shares_of_a_mixture_are_exact(weights, shares):
+    """Rounded to hundredths of the smallest weight, 0.5 and 0.497 would be 1 to 1, and 0.7 and 0.3 233 to 100."""
+    period, size = sum(shares), 10**6
+    order, epoch = loader._order([size] * len(shares), weights, 0)
+    assert epoch == size * period // max(shares)
+    which = np.array([order[i] // size for i in range(2 * period)])
+    of_each = np.cumsum(which[:, None] == np.arange(len(shares)), axis=0)
+    np.testing.assert_array_equal(of_each[period - 1], shares)
+    np.testing.assert_array_equal(of_each[-1], 2 * np.array(shares))
+    expected = np.arange(1, 2 * period + 1)[:, None] * np.array(shares) / period
+    assert np.abs(of_each - expected).max() < len(shares)
+    far = 10**15 * period  # of examples: no sum is rounded there either
+    np.testing.assert_array_equal([order[i] // size for i in range(far, far + 20)], which[:20])
+
+
 def test_mixture_shows_each_dataset_in_whole_epochs(dataset, other):
     batches = TrainBatches({str(dataset): 1, str(other): 1}, batch_size=2, sequence_length=L, seed=0)
     count = TrainBatches(other, batch_size=1, sequence_length=L, seed=0).examples_per_epoch
