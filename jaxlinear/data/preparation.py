@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from jaxlinear.data import half_made
 from jaxlinear.data.blocks import SplitWriter, token_dtype
 from jaxlinear.data.encoding import encode_in_order
 from jaxlinear.data.manifest import (
@@ -82,9 +83,8 @@ def prepare(
     splitter = Splitter(seed, heldout_fraction)
     existing = _existing_tokenizer(tokenizer, vocab_size, train_bytes, document_token)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
-    partial.mkdir()
-    try:
+    half_made.clear(output)
+    with half_made.directory(output) as partial:
         chosen = existing
         if chosen is None:
             sample = _training_sample(
@@ -109,9 +109,9 @@ def prepare(
             splits=splits,
         )
         manifest.write(partial)
+        half_made.unlock(partial)
+        _check_output(output, overwrite)  # again, for another run may have made it meanwhile
         _replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
@@ -170,11 +170,12 @@ def _replace(partial: pathlib.Path, output: pathlib.Path) -> None:
         partial.rename(output)
         return
     old = output.parent / f".{output.name}.old-{secrets.token_hex(4)}"
-    output.rename(old)
     try:
+        output.rename(old)
         partial.rename(output)
-    except OSError:
-        old.rename(output)
+    except BaseException:  # SIGTERM too, which may come between the two
+        if not os.path.lexists(output):
+            old.rename(output)
         raise
     shutil.rmtree(old)
 

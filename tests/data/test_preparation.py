@@ -357,3 +357,40 @@ def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch, overwrite):
         prepare(source, tmp_path / "data", overwrite=overwrite, **options)
     assert files(tmp_path) == before
     assert sorted(os.listdir(tmp_path)) == (["a.jsonl", "data"] if overwrite else ["a.jsonl"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
+def test_an_older_dataset_is_back_after_an_end_between_the_renames(tmp_path, monkeypatch, error):
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
+    prepare(source, tmp_path / "data", block_length=64, **options)
+    before = files(tmp_path)
+    rename = pathlib.Path.rename
+
+    def ended(self, target):
+        if ".partial-" in self.name:
+            assert not (tmp_path / "data").exists()
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", ended)
+    with pytest.raises(error):
+        prepare(source, tmp_path / "data", overwrite=True, **options)
+    assert files(tmp_path) == before and sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
+
+
+def test_what_another_run_made_meanwhile_stays(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
+    write = Manifest.write
+
+    def make_another(self, directory):
+        monkeypatch.setattr(Manifest, "write", write)
+        prepare(source, tmp_path / "data", block_length=64, **options)
+        write(self, directory)
+
+    monkeypatch.setattr(Manifest, "write", make_another)
+    with pytest.raises(UserError, match="data exists already; --overwrite replaces it"):
+        prepare(source, tmp_path / "data", block_length=32, **options)
+    assert read_manifest(tmp_path / "data").block_length == 64
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]

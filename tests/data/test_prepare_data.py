@@ -84,7 +84,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, source, arguments, message
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_its_end_is_that_of_its_workers(tmp_path, number):
-    """While it reads. SIGTERM leaves nothing half-made either."""
+    """While it reads. SIGTERM leaves nothing half-made either, and what SIGKILL leaves the next run removes."""
     source = tmp_path / "source.jsonl"
     os.mkfifo(source)
     process = subprocess.Popen(
@@ -112,5 +112,13 @@ def test_its_end_is_that_of_its_workers(tmp_path, number):
     while any(pathlib.Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() - begin < 60, "the workers go on"
         time.sleep(0.05)
+    source.unlink()
+    left = list(tmp_path.iterdir())
     if number == signal.SIGTERM:
-        assert list(tmp_path.iterdir()) == [source]
+        assert left == []
+        return
+    assert len(left) == 1 and left[0].name.startswith(".data.partial-") and (left[0] / "train").is_dir()
+    source.write_text("".join(json.dumps({"text": f"line {i} of text"}) + "\n" for i in range(100)))
+    done = run(f"--source={source}", f"--output={tmp_path / 'data'}", "--tokenizer=bytes", "--heldout_fraction=0.3")
+    assert (done.returncode, done.stderr) == (0, f"removed {left[0]}, which a run that was killed had left\n")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "data", source]

@@ -1,0 +1,75 @@
+"""What runs that were killed left beside a dataset: removed where its writer has surely died, else said."""
+
+import errno
+import os
+
+import pytest
+
+from jaxlinear import locks
+from jaxlinear.data import half_made
+
+NAME = ".data.partial-0123abcd"
+
+
+def killed(tmp_path, *, host: str | None = None, name=NAME):
+    """What a writer that was killed leaves; ``host`` None for one that had no lock."""
+    (tmp_path / name / "train").mkdir(parents=True)
+    if host is not None:
+        (tmp_path / name / locks.FILE).write_text(host)
+    return tmp_path / name
+
+
+def test_a_dead_one_of_this_host_is_removed(tmp_path, caplog):
+    left = killed(tmp_path, host=half_made.socket.gethostname())
+    others = [
+        tmp_path / name for name in ("data", ".other.partial-0123abcd", ".data.partial-mine", "data.partial-01234567")
+    ]
+    for other in others:
+        killed(tmp_path, host=half_made.socket.gethostname(), name=other.name)
+    half_made.clear(tmp_path / "data")
+    assert caplog.messages == [f"removed {left}, which a run that was killed had left"]
+    assert sorted(tmp_path.iterdir()) == sorted(others) and all((other / locks.FILE).exists() for other in others)
+
+
+def test_one_that_is_at_work_is_left_alone(tmp_path, caplog):
+    with half_made.directory(tmp_path / "data") as partial:
+        (partial / "train").mkdir()
+        half_made.clear(tmp_path / "data")
+        assert (partial / "train").is_dir() and sorted(os.listdir(partial)) == [locks.FILE, "train"]
+        half_made.unlock(partial)
+        assert os.listdir(partial) == ["train"]
+        half_made.clear(tmp_path / "data")
+        assert partial.is_dir()  # it has no lock any more, or not yet
+    assert caplog.messages == [f"{partial} was left by a run that was killed, or is at work; remove it if none is"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("host", ["another", None])
+def test_one_that_may_be_at_work_is_named(tmp_path, caplog, host):
+    left = killed(tmp_path, host=host)
+    half_made.clear(tmp_path / "data")
+    assert caplog.messages == [f"{left} was left by a run that was killed, or is at work; remove it if none is"]
+    assert (left / "train").is_dir()
+
+
+def test_a_dataset_that_was_moved_aside_is_named(tmp_path, caplog):
+    old = killed(tmp_path, name=".data.old-0123abcd")
+    half_made.clear(tmp_path / "data")
+    assert caplog.messages == [f"{old} was moved aside by an --overwrite that was killed; remove it, or move it back"]
+    assert (old / "train").is_dir()
+
+
+def test_where_there_are_no_locks(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with half_made.directory(tmp_path / "data") as partial:
+        assert os.listdir(partial) == []
+    left = killed(tmp_path, host=half_made.socket.gethostname())
+    half_made.clear(tmp_path / "data")
+    assert len(caplog.messages) == 1 and left.is_dir()
+
+
+def test_there_may_be_no_folder_yet(tmp_path):
+    half_made.clear(tmp_path / "none" / "data")
