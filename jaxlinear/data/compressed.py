@@ -10,6 +10,7 @@ from jaxlinear.errors import UserError
 
 _CHUNK = 1 << 20
 _SUFFIXES = (".gz", ".zst")
+_ZSTD_WINDOW = 1 << 31  # bytes, the largest that there is (zstd --long=31); by default 128 MiB are the most
 
 
 class DamagedFile(Exception):
@@ -63,5 +64,5 @@ def _decompressor(file: pathlib.Path) -> tuple[Callable[[], Any] | None, type[Ex
             import zstandard
         except ImportError as error:
             raise UserError(f"{file} needs the zstandard package: pip install zstandard") from error
-        return zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+        return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj, zstandard.ZstdError
     return None, DamagedFile

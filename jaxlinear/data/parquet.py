@@ -32,7 +32,9 @@ def records(file: pathlib.Path, text_field: str) -> Iterator[Record]:
                     row += 1
                     yield _record(f"{file}:{row}", content, text_field)
     except (pyarrow.ArrowException, OSError) as error:  # OSError is how pyarrow reports a damaged page
-        yield Record(f"{file}:{row + 1}", None, f"damaged Parquet file: {error}")
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk: no permission, or the file is gone
+            raise
+        yield Record(f"{file}:{row + 1}", None, f"damaged Parquet file: {error}", ends_file=True)
 
 
 def _record(origin: str, content: bytes | None, text_field: str) -> Record:

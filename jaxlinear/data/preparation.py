@@ -206,12 +206,13 @@ class _Counts:
 
 
 def _usable(documents: Iterable[Record], counts: _Counts, progress: tqdm) -> Iterator[tuple[str, int]]:
-    """(text, bytes) of the records that are neither broken nor empty; counts all and names the first broken ones."""
+    """(text, bytes) of the records that are neither broken nor empty; counts all and names the first broken ones, and all
+    damaged files."""
     for record in documents:
         counts.read += 1
         if record.text is None:
             counts.broken += 1
-            if counts.broken <= _LOGGED_BROKEN:
+            if counts.broken <= _LOGGED_BROKEN or record.ends_file:
                 _LOG.warning("broken record left out: %s: %s", record.origin, record.error)
             continue
         num_bytes = len(record.text.encode())

@@ -32,11 +32,13 @@ _ACCEPTABLE_BROKEN_AT_START = 100
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One document: ``text``, or None and the ``error`` that broke it. ``origin`` is file:line, or file."""
+    """One document: ``text``, or None and the ``error`` that broke it. ``origin`` is file:line, or file. With one that
+    ``ends_file``, all that is behind it in its file is lost too, however much that is."""
 
     origin: str
     text: str | None
     error: str | None = None
+    ends_file: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +186,7 @@ def _plain_text(file: pathlib.Path, separator: str | None) -> Iterator[Record]:
     try:
         content = read_all(file)
     except DamagedFile as error:
-        yield Record(str(file), None, str(error))
+        yield Record(str(file), None, str(error), ends_file=True)
         return
     record = text_record(str(file), content)
     if record.text is None or separator is None:
@@ -232,7 +234,7 @@ def _json_lines(file: pathlib.Path, text_field: str) -> Iterator[Record]:
         try:
             line = next(lines, None)
         except DamagedFile as error:
-            yield Record(origin, None, str(error))
+            yield Record(origin, None, str(error), ends_file=True)
             return
         if line is None:
             return

@@ -8,7 +8,9 @@ import os
 import pathlib
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from jaxlinear.data import encoding, load_tokenizer, prepare, read_manifest
 from jaxlinear.data.blocks import SplitReader, SplitWriter, decode_block
@@ -220,6 +222,31 @@ def test_broken_and_empty_records_are_counted_and_named(tmp_path, caplog):
     with pytest.raises(UserError, match=message):
         prepare(str(file), tmp_path / "strict", max_broken_fraction=0.034, **options)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
+
+
+def test_every_damaged_file_is_named(tmp_path, caplog):
+    """Each is one broken record, and no one knows how much is behind it."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", make_texts(0, 800))
+    with (folder / "a.jsonl").open("a") as stream:
+        stream.write("nonsense\n" * 6)
+    whole = gzip.compress((folder / "a.jsonl").read_bytes())
+    (folder / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (folder / "c.txt.gz").write_bytes(whole[: len(whole) // 2])
+    table = pyarrow.table({"text": ["a" * 500 + str(i) for i in range(900)]})
+    parquet.write_table(table, folder / "d.parquet", use_dictionary=False, compression="snappy")
+    damaged = bytearray((folder / "d.parquet").read_bytes())
+    damaged[2000:2200] = b"\xff" * 200
+    (folder / "d.parquet").write_bytes(damaged)
+    manifest = prepare(str(folder), tmp_path / "data", tokenizer="bytes", workers=1)
+    assert manifest.records.broken == 9
+    named = [record.getMessage().removeprefix("broken record left out: ") for record in caplog.records]
+    assert [message.split(":")[0] for message in named[:5]] == [str(folder / "a.jsonl")] * 5
+    assert [message.split(":")[0] for message in named[5:]] == [
+        str(folder / name) for name in ("b.jsonl.gz", "c.txt.gz", "d.parquet")
+    ]
+    assert named[6].endswith("c.txt.gz: damaged .gz file: it ends too soon")
 
 
 @pytest.mark.parametrize(

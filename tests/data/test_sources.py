@@ -191,6 +191,15 @@ def test_several_members_and_damage(tmp_path):
             read_all(tmp_path / name)
 
 
+def test_zstandard_of_the_largest_window(tmp_path):
+    """As of ``zstd --long=31``; the library's own limit is 27."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # it does not know the size
+    (tmp_path / "a.zst").write_bytes(packer.compress(b"one") + packer.flush())
+    assert zstandard.get_frame_parameters((tmp_path / "a.zst").read_bytes()).window_size == 1 << 31
+    assert read_all(tmp_path / "a.zst") == b"one"
+
+
 def test_binary_and_other_encodings_among_text(tmp_path):
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "b.txt").write_bytes(b"\x7fELF\0\0")
@@ -218,6 +227,20 @@ def test_parquet_text_that_is_not_utf8(tmp_path):
     source = open_source(str(file))
     assert texts(source) == ["good", "fine"]
     assert errors(source) == [(f"{file}:2", "not utf-8: invalid start byte at byte 0")]
+
+
+def test_parquet_that_cannot_be_read_is_no_broken_record(tmp_path):
+    """As other files that are gone, or that this user may not read: else a whole file would count as one record."""
+    for name in ("a.parquet", "b.parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["one"] * 200}), tmp_path / name)
+    source = open_source(str(tmp_path))
+    assert len(texts(source)) == 400
+    (tmp_path / "b.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b\.parquet"):
+        texts(source)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    ((origin, error),) = errors(source)
+    assert origin == f"{tmp_path / 'b.parquet'}:1" and error.startswith("damaged Parquet file: ")
 
 
 def test_parquet_refusals(tmp_path, monkeypatch):
