@@ -1,5 +1,6 @@
 """The loader: a pure function of (seed, step), the same on any number of hosts, true to the stream."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxlinear.data import TrainBatches, heldout_batches, loader, prepare, read_manifest
-from jaxlinear.data.blocks import SplitReader, decode_block
+from jaxlinear.data.blocks import SplitReader, decode_block, encode_block
+from jaxlinear.data.manifest import Shard
 from jaxlinear.errors import UserError
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -269,6 +271,53 @@ def test_heldout_hosts_and_limit(dataset):
     limited = list(heldout_batches(dataset, limit=2, **options))
     assert len(limited) == 2
     assert_same(limited[1], whole[1])
+
+
+@pytest.fixture
+def vast(dataset, tmp_path, monkeypatch):
+    """2 ** 33 + 100 tokens in shards without content, whose records are made as they are read: token j of block k is
+    k + j."""
+    manifest = read_manifest(dataset)
+    tokens, per_shard, size = 2**33 + 100, 1 << 16, 5
+    blocks = -(-(tokens - 1) // L)
+    (tmp_path / "train").mkdir()
+    shards = []
+    for first in range(0, blocks, per_shard):
+        name = f"train/{len(shards):05d}.array_record"
+        (tmp_path / name).write_bytes(bytes(size))
+        shards.append(Shard(name, min(per_shard, blocks - first), size))
+
+    def read_shard(self, shard, positions):
+        firsts = [shard * per_shard + position for position in positions]
+        assert all(0 <= position < shards[shard].records for position in positions)
+        starts = np.array([3, 20])
+        return [encode_block(first + np.arange(L + 1), starts, L, "uint32") for first in firsts]
+
+    monkeypatch.setattr(SplitReader, "_read_shard", read_shard)
+    train = dataclasses.replace(
+        manifest.splits["train"], tokens=tokens, documents=2 * blocks, blocks=blocks, shards=tuple(shards)
+    )
+    dataclasses.replace(manifest, dtype="uint32", splits={"train": train}).write(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("length", [8, L, 4 * L])
+def test_more_tokens_than_32_bits_count(vast, length):
+    table = loader.ExampleTable(vast, "train", length)
+    assert table.targets == 2**33 + 99 and table.whole_examples == (2**33 + 99) // length
+    around = [2**31 // length - 1, 2**31 // length, 2**32 // length - 1, 2**32 // length, table.whole_examples - 1]
+    batch = table.read(np.array(around))
+    position = np.array(around)[:, None] * length + np.arange(length)
+    np.testing.assert_array_equal(batch["tokens"], position // L + position % L)
+    np.testing.assert_array_equal(batch["targets"][:, :-1], batch["tokens"][:, 1:])
+    starts = np.isin(position % L, [3, 20])
+    starts[:, 0] = True
+    np.testing.assert_array_equal(batch["segment_ids"], np.cumsum(starts, axis=1))
+    batches = TrainBatches(vast, batch_size=4, sequence_length=length, seed=0)
+    assert batches.tokens_per_epoch == (2**33 + 99) // length * length
+    for begin in (0, batches.batches_per_epoch, 10**9):  # all of the stream is reached
+        firsts = np.concatenate([batches[step]["tokens"][:, 0] for step in range(begin, begin + 25)])
+        assert 0.4 < firsts.mean() / 2**28 < 0.6 and firsts.min() < 0.1 * 2**28 and firsts.max() > 0.9 * 2**28
 
 
 def test_attributes(dataset):
