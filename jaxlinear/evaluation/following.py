@@ -72,6 +72,7 @@ def follow(
                     continue
                 report = _read(folder / f"{step}.json", of_step)
                 if report is None:
+                    starts = len(read_starts(workdir))  # before the checkpoint is read: it is of no later start
                     run = open_run(workdir, step, mesh) if run is None else run.at(step)
             except UserError:
                 if not _is_removed(workdir, step):
@@ -88,7 +89,7 @@ def follow(
                 continue
             if report is None:
                 assert run is not None
-                report = evaluation.evaluate_run(run, tasks, options) | {"asked": of_step}
+                report = evaluation.evaluate_run(run, tasks, options) | {"asked": of_step, "starts": starts}
                 _write(folder / f"{step}.json", json.dumps(report, indent=2) + "\n")
                 _to_tensorboard(folder, step, report)
             reports[step] = report
@@ -135,20 +136,25 @@ def _read(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
 def _of_the_past(workdir: str | os.PathLike, asked: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The reports of earlier calls that were asked for the same, of checkpoints that are there no more. Those that were
     made before the run began anew from an earlier step, or that it has not come to again, are of another past."""
-    steps, past = _steps(workdir), {}
-    starts = [
-        (datetime.datetime.fromisoformat(line["time"]).timestamp(), line["step"]) for line in read_starts(workdir)
-    ]
+    steps, past, starts = _steps(workdir), {}, read_starts(workdir)
     for path in directory(workdir).glob("*.json"):
         if not path.stem.isdigit() or int(path.stem) in steps or int(path.stem) > max(steps, default=0):
             continue
-        step, made = int(path.stem), path.stat().st_mtime
-        if any(begun > made and first < step for begun, first in starts):
+        step, report = int(path.stem), json.loads(path.read_text(encoding="utf-8"))
+        if any(line["step"] < step for line in _since(report, path, starts)):
             continue
-        report = json.loads(path.read_text(encoding="utf-8"))
         if asked == {name: value for name, value in report.get("asked", {}).items() if name != "checkpoint"}:
             past[step] = report
     return past
+
+
+def _since(report: Mapping[str, Any], path: Path, starts: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The starts of the run after a report was made. Times tell them badly: a copy of the directory is younger than all of
+    them. But a report from before there was this count has nothing else."""
+    if "starts" in report:
+        return starts[report["starts"] :]
+    made = path.stat().st_mtime
+    return [line for line in starts if datetime.datetime.fromisoformat(line["time"]).timestamp() > made]
 
 
 def _write(path: Path, text: str) -> None:

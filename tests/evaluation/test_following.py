@@ -1,6 +1,8 @@
 """evaluation/following.py: every checkpoint of a run is evaluated once, as it appears, and what is found is written."""
 
+import datetime
 import json
+import os
 import shutil
 
 import pytest
@@ -96,6 +98,22 @@ def test_reports_of_checkpoints_that_are_gone_are_read_again(followed, copied, t
     with (workdir / STARTS).open("a") as file:
         file.write(json.dumps(again | {"step": 0}) + "\n")
     assert list(following.follow(workdir, TASKS, OPTIONS)) == followed[1:]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_copy_that_is_younger_than_all_starts(followed, copied, tmp_path, counted):
+    """By its time a report of another past would be newer than the start that set the run back: the starts are counted. Of
+    a report from before they were, the time is all that there is."""
+    workdir = shutil.copytree(copied, tmp_path / "run")
+    shutil.rmtree(workdir / DIRECTORY / "1")
+    path = following.directory(workdir) / "1.json"
+    if not counted:
+        path.write_text(json.dumps({name: value for name, value in followed[0].items() if name != "starts"}))
+    again = datetime.datetime(2050, 1, 1, tzinfo=datetime.UTC)
+    os.utime(path, (again.timestamp() + (1 if counted else -1),) * 2)
+    with (workdir / STARTS).open("a") as file:
+        file.write(json.dumps({"step": 0, "time": again.isoformat()}) + "\n")
+    assert [report["step"] for report in following.follow(workdir, TASKS, OPTIONS)] == [2]
 
 
 def test_another_checkpoint_of_a_step_is_evaluated(followed, copied, tmp_path, monkeypatch):
