@@ -12,9 +12,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from jaxlinear.data import encoding, load_tokenizer, prepare, read_manifest
+from jaxlinear.data import encoding, load_tokenizer, preparation, prepare, read_manifest
 from jaxlinear.data.blocks import SplitReader, SplitWriter, decode_block
 from jaxlinear.data.manifest import Manifest
+from jaxlinear.data.sources import Record, Source
 from jaxlinear.data.splitting import Splitter
 from jaxlinear.errors import UserError
 
@@ -153,8 +154,9 @@ def test_splits_share_no_document_even_when_documents_repeat(tmp_path):
 def test_seed_chooses_the_split(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60, longest=20))
     options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "block_length": 64, "workers": 1}
-    prepare(source, tmp_path / "0", seed=0, **options)
-    prepare(source, tmp_path / "1", seed=1, **options)
+    for seed in (0, 1):
+        manifest = prepare(source, tmp_path / str(seed), seed=seed, **options)
+        assert (manifest.seed, manifest.heldout_fraction) == (seed, 0.3)  # by which mixtures are warned of
     assert read_texts(tmp_path / "0", "heldout") != read_texts(tmp_path / "1", "heldout")
 
 
@@ -204,6 +206,41 @@ def test_sample_for_the_tokenizer_is_bounded(tmp_path):
     assert vocabulary.keys() >= {"word", "Ġword"} and len(vocabulary) < 600
 
 
+@pytest.mark.parametrize(
+    "train_bytes, known, sampled, read",
+    [
+        (40_000, True, (32_000, 40_000), (390, 400)),  # a tenth of each part, for so large is a tenth of the whole
+        (5_000, True, (5_000, 5_999), (40, 160)),  # 1 in 16, for at most 16 times as much is read
+        (40_000, False, (40_000, 40_999), (40, 50)),  # from a source of unknown size, its beginning
+        (10**6, True, (360_000, 400_000), (400, 400)),
+    ],
+)
+def test_the_sample_is_from_all_over_the_source(train_bytes, known, sampled, read):
+    texts = [f"{i:03d}" + "é" * 498 + "." for i in range(400)]  # of 1000 bytes
+    given = []
+
+    def records():
+        for text in texts:
+            given.append(text)
+            yield Record("", text)
+
+    source = Source("", 400_000 if known else None, records)
+    sample = list(preparation._training_sample(source, Splitter(0, 0.05), train_bytes, 0))
+    assert set(sample) <= set(texts) and len(set(sample)) == len(sample)
+    assert not any(Splitter(0, 0.05).split(text.encode()) == "heldout" for text in sample)
+    assert sampled[0] <= 1000 * len(sample) <= sampled[1] and read[0] <= len(given) <= read[1]
+    assert sample == list(preparation._training_sample(source, Splitter(0, 0.05), train_bytes, 0))
+
+
+def test_of_one_long_document_pieces_are_sampled():
+    size = 1 << 14
+    text = "".join(f"{i:07d} " for i in range(25 * size // 8))
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    source = Source("", len(text), lambda: iter([Record("", text)]))
+    sample = list(preparation._training_sample(source, Splitter(0, 1e-9), 5 * size, 1))
+    assert 2 <= len(sample) <= 5 and set(sample) <= set(pieces) and sample != pieces[: len(sample)]
+
+
 def test_broken_and_empty_records_are_counted_and_named(tmp_path, caplog):
     file = tmp_path / "a.jsonl"
     write_jsonl(file, [*make_texts(0, 195), "", ""])
@@ -222,6 +259,8 @@ def test_broken_and_empty_records_are_counted_and_named(tmp_path, caplog):
     with pytest.raises(UserError, match=message):
         prepare(str(file), tmp_path / "strict", max_broken_fraction=0.034, **options)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
+    write_jsonl(file, make_texts(0, 195))
+    prepare(str(file), tmp_path / "strict", max_broken_fraction=0.0, **options)  # none is not more than none
 
 
 def test_every_damaged_file_is_named(tmp_path, caplog):

@@ -58,3 +58,9 @@ def test_wsd_decays_for_one_step_at_least(decay):
 def test_wsd_decays_after_the_warmup_at_the_earliest():
     multiplier = schedule("wsd", decay=1.0)
     np.testing.assert_allclose([multiplier(10), multiplier(99)], [1, 0.1], rtol=1e-5)
+
+
+def test_wsd_decays_for_the_nearest_number_of_steps():
+    """A fifth of 98 is 19.6: from step 78 on."""
+    multiplier = schedule("wsd", steps=98)
+    np.testing.assert_allclose([multiplier(78), multiplier(79), multiplier(97)], [1, 1 - 0.9 / 19, 0.1], rtol=1e-5)
