@@ -11,6 +11,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The sweep.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Where the report goes; by default into the sweep's directory, scaling/.")
 _BASELINE = flags.DEFINE_string("baseline", None, "The architecture that others are measured against; else the first.")
 _PARTIAL = flags.DEFINE_boolean("partial", False, "Leave out runs that are not finished.")
+_EVALUATED = flags.DEFINE_boolean(
+    "evaluated", False, "Take the losses that launch/evaluate.py --follow found, not those that the runs logged."
+)
 _REPLICATES = flags.DEFINE_integer("replicates", 500, "Resamplings, for the intervals.", lower_bound=20)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the resamplings.")
 
@@ -21,7 +24,7 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax warns of checkpoints that others wrote, and of what it is asked for
     from jaxlinear.scaling.laws import comparison, points, report
 
-    measured = points.of_sweep(_WORKDIR.value, partial=_PARTIAL.value)
+    measured = points.of_sweep(_WORKDIR.value, partial=_PARTIAL.value, evaluated=_EVALUATED.value)
     fitted = comparison.compare(measured, baseline=_BASELINE.value, replicates=_REPLICATES.value, seed=_SEED.value)
     name = os.path.basename(os.path.abspath(_WORKDIR.value))
     output = _OUTPUT.value or os.path.join(_WORKDIR.value, "scaling")

@@ -11,6 +11,7 @@ from jaxlinear import evaluation
 from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import Options, following
+from jaxlinear.scaling.laws import points
 from jaxlinear.training.workdir import STARTS
 
 OPTIONS = Options(lengths=(1,), batches=1, batch_tokens=256, examples=8)
@@ -114,6 +115,16 @@ def test_a_copy_that_is_younger_than_all_starts(followed, copied, tmp_path, coun
     with (workdir / STARTS).open("a") as file:
         file.write(json.dumps({"step": 0, "time": again.isoformat()}) + "\n")
     assert [report["step"] for report in following.follow(workdir, TASKS, OPTIONS)] == [2]
+
+
+def test_a_scaling_law_takes_the_loss_of_the_last_checkpoint(followed, copied, tmp_path):
+    """By the report as it is written."""
+    shutil.copytree(copied, tmp_path / "runs" / "a")
+    point = points.Point("a", "small", 10, 0, 10, 1.0, 0.0, loss=9.0)
+    found = points._evaluated(point, tmp_path)
+    row = followed[1]["perplexity"]["lengths"][0]
+    assert (found.loss, found.heldout_tokens) == (row["loss"], row["tokens"]) and found.name == "a"
+    assert found.heldout_data == followed[1]["perplexity"]["dataset"]
 
 
 def test_another_checkpoint_of_a_step_is_evaluated(followed, copied, tmp_path, monkeypatch):

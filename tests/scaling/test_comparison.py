@@ -284,8 +284,35 @@ def test_losses_of_different_parts_of_a_text_are_refused(tiny_dataset, tmp_path)
     assert str(refusal.value) == (
         f"the held-out losses are of different text: that of batch_size=8 is of 1,024 tokens of {tiny_dataset}, that of "
         f"batch_size=4 of 512 tokens of {tiny_dataset}; train a sweep whose runs have the same data.heldout_path and "
-        "evaluation.batches x training.batch_size x training.sequence_length, or evaluation.batches=0 (all of it)"
+        "evaluation.batches x training.batch_size x training.sequence_length, or evaluation.batches=0 (all of it); of "
+        "finished runs, launch/evaluate.py --follow measures each, and --evaluated takes what it found"
     )
+
+
+def test_losses_of_finished_runs_may_be_those_of_their_evaluations(tiny_dataset, tmp_path, monkeypatch):
+    """Which are of one text, whatever was measured while they trained."""
+    finished(tmp_path, tiny_dataset, [rows(8, 2), rows(4, 2)])
+    monkeypatch.setattr(points.Checkpoints, "fingerprint", lambda self, step: f"of {step}")
+    refusal = "the run batch_size=8 has no report of its last checkpoint's loss: .*/runs/batch_size=8 --follow makes it"
+
+    def report(batch_size, loss, tokens, checkpoint="of 1"):
+        path = tmp_path / "runs" / f"batch_size={batch_size}" / "evaluations" / "1.json"
+        path.parent.mkdir(exist_ok=True)
+        lengths = [{"multiple": 2, "loss": 1.0, "tokens": 10}, {"multiple": 1, "loss": loss, "tokens": tokens}]
+        found = {"perplexity": {"dataset": str(tiny_dataset), "lengths": lengths}}
+        path.write_text(json.dumps(found | {"asked": {"checkpoint": checkpoint}}))
+
+    with pytest.raises(UserError, match=refusal):
+        points.of_sweep(tmp_path, evaluated=True)
+    report(8, 4.5, 900, "another of 1")  # the run was set back
+    report(4, 4.25, 900)
+    with pytest.raises(UserError, match=refusal):
+        points.of_sweep(tmp_path, evaluated=True)
+    report(8, 4.5, 900)
+    assert [point.loss for point in points.of_sweep(tmp_path, evaluated=True)] == [4.5, 4.25]
+    report(8, 4.5, 800)
+    with pytest.raises(UserError, match=r"different text: .*batch_size=8 is of 800 tokens .*batch_size=4 of 900"):
+        points.of_sweep(tmp_path, evaluated=True)
 
 
 def test_losses_of_different_data_are_refused_and_of_a_copy_accepted(tiny_dataset, tmp_path):

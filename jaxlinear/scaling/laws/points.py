@@ -1,16 +1,21 @@
 """What a finished sweep measured: of each run its parameters, tokens, FLOPs and held-out loss."""
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxlinear import config as configs
 from jaxlinear import data
+from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
+from jaxlinear.evaluation import following
 from jaxlinear.models.parameters import describe
 from jaxlinear.scaling import flops
 from jaxlinear.scaling.sweeps import states
+from jaxlinear.scaling.sweeps.files import RunFiles
 from jaxlinear.scaling.sweeps.sweep import PlannedRun, read
 from jaxlinear.training import metrics
 from jaxlinear.training.job import heldout_path
@@ -55,9 +60,10 @@ class Point:
         return not math.isfinite(self.loss)
 
 
-def of_sweep(workdir: str | os.PathLike, *, partial: bool = False) -> list[Point]:
+def of_sweep(workdir: str | os.PathLike, *, partial: bool = False, evaluated: bool = False) -> list[Point]:
     """The runs of the sweep in ``workdir``; of those with the same architecture, size and tokens the one of the lowest
     loss, so that a sweep may try several learning rates. Runs that diverged are there too, whatever others there are.
+    Losses are those that the runs logged, or, with ``evaluated``, those of ``launch/evaluate.py --follow``.
 
     Raises:
       UserError: a run is not finished (with ``partial`` it is left out), or has no held-out loss at its end; or two losses
@@ -73,6 +79,8 @@ def of_sweep(workdir: str | os.PathLike, *, partial: bool = False) -> list[Point
         )
     names = {run.name for run in unfinished}
     made = [_point(run) for run in sweep.runs if run.name not in names]
+    if evaluated:
+        made = [_evaluated(point, workdir) for point in made]
     _check_same_text([point for point in made if not point.diverged])
     return best(made)
 
@@ -110,7 +118,8 @@ def _check_same_text(points: Sequence[Point]) -> None:
             raise UserError(
                 f"the held-out losses are of different text: that of {points[0].name} is of {said(points[0])}, that of "
                 f"{point.name} of {said(point)}; train a sweep whose runs have the same data.heldout_path and "
-                "evaluation.batches x training.batch_size x training.sequence_length, or evaluation.batches=0 (all of it)"
+                "evaluation.batches x training.batch_size x training.sequence_length, or evaluation.batches=0 (all of it); "
+                "of finished runs, launch/evaluate.py --follow measures each, and --evaluated takes what it found"
             )
 
 
@@ -147,4 +156,24 @@ def _point(run: PlannedRun) -> Point:
         budget_counts=run.labels.get("budget_counts"),
         heldout_data=config.data.task or heldout_path(config),
         heldout_tokens=config.evaluation.batches * training.batch_size * training.sequence_length,
+    )
+
+
+def _evaluated(point: Point, sweep: str | os.PathLike) -> Point:
+    """The point with the loss that the run's last checkpoint was evaluated to have, at the length it was trained at."""
+    if point.diverged:
+        return point
+    workdir = RunFiles(Path(sweep), point.name).workdir
+    step = read_config(workdir).training.steps
+    path = following.directory(workdir) / f"{step}.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = report.get("perplexity", {"lengths": []})
+    rows = [row for row in found["lengths"] if row["multiple"] == 1]
+    if not rows or report.get("asked", {}).get("checkpoint") != Checkpoints(workdir).fingerprint(step):
+        raise UserError(
+            f"the run {point.name} has no report of its last checkpoint's loss: launch/evaluate.py --workdir={workdir} "
+            "--follow makes it"
+        )
+    return dataclasses.replace(
+        point, loss=rows[0]["loss"], heldout_data=found["dataset"], heldout_tokens=rows[0]["tokens"]
     )
