@@ -118,6 +118,14 @@ class JsonTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.document_token_name = _choose_document_token(vocabulary, document_token)
         self.document_token = vocabulary[self.document_token_name]
+        for name, token in vocabulary.items():
+            if token == self.document_token and name != self.document_token_name:
+                # Whatever ids a file gives them, the package numbers added tokens from the size of the vocabulary on.
+                raise UserError(
+                    f"{origin}: its token {self.document_token_name!r} has the id {token} of {name!r} too, as added tokens "
+                    "get where the ids of the vocabulary have gaps, so a document could forge a boundary; name another "
+                    "token with --document_token"
+                )
         self.vocab_size = max(vocabulary.values()) + 1
         # A special token is not looked for in text; some files list theirs as an ordinary added token.
         self._tokenizer.add_special_tokens([self.document_token_name])

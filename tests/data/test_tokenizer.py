@@ -2,10 +2,12 @@
 
 import io
 import json
+import pathlib
 
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 
 from jaxlinear.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer, open_tokenizer, train_bpe
 from jaxlinear.errors import UserError
@@ -115,14 +117,68 @@ def test_an_ordinary_added_token_is_made_special(tmp_path):
     assert tokenizer.document_token not in tokenizer.encode("a</s>b")
 
 
+def test_ids_may_have_gaps(tmp_path):
+    """Then a model has to have room for the largest, not for as many as there are."""
+    train_bpe(TEXTS, 300).save(tmp_path)
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = fields["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 70_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.vocab_size == 70_001
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS
+
+
+def test_a_document_token_that_is_a_byte_too_is_refused(tmp_path):
+    """The package numbers added tokens from 257 on here, whatever the file says, and that is the id of a byte."""
+    train_bpe(TEXTS, 257).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    vocabulary = fields["model"]["vocab"]
+    byte = max(vocabulary, key=vocabulary.get)
+    vocabulary[byte] = 257
+    fields["added_tokens"].append({**fields["added_tokens"][0], "id": 300, "content": "<doc>"})
+    file.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=f"its token '<doc>' has the id 257 of '{byte}' too.*name another token with"):
+        open_tokenizer(str(file), "<doc>")
+    assert open_tokenizer(str(file), "<|endoftext|>").document_token == 0
+
+
+def test_what_others_files_ask_for_beside_the_tokens_is_not_done(tmp_path):
+    """Texts are not cut or filled up, and nothing is put before or behind them: the packing does that."""
+    file = pathlib.Path(_json_tokenizer(tmp_path, ["<s>", "</s>"]))
+    plain = open_tokenizer(str(file), "</s>")
+    begin = open_tokenizer(str(file), "<s>").document_token
+    fields = json.loads(file.read_text())
+    fields["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    fields["padding"] = {
+        **{"strategy": {"Fixed": 500}, "direction": "Right", "pad_to_multiple_of": None},
+        **{"pad_id": begin, "pad_type_id": 0, "pad_token": "<s>"},
+    }
+    fields["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [begin], "tokens": ["<s>"]}},
+    }
+    file.write_text(json.dumps(fields))
+    whole = tokenizers.Tokenizer.from_file(str(file)).encode("a text").ids
+    assert len(whole) == 500 and whole[0] == begin and len(plain.encode("a text")) == 6  # as the file has it
+    tokenizer = open_tokenizer(str(file), "</s>")
+    for text in ("a text", *TEXTS):
+        np.testing.assert_array_equal(tokenizer.encode(text), plain.encode(text))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def _json_tokenizer(directory, names, special=True) -> str:
     """A byte-level BPE with the given added tokens and no other."""
     train_bpe(TEXTS, 257).save(directory)
     fields = json.loads((directory / "tokenizer.json").read_text())
     template = fields["added_tokens"][0]
     del fields["model"]["vocab"][template["content"]]
+    fields["model"]["vocab"] = {name: token - 1 for name, token in fields["model"]["vocab"].items()}
     fields["added_tokens"] = [
-        {**template, "id": 300 + i, "content": name, "special": special} for i, name in enumerate(names)
+        {**template, "id": 256 + i, "content": name, "special": special} for i, name in enumerate(names)
     ]
     (directory / "tokenizer.json").write_text(json.dumps(fields))
     return str(directory / "tokenizer.json")
