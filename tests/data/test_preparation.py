@@ -1,5 +1,6 @@
 """Preparation: lossless, split without overlap, independent of the workers, all or nothing."""
 
+import contextlib
 import errno
 import gzip
 import json
@@ -17,6 +18,7 @@ from jaxlinear.data.blocks import SplitReader, SplitWriter, decode_block
 from jaxlinear.data.manifest import Manifest
 from jaxlinear.data.sources import Record, Source
 from jaxlinear.data.splitting import Splitter
+from jaxlinear.data.tokenizer import BytesTokenizer
 from jaxlinear.errors import UserError
 
 WORDS = "def return x + 1\n\t  <|endoftext|> 数学 kůň 🙂 for while \r\n the of and 12345 ( ) : ▁".split(" ")  # noqa: SIM905 (readable as it is)
@@ -176,6 +178,23 @@ def test_workers_and_repetition_change_no_byte(tmp_path, monkeypatch):
     ]
     assert files(tmp_path / "three") == one
     assert files(tmp_path / "again") == one
+
+
+def test_little_of_the_source_is_read_ahead(tmp_path, monkeypatch):
+    """However slowly documents are taken: a source is larger than memory."""
+    monkeypatch.setattr(encoding, "_BATCH_DOCUMENTS", 1)
+    tokenizer, read = BytesTokenizer(), []
+    tokenizer.save(tmp_path)
+
+    def given():
+        for i in range(200):
+            read.append(i)
+            yield str(i), 1
+
+    with contextlib.closing(encoding.encode_in_order(given(), tokenizer, tmp_path, 2)) as encoded:
+        for i, (text, _, tokens) in zip(range(20), encoded, strict=False):
+            assert text == str(i) and tokens.tolist() == list(text.encode())
+            assert len(read) <= i + 8
 
 
 def test_tokenizer_is_trained_on_the_training_split_only(tmp_path):

@@ -136,6 +136,14 @@ def test_json_lines(tmp_path, name):
     assert texts(source) == ["one\ntwo", "日本", "no line end"]  # a second pass gives the same
 
 
+def test_a_mark_of_the_byte_order_is_no_part_of_json(tmp_path):
+    """Nor is it a broken record; in plain text, which is taken byte for byte, it stays."""
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json_lines({"text": "one"}, {"text": "two"}))
+    assert texts(open_source(str(tmp_path / "a.jsonl"))) == ["one", "two"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert texts(open_source(str(tmp_path / "a.txt"))) == ["\ufeffone\r\ntwo"]
+
+
 def test_lines_longer_than_a_chunk(tmp_path):
     values = [{"text": "a" * 3_000_000}, {"text": "b"}, {"text": "c" * 1_500_000}]
     (tmp_path / "a.jsonl").write_bytes(json_lines(*values))

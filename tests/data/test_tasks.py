@@ -103,6 +103,7 @@ def test_selective_copying():
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
         assert due(targets).tolist() == list(range(34, 40)) and (tokens[34:] == 1).all()
         assert targets[34:].tolist() == [token for token in tokens[:34].tolist() if token > 0]
+        assert targets[34:].min() >= 2  # 1 marks where an answer is due
     assert len({tuple(np.flatnonzero(tokens[:34])) for tokens in batch["tokens"]}) == 40 and task.chance == 1 / 7
 
 
@@ -152,6 +153,19 @@ def test_list_ops():
         depths.append(np.max(np.cumsum(opens.astype(int) - (expression == list_ops.CLOSE))))
     assert max(depths) == 3 and task.vocabulary == 17
     assert len(np.unique(batch["targets"][:, -1])) == 10
+
+
+def test_a_fourth_of_the_arguments_are_operations():
+    """As in the Long Range Arena, where they may be. Of two depths all are drawn that the length has room for."""
+    _, batch = rows("listops:length=128:shortest=0:depth=2:arguments=6", count=300)
+    nested = arguments = 0
+    for tokens in batch["tokens"]:
+        opens = (tokens >= list_ops.OPEN) & (tokens < list_ops.CLOSE)
+        digits = (tokens >= list_ops.DIGITS) & (tokens < list_ops.OPEN)
+        depth = np.cumsum(opens.astype(int) - (tokens == list_ops.CLOSE))
+        nested += np.sum(opens & (depth == 2))
+        arguments += np.sum(opens & (depth == 2)) + np.sum(digits & (depth == 1))
+    assert arguments > 1000 and 0.21 < nested / arguments < 0.29
 
 
 def test_pass_key(passkey, tiny_dataset):
