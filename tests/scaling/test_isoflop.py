@@ -68,6 +68,13 @@ def test_without_minima_there_is_no_power_law():
     assert np.isnan(found.interval(lambda profile: profile.power)).all()
 
 
+def test_through_one_minimum_there_is_no_power_law():
+    first = np.isclose(BUDGETS, BUDGETS[0])
+    found = isoflop.fit(BUDGETS, PARAMETERS, np.where(first, LOSSES, np.log(PARAMETERS)), replicates=0).best
+    assert [parabola.inside for parabola in found.parabolas] == [True, False, False, False]
+    assert np.isnan([found.power, found.scale]).all()
+
+
 def test_three_sizes_leave_no_interval():
     keep = np.tile([True, False, True, False, True, False], 4)
     found = isoflop.fit(BUDGETS[keep], PARAMETERS[keep], LOSSES[keep])

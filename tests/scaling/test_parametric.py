@@ -135,6 +135,11 @@ def test_losses_must_be_positive():
         parametric.fit(PARAMETERS, TOKENS, losses)
 
 
+def test_an_interval_leaves_out_one_in_forty_on_either_side():
+    assert bootstrap.LEVEL == 0.95
+    assert bootstrap.interval(0.5, np.random.default_rng(0).permutation(1001) + 1) == (0.5, 26, 976)
+
+
 def test_interval_of_infinite_and_missing_values():
     assert bootstrap.interval(1.0, [0.5] * 50 + [np.inf] * 50) == (1.0, 0.5, np.inf)
     assert np.isnan(bootstrap.interval(1.0, [])[1:]).all()
