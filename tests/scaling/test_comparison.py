@@ -188,6 +188,11 @@ def test_constants_that_the_runs_do_not_tell():
     found = comparison.compare(alike, replicates=30)
     assert {"alpha", "beta"} <= set(found.fits["with"]["fast"].undetermined())
     assert "fast: these runs do not determine" in report.text(found)
+    # And losses that go to nothing: of E they say that it is small, not what it is.
+    law, wobble = dataclasses.replace(LAWS["fast"], E=0.0), [0.992, 1.02, 0.988]
+    losses = [float(law.loss(run.parameters, run.tokens)) * wobble[i % 3] for i, run in enumerate(runs)]
+    falling = [dataclasses.replace(run, loss=loss) for run, loss in zip(runs, losses, strict=True)]
+    assert "E" in comparison.compare(falling, replicates=30).fits["with"]["fast"].undetermined()
 
 
 def test_the_report(compared, tmp_path):
