@@ -121,11 +121,12 @@ KEYS: dict[str, tuple[Any, str]] = {
     "optimizer.beta2": (0.95, "Decay of the second moment (adamw, muon's AdamW part)."),
     "optimizer.epsilon": (
         1e-8,
-        "Added to the root of the second moment (adamw), and to the norm by which Muon divides a matrix (muon).",
+        "Added to the root of the second moment (adamw, muon's AdamW part), and to the norm by which Muon divides a "
+        "matrix.",
     ),
     "optimizer.weight_decay": (
         0.1,
-        "Decoupled; times the learning rate. Matrices only: no bias, norm or decay vector.",
+        "Decoupled; times optimizer.learning_rate, with muon too. Matrices only: no bias, norm or decay vector.",
     ),
     "optimizer.clip_norm": (1.0, "Gradients are scaled down to this global norm; 0 means never."),
     "optimizer.muon_learning_rate": (0.02, "At the top of the schedule, for the matrices that Muon updates."),

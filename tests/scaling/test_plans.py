@@ -72,6 +72,8 @@ def test_fixed_tokens():
     runs = plans.fixed_tokens(base(), SIZES, [25_600, 51_200], warmup_fraction=0.05)
     assert [run["training.steps"] for run in runs] == [100] * 3 + [200] * 3
     assert [run["schedule.warmup_steps"] for run in runs] == [5] * 3 + [10] * 3
+    nearest = plans.fixed_tokens(base(), SIZES[:1], [20.6 * 256, 21.4 * 256], warmup_fraction=0.01)
+    assert [(run["training.steps"], run["schedule.warmup_steps"]) for run in nearest] == [(21, 1), (21, 1)]
     assert plans.names(runs)[:3] == [
         "hawk_6m-steps=100-warmup_steps=5",
         "griffin_2m-steps=100-warmup_steps=5",
