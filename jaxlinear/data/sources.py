@@ -9,6 +9,7 @@ import dataclasses
 import io
 import itertools
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -24,6 +25,7 @@ from jaxlinear.data.compressed import (
 )
 from jaxlinear.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 DEFAULT_TEXT_FIELD = "text"
 DEFAULT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".parquet")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -164,6 +166,10 @@ def _files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pa
     if not files:
         there = f"; there are {', '.join(name for name, _ in others.most_common(5))}" if others else " and no other"
         raise UserError(f"{folder} has no file with a suffix of {', '.join(suffixes)}{there} (--suffixes chooses)")
+    if others:  # as .jsonl.xz beside .jsonl.gz: who has both may think that both are read
+        there = ", ".join(f"{count} {name}" for name, count in others.most_common(5))
+        more = ", ..." if len(others) > 5 else ""
+        _LOG.info("%s: %d files are read; left out are %s%s (--suffixes chooses)", folder, len(files), there, more)
     return sorted(files, key=lambda file: file.as_posix())
 
 

@@ -69,6 +69,21 @@ def test_folder_is_read_recursively_in_order_by_suffix(tmp_path):
     assert texts(open_source(str(tmp_path), suffixes=(".bin",))) == ["e"]
 
 
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
+    names = ["a.txt", "b.txt", "a.xz", "b.txt.xz", "noise", *(f"c.{i}" for i in range(4)), ".hidden"]
+    for name in names[:2]:
+        (tmp_path / name).write_text(name)
+    with caplog.at_level("INFO", logger="jaxlinear"):
+        open_source(str(tmp_path))
+        assert caplog.messages == []
+        for name in names[2:]:
+            (tmp_path / name).write_text(name)
+        assert texts(open_source(str(tmp_path))) == ["a.txt", "b.txt"]
+    assert caplog.messages == [
+        f"{tmp_path}: 2 files are read; left out are 2 .xz, 1 .0, 1 .1, 1 .2, 1 .3, ... (--suffixes chooses)"
+    ]
+
+
 def test_links_in_a_folder_are_followed_and_nothing_is_read_twice(tmp_path):
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     for path in (folder / "b", elsewhere / "deep"):
