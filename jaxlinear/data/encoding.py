@@ -1,7 +1,7 @@
 """Encoding in several processes, in the order of the source."""
 
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import itertools
 import multiprocessing
 import os
@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterable, Iterator
 import numpy as np
 
 from jaxlinear.data.tokenizer import Tokenizer, load_tokenizer
+from jaxlinear.errors import RunError
 
 # A worker is given so much text at a time: enough to make the transfer cheap, little enough to keep all of them busy.
 _BATCH_BYTES = 1 << 19
@@ -49,6 +50,10 @@ def encode_in_order(
         while waiting:
             done, future = waiting.popleft()
             yield from _joined(done, future.result())
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise RunError(
+            "a process that encodes was killed, as it is where memory is used up: fewer --workers need less"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -41,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_TRAIN_BYTES = 16_000_000
 _LOGGED_BROKEN = 5
-_LARGEST_SAMPLING = 16  # reads at most 16 times as much text as the tokenizer is trained on
+_LARGEST_SAMPLING = 16  # reads about 16 times as much text as the tokenizer is trained on, at most
 _MOST = 1 << 24  # tokens of a block, and of a vocabulary: far more than is of use, and what memory there is for
 _PIECE = 1 << 14  # characters of a document that are taken or left together
 

@@ -5,6 +5,7 @@ import errno
 import gzip
 import json
 import lzma
+import multiprocessing
 import os
 import pathlib
 
@@ -19,7 +20,7 @@ from jaxlinear.data.manifest import Manifest
 from jaxlinear.data.sources import Record, Source
 from jaxlinear.data.splitting import Splitter
 from jaxlinear.data.tokenizer import BytesTokenizer
-from jaxlinear.errors import UserError
+from jaxlinear.errors import RunError, UserError
 
 WORDS = "def return x + 1\n\t  <|endoftext|> 数学 kůň 🙂 for while \r\n the of and 12345 ( ) : ▁".split(" ")  # noqa: SIM905 (readable as it is)
 
@@ -195,6 +196,23 @@ def test_little_of_the_source_is_read_ahead(tmp_path, monkeypatch):
         for i, (text, _, tokens) in zip(range(20), encoded, strict=False):
             assert text == str(i) and tokens.tolist() == list(text.encode())
             assert len(read) <= i + 8
+
+
+def test_a_worker_that_is_killed_is_an_error_with_its_likely_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "_BATCH_DOCUMENTS", 1)
+    tokenizer = BytesTokenizer()
+    tokenizer.save(tmp_path)
+
+    def given():
+        for i in range(200):
+            if i == 20:
+                for child in multiprocessing.active_children():
+                    child.kill()
+                    child.join()
+            yield str(i), 1
+
+    with pytest.raises(RunError, match="a process that encodes was killed, as it is where memory is used up: fewer "):
+        list(encoding.encode_in_order(given(), tokenizer, tmp_path, 2))
 
 
 def test_tokenizer_is_trained_on_the_training_split_only(tmp_path):
