@@ -52,6 +52,12 @@ def test_loss_is_that_of_the_logits_and_padding_does_not_count():
     np.testing.assert_allclose(metrics["loss"], nll[counted].mean(), rtol=1e-5)
     assert abs(metrics["loss"] - nll.mean()) > 1e-4
 
+    for only in (np.arange(nll.size).reshape(nll.shape) == np.flatnonzero(counted)[7], np.zeros_like(counted)):
+        targets = np.where(only, batch["targets"], -1).astype(np.int32)  # one is to be predicted, or none
+        _, metrics = train(train.state(), dict(batch, targets=targets))
+        np.testing.assert_allclose(metrics["loss"], nll[only].sum(), rtol=1e-5)
+        assert (metrics["gradient_norm"] > 0) == only.any() and metrics["skips"] == 0
+
     step = make_loss_step(train.config, architecture, train.mesh)
     placed = train.place(batch)
     got, targets = tiny.compiled(step, parameters, placed)(parameters, placed)
