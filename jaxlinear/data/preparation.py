@@ -156,6 +156,8 @@ def _existing_tokenizer(
 def _check_output(output: pathlib.Path, overwrite: bool) -> None:
     if output.parent.exists() and not output.parent.is_dir():
         raise UserError(f"{output.parent} is a file, so nothing can be made in it")
+    if os.path.ismount(output):  # as the volume of a container: all is written beside it and renamed at the end
+        raise UserError(f"{output} is where a disk is mounted, and cannot be replaced; name a directory in it")
     if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:

@@ -416,6 +416,19 @@ def test_existing_output(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
 
 
+def test_a_mounted_disk_is_refused_before_the_work(tmp_path, monkeypatch):
+    """It would be in vain: a mount cannot be renamed."""
+    source, data = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60)), tmp_path / "data"
+    data.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(data))
+    with pytest.raises(
+        UserError, match="data is where a disk is mounted, and cannot be replaced; name a directory in it"
+    ):
+        prepare(source, data, tokenizer="bytes", workers=1, heldout_fraction=0.3)
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"] and os.listdir(data) == []
+    prepare(source, data / "in", tokenizer="bytes", workers=1, heldout_fraction=0.3)
+
+
 @pytest.mark.parametrize("there", ["dataset", "empty directory", "nothing"])
 def test_output_through_a_link(tmp_path, there):
     """The dataset appears where the link leads to; the link stays, and nothing is left beside either."""
