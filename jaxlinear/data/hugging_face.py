@@ -15,7 +15,7 @@ def open_dataset(name: str, text_field: str) -> Source:
     path, _, config = name.removeprefix("hf:").partition(":")
     try:
         dataset = datasets.load_dataset(path, config or None, split="train")
-    except (OSError, ValueError) as error:  # not found, no connection, an unknown configuration
+    except (OSError, ValueError, RuntimeError) as error:  # not found, no connection, no such configuration, a script
         raise UserError(f"{name} cannot be loaded: {error}") from error
 
     def records() -> Iterator[Record]:

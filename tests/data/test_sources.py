@@ -291,6 +291,8 @@ def test_hugging_face(monkeypatch):
         calls.append((path, config, split))
         if path == "absent":
             raise FileNotFoundError("Dataset 'absent' doesn't exist")
+        if path == "script":
+            raise RuntimeError("Dataset scripts are no longer supported, but found script.py")
         return rows
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
@@ -300,6 +302,8 @@ def test_hugging_face(monkeypatch):
     assert calls == [("org/name", "small", "train")]
     with pytest.raises(UserError, match="hf:absent cannot be loaded: Dataset 'absent' doesn't exist"):
         open_source("hf:absent")
+    with pytest.raises(UserError, match="hf:script cannot be loaded: Dataset scripts are no longer supported"):
+        open_source("hf:script")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hf:name needs the datasets package: pip install jaxlinear\[hf\]"):
         open_source("hf:name")
