@@ -24,7 +24,8 @@ def records(file: pathlib.Path, text_field: str) -> Iterator[Record]:
                 there = ", ".join(names)
                 raise UserError(f"{file} has no field {text_field!r} (its fields: {there}); --text_field chooses")
             kind = table.schema_arrow.field(text_field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # a categorical, as pandas calls it
+            if values not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                 raise UserError(f"field {text_field!r} of {file} is not a string but {kind}")
             for batch in table.iter_batches(batch_size=_ROWS, columns=[text_field]):
                 # As bytes, so that a text that is not UTF-8 spoils its row and not the batch.

@@ -243,6 +243,16 @@ def test_parquet(tmp_path):
     assert errors(source)[-1][0] == f"{file}:2099"
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_parquet_has_several_kinds_of_strings(tmp_path, kind):
+    values = pyarrow.array(["one", "žluť", None, "one"])
+    column = values.dictionary_encode() if kind == "dictionary" else values.cast(getattr(pyarrow, kind)())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert str(pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").schema_arrow.field("text").type).startswith(kind)
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert texts(source) == ["one", "žluť", "one"] and len(errors(source)) == 1
+
+
 def test_parquet_text_that_is_not_utf8(tmp_path):
     file = tmp_path / "a.parquet"
     column = pyarrow.array([b"good", b"\xff", b"fine"]).view(pyarrow.string())
