@@ -1,5 +1,6 @@
 """Files that may be compressed (.gz, .zst), read in chunks; damage is one exception, whatever the format."""
 
+import contextlib
 import functools
 import pathlib
 import zlib
@@ -27,8 +28,21 @@ def read_all(file: pathlib.Path) -> bytes:
     return b"".join(read_chunks(file))
 
 
-def read_chunks(file: pathlib.Path) -> Iterator[bytes]:
-    """The decompressed content; raises DamagedFile behind the last chunk that could be read."""
+def expansion(file: pathlib.Path) -> float:
+    """How many times the bytes of the file its content is, by its beginning; 1 for a file that is not compressed."""
+    read = min(file.stat().st_size, _CHUNK)
+    if not read or file.suffix.lower() not in _SUFFIXES:
+        return 1.0
+    found = 0
+    with contextlib.suppress(DamagedFile):
+        for content in read_chunks(file, beginning=True):
+            found += len(content)
+    return max(found, 1) / read
+
+
+def read_chunks(file: pathlib.Path, *, beginning: bool = False) -> Iterator[bytes]:
+    """The decompressed content, or that of the file's first chunk; raises DamagedFile behind the last chunk that could be
+    read."""
     suffix = file.suffix.lower()
     new, failure = _decompressor(file)
     if new is None:
@@ -51,6 +65,8 @@ def read_chunks(file: pathlib.Path) -> Iterator[bytes]:
                 data = b""
                 if decompressor.eof:
                     data, decompressor = decompressor.unused_data, None
+            if beginning:
+                return
     if decompressor is not None:
         raise DamagedFile(f"damaged {suffix} file: it ends too soon")
 

@@ -15,10 +15,11 @@ import pathlib
 import platform
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from jaxlinear.data.compressed import (
     DamagedFile,
+    expansion,
     read_all,
     read_chunks,
     stripped_suffix,
@@ -106,7 +107,7 @@ def open_source(
         _refuse(name, text_field=text_field)
     if not any(plain):
         _refuse(name, document_separator=separator)
-    size = sum(file.stat().st_size for file in files)
+    size = _about_size(files)
 
     def records() -> Iterator[Record]:
         for file in files:
@@ -126,6 +127,18 @@ def _refuse(name: str, **unread: object) -> None:
     for option, value in unread.items():
         if value is not None:
             raise UserError(f"{option} does nothing for {name}: it is for {_READ_BY[option]}; leave it out")
+
+
+def _about_size(files: Sequence[pathlib.Path]) -> int:
+    """Of the content, for which compressed files are taken to be as the first of their kind is at its beginning."""
+    of_kind: dict[str, float] = {}
+    total = 0.0
+    for file in files:
+        kind = file.suffix.lower()
+        if kind not in of_kind:
+            of_kind[kind] = expansion(file)
+        total += of_kind[kind] * file.stat().st_size
+    return round(total)
 
 
 def _is_plain(file: pathlib.Path) -> bool:

@@ -12,12 +12,13 @@ import pathlib
 import numpy as np
 import pyarrow
 import pytest
+import zstandard
 from pyarrow import parquet
 
 from jaxlinear.data import encoding, load_tokenizer, preparation, prepare, read_manifest
 from jaxlinear.data.blocks import SplitReader, SplitWriter, decode_block
 from jaxlinear.data.manifest import Manifest
-from jaxlinear.data.sources import Record, Source
+from jaxlinear.data.sources import Record, Source, open_source
 from jaxlinear.data.splitting import Splitter
 from jaxlinear.data.tokenizer import BytesTokenizer
 from jaxlinear.errors import RunError, UserError
@@ -267,6 +268,20 @@ def test_the_sample_is_from_all_over_the_source(train_bytes, known, sampled, rea
     assert not any(Splitter(0, 0.05).split(text.encode()) == "heldout" for text in sample)
     assert sampled[0] <= 1000 * len(sample) <= sampled[1] and read[0] <= len(given) <= read[1]
     assert sample == list(preparation._training_sample(source, Splitter(0, 0.05), train_bytes, 0))
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.ZstdCompressor().compress])
+def test_a_compressed_source_is_sampled_as_what_it_holds(tmp_path, pack):
+    """By the size of its files alone all of the sample would be from the beginning."""
+    texts = [f"{i:03d}" + "é" * 498 + "." for i in range(400)]  # of 1000 bytes
+    name = {bytes: "a.jsonl", gzip.compress: "a.jsonl.gz"}.get(pack, "a.jsonl.zst")
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    (tmp_path / name).write_bytes(pack("".join(lines).encode()))
+    source = open_source(str(tmp_path / name))
+    assert source.size == pytest.approx(400_000, rel=0.05)
+    sample = list(preparation._training_sample(source, Splitter(0, 0.05), 40_000, 0))
+    numbers = [int(text[:3]) for text in sample]
+    assert 30 <= len(numbers) <= 40 and numbers[-1] > 300 and 120 < np.mean(numbers) < 280
 
 
 def test_of_one_long_document_pieces_are_sampled():

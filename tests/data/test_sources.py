@@ -223,6 +223,22 @@ def test_zstandard_of_the_largest_window(tmp_path):
     assert read_all(tmp_path / "a.zst") == b"one"
 
 
+def test_the_size_of_a_source_is_that_of_its_content(tmp_path):
+    """Of several members too, and of files whose beginning is damaged."""
+    text = "".join(f"{i} and so on. " for i in range(200_000)).encode()
+    (tmp_path / "a.txt").write_bytes(text)
+    (tmp_path / "b.txt.gz").write_bytes(
+        b"".join(gzip.compress(text[i : i + 50_000]) for i in range(0, len(text), 50_000))
+    )
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "d.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(text))
+    assert open_source(str(tmp_path)).size == pytest.approx(4 * len(text), rel=0.1)
+    (tmp_path / "d.txt.zst").write_bytes(b"this is not compressed at all")
+    assert open_source(str(tmp_path)).size == pytest.approx(3 * len(text), rel=0.1)
+    (tmp_path / "d.txt.zst").write_bytes(b"")
+    assert open_source(str(tmp_path)).size == pytest.approx(3 * len(text), rel=0.1)
+
+
 def test_binary_and_other_encodings_among_text(tmp_path):
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "b.txt").write_bytes(b"\x7fELF\0\0")
