@@ -9,6 +9,23 @@ from jaxlinear.errors import UserError
 _ROWS = 1024
 
 
+def expansion(file: pathlib.Path, text_field: str) -> float:
+    """How many times the bytes of the file its text is, by its own account; 1 where it gives none."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:  # which the reading of the records says, as it does of damage
+        return 1.0
+    try:
+        table = pyarrow.parquet.read_metadata(file)
+    except (pyarrow.ArrowException, OSError):
+        return 1.0
+    groups = [table.row_group(i) for i in range(table.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
+    return size / file.stat().st_size if size else 1.0
+
+
 def records(file: pathlib.Path, text_field: str) -> Iterator[Record]:
     """One record a row; a row is named file:row, the first row is 1."""
     try:

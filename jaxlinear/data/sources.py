@@ -107,7 +107,7 @@ def open_source(
         _refuse(name, text_field=text_field)
     if not any(plain):
         _refuse(name, document_separator=separator)
-    size = _about_size(files)
+    size = _about_size(files, field)
 
     def records() -> Iterator[Record]:
         for file in files:
@@ -129,16 +129,24 @@ def _refuse(name: str, **unread: object) -> None:
             raise UserError(f"{option} does nothing for {name}: it is for {_READ_BY[option]}; leave it out")
 
 
-def _about_size(files: Sequence[pathlib.Path]) -> int:
-    """Of the content, for which compressed files are taken to be as the first of their kind is at its beginning."""
+def _about_size(files: Sequence[pathlib.Path], text_field: str) -> int:
+    """Of the content, for which the files of a kind that is compressed are taken to be as the first of them."""
     of_kind: dict[str, float] = {}
     total = 0.0
     for file in files:
         kind = file.suffix.lower()
         if kind not in of_kind:
-            of_kind[kind] = expansion(file)
+            of_kind[kind] = _expansion(file, text_field)
         total += of_kind[kind] * file.stat().st_size
     return round(total)
+
+
+def _expansion(file: pathlib.Path, text_field: str) -> float:
+    if stripped_suffix(file) != ".parquet":
+        return expansion(file)
+    from jaxlinear.data import parquet
+
+    return parquet.expansion(file, text_field)
 
 
 def _is_plain(file: pathlib.Path) -> bool:

@@ -7,6 +7,7 @@ import os
 import sys
 import types
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -257,6 +258,20 @@ def test_parquet(tmp_path):
     assert texts(source) == ["one", "zwei"] * 700
     assert errors(source)[0] == (f"{file}:2", "field 'body' is not a string but NoneType")
     assert errors(source)[-1][0] == f"{file}:2099"
+
+
+def test_the_size_of_parquet_is_that_of_the_text_in_it(tmp_path):
+    """Not of other columns, nor as it is compressed."""
+    random = np.random.default_rng(0)
+    values = [f"{i} " + "and so on " * 100 for i in range(1000)]
+    noise = [random.bytes(500) for _ in values]
+    for name in ("a.parquet", "b.parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": values, "noise": noise}), tmp_path / name)
+    size = sum(map(len, values))
+    assert open_source(str(tmp_path)).size == pytest.approx(2 * size, rel=0.05)
+    assert open_source(str(tmp_path), text_field="noise").size == pytest.approx(2 * 500_000, rel=0.05)
+    (tmp_path / "a.parquet").write_bytes(b"damaged")
+    assert open_source(str(tmp_path)).size == 7 + (tmp_path / "b.parquet").stat().st_size
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
