@@ -1,5 +1,6 @@
 """generation.py: decoding is the parallel pass a token at a time, sampling is what it says, rows are by themselves."""
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -11,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxlinear import generation
 from jaxlinear.data import load_tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.generation import Sampling, generate, sample, stream
 from jaxlinear.models import ModelConfig, mixers
-from jaxlinear.models.layers import by_outputs
+from jaxlinear.models.layers import by_outputs, round_for_decoding
 from jaxlinear.models.parameters import describe
+from jaxlinear.ops import backends
 from tests import numerics
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -137,6 +140,41 @@ def test_a_model_for_decoding_is_the_same_model(mixer):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
     for ours, theirs in zip(jax.tree.leaves(turned_state), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(ours, np.reshape(theirs, ours.shape), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("mixer", [*sorted(mixers.MIXERS), "experts"])
+def test_parameters_that_are_rounded_for_decoding_are_only_read_so(mixer):
+    """In bfloat16, to the last bit; and they are most of the parameters."""
+    sizes = {"num_layers": 1, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
+    sizes |= {"key_width": 8, "value_width": 8, "dtype": "bfloat16"}
+    if mixer == "experts":
+        sizes |= {"channel_mixer": "mixture_of_experts", "experts": 4, "experts_per_token": 2, "expert_width": 16}
+    architecture = describe(ModelConfig(pattern=("gla" if mixer == "experts" else mixer,), **sizes))
+    random = np.random.default_rng(0)
+    initial = numerics.jit(architecture.initialise)(jax.random.key(0))
+    moved = jax.tree.map(lambda x: x + 0.1 * random.standard_normal(x.shape).astype(np.float32), initial)
+    model = architecture.bind(moved)
+    rounded = nnx.clone(model)
+    round_for_decoding(rounded, jnp.bfloat16)
+    as_written = {"xla_allow_excess_precision": False}  # else XLA takes back the rounding of what it then makes float32
+    (expected, state), (logits, other_state) = (
+        jax.jit(lambda x, made=made: made(x), compiler_options=as_written)(tokens(2, 5)) for made in (model, rounded)
+    )
+    np.testing.assert_array_equal(logits, expected)
+    for ours, theirs in zip(jax.tree.leaves(other_state), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    kept = [x.size for x in jax.tree.leaves(nnx.to_pure_dict(nnx.split(rounded)[1])) if x.dtype == jnp.float32]
+    assert sum(kept) < 0.15 * architecture.num_parameters
+
+
+def test_a_model_for_decoding_is_rounded_but_not_what_it_was_made_of(deep):
+    model = describe(dataclasses.replace(deep.config, dtype="bfloat16")).bind(nnx.to_pure_dict(nnx.split(deep)[1]))
+    made = model.for_decoding()
+    assert made.for_decoding() is made and not model.is_for_decoding
+    assert made.embedding[...].dtype == made.stacks[0][1].blocks[0].mlp.gate.kernel[...].dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(nnx.split(model)[1])} == {jnp.dtype("float32")}
+    rows = generate(made, [tokens(5), tokens(9)], max_tokens=8, temperature=0.0)
+    assert rows == generate(model, [tokens(5), tokens(9)], max_tokens=8, temperature=0.0)
 
 
 def test_an_empty_past_goes_on_as_none_does(model):
@@ -351,10 +389,13 @@ def test_sampling_statistics(options, expected):
     np.testing.assert_allclose(frequencies, expected, rtol=0, atol=4 * 0.5 / 4000**0.5)
 
 
-def test_nucleus_is_that_of_sorting():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_nucleus_is_that_of_sorting(platform):
+    """By a bit at a time and by three."""
     random = np.random.default_rng(0)
     p = random.dirichlet(np.full(200, 0.1), 16).astype(np.float32)
-    kept = np.asarray(generation._keep(jnp.asarray(p), jnp.asarray(p), jnp.full((16, 1), 0.8, jnp.float32))) > 0
+    with backends.use_platform(platform):
+        kept = np.asarray(generation._keep(jnp.asarray(p), jnp.asarray(p), jnp.full((16, 1), 0.8, jnp.float32))) > 0
     for row, keep in zip(p, kept, strict=True):
         order = np.argsort(-row)
         count = int(np.searchsorted(np.cumsum(row[order], dtype=np.float64), 0.8)) + 1

@@ -15,7 +15,7 @@ from jaxlinear.models import mixers
 from jaxlinear.models.across_layers import across_layers
 from jaxlinear.models.blocks import Losses, Period, add
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, RMSNorm, by_outputs, parameter
+from jaxlinear.models.layers import Linear, RMSNorm, by_outputs, parameter, round_for_decoding
 from jaxlinear.models.mixers.cached_attention import CachedAttention
 from jaxlinear.models.stacks import Stack
 from jaxlinear.ops import dtypes
@@ -48,8 +48,11 @@ class LanguageModel(nnx.Module):
     stacked parameters, scanned, so that neither the program nor the time to compile it grows with depth.
     """
 
+    rounded_parameters = ("embedding", "head")
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.is_for_decoding = False
         self.by_output = False  # the layout of linear maps, see `for_decoding`
         init = nnx.initializers.normal(config.width**-0.5)
         self.embedding = parameter(init, (config.vocab_size, config.width), ("vocab", "embed"), rngs)
@@ -72,28 +75,38 @@ class LanguageModel(nnx.Module):
         It is for decoding: a scan copies the parameters and the state of a repetition out of the stacks for every token.
         The program and the time to compile it then grow with depth.
         """
-        if not self.is_stacked:
-            return self
+        return self._unstacked(lambda period: None) if self.is_stacked else self
+
+    def _unstacked(self, change: Callable[[Period], None]) -> "LanguageModel":
+        """With each repetition changed before the next one is taken out, so that one at a time is there in both forms."""
         model = nnx.clone(self)
-        model.stacks = nnx.List(
-            [
-                nnx.List([_repetition(module, i) for i in range(stack.repeats)])
-                for module, stack in self._each(self.stacks)
-            ]
-        )
+        stacks = []
+        for module, stack in model._each(model.stacks):
+            periods: Any = nnx.List()
+            for i in range(stack.repeats):
+                periods.append(_repetition(module, i) if self.is_stacked else module[i])
+                change(periods[i])
+            stacks.append(periods)
+        model.stacks = nnx.List(stacks)
         return model
 
     def for_decoding(self) -> "LanguageModel":
-        """``unstacked``, and on one CPU with the kernels of linear maps laid out for products with few tokens."""
-        model = self.unstacked()
+        """``unstacked``, with the parameters that are only read in the dtype of activations rounded to it, and on one CPU
+        with the kernels of linear maps laid out for products with few tokens."""
+        if self.is_for_decoding:
+            return self
         first, *others = jnp.asarray(self.embedding[...]).devices()
-        if model.by_output or others or first.platform != "cpu":
-            return model
-        model = nnx.clone(model)
-        model.by_output = True
-        for _, module in nnx.iter_graph(model):
-            if isinstance(module, Linear):
-                module.turn()
+        by_output = not others and first.platform == "cpu"
+
+        def change(period: Period) -> None:
+            round_for_decoding(period, self.config.activation_dtype)
+            for _, module in nnx.iter_graph(period):
+                if by_output and isinstance(module, Linear):
+                    module.turn()
+
+        model = self._unstacked(change)
+        round_for_decoding(model, self.config.activation_dtype)
+        model.by_output, model.is_for_decoding = by_output, True
         return model
 
     def remember(self, tokens: int) -> None:

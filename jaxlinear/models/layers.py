@@ -35,7 +35,8 @@ def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[str | None,
 class Linear(nnx.Module):
     """``x @ kernel + bias``: ``[..., inputs]`` -> ``[..., outputs]``, in the dtype of x.
 
-    ``by_output`` tells that the kernel lies as ``[outputs, inputs]``, into which ``turn`` brings it.
+    ``by_output`` tells that the kernel lies as ``[outputs, inputs]``, into which ``turn`` brings it. ``rounded``: x has
+    the dtype of activations, so the kernel is only read in that (``round_for_decoding``).
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Linear(nnx.Module):
         axes: tuple[str | None, str | None],
         bias: bool = True,
         init: Initializer = fan_in_normal(),  # noqa: B008 (a pure function)
+        rounded: bool = True,
         rngs: nnx.Rngs,
     ):
+        self.rounded_parameters = ("kernel",) if rounded else ()
         self.kernel = parameter(init, (inputs, outputs), axes, rngs)
         self.bias = parameter(nnx.initializers.zeros, (outputs,), axes[1:], rngs) if bias else None
         self.by_output = False
@@ -76,6 +79,19 @@ class Linear(nnx.Module):
         # Added in float32, so that the gradient of the bias is summed in float32.
         wide = y.astype(dtypes.wide(y.dtype))
         return (wide + _last(self.bias[...], wide)).astype(y.dtype)
+
+
+def round_for_decoding(model: nnx.Module, dtype: jnp.dtype) -> None:
+    """Rounds to ``dtype``, that of activations, what modules read in no other: those that ``rounded_parameters`` names.
+
+    What is computed is the same. But it is rounded once, where XLA for GPUs would read it in float32, round it and write
+    it for every token.
+    """
+    for _, module in nnx.iter_graph(model):
+        for name in getattr(module, "rounded_parameters", ()):
+            variable = getattr(module, name)
+            if variable is not None:
+                setattr(module, name, variable.replace(variable[...].astype(dtype)))
 
 
 def by_outputs(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:

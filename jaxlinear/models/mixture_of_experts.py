@@ -37,6 +37,8 @@ class MixtureOfExperts(nnx.Module):
     every pair is computed.
     """
 
+    rounded_parameters = ("gate_kernel", "up_kernel", "down_kernel")
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width, experts, inner = config.width, config.experts, config.expert_width
         self.activation, self.experts_per_token = config.mlp_activation, config.experts_per_token

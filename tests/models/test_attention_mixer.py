@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlinear.models.mixers.attention import Attention
 from jaxlinear.models.mixers.sliding_window import SlidingWindow
 from jaxlinear.models.parameters import describe
+from jaxlinear.ops import backends
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import sharding
 from tests import numerics, small
@@ -51,6 +52,25 @@ def test_the_state(mixer):
         "position": (7,),
         "seen": (7,),
     }
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("positions", [(6, 6, 6), (6, 3, 11)])
+def test_a_token_on_a_tpu_is_the_same(groups, positions):
+    """Rows at one slot and at several, a head of keys for all heads and one for each."""
+    config = small.config(num_heads=4, key_value_heads=groups, window=5)
+    graph, parameters = small.module(lambda rngs: SlidingWindow(config, rngs=rngs))
+    layer = nnx.merge(graph, numerics.cast(parameters, "float32"))
+    random = np.random.default_rng(0)
+    past = {name: random.standard_normal((3, groups, 5, 4)).astype(np.float32) for name in ("keys", "values")}
+    state = past | {name: np.array(positions, np.int32) for name in ("position", "seen")}
+    x = random.standard_normal((3, 1, 16)).astype(np.float32)
+    expected, expected_state = numerics.jit(lambda x, state: layer(x, state=state))(x, state)
+    with backends.use_platform("tpu"):
+        y, new = numerics.jit(lambda x, state: layer(x, state=state))(x, state)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+    for name, value in expected_state.items():
+        np.testing.assert_array_equal(new[name], value)
 
 
 def attention():

@@ -1,6 +1,8 @@
 """Softmax attention with rotary positions whose state is the keys and values of the last tokens: what ``sliding_window``
 and ``attention`` share. How far back a token sees is theirs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,10 +10,12 @@ from jax import lax
 
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, by_head, fan_in_normal, rotary
-from jaxlinear.ops import dtypes
+from jaxlinear.ops import backends, dtypes
 from jaxlinear.parallel import operations, sharding
 
 State = dict[str, jax.Array]
+
+_ROWS = 8  # of a product that a TPU's matrix unit does
 
 
 class CachedAttention(nnx.Module):
@@ -111,12 +115,16 @@ class CachedAttention(nnx.Module):
         """The same for one token: its key and value go to their slot, and the slots are attended to as they lie."""
         batch, position, seen = q.shape[0], state["position"], state["seen"]
         slot = position % self.slots
-        keys, values = (_write(state[name], x, slot) for name, x in (("keys", k), ("values", v)))
+        keys, values = _write((state["keys"], state["values"]), (k, v), slot)
         age = (slot[:, None] - jnp.arange(self.slots, dtype=jnp.int32)[None]) % self.slots
         q = q.reshape(batch, self.groups, -1, self.head_width) * self.head_width**-0.5
+        sharing = q.shape[2]
+        if sharing == 1 and backends.platform() == "tpu":
+            # Products with a single row are made element by element there, which takes longer than reading the slots.
+            q = jnp.pad(q, ((0, 0), (0, 0), (0, _ROWS - 1), (0, 0)))
         logits = dtypes.product("bgrk,bgsk->bgrs", q, keys)
         weights = jax.nn.softmax(jnp.where((age <= seen[:, None])[:, None, None], logits, -jnp.inf), axis=-1)
-        o = dtypes.product("bgrs,bgsk->bgrk", weights.astype(v.dtype), values)
+        o = dtypes.product("bgrs,bgsk->bgrk", weights.astype(v.dtype), values)[:, :, :sharing]
         state = {"keys": keys, "values": values, "position": position + 1, "seen": seen + 1}
         return o.astype(v.dtype), state
 
@@ -126,7 +134,21 @@ def _rows(x: jax.Array, places: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, places[:, :, None, None], axis=1)
 
 
-def _write(x: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """``x`` ``[B, G, N, K]`` with ``new`` ``[B, 1, G, K]`` at ``slot`` ``[B]``."""
-    new = new.swapaxes(1, 2)
-    return jax.vmap(lambda row, token, at: lax.dynamic_update_slice_in_dim(row, token, at, axis=1))(x, new, slot)
+def _write(past: tuple[jax.Array, ...], new: tuple[jax.Array, ...], slot: jax.Array) -> tuple[jax.Array, ...]:
+    """Each ``[B, G, N, K]`` of the past with its ``[B, 1, G, K]`` of the new at ``slot`` ``[B]``."""
+    new = tuple(x.swapaxes(1, 2) for x in new)
+    write = functools.partial(lax.dynamic_update_slice_in_dim, axis=1)
+
+    def row_by_row(past):
+        return tuple(jax.vmap(write)(x, token, slot) for x, token in zip(past, new, strict=True))
+
+    if backends.platform() != "tpu" or sharding.parts("batch") > 1:
+        return row_by_row(past)
+
+    def at_once(past):
+        return tuple(
+            lax.dynamic_update_slice_in_dim(x, token, slot[0], axis=2) for x, token in zip(past, new, strict=True)
+        )
+
+    # Row by row it is a loop over the rows there. Rows that began together, as those of ``generate``, are at one slot.
+    return lax.cond(jnp.all(slot == slot[:1]), at_once, row_by_row, past)

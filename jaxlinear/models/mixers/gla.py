@@ -45,7 +45,7 @@ class GLA(nnx.Module):
         self.key = Linear(width, keys, axes=("embed", "heads"), bias=False, init=xavier, rngs=rngs)
         self.value = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
         self.decay_in = Linear(width, GATE_RANK, axes=("embed", None), bias=False, init=xavier, rngs=rngs)
-        self.decay_out = Linear(GATE_RANK, keys, axes=(None, "heads"), init=xavier, rngs=rngs)
+        self.decay_out = Linear(GATE_RANK, keys, axes=(None, "heads"), init=xavier, rounded=False, rngs=rngs)
         self.gate = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
         self.norm = RMSNorm(
             self.value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs

@@ -26,6 +26,7 @@ class LRU(nnx.Module):
     """The unit over ``[B, T, D]``, of N = ``recurrent_width`` complex states. State: ``h [B, N]``, complex64."""
 
     OVER_SEQUENCE = True
+    rounded_parameters = ("output_kernel",)
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         width, self.states = config.width, config.recurrent_width

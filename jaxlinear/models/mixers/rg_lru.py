@@ -25,6 +25,8 @@ _LARGEST_SLOPE = 1000.0  # of the square root: its own grows without bound as a 
 class RGLRU(nnx.Module):
     """The recurrence with its gates, over ``[B, T, R]``. W_a and W_x are block-diagonal, one block a head."""
 
+    rounded_parameters = ("recurrence_kernel", "input_kernel")
+
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
         block = width // heads

@@ -39,6 +39,7 @@ class S5(nnx.Module):
     """
 
     OVER_SEQUENCE = True
+    rounded_parameters = ("output_kernel",)
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, bidirectional: bool = False, rngs: nnx.Rngs):
         width, blocks = config.width, config.heads

@@ -1,0 +1,80 @@
+"""What compilers for GPUs and TPUs make of decoding: parameters are read once a token, and none of them is written."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlinear import generation
+from jaxlinear.models import ModelConfig
+from jaxlinear.models.layers import round_for_decoding
+from jaxlinear.models.parameters import describe
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel import targets
+from jaxlinear.training.ahead import _WITHOUT_DEVICE
+from tests.training import tiny
+
+pytestmark = pytest.mark.compiles_ahead
+
+ROWS, WIDTH, SLOTS = 4, 256, 128
+
+
+def decoding(target, pattern, key_value_heads):
+    """The text of ``_decode``, compiled for the first device of a target."""
+    config = ModelConfig(
+        pattern=pattern,
+        num_layers=len(pattern),
+        vocab_size=512,
+        width=WIDTH,
+        recurrent_width=WIDTH,
+        num_heads=2,
+        key_value_heads=key_value_heads,
+        window=SLOTS,
+        dtype="bfloat16",
+    )
+    mesh = meshes.make_mesh(tiny.ONES, targets.find(target).devices[:1])
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def make(parameters):
+        model = describe(config).bind(parameters)._unstacked(lambda period: round_for_decoding(period, jnp.bfloat16))
+        round_for_decoding(model, jnp.bfloat16)
+        return model
+
+    def place(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+
+    graph, parameters = nnx.split(nnx.eval_shape(make, describe(config).shapes))
+    parameters, platform = place(parameters), mesh.devices.flat[0].platform
+    values = generation.Sampling().values | {"stop": jnp.zeros(1, jnp.int32), "vocab_size": jnp.int32(512)}
+    prompts = jax.ShapeDtypeStruct((ROWS, 16), jnp.int32, sharding=whole)
+    rows = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=whole)
+    static = graph, SLOTS, (False, False, False), mesh
+    carry, _ = jax.eval_shape(
+        lambda *arguments: generation._prefill(*static, *arguments), parameters, prompts, prompts, rows, values
+    )
+    limit = jax.ShapeDtypeStruct((), jnp.int32)
+    traced = generation._decoder(platform).trace(*static, 8, *place((parameters, carry, values, limit)))
+    return traced.lower().compile(compiler_options=_WITHOUT_DEVICE.get(platform)).as_text()
+
+
+@pytest.mark.parametrize("target", ["h100:1", "v5e:2x2"])
+def test_kernels_are_read_as_they_lie(target):
+    """None is there in float32, and none is put together with another one."""
+    text = decoding(target, ("rg_lru",), 1)
+    shapes = set(re.findall(r"\b(?:bf16|f32)\[[\d,]+\]", text))
+    assert f"bf16[{WIDTH},{3 * WIDTH}]" in shapes and f"bf16[512,{WIDTH}]" in shapes
+    assert not shapes & {f"f32[{WIDTH},{3 * WIDTH}]", f"f32[{WIDTH},{WIDTH}]", f"f32[512,{WIDTH}]"}
+    assert not shapes & {f"bf16[{WIDTH},{6 * WIDTH}]", f"bf16[{WIDTH},{2 * WIDTH}]"}
+
+
+def test_slots_on_a_tpu_are_written_at_once_and_read_by_the_matrix_unit():
+    """One choice a layer, of which a branch has no loop over the rows; and nothing as large as the slots in float32."""
+    text = decoding("v5e:2x2", ("sliding_window",), 2)
+    (branches,) = re.findall(r"conditional\(.*branch_computations=\{%([\w.\-]+), %([\w.\-]+)\}", text)
+    bodies = [re.search(rf"^%{re.escape(name)} .*?^\}}", text, re.MULTILINE | re.DOTALL).group() for name in branches]
+    assert [" while(" in body for body in bodies] == [True, False]
+    slots = f"[{ROWS},2,{SLOTS},{WIDTH // 2}]"
+    assert f"bf16{slots}" in text and f"f32{slots}" not in text
