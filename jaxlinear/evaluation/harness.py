@@ -80,6 +80,7 @@ class HarnessModel(TemplateLM):
         """The texts that follow, each up to the first of its ``until``. A text is drawn by the place of its request among
         all, so that repeats of a question are drawn apart, and the batches make no difference."""
         made = [""] * len(requests)
+        model = self._run.architecture.bind(self._run.parameters).for_decoding()
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
@@ -88,7 +89,7 @@ class HarnessModel(TemplateLM):
             until, limit, sampling = _sampling(requests[group[0]].args[1])
             for some in self._by_length(requests, group):
                 prompts = [self._begun(self.tok_encode(requests[i].args[0])) for i in some]
-                for i, text in zip(some, self._generate(prompts, some, until, limit, sampling), strict=True):
+                for i, text in zip(some, self._generate(model, prompts, some, until, limit, sampling), strict=True):
                     made[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return made
@@ -103,24 +104,25 @@ class HarnessModel(TemplateLM):
         return batches
 
     def _generate(
-        self, prompts, numbers: list[int], until: list[str], limit: int, sampling: generation.Sampling
+        self, model, prompts, numbers: list[int], until: list[str], limit: int, sampling: generation.Sampling
     ) -> list[str]:
         """Ends when every row has one of ``until``, is at the end of its document, or has ``limit`` tokens."""
-        model = self._run.architecture.bind(self._run.parameters)
         stops = self._tokens.stop_tokens
+        more = self._scorer.many(len(prompts)) - len(prompts)  # the last row again
+        asked, drawn_by = [*prompts, *prompts[-1:] * more], [*numbers, *numbers[-1:] * more]
         before = [self._tokens.decode(np.array(prompt)) for prompt in prompts]
         rows: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         done = [False] * len(prompts)
         mesh = self._run.mesh if self._run.mesh.size > 1 else None
         for new in generation.chunks(
-            model, prompts, sampling, limit, stops, self._tokens.vocab_size, mesh=mesh, numbers=numbers
+            model, asked, sampling, limit, stops, self._tokens.vocab_size, mesh=mesh, numbers=drawn_by
         ):
-            for i, more in enumerate(new.T.tolist()):
+            for i, tokens in enumerate(new.T[: len(prompts)].tolist()):
                 if done[i]:
                     continue
-                kept = generation.until(more, stops)
-                ended = len(kept) < len(more)
+                kept = generation.until(tokens, stops)
+                ended = len(kept) < len(tokens)
                 rows[i] += kept
                 whole = self._tokens.decode(np.array([*prompts[i], *rows[i]]))[len(before[i]) :]
                 texts[i], stopped = _cut(whole, until)

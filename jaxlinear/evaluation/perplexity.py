@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,21 +148,17 @@ def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byt
     totals = np.zeros(int(bucket(np.asarray(length - 1))) + 1)
     counts = np.zeros(len(totals), np.int64)
 
-    def read(segment_ids: np.ndarray, nll: jax.Array) -> None:
-        where = segment_ids > 0
-        buckets = bucket(context(segment_ids, segment_documents=run.config.data.segment_documents))[where]
-        totals[:] += np.bincount(buckets, np.asarray(nll, np.float64)[where], len(totals))
-        counts[:] += np.bincount(buckets, minlength=len(totals))
+    def losses() -> Iterator[tuple[np.ndarray, jax.Array]]:
+        for batch in data.heldout_batches(**plan):
+            nll, _ = loss_step(run.parameters, feeding.place(batch, place, plan["batch_size"]))
+            yield batch["segment_ids"], nll
 
     begin = time.perf_counter()
-    pending = None  # the losses of a batch are read after the next one is under way
-    for batch in data.heldout_batches(**plan):
-        nll, _ = loss_step(run.parameters, feeding.place(batch, place, plan["batch_size"]))
-        if pending is not None:
-            read(*pending)
-        pending = batch["segment_ids"], nll
-    if pending is not None:
-        read(*pending)
+    for segment_ids, nll in feeding.one_behind(losses()):
+        where = segment_ids > 0
+        buckets = bucket(context(segment_ids, segment_documents=run.config.data.segment_documents))[where]
+        totals += np.bincount(buckets, np.asarray(nll, np.float64)[where], len(totals))
+        counts += np.bincount(buckets, minlength=len(totals))
     seconds = time.perf_counter() - begin
 
     loss = float(totals.sum() / counts.sum())

@@ -42,7 +42,7 @@ class Scorer:
         scores: list[tuple[float, bool]] = [(math.nan, False)] * len(pairs)
         for contexts in self._batches(sorted(by_context, key=len), _padded):
             length = _padded(len(contexts[-1]))
-            tokens, segment_ids = np.zeros((2, self._many(len(contexts)), length), np.int32)
+            tokens, segment_ids = np.zeros((2, self.many(len(contexts)), length), np.int32)
             for row, context in enumerate(contexts):  # on the left, so that every row's state is that at its end
                 tokens[row, length - len(context) :] = context
                 segment_ids[row, length - len(context) :] = 1
@@ -55,7 +55,7 @@ class Scorer:
         return scores
 
     def _score_some(self, scores, pairs: Sequence[Pair], some: list[tuple[int, int]], last, state) -> None:
-        count, length = self._many(len(some)), _rounded(max(len(pairs[i][1]) for _, i in some))
+        count, length = self.many(len(some)), _rounded(max(len(pairs[i][1]) for _, i in some))
         rows, tokens, due = (
             np.zeros(count, np.int32),
             np.zeros((count, length), np.int32),
@@ -73,7 +73,7 @@ class Scorer:
         losses = [0.0] * len(documents)
         order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
         for some in self._batches(order, _padded, lambda i: min(len(documents[i]), _CHUNK)):
-            count, longest = self._many(len(some)), max(len(documents[i]) for i in some)
+            count, longest = self.many(len(some)), max(len(documents[i]) for i in some)
             self._check_length(longest)
             state = self._run.architecture.bind(self._run.parameters).init_state(count)
             for begin in range(0, longest - 1, _CHUNK):
@@ -101,7 +101,7 @@ class Scorer:
         if some:
             yield some
 
-    def _many(self, count: int) -> int:
+    def many(self, count: int) -> int:
         """Rows of the batch that holds so many: few sizes are compiled, and every device has as many."""
         return math.ceil(_rounded(count) / self._groups) * self._groups
 

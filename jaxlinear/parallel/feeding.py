@@ -1,11 +1,13 @@
 """From the rows that a process reads to arrays over all devices of the mesh."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+
+_Item = TypeVar("_Item")
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, int], process: int | None = None) -> list[int]:
@@ -37,3 +39,13 @@ def place(batch: dict[str, np.ndarray], sharding: NamedSharding, batch_size: int
         return jax.make_array_from_callback(shape, sharding, part)
 
     return {name: one(rows) for name, rows in batch.items()}
+
+
+def one_behind(items: Iterable[_Item]) -> Iterator[_Item]:
+    """The items, each after the next one has been made: what devices are asked for one batch is read while they compute the
+    next, so that they do not wait for it."""
+    before: list[_Item] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before

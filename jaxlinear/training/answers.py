@@ -87,9 +87,13 @@ class Answers:
         made = tasks.TaskBatches(asked, batch_size=rows, seed=seed, split="heldout", rows=local)
         most = min(max(task.most_answers for task in asked), length)
         totals = {"answers": 0.0, "right": 0.0, "solved": 0.0, "nll": 0.0}
-        for i in range(batches):
-            self._between()
-            counted = self._count(parameters, feeding.place(made[i], place, rows), most)
+
+        def counts():
+            for i in range(batches):
+                self._between()
+                yield self._count(parameters, feeding.place(made[i], place, rows), most)
+
+        for counted in feeding.one_behind(counts()):
             totals = {name: total + float(counted[name]) for name, total in totals.items()}
         return {
             "accuracy": totals["right"] / totals["answers"],

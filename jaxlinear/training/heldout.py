@@ -62,12 +62,18 @@ class Evaluation:
     def _text(self, parameters: dict[str, Any]) -> dict[str, float]:
         job = self._job
         sharding = meshes.batch_sharding(job.mesh)
+
+        def sums():
+            for batch in job.heldout_batches():
+                self._between()
+                placed = feeding.place(batch, sharding, job.config.training.batch_size)
+                nll, targets = self._loss_step(parameters, placed)
+                yield nll.sum(), targets.sum()
+
         total, count = 0.0, 0
-        for batch in job.heldout_batches():
-            self._between()
-            nll, targets = self._loss_step(parameters, feeding.place(batch, sharding, job.config.training.batch_size))
-            total += float(nll.sum())
-            count += int(targets.sum())
+        for nll, targets in feeding.one_behind(sums()):
+            total += float(nll)
+            count += int(targets)
         split = data.read_manifest(job.heldout_path).splits["heldout"]
         loss = total / count
         return {"heldout_loss": loss, "heldout_bits_per_byte": loss / math.log(2) * split.tokens / split.bytes}

@@ -16,6 +16,7 @@ from jaxlinear.data import load_tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import Options, harness, perplexity
 from jaxlinear.evaluation.scoring import Scorer
+from jaxlinear.models import LanguageModel
 
 TASK = """task: words
 dataset_path: somewhere/that_is_not_asked
@@ -111,6 +112,26 @@ def test_repeats_are_drawn_apart_and_do_not_depend_on_the_batches(run):
     alone, together = (harness.HarnessModel(run, tokens).generate_until(asked) for tokens in (1, 4096))
     assert alone == together
     assert [len(set(alone[:3])), len(set(alone[3:]))] == [3, 3]
+
+
+def test_few_shapes_of_generation_are_compiled(run, monkeypatch):
+    """Batches of any number of questions on 8 devices; and a model is laid out for decoding once."""
+    shapes, laid_out = [], []
+    prefill, for_decoding = generation._prefill, LanguageModel.for_decoding
+
+    def counted(self):
+        if not self.is_for_decoding:
+            laid_out.append(self)
+        return for_decoding(self)
+
+    monkeypatch.setattr(generation, "_prefill", lambda *given: shapes.append(given[5].shape) or prefill(*given))
+    monkeypatch.setattr(LanguageModel, "for_decoding", counted)
+    prompts = ["for x", *["print(x"] * 2, *["return x i"] * 3, *["def x in range"] * 5]
+    asked = requests("generate_until", *((prompt, {"until": ["\0"], "max_gen_toks": 2}) for prompt in prompts))
+    together = harness.HarnessModel(run, 4096).generate_until(asked)
+    assert shapes == [(16, 16)] and len(laid_out) == 1
+    assert harness.HarnessModel(run, 46).generate_until(asked) == together
+    assert len(shapes) > 3 and set(shapes[1:]) == {(8, 16)}
 
 
 @pytest.mark.parametrize(

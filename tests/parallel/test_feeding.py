@@ -34,6 +34,21 @@ def test_devices_in_any_order_get_their_rows(sizes):
                     np.testing.assert_array_equal(shard.data, rows)
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_what_a_batch_gave_is_read_after_the_next_is_under_way(count):
+    seen = []
+
+    def made():
+        for i in range(count):
+            seen.append(f"make {i}")
+            yield i
+
+    for i in feeding.one_behind(made()):
+        seen.append(f"read {i}")
+    expected = {0: [], 1: ["make 0", "read 0"], 3: ["make 0", "make 1", "read 0", "make 2", "read 1", "read 2"]}
+    assert seen == expected[count]
+
+
 PROCESS = """
 import sys
 import jax, numpy as np
