@@ -161,6 +161,10 @@ class Writer:
         return self.tokenizer.decode(np.append(ids, row).astype(np.int64))[len(self.tokenizer.decode(ids)) :]
 
     def _encode(self, prompt: str) -> np.ndarray:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:  # bytes of a command line that are no UTF-8 come as lone surrogates
+            raise UserError(f"a prompt is no text in UTF-8: {error.reason} at character {error.start}") from None
         return np.append(self.tokenizer.document_token, self.tokenizer.encode(prompt))
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:

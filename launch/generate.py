@@ -19,14 +19,15 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax warns of checkpoints that others wrote, and of what it is asked for
     from jaxlinear import generation
 
-    writer = generation.Writer.open(_WORKDIR.value, _STEP.value, _MESH.value)
-    options = {
-        "max_tokens": _MAX_TOKENS.value,
+    sampling = {
         "temperature": _TEMPERATURE.value,
         "top_k": _TOP_K.value,
         "top_p": _TOP_P.value,
         "seed": _SEED.value,
     }
+    generation.Sampling(**sampling)  # refuses before a large checkpoint is read
+    writer = generation.Writer.open(_WORKDIR.value, _STEP.value, _MESH.value)
+    options = sampling | {"max_tokens": _MAX_TOKENS.value}
     if len(_PROMPT.value) == 1:
         for text in writer.stream(_PROMPT.value[0], **options):
             print(text, end="", flush=True)
