@@ -22,7 +22,7 @@ pytestmark = pytest.mark.compiles_ahead
 ROWS, WIDTH, SLOTS = 4, 256, 128
 
 
-def decoding(target, pattern, key_value_heads):
+def decoding(target, pattern, **changes):
     """The text of ``_decode``, compiled for the first device of a target."""
     config = ModelConfig(
         pattern=pattern,
@@ -31,9 +31,9 @@ def decoding(target, pattern, key_value_heads):
         width=WIDTH,
         recurrent_width=WIDTH,
         num_heads=2,
-        key_value_heads=key_value_heads,
         window=SLOTS,
         dtype="bfloat16",
+        **changes,
     )
     mesh = meshes.make_mesh(tiny.ONES, targets.find(target).devices[:1])
     whole = NamedSharding(mesh, PartitionSpec())
@@ -63,7 +63,7 @@ def decoding(target, pattern, key_value_heads):
 @pytest.mark.parametrize("target", ["h100:1", "v5e:2x2"])
 def test_kernels_are_read_as_they_lie(target):
     """None is there in float32, and none is put together with another one."""
-    text = decoding(target, ("rg_lru",), 1)
+    text = decoding(target, ("rg_lru",))
     shapes = set(re.findall(r"\b(?:bf16|f32)\[[\d,]+\]", text))
     assert f"bf16[{WIDTH},{3 * WIDTH}]" in shapes and f"bf16[512,{WIDTH}]" in shapes
     assert not shapes & {f"f32[{WIDTH},{3 * WIDTH}]", f"f32[{WIDTH},{WIDTH}]", f"f32[512,{WIDTH}]"}
@@ -72,9 +72,17 @@ def test_kernels_are_read_as_they_lie(target):
 
 def test_slots_on_a_tpu_are_written_at_once_and_read_by_the_matrix_unit():
     """One choice a layer, of which a branch has no loop over the rows; and nothing as large as the slots in float32."""
-    text = decoding("v5e:2x2", ("sliding_window",), 2)
+    text = decoding("v5e:2x2", ("sliding_window",), key_value_heads=2)
     (branches,) = re.findall(r"conditional\(.*branch_computations=\{%([\w.\-]+), %([\w.\-]+)\}", text)
     bodies = [re.search(rf"^%{re.escape(name)} .*?^\}}", text, re.MULTILINE | re.DOTALL).group() for name in branches]
     assert [" while(" in body for body in bodies] == [True, False]
     slots = f"[{ROWS},2,{SLOTS},{WIDTH // 2}]"
     assert f"bf16{slots}" in text and f"f32{slots}" not in text
+
+
+def test_experts_on_a_gpu_are_no_loops():
+    """Each trip of which would wait for the host: the only loop is that over the tokens."""
+    experts = {"channel_mixer": "mixture_of_experts", "experts": 16, "experts_per_token": 2, "expert_width": WIDTH}
+    text = decoding("h100:1", ("gla",), **experts)
+    assert len(re.findall(r" while\(", text)) == 1
+    assert f"bf16[16,{WIDTH},{WIDTH}]" in text and f"f32[16,{WIDTH},{WIDTH}]" not in text

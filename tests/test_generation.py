@@ -446,7 +446,10 @@ def test_program(tiny_run):
         (["--workdir={run}", "--prompt=a", "--step=7"], "has no checkpoint of step 7; it has 1, 2"),
         (["--workdir={run}/none", "--prompt=a"], "is not the work directory of a run"),
         (["--workdir={run}", "--prompt=a", "--top_p=0"], "top_p is 0.0; it lies in (0, 1]"),
-        (["--workdir={run}", "--prompt=a\udcff"], "a prompt is no text in UTF-8: surrogates not allowed at character 1"),
+        (
+            ["--workdir={run}", "--prompt=a\udcff"],
+            "a prompt is no text in UTF-8: surrogates not allowed at character 1",
+        ),
     ],
 )
 def test_program_refuses(tiny_run, arguments, message):

@@ -10,11 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlinear import counted
 from jaxlinear.ops import backends, dtypes
 
-BACKENDS = ("blocks", "ragged_dot")
+BACKENDS = ("blocks", "ragged_dot", "rows")
 
 # Rows of a block: a part of the mean group, so that little of a group's last block is wasted, within these bounds.
 _PARTS_OF_MEAN = 4
 _LEAST_BLOCK, _LARGEST_BLOCK = 8, 256
+_FEW_ROWS = 8  # a group on average, up to which a GPU takes ``rows``
 
 
 def grouped_product(
@@ -24,8 +25,10 @@ def grouped_product(
 
     Backends: ``ragged_dot`` is ``jax.lax.ragged_dot``, which TPUs have an instruction for. Elsewhere XLA makes of it a
     product of every row with every kernel. ``blocks`` takes blocks of rows of one group, one after the other, as many
-    as there are: its work and its reading of kernels grow with the rows and the groups that have any. ``auto`` takes
-    ``ragged_dot`` on a TPU, else ``blocks``.
+    as there are: its work and its reading of kernels grow with the rows and the groups that have any. ``rows`` multiplies
+    each row with its own kernel, element by element, in one piece: for a GPU and few rows, as of decoding, since there a
+    loop that goes on as long as there are blocks waits for the host in each trip. ``auto`` takes ``ragged_dot`` on a TPU,
+    ``rows`` on a GPU up to 8 rows a group, else ``blocks``.
 
     Args:
       x: ``[M, D]``, sorted by group: the first ``sizes[0]`` rows are group 0's, and so on.
@@ -33,14 +36,15 @@ def grouped_product(
       sizes: ``[E]`` int, each from 0 to M, together at most M.
       rows: what the sizes should add up to, M by default, for who counts the products (``counted``): no result depends
         on it.
-      backend: ``"blocks"``, ``"ragged_dot"`` or ``"auto"``.
+      backend: ``"blocks"``, ``"ragged_dot"``, ``"rows"`` or ``"auto"``.
 
     Returns:
       ``[M, F]`` in the dtype of x; zeros in the rows behind the last group, whose gradients are zeros too.
     """
     backends.check("grouped_product", backend, BACKENDS)
     if backend == "auto":
-        backend = "ragged_dot" if backends.platform() == "tpu" else "blocks"
+        few = backends.platform() == "gpu" and x.shape[0] <= _FEW_ROWS * kernels.shape[0]
+        backend = "ragged_dot" if backends.platform() == "tpu" else "rows" if few else "blocks"
     return _product(x, kernels, sizes.astype(jnp.int32), backend, x.shape[0] if rows is None else rows)
 
 
@@ -66,9 +70,9 @@ _product.defvjp(_forward, _backward)
 
 
 def _functions(backend):
-    if backend == "blocks":
-        return _rows_by_blocks, _kernels_by_blocks
-    return _rows_by_ragged_dot, _kernels_by_ragged_dot
+    if backend == "ragged_dot":
+        return _rows_by_ragged_dot, _kernels_by_ragged_dot
+    return _rows_by_blocks if backend == "blocks" else _rows_one_by_one, _kernels_by_blocks
 
 
 def _runs(x, sizes, backend, rows):
@@ -140,6 +144,15 @@ def _blocks(x, sizes, block):
         return group, first, ((rows >= start) & (rows < ends[group]))[:, None]
 
     return blocks_through[-1], place
+
+
+def _rows_one_by_one(x, kernels, sizes, contracted):
+    wide = dtypes.wide(x.dtype)
+    row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    group = jnp.sum(jnp.cumsum(sizes, dtype=jnp.int32)[None] <= row, axis=1, dtype=jnp.int32)
+    own = jnp.take(kernels, group, axis=0, mode="clip").astype(x.dtype).astype(wide)
+    y = jnp.sum(jnp.expand_dims(x.astype(wide), 3 - contracted) * own, axis=contracted).astype(x.dtype)
+    return jnp.where((group < sizes.shape[0])[:, None], y, jnp.zeros((), x.dtype))
 
 
 def _rows_by_ragged_dot(x, kernels, sizes, contracted):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlinear.errors import UserError
+from jaxlinear.ops import backends
 from jaxlinear.ops.grouped_product import BACKENDS, grouped_product
 from tests import numerics
 
@@ -94,6 +95,19 @@ def test_its_result_can_be_kept():
     assert loops(policy) == 3 and loops(jax.checkpoint_policies.nothing_saveable) == 4
 
 
+@pytest.mark.parametrize(
+    ("platform", "rows", "expected"),
+    [("cpu", 4, "blocks"), ("tpu", 4, "ragged_dot"), ("gpu", 16, "rows"), ("gpu", 17, "blocks")],
+)
+def test_few_rows_on_a_gpu_are_no_loop(platform, rows, expected):
+    """Of two groups."""
+    arguments = jnp.ones((rows, 3)), jnp.ones((2, 3, 5)), jnp.array([1, rows - 1])
+    with backends.use_platform(platform):
+        text = str(jax.make_jaxpr(grouped_product)(*arguments))
+    found = {"blocks": " while[" in text, "ragged_dot": "ragged_dot" in text}
+    assert [name for name, is_there in found.items() if is_there] == ([] if expected == "rows" else [expected])
+
+
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(UserError, match="grouped_product has no backend 'loop'; it has 'auto', 'blocks', 'ragged_dot'"):
+    with pytest.raises(UserError, match="no backend 'loop'; it has 'auto', 'blocks', 'ragged_dot', 'rows'"):
         grouped_product(jnp.ones((1, 1)), jnp.ones((1, 1, 1)), jnp.ones(1, jnp.int32), backend="loop")
