@@ -86,3 +86,13 @@ def test_experts_on_a_gpu_are_no_loops():
     text = decoding("h100:1", ("gla",), **experts)
     assert len(re.findall(r" while\(", text)) == 1
     assert f"bf16[16,{WIDTH},{WIDTH}]" in text and f"f32[16,{WIDTH},{WIDTH}]" not in text
+
+
+def test_states_of_the_delta_rule_on_a_gpu_are_updated_in_place():
+    """What writes one reads no sum over itself, and may so be where it was: no copy of it is made."""
+    text = decoding("h100:1", ("gated_delta_net",), recurrent_heads=2, key_width=96, value_width=160)
+    body = re.search(r" while\(.*body=%([\w.\-]+)", text).group(1)
+    lines = re.search(rf"^%{re.escape(body)} .*?^\}}", text, re.MULTILINE | re.DOTALL).group().splitlines()
+    states = [line for line in lines if re.search(rf"= f32\[{ROWS},2,(96,160|160,96)\]", line)]
+    assert any(" fusion(" in line for line in states)
+    assert not any(" copy(" in line for line in states)

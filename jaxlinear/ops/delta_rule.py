@@ -190,7 +190,9 @@ def _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale):
     def step(state, xs):
         qt, kt, vt, bt, at = xs
         state = at[..., None] * state
-        new = bt[..., None] * (vt - jnp.einsum("bhkv,bhk->bhv", state, kt))
+        # The barrier keeps XLA for GPUs from computing this sum where it writes the state, which could then not be where it
+        # was: a copy of it in every step.
+        new = lax.optimization_barrier(bt[..., None] * (vt - jnp.einsum("bhkv,bhk->bhv", state, kt)))
         state = state + kt[..., None] * new[:, :, None]
         return state, scale * jnp.einsum("bhkv,bhk->bhv", state, qt)
 
