@@ -20,7 +20,7 @@ from jaxlinear.models.mixers.cached_attention import CachedAttention
 from jaxlinear.models.stacks import Stack
 from jaxlinear.ops import dtypes
 from jaxlinear.ops.cross_entropy import soft_capped
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding
 from jaxlinear.parallel.exchanges import EXCHANGED
 
 _NO_SEGMENT = -1  # of a state that no token has been before
@@ -177,9 +177,7 @@ class LanguageModel(nnx.Module):
             mixers.check_over_sequence(config.pattern, sharding.parts("time"))
         if state is not None and segment_ids is not None:
             state = _forget_others(state, self.init_state(tokens.shape[0]), segment_ids[:, 0], self.is_stacked)
-        # Looked up before the cast, so that the gradient of a frequent token is summed in float32.
-        table = sharding.gather_embed(self.embedding[...], ("vocab", "embed"))
-        x = jnp.take(table, tokens, axis=0).astype(config.activation_dtype)
+        x = operations.rows(self.embedding[...], tokens, config.activation_dtype)
         if config.embedding_scale:
             # Rounded as in RecurrentGemma, whatever the dtype of x, so that its weights give the same logits.
             x = x * jnp.asarray(config.width**0.5, jnp.bfloat16).astype(x.dtype)

@@ -29,6 +29,7 @@ def linear_cross_entropy(
     soft_cap: float = 0.0,
     z_loss: float = 0.0,
     groups: int = 1,
+    whole: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """``sum(weights * nll)`` and ``sum(weights * (nll + z_loss * log_z**2))`` of logits ``x @ embedding.T``.
 
@@ -42,13 +43,15 @@ def linear_cross_entropy(
       groups: into how many parts of the batch the embedding's gradient is summed before the parts are added: the
         number of devices over which the batch is spread, so that they exchange it once and not once a slice. A slice
         is of a size for one of them.
+      whole: the embedding as the products take it, in the dtype of x: a copy gathered from those devices. The gradient is
+        that of ``embedding`` all the same, summed in its dtype.
 
     Returns:
       Two float32 scalars: the cross-entropy, which carries no gradient, and the objective, which does.
     """
     statics = (soft_cap, z_loss, groups)
     weights = lax.stop_gradient(weights).astype(dtypes.wide(x.dtype))
-    nll, objective = _objective(x, embedding, targets, weights, statics)
+    nll, objective = _objective(x, embedding, whole, targets, weights, statics)
     return lax.stop_gradient(nll), objective
 
 
@@ -67,23 +70,24 @@ def token_losses(
     return _join(nll, targets.shape[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _objective(x, embedding, targets, weights, statics):
-    return _forward(x, embedding, targets, weights, statics, gradients=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _objective(x, embedding, whole, targets, weights, statics):
+    return _forward(x, embedding, whole, targets, weights, statics, gradients=False)[0]
 
 
-def _objective_forward(x, embedding, targets, weights, statics):
-    return _forward(x, embedding, targets, weights, statics, gradients=True)
+def _objective_forward(x, embedding, whole, targets, weights, statics):
+    return _forward(x, embedding, whole, targets, weights, statics, gradients=True)
 
 
 def _objective_backward(statics, residuals, cotangents):
     dx, d_embedding = residuals
     scale = cotangents[1]
-    return dx * scale.astype(dx.dtype), d_embedding * scale.astype(d_embedding.dtype), None, None
+    return dx * scale.astype(dx.dtype), d_embedding * scale.astype(d_embedding.dtype), None, None, None
 
 
-def _forward(x, embedding, targets, weights, statics, gradients):
+def _forward(x, embedding, whole, targets, weights, statics, gradients):
     soft_cap, z_loss, groups = statics
+    dtype, embedding = embedding.dtype, embedding if whole is None else whole
     slices = _slices(x, embedding, groups)
     total = dtypes.wide(x.dtype)
 
@@ -120,7 +124,7 @@ def _forward(x, embedding, targets, weights, statics, gradients):
     (nll, objective, d_embedding), dx = lax.scan(step, carry, xs)
     if not gradients:
         return (nll, objective), None
-    return (nll, objective), (_join(dx, x.shape[1]), jnp.sum(d_embedding, axis=0).T.astype(embedding.dtype))
+    return (nll, objective), (_join(dx, x.shape[1]), jnp.sum(d_embedding, axis=0).T.astype(dtype))
 
 
 _objective.defvjp(_objective_forward, _objective_backward)

@@ -268,17 +268,17 @@ def linear_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """``ops.cross_entropy.linear_cross_entropy``: each shard of time takes the losses of its own tokens."""
 
-    def local(x, embedding, targets, weights):
+    def local(x, embedding, whole, targets, weights):
+        groups = sharding.batch_groups()
         return cross_entropy.linear_cross_entropy(
-            x, embedding, targets, weights, soft_cap=soft_cap, z_loss=z_loss, groups=sharding.batch_groups()
+            x, embedding, targets, weights, soft_cap=soft_cap, z_loss=z_loss, groups=groups, whole=whole
         )
 
-    mesh, embedding = _mesh("linear_cross_entropy", x.shape[1]), sharding.gather_embed(embedding, _EMBEDDING)
+    mesh, whole = _mesh("linear_cross_entropy", x.shape[1]), sharding.gather_embed(embedding, _EMBEDDING, x.dtype)
+    arguments = x, sharding.place_gradient(embedding, _EMBEDDING), whole, targets, weights
     if mesh is None:
-        return local(x, embedding, targets, weights)
-    return _over_time(mesh, lambda *arguments: lax.psum(local(*arguments), AXIS), PartitionSpec())(
-        x, embedding, targets, weights
-    )
+        return local(*arguments)
+    return _over_time(mesh, lambda *given: lax.psum(local(*given), AXIS), 2, PartitionSpec())(*arguments)
 
 
 def token_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft_cap: float = 0.0) -> jax.Array:
@@ -287,23 +287,44 @@ def token_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft
     def local(x, embedding, targets):
         return cross_entropy.token_losses(x, embedding, targets, soft_cap=soft_cap, groups=sharding.batch_groups())
 
-    mesh, embedding = _mesh("token_losses", x.shape[1]), sharding.gather_embed(embedding, _EMBEDDING)
-    return (local if mesh is None else _over_time(mesh, local, _BY_TIME))(x, embedding, targets)
+    mesh, whole = _mesh("token_losses", x.shape[1]), sharding.gather_embed(embedding, _EMBEDDING, x.dtype)
+    return (local if mesh is None else _over_time(mesh, local, 1, _BY_TIME))(x, whole, targets)
+
+
+def rows(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows ``tokens`` ``[B, T]`` of an embedding ``[vocab, D]``, in ``dtype``: ``[B, T, D]``.
+
+    Devices that each hold some columns of the embedding look up those of all their tokens, and exchange what they found:
+    the bytes of an activation, where the whole embedding is as many as a vocabulary of tokens.
+    """
+    table, split = sharding.place_gradient(table, _EMBEDDING), table.shape[1] % sharding.parts("columns") == 0
+    if split:
+        tokens = sharding.constrain(tokens, "rows", "time")
+    # Looked up before the cast, so that the gradient of a frequent token is summed in float32.
+    x = jnp.take(table, tokens, axis=0).astype(dtype)
+    if split:
+        x = sharding.constrain(x, "rows", "time", "columns")
+    return sharding.constrain(x, "batch", "time", None)
 
 
 _EMBEDDING = ("vocab", "embed")
 _BY_TIME = PartitionSpec(None, AXIS)
 
 
-def _over_time(mesh: Mesh, function: Callable, out_specs: PartitionSpec) -> Callable:
-    """``function(x, embedding, *others)`` on each shard of time; the other axes of the mesh are left to the compiler."""
+def _over_time(mesh: Mesh, function: Callable, whole: int, out_specs: PartitionSpec) -> Callable:
+    """``function(x, *others)`` on each shard of time, which the first ``whole`` of the others do not have; the other axes
+    of the mesh are left to the compiler."""
 
-    def run(x, embedding, *others):
-        in_specs = _BY_TIME, PartitionSpec(), *(_BY_TIME for _ in others)
+    def run(*arguments):
+        in_specs = (
+            _BY_TIME,
+            *(PartitionSpec() for _ in range(whole)),
+            *(_BY_TIME for _ in range(len(arguments) - 1 - whole)),
+        )
         mapped = jax.shard_map(
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={AXIS}, check_vma=False
         )
-        return mapped(x, embedding, *others)
+        return mapped(*arguments)
 
     return run
 

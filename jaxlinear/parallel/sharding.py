@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlinear.ops import backends
@@ -21,6 +22,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "recurrent": ("tensor",),
     "heads": ("tensor",),
     "expert": ("expert",),
+    # Of a batch by the copies of the parameters, and the axes that are left of it.
+    "rows": ("data",),
+    "columns": ("fsdp", "expert"),
 }
 
 
@@ -71,22 +75,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather_embed(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """A parameter that lies by these logical axes, with the axis ``embed`` whole on each device: gathered here, once, where
-    XLA would rather move tokens, or gather it in each trip of a loop. Its gradient lies as it does."""
+def gather_embed(x: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> jax.Array:
+    """A parameter that lies by these logical axes, with the axis ``embed`` whole on each device, in ``dtype``: gathered
+    here, once, where XLA would rather move tokens, or gather it in each trip of a loop. It has no gradient, which would be
+    of ``dtype``."""
+    # Cast where it lies: else it would be gathered first, as twice the bytes, and the whole of it cast.
+    x = constrain(jax.lax.stop_gradient(x).astype(dtype), *axes)
     return constrain(x, *(None if axis == "embed" else axis for axis in axes))
 
 
-def _gather_forward(x, axes):
-    return gather_embed(x, axes), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def place_gradient(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """x, whose gradient lies by these logical axes."""
+    return x
 
 
-def _gather_backward(axes, _, d_x):
-    return (constrain(d_x, *axes),)
-
-
-gather_embed.defvjp(_gather_forward, _gather_backward)
+place_gradient.defvjp(lambda x, axes: (x, None), lambda axes, _, d_x: (constrain(d_x, *axes),))
 
 
 def mesh_in_use() -> Mesh | None:

@@ -1,6 +1,7 @@
 """Meshes, the sharding rules, and that a model on 8 devices gives the numbers of one."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ from jax.sharding import PartitionSpec
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.parameters import describe
+from jaxlinear.ops import cross_entropy
 from jaxlinear.ops.cross_entropy import linear_cross_entropy
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding, targets
+from jaxlinear.scaling import programs
 from tests import numerics, small
 
 ONES = dict.fromkeys(meshes.AXES, 1)
@@ -135,3 +138,74 @@ def test_8_devices_give_the_numbers_of_one(sizes):
 
 def _check_place(x, place):
     assert x.sharding.is_equivalent_to(place, x.ndim)
+
+
+TABLE, TOKENS = (64, 16), (8, 4)  # [vocab, D], [B, T]
+
+
+def row_losses(mesh):
+    """``(table, tokens, weights [B, T, D]) -> loss``, and where they lie."""
+
+    def loss(table, tokens, weights):
+        with sharding.use_mesh(mesh):
+            return jnp.sum(operations.rows(table, tokens, jnp.bfloat16).astype(jnp.float32) * weights)
+
+    rows = meshes.batch_sharding(mesh)
+    return loss, (jax.NamedSharding(mesh, sharding.spec(("vocab", "embed"), TABLE, mesh)), rows, rows)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 2, "expert": 2}, {"fsdp": 2, "sequence": 4}],
+    ids=lambda sizes: "_".join(f"{axis}{size}" for axis, size in sizes.items()),
+)
+def test_what_is_looked_up_is_exchanged_and_not_the_embedding(sizes):
+    random = np.random.default_rng(0)
+    table, tokens = random.standard_normal(TABLE).astype(np.float32), random.integers(0, 64, TOKENS).astype(np.int32)
+    weights = random.integers(-8, 8, (*TOKENS, 16)).astype(np.float32)
+    expected = np.zeros(TABLE, np.float32)
+    np.add.at(expected, tokens, weights)
+    mesh = mesh_of(**sizes)
+    loss, places = row_losses(mesh)
+    run = numerics.jit(jax.value_and_grad(loss), in_shardings=places, out_shardings=(None, places[0])).lower(
+        table, tokens, weights
+    )
+    compiled = run.compile()
+    value, gradient = compiled(
+        *(jax.device_put(x, place) for x, place in zip((table, tokens, weights), places, strict=True))
+    )
+    rounded = np.asarray(jnp.asarray(table).astype(jnp.bfloat16).astype(jnp.float32))
+    assert float(value) == pytest.approx(np.sum(rounded[tokens] * weights), rel=1e-5)
+    np.testing.assert_array_equal(gradient, expected)
+    over = [c for c in programs.read(compiled, mesh).collectives if "fsdp" in c.axes]
+    assert {c.kind for c in over if c.bytes > 4 * math.prod(TOKENS)} == {"all-to-all"}
+
+
+def test_gradients_of_a_frequent_token_are_summed_in_float32():
+    """In bfloat16 a sum of ones ends at 256."""
+    gradient = jax.grad(lambda table: jnp.sum(operations.rows(table, jnp.zeros((8, 512), jnp.int32), jnp.bfloat16)))
+    assert gradient(jnp.ones((4, 2)))[:, 0].tolist() == [4096, 0, 0, 0]
+
+
+@pytest.mark.compiles_ahead
+@pytest.mark.parametrize("target", ["h100:4", "v5e:2x2"])
+def test_the_loss_gathers_the_embedding_in_the_dtype_of_its_products(target, monkeypatch):
+    """And sums its gradient in float32."""
+    monkeypatch.setattr(cross_entropy, "_SLICE_ELEMENTS_ELSEWHERE", 1 << 15)  # four slices
+    mesh = meshes.make_mesh(ONES | {"fsdp": 4}, targets.find(target).devices)
+    place, rows = jax.NamedSharding(mesh, PartitionSpec(None, "fsdp")), meshes.batch_sharding(mesh)
+
+    def loss(embedding, x, targets, weights):
+        with sharding.use_mesh(mesh):
+            return operations.linear_cross_entropy(x, embedding, targets, weights)[1]
+
+    given = (
+        jax.ShapeDtypeStruct((1024, 256), jnp.float32, sharding=place),
+        jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16, sharding=rows),
+        jax.ShapeDtypeStruct((4, 128), jnp.int32, sharding=rows),
+        jax.ShapeDtypeStruct((4, 128), jnp.float32, sharding=rows),
+    )
+    compiled = jax.jit(jax.grad(loss), out_shardings=place).lower(*given).compile()
+    collectives = programs.read(compiled, mesh).collectives
+    assert [c.bytes for c in collectives if c.kind == "all-gather"] == [1024 * 256 // 4 * 2]
+    assert sum(c.bytes for c in collectives if c.kind in ("reduce-scatter", "all-reduce")) == 1024 * 256 * 4

@@ -3,18 +3,22 @@
 import jax
 import pytest
 
+from jaxlinear import config as configs
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import targets
+from jaxlinear.scaling import hlo
+from jaxlinear.training import ahead
 from jaxlinear.training import step as steps
 from jaxlinear.training.optimizer import make_optimizer
 from tests.training import tiny
 
 NO_LOOPS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+APART = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_reduce_scatter_combine_threshold_bytes": 4 << 20}
 
 
 @pytest.mark.compiles_ahead
-@pytest.mark.parametrize("target, expected", [("v5p:2x2x1", NO_LOOPS), ("v5e:2x2", NO_LOOPS), ("h100:4", None)])
-def test_products_of_split_kernels_are_no_loops_on_tpu(target, expected, monkeypatch):
+@pytest.mark.parametrize("target, expected", [("v5p:2x2x1", NO_LOOPS), ("v5e:2x2", NO_LOOPS), ("h100:4", APART)])
+def test_products_are_no_loops_on_tpu_and_stay_apart_on_gpu(target, expected, monkeypatch):
     config, architecture = tiny.config(), tiny.architecture(("sliding_window",), 1)
     mesh = meshes.make_mesh(tiny.ONES | {"fsdp": 4}, targets.find(target).devices)
     jit, given = jax.jit, []
@@ -26,3 +30,21 @@ def test_products_of_split_kernels_are_no_loops_on_tpu(target, expected, monkeyp
     monkeypatch.setattr(jax, "jit", recording)
     steps.make_train_step(config, architecture, make_optimizer(config, architecture), mesh)
     assert given[-1] == expected
+
+
+@pytest.mark.compiles_ahead
+def test_gradients_leave_a_layer_in_parts_on_gpu():
+    """Sums over two devices are of what they keep 4 MiB each of, and not of all of a layer."""
+    config = configs.default()
+    config.model.update({"preset": "gla_6m", "num_layers": 2, "width": 1024, "vocab_size": 256})
+    config.model.update({"num_heads": 4, "remat": "full"})
+    configs.forget_unread(config, ["model.preset"])
+    config.training.batch_size, config.training.sequence_length = 2, 256
+    config.mesh.update({"data": 1, "fsdp": 2})
+    text = ahead.trace(config, targets.find("h100:2").devices).compile().as_text()
+    found = [line for lines in hlo.parse(text).computations.values() for line in lines]
+    operands = {line.name: line for line in found}
+    sums = [line for line in found if line.opcode == "reduce-scatter-start" and "bf16" in line.shape]
+    sizes = [sum(hlo.size(operands[name].shape) for name in line.operands) for line in sums]
+    assert max(sizes) <= 2 * (4 << 20)
+    assert sum(sizes) > 3 * (4 << 20)
