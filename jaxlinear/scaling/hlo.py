@@ -1,6 +1,7 @@
 """The text of a compiled program (HLO after all passes): computations, their instructions, and how often each runs."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -51,6 +52,11 @@ class Module:
     computations: dict[str, list[Instruction]]
     entry: str
     runs: dict[str, int | None]
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the result of each instruction; a name is of one in the whole module."""
+        return {line.name: size(line.shape) for lines in self.computations.values() for line in lines}
 
     def within(self, instruction: Instruction) -> Iterator[Instruction]:
         """All that runs where it does, itself included."""

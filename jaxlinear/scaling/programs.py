@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +31,9 @@ class Collective:
     ``bytes`` are what a device gives to it (its shard, for an all-gather), each time that it runs; ``devices`` how many
     take part; ``axes`` the axes of the mesh that they differ in. ``runs`` is how often it runs in the whole program, a
     loop's trips counted; None if they are not known. ``operation`` is where in the traced program it comes from.
-    ``during`` are the operations that are computed between its start and its end; none, if it is not asynchronous.
+    ``during`` are the operations that are computed between its start and its end; none, if it is not asynchronous, nor
+    where together they read and write less than a tenth of the bytes that it receives: memory being several times as fast
+    as links, they hide next to nothing of it.
     ``between_slices``: over the network, between the chips at one place of several slices, which hand it to their hosts.
     """
 
@@ -118,8 +121,6 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
     """The collectives of a compiled program, from its text and the sizes of its mesh's axes, in the mesh's order; without
     those over axes of one device, which XLA may leave there."""
     module = hlo.parse(text)
-    # Names are of one instruction in the whole module.
-    sizes = {line.name: hlo.size(line.shape) for lines in module.computations.values() for line in lines}
     found = []
     for name in _sequences(module):
         for line, between in _exchanges(module, module.computations[name]):
@@ -129,32 +130,57 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
             if not axes:
                 continue
             found.append(
-                Collective(
+                _with_work(
+                    module,
+                    between or (),
                     kind=kind,
                     axes=axes,
                     devices=math.prod(mesh[axis] for axis in axes) if kind == "collective-permute" else len(groups[0]),
-                    bytes=sum(sizes[operand] for operand in line.operands),
+                    bytes=sum(module.sizes[operand] for operand in line.operands),
                     runs=module.runs[name],
                     operation=line.operation,
                     asynchronous=between is not None,
-                    during=_computed(module, between or ()),
                 )
             )
         for line, between in _between_slices(module.computations[name]):
             found.append(
-                Collective(
+                _with_work(
+                    module,
+                    between,
                     kind=_attribute(line, "_xla_megascale_transfer_type").lower().replace("_", "-"),
                     axes=("data",),  # the only one that slices lie along (parallel.mesh)
                     devices=_slices(_attribute(line, "_xla_megascale_target")),
-                    bytes=sizes[line.operands[0]],
+                    bytes=module.sizes[line.operands[0]],
                     runs=module.runs[name],
                     operation=line.operation,
                     asynchronous=True,
-                    during=_computed(module, between),
                     between_slices=True,
                 )
             )
     return tuple(found)
+
+
+def _with_work(module: hlo.Module, between: Iterable[hlo.Instruction], **known: Any) -> Collective:
+    """The collective, with the operations that these instructions compute beside it."""
+    one = Collective(**known, during=())
+    enough = sum(_moved(module, work) for work in between) >= one.received / 10
+    return dataclasses.replace(one, during=_computed(module, between)) if enough else one
+
+
+def _moved(module: hlo.Module, work: hlo.Instruction) -> float:
+    """Bytes that an instruction reads and writes at most. Of a loop all that it has; of an update in place the update."""
+    if _IDLE.fullmatch(work.opcode):
+        return 0
+    lines = (
+        [line for name in work.called for line in module.computations.get(name, ())] if work.opcode == "fusion" else []
+    )
+    by_name = {line.name: line for line in lines}
+    last = lines[-1] if lines else work
+    while last.opcode == "bitcast" and last.operands[0] in by_name:
+        last = by_name[last.operands[0]]
+    if last.opcode == "dynamic-update-slice" and last.operands[1] in by_name:
+        return 2 * hlo.size(by_name[last.operands[1]].shape)
+    return hlo.size(work.shape) + sum(module.sizes.get(name, 0) for name in work.operands)
 
 
 def _computed(module: hlo.Module, between: Iterable[hlo.Instruction]) -> tuple[str, ...]:

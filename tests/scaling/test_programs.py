@@ -247,6 +247,40 @@ def test_a_sum_of_which_a_device_keeps_its_part():
     ]
 
 
+BESIDE = """HloModule jit_step, is_scheduled=true
+
+%update (stack: f32[96,1024], row: f32[1,8], i: s32[]) -> f32[96,1024] {
+  %stack = f32[96,1024]{1,0} parameter(0)
+  %row = f32[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %new = f32[96,1024]{1,0} dynamic-update-slice(%stack, %row, %i, %i), metadata={op_name="jit(step)/update"}
+  ROOT %same = f32[96,1024]{1,0} bitcast(%new)
+}
+
+ENTRY %main (a: bf16[4096,64], b: f32[96,1024], c: f32[1,8], d: s32[]) -> f32[96,1024] {
+  %a = bf16[4096,64]{1,0} parameter(0)
+  %b = f32[96,1024]{1,0} parameter(1)
+  %c = f32[1,8]{1,0} parameter(2)
+  %d = s32[] parameter(3)
+  %start = ((bf16[4096,64]{1,0}), bf16[1024,64]{1,0}) reduce-scatter-start(%a), replica_groups={{0,1,2,3}}, \
+dimensions={0}, to_apply=%add
+  %small = f32[1,8]{1,0} cosine(%c), metadata={op_name="jit(step)/small/cos"}
+  %fusion = f32[96,1024]{1,0} fusion(%b, %c, %d), kind=kLoop, calls=%update
+  %more = bf16[MORE]{0} sine(%other), metadata={op_name="jit(step)/more/sin"}
+  ROOT %done = bf16[1024,64]{1,0} reduce-scatter-done(%start)
+}
+"""
+
+
+@pytest.mark.parametrize("more, during", [(16, ()), (32768, ("small/cos", "update", "more/sin"))])
+def test_a_trifle_beside_a_collective_hides_nothing(more, during):
+    """As on GPU at the end of a layer, where the sum of its gradients goes on beside updates of a row of small arrays; with
+    an array of a sixth of the bytes that come, it does beside work."""
+    (one,) = programs.collectives(BESIDE.replace("MORE", str(more)), {"fsdp": 4})
+    assert (one.kind, one.asynchronous, one.received) == ("reduce-scatter", True, 4096 * 64 * 2 * 3 / 4)
+    assert one.during == tuple(f"jit(step)/{name}" for name in during)
+
+
 def test_sizes():
     assert hlo.size("f32[8,1,128]{2,1,0:T(1,128)S(1)}") == 8 * 128 * 4
     assert hlo.size("(bf16[3]{0}, pred[5]{0}, s32[], /*index=3*/u4[6]{0:T(8)(4,1)})") == 6 + 5 + 4 + 3
