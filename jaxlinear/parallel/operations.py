@@ -299,6 +299,8 @@ def rows(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """
     table, split = sharding.place_gradient(table, _EMBEDDING), table.shape[1] % sharding.parts("columns") == 0
     if split:
+        # The table's columns as those of the result: where they differ (`mesh.expert`), XLA of JAX 0.11 ends the process.
+        table = sharding.constrain(table, "vocab", "columns")
         tokens = sharding.constrain(tokens, "rows", "time")
     # Looked up before the cast, so that the gradient of a frequent token is summed in float32.
     x = jnp.take(table, tokens, axis=0).astype(dtype)

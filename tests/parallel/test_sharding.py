@@ -156,7 +156,13 @@ def row_losses(mesh):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 2, "expert": 2}, {"fsdp": 2, "sequence": 4}],
+    [
+        {"fsdp": 8},
+        {"data": 2, "fsdp": 4},
+        {"data": 2, "fsdp": 2, "expert": 2},
+        {"fsdp": 2, "tensor": 2, "expert": 2},
+        {"fsdp": 2, "sequence": 4},
+    ],
     ids=lambda sizes: "_".join(f"{axis}{size}" for axis, size in sizes.items()),
 )
 def test_what_is_looked_up_is_exchanged_and_not_the_embedding(sizes):
