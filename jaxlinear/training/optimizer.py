@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import optax
 from ml_collections import config_dict
-from optax import contrib
 
 from jaxlinear.models.parameters import Architecture
+from jaxlinear.training import muon
 from jaxlinear.training.schedule import make_schedule
 
 Tree = Any
@@ -38,16 +38,30 @@ def make_optimizer(config: config_dict.ConfigDict, architecture: Architecture) -
             _decay(schedule(options.learning_rate), options.weight_decay, decayed),
         )
     else:
+        matrices = _muon_matrices(architecture)
+        rates = schedule(options.muon_learning_rate), schedule(options.learning_rate)
         update = optax.chain(
-            contrib.muon(
-                schedule(options.muon_learning_rate),
-                adam_b1=options.beta1,
-                adam_b2=options.beta2,
-                eps=options.epsilon,
-                adam_learning_rate=schedule(options.learning_rate),
-                muon_weight_dimension_numbers=lambda _: _muon_matrices(architecture),
+            # The chain and the names are those of optax.contrib.muon, and so is its state.
+            optax.partition(
+                {
+                    "muon": optax.chain(
+                        muon.scale_by_muon(architecture, options.epsilon),
+                        muon.scale_by_shape(),
+                        optax.identity(),
+                        optax.scale_by_learning_rate(rates[0]),
+                    ),
+                    "adam": optax.adamw(
+                        rates[1],
+                        b1=options.beta1,
+                        b2=options.beta2,
+                        eps=options.epsilon,
+                        weight_decay=0.0,
+                        nesterov=True,
+                    ),
+                },
+                jax.tree.map(lambda taken: "muon" if taken else "adam", matrices),
             ),
-            _decay(schedule(options.learning_rate), options.weight_decay, decayed),
+            _decay(rates[1], options.weight_decay, decayed),
         )
     clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
     return optax.chain(clip, update)
@@ -60,15 +74,12 @@ def decay_mask(architecture: Architecture) -> Tree:
 
 
 def _muon_matrices(architecture: Architecture) -> Tree:
-    """Which axes of a parameter Muon takes for a matrix's; None where it is not one that maps activations to
-    activations (embeddings, routers, filters and vectors, which AdamW updates)."""
-
-    def numbers(path: tuple[str, ...], axes: tuple, stacked: int) -> contrib.MuonDimensionNumbers | None:
-        if not path[-1].endswith("kernel") or path[-1].startswith("convolution"):
-            return None
-        return contrib.MuonDimensionNumbers(reduction_axis=len(axes) - 2, output_axis=len(axes) - 1)
-
-    return _map(architecture, numbers)
+    """True for a parameter that maps activations to activations (no embedding, router, filter or vector, which AdamW
+    updates); its last two axes are a matrix's."""
+    return _map(
+        architecture,
+        lambda path, axes, stacked: path[-1].endswith("kernel") and not path[-1].startswith("convolution"),
+    )
 
 
 def _one_by_one(of_matrices: optax.GradientTransformation, architecture: Architecture) -> optax.GradientTransformation:
