@@ -99,7 +99,7 @@ def _contributions(tokens, parameters, first, *, of, activation):
     """What the experts from number ``first`` on, of which these are the parameters, contribute: ``[B, T, D]`` float32.
     There are ``of`` experts in all."""
     x, chosen, weights = tokens
-    (batch, length, width), k = x.shape, chosen.shape[-1]
+    (batch, length), k = x.shape[:2], chosen.shape[-1]
     experts = parameters["gate_kernel"].shape[0]
     pairs = chosen.reshape(-1) - first
     pairs = jnp.where((pairs >= 0) & (pairs < experts), pairs, experts)  # those of other devices' experts come last
@@ -118,26 +118,55 @@ def _contributions(tokens, parameters, first, *, of, activation):
         wide = y.astype(dtypes.wide(y.dtype))
         return (wide + jnp.take(bias, group, axis=0, mode="clip").astype(wide.dtype)).astype(y.dtype)
 
-    rows = _sorted(x.reshape(-1, width), order, back, k)
+    places = jnp.moveaxis(back.reshape(batch, length, k), 2, 0)
+    rows = _dispatched(x, order, places)
     inner = ACTIVATIONS[activation](product(rows, "gate")) * product(rows, "up")
-    contributions = _sorted(product(inner, "down"), back, order, 1).reshape(batch, length, k, width)
-    return jnp.sum(weights[..., None] * contributions.astype(weights.dtype), axis=2)
+    return _combined(product(inner, "down"), weights, order, places)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _sorted(x, order, back, copies):
-    """``[M, D]``: k copies of each row of x ``[M / k, D]`` in ``order``, whose inverse is ``back``. Backward, a gather
-    by ``back`` in the place of a scatter, and the copies summed in float32."""
-    return jnp.take(x, order // copies, axis=0, mode="clip")
+# Tokens [B, T, D] are copied to rows [M, D], one for each pair of a token and an expert, in the order of the experts: row m
+# is pair order[m], and row places[j, b, t] is that of a token's j-th expert. Both ways, and backward, they are gathered
+# and never scattered, and a token's rows are added up one after the other: [B, T, k, D] in float32 XLA for TPUs would
+# write.
 
 
-def _sorted_forward(x, order, back, copies):
-    return _sorted(x, order, back, copies), back
+@jax.custom_vjp
+def _dispatched(x, order, places):
+    return jnp.take(x.reshape(-1, x.shape[-1]), order // len(places), axis=0, mode="clip")
 
 
-def _sorted_backward(copies, back, dy):
-    dx = jnp.take(dy, back, axis=0, mode="clip").reshape(-1, copies, dy.shape[-1])
-    return jnp.sum(dx, axis=1, dtype=dtypes.wide(dy.dtype)).astype(dy.dtype), None, None
+def _dispatched_forward(x, order, places):
+    return _dispatched(x, order, places), places
 
 
-_sorted.defvjp(_sorted_forward, _sorted_backward)
+def _dispatched_backward(places, d_rows):
+    wide = dtypes.wide(d_rows.dtype)
+    taken = jnp.take(d_rows, places, axis=0, mode="clip")
+    return functools.reduce(jnp.add, (row.astype(wide) for row in taken)).astype(d_rows.dtype), None, None
+
+
+_dispatched.defvjp(_dispatched_forward, _dispatched_backward)
+
+
+@jax.custom_vjp
+def _combined(rows, weights, order, places):
+    """``[B, T, D]`` in the dtype of the weights ``[B, T, k]``: the sum of each token's rows times their weights."""
+    taken = jnp.take(rows, places, axis=0, mode="clip")
+    return functools.reduce(jnp.add, (weights[..., j, None] * row.astype(weights.dtype) for j, row in enumerate(taken)))
+
+
+def _combined_forward(rows, weights, order, places):
+    return _combined(rows, weights, order, places), (rows, weights, order, places)
+
+
+def _combined_backward(residuals, dy):
+    rows, weights, order, places = residuals
+    # Nothing is lost by the cast: the sum is rounded to the dtype of the rows, and so was its gradient.
+    dy = jnp.take(dy.astype(rows.dtype).reshape(-1, dy.shape[-1]), order // len(places), axis=0, mode="clip")
+    dy = dy.astype(weights.dtype)
+    d_rows = jnp.take(weights.ravel(), order, mode="clip")[:, None] * dy
+    d_weights = jnp.take(jnp.sum(dy * rows.astype(dy.dtype), axis=1), places, mode="clip")
+    return d_rows.astype(rows.dtype), jnp.moveaxis(d_weights, 0, 2), None, None
+
+
+_combined.defvjp(_combined_forward, _combined_backward)

@@ -8,9 +8,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlinear import counted
+from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, dtypes
+from jaxlinear.pallas import derivatives, grouped_sums
 
-BACKENDS = ("blocks", "ragged_dot", "rows")
+BACKENDS = ("blocks", "ragged_dot", "rows", "pallas")
 
 # Rows of a block: a part of the mean group, so that little of a group's last block is wasted, within these bounds.
 _PARTS_OF_MEAN = 4
@@ -23,12 +25,13 @@ def grouped_product(
 ) -> jax.Array:
     """``y[m] = x[m] @ kernels[group of m]``, summed in float32 at least.
 
-    Backends: ``ragged_dot`` is ``jax.lax.ragged_dot``, which TPUs have an instruction for. Elsewhere XLA makes of it a
-    product of every row with every kernel. ``blocks`` takes blocks of rows of one group, one after the other, as many
-    as there are: its work and its reading of kernels grow with the rows and the groups that have any. ``rows`` multiplies
-    each row with its own kernel, element by element, in one piece: for a GPU and few rows, as of decoding, since there a
-    loop that goes on as long as there are blocks waits for the host in each trip. ``auto`` takes ``ragged_dot`` on a TPU,
-    ``rows`` on a GPU up to 8 rows a group, else ``blocks``.
+    Backends: ``ragged_dot`` is ``jax.lax.ragged_dot``, which TPUs have an instruction for, but for the gradient of the
+    kernels. Of that, and elsewhere, XLA makes a product of every row with every kernel. ``pallas`` is it with that gradient
+    by a kernel for TPUs. ``blocks`` takes blocks of rows of one group, one after the other, as many as there are: its work
+    and its reading of kernels grow with the rows and the groups that have any. ``rows`` multiplies each row with its own
+    kernel, element by element, in one piece: for a GPU and few rows, as of decoding, since there a loop that goes on as
+    long as there are blocks waits for the host in each trip. ``auto`` takes ``pallas`` on a TPU, ``rows`` on a GPU up to 8
+    rows a group, else ``blocks``.
 
     Args:
       x: ``[M, D]``, sorted by group: the first ``sizes[0]`` rows are group 0's, and so on.
@@ -36,7 +39,7 @@ def grouped_product(
       sizes: ``[E]`` int, each from 0 to M, together at most M.
       rows: what the sizes should add up to, M by default, for who counts the products (``counted``): no result depends
         on it.
-      backend: ``"blocks"``, ``"ragged_dot"``, ``"rows"`` or ``"auto"``.
+      backend: ``"blocks"``, ``"ragged_dot"``, ``"rows"``, ``"pallas"`` or ``"auto"``.
 
     Returns:
       ``[M, F]`` in the dtype of x; zeros in the rows behind the last group, whose gradients are zeros too.
@@ -44,7 +47,10 @@ def grouped_product(
     backends.check("grouped_product", backend, BACKENDS)
     if backend == "auto":
         few = backends.platform() == "gpu" and x.shape[0] <= _FEW_ROWS * kernels.shape[0]
-        backend = "ragged_dot" if backends.platform() == "tpu" else "rows" if few else "blocks"
+        on_tpu = backends.platform() == "tpu" and 0 not in (*x.shape, *kernels.shape)
+        backend = "pallas" if on_tpu else "rows" if few else "blocks"
+    if backend == "pallas" and backends.platform() == "gpu":
+        raise UserError("grouped_product: the kernel is for TPUs; backend='blocks' runs on GPUs")
     return _product(x, kernels, sizes.astype(jnp.int32), backend, x.shape[0] if rows is None else rows)
 
 
@@ -54,22 +60,28 @@ def _product(x, kernels, sizes, backend, rows):
 
 
 def _forward(x, kernels, sizes, backend, rows):
+    if backend == "pallas":
+        x, kernels, sizes = derivatives.once((x, kernels, sizes), "ragged_dot")
     of_rows, _ = _functions(backend)
     y = _program(of_rows, _runs(x, sizes, backend, rows), 1)(x, kernels, sizes)
     return checkpoint_name(y, "grouped_product"), (x, kernels, sizes)
 
 
 def _backward(backend, rows, residuals, dy):
+    if backend == "pallas":
+        residuals, dy = derivatives.once((residuals, dy), "ragged_dot")
     x, kernels, sizes = residuals
     (of_rows, of_kernels), runs = _functions(backend), _runs(x, sizes, backend, rows)
     d_x = _program(of_rows, runs, 2)(dy, kernels, sizes)
-    return d_x, _program(of_kernels, runs)(x, dy, sizes).astype(kernels.dtype), None
+    return d_x, _program(of_kernels, runs, rows)(x, dy, sizes).astype(kernels.dtype), None
 
 
 _product.defvjp(_forward, _backward)
 
 
 def _functions(backend):
+    if backend == "pallas":
+        return _rows_by_ragged_dot_on_tpu, _kernels_by_pallas
     if backend == "ragged_dot":
         return _rows_by_ragged_dot, _kernels_by_ragged_dot
     return _rows_by_blocks if backend == "blocks" else _rows_one_by_one, _kernels_by_blocks
@@ -77,7 +89,7 @@ def _functions(backend):
 
 def _runs(x, sizes, backend, rows):
     """At least as many blocks hold so many rows; ``ragged_dot`` takes them row by row."""
-    return rows if backend == "ragged_dot" else -(-rows // _block(x, sizes))
+    return -(-rows // _block(x, sizes)) if backend == "blocks" else rows
 
 
 @functools.lru_cache(maxsize=64)
@@ -104,16 +116,16 @@ def _rows_by_blocks(x, kernels, sizes, contracted):
     return lax.fori_loop(0, count, step, jnp.zeros_like(x, shape=(x.shape[0], kernels.shape[3 - contracted])))
 
 
-def _kernels_by_blocks(x, dy, sizes):
+def _kernels_by_blocks(x, dy, sizes, rows):
     """``[E, D, F]``: the sum over a group's rows of ``x[m]^T dy[m]``."""
     block, sum_dtype = _block(x, sizes), dtypes.wide(x.dtype)
     count, place = _blocks(x, sizes, block)
 
     def step(n, total):
         group, first, in_group = place(n)
-        rows = jnp.where(in_group, lax.dynamic_slice_in_dim(x, first, block), jnp.zeros((), x.dtype))
+        own = jnp.where(in_group, lax.dynamic_slice_in_dim(x, first, block), jnp.zeros((), x.dtype))
         product = lax.dot_general(
-            rows,
+            own,
             lax.dynamic_slice_in_dim(dy, first, block),
             (((0,), (0,)), ((), ())),
             preferred_element_type=sum_dtype,
@@ -156,14 +168,26 @@ def _rows_one_by_one(x, kernels, sizes, contracted):
 
 
 def _rows_by_ragged_dot(x, kernels, sizes, contracted):
+    return _ragged_dot(x, kernels, sizes, contracted, dtypes.wide(x.dtype))
+
+
+def _rows_by_ragged_dot_on_tpu(x, kernels, sizes, contracted):
+    # Its instruction sums in float32 in any case, and need not write that (libtpu 0.0.42).
+    return _ragged_dot(x, kernels, sizes, contracted, x.dtype)
+
+
+def _ragged_dot(x, kernels, sizes, contracted, dtype):
     numbers = lax.RaggedDotDimensionNumbers((((1,), (contracted,)), ((), ())), (0,), (0,))
-    kernels, sum_dtype = kernels.astype(x.dtype), dtypes.wide(x.dtype)
-    y = lax.ragged_dot_general(x, kernels, sizes, numbers, preferred_element_type=sum_dtype)
+    y = lax.ragged_dot_general(x, kernels.astype(x.dtype), sizes, numbers, preferred_element_type=dtype)
     # What stands in the rows of no group is not specified.
     in_a_group = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes, dtype=jnp.int32)
     return jnp.where(in_a_group[:, None], y.astype(x.dtype), jnp.zeros((), x.dtype))
 
 
-def _kernels_by_ragged_dot(x, dy, sizes):
+def _kernels_by_ragged_dot(x, dy, sizes, rows):
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
     return lax.ragged_dot_general(x, dy, sizes, numbers, preferred_element_type=dtypes.wide(x.dtype))
+
+
+def _kernels_by_pallas(x, dy, sizes, rows):
+    return grouped_sums.call(x, dy, sizes, dtype=dtypes.wide(x.dtype), rows=rows, target=backends.target())
