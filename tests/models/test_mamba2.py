@@ -1,6 +1,7 @@
 """Mamba-2: its parameters, the numbers that it starts from, and its limits."""
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.mixers.mamba2 import Mamba2
+from jaxlinear.ops import backends
+from jaxlinear.parallel import targets
 from tests import numerics, oracles, small
 
 CONFIG = small.config(key_width=6, value_width=8)
@@ -103,3 +107,22 @@ def test_what_is_seen_of_the_past(limit):
     assert y.std() > 0.01 and bool(state["memory"].any()) == (limit == "fast decay")
     alone, _ = run(x.reshape(10, 1, 16))
     numerics.assert_close(y, alone.reshape(2, 5, 16), 1e-6)
+
+
+@pytest.mark.compiles_ahead
+def test_on_tpu_the_channels_are_turned_round_for_the_time_step_alone():
+    """Forward: heads of 64 channels are written with time last, and turned back, as often as the time step takes it."""
+    config = small.config(width=256, recurrent_width=512, dtype="bfloat16")
+    device = targets.find("v5e:1x1").devices[0]
+    graph, parameters = nnx.split(nnx.eval_shape(lambda: Mamba2(config, rngs=nnx.Rngs(0))))
+
+    def forward(parameters, x):
+        with backends.use_device(device):
+            return nnx.merge(graph, parameters)(x)[0]
+
+    placed = SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((2, 1024, 256), jnp.bfloat16)
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), (parameters, x))
+    text = jax.jit(forward).lower(*given).compile().as_text()
+    turned = re.findall(r"= f32\[2,1024,512\]\{[\d,]+\S* copy\(", text)
+    assert len(turned) <= 1, turned

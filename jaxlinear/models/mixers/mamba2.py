@@ -94,18 +94,23 @@ class Mamba2(nnx.Module):
         q, new["query"] = self.query_convolution(self.query(x), segment_ids=segment_ids, state=past.get("query"))
         k, new["key"] = self.key_convolution(self.key(x), segment_ids=segment_ids, state=past.get("key"))
         v, new["value"] = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
-        q, k = (self._for_every_head(y) for y in (q, k))
-        v, gate = by_head(v, self.heads), by_head(self.gate(x), self.heads)
-
         dt = time_steps(self.time_step(x), self.dt_bias[...])
         rate, skip = jnp.exp(self.A_log[...]).astype(dt.dtype), self.D[...].astype(dt.dtype)
-        wide = v.astype(dt.dtype)
-        inputs, log_decay = (dt[..., None] * wide).astype(v.dtype), -rate[None, None] * dt
+        # On all channels [B, T, H P] but the time step's product: elementwise work on heads of fewer than 128 channels XLA
+        # for TPUs does with time last, to which it turns what comes and from which it turns what goes.
+        inputs = (dt[..., None] * by_head(v, self.heads).astype(dt.dtype)).astype(v.dtype)
         y, new["memory"] = operations.linear_attention(
-            q, k, inputs, log_decay, past.get("memory"), scale=1.0, segment_ids=segment_ids
+            self._for_every_head(q),
+            self._for_every_head(k),
+            inputs,
+            -rate[None, None] * dt,
+            past.get("memory"),
+            scale=1.0,
+            segment_ids=segment_ids,
         )
-        y = y.astype(dt.dtype) + skip[None, None, :, None] * wide
-        y = self.norm((y * jax.nn.silu(gate.astype(dt.dtype))).reshape(*x.shape[:2], -1))
+        skip = jnp.broadcast_to(skip[:, None], (self.heads, self.value_width)).reshape(-1)
+        y = y.reshape(v.shape).astype(dt.dtype) + skip[None, None] * v.astype(dt.dtype)
+        y = self.norm(y * jax.nn.silu(self.gate(x).astype(dt.dtype)))
         return self.out(y.astype(x.dtype)), new
 
     def _for_every_head(self, x: jax.Array) -> jax.Array:
