@@ -28,6 +28,10 @@ _FEWEST_REMEMBERED = 128  # tokens that the state of attention has room for at l
 # By platform, what is asked of the compiler for decoding. On GPU it would make one product of several with the same tokens,
 # and put their kernels together for every token, which takes twice the time of reading them.
 _COMPILER_OPTIONS: dict[str, dict[str, int]] = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0}}
+# Rows that a device decodes at least, by platform. Products with a single row XLA computes element by element on others,
+# with several times the cycles that two rows take (benchmarks/decode_compiled.py --streams=1).
+_FEWEST_ROWS = {"cpu": 1}
+_FEWEST_ELSEWHERE = 2
 _BITS = 30  # of a float32 from 0 to 1, the others being 0
 
 
@@ -206,6 +210,10 @@ def chunks(
         raise UserError(f"chunk is {chunk}; it must be at least 1")
     vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
     stops = _stops(stop_token)
+    platform = next(iter(jnp.asarray(model.embedding[...]).devices())).platform
+    count, more = len(prompts), _more_rows(len(prompts), platform, mesh)
+    given, numbers = list(prompts), list(range(count) if numbers is None else numbers)
+    prompts, numbers = given + given[-1:] * more, numbers + numbers[-1:] * more
     tokens, segment_ids = _batch(
         prompts, vocab_size, stops[0] if stops else None, 1 if mesh is None else mesh.shape["sequence"]
     )
@@ -215,18 +223,26 @@ def chunks(
     values = sampling.values | {"stop": np.array(stops or (-1,), np.int32)}
     values["vocab_size"] = np.int32(vocab_size)
     graph, parameters = nnx.split(model.for_decoding())
-    rows = np.arange(len(prompts), dtype=np.int32) if numbers is None else np.asarray(numbers, np.int32)
-    decode = _decoder(next(iter(jnp.asarray(model.embedding[...]).devices())).platform)
+    rows, decode = np.asarray(numbers, np.int32), _decoder(platform)
     carry, first = _prefill(graph, remembered, sampling.filters, mesh, parameters, tokens, segment_ids, rows, values)
-    yield np.asarray(first)[None]
+    yield np.asarray(first)[None, :count]
     left = max_tokens - 1
     while left > 0 and not np.asarray(carry["done"]).all():
-        carry, new, count = decode(
+        carry, new, made = decode(
             graph, remembered, sampling.filters, mesh, chunk, parameters, carry, values, np.int32(min(left, chunk))
         )
-        new = np.asarray(new)[: int(count)]
+        new = np.asarray(new)[: int(made), :count]
         left -= len(new)
         yield new
+
+
+def _more_rows(count: int, platform: str, mesh: Mesh | None) -> int:
+    """Copies of the last row that are decoded beside these for nothing but speed."""
+    with _on(mesh):
+        devices = sharding.parts("batch")
+    if not count or count % devices:  # then each of them has all rows
+        devices = 1
+    return max(0, devices * _FEWEST_ROWS.get(platform, _FEWEST_ELSEWHERE) - count) if count else 0
 
 
 def _batch(prompts, vocab_size: int, stop_token: int | None, shards: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,25 +1,21 @@
 """What compilers for GPUs and TPUs make of decoding: parameters are read once a token, and none of them is written."""
 
+import importlib.util
 import re
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlinear import generation
 from jaxlinear.models import ModelConfig
-from jaxlinear.models.layers import round_for_decoding
-from jaxlinear.models.parameters import describe
-from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import targets
-from jaxlinear.training.ahead import _WITHOUT_DEVICE
-from tests.training import tiny
 
 pytestmark = pytest.mark.compiles_ahead
 
 ROWS, WIDTH, SLOTS = 4, 256, 128
+
+_PATH = Path(__file__).parents[1] / "benchmarks" / "decode_compiled.py"
+_SPEC = importlib.util.spec_from_file_location("decode_compiled", _PATH)
+benchmark = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(benchmark)
 
 
 def decoding(target, pattern, **changes):
@@ -35,29 +31,7 @@ def decoding(target, pattern, **changes):
         dtype="bfloat16",
         **changes,
     )
-    mesh = meshes.make_mesh(tiny.ONES, targets.find(target).devices[:1])
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def make(parameters):
-        model = describe(config).bind(parameters)._unstacked(lambda period: round_for_decoding(period, jnp.bfloat16))
-        round_for_decoding(model, jnp.bfloat16)
-        return model
-
-    def place(tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
-
-    graph, parameters = nnx.split(nnx.eval_shape(make, describe(config).shapes))
-    parameters, platform = place(parameters), mesh.devices.flat[0].platform
-    values = generation.Sampling().values | {"stop": jnp.zeros(1, jnp.int32), "vocab_size": jnp.int32(512)}
-    prompts = jax.ShapeDtypeStruct((ROWS, 16), jnp.int32, sharding=whole)
-    rows = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=whole)
-    static = graph, SLOTS, (False, False, False), mesh
-    carry, _ = jax.eval_shape(
-        lambda *arguments: generation._prefill(*static, *arguments), parameters, prompts, prompts, rows, values
-    )
-    limit = jax.ShapeDtypeStruct((), jnp.int32)
-    traced = generation._decoder(platform).trace(*static, 8, *place((parameters, carry, values, limit)))
-    return traced.lower().compile(compiler_options=_WITHOUT_DEVICE.get(platform)).as_text()
+    return benchmark.compile_for(target, config, ROWS, SLOTS).text
 
 
 @pytest.mark.parametrize("target", ["h100:1", "v5e:2x2"])
@@ -96,3 +70,24 @@ def test_states_of_the_delta_rule_on_a_gpu_are_updated_in_place():
     states = [line for line in lines if re.search(rf"= f32\[{ROWS},2,(96,160|160,96)\]", line)]
     assert any(" fusion(" in line for line in states)
     assert not any(" copy(" in line for line in states)
+
+
+def test_what_a_token_moves_is_counted():
+    """On a GPU, of a layer with little state: all parameters once, the embedding twice, and not much besides. A single row
+    takes more than twice as much."""
+    config = ModelConfig(
+        pattern=("rg_lru",),
+        num_layers=1,
+        vocab_size=512,
+        width=WIDTH,
+        recurrent_width=WIDTH,
+        num_heads=2,
+        dtype="bfloat16",
+    )
+    found = benchmark.compile_for("h100:1", config, ROWS, SLOTS)
+    moved, cycles = benchmark.of_a_token(found.text)
+    embedding = 2 * 512 * WIDTH
+    assert found.parameters + embedding < moved < 1.15 * (found.parameters + embedding)
+    assert cycles is None
+    alone, _ = benchmark.of_a_token(benchmark.compile_for("h100:1", config, 1, SLOTS).text)
+    assert alone > 2 * moved

@@ -22,7 +22,9 @@ from jaxlinear.models import ModelConfig, mixers
 from jaxlinear.models.layers import by_outputs, round_for_decoding
 from jaxlinear.models.parameters import describe
 from jaxlinear.ops import backends
+from jaxlinear.parallel import mesh as meshes
 from tests import numerics
+from tests.training import tiny
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 VOCAB, WINDOW = 61, 8
@@ -257,6 +259,25 @@ def test_seeds_and_rows_draw_differently(model):
     again, other = (generate(model, [prompt, prompt], max_tokens=20, seed=seed) for seed in (1, 2))
     assert again == generate(model, [prompt, prompt], max_tokens=20, seed=1)
     assert len({tuple(row) for row in again + other}) == 4
+
+
+def test_a_single_row_is_decoded_beside_a_copy_of_it(model, monkeypatch):
+    """Which is what all devices but CPUs do, and which nobody sees."""
+    prompt, prefill, rows = tokens(6, seed=6), generation._prefill, []
+    expected = generate(model, [prompt], max_tokens=7, seed=1)
+    monkeypatch.setitem(generation._FEWEST_ROWS, "cpu", 2)
+    monkeypatch.setattr(generation, "_prefill", lambda *given: (rows.append(len(given[5])), prefill(*given))[1])
+    assert generate(model, [prompt], max_tokens=7, seed=1) == expected
+    assert list(itertools.chain(*stream(model, prompt, max_tokens=7, seed=1))) == expected[0]
+    assert rows == [2, 2]
+
+
+def test_how_many_rows_are_added():
+    mesh = meshes.make_mesh(tiny.ONES | {"data": 4}, jax.devices()[:4])
+    assert [generation._more_rows(n, "cpu", None) for n in (1, 2)] == [0, 0]
+    assert [generation._more_rows(n, "tpu", None) for n in (0, 1, 2, 3)] == [0, 1, 0, 0]
+    # Four rows are one a device; three, which the devices do not divide, are on each of them; so is one.
+    assert [generation._more_rows(n, "gpu", mesh) for n in (1, 3, 4, 8)] == [1, 0, 4, 0]
 
 
 def test_rows_are_drawn_by_their_numbers(model):

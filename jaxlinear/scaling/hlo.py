@@ -77,7 +77,7 @@ def parse(text: str) -> Module:
             entry = header[2] if header[1] else entry
         elif current is not None and (match := _INSTRUCTION.match(line)):
             current.append(_instruction(match[1], line[match.end() :]))
-    return Module(computations, entry, _runs(computations, entry))
+    return Module(computations, entry, runs(computations, entry))
 
 
 def size(shape: str) -> int:
@@ -108,19 +108,20 @@ def _closing(text: str, start: int) -> int:
     raise AssertionError(text)
 
 
-def _runs(computations: dict[str, list[Instruction]], entry: str) -> dict[str, int | None]:
-    """Callers stand after what they call, so one way back through the text sees every caller first."""
-    runs: dict[str, int | None] = {name: int(name == entry) for name in computations}
+def runs(computations: dict[str, list[Instruction]], entry: str) -> dict[str, int | None]:
+    """``Module.runs``, of a program that begins at a computation."""
+    found: dict[str, int | None] = {name: int(name == entry) for name in computations}
+    # Callers stand after what they call, so one way back through the text sees every caller first.
     for name in reversed(computations):
         for instruction in computations[name]:
             times = _trips(instruction, computations) if instruction.opcode == "while" else 1
             for called in instruction.called:
-                before, caller = runs.get(called, 0), runs[name]
+                before, caller = found.get(called, 0), found[name]
                 if before is None or caller is None or times is None:
-                    runs[called] = None
+                    found[called] = None
                 else:
-                    runs[called] = before + caller * times
-    return runs
+                    found[called] = before + caller * times
+    return found
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:

@@ -18,6 +18,7 @@ from jaxlinear.scaling import hlo
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 # What moves, names or exchanges values, and computes nothing.
+_SCRATCH = re.compile(r", s8\[\d+\](?:\{[^}]*\})?\)$")  # the memory that cuBLAS works in, as a result of its call
 _IDLE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|copy|opt-barrier|after-all|send|recv|.*-(start|update|done)|"
     rf"{'|'.join(KINDS)}"
@@ -110,7 +111,7 @@ def cycles(text: str) -> int | None:
     module = hlo.parse(text)
     estimates = [
         int(found[1]) * (module.runs[name] or 1)
-        for name in _sequences(module)
+        for name in sequences(module)
         for line in module.computations[name]
         if (found := re.search(r'"estimated_cycles":"(\d+)"', line.attributes))
     ]
@@ -122,7 +123,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
     those over axes of one device, which XLA may leave there."""
     module = hlo.parse(text)
     found = []
-    for name in _sequences(module):
+    for name in sequences(module):
         for line, between in _exchanges(module, module.computations[name]):
             kind = line.opcode.removesuffix("-start")
             groups = _groups(line.attributes, math.prod(mesh.values()))
@@ -163,11 +164,11 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
 def _with_work(module: hlo.Module, between: Iterable[hlo.Instruction], **known: Any) -> Collective:
     """The collective, with the operations that these instructions compute beside it."""
     one = Collective(**known, during=())
-    enough = sum(_moved(module, work) for work in between) >= one.received / 10
+    enough = sum(moved(module, work) for work in between) >= one.received / 10
     return dataclasses.replace(one, during=_computed(module, between)) if enough else one
 
 
-def _moved(module: hlo.Module, work: hlo.Instruction) -> float:
+def moved(module: hlo.Module, work: hlo.Instruction) -> float:
     """Bytes that an instruction reads and writes at most. Of a loop all that it has; of an update in place the update."""
     if _IDLE.fullmatch(work.opcode):
         return 0
@@ -180,7 +181,8 @@ def _moved(module: hlo.Module, work: hlo.Instruction) -> float:
         last = by_name[last.operands[0]]
     if last.opcode == "dynamic-update-slice" and last.operands[1] in by_name:
         return 2 * hlo.size(by_name[last.operands[1]].shape)
-    return hlo.size(work.shape) + sum(module.sizes.get(name, 0) for name in work.operands)
+    shape = _SCRATCH.sub("", work.shape) if work.opcode == "custom-call" else work.shape
+    return hlo.size(shape) + sum(module.sizes.get(name, 0) for name in work.operands)
 
 
 def _computed(module: hlo.Module, between: Iterable[hlo.Instruction]) -> tuple[str, ...]:
@@ -189,7 +191,7 @@ def _computed(module: hlo.Module, between: Iterable[hlo.Instruction]) -> tuple[s
     return tuple(dict.fromkeys(one.operation for one in inner if one.operation))
 
 
-def _sequences(module: hlo.Module) -> list[str]:
+def sequences(module: hlo.Module) -> list[str]:
     """The computations whose instructions run one after the other: not what is fused, wrapped or applied."""
     found = [module.entry]
     for name in found:

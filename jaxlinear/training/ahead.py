@@ -20,7 +20,7 @@ from jaxlinear.training.step import make_train_step
 
 # By platform, what differs in the compilation for want of a device. XLA finds the tiles of Triton's matrix products by
 # timing them; without a GPU it takes some that do not fit every product (JAX 0.10.2). cuBLAS has its own.
-_WITHOUT_DEVICE: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+WITHOUT_DEVICE: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Ahead:
     def compile(self) -> stages.Compiled:
         """Compiled for devices that are not there."""
         platform = self.mesh.devices.flat[0].platform
-        return self.traced.lower().compile(compiler_options=_WITHOUT_DEVICE.get(platform))
+        return self.traced.lower().compile(compiler_options=WITHOUT_DEVICE.get(platform))
 
 
 def trace(config: config_dict.ConfigDict, devices: Sequence[jax.Device]) -> Ahead:

@@ -1,0 +1,142 @@
+"""What a token of decoding costs on a device that is not here, by the program that its compiler makes.
+
+    python benchmarks/decode_compiled.py --model=griffin_1b3 --layers=3 --topology=h100:1      # or v5e:2x2, its first chip
+        [--streams=8 --length=2048] [--wide] [--json=FILE]
+
+Takes the compilers (pip install 'jaxlinear[aot]'). Activations are bfloat16. Of all streams together:
+
+    parameters     bytes of the parameters as decoding holds them, in MiB
+    moved          bytes that the instructions of a token read and write, at most, in MiB: each operand and result of each
+    memory         arguments, results and temporaries, in MiB
+    cycles         what libtpu estimates of the instructions of a token, both branches of a choice counted; on TPUs alone
+
+``generate`` decodes a copy beside a single stream; --streams=1 and 2 say why. With ``--wide`` parameters are the float32
+ones of training, as they were before ``for_decoding`` rounded them. Nothing is timed; XLA's own products of matrices are
+taken on GPU, not Triton's, whose tiles are found by timing.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import NamedTuple
+
+from absl import flags
+
+from jaxlinear import cli
+
+_MODEL = flags.DEFINE_string("model", "griffin_1b3", "A preset.")
+_LAYERS = flags.DEFINE_integer("layers", 3, "Layers of it.", lower_bound=1)
+_VOCABULARY = flags.DEFINE_integer("vocabulary", 32_000, "Tokens of the vocabulary.", lower_bound=2)
+_TOPOLOGY = flags.DEFINE_string("topology", "h100:1", "As launch/compile.py has it; its first device is taken.")
+_STREAMS = flags.DEFINE_integer("streams", 8, "Prompts that are continued together, B.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 2048, "Tokens that softmax attention remembers.", lower_bound=1)
+_WIDE = flags.DEFINE_bool("wide", False, "With the parameters of training.")
+_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+
+_PIECE = 8  # tokens of a call
+_MIB = 2**20
+
+
+class Decoding(NamedTuple):
+    text: str  # of the compiled program
+    parameters: int  # bytes
+    memory: int  # bytes
+
+
+def main() -> None:
+    from jaxlinear.parallel import targets
+
+    targets.set_environment()
+    from jaxlinear.models import ModelConfig, presets
+
+    values = presets.find(_MODEL.value)
+    values |= {"num_layers": _LAYERS.value, "vocab_size": _VOCABULARY.value, "dtype": "bfloat16"}
+    found = compile_for(_TOPOLOGY.value, ModelConfig(**values), _STREAMS.value, _LENGTH.value, wide=_WIDE.value)
+    moved, cycles = of_a_token(found.text)
+    result = {
+        "model": _MODEL.value,
+        "layers": _LAYERS.value,
+        "topology": _TOPOLOGY.value,
+        "streams": _STREAMS.value,
+        "length": _LENGTH.value,
+        "wide": _WIDE.value,
+        "parameters_mib": round(found.parameters / _MIB, 1),
+        "moved_mib": round(moved / _MIB, 1),
+        "memory_mib": round(found.memory / _MIB, 1),
+        "cycles": cycles,
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
+
+
+def compile_for(target: str, config, streams: int, length: int, *, wide: bool = False) -> Decoding:
+    """``generation``'s decoding of a ``ModelConfig`` for the first device of a target."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxlinear import generation
+    from jaxlinear.config import default
+    from jaxlinear.models import parameters
+    from jaxlinear.models.layers import round_for_decoding
+    from jaxlinear.parallel import mesh as meshes
+    from jaxlinear.parallel import targets
+    from jaxlinear.scaling import programs
+    from jaxlinear.training.ahead import WITHOUT_DEVICE
+
+    mesh = meshes.make_mesh(default().mesh, targets.find(target).devices[:1])
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+
+    def make(values):
+        # `for_decoding`, which asks arrays where they are: these are shapes.
+        model = parameters.describe(config).bind(values)
+        if wide:
+            return model.unstacked()
+        model = model._unstacked(lambda period: round_for_decoding(period, config.activation_dtype))
+        round_for_decoding(model, config.activation_dtype)
+        return model
+
+    graph, held = nnx.split(nnx.eval_shape(make, parameters.describe(config).shapes))
+    held, platform = place(held), mesh.devices.flat[0].platform
+    values = generation.Sampling().values
+    values |= {"stop": jnp.zeros(1, jnp.int32), "vocab_size": jnp.int32(config.vocab_size)}
+    prompts, rows, limit = (place(jax.ShapeDtypeStruct(x, jnp.int32)) for x in ((streams, 16), (streams,), ()))
+    static = graph, length, (False, False, False), mesh
+    carry, _ = jax.eval_shape(lambda *given: generation._prefill(*static, *given), held, prompts, prompts, rows, values)
+    traced = generation._decoder(platform).trace(*static, _PIECE, held, *place((carry, values)), limit)
+    compiled = traced.lower().compile(compiler_options=WITHOUT_DEVICE.get(platform))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+    return Decoding(compiled.as_text(), size, programs.read(compiled, mesh).memory.total)
+
+
+def of_a_token(text: str) -> tuple[int, int | None]:
+    """Bytes moved and cycles of one trip of the loop over tokens."""
+    from jaxlinear.scaling import hlo, programs
+
+    module = hlo.parse(text)
+    (loop,) = (line for line in module.computations[module.entry] if line.opcode == "while")
+    # The loop's trips are not known; those of loops within it are by its body as a program of its own.
+    (body,) = loop.called
+    inner = dataclasses.replace(module, entry=body, runs=hlo.runs(module.computations, body))
+    sequences = programs.sequences(inner)
+    lines = [(inner.runs[name] or 1, line) for name in sequences for line in module.computations[name]]
+    moved = sum(
+        times * programs.moved(module, line) for times, line in lines if line.opcode not in ("while", "conditional")
+    )
+    estimates = [
+        times * int(found[1])
+        for times, line in lines
+        if (found := re.search(r'"estimated_cycles":"(\d+)"', line.attributes))
+    ]
+    return int(moved), sum(estimates) if estimates else None
+
+
+if __name__ == "__main__":
+    cli.run(main)
