@@ -62,8 +62,7 @@ def _product(x, kernels, sizes, backend, rows):
 def _forward(x, kernels, sizes, backend, rows):
     if backend == "pallas":
         x, kernels, sizes = derivatives.once((x, kernels, sizes), "ragged_dot")
-    of_rows, _ = _functions(backend)
-    y = _program(of_rows, _runs(x, sizes, backend, rows), 1)(x, kernels, sizes)
+    y = _program(_functions(backend)[0], *_counts(x, kernels, sizes, backend, rows), 1)(x, kernels, sizes)
     return checkpoint_name(y, "grouped_product"), (x, kernels, sizes)
 
 
@@ -71,9 +70,10 @@ def _backward(backend, rows, residuals, dy):
     if backend == "pallas":
         residuals, dy = derivatives.once((residuals, dy), "ragged_dot")
     x, kernels, sizes = residuals
-    (of_rows, of_kernels), runs = _functions(backend), _runs(x, sizes, backend, rows)
-    d_x = _program(of_rows, runs, 2)(dy, kernels, sizes)
-    return d_x, _program(of_kernels, runs, rows)(x, dy, sizes).astype(kernels.dtype), None
+    of_rows, of_kernels = _functions(backend)
+    d_x = _program(of_rows, *_counts(x, kernels, sizes, backend, rows), 2)(dy, kernels, sizes)
+    counts = _counts(x, kernels, sizes, "blocks" if backend == "rows" else backend, rows)
+    return d_x, _program(of_kernels, *counts, rows)(x, dy, sizes).astype(kernels.dtype), None
 
 
 _product.defvjp(_forward, _backward)
@@ -87,14 +87,16 @@ def _functions(backend):
     return _rows_by_blocks if backend == "blocks" else _rows_one_by_one, _kernels_by_blocks
 
 
-def _runs(x, sizes, backend, rows):
-    """At least as many blocks hold so many rows; ``ragged_dot`` takes them row by row."""
-    return -(-rows // _block(x, sizes)) if backend == "blocks" else rows
+def _counts(x, kernels, sizes, backend, rows):
+    """What ``counted`` is told. At least as many blocks hold so many rows; the others take them row by row."""
+    if backend == "blocks":
+        return -(-rows // _block(x, sizes)), None
+    return rows, 2 * kernels.shape[1] * kernels.shape[2] if backend == "rows" else None
 
 
 @functools.lru_cache(maxsize=64)
-def _program(function, runs, *static):
-    return counted.jit(lambda *arrays: function(*arrays, *static), runs)
+def _program(function, runs, each, *static):
+    return counted.jit(lambda *arrays: function(*arrays, *static), runs, each)
 
 
 def _rows_by_blocks(x, kernels, sizes, contracted):
