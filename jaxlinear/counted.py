@@ -11,8 +11,8 @@ _NAME = re.compile(r"counted_(\d+)(?:_of_(\d+))?")
 
 def jit(function: Callable[..., Any], runs: int, each: int | None = None) -> Callable[..., Any]:
     """``jax.jit`` of a function by whose products ``runs`` is meant: how often the body of its loop runs, or how many steps
-    of its kernels' grids do, or how many rows its grouped product takes. ``each``: floating point operations of one of these, where its products are written as sums. It
-    changes nothing of what is computed.
+    of its kernels' grids do, or how many rows its grouped product takes. ``each``: the floating point operations of one of
+    these, where its products are written as sums. It changes nothing of what is computed.
 
     The name of the program says so, since it stays as it is when the program is differentiated and split. Nobody maps one
     (``jax.vmap``): more would be done under the same name.
