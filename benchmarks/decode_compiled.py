@@ -83,10 +83,9 @@ def compile_for(target: str, config, streams: int, length: int, *, wide: bool = 
     from jaxlinear.config import default
     from jaxlinear.models import parameters
     from jaxlinear.models.layers import round_for_decoding
+    from jaxlinear.parallel import compiler, targets
     from jaxlinear.parallel import mesh as meshes
-    from jaxlinear.parallel import targets
     from jaxlinear.scaling import programs
-    from jaxlinear.training.ahead import WITHOUT_DEVICE
 
     mesh = meshes.make_mesh(default().mesh, targets.find(target).devices[:1])
     whole = NamedSharding(mesh, PartitionSpec())
@@ -111,7 +110,7 @@ def compile_for(target: str, config, streams: int, length: int, *, wide: bool = 
     static = graph, length, (False, False, False), mesh
     carry, _ = jax.eval_shape(lambda *given: generation._prefill(*static, *given), held, prompts, prompts, rows, values)
     traced = generation._decoder(platform).trace(*static, _PIECE, held, *place((carry, values)), limit)
-    compiled = traced.lower().compile(compiler_options=WITHOUT_DEVICE.get(platform))
+    compiled = traced.lower().compile(compiler_options=compiler.WITHOUT_DEVICE.get(platform))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
     return Decoding(compiled.as_text(), size, programs.read(compiled, mesh).memory.total)
 

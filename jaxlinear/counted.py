@@ -25,7 +25,7 @@ def jit(function: Callable[..., Any], runs: int, each: int | None = None) -> Cal
     return jax.jit(counted)
 
 
-def runs_of(name: str) -> tuple[int | None, int | None]:
+def told(name: str) -> tuple[int | None, int | None]:
     """The runs and the operations of each that ``jit`` was told, by the name of the program."""
     found = _NAME.fullmatch(name)
     runs, each = found.groups() if found else (None, None)

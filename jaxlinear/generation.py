@@ -19,15 +19,12 @@ from jaxlinear.data import Tokenizer, load_tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.models import LanguageModel, ModelConfig, load
 from jaxlinear.ops import backends
+from jaxlinear.parallel import compiler, sharding
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import sharding
 
 CHUNK = 64  # tokens that the device makes between two looks of the host
 _SHORTEST_PROMPT = 16  # what prompts are padded to at least
 _FEWEST_REMEMBERED = 128  # tokens that the state of attention has room for at least, if its window is no smaller
-# By platform, what is asked of the compiler for decoding. On GPU it would make one product of several with the same tokens,
-# and put their kernels together for every token, which takes twice the time of reading them.
-_COMPILER_OPTIONS: dict[str, dict[str, int]] = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0}}
 # Rows that a device decodes at least, by platform. Products with a single row XLA computes element by element on others,
 # with several times the cycles that two rows take (benchmarks/decode_compiled.py --streams=1).
 _FEWEST_ROWS = {"cpu": 1}
@@ -240,9 +237,9 @@ def _more_rows(count: int, platform: str, mesh: Mesh | None) -> int:
     """Copies of the last row that are decoded beside these for nothing but speed."""
     with _on(mesh):
         devices = sharding.parts("batch")
-    if not count or count % devices:  # then each of them has all rows
-        devices = 1
-    return max(0, devices * _FEWEST_ROWS.get(platform, _FEWEST_ELSEWHERE) - count) if count else 0
+    each = count if count % devices else count // devices  # what devices do not divide lies on each of them
+    few = 0 < each < _FEWEST_ROWS.get(platform, _FEWEST_ELSEWHERE)
+    return count if few else 0
 
 
 def _batch(prompts, vocab_size: int, stop_token: int | None, shards: int) -> tuple[np.ndarray, np.ndarray]:
@@ -314,7 +311,7 @@ def _prefill(graph, remembered, filters, mesh, parameters, tokens, segment_ids, 
 @functools.cache
 def _decoder(platform: str) -> stages.Wrapped:
     """``_decode``, compiled for a platform."""
-    options = _COMPILER_OPTIONS.get(platform)
+    options = compiler.DECODING.get(platform)
     return jax.jit(_decode, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6, compiler_options=options)
 
 

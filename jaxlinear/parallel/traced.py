@@ -59,7 +59,7 @@ def _products(equation, runs) -> Products:
     if name == "shard_map":
         times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     if name in ("jit", "pjit"):
-        said, each = counted.runs_of(params["name"])
+        said, each = counted.told(params["name"])
         if said is not None and each is not None:
             return Products(said * each, True)
         runs = runs if said is None else said

@@ -12,15 +12,12 @@ from ml_collections import config_dict
 from jaxlinear import config as configs
 from jaxlinear.errors import UserError
 from jaxlinear.models import parameters
+from jaxlinear.parallel import compiler
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import state as states
 from jaxlinear.training.job import check_mesh
 from jaxlinear.training.optimizer import make_optimizer
 from jaxlinear.training.step import make_train_step
-
-# By platform, what differs in the compilation for want of a device. XLA finds the tiles of Triton's matrix products by
-# timing them; without a GPU it takes some that do not fit every product (JAX 0.10.2). cuBLAS has its own.
-WITHOUT_DEVICE: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Ahead:
     def compile(self) -> stages.Compiled:
         """Compiled for devices that are not there."""
         platform = self.mesh.devices.flat[0].platform
-        return self.traced.lower().compile(compiler_options=WITHOUT_DEVICE.get(platform))
+        return self.traced.lower().compile(compiler_options=compiler.WITHOUT_DEVICE.get(platform))
 
 
 def trace(config: config_dict.ConfigDict, devices: Sequence[jax.Device]) -> Ahead:

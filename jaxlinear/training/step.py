@@ -11,28 +11,14 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from jaxlinear.models.parameters import Architecture
+from jaxlinear.parallel import compiler, operations, sharding
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import operations, sharding
 from jaxlinear.training import state as states
 from jaxlinear.training.schedule import make_schedule
 from jaxlinear.training.state import TrainState
 
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids: [B, T] int32
 Metrics = dict[str, jax.Array]
-
-# By platform, what is asked of the compiler. Of a product with a split kernel libtpu makes a loop of permutes and of
-# products of a part each. It keeps their sum in the dtype of the result, so it reads, writes and rounds it to bfloat16 in
-# every trip. It does so of products above so many MiB alone: here of none.
-# On GPU XLA makes one product of several small ones of the same input, for which it copies their kernels and then their
-# results; not with a threshold of 0. And of sums that devices keep a part of it makes one while these parts are below a
-# threshold. By its own, 30 MB, all of a layer's gradients wait for the last one, and nothing is left to go on beside it.
-_COMPILER_OPTIONS: dict[str, dict[str, int]] = {
-    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000},
-    "gpu": {
-        "xla_gpu_dot_merger_threshold_mb": 0,
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": 4 << 20,
-    },
-}
 
 _NORM_DECAY = 0.98  # of the running average of gradient norms
 _NORM_STEPS = 20  # applied steps before the average is trusted
@@ -134,7 +120,7 @@ def make_train_step(
         in_shardings=(placed, meshes.batch_sharding(mesh)),
         out_shardings=(placed, None),
         donate_argnums=0,
-        compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+        compiler_options=compiler.TRAINING.get(mesh.devices.flat[0].platform),
     )
 
 

@@ -1,7 +1,6 @@
-"""Preparation: lossless, split without overlap, independent of the workers, all or nothing."""
+"""Preparation: lossless, split without overlap, independent of the workers."""
 
 import contextlib
-import errno
 import gzip
 import json
 import lzma
@@ -16,24 +15,12 @@ import zstandard
 from pyarrow import parquet
 
 from jaxlinear.data import encoding, load_tokenizer, preparation, prepare, read_manifest
-from jaxlinear.data.blocks import SplitReader, SplitWriter, decode_block
-from jaxlinear.data.manifest import Manifest
+from jaxlinear.data.blocks import SplitReader, decode_block
 from jaxlinear.data.sources import Record, Source, open_source
 from jaxlinear.data.splitting import Splitter
 from jaxlinear.data.tokenizer import BytesTokenizer
 from jaxlinear.errors import RunError, UserError
-
-WORDS = "def return x + 1\n\t  <|endoftext|> 数学 kůň 🙂 for while \r\n the of and 12345 ( ) : ▁".split(" ")  # noqa: SIM905 (readable as it is)
-
-
-def make_texts(seed, count, longest=200) -> list[str]:
-    random = np.random.default_rng(seed)
-    return [f"{i} " + " ".join(random.choice(WORDS, random.integers(0, longest))) for i in range(count)]
-
-
-def write_jsonl(path, texts) -> str:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+from tests.data.sources_of_text import files, make_texts, write_jsonl
 
 
 def read_documents(dataset, split) -> list[np.ndarray]:
@@ -54,12 +41,6 @@ def read_texts(dataset, split) -> list[str]:
     documents = read_documents(dataset, split)
     assert all(document[0] == tokenizer.document_token for document in documents)
     return [tokenizer.decode(document[1:]) for document in documents]
-
-
-def files(directory) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(directory)): p.read_bytes() for p in sorted(pathlib.Path(directory).rglob("*")) if p.is_file()
-    }
 
 
 def sentencepiece_model(directory) -> str:
@@ -407,121 +388,3 @@ def test_bad_arguments_leave_nothing_behind(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         prepare(**options)
     assert os.listdir(tmp_path) == ["a.jsonl"]
-
-
-def test_existing_output(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
-    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
-    data = tmp_path / "data"
-    data.mkdir()
-    prepare(source, data, block_length=64, **options)  # an empty directory is as good as none
-    before = files(data)
-    with pytest.raises(UserError, match="data exists already; --overwrite replaces it"):
-        prepare(source, data, block_length=32, **options)
-    assert files(data) == before
-    prepare(source, data, block_length=32, overwrite=True, **options)
-    assert read_manifest(data).block_length == 32
-    (data / "manifest.json").unlink()
-    with pytest.raises(
-        UserError, match=r"is not a prepared dataset \(it has no manifest\.json\), so --overwrite leaves"
-    ):
-        prepare(source, data, overwrite=True, **options)
-    with pytest.raises(UserError, match=r"a\.jsonl is a file, so nothing can be made in it"):
-        prepare(source, tmp_path / "a.jsonl/data", **options)
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
-
-
-def test_a_mounted_disk_is_refused_before_the_work(tmp_path, monkeypatch):
-    """It would be in vain: a mount cannot be renamed."""
-    source, data = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60)), tmp_path / "data"
-    data.mkdir()
-    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(data))
-    with pytest.raises(
-        UserError, match="data is where a disk is mounted, and cannot be replaced; name a directory in it"
-    ):
-        prepare(source, data, tokenizer="bytes", workers=1, heldout_fraction=0.3)
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"] and os.listdir(data) == []
-    prepare(source, data / "in", tokenizer="bytes", workers=1, heldout_fraction=0.3)
-
-
-@pytest.mark.parametrize("there", ["dataset", "empty directory", "nothing"])
-def test_output_through_a_link(tmp_path, there):
-    """The dataset appears where the link leads to; the link stays, and nothing is left beside either."""
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
-    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
-    (tmp_path / "disk").mkdir()
-    target, link = tmp_path / "disk" / "data", tmp_path / "link"
-    if there == "dataset":
-        prepare(source, target, block_length=64, **options)
-    elif there == "empty directory":
-        target.mkdir()
-    link.symlink_to(target)
-    prepare(source, link, block_length=32, overwrite=there == "dataset", **options)
-    assert link.is_symlink() and read_manifest(target).block_length == 32
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "disk", "link"] and os.listdir(tmp_path / "disk") == ["data"]
-
-
-def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
-    monkeypatch.setattr(SplitWriter, "_shard_path", lambda self: pathlib.Path("/dev/full"))
-    with pytest.raises(OSError, match="No space left on device") as raised:
-        prepare(source, tmp_path / "data", tokenizer="bytes", heldout_fraction=0.3)
-    assert raised.value.errno == errno.ENOSPC
-    assert os.listdir(tmp_path) == ["a.jsonl"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch, overwrite):
-    """At the last moment, when all but the manifest is written; an older dataset stays."""
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
-    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
-    if overwrite:
-        prepare(source, tmp_path / "data", block_length=64, **options)
-    before = files(tmp_path)
-
-    def interrupt(self, directory):
-        assert (directory / "train/00000.array_record").is_file()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Manifest, "write", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(source, tmp_path / "data", overwrite=overwrite, **options)
-    assert files(tmp_path) == before
-    assert sorted(os.listdir(tmp_path)) == (["a.jsonl", "data"] if overwrite else ["a.jsonl"])
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
-def test_an_older_dataset_is_back_after_an_end_between_the_renames(tmp_path, monkeypatch, error):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
-    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
-    prepare(source, tmp_path / "data", block_length=64, **options)
-    before = files(tmp_path)
-    rename = pathlib.Path.rename
-
-    def ended(self, target):
-        if ".partial-" in self.name:
-            assert not (tmp_path / "data").exists()
-            raise error
-        return rename(self, target)
-
-    monkeypatch.setattr(pathlib.Path, "rename", ended)
-    with pytest.raises(error):
-        prepare(source, tmp_path / "data", overwrite=True, **options)
-    assert files(tmp_path) == before and sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
-
-
-def test_what_another_run_made_meanwhile_stays(tmp_path, monkeypatch):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
-    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
-    write = Manifest.write
-
-    def make_another(self, directory):
-        monkeypatch.setattr(Manifest, "write", write)
-        prepare(source, tmp_path / "data", block_length=64, **options)
-        write(self, directory)
-
-    monkeypatch.setattr(Manifest, "write", make_another)
-    with pytest.raises(UserError, match="data exists already; --overwrite replaces it"):
-        prepare(source, tmp_path / "data", block_length=32, **options)
-    assert read_manifest(tmp_path / "data").block_length == 64
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]

@@ -179,20 +179,15 @@ def test_every_mixer_has_its_formula():
 IN_TIME = ["rg_lru", "sliding_window", "attention", "convolution", "lru", "s5", "gateloop"]
 
 
+def one_layer(pattern, **changes):
+    """So that the scan's body, which XLA counts once, is the whole of it."""
+    small = {"width": 128, "recurrent_width": 128, "vocab_size": 512, "dtype": "float32", "logit_soft_cap": 0.0}
+    return dataclasses.replace(CONFIG, pattern=(pattern,), num_layers=1, **small, **changes)
+
+
 @pytest.mark.parametrize("pattern", IN_TIME)
 def test_xla_counts_as_many(pattern):
-    """One layer, so that the scan's body, which XLA counts once, is the whole of it."""
-    config = dataclasses.replace(
-        CONFIG,
-        pattern=(pattern,),
-        num_layers=1,
-        width=128,
-        recurrent_width=128,
-        vocab_size=512,
-        dtype="float32",
-        remat="none",
-        logit_soft_cap=0.0,
-    )
+    config = one_layer(pattern, remat="none")
     architecture, batch = describe(config), 2
     tokens = jax.ShapeDtypeStruct((batch, LENGTH), jnp.int32)
 
@@ -207,18 +202,7 @@ def test_xla_counts_as_many(pattern):
 @pytest.mark.parametrize("pattern", sorted(set(mixers.MIXERS) - set(IN_TIME)))
 def test_xla_counts_as_many_for_one_token(pattern):
     """Of those whose chunked form does more than their formula counts: a step of decoding, which is the recurrence."""
-    config = dataclasses.replace(
-        CONFIG,
-        pattern=(pattern,),
-        num_layers=1,
-        width=128,
-        recurrent_width=128,
-        key_width=16,
-        value_width=32,
-        vocab_size=512,
-        dtype="float32",
-        logit_soft_cap=0.0,
-    )
+    config = one_layer(pattern, key_width=16, value_width=32)
     architecture, batch = describe(config), 2
 
     def step(parameters, tokens, state):

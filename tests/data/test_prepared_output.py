@@ -1,0 +1,131 @@
+"""Where a prepared dataset goes: all or nothing, and an older one only gives way to one that is complete."""
+
+import errno
+import os
+import pathlib
+
+import pytest
+
+from jaxlinear.data import prepare, read_manifest
+from jaxlinear.data.blocks import SplitWriter
+from jaxlinear.data.manifest import Manifest
+from jaxlinear.errors import UserError
+from tests.data.sources_of_text import files, make_texts, write_jsonl
+
+
+def test_existing_output(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
+    data = tmp_path / "data"
+    data.mkdir()
+    prepare(source, data, block_length=64, **options)  # an empty directory is as good as none
+    before = files(data)
+    with pytest.raises(UserError, match="data exists already; --overwrite replaces it"):
+        prepare(source, data, block_length=32, **options)
+    assert files(data) == before
+    prepare(source, data, block_length=32, overwrite=True, **options)
+    assert read_manifest(data).block_length == 32
+    (data / "manifest.json").unlink()
+    with pytest.raises(
+        UserError, match=r"is not a prepared dataset \(it has no manifest\.json\), so --overwrite leaves"
+    ):
+        prepare(source, data, overwrite=True, **options)
+    with pytest.raises(UserError, match=r"a\.jsonl is a file, so nothing can be made in it"):
+        prepare(source, tmp_path / "a.jsonl/data", **options)
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
+
+
+def test_a_mounted_disk_is_refused_before_the_work(tmp_path, monkeypatch):
+    """It would be in vain: a mount cannot be renamed."""
+    source, data = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60)), tmp_path / "data"
+    data.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(data))
+    with pytest.raises(
+        UserError, match="data is where a disk is mounted, and cannot be replaced; name a directory in it"
+    ):
+        prepare(source, data, tokenizer="bytes", workers=1, heldout_fraction=0.3)
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"] and os.listdir(data) == []
+    prepare(source, data / "in", tokenizer="bytes", workers=1, heldout_fraction=0.3)
+
+
+@pytest.mark.parametrize("there", ["dataset", "empty directory", "nothing"])
+def test_output_through_a_link(tmp_path, there):
+    """The dataset appears where the link leads to; the link stays, and nothing is left beside either."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "data", tmp_path / "link"
+    if there == "dataset":
+        prepare(source, target, block_length=64, **options)
+    elif there == "empty directory":
+        target.mkdir()
+    link.symlink_to(target)
+    prepare(source, link, block_length=32, overwrite=there == "dataset", **options)
+    assert link.is_symlink() and read_manifest(target).block_length == 32
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "disk", "link"] and os.listdir(tmp_path / "disk") == ["data"]
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    monkeypatch.setattr(SplitWriter, "_shard_path", lambda self: pathlib.Path("/dev/full"))
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        prepare(source, tmp_path / "data", tokenizer="bytes", heldout_fraction=0.3)
+    assert raised.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch, overwrite):
+    """At the last moment, when all but the manifest is written; an older dataset stays."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
+    if overwrite:
+        prepare(source, tmp_path / "data", block_length=64, **options)
+    before = files(tmp_path)
+
+    def interrupt(self, directory):
+        assert (directory / "train/00000.array_record").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Manifest, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path / "data", overwrite=overwrite, **options)
+    assert files(tmp_path) == before
+    assert sorted(os.listdir(tmp_path)) == (["a.jsonl", "data"] if overwrite else ["a.jsonl"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
+def test_an_older_dataset_is_back_after_an_end_between_the_renames(tmp_path, monkeypatch, error):
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
+    prepare(source, tmp_path / "data", block_length=64, **options)
+    before = files(tmp_path)
+    rename = pathlib.Path.rename
+
+    def ended(self, target):
+        if ".partial-" in self.name:
+            assert not (tmp_path / "data").exists()
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", ended)
+    with pytest.raises(error):
+        prepare(source, tmp_path / "data", overwrite=True, **options)
+    assert files(tmp_path) == before and sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
+
+
+def test_what_another_run_made_meanwhile_stays(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
+    write = Manifest.write
+
+    def make_another(self, directory):
+        monkeypatch.setattr(Manifest, "write", write)
+        prepare(source, tmp_path / "data", block_length=64, **options)
+        write(self, directory)
+
+    monkeypatch.setattr(Manifest, "write", make_another)
+    with pytest.raises(UserError, match="data exists already; --overwrite replaces it"):
+        prepare(source, tmp_path / "data", block_length=32, **options)
+    assert read_manifest(tmp_path / "data").block_length == 64
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
