@@ -90,10 +90,15 @@ def end_by_sigterm(status: int) -> None:
     nothing to save. In C++ too, as while a process waits for the others, where Python's own handlers have to wait."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
+    ends = threading.Lock()
 
     def end(number: int, frame: object) -> None:
-        print(f"{os.path.basename(sys.argv[0])}: SIGTERM, with nothing to save", file=sys.stderr, flush=True)
-        os._exit(status)
+        if not ends.acquire(blocking=False):
+            return  # the other thread, or this one below this frame, is about to end the program
+        try:  # past sys.stderr, which the frame below may be writing to
+            os.write(2, f"{os.path.basename(sys.argv[0])}: SIGTERM, with nothing to save\n".encode())
+        finally:
+            os._exit(status)
 
     def watch() -> None:
         while number := os.read(reader, 1):

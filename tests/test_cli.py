@@ -309,6 +309,11 @@ def test_messages_of_the_library_are_shown_once(capsys):
             "program: SIGTERM, with nothing to save",
         ),
         ("time.sleep(60)", 75, "program: SIGTERM, with nothing to save"),
+        (  # where there is time for both threads, one says it
+            "exit = os._exit; os._exit = lambda status: (time.sleep(0.5), exit(status)); time.sleep(60)",
+            75,
+            "program: SIGTERM, with nothing to save",
+        ),
         ("signal.signal(signal.SIGTERM, lambda *_: sys.exit('heard')); time.sleep(60)", 1, "heard"),
     ],
 )
