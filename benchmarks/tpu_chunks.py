@@ -14,9 +14,9 @@ kernel:
                    unit could do in so many cycles; the inverse, and what a decay by channel takes more, are not counted
     at 64 %        the same of the operations that chunks of 64 tokens would have, so that a larger chunk flatters nothing
 
-A kernel with a decay by channel goes three ways: through blocks of chunks in which no decay is strong, through those in
-which none is in parts of a chunk, and through others (``pallas/factored_decays.py``). Each is a row: the last two of a
-program that has no other, the first what the program with all has more, the choice included.
+A kernel with a decay by channel goes four ways: through blocks of chunks in which no decay is strong, through those in
+which none is in parts of a chunk, of 16 tokens or of 8, and through others (``pallas/factored_decays.py``). Each is a row:
+the last three of a program that has no other, the first what the program with all has more, the choice included.
 
 With ``--chunked`` also the bytes that the instructions of both passes read and write, with and without the kernel.
 Schedules are lower bounds of the time, not timings.
@@ -50,7 +50,8 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of q, 
 _CHUNKED = flags.DEFINE_bool("chunked", False, "Also the program without the kernel, which takes minutes to compile.")
 _TUNE = flags.DEFINE_bool("tune", False, "Instead: by sizes of blocks.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
-_WAY = flags.DEFINE_enum("way", None, ["in_parts", "strong"], "Of the worker: the one way of a decay by channel.")
+_WAYS = {"in_parts": "FactoredInParts", "in_small_parts": "FactoredInSmallParts", "strong": "ByChannel"}
+_WAY = flags.DEFINE_enum("way", None, list(_WAYS), "Of the worker: the one way of a decay by channel.")
 _WORKER = flags.DEFINE_list("worker", None, "Compile this operation, decay and backend, and print its report.")
 _BLOCK = flags.DEFINE_list(
     "block",
@@ -96,9 +97,7 @@ def _report(operation: str, decay: str, backend: str, *more: str) -> dict:
     """The worker's; of kernels that go several ways a row for each."""
     report = _worker(operation, decay, backend, *more)
     if backend == "pallas" and decay == "channel" and _DTYPE.value == "bfloat16":
-        ways = {
-            way: _worker(operation, decay, backend, f"--way={way}", *more)["kernels"] for way in ("in_parts", "strong")
-        }
+        ways = {way: _worker(operation, decay, backend, f"--way={way}", *more)["kernels"] for way in _WAYS}
         report["kernels"] = _each_way(report["kernels"], ways)
     return report
 
@@ -155,10 +154,10 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
 
     from jaxlinear import ops
     from jaxlinear.ops import backends
-    from jaxlinear.pallas import blocks, channel_decays, factored_decays
+    from jaxlinear.pallas import blocks, factored_decays
 
     if _WAY.value:
-        kind_of = {"in_parts": factored_decays.FactoredInParts, "strong": channel_decays.ByChannel}[_WAY.value]
+        kind_of = getattr(factored_decays, _WAYS[_WAY.value])
         factored_decays.each_way = lambda log_decays, narrow, wide, work: work(kind_of)
     batch, length, heads, key, value = (flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY, _VALUE))
     kind = schedules.device(_TOPOLOGY.value).device_kind

@@ -3,9 +3,9 @@
     exp(G_i - G_j) = exp(G_i - G_r) exp(G_r - G_j),   i >= j
 
 A factor of a token on the other side of r is at least 1, and bounded by what the tokens between decay by: those of a whole
-chunk, r being its end (``Factored``), or of a part, r being the middle of two parts (``FactoredInParts``), of which no
-channel decays by more than ``LIMIT``; and only in bfloat16: it has the exponents of float32, and its own rounding is above
-that of the differences of sums that are taken here.
+chunk, r being its end (``Factored``), or of a part, r being the middle of two parts (``FactoredInParts``, and, of half as
+many tokens, ``FactoredInSmallParts``), of which no channel decays by more than ``LIMIT``; and only in bfloat16: it has the
+exponents of float32, and its own rounding is above that of the differences of sums that are taken here.
 ``channel_decays.ByChannel`` has all others, and ``each_way`` chooses.
 """
 
@@ -21,25 +21,23 @@ from jaxlinear.pallas.channel_decays import ByChannel, ByLevels, to_base_2
 from jaxlinear.pallas.chunk_decays import dot, masked, pairs, prefix_sums, scaled, times, with_same
 
 LIMIT = 80 * math.log(2)  # of a channel in a chunk or part; 2^80 leaves 2^47 for what it multiplies
-PART = 16  # tokens of a part
 
 
 def each_way(log_decays: list[jax.Array], narrow, wide, work: Callable[[type], None]) -> None:
     """Calls ``work`` inside a kernel with the class for these chunks ``[c, K]``, the products being of dtype ``narrow``."""
-    if not takes(narrow, wide):
+    tokens = log_decays[0].shape[0]
+    in_parts = [way for way in (FactoredInParts, FactoredInSmallParts) if 2 * way.part <= tokens]
+    _first_within([Factored, *in_parts] if takes(narrow, wide) else [], log_decays, work)
+
+
+def _first_within(ways: "list[type[Factored | FactoredInParts]]", log_decays: list[jax.Array], work) -> None:
+    if not ways:
         work(ByChannel)
         return
-    whole = within(log_decays)
-    pl.when(whole)(functools.partial(work, Factored))
-
-    @pl.when(~whole)
-    def _():
-        if log_decays[0].shape[0] < 2 * PART:
-            work(ByChannel)
-            return
-        in_parts = within(log_decays, PART)
-        pl.when(in_parts)(functools.partial(work, FactoredInParts))
-        pl.when(~in_parts)(functools.partial(work, ByChannel))
+    way, *others = ways
+    weak = within(log_decays, way.part)
+    pl.when(weak)(functools.partial(work, way))
+    pl.when(~weak)(functools.partial(_first_within, others, log_decays, work))
 
 
 def takes(narrow, wide) -> bool:
@@ -58,6 +56,7 @@ class Factored:
     """As ``channel_decays.ByChannel``, of decays that are weak in the chunk."""
 
     by_channel = True
+    part = None
 
     def __init__(self, log_decay: jax.Array):
         sums = prefix_sums(to_base_2(log_decay))
@@ -92,12 +91,15 @@ class Factored:
 
 
 class FactoredInParts(ByLevels):
-    """As ``channel_decays.ByChannel``, of decays that are weak in parts of ``PART`` tokens: two factors in two parts, and
+    """As ``channel_decays.ByChannel``, of decays that are weak in parts of ``part`` tokens: two factors in two parts, and
     the levels of halves, quarters, ... above."""
 
+    part = 16
+
     def __init__(self, log_decay: jax.Array):
-        seen = prefix_sums(to_base_2(log_decay), 2 * PART).reshape(-1, 2 * PART, log_decay.shape[1])
-        middle, whole = seen[:, PART - 1 : PART], seen[:, -1:]
+        part = self.part
+        seen = prefix_sums(to_base_2(log_decay), 2 * part).reshape(-1, 2 * part, log_decay.shape[1])
+        middle, whole = seen[:, part - 1 : part], seen[:, -1:]
         self._row, self._column = (jnp.exp2(x).reshape(log_decay.shape) for x in (seen - middle, middle - seen))
         ends = list(jnp.exp2(middle)), list(jnp.exp2(whole - middle))
         super().__init__((self._row, self._column), ends, [times(x, y) for x, y in zip(*ends, strict=True)])
@@ -107,7 +109,13 @@ class FactoredInParts(ByLevels):
         return [dot(scaled(r, self._row), left, (1, 1), wide) for r in rows]
 
     def _near_gradients(self, row, columns, d_products, apart, wide) -> tuple[jax.Array, jax.Array]:
-        d = masked(apart < 2 * PART, d_products[0]).astype(columns.dtype)
+        d = masked(apart < 2 * self.part, d_products[0]).astype(columns.dtype)
         d_row = dot(d, scaled(columns, self._column), (1, 0), wide)
         d_columns = dot(d, scaled(row, self._row), (0, 0), wide)
         return self._row * d_row, self._column * d_columns
+
+
+class FactoredInSmallParts(FactoredInParts):
+    """One more level: of gates that are bounded by e^-6.9 a token there is nothing else to take."""
+
+    part = 8

@@ -14,7 +14,7 @@ from jaxlinear.models.mixers import kda
 from jaxlinear.ops import delta_rule, linear_attention
 from jaxlinear.pallas import blocks, factored_decays
 from jaxlinear.pallas.channel_decays import ByChannel
-from jaxlinear.pallas.factored_decays import LIMIT, PART, Factored, FactoredInParts
+from jaxlinear.pallas.factored_decays import LIMIT, Factored, FactoredInParts, FactoredInSmallParts
 from jaxlinear.parallel import operations
 from tests import numerics
 
@@ -31,9 +31,9 @@ def draw(random, part: int) -> np.ndarray:
     return log_decay
 
 
-@pytest.mark.parametrize("kind, part", [(Factored, C), (FactoredInParts, PART)])
-def test_one_factor_each_gives_what_halves_give(kind, part):
-    random = np.random.default_rng(0)
+@pytest.mark.parametrize("kind", [Factored, FactoredInParts, FactoredInSmallParts])
+def test_one_factor_each_gives_what_halves_give(kind):
+    random, part = np.random.default_rng(0), kind.part or C
     log_decay = draw(random, part)
     assert (log_decay.sum(axis=0) < -LIMIT).any() == (part < C)
     rows, columns, d = ([random.standard_normal(s) for _ in range(2)] for s in ((C, K), (C, K), (C, C)))
@@ -52,7 +52,7 @@ def test_one_factor_each_gives_what_halves_give(kind, part):
 
 
 @pytest.mark.parametrize("factor, expected", [(0.99, True), (1.01, False)])
-@pytest.mark.parametrize("part", [C, PART])
+@pytest.mark.parametrize("part", [C, FactoredInParts.part, FactoredInSmallParts.part])
 def test_the_limit_is_of_a_channel_in_a_chunk_or_part(part, factor, expected):
     weak = np.full((C, K), -0.01, np.float32)
     other = weak.copy()
@@ -77,7 +77,7 @@ def test_kda_begins_with_decays_that_are_weak_in_parts_alone(monkeypatch):
     for log_decay in found:
         chunks = [log_decay[0, n : n + 128].reshape(128, -1) for n in (0, 128)]
         assert not any(factored_decays.within([chunk]) for chunk in chunks)
-        assert factored_decays.within(chunks, PART)
+        assert factored_decays.within(chunks, FactoredInParts.part)
 
 
 def test_only_narrow_numbers_with_as_large_exponents_are_taken():
@@ -86,22 +86,35 @@ def test_only_narrow_numbers_with_as_large_exponents_are_taken():
     assert not factored_decays.takes(jnp.float16, jnp.float32)
 
 
-@pytest.mark.parametrize("operation", [linear_attention, delta_rule], ids=lambda x: x.__name__)
-@pytest.mark.parametrize("way", ["weak", "in_parts", "strong", "all"])
+@pytest.mark.parametrize(
+    "operation, way",
+    [
+        *((linear_attention, way) for way in ("weak", "in_parts", "in_small_parts", "strong", "all")),
+        # Which chooses by the same function.
+        *((delta_rule, way) for way in ("weak", "all")),
+    ],
+)
 def test_kernels_take_each_way(monkeypatch, operation, way):
-    """Three chunks, each of its way or all of one. The ways that are not to be taken are broken."""
+    """Four chunks, each of its way or all of one. The ways that are not to be taken are broken."""
     small = blocks.AttentionBlock(C, C, 1), blocks.AttentionBlock(C, C, 1)
     monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", small)
     monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(C, C, 1))
-    ways = {"weak": (Factored, 0.0), "in_parts": (FactoredInParts, 2.0), "strong": (ByChannel, 4.0)}
+    ways = {
+        "weak": (Factored, 0.0),
+        "in_parts": (FactoredInParts, 2.0),
+        "in_small_parts": (FactoredInSmallParts, 4.0),
+        "strong": (ByChannel, 7.0),
+    }
+    whole = {kind: kind.pairwise for kind, _ in ways.values()}  # which one may have from another
     for name, (kind, _) in ways.items():
-        if way not in (name, "all"):
-            monkeypatch.setattr(kind, "pairwise", lambda self, rows, *_: [jnp.full((C, C), jnp.nan)] * len(rows))
+        broken = way not in (name, "all")
+        pairwise = (lambda self, rows, *_: [jnp.full((C, C), jnp.nan)] * len(rows)) if broken else whole[kind]
+        monkeypatch.setattr(kind, "pairwise", pairwise)
     random = np.random.default_rng(1)
-    q, k, v, state = (numerics.normal(random, *s) for s in (*[(1, 3 * C, 2, 8)] * 3, (1, 2, 8, 8)))
+    q, k, v, state = (numerics.normal(random, *s) for s in (*[(1, 4 * C, 2, 8)] * 3, (1, 2, 8, 8)))
     k = numerics.representable(k / np.linalg.norm(k, axis=-1, keepdims=True))
     log_decay = -random.uniform(0, 0.5, q.shape)
-    for n, name in enumerate(ways if way == "all" else [way] * 3):
+    for n, name in enumerate(ways if way == "all" else [way] * 4):
         log_decay[:, n * C : (n + 1) * C] -= ways[name][1]
     log_decay = numerics.representable(log_decay)
     beta = (numerics.representable(random.uniform(0, 1, q.shape[:3])),) if operation is delta_rule else ()
