@@ -107,15 +107,20 @@ def cycles(bundles: list[Bundle], pipelined: bool) -> float:
     return total
 
 
-def schedules(directory: str) -> dict[str, float]:
-    """Cycles of each fusion and kernel of the programs that were compiled, by the name of its instruction."""
+def kernels(directory: str) -> dict[str, tuple[list[Bundle], bool]]:
+    """``read`` of each fusion and kernel of the programs that were compiled, by the name of its instruction."""
     found = {}
     for path in sorted(pathlib.Path(directory).glob("*-final_bundles.txt")):
         name = re.fullmatch(r"\d+-(.*)-\d+-final_bundles\.txt", path.name)
         if name is None or name.group(1) == "TLP" or name.group(1).startswith("<"):
             continue
-        found[name.group(1)] = cycles(*read(path))
+        found[name.group(1)] = read(path)
     return found
+
+
+def schedules(directory: str) -> dict[str, float]:
+    """Cycles of each of these."""
+    return {name: cycles(*schedule) for name, schedule in kernels(directory).items()}
 
 
 def device(topology: str):

@@ -23,11 +23,11 @@ def attention(
 ) -> jax.Array:
     """As ``jaxlinear.pallas.attention.attention``."""
     (batch, length, heads), keys = q.shape[:3], k.shape[1]
-    block = blocks.attention_tpu(length)
+    dtype = functools.reduce(np.promote_types, (q.dtype, k.dtype, v.dtype))
+    block = blocks.softmax_tpu(target.kind, length, window, max(q.shape[3], v.shape[3]) * dtype.itemsize)
     # Whole blocks of both, and for every query its own key. What stands behind the last is seen by queries behind it.
     queries = -(-length // block) * block
     padded = -(-(keys - length + queries) // block) * block
-    dtype = functools.reduce(np.promote_types, (q.dtype, k.dtype, v.dtype))
     scaled = (q.astype(jnp.float32) * scale).astype(dtype)
     q, k, values = (
         jnp.pad(x.astype(dtype), ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
@@ -61,11 +61,14 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 @functools.lru_cache(maxsize=64)
 def _kernel(batch: int, heads: int, queries: int, keys: int, window: int, offset: int, block: int, interpret):
+    at_once = min(block, blocks.SOFTMAX_TPU_KEYS)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
+        block_kv_compute=at_once,
         block_q_dkv=block,
         block_kv_dkv=block,
+        block_kv_dkv_compute=at_once,
         block_q_dq=block,
         block_kv_dq=block,
     )

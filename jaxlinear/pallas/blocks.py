@@ -183,9 +183,29 @@ def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None, 
     return DeltaRuleGPUBlock(tokens, 64, 32, 16, 64)
 
 
-def attention_tpu(length: int) -> int:
-    """Queries and keys of a block of softmax attention, of so many queries. Not tuned."""
-    return min(512, -(-length // 128) * 128)
+# Of softmax attention: tokens of a block, and the cycles of all passes for 128 queries and 128 keys in such blocks
+# (benchmarks/tpu_attention.py). VMEM has no room for larger ones, nor for 1,024 tokens of more than so many bytes a head.
+SOFTMAX_TPU = {
+    "TPU v5 lite": {512: 387, 1024: 321},
+    "TPU v5": {512: 347, 1024: 277},
+    "TPU v6 lite": {512: 306, 1024: 244},
+}
+_SOFTMAX_TPU_ELSEWHERE = {512: 1}
+SOFTMAX_TPU_KEYS = 512  # of a block at once
+_SOFTMAX_TPU_BYTES = 512
+
+
+def softmax_tpu(kind: str, length: int, window: int, size: int) -> int:
+    """Tokens of a block of softmax attention, a multiple of 128: such that visiting the blocks that have pairs of queries
+    and keys within the window takes the fewest cycles. ``size``: bytes of a head of a token."""
+    table = SOFTMAX_TPU.get(kind, _SOFTMAX_TPU_ELSEWHERE)
+
+    def cycles(tokens: int) -> int:
+        most = -(-(window - 1) // tokens) + 1
+        return table[tokens] * tokens**2 * sum(min(n + 1, most) for n in range(-(-length // tokens)))
+
+    there = [tokens for tokens in table if tokens == 512 or (tokens <= length and size <= _SOFTMAX_TPU_BYTES)]
+    return min(min(there, key=cycles), -(-length // 128) * 128)
 
 
 class SoftmaxGPUBlock(NamedTuple):

@@ -26,6 +26,7 @@ CASES = {
     "longest": (1, 131_072, 2, 1, 64, 1024, "bfloat16", True),
     "odd": (1, 1000, 3, 3, 48, 100, "bfloat16", True),
     "all_tokens": (1, 4096, 4, 4, 128, None, "bfloat16", True),
+    "largest_blocks": (1, 2048, 2, 1, 128, None, "float32", True),
 }
 TARGETS = {
     "v5e:1x1": list(CASES),

@@ -22,10 +22,12 @@ from tests.ops import test_attention as full
 from tests.ops import test_sliding_window as windows
 from tests.shards import EIGHT, FOUR, IDS, TWO, T, make_mesh
 
+softmax_tpu = blocks.softmax_tpu
+
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "attention_tpu", lambda length: 128)
+    monkeypatch.setattr(blocks, "softmax_tpu", lambda *_: 128)
     monkeypatch.setattr(blocks, "attention_gpu", lambda *_: blocks.SoftmaxGPUBlock(16, 32, 4, 1))
 
 
@@ -137,6 +139,22 @@ def test_what_is_chosen():
             sliding_window_attention(q, k, jnp.ones((1, 256, 1, 288), k.dtype), window=5, backend="pallas")
     with pytest.raises(UserError, match="takes float32 and bfloat16, not float16"):
         causal_attention(*(x.astype(jnp.float16) for x in (q, k, k)), backend="pallas")
+
+
+@pytest.mark.parametrize(
+    "kind, length, window, size, tokens",
+    [
+        ("TPU v5 lite", 8192, 8192, 256, 1024),
+        ("TPU v5 lite", 8192, 1024, 256, 512),  # of the keys of larger blocks half are not seen
+        ("TPU v5 lite", 8192, 8192, 512, 1024),
+        ("TPU v5 lite", 8192, 8192, 1024, 512),
+        ("TPU v6 lite", 1023, 1023, 256, 512),
+        ("TPU v6 lite", 300, 8192, 256, 384),
+        ("another", 8192, 8192, 256, 512),
+    ],
+)
+def test_sizes_of_blocks(kind, length, window, size, tokens):
+    assert softmax_tpu(kind, length, window, size) == tokens
 
 
 def test_blocks_that_no_query_sees_are_not_visited():

@@ -223,7 +223,7 @@ def test_products_of_a_kernel_that_passes_over_steps_of_its_grid(window, visited
     attend = functools.partial(ops.sliding_window_attention, window=window, backend="pallas")
     one = 2 * 128 * 128 * 64
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "attention_tpu", lambda length: 128)
+        patch.setattr(blocks, "softmax_tpu", lambda *_: 128)
         assert traced.products_of(attend, x, x, x) == (2 * visited * 2 * one, True)
         kept = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names("attention"))
         for attention, again in ((attend, 0), (jax.checkpoint(attend), 2), (kept, 0)):

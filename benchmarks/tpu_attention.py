@@ -1,0 +1,120 @@
+"""JAX's splash attention for TPU by its static schedules, by sizes of blocks: from which the table in
+``jaxlinear/pallas/blocks.py`` is.
+
+    python benchmarks/tpu_attention.py [--topology=v5e:1x1] [--tokens=512,1024 --keys=256,512] [--json=FILE]
+        [--length=8192 --window=8192 --heads=4 --key_heads=1 --width=128] [--dtype=bfloat16]
+
+Takes the compiler for TPU (pip install 'jaxlinear[aot]'). Every program is compiled in a process of its own. Of each block
+of so many tokens, whose queries are multiplied with so many keys at once, and each of the three kernels:
+
+    cycles         bundles of the schedule x steps of the grid in which some query sees some key, for 128 queries and 128
+                   keys of one head, seen or not
+    whole          of the three kernels, for 128 tokens of a head: the blocks that are visited counted
+    peak %         the products that forward and backward passes need (two and five) of pairs that are seen, over those
+                   that the matrix unit could do in so many cycles
+
+Schedules are lower bounds of the time, not timings.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import schedules
+from absl import flags
+
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "v5e, v5p or v6e, and the shape of the slice.")
+_TOKENS = flags.DEFINE_list("tokens", ["512", "1024"], "Queries, and keys, of a block.")
+_KEYS = flags.DEFINE_list("keys", ["256", "512"], "At once.")
+_LENGTH = flags.DEFINE_integer("length", 8192, "T.", lower_bound=1)
+_WINDOW = flags.DEFINE_integer("window", 8192, "Keys that a query sees.", lower_bound=1)
+_HEADS = flags.DEFINE_integer("heads", 4, "Of queries.", lower_bound=1)
+_KEY_HEADS = flags.DEFINE_integer("key_heads", 1, "Of keys and values.", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("width", 128, "Channels of a head.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of q, k and v.")
+_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+_WORKER = flags.DEFINE_list("worker", None, "Compile with such a block, and print its report.")
+
+KERNELS = ("fwd", "dq", "dkv")
+
+
+def main() -> None:
+    if _WORKER.value:
+        print(json.dumps(_compile(*map(int, _WORKER.value))))
+        return
+    print(f"{'tokens':>8} {'keys':>6}", *(f"{name + ' cycles':>12}" for name in KERNELS), f"{'whole':>8} {'peak %':>8}")
+    rows = []
+    for tokens, keys in itertools.product(*(map(int, flag.value) for flag in (_TOKENS, _KEYS))):
+        if tokens % keys or tokens > _LENGTH.value:
+            continue
+        row = _worker(tokens, keys)
+        cycles = (f"{row['cycles'][name]:12.1f}" for name in KERNELS)
+        print(f"{tokens:8} {keys:6}", *cycles, f"{row['whole']:8.0f} {100 * row['peak']:8.1f}", flush=True)
+        rows.append({"tokens": tokens, "keys": keys, **row})
+    if _JSON.value:
+        names = ("topology", "length", "window", "heads", "key_heads", "width", "dtype")
+        result = {name: flags.FLAGS[name].value for name in names} | {"rows": rows}
+        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _worker(tokens: int, keys: int) -> dict:
+    from jaxlinear.errors import RunError
+
+    names = ("topology", "length", "window", "heads", "key_heads", "width", "dtype")
+    options = [f"--{name}={flags.FLAGS[name].value}" for name in names]
+    command = [sys.executable, __file__, f"--worker={tokens},{keys}", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    if done.returncode:
+        raise RunError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _compile(tokens: int, keys: int) -> dict:
+    directory = schedules.begin()
+    import jax
+
+    from jaxlinear import ops
+    from jaxlinear.ops import backends
+    from jaxlinear.pallas import attention_tpu, blocks
+
+    blocks.softmax_tpu, blocks.SOFTMAX_TPU_KEYS = (lambda *_: tokens), keys
+    length, heads, window = _LENGTH.value, _HEADS.value, min(_WINDOW.value, _LENGTH.value)
+    q, k = (jax.ShapeDtypeStruct((1, length, n, _WIDTH.value), _DTYPE.value) for n in (_HEADS.value, _KEY_HEADS.value))
+    kind = schedules.device(_TOPOLOGY.value).device_kind
+
+    def both(q, k, v, ids, d_o):
+        with backends.use_platform("tpu", kind):
+            attend = lambda *x: ops.sliding_window_attention(*x, window=window, segment_ids=ids, backend="pallas")  # noqa: E731
+            o, pullback = jax.vjp(attend, q, k, v)
+            return o, pullback(d_o)
+
+    ids = jax.ShapeDtypeStruct((1, length), "int32")
+    schedules.compile_for(_TOPOLOGY.value, both, q, k, k, ids, q)
+    mask = attention_tpu._Window((-(-length // tokens) * tokens,) * 2, window, 0)
+    visited, blocks_in_line = mask.visited(tokens), mask.shape[0] // tokens
+    # Of the grid's steps, which are as many for every line of blocks as the one with the most has, and on v5p two cores'.
+    most = min(blocks_in_line, -(-(window - 1) // tokens) + 1)
+    share = visited / (blocks_in_line * most)
+    cycles = {}
+    for name, (bundles, _) in schedules.kernels(directory).items():
+        kernel = next((kernel for kernel in KERNELS if f"_{kernel}_" in name), None)
+        if kernel is not None:
+            (grid,) = schedules.loops(bundles)
+            cycles[kernel] = (grid.last + 1 - grid.first) * (grid.trips - 2) * share
+    whole = sum(cycles.values())
+    seen = sum(min(n + 1, window) for n in range(length))
+    needed = 7 * 2 * heads * seen * _WIDTH.value
+    return {
+        "cycles": {name: n / (heads * visited) / (tokens / 128) ** 2 for name, n in cycles.items()},
+        "whole": whole / heads / length * 128,
+        "peak": needed / whole / schedules.MATRIX_UNIT[_TOPOLOGY.value.partition(":")[0]],
+    }
+
+
+if __name__ == "__main__":
+    from jaxlinear import cli
+
+    cli.run(main)
