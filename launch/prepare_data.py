@@ -11,7 +11,6 @@ from absl import flags
 from jaxlinear import cli
 from jaxlinear.data import Manifest, prepare
 from jaxlinear.data.sources import DEFAULT_SUFFIXES, DEFAULT_TEXT_FIELD
-from jaxlinear.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, "python-stdlib, hf:NAME, or the path of a file or folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The directory to make.", required=True)
@@ -62,9 +61,10 @@ def main() -> None:
 
 
 def _unescaped(separator: str | None) -> str | None:
-    if separator == "":
-        raise UserError("--document_separator must not be empty")
-    return None if separator is None else separator.replace("\\n", "\n").replace("\\t", "\t")
+    """As a shell's user can write it."""
+    if separator is None:
+        return None
+    return separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
 
 
 def _print_summary(manifest: Manifest, seconds: float) -> None:

@@ -34,7 +34,14 @@ from jaxlinear.data.splitting import (
     Splitter,
     with_compressed_sizes,
 )
-from jaxlinear.data.tokenizer import Tokenizer, open_tokenizer, train_bpe
+from jaxlinear.data.tokenizer import (
+    INFO_FILE,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    open_tokenizer,
+    train_bpe,
+)
 from jaxlinear.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -43,6 +50,7 @@ DEFAULT_TRAIN_BYTES = 16_000_000
 _LOGGED_BROKEN = 5
 _LARGEST_SAMPLING = 16  # reads about 16 times as much text as the tokenizer is trained on, at most
 _MOST = 1 << 24  # tokens of a block, and of a vocabulary: far more than is of use, and what memory there is for
+_OF_A_DATASET = {MANIFEST, *SPLITS, INFO_FILE, JsonTokenizer.file, SentencePieceTokenizer.file}
 _PIECE = 1 << 14  # characters of a document that are taken or left together
 
 
@@ -82,6 +90,11 @@ def prepare(
     )
     splitter = Splitter(seed, heldout_fraction)
     existing = _existing_tokenizer(tokenizer, vocab_size, train_bytes, document_token)
+    if existing is None and documents.pipe:
+        raise UserError(
+            f"{source} is a pipe, which is read once, and to train a tokenizer text is read twice: write it to a file, or "
+            "give a --tokenizer that is there (or bytes)"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     half_made.clear(output)
     with half_made.directory(output) as partial:
@@ -164,6 +177,10 @@ def _check_output(output: pathlib.Path, overwrite: bool) -> None:
         raise UserError(f"{output} exists already; --overwrite replaces it, or choose another --output")
     if not (output / MANIFEST).is_file():
         raise UserError(f"{output} is not a prepared dataset (it has no {MANIFEST}), so --overwrite leaves it alone")
+    if foreign := sorted(set(os.listdir(output)) - _OF_A_DATASET):  # the source itself, it may be
+        raise UserError(
+            f"{output} holds {foreign[0]}, which is no part of a dataset and which --overwrite would remove; move it away"
+        )
 
 
 def _replace(partial: pathlib.Path, output: pathlib.Path) -> None:

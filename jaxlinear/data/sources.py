@@ -1,16 +1,14 @@
 """Where documents come from: the standard library's sources, text files, JSONL, Parquet, Hugging Face datasets.
 
 A source is an iterable of ``Record``: a text with its origin (file, and line or row), or the reason why there is none.
-It can be iterated several times and gives the same records every time.
+It can be iterated several times and gives the same records every time, unless it is a pipe.
 """
 
-import collections
 import dataclasses
 import io
 import itertools
 import json
 import logging
-import os
 import pathlib
 import platform
 import sysconfig
@@ -24,6 +22,7 @@ from jaxlinear.data.compressed import (
     read_chunks,
     stripped_suffix,
 )
+from jaxlinear.data.folders import files_of_folder
 from jaxlinear.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -31,6 +30,7 @@ DEFAULT_TEXT_FIELD = "text"
 DEFAULT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".parquet")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ACCEPTABLE_BROKEN_AT_START = 100
+_ACCEPTABLE_UNCUT_AT_START = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,13 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """``description`` goes into the manifest; ``size`` is about the number of bytes, None where that is not known."""
+    """``description`` goes into the manifest; ``size`` is about the number of bytes, None where that is not known. Only one
+    that is a ``pipe`` cannot be iterated a second time."""
 
     description: str
     size: int | None
     records: Callable[[], Iterator[Record]]
+    pipe: bool = False
 
     def __iter__(self) -> Iterator[Record]:
         """All records; a source that starts with nothing but broken ones is refused, for it is not what it seems."""
@@ -96,7 +98,7 @@ def open_source(
         return hugging_face.open_dataset(name, field)
     path = pathlib.Path(name)
     if path.is_dir():
-        files = _files_of_folder(path, DEFAULT_SUFFIXES if suffixes is None else suffixes)
+        files = files_of_folder(path, DEFAULT_SUFFIXES if suffixes is None else suffixes)
     elif path.exists():
         _refuse(name, suffixes=suffixes)
         files = [path]
@@ -107,13 +109,96 @@ def open_source(
         _refuse(name, text_field=text_field)
     if not any(plain):
         _refuse(name, document_separator=separator)
-    size = _about_size(files, field)
+    if pipe := not path.is_dir() and not path.is_file():
+        if stripped_suffix(path) == ".parquet":
+            raise UserError(f"{name} is a pipe, and Parquet has to be a file; write it to one")
+        size = None
+    else:
+        size = _about_size(files, field)
+    cuts = None if separator is None else _Cuts(name, separator)
 
     def records() -> Iterator[Record]:
         for file in files:
-            yield from _records_of_file(file, field, separator)
+            if cuts is not None and _is_plain(file):
+                yield from cuts.of_file(file)
+            else:
+                yield from _records_of_file(file, field)
+        if cuts is not None:
+            cuts.check()
 
-    return Source(name, size, records)
+    return Source(name, size, records, pipe)
+
+
+class _Cuts:
+    """Plain text cut into documents by a separator. One that is in no file at all is refused, for each file would be one
+    document: that is known when the last of them is read, and likely after a hundred."""
+
+    def __init__(self, name: str, separator: str):
+        if not separator:
+            raise UserError("document_separator must not be empty")
+        try:
+            self._bytes = separator.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"document_separator {separator!r} is not Unicode text") from None
+        self._name, self._separator = name, separator
+        unix = separator.replace("\r\n", "\n")
+        self._other_ends = unix if unix != separator else unix.replace("\n", "\r\n")
+        self._cut, self._whole, self._with_other_ends = set[pathlib.Path](), set[pathlib.Path](), set[pathlib.Path]()
+        self._said = False  # a second pass over the source reads the same
+
+    def of_file(self, file: pathlib.Path) -> Iterator[Record]:
+        line = 1
+        documents = _parts(file, self._bytes)
+        records = 0
+        while True:
+            try:
+                content = next(documents, None)
+            except DamagedFile as error:
+                if records:
+                    self._cut.add(file)
+                yield Record(f"{file}:{line}", None, str(error), ends_file=True)
+                return
+            if content is None:
+                break
+            records += 1
+            if records == 2:
+                self._cut.add(file)
+            record = text_record(f"{file}:{line}", content)
+            yield record
+            line += content.count(b"\n") + self._bytes.count(b"\n")
+        if records == 1 and record.text:
+            self._whole.add(file)
+            if self._other_ends in record.text and self._other_ends != self._separator:
+                self._with_other_ends.add(file)
+            if len(self._whole) == _ACCEPTABLE_UNCUT_AT_START and not self._cut and not self._said:
+                _LOG.warning("%s the first %d plain-text files of %s", self._nowhere(), len(self._whole), self._name)
+                self._said = True
+
+    def _nowhere(self) -> str:
+        return f"document_separator {self._separator!r} is nowhere in"
+
+    def check(self) -> None:
+        """To be called behind the last file."""
+        if not self._whole:
+            return
+        files, others = len(self._whole), len(self._with_other_ends)
+        if not self._cut:
+            advice = (
+                f"{self._other_ends!r} is in {others} of them" if others else "leave it out if each is one document"
+            )
+            of = "" if files == 1 else f", in {files} plain-text files"
+            raise UserError(f"{self._nowhere()} {self._name}{of}; {advice}")
+        if self._said:
+            return
+        self._said = True
+        _LOG.info(
+            "%s: %d plain-text files are cut by %r; %d in which it is not are one document each%s",
+            self._name,
+            len(self._cut),
+            self._separator,
+            files,
+            f" ({self._other_ends!r} is in {others} of them)" if others else "",
+        )
 
 
 _READ_BY = {
@@ -153,52 +238,7 @@ def _is_plain(file: pathlib.Path) -> bool:
     return stripped_suffix(file) not in (*_JSON_SUFFIXES, ".parquet")
 
 
-def _files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
-    """Links are followed. What several names lead to is read once, which ends loops of links too: by the first name, so
-    the order that the disk lists names in is no matter."""
-    files, others = [], collections.Counter[str]()
-    seen = {os.path.realpath(folder)}
-
-    def is_new(path: pathlib.Path) -> bool:
-        real = os.path.realpath(path)
-        known = real in seen
-        seen.add(real)
-        return not known
-
-    for directory, subdirectories, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
-        shown = sorted(name for name in subdirectories if not name.startswith("."))
-        subdirectories[:] = [name for name in shown if is_new(pathlib.Path(directory, name))]
-        for name in sorted(names):
-            if name.startswith("."):
-                continue
-            file = pathlib.Path(directory, name)
-            if not file.exists() and stripped_suffix(file) in (
-                "",
-                *suffixes,
-            ):  # without a suffix it may have been a folder
-                raise UserError(f"{file} is a link to {os.readlink(file)}, which is not there; mend or remove it")
-            if stripped_suffix(file) in suffixes:
-                if not file.is_file():  # to read a pipe would be to wait for who writes it
-                    raise UserError(f"{file} is no file but a pipe, a socket or a device; remove it")
-                if is_new(file):
-                    files.append(file)
-            else:
-                others[stripped_suffix(file) or name] += 1
-    if not files:
-        there = f"; there are {', '.join(name for name, _ in others.most_common(5))}" if others else " and no other"
-        raise UserError(f"{folder} has no file with a suffix of {', '.join(suffixes)}{there} (--suffixes chooses)")
-    if others:  # as .jsonl.xz beside .jsonl.gz: who has both may think that both are read
-        there = ", ".join(f"{count} {name}" for name, count in others.most_common(5))
-        more = ", ..." if len(others) > 5 else ""
-        _LOG.info("%s: %d files are read; left out are %s%s (--suffixes chooses)", folder, len(files), there, more)
-    return sorted(files, key=lambda file: file.as_posix())
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise UserError(f"{error.filename} cannot be read ({error.strerror}), and its text would be left out") from error
-
-
-def _records_of_file(file: pathlib.Path, text_field: str, separator: str | None) -> Iterator[Record]:
+def _records_of_file(file: pathlib.Path, text_field: str) -> Iterator[Record]:
     suffix = stripped_suffix(file)
     if suffix == ".parquet":
         from jaxlinear.data import parquet
@@ -206,23 +246,16 @@ def _records_of_file(file: pathlib.Path, text_field: str, separator: str | None)
         return parquet.records(file, text_field)
     if suffix in _JSON_SUFFIXES:
         return _json_lines(file, text_field)
-    return _plain_text(file, separator)
+    return _plain_text(file)
 
 
-def _plain_text(file: pathlib.Path, separator: str | None) -> Iterator[Record]:
+def _plain_text(file: pathlib.Path) -> Iterator[Record]:
     try:
         content = read_all(file)
     except DamagedFile as error:
         yield Record(str(file), None, str(error), ends_file=True)
         return
-    record = text_record(str(file), content)
-    if record.text is None or separator is None:
-        yield record
-        return
-    line = 1
-    for text in record.text.split(separator):
-        yield Record(f"{file}:{line}", text)
-        line += text.count("\n") + separator.count("\n")
+    yield text_record(str(file), content)
 
 
 def text_record(origin: str, content: bytes, encoding: str = "utf-8") -> Record:
@@ -275,6 +308,20 @@ def _json_lines(file: pathlib.Path, text_field: str) -> Iterator[Record]:
             yield Record(origin, None, f"not JSON, one object a line: {error}")
         else:
             yield field_record(origin, fields, text_field)
+
+
+def _parts(file: pathlib.Path, separator: bytes) -> Iterator[bytes]:
+    """What is between separators, of a file of any size; one that turns out damaged gives its whole parts first."""
+    rest, searched = bytearray(), 0
+    for chunk in read_chunks(file):
+        rest += chunk
+        begin, start = 0, max(0, searched - len(separator) + 1)  # it may begin in one chunk and end in the next
+        while (end := rest.find(separator, start)) >= 0:
+            yield bytes(rest[begin:end])
+            begin = start = end + len(separator)
+        del rest[:begin]
+        searched = len(rest)
+    yield bytes(rest)
 
 
 def _lines(file: pathlib.Path) -> Iterator[bytes]:

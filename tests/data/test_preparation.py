@@ -36,6 +36,23 @@ def read_documents(dataset, split) -> list[np.ndarray]:
     return np.split(stream, starts[1:])
 
 
+@pytest.fixture
+def pipe():
+    """What makes a pipe that holds some bytes, by its name."""
+    ends = []
+
+    def make(content: bytes) -> str:
+        reader, writer = os.pipe()
+        os.write(writer, content)
+        os.close(writer)
+        ends.append(reader)
+        return f"/dev/fd/{reader}"
+
+    yield make
+    for end in ends:
+        os.close(end)
+
+
 def read_texts(dataset, split) -> list[str]:
     tokenizer = load_tokenizer(dataset)
     documents = read_documents(dataset, split)
@@ -321,13 +338,24 @@ def test_every_damaged_file_is_named(tmp_path, caplog):
     assert named[6].endswith("c.txt.gz: damaged .gz file: it ends too soon")
 
 
+def test_a_pipe_is_read_once(tmp_path, pipe):
+    """To train a tokenizer it would be read a second time, and be waited for, or empty."""
+    content = "@@".join(make_texts(0, 50)).encode()
+    options = {"document_separator": "@@", "block_length": 64, "heldout_fraction": 0.3, "workers": 1}
+    manifest = prepare(pipe(content), tmp_path / "data", tokenizer="bytes", **options)
+    assert manifest.records.read == 50
+    with pytest.raises(UserError, match=r"is a pipe, which is read once, .* or give a --tokenizer that is there"):
+        prepare(pipe(content), tmp_path / "bpe", vocab_size=300, **options)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         (
-            "one document",
+            "one document|",
             r"the heldout split would be empty: none of 1 documents .* two different documents are needed",
         ),
+        ("one document", r"^document_separator '\|' is nowhere in .*a\.txt; leave it out if each is one document$"),
         ("same|same|same", "would be empty: none of 3 documents .* two different documents are needed"),
         ("||", r"a\.txt holds no text: all of its 3 documents are empty"),
         ("", r"a\.txt holds no text: all of its 1 documents are empty"),

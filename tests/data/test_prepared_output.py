@@ -35,6 +35,35 @@ def test_existing_output(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
 
 
+def test_overwrite_removes_nothing_but_a_dataset(tmp_path):
+    """As the source, where it lies in the dataset that was made of it."""
+    data = tmp_path / "data"
+    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1, "overwrite": True}
+    prepare(write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60)), data, **options)
+    (data / "text").mkdir()
+    source = write_jsonl(data / "text" / "a.jsonl", make_texts(0, 60))
+    with pytest.raises(UserError, match=r"data holds text, which is no part of a dataset .*; move it away$"):
+        prepare(source, data, **options)
+    assert os.listdir(data / "text") == ["a.jsonl"]
+
+
+def test_a_dataset_in_its_own_source_is_not_read(tmp_path, caplog):
+    """Its manifest is JSON too."""
+    for i, text in enumerate(make_texts(0, 60)):
+        (tmp_path / f"{i}.txt").write_text(text)
+    options = {"vocab_size": 300, "heldout_fraction": 0.3, "block_length": 64, "workers": 1, "overwrite": True}
+    prepare(str(tmp_path), tmp_path / "data", **options)
+    before = files(tmp_path / "data")
+    with caplog.at_level("INFO", logger="jaxlinear"):
+        prepare(str(tmp_path), tmp_path / "data", **options)
+    assert caplog.messages == [f"{tmp_path}: left out are the prepared datasets in it: {tmp_path / 'data'}"]
+    assert files(tmp_path / "data") == before
+    with pytest.raises(
+        UserError, match=r"data is a prepared dataset, in which there is no text; name what it was made"
+    ):
+        prepare(str(tmp_path / "data"), tmp_path / "again", **options)
+
+
 def test_a_mounted_disk_is_refused_before_the_work(tmp_path, monkeypatch):
     """It would be in vain: a mount cannot be renamed."""
     source, data = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60)), tmp_path / "data"

@@ -56,6 +56,53 @@ def test_separator_cuts_text_into_documents(tmp_path):
     ]
 
 
+def test_separators_are_found_wherever_chunks_end(tmp_path, monkeypatch):
+    text = "one--two----three-- - -four-"
+    (tmp_path / "a.txt").write_text(text)
+    for size in range(1, 8):
+        monkeypatch.setattr("jaxlinear.data.compressed._CHUNK", size)
+        assert texts(open_source(str(tmp_path / "a.txt"), separator="--")) == text.split("--")
+
+
+def test_a_separator_that_cuts_nothing_is_refused(tmp_path, caplog):
+    """As one with a typing error; one that cuts some of the files is not, but those that it does not cut are counted."""
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "b.txt").write_text("three")
+    (tmp_path / "empty.txt").write_text("")
+    refused = r"^document_separator '{}' is nowhere in {}, in 2 plain-text files; {}$"
+    with pytest.raises(UserError, match=refused.format(r"\\n-\\n", tmp_path, "leave it out if each is one document")):
+        list(open_source(str(tmp_path), separator="\n-\n"))
+    with pytest.raises(UserError, match=refused.format(r"\\r\\n\\r\\n", tmp_path, r"'\\n\\n' is in 1 of them")):
+        list(open_source(str(tmp_path), separator="\r\n\r\n"))
+    assert caplog.messages == []
+    with caplog.at_level("INFO", logger="jaxlinear"):
+        source = open_source(str(tmp_path), separator="\n\n")
+        assert texts(source) == texts(source) == ["one", "two", "three", ""]
+        (tmp_path / "b.txt").write_bytes(b"three\r\n\r\nfour")
+        list(open_source(str(tmp_path), separator="\n\n"))
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(UserError, match=rf"nowhere in {tmp_path}; '\\r\\n\\r\\n' is in 1 of them$"):
+        list(open_source(str(tmp_path), separator="\n\n"))
+    said = f"{tmp_path}: 1 plain-text files are cut by '\\n\\n'; 1 in which it is not are one document each"
+    assert caplog.messages == [said, said + r" ('\r\n\r\n' is in 1 of them)"]
+
+
+def test_a_separator_that_cuts_nothing_is_said_early(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("jaxlinear.data.sources._ACCEPTABLE_UNCUT_AT_START", 3)
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(f"one{'|' * (i == 4)}")
+    assert len(texts(open_source(str(tmp_path), separator="|"))) == 6
+    assert caplog.messages == [f"document_separator '|' is nowhere in the first 3 plain-text files of {tmp_path}"]
+
+
+def test_bad_separators_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(UserError, match="document_separator must not be empty"):
+        open_source(str(tmp_path), separator="")
+    with pytest.raises(UserError, match=r"document_separator '\\udcff' is not Unicode text"):
+        open_source(str(tmp_path), separator="\udcff")
+
+
 def test_folder_is_read_recursively_in_order_by_suffix(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / ".hidden").mkdir()
@@ -103,6 +150,19 @@ def test_links_in_a_folder_are_followed_and_nothing_is_read_twice(tmp_path):
     assert [record.origin for record in records] == [f"{folder}/{name}" for name in ("again/c.txt", "b/a.txt", "d.txt")]
     (tmp_path / "other").symlink_to(folder)
     assert texts(open_source(str(tmp_path / "other"))) == ["c", "a", "d"]
+
+
+def test_of_hard_links_one_is_read(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("a")
+    os.link(tmp_path / "a.txt", tmp_path / "b.txt")
+    (tmp_path / "c.txt").symlink_to("b.txt")
+    (tmp_path / "d.txt").write_text("a")  # a copy is another file
+    with caplog.at_level("INFO", logger="jaxlinear"):
+        assert [record.origin for record in open_source(str(tmp_path))] == [f"{tmp_path}/{name}.txt" for name in "ad"]
+    assert caplog.messages == [
+        f"{tmp_path}: 2 second names of files are left out: {tmp_path}/b.txt is {tmp_path}/a.txt, "
+        f"{tmp_path}/c.txt is {tmp_path}/a.txt"
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "folder"])
@@ -201,6 +261,32 @@ def test_truncated_file_is_a_broken_record(tmp_path, suffix):
     ((origin, error),) = errors(source)
     assert origin.startswith(f"{file}:") and error == f"damaged {suffix} file: it ends too soon"
     assert texts(source)[-1] == "after"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_of_a_truncated_text_whole_documents_are_read(tmp_path, suffix):
+    """As of JSON lines. What is cut off in the middle is none."""
+    documents = [f"{i}\n" + "".join(map(chr, range(300, 900))) for i in range(500)]
+    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
+    file = tmp_path / f"a.txt{suffix}"
+    packed = pack("\n--\n".join(documents).encode())
+    file.write_bytes(packed[: len(packed) * 2 // 3])
+    (tmp_path / "b.txt").write_text("after")
+    records = list(open_source(str(tmp_path), separator="\n--\n"))
+    read = [record.text for record in records if record.text is not None][:-1]
+    assert len(read) > 100 and read == documents[: len(read)]
+    (damaged,) = [record for record in records if record.text is None]
+    assert damaged == Record(f"{file}:{1 + 3 * len(read)}", None, f"damaged {suffix} file: it ends too soon", True)
+
+
+def test_one_bad_byte_costs_one_document(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one|two \xff|\0|three\n|four")
+    source = open_source(str(tmp_path), separator="|")
+    assert texts(source) == ["one", "three\n", "four"]
+    assert [error for _, error in errors(source)] == [
+        "not utf-8: invalid start byte at byte 4",
+        "a binary file (it has NUL bytes)",
+    ]
 
 
 def test_several_members_and_damage(tmp_path):

@@ -1,0 +1,81 @@
+"""The files of a folder that are text to prepare, each of them once."""
+
+import collections
+import logging
+import os
+import pathlib
+from collections.abc import Hashable
+
+from jaxlinear.data.compressed import stripped_suffix
+from jaxlinear.data.manifest import MANIFEST, SPLITS
+from jaxlinear.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+
+def files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
+    """Links are followed. What several names lead to is read once, which ends loops of links too: by the first name, so
+    the order that the disk lists names in is no matter. Prepared datasets are left out, for there is no text in them."""
+    files, others = [], collections.Counter[str]()
+    again: list[str] = []
+    datasets: list[pathlib.Path] = []
+    seen: dict[Hashable, pathlib.Path] = {os.path.realpath(folder): folder}
+
+    def is_new(path: pathlib.Path, identity: Hashable) -> bool:
+        return seen.setdefault(identity, path) is path
+
+    for directory, subdirectories, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        here = pathlib.Path(directory)
+        if MANIFEST in names and set(SPLITS) <= set(subdirectories):
+            datasets.append(here)
+            subdirectories.clear()
+            continue
+        shown = sorted(name for name in subdirectories if not name.startswith("."))
+        subdirectories[:] = [name for name in shown if is_new(here / name, os.path.realpath(here / name))]
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            file = here / name
+            if not file.exists() and stripped_suffix(file) in (
+                "",
+                *suffixes,
+            ):  # without a suffix it may have been a folder
+                raise UserError(f"{file} is a link to {os.readlink(file)}, which is not there; mend or remove it")
+            if stripped_suffix(file) in suffixes:
+                if not file.is_file():  # to read a pipe would be to wait for who writes it
+                    raise UserError(f"{file} is no file but a pipe, a socket or a device; remove it")
+                identity = _identity(file)
+                if is_new(file, identity):
+                    files.append(file)
+                else:
+                    again.append(f"{file} is {seen[identity]}")
+            else:
+                others[stripped_suffix(file) or name] += 1
+    if folder in datasets:
+        raise UserError(f"{folder} is a prepared dataset, in which there is no text; name what it was made from")
+    if not files:
+        there = f"; there are {', '.join(name for name, _ in others.most_common(5))}" if others else " and no other"
+        raise UserError(f"{folder} has no file with a suffix of {', '.join(suffixes)}{there} (--suffixes chooses)")
+    if others:  # as .jsonl.xz beside .jsonl.gz: who has both may think that both are read
+        there = ", ".join(f"{count} {name}" for name, count in others.most_common(5))
+        more = ", ..." if len(others) > 5 else ""
+        _LOG.info("%s: %d files are read; left out are %s%s (--suffixes chooses)", folder, len(files), there, more)
+    if again:
+        more = ", ..." if len(again) > 3 else ""
+        _LOG.info("%s: %d second names of files are left out: %s%s", folder, len(again), ", ".join(again[:3]), more)
+    if datasets:
+        _LOG.info("%s: left out are the prepared datasets in it: %s", folder, ", ".join(map(str, datasets)))
+    return sorted(files, key=lambda file: file.as_posix())
+
+
+def _identity(file: pathlib.Path) -> Hashable:
+    """The same for all names of a file. Its number on the disk is asked for only where it has several, hard links: not
+    every file system that is mounted over a network has numbers."""
+    status = file.stat()
+    if status.st_nlink > 1 and status.st_ino:
+        return status.st_dev, status.st_ino
+    return os.path.realpath(file)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}), and its text would be left out") from error
