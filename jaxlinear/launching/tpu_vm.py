@@ -39,7 +39,7 @@ def render(
       directory: where the training command runs.
       spot: of slices that may be taken away at any time.
       restarts: how often a failure of the run is followed by another start, a preemption does not count; and how often in
-        a row Google Cloud may refuse something.
+        a row Google Cloud may refuse something, or not be reached.
       delete_when_done: the slice, when the run is finished; else that is left to who reads the script's last line.
     """
     if request.platform != "tpu":
@@ -122,13 +122,13 @@ state() {{
 }}
 
 # Tries again after a pause, which grows to five minutes; so many in a row are the end.
-refusals=0
-refused() {{
-  refusals=$((refusals + 1))
-  echo "$name: $1 ($refusals in a row, at most $restarts)" >&2
-  [ "$refusals" -le "$restarts" ] || exit 1
-  sleep $((refusals < 5 ? 60 * refusals : 300))
+again() {{
+  echo "$name: $2 ($1 in a row, at most $restarts)" >&2
+  [ "$1" -le "$restarts" ] || exit 1
+  sleep $(($1 < 5 ? 60 * $1 : 300))
 }}
+refusals=0 unknown=0
+refused() {{ refusals=$((refusals + 1)); again "$refusals" "$1"; }}
 
 command -v gcloud >/dev/null || {{ echo "gcloud is not on this machine" >&2; exit 1; }}
 trap 'echo "$name: a slice that is still there is paid for; this deletes it:" \\
@@ -137,7 +137,14 @@ trap 'exit 130' INT # gcloud ends with 1 then
 
 failures=0
 while true; do
-  case "$(state)" in
+  state=$(state)
+  [ "$state" = UNKNOWN ] || unknown=0
+  case "$state" in
+    UNKNOWN) # the network, or who is logged in no longer may ask
+      unknown=$((unknown + 1))
+      again "$unknown" "gcloud could not find out the state of the slice"
+      continue
+      ;;
     NONE) queued create {asked} || refused "the slice was refused" ;;
     SUSPENDED) queued delete --force || refused "it could not be deleted" ;;
     FAILED) queued delete --force; refused "the request for the slice failed" ;;

@@ -56,9 +56,9 @@ def of_tpu_vm(tmp_path, states, ends, create=(), delete=(), **options):
     [
         (["ACTIVE"], [0, 0], 0, "ssh ssh"),
         ([GONE, "PROVISIONING", "ACTIVE"], [0, 0], 0, "create sleep30 sleep30 ssh ssh"),
-        ([NO_NETWORK, "ACTIVE"], [0, 0], 0, "sleep30 ssh ssh"),
+        ([NO_NETWORK, "ACTIVE"], [0, 0], 0, "sleep60 ssh ssh"),
         (["ACTIVE"], [0, 2], 2, "ssh ssh"),
-        (["ACTIVE", NO_NETWORK, "ACTIVE"], [0, 255, 0, 0], 0, "ssh ssh sleep60 sleep30 ssh ssh"),
+        (["ACTIVE", NO_NETWORK, "ACTIVE"], [0, 255, 0, 0], 0, "ssh ssh sleep60 sleep60 ssh ssh"),
         (
             ["ACTIVE", "SUSPENDING", "SUSPENDED", GONE, "ACTIVE"],
             [0, 255, 0, 0],
@@ -79,10 +79,25 @@ def of_tpu_vm(tmp_path, states, ends, create=(), delete=(), **options):
 def test_a_slice_is_asked_for_again(tmp_path, states, ends, status, done):
     ended, did, errors = of_tpu_vm(tmp_path, states, ends)
     assert (ended, did) == (status, done.split())
+    unknown = "griffin-96db98: gcloud could not find out the state of the slice (1 in a row, at most 20)"
     assert errors == [
-        *[NO_NETWORK[1:]] * (NO_NETWORK in states),
+        *[NO_NETWORK[1:], unknown] * (NO_NETWORK in states),
         f"griffin-96db98: a slice that is still there is paid for; this deletes it: {REMAINS}",
     ]
+
+
+def test_a_state_that_is_never_known_is_the_end(tmp_path):
+    """As when the login of gcloud has expired. A network that comes back in between is none, however often it is gone."""
+    ended, did, errors = of_tpu_vm(tmp_path, [NO_NETWORK] * 3, [], restarts=2)
+    assert (ended, did) == (1, ["sleep60", "sleep120"])
+    assert errors[-2:] == [
+        "griffin-96db98: gcloud could not find out the state of the slice (3 in a row, at most 2)",
+        f"griffin-96db98: a slice that is still there is paid for; this deletes it: {REMAINS}",
+    ]
+    (tmp_path / "log").unlink()
+    states = [*[NO_NETWORK, NO_NETWORK, "PROVISIONING"] * 3, "ACTIVE"]
+    ended, did, _ = of_tpu_vm(tmp_path, states, [0, 0], restarts=2)
+    assert (ended, did) == (0, [*["sleep60", "sleep120", "sleep30"] * 3, "ssh", "ssh"])
 
 
 def test_a_run_that_fails_is_started_again(tmp_path):

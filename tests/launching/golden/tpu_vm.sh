@@ -64,13 +64,13 @@ state() {
 }
 
 # Tries again after a pause, which grows to five minutes; so many in a row are the end.
-refusals=0
-refused() {
-  refusals=$((refusals + 1))
-  echo "$name: $1 ($refusals in a row, at most $restarts)" >&2
-  [ "$refusals" -le "$restarts" ] || exit 1
-  sleep $((refusals < 5 ? 60 * refusals : 300))
+again() {
+  echo "$name: $2 ($1 in a row, at most $restarts)" >&2
+  [ "$1" -le "$restarts" ] || exit 1
+  sleep $(($1 < 5 ? 60 * $1 : 300))
 }
+refusals=0 unknown=0
+refused() { refusals=$((refusals + 1)); again "$refusals" "$1"; }
 
 command -v gcloud >/dev/null || { echo "gcloud is not on this machine" >&2; exit 1; }
 trap 'echo "$name: a slice that is still there is paid for; this deletes it:" \
@@ -79,7 +79,14 @@ trap 'exit 130' INT # gcloud ends with 1 then
 
 failures=0
 while true; do
-  case "$(state)" in
+  state=$(state)
+  [ "$state" = UNKNOWN ] || unknown=0
+  case "$state" in
+    UNKNOWN) # the network, or who is logged in no longer may ask
+      unknown=$((unknown + 1))
+      again "$unknown" "gcloud could not find out the state of the slice"
+      continue
+      ;;
     NONE) queued create --node-id=griffin-96db98 --type=v5p --topology=4x4x4 --runtime-version=v2-alpha-tpuv5 --spot || refused "the slice was refused" ;;
     SUSPENDED) queued delete --force || refused "it could not be deleted" ;;
     FAILED) queued delete --force; refused "the request for the slice failed" ;;
