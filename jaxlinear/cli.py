@@ -27,6 +27,12 @@ _ENVIRONMENT_ERRORS = {
     errno.ENOTDIR: "a part of the path is not a directory",
     errno.ENAMETOOLONG: "a name in the path is too long",
 }
+# Of a machine, where the same command may well succeed on another, or later.
+_FAILURES_OF_A_DISK = {
+    errno.EIO: "a disk or a file server failed (input/output error)",
+    errno.ESTALE: "a file server no longer knows a file that was open (stale file handle)",
+    errno.ENOTCONN: "a file system is no longer mounted (not connected)",
+}
 
 # Flags that name a file or directory, in whatever program has them.
 _PATHS = {"workdir", "output", "json", "data", "source"}
@@ -43,9 +49,9 @@ def run(
     or, with ``takes_arguments``, given to ``main``.
 
     ``UserError``, a malformed flag, the errors of a full or read-only disk and devices whose memory is too small become
-    one line on stderr and exit status 2: the same command would end so again. ``RunError`` becomes one with status 1. Any
-    other exception is a defect and keeps its traceback. A process that has others beside it and fails alone ends at once;
-    without ``waits_for_threads`` so does one that has none, whatever threads it has.
+    one line on stderr and exit status 2: the same command would end so again. ``RunError`` and a disk that fails become one
+    with status 1. Any other exception is a defect and keeps its traceback. A process that has others beside it and fails
+    alone ends at once; without ``waits_for_threads`` so does one that has none, whatever threads it has.
     """
     argv = sys.argv if argv is None else argv
     message, status, alone, failed = None, 0, False, True
@@ -62,18 +68,13 @@ def run(
         alone = not isinstance(error, EveryProcessError)
     except RunError as error:  # which every process raises
         message, status = str(error), 2 if isinstance(error, Diverged) else 1
-    except OSError as error:
-        if error.errno not in _ENVIRONMENT_ERRORS:
-            raise
-        message, status = f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}", 2
-        alone = True
     except Exception as error:
-        message = _out_of_memory(error)
+        message, status = _of_the_machine(error)
         if message is None:
             if not _has_others() and waits_for_threads:
                 raise
             traceback.print_exc()
-        status, alone = 1 if message is None else 2, True
+        alone = True
     if message is not None:
         print(f"{os.path.basename(argv[0])}: {' '.join(message.split())}", file=sys.stderr)
     if (alone and _has_others()) or (failed and not waits_for_threads and not _has_others()):
@@ -141,6 +142,16 @@ def _check_paths() -> None:
             if not path:  # which would be the current directory
                 raise UserError(f"--{flag} is empty; give it a path, or leave it out where there is another by default")
             check_path(flag, path)
+
+
+def _of_the_machine(error: Exception) -> tuple[str | None, int]:
+    """What to say of an error that is the machine's, and the status of the program; None and 1 for a defect."""
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRORS:
+        return f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}", 2
+    if isinstance(error, OSError) and error.errno in _FAILURES_OF_A_DISK:
+        return _FAILURES_OF_A_DISK[error.errno] + (f": {error.filename}" if error.filename else ""), 1
+    message = _out_of_memory(error)
+    return message, 1 if message is None else 2
 
 
 def _out_of_memory(error: Exception) -> str | None:

@@ -58,6 +58,10 @@ def test_the_status_is_what_main_returns(returned, status, capsys):
         (NotADirectoryError(errno.ENOTDIR, "x", "a/b"), 2, "a part of the path is not a directory: a/b"),
         (OSError(errno.ENAMETOOLONG, "x", "a/b"), 2, "a name in the path is too long: a/b"),
         (OSError(errno.EDQUOT, "no more"), 2, "the disk quota is used up: no more"),
+        (OSError(errno.EIO, "x", "a/b"), 1, "a disk or a file server failed (input/output error): a/b"),
+        (OSError(errno.EIO, "x"), 1, "a disk or a file server failed (input/output error)"),
+        (OSError(errno.ESTALE, "x"), 1, "a file server no longer knows a file that was open (stale file handle)"),
+        (OSError(errno.ENOTCONN, "x", "a/b"), 1, "a file system is no longer mounted (not connected): a/b"),
     ],
 )
 def test_bad_input_is_one_line(error, status, line, capsys):
@@ -335,6 +339,7 @@ def test_sigterm_before_there_is_anything_to_save(then, status, said):
         ("raise UserError('no space')", 2, "program: no space"),
         ("raise OSError(errno.ENOSPC, 'full', 'file')", 2, "program: no space left on the disk: file"),
         ("raise ValueError('a defect')", 1, "ValueError: a defect"),
+        ("raise FileNotFoundError(errno.ENOENT, 'a defect')", 1, "FileNotFoundError: [Errno 2] a defect"),
     ],
 )
 def test_a_failure_waits_for_no_thread(what, status, said):
