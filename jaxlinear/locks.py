@@ -68,7 +68,10 @@ def of_run(directory: Path) -> Iterator[None]:
             yield
         finally:
             if locked:
-                file.truncate(0)
+                with contextlib.suppress(
+                    OSError
+                ):  # the disk's, which would take the place of the error that came before
+                    file.truncate(0)
 
 
 def _wait(file: BinaryIO, path: Path) -> None:

@@ -1,6 +1,7 @@
 """One run at a time in a directory."""
 
 import errno
+import io
 import json
 import os
 import socket
@@ -74,6 +75,25 @@ def test_a_killed_one_holds_nothing(tmp_path, monkeypatch):
     assert json.loads((tmp_path / locks.FILE).read_text())["pid"] == process.pid
     with locks.of_run(tmp_path):
         assert json.loads((tmp_path / locks.FILE).read_text())["pid"] == os.getpid()
+
+
+def test_the_first_error_is_the_one_that_is_seen(tmp_path, monkeypatch):
+    """Not that of emptying the lock's file on the disk that failed before."""
+
+    class File(io.FileIO):
+        truncates = 0
+
+        def truncate(self, size=None):
+            self.truncates += 1
+            if self.truncates > 1:
+                raise OSError(errno.EIO, "the second")
+            return super().truncate(size)
+
+    monkeypatch.setattr(type(tmp_path), "open", lambda path, mode, buffering: File(path, mode[0]))
+    with pytest.raises(OSError, match="the first"), locks.of_run(tmp_path):
+        raise OSError(errno.ENOSPC, "the first")
+    with locks.of_run(tmp_path):  # which is free again
+        pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
