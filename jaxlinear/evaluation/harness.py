@@ -6,7 +6,7 @@ A task is ``harness:NAME``, ``harness:FILE.yaml``, with options behind it: ``:li
 
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +273,14 @@ def _loaded(manager: TaskManager, name: str, found: str | Path) -> Any:
     try:
         return manager.load([str(found)])
     except Exception as error:  # any: of the network, the data, the task's file, or of packages that it needs
-        raise UserError(f"lm_eval cannot load the task {name!r}: {type(error).__name__}: {error}") from error
+        raise UserError(f"lm_eval cannot load the task {name!r}: {'; for '.join(_reasons(error))}") from error
+
+
+def _reasons(error: BaseException | None) -> Iterator[str]:
+    """The error and what it came of: datasets say only that there was one."""
+    while error is not None:
+        yield f"{type(error).__name__}: {error}"
+        error = error.__cause__
 
 
 def _check(spec: str, tasks: dict[str, Any], fewshot: int | None) -> None:

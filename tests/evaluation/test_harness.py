@@ -279,7 +279,8 @@ def test_what_lm_eval_cannot_load_is_refused(run, files, monkeypatch):
     task, data, _ = files
     broken = data.with_name("broken.jsonl")
     broken.write_text("{not JSON\n")
-    with pytest.raises(UserError, match=f"lm_eval cannot load the task '{task}': DatasetGenerationError: "):
+    reasons = "DatasetGenerationError: .*; for .*Invalid"  # the second is why
+    with pytest.raises(UserError, match=f"lm_eval cannot load the task '{task}': {reasons}"):
         evaluation.evaluate_run(run, [f"harness:{task}:data={broken}"], Options())
     monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", offline)
     with pytest.raises(
