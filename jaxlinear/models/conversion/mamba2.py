@@ -1,5 +1,6 @@
 """Mamba-2 (arXiv:2405.21060) as transformers has it: its one input projection and its one convolution are several here."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,8 @@ from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Family, Fields, require
 from jaxlinear.models.conversion.links import TAPS, TRANSPOSED, Link, shifted
 from jaxlinear.models.mixers.mamba2 import widths
+
+_LOG = logging.getLogger(__name__)
 
 
 def _model(fields: Fields) -> dict[str, Any]:
@@ -22,6 +25,12 @@ def _model(fields: Fields) -> dict[str, Any]:
     limit = fields.get("time_step_limit", [0.0, float("inf")])
     if limit != [0.0, float("inf")]:
         fields.refuse("time_step_limit", limit, "only time steps without a limit can be imported")
+    if fields.boolean("residual_in_fp32", True) and fields.dtype() == "bfloat16":
+        _LOG.warning(
+            "%s: residual_in_fp32 is true, by which the stream between blocks is float32; here it is bfloat16, as other "
+            "activations are, and logits differ by its rounding ('dtype': 'float32' there imports a model all in float32)",
+            fields.origin,
+        )
     return {
         "pattern": ("mamba2",),
         "num_layers": fields.integer("num_hidden_layers"),

@@ -161,6 +161,17 @@ def test_fields_of_other_releases_of_transformers(copied, tmp_path):
     assert workdirs.read_config(tmp_path / "run").model.recurrent_width == 32
 
 
+@pytest.mark.parametrize("changes, warned", [({}, 1), ({"residual_in_fp32": False}, 0), ({"dtype": "float32"}, 0)])
+def test_a_stream_that_is_rounded_here_is_warned_of(copied, tmp_path, caplog, changes, warned):
+    """That of Mamba-2 in bfloat16, which keeps it in float32 unless told otherwise."""
+    source = copied("mamba2")
+    fields = json.loads((source / "config.json").read_text())
+    fields.pop("residual_in_fp32", None)
+    (source / "config.json").write_text(json.dumps(fields | {"dtype": "bfloat16"} | changes))
+    import_weights(source, tmp_path / "run")
+    assert sum("residual_in_fp32 is true" in message for message in caplog.messages) == warned
+
+
 @pytest.mark.parametrize(
     "name, changes, options, message",
     [
