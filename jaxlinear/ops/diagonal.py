@@ -33,7 +33,8 @@ def linear_recurrence(
     """Runs ``h_t = a_t * h_{t-1} + x_t`` over time.
 
     Args:
-      a: ``[B, T, ...]``, or ``[...]`` for a transition that is constant in time. Real or complex.
+      a: ``[B, T, ...]``, or ``[...]`` for a transition that is constant in time. Real or complex. Whole numbers, and
+        Python's, are as precise as x.
       x: ``[B, T, ...]``, real or complex.
       initial_state: ``[B, ...]``, the state before the first step (the last one if ``reverse``); None means zero.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id. The initial state belongs to the document
@@ -54,6 +55,8 @@ def linear_recurrence(
     """
     backends.check("linear_recurrence", backend, _BACKENDS)
     a, x = jnp.asarray(a), jnp.asarray(x)
+    if a.weak_type or not jnp.issubdtype(a.dtype, jnp.inexact):
+        a = _as_precise(a, x)
     initial_state = None if initial_state is None else jnp.asarray(initial_state)
     _check_shapes(a, x, initial_state)
     checks.numbers("linear_recurrence", complex_too=True, x=x)
@@ -180,6 +183,12 @@ def _check_shapes(a, x, initial_state) -> None:
     given = a.dtype, x.dtype
     if initial_state is not None and _is_complex(jnp.result_type(initial_state)) and not any(map(_is_complex, given)):
         raise UserError("linear_recurrence: the initial state is complex, a and x are real; make one of them complex")
+
+
+def _as_precise(a: jax.Array, x: jax.Array) -> jax.Array:
+    """A number of Python has no precision of its own: as an array it is float64 where JAX has that."""
+    real = jnp.finfo(dtypes.wide(x.dtype)).dtype
+    return a.astype(dtypes.wide(real, jnp.complex64) if _is_complex(a.dtype) else real)
 
 
 def _is_complex(dtype) -> bool:

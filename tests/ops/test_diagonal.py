@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,21 @@ def test_values_and_gradients(name, backend, dtype):
     h, final = found
     assert h.dtype == (complex_ if np.iscomplexobj(outputs[0]) else dtype)
     assert final.dtype == (complex_ if np.iscomplexobj(outputs[0]) else real)
+
+
+def test_a_number_of_python_is_as_precise_as_x():
+    """It is float64 as an array where JAX has that, and a whole number was float64 with NumPy's rules anywhere."""
+    for wide in (False, True):
+        with jax.enable_x64(wide), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            x = jnp.ones((1, 2, 3), jnp.float32)
+            for a in (0.5, 1, np.ones(3, np.int32), jnp.float32(0.5)):
+                h, state = linear_recurrence(a, x)
+                assert (h.dtype, state.dtype) == ("float32", "float32")
+            assert linear_recurrence(0.5j, x)[1].dtype == "complex64"
+            assert linear_recurrence(0.5, x.astype("complex64"))[1].dtype == "complex64"
+            if wide:
+                assert linear_recurrence(np.full(3, 0.5), x)[1].dtype == "float64"
 
 
 def test_a_complex_state_of_a_real_recurrence_is_refused():
