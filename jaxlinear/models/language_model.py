@@ -171,8 +171,9 @@ class LanguageModel(nnx.Module):
             )
         if state is not None and state["segment"].shape != tokens.shape[:1]:
             raise UserError(f"a state of {len(state['segment'])} rows for tokens of shape {tokens.shape}")
-        if not tokens.shape[1]:
-            raise UserError(f"tokens of shape {tokens.shape} have no time step; the model takes at least 1")
+        for size, what in zip(tokens.shape, ("row", "time step"), strict=True):
+            if not size:
+                raise UserError(f"tokens of shape {tokens.shape} have no {what}; the model takes at least 1")
         if tokens.shape[1] > 1:
             mixers.check_over_sequence(config.pattern, sharding.parts("time"))
         if state is not None and segment_ids is not None:

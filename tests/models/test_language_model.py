@@ -186,6 +186,8 @@ def test_no_tokens_are_refused():
             UserError, match=r"^tokens of shape \(3, 0\) have no time step; the model takes at least 1$"
         ):
             bound(tokens, state=state)
+    with pytest.raises(UserError, match=r"^tokens of shape \(0, 8\) have no row; the model takes at least 1$"):
+        bound(jnp.zeros((0, 8), jnp.int32))
 
 
 def loss(architecture, parameters):
