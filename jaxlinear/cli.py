@@ -88,7 +88,8 @@ def run(
 
 def end_by_sigterm(status: int) -> None:
     """From here on, and while SIGTERM has no other handler, it ends the program with ``status``, at once: for when there is
-    nothing to save. In C++ too, as while a process waits for the others, where Python's own handlers have to wait."""
+    nothing to save. In C++ too, as while a process waits for the others, where Python's own handlers have to wait. So does
+    Ctrl-C, by the signal itself."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     ends = threading.Lock()
@@ -107,6 +108,8 @@ def end_by_sigterm(status: int) -> None:
                 end(number[0], None)
 
     signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, name="sigterm", daemon=True).start()
 

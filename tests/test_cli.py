@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -319,6 +320,7 @@ def test_messages_of_the_library_are_shown_once(capsys):
             "program: SIGTERM, with nothing to save",
         ),
         ("signal.signal(signal.SIGTERM, lambda *_: sys.exit('heard')); time.sleep(60)", 1, "heard"),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", -signal.SIGINT, ""),  # Ctrl-C, without a traceback
     ],
 )
 def test_sigterm_before_there_is_anything_to_save(then, status, said):

@@ -17,7 +17,8 @@ _PAUSE = 1.0  # seconds before a preempted run is started again: one that ends a
 
 
 def run(request: Request, *, processes: int, requeue: bool = False) -> int:
-    """Runs it to its end and returns the status of its processes together. SIGTERM and SIGINT are passed on to them.
+    """Runs it to its end and returns the status of its processes together. SIGTERM is passed on to them, and
+    SIGINT as SIGTERM: a terminal sends its own to all of them too, and the second ends a run without saving.
 
     GPUs, those that ``CUDA_VISIBLE_DEVICES`` names if it is set, are dealt out to the processes in equal parts. With
     ``requeue`` a run that was preempted is started again, unless this program was told to end.
@@ -32,11 +33,11 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
     told = False
     running: list[subprocess.Popen] = []
 
-    def end(number: int, _: Any) -> None:
+    def end(*_: Any) -> None:
         nonlocal told
         told = True
         for process in running:
-            process.send_signal(number)
+            process.terminate()
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
