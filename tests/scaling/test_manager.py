@@ -137,6 +137,36 @@ def test_more_runs_and_more_steps_may_be_asked_for_later(tiny_dataset, tmp_path)
     assert steps(tmp_path) == {f"seed={seed}": list(range(1, stand_in.STEPS + 3)) for seed in range(3)}
 
 
+def test_fewer_steps_than_a_run_has_done_are_refused(tiny_dataset, tmp_path):
+    """Its loss would be taken for that of a run whose learning rate ended there."""
+    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0])) == 0
+    message = r"runs/run has a checkpoint of step 6, and the plan is of 5: a run does not become shorter"
+    with pytest.raises(UserError, match=message):
+        stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0]), steps=stand_in.STEPS - 1)
+
+
+def test_an_evaluation_that_is_asked_for_later_is_owed(tiny_dataset, tmp_path, caplog):
+    """Of finished runs too, at their end; of other tasks that are to be measured there a line says that they are not."""
+
+    def planned(**evaluation):
+        config = stand_in.config(tiny_dataset)
+        config.evaluation.update(evaluation)
+        with prepare(tmp_path, config, stand_in.runs([0])) as sweep:
+            (run,) = sweep.runs
+            return run.progress().state
+
+    assert planned(every_steps=0) == states.WAITING
+    assert stand_in.sweep(tmp_path, tiny_dataset, [{"training.seed": 0, "evaluation.every_steps": 0}]) == 0
+    (log,) = tmp_path.glob("runs/*/metrics.jsonl")
+    log.write_text("".join(line.replace("heldout_loss", "other") + "\n" for line in log.read_text().splitlines()))
+    assert planned(every_steps=0) == states.FINISHED
+    assert planned(every_steps=2) != states.FINISHED
+    assert planned(every_steps=0, examples=7) == states.FINISHED
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("jaxlinear")] == [
+        "run: evaluation.examples is another in the plan, but the run is at its end; launch/evaluate.py --tasks measures it"
+    ]
+
+
 def test_runs_keep_their_names_when_others_are_planned_beside_them(tiny_dataset, tmp_path):
     """Names hold what runs differ in: with a second seed they are others."""
 

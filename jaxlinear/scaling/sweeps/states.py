@@ -3,16 +3,18 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import signal
 from typing import Any
 
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
+from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps.files import RunFiles, tail
 from jaxlinear.training import heldout, metrics
 from jaxlinear.training.loop import PREEMPTED
-from jaxlinear.training.workdir import CONFIG, check_same_run, read_config
+from jaxlinear.training.workdir import CONFIG, check_same_run, read_config, saved_steps
 
 FINISHED, RUNNING, QUEUED, INTERRUPTED, FAILED, WAITING = (
     "finished",
@@ -25,6 +27,8 @@ FINISHED, RUNNING, QUEUED, INTERRUPTED, FAILED, WAITING = (
 
 _INTERRUPTED = (None, PREEMPTED, -signal.SIGTERM, -signal.SIGINT)  # a signal that came before the run could save itself
 
+_LOG = logging.getLogger(__name__)
+_ASKED = ("tasks", "examples")  # of what evaluations measure beside the loss
 _MEASURED = ("evaluation.batches",)  # of how much text the losses of a sweep are: of the same for all
 
 
@@ -63,7 +67,8 @@ def read(files: RunFiles, steps: int, *, queued: bool = False) -> Progress:
 
 
 def is_finished(files: RunFiles, steps: int) -> bool:
-    """Whether the run's newest whole checkpoint is of its last step, and evaluated if it is to be."""
+    """Whether the run's newest whole checkpoint is of its last step, and evaluated if it is to be by the plan, which may
+    ask for that later than the run was begun."""
     if not (files.workdir / DIRECTORY).is_dir():
         return False
     # A run saves at its end; where no such directory is, Orbax need not be asked.
@@ -73,11 +78,15 @@ def is_finished(files: RunFiles, steps: int) -> bool:
     checkpoints = Checkpoints(files.workdir)
     found = checkpoints.steps()
     checkpoints.close()
-    return bool(found) and found[-1] >= steps and not heldout.is_owed(read_config(files.workdir), files.workdir, steps)
+    if not found or found[-1] < steps:
+        return False
+    config = configs.from_json(files.config.read_text(encoding="utf-8")) if files.config.exists() else None
+    return not heldout.is_owed(config or read_config(files.workdir), files.workdir, steps)
 
 
 def check_unchanged(files: RunFiles, planned: str) -> None:
-    """Raises ``UserError`` if the run in the directory is not the planned one (the text of ``config.json``)."""
+    """Raises ``UserError`` if the run in the directory is not the planned one (the text of ``config.json``), or is beyond
+    its last step, with a learning rate that was to end later."""
     if not (files.workdir / CONFIG).exists():
         return
     begun = read_config(files.workdir)
@@ -85,6 +94,19 @@ def check_unchanged(files: RunFiles, planned: str) -> None:
     if config.model.vocab_size is None:
         config.model.vocab_size = begun.model.vocab_size  # it follows the data
     check_same_run(files.workdir, begun, config, goes_on=False, compared=_MEASURED)
+    come_to = max(saved_steps(files.workdir), default=0)
+    if come_to > config.training.steps:
+        raise UserError(
+            f"{files.workdir} has a checkpoint of step {come_to}, and the plan is of {config.training.steps}: "
+            "a run does not become shorter; give the sweep a --workdir of its own"
+        )
+    changed = [key for key in _ASKED if begun.evaluation[key] != config.evaluation[key]]
+    if changed and come_to == config.training.steps:
+        _LOG.warning(
+            "%s: evaluation.%s is another in the plan, but the run is at its end; launch/evaluate.py --tasks measures it",
+            files.name,
+            changed[0],
+        )
 
 
 def _newest_metrics(files: RunFiles) -> dict[str, Any]:
