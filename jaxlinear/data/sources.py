@@ -4,6 +4,7 @@ A source is an iterable of ``Record``: a text with its origin (file, and line or
 It can be iterated several times and gives the same records every time, unless it is a pipe.
 """
 
+import codecs
 import dataclasses
 import io
 import itertools
@@ -164,6 +165,9 @@ class _Cuts:
             if records == 2:
                 self._cut.add(file)
             record = text_record(f"{file}:{line}", content)
+            if b"\0" in content:  # as of an archive, in which some of it may be text
+                yield dataclasses.replace(record, ends_file=True)
+                return
             yield record
             line += content.count(b"\n") + self._bytes.count(b"\n")
         if records == 1 and record.text:
@@ -260,6 +264,8 @@ def _plain_text(file: pathlib.Path) -> Iterator[Record]:
 
 def text_record(origin: str, content: bytes, encoding: str = "utf-8") -> Record:
     """The record of one file or string of bytes."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return Record(origin, None, "UTF-16 by its first bytes; make it UTF-8, as iconv -f UTF-16 -t UTF-8 does")
     if b"\0" in content:
         return Record(origin, None, "a binary file (it has NUL bytes)")
     try:

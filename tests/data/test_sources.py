@@ -280,13 +280,25 @@ def test_of_a_truncated_text_whole_documents_are_read(tmp_path, suffix):
 
 
 def test_one_bad_byte_costs_one_document(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"one|two \xff|\0|three\n|four")
+    (tmp_path / "a.txt").write_bytes(b"one|two \xff|three\n|four")
     source = open_source(str(tmp_path), separator="|")
     assert texts(source) == ["one", "three\n", "four"]
-    assert [error for _, error in errors(source)] == [
-        "not utf-8: invalid start byte at byte 4",
-        "a binary file (it has NUL bytes)",
-    ]
+    assert errors(source) == [(f"{tmp_path}/a.txt:1", "not utf-8: invalid start byte at byte 4")]
+
+
+def test_what_is_behind_the_beginning_of_something_binary_is_no_text(tmp_path):
+    """As in an archive, which holds pieces of text."""
+    (tmp_path / "a.txt").write_bytes(b"one|two\0|three|four")
+    records = list(open_source(str(tmp_path), separator="|"))
+    error = Record(f"{tmp_path}/a.txt:1", None, "a binary file (it has NUL bytes)", ends_file=True)
+    assert records == [Record(f"{tmp_path}/a.txt:1", "one"), error]
+
+
+@pytest.mark.parametrize("separator", [None, "\n"])
+def test_utf16_is_named(tmp_path, separator):
+    (tmp_path / "a.txt").write_bytes("one\ntwo".encode("utf-16"))
+    with pytest.raises(UserError, match=r"UTF-16 by its first bytes; make it UTF-8, as iconv -f UTF-16 -t UTF-8 does$"):
+        list(open_source(str(tmp_path), separator=separator))
 
 
 def test_several_members_and_damage(tmp_path):
