@@ -130,7 +130,12 @@ def check_output(flag: str, path: str | None) -> None:
 
 
 def check_path(flag: str, path: str) -> None:
-    """``UserError`` for a URL, which would become a directory of such a name on this machine's own disk."""
+    """``UserError`` for a URL, and for a ~ that no shell has replaced: they would become directories of such names on this
+    machine's own disk."""
+    if (home := os.path.expanduser(path)) != path:
+        raise UserError(
+            f"--{flag}={path}: behind = a shell leaves {path.split('/')[0]} as it is; write --{flag}={home}"
+        )
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/+", path):
         raise UserError(
             f"--{flag}={path}: paths are those of a file system, and {scheme[0]} is none; mount the bucket on every "

@@ -28,6 +28,7 @@ def main() -> None:
         conversion.import_weights(_SOURCE.value, _WORKDIR.value)
         print(f"imported {_SOURCE.value} into {_WORKDIR.value}")
     else:
+        cli.check_path("target", _TARGET.value)
         conversion.export_weights(_WORKDIR.value, _TARGET.value, step=_STEP.value, layout=_LAYOUT.value)
         print(f"exported {_WORKDIR.value} to {_TARGET.value}")
 

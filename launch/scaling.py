@@ -15,7 +15,7 @@ _EVALUATED = flags.DEFINE_boolean(
     "evaluated", False, "Take the losses that launch/evaluate.py --follow found, not those that the runs logged."
 )
 _REPLICATES = flags.DEFINE_integer("replicates", 500, "Resamplings, for the intervals.", lower_bound=20)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the resamplings.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the resamplings.", lower_bound=0)
 
 
 def main() -> None:

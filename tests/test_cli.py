@@ -151,6 +151,17 @@ def test_urls_are_no_paths(program, arguments, tmp_path):
     )
 
 
+def test_a_home_that_no_shell_put_in_is_refused(monkeypatch):
+    """Behind = shells leave it, and a directory called ~ would be made where the program runs."""
+    monkeypatch.setenv("HOME", "/home/me")
+    with pytest.raises(
+        UserError, match=r"^--output=~/a: behind = a shell leaves ~ as it is; write --output=/home/me/a$"
+    ):
+        cli.check_path("output", "~/a")
+    for path in ("a/~", "~no-such-user/a", "a~"):
+        cli.check_path("output", path)
+
+
 def test_the_config_of_a_program_is_found_from_anywhere(tmp_path):
     command = [sys.executable, REPOSITORY / "launch" / "recall.py", "--workdir=x", "--config.training.steps=many"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,10 +134,13 @@ def heldout_path(config: config_dict.ConfigDict) -> str:
 def mixture(path: str) -> dict[str, float]:
     """``DIR`` or ``DIR=WEIGHT,DIR=WEIGHT`` as weights by directory."""
     weights = {}
+    places = set()
     for part in path.split(","):
         name, equals, weight = part.partition("=")
-        if name.strip() in weights:
+        place = os.path.realpath(name.strip())
+        if place in places:  # however it is spelled
             raise UserError(f"data.path names {name.strip()} twice; give it one weight")
+        places.add(place)
         try:
             weights[name.strip()] = float(weight) if equals else 1.0
         except ValueError:

@@ -47,6 +47,7 @@ def other_dataset(tmp_path_factory):
         ({"data.path": "DATA="}, r"data.path: '' is not a weight; write DIR=WEIGHT,DIR=WEIGHT"),
         ({"data.path": "DATA=two"}, r"data.path: 'two' is not a weight; write DIR=WEIGHT,DIR=WEIGHT"),
         ({"data.path": "DATA=1,DATA=3"}, r"data.path names .*data twice; give it one weight"),
+        ({"data.path": "DATA=1,DATA/=3"}, r"data.path names .*data/ twice; give it one weight"),
         *(
             ({"data.path": f"DATA={weight},B=1"}, rf"data.path: the weight {weight} of .*data has to be above 0 and")
             for weight in ("0", "-1", "nan", "inf")

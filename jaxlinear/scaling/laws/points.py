@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from jaxlinear.training import metrics
 from jaxlinear.training.job import heldout_path
 from jaxlinear.training.workdir import read_config
 
+_LOG = logging.getLogger(__name__)
 COUNTS = {"with": "with embeddings", "without": "without embeddings"}
 
 
@@ -78,6 +80,8 @@ def of_sweep(workdir: str | os.PathLike, *, partial: bool = False, evaluated: bo
             f"{first.progress().state}) among them; launch/sweep.py goes on with them, --partial does without"
         )
     names = {run.name for run in unfinished}
+    if names:
+        _LOG.info("%d of the %d runs in %s are not finished and left out", len(names), len(sweep.runs), workdir)
     made = [_point(run) for run in sweep.runs if run.name not in names]
     if evaluated:
         made = [_evaluated(point, workdir) for point in made]
