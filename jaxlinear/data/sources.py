@@ -99,6 +99,8 @@ def open_source(
         return hugging_face.open_dataset(name, field)
     path = pathlib.Path(name)
     if path.is_dir():
+        if suffixes is not None and not any(suffixes):
+            raise UserError(f"suffixes is empty; name some, as {DEFAULT_SUFFIXES[0]}, or leave it out")
         files = files_of_folder(path, DEFAULT_SUFFIXES if suffixes is None else suffixes)
     elif path.exists():
         _refuse(name, suffixes=suffixes)

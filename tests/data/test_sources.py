@@ -443,6 +443,8 @@ def test_hugging_face(monkeypatch):
         open_source("hf:absent")
     with pytest.raises(UserError, match="hf:script cannot be loaded: Dataset scripts are no longer supported"):
         open_source("hf:script")
+    with pytest.raises(UserError, match=r"^'hf:' names no dataset; write hf:NAME or hf:NAME:CONFIG$"):
+        open_source("hf:")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hf:name needs the datasets package: pip install jaxlinear\[hf\]"):
         open_source("hf:name")
@@ -486,5 +488,7 @@ def test_folders_without_text_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no file with a suffix of \.txt, .* and no other"):
         open_source(str(tmp_path))
     (tmp_path / "a.rs").write_text("a")
+    with pytest.raises(UserError, match=r"^suffixes is empty; name some, as \.txt, or leave it out$"):
+        open_source(str(tmp_path), suffixes=("",))
     with pytest.raises(UserError, match=r"has no file with a suffix of .*; there are \.rs \(--suffixes chooses\)"):
         open_source(str(tmp_path))
