@@ -8,6 +8,7 @@ from collections.abc import Hashable
 
 from jaxlinear.data.compressed import stripped_suffix
 from jaxlinear.data.manifest import MANIFEST, SPLITS
+from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pat
 
     for directory, subdirectories, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         here = pathlib.Path(directory)
-        if MANIFEST in names and set(SPLITS) <= set(subdirectories):
+        if {MANIFEST, INFO_FILE} <= set(names) and set(SPLITS) <= set(subdirectories):
             datasets.append(here)
             subdirectories.clear()
             continue

@@ -9,6 +9,7 @@ import pytest
 from jaxlinear.data import prepare, read_manifest
 from jaxlinear.data.blocks import SplitWriter
 from jaxlinear.data.manifest import Manifest
+from jaxlinear.data.sources import open_source
 from jaxlinear.errors import UserError
 from tests.data.sources_of_text import files, make_texts, write_jsonl
 
@@ -62,6 +63,10 @@ def test_a_dataset_in_its_own_source_is_not_read(tmp_path, caplog):
         UserError, match=r"data is a prepared dataset, in which there is no text; name what it was made"
     ):
         prepare(str(tmp_path / "data"), tmp_path / "again", **options)
+    for name in ("manifest.json", "train/a.txt", "heldout/b.txt"):  # which is none of ours
+        (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "corpus" / name).write_text('{"text": "one"}')
+    assert len(list(open_source(str(tmp_path / "corpus")))) == 3
 
 
 def test_a_mounted_disk_is_refused_before_the_work(tmp_path, monkeypatch):
