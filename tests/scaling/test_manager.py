@@ -1,5 +1,6 @@
 """Sweeps that are killed, stopped, started again and broken; their runs are those of ``stand_in``."""
 
+import functools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from jaxlinear.scaling.sweeps import plans, states
 from jaxlinear.scaling.sweeps.sweep import prepare, read
 from tests.scaling import stand_in
 
-PATIENCE = 120
+PATIENCE = 240
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +25,9 @@ def in_the_repository(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(stand_in.ROOT))
 
 
-def start(directory, dataset):
-    """A manager in a process group of its own."""
+def start(directory, dataset, *, hold):
+    """A manager in a process group of its own. Runs of seeds from ``hold`` on do not end before the file is removed."""
+    (directory / stand_in.HOLD).write_text(str(hold))
     command = [sys.executable, "-m", "tests.scaling.stand_in", "sweep", str(directory), str(dataset)]
     return subprocess.Popen(command, start_new_session=True)
 
@@ -61,10 +63,11 @@ def running(directory):
 
 
 def test_killed_half_way_it_ends_complete_and_no_run_is_done_twice(tiny_dataset, tmp_path):
-    process = start(tmp_path, tiny_dataset)
+    process = start(tmp_path, tiny_dataset, hold=6)
     wait(process, lambda: len(finished(tmp_path)) >= 6)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    (tmp_path / stand_in.HOLD).unlink()
     before, tries = steps(tmp_path), attempts(tmp_path)
     done = {name for name in finished(tmp_path) if tries[name] and tries[name][-1].get("status") == 0}
     assert 6 <= len(finished(tmp_path)) < 12 and done
@@ -86,12 +89,13 @@ def test_killed_half_way_it_ends_complete_and_no_run_is_done_twice(tiny_dataset,
 
 
 def test_runs_that_survive_their_manager_are_waited_for(tiny_dataset, tmp_path):
-    process = start(tmp_path, tiny_dataset)
+    process = start(tmp_path, tiny_dataset, hold=0)
     wait(process, lambda: len(list(tmp_path.glob("jobs/*/submitted.json"))) == 4)
     process.kill()  # the manager alone, whose four jobs are just beginning
     process.wait()
-    assert len(finished(tmp_path)) < 4
-    assert stand_in.sweep(tmp_path, tiny_dataset) == 0
+    assert not finished(tmp_path)
+    let_go = functools.partial((tmp_path / stand_in.HOLD).unlink, missing_ok=True)
+    assert stand_in.sweep(tmp_path, tiny_dataset, show=lambda table: let_go()) == 0
     assert all(taken == list(range(1, stand_in.STEPS + 1)) for taken in steps(tmp_path).values())
     assert [len(tries) for tries in attempts(tmp_path).values()] == [1] * 12
 
@@ -105,10 +109,11 @@ def test_runs_that_survive_their_manager_are_waited_for(tiny_dataset, tmp_path):
     ids=["SIGTERM", "Ctrl-C"],
 )
 def test_told_to_stop_it_has_its_runs_save_themselves(tiny_dataset, tmp_path, tell):
-    process = start(tmp_path, tiny_dataset)
+    process = start(tmp_path, tiny_dataset, hold=4)
     wait(process, lambda: len(finished(tmp_path)) >= 1 and running(tmp_path))
     tell(process)
     assert process.wait(timeout=PATIENCE) == 75
+    (tmp_path / stand_in.HOLD).unlink()
     assert not running(tmp_path)
     assert 0 < len(finished(tmp_path)) < 12
     ended = {tries[-1]["status"] for tries in attempts(tmp_path).values() if tries}

@@ -80,15 +80,20 @@ def test_jobs_outlive_their_manager_and_are_found_again(jobs, tiny_dataset, tmp_
     def stop(table):
         first._stop = True
 
-    steps = 40
-    with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0, 1]), steps=steps) as first:
+    def let_go(table):
+        hold.unlink(missing_ok=True)
+
+    hold = tmp_path / "sweep" / stand_in.HOLD
+    hold.parent.mkdir()
+    hold.write_text("0")
+    with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0, 1])) as first:
         assert first.run(stop, poll=0.1) == 75
     assert len(list(jobs.glob("*.sh"))) == 2
-    with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0, 1, 2]), steps=steps) as again:
-        assert again.run(lambda table: None, poll=0.1) == 0
+    with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0, 1, 2])) as again:
+        assert again.run(let_go, poll=0.1) == 0
     assert len(list(jobs.glob("*.sh"))) == 3, "the runs 0 and 1 were not submitted again"
     for path in (tmp_path / "sweep").glob("runs/*/steps.txt"):
-        assert list(map(int, path.read_text().split())) == list(range(1, steps + 1))
+        assert list(map(int, path.read_text().split())) == list(range(1, stand_in.STEPS + 1))
 
 
 def test_a_preempted_job_saves_itself_and_asks_to_be_requeued(jobs, tiny_dataset, tmp_path):
@@ -100,13 +105,16 @@ def test_a_preempted_job_saves_itself_and_asks_to_be_requeued(jobs, tiny_dataset
             told.append(os.kill(attempts[0]["pid"], signal.SIGUSR2))
 
     told = []
-    with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0]), steps=100) as runs:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / stand_in.HOLD).write_text("0")  # until it is told
+    with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0])) as runs:
         (run,) = read(tmp_path / "sweep").runs
         # Who asks SLURM to requeue leaves; no one starts the job again here, so the manager submits a new one.
         assert runs.run(preempt, poll=0.05) == 0
     assert (jobs / "requeued").read_text() == "1\n"
     assert [tried["status"] for tried in run.files.attempts()] == [75, 0]
-    assert list(map(int, (run.files.workdir / "steps.txt").read_text().split())) == list(range(1, 101))
+    taken = list(map(int, (run.files.workdir / "steps.txt").read_text().split()))
+    assert taken == list(range(1, stand_in.STEPS + 1))
 
 
 @pytest.mark.parametrize(
