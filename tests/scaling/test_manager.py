@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from jaxlinear.errors import UserError
-from jaxlinear.scaling.sweeps import plans, states
+from jaxlinear.scaling.sweeps import executors, manager, plans, states
 from jaxlinear.scaling.sweeps.sweep import prepare, read
 from tests.scaling import stand_in
 
@@ -122,6 +123,38 @@ def test_told_to_stop_it_has_its_runs_save_themselves(tiny_dataset, tmp_path, te
     assert found <= {states.FINISHED, states.INTERRUPTED, states.WAITING} and states.WAITING in found
     assert stand_in.sweep(tmp_path, tiny_dataset) == 0
     assert all(taken == list(range(1, stand_in.STEPS + 1)) for taken in steps(tmp_path).values())
+
+
+@pytest.mark.parametrize("inherited", [False, True])
+def test_a_run_that_just_begins_is_told_to_stop_and_is_no_failure(tiny_dataset, tmp_path, monkeypatch, inherited):
+    """What the file says of its attempts is for a moment that of one before it, which was killed."""
+    killed, begun, told = 1, 2, []
+
+    def kill(pid, number):
+        if pid == killed:
+            assert inherited, "another process may have its number by now"
+            raise ProcessLookupError
+        told.append((pid, number))
+
+    def show(table):
+        if told:
+            run.files.end(75)
+            lock.close()
+        elif len(run.files.attempts()) == 1:
+            run.files.begin(host=socket.gethostname(), pid=begun)
+
+    monkeypatch.setattr(manager.os, "kill", kill)
+    with prepare(tmp_path, stand_in.config(tiny_dataset), stand_in.runs([0])) as planned:
+        (run,) = planned.runs
+        run.files.begin(host=socket.gethostname(), pid=killed)
+        work = manager.Manager(planned, executors.Local(tmp_path / "jobs" / "submitit", parallel=1), stand_in.TRAIN)
+        work._jobs[run.name] = manager._Job(None, *((-1, -1) if inherited else (1, 0)))
+        work._stop = True
+        with run.files.locked() as lock:
+            work._stop_runs(show, 0.01)
+        assert told == [(begun, signal.SIGTERM)]
+        ((_, progress),) = work.progress()
+        assert (progress.state, progress.step) == (states.INTERRUPTED, 0)
 
 
 def test_a_failed_run_is_named_with_its_error_and_the_others_end(tiny_dataset, tmp_path):

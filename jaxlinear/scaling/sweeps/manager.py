@@ -136,7 +136,7 @@ class Manager:
                 self._errors[name] = f"its job ended before it began: {reason or 'without a word'}"
             elif progress.state == states.FAILED:
                 self._errors[name] = progress.error or ""
-            elif progress.step > job.step:
+            elif progress.step > job.step or self._stop:  # it was told to, perhaps before its first step
                 self._waiting.append(name)
             else:
                 self._errors[name] = f"interrupted before it came further than step {progress.step}"
@@ -145,14 +145,19 @@ class Manager:
         """SIGTERM to each run, as soon as it has begun; they save themselves."""
         told = set()
         while self._jobs:
-            for name in self._jobs:
+            for name, job in self._jobs.items():
                 files = self._runs[name].files
-                attempt = files.attempts()[-1:]
-                if name in told or not files.is_running() or not attempt or "end" in attempt[0]:
+                if name in told or not files.is_running():
                     continue
-                if attempt[0]["host"] == socket.gethostname():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(attempt[0]["pid"], signal.SIGTERM)
+                # Between its lock and its own line a job has only those of jobs before it.
+                attempts = files.attempts()
+                if len(attempts) <= max(job.attempts, 0) or "end" in attempts[-1]:
+                    continue
+                if attempts[-1]["host"] == socket.gethostname():
+                    try:
+                        os.kill(attempts[-1]["pid"], signal.SIGTERM)
+                    except ProcessLookupError:
+                        continue
                 told.add(name)
             show(self.progress())
             time.sleep(poll)
