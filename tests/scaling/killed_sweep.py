@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 
 from jaxlinear.scaling.sweeps import states
@@ -40,13 +41,26 @@ def get_runs(config):
 """
 
 
-def start(directory, dataset, *, runs=2, key="training.seed"):
-    """launch/sweep.py in a process group of its own."""
+# Python that launch/sweep.py may begin with: another program trains its runs.
+TRAINS = """
+from jaxlinear.scaling.sweeps import manager
+init = manager.Manager.__init__
+manager.Manager.__init__ = lambda self, sweep, executor, train: init(self, sweep, executor, PROGRAM)
+"""
+
+
+def start(directory, dataset, *, runs=2, key="training.seed", stops=None):
+    """launch/sweep.py in a process group of its own. The run of the seed ``stops`` waits in its 5th step."""
+    before = ""
+    if stops is not None:
+        of_that = f"import sys\nif sys.argv[-1].endswith('/seed={stops}'):\n"
+        train = tiny.program(before=of_that + textwrap.indent(tiny.STOPS.replace("STEP", "5"), "    "))
+        before = TRAINS.replace("PROGRAM", repr(train))
     file = directory / "small.py"
     file.write_text(SWEEP.replace("KEY", key).replace("RUNS", str(runs)))
     options = {"config": file, "workdir": directory / "sweep", "config.data.path": dataset}
     return subprocess.Popen(
-        [sys.executable, "launch/sweep.py", *(f"--{name}={value}" for name, value in options.items())],
+        [*tiny.program("launch/sweep.py", before), *(f"--{name}={value}" for name, value in options.items())],
         cwd=tiny.REPOSITORY,
         env=tiny.environment(),
         stdout=subprocess.PIPE,
@@ -61,7 +75,7 @@ def check(directory, dataset, runs):
     finished are as they were, that one went on from a checkpoint, and every other one was begun once."""
     workdirs = [directory / "sweep" / "runs" / f"seed={seed}" for seed in range(runs)]
     half = runs // 2
-    process, begin = start(directory, dataset, runs=runs), time.monotonic()
+    process, begin = start(directory, dataset, runs=runs, stops=half), time.monotonic()
     while not (workdirs[half] / "checkpoints" / "2").exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() - begin < PATIENCE

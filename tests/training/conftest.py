@@ -23,10 +23,11 @@ def whole_run(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def launch(tiny_dataset):
-    """``launch(workdir, *arguments)`` starts launch/train.py on one device as a process of its own."""
+    """``launch(workdir, *arguments)`` starts launch/train.py on one device as a process of its own, which may run some
+    Python ``before``."""
 
-    def start(workdir, *arguments):
-        return tiny.start(workdir, tiny_dataset, *arguments)
+    def start(workdir, *arguments, before=""):
+        return tiny.start(workdir, tiny_dataset, *arguments, before=before)
 
     return start
 

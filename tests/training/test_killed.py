@@ -43,14 +43,29 @@ def same_end(workdir, expected):
     tiny.assert_equal(Checkpoints(workdir).restore(structs), Checkpoints(expected).restore(structs))
 
 
+# The checkpoint of a step is written, and never gets its name.
+TEARS = """
+import os, time
+rename = os.rename
+def waits(source, *arguments, **options):
+    if os.path.basename(source) == "STEP.orbax-checkpoint-tmp":
+        time.sleep(1000)
+    return rename(source, *arguments, **options)
+os.rename = waits
+"""
+
+
 def test_killed_at_any_moment_it_ends_the_same(launch, uninterrupted, tmp_path):
-    """Five kills at moments from a fixed seed; every second one as soon as a checkpoint is seen being written."""
+    """Five kills at moments from a fixed seed; every second one as soon as a checkpoint is seen being written. A step
+    after the one that is waited for the run waits itself, so that it is not done before it is killed."""
     workdir, moments = tmp_path / "run", random.Random(0)
     begun, torn = [], []
     for kill in range(KILLS):
-        process = launch(workdir)
+        goal = last_step(workdir) + moments.randint(1, 3)
+        assert goal + 1 < STEPS
+        stops = TEARS.replace("STEP", str(goal)) if kill % 2 else tiny.STOPS.replace("STEP", str(goal + 3))
+        process = launch(workdir, before=stops)
         begun.append(max(Checkpoints(workdir).steps(), default=0) if kill else 0)
-        goal = begun[-1] + moments.randint(1, 3)
         wait(process, lambda goal=goal: last_step(workdir) >= goal)
         if kill % 2:
             wait(process, lambda: unfinished(workdir))

@@ -47,7 +47,7 @@ def processes(tiny_dataset, tmp_path):
     further arguments; ``before`` is Python that the last one runs first. Whatever becomes of the test, none outlives it."""
     with contextlib.ExitStack() as stack:
 
-        def run(workdir, count, devices, *arguments, each=None, folders=None, before=None):
+        def run(workdir, count, devices, *arguments, each=None, folders=None, before=""):
             # Nothing else is given the port while this socket has it; the coordinator may share it.
             held = stack.enter_context(socket.socket(socket.AF_INET6))
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -58,18 +58,10 @@ def processes(tiny_dataset, tmp_path):
             started = []
             for i in range(count):
                 own = [*joined, f"--process={i}", *arguments, *(each[i] if each else [])]
-                python, program, *options = tiny.command(workdir, tiny_dataset, *own)
-                program = tiny.REPOSITORY / program
                 output = tmp_path / f"{time.monotonic_ns()}_{i}"
-                if before and i == count - 1:
-                    script = output.with_suffix(".py")
-                    script.write_text(
-                        f"{before}\nimport runpy\nrunpy.run_path({str(program)!r}, run_name='__main__')\n"
-                    )
-                    program = script
                 with output.open("w") as file:
                     process = subprocess.Popen(
-                        [python, str(program), *options],
+                        tiny.command(workdir, tiny_dataset, *own, before=before if i == count - 1 else ""),
                         cwd=folders[i] if folders else tiny.REPOSITORY,
                         env=environment,
                         stdout=file,

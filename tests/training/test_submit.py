@@ -20,7 +20,7 @@ def submit(tiny_dataset):
     running = []
 
     def begin(target, processes, workdir, *arguments):
-        _, _, *options = tiny.command(workdir, tiny_dataset, *arguments)
+        options = tiny.command(workdir, tiny_dataset, *arguments)[len(tiny.program()) :]
         program = [sys.executable, "launch/submit.py", "--platform=local", f"--target={target}"]
         process = subprocess.Popen(
             [*program, f"--processes={processes}", "--requeue", "--", *options],

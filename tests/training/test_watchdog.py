@@ -10,40 +10,17 @@ import pytest
 from jaxlinear.training.watchdog import Watchdog
 from tests.training import tiny
 
-HANGS = """
-import time
-from jaxlinear.data import loader
-read = loader.TrainBatches.__getitem__
-def waits_for_a_file_server(self, step):
-    if step == 5:
-        time.sleep(1000)
-    return read(self, step)
-loader.TrainBatches.__getitem__ = waits_for_a_file_server
-"""
 
-
-def test_a_run_that_hangs_ends_with_what_it_was_doing(tiny_dataset, tmp_path):
-    script = tmp_path / "hangs.py"
-    python, program, *options = tiny.command(
-        tmp_path / "run", tiny_dataset, "--config.training.patience_minutes=0.1", "--config.checkpoint.every_steps=1000"
-    )
-    script.write_text(
-        f"{HANGS}\nimport runpy\nrunpy.run_path({str(tiny.REPOSITORY / program)!r}, run_name='__main__')\n"
-    )
-    done = subprocess.run(
-        [python, script, *options],
-        cwd=tiny.REPOSITORY,
-        env=tiny.environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines()[-1] == (
+def test_a_run_that_hangs_ends_with_what_it_was_doing(launch, tmp_path):
+    hasty = ("--config.training.patience_minutes=0.1", "--config.checkpoint.every_steps=1000")
+    process = launch(tmp_path / "run", *hasty, before=tiny.STOPS.replace("STEP", "6"))
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 1, errors
+    assert errors.splitlines()[-1] == (
         "train.py: no sign of life for 0.1 minutes in the reading of the batch of step 6 (training.patience_minutes); "
         "above are the stacks of this process. The same command goes on from the newest checkpoint"
     )
-    assert "in waits_for_a_file_server" in done.stderr
+    assert "in waits_for_a_file_server" in errors
     assert list(tiny.losses(tmp_path / "run")) == [1, 2, 3, 4]
 
 

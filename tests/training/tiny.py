@@ -210,11 +210,33 @@ ARGUMENTS = {
 }
 
 
-def command(workdir, dataset, *arguments):
+# Python that a run may begin with: it stops before it reads the batch of a step, in a file server that does not answer.
+# The losses up to the step two before that one are written then, and its checkpoint.
+STOPS = """
+import time
+from jaxlinear.data import loader
+read = loader.TrainBatches.__getitem__
+def waits_for_a_file_server(self, index):
+    if index == STEP - 1:
+        time.sleep(1000)
+    return read(self, index)
+loader.TrainBatches.__getitem__ = waits_for_a_file_server
+"""
+
+
+def program(file="launch/train.py", before=""):
+    """The beginning of a command line: a program of the project, or one that runs this Python first."""
+    if not before:
+        return [sys.executable, str(REPOSITORY / file)]
+    run = f"import runpy\nrunpy.run_path({str(REPOSITORY / file)!r}, run_name='__main__')\n"
+    return [sys.executable, "-c", f"{before}\n{run}"]
+
+
+def command(workdir, dataset, *arguments, before=""):
     """The command line of a small run; later arguments count."""
     options = ARGUMENTS | {"config.data.path": dataset, "workdir": workdir}
     options |= dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
-    return [sys.executable, "launch/train.py", *(f"--{name}={value}" for name, value in options.items())]
+    return [*program(before=before), *(f"--{name}={value}" for name, value in options.items())]
 
 
 def environment():
@@ -223,10 +245,10 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), **own}
 
 
-def start(workdir, dataset, *arguments):
+def start(workdir, dataset, *arguments, before=""):
     """launch/train.py as a process of its own."""
     return subprocess.Popen(
-        command(workdir, dataset, *arguments),
+        command(workdir, dataset, *arguments, before=before),
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,
