@@ -316,32 +316,37 @@ def test_messages_of_the_library_are_shown_once(capsys):
 
 
 @pytest.mark.parametrize(
-    "then, status, said",
+    "before, then, status, said",
     [
         # As if within C++: no handler of Python's runs in the main thread.
         (
-            "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); ctypes.CDLL(None).sleep(60)",
+            "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})",
+            "ctypes.CDLL(None).sleep(600)",
             75,
             "program: SIGTERM, with nothing to save",
         ),
-        ("time.sleep(60)", 75, "program: SIGTERM, with nothing to save"),
+        ("", "time.sleep(600)", 75, "program: SIGTERM, with nothing to save"),
         (  # where there is time for both threads, one says it
-            "exit = os._exit; os._exit = lambda status: (time.sleep(0.5), exit(status)); time.sleep(60)",
+            "exit = os._exit; os._exit = lambda status: (time.sleep(0.5), exit(status))",
+            "time.sleep(600)",
             75,
             "program: SIGTERM, with nothing to save",
         ),
-        ("signal.signal(signal.SIGTERM, lambda *_: sys.exit('heard')); time.sleep(60)", 1, "heard"),
-        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", -signal.SIGINT, ""),  # Ctrl-C, without a traceback
+        ("signal.signal(signal.SIGTERM, lambda *_: sys.exit('heard'))", "time.sleep(600)", 1, "heard"),
+        ("os.kill(os.getpid(), signal.SIGINT)", "time.sleep(600)", -signal.SIGINT, ""),  # Ctrl-C, without a traceback
     ],
 )
-def test_sigterm_before_there_is_anything_to_save(then, status, said):
+def test_sigterm_before_there_is_anything_to_save(before, then, status, said):
     """A run that it comes to while it starts is no failure; once the run hears it, the run saves itself."""
-    code = (
-        "import ctypes, os, signal, sys, threading, time; from jaxlinear import cli; sys.argv[0] = 'program'; "
-        "cli.end_by_sigterm(75); threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start(); "
-    )
+    lines = [
+        "import ctypes, os, signal, sys, threading, time; from jaxlinear import cli; sys.argv[0] = 'program'",
+        "cli.end_by_sigterm(75)",
+        before,
+        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()",
+        then,
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", code + then], cwd=REPOSITORY, capture_output=True, text=True, timeout=50
+        [sys.executable, "-c", "\n".join(lines)], cwd=REPOSITORY, capture_output=True, text=True, timeout=240
     )
     assert (done.returncode, done.stderr.strip()) == (status, said)
 
@@ -362,5 +367,5 @@ def test_a_failure_waits_for_no_thread(what, status, said):
         f"def main():\n  threading.Thread(target=threading.Event().wait, args=(300,)).start()\n  {what}\n"
         "cli.run(main, ['program'], waits_for_threads=False)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (status, said)

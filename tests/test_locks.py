@@ -56,7 +56,7 @@ def test_one_that_ends_is_waited_for(tmp_path):
     held = threading.Event()
     thread = threading.Thread(target=hold)
     thread.start()
-    assert held.wait(10)
+    assert held.wait(240)
     with locks.of_run(tmp_path):
         assert ended.is_set()
     thread.join()

@@ -1,5 +1,6 @@
 """A run as several processes on this machine, joined by its loopback."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -7,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxlinear.errors import UserError
@@ -42,13 +43,14 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         while True:
-            joining = [f"--coordinator=127.0.0.1:{_free_port()}", f"--processes={processes}"] if processes > 1 else []
-            for i, environment in enumerate(environments):
-                command = request.command(*joining, *([f"--process={i}"] if joining else []))
-                running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment))
-                if told:  # before this one was there to be told
-                    running[-1].terminate()
-            status = _of_all([process.wait() for process in running])
+            with held_port() as port:
+                joining = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"] if processes > 1 else []
+                for i, environment in enumerate(environments):
+                    command = request.command(*joining, *([f"--process={i}"] if joining else []))
+                    running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment))
+                    if told:  # before this one was there to be told
+                        running[-1].terminate()
+                status = _of_all([process.wait() for process in running])
             running.clear()
             if status == PREEMPTED and requeue and not told:
                 time.sleep(_PAUSE)
@@ -82,7 +84,11 @@ def _environment(request: Request, process: int, processes: int) -> dict[str, st
     return environment
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A port that no other program is given within. Who asks for it, as JAX does for process 0, may share it."""
+    kind, everywhere = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
+    with socket.socket(kind) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((everywhere, 0))
+        yield held.getsockname()[1]

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 
@@ -105,6 +106,19 @@ def test_told_to_end_between_two_starts(tmp_path, monkeypatch):
     request = dataclasses.replace(asked("cpu:2"), python=stand_in(tmp_path / "python", "exec sleep 10"))
     assert local.run(request, processes=2) == 128 + signal.SIGTERM
     assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2
+
+
+def test_the_port_of_a_run_is_no_one_elses():
+    """From before its processes are started. One that asks for it, as process 0 does, may listen there."""
+    with local.held_port() as port, socket.socket() as other, socket.socket() as shares:
+        with pytest.raises(OSError, match="Address already in use"):
+            other.bind(("127.0.0.1", port))
+        shares.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        shares.bind(("127.0.0.1", port))
+        shares.listen()
+        socket.create_connection(("127.0.0.1", port)).close()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
 
 
 @pytest.mark.parametrize("visible, count", [("0,1,2", 3), ("", 0)])

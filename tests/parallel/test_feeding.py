@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlinear.launching.local import held_port
 from jaxlinear.parallel import feeding
 from jaxlinear.parallel import mesh as meshes
 
@@ -72,10 +72,8 @@ print("rows", own)
 def test_two_processes_whose_rows_are_not_neighbours():
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    with socket.socket(socket.AF_INET6) as held:  # nothing else is given the port; the coordinator may share it
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(("::", 0))
-        command = [sys.executable, "-c", PROCESS, f"127.0.0.1:{held.getsockname()[1]}"]
+    with held_port() as port:
+        command = [sys.executable, "-c", PROCESS, f"127.0.0.1:{port}"]
         started = [
             subprocess.Popen(
                 [*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

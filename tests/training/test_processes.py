@@ -5,7 +5,6 @@ import dataclasses
 import json
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import jaxlinear
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
+from jaxlinear.launching.local import held_port
 from jaxlinear.parallel import start
 from jaxlinear.training.metrics import FILE, read
 from tests.training import tiny
@@ -48,11 +48,8 @@ def processes(tiny_dataset, tmp_path):
     with contextlib.ExitStack() as stack:
 
         def run(workdir, count, devices, *arguments, each=None, folders=None, before=""):
-            # Nothing else is given the port while this socket has it; the coordinator may share it.
-            held = stack.enter_context(socket.socket(socket.AF_INET6))
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            held.bind(("::", 0))
-            joined = [f"--coordinator=127.0.0.1:{held.getsockname()[1]}", f"--processes={count}"]
+            port = stack.enter_context(held_port())
+            joined = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
             environment = tiny.environment()
             environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
             started = []
@@ -233,16 +230,14 @@ start.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]), patience=3)
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_whose_others_do_not_come_ends_with_a_reason(process):
-    with socket.socket() as held:  # of a process 1 nothing answers there
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(port), str(process)],
-        env=tiny.environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    with held_port() as port:  # of a process 1 nothing answers there
+        done = subprocess.run(
+            [sys.executable, "-c", ALONE, str(port), str(process)],
+            env=tiny.environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1] == (
         f"-c: the others of 2 processes at 127.0.0.1:{port} did not come within 0.05 minutes: were they started, and can "
@@ -253,8 +248,10 @@ def test_a_process_whose_others_do_not_come_ends_with_a_reason(process):
 
 def test_while_a_process_waits_it_says_so(monkeypatch, caplog):
     monkeypatch.setattr(start, "_SAYS_SO_EVERY", 0.05)
+    begin = time.monotonic()
     with caplog.at_level("INFO"), start._waiting("the others", patience=1800):
-        time.sleep(1)
+        while len(caplog.messages) < 2 and time.monotonic() - begin < 50:
+            time.sleep(0.01)
     assert caplog.messages[:2] == ["waiting for the others, 0 of 30 minutes"] * 2
 
 

@@ -4,10 +4,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
-from jaxlinear.training.watchdog import Watchdog
+from jaxlinear.training.watchdog import _LOOKS, Watchdog
 from tests.training import tiny
 
 
@@ -31,27 +32,61 @@ def ended(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("minutes, reason", [(0.005, ["a step"]), (0.0, [])])
-def test_what_lasts_too_long(ended, minutes, reason):
-    with Watchdog(minutes) as watchdog:
+def test_what_lasts_too_long(ended):
+    begin = time.monotonic()
+    with Watchdog(0.005) as watchdog:
         watchdog.start()
         watchdog.at("a step")
-        time.sleep(1)
-    assert ended[:1] == reason
+        while not ended and time.monotonic() - begin < 240:
+            time.sleep(0.05)
+    assert ended[:1] == ["a step"]
 
 
-def test_signs_of_life_and_rests(ended):
-    with Watchdog(0.01) as watchdog:  # 0.6 s
+def test_without_patience_nothing_lasts_too_long(ended):
+    with Watchdog(0.0) as watchdog:
+        watchdog.start()
+        watchdog.at("a step")
+        time.sleep(0.2)
+    assert ended == []
+
+
+@pytest.fixture
+def looked_at(ended):
+    """What a watchdog ends that looks at ``life(watchdog)``: so often as this yields, before it goes on."""
+
+    def look(life):
+        watchdog = Watchdog(1.0)
+        looks = (False for count in life(watchdog) for _ in range(count))
+        watchdog._over = types.SimpleNamespace(wait=lambda seconds: next(looks, True))
+        watchdog._watch()
+        return ended
+
+    return look
+
+
+@pytest.mark.parametrize("more, reason", [(0, []), (1, ["a step"])])
+def test_how_often_it_looks(looked_at, more, reason):
+    def life(watchdog):
+        watchdog.start()
+        watchdog.at("a step")
+        yield _LOOKS + more
+
+    assert looked_at(life) == reason
+
+
+def test_signs_of_life_and_rests(looked_at):
+    def life(watchdog):
         watchdog.at("the first step, which is not counted")
-        time.sleep(1)
+        yield 2 * _LOOKS
         watchdog.start()
         for _ in range(5):
             watchdog.at("a step")
-            time.sleep(0.2)
+            yield _LOOKS
         watchdog.rest()
         watchdog.at("an evaluation that compiles")
-        time.sleep(1)
-    assert ended == []
+        yield 2 * _LOOKS
+
+    assert looked_at(life) == []
 
 
 SUSPENDED = """
@@ -76,7 +111,7 @@ def test_a_process_that_was_suspended_goes_on():
         process.send_signal(signal.SIGSTOP)
         time.sleep(4)
         process.send_signal(signal.SIGCONT)
-        assert process.communicate(timeout=60)[0] == "went on\n" and process.returncode == 0
+        assert process.communicate(timeout=240)[0] == "went on\n" and process.returncode == 0
     finally:
         process.kill()
         process.wait()
