@@ -17,7 +17,6 @@ from jaxlinear.errors import UserError
 from jaxlinear.evaluation import html, plots
 from jaxlinear.evaluation.options import Options
 from jaxlinear.evaluation.run import Run, open_run
-from jaxlinear.training.tensorboard import TensorBoard
 from jaxlinear.training.workdir import read_config, read_starts
 
 _LOG = logging.getLogger(__name__)
@@ -164,6 +163,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _to_tensorboard(folder: Path, step: int, report: dict[str, Any]) -> None:
+    from jaxlinear.training.tensorboard import TensorBoard  # which imports torch where it can: not for those who read
+
     with contextlib.closing(TensorBoard(folder)) as board:
         for task, values in evaluation.scalars(report).items():
             board.write(step, {f"{task}/{name}": value for name, value in values.items()})

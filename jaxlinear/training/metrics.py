@@ -5,12 +5,14 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from jaxlinear.parallel import start
-from jaxlinear.training.tensorboard import TensorBoard
+
+if TYPE_CHECKING:
+    from jaxlinear.training.tensorboard import TensorBoard
 
 FILE = "metrics.jsonl"
 
@@ -23,7 +25,7 @@ class MetricsWriter:
         # The first process of a run writes; the others' lines go nowhere.
         first = start.is_first()
         self._file = _open_at(workdir / FILE, step) if first else open(os.devnull, "a")
-        self._board = TensorBoard(workdir, purge_step=step + 1) if tensorboard and first else None
+        self._board = _board(workdir, step + 1) if tensorboard and first else None
         self._bar = tqdm(
             total=steps,
             initial=step,
@@ -70,6 +72,13 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")[:-1]
     return [json.loads(line) for line in lines]
+
+
+def _board(workdir: Path, purge_step: int) -> "TensorBoard":
+    # Not for those who only read, or want no curves: tensorboardX imports torch where that is installed, for seconds.
+    from jaxlinear.training.tensorboard import TensorBoard
+
+    return TensorBoard(workdir, purge_step=purge_step)
 
 
 def _open_at(path: Path, step: int):

@@ -5,6 +5,8 @@ import errno
 import os
 import resource
 import struct
+import subprocess
+import sys
 import types
 
 import jax.numpy as jnp
@@ -46,6 +48,18 @@ def test_lines_of_steps_that_will_be_taken_again_are_dropped(tmp_path):
     assert lines[:3] == [f'{{"step": {step}, "loss": {1 / step}}}' for step in (1, 2, 3)]
     assert lines[3:] == ['{"step": 4, "loss": 0.30000000000000004, "heldout_loss": NaN}']
     assert [path.name for path in tmp_path.iterdir()] == [metrics.FILE]
+
+
+def test_import_is_light():
+    """Programs that write no curves do not import what does, which takes as long as all else together."""
+    program = (
+        "import sys, jaxlinear.evaluation.following, jaxlinear.scaling.sweeps.manager, jaxlinear.training.loop; "
+        "print(sorted({'tensorboardX', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tiny.REPOSITORY, check=True
+    )
+    assert done.stdout == "[]\n"
 
 
 def test_a_start_after_a_line_that_was_cut_short_has_a_line_of_its_own(tmp_path):
