@@ -57,12 +57,17 @@ def optimised(request):
         return
     import jax
 
+    # Nor is it kept: without such a device JAX cannot read it again, of which it warns.
+    optimisations, kept = "jax_disable_most_optimizations", "jax_persistent_cache_min_compile_time_secs"
+    before = {optimisations: jax.config.read(optimisations), kept: getattr(jax.config, kept)}
     with pytest.MonkeyPatch.context() as patch:  # of the programs that these tests start, too
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
-        before = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", False)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1e9")
+        for name, value in {optimisations: False, kept: 1e9}.items():
+            jax.config.update(name, value)
         yield
-        jax.config.update("jax_disable_most_optimizations", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True)
