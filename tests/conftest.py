@@ -1,6 +1,7 @@
 """What all tests share: several devices on the CPU, what was compiled before, and a run that is trained once."""
 
 import gc
+import itertools
 import os
 import pathlib
 import tempfile
@@ -24,8 +25,12 @@ from jaxlinear.parallel import targets
 
 targets.set_environment()
 
+# What JAX traces is many objects that live long, in which Python's own thresholds have it look for garbage all the time.
+gc.set_threshold(20_000, 10, 10)
+
 _MAPS = pathlib.Path("/proc/self/maps")
 _MANY_MAPS = 30_000  # Linux allows a process 65,530; compiled programs take a few each, and the compiler aborts without
+_EVERY = 8  # tests: to count them takes 10 ms when they are many
 
 
 def pytest_addoption(parser):
@@ -70,11 +75,14 @@ def optimised(request):
             jax.config.update(name, value)
 
 
+_tests = itertools.count(1)
+
+
 @pytest.fixture(autouse=True)
 def few_programs():
     """Lets go of compiled programs when there are many: a worker meets those of a thousand tests."""
     yield
-    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+    if next(_tests) % _EVERY == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
         import jax
 
         jax.clear_caches()
