@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -25,7 +26,9 @@ with locks.of_run(pathlib.Path(sys.argv[1])):
 
 
 def test_a_second_one_is_refused_with_who_holds_it(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(locks, "_PATIENCE", 0.1)
+    now = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(locks, "time", clock)
     with locks.of_run(tmp_path):
         before = (tmp_path / locks.FILE).read_bytes()
         assert json.loads(before)["pid"] == os.getpid()
@@ -37,7 +40,8 @@ def test_a_second_one_is_refused_with_who_holds_it(tmp_path, monkeypatch, caplog
         ):
             pass
         assert (tmp_path / locks.FILE).read_bytes() == before
-    assert len(caplog.messages) == 1 and "waiting for it, 0 seconds at most" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "waiting for it, 120 seconds at most" in caplog.messages[0]
+    assert now == [120.0]
     with locks.of_run(tmp_path):
         pass
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b""]
