@@ -1,10 +1,14 @@
 """What all tests share: several devices on the CPU, what was compiled before, and a run that is trained once."""
 
+import contextlib
 import gc
 import itertools
 import os
 import pathlib
+import shutil
 import tempfile
+
+from jaxlinear import locks
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -14,6 +18,13 @@ if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "
 # Never in the user's own directory: tests kill programs while they write, and nothing of another day decides a test.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="compiled_programs_")
+    _lock = open(os.path.join(_programs.name, "no_lock_yet"), "wb")
+    assert locks.take(_lock)
+    os.rename(_lock.name, os.path.join(_programs.name, locks.FILE))
+    for _left in pathlib.Path(tempfile.gettempdir()).glob("compiled_programs_*"):  # of tests that were killed
+        with contextlib.suppress(OSError), (_left / locks.FILE).open("rb") as _other:
+            if locks.take(_other):
+                shutil.rmtree(_left, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
