@@ -10,6 +10,7 @@ import pytest
 
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps import executors, manager, states
+from jaxlinear.scaling.sweeps.runner import TrainingJob
 from jaxlinear.scaling.sweeps.sweep import prepare, read
 from tests.scaling import stand_in
 
@@ -115,6 +116,12 @@ def test_a_preempted_job_saves_itself_and_asks_to_be_requeued(jobs, tiny_dataset
     assert [tried["status"] for tried in run.files.attempts()] == [75, 0]
     taken = list(map(int, (run.files.workdir / "steps.txt").read_text().split()))
     assert taken == list(range(1, stand_in.STEPS + 1))
+
+
+def test_a_job_may_be_preempted_before_it_begins():
+    """Between the handlers of submitit and the call; the same job is what is requeued."""
+    job = TrainingJob("sweep", "seed=0", ["train"], {"CUDA_VISIBLE_DEVICES": None})
+    assert job.checkpoint().function == TrainingJob("sweep", "seed=0", ["train"], {"CUDA_VISIBLE_DEVICES": None})
 
 
 @pytest.mark.parametrize(

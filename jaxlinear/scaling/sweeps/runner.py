@@ -24,11 +24,12 @@ class TrainingJob:
     name: str
     command: list[str]
     environment: dict[str, str | None]
+    # Here and not where the call begins: a job may be preempted before.
+    _stopped: bool = dataclasses.field(default=False, init=False, repr=False)
+    _child: "subprocess.Popen[bytes] | None" = dataclasses.field(default=None, init=False, repr=False)
 
     def __call__(self) -> int:
         """The status of the training process. Of several tasks of one job, the first one keeps the books."""
-        self._stopped = False
-        self._child: subprocess.Popen[bytes] | None = None
         signal.signal(signal.SIGTERM, self._stop)
         self._files = RunFiles(Path(self.sweep), self.name)
         task = os.environ.get("SLURM_PROCID", "0")
