@@ -22,7 +22,8 @@ from tests.training import tiny
 STEPS = 20  # of tiny.ARGUMENTS
 PATIENCE = 240
 # Seconds within which the others end when one is lost while they train: less than the 100 that JAX waits for a sign of
-# life, which is how long it takes where one is lost while all write a checkpoint.
+# life, which is how long it takes where one is lost while all write a checkpoint. What a run takes to begin is added: 10 s,
+# and more on a slow machine, where their end takes longer too.
 PROMPT = 60
 
 
@@ -73,13 +74,14 @@ def processes(tiny_dataset, tmp_path):
 
 
 def wait_for(group, condition):
-    """Until ``condition()``; all processes have to be running all the while."""
+    """Until ``condition()``; all processes have to be running all the while. The seconds that it took."""
     begin = time.monotonic()
     while not condition():
         for process in group:
             assert process.running.poll() is None, process
         assert time.monotonic() - begin < PATIENCE, group[0]
         time.sleep(0.01)
+    return time.monotonic() - begin
 
 
 def last_step(workdir):
@@ -110,11 +112,11 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
     for process in processes(workdir, 2, 2, *spread, "--config.training.steps=8"):
         assert process.end()[0] == 0, process
     pair = processes(workdir, 2, 2, *spread, endless, before=STALE)
-    wait_for(pair, lambda: last_step(workdir) >= 11)
+    began = wait_for(pair, lambda: last_step(workdir) >= 11)
     pair[1].running.send_signal(signal.SIGKILL)
     begin = time.monotonic()
     status, _ = pair[0].end()
-    assert status not in (0, 75) and time.monotonic() - begin < PROMPT, pair[0]
+    assert status not in (0, 75) and time.monotonic() - begin < PROMPT + began, pair[0]
     assert Checkpoints(workdir).steps()[-1] == 8
     further = last_step(workdir) + 3  # than what the killed pair wrote, from which the next cut what is beyond step 8
 
@@ -145,11 +147,11 @@ def test_the_coordinator_lost(processes, tmp_path):
     pair = processes(
         workdir, 2, 1, "--config.mesh.data=1", "--config.mesh.sequence=2", "--config.training.steps=100000"
     )
-    wait_for(pair, lambda: last_step(workdir) >= 2)
+    began = wait_for(pair, lambda: last_step(workdir) >= 2)
     pair[0].running.send_signal(signal.SIGKILL)
     begin = time.monotonic()
     status, _ = pair[1].end()
-    assert status not in (0, 75) and time.monotonic() - begin < PROMPT, pair[1]
+    assert status not in (0, 75) and time.monotonic() - begin < PROMPT + began, pair[1]
 
 
 def test_hosts_whose_configs_differ_are_refused(processes, tmp_path):
