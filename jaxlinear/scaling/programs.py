@@ -169,7 +169,8 @@ def _with_work(module: hlo.Module, between: Iterable[hlo.Instruction], **known: 
 
 
 def moved(module: hlo.Module, work: hlo.Instruction) -> float:
-    """Bytes that an instruction reads and writes at most. Of a loop all that it has; of an update in place the update."""
+    """Bytes that an instruction reads and writes at most. Of a loop all that it has; of an update in place the update; of
+    an array from which a fusion cuts slices and no more, these."""
     if _IDLE.fullmatch(work.opcode):
         return 0
     lines = (
@@ -181,8 +182,30 @@ def moved(module: hlo.Module, work: hlo.Instruction) -> float:
         last = by_name[last.operands[0]]
     if last.opcode == "dynamic-update-slice" and last.operands[1] in by_name:
         return 2 * hlo.size(by_name[last.operands[1]].shape)
+    calls = [line for line in lines if line.opcode == "custom-call"]
+    if calls and '"dynamic_slice_fusion"' in work.attributes:  # JAX 0.11, GPU: a product from slices or into one
+        return sum(moved(module, call) for call in calls)
     shape = _SCRATCH.sub("", work.shape) if work.opcode == "custom-call" else work.shape
-    return hlo.size(shape) + sum(module.sizes.get(name, 0) for name in work.operands)
+    inputs = {int(line.inside): line.name for line in lines if line.opcode == "parameter"}
+    return hlo.size(shape) + sum(
+        min(module.sizes.get(name, 0), _cut(lines, inputs[i]) if i in inputs else math.inf)
+        for i, name in enumerate(work.operands)
+    )
+
+
+def _cut(lines: list[hlo.Instruction], name: str) -> float:
+    """Bytes of the slices that these lines cut from an array, if they do nothing else with it; else infinity."""
+    total = 0.0
+    for line in lines:
+        if name not in line.operands:
+            continue
+        if line.opcode == "bitcast":
+            total += _cut(lines, line.name)
+        elif line.opcode in ("dynamic-slice", "slice") and line.operands.index(name) == 0:
+            total += hlo.size(line.shape)
+        else:
+            return math.inf
+    return total
 
 
 def _computed(module: hlo.Module, between: Iterable[hlo.Instruction]) -> tuple[str, ...]:

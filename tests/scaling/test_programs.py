@@ -281,6 +281,59 @@ def test_a_trifle_beside_a_collective_hides_nothing(more, during):
     assert one.during == tuple(f"jit(step)/{name}" for name in during)
 
 
+SLICED = """HloModule jit_step, is_scheduled=true
+
+%product (rows: bf16[32,16], kernel: bf16[16,16], stack: bf16[8,32,16], i: s32[]) -> (bf16[8,32,16], s8[4096]) {
+  %stack = bf16[8,32,16]{2,1,0} parameter(2)
+  %rows = bf16[32,16]{1,0} parameter(0)
+  %kernel = bf16[16,16]{1,0} parameter(1)
+  %call = (bf16[32,16]{1,0}, s8[4096]{0}) custom-call(%rows, %kernel), custom_call_target="__cublas$lt$matmul"
+  %result = bf16[32,16]{1,0} get-tuple-element(%call), index=0
+  %i = s32[] parameter(3)
+  %placed = bf16[8,32,16]{2,1,0} dynamic-update-slice(%stack, %result, %i)
+  %scratch = s8[4096]{0} get-tuple-element(%call), index=1
+  ROOT %both = (bf16[8,32,16]{2,1,0}, s8[4096]{0}) tuple(%placed, %scratch)
+}
+
+%rounded (kernels: f32[8,16,16], j: s32[]) -> bf16[16,16] {
+  %kernels = f32[8,16,16]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %same = f32[8,256]{1,0} bitcast(%kernels)
+  %one = f32[1,256]{1,0} dynamic-slice(%same, %j, %j), dynamic_slice_sizes={1,256}
+  ROOT %narrow = bf16[16,16]{1,0} convert(%one)
+}
+
+%summed (kernels.2: f32[8,16,16], k: s32[]) -> f32[1,16,16] {
+  %kernels.2 = f32[8,16,16]{2,1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %one.2 = f32[1,16,16]{2,1,0} dynamic-slice(%kernels.2, %k, %k, %k), dynamic_slice_sizes={1,16,16}
+  %all = f32[] reduce(%kernels.2), to_apply=%add
+  ROOT %sum = f32[1,16,16]{2,1,0} add(%one.2, %all)
+}
+
+ENTRY %main (a: bf16[32,16], b: f32[8,16,16], c: bf16[8,32,16], d: s32[]) -> s32[] {
+  %a = bf16[32,16]{1,0} parameter(0)
+  %b = f32[8,16,16]{2,1,0} parameter(1)
+  %c = bf16[8,32,16]{2,1,0} parameter(2)
+  %d = s32[] parameter(3)
+  %fusion.1 = bf16[16,16]{1,0} fusion(%b, %d), kind=kLoop, calls=%rounded
+  %fusion.2 = f32[1,16,16]{2,1,0} fusion(%b, %d), kind=kLoop, calls=%summed
+  %fusion.3 = (bf16[8,32,16]{2,1,0}, s8[4096]{0}) fusion(%a, %fusion.1, %c, %d), kind=kCustom, calls=%product, \
+backend_config={"fusion_backend_config":{"custom_fusion_config":{"name":"dynamic_slice_fusion"}}}
+  ROOT %end = s32[] copy(%d)
+}
+"""
+
+
+def test_of_arrays_that_are_cut_the_slices_are_moved():
+    """A layer's kernel, of those of all layers, and the place of a product's result (XLA for GPUs of JAX 0.11); all of an
+    array of which something else is read too."""
+    module = hlo.parse(SLICED)
+    found = [programs.moved(module, line) for line in module.computations["main"] if line.opcode == "fusion"]
+    kernel, rows, index = 16 * 16, 32 * 16, 4
+    assert found == [(4 + 2) * kernel + index, (8 + 1) * 4 * kernel + index, 2 * kernel + 2 * 2 * rows]
+
+
 def test_sizes():
     assert hlo.size("f32[8,1,128]{2,1,0:T(1,128)S(1)}") == 8 * 128 * 4
     assert hlo.size("(bf16[3]{0}, pred[5]{0}, s32[], /*index=3*/u4[6]{0:T(8)(4,1)})") == 6 + 5 + 4 + 3
