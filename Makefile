@@ -3,8 +3,8 @@
 # make test         the test suite
 # make test-published  training steps of published sizes compiled for a TPU pod and for GPUs (minutes)
 # make test-meshes  every model on every mesh that spreads time, and what compiled steps exchange (a quarter of an hour)
-# make test-newest  operations, kernels and meshes with the newest JAX; PYTHON_NEWEST names a Python from 3.12 on,
-#                   TESTS_NEWEST other tests
+# make test-newest  operations, kernels, meshes and what goes on beside an exchange of GPUs with the newest JAX;
+#                   PYTHON_NEWEST names a Python from 3.12 on, TESTS_NEWEST other tests
 # make test-pages   reports opened in a headless browser; CHROMIUM names it
 # make lint         ruff and mypy
 # Each makes its own environment in .venv (test-newest: .venv-newest); PYTHON names the interpreter of that, 3.11 or newer.
@@ -41,6 +41,7 @@ test-meshes: .venv/installed-test
 # JAX 0.11 needs Python 3.12, and .venv may be older.
 test-newest: .venv-newest/installed
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal $(TESTS_NEWEST)
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest "tests/parallel/test_compiled_collectives.py::test_on_gpu[hawk]"
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py -k griffin
 
 test-pages: .venv/installed-pages
