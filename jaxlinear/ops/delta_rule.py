@@ -65,7 +65,7 @@ def delta_rule(
     if beta.shape != q.shape[:3]:
         raise UserError(f"delta_rule: beta {beta.shape} does not fit queries {q.shape}; it is [B, T, H]")
     checks.real("delta_rule", beta=beta)
-    backend = choose(backend, q, k, v, chunk_size, runner)
+    backend = choose(backend, q, k, v, chunk_size, runner, by_channel=matrix_states.is_by_channel(log_decay))
     chunk = matrix_states.choose_chunk("delta_rule", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = checks.scale("delta_rule", width, scale)

@@ -16,20 +16,27 @@ from jaxlinear.pallas import delta_rule as kernels
 _LEAST, _MOST = 16, 128  # tokens of a chunk
 
 
-def refusal(q: jax.Array, k: jax.Array, v: jax.Array, chunk_size: int | None, platform: str) -> str | None:
+def refusal(
+    q: jax.Array, k: jax.Array, v: jax.Array, chunk_size: int | None, by_channel: bool, platform: str
+) -> str | None:
     """``state_kernels.refusal``."""
     most = blocks.delta_rule_gpu_chunk(k.shape[3], backends.target().gpu) if platform == "gpu" else _MOST
-    return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=(_LEAST, most), of_heads=_of_heads)
+    of_heads = functools.partial(_of_heads, by_channel=by_channel)
+    return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=(_LEAST, most), of_heads=of_heads)
 
 
-def _of_heads(heads: int, widths: tuple[int, int]) -> str | None:
+def _of_heads(heads: int, widths: tuple[int, int], size: int, *, by_channel: bool) -> str | None:
     together = blocks.delta_rule_heads("", heads, *widths)
-    if together <= blocks.DELTA_RULE_HEADS:
-        return None
-    return (
-        f"the kernel takes at most {blocks.DELTA_RULE_HEADS} heads together, and of {heads} heads with K, V = {widths} "
-        f"{together} fill registers of 128 lanes; multiples of 16 need fewer"
+    registers = (
+        f"of {heads} heads with K, V = {widths} {together} fill registers of 128 lanes; multiples of 16 need fewer"
     )
+    if together > blocks.DELTA_RULE_HEADS:
+        return f"the kernel takes at most {blocks.DELTA_RULE_HEADS} heads together, and {registers}"
+    needed = blocks.delta_rule_vmem(together, *widths, size, by_channel)
+    if needed > blocks.VMEM_BYTES:
+        limit = f"{blocks.VMEM_BYTES >> 20} MiB of VMEM, and takes about {needed / 2**20:.0f}"
+        return f"the kernel has {limit}: {registers}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

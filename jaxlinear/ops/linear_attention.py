@@ -58,7 +58,7 @@ def linear_attention(
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     matrix_states.check_shapes("linear_attention", q, k, v, log_decay, initial_state, constant_decay=True)
     batch, length, _, width = q.shape
-    backend = choose(backend, q, k, v, chunk_size, runner)
+    backend = choose(backend, q, k, v, chunk_size, runner, by_channel=matrix_states.is_by_channel(log_decay))
     chunk = matrix_states.choose_chunk("linear_attention", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = checks.scale("linear_attention", width, scale)

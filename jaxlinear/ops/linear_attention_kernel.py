@@ -14,13 +14,15 @@ from jaxlinear.pallas import blocks
 from jaxlinear.pallas import linear_attention as kernels
 
 
-def refusal(q: jax.Array, k: jax.Array, v: jax.Array, chunk_size: int | None, platform: str) -> str | None:
-    """``state_kernels.refusal``."""
+def refusal(
+    q: jax.Array, k: jax.Array, v: jax.Array, chunk_size: int | None, by_channel: bool, platform: str
+) -> str | None:
+    """``state_kernels.refusal``; it is the same for every decay."""
     chunks = blocks.CHUNKS.get(platform, blocks.CHUNKS_INTERPRETED)
     return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=chunks, of_heads=_of_heads)
 
 
-def _of_heads(heads: int, widths: tuple[int, int]) -> str | None:
+def _of_heads(heads: int, widths: tuple[int, int], size: int) -> str | None:
     if blocks.heads_of_block(heads, widths, 0) is not None:
         return None
     return (

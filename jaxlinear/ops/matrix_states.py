@@ -23,14 +23,20 @@ def choose(
     v: jax.Array,
     chunk_size: int | None = None,
     runner: recurrence.Runner = recurrence.WHOLE,
+    *,
+    by_channel: bool = False,
 ) -> str:
-    """``"pallas"`` where an operation takes its kernel, else the backend as it was given. ``refusal(q, k, v, chunk_size,
-    platform)``: why the kernel does not run, or None."""
+    """``"pallas"`` where an operation takes its kernel, else the backend as it was given. ``by_channel``: of decays of key
+    channels. ``refusal(q, k, v, chunk_size, by_channel, platform)``: why the kernel does not run, or None."""
     backends.check(operation, backend, ("recurrent", "chunked", "pallas"))
     _check_chunk(operation, backend, chunk_size)
     few = chunk_size is None and q.shape[1] <= FEW_TOKENS and runner is recurrence.WHOLE
-    shapes = q.shape, v.shape
-    return backends.kernel_or_chunks(operation, backend, few, shapes, functools.partial(refusal, q, k, v, chunk_size))
+    refused = functools.partial(refusal, q, k, v, chunk_size, by_channel)
+    return backends.kernel_or_chunks(operation, backend, few, (q.shape, v.shape), refused)
+
+
+def is_by_channel(log_decay: jax.Array | None) -> bool:
+    return log_decay is not None and jnp.ndim(log_decay) == 4
 
 
 def choose_chunk(

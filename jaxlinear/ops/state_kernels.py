@@ -21,7 +21,9 @@ from jaxlinear.pallas import derivatives
 from jaxlinear.pallas.linear_attention import Options
 from jaxlinear.pallas.target import Target
 
-NARROWEST, WIDEST = 16, 256  # K, and V of one kernel, where they are compiled
+# K, and V of one kernel, where they are compiled; V of bfloat16 twice as many. Kernels that share V each compute again what
+# follows from the keys.
+NARROWEST, WIDEST, WIDEST_VALUES = 16, 256, 512
 _TAKEN = {"tpu": (np.dtype(np.float32), np.dtype(jnp.bfloat16)), "gpu": (np.dtype(jnp.bfloat16),)}
 
 
@@ -33,13 +35,13 @@ def refusal(
     platform: str,
     *,
     chunks: tuple[int, int],
-    of_heads: Callable[[int, tuple[int, int]], str | None],
+    of_heads: Callable[[int, tuple[int, int], int], str | None],
 ) -> str | None:
     """Why kernels do not run, or None. On other platforms than TPU and GPU they are interpreted, and run whatever these do
     but chunks that are no power of two. On GPU products of float32 would take more registers than there are.
 
-    ``chunks``: the fewest and the most tokens of one on this platform; ``of_heads(H, (K, V of a kernel))``: what stands
-    against such heads on TPU.
+    ``chunks``: the fewest and the most tokens of one on this platform; ``of_heads(H, (K, V of a kernel), bytes of
+    a number)``: what stands against such heads on TPU.
     """
     least, most = chunks
     if chunk_size is not None and (int(chunk_size).bit_count() != 1 or not least <= chunk_size <= most):
@@ -55,16 +57,26 @@ def refusal(
     wrong = f"K = {keys}" if not NARROWEST <= keys <= WIDEST else f"V = {values}" if values < NARROWEST else None
     if wrong:
         return f"the kernel takes K from {NARROWEST} to {WIDEST} and V from {NARROWEST} on, not {wrong}"
-    pieces = value_pieces(values)
+    size = _product_bytes(q, k, v)
+    pieces = value_pieces(values, size)
     if pieces is None:
-        return f"the kernel takes V in equal parts of at most {WIDEST}, which V = {values} does not allow"
-    return of_heads(heads, (keys, values // pieces)) if platform == "tpu" else None
+        return f"the kernel takes V in equal parts of at most {_widest(size)}, which V = {values} does not allow"
+    return of_heads(heads, (keys, values // pieces), size) if platform == "tpu" else None
 
 
-def value_pieces(width: int) -> int | None:
-    """How many kernels share V: the columns of a state do not see each other. None where they cannot."""
-    pieces = -(-width // WIDEST)
-    return pieces if width % pieces == 0 else None
+def value_pieces(width: int, size: int) -> int | None:
+    """How many kernels share V, of numbers of ``size`` bytes: the columns of a state do not see each other. None where
+    they cannot."""
+    fewest = -(-width // _widest(size))
+    return next((pieces for pieces in range(fewest, 2 * fewest + 1) if width % pieces == 0), None)
+
+
+def _widest(size: int) -> int:
+    return WIDEST_VALUES if size == 2 else WIDEST
+
+
+def _product_bytes(*arrays: jax.Array) -> int:
+    return functools.reduce(np.promote_types, (x.dtype for x in arrays)).itemsize
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -74,7 +86,8 @@ def outputs(kernels: ModuleType, inputs: Any, state: jax.Array, options: Options
 
 
 def _by_pieces(kernels, inputs, state, options, *, keep):
-    parts = zip(_of_pieces(inputs), _split(state), strict=True)
+    pieces = _of_pieces(inputs)
+    parts = zip(pieces, _split(state, len(pieces)), strict=True)
     o, final, before = zip(*(kernels.forward(*part, options, keep=keep) for part in parts), strict=True)
     return _joined(o), _joined(final), before
 
@@ -127,13 +140,13 @@ summary.defvjp(_summary_forward, _summary_backward)
 
 def _of_pieces(inputs):
     """The inputs with each piece of V."""
-    return [inputs._replace(v=v) for v in _split(inputs.v)]
-
-
-def _split(x: jax.Array, pieces: int | None = None) -> list[jax.Array]:
-    """By its last axis, V."""
-    pieces = pieces or value_pieces(x.shape[-1])
+    pieces = value_pieces(inputs.v.shape[-1], _product_bytes(inputs.q, inputs.k, inputs.v))
     assert pieces is not None
+    return [inputs._replace(v=v) for v in _split(inputs.v, pieces)]
+
+
+def _split(x: jax.Array, pieces: int) -> list[jax.Array]:
+    """By its last axis, V."""
     return jnp.split(x, pieces, axis=-1) if pieces > 1 else [x]
 
 

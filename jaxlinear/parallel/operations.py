@@ -90,8 +90,8 @@ def _with_matrix_state(
     q, k, v = inputs[:3]
     runner, mesh = _runner(operation.__name__, q.shape[1], "heads"), sharding.mesh_in_use()
     spread, chunk_size = runner is not recurrence.WHOLE, options.get("chunk_size")
-    alone = mesh is None or mesh.size == 1
-    if alone or spread or choose(options.get("backend", "auto"), q, k, v, chunk_size) != "pallas":
+    whole, by_channel = mesh is None or mesh.size == 1 or spread, matrix_states.is_by_channel(log_decay)
+    if whole or choose(options.get("backend", "auto"), q, k, v, chunk_size, by_channel=by_channel) != "pallas":
         return operation(*inputs, log_decay, state, runner=runner, **options)
     assert mesh is not None
 

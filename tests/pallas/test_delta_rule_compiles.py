@@ -26,6 +26,7 @@ CASES = {
     "channel_128": (1, 4096, 2, 128, 128, "bfloat16", "channel", False),
     "channel_256": (1, 1024, 1, 256, 256, "bfloat16", "channel", True),
     "none_256": (1, 2048, 2, 256, 256, "float32", "none", False),
+    "wide_values": (1, 1024, 9, 200, 400, "bfloat16", "scalar", False),  # as of Gated DeltaNet 1.3B
     "longest": (1, 131_072, 2, 128, 128, "bfloat16", "scalar", False),
     "odd": (3, 1000, 3, 48, 32, "float32", "scalar", True),
     "narrow": (1, 200, 9, 16, 16, "bfloat16", "none", True),
@@ -42,7 +43,10 @@ ON_GPU = {
     "scalar_256": (1, 1024, 2, 256, 256, "bfloat16", "scalar", True),
     "none_packed_256": (1, 1024, 2, 256, 256, "bfloat16", "none", True),
     "few_chunks": (1, 200, 2, 128, 128, "bfloat16", "none", False),
-    **{name: CASES[name] for name in ("none_64", "scalar_128", "channel_128", "channel_256", "narrow", "shortest")},
+    **{
+        name: CASES[name]
+        for name in ("none_64", "scalar_128", "channel_128", "channel_256", "wide_values", "narrow", "shortest")
+    },
 }
 TARGETS = {
     "v5e:1x1": list(CASES),

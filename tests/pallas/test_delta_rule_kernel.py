@@ -204,6 +204,7 @@ def test_auto_takes_it_where_it_runs(caplog):
 @pytest.mark.parametrize(
     "shapes, chunk, reason",
     [
+        ((9, 200, 200), None, "has 64 MiB of VMEM, and takes about 85: of 9 heads with K, V = .200, 200. 9 fill"),
         ((2, 8, 16), None, "K from 16 to 256 and V from 16 on, not K = 8"),
         ((2, 16, 257), None, "V in equal parts of at most 256, which V = 257 does not allow"),
         ((64, 20, 20), None, "at most 16 heads together, and of 64 heads with K, V = .20, 20. 32 fill registers"),
@@ -215,8 +216,17 @@ def test_what_it_does_not_take_is_refused(shapes, chunk, reason):
     heads, keys, values = shapes
     q, v, beta = jnp.ones((1, 9, heads, keys)), jnp.ones((1, 9, heads, values)), jnp.ones((1, 9, heads))
     with backends.use_platform("tpu", "TPU v5 lite"), pytest.raises(UserError) as error:
-        delta_rule(q, q, v, beta, chunk_size=chunk, backend="pallas")
-    assert re.fullmatch(rf"delta_rule: the kernel takes {reason}.*; backend='chunked' runs it", str(error.value))
+        delta_rule(q, q, v, beta, -q, chunk_size=chunk, backend="pallas")
+    assert re.fullmatch(rf"delta_rule: the kernel (takes )?{reason}.*; backend='chunked' runs it", str(error.value))
+
+
+def test_what_vmem_holds_depends_on_the_decay():
+    q = jnp.ones((1, 9, 9, 200))
+    with backends.use_platform("tpu", "TPU v5 lite"):
+        assert choose("auto", q, q, q) == "pallas"
+        assert choose("auto", q, q, q, by_channel=True) == "auto"
+        narrow = q.astype(jnp.bfloat16)
+        assert choose("auto", narrow, narrow, narrow, by_channel=True) == "pallas"
 
 
 def test_the_map_of_a_run_has_no_gradient():

@@ -28,13 +28,14 @@ CASES = {
     "constant_256": (1, 2048, 2, 256, 256, "bfloat16", "constant", False),
     "channel_256": (1, 1024, 2, 128, 256, "float32", "channel", True),
     "wide_256": (1, 2048, 2, 256, 256, "float32", "scalar", True),
+    "wide_values": (1, 1024, 2, 256, 512, "bfloat16", "channel", False),  # as of GLA 1.3B
     "longest": (1, 131_072, 2, 128, 128, "bfloat16", "scalar", False),
     "odd": (3, 1000, 3, 48, 32, "float32", "scalar", True),
     "narrow": (1, 200, 16, 16, 16, "bfloat16", "channel", True),
     "ragged_heads": (1, 256, 5, 64, 128, "bfloat16", "constant", False),
 }
 ON_GPU = {
-    **{name: CASES[name] for name in ("none_64", "scalar_128", "channel_128", "constant_256", "narrow")},
+    **{name: CASES[name] for name in ("none_64", "scalar_128", "channel_128", "constant_256", "wide_values", "narrow")},
     "packed_channel_64": (1, 1024, 2, 64, 64, "bfloat16", "channel", True),
     "packed_channel_256": (1, 1024, 2, 256, 256, "bfloat16", "channel", True),
     "odd_128": (1, 1000, 2, 128, 128, "bfloat16", "channel", True),

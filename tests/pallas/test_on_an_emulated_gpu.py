@@ -82,33 +82,35 @@ def compare(kernel, reference, inputs, cotangents):
 
 
 @pytest.mark.parametrize(
-    "decay, length, width",
+    "decay, length, width, values",
     [
-        *(("scalar", 200, 128), ("channel", 130, 128), ("none", 150, 256)),
-        *(("scalar", 256, 128), ("constant", 256, 64), ("none", 384, 128)),
+        *(("scalar", 200, 128, 128), ("channel", 130, 128, 128), ("none", 150, 256, 256)),
+        *(("scalar", 256, 128, 128), ("constant", 256, 64, 64), ("none", 384, 128, 128), ("scalar", 70, 64, 400)),
     ],
 )
-def test_linear_attention_of_many_channels(decay, length, width):
+def test_linear_attention_of_many_channels(decay, length, width, values):
     random, ids = np.random.default_rng(0), documents(length) if (decay, length) != ("scalar", 256) else None
     chunk = blocks.linear_attention_gpu(length, width, decay, ids is not None, None, None).chunk
-    assert chunk == {200: 64, 130: 32, 150: 64}.get(length, 128)
-    inputs = linear.draw(random, decay, length, 2, width, width)
+    assert chunk == {200: 64, 130: 32, 150: 64, 70: 64}.get(length, 128)
+    inputs = linear.draw(random, decay, length, 2, width, values)
     cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[4].shape)
     reference = functools.partial(linear_attention, segment_ids=ids, backend="recurrent")
     compare(functools.partial(linear.run_kernel, ids, GPU), reference, inputs, cotangents)
 
 
-def draw_delta_rule(random, decay, length, width):
-    q, k, v = (numerics.normal(random, 1, length, 2, width) for _ in range(3))
+def draw_delta_rule(random, decay, length, width, values):
+    q, k, v = (numerics.normal(random, 1, length, 2, n) for n in (width, width, values))
     k = numerics.representable(k / np.linalg.norm(k, axis=-1, keepdims=True))
-    beta, state = numerics.uniform(random, 1, length, 2), numerics.normal(random, 1, 2, width, width)
+    beta, state = numerics.uniform(random, 1, length, 2), numerics.normal(random, 1, 2, width, values)
     return q, k, v, beta, delta_operation.draw_decay(random, decay, 1, length, 2, width), state
 
 
-@pytest.mark.parametrize("decay, width", [("scalar", 128), ("channel", 128)])
-def test_delta_rule_of_many_channels(decay, width):
-    random, ids = np.random.default_rng(0), documents(130)
-    inputs = draw_delta_rule(random, decay, 130, width)
+@pytest.mark.parametrize(
+    "decay, length, width, values", [("scalar", 130, 128, 128), ("channel", 130, 128, 128), ("scalar", 70, 64, 400)]
+)
+def test_delta_rule_of_many_channels(decay, length, width, values):
+    random, ids = np.random.default_rng(0), documents(length)
+    inputs = draw_delta_rule(random, decay, length, width, values)
     cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[5].shape)
     reference = functools.partial(delta_rule, segment_ids=ids, backend="recurrent")
     compare(functools.partial(delta.run_kernel, ids, GPU), reference, inputs, cotangents)
@@ -185,7 +187,7 @@ def test_decays_that_are_not_numbers_are_seen(decay):
 def test_decays_of_the_delta_rule_that_are_not_numbers_are_seen():
     """In gradients too."""
     random = np.random.default_rng(2)
-    inputs = draw_delta_rule(random, "channel", 32, 16)
+    inputs = draw_delta_rule(random, "channel", 32, 16, 16)
     inputs[4][0, 7, 0, 5] = np.nan
     cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[5].shape)
     run = numerics.with_gradients(functools.partial(delta.run_kernel, None, GPU))
@@ -198,7 +200,7 @@ def test_decays_of_the_delta_rule_that_are_not_numbers_are_seen():
 
 def test_delta_rule_of_weak_and_strong_decays():
     random, ids = np.random.default_rng(1), documents(110)
-    q, k, v, beta, _, state = draw_delta_rule(random, "channel", 110, 64)
+    q, k, v, beta, _, state = draw_delta_rule(random, "channel", 110, 64, 64)
     inputs = q, k, v, beta, draw_in_tiles(random, 110, 64), state
     cotangents = numerics.normal(random, *v.shape), numerics.normal(random, *state.shape)
     reference = functools.partial(delta_rule, segment_ids=ids, backend="recurrent")

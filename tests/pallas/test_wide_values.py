@@ -9,7 +9,7 @@ from jaxlinear import ops
 from jaxlinear.ops import state_kernels
 from tests import numerics
 
-B, T, H, K, V = 2, 20, 2, 8, 24
+B, T, H, K, V = 2, 20, 2, 8, 16
 IDS = np.repeat([[0, 1, 2]], [7, 6, 7], axis=1).astype(np.int32).repeat(B, axis=0)
 
 
@@ -35,15 +35,17 @@ def values_and_gradients(operation, backend):
 
 
 @pytest.mark.parametrize("operation", ["linear_attention", "delta_rule"])
-def test_three_kernels_share_the_values(operation, monkeypatch):
+def test_two_kernels_share_the_values(operation, monkeypatch):
     monkeypatch.setattr(state_kernels, "WIDEST", 8)
-    assert state_kernels.value_pieces(V) == 3
+    assert state_kernels.value_pieces(V, 8) == 2
     with jax.enable_x64(True):
         numerics.assert_close(
             values_and_gradients(operation, "pallas"), values_and_gradients(operation, "recurrent"), 1e-10
         )
 
 
-@pytest.mark.parametrize("width, pieces", [(16, 1), (256, 1), (257, None), (512, 2), (1024, 4), (320, 2)])
+@pytest.mark.parametrize("width, pieces", [(16, 1), (512, 1), (400, 1), (521, None), (1024, 2), (1280, 4), (1536, 3)])
 def test_pieces(width, pieces):
-    assert state_kernels.value_pieces(width) == pieces
+    assert state_kernels.value_pieces(width, 2) == pieces
+    if width < 512:
+        assert state_kernels.value_pieces(2 * width, 4) == state_kernels.value_pieces(4 * width, 2)
