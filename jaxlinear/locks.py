@@ -68,9 +68,8 @@ def of_run(directory: Path) -> Iterator[None]:
             yield
         finally:
             if locked:
-                with contextlib.suppress(
-                    OSError
-                ):  # the disk's, which would take the place of the error that came before
+                # An error of the disk here would take the place of the one that came before.
+                with contextlib.suppress(OSError):
                     file.truncate(0)
 
 

@@ -37,10 +37,8 @@ def files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pat
             if name.startswith("."):
                 continue
             file = here / name
-            if not file.exists() and stripped_suffix(file) in (
-                "",
-                *suffixes,
-            ):  # without a suffix it may have been a folder
+            # Without a suffix it may have been a folder.
+            if not file.exists() and stripped_suffix(file) in ("", *suffixes):
                 raise UserError(f"{file} is a link to {os.readlink(file)}, which is not there; mend or remove it")
             if stripped_suffix(file) in suffixes:
                 if not file.is_file():  # to read a pipe would be to wait for who writes it
