@@ -60,7 +60,7 @@ def delta_rule(
     replace of each other, which is float32 in ``"chunked"``, and in the kernel 16 bits wide if those are bfloat16.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
-    matrix_states.check_shapes("delta_rule", q, k, v, log_decay, initial_state, constant_decay=False)
+    matrix_states.check_shapes("delta_rule", q, k, v, log_decay, initial_state, constant_decay=False, may_share=False)
     batch, length, _, width = q.shape
     if beta.shape != q.shape[:3]:
         raise UserError(f"delta_rule: beta {beta.shape} does not fit queries {q.shape}; it is [B, T, H]")

@@ -34,7 +34,8 @@ def linear_attention(
     """Runs ``S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T`` and reads ``o_t = scale * S_t^T q_t``.
 
     Args:
-      q, k: ``[B, T, H, K]``.
+      q, k: ``[B, T, H, K]``, or ``[B, T, 1, K]`` of all heads, which the kernel for TPU reads once where no decay is by
+        channel and time is not spread; elsewhere they are written for each head.
       v: ``[B, T, H, V]``.
       log_decay: at most 0. None (1 forever), ``[H]`` (constant in time), ``[B, T, H]`` or ``[B, T, H, K]`` (by key
         channel). -inf forgets.
@@ -56,9 +57,13 @@ def linear_attention(
     v; all sums, decays and states are float32 (float64) in all.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
-    matrix_states.check_shapes("linear_attention", q, k, v, log_decay, initial_state, constant_decay=True)
+    matrix_states.check_shapes(
+        "linear_attention", q, k, v, log_decay, initial_state, constant_decay=True, may_share=True
+    )
     batch, length, _, width = q.shape
     backend = choose(backend, q, k, v, chunk_size, runner, by_channel=matrix_states.is_by_channel(log_decay))
+    if matrix_states.is_shared(q, v) and not matrix_states.takes_shared(backend, log_decay, runner):
+        q, k = (matrix_states.for_every_head(x, v.shape[2]) for x in (q, k))
     chunk = matrix_states.choose_chunk("linear_attention", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = checks.scale("linear_attention", width, scale)
@@ -68,7 +73,7 @@ def linear_attention(
     initial_state = jnp.asarray(initial_state).astype(wide)
     segment_ids = checks.segment_ids("linear_attention", segment_ids, batch, length)
     starts = None if segment_ids is None else runner.starts(segment_ids)
-    if 0 in q.shape[:3]:
+    if 0 in v.shape[:3]:
         return jnp.zeros_like(v), initial_state
     if chunk is None and backend != "pallas":
         return _recurrent(q, k, v, log_decay, initial_state, starts, scale)

@@ -66,16 +66,36 @@ def _check_chunk(operation: str, backend: str, chunk_size: int | None) -> None:
         raise UserError(f"{operation}: chunk_size={chunk_size} is not a whole number of tokens, at least 1")
 
 
-def check_shapes(operation, q, k, v, log_decay, initial_state, *, constant_decay: bool) -> None:
-    """Raises ``UserError`` for shapes that do not fit each other."""
+def is_shared(q: jax.Array, v: jax.Array) -> bool:
+    """Whether all heads share queries and keys."""
+    return q.ndim == v.ndim == 4 and q.shape[2] == 1 != v.shape[2]
+
+
+def takes_shared(backend: str, log_decay: jax.Array | None, runner: recurrence.Runner = recurrence.WHOLE) -> bool:
+    """Whether queries and keys that all heads share may stay ``[B, T, 1, K]``: in the kernel for TPU of a sequence that is
+    whole, whose decays are not by channel. ``backend`` is what ``choose`` gave."""
+    kernel = backend == "pallas" and backends.target().platform != "gpu"
+    return kernel and runner is recurrence.WHOLE and not is_by_channel(log_decay)
+
+
+def for_every_head(x: jax.Array, heads: int) -> jax.Array:
+    """``[B, T, 1, K]`` -> ``[B, T, H, K]``, whose gradient is summed in float32 at least."""
+    wide = x.astype(dtypes.wide(x.dtype))
+    return jnp.broadcast_to(wide, (*x.shape[:2], heads, x.shape[3])).astype(x.dtype)
+
+
+def check_shapes(operation, q, k, v, log_decay, initial_state, *, constant_decay: bool, may_share: bool) -> None:
+    """Raises ``UserError`` for shapes that do not fit each other. ``may_share``: q and k may be ``[B, T, 1, K]``."""
     checks.axes(operation, "B T H K", q=q)
     checks.numbers(operation, q=q, k=k, v=v)
     checks.real(operation, log_decay=log_decay, initial_state=initial_state)
     batch, length, heads, width = q.shape
+    if may_share and is_shared(q, v):
+        heads = v.shape[2]
     fitting = {(batch, length, heads), (batch, length, heads, width)} | ({(heads,)} if constant_decay else set())
     if k.shape != q.shape:
         raise UserError(f"{operation}: keys {k.shape} are not of the shape of the queries {q.shape}")
-    if v.shape[:3] != q.shape[:3] or v.ndim != 4:
+    if v.shape[:3] != (batch, length, heads) or v.ndim != 4:
         raise UserError(f"{operation}: values {v.shape} do not fit queries {q.shape}; they are [B, T, H, V]")
     if log_decay is not None and jnp.shape(log_decay) not in fitting:
         names = " or ".join((["[H]"] if constant_decay else []) + ["[B, T, H]", "[B, T, H, K]"])
@@ -98,5 +118,5 @@ def by_channel(log_decay, shape, dtype) -> jax.Array:
 
 def no_state(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Zeros ``[B, H, K, V]`` in the dtype of states."""
-    shape = q.shape[0], *q.shape[2:], v.shape[3]
+    shape = q.shape[0], v.shape[2], q.shape[3], v.shape[3]
     return jnp.zeros_like(q, shape=shape, dtype=dtypes.wide(q.dtype, k.dtype, v.dtype))

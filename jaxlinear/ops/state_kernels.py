@@ -53,7 +53,7 @@ def refusal(
     for x in (q, k, v):
         if x.dtype not in taken:
             return f"the kernel takes {' and '.join(map(str, taken))}, not {x.dtype}"
-    heads, keys, values = q.shape[2], q.shape[3], v.shape[3]
+    heads, keys, values = v.shape[2], q.shape[3], v.shape[3]
     wrong = f"K = {keys}" if not NARROWEST <= keys <= WIDEST else f"V = {values}" if values < NARROWEST else None
     if wrong:
         return f"the kernel takes K from {NARROWEST} to {WIDEST} and V from {NARROWEST} on, not {wrong}"
@@ -61,7 +61,8 @@ def refusal(
     pieces = value_pieces(values, size)
     if pieces is None:
         return f"the kernel takes V in equal parts of at most {_widest(size)}, which V = {values} does not allow"
-    return of_heads(heads, (keys, values // pieces), size) if platform == "tpu" else None
+    side_by_side = keys if q.shape[2] == heads else values // pieces  # of what all heads share there is one
+    return of_heads(heads, (side_by_side, values // pieces), size) if platform == "tpu" else None
 
 
 def value_pieces(width: int, size: int) -> int | None:

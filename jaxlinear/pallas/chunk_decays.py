@@ -77,9 +77,13 @@ class NoDecay:
     def __init__(self, length: int):
         self._lower = pairs(length)
 
-    def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
+    def decayed(self, products: jax.Array) -> jax.Array:
+        """Of ``pairwise``, from the products of all pairs."""
         i, j = self._lower
-        return [masked(i >= j, dot(r, columns, (1, 1), wide)) for r in rows]
+        return masked(i >= j, products)
+
+    def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
+        return [self.decayed(dot(r, columns, (1, 1), wide)) for r in rows]
 
     def pairwise_gradient(self, rows, columns, d_products, wide) -> tuple[list[jax.Array], jax.Array, None]:
         i, j = self._lower
@@ -105,7 +109,11 @@ class ByHead:
 
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
         """``A_ij = sum_k r_ik columns_jk exp(G_i - G_j)`` for i >= j, zero elsewhere, of each r of ``rows`` ``[c, K]``."""
-        return [self.matrix * dot(r, columns, (1, 1), wide) for r in rows]
+        return [self.decayed(dot(r, columns, (1, 1), wide)) for r in rows]
+
+    def decayed(self, products: jax.Array) -> jax.Array:
+        """As ``NoDecay.decayed``."""
+        return self.matrix * products
 
     def pairwise_gradient(self, rows, columns, d_products, wide) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         """As ``ByChannel.pairwise_gradient``."""

@@ -4,7 +4,8 @@ summary, its gradients, and the gradient of the state alone.
 On TPU within and between chunks in one kernel, the state resident; on GPU a kernel for the states and one for all chunks.
 Arrays have the layout that they have outside.
 
-In all: q, k ``[B, T, H, K]`` and v ``[B, T, H, V]`` of one dtype; log_decay None, ``[H]``, ``[B, T, H]`` or
+In all: q, k ``[B, T, H, K]`` and v ``[B, T, H, V]`` of one dtype, or on TPU, with no decay or one a head, q and k
+``[B, T, 1, K]`` of all heads; log_decay None, ``[H]``, ``[B, T, H]`` or
 ``[B, T, H, K]``; states ``[B, H, K, V]`` float32 (float64 interpreted); ``starts`` ``[B, T]`` bool, where the state before
 the token is forgotten, or None. ``platform`` of the target is "tpu" or "gpu"; elsewhere the kernel for TPU is interpreted.
 """
@@ -51,8 +52,8 @@ def forward(
 def summary(inputs: Inputs, dtype, options: Options) -> tuple[jax.Array, jax.Array]:
     """The map of a run: how much of the state before it is in that after it ``[B, H, K or 1]``, and that state from none.
     Nothing is written that is as long as the sequence."""
-    batch, _, heads, width = inputs.k.shape
-    none = jnp.zeros((batch, heads, inputs.v.shape[-1], width), dtype)
+    batch, _, heads, values = inputs.v.shape
+    none = jnp.zeros((batch, heads, values, inputs.k.shape[-1]), dtype)
     arguments = Arguments(_flat(inputs.k), _flat(inputs.v), none, **_shared(inputs))
     *kept, final = _call(_plan("summary", inputs, options), arguments, options)
     return (kept[0][:, :, 0] if kept else _kept(inputs, dtype)), _turned(final)
@@ -90,7 +91,8 @@ def _plan(kind: str, inputs: Inputs, options: Options, *, keep: bool = False) ->
     _, k, v, log_decay, starts = inputs
     decay = {0: "none", 1: "constant", 3: "scalar", 4: "channel"}[0 if log_decay is None else log_decay.ndim]
     packed = starts is not None
-    return Plan(kind, k.shape[2], k.shape[3], v.shape[3], decay, packed, options.scale, options.chunk, keep)
+    heads, shared = v.shape[2], k.shape[2] != v.shape[2]
+    return Plan(kind, heads, k.shape[3], v.shape[3], decay, packed, options.scale, options.chunk, keep, shared)
 
 
 def _shared(inputs: Inputs) -> dict:
@@ -102,7 +104,7 @@ def _shared(inputs: Inputs) -> dict:
 
 def _kept(inputs: Inputs, dtype) -> jax.Array:
     """How much of the state is left ``[B, H, K or 1]``, from the log decays alone."""
-    batch, length, heads, _ = inputs.k.shape
+    batch, length, heads, _ = inputs.v.shape
     total = jnp.zeros((batch, heads, 1), dtype)
     if inputs.log_decay is not None and inputs.log_decay.ndim == 1:
         total = total + (inputs.log_decay.astype(dtype) * jnp.asarray(length, dtype))[None, :, None]

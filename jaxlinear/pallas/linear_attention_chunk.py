@@ -69,6 +69,7 @@ class Tokens(NamedTuple):
     k: Any  # [c, K]
     v: Any  # [c, V]
     d_o: Any = None  # [c, V], times the scale
+    products: Any = None  # [c, c], q k^T, where all heads share them
 
 
 class Gradients(NamedTuple):
@@ -83,13 +84,19 @@ class Gradients(NamedTuple):
 
 def outputs(chunk: Chunk, tokens: Tokens, state: jax.Array) -> jax.Array:
     """``[c, V]``, but for the scale."""
-    q, k, v = tokens[:3]
-    wide = state.dtype
-    (attention,) = chunk.decays.pairwise((q,), k, wide)
+    q, v, wide = tokens.q, tokens.v, state.dtype
+    attention = _attention(chunk, tokens, wide)
     inner = dot(chunk.seen(attention).astype(v.dtype), v, (1, 0), wide)
     if chunk.decays.by_channel:
         return inner + dot(chunk.from_start(q), state, (1, 1), wide)
     return inner + times(chunk.since_start, dot(q, state, (1, 1), wide))
+
+
+def _attention(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
+    if tokens.products is not None:
+        return chunk.decays.decayed(tokens.products)
+    (attention,) = chunk.decays.pairwise((tokens.q,), tokens.k, wide)
+    return attention
 
 
 def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, state: jax.Array) -> jax.Array:
@@ -100,9 +107,9 @@ def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, state: jax.Array) 
 
 def gradients(chunk: Chunk, tokens: Tokens, state: jax.Array, d_after: jax.Array) -> Gradients:
     """From those of the outputs and of the state after the chunk. ``state`` is before it."""
-    q, k, v, d_o = tokens
+    q, k, v, d_o = tokens[:4]
     wide = state.dtype
-    (attention,) = chunk.decays.pairwise((q,), k, wide)
+    attention = _attention(chunk, tokens, wide)
     d_attention = chunk.seen(dot(d_o, v, (1, 1), wide))
     (d_q,), d_k, sums = chunk.decays.pairwise_gradient((q,), k, (d_attention,), wide)
     d_q_outer = times(chunk.since_start, dot(d_o, state, (1, 0), wide))

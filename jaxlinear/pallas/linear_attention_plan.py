@@ -11,10 +11,10 @@ from jaxlinear.pallas.plan import Named
 class Arguments(NamedTuple):
     """``[B, T, H, K]`` is given as ``[B, T, H K]``, which moves nothing. States are ``[B, H, V, K]``."""
 
-    keys: Any  # [B, T, H K]; of the gradient of the state alone the queries
+    keys: Any  # [B, T, H K], [B, T, K] if shared; of the gradient of the state alone the queries
     values: Any  # [B, T, H V]; of the gradient of the state alone the gradient of o
     state: jax.Array  # before the first step taken
-    queries: Any = None  # [B, T, H K], where there are outputs in time
+    queries: Any = None  # as keys, where there are outputs in time
     d_o: Any = None  # [B, T, H V], in the backward pass
     before: Any = None  # [B, N, H, V, K], the states before each block of time, in the backward pass
     log_decay: Any = None  # [H], [B, T, H] or [B, T, H K]
@@ -31,6 +31,7 @@ class Plan(Named):
       scale: of the outputs.
       chunk: tokens of a chunk, or None: by the table of ``blocks``.
       keep: forward, also the states before each block of time.
+      shared: whether all heads have the same queries and keys; on TPU, and not by channel.
       length, narrow, wide: T, and the dtypes of products, and of states and sums; for GPU.
     """
 
@@ -45,6 +46,7 @@ class Plan(Named):
     scale: float
     chunk: int | None = None
     keep: bool = False
+    shared: bool = False
     length: int = 0
     narrow: Any = None
     wide: Any = None

@@ -65,6 +65,17 @@ class _Layout(NamedTuple):
     def in_time(self, width: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, self.shape.time, self.shape.heads * width), lambda b, h, t: (b, self.at(t), h))
 
+    def keys(self) -> pl.BlockSpec:
+        if not self.plan.shared:
+            return self.in_time(self.plan.key_width)
+        return pl.BlockSpec((None, self.shape.time, self.plan.key_width), lambda b, h, t: (b, self.at(t), 0))
+
+    def of_shared(self, x: jax.Array) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        """The gradient of what all heads share, a part each block of them: ``[B, head blocks, T, K]``."""
+        shape = x.shape[0], self.head_blocks, *x.shape[1:]
+        block = (None, None, self.shape.time, self.plan.key_width)
+        return jax.ShapeDtypeStruct(shape, x.dtype), pl.BlockSpec(block, lambda b, h, t: (b, h, self.at(t), 0))
+
     def rows(self, count: int) -> pl.BlockSpec:
         """Of ``[B, head blocks, count, T]``."""
         return pl.BlockSpec((None, None, count, self.shape.time), lambda b, h, t: (b, h, 0, self.at(t)))
@@ -79,8 +90,13 @@ class _Layout(NamedTuple):
 
 def _layout(plan: Plan, arguments: Arguments, target: Target) -> _Layout:
     batch, length, _ = arguments.keys.shape
-    widths, by_channel = (plan.key_width, plan.value_width), plan.decay == "channel"
-    time, chunk, heads = blocks.linear_attention_tpu(target.kind, length, plan.heads, widths, by_channel, plan.chunk)
+    widths, by_channel = (
+        (plan.value_width if plan.shared else plan.key_width, plan.value_width),
+        plan.decay == "channel",
+    )
+    time, chunk, heads = blocks.linear_attention_tpu(
+        target.kind, length, plan.heads, widths, by_channel, plan.chunk, plan.shared
+    )
     rows = -(-heads // _SUBLANES) * _SUBLANES
     return _Layout(plan, Shape(length, time, chunk, heads, rows), batch)
 
@@ -88,7 +104,7 @@ def _layout(plan: Plan, arguments: Arguments, target: Target) -> _Layout:
 def _inputs(layout: _Layout, arguments: Arguments):
     """The arrays with their block specs, in the order in which ``Block`` takes them."""
     plan, shape = layout.plan, layout.shape
-    keys, values = layout.in_time(plan.key_width), layout.in_time(plan.value_width)
+    keys, values = layout.keys(), layout.in_time(plan.value_width)
     inputs = [(arguments.keys, keys), (arguments.values, values)]
     if arguments.queries is not None:
         inputs.append((arguments.queries, keys))
@@ -112,7 +128,7 @@ def _outputs(layout: _Layout, arguments: Arguments):
     """Shapes with their block specs, the state last."""
     plan, shape, state = layout.plan, layout.shape, arguments.state
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    keys, values = layout.in_time(plan.key_width), layout.in_time(plan.value_width)
+    keys, values = layout.keys(), layout.in_time(plan.value_width)
     outputs = []
     if plan.kind == "forward":
         outputs.append((like(arguments.values), values))
@@ -123,7 +139,8 @@ def _outputs(layout: _Layout, arguments: Arguments):
         kept = jax.ShapeDtypeStruct((layout.batch, plan.heads, 1, plan.key_width), state.dtype)
         outputs.append((kept, layout.of_state(1, plan.key_width)))
     elif plan.kind == "gradient":
-        outputs += [(like(arguments.queries), keys), (like(arguments.keys), keys), (like(arguments.values), values)]
+        of_keys = [layout.of_shared(x) if plan.shared else (like(x), keys) for x in (arguments.queries, arguments.keys)]
+        outputs += [*of_keys, (like(arguments.values), values)]
         if plan.decay == "channel":
             outputs.append((like(arguments.log_decay), keys))
         elif plan.by_head:
@@ -139,8 +156,12 @@ def _outputs(layout: _Layout, arguments: Arguments):
 
 
 def _finished(layout: _Layout, results: list[jax.Array]) -> list[jax.Array]:
-    """With the gradient of the decays of heads as ``[B, T, H]``, or ``[H]`` of constant ones."""
+    """With the gradient of the decays of heads as ``[B, T, H]``, or ``[H]`` of constant ones; and what all heads share has
+    one."""
     plan = layout.plan
+    if plan.kind == "gradient" and plan.shared:
+        of_shared = (jnp.sum(x.astype(results[-1].dtype), axis=1).astype(x.dtype) for x in results[:2])
+        results = [*of_shared, *results[2:]]
     if plan.kind != "gradient" or not plan.by_head:
         return results
     *others, rows, state = results

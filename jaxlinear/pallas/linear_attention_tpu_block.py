@@ -1,5 +1,7 @@
 """One block of time of linear attention for TPU, a few heads: its chunks one after the other."""
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +48,7 @@ class Block:
         self.is_first = step == 0
         self.left = shape.length - (self.steps - 1 - step if plan.reverse else step) * shape.time
         self.ragged = shape.length % shape.time != 0
+        self.left_heads = plan.heads - pl.program_id(1) * shape.heads
         self.wide = self.carry.dtype
         self.chunks = range(shape.time // shape.chunk)
         self.by_channel: type = ByChannel
@@ -111,18 +114,29 @@ class Block:
                 ]
             )
         for n in reversed(self.chunks):
-            found = []
+            found, products = [], self._products(n)
             for h in heads:
-                tokens = self._tokens(n, h)
+                tokens = self._tokens(n, h, products)
                 found.append(linear_attention_chunk.gradients(chunks[n][h], tokens, states[n][h], d_states[h]))
-                for ref, d in ((self.d_q, found[h].q), (self.d_k, found[h].k), (self.d_v, found[h].v)):
-                    self._store(ref, n, h, d)
+                self._store(self.d_v, n, h, found[h].v)
+                if not self.plan.shared:
+                    self._store(self.d_q, n, h, found[h].q)
+                    self._store(self.d_k, n, h, found[h].k)
                 if self.plan.decay == "channel":
                     self._store(self.d_log_decay, n, h, chunk_decays.suffix_sums(found[h].sums) + found[h].total)
+            if self.plan.shared:
+                self._store(self.d_q, n, 0, self._over_heads([d.q for d in found]))
+                self._store(self.d_k, n, 0, self._over_heads([d.k for d in found]))
             if self.plan.by_head:
                 self._store_by_head(n, found)
             d_states = [d.state for d in found]
         return d_states
+
+    def _over_heads(self, of_heads: list[jax.Array]) -> jax.Array:
+        """Their sum; behind the last head there may be anything."""
+        if self.plan.heads % self.shape.heads:
+            of_heads = [chunk_decays.masked(h < self.left_heads, x) for h, x in enumerate(of_heads)]
+        return functools.reduce(operator.add, of_heads)
 
     def _store_by_head(self, n: int, found) -> None:
         """A row each head: what the gradient of the log decay of a token is the sum of, from the chunk's last to it; of a
@@ -172,10 +186,17 @@ class Block:
         ends = (jnp.where(x, 1.0, 0.0).astype(self.wide) for x in (column == 0, column == last, last[:1, :1] == 0))
         return Documents(column == rows, *ends)
 
-    def _tokens(self, n: int, h: int) -> Tokens:
+    def _products(self, n: int) -> jax.Array | None:
+        """Of queries and keys that all heads share. Forward, where the compiler sees itself that they are the same for all,
+        its schedule is the shorter one without."""
+        if not self.plan.shared:
+            return None
+        return chunk_decays.dot(self._load(self.queries, n, 0), self._load(self.keys, n, 0), (1, 1), self.wide)
+
+    def _tokens(self, n: int, h: int, products: jax.Array | None = None) -> Tokens:
         q, k, v = (self._load(ref, n, h) for ref in (self.queries, self.keys, self.values))
         d_o = None if self.d_o is None else self._times_scale(self._load(self.d_o, n, h))
-        return Tokens(q, k, v, d_o)
+        return Tokens(q, k, v, d_o, products)
 
     def _times_scale(self, x: jax.Array) -> jax.Array:
         return (x.astype(self.wide) * jnp.asarray(self.plan.scale, self.wide)).astype(x.dtype)
@@ -198,5 +219,7 @@ class Block:
         return slice(n * self.shape.chunk, (n + 1) * self.shape.chunk)
 
     def _lanes(self, ref, h: int) -> slice:
+        if self.plan.shared and any(ref is x for x in (self.keys, self.queries, self.d_q, self.d_k)):
+            return slice(None)
         width = ref.shape[1] // self.shape.heads
         return slice(h * width, (h + 1) * width)

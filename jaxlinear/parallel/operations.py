@@ -90,8 +90,16 @@ def _with_matrix_state(
     q, k, v = inputs[:3]
     runner, mesh = _runner(operation.__name__, q.shape[1], "heads"), sharding.mesh_in_use()
     spread, chunk_size = runner is not recurrence.WHOLE, options.get("chunk_size")
-    whole, by_channel = mesh is None or mesh.size == 1 or spread, matrix_states.is_by_channel(log_decay)
-    if whole or choose(options.get("backend", "auto"), q, k, v, chunk_size, by_channel=by_channel) != "pallas":
+    whole, backend = mesh is None or mesh.size == 1 or spread, options.get("backend", "auto")
+    shared = operation is ops.linear_attention and matrix_states.is_shared(q, v)
+    if shared or not whole:
+        by_channel = matrix_states.is_by_channel(log_decay)
+        backend = choose(backend, q, k, v, chunk_size, runner, by_channel=by_channel)
+    if shared and not matrix_states.takes_shared(backend, log_decay, runner):
+        of_all = (matrix_states.for_every_head(x, v.shape[2]) for x in (q, k))
+        inputs = *(sharding.constrain(x, "batch", "time", "heads", None) for x in of_all), *inputs[2:]
+        shared = False
+    if whole or backend != "pallas":
         return operation(*inputs, log_decay, state, runner=runner, **options)
     assert mesh is not None
 
@@ -107,7 +115,9 @@ def _with_matrix_state(
         options.get("segment_ids"),
         *inputs,
     )
-    axes = ("batch", "heads", None, None), of_decay, _TIME, *(by_head[: x.ndim] for x in inputs)
+    of_keys = (*_TIME, None, None) if shared else by_head
+    of_inputs = of_keys, of_keys, *(by_head[: x.ndim] for x in inputs[2:])
+    axes = ("batch", "heads", None, None), of_decay, _TIME, *of_inputs
     return _on_shards(mesh, local, (5, 0), arguments, axes)  # o lies as v does, and the last state as the first
 
 

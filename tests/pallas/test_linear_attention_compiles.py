@@ -57,13 +57,18 @@ TARGETS = {
 
 def compiled(target, name, remat=False, **options):
     """The gradient of an objective of o and the last state."""
-    batch, length, heads, key, value, dtype, decay, packed = (CASES | ON_GPU)[name]
+    return compiled_of(target, (CASES | ON_GPU)[name], remat=remat, **options)
+
+
+def compiled_of(target, case, key_heads=None, remat=False, **options):
+    batch, length, heads, key, value, dtype, decay, packed = case
+    key_heads = key_heads or heads
     device = targets.find(target).devices[0]
 
     def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
-    q, v = array(batch, length, heads * key), array(batch, length, heads * value)
+    q, v = array(batch, length, key_heads * key), array(batch, length, heads * value)
     log_decay = {
         "none": None,
         "constant": array(heads, dtype=jnp.float32),
@@ -74,7 +79,7 @@ def compiled(target, name, remat=False, **options):
     ids = array(batch, length, dtype=jnp.int32) if packed else None
 
     def operation(q, k, v, log_decay, state, ids):
-        q, k, v = (x.reshape(batch, length, heads, -1) for x in (q, k, v))
+        q, k, v = (x.reshape(batch, length, n, -1) for x, n in ((q, key_heads), (k, key_heads), (v, heads)))
         if decay == "channel":
             log_decay = log_decay.reshape(q.shape)
         o, final = linear_attention(q, k, v, log_decay, state, segment_ids=ids)

@@ -25,7 +25,7 @@ from jaxlinear.models.layers import (
     parameter,
 )
 from jaxlinear.ops import dtypes
-from jaxlinear.parallel import operations, sharding
+from jaxlinear.parallel import operations
 
 RATE_RANGE = (1.0, 16.0)  # of A = exp(A_log), when training begins
 TIME_STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt_bias), when training begins
@@ -100,8 +100,8 @@ class Mamba2(nnx.Module):
         # for TPUs does with time last, to which it turns what comes and from which it turns what goes.
         inputs = (dt[..., None] * by_head(v, self.heads).astype(dt.dtype)).astype(v.dtype)
         y, new["memory"] = operations.linear_attention(
-            self._for_every_head(q),
-            self._for_every_head(k),
+            q[:, :, None],
+            k[:, :, None],
             inputs,
             -rate[None, None] * dt,
             past.get("memory"),
@@ -112,12 +112,6 @@ class Mamba2(nnx.Module):
         y = y.reshape(v.shape).astype(dt.dtype) + skip[None, None] * v.astype(dt.dtype)
         y = self.norm(y * jax.nn.silu(self.gate(x).astype(dt.dtype)))
         return self.out(y.astype(x.dtype)), new
-
-    def _for_every_head(self, x: jax.Array) -> jax.Array:
-        """``[B, T, N]`` -> ``[B, T, H, N]``."""
-        wide = x[:, :, None].astype(dtypes.wide(x.dtype))  # in which the gradient is then summed over heads
-        x = jnp.broadcast_to(wide, (*x.shape[:2], self.heads, x.shape[-1])).astype(x.dtype)
-        return sharding.constrain(x, "batch", "time", "heads", None)
 
 
 def time_steps(logits: jax.Array, bias: jax.Array) -> jax.Array:

@@ -1,0 +1,129 @@
+"""Queries and keys that all heads share, as Mamba-2's: as if each head had them, and in the kernel for TPU read once."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxlinear import ops
+from jaxlinear.errors import UserError
+from jaxlinear.ops import linear_attention
+from jaxlinear.pallas import blocks
+from jaxlinear.pallas.target import Target
+from jaxlinear.parallel import operations, sharding
+from tests import numerics
+from tests.ops import test_linear_attention as operation
+from tests.pallas import test_linear_attention_compiles as compiles
+from tests.pallas import test_linear_attention_kernel as kernel
+from tests.shards import FOUR, IDS, TWO, T, make_mesh
+
+B = 4
+
+
+def draw(decay, length, heads, keys, values, batch=1):
+    random = np.random.default_rng(0)
+    q, k = (numerics.normal(random, batch, length, 1, keys) for _ in range(2))
+    v, state = (numerics.normal(random, *s) for s in ((batch, length, heads, values), (batch, heads, keys, values)))
+    inputs = q, k, v, operation.draw_decay(random, decay, batch, length, heads, keys), state
+    return inputs, (numerics.normal(random, *v.shape), numerics.normal(random, *state.shape))
+
+
+def of_every_head(run):
+    """``run`` of queries and keys that are written for every head."""
+
+    def whole(q, k, v, *rest):
+        q, k = (jnp.broadcast_to(x, (*x.shape[:2], v.shape[2], x.shape[3])) for x in (q, k))
+        return run(q, k, v, *rest)
+
+    return whole
+
+
+def compare(run, reference, inputs, cotangents, tolerance=1e-10):
+    found, expected = (
+        numerics.run(numerics.with_gradients(x), inputs, cotangents, dtype="float64") for x in (run, reference)
+    )
+    assert found[1][0].shape == inputs[0].shape and found[1][1].shape == inputs[1].shape
+    numerics.assert_close(found, numerics.wide(expected), tolerance)
+
+
+@pytest.mark.parametrize(
+    "backend, decay, heads",
+    [
+        # In blocks of 2 heads, of 5; of all three.
+        *(("pallas", decay, heads) for decay, heads in (("none", 3), ("constant", 10), ("scalar", 10), ("channel", 2))),
+        *(("recurrent", "scalar", 3), ("chunked", "constant", 3), ("chunked", "channel", 2)),
+    ],
+)
+def test_values_and_gradients(monkeypatch, backend, decay, heads):
+    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (blocks.AttentionBlock(64, 32, 1),) * 2)
+    inputs, cotangents = draw(decay, 70, heads, 6, 64)
+    ids = np.repeat([[0, 1, 2]], [5, 40, 25], axis=1).astype(np.int32)
+    run = functools.partial(linear_attention, segment_ids=ids, backend=backend)
+    reference = of_every_head(functools.partial(linear_attention, segment_ids=ids, backend="recurrent"))
+    compare(run, reference, inputs, cotangents)
+
+
+def test_on_a_simulated_tpu():
+    """What is read beyond an array is NaN, and so is memory that nothing wrote: of a head behind the last, too."""
+    inputs, cotangents = draw("scalar", 40, 3, 6, 64)
+    target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
+    found = numerics.run(
+        numerics.with_gradients(functools.partial(kernel.run_kernel, None, target)), inputs, cotangents, dtype="float32"
+    )
+    reference = numerics.with_gradients(of_every_head(functools.partial(linear_attention, backend="recurrent")))
+    expected = numerics.run(reference, inputs, cotangents, dtype="float64")
+    numerics.assert_close(found, numerics.wide(expected), 1e-5)
+
+
+def test_the_gradient_of_the_state_alone():
+    (q, k, v, decay, state), (d_o, _) = draw("scalar", 20, 10, 6, 64)
+    with jax.enable_x64(True):
+        of_state = [
+            jax.grad(lambda state, run=run: jnp.sum(run(*map(jnp.asarray, (q, k, v, decay)), state)[0] * d_o))(state)
+            for run in (
+                functools.partial(linear_attention, backend="pallas"),
+                of_every_head(functools.partial(linear_attention, backend="recurrent")),
+            )
+        ]
+    numerics.assert_close(*of_state, 1e-10)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"fsdp": 8}, FOUR, TWO], ids=str)
+def test_on_a_mesh(sizes):
+    """Heads spread, whose gradients of queries and keys are summed; rows; and time, where each head gets them."""
+    inputs, cotangents = draw("scalar", T, 4, 6, 8, batch=8 if sizes == {"fsdp": 8} else B)
+    ids = np.concatenate([IDS, IDS[::-1]])[: len(inputs[0])]
+    run = functools.partial(operations.linear_attention, segment_ids=ids, backend="pallas")
+    reference = of_every_head(functools.partial(ops.linear_attention, segment_ids=ids, backend="recurrent"))
+    with sharding.use_mesh(make_mesh(sizes)):
+        compare(run, reference, inputs, cotangents)
+
+
+def test_the_delta_rule_takes_none():
+    q, v, beta = jnp.ones((1, 9, 1, 4)), jnp.ones((1, 9, 2, 4)), jnp.ones((1, 9, 2))
+    with pytest.raises(UserError, match=r"delta_rule: values \(1, 9, 2, 4\) do not fit queries \(1, 9, 1, 4\)"):
+        ops.delta_rule(q, q, v, beta)
+    with sharding.use_mesh(make_mesh({"data": 8})), pytest.raises(UserError, match="delta_rule: values"):
+        operations.delta_rule(q, q, v, beta)
+    three = jnp.ones((1, 9, 3, 4))
+    with pytest.raises(UserError, match=r"linear_attention: values .* do not fit queries"):
+        operations.linear_attention(three, three, v)
+
+
+@pytest.mark.compiles_ahead
+def test_compiled_for_tpu():
+    """Mamba-2's heads: no array of queries or keys of every head, and one kernel each way."""
+    heads, keys, values, length = 64, 128, 64, 1024
+    text = compiles.compiled_of(
+        "v5e:1x1", (1, length, heads, keys, values, "bfloat16", "scalar", True), key_heads=1
+    ).as_text()
+    assert compiles.kernels(text) == [
+        "linear_attention_forward_scalar_packed",
+        "linear_attention_gradient_scalar_packed",
+    ]
+    largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"bf16\[([\d,]+)\]", text))
+    assert largest == length * heads * values
