@@ -340,6 +340,7 @@ def test_sigterm_before_there_is_anything_to_save(before, then, status, said):
     """A run that it comes to while it starts is no failure; once the run hears it, the run saves itself."""
     lines = [
         "import ctypes, os, signal, sys, threading, time; from jaxlinear import cli; sys.argv[0] = 'program'",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # tests in the background have it ignored
         "cli.end_by_sigterm(75)",
         before,
         "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()",

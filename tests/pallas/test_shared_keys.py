@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.ops import linear_attention
+from jaxlinear.ops import linear_attention, matrix_states
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas.target import Target
 from jaxlinear.parallel import operations, sharding
@@ -101,6 +101,18 @@ def test_on_a_mesh(sizes):
     reference = of_every_head(functools.partial(ops.linear_attention, segment_ids=ids, backend="recurrent"))
     with sharding.use_mesh(make_mesh(sizes)):
         compare(run, reference, inputs, cotangents)
+
+
+def test_the_gradient_of_a_shared_key_is_summed_over_heads_in_float32():
+    """In bfloat16 a sum of ones stops growing at 256."""
+    x = jnp.ones((1, 1, 1, 2), jnp.bfloat16)
+    y, pullback = jax.vjp(lambda x: matrix_states.for_every_head(x, 1024), x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(pullback(jnp.ones_like(y))[0], 1024)
+    sums = [
+        eqn.invars[0].aval for eqn in jax.make_jaxpr(pullback)(jnp.ones_like(y)).eqns if "sum" in eqn.primitive.name
+    ]
+    assert [summed.dtype for summed in sums if 1024 in summed.shape] == [jnp.float32]
 
 
 def test_the_delta_rule_takes_none():

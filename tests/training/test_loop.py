@@ -287,24 +287,24 @@ def test_sighup_is_taken_for_sigterm_unless_it_is_ignored(before, heard):
 
 def test_the_first_interrupt_is_taken_for_sigterm(capfd):
     """The second is what it was before; and one that is ignored, as of a shell's background, stays so."""
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with Stop() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.came()
-        assert capfd.readouterr().err == (
-            "\nCtrl-C: the run saves itself and ends after this step; once more ends it at once\n"
-        )
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    at_first = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may be in the background themselves
     try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.came()
+            assert capfd.readouterr().err == (
+                "\nCtrl-C: the run saves itself and ends after this step; once more ends it at once\n"
+            )
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with Stop() as stop:
             signal.raise_signal(signal.SIGINT)
             assert not stop.came()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, at_first)
 
 
 def test_sigterm_is_heard_within_a_run_alone():
