@@ -7,11 +7,13 @@ the bytes over the rate of the memory.
 
 import atexit
 import dataclasses
+import json
 import math
 import os
 import pathlib
 import re
 import shutil
+import subprocess
 import tempfile
 from typing import NamedTuple
 
@@ -121,6 +123,17 @@ def kernels(directory: str) -> dict[str, tuple[list[Bundle], bool]]:
 def schedules(directory: str) -> dict[str, float]:
     """Cycles of each of these."""
     return {name: cycles(*schedule) for name, schedule in kernels(directory).items()}
+
+
+def in_process(command: list[str]) -> dict:
+    """What a program prints as its last line, JSON; libtpu writes the schedules of one process to one directory."""
+    from jaxlinear.errors import RunError
+
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RunError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def device(topology: str):

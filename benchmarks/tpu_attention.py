@@ -18,9 +18,7 @@ Schedules are lower bounds of the time, not timings.
 
 import itertools
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import schedules
@@ -39,6 +37,7 @@ _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 _WORKER = flags.DEFINE_list("worker", None, "Compile with such a block, and print its report.")
 
 KERNELS = ("fwd", "dq", "dkv")
+_OPTIONS = ("topology", "length", "window", "heads", "key_heads", "width", "dtype")  # as given, of each worker too
 
 
 def main() -> None:
@@ -55,21 +54,13 @@ def main() -> None:
         print(f"{tokens:8} {keys:6}", *cycles, f"{row['whole']:8.0f} {100 * row['peak']:8.1f}", flush=True)
         rows.append({"tokens": tokens, "keys": keys, **row})
     if _JSON.value:
-        names = ("topology", "length", "window", "heads", "key_heads", "width", "dtype")
-        result = {name: flags.FLAGS[name].value for name in names} | {"rows": rows}
+        result = {name: flags.FLAGS[name].value for name in _OPTIONS} | {"rows": rows}
         pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _worker(tokens: int, keys: int) -> dict:
-    from jaxlinear.errors import RunError
-
-    names = ("topology", "length", "window", "heads", "key_heads", "width", "dtype")
-    options = [f"--{name}={flags.FLAGS[name].value}" for name in names]
-    command = [sys.executable, __file__, f"--worker={tokens},{keys}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-    if done.returncode:
-        raise RunError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    options = [f"--{name}={flags.FLAGS[name].value}" for name in _OPTIONS]
+    return schedules.in_process([sys.executable, __file__, f"--worker={tokens},{keys}", *options])
 
 
 def _compile(tokens: int, keys: int) -> dict:

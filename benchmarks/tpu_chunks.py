@@ -1,7 +1,8 @@
 """The kernels of matrix states for TPU by their static schedules: how much of the matrix unit's peak their products take.
 
     python benchmarks/tpu_chunks.py [--operations=delta_rule,linear_attention] [--decays=none,constant,scalar,channel]
-        [--topology=v5e:2x2] [--batch=1 --length=4096 --heads=16 --key=128 --value=128] [--dtype=bfloat16] [--json=FILE]
+        [--topology=v5e:2x2] [--batch=1 --length=4096 --heads=16 --key=128 --value=128] [--shared] [--dtype=bfloat16]
+        [--json=FILE]
     python benchmarks/tpu_chunks.py --tune [--operations=...] [--topology=...]      # cycles by sizes of blocks
 
 Takes the compiler for TPU (pip install 'jaxlinear[aot]'). Every program is compiled in a process of its own. Of each
@@ -25,10 +26,8 @@ Schedules are lower bounds of the time, not timings.
 import functools
 import itertools
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import schedules
@@ -46,6 +45,7 @@ _LENGTH = flags.DEFINE_integer("length", 4096, "T.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 16, "H.", lower_bound=1)
 _KEY = flags.DEFINE_integer("key", 128, "K.", lower_bound=1)
 _VALUE = flags.DEFINE_integer("value", 128, "V.", lower_bound=1)
+_SHARED = flags.DEFINE_bool("shared", False, "One query and one key for all heads; of linear attention.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of q, k and v.")
 _CHUNKED = flags.DEFINE_bool("chunked", False, "Also the program without the kernel, which takes minutes to compile.")
 _TUNE = flags.DEFINE_bool("tune", False, "Instead: by sizes of blocks.")
@@ -60,14 +60,14 @@ _BLOCK = flags.DEFINE_list(
 )
 
 KINDS = ("forward", "gradient")
+_OPTIONS = ("topology", "batch", "length", "heads", "key", "value", "shared", "dtype")  # as given, of each worker too
 
 
 def main() -> None:
     if _WORKER.value:
         print(json.dumps(_compile(*_WORKER.value)))
         return
-    names = ("topology", "batch", "length", "heads", "key", "value", "dtype")
-    result: dict = {name: flags.FLAGS[name].value for name in names}
+    result: dict = {name: flags.FLAGS[name].value for name in _OPTIONS}
     result["rows"] = _tuning() if _TUNE.value else _comparison()
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -136,16 +136,8 @@ def _tuning() -> list[dict]:
 
 
 def _worker(operation: str, decay: str, backend: str, *more: str) -> dict:
-    from jaxlinear.errors import RunError
-
-    names = ("topology", "batch", "length", "heads", "key", "value", "dtype")
-    options = [f"--{name}={flags.FLAGS[name].value}" for name in names]
-    command = [sys.executable, __file__, f"--worker={operation},{decay},{backend}", *options, *more]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RunError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    options = [f"--{name}={flags.FLAGS[name].value}" for name in _OPTIONS]
+    return schedules.in_process([sys.executable, __file__, f"--worker={operation},{decay},{backend}", *options, *more])
 
 
 def _compile(operation: str, decay: str, backend: str) -> dict:
@@ -169,17 +161,19 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
             blocks.LINEAR_ATTENTION_TPU[kind] = (blocks.AttentionBlock(*sizes, chunk, lanes),) * 2
     by_head = jax.ShapeDtypeStruct((batch, length, heads), "float32")
     wide = functools.partial(jax.ShapeDtypeStruct, dtype=_DTYPE.value)
-    q, v = wide((batch, length, heads * key)), wide((batch, length, heads * value))
+    key_heads = 1 if _SHARED.value else heads
+    q, v = wide((batch, length, key_heads * key)), wide((batch, length, heads * value))
     constant = jax.ShapeDtypeStruct((heads,), "float32")
-    log_decay = {"none": None, "constant": constant, "scalar": by_head, "channel": q}[decay]
+    by_channel = wide((batch, length, heads * key))
+    log_decay = {"none": None, "constant": constant, "scalar": by_head, "channel": by_channel}[decay]
     beta = by_head if operation == "delta_rule" else None
     state = jax.ShapeDtypeStruct((batch, heads, key, value), "float32")
 
     def forward(inputs):
         *arrays, beta, log_decay, state = inputs
-        q, k, v = (x.reshape(batch, length, heads, -1) for x in arrays)
+        q, k, v = (x.reshape(batch, length, n, -1) for x, n in zip(arrays, (key_heads, key_heads, heads), strict=True))
         if decay == "channel":
-            log_decay = log_decay.reshape(q.shape)
+            log_decay = log_decay.reshape(batch, length, heads, -1)
         more = () if beta is None else (beta,)
         with backends.use_platform("tpu", kind):
             o, final = getattr(ops, operation)(q, k, v, *more, log_decay, state, backend=backend)

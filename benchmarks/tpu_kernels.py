@@ -19,9 +19,7 @@ keep them there. "gradient" is the forward pass and the backward pass together.
 """
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import schedules
@@ -114,23 +112,13 @@ def _tuning() -> list[dict]:
 def _worker(backend: str, direction: str, *more: str) -> dict:
     names = ("topology", "batch", "length", "width", "dtype")
     options = [f"--{name}={flags.FLAGS[name].value}" for name in names]
-    return _run([sys.executable, __file__, f"--worker={backend},{direction}", *options, *more])
+    return schedules.in_process([sys.executable, __file__, f"--worker={backend},{direction}", *options, *more])
 
 
 def _recurrentgemma(direction: str) -> dict:
     script = pathlib.Path(__file__).with_name("recurrentgemma_scan.py")
     shape = [str(flag.value) for flag in (_BATCH, _LENGTH, _WIDTH)]
-    return _run([_AGAINST.value, str(script), _TOPOLOGY.value, direction, *shape, _DTYPE.value])
-
-
-def _run(command: list[str]) -> dict:
-    from jaxlinear.errors import RunError
-
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RunError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return schedules.in_process([_AGAINST.value, str(script), _TOPOLOGY.value, direction, *shape, _DTYPE.value])
 
 
 def _compile(backend: str, direction: str) -> dict:

@@ -61,9 +61,7 @@ def linear_attention(
         "linear_attention", q, k, v, log_decay, initial_state, constant_decay=True, may_share=True
     )
     batch, length, _, width = q.shape
-    backend = choose(backend, q, k, v, chunk_size, runner, by_channel=matrix_states.is_by_channel(log_decay))
-    if matrix_states.is_shared(q, v) and not matrix_states.takes_shared(backend, log_decay, runner):
-        q, k = (matrix_states.for_every_head(x, v.shape[2]) for x in (q, k))
+    backend, q, k = matrix_states.choose_shared(choose, backend, q, k, v, log_decay, chunk_size, runner)
     chunk = matrix_states.choose_chunk("linear_attention", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = checks.scale("linear_attention", width, scale)

@@ -22,11 +22,12 @@ def refusal(
     return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=chunks, of_heads=_of_heads)
 
 
-def _of_heads(heads: int, widths: tuple[int, int], size: int) -> str | None:
+def _of_heads(heads: int, widths: tuple[int, ...], size: int) -> str | None:
     if blocks.heads_of_block(heads, widths, 0) is not None:
         return None
+    named = f"K, V = {widths}" if len(widths) > 1 else f"V = {widths[0]}"
     return (
-        f"the kernel takes at most {blocks.HEADS} heads together, and of {heads} heads with K, V = {widths} more are "
+        f"the kernel takes at most {blocks.HEADS} heads together, and of {heads} heads with {named} more are "
         "needed to fill registers of 128 lanes; multiples of 16 need fewer"
     )
 

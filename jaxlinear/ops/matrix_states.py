@@ -71,11 +71,26 @@ def is_shared(q: jax.Array, v: jax.Array) -> bool:
     return q.ndim == v.ndim == 4 and q.shape[2] == 1 != v.shape[2]
 
 
-def takes_shared(backend: str, log_decay: jax.Array | None, runner: recurrence.Runner = recurrence.WHOLE) -> bool:
-    """Whether queries and keys that all heads share may stay ``[B, T, 1, K]``: in the kernel for TPU of a sequence that is
-    whole, whose decays are not by channel. ``backend`` is what ``choose`` gave."""
-    kernel = backend == "pallas" and backends.target().platform != "gpu"
-    return kernel and runner is recurrence.WHOLE and not is_by_channel(log_decay)
+def choose_shared(
+    choose: Callable[..., str],
+    backend: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    chunk_size: int | None,
+    runner: recurrence.Runner,
+) -> tuple[str, jax.Array, jax.Array]:
+    """What ``choose`` gives, and q and k as that takes them. Those that all heads share, ``[B, T, 1, K]``, stay so for the
+    kernel for TPU of a sequence that is whole, with no decay by channel; else they are written for every head."""
+    by_channel = is_by_channel(log_decay)
+    alone = runner is recurrence.WHOLE and not by_channel and backends.target().platform != "gpu"
+    if is_shared(q, v) and not alone:
+        q, k = (for_every_head(x, v.shape[2]) for x in (q, k))
+    backend = choose(backend, q, k, v, chunk_size, runner, by_channel=by_channel)
+    if is_shared(q, v) and backend != "pallas":
+        q, k = (for_every_head(x, v.shape[2]) for x in (q, k))
+    return backend, q, k
 
 
 def for_every_head(x: jax.Array, heads: int) -> jax.Array:

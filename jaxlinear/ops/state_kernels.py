@@ -35,13 +35,13 @@ def refusal(
     platform: str,
     *,
     chunks: tuple[int, int],
-    of_heads: Callable[[int, tuple[int, int], int], str | None],
+    of_heads: Callable[[int, tuple[int, ...], int], str | None],
 ) -> str | None:
     """Why kernels do not run, or None. On other platforms than TPU and GPU they are interpreted, and run whatever these do
     but chunks that are no power of two. On GPU products of float32 would take more registers than there are.
 
     ``chunks``: the fewest and the most tokens of one on this platform; ``of_heads(H, (K, V of a kernel), bytes of
-    a number)``: what stands against such heads on TPU.
+    a number)``: what stands against such heads on TPU; V alone where they share queries and keys.
     """
     least, most = chunks
     if chunk_size is not None and (int(chunk_size).bit_count() != 1 or not least <= chunk_size <= most):
@@ -61,8 +61,8 @@ def refusal(
     pieces = value_pieces(values, size)
     if pieces is None:
         return f"the kernel takes V in equal parts of at most {_widest(size)}, which V = {values} does not allow"
-    side_by_side = keys if q.shape[2] == heads else values // pieces  # of what all heads share there is one
-    return of_heads(heads, (side_by_side, values // pieces), size) if platform == "tpu" else None
+    widths = (keys, values // pieces) if q.shape[2] == heads else (values // pieces,)
+    return of_heads(heads, widths, size) if platform == "tpu" else None
 
 
 def value_pieces(width: int, size: int) -> int | None:

@@ -73,21 +73,15 @@ def heads_of_block(heads: int, widths: tuple[int, ...], lanes: int) -> int | Non
 
 
 def linear_attention_tpu(
-    kind: str,
-    length: int,
-    heads: int,
-    widths: tuple[int, int],
-    by_channel: bool,
-    chunk: int | None,
-    shared: bool = False,
+    kind: str, length: int, heads: int, widths: tuple[int, ...], by_channel: bool, chunk: int | None
 ) -> tuple[int, int, int]:
-    """Tokens of a block and of a chunk, and heads of a block. ``chunk``: the one to take, or None. ``shared``: as many
-    heads as can be, which share queries and keys; ``widths`` are both V then, as these alone lie side by side."""
+    """Tokens of a block and of a chunk, and heads of a block. ``widths``: K and V; or V alone where all heads share queries
+    and keys, and then as many heads as can be. ``chunk``: the one to take, or None."""
     table = LINEAR_ATTENTION_TPU.get(kind, _LINEAR_ATTENTION_TPU_ELSEWHERE)
     block = table[by_channel]
     if chunk is None:
         chunk = min(block.chunk, max(128, 1 << (length - 1).bit_length()))
-    together = heads_of_block(heads, widths, HEADS * max(widths) if shared else block.lanes)
+    together = heads_of_block(heads, widths, HEADS * max(widths) if len(widths) == 1 else block.lanes)
     assert together is not None
     chunks = max(1, min(block.time // chunk, _WRITTEN_OUT // together))
     return min(chunks, -(-length // chunk)) * chunk, chunk, together

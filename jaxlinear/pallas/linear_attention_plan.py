@@ -52,6 +52,11 @@ class Plan(Named):
     wide: Any = None
 
     @property
+    def side_by_side(self) -> tuple[int, ...]:
+        """Of the arrays in time, the channels of a head: K and V, or V alone."""
+        return (self.value_width,) if self.shared else (self.key_width, self.value_width)
+
+    @property
     def by_head(self) -> bool:
         return self.decay in ("constant", "scalar")
 

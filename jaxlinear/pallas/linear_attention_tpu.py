@@ -90,12 +90,8 @@ class _Layout(NamedTuple):
 
 def _layout(plan: Plan, arguments: Arguments, target: Target) -> _Layout:
     batch, length, _ = arguments.keys.shape
-    widths, by_channel = (
-        (plan.value_width if plan.shared else plan.key_width, plan.value_width),
-        plan.decay == "channel",
-    )
     time, chunk, heads = blocks.linear_attention_tpu(
-        target.kind, length, plan.heads, widths, by_channel, plan.chunk, plan.shared
+        target.kind, length, plan.heads, plan.side_by_side, plan.decay == "channel", plan.chunk
     )
     rows = -(-heads // _SUBLANES) * _SUBLANES
     return _Layout(plan, Shape(length, time, chunk, heads, rows), batch)

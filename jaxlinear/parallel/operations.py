@@ -91,14 +91,13 @@ def _with_matrix_state(
     runner, mesh = _runner(operation.__name__, q.shape[1], "heads"), sharding.mesh_in_use()
     spread, chunk_size = runner is not recurrence.WHOLE, options.get("chunk_size")
     whole, backend = mesh is None or mesh.size == 1 or spread, options.get("backend", "auto")
-    shared = operation is ops.linear_attention and matrix_states.is_shared(q, v)
-    if shared or not whole:
-        by_channel = matrix_states.is_by_channel(log_decay)
-        backend = choose(backend, q, k, v, chunk_size, runner, by_channel=by_channel)
-    if shared and not matrix_states.takes_shared(backend, log_decay, runner):
-        of_all = (matrix_states.for_every_head(x, v.shape[2]) for x in (q, k))
-        inputs = *(sharding.constrain(x, "batch", "time", "heads", None) for x in of_all), *inputs[2:]
-        shared = False
+    if operation is ops.linear_attention and matrix_states.is_shared(q, v):
+        backend, q, k = matrix_states.choose_shared(choose, backend, q, k, v, log_decay, chunk_size, runner)
+        if not matrix_states.is_shared(q, v):
+            q, k = (sharding.constrain(x, "batch", "time", "heads", None) for x in (q, k))
+        inputs = q, k, *inputs[2:]
+    elif not whole:
+        backend = choose(backend, q, k, v, chunk_size, by_channel=matrix_states.is_by_channel(log_decay))
     if whole or backend != "pallas":
         return operation(*inputs, log_decay, state, runner=runner, **options)
     assert mesh is not None
@@ -115,7 +114,7 @@ def _with_matrix_state(
         options.get("segment_ids"),
         *inputs,
     )
-    of_keys = (*_TIME, None, None) if shared else by_head
+    of_keys = (*_TIME, None, None) if matrix_states.is_shared(q, v) else by_head
     of_inputs = of_keys, of_keys, *(by_head[: x.ndim] for x in inputs[2:])
     axes = ("batch", "heads", None, None), of_decay, _TIME, *of_inputs
     return _on_shards(mesh, local, (5, 0), arguments, axes)  # o lies as v does, and the last state as the first

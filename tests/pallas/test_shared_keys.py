@@ -11,7 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.ops import linear_attention, matrix_states
+from jaxlinear.ops import backends, linear_attention, matrix_states, recurrence
+from jaxlinear.ops.linear_attention import choose
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas.target import Target
 from jaxlinear.parallel import operations, sharding
@@ -113,6 +114,19 @@ def test_the_gradient_of_a_shared_key_is_summed_over_heads_in_float32():
         eqn.invars[0].aval for eqn in jax.make_jaxpr(pullback)(jnp.ones_like(y)).eqns if "sum" in eqn.primitive.name
     ]
     assert [summed.dtype for summed in sums if 1024 in summed.shape] == [jnp.float32]
+
+
+@pytest.mark.parametrize("decay, backend", [("scalar", "pallas"), ("channel", "auto")])
+def test_heads_are_refused_as_they_reach_the_kernel(decay, backend):
+    """Of shared keys V alone fills registers; written for every head, K has to as well."""
+    q, v = (jnp.zeros((1, 9, *shape), jnp.bfloat16) for shape in ((1, 24), (12, 64)))
+    log_decay = jnp.zeros((1, 9, 12) if decay == "scalar" else (1, 9, 12, 24))
+    with backends.use_platform("tpu", "TPU v5 lite"):
+        chosen, q_taken, k_taken = matrix_states.choose_shared(
+            choose, "auto", q, q, v, log_decay, None, recurrence.WHOLE
+        )
+    assert chosen == backend
+    assert q_taken.shape == k_taken.shape == (1, 9, 1 if backend == "pallas" else 12, 24)
 
 
 def test_the_delta_rule_takes_none():
