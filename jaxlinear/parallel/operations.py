@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
@@ -23,6 +23,7 @@ from jaxlinear.ops.linear_attention import choose as choose_attention
 from jaxlinear.parallel import cost, halos, ring, sharding
 from jaxlinear.parallel.exchanges import AXIS
 from jaxlinear.parallel.sequence import Spread, kind_and_span
+from jaxlinear.parallel.sharding import AnyMesh
 
 _TIME = ("batch", "time")
 NO_DOCUMENT = -(2**31)  # the id of positions before the sequence
@@ -250,7 +251,7 @@ def _attention_in_parts(
     return _on_shards(mesh, local, 0, (q, k, v, segment_ids), (axes, axes, axes, ("batch", None)))
 
 
-def _attention_exchange(mesh: Mesh, k: jax.Array, v: jax.Array, axes: tuple) -> str:
+def _attention_exchange(mesh: AnyMesh, k: jax.Array, v: jax.Array, axes: tuple) -> str:
     """One of ``cost.ATTENTION``, for keys and values that lie by these logical axes."""
     own = [jax.ShapeDtypeStruct(sharding.shard_shape(axes, x.shape, mesh), x.dtype) for x in (k, v)]
     wide = [jax.ShapeDtypeStruct(x.shape, dtypes.wide(x.dtype)) for x in own]
@@ -324,7 +325,7 @@ _EMBEDDING = ("vocab", "embed")
 _BY_TIME = PartitionSpec(None, AXIS)
 
 
-def _over_time(mesh: Mesh, function: Callable, whole: int, out_specs: PartitionSpec) -> Callable:
+def _over_time(mesh: AnyMesh, function: Callable, whole: int, out_specs: PartitionSpec) -> Callable:
     """``function(x, *others)`` on each shard of time, which the first ``whole`` of the others do not have; the other axes
     of the mesh are left to the compiler."""
 
@@ -342,7 +343,7 @@ def _over_time(mesh: Mesh, function: Callable, whole: int, out_specs: PartitionS
     return run
 
 
-def _head_axis(mesh: Mesh, heads: int, groups: int) -> str | None:
+def _head_axis(mesh: AnyMesh, heads: int, groups: int) -> str | None:
     """The logical axis of attention heads: none where a device would hold heads without their group's keys."""
     tensor = mesh.shape.get("tensor", 1)
     return "heads" if groups == 1 or groups % tensor == 0 or heads % tensor else None
@@ -359,7 +360,7 @@ def _runner(operation: str, length: int, heads: str | None) -> recurrence.Runner
     return recurrence.WHOLE if mesh is None else Spread(mesh, heads, sharding.choices_in_use().exchange)
 
 
-def _mesh(operation: str, length: int) -> Mesh | None:
+def _mesh(operation: str, length: int) -> AnyMesh | None:
     """The mesh in use if it spreads this many tokens over its axis ``sequence``."""
     mesh = sharding.mesh_in_use()
     if mesh is None or mesh.shape.get(AXIS, 1) == 1 or length == 1:
@@ -372,7 +373,7 @@ def _mesh(operation: str, length: int) -> Mesh | None:
     return mesh
 
 
-def _on_shards(mesh: Mesh, function: Callable, like: Any, arguments: tuple, axes: tuple) -> Any:
+def _on_shards(mesh: AnyMesh, function: Callable, like: Any, arguments: tuple, axes: tuple) -> Any:
     """``function`` on each device's parts of the arguments, which lie by their logical axes (None is passed on).
 
     ``like``: for each output the number of the argument that it lies like.

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from jaxlinear.ops import recurrence, segments
+from jaxlinear.ops import backends, recurrence, segments
 from jaxlinear.ops.recurrence import Family, State
 from jaxlinear.parallel import cost, exchanges, halos, sharding, traced
 from jaxlinear.parallel.exchanges import AXIS
+from jaxlinear.parallel.sharding import AnyMesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Spread:
     constants. ``exchange`` names one of ``exchanges.EXCHANGES``, or is ``"auto"``: ``parallel.cost`` chooses.
     """
 
-    mesh: Mesh
+    mesh: AnyMesh
     heads: str | None
     exchange: str
 
@@ -91,7 +92,7 @@ class Spread:
         """The shapes of a device's parts."""
 
         def one(x, spec):
-            return jax.ShapeDtypeStruct(NamedSharding(self.mesh, spec).shard_shape(x.shape), x.dtype)
+            return jax.ShapeDtypeStruct(sharding.part_of(x.shape, spec, self.mesh), x.dtype)
 
         return jax.tree.map(one, tree, specs)
 
@@ -100,10 +101,9 @@ class Spread:
         return sharding.spec((*axes, *(None,) * x.ndim)[: x.ndim], x.shape, self.mesh)
 
 
-def kind_and_span(mesh: Mesh) -> tuple[str, int]:
+def kind_and_span(mesh: AnyMesh) -> tuple[str, int]:
     """The kind of the mesh's devices, and among how many neighbours a row of shards lies (``parallel.cost``)."""
-    sizes = [mesh.shape[name] for name in mesh.axis_names]
-    return mesh.devices.flat[0].device_kind, math.prod(sizes[mesh.axis_names.index(AXIS) :])
+    return backends.target().kind, math.prod(mesh.axis_sizes[mesh.axis_names.index(AXIS) :])
 
 
 def _load(family, packed, own, mesh) -> cost.States:

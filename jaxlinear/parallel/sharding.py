@@ -2,13 +2,15 @@
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlinear.ops import backends
 
@@ -35,7 +37,10 @@ class Choices(NamedTuple):
     attention: str = "auto"
 
 
-_in_use: list[tuple[Mesh, Choices]] = []
+AnyMesh: TypeAlias = Mesh | AbstractMesh
+_COPIES = "data"  # the mesh axis along which devices have copies of the parameters
+
+_in_use: list[tuple[AnyMesh, Choices]] = []
 
 
 @contextlib.contextmanager
@@ -50,21 +55,56 @@ def use_mesh(mesh: Mesh, **choices: str) -> Iterator[None]:
         _in_use.pop()
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def summed_over_copies(function: Callable[..., Any], parameters: Any, batch: Any) -> Any:
+    """``function(parameters, batch)``, a tree of sums over the rows of the batch, by the devices of each copy of the
+    parameters from their own rows; what they found is then summed, once, where the compiler would sum each part of it as it
+    comes. The function is traced for the rows of one copy, and what it computes has to be a sum over them."""
+    mesh, choices = _in_use[-1]
+    if mesh.shape.get(_COPIES, 1) == 1:
+        return function(parameters, batch)
+
+    def of_one_copy(parameters, batch):
+        _in_use.append((jax.sharding.get_abstract_mesh(), choices))
+        try:
+            own = function(parameters, batch)
+        finally:
+            _in_use.pop()
+        return jax.tree.map(lambda x: lax.psum(x, _COPIES), own)
+
+    in_specs = PartitionSpec(), PartitionSpec(_COPIES)
+    mapped = jax.shard_map(
+        of_one_copy, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), axis_names={_COPIES}, check_vma=False
+    )
+    return mapped(parameters, batch)
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """The partition of an array with these logical axes. An axis that its mesh axes do not divide is replicated."""
+    sizes = _sizes(mesh)
     entries: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
-        names = tuple(name for name in RULES.get(axis or "", ()) if mesh.shape.get(name, 1) > 1)
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
+        names = tuple(name for name in RULES.get(axis or "", ()) if sizes.get(name, 1) > 1)
+        parts = math.prod(sizes[name] for name in names)
         entries.append(names if names and size % parts == 0 else None)
     return PartitionSpec(*entries)
 
 
-def shard_shape(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
+def _sizes(mesh: AnyMesh) -> dict[str, int]:
+    """Of the axes that arrays can be spread over where this is traced: the program is of one of each other's parts."""
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in axes if kind != AxisType.Manual}
+
+
+def shard_shape(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> tuple[int, ...]:
     """The shape of each device's part of such an array."""
-    return NamedSharding(mesh, spec(axes, shape, mesh)).shard_shape(shape)
+    return part_of(shape, spec(axes, shape, mesh), mesh)
+
+
+def part_of(shape: tuple[int, ...], where: PartitionSpec, mesh: AnyMesh) -> tuple[int, ...]:
+    """The shape of each device's part of an array that lies so; ``NamedSharding`` has none for copies of parameters."""
+    entries = ((name,) if isinstance(name, str) else name or () for name in where)
+    parts = (math.prod(mesh.shape[name] for name in names) for names in entries)
+    return tuple(size // count for size, count in itertools.zip_longest(shape, parts, fillvalue=1))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -93,7 +133,7 @@ def place_gradient(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 place_gradient.defvjp(lambda x, axes: (x, None), lambda axes, _, d_x: (constrain(d_x, *axes),))
 
 
-def mesh_in_use() -> Mesh | None:
+def mesh_in_use() -> AnyMesh | None:
     return _in_use[-1][0] if _in_use else None
 
 
@@ -114,7 +154,7 @@ def token_by_token(function: Callable[..., Any], *tokens: jax.Array) -> Any:
 def parts(axis: str) -> int:
     """Over how many devices a logical axis is spread on the mesh in use."""
     mesh = mesh_in_use()
-    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in RULES[axis])
+    return 1 if mesh is None else math.prod(_sizes(mesh).get(name, 1) for name in RULES[axis])
 
 
 def batch_groups() -> int:

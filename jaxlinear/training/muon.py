@@ -73,6 +73,7 @@ def _over_devices(orthogonal, stacks: Sequence[jax.Array], axes: Sequence[tuple[
     mesh = sharding.mesh_in_use()
     if mesh is None or mesh.size == 1:
         return [orthogonal(x.reshape(-1, *x.shape[-2:])).reshape(x.shape) for x in stacks]
+    assert isinstance(mesh, Mesh)  # the optimiser is of all copies together
     specs = [sharding.spec(logical, x.shape, mesh) for logical, x in zip(axes, stacks, strict=True)]
     shapes = [x.shape[-2:] for x in stacks]
 

@@ -76,13 +76,18 @@ def make_train_step(
         if training.microbatches == 1:
             return gradient(parameters, batch, weights)
 
-        def one(total, part):
-            more, losses = gradient(parameters, *part)
-            return jax.tree.map(jnp.add, total, more), losses
+        def in_parts(parameters, batch_and_weights):
+            def one(total, part):
+                more, losses = gradient(parameters, *part)
+                return jax.tree.map(jnp.add, total, more), losses
 
-        parts = jax.tree.map(lambda x: _microbatches(x, training.microbatches), (batch, weights))
-        total, losses = lax.scan(one, jax.tree.map(jnp.zeros_like, parameters), parts)
-        return total, jax.tree.map(lambda x: jnp.sum(x, axis=0), losses)
+            parts = jax.tree.map(lambda x: _microbatches(x, training.microbatches), batch_and_weights)
+            total, losses = lax.scan(one, jax.tree.map(jnp.zeros_like, parameters), parts)
+            return total, jax.tree.map(lambda x: jnp.sum(x, axis=0), losses)
+
+        if architecture.config.channel_mixer == "mixture_of_experts":  # its losses are no sums over rows
+            return in_parts(parameters, (batch, weights))
+        return sharding.summed_over_copies(in_parts, parameters, (batch, weights))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with sharding.use_mesh(mesh, **config.parallel), jax.numpy_dtype_promotion("standard"):

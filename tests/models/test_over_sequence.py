@@ -169,6 +169,45 @@ def test_experts():
         numerics.assert_close(found, step("experts", "float64")(values, text, IDS, None), 1e-12)
 
 
+COPIES = [{"data": 2, "sequence": 2, "tensor": 2}, {"data": 4, "sequence": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+@functools.cache
+def gradients_of_copies(name, mesh=None):
+    """Jitted ``(parameters, batch) -> (loss, gradients)``, taken by each copy of the parameters and summed once."""
+    architecture = describe(config(name, dtype="float64"))
+
+    def of_rows(parameters, batch):
+        def objective(parameters):
+            model, weights = architecture.bind(parameters), batch["weights"].astype("float64")
+            hidden, _, _ = model.hidden(batch["tokens"], batch["ids"])
+            embedding, targets = model.output_embedding, batch["targets"]
+            return operations.linear_cross_entropy(hidden, embedding, targets, weights, z_loss=0.1)[1]
+
+        return jax.value_and_grad(objective)(parameters)
+
+    @numerics.jit
+    def run(parameters, batch):
+        with sharding.use_mesh(mesh) if mesh else contextlib.nullcontext():
+            return sharding.summed_over_copies(of_rows, parameters, batch) if mesh else of_rows(parameters, batch)
+
+    return run
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_sum_their_gradients_once(name, every_mesh):
+    """Rows weigh differently, and so do copies."""
+    meshes = COPIES if every_mesh else COPIES[:1] if name in ("delta_net_and_attention", "griffin", "s5") else []
+    with jax.enable_x64(True):
+        text = tokens(1)
+        weights = np.linspace(0.1, 1.0, B * T, dtype=np.float32).reshape(B, T)
+        batch = {"tokens": text[0], "targets": text[1], "ids": IDS, "weights": weights}
+        values = parameters(name, "float64")
+        expected = gradients_of_copies(name)(values, batch) if meshes else None
+        for mesh in meshes:
+            numerics.assert_close(gradients_of_copies(name, make_mesh(mesh))(values, batch), expected, 1e-12)
+
+
 LOWER = ["gla", "delta_net", "griffin"]
 
 

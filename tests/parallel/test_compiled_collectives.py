@@ -50,7 +50,7 @@ CONVOLUTION = 3 * (2 * KEY["gated_delta_net"] + VALUE["gated_delta_net"]) * HEAD
 HALO = B * max(CONVOLUTION * BFLOAT16, (WINDOW - 1) * 2 * D // HEADS * BFLOAT16 + WINDOW * INT32)
 
 
-def program(model, target, length, mesh=None, remat="elementwise", **changes):
+def program(model, target, length, mesh=None, remat="elementwise", rows=B, microbatches=1, **changes):
     """The training step of a narrow model on a target, and the number of its parameters."""
     config = configs.default()
     config.model.update(
@@ -69,7 +69,7 @@ def program(model, target, length, mesh=None, remat="elementwise", **changes):
         | changes
     )
     configs.forget_unread(config, ["model.preset"])
-    config.training.batch_size, config.training.sequence_length = B, length
+    config.training.update({"batch_size": rows, "sequence_length": length, "microbatches": microbatches})
     config.parallel.exchange = "all_gather"
     config.mesh.data = 1
     config.mesh.update(mesh or {"sequence": SHARDS})
@@ -157,3 +157,16 @@ def test_nothing_is_exchanged_again_whatever_is_computed_again(remat):
 def test_beside_fsdp():
     """Half the rows on a shard: half the bytes."""
     check("gla", *program("gla", TPU, LENGTH, mesh={"fsdp": 2, "sequence": 4}), rows=B // 2)
+
+
+@pytest.mark.parametrize("target", [TPU, GPU])
+def test_copies_sum_their_gradients_once_a_step(target):
+    """Whatever the microbatches are: each parameter in float32, and some scalars. A copy is of four devices, which but for
+    norms and the like have a quarter of it each."""
+    mesh = {"data": 2, "fsdp": 4}
+    compiled, parameters = program("gla", target, LENGTH, mesh=mesh, rows=32, microbatches=4)
+    over = [c for c in compiled.collectives if "data" in c.axes]
+    assert {c.kind for c in over} == {"all-reduce"}
+    assert {c.runs for c in over} == {1}
+    summed = sum(c.bytes for c in over)
+    assert parameters <= summed <= 1.01 * parameters  # of 4 bytes

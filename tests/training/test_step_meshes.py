@@ -15,11 +15,12 @@ MESHES = [
     *({"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"fsdp": 2, "tensor": 2, "data": 2}),
     *({"sequence": 8}, {"data": 2, "sequence": 2, "tensor": 2}),  # shards of 2 tokens, windows of 4
 ]
+IN_PARTS = [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "sequence": 2}]
 STEPS = 5
 
 
-def train(mesh):
-    trainer = tiny.Trainer(tiny.config(optimizer__epsilon=1e-3), mesh)
+def train(mesh, microbatches=1):
+    trainer = tiny.Trainer(tiny.config(optimizer__epsilon=1e-3, training__microbatches=microbatches), mesh)
     state, losses = trainer.state(), []
     for step in range(STEPS):
         state, metrics = trainer(state, tiny.batch(seed=step, padding=3))
@@ -38,6 +39,12 @@ def test_8_devices_follow_one(sizes):
     check_follows(tiny.mesh(8, **sizes), sizes)
 
 
+@pytest.mark.parametrize("sizes", IN_PARTS, ids=str)
+def test_8_devices_follow_one_in_microbatches(sizes):
+    """Each copy of the parameters sums the gradients of its own rows, which have other numbers of targets."""
+    check_follows(tiny.mesh(8, **sizes), sizes, microbatches=2)
+
+
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "data": 2}, {"data": 2, "sequence": 2, "tensor": 2}], ids=str)
 def test_8_devices_in_any_order_follow_one(sizes):
     """As on TPUs, where the mesh follows the torus."""
@@ -45,10 +52,10 @@ def test_8_devices_in_any_order_follow_one(sizes):
     check_follows(meshes.make_mesh(tiny.ONES | sizes, devices), sizes)
 
 
-def check_follows(mesh, sizes):
+def check_follows(mesh, sizes, microbatches=1):
     expected, losses = on_one_device()
     assert max(losses) - min(losses) > 1e-2
-    trainer, state, got = train(mesh)
+    trainer, state, got = train(mesh, microbatches)
     np.testing.assert_allclose(got, losses, rtol=1e-5)
     for value, want in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(expected.parameters), strict=True):
         np.testing.assert_allclose(value, want, rtol=0, atol=1e-4)
