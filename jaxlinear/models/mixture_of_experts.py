@@ -81,13 +81,14 @@ class MixtureOfExperts(nnx.Module):
 def _losses(logits, log_normaliser, chosen, segment_ids):
     """``load_balance``: E times the sum over experts of (its share of the choices) * (its mean probability), which is 1
     at perfect balance (Switch Transformer, equation 4, where a token makes one choice). ``router_z``: the mean square of
-    the log normaliser (ST-MoE, arXiv:2202.08906, equation 5)."""
+    the log normaliser (ST-MoE, arXiv:2202.08906, equation 5). Both are sums over tokens, given the shares of the choices:
+    of a copy of the parameters that has some of the rows, its part of them."""
     experts = logits.shape[-1]
     counted = jnp.ones(chosen.shape[:2], bool) if segment_ids is None else segment_ids > 0
     counted = counted.astype(logits.dtype)
-    share = counted / jnp.maximum(jnp.sum(counted), jnp.ones((), logits.dtype))
+    share = counted / jnp.maximum(sharding.of_all_copies(jnp.sum(counted)), jnp.ones((), logits.dtype))
     choices = jnp.mean(jax.nn.one_hot(chosen, experts, dtype=logits.dtype), axis=2)
-    frequency = jnp.einsum("bt,bte->e", share, choices)
+    frequency = sharding.of_all_copies(jnp.einsum("bt,bte->e", share, choices))
     probability = jnp.einsum("bt,bte->e", share, jnp.exp(logits - log_normaliser[..., None]))
     return {
         "load_balance": experts * jnp.sum(frequency * probability),

@@ -58,7 +58,8 @@ def use_mesh(mesh: Mesh, **choices: str) -> Iterator[None]:
 def summed_over_copies(function: Callable[..., Any], parameters: Any, batch: Any) -> Any:
     """``function(parameters, batch)``, a tree of sums over the rows of the batch, by the devices of each copy of the
     parameters from their own rows; what they found is then summed, once, where the compiler would sum each part of it as it
-    comes. The function is traced for the rows of one copy, and what it computes has to be a sum over them."""
+    comes. The function is traced for the rows of one copy, and what it computes has to be a sum over them; what else it
+    needs of the others' rows ``of_all_copies`` has."""
     mesh, choices = _in_use[-1]
     if mesh.shape.get(_COPIES, 1) == 1:
         return function(parameters, batch)
@@ -76,6 +77,13 @@ def summed_over_copies(function: Callable[..., Any], parameters: Any, batch: Any
         of_one_copy, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), axis_names={_COPIES}, check_vma=False
     )
     return mapped(parameters, batch)
+
+
+def of_all_copies(x: jax.Array) -> jax.Array:
+    """A sum over rows of all copies, from that over those of one; of what has no gradient."""
+    mesh = mesh_in_use()
+    apart = mesh is not None and _COPIES in mesh.shape and _COPIES not in _sizes(mesh)
+    return lax.psum(lax.stop_gradient(x), _COPIES) if apart else x
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:

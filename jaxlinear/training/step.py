@@ -85,8 +85,6 @@ def make_train_step(
             total, losses = lax.scan(one, jax.tree.map(jnp.zeros_like, parameters), parts)
             return total, jax.tree.map(lambda x: jnp.sum(x, axis=0), losses)
 
-        if architecture.config.channel_mixer == "mixture_of_experts":  # its losses are no sums over rows
-            return in_parts(parameters, (batch, weights))
         return sharding.summed_over_copies(in_parts, parameters, (batch, weights))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

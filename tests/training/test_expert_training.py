@@ -29,6 +29,7 @@ EXPERTS = {
     "optimizer__epsilon": 1e-3,
 }
 MESHES = [{"expert": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}]
+IN_PARTS = [{"data": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2}]
 STEPS = 5
 
 
@@ -46,16 +47,20 @@ def follow(trainer):
 
 
 @functools.cache
-def on_one_device():
-    state, lines = follow(trainer())
+def on_one_device(microbatches):
+    state, lines = follow(trainer(training__microbatches=microbatches))
     return tiny.host(state), lines
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "_".join(f"{axis}{n}" for axis, n in sizes.items()))
-def test_8_devices_follow_one(sizes):
-    expected, lines = on_one_device()
+@pytest.mark.parametrize(
+    "sizes, microbatches", [*((sizes, 1) for sizes in MESHES), *((sizes, 2) for sizes in IN_PARTS)], ids=str
+)
+def test_8_devices_follow_one(sizes, microbatches):
+    """In microbatches each copy of the parameters has its part of the losses, whose rows have other shares of padding."""
+    expected, lines = on_one_device(microbatches)
     assert np.all(np.ptp(lines, axis=0) > 1e-2)
-    state, got = follow(tiny.Trainer(tiny.config(**EXPERTS), tiny.mesh(8, **sizes)))
+    config = tiny.config(**EXPERTS, training__microbatches=microbatches)
+    state, got = follow(tiny.Trainer(config, tiny.mesh(8, **sizes)))
     np.testing.assert_allclose(got, lines, rtol=1e-5)
     for value, want in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(expected.parameters), strict=True):
         np.testing.assert_allclose(value, want, rtol=0, atol=1e-4)
