@@ -9,12 +9,13 @@ _APART: Options = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 # Of a product with a split kernel libtpu makes a loop of permutes and of products of a part each. It keeps their sum in the
 # dtype of the result, so it reads, writes and rounds it to bfloat16 in every trip. It does so of products above so many MiB
-# alone: here of none. Of sums that devices keep a part of XLA for GPUs makes one while these parts are below a threshold.
-# By its own, 30 MB, all of a layer's gradients wait for the last one, and nothing is left to go on beside it. XLA for GPUs
-# of JAX 0.11 also makes asynchronous what copies slices out of an array and into it. Its scheduler has no estimate of these
-# copies (0.11.2 logs "Unsupported collective instruction: fusion-start") and takes 5,000 for each, where an exchange has
-# its microseconds: so it puts what it can beside copies, and leaves exchanges alone. Without that pass they are kernels
-# again, as with 0.10, which has no such pass and ignores its name.
+# alone: here of none, in the training step and in that of evaluations. Of sums that devices keep a part of XLA for GPUs
+# makes one while these parts are below a threshold. By its own, 30 MB, all of a layer's gradients wait for the last one,
+# and nothing is left to go on beside it. XLA for GPUs of JAX 0.11 also makes asynchronous what copies slices out of an
+# array and into it. Its scheduler has no estimate of these copies (0.11.2 logs "Unsupported collective instruction:
+# fusion-start") and takes 5,000 for each, where an exchange has its microseconds: so it puts what it can beside copies, and
+# leaves exchanges alone. Without that pass they are kernels again, as with 0.10, which has no such pass and ignores its
+# name.
 TRAINING: dict[str, Options] = {
     "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000},
     "gpu": _APART

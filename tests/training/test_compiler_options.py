@@ -1,4 +1,4 @@
-"""What the training step asks of the compilers."""
+"""What the steps of training and of evaluations ask of the compilers."""
 
 import jax
 import pytest
@@ -33,7 +33,8 @@ def test_products_are_no_loops_on_tpu_and_stay_apart_on_gpu(target, expected, mo
 
     monkeypatch.setattr(jax, "jit", recording)
     steps.make_train_step(config, architecture, make_optimizer(config, architecture), mesh)
-    assert given[-1] == expected
+    steps.make_loss_step(config, architecture, mesh)
+    assert given[-2:] == [expected, expected]
 
 
 @pytest.mark.compiles_ahead
