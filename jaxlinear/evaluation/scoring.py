@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation.run import Run
-from jaxlinear.parallel import operations, sharding
+from jaxlinear.parallel import compiler, operations, sharding
 
 Tokens = tuple[int, ...]
 Pair = tuple[Tokens, Tokens]  # a context, which is not empty, and its continuation
@@ -125,7 +125,7 @@ def _programs(run: Run) -> tuple[stages.Wrapped, ...]:
             with sharding.use_mesh(mesh, **exchanges):
                 return function(architecture.bind(parameters), *arguments)
 
-        return jax.jit(program)
+        return jax.jit(program, compiler_options=compiler.of_sequences(mesh))
 
     return tuple(on_mesh(function) for function in (_prefix, _continuations, _next_chunk))
 

@@ -12,7 +12,7 @@ from ml_collections import config_dict
 from jaxlinear.data import tasks
 from jaxlinear.errors import UserError
 from jaxlinear.models.parameters import Architecture
-from jaxlinear.parallel import feeding, sharding
+from jaxlinear.parallel import compiler, feeding, sharding
 from jaxlinear.parallel import mesh as meshes
 
 
@@ -70,6 +70,7 @@ class Answers:
             static_argnums=2,
             in_shardings=(architecture.shardings(mesh), meshes.batch_sharding(mesh)),
             out_shardings=whole,
+            compiler_options=compiler.of_sequences(mesh),
         )
 
     def measure(

@@ -123,7 +123,7 @@ def make_train_step(
         in_shardings=(placed, meshes.batch_sharding(mesh)),
         out_shardings=(placed, None),
         donate_argnums=0,
-        compiler_options=_options(mesh),
+        compiler_options=compiler.of_sequences(mesh),
     )
 
 
@@ -141,11 +141,7 @@ def make_loss_step(config: config_dict.ConfigDict, architecture: Architecture, m
             return jnp.where(targets, nll, jnp.zeros((), nll.dtype)), targets
 
     placed = architecture.shardings(mesh), meshes.batch_sharding(mesh)
-    return jax.jit(step, in_shardings=placed, compiler_options=_options(mesh))
-
-
-def _options(mesh: Mesh) -> compiler.Options | None:
-    return compiler.TRAINING.get(mesh.devices.flat[0].platform)
+    return jax.jit(step, in_shardings=placed, compiler_options=compiler.of_sequences(mesh))
 
 
 def is_target(batch: Batch) -> jax.Array:
