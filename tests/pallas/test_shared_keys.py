@@ -1,4 +1,4 @@
-"""Queries and keys that all heads share, as Mamba-2's: as if each head had them, and in the kernel for TPU read once."""
+"""Queries and keys that all heads share, as Mamba-2's: as if each head had them, and read by the kernels as they are."""
 
 import functools
 import re
@@ -66,6 +66,42 @@ def test_values_and_gradients(monkeypatch, backend, decay, heads):
     run = functools.partial(linear_attention, segment_ids=ids, backend=backend)
     reference = of_every_head(functools.partial(linear_attention, segment_ids=ids, backend="recurrent"))
     compare(run, reference, inputs, cotangents)
+
+
+GPU = Target("gpu", "none", True)
+
+
+@pytest.mark.parametrize(
+    "decay, heads, keys, values",
+    # Gradients of q and k in one part; in two, of five heads and of five and four; by several tiles, the last not whole.
+    [("none", 3, 6, 5), ("constant", 10, 6, 5), ("scalar", 9, 6, 5), ("scalar", 3, 40, 50), ("channel", 2, 6, 5)],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_on_gpu(monkeypatch, decay, heads, keys, values, packed):
+    monkeypatch.setattr(backends, "target", lambda: GPU)
+    monkeypatch.setattr(blocks, "linear_attention_gpu", lambda *_: blocks.AttentionGPUBlock(16, 16, 16, 32, 32, 16, 32))
+    inputs, cotangents = draw(decay, 40, heads, keys, values, batch=2)
+    ids = np.repeat([[0, 1, 2], [0, 0, 1]], [5, 27, 8], axis=1).astype(np.int32) if packed else None
+    run = functools.partial(linear_attention, segment_ids=ids, backend="pallas")
+    reference = of_every_head(functools.partial(linear_attention, segment_ids=ids, backend="recurrent"))
+    compare(run, reference, inputs, cotangents)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_no_array_is_of_every_head(monkeypatch, platform):
+    """Neither what kernels read nor what is kept for the backward pass nor gradients; these are of a group of heads."""
+    monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
+    heads, keys, values, length = 16, 32, 16, 128
+    (q, k, v, decay, state), cotangents = draw("scalar", length, heads, keys, values)
+    q, k, v, decay, state = (jnp.asarray(x, jnp.float32) for x in (q, k, v, decay, state))
+
+    def gradient(q, k, v, decay, state):
+        outputs, pullback = jax.vjp(functools.partial(linear_attention, backend="pallas"), q, k, v, decay, state)
+        return pullback(tuple(x.astype(y.dtype) for x, y in zip(cotangents, outputs, strict=True)))
+
+    text = str(jax.make_jaxpr(gradient)(q, k, v, decay, state))
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert max(sizes) == length * heads * values
 
 
 def test_on_a_simulated_tpu():
