@@ -125,7 +125,9 @@ def test_on_a_simulated_tpu():
     numerics.assert_close(found, numerics.wide(expected), 1e-5)
 
 
-def test_the_gradient_of_the_state_alone():
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_the_gradient_of_the_state_alone(monkeypatch, platform):
+    monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
     (q, k, v, decay, state), (d_o, _) = draw("scalar", 20, 10, 6, 64)
     with jax.enable_x64(True):
         of_state = [
