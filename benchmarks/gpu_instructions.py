@@ -1,7 +1,7 @@
 """The kernels of matrix states for GPU by the instructions that their PTX takes, and what these say of an H100's time.
 
     python benchmarks/gpu_instructions.py [--operations=linear_attention,delta_rule] [--decays=none,scalar,channel]
-        [--length=1024 --heads=1 --key=128 --value=128] [--mean=-0.04] [--against=FLA/bin/python] [--json=FILE]
+        [--length=1024 --heads=1 --key=128 --value=128] [--shared] [--mean=-0.04] [--against=FLA/bin/python] [--json=FILE]
 
 No GPU is needed: kernels are compiled for an H100 by Triton and LLVM, and run on the CPU instruction by instruction
 (``tests/ptx``), so that loops and branches count as they go. Takes the compiler for GPU (pip install 'jaxlinear[aot]') and
@@ -47,6 +47,7 @@ _LENGTH = flags.DEFINE_integer("length", 1024, "T.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 1, "H.", lower_bound=1)
 _KEY = flags.DEFINE_integer("key", 128, "K.", lower_bound=1)
 _VALUE = flags.DEFINE_integer("value", 128, "V.", lower_bound=1)
+_SHARED = flags.DEFINE_bool("shared", False, "One query and one key for all heads; of linear attention.")
 _MEAN = flags.DEFINE_float("mean", -0.04, "Of the log decays, whose distribution is exponential.", upper_bound=0.0)
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with flash-linear-attention.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
@@ -58,7 +59,7 @@ for _flag, _known in (("operations", {"linear_attention", "delta_rule"}), ("deca
 def draw(decay: str):
     """The operation's tensors after q, k and v, and these."""
     random, length, heads = np.random.default_rng(0), _LENGTH.value, _HEADS.value
-    q, k = (random.standard_normal((1, length, heads, _KEY.value)) for _ in range(2))
+    q, k = (random.standard_normal((1, length, 1 if _SHARED.value else heads, _KEY.value)) for _ in range(2))
     v = random.standard_normal((1, length, heads, _VALUE.value))
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     shape = (1, length, heads, _KEY.value) if decay == "channel" else (1, length, heads)
@@ -105,6 +106,8 @@ def main(argv) -> None:
         raise app.UsageError(f"not a flag: {argv[1]}")
     if _AGAINST.value and _KEY.value != _VALUE.value:
         raise app.UsageError("--against takes --key and --value that are the same")
+    if _SHARED.value and (_AGAINST.value or set(_OPERATIONS.value) != {"linear_attention"}):
+        raise app.UsageError("--shared is of --operations=linear_attention, and not --against others")
     ran = calls.emulate(setattr)
     backends.target = lambda: Target("gpu", "NVIDIA H100 80GB HBM3", True)
     rows, passes, compared = [], [], []

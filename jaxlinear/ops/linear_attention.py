@@ -34,8 +34,8 @@ def linear_attention(
     """Runs ``S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T`` and reads ``o_t = scale * S_t^T q_t``.
 
     Args:
-      q, k: ``[B, T, H, K]``, or ``[B, T, 1, K]`` of all heads, which the kernel for TPU reads once where no decay is by
-        channel and time is not spread; elsewhere they are written for each head.
+      q, k: ``[B, T, H, K]``, or ``[B, T, 1, K]`` of all heads, which kernels take as they are where no decay is by
+        channel; elsewhere they are written for each head.
       v: ``[B, T, H, V]``.
       log_decay: at most 0. None (1 forever), ``[H]`` (constant in time), ``[B, T, H]`` or ``[B, T, H, K]`` (by key
         channel). -inf forgets.

@@ -81,11 +81,10 @@ def choose_shared(
     chunk_size: int | None,
     runner: recurrence.Runner,
 ) -> tuple[str, jax.Array, jax.Array]:
-    """What ``choose`` gives, and q and k as that takes them. Those that all heads share, ``[B, T, 1, K]``, stay so for the
-    kernel for TPU of a sequence that is whole, with no decay by channel; else they are written for every head."""
+    """What ``choose`` gives, and q and k as that takes them. Those that all heads share, ``[B, T, 1, K]``, stay so for
+    kernels with no decay by channel; else they are written for every head."""
     by_channel = is_by_channel(log_decay)
-    alone = runner is recurrence.WHOLE and not by_channel and backends.target().platform != "gpu"
-    if is_shared(q, v) and not alone:
+    if is_shared(q, v) and by_channel:
         q, k = (for_every_head(x, v.shape[2]) for x in (q, k))
     backend = choose(backend, q, k, v, chunk_size, runner, by_channel=by_channel)
     if is_shared(q, v) and backend != "pallas":

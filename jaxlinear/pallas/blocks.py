@@ -98,23 +98,36 @@ class AttentionGPUBlock(NamedTuple):
 
 
 def linear_attention_gpu(
-    length: int, keys: int, decay: str, packed: bool, chunk: int | None, gpu: GPU | None
+    length: int,
+    keys: int,
+    decay: str,
+    packed: bool,
+    chunk: int | None,
+    gpu: GPU | None,
+    shared_by: int | None = None,
 ) -> AttentionGPUBlock:
     """The largest that no program spills registers with: with fewer tokens or channels a token takes more instructions, as
-    the PTX counts them. No GPU has timed them."""
+    the PTX counts them. No GPU has timed them. ``shared_by``: V of the heads that share queries and keys, if they do."""
     by_channel = decay == "channel"
     if chunk is None:
-        # With few keys, where T ends within a chunk, or with decays a token and documents, chunks of 128 would spill, so
-        # ``CHUNKS`` does not let users ask for them.
-        whole = keys >= 64 and length % 128 == 0 and not (decay == "scalar" and packed)
+        # With few keys, where T ends within a chunk, with decays a token and documents, or where gradients of several heads
+        # are summed, chunks of 128 would spill, so ``CHUNKS`` does not let users ask for them.
+        whole = keys >= 64 and length % 128 == 0 and not (decay == "scalar" and packed) and not shared_by
         few = by_channel or (keys >= 128 and gpu is not None and not gpu.warpgroups)
         chunk = 32 if few else 128 if whole else 64
     tokens = min(chunk, max(32, 1 << (length - 1).bit_length()))  # 16 would spill at K = V = 64
     if by_channel:
         return AttentionGPUBlock(tokens, 32, 64, 128, 128, _gradients_by_channel(keys), 64)
+    if shared_by:
+        return AttentionGPUBlock(tokens, 64, 64, 64, 128, 64 if shared_by >= 64 else 16, 32)
     if tokens > 64:
         return AttentionGPUBlock(tokens, 64, 64, 64, 64, 32, 32)
     return AttentionGPUBlock(tokens, 64, 64, 64, 128, 64, 128)
+
+
+# Heads that share queries and keys, whose gradients one program sums, one after the other: the more, the fewer sums are
+# written and read, and the fewer programs there are.
+GPU_SHARED_HEADS = 8
 
 
 def _gradients_by_channel(keys: int) -> int:

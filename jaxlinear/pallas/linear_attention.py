@@ -4,10 +4,10 @@ summary, its gradients, and the gradient of the state alone.
 On TPU within and between chunks in one kernel, the state resident; on GPU a kernel for the states and one for all chunks.
 Arrays have the layout that they have outside.
 
-In all: q, k ``[B, T, H, K]`` and v ``[B, T, H, V]`` of one dtype, or on TPU, with no decay or one a head, q and k
-``[B, T, 1, K]`` of all heads; log_decay None, ``[H]``, ``[B, T, H]`` or
-``[B, T, H, K]``; states ``[B, H, K, V]`` float32 (float64 interpreted); ``starts`` ``[B, T]`` bool, where the state before
-the token is forgotten, or None. ``platform`` of the target is "tpu" or "gpu"; elsewhere the kernel for TPU is interpreted.
+In all: q, k ``[B, T, H, K]`` and v ``[B, T, H, V]`` of one dtype, or, with no decay or one a head, q and k ``[B, T, 1, K]``
+of all heads; log_decay None, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``; states ``[B, H, K, V]`` float32 (float64
+interpreted); ``starts`` ``[B, T]`` bool, where the state before the token is forgotten, or None. ``platform`` of the target
+is "tpu" or "gpu"; elsewhere the kernel for TPU is interpreted.
 """
 
 import dataclasses

@@ -31,7 +31,10 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
 class _Call:
     def __init__(self, plan: Plan, arguments: Arguments, target: Target):
         keys, values = power_of_two(plan.key_width), power_of_two(plan.value_width)
-        block = blocks.linear_attention_gpu(plan.length, keys, plan.decay, plan.packed, plan.chunk, target.gpu)
+        shared_by = values if plan.shared else None
+        block = blocks.linear_attention_gpu(
+            plan.length, keys, plan.decay, plan.packed, plan.chunk, target.gpu, shared_by
+        )
         tiles = min(block.keys, keys), min(block.values, values), min(block.outputs, values), min(block.gradients, keys)
         self.layout = layout = Layout(plan, block.chunk, keys, values, *tiles)
         self.of_states = dataclasses.replace(layout, value_tile=min(block.states, values))
@@ -42,19 +45,20 @@ class _Call:
 
     def run(self) -> list[jax.Array]:
         given, kind = self.given, self.plan.kind
-        keys, values = self._by_head(given.keys), self._by_head(given.values)
+        widths = self.plan.key_width, self.plan.value_width
+        keys, values = self._by_head(given.keys, widths[0]), self._by_head(given.values, widths[1])
         if kind == "summary":
             return [self._in_time({"k": keys, "v": values})["final"]]
         if kind == "state_gradient":
             return [self._in_time({"q": keys, "d_o": values})["final"]]
-        tokens = {"q": self._by_head(given.queries), "k": keys, "v": values}
+        tokens = {"q": self._by_head(given.queries, widths[0]), "k": keys, "v": values}
         if kind == "forward":
             found = self._in_time({"k": keys, "v": values}, states=True)
             inputs = {**tokens, "states": found["states"]}
             o = self._outputs("outputs", inputs, values)
             before = [found["states"]] if self.plan.keep else []
             return [o.reshape(given.values.shape), *before, found["final"]]
-        tokens["d_o"] = self._by_head(given.d_o)
+        tokens["d_o"] = self._by_head(given.d_o, widths[1])
         found = self._in_time({"q": tokens["q"], "d_o": tokens["d_o"]}, states=True)
         inputs = {**{name: tokens[name] for name in ("q", "k", "d_o")}, "states": found["states"]}
         d_v = self._outputs("values", inputs, values)
@@ -82,7 +86,11 @@ class _Call:
         return self._run(kernels.outputs_kernel, name, inputs, {"out": like}, grid)["out"]
 
     def _of_keys(self, inputs: Arrays) -> Arrays:
-        plan, layout, outputs = self.plan, self.of_gradients, {"d_q": inputs["q"], "d_k": inputs["k"]}
+        plan, layout, parts = self.plan, self.of_gradients, self.plan.heads
+        if plan.shared:
+            parts = -(-plan.heads // blocks.GPU_SHARED_HEADS)
+        of_parts = jax.ShapeDtypeStruct((self.batch, plan.length, parts, plan.key_width), plan.narrow)
+        outputs: Arrays = {"d_q": of_parts, "d_k": of_parts}
         tiles = layout.keys // layout.key_tile
         by_head = tiles, self.batch, plan.heads
         if plan.decay == "channel":
@@ -91,8 +99,11 @@ class _Call:
             if plan.decay == "scalar":
                 outputs["d_sums"] = jax.ShapeDtypeStruct((*by_head, layout.chunks * layout.chunk), plan.wide)
             outputs["d_total"] = jax.ShapeDtypeStruct((*by_head, layout.chunks, 1), plan.wide)
-        grid = layout.chunks, tiles, plan.heads * self.batch
-        return self._run(kernels.keys_kernel, "keys", inputs, outputs, grid)
+        found = self._run(kernels.keys_kernel, "keys", inputs, outputs, (layout.chunks, tiles, parts * self.batch))
+        if plan.shared and parts > 1:
+            for name in ("d_q", "d_k"):
+                found[name] = jnp.sum(found[name].astype(plan.wide), axis=2).astype(plan.narrow)
+        return found
 
     def _of_decays(self, found: Arrays) -> list[jax.Array]:
         plan = self.plan
@@ -111,7 +122,7 @@ class _Call:
         plan, given, shared = self.plan, self.given, {}
         padding = self.layout.chunks * self.layout.chunk - plan.length
         if plan.decay == "channel":
-            shared["log_decay"] = self._by_head(given.log_decay)
+            shared["log_decay"] = self._by_head(given.log_decay, plan.key_width)
         elif plan.decay == "constant":
             shared["log_decay"] = given.log_decay.astype(plan.wide)
         elif plan.decay == "scalar":
@@ -149,11 +160,12 @@ class _Call:
         plan, layout = self.plan, self.layout
         if name == "states" or (plan.decay == "channel" and name != "keys"):
             return 4
-        return 8 if plan.decay == "channel" or layout.chunk > 64 or max(layout.keys, layout.values) > 128 else 4
+        many = layout.chunk > 64 or max(layout.keys, layout.values) > 128 or (plan.shared and name == "keys")
+        return 8 if plan.decay == "channel" or many else 4
 
-    def _by_head(self, x: jax.Array) -> jax.Array:
-        """``[B, T, H K]`` -> ``[B, T, H, K]``"""
-        return x.reshape(*x.shape[:2], self.plan.heads, -1)
+    def _by_head(self, x: jax.Array, width: int) -> jax.Array:
+        """``[B, T, H K]`` -> ``[B, T, H, K]``, of one head where all share it."""
+        return x.reshape(*x.shape[:2], -1, width)
 
     def _chunked(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.layout.chunks, self.layout.chunk)

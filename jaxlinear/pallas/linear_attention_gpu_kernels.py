@@ -46,6 +46,7 @@ class _Chunk:
 
     def __init__(self, layout: Layout, refs: Refs, n, h, b):
         self.layout, self.refs, self.place = layout, refs, Place(layout, n, h, b)
+        self.of_keys = Place(layout, n, jnp.int32(0), b) if layout.plan.shared else self.place
         self.documents = Documents(self.place, refs)
         constant = layout.plan.decay == "constant"
         self.of_head = (Constant if constant else ByHead)(self.place, refs, self.documents)
@@ -67,7 +68,7 @@ class _Chunk:
         return times(decay.whole, self.one)
 
     def keys(self, name: str, first) -> jax.Array:
-        return self.place.given(self.refs[name], first, self.layout.key_tile)
+        return self.of_keys.given(self.refs[name], first, self.layout.key_tile)
 
     def values(self, name: str, first) -> jax.Array:
         """The gradient of o is given without the scale."""
@@ -143,11 +144,34 @@ def outputs_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
 
 def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
-    """The gradients of a tile of q, k and, with one, their log decays."""
+    """The gradients of a tile of q, k and, with one, their log decays.
+
+    Those of q and k that heads share are summed over some heads here: written for each and read again to be summed, they
+    would be 1,024 bytes a token and head, beside the 1,664 that the backward pass moves else (K = 128, V = 64).
+    """
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
     n, tile, row = (pl.program_id(axis) for axis in range(3))
-    b, h = (of(row, jnp.int32(plan.heads)) for of in (lax.div, lax.rem))
-    first, chunk = tile * layout.key_tile, _Chunk(layout, named, n, h, b)
+    parts = named["d_q"].shape[2]
+    b, part = (of(row, jnp.int32(parts)) for of in (lax.div, lax.rem))
+
+    def of_head(h):
+        return _keys_of_head(_Chunk(layout, named, n, h, b), named, tile)
+
+    if plan.shared:
+        together = -(-plan.heads // parts)
+        heads = part * together, jnp.minimum((part + 1) * together, plan.heads)
+        none = (jnp.zeros((layout.chunk, layout.key_tile), plan.wide),) * 2
+        found = lax.fori_loop(*heads, lambda h, sums: tuple(map(jnp.add, sums, of_head(h))), none)
+    else:
+        found = of_head(part)
+    for name, d in zip(("d_q", "d_k"), found, strict=True):
+        Place(layout, n, part, b).give(named[name], tile * layout.key_tile, d)
+
+
+def _keys_of_head(chunk: _Chunk, named: Refs, tile) -> tuple[jax.Array, jax.Array]:
+    """What a head gives of the gradients of a tile of q and k; those of its log decays are stored."""
+    layout, place = chunk.layout, chunk.place
+    plan, first = layout.plan, tile * layout.key_tile
 
     def of_pairs(values, d_attention):
         return d_attention + dot(chunk.values("d_o", values), chunk.values("v", values), (1, 1), layout)
@@ -171,27 +195,27 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     d_q_outer = times(chunk.since_start(decay), d_q_outer)
     d_k_outer = times(chunk.until_end(decay), d_k_outer)
     wide_q, wide_k = q.astype(plan.wide), k.astype(plan.wide)
-    chunk.place.give(named["d_q"], first, d_q + itself * wide_k + d_q_outer)
-    chunk.place.give(named["d_k"], first, d_k + itself * wide_q + d_k_outer)
+    found = d_q + itself * wide_k + d_q_outer, d_k + itself * wide_q + d_k_outer
     if plan.decay == "none":
-        return
+        return found
     # What the last token writes has no decay: beside others that have it would be lost, or they beside it.
     token = jnp.arange(layout.chunk, dtype=jnp.int32)
-    last = jnp.minimum(plan.length - n * layout.chunk, layout.chunk) - 1
+    last = jnp.minimum(plan.length - place.n * layout.chunk, layout.chunk) - 1
     written = wide_k * jnp.where((token == last)[:, None], jnp.zeros_like(d_k_outer), d_k_outer)
     sums = wide_q * (d_q + d_q_outer) - wide_k * d_k - written
     total = jnp.sum(written, axis=0) + times(chunk.whole(decay), held)
     if plan.decay == "channel":
         d_log_decay = decay.from_last(sums)
-        chunk.place.give(named["d_log_decay"], first, d_log_decay + total[None])
-        return
+        place.give(named["d_log_decay"], first, d_log_decay + total[None])
+        return found
     of_tokens, of_all = jnp.sum(sums, axis=1), jnp.sum(total)
     if plan.decay == "constant":
         tokens = (jnp.minimum(token, last) + 1).astype(plan.wide)  # that decay, of those up to each
         of_all = (last + 1).astype(plan.wide) * of_all + jnp.sum(tokens * of_tokens)
     else:
-        plgpu.store(named["d_sums"].at[tile, b, h, chunk.place.time], of_tokens)
-    plgpu.store(named["d_total"].at[tile, b, h, n, span(0, 1)], jnp.broadcast_to(of_all, (1,)))
+        plgpu.store(named["d_sums"].at[tile, place.b, place.h, place.time], of_tokens)
+    plgpu.store(named["d_total"].at[tile, place.b, place.h, place.n, span(0, 1)], jnp.broadcast_to(of_all, (1,)))
+    return found
 
 
 def _pairs(chunk: _Chunk, decay: Any, q: jax.Array, k: jax.Array) -> jax.Array:

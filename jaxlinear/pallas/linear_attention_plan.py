@@ -31,7 +31,7 @@ class Plan(Named):
       scale: of the outputs.
       chunk: tokens of a chunk, or None: by the table of ``blocks``.
       keep: forward, also the states before each block of time.
-      shared: whether all heads have the same queries and keys; on TPU, and not by channel.
+      shared: whether all heads have the same queries and keys; not by channel.
       length, narrow, wide: T, and the dtypes of products, and of states and sums; for GPU.
     """
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxlinear.ops import backends, recurrence, segments
+from jaxlinear.ops import backends, dtypes, recurrence, segments
 from jaxlinear.ops.recurrence import Family, State
 from jaxlinear.parallel import cost, exchanges, halos, sharding, traced
 from jaxlinear.parallel.exchanges import AXIS
@@ -29,7 +29,8 @@ class Spread:
     """The time of sequences spread over the axis ``sequence`` of a mesh (``recurrence.Runner``).
 
     ``heads`` is the logical axis of the third axis of the inputs, which is the second of a state and the first of
-    constants. ``exchange`` names one of ``exchanges.EXCHANGES``, or is ``"auto"``: ``parallel.cost`` chooses.
+    constants; what all heads share has 1 there, and lies whole on each device. ``exchange`` names one of
+    ``exchanges.EXCHANGES``, or is ``"auto"``: ``parallel.cost`` chooses.
     """
 
     mesh: AnyMesh
@@ -145,8 +146,11 @@ def _local(family, chunk, exchange, of_inputs, of_constants):
         d_inputs, d_constants = gradients.of_inputs(after)
 
         def summed(x, spec):
-            return lax.psum(x, tuple(sorted(spread - _names(spec))))
+            """Of what lies whole on devices, each of which has the gradient by its part of the rest."""
+            axes = () if x is None else tuple(sorted(spread - _names(spec)))
+            return lax.psum(x.astype(dtypes.wide(x.dtype)), axes).astype(x.dtype) if axes else x
 
+        d_inputs = jax.tree.map(summed, d_inputs, of_inputs, is_leaf=lambda x: x is None)
         return d_inputs, jax.tree.map(summed, d_constants, of_constants), d_state
 
     return forward, backward

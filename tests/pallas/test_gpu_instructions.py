@@ -76,3 +76,19 @@ def test_a_python_that_is_not_there_or_fails_is_named(tmp_path):
 def test_what_it_does_not_count_is_refused():
     done = subprocess.run([sys.executable, str(PROGRAM), "--decays=constant"], capture_output=True, text=True)
     assert done.returncode != 0 and "of channel, none, scalar" in done.stderr + done.stdout
+    done = subprocess.run([sys.executable, str(PROGRAM), "--shared"], capture_output=True, text=True)
+    assert done.returncode != 0 and "--shared is of --operations=linear_attention" in done.stderr + done.stdout
+
+
+def test_shared_keys(tmp_path):
+    """Are read once, and their gradients written once, by both heads together."""
+    path = tmp_path / "rows.json"
+    command = [sys.executable, str(PROGRAM), "--operations=linear_attention", "--decays=none", "--shared", "--heads=2"]
+    done = subprocess.run(
+        [*command, "--length=64", "--key=64", "--value=64", f"--json={path}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["kernel"]: row["memory"] for row in json.loads(path.read_text())["kernels"]}
+    one = 64 * 64 * 2 / 13.868  # tokens of a head; q and k are half as many for each
+    assert abs(rows["linear_attention_forward_outputs"] - 4 * one) <= 1
+    assert abs(rows["linear_attention_gradient_keys"] - 6 * one) <= 1

@@ -47,6 +47,16 @@ ON_GPU = {
     "narrow_channel": (1, 1000, 2, 32, 128, "bfloat16", "channel", True),
     "wide_keys": (1, 1000, 2, 256, 64, "bfloat16", "channel", True),
 }
+ON_GPU_SHARED = {  # as ON_GPU, of heads that share queries and keys
+    "mamba2": (1, 2048, 64, 128, 64, "bfloat16", "scalar", False),
+    "mamba2_packed": (1, 2048, 64, 128, 64, "bfloat16", "scalar", True),
+    "odd_64": (1, 1000, 10, 64, 64, "bfloat16", "scalar", True),
+    "odd_values": (1, 1000, 10, 256, 32, "bfloat16", "scalar", True),
+    "few_values": (1, 1000, 10, 128, 16, "bfloat16", "scalar", True),
+    "constant_128": (1, 1000, 10, 128, 128, "bfloat16", "constant", True),
+    "none_256": (1, 2048, 10, 256, 256, "bfloat16", "none", False),
+    "narrow_keys": (1, 1000, 10, 16, 512, "bfloat16", "scalar", True),
+}
 TARGETS = {
     "v5e:1x1": list(CASES),
     "v5p:2x2x1": ["scalar_128", "channel_128"],
@@ -55,12 +65,8 @@ TARGETS = {
 }
 
 
-def compiled(target, name, remat=False, **options):
-    """The gradient of an objective of o and the last state."""
-    return compiled_of(target, (CASES | ON_GPU)[name], remat=remat, **options)
-
-
 def compiled_of(target, case, key_heads=None, remat=False, **options):
+    """The gradient of an objective of o and the last state."""
     batch, length, heads, key, value, dtype, decay, packed = case
     key_heads = key_heads or heads
     device = targets.find(target).devices[0]
@@ -81,7 +87,7 @@ def compiled_of(target, case, key_heads=None, remat=False, **options):
     def operation(q, k, v, log_decay, state, ids):
         q, k, v = (x.reshape(batch, length, n, -1) for x, n in ((q, key_heads), (k, key_heads), (v, heads)))
         if decay == "channel":
-            log_decay = log_decay.reshape(q.shape)
+            log_decay = log_decay.reshape(batch, length, heads, key)
         o, final = linear_attention(q, k, v, log_decay, state, segment_ids=ids)
         return o.reshape(batch, length, -1), final
 
@@ -106,29 +112,31 @@ def copies(text, elements):
     return [shape for shape in found if math.prod(map(int, shape.split(","))) >= elements]
 
 
-def names(name, *kinds):
-    decay, packed = (CASES | ON_GPU)[name][-2:]
+def names(case, *kinds):
+    decay, packed = case[-2:]
     marks = ([decay] if decay != "none" else []) + (["packed"] if packed else [])
     return ["_".join(["linear_attention", kind, *marks]) for kind in kinds]
 
 
 @pytest.mark.parametrize("target, name", [(target, name) for target, cases in TARGETS.items() for name in cases])
 def test_tpu(target, name):
-    text = compiled(target, name).as_text()
+    text = compiled_of(target, CASES[name]).as_text()
     batch, length, heads, key, value = CASES[name][:5]
-    assert kernels(text) == names(name, "forward", "gradient")
+    assert kernels(text) == names(CASES[name], "forward", "gradient")
     if heads * key % 128 == heads * value % 128 == 0:
         assert not copies(text, batch * length * heads * min(key, value))
 
 
 def test_remat_runs_the_forward_kernel_once():
-    assert kernels(compiled("v5e:1x1", "none_64", remat=True).as_text()) == names("none_64", "forward", "gradient")
+    case = CASES["none_64"]
+    assert kernels(compiled_of("v5e:1x1", case, remat=True).as_text()) == names(case, "forward", "gradient")
 
 
-@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4"])
-def test_over_a_mesh_of_tpus(target):
-    """Time over 4, heads over 2. Forward the map of a shard and its outputs; backward the gradient of a shard's first
-    state, the states of its blocks again, and the gradients. No map is computed twice."""
+@pytest.mark.parametrize("target, key_heads", [("v5e:2x4", 4), ("v6e:2x4", 4), ("v5e:2x4", 1)])
+def test_over_a_mesh_of_tpus(target, key_heads):
+    """Time over 4, heads over 2, each with queries and keys or all with one. Forward the map of a shard and its outputs;
+    backward the gradient of a shard's first state, the states of its blocks again, and the gradients. No map is computed
+    twice."""
     mesh = meshes.make_mesh(
         {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2, "expert": 1}, targets.find(target).devices
     )
@@ -136,10 +144,14 @@ def test_over_a_mesh_of_tpus(target):
     def objective(q, k, v):
         return jnp.sum(operations.linear_attention(q, k, v)[0].astype(jnp.float32) ** 2)
 
-    x = jax.ShapeDtypeStruct((1, 1024, 4, 64), jnp.bfloat16)
+    def array(heads):
+        shape = 1, 1024, heads, 64
+        place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch", "time", "heads", None), shape, mesh))
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+
+    q, v = array(key_heads), array(4)
     with sharding.use_mesh(mesh):
-        place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch", "time", "heads", None), x.shape, mesh))
-        text = jax.jit(jax.grad(objective, (0, 1, 2)), in_shardings=place).lower(x, x, x).compile().as_text()
+        text = jax.jit(jax.grad(objective, (0, 1, 2))).lower(q, q, v).compile().as_text()
     assert kernels(text) == [
         "linear_attention_forward",
         "linear_attention_forward",
@@ -149,12 +161,16 @@ def test_over_a_mesh_of_tpus(target):
     ]
 
 
-@pytest.mark.parametrize("name", ON_GPU)
-def test_h100(name, tmp_path, record_property):
+@pytest.mark.parametrize(
+    "case, key_heads",
+    [pytest.param(case, case[2], id=name) for name, case in ON_GPU.items()]
+    + [pytest.param(case, 1, id=f"{name}-shared") for name, case in ON_GPU_SHARED.items()],
+)
+def test_h100(case, key_heads, tmp_path, record_property):
     """Forward the states and the outputs; backward the gradients of states, of values, and of queries and keys."""
-    compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path))
+    compiled_of("h100:1", case, key_heads, compiler_options=ptxas.dumped_to(tmp_path))
     used = ptxas.registers(tmp_path, "linear_attention_")
     record_property("registers", used)
-    forward, gradient = names(name, "forward", "gradient")
+    forward, gradient = names(case, "forward", "gradient")
     parts = [(forward, "states"), (forward, "outputs"), (gradient, "states"), (gradient, "values"), (gradient, "keys")]
     assert sorted(used) == sorted("_".join(part) for part in parts)

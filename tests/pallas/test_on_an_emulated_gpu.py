@@ -98,6 +98,25 @@ def test_linear_attention_of_many_channels(decay, length, width, values):
     compare(functools.partial(linear.run_kernel, ids, GPU), reference, inputs, cotangents)
 
 
+@pytest.mark.parametrize(
+    "decay, length, width, values, packed",
+    [("scalar", 128, 128, 64, False), ("scalar", 100, 64, 64, True), ("constant", 70, 32, 16, True)]
+    + [("none", 64, 64, 128, False)],
+)
+def test_linear_attention_of_shared_keys(decay, length, width, values, packed, monkeypatch):
+    """Their gradients in two parts, of two heads and of one."""
+    monkeypatch.setattr(blocks, "GPU_SHARED_HEADS", 2)
+    random, ids = np.random.default_rng(0), documents(length) if packed else None
+    q, k, *rest = linear.draw(random, decay, length, 3, width, values)
+    inputs = q[:, :, :1], k[:, :, :1], *rest
+    cotangents = numerics.normal(random, *rest[0].shape), numerics.normal(random, *rest[2].shape)
+
+    def reference(q, k, *rest):
+        return linear_attention(q, k, *rest, segment_ids=ids, backend="recurrent")
+
+    compare(functools.partial(linear.run_kernel, ids, GPU), reference, inputs, cotangents)
+
+
 def draw_delta_rule(random, decay, length, width, values):
     q, k, v = (numerics.normal(random, 1, length, 2, n) for n in (width, width, values))
     k = numerics.representable(k / np.linalg.norm(k, axis=-1, keepdims=True))

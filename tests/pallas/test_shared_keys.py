@@ -1,6 +1,7 @@
-"""Queries and keys that all heads share, as Mamba-2's: as if each head had them, and in the kernel for TPU read once."""
+"""Queries and keys that all heads share, as Mamba-2's: as if each head had them, and read by the kernels as they are."""
 
 import functools
+import math
 import re
 
 import jax
@@ -68,6 +69,50 @@ def test_values_and_gradients(monkeypatch, backend, decay, heads):
     compare(run, reference, inputs, cotangents)
 
 
+GPU = Target("gpu", "none", True)
+
+
+@pytest.mark.parametrize(
+    "decay, heads, keys, values",
+    # Gradients of q and k in one part; in two, of five heads and of five and four; by several tiles, the last not whole.
+    [("none", 3, 6, 5), ("constant", 10, 6, 5), ("scalar", 9, 6, 5), ("scalar", 3, 40, 50), ("channel", 2, 6, 5)],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_on_gpu(monkeypatch, decay, heads, keys, values, packed):
+    monkeypatch.setattr(backends, "target", lambda: GPU)
+    monkeypatch.setattr(blocks, "linear_attention_gpu", lambda *_: blocks.AttentionGPUBlock(16, 16, 16, 32, 32, 16, 32))
+    inputs, cotangents = draw(decay, 40, heads, keys, values, batch=2)
+    ids = np.repeat([[0, 1, 2], [0, 0, 1]], [5, 27, 8], axis=1).astype(np.int32) if packed else None
+    run = functools.partial(linear_attention, segment_ids=ids, backend="pallas")
+    reference = of_every_head(functools.partial(linear_attention, segment_ids=ids, backend="recurrent"))
+    compare(run, reference, inputs, cotangents)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("sizes", [{"data": 8}, FOUR, TWO], ids=str)
+def test_no_array_is_of_every_head(monkeypatch, platform, sizes):
+    """Neither what kernels read nor what is kept for the backward pass nor gradients; these are of a group of heads."""
+    monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
+    heads, keys, values, length = 16, 32, 48, 128
+    (q, k, v, decay, state), cotangents = draw("scalar", length, heads, keys, values)
+    q, k, v, decay, state = (jnp.asarray(x, jnp.float32) for x in (q, k, v, decay, state))
+
+    def gradient(q, k, v, decay, state):
+        run = functools.partial(operations.linear_attention, backend="pallas")
+        outputs, pullback = jax.vjp(run, q, k, v, decay, state)
+        return pullback(tuple(x.astype(y.dtype) for x, y in zip(cotangents, outputs, strict=True)))
+
+    with sharding.use_mesh(make_mesh(sizes)):
+        text = str(jax.make_jaxpr(gradient)(q, k, v, decay, state))
+    mesh = {"sequence": 1, "tensor": 1} | sizes
+    own_length, own_heads = length // mesh["sequence"], heads // mesh["tensor"]
+    shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text)}
+    in_time = {shape[1:] for shape in shapes if shape[:2] in ((1, length), (1, own_length))}
+    assert (own_length, 1, keys) in in_time and (own_length, own_heads, values) in in_time
+    of_every_head = {n * keys * t for n in (heads, own_heads) for t in (length, own_length)}
+    assert not of_every_head & {math.prod(shape) for shape in in_time}
+
+
 def test_on_a_simulated_tpu():
     """What is read beyond an array is NaN, and so is memory that nothing wrote: of a head behind the last, too."""
     inputs, cotangents = draw("scalar", 40, 3, 6, 64)
@@ -80,7 +125,9 @@ def test_on_a_simulated_tpu():
     numerics.assert_close(found, numerics.wide(expected), 1e-5)
 
 
-def test_the_gradient_of_the_state_alone():
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_the_gradient_of_the_state_alone(monkeypatch, platform):
+    monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
     (q, k, v, decay, state), (d_o, _) = draw("scalar", 20, 10, 6, 64)
     with jax.enable_x64(True):
         of_state = [
@@ -93,12 +140,24 @@ def test_the_gradient_of_the_state_alone():
     numerics.assert_close(*of_state, 1e-10)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"fsdp": 8}, FOUR, TWO], ids=str)
-def test_on_a_mesh(sizes):
-    """Heads spread, whose gradients of queries and keys are summed; rows; and time, where each head gets them."""
-    inputs, cotangents = draw("scalar", T, 4, 6, 8, batch=8 if sizes == {"fsdp": 8} else B)
+MESHES = [
+    ({"data": 4, "tensor": 2}, "pallas", "scalar", 4),
+    ({"fsdp": 8}, "pallas", "scalar", 4),
+    *((FOUR, "pallas", decay, 4) for decay in ("scalar", "channel")),
+    # A device has two heads; all three, which it cannot share; one.
+    *((TWO, "pallas", decay, heads) for decay, heads in (("scalar", 4), ("scalar", 3), ("constant", 2))),
+    (TWO, "chunked", "scalar", 4),
+]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("sizes, backend, decay, heads", MESHES, ids=str)
+def test_on_a_mesh(monkeypatch, sizes, backend, decay, heads, platform):
+    """Heads spread, whose gradients of queries and keys are summed; rows; and time."""
+    monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
+    inputs, cotangents = draw(decay, T, heads, 6, 8, batch=8 if sizes == {"fsdp": 8} else B)
     ids = np.concatenate([IDS, IDS[::-1]])[: len(inputs[0])]
-    run = functools.partial(operations.linear_attention, segment_ids=ids, backend="pallas")
+    run = functools.partial(operations.linear_attention, segment_ids=ids, backend=backend)
     reference = of_every_head(functools.partial(ops.linear_attention, segment_ids=ids, backend="recurrent"))
     with sharding.use_mesh(make_mesh(sizes)):
         compare(run, reference, inputs, cotangents)
