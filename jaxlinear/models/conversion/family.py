@@ -1,12 +1,15 @@
 """What an architecture of another program is made of, for all that read and write its weights."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.links import Link
+from jaxlinear.streaming import StreamedArray
 
 
 class Fields:
@@ -62,6 +65,12 @@ class Fields:
             self.refuse(name, value, f"only {' or '.join(map(repr, allowed))} can be imported")
         return value
 
+    def only_null(self, *names: str) -> None:
+        """Refuses fields that are there and not null."""
+        for name in names:
+            if self.optional(name) is not None:
+                self.refuse(name, self.optional(name), "only null can be imported")
+
     def refuse(self, name: str, value: Any, reason: str) -> NoReturn:
         raise UserError(f"{self.origin}: {name} is {value!r}; {reason}")
 
@@ -93,6 +102,8 @@ class Family(NamedTuple):
       model: from its fields to keys of our ``model`` section, all that the arithmetic follows from.
       fields: the way back; ``UserError`` where a model is none of this family.
       links: of a model, which is one of this family.
+      main: what the pattern has to hold, if anything.
+      other_names: expressions for parts of names that a tensor has in some files, and what they stand for.
     """
 
     name: str
@@ -100,6 +111,18 @@ class Family(NamedTuple):
     model: Callable[[Fields], dict[str, Any]]
     fields: Callable[[ModelConfig], dict[str, Any]]
     links: Callable[[ModelConfig], Iterator[Link]]
+    main: str | None = None
+    other_names: Mapping[str, str] = MappingProxyType({})
+
+    def renamed(self, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
+        """The tensors of a file under the names that ``links`` has for them."""
+        found = {}
+        for name, tensor in tensors.items():
+            usual = name
+            for expression, part in self.other_names.items():
+                usual = re.sub(expression, part, usual)
+            found[name if usual in tensors else usual] = tensor  # of one that is there under both names, none is lost
+        return found
 
 
 def require(config: ModelConfig, family: str, **values: Any) -> None:

@@ -93,4 +93,6 @@ def _links(config: ModelConfig) -> Iterator[Link]:
         yield Link(f"{there}.out_proj.weight", "mixer.out.kernel", layer, TRANSPOSED)
 
 
-FAMILY = Family("mamba2", ("mamba2",), _model, _fields, _links)
+FAMILY = Family(
+    "mamba2", ("mamba2",), _model, _fields, _links, other_names={r"^backbone\.embedding\.": "backbone.embeddings."}
+)
