@@ -109,7 +109,7 @@ def _from_hugging_face(source: Path) -> _Imported:
     config = _config(family.model(fields) | {"dtype": fields.dtype()})
     model = configs.model_config(config)
     plan = Plan.of(model, family.links(model))
-    tensors = family.renamed(hugging_face.read_tensors(source))
+    tensors = family.read(model, hugging_face.read_tensors(source))
     if model.tied_embeddings:
         tensors = hugging_face.without_copy(tensors, plan.name_of("embedding"), str(source))
     plan.check(tensors, str(source))

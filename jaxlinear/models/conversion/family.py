@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from jaxlinear.errors import UserError
@@ -71,6 +70,10 @@ class Fields:
             if self.optional(name) is not None:
                 self.refuse(name, self.optional(name), "only null can be imported")
 
+    def is_null(self, name: str) -> bool:
+        """Whether a field is there and null."""
+        return name in self._values and self._values[name] is None
+
     def refuse(self, name: str, value: Any, reason: str) -> NoReturn:
         raise UserError(f"{self.origin}: {name} is {value!r}; {reason}")
 
@@ -93,6 +96,10 @@ class Fields:
         return base, fraction
 
 
+def _as_they_are(_: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
+    return dict(tensors)
+
+
 class Family(NamedTuple):
     """An architecture under the name that the other program has for it.
 
@@ -103,7 +110,7 @@ class Family(NamedTuple):
       fields: the way back; ``UserError`` where a model is none of this family.
       links: of a model, which is one of this family.
       main: what the pattern has to hold, if anything.
-      other_names: expressions for parts of names that a tensor has in some files, and what they stand for.
+      read: of the tensors of any release's files, what ``links`` has.
     """
 
     name: str
@@ -112,17 +119,18 @@ class Family(NamedTuple):
     fields: Callable[[ModelConfig], dict[str, Any]]
     links: Callable[[ModelConfig], Iterator[Link]]
     main: str | None = None
-    other_names: Mapping[str, str] = MappingProxyType({})
+    read: Callable[[ModelConfig, Mapping[str, StreamedArray]], dict[str, StreamedArray]] = _as_they_are
 
-    def renamed(self, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
-        """The tensors of a file under the names that ``links`` has for them."""
-        found = {}
-        for name, tensor in tensors.items():
-            usual = name
-            for expression, part in self.other_names.items():
-                usual = re.sub(expression, part, usual)
-            found[name if usual in tensors else usual] = tensor  # of one that is there under both names, none is lost
-        return found
+
+def renamed(tensors: Mapping[str, StreamedArray], names: Mapping[str, str]) -> dict[str, StreamedArray]:
+    """Tensors under their usual names: ``names`` has expressions for parts of other names, and what is usual for them."""
+    found = {}
+    for name, tensor in tensors.items():
+        usual = name
+        for expression, part in names.items():
+            usual = re.sub(expression, part, usual)
+        found[name if usual in tensors else usual] = tensor  # of one that is there under both names, none is lost
+    return found
 
 
 def require(config: ModelConfig, family: str, **values: Any) -> None:

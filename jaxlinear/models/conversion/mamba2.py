@@ -1,14 +1,15 @@
 """Mamba-2 (arXiv:2405.21060) as transformers has it: its one input projection and its one convolution are several here."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.conversion.family import Family, Fields, require
+from jaxlinear.models.conversion.family import Family, Fields, renamed, require
 from jaxlinear.models.conversion.links import TAPS, TRANSPOSED, Link, shifted
 from jaxlinear.models.mixers.mamba2 import widths
+from jaxlinear.streaming import StreamedArray
 
 _LOG = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ def _links(config: ModelConfig) -> Iterator[Link]:
         yield Link(f"{there}.out_proj.weight", "mixer.out.kernel", layer, TRANSPOSED)
 
 
-FAMILY = Family(
-    "mamba2", ("mamba2",), _model, _fields, _links, other_names={r"^backbone\.embedding\.": "backbone.embeddings."}
-)
+def _read(config: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
+    return renamed(tensors, {r"^backbone\.embedding\.": "backbone.embeddings."})  # in older files
+
+
+FAMILY = Family("mamba2", ("mamba2",), _model, _fields, _links, read=_read)

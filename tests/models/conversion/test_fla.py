@@ -85,6 +85,24 @@ def test_a_norm_that_is_there_under_both_names(tmp_path):
         import_weights(tmp_path / "saved", tmp_path / "run")
 
 
+def test_files_of_2024(tmp_path):
+    """The norms of the block in the layer and in the MLP, its two maps in one, and a parameter that was not read."""
+    fields = reference.MODELS["gated_deltanet, with windows"]
+    drawn = saved(tmp_path / "saved", fields)
+    import_weights(tmp_path / "saved", tmp_path / "run")
+    old = {name: x for name, x in drawn.items() if "up_proj" not in name}
+    for layer in range(3):
+        there = f"model.layers.{layer}"
+        for part in ("attn", "mlp"):
+            old[f"{there}.{part}.norm.weight"] = old.pop(f"{there}.{part}_norm.weight")
+        gate, up = (drawn[f"{there}.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+        old[f"{there}.mlp.gate_proj.weight"] = np.concatenate([gate, up])
+        old[f"{there}.attn.D"] = np.ones(3, np.float32)
+    write_tensors(tmp_path / "saved", old)
+    import_weights(tmp_path / "saved", tmp_path / "old")
+    assert_same_bits(arrays(tmp_path / "old"), arrays(tmp_path / "run"))
+
+
 WINDOW = {"layers": [1], "num_heads": 2, "window_size": 4}
 
 
@@ -124,6 +142,8 @@ WINDOW = {"layers": [1], "num_heads": 2, "window_size": 4}
         ("delta_net", {"use_beta": False}, "use_beta is False; only True can be imported"),
         ("delta_net", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),
         ("delta_net", {"allow_neg_eigval": True}, "allow_neg_eigval is True; only False can be imported"),
+        ("delta_net", {"qk_norm": None}, "qk_norm is None; only 'l2' can be imported"),
+        ("delta_net", {"use_rope": True}, "use_rope is True; only False can be imported"),
         ("delta_net", {"qk_norm": "sum"}, "qk_norm is 'sum'; only 'l2' can be imported"),
         ("delta_net", {"qk_activation": "elu"}, "qk_activation is 'elu'; only 'silu' can be imported"),
     ],

@@ -6,6 +6,7 @@ from typing import Any
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Family, Fields
 from jaxlinear.models.conversion.fla import shared
+from jaxlinear.models.conversion.fla.releases import as_now
 from jaxlinear.models.conversion.links import Link, shifted
 from jaxlinear.models.mixers.delta_net import widths
 
@@ -18,6 +19,10 @@ def _model(fields: Fields) -> dict[str, Any]:
     fields.only("use_short_conv", True, default=True)
     fields.only("allow_neg_eigval", False, default=False)
     fields.only("qk_norm", "l2", default="l2")
+    if fields.is_null("qk_norm"):  # in releases of 2024, for none
+        fields.refuse("qk_norm", None, "only 'l2' can be imported")
+    for name in ("use_elu", "use_rope"):  # options of the first releases
+        fields.only(name, False, default=False)
     fields.only("qk_activation", "silu", default="silu")
     for ours, theirs in (("key_width", "expand_k"), ("value_width", "expand_v")):
         channels = shared.expanded(fields, theirs, 1.0, values["width"])
@@ -48,4 +53,4 @@ def _links(config: ModelConfig) -> Iterator[Link]:
     return shared.links(config, own)
 
 
-FAMILY = Family("delta_net", ("delta_net", *shared.ATTENTION), _model, _fields, _links, "delta_net")
+FAMILY = Family("delta_net", ("delta_net", *shared.ATTENTION), _model, _fields, _links, "delta_net", as_now)

@@ -7,6 +7,7 @@ from typing import Any
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Family, Fields
 from jaxlinear.models.conversion.fla import shared
+from jaxlinear.models.conversion.fla.releases import as_now
 from jaxlinear.models.conversion.links import TRANSPOSED, Link, shifted
 from jaxlinear.models.mixers.gated_delta_net import widths
 
@@ -52,4 +53,6 @@ def _links(config: ModelConfig) -> Iterator[Link]:
     return shared.links(config, own)
 
 
-FAMILY = Family("gated_deltanet", ("gated_delta_net", *shared.ATTENTION), _model, _fields, _links, "gated_delta_net")
+FAMILY = Family(
+    "gated_deltanet", ("gated_delta_net", *shared.ATTENTION), _model, _fields, _links, "gated_delta_net", as_now
+)

@@ -1,13 +1,15 @@
 """Gated linear attention (arXiv:2312.06635) as flash-linear-attention has it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Family, Fields
 from jaxlinear.models.conversion.fla import shared
+from jaxlinear.models.conversion.fla.releases import as_now
 from jaxlinear.models.conversion.links import TRANSPOSED, Link, shifted
 from jaxlinear.models.mixers.gla import widths
+from jaxlinear.streaming import StreamedArray
 
 
 def _model(fields: Fields) -> dict[str, Any]:
@@ -45,7 +47,9 @@ def _links(config: ModelConfig) -> Iterator[Link]:
     return shared.links(config, own)
 
 
-# Models whose norm and gate are two steps (``fuse_norm`` false) have another name for the norm's weight.
-FAMILY = Family(
-    "gla", ("gla", *shared.ATTENTION), _model, _fields, _links, "gla", {r"\.attn\.g_norm\.": ".attn.g_norm_swish_gate."}
-)
+def _read(config: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
+    # Where the norm and the gate are two steps (``fuse_norm`` false), the norm's weight has another name.
+    return as_now(config, tensors, {r"\.attn\.g_norm\.weight$": ".attn.g_norm_swish_gate.weight"})
+
+
+FAMILY = Family("gla", ("gla", *shared.ATTENTION), _model, _fields, _links, "gla", _read)
