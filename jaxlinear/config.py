@@ -73,6 +73,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "model.rotary_base": (OrPreset(10_000.0), "Base of the frequencies of rotary positions."),
     "model.norm_epsilon": (OrPreset(1e-6), "Added to the mean square inside RMSNorm."),
+    "model.output_norm_epsilon": (OrPreset(0.0), "The same inside the norm of hgrn2's output; 0 means norm_epsilon."),
     "model.norm_offset": (OrPreset(1.0), "Added to the scale of RMSNorm: 1 as in Griffin, 0 as in Llama."),
     "model.tied_embeddings": (OrPreset(True), "The embedding also gives the logits; else a matrix of its own does."),
     "model.embedding_scale": (

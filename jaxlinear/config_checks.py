@@ -171,6 +171,7 @@ _NOT_NEGATIVE = (
     "model.experts_per_token",
     "model.expert_width",
     "model.norm_epsilon",
+    "model.output_norm_epsilon",
     "model.logit_soft_cap",
     "training.z_loss",
     "training.load_balance_loss",

@@ -37,6 +37,7 @@ class ModelConfig:
     rotary_fraction: float = 0.5
     rotary_base: float = 10_000.0
     norm_epsilon: float = 1e-6
+    output_norm_epsilon: float = 0.0
     norm_offset: float = 1.0
     tied_embeddings: bool = True
     embedding_scale: bool = False

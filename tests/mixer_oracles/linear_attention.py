@@ -29,10 +29,10 @@ def attend(q, k, v, log_decay, *, scale, ids):
     return o
 
 
-def flat_rms(x):
+def flat_rms(x, epsilon=1e-6):
     """All heads as one, without a learned scale."""
     x = x.reshape(*x.shape[:2], -1)
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon)
 
 
 def gla(parameters, x, ids, config):
@@ -75,7 +75,8 @@ def hgrn2(parameters, x, ids, config):
     q, v = (heads(oracles.linear(parameters[name], x), count) for name in ("query", "value"))
     forget = heads(forget, count)
     o = attend(silu(q), 1 - forget, v, np.log(forget), scale=q.shape[-1] ** -0.5, ids=ids)
-    return oracles.linear(parameters["out"], flat_rms(o) * (1 + parameters["norm"]["scale"]))
+    normal = flat_rms(o, config.output_norm_epsilon or 1e-6)
+    return oracles.linear(parameters["out"], normal * (1 + parameters["norm"]["scale"]))
 
 
 def _elu(x):

@@ -32,6 +32,7 @@ MIXERS = {
     "kda": ("kda", {"key_width": 6}),
     "gla": ("gla", {"key_width": 9, "value_width": 5, "recurrent_heads": 3}),
     "hgrn2": ("hgrn2", {"key_width": 8}),
+    "hgrn2_epsilon": ("hgrn2", {"key_width": 8, "output_norm_epsilon": 0.25}),
     "lightning": ("lightning", {"recurrent_heads": 4}),
     "retention": ("retention", {}),
     "linear_attention": ("linear_attention", {"recurrent_heads": 4}),
@@ -45,8 +46,9 @@ MIXERS = {
     "s5_bilinear": ("s5", {"discretization": "bilinear", "recurrent_heads": 4}),
     "gateloop": ("gateloop", {"recurrent_heads": 3}),
 }
-# The laws about tokens hold for these if they hold for elu: what differs is a function of one token.
-LAWS = [name for name in MIXERS if name not in ("relu", "taylor", "rebased", "hedgehog")]
+# The laws about tokens hold for these if they hold for elu and hgrn2: what differs is a function of one token.
+ONE_TOKEN = ("relu", "taylor", "rebased", "hedgehog", "hgrn2_epsilon")
+LAWS = [name for name in MIXERS if name not in ONE_TOKEN]
 IDS = np.array([[1] * LENGTH, [1, 2, 2, 2, 2, 2, 1, 1, 1, 2, 3, 3, 3], [7] * 6 + [8] * 7], np.int32)
 
 

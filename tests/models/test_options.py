@@ -27,6 +27,7 @@ BASE = {
     "convolution_width": 4,
     "rotary_fraction": 0.5,
     "rotary_base": 10_000.0,
+    "output_norm_epsilon": 0.0,
 }
 OTHER = {
     "num_heads": 4,
@@ -43,6 +44,7 @@ OTHER = {
     "convolution_width": 3,
     "rotary_fraction": 1.0,
     "rotary_base": 500.0,
+    "output_norm_epsilon": 0.25,
 }
 # What else has to be so for a key to be read.
 BESIDE = {"num_heads": {"recurrent_heads": 0}}

@@ -74,6 +74,7 @@ READERS = {
     "convolution_width": ("convolution", "delta_net", "gated_delta_net", "kda", "mamba2", "rg_lru"),
     "rotary_fraction": (*_ATTENTION, "retention"),
     "rotary_base": (*_ATTENTION, "retention"),
+    "output_norm_epsilon": ("hgrn2",),
 }
 
 

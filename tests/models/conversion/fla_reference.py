@@ -47,6 +47,16 @@ MODELS = {
         "norm_eps": 1e-2,
         "attn": _FULL,
     },
+    "hgrn2": {"model_type": "hgrn2", "expand_ratio": 16},
+    "hgrn2, by heads": {"model_type": "hgrn2", "expand_ratio": None, "num_heads": 4, "norm_eps": 1e-2},
+    "transformer": {"model_type": "transformer", "num_heads": 4},
+    "transformer, grouped": {
+        "model_type": "transformer",
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "rope_theta": 500.0,
+        "norm_eps": 1e-2,
+    },
 }
 MODELS = {name: _SHARED | fields for name, fields in MODELS.items()}
 
@@ -58,6 +68,8 @@ def shapes(fields):
     if fields.get("tie_word_embeddings"):
         del found["lm_head.weight"]
     found["model.norm.weight"] = (width,)
+    if fields["model_type"] == "hgrn2":
+        found["model.lower_bounds"] = (fields["num_hidden_layers"], width)
     for layer in range(fields["num_hidden_layers"]):
         there = f"model.layers.{layer}"
         found[f"{there}.attn_norm.weight"] = found[f"{there}.mlp_norm.weight"] = (width,)
@@ -90,6 +102,8 @@ def logits(fields, tensors, tokens):
         there = f"model.layers.{layer}."
         block = {name.removeprefix(there): y for name, y in tensors.items() if name.startswith(there)}
         own = {name.removeprefix("attn."): y for name, y in block.items() if name.startswith("attn.")}
+        if fields["model_type"] == "hgrn2":
+            own["lower_bound"] = _lower_bounds(tensors["model.lower_bounds"])[layer]
         y, spec = _rms(x, block["attn_norm.weight"], epsilon), _attention_of(fields, layer)
         x = x + (_attention(spec, own, y) if spec else _MIXERS[fields["model_type"]][1](fields, own, y))
         y = _rms(x, block["mlp_norm.weight"], epsilon)
@@ -110,6 +124,9 @@ def _inner(fields):
 
 def _attention_of(fields, layer):
     spec = fields.get("attn")
+    if fields["model_type"] == "transformer":
+        whole = {"num_kv_heads": fields["num_heads"], "window_size": None, "rope_theta": 1e4, "layers": [layer]}
+        spec = whole | fields
     return spec if spec and layer in spec["layers"] else None
 
 
@@ -174,13 +191,41 @@ def _gla(fields, w, x):
     keys, values = (len(w[f"{name}_proj.weight"]) // fields["num_heads"] for name in "qv")
     q, k = (_heads(x @ w[f"{name}_proj.weight"].T, keys) for name in "qk")
     v, gate = (_heads(x @ w[f"{name}_proj.weight"].T, values) for name in "vg")
-    decay = _heads(_sigmoid(decay) ** (1 / 16), keys)
-    state, o = np.zeros((len(x), fields["num_heads"], keys, values)), np.empty_like(v)
-    for t in range(x.shape[1]):
-        state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
-        o[:, t] = np.einsum("bhkv,bhk->bhv", state, q[:, t]) * keys**-0.5
+    o = _gated(q, k, v, _heads(_sigmoid(decay) ** (1 / 16), keys))
     o = _rms(o, w[_gla_norm(fields)], fields.get("norm_eps", 1e-6)) * _silu(gate)
     return o.reshape(*x.shape[:2], -1) @ w["o_proj.weight"].T
+
+
+def _gated(q, k, v, decay):
+    """Linear attention with a decay of each key channel."""
+    state, o = np.zeros((len(q), *k.shape[2:], v.shape[-1])), np.empty_like(v)
+    for t in range(q.shape[1]):
+        state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        o[:, t] = np.einsum("bhkv,bhk->bhv", state, q[:, t]) * k.shape[-1] ** -0.5
+    return o
+
+
+# HGRN2, whose gates of all layers have lower bounds that rise with depth.
+
+
+def _hgrn2_shapes(fields):
+    width = fields["hidden_size"]
+    return {f"{name}_proj.weight": (width, width) for name in "qfio"} | {"g_norm.weight": (width,)}
+
+
+def _hgrn2(fields, w, x):
+    head = fields["expand_ratio"] or x.shape[-1] // fields["num_heads"]
+    q, v = (_heads(y, head) for y in (_silu(x @ w["q_proj.weight"].T), x @ w["i_proj.weight"].T))
+    forget = w["lower_bound"] + (1 - w["lower_bound"]) * _sigmoid(x @ w["f_proj.weight"].T)
+    forget = _heads(forget, head)
+    o = _gated(q, 1 - forget, v, forget).reshape(x.shape)
+    return _rms(o, w["g_norm.weight"], 1e-5) @ w["o_proj.weight"].T  # whatever norm_eps is
+
+
+def _lower_bounds(weights):
+    """``[L, D]``: 0 in the first layer."""
+    shares = np.exp(weights) / np.exp(weights).sum(0)
+    return np.cumsum(shares, axis=0) - shares[0]
 
 
 # The delta rule, with a decay and without.
@@ -253,6 +298,7 @@ _MIXERS = {
     "gla": (_gla_shapes, _gla),
     "gated_deltanet": (_gated_deltanet_shapes, _gated_deltanet),
     "delta_net": (_delta_net_shapes, _delta_net),
+    "hgrn2": (_hgrn2_shapes, _hgrn2),
 }
 
 

@@ -65,7 +65,7 @@ def _attention(fields: Fields, mixer: str, depth: int, width: int) -> tuple[list
         places = entry.get("layers")
         if not isinstance(places, list) or any(type(place) is not int or not 0 <= place < depth for place in places):
             entry.refuse("layers", places, f"it is a list of layers, of 0 to {depth - 1}")
-        values, window = _heads(entry, width), entry.optional("window_size")
+        values, window = attention_heads(entry, width, entry.integer("num_heads")), entry.optional("window_size")
         if window is not None:
             values["window"] = entry.integer("window_size")
         for place in places:
@@ -80,8 +80,8 @@ def _attention(fields: Fields, mixer: str, depth: int, width: int) -> tuple[list
     return layers, found
 
 
-def _heads(fields: Fields, width: int) -> dict[str, Any]:
-    heads = fields.integer("num_heads")
+def attention_heads(fields: Fields, width: int, heads: int) -> dict[str, Any]:
+    """Keys of softmax attention, from the fields that a model or an entry of ``attn`` has for it."""
     if width % heads or width // heads % 2:
         fields.refuse("num_heads", heads, f"hidden_size={width} has to be as many heads of an even number of channels")
     fields.only("qkv_bias", False, default=False)
