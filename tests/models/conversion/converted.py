@@ -35,14 +35,14 @@ GRIFFIN = {
 FLA = {
     "num_layers": 5,
     "width": 16,
-    "num_heads": 4,
+    "num_heads": 1,
     "mlp_expansion": 40 / 16,
     "mlp_activation": "silu",
     "bias": False,
     "norm_offset": 0.0,
     "tied_embeddings": False,
 }
-HYBRID = FLA | {"recurrent_heads": 2, "key_value_heads": 2, "rotary_fraction": 1.0}
+HYBRID = FLA | {"num_heads": 4, "recurrent_heads": 2, "key_value_heads": 2, "rotary_fraction": 1.0}
 MODELS = {
     "recurrent_gemma": GRIFFIN | {"key_value_heads": 2, "rotary_base": 5000.0},
     "untied": GRIFFIN | {"num_layers": 3, "tied_embeddings": False, "convolution_width": 3},
@@ -75,9 +75,8 @@ MODELS = {
         "norm_offset": 0.0,
     },
     "gla": HYBRID | {"pattern": ("gla", "gla", "sliding_window"), "key_width": 4, "value_width": 8, "window": 4},
-    "gated_deltanet": FLA | {"pattern": ("gated_delta_net",), "key_width": 6, "value_width": 10},
-    "hgrn2": FLA
-    | {"pattern": ("hgrn2",), "num_heads": 1, "key_width": 8, "value_width": 8, "output_norm_epsilon": 1e-5},
+    "gated_deltanet": FLA | {"pattern": ("gated_delta_net",), "recurrent_heads": 3, "key_width": 6, "value_width": 10},
+    "hgrn2": FLA | {"pattern": ("hgrn2",), "key_width": 8, "value_width": 8, "output_norm_epsilon": 1e-5},
     "delta_net": HYBRID | {"pattern": ("delta_net", "attention"), "key_width": 8, "value_width": 8, "context": 32},
 }
 

@@ -27,7 +27,7 @@ MODELS = {
     },
     "gla, with windows": {"model_type": "gla", "num_heads": 2, "attn": _WINDOWS},
     "gla, with full attention": {"model_type": "gla", "num_heads": 4, "attn": _FULL},
-    "gated_deltanet": {"model_type": "gated_deltanet", "num_heads": 2, "head_dim": 12},
+    "gated_deltanet": {"model_type": "gated_deltanet", "num_heads": 3, "head_dim": 12},
     "gated_deltanet, with windows": {
         "model_type": "gated_deltanet",
         "num_heads": 3,

@@ -8,8 +8,10 @@ import pytest
 
 from jaxlinear import config as configs
 from jaxlinear.errors import UserError
-from jaxlinear.models.conversion import export_weights, hugging_face, import_weights
+from jaxlinear.models.conversion import convert, export_weights, hugging_face, import_weights
+from jaxlinear.models.conversion.family import Fields
 from jaxlinear.models.conversion.fla import gated_deltanet
+from jaxlinear.models.parameters import describe
 from jaxlinear.training import workdir as workdirs
 from tests import small
 from tests.models.conversion import fla_reference as reference
@@ -102,6 +104,23 @@ def test_files_of_2024(tmp_path):
     assert_same_bits(arrays(tmp_path / "old"), arrays(tmp_path / "run"))
 
 
+# Parameters of the models that the package makes by default.
+DEFAULTS = {
+    "gla": 1_365_514_240,
+    "gated_deltanet": 1_387_348_732,
+    "delta_net": 1_365_677_056,
+    "hgrn2": 1_364_396_032,
+    "transformer": 1_364_297_728,
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_is_left_out_has_the_default_of_the_package(name):
+    fields = Fields({"model_type": name}, "config.json")
+    model = convert._config(hugging_face.family_of_fields(fields).model(fields))
+    assert describe(configs.model_config(model)).num_parameters == DEFAULTS[name]
+
+
 WINDOW = {"layers": [1], "num_heads": 2, "window_size": 4}
 
 
@@ -131,7 +150,7 @@ WINDOW = {"layers": [1], "num_heads": 2, "window_size": 4}
         ("gla", {"attn": WINDOW | {"window_size": 0}}, "attn: window_size is 0; it is a whole number from 1 on"),
         ("gla", {"attn": [WINDOW, WINDOW | {"layers": [0], "num_heads": 4}]}, "attn is .*; only layers of the same"),
         ("gla", {"attn": [WINDOW, WINDOW | {"layers": [0], "window_size": 5}]}, "attn is .*; only layers of the same"),
-        ("gated_deltanet", {"num_v_heads": 4}, "num_v_heads is 4; only 2 can be imported"),
+        ("gated_deltanet", {"num_v_heads": 4}, "num_v_heads is 4; only 3 can be imported"),
         ("gated_deltanet", {"use_gate": False}, "use_gate is False; only True can be imported"),
         ("gated_deltanet", {"output_gate_activation": "sigmoid"}, "'sigmoid'; only 'swish' or 'silu' can be imported"),
         ("gated_deltanet", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),

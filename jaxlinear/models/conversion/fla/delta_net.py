@@ -13,7 +13,7 @@ from jaxlinear.models.mixers.delta_net import widths
 
 def _model(fields: Fields) -> dict[str, Any]:
     heads = fields.integer("num_heads", 16)
-    values = shared.model(fields, "delta_net", heads=heads)
+    values = shared.model(fields, "delta_net")
     fields.only("use_gate", False, default=False)
     fields.only("use_beta", True, default=True)
     fields.only("use_short_conv", True, default=True)
@@ -27,7 +27,7 @@ def _model(fields: Fields) -> dict[str, Any]:
     for ours, theirs in (("key_width", "expand_k"), ("value_width", "expand_v")):
         channels = shared.expanded(fields, theirs, 1.0, values["width"])
         values[ours] = shared.per_head(fields, theirs, channels, heads)
-    return values | {"convolution_width": fields.integer("conv_size", 4)}
+    return values | {"recurrent_heads": heads, "convolution_width": fields.integer("conv_size", 4)}
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from jaxlinear.models.mixers.gated_delta_net import widths
 
 def _model(fields: Fields) -> dict[str, Any]:
     heads, key_width = fields.integer("num_heads", 6), fields.integer("head_dim", 256)
-    values = shared.model(fields, "gated_delta_net", heads=heads, num_layers=21)
+    values = shared.model(fields, "gated_delta_net", num_layers=21)
     fields.only("num_v_heads", heads, default=heads)
     fields.only("use_gate", True, default=True)
     fields.only("output_gate_activation", "swish", "silu", default="swish")
     fields.only("use_short_conv", True, default=True)
     fields.only("allow_neg_eigval", False, default=False)
     return values | {
+        "recurrent_heads": heads,
         "key_width": key_width,
         "value_width": shared.expanded(fields, "expand_v", 2.0, key_width),
         "convolution_width": fields.integer("conv_size", 4),

@@ -14,7 +14,7 @@ from jaxlinear.streaming import StreamedArray
 
 def _model(fields: Fields) -> dict[str, Any]:
     heads = fields.integer("num_heads", 4)
-    values = shared.model(fields, "gla", heads=heads)
+    values = shared.model(fields, "gla")
     fields.only("num_kv_heads", heads, default=heads)
     fields.only("use_short_conv", False, default=False)
     fields.only("use_output_gate", True, default=True)
@@ -23,7 +23,7 @@ def _model(fields: Fields) -> dict[str, Any]:
     for ours, theirs, default in (("key_width", "expand_k", 0.5), ("value_width", "expand_v", 1.0)):
         channels = shared.expanded(fields, theirs, default, values["width"])
         values[ours] = shared.per_head(fields, theirs, channels, heads)
-    return values
+    return values | {"recurrent_heads": heads}
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:

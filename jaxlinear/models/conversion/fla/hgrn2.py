@@ -20,7 +20,7 @@ def _model(fields: Fields) -> dict[str, Any]:
     fields.only("use_lower_bound", True, default=True)
     fields.only("use_short_conv", False, default=False)
     fields.only("elementwise_affine", True, default=True)
-    values = shared.model(fields, "hgrn2", heads=1)
+    values = shared.model(fields, "hgrn2")
     if fields.is_null("expand_ratio"):
         heads = fields.integer("num_heads")
         head_width = shared.per_head(fields, "num_heads", values["width"], heads)

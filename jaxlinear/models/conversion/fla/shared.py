@@ -14,8 +14,8 @@ ATTENTION = ("attention", "sliding_window")
 _MULTIPLE = 256  # of an MLP's inner width that is not given
 
 
-def model(fields: Fields, mixer: str, *, heads: int, num_layers: int = 24) -> dict[str, Any]:
-    """Keys of our ``model`` section: all but the widths of the mixer's heads. ``num_layers`` is the depth by default."""
+def model(fields: Fields, mixer: str, *, num_layers: int = 24) -> dict[str, Any]:
+    """Keys of our ``model`` section: all but the mixer's own. ``num_layers`` is the depth by default."""
     width, depth = fields.integer("hidden_size", 2048), fields.integer("num_hidden_layers", num_layers)
     fields.only("hidden_act", "swish", default="swish")
     fields.only_null("attnres_block_size")
@@ -24,7 +24,7 @@ def model(fields: Fields, mixer: str, *, heads: int, num_layers: int = 24) -> di
         "num_layers": depth,
         "vocab_size": fields.integer("vocab_size", 32_000),
         "width": width,
-        "num_heads": heads,
+        "num_heads": 1,  # of softmax attention, if there is none
         "channel_mixer": "gated_mlp",
         "mlp_expansion": _inner_width(fields, width) / width,
         "mlp_activation": "silu",
@@ -37,7 +37,7 @@ def model(fields: Fields, mixer: str, *, heads: int, num_layers: int = 24) -> di
     }
     layers, attention = _attention(fields, mixer, depth, width)
     if attention:
-        values |= attention | {"pattern": _period(layers), "recurrent_heads": heads}
+        values |= attention | {"pattern": _period(layers)}
     if "attention" in layers:
         values["context"] = fields.integer("max_position_embeddings", 2048)
     return values

@@ -15,7 +15,7 @@ def _model(fields: Fields) -> dict[str, Any]:
     fields.only_null("attn", "window_size")
     fields.only("qk_norm", False, default=False)
     heads = fields.integer("num_heads", 32)
-    values = shared.model(fields, "attention", heads=heads)
+    values = shared.model(fields, "attention")
     return values | shared.attention_heads(fields, values["width"], heads)
 
 
