@@ -59,6 +59,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         "Of linear_attention's queries and keys: identity, elu, relu, taylor (Based), rebased or hedgehog.",
     ),
     "model.discretization": (OrPreset("zero_order_hold"), "Of s5: zero_order_hold or bilinear."),
+    "model.head_norm": (OrPreset("group"), "Of retention's heads: group, as in RetNet, or rms, with a learned scale."),
+    "model.negative_eigenvalues": (
+        OrPreset(False),
+        "The delta rule's beta reaches 2, not 1, and a transition's eigenvalues -1, not 0 (arXiv:2411.12537).",
+    ),
     "model.channel_mixer": (OrPreset("gated_mlp"), "What follows each mixer: gated_mlp, mixture_of_experts or none."),
     "model.mlp_expansion": (OrPreset(3.0), "Inner width of the MLP over D."),
     "model.mlp_activation": (OrPreset("gelu"), "Of the gate of an MLP or an expert: gelu or silu."),

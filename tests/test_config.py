@@ -201,6 +201,8 @@ OTHER = dict.fromkeys((name for name in mixers.READERS if name not in ("bias", "
     "rotary_fraction": 0.25,
     "rotary_base": 500.0,
     "output_norm_epsilon": 0.25,
+    "head_norm": "rms",
+    "negative_eigenvalues": True,
 }
 
 

@@ -26,6 +26,8 @@ class ModelConfig:
     value_width: int = 0
     feature_map: str = "identity"
     discretization: str = "zero_order_hold"
+    head_norm: str = "group"
+    negative_eigenvalues: bool = False
     channel_mixer: str = "gated_mlp"
     mlp_expansion: float = 3.0
     mlp_activation: str = "gelu"

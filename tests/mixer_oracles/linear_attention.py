@@ -55,8 +55,11 @@ def retention(parameters, x, ids, config):
     q, k = (oracles.rotary(y, positions, fraction=config.rotary_fraction, base=config.rotary_base) for y in (q, k))
     decay = np.array([1 - 2.0 ** (-5 - h) for h in range(config.heads)])
     o = attend(q, k, v, np.log(decay)[:, None], scale=k.shape[-1] ** -0.5, ids=ids)
-    deviation = np.sqrt(np.var(o, axis=-1, keepdims=True) + 1e-6)
-    y = silu(gate) * (o - o.mean(axis=-1, keepdims=True)) / deviation
+    if config.head_norm == "rms":
+        o = o / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + 1e-6) * (1 + parameters["norm"]["scale"])
+    else:
+        o = (o - o.mean(axis=-1, keepdims=True)) / np.sqrt(np.var(o, axis=-1, keepdims=True) + 1e-6)
+    y = silu(gate) * o
     return oracles.linear(parameters["out"], y.reshape(*x.shape[:2], -1))
 
 

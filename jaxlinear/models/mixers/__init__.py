@@ -75,6 +75,8 @@ READERS = {
     "rotary_fraction": (*_ATTENTION, "retention"),
     "rotary_base": (*_ATTENTION, "retention"),
     "output_norm_epsilon": ("hgrn2",),
+    "head_norm": ("retention",),
+    "negative_eigenvalues": ("delta_net", "gated_delta_net", "kda"),
 }
 
 

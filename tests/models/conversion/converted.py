@@ -76,6 +76,14 @@ MODELS = {
     },
     "gla": HYBRID | {"pattern": ("gla", "gla", "sliding_window"), "key_width": 4, "value_width": 8, "window": 4},
     "gated_deltanet": FLA | {"pattern": ("gated_delta_net",), "recurrent_heads": 3, "key_width": 6, "value_width": 10},
+    "retnet": HYBRID
+    | {
+        "pattern": ("retention", "attention"),
+        "key_width": 4,
+        "value_width": 12,
+        "head_norm": "rms",
+        "context": 32,
+    },
     "hgrn2": FLA | {"pattern": ("hgrn2",), "key_width": 8, "value_width": 8, "output_norm_epsilon": 1e-5},
     "delta_net": HYBRID | {"pattern": ("delta_net", "attention"), "key_width": 8, "value_width": 8, "context": 32},
 }

@@ -47,6 +47,23 @@ MODELS = {
         "norm_eps": 1e-2,
         "attn": _FULL,
     },
+    "delta_net, negative eigenvalues": {"model_type": "delta_net", "num_heads": 4, "allow_neg_eigval": True},
+    "gated_deltanet, negative eigenvalues": {
+        "model_type": "gated_deltanet",
+        "num_heads": 2,
+        "head_dim": 8,
+        "allow_neg_eigval": True,
+    },
+    "retnet": {"model_type": "retnet", "num_heads": 2},
+    "retnet, with windows": {
+        "model_type": "retnet",
+        "num_heads": 4,
+        "expand_k": 0.5,
+        "expand_v": 0.75,
+        "fuse_norm": False,
+        "norm_eps": 1e-2,
+        "attn": _WINDOWS | {"rope_theta": 1e4},
+    },
     "hgrn2": {"model_type": "hgrn2", "expand_ratio": 16},
     "hgrn2, by heads": {"model_type": "hgrn2", "expand_ratio": None, "num_heads": 4, "norm_eps": 1e-2},
     "transformer": {"model_type": "transformer", "num_heads": 4},
@@ -205,6 +222,26 @@ def _gated(q, k, v, decay):
     return o
 
 
+# RetNet, whose decays are constant.
+
+
+def _retnet_shapes(fields):
+    width, heads = fields["hidden_size"], fields["num_heads"]
+    keys, values = (int(width * fields.get(name, default)) for name, default in (("expand_k", 1), ("expand_v", 2)))
+    outputs = {"q": keys, "k": keys, "v": values, "g": values}
+    own = {f"{name}_proj.weight": (channels, width) for name, channels in outputs.items()}
+    return own | {"o_proj.weight": (width, values), _gla_norm(fields): (values // heads,)}
+
+
+def _retnet(fields, w, x):
+    heads = fields["num_heads"]
+    q, k, v, gate = (_heads(y, y.shape[-1] // heads) for y in (x @ w[f"{name}_proj.weight"].T for name in "qkvg"))
+    decay = np.broadcast_to((1 - 2.0 ** (-5 - np.arange(heads)))[:, None], k.shape)
+    o = _gated(_turned(q, 1e4), _turned(k, 1e4), v, decay)
+    o = _rms(o, w[_gla_norm(fields)], fields.get("norm_eps", 1e-6)) * _silu(gate)
+    return o.reshape(*x.shape[:2], -1) @ w["o_proj.weight"].T
+
+
 # HGRN2, whose gates of all layers have lower bounds that rise with depth.
 
 
@@ -254,7 +291,7 @@ def _delta_rule(fields, w, x, decay=1.0):
         for y in (_silu(_convolved(x @ w[f"{name}_proj.weight"].T, w[f"{name}_conv1d.weight"])) for name in "qkv")
     )
     q, k = (y / np.sqrt(np.sum(y * y, axis=-1, keepdims=True) + 1e-6) for y in (q, k))
-    beta = _sigmoid(x @ w["b_proj.weight"].T)
+    beta = _sigmoid(x @ w["b_proj.weight"].T) * (2 if fields.get("allow_neg_eigval") else 1)
     decay = np.broadcast_to(decay, (*k.shape, 1))
     state, o = np.zeros((len(x), heads, k.shape[-1], v.shape[-1])), np.empty_like(v)
     for t in range(x.shape[1]):
@@ -299,6 +336,7 @@ _MIXERS = {
     "gated_deltanet": (_gated_deltanet_shapes, _gated_deltanet),
     "delta_net": (_delta_net_shapes, _delta_net),
     "hgrn2": (_hgrn2_shapes, _hgrn2),
+    "retnet": (_retnet_shapes, _retnet),
 }
 
 

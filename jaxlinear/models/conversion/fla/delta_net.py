@@ -17,7 +17,6 @@ def _model(fields: Fields) -> dict[str, Any]:
     fields.only("use_gate", False, default=False)
     fields.only("use_beta", True, default=True)
     fields.only("use_short_conv", True, default=True)
-    fields.only("allow_neg_eigval", False, default=False)
     fields.only("qk_norm", "l2", default="l2")
     if fields.is_null("qk_norm"):  # in releases of 2024, for none
         fields.refuse("qk_norm", None, "only 'l2' can be imported")
@@ -27,7 +26,11 @@ def _model(fields: Fields) -> dict[str, Any]:
     for ours, theirs in (("key_width", "expand_k"), ("value_width", "expand_v")):
         channels = shared.expanded(fields, theirs, 1.0, values["width"])
         values[ours] = shared.per_head(fields, theirs, channels, heads)
-    return values | {"recurrent_heads": heads, "convolution_width": fields.integer("conv_size", 4)}
+    return values | {
+        "recurrent_heads": heads,
+        "negative_eigenvalues": fields.boolean("allow_neg_eigval", False),
+        "convolution_width": fields.integer("conv_size", 4),
+    }
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
         "use_gate": False,
         "use_beta": True,
         "use_short_conv": True,
+        "allow_neg_eigval": config.negative_eigenvalues,
         "conv_size": config.convolution_width,
         "qk_norm": "l2",
         "qk_activation": "silu",

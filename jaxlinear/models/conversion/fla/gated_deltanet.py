@@ -19,11 +19,11 @@ def _model(fields: Fields) -> dict[str, Any]:
     fields.only("use_gate", True, default=True)
     fields.only("output_gate_activation", "swish", "silu", default="swish")
     fields.only("use_short_conv", True, default=True)
-    fields.only("allow_neg_eigval", False, default=False)
     return values | {
         "recurrent_heads": heads,
         "key_width": key_width,
         "value_width": shared.expanded(fields, "expand_v", 2.0, key_width),
+        "negative_eigenvalues": fields.boolean("allow_neg_eigval", False),
         "convolution_width": fields.integer("conv_size", 4),
     }
 
@@ -38,6 +38,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
         "expand_v": expansion,
         "use_gate": True,
         "use_short_conv": True,
+        "allow_neg_eigval": config.negative_eigenvalues,
         "conv_size": config.convolution_width,
     }
 

@@ -6,7 +6,7 @@ from typing import Any
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Family, Fields
 from jaxlinear.models.conversion.fla import shared
-from jaxlinear.models.conversion.fla.releases import as_now
+from jaxlinear.models.conversion.fla.releases import GATED_NORM, as_now
 from jaxlinear.models.conversion.links import TRANSPOSED, Link, shifted
 from jaxlinear.models.mixers.gla import widths
 from jaxlinear.streaming import StreamedArray
@@ -48,8 +48,7 @@ def _links(config: ModelConfig) -> Iterator[Link]:
 
 
 def _read(config: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
-    # Where the norm and the gate are two steps (``fuse_norm`` false), the norm's weight has another name.
-    return as_now(config, tensors, {r"\.attn\.g_norm\.weight$": ".attn.g_norm_swish_gate.weight"})
+    return as_now(config, tensors, GATED_NORM)
 
 
 FAMILY = Family("gla", ("gla", *shared.ATTENTION), _model, _fields, _links, "gla", _read)

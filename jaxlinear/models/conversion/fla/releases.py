@@ -10,6 +10,8 @@ from jaxlinear.streaming import StreamedArray
 
 # The norms of a block could be part of its layer and of its MLP (``norm_first``).
 _NORMS = {r"\.(attn|mlp)\.norm\.weight$": r".\1_norm.weight"}
+# Where the norm and the gate after it are two steps (``fuse_norm`` false), the norm's weight has another name.
+GATED_NORM = {r"\.attn\.g_norm\.weight$": ".attn.g_norm_swish_gate.weight"}
 # Gated DeltaNet had Mamba-2's D, which nothing read.
 _UNREAD = re.compile(r"model\.layers\.\d+\.attn\.D")
 _GATE = re.compile(r"(model\.layers\.\d+\.mlp)\.gate_proj\.weight")

@@ -14,8 +14,8 @@ ATTENTION = ("attention", "sliding_window")
 _MULTIPLE = 256  # of an MLP's inner width that is not given
 
 
-def model(fields: Fields, mixer: str, *, num_layers: int = 24) -> dict[str, Any]:
-    """Keys of our ``model`` section: all but the mixer's own. ``num_layers`` is the depth by default."""
+def model(fields: Fields, mixer: str, *, num_layers: int = 24, hidden_ratio: float = 4) -> dict[str, Any]:
+    """Keys of our ``model`` section: all but the mixer's own. The depth and the MLP's ratio are those by default."""
     width, depth = fields.integer("hidden_size", 2048), fields.integer("num_hidden_layers", num_layers)
     fields.only("hidden_act", "swish", default="swish")
     fields.only_null("attnres_block_size")
@@ -26,7 +26,7 @@ def model(fields: Fields, mixer: str, *, num_layers: int = 24) -> dict[str, Any]
         "width": width,
         "num_heads": 1,  # of softmax attention, if there is none
         "channel_mixer": "gated_mlp",
-        "mlp_expansion": _inner_width(fields, width) / width,
+        "mlp_expansion": _inner_width(fields, width, hidden_ratio) / width,
         "mlp_activation": "silu",
         "bias": False,
         "norm_epsilon": fields.number("norm_eps", 1e-6),
@@ -43,11 +43,11 @@ def model(fields: Fields, mixer: str, *, num_layers: int = 24) -> dict[str, Any]
     return values
 
 
-def _inner_width(fields: Fields, width: int) -> int:
+def _inner_width(fields: Fields, width: int, default: float) -> int:
     """As it is given, or two thirds of ``hidden_ratio`` times the width, rounded up."""
     if fields.optional("intermediate_size") is not None:
         return fields.integer("intermediate_size")
-    ratio = fields.number("hidden_ratio", 4)
+    ratio = fields.number("hidden_ratio", default)
     inner = int(width * ratio * 2 / 3)
     if inner < 1:
         fields.refuse("hidden_ratio", ratio, "it gives no MLP")
