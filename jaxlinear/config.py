@@ -60,6 +60,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "model.discretization": (OrPreset("zero_order_hold"), "Of s5: zero_order_hold or bilinear."),
     "model.head_norm": (OrPreset("group"), "Of retention's heads: group, as in RetNet, or rms, with a learned scale."),
+    "model.gate_bias": (OrPreset(False), "A bias in kda's gate, as in flash-linear-attention."),
     "model.negative_eigenvalues": (
         OrPreset(False),
         "The delta rule's beta reaches 2, not 1, and a transition's eigenvalues -1, not 0 (arXiv:2411.12537).",

@@ -27,6 +27,7 @@ class ModelConfig:
     feature_map: str = "identity"
     discretization: str = "zero_order_hold"
     head_norm: str = "group"
+    gate_bias: bool = False
     negative_eigenvalues: bool = False
     channel_mixer: str = "gated_mlp"
     mlp_expansion: float = 3.0

@@ -34,6 +34,7 @@ MIXERS = {
     ),
     "gated_delta_net": ("gated_delta_net", {}),
     "kda": ("kda", {"key_width": 6}),
+    "kda_bias": ("kda", {"key_width": 6, "gate_bias": True}),
     "gla": ("gla", {"key_width": 9, "value_width": 5, "recurrent_heads": 3}),
     "hgrn2": ("hgrn2", {"key_width": 8}),
     "hgrn2_epsilon": ("hgrn2", {"key_width": 8, "output_norm_epsilon": 0.25}),
@@ -52,7 +53,16 @@ MIXERS = {
     "gateloop": ("gateloop", {"recurrent_heads": 3}),
 }
 # The laws about tokens hold for these if they hold for the mixer otherwise: what differs is a function of one token.
-ONE_TOKEN = ("relu", "taylor", "rebased", "hedgehog", "hgrn2_epsilon", "retention_rms", "delta_net_negative")
+ONE_TOKEN = (
+    "relu",
+    "taylor",
+    "rebased",
+    "hedgehog",
+    "hgrn2_epsilon",
+    "retention_rms",
+    "delta_net_negative",
+    "kda_bias",
+)
 LAWS = [name for name in MIXERS if name not in ONE_TOKEN]
 IDS = np.array([[1] * LENGTH, [1, 2, 2, 2, 2, 2, 1, 1, 1, 2, 3, 3, 3], [7] * 6 + [8] * 7], np.int32)
 

@@ -29,6 +29,7 @@ BASE = {
     "rotary_base": 10_000.0,
     "output_norm_epsilon": 0.0,
     "head_norm": "group",
+    "gate_bias": False,
     "negative_eigenvalues": False,
 }
 OTHER = {
@@ -48,6 +49,7 @@ OTHER = {
     "rotary_base": 500.0,
     "output_norm_epsilon": 0.25,
     "head_norm": "rms",
+    "gate_bias": True,
     "negative_eigenvalues": True,
 }
 # What else has to be so for a key to be read.

@@ -76,6 +76,7 @@ READERS = {
     "rotary_base": (*_ATTENTION, "retention"),
     "output_norm_epsilon": ("hgrn2",),
     "head_norm": ("retention",),
+    "gate_bias": ("kda",),
     "negative_eigenvalues": ("delta_net", "gated_delta_net", "kda"),
 }
 

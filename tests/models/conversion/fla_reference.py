@@ -54,6 +54,17 @@ MODELS = {
         "head_dim": 8,
         "allow_neg_eigval": True,
     },
+    "kda": {"model_type": "kda", "num_heads": 2, "head_dim": 12},
+    "kda, with windows": {
+        "model_type": "kda",
+        "num_heads": 3,
+        "head_dim": 8,
+        "expand_v": 0.75,
+        "conv_size": 3,
+        "norm_eps": 1e-2,
+        "allow_neg_eigval": True,
+        "attn": _WINDOWS,
+    },
     "retnet": {"model_type": "retnet", "num_heads": 2},
     "retnet, with windows": {
         "model_type": "retnet",
@@ -331,11 +342,29 @@ def _gated_deltanet(fields, w, x):
     return (o.reshape(*x.shape[:2], -1) * _silu(x @ w["g_proj.weight"].T)) @ w["o_proj.weight"].T
 
 
+def _kda_shapes(fields):
+    width, heads, head = fields["hidden_size"], fields["num_heads"], fields["head_dim"]
+    value = int(head * fields.get("expand_v", 1))
+    keys, values = heads * head, heads * value
+    own = {"f_proj.0.weight": (value, width), "f_proj.1.weight": (keys, value), "A_log": (heads,), "dt_bias": (keys,)}
+    gate = {"g_proj.0.weight": (value, width), "g_proj.1.weight": (values, value), "g_proj.1.bias": (values,)}
+    return _delta_shapes(fields, heads, keys, values) | own | gate
+
+
+def _kda(fields, w, x):
+    decay = x @ w["f_proj.0.weight"].T @ w["f_proj.1.weight"].T + w["dt_bias"]
+    rate = np.exp(w["A_log"])[:, None] * np.log1p(np.exp(_heads(decay, fields["head_dim"])))
+    o = _delta_rule(fields, w, x, np.exp(-rate)[..., None])
+    gate = x @ w["g_proj.0.weight"].T @ w["g_proj.1.weight"].T + w["g_proj.1.bias"]
+    return (o.reshape(*x.shape[:2], -1) * _sigmoid(gate)) @ w["o_proj.weight"].T
+
+
 _MIXERS = {
     "gla": (_gla_shapes, _gla),
     "gated_deltanet": (_gated_deltanet_shapes, _gated_deltanet),
     "delta_net": (_delta_net_shapes, _delta_net),
     "hgrn2": (_hgrn2_shapes, _hgrn2),
+    "kda": (_kda_shapes, _kda),
     "retnet": (_retnet_shapes, _retnet),
 }
 

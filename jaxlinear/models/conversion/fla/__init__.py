@@ -1,7 +1,7 @@
 """Models of flash-linear-attention (github.com/fla-org/flash-linear-attention), one file each, by their ``model_type``."""
 
-from jaxlinear.models.conversion.fla import delta_net, gated_deltanet, gla, hgrn2, retnet, transformer
+from jaxlinear.models.conversion.fla import delta_net, gated_deltanet, gla, hgrn2, kda, retnet, transformer
 
-FAMILIES = (gla.FAMILY, gated_deltanet.FAMILY, delta_net.FAMILY, hgrn2.FAMILY, retnet.FAMILY, transformer.FAMILY)
+FAMILIES = tuple(module.FAMILY for module in (gla, gated_deltanet, delta_net, kda, retnet, hgrn2, transformer))
 
 __all__ = ["FAMILIES"]

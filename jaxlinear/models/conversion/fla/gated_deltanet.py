@@ -1,6 +1,5 @@
 """Gated DeltaNet (arXiv:2412.06464) as flash-linear-attention has it."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,34 +12,18 @@ from jaxlinear.models.mixers.gated_delta_net import widths
 
 
 def _model(fields: Fields) -> dict[str, Any]:
-    heads, key_width = fields.integer("num_heads", 6), fields.integer("head_dim", 256)
+    heads = fields.integer("num_heads", 6)
     values = shared.model(fields, "gated_delta_net", num_layers=21)
     fields.only("num_v_heads", heads, default=heads)
     fields.only("use_gate", True, default=True)
     fields.only("output_gate_activation", "swish", "silu", default="swish")
     fields.only("use_short_conv", True, default=True)
-    return values | {
-        "recurrent_heads": heads,
-        "key_width": key_width,
-        "value_width": shared.expanded(fields, "expand_v", 2.0, key_width),
-        "negative_eigenvalues": fields.boolean("allow_neg_eigval", False),
-        "convolution_width": fields.integer("conv_size", 4),
-    }
+    return values | shared.delta_heads(fields, heads, head_dim=256, expand_v=2.0)
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
-    _, key_width, value_width = widths(config)
-    expansion = value_width / key_width
-    if int(key_width * expansion) < value_width:  # as it is multiplied there
-        expansion = math.nextafter(expansion, math.inf)
-    return shared.fields_of(config, "gated_deltanet", "GatedDeltaNetForCausalLM") | {
-        "head_dim": key_width,
-        "expand_v": expansion,
-        "use_gate": True,
-        "use_short_conv": True,
-        "allow_neg_eigval": config.negative_eigenvalues,
-        "conv_size": config.convolution_width,
-    }
+    fields = shared.fields_of(config, "gated_deltanet", "GatedDeltaNetForCausalLM")
+    return fields | shared.delta_fields(config, widths(config)) | {"use_gate": True}
 
 
 def _links(config: ModelConfig) -> Iterator[Link]:

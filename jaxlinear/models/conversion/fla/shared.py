@@ -185,3 +185,30 @@ def delta_inputs(there: str, layer: int) -> Iterator[Link]:
     for letter, name in names.items():
         ours = f"mixer.inputs.{name}_convolution.convolution_kernel"
         yield Link(f"{there}.{letter}_conv1d.weight", ours, layer, TAPS)
+
+
+def delta_heads(fields: Fields, heads: int, *, head_dim: int, expand_v: float) -> dict[str, Any]:
+    """Keys of a gated delta rule's heads, of which ``head_dim`` and ``expand_v`` are those by default."""
+    key_width = fields.integer("head_dim", head_dim)
+    return {
+        "recurrent_heads": heads,
+        "key_width": key_width,
+        "value_width": expanded(fields, "expand_v", expand_v, key_width),
+        "negative_eigenvalues": fields.boolean("allow_neg_eigval", False),
+        "convolution_width": fields.integer("conv_size", 4),
+    }
+
+
+def delta_fields(config: ModelConfig, widths: tuple[int, int, int]) -> dict[str, Any]:
+    """The way back, from H, K and V."""
+    _, key_width, value_width = widths
+    expansion = value_width / key_width
+    if int(key_width * expansion) < value_width:  # as it is multiplied there
+        expansion = math.nextafter(expansion, math.inf)
+    return {
+        "head_dim": key_width,
+        "expand_v": expansion,
+        "use_short_conv": True,
+        "allow_neg_eigval": config.negative_eigenvalues,
+        "conv_size": config.convolution_width,
+    }
