@@ -8,6 +8,8 @@
 The package's own modules and kernels run, on the CPU in Triton's interpreter: of each model in ``MODELS`` are compared the
 names and the shapes of its tensors, and its logits for rows that are short enough for its recurrent kernels and long enough
 for its chunked ones (delta_net has none for float32).
+Its mamba2, which has transformers' names of tensors, is compared with the model of transformers.
+
 Each DIRECTORY is one that ``launch/convert.py --target`` wrote, whose model the package loads. Softmax attention, for which
 the package calls FlashAttention, is PyTorch's here.
 """
@@ -48,6 +50,7 @@ def load():
     autotuner.Autotuner.do_bench = property(lambda self: None, lambda self, value: None)
     import fla
     import fla.layers.attn
+    import fla.models
     import transformers
     from fla.ops.common import chunk_delta_h, chunk_h
 
@@ -57,7 +60,7 @@ def load():
         module.range = lambda *bounds: map(interpreter._implicit_cvt, range(*bounds))
     for package in (fla, torch, transformers):
         print(package.__name__, package.__version__)
-    return transformers
+    return fla, transformers
 
 
 def mode(fields):
@@ -80,9 +83,32 @@ def compare(name, model, fields, tensors):
         assert difference < 1e-4
 
 
+def compare_mamba2(fla):
+    """With transformers' own, by the name that each has for the epsilon."""
+    from transformers.models.mamba2 import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {"head_dim": 12, "num_heads": 4, "hidden_size": 24, "state_size": 10, "num_hidden_layers": 3, "n_groups": 1}
+    sizes |= {"vocab_size": reference.VOCABULARY, "chunk_size": 8}
+    model = fla.models.Mamba2ForCausalLM(fla.models.Mamba2Config(**sizes, norm_eps=1e-2)).eval()
+    other = Mamba2ForCausalLM(Mamba2Config(**sizes, layer_norm_epsilon=1e-2)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(
+                torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+            )
+        model.load_state_dict(other.state_dict())
+        tokens = torch.tensor(reference.TOKENS)
+        found, expected = (x(tokens, use_cache=False).logits for x in (model, other))
+    difference = (found - expected).abs().max() / expected.abs().max()
+    print(f"mamba2: {difference:.1e} of {expected.abs().max():.2f}")
+    assert difference < 1e-5
+
+
 def main():
     torch.set_num_threads(1)
-    transformers = load()
+    fla, transformers = load()
+    compare_mamba2(fla)
     for name, fields in reference.MODELS.items():
         config = transformers.AutoConfig.for_model(**fields | mode(fields))
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
