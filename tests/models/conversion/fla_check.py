@@ -1,7 +1,7 @@
 """Compares ``fla_reference.py`` with flash-linear-attention itself: run by hand, since the package needs Triton.
 
     python3.11 -m venv FLA
-    FLA/bin/pip install torch transformers einops triton ninja
+    FLA/bin/pip install torch transformers einops triton
     FLA/bin/pip install --no-deps flash-linear-attention==0.6.0 fla-core==0.6.0
     FLA/bin/python tests/models/conversion/fla_check.py [DIRECTORY ...]
 
