@@ -59,6 +59,12 @@ KEYS: dict[str, tuple[Any, str]] = {
         "Of linear_attention's queries and keys: identity, elu, relu, taylor (Based), rebased or hedgehog.",
     ),
     "model.discretization": (OrPreset("zero_order_hold"), "Of s5: zero_order_hold or bilinear."),
+    "model.head_norm": (OrPreset("group"), "Of retention's heads: group, as in RetNet, or rms, with a learned scale."),
+    "model.gate_bias": (OrPreset(False), "A bias in kda's gate, as in flash-linear-attention."),
+    "model.negative_eigenvalues": (
+        OrPreset(False),
+        "The delta rule's beta reaches 2, not 1, and a transition's eigenvalues -1, not 0 (arXiv:2411.12537).",
+    ),
     "model.channel_mixer": (OrPreset("gated_mlp"), "What follows each mixer: gated_mlp, mixture_of_experts or none."),
     "model.mlp_expansion": (OrPreset(3.0), "Inner width of the MLP over D."),
     "model.mlp_activation": (OrPreset("gelu"), "Of the gate of an MLP or an expert: gelu or silu."),
@@ -73,6 +79,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "model.rotary_base": (OrPreset(10_000.0), "Base of the frequencies of rotary positions."),
     "model.norm_epsilon": (OrPreset(1e-6), "Added to the mean square inside RMSNorm."),
+    "model.output_norm_epsilon": (OrPreset(0.0), "The same inside the norm of hgrn2's output; 0 means norm_epsilon."),
     "model.norm_offset": (OrPreset(1.0), "Added to the scale of RMSNorm: 1 as in Griffin, 0 as in Llama."),
     "model.tied_embeddings": (OrPreset(True), "The embedding also gives the logits; else a matrix of its own does."),
     "model.embedding_scale": (

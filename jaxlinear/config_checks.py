@@ -171,6 +171,7 @@ _NOT_NEGATIVE = (
     "model.experts_per_token",
     "model.expert_width",
     "model.norm_epsilon",
+    "model.output_norm_epsilon",
     "model.logit_soft_cap",
     "training.z_loss",
     "training.load_balance_loss",
@@ -193,6 +194,7 @@ _NOT_NEGATIVE = (
 _CHOICES = {
     "model.feature_map": ("identity", "elu", "relu", "taylor", "rebased", "hedgehog"),
     "model.discretization": ("zero_order_hold", "bilinear"),
+    "model.head_norm": ("group", "rms"),
     "model.channel_mixer": ("gated_mlp", "mixture_of_experts", "none"),
     "model.mlp_activation": ("gelu", "silu"),
     "model.dtype": MODEL_DTYPES,

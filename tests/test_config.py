@@ -200,6 +200,10 @@ OTHER = dict.fromkeys((name for name in mixers.READERS if name not in ("bias", "
     "discretization": "bilinear",
     "rotary_fraction": 0.25,
     "rotary_base": 500.0,
+    "output_norm_epsilon": 0.25,
+    "head_norm": "rms",
+    "gate_bias": True,
+    "negative_eigenvalues": True,
 }
 
 

@@ -26,6 +26,9 @@ class ModelConfig:
     value_width: int = 0
     feature_map: str = "identity"
     discretization: str = "zero_order_hold"
+    head_norm: str = "group"
+    gate_bias: bool = False
+    negative_eigenvalues: bool = False
     channel_mixer: str = "gated_mlp"
     mlp_expansion: float = 3.0
     mlp_activation: str = "gelu"
@@ -37,6 +40,7 @@ class ModelConfig:
     rotary_fraction: float = 0.5
     rotary_base: float = 10_000.0
     norm_epsilon: float = 1e-6
+    output_norm_epsilon: float = 0.0
     norm_offset: float = 1.0
     tied_embeddings: bool = True
     embedding_scale: bool = False

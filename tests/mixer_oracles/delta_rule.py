@@ -56,7 +56,7 @@ def _inputs(parameters, x, ids, config):
         for name in ("query", "key", "value")
     )
     q, k = (y / np.sqrt(np.sum(y**2, axis=-1, keepdims=True) + 1e-6) for y in (q, k))
-    return q, k, v, oracles.sigmoid(oracles.linear(parameters["beta"], x))
+    return q, k, v, (1 + config.negative_eigenvalues) * oracles.sigmoid(oracles.linear(parameters["beta"], x))
 
 
 def _convolved(parameters, name, x, ids):

@@ -29,10 +29,10 @@ def attend(q, k, v, log_decay, *, scale, ids):
     return o
 
 
-def flat_rms(x):
+def flat_rms(x, epsilon=1e-6):
     """All heads as one, without a learned scale."""
     x = x.reshape(*x.shape[:2], -1)
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon)
 
 
 def gla(parameters, x, ids, config):
@@ -55,8 +55,11 @@ def retention(parameters, x, ids, config):
     q, k = (oracles.rotary(y, positions, fraction=config.rotary_fraction, base=config.rotary_base) for y in (q, k))
     decay = np.array([1 - 2.0 ** (-5 - h) for h in range(config.heads)])
     o = attend(q, k, v, np.log(decay)[:, None], scale=k.shape[-1] ** -0.5, ids=ids)
-    deviation = np.sqrt(np.var(o, axis=-1, keepdims=True) + 1e-6)
-    y = silu(gate) * (o - o.mean(axis=-1, keepdims=True)) / deviation
+    if config.head_norm == "rms":
+        o = o / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + 1e-6) * (1 + parameters["norm"]["scale"])
+    else:
+        o = (o - o.mean(axis=-1, keepdims=True)) / np.sqrt(np.var(o, axis=-1, keepdims=True) + 1e-6)
+    y = silu(gate) * o
     return oracles.linear(parameters["out"], y.reshape(*x.shape[:2], -1))
 
 
@@ -75,7 +78,8 @@ def hgrn2(parameters, x, ids, config):
     q, v = (heads(oracles.linear(parameters[name], x), count) for name in ("query", "value"))
     forget = heads(forget, count)
     o = attend(silu(q), 1 - forget, v, np.log(forget), scale=q.shape[-1] ** -0.5, ids=ids)
-    return oracles.linear(parameters["out"], flat_rms(o) * (1 + parameters["norm"]["scale"]))
+    normal = flat_rms(o, config.output_norm_epsilon or 1e-6)
+    return oracles.linear(parameters["out"], normal * (1 + parameters["norm"]["scale"]))
 
 
 def _elu(x):

@@ -28,6 +28,9 @@ def test_the_parameters():
         "norm": {"scale": (8,)},
         "out": {"kernel": (16, 16)},
     }
+    config = small.config(key_width=6, gate_bias=True)
+    _, parameters = small.module(lambda rngs: KimiDeltaAttention(config, rngs=rngs))
+    assert parameters["gate"]["up"]["bias"].shape == (16,)
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -28,12 +28,19 @@ MIXERS = {
     "convolution": ("convolution", {"convolution_width": 3}),
     "mamba2": ("mamba2", {"key_width": 6, "value_width": 8}),
     "delta_net": ("delta_net", {"key_width": 5, "value_width": 9, "recurrent_heads": 3}),
+    "delta_net_negative": (
+        "delta_net",
+        {"key_width": 5, "value_width": 9, "recurrent_heads": 3, "negative_eigenvalues": True},
+    ),
     "gated_delta_net": ("gated_delta_net", {}),
     "kda": ("kda", {"key_width": 6}),
+    "kda_bias": ("kda", {"key_width": 6, "gate_bias": True}),
     "gla": ("gla", {"key_width": 9, "value_width": 5, "recurrent_heads": 3}),
     "hgrn2": ("hgrn2", {"key_width": 8}),
+    "hgrn2_epsilon": ("hgrn2", {"key_width": 8, "output_norm_epsilon": 0.25}),
     "lightning": ("lightning", {"recurrent_heads": 4}),
     "retention": ("retention", {}),
+    "retention_rms": ("retention", {"head_norm": "rms"}),
     "linear_attention": ("linear_attention", {"recurrent_heads": 4}),
     "elu": ("linear_attention", {"feature_map": "elu"}),
     "relu": ("linear_attention", {"feature_map": "relu"}),
@@ -45,8 +52,18 @@ MIXERS = {
     "s5_bilinear": ("s5", {"discretization": "bilinear", "recurrent_heads": 4}),
     "gateloop": ("gateloop", {"recurrent_heads": 3}),
 }
-# The laws about tokens hold for these if they hold for elu: what differs is a function of one token.
-LAWS = [name for name in MIXERS if name not in ("relu", "taylor", "rebased", "hedgehog")]
+# The laws about tokens hold for these if they hold for the mixer otherwise: what differs is a function of one token.
+ONE_TOKEN = (
+    "relu",
+    "taylor",
+    "rebased",
+    "hedgehog",
+    "hgrn2_epsilon",
+    "retention_rms",
+    "delta_net_negative",
+    "kda_bias",
+)
+LAWS = [name for name in MIXERS if name not in ONE_TOKEN]
 IDS = np.array([[1] * LENGTH, [1, 2, 2, 2, 2, 2, 1, 1, 1, 2, 3, 3, 3], [7] * 6 + [8] * 7], np.int32)
 
 

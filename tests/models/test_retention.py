@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.models.mixers.retention import Retention, _group_norm, widths
+from jaxlinear.models.mixers.retention import GroupNorm, Retention, widths
 from tests import numerics, small
 
 
@@ -22,6 +22,8 @@ def test_the_parameters():
         "gate": {"kernel": (16, 32)},
         "out": {"kernel": (32, 16)},
     }
+    _, parameters = small.module(lambda rngs: Retention(small.config(head_norm="rms"), rngs=rngs))
+    assert parameters["norm"]["scale"].shape == (16,)
 
 
 def test_the_state():
@@ -76,7 +78,7 @@ def test_what_is_seen_depends_on_the_distance_alone():
 
 def test_the_norm():
     x = 3 + 2 * numerics.normal(np.random.default_rng(1), 2, 3, 4, 8)
-    found = numerics.run(lambda x: _group_norm(x, 1e-6), x, dtype="float64")
+    found = numerics.run(GroupNorm(1e-6), x, dtype="float64")
     expected = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6)
     numerics.assert_close(found, expected, 1e-12)
-    assert not _group_norm(jnp.ones((1, 1, 1, 4)), 1e-6).any()
+    assert not GroupNorm(1e-6)(jnp.ones((1, 1, 1, 4))).any()

@@ -28,7 +28,7 @@ def import_weights(source: str | os.PathLike, workdir: str | os.PathLike) -> Non
     """Makes a run's directory of another program's model: its config, its tokenizer, and a checkpoint of step 0.
 
     Args:
-      source: a directory of Hugging Face with a recurrent_gemma, mamba2 or llama in safetensors, or a checkpoint of the
+      source: a directory of Hugging Face with a model of ``hugging_face.FAMILIES`` in safetensors, or a checkpoint of the
         ``recurrentgemma`` package.
       workdir: must not be there yet, or be empty.
 
@@ -69,8 +69,8 @@ def export_weights(
     Args:
       workdir: the run; its newest checkpoint, or that of ``step``.
       target: the directory to make; must not be there yet, or be empty.
-      layout: one of ``LAYOUTS``: that of Hugging Face, for a model that is a recurrent_gemma, mamba2 or llama, or that of
-        the ``recurrentgemma`` package.
+      layout: one of ``LAYOUTS``: that of Hugging Face, for a model of ``hugging_face.FAMILIES``, or that of the
+        ``recurrentgemma`` package.
 
     Nothing is written before the model is known to be one of theirs and the checkpoint to be undamaged, and the target
     appears when it is whole. In memory is at most one tensor of theirs; of a trained run, whose checkpoints hold each array
@@ -109,7 +109,7 @@ def _from_hugging_face(source: Path) -> _Imported:
     config = _config(family.model(fields) | {"dtype": fields.dtype()})
     model = configs.model_config(config)
     plan = Plan.of(model, family.links(model))
-    tensors = hugging_face.read_tensors(source)
+    tensors = family.read(model, hugging_face.read_tensors(source))
     if model.tied_embeddings:
         tensors = hugging_face.without_copy(tensors, plan.name_of("embedding"), str(source))
     plan.check(tensors, str(source))

@@ -1,5 +1,6 @@
 """What an architecture of another program is made of, for all that read and write its weights."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.links import Link
+from jaxlinear.streaming import StreamedArray
 
 
 class Fields:
@@ -62,6 +64,16 @@ class Fields:
             self.refuse(name, value, f"only {' or '.join(map(repr, allowed))} can be imported")
         return value
 
+    def only_null(self, *names: str) -> None:
+        """Refuses fields that are there and not null."""
+        for name in names:
+            if self.optional(name) is not None:
+                self.refuse(name, self.optional(name), "only null can be imported")
+
+    def is_null(self, name: str) -> bool:
+        """Whether a field is there and null."""
+        return name in self._values and self._values[name] is None
+
     def refuse(self, name: str, value: Any, reason: str) -> NoReturn:
         raise UserError(f"{self.origin}: {name} is {value!r}; {reason}")
 
@@ -84,6 +96,10 @@ class Fields:
         return base, fraction
 
 
+def _as_they_are(_: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
+    return dict(tensors)
+
+
 class Family(NamedTuple):
     """An architecture under the name that the other program has for it.
 
@@ -93,6 +109,8 @@ class Family(NamedTuple):
       model: from its fields to keys of our ``model`` section, all that the arithmetic follows from.
       fields: the way back; ``UserError`` where a model is none of this family.
       links: of a model, which is one of this family.
+      main: what the pattern has to hold, if anything.
+      read: of the tensors of any release's files, what ``links`` has.
     """
 
     name: str
@@ -100,6 +118,19 @@ class Family(NamedTuple):
     model: Callable[[Fields], dict[str, Any]]
     fields: Callable[[ModelConfig], dict[str, Any]]
     links: Callable[[ModelConfig], Iterator[Link]]
+    main: str | None = None
+    read: Callable[[ModelConfig, Mapping[str, StreamedArray]], dict[str, StreamedArray]] = _as_they_are
+
+
+def renamed(tensors: Mapping[str, StreamedArray], names: Mapping[str, str]) -> dict[str, StreamedArray]:
+    """Tensors under their usual names: ``names`` has expressions for parts of other names, and what is usual for them."""
+    found = {}
+    for name, tensor in tensors.items():
+        usual = name
+        for expression, part in names.items():
+            usual = re.sub(expression, part, usual)
+        found[name if usual in tensors else usual] = tensor  # of one that is there under both names, none is lost
+    return found
 
 
 def require(config: ModelConfig, family: str, **values: Any) -> None:

@@ -11,17 +11,16 @@ import numpy as np
 from jaxlinear.data import Tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.conversion import llama, mamba2, recurrent_gemma, safetensors
+from jaxlinear.models.conversion import fla, llama, mamba2, recurrent_gemma, safetensors
 from jaxlinear.models.conversion.family import Family, Fields
 from jaxlinear.streaming import StreamedArray
 
-FAMILIES = {family.name: family for family in (llama.FAMILY, mamba2.FAMILY, recurrent_gemma.FAMILY)}
+FAMILIES = {family.name: family for family in (llama.FAMILY, mamba2.FAMILY, recurrent_gemma.FAMILY, *fla.FAMILIES)}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
 # Left over in the files of older releases: the frequencies of rotary positions, which follow from their base.
 _NO_WEIGHT = re.compile(r".*\.rotary_emb\.inv_freq")
-_OLD_NAMES = {"backbone.embedding.weight": "backbone.embeddings.weight"}
 
 
 def is_one(directory: Path) -> bool:
@@ -60,7 +59,7 @@ def family_of_fields(fields: Fields) -> Family:
 def family_of_model(config: ModelConfig) -> Family:
     """The one whose layers have the model's mixers."""
     for family in FAMILIES.values():
-        if set(config.pattern) <= set(family.mixers):
+        if set(config.pattern) <= set(family.mixers) and family.main in (None, *config.pattern):
             return family
     raise UserError(f"no model of {', '.join(FAMILIES)} has the layers {', '.join(dict.fromkeys(config.pattern))}")
 
@@ -123,7 +122,7 @@ def read_tensors(directory: Path) -> dict[str, StreamedArray]:
 
 
 def _weights(tensors: dict[str, StreamedArray]) -> dict[str, StreamedArray]:
-    return {_OLD_NAMES.get(name, name): x for name, x in tensors.items() if not _NO_WEIGHT.fullmatch(name)}
+    return {name: x for name, x in tensors.items() if not _NO_WEIGHT.fullmatch(name)}
 
 
 def without_copy(tensors: dict[str, StreamedArray], embedding: str, origin: str) -> dict[str, StreamedArray]:

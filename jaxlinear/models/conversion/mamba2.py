@@ -1,14 +1,16 @@
-"""Mamba-2 (arXiv:2405.21060) as transformers has it: its one input projection and its one convolution are several here."""
+"""Mamba-2 (arXiv:2405.21060) as transformers has it, and flash-linear-attention with other fields: its one input projection
+and its one convolution are several here."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.conversion.family import Family, Fields, require
+from jaxlinear.models.conversion.family import Family, Fields, renamed, require
 from jaxlinear.models.conversion.links import TAPS, TRANSPOSED, Link, shifted
 from jaxlinear.models.mixers.mamba2 import widths
+from jaxlinear.streaming import StreamedArray
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,9 +24,13 @@ def _model(fields: Fields) -> dict[str, Any]:
     fields.only("use_bias", False, default=False)
     fields.only("use_conv_bias", True, default=True)
     fields.only("hidden_act", "silu", default="silu")
-    limit = fields.get("time_step_limit", [0.0, float("inf")])
-    if limit != [0.0, float("inf")]:
-        fields.refuse("time_step_limit", limit, "only time steps without a limit can be imported")
+    for name in ("time_step_limit", "dt_limit"):
+        limit = fields.get(name, [0.0, float("inf")])
+        if limit != [0.0, float("inf")]:
+            fields.refuse(name, limit, "only time steps without a limit can be imported")
+    fields.only("rmsnorm", True, default=True)
+    for name in ("norm_before_gate", "D_has_hdim"):
+        fields.only(name, False, default=False)
     if fields.boolean("residual_in_fp32", True) and fields.dtype() == "bfloat16":
         _LOG.warning(
             "%s: residual_in_fp32 is true, by which the stream between blocks is float32; here it is bfloat16, as other "
@@ -42,12 +48,21 @@ def _model(fields: Fields) -> dict[str, Any]:
         "value_width": head_width,
         "channel_mixer": "none",
         "convolution_width": fields.integer("conv_kernel", 4),
-        "norm_epsilon": fields.number("layer_norm_epsilon", 1e-5),
+        "norm_epsilon": _epsilon(fields),
         "norm_offset": 0.0,
         "tied_embeddings": fields.boolean("tie_word_embeddings", False),
         "embedding_scale": False,
         "logit_soft_cap": 0.0,
     }
+
+
+def _epsilon(fields: Fields) -> float:
+    """That of transformers, or of flash-linear-attention, each of which does not read the other's."""
+    name, other = "layer_norm_epsilon", "norm_eps"
+    epsilon = fields.number(other, fields.number(name, 1e-5))
+    if fields.number(name, epsilon) != epsilon:
+        fields.refuse(other, epsilon, f"{name} is {fields.number(name)}")
+    return epsilon
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
@@ -69,6 +84,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
         "use_conv_bias": True,
         "hidden_act": "silu",
         "layer_norm_epsilon": config.norm_epsilon,
+        "norm_eps": config.norm_epsilon,
     }
 
 
@@ -93,4 +109,8 @@ def _links(config: ModelConfig) -> Iterator[Link]:
         yield Link(f"{there}.out_proj.weight", "mixer.out.kernel", layer, TRANSPOSED)
 
 
-FAMILY = Family("mamba2", ("mamba2",), _model, _fields, _links)
+def _read(config: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
+    return renamed(tensors, {r"^backbone\.embedding\.": "backbone.embeddings."})  # in older files
+
+
+FAMILY = Family("mamba2", ("mamba2",), _model, _fields, _links, read=_read)

@@ -74,6 +74,10 @@ READERS = {
     "convolution_width": ("convolution", "delta_net", "gated_delta_net", "kda", "mamba2", "rg_lru"),
     "rotary_fraction": (*_ATTENTION, "retention"),
     "rotary_base": (*_ATTENTION, "retention"),
+    "output_norm_epsilon": ("hgrn2",),
+    "head_norm": ("retention",),
+    "gate_bias": ("kda",),
+    "negative_eigenvalues": ("delta_net", "gated_delta_net", "kda"),
 }
 
 

@@ -6,6 +6,9 @@
 q, k and v are projections of x after a short convolution and SiLU, q and k then of unit length in each head. The layer is
 ``out(norm(o))``, the norm over each head. The factor K^-0.5 is that of the authors' program
 (github.com/fla-org/flash-linear-attention); but for the norm's epsilon it changes nothing.
+
+With ``model.negative_eigenvalues`` beta_t is twice as much (Grazzi et al. 2024, arXiv:2411.12537): of the transition
+I - beta_t k_t k_t^T, which a state is multiplied by, the eigenvalue of k_t then lies in (-1, 1) instead of (0, 1).
 """
 
 import jax
@@ -36,6 +39,7 @@ class DeltaInputs(nnx.Module):
 
     def __init__(self, config: ModelConfig, heads: int, key_width: int, value_width: int, *, rngs: nnx.Rngs):
         self.heads, self.dtype = heads, config.activation_dtype
+        self.negative_eigenvalues = config.negative_eigenvalues
 
         def project(outputs: int) -> Linear:
             return Linear(config.width, outputs, axes=("embed", "heads"), bias=False, rngs=rngs)
@@ -63,6 +67,7 @@ class DeltaInputs(nnx.Module):
         k, new["key"] = self.key_convolution(self.key(x), segment_ids=segment_ids, state=past.get("key"))
         v, new["value"] = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
         beta = jax.nn.sigmoid(self.beta(x).astype(dtypes.wide(x.dtype)))
+        beta = 2 * beta if self.negative_eigenvalues else beta
         x = operations.after(x, (k, v, beta))  # the states do not depend on the queries
         q, new["query"] = self.query_convolution(self.query(x), segment_ids=segment_ids, state=past.get("query"))
         q, k, v = (by_head(y, self.heads) for y in (q, k, v))

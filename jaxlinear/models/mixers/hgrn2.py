@@ -3,7 +3,7 @@
     f_t = b + (1 - b) sigmoid(W_f x_t)                  forget gate, by key channel, at least b
     q_t, k_t, v_t = swish(W_q x_t), 1 - f_t, W_v x_t    in heads
     S_t = diag(f_t) S_{t-1} + k_t v_t^T                 o_t = K^-1/2 S_t^T q_t
-    y_t = W_o norm(o_t)                                 all heads normalised as one
+    y_t = W_o norm(o_t)                                 all heads normalised as one, with an epsilon of its own if wanted
 
 The lower bounds b of all layers come from one learned array of logits ``[L, H K]``: their softmax over the layers, summed
 up to each layer, less the first layer's, whose bound is 0. They rise with depth, so that deep layers remember longer
@@ -60,7 +60,8 @@ class HGRN2(nnx.Module):
         self.forget = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
         self.value = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
         self.lower_bound = parameter(nnx.initializers.zeros, (keys,), ("heads",), rngs)
-        self.norm = RMSNorm(values, axis="heads", epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
+        epsilon = config.output_norm_epsilon or config.norm_epsilon
+        self.norm = RMSNorm(values, axis="heads", epsilon=epsilon, offset=config.norm_offset, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
 

@@ -5,7 +5,8 @@
     o_t = K^-0.5 S_t^T q_t
 
 q, k, v and beta are those of DeltaNet (``delta_net.py``). The layer is ``out(norm(o) * sigmoid(U_up U_down x))``, the norm
-over each head. Both low-rank maps have the rank V of a head.
+over each head. Both low-rank maps have the rank V of a head. With ``model.gate_bias`` the gate's has a bias, as in
+flash-linear-attention.
 """
 
 import jax
@@ -26,11 +27,11 @@ def widths(config: ModelConfig) -> tuple[int, int, int]:
 
 
 class LowRank(nnx.Module):
-    """``up(down(x))``: ``[B, T, D]`` -> ``[B, T, outputs]``."""
+    """``up(down(x))``: ``[B, T, D]`` -> ``[B, T, outputs]``, with a bias at the end if wanted."""
 
-    def __init__(self, width: int, rank: int, outputs: int, *, init: Initializer, rngs: nnx.Rngs):
+    def __init__(self, width: int, rank: int, outputs: int, *, init: Initializer, bias: bool = False, rngs: nnx.Rngs):
         self.down = Linear(width, rank, axes=("embed", None), bias=False, rngs=rngs)
-        self.up = Linear(rank, outputs, axes=(None, "heads"), bias=False, init=init, rngs=rngs)
+        self.up = Linear(rank, outputs, axes=(None, "heads"), bias=bias, init=init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.up(self.down(x))
@@ -48,7 +49,7 @@ class KimiDeltaAttention(nnx.Module):
         self.decay = LowRank(width, value_width, keys, init=fan_in_normal(PROJECTION_SCALE), rngs=rngs)
         self.A_log = parameter(log_rates(*RATE_RANGE), (heads,), ("heads",), rngs)
         self.dt_bias = parameter(time_step_biases, (keys,), ("heads",), rngs)
-        self.gate = LowRank(width, value_width, inner, init=fan_in_normal(), rngs=rngs)
+        self.gate = LowRank(width, value_width, inner, init=fan_in_normal(), bias=config.gate_bias, rngs=rngs)
         self.norm = RMSNorm(value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(inner, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)

@@ -6,8 +6,8 @@
 
 ``turn`` are the rotary positions (xPos is they and the decay), which turn ``model.rotary_fraction`` of a head: all of it in
 the paper and the presets, half by default, as in Griffin. ``norm`` is GroupNorm, each head to mean 0 and variance 1, with
-no learned scale, as in the authors' code (torchscale), and so is the beginning: Xavier's uniform, with gain 2^-2.5 but for
-W_o.
+no learned scale, as in the authors' code (torchscale), or with ``model.head_norm`` "rms" an RMSNorm with one, as in
+flash-linear-attention. The beginning is that of the authors' code: Xavier's uniform, with gain 2^-2.5 but for W_o.
 """
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, by_head, per_head, rotary
+from jaxlinear.models.layers import Linear, RMSNorm, by_head, per_head, rotary
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
@@ -40,13 +40,18 @@ class Retention(nnx.Module):
         width = config.width
         self.heads, self.key_width, self.value_width = widths(config)
         self.rotary_fraction, self.rotary_base = config.rotary_fraction, config.rotary_base
-        self.epsilon, self.dtype = config.norm_epsilon, config.activation_dtype
+        self.dtype = config.activation_dtype
         keys, values = self.heads * self.key_width, self.heads * self.value_width
         small, xavier = (nnx.initializers.variance_scaling(scale, "fan_avg", "uniform") for scale in (2**-5, 1))
         self.query = Linear(width, keys, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
         self.key = Linear(width, keys, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
         self.value = Linear(width, values, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
         self.gate = Linear(width, values, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
+        self.norm: RMSNorm | GroupNorm = GroupNorm(config.norm_epsilon)
+        if config.head_norm == "rms":
+            self.norm = RMSNorm(
+                self.value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs
+            )
         self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=xavier, rngs=rngs)
 
     def init_state(self, batch: int) -> dict[str, jax.Array]:
@@ -62,13 +67,18 @@ class Retention(nnx.Module):
         q, k = (rotary(y, positions, fraction=self.rotary_fraction, base=self.rotary_base) for y in (q, k))
         log_decay = jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(self.heads)))), dtypes.wide(x.dtype))
         o, memory = operations.linear_attention(q, k, v, log_decay, state["memory"], segment_ids=segment_ids)
-        o = _group_norm(o, self.epsilon).reshape(*x.shape[:2], -1)
+        o = self.norm(o).reshape(*x.shape[:2], -1)
         y = self.out(jax.nn.silu(self.gate(x)) * o)
         return y, {"memory": memory, "position": state["position"] + x.shape[1]}
 
 
-def _group_norm(x: jax.Array, epsilon: float) -> jax.Array:
+class GroupNorm(nnx.Module):
     """Mean 0 and variance 1 over the last axis."""
-    wide = x.astype(dtypes.wide(x.dtype))
-    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+
+    def __init__(self, epsilon: float):
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(dtypes.wide(x.dtype))
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)).astype(x.dtype)

@@ -8,15 +8,18 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+import jaxlinear.models
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.models.conversion import flax, hugging_face
 from jaxlinear.models.parameters import describe
 from jaxlinear.streaming import StreamedArray
 from jaxlinear.training import workdir as workdirs
-from tests import small
+from tests import numerics, small
 
 REPOSITORY = pathlib.Path(__file__).parents[3]
 GRIFFIN = {
@@ -29,6 +32,17 @@ GRIFFIN = {
     "embedding_scale": True,
     "logit_soft_cap": 5.0,
 }
+FLA = {
+    "num_layers": 5,
+    "width": 16,
+    "num_heads": 1,
+    "mlp_expansion": 40 / 16,
+    "mlp_activation": "silu",
+    "bias": False,
+    "norm_offset": 0.0,
+    "tied_embeddings": False,
+}
+HYBRID = FLA | {"num_heads": 4, "recurrent_heads": 2, "key_value_heads": 2, "rotary_fraction": 1.0}
 MODELS = {
     "recurrent_gemma": GRIFFIN | {"key_value_heads": 2, "rotary_base": 5000.0},
     "untied": GRIFFIN | {"num_layers": 3, "tied_embeddings": False, "convolution_width": 3},
@@ -60,6 +74,19 @@ MODELS = {
         "channel_mixer": "none",
         "norm_offset": 0.0,
     },
+    "gla": HYBRID | {"pattern": ("gla", "gla", "sliding_window"), "key_width": 4, "value_width": 8, "window": 4},
+    "gated_deltanet": FLA | {"pattern": ("gated_delta_net",), "recurrent_heads": 3, "key_width": 6, "value_width": 10},
+    "kda": FLA | {"pattern": ("kda",), "recurrent_heads": 2, "key_width": 6, "value_width": 10, "gate_bias": True},
+    "retnet": HYBRID
+    | {
+        "pattern": ("retention", "attention"),
+        "key_width": 4,
+        "value_width": 12,
+        "head_norm": "rms",
+        "context": 32,
+    },
+    "hgrn2": FLA | {"pattern": ("hgrn2",), "key_width": 8, "value_width": 8, "output_norm_epsilon": 1e-5},
+    "delta_net": HYBRID | {"pattern": ("delta_net", "attention"), "key_width": 8, "value_width": 8, "context": 32},
 }
 
 
@@ -96,6 +123,15 @@ def assert_same_bits(actual, expected):
     for name, x in expected.items():
         assert actual[name].shape == x.shape and actual[name].dtype == x.dtype == np.float32, name
         np.testing.assert_array_equal(actual[name].view(np.uint32), x.view(np.uint32), err_msg=name)
+
+
+def assert_same_logits(workdir, tokens, expected):
+    """Those of another program, to 1e-4 in float32."""
+    model = jaxlinear.models.load(workdir)
+    assert model.config.dtype == "float32" and np.abs(expected).max() > 1
+    graph, parameters = nnx.split(model)
+    logits = numerics.jit(lambda parameters, tokens: nnx.merge(graph, parameters)(tokens)[0])
+    numerics.assert_close(np.asarray(logits(parameters, jnp.asarray(tokens, jnp.int32))), expected, 1e-4)
 
 
 def rewrite(directory, change=None, fields=None):

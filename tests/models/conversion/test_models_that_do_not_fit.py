@@ -8,7 +8,7 @@ import pytest
 
 from jaxlinear import config as configs
 from jaxlinear.errors import UserError
-from jaxlinear.models.conversion import export_weights, flax, import_weights
+from jaxlinear.models.conversion import export_weights, flax, hugging_face, import_weights
 from jaxlinear.training import workdir as workdirs
 from tests.models.conversion.converted import MODELS, assert_nothing_in, launch, rewrite, run, streamed
 
@@ -48,7 +48,7 @@ def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
 @pytest.mark.parametrize(
     "name, fields, message",
     [
-        ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2'; llama, mamba2, recurrent_gemma can be imported"),
+        ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2'; llama, mamba2, .* can be imp"),
         ("llama", {"model_type": None}, "has no model_type"),
         (
             "llama",
@@ -75,6 +75,11 @@ def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
         ("mamba2", {"use_conv_bias": False}, "use_conv_bias is False; only True can be imported"),
         ("mamba2", {"hidden_act": "relu"}, "hidden_act is 'relu'; only 'silu' can be imported"),
         ("mamba2", {"time_step_limit": [0.0, 1.0]}, "time_step_limit is .* without a limit can be imported"),
+        ("mamba2", {"dt_limit": [0.0, 1.0]}, "dt_limit is .* without a limit can be imported"),
+        ("mamba2", {"norm_before_gate": True}, "norm_before_gate is True; only False can be imported"),
+        ("mamba2", {"D_has_hdim": True}, "D_has_hdim is True; only False can be imported"),
+        ("mamba2", {"rmsnorm": False}, "rmsnorm is False; only True can be imported"),
+        ("mamba2", {"norm_eps": 1e-2}, "norm_eps is 0.01; layer_norm_epsilon is 1e-06"),
         ("mamba2", {"head_dim": 4}, r"num_heads is 4; with head_dim 4 it does not give expand \* hidden_size = 32"),
         ("recurrent_gemma", {"attention_bias": True}, "attention_bias is True; only False can be imported"),
         ("recurrent_gemma", {"hidden_activation": "relu"}, "hidden_activation is 'relu'; only 'gelu_pytorch_tanh' can"),
@@ -105,7 +110,7 @@ def test_fields_that_no_model_here_can_have(made, tmp_path, name, fields, messag
 @pytest.mark.parametrize(
     "name, field, value, reason",
     [
-        ("llama", "model_type", [], "llama, mamba2, recurrent_gemma can be imported"),
+        ("llama", "model_type", [], f"{', '.join(hugging_face.FAMILIES)} can be imported"),
         ("llama", "rms_norm_eps", "1e-6", "it is a finite number"),
         ("llama", "rope_theta", [], "it is a finite number"),
         ("llama", "rope_theta", float("nan"), "it is a finite number"),
@@ -159,6 +164,16 @@ def test_fields_of_other_releases_of_transformers(copied, tmp_path):
     (source / "config.json").write_text(json.dumps(fields))
     import_weights(source, tmp_path / "run")
     assert workdirs.read_config(tmp_path / "run").model.recurrent_width == 32
+
+
+def test_the_epsilon_of_mamba2_by_its_other_name(copied, tmp_path):
+    """That of flash-linear-attention, whose model is the same."""
+    source = copied("mamba2")
+    fields = json.loads((source / "config.json").read_text())
+    assert fields["norm_eps"] == fields.pop("layer_norm_epsilon")
+    (source / "config.json").write_text(json.dumps(fields | {"norm_eps": 1e-2, "dt_limit": [0.0, float("inf")]}))
+    import_weights(source, tmp_path / "run")
+    assert workdirs.read_config(tmp_path / "run").model.norm_epsilon == 1e-2
 
 
 @pytest.mark.parametrize("changes, warned", [({}, 1), ({"residual_in_fp32": False}, 0), ({"dtype": "float32"}, 0)])

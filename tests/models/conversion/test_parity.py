@@ -9,22 +9,19 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; nothing here is on a hub
 
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import torch
 import transformers
-from flax import nnx
 
-import jaxlinear.models
 from jaxlinear.models.conversion import export_weights, import_weights
 from tests import numerics
 from tests.models.conversion import recurrentgemma_golden as golden
+from tests.models.conversion.converted import assert_same_logits
 
 VOCABULARY, LENGTH = 61, 21
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
-TOLERANCE = 1e-4
 
 
 def recurrent_gemma(**changes):
@@ -105,19 +102,6 @@ def theirs(model):
         return model(torch.tensor(TOKENS), use_cache=False).logits.numpy()
 
 
-def ours(workdir, tokens):
-    model = jaxlinear.models.load(workdir)
-    assert model.config.dtype == "float32"
-    graph, parameters = nnx.split(model)
-    logits = numerics.jit(lambda parameters, tokens: nnx.merge(graph, parameters)(tokens)[0])
-    return np.asarray(logits(parameters, jnp.asarray(tokens, jnp.int32)))
-
-
-def assert_close(actual, expected):
-    assert np.abs(expected).max() > 1
-    numerics.assert_close(actual, expected, TOLERANCE)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     threads = torch.get_num_threads()
@@ -133,7 +117,7 @@ def test_transformers(tmp_path, name):
     model.save_pretrained(tmp_path / "saved", max_shard_size="20KB" if name == "llama" else "1GB")
     assert (len(list((tmp_path / "saved").glob("*.safetensors"))) > 1) == (name == "llama")
     import_weights(tmp_path / "saved", tmp_path / "run")
-    assert_close(ours(tmp_path / "run", TOKENS), expected)
+    assert_same_logits(tmp_path / "run", TOKENS, expected)
 
     export_weights(tmp_path / "run", tmp_path / "exported")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
@@ -142,7 +126,7 @@ def test_transformers(tmp_path, name):
     assert state.keys() == model.state_dict().keys()
     for key, tensor in model.state_dict().items():
         assert torch.equal(state[key], tensor), key
-    assert_close(theirs(back.eval()), expected)
+    numerics.assert_close(theirs(back.eval()), expected, 1e-4)
 
 
 def test_recurrentgemma(tmp_path):
@@ -154,4 +138,4 @@ def test_recurrentgemma(tmp_path):
     ocp.PyTreeCheckpointer().save(tmp_path / "saved", {"params": parameters})
     (tmp_path / "saved" / "config.json").write_text(json.dumps(golden.CONFIG))
     import_weights(tmp_path / "saved", tmp_path / "run")
-    assert_close(ours(tmp_path / "run", golden.TOKENS), saved["logits"])
+    assert_same_logits(tmp_path / "run", golden.TOKENS, saved["logits"])

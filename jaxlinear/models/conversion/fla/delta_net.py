@@ -1,0 +1,60 @@
+"""DeltaNet (arXiv:2406.06484) as flash-linear-attention has it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.conversion.family import Family, Fields
+from jaxlinear.models.conversion.fla import shared
+from jaxlinear.models.conversion.fla.releases import as_now
+from jaxlinear.models.conversion.links import Link, shifted
+from jaxlinear.models.mixers.delta_net import widths
+
+
+def _model(fields: Fields) -> dict[str, Any]:
+    heads = fields.integer("num_heads", 16)
+    values = shared.model(fields, "delta_net")
+    fields.only("use_gate", False, default=False)
+    fields.only("use_beta", True, default=True)
+    fields.only("use_short_conv", True, default=True)
+    fields.only("qk_norm", "l2", default="l2")
+    if fields.is_null("qk_norm"):  # in releases of 2024, for none
+        fields.refuse("qk_norm", None, "only 'l2' can be imported")
+    for name in ("use_elu", "use_rope"):  # options of the first releases
+        fields.only(name, False, default=False)
+    fields.only("qk_activation", "silu", default="silu")
+    for ours, theirs in (("key_width", "expand_k"), ("value_width", "expand_v")):
+        channels = shared.expanded(fields, theirs, 1.0, values["width"])
+        values[ours] = shared.per_head(fields, theirs, channels, heads)
+    return values | {
+        "recurrent_heads": heads,
+        "negative_eigenvalues": fields.boolean("allow_neg_eigval", False),
+        "convolution_width": fields.integer("conv_size", 4),
+    }
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    heads, key_width, value_width = widths(config)
+    return shared.fields_of(config, "delta_net", "DeltaNetForCausalLM") | {
+        "expand_k": heads * key_width / config.width,
+        "expand_v": heads * value_width / config.width,
+        "use_gate": False,
+        "use_beta": True,
+        "use_short_conv": True,
+        "allow_neg_eigval": config.negative_eigenvalues,
+        "conv_size": config.convolution_width,
+        "qk_norm": "l2",
+        "qk_activation": "silu",
+    }
+
+
+def _links(config: ModelConfig) -> Iterator[Link]:
+    def own(there: str, layer: int) -> Iterator[Link]:
+        yield from shared.delta_inputs(there, layer)
+        yield from shared.projections(there, layer, o="out")
+        yield Link(f"{there}.o_norm.weight", "mixer.norm.scale", layer, shifted(config.norm_offset))
+
+    return shared.links(config, own)
+
+
+FAMILY = Family("delta_net", ("delta_net", *shared.ATTENTION), _model, _fields, _links, "delta_net", as_now)

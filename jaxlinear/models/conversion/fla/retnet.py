@@ -1,0 +1,63 @@
+"""RetNet (arXiv:2307.08621) as flash-linear-attention has it: with an RMSNorm in each head."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxlinear.errors import UserError
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.conversion.family import Family, Fields, require
+from jaxlinear.models.conversion.fla import shared
+from jaxlinear.models.conversion.fla.releases import GATED_NORM, as_now
+from jaxlinear.models.conversion.links import Link, shifted
+from jaxlinear.models.mixers.retention import widths
+from jaxlinear.streaming import StreamedArray
+
+_BASE = 10_000.0
+_WIDEST = 256  # channels of a key in a head
+
+
+def _model(fields: Fields) -> dict[str, Any]:
+    heads = fields.integer("num_heads", 8)
+    values = shared.model(fields, "retention", hidden_ratio=2)
+    if values.get("rotary_base", _BASE) != _BASE:
+        fields.refuse("attn", fields.optional("attn"), f"only its rope_theta {_BASE:.0f}, retention's, can be imported")
+    fields.only("num_kv_heads", heads, default=heads)
+    fields.only("use_output_gate", True, default=True)
+    fields.only("elementwise_affine", True, default=True)
+    fields.only_null("feature_map")
+    for ours, theirs, default in (("key_width", "expand_k", 1.0), ("value_width", "expand_v", 2.0)):
+        channels = shared.expanded(fields, theirs, default, values["width"])
+        values[ours] = shared.per_head(fields, theirs, channels, heads)
+    if values["key_width"] % 2:
+        fields.refuse(
+            "expand_k", fields.optional("expand_k"), "positions turn pairs of a head's channels; their number is odd"
+        )
+    own = {"recurrent_heads": heads, "head_norm": "rms", "rotary_fraction": 1.0, "rotary_base": _BASE}
+    return values | own
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    require(config, "retnet", head_norm="rms", rotary_fraction=1.0, rotary_base=_BASE)
+    heads, key_width, value_width = widths(config)
+    if key_width % 2 or key_width > _WIDEST:
+        raise UserError(f"retention has keys of {key_width} channels; in retnet it is an even number up to {_WIDEST}")
+    return shared.fields_of(config, "retnet", "RetNetForCausalLM") | {
+        "expand_k": heads * key_width / config.width,
+        "expand_v": heads * value_width / config.width,
+        "use_output_gate": True,
+    }
+
+
+def _links(config: ModelConfig) -> Iterator[Link]:
+    def own(there: str, layer: int) -> Iterator[Link]:
+        yield from shared.projections(there, layer, q="query", k="key", v="value", g="gate", o="out")
+        yield Link(f"{there}.g_norm_swish_gate.weight", "mixer.norm.scale", layer, shifted(config.norm_offset))
+
+    return shared.links(config, own)
+
+
+def _read(config: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
+    return as_now(config, tensors, GATED_NORM)
+
+
+FAMILY = Family("retnet", ("retention", *shared.ATTENTION), _model, _fields, _links, "retention", _read)

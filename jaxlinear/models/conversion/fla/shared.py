@@ -1,0 +1,214 @@
+"""What the models of flash-linear-attention have around their mixers: RMSNorms and a SwiGLU. In the layers that ``attn`` of
+their ``config.json`` names, softmax attention is in the mixer's place."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxlinear.errors import UserError
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.conversion.family import Fields, require
+from jaxlinear.models.conversion.links import TAPS, TRANSPOSED, Link, shifted
+
+ATTENTION = ("attention", "sliding_window")
+_MULTIPLE = 256  # of an MLP's inner width that is not given
+
+
+def model(fields: Fields, mixer: str, *, num_layers: int = 24, hidden_ratio: float = 4) -> dict[str, Any]:
+    """Keys of our ``model`` section: all but the mixer's own. The depth and the MLP's ratio are those by default."""
+    width, depth = fields.integer("hidden_size", 2048), fields.integer("num_hidden_layers", num_layers)
+    fields.only("hidden_act", "swish", default="swish")
+    fields.only_null("attnres_block_size")
+    values = {
+        "pattern": (mixer,),
+        "num_layers": depth,
+        "vocab_size": fields.integer("vocab_size", 32_000),
+        "width": width,
+        "num_heads": 1,  # of softmax attention, if there is none
+        "channel_mixer": "gated_mlp",
+        "mlp_expansion": _inner_width(fields, width, hidden_ratio) / width,
+        "mlp_activation": "silu",
+        "bias": False,
+        "norm_epsilon": fields.number("norm_eps", 1e-6),
+        "norm_offset": 0.0,
+        "tied_embeddings": fields.boolean("tie_word_embeddings", False),
+        "embedding_scale": False,
+        "logit_soft_cap": 0.0,
+    }
+    layers, attention = _attention(fields, mixer, depth, width)
+    if attention:
+        values |= attention | {"pattern": _period(layers)}
+    if "attention" in layers:
+        values["context"] = fields.integer("max_position_embeddings", 2048)
+    return values
+
+
+def _inner_width(fields: Fields, width: int, default: float) -> int:
+    """As it is given, or two thirds of ``hidden_ratio`` times the width, rounded up."""
+    if fields.optional("intermediate_size") is not None:
+        return fields.integer("intermediate_size")
+    ratio = fields.number("hidden_ratio", default)
+    inner = int(width * ratio * 2 / 3)
+    if inner < 1:
+        fields.refuse("hidden_ratio", ratio, "it gives no MLP")
+    return math.ceil(inner / _MULTIPLE) * _MULTIPLE
+
+
+def _attention(fields: Fields, mixer: str, depth: int, width: int) -> tuple[list[str], dict[str, Any]]:
+    """The mixer of each layer, and the keys of softmax attention, where some have it."""
+    layers, specs = [mixer] * depth, fields.optional("attn")
+    found: dict[str, Any] = {}
+    for spec in specs if isinstance(specs, list) else [] if specs is None else [specs]:
+        if not isinstance(spec, dict):
+            fields.refuse("attn", specs, "it is an object or a list of objects")
+        entry = Fields(spec, f"{fields.origin}: attn")
+        places = entry.get("layers")
+        if not isinstance(places, list) or any(type(place) is not int or not 0 <= place < depth for place in places):
+            entry.refuse("layers", places, f"it is a list of layers, of 0 to {depth - 1}")
+        values, window = attention_heads(entry, width, entry.integer("num_heads")), entry.optional("window_size")
+        if window is not None:
+            values["window"] = entry.integer("window_size")
+        for place in places:
+            if layers[place] != mixer:
+                entry.refuse("layers", places, f"layer {place} is there twice")
+            layers[place] = "attention" if window is None else "sliding_window"
+        for name, value in values.items() if places else ():
+            if found.setdefault(name, value) != value:
+                fields.refuse("attn", specs, "only layers of the same heads, positions and window can be imported")
+    if mixer not in layers:
+        fields.refuse("attn", specs, "it leaves no layer that is not softmax attention")
+    return layers, found
+
+
+def attention_heads(fields: Fields, width: int, heads: int) -> dict[str, Any]:
+    """Keys of softmax attention, from the fields that a model or an entry of ``attn`` has for it."""
+    if width % heads or width // heads % 2:
+        fields.refuse("num_heads", heads, f"hidden_size={width} has to be as many heads of an even number of channels")
+    fields.only("qkv_bias", False, default=False)
+    return {
+        "num_heads": heads,
+        "key_value_heads": fields.integer("num_kv_heads", heads),
+        "rotary_base": fields.number("rope_theta", 10_000.0),
+        "rotary_fraction": 1.0,
+    }
+
+
+def _period(layers: list[str]) -> tuple[str, ...]:
+    """The shortest pattern that gives these layers when it is repeated to the depth."""
+    depth = len(layers)
+    period = next(n for n in range(1, depth + 1) if all(layers[i] == layers[i % n] for i in range(depth)))
+    return tuple(layers[:period])
+
+
+def expanded(fields: Fields, name: str, default: float, channels: int) -> int:
+    """A width that is given as so many times ``channels``."""
+    factor = fields.number(name, default)
+    width = round(channels * factor)
+    if width < 1 or not math.isclose(channels * factor, width):
+        fields.refuse(name, factor, f"that is {channels * factor} channels")
+    return width
+
+
+def per_head(fields: Fields, name: str, channels: int, heads: int) -> int:
+    """Channels of a head, of so many that the field ``name`` gives."""
+    if channels % heads:
+        fields.refuse(name, fields.optional(name), f"that is {channels} channels, which {heads} heads do not divide")
+    return channels // heads
+
+
+def fields_of(config: ModelConfig, family: str, architecture: str) -> dict[str, Any]:
+    """The way back; ``UserError`` where a model is none of theirs."""
+    require(config, family, channel_mixer="gated_mlp", mlp_activation="silu", bias=False)
+    require(config, family, embedding_scale=False, logit_soft_cap=0.0)
+    specs = [_spec(config, family, name) for name in ATTENTION if name in config.layers]
+    context = {"max_position_embeddings": config.context} if "attention" in config.layers else {}
+    return context | {
+        "architectures": [architecture],
+        "num_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "hidden_act": "swish",
+        "norm_eps": config.norm_epsilon,
+        "attn": specs[0] if len(specs) == 1 else specs or None,
+        "fuse_norm": True,
+    }
+
+
+def _spec(config: ModelConfig, family: str, mixer: str) -> dict[str, Any]:
+    require(config, family, rotary_fraction=1.0)
+    if config.head_width % 2:
+        raise UserError(
+            f"model.width={config.width} over model.num_heads={config.num_heads} is {config.head_width} channels a head of "
+            f"attention; in {family} it can only be an even number"
+        )
+    return {
+        "layers": [layer for layer, name in enumerate(config.layers) if name == mixer],
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.key_value_heads,
+        "qkv_bias": False,
+        "window_size": config.window if mixer == "sliding_window" else None,
+        "rope_theta": config.rotary_base,
+    }
+
+
+def links(config: ModelConfig, own: Callable[[str, int], Iterator[Link]]) -> Iterator[Link]:
+    """Of a model, of whose mixer ``own`` gives the links, for the beginning of its tensors' names and its layer."""
+    norm = shifted(config.norm_offset)
+    yield Link("model.embeddings.weight", "embedding")
+    yield Link("model.norm.weight", "norm.scale", None, norm)
+    if not config.tied_embeddings:
+        yield Link("lm_head.weight", "head")
+    for layer, mixer in enumerate(config.layers):
+        there = f"model.layers.{layer}"
+        yield Link(f"{there}.attn_norm.weight", "mixer_norm.scale", layer, norm)
+        yield Link(f"{there}.mlp_norm.weight", "mlp_norm.scale", layer, norm)
+        for name in ("gate", "up", "down"):
+            yield Link(f"{there}.mlp.{name}_proj.weight", f"mlp.{name}.kernel", layer, TRANSPOSED)
+        there = f"{there}.attn"
+        if mixer in ATTENTION:
+            yield from projections(there, layer, q="query", k="key", v="value", o="out")
+        else:
+            yield from own(there, layer)
+
+
+def projections(there: str, layer: int, **names: str) -> Iterator[Link]:
+    """Linear maps without biases, by their letter there and their name in our mixer."""
+    for letter, name in names.items():
+        yield Link(f"{there}.{letter}_proj.weight", f"mixer.{name}.kernel", layer, TRANSPOSED)
+
+
+def delta_inputs(there: str, layer: int) -> Iterator[Link]:
+    """What the delta rule runs on in each of its models."""
+    names = {"q": "query", "k": "key", "v": "value"}
+    yield from projections(
+        there, layer, b="inputs.beta", **{letter: f"inputs.{name}" for letter, name in names.items()}
+    )
+    for letter, name in names.items():
+        ours = f"mixer.inputs.{name}_convolution.convolution_kernel"
+        yield Link(f"{there}.{letter}_conv1d.weight", ours, layer, TAPS)
+
+
+def delta_heads(fields: Fields, heads: int, *, head_dim: int, expand_v: float) -> dict[str, Any]:
+    """Keys of a gated delta rule's heads, of which ``head_dim`` and ``expand_v`` are those by default."""
+    key_width = fields.integer("head_dim", head_dim)
+    return {
+        "recurrent_heads": heads,
+        "key_width": key_width,
+        "value_width": expanded(fields, "expand_v", expand_v, key_width),
+        "negative_eigenvalues": fields.boolean("allow_neg_eigval", False),
+        "convolution_width": fields.integer("conv_size", 4),
+    }
+
+
+def delta_fields(config: ModelConfig, widths: tuple[int, int, int]) -> dict[str, Any]:
+    """The way back, from H, K and V."""
+    _, key_width, value_width = widths
+    expansion = value_width / key_width
+    if int(key_width * expansion) < value_width:  # as it is multiplied there
+        expansion = math.nextafter(expansion, math.inf)
+    return {
+        "head_dim": key_width,
+        "expand_v": expansion,
+        "use_short_conv": True,
+        "allow_neg_eigval": config.negative_eigenvalues,
+        "conv_size": config.convolution_width,
+    }

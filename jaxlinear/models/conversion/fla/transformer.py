@@ -1,0 +1,27 @@
+"""The transformer of flash-linear-attention, "Transformer++". It is a Llama under other names, and is exported as one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.conversion import llama
+from jaxlinear.models.conversion.family import Family, Fields
+from jaxlinear.models.conversion.fla import shared
+from jaxlinear.models.conversion.fla.releases import as_now
+from jaxlinear.models.conversion.links import Link
+
+
+def _model(fields: Fields) -> dict[str, Any]:
+    fields.only_null("attn", "window_size")
+    fields.only("qk_norm", False, default=False)
+    heads = fields.integer("num_heads", 32)
+    values = shared.model(fields, "attention")
+    return values | shared.attention_heads(fields, values["width"], heads)
+
+
+def _links(config: ModelConfig) -> Iterator[Link]:
+    return shared.links(config, lambda there, layer: iter(()))
+
+
+# No mixers: a model here is never called so, and its fields are a Llama's.
+FAMILY = Family("transformer", (), _model, llama.FAMILY.fields, _links, read=as_now)

@@ -1,0 +1,129 @@
+"""Compares ``fla_reference.py`` with flash-linear-attention itself: run by hand, since the package needs Triton.
+
+    python3.11 -m venv FLA
+    FLA/bin/pip install torch transformers einops triton
+    FLA/bin/pip install --no-deps flash-linear-attention==0.6.0 fla-core==0.6.0
+    FLA/bin/python tests/models/conversion/fla_check.py [DIRECTORY ...]
+
+The package's own modules and kernels run, on the CPU in Triton's interpreter: of each model in ``MODELS`` are compared the
+names and the shapes of its tensors, and its logits for rows that are short enough for its recurrent kernels and long enough
+for its chunked ones (delta_net has none for float32).
+Its mamba2, which has transformers' names of tensors, is compared with the model of transformers.
+
+Each DIRECTORY is one that ``launch/convert.py --target`` wrote, whose model the package loads. Softmax attention, for which
+the package calls FlashAttention, is PyTorch's here.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(pathlib.Path(__file__).parents[3]))
+
+import torch
+from triton.runtime import autotuner, interpreter
+
+from tests.models.conversion import fla_reference as reference
+
+LENGTHS = (21, 80)
+
+
+def attention(q, k, v, causal, window_size):
+    """``flash_attn_func``: ``[B, T, H, K]``."""
+    assert causal
+    age = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])[None]
+    seen = (age >= 0) & ((age <= window_size[0]) if window_size[0] >= 0 else True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    return o.transpose(1, 2)
+
+
+def load():
+    """The package, with what the interpreter lacks."""
+    # Configurations cannot be timed without a GPU: the first one is taken.
+    autotuner.Autotuner._bench = lambda self, *arguments, config, **meta: (0.0, 0.0, 0.0)
+    autotuner.Autotuner.do_bench = property(lambda self: None, lambda self, value: None)
+    import fla
+    import fla.layers.attn
+    import fla.models
+    import transformers
+    from fla.ops.common import chunk_delta_h, chunk_h
+
+    fla.layers.attn.flash_attn_func = attention
+    # Loops of kernels count in Python's integers, whose methods are not a tensor's.
+    for module in (chunk_h, chunk_delta_h):
+        module.range = lambda *bounds: map(interpreter._implicit_cvt, range(*bounds))
+    for package in (fla, torch, transformers):
+        print(package.__name__, package.__version__)
+    return fla, transformers
+
+
+def mode(fields):
+    """The chunked kernels of delta_net take no float32."""
+    return {"attn_mode": "fused_recurrent"} if fields["model_type"] == "delta_net" else {}
+
+
+def compare(name, model, fields, tensors):
+    """The largest difference of logits."""
+    tied = {"lm_head.weight"} if fields.get("tie_word_embeddings") else set()
+    theirs = {key: tuple(x.shape) for key, x in model.state_dict().items() if key not in tied}
+    assert theirs == reference.shapes(fields), f"{name}: {set(theirs.items()) ^ set(reference.shapes(fields).items())}"
+    for length in LENGTHS:
+        tokens = np.random.default_rng(1).integers(0, reference.VOCABULARY, (2, length))
+        expected = reference.logits(fields, tensors, tokens)
+        with torch.no_grad():
+            found = model(torch.tensor(tokens), use_cache=False).logits.numpy()
+        difference = np.abs(found - expected).max() / np.abs(expected).max()
+        print(f"{name}, {length} tokens: {difference:.1e} of {np.abs(expected).max():.2f}", flush=True)
+        assert difference < 1e-4
+
+
+def compare_mamba2(fla):
+    """With transformers' own, by the name that each has for the epsilon."""
+    from transformers.models.mamba2 import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {"head_dim": 12, "num_heads": 4, "hidden_size": 24, "state_size": 10, "num_hidden_layers": 3, "n_groups": 1}
+    sizes |= {"vocab_size": reference.VOCABULARY, "chunk_size": 8}
+    model = fla.models.Mamba2ForCausalLM(fla.models.Mamba2Config(**sizes, norm_eps=1e-2)).eval()
+    other = Mamba2ForCausalLM(Mamba2Config(**sizes, layer_norm_epsilon=1e-2)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(
+                torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+            )
+        model.load_state_dict(other.state_dict())
+        tokens = torch.tensor(reference.TOKENS)
+        found, expected = (x(tokens, use_cache=False).logits for x in (model, other))
+    difference = (found - expected).abs().max() / expected.abs().max()
+    print(f"mamba2: {difference:.1e} of {expected.abs().max():.2f}")
+    assert difference < 1e-5
+
+
+def main():
+    torch.set_num_threads(1)
+    fla, transformers = load()
+    compare_mamba2(fla)
+    for name, fields in reference.MODELS.items():
+        config = transformers.AutoConfig.for_model(**fields | mode(fields))
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        tensors = reference.draw(fields)
+        loaded = model.load_state_dict({key: torch.tensor(x) for key, x in tensors.items()}, strict=False)
+        assert not loaded.unexpected_keys, loaded
+        compare(name, model, fields, tensors)
+    for directory in map(pathlib.Path, sys.argv[1:]):
+        fields = json.loads((directory / "config.json").read_text())
+        options = {"output_loading_info": True, "dtype": torch.float32}
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, **options, **mode(fields))
+        assert not any(loaded.values()), loaded
+        tensors = {key: x.numpy() for key, x in model.state_dict().items()}
+        compare(directory.name, model.eval(), fields, tensors)
+
+
+if __name__ == "__main__":
+    main()

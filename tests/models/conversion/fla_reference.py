@@ -1,0 +1,385 @@
+"""Language models of flash-linear-attention (github.com/fla-org/flash-linear-attention) in NumPy and float64: the equations
+of their papers, token by token, with that package's names of fields and tensors.
+
+That these are its models is checked by ``fla_check.py`` with the package itself, which needs Triton and so is no part of
+the tests.
+"""
+
+import numpy as np
+
+VOCABULARY, LENGTH = 61, 21
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
+_SHARED = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3}
+_WINDOWS = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": False, "window_size": 5, "rope_theta": 500.0}
+_FULL = {"layers": [0, 2], "num_heads": 2, "num_kv_heads": 2, "qkv_bias": False, "window_size": None, "rope_theta": 1e4}
+MODELS = {
+    "gla": {"model_type": "gla", "num_heads": 2},
+    "gla, tied, other widths": {
+        "model_type": "gla",
+        "num_heads": 4,
+        "expand_k": 0.75,
+        "expand_v": 2.0,
+        "fuse_norm": False,
+        "norm_eps": 1e-2,
+        "tie_word_embeddings": True,
+        "intermediate_size": None,
+        "hidden_ratio": 2,
+    },
+    "gla, with windows": {"model_type": "gla", "num_heads": 2, "attn": _WINDOWS},
+    "gla, with full attention": {"model_type": "gla", "num_heads": 4, "attn": _FULL},
+    "gated_deltanet": {"model_type": "gated_deltanet", "num_heads": 3, "head_dim": 12},
+    "gated_deltanet, with windows": {
+        "model_type": "gated_deltanet",
+        "num_heads": 3,
+        "head_dim": 8,
+        "expand_v": 0.75,
+        "conv_size": 3,
+        "norm_eps": 1e-2,
+        "attn": _WINDOWS,
+    },
+    "delta_net": {"model_type": "delta_net", "num_heads": 2},
+    "delta_net, with full attention": {
+        "model_type": "delta_net",
+        "num_heads": 4,
+        "expand_k": 0.5,
+        "expand_v": 0.75,
+        "conv_size": 3,
+        "norm_eps": 1e-2,
+        "attn": _FULL,
+    },
+    "delta_net, negative eigenvalues": {"model_type": "delta_net", "num_heads": 4, "allow_neg_eigval": True},
+    "gated_deltanet, negative eigenvalues": {
+        "model_type": "gated_deltanet",
+        "num_heads": 2,
+        "head_dim": 8,
+        "allow_neg_eigval": True,
+    },
+    "kda": {"model_type": "kda", "num_heads": 2, "head_dim": 12},
+    "kda, with windows": {
+        "model_type": "kda",
+        "num_heads": 3,
+        "head_dim": 8,
+        "expand_v": 0.75,
+        "conv_size": 3,
+        "norm_eps": 1e-2,
+        "allow_neg_eigval": True,
+        "attn": _WINDOWS,
+    },
+    "retnet": {"model_type": "retnet", "num_heads": 2},
+    "retnet, with windows": {
+        "model_type": "retnet",
+        "num_heads": 4,
+        "expand_k": 0.5,
+        "expand_v": 0.75,
+        "fuse_norm": False,
+        "norm_eps": 1e-2,
+        "attn": _WINDOWS | {"rope_theta": 1e4},
+    },
+    "hgrn2": {"model_type": "hgrn2", "expand_ratio": 16},
+    "hgrn2, by heads": {"model_type": "hgrn2", "expand_ratio": None, "num_heads": 4, "norm_eps": 1e-2},
+    "transformer": {"model_type": "transformer", "num_heads": 4},
+    "transformer, grouped": {
+        "model_type": "transformer",
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "rope_theta": 500.0,
+        "norm_eps": 1e-2,
+    },
+}
+MODELS = {name: _SHARED | fields for name, fields in MODELS.items()}
+
+
+def shapes(fields):
+    """Of the tensors, by name."""
+    width, inner, found = fields["hidden_size"], _inner(fields), {}
+    found["model.embeddings.weight"] = found["lm_head.weight"] = (fields["vocab_size"], width)
+    if fields.get("tie_word_embeddings"):
+        del found["lm_head.weight"]
+    found["model.norm.weight"] = (width,)
+    if fields["model_type"] == "hgrn2":
+        found["model.lower_bounds"] = (fields["num_hidden_layers"], width)
+    for layer in range(fields["num_hidden_layers"]):
+        there = f"model.layers.{layer}"
+        found[f"{there}.attn_norm.weight"] = found[f"{there}.mlp_norm.weight"] = (width,)
+        found[f"{there}.mlp.gate_proj.weight"] = found[f"{there}.mlp.up_proj.weight"] = (inner, width)
+        found[f"{there}.mlp.down_proj.weight"] = (width, inner)
+        spec = _attention_of(fields, layer)
+        own = _attention_shapes(width, spec) if spec else _MIXERS[fields["model_type"]][0](fields)
+        found |= {f"{there}.attn.{name}": shape for name, shape in own.items()}
+    return found
+
+
+def draw(fields, seed=0):
+    """Float32 tensors by name, so drawn that every gate, bias and scale counts."""
+    random = np.random.default_rng(seed)
+    drawn = {}
+    for name, shape in sorted(shapes(fields).items()):
+        noise = random.standard_normal(shape)
+        if len(shape) > 1:
+            drawn[name] = noise * shape[-1] ** -0.5
+        else:
+            drawn[name] = 0.3 * noise + ("norm" in name)
+    return {name: x.astype(np.float32) for name, x in drawn.items()}
+
+
+def logits(fields, tensors, tokens):
+    """``[B, T, vocab]``."""
+    tensors = {name: x.astype(np.float64) for name, x in tensors.items()}
+    x, epsilon = tensors["model.embeddings.weight"][tokens], fields.get("norm_eps", 1e-6)
+    for layer in range(fields["num_hidden_layers"]):
+        there = f"model.layers.{layer}."
+        block = {name.removeprefix(there): y for name, y in tensors.items() if name.startswith(there)}
+        own = {name.removeprefix("attn."): y for name, y in block.items() if name.startswith("attn.")}
+        if fields["model_type"] == "hgrn2":
+            own["lower_bound"] = _lower_bounds(tensors["model.lower_bounds"])[layer]
+        y, spec = _rms(x, block["attn_norm.weight"], epsilon), _attention_of(fields, layer)
+        x = x + (_attention(spec, own, y) if spec else _MIXERS[fields["model_type"]][1](fields, own, y))
+        y = _rms(x, block["mlp_norm.weight"], epsilon)
+        inner = _silu(y @ block["mlp.gate_proj.weight"].T) * (y @ block["mlp.up_proj.weight"].T)
+        x = x + inner @ block["mlp.down_proj.weight"].T
+    head = tensors["model.embeddings.weight" if fields.get("tie_word_embeddings") else "lm_head.weight"]
+    return _rms(x, tensors["model.norm.weight"], epsilon) @ head.T
+
+
+def _inner(fields):
+    """The MLP's width: as given, or two thirds of the ratio, rounded up to a multiple of 256."""
+    given = fields.get("intermediate_size")
+    return given or -(int(fields["hidden_size"] * fields["hidden_ratio"] * 2 / 3) // -256) * 256
+
+
+# Softmax attention, of the whole past or of a window.
+
+
+def _attention_of(fields, layer):
+    spec = fields.get("attn")
+    if fields["model_type"] == "transformer":
+        whole = {"num_kv_heads": fields["num_heads"], "window_size": None, "rope_theta": 1e4, "layers": [layer]}
+        spec = whole | fields
+    return spec if spec and layer in spec["layers"] else None
+
+
+def _attention_shapes(width, spec):
+    shared = width // spec["num_heads"] * spec["num_kv_heads"]
+    return {
+        "q_proj.weight": (width, width),
+        "k_proj.weight": (shared, width),
+        "v_proj.weight": (shared, width),
+        "o_proj.weight": (width, width),
+    }
+
+
+def _attention(spec, w, x):
+    length, width = x.shape[1:]
+    head, sharing = width // spec["num_heads"], spec["num_heads"] // spec["num_kv_heads"]
+    q, k, v = (_heads(x @ w[f"{name}_proj.weight"].T, head) for name in "qkv")
+    q, k = _turned(q, spec["rope_theta"]), _turned(k, spec["rope_theta"])
+    k, v = (np.repeat(y, sharing, axis=2) for y in (k, v))
+    scores = np.einsum("bthk,bshk->bhts", q, k) / head**0.5
+    age = np.arange(length)[:, None] - np.arange(length)[None]
+    seen = (age >= 0) & (age < (spec["window_size"] or length))
+    weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    o = np.einsum("bhts,bshk->bthk", weights / weights.sum(-1, keepdims=True), v)
+    return o.reshape(x.shape) @ w["o_proj.weight"].T
+
+
+def _turned(x, base):
+    """Channel i of the first half of a head with channel i of its second half, by the position."""
+    half = x.shape[-1] // 2
+    angle = np.arange(x.shape[1])[:, None, None] * base ** (-np.arange(half) / half)
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+# Gated linear attention.
+
+
+def _gla_norm(fields):
+    return "g_norm_swish_gate.weight" if fields.get("fuse_norm", True) else "g_norm.weight"
+
+
+def _gla_shapes(fields):
+    width, heads = fields["hidden_size"], fields["num_heads"]
+    keys, values = (int(width * fields.get(name, default)) for name, default in (("expand_k", 0.5), ("expand_v", 1)))
+    return {
+        "q_proj.weight": (keys, width),
+        "k_proj.weight": (keys, width),
+        "v_proj.weight": (values, width),
+        "g_proj.weight": (values, width),
+        "gk_proj.0.weight": (16, width),
+        "gk_proj.1.weight": (keys, 16),
+        "gk_proj.1.bias": (keys,),
+        _gla_norm(fields): (values // heads,),
+        "o_proj.weight": (width, values),
+    }
+
+
+def _gla(fields, w, x):
+    decay = x @ w["gk_proj.0.weight"].T @ w["gk_proj.1.weight"].T + w["gk_proj.1.bias"]
+    keys, values = (len(w[f"{name}_proj.weight"]) // fields["num_heads"] for name in "qv")
+    q, k = (_heads(x @ w[f"{name}_proj.weight"].T, keys) for name in "qk")
+    v, gate = (_heads(x @ w[f"{name}_proj.weight"].T, values) for name in "vg")
+    o = _gated(q, k, v, _heads(_sigmoid(decay) ** (1 / 16), keys))
+    o = _rms(o, w[_gla_norm(fields)], fields.get("norm_eps", 1e-6)) * _silu(gate)
+    return o.reshape(*x.shape[:2], -1) @ w["o_proj.weight"].T
+
+
+def _gated(q, k, v, decay):
+    """Linear attention with a decay of each key channel."""
+    state, o = np.zeros((len(q), *k.shape[2:], v.shape[-1])), np.empty_like(v)
+    for t in range(q.shape[1]):
+        state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        o[:, t] = np.einsum("bhkv,bhk->bhv", state, q[:, t]) * k.shape[-1] ** -0.5
+    return o
+
+
+# RetNet, whose decays are constant.
+
+
+def _retnet_shapes(fields):
+    width, heads = fields["hidden_size"], fields["num_heads"]
+    keys, values = (int(width * fields.get(name, default)) for name, default in (("expand_k", 1), ("expand_v", 2)))
+    outputs = {"q": keys, "k": keys, "v": values, "g": values}
+    own = {f"{name}_proj.weight": (channels, width) for name, channels in outputs.items()}
+    return own | {"o_proj.weight": (width, values), _gla_norm(fields): (values // heads,)}
+
+
+def _retnet(fields, w, x):
+    heads = fields["num_heads"]
+    q, k, v, gate = (_heads(y, y.shape[-1] // heads) for y in (x @ w[f"{name}_proj.weight"].T for name in "qkvg"))
+    decay = np.broadcast_to((1 - 2.0 ** (-5 - np.arange(heads)))[:, None], k.shape)
+    o = _gated(_turned(q, 1e4), _turned(k, 1e4), v, decay)
+    o = _rms(o, w[_gla_norm(fields)], fields.get("norm_eps", 1e-6)) * _silu(gate)
+    return o.reshape(*x.shape[:2], -1) @ w["o_proj.weight"].T
+
+
+# HGRN2, whose gates of all layers have lower bounds that rise with depth.
+
+
+def _hgrn2_shapes(fields):
+    width = fields["hidden_size"]
+    return {f"{name}_proj.weight": (width, width) for name in "qfio"} | {"g_norm.weight": (width,)}
+
+
+def _hgrn2(fields, w, x):
+    head = fields["expand_ratio"] or x.shape[-1] // fields["num_heads"]
+    q, v = (_heads(y, head) for y in (_silu(x @ w["q_proj.weight"].T), x @ w["i_proj.weight"].T))
+    forget = w["lower_bound"] + (1 - w["lower_bound"]) * _sigmoid(x @ w["f_proj.weight"].T)
+    forget = _heads(forget, head)
+    o = _gated(q, 1 - forget, v, forget).reshape(x.shape)
+    return _rms(o, w["g_norm.weight"], 1e-5) @ w["o_proj.weight"].T  # whatever norm_eps is
+
+
+def _lower_bounds(weights):
+    """``[L, D]``: 0 in the first layer."""
+    shares = np.exp(weights) / np.exp(weights).sum(0)
+    return np.cumsum(shares, axis=0) - shares[0]
+
+
+# The delta rule, with a decay and without.
+
+
+def _delta_shapes(fields, heads, keys, values):
+    width, taps = fields["hidden_size"], fields.get("conv_size", 4)
+    return {
+        "q_proj.weight": (keys, width),
+        "k_proj.weight": (keys, width),
+        "v_proj.weight": (values, width),
+        "b_proj.weight": (heads, width),
+        "q_conv1d.weight": (keys, 1, taps),
+        "k_conv1d.weight": (keys, 1, taps),
+        "v_conv1d.weight": (values, 1, taps),
+        "o_norm.weight": (values // heads,),
+        "o_proj.weight": (width, values),
+    }
+
+
+def _delta_rule(fields, w, x, decay=1.0):
+    """``[B, T, H, V]``; the decay, if any, is ``[B, T, H, 1 or K, 1]``."""
+    heads = fields["num_heads"]
+    q, k, v = (
+        _heads(y, y.shape[-1] // heads)
+        for y in (_silu(_convolved(x @ w[f"{name}_proj.weight"].T, w[f"{name}_conv1d.weight"])) for name in "qkv")
+    )
+    q, k = (y / np.sqrt(np.sum(y * y, axis=-1, keepdims=True) + 1e-6) for y in (q, k))
+    beta = _sigmoid(x @ w["b_proj.weight"].T) * (2 if fields.get("allow_neg_eigval") else 1)
+    decay = np.broadcast_to(decay, (*k.shape, 1))
+    state, o = np.zeros((len(x), heads, k.shape[-1], v.shape[-1])), np.empty_like(v)
+    for t in range(x.shape[1]):
+        state = decay[:, t] * state
+        error = v[:, t] - np.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state + np.einsum("bh,bhk,bhv->bhkv", beta[:, t], k[:, t], error)
+        o[:, t] = np.einsum("bhkv,bhk->bhv", state, q[:, t]) * k.shape[-1] ** -0.5
+    return _rms(o, w["o_norm.weight"], fields.get("norm_eps", 1e-6))
+
+
+def _convolved(x, kernel):
+    """Each channel by its taps, the last of which is the present token's."""
+    taps = kernel.shape[-1]
+    padded = np.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
+    return sum(padded[:, i : i + x.shape[1]] * kernel[:, 0, i] for i in range(taps))
+
+
+def _delta_net_shapes(fields):
+    keys, values = (int(fields["hidden_size"] * fields.get(name, 1)) for name in ("expand_k", "expand_v"))
+    return _delta_shapes(fields, fields["num_heads"], keys, values)
+
+
+def _delta_net(fields, w, x):
+    return _delta_rule(fields, w, x).reshape(*x.shape[:2], -1) @ w["o_proj.weight"].T
+
+
+def _gated_deltanet_shapes(fields):
+    width, heads, head = fields["hidden_size"], fields["num_heads"], fields["head_dim"]
+    values = heads * int(head * fields.get("expand_v", 2))
+    own = {"a_proj.weight": (heads, width), "A_log": (heads,), "dt_bias": (heads,), "g_proj.weight": (values, width)}
+    return _delta_shapes(fields, heads, heads * head, values) | own
+
+
+def _gated_deltanet(fields, w, x):
+    rate = np.exp(w["A_log"]) * np.log1p(np.exp(x @ w["a_proj.weight"].T + w["dt_bias"]))
+    o = _delta_rule(fields, w, x, np.exp(-rate)[..., None, None])
+    return (o.reshape(*x.shape[:2], -1) * _silu(x @ w["g_proj.weight"].T)) @ w["o_proj.weight"].T
+
+
+def _kda_shapes(fields):
+    width, heads, head = fields["hidden_size"], fields["num_heads"], fields["head_dim"]
+    value = int(head * fields.get("expand_v", 1))
+    keys, values = heads * head, heads * value
+    own = {"f_proj.0.weight": (value, width), "f_proj.1.weight": (keys, value), "A_log": (heads,), "dt_bias": (keys,)}
+    gate = {"g_proj.0.weight": (value, width), "g_proj.1.weight": (values, value), "g_proj.1.bias": (values,)}
+    return _delta_shapes(fields, heads, keys, values) | own | gate
+
+
+def _kda(fields, w, x):
+    decay = x @ w["f_proj.0.weight"].T @ w["f_proj.1.weight"].T + w["dt_bias"]
+    rate = np.exp(w["A_log"])[:, None] * np.log1p(np.exp(_heads(decay, fields["head_dim"])))
+    o = _delta_rule(fields, w, x, np.exp(-rate)[..., None])
+    gate = x @ w["g_proj.0.weight"].T @ w["g_proj.1.weight"].T + w["g_proj.1.bias"]
+    return (o.reshape(*x.shape[:2], -1) * _sigmoid(gate)) @ w["o_proj.weight"].T
+
+
+_MIXERS = {
+    "gla": (_gla_shapes, _gla),
+    "gated_deltanet": (_gated_deltanet_shapes, _gated_deltanet),
+    "delta_net": (_delta_net_shapes, _delta_net),
+    "hgrn2": (_hgrn2_shapes, _hgrn2),
+    "kda": (_kda_shapes, _kda),
+    "retnet": (_retnet_shapes, _retnet),
+}
+
+
+def _heads(x, width):
+    return x.reshape(*x.shape[:2], -1, width)
+
+
+def _rms(x, weight, epsilon):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + epsilon) * weight
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def _silu(x):
+    return x * _sigmoid(x)

@@ -1,0 +1,255 @@
+"""Models of flash-linear-attention: logits to 1e-4 in float32 of ``fla_reference.py``, which ``fla_check.py`` has compared
+with the package, release 0.6.0: its modules and kernels in Triton's interpreter, to 5e-5 of the largest logit."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
+from jaxlinear.models.conversion import convert, export_weights, hugging_face, import_weights
+from jaxlinear.models.conversion.family import Fields
+from jaxlinear.models.conversion.fla import gated_deltanet
+from jaxlinear.models.parameters import describe
+from jaxlinear.training import workdir as workdirs
+from tests import small
+from tests.models.conversion import fla_reference as reference
+from tests.models.conversion.converted import (
+    MODELS,
+    arrays,
+    assert_nothing_in,
+    assert_same_bits,
+    assert_same_logits,
+    tensors,
+    write_header,
+)
+
+
+def saved(directory, fields):
+    """A directory as the package saves it: the tensors that are in it."""
+    drawn = reference.draw(fields)
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(fields))
+    write_tensors(directory, drawn)
+    return drawn
+
+
+def write_tensors(directory, values):
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in values.items():
+        header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": [len(data), len(data) + x.nbytes]}
+        data += x.tobytes()
+    write_header(directory / "model.safetensors", header, data)
+
+
+@pytest.mark.parametrize("name", reference.MODELS)
+def test_logits(tmp_path, name):
+    fields = reference.MODELS[name]
+    drawn = saved(tmp_path / "saved", fields)
+    expected = reference.logits(fields, drawn, reference.TOKENS)
+    import_weights(tmp_path / "saved", tmp_path / "run")
+    assert_same_logits(tmp_path / "run", reference.TOKENS, expected)
+
+    export_weights(tmp_path / "run", tmp_path / "exported")
+    again, written = json.loads((tmp_path / "exported" / "config.json").read_text()), tensors(tmp_path / "exported")
+    if fields["model_type"] == "transformer":
+        assert again["model_type"] == "llama"
+    else:
+        if not fields.get("fuse_norm", True):
+            drawn = {key.replace(".g_norm.", ".g_norm_swish_gate."): x for key, x in drawn.items()}
+        assert_same_bits(written, drawn)
+        np.testing.assert_array_equal(reference.logits(again, written, reference.TOKENS), expected)
+    import_weights(tmp_path / "exported", tmp_path / "again")
+    assert_same_bits(arrays(tmp_path / "again"), arrays(tmp_path / "run"))
+
+
+def test_several_files(tmp_path, monkeypatch):
+    fields = reference.MODELS["gla, with windows"]
+    saved(tmp_path / "saved", fields)
+    import_weights(tmp_path / "saved", tmp_path / "run")
+    monkeypatch.setattr(hugging_face, "SHARD_BYTES", 20_000)
+    export_weights(tmp_path / "run", tmp_path / "exported")
+    assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 2
+    assert_same_bits(tensors(tmp_path / "exported"), tensors(tmp_path / "saved"))
+    import_weights(tmp_path / "exported", tmp_path / "again")
+    assert_same_bits(arrays(tmp_path / "again"), arrays(tmp_path / "run"))
+
+
+def test_a_norm_that_is_there_under_both_names(tmp_path):
+    fields = reference.MODELS["gla"]
+    drawn = saved(tmp_path / "saved", fields)
+    usual = "model.layers.1.attn.g_norm_swish_gate.weight"
+    other = usual.replace("g_norm_swish_gate", "g_norm")
+    write_tensors(tmp_path / "saved", drawn | {other: drawn[usual] + 1})
+    with pytest.raises(UserError, match=f"the tensor {other} is none of this model's$"):
+        import_weights(tmp_path / "saved", tmp_path / "run")
+
+
+def test_files_of_2024(tmp_path):
+    """The norms of the block in the layer and in the MLP, its two maps in one, and a parameter that was not read."""
+    fields = reference.MODELS["gated_deltanet, with windows"]
+    drawn = saved(tmp_path / "saved", fields)
+    import_weights(tmp_path / "saved", tmp_path / "run")
+    old = {name: x for name, x in drawn.items() if "up_proj" not in name}
+    for layer in range(3):
+        there = f"model.layers.{layer}"
+        for part in ("attn", "mlp"):
+            old[f"{there}.{part}.norm.weight"] = old.pop(f"{there}.{part}_norm.weight")
+        gate, up = (drawn[f"{there}.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+        old[f"{there}.mlp.gate_proj.weight"] = np.concatenate([gate, up])
+        old[f"{there}.attn.D"] = np.ones(3, np.float32)
+    write_tensors(tmp_path / "saved", old)
+    import_weights(tmp_path / "saved", tmp_path / "old")
+    assert_same_bits(arrays(tmp_path / "old"), arrays(tmp_path / "run"))
+
+
+# Parameters of the models that the package makes by default.
+DEFAULTS = {
+    "gla": 1_365_514_240,
+    "gated_deltanet": 1_387_348_732,
+    "delta_net": 1_365_677_056,
+    "hgrn2": 1_364_396_032,
+    "kda": 1_390_941_568,
+    "retnet": 1_351_727_104,
+    "transformer": 1_364_297_728,
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_is_left_out_has_the_default_of_the_package(name):
+    fields = Fields({"model_type": name}, "config.json")
+    model = convert._config(hugging_face.family_of_fields(fields).model(fields))
+    assert describe(configs.model_config(model)).num_parameters == DEFAULTS[name]
+
+
+WINDOW = {"layers": [1], "num_heads": 2, "window_size": 4}
+
+
+@pytest.mark.parametrize(
+    "name, fields, message",
+    [
+        ("gla", {"hidden_act": "powlu"}, "hidden_act is 'powlu'; only 'swish' can be imported"),
+        ("gla", {"attnres_block_size": 2}, "attnres_block_size is 2; only null can be imported"),
+        ("gla", {"clamp_min": -1.0}, "clamp_min is -1.0; only null can be imported"),
+        ("gla", {"feature_map": "relu"}, "feature_map is 'relu'; only null can be imported"),
+        ("gla", {"num_kv_heads": 1}, "num_kv_heads is 1; only 2 can be imported"),
+        ("gla", {"use_short_conv": True}, "use_short_conv is True; only False can be imported"),
+        ("gla", {"use_output_gate": False}, "use_output_gate is False; only True can be imported"),
+        ("gla", {"elementwise_affine": False}, "elementwise_affine is False; only True can be imported"),
+        ("gla", {"expand_k": 0.51}, "expand_k is 0.51; that is 16.32 channels"),
+        ("gla", {"expand_v": 0}, "expand_v is 0.0; that is 0.0 channels"),
+        ("gla", {"num_heads": 3, "attn": WINDOW}, "expand_k is None; that is 16 channels, which 3 heads do not divide"),
+        ("gla", {"intermediate_size": None, "hidden_ratio": 0}, "hidden_ratio is 0.0; it gives no MLP"),
+        ("gla", {"attn": "window"}, "attn is 'window'; it is an object or a list of objects"),
+        ("gla", {"attn": {"num_heads": 2}}, "attn has no layers"),
+        ("gla", {"attn": WINDOW | {"layers": [3]}}, r"attn: layers is \[3\]; it is a list of layers, of 0 to 2"),
+        ("gla", {"attn": WINDOW | {"layers": [1, 1]}}, r"attn: layers is \[1, 1\]; layer 1 is there twice"),
+        ("gla", {"attn": WINDOW | {"layers": [0, 1, 2]}}, "attn is .*; it leaves no layer that is not softmax"),
+        ("gla", {"attn": WINDOW | {"num_heads": 3}}, "attn: num_heads is 3; hidden_size=32 has to be as many heads of"),
+        ("gla", {"attn": WINDOW | {"num_heads": 32}}, "attn: num_heads is 32; .* an even number of channels"),
+        ("gla", {"attn": WINDOW | {"qkv_bias": True}}, "attn: qkv_bias is True; only False can be imported"),
+        ("gla", {"attn": WINDOW | {"window_size": 0}}, "attn: window_size is 0; it is a whole number from 1 on"),
+        ("gla", {"attn": [WINDOW, WINDOW | {"layers": [0], "num_heads": 4}]}, "attn is .*; only layers of the same"),
+        ("gla", {"attn": [WINDOW, WINDOW | {"layers": [0], "window_size": 5}]}, "attn is .*; only layers of the same"),
+        ("gated_deltanet", {"num_v_heads": 4}, "num_v_heads is 4; only 3 can be imported"),
+        ("gated_deltanet", {"use_gate": False}, "use_gate is False; only True can be imported"),
+        ("gated_deltanet", {"output_gate_activation": "sigmoid"}, "'sigmoid'; only 'swish' or 'silu' can be imported"),
+        ("gated_deltanet", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),
+        ("gated_deltanet", {"expand_v": 0.3}, "expand_v is 0.3; that is 3.59"),
+        ("delta_net", {"use_gate": True}, "use_gate is True; only False can be imported"),
+        ("delta_net", {"use_beta": False}, "use_beta is False; only True can be imported"),
+        ("delta_net", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),
+        ("hgrn2", {"attn": WINDOW}, "attn is .*; only null can be imported"),
+        ("hgrn2", {"use_lower_bound": False}, "use_lower_bound is False; only True can be imported"),
+        ("hgrn2", {"use_short_conv": True}, "use_short_conv is True; only False can be imported"),
+        ("hgrn2", {"elementwise_affine": False}, "elementwise_affine is False; only True can be imported"),
+        ("hgrn2", {"expand_ratio": 12}, "expand_ratio is 12; it does not divide hidden_size=32"),
+        ("hgrn2", {"expand_ratio": None, "num_heads": 3}, "num_heads is 3; that is 32 channels, which 3 heads do not"),
+        ("kda", {"num_v_heads": 4}, "num_v_heads is 4; only 2 can be imported"),
+        ("kda", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),
+        ("kda", {"lower_bound": -5.0}, "lower_bound is -5.0; only null can be imported"),
+        ("retnet", {"num_kv_heads": 1}, "num_kv_heads is 1; only 2 can be imported"),
+        ("retnet", {"feature_map": "relu"}, "feature_map is 'relu'; only null can be imported"),
+        ("retnet", {"use_output_gate": False}, "use_output_gate is False; only True can be imported"),
+        ("retnet", {"elementwise_affine": False}, "elementwise_affine is False; only True can be imported"),
+        (
+            "retnet",
+            {"expand_k": 30 / 32},
+            "expand_k is 0.9375; positions turn pairs of a head's channels; their number is",
+        ),
+        (
+            "retnet",
+            {"attn": WINDOW | {"rope_theta": 500}},
+            "attn is .*; only its rope_theta 10000, retention's, can be",
+        ),
+        ("transformer", {"qk_norm": True}, "qk_norm is True; only False can be imported"),
+        ("transformer", {"window_size": 4}, "window_size is 4; only null can be imported"),
+        ("transformer", {"qkv_bias": True}, "qkv_bias is True; only False can be imported"),
+        ("transformer", {"num_heads": 3}, "num_heads is 3; hidden_size=32 has to be as many heads of an even number"),
+        ("delta_net", {"qk_norm": None}, "qk_norm is None; only 'l2' can be imported"),
+        ("delta_net", {"use_rope": True}, "use_rope is True; only False can be imported"),
+        ("delta_net", {"qk_norm": "sum"}, "qk_norm is 'sum'; only 'l2' can be imported"),
+        ("delta_net", {"qk_activation": "elu"}, "qk_activation is 'elu'; only 'silu' can be imported"),
+    ],
+)
+def test_what_cannot_be_imported(tmp_path, name, fields, message):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(reference.MODELS[name] | fields))
+    with pytest.raises(UserError, match=message):
+        import_weights(tmp_path / "source", tmp_path / "run")
+    assert_nothing_in(tmp_path, "source")
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("gla", {"mlp_activation": "gelu"}, "mlp_activation is 'gelu'; in gla it can only be 'silu'"),
+        ("gla", {"bias": True}, "model.bias is True; in gla it can only be False"),
+        ("gla", {"rotary_fraction": 0.5}, "rotary_fraction is 0.5; in gla it can only be 1.0"),
+        (
+            "gla",
+            {"num_heads": 16},
+            "model.width=16 over model.num_heads=16 is 1 channels a head of attention; in gla it",
+        ),
+        ("delta_net", {"logit_soft_cap": 5.0}, "logit_soft_cap is 5.0; in delta_net it can only be 0.0"),
+        ("delta_net", {"pattern": ("delta_net", "gla")}, "no model of .* has the layers delta_net, gla"),
+        (
+            "delta_net",
+            {"pattern": ("attention", "sliding_window")},
+            "no model of .* has the layers attention, sliding_w",
+        ),
+        ("kda", {"gate_bias": False}, "gate_bias is False; in kda it can only be True"),
+        ("retnet", {"head_norm": "group"}, "head_norm is 'group'; in retnet it can only be 'rms'"),
+        ("retnet", {"rotary_base": 500.0}, "rotary_base is 500.0; in retnet it can only be 10000.0"),
+        ("retnet", {"key_width": 7}, "retention has keys of 7 channels; in retnet it is an even number up to 256"),
+        ("hgrn2", {"value_width": 4}, "2 heads of 8 and 4 channels .* are not model.width=16; in hgrn2 they are"),
+        (
+            "hgrn2",
+            {"output_norm_epsilon": 0.0},
+            "the norm of hgrn2's output has the epsilon 1e-06 .*; in .* it can only be 1e-05",
+        ),
+        (
+            "gated_deltanet",
+            {"embedding_scale": True},
+            "embedding_scale is True; in gated_deltanet it can only be False",
+        ),
+    ],
+)
+def test_what_cannot_be_exported(tmp_path, name, changes, message):
+    config = configs.default()
+    config.model.update({"vocab_size": 31} | MODELS[name] | changes)
+    configs.forget_unread(config, ["model.pattern"])
+    workdirs.prepare(tmp_path / "run", configs.resolve(config))
+    with pytest.raises(UserError, match=message):
+        export_weights(tmp_path / "run", tmp_path / "target")
+    assert_nothing_in(tmp_path, "run")
+
+
+@pytest.mark.parametrize("key_width, value_width", [(49, 1), (256, 512), (6, 10), (161, 7)])
+def test_a_width_that_is_written_as_a_ratio_is_read_as_it_was(key_width, value_width):
+    """As the package reads it, which rounds down."""
+    widths = {"key_width": key_width, "value_width": value_width, "embedding_scale": False, "logit_soft_cap": 0.0}
+    model = small.config(**MODELS["gated_deltanet"] | widths)
+    fields = gated_deltanet.FAMILY.fields(model)
+    assert int(key_width * fields["expand_v"]) == value_width
