@@ -6,7 +6,7 @@ linear attention adds to it.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ def delta_rule(
     segment_ids: jax.Array | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
+    negative_eigenvalues: bool = False,
     runner: recurrence.Runner = recurrence.WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs ``S_t = S' + beta_t k_t (v_t - S'^T k_t)^T`` with ``S' = diag(exp(log_decay_t)) S_{t-1}``.
@@ -39,7 +40,8 @@ def delta_rule(
     Args:
       q, k: ``[B, T, H, K]``; k is used as given: the caller normalises it.
       v: ``[B, T, H, V]``.
-      beta: ``[B, T, H]``, how much of what the state holds at k is replaced by v.
+      beta: ``[B, T, H]``, how much of what the state holds at k is replaced by v: from 0 to 1 where k is of unit length,
+        or with ``negative_eigenvalues`` to 2.
       log_decay: at most 0. None (1 forever), ``[B, T, H]`` or ``[B, T, H, K]`` (by key channel). -inf forgets.
       initial_state: ``[B, H, K, V]``, the state before the first token, of its document; None means zeros.
       scale: of the outputs ``o_t = scale * S_t^T q_t``; ``K**-0.5`` by default.
@@ -48,6 +50,8 @@ def delta_rule(
         holds a shorter T; for ``"pallas"`` the size of its table. Changes nothing but speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks), ``"pallas"`` (the same
         as a kernel for TPU and GPU, interpreted on CPU) or ``"auto"``.
+      negative_eigenvalues: whether beta |k|^2 goes beyond 1, where a transition turns round what the state holds at k. The
+        kernels in bfloat16, which then would be off by any amount where keys are alike, are not taken.
       runner: where time lies; on one device by default.
 
     Returns:
@@ -65,7 +69,10 @@ def delta_rule(
     if beta.shape != q.shape[:3]:
         raise UserError(f"delta_rule: beta {beta.shape} does not fit queries {q.shape}; it is [B, T, H]")
     checks.real("delta_rule", beta=beta)
-    backend = choose(backend, q, k, v, chunk_size, runner, by_channel=matrix_states.is_by_channel(log_decay))
+    by_channel = matrix_states.is_by_channel(log_decay)
+    backend = choose(
+        backend, q, k, v, chunk_size, runner, by_channel=by_channel, negative_eigenvalues=negative_eigenvalues
+    )
     chunk = matrix_states.choose_chunk("delta_rule", backend, chunk_size, length, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = checks.scale("delta_rule", width, scale)
@@ -90,8 +97,10 @@ def delta_rule(
     return o.astype(v.dtype), final
 
 
-# ``"pallas"`` where ``delta_rule`` takes the kernel, else the backend as it was given.
-choose = functools.partial(matrix_states.choose, "delta_rule", delta_rule_kernel.refusal)
+def choose(*arguments: Any, negative_eigenvalues: bool = False, **options: Any) -> str:
+    """``matrix_states.choose``: ``"pallas"`` where ``delta_rule`` takes the kernel, else the backend as it was given."""
+    refusal = functools.partial(delta_rule_kernel.refusal, negative_eigenvalues=negative_eigenvalues)
+    return matrix_states.choose("delta_rule", refusal, *arguments, **options)
 
 
 class _Run(NamedTuple):

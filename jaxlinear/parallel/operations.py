@@ -75,7 +75,9 @@ def delta_rule(
     **options: Any,
 ):
     """``ops.delta_rule``."""
-    return _with_matrix_state(ops.delta_rule, choose_delta_rule, (q, k, v, beta), log_decay, initial_state, options)
+    negative = options.get("negative_eigenvalues", False)
+    choose = functools.partial(choose_delta_rule, negative_eigenvalues=negative)
+    return _with_matrix_state(ops.delta_rule, choose, (q, k, v, beta), log_decay, initial_state, options)
 
 
 def _with_matrix_state(

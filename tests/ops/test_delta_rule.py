@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import delta_rule
-from jaxlinear.ops.delta_rule import DeltaRule, Inputs
+from jaxlinear.ops import backends, delta_rule
+from jaxlinear.ops.delta_rule import DeltaRule, Inputs, choose
 from tests import naive, numerics, oracles
 
 BACKENDS = ["recurrent", "chunked"]
@@ -437,3 +437,42 @@ def test_what_does_not_fit_is_refused(change, message):
     arguments = {"q": q, "k": q, "v": np.ones((1, 9, 2, 4), np.float32), "beta": np.ones((1, 9, 2), np.float32)}
     with pytest.raises(UserError, match=message):
         delta_rule(**(arguments | change))
+
+
+def like_keys(beta):
+    """bfloat16 queries, one key and values, and beta, of 256 tokens."""
+    random = np.random.default_rng(0)
+    q, v, key = (
+        random.standard_normal((1, 256, 1, 64)),
+        random.standard_normal((1, 256, 1, 64)),
+        random.standard_normal(64),
+    )
+    k = np.broadcast_to(key / np.linalg.norm(key), q.shape)
+    return *(jnp.asarray(x, jnp.bfloat16) for x in (q / 8, k, v)), jnp.full((1, 256, 1), beta, jnp.float32)
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.9, 2.0])
+def test_negative_eigenvalues_keep_their_digits_where_keys_are_alike(beta):
+    """In chunks, which bfloat16 then takes on every platform. A kernel, were it taken, would lose them at 2."""
+    given = like_keys(beta)
+    with jax.enable_x64(True):
+        expected = np.asarray(delta_rule(*(x.astype(jnp.float64) for x in given), backend="recurrent")[0])
+
+    def error(**options):
+        o, _ = delta_rule(*given, **options)
+        return np.linalg.norm(np.asarray(o, np.float64) - expected) / np.linalg.norm(expected)
+
+    with backends.use_platform("tpu", "TPU v5e"):
+        assert error(negative_eigenvalues=True) < 0.03
+    if beta == 2.0:
+        assert error(backend="pallas") > 0.3
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu", "cpu"])
+def test_negative_eigenvalues_have_no_kernel_in_bfloat16(platform):
+    given = like_keys(2.0)
+    with backends.use_platform(platform, "TPU v5e" if platform == "tpu" else ""):
+        with pytest.raises(UserError, match=r"delta_rule: with negative_eigenvalues the kernel's solution in bfloat16"):
+            delta_rule(*given, backend="pallas", negative_eigenvalues=True)
+        wide = [x.astype(jnp.float32) for x in given[:3]]
+        assert choose("auto", *wide, negative_eigenvalues=True) == ("pallas" if platform == "tpu" else "auto")

@@ -95,7 +95,8 @@ class DeltaNet(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         past = {} if state is None else state
         (q, k, v, beta), new = self.inputs(x, segment_ids=segment_ids, past=past)
-        o, new["memory"] = operations.delta_rule(q, k, v, beta, None, past.get("memory"), segment_ids=segment_ids)
+        options = {"segment_ids": segment_ids, "negative_eigenvalues": self.inputs.negative_eigenvalues}
+        o, new["memory"] = operations.delta_rule(q, k, v, beta, None, past.get("memory"), **options)
         return self.out(self.norm(o).reshape(*x.shape[:2], -1)), new
 
 

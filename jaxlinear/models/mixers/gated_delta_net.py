@@ -58,7 +58,8 @@ class GatedDeltaNet(nnx.Module):
         (q, k, v, beta), new = self.inputs(x, segment_ids=segment_ids, past=past)
         dt = time_steps(self.decay(x), self.dt_bias[...])
         log_decay = -jnp.exp(self.A_log[...].astype(dt.dtype))[None, None] * dt
-        o, new["memory"] = operations.delta_rule(q, k, v, beta, log_decay, past.get("memory"), segment_ids=segment_ids)
+        options = {"segment_ids": segment_ids, "negative_eigenvalues": self.inputs.negative_eigenvalues}
+        o, new["memory"] = operations.delta_rule(q, k, v, beta, log_decay, past.get("memory"), **options)
         gate = by_head(self.gate(x), v.shape[2]).astype(dt.dtype)
         o = (self.norm(o.astype(dt.dtype)) * jax.nn.silu(gate)).astype(x.dtype)
         return self.out(o.reshape(*x.shape[:2], -1)), new

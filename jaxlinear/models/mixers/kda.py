@@ -66,7 +66,8 @@ class KimiDeltaAttention(nnx.Module):
         heads = v.shape[2]
         dt = by_head(time_steps(self.decay(x), self.dt_bias[...]), heads)
         log_decay = -jnp.exp(self.A_log[...].astype(dt.dtype))[None, None, :, None] * dt
-        o, new["memory"] = operations.delta_rule(q, k, v, beta, log_decay, past.get("memory"), segment_ids=segment_ids)
+        options = {"segment_ids": segment_ids, "negative_eigenvalues": self.inputs.negative_eigenvalues}
+        o, new["memory"] = operations.delta_rule(q, k, v, beta, log_decay, past.get("memory"), **options)
         gate = by_head(self.gate(x), heads).astype(dt.dtype)
         o = (self.norm(o.astype(dt.dtype)) * jax.nn.sigmoid(gate)).astype(x.dtype)
         return self.out(o.reshape(*x.shape[:2], -1)), new
