@@ -154,7 +154,8 @@ class _Model:
         received = dict.fromkeys(sizes, 0.0)
         passes = 3 if remat == "full" else 2
         received["fsdp"] = (passes * microbatches + 1) * gathered * (1 - 1 / sizes["fsdp"])
-        received["data"] = 2 * own * (1 - 1 / one["data"])  # once, whatever the microbatches are
+        sums = microbatches if sizes["tensor"] > 1 else 1  # of copies (``sharding.summed_over_copies``)
+        received["data"] = sums * 2 * own * (1 - 1 / one["data"])
         received["sequence"] = microbatches * 2 * own * (1 - 1 / sizes["sequence"])
         width = config.model.width * jnp.dtype(config.model.dtype).itemsize
         activations = 2 * (passes + 1) * layers * width * local * microbatches
@@ -167,7 +168,7 @@ class _Model:
         )
         if self._slices > 1:  # each chip of a row of ``data`` exchanges its part of the sum with the other slices
             assert device.network is not None
-            exchanges += 2 * own / one["data"] * (1 - 1 / self._slices) / device.network.gathering
+            exchanges += sums * 2 * own / one["data"] * (1 - 1 / self._slices) / device.network.gathering
         times = roofline.times(
             self._kind, config.model.dtype, sizes, self._flops[remat] / math.prod(sizes.values()), 0.0, ()
         )

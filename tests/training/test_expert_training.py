@@ -29,7 +29,7 @@ EXPERTS = {
     "optimizer__epsilon": 1e-3,
 }
 MESHES = [{"expert": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}]
-IN_PARTS = [{"data": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2}]
+IN_PARTS = [{"data": 4, "sequence": 2}, {"data": 2, "expert": 2, "sequence": 2}]
 STEPS = 5
 
 

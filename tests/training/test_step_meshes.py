@@ -15,7 +15,7 @@ MESHES = [
     *({"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"fsdp": 2, "tensor": 2, "data": 2}),
     *({"sequence": 8}, {"data": 2, "sequence": 2, "tensor": 2}),  # shards of 2 tokens, windows of 4
 ]
-IN_PARTS = [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "sequence": 2}]
+IN_PARTS = [{"data": 2, "fsdp": 2, "sequence": 2}, {"data": 2, "sequence": 2, "tensor": 2}]
 STEPS = 5
 
 
