@@ -1,7 +1,8 @@
 """Language models with time spread over 8 devices, for every mixer and the hybrids' patterns: loss, logits, states and the
 gradients of every parameter and of the state before are those of one device, in float64. With ``--every_mesh`` each model
 runs on three meshes both from a state and without, which takes long (``make test-meshes``, a step of CI); without it from a
-state, on the mesh that ``MODELS`` names.
+state, on the mesh that ``MODELS`` names. And copies of the parameters that sum their gradients once: of each model on three
+meshes, or of one on one.
 
 In float32 they agree to 1e-5 of the largest entry. In bfloat16 the logits of gla, delta_net, mamba2, griffin, rg_lru and
 attention, as they are here, differ between 8 devices and one by at most 0.022 of the largest entry, and gradients by 0.054.
