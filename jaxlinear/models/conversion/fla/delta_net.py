@@ -23,21 +23,16 @@ def _model(fields: Fields) -> dict[str, Any]:
     for name in ("use_elu", "use_rope"):  # options of the first releases
         fields.only(name, False, default=False)
     fields.only("qk_activation", "silu", default="silu")
-    for ours, theirs in (("key_width", "expand_k"), ("value_width", "expand_v")):
-        channels = shared.expanded(fields, theirs, 1.0, values["width"])
-        values[ours] = shared.per_head(fields, theirs, channels, heads)
+    values |= shared.expanded_heads(fields, heads, values["width"], expand_k=1.0, expand_v=1.0)
     return values | {
-        "recurrent_heads": heads,
         "negative_eigenvalues": fields.boolean("allow_neg_eigval", False),
         "convolution_width": fields.integer("conv_size", 4),
     }
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
-    heads, key_width, value_width = widths(config)
-    return shared.fields_of(config, "delta_net", "DeltaNetForCausalLM") | {
-        "expand_k": heads * key_width / config.width,
-        "expand_v": heads * value_width / config.width,
+    fields = shared.fields_of(config, "delta_net", "DeltaNetForCausalLM") | shared.expansions(config, widths(config))
+    return fields | {
         "use_gate": False,
         "use_beta": True,
         "use_short_conv": True,

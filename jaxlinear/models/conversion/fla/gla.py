@@ -20,20 +20,12 @@ def _model(fields: Fields) -> dict[str, Any]:
     fields.only("use_output_gate", True, default=True)
     fields.only("elementwise_affine", True, default=True)
     fields.only_null("feature_map", "clamp_min")
-    for ours, theirs, default in (("key_width", "expand_k", 0.5), ("value_width", "expand_v", 1.0)):
-        channels = shared.expanded(fields, theirs, default, values["width"])
-        values[ours] = shared.per_head(fields, theirs, channels, heads)
-    return values | {"recurrent_heads": heads}
+    return values | shared.expanded_heads(fields, heads, values["width"], expand_k=0.5, expand_v=1.0)
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
-    heads, key_width, value_width = widths(config)
-    return shared.fields_of(config, "gla", "GLAForCausalLM") | {
-        "expand_k": heads * key_width / config.width,
-        "expand_v": heads * value_width / config.width,
-        "use_short_conv": False,
-        "use_output_gate": True,
-    }
+    fields = shared.fields_of(config, "gla", "GLAForCausalLM") | shared.expansions(config, widths(config))
+    return fields | {"use_short_conv": False, "use_output_gate": True}
 
 
 def _links(config: ModelConfig) -> Iterator[Link]:

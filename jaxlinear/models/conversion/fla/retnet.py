@@ -25,27 +25,22 @@ def _model(fields: Fields) -> dict[str, Any]:
     fields.only("use_output_gate", True, default=True)
     fields.only("elementwise_affine", True, default=True)
     fields.only_null("feature_map")
-    for ours, theirs, default in (("key_width", "expand_k", 1.0), ("value_width", "expand_v", 2.0)):
-        channels = shared.expanded(fields, theirs, default, values["width"])
-        values[ours] = shared.per_head(fields, theirs, channels, heads)
+    values |= shared.expanded_heads(fields, heads, values["width"], expand_k=1.0, expand_v=2.0)
     if values["key_width"] % 2:
         fields.refuse(
             "expand_k", fields.optional("expand_k"), "positions turn pairs of a head's channels; their number is odd"
         )
-    own = {"recurrent_heads": heads, "head_norm": "rms", "rotary_fraction": 1.0, "rotary_base": _BASE}
+    own = {"head_norm": "rms", "rotary_fraction": 1.0, "rotary_base": _BASE}
     return values | own
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
     require(config, "retnet", head_norm="rms", rotary_fraction=1.0, rotary_base=_BASE)
-    heads, key_width, value_width = widths(config)
+    _, key_width, _ = widths(config)
     if key_width % 2 or key_width > _WIDEST:
         raise UserError(f"retention has keys of {key_width} channels; in retnet it is an even number up to {_WIDEST}")
-    return shared.fields_of(config, "retnet", "RetNetForCausalLM") | {
-        "expand_k": heads * key_width / config.width,
-        "expand_v": heads * value_width / config.width,
-        "use_output_gate": True,
-    }
+    fields = shared.fields_of(config, "retnet", "RetNetForCausalLM") | shared.expansions(config, widths(config))
+    return fields | {"use_output_gate": True}
 
 
 def _links(config: ModelConfig) -> Iterator[Link]:

@@ -109,6 +109,20 @@ def expanded(fields: Fields, name: str, default: float, channels: int) -> int:
     return width
 
 
+def expanded_heads(fields: Fields, heads: int, width: int, **defaults: float) -> dict[str, Any]:
+    """Keys of so many heads, whose channels ``expand_k`` and ``expand_v`` give as parts of the width; by default these."""
+    values: dict[str, Any] = {"recurrent_heads": heads}
+    for ours, theirs in (("key_width", "expand_k"), ("value_width", "expand_v")):
+        values[ours] = per_head(fields, theirs, expanded(fields, theirs, defaults[theirs], width), heads)
+    return values
+
+
+def expansions(config: ModelConfig, widths: tuple[int, int, int]) -> dict[str, float]:
+    """The way back, from H, K and V."""
+    heads, key_width, value_width = widths
+    return {"expand_k": heads * key_width / config.width, "expand_v": heads * value_width / config.width}
+
+
 def per_head(fields: Fields, name: str, channels: int, heads: int) -> int:
     """Channels of a head, of so many that the field ``name`` gives."""
     if channels % heads:
