@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlinear.ops import backends, state_kernels
@@ -30,8 +29,8 @@ def refusal(
     """``state_kernels.refusal``."""
     # The kernels cut the inverse of what tokens replace of each other to the dtype of products. Of like keys and beta of 1
     # it has two numbers a column; of larger ones the numbers of a column all but cancel, and so many errors are left.
-    if negative_eigenvalues and jnp.bfloat16 in (x.dtype for x in (q, k, v)):
-        return "with negative_eigenvalues the kernel's solution in bfloat16 is too far off where keys are alike"
+    if negative_eigenvalues and state_kernels.product_bytes(q, k, v) < 4:
+        return "with negative_eigenvalues the kernel's solution in 16 bits is too far off where keys are alike"
     most = blocks.delta_rule_gpu_chunk(k.shape[3], backends.target().gpu) if platform == "gpu" else _MOST
     of_heads = functools.partial(_of_heads, by_channel=by_channel)
     return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=(_LEAST, most), of_heads=of_heads)

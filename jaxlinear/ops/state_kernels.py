@@ -57,7 +57,7 @@ def refusal(
     wrong = f"K = {keys}" if not NARROWEST <= keys <= WIDEST else f"V = {values}" if values < NARROWEST else None
     if wrong:
         return f"the kernel takes K from {NARROWEST} to {WIDEST} and V from {NARROWEST} on, not {wrong}"
-    size = _product_bytes(q, k, v)
+    size = product_bytes(q, k, v)
     pieces = value_pieces(values, size)
     if pieces is None:
         return f"the kernel takes V in equal parts of at most {_widest(size)}, which V = {values} does not allow"
@@ -76,7 +76,7 @@ def _widest(size: int) -> int:
     return WIDEST_VALUES if size == 2 else WIDEST
 
 
-def _product_bytes(*arrays: jax.Array) -> int:
+def product_bytes(*arrays: jax.Array) -> int:
     return functools.reduce(np.promote_types, (x.dtype for x in arrays)).itemsize
 
 
@@ -141,7 +141,7 @@ summary.defvjp(_summary_forward, _summary_backward)
 
 def _of_pieces(inputs):
     """The inputs with each piece of V."""
-    pieces = value_pieces(inputs.v.shape[-1], _product_bytes(inputs.q, inputs.k, inputs.v))
+    pieces = value_pieces(inputs.v.shape[-1], product_bytes(inputs.q, inputs.k, inputs.v))
     assert pieces is not None
     return [inputs._replace(v=v) for v in _split(inputs.v, pieces)]
 

@@ -469,10 +469,10 @@ def test_negative_eigenvalues_keep_their_digits_where_keys_are_alike(beta):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu", "cpu"])
-def test_negative_eigenvalues_have_no_kernel_in_bfloat16(platform):
+def test_negative_eigenvalues_have_no_kernel_in_16_bits(platform):
     given = like_keys(2.0)
     with backends.use_platform(platform, "TPU v5e" if platform == "tpu" else ""):
-        with pytest.raises(UserError, match=r"delta_rule: with negative_eigenvalues the kernel's solution in bfloat16"):
+        with pytest.raises(UserError, match=r"delta_rule: with negative_eigenvalues the kernel's solution in 16 bits"):
             delta_rule(*given, backend="pallas", negative_eigenvalues=True)
         wide = [x.astype(jnp.float32) for x in given[:3]]
         assert choose("auto", *wide, negative_eigenvalues=True) == ("pallas" if platform == "tpu" else "auto")
