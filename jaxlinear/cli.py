@@ -1,8 +1,6 @@
 """What every program in ``launch/`` shares: parse flags, call one function, turn bad input into one line and status 2."""
 
-import difflib
 import errno
-import glob
 import logging
 import os
 import pathlib
@@ -15,6 +13,7 @@ from collections.abc import Callable
 
 from absl import flags
 
+from jaxlinear import cli_flags
 from jaxlinear.errors import Diverged, EveryProcessError, RunError, UserError
 
 # Errors of the machine that the person at the keyboard can mend; everything else keeps its traceback.
@@ -46,7 +45,7 @@ def run(
     waits_for_threads: bool = True,
 ) -> None:
     """Parses absl flags, calls ``main()`` and exits with its status (None means 0). What follows after ``--`` is refused,
-    or, with ``takes_arguments``, given to ``main``.
+    or, with ``takes_arguments``, given to ``main``. With ``--help`` it prints what there is to say and calls nothing.
 
     ``UserError``, a malformed flag, the errors of a full or read-only disk and devices whose memory is too small become
     one line on stderr and exit status 2: the same command would end so again. ``RunError`` and a disk that fails become one
@@ -56,7 +55,10 @@ def run(
     argv = sys.argv if argv is None else argv
     message, status, alone, failed = None, 0, False, True
     try:
-        rest = _parse(argv)
+        if cli_flags.help_wanted(argv):
+            cli_flags.print_help(argv)
+            sys.exit(0)
+        rest = cli_flags.parse(argv)
         if rest and not takes_arguments:
             raise UserError(f"unexpected argument {rest[0]!r}: every option is written --name=value")
         _check_paths()
@@ -187,103 +189,3 @@ def _show_messages() -> None:
     logger.propagate = False
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """The arguments that are not flags. For an unknown key or file of ``--config`` ml_collections has only tracebacks."""
-    if "config" not in flags.FLAGS:
-        return flags.FLAGS(argv)[1:]
-    from jaxlinear import config as configs
-
-    file, changed = check_config_options(argv)
-    try:
-        rest = flags.FLAGS(argv)[1:]
-    except UserError:
-        raise
-    except Exception as error:
-        if file is None or (refusal := _of_config_file(error, file)) is None:
-            raise
-        raise refusal from error
-    config = flags.FLAGS["config"].value
-    if config is not None:  # launch/sweep.py need not have one
-        configs.check_whole(config)
-    if changed:
-        configs.forget_unread(config, changed)
-    return rest
-
-
-def _of_config_file(error: Exception, file: str) -> UserError | None:
-    """What is wrong in a config file, and where. None for a defect of what the file calls, and for a flag that is
-    malformed."""
-    if isinstance(error, SyntaxError) and error.filename == file:
-        advice = (
-            "" if file.endswith(".py") else " (it is no Python file, which a config file is, as configs/quickstart.py)"
-        )
-        return UserError(f"{file}, line {error.lineno}: {error.msg}{advice}")
-    cause, lines = _raised_in(error, file)
-    if cause is None:
-        if not isinstance(error, AttributeError | KeyError):
-            return None
-        return UserError(f"{file}: get_config() has to return jaxlinear.config.default() with keys changed: {error}")
-    innermost = traceback.extract_tb(cause.__traceback__)[-1].filename
-    if isinstance(cause, TypeError | ValueError) and "ml_collections" in innermost:
-        return UserError(f"{file}, line {lines[-1]}: {_as_tuple(str(cause)) or cause}")
-    bare = r"|\W*$" if isinstance(cause, AttributeError) else ""
-    key = re.match(rf"""\W*(?:Key ")?(\w+)(.*the config is locked|.*Did you mean{bare})""", str(cause), re.DOTALL)
-    if key is None:
-        if innermost != file:
-            return None
-        return UserError(f"{file}, line {lines[-1]}: {type(cause).__name__}: {cause}")
-    near = re.search(r'Did you mean ("\w+")', str(cause))
-    advice = f"; did you mean {near[1]}?" if near else ""
-    return UserError(f'{file}, line {lines[-1]}: there is no config key "{key[1]}"{advice}')
-
-
-def _as_tuple(refusal: str) -> str | None:
-    """What to say where a text was set in the place of a tuple of names; None for other refusals of ml_collections."""
-    found = re.match(
-        r"Could not override field '(\w+)'.*?\. (.*) is of original type <class 'str'> .*'tuple'>", refusal
-    )
-    if found is None:
-        return None
-    names = tuple(name.strip() for name in found[2].split(","))
-    return f"{found[1]} is {found[2]!r}, one text; it is a tuple: {names!r}"
-
-
-def _raised_in(error: BaseException | None, file: str) -> tuple[BaseException | None, list[int | None]]:
-    """The exception that came from a file, and the lines it came by: ml_collections and absl raise those of a type or a
-    value anew, with the traceback as text."""
-    while error is not None:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        if lines:
-            return error, lines
-        error = error.__context__
-    return None, []
-
-
-def check_config_options(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The file that ``--config`` names, if any, and the keys that are changed. ``UserError`` for a file that is not there,
-    and for an unknown key."""
-    from jaxlinear import config as configs
-
-    changed = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv) if match]
-    configs.check_known(changed)
-    return _config_file(argv), changed
-
-
-def config_file(name: str) -> str:
-    """The file of a ``--config=FILE.py:ARGUMENT``."""
-    return name.split(":")[0]
-
-
-def _config_file(argv: list[str]) -> str | None:
-    """The file that ``--config`` names, which has to exist."""
-    file = None
-    for name in re.findall(r"^--?config(?:=|\n)(.*)", "\n".join(argv), re.MULTILINE):
-        file = config_file(name)
-        if not os.path.isfile(file):
-            folder, name = os.path.split(file)
-            near = difflib.get_close_matches(name, glob.glob("*.py", root_dir=folder or None), n=1, cutoff=0.0)
-            advice = f"; did you mean {os.path.join(folder, near[0])!r}?" if near else ""
-            raise UserError(f"there is no config file {file!r}{advice}")
-    return file

@@ -193,9 +193,19 @@ def default() -> config_dict.ConfigDict:
 
 def kind(key: str) -> type:
     """The type of a key's value."""
-    value = KEYS[key][0]
-    value = value.value if isinstance(value, OrPreset) else value
+    value = _default(key)
     return value if isinstance(value, type) else type(value)
+
+
+def default_text(key: str) -> str:
+    """The default of a key, which a preset may replace, as Python writes it; empty where it follows from other keys."""
+    value = _default(key)
+    return "" if isinstance(value, type) else repr(value)
+
+
+def _default(key: str) -> Any:
+    value = KEYS[key][0]
+    return value.value if isinstance(value, OrPreset) else value
 
 
 def check_known(keys: list[str]) -> None:
@@ -325,14 +335,13 @@ def markdown() -> str:
     """``docs/configuration.md``: every key with its type, default and meaning."""
     lines = [_MARKDOWN_HEAD]
     section = ""
-    for key, (value, meaning) in KEYS.items():
+    for key, (_, meaning) in KEYS.items():
         if key.split(".")[0] != section:
             section = key.split(".")[0]
             lines.append(f"\n## {section}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |")
-        value = value.value if isinstance(value, OrPreset) else value
-        kind = value if isinstance(value, type) else type(value)
-        shown = "" if isinstance(value, type) else f"`{value!r}`"
-        lines.append(f"| `{key}` | {kind.__name__} | {shown} | {meaning.replace('|', '/')} |")
+        default = default_text(key)
+        shown = default and f"`{default}`"
+        lines.append(f"| `{key}` | {kind(key).__name__} | {shown} | {meaning.replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 
 

@@ -18,7 +18,7 @@ import tempfile
 
 from absl import flags
 
-from jaxlinear import cli
+from jaxlinear import cli, cli_flags
 from jaxlinear.errors import UserError
 from jaxlinear.launching import gke, local, request, slurm, tpu_vm
 
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
                 f"--{given[0]} is for --platform={' or '.join(platforms)}; {_PLATFORM.value} has no use for it"
             )
     cli.check_output("output", _OUTPUT.value)
-    cli.check_config_options(arguments)
+    cli_flags.check_config_options(arguments)
     request.check_flags(arguments)
     python = _PYTHON.value or (sys.executable if _PLATFORM.value == "local" else "python")
     asked = request.make(_TARGET.value, _NAME.value, arguments, python=python, on_a_host=_DEVICES_A_HOST.value)

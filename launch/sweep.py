@@ -10,7 +10,7 @@ import sys
 from absl import flags, logging
 from ml_collections import config_flags
 
-from jaxlinear import cli
+from jaxlinear import cli, cli_flags
 from jaxlinear.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train: a file in configs/sweeps/.")
@@ -44,7 +44,7 @@ def main() -> int:
         if error.name != "submitit":
             raise
         raise UserError("starting the runs of a sweep needs submitit: pip install 'jaxlinear[sweep]'") from None
-    file = cli.config_file(config_flags.get_config_filename(flags.FLAGS["config"]))
+    file = cli_flags.config_file(config_flags.get_config_filename(flags.FLAGS["config"]))
     runs = _load(file).get_runs(_CONFIG.value)
     with sweep.prepare(_WORKDIR.value, _CONFIG.value, runs) as planned:
         folder = planned.directory / "jobs" / "submitit"

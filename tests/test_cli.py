@@ -1,9 +1,11 @@
 """Exit statuses and the one line of bad input, in this process and through launch/train.py."""
 
+import ast
 import errno
 import logging
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import jax
 import pytest
 
 from jaxlinear import cli
+from jaxlinear import config as configs
 from jaxlinear.errors import Diverged, RunError, UserError
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -97,6 +100,40 @@ def test_a_defect_keeps_its_traceback(error):
 def test_arguments_that_are_not_understood(argument, line, capsys):
     assert run(lambda: None, argument) == 2
     assert capsys.readouterr() == ("", f"program.py: {line}\n")
+
+
+def help_of(program, *arguments):
+    command = [sys.executable, f"launch/{program}.py", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("program", sorted(file.stem for file in (REPOSITORY / "launch").glob("*.py")))
+def test_every_program_has_help(program):
+    """Its docstring, every flag it defines, and which have to be given; nothing else is asked for."""
+    source = (REPOSITORY / "launch" / f"{program}.py").read_text()
+    text = help_of(program, "--help")
+    assert text.startswith(ast.get_docstring(ast.parse(source)))
+    defined = re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)
+    assert re.findall(r"^  --(?:\[no\])?(\w+):", text, re.MULTILINE) == sorted(defined) and defined
+    required = re.findall(r"\"(\w+)\",[^=]*required=True|mark_flag_as_required\(\"(\w+)\"\)", source)
+    found = re.search(r"^required: (.*)", text, re.MULTILINE)
+    assert sorted(found[1].split() if found else []) == sorted(f"--{a or b}" for a, b in required)
+
+
+def test_help_has_every_key_of_the_config(tmp_path):
+    text = help_of("train", "--helpfull", f"--workdir={tmp_path}")
+    assert re.findall(r"^  --config\.([\w.]+): \w+", text, re.MULTILINE) == list(configs.KEYS)
+    assert "  --config.model.window: int, by default 1024\n    Tokens that local attention sees, the present" in text
+
+
+def test_help_behind_two_dashes_is_anothers():
+    """Of launch/train.py, behind launch/submit.py's own flags."""
+    seen = []
+    with pytest.raises(SystemExit):
+        cli.run(seen.extend, ["submit.py", "--", "--help"], takes_arguments=True)
+    assert seen == ["--help"]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +309,7 @@ def test_a_config_file_without_get_config(tmp_path):
 def test_train_needs_a_config(tmp_path):
     done = launch(tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "Flag --config must have a value other than None" in done.stderr
+    assert done.stderr == "train.py: --config is missing; --help says what there is\n"
 
 
 def test_a_defect_of_what_a_config_file_calls_keeps_its_traceback(tmp_path):

@@ -69,7 +69,7 @@ def test_summary(tmp_path, source):
         (["--source=SOURCE"], "the heldout split would be empty: none of 1 documents"),
         (["--source=SOURCE", "--vocab_size=ten"], "flag --vocab_size=ten"),
         (["--source=SOURCE", "--document_separator="], ": document_separator must not be empty"),
-        ([], "Flag --source must have a value other than None"),
+        ([], "--source is missing; --help says what there is"),
         (["--source=SOURCE", "--output=SOURCE/data"], "a.txt is a file, so nothing can be made in it"),
         (["--source=SOURCE", "--output=/dev/full/a/b"], "a part of the path is not a directory"),
     ],
