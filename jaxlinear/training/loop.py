@@ -1,5 +1,6 @@
 """A training run, from a config to its last checkpoint: one loop."""
 
+import contextlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from jaxlinear.training.job import Job
 from jaxlinear.training.meter import Meter
 from jaxlinear.training.metrics import MetricsWriter
 from jaxlinear.training.preemption import Preempted, Stop
+from jaxlinear.training.progress import Progress
 from jaxlinear.training.step import make_train_step
 from jaxlinear.training.watchdog import Watchdog
 
@@ -61,13 +63,13 @@ def _train(job: Job, directory: Path, stop: Stop, watchdog: Watchdog) -> int:
     checkpoints = Checkpoints(directory, job.config)
     try:
         state, first, initial = _restore_or_create(job, checkpoints)
-        writer = MetricsWriter(
-            directory, step=first, steps=job.config.training.steps, tensorboard=job.config.logging.tensorboard
-        )
-        try:
-            status = _run(job, state, first, initial, directory, checkpoints, writer, stop, watchdog)
-        finally:
-            writer.close()
+        with (
+            contextlib.closing(
+                MetricsWriter(directory, step=first, tensorboard=job.config.logging.tensorboard)
+            ) as writer,
+            contextlib.closing(Progress(step=first, steps=job.config.training.steps)) as progress,
+        ):
+            status = _run(job, state, first, initial, directory, checkpoints, writer, progress, stop, watchdog)
     except BaseException as error:
         # Another process may be gone, and what is being written would wait for it.
         if jax.process_count() == 1 or isinstance(error, RunError):
@@ -116,6 +118,7 @@ def _run(
     directory: Path,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
+    progress: Progress,
     preemption: Stop,
     watchdog: Watchdog,
 ) -> int:
@@ -132,10 +135,16 @@ def _run(
         watchdog.at("a batch of an evaluation")
         preemption.check()
 
+    def evaluate(step: int) -> dict[str, float]:
+        values = evaluation(state.parameters)
+        writer.write(step, values)
+        progress.evaluated(step, values)
+        return values
+
     evaluation, evaluated = Evaluation(job, between), owed  # the first one compiles
     if owed:
         try:
-            writer.write(first, evaluation(state.parameters))
+            evaluate(first)
         except Preempted:
             _LOG.info(
                 "SIGTERM: step %d of %d is still to be evaluated; the same command goes on from there", first, steps
@@ -153,7 +162,7 @@ def _run(
     compiled = step_fn.lower(state, batch).compile()
     _LOG.info("compiled the step in %.1f s", time.perf_counter() - begin)
 
-    meter = Meter(job, writer, first)
+    meter = Meter(job, writer, progress, first)
     pending: tuple[int, Any] | None = None  # the metrics of a step are read after the next one is under way
     trace = _Trace(config, first, directory)
     for step in range(first, steps):
@@ -187,8 +196,7 @@ def _run(
                 if not evaluated:
                     watchdog.rest()
                 try:
-                    values = evaluation(state.parameters)
-                    writer.write(done, values)
+                    values = evaluate(done)
                 except Preempted:
                     # There may be no time for it. It is made when the run goes on.
                     stop = last = saving = owed = True

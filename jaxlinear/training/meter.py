@@ -12,6 +12,7 @@ from jaxlinear.errors import Diverged
 from jaxlinear.scaling import flops, hardware
 from jaxlinear.training.job import Job
 from jaxlinear.training.metrics import MetricsWriter
+from jaxlinear.training.progress import Progress
 
 _LOG = logging.getLogger(__name__)
 
@@ -19,9 +20,9 @@ _LOG = logging.getLogger(__name__)
 class Meter:
     """Reads the metrics of steps as they are done. Rates are over the time since the last line, pauses not counted."""
 
-    def __init__(self, job: Job, writer: MetricsWriter, first: int):
+    def __init__(self, job: Job, writer: MetricsWriter, progress: Progress, first: int):
         config = job.config
-        self._config, self._writer = config, writer
+        self._config, self._writer, self._progress = config, writer, progress
         self._tokens_per_step = config.training.batch_size * config.training.sequence_length
         self._flops = flops.training_flops_per_token(job.architecture.config, config.training.sequence_length)
         device = job.mesh.devices.flat[0]
@@ -58,7 +59,7 @@ class Meter:
             "data_wait_fraction": self._waited / elapsed,
         }
         self._writer.write(step, line)
-        self._writer.progress(step, {"loss": f"{line['loss']:.3f}", "tok/s": f"{rate:,.0f}"})
+        self._progress.at(step, **{name: line[name] for name in ("loss", "tokens_per_second", "step_seconds")})
         self._read_step, self._waited, self._begin = step, 0.0, now
 
     @contextlib.contextmanager

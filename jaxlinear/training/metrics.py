@@ -1,13 +1,10 @@
-"""Where the numbers of a run go: ``metrics.jsonl``, TensorBoard events, a progress bar."""
+"""Where the numbers of a run go: ``metrics.jsonl`` and TensorBoard events."""
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from jaxlinear.parallel import start
 
@@ -21,20 +18,11 @@ class MetricsWriter:
     """Writes numbers by step. Opened at the step that a run goes on from: what was logged after it is dropped, since
     those steps will be taken again."""
 
-    def __init__(self, workdir: Path, *, step: int, steps: int, tensorboard: bool):
+    def __init__(self, workdir: Path, *, step: int, tensorboard: bool):
         # The first process of a run writes; the others' lines go nowhere.
         first = start.is_first()
         self._file = _open_at(workdir / FILE, step) if first else open(os.devnull, "a")
         self._board = _board(workdir, step + 1) if tensorboard and first else None
-        self._bar = tqdm(
-            total=steps,
-            initial=step,
-            unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-            file=sys.stderr,
-            disable=not first,
-            dynamic_ncols=True,
-        )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of ``metrics.jsonl`` and one point of each TensorBoard curve."""
@@ -42,11 +30,6 @@ class MetricsWriter:
         self._file.flush()
         if self._board is not None:
             self._board.write(step, values)
-
-    def progress(self, step: int, shown: Mapping[str, str]) -> None:
-        """Moves the bar to ``step``, with a few values behind it."""
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(step - self._bar.n)
 
     def sync(self) -> None:
         """Returns when what was written so far is on the disk: before a checkpoint that stands for its steps."""
@@ -57,7 +40,6 @@ class MetricsWriter:
             self._board.sync()
 
     def close(self) -> None:
-        self._bar.close()
         try:
             self._file.close()
         finally:

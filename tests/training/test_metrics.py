@@ -28,7 +28,7 @@ VALUES = dict.fromkeys(("loss", "gradient_norm", "parameter_norm", "learning_rat
 
 
 def writer(workdir, step, **options):
-    return MetricsWriter(workdir, step=step, steps=10, **({"tensorboard": False} | options))
+    return MetricsWriter(workdir, step=step, **({"tensorboard": False} | options))
 
 
 def test_lines_of_steps_that_will_be_taken_again_are_dropped(tmp_path):
@@ -149,9 +149,10 @@ def meter(tiny_config, monkeypatch):
     clock, lines = types.SimpleNamespace(now=100.0), []
     monkeypatch.setattr("jaxlinear.training.meter.time.perf_counter", lambda: clock.now)
     monkeypatch.setattr("jaxlinear.scaling.hardware.peak_flops", lambda device: 1e9)
-    fake = types.SimpleNamespace(write=lambda step, line: lines.append((step, line)), progress=lambda *_: None)
+    writer = types.SimpleNamespace(write=lambda step, line: lines.append((step, line)))
+    progress = types.SimpleNamespace(at=lambda *_, **__: None)
     job = Job.build(config)
-    return Meter(job, fake, 4), clock, lines, job
+    return Meter(job, writer, progress, 4), clock, lines, job
 
 
 def read(meter, step, **changes):
