@@ -25,7 +25,7 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel.devices import device_of, most_gathering
 from jaxlinear.parallel.targets import Target
 from jaxlinear.training import state as states
-from jaxlinear.training.job import check_mesh
+from jaxlinear.training.job import check_mesh, with_vocabulary_of_data
 from jaxlinear.training.optimizer import make_optimizer
 
 _MICROBATCHES = (1, 2, 4, 8, 16, 32)
@@ -72,9 +72,7 @@ def search(
 
 def candidates(config: config_dict.ConfigDict, target: Target) -> list[Candidate]:
     """All settings that should fit, the fastest first. The batch stays as it is."""
-    config = configs.resolve(config)
-    if config.model.vocab_size is None:
-        raise UserError("model.vocab_size is not set, and there is no tokeniser to take it from")
+    config = with_vocabulary_of_data(configs.resolve(config))
     model = _Model(config, target)
     found = []
     for microbatches in (n for n in _MICROBATCHES if config.training.batch_size % n == 0):

@@ -10,12 +10,11 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from jaxlinear import config as configs
-from jaxlinear.errors import UserError
 from jaxlinear.models import parameters
 from jaxlinear.parallel import compiler
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import state as states
-from jaxlinear.training.job import check_mesh
+from jaxlinear.training.job import check_mesh, with_vocabulary_of_data
 from jaxlinear.training.optimizer import make_optimizer
 from jaxlinear.training.step import make_train_step
 
@@ -37,10 +36,9 @@ class Ahead:
 
 
 def trace(config: config_dict.ConfigDict, devices: Sequence[jax.Device]) -> Ahead:
-    """The training step of a config on these devices. No data is read, so ``model.vocab_size`` must be given."""
-    config = configs.resolve(config)
-    if config.model.vocab_size is None:
-        raise UserError("model.vocab_size is not set, and there is no tokeniser to take it from")
+    """The training step of a config on these devices. Of the data nothing is read but, where ``model.vocab_size`` is not
+    set, how many tokens there are."""
+    config = with_vocabulary_of_data(configs.resolve(config))
     mesh = meshes.make_mesh(config.mesh, devices)
     check_mesh(config, mesh)
     architecture = parameters.describe(configs.model_config(config))

@@ -182,6 +182,23 @@ def _open_batches(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> da
     )
 
 
+def with_vocabulary_of_data(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+    """The resolved config with ``model.vocab_size`` as ``Job.build`` has it, of what tells of the data alone."""
+    if config.model.vocab_size is not None:
+        return config
+    advice = "set model.vocab_size, or name data that are here in data.path or data.task"
+    if config.data.task:
+        sizes = [task.vocabulary for task in tasks.training_set(config.data.task, task_setting(config, "train"))]
+    elif config.data.path:
+        try:
+            sizes = [data.read_manifest(path).vocab_size for path in mixture(config.data.path)]
+        except UserError as error:
+            raise UserError(f"model.vocab_size is not set and follows the data: {error}; {advice}") from error
+    else:
+        raise UserError(f"model.vocab_size is not set and follows the data, of which there are none; {advice}")
+    return _with_vocabulary(config, max(sizes))
+
+
 def _with_vocabulary(config: config_dict.ConfigDict, vocab_size: int) -> config_dict.ConfigDict:
     """The config with ``model.vocab_size`` set for data of ``vocab_size`` tokens, or a refusal."""
     config = config.copy_and_resolve_references()

@@ -16,7 +16,7 @@ from jaxlinear.errors import RunError, UserError
 from jaxlinear.models import mixers
 from jaxlinear.training import trained_data
 from jaxlinear.training import workdir as workdirs
-from jaxlinear.training.job import Job, mixture
+from jaxlinear.training.job import Job, mixture, with_vocabulary_of_data
 from jaxlinear.training.loop import train
 from tests.training import tiny
 
@@ -118,6 +118,29 @@ def test_the_vocabulary_follows_the_data(tiny_config, other_dataset):
     assert job.architecture.shapes["embedding"].shape == (384, 32)
     config.model.vocab_size = 257
     assert Job.build(config).architecture.shapes["embedding"].shape == (257, 32)
+
+
+def test_the_vocabulary_of_a_run_is_known_before_it(tiny_config):
+    """To launch/compile.py, which opens no data: from their manifest, or from the task."""
+    config = tiny_config.copy_and_resolve_references()
+
+    def found(**changes):
+        config.data.update(changes)
+        return with_vocabulary_of_data(configs.resolve(config)).model.vocab_size
+
+    assert found() == Job.build(config).config.model.vocab_size == 384
+    assert (
+        found(path="", task="selective_copying:vocab_size=200:count=4")
+        == Job.build(config).config.model.vocab_size
+        == 256
+    )
+    advice = r"set model\.vocab_size, or name data that are here in data\.path or data\.task"
+    with pytest.raises(UserError, match=f"not set and follows the data, of which there are none; {advice}$"):
+        found(task="")
+    with pytest.raises(UserError, match=f"no dataset at elsewhere: the directory does not exist .*; {advice}$"):
+        found(path="elsewhere")
+    config.model.vocab_size = 257
+    assert found() == 257
 
 
 def test_mixture():
