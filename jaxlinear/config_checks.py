@@ -87,11 +87,18 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
 
 def is_read(config: config_dict.ConfigDict, key: str) -> bool:
     """Whether anything of this run reads one of the keys that only some choices read."""
-    if key == "model.num_heads" and config.model.recurrent_heads:
-        # What else reads the one reads the other instead.
-        readers = set(mixers.READERS["num_heads"]) - set(mixers.READERS["recurrent_heads"])
-        return bool(readers & set(_chosen(config, "model.pattern")))
-    return any(set(_chosen(config, chooser)) & set(readers) for chooser, readers in _READ_BY[key].items())
+    for chooser, readers in _READ_BY[key].items():
+        chosen = _chosen(config, chooser)
+        if chooser != "model.pattern":
+            found = not set(readers).isdisjoint(chosen)
+        elif key == "model.num_heads" and config.model.recurrent_heads:
+            # What else reads the one reads the other instead.
+            found = any(mixers.reads(one, "num_heads") and not mixers.reads(one, "recurrent_heads") for one in chosen)
+        else:
+            found = any(mixers.reads(one, key.removeprefix("model.")) for one in chosen)
+        if found:
+            return True
+    return False
 
 
 def unread(config: config_dict.ConfigDict) -> Iterator[tuple[str, Mapping[str, tuple[str, ...]]]]:

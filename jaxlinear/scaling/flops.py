@@ -183,8 +183,12 @@ def mean_context(length: int, window: int) -> float:
 def forward_flops_per_token(config: ModelConfig, length: int, *, logits: bool = True) -> float:
     """Of one token in a sequence of ``length``, the look-up of embeddings not included; the logits if asked for."""
     channel_mixer = CHANNEL_MIXERS[config.channel_mixer]
-    layers = sum(MIXERS[name](config, length) + channel_mixer(config) for name in config.layers)
+    layers = sum(_of_mixer(name)(config, length) + channel_mixer(config) for name in config.layers)
     return layers + (2 * config.width * config.vocab_size if logits else 0)
+
+
+def _of_mixer(name: str) -> Callable[[ModelConfig, int], float]:
+    return MIXERS[name] if name in MIXERS else mixers.find(name).flops
 
 
 def training_flops_per_token(config: ModelConfig, length: int, *, logits: bool = True) -> float:

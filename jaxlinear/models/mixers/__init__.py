@@ -11,9 +11,16 @@ A class may declare ``ACROSS_LAYERS``, functions by the name of a parameter: ``f
 the parameter of every layer of this mixer, in their order, and gives what the mixer of each layer finds in its place.
 
 ``READERS`` names the mixers that read a key which others do not.
+
+A mixer of another package is named by where it is, ``package.module.Class``, and declares these keys itself: ``READS``
+(docs/mixers.md).
 """
 
+import difflib
+import importlib
 from collections.abc import Iterable
+
+from flax import nnx
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.mixers.attention import Attention
@@ -82,10 +89,47 @@ READERS = {
 
 
 def find(name: str):
-    """The mixer's class."""
-    if name not in MIXERS:
-        raise UserError(f"there is no mixer {name!r}; there are {', '.join(sorted(MIXERS))}")
-    return MIXERS[name]
+    """The mixer's class, one of ``MIXERS`` or of another package."""
+    if name in MIXERS:
+        return MIXERS[name]
+    if "." in name:
+        return _of_another_package(name)
+    raise UserError(
+        f"there is no mixer {name!r}; there are {', '.join(sorted(MIXERS))}, and those of other packages, which are named "
+        "package.module.Class"
+    )
+
+
+def reads(mixer: str, key: str) -> bool:
+    """Whether it reads a key of ``READERS``."""
+    return mixer in READERS[key] if mixer in MIXERS else key in _own_keys(find(mixer))
+
+
+def _of_another_package(name: str) -> type[nnx.Module]:
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise  # it is one that the module itself imports
+        raise UserError(
+            f"the mixer {name!r}: there is no module {error.name!r}; install it, or put its directory in PYTHONPATH"
+        ) from None
+    found = getattr(module, attribute, None)
+    if not (isinstance(found, type) and issubclass(found, nnx.Module)):
+        raise UserError(f"the mixer {name!r}: there is no nnx.Module {attribute} in {module.__file__}")
+    if missing := [part for part in ("init_state", "flops") if not hasattr(found, part)]:
+        raise UserError(f"the mixer {name!r} has no {' and no '.join(missing)}; docs/mixers.md says what a mixer has")
+    for key in set(_own_keys(found)) - set(READERS):
+        near = difflib.get_close_matches(key, READERS, n=1, cutoff=0.0)
+        raise UserError(
+            f"the mixer {name!r}: READS has {key!r}, which every mixer may read or none; is it {near[0]!r}?"
+        )
+    return found
+
+
+def _own_keys(mixer: type[nnx.Module]) -> tuple[str, ...]:
+    return getattr(mixer, "READS", ())
 
 
 def check_over_sequence(names: Iterable[str], shards: int) -> None:
