@@ -13,6 +13,7 @@ from jaxlinear.pallas.target import Target
 from tests import numerics
 from tests.ops import test_delta_rule as operation
 from tests.pallas.test_delta_rule_kernel import check, check_without_outputs, run_kernel
+from tests.pallas.test_linear_attention_kernel import RATE, assert_decays_are_not_rounded
 
 INTERPRETED = Target("gpu", "none", True)
 RUNS = [
@@ -49,6 +50,17 @@ def test_hard_decays(kind):
         cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[5].shape)
         expected = numerics.run(operation.reference(False), inputs, cotangents, dtype="float64")
         numerics.assert_close(numerics.run(run, inputs, cotangents, dtype="float32"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_float32_decays_beside_products_in_bfloat16(kind):
+    def run(q, k, v, log_decay, state):
+        """The first token writes what linear attention would, and what it replaces besides."""
+        k, v = k / 4, v * float(4 * (1 + np.exp(-RATE)))
+        beta = jnp.ones(q.shape[:3])
+        return run_kernel(None, INTERPRETED, q, k, v, beta, log_decay, state)
+
+    assert_decays_are_not_rounded(run, kind)
 
 
 def test_what_it_takes():

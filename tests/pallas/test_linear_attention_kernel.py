@@ -23,6 +23,7 @@ from tests import numerics
 from tests.ops import test_linear_attention as operation
 
 INTERPRETED, GPU = Target("tpu", "none", True), Target("gpu", "none", True)
+RATE = 204.45 * 2**-7  # which bfloat16 makes smaller by 0.2%
 RUNS = [
     *((name, "float64") for name in operation.CASES),
     *((name, dtype) for name in ("scalar", "channel") for dtype in ("float32", "bfloat16")),
@@ -167,6 +168,22 @@ def test_hard_decays(small_blocks, kind, target):
 def test_one_document_a_token(small_blocks, kind, target):
     inputs = operation.at_the_limits(kind, lambda random, shape: -random.uniform(0, 1, shape))
     assert_right_in_float32(inputs, target, packed=True)
+
+
+@pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_float32_decays_beside_products_in_bfloat16(kind, target):
+    assert_decays_are_not_rounded(functools.partial(run_kernel, None, target), kind)
+
+
+def assert_decays_are_not_rounded(run, kind):
+    """A state of ones and a first token are read after up to 31 others: as e^-51, which would be 11% more."""
+    q, shape = jnp.ones((1, 32, 1, 16), jnp.bfloat16), (1, 32, 1, 16) if kind == "channel" else (1, 32, 1)
+    k = q.at[:, 1:].set(0)
+    o, final = run(q, k, k, jnp.full(shape, -RATE, jnp.float32), jnp.ones((1, 1, 16, 16)))
+    expected = np.exp(-RATE * np.arange(32)) * (1 + np.exp(-RATE))
+    np.testing.assert_allclose(o[0, :, 0], np.repeat(16**0.5 * expected[:, None], 16, axis=1), rtol=1.2e-2)
+    np.testing.assert_allclose(final, np.full(final.shape, expected[-1]), rtol=1.2e-2)
 
 
 # What is chosen and what is refused
