@@ -73,7 +73,9 @@ class MixtureOfExperts(nnx.Module):
         compute = functools.partial(_contributions, of=logits.shape[-1], activation=self.activation)
         y = over_experts(compute, (x, chosen, weights), parameters, _AXES)
         if down_bias is not None:
-            each = jnp.einsum("btk,btke->bte", weights, jax.nn.one_hot(chosen, logits.shape[-1], dtype=weights.dtype))
+            each = dtypes.product(
+                "btk,btke->bte", weights, jax.nn.one_hot(chosen, logits.shape[-1], dtype=weights.dtype)
+            )
             y = y + dtypes.product("bte,ed->btd", each, down_bias)
         return checkpoint_name(y.astype(x.dtype), "experts"), losses
 
@@ -88,8 +90,8 @@ def _losses(logits, log_normaliser, chosen, segment_ids):
     counted = counted.astype(logits.dtype)
     share = counted / jnp.maximum(sharding.of_all_copies(jnp.sum(counted)), jnp.ones((), logits.dtype))
     choices = jnp.mean(jax.nn.one_hot(chosen, experts, dtype=logits.dtype), axis=2)
-    frequency = sharding.of_all_copies(jnp.einsum("bt,bte->e", share, choices))
-    probability = jnp.einsum("bt,bte->e", share, jnp.exp(logits - log_normaliser[..., None]))
+    frequency = sharding.of_all_copies(dtypes.product("bt,bte->e", share, choices))
+    probability = dtypes.product("bt,bte->e", share, jnp.exp(logits - log_normaliser[..., None]))
     return {
         "load_balance": experts * jnp.sum(frequency * probability),
         "router_z": jnp.sum(share * log_normaliser**2),

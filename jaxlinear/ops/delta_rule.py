@@ -201,9 +201,9 @@ def _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale):
         state = at[..., None] * state
         # The barrier keeps XLA for GPUs from computing this sum where it writes the state, which could then not be where it
         # was: a copy of it in every step.
-        new = lax.optimization_barrier(bt[..., None] * (vt - jnp.einsum("bhkv,bhk->bhv", state, kt)))
+        new = lax.optimization_barrier(bt[..., None] * (vt - dtypes.product("bhkv,bhk->bhv", state, kt)))
         state = state + kt[..., None] * new[:, :, None]
-        return state, scale * jnp.einsum("bhkv,bhk->bhv", state, qt)
+        return state, scale * dtypes.product("bhkv,bhk->bhv", state, qt)
 
     xs = [jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, beta, decay)]
     final, o = lax.scan(step, initial_state, xs)

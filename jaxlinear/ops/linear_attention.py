@@ -165,7 +165,7 @@ def _recurrent(q, k, v, log_decay, initial_state, starts, scale):
     def step(state, xs):
         qt, kt, vt, at = xs
         state = at[..., None] * state + kt[..., None] * vt[:, :, None]
-        return state, scale * jnp.einsum("bhkv,bhk->bhv", state, qt)
+        return state, scale * dtypes.product("bhkv,bhk->bhv", state, qt)
 
     xs = [jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, decay)]
     final, o = lax.scan(step, initial_state, xs)

@@ -3,6 +3,7 @@
 It takes blocks of queries against blocks of keys, and of these only such that some query sees some key of.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -45,15 +46,23 @@ def attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(kernel, q, k, v, ids):
     """The kernel, whose own rules say nothing of a second derivative that they do not have."""
-    return kernel(q, k, v, ids)
+    with _precision(q):
+        return kernel(q, k, v, ids)
 
 
 def _attend_forward(kernel, q, k, v, ids):
-    return jax.vjp(lambda q, k, v: kernel(q, k, v, ids), *derivatives.once((q, k, v)))
+    with _precision(q):
+        return jax.vjp(lambda q, k, v: kernel(q, k, v, ids), *derivatives.once((q, k, v)))
 
 
 def _attend_backward(kernel, pullback, d_o):
-    return *pullback(derivatives.once(d_o)), None
+    with _precision(d_o):
+        return *pullback(derivatives.once(d_o)), None
+
+
+def _precision(x: jax.Array):
+    """The kernel's products have none of their own, and a TPU cuts float32 to bfloat16 where none is asked for."""
+    return jax.default_matmul_precision("highest") if x.dtype == jnp.float32 else contextlib.nullcontext()
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
