@@ -65,6 +65,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         OrPreset(False),
         "The delta rule's beta reaches 2, not 1, and a transition's eigenvalues -1, not 0 (arXiv:2411.12537).",
     ),
+    "model.householders": (
+        OrPreset(1),
+        "Updates that a token makes by the delta rule, each with its own key, value and beta: factors of its transition "
+        "(DeltaProduct, arXiv:2502.10297).",
+    ),
     "model.channel_mixer": (OrPreset("gated_mlp"), "What follows each mixer: gated_mlp, mixture_of_experts or none."),
     "model.mlp_expansion": (OrPreset(3.0), "Inner width of the MLP over D."),
     "model.mlp_activation": (OrPreset("gelu"), "Of the gate of an MLP or an expert: gelu or silu."),

@@ -159,6 +159,7 @@ _POSITIVE = (
     "model.key_value_heads",
     "model.context",
     "model.convolution_width",
+    "model.householders",
     "training.steps",
     "training.batch_size",
     "training.sequence_length",

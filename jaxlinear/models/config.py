@@ -29,6 +29,7 @@ class ModelConfig:
     head_norm: str = "group"
     gate_bias: bool = False
     negative_eigenvalues: bool = False
+    householders: int = 1
     channel_mixer: str = "gated_mlp"
     mlp_expansion: float = 3.0
     mlp_activation: str = "gelu"

@@ -220,9 +220,10 @@ def per_head(mixer: str, channels: int, heads: int) -> int:
     return channels // heads
 
 
-def by_head(x: jax.Array, heads: int) -> jax.Array:
-    """``[B, T, H * K]`` -> ``[B, T, H, K]``, the heads spread over the mesh."""
-    return sharding.constrain(x.reshape(*x.shape[:2], heads, -1), "batch", "time", "heads", None)
+def by_head(x: jax.Array, heads: int, *inner: int) -> jax.Array:
+    """``[B, T, H * K]`` -> ``[B, T, H, K]``, the heads spread over the mesh; or ``[B, T, H, *inner, K]``."""
+    x = x.reshape(*x.shape[:2], heads, *inner, -1)
+    return sharding.constrain(x, "batch", "time", "heads", *(None,) * (x.ndim - 3))
 
 
 def to_complex(x: jax.Array, kernel: jax.Array) -> jax.Array:

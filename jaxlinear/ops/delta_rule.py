@@ -1,7 +1,7 @@
 """The delta rule: S' = diag(exp(log_decay_t)) S_{t-1},  S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  o_t = scale S_t^T q_t.
 
 The recurrence of DeltaNet, Gated DeltaNet and Kimi Delta Attention: what the state holds at a key is replaced, where
-linear attention adds to it.
+linear attention adds to it. In DeltaProduct (Siems et al. 2025, arXiv:2502.10297) a token does so several times.
 """
 
 import dataclasses
@@ -37,17 +37,22 @@ def delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs ``S_t = S' + beta_t k_t (v_t - S'^T k_t)^T`` with ``S' = diag(exp(log_decay_t)) S_{t-1}``.
 
+    A token may make J updates, each of what the one before it left; the state decays before the first and is read after
+    the last.
+
     Args:
-      q, k: ``[B, T, H, K]``; k is used as given: the caller normalises it.
-      v: ``[B, T, H, V]``.
-      beta: ``[B, T, H]``, how much of what the state holds at k is replaced by v: from 0 to 1 where k is of unit length,
-        or with ``negative_eigenvalues`` to 2.
+      q: ``[B, T, H, K]``.
+      k: the same, or ``[B, T, H, J, K]``; used as given: the caller normalises it.
+      v: ``[B, T, H, V]`` or ``[B, T, H, J, V]``.
+      beta: ``[B, T, H]`` or ``[B, T, H, J]``, how much of what the state holds at k is replaced by v: from 0 to 1 where k
+        is of unit length, or with ``negative_eigenvalues`` to 2.
       log_decay: at most 0. None (1 forever), ``[B, T, H]`` or ``[B, T, H, K]`` (by key channel). -inf forgets.
       initial_state: ``[B, H, K, V]``, the state before the first token, of its document; None means zeros.
       scale: of the outputs ``o_t = scale * S_t^T q_t``; ``K**-0.5`` by default.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
-      chunk_size: tokens in a chunk. None is 64 for ``"chunked"``, 32 for a decay by key channel, or the power of two that
-        holds a shorter T; for ``"pallas"`` the size of its table. Changes nothing but speed, memory and rounding.
+      chunk_size: updates in a chunk, which is rounded down to whole tokens, but for one token at least. None is 64 for
+        ``"chunked"``, 32 for a decay by key channel, or the power of two that holds fewer; for ``"pallas"`` the size of its
+        table. Changes nothing but speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks), ``"pallas"`` (the same
         as a kernel for TPU and GPU, interpreted on CPU) or ``"auto"``.
       negative_eigenvalues: whether beta |k|^2 goes beyond 1, where a transition turns round what the state holds at k. The
@@ -58,22 +63,24 @@ def delta_rule(
       o ``[B, T, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]`` in float32 (float64
       when q, k or v is).
 
-    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more: on TPU and GPU as a
+    ``auto`` takes the loop for at most 8 updates, unless it is given a chunk size, and chunks for more: on TPU and GPU as a
     kernel, but where that does not run, which the log says once. Sums, decays and states are float32 (float64) in all, and
     products of chunks of the dtype that holds those of q, k and v; but for the solution of what the tokens of a chunk
     replace of each other, which is float32 in ``"chunked"``, and in the kernel 16 bits wide if those are bfloat16.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
-    matrix_states.check_shapes("delta_rule", q, k, v, log_decay, initial_state, constant_decay=False, may_share=False)
+    updates = _check_updates(k, v, beta)
+    one = _of_one_update(k), _of_one_update(v)
+    matrix_states.check_shapes("delta_rule", q, *one, log_decay, initial_state, constant_decay=False, may_share=False)
     batch, length, _, width = q.shape
-    if beta.shape != q.shape[:3]:
+    if beta.shape != (*q.shape[:3], *k.shape[3:-1]):
         raise UserError(f"delta_rule: beta {beta.shape} does not fit queries {q.shape}; it is [B, T, H]")
     checks.real("delta_rule", beta=beta)
     by_channel = matrix_states.is_by_channel(log_decay)
     backend = choose(
         backend, q, k, v, chunk_size, runner, by_channel=by_channel, negative_eigenvalues=negative_eigenvalues
     )
-    chunk = matrix_states.choose_chunk("delta_rule", backend, chunk_size, length, runner)
+    chunk = matrix_states.choose_chunk("delta_rule", backend, chunk_size, length * updates, runner)
     wide = dtypes.wide(q.dtype, k.dtype, v.dtype)
     scale = checks.scale("delta_rule", width, scale)
     log_decay = None if log_decay is None else jnp.asarray(log_decay)
@@ -83,34 +90,66 @@ def delta_rule(
     segment_ids = checks.segment_ids("delta_rule", segment_ids, batch, length)
     starts = None if segment_ids is None else runner.starts(segment_ids)
     if 0 in q.shape[:3]:
-        return jnp.zeros_like(v), initial_state
+        return jnp.zeros_like(v, shape=(*q.shape[:3], v.shape[-1])), initial_state
     inputs = Inputs(q, k, v, beta, log_decay, starts)
     if backend == "pallas":
+        # The kernels' tokens make one update: they read the state after each, of which the last of a token is taken.
         family = delta_rule_kernel.DeltaRuleKernel(scale, chunk_size, backends.target())
-        o, final = family.run(runner, inputs, None, initial_state)
+        o, final = family.run(runner, inputs.by_update(), None, initial_state)
+        o = o if updates == 1 else o.reshape(batch, length, updates, *o.shape[2:])[:, :, -1]
         return o.astype(v.dtype), final
     if chunk is None:
         return _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale)
     if chunk_size is None and log_decay is not None and log_decay.ndim == 4:
         chunk = min(chunk, _CHANNEL_CHUNK)
-    o, final = runner.run(DeltaRule(scale), chunk, inputs, None, initial_state)
+    o, final = runner.run(DeltaRule(scale), max(1, chunk // updates), inputs, None, initial_state)
     return o.astype(v.dtype), final
 
 
-def choose(*arguments: Any, negative_eigenvalues: bool = False, **options: Any) -> str:
+def choose(
+    backend: str,
+    q: Any,
+    k: jax.Array,
+    v: jax.Array,
+    *arguments: Any,
+    negative_eigenvalues: bool = False,
+    **options: Any,
+) -> str:
     """``matrix_states.choose``: ``"pallas"`` where ``delta_rule`` takes the kernel, else the backend as it was given."""
     refusal = functools.partial(delta_rule_kernel.refusal, negative_eigenvalues=negative_eigenvalues)
-    return matrix_states.choose("delta_rule", refusal, *arguments, **options)
+    if k.ndim == 5:
+        q = jax.ShapeDtypeStruct((q.shape[0], q.shape[1] * k.shape[3], *q.shape[2:]), q.dtype)
+    k, v = _of_one_update(k), _of_one_update(v)
+    return matrix_states.choose("delta_rule", refusal, backend, q, k, v, *arguments, **options)
+
+
+def _check_updates(k: jax.Array, v: jax.Array, beta: jax.Array) -> int:
+    """J. Raises ``UserError`` where keys, values and beta are not of as many updates."""
+    if k.ndim != 5:
+        return 1
+    updates = k.shape[3]
+    if not updates or (v.ndim, *v.shape[3:4], *beta.shape[3:]) != (5, updates, updates):
+        raise UserError(
+            f"delta_rule: keys {k.shape}, values {v.shape} and beta {beta.shape} are not of as many updates a token; they "
+            "are [B, T, H, J, K], [B, T, H, J, V] and [B, T, H, J]"
+        )
+    return updates
+
+
+def _of_one_update(x: jax.Array) -> Any:
+    """What keys or values would be without the axis of updates."""
+    return jax.ShapeDtypeStruct((*x.shape[:3], x.shape[4]), x.dtype) if x.ndim == 5 else x
 
 
 class _Run(NamedTuple):
-    """Arrays by chunk, heads before time. Of the state S before the run, the run writes U - W S at its keys."""
+    """Arrays by chunk, heads before time. Of the state S before the run, the run writes U - W S at its keys. T J are its
+    updates, J of each token."""
 
-    attention: jax.Array  # [B, H, T, T], what the tokens read of each other's writes
+    attention: jax.Array  # [B, H, T, T J], what the tokens read of each other's writes
     queries: jax.Array  # [B, H, T, K], what reads the state before the run
-    keys: jax.Array  # [B, H, T, K], decayed to the end of the run
-    u: jax.Array  # [B, H, T, V]
-    w: jax.Array  # [B, H, T, K]
+    keys: jax.Array  # [B, H, T J, K], decayed to the end of the run
+    u: jax.Array  # [B, H, T J, V]
+    w: jax.Array  # [B, H, T J, K]
     kept: jax.Array  # [B, H, K or 1], how much of the state before the run is in the one after
 
 
@@ -131,6 +170,7 @@ class DeltaRule(DeltaRuleMaps):
     def prepare(self, inputs: Inputs, constants: None) -> _Run:
         wide = dtypes.wide(inputs.q.dtype, inputs.k.dtype, inputs.v.dtype)
         narrow = functools.reduce(np.promote_types, (inputs.q.dtype, inputs.k.dtype, inputs.v.dtype))
+        updates, inputs = inputs.updates, inputs.by_update()
         q, k, v = (x.swapaxes(1, 2) for x in inputs[:3])
         q, k, v = q.astype(narrow), k.astype(wide), v.astype(wide)
         beta = inputs.beta.swapaxes(1, 2).astype(wide)[..., None]
@@ -151,6 +191,8 @@ class DeltaRule(DeltaRuleMaps):
             kept = _where(run[..., -1:] == 0, kept)
         u, w = triangular.solve(overlap, (beta * v, beta * _scaled(k, since_start)))
         queries, keys = _scaled(q, since_start), _scaled(k, until_end)
+        if updates > 1:  # the others have no query
+            attention, queries = (x[..., updates - 1 :: updates, :] for x in (attention, queries))
         attention, keys, u, w = (x.astype(narrow) for x in (attention, keys, u, w))
         return _Run(attention, queries, keys, u, w, kept)
 
@@ -196,13 +238,18 @@ def _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale):
     if starts is not None:
         decay = jnp.where(starts[:, :, None, None], jnp.zeros((), wide), decay)
 
-    def step(state, xs):
-        qt, kt, vt, bt, at = xs
-        state = at[..., None] * state
+    def update(state, kt, vt, bt):
         # The barrier keeps XLA for GPUs from computing this sum where it writes the state, which could then not be where it
         # was: a copy of it in every step.
         new = lax.optimization_barrier(bt[..., None] * (vt - dtypes.product("bhkv,bhk->bhv", state, kt)))
-        state = state + kt[..., None] * new[:, :, None]
+        return state + kt[..., None] * new[:, :, None]
+
+    def step(state, xs):
+        qt, *given, at = xs
+        state = at[..., None] * state
+        each = [given] if beta.ndim == 3 else [[x[:, :, j] for x in given] for j in range(beta.shape[3])]
+        for one in each:
+            state = update(state, *one)
         return state, scale * dtypes.product("bhkv,bhk->bhv", state, qt)
 
     xs = [jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, beta, decay)]

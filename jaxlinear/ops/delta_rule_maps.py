@@ -4,19 +4,44 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxlinear.ops import dtypes, recurrence
 
 
 class Inputs(NamedTuple):
-    """What a run is made of. Arrays ``[B, T, ...]``."""
+    """What a run is made of. Arrays ``[B, T, ...]``. Where a token makes J updates, k, v and beta have them after H."""
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    beta: jax.Array
+    q: jax.Array  # [B, T, H, K]
+    k: jax.Array  # [B, T, H, K] or [B, T, H, J, K]
+    v: jax.Array  # [B, T, H, V] or [B, T, H, J, V]
+    beta: jax.Array  # [B, T, H] or [B, T, H, J]
     log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K]
     starts: jax.Array | None  # [B, T] bool, true where a document begins and the state with it
+
+    @property
+    def updates(self) -> int:
+        """J."""
+        return self.beta.shape[3] if self.beta.ndim == 4 else 1
+
+    def by_update(self) -> "Inputs":
+        """The same of T J tokens, each of which makes one update: what a token does before its updates is done at the
+        first of them, and it is read at the last."""
+        updates = self.updates
+        if self.beta.ndim == 3:
+            return self
+
+        def each(x: jax.Array) -> jax.Array:
+            x = jnp.moveaxis(x, 3, 2)
+            return x.reshape(x.shape[0], x.shape[1] * updates, *x.shape[3:])
+
+        def one(x: jax.Array, place: int) -> jax.Array:
+            around = ((0, 0), (0, 0), (place, updates - 1 - place), *((0, 0),) * (x.ndim - 2))
+            return jnp.pad(x[:, :, None], around).reshape(x.shape[0], x.shape[1] * updates, *x.shape[2:])
+
+        k, v, beta = each(self.k), each(self.v), each(self.beta)
+        log_decay, starts = (None if x is None else one(x, 0) for x in (self.log_decay, self.starts))
+        return Inputs(one(self.q, updates - 1), k, v, beta, log_decay, starts)
 
 
 @dataclasses.dataclass(frozen=True)

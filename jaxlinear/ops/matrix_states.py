@@ -132,5 +132,5 @@ def by_channel(log_decay, shape, dtype) -> jax.Array:
 
 def no_state(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Zeros ``[B, H, K, V]`` in the dtype of states."""
-    shape = q.shape[0], v.shape[2], q.shape[3], v.shape[3]
+    shape = q.shape[0], v.shape[2], q.shape[-1], v.shape[-1]
     return jnp.zeros_like(q, shape=shape, dtype=dtypes.wide(q.dtype, k.dtype, v.dtype))

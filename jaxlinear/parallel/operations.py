@@ -109,7 +109,7 @@ def _with_matrix_state(
         own = {"segment_ids": ids, "chunk_size": chunk_size, "scale": options.get("scale"), "backend": "pallas"}
         return operation(*inputs, log_decay, state, **own)
 
-    by_head = *_TIME, "heads", None
+    by_head = *_TIME, "heads", None, None
     of_decay = None if log_decay is None else ("heads",) if log_decay.ndim == 1 else by_head[: log_decay.ndim]
     arguments = (
         matrix_states.no_state(q, k, v) if state is None else state,
@@ -118,9 +118,10 @@ def _with_matrix_state(
         *inputs,
     )
     of_keys = (*_TIME, None, None) if matrix_states.is_shared(q, v) else by_head
-    of_inputs = of_keys, of_keys, *(by_head[: x.ndim] for x in inputs[2:])
+    of_inputs = ((of_keys if i < 2 else by_head)[: x.ndim] for i, x in enumerate(inputs))
     axes = ("batch", "heads", None, None), of_decay, _TIME, *of_inputs
-    return _on_shards(mesh, local, (5, 0), arguments, axes)  # o lies as v does, and the last state as the first
+    # o lies as v does, or as q where a token has several values, and the last state as the first.
+    return _on_shards(mesh, local, (5 if v.ndim == q.ndim else 3, 0), arguments, axes)
 
 
 def document_starts(segment_ids: jax.Array) -> jax.Array:

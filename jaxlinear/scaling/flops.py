@@ -50,28 +50,32 @@ def mamba2(config: ModelConfig, length: int) -> float:
 
 
 def delta_net(config: ModelConfig, length: int) -> float:
-    """Projections D x H (2 K + V + 1) and H V x D, and ``_delta_rule``."""
+    """The projection H V x D, and ``_delta_rule``."""
     h, k, v = mixers.delta_net.widths(config)
-    return 2 * config.width * h * (2 * k + 2 * v + 1) + _delta_rule(config, h, k, v)
+    return 2 * config.width * h * v + _delta_rule(config, h, k, v)
 
 
 def gated_delta_net(config: ModelConfig, length: int) -> float:
     """As DeltaNet, and the projections of the decay, D x H, and of the gate, D x H V."""
     h, k, v = mixers.gated_delta_net.widths(config)
-    return 2 * config.width * h * (2 * k + 3 * v + 2) + _delta_rule(config, h, k, v)
+    return 2 * config.width * h * (2 * v + 1) + _delta_rule(config, h, k, v)
 
 
 def kda(config: ModelConfig, length: int) -> float:
     """As DeltaNet, and two maps of rank V, to the decays, H K, and to the gate, H V."""
     h, k, v = mixers.kda.widths(config)
     low_rank = 2 * v * (2 * config.width + h * k + h * v)
-    return 2 * config.width * h * (2 * k + 2 * v + 1) + low_rank + _delta_rule(config, h, k, v)
+    return 2 * config.width * h * v + low_rank + _delta_rule(config, h, k, v)
 
 
 def _delta_rule(config: ModelConfig, h: int, k: int, v: int) -> float:
-    """The convolutions of q, k and v; of each head the read at the key, the write that replaces what was read, and the
-    read at the query (2 K V each, decays left out), and the difference that is written (2 V)."""
-    return 2 * config.convolution_width * h * (2 * k + v) + h * (3 * 2 * k * v + 2 * v)
+    """Of J updates, projections D x H (K + J (K + V + 1)) and the convolutions of q, k and v; of each head the read at the
+    query (2 K V, decays left out), and of each update the read at the key, the write that replaces what was read (2 K V
+    each), and the difference that is written (2 V)."""
+    updates = config.householders
+    channels = h * (k + updates * (k + v))
+    inputs = 2 * config.width * (channels + h * updates) + 2 * config.convolution_width * channels
+    return inputs + h * (2 * k * v + updates * (2 * 2 * k * v + 2 * v))
 
 
 def lru(config: ModelConfig, length: int) -> float:

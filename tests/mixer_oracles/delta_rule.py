@@ -1,5 +1,5 @@
-"""DeltaNet (arXiv:2406.06484), Gated DeltaNet (arXiv:2412.06464), Kimi Delta Attention (arXiv:2510.26692) and Mamba-2
-(arXiv:2405.21060), one token of one head after the other."""
+"""DeltaNet (arXiv:2406.06484), Gated DeltaNet (arXiv:2412.06464), Kimi Delta Attention (arXiv:2510.26692), each with the
+updates of DeltaProduct (arXiv:2502.10297), and Mamba-2 (arXiv:2405.21060), one token of one head after the other."""
 
 import numpy as np
 
@@ -50,13 +50,13 @@ def silu(x):
 
 
 def _inputs(parameters, x, ids, config):
-    """q, k, v and beta."""
-    q, k, v = (
-        _convolved(parameters, name, x, ids).reshape(*x.shape[:2], config.heads, -1)
-        for name in ("query", "key", "value")
-    )
+    """q ``[B, T, H, K]``; of the updates k ``[B, T, H, J, K]``, v ``[B, T, H, J, V]`` and beta ``[B, T, H, J]``."""
+    q, k, v = (_convolved(parameters, name, x, ids) for name in ("query", "key", "value"))
+    heads, of_updates = (*x.shape[:2], config.heads), (*x.shape[:2], config.heads, config.householders)
+    q, k, v = q.reshape(*heads, -1), k.reshape(*of_updates, -1), v.reshape(*of_updates, -1)
     q, k = (y / np.sqrt(np.sum(y**2, axis=-1, keepdims=True) + 1e-6) for y in (q, k))
-    return q, k, v, (1 + config.negative_eigenvalues) * oracles.sigmoid(oracles.linear(parameters["beta"], x))
+    beta = oracles.sigmoid(oracles.linear(parameters["beta"], x)).reshape(of_updates)
+    return q, k, v, (1 + config.negative_eigenvalues) * beta
 
 
 def _convolved(parameters, name, x, ids):
@@ -72,13 +72,13 @@ def _delta_rule(q, k, v, beta, decay, ids):
     batch, length, heads, width = q.shape
     decay = np.ones(q.shape) if decay is None else np.broadcast_to(decay, q.shape)
     starts = oracles.document_starts(ids, batch, length)
-    o = np.zeros(v.shape)
+    o = np.zeros((batch, length, heads, v.shape[-1]))
     for b, h in np.ndindex(batch, heads):
         state = np.zeros((width, v.shape[-1]))
         for t in range(length):
             state = 0 * state if t == starts[b, t] else decay[b, t, h][:, None] * state
-            held = state.T @ k[b, t, h]
-            state = state + np.outer(k[b, t, h], beta[b, t, h] * (v[b, t, h] - held))
+            for key, value, replaced in zip(k[b, t, h], v[b, t, h], beta[b, t, h], strict=True):
+                state = (np.eye(width) - replaced * np.outer(key, key)) @ state + replaced * np.outer(key, value)
             o[b, t, h] = width**-0.5 * state.T @ q[b, t, h]
     return o
 

@@ -32,8 +32,11 @@ MIXERS = {
         "delta_net",
         {"key_width": 5, "value_width": 9, "recurrent_heads": 3, "negative_eigenvalues": True},
     ),
+    "delta_product": ("delta_net", {"key_width": 5, "value_width": 9, "recurrent_heads": 3, "householders": 3}),
     "gated_delta_net": ("gated_delta_net", {}),
+    "gated_delta_product": ("gated_delta_net", {"householders": 2, "negative_eigenvalues": True}),
     "kda": ("kda", {"key_width": 6}),
+    "kda_product": ("kda", {"key_width": 6, "householders": 3}),
     "kda_bias": ("kda", {"key_width": 6, "gate_bias": True}),
     "gla": ("gla", {"key_width": 9, "value_width": 5, "recurrent_heads": 3}),
     "hgrn2": ("hgrn2", {"key_width": 8}),
@@ -52,7 +55,8 @@ MIXERS = {
     "s5_bilinear": ("s5", {"discretization": "bilinear", "recurrent_heads": 4}),
     "gateloop": ("gateloop", {"recurrent_heads": 3}),
 }
-# The laws about tokens hold for these if they hold for the mixer otherwise: what differs is a function of one token.
+# The laws about tokens hold for these if they hold for the mixer otherwise: what differs is a function of one token. Of
+# several updates a token they are those of gated_delta_product.
 ONE_TOKEN = (
     "relu",
     "taylor",
@@ -62,6 +66,8 @@ ONE_TOKEN = (
     "retention_rms",
     "delta_net_negative",
     "kda_bias",
+    "delta_product",
+    "kda_product",
 )
 LAWS = [name for name in MIXERS if name not in ONE_TOKEN]
 IDS = np.array([[1] * LENGTH, [1, 2, 2, 2, 2, 2, 1, 1, 1, 2, 3, 3, 3], [7] * 6 + [8] * 7], np.int32)
@@ -213,8 +219,11 @@ def test_the_future_and_other_rows_are_not_seen(name):
     [
         "mamba2",
         "delta_net",
+        "delta_product",
         "gated_delta_net",
+        "gated_delta_product",
         "kda",
+        "kda_product",
         "lru",
         "s5",
         "s5_bilinear",

@@ -31,6 +31,7 @@ BASE = {
     "head_norm": "group",
     "gate_bias": False,
     "negative_eigenvalues": False,
+    "householders": 1,
 }
 OTHER = {
     "num_heads": 4,
@@ -51,6 +52,7 @@ OTHER = {
     "head_norm": "rms",
     "gate_bias": True,
     "negative_eigenvalues": True,
+    "householders": 2,
 }
 # What else has to be so for a key to be read.
 BESIDE = {"num_heads": {"recurrent_heads": 0}}

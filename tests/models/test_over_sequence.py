@@ -38,6 +38,7 @@ MODELS = {
     "convolution": (("convolution",), {"convolution_width": 7}, FOUR),  # reaches over two shards of 4
     "delta_net": (("delta_net",), {}, TWO),
     "gated_delta_net": (("gated_delta_net",), {}, FOUR),
+    "gated_delta_product": (("gated_delta_net",), {"householders": 2, "negative_eigenvalues": True}, TWO),
     "gateloop": (("gateloop",), {}, TWO),
     "gla": (("gla",), {}, EIGHT),
     "hgrn2": (("hgrn2",), {"key_width": 4}, TWO),

@@ -37,6 +37,8 @@ CASES = [
     ("delta_rule", EIGHT, "scalar", True),
     ("delta_rule", FOUR, "channel", True),
     ("delta_rule", TWO, "none", True),
+    ("updates", ROWS[0], "scalar", True),
+    ("updates", TWO, "channel", True),
 ]
 
 
@@ -53,12 +55,14 @@ def test_the_gpu_kernel_on_a_mesh(monkeypatch, operation, sizes, decay, packed):
 
 def check(operation, sizes, decay, packed):
     random = np.random.default_rng(0)
-    q, k, v, state = (random.standard_normal(s) for s in ((B, T, H, K), (B, T, H, K), (B, T, H, V), (B, H, K, V)))
+    operation, updates = ("delta_rule", (2,)) if operation == "updates" else (operation, ())
+    shapes = (B, T, H, K), (B, T, H, *updates, K), (B, T, H, *updates, V), (B, H, K, V), (B, T, H, V)
+    q, k, v, state, d_o = (random.standard_normal(s) for s in shapes)
     k = k / np.linalg.norm(k, axis=-1, keepdims=True)
-    beta = (random.uniform(0, 1, (B, T, H)),) if operation == "delta_rule" else ()
+    beta = (random.uniform(0, 1, (B, T, H, *updates)),) if operation == "delta_rule" else ()
     log_decay = None if decay == "none" else -3 * random.uniform(0, 1, DECAYS[decay])
     inputs = q, k, v, *beta, log_decay, state
-    cotangents = random.standard_normal(v.shape), random.standard_normal(state.shape)
+    cotangents = d_o, random.standard_normal(state.shape)
     mesh = make_mesh(sizes)
     results = []
     for module, backend in ((ops, "recurrent"), (operations, "pallas")):

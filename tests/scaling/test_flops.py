@@ -82,6 +82,15 @@ def test_kda_by_hand():
     assert flops.kda(CONFIG, LENGTH) == flops.delta_net(CONFIG, LENGTH) + low_rank == 12_864
 
 
+def test_householders_by_hand():
+    """Three of 4 heads of 8, of which there is one query and one output."""
+    projections = 2 * 32 * 32 * (2 + 2 * 3) + 2 * 32 * 4 * 3  # q, out, each k and v; each beta
+    convolution = 2 * 4 * 32 * (1 + 2 * 3)
+    recurrence = 4 * (2 * 8 * 8 + 3 * (2 * 2 * 8 * 8 + 2 * 8))
+    config = dataclasses.replace(CONFIG, householders=3)
+    assert flops.delta_net(config, LENGTH) == projections + convolution + recurrence == 22_720
+
+
 def test_lru_by_hand():
     """48 complex states."""
     projections, unit = 2 * 2 * 32 * 48 + 2 * 2 * 48 * 32, 2 * 32 * 64  # into and out of two parts; value and gate
@@ -199,10 +208,16 @@ def test_xla_counts_as_many(pattern):
     assert counted == pytest.approx(flops.forward_flops_per_token(config, LENGTH), rel=0.1)
 
 
-@pytest.mark.parametrize("pattern", sorted(set(mixers.MIXERS) - set(IN_TIME)))
-def test_xla_counts_as_many_for_one_token(pattern):
+ONE_TOKEN = [
+    *((name, {}) for name in sorted(set(mixers.MIXERS) - set(IN_TIME))),
+    ("gated_delta_net", {"householders": 3}),
+]
+
+
+@pytest.mark.parametrize("pattern, changes", ONE_TOKEN, ids=str)
+def test_xla_counts_as_many_for_one_token(pattern, changes):
     """Of those whose chunked form does more than their formula counts: a step of decoding, which is the recurrence."""
-    config = one_layer(pattern, key_width=16, value_width=32)
+    config = one_layer(pattern, key_width=16, value_width=32, **changes)
     architecture, batch = describe(config), 2
 
     def step(parameters, tokens, state):

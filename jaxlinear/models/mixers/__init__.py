@@ -63,6 +63,7 @@ MIXERS = {
 # Keys of the config's section ``model`` that only some mixers read, and which: for a pattern of others they are refused.
 # A mixer that reads one is named here (tests/models/test_options.py).
 _HEADS_OF_KEYS = ("delta_net", "gated_delta_net", "gla", "hgrn2", "kda", "lightning", "linear_attention", "retention")
+_DELTA_RULE = ("delta_net", "gated_delta_net", "kda")
 _ATTENTION = ("attention", "sliding_window")
 _OF_CHANNELS = ("convolution", "gateloop", "lru", "mamba2", "rg_lru", "s5")
 READERS = {
@@ -84,7 +85,8 @@ READERS = {
     "output_norm_epsilon": ("hgrn2",),
     "head_norm": ("retention",),
     "gate_bias": ("kda",),
-    "negative_eigenvalues": ("delta_net", "gated_delta_net", "kda"),
+    "negative_eigenvalues": _DELTA_RULE,
+    "householders": _DELTA_RULE,
 }
 
 

@@ -9,6 +9,10 @@ q, k and v are projections of x after a short convolution and SiLU, q and k then
 
 With ``model.negative_eigenvalues`` beta_t is twice as much (Grazzi et al. 2024, arXiv:2411.12537): of the transition
 I - beta_t k_t k_t^T, which a state is multiplied by, the eigenvalue of k_t then lies in (-1, 1) instead of (0, 1).
+
+With J = ``model.householders`` above 1 it is DeltaProduct (Siems et al. 2025, arXiv:2502.10297): a token makes J updates,
+one after the other, each with its own key, value and beta, and is read after the last. Its transition is then a product of
+J such matrices, generalised Householder reflections.
 """
 
 import jax
@@ -32,14 +36,17 @@ def widths(config: ModelConfig, mixer: str = "delta_net") -> tuple[int, int, int
 
 class DeltaInputs(nnx.Module):
     """What the delta rule runs on, here and in the mixers that add decays to it: q and k ``[B, T, H, K]`` of unit length,
-    v ``[B, T, H, V]`` and beta ``[B, T, H]`` in float32.
+    v ``[B, T, H, V]`` and beta ``[B, T, H]`` in float32; with J householders k, v and beta have an axis J after H.
 
-    State: the inputs of the convolutions, ``query`` and ``key`` ``[B, width-1, H K]`` and ``value`` ``[B, width-1, H V]``.
+    State: the inputs of the convolutions, ``query`` ``[B, width-1, H K]``, ``key`` ``[B, width-1, H J K]`` and ``value``
+    ``[B, width-1, H J V]``. The channels of a head lie together, whatever J, since heads are what a mesh shares out.
     """
 
     def __init__(self, config: ModelConfig, heads: int, key_width: int, value_width: int, *, rngs: nnx.Rngs):
         self.heads, self.dtype = heads, config.activation_dtype
         self.negative_eigenvalues = config.negative_eigenvalues
+        self.updates = () if config.householders == 1 else (config.householders,)  # the axis J, if there is one
+        written = heads * config.householders
 
         def project(outputs: int) -> Linear:
             return Linear(config.width, outputs, axes=("embed", "heads"), bias=False, rngs=rngs)
@@ -48,9 +55,9 @@ class DeltaInputs(nnx.Module):
             return ShortConvolution(channels, config.convolution_width, axis="heads", rngs=rngs)
 
         self.query, self.query_convolution = project(heads * key_width), convolve(heads * key_width)
-        self.key, self.key_convolution = project(heads * key_width), convolve(heads * key_width)
-        self.value, self.value_convolution = project(heads * value_width), convolve(heads * value_width)
-        self.beta = project(heads)
+        self.key, self.key_convolution = project(written * key_width), convolve(written * key_width)
+        self.value, self.value_convolution = project(written * value_width), convolve(written * value_width)
+        self.beta = project(written)
 
     def init_state(self, batch: int) -> dict[str, jax.Array]:
         return {
@@ -70,8 +77,9 @@ class DeltaInputs(nnx.Module):
         beta = 2 * beta if self.negative_eigenvalues else beta
         x = operations.after(x, (k, v, beta))  # the states do not depend on the queries
         q, new["query"] = self.query_convolution(self.query(x), segment_ids=segment_ids, state=past.get("query"))
-        q, k, v = (by_head(y, self.heads) for y in (q, k, v))
-        return (unit_length(q), unit_length(k), v, sharding.constrain(beta, "batch", "time", "heads")), new
+        q, k, v = by_head(q, self.heads), *(by_head(y, self.heads, *self.updates) for y in (k, v))
+        q, k, beta = unit_length(q), unit_length(k), beta.reshape(*x.shape[:2], self.heads, *self.updates)
+        return (q, k, v, sharding.constrain(beta, "batch", "time", "heads", *(None,) * len(self.updates))), new
 
 
 class DeltaNet(nnx.Module):
