@@ -96,6 +96,10 @@ class Fields:
         return base, fraction
 
 
+def _any(_: ModelConfig) -> bool:
+    return True
+
+
 def _as_they_are(_: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
     return dict(tensors)
 
@@ -111,6 +115,7 @@ class Family(NamedTuple):
       links: of a model, which is one of this family.
       main: what the pattern has to hold, if anything.
       read: of the tensors of any release's files, what ``links`` has.
+      is_one: of a model with such a pattern, whether it is one of this family.
     """
 
     name: str
@@ -120,6 +125,7 @@ class Family(NamedTuple):
     links: Callable[[ModelConfig], Iterator[Link]]
     main: str | None = None
     read: Callable[[ModelConfig, Mapping[str, StreamedArray]], dict[str, StreamedArray]] = _as_they_are
+    is_one: Callable[[ModelConfig], bool] = _any
 
 
 def renamed(tensors: Mapping[str, StreamedArray], names: Mapping[str, str]) -> dict[str, StreamedArray]:

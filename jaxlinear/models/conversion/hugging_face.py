@@ -57,9 +57,10 @@ def family_of_fields(fields: Fields) -> Family:
 
 
 def family_of_model(config: ModelConfig) -> Family:
-    """The one whose layers have the model's mixers."""
+    """The first whose layers have the model's mixers."""
     for family in FAMILIES.values():
-        if set(config.pattern) <= set(family.mixers) and family.main in (None, *config.pattern):
+        fits = set(config.pattern) <= set(family.mixers) and family.main in (None, *config.pattern)
+        if fits and family.is_one(config):
             return family
     raise UserError(f"no model of {', '.join(FAMILIES)} has the layers {', '.join(dict.fromkeys(config.pattern))}")
 

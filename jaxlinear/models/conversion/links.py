@@ -39,6 +39,15 @@ def under(axes: int) -> Form:
     return Form(lambda x: x.reshape(x.shape[axes:]), lambda x: x.reshape((1,) * axes + x.shape))
 
 
+def regrouped(outer: int, inner: int, form: Form) -> Form:
+    """``form``, of a tensor whose first axis is ``[outer, inner, n]`` there and is first made ``[inner, outer, n]``."""
+
+    def turned(x: np.ndarray, *axes: int) -> np.ndarray:
+        return x.reshape(*axes, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    return Form(lambda x: form.ours(turned(x, outer, inner)), lambda x: turned(form.theirs(x), inner, outer))
+
+
 def shifted(offset: float) -> Form:
     """Theirs is ours plus ``offset``. Without one, both are the same bits; with one, both are rounded."""
     return Form(lambda x: x - np.float32(offset), lambda x: x + np.float32(offset)) if offset else SAME

@@ -7,7 +7,7 @@
 
 The package's own modules and kernels run, on the CPU in Triton's interpreter: of each model in ``MODELS`` are compared the
 names and the shapes of its tensors, and its logits for rows that are short enough for its recurrent kernels and long enough
-for its chunked ones (delta_net has none for float32).
+for its chunked ones (delta_net and gated_deltaproduct have none for float32).
 Its mamba2, which has transformers' names of tensors, is compared with the model of transformers.
 
 Each DIRECTORY is one that ``launch/convert.py --target`` wrote, whose model the package loads. Softmax attention, for which
@@ -64,8 +64,8 @@ def load():
 
 
 def mode(fields):
-    """The chunked kernels of delta_net take no float32."""
-    return {"attn_mode": "fused_recurrent"} if fields["model_type"] == "delta_net" else {}
+    """The chunked kernels of these take no float32."""
+    return {"attn_mode": "fused_recurrent"} if fields["model_type"] in ("delta_net", "gated_deltaproduct") else {}
 
 
 def compare(name, model, fields, tensors):

@@ -54,6 +54,25 @@ MODELS = {
         "head_dim": 8,
         "allow_neg_eigval": True,
     },
+    "gated_deltaproduct": {
+        "model_type": "gated_deltaproduct",
+        "num_heads": 3,
+        "head_dim": 8,
+        "expand_v": 0.75,
+        "num_householder": 2,
+        "use_forget_gate": True,
+        "allow_neg_eigval": True,
+        "attn": _WINDOWS,
+    },
+    "gated_deltaproduct, without gates": {
+        "model_type": "gated_deltaproduct",
+        "num_heads": 2,
+        "head_dim": 12,
+        "conv_size": 3,
+        "norm_eps": 1e-2,
+        "num_householder": 3,
+        "use_output_gate": False,
+    },
     "kda": {"model_type": "kda", "num_heads": 2, "head_dim": 12},
     "kda, with windows": {
         "model_type": "kda",
@@ -280,35 +299,36 @@ def _lower_bounds(weights):
 
 
 def _delta_shapes(fields, heads, keys, values):
-    width, taps = fields["hidden_size"], fields.get("conv_size", 4)
+    width, taps, updates = fields["hidden_size"], fields.get("conv_size", 4), fields.get("num_householder", 1)
     return {
         "q_proj.weight": (keys, width),
-        "k_proj.weight": (keys, width),
-        "v_proj.weight": (values, width),
-        "b_proj.weight": (heads, width),
+        "k_proj.weight": (updates * keys, width),
+        "v_proj.weight": (updates * values, width),
+        "b_proj.weight": (updates * heads, width),
         "q_conv1d.weight": (keys, 1, taps),
-        "k_conv1d.weight": (keys, 1, taps),
-        "v_conv1d.weight": (values, 1, taps),
+        "k_conv1d.weight": (updates * keys, 1, taps),
+        "v_conv1d.weight": (updates * values, 1, taps),
         "o_norm.weight": (values // heads,),
         "o_proj.weight": (width, values),
     }
 
 
 def _delta_rule(fields, w, x, decay=1.0):
-    """``[B, T, H, V]``; the decay, if any, is ``[B, T, H, 1 or K, 1]``."""
-    heads = fields["num_heads"]
-    q, k, v = (
-        _heads(y, y.shape[-1] // heads)
-        for y in (_silu(_convolved(x @ w[f"{name}_proj.weight"].T, w[f"{name}_conv1d.weight"])) for name in "qkv")
-    )
-    q, k = (y / np.sqrt(np.sum(y * y, axis=-1, keepdims=True) + 1e-6) for y in (q, k))
+    """``[B, T, H, V]``; the decay, if any, is ``[B, T, H, 1 or K, 1]``. Of the updates of a token, one after the other, all
+    heads of the first one come first."""
+    heads, updates = fields["num_heads"], fields.get("num_householder", 1)
+    q, k, v = (_silu(_convolved(x @ w[f"{name}_proj.weight"].T, w[f"{name}_conv1d.weight"])) for name in "qkv")
+    q, k, v = (y.reshape(*x.shape[:2], n, heads, -1) for y, n in ((q, 1), (k, updates), (v, updates)))
+    q, k = (y / np.sqrt(np.sum(y * y, axis=-1, keepdims=True) + 1e-6) for y in (q[:, :, 0], k))
     beta = _sigmoid(x @ w["b_proj.weight"].T) * (2 if fields.get("allow_neg_eigval") else 1)
-    decay = np.broadcast_to(decay, (*k.shape, 1))
-    state, o = np.zeros((len(x), heads, k.shape[-1], v.shape[-1])), np.empty_like(v)
+    beta = beta.reshape(*x.shape[:2], updates, heads)
+    decay = np.broadcast_to(decay, (*q.shape, 1))
+    state, o = np.zeros((len(x), heads, k.shape[-1], v.shape[-1])), np.empty_like(v[:, :, 0])
     for t in range(x.shape[1]):
         state = decay[:, t] * state
-        error = v[:, t] - np.einsum("bhkv,bhk->bhv", state, k[:, t])
-        state = state + np.einsum("bh,bhk,bhv->bhkv", beta[:, t], k[:, t], error)
+        for i in range(updates):
+            error = v[:, t, i] - np.einsum("bhkv,bhk->bhv", state, k[:, t, i])
+            state = state + np.einsum("bh,bhk,bhv->bhkv", beta[:, t, i], k[:, t, i], error)
         o[:, t] = np.einsum("bhkv,bhk->bhv", state, q[:, t]) * k.shape[-1] ** -0.5
     return _rms(o, w["o_norm.weight"], fields.get("norm_eps", 1e-6))
 
@@ -342,6 +362,20 @@ def _gated_deltanet(fields, w, x):
     return (o.reshape(*x.shape[:2], -1) * _silu(x @ w["g_proj.weight"].T)) @ w["o_proj.weight"].T
 
 
+def _gated_deltaproduct_shapes(fields):
+    found, unread = _gated_deltanet_shapes(fields), set()
+    if not fields.get("use_forget_gate"):
+        unread |= {"a_proj.weight", "A_log", "dt_bias"}
+    if not fields.get("use_output_gate", True):
+        unread |= {"g_proj.weight"}
+    return {name: shape for name, shape in found.items() if name not in unread}
+
+
+def _gated_deltaproduct(fields, w, x):
+    """Gated DeltaNet, or without both of its gates DeltaNet."""
+    return (_gated_deltanet if fields.get("use_forget_gate") else _delta_net)(fields, w, x)
+
+
 def _kda_shapes(fields):
     width, heads, head = fields["hidden_size"], fields["num_heads"], fields["head_dim"]
     value = int(head * fields.get("expand_v", 1))
@@ -362,6 +396,7 @@ def _kda(fields, w, x):
 _MIXERS = {
     "gla": (_gla_shapes, _gla),
     "gated_deltanet": (_gated_deltanet_shapes, _gated_deltanet),
+    "gated_deltaproduct": (_gated_deltaproduct_shapes, _gated_deltaproduct),
     "delta_net": (_delta_net_shapes, _delta_net),
     "hgrn2": (_hgrn2_shapes, _hgrn2),
     "kda": (_kda_shapes, _kda),

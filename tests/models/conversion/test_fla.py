@@ -108,6 +108,7 @@ def test_files_of_2024(tmp_path):
 DEFAULTS = {
     "gla": 1_365_514_240,
     "gated_deltanet": 1_387_348_732,
+    "gated_deltaproduct": 1_387_348_732,
     "delta_net": 1_365_677_056,
     "hgrn2": 1_364_396_032,
     "kda": 1_390_941_568,
@@ -118,7 +119,9 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_what_is_left_out_has_the_default_of_the_package(name):
-    fields = Fields({"model_type": name}, "config.json")
+    # That of DeltaProduct has a gate and no decay, which is none of ours; and one update a token.
+    decays = {"use_forget_gate": True} if name == "gated_deltaproduct" else {}
+    fields = Fields({"model_type": name} | decays, "config.json")
     model = convert._config(hugging_face.family_of_fields(fields).model(fields))
     assert describe(configs.model_config(model)).num_parameters == DEFAULTS[name]
 
@@ -157,6 +160,14 @@ WINDOW = {"layers": [1], "num_heads": 2, "window_size": 4}
         ("gated_deltanet", {"output_gate_activation": "sigmoid"}, "'sigmoid'; only 'swish' or 'silu' can be imported"),
         ("gated_deltanet", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),
         ("gated_deltanet", {"expand_v": 0.3}, "expand_v is 0.3; that is 3.59"),
+        (
+            "gated_deltaproduct",
+            {"use_output_gate": False},
+            "use_forget_gate is True; only what use_output_gate is, here False, can be imported",
+        ),
+        ("gated_deltaproduct", {"use_forget_gate": False}, "use_forget_gate is False; only .* is, here True, can be"),
+        ("gated_deltaproduct", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),
+        ("gated_deltaproduct", {"num_householder": 0}, "num_householder is 0; it is a whole number from 1 on"),
         ("delta_net", {"use_gate": True}, "use_gate is True; only False can be imported"),
         ("delta_net", {"use_beta": False}, "use_beta is False; only True can be imported"),
         ("delta_net", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),
@@ -220,6 +231,12 @@ def test_what_cannot_be_imported(tmp_path, name, fields, message):
             "no model of .* has the layers attention, sliding_w",
         ),
         ("kda", {"gate_bias": False}, "gate_bias is False; in kda it can only be True"),
+        ("kda", {"householders": 2}, "model.householders is 2; in kda it can only be 1"),
+        (
+            "gated_deltaproduct",
+            {"pattern": ("gated_delta_net", "delta_net")},
+            "no model of .* has the layers gated_delta_net, delta_net",
+        ),
         ("retnet", {"head_norm": "group"}, "head_norm is 'group'; in retnet it can only be 'rms'"),
         ("retnet", {"rotary_base": 500.0}, "rotary_base is 500.0; in retnet it can only be 10000.0"),
         ("retnet", {"key_width": 7}, "retention has keys of 7 channels; in retnet it is an even number up to 256"),

@@ -1,7 +1,18 @@
 """Models of flash-linear-attention (github.com/fla-org/flash-linear-attention), one file each, by their ``model_type``."""
 
-from jaxlinear.models.conversion.fla import delta_net, gated_deltanet, gla, hgrn2, kda, retnet, transformer
+from jaxlinear.models.conversion.fla import (
+    delta_net,
+    gated_deltanet,
+    gated_deltaproduct,
+    gla,
+    hgrn2,
+    kda,
+    retnet,
+    transformer,
+)
 
-FAMILIES = tuple(module.FAMILY for module in (gla, gated_deltanet, delta_net, kda, retnet, hgrn2, transformer))
+# A model goes out as the first that it is one of: of several updates a token, as no other than DeltaProduct.
+_MODULES = (gla, gated_deltaproduct, gated_deltanet, delta_net, kda, retnet, hgrn2, transformer)
+FAMILIES = tuple(module.FAMILY for module in _MODULES)
 
 __all__ = ["FAMILIES"]

@@ -45,7 +45,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
 
 def _links(config: ModelConfig) -> Iterator[Link]:
     def own(there: str, layer: int) -> Iterator[Link]:
-        yield from shared.delta_inputs(there, layer)
+        yield from shared.delta_inputs(config, there, layer)
         yield from shared.projections(there, layer, o="out")
         yield Link(f"{there}.o_norm.weight", "mixer.norm.scale", layer, shifted(config.norm_offset))
 

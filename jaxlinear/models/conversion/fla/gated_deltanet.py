@@ -28,7 +28,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
 
 def _links(config: ModelConfig) -> Iterator[Link]:
     def own(there: str, layer: int) -> Iterator[Link]:
-        yield from shared.delta_inputs(there, layer)
+        yield from shared.delta_inputs(config, there, layer)
         yield Link(f"{there}.a_proj.weight", "mixer.decay.kernel", layer, TRANSPOSED)
         yield Link(f"{there}.A_log", "mixer.A_log", layer)
         yield Link(f"{there}.dt_bias", "mixer.dt_bias", layer)

@@ -21,13 +21,13 @@ def _model(fields: Fields) -> dict[str, Any]:
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
-    require(config, "kda", gate_bias=True)
+    require(config, "kda", gate_bias=True, householders=1)
     return shared.fields_of(config, "kda", "KDAForCausalLM") | shared.delta_fields(config, widths(config))
 
 
 def _links(config: ModelConfig) -> Iterator[Link]:
     def own(there: str, layer: int) -> Iterator[Link]:
-        yield from shared.delta_inputs(there, layer)
+        yield from shared.delta_inputs(config, there, layer)
         for theirs, ours in (("f_proj", "decay"), ("g_proj", "gate")):
             for i, part in enumerate(("down", "up")):
                 yield Link(f"{there}.{theirs}.{i}.weight", f"mixer.{ours}.{part}.kernel", layer, TRANSPOSED)

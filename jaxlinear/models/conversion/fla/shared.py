@@ -8,7 +8,7 @@ from typing import Any
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Fields, require
-from jaxlinear.models.conversion.links import TAPS, TRANSPOSED, Link, shifted
+from jaxlinear.models.conversion.links import TAPS, TRANSPOSED, Link, regrouped, shifted
 
 ATTENTION = ("attention", "sliding_window")
 _MULTIPLE = 256  # of an MLP's inner width that is not given
@@ -190,15 +190,20 @@ def projections(there: str, layer: int, **names: str) -> Iterator[Link]:
         yield Link(f"{there}.{letter}_proj.weight", f"mixer.{name}.kernel", layer, TRANSPOSED)
 
 
-def delta_inputs(there: str, layer: int) -> Iterator[Link]:
-    """What the delta rule runs on in each of its models."""
-    names = {"q": "query", "k": "key", "v": "value"}
-    yield from projections(
-        there, layer, b="inputs.beta", **{letter: f"inputs.{name}" for letter, name in names.items()}
-    )
-    for letter, name in names.items():
+def delta_inputs(config: ModelConfig, there: str, layer: int) -> Iterator[Link]:
+    """What the delta rule runs on in each of its models. There the heads of an update lie together, here the updates of a
+    head."""
+    yield from projections(there, layer, q="inputs.query")
+    for letter, name in (("k", "key"), ("v", "value"), ("b", "beta")):
+        form = regrouped(config.householders, config.heads, TRANSPOSED)
+        yield Link(f"{there}.{letter}_proj.weight", f"mixer.inputs.{name}.kernel", layer, form)
+    for letter, name, updates in (
+        ("q", "query", 1),
+        ("k", "key", config.householders),
+        ("v", "value", config.householders),
+    ):
         ours = f"mixer.inputs.{name}_convolution.convolution_kernel"
-        yield Link(f"{there}.{letter}_conv1d.weight", ours, layer, TAPS)
+        yield Link(f"{there}.{letter}_conv1d.weight", ours, layer, regrouped(updates, config.heads, TAPS))
 
 
 def delta_heads(fields: Fields, heads: int, *, head_dim: int, expand_v: float) -> dict[str, Any]:
