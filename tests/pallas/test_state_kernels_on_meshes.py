@@ -38,7 +38,7 @@ CASES = [
     ("delta_rule", FOUR, "channel", True),
     ("delta_rule", TWO, "none", True),
     ("updates", ROWS[0], "scalar", True),
-    ("updates", TWO, "channel", True),
+    ("updates", TWO, "scalar", True),
 ]
 
 

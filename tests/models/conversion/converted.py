@@ -76,14 +76,8 @@ MODELS = {
     },
     "gla": HYBRID | {"pattern": ("gla", "gla", "sliding_window"), "key_width": 4, "value_width": 8, "window": 4},
     "gated_deltanet": FLA | {"pattern": ("gated_delta_net",), "recurrent_heads": 3, "key_width": 6, "value_width": 10},
-    "gated_deltaproduct": HYBRID
-    | {
-        "pattern": ("gated_delta_net", "attention"),
-        "householders": 2,
-        "key_width": 6,
-        "value_width": 10,
-        "context": 32,
-    },
+    "gated_deltaproduct": FLA
+    | {"pattern": ("gated_delta_net",), "recurrent_heads": 3, "householders": 2, "key_width": 6, "value_width": 10},
     "kda": FLA | {"pattern": ("kda",), "recurrent_heads": 2, "key_width": 6, "value_width": 10, "gate_bias": True},
     "retnet": HYBRID
     | {

@@ -62,7 +62,6 @@ MODELS = {
         "num_householder": 2,
         "use_forget_gate": True,
         "allow_neg_eigval": True,
-        "attn": _WINDOWS,
     },
     "gated_deltaproduct, without gates": {
         "model_type": "gated_deltaproduct",
