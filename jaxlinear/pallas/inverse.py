@@ -107,7 +107,7 @@ def _double(lower: Sequence[jax.Array], inverse: list[jax.Array], size: int, nar
         c = jnp.where(in_first, jnp.zeros((size, length), y.dtype), _side_by_side(y, size, seconds))
         if cut:
             high, rest = _parts(x)
-            c = c + _rolled(c, size)
+            c = c + _rolled(c, length - size)
             pairs = [only(i, part) for i in firsts for part in (rest, high)]
         else:
             pairs = [only(i, part) for i in firsts for part in (jnp.zeros_like(x), x)]

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, delta_rule, recurrence, state_kernels
 from jaxlinear.ops.delta_rule import DeltaRule, Inputs, choose
 from jaxlinear.ops.delta_rule_kernel import DeltaRuleKernel
-from jaxlinear.pallas import blocks
+from jaxlinear.pallas import blocks, inverse
 from jaxlinear.pallas import delta_rule as kernels
 from jaxlinear.pallas.target import Target
 from tests import numerics
@@ -149,6 +150,22 @@ def test_keys_alike_in_bfloat16():
     expected = numerics.run(numerics.jit(functools.partial(delta_rule, backend="recurrent")), *inputs, dtype="float64")
     run = numerics.jit(functools.partial(delta_rule, chunk_size=128, backend="pallas"))
     numerics.assert_close(numerics.run(run, *inputs, dtype="bfloat16"), numerics.wide(expected), 2e-2)
+
+
+def test_inverses_to_16_digits_of_unlike_blocks():
+    """Of blocks of 16 rows alone the last differs from the identity, so that the inverse has what is between the others
+    itself, of which one factor in bfloat16 takes 16 digits."""
+    lower = np.tril(np.random.default_rng(0).standard_normal((128, 128)), -1).astype(np.float32)
+    block = np.arange(128) // 16
+    lower[(block[:, None] == block) & (block < 7)] = 0
+    lower[block[:, None] > block + 1 - block % 2] = 0  # one step of doubling
+    run = pl.pallas_call(
+        lambda x, y: y.__setitem__(..., inverse.inverses([x[...]], jnp.bfloat16)[0]),
+        out_shape=jax.ShapeDtypeStruct(lower.shape, jnp.float32),
+        interpret=True,
+    )
+    found, of_last = np.asarray(run(lower)), slice(96)
+    numerics.assert_close(found[of_last, of_last], (np.eye(128) - lower)[of_last, of_last], 2**-16)
 
 
 # What is chosen and what is refused
