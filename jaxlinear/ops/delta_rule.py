@@ -86,7 +86,7 @@ def delta_rule(
         return jnp.zeros_like(v), initial_state
     inputs = Inputs(q, k, v, beta, log_decay, starts)
     if backend == "pallas":
-        family = delta_rule_kernel.DeltaRuleKernel(scale, chunk_size, backends.target())
+        family = delta_rule_kernel.DeltaRuleKernel(scale, chunk_size, backends.target(), negative_eigenvalues)
         o, final = family.run(runner, inputs, None, initial_state)
         return o.astype(v.dtype), final
     if chunk is None:

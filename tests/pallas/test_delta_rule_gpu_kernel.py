@@ -12,7 +12,7 @@ from jaxlinear.ops.delta_rule import choose
 from jaxlinear.pallas.target import Target
 from tests import numerics
 from tests.ops import test_delta_rule as operation
-from tests.pallas.test_delta_rule_kernel import check, check_without_outputs, run_kernel
+from tests.pallas.test_delta_rule_kernel import ALIKE, check, check_alike, check_without_outputs, run_kernel
 
 INTERPRETED = Target("gpu", "none", True)
 RUNS = [
@@ -49,6 +49,11 @@ def test_hard_decays(kind):
         cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[5].shape)
         expected = numerics.run(operation.reference(False), inputs, cotangents, dtype="float64")
         numerics.assert_close(numerics.run(run, inputs, cotangents, dtype="float32"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("keys, beta, decay, packed", ALIKE[:3])
+def test_negative_eigenvalues(keys, beta, decay, packed):
+    check_alike(keys, beta, decay, packed, INTERPRETED)
 
 
 def test_what_it_takes():
