@@ -224,6 +224,11 @@ class _Call:
         backward = plan.kind in ("gradient", "state_gradient")
         return 8 if self.layout.keys > 128 or (backward and _with_decays(plan)) else 4
 
+    def _stages(self, name: str) -> int:
+        """Of loads that are on their way: two where time is gone through, but for what then has no register left."""
+        full = self.plan.reverse and self.plan.terms > 1 and self.layout.keys > 128
+        return 2 if name == "states" and not full else 1
+
     def _run(self, kernel, name: str, given: Arrays, outputs: dict[str, Any], grid: tuple[int, ...]) -> Arrays:
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]
         share = {"tokens": 0.5, "states": 0.5, "values": 0.3, "keys": 0.4}[name]
@@ -233,7 +238,7 @@ class _Call:
             functools.partial(kernel, layout, (*given, *outputs)),
             grid=grid,
             out_shape=shapes,
-            compiler_params=plgpu.CompilerParams(num_warps=self._warps(name), num_stages=2 if name == "states" else 1),
+            compiler_params=plgpu.CompilerParams(num_warps=self._warps(name), num_stages=self._stages(name)),
             cost_estimate=pl.CostEstimate(
                 flops=int(flops), transcendentals=0, bytes_accessed=size_of((list(given.values()), shapes))
             ),

@@ -73,8 +73,7 @@ def backward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
         if "d_written" in named:
             place.store(named["d_written"], first, d_written)
         read = dot(scaled(d_o, since_start), queries, (0, 0), layout)
-        # With more keys two terms would spill registers; "chunked" has one, too.
-        d_terms = terms(d_written, plan.narrow, plan.terms if layout.keys <= 128 else 1)
+        d_terms = terms(d_written, plan.narrow, plan.terms)
         for pair in pairs(d_terms, (place.load(named["w"], 0, layout.keys),)):
             read = read - dot(*pair, (0, 0), layout)
         return _whole(layout, named, place) * d_state + read
