@@ -1,7 +1,8 @@
 """The kernels of matrix states for GPU by the instructions that their PTX takes, and what these say of an H100's time.
 
     python benchmarks/gpu_instructions.py [--operations=linear_attention,delta_rule] [--decays=none,scalar,channel]
-        [--length=1024 --heads=1 --key=128 --value=128] [--shared] [--mean=-0.04] [--against=FLA/bin/python] [--json=FILE]
+        [--length=1024 --heads=1 --key=128 --value=128] [--shared] [--negative_eigenvalues] [--mean=-0.04]
+        [--against=FLA/bin/python] [--json=FILE]
 
 No GPU is needed: kernels are compiled for an H100 by Triton and LLVM, and run on the CPU instruction by instruction
 (``tests/ptx``), so that loops and branches count as they go. Takes the compiler for GPU (pip install 'jaxlinear[aot]') and
@@ -48,6 +49,7 @@ _HEADS = flags.DEFINE_integer("heads", 1, "H.", lower_bound=1)
 _KEY = flags.DEFINE_integer("key", 128, "K.", lower_bound=1)
 _VALUE = flags.DEFINE_integer("value", 128, "V.", lower_bound=1)
 _SHARED = flags.DEFINE_bool("shared", False, "One query and one key for all heads; of linear attention.")
+_NEGATIVE = flags.DEFINE_bool("negative_eigenvalues", False, "The option of the delta rule.")
 _MEAN = flags.DEFINE_float("mean", -0.04, "Of the log decays, whose distribution is exponential.", upper_bound=0.0)
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with flash-linear-attention.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
@@ -71,10 +73,12 @@ def draw(decay: str):
 def gradient(operation: str, decay: str) -> None:
     """Runs both passes."""
     (q, k, v), beta, log_decay = draw(decay)
-    given = (q, k, v) if operation == "linear_attention" else (q, k, v, beta)
+    delta_rule = operation == "delta_rule"
+    given = (q, k, v, beta) if delta_rule else (q, k, v)
+    options = {"negative_eigenvalues": _NEGATIVE.value} if delta_rule else {}
 
     def objective(given, log_decay):
-        o, state = getattr(ops, operation)(*given, log_decay, backend="pallas")
+        o, state = getattr(ops, operation)(*given, log_decay, backend="pallas", **options)
         return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
     jax.block_until_ready(jax.grad(objective, (0, 1) if log_decay is not None else 0)(given, log_decay))

@@ -1,8 +1,8 @@
 """The kernels of matrix states for TPU by their static schedules: how much of the matrix unit's peak their products take.
 
     python benchmarks/tpu_chunks.py [--operations=delta_rule,linear_attention] [--decays=none,constant,scalar,channel]
-        [--topology=v5e:2x2] [--batch=1 --length=4096 --heads=16 --key=128 --value=128] [--shared] [--dtype=bfloat16]
-        [--json=FILE]
+        [--topology=v5e:2x2] [--batch=1 --length=4096 --heads=16 --key=128 --value=128] [--shared]
+        [--negative_eigenvalues] [--dtype=bfloat16] [--json=FILE]
     python benchmarks/tpu_chunks.py --tune [--operations=...] [--topology=...]      # cycles by sizes of blocks
 
 Takes the compiler for TPU (pip install 'jaxlinear[aot]'). Every program is compiled in a process of its own. Of each
@@ -46,6 +46,7 @@ _HEADS = flags.DEFINE_integer("heads", 16, "H.", lower_bound=1)
 _KEY = flags.DEFINE_integer("key", 128, "K.", lower_bound=1)
 _VALUE = flags.DEFINE_integer("value", 128, "V.", lower_bound=1)
 _SHARED = flags.DEFINE_bool("shared", False, "One query and one key for all heads; of linear attention.")
+_NEGATIVE = flags.DEFINE_bool("negative_eigenvalues", False, "The option of the delta rule.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of q, k and v.")
 _CHUNKED = flags.DEFINE_bool("chunked", False, "Also the program without the kernel, which takes minutes to compile.")
 _TUNE = flags.DEFINE_bool("tune", False, "Instead: by sizes of blocks.")
@@ -60,7 +61,8 @@ _BLOCK = flags.DEFINE_list(
 )
 
 KINDS = ("forward", "gradient")
-_OPTIONS = ("topology", "batch", "length", "heads", "key", "value", "shared", "dtype")  # as given, of each worker too
+# As given, of each worker too.
+_OPTIONS = ("topology", "batch", "length", "heads", "key", "value", "shared", "negative_eigenvalues", "dtype")
 
 
 def main() -> None:
@@ -167,6 +169,7 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
     by_channel = wide((batch, length, heads * key))
     log_decay = {"none": None, "constant": constant, "scalar": by_head, "channel": by_channel}[decay]
     beta = by_head if operation == "delta_rule" else None
+    options = {"negative_eigenvalues": _NEGATIVE.value} if operation == "delta_rule" else {}
     state = jax.ShapeDtypeStruct((batch, heads, key, value), "float32")
 
     def forward(inputs):
@@ -176,7 +179,7 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
             log_decay = log_decay.reshape(batch, length, heads, -1)
         more = () if beta is None else (beta,)
         with backends.use_platform("tpu", kind):
-            o, final = getattr(ops, operation)(q, k, v, *more, log_decay, state, backend=backend)
+            o, final = getattr(ops, operation)(q, k, v, *more, log_decay, state, backend=backend, **options)
         return o.reshape(batch, length, -1), final
 
     def both(inputs, cotangents):

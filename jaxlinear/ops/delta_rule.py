@@ -56,7 +56,8 @@ def delta_rule(
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks), ``"pallas"`` (the same
         as a kernel for TPU and GPU, interpreted on CPU) or ``"auto"``.
       negative_eigenvalues: whether beta |k|^2 goes beyond 1, where a transition turns round what the state holds at k. The
-        kernels in bfloat16, which then would be off by any amount where keys are alike, are not taken.
+        kernels in bfloat16 then keep twice the digits in some products, without which they are off by any amount where
+        keys are alike. Changes nothing else.
       runner: where time lies; on one device by default.
 
     Returns:
@@ -66,7 +67,8 @@ def delta_rule(
     ``auto`` takes the loop for at most 8 updates, unless it is given a chunk size, and chunks for more: on TPU and GPU as a
     kernel, but where that does not run, which the log says once. Sums, decays and states are float32 (float64) in all, and
     products of chunks of the dtype that holds those of q, k and v; but for the solution of what the tokens of a chunk
-    replace of each other, which is float32 in ``"chunked"``, and in the kernel 16 bits wide if those are bfloat16.
+    replace of each other, which is float32 in ``"chunked"``, and in the kernel 8 bits wide if those are bfloat16, or 16
+    with ``negative_eigenvalues``.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     updates = _check_updates(k, v, beta)
@@ -94,7 +96,7 @@ def delta_rule(
     inputs = Inputs(q, k, v, beta, log_decay, starts)
     if backend == "pallas":
         # The kernels' tokens make one update: they read the state after each, of which the last of a token is taken.
-        family = delta_rule_kernel.DeltaRuleKernel(scale, chunk_size, backends.target())
+        family = delta_rule_kernel.DeltaRuleKernel(scale, chunk_size, backends.target(), negative_eigenvalues)
         o, final = family.run(runner, inputs.by_update(), None, initial_state)
         o = o if updates == 1 else o.reshape(batch, length, updates, *o.shape[2:])[:, :, -1]
         return o.astype(v.dtype), final

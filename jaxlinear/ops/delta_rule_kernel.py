@@ -27,23 +27,20 @@ def refusal(
     negative_eigenvalues: bool = False,
 ) -> str | None:
     """``state_kernels.refusal``."""
-    # The kernels cut the inverse of what tokens replace of each other to the dtype of products. Of like keys and beta of 1
-    # it has two numbers a column; of larger ones the numbers of a column all but cancel, and so many errors are left.
-    if negative_eigenvalues and state_kernels.product_bytes(q, k, v) < 4:
-        return "with negative_eigenvalues the kernel's solution in 16 bits is too far off where keys are alike"
-    most = blocks.delta_rule_gpu_chunk(k.shape[3], backends.target().gpu) if platform == "gpu" else _MOST
-    of_heads = functools.partial(_of_heads, by_channel=by_channel)
+    terms = 2 if negative_eigenvalues and state_kernels.product_bytes(q, k, v) < 4 else 1  # as the plan has them
+    most = blocks.delta_rule_gpu_chunk(k.shape[3], backends.target().gpu, terms) if platform == "gpu" else _MOST
+    of_heads = functools.partial(_of_heads, by_channel=by_channel, terms=terms)
     return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=(_LEAST, most), of_heads=of_heads)
 
 
-def _of_heads(heads: int, widths: tuple[int, int], size: int, *, by_channel: bool) -> str | None:
+def _of_heads(heads: int, widths: tuple[int, int], size: int, *, by_channel: bool, terms: int) -> str | None:
     together = blocks.delta_rule_heads("", heads, *widths)
     registers = (
         f"of {heads} heads with K, V = {widths} {together} fill registers of 128 lanes; multiples of 16 need fewer"
     )
     if together > blocks.DELTA_RULE_HEADS:
         return f"the kernel takes at most {blocks.DELTA_RULE_HEADS} heads together, and {registers}"
-    needed = blocks.delta_rule_vmem(together, *widths, size, by_channel)
+    needed = blocks.delta_rule_vmem(together, *widths, size, by_channel, terms)
     if needed > blocks.VMEM_BYTES:
         limit = f"{blocks.VMEM_BYTES >> 20} MiB of VMEM, and takes about {needed / 2**20:.0f}"
         return f"the kernel has {limit}: {registers}"
@@ -55,6 +52,12 @@ class DeltaRuleKernel(state_kernels.StateKernels, DeltaRuleMaps):
     """The family ``delta_rule.DeltaRule`` by the kernel. ``constants`` is None."""
 
     KERNELS: ClassVar[ModuleType] = kernels
+
+    negative_eigenvalues: bool = False
+
+    @property
+    def _options(self) -> kernels.Options:
+        return super()._options._replace(negative_eigenvalues=self.negative_eigenvalues)
 
     def prepare(self, inputs: Inputs, constants: None) -> kernels.Inputs:
         narrow = functools.reduce(np.promote_types, (inputs.q.dtype, inputs.k.dtype, inputs.v.dtype))

@@ -1,6 +1,7 @@
 """Kernels of recurrences with matrix states, as families and with gradients: what is the same for each module of kernels.
 
-Such a module (``pallas.delta_rule``) has ``forward``, ``summary``, ``gradient`` and ``state_gradient``, of ``Inputs``.
+Such a module (``pallas.delta_rule``) has ``forward``, ``summary``, ``gradient`` and ``state_gradient``, of ``Inputs`` and
+``Options``.
 """
 
 import dataclasses
@@ -18,7 +19,6 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values as values
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, dtypes, recurrence
 from jaxlinear.pallas import derivatives
-from jaxlinear.pallas.linear_attention import Options
 from jaxlinear.pallas.target import Target
 
 # K, and V of one kernel, where they are compiled; V of bfloat16 twice as many. Kernels that share V each compute again what
@@ -81,7 +81,7 @@ def product_bytes(*arrays: jax.Array) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def outputs(kernels: ModuleType, inputs: Any, state: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
+def outputs(kernels: ModuleType, inputs: Any, state: jax.Array, options: Any) -> tuple[jax.Array, jax.Array]:
     """``kernels.forward``, differentiable. Where the gradient of the state alone is asked for, only that is computed."""
     return _by_pieces(kernels, inputs, state, options, keep=False)[:2]
 
@@ -122,7 +122,7 @@ outputs.defvjp(_outputs_forward, _outputs_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2, 3))
-def summary(kernels: ModuleType, inputs: Any, dtype: np.dtype, options: Options) -> tuple[jax.Array, jax.Array]:
+def summary(kernels: ModuleType, inputs: Any, dtype: np.dtype, options: Any) -> tuple[jax.Array, jax.Array]:
     """``kernels.summary``. It has no gradient: a run is differentiated by its outputs and the state after it."""
     transitions, states = zip(*(kernels.summary(one, dtype, options) for one in _of_pieces(inputs)), strict=True)
     return transitions[0], _joined(states)
@@ -173,8 +173,8 @@ class StateKernels(recurrence.Family):
     target: Target
 
     @property
-    def _options(self) -> Options:
-        return Options(self.scale, None if self.chunk is None else int(self.chunk), self.target)
+    def _options(self) -> Any:
+        return self.KERNELS.Options(self.scale, None if self.chunk is None else int(self.chunk), self.target)
 
     def run(
         self, runner: recurrence.Runner, inputs: Any, constants: Any, state: jax.Array

@@ -170,11 +170,12 @@ def delta_rule_heads(kind: str, heads: int, keys: int, values: int) -> int:
     return -(-heads // groups // least) * least
 
 
-def delta_rule_vmem(heads: int, keys: int, values: int, size: int, by_channel: bool) -> int:
+def delta_rule_vmem(heads: int, keys: int, values: int, size: int, by_channel: bool, terms: int) -> int:
     """About the bytes of VMEM that the kernel of the gradients takes with so many heads of a block, of numbers of ``size``
-    bytes: within 3% of compiled ones. Nearly all is what the heads' tokens have, which take whole registers of lanes."""
+    bytes: within 3% of compiled ones. Nearly all is what the heads' tokens have, which take whole registers of lanes. With
+    two terms it is a tenth more at most."""
     lanes = sum(-(-width // 128) * 128 for width in (keys, values))
-    return heads * lanes * size * (4850 if by_channel else 3640)
+    return heads * lanes * size * (4850 if by_channel else 3640) * (9 + terms) // 10
 
 
 class DeltaRuleGPUBlock(NamedTuple):
@@ -183,25 +184,33 @@ class DeltaRuleGPUBlock(NamedTuple):
     values: int
     states: int  # rows of the state, where a program goes through time
     gradients: int  # channels of K of a program, of their gradients
+    gradient_values: int  # channels of V of a tile where those of values are, which holds the inverse
 
 
-def delta_rule_gpu_chunk(keys: int, gpu: GPU | None) -> int:
-    """The most tokens of a chunk: with K = 256 those of 64 take 114 KiB of shared memory."""
-    return 64 if keys <= 128 or gpu is None or gpu.ample else 32
+def delta_rule_gpu_chunk(keys: int, gpu: GPU | None, terms: int) -> int:
+    """The most tokens of a chunk: with K = 256 those of 64 take 114 KiB of shared memory, and with the inverse in two terms
+    more registers than there are."""
+    return 64 if keys <= 128 or (terms == 1 and (gpu is None or gpu.ample)) else 32
 
 
-def delta_rule_gpu(length: int, keys: int, by_channel: bool, chunk: int | None, gpu: GPU | None) -> DeltaRuleGPUBlock:
+def delta_rule_gpu(
+    length: int, keys: int, by_channel: bool, chunk: int | None, gpu: GPU | None, terms: int
+) -> DeltaRuleGPUBlock:
     """As ``linear_attention_gpu``."""
     if chunk is None:
-        chunk = 64 if keys >= 64 and not by_channel and (gpu is None or gpu.warpgroups) else 32
+        large = keys >= 64 and not by_channel and (gpu is None or gpu.warpgroups)
+        chunk = min(64 if large else 32, delta_rule_gpu_chunk(keys, gpu, terms))
     tokens = min(chunk, max(16, 1 << (length - 1).bit_length()))
     if by_channel:
-        return DeltaRuleGPUBlock(tokens, 32, *((64, 32) if keys <= 128 else (16, 16)), _gradients_by_channel(keys))
+        values, states = (64, 32) if keys <= 128 else (16, 16)
+        gradient_values = min(values, 32) if terms > 1 else values
+        return DeltaRuleGPUBlock(tokens, 32, values, states, _gradients_by_channel(keys), gradient_values)
     if keys <= 128:
         tile = max(16, min(64, keys // 2))
         states = 16 if length <= 4 * tokens else 32  # a loop of few steps is written out
-        return DeltaRuleGPUBlock(tokens, tile, 64, states, tile)
-    return DeltaRuleGPUBlock(tokens, 64, 32, 16, 64)
+        return DeltaRuleGPUBlock(tokens, tile, 64, states, tile, 16 if terms > 1 else 64)
+    tile = 64 if terms == 1 else 32
+    return DeltaRuleGPUBlock(tokens, tile, 32, 16, tile, 32)
 
 
 # Of softmax attention: tokens of a block, and the cycles of all passes for 128 queries and 128 keys in such blocks

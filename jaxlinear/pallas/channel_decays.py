@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlinear.pallas.chunk_decays import GROUP, dot, finite, in_groups, masked, pairs, places, times, with_same
+from jaxlinear.pallas.chunk_decays import (
+    GROUP,
+    finite,
+    in_groups,
+    masked,
+    of_last,
+    pairs,
+    places,
+    times,
+    with_same,
+)
+from jaxlinear.pallas.products import dot, dot_terms, terms
 
 Groups: TypeAlias = Sequence[jax.Array | None]  # of each group ``[1, K]``, None for 1
 ROW, COLUMN = 0, 1  # what there are two of: since or before, until or after
@@ -70,8 +81,11 @@ class ByLevels:
                 products[m] = _joined(above, jnp.where(far, new, own), size)
         return [masked(i >= j, x) for x in products]
 
-    def pairwise_gradient(self, rows, columns, d_products, wide) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-        """From the gradients of ``pairwise``'s products.
+    def pairwise_gradient(
+        self, rows, columns, d_products, wide, count=1
+    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+        """From the gradients of ``pairwise``'s products, those of the last of ``rows`` in ``count`` terms: more than one
+        where the gradients of the decays are small differences of their sums.
 
         Returns:
           those of ``rows`` and of ``columns``; and ``sum r dr - columns dcolumns`` ``[c, K]``, the products of a token with
@@ -81,11 +95,11 @@ class ByLevels:
         apart = i ^ j
         d_rows: list[jax.Array] = []
         d_columns: Any = 0.0
-        for r, d in zip(rows, d_products, strict=True):
+        for r, d, in_terms in zip(rows, d_products, of_last(count, rows), strict=True):
             # Of both tokens of a pair at once: each product has one of them as a row, the other as a column.
             d = masked(i > j, d)
             both = jnp.where(i > j, d, d.T)
-            d_row, d_column = self._near_gradients(r, columns, (d, both), apart, wide)
+            d_row, d_column = self._near_gradients(r, columns, (d, both), apart, wide, in_terms)
             d_columns = d_columns + d_column
             for n in range(len(self._levels)):
                 size = self._size << n
@@ -93,8 +107,8 @@ class ByLevels:
                     _halves(self._at_level(n, x, side), size) for x, side in ((columns, COLUMN), (r, ROW))
                 )
                 x = _joined(first, second, size).astype(columns.dtype)
-                crossing = masked((apart >= size) & (apart < 2 * size), both).astype(x.dtype)
-                of_columns, of_row = _halves(self._factors(n) * dot(crossing, x, (1, 0), wide), size)
+                crossing = terms(masked((apart >= size) & (apart < 2 * size), both), x.dtype, in_terms)
+                of_columns, of_row = _halves(self._factors(n) * dot_terms(crossing, (x,), (1, 0), wide), size)
                 first, second = _halves(d_row, size)
                 d_row = _joined(first, second + of_row, size)
                 first, second = _halves(d_columns, size)
@@ -109,10 +123,16 @@ class ByLevels:
         raise NotImplementedError
 
     def _near_gradients(
-        self, row: jax.Array, columns: jax.Array, d_products: tuple[jax.Array, jax.Array], apart: jax.Array, wide
+        self,
+        row: jax.Array,
+        columns: jax.Array,
+        d_products: tuple[jax.Array, jax.Array],
+        apart: jax.Array,
+        wide,
+        count: int,
     ) -> tuple[jax.Array, jax.Array]:
-        """Those of ``row`` and ``columns``, of pairs of one group, from ``d_products``: where i > j alone, and the same of
-        (i, j) and (j, i)."""
+        """Those of ``row`` and ``columns``, of pairs of one group, from ``d_products``, in ``count`` terms: where i > j
+        alone, and the same of (i, j) and (j, i)."""
         raise NotImplementedError
 
     @property
@@ -167,12 +187,13 @@ class ByChannel(ByLevels):
             products.append(product)
         return products
 
-    def _near_gradients(self, row, columns, d_products, apart, wide) -> tuple[jax.Array, jax.Array]:
+    def _near_gradients(self, row, columns, d_products, apart, wide, count) -> tuple[jax.Array, jax.Array]:
         d_row: Any = 0.0
         d_columns: Any = 0.0
         for size, x, factor in self._near_scaled(row, columns):
             crossing = (apart >= size) & (apart < 2 * size)
-            d_x = in_groups(factor * dot(masked(crossing, d_products[1]).astype(x.dtype), x, (1, 0), wide))
+            d = terms(masked(crossing, d_products[1]), x.dtype, count)
+            d_x = in_groups(factor * dot_terms(d, (x,), (1, 0), wide))
             in_second = (self._row & size) != 0
             d_row = d_row + masked(in_second, d_x).reshape(x.shape)
             d_columns = d_columns + masked(~in_second, d_x).reshape(x.shape)

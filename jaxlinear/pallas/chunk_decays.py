@@ -14,19 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxlinear.pallas.products import dot, dot_terms, terms
+
 GROUP = 8  # tokens of a register
 
 
 def finite(log_decay: jax.Array) -> jax.Array:
     """-inf is no summand: log decays below a floor whose exponential is zero are that floor."""
     return jnp.maximum(log_decay, jnp.asarray(floor(log_decay.dtype), log_decay.dtype))
-
-
-def dot(x: jax.Array, y: jax.Array, over: tuple[int, int], wide) -> jax.Array:
-    """The product of two matrices over one axis of each, summed in ``wide``; float32 is not cut to fewer bits."""
-    y = y.astype(x.dtype)
-    precision = lax.Precision.HIGHEST if x.dtype == wide else None
-    return lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=wide)
 
 
 def times(factor: jax.Array | None, x: Any) -> Any:
@@ -85,7 +80,8 @@ class NoDecay:
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
         return [self.decayed(dot(r, columns, (1, 1), wide)) for r in rows]
 
-    def pairwise_gradient(self, rows, columns, d_products, wide) -> tuple[list[jax.Array], jax.Array, None]:
+    def pairwise_gradient(self, rows, columns, d_products, wide, count=1) -> tuple[list[jax.Array], jax.Array, None]:
+        """As ``ByChannel.pairwise_gradient``; there is no gradient of decays that more terms would be for."""
         i, j = self._lower
         d = [masked(i >= j, d) for d in d_products]
         return *_back(rows, columns, d, wide), None
@@ -115,11 +111,13 @@ class ByHead:
         """As ``NoDecay.decayed``."""
         return self.matrix * products
 
-    def pairwise_gradient(self, rows, columns, d_products, wide) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    def pairwise_gradient(
+        self, rows, columns, d_products, wide, count=1
+    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         """As ``ByChannel.pairwise_gradient``."""
         i, j = self._pairs
         d = [masked(i > j, self.matrix * d) for d in d_products]
-        d_rows, d_columns = _back(rows, columns, d, wide)
+        d_rows, d_columns = _back(rows, columns, d, wide, count)
         return with_same(self._pairs, rows, columns, d_products, d_rows, d_columns)
 
 
@@ -158,10 +156,16 @@ def cut(log_decay: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
     return coarse, log_decay - coarse
 
 
-def _back(rows, columns, d_products, wide):
-    d_rows = [dot(d.astype(columns.dtype), columns, (1, 0), wide) for d in d_products]
-    d_columns = sum(dot(d.astype(r.dtype), r, (0, 0), wide) for r, d in zip(rows, d_products, strict=True))
+def _back(rows, columns, d_products, wide, count=1):
+    every = list(zip(rows, d_products, of_last(count, rows), strict=True))
+    d_rows = [dot_terms(terms(d, columns.dtype, n), (columns,), (1, 0), wide) for _, d, n in every]
+    d_columns = sum(dot_terms(terms(d, r.dtype, n), (r,), (0, 0), wide) for r, d, n in every)
     return d_rows, d_columns
+
+
+def of_last(count: int, rows) -> list[int]:
+    """Of each of ``rows``: ``count`` of the last, 1 of the others."""
+    return [1] * (len(rows) - 1) + [count]
 
 
 def with_same(pairs, rows, columns, d_products, d_rows, d_columns):

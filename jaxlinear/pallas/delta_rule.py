@@ -19,7 +19,16 @@ import numpy as np
 
 from jaxlinear.pallas import delta_rule_gpu, delta_rule_tpu
 from jaxlinear.pallas.delta_rule_plan import Arguments, Plan
-from jaxlinear.pallas.linear_attention import Options
+from jaxlinear.pallas.target import Target
+
+
+class Options(NamedTuple):
+    """As ``linear_attention.Options``, and whether beta |k|^2 goes beyond 1."""
+
+    scale: float
+    chunk: int | None
+    target: Target
+    negative_eigenvalues: bool = False
 
 
 class Inputs(NamedTuple):
@@ -96,6 +105,7 @@ def _call(kind: str, inputs: Inputs, arguments: Arguments, options: Options, *, 
         wide=arguments.state.dtype,
         chunk=options.chunk,
         keep=keep,
+        negative_eigenvalues=options.negative_eigenvalues,
     )
     kernel = delta_rule_gpu if options.target.platform == "gpu" else delta_rule_tpu
     return kernel.call(plan, arguments, options.target)

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlinear.pallas import inverse
-from jaxlinear.pallas.chunk_decays import dot, times
+from jaxlinear.pallas.chunk_decays import times
 from jaxlinear.pallas.linear_attention_chunk import Chunk
+from jaxlinear.pallas.products import Terms, dot, dot_terms, terms
 
 
 class Head(NamedTuple):
@@ -31,12 +32,13 @@ class Head(NamedTuple):
     q: Any = None  # [c, K]
     v: Any = None  # [c, V]
     d_o: Any = None  # [c, V], times the scale
+    terms: int = 1  # of the plan
 
 
 class Tokens(NamedTuple):
     """What follows from the tokens of one head alone."""
 
-    inverse: jax.Array  # [c, c], of I + beta L
+    inverse: Terms  # [c, c], of I + beta L
     overlap: jax.Array  # L
     attention: Any  # P
 
@@ -56,16 +58,17 @@ def prepare(heads: Sequence[Head]) -> list[Tokens]:
     wide, narrow = heads[0].beta.dtype, heads[0].k.dtype
     pairs = [h.chunk.decays.pairwise((h.k,) if h.q is None else (h.q, h.k), h.k, wide) for h in heads]
     overlaps = [_earlier(h, products[-1]) for h, products in zip(heads, pairs, strict=True)]
-    inverses = inverse.inverses([h.beta * x for h, x in zip(heads, overlaps, strict=True)], narrow)
+    count = heads[0].terms
+    solved = inverse.inverses([h.beta * x for h, x in zip(heads, overlaps, strict=True)], narrow, count)
     attention = [None if h.q is None else h.chunk.seen(x[0]).astype(narrow) for h, x in zip(heads, pairs, strict=True)]
-    return [Tokens(x.astype(narrow), y, z) for x, y, z in zip(inverses, overlaps, attention, strict=True)]
+    return [Tokens(terms(x, narrow, count), y, z) for x, y, z in zip(solved, overlaps, attention, strict=True)]
 
 
 def outputs(heads: Sequence[Head], tokens: Sequence[Tokens], states: Sequence[jax.Array]):
     """By head: ``[c, V]``, but for the scale; and the state after the chunk."""
     reads = [_from_start(h, (h.q, h.k), state) for h, state in zip(heads, states, strict=True)]
     written = _written(heads, tokens, [x[1] for x in reads])
-    inner = [dot(t.attention, x, (1, 0), s.dtype) for t, x, s in zip(tokens, written, states, strict=True)]
+    inner = [dot(t.attention, x[0], (1, 0), s.dtype) for t, x, s in zip(tokens, written, states, strict=True)]
     return [x + read[0] for x, read in zip(inner, reads, strict=True)], _after(heads, written, states)
 
 
@@ -89,12 +92,12 @@ def gradients(
     reads = _reads(heads, states)
     written = _written(heads, tokens, reads)
     d_solved, d_errors = _errors_gradients(heads, tokens, d_after)
-    d_attention = [h.chunk.seen(dot(h.d_o, x, (1, 1), wide)) for h, x in zip(heads, written, strict=True)]
+    d_attention = [h.chunk.seen(dot(h.d_o, x[0], (1, 1), wide)) for h, x in zip(heads, written, strict=True)]
     d_lower = [
-        -_earlier(h, dot(d.astype(x.dtype), x, (1, 1), wide)) for h, d, x in zip(heads, d_solved, written, strict=True)
+        -_earlier(h, dot_terms(_cut(h, d), x, (1, 1), wide)) for h, d, x in zip(heads, d_solved, written, strict=True)
     ]
     pairs = [
-        h.chunk.decays.pairwise_gradient((h.q, h.k), h.k, (d_p, h.beta * d_l), wide)
+        h.chunk.decays.pairwise_gradient((h.q, h.k), h.k, (d_p, h.beta * d_l), wide, h.terms)
         for h, d_p, d_l in zip(heads, d_attention, d_lower, strict=True)
     ]
     d_before = _before(heads, d_errors, d_after)
@@ -104,7 +107,7 @@ def gradients(
         since_start, until_end = h.chunk.since_start, h.chunk.until_end
         d_q_read = times(since_start, dot(h.d_o, states[n], (1, 0), wide))
         d_k_read = -times(since_start, dot(d_errors[n].astype(h.k.dtype), states[n], (1, 0), wide))
-        d_k_written = times(until_end, dot(written[n], d_after[n], (1, 0), wide))
+        d_k_written = times(until_end, dot(written[n][0], d_after[n], (1, 0), wide))
         d_beta = d_solved[n] * (h.v.astype(wide) - reads[n])
         d_beta = jnp.sum(d_beta, axis=1, keepdims=True) + jnp.sum(d_lower[n] * tokens[n].overlap, axis=1, keepdims=True)
         total = None
@@ -126,18 +129,18 @@ def _reads(heads, states) -> list[jax.Array]:
     return [_from_start(h, (h.k,), state)[0] for h, state in zip(heads, states, strict=True)]
 
 
-def _written(heads, tokens, reads) -> list[jax.Array]:
+def _written(heads, tokens, reads) -> list[Terms]:
     """X, what the tokens write, from what they read of the state before the chunk."""
     errors = [-read if h.v is None else h.v.astype(read.dtype) - read for h, read in zip(heads, reads, strict=True)]
     return [
-        dot(t.inverse, h.beta * error, (1, 0), error.dtype).astype(h.k.dtype)
+        _cut(h, dot_terms(t.inverse, _cut(h, h.beta * error), (1, 0), error.dtype))
         for h, t, error in zip(heads, tokens, errors, strict=True)
     ]
 
 
 def _after(heads, written, states) -> list[jax.Array]:
     return [
-        times(h.chunk.whole, s) + dot(x, h.chunk.to_end(h.k), (0, 0), s.dtype)
+        times(h.chunk.whole, s) + dot_terms(x, (h.chunk.to_end(h.k),), (0, 0), s.dtype)
         for h, x, s in zip(heads, written, states, strict=True)
     ]
 
@@ -147,7 +150,10 @@ def _errors_gradients(heads, tokens, d_after):
     wide = heads[0].beta.dtype
     outer = [_to_end(h, d) for h, d in zip(heads, d_after, strict=True)]
     inner = [dot(t.attention, h.d_o, (0, 0), wide) for h, t in zip(heads, tokens, strict=True)]
-    d_solved = [dot(t.inverse, x + y, (0, 0), wide) for t, x, y in zip(tokens, outer, inner, strict=True)]
+    d_solved = [
+        dot_terms(t.inverse, _cut(h, x + y), (0, 0), wide)
+        for h, t, x, y in zip(heads, tokens, outer, inner, strict=True)
+    ]
     return d_solved, [h.beta * d for h, d in zip(heads, d_solved, strict=True)]
 
 
@@ -155,10 +161,15 @@ def _before(heads, d_errors, d_after) -> list[jax.Array]:
     """The gradients of the states before the chunk."""
     found = []
     for h, d_error, d in zip(heads, d_errors, d_after, strict=True):
-        reading = jnp.concatenate([h.d_o, (-d_error).astype(h.k.dtype)])
-        read = jnp.concatenate([h.chunk.from_start(x) for x in (h.q, h.k)])
+        reading = jnp.concatenate([h.d_o, *_cut(h, -d_error)])
+        q, k = (h.chunk.from_start(x) for x in (h.q, h.k))
+        read = jnp.concatenate([q, *[k] * h.terms])
         found.append(times(h.chunk.whole, d) + dot(reading, read, (0, 0), d.dtype))
     return found
+
+
+def _cut(head: Head, x: jax.Array) -> Terms:
+    return terms(x, head.k.dtype, head.terms)
 
 
 def _from_start(head: Head, rows: Sequence[jax.Array], state: jax.Array) -> list[jax.Array]:

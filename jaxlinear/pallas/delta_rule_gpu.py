@@ -109,8 +109,9 @@ class _Call:
         elif _with_decays(plan):
             names += _BY_HEAD[plan.kind]
         square, keys, values = (self._temporary(n) for n in (layout.chunk, layout.keys, layout.values))
+        solve = self._temporary(plan.terms * layout.chunk)
         whole, time = layout.keys if plan.decay == "channel" else 1, layout.chunks * layout.chunk
-        shapes = {name: square for name in ("attention", "inverse", "overlap")}
+        shapes = {"attention": square, "inverse": solve, "overlap": solve}
         shapes |= {name: keys for name in ("queries", "keys", "ends", "w")}
         shapes |= {name: self._shape(plan.wide, self.batch, plan.heads, time) for name in _BY_HEAD["gradient"]}
         shapes |= {"u": values, "whole": self._shape(plan.wide, self.batch, plan.heads, layout.chunks, whole)}
@@ -152,6 +153,7 @@ class _Call:
     def _gradients(self, given: Arrays, found: Arrays) -> Arrays:
         plan, layout = self.plan, self.layout
         values, square = self._temporary(layout.values), self._temporary(layout.chunk)
+        of_overlap = self._temporary(plan.terms_of_decays * layout.chunk)
         before = {"before": self.arguments.before}
         backward = self._in_time(
             states.backward_kernel,
@@ -177,7 +179,7 @@ class _Call:
                 "d_v": given["v"],
                 "d_beta": by_head,
                 "d_attention": square,
-                "d_overlap": square,
+                "d_overlap": of_overlap,
                 "written": values,
             },
             self._of_chunks,
@@ -222,15 +224,21 @@ class _Call:
         backward = plan.kind in ("gradient", "state_gradient")
         return 8 if self.layout.keys > 128 or (backward and _with_decays(plan)) else 4
 
+    def _stages(self, name: str) -> int:
+        """Of loads that are on their way: two where time is gone through, but for what then has no register left."""
+        full = self.plan.reverse and self.plan.terms > 1 and self.layout.keys > 128
+        return 2 if name == "states" and not full else 1
+
     def _run(self, kernel, name: str, given: Arrays, outputs: dict[str, Any], grid: tuple[int, ...]) -> Arrays:
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]
         share = {"tokens": 0.5, "states": 0.5, "values": 0.3, "keys": 0.4}[name]
         flops = share * self.batch * self.plan.length * self.plan.heads * self.plan.products(self.layout.chunk)
+        layout = {"keys": self.layout.of_gradients, "values": self.layout.of_values}.get(name, self.layout)
         found = pl.pallas_call(
-            functools.partial(kernel, self.layout.of_gradients if name == "keys" else self.layout, (*given, *outputs)),
+            functools.partial(kernel, layout, (*given, *outputs)),
             grid=grid,
             out_shape=shapes,
-            compiler_params=plgpu.CompilerParams(num_warps=self._warps(name), num_stages=2 if name == "states" else 1),
+            compiler_params=plgpu.CompilerParams(num_warps=self._warps(name), num_stages=self._stages(name)),
             cost_estimate=pl.CostEstimate(
                 flops=int(flops), transcendentals=0, bytes_accessed=size_of((list(given.values()), shapes))
             ),

@@ -12,6 +12,7 @@ from jaxlinear.pallas.channel_decays_gpu import ByChannel
 from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, over_tiles, span
 from jaxlinear.pallas.delta_rule_gpu_states import scaled_cotangent
 from jaxlinear.pallas.delta_rule_gpu_tokens import ByHead, Documents, Place, decay_of, times
+from jaxlinear.pallas.products import dot_terms, terms
 
 
 def values_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
@@ -21,7 +22,7 @@ def values_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     place = Place(layout, *(pl.program_id(axis) for axis in range(3)))
     documents = Documents(place, named)
     beta = place.numbers(named["beta"])[:, None]
-    solve = place.load(named["inverse"], 0, layout.chunk)
+    solve = place.load_terms(named["inverse"], plan.terms)
     by_channel = plan.decay == "channel"
     keys = place.load(named["keys"], 0, layout.keys) if by_channel else place.given(named["k"], 0, layout.keys)
     since_start = place.numbers(named["since_start"])[:, None] if "since_start" in named else None
@@ -33,11 +34,12 @@ def values_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
         state = plgpu.load(state_at(named["before"], place, first, tile, 0, layout.keys))
         read = times(since_start, dot(keys, state, (1, 1), layout))
         error = place.given(named["v"], first, tile).astype(plan.wide) - read
-        written = dot(solve, beta * error, (1, 0), layout).astype(plan.narrow)
-        place.store(named["written"], first, written)
-        d_solved = dot(solve, place.load(named["d_written"], first, tile), (0, 0), layout)
-        d_attention = d_attention + dot(scaled_cotangent(place, named["d_o"], first, tile), written, (1, 1), layout)
-        d_lower = d_lower - dot(d_solved, written, (1, 1), layout)
+        written = dot_terms(solve, terms(beta * error, plan.narrow, plan.terms), (1, 0), plan.wide)
+        written = terms(written, plan.narrow, plan.terms)
+        place.store(named["written"], first, written[0])
+        d_solved = dot_terms(solve, (place.load(named["d_written"], first, tile),), (0, 0), plan.wide)
+        d_attention = d_attention + dot(scaled_cotangent(place, named["d_o"], first, tile), written[0], (1, 1), layout)
+        d_lower = d_lower - dot_terms(terms(d_solved, plan.narrow, plan.terms), written, (1, 1), plan.wide)
         d_beta = d_beta + jnp.sum(d_solved * error, axis=1)
         place.give(named["d_v"], first, beta * d_solved)
         return d_attention, d_lower, d_beta
@@ -45,10 +47,10 @@ def values_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     carry = square, square, jnp.zeros((layout.chunk,), plan.wide)
     d_attention, d_lower, d_beta = over_tiles(layout.values, tile, step, carry)
     d_attention, d_lower = documents.seen(d_attention, itself=True), documents.seen(d_lower, itself=False)
-    overlap = place.load(named["overlap"], 0, layout.chunk).astype(plan.wide)
+    overlap = place.load_sum(named["overlap"], plan.terms)
     plgpu.store(named["d_beta"].at[place.b, place.h, place.time], d_beta + jnp.sum(d_lower * overlap, axis=1))
     place.store(named["d_attention"], 0, d_attention)
-    place.store(named["d_overlap"], 0, beta * d_lower)
+    place.store_terms(named["d_overlap"], terms(beta * d_lower, plan.narrow, plan.terms_of_decays))
 
 
 def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
@@ -77,7 +79,7 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     d_queries, d_keys, d_ends, held = over_tiles(layout.values, layout.value_tile, step, carry)
     decay = decay_of(place, named, of_head, first, layout.key_tile)
     d_attention, d_overlap = (
-        place.load(named[name], 0, layout.chunk).astype(plan.wide) for name in ("d_attention", "d_overlap")
+        place.load_sum(named[name], count) for name, count in (("d_attention", 1), ("d_overlap", plan.terms_of_decays))
     )
     q, k = (place.given(named[name], first, layout.key_tile) for name in ("q", "k"))
     d_q, d_k_row, d_k_column, itself = _pairs_gradient(layout, decay, documents, q, k, d_attention, d_overlap)
@@ -114,8 +116,11 @@ def _pairs_gradient(layout: Layout, decay: Any, documents: Documents, q, k, d_at
     if not isinstance(decay, ByChannel):
         if decay.matrix is not None:
             d_attention, d_overlap = decay.matrix * d_attention, decay.matrix * d_overlap
-        d_q, d_k_row = (dot(d, k, (1, 0), layout) for d in (d_attention, d_overlap))
-        return d_q, d_k_row, sum(dot(d, x, (0, 0), layout) for d, x in ((d_attention, q), (d_overlap, k))), itself
+        plan = layout.plan
+        each = (d_attention, q, 1), (d_overlap, k, plan.terms_of_decays)
+        d_q, d_k_row = (dot_terms(terms(d, plan.narrow, n), (k,), (1, 0), plan.wide) for d, _, n in each)
+        d_k_column = sum(dot_terms(terms(d, plan.narrow, n), (x,), (0, 0), plan.wide) for d, x, n in each)
+        return d_q, d_k_row, d_k_column, itself
     (d_q, d_k_row), d_k_column = decay.products_gradient([q, k], k, [d_attention, d_overlap])
     return d_q, d_k_row, d_k_column, itself
 

@@ -30,11 +30,17 @@ class Layout:
     value_tile: int
     states_tile: int
     gradient_tile: int
+    gradient_value_tile: int
 
     @property
     def of_gradients(self) -> "Layout":
         """Of the program that has the gradients of some keys: these are its tile."""
         return dataclasses.replace(self, key_tile=self.gradient_tile)
+
+    @property
+    def of_values(self) -> "Layout":
+        """Of a program that has gradients by other tiles of values than those of the others."""
+        return dataclasses.replace(self, value_tile=self.gradient_value_tile)
 
     @property
     def chunks(self) -> int:
@@ -43,9 +49,9 @@ class Layout:
 
 def layout_of(plan: Plan, target: Target) -> Layout:
     keys, values = power_of_two(plan.keys), power_of_two(plan.values)
-    block = blocks.delta_rule_gpu(plan.length, keys, plan.decay == "channel", plan.chunk, target.gpu)
+    block = blocks.delta_rule_gpu(plan.length, keys, plan.decay == "channel", plan.chunk, target.gpu, plan.terms)
     tiles = min(block.keys, keys), min(block.values, values), min(block.states, values), min(block.gradients, keys)
-    return Layout(plan, block.chunk, keys, values, *tiles)
+    return Layout(plan, block.chunk, keys, values, *tiles, min(block.gradient_values, values))
 
 
 def power_of_two(width: int) -> int:

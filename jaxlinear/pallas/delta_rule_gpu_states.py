@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, scaled, span
 from jaxlinear.pallas.delta_rule_gpu_tokens import Place, times
+from jaxlinear.pallas.products import dot_terms, pairs, terms
 
 
 def forward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
@@ -32,7 +33,7 @@ def forward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
         written = -dot(place.load(named["w"], 0, layout.keys), narrow_state, (1, 1), layout)
         if "u" in named:
             written = written + place.load(named["u"], first, values).astype(plan.wide)
-        written = written.astype(plan.narrow)
+        wide_written, written = written, written.astype(plan.narrow)
         if "written" in named:
             place.store(named["written"], first, written)
         if "o" in named:
@@ -41,7 +42,11 @@ def forward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
             o = o + times(since_start, dot(queries, narrow_state, (1, 1), layout))
             place.give(named["o"], first, jnp.asarray(plan.scale, o.dtype) * o)
         ends, until_end = _decayed(place, named, "ends")
-        added = dot(scaled(written, until_end), ends, (0, 0), layout)
+        if plan.terms == 1:
+            added = dot(scaled(written, until_end), ends, (0, 0), layout)
+        else:
+            reaches = terms(times(until_end, wide_written), plan.narrow, plan.terms)
+            added = dot_terms(reaches, (ends,), (0, 0), plan.wide)
         return _whole(layout, named, place) * state + added
 
     state = plgpu.load(_at(named["state"], (b, h), first, layout))
@@ -68,7 +73,9 @@ def backward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
         if "d_written" in named:
             place.store(named["d_written"], first, d_written)
         read = dot(scaled(d_o, since_start), queries, (0, 0), layout)
-        read = read - dot(d_written.astype(plan.narrow), place.load(named["w"], 0, layout.keys), (0, 0), layout)
+        d_terms = terms(d_written, plan.narrow, plan.terms)
+        for pair in pairs(d_terms, (place.load(named["w"], 0, layout.keys),)):
+            read = read - dot(*pair, (0, 0), layout)
         return _whole(layout, named, place) * d_state + read
 
     state = plgpu.load(_at(named["state"], (b, h), first, layout))

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxlinear.pallas import products
 from jaxlinear.pallas.channel_decays_gpu import ByChannel
 from jaxlinear.pallas.delta_rule_gpu_layout import (
     Layout,
@@ -24,6 +25,7 @@ from jaxlinear.pallas.delta_rule_gpu_layout import (
     scaled,
     span,
 )
+from jaxlinear.pallas.products import Terms, dot_terms, terms
 
 Refs = dict[str, Any]
 
@@ -52,6 +54,19 @@ class Place:
 
     def store(self, ref, first: int, value: jax.Array) -> None:
         plgpu.store(ref.at[self.b, self.h, self.time, span(first, value.shape[1])], value.astype(ref.dtype))
+
+    def load_terms(self, ref, count: int) -> Terms:
+        """Matrices ``[c, c]`` beside each other."""
+        size = self.layout.chunk
+        return tuple(self.load(ref, n * size, size) for n in range(count))
+
+    def load_sum(self, ref, count: int) -> jax.Array:
+        """Of these, wide."""
+        return functools.reduce(jnp.add, [x.astype(self.layout.plan.wide) for x in self.load_terms(ref, count)])
+
+    def store_terms(self, ref, values: Terms) -> None:
+        for n, value in enumerate(values):
+            self.store(ref, n * self.layout.chunk, value)
 
     def numbers(self, ref) -> jax.Array:
         """``[c]`` of ``[B, H, N c]``."""
@@ -144,21 +159,21 @@ def inverse(lower: jax.Array, documents: Documents, layout: Layout) -> jax.Array
     found = found - jnp.where(crossing(documents.row, documents.lane, 0), lower, jnp.zeros_like(lower))
     for n in range(1, lower.shape[0].bit_length() - 1):
         b = jnp.where(crossing(documents.row, documents.lane, n), lower, jnp.zeros_like(lower))
-        cut = found.astype(narrow)
+        cut = terms(found, narrow, layout.plan.terms)
         reached = jnp.zeros_like(lower)
-        for part in _parts(b, narrow):
-            reached = reached + dot(part, cut, (1, 0), layout)
-        for part in _parts(reached, narrow):
-            found = found - dot(cut, part, (1, 0), layout)
+        for pair in products.pairs(_parts(b, narrow), cut):
+            reached = reached + dot(*pair, (1, 0), layout)
+        for pair in products.pairs(cut, _parts(reached, narrow)):
+            found = found - dot(*pair, (1, 0), layout)
     return found
 
 
-def _parts(x: jax.Array, narrow) -> list[jax.Array]:
+def _parts(x: jax.Array, narrow) -> Terms:
     """x as a sum of arrays of the dtype of products, to 16 bits."""
     if narrow == x.dtype:
-        return [x]
+        return (x,)
     high = x.astype(narrow)
-    return [high, (x - high.astype(x.dtype)).astype(narrow)]
+    return high, (x - high.astype(x.dtype)).astype(narrow)
 
 
 def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
@@ -184,10 +199,10 @@ def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     if with_q:
         place.store(named["attention"], 0, documents.seen(sums[1], itself=True))
     if "overlap" in named:
-        place.store(named["overlap"], 0, overlap)
-    solve = inverse(beta * overlap, documents, layout).astype(plan.narrow)
+        place.store_terms(named["overlap"], terms(overlap, plan.narrow, plan.terms))
+    solve = terms(inverse(beta * overlap, documents, layout), plan.narrow, plan.terms)
     if "inverse" in named:
-        place.store(named["inverse"], 0, solve)
+        place.store_terms(named["inverse"], solve)
     first_document, last_document, one = documents.ends(beta)
     wider = max(tile, layout.gradient_tile)  # without products of pairs, which take registers
 
@@ -205,8 +220,9 @@ def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
                 place.store(named["queries"], first, scaled(place.given(named["q"], first, wider), since_start))
             whole = times(decay.whole, one)
             plgpu.store(named["whole"].at[place.b, place.h, place.n, span(first, wider)], whole)
-        read = (beta * keys.astype(plan.wide)).astype(plan.narrow)
-        place.store(named["w"], first, dot(solve, read, (1, 0), layout))
+        wide_keys = keys.astype(plan.wide) if plan.terms == 1 else times(since_start, k.astype(plan.wide))
+        read = terms(beta * wide_keys, plan.narrow, plan.terms)
+        place.store(named["w"], first, dot_terms(solve, read, (1, 0), plan.wide))
         return carry
 
     over_tiles(layout.keys, wider, decay_and_solve)
@@ -221,7 +237,8 @@ def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
         def solve_values(first, carry):
             v = place.given(named["v"], first, layout.value_tile).astype(plan.wide)
-            place.store(named["u"], first, dot(solve, (beta * v).astype(plan.narrow), (1, 0), layout))
+            u = dot_terms(solve, terms(beta * v, plan.narrow, plan.terms), (1, 0), plan.wide)
+            place.store(named["u"], first, u)
             return carry
 
         over_tiles(layout.values, layout.value_tile, solve_values)

@@ -36,6 +36,7 @@ class Plan(Named):
       narrow, wide: the dtypes of products, and of states and sums.
       chunk: tokens of a chunk, or None: by the table of ``blocks``.
       keep: forward, also the states before each chunk.
+      negative_eigenvalues: whether beta |k|^2 goes beyond 1.
     """
 
     OPERATION: ClassVar[str] = "delta_rule"
@@ -52,6 +53,20 @@ class Plan(Named):
     wide: Any
     chunk: int | None = None
     keep: bool = False
+    negative_eigenvalues: bool = False
+
+    @property
+    def terms(self) -> int:
+        """As how many arrays of the dtype of products the kernel has the inverse, and what that and the states are
+        multiplied by. Where eigenvalues are negative and keys alike, the numbers of a column of the inverse, and what one
+        token after the other writes, are of one size and of either sign: of their sums 8 digits leave nothing."""
+        return 2 if self.negative_eigenvalues and self.narrow != self.wide else 1
+
+    @property
+    def terms_of_decays(self) -> int:
+        """On GPU the same of the gradients of products of keys: those of the decays of heads are small differences of their
+        sums."""
+        return self.terms if self.decay == "scalar" else 1
 
     def products(self, chunk: int) -> int:
         """Floating point operations of the products of matrices of a token and head; the inverse is not counted."""

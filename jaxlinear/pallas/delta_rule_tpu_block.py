@@ -80,7 +80,10 @@ class Block:
             loaded["d_o"] = [self.plan.scale * x.astype(self.plan.wide) for x in loaded["d_o"]]
         return [
             delta_rule_chunk.Head(
-                chunks[h], beta=beta[h], **{name: loaded[name][h].astype(self.plan.narrow) for name in names}
+                chunks[h],
+                beta=beta[h],
+                terms=self.plan.terms,
+                **{name: loaded[name][h].astype(self.plan.narrow) for name in names},
             )
             for h in self.heads
         ]

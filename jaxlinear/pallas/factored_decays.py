@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxlinear.pallas.channel_decays import ByChannel, ByLevels, to_base_2
-from jaxlinear.pallas.chunk_decays import dot, masked, pairs, prefix_sums, scaled, times, with_same
+from jaxlinear.pallas.chunk_decays import masked, of_last, pairs, prefix_sums, scaled, times, with_same
+from jaxlinear.pallas.products import dot, dot_terms, terms
 
 LIMIT = 80 * math.log(2)  # of a channel in a chunk or part; 2^80 leaves 2^47 for what it multiplies
 
@@ -80,13 +81,15 @@ class Factored:
         # Of j > i there may be infinities, which are not taken.
         return [masked(i >= j, dot(scaled(r, self._row), left, (1, 1), wide)) for r in rows]
 
-    def pairwise_gradient(self, rows, columns, d_products, wide) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    def pairwise_gradient(
+        self, rows, columns, d_products, wide, count=1
+    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         i, j = self._pairs
         left, d_rows, of_columns = scaled(columns, self.until_end), [], []
-        for r, d in zip(rows, d_products, strict=True):
-            d = masked(i > j, d).astype(columns.dtype)
-            d_rows.append(self._row * dot(d, left, (1, 0), wide))
-            of_columns.append(dot(d, scaled(r, self._row), (0, 0), wide))
+        for r, d, n in zip(rows, d_products, of_last(count, rows), strict=True):
+            d = terms(masked(i > j, d), columns.dtype, n)
+            d_rows.append(self._row * dot_terms(d, (left,), (1, 0), wide))
+            of_columns.append(dot_terms(d, (scaled(r, self._row),), (0, 0), wide))
         return with_same(self._pairs, rows, columns, d_products, d_rows, self.until_end * sum(of_columns))
 
 
@@ -108,10 +111,10 @@ class FactoredInParts(ByLevels):
         left = scaled(columns, self._column)
         return [dot(scaled(r, self._row), left, (1, 1), wide) for r in rows]
 
-    def _near_gradients(self, row, columns, d_products, apart, wide) -> tuple[jax.Array, jax.Array]:
-        d = masked(apart < 2 * self.part, d_products[0]).astype(columns.dtype)
-        d_row = dot(d, scaled(columns, self._column), (1, 0), wide)
-        d_columns = dot(d, scaled(row, self._row), (0, 0), wide)
+    def _near_gradients(self, row, columns, d_products, apart, wide, count) -> tuple[jax.Array, jax.Array]:
+        d = terms(masked(apart < 2 * self.part, d_products[0]), columns.dtype, count)
+        d_row = dot_terms(d, (scaled(columns, self._column),), (1, 0), wide)
+        d_columns = dot_terms(d, (scaled(row, self._row),), (0, 0), wide)
         return self._row * d_row, self._column * d_columns
 
 

@@ -13,24 +13,24 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlinear.pallas.chunk_decays import dot
+from jaxlinear.pallas.products import dot_terms, terms
 
 BLOCK = 8  # rows of the blocks that are eliminated
 
 
-def inverses(lower: Sequence[jax.Array], narrow) -> list[jax.Array]:
+def inverses(lower: Sequence[jax.Array], narrow, count: int = 1) -> list[jax.Array]:
     """``(I + L)^-1`` for each L ``[c, c]``, float32 or float64, zero on the diagonal and above, c a power of two from
     ``2 * BLOCK``. They are worked on in turn, so that none waits for its own last step.
 
     Blocks of ``2 * BLOCK`` rows are in full precision. With ``narrow`` bfloat16 one factor of each later product is cut to
-    8 bits and the other to 16, which leaves no more error than the inverse has when it then is cut to bfloat16; else all is
-    in full precision.
+    8 bits, or with ``count`` 2 to 16, and the other to 16, which leaves no more error than the inverse has when it then is
+    cut to so many terms of bfloat16; else all is in full precision.
     """
     length = lower[0].shape[0]
     solved = _eliminate([_side_by_side(x, BLOCK, range(length // BLOCK)) for x in lower])
     whole, size = _pairs(lower, solved), 2 * BLOCK
     while size < length:
-        whole = _double(lower, whole, size, narrow)
+        whole = _double(lower, whole, size, narrow, count)
         size *= 2
     return whole
 
@@ -78,7 +78,7 @@ def _lanes(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
 
 
-def _double(lower: Sequence[jax.Array], inverse: list[jax.Array], size: int, narrow) -> list[jax.Array]:
+def _double(lower: Sequence[jax.Array], inverse: list[jax.Array], size: int, narrow, count: int) -> list[jax.Array]:
     """From the inverses of diagonal blocks of ``size`` rows those of twice as many."""
     length = lower[0].shape[0]
     part = _part(lax.broadcasted_iota(jnp.int32, (size, length), 1), size)
@@ -92,7 +92,7 @@ def _double(lower: Sequence[jax.Array], inverse: list[jax.Array], size: int, nar
     def rows(x: jax.Array, i: int) -> jax.Array:
         return x[i * size : (i + 1) * size]
 
-    cut = narrow == jnp.bfloat16
+    cut = narrow != lower[0].dtype
     reached = []
     for x, y in zip(lower, inverse, strict=True):
         # The lanes of the second blocks, which else are zero, take the rest of B to the same inv(A).
@@ -101,17 +101,17 @@ def _double(lower: Sequence[jax.Array], inverse: list[jax.Array], size: int, nar
             high, rest = _parts(b)
             b = high + _rolled(rest, size)
         a = jnp.concatenate([rows(y, i) for first in firsts for i in (first, first)])
-        reached.append(dot(b.astype(narrow), a, (1, 0), y.dtype))
+        reached.append(dot_terms((b.astype(narrow),), terms(a, narrow, count), (1, 0), y.dtype))
     off = []
     for x, y in zip(reached, inverse, strict=True):
         c = jnp.where(in_first, jnp.zeros((size, length), y.dtype), _side_by_side(y, size, seconds))
         if cut:
             high, rest = _parts(x)
-            c = c + _rolled(c, size)
+            c = c + _rolled(c, length - size)
             pairs = [only(i, part) for i in firsts for part in (rest, high)]
         else:
             pairs = [only(i, part) for i in firsts for part in (jnp.zeros_like(x), x)]
-        off.append(dot(c.astype(narrow), jnp.concatenate(pairs), (1, 0), y.dtype))
+        off.append(dot_terms(terms(c, narrow, count), (jnp.concatenate(pairs).astype(narrow),), (1, 0), y.dtype))
     return [
         jnp.concatenate([z for i in firsts for z in (rows(y, i), rows(y, i + 1) - only(i, x))])
         for y, x in zip(inverse, off, strict=True)

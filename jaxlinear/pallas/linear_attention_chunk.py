@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlinear.pallas.chunk_decays import dot, scaled, times
+from jaxlinear.pallas.chunk_decays import scaled, times
+from jaxlinear.pallas.products import dot
 
 
 class Documents(NamedTuple):

@@ -36,9 +36,9 @@ class _Call:
             plan.length, keys, plan.decay, plan.packed, plan.chunk, target.gpu, shared_by
         )
         tiles = min(block.keys, keys), min(block.values, values), min(block.outputs, values), min(block.gradients, keys)
-        self.layout = layout = Layout(plan, block.chunk, keys, values, *tiles)
+        self.layout = layout = Layout(plan, block.chunk, keys, values, *tiles, min(block.gradient_values, values))
         self.of_states = dataclasses.replace(layout, value_tile=min(block.states, values))
-        self.of_gradients = dataclasses.replace(layout.of_gradients, value_tile=min(block.gradient_values, values))
+        self.of_gradients = layout.of_gradients.of_values
         self.plan, self.target, self.given = plan, target, arguments
         self.batch = arguments.keys.shape[0]
         self.shared = self._decays()

@@ -13,6 +13,7 @@ from jaxlinear.pallas import chunk_decays, factored_decays, linear_attention_chu
 from jaxlinear.pallas.channel_decays import ByChannel
 from jaxlinear.pallas.linear_attention_chunk import Chunk, Documents, Tokens
 from jaxlinear.pallas.linear_attention_plan import Plan
+from jaxlinear.pallas.products import dot
 
 
 class Shape(NamedTuple):
@@ -191,7 +192,7 @@ class Block:
         its schedule is the shorter one without."""
         if not self.plan.shared:
             return None
-        return chunk_decays.dot(self._load(self.queries, n, 0), self._load(self.keys, n, 0), (1, 1), self.wide)
+        return dot(self._load(self.queries, n, 0), self._load(self.keys, n, 0), (1, 1), self.wide)
 
     def _tokens(self, n: int, h: int, products: jax.Array | None = None) -> Tokens:
         q, k, v = (self._load(ref, n, h) for ref in (self.queries, self.keys, self.values))

@@ -106,8 +106,7 @@ def _with_matrix_state(
     assert mesh is not None
 
     def local(state, log_decay, ids, *inputs):
-        own = {"segment_ids": ids, "chunk_size": chunk_size, "scale": options.get("scale"), "backend": "pallas"}
-        return operation(*inputs, log_decay, state, **own)
+        return operation(*inputs, log_decay, state, **options | {"segment_ids": ids, "backend": "pallas"})
 
     by_head = *_TIME, "heads", None, None
     of_decay = None if log_decay is None else ("heads",) if log_decay.ndim == 1 else by_head[: log_decay.ndim]

@@ -79,7 +79,7 @@ def test_blocks_fit_the_shared_memory(capability, kilobytes, attention, chunk):
         gpu = backends.target().gpu
         assert gpu == gpu_of(device)
         assert blocks.attention_gpu(128, gpu) == attention
-        assert blocks.delta_rule_gpu(4096, 256, False, None, gpu).chunk == chunk
+        assert blocks.delta_rule_gpu(4096, 256, False, None, gpu, 1).chunk == chunk
         x = jnp.ones((1, 64, 2, 256), jnp.bfloat16)
         if not gpu.ample:
             with pytest.raises(UserError, match="takes chunks of a power of two from 16 to 32 tokens, not of 64"):

@@ -57,7 +57,12 @@ TARGETS = {
 }
 
 
-def compiled(target, name, remat=False, **options):
+# With negative eigenvalues.
+NEGATIVE = [("v5e:1x1", "none_64"), ("v5e:1x1", "channel_256"), ("v5p:2x2x1", "scalar_128"), ("v6e:1x1", "scalar_128")]
+NEGATIVE_ON_GPU = ["none_64", "scalar_128", "channel_128", "wide_values"]
+
+
+def compiled(target, name, remat=False, negative_eigenvalues=False, **options):
     """The gradient of an objective of o and the last state."""
     batch, length, heads, key, value, dtype, decay, packed = (CASES | ON_GPU)[name]
     device = targets.find(target).devices[0]
@@ -75,7 +80,8 @@ def compiled(target, name, remat=False, **options):
         q, k, v = (x.reshape(batch, length, heads, -1) for x in (q, k, v))
         if decay == "channel":
             log_decay = log_decay.reshape(q.shape)
-        o, final = delta_rule(q, k, v, beta, log_decay, state, segment_ids=ids)
+        more = {"segment_ids": ids, "negative_eigenvalues": negative_eigenvalues}
+        o, final = delta_rule(q, k, v, beta, log_decay, state, **more)
         return o.reshape(batch, length, -1), final
 
     if remat:
@@ -108,9 +114,18 @@ def test_tpu(target, name):
         assert not copies(text, batch * length * heads * min(key, value))
 
 
-@pytest.mark.parametrize("name", ON_GPU)
-def test_h100(name, tmp_path, record_property):
-    text = compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path)).as_text()
+@pytest.mark.parametrize("target, name", NEGATIVE)
+def test_negative_eigenvalues_on_tpu(target, name):
+    text = compiled(target, name, negative_eigenvalues=True).as_text()
+    assert kernels(text) == names(name, "forward", "gradient")
+
+
+@pytest.mark.parametrize(
+    "name, negative", [*((name, False) for name in ON_GPU), *((name, True) for name in NEGATIVE_ON_GPU)]
+)
+def test_h100(name, negative, tmp_path, record_property):
+    options = {"compiler_options": ptxas.dumped_to(tmp_path), "negative_eigenvalues": negative}
+    text = compiled("h100:1", name, **options).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 6
     used = ptxas.registers(tmp_path, "delta_rule_")
     record_property("registers", used)

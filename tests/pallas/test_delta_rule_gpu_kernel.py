@@ -12,7 +12,7 @@ from jaxlinear.ops.delta_rule import choose
 from jaxlinear.pallas.target import Target
 from tests import numerics
 from tests.ops import test_delta_rule as operation
-from tests.pallas.test_delta_rule_kernel import check, check_without_outputs, run_kernel
+from tests.pallas.test_delta_rule_kernel import ALIKE, check, check_alike, check_without_outputs, run_kernel
 from tests.pallas.test_linear_attention_kernel import RATE, assert_decays_are_not_rounded
 
 INTERPRETED = Target("gpu", "none", True)
@@ -61,6 +61,11 @@ def test_float32_decays_beside_products_in_bfloat16(kind):
         return run_kernel(None, INTERPRETED, q, k, v, beta, log_decay, state)
 
     assert_decays_are_not_rounded(run, kind)
+
+
+@pytest.mark.parametrize("keys, beta, decay, packed", ALIKE[:3])
+def test_negative_eigenvalues(keys, beta, decay, packed):
+    check_alike(keys, beta, decay, packed, INTERPRETED)
 
 
 def test_what_it_takes():

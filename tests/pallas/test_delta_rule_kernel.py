@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, delta_rule, recurrence, state_kernels
 from jaxlinear.ops.delta_rule import DeltaRule, Inputs, choose
 from jaxlinear.ops.delta_rule_kernel import DeltaRuleKernel
-from jaxlinear.pallas import blocks
+from jaxlinear.pallas import blocks, inverse
 from jaxlinear.pallas import delta_rule as kernels
 from jaxlinear.pallas.target import Target
 from tests import numerics
@@ -41,16 +42,16 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(32, 32, 256))
 
 
-def run_kernel(ids, target, q, k, v, beta, log_decay, state, chunk=None):
+def run_kernel(ids, target, q, k, v, beta, log_decay, state, chunk=None, negative_eigenvalues=False):
     starts = None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids))
     wide = np.promote_types(state.dtype, np.float32)
-    options = kernels.Options(q.shape[-1] ** -0.5, chunk, target)
+    options = kernels.Options(q.shape[-1] ** -0.5, chunk, target, negative_eigenvalues)
     return state_kernels.outputs(kernels, kernels.Inputs(q, k, v, beta, log_decay, starts), state.astype(wide), options)
 
 
-def check(name, dtype, target=INTERPRETED, chunk=None):
+def check(name, dtype, target=INTERPRETED, chunk=None, **options):
     inputs, cotangents, ids, outputs, gradients = operation.case(name)
-    run = functools.partial(run_kernel, ids, target, chunk=chunk)
+    run = functools.partial(run_kernel, ids, target, chunk=chunk, **options)
     found, found_gradients = numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype=dtype)
     numerics.assert_close(found, outputs, numerics.TOLERANCES[dtype])
     numerics.assert_close(found_gradients, gradients, numerics.TOLERANCES[dtype])
@@ -66,6 +67,7 @@ def test_on_a_simulated_tpu():
     """With TPU memories and copies; what is read beyond an array is NaN, and so is memory that nothing wrote."""
     target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
     check("short_channel", "float32", target)
+    check("short", "bfloat16", target, negative_eigenvalues=True)
 
 
 def check_without_outputs(name, target):
@@ -149,6 +151,89 @@ def test_keys_alike_in_bfloat16():
     expected = numerics.run(numerics.jit(functools.partial(delta_rule, backend="recurrent")), *inputs, dtype="float64")
     run = numerics.jit(functools.partial(delta_rule, chunk_size=128, backend="pallas"))
     numerics.assert_close(numerics.run(run, *inputs, dtype="bfloat16"), numerics.wide(expected), 2e-2)
+
+
+def inverse_of(lower, count):
+    def kernel(x, y):
+        y[...] = inverse.inverses([x[...]], jnp.bfloat16, count)[0]
+
+    shape = jax.ShapeDtypeStruct(lower.shape, jnp.float32)
+    return np.asarray(pl.pallas_call(kernel, out_shape=shape, interpret=True)(lower))
+
+
+def test_inverses_to_16_digits_of_unlike_blocks():
+    """Of blocks of 16 rows alone the last differs from the identity, so that the inverse has what is between the others
+    itself, of which one factor in bfloat16 takes 16 digits."""
+    lower = np.tril(np.random.default_rng(0).standard_normal((128, 128)), -1).astype(np.float32)
+    block = np.arange(128) // 16
+    lower[(block[:, None] == block) & (block < 7)] = 0
+    lower[block[:, None] > block + 1 - block % 2] = 0  # one step of doubling
+    found, of_last = inverse_of(lower, 1), slice(96)
+    numerics.assert_close(found[of_last, of_last], (np.eye(128) - lower)[of_last, of_last], 2**-16)
+
+
+def test_inverses_in_two_terms():
+    """Of keys that are alike and beta of 2: numbers from -2 to 2, by sums of many of them."""
+    random = np.random.default_rng(0)
+    keys = operation.unit(random.standard_normal((1, 16)) + 0.1 * random.standard_normal((128, 16)))
+    lower = np.tril(2 * keys @ keys.T, -1).astype(np.float32)
+    expected = np.linalg.inv(np.eye(128) + lower)
+    numerics.assert_close(inverse_of(lower, 2), expected, 5e-3)
+    assert np.max(np.abs(inverse_of(lower, 1) - expected)) > 0.05
+
+
+def alike(keys, beta, decay, width):
+    """Inputs of the delta rule and cotangents: one key, and, by ``keys``, what each token has of its own; beta of 2, from
+    1.9 to 2, or by turns 2 and 0.1."""
+    random, length = np.random.default_rng(1), 150
+    q, v, own = (numerics.normal(random, 1, length, 1, width) for _ in range(3))
+    turns = (-1.0) ** np.arange(length)[None, :, None]
+    one = random.standard_normal((1, 1, 1, width)) * (turns[..., None] if keys == "turned" else 1)
+    k = operation.unit(one + {"near": 0.01}.get(keys, 0) * own)
+    betas = {
+        "2": 2 + 0 * turns,
+        "1.9": numerics.uniform(random, 1, length, 1, low=1.9, high=2),
+        "turns": 1.05 + 0.95 * turns,
+    }
+    shape = {"none": None, "scalar": turns.shape, "channel": q.shape}[decay]
+    log_decay = None if shape is None else numerics.representable(-random.uniform(0, 0.02, shape))
+    state, d_o, d_state = (numerics.normal(random, *s) for s in ((1, 1, width, width), v.shape, (1, 1, width, width)))
+    return (q / 8, k, v, betas[beta], log_decay, state), (d_o, d_state)
+
+
+def check_alike(keys, beta, decay, packed, target, chunk=None, width=32):
+    """In bfloat16, beta and the decays in float32: no output or gradient is much further off than in chunks, whose solution
+    is in float32."""
+    inputs, cotangents = alike(keys, beta, decay, width)
+    ids = np.repeat([[0, 1, 2]], [5, 120, 25], axis=1).astype(np.int32) if packed else None
+    by_kernel = functools.partial(run_kernel, ids, target, chunk=chunk, negative_eigenvalues=True)
+    runs = [functools.partial(delta_rule, segment_ids=ids, backend=backend) for backend in ("recurrent", "chunked")]
+    expected = numerics.wide(numerics.run(numerics.with_gradients(runs[0]), inputs, cotangents, dtype="float64"))
+    narrow = [
+        x if x is None else jnp.asarray(x, dtype)
+        for x, dtype in zip(inputs, ["bfloat16"] * 3 + ["float32"] * 3, strict=True)
+    ]
+
+    def errors(run):
+        found = numerics.wide(numerics.with_gradients(run)(narrow, cotangents))
+        pairs = zip(*map(jax.tree.leaves, (found, expected)), strict=True)
+        return np.array([np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in pairs])
+
+    in_chunks, found = errors(runs[1]), errors(by_kernel)
+    assert (found < 2 * in_chunks + 0.005).all(), (found.round(3), in_chunks.round(3))
+
+
+ALIKE = [
+    ("same", "2", "none", False),
+    ("near", "1.9", "scalar", True),
+    ("turned", "2", "channel", False),
+    ("near", "turns", "none", True),
+]
+
+
+@pytest.mark.parametrize("keys, beta, decay, packed", ALIKE)
+def test_negative_eigenvalues(keys, beta, decay, packed):
+    check_alike(keys, beta, decay, packed, INTERPRETED, chunk=128)
 
 
 # What is chosen and what is refused

@@ -135,6 +135,11 @@ def test_delta_rule_of_many_channels(decay, length, width, values):
     compare(functools.partial(delta.run_kernel, ids, GPU), reference, inputs, cotangents)
 
 
+@pytest.mark.parametrize("decay, packed, width", [("scalar", True, 64), ("none", False, 256)])
+def test_delta_rule_of_negative_eigenvalues(decay, packed, width):
+    delta.check_alike("same", "2", decay, packed, GPU, width=width)
+
+
 @pytest.mark.parametrize("operation, width", [("sliding_window_attention", 128), ("causal_attention", 64)])
 def test_attention_of_many_channels(operation, width, monkeypatch):
     monkeypatch.setattr(attention.backends, "target", lambda: GPU)

@@ -3,6 +3,7 @@ device runs them on its part, with time whole and with time spread."""
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,6 +52,29 @@ def test_the_kernel_on_a_mesh(small_blocks, operation, sizes, decay, packed):
 def test_the_gpu_kernel_on_a_mesh(monkeypatch, operation, sizes, decay, packed):
     monkeypatch.setattr(backends, "target", lambda: Target("gpu", "none", True))
     check(operation, sizes, decay, packed)
+
+
+@pytest.mark.parametrize("sizes", [ROWS[0], FOUR], ids=str)
+def test_negative_eigenvalues_on_a_mesh(small_blocks, sizes):
+    """Of keys that are alike in bfloat16: on each device's rows, and by the maps of parts of time. Kernels that are not
+    told of them are off by far more."""
+    random = np.random.default_rng(0)
+    q, v, one = (random.standard_normal(s) for s in ((B, T, H, 16), (B, T, H, 16), (B, 1, H, 16)))
+    k = np.broadcast_to(one / np.linalg.norm(one, axis=-1, keepdims=True), q.shape)
+    state, mesh = random.standard_normal((B, H, 16, 16)), make_mesh(sizes)
+    given = *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), jnp.full((B, T, H), 2.0, jnp.float32)
+    exact = numerics.wide(given)
+    expected = numerics.run(
+        functools.partial(ops.delta_rule, backend="recurrent"), *exact, None, state, dtype="float64"
+    )
+    errors = []
+    for negative in (True, False):
+        run = functools.partial(operations.delta_rule, backend="pallas", negative_eigenvalues=negative)
+        with sharding.use_mesh(mesh):
+            found = numerics.jit(run)(*given, None, jnp.asarray(state, jnp.float32))
+        pairs = zip(numerics.wide(found), numerics.wide(expected), strict=True)
+        errors.append([np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in pairs])
+    assert max(errors[0]) < 0.02 and max(errors[1]) > 2 * max(errors[0]), errors
 
 
 def check(operation, sizes, decay, packed):
