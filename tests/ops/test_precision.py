@@ -59,14 +59,16 @@ def test_of_recurrences(operation, backend, dtype, platform, decay):
     decays = [(DECAYS[decay], "float32")] if DECAYS[decay] else []
     state = ((1, HEADS, WIDTH, WIDTH), "float32")
 
-    def run(*inputs):
+    def run(*inputs, **options):
         *inputs, state = inputs
         inputs = inputs if decays else (*inputs, None)
-        return getattr(ops, operation)(*inputs, state, backend=backend)
+        return getattr(ops, operation)(*inputs, state, backend=backend, **options)
 
+    kernels_of_their_own = [{"negative_eigenvalues": True}] if (operation, backend) == ("delta_rule", "pallas") else []
     with backends.use_platform(*platform):
-        found, count = cut(run, *arrays(3, dtype), *beta, *decays, state)
-    assert not found and count >= 3
+        for options in ({}, *kernels_of_their_own):
+            found, count = cut(functools.partial(run, **options), *arrays(3, dtype), *beta, *decays, state)
+            assert not found and count >= 3
 
 
 @pytest.mark.parametrize("backend", ["recurrent", "chunked", "pallas"])

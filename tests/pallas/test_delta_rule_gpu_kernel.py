@@ -12,7 +12,14 @@ from jaxlinear.ops.delta_rule import choose
 from jaxlinear.pallas.target import Target
 from tests import numerics
 from tests.ops import test_delta_rule as operation
-from tests.pallas.test_delta_rule_kernel import ALIKE, check, check_alike, check_without_outputs, run_kernel
+from tests.pallas.test_delta_rule_kernel import (
+    ALIKE,
+    check,
+    check_alike,
+    check_without_outputs,
+    keys_of_one_sign,
+    run_kernel,
+)
 from tests.pallas.test_linear_attention_kernel import RATE, assert_decays_are_not_rounded
 
 INTERPRETED = Target("gpu", "none", True)
@@ -50,6 +57,15 @@ def test_hard_decays(kind):
         cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[5].shape)
         expected = numerics.run(operation.reference(False), inputs, cotangents, dtype="float64")
         numerics.assert_close(numerics.run(run, inputs, cotangents, dtype="float32"), expected, 1e-5)
+
+
+def test_keys_alike_in_bfloat16():
+    """With neither factor of the inverse's products in more than bfloat16 it would be 1.5%."""
+    (q, k, v, beta), (expected, _) = keys_of_one_sign()
+    run = numerics.jit(lambda q, k, v, beta, state: run_kernel(None, INTERPRETED, q, k, v, beta, None, state, chunk=64))
+    found, _ = numerics.run(run, q, k, v, beta, np.zeros((1, 1, 16, 16)), dtype="bfloat16")
+    error = np.asarray(found, np.float64) - expected
+    assert np.linalg.norm(error) < 1e-2 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("kind", ["scalar", "channel"])

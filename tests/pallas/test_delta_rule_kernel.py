@@ -141,16 +141,22 @@ def test_one_document_a_token(kind):
     assert_right_in_float32(inputs, packed=True)
 
 
-def test_keys_alike_in_bfloat16():
-    """As keys of one sign are: the entries of the inverse cancel. Worked out in bfloat16, it would be off by 3%."""
+def keys_of_one_sign():
+    """q, k, v and beta ``[1, 128, 1, 16]``, where the entries of the inverse cancel; and outputs and state, in float64."""
     random = np.random.default_rng(3)
     common, own = (operation.unit(random.standard_normal((1, length, 1, 16))) for length in (1, 128))
     keys = operation.unit(0.9 * common + np.sqrt(1 - 0.9**2) * own)
     q, v = (numerics.normal(random, *keys.shape) for _ in range(2))
     inputs = q, keys, v, numerics.uniform(random, 1, 128, 1, high=1.9)
-    expected = numerics.run(numerics.jit(functools.partial(delta_rule, backend="recurrent")), *inputs, dtype="float64")
+    run = numerics.jit(functools.partial(delta_rule, backend="recurrent"))
+    return inputs, numerics.wide(numerics.run(run, *inputs, dtype="float64"))
+
+
+def test_keys_alike_in_bfloat16():
+    """Worked out in bfloat16, the inverse would leave an error of 3%."""
+    inputs, expected = keys_of_one_sign()
     run = numerics.jit(functools.partial(delta_rule, chunk_size=128, backend="pallas"))
-    numerics.assert_close(numerics.run(run, *inputs, dtype="bfloat16"), numerics.wide(expected), 2e-2)
+    numerics.assert_close(numerics.run(run, *inputs, dtype="bfloat16"), expected, 2e-2)
 
 
 def inverse_of(lower, count):
