@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxlinear.errors import UserError
@@ -171,7 +170,7 @@ class DeltaRule(DeltaRuleMaps):
 
     def prepare(self, inputs: Inputs, constants: None) -> _Run:
         wide = dtypes.wide(inputs.q.dtype, inputs.k.dtype, inputs.v.dtype)
-        narrow = functools.reduce(np.promote_types, (inputs.q.dtype, inputs.k.dtype, inputs.v.dtype))
+        narrow = dtypes.narrow(inputs.q.dtype, inputs.k.dtype, inputs.v.dtype)
         updates, inputs = inputs.updates, inputs.by_update()
         q, k, v = (x.swapaxes(1, 2) for x in inputs[:3])
         q, k, v = q.astype(narrow), k.astype(wide), v.astype(wide)

@@ -6,9 +6,8 @@ from types import ModuleType
 from typing import ClassVar
 
 import jax
-import numpy as np
 
-from jaxlinear.ops import backends, state_kernels
+from jaxlinear.ops import backends, dtypes, state_kernels
 from jaxlinear.ops.delta_rule_maps import DeltaRuleMaps, Inputs
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas import delta_rule as kernels
@@ -60,6 +59,6 @@ class DeltaRuleKernel(state_kernels.StateKernels, DeltaRuleMaps):
         return super()._options._replace(negative_eigenvalues=self.negative_eigenvalues)
 
     def prepare(self, inputs: Inputs, constants: None) -> kernels.Inputs:
-        narrow = functools.reduce(np.promote_types, (inputs.q.dtype, inputs.k.dtype, inputs.v.dtype))
+        narrow = dtypes.narrow(inputs.q.dtype, inputs.k.dtype, inputs.v.dtype)
         q, k, v = (x.astype(narrow) for x in inputs[:3])
         return kernels.Inputs(q, k, v, *inputs[3:])

@@ -16,6 +16,11 @@ def wide(*dtypes: jnp.dtype) -> jnp.dtype:
     return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
+def narrow(*dtypes: jnp.dtype) -> jnp.dtype:
+    """The dtype that holds all of these, in which they are multiplied: bfloat16 -> bfloat16."""
+    return functools.reduce(np.promote_types, dtypes)
+
+
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """An einsum of two arrays of one dtype, summed in float32 at least; float32 is not cut to fewer bits on any device.
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxlinear.ops import backends, checks, decay, dtypes, linear_attention_kernel, matrix_states, recurrence
@@ -115,7 +114,7 @@ class LinearAttention(LinearAttentionMaps):
 
     def prepare(self, inputs: Inputs, constants: jax.Array | None) -> _Run:
         wide = dtypes.wide(inputs.q.dtype, inputs.k.dtype, inputs.v.dtype)
-        narrow = functools.reduce(np.promote_types, (inputs.q.dtype, inputs.k.dtype, inputs.v.dtype))
+        narrow = dtypes.narrow(inputs.q.dtype, inputs.k.dtype, inputs.v.dtype)
         q, k, v = (x.swapaxes(1, 2).astype(narrow) for x in inputs[:3])
         log_decay = inputs.log_decay
         if constants is not None:

@@ -1,14 +1,12 @@
 """Linear attention by the kernels of ``jaxlinear.pallas.linear_attention``, and where they do not run."""
 
 import dataclasses
-import functools
 from types import ModuleType
 from typing import ClassVar
 
 import jax
-import numpy as np
 
-from jaxlinear.ops import state_kernels
+from jaxlinear.ops import dtypes, state_kernels
 from jaxlinear.ops.linear_attention_maps import Inputs, LinearAttentionMaps
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas import linear_attention as kernels
@@ -40,6 +38,6 @@ class LinearAttentionKernel(state_kernels.StateKernels, LinearAttentionMaps):
 
     def prepare(self, inputs: Inputs, constants: jax.Array | None) -> kernels.Inputs:
         q, k, v, log_decay, starts, _ = inputs
-        narrow = functools.reduce(np.promote_types, (q.dtype, k.dtype, v.dtype))
+        narrow = dtypes.narrow(q.dtype, k.dtype, v.dtype)
         log_decay = log_decay if constants is None else constants
         return kernels.Inputs(q.astype(narrow), k.astype(narrow), v.astype(narrow), log_decay, starts)

@@ -77,7 +77,7 @@ def _widest(size: int) -> int:
 
 
 def product_bytes(*arrays: jax.Array) -> int:
-    return functools.reduce(np.promote_types, (x.dtype for x in arrays)).itemsize
+    return dtypes.narrow(*(x.dtype for x in arrays)).itemsize
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

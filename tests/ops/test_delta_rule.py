@@ -149,11 +149,13 @@ def updates_case(kind):
         ("chunked", None, "channel", "float64"),
         ("chunked", None, "scalar", "bfloat16"),
         ("pallas", 16, "scalar", "float64"),
+        ("pallas", None, "none", "bfloat16"),
     ],
 )
 def test_updates_of_a_token_are_tokens_of_one_update(backend, chunk, kind, dtype):
     inputs, cotangents, ids, outputs, gradients = updates_case(kind)
-    run = functools.partial(delta_rule, segment_ids=ids, chunk_size=chunk, backend=backend)
+    options = {"chunk_size": chunk, "backend": backend, "negative_eigenvalues": True}
+    run = functools.partial(delta_rule, segment_ids=ids, **options)
     found, found_gradients = numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype=dtype)
     numerics.assert_close(found, outputs, numerics.TOLERANCES[dtype])
     numerics.assert_close(found_gradients, gradients, numerics.TOLERANCES[dtype])
