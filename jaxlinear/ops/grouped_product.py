@@ -180,7 +180,8 @@ def _rows_by_ragged_dot_on_tpu(x, kernels, sizes, contracted):
 
 def _ragged_dot(x, kernels, sizes, contracted, dtype):
     numbers = lax.RaggedDotDimensionNumbers((((1,), (contracted,)), ((), ())), (0,), (0,))
-    y = lax.ragged_dot_general(x, kernels.astype(x.dtype), sizes, numbers, preferred_element_type=dtype)
+    options = {"precision": _precision(x), "preferred_element_type": dtype}
+    y = lax.ragged_dot_general(x, kernels.astype(x.dtype), sizes, numbers, **options)
     # What stands in the rows of no group is not specified.
     in_a_group = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes, dtype=jnp.int32)
     return jnp.where(in_a_group[:, None], y.astype(x.dtype), jnp.zeros((), x.dtype))
@@ -188,7 +189,13 @@ def _ragged_dot(x, kernels, sizes, contracted, dtype):
 
 def _kernels_by_ragged_dot(x, dy, sizes, rows):
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
-    return lax.ragged_dot_general(x, dy, sizes, numbers, preferred_element_type=dtypes.wide(x.dtype))
+    options = {"precision": _precision(x), "preferred_element_type": dtypes.wide(x.dtype)}
+    return lax.ragged_dot_general(x, dy, sizes, numbers, **options)
+
+
+def _precision(x):
+    # Of bfloat16 libtpu's instruction takes no other, whatever the user's default is.
+    return None if x.dtype == dtypes.wide(x.dtype) else lax.Precision.DEFAULT
 
 
 def _kernels_by_pallas(x, dy, sizes, rows):

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxlinear.pallas import blocks, derivatives
+from jaxlinear.pallas import blocks, derivatives, products
 from jaxlinear.pallas.attention_tpu import SAVED
 from jaxlinear.pallas.delta_rule_gpu_layout import power_of_two
 from jaxlinear.pallas.target import Target
@@ -254,6 +254,4 @@ def _wide(x) -> np.dtype:
 
 def _dot(x, y, over: tuple[int, int]):
     """The product of two matrices over one axis of each, summed in float32 at least."""
-    precision = lax.Precision.HIGHEST if x.dtype == _wide(x) else None
-    dimensions = ((over[0],), (over[1],)), ((), ())
-    return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=_wide(x))
+    return products.dot(x, y, over, _wide(x))

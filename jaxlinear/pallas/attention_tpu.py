@@ -3,7 +3,6 @@
 It takes blocks of queries against blocks of keys, and of these only such that some query sees some key of.
 """
 
-import contextlib
 import functools
 
 import jax
@@ -61,8 +60,9 @@ def _attend_backward(kernel, pullback, d_o):
 
 
 def _precision(x: jax.Array):
-    """The kernel's products have none of their own, and a TPU cuts float32 to bfloat16 where none is asked for."""
-    return jax.default_matmul_precision("highest") if x.dtype == jnp.float32 else contextlib.nullcontext()
+    """The kernel's products ask for none, and a TPU then cuts float32 to bfloat16, or has what the user asked for, which
+    Mosaic refuses where bfloat16 is multiplied."""
+    return jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else "default")
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxlinear.pallas import blocks
+from jaxlinear.pallas import blocks, products
 from jaxlinear.pallas.channel_decays import to_base_2
 from jaxlinear.pallas.chunk_decays import floor
 from jaxlinear.pallas.delta_rule_plan import Plan
@@ -76,11 +76,7 @@ def dot(x: jax.Array, y: jax.Array, over: tuple[int, int], layout: Layout) -> ja
     """The product of two matrices over one axis of each, of the dtype of products, summed in the wide one; float32 is not
     cut to fewer bits."""
     narrow, wide = layout.plan.narrow, layout.plan.wide
-    precision = lax.Precision.HIGHEST if narrow == wide else None
-    dimensions = ((over[0],), (over[1],)), ((), ())
-    return lax.dot_general(
-        x.astype(narrow), y.astype(narrow), dimensions, precision=precision, preferred_element_type=wide
-    )
+    return products.dot(x.astype(narrow), y.astype(narrow), over, wide)
 
 
 def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:

@@ -82,7 +82,10 @@ def _kernel(group, at, starts, ends, x, dy, y, *, block):
         y[...] = jnp.zeros_like(y)
 
     def add(left, right):
-        y[...] += jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=y.dtype)
+        # Of float32 as products with parameters are; of bfloat16 Mosaic takes none but the default.
+        precision = None if left.dtype == y.dtype else jax.lax.Precision.DEFAULT
+        dimensions = ((0,), (0,)), ((), ())
+        y[...] += jax.lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=y.dtype)
 
     whole = (start <= first) & (first + block <= end)
 

@@ -13,8 +13,14 @@ Terms = tuple[jax.Array, ...]  # of one dtype; each has the digits that those be
 def dot(x: jax.Array, y: jax.Array, over: tuple[int, int], wide) -> jax.Array:
     """The product of two matrices over one axis of each, summed in ``wide``; float32 is not cut to fewer bits."""
     y = y.astype(x.dtype)
-    precision = lax.Precision.HIGHEST if x.dtype == wide else None
-    return lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=wide)
+    dimensions = ((over[0],), (over[1],)), ((), ())
+    return lax.dot_general(x, y, dimensions, precision=precision(x.dtype, wide), preferred_element_type=wide)
+
+
+def precision(narrow, wide) -> lax.Precision:
+    """Of products of ``narrow`` that are summed in ``wide``: all digits. Of bfloat16 these are the default's, and Mosaic
+    takes no other, so it is asked for, whatever ``jax_default_matmul_precision`` is."""
+    return lax.Precision.HIGHEST if narrow == wide else lax.Precision.DEFAULT
 
 
 def terms(x: jax.Array, narrow, count: int) -> Terms:

@@ -12,6 +12,7 @@ from jax.extend import core
 from jaxlinear import ops
 from jaxlinear.models.mixture_of_experts import _losses
 from jaxlinear.ops import backends
+from jaxlinear.ops.grouped_product import grouped_product
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 TIME, HEADS, WIDTH = 32, 2, 16
@@ -79,6 +80,34 @@ def test_of_attention(operation, backend):
     with backends.use_platform(*TPU):
         found, count = cut(run, *arrays(3, "float32"))
     assert not found and count >= 7
+
+
+KERNELS = {
+    "linear_attention": (functools.partial(ops.linear_attention, backend="pallas"), []),
+    "delta_rule": (functools.partial(ops.delta_rule, backend="pallas"), [((1, TIME, HEADS), "float32")]),
+    "causal_attention": (functools.partial(ops.causal_attention, backend="pallas"), []),
+}
+
+
+def grouped(q, k, v):
+    """The products of experts."""
+    rows = q.reshape(-1, WIDTH)
+    return grouped_product(rows, k.reshape(-1, WIDTH, WIDTH), jnp.ones(len(rows) // WIDTH, jnp.int32), backend="pallas")
+
+
+@pytest.mark.parametrize(
+    "operation, platform",
+    [*((name, TPU) for name in (*KERNELS, "grouped_product")), *((name, GPU) for name in KERNELS)],
+)
+def test_kernels_of_bfloat16_under_a_default_of_more(operation, platform):
+    """Mosaic multiplies bfloat16 in no precision but its own, and would end in an error of the compiler."""
+    run, beta = KERNELS.get(operation, (grouped, []))
+    with backends.use_platform(*platform), jax.default_matmul_precision("highest"):
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (*arrays(3, "bfloat16"), *beta)]
+        jaxpr = jax.make_jaxpr(lambda *inputs: jax.vjp(run, *inputs)[1](run(*inputs)))(*shapes).jaxpr
+    narrow = [x for x in products(jaxpr) if {operand.aval.dtype.name for operand in x.invars[:2]} == {"bfloat16"}]
+    asked = [x.params["precision"] for x in narrow]
+    assert len(narrow) >= 3 and {*asked} <= {lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2}
 
 
 def test_of_the_losses_of_a_router():
