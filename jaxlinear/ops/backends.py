@@ -62,7 +62,9 @@ def no_kernels(*shapes: tuple[int, ...]) -> str | None:
     for shape in shapes:
         if 0 in shape:
             return f"the kernel takes no empty arrays, not one of {list(shape)}"
-    _, kind, _, gpu = target()
+    _, kind, interpret, gpu = target()
+    if not interpret and jax.dtypes.canonicalize_dtype("int64").itemsize == 8:
+        return "the kernel is compiled for indices of 32 bits, and jax_enable_x64 makes them 64"
     if gpu is None:
         return None
     if gpu.capability is None:

@@ -110,6 +110,30 @@ def test_empty_arrays_take_no_kernel(platform, shape):
         ]
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_kernels_are_not_compiled_for_indices_of_64_bits(platform):
+    """Their compilers would end in errors of their own."""
+    x, heads = jnp.ones((1, 64, 2)), jnp.ones((1, 64, 1, 16), jnp.bfloat16)
+    calls = {
+        "linear_recurrence": functools.partial(ops.linear_recurrence, x, x),
+        "linear_attention": functools.partial(ops.linear_attention, heads, heads, heads),
+        "causal_attention": functools.partial(ops.causal_attention, heads, heads, heads),
+    }
+
+    def is_a_kernel(call, **options):
+        return "pallas_call[" in str(jax.make_jaxpr(lambda: jax.tree.leaves(call(**options))[0])())
+
+    for name, call in calls.items():
+        with jax.enable_x64(True), backends.use_platform(platform):
+            assert not is_a_kernel(call)
+            with pytest.raises(
+                UserError, match=f"^{name}: the kernel is compiled for indices of 32 bits, and jax_enable"
+            ):
+                call(backend="pallas")
+        with backends.use_platform(platform):
+            assert is_a_kernel(call, backend="pallas")
+
+
 def test_unknown_backends_are_refused():
     with pytest.raises(UserError, match=r"an_op has no backend 'fast'; it has 'auto', 'chunked'"):
         backends.check("an_op", "fast", ("chunked",))
