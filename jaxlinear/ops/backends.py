@@ -62,9 +62,7 @@ def no_kernels(*shapes: tuple[int, ...]) -> str | None:
     for shape in shapes:
         if 0 in shape:
             return f"the kernel takes no empty arrays, not one of {list(shape)}"
-    _, kind, interpret, gpu = target()
-    if not interpret and jax.dtypes.canonicalize_dtype("int64").itemsize == 8:
-        return "the kernel is compiled for indices of 32 bits, and jax_enable_x64 makes them 64"
+    _, kind, _, gpu = target()
     if gpu is None:
         return None
     if gpu.capability is None:
@@ -72,6 +70,13 @@ def no_kernels(*shapes: tuple[int, ...]) -> str | None:
     if gpu.capability < _OLDEST:
         least, has = (".".join(map(str, number)) for number in (_OLDEST, gpu.capability))
         return f"the kernels for GPU take compute capability {least} (A100) or more, not {has} ({kind})"
+    return None
+
+
+def no_compiler() -> str | None:
+    """Why none is compiled of arrays that a kernel takes; or None."""
+    if platform() in COMPILED and jax.dtypes.canonicalize_dtype("int64").itemsize == 8:
+        return "the kernel is compiled for indices of 32 bits, and jax_enable_x64 makes them 64"
     return None
 
 
@@ -93,12 +98,12 @@ def kernel_or_chunks(
     """``"pallas"`` where an operation that has chunks takes its kernel, else ``backend`` as it is given.
 
     ``few``: so few tokens that ``"auto"`` takes no chunks. ``shapes``: of its arrays. ``refusal``: why the kernel does not
-    run on a platform, or None. Where it does not, or none does (``no_kernels``), ``"auto"`` says so once, and ``"pallas"``
-    raises ``UserError``.
+    run on a platform, or None. Where it does not, or none does (``no_kernels``, ``no_compiler``), ``"auto"`` says so once,
+    and ``"pallas"`` raises ``UserError``.
     """
     if backend not in ("auto", "pallas") or (backend == "auto" and (platform() not in COMPILED or few)):
         return backend
-    reason = no_kernels(*shapes) or refusal(platform())
+    reason = no_kernels(*shapes) or refusal(platform()) or no_compiler()
     if reason is None:
         return "pallas"
     if backend == "pallas":

@@ -101,7 +101,8 @@ def choose(backend: str, a: jax.Array, x: jax.Array) -> str:
     if backend == "auto" and (platform not in backends.COMPILED or x.shape[1] == 1):
         return "recurrent" if platform == "cpu" or x.shape[1] == 1 else "associative"
     compute = dtypes.wide(a.dtype, x.dtype)
-    reason = backends.no_kernels(x.shape) or diagonal_kernel.refusal(a.dtype, x.dtype, compute, platform)
+    refused = backends.no_kernels(x.shape) or diagonal_kernel.refusal(a.dtype, x.dtype, compute, platform)
+    reason = refused or backends.no_compiler()
     if reason is None:
         return "pallas"
     if backend == "pallas":
