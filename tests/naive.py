@@ -71,6 +71,13 @@ def delta_rule(q, k, v, beta, log_decay=None, initial_state=None, ids=None, scal
     return jnp.moveaxis(o, 0, 1), final
 
 
+def selective_scan(x, dt, A, B, C, initial_state, ids=None):
+    """By numbers of the state ``[B, T, D, N]``, which all exist at once."""
+    a = 1 - dt[..., None] * B[:, :, None] ** 2 if A is None else jnp.exp(dt[..., None] * A[None, None])
+    states, final = linear_recurrence(a, (dt * x)[..., None] * B[:, :, None], initial_state, ids)
+    return jnp.sum(states * C[:, :, None], axis=-1), final
+
+
 def causal_convolution(x, kernel, bias, state, ids=None):
     """By scan: the state is the window."""
 

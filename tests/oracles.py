@@ -84,6 +84,26 @@ def delta_rule(q, k, v, beta, log_decay=None, initial_state=None, ids=None, scal
     return o, final
 
 
+def selective_scan(x, dt, A, B, C, initial_state=None, ids=None):
+    """``S_t = exp(dt_t A) S_{t-1} + (dt_t x_t) B_t^T``, ``y_t = S_t C_t``.
+
+    With A None it is ``1 - dt_t (B_t^T)^2`` in place of the exponential.
+    x, dt ``[B, T, D]``; A ``[D, N]``; B, C ``[B, T, N]``. -> y, the last S.
+    """
+    (batch, length, width), states = x.shape, B.shape[-1]
+    y, final = np.zeros((batch, length, width)), np.zeros((batch, width, states))
+    for b, d, n in np.ndindex(batch, width, states):
+        state = 0.0 if initial_state is None else initial_state[b, d, n]
+        for t in range(length):
+            if t > 0 and ids is not None and ids[b, t] != ids[b, t - 1]:
+                state = 0.0
+            kept = 1 - dt[b, t, d] * B[b, t, n] ** 2 if A is None else np.exp(dt[b, t, d] * A[d, n])
+            state = kept * state + dt[b, t, d] * x[b, t, d] * B[b, t, n]
+            y[b, t, d] += C[b, t, n] * state
+        final[b, d, n] = state
+    return y, final
+
+
 def causal_convolution(x, kernel, bias=None, state=None, ids=None):
     """``y_t = bias + sum_j kernel[width-1-j] x_{t-j}``. -> y, the last width-1 inputs of the last document."""
     (batch, length, channels), width = x.shape, len(kernel)

@@ -124,7 +124,7 @@ def test_rates_and_weights_are_not_negative(key):
         ({"model.preset": "griffin"}, "there is no preset 'griffin'; there are hawk_100m"),
         ({"model.pattern": ()}, "model.pattern is empty; it names at least one mixer"),
         ({"model.pattern": (5,)}, r"model.pattern is \(5,\); it is names of mixers"),
-        ({"model.pattern": ("mamba",)}, "there is no mixer 'mamba'; there are "),
+        ({"model.pattern": ("mamba3",)}, "there is no mixer 'mamba3'; there are "),
         ({"model.num_heads": 3}, "model.num_heads=3 does not divide model.width=16"),
         ({"model.rotary_fraction": 1.5}, "model.rotary_fraction is 1.5; it lies between 0 and 1"),
         ({"model.norm_offset": 0.5}, "model.norm_offset is 0.5; it can be 0 or 1"),

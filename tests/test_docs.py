@@ -44,6 +44,7 @@ def test_the_table_of_operations_has_their_backends():
     x, heads = jnp.ones((1, 2, 4)), jnp.ones((1, 2, 1, 4))
     calls = {
         "linear_recurrence": lambda: ops.linear_recurrence(x, x, backend="none"),
+        "selective_scan": lambda: ops.selective_scan(x, x, None, x, x, backend="none"),
         "linear_attention": lambda: ops.linear_attention(heads, heads, heads, backend="none"),
         "delta_rule": lambda: ops.delta_rule(heads, heads, heads, heads[..., 0], backend="none"),
         "sliding_window_attention": lambda: ops.sliding_window_attention(heads, heads, heads, window=2, backend="none"),

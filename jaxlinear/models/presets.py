@@ -34,6 +34,20 @@ def _griffin(pattern: tuple[str, ...], size: tuple[int, int, int, int], **change
     return preset | changes
 
 
+def _mamba(mixer: str, width: int, num_layers: int, **changes: Any) -> dict[str, Any]:
+    preset = {
+        "pattern": (mixer,),
+        "num_layers": num_layers,
+        "vocab_size": 50_280,
+        "width": width,
+        "recurrent_width": 2 * width,
+        "num_heads": width // 64,  # of attention, where a hybrid has it
+        "channel_mixer": "none",
+        "norm_epsilon": 1e-5,
+    }
+    return preset | changes
+
+
 def _mamba2(width: int, num_layers: int, **changes: Any) -> dict[str, Any]:
     preset = {
         "pattern": ("mamba2",),
@@ -145,6 +159,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         )
         for name, size in {"2b": (2560, 2560, 26, 10), "9b": (4096, 4096, 38, 16)}.items()
     },
+    # Gu and Dao 2023 (arXiv:2312.00752), as published (huggingface.co/state-spaces/mamba-130m and so on): width and depth.
+    # The vocabulary of 50,277 words is padded to a multiple of 8.
+    **{
+        f"mamba_{name}": _mamba("mamba", *size)
+        for name, size in {
+            "130m": (768, 24),
+            "370m": (1024, 48),
+            "790m": (1536, 48),
+            "1b4": (2048, 48),
+            "2b8": (2560, 64),
+        }.items()
+    },
     # Dao and Gu 2024 (arXiv:2405.21060), as published (huggingface.co/state-spaces/mamba2-130m and so on): width and depth.
     # The vocabulary of 50,277 words is padded to a multiple of 16.
     **{
@@ -221,6 +247,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hawk_6m": _griffin(("rg_lru",), (256, 256, 6, 4), window=512, vocab_size=4096),
     "griffin_6m": _griffin(_GRIFFIN, (256, 256, 6, 4), window=512, vocab_size=4096),
     "transformer_6m": _attending(("attention",), 256, 6, 4, vocab_size=4096),
+    "longhorn_6m": _mamba("longhorn", 256, 10, vocab_size=4096),
+    "mamba_6m": _mamba("mamba", 256, 10, vocab_size=4096),
     "mamba2_6m": _mamba2(256, 10, vocab_size=4096),
     "delta_net_6m": _swiglu("delta_net", 256, 6, 4, vocab_size=4096),
     "gated_delta_net_6m": _swiglu("gated_delta_net", 256, 6, 4, mlp_expansion=2.25, vocab_size=4096),

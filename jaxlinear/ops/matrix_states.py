@@ -29,7 +29,7 @@ def choose(
     """``"pallas"`` where an operation takes its kernel, else the backend as it was given. ``by_channel``: of decays of key
     channels. ``refusal(q, k, v, chunk_size, by_channel, platform)``: why the kernel does not run, or None."""
     backends.check(operation, backend, ("recurrent", "chunked", "pallas"))
-    _check_chunk(operation, backend, chunk_size)
+    check_chunk(operation, backend, chunk_size)
     few = chunk_size is None and q.shape[1] <= FEW_TOKENS and runner is recurrence.WHOLE
     refused = functools.partial(refusal, q, k, v, chunk_size, by_channel)
     return backends.kernel_or_chunks(operation, backend, few, (q.shape, v.shape), refused)
@@ -56,7 +56,7 @@ def choose_chunk(
     return min(CHUNK, 1 << (length - 1).bit_length())
 
 
-def _check_chunk(operation: str, backend: str, chunk_size: int | None) -> None:
+def check_chunk(operation: str, backend: str, chunk_size: int | None) -> None:
     """Raises ``UserError`` for what is no size of a chunk, or of a backend that has none."""
     if chunk_size is None:
         return

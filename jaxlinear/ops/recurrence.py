@@ -6,6 +6,7 @@ devices in ``jaxlinear.parallel``.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -100,14 +101,14 @@ def chunked(family: Family, chunk: int, inputs: Inputs, constants: Constants, st
 def _forward(family, chunk, inputs, constants, state):
     batch, length = jax.tree.leaves(inputs)[0].shape[:2]
     groups, span = _groups(inputs, chunk)
-    padded = _pad(inputs, groups * span)
+    padded = pad(inputs, groups * span)
 
     def step(state, i):
-        run = family.prepare(split(_part(padded, i, span), chunk), constants)
+        run = family.prepare(split(part_of(padded, i, span), chunk), constants)
         before, state = fold(family, by_chunk(family.summarise(run), batch, span // chunk), state)
         return state, (join(family.apply(run, flat(before)), batch, span), before)
 
-    final, (outputs, before) = _scan(step, state, groups)
+    final, (outputs, before) = loop(step, state, groups)
     outputs, before = named((outputs[:, :length], before))
     return (outputs, final), (inputs, constants, before)
 
@@ -117,18 +118,18 @@ def _backward(family, chunk, residuals, cotangents):
     d_outputs, d_final = cotangents
     length = d_outputs.shape[1]
     groups, span = _groups(inputs, chunk)
-    padded = _pad((inputs, d_outputs), groups * span)
+    padded = pad((inputs, d_outputs), groups * span)
 
     def step(carry, i):
         d_state, d_constants = carry
-        part, d_part = _part(padded, i, span)
-        gradients = Gradients(family, chunk, part, constants, _part(before, i, span // chunk), d_part)
+        part, d_part = part_of(padded, i, span)
+        gradients = Gradients(family, chunk, part, constants, part_of(before, i, span // chunk), d_part)
         after, d_state = gradients.fold_back(d_state)
         d_inputs, more = gradients.of_inputs(after)
         return (d_state, jax.tree.map(jnp.add, d_constants, more)), d_inputs
 
     carry = d_final, jax.tree.map(jnp.zeros_like, constants)
-    (d_state, d_constants), d_inputs = _scan(step, carry, groups, reverse=True)
+    (d_state, d_constants), d_inputs = loop(step, carry, groups, reverse=True)
     return jax.tree.map(lambda x: x[:, :length], d_inputs), d_constants, d_state
 
 
@@ -190,7 +191,7 @@ class Gradients:
             d_before = jax.tree.map(jnp.add, _at(self._through_outputs, n), through_state)
             return d_before, jax.tree.map(lambda x: x[:, None], d_state)
 
-        d_state, after = _scan(step, d_final, _count(summaries), reverse=True, written_out=_CHUNKS_WRITTEN_OUT)
+        d_state, after = loop(step, d_final, _count(summaries), reverse=True, written_out=_CHUNKS_WRITTEN_OUT)
         return after, d_state
 
     def of_first_state(self) -> State:
@@ -212,7 +213,7 @@ def fold(family: Family, summaries: Summary, state: State) -> tuple[State, State
     def step(state, n):
         return family.advance(_at(summaries, n), state), jax.tree.map(lambda x: x[:, None], state)
 
-    final, before = _scan(step, state, _count(summaries), written_out=_CHUNKS_WRITTEN_OUT)
+    final, before = loop(step, state, _count(summaries), written_out=_CHUNKS_WRITTEN_OUT)
     return before, final
 
 
@@ -228,7 +229,7 @@ def transposed(family: Family, transition: Any, d_state: State) -> State:
     return jax.linear_transpose(lambda state: family.advance((transition, none), state), d_state)(d_state)[0]
 
 
-def _scan(step, carry, count: int, *, reverse: bool = False, written_out: int = 1):
+def loop(step: Callable, carry: Any, count: int, *, reverse: bool = False, written_out: int = 1) -> tuple[Any, Any]:
     """``lax.scan`` of ``step(carry, i)``, whose outputs ``[B, n, ...]`` are laid side by side: ``[B, count * n, ...]``.
     Up to ``written_out`` steps are no loop."""
     if count <= written_out:
@@ -237,14 +238,14 @@ def _scan(step, carry, count: int, *, reverse: bool = False, written_out: int = 
             carry, pieces[i] = step(carry, i)
         return carry, jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *pieces)
 
-    def place(i, loop):
+    def place(i, loop_carry):
         i = count - 1 - i if reverse else i
-        carry, pieces = step(loop[0], i)
+        carry, pieces = step(loop_carry[0], i)
 
         def put(row, piece):
             return lax.dynamic_update_slice_in_dim(row, piece, i * piece.shape[1], axis=1)
 
-        return carry, jax.tree.map(put, loop[1], pieces)
+        return carry, jax.tree.map(put, loop_carry[1], pieces)
 
     def row(piece):
         return jnp.zeros_like(piece, shape=(piece.shape[0], count * piece.shape[1], *piece.shape[2:]))
@@ -269,12 +270,12 @@ def _groups(inputs: Inputs, chunk: int) -> tuple[int, int]:
     return chunks // together, together * chunk
 
 
-def _pad(tree: Any, length: int) -> Any:
+def pad(tree: Any, length: int) -> Any:
     """``[B, T, ...]`` to ``[B, length, ...]``, with zeros at the end."""
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2))), tree)
 
 
-def _part(tree: Any, i, size: int) -> Any:
+def part_of(tree: Any, i, size: int) -> Any:
     """``[B, T, ...]`` -> ``[B, size, ...]``, the i-th of such."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * size, size, axis=1), tree)
 
@@ -282,7 +283,7 @@ def _part(tree: Any, i, size: int) -> Any:
 def split(tree: Any, chunk: int) -> Any:
     """``[B, T, ...]`` -> ``[B * N, chunk, ...]``, padded with zeros at the end."""
     length = jax.tree.leaves(tree)[0].shape[1]
-    tree = _pad(tree, length + -length % chunk)
+    tree = pad(tree, length + -length % chunk)
     return jax.tree.map(lambda x: x.reshape(x.shape[0] * (x.shape[1] // chunk), chunk, *x.shape[2:]), tree)
 
 

@@ -53,6 +53,20 @@ def linear_recurrence(a: jax.Array, x: jax.Array, initial_state: jax.Array | Non
     return _on_shards(mesh, local, (1, 2), (a, x, initial_state, segment_ids), axes)
 
 
+def selective_scan(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array | None,
+    B: jax.Array,
+    C: jax.Array,
+    initial_state: jax.Array | None = None,
+    **options: Any,
+):
+    """``ops.selective_scan``; D lies by the logical axis ``recurrent``."""
+    runner = _runner("selective_scan", x.shape[1], "recurrent")
+    return ops.selective_scan(x, dt, A, B, C, initial_state, runner=runner, **options)
+
+
 def linear_attention(
     q: jax.Array,
     k: jax.Array,

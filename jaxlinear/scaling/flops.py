@@ -49,6 +49,20 @@ def mamba2(config: ModelConfig, length: int) -> float:
     return 2 * d * (3 * r + 2 * n + h) + 2 * w * (r + 2 * n) + 2 * 2 * h * n * p + 2 * r
 
 
+def mamba(config: ModelConfig, length: int) -> float:
+    """Projections D x 2 R and R x D, those of the selection, R x (rank + 2 N) and rank x R, and the convolution; of each
+    number of the state its decay (1), the update (3) and the read (2); and of each channel dt x and the skip."""
+    d, r, w = config.width, config.recurrent_width, config.convolution_width
+    n, rank = mixers.mamba.widths(config)
+    return 2 * d * 3 * r + 2 * r * (2 * rank + 2 * n) + 2 * w * r + 6 * r * n + 3 * r
+
+
+def longhorn(config: ModelConfig, length: int) -> float:
+    """As Mamba, and of each number of the state what it keeps (2 for 1), and of each token |k|^2 and of each channel dt."""
+    r, (n, _) = config.recurrent_width, mixers.mamba.widths(config)
+    return mamba(config, length) + r * n + 2 * n + 3 * r
+
+
 def delta_net(config: ModelConfig, length: int) -> float:
     """The projection H V x D, and ``_delta_rule``."""
     h, k, v = mixers.delta_net.widths(config)
@@ -169,7 +183,9 @@ MIXERS: dict[str, Callable[[ModelConfig, int], float]] = {
     "kda": kda,
     "lightning": lightning,
     "linear_attention": linear_attention,
+    "longhorn": longhorn,
     "lru": lru,
+    "mamba": mamba,
     "mamba2": mamba2,
     "retention": retention,
     "rg_lru": rg_lru,

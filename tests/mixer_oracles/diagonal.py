@@ -1,4 +1,5 @@
-"""LRU (arXiv:2303.06349), S5 (arXiv:2208.04933) and GateLoop (arXiv:2311.01927), one token after the other."""
+"""LRU (arXiv:2303.06349), S5 (arXiv:2208.04933), GateLoop (arXiv:2311.01927), Mamba (arXiv:2312.00752) and Longhorn
+(arXiv:2407.14207), one token after the other."""
 
 import numpy as np
 
@@ -45,6 +46,46 @@ def gateloop(parameters, x, ids, config):
     return oracles.linear(parameters["out"], gate * oracles.sigmoid(gate) * o)
 
 
+def mamba(parameters, x, ids, config):
+    v, low, b, c = _selection(parameters, x, ids, config)
+    dt = oracles.softplus(oracles.linear(parameters["time_step"], low) + parameters["dt_bias"])
+    y = oracles.selective_scan(v, dt, -np.exp(parameters["A_log"]), b, c, ids=ids)[0]
+    return _gated(parameters, x, y + parameters["D"] * v)
+
+
+def longhorn(parameters, x, ids, config):
+    """The state of each number of a channel by itself: from S to S + dt k (x - k S)."""
+    v, low, k, q = _selection(parameters, x, ids, config)
+    beta = oracles.sigmoid(oracles.linear(parameters["time_step"], low) + parameters["dt_bias"])
+    starts = oracles.document_starts(ids, *x.shape[:2])
+    y = parameters["D"] * v
+    for b, d in np.ndindex(len(v), v.shape[2]):
+        state = np.zeros(k.shape[-1])
+        for t in range(v.shape[1]):
+            if t == starts[b, t]:
+                state = np.zeros(k.shape[-1])
+            dt = beta[b, t, d] / (1 + beta[b, t, d] * k[b, t] @ k[b, t])
+            state = state + dt * k[b, t] * (v[b, t, d] - k[b, t] * state)
+            y[b, t, d] += q[b, t] @ state
+    return _gated(parameters, x, y)
+
+
+def _selection(parameters, x, ids, config):
+    """x after its convolution, and what its projection is cut into."""
+    filters, rank = parameters["value_convolution"], len(parameters["time_step"]["kernel"])
+    v = oracles.linear(parameters["value"], x)
+    v = oracles.silu(
+        oracles.causal_convolution(v, filters["convolution_kernel"], filters["convolution_bias"], ids=ids)[0]
+    )
+    selection = oracles.linear(parameters["selection"], v)
+    states = (selection.shape[-1] - rank) // 2
+    return v, selection[..., :rank], selection[..., rank : rank + states], selection[..., rank + states :]
+
+
+def _gated(parameters, x, y):
+    return oracles.linear(parameters["out"], y * oracles.silu(oracles.linear(parameters["gate"], x)))
+
+
 def _run(a, u, ids):
     return oracles.linear_recurrence(a, u, ids=ids)[0]
 
@@ -53,4 +94,4 @@ def _complex(kernel):
     return kernel[0] + 1j * kernel[1]
 
 
-ORACLES = {"gateloop": gateloop, "lru": lru, "s5": s5}
+ORACLES = {"gateloop": gateloop, "longhorn": longhorn, "lru": lru, "mamba": mamba, "s5": s5}

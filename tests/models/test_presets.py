@@ -29,6 +29,11 @@ COUNTS = {
     "s5_small": 54_210_048,
     "linear_moe_a0b3_2b": 2_476_540_416,
     "linear_moe_a1b_7b": 7_336_185_856,
+    "mamba_130m": 129_135_360,
+    "mamba_370m": 371_516_416,
+    "mamba_790m": 793_204_224,
+    "mamba_1b4": 1_372_178_432,
+    "mamba_2b8": 2_768_345_600,
     "mamba2_130m": 128_989_632,
     "mamba2_370m": 368_346_624,
     "mamba2_780m": 780_161_280,
@@ -90,6 +95,14 @@ def test_recurrentgemma_2b_by_hand():
     total = vocab * width + 18 * (recurrent + mlp + norms) + 8 * (local + mlp + norms) + width
     assert total == 2_682_862_080
     assert describe(ModelConfig(**presets.find("recurrentgemma_2b"))).num_parameters == total
+
+
+def test_mamba_130m_by_hand():
+    """The published checkpoint has as many: 50,280 words; 24 layers of width 768, a state of 16 a channel."""
+    vocab, width, inner, state, rank = 50_280, 768, 1536, 16, 48
+    projections = 2 * width * inner + inner * (rank + 2 * state) + rank * inner + inner * width
+    layer = projections + 4 * inner + inner + inner * state + 2 * inner + width  # convolution; A; dt and D; norm
+    assert vocab * width + 24 * layer + width == COUNTS["mamba_130m"]
 
 
 def test_mamba2_130m_by_hand():

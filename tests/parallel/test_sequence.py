@@ -30,6 +30,10 @@ def random_inputs(kind, decay, seed=0):
         if "complex" in decay:
             a, x, state = a * np.exp(1j * uniform(shape)), x + 1j * normal(x.shape), state + 1j * normal(state.shape)
         return a, x, state
+    if kind == "selective_scan":
+        x, B_, C = (normal((B, T, size)) for size in (6, K, K))
+        rates = (-3 * uniform((6, K)),) if decay == "rates" else ()
+        return x, uniform(x.shape) / (1 + np.sum(B_**2, axis=-1, keepdims=True)), B_, C, normal((B, 6, K)), *rates
     k = normal((B, T, H, K))
     inputs = [normal((B, T, H, K)), k / np.linalg.norm(k, axis=-1, keepdims=True), normal((B, T, H, V))]
     if kind == "delta_rule":
@@ -44,6 +48,9 @@ def call(module, kind, ids):
     def run(*inputs):
         if kind == "linear_recurrence":
             return module.linear_recurrence(*inputs, segment_ids=ids)
+        if kind == "selective_scan":
+            x, dt, B_, C, state, *rates = inputs
+            return module.selective_scan(x, dt, rates[0] if rates else None, B_, C, state, segment_ids=ids)
         count = 4 if kind == "delta_rule" else 3
         decay = inputs[count + 1] if len(inputs) > count + 1 else None
         operation = getattr(module, kind)
@@ -70,6 +77,7 @@ FAMILIES = [
     *(("linear_attention", decay) for decay in ("none", "constant", "scalar", "channel")),
     *(("delta_rule", decay) for decay in ("none", "scalar", "channel")),
     *(("linear_recurrence", decay) for decay in ("in_time", "constant", "complex", "complex_constant")),
+    *(("selective_scan", decay) for decay in ("rates", "of_keys")),
 ]
 
 

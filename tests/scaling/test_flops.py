@@ -51,6 +51,17 @@ def test_convolution_by_hand():
     assert flops.convolution(CONFIG, LENGTH) == 3 * 2 * 32 * 48 + 2 * 4 * 48 == 9_600
 
 
+def test_mamba_by_hand():
+    """48 channels with a state of 8; the time step is of rank 2."""
+    projections = 2 * 32 * 48 * 3 + 2 * 48 * (2 + 8 + 8) + 2 * 2 * 48  # x, z, out; the selection; dt
+    convolution, skip = 2 * 4 * 48, 2 * 48
+    recurrence = 48 + 48 * 8 * (1 + 1 + 2 + 2)  # dt x; dt A, the product with B, a multiply-add, and another to read
+    config = dataclasses.replace(CONFIG, key_width=8)
+    assert flops.mamba(config, LENGTH) == projections + convolution + skip + recurrence == 13_968
+    of_keys = 48 * 8 + 2 * 8 + 3 * 48  # 1 - dt k^2 and not dt A; |k|^2; dt of beta and it
+    assert flops.longhorn(config, LENGTH) == flops.mamba(config, LENGTH) + of_keys == 14_512
+
+
 def test_mamba2_by_hand():
     """3 heads with a state of 8 x 16."""
     projections = 2 * 32 * (48 + 48 + 8 + 8 + 3) + 2 * 48 * 32  # z, x, B, C, dt; out

@@ -11,11 +11,13 @@ import numpy as np
 from jaxlinear.data import Tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.conversion import fla, llama, mamba2, recurrent_gemma, safetensors
+from jaxlinear.models.conversion import fla, llama, mamba, mamba2, recurrent_gemma, safetensors
 from jaxlinear.models.conversion.family import Family, Fields
 from jaxlinear.streaming import StreamedArray
 
-FAMILIES = {family.name: family for family in (llama.FAMILY, mamba2.FAMILY, recurrent_gemma.FAMILY, *fla.FAMILIES)}
+FAMILIES = {
+    family.name: family for family in (llama.FAMILY, mamba.FAMILY, mamba2.FAMILY, recurrent_gemma.FAMILY, *fla.FAMILIES)
+}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000

@@ -33,7 +33,9 @@ from jaxlinear.models.mixers.hgrn2 import HGRN2
 from jaxlinear.models.mixers.kda import KimiDeltaAttention
 from jaxlinear.models.mixers.lightning import Lightning
 from jaxlinear.models.mixers.linear_attention import LinearAttention
+from jaxlinear.models.mixers.longhorn import Longhorn
 from jaxlinear.models.mixers.lru import LRU
+from jaxlinear.models.mixers.mamba import Mamba
 from jaxlinear.models.mixers.mamba2 import Mamba2
 from jaxlinear.models.mixers.retention import Retention
 from jaxlinear.models.mixers.rg_lru import RGLRUBlock
@@ -51,7 +53,9 @@ MIXERS = {
     "kda": KimiDeltaAttention,
     "lightning": Lightning,
     "linear_attention": LinearAttention,
+    "longhorn": Longhorn,
     "lru": LRU,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "retention": Retention,
     "rg_lru": RGLRUBlock,
@@ -65,7 +69,8 @@ MIXERS = {
 _HEADS_OF_KEYS = ("delta_net", "gated_delta_net", "gla", "hgrn2", "kda", "lightning", "linear_attention", "retention")
 _DELTA_RULE = ("delta_net", "gated_delta_net", "kda")
 _ATTENTION = ("attention", "sliding_window")
-_OF_CHANNELS = ("convolution", "gateloop", "lru", "mamba2", "rg_lru", "s5")
+_SELECTIVE = ("longhorn", "mamba")
+_OF_CHANNELS = ("convolution", "gateloop", "lru", "mamba2", "rg_lru", "s5", *_SELECTIVE)
 READERS = {
     # Others take their heads of other keys, or have none.
     "num_heads": (*_ATTENTION, *(name for name in _HEADS_OF_KEYS if name != "hgrn2"), "gateloop", "rg_lru", "s5"),
@@ -75,11 +80,11 @@ READERS = {
     "key_value_heads": _ATTENTION,
     "context": ("attention",),
     "recurrent_heads": (*_HEADS_OF_KEYS, "gateloop", "s5"),
-    "key_width": (*_HEADS_OF_KEYS, "mamba2"),
+    "key_width": (*_HEADS_OF_KEYS, "mamba2", *_SELECTIVE),
     "value_width": (*_HEADS_OF_KEYS, "mamba2"),
     "feature_map": ("linear_attention",),
     "discretization": ("s5",),
-    "convolution_width": ("convolution", "delta_net", "gated_delta_net", "kda", "mamba2", "rg_lru"),
+    "convolution_width": ("convolution", "delta_net", "gated_delta_net", "kda", "mamba2", "rg_lru", *_SELECTIVE),
     "rotary_fraction": (*_ATTENTION, "retention"),
     "rotary_base": (*_ATTENTION, "retention"),
     "output_norm_epsilon": ("hgrn2",),

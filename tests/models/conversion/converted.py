@@ -63,6 +63,16 @@ MODELS = {
         "norm_offset": 0.0,
         "tied_embeddings": False,
     },
+    "mamba": {
+        "pattern": ("mamba",),
+        "num_layers": 2,
+        "width": 16,
+        "recurrent_width": 32,
+        "num_heads": 1,
+        "key_width": 6,
+        "channel_mixer": "none",
+        "norm_offset": 0.0,
+    },
     "mamba2": {
         "pattern": ("mamba2",),
         "num_layers": 3,

@@ -48,7 +48,7 @@ def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
 @pytest.mark.parametrize(
     "name, fields, message",
     [
-        ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2'; llama, mamba2, .* can be imp"),
+        ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2'; llama, mamba, .* can be imp"),
         ("llama", {"model_type": None}, "has no model_type"),
         (
             "llama",
@@ -70,6 +70,8 @@ def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
             r"head_dim is 3; .* only an even number can be imported \(hidden_size=12 over num_attention_heads=4\)$",
         ),
         ("llama", {"num_key_value_heads": 3}, "key_value_heads=3 does not divide model.num_heads=4"),
+        ("mamba", {"time_step_rank": 2}, "time_step_rank is 2; only hidden_size / 16 = 1 can be imported"),
+        ("mamba", {"use_bias": True}, "use_bias is True; only False can be imported"),
         ("mamba2", {"n_groups": 8}, "n_groups is 8; only 1 can be imported"),
         ("mamba2", {"use_bias": True}, "use_bias is True; only False can be imported"),
         ("mamba2", {"use_conv_bias": False}, "use_conv_bias is False; only True can be imported"),
@@ -244,6 +246,7 @@ def test_a_stream_that_is_rounded_here_is_warned_of(copied, tmp_path, caplog, ch
             {"layout": "flax"},
             "model.width=20 over model.num_heads=2 is 10 channels a head; in a checkpoint .* only be a multiple of 4",
         ),
+        ("mamba", {"channel_mixer": "gated_mlp"}, {}, "channel_mixer is 'gated_mlp'; in mamba it can only be 'none'"),
         ("mamba2", {"channel_mixer": "gated_mlp"}, {}, "channel_mixer is 'gated_mlp'; in mamba2 it can only be 'none'"),
         ("mamba2", {"recurrent_width": 40}, {}, "recurrent_width=40 is no multiple of model.width=16; in mamba2 it is"),
     ],

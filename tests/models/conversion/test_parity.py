@@ -53,6 +53,11 @@ def mamba2(**changes):
     return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**(values | changes)))
 
 
+def mamba(**changes):
+    values = {"vocab_size": VOCABULARY, "hidden_size": 24, "state_size": 10, "num_hidden_layers": 3}
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**(values | changes)))
+
+
 def llama(**changes):
     values = {
         "vocab_size": VOCABULARY,
@@ -77,6 +82,8 @@ MODELS = {
         rms_norm_eps=1e-2,
         conv1d_width=3,
     ),
+    "mamba": mamba,
+    "mamba, untied": lambda: mamba(tie_word_embeddings=False, conv_kernel=3, layer_norm_epsilon=1e-2, expand=3),
     "mamba2": mamba2,
     "mamba2, tied": lambda: mamba2(tie_word_embeddings=True, conv_kernel=3, layer_norm_epsilon=1e-2),
     "llama": llama,

@@ -1,0 +1,125 @@
+"""Mamba (arXiv:2312.00752) as transformers has it, and flash-linear-attention with other fields; and what of either Mamba-2
+has too."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxlinear.errors import UserError
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.conversion.family import Family, Fields, renamed, require
+from jaxlinear.models.conversion.links import TAPS, TRANSPOSED, Link, shifted
+from jaxlinear.models.mixers.mamba import widths
+from jaxlinear.streaming import StreamedArray
+
+_LOG = logging.getLogger(__name__)
+
+
+def _model(fields: Fields) -> dict[str, Any]:
+    values = shared_model(fields, "mamba", tied_by_default=True)
+    rank = -(-values["width"] // 16)
+    if fields.get("time_step_rank", "auto") not in ("auto", rank):
+        fields.refuse("time_step_rank", fields.get("time_step_rank"), f"only hidden_size / 16 = {rank} can be imported")
+    return values
+
+
+def shared_model(fields: Fields, mixer: str, *, tied_by_default: bool) -> dict[str, Any]:
+    """Keys of our ``model`` section, of either Mamba."""
+    width = fields.integer("hidden_size")
+    fields.only("use_bias", False, default=False)
+    fields.only("use_conv_bias", True, default=True)
+    fields.only("hidden_act", "silu", default="silu")
+    if fields.boolean("residual_in_fp32", True) and fields.dtype() == "bfloat16":
+        _LOG.warning(
+            "%s: residual_in_fp32 is true, by which the stream between blocks is float32; here it is bfloat16, as other "
+            "activations are, and logits differ by its rounding ('dtype': 'float32' there imports a model all in float32)",
+            fields.origin,
+        )
+    return {
+        "pattern": (mixer,),
+        "num_layers": fields.integer("num_hidden_layers"),
+        "vocab_size": fields.integer("vocab_size"),
+        "width": width,
+        "recurrent_width": int(fields.integer("expand", 2) * width),
+        "num_heads": 1,  # of attention, which there is none
+        "key_width": fields.integer("state_size"),
+        "channel_mixer": "none",
+        "convolution_width": fields.integer("conv_kernel", 4),
+        "norm_epsilon": _epsilon(fields),
+        "norm_offset": 0.0,
+        "tied_embeddings": fields.boolean("tie_word_embeddings", tied_by_default),
+        "embedding_scale": False,
+        "logit_soft_cap": 0.0,
+    }
+
+
+def _epsilon(fields: Fields) -> float:
+    """That of transformers, or of flash-linear-attention, each of which does not read the other's."""
+    name, other = "layer_norm_epsilon", "norm_eps"
+    epsilon = fields.number(other, fields.number(name, 1e-5))
+    if fields.number(name, epsilon) != epsilon:
+        fields.refuse(other, epsilon, f"{name} is {fields.number(name)}")
+    return epsilon
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    states, rank = widths(config)
+    return shared_fields(config, "mamba") | {
+        "architectures": ["MambaForCausalLM"],
+        "state_size": states,
+        "intermediate_size": config.recurrent_width,
+        "time_step_rank": rank,
+    }
+
+
+def shared_fields(config: ModelConfig, family: str) -> dict[str, Any]:
+    """The way back from ``shared_model``."""
+    require(config, family, channel_mixer="none", embedding_scale=False, logit_soft_cap=0.0)
+    if config.recurrent_width % config.width:
+        raise UserError(
+            f"model.recurrent_width={config.recurrent_width} is no multiple of model.width={config.width}; in {family} it "
+            "is"
+        )
+    return {
+        "expand": config.recurrent_width // config.width,
+        "conv_kernel": config.convolution_width,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "hidden_act": "silu",
+        "layer_norm_epsilon": config.norm_epsilon,
+        "norm_eps": config.norm_epsilon,
+    }
+
+
+def _links(config: ModelConfig) -> Iterator[Link]:
+    yield from links_around(config)
+    for layer in range(config.num_layers):
+        there = f"backbone.layers.{layer}.mixer"
+        for ours in ("value", "gate"):
+            yield Link(f"{there}.in_proj.weight", f"mixer.{ours}.kernel", layer, TRANSPOSED)
+        yield Link(f"{there}.conv1d.weight", "mixer.value_convolution.convolution_kernel", layer, TAPS)
+        yield Link(f"{there}.conv1d.bias", "mixer.value_convolution.convolution_bias", layer)
+        yield Link(f"{there}.x_proj.weight", "mixer.selection.kernel", layer, TRANSPOSED)
+        yield Link(f"{there}.dt_proj.weight", "mixer.time_step.kernel", layer, TRANSPOSED)
+        yield Link(f"{there}.dt_proj.bias", "mixer.dt_bias", layer)
+        for name in ("A_log", "D"):
+            yield Link(f"{there}.{name}", f"mixer.{name}", layer)
+        yield Link(f"{there}.out_proj.weight", "mixer.out.kernel", layer, TRANSPOSED)
+
+
+def links_around(config: ModelConfig) -> Iterator[Link]:
+    """Of all but the mixers."""
+    norm = shifted(config.norm_offset)
+    yield Link("backbone.embeddings.weight", "embedding")
+    yield Link("backbone.norm_f.weight", "norm.scale", None, norm)
+    if not config.tied_embeddings:
+        yield Link("lm_head.weight", "head")
+    for layer in range(config.num_layers):
+        yield Link(f"backbone.layers.{layer}.norm.weight", "mixer_norm.scale", layer, norm)
+
+
+def read(config: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
+    return renamed(tensors, {r"^backbone\.embedding\.": "backbone.embeddings."})  # in older files
+
+
+FAMILY = Family("mamba", ("mamba",), _model, _fields, _links, read=read)
