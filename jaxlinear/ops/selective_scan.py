@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, checks, diagonal, dtypes, matrix_states, recurrence
+from jaxlinear.ops import backends, checks, diagonal, matrix_states, recurrence, selective_scan_maps
+from jaxlinear.ops.selective_scan_maps import Inputs, SelectiveScanMaps
 
 # One array of a block, all that XLA for CPUs has of it in the cache at a time; of 4 MiB it was slower, and of 256 KiB.
 _CPU_BLOCK_BYTES = 1 << 20
@@ -64,12 +65,9 @@ def selective_scan(
     chunk = matrix_states.choose_chunk("selective_scan", backend, chunk_size, length, runner)
     segment_ids = checks.segment_ids("selective_scan", segment_ids, batch, length)
     starts = None if segment_ids is None else runner.starts(segment_ids)
-    # B and C with an axis for the channels, of which they have one for all (``parallel.sequence``).
     inputs = Inputs(x, dt, B[:, :, None], C[:, :, None], starts)
-    wide = _wide(inputs, A)
-    if initial_state is None:
-        initial_state = jnp.zeros_like(x, shape=(batch, width, states), dtype=wide)
-    initial_state = jnp.asarray(initial_state).astype(wide)
+    none = selective_scan_maps.no_state(inputs, A)
+    initial_state = none if initial_state is None else jnp.asarray(initial_state).astype(none.dtype)
     if 0 in (batch, length, width, states):
         return jnp.zeros_like(x), initial_state
     if chunk is None:
@@ -81,16 +79,6 @@ def selective_scan(
     return y.astype(x.dtype), final
 
 
-class Inputs(NamedTuple):
-    """What a run is made of. Zeros are tokens that change nothing."""
-
-    x: jax.Array  # [B, T, D]
-    dt: jax.Array  # [B, T, D]
-    B: jax.Array  # [B, T, 1, N]
-    C: jax.Array  # [B, T, 1, N]
-    starts: jax.Array | None  # [B, T] bool, true where a document begins and the state with it
-
-
 class _Run(NamedTuple):
     inputs: Inputs
     A: jax.Array | None
@@ -99,7 +87,7 @@ class _Run(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectiveScan(recurrence.Family):
+class SelectiveScan(SelectiveScanMaps):
     """The family (``recurrence.Family``) of these recurrences, for where time is split over devices. ``constants`` is A.
 
     A run's outputs are computed anew from the state before it: to correct those from no state would take as much.
@@ -108,26 +96,16 @@ class SelectiveScan(recurrence.Family):
     chunk_size: int | None
 
     def prepare(self, inputs: Inputs, constants: jax.Array | None) -> _Run:
-        none = jnp.zeros_like(
-            inputs.x, shape=(*inputs.x[:, 0].shape, inputs.B.shape[3]), dtype=_wide(inputs, constants)
-        )
+        none = selective_scan_maps.no_state(inputs, constants)
         added = self._run(inputs, constants, none)[1]
         if constants is None:
             kept = self._run(inputs._replace(x=jnp.zeros_like(inputs.x)), None, none + 1)[1]
         else:
-            kept = jnp.exp(_outer(jnp.sum(inputs.dt.astype(none.dtype), axis=1), constants))
-            if inputs.starts is not None:
-                kept = jnp.where(jnp.any(inputs.starts, axis=1)[:, None, None], jnp.zeros((), kept.dtype), kept)
+            kept = selective_scan_maps.kept(inputs, constants, none.dtype)
         return _Run(inputs, constants, kept, added)
 
     def summarise(self, run: _Run) -> tuple[jax.Array, jax.Array]:
         return run.kept, run.added
-
-    def compose(self, earlier, later) -> tuple[jax.Array, jax.Array]:
-        return later[0] * earlier[0], self.advance(later, earlier[1])
-
-    def advance(self, summary, state: jax.Array) -> jax.Array:
-        return summary[0] * state + summary[1]
 
     def apply(self, run: _Run, state: jax.Array) -> jax.Array:
         return self.through(run, state)[0]
@@ -219,10 +197,6 @@ def _recurrent(inputs: Inputs, A: jax.Array | None, state: jax.Array) -> tuple[j
 def _outer(dt: jax.Array, A: jax.Array) -> jax.Array:
     """dt A ``[B, D, N]`` of one time step ``[B, D]``."""
     return dt[..., None] * A.astype(dt.dtype)[None]
-
-
-def _wide(inputs: Inputs, A: jax.Array | None) -> jnp.dtype:
-    return dtypes.wide(*(y.dtype for y in (*inputs[:4], A) if y is not None))
 
 
 def _fitting(chunk: int, state: jax.Array) -> int:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import linear_attention, selective_scan
-from jaxlinear.ops.selective_scan import Inputs, SelectiveScan
+from jaxlinear.ops.selective_scan import SelectiveScan
+from jaxlinear.ops.selective_scan_maps import Inputs
 from tests import naive, numerics, oracles
 
 BACKENDS = ["recurrent", "chunked"]

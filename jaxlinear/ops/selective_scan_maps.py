@@ -1,0 +1,48 @@
+"""The maps S -> M S + C of selective scans, M elementwise: what ``SelectiveScan`` and ``SelectiveScanKernel`` share."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlinear.ops import dtypes, recurrence
+
+
+class Inputs(NamedTuple):
+    """What a run is made of. Zeros are tokens that change nothing. B and C have an axis for the channels, of which they
+    have one for all (``parallel.sequence``)."""
+
+    x: jax.Array  # [B, T, D]
+    dt: jax.Array  # [B, T, D]
+    B: jax.Array  # [B, T, 1, N]
+    C: jax.Array  # [B, T, 1, N]
+    starts: jax.Array | None  # [B, T] bool, true where a document begins and the state with it
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectiveScanMaps(recurrence.Family):
+    """The part of the family that is about maps: a summary is ``(M, C)``, each ``[B, D, N]``."""
+
+    def compose(self, earlier, later) -> tuple[jax.Array, jax.Array]:
+        return later[0] * earlier[0], self.advance(later, earlier[1])
+
+    def advance(self, summary, state: jax.Array) -> jax.Array:
+        return summary[0] * state + summary[1]
+
+
+def no_state(inputs: Inputs, A: jax.Array | None) -> jax.Array:
+    """Zeros ``[B, D, N]`` in the dtype of states, that of all that is computed."""
+    arrays = (*inputs[:4], *(() if A is None else (A,)))
+    batch, _, width = inputs.x.shape
+    wide = dtypes.wide(*(y.dtype for y in arrays))
+    return jnp.zeros_like(inputs.x, shape=(batch, width, inputs.B.shape[3]), dtype=wide)
+
+
+def kept(inputs: Inputs, A: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """M ``[B, D, N]`` of a run whose transitions are ``exp(dt_t A)``: that of the time steps' sum."""
+    dt = jnp.sum(inputs.dt.astype(dtype), axis=1)
+    decay = jnp.exp(dt[..., None] * A.astype(dtype)[None])
+    if inputs.starts is None:
+        return decay
+    return jnp.where(jnp.any(inputs.starts, axis=1)[:, None, None], jnp.zeros((), dtype), decay)
