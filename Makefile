@@ -1,6 +1,7 @@
 # make quickstart   a language model from nothing, in at most ten minutes on two cores
 # make sweep        isoFLOP ladders of four architectures and their scaling laws (an hour of CPU)
 # make test         the test suite
+# make test-compiled  kernels compiled for TPUs and GPUs, and run on an emulated GPU (minutes)
 # make test-published  training steps of published sizes compiled for a TPU pod and for GPUs (minutes)
 # make test-meshes  every model on every mesh that spreads time, and what compiled steps exchange (a quarter of an hour)
 # make test-newest  operations, kernels, meshes and what goes on beside an exchange of GPUs with the newest JAX;
@@ -15,7 +16,7 @@ BIN := .venv/bin
 CHROMIUM ?= chromium
 TESTS_NEWEST ?= tests/ops tests/pallas tests/parallel
 
-.PHONY: quickstart sweep test test-published test-meshes test-newest test-pages lint clean
+.PHONY: quickstart sweep test test-compiled test-published test-meshes test-newest test-pages lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python launch/quickstart.py --workdir=runs/quickstart
@@ -31,6 +32,10 @@ sweep: .venv/installed-sweep
 test: .venv/installed-test
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist=worksteal --durations=15 tests
 
+test-compiled: .venv/installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --compiled tests/pallas/test_*_compiles.py \
+	  tests/pallas/test_on_an_emulated_gpu.py
+
 test-published: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py
 
@@ -40,7 +45,7 @@ test-meshes: .venv/installed-test
 
 # JAX 0.11 needs Python 3.12, and .venv may be older.
 test-newest: .venv-newest/installed
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal $(TESTS_NEWEST)
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal --compiled $(TESTS_NEWEST)
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest "tests/parallel/test_compiled_collectives.py::test_on_gpu[hawk]"
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py -k griffin
 

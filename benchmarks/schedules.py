@@ -25,7 +25,8 @@ RATES = {"v5e": (819e9, 0.94e9), "v5p": (2765e9, 1.75e9), "v6e": (1640e9, 0.94e9
 MATRIX_UNIT = {"v5e": 4 * 2 * 128**2, "v5p": 2 * 4 * 2 * 128**2, "v6e": 4 * 2 * 256**2}
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]*)\s*:\s*([> ]*)\{")
-_EXIT = re.compile(r"scmp\.ge\.s32\.totalorder \S+, (\d+) /\* loop exit test")
+_EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (?:\(\S+\), )?(\S+), (\d+) /\* loop exit test")
+_COUNTED = re.compile(r"= sphi \S+, (%\w+)")
 _COPIED = re.compile(r"%(?:\w*copy|\w*transpose)[\w.]* = (\w+)\[([\d,]+)\]\S* (?:copy|transpose|fusion)\(")
 _SIZES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1, "s8": 1, "u8": 1, "f16": 2, "u32": 4}
 
@@ -49,7 +50,9 @@ def begin() -> str:
 class Bundle(NamedTuple):
     depth: int  # of the loop that it is marked to be in; some in loops are not marked
     begins: bool  # a loop's body
-    trips: int | None  # of the loop, if it holds the test and that is against a constant
+    trips: int | None  # of a loop, if it holds the test and that is against a constant
+    counter: str | None  # what that test is of
+    counters: frozenset[str]  # what the bundle has from the trip before: at a body's beginning, those of its loop
 
 
 @dataclasses.dataclass
@@ -67,7 +70,9 @@ def read(path: pathlib.Path) -> tuple[list[Bundle], bool]:
     for line in text.splitlines():
         if found := _BUNDLE.match(line):
             test = _EXIT.search(line)
-            bundles.append(Bundle(found[2].count(">"), found[1] == "LB", int(test[1]) if test else None))
+            known = (int(test[2]), test[1]) if test else (None, None)
+            counters = frozenset(_COUNTED.findall(line))
+            bundles.append(Bundle(found[2].count(">"), found[1] == "LB", *known, counters))
     return bundles, "inlined_call_operand" in text
 
 
@@ -83,7 +88,8 @@ def loops(bundles: list[Bundle]) -> list[Loop]:
         for loop in opened:
             if bundle.depth >= loop.depth:
                 loop.last = i
-            if bundle.depth == loop.depth and bundle.trips is not None:
+            # The test may stand within an inner loop.
+            if bundle.trips is not None and bundle.counter in bundles[loop.first].counters:
                 loop.trips = bundle.trips
     return found
 

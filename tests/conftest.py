@@ -50,6 +50,9 @@ def pytest_addoption(parser):
         action="store_true",
         help="Models on every mesh that spreads time, not on some, and what their compiled steps exchange.",
     )
+    parser.addoption(
+        "--compiled", action="store_true", help="Also kernels compiled for TPUs and GPUs, and run on an emulated GPU."
+    )
     parser.addoption("--published_sizes", action="store_true", help="Also training steps at published sizes: minutes.")
     parser.addoption("--chromium", help="Also pages of HTML, in this Chromium.")
 
@@ -59,7 +62,10 @@ def pytest_ignore_collect(collection_path, config):
         "test_published_sizes.py": "published_sizes",
         "test_compiled_collectives.py": "every_mesh",
         "test_in_chromium.py": "chromium",
+        "test_on_an_emulated_gpu.py": "compiled",
     }
+    if collection_path.match("pallas/test_*_compiles.py"):
+        on_request[collection_path.name] = "compiled"
     option = on_request.get(collection_path.name)
     if option is not None and not config.getoption(option):
         return True

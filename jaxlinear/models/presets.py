@@ -111,7 +111,7 @@ def _based(width: int, num_layers: int, linear: tuple[int, ...]) -> dict[str, An
 
 def _samba(width: int, num_layers: int, num_heads: int) -> dict[str, Any]:
     return _attending(
-        ("mamba2", "sliding_window"),
+        ("mamba", "sliding_window"),
         width,
         num_layers,
         num_heads,
@@ -211,7 +211,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "transformer_340m": _attending(("attention",), 1024, 24, 16, tied_embeddings=False),
     "transformer_1b3": _attending(("attention",), 2048, 24, 32, tied_embeddings=False),
     # Ren et al. 2024 (arXiv:2406.07522), by Samba_421M and Samba_1.3B of github.com/microsoft/Samba, whose embeddings are
-    # tied. Mamba-2 in the place of Mamba, with its own state of 128 and heads of 64, is our choice.
+    # tied.
     "samba_421m": _samba(1536, 12, 12),
     "samba_1b3": _samba(2304, 18, 18),
     # The other hybrids of the papers of DeltaNet (arXiv:2406.06484) and Samba, which alternate with windows, at the sizes

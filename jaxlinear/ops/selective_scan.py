@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, checks, diagonal, matrix_states, recurrence, selective_scan_maps
+from jaxlinear.ops import (
+    backends,
+    checks,
+    diagonal,
+    matrix_states,
+    recurrence,
+    selective_scan_kernel,
+    selective_scan_maps,
+)
+from jaxlinear.ops.selective_scan_kernel import SelectiveScanKernel
 from jaxlinear.ops.selective_scan_maps import Inputs, SelectiveScanMaps
 
 # One array of a block, all that XLA for CPUs has of it in the cache at a time; of 4 MiB it was slower, and of 256 KiB.
@@ -45,38 +54,61 @@ def selective_scan(
       B, C: ``[B, T, N]``, what all channels write by and are read by.
       initial_state: ``[B, D, N]``, the state before the first token, of its document; None means zeros.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
-      chunk_size: tokens in a block. None is 64 for ``"chunked"``, on CPU as many as fit its cache. Changes nothing but
+      chunk_size: tokens in a block of ``"chunked"``. None is 64, on CPU as many as fit its cache. Changes nothing but
         speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (blocks of time, each a ``linear_recurrence`` that is
-        computed again for the gradients) or ``"auto"``: the loop for a single token, blocks for more.
+        computed again for the gradients), ``"pallas"`` (a kernel for TPU and GPU, interpreted elsewhere) or ``"auto"``.
       runner: where time lies; on one device by default.
 
     Returns:
       y ``[B, T, D]`` in the dtype of x, and the state after the last token ``[B, D, N]`` in float32 (float64 when an
       input is), the dtype of all that is computed.
+
+    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and for more the kernel on TPU and GPU,
+    and blocks where it does not run, which the log says once.
     """
     x, dt, B, C = (jnp.asarray(y) for y in (x, dt, B, C))
     A = None if A is None else jnp.asarray(A)
-    backends.check("selective_scan", backend, ("recurrent", "chunked"))
-    matrix_states.check_chunk("selective_scan", backend, chunk_size)
     _check_shapes(x, dt, A, B, C, initial_state)
+    backend = choose(backend, x, dt, A, B, C, chunk_size, runner)
     batch, length, width = x.shape
     states = B.shape[2]
     chunk = matrix_states.choose_chunk("selective_scan", backend, chunk_size, length, runner)
     segment_ids = checks.segment_ids("selective_scan", segment_ids, batch, length)
     starts = None if segment_ids is None else runner.starts(segment_ids)
     inputs = Inputs(x, dt, B[:, :, None], C[:, :, None], starts)
-    none = selective_scan_maps.no_state(inputs, A)
+    none = selective_scan_maps.no_state(x, dt, A, B, C)
     initial_state = none if initial_state is None else jnp.asarray(initial_state).astype(none.dtype)
     if 0 in (batch, length, width, states):
         return jnp.zeros_like(x), initial_state
-    if chunk is None:
+    if backend == "pallas":
+        y, final = SelectiveScanKernel(backends.target()).run(runner, inputs, A, initial_state)
+    elif chunk is None:
         y, final = _recurrent(inputs, A, initial_state)
     elif runner is recurrence.WHOLE:
         y, final = _in_blocks(chunk_size or _fitting(chunk, initial_state), inputs, A, initial_state)
     else:
         y, final = runner.run(SelectiveScan(chunk_size), None, inputs, A, initial_state)
     return y.astype(x.dtype), final
+
+
+def choose(
+    backend: str,
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array | None,
+    B: jax.Array,
+    C: jax.Array,
+    chunk_size: int | None = None,
+    runner: recurrence.Runner = recurrence.WHOLE,
+) -> str:
+    """``"pallas"`` where ``selective_scan`` takes the kernel, else the backend as it was given."""
+    backends.check("selective_scan", backend, ("recurrent", "chunked", "pallas"))
+    matrix_states.check_chunk("selective_scan", backend, chunk_size)
+    few = chunk_size is None and x.shape[1] <= matrix_states.FEW_TOKENS and runner is recurrence.WHOLE
+    arrays = x, dt, B, C, *(() if A is None else (A,))
+    refused = functools.partial(selective_scan_kernel.refusal, arrays, B.shape[2], chunk_size)
+    return backends.kernel_or_chunks("selective_scan", backend, few, (x.shape, B.shape), refused)
 
 
 class _Run(NamedTuple):
@@ -96,7 +128,7 @@ class SelectiveScan(SelectiveScanMaps):
     chunk_size: int | None
 
     def prepare(self, inputs: Inputs, constants: jax.Array | None) -> _Run:
-        none = selective_scan_maps.no_state(inputs, constants)
+        none = selective_scan_maps.no_state(inputs.x, inputs.dt, constants, inputs.B, inputs.C)
         added = self._run(inputs, constants, none)[1]
         if constants is None:
             kept = self._run(inputs._replace(x=jnp.zeros_like(inputs.x)), None, none + 1)[1]

@@ -31,12 +31,10 @@ class SelectiveScanMaps(recurrence.Family):
         return summary[0] * state + summary[1]
 
 
-def no_state(inputs: Inputs, A: jax.Array | None) -> jax.Array:
+def no_state(x: jax.Array, dt: jax.Array, A: jax.Array | None, B: jax.Array, C: jax.Array) -> jax.Array:
     """Zeros ``[B, D, N]`` in the dtype of states, that of all that is computed."""
-    arrays = (*inputs[:4], *(() if A is None else (A,)))
-    batch, _, width = inputs.x.shape
-    wide = dtypes.wide(*(y.dtype for y in arrays))
-    return jnp.zeros_like(inputs.x, shape=(batch, width, inputs.B.shape[3]), dtype=wide)
+    wide = dtypes.wide(*(y.dtype for y in (x, dt, A, B, C) if y is not None))
+    return jnp.zeros_like(x, shape=(x.shape[0], x.shape[2], B.shape[-1]), dtype=wide)
 
 
 def kept(inputs: Inputs, A: jax.Array, dtype: jnp.dtype) -> jax.Array:

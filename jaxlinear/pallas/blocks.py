@@ -41,6 +41,35 @@ def scan_gpu_rows(arrays: int) -> int:
     return 1 << ((_SCAN_GPU_REGISTERS // arrays).bit_length() - 1)
 
 
+# On TPU: tokens of a group, which an iteration takes, a multiple of 8; and the most numbers of a token's state in a block
+# of channels, and of the columns of a block of time.
+SELECTIVE_SCAN_ROWS = 32
+_SELECTIVE_SCAN_NUMBERS = 8192
+
+
+def selective_scan_tpu(length: int, states: int, width: int) -> tuple[int, int]:
+    """Tokens and channels of a block of the selective scan, for N = ``states``; ``width``: all channels, a multiple of 128,
+    of which each block has as many."""
+    most = max(1, _SELECTIVE_SCAN_NUMBERS // states // 128)  # times 128
+    tiles = width // 128
+    time = min(most, -(-length // 128))
+    return 128 * time, 128 * next(n for n in range(min(tiles, most), 0, -1) if tiles % n == 0)
+
+
+class SelectiveScanGPUBlock(NamedTuple):
+    channels: int  # of a lane of a warp, of 8 that have others
+    numbers: int  # of the state of each of its channels, of a lane of 4 that have others
+    rows: int  # tokens taken at once
+    kept: int  # tokens between states that the forward pass keeps, a multiple of these
+
+
+def selective_scan_gpu(states: int) -> SelectiveScanGPUBlock:
+    """``states``: N. With what the forward pass keeps about two numbers for each channel of a token."""
+    rounded = max(4, 1 << (states - 1).bit_length())
+    numbers = min(4, rounded // 4)
+    return SelectiveScanGPUBlock(4, numbers, 4 if numbers == 4 else 8, max(8, rounded // 2))
+
+
 class AttentionBlock(NamedTuple):
     time: int  # tokens of a block, a multiple of the chunk
     chunk: int  # tokens of a chunk, a power of two; 128 at least where it is compiled

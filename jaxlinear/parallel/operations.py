@@ -16,10 +16,19 @@ from jax.sharding import PartitionSpec
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.ops import cross_entropy, diagonal, diagonal_kernel, dtypes, matrix_states, recurrence
+from jaxlinear.ops import (
+    cross_entropy,
+    diagonal,
+    diagonal_kernel,
+    dtypes,
+    matrix_states,
+    recurrence,
+    selective_scan_maps,
+)
 from jaxlinear.ops.attention import choose as choose_softmax
 from jaxlinear.ops.delta_rule import choose as choose_delta_rule
 from jaxlinear.ops.linear_attention import choose as choose_attention
+from jaxlinear.ops.selective_scan import choose as choose_selective_scan
 from jaxlinear.parallel import cost, halos, ring, sharding
 from jaxlinear.parallel.exchanges import AXIS
 from jaxlinear.parallel.sequence import Spread, kind_and_span
@@ -62,9 +71,23 @@ def selective_scan(
     initial_state: jax.Array | None = None,
     **options: Any,
 ):
-    """``ops.selective_scan``; D lies by the logical axis ``recurrent``."""
-    runner = _runner("selective_scan", x.shape[1], "recurrent")
-    return ops.selective_scan(x, dt, A, B, C, initial_state, runner=runner, **options)
+    """``ops.selective_scan``; D lies by the logical axis ``recurrent``. The kernel runs on each device's part, since the
+    compiler cannot split it."""
+    runner, mesh = _runner("selective_scan", x.shape[1], "recurrent"), sharding.mesh_in_use()
+    spread, chosen = runner is not recurrence.WHOLE, (options.get("backend", "auto"), x, dt, A, B, C)
+    whole = mesh is None or mesh.size == 1 or spread
+    if whole or choose_selective_scan(*chosen, options.get("chunk_size")) != "pallas":
+        return ops.selective_scan(x, dt, A, B, C, initial_state, runner=runner, **options)
+    assert mesh is not None
+    if initial_state is None:
+        initial_state = selective_scan_maps.no_state(x, dt, A, B, C)
+
+    def local(x, dt, A, B, C, state, ids):
+        return ops.selective_scan(x, dt, A, B, C, state, segment_ids=ids, backend="pallas")
+
+    of_time, of_keys = (*_TIME, "recurrent"), (*_TIME, None)
+    axes = of_time, of_time, ("recurrent", None), of_keys, of_keys, ("batch", "recurrent", None), _TIME
+    return _on_shards(mesh, local, (0, 5), (x, dt, A, B, C, initial_state, options.get("segment_ids")), axes)
 
 
 def linear_attention(

@@ -57,7 +57,7 @@ MODELS = {
     "window_over_shards": (("sliding_window",), {"window": 11, "key_value_heads": 2}, TWO),
     "window_over_all": (("sliding_window",), {"window": 50}, FOUR),
     "griffin": (("rg_lru", "rg_lru", "sliding_window"), {"channel_mixer": "gated_mlp", "num_layers": 4}, TWO),
-    "samba": (("mamba2", "sliding_window"), {"channel_mixer": "gated_mlp", "key_width": 6, "value_width": 8}, TWO),
+    "samba": (("mamba", "sliding_window"), {"channel_mixer": "gated_mlp", "key_width": 3}, TWO),
     "based": (
         ("convolution", "linear_attention", "sliding_window"),
         {"feature_map": "taylor", "key_width": 3, "convolution_width": 3, "num_layers": 3},

@@ -46,6 +46,15 @@ def test_loops_beside_each_other(tmp_path):
     )
 
 
+def test_of_a_loop_whose_test_stands_within_another(tmp_path):
+    """Three trips of one bundle and of an inner loop, whose first bundle asks whether they are over."""
+    inner, *rest = KERNEL.splitlines()[6:9]
+    test = "%p4 = scmp.ge.s32.totalorder (%p3), %s5_s1, 3 /* loop exit test */"
+    inner = inner.replace("{", f"{{ {test}  ;; ")
+    outer = "   0x4 LB: > { %s4 = sphi %s0, %s5_s1 /* phi copy */ }"
+    assert cycles_of("\n".join(["", outer, inner, *rest]), tmp_path) == 3 * (1 + 16 * 3)
+
+
 def test_trips_that_are_not_constant_are_unknown(tmp_path):
     assert math.isnan(cycles_of(KERNEL.replace("%s6, 16", "%s6, %s7"), tmp_path))
 

@@ -1,0 +1,133 @@
+"""The selective scan by the kernels of ``jaxlinear.pallas.selective_scan``, with gradients, and where they do not run."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import custom_vjp_primal_tree_values as values
+
+from jaxlinear.errors import UserError
+from jaxlinear.ops import backends, recurrence, selective_scan_maps
+from jaxlinear.ops.selective_scan_maps import Inputs, SelectiveScanMaps
+from jaxlinear.pallas import derivatives
+from jaxlinear.pallas import selective_scan as kernels
+from jaxlinear.pallas.target import Target
+
+WIDEST = 256  # N, where kernels are compiled
+_MOST_TPU = 2**22  # numbers of a row's state, which lies in VMEM, with as many of A, and of either's gradient
+_TAKEN = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
+
+
+def refusal(arrays: tuple[jax.Array, ...], states: int, chunk_size: int | None, platform: str) -> str | None:
+    """Why the kernels do not run, or None. On other platforms they are interpreted, and run whatever that does.
+    ``arrays``: x, dt, B, C and A, if there is one; ``states``: N."""
+    if chunk_size is not None:
+        return f"the kernel has blocks of its own, and takes no chunk_size={chunk_size}"
+    if platform not in backends.COMPILED:
+        return None
+    for x in arrays:
+        if x.dtype not in _TAKEN:
+            return f"the kernel takes {' and '.join(map(str, _TAKEN))}, not {x.dtype}"
+    if states > WIDEST:
+        return f"the kernel takes N up to {WIDEST}, not {states}"
+    width = arrays[0].shape[2]
+    if platform == "tpu" and width * states > _MOST_TPU:
+        return f"the kernel takes D N up to {_MOST_TPU:,}, not {width:,} * {states}; mesh.tensor divides D"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def outputs(inputs: Inputs, A: jax.Array | None, state: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
+    """``kernels.forward``, differentiable. Where the gradient of the state alone is asked for, only that is computed."""
+    return _forward(inputs, A, state, target, keep=False)[:2]
+
+
+def _forward(inputs, A, state, target, keep):
+    x, dt, B, C, starts = inputs
+    return kernels.forward(x, dt, A, B[:, :, 0], C[:, :, 0], state, starts, keep=keep, target=target)
+
+
+def _outputs_forward(inputs, A, state, target):
+    only_state = not any(x.perturbed for x in (*inputs[:4], A) if x is not None)
+    given = derivatives.once(values((inputs, A, state)))
+    y, final, before = _forward(*given, target, keep=not only_state)
+    if not only_state:
+        y, final, before = recurrence.named((y, final, before))
+    return (y, final), (*given[:2], before)
+
+
+def _outputs_backward(target, residuals, cotangents):
+    cotangents = tuple(jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
+    (inputs, A, before), (d_y, d_final) = derivatives.once((residuals, cotangents))
+    x, dt, B, C, starts = inputs
+    B, C = B[:, :, 0], C[:, :, 0]
+    if before is None:
+        return None, None, kernels.state_gradient(dt, A, B, C, starts, d_y, d_final, target=target)
+    d_x, d_dt, d_A, d_B, d_C, d_state = kernels.gradient(x, dt, A, B, C, starts, before, d_y, d_final, target=target)
+    return Inputs(d_x, d_dt, d_B[:, :, None], d_C[:, :, None], None), d_A, d_state
+
+
+outputs.defvjp(_outputs_forward, _outputs_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def summary(inputs: Inputs, A: jax.Array | None, target: Target) -> tuple[jax.Array, jax.Array]:
+    """M and C of a run. It has no gradient: a run is differentiated by its outputs and the state after it."""
+    x, dt, B, C, starts = inputs
+    none = selective_scan_maps.no_state(x, dt, A, B, C)
+    run = functools.partial(kernels.summary, target=target)
+    added = run(x, dt, A, B[:, :, 0], none, starts)
+    if A is not None:
+        return selective_scan_maps.kept(inputs, A, none.dtype), added
+    return run(jnp.zeros_like(x), dt, A, B[:, :, 0], none + 1, starts), added
+
+
+def _summary_forward(inputs, A, target):
+    return summary(inputs, A, target), None
+
+
+def _summary_backward(target, residuals, cotangents):
+    raise UserError("the map of a run has no gradient by the kernel; its outputs and the state after it have one")
+
+
+summary.defvjp(_summary_forward, _summary_backward)
+
+
+class _Given(NamedTuple):
+    inputs: Inputs
+    A: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectiveScanKernel(SelectiveScanMaps):
+    """The family ``selective_scan.SelectiveScan`` by the kernel.
+
+    A run is its inputs: its map is a pass over them in which nothing as long as the run is written, and its outputs are
+    one more, from the state that then is there.
+    """
+
+    target: Target
+
+    def run(
+        self, runner: recurrence.Runner, inputs: Inputs, constants: jax.Array | None, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """``runner.run`` of one run a shard; of a sequence that is whole, the kernel alone, whose map nobody needs."""
+        if runner is recurrence.WHOLE:
+            return self.through(self.prepare(inputs, constants), state)
+        return runner.run(self, None, inputs, constants, state)
+
+    def prepare(self, inputs: Inputs, constants: jax.Array | None) -> _Given:
+        return _Given(inputs, constants)
+
+    def summarise(self, run: _Given) -> tuple[jax.Array, jax.Array]:
+        return summary(*run, self.target)
+
+    def apply(self, run: _Given, state: jax.Array) -> jax.Array:
+        return self.through(run, state)[0]
+
+    def through(self, run: _Given, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return outputs(*run, state, self.target)

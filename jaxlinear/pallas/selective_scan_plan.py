@@ -1,0 +1,59 @@
+"""What a kernel of the selective scan is built for and what it is given: the same on TPU and GPU."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+
+class Arguments(NamedTuple):
+    """Of a run. Numbers are computed in the dtype of ``state``, which is that of ``A`` too."""
+
+    x: jax.Array | None  # [B, T, D]; None where nothing that depends on it is asked for
+    dt: jax.Array  # [B, T, D]
+    A: jax.Array | None  # [N, D], or None: the transition is then 1 - dt B^2
+    B: jax.Array | None  # [B, T, N]; None where nothing that depends on it is asked for
+    C: jax.Array | None  # [B, T, N]; None of a summary
+    state: jax.Array  # [B, N, D]: before the run; of a gradient that of the state after it
+    starts: jax.Array | None  # [B, T] bool, where the state before the token is forgotten
+    before: jax.Array | None = None  # [B, blocks, N, D], of a gradient: the state before each block of the forward pass
+    d_y: jax.Array | None = None  # [B, T, D], of either gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One pass.
+
+    Attributes:
+      kind: "forward" gives y ``[B, T, D]`` and the state after the run ``[B, N, D]``; "summary" the latter alone;
+        "gradient" those of x, dt ``[B, T, D]``, B, C ``[B, T, N]``, A ``[N, D]`` and the state ``[B, N, D]``;
+        "state_gradient" the last of these alone.
+      keep: of a forward pass, that it gives the states before blocks too, for the gradient.
+      rates: the transition is ``exp(dt A)``; else ``1 - dt B^2``.
+      packed: with ``starts``.
+    """
+
+    kind: str
+    keep: bool
+    rates: bool
+    packed: bool
+
+    @property
+    def name(self) -> str:
+        marks = [mark for mark in ("keep", "packed") if getattr(self, mark)]
+        return "_".join(["selective_scan", self.kind, *([] if self.rates else ["of_keys"]), *marks])
+
+    @property
+    def reverse(self) -> bool:
+        return self.kind in ("gradient", "state_gradient")
+
+    def cost(self, arguments: Arguments, outputs) -> pl.CostEstimate:
+        numbers = arguments.dt.size * arguments.state.shape[1]
+        arrays = [*jax.tree.leaves(arguments), *jax.tree.leaves(outputs)]
+        return pl.CostEstimate(
+            flops=numbers * {"forward": 6, "summary": 4, "gradient": 20, "state_gradient": 4}[self.kind],
+            transcendentals=numbers * self.rates * (2 if self.kind == "gradient" else 1),
+            bytes_accessed=sum(y.size * jnp.dtype(y.dtype).itemsize for y in arrays),
+        )

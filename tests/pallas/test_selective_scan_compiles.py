@@ -1,0 +1,148 @@
+"""The selective scan's kernels compiled for TPUs and GPUs that are not here, forward and backward, as ``auto`` takes them.
+
+One kernel each way, and no copy of an array as long as the sequence around them. On GPU, the registers of each kernel, by
+ptxas: none is spilled.
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from jaxlinear.errors import UserError
+from jaxlinear.ops import SAVED, backends, selective_scan
+from jaxlinear.parallel import mesh as meshes
+from jaxlinear.parallel import operations, sharding, targets
+from tests import ptxas
+
+pytestmark = pytest.mark.compiles_ahead
+
+# name: B, T, D, N, dtype of x, what else it has. All else is float32, as models have it.
+CASES = {
+    "mamba": (2, 2048, 4096, 16, "bfloat16", "packed"),
+    "longhorn": (2, 2048, 4096, 16, "bfloat16", "of_keys"),
+    "longest": (1, 131_072, 2048, 16, "bfloat16", ""),
+    "float32": (1, 4096, 512, 8, "float32", "of_keys packed"),
+    "states_64": (1, 2048, 2560, 64, "bfloat16", "packed"),
+    "states_128": (1, 2048, 2560, 128, "bfloat16", ""),
+    "most": (1, 512, 16_384, 256, "float32", "packed"),
+    "odd": (3, 1000, 300, 5, "bfloat16", "packed"),
+    "shortest": (2, 9, 100, 16, "float32", ""),
+}
+TPUS = {
+    "v5e:1x1": list(CASES),
+    "v5p:2x2x1": ["mamba", "states_128"],
+    "v6e:1x1": ["mamba", "longhorn"],
+    "tpu7x:2x2x1": ["mamba"],
+}
+
+
+def compiled(target, name, remat=False, **options):
+    """The gradient of an objective of y and the last state."""
+    batch, length, width, states, dtype, kinds = CASES[name]
+    device = targets.find(target).devices[0]
+
+    def array(*shape, dtype="float32"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    x, ids = (
+        array(batch, length, width, dtype=dtype),
+        array(batch, length, dtype="int32") if "packed" in kinds else None,
+    )
+    rates = () if "of_keys" in kinds else (array(width, states),)
+    inputs = x, array(*x.shape), *(array(batch, length, states) for _ in range(2)), array(batch, width, states), *rates
+
+    def both(ids, cotangents, *inputs):
+        def operation(x, dt, B, C, state, *rates):
+            return selective_scan(x, dt, rates[0] if rates else None, B, C, state, segment_ids=ids)
+
+        if remat:
+            operation = jax.checkpoint(operation, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
+        outputs, pullback = jax.vjp(operation, *inputs)
+        return outputs, pullback(cotangents)
+
+    with backends.use_device(device):
+        return jax.jit(both).lower(ids, (x, inputs[4]), *inputs).compile(**options)
+
+
+def names(name):
+    kinds = CASES[name][-1]
+    of_keys, packed = (f"_{kind}" if kind in kinds else "" for kind in ("of_keys", "packed"))
+    return [f"selective_scan_forward{of_keys}_keep{packed}", f"selective_scan_gradient{of_keys}{packed}"]
+
+
+def kernels(text):
+    return sorted(re.findall(r"%\w*?(selective_scan_[a-z_]+?)_*[.\d]* = .*custom-call\(", text))
+
+
+def copies(text, elements):
+    """Copies and transposes of arrays of so many elements, in whatever shape."""
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|copy-start)\(", text)
+    return [shape for shape in found if math.prod(map(int, shape.split(","))) >= elements]
+
+
+@pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
+def test_tpu(target, name):
+    text = compiled(target, name).as_text()
+    batch, length, width = CASES[name][:3]
+    assert kernels(text) == names(name)
+    if width % 128 == 0:
+        assert not copies(text, batch * length * width)
+
+
+def test_remat_runs_the_forward_kernel_once():
+    assert kernels(compiled("v5e:1x1", "mamba", remat=True).as_text()) == names("mamba")
+
+
+def test_over_a_mesh_of_tpus():
+    """Time over 4, channels over 2. Forward the map of a shard and its outputs; backward the gradient of a shard's first
+    state, the states of its blocks again, and the gradients. No map is computed twice."""
+    mesh = meshes.make_mesh(
+        {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2, "expert": 1}, targets.find("v5e:2x4").devices
+    )
+
+    def objective(*inputs):
+        return jnp.sum(operations.selective_scan(*inputs)[0] ** 2)
+
+    shapes = (2, 2048, 1024), (2, 2048, 1024), (1024, 16), (2, 2048, 16), (2, 2048, 16)
+    axes = ("batch", "time", "recurrent"), ("batch", "time", "recurrent"), ("recurrent", None)
+    axes = *axes, ("batch", "time", None), ("batch", "time", None)
+    with sharding.use_mesh(mesh):
+        places = [
+            jax.sharding.NamedSharding(mesh, sharding.spec(names, shape, mesh))
+            for names, shape in zip(axes, shapes, strict=True)
+        ]
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        step = jax.jit(jax.grad(objective, range(5)), in_shardings=places)
+        text = step.lower(*inputs).compile().as_text()
+    assert kernels(text) == [
+        "selective_scan_forward",
+        "selective_scan_forward_keep",
+        "selective_scan_gradient",
+        "selective_scan_state_gradient",
+        "selective_scan_summary",
+    ]
+
+
+def test_a_state_that_vmem_has_no_room_for_is_refused():
+    """With the limit and what would help; the shape of ``most`` is the largest that is taken."""
+    x, A, B = jnp.ones((1, 16, 16_512)), jnp.ones((16_512, 256)), jnp.ones((1, 16, 256))
+    with (
+        backends.use_device(targets.find("v5e:1x1").devices[0]),
+        pytest.raises(
+            UserError, match=r"takes D N up to 4,194,304, not 16,512 \* 256; mesh.tensor divides D; .*'chunked'"
+        ),
+    ):
+        selective_scan(x, x, A, B, B, backend="pallas")
+
+
+@pytest.mark.parametrize("name", ["mamba", "longhorn", "states_64", "states_128", "odd", "shortest"])
+def test_h100(name, tmp_path, record_property):
+    text = compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2
+    used = ptxas.registers(tmp_path, "selective_scan_")
+    record_property("registers", used)
+    assert len(used) == 2
