@@ -195,9 +195,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     # github.com/sustcsonglin/flash-linear-attention; K is half of D in both, as in the paper.
     "gla_340m": _swiglu("gla", 1024, 24, 4),
     "gla_1b3": _swiglu("gla", 2048, 24, 4, tied_embeddings=False),
-    # Sun et al. 2023 (arXiv:2307.08621) and Qin et al. 2024 (arXiv:2404.07904), by the defaults of RetNetConfig and
-    # HGRN2Config of github.com/fla-org/flash-linear-attention, which 1.3 B models were published with.
+    # Sun et al. 2023 (arXiv:2307.08621), Qin et al. 2023 (arXiv:2311.04823) and 2024 (arXiv:2404.07904), by the defaults of
+    # RetNetConfig, HGRNConfig and HGRN2Config of github.com/fla-org/flash-linear-attention, which 1.3 B models were
+    # published with.
     "retnet_1b3": _swiglu("retention", 2048, 24, 8, mlp_expansion=1.375, rotary_fraction=1.0, tied_embeddings=False),
+    "hgrn_1b3": _swiglu("hgrn", 2048, 24, 16, tied_embeddings=False),
     "hgrn2_1b3": _swiglu("hgrn2", 2048, 24, 16, tied_embeddings=False),
     # Sun et al. 2025 (arXiv:2503.05447), table 2, with GLA; embeddings not tied and no biases, as in
     # examples/linear_moe_qwen2 of github.com/OpenSparseLLMs/Linear-MoE. The names count what is not embedding.
@@ -254,6 +256,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gated_delta_net_6m": _swiglu("gated_delta_net", 256, 6, 4, mlp_expansion=2.25, vocab_size=4096),
     "kda_6m": _swiglu("kda", 256, 6, 4, mlp_expansion=2.5, vocab_size=4096),
     "gla_6m": _swiglu("gla", 256, 6, 4, vocab_size=4096),
+    "hgrn_6m": _swiglu("hgrn", 256, 6, 4, vocab_size=4096),
     "hgrn2_6m": _swiglu("hgrn2", 256, 6, 2, vocab_size=4096),
     "lightning_6m": _swiglu("lightning", 256, 6, 4, vocab_size=4096),
     "linear_attention_6m": _swiglu("linear_attention", 256, 6, 4, feature_map="elu", vocab_size=4096),

@@ -120,6 +120,13 @@ def gla(config: ModelConfig, length: int) -> float:
     return 2 * config.width * h * (2 * k + 3 * v) + low_rank + _linear_attention(h, k, v)
 
 
+def hgrn(config: ModelConfig, length: int) -> float:
+    """Four projections D x R; of each channel the gate above its bound, what it leaves of the state, and the input by it (1
+    each), and the recurrence (2)."""
+    d, r = config.width, config.recurrent_width
+    return 4 * 2 * d * r + 5 * r
+
+
 def hgrn2(config: ModelConfig, length: int) -> float:
     """Queries and forget gates D x H K, values and output D x H V, and ``_linear_attention``."""
     h, k, v = mixers.hgrn2.widths(config)
@@ -179,6 +186,7 @@ MIXERS: dict[str, Callable[[ModelConfig, int], float]] = {
     "gated_delta_net": gated_delta_net,
     "gateloop": gateloop,
     "gla": gla,
+    "hgrn": hgrn,
     "hgrn2": hgrn2,
     "kda": kda,
     "lightning": lightning,

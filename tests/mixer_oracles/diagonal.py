@@ -1,5 +1,5 @@
-"""LRU (arXiv:2303.06349), S5 (arXiv:2208.04933), GateLoop (arXiv:2311.01927), Mamba (arXiv:2312.00752) and Longhorn
-(arXiv:2407.14207), one token after the other."""
+"""LRU (arXiv:2303.06349), S5 (arXiv:2208.04933), GateLoop (arXiv:2311.01927), HGRN (arXiv:2311.04823), Mamba
+(arXiv:2312.00752) and Longhorn (arXiv:2407.14207), one token after the other."""
 
 import numpy as np
 
@@ -44,6 +44,15 @@ def gateloop(parameters, x, ids, config):
     o = q * _run(oracles.sigmoid(alpha) * np.exp(1j * beta), k * v, ids).real
     o = oracles.rms_norm(parameters["norm"], o.reshape(*x.shape[:2], config.heads, -1)).reshape(o.shape)
     return oracles.linear(parameters["out"], gate * oracles.sigmoid(gate) * o)
+
+
+def hgrn(parameters, x, ids, config):
+    """``lower_bound`` is the bound itself."""
+    inner, forget, gate = (oracles.linear(parameters[name], x) for name in ("input", "forget", "gate"))
+    bound = parameters["lower_bound"]
+    forget = bound + (1 - bound) * oracles.sigmoid(forget)
+    h = _run(forget, (1 - forget) * oracles.silu(inner), ids)
+    return oracles.linear(parameters["out"], oracles.rms_norm(parameters["norm"], h) * oracles.silu(gate))
 
 
 def mamba(parameters, x, ids, config):
@@ -94,4 +103,4 @@ def _complex(kernel):
     return kernel[0] + 1j * kernel[1]
 
 
-ORACLES = {"gateloop": gateloop, "longhorn": longhorn, "lru": lru, "mamba": mamba, "s5": s5}
+ORACLES = {"gateloop": gateloop, "hgrn": hgrn, "longhorn": longhorn, "lru": lru, "mamba": mamba, "s5": s5}

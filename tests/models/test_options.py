@@ -73,7 +73,7 @@ def program(mixer, **changes):
 
 
 # Those that normalise what they have read. Of linear attention the one that is not divided by its weights.
-NORMS = ("delta_net", "gated_delta_net", "gateloop", "gla", "hgrn2", "kda", "lightning", "mamba2", "retention")
+NORMS = ("delta_net", "gated_delta_net", "gateloop", "gla", "hgrn", "hgrn2", "kda", "lightning", "mamba2", "retention")
 
 
 @pytest.mark.parametrize("mixer", mixers.MIXERS)

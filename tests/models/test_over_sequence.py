@@ -41,6 +41,7 @@ MODELS = {
     "gated_delta_product": (("gated_delta_net",), {"householders": 2, "negative_eigenvalues": True}, TWO),
     "gateloop": (("gateloop",), {}, TWO),
     "gla": (("gla",), {}, EIGHT),
+    "hgrn": (("hgrn",), {}, FOUR),
     "hgrn2": (("hgrn2",), {"key_width": 4}, TWO),
     "kda": (("kda",), {"key_width": 4}, EIGHT),
     "lightning": (("lightning",), {"recurrent_heads": 4}, TWO),

@@ -45,6 +45,7 @@ COUNTS = {
     "gla_340m": 341_707_776,
     "gla_1b3": 1_365_514_240,
     "retnet_1b3": 1_351_714_816,
+    "hgrn_1b3": 1_364_396_032,
     "hgrn2_1b3": 1_364_396_032,
     "transformer_340m": 373_867_520,
     "transformer_1b3": 1_364_297_728,
@@ -208,11 +209,12 @@ def test_retnet_1b3_by_hand():
     assert total == COUNTS["retnet_1b3"]
 
 
-def test_hgrn2_1b3_by_hand():
-    """32,000 words, twice; 24 layers of width 2048, 4 D^2 in the mixer, its norm and its lower bound."""
+def test_hgrn_and_hgrn2_1b3_by_hand():
+    """32,000 words, twice; 24 layers of width 2048, 4 D^2 in the mixer, its norm and its lower bound. The four are those of
+    input, forget, gate and out in the one, query, forget, value and out in the other."""
     vocab, width, mlp = 32_000, 2048, 5632
     total = 2 * vocab * width + 24 * (4 * width * width + 2 * width + 3 * width * mlp + 2 * width) + width
-    assert total == COUNTS["hgrn2_1b3"]
+    assert total == COUNTS["hgrn_1b3"] == COUNTS["hgrn2_1b3"]
 
 
 def test_layers_repeat_the_pattern():

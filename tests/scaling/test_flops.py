@@ -131,6 +131,13 @@ def test_gla_by_hand():
     assert flops.gla(CONFIG, LENGTH) == projections + decay + recurrence == 10_368
 
 
+def test_hgrn_by_hand():
+    """48 channels."""
+    projections = 4 * 2 * 32 * 48  # input, forget, gate, out
+    recurrence = 48 * (1 + 1 + 1 + 2)  # (1 - b) sigmoid, 1 less that, the input by it, a multiply-add
+    assert flops.hgrn(CONFIG, LENGTH) == projections + recurrence == 12_528
+
+
 def test_hgrn2_by_hand():
     """4 heads of 8."""
     config = dataclasses.replace(CONFIG, key_width=8)
@@ -196,7 +203,7 @@ def test_every_mixer_has_its_formula():
     assert set(flops.MIXERS) == set(mixers.MIXERS)
 
 
-IN_TIME = ["rg_lru", "sliding_window", "attention", "convolution", "lru", "s5", "gateloop"]
+IN_TIME = ["rg_lru", "sliding_window", "attention", "convolution", "lru", "s5", "gateloop", "hgrn"]
 
 
 def one_layer(pattern, **changes):

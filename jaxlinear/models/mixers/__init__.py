@@ -29,6 +29,7 @@ from jaxlinear.models.mixers.delta_net import DeltaNet
 from jaxlinear.models.mixers.gated_delta_net import GatedDeltaNet
 from jaxlinear.models.mixers.gateloop import GateLoop
 from jaxlinear.models.mixers.gla import GLA
+from jaxlinear.models.mixers.hgrn import HGRN
 from jaxlinear.models.mixers.hgrn2 import HGRN2
 from jaxlinear.models.mixers.kda import KimiDeltaAttention
 from jaxlinear.models.mixers.lightning import Lightning
@@ -49,6 +50,7 @@ MIXERS = {
     "gated_delta_net": GatedDeltaNet,
     "gateloop": GateLoop,
     "gla": GLA,
+    "hgrn": HGRN,
     "hgrn2": HGRN2,
     "kda": KimiDeltaAttention,
     "lightning": Lightning,
@@ -70,7 +72,7 @@ _HEADS_OF_KEYS = ("delta_net", "gated_delta_net", "gla", "hgrn2", "kda", "lightn
 _DELTA_RULE = ("delta_net", "gated_delta_net", "kda")
 _ATTENTION = ("attention", "sliding_window")
 _SELECTIVE = ("longhorn", "mamba")
-_OF_CHANNELS = ("convolution", "gateloop", "lru", "mamba2", "rg_lru", "s5", *_SELECTIVE)
+_OF_CHANNELS = ("convolution", "gateloop", "hgrn", "lru", "mamba2", "rg_lru", "s5", *_SELECTIVE)
 READERS = {
     # Others take their heads of other keys, or have none.
     "num_heads": (*_ATTENTION, *(name for name in _HEADS_OF_KEYS if name != "hgrn2"), "gateloop", "rg_lru", "s5"),

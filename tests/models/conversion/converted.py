@@ -97,6 +97,7 @@ MODELS = {
         "head_norm": "rms",
         "context": 32,
     },
+    "hgrn": FLA | {"pattern": ("hgrn",), "recurrent_width": 24},
     "hgrn2": FLA | {"pattern": ("hgrn2",), "key_width": 8, "value_width": 8, "output_norm_epsilon": 1e-5},
     "delta_net": HYBRID | {"pattern": ("delta_net", "attention"), "key_width": 8, "value_width": 8, "context": 32},
 }

@@ -7,7 +7,7 @@
 
 The package's own modules and kernels run, on the CPU in Triton's interpreter: of each model in ``MODELS`` are compared the
 names and the shapes of its tensors, and its logits for rows that are short enough for its recurrent kernels and long enough
-for its chunked ones (delta_net and gated_deltaproduct have none for float32).
+for its chunked ones (delta_net and gated_deltaproduct have none for float32; chunks of hgrn are of 128 tokens).
 Its mamba2, which has transformers' names of tensors, is compared with the model of transformers.
 
 Each DIRECTORY is one that ``launch/convert.py --target`` wrote, whose model the package loads. Softmax attention, for which
@@ -31,6 +31,7 @@ from triton.runtime import autotuner, interpreter
 from tests.models.conversion import fla_reference as reference
 
 LENGTHS = (21, 80)
+LENGTHS_OF_HGRN = (21, 300)
 
 
 def attention(q, k, v, causal, window_size):
@@ -53,10 +54,11 @@ def load():
     import fla.models
     import transformers
     from fla.ops.common import chunk_delta_h, chunk_h
+    from fla.ops.hgrn import chunk as chunk_hgrn
 
     fla.layers.attn.flash_attn_func = attention
     # Loops of kernels count in Python's integers, whose methods are not a tensor's.
-    for module in (chunk_h, chunk_delta_h):
+    for module in (chunk_h, chunk_delta_h, chunk_hgrn):
         module.range = lambda *bounds: map(interpreter._implicit_cvt, range(*bounds))
     for package in (fla, torch, transformers):
         print(package.__name__, package.__version__)
@@ -64,8 +66,9 @@ def load():
 
 
 def mode(fields):
-    """The chunked kernels of these take no float32."""
-    return {"attn_mode": "fused_recurrent"} if fields["model_type"] in ("delta_net", "gated_deltaproduct") else {}
+    """The chunked kernels of the first two take no float32; hgrn takes its own only if told to."""
+    modes = {"delta_net": "fused_recurrent", "gated_deltaproduct": "fused_recurrent", "hgrn": "chunk"}
+    return {"attn_mode": modes[fields["model_type"]]} if fields["model_type"] in modes else {}
 
 
 def compare(name, model, fields, tensors):
@@ -73,7 +76,7 @@ def compare(name, model, fields, tensors):
     tied = {"lm_head.weight"} if fields.get("tie_word_embeddings") else set()
     theirs = {key: tuple(x.shape) for key, x in model.state_dict().items() if key not in tied}
     assert theirs == reference.shapes(fields), f"{name}: {set(theirs.items()) ^ set(reference.shapes(fields).items())}"
-    for length in LENGTHS:
+    for length in LENGTHS_OF_HGRN if fields["model_type"] == "hgrn" else LENGTHS:
         tokens = np.random.default_rng(1).integers(0, reference.VOCABULARY, (2, length))
         expected = reference.logits(fields, tensors, tokens)
         with torch.no_grad():

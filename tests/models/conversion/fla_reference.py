@@ -93,6 +93,8 @@ MODELS = {
         "norm_eps": 1e-2,
         "attn": _WINDOWS | {"rope_theta": 1e4},
     },
+    "hgrn": {"model_type": "hgrn"},
+    "hgrn, wider": {"model_type": "hgrn", "expand_ratio": 1.5, "norm_eps": 1e-2, "tie_word_embeddings": True},
     "hgrn2": {"model_type": "hgrn2", "expand_ratio": 16},
     "hgrn2, by heads": {"model_type": "hgrn2", "expand_ratio": None, "num_heads": 4, "norm_eps": 1e-2},
     "transformer": {"model_type": "transformer", "num_heads": 4},
@@ -114,8 +116,8 @@ def shapes(fields):
     if fields.get("tie_word_embeddings"):
         del found["lm_head.weight"]
     found["model.norm.weight"] = (width,)
-    if fields["model_type"] == "hgrn2":
-        found["model.lower_bounds"] = (fields["num_hidden_layers"], width)
+    if fields["model_type"] in _BOUNDED:
+        found["model.lower_bounds"] = (fields["num_hidden_layers"], _BOUNDED[fields["model_type"]](fields))
     for layer in range(fields["num_hidden_layers"]):
         there = f"model.layers.{layer}"
         found[f"{there}.attn_norm.weight"] = found[f"{there}.mlp_norm.weight"] = (width,)
@@ -148,7 +150,7 @@ def logits(fields, tensors, tokens):
         there = f"model.layers.{layer}."
         block = {name.removeprefix(there): y for name, y in tensors.items() if name.startswith(there)}
         own = {name.removeprefix("attn."): y for name, y in block.items() if name.startswith("attn.")}
-        if fields["model_type"] == "hgrn2":
+        if fields["model_type"] in _BOUNDED:
             own["lower_bound"] = _lower_bounds(tensors["model.lower_bounds"])[layer]
         y, spec = _rms(x, block["attn_norm.weight"], epsilon), _attention_of(fields, layer)
         x = x + (_attention(spec, own, y) if spec else _MIXERS[fields["model_type"]][1](fields, own, y))
@@ -271,7 +273,26 @@ def _retnet(fields, w, x):
     return o.reshape(*x.shape[:2], -1) @ w["o_proj.weight"].T
 
 
-# HGRN2, whose gates of all layers have lower bounds that rise with depth.
+# HGRN and HGRN2, whose gates of all layers have lower bounds that rise with depth.
+
+
+def _hgrn_width(fields):
+    return int(fields["hidden_size"] * fields.get("expand_ratio", 1))
+
+
+def _hgrn_shapes(fields):
+    width, inner = fields["hidden_size"], _hgrn_width(fields)
+    own = {f"{name}_proj.weight": (inner, width) for name in "ifg"}
+    return own | {"g_norm.weight": (inner,), "o_proj.weight": (width, inner)}
+
+
+def _hgrn(fields, w, x):
+    inner, forget, gate = (x @ w[f"{name}_proj.weight"].T for name in "ifg")
+    forget = w["lower_bound"] + (1 - w["lower_bound"]) * _sigmoid(forget)
+    h, o = np.zeros_like(inner[:, 0]), np.empty_like(inner)
+    for t in range(x.shape[1]):
+        h = o[:, t] = forget[:, t] * h + (1 - forget[:, t]) * _silu(inner[:, t])
+    return (_rms(o, w["g_norm.weight"], fields.get("norm_eps", 1e-6)) * _silu(gate)) @ w["o_proj.weight"].T
 
 
 def _hgrn2_shapes(fields):
@@ -397,10 +418,13 @@ _MIXERS = {
     "gated_deltanet": (_gated_deltanet_shapes, _gated_deltanet),
     "gated_deltaproduct": (_gated_deltaproduct_shapes, _gated_deltaproduct),
     "delta_net": (_delta_net_shapes, _delta_net),
+    "hgrn": (_hgrn_shapes, _hgrn),
     "hgrn2": (_hgrn2_shapes, _hgrn2),
     "kda": (_kda_shapes, _kda),
     "retnet": (_retnet_shapes, _retnet),
 }
+# How many channels have lower bounds.
+_BOUNDED = {"hgrn": _hgrn_width, "hgrn2": lambda fields: fields["hidden_size"]}
 
 
 def _heads(x, width):

@@ -10,7 +10,7 @@ from jaxlinear import config as configs
 from jaxlinear.errors import UserError
 from jaxlinear.models.conversion import convert, export_weights, hugging_face, import_weights
 from jaxlinear.models.conversion.family import Fields
-from jaxlinear.models.conversion.fla import gated_deltanet
+from jaxlinear.models.conversion.fla import gated_deltanet, hgrn
 from jaxlinear.models.parameters import describe
 from jaxlinear.training import workdir as workdirs
 from tests import small
@@ -110,6 +110,7 @@ DEFAULTS = {
     "gated_deltanet": 1_387_348_732,
     "gated_deltaproduct": 1_387_348_732,
     "delta_net": 1_365_677_056,
+    "hgrn": 1_364_396_032,
     "hgrn2": 1_364_396_032,
     "kda": 1_390_941_568,
     "retnet": 1_351_727_104,
@@ -171,6 +172,11 @@ WINDOW = {"layers": [1], "num_heads": 2, "window_size": 4}
         ("delta_net", {"use_gate": True}, "use_gate is True; only False can be imported"),
         ("delta_net", {"use_beta": False}, "use_beta is False; only True can be imported"),
         ("delta_net", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),
+        ("hgrn", {"attn": WINDOW}, "attn is .*; only null can be imported"),
+        ("hgrn", {"use_lower_bound": False}, "use_lower_bound is False; only True can be imported"),
+        ("hgrn", {"use_short_conv": True}, "use_short_conv is True; only False can be imported"),
+        ("hgrn", {"elementwise_affine": False}, "elementwise_affine is False; only True can be imported"),
+        ("hgrn", {"expand_ratio": 1.01}, "expand_ratio is 1.01; that is 32.32 channels"),
         ("hgrn2", {"attn": WINDOW}, "attn is .*; only null can be imported"),
         ("hgrn2", {"use_lower_bound": False}, "use_lower_bound is False; only True can be imported"),
         ("hgrn2", {"use_short_conv": True}, "use_short_conv is True; only False can be imported"),
@@ -240,6 +246,8 @@ def test_what_cannot_be_imported(tmp_path, name, fields, message):
         ("retnet", {"head_norm": "group"}, "head_norm is 'group'; in retnet it can only be 'rms'"),
         ("retnet", {"rotary_base": 500.0}, "rotary_base is 500.0; in retnet it can only be 10000.0"),
         ("retnet", {"key_width": 7}, "retention has keys of 7 channels; in retnet it is an even number up to 256"),
+        ("hgrn", {"logit_soft_cap": 5.0}, "logit_soft_cap is 5.0; in hgrn it can only be 0.0"),
+        ("hgrn", {"pattern": ("hgrn", "hgrn2")}, "no model of .* has the layers hgrn, hgrn2"),
         ("hgrn2", {"value_width": 4}, "2 heads of 8 and 4 channels .* are not model.width=16; in hgrn2 they are"),
         (
             "hgrn2",
@@ -270,3 +278,10 @@ def test_a_width_that_is_written_as_a_ratio_is_read_as_it_was(key_width, value_w
     model = small.config(**MODELS["gated_deltanet"] | widths)
     fields = gated_deltanet.FAMILY.fields(model)
     assert int(key_width * fields["expand_v"]) == value_width
+
+
+@pytest.mark.parametrize("width, inner", [(49, 1), (11, 15), (7, 61), (256, 384), (32, 32)])
+def test_the_same_of_hgrn(width, inner):
+    widths = {"width": width, "recurrent_width": inner, "embedding_scale": False, "logit_soft_cap": 0.0}
+    fields = hgrn.FAMILY.fields(small.config(**MODELS["hgrn"] | widths))
+    assert int(width * fields["expand_ratio"]) == inner

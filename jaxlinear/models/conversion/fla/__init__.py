@@ -5,6 +5,7 @@ from jaxlinear.models.conversion.fla import (
     gated_deltanet,
     gated_deltaproduct,
     gla,
+    hgrn,
     hgrn2,
     kda,
     retnet,
@@ -12,7 +13,7 @@ from jaxlinear.models.conversion.fla import (
 )
 
 # A model goes out as the first that it is one of: of several updates a token, as no other than DeltaProduct.
-_MODULES = (gla, gated_deltaproduct, gated_deltanet, delta_net, kda, retnet, hgrn2, transformer)
+_MODULES = (gla, gated_deltaproduct, gated_deltanet, delta_net, kda, retnet, hgrn, hgrn2, transformer)
 FAMILIES = tuple(module.FAMILY for module in _MODULES)
 
 __all__ = ["FAMILIES"]

@@ -109,6 +109,12 @@ def expanded(fields: Fields, name: str, default: float, channels: int) -> int:
     return width
 
 
+def expansion(width: int, channels: int) -> float:
+    """The way back: so many times ``channels``, such that what is multiplied by it there and rounded down is the width."""
+    factor = width / channels
+    return math.nextafter(factor, math.inf) if int(channels * factor) < width else factor
+
+
 def expanded_heads(fields: Fields, heads: int, width: int, **defaults: float) -> dict[str, Any]:
     """Keys of so many heads, whose channels ``expand_k`` and ``expand_v`` give as parts of the width; by default these."""
     values: dict[str, Any] = {"recurrent_heads": heads}
@@ -221,12 +227,9 @@ def delta_heads(fields: Fields, heads: int, *, head_dim: int, expand_v: float) -
 def delta_fields(config: ModelConfig, widths: tuple[int, int, int]) -> dict[str, Any]:
     """The way back, from H, K and V."""
     _, key_width, value_width = widths
-    expansion = value_width / key_width
-    if int(key_width * expansion) < value_width:  # as it is multiplied there
-        expansion = math.nextafter(expansion, math.inf)
     return {
         "head_dim": key_width,
-        "expand_v": expansion,
+        "expand_v": expansion(value_width, key_width),
         "use_short_conv": True,
         "allow_neg_eigval": config.negative_eigenvalues,
         "conv_size": config.convolution_width,

@@ -1,0 +1,102 @@
+"""HGRN: its parameters, the numbers that it starts from, its gates at their ends, and that a model of it has lower bounds,
+whose laws are in test_hgrn2.py. Its values: test_mixers.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlinear.models.mixers.hgrn import HGRN
+from jaxlinear.models.parameters import describe
+from jaxlinear.training.optimizer import decay_mask
+from tests import numerics, oracles, small
+from tests.mixer_oracles import ORACLES
+
+
+def test_the_parameters():
+    """Of R = 24 channels; the vectors are not decayed."""
+    _, parameters = small.module(lambda rngs: HGRN(small.config(), rngs=rngs))
+    kernels = {name: {"kernel": (16, 24)} for name in ("input", "forget", "gate")}
+    expected = {**kernels, "lower_bound": (24,), "norm": {"scale": (24,)}, "out": {"kernel": (24, 16)}}
+    assert jax.tree.map(np.shape, parameters) == expected
+    mask = decay_mask(describe(small.config(pattern=("hgrn",), num_layers=2)))["stacks"][0]["blocks"][0]["mixer"]
+    assert {path[-1].key for path, decayed in jax.tree.leaves_with_path(mask) if decayed} == {"kernel"}
+
+
+def test_the_numbers_at_the_start():
+    """On tokens of variance 1."""
+    layer = HGRN(small.config(width=64, recurrent_width=256, num_layers=8), rngs=nnx.Rngs(0))
+    for name in ("input", "forget", "gate"):
+        assert np.std(getattr(layer, name).kernel[...]) == pytest.approx(64**-0.5, rel=0.05), name
+    assert not layer.lower_bound[...].any() and not layer.norm.scale[...].any()
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 100, 64)), jnp.float32)
+    y, state = numerics.jit(lambda x: layer(x))(x)
+    assert state["h"].shape == (2, 256) and state["h"].dtype == jnp.float32
+    # silu of a normal number has a mean square of 0.356; the last kernel a variance of 2 / (layers x fan-in).
+    assert np.var(y) == pytest.approx(0.356 * 2 / 8, rel=0.2)
+
+
+SHUT, OPEN = -200.0, 200.0
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.5])
+@pytest.mark.parametrize("gates", [[SHUT, OPEN, OPEN, SHUT, OPEN, SHUT], [OPEN] * 6, [SHUT] * 6], ids=str)
+def test_a_gate_that_is_shut_or_open(gates, bound):
+    """Shut it keeps of the state the bound and writes the rest of the input; open it keeps all and writes nothing. Values
+    and gradients, that of the state too, stay finite."""
+    graph, parameters = small.module(lambda rngs: HGRN(small.config(), rngs=rngs))
+    random = np.random.default_rng(1)
+    x, past = numerics.normal(random, 1, 6, 16), numerics.normal(random, 1, 24)
+    x[..., 0] = gates
+    parameters["forget"]["kernel"] = np.zeros((16, 24))
+    parameters["forget"]["kernel"][0] = 1
+    for name in ("input", "gate"):
+        parameters[name]["kernel"][0] = 0
+    parameters["lower_bound"] = np.full(24, bound)
+    inner, gate = (oracles.silu(oracles.linear(parameters[name], x)) for name in ("input", "gate"))
+    h = [past]
+    for t, logit in enumerate(gates):
+        h.append(h[-1] if logit == OPEN else bound * h[-1] + (1 - bound) * inner[:, t])
+    expected = oracles.linear(parameters["out"], oracles.rms_norm(parameters["norm"], np.stack(h[1:], 1)) * gate)
+
+    def run(parameters, x, past):
+        y, state = nnx.merge(graph, parameters)(x, state={"h": past})
+        return y, state["h"]
+
+    run = numerics.with_gradients(run)
+    (found, last), gradients = numerics.run(
+        run, (parameters, x, past), (np.ones(x.shape), np.ones(past.shape)), dtype="float32"
+    )
+    numerics.assert_close(found, expected, 1e-5)
+    numerics.assert_close(last, h[-1], 1e-6)
+    assert all(jnp.isfinite(y).all() for y in jax.tree.leaves(gradients))
+
+
+def test_what_is_written_is_exact_where_next_to_nothing_is_forgotten():
+    """At sigmoid(20), of which 1 - f is 2e-9 and f is 1 in float32."""
+    graph, parameters = small.module(lambda rngs: HGRN(small.config(), rngs=rngs))
+    x = numerics.normal(np.random.default_rng(2), 1, 1, 16)
+    x[..., 0] = 20
+    parameters["forget"]["kernel"] = np.zeros((16, 24))
+    parameters["forget"]["kernel"][0] = 1
+    parameters["lower_bound"] = np.full(24, 0.25)
+    inner = oracles.silu(oracles.linear(parameters["input"], x))
+    _, state = numerics.run(lambda p, x: nnx.merge(graph, p)(x), parameters, x, dtype="float32")
+    numerics.assert_close(state["h"], 0.75 / (1 + np.exp(20.0)) * inner[:, 0], 3e-6)
+
+
+def test_a_model_has_the_lower_bounds_of_its_layers():
+    """Of HGRN's alone: HGRN2's have a softmax of their own."""
+    config = small.config(pattern=("hgrn", "hgrn2"), num_layers=6, key_width=8, dtype="float64")
+    architecture = describe(config)
+    parameters = small.parameters(architecture.shapes)
+    tokens = np.random.default_rng(3).integers(0, 31, (2, 9)).astype(np.int32)
+    bounded = jax.tree.map(np.copy, parameters)
+    for block in bounded["stacks"][0]["blocks"].values():
+        shares = np.exp(block["mixer"]["lower_bound"])
+        shares /= shares.sum(axis=0)
+        block["mixer"]["lower_bound"] = np.stack([0 * shares[0], shares[1], shares[1] + shares[2]])
+    expected = oracles.language_model(config, bounded, tokens, mixers=ORACLES)
+    run = numerics.jit(lambda parameters: architecture.bind(parameters)(tokens)[0])
+    numerics.assert_close(numerics.run(run, parameters, dtype="float64"), expected, 1e-10)
