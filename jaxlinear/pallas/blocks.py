@@ -61,13 +61,16 @@ class SelectiveScanGPUBlock(NamedTuple):
     numbers: int  # of the state of each of its channels, of a lane of 4 that have others
     rows: int  # tokens taken at once
     kept: int  # tokens between states that the forward pass keeps, a multiple of these
+    again: tuple[str, ...]  # what of a token is loaded once more, for want of registers
 
 
 def selective_scan_gpu(states: int) -> SelectiveScanGPUBlock:
-    """``states``: N. With what the forward pass keeps about two numbers for each channel of a token."""
+    """``states``: N. What the forward pass keeps are about two numbers for each channel of a token. With other channels of
+    a lane, or with fewer rows, a token takes more instructions, as the PTX counts them; with more rows registers are
+    spilled. No GPU has timed them."""
     rounded = max(4, 1 << (states - 1).bit_length())
-    numbers = min(4, rounded // 4)
-    return SelectiveScanGPUBlock(4, numbers, 4 if numbers == 4 else 8, max(8, rounded // 2))
+    again = ("dt", "x", "C") if rounded >= 16 else ("dt",)
+    return SelectiveScanGPUBlock(4, min(4, rounded // 4), 4, max(8, rounded // 2), again)
 
 
 class AttentionBlock(NamedTuple):

@@ -133,14 +133,22 @@ def _gradients(tile: Tile, start, rows: list[Row], carry, ask):
     for j, row in enumerate(map(tile.widened, rows)):
         states.append(_after(tile, row, A, states[-1]))
         tile.store_numbers("d_C", over_lanes(over_channels(states[-1] * row.d_y)), start + j)
-    # Loaded once more, now that something has been stored, so that the compiler does not know them to be the same: it would
-    # keep the transitions of all rows, and there are too few registers for these.
-    rows = [row._replace(dt=tile.load("dt", start + j)) for j, row in enumerate(rows)]
+    again = _again(tile, start, rows, len(rows) - 1)
     for j in reversed(range(len(rows))):
-        if j == 0:  # earlier there are too few registers
+        row = tile.widened(again)
+        if j:
+            again = _again(tile, start, rows, j - 1)
+        else:
             following = ask()
-        carry = _gradient(tile, start + j, tile.widened(rows[j]), tile.rates(), states[j], carry)
+        carry = _gradient(tile, start + j, row, tile.rates(), states[j], carry)
     return carry, following
+
+
+def _again(tile: Tile, start, rows: list[Row], j: int) -> Row:
+    """Row j, of which some is loaded once more, after something was stored: so the compiler does not know it to be the
+    same. It would keep the transitions of all rows from when the states were computed, and there are too few registers for
+    these, and where a lane has most of the state for other arrays too."""
+    return rows[j]._replace(**{name: tile.load(name, start + j) for name in tile.shape.block.again})
 
 
 def _state_before(tile: Tile, A, start):

@@ -22,6 +22,7 @@ from tests.pallas import test_attention_kernel as attention
 from tests.pallas import test_delta_rule_kernel as delta
 from tests.pallas import test_linear_attention_kernel as linear
 from tests.pallas import test_scan_kernel as scan
+from tests.pallas import test_selective_scan_kernel as selective
 from tests.ptx import calls
 
 pytestmark = pytest.mark.compiles_ahead
@@ -43,6 +44,19 @@ def names(ran):
 def test_scan(name, dtype, ran):
     scan.check(name, GPU, dtype)
     assert len(ran) == 2
+
+
+@pytest.mark.parametrize("name, dtype", [("packed", "float32"), ("many_numbers", "bfloat16"), ("short", "bfloat16")])
+def test_selective_scan(name, dtype, ran):
+    """With the instructions that are written as NVIDIA's, as on a GPU and unlike interpreted ones."""
+    selective.check(name, selective.target("gpu", interpret=False), dtype)
+    assert [x.name.split("_")[2] for x in ran] == ["forward", "gradient"]
+
+
+@pytest.mark.parametrize("name", ["packed", "short"])
+def test_the_map_of_a_selective_scan(name, ran):
+    selective.check_the_map(name, selective.target("gpu", interpret=False), "float32")
+    assert {x.name.split("_")[2] for x in ran} == {"summary", "state"}
 
 
 @pytest.mark.parametrize("name", ["short", "constant_packed", "scalar", "channel", "no_documents"])

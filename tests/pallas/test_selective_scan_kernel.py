@@ -16,6 +16,7 @@ from jaxlinear.ops import backends, recurrence, selective_scan, selective_scan_k
 from jaxlinear.ops.selective_scan import SelectiveScan, choose
 from jaxlinear.ops.selective_scan_kernel import SelectiveScanKernel
 from jaxlinear.ops.selective_scan_maps import Inputs
+from jaxlinear.pallas import selective_scan as kernels
 from jaxlinear.pallas.target import Target
 from tests import naive, numerics
 
@@ -29,6 +30,7 @@ CASES = {
     "packed": (1, 100, 160, 3, "packed"),
     "blocks": (2, 257, 100, 2, "packed"),
     "blocks_of_keys": (1, 300, 5, 9, "packed of_keys"),
+    "many_numbers": (1, 70, 40, 33, "packed"),  # on GPU of several programs
 }
 
 
@@ -91,25 +93,42 @@ def test_on_a_simulated_tpu(small_blocks, name):
     check(name, target("tpu", pltpu.InterpretParams(uninitialized_memory="nan")), "float32")
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("name", ["blocks", "short"])
-def test_a_run_without_its_outputs(small_blocks, name, platform):
-    """The map of a run, and the gradient of the state alone."""
+def check_the_map(name, target, dtype):
     (x, dt, A, B, C, state), ids, cotangents, outputs, gradients = case(name)
-    none = np.zeros_like(state)
 
     @numerics.jit
     def found(x, dt, A, B, C, state, cotangents):
         inputs = Inputs(x, dt, B[:, :, None], C[:, :, None], starts(ids))
-        of_state = jax.vjp(lambda state: selective_scan_kernel.outputs(inputs, A, state, target(platform)), state)[1]
-        return selective_scan_kernel.summary(inputs, A, target(platform)), of_state(cotangents)[0]
+        kept, added = selective_scan_kernel.summary(inputs, A, target)
+        d_y, d_final = cotangents
+        of_state = kernels.state_gradient(dt, A, B, C, inputs.starts, d_y, d_final, target=target)
+        return added, kept * state + added, of_state
 
-    (kept, added), d_state = numerics.run(found, x, dt, A, B, C, state, cotangents, dtype="float64")
-    expected = numerics.run(
-        numerics.jit(functools.partial(naive.selective_scan, ids=ids)), x, dt, A, B, C, none, dtype="float64"
-    )
-    numerics.assert_close((added, d_state), (expected[1], gradients[5]), 1e-10)
-    numerics.assert_close(np.asarray(kept) * state + np.asarray(added), outputs[1], 1e-10)
+    none = np.zeros_like(state)
+    loop = numerics.jit(functools.partial(naive.selective_scan, ids=ids))
+    added = numerics.wide(numerics.run(loop, x, dt, A, B, C, none, dtype="float64")[1])
+    expected = added, outputs[1], gradients[5]
+    found = numerics.run(found, x, dt, A, B, C, state, cotangents, dtype=dtype)
+    numerics.assert_close(found, expected, numerics.TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("name", ["blocks", "short", "many_numbers"])
+def test_a_run_without_its_outputs(small_blocks, name, platform):
+    """The map of a run, and the gradient of the state alone."""
+    check_the_map(name, target(platform), "float64")
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_time_steps_wider_than_what_is_written(small_blocks, platform):
+    """As models have them: gradients are of the dtype of each input."""
+    inputs, ids, cotangents, outputs, gradients = case("packed")
+
+    def kernel(x, dt, A, B, C, state):
+        return run_kernel(ids, target(platform), x, dt.astype(jnp.float32), A.astype(jnp.float32), B, C, state)
+
+    found = numerics.run(numerics.with_gradients(kernel), inputs, cotangents, dtype="bfloat16")
+    numerics.assert_close(found, (outputs, gradients), numerics.TOLERANCES["bfloat16"])
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
