@@ -3,10 +3,12 @@
     python benchmarks/gpu_instructions.py [--operations=linear_attention,delta_rule] [--decays=none,scalar,channel]
         [--length=1024 --heads=1 --key=128 --value=128] [--shared] [--negative_eigenvalues] [--mean=-0.04]
         [--against=FLA/bin/python] [--json=FILE]
+    python benchmarks/gpu_instructions.py --operations=selective_scan --decays=channel --key=16 --length=256
 
 No GPU is needed: kernels are compiled for an H100 by Triton and LLVM, and run on the CPU instruction by instruction
-(``tests/ptx``), so that loops and branches count as they go. Takes the compiler for GPU (pip install 'jaxlinear[aot]') and
-a clone of the repository. Decays by channel are float32, as models have them. Of each kernel, for 64 tokens of a head:
+(``tests/ptx``), so that loops and branches count as they go. Takes the compiler for GPU (pip install 'jaxlinear[aot]')
+and a clone of the repository. Decays by channel are float32, as models have them. Of the selective scan a head is V
+channels of K numbers each. Of each kernel, for 64 tokens of a head:
 
     instructions   of PTX that warps take
     issue          cycles of one SM, at four of these a cycle
@@ -23,19 +25,23 @@ and warps wait. These are no timings and no bounds; but a kernel whose issue is 
 as its bytes.
 """
 
+import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
 from typing import Any
+
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from instructions import row, together
-
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
 from jaxlinear import ops
 from jaxlinear.ops import backends
@@ -54,7 +60,10 @@ _MEAN = flags.DEFINE_float("mean", -0.04, "Of the log decays, whose distribution
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with flash-linear-attention.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
-for _flag, _known in (("operations", {"linear_attention", "delta_rule"}), ("decays", {"none", "scalar", "channel"})):
+for _flag, _known in (
+    ("operations", {"linear_attention", "delta_rule", "selective_scan"}),
+    ("decays", {"none", "scalar", "channel"}),
+):
     flags.register_validator(_flag, _known.issuperset, f"of {', '.join(sorted(_known))}")
 
 
@@ -82,6 +91,21 @@ def gradient(operation: str, decay: str) -> None:
         return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
     jax.block_until_ready(jax.grad(objective, (0, 1) if log_decay is not None else 0)(given, log_decay))
+
+
+def selective_scan() -> None:
+    """Runs both passes, as in Mamba."""
+    random, length, width, numbers = np.random.default_rng(0), _LENGTH.value, _HEADS.value * _VALUE.value, _KEY.value
+    x = jnp.asarray(random.standard_normal((1, length, width)), jnp.bfloat16)
+    dt = jnp.asarray(-_MEAN.value * random.exponential(size=x.shape), jnp.float32)
+    rates = -jnp.broadcast_to(jnp.arange(1, numbers + 1, dtype=jnp.float32), (width, numbers))
+    written, read = (jnp.asarray(random.standard_normal((1, length, numbers)), jnp.float32) for _ in range(2))
+
+    def objective(*inputs):
+        y, state = ops.selective_scan(*inputs, backend="pallas")
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
+
+    jax.block_until_ready(jax.grad(objective, range(5))(x, dt, rates, written, read))
 
 
 def theirs(operation: str, decay: str) -> list[dict[str, Any]]:
@@ -112,14 +136,18 @@ def main(argv) -> None:
         raise app.UsageError("--against takes --key and --value that are the same")
     if _SHARED.value and (_AGAINST.value or set(_OPERATIONS.value) != {"linear_attention"}):
         raise app.UsageError("--shared is of --operations=linear_attention, and not --against others")
+    if "selective_scan" in _OPERATIONS.value and (_AGAINST.value or set(_DECAYS.value) != {"channel"}):
+        raise app.UsageError("selective_scan is of --decays=channel, and not --against others")
     ran = calls.emulate(setattr)
-    backends.target = lambda: Target("gpu", "NVIDIA H100 80GB HBM3", True)
     rows, passes, compared = [], [], []
     share = 64 / (_LENGTH.value * _HEADS.value)
     for operation in _OPERATIONS.value:
         for decay in _DECAYS.value:
             del ran[:]
-            gradient(operation, decay)
+            # Interpreted it has not the instructions that are written as NVIDIA's.
+            interpreted = operation != "selective_scan"
+            backends.target = functools.partial(Target, "gpu", "NVIDIA H100 80GB HBM3", interpreted)
+            gradient(operation, decay) if interpreted else selective_scan()
             found = [row(x.name, x.counts, x.bytes, share) for x in ran]
             rows += found
             others = theirs(operation, decay) if _AGAINST.value else []

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_kernels.py [--against=FLA/bin/python] [--operations=...] [--json=FILE]    # FLA: see fla_worker.py
 
-Shapes are B x T x H x D with K = V = D, and arrays bfloat16. For each operation and shape: milliseconds a call, forward and
-forward with backward, by the clock with the device waited for, and by the device's own record of its kernels; with
-``--against`` the two libraries in turn, and how many times as fast ours is. The recurrence of channels has H * D of them.
+Shapes are B x T x H x D with K = V = D, and arrays bfloat16. For each operation and shape: milliseconds a call, forward
+and forward with backward, by the clock with the device waited for, and by the device's own record of its kernels; with
+``--against`` the two libraries in turn, and how many times as fast ours is. The recurrence of channels has H * D of
+them, and so has the selective scan, with 16 numbers each and float32 for all but x, which stands beside nothing.
 Attention to a window of 1,024 stands beside cuDNN's, through JAX, which takes no documents, up to 128 channels a head.
 
 ``--backend=chunked`` times what runs without kernels, on any device: the program can be tried where there is no GPU.
@@ -34,9 +35,10 @@ OPERATIONS = {
     "delta_rule_scalar": ("delta_rule", "scalar"),
     "delta_rule_channel": ("delta_rule", "channel"),
     "linear_recurrence": ("linear_recurrence", "channel"),
+    "selective_scan": ("selective_scan", "none"),
     "sliding_window_attention": ("sliding_window_attention", "none"),
 }
-WINDOW, CUDNN_WIDTH = 1024, 128
+WINDOW, CUDNN_WIDTH, STATES = 1024, 128, 16
 
 _OPERATIONS = flags.DEFINE_list("operations", list(OPERATIONS), "Some of them only.")
 _SHAPES = flags.DEFINE_list(
@@ -77,7 +79,7 @@ def _row(name: str, shape: str, direction: str) -> dict[str, Any]:
         if _BACKEND.value == "pallas" and sizes[3] <= CUDNN_WIDTH:
             theirs = _cudnn(sizes, direction)
             row["against"] = {"library": "cuDNN"}
-    elif _AGAINST.value:
+    elif _AGAINST.value and name != "selective_scan":
         options = {"shape": shape, "direction": direction, "calls": _CALLS.value}
         worker = Worker(_AGAINST.value, name, "fla_worker.py", **options)
         row["against"] = {"library": f"flash-linear-attention {worker.told['version']}"}
@@ -143,7 +145,7 @@ def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], Non
 
     operation, decay = OPERATIONS[name]
     batch, length, heads, width = shape
-    keys = iter(jax.random.split(jax.random.key(0), 6))
+    keys = iter(jax.random.split(jax.random.key(0), 8))
     draw = lambda *size: jax.random.normal(next(keys), size, jnp.bfloat16)  # noqa: E731
     q, k, v, d_o = (draw(*shape) for _ in range(4))
     k = k / jnp.linalg.norm(k.astype(jnp.float32), axis=-1, keepdims=True).astype(k.dtype)
@@ -158,6 +160,12 @@ def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], Non
     if operation == "linear_recurrence":
         flat = (batch, length, heads * width)
         inputs, d_o = (jnp.exp(log_decay).reshape(flat), v.reshape(flat)), d_o.reshape(flat)
+    elif operation == "selective_scan":
+        flat = (batch, length, heads * width)
+        dt = jax.nn.softplus(q.astype(jnp.float32).reshape(flat) - 4)
+        rates = -jnp.broadcast_to(jnp.arange(1, STATES + 1, dtype=jnp.float32), (heads * width, STATES))
+        written, read = (draw(batch, length, STATES).astype(jnp.float32) for _ in range(2))
+        inputs, d_o = (v.reshape(flat), dt, rates, written, read), d_o.reshape(flat)
     elif decay != "none":
         inputs = *inputs, log_decay
 
