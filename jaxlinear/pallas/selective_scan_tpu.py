@@ -35,10 +35,9 @@ class _Shape(NamedTuple):
 def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
     """The outputs of ``Plan``, in its order; ``before`` are the states before each 128 tokens."""
     (batch, length, channels), states = arguments.dt.shape, arguments.state.shape[1]
-    arguments = _whole(arguments)
-    sizes = arguments.dt.shape[1], arguments.state.shape[1], arguments.dt.shape[2]
-    shape = _Shape(*sizes, *blocks.selective_scan_tpu(*sizes))
+    shape = _shape(arguments)
     steps = pl.cdiv(shape.length, shape.time)
+    arguments = _whole(arguments, steps * shape.time)
     specs = _specs(shape, (lambda t: steps - 1 - t) if plan.reverse else (lambda t: t))
     inputs, outputs = _inputs(arguments), _outputs(plan, arguments, steps * shape.time)
     scratch = _scratch(plan, shape, arguments.state.dtype)
@@ -68,6 +67,14 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
     return results
 
 
+def _shape(arguments: Arguments) -> _Shape:
+    """Of whole registers."""
+    (_, length, channels), states = arguments.dt.shape, arguments.state.shape[1]
+    sizes = (length, blocks.SELECTIVE_SCAN_ROWS), (states, SUBLANES), (channels, LANES)
+    length, states, channels = (n + -n % whole for n, whole in sizes)
+    return _Shape(length, states, channels, *blocks.selective_scan_tpu(length, states, channels))
+
+
 def _specs(shape: _Shape, at) -> dict[str, pl.BlockSpec]:
     """By form; ``at(t)`` is the block of time that is taken in the grid's step t."""
     time, states, width = shape.time, shape.states, shape.width
@@ -81,9 +88,9 @@ def _specs(shape: _Shape, at) -> dict[str, pl.BlockSpec]:
     }
 
 
-def _whole(arguments: Arguments) -> Arguments:
+def _whole(arguments: Arguments, time: int) -> Arguments:
     """With whole registers: zeros for numbers, channels and tokens that there are not, by which nothing changes. B and C
-    are turned, ``[B, N, T]``."""
+    are turned, ``[B, N, T]``. The marks, of which scalars are read, are as many as the tokens of all blocks, ``time``."""
 
     def padded(y, *multiples):
         if y is None:
@@ -101,7 +108,7 @@ def _whole(arguments: Arguments) -> Arguments:
         B=turned(arguments.B),
         C=turned(arguments.C),
         state=padded(arguments.state, 1, SUBLANES, LANES),
-        starts=None if arguments.starts is None else padded(arguments.starts.astype(jnp.int32), 1, LANES)[:, None],
+        starts=None if arguments.starts is None else padded(arguments.starts.astype(jnp.int32), 1, time)[:, None],
         before=arguments.before,
         d_y=padded(arguments.d_y, 1, blocks.SELECTIVE_SCAN_ROWS, LANES),
     )

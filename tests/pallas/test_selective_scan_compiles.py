@@ -30,6 +30,7 @@ CASES = {
     "states_128": (1, 2048, 2560, 128, "bfloat16", ""),
     "most": (1, 512, 16_384, 256, "float32", "packed"),
     "odd": (3, 1000, 300, 5, "bfloat16", "packed"),
+    "part_of_a_block": (1, 640, 512, 16, "bfloat16", "packed"),
     "shortest": (2, 9, 100, 16, "float32", ""),
 }
 TPUS = {
