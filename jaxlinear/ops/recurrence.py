@@ -71,6 +71,9 @@ class Runner(Protocol):
     def starts(self, segment_ids: jax.Array) -> jax.Array:
         """``segments.starts``."""
 
+    def share(self, heads: int) -> int:
+        """Of so many heads, or channels where there are none, those of a device."""
+
     def run(
         self, family: Family, chunk: int | None, inputs: Inputs, constants: Constants, state: State
     ) -> tuple[jax.Array, State]:
@@ -152,6 +155,9 @@ class _Whole:
     """A sequence that lies on one device."""
 
     starts = staticmethod(segments.starts)
+
+    def share(self, heads):
+        return heads
 
     def run(self, family, chunk, inputs, constants, state):
         return chunked(family, chunk or jax.tree.leaves(inputs)[0].shape[1], inputs, constants, state)

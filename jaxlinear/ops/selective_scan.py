@@ -27,8 +27,9 @@ from jaxlinear.ops import (
 from jaxlinear.ops.selective_scan_kernel import SelectiveScanKernel
 from jaxlinear.ops.selective_scan_maps import Inputs, SelectiveScanMaps
 
-# One array of a block, all that XLA for CPUs has of it in the cache at a time; of 4 MiB it was slower, and of 256 KiB.
-_CPU_BLOCK_BYTES = 1 << 20
+# One array of a block, all that XLA for CPUs has of it in the cache at a time; of 4 MiB it was slower, and of 256 KiB. With
+# fewer tokens than some, what is kept, a state a block, would be much beside the inputs.
+_CPU_BLOCK_BYTES, _CPU_FEWEST = 1 << 20, 16
 
 
 def selective_scan(
@@ -61,8 +62,8 @@ def selective_scan(
       runner: where time lies; on one device by default.
 
     Returns:
-      y ``[B, T, D]`` in the dtype of x, and the state after the last token ``[B, D, N]`` in float32 (float64 when an
-      input is), the dtype of all that is computed.
+      y ``[B, T, D]`` in the dtype of x, and the state after the last token ``[B, D, N]`` in float32 (float64 when x, dt,
+      A, B or C is), the dtype of all that is computed.
 
     ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and for more the kernel on TPU and GPU,
     and blocks where it does not run, which the log says once.
@@ -94,7 +95,7 @@ def selective_scan(
 
 def choose(
     backend: str,
-    x: jax.Array,
+    x: jax.Array | jax.ShapeDtypeStruct,
     dt: jax.Array,
     A: jax.Array | None,
     B: jax.Array,
@@ -107,7 +108,7 @@ def choose(
     matrix_states.check_chunk("selective_scan", backend, chunk_size)
     few = chunk_size is None and x.shape[1] <= matrix_states.FEW_TOKENS and runner is recurrence.WHOLE
     arrays = x, dt, B, C, *(() if A is None else (A,))
-    refused = functools.partial(selective_scan_kernel.refusal, arrays, B.shape[2], chunk_size)
+    refused = functools.partial(selective_scan_kernel.refusal, arrays, runner.share(x.shape[2]), B.shape[2], chunk_size)
     return backends.kernel_or_chunks("selective_scan", backend, few, (x.shape, B.shape), refused)
 
 
@@ -235,7 +236,7 @@ def _fitting(chunk: int, state: jax.Array) -> int:
     """The tokens of a block where it is not given."""
     if backends.platform() != "cpu":
         return chunk
-    return max(1, min(chunk, _CPU_BLOCK_BYTES // (state.size * state.dtype.itemsize)))
+    return min(chunk, max(_CPU_FEWEST, _CPU_BLOCK_BYTES // (state.size * state.dtype.itemsize)))
 
 
 def _check_shapes(x, dt, A, B, C, initial_state) -> None:

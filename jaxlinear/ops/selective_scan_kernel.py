@@ -13,18 +13,19 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values as values
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, recurrence, selective_scan_maps
 from jaxlinear.ops.selective_scan_maps import Inputs, SelectiveScanMaps
-from jaxlinear.pallas import derivatives
+from jaxlinear.pallas import blocks, derivatives
 from jaxlinear.pallas import selective_scan as kernels
 from jaxlinear.pallas.target import Target
 
-WIDEST = 256  # N, where kernels are compiled
-_MOST_TPU = 2**22  # numbers of a row's state, which lies in VMEM, with as many of A, and of either's gradient
+WIDEST = 128  # N, where kernels are compiled
 _TAKEN = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 
 
-def refusal(arrays: tuple[jax.Array, ...], states: int, chunk_size: int | None, platform: str) -> str | None:
+def refusal(
+    arrays: tuple[jax.Array, ...], channels: int, states: int, chunk_size: int | None, platform: str
+) -> str | None:
     """Why the kernels do not run, or None. On other platforms they are interpreted, and run whatever that does.
-    ``arrays``: x, dt, B, C and A, if there is one; ``states``: N."""
+    ``arrays``: x, dt, B, C and A, if there is one; ``channels``: those of a device; ``states``: N."""
     if chunk_size is not None:
         return f"the kernel has blocks of its own, and takes no chunk_size={chunk_size}"
     if platform not in backends.COMPILED:
@@ -34,9 +35,11 @@ def refusal(arrays: tuple[jax.Array, ...], states: int, chunk_size: int | None, 
             return f"the kernel takes {' and '.join(map(str, _TAKEN))}, not {x.dtype}"
     if states > WIDEST:
         return f"the kernel takes N up to {WIDEST}, not {states}"
-    width = arrays[0].shape[2]
-    if platform == "tpu" and width * states > _MOST_TPU:
-        return f"the kernel takes D N up to {_MOST_TPU:,}, not {width:,} * {states}; mesh.tensor divides D"
+    if platform == "tpu" and channels > (most := blocks.selective_scan_tpu_channels(states)):
+        return (
+            f"the kernel takes up to {most:,} channels of {states} numbers on a device, for which VMEM has room, not "
+            f"{channels:,}; mesh.tensor divides them"
+        )
     return None
 
 

@@ -42,7 +42,8 @@ def scan_gpu_rows(arrays: int) -> int:
 
 
 # On TPU: tokens of a group, which an iteration takes, a multiple of 8; and the most numbers of a token's state in a block
-# of channels, and of the columns of a block of time.
+# of channels, and of the columns of a block of time, but that neither has fewer channels or tokens than 128, nor more than
+# 512.
 SELECTIVE_SCAN_ROWS = 32
 _SELECTIVE_SCAN_NUMBERS = 8192
 
@@ -50,10 +51,26 @@ _SELECTIVE_SCAN_NUMBERS = 8192
 def selective_scan_tpu(length: int, states: int, width: int) -> tuple[int, int]:
     """Tokens and channels of a block of the selective scan, for N = ``states``; ``width``: all channels, a multiple of 128,
     of which each block has as many."""
-    most = max(1, _SELECTIVE_SCAN_NUMBERS // states // 128)  # times 128
+    most = _selective_scan_most(states)
     tiles = width // 128
     time = min(most, -(-length // 128))
     return 128 * time, 128 * next(n for n in range(min(tiles, most), 0, -1) if tiles % n == 0)
+
+
+def _selective_scan_most(states: int) -> int:
+    """Times 128."""
+    return max(1, min(4, _SELECTIVE_SCAN_NUMBERS // states // 128))
+
+
+def selective_scan_tpu_channels(states: int) -> int:
+    """How many channels VMEM has room for: of each the state before and after and the gradient of A, twice, and A; and what
+    the largest block has, registers that are spilled among it. Compiled programs took as much where two rows of a batch
+    overlap, and less with one."""
+    states += -states % 8
+    most = 128 * _selective_scan_most(states)
+    columns, again, before, spilled = 2 * most * 128, 129 * most, 2 * most // 128 * most, 64 * most
+    numbers = states * (columns + again + before + 8 * most + spilled) + (3 * 128 + 10 * most) * most
+    return max(0, VMEM_BYTES // 4 - numbers) // (7 * states) // 128 * 128
 
 
 class SelectiveScanGPUBlock(NamedTuple):

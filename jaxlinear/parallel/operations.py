@@ -74,13 +74,16 @@ def selective_scan(
     """``ops.selective_scan``; D lies by the logical axis ``recurrent``. The kernel runs on each device's part, since the
     compiler cannot split it."""
     runner, mesh = _runner("selective_scan", x.shape[1], "recurrent"), sharding.mesh_in_use()
-    spread, chosen = runner is not recurrence.WHOLE, (options.get("backend", "auto"), x, dt, A, B, C)
-    whole = mesh is None or mesh.size == 1 or spread
-    if whole or choose_selective_scan(*chosen, options.get("chunk_size")) != "pallas":
+    spread, backend = runner is not recurrence.WHOLE, options.get("backend", "auto")
+    if mesh is not None and mesh.size > 1 and not spread:
+        own = jax.ShapeDtypeStruct((*x.shape[:2], sharding.shard_shape(("recurrent",), x.shape[2:], mesh)[0]), x.dtype)
+        backend = choose_selective_scan(backend, own, dt, A, B, C, options.get("chunk_size"))
+    if mesh is None or mesh.size == 1 or spread or backend != "pallas":
         return ops.selective_scan(x, dt, A, B, C, initial_state, runner=runner, **options)
-    assert mesh is not None
     if initial_state is None:
         initial_state = selective_scan_maps.no_state(x, dt, A, B, C)
+    # Wide, as their gradients are summed over the devices that have some of the channels.
+    B, C = (y.astype(dtypes.wide(y.dtype)) for y in (B, C))
 
     def local(x, dt, A, B, C, state, ids):
         return ops.selective_scan(x, dt, A, B, C, state, segment_ids=ids, backend="pallas")

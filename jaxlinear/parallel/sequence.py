@@ -45,6 +45,9 @@ class Spread:
 
         return _shard_map(local, self.mesh, (spec,), spec)(segment_ids)
 
+    def share(self, heads: int) -> int:
+        return sharding.shard_shape((self.heads,), (heads,), self.mesh)[0]
+
     def run(
         self, family: Family, chunk: int | None, inputs: Any, constants: Any, state: State
     ) -> tuple[jax.Array, State]:

@@ -69,8 +69,11 @@ def make_optimizer(config: config_dict.ConfigDict, architecture: Architecture) -
 
 def decay_mask(architecture: Architecture) -> Tree:
     """True for matrices: parameters with two axes or more, not counting that of layers stacked by the scan; not for the
-    biases of experts, ``[E, F]``."""
-    return _map(architecture, lambda path, axes, stacked: len(axes) - stacked >= 2 and not path[-1].endswith("bias"))
+    biases of experts, ``[E, F]``, nor for Mamba's rates, ``[R, N]``, all of which would be drawn to -1."""
+    no_matrices = "bias", "A_log"
+    return _map(
+        architecture, lambda path, axes, stacked: len(axes) - stacked >= 2 and not path[-1].endswith(no_matrices)
+    )
 
 
 def _muon_matrices(architecture: Architecture) -> Tree:

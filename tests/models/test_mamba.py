@@ -10,6 +10,8 @@ from flax import nnx
 
 from jaxlinear.models.mixers.longhorn import Longhorn
 from jaxlinear.models.mixers.mamba import Mamba
+from jaxlinear.models.parameters import describe
+from jaxlinear.training.optimizer import decay_mask
 from tests import numerics, oracles, small
 
 CONFIG = small.config(key_width=5, width=40)
@@ -28,6 +30,13 @@ def test_the_parameters():
     for mixer, own in ((Mamba, {"A_log": (24, 5)}), (Longhorn, {})):
         _, parameters = small.module(lambda rngs, mixer=mixer: mixer(CONFIG, rngs=rngs))
         assert jax.tree.map(np.shape, parameters) == expected | own
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "longhorn"])
+def test_rates_and_vectors_are_not_decayed(mixer):
+    mask = decay_mask(describe(small.config(pattern=(mixer,), num_layers=2)))["stacks"][0]["blocks"][0]["mixer"]
+    names = {path[-1].key for path, decayed in jax.tree.leaves_with_path(mask) if decayed}
+    assert names == {"kernel", "convolution_kernel"}
 
 
 def test_the_widths_of_the_paper():

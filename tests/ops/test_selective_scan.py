@@ -253,24 +253,25 @@ def test_65536_tokens_in_float32():
 # Memory
 
 
-def test_memory_grows_with_the_inputs_and_a_state_a_block():
+@pytest.mark.parametrize("batch, chunk, block", [(1, 64, 64), (64, None, 16)], ids=["given", "by default"])
+def test_memory_grows_with_the_inputs_and_a_state_a_block(batch, chunk, block):
+    """By default, where a token's states are as large as what fits the cache, blocks are of no fewer tokens than 16."""
     width, states = 64, 16
 
     def temporaries(length):
-        x, A, B = (
-            jax.ShapeDtypeStruct(shape, jnp.float32)
-            for shape in ((1, length, width), (width, states), (1, length, states))
-        )
+        shapes = (batch, length, width), (width, states), (batch, length, states)
+        x, A, B = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
         def objective(*inputs):
-            return jnp.sum(selective_scan(*inputs, chunk_size=64)[0] ** 2)
+            return jnp.sum(selective_scan(*inputs, chunk_size=chunk)[0] ** 2)
 
         compiled = numerics.jit(jax.grad(objective, (0, 1, 2, 3, 4))).lower(x, x, A, B, B).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    short, long = temporaries(8_192), temporaries(16_384)
-    # Of the states of all tokens, those before each block are a 64th, and an array like x is a 16th.
-    assert 0 < long - short <= 8_192 * width * states * 4 * (1 / 64 + 4 / 16)
+    lengths = 8_192 // batch, 16_384 // batch
+    short, long = map(temporaries, lengths)
+    # Of the states of all tokens an array like x is a 16th.
+    assert 0 < long - short <= 8_192 * width * states * 4 * (1 / block + 4 / 16)
 
 
 # What is chosen and what is refused

@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import SAVED, backends, selective_scan
+from jaxlinear.ops.selective_scan import choose
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding, targets
 from tests import ptxas
@@ -28,7 +29,8 @@ CASES = {
     "float32": (1, 4096, 512, 8, "float32", "of_keys packed"),
     "states_64": (1, 2048, 2560, 64, "bfloat16", "packed"),
     "states_128": (1, 2048, 2560, 128, "bfloat16", ""),
-    "most": (1, 512, 16_384, 256, "float32", "packed"),
+    "most_of_128": (2, 512, 9984, 128, "float32", "packed"),
+    "most_of_16": (2, 1024, 90_624, 16, "bfloat16", "packed"),
     "odd": (3, 1000, 300, 5, "bfloat16", "packed"),
     "part_of_a_block": (1, 640, 512, 16, "bfloat16", "packed"),
     "shortest": (2, 9, 100, 16, "float32", ""),
@@ -36,8 +38,8 @@ CASES = {
 TPUS = {
     "v5e:1x1": list(CASES),
     "v5p:2x2x1": ["mamba", "states_128"],
-    "v6e:1x1": ["mamba", "longhorn"],
-    "tpu7x:2x2x1": ["mamba"],
+    "v6e:1x1": ["mamba", "longhorn", "most_of_128"],
+    "tpu7x:2x2x1": ["mamba", "most_of_128", "most_of_16"],
 }
 
 
@@ -129,15 +131,26 @@ def test_over_a_mesh_of_tpus():
 
 
 def test_a_state_that_vmem_has_no_room_for_is_refused():
-    """With the limit and what would help; the shape of ``most`` is the largest that is taken."""
-    x, A, B = jnp.ones((1, 16, 16_512)), jnp.ones((16_512, 256)), jnp.ones((1, 16, 256))
-    with (
-        backends.use_device(targets.find("v5e:1x1").devices[0]),
-        pytest.raises(
-            UserError, match=r"takes D N up to 4,194,304, not 16,512 \* 256; mesh.tensor divides D; .*'chunked'"
-        ),
-    ):
+    """With the limit and what would help, by the channels of a device; the shapes of ``most`` are about the largest."""
+    devices = targets.find("v5e:2x4").devices
+    for states, most in ((16, 90_624), (64, 28_544), (128, 9984)):
+        for width in (most, most + 1):
+            x, A, B = (
+                jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, 16, width), (width, states), (1, 16, states))
+            )
+            with backends.use_device(devices[0]):
+                assert choose("auto", x, x, A, B, B) == ("pallas" if width == most else "auto")
+    message = (
+        r"takes up to 9,984 channels of 128 numbers on a device, .* not 19,968; mesh.tensor divides them; .*'chunked'"
+    )
+    x, A, B = jnp.ones((2, 16, 19_968)), jnp.ones((19_968, 128)), jnp.ones((2, 16, 128))
+    with backends.use_device(devices[0]), pytest.raises(UserError, match=message):
         selective_scan(x, x, A, B, B, backend="pallas")
+    for sizes in ({"tensor": 2, "fsdp": 4}, {"tensor": 2, "sequence": 4}):
+        mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1, "expert": 1} | sizes, devices)
+        with sharding.use_mesh(mesh):
+            text = jax.jit(lambda *y: operations.selective_scan(*y)[0]).trace(x, x, A, B, B).jaxpr
+        assert "name=selective_scan_forward" in str(text)
 
 
 @pytest.mark.parametrize("name", ["mamba", "longhorn", "float32", "states_64", "states_128", "odd", "shortest"])

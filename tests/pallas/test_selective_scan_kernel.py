@@ -193,7 +193,7 @@ def test_auto_takes_it_where_it_runs(caplog):
             with pytest.raises(UserError, match=r"has blocks of its own, and takes no chunk_size=4; backend='chunked'"):
                 choose("pallas", x, x, A, B, B, 4)
             wide = jnp.ones((1, 9, 300))
-            with pytest.raises(UserError, match=r"the kernel takes N up to 256, not 300; backend='chunked' runs it"):
+            with pytest.raises(UserError, match=r"the kernel takes N up to 128, not 300; backend='chunked' runs it"):
                 choose("pallas", x, x, None, wide, wide)
     assert sum("selective_scan runs in chunks, not as a kernel" in line for line in caplog.messages) == 2
 

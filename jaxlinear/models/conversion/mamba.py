@@ -18,8 +18,9 @@ _LOG = logging.getLogger(__name__)
 def _model(fields: Fields) -> dict[str, Any]:
     values = shared_model(fields, "mamba", tied_by_default=True)
     rank = -(-values["width"] // 16)
-    if fields.get("time_step_rank", "auto") not in ("auto", rank):
-        fields.refuse("time_step_rank", fields.get("time_step_rank"), f"only hidden_size / 16 = {rank} can be imported")
+    for name in ("time_step_rank", "dt_rank"):  # the latter in flash-linear-attention
+        if fields.get(name, "auto") not in ("auto", rank):
+            fields.refuse(name, fields.get(name), f"only hidden_size / 16 = {rank} can be imported")
     return values
 
 

@@ -8,7 +8,7 @@
 The package's own modules and kernels run, on the CPU in Triton's interpreter: of each model in ``MODELS`` are compared the
 names and the shapes of its tensors, and its logits for rows that are short enough for its recurrent kernels and long enough
 for its chunked ones (delta_net and gated_deltaproduct have none for float32; chunks of hgrn are of 128 tokens).
-Its mamba2, which has transformers' names of tensors, is compared with the model of transformers.
+Its mamba and mamba2, which have transformers' names of tensors, are compared with the models of transformers.
 
 Each DIRECTORY is one that ``launch/convert.py --target`` wrote, whose model the package loads. Softmax attention, for which
 the package calls FlashAttention, is PyTorch's here.
@@ -86,14 +86,8 @@ def compare(name, model, fields, tensors):
         assert difference < 1e-4
 
 
-def compare_mamba2(fla):
-    """With transformers' own, by the name that each has for the epsilon."""
-    from transformers.models.mamba2 import Mamba2Config, Mamba2ForCausalLM
-
-    sizes = {"head_dim": 12, "num_heads": 4, "hidden_size": 24, "state_size": 10, "num_hidden_layers": 3, "n_groups": 1}
-    sizes |= {"vocab_size": reference.VOCABULARY, "chunk_size": 8}
-    model = fla.models.Mamba2ForCausalLM(fla.models.Mamba2Config(**sizes, norm_eps=1e-2)).eval()
-    other = Mamba2ForCausalLM(Mamba2Config(**sizes, layer_norm_epsilon=1e-2)).eval()
+def compare_with_transformers(name, model, other):
+    """A Mamba with transformers' own, by the name that each has for the epsilon."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -102,16 +96,27 @@ def compare_mamba2(fla):
             )
         model.load_state_dict(other.state_dict())
         tokens = torch.tensor(reference.TOKENS)
-        found, expected = (x(tokens, use_cache=False).logits for x in (model, other))
+        found, expected = (x.eval()(tokens, use_cache=False).logits for x in (model, other))
     difference = (found - expected).abs().max() / expected.abs().max()
-    print(f"mamba2: {difference:.1e} of {expected.abs().max():.2f}")
+    print(f"{name}: {difference:.1e} of {expected.abs().max():.2f}")
     assert difference < 1e-5
+
+
+def compare_mambas(fla, transformers):
+    sizes = {"hidden_size": 24, "state_size": 10, "num_hidden_layers": 3, "vocab_size": reference.VOCABULARY}
+    heads = {"head_dim": 12, "num_heads": 4, "n_groups": 1, "chunk_size": 8}
+    for name, more in (("Mamba", {}), ("Mamba2", heads)):
+        made = []
+        for package, epsilon in ((fla.models, "norm_eps"), (transformers, "layer_norm_epsilon")):
+            config = getattr(package, f"{name}Config")(**sizes, **more, **{epsilon: 1e-2})
+            made.append(getattr(package, f"{name}ForCausalLM")(config))
+        compare_with_transformers(name, *made)
 
 
 def main():
     torch.set_num_threads(1)
     fla, transformers = load()
-    compare_mamba2(fla)
+    compare_mambas(fla, transformers)
     for name, fields in reference.MODELS.items():
         config = transformers.AutoConfig.for_model(**fields | mode(fields))
         model = transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -71,6 +71,7 @@ def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
         ),
         ("llama", {"num_key_value_heads": 3}, "key_value_heads=3 does not divide model.num_heads=4"),
         ("mamba", {"time_step_rank": 2}, "time_step_rank is 2; only hidden_size / 16 = 1 can be imported"),
+        ("mamba", {"dt_rank": 3}, "dt_rank is 3; only hidden_size / 16 = 1 can be imported"),
         ("mamba", {"use_bias": True}, "use_bias is True; only False can be imported"),
         ("mamba2", {"n_groups": 8}, "n_groups is 8; only 1 can be imported"),
         ("mamba2", {"use_bias": True}, "use_bias is True; only False can be imported"),
