@@ -187,3 +187,36 @@ def report(directory: str, compiled, topology: str) -> dict:
         "compute_us": 1e6 * sum(cycles.values()) / clock,
         "memory_us": 1e6 * moved / bandwidth,
     }
+
+
+_COLUMNS = (
+    ("cycles/token", 12),
+    ("compute us", 11),
+    ("memory us", 10),
+    ("bound us", 9),
+    ("ratio", 6),
+    ("relayouts", 9),
+)
+_LABELS = 15, 9
+
+
+def print_columns(what: str) -> None:
+    """The head of the table that ``row`` prints."""
+    print(f"{what:{_LABELS[0]}} {'':{_LABELS[1]}}", *(f"{name:>{width}}" for name, width in _COLUMNS))
+
+
+def row(name: str, direction: str, report: dict, tokens: int, must_move: int, topology: str) -> dict:
+    """A program's ``report`` beside the time of the bytes that it must move, printed; None is what is not known."""
+    bound = 1e6 * must_move / RATES[topology.partition(":")[0]][0]
+    known = not math.isnan(report["cycles"])
+    slower = max(report["memory_us"], report["compute_us"]) if known else report["memory_us"]
+    found = {
+        **{"scan": name, "direction": direction, **report, "cycles": report["cycles"] if known else None},
+        **{"compute_us": report["compute_us"] if known else None, "bound_us": bound, "ratio": slower / bound},
+        "cycles_a_token": report["cycles"] / tokens if known else None,
+    }
+    values = [f"{found[key]:.2f}" if known else "unknown" for key in ("cycles_a_token", "compute_us")]
+    values += [f"{found['memory_us']:.1f}", f"{bound:.1f}", f"{found['ratio']:.2f}", f"{len(found['relayouts'])}"]
+    cells = (f"{value:>{width}}" for value, (_, width) in zip(values, _COLUMNS, strict=True))
+    print(f"{name:{_LABELS[0]}} {direction:{_LABELS[1]}}", *cells, flush=True)
+    return found

@@ -51,39 +51,14 @@ def main() -> None:
 
 
 def _comparison() -> list[dict]:
-    columns = (
-        ("cycles/token", 12),
-        ("compute us", 11),
-        ("memory us", 10),
-        ("bound us", 9),
-        ("ratio", 6),
-        ("relayouts", 9),
-    )
-    print(f"{'scan':15} {'':9}", *(f"{name:>{width}}" for name, width in columns))
+    schedules.print_columns("scan")
     rows = []
     for direction in DIRECTIONS:
         for name in (*_BACKENDS.value, *(["recurrentgemma"] if _AGAINST.value else [])):
             report = _recurrentgemma(direction) if name == "recurrentgemma" else _worker(name, direction)
-            rows.append(_row(name, direction, report))
+            tokens = _BATCH.value * _LENGTH.value
+            rows.append(schedules.row(name, direction, report, tokens, _must_move(direction), _TOPOLOGY.value))
     return rows
-
-
-def _row(name: str, direction: str, report: dict) -> dict:
-    bound = 1e6 * _must_move(direction) / schedules.RATES[_TOPOLOGY.value.partition(":")[0]][0]
-    known = report["cycles"] == report["cycles"]
-    slower = max(report["memory_us"], report["compute_us"]) if known else report["memory_us"]
-    row = {
-        **{"scan": name, "direction": direction, **report, "cycles": report["cycles"] if known else None},
-        **{"compute_us": report["compute_us"] if known else None, "bound_us": bound, "ratio": slower / bound},
-        "cycles_a_token": report["cycles"] / (_BATCH.value * _LENGTH.value) if known else None,
-    }
-    cycles, compute = (f"{row[key]:.2f}" if known else "unknown" for key in ("cycles_a_token", "compute_us"))
-    print(
-        f"{name:15} {direction:9} {cycles:>12} {compute:>11} {row['memory_us']:>10.1f} {bound:>9.1f} {row['ratio']:>6.2f} "
-        f"{len(row['relayouts']):>9}",
-        flush=True,
-    )
-    return row
 
 
 def _must_move(direction: str) -> int:

@@ -35,15 +35,7 @@ def main() -> None:
     if _WORKER.value:
         print(json.dumps(_compile(*_WORKER.value.split(","))))
         return
-    columns = (
-        ("cycles/token", 12),
-        ("compute us", 11),
-        ("memory us", 10),
-        ("bound us", 9),
-        ("ratio", 6),
-        ("relayouts", 9),
-    )
-    print(f"{'':9} {'':9}", *(f"{name:>{width}}" for name, width in columns))
+    schedules.print_columns("selective scan")
     rows = [_row(name, direction) for direction in ("forward", "gradient") for name in _BACKENDS.value]
     if _JSON.value:
         result = {flag.name: flag.value for flag in _SHAPE} | {"rows": rows}
@@ -53,23 +45,9 @@ def main() -> None:
 def _row(name: str, direction: str) -> dict:
     options = [f"--{flag.name}={str(flag.value).lower()}" for flag in _SHAPE]
     report = schedules.in_process([sys.executable, __file__, f"--worker={name},{direction}", *options])
-    numbers = _BATCH.value * _LENGTH.value * _WIDTH.value
-    bound = (
-        1e6 * numbers * (8 if direction == "forward" else 22) / schedules.RATES[_TOPOLOGY.value.partition(":")[0]][0]
-    )
-    known = report["cycles"] == report["cycles"]
-    for key in () if known else ("cycles", "compute_us"):
-        report[key] = None
-    slower = max(report["memory_us"], report["compute_us"] or 0.0)
-    row = {"backend": name, "direction": direction, **report, "bound_us": bound, "ratio": slower / bound}
-    cycles = f"{report['cycles'] / (_BATCH.value * _LENGTH.value):.1f}" if known else "unknown"
-    compute = f"{report['compute_us']:.0f}" if known else "unknown"
-    print(
-        f"{name:9} {direction:9} {cycles:>12} {compute:>11} {row['memory_us']:>10.0f} {bound:>9.0f} {row['ratio']:>6.2f} "
-        f"{len(row['relayouts']):>9}",
-        flush=True,
-    )
-    return row
+    tokens = _BATCH.value * _LENGTH.value
+    must_move = tokens * _WIDTH.value * (8 if direction == "forward" else 22)
+    return schedules.row(name, direction, report, tokens, must_move, _TOPOLOGY.value)
 
 
 def _compile(backend: str, direction: str) -> dict:

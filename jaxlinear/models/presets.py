@@ -196,8 +196,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gla_340m": _swiglu("gla", 1024, 24, 4),
     "gla_1b3": _swiglu("gla", 2048, 24, 4, tied_embeddings=False),
     # Sun et al. 2023 (arXiv:2307.08621), Qin et al. 2023 (arXiv:2311.04823) and 2024 (arXiv:2404.07904), by the defaults of
-    # RetNetConfig, HGRNConfig and HGRN2Config of github.com/fla-org/flash-linear-attention, which 1.3 B models were
-    # published with.
+    # RetNetConfig, HGRNConfig and HGRN2Config of github.com/fla-org/flash-linear-attention. With those of the first and the
+    # last 1.3 B models were published; of HGRN's we have not seen the config.
     "retnet_1b3": _swiglu("retention", 2048, 24, 8, mlp_expansion=1.375, rotary_fraction=1.0, tied_embeddings=False),
     "hgrn_1b3": _swiglu("hgrn", 2048, 24, 16, tied_embeddings=False),
     "hgrn2_1b3": _swiglu("hgrn2", 2048, 24, 16, tied_embeddings=False),

@@ -50,7 +50,7 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
 
 def _outputs(plan: Plan, arguments: Arguments, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
     """What programs write. Sums over the numbers of the state ``[B, tiles of these, T, D]``; sums over channels ``[B, tiles
-    of these, T, N]``; states ``[B, N, D]``, of which ``d_A`` has a gradient for each row of the batch, and ``kept`` those
+    of these, T, N]``; states ``[B, N, D]``, of which ``d_A`` has a gradient for each row of the batch, and ``before`` those
     before blocks ``[B, blocks, N, D]``."""
     state, (of_channels, of_numbers) = arguments.state, shape.tiles
     batch, wide = state.shape[0], state.dtype
@@ -59,19 +59,19 @@ def _outputs(plan: Plan, arguments: Arguments, shape: Shape) -> dict[str, jax.Sh
         dtype = like.dtype if of_numbers == 1 else wide
         return jax.ShapeDtypeStruct((batch, of_numbers, shape.length, shape.width), dtype)
 
-    last = {"last": jax.ShapeDtypeStruct(state.shape, wide)}
+    final = {"final": jax.ShapeDtypeStruct(state.shape, wide)}
     if plan.kind in ("summary", "state_gradient"):
-        return last
+        return final
     if plan.kind == "forward":
-        kept = jax.ShapeDtypeStruct((batch, pl.cdiv(shape.length, shape.block.kept), *state.shape[1:]), wide)
-        return {"y": in_time(arguments.x), **last, **({"kept": kept} if plan.keep else {})}
+        before = jax.ShapeDtypeStruct((batch, pl.cdiv(shape.length, shape.block.kept), *state.shape[1:]), wide)
+        return {"y": in_time(arguments.x), **final, **({"before": before} if plan.keep else {})}
     sums = jax.ShapeDtypeStruct((batch, of_channels, shape.length, shape.states), wide)
     rates = {"d_A": jax.ShapeDtypeStruct(state.shape, wide)} if plan.rates else {}
-    return {"d_x": in_time(arguments.x), "d_dt": in_time(arguments.dt), "d_B": sums, "d_C": sums, **last, **rates}
+    return {"d_x": in_time(arguments.x), "d_dt": in_time(arguments.dt), "d_B": sums, "d_C": sums, **final, **rates}
 
 
 def _summed(name: str, x: jax.Array, arguments: Arguments) -> jax.Array:
-    if name in ("last", "kept"):
+    if name in ("final", "before"):
         return x
     if name == "d_A":
         return jnp.sum(x, axis=0)
@@ -84,12 +84,12 @@ def _kernel(plan: Plan, shape: Shape, native: bool, names: tuple[str, ...], *ref
     tile = Tile(plan, shape, native, dict(zip(names, refs, strict=True)))
     state = tile.states("state")
     if plan.kind == "gradient":
-        last, d_A = _over_time(tile, _gradients, (state, jnp.zeros_like(state)))
+        final, d_A = _over_time(tile, _gradients, (state, jnp.zeros_like(state)))
         if plan.rates:
             tile.store_states("d_A", d_A)
     else:
-        last = _over_time(tile, functools.partial(_states, tile.rates()), state)
-    tile.store_states("last", last)
+        final = _over_time(tile, functools.partial(_states, tile.rates()), state)
+    tile.store_states("final", final)
 
 
 def _over_time(tile: Tile, piece, carry):
@@ -115,7 +115,7 @@ def _states(A, tile: Tile, start, rows: list[Row], state, ask):
     following = ask()
     if tile.plan.keep:
         tokens = jnp.int32(tile.shape.block.kept)
-        tile.store_states("kept", state, lax.div(start, tokens), when=lax.rem(start, tokens) == 0)
+        tile.store_states("before", state, lax.div(start, tokens), when=lax.rem(start, tokens) == 0)
     for j in reversed(range(len(rows))) if tile.plan.reverse else range(len(rows)):
         row = tile.widened(rows[j])
         if tile.plan.reverse:

@@ -16,12 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import blocks
+from jaxlinear.pallas.channel_decays import to_base_2
 from jaxlinear.pallas.selective_scan_plan import Arguments, Plan
 from jaxlinear.pallas.target import Target
 
 LANES = 128
 SUBLANES = 8
-_LOG2_E = math.log2(math.e)
 
 
 class _Shape(NamedTuple):
@@ -59,12 +59,10 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
         "in_time": lambda y: y[:, :length, :channels],
         "of_keys": lambda y: y[:, :states, :length].swapaxes(1, 2),
         "state": lambda y: y[:, :states, :channels],
+        "rates_by_row": lambda y: jnp.sum(y[:, :states, :channels], axis=0),
         "before": lambda y: y,
     }
-    results = [cut[form](y) for (_, form, _), y in zip(outputs, found, strict=True)]
-    if plan.kind == "gradient" and plan.rates:
-        results[-1] = jnp.sum(results[-1], axis=0)
-    return results
+    return [cut[form](y) for (_, form, _), y in zip(outputs, found, strict=True)]
 
 
 def _shape(arguments: Arguments) -> _Shape:
@@ -78,11 +76,13 @@ def _shape(arguments: Arguments) -> _Shape:
 def _specs(shape: _Shape, at) -> dict[str, pl.BlockSpec]:
     """By form; ``at(t)`` is the block of time that is taken in the grid's step t."""
     time, states, width = shape.time, shape.states, shape.width
+    state = pl.BlockSpec((None, states, shape.channels), lambda b, t, d: (b, 0, 0))
     return {
         "in_time": pl.BlockSpec((None, time, width), lambda b, t, d: (b, at(t), d)),
         "of_keys": pl.BlockSpec((None, states, time), lambda b, t, d: (b, 0, at(t))),
         "rates": pl.BlockSpec((states, shape.channels), lambda b, t, d: (0, 0)),
-        "state": pl.BlockSpec((None, states, shape.channels), lambda b, t, d: (b, 0, 0)),
+        "state": state,
+        "rates_by_row": state,
         "before": pl.BlockSpec((None, time // LANES, states, width), lambda b, t, d: (b, at(t), 0, d)),
         "marks": pl.BlockSpec((None, 1, time), lambda b, t, d: (b, 0, at(t)), memory_space=pltpu.SMEM),
     }
@@ -118,8 +118,7 @@ _Array = tuple[str, str, Any]  # its name in ``_Block``, its form and what it is
 
 
 def _inputs(arguments: Arguments) -> list[_Array]:
-    # Powers of 2, which the registers' unit takes, in place of those of e.
-    rates = None if arguments.A is None else arguments.A * _LOG2_E
+    rates = None if arguments.A is None else to_base_2(arguments.A)
     inputs = [
         ("x", "in_time", arguments.x),
         ("dt", "in_time", arguments.dt),
@@ -152,7 +151,7 @@ def _outputs(plan: Plan, arguments: Arguments, length: int) -> list[_Array]:
         ("d_B", "of_keys", of_keys),
         ("d_C", "of_keys", of_keys),
         final,
-        *([("d_A", "state", state)] if plan.rates else []),
+        *([("d_A", "rates_by_row", state)] if plan.rates else []),
     ]
 
 
@@ -381,7 +380,7 @@ class _Block:
         """The gradients of x and dt ``[rows, 128]``."""
         at = pl.ds(pl.multiple_of(piece * LANES + group * self.rows, self.rows), self.rows)
         x, dt = (self.refs[name][at, lanes].astype(self.wide) for name in ("x", "dt"))
-        d_dt = d_u * x + (of_dt / _LOG2_E if self.plan.rates else -of_dt)
+        d_dt = d_u * x + (math.log(2) * of_dt if self.plan.rates else -of_dt)
         self.refs["d_x"][at, lanes] = (d_u * dt).astype(self.refs["d_x"].dtype)
         self.refs["d_dt"][at, lanes] = d_dt.astype(self.refs["d_dt"].dtype)
 

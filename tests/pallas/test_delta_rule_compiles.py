@@ -4,7 +4,7 @@ On TPU one kernel each way, and no copy of an array around them: the kernels tak
 from products, ``[B, T, H K]``. On GPU the registers of each, by ptxas: none is spilled.
 """
 
-import re
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ from jax.sharding import SingleDeviceSharding
 from jaxlinear.ops import SAVED, backends, delta_rule
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding, targets
-from tests import ptxas
-from tests.pallas.test_linear_attention_compiles import copies
+from tests import compiled_text, ptxas
 
 pytestmark = pytest.mark.compiles_ahead
+
+kernels = functools.partial(compiled_text.kernels, name="delta_rule")
 
 # name: B, T, H, K, V, dtype, decay, packed
 CASES = {
@@ -95,10 +96,6 @@ def compiled(target, name, remat=False, negative_eigenvalues=False, **options):
         return jax.jit(both).lower((q, q, v, beta, log_decay, state), ids, (v, state)).compile(**options)
 
 
-def kernels(text):
-    return sorted(re.findall(r"%\w*?(delta_rule_[a-z_]+?)_*[.\d]* = .*custom-call\(", text))
-
-
 def names(name, *kinds):
     decay, packed = CASES[name][-2:]
     marks = ([decay] if decay != "none" else []) + (["packed"] if packed else [])
@@ -111,7 +108,7 @@ def test_tpu(target, name):
     batch, length, heads, key, value = CASES[name][:5]
     assert kernels(text) == names(name, "forward", "gradient")
     if heads * key % 128 == heads * value % 128 == length % 128 == 0:
-        assert not copies(text, batch * length * heads * min(key, value))
+        assert not compiled_text.copies(text, batch * length * heads * min(key, value))
 
 
 @pytest.mark.parametrize("target, name", NEGATIVE)

@@ -5,8 +5,7 @@ On TPU one kernel each way, and no copy of an array around them: the kernels tak
 from products, ``[B, T, H K]``. On GPU, the registers of each kernel, by ptxas: none is spilled.
 """
 
-import math
-import re
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,11 @@ from jax.sharding import SingleDeviceSharding
 from jaxlinear.ops import SAVED, backends, linear_attention
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding, targets
-from tests import ptxas
+from tests import compiled_text, ptxas
 
 pytestmark = pytest.mark.compiles_ahead
+
+kernels = functools.partial(compiled_text.kernels, name="linear_attention")
 
 # name: B, T, H, K, V, dtype, decay, packed
 CASES = {
@@ -102,16 +103,6 @@ def compiled_of(target, case, key_heads=None, remat=False, **options):
         return jax.jit(both).lower(q, q, v, log_decay, state, ids, (v, state)).compile(**options)
 
 
-def kernels(text):
-    return sorted(re.findall(r"%\w*?(linear_attention_[a-z_]+?)_*[.\d]* = .*custom-call\(", text))
-
-
-def copies(text, elements):
-    """Copies and transposes of arrays of so many elements, in whatever shape."""
-    found = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|copy-start)\(", text)
-    return [shape for shape in found if math.prod(map(int, shape.split(","))) >= elements]
-
-
 def names(case, *kinds):
     decay, packed = case[-2:]
     marks = ([decay] if decay != "none" else []) + (["packed"] if packed else [])
@@ -124,7 +115,7 @@ def test_tpu(target, name):
     batch, length, heads, key, value = CASES[name][:5]
     assert kernels(text) == names(CASES[name], "forward", "gradient")
     if heads * key % 128 == heads * value % 128 == 0:
-        assert not copies(text, batch * length * heads * min(key, value))
+        assert not compiled_text.copies(text, batch * length * heads * min(key, value))
 
 
 def test_remat_runs_the_forward_kernel_once():

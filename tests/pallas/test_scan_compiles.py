@@ -4,8 +4,7 @@ One kernel each way, and no copy of an array around them: the kernels take the l
 registers of each kernel, by ptxas: none is spilled.
 """
 
-import math
-import re
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,11 @@ from jax.sharding import SingleDeviceSharding
 from jaxlinear.ops import SAVED, backends, linear_recurrence
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding, targets
-from tests import ptxas
+from tests import compiled_text, ptxas
 
 pytestmark = pytest.mark.compiles_ahead
+
+kernels = functools.partial(compiled_text.kernels, name="scan")
 
 # name: B, T, D, dtype, what else it has
 CASES = {
@@ -62,16 +63,6 @@ def compiled(target, name, remat=False, **options):
         return jax.jit(both).lower(a, x, state, ids, (x, state)).compile(**options)
 
 
-def kernels(text):
-    return sorted(re.findall(r"%\w*?(scan_[a-z_]+?)_*[.\d]* = .*custom-call\(", text))
-
-
-def copies(text, elements):
-    """Copies and transposes of arrays of so many elements, in whatever shape."""
-    found = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|copy-start)\(", text)
-    return [shape for shape in found if math.prod(map(int, shape.split(","))) >= elements]
-
-
 @pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
 def test_tpu(target, name):
     text = compiled(target, name).as_text()
@@ -84,7 +75,7 @@ def test_tpu(target, name):
     assert kernels(text) == ["_".join(["scan", *words, *marks]) for words in expected]
     # Complex numbers are split; and XLA lays out what does not fill registers as it likes.
     if dtype != "complex64" and width % 128 == 0:
-        assert not copies(text, batch * length * width)
+        assert not compiled_text.copies(text, batch * length * width)
 
 
 def test_remat_runs_the_forward_kernel_once():
@@ -97,7 +88,7 @@ def test_copies_are_found():
     device = targets.find("v5e:1x1").devices[0]
     x = jax.ShapeDtypeStruct((2, 1024, 1024), jnp.float32, sharding=SingleDeviceSharding(device))
     text = jax.jit(lambda x: jnp.swapaxes(x, 1, 2)).lower(x).compile().as_text()
-    assert copies(text, 2 * 1024 * 1024) == ["2,1024,1024"]
+    assert compiled_text.copies(text, 2 * 1024 * 1024) == ["2,1024,1024"]
 
 
 def test_over_a_mesh_of_tpus():

@@ -4,8 +4,7 @@ One kernel each way, and no copy of an array as long as the sequence around them
 ptxas: none is spilled.
 """
 
-import math
-import re
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,11 @@ from jaxlinear.ops import SAVED, backends, selective_scan
 from jaxlinear.ops.selective_scan import choose
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding, targets
-from tests import ptxas
+from tests import compiled_text, ptxas
 
 pytestmark = pytest.mark.compiles_ahead
+
+kernels = functools.partial(compiled_text.kernels, name="selective_scan")
 
 # name: B, T, D, N, dtype of x, what else it has. All else is float32, as models have it.
 CASES = {
@@ -77,23 +78,13 @@ def names(name):
     return [f"selective_scan_forward{of_keys}_keep{packed}", f"selective_scan_gradient{of_keys}{packed}"]
 
 
-def kernels(text):
-    return sorted(re.findall(r"%\w*?(selective_scan_[a-z_]+?)_*[.\d]* = .*custom-call\(", text))
-
-
-def copies(text, elements):
-    """Copies and transposes of arrays of so many elements, in whatever shape."""
-    found = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|copy-start)\(", text)
-    return [shape for shape in found if math.prod(map(int, shape.split(","))) >= elements]
-
-
 @pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
 def test_tpu(target, name):
     text = compiled(target, name).as_text()
     batch, length, width = CASES[name][:3]
     assert kernels(text) == names(name)
     if width % 128 == 0:
-        assert not copies(text, batch * length * width)
+        assert not compiled_text.copies(text, batch * length * width)
 
 
 def test_remat_runs_the_forward_kernel_once():

@@ -4,8 +4,7 @@
     h_t = f_t h_{t-1} + (1 - f_t) silu(W_i x_t)
     y_t = W_o (norm(h_t) * silu(W_g x_t))                  all channels normalised as one
 
-The form is that of flash-linear-attention and of the models published with it. The paper's own is complex: a learned angle
-turns the state at every step.
+The form is that of flash-linear-attention. The paper's own is complex: a learned angle turns the state at every step.
 
 The lower bounds b are those of HGRN2, which took them over (``hgrn2.py``): 0 in the first layer, rising with depth, of one
 learned array of logits ``[L, R]`` that begin equal. Kernels begin normal with variance 1 / fan-in.
