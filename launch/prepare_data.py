@@ -1,6 +1,7 @@
-"""Prepares a dataset: text in, tokens in indexed blocks out. docs/data.md explains every option.
+"""Prepares a dataset: text, or tokens, in, tokens in indexed blocks out. docs/data.md explains every option.
 
 python launch/prepare_data.py --source=python-stdlib --output=data/stdlib
+python launch/prepare_data.py --source=tokens.bin --token_files=uint16 --tokenizer=tokenizer.json --output=data/tokens
 """
 
 import os
@@ -11,6 +12,7 @@ from absl import flags
 from jaxlinear import cli
 from jaxlinear.data import Manifest, prepare
 from jaxlinear.data.sources import DEFAULT_SUFFIXES, DEFAULT_TEXT_FIELD
+from jaxlinear.data.token_files import FORMATS
 
 _SOURCE = flags.DEFINE_string("source", None, "python-stdlib, hf:NAME, or the path of a file or folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The directory to make.", required=True)
@@ -28,6 +30,18 @@ _SUFFIXES = flags.DEFINE_list(
 )
 _DOCUMENT_SEPARATOR = flags.DEFINE_string(
     "document_separator", None, r"Cuts plain-text files into documents, \n is a line end; without it one file is one."
+)
+_TOKENS_FIELD = flags.DEFINE_string(
+    "tokens_field", None, "The field with token ids of --tokenizer in JSONL, Parquet and hf: records, instead of text."
+)
+_TOKEN_FILES = flags.DEFINE_enum(
+    "token_files",
+    None,
+    FORMATS,
+    "What files of token ids of --tokenizer are like: flat ones of a dtype, or of a program.",
+)
+_PACKED_ROWS = flags.DEFINE_boolean(
+    "packed_rows", False, "The rows of --tokens_field follow one another as one stream, cut at document tokens."
 )
 _HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.05, "The share of the documents that is held out.")
 _BLOCK_LENGTH = flags.DEFINE_integer("block_length", 2048, "Tokens a block; training takes its divisors and multiples.")
@@ -50,6 +64,9 @@ def main() -> None:
         text_field=_TEXT_FIELD.value,
         suffixes=_SUFFIXES.value,
         document_separator=_unescaped(_DOCUMENT_SEPARATOR.value),
+        tokens_field=_TOKENS_FIELD.value,
+        token_files=_TOKEN_FILES.value,
+        packed_rows=_PACKED_ROWS.value,
         heldout_fraction=_HELDOUT_FRACTION.value,
         block_length=_BLOCK_LENGTH.value,
         workers=_WORKERS.value,

@@ -1,4 +1,4 @@
-"""Encoding in several processes, in the order of the source."""
+"""Encoding in several processes, in the order of the source; and decoding, where the source has tokens."""
 
 import collections
 import concurrent.futures.process
@@ -15,7 +15,9 @@ import numpy as np
 from jaxlinear.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlinear.errors import RunError
 
-# A worker is given so much text at a time: enough to make the transfer cheap, little enough to keep all of them busy.
+Document = str | np.ndarray  # its text, or its tokens [T]
+
+# A worker is given so much at a time: enough to make the transfer cheap, little enough to keep all of them busy.
 _BATCH_BYTES = 1 << 19
 _BATCH_DOCUMENTS = 1024
 
@@ -23,27 +25,27 @@ _tokenizer: Tokenizer  # of a worker process
 
 
 def encode_in_order(
-    texts: Iterable[tuple[str, int]], tokenizer: Tokenizer, directory: pathlib.Path, workers: int
-) -> Generator[tuple[str, int, np.ndarray], None, None]:
-    """(text, bytes) -> (text, bytes, tokens [T]) for every text, in order.
+    documents: Iterable[Document], tokenizer: Tokenizer, directory: pathlib.Path, workers: int
+) -> Generator[tuple[str, np.ndarray], None, None]:
+    """(text, tokens [T]) of every document, in order. A source has texts, or tokens.
 
     ``directory`` is where ``tokenizer`` is saved; ``workers`` processes load it from there. At most a few batches a
     worker are in memory at once. A source of a single batch is encoded here, for to start a process takes longer.
     """
-    batches = _batches(texts)
+    batches = _batches(documents)
     first = list(itertools.islice(batches, 2))
     batches = itertools.chain(first, batches)
     if workers == 1 or len(first) < 2:
         for batch in batches:
-            yield from _joined(batch, tokenizer.encode_batch([text for text, _ in batch]))
+            yield from _joined(batch, _other_half(tokenizer, batch))
         return
     # Spawned, for forking a process that has threads (JAX, tokenizers) can deadlock.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (str(directory),))
-    waiting: collections.deque[tuple[list[tuple[str, int]], concurrent.futures.Future]] = collections.deque()
+    waiting: collections.deque[tuple[list[Document], concurrent.futures.Future]] = collections.deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode, [text for text, _ in batch])))
+            waiting.append((batch, pool.submit(_encode, batch)))
             if len(waiting) > 3 * workers:
                 done, future = waiting.popleft()
                 yield from _joined(done, future.result())
@@ -58,17 +60,30 @@ def encode_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _joined(batch: list[tuple[str, int]], encoded: list[np.ndarray]) -> Iterator[tuple[str, int, np.ndarray]]:
-    for (text, num_bytes), tokens in zip(batch, encoded, strict=True):
-        yield text, num_bytes, tokens
+def _joined(batch: list[Document], others: list[Document]) -> Iterator[tuple[str, np.ndarray]]:
+    for document, other in zip(batch, others, strict=True):
+        if isinstance(document, str):
+            assert not isinstance(other, str)
+            yield document, other
+        else:
+            assert isinstance(other, str)
+            yield other, document
 
 
-def _batches(texts: Iterable[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
-    batch: list[tuple[str, int]] = []
+def _other_half(tokenizer: Tokenizer, batch: list[Document]) -> list[Document]:
+    """The tokens of texts, or the texts of tokens."""
+    texts = [document for document in batch if isinstance(document, str)]
+    if texts:
+        return list(tokenizer.encode_batch(texts))
+    return [tokenizer.decode(tokens) for tokens in batch if not isinstance(tokens, str)]
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     size = 0
-    for text, num_bytes in texts:
-        batch.append((text, num_bytes))
-        size += num_bytes
+    for document in documents:
+        batch.append(document)
+        size += len(document.encode()) if isinstance(document, str) else document.nbytes
         if size >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
@@ -92,5 +107,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode(texts: list[str]) -> list[np.ndarray]:
-    return _tokenizer.encode_batch(texts)
+def _encode(batch: list[Document]) -> list[Document]:
+    return _other_half(_tokenizer, batch)

@@ -1,13 +1,14 @@
 """Documents of a Hugging Face dataset, by name."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from jaxlinear.data.sources import Record, Source, field_record
+from jaxlinear.data.sources import Record, Source
 from jaxlinear.errors import UserError
 
 
-def open_dataset(name: str, text_field: str) -> Source:
-    """``name`` is hf:NAME or hf:NAME:CONFIG; its training split is taken."""
+def open_dataset(name: str, record: Callable[[str, Any], Record]) -> Source:
+    """``name`` is hf:NAME or hf:NAME:CONFIG; ``record(origin, fields)`` of each row of its training split."""
     try:
         import datasets
     except ImportError as error:
@@ -22,6 +23,6 @@ def open_dataset(name: str, text_field: str) -> Source:
 
     def records() -> Iterator[Record]:
         for row, fields in enumerate(dataset, start=1):
-            yield field_record(f"{name}:{row}", fields, text_field)
+            yield record(f"{name}:{row}", fields)
 
     return Source(name, None, records)

@@ -1,15 +1,17 @@
 """Documents in Parquet files, read by row groups."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from jaxlinear.data.sources import Record, field_record
+from jaxlinear.data.token_ids import Ids
 from jaxlinear.errors import UserError
 
 _ROWS = 1024
 
 
-def expansion(file: pathlib.Path, text_field: str) -> float:
+def expansion(file: pathlib.Path, field: str) -> float:
     """How many times the bytes of the file its text is, by its own account; 1 where it gives none."""
     try:
         import pyarrow
@@ -22,40 +24,91 @@ def expansion(file: pathlib.Path, text_field: str) -> float:
         return 1.0
     groups = [table.row_group(i) for i in range(table.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
+    # A column of lists has the path of what is in them, as input_ids.list.element.
+    of_field = (column for column in columns if f"{column.path_in_schema}.".startswith(f"{field}."))
+    size = sum(column.total_uncompressed_size for column in of_field)
     return size / file.stat().st_size if size else 1.0
 
 
 def records(file: pathlib.Path, text_field: str) -> Iterator[Record]:
     """One record a row; a row is named file:row, the first row is 1."""
+    _require_pyarrow(file)
+    import pyarrow
+
+    def check(kind: Any) -> str | None:
+        values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # a categorical, as pandas calls it
+        is_text = values in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+        return None if is_text else f"not a string but {kind}"
+
+    # As bytes, so that a text that is not UTF-8 spoils its row and not the batch.
+    def contents(column: Any) -> list[bytes | None]:
+        return column.cast(pyarrow.large_binary()).to_pylist()
+
+    return _records(file, text_field, "text_field", check, contents, _text_record)
+
+
+def id_records(file: pathlib.Path, tokens_field: str, ids: Ids) -> Iterator[Record]:
+    """The same of a column of lists of token ids."""
+    _require_pyarrow(file)
+    import pyarrow
+
+    def check(kind: Any) -> str | None:
+        is_list = (
+            pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
+        )
+        is_ids = is_list and pyarrow.types.is_integer(kind.value_type)
+        return None if is_ids else f"not lists of integers but {kind}"
+
+    def arrays(column: Any) -> list[Any]:
+        return [row.values for row in column]
+
+    def record(origin: str, values: Any, field: str) -> Record:
+        if values is None or values.null_count:
+            return Record(origin, None, f"field {field!r} is null, or one of its ids is")
+        return ids.record(origin, values.to_numpy(zero_copy_only=False), field)
+
+    return _records(file, tokens_field, "tokens_field", check, arrays, record)
+
+
+def _require_pyarrow(file: pathlib.Path) -> None:
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise UserError(f"{file} needs the pyarrow package: pip install jaxlinear[parquet]") from error
+
+
+def _records(
+    file: pathlib.Path,
+    field: str,
+    option: str,
+    check: Callable[[Any], str | None],
+    values: Callable[[Any], list[Any]],
+    record: Callable[[str, Any, str], Record],
+) -> Iterator[Record]:
+    """``record(origin, value, field)`` of the ``values`` of each batch's column, whose type passes ``check``."""
+    import pyarrow
+    import pyarrow.parquet
+
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            if text_field not in names:
+            if field not in names:
                 there = ", ".join(names)
-                raise UserError(f"{file} has no field {text_field!r} (its fields: {there}); --text_field chooses")
-            kind = table.schema_arrow.field(text_field).type
-            values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # a categorical, as pandas calls it
-            if values not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-                raise UserError(f"field {text_field!r} of {file} is not a string but {kind}")
-            for batch in table.iter_batches(batch_size=_ROWS, columns=[text_field]):
-                # As bytes, so that a text that is not UTF-8 spoils its row and not the batch.
-                for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                raise UserError(f"{file} has no field {field!r} (its fields: {there}); --{option} chooses")
+            if wrong := check(table.schema_arrow.field(field).type):
+                raise UserError(f"field {field!r} of {file} is {wrong}")
+            for batch in table.iter_batches(batch_size=_ROWS, columns=[field]):
+                for value in values(batch.column(0)):
                     row += 1
-                    yield _record(f"{file}:{row}", content, text_field)
+                    yield record(f"{file}:{row}", value, field)
     except (pyarrow.ArrowException, OSError) as error:  # OSError is how pyarrow reports a damaged page
         if isinstance(error, OSError) and error.errno is not None:  # of the disk: no permission, or the file is gone
             raise
         yield Record(f"{file}:{row + 1}", None, f"damaged Parquet file: {error}", ends_file=True)
 
 
-def _record(origin: str, content: bytes | None, text_field: str) -> Record:
+def _text_record(origin: str, content: bytes | None, text_field: str) -> Record:
     if content is None:
         return field_record(origin, {text_field: None}, text_field)
     try:

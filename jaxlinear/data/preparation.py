@@ -1,4 +1,4 @@
-"""Text to a prepared dataset: read, split, train the tokenizer, encode, pack, count.
+"""Text, or tokens, to a prepared dataset: read, split, train the tokenizer, encode, pack, count.
 
 The bytes written depend on the source and the arguments only: not on the number of workers, nor on the time.
 """
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from jaxlinear.data import half_made
 from jaxlinear.data.blocks import SplitWriter, token_dtype
-from jaxlinear.data.encoding import encode_in_order
+from jaxlinear.data.encoding import Document, encode_in_order
 from jaxlinear.data.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -34,6 +34,8 @@ from jaxlinear.data.splitting import (
     Splitter,
     with_compressed_sizes,
 )
+from jaxlinear.data.token_ids import Agreement, Ids
+from jaxlinear.data.token_sources import open_tokens
 from jaxlinear.data.tokenizer import (
     INFO_FILE,
     JsonTokenizer,
@@ -65,6 +67,9 @@ def prepare(
     text_field: str | None = None,
     suffixes: Sequence[str] | None = None,
     document_separator: str | None = None,
+    tokens_field: str | None = None,
+    token_files: str | None = None,
+    packed_rows: bool = False,
     heldout_fraction: float = 0.05,
     block_length: int = 2048,
     workers: int | None = None,
@@ -82,14 +87,27 @@ def prepare(
     # Where a link leads to, so that all is written and renamed on one disk, and the link stays.
     output = pathlib.Path(os.path.realpath(output))
     _check_output(output, overwrite)
-    documents = open_source(
-        source,
-        text_field=text_field,
-        suffixes=None if suffixes is None else tuple(suffixes),
-        separator=document_separator,
-    )
-    splitter = Splitter(seed, heldout_fraction)
     existing = _existing_tokenizer(tokenizer, vocab_size, train_bytes, document_token)
+    files = None if suffixes is None else tuple(suffixes)
+    agreement = None
+    if tokens_field is None and token_files is None:
+        if packed_rows:
+            raise UserError("packed_rows is for rows of tokens, whose field --tokens_field names; leave it out")
+        documents = open_source(source, text_field=text_field, suffixes=files, separator=document_separator)
+    else:
+        _refuse_with_tokens(text_field=text_field, document_separator=document_separator)
+        if existing is None:
+            raise UserError("tokens are of a tokenizer that is there: --tokenizer names it")
+        documents = open_tokens(
+            source,
+            Ids.of(existing),
+            tokens_field=tokens_field,
+            form=token_files,
+            packed_rows=packed_rows,
+            suffixes=files,
+        )
+        agreement = Agreement(source, existing)
+    splitter = Splitter(seed, heldout_fraction)
     if existing is None and documents.pipe:
         raise UserError(
             f"{source} is a pipe, which is read once, and to train a tokenizer text is read twice: write it to a file, or "
@@ -106,7 +124,14 @@ def prepare(
             chosen = train_bpe(sample, DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
         chosen.save(partial)
         counts, splits = _write_splits(
-            documents, splitter, chosen, partial, block_length, workers or os.cpu_count() or 1, max_broken_fraction
+            documents,
+            splitter,
+            chosen,
+            agreement,
+            partial,
+            block_length,
+            workers or os.cpu_count() or 1,
+            max_broken_fraction,
         )
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -149,6 +174,12 @@ def _check_arguments(
     for name, value in (("block_length", block_length), ("vocab_size", vocab_size)):
         if value is not None and value > _MOST:
             raise UserError(f"{name} can be at most {_MOST}, not {value}")
+
+
+def _refuse_with_tokens(**of_text: str | None) -> None:
+    for option, value in of_text.items():
+        if value is not None:
+            raise UserError(f"{option} is for text, and the source is said to have tokens; leave one of the two out")
 
 
 def _existing_tokenizer(
@@ -224,28 +255,28 @@ class _Counts:
     empty: int = 0
 
 
-def _usable(documents: Iterable[Record], counts: _Counts, progress: tqdm) -> Iterator[tuple[str, int]]:
-    """(text, bytes) of the records that are neither broken nor empty; counts all and names the first broken ones, and all
-    damaged files."""
+def _usable(documents: Iterable[Record], counts: _Counts, progress: tqdm) -> Iterator[Document]:
+    """The records that are neither broken nor empty; counts all and names the first broken ones, and all damaged files."""
     for record in documents:
         counts.read += 1
-        if record.text is None:
+        document = record.text if record.ids is None else record.ids
+        if document is None:
             counts.broken += 1
             if counts.broken <= _LOGGED_BROKEN or record.ends_file:
                 _LOG.warning("broken record left out: %s: %s", record.origin, record.error)
             continue
-        num_bytes = len(record.text.encode())
-        progress.update(num_bytes)
-        if num_bytes == 0:
+        progress.update(len(document.encode()) if isinstance(document, str) else document.nbytes)
+        if len(document) == 0:
             counts.empty += 1
             continue
-        yield record.text, num_bytes
+        yield document
 
 
 def _write_splits(
     documents: Source,
     splitter: Splitter,
     tokenizer: Tokenizer,
+    agreement: Agreement | None,
     directory: pathlib.Path,
     block_length: int,
     workers: int,
@@ -267,17 +298,22 @@ def _write_splits(
         progress = stack.enter_context(
             tqdm(total=documents.size, desc="encoding", unit="B", unit_scale=True, disable=None)
         )
-        texts = _usable(documents, counts, progress)
-        encoded = stack.enter_context(contextlib.closing(encode_in_order(texts, tokenizer, directory, workers)))
-        for text, num_bytes, tokens in encoded:
+        usable = _usable(documents, counts, progress)
+        encoded = stack.enter_context(contextlib.closing(encode_in_order(usable, tokenizer, directory, workers)))
+        for text, tokens in encoded:
             content = text.encode()
             name = splitter.split(content)
-            writers[name].add(tokens, num_bytes)
-            lossy += name == "heldout" and tokenizer.decode(np.asarray(tokens, np.int64)) != text
+            writers[name].add(tokens, len(content))
+            if agreement is not None:
+                agreement.see(tokens, text)
+            else:
+                lossy += name == "heldout" and tokenizer.decode(np.asarray(tokens, np.int64)) != text
             if name == "heldout" and heldout_text is not None:
                 heldout_text += content
                 if len(heldout_text) > COMPRESSED_TEXT_LIMIT:
                     heldout_text = None
+        if agreement is not None:
+            agreement.finish()
         _check_broken(documents.description, counts, max_broken_fraction)
         splits = {name: writer.finish() for name, writer in writers.items()}
     _check_not_empty(documents.description, counts, splits, splitter)

@@ -1,7 +1,8 @@
 """Where documents come from: the standard library's sources, text files, JSONL, Parquet, Hugging Face datasets.
 
 A source is an iterable of ``Record``: a text with its origin (file, and line or row), or the reason why there is none.
-It can be iterated several times and gives the same records every time, unless it is a pipe.
+It can be iterated several times and gives the same records every time, unless it is a pipe. Those of token ids instead of
+texts are in ``token_sources.py``.
 """
 
 import codecs
@@ -15,6 +16,9 @@ import platform
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
 
 from jaxlinear.data.compressed import (
     DamagedFile,
@@ -28,21 +32,23 @@ from jaxlinear.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 DEFAULT_TEXT_FIELD = "text"
-DEFAULT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".parquet")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+RECORD_SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
+DEFAULT_SUFFIXES = (".txt", ".text", ".md", ".rst", *RECORD_SUFFIXES)
 _ACCEPTABLE_BROKEN_AT_START = 100
 _ACCEPTABLE_UNCUT_AT_START = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One document: ``text``, or None and the ``error`` that broke it. ``origin`` is file:line, or file. With one that
-    ``ends_file``, all that is behind it in its file is lost too, however much that is."""
+    """One document: ``text``, the ``ids`` [T] uint32 of its tokens, or the ``error`` that broke it. ``origin`` is
+    file:line, or file. With one that ``ends_file``, all that is behind it in its file is lost too, however much that is."""
 
     origin: str
     text: str | None
     error: str | None = None
     ends_file: bool = False
+    ids: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +67,13 @@ class Source:
         start = []
         for record in records:
             start.append(record)
-            if record.text is not None:
+            if record.error is None:
                 break
             if len(start) == _ACCEPTABLE_BROKEN_AT_START:
                 break
         if not start:
             raise UserError(f"{self.description} is empty: there is no document in it")
-        if start[-1].text is None:
+        if start[-1].error is not None:
             raise UserError(
                 f"no usable document among the first {len(start)} of {self.description}: {start[0].origin}: "
                 f"{start[0].error}"
@@ -96,33 +102,20 @@ def open_source(
         from jaxlinear.data import hugging_face
 
         _refuse(name, suffixes=suffixes, document_separator=separator)
-        return hugging_face.open_dataset(name, field)
-    path = pathlib.Path(name)
-    if path.is_dir():
-        if suffixes is not None and not any(suffixes):
-            raise UserError(f"suffixes is empty; name some, as {DEFAULT_SUFFIXES[0]}, or leave it out")
-        files = files_of_folder(path, DEFAULT_SUFFIXES if suffixes is None else suffixes)
-    elif path.exists():
-        _refuse(name, suffixes=suffixes)
-        files = [path]
-    else:
-        raise UserError(f"no source {name!r}: there is no such file or folder (nor is it python-stdlib or hf:NAME)")
-    plain = [_is_plain(file) for file in files]
+        return hugging_face.open_dataset(name, lambda origin, fields: field_record(origin, fields, field))
+    files = files_of(name, suffixes, DEFAULT_SUFFIXES)
+    plain = [is_plain(file) for file in files]
     if all(plain):
         _refuse(name, text_field=text_field)
     if not any(plain):
         _refuse(name, document_separator=separator)
-    if pipe := not path.is_dir() and not path.is_file():
-        if stripped_suffix(path) == ".parquet":
-            raise UserError(f"{name} is a pipe, and Parquet has to be a file; write it to one")
-        size = None
-    else:
-        size = _about_size(files, field)
+    pipe = is_pipe(name)
+    size = None if pipe else about_size(files, field)
     cuts = None if separator is None else _Cuts(name, separator)
 
     def records() -> Iterator[Record]:
         for file in files:
-            if cuts is not None and _is_plain(file):
+            if cuts is not None and is_plain(file):
                 yield from cuts.of_file(file)
             else:
                 yield from _records_of_file(file, field)
@@ -130,6 +123,28 @@ def open_source(
             cuts.check()
 
     return Source(name, size, records, pipe)
+
+
+def files_of(name: str, suffixes: tuple[str, ...] | None, defaults: tuple[str, ...]) -> list[pathlib.Path]:
+    """The file ``name``, or those of the folder that it is."""
+    path = pathlib.Path(name)
+    if path.is_dir():
+        if suffixes is not None and not any(suffixes):
+            raise UserError(f"suffixes is empty; name some, as {defaults[0]}, or leave it out")
+        return files_of_folder(path, defaults if suffixes is None else suffixes)
+    if path.exists():
+        _refuse(name, suffixes=suffixes)
+        return [path]
+    raise UserError(f"no source {name!r}: there is no such file or folder (nor is it python-stdlib or hf:NAME)")
+
+
+def is_pipe(name: str) -> bool:
+    path = pathlib.Path(name)
+    if path.is_dir() or path.is_file():
+        return False
+    if stripped_suffix(path) == ".parquet":
+        raise UserError(f"{name} is a pipe, and Parquet has to be a file; write it to one")
+    return True
 
 
 class _Cuts:
@@ -220,28 +235,28 @@ def _refuse(name: str, **unread: object) -> None:
             raise UserError(f"{option} does nothing for {name}: it is for {_READ_BY[option]}; leave it out")
 
 
-def _about_size(files: Sequence[pathlib.Path], text_field: str) -> int:
+def about_size(files: Sequence[pathlib.Path], field: str) -> int:
     """Of the content, for which the files of a kind that is compressed are taken to be as the first of them."""
     of_kind: dict[str, float] = {}
     total = 0.0
     for file in files:
         kind = file.suffix.lower()
         if kind not in of_kind:
-            of_kind[kind] = _expansion(file, text_field)
+            of_kind[kind] = _expansion(file, field)
         total += of_kind[kind] * file.stat().st_size
     return round(total)
 
 
-def _expansion(file: pathlib.Path, text_field: str) -> float:
+def _expansion(file: pathlib.Path, field: str) -> float:
     if stripped_suffix(file) != ".parquet":
         return expansion(file)
     from jaxlinear.data import parquet
 
-    return parquet.expansion(file, text_field)
+    return parquet.expansion(file, field)
 
 
-def _is_plain(file: pathlib.Path) -> bool:
-    return stripped_suffix(file) not in (*_JSON_SUFFIXES, ".parquet")
+def is_plain(file: pathlib.Path) -> bool:
+    return stripped_suffix(file) not in RECORD_SUFFIXES
 
 
 def _records_of_file(file: pathlib.Path, text_field: str) -> Iterator[Record]:
@@ -251,7 +266,7 @@ def _records_of_file(file: pathlib.Path, text_field: str) -> Iterator[Record]:
 
         return parquet.records(file, text_field)
     if suffix in _JSON_SUFFIXES:
-        return _json_lines(file, text_field)
+        return json_lines(file, lambda origin, fields: field_record(origin, fields, text_field))
     return _plain_text(file)
 
 
@@ -269,20 +284,27 @@ def text_record(origin: str, content: bytes, encoding: str = "utf-8") -> Record:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return Record(origin, None, "UTF-16 by its first bytes; make it UTF-8, as iconv -f UTF-16 -t UTF-8 does")
     if b"\0" in content:
-        return Record(origin, None, "a binary file (it has NUL bytes)")
+        return Record(origin, None, "a binary file (it has NUL bytes); --token_files reads token ids")
     try:
         return Record(origin, content.decode(encoding))
     except UnicodeDecodeError as error:
         return Record(origin, None, f"not {encoding}: {error.reason} at byte {error.start}")
 
 
-def field_record(origin: str, fields: object, text_field: str) -> Record:
-    """The record of one decoded JSON value or table row."""
+def without_field(origin: str, fields: object, field: str, option: str) -> Record | None:
+    """The record of one decoded JSON value or table row that has no such field; None of one that has."""
     if not isinstance(fields, dict):
         return Record(origin, None, f"a JSON {type(fields).__name__} where an object is expected")
-    if text_field not in fields:
+    if field not in fields:
         there = ", ".join(sorted(map(str, fields))) or "none"
-        return Record(origin, None, f"no field {text_field!r} (its fields: {there}); --text_field chooses")
+        return Record(origin, None, f"no field {field!r} (its fields: {there}); --{option} chooses")
+    return None
+
+
+def field_record(origin: str, fields: Any, text_field: str) -> Record:
+    """The record of one decoded JSON value or table row."""
+    if (missing := without_field(origin, fields, text_field, "text_field")) is not None:
+        return missing
     text = fields[text_field]
     if not isinstance(text, str):
         return Record(origin, None, f"field {text_field!r} is not a string but {type(text).__name__}")
@@ -293,7 +315,8 @@ def field_record(origin: str, fields: object, text_field: str) -> Record:
     return Record(origin, text)
 
 
-def _json_lines(file: pathlib.Path, text_field: str) -> Iterator[Record]:
+def json_lines(file: pathlib.Path, record: Callable[[str, Any], Record]) -> Iterator[Record]:
+    """``record(origin, value)`` of each line's value, and those of the lines that are none."""
     number = 0
     lines = _lines(file)
     while True:
@@ -315,7 +338,7 @@ def _json_lines(file: pathlib.Path, text_field: str) -> Iterator[Record]:
         except (ValueError, RecursionError) as error:
             yield Record(origin, None, f"not JSON, one object a line: {error}")
         else:
-            yield field_record(origin, fields, text_field)
+            yield record(origin, fields)
 
 
 def _parts(file: pathlib.Path, separator: bytes) -> Iterator[bytes]:

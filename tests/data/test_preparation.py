@@ -189,10 +189,10 @@ def test_little_of_the_source_is_read_ahead(tmp_path, monkeypatch):
     def given():
         for i in range(200):
             read.append(i)
-            yield str(i), 1
+            yield str(i)
 
     with contextlib.closing(encoding.encode_in_order(given(), tokenizer, tmp_path, 2)) as encoded:
-        for i, (text, _, tokens) in zip(range(20), encoded, strict=False):
+        for i, (text, tokens) in zip(range(20), encoded, strict=False):
             assert text == str(i) and tokens.tolist() == list(text.encode())
             assert len(read) <= i + 8
 
@@ -208,7 +208,7 @@ def test_a_worker_that_is_killed_is_an_error_with_its_likely_reason(tmp_path, mo
                 for child in multiprocessing.active_children():
                     child.kill()
                     child.join()
-            yield str(i), 1
+            yield str(i)
 
     with pytest.raises(RunError, match="a process that encodes was killed, as it is where memory is used up: fewer "):
         list(encoding.encode_in_order(given(), tokenizer, tmp_path, 2))

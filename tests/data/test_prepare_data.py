@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from jaxlinear.data import load_tokenizer, read_manifest
@@ -62,6 +63,25 @@ def test_summary(tmp_path, source):
     assert load_tokenizer(data).vocab_size == 300
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_instead_of_text(tmp_path, packed):
+    """By the command, with each of its three options."""
+    rows = [list(f"line number {i} has {i * i} in it".encode()) for i in range(200)]
+    if packed:
+        content = "".join(json.dumps({"ids": [*row, 256]}) + "\n" for row in rows)
+        (tmp_path / "ids.jsonl").write_text(content)
+        arguments = [f"--source={tmp_path / 'ids.jsonl'}", "--tokens_field=ids", "--packed_rows"]
+    else:
+        np.concatenate([[256, *row] for row in rows]).astype("<i4").tofile(tmp_path / "ids.bin")
+        arguments = [f"--source={tmp_path / 'ids.bin'}", "--token_files=int32"]
+    done = run(*arguments, f"--output={tmp_path / 'data'}", "--tokenizer=bytes", "--heldout_fraction=0.1")
+    assert (done.returncode, done.stderr) == (0, "")
+    splits = read_manifest(tmp_path / "data").splits
+    assert done.stdout.splitlines()[0] == f"{arguments[0].removeprefix('--source=')}: 200 records, 0 broken, 0 empty"
+    assert sum(split.documents for split in splits.values()) == 200
+    assert sum(split.bytes for split in splits.values()) == sum(map(len, rows))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -70,6 +90,7 @@ def test_summary(tmp_path, source):
         (["--source=SOURCE", "--vocab_size=ten"], "flag --vocab_size=ten"),
         (["--source=SOURCE", "--document_separator="], ": document_separator must not be empty"),
         ([], "--source is missing; --help says what there is"),
+        (["--source=SOURCE", "--token_files=uint8"], "flag --token_files=uint8"),
         (["--source=SOURCE", "--output=SOURCE/data"], "a.txt is a file, so nothing can be made in it"),
         (["--source=SOURCE", "--output=/dev/full/a/b"], "a part of the path is not a directory"),
     ],

@@ -290,7 +290,9 @@ def test_what_is_behind_the_beginning_of_something_binary_is_no_text(tmp_path):
     """As in an archive, which holds pieces of text."""
     (tmp_path / "a.txt").write_bytes(b"one|two\0|three|four")
     records = list(open_source(str(tmp_path), separator="|"))
-    error = Record(f"{tmp_path}/a.txt:1", None, "a binary file (it has NUL bytes)", ends_file=True)
+    error = Record(
+        f"{tmp_path}/a.txt:1", None, "a binary file (it has NUL bytes); --token_files reads token ids", ends_file=True
+    )
     assert records == [Record(f"{tmp_path}/a.txt:1", "one"), error]
 
 
@@ -343,7 +345,7 @@ def test_binary_and_other_encodings_among_text(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\x7fELF\0\0")
     (tmp_path / "c.txt").write_bytes("é".encode("latin-1"))
     assert errors(open_source(str(tmp_path))) == [
-        (str(tmp_path / "b.txt"), "a binary file (it has NUL bytes)"),
+        (str(tmp_path / "b.txt"), "a binary file (it has NUL bytes); --token_files reads token ids"),
         (str(tmp_path / "c.txt"), "not utf-8: unexpected end of data at byte 0"),
     ]
 

@@ -1,0 +1,180 @@
+"""Files of token ids: flat ones, those of NumPy, of Megatron-LM and of llm.c. Each is read in parts of bounded size.
+
+The layouts are those of the programs that write them: Megatron-LM's `megatron/core/datasets/indexed_dataset.py`, llm.c's
+`dev/data/data_common.py`; nanoGPT's `train.bin` is a flat file of uint16.
+"""
+
+import itertools
+import pathlib
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxlinear.data.compressed import DamagedFile, read_chunks, stripped_suffix
+from jaxlinear.data.sources import Record
+from jaxlinear.data.token_ids import Ids
+from jaxlinear.errors import UserError
+
+FLAT = ("uint16", "uint32", "int32", "int64")
+FORMATS = (*FLAT, "npy", "megatron", "llm.c")
+_PART = 1 << 20  # ids
+_PADDED = 1 << 16  # ids, of which every second is 0 where they are of twice the bytes
+_MEGATRON = b"MMIDIDX\x00\x00"
+_MEGATRON_HEADER = struct.Struct("<9sQBQQ")
+_MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_LLM_C = {20240520: "uint16", 20240801: "uint32"}  # by the first number of the header
+_LLM_C_HEADER = 256  # int32
+
+
+def suffixes(form: str) -> tuple[str, ...]:
+    """Of the files that are taken from a folder by default."""
+    return (".npy",) if form == "npy" else (".bin",)
+
+
+def is_stream(form: str) -> bool:
+    """Whether a file is one stream, whose documents are what lies between document tokens."""
+    return form != "megatron"
+
+
+def records(file: pathlib.Path, form: str, ids: Ids) -> Iterator[Record]:
+    """Parts of a stream, named file:position; Megatron-LM's documents, file:number. ``UserError`` for a file that is not of
+    this ``form`` or whose ids are not the tokenizer's: what is wrong with one id is wrong with all."""
+    if form == "megatron":
+        return _megatron(file, ids)
+    if form == "npy":
+        return _parts(file, _npy(file), ids)
+    if form == "llm.c":
+        return _parts(file, _llm_c(file), ids)
+    return _flat(file, form, ids)
+
+
+def _parts(file: pathlib.Path, array: np.ndarray, ids: Ids) -> Iterator[Record]:
+    for start in range(0, len(array), _PART):
+        yield _checked(file, start, array[start : start + _PART], ids)
+
+
+def _checked(file: pathlib.Path, start: int, part: np.ndarray, ids: Ids) -> Record:
+    if wrong := ids.wrong(part):
+        raise UserError(
+            f"{file}, behind {start} ids: {wrong}; were they made by another tokenizer, or have another dtype?"
+        )
+    return Record(f"{file}:{start}", None, ids=part.astype(np.uint32))
+
+
+def _flat(file: pathlib.Path, form: str, ids: Ids) -> Iterator[Record]:
+    _refuse_known(file)
+    dtype = np.dtype(form).newbyteorder("<")
+    rest, start = b"", 0
+    try:
+        for chunk in read_chunks(file):
+            rest += chunk
+            whole = len(rest) - len(rest) % dtype.itemsize
+            part, rest = np.frombuffer(rest[:whole], dtype), rest[whole:]
+            if start == 0:
+                _check_padding(file, part)
+            yield _checked(file, start, part, ids)
+            start += len(part)
+    except DamagedFile as error:
+        yield Record(f"{file}:{start}", None, str(error), ends_file=True)
+        return
+    if rest:
+        raise UserError(f"{file} is no file of {form}: {len(rest)} bytes are left behind {start} of them")
+
+
+def _refuse_known(file: pathlib.Path) -> None:
+    """Of a flat file a header would be tokens, in silence."""
+    if not file.is_file():  # a pipe is read once
+        return
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    if len(start) == 4 and int.from_bytes(start, "little") in _LLM_C:
+        raise UserError(f"{file} begins as the files of llm.c do: --token_files=llm.c")
+    if _is_megatron(file.with_suffix(".idx")):
+        raise UserError(f"{file} has an index of Megatron-LM beside it: --token_files=megatron")
+
+
+def _check_padding(file: pathlib.Path, part: np.ndarray) -> None:
+    start = part[: min(len(part), _PADDED) & ~1]
+    if len(start) and part.itemsize < 8 and not start[1::2].any() and start[::2].any():
+        raise UserError(
+            f"every second of the first {len(start)} ids of {file} is 0, as where ids of {2 * part.itemsize} bytes or more "
+            f"are read as of {part.itemsize}: --token_files={'int64' if part.itemsize == 4 else 'uint32'}, it may be"
+        )
+
+
+def _npy(file: pathlib.Path) -> np.ndarray:
+    _refuse_compressed(file)
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{file} is not an array of NumPy (.npy): {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{file} holds several arrays (.npz); write the one of the ids as .npy")
+    if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
+        raise UserError(f"{file} is {array.dtype} {list(array.shape)}, where ids are integers, in a row or in rows")
+    return array.reshape(-1)
+
+
+def _llm_c(file: pathlib.Path) -> np.ndarray:
+    _refuse_compressed(file)
+    header = np.fromfile(file, "<i4", _LLM_C_HEADER)
+    if len(header) < _LLM_C_HEADER or int(header[0]) not in _LLM_C:
+        raise UserError(
+            f"{file} does not begin as llm.c's files of tokens do; --token_files={FLAT[0]} is one without a header"
+        )
+    dtype = np.dtype(_LLM_C[int(header[0])]).newbyteorder("<")
+    begin, count = 4 * _LLM_C_HEADER, int(header[2])
+    if (size := file.stat().st_size) != begin + count * dtype.itemsize:
+        raise UserError(f"{file} is damaged: {size} bytes, where its header says {begin + count * dtype.itemsize}")
+    return np.memmap(file, dtype, "r", begin, count) if count else np.zeros(0, dtype)
+
+
+def _megatron(file: pathlib.Path, ids: Ids) -> Iterator[Record]:
+    _refuse_compressed(file)
+    index = file.with_suffix(".idx")
+    if not _is_megatron(index):
+        raise UserError(f"{file} has no index of Megatron-LM beside it, {index.name}")
+    content = index.read_bytes()
+    if len(content) < _MEGATRON_HEADER.size:
+        raise UserError(f"{index} is damaged: it ends in its header")
+    _, version, code, sequences, borders = _MEGATRON_HEADER.unpack_from(content)
+    if version != 1 or code not in _MEGATRON_DTYPES:
+        raise UserError(f"{index} has version {version} and dtype {code}; version 1 with one of integers can be read")
+    if len(content) < _MEGATRON_HEADER.size + 12 * sequences + 8 * borders:
+        raise UserError(f"{index} is damaged: it ends before {sequences} sequences and {borders} borders of documents")
+    dtype = np.dtype(_MEGATRON_DTYPES[code]).newbyteorder("<")
+    at = _MEGATRON_HEADER.size
+    lengths = np.frombuffer(content, "<i4", sequences, at).astype(np.int64)
+    offsets = np.frombuffer(content, "<i8", sequences, at + 4 * sequences)
+    documents = np.frombuffer(content, "<i8", borders, at + 12 * sequences)
+    size = file.stat().st_size
+    ends = offsets + lengths * dtype.itemsize
+    within = (lengths >= 0) & (offsets >= 0) & (offsets % dtype.itemsize == 0) & (ends <= size)
+    ordered = borders and documents[0] == 0 and documents[-1] == sequences and np.all(np.diff(documents) >= 0)
+    if not np.all(within) or not ordered:
+        raise UserError(f"{index} is not the index of {file.name}, which has {size} bytes, or either is damaged")
+    tokens = np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
+    starts = offsets // dtype.itemsize
+    for number, (first, last) in enumerate(itertools.pairwise(documents), start=1):
+        parts = [tokens[starts[i] : starts[i] + lengths[i]] for i in range(first, last)]
+        ids_of_it = np.concatenate(parts) if parts else tokens[:0]
+        if wrong := ids.wrong(ids_of_it):
+            raise UserError(f"document {number} of {file}: {wrong}; were they made by another tokenizer?")
+        yield Record(f"{file}:{number}", None, ids=ids_of_it.astype(np.uint32))
+
+
+def _is_megatron(index: pathlib.Path) -> bool:
+    if not index.is_file():
+        return False
+    with index.open("rb") as stream:
+        return stream.read(len(_MEGATRON)) == _MEGATRON
+
+
+def _refuse_compressed(file: pathlib.Path) -> None:
+    if stripped_suffix(file) != file.suffix.lower():
+        raise UserError(f"{file} is compressed, of which flat ids alone ({', '.join(FLAT)}) can be read; decompress it")
+    if not file.is_file():
+        raise UserError(
+            f"{file} is a pipe, of which flat ids alone ({', '.join(FLAT)}) can be read; write it to a file"
+        )

@@ -1,0 +1,175 @@
+"""Sources of token ids that another program made, with a tokenizer that is there: what they are made to, and what is wrong
+with them.
+
+Ids are checked one by one; that they are this tokenizer's is checked by its text of them: `Agreement`.
+"""
+
+import collections
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from jaxlinear.data.sources import Record
+from jaxlinear.data.tokenizer import Tokenizer
+from jaxlinear.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+_WITHOUT_A_BORDER = 1 << 28  # tokens of a stream, after which none is expected any more
+_SAMPLE = 100  # documents whose text is encoded again
+_HALF, _MOST = 0.5, 0.9  # of these documents
+
+
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """Whose ids they are: those below ``vocab_size``, of which ``document_token`` stands between documents."""
+
+    vocab_size: int
+    document_token: int
+    name: str  # of the document token
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Ids":
+        return cls(tokenizer.vocab_size, tokenizer.document_token, tokenizer.document_token_name)
+
+    def wrong(self, ids: np.ndarray) -> str | None:
+        """Why ``ids`` are none of the tokenizer's; None where they are."""
+        if ids.size and ids.dtype.kind not in "iu":
+            return f"{ids.dtype} where ids are integers"
+        if ids.ndim != 1 and ids.size:
+            return f"ids in {ids.ndim} dimensions where a list of them is expected"
+        beyond = np.flatnonzero((ids < 0) | (ids >= self.vocab_size))
+        if not len(beyond):
+            return None
+        at = beyond[0]
+        return f"the id {ids[at]} at {at} is none of the tokenizer's, which are from 0 to {self.vocab_size - 1}"
+
+    def record(self, origin: str, values: object, field: str) -> Record:
+        """Of one row's field."""
+        if not isinstance(values, list | np.ndarray):
+            return Record(origin, None, f"field {field!r} is not a list of ids but {type(values).__name__}")
+        if isinstance(values, list):
+            # NumPy makes True a 1 and 2.0 a float, and of a number beyond 64 bits an object.
+            strange = next((value for value in values if type(value) is not int), None)
+            if strange is not None:
+                return Record(origin, None, f"field {field!r} has {strange!r} where ids are integers")
+            values = np.asarray(values)
+        if wrong := self.wrong(values):
+            return Record(origin, None, f"field {field!r}: {wrong}")
+        return Record(origin, None, ids=values.astype(np.uint32))
+
+    def documents(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Of records that are a document each: without the document tokens at either end."""
+        for record in records:
+            if record.ids is None:
+                yield record
+                continue
+            inside = np.flatnonzero(record.ids != self.document_token)
+            ids = record.ids[inside[0] : inside[-1] + 1] if len(inside) else record.ids[:0]
+            if len(ids) > len(inside):
+                error = (
+                    f"the document token {self.name!r} ({self.document_token}) is within it; --packed_rows cuts there"
+                )
+                yield Record(record.origin, None, error)
+            else:
+                yield dataclasses.replace(record, ids=ids)
+
+    def cut(self, description: str, records: Iterable[Record]) -> Iterator[Record]:
+        """The documents of a stream of which each record is a part: what lies between document tokens. What is broken ends
+        a document, and another begins behind it."""
+        parts: list[np.ndarray] = []
+        origin, waiting, borders = "", 0, 0
+
+        def whole() -> Iterator[Record]:
+            if waiting:
+                yield Record(origin, None, ids=np.concatenate(parts))
+
+        for record in records:
+            if record.ids is None:
+                yield from whole()
+                parts, waiting = [], 0
+                yield record
+                continue
+            begin = 0
+            for end in np.flatnonzero(record.ids == self.document_token).tolist():
+                origin = origin if waiting else record.origin
+                parts.append(record.ids[begin:end])
+                waiting += end - begin
+                yield from whole()
+                parts, waiting, borders, begin = [], 0, borders + 1, end + 1
+            origin = origin if waiting else record.origin
+            parts.append(record.ids[begin:])
+            waiting += len(record.ids) - begin
+            if not borders and waiting > _WITHOUT_A_BORDER:
+                self._refuse(f"the first {waiting} tokens of {description}")
+        if waiting and not borders:
+            self._refuse(description)
+        yield from whole()
+
+    def _refuse(self, where: str) -> None:
+        raise UserError(
+            f"the document token {self.name!r} ({self.document_token}) is nowhere in {where}, so no document ends there; "
+            "--document_token names the one that stands between them"
+        )
+
+
+class Agreement:
+    """Whether ids are of the tokenizer that they are said to be of. If another made them, the text that this one makes of
+    them has other ids; a document that was cut, or has tokens that are no text, differs in a few places only."""
+
+    def __init__(self, description: str, tokenizer: Tokenizer):
+        self._description, self._tokenizer = description, tokenizer
+        self._seen = self._alike = 0
+        self._first, self._last = collections.Counter[int](), collections.Counter[int]()
+        self._no_text: dict[int, bool] = {}
+
+    def see(self, ids: np.ndarray, text: str) -> None:
+        if self._seen == _SAMPLE:
+            return
+        self._seen += 1
+        texts, again = self._of_text(ids), self._of_text(self._tokenizer.encode(text))
+        self._alike += 2 * _in_common(texts, again) >= len(texts)
+        self._first[int(ids[0])] += 1
+        self._last[int(ids[-1])] += 1
+        if self._seen == _SAMPLE:
+            self._judge()
+
+    def _is_no_text(self, token: int) -> bool:
+        if token not in self._no_text:
+            self._no_text[token] = self._tokenizer.decode([token]) == ""
+        return self._no_text[token]
+
+    def _of_text(self, ids: np.ndarray) -> list[int]:
+        return [token for token in ids.tolist() if not self._is_no_text(token)]
+
+    def finish(self) -> None:
+        if 0 < self._seen < _SAMPLE:
+            self._judge()
+
+    def _judge(self) -> None:
+        seen = f"{self._alike} of the first {self._seen} documents of {self._description}"
+        said = f"{seen} are what the tokenizer makes of their text"
+        if self._alike < _HALF * self._seen:
+            raise UserError(f"only {said}: another tokenizer made them; name that one")
+        if self._alike < _MOST * self._seen:
+            _LOG.warning("only %s: was it another tokenizer that made them?", said)
+        for end, tokens in (("begin", self._first), ("end", self._last)):
+            token, times = tokens.most_common(1)[0]
+            if times > self._seen / 2 and self._is_no_text(token):
+                _LOG.warning(
+                    "%d of the first %d documents of %s %s with the token %d, which is no text and stays where it is; "
+                    "--document_token names the one that stands between documents",
+                    *(times, self._seen, self._description, end, token),
+                )
+
+
+def _in_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two documents have alike at their beginning and at their end."""
+
+    def ahead(pairs: Iterable[tuple[int, int]]) -> int:
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    start, end = ahead(zip(a, b, strict=False)), ahead(zip(reversed(a), reversed(b), strict=False))
+    return min(len(a), len(b), start + end)

@@ -1,0 +1,418 @@
+"""Sources of token ids: the dataset is that of their text, whatever holds them; what is not as it is said is refused."""
+
+import gzip
+import json
+import logging
+import struct
+import sys
+import types
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from jaxlinear.data import prepare, token_ids
+from jaxlinear.data.tokenizer import BytesTokenizer, train_bpe
+from jaxlinear.errors import UserError
+from tests.data.sources_of_text import files, make_texts, write_jsonl
+
+OPTIONS = {"block_length": 64, "heldout_fraction": 0.2, "workers": 1}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(texts, a tokenizer of them, its file, the files of the dataset that is made of the texts)."""
+    directory = tmp_path_factory.mktemp("made")
+    texts = make_texts(0, 150, longest=60)
+    tokenizer = train_bpe(texts, 400)
+    tokenizer.save(directory)
+    file = str(directory / "tokenizer.json")
+    prepare(write_jsonl(directory / "text.jsonl", texts), directory / "of_text", tokenizer=file, **OPTIONS)
+    return texts, tokenizer, file, dataset(directory / "of_text")
+
+
+def dataset(directory) -> dict:
+    """Its files, but for the name of the source."""
+    content = files(directory)
+    manifest = json.loads(content.pop("manifest.json"))
+    del manifest["source"], manifest["records"]
+    return {**content, "manifest": manifest}
+
+
+def stream(tokenizer, texts, *, border_first=True) -> np.ndarray:
+    border = [tokenizer.document_token]
+    parts = [[*border, *ids] if border_first else [*ids, *border] for ids in tokenizer.encode_batch(texts)]
+    return np.concatenate(parts)
+
+
+def write_llm_c(path, ids, magic=20240520, version=1, dtype="<u2", count=None) -> str:
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + ids.astype(dtype).tobytes())
+    return str(path)
+
+
+def write_megatron(path, documents, code=4, dtype="<i4") -> str:
+    """Each of ``documents`` is its sequences."""
+    sequences = [np.asarray(sequence, dtype) for document in documents for sequence in document]
+    lengths = np.array([len(sequence) for sequence in sequences], "<i4")
+    offsets = (np.cumsum(lengths) - lengths).astype("<i8") * np.dtype(dtype).itemsize
+    borders = np.cumsum([0, *(len(document) for document in documents)]).astype("<i8")
+    path.write_bytes(b"".join(sequence.tobytes() for sequence in sequences))
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, code, len(sequences), len(borders))
+    path.with_suffix(".idx").write_bytes(header + lengths.tobytes() + offsets.tobytes() + borders.tobytes())
+    return str(path)
+
+
+def write_ids(path, rows, field="input_ids") -> str:
+    path.write_text("".join(json.dumps({field: [int(token) for token in row]}) + "\n" for row in rows))
+    return str(path)
+
+
+def of_file(kind, directory, tokenizer, texts) -> tuple[str, dict]:
+    """(a source of the ids of ``texts``, the arguments of ``prepare`` for it)."""
+    ids = stream(tokenizer, texts)
+    rows = [list(row) for row in tokenizer.encode_batch(texts)]
+    border = tokenizer.document_token
+    if kind in ("uint16", "uint32", "int32", "int64"):
+        ids.astype(np.dtype(kind).newbyteorder("<")).tofile(directory / "ids.bin")
+        return str(directory / "ids.bin"), {"token_files": kind}
+    if kind == "borders behind":
+        stream(tokenizer, texts, border_first=False).astype("<u2").tofile(directory / "ids.bin")
+        return str(directory / "ids.bin"), {"token_files": "uint16"}
+    if kind == "compressed":
+        (directory / "ids.bin.gz").write_bytes(gzip.compress(ids.astype("<u2").tobytes()))
+        return str(directory / "ids.bin.gz"), {"token_files": "uint16"}
+    if kind == "files of a folder":  # cut within documents
+        for i, part in enumerate(np.array_split(ids, 7)):
+            part.astype("<u2").tofile(directory / f"{i}.bin")
+        return str(directory), {"token_files": "uint16"}
+    if kind == "npy":
+        np.save(directory / "ids.npy", ids.astype(np.int32))
+        return str(directory), {"token_files": "npy"}
+    if kind == "rows of npy":
+        ids = np.append(ids, np.full(-len(ids) % 32, border))
+        np.save(directory / "ids.npy", ids.reshape(-1, 32))
+        return str(directory / "ids.npy"), {"token_files": "npy"}
+    if kind == "llm.c":
+        return write_llm_c(directory / "ids.bin", ids), {"token_files": "llm.c"}
+    if kind == "llm.c of Llama":
+        return write_llm_c(directory / "ids.bin", ids, 20240801, 7, "<u4"), {"token_files": "llm.c"}
+    if kind == "megatron":
+        return write_megatron(directory / "ids.bin", [[[*row, border]] for row in rows]), {"token_files": "megatron"}
+    if kind == "megatron by sentences":
+        documents = [[row[:1], row[1:], [border]] for row in rows]
+        return write_megatron(directory / "ids.bin", documents, 8, "<u2"), {"token_files": "megatron"}
+    if kind == "jsonl":
+        return write_ids(directory / "ids.jsonl", [[border, *row] for row in rows]), {"tokens_field": "input_ids"}
+    if kind == "packed jsonl":
+        packed = np.array_split(ids, 23)
+        return write_ids(directory / "ids.jsonl", packed), {"tokens_field": "input_ids", "packed_rows": True}
+    lists = pyarrow.array(rows, pyarrow.large_list(pyarrow.int64()) if kind == "large parquet" else None)
+    if kind == "packed parquet":
+        full = ids[: len(ids) // 16 * 16].reshape(-1, 16).tolist()
+        rest = ids[len(ids) // 16 * 16 :].tolist() + [border] * (-len(ids) % 16)
+        lists = pyarrow.array([*full, rest], pyarrow.list_(pyarrow.uint16(), 16))
+    parquet.write_table(pyarrow.table({"input_ids": lists}), directory / "ids.parquet", row_group_size=40)
+    return str(directory / "ids.parquet"), {"tokens_field": "input_ids", "packed_rows": kind.startswith("packed")}
+
+
+KINDS = (
+    *("uint16", "uint32", "int32", "int64", "borders behind", "compressed", "files of a folder", "npy", "rows of npy"),
+    *("llm.c", "llm.c of Llama", "megatron", "megatron by sentences", "jsonl", "packed jsonl"),
+    *("parquet", "large parquet", "packed parquet"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dataset_of_ids_is_that_of_their_text(kind, tmp_path, monkeypatch, made):
+    """Byte for byte: the same split, tokens, borders, sizes."""
+    monkeypatch.setattr("jaxlinear.data.token_files._PART", 100)  # documents lie over several parts
+    monkeypatch.setattr("jaxlinear.data.compressed._CHUNK", 101)  # and ids over two chunks
+    texts, tokenizer, file, expected = made
+    (tmp_path / "source").mkdir()
+    source, arguments = of_file(kind, tmp_path / "source", tokenizer, texts)
+    manifest = prepare(source, tmp_path / "out", tokenizer=file, **arguments, **OPTIONS)
+    assert dataset(tmp_path / "out") == expected
+    assert (manifest.records.read, manifest.records.broken, manifest.records.empty) == (len(texts), 0, 0)
+
+
+def test_rows_of_a_dataset_of_hugging_face(tmp_path, monkeypatch, made):
+    texts, tokenizer, file, expected = made
+    rows = [{"tokens": [int(token) for token in row]} for row in tokenizer.encode_batch(texts)]
+    package = types.SimpleNamespace(load_dataset=lambda *arguments, split: rows)
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    prepare("hf:org/name", tmp_path / "out", tokenizer=file, tokens_field="tokens", **OPTIONS)
+    assert dataset(tmp_path / "out") == expected
+
+
+def test_any_number_of_workers(tmp_path, monkeypatch, made):
+    monkeypatch.setattr("jaxlinear.data.encoding._BATCH_DOCUMENTS", 40)
+    texts, tokenizer, file, expected = made
+    source, arguments = of_file("uint16", tmp_path, tokenizer, texts)
+    prepare(source, tmp_path / "out", tokenizer=file, **arguments, **{**OPTIONS, "workers": 2})
+    assert dataset(tmp_path / "out") == expected
+
+
+def refused(source, output, **arguments) -> str:
+    with pytest.raises(UserError) as error:
+        prepare(str(source), output, **{**OPTIONS, **arguments})
+    assert not output.exists()
+    return str(error.value)
+
+
+def test_ids_of_another_tokenizer_are_refused(tmp_path, made):
+    texts, tokenizer, _, _ = made
+    (tmp_path / "other").mkdir()
+    other = train_bpe([text[::-1] for text in texts], 450)
+    other.save(tmp_path / "other")
+    source, arguments = of_file("uint16", tmp_path, tokenizer, texts)
+    said = refused(source, tmp_path / "out", tokenizer=str(tmp_path / "other/tokenizer.json"), **arguments)
+    assert said.startswith("only ") and f" of the first 100 documents of {source} are what" in said
+    assert said.endswith("another tokenizer made them; name that one")
+    source, arguments = of_file("uint16", tmp_path, tokenizer, texts[:20])  # fewer than are looked at
+    said = refused(source, tmp_path / "out", tokenizer=str(tmp_path / "other/tokenizer.json"), **arguments)
+    assert f" of the first 20 documents of {source} are what" in said
+
+
+def test_a_few_documents_of_another_tokenizer_are_said(tmp_path, caplog, made):
+    texts, tokenizer, file, _ = made
+    rows = [list(row) if i % 4 else list(row[::-1]) for i, row in enumerate(tokenizer.encode_batch(texts))]
+    with caplog.at_level(logging.WARNING):
+        source = write_ids(tmp_path / "a.jsonl", rows)
+        prepare(source, tmp_path / "out", tokenizer=file, tokens_field="input_ids", **OPTIONS)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == (
+        f"only 87 of the first 100 documents of {source} are what the tokenizer makes of their text: was it another "
+        "tokenizer that made them?"
+    )  # of the 25 some are of so few tokens that half of them are alike
+
+
+def test_documents_that_were_cut_are_this_tokenizers_all_the_same(tmp_path, caplog, made):
+    """As rows of a fixed length are, which begin and end within words."""
+    texts, tokenizer, file, _ = made
+    ids = np.concatenate(tokenizer.encode_batch(texts))
+    rows = np.split(ids[: len(ids) // 50 * 50], len(ids) // 50)
+    with caplog.at_level(logging.WARNING):
+        source = write_ids(tmp_path / "a.jsonl", rows)
+        manifest = prepare(source, tmp_path / "out", tokenizer=file, tokens_field="input_ids", **OPTIONS)
+    assert sum(split.documents for split in manifest.splits.values()) == len(rows) and not caplog.records
+
+
+def test_a_special_token_at_the_end_of_all_documents_is_said(tmp_path, caplog, made):
+    import tokenizers
+
+    texts, _, file, _ = made
+    tokenizer = tokenizers.Tokenizer.from_file(file)
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.encode_special_tokens = True
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    end = tokenizer.token_to_id("</s>")
+    rows = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    options = {"tokenizer": str(tmp_path / "tokenizer.json"), "tokens_field": "input_ids", **OPTIONS}
+    with caplog.at_level(logging.WARNING):
+        source = write_ids(tmp_path / "a.jsonl", rows)
+        prepare(source, tmp_path / "out", **options)
+        assert [record.getMessage() for record in caplog.records] == [
+            f"100 of the first 100 documents of {source} end with the token {end}, which is no text and stays where it is; "
+            "--document_token names the one that stands between documents"
+        ]
+        caplog.clear()
+        named = prepare(source, tmp_path / "named", document_token="</s>", **options)
+        assert not caplog.records and named.document_token == end
+
+
+def test_broken_rows_are_left_out_by_name(tmp_path, caplog, made):
+    texts, tokenizer, file, _ = made
+    rows = [[int(token) for token in row] for row in tokenizer.encode_batch(texts)]
+    border, beyond = tokenizer.document_token, tokenizer.vocab_size
+    bad = ["text", [1, 2.0], [1, True], [1, beyond], [-1], [5, border, 5], [1 << 70], [[1]], None]
+    values = [{"input_ids": row} for row in [*rows[:1], *bad, [], [border], *rows[1:]]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(value) + "\n" for value in [*values, {"ids": []}]))
+    options = {"tokenizer": file, "tokens_field": "input_ids", **OPTIONS}
+    with caplog.at_level(logging.WARNING):
+        manifest = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", max_broken_fraction=0.1, **options)
+    assert (manifest.records.broken, manifest.records.empty) == (len(bad) + 1, 2)
+    assert [record.getMessage().split(".jsonl:")[1] for record in caplog.records] == [
+        "2: field 'input_ids' is not a list of ids but str",
+        "3: field 'input_ids' has 2.0 where ids are integers",
+        "4: field 'input_ids' has True where ids are integers",
+        f"5: field 'input_ids': the id {beyond} at 1 is none of the tokenizer's, which are from 0 to {beyond - 1}",
+        f"6: field 'input_ids': the id -1 at 0 is none of the tokenizer's, which are from 0 to {beyond - 1}",
+    ]
+    said = refused(tmp_path / "a.jsonl", tmp_path / "more", max_broken_fraction=0.01, **{**options, "workers": 1})
+    assert said.startswith("10 of 162 records of ")
+
+
+def test_a_document_token_within_a_row_is_no_border_unless_rows_are_packed(tmp_path, made):
+    texts, tokenizer, file, expected = made
+    rows = np.array_split(stream(tokenizer, texts), 5)
+    source = write_ids(tmp_path / "a.jsonl", rows)
+    said = refused(source, tmp_path / "out", tokenizer=file, tokens_field="input_ids")
+    assert said.startswith(
+        f"no usable document among the first 5 of {source}: {source}:1: the document token '<|endoftext|>' "
+    )
+    assert said.endswith("is within it; --packed_rows cuts there")
+    prepare(source, tmp_path / "out", tokenizer=file, tokens_field="input_ids", packed_rows=True, **OPTIONS)
+    assert dataset(tmp_path / "out") == expected
+
+
+def test_broken_rows_of_a_stream_end_a_document(tmp_path, caplog, made):
+    """Nothing is joined over what is lost."""
+    texts, tokenizer, file, _ = made
+    border = tokenizer.document_token
+    first, second, *others = ([int(token) for token in row] for row in tokenizer.encode_batch(texts))
+    lines = [[border, *first], None, [*second], *([border, *row] for row in others)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"input_ids": line}) + "\n" for line in lines))
+    options = {"tokens_field": "input_ids", "packed_rows": True}
+    manifest = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer=file, **options, **OPTIONS)
+    assert sum(split.documents for split in manifest.splits.values()) == len(texts)
+    assert manifest.records.broken == 1
+
+
+def test_a_stream_without_the_document_token_is_refused(tmp_path, monkeypatch, made):
+    texts, tokenizer, file, _ = made
+    ids = np.concatenate(tokenizer.encode_batch(texts))
+    ids.astype("<u2").tofile(tmp_path / "a.bin")
+    said = refused(tmp_path / "a.bin", tmp_path / "out", tokenizer=file, token_files="uint16")
+    assert said == (
+        f"the document token '<|endoftext|>' ({tokenizer.document_token}) is nowhere in {tmp_path}/a.bin, so no document "
+        "ends there; --document_token names the one that stands between them"
+    )
+    monkeypatch.setattr(token_ids, "_WITHOUT_A_BORDER", 500)
+    monkeypatch.setattr("jaxlinear.data.token_files._PART", 400)
+    np.save(tmp_path / "a.npy", ids)
+    said = refused(tmp_path / "a.npy", tmp_path / "out", tokenizer=file, token_files="npy")
+    assert f"is nowhere in the first 800 tokens of {tmp_path}/a.npy" in said
+
+
+def test_files_that_are_not_what_they_are_said_to_be(tmp_path, made):
+    texts, tokenizer, file, _ = made
+    out, path, npy = tmp_path / "out", tmp_path / "a.bin", tmp_path / "a.npy"
+    ids = stream(tokenizer, texts)
+
+    def why(form, source=path) -> str:
+        return refused(source, out, tokenizer=file, token_files=form)
+
+    ids.astype("<u4").tofile(path)
+    assert "as where ids of 4 bytes or more are read as of 2: --token_files=uint32, it may be" in why("uint16")
+    ids.astype("<i8").tofile(path)
+    assert "as where ids of 8 bytes or more are read as of 4: --token_files=int64, it may be" in why("int32")
+    ids.astype("<u2").tofile(path)
+    assert "is none of the tokenizer's, which are from 0 to 399; were they made by another tokenizer, or have" in why(
+        "uint32"
+    )
+    path.write_bytes(ids.astype("<u2").tobytes() + b"\1")
+    assert why("uint16") == f"{path} is no file of uint16: 1 bytes are left behind {len(ids)} of them"
+    assert "does not begin as llm.c's files of tokens do" in why("llm.c")
+    assert why("megatron") == f"{path} has no index of Megatron-LM beside it, a.idx"
+    assert "is not an array of NumPy (.npy)" in why("npy")
+    write_llm_c(path, ids)
+    assert why("uint16") == f"{path} begins as the files of llm.c do: --token_files=llm.c"
+    write_llm_c(path, ids, count=len(ids) + 1)
+    assert "is damaged: " in why("llm.c")
+    np.save(npy, ids.astype(np.float32))
+    assert f"{npy} is float32 [{len(ids)}], where ids are integers, in a row or in rows" == why("npy", npy)
+    np.savez(tmp_path / "a.npz", ids=ids)
+    assert "holds several arrays (.npz)" in why("npy", tmp_path / "a.npz")
+    for form in ("npy", "llm.c", "megatron"):
+        (tmp_path / "a.bin.gz").write_bytes(b"")
+        assert "is compressed, of which flat ids alone (uint16, uint32, int32, int64)" in why(
+            form, tmp_path / "a.bin.gz"
+        )
+    (tmp_path / "a.bin.gz").write_bytes(gzip.compress(ids.astype("<u2").tobytes())[:-20])
+    said = refused(tmp_path / "a.bin.gz", out, tokenizer=file, token_files="uint16", max_broken_fraction=0)
+    assert said.startswith("1 of ") and "are broken, more than max_broken_fraction 0 allows" in said
+
+
+def test_damaged_indices_of_megatron_are_refused(tmp_path, made):
+    _, tokenizer, file, _ = made
+    path, index = tmp_path / "a.bin", tmp_path / "a.idx"
+    border = tokenizer.document_token
+
+    def said() -> str:
+        return refused(path, tmp_path / "out", tokenizer=file, token_files="megatron")
+
+    write_megatron(path, [[[1, 2, border]], [[3, border]]])
+    assert refused(path, tmp_path / "out", tokenizer=file, token_files="int32").endswith("--token_files=megatron")
+    whole, tokens = index.read_bytes(), path.read_bytes()
+    path.write_bytes(tokens[:-4])
+    assert said() == f"{index} is not the index of a.bin, which has 16 bytes, or either is damaged"
+    path.write_bytes(tokens)
+    index.write_bytes(whole[:-1])
+    assert said() == f"{index} is damaged: it ends before 2 sequences and 3 borders of documents"
+    index.write_bytes(whole[:20])
+    assert said() == f"{index} is damaged: it ends in its header"
+    index.write_bytes(whole[:17] + b"\7" + whole[18:])  # float32
+    assert said() == f"{index} has version 1 and dtype 7; version 1 with one of integers can be read"
+    index.write_bytes(whole[:-8] + struct.pack("<q", 5))
+    assert said().startswith(f"{index} is not the index of a.bin")
+    write_megatron(path, [[[1, 2, border]], [[3, 400]]])
+    assert said().startswith(f"document 2 of {path}: the id 400 at 1 is none of the tokenizer's")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokenizer": "bpe"}, "tokens are of a tokenizer that is there: --tokenizer names it"),
+        (
+            {"text_field": "x"},
+            "text_field is for text, and the source is said to have tokens; leave one of the two out",
+        ),
+        ({"document_separator": "x"}, "document_separator is for text, and the source is said to have tokens; leave"),
+        ({"token_files": "npy"}, "tokens_field is for records and token_files for files of ids; give one of the two"),
+        (
+            {"tokens_field": None, "token_files": "npy", "packed_rows": True},
+            "packed_rows is for tokens_field; a file of ids",
+        ),
+        (
+            {"tokens_field": None, "packed_rows": True},
+            "packed_rows is for rows of tokens, whose field --tokens_field names",
+        ),
+        (
+            {"tokens_field": None, "token_files": "raw"},
+            "token_files='raw' is none of uint16, uint32, int32, int64, npy,",
+        ),
+        (
+            {"tokens_field": None, "token_files": "npy"},
+            "a.jsonl has records, and is no file of ids; --tokens_field names",
+        ),
+        ({"source": "python-stdlib"}, "python-stdlib is text; tokens_field and token_files are for what is tokens"),
+        (
+            {"source": "a.txt"},
+            "a.txt has no records, which are JSONL or Parquet; --token_files says what its ids are like",
+        ),
+        (
+            {"source": "hf:x", "tokens_field": None, "token_files": "npy"},
+            "token_files is for files, and hf:x has records",
+        ),
+        ({"source": "hf:x", "suffixes": [".a"]}, "suffixes does nothing for hf:x: it is for a folder; leave it out"),
+        ({"tokens_field": "tokens"}, "no field 'tokens' (its fields: input_ids); --tokens_field chooses"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_ids(tmp_path / "a.jsonl", [[1], [2]])
+    (tmp_path / "a.txt").write_text("a")
+    given = {"source": "a.jsonl", "tokenizer": "bytes", "tokens_field": "input_ids", **arguments}
+    assert message in refused(given.pop("source"), tmp_path / "out", **given)
+
+
+def test_parquet_columns_that_are_no_ids(tmp_path):
+    def said(column) -> str:
+        parquet.write_table(pyarrow.table({"input_ids": column}), tmp_path / "a.parquet")
+        return refused(tmp_path / "a.parquet", tmp_path / "out", tokenizer="bytes", tokens_field="input_ids")
+
+    assert said(pyarrow.array(["a"])).endswith("is not lists of integers but string")
+    assert "is not lists of integers but list<" in said(pyarrow.array([[1.0]]))
+    assert said(pyarrow.array([[1, None], None])).endswith("field 'input_ids' is null, or one of its ids is")
+
+
+def test_ids_of_bytes(tmp_path):
+    texts = make_texts(1, 40, longest=20)
+    write_jsonl(tmp_path / "text.jsonl", texts)
+    prepare(str(tmp_path / "text.jsonl"), tmp_path / "of_text", tokenizer="bytes", **OPTIONS)
+    stream(BytesTokenizer(), texts).astype("<u2").tofile(tmp_path / "a.bin")
+    prepare(str(tmp_path / "a.bin"), tmp_path / "of_ids", tokenizer="bytes", token_files="uint16", **OPTIONS)
+    assert dataset(tmp_path / "of_ids") == dataset(tmp_path / "of_text")
