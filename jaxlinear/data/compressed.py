@@ -24,10 +24,6 @@ def stripped_suffix(file: pathlib.Path) -> str:
     return pathlib.Path(file.stem).suffix.lower() if suffix in _SUFFIXES else suffix
 
 
-def read_all(file: pathlib.Path) -> bytes:
-    return b"".join(read_chunks(file))
-
-
 def expansion(file: pathlib.Path) -> float:
     """How many times the bytes of the file its content is, by its beginning; 1 for a file that is not compressed."""
     read = min(file.stat().st_size, _CHUNK)

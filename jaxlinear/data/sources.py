@@ -23,7 +23,6 @@ import numpy as np
 from jaxlinear.data.compressed import (
     DamagedFile,
     expansion,
-    read_all,
     read_chunks,
     stripped_suffix,
 )
@@ -37,6 +36,7 @@ RECORD_SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
 DEFAULT_SUFFIXES = (".txt", ".text", ".md", ".rst", *RECORD_SUFFIXES)
 _ACCEPTABLE_BROKEN_AT_START = 100
 _ACCEPTABLE_UNCUT_AT_START = 100
+_LARGEST_DOCUMENT = 1 << 30  # bytes: it is in memory whole, as text and as tokens, a few times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _Cuts:
 
     def of_file(self, file: pathlib.Path) -> Iterator[Record]:
         line = 1
-        documents = _parts(file, self._bytes)
+        documents = _parts(file, self._bytes, f"is document_separator {self._separator!r} what cuts it?")
         records = 0
         while True:
             try:
@@ -271,15 +271,18 @@ def _records_of_file(file: pathlib.Path, text_field: str) -> Iterator[Record]:
 
 
 def _plain_text(file: pathlib.Path) -> Iterator[Record]:
+    content = bytearray()
     try:
-        content = read_all(file)
+        for chunk in read_chunks(file):
+            content += chunk
+            _check_size(file, content, "--document_separator cuts it")
     except DamagedFile as error:
         yield Record(str(file), None, str(error), ends_file=True)
         return
     yield text_record(str(file), content)
 
 
-def text_record(origin: str, content: bytes, encoding: str = "utf-8") -> Record:
+def text_record(origin: str, content: bytes | bytearray, encoding: str = "utf-8") -> Record:
     """The record of one file or string of bytes."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return Record(origin, None, "UTF-16 by its first bytes; make it UTF-8, as iconv -f UTF-16 -t UTF-8 does")
@@ -318,7 +321,7 @@ def field_record(origin: str, fields: Any, text_field: str) -> Record:
 def json_lines(file: pathlib.Path, record: Callable[[str, Any], Record]) -> Iterator[Record]:
     """``record(origin, value)`` of each line's value, and those of the lines that are none."""
     number = 0
-    lines = _lines(file)
+    lines = _parts(file, b"\n", "JSONL is one object a line")
     while True:
         number += 1
         origin = f"{file}:{number}"
@@ -341,8 +344,9 @@ def json_lines(file: pathlib.Path, record: Callable[[str, Any], Record]) -> Iter
             yield record(origin, fields)
 
 
-def _parts(file: pathlib.Path, separator: bytes) -> Iterator[bytes]:
-    """What is between separators, of a file of any size; one that turns out damaged gives its whole parts first."""
+def _parts(file: pathlib.Path, separator: bytes, remedy: str) -> Iterator[bytes]:
+    """What is between separators, of a file of any size; one that turns out damaged gives its whole parts first. One that
+    is too large is refused with the ``remedy``."""
     rest, searched = bytearray(), 0
     for chunk in read_chunks(file):
         rest += chunk
@@ -352,21 +356,13 @@ def _parts(file: pathlib.Path, separator: bytes) -> Iterator[bytes]:
             begin = start = end + len(separator)
         del rest[:begin]
         searched = len(rest)
+        _check_size(file, rest, remedy)
     yield bytes(rest)
 
 
-def _lines(file: pathlib.Path) -> Iterator[bytes]:
-    """Lines without their end; a file that turns out damaged gives its whole lines first."""
-    rest: list[bytes] = []
-    for chunk in read_chunks(file):
-        first, *others = chunk.split(b"\n")
-        rest.append(first)
-        if others:
-            yield b"".join(rest)
-            yield from others[:-1]
-            rest = [others[-1]]
-    if last := b"".join(rest):
-        yield last
+def _check_size(file: pathlib.Path, content: bytearray, remedy: str) -> None:
+    if len(content) > _LARGEST_DOCUMENT:
+        raise UserError(f"{file} has a document of more than {_LARGEST_DOCUMENT} bytes; {remedy}")
 
 
 def _python_stdlib() -> Source:

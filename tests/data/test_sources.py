@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import sys
 import types
 
@@ -13,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from jaxlinear.data.compressed import DamagedFile, read_all
+from jaxlinear.data.compressed import DamagedFile, read_chunks
 from jaxlinear.data.sources import Record, open_source
 from jaxlinear.errors import UserError
 
@@ -305,14 +306,14 @@ def test_utf16_is_named(tmp_path, separator):
 
 def test_several_members_and_damage(tmp_path):
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"one ") + gzip.compress(b"two"))
-    assert read_all(tmp_path / "a.gz") == b"one two"
+    assert b"".join(read_chunks(tmp_path / "a.gz")) == b"one two"
     pack = zstandard.ZstdCompressor().compress
     (tmp_path / "a.zst").write_bytes(pack(b"one ") + pack(b"two"))
-    assert read_all(tmp_path / "a.zst") == b"one two"
+    assert b"".join(read_chunks(tmp_path / "a.zst")) == b"one two"
     for name in ("b.gz", "b.zst"):
         (tmp_path / name).write_bytes(b"this is not compressed at all")
         with pytest.raises(DamagedFile, match=f"damaged {name[1:]} file"):
-            read_all(tmp_path / name)
+            b"".join(read_chunks(tmp_path / name))
 
 
 def test_zstandard_of_the_largest_window(tmp_path):
@@ -321,7 +322,7 @@ def test_zstandard_of_the_largest_window(tmp_path):
     packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # it does not know the size
     (tmp_path / "a.zst").write_bytes(packer.compress(b"one") + packer.flush())
     assert zstandard.get_frame_parameters((tmp_path / "a.zst").read_bytes()).window_size == 1 << 31
-    assert read_all(tmp_path / "a.zst") == b"one"
+    assert b"".join(read_chunks(tmp_path / "a.zst")) == b"one"
 
 
 def test_the_size_of_a_source_is_that_of_its_content(tmp_path):
@@ -450,6 +451,27 @@ def test_hugging_face(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hf:name needs the datasets package: pip install jaxlinear\[hf\]"):
         open_source("hf:name")
+
+
+@pytest.mark.parametrize(
+    "name, separator, remedy",
+    [
+        ("a.txt", None, "--document_separator cuts it"),
+        ("a.txt", "|", "is document_separator '|' what cuts it?"),
+        ("a.jsonl", None, "JSONL is one object a line"),
+    ],
+)
+def test_a_document_larger_than_memory_is_refused(tmp_path, monkeypatch, name, separator, remedy):
+    """A corpus of one file, whose documents are cut otherwise than it was said; or an array of JSON, in one line."""
+    monkeypatch.setattr("jaxlinear.data.sources._LARGEST_DOCUMENT", 100)
+    monkeypatch.setattr("jaxlinear.data.compressed._CHUNK", 40)
+    with pytest.raises(
+        UserError, match=f"^{tmp_path}/{name} has a document of more than 100 bytes; {re.escape(remedy)}$"
+    ):
+        (tmp_path / name).write_bytes(json_lines({"text": "short"}) + b"|" + 150 * b"x")
+        texts(open_source(str(tmp_path / name), separator=separator))
+    (tmp_path / name).write_bytes(json_lines({"text": "a"}) + b"|" + json_lines({"text": "b"}).strip(b"|"))
+    assert texts(open_source(str(tmp_path / name), separator=separator))
 
 
 def test_bad_sources_are_refused(tmp_path):
