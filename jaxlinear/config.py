@@ -83,6 +83,15 @@ KEYS: dict[str, tuple[Any, str]] = {
         "Part of each attention head that rotary positions turn, in whole pairs of channels.",
     ),
     "model.rotary_base": (OrPreset(10_000.0), "Base of the frequencies of rotary positions."),
+    "model.rotary_scaling": (
+        OrPreset(0.0),
+        "What the slow ones of these are divided by, so that a context so many times as long has angles that are known, as "
+        "in Llama 3.1; 0 means none.",
+    ),
+    "model.rotary_context": (
+        OrPreset(8192),
+        "Tokens of the context that rotary_scaling makes longer: what turns less than once in it is slow.",
+    ),
     "model.norm_epsilon": (OrPreset(1e-6), "Added to the mean square inside RMSNorm."),
     "model.output_norm_epsilon": (OrPreset(0.0), "The same inside the norm of hgrn2's output; 0 means norm_epsilon."),
     "model.norm_offset": (OrPreset(1.0), "Added to the scale of RMSNorm: 1 as in Griffin, 0 as in Llama."),

@@ -54,6 +54,8 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
         raise UserError(f"model.rotary_fraction is {model.rotary_fraction}; it lies between 0 and 1")
     if not 0 < model.rotary_base < math.inf:
         raise UserError(f"model.rotary_base is {model.rotary_base}; it must be above 0 and finite")
+    if model.rotary_scaling and not 1 <= model.rotary_scaling < math.inf:
+        raise UserError(f"model.rotary_scaling is {model.rotary_scaling}; it is 0 for none, or 1 or more")
     if model.norm_offset not in (0.0, 1.0):
         raise UserError(f"model.norm_offset is {model.norm_offset}; it can be 0 or 1")
     if not 0 <= training.seed < 1 << 63:
@@ -158,6 +160,7 @@ _POSITIVE = (
     "model.window",
     "model.key_value_heads",
     "model.context",
+    "model.rotary_context",
     "model.convolution_width",
     "model.householders",
     "training.steps",
@@ -230,4 +233,4 @@ _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # Keys that nothing reads unless another one is set, to neither 0 nor nothing. Numbers of what is switched off may stand, as
 # ``evaluation.batches``.
-_READ_WITH = {"evaluation.tasks": "evaluation.every_steps"}
+_READ_WITH = {"evaluation.tasks": "evaluation.every_steps", "model.rotary_context": "model.rotary_scaling"}

@@ -225,14 +225,28 @@ def _expert(parameters, name, e, x):
     return y + parameters[f"{name}_bias"][e] if f"{name}_bias" in parameters else y
 
 
-def rotary(x, positions, *, fraction, base=10_000.0):
-    """Channel pairs (i, i + half) turned as complex numbers; x ``[B, T, H, K]``, positions ``[B, T]``."""
+def rotary(x, positions, *, fraction, base=10_000.0, scaling=0.0, context=8192):
+    """Channel pairs (i, i + half) turned as complex numbers; x ``[B, T, H, K]``, positions ``[B, T]``. With ``scaling``
+    those whose wave is longer than the context turn so many times slower, those of a quarter of it or less as they did."""
     half = int(x.shape[-1] * fraction) // 2
     y = np.array(x, np.float64)
     for i in range(half):
-        turned = (x[..., i] + 1j * x[..., i + half]) * np.exp(1j * positions * base ** (-i / half))[..., None]
+        frequency = base ** (-i / half)
+        wave = 2 * np.pi / frequency
+        if scaling and wave > context:
+            frequency /= scaling
+        elif scaling and wave > context / 4:
+            smooth = (context / wave - 1) / (4 - 1)
+            frequency = (1 - smooth) * frequency / scaling + smooth * frequency
+        turned = (x[..., i] + 1j * x[..., i + half]) * np.exp(1j * positions * frequency)[..., None]
         y[..., i], y[..., i + half] = turned.real, turned.imag
     return y
+
+
+def turned(x, positions, config):
+    """By the keys of a model."""
+    scaled = {"scaling": config.rotary_scaling, "context": config.rotary_context}
+    return rotary(x, positions, fraction=config.rotary_fraction, base=config.rotary_base, **scaled)
 
 
 def rg_lru(parameters, x, ids=None):

@@ -40,6 +40,8 @@ class ModelConfig:
     convolution_width: int = 4
     rotary_fraction: float = 0.5
     rotary_base: float = 10_000.0
+    rotary_scaling: float = 0.0
+    rotary_context: int = 8192
     norm_epsilon: float = 1e-6
     output_norm_epsilon: float = 0.0
     norm_offset: float = 1.0

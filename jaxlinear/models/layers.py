@@ -13,6 +13,7 @@ from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
 Initializer = Callable[..., jax.Array]
+_FAST = 4  # turns in a context, from which on ``rotary_scaling`` leaves a frequency as it is
 _FEW_TOKENS = 32  # up to which ``by_outputs`` is the faster one
 
 
@@ -185,19 +186,35 @@ class ShortConvolution(nnx.Module):
         return y, state
 
 
-def rotary(x: jax.Array, positions: jax.Array, *, fraction: float, base: float = 10_000.0) -> jax.Array:
-    """Rotates the first ``fraction`` of each head by its position (RoFormer, arXiv:2104.09864).
+def rotary_frequencies(
+    channels: int, *, fraction: float, base: float = 10_000.0, scaling: float = 0.0, context: int = 1
+) -> np.ndarray:
+    """Of each of the n pairs of channels that are ``fraction`` of a head's: ``base ** (-i / n)`` radians a token.
+
+    With ``scaling``, as in Llama 3.1 (github.com/meta-llama/llama-models, ``apply_scaling``): those that turn less than
+    once in ``context`` tokens are divided by it, those that turn four times or more stay, and between the two it is linear
+    in the turns.
+    """
+    pairs = int(channels * fraction) // 2
+    frequencies = base ** (-np.arange(pairs, dtype=np.float64) / max(pairs, 1))
+    if not scaling:
+        return frequencies
+    kept = np.clip((context * frequencies / (2 * np.pi) - 1) / (_FAST - 1), 0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling
+
+
+def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
+    """Rotates the first channels of each head by its position (RoFormer, arXiv:2104.09864).
 
     Args:
       x: ``[B, T, H, K]``.
       positions: ``[B or 1, T]`` int32.
-      fraction: of the K channels, rounded down to whole pairs of them; the rest pass unturned. Of n pairs, channel i turns
-        with channel i + n.
+      frequencies: of n pairs of channels, radians a token: channel i turns with channel i + n, and those from 2 n on pass
+        unturned.
     """
-    half = int(x.shape[-1] * fraction) // 2
+    half = len(frequencies)
     if half == 0:
         return x
-    frequencies = base ** (-np.arange(half, dtype=np.float64) / half)
     # The angle is taken in two parts, position = 1024 * high + low, since float32 cannot hold position * frequency to
     # a small fraction of a turn beyond about 10^5 positions.
     low, high = positions % 1024, positions // 1024

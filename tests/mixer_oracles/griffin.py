@@ -22,7 +22,7 @@ def sliding_window(parameters, x, ids, config):
         oracles.linear(parameters[name], x).reshape(batch, length, config.key_value_heads, -1)
         for name in ("key", "value")
     )
-    q, k = (oracles.rotary(y, positions, fraction=config.rotary_fraction, base=config.rotary_base) for y in (q, k))
+    q, k = (oracles.turned(y, positions, config) for y in (q, k))
     o = oracles.sliding_window_attention(q, k, v, window=config.window, ids=ids)
     return oracles.linear(parameters["out"], o.reshape(batch, length, -1))
 

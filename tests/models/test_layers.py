@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlinear.models.layers import GatedMLP, Linear, RMSNorm, ShortConvolution, from_complex, rotary, to_complex
+from jaxlinear.models.layers import (
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    ShortConvolution,
+    from_complex,
+    rotary,
+    rotary_frequencies,
+    to_complex,
+)
 from tests import numerics, oracles, small
 
 
@@ -96,22 +105,41 @@ def test_a_gated_mlp_at_the_start():
         assert not np.any(getattr(mlp, name).bias[...])
 
 
+def turned(**frequencies):
+    return lambda x, positions: rotary(x, positions, rotary_frequencies(x.shape[-1], **frequencies))
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 0.5, 1.0])
 def test_rotary(fraction):
     """Of the 3 channels that are 0.4 of 8, a pair turns."""
     random = np.random.default_rng(3)
     x, positions = numerics.normal(random, 2, 5, 3, 8), random.integers(0, 3000, (2, 5)).astype(np.int32)
-    found = numerics.run(lambda x, p: rotary(x, p, fraction=fraction), x, positions, dtype="float32")
+    found = numerics.run(turned(fraction=fraction), x, positions, dtype="float32")
     numerics.assert_close(found, oracles.rotary(x, positions, fraction=fraction), 5e-4)
     unturned = 8 - {0.0: 0, 0.4: 2, 0.5: 4, 1.0: 8}[fraction]
     assert np.array_equal(found[..., 8 - unturned :], x[..., 8 - unturned :].astype(np.float32))
+
+
+@pytest.mark.parametrize("scaling", [1.0, 8.0])
+def test_rotary_scaling(scaling):
+    """Waves of 6 to 17,000 tokens, of which some are below a quarter of the context, some beyond it, some between."""
+    random = np.random.default_rng(5)
+    x, positions = numerics.normal(random, 2, 5, 1, 16), random.integers(0, 3000, (2, 5)).astype(np.int32)
+    changes = {"fraction": 1.0, "base": 5000.0, "scaling": scaling, "context": 800}
+    found = numerics.run(turned(**changes), x, positions, dtype="float32")
+    numerics.assert_close(found, oracles.rotary(x, positions, **changes), 5e-4)
+    frequencies = [
+        rotary_frequencies(16, fraction=1.0, base=5000.0, **x) for x in ({}, {"scaling": 8.0, "context": 800})
+    ]
+    ratios = frequencies[0] / frequencies[1]
+    assert (ratios == 1).sum() == 4 and np.isclose(ratios, 8).sum() == 3 and ((ratios > 1.01) & (ratios < 7)).sum() == 1
 
 
 def test_rotary_in_bfloat16():
     """The angles are not: of position 3,000 bfloat16 would leave them 8 radians of room."""
     random = np.random.default_rng(3)
     x, positions = numerics.normal(random, 1, 50, 1, 8), random.integers(2000, 3000, (1, 50)).astype(np.int32)
-    found = numerics.run(lambda x, p: rotary(x, p, fraction=1.0), x, positions, dtype="bfloat16")
+    found = numerics.run(turned(fraction=1.0), x, positions, dtype="bfloat16")
     assert found.dtype == jnp.bfloat16
     numerics.assert_close(found, oracles.rotary(x, positions, fraction=1.0), 1e-2)
 
@@ -120,7 +148,7 @@ def test_rotary_at_a_million():
     """Where a float32 product of position and frequency is off by up to 0.06 radians."""
     random = np.random.default_rng(4)
     x, positions = numerics.normal(random, 1, 50, 1, 8), random.integers(900_000, 1_000_000, (1, 50)).astype(np.int32)
-    found = numerics.run(lambda x, p: rotary(x, p, fraction=1.0), x, positions, dtype="float32")
+    found = numerics.run(turned(fraction=1.0), x, positions, dtype="float32")
     numerics.assert_close(found, oracles.rotary(x, positions, fraction=1.0), 1e-3)
 
 

@@ -25,6 +25,7 @@ MIXERS = {
     "window_grouped": ("sliding_window", {"window": 5, "num_heads": 4, "key_value_heads": 2, "rotary_base": 100.0}),
     "attention": ("attention", {"num_heads": 4, "key_value_heads": 2, "context": 24}),
     "multi_head": ("attention", {"key_value_heads": 2, "context": 24, "bias": False, "rotary_base": 100.0}),
+    "rotary_scaling": ("attention", {"context": 24, "rotary_base": 100.0, "rotary_scaling": 4.0, "rotary_context": 20}),
     "convolution": ("convolution", {"convolution_width": 3}),
     "mamba2": ("mamba2", {"key_width": 6, "value_width": 8}),
     "mamba": ("mamba", {"key_width": 5}),

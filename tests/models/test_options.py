@@ -27,6 +27,8 @@ BASE = {
     "convolution_width": 4,
     "rotary_fraction": 0.5,
     "rotary_base": 10_000.0,
+    "rotary_scaling": 0.0,
+    "rotary_context": 8,
     "output_norm_epsilon": 0.0,
     "head_norm": "group",
     "gate_bias": False,
@@ -48,6 +50,8 @@ OTHER = {
     "convolution_width": 3,
     "rotary_fraction": 1.0,
     "rotary_base": 500.0,
+    "rotary_scaling": 8.0,
+    "rotary_context": 50,
     "output_norm_epsilon": 0.25,
     "head_norm": "rms",
     "gate_bias": True,
@@ -55,7 +59,7 @@ OTHER = {
     "householders": 2,
 }
 # What else has to be so for a key to be read.
-BESIDE = {"num_heads": {"recurrent_heads": 0}}
+BESIDE = {"num_heads": {"recurrent_heads": 0}, "rotary_context": {"rotary_scaling": 8.0}}
 
 
 @functools.cache

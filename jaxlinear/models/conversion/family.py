@@ -82,18 +82,32 @@ class Fields:
         saved = self.optional("dtype") or self.optional("torch_dtype")
         return "bfloat16" if saved == "bfloat16" else "float32"
 
-    def rotary(self, *, fraction: float) -> tuple[float, float]:
-        """Base and fraction of plain rotary positions, from the fields of any release of transformers."""
+    def rotary(self, *, fraction: float, may_scale: bool = False) -> dict[str, Any]:
+        """Our keys of rotary positions, from the fields of any release of transformers: plain ones or, if they
+        ``may_scale``, Llama 3.1's."""
         base = self.number("rope_theta", 10_000.0)
         fraction = self.number("partial_rotary_factor", fraction)
+        scaled: dict[str, Any] = {}
         for name in ("rope_scaling", "rope_parameters"):
             rope = self.section(name)
             kind = rope.get(f"{name}.rope_type", rope.get(f"{name}.type", "default"))
-            if kind != "default":
-                self.refuse(f"{name}.rope_type", kind, "only positions that are not scaled ('default') can be imported")
+            if kind == "llama3" and may_scale:
+                scaled = _scaled(rope, name)
+            elif kind != "default":
+                which = "only positions that are not scaled ('default')" + (" or 'llama3'" if may_scale else "")
+                self.refuse(f"{name}.rope_type", kind, f"{which} can be imported")
             base = rope.number(f"{name}.rope_theta", base)
             fraction = rope.number(f"{name}.partial_rotary_factor", fraction)
-        return base, fraction
+        return {"rotary_base": base, "rotary_fraction": fraction, **scaled}
+
+
+def _scaled(rope: Fields, name: str) -> dict[str, Any]:
+    for field, value in (("low_freq_factor", 1.0), ("high_freq_factor", 4.0)):
+        rope.only(f"{name}.{field}", value, default=None)
+    factor = rope.number(f"{name}.factor")
+    if factor < 1:
+        rope.refuse(f"{name}.factor", factor, "only 1 or more can be imported")
+    return {"rotary_scaling": factor, "rotary_context": rope.integer(f"{name}.original_max_position_embeddings")}
 
 
 def _any(_: ModelConfig) -> bool:

@@ -146,6 +146,7 @@ def fields(config: ModelConfig) -> dict[str, Any]:
         raise UserError(f"{family} has no layers like {others[0]}")
     require_griffin(config, family)
     require(config, family, tied_embeddings=True, rotary_base=10_000.0, rotary_fraction=0.5, norm_epsilon=1e-6)
+    require(config, family, rotary_scaling=0.0)
     require(config, family, norm_offset=1.0, convolution_width=4, key_value_heads=1)
     if config.window < 2:
         raise UserError(f"model.window is {config.window}; in {family} it is at least 2")

@@ -16,7 +16,8 @@ from jaxlinear.models.conversion.family import Family, Fields
 from jaxlinear.streaming import StreamedArray
 
 FAMILIES = {
-    family.name: family for family in (llama.FAMILY, mamba.FAMILY, mamba2.FAMILY, recurrent_gemma.FAMILY, *fla.FAMILIES)
+    family.name: family
+    for family in (llama.FAMILY, llama.MISTRAL, mamba.FAMILY, mamba2.FAMILY, recurrent_gemma.FAMILY, *fla.FAMILIES)
 }
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"

@@ -1,4 +1,5 @@
-"""Llama (arXiv:2302.13971) as transformers has it, with grouped key and value heads."""
+"""Llama (arXiv:2302.13971) as transformers has it, with grouped key and value heads; and Mistral (arXiv:2310.06825), which
+is Llama with a window."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,23 @@ from jaxlinear.models.conversion.family import Family, Fields, require
 from jaxlinear.models.conversion.links import TRANSPOSED, Link, shifted
 
 
-def _model(fields: Fields) -> dict[str, Any]:
+def _llama(fields: Fields) -> dict[str, Any]:
+    for name in ("attention_bias", "mlp_bias"):
+        fields.only(name, False, default=False)
+    return _shared(fields) | _full(fields, 2048)
+
+
+def _mistral(fields: Fields) -> dict[str, Any]:
+    if fields.is_null("sliding_window"):
+        return _shared(fields) | _full(fields, 4096 * 32)
+    return _shared(fields) | {"pattern": ("sliding_window",), "window": fields.integer("sliding_window", 4096)}
+
+
+def _full(fields: Fields, context: int) -> dict[str, Any]:
+    return {"pattern": ("attention",), "context": fields.integer("max_position_embeddings", context)}
+
+
+def _shared(fields: Fields) -> dict[str, Any]:
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if width % heads:
         fields.refuse("hidden_size", width, f"its {heads} heads do not divide it")
@@ -26,25 +43,22 @@ def _model(fields: Fields) -> dict[str, Any]:
             f"num_attention_heads={heads})",
         )
     fields.only("hidden_act", "silu", default="silu")
-    for name in ("attention_bias", "mlp_bias"):
-        fields.only(name, False, default=False)
-    base, fraction = fields.rotary(fraction=1.0)
-    if fraction != 1:
-        fields.refuse("partial_rotary_factor", fraction, "only positions of whole heads can be imported")
+    positions = fields.rotary(fraction=1.0, may_scale=True)
+    if positions["rotary_fraction"] != 1:
+        fields.refuse(
+            "partial_rotary_factor", positions["rotary_fraction"], "only positions of whole heads can be imported"
+        )
     return {
-        "pattern": ("attention",),
         "num_layers": fields.integer("num_hidden_layers"),
         "vocab_size": fields.integer("vocab_size"),
         "width": width,
         "num_heads": heads,
         "key_value_heads": fields.integer("num_key_value_heads", heads),
-        "context": fields.integer("max_position_embeddings", 2048),
         "channel_mixer": "gated_mlp",
         "mlp_expansion": fields.integer("intermediate_size") / width,
         "mlp_activation": "silu",
         "bias": False,
-        "rotary_base": base,
-        "rotary_fraction": fraction,
+        **positions,
         "norm_epsilon": fields.number("rms_norm_eps", 1e-6),
         "norm_offset": 0.0,
         "tied_embeddings": fields.boolean("tie_word_embeddings", False),
@@ -53,27 +67,49 @@ def _model(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _fields(config: ModelConfig) -> dict[str, Any]:
-    require(config, "llama", channel_mixer="gated_mlp", mlp_activation="silu", bias=False, rotary_fraction=1.0)
-    require(config, "llama", embedding_scale=False, logit_soft_cap=0.0)
+def _fields_of_llama(config: ModelConfig) -> dict[str, Any]:
+    own = {"max_position_embeddings": config.context, "attention_bias": False, "mlp_bias": False}
+    return {"architectures": ["LlamaForCausalLM"], **_shared_fields(config, "llama"), **own}
+
+
+def _fields_of_mistral(config: ModelConfig) -> dict[str, Any]:
+    own = {"sliding_window": config.window}
+    return {"architectures": ["MistralForCausalLM"], **_shared_fields(config, "mistral"), **own}
+
+
+def _shared_fields(config: ModelConfig, family: str) -> dict[str, Any]:
+    require(config, family, channel_mixer="gated_mlp", mlp_activation="silu", bias=False, rotary_fraction=1.0)
+    require(config, family, embedding_scale=False, logit_soft_cap=0.0)
     if config.head_width % 2:
         raise UserError(
             f"model.width={config.width} over model.num_heads={config.num_heads} is {config.head_width} channels a head; "
-            "in llama it can only be an even number"
+            f"in {family} it can only be an even number"
         )
     return {
-        "architectures": ["LlamaForCausalLM"],
         "intermediate_size": config.mlp_width,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.key_value_heads,
         "head_dim": config.head_width,
-        "max_position_embeddings": config.context,
         "rope_theta": config.rotary_base,
+        "rope_scaling": _scaling(config) if config.rotary_scaling else None,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         "rms_norm_eps": config.norm_epsilon,
     }
+
+
+def _scaling(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": config.rotary_scaling,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": config.rotary_context,
+    }
+
+
+def _is_mistral(config: ModelConfig) -> bool:
+    """And not one of Griffin's, all of whose blocks are local."""
+    return config.mlp_activation == "silu" and not config.embedding_scale
 
 
 def _links(config: ModelConfig) -> Iterator[Link]:
@@ -92,4 +128,5 @@ def _links(config: ModelConfig) -> Iterator[Link]:
             yield Link(f"{there}.mlp.{name}_proj.weight", f"mlp.{name}.kernel", layer, TRANSPOSED)
 
 
-FAMILY = Family("llama", ("attention",), _model, _fields, _links)
+FAMILY = Family("llama", ("attention",), _llama, _fields_of_llama, _links)
+MISTRAL = Family("mistral", ("sliding_window",), _mistral, _fields_of_mistral, _links, is_one=_is_mistral)

@@ -29,13 +29,13 @@ def _model(fields: Fields) -> dict[str, Any]:
     if not isinstance(blocks, list) or not blocks or not all(block in tuple(_BLOCKS) for block in blocks):
         fields.refuse("block_types", blocks, f"only {' and '.join(_BLOCKS)} can be imported")
     pattern, num_layers = tuple(_BLOCKS[block] for block in blocks), fields.integer("num_hidden_layers")
-    base, fraction = fields.rotary(fraction=0.5)
-    turned = int(width // heads * fraction)
+    positions = fields.rotary(fraction=0.5)
+    turned = int(width // heads * positions["rotary_fraction"])
     # Of an odd number transformers turns one channel more, by other frequencies; ours turn one less.
     if "sliding_window" in pattern[:num_layers] and turned % 2:
         fields.refuse(
             "partial_rotary_factor",
-            fraction,
+            positions["rotary_fraction"],
             f"that is {turned} of the {width // heads} channels of a head (hidden_size={width} over "
             f"num_attention_heads={heads}), and only an even number can be imported",
         )
@@ -50,8 +50,7 @@ def _model(fields: Fields) -> dict[str, Any]:
         window=fields.integer("attention_window_size", 2048),
         mlp_expansion=fields.integer("intermediate_size") // 2 / width,
         convolution_width=fields.integer("conv1d_width", 4),
-        rotary_base=base,
-        rotary_fraction=fraction,
+        **positions,
         norm_epsilon=fields.number("rms_norm_eps", 1e-6),
         tied_embeddings=fields.boolean("tie_word_embeddings", True),
         embedding_scale=True,
@@ -76,7 +75,7 @@ def require_griffin(config: ModelConfig, family: str) -> None:
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
     require_griffin(config, "recurrent_gemma")
-    require(config, "recurrent_gemma", embedding_scale=True)
+    require(config, "recurrent_gemma", embedding_scale=True, rotary_scaling=0.0)
     if not config.logit_soft_cap:
         raise UserError("model.logit_soft_cap is 0; recurrent_gemma always has one")
     turned = int(config.head_width * config.rotary_fraction)

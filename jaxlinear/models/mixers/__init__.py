@@ -89,6 +89,8 @@ READERS = {
     "convolution_width": ("convolution", "delta_net", "gated_delta_net", "kda", "mamba2", "rg_lru", *_SELECTIVE),
     "rotary_fraction": (*_ATTENTION, "retention"),
     "rotary_base": (*_ATTENTION, "retention"),
+    "rotary_scaling": _ATTENTION,
+    "rotary_context": _ATTENTION,
     "output_norm_epsilon": ("hgrn2",),
     "head_norm": ("retention",),
     "gate_bias": ("kda",),

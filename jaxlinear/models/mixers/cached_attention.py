@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, by_head, fan_in_normal, rotary
+from jaxlinear.models.layers import Linear, by_head, fan_in_normal, rotary, rotary_frequencies
 from jaxlinear.ops import backends, dtypes
 from jaxlinear.parallel import operations, sharding
 
@@ -33,7 +33,14 @@ class CachedAttention(nnx.Module):
         width = config.width
         self.heads, self.groups, self.head_width = config.num_heads, config.key_value_heads, config.head_width
         self.slots = slots
-        self.rotary_fraction, self.rotary_base = config.rotary_fraction, config.rotary_base
+        self.turns = functools.partial(
+            rotary_frequencies,
+            self.head_width,
+            fraction=config.rotary_fraction,
+            base=config.rotary_base,
+            scaling=config.rotary_scaling,
+            context=config.rotary_context,
+        )
         self.dtype = config.activation_dtype
         inner, shared = self.heads * self.head_width, self.groups * self.head_width
         # One head is not cut over the mesh: every device needs the whole of it.
@@ -73,7 +80,7 @@ class CachedAttention(nnx.Module):
         return self.out(o.reshape(batch, length, -1)), state
 
     def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        return rotary(x, positions, fraction=self.rotary_fraction, base=self.rotary_base)
+        return rotary(x, positions, self.turns())
 
     def _tokens(self, q, k, v, segment_ids, state):
         batch, length = q.shape[:2]

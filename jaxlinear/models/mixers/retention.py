@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, RMSNorm, by_head, per_head, rotary
+from jaxlinear.models.layers import Linear, RMSNorm, by_head, per_head, rotary, rotary_frequencies
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
@@ -64,7 +64,8 @@ class Retention(nnx.Module):
         state = self.init_state(x.shape[0]) if state is None else state
         positions = state["position"][:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         q, k, v = (by_head(project(x), self.heads) for project in (self.query, self.key, self.value))
-        q, k = (rotary(y, positions, fraction=self.rotary_fraction, base=self.rotary_base) for y in (q, k))
+        turns = rotary_frequencies(q.shape[-1], fraction=self.rotary_fraction, base=self.rotary_base)
+        q, k = (rotary(y, positions, turns) for y in (q, k))
         log_decay = jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(self.heads)))), dtypes.wide(x.dtype))
         o, memory = operations.linear_attention(q, k, v, log_decay, state["memory"], segment_ids=segment_ids)
         o = self.norm(o).reshape(*x.shape[:2], -1)

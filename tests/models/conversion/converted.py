@@ -43,26 +43,29 @@ FLA = {
     "tied_embeddings": False,
 }
 HYBRID = FLA | {"num_heads": 4, "recurrent_heads": 2, "key_value_heads": 2, "rotary_fraction": 1.0}
+LLAMA = {
+    "pattern": ("attention",),
+    "num_layers": 3,
+    "width": 16,
+    "num_heads": 4,
+    "key_value_heads": 2,
+    "context": 32,
+    "mlp_expansion": 40 / 16,
+    "mlp_activation": "silu",
+    "bias": False,
+    "rotary_fraction": 1.0,
+    "norm_offset": 0.0,
+    "tied_embeddings": False,
+}
 MODELS = {
     "recurrent_gemma": GRIFFIN | {"key_value_heads": 2, "rotary_base": 5000.0},
     "untied": GRIFFIN | {"num_layers": 3, "tied_embeddings": False, "convolution_width": 3},
     "flax": GRIFFIN,
     "flax_hawk": GRIFFIN | {"pattern": ("rg_lru",), "num_layers": 2, "embedding_scale": False, "logit_soft_cap": 0.0},
     "flax_local": GRIFFIN | {"pattern": ("sliding_window",), "num_layers": 2, "recurrent_width": 16},
-    "llama": {
-        "pattern": ("attention",),
-        "num_layers": 3,
-        "width": 16,
-        "num_heads": 4,
-        "key_value_heads": 2,
-        "context": 32,
-        "mlp_expansion": 40 / 16,
-        "mlp_activation": "silu",
-        "bias": False,
-        "rotary_fraction": 1.0,
-        "norm_offset": 0.0,
-        "tied_embeddings": False,
-    },
+    "llama": LLAMA,
+    "llama3.1": LLAMA | {"rotary_scaling": 8.0, "rotary_context": 40},
+    "mistral": {**LLAMA, "pattern": ("sliding_window",), "context": 4096, "window": 5},
     "mamba": {
         "pattern": ("mamba",),
         "num_layers": 2,

@@ -12,6 +12,11 @@ from jaxlinear.models.conversion import export_weights, flax, hugging_face, impo
 from jaxlinear.training import workdir as workdirs
 from tests.models.conversion.converted import MODELS, assert_nothing_in, launch, rewrite, run, streamed
 
+SCALED = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 40,
+}
+
 
 @pytest.mark.parametrize(
     "change, message",
@@ -62,7 +67,28 @@ def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
         ("llama", {"attention_bias": True}, "attention_bias is True; only False can be imported"),
         ("llama", {"mlp_bias": True}, "mlp_bias is True; only False can be imported"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'; only pos"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type is 'llama3'; only pos"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn"}},
+            r"rope_parameters.rope_type is 'yarn'; only .* or 'llama3' can",
+        ),
+        (
+            "llama",
+            {"rope_scaling": SCALED | {"high_freq_factor": 2.0}},
+            "rope_scaling.high_freq_factor is 2.0; only 4.0 can",
+        ),
+        (
+            "llama",
+            {"rope_scaling": SCALED | {"factor": 0.5}},
+            "rope_scaling.factor is 0.5; only 1 or more can be imported",
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "has no rope_scaling.low_freq_factor"),
+        (
+            "recurrent_gemma",
+            {"rope_scaling": SCALED},
+            r"rope_scaling.rope_type is 'llama3'; only .* \('default'\) can be",
+        ),
+        ("mistral", {"sliding_window": "all"}, "sliding_window is 'all'; it is a whole number from 1 on"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only positions of whole heads"),
         (
             "llama",
@@ -222,6 +248,15 @@ def test_a_stream_that_is_rounded_here_is_warned_of(copied, tmp_path, caplog, ch
         ("llama", {}, {"layout": "flax"}, "a checkpoint of recurrentgemma has no layers like attention"),
         ("llama", {}, {"layout": "onnx"}, "there is no layout 'onnx'; there are huggingface and flax"),
         ("llama", {"rotary_fraction": 0.5}, {}, "rotary_fraction is 0.5; in llama it can only be 1.0"),
+        ("mistral", {"logit_soft_cap": 5.0}, {}, "model.logit_soft_cap is 5.0; in mistral it can only be 0.0"),
+        (
+            "recurrent_gemma",
+            {"rotary_scaling": 8.0},
+            {},
+            "model.rotary_scaling is 8.0; in recurrent_gemma it can only be 0.0",
+        ),
+        ("flax", {"rotary_scaling": 8.0}, {"layout": "flax"}, "rotary_scaling is 8.0; in .* it can only be 0.0"),
+        ("gla", {"rotary_scaling": 8.0}, {}, "model.rotary_scaling is 8.0; in gla it can only be 0.0"),
         ("llama", {"mlp_activation": "gelu"}, {}, "mlp_activation is 'gelu'; in llama it can only be 'silu'"),
         (
             "llama",

@@ -72,6 +72,29 @@ def llama(**changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(values | changes)))
 
 
+def mistral(**changes):
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 5,
+        "attn_implementation": "eager",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    }
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**(values | changes)))
+
+
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,  # of waves of 6, 30, 140 and 660 tokens
+}
 MODELS = {
     "recurrent_gemma": recurrent_gemma,
     "recurrent_gemma, grouped": lambda: recurrent_gemma(
@@ -88,6 +111,9 @@ MODELS = {
     "mamba2, tied": lambda: mamba2(tie_word_embeddings=True, conv_kernel=3, layer_norm_epsilon=1e-2),
     "llama": llama,
     "llama, tied, one group": lambda: llama(tie_word_embeddings=True, num_key_value_heads=1, rms_norm_eps=1e-2),
+    "llama 3.1": lambda: llama(rope_parameters=SCALED),
+    "mistral": mistral,
+    "mistral, scaled": lambda: mistral(rope_parameters=SCALED, tie_word_embeddings=True, sliding_window=8),
 }
 
 

@@ -154,7 +154,7 @@ def fields_of(config: ModelConfig, family: str, architecture: str) -> dict[str, 
 
 
 def _spec(config: ModelConfig, family: str, mixer: str) -> dict[str, Any]:
-    require(config, family, rotary_fraction=1.0)
+    require(config, family, rotary_fraction=1.0, rotary_scaling=0.0)
     if config.head_width % 2:
         raise UserError(
             f"model.width={config.width} over model.num_heads={config.num_heads} is {config.head_width} channels a head of "
