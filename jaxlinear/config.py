@@ -54,6 +54,10 @@ KEYS: dict[str, tuple[Any, str]] = {
         "Channels of a recurrence's key in each head, K; 0 means as in the mixer's paper.",
     ),
     "model.value_width": (OrPreset(0), "Channels of its value in each head, V; 0 means as in the mixer's paper."),
+    "model.time_step_rank": (
+        OrPreset(0),
+        "Rank of the projection that gives the time step of mamba and longhorn; 0 means D / 16, rounded up.",
+    ),
     "model.feature_map": (
         OrPreset("identity"),
         "Of linear_attention's queries and keys: identity, elu, relu, taylor (Based), rebased or hedgehog.",

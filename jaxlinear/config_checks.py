@@ -175,6 +175,7 @@ _NOT_NEGATIVE = (
     "model.recurrent_heads",
     "model.key_width",
     "model.value_width",
+    "model.time_step_rank",
     "model.experts",
     "model.experts_per_token",
     "model.expert_width",

@@ -24,6 +24,7 @@ class ModelConfig:
     recurrent_heads: int = 0
     key_width: int = 0
     value_width: int = 0
+    time_step_rank: int = 0
     feature_map: str = "identity"
     discretization: str = "zero_order_hold"
     head_norm: str = "group"

@@ -39,6 +39,15 @@ def test_rates_and_vectors_are_not_decayed(mixer):
     assert names == {"kernel", "convolution_kernel"}
 
 
+def test_another_rank():
+    """Which is the fan-in of the time step's kernel at the start."""
+    config = dataclasses.replace(CONFIG, time_step_rank=200, recurrent_width=400)
+    for made in (Mamba, Longhorn):
+        mixer = made(config, rngs=nnx.Rngs(0))
+        assert mixer.selection.kernel.shape == (400, 200 + 2 * 5) and mixer.time_step.kernel.shape == (200, 400)
+        assert np.std(mixer.time_step.kernel[...]) == pytest.approx((3 * 200) ** -0.5, rel=0.05)
+
+
 def test_the_widths_of_the_paper():
     mixer = nnx.eval_shape(lambda: Mamba(small.config(width=64, recurrent_width=128), rngs=nnx.Rngs(0)))
     assert mixer.rank == 4

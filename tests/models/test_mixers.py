@@ -28,7 +28,9 @@ MIXERS = {
     "convolution": ("convolution", {"convolution_width": 3}),
     "mamba2": ("mamba2", {"key_width": 6, "value_width": 8}),
     "mamba": ("mamba", {"key_width": 5}),
+    "mamba_rank": ("mamba", {"key_width": 5, "time_step_rank": 3}),
     "longhorn": ("longhorn", {"key_width": 5}),
+    "longhorn_rank": ("longhorn", {"key_width": 5, "time_step_rank": 3}),
     "delta_net": ("delta_net", {"key_width": 5, "value_width": 9, "recurrent_heads": 3}),
     "delta_net_negative": (
         "delta_net",
@@ -66,6 +68,8 @@ ONE_TOKEN = (
     "rebased",
     "hedgehog",
     "hgrn2_epsilon",
+    "mamba_rank",
+    "longhorn_rank",
     "retention_rms",
     "delta_net_negative",
     "kda_bias",

@@ -5,11 +5,10 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Family, Fields, renamed, require
 from jaxlinear.models.conversion.links import TAPS, TRANSPOSED, Link, shifted
-from jaxlinear.models.mixers.mamba import widths
+from jaxlinear.models.mixers.mamba import paper_rank, widths
 from jaxlinear.streaming import StreamedArray
 
 _LOG = logging.getLogger(__name__)
@@ -17,11 +16,19 @@ _LOG = logging.getLogger(__name__)
 
 def _model(fields: Fields) -> dict[str, Any]:
     values = shared_model(fields, "mamba", tied_by_default=True)
-    rank = -(-values["width"] // 16)
-    for name in ("time_step_rank", "dt_rank"):  # the latter in flash-linear-attention
-        if fields.get(name, "auto") not in ("auto", rank):
-            fields.refuse(name, fields.get(name), f"only hidden_size / 16 = {rank} can be imported")
-    return values
+    # The programs heed it over ``expand``, which need not agree: that of the published Falcon-Mamba does not.
+    inner = fields.integer("intermediate_size", values["recurrent_width"])
+    return values | {"recurrent_width": inner, "time_step_rank": _rank(fields, values["width"])}
+
+
+def _rank(fields: Fields, width: int) -> int:
+    """That of transformers, or of flash-linear-attention; 0, as the presets have it, where it is the usual one."""
+    name, other = "time_step_rank", "dt_rank"
+    ranks = {key: fields.integer(key) for key in (name, other) if fields.get(key, "auto") != "auto"}
+    rank = ranks.get(name, ranks.get(other, paper_rank(width)))
+    if ranks.get(other, rank) != rank:
+        fields.refuse(other, ranks[other], f"{name} is {rank}")
+    return 0 if rank == paper_rank(width) else rank
 
 
 def shared_model(fields: Fields, mixer: str, *, tied_by_default: bool) -> dict[str, Any]:
@@ -70,19 +77,15 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
         "state_size": states,
         "intermediate_size": config.recurrent_width,
         "time_step_rank": rank,
+        "dt_rank": rank,
     }
 
 
 def shared_fields(config: ModelConfig, family: str) -> dict[str, Any]:
     """The way back from ``shared_model``."""
     require(config, family, channel_mixer="none", embedding_scale=False, logit_soft_cap=0.0)
-    if config.recurrent_width % config.width:
-        raise UserError(
-            f"model.recurrent_width={config.recurrent_width} is no multiple of model.width={config.width}; in {family} it "
-            "is"
-        )
     return {
-        "expand": config.recurrent_width // config.width,
+        "expand": max(1, config.recurrent_width // config.width),  # a whole number to transformers
         "conv_kernel": config.convolution_width,
         "use_bias": False,
         "use_conv_bias": True,

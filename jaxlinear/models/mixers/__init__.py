@@ -84,6 +84,7 @@ READERS = {
     "recurrent_heads": (*_HEADS_OF_KEYS, "gateloop", "s5"),
     "key_width": (*_HEADS_OF_KEYS, "mamba2", *_SELECTIVE),
     "value_width": (*_HEADS_OF_KEYS, "mamba2"),
+    "time_step_rank": _SELECTIVE,
     "feature_map": ("linear_attention",),
     "discretization": ("s5",),
     "convolution_width": ("convolution", "delta_net", "gated_delta_net", "kda", "mamba2", "rg_lru", *_SELECTIVE),

@@ -1,12 +1,12 @@
 """Mamba (Gu and Dao 2023, arXiv:2312.00752): a recurrence whose time step, writing and reading follow from its input.
 
     x_t = silu(conv(W_x u_t)),   z_t = W_z u_t
-    r_t, B_t, C_t = W_s x_t                                      a time step of rank ceil(D / 16), and N numbers each
+    r_t, B_t, C_t = W_s x_t                                      a time step of low rank, and N numbers each
     dt_t = softplus(W_dt r_t + dt_bias)                          one a channel
     S_t = exp(-exp(A_log) dt_t) S_{t-1} + (dt_t x_t) B_t^T       N numbers a channel
     y_t = W_o ((S_t C_t + D x_t) * silu(z_t))
 
-A begins at -1 .. -N in every channel (S4D-Real).
+The rank of the time step is ceil(D / 16) unless it is given. A begins at -1 .. -N in every channel (S4D-Real).
 """
 
 import jax
@@ -26,7 +26,12 @@ _CHANNELS_OF_A_RANK = 16  # of D
 
 def widths(config: ModelConfig) -> tuple[int, int]:
     """N, and the rank of the time step."""
-    return config.key_width or STATES, -(-config.width // _CHANNELS_OF_A_RANK)
+    return config.key_width or STATES, config.time_step_rank or paper_rank(config.width)
+
+
+def paper_rank(width: int) -> int:
+    """The rank of the time step unless the config has another."""
+    return -(-width // _CHANNELS_OF_A_RANK)
 
 
 class Mamba(nnx.Module):

@@ -73,6 +73,17 @@ MODELS = {
         "channel_mixer": "none",
         "norm_offset": 0.0,
     },
+    "mamba_rank": {
+        "pattern": ("mamba",),
+        "num_layers": 2,
+        "width": 16,
+        "recurrent_width": 24,
+        "num_heads": 1,
+        "key_width": 6,
+        "time_step_rank": 3,
+        "channel_mixer": "none",
+        "norm_offset": 0.0,
+    },
     "mamba2": {
         "pattern": ("mamba2",),
         "num_layers": 3,

@@ -84,6 +84,7 @@ MODELS = {
     ),
     "mamba": mamba,
     "mamba, untied": lambda: mamba(tie_word_embeddings=False, conv_kernel=3, layer_norm_epsilon=1e-2, expand=3),
+    "mamba, of other widths": lambda: mamba(time_step_rank=5, expand=16, intermediate_size=40),
     "mamba2": mamba2,
     "mamba2, tied": lambda: mamba2(tie_word_embeddings=True, conv_kernel=3, layer_norm_epsilon=1e-2),
     "llama": llama,
