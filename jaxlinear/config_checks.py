@@ -181,6 +181,7 @@ _NOT_NEGATIVE = (
     "model.expert_width",
     "model.norm_epsilon",
     "model.output_norm_epsilon",
+    "model.selection_norm_epsilon",
     "model.logit_soft_cap",
     "training.z_loss",
     "training.load_balance_loss",
@@ -231,4 +232,7 @@ _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # Keys that nothing reads unless another one is set, to neither 0 nor nothing. Numbers of what is switched off may stand, as
 # ``evaluation.batches``.
-_READ_WITH = {"evaluation.tasks": "evaluation.every_steps"}
+_READ_WITH = {
+    "evaluation.tasks": "evaluation.every_steps",
+    "model.selection_norm_epsilon": "model.selection_norm",
+}

@@ -170,6 +170,10 @@ def test_rates_and_weights_are_not_negative(key):
             {"evaluation.every_steps": 0, "evaluation.tasks": ("mqarx",)},
             r"^evaluation.tasks=\('mqarx',\) does nothing without evaluation.every_steps; set that, or leave evalu",
         ),
+        (
+            {"model.pattern": ("mamba",), "model.window": None, "model.selection_norm_epsilon": 1e-5},
+            "^model.selection_norm_epsilon=1e-05 does nothing without model.selection_norm; set that, or leave model.sele",
+        ),
         ({"evaluation.tasks": (1,)}, r"^evaluation.tasks is \(1,\); it is names of tasks$"),
         (
             {"model.num_layers": 1},
@@ -201,6 +205,8 @@ OTHER = dict.fromkeys((name for name in mixers.READERS if name not in ("bias", "
     "rotary_fraction": 0.25,
     "rotary_base": 500.0,
     "output_norm_epsilon": 0.25,
+    "selection_norm": True,
+    "selection_norm_epsilon": 0.25,
     "head_norm": "rms",
     "gate_bias": True,
     "negative_eigenvalues": True,
@@ -214,6 +220,8 @@ def test_what_no_mixer_of_the_pattern_reads_is_refused(name):
     other = next(mixer for mixer in ("rg_lru", "gla", "mamba2") if mixer not in readers)
     for mixer in mixers.MIXERS:
         config = changed({"model.pattern": (other, mixer), "model.window": None, key: OTHER[name]})
+        if name == "selection_norm_epsilon" and mixer in readers:
+            config.model.selection_norm = True
         if mixer in readers:
             assert configs.resolve(config).model[name] == OTHER[name]
             continue

@@ -28,6 +28,7 @@ class ModelConfig:
     feature_map: str = "identity"
     discretization: str = "zero_order_hold"
     head_norm: str = "group"
+    selection_norm: bool = False
     gate_bias: bool = False
     negative_eigenvalues: bool = False
     householders: int = 1
@@ -43,6 +44,7 @@ class ModelConfig:
     rotary_base: float = 10_000.0
     norm_epsilon: float = 1e-6
     output_norm_epsilon: float = 0.0
+    selection_norm_epsilon: float = 0.0
     norm_offset: float = 1.0
     tied_embeddings: bool = True
     embedding_scale: bool = False

@@ -90,6 +90,21 @@ def test_what_is_seen_of_the_past(limit):
     numerics.assert_close(y, alone.reshape(2, 5, 40), 1e-6)
 
 
+@pytest.mark.parametrize("selection_norm", [False, True])
+def test_the_size_of_what_is_selected(selection_norm):
+    """Is nothing to Falcon-Mamba, whose norms have no parameters."""
+    config = dataclasses.replace(CONFIG, selection_norm=selection_norm, selection_norm_epsilon=1e-20)
+    graph, parameters = small.module(lambda rngs: Mamba(config, rngs=rngs))
+    assert jax.tree.structure(parameters) == jax.tree.structure(small.module(lambda rngs: Mamba(CONFIG, rngs=rngs))[1])
+    parameters = numerics.cast(parameters, "float32")
+    run = numerics.jit(lambda parameters, x: nnx.merge(graph, parameters)(x)[0])
+    x = jax.random.normal(jax.random.key(0), (2, 5, 40))
+    y = run(parameters, x)
+    parameters["selection"]["kernel"] *= 64
+    difference = np.abs(run(parameters, x) - y).max() / np.abs(y).max()
+    assert difference < 1e-5 if selection_norm else difference > 0.1
+
+
 def test_longhorn_remembers_what_it_is_sure_of():
     """Beta near infinity would be dt = 1 / |k|^2; the most that it is, 1 / (1 + |k|^2), so that the share of each number
     of the state that is forgotten, dt k_n^2, and the sum of these, are below 1."""

@@ -1,5 +1,5 @@
-"""Mamba (arXiv:2312.00752) as transformers has it, and flash-linear-attention with other fields; and what of either Mamba-2
-has too."""
+"""Mamba (arXiv:2312.00752) as transformers has it, and flash-linear-attention with other fields; and what of either
+Falcon-Mamba and Mamba-2 have too."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,8 @@ from jaxlinear.streaming import StreamedArray
 _LOG = logging.getLogger(__name__)
 
 
-def _model(fields: Fields) -> dict[str, Any]:
+def model(fields: Fields) -> dict[str, Any]:
+    """Keys of our ``model`` section, of Falcon-Mamba too but for its norms."""
     values = shared_model(fields, "mamba", tied_by_default=True)
     # The programs heed it over ``expand``, which need not agree: that of the published Falcon-Mamba does not.
     inner = fields.integer("intermediate_size", values["recurrent_width"])
@@ -32,7 +33,7 @@ def _rank(fields: Fields, width: int) -> int:
 
 
 def shared_model(fields: Fields, mixer: str, *, tied_by_default: bool) -> dict[str, Any]:
-    """Keys of our ``model`` section, of either Mamba."""
+    """The same of any Mamba."""
     width = fields.integer("hidden_size")
     fields.only("use_bias", False, default=False)
     fields.only("use_conv_bias", True, default=True)
@@ -71,9 +72,13 @@ def _epsilon(fields: Fields) -> float:
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
+    return fields_of(config, "mamba") | {"architectures": ["MambaForCausalLM"]}
+
+
+def fields_of(config: ModelConfig, family: str) -> dict[str, Any]:
+    """The way back from ``model``."""
     states, rank = widths(config)
-    return shared_fields(config, "mamba") | {
-        "architectures": ["MambaForCausalLM"],
+    return shared_fields(config, family) | {
         "state_size": states,
         "intermediate_size": config.recurrent_width,
         "time_step_rank": rank,
@@ -95,7 +100,8 @@ def shared_fields(config: ModelConfig, family: str) -> dict[str, Any]:
     }
 
 
-def _links(config: ModelConfig) -> Iterator[Link]:
+def links(config: ModelConfig) -> Iterator[Link]:
+    """Of Falcon-Mamba too."""
     yield from links_around(config)
     for layer in range(config.num_layers):
         there = f"backbone.layers.{layer}.mixer"
@@ -126,4 +132,8 @@ def read(config: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[str,
     return renamed(tensors, {r"^backbone\.embedding\.": "backbone.embeddings."})  # in older files
 
 
-FAMILY = Family("mamba", ("mamba",), _model, _fields, _links, read=read)
+def _is_one(config: ModelConfig) -> bool:
+    return not config.selection_norm
+
+
+FAMILY = Family("mamba", ("mamba",), model, _fields, links, read=read, is_one=_is_one)

@@ -91,6 +91,8 @@ READERS = {
     "rotary_fraction": (*_ATTENTION, "retention"),
     "rotary_base": (*_ATTENTION, "retention"),
     "output_norm_epsilon": ("hgrn2",),
+    "selection_norm": ("mamba",),
+    "selection_norm_epsilon": ("mamba",),
     "head_norm": ("retention",),
     "gate_bias": ("kda",),
     "negative_eigenvalues": _DELTA_RULE,

@@ -84,6 +84,18 @@ MODELS = {
         "channel_mixer": "none",
         "norm_offset": 0.0,
     },
+    "falcon_mamba": {
+        "pattern": ("mamba",),
+        "num_layers": 2,
+        "width": 16,
+        "recurrent_width": 32,
+        "num_heads": 1,
+        "key_width": 6,
+        "channel_mixer": "none",
+        "norm_offset": 0.0,
+        "selection_norm": True,
+        "selection_norm_epsilon": 1e-5,
+    },
     "mamba2": {
         "pattern": ("mamba2",),
         "num_layers": 3,
