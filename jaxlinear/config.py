@@ -54,12 +54,20 @@ KEYS: dict[str, tuple[Any, str]] = {
         "Channels of a recurrence's key in each head, K; 0 means as in the mixer's paper.",
     ),
     "model.value_width": (OrPreset(0), "Channels of its value in each head, V; 0 means as in the mixer's paper."),
+    "model.time_step_rank": (
+        OrPreset(0),
+        "Rank of the projection that gives the time step of mamba and longhorn; 0 means D / 16, rounded up.",
+    ),
     "model.feature_map": (
         OrPreset("identity"),
         "Of linear_attention's queries and keys: identity, elu, relu, taylor (Based), rebased or hedgehog.",
     ),
     "model.discretization": (OrPreset("zero_order_hold"), "Of s5: zero_order_hold or bilinear."),
     "model.head_norm": (OrPreset("group"), "Of retention's heads: group, as in RetNet, or rms, with a learned scale."),
+    "model.selection_norm": (
+        OrPreset(False),
+        "In mamba, RMS norms without weights of what the time step follows from, of B and of C, as in Falcon-Mamba.",
+    ),
     "model.gate_bias": (OrPreset(False), "A bias in kda's gate, as in flash-linear-attention."),
     "model.negative_eigenvalues": (
         OrPreset(False),
@@ -94,6 +102,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "model.norm_epsilon": (OrPreset(1e-6), "Added to the mean square inside RMSNorm."),
     "model.output_norm_epsilon": (OrPreset(0.0), "The same inside the norm of hgrn2's output; 0 means norm_epsilon."),
+    "model.selection_norm_epsilon": (
+        OrPreset(0.0),
+        "The same inside the norms of model.selection_norm; 0 means norm_epsilon.",
+    ),
     "model.norm_offset": (OrPreset(1.0), "Added to the scale of RMSNorm: 1 as in Griffin, 0 as in Llama."),
     "model.tied_embeddings": (OrPreset(True), "The embedding also gives the logits; else a matrix of its own does."),
     "model.embedding_scale": (

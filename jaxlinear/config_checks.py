@@ -178,11 +178,13 @@ _NOT_NEGATIVE = (
     "model.recurrent_heads",
     "model.key_width",
     "model.value_width",
+    "model.time_step_rank",
     "model.experts",
     "model.experts_per_token",
     "model.expert_width",
     "model.norm_epsilon",
     "model.output_norm_epsilon",
+    "model.selection_norm_epsilon",
     "model.logit_soft_cap",
     "training.z_loss",
     "training.load_balance_loss",
@@ -233,4 +235,8 @@ _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # Keys that nothing reads unless another one is set, to neither 0 nor nothing. Numbers of what is switched off may stand, as
 # ``evaluation.batches``.
-_READ_WITH = {"evaluation.tasks": "evaluation.every_steps", "model.rotary_context": "model.rotary_scaling"}
+_READ_WITH = {
+    "evaluation.tasks": "evaluation.every_steps",
+    "model.rotary_context": "model.rotary_scaling",
+    "model.selection_norm_epsilon": "model.selection_norm",
+}

@@ -170,6 +170,10 @@ def test_rates_and_weights_are_not_negative(key):
             {"evaluation.every_steps": 0, "evaluation.tasks": ("mqarx",)},
             r"^evaluation.tasks=\('mqarx',\) does nothing without evaluation.every_steps; set that, or leave evalu",
         ),
+        (
+            {"model.pattern": ("mamba",), "model.window": None, "model.selection_norm_epsilon": 1e-5},
+            "^model.selection_norm_epsilon=1e-05 does nothing without model.selection_norm; set that, or leave model.sele",
+        ),
         ({"evaluation.tasks": (1,)}, r"^evaluation.tasks is \(1,\); it is names of tasks$"),
         (
             {"model.num_layers": 1},
@@ -200,11 +204,16 @@ OTHER = dict.fromkeys((name for name in mixers.READERS if name not in ("bias", "
     "discretization": "bilinear",
     "rotary_fraction": 0.25,
     "rotary_base": 500.0,
+    "rotary_scaling": 2.0,
     "output_norm_epsilon": 0.25,
+    "selection_norm": True,
+    "selection_norm_epsilon": 0.25,
     "head_norm": "rms",
     "gate_bias": True,
     "negative_eigenvalues": True,
 }
+# What else has to be set for a key to be read.
+BESIDE = {"rotary_context": {"rotary_scaling": 2.0}, "selection_norm_epsilon": {"selection_norm": True}}
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -215,6 +224,7 @@ def test_what_no_mixer_of_the_pattern_reads_is_refused(name):
     for mixer in mixers.MIXERS:
         config = changed({"model.pattern": (other, mixer), "model.window": None, key: OTHER[name]})
         if mixer in readers:
+            config.model.update(BESIDE.get(name, {}))
             assert configs.resolve(config).model[name] == OTHER[name]
             continue
         with pytest.raises(UserError) as refusal:

@@ -24,9 +24,11 @@ class ModelConfig:
     recurrent_heads: int = 0
     key_width: int = 0
     value_width: int = 0
+    time_step_rank: int = 0
     feature_map: str = "identity"
     discretization: str = "zero_order_hold"
     head_norm: str = "group"
+    selection_norm: bool = False
     gate_bias: bool = False
     negative_eigenvalues: bool = False
     householders: int = 1
@@ -44,6 +46,7 @@ class ModelConfig:
     rotary_context: int = 8192
     norm_epsilon: float = 1e-6
     output_norm_epsilon: float = 0.0
+    selection_norm_epsilon: float = 0.0
     norm_offset: float = 1.0
     tied_embeddings: bool = True
     embedding_scale: bool = False

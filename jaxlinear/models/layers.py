@@ -127,6 +127,12 @@ class RMSNorm(nnx.Module):
         return (wide * inverse * _last(self.offset + self.scale[...], wide)).astype(x.dtype)
 
 
+def rms_norm(x: jax.Array, epsilon: float) -> jax.Array:
+    """``x / rms(x)`` over the last axis, without weights, in float32 inside."""
+    wide = x.astype(dtypes.wide(x.dtype))
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+
+
 ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 

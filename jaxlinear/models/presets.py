@@ -171,6 +171,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "2b8": (2560, 64),
         }.items()
     },
+    # Zuo et al. 2024 (arXiv:2410.05355), as published (huggingface.co/tiiuae/falcon-mamba-7b).
+    "falcon_mamba_7b": _mamba(
+        "mamba", 4096, 64, vocab_size=65_024, tied_embeddings=False, selection_norm=True, selection_norm_epsilon=1e-6
+    ),
     # Dao and Gu 2024 (arXiv:2405.21060), as published (huggingface.co/state-spaces/mamba2-130m and so on): width and depth.
     # The vocabulary of 50,277 words is padded to a multiple of 16.
     **{

@@ -57,6 +57,9 @@ def hgrn(parameters, x, ids, config):
 
 def mamba(parameters, x, ids, config):
     v, low, b, c = _selection(parameters, x, ids, config)
+    if config.selection_norm:
+        epsilon = config.selection_norm_epsilon or config.norm_epsilon
+        low, b, c = (y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + epsilon) for y in (low, b, c))
     dt = oracles.softplus(oracles.linear(parameters["time_step"], low) + parameters["dt_bias"])
     y = oracles.selective_scan(v, dt, -np.exp(parameters["A_log"]), b, c, ids=ids)[0]
     return _gated(parameters, x, y + parameters["D"] * v)

@@ -39,6 +39,15 @@ def test_rates_and_vectors_are_not_decayed(mixer):
     assert names == {"kernel", "convolution_kernel"}
 
 
+def test_another_rank():
+    """Which is the fan-in of the time step's kernel at the start."""
+    config = dataclasses.replace(CONFIG, time_step_rank=200, recurrent_width=400)
+    for made in (Mamba, Longhorn):
+        mixer = made(config, rngs=nnx.Rngs(0))
+        assert mixer.selection.kernel.shape == (400, 200 + 2 * 5) and mixer.time_step.kernel.shape == (200, 400)
+        assert np.std(mixer.time_step.kernel[...]) == pytest.approx((3 * 200) ** -0.5, rel=0.05)
+
+
 def test_the_widths_of_the_paper():
     mixer = nnx.eval_shape(lambda: Mamba(small.config(width=64, recurrent_width=128), rngs=nnx.Rngs(0)))
     assert mixer.rank == 4
@@ -79,6 +88,21 @@ def test_what_is_seen_of_the_past(limit):
     assert y.std() > 0.01 and bool(state["memory"].any()) == (limit == "fast decay")
     alone, _ = run(x.reshape(10, 1, 40))
     numerics.assert_close(y, alone.reshape(2, 5, 40), 1e-6)
+
+
+@pytest.mark.parametrize("selection_norm", [False, True])
+def test_the_size_of_what_is_selected(selection_norm):
+    """Is nothing to Falcon-Mamba, whose norms have no parameters."""
+    config = dataclasses.replace(CONFIG, selection_norm=selection_norm, selection_norm_epsilon=1e-20)
+    graph, parameters = small.module(lambda rngs: Mamba(config, rngs=rngs))
+    assert jax.tree.structure(parameters) == jax.tree.structure(small.module(lambda rngs: Mamba(CONFIG, rngs=rngs))[1])
+    parameters = numerics.cast(parameters, "float32")
+    run = numerics.jit(lambda parameters, x: nnx.merge(graph, parameters)(x)[0])
+    x = jax.random.normal(jax.random.key(0), (2, 5, 40))
+    y = run(parameters, x)
+    parameters["selection"]["kernel"] *= 64
+    difference = np.abs(run(parameters, x) - y).max() / np.abs(y).max()
+    assert difference < 1e-5 if selection_norm else difference > 0.1
 
 
 def test_longhorn_remembers_what_it_is_sure_of():

@@ -22,6 +22,7 @@ BASE = {
     "recurrent_heads": 2,
     "key_width": 8,
     "value_width": 4,
+    "time_step_rank": 0,
     "feature_map": "elu",
     "discretization": "zero_order_hold",
     "convolution_width": 4,
@@ -30,6 +31,8 @@ BASE = {
     "rotary_scaling": 0.0,
     "rotary_context": 8,
     "output_norm_epsilon": 0.0,
+    "selection_norm": False,
+    "selection_norm_epsilon": 0.0,
     "head_norm": "group",
     "gate_bias": False,
     "negative_eigenvalues": False,
@@ -45,6 +48,7 @@ OTHER = {
     "recurrent_heads": 4,
     "key_width": 16,
     "value_width": 8,
+    "time_step_rank": 5,
     "feature_map": "relu",
     "discretization": "bilinear",
     "convolution_width": 3,
@@ -53,13 +57,19 @@ OTHER = {
     "rotary_scaling": 8.0,
     "rotary_context": 50,
     "output_norm_epsilon": 0.25,
+    "selection_norm": True,
+    "selection_norm_epsilon": 0.25,
     "head_norm": "rms",
     "gate_bias": True,
     "negative_eigenvalues": True,
     "householders": 2,
 }
 # What else has to be so for a key to be read.
-BESIDE = {"num_heads": {"recurrent_heads": 0}, "rotary_context": {"rotary_scaling": 8.0}}
+BESIDE = {
+    "num_heads": {"recurrent_heads": 0},
+    "rotary_context": {"rotary_scaling": 8.0},
+    "selection_norm_epsilon": {"selection_norm": True},
+}
 
 
 @functools.cache
@@ -76,16 +86,17 @@ def program(mixer, **changes):
     return jax.jit(run).lower(jax.eval_shape(lambda: jax.random.key(0)), x).as_text()
 
 
-# Those that normalise what they have read. Of linear attention the one that is not divided by its weights.
+# Those that normalise what they have read. Of linear attention the one that is not divided by its weights; Falcon-Mamba
+# normalises what it reads by.
 NORMS = ("delta_net", "gated_delta_net", "gateloop", "gla", "hgrn", "hgrn2", "kda", "lightning", "mamba2", "retention")
+WITH_NORMS = {"linear_attention": {"feature_map": "identity"}, "mamba": {"selection_norm": True}}
 
 
 @pytest.mark.parametrize("mixer", mixers.MIXERS)
 def test_norms_have_the_epsilon_of_the_config(mixer):
     """0.25 in the place of 1e-6 and nowhere else."""
-    feature_map = {"feature_map": "identity"} if mixer == "linear_attention" else {}
-    texts = [program(mixer, norm_epsilon=epsilon, **feature_map) for epsilon in (1e-6, 0.25)]
-    assert (texts[0] != texts[1]) == (mixer in (*NORMS, "linear_attention"))
+    texts = [program(mixer, norm_epsilon=epsilon, **WITH_NORMS.get(mixer, {})) for epsilon in (1e-6, 0.25)]
+    assert (texts[0] != texts[1]) == (mixer in (*NORMS, *WITH_NORMS))
     texts = [program(mixer, norm_epsilon=epsilon) for epsilon in (1e-6, 0.25)]
     assert (texts[0] != texts[1]) == (mixer in NORMS)
 
@@ -93,9 +104,9 @@ def test_norms_have_the_epsilon_of_the_config(mixer):
 @pytest.mark.parametrize("mixer", (*NORMS, "linear_attention"))
 def test_norms_have_the_offset_of_the_config(mixer):
     """The factor is 1 when training begins; those of TransNormerLLM and RetNet have no scale that could be offset."""
-    feature_map = {"feature_map": "identity"} if mixer == "linear_attention" else {}
+    with_norms = WITH_NORMS.get(mixer, {})
     layers = [
-        mixers.find(mixer)(small.config(**(BASE | feature_map), norm_offset=offset), rngs=nnx.Rngs(0))
+        mixers.find(mixer)(small.config(**(BASE | with_norms), norm_offset=offset), rngs=nnx.Rngs(0))
         for offset in (0.0, 1.0)
     ]
     if mixer in ("lightning", "retention"):

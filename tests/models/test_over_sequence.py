@@ -50,6 +50,7 @@ MODELS = {
     "longhorn": (("longhorn",), {"key_width": 3}, FOUR),
     "lru": (("lru",), {}, TWO),
     "mamba": (("mamba",), {"key_width": 3}, EIGHT),
+    "falcon_mamba": (("mamba",), {"key_width": 3, "time_step_rank": 5, "selection_norm": True}, FOUR),
     "mamba2": (("mamba2",), {"key_width": 6, "value_width": 8}, FOUR),
     "retention": (("retention",), {}, TWO),
     "rg_lru": (("rg_lru",), {}, FOUR),

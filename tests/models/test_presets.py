@@ -6,6 +6,8 @@ import pytest
 
 from jaxlinear.errors import UserError
 from jaxlinear.models import ModelConfig, presets
+from jaxlinear.models.conversion import falcon_mamba
+from jaxlinear.models.conversion.family import Fields
 from jaxlinear.models.parameters import describe
 
 # After a change of the architecture: check each number by hand, then write it here.
@@ -34,6 +36,7 @@ COUNTS = {
     "mamba_790m": 793_204_224,
     "mamba_1b4": 1_372_178_432,
     "mamba_2b8": 2_768_345_600,
+    "falcon_mamba_7b": 7_272_665_088,
     "mamba2_130m": 128_989_632,
     "mamba2_370m": 368_346_624,
     "mamba2_780m": 780_161_280,
@@ -104,6 +107,40 @@ def test_mamba_130m_by_hand():
     projections = 2 * width * inner + inner * (rank + 2 * state) + rank * inner + inner * width
     layer = projections + 4 * inner + inner + inner * state + 2 * inner + width  # convolution; A; dt and D; norm
     assert vocab * width + 24 * layer + width == COUNTS["mamba_130m"]
+
+
+def test_falcon_mamba_7b_by_hand():
+    """The published checkpoint has as many: 65,024 words, twice; 64 layers of width 4096, a state of 16 a channel."""
+    vocab, width, inner, state, rank = 65_024, 4096, 8192, 16, 256
+    projections = 2 * width * inner + inner * (rank + 2 * state) + rank * inner + inner * width
+    layer = projections + 4 * inner + inner + inner * state + 2 * inner + width  # convolution; A; dt and D; norm
+    assert 2 * vocab * width + 64 * layer + width == COUNTS["falcon_mamba_7b"]
+
+
+def test_falcon_mamba_7b_is_the_published_one():
+    """By the fields of its config.json that the arithmetic follows from; ``expand`` is not what the width is by."""
+    published = {
+        "conv_kernel": 4,
+        "expand": 16,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 8192,
+        "layer_norm_epsilon": 1e-05,
+        "num_hidden_layers": 64,
+        "state_size": 16,
+        "tie_word_embeddings": False,
+        "time_step_rank": 256,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "vocab_size": 65_024,
+    }
+    imported = falcon_mamba.FAMILY.model(Fields(published, "config.json"))
+    spelt_otherwise = {
+        "num_heads": 1,
+        "key_width": 16,
+        "norm_offset": 0.0,
+    }  # heads that nothing reads; N, which 0 means
+    assert ModelConfig(**imported) == ModelConfig(**presets.find("falcon_mamba_7b") | spelt_otherwise)
 
 
 def test_mamba2_130m_by_hand():

@@ -60,6 +60,9 @@ def test_mamba_by_hand():
     assert flops.mamba(config, LENGTH) == projections + convolution + skip + recurrence == 13_968
     of_keys = 48 * 8 + 2 * 8 + 3 * 48  # 1 - dt k^2 and not dt A; |k|^2; dt of beta and it
     assert flops.longhorn(config, LENGTH) == flops.mamba(config, LENGTH) + of_keys == 14_512
+    of_rank = 2 * 2 * 48 * 3  # to the low rank and from it
+    for count in (flops.mamba, flops.longhorn):
+        assert count(dataclasses.replace(config, time_step_rank=5), LENGTH) == count(config, LENGTH) + of_rank
 
 
 def test_mamba2_by_hand():

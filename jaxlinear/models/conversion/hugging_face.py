@@ -11,13 +11,21 @@ import numpy as np
 from jaxlinear.data import Tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.conversion import fla, llama, mamba, mamba2, recurrent_gemma, safetensors
+from jaxlinear.models.conversion import falcon_mamba, fla, llama, mamba, mamba2, recurrent_gemma, safetensors
 from jaxlinear.models.conversion.family import Family, Fields
 from jaxlinear.streaming import StreamedArray
 
 FAMILIES = {
     family.name: family
-    for family in (llama.FAMILY, llama.MISTRAL, mamba.FAMILY, mamba2.FAMILY, recurrent_gemma.FAMILY, *fla.FAMILIES)
+    for family in (
+        llama.FAMILY,
+        llama.MISTRAL,
+        mamba.FAMILY,
+        falcon_mamba.FAMILY,
+        mamba2.FAMILY,
+        recurrent_gemma.FAMILY,
+        *fla.FAMILIES,
+    )
 }
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"

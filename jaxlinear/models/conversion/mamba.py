@@ -1,31 +1,39 @@
-"""Mamba (arXiv:2312.00752) as transformers has it, and flash-linear-attention with other fields; and what of either Mamba-2
-has too."""
+"""Mamba (arXiv:2312.00752) as transformers has it, and flash-linear-attention with other fields; and what of either
+Falcon-Mamba and Mamba-2 have too."""
 
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Family, Fields, renamed, require
 from jaxlinear.models.conversion.links import TAPS, TRANSPOSED, Link, shifted
-from jaxlinear.models.mixers.mamba import widths
+from jaxlinear.models.mixers.mamba import paper_rank, widths
 from jaxlinear.streaming import StreamedArray
 
 _LOG = logging.getLogger(__name__)
 
 
-def _model(fields: Fields) -> dict[str, Any]:
+def model(fields: Fields) -> dict[str, Any]:
+    """Keys of our ``model`` section, of Falcon-Mamba too but for its norms."""
     values = shared_model(fields, "mamba", tied_by_default=True)
-    rank = -(-values["width"] // 16)
-    for name in ("time_step_rank", "dt_rank"):  # the latter in flash-linear-attention
-        if fields.get(name, "auto") not in ("auto", rank):
-            fields.refuse(name, fields.get(name), f"only hidden_size / 16 = {rank} can be imported")
-    return values
+    # The programs heed it over ``expand``, which need not agree: that of the published Falcon-Mamba does not.
+    inner = fields.integer("intermediate_size", values["recurrent_width"])
+    return values | {"recurrent_width": inner, "time_step_rank": _rank(fields, values["width"])}
+
+
+def _rank(fields: Fields, width: int) -> int:
+    """That of transformers, or of flash-linear-attention; 0, as the presets have it, where it is the usual one."""
+    name, other = "time_step_rank", "dt_rank"
+    ranks = {key: fields.integer(key) for key in (name, other) if fields.get(key, "auto") != "auto"}
+    rank = ranks.get(name, ranks.get(other, paper_rank(width)))
+    if ranks.get(other, rank) != rank:
+        fields.refuse(other, ranks[other], f"{name} is {rank}")
+    return 0 if rank == paper_rank(width) else rank
 
 
 def shared_model(fields: Fields, mixer: str, *, tied_by_default: bool) -> dict[str, Any]:
-    """Keys of our ``model`` section, of either Mamba."""
+    """The same of any Mamba."""
     width = fields.integer("hidden_size")
     fields.only("use_bias", False, default=False)
     fields.only("use_conv_bias", True, default=True)
@@ -64,25 +72,25 @@ def _epsilon(fields: Fields) -> float:
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
+    return fields_of(config, "mamba") | {"architectures": ["MambaForCausalLM"]}
+
+
+def fields_of(config: ModelConfig, family: str) -> dict[str, Any]:
+    """The way back from ``model``."""
     states, rank = widths(config)
-    return shared_fields(config, "mamba") | {
-        "architectures": ["MambaForCausalLM"],
+    return shared_fields(config, family) | {
         "state_size": states,
         "intermediate_size": config.recurrent_width,
         "time_step_rank": rank,
+        "dt_rank": rank,
     }
 
 
 def shared_fields(config: ModelConfig, family: str) -> dict[str, Any]:
     """The way back from ``shared_model``."""
     require(config, family, channel_mixer="none", embedding_scale=False, logit_soft_cap=0.0)
-    if config.recurrent_width % config.width:
-        raise UserError(
-            f"model.recurrent_width={config.recurrent_width} is no multiple of model.width={config.width}; in {family} it "
-            "is"
-        )
     return {
-        "expand": config.recurrent_width // config.width,
+        "expand": max(1, config.recurrent_width // config.width),  # a whole number to transformers
         "conv_kernel": config.convolution_width,
         "use_bias": False,
         "use_conv_bias": True,
@@ -92,7 +100,8 @@ def shared_fields(config: ModelConfig, family: str) -> dict[str, Any]:
     }
 
 
-def _links(config: ModelConfig) -> Iterator[Link]:
+def links(config: ModelConfig) -> Iterator[Link]:
+    """Of Falcon-Mamba too."""
     yield from links_around(config)
     for layer in range(config.num_layers):
         there = f"backbone.layers.{layer}.mixer"
@@ -123,4 +132,8 @@ def read(config: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[str,
     return renamed(tensors, {r"^backbone\.embedding\.": "backbone.embeddings."})  # in older files
 
 
-FAMILY = Family("mamba", ("mamba",), _model, _fields, _links, read=read)
+def _is_one(config: ModelConfig) -> bool:
+    return not config.selection_norm
+
+
+FAMILY = Family("mamba", ("mamba",), model, _fields, links, read=read, is_one=_is_one)

@@ -4,6 +4,7 @@ and its one convolution are several here."""
 from collections.abc import Iterator
 from typing import Any
 
+from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion import mamba
 from jaxlinear.models.conversion.family import Family, Fields
@@ -29,6 +30,10 @@ def _model(fields: Fields) -> dict[str, Any]:
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
     heads, key_width, head_width = widths(config)
+    if config.recurrent_width % config.width:
+        raise UserError(
+            f"model.recurrent_width={config.recurrent_width} is no multiple of model.width={config.width}; in mamba2 it is"
+        )
     return mamba.shared_fields(config, "mamba2") | {
         "architectures": ["Mamba2ForCausalLM"],
         "num_heads": heads,

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, by_head, fan_in_normal, parameter, per_head
+from jaxlinear.models.layers import Linear, by_head, fan_in_normal, parameter, per_head, rms_norm
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
@@ -66,11 +66,5 @@ class Lightning(nnx.Module):
         log_decay = lax.stop_gradient(self.log_decay[...])
         past = None if state is None else state["memory"]
         o, memory = operations.linear_attention(q, k, v, log_decay, past, scale=1.0, segment_ids=segment_ids)
-        o = _rms_norm(o.reshape(*x.shape[:2], -1), self.epsilon)
+        o = rms_norm(o.reshape(*x.shape[:2], -1), self.epsilon)
         return self.out(self.gate(x) * o), {"memory": memory}
-
-
-def _rms_norm(x: jax.Array, epsilon: float) -> jax.Array:
-    """``x / rms(x)`` over the last axis."""
-    wide = x.astype(dtypes.wide(x.dtype))
-    return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)

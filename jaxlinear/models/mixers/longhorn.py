@@ -13,12 +13,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import parameter
 from jaxlinear.models.mixers.mamba import Mamba
 
 
 class Longhorn(Mamba):
     """As ``Mamba``, state and widths too."""
+
+    @staticmethod
+    def epsilon_of_selection(config: ModelConfig) -> None:
+        """A pattern may have Falcon-Mamba beside it: its norms are not of this mixer."""
 
     def add_transition(self, rngs: nnx.Rngs) -> None:
         self.dt_bias = parameter(nnx.initializers.zeros, (self.inner,), ("recurrent",), rngs)

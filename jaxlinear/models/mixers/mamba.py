@@ -1,12 +1,17 @@
-"""Mamba (Gu and Dao 2023, arXiv:2312.00752): a recurrence whose time step, writing and reading follow from its input.
+"""Mamba (Gu and Dao 2023, arXiv:2312.00752): a recurrence whose time step, writing and reading follow from its input. And
+Falcon-Mamba (Zuo et al. 2024, arXiv:2410.05355), with norms of these.
 
     x_t = silu(conv(W_x u_t)),   z_t = W_z u_t
-    r_t, B_t, C_t = W_s x_t                                      a time step of rank ceil(D / 16), and N numbers each
+    r_t, B_t, C_t = W_s x_t                                      a time step of low rank, and N numbers each
     dt_t = softplus(W_dt r_t + dt_bias)                          one a channel
     S_t = exp(-exp(A_log) dt_t) S_{t-1} + (dt_t x_t) B_t^T       N numbers a channel
     y_t = W_o ((S_t C_t + D x_t) * silu(z_t))
 
-A begins at -1 .. -N in every channel (S4D-Real).
+With ``model.selection_norm``, as in Falcon-Mamba, norm(r_t), norm(B_t) and norm(C_t) stand for r_t, B_t and C_t, where
+
+    norm(v) = v / sqrt(mean(v^2) + epsilon)                      without weights, with an epsilon of its own if wanted
+
+The rank of the time step is ceil(D / 16) unless it is given. A begins at -1 .. -N in every channel (S4D-Real).
 """
 
 import jax
@@ -15,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, ShortConvolution, fan_in_normal, parameter
+from jaxlinear.models.layers import Linear, ShortConvolution, fan_in_normal, parameter, rms_norm
 from jaxlinear.models.mixers.mamba2 import PROJECTION_SCALE, time_step_biases, time_steps
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
@@ -26,7 +31,12 @@ _CHANNELS_OF_A_RANK = 16  # of D
 
 def widths(config: ModelConfig) -> tuple[int, int]:
     """N, and the rank of the time step."""
-    return config.key_width or STATES, -(-config.width // _CHANNELS_OF_A_RANK)
+    return config.key_width or STATES, config.time_step_rank or paper_rank(config.width)
+
+
+def paper_rank(width: int) -> int:
+    """The rank of the time step unless the config has another."""
+    return -(-width // _CHANNELS_OF_A_RANK)
 
 
 class Mamba(nnx.Module):
@@ -48,11 +58,17 @@ class Mamba(nnx.Module):
             self.inner, config.convolution_width, axis="recurrent", bias=True, rngs=rngs
         )
         self.selection = project(self.inner, self.rank + 2 * self.states, ("recurrent", None))
+        self.selection_epsilon = self.epsilon_of_selection(config)
         self.time_step = project(self.rank, self.inner, (None, "recurrent"), rounded=False)
         self.add_transition(rngs)
         self.D = parameter(nnx.initializers.ones, (self.inner,), ("recurrent",), rngs)
         init = fan_in_normal(PROJECTION_SCALE / config.num_layers)
         self.out = Linear(self.inner, width, axes=("recurrent", "embed"), bias=False, init=init, rngs=rngs)
+
+    @staticmethod
+    def epsilon_of_selection(config: ModelConfig) -> float | None:
+        """Of the norms of what is selected; None where there are none."""
+        return (config.selection_norm_epsilon or config.norm_epsilon) if config.selection_norm else None
 
     def add_transition(self, rngs: nnx.Rngs) -> None:
         """The parameters of ``transition``."""
@@ -76,7 +92,10 @@ class Mamba(nnx.Module):
         v, convolved = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
         # Not rounded to the dtype of x: a time step adds up over time, and the others are few.
         selected = self.selection.product(v, dtypes.wide(x.dtype))
-        low, B, C = jnp.split(selected, (self.rank, self.rank + self.states), axis=-1)
+        parts = jnp.split(selected, (self.rank, self.rank + self.states), axis=-1)
+        if self.selection_epsilon is not None:
+            parts = [rms_norm(part, self.selection_epsilon) for part in parts]
+        low, B, C = parts
         dt, A = self.transition(self.time_step.product(low), B)
         y, memory = operations.selective_scan(v, dt, A, B, C, past.get("memory"), segment_ids=segment_ids)
         z = self.gate(operations.after(x, (v, dt, B, C))).astype(dt.dtype)

@@ -53,7 +53,7 @@ def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
 @pytest.mark.parametrize(
     "name, fields, message",
     [
-        ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2'; llama, mamba, .* can be imp"),
+        ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2'; llama, mistral, mamba, .* can be imp"),
         ("llama", {"model_type": None}, "has no model_type"),
         (
             "llama",
@@ -96,9 +96,19 @@ def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
             r"head_dim is 3; .* only an even number can be imported \(hidden_size=12 over num_attention_heads=4\)$",
         ),
         ("llama", {"num_key_value_heads": 3}, "key_value_heads=3 does not divide model.num_heads=4"),
-        ("mamba", {"time_step_rank": 2}, "time_step_rank is 2; only hidden_size / 16 = 1 can be imported"),
-        ("mamba", {"dt_rank": 3}, "dt_rank is 3; only hidden_size / 16 = 1 can be imported"),
+        ("mamba", {"time_step_rank": 0}, "time_step_rank is 0; it is a whole number from 1 on"),
+        (
+            "mamba",
+            {"time_step_rank": 2, "dt_rank": "auto"},
+            r"x_proj.weight has the shape \[13, 32\]; .* is \[14, 32\]",
+        ),
+        ("mamba", {"dt_rank": 3}, "dt_rank is 3; time_step_rank is 1"),
+        ("mamba", {"intermediate_size": 24}, r"in_proj.weight has the shape \[64, 16\]; by the config it is \[48, "),
         ("mamba", {"use_bias": True}, "use_bias is True; only False can be imported"),
+        ("falcon_mamba", {"mixer_rms_eps": 0}, "mixer_rms_eps is 0.0; only a number above 0 can be imported"),
+        ("falcon_mamba", {"use_bias": True}, "use_bias is True; only False can be imported"),
+        ("falcon_mamba", {"use_conv_bias": False}, "use_conv_bias is False; only True can be imported"),
+        ("falcon_mamba", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' can be imported"),
         ("mamba2", {"n_groups": 8}, "n_groups is 8; only 1 can be imported"),
         ("mamba2", {"use_bias": True}, "use_bias is True; only False can be imported"),
         ("mamba2", {"use_conv_bias": False}, "use_conv_bias is False; only True can be imported"),
@@ -283,6 +293,12 @@ def test_a_stream_that_is_rounded_here_is_warned_of(copied, tmp_path, caplog, ch
             "model.width=20 over model.num_heads=2 is 10 channels a head; in a checkpoint .* only be a multiple of 4",
         ),
         ("mamba", {"channel_mixer": "gated_mlp"}, {}, "channel_mixer is 'gated_mlp'; in mamba it can only be 'none'"),
+        (
+            "falcon_mamba",
+            {"channel_mixer": "gated_mlp"},
+            {},
+            "channel_mixer is 'gated_mlp'; in falcon_mamba it can only be 'none'",
+        ),
         ("mamba2", {"channel_mixer": "gated_mlp"}, {}, "channel_mixer is 'gated_mlp'; in mamba2 it can only be 'none'"),
         ("mamba2", {"recurrent_width": 40}, {}, "recurrent_width=40 is no multiple of model.width=16; in mamba2 it is"),
     ],

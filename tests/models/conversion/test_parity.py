@@ -58,6 +58,11 @@ def mamba(**changes):
     return transformers.MambaForCausalLM(transformers.MambaConfig(**(values | changes)))
 
 
+def falcon_mamba(**changes):
+    values = {"vocab_size": VOCABULARY, "hidden_size": 24, "state_size": 10, "num_hidden_layers": 3}
+    return transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**(values | changes)))
+
+
 def llama(**changes):
     values = {
         "vocab_size": VOCABULARY,
@@ -107,6 +112,17 @@ MODELS = {
     ),
     "mamba": mamba,
     "mamba, untied": lambda: mamba(tie_word_embeddings=False, conv_kernel=3, layer_norm_epsilon=1e-2, expand=3),
+    "mamba, of other widths": lambda: mamba(time_step_rank=5, expand=16, intermediate_size=40),
+    "falcon_mamba": falcon_mamba,
+    # As the published one: the width of the inner channels is not what expand says.
+    "falcon_mamba, untied, of other widths": lambda: falcon_mamba(
+        tie_word_embeddings=False,
+        time_step_rank=5,
+        expand=16,
+        intermediate_size=40,
+        mixer_rms_eps=0.1,
+        layer_norm_epsilon=1e-2,
+    ),
     "mamba2": mamba2,
     "mamba2, tied": lambda: mamba2(tie_word_embeddings=True, conv_kernel=3, layer_norm_epsilon=1e-2),
     "llama": llama,

@@ -1,0 +1,28 @@
+"""Falcon-Mamba (arXiv:2410.05355) as transformers has it: Mamba, and norms of what it selects, which have no weights."""
+
+from typing import Any
+
+from jaxlinear.models.config import ModelConfig
+from jaxlinear.models.conversion import mamba
+from jaxlinear.models.conversion.family import Family, Fields
+
+
+def _model(fields: Fields) -> dict[str, Any]:
+    values, epsilon = mamba.model(fields), fields.number("mixer_rms_eps", 1e-6)
+    if epsilon <= 0 < values["norm_epsilon"]:  # 0 is the model's here
+        fields.refuse("mixer_rms_eps", epsilon, "only a number above 0 can be imported")
+    return values | {"selection_norm": True, "selection_norm_epsilon": epsilon}
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    return mamba.fields_of(config, "falcon_mamba") | {
+        "architectures": ["FalconMambaForCausalLM"],
+        "mixer_rms_eps": config.selection_norm_epsilon or config.norm_epsilon,
+    }
+
+
+def _is_one(config: ModelConfig) -> bool:
+    return config.selection_norm
+
+
+FAMILY = Family("falcon_mamba", ("mamba",), _model, _fields, mamba.links, is_one=_is_one)
