@@ -60,6 +60,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "model.discretization": (OrPreset("zero_order_hold"), "Of s5: zero_order_hold or bilinear."),
     "model.head_norm": (OrPreset("group"), "Of retention's heads: group, as in RetNet, or rms, with a learned scale."),
+    "model.output_gate": (
+        OrPreset("auto"),
+        "What delta_net and gated_delta_net multiply their normalised output by: silu (of a projection of x) or none; auto "
+        "is none in delta_net and silu in gated_delta_net.",
+    ),
     "model.gate_bias": (OrPreset(False), "A bias in kda's gate, as in flash-linear-attention."),
     "model.negative_eigenvalues": (
         OrPreset(False),

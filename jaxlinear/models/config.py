@@ -27,6 +27,7 @@ class ModelConfig:
     feature_map: str = "identity"
     discretization: str = "zero_order_hold"
     head_norm: str = "group"
+    output_gate: str = "auto"
     gate_bias: bool = False
     negative_eigenvalues: bool = False
     householders: int = 1

@@ -91,6 +91,7 @@ READERS = {
     "rotary_base": (*_ATTENTION, "retention"),
     "output_norm_epsilon": ("hgrn2",),
     "head_norm": ("retention",),
+    "output_gate": ("delta_net", "gated_delta_net"),
     "gate_bias": ("kda",),
     "negative_eigenvalues": _DELTA_RULE,
     "householders": _DELTA_RULE,
