@@ -68,6 +68,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         OrPreset(False),
         "In mamba, RMS norms without weights of what the time step follows from, of B and of C, as in Falcon-Mamba.",
     ),
+    "model.output_gate": (
+        OrPreset("auto"),
+        "What delta_net and gated_delta_net multiply their normalised output by: silu (of a projection of x) or none; auto "
+        "is none in delta_net and silu in gated_delta_net.",
+    ),
     "model.gate_bias": (OrPreset(False), "A bias in kda's gate, as in flash-linear-attention."),
     "model.negative_eigenvalues": (
         OrPreset(False),

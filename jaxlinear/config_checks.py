@@ -208,6 +208,7 @@ _CHOICES = {
     "model.feature_map": ("identity", "elu", "relu", "taylor", "rebased", "hedgehog"),
     "model.discretization": ("zero_order_hold", "bilinear"),
     "model.head_norm": ("group", "rms"),
+    "model.output_gate": ("auto", "none", "silu"),
     "model.channel_mixer": ("gated_mlp", "mixture_of_experts", "none"),
     "model.mlp_activation": ("gelu", "silu"),
     "model.dtype": MODEL_DTYPES,

@@ -209,6 +209,7 @@ OTHER = dict.fromkeys((name for name in mixers.READERS if name not in ("bias", "
     "selection_norm": True,
     "selection_norm_epsilon": 0.25,
     "head_norm": "rms",
+    "output_gate": "silu",
     "gate_bias": True,
     "negative_eigenvalues": True,
 }

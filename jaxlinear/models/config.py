@@ -29,6 +29,7 @@ class ModelConfig:
     discretization: str = "zero_order_hold"
     head_norm: str = "group"
     selection_norm: bool = False
+    output_gate: str = "auto"
     gate_bias: bool = False
     negative_eigenvalues: bool = False
     householders: int = 1

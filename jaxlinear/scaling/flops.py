@@ -64,22 +64,27 @@ def longhorn(config: ModelConfig, length: int) -> float:
 
 
 def delta_net(config: ModelConfig, length: int) -> float:
-    """The projection H V x D, and ``_delta_rule``."""
+    """``_delta_output`` and ``_delta_rule``."""
     h, k, v = mixers.delta_net.widths(config)
-    return 2 * config.width * h * v + _delta_rule(config, h, k, v)
+    return _delta_output(config, "delta_net", h, v) + _delta_rule(config, h, k, v)
 
 
 def gated_delta_net(config: ModelConfig, length: int) -> float:
-    """As DeltaNet, and the projections of the decay, D x H, and of the gate, D x H V."""
+    """As DeltaNet, and the projection of the decay, D x H."""
     h, k, v = mixers.gated_delta_net.widths(config)
-    return 2 * config.width * h * (2 * v + 1) + _delta_rule(config, h, k, v)
+    return 2 * config.width * h + _delta_output(config, "gated_delta_net", h, v) + _delta_rule(config, h, k, v)
 
 
 def kda(config: ModelConfig, length: int) -> float:
-    """As DeltaNet, and two maps of rank V, to the decays, H K, and to the gate, H V."""
+    """The projection H V x D, ``_delta_rule``, and two maps of rank V, to the decays, H K, and to the gate, H V."""
     h, k, v = mixers.kda.widths(config)
     low_rank = 2 * v * (2 * config.width + h * k + h * v)
     return 2 * config.width * h * v + low_rank + _delta_rule(config, h, k, v)
+
+
+def _delta_output(config: ModelConfig, mixer: str, h: int, v: int) -> float:
+    """The projection H V x D, and that of a gate, D x H V."""
+    return 2 * config.width * h * v * (1 + mixers.delta_net.has_gate(config, mixer))
 
 
 def _delta_rule(config: ModelConfig, h: int, k: int, v: int) -> float:

@@ -8,15 +8,14 @@ from tests import oracles
 
 def delta_net(parameters, x, ids, config):
     o = _delta_rule(*_inputs(parameters["inputs"], x, ids, config), None, ids)
-    return _out(parameters, _norm(parameters["norm"], o, config))
+    return _gated(parameters, x, o, config)
 
 
 def gated_delta_net(parameters, x, ids, config):
     inputs = _inputs(parameters["inputs"], x, ids, config)
     dt = oracles.softplus(oracles.linear(parameters["decay"], x) + parameters["dt_bias"])
     o = _delta_rule(*inputs, np.exp(-np.exp(parameters["A_log"]) * dt)[..., None], ids)
-    gate = oracles.linear(parameters["gate"], x).reshape(o.shape)
-    return _out(parameters, _norm(parameters["norm"], o, config) * silu(gate))
+    return _gated(parameters, x, o, config)
 
 
 def kda(parameters, x, ids, config):
@@ -81,6 +80,11 @@ def _delta_rule(q, k, v, beta, decay, ids):
                 state = (np.eye(width) - replaced * np.outer(key, key)) @ state + replaced * np.outer(key, value)
             o[b, t, h] = width**-0.5 * state.T @ q[b, t, h]
     return o
+
+
+def _gated(parameters, x, o, config):
+    gate = silu(oracles.linear(parameters["gate"], x)).reshape(o.shape) if "gate" in parameters else 1
+    return _out(parameters, _norm(parameters["norm"], o, config) * gate)
 
 
 def _low_rank(parameters, x):

@@ -1,5 +1,7 @@
 """DeltaNet: its parameters, the numbers that it starts from, and its keys of unit length."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,16 @@ def test_the_parameters():
         "norm": {"scale": (8,)},
         "out": {"kernel": (16, 16)},
     }
+
+
+def test_the_gate():
+    """Of the values, and beside it the parameters are as many as without."""
+    config = small.config(recurrent_heads=3, key_width=5, value_width=4, output_gate="silu")
+    gated = small.module(lambda rngs: DeltaNet(config, rngs=rngs))[1]
+    assert gated.pop("gate")["kernel"].shape == (16, 12)
+    for gate in ("none", "auto"):
+        plain = small.module(lambda rngs: DeltaNet(dataclasses.replace(config, output_gate=gate), rngs=rngs))[1]  # noqa: B023
+        assert jax.tree.map(np.shape, plain) == jax.tree.map(np.shape, gated)
 
 
 def test_the_widths_that_are_given():
@@ -51,10 +63,12 @@ def test_the_parameters_at_the_start():
     assert not mixer.norm.scale[...].any()
 
 
-def test_the_outputs_at_the_start():
-    mixer = DeltaNet(small.config(width=64, num_heads=4, num_layers=8), rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("gate, size", [("none", 1), ("silu", 0.6)])
+def test_the_outputs_at_the_start(gate, size):
+    """The gate is that of gated_delta_net."""
+    mixer = DeltaNet(small.config(width=64, num_heads=4, num_layers=8, output_gate=gate), rngs=nnx.Rngs(0))
     y, _ = numerics.jit(mixer)(jax.random.normal(jax.random.key(1), (4, 32, 64)))
-    assert float(jnp.std(y)) == pytest.approx((2 / 8) ** 0.5, rel=0.1)
+    assert float(jnp.std(y)) == pytest.approx(size * (2 / 8) ** 0.5, rel=0.1)
 
 
 def test_unit_length():

@@ -28,6 +28,8 @@ def test_the_parameters():
         "norm": {"scale": (12,)},
         "out": {"kernel": (24, 16)},
     }
+    without = small.module(lambda rngs: GatedDeltaNet(small.config(output_gate="none"), rngs=rngs))[1]
+    assert parameters.keys() - without.keys() == {"gate"} and without.keys() < parameters.keys()
 
 
 @pytest.mark.parametrize("given, expected", [({"key_width": 5}, (5, 10)), ({"value_width": 5}, (6, 5))], ids=str)

@@ -65,7 +65,11 @@ MODELS = {
         {"feature_map": "taylor", "key_width": 3, "convolution_width": 3, "num_layers": 3},
         FOUR,
     ),
-    "delta_net_and_attention": (("delta_net", "attention"), {"context": 2 * T, "key_value_heads": 2}, TWO),
+    "delta_net_and_attention": (
+        ("delta_net", "attention"),
+        {"output_gate": "silu", "context": 2 * T, "key_value_heads": 2},
+        TWO,
+    ),
     "gla_and_windows": (("gla", "sliding_window"), {}, TWO),
 }
 HYBRIDS = ("griffin", "samba", "based", "delta_net_and_attention", "gla_and_windows")

@@ -90,6 +90,16 @@ def test_gated_delta_net_by_hand():
     assert flops.gated_delta_net(CONFIG, LENGTH) == projections + convolution + recurrence == 15_392
 
 
+@pytest.mark.parametrize(
+    "gate, plain, gated", [("auto", 10_816, 15_392), ("none", 10_816, 12_320), ("silu", 12_864, 15_392)]
+)
+def test_output_gates_by_hand(gate, plain, gated):
+    """2 x 32 x 32 where values add up to D, 2 x 32 x 48 where they add up to 3/2 D."""
+    config = dataclasses.replace(CONFIG, output_gate=gate)
+    assert flops.delta_net(config, LENGTH) == plain
+    assert flops.gated_delta_net(config, LENGTH) == gated
+
+
 def test_kda_by_hand():
     """4 heads of 8."""
     low_rank = 2 * (2 * 32 * 8 + 2 * 8 * 32)
@@ -232,6 +242,8 @@ def test_xla_counts_as_many(pattern):
 ONE_TOKEN = [
     *((name, {}) for name in sorted(set(mixers.MIXERS) - set(IN_TIME))),
     ("gated_delta_net", {"householders": 3}),
+    ("delta_net", {"output_gate": "silu"}),
+    ("gated_delta_net", {"output_gate": "none"}),
 ]
 
 

@@ -96,6 +96,7 @@ READERS = {
     "selection_norm": ("mamba",),
     "selection_norm_epsilon": ("mamba",),
     "head_norm": ("retention",),
+    "output_gate": ("delta_net", "gated_delta_net"),
     "gate_bias": ("kda",),
     "negative_eigenvalues": _DELTA_RULE,
     "householders": _DELTA_RULE,

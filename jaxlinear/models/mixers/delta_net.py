@@ -7,6 +7,8 @@ q, k and v are projections of x after a short convolution and SiLU, q and k then
 ``out(norm(o))``, the norm over each head. The factor K^-0.5 is that of the authors' program
 (github.com/fla-org/flash-linear-attention); but for the norm's epsilon it changes nothing.
 
+With ``model.output_gate`` "silu" it is ``out(norm(o) * silu(W_g x))``, as with that program's ``use_gate``.
+
 With ``model.negative_eigenvalues`` beta_t is twice as much (Grazzi et al. 2024, arXiv:2411.12537): of the transition
 I - beta_t k_t k_t^T, which a state is multiplied by, the eigenvalue of k_t then lies in (-1, 1) instead of (0, 1).
 
@@ -25,6 +27,13 @@ from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
 _EPSILON = 1e-6  # added to the squared length of a query or a key
+OWN_GATE = {"delta_net": "none", "gated_delta_net": "silu"}  # what ``model.output_gate`` "auto" is, by mixer
+
+
+def has_gate(config: ModelConfig, mixer: str = "delta_net") -> bool:
+    """Whether the output of one of ``OWN_GATE``'s mixers is multiplied by a gate."""
+    gate = config.output_gate
+    return (OWN_GATE[mixer] if gate == "auto" else gate) == "silu"
 
 
 def widths(config: ModelConfig, mixer: str = "delta_net") -> tuple[int, int, int]:
@@ -82,7 +91,28 @@ class DeltaInputs(nnx.Module):
         return (q, k, v, sharding.constrain(beta, "batch", "time", "heads", *(None,) * len(self.updates))), new
 
 
-class DeltaNet(nnx.Module):
+class DeltaOutput(nnx.Module):
+    """What becomes of ``o [B, T, H, V]``: ``out(norm(o))``, or ``out(norm(o) * silu(gate(x)))``.
+
+    A base of mixers and no part of them: in checkpoints ``gate``, ``norm`` and ``out`` are the mixer's own.
+    """
+
+    def _add_output(self, config: ModelConfig, heads: int, value_width: int, *, gated: bool, rngs: nnx.Rngs) -> None:
+        width, inner = config.width, heads * value_width
+        self.gate = Linear(width, inner, axes=("embed", "heads"), bias=False, rngs=rngs) if gated else None
+        self.norm = RMSNorm(value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
+        init = fan_in_normal(2 / config.num_layers)
+        self.out = Linear(inner, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
+
+    def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
+        wide = dtypes.wide(x.dtype)
+        gate = None if self.gate is None else by_head(self.gate(x), o.shape[2]).astype(wide)
+        o = self.norm(o.astype(wide))
+        o = (o if gate is None else o * jax.nn.silu(gate)).astype(x.dtype)
+        return self.out(o.reshape(*x.shape[:2], -1))
+
+
+class DeltaNet(DeltaOutput):
     """Over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and that of ``DeltaInputs``."""
 
     OVER_SEQUENCE = True
@@ -90,9 +120,7 @@ class DeltaNet(nnx.Module):
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         self.widths = heads, _, value_width = widths(config)
         self.inputs = DeltaInputs(config, *self.widths, rngs=rngs)
-        self.norm = RMSNorm(value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
-        init = fan_in_normal(2 / config.num_layers)
-        self.out = Linear(heads * value_width, config.width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
+        self._add_output(config, heads, value_width, gated=has_gate(config), rngs=rngs)
 
     def init_state(self, batch: int) -> dict[str, jax.Array]:
         memory = jnp.zeros((batch, *self.widths), dtypes.wide(self.inputs.dtype))
@@ -105,7 +133,7 @@ class DeltaNet(nnx.Module):
         (q, k, v, beta), new = self.inputs(x, segment_ids=segment_ids, past=past)
         options = {"segment_ids": segment_ids, "negative_eigenvalues": self.inputs.negative_eigenvalues}
         o, new["memory"] = operations.delta_rule(q, k, v, beta, None, past.get("memory"), **options)
-        return self.out(self.norm(o).reshape(*x.shape[:2], -1)), new
+        return self._output(o, x), new
 
 
 def unit_length(x: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@
     o_t = K^-0.5 S_t^T q_t
 
 q, k, v and beta are those of DeltaNet (``delta_net.py``). The layer is ``out(norm(o) * silu(W_g x))``, the norm over each
-head.
+head; with ``model.output_gate`` "none" it is ``out(norm(o))``.
 """
 
 import jax
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, parameter, per_head
-from jaxlinear.models.mixers.delta_net import DeltaInputs
+from jaxlinear.models.layers import Linear, fan_in_normal, parameter, per_head
+from jaxlinear.models.mixers.delta_net import DeltaInputs, DeltaOutput, has_gate
 from jaxlinear.models.mixers.mamba2 import PROJECTION_SCALE, log_rates, time_step_biases, time_steps
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
@@ -29,23 +29,19 @@ def widths(config: ModelConfig) -> tuple[int, int, int]:
     return heads, key_width, config.value_width or 2 * key_width
 
 
-class GatedDeltaNet(nnx.Module):
+class GatedDeltaNet(DeltaOutput):
     """Over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and that of ``DeltaInputs``."""
 
     OVER_SEQUENCE = True
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         self.widths = heads, _, value_width = widths(config)
-        width, inner = config.width, heads * value_width
         self.inputs = DeltaInputs(config, *self.widths, rngs=rngs)
         init = fan_in_normal(PROJECTION_SCALE)
-        self.decay = Linear(width, heads, axes=("embed", "heads"), bias=False, init=init, rngs=rngs)
+        self.decay = Linear(config.width, heads, axes=("embed", "heads"), bias=False, init=init, rngs=rngs)
         self.A_log = parameter(log_rates(*RATE_RANGE), (heads,), ("heads",), rngs)
         self.dt_bias = parameter(time_step_biases, (heads,), ("heads",), rngs)
-        self.gate = Linear(width, inner, axes=("embed", "heads"), bias=False, rngs=rngs)
-        self.norm = RMSNorm(value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
-        init = fan_in_normal(2 / config.num_layers)
-        self.out = Linear(inner, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
+        self._add_output(config, heads, value_width, gated=has_gate(config, "gated_delta_net"), rngs=rngs)
 
     def init_state(self, batch: int) -> dict[str, jax.Array]:
         memory = jnp.zeros((batch, *self.widths), dtypes.wide(self.inputs.dtype))
@@ -60,6 +56,4 @@ class GatedDeltaNet(nnx.Module):
         log_decay = -jnp.exp(self.A_log[...].astype(dt.dtype))[None, None] * dt
         options = {"segment_ids": segment_ids, "negative_eigenvalues": self.inputs.negative_eigenvalues}
         o, new["memory"] = operations.delta_rule(q, k, v, beta, log_decay, past.get("memory"), **options)
-        gate = by_head(self.gate(x), v.shape[2]).astype(dt.dtype)
-        o = (self.norm(o.astype(dt.dtype)) * jax.nn.silu(gate)).astype(x.dtype)
-        return self.out(o.reshape(*x.shape[:2], -1)), new
+        return self._output(o, x), new

@@ -113,7 +113,14 @@ MODELS = {
     "gla": HYBRID | {"pattern": ("gla", "gla", "sliding_window"), "key_width": 4, "value_width": 8, "window": 4},
     "gated_deltanet": FLA | {"pattern": ("gated_delta_net",), "recurrent_heads": 3, "key_width": 6, "value_width": 10},
     "gated_deltaproduct": FLA
-    | {"pattern": ("gated_delta_net",), "recurrent_heads": 3, "householders": 2, "key_width": 6, "value_width": 10},
+    | {
+        "pattern": ("gated_delta_net",),
+        "recurrent_heads": 3,
+        "householders": 2,
+        "key_width": 6,
+        "value_width": 10,
+        "output_gate": "none",
+    },
     "kda": FLA | {"pattern": ("kda",), "recurrent_heads": 2, "key_width": 6, "value_width": 10, "gate_bias": True},
     "retnet": HYBRID
     | {
@@ -125,7 +132,14 @@ MODELS = {
     },
     "hgrn": FLA | {"pattern": ("hgrn",), "recurrent_width": 24},
     "hgrn2": FLA | {"pattern": ("hgrn2",), "key_width": 8, "value_width": 8, "output_norm_epsilon": 1e-5},
-    "delta_net": HYBRID | {"pattern": ("delta_net", "attention"), "key_width": 8, "value_width": 8, "context": 32},
+    "delta_net": HYBRID
+    | {
+        "pattern": ("delta_net", "attention"),
+        "key_width": 8,
+        "value_width": 8,
+        "output_gate": "silu",
+        "context": 32,
+    },
 }
 
 

@@ -47,12 +47,28 @@ MODELS = {
         "norm_eps": 1e-2,
         "attn": _FULL,
     },
+    "delta_net, with a gate": {
+        "model_type": "delta_net",
+        "num_heads": 2,
+        "expand_v": 0.75,
+        "norm_eps": 1e-2,
+        "use_gate": True,
+        "attn": _WINDOWS,
+    },
     "delta_net, negative eigenvalues": {"model_type": "delta_net", "num_heads": 4, "allow_neg_eigval": True},
     "gated_deltanet, negative eigenvalues": {
         "model_type": "gated_deltanet",
         "num_heads": 2,
         "head_dim": 8,
         "allow_neg_eigval": True,
+    },
+    "gated_deltanet, without a gate": {
+        "model_type": "gated_deltanet",
+        "num_heads": 2,
+        "head_dim": 8,
+        "norm_eps": 1e-2,
+        "use_gate": False,
+        "output_gate_activation": "sigmoid",  # of none
     },
     "gated_deltaproduct": {
         "model_type": "gated_deltaproduct",
@@ -72,6 +88,23 @@ MODELS = {
         "num_householder": 3,
         "use_output_gate": False,
     },
+    "gated_deltaproduct, with its output's gate": {
+        "model_type": "gated_deltaproduct",
+        "num_heads": 2,
+        "head_dim": 12,
+        "num_householder": 2,
+    },
+    "gated_deltaproduct, with its decay": {
+        "model_type": "gated_deltaproduct",
+        "num_heads": 3,
+        "head_dim": 8,
+        "expand_v": 0.75,
+        "norm_eps": 1e-2,
+        "num_householder": 2,
+        "use_forget_gate": True,
+        "use_output_gate": False,
+    },
+    "gated_deltaproduct, of one update": {"model_type": "gated_deltaproduct", "num_heads": 2, "head_dim": 12},
     "kda": {"model_type": "kda", "num_heads": 2, "head_dim": 12},
     "kda, with windows": {
         "model_type": "kda",
@@ -360,39 +393,49 @@ def _convolved(x, kernel):
     return sum(padded[:, i : i + x.shape[1]] * kernel[:, 0, i] for i in range(taps))
 
 
+def _has_gate(fields):
+    kind = fields["model_type"]
+    return fields.get("use_output_gate" if kind == "gated_deltaproduct" else "use_gate", kind != "delta_net")
+
+
+def _gate_shapes(fields, values):
+    return {"g_proj.weight": (values, fields["hidden_size"])} if _has_gate(fields) else {}
+
+
+def _delta_output(fields, w, x, o):
+    gate = _silu(x @ w["g_proj.weight"].T) if _has_gate(fields) else 1
+    return (o.reshape(*x.shape[:2], -1) * gate) @ w["o_proj.weight"].T
+
+
 def _delta_net_shapes(fields):
     keys, values = (int(fields["hidden_size"] * fields.get(name, 1)) for name in ("expand_k", "expand_v"))
-    return _delta_shapes(fields, fields["num_heads"], keys, values)
+    return _delta_shapes(fields, fields["num_heads"], keys, values) | _gate_shapes(fields, values)
 
 
 def _delta_net(fields, w, x):
-    return _delta_rule(fields, w, x).reshape(*x.shape[:2], -1) @ w["o_proj.weight"].T
+    return _delta_output(fields, w, x, _delta_rule(fields, w, x))
 
 
 def _gated_deltanet_shapes(fields):
     width, heads, head = fields["hidden_size"], fields["num_heads"], fields["head_dim"]
     values = heads * int(head * fields.get("expand_v", 2))
-    own = {"a_proj.weight": (heads, width), "A_log": (heads,), "dt_bias": (heads,), "g_proj.weight": (values, width)}
+    own = {"a_proj.weight": (heads, width), "A_log": (heads,), "dt_bias": (heads,)} | _gate_shapes(fields, values)
     return _delta_shapes(fields, heads, heads * head, values) | own
 
 
 def _gated_deltanet(fields, w, x):
     rate = np.exp(w["A_log"]) * np.log1p(np.exp(x @ w["a_proj.weight"].T + w["dt_bias"]))
-    o = _delta_rule(fields, w, x, np.exp(-rate)[..., None, None])
-    return (o.reshape(*x.shape[:2], -1) * _silu(x @ w["g_proj.weight"].T)) @ w["o_proj.weight"].T
+    return _delta_output(fields, w, x, _delta_rule(fields, w, x, np.exp(-rate)[..., None, None]))
 
 
 def _gated_deltaproduct_shapes(fields):
-    found, unread = _gated_deltanet_shapes(fields), set()
-    if not fields.get("use_forget_gate"):
-        unread |= {"a_proj.weight", "A_log", "dt_bias"}
-    if not fields.get("use_output_gate", True):
-        unread |= {"g_proj.weight"}
+    found = _gated_deltanet_shapes(fields)
+    unread = () if fields.get("use_forget_gate") else ("a_proj.weight", "A_log", "dt_bias")
     return {name: shape for name, shape in found.items() if name not in unread}
 
 
 def _gated_deltaproduct(fields, w, x):
-    """Gated DeltaNet, or without both of its gates DeltaNet."""
+    """Gated DeltaNet, or without its decay DeltaNet."""
     return (_gated_deltanet if fields.get("use_forget_gate") else _delta_net)(fields, w, x)
 
 

@@ -108,7 +108,7 @@ def test_files_of_2024(tmp_path):
 DEFAULTS = {
     "gla": 1_365_514_240,
     "gated_deltanet": 1_387_348_732,
-    "gated_deltaproduct": 1_387_348_732,
+    "gated_deltaproduct": 1_387_090_432,
     "delta_net": 1_365_677_056,
     "hgrn": 1_364_396_032,
     "hgrn2": 1_364_396_032,
@@ -120,9 +120,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_what_is_left_out_has_the_default_of_the_package(name):
-    # That of DeltaProduct has a gate and no decay, which is none of ours; and one update a token.
-    decays = {"use_forget_gate": True} if name == "gated_deltaproduct" else {}
-    fields = Fields({"model_type": name} | decays, "config.json")
+    fields = Fields({"model_type": name}, "config.json")
     model = convert._config(hugging_face.family_of_fields(fields).model(fields))
     assert describe(configs.model_config(model)).num_parameters == DEFAULTS[name]
 
@@ -157,19 +155,15 @@ WINDOW = {"layers": [1], "num_heads": 2, "window_size": 4}
         ("gla", {"attn": [WINDOW, WINDOW | {"layers": [0], "num_heads": 4}]}, "attn is .*; only layers of the same"),
         ("gla", {"attn": [WINDOW, WINDOW | {"layers": [0], "window_size": 5}]}, "attn is .*; only layers of the same"),
         ("gated_deltanet", {"num_v_heads": 4}, "num_v_heads is 4; only 3 can be imported"),
-        ("gated_deltanet", {"use_gate": False}, "use_gate is False; only True can be imported"),
+        ("gated_deltanet", {"use_gate": 0}, "use_gate is 0; it is true or false"),
         ("gated_deltanet", {"output_gate_activation": "sigmoid"}, "'sigmoid'; only 'swish' or 'silu' can be imported"),
         ("gated_deltanet", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),
         ("gated_deltanet", {"expand_v": 0.3}, "expand_v is 0.3; that is 3.59"),
-        (
-            "gated_deltaproduct",
-            {"use_output_gate": False},
-            "use_forget_gate is True; only what use_output_gate is, here False, can be imported",
-        ),
-        ("gated_deltaproduct", {"use_forget_gate": False}, "use_forget_gate is False; only .* is, here True, can be"),
+        ("gated_deltaproduct", {"use_output_gate": "silu"}, "use_output_gate is 'silu'; it is true or false"),
+        ("gated_deltaproduct", {"use_forget_gate": 1}, "use_forget_gate is 1; it is true or false"),
         ("gated_deltaproduct", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),
         ("gated_deltaproduct", {"num_householder": 0}, "num_householder is 0; it is a whole number from 1 on"),
-        ("delta_net", {"use_gate": True}, "use_gate is True; only False can be imported"),
+        ("delta_net", {"use_gate": 1}, "use_gate is 1; it is true or false"),
         ("delta_net", {"use_beta": False}, "use_beta is False; only True can be imported"),
         ("delta_net", {"use_short_conv": False}, "use_short_conv is False; only True can be imported"),
         ("hgrn", {"attn": WINDOW}, "attn is .*; only null can be imported"),

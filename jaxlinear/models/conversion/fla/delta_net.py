@@ -7,14 +7,13 @@ from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Family, Fields
 from jaxlinear.models.conversion.fla import shared
 from jaxlinear.models.conversion.fla.releases import as_now
-from jaxlinear.models.conversion.links import Link, shifted
-from jaxlinear.models.mixers.delta_net import widths
+from jaxlinear.models.conversion.links import Link
+from jaxlinear.models.mixers.delta_net import has_gate, widths
 
 
 def _model(fields: Fields) -> dict[str, Any]:
     heads = fields.integer("num_heads", 16)
     values = shared.model(fields, "delta_net")
-    fields.only("use_gate", False, default=False)
     fields.only("use_beta", True, default=True)
     fields.only("use_short_conv", True, default=True)
     fields.only("qk_norm", "l2", default="l2")
@@ -25,6 +24,7 @@ def _model(fields: Fields) -> dict[str, Any]:
     fields.only("qk_activation", "silu", default="silu")
     values |= shared.expanded_heads(fields, heads, values["width"], expand_k=1.0, expand_v=1.0)
     return values | {
+        "output_gate": shared.output_gate("delta_net", fields.boolean("use_gate", False)),
         "negative_eigenvalues": fields.boolean("allow_neg_eigval", False),
         "convolution_width": fields.integer("conv_size", 4),
     }
@@ -33,7 +33,7 @@ def _model(fields: Fields) -> dict[str, Any]:
 def _fields(config: ModelConfig) -> dict[str, Any]:
     fields = shared.fields_of(config, "delta_net", "DeltaNetForCausalLM") | shared.expansions(config, widths(config))
     return fields | {
-        "use_gate": False,
+        "use_gate": has_gate(config),
         "use_beta": True,
         "use_short_conv": True,
         "allow_neg_eigval": config.negative_eigenvalues,
@@ -46,8 +46,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
 def _links(config: ModelConfig) -> Iterator[Link]:
     def own(there: str, layer: int) -> Iterator[Link]:
         yield from shared.delta_inputs(config, there, layer)
-        yield from shared.projections(there, layer, o="out")
-        yield Link(f"{there}.o_norm.weight", "mixer.norm.scale", layer, shifted(config.norm_offset))
+        yield from shared.delta_output(config, "delta_net", there, layer)
 
     return shared.links(config, own)
 

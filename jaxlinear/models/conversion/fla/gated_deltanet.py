@@ -7,7 +7,8 @@ from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Family, Fields
 from jaxlinear.models.conversion.fla import shared
 from jaxlinear.models.conversion.fla.releases import as_now
-from jaxlinear.models.conversion.links import TRANSPOSED, Link, shifted
+from jaxlinear.models.conversion.links import TRANSPOSED, Link
+from jaxlinear.models.mixers.delta_net import has_gate
 from jaxlinear.models.mixers.gated_delta_net import widths
 
 
@@ -15,15 +16,17 @@ def _model(fields: Fields) -> dict[str, Any]:
     heads = fields.integer("num_heads", 6)
     values = shared.model(fields, "gated_delta_net", num_layers=21)
     fields.only("num_v_heads", heads, default=heads)
-    fields.only("use_gate", True, default=True)
-    fields.only("output_gate_activation", "swish", "silu", default="swish")
+    gate = fields.boolean("use_gate", True)
+    if gate:
+        fields.only("output_gate_activation", "swish", "silu", default="swish")
     fields.only("use_short_conv", True, default=True)
-    return values | shared.delta_heads(fields, heads, head_dim=256, expand_v=2.0)
+    values |= shared.delta_heads(fields, heads, head_dim=256, expand_v=2.0)
+    return values | {"output_gate": shared.output_gate("gated_delta_net", gate)}
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
     fields = shared.fields_of(config, "gated_deltanet", "GatedDeltaNetForCausalLM")
-    return fields | shared.delta_fields(config, widths(config)) | {"use_gate": True}
+    return fields | shared.delta_fields(config, widths(config)) | {"use_gate": has_gate(config, "gated_delta_net")}
 
 
 def _links(config: ModelConfig) -> Iterator[Link]:
@@ -32,8 +35,7 @@ def _links(config: ModelConfig) -> Iterator[Link]:
         yield Link(f"{there}.a_proj.weight", "mixer.decay.kernel", layer, TRANSPOSED)
         yield Link(f"{there}.A_log", "mixer.A_log", layer)
         yield Link(f"{there}.dt_bias", "mixer.dt_bias", layer)
-        yield from shared.projections(there, layer, g="gate", o="out")
-        yield Link(f"{there}.o_norm.weight", "mixer.norm.scale", layer, shifted(config.norm_offset))
+        yield from shared.delta_output(config, "gated_delta_net", there, layer)
 
     return shared.links(config, own)
 

@@ -1,5 +1,5 @@
-"""DeltaProduct (arXiv:2502.10297) as flash-linear-attention has it: with a decay and a gate it is Gated DeltaNet of several
-updates a token, with neither DeltaNet."""
+"""DeltaProduct (arXiv:2502.10297) as flash-linear-attention has it: with a decay it is Gated DeltaNet of several updates a
+token, without one DeltaNet."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,26 +16,27 @@ _GATED, _PLAIN = "gated_delta_net", "delta_net"
 
 def _model(fields: Fields) -> dict[str, Any]:
     heads = fields.integer("num_heads", 6)
-    decays, gate = fields.boolean("use_forget_gate", False), fields.boolean("use_output_gate", True)
-    if decays != gate:
-        fields.refuse("use_forget_gate", decays, f"only what use_output_gate is, here {gate}, can be imported")
-    values = shared.model(fields, _GATED if gate else _PLAIN, num_layers=21)
+    mixer = _GATED if fields.boolean("use_forget_gate", False) else _PLAIN
+    values = shared.model(fields, mixer, num_layers=21)
     fields.only("use_short_conv", True, default=True)
     values |= shared.delta_heads(fields, heads, head_dim=256, expand_v=2.0)
-    return values | {"householders": fields.integer("num_householder", 1)}
+    return values | {
+        "output_gate": shared.output_gate(mixer, fields.boolean("use_output_gate", True)),
+        "householders": fields.integer("num_householder", 1),
+    }
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
-    gated = _GATED in config.pattern
-    widths = (mixers.gated_delta_net if gated else mixers.delta_net).widths(config)
+    decays = _GATED in config.pattern
+    widths = (mixers.gated_delta_net if decays else mixers.delta_net).widths(config)
     fields = shared.fields_of(config, "gated_deltaproduct", "GatedDeltaProductForCausalLM")
     return (
         fields
         | shared.delta_fields(config, widths)
         | {
             "num_householder": config.householders,
-            "use_forget_gate": gated,
-            "use_output_gate": gated,
+            "use_forget_gate": decays,
+            "use_output_gate": mixers.delta_net.has_gate(config, _GATED if decays else _PLAIN),
         }
     )
 

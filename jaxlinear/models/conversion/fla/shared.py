@@ -9,6 +9,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import Fields, require
 from jaxlinear.models.conversion.links import TAPS, TRANSPOSED, Link, regrouped, shifted
+from jaxlinear.models.mixers.delta_net import OWN_GATE, has_gate
 
 ATTENTION = ("attention", "sliding_window")
 _MULTIPLE = 256  # of an MLP's inner width that is not given
@@ -210,6 +211,19 @@ def delta_inputs(config: ModelConfig, there: str, layer: int) -> Iterator[Link]:
     ):
         ours = f"mixer.inputs.{name}_convolution.convolution_kernel"
         yield Link(f"{there}.{letter}_conv1d.weight", ours, layer, regrouped(updates, config.heads, TAPS))
+
+
+def delta_output(config: ModelConfig, mixer: str, there: str, layer: int) -> Iterator[Link]:
+    """Gate, norm and output of ``delta_net`` and ``gated_delta_net``."""
+    gate = {"g": "gate"} if has_gate(config, mixer) else {}
+    yield from projections(there, layer, **gate, o="out")
+    yield Link(f"{there}.o_norm.weight", "mixer.norm.scale", layer, shifted(config.norm_offset))
+
+
+def output_gate(mixer: str, gate: bool) -> str:
+    """``model.output_gate`` of one of these mixers with a gate or without."""
+    given = "silu" if gate else "none"
+    return "auto" if given == OWN_GATE[mixer] else given
 
 
 def delta_heads(fields: Fields, heads: int, *, head_dim: int, expand_v: float) -> dict[str, Any]:
