@@ -33,14 +33,8 @@ class CachedAttention(nnx.Module):
         width = config.width
         self.heads, self.groups, self.head_width = config.num_heads, config.key_value_heads, config.head_width
         self.slots = slots
-        self.turns = functools.partial(
-            rotary_frequencies,
-            self.head_width,
-            fraction=config.rotary_fraction,
-            base=config.rotary_base,
-            scaling=config.rotary_scaling,
-            context=config.rotary_context,
-        )
+        self.rotary_fraction, self.rotary_base = config.rotary_fraction, config.rotary_base
+        self.rotary_scaling, self.rotary_context = config.rotary_scaling, config.rotary_context
         self.dtype = config.activation_dtype
         inner, shared = self.heads * self.head_width, self.groups * self.head_width
         # One head is not cut over the mesh: every device needs the whole of it.
@@ -80,7 +74,14 @@ class CachedAttention(nnx.Module):
         return self.out(o.reshape(batch, length, -1)), state
 
     def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        return rotary(x, positions, self.turns())
+        turns = rotary_frequencies(
+            self.head_width,
+            fraction=self.rotary_fraction,
+            base=self.rotary_base,
+            scaling=self.rotary_scaling,
+            context=self.rotary_context,
+        )
+        return rotary(x, positions, turns)
 
     def _tokens(self, q, k, v, segment_ids, state):
         batch, length = q.shape[:2]
