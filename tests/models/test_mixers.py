@@ -71,9 +71,10 @@ MIXERS = {
     "s5_bilinear": ("s5", {"discretization": "bilinear", "recurrent_heads": 4}),
     "gateloop": ("gateloop", {"recurrent_heads": 3}),
 }
-# The laws about tokens hold for these if they hold for the mixer otherwise: what differs is a function of one token. Of
-# several updates a token they are those of gated_delta_product.
+# The laws about tokens hold for these if they hold for the mixer otherwise: what differs is a function of one token or
+# of its place. Of several updates a token they are those of gated_delta_product.
 ONE_TOKEN = (
+    "rotary_scaling",
     "relu",
     "taylor",
     "rebased",
