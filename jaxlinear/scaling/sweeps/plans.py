@@ -102,6 +102,22 @@ def resolve(config: config_dict.ConfigDict, run: Run) -> config_dict.ConfigDict:
     return configs.resolve(config)
 
 
+def check_budget(run: Run, config: config_dict.ConfigDict) -> None:
+    """Raises ``UserError`` where the run, whose resolved config this is, does not spend the budget of its label: a key that
+    was joined to a ladder may change the tokens or the FLOPs that its steps were counted by."""
+    if "budget" not in run or "budget_counts" not in run or config.model.vocab_size is None:
+        return
+    training, logits = config.training, run["budget_counts"] == "with"
+    tokens = training.steps * training.batch_size * training.sequence_length
+    model = configs.model_config(config)
+    spent = tokens * flops.training_flops_per_token(model, training.sequence_length, logits=logits)
+    if abs(spent / run["budget"] - 1) > _ROUNDING + 1e-9:
+        raise UserError(
+            f"{_labelled(run)}: the run has {spent:.4g} FLOPs, and its budget is {run['budget']:.4g}; give keys that "
+            "change the tokens or the FLOPs of a step to isoflops, in its sizes or its config, and not to what it returns"
+        )
+
+
 def names(runs: Sequence[Run]) -> list[str]:
     """A name for each run, which is also that of its directory: its labels, and the keys in which runs of the same labels
     differ. Two runs that differ in nothing are refused."""
