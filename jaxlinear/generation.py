@@ -29,6 +29,7 @@ _FEWEST_REMEMBERED = 128  # tokens that the state of attention has room for at l
 # with several times the cycles that two rows take (benchmarks/decode_compiled.py --streams=1).
 _FEWEST_ROWS = {"cpu": 1}
 _FEWEST_ELSEWHERE = 2
+_LEAST_PART = 1e-30  # of the probability, which the likeliest token has; less may be 0 to a float32, and keep none
 _BITS = 30  # of a float32 from 0 to 1, the others being 0
 
 
@@ -67,7 +68,7 @@ class Sampling:
         return {
             "temperature": np.float32(self.temperature),
             "top_k": np.float32(self.top_k),
-            "top_p": np.float32(self.top_p),
+            "top_p": np.float32(max(self.top_p, _LEAST_PART)),
             "seed": np.uint32(self.seed),
         }
 

@@ -11,5 +11,7 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
         option, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"{spec!r}: {part!r} is not an option; write NAME:option=VALUE:option=VALUE")
+        if option in options:
+            raise UserError(f"{spec!r}: {option} is given twice; leave one out")
         options[option] = value
     return name, options

@@ -32,6 +32,7 @@ def main() -> None:
     from jaxlinear import evaluation
 
     cli.check_output("json", _JSON.value)
+    _check_read(_TASKS.value)
     options = evaluation.Options(
         data=_DATA.value,
         lengths=None if _LENGTHS.value is None else tuple(_multiple(text) for text in _LENGTHS.value),
@@ -63,13 +64,31 @@ def main() -> None:
     print(f"{len(reports)} checkpoints; {following.directory(_WORKDIR.value) / following.PAGE} has the curves")
 
 
+def _check_read(specs: list[str]) -> None:
+    """Raises ``UserError`` for a flag that none of the tasks reads."""
+    from jaxlinear import evaluation
+    from jaxlinear.data import tasks
+
+    evaluation.check_names(specs)
+    asked = {spec.split(":")[0] for spec in specs}
+    for flag, readers in (
+        (_LENGTHS, {"perplexity"}),
+        (_BATCHES, {"perplexity"}),
+        (_DATA, {"perplexity", *(name for name, task in tasks.TASKS.items() if task.READS_TEXT)}),
+        (_EXAMPLES, set(tasks.TASKS)),
+    ):
+        if flag.present and not asked & readers:
+            named = ", ".join(sorted(readers))
+            raise UserError(f"--{flag.name} is for {named}, of which --tasks={','.join(specs)} has none; leave it out")
+
+
 def _write(reports: dict | list) -> None:
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
 
 
 def _multiple(text: str) -> int:
-    if not text.strip().isdigit():
+    if not text.strip().isdecimal():
         raise UserError(f"--lengths: {text!r} is not a whole number; write multiples of the training length, as 1,2,4")
     return int(text)
 

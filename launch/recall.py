@@ -37,6 +37,7 @@ def main() -> int:
 
     if not _PATTERNS.value:
         raise UserError("--patterns is empty; name layers, as --patterns=gla,griffin")
+    recall.check(_CONFIG.value, _PATTERNS.value)
     start.use_gpu_memory()
     logging.set_verbosity(logging.ERROR)  # Orbax warns of checkpoints that others wrote, and of what it is asked for
     rows = []

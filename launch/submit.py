@@ -87,6 +87,7 @@ def main(arguments: list[str]) -> int:
     python = _PYTHON.value or (sys.executable if _PLATFORM.value == "local" else "python")
     asked = request.make(_TARGET.value, _NAME.value, arguments, python=python, on_a_host=_DEVICES_A_HOST.value)
     cli.check_path("workdir", asked.workdir)
+    cli.check_path("python", python)
     if _PLATFORM.value == "local":
         return local.run(asked, processes=_PROCESSES.value, requeue=_REQUEUE.value)
     text, suffix = _render(asked)

@@ -410,6 +410,14 @@ def test_sampling_statistics(options, expected):
     np.testing.assert_allclose(frequencies, expected, rtol=0, atol=4 * 0.5 / 4000**0.5)
 
 
+@pytest.mark.parametrize("top_p", [1e-40, 1e-60])
+def test_a_part_that_is_nothing_to_a_float32_keeps_the_likeliest(top_p):
+    sampling = Sampling(top_p=top_p)
+    values = sampling.values | {"vocab_size": np.int32(len(P))}
+    logits = jnp.log(jnp.roll(P, 3))[None]
+    assert sample(logits, jax.random.split(jax.random.key(0), 1), values, sampling.filters).tolist() == [3]
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_nucleus_is_that_of_sorting(platform):
     """By a bit at a time and by three."""

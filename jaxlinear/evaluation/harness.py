@@ -237,6 +237,8 @@ def _split(spec: str) -> tuple[str, dict[str, Any]]:
         option, _, value = part.partition("=")
         if option not in _OPTIONS:
             raise UserError(f"{spec!r}: there is no option {option!r}; there are {', '.join(_OPTIONS)}")
+        if option in given:
+            raise UserError(f"{spec!r}: {option} is given twice; leave one out")
         try:
             given[option] = _OPTIONS[option](value)
         except ValueError:

@@ -22,16 +22,17 @@ def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
         training = [line for line in lines if "loss" in line]
         if not training:
             raise UserError(f"{workdir} has no losses to draw: it is not the work directory of a run")
-        tokens = {line["step"]: line["tokens"] for line in training}
-        heldout = [line for line in lines if "heldout_loss" in line and line["step"] in tokens]
+        # Evaluations have steps of their own; each step of a run has as many tokens.
+        tokens_a_step = training[-1]["tokens"] / training[-1]["step"]
+        heldout = [line for line in lines if "heldout_loss" in line]
         name = Path(workdir).name
         losses = [line["loss"] for line in training]
-        seen = list(tokens.values())
+        seen = [line["tokens"] for line in training]
         axes.plot(seen, losses, color=f"C{i}", alpha=0.25, linewidth=0.8)
         axes.plot(seen, _smooth(losses), color=f"C{i}", label=f"{name}, training")
         if heldout:
             axes.plot(
-                [tokens[line["step"]] for line in heldout],
+                [line["step"] * tokens_a_step for line in heldout],
                 [line["heldout_loss"] for line in heldout],
                 color=f"C{i}",
                 marker="o",

@@ -65,6 +65,16 @@ def with_pattern(config: config_dict.ConfigDict, name: str, changes: Mapping[str
     return config
 
 
+def check(config: config_dict.ConfigDict, specs: Sequence[str]) -> None:
+    """Raises ``UserError`` for a pattern that cannot be trained, before others are, and for two of one name: they would
+    have one directory, in which the second goes on from the first."""
+    names = [split(spec)[0] for spec in specs]
+    for spec, name in zip(specs, names, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"{name} is named {names.count(name)} times; give each a call with a --workdir of its own")
+        configs.resolve(with_pattern(config, name, split(spec)[1]))
+
+
 def train(config: config_dict.ConfigDict, workdir: str | os.PathLike, spec: str, examples: int) -> Row | None:
     """Trains the pattern of ``spec`` in ``workdir/name``, or goes on there, and measures it on so many held-out examples of
     its task; None if it was told to stop."""

@@ -83,10 +83,12 @@ def render(
     )
     if spot:
         selector["cloud.google.com/gke-spot"] = "true"
+    # Kubernetes reads $(NAME) and $$ in a command before bash has it (the command of a Container in its API).
+    line = " ".join([request.line().replace("$", "$$"), *_joining(request)])
     container: dict[str, Any] = {
         "name": "train",
         "image": image,
-        "command": ["bash", "-c", f"exec {request.line(*_joining(request))}"],
+        "command": ["bash", "-c", f"exec {line}"],
         "resources": {"limits": {resource: request.chips_a_host}},
     }
     if request.hosts > 1:

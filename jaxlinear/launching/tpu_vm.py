@@ -2,6 +2,7 @@
 when the slice is taken away."""
 
 import hashlib
+import re
 import shlex
 
 from jaxlinear.errors import UserError
@@ -51,6 +52,11 @@ def render(
     missing = [name for name, value in (("zone", zone), ("project", project), ("setup", setup)) if not value]
     if missing:
         raise UserError(f"--platform=tpu_vm needs --{missing[0]}")
+    # Each host's shell begins in its home; quoted below, a ~ would be the name of a directory.
+    directory = re.sub(r"^~(/+|$)", "", directory) or "."
+    end = "END"
+    while end in setup.splitlines():  # as of a here-document of its own
+        end += "_"
     # Two runs whose work directories end alike are two jobs: a slice of the one's name may be the other's.
     name = f"{request.name}-{hashlib.sha256(request.workdir.rstrip('/').encode()).hexdigest()[:6]}"
     # By its shape: --accelerator-type names only how many chips, and gcloud then takes the shape that it likes.
@@ -68,10 +74,10 @@ restarts={restarts}
 
 # On each host, before the run; not beside one to which the connection was lost.
 setup() {{
-  cat <<'END'
+  cat <<'{end}'
 flock -n ~/{name}.lock true || exit 0
 {setup}
-END
+{end}
 }}
 
 # On each host: starts the run if there is none, and follows what it writes until it ends.

@@ -96,7 +96,7 @@ def from_text(parts: Sequence[str]) -> Mesh:
     sizes = {**dict.fromkeys(AXES, 1), "data": -1}
     for part in parts:
         axis, _, size = part.partition("=")
-        if axis not in AXES or not size.isdigit() or int(size) < 1:
+        if axis not in AXES or not size.isdecimal() or int(size) < 1:
             raise UserError(f"{part!r} is not a part of a mesh; write AXIS=SIZE, the axes being {', '.join(AXES)}")
         sizes[axis] = int(size)
     return make_mesh(sizes)

@@ -155,6 +155,20 @@ def test_program(tiny_run, report, tmp_path):
         (["--workdir={run}", "--tasks=perplexity,speed"], "there is no task 'speed'; there are perplexity"),
         (["--workdir={run}", "--step=7"], "has no checkpoint of step 7; it has 1, 2"),
         (["--workdir={run}", "--lengths=3"], "length 3 x 32: sequence_length 96 neither divides the block length 64"),
+        (["--workdir={run}", "--lengths=²"], "--lengths: '²' is not a whole number"),
+        (["--workdir={run}", "--examples=4"], "--examples is for induction, listops, mqar, parity, passkey"),
+        (
+            ["--workdir={run}", "--tasks=mqar", "--lengths=1"],
+            "--lengths is for perplexity, of which --tasks=mqar has none",
+        ),
+        (
+            ["--workdir={run}", "--tasks=parity,mqar", "--batches=1"],
+            "--batches is for perplexity, of which --tasks=parity",
+        ),
+        (
+            ["--workdir={run}", "--tasks=mqar", "--data=x"],
+            "--data is for passkey, perplexity, of which --tasks=mqar has",
+        ),
     ],
 )
 def test_program_refuses(tiny_run, arguments, message):

@@ -35,6 +35,24 @@ def test_patterns():
         recall.with_pattern(configs.default(), "kda", {})
 
 
+def test_all_patterns_are_checked_before_the_first_is_trained():
+    """Two of one name would be one run, whose second row is of weights that the first had trained."""
+    config = configs.default()
+    config.data.task, config.model.num_layers, config.model.num_heads = "mqar:vocab_size=64", 2, 2
+    config.model.width = 16
+    recall.check(config, ["gla:training.steps=200", "gla+attention"])
+    for specs, message in (
+        (
+            ["gla:training.steps=200", "gla:training.steps=300"],
+            "gla is named 2 times; give each a call with a --workdir",
+        ),
+        (["gla", "kdaa"], "there is no mixer 'kdaa'"),
+        (["gla", "hawk:training.steps=0"], "training.steps"),
+    ):
+        with pytest.raises(UserError, match=message):
+            recall.check(config, specs)
+
+
 def test_keys_of_one_pattern():
     name, changes = recall.split("kda:optimizer.learning_rate=0.25:training.steps=7:data.task=mqar")
     made = recall.with_pattern(configs.default(), name, changes)

@@ -78,6 +78,7 @@ def test_text_of_another_tokenizer_is_refused(run, tiny_dataset, tmp_path):
             r"perplexity takes no options of this kind; --lengths, --batches and --data are its own",
         ),
         ("mqar:vocab_size=512", {}, r"mqar takes 512 tokens, and model.vocab_size is 384; set vocab_size"),
+        ("mqar:pairs=4:pairs=8", {}, r"'mqar:pairs=4:pairs=8': pairs is given twice; leave one out"),
         ("mqar", {"examples": 0}, r"examples=0 must be at least 1"),
         ("speed", {}, r"there is no task 'speed'; there are perplexity, mqar"),
     ],

@@ -237,6 +237,16 @@ def test_several_slices_are_as_many_jobs_of_a_set():
     assert container["command"][-1].endswith("--expect=tpu:64")
 
 
+def test_a_dollar_is_none_of_kubernetes():
+    """It reads ``$(NAME)`` in a command, and ``$$`` as ``$``, before bash has it."""
+    text = "--config.data.path=/data/$(HOSTNAME) $$a"
+    manifest = yaml.safe_load(of_gke(asked("h100:16", [ARGUMENTS[0], "--workdir=/shared/a", text])))
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    line = pod["containers"][0]["command"][-1]
+    read = re.sub(r"\$\$|\$\(\w+\)", lambda found: "$" if found[0] == "$$" else "a-pod", line)
+    assert text in shlex.split(read) and read.endswith('--process="$JOB_COMPLETION_INDEX"')
+
+
 def test_a_chip_may_be_two_devices():
     """GKE counts chips, JAX devices."""
     manifest = yaml.safe_load(of_gke(asked("tpu7x:4x4x4")))
@@ -410,6 +420,10 @@ def test_the_name_is_the_work_directorys():
         ),
         ("--platform=tpu_vm --target=v5e:2x4 --shell=x", "--shell is for --platform=slurm; tpu_vm has no use for it"),
         ("--platform=slurm --target=h100:8 --output=no/x", "--output=no/x: its directory does not exist"),
+        (
+            "--platform=slurm --target=h100:8 --python=~/bin/python",
+            "--python=~/bin/python: behind = a shell leaves ~ as",
+        ),
     ],
 )
 def test_submit_refuses_what_it_would_not_read(options, message):

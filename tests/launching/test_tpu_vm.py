@@ -169,6 +169,24 @@ def test_two_runs_whose_work_directories_end_alike_have_two_slices():
     assert all(name.startswith("griffin-") and f"--node-id={name} " not in script("/c/griffin") for name in names)
 
 
+def printed(function, **options):
+    """What a function of the script gives to each host."""
+    script = tpu_vm.render(asked("v5p:4x4x4"), zone="z", project="p", **options).partition("\nqueued()")[0]
+    return subprocess.run(["bash", "-c", f"{script}\n{function}"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_setup_may_have_a_here_document_of_its_own():
+    setup = "cat > notes <<END\nof this host\nEND\npip install -q ."
+    said = printed("setup", setup=setup)
+    assert said.endswith(f"\n{setup}\n") and said.count("\n") == 5
+
+
+@pytest.mark.parametrize("directory, of_home", [("~/my code", "'my code'"), ("~", "."), ("a~b", "'a~b'"), ("/a", "/a")])
+def test_a_directory_below_the_home_of_the_hosts(directory, of_home):
+    """Where their shells begin; quoted, ~ would be a name."""
+    assert f"\ncd {of_home} || exit 3\n" in printed("train", setup="true", directory=directory)
+
+
 WAIT = "for _ in {1..12000}; do sleep 0.02;"  # not for ever, should a test fail
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlinear.errors import UserError
-from jaxlinear.scaling.laws import comparison, optimum, points, report
+from jaxlinear.scaling.laws import comparison, optimum, plots, points, report
 from jaxlinear.scaling.laws.parametric import Law
 from jaxlinear.scaling.sweeps.sweep import prepare
 from tests.evaluation import test_html
@@ -193,6 +193,19 @@ def test_constants_that_the_runs_do_not_tell():
     losses = [float(law.loss(run.parameters, run.tokens)) * wobble[i % 3] for i, run in enumerate(runs)]
     falling = [dataclasses.replace(run, loss=loss) for run, loss in zip(runs, losses, strict=True)]
     assert "E" in comparison.compare(falling, replicates=30).fits["with"]["fast"].undetermined()
+
+
+def test_a_sweep_with_ladders_of_both_counts_has_both_profiles():
+    """Each of the runs whose budgets were counted so."""
+    others = [dataclasses.replace(run, name=f"{run.name}-", tokens=run.tokens + 1000) for run in ladder()]
+    runs = ladder() + [dataclasses.replace(run, budget_counts="without") for run in others]
+    drawn = plots.figures(comparison.compare(runs, replicates=20))
+    assert [name for name in drawn if name.startswith("isoflop")] == ["isoflop_with", "isoflop_without"]
+    for counts in ("with", "without"):
+        figure, caption = drawn[f"isoflop_{counts}"]
+        assert f"({counts} embeddings)" in caption
+        shown = [len(dots.get_offsets()) for panel in figure.axes for dots in panel.collections]
+        assert [count for count in shown if count > 1] == [5] * 6, "two architectures at three budgets"
 
 
 def test_the_report(compared, tmp_path):

@@ -52,6 +52,13 @@ def test_more_flops_than_a_float_holds():
     assert math.isfinite(optimum.flops_for_loss(law, 3.0))
 
 
+@pytest.mark.parametrize("A, B", [(1e9, 1e-6), (1e-6, 1e9)])
+def test_an_optimum_beyond_what_a_float_holds(A, B):
+    """As resampled runs of much noise may have it: an end of an interval, and no error."""
+    found = optimum.compute_optimal(Law(2, A, B, 0.02, 0.02), 1e18, optimum.Cost(6.0, 0.11))
+    assert 0 < found.parameters < math.inf and 0 < found.tokens < math.inf and math.isfinite(found.loss)
+
+
 def test_an_architecture_that_needs_half_the_flops():
     """The same law, each FLOP worth two: N and D for C are those of the other for 2 C."""
     half = optimum.Cost(kappa=3.0)

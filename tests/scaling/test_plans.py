@@ -68,6 +68,21 @@ def test_isoflops_spend_the_budget(logits):
         assert resolved.schedule.warmup_steps == round(0.1 * resolved.training.steps)
 
 
+@pytest.mark.parametrize("key, value", [("training.batch_size", 16), ("model.width", 320), ("training.steps", 150)])
+def test_a_budget_that_a_run_does_not_spend_is_refused(key, value):
+    """As where a product changes what the steps of a ladder were counted by."""
+    config = base()
+    (run,) = plans.isoflops(config, SIZES[:1], [2e13])
+    plans.check_budget(run, plans.resolve(config, run))
+    faster = run | {"optimizer.learning_rate": 0.1}
+    plans.check_budget(faster, plans.resolve(config, faster))
+    (changed,) = plans.product([run], plans.grid({key: [value]}))
+    with pytest.raises(
+        UserError, match=r"^hawk_6m-2e13flops: the run has \S+ FLOPs, and its budget is 2e\+13; give keys"
+    ):
+        plans.check_budget(changed, plans.resolve(config, changed))
+
+
 def test_fixed_tokens():
     runs = plans.fixed_tokens(base(), SIZES, [25_600, 51_200], warmup_fraction=0.05)
     assert [run["training.steps"] for run in runs] == [100] * 3 + [200] * 3

@@ -10,6 +10,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.scaling.laws.parametric import Law
 
 LEAST_GAMMA = 0.1  # below, the optimum is of sizes without bound
+_FARTHEST = 600.0  # of log N: beyond, as resampled runs of much noise have it, N and its powers are no floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def compute_optimal(law: Law, flops: float, cost: Cost = Cost()) -> Optimum:
     """
     weight = cost.gamma * law.beta
     log_n = math.log(law.alpha * law.A / (weight * law.B)) + law.beta * math.log(flops / cost.kappa)
-    parameters = math.exp(log_n / (law.alpha + weight))
+    parameters = math.exp(max(-_FARTHEST, min(_FARTHEST, log_n / (law.alpha + weight))))
     tokens = flops / cost.per_token(parameters)
     return Optimum(parameters, tokens, float(law.loss(parameters, tokens)))
 

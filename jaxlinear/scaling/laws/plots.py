@@ -20,9 +20,12 @@ def figures(comparison: Comparison) -> dict[str, tuple["Figure", str]]:
     if any(fit.law is not None for fits in comparison.fits.values() for fit in fits.values()):
         drawn["optimum"] = (_optimum(comparison), _OPTIMUM)
         drawn["residuals"] = (_residuals(comparison), _RESIDUALS)
-    for counts, fits in comparison.fits.items():
-        if any(fit.profile is not None for fit in fits.values()):
-            drawn["isoflop"] = (_isoflop(comparison, counts), _ISOFLOP.format(counts=COUNTS[counts]))
+    ladders = [
+        counts for counts, fits in comparison.fits.items() if any(fit.profile is not None for fit in fits.values())
+    ]
+    for counts in ladders:
+        name = "isoflop" if len(ladders) == 1 else f"isoflop_{counts}"
+        drawn[name] = (_isoflop(comparison, counts), _ISOFLOP.format(counts=COUNTS[counts]))
     return drawn
 
 
@@ -90,7 +93,7 @@ def _isoflop(comparison: Comparison, counts: str) -> "Figure":
     for panel, (name, fit) in zip(axes.flat, fits.items(), strict=False):
         assert fit.profile is not None
         for i, parabola in enumerate(fit.profile.best.parabolas):
-            runs = [point for point in fit.points if point.budget == parabola.flops]
+            runs = [point for point in fit.points if (point.budget, point.budget_counts) == (parabola.flops, counts)]
             sizes = np.array([point.size(counts) for point in runs])
             panel.scatter(
                 sizes, [point.loss for point in runs], color=f"C{i}", s=14, label=f"{parabola.flops:.2g} FLOPs"

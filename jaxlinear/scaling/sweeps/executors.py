@@ -119,7 +119,7 @@ def _parameters(options: Sequence[str]) -> dict[str, Any]:
     for name, value in given.items():
         if name not in _KNOWN:
             parameters["additional_parameters"][name] = value
-        elif value.isdigit() and int(value) > 0:
+        elif value.isdecimal() and int(value) > 0:
             parameters[_KNOWN[name]] = int(value)
         else:
             raise UserError(f"--sbatch={name}={value}: it has to be a whole number" + " of minutes" * (name == "time"))

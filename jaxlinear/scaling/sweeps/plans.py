@@ -44,7 +44,7 @@ def ladder(architectures: Mapping[str, Sequence[str | Run]]) -> list[Run]:
 def fixed_tokens(
     config: config_dict.ConfigDict, sizes: Sequence[Run], tokens: Sequence[float], **options: Any
 ) -> list[Run]:
-    """Each size with each number of tokens; ``options`` as for ``isoflops``."""
+    """Each size with each number of tokens; ``options`` may have the ``warmup_fraction`` of ``isoflops``."""
     return [_lasting(config, size, count, f"{count:.4g} tokens", **options) for count in tokens for size in sizes]
 
 
@@ -100,6 +100,22 @@ def resolve(config: config_dict.ConfigDict, run: Run) -> config_dict.ConfigDict:
             raise UserError(f"{key}={value!r}: {error}") from error
     configs.forget_unread(config, changes)
     return configs.resolve(config)
+
+
+def check_budget(run: Run, config: config_dict.ConfigDict) -> None:
+    """Raises ``UserError`` where the run, whose resolved config this is, does not spend the budget of its label: a key that
+    was joined to a ladder may change the tokens or the FLOPs that its steps were counted by."""
+    if "budget" not in run or "budget_counts" not in run or config.model.vocab_size is None:
+        return
+    training, logits = config.training, run["budget_counts"] == "with"
+    tokens = training.steps * training.batch_size * training.sequence_length
+    model = configs.model_config(config)
+    spent = tokens * flops.training_flops_per_token(model, training.sequence_length, logits=logits)
+    if abs(spent / run["budget"] - 1) > _ROUNDING + 1e-9:
+        raise UserError(
+            f"{_labelled(run)}: the run has {spent:.4g} FLOPs, and its budget is {run['budget']:.4g}; give keys that "
+            "change the tokens or the FLOPs of a step to isoflops, in its sizes or its config, and not to what it returns"
+        )
 
 
 def names(runs: Sequence[Run]) -> list[str]:

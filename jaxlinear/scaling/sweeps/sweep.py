@@ -58,6 +58,8 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
     sweep = Path(directory).absolute()
     names = plans.names(runs)
     resolved = [plans.resolve(config, run) for run in runs]
+    for run, run_config in zip(runs, resolved, strict=True):
+        plans.check_budget(run, run_config)
     _check_data(resolved)
     if os.path.lexists(sweep) and not sweep.is_dir():
         raise UserError(f"{sweep} is no directory; give the sweep a --workdir of its own")
