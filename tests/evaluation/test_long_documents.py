@@ -67,6 +67,7 @@ def test_a_million_tokens_fit_where_an_eighth_fits(tiny_config):
             "'time=8' is not a part of a mesh; write AXIS=SIZE, the axes being data, fsdp, sequence, tensor, ex",
         ),
         (["sequence=all"], "'sequence=all' is not a part of a mesh"),
+        (["sequence=²"], "'sequence=²' is not a part of a mesh"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(tiny_run, mesh, message):
