@@ -89,14 +89,16 @@ def _one_by_one(of_matrices: optax.GradientTransformation, architecture: Archite
     """The transformation of each layer's and each expert's parameters by themselves, which lie stacked: as it is, it would
     take a stack for one matrix."""
 
-    def stacked(_, axes: tuple, layers: int) -> str:
-        return str(layers + axes.count("expert"))
+    def stacked(path: tuple, axes: tuple, layers: int) -> str:
+        depth = str(layers + axes.count("expert"))
+        # Another stack of the model may have another number of layers.
+        return depth if not layers or path[1] == "0" else f"{depth}_{path[1]}"
 
     stacks = _map(architecture, stacked)
     by_stacks = {}
     for name in sorted(set(jax.tree.leaves(stacks))):  # in one order on every process, as their programs have to be
         init, update = of_matrices.init, of_matrices.update
-        for _ in range(int(name)):
+        for _ in range(int(name.split("_")[0])):
             init, update = jax.vmap(init), jax.vmap(update)
         by_stacks[name] = optax.GradientTransformation(init, update)
     return optax.partition(by_stacks, stacks)
