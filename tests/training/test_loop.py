@@ -224,6 +224,18 @@ def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
     assert len(traces) == 1 and traces[0].stat().st_size > 1000
 
 
+@pytest.mark.parametrize("first, taken", [(1, 2), (2, 3), (3, 4), (4, None)])
+def test_a_run_that_goes_on_behind_the_steps_takes_no_trace_again(run_config, tmp_path, monkeypatch, first, taken):
+    begun = []
+    monkeypatch.setattr(jax.profiler, "start_trace", begun.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    run_config.logging.profile_step, run_config.logging.profile_steps = 2, 2
+    trace = loop._Trace(run_config, first, tmp_path)
+    for step in range(first, 8):
+        trace.at(step)
+        assert bool(begun) == (taken is not None and step >= taken)
+
+
 def test_only_the_first_process_takes_a_trace(run_config, tmp_path, monkeypatch):
     """Two on one host would write the same file."""
     run_config.logging.profile_step = 2
