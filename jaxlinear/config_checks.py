@@ -16,6 +16,8 @@ MODEL_DTYPES = ("bfloat16", "float32")
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
+_LEAST = 1.2e-38  # of float32: what is below it is 0 where devices flush it
+
 
 def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...]]) -> None:
     """``may_stand``: of every key, the values that are no wish of the user's, the default first and what the preset says:
@@ -71,6 +73,11 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
     for name in ("beta1", "beta2"):
         if not 0 <= config.optimizer[name] < 1:
             raise UserError(f"optimizer.{name} is {config.optimizer[name]}; it lies in [0, 1)")
+    if config.optimizer.epsilon < _LEAST:
+        # What has no gradient, as the row of a token that a batch has not, would become 0 / 0.
+        raise UserError(
+            f"optimizer.epsilon is {config.optimizer.epsilon}; it must be at least {_LEAST}, the least of float32"
+        )
     if not 0 < config.schedule.decay_fraction <= 1:
         raise UserError(f"schedule.decay_fraction is {config.schedule.decay_fraction}; it lies in (0, 1]")
     if config.schedule.final_fraction > 1:

@@ -119,6 +119,8 @@ def test_rates_and_weights_are_not_negative(key):
         ({"model.remat": "some"}, "model.remat is 'some'; it can be none, elementwise, products, full"),
         ({"parallel.exchange": "ring"}, "parallel.exchange is 'ring'; it can be auto, all_gather, doubling"),
         ({"parallel.attention": "none"}, "parallel.attention is 'none'; it can be auto, all_gather, ring"),
+        ({"optimizer.epsilon": 0.0}, "optimizer.epsilon is 0.0; it must be at least 1.2e-38, the least of float32"),
+        ({"optimizer.epsilon": 1e-40}, "optimizer.epsilon is 1e-40; it must be at least 1.2e-38, the least of float32"),
         ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; it can be adamw, adafactor, muon"),
         ({"schedule.name": "step"}, "schedule.name is 'step'; it can be cosine, linear, wsd, constant"),
         ({"model.preset": "griffin"}, "there is no preset 'griffin'; there are hawk_100m"),

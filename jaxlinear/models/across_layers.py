@@ -15,7 +15,7 @@ from jaxlinear.models.config import ModelConfig
 def across_layers(config: ModelConfig, stacks: Any) -> Any:
     """The stacks of a model, in which what a mixer's class has in ``ACROSS_LAYERS`` is done (``mixers/__init__.py``): each
     one module with stacked parameters, or a list of modules."""
-    declared = {mixer: getattr(mixers.find(mixer), "ACROSS_LAYERS", {}) for mixer in config.pattern}
+    declared = {mixer: getattr(mixers.find(mixer), "ACROSS_LAYERS", {}) for mixer in config.layers}
     if not any(declared.values()):
         return stacks
     stacks = nnx.clone(stacks)

@@ -47,6 +47,9 @@ class Initial:
             said.append(f"which names no tokenizer: see to it that {', '.join(job.datasets)} has its own")
         for dataset in job.datasets:
             trained_data.check_tokenizer(workdir, dataset, data.read_manifest(dataset))
+        if job.datasets:
+            manifest = data.read_manifest(job.heldout_path)
+            said += [f"but {other}" for other in trained_data.other_splits(workdir, job.heldout_path, manifest)]
         return cls(workdir, step, tuple(said))
 
     def __str__(self) -> str:

@@ -106,15 +106,20 @@ class Job:
         paths = [*self.datasets, self.heldout_path] if self.datasets else []
         return repr((self.trained_tasks, [data.read_manifest(path) for path in paths]))
 
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows of a batch the devices have room for, in training and in the evaluations of it."""
+        return self.config.training.batch_size // self.config.training.microbatches
+
     def heldout_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of the held-out batches that are evaluated while training."""
-        shape = (self.config.training.batch_size, self.config.training.sequence_length)
+        """This process's rows of the held-out batches that are evaluated while training, a microbatch at a time."""
+        shape = (self.rows_at_once, self.config.training.sequence_length)
         return data.heldout_batches(
             self.heldout_path,
             batch_size=shape[0],
             sequence_length=shape[1],
             rows=feeding.local_rows(meshes.batch_sharding(self.mesh), shape),
-            limit=self.config.evaluation.batches or None,
+            limit=self.config.evaluation.batches * self.config.training.microbatches or None,
         )
 
 

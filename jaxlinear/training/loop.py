@@ -226,9 +226,10 @@ class _Trace:
     two on one host would write one file."""
 
     def __init__(self, config: config_dict.ConfigDict, first: int, directory: Path):
-        begin = config.logging.profile_step
-        self._begin = max(begin, first + 1) if begin and start.is_first() else None
-        self._steps = config.logging.profile_steps
+        begin, self._steps = config.logging.profile_step, config.logging.profile_steps
+        # A run that goes on behind these steps has their trace, and would take one more after each preemption.
+        wanted = begin and begin + self._steps > first and start.is_first()
+        self._begin = max(begin, first + 1) if wanted else None
         self._directory = str(directory / "profile")
         self._running = False
 

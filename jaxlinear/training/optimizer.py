@@ -89,14 +89,19 @@ def _one_by_one(of_matrices: optax.GradientTransformation, architecture: Archite
     """The transformation of each layer's and each expert's parameters by themselves, which lie stacked: as it is, it would
     take a stack for one matrix."""
 
-    def stacked(_, axes: tuple, layers: int) -> str:
-        return str(layers + axes.count("expert"))
+    repeats = [stack.repeats for stack in architecture.config.stacks]
+
+    def stacked(path: tuple, axes: tuple, layers: int) -> str:
+        depth = str(layers + axes.count("expert"))
+        # Of one number of layers is what is mapped over together; the first stack's goes without it, as checkpoints have it.
+        size = repeats[int(path[1])] if layers else repeats[0]
+        return depth if size == repeats[0] else f"{depth}_of_{size}"
 
     stacks = _map(architecture, stacked)
     by_stacks = {}
     for name in sorted(set(jax.tree.leaves(stacks))):  # in one order on every process, as their programs have to be
         init, update = of_matrices.init, of_matrices.update
-        for _ in range(int(name)):
+        for _ in range(int(name.partition("_")[0])):
             init, update = jax.vmap(init), jax.vmap(update)
         by_stacks[name] = optax.GradientTransformation(init, update)
     return optax.partition(by_stacks, stacks)

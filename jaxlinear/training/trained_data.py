@@ -70,19 +70,21 @@ def check_tokenizer(workdir: Path, path: str | os.PathLike, manifest: data.Manif
 
 def warn_of_split(workdir: Path, path: str | os.PathLike, manifest: data.Manifest) -> None:
     """Logs a warning if documents that a dataset holds out may be among those that the run was trained on."""
+    for other in other_splits(workdir, path, manifest):
+        _LOG.warning("%s", other)
+
+
+def other_splits(workdir: Path, path: str | os.PathLike, manifest: data.Manifest) -> list[str]:
+    """What to say of each dataset of the run whose training documents may be held out in this one."""
     if not (workdir / FILE).exists():
-        return
-    for trained in _read(workdir):
-        if (trained.get("seed"), trained.get("heldout_fraction")) != (manifest.seed, manifest.heldout_fraction):
-            _LOG.warning(
-                "%s was split with seed %d and heldout_fraction %g, and what the run was trained on with %s and %s: if "
-                "both hold a document, it may have been trained on; prepare both alike",
-                path,
-                manifest.seed,
-                manifest.heldout_fraction,
-                trained.get("seed"),
-                trained.get("heldout_fraction"),
-            )
+        return []
+    return [
+        f"{path} was split with seed {manifest.seed} and heldout_fraction {manifest.heldout_fraction:g}, and what the run "
+        f"in {workdir} was trained on with {trained.get('seed')} and {trained.get('heldout_fraction')}: if both hold a "
+        "document, it may have been trained on; prepare both alike"
+        for trained in _read(workdir)
+        if (trained.get("seed"), trained.get("heldout_fraction")) != (manifest.seed, manifest.heldout_fraction)
+    ]
 
 
 def _read(directory: Path) -> list[dict[str, Any]]:

@@ -100,3 +100,11 @@ def test_a_model_has_the_lower_bounds_of_its_layers():
     expected = oracles.language_model(config, bounded, tokens, mixers=ORACLES)
     run = numerics.jit(lambda parameters: architecture.bind(parameters)(tokens)[0])
     numerics.assert_close(numerics.run(run, parameters, dtype="float64"), expected, 1e-10)
+
+
+def test_a_model_too_short_for_the_hgrn_of_its_pattern():
+    """None of the layers is one, and none has a lower bound."""
+    architecture = describe(small.config(pattern=("rg_lru", "hgrn"), num_layers=1))
+    tokens = np.zeros((2, 5), np.int32)
+    logits = jax.eval_shape(lambda parameters: architecture.bind(parameters)(tokens)[0], architecture.shapes)
+    assert logits.shape[:2] == tokens.shape

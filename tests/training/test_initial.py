@@ -1,5 +1,6 @@
 """Runs that begin with the weights of another."""
 
+import json
 import logging
 import shutil
 
@@ -93,6 +94,18 @@ def test_what_differs_and_fits_is_said(config, tiny_run, tmp_path, caplog):
         _restore_or_create(job, Checkpoints(tmp_path, job.config))
     assert f"the weights of {other}, but model.window is 8 there and 4 in this config" in caplog.text
     assert f"the weights of {other}, which names no tokenizer: see to it that {config.data.path} has" in caplog.text
+
+
+def test_heldout_text_that_the_other_run_may_have_been_trained_on_is_said(config, tiny_run, tmp_path, caplog):
+    apart = shutil.copytree(config.data.path, tmp_path / "apart")
+    manifest = json.loads((apart / "manifest.json").read_text())
+    (apart / "manifest.json").write_text(json.dumps(manifest | {"seed": 3}))
+    with caplog.at_level(logging.WARNING):
+        _restore_or_create(Job.build(config), Checkpoints(tmp_path / "one", config))
+        assert not caplog.records
+        config.data.path = str(apart)
+        _restore_or_create(Job.build(config), Checkpoints(tmp_path / "other", config))
+    assert f"the weights of {tiny_run}, but {apart} was split with seed 3 and heldout_fraction 0.05" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -90,26 +90,29 @@ def test_evaluation_chooses_the_checkpoints_to_keep(run_config, tmp_path):
     assert Checkpoints(workdir).steps() == [6]
 
 
-@pytest.mark.parametrize("batches", [0, 2])
-def test_the_heldout_loss_is_the_mean_over_the_tokens(tiny_config, tmp_path, monkeypatch, batches):
+@pytest.mark.parametrize("batches, microbatches", [(0, 1), (2, 1), (2, 2), (0, 4)])
+def test_the_heldout_loss_is_the_mean_over_the_tokens(tiny_config, tmp_path, monkeypatch, batches, microbatches):
     """And not over batches, of which the last one has fewer; of the dataset that is named for it. A token's loss is here
-    its number."""
+    its number. No more rows are on the devices at once than in training."""
     (tmp_path / "text.txt").write_text("\n".join(f"{i} plus {i} is {2 * i}" for i in range(900)))
     heldout_path = str(tmp_path / "data")
     options = {"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "workers": 1}
     split = data.prepare(str(tmp_path / "text.txt"), heldout_path, heldout_fraction=0.05, **options).splits["heldout"]
     config = tiny_config.copy_and_resolve_references()
     config.data.heldout_path = heldout_path
+    rows = 8 * microbatches
+    config.training.update({"batch_size": rows, "microbatches": microbatches})
     config.evaluation.update({"every_steps": 1, "batches": batches})
     evaluation = Evaluation(Job.build(config), lambda: None)
 
     def losses(_, batch):
+        assert batch["targets"].shape == (8, 32)
         counted = batch["segment_ids"] > 0
         return jnp.where(counted, batch["targets"].astype(jnp.float32), 0), counted
 
     monkeypatch.setattr(evaluation, "_loss_step", losses)
     found = evaluation({})
-    read = list(data.heldout_batches(heldout_path, batch_size=8, sequence_length=32, limit=batches or None))
+    read = list(data.heldout_batches(heldout_path, batch_size=rows, sequence_length=32, limit=batches or None))
     targets = np.concatenate([batch["targets"][batch["segment_ids"] > 0] for batch in read])
     assert len(read) == batches or 0 < len(targets) % 256 < 200
     assert found["heldout_loss"] == pytest.approx(targets.mean(), rel=1e-6)
@@ -219,6 +222,18 @@ def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
     assert train(run_config, tmp_path / "run") == FINISHED
     traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1 and traces[0].stat().st_size > 1000
+
+
+@pytest.mark.parametrize("first, taken", [(1, 2), (2, 3), (3, 4), (4, None)])
+def test_a_run_that_goes_on_behind_the_steps_takes_no_trace_again(run_config, tmp_path, monkeypatch, first, taken):
+    begun = []
+    monkeypatch.setattr(jax.profiler, "start_trace", begun.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    run_config.logging.profile_step, run_config.logging.profile_steps = 2, 2
+    trace = loop._Trace(run_config, first, tmp_path)
+    for step in range(first, 8):
+        trace.at(step)
+        assert bool(begun) == (taken is not None and step >= taken)
 
 
 def test_only_the_first_process_takes_a_trace(run_config, tmp_path, monkeypatch):

@@ -161,12 +161,12 @@ def test_muon_takes_each_matrix_between_activations():
 
 
 def test_adafactor_takes_each_layer_and_each_expert_by_itself():
-    """Of stacks in which one layer's gradients become far larger, two steps are those of each alone; matrices of 128 by 128
-    are factored."""
+    """Of stacks in which one layer's gradients become far larger, two steps are those of each alone, as those of a shorter
+    stack beside them; matrices of 128 by 128 are factored."""
     sizes = {"model__experts": 2, "model__experts_per_token": 1, "model__expert_width": 128, "model__width": 128}
     config = tiny.config(
         model__channel_mixer="mixture_of_experts",
-        model__num_layers=4,
+        model__num_layers=5,
         optimizer__name="adafactor",
         optimizer__learning_rate=0.1,
         optimizer__weight_decay=0.0,
