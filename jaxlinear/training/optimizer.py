@@ -93,7 +93,7 @@ def _one_by_one(of_matrices: optax.GradientTransformation, architecture: Archite
 
     def stacked(path: tuple, axes: tuple, layers: int) -> str:
         depth = str(layers + axes.count("expert"))
-        # Of one number of layers is what is mapped over together; the first stack's goes without it, as checkpoints have it.
+        # What is mapped over together is of one number of layers. Checkpoints do not name that of the first stack.
         size = repeats[int(path[1])] if layers else repeats[0]
         return depth if size == repeats[0] else f"{depth}_of_{size}"
 

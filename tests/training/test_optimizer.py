@@ -197,6 +197,20 @@ def test_adafactor_takes_each_layer_and_each_expert_by_itself():
     assert found_stacks == {0, 1, 2}
 
 
+def test_names_in_adafactors_state():
+    """Checkpoints have them: they are those of before for stacks of one size, however many."""
+
+    def names(pattern, layers):
+        config = tiny.config(model__pattern=pattern, model__num_layers=layers, optimizer__name="adafactor")
+        architecture = tiny.described(configs.model_config(config))
+        state = jax.eval_shape(make_optimizer(config, architecture).init, architecture.shapes)
+        return set(next(state for state in state[1] if hasattr(state, "inner_states")).inner_states)
+
+    assert names(("rg_lru", "sliding_window"), 4) == {"0", "1"}
+    assert names(("rg_lru", "rg_lru", "sliding_window"), 4) == {"0", "1"}  # a repetition, and a layer more
+    assert names(("rg_lru", "sliding_window"), 5) == {"0", "1", "1_of_1"}
+
+
 @pytest.mark.parametrize("name", ["adafactor", "muon"])  # for AdamW, test_step.py
 def test_lowers_a_loss(name):
     shape = {"model__pattern": ("rg_lru",), "model__num_layers": 1}
