@@ -166,7 +166,7 @@ def _run(
     pending: tuple[int, Any] | None = None  # the metrics of a step are read after the next one is under way
     trace = _Trace(config, first, directory)
     for step in range(first, steps):
-        trace.at(step)
+        trace.at(step, state)
         watchdog.at(f"step {step + 1}")
         state, metrics = compiled(state, batch)
         done = step + 1
@@ -233,14 +233,16 @@ class _Trace:
         self._directory = str(directory / "profile")
         self._running = False
 
-    def at(self, step: int) -> None:
-        """To be called before each step."""
-        if self._begin is None:
+    def at(self, step: int, before: Any) -> None:
+        """To be called before each step, with what the one before it gives: a trace is of what the devices do meanwhile,
+        and they may still be at that one."""
+        if self._begin is None or step not in (self._begin, self._begin + self._steps):
             return
+        jax.block_until_ready(before)
         if step == self._begin:
             jax.profiler.start_trace(self._directory)
             self._running = True
-        elif step == self._begin + self._steps:
+        else:
             self.close()
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """What holds for every mixer: one function whether tokens come at once, in parts, one by one, or packed."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -365,6 +366,7 @@ def _exact(path, x):
     return 0 * x if name == "bias" else x
 
 
-def test_an_unknown_mixer_is_refused():
-    with pytest.raises(UserError, match=r"there is no mixer 'mamba3'; there are .*rg_lru, .*sliding_window"):
-        mixers.find("mamba3")
+@pytest.mark.parametrize("name", ["mamba3", ".", "a.", ".Mixer", "a..Mixer", "a-b.Mixer"])
+def test_an_unknown_mixer_is_refused(name):
+    with pytest.raises(UserError, match=rf"there is no mixer '{re.escape(name)}'; there are .*rg_lru, .*sliding_window"):
+        mixers.find(name)

@@ -226,14 +226,17 @@ def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
 
 @pytest.mark.parametrize("first, taken", [(1, 2), (2, 3), (3, 4), (4, None)])
 def test_a_run_that_goes_on_behind_the_steps_takes_no_trace_again(run_config, tmp_path, monkeypatch, first, taken):
-    begun = []
+    """And one that does waits for the step before it, and for the last of its own."""
+    begun, waited = [], []
     monkeypatch.setattr(jax.profiler, "start_trace", begun.append)
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
     run_config.logging.profile_step, run_config.logging.profile_steps = 2, 2
     trace = loop._Trace(run_config, first, tmp_path)
     for step in range(first, 8):
-        trace.at(step)
+        trace.at(step, before=step)
         assert bool(begun) == (taken is not None and step >= taken)
+    assert waited == ([] if taken is None else [taken, taken + 2])
 
 
 def test_only_the_first_process_takes_a_trace(run_config, tmp_path, monkeypatch):
@@ -242,7 +245,7 @@ def test_only_the_first_process_takes_a_trace(run_config, tmp_path, monkeypatch)
     for first in (False, True):
         monkeypatch.setattr(start, "is_first", lambda first=first: first)
         trace = loop._Trace(run_config, 0, tmp_path)
-        trace.at(2)
+        trace.at(2, before=())
         trace.close()
         assert bool(list(tmp_path.rglob("*.xplane.pb"))) == first
 

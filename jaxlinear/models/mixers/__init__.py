@@ -107,7 +107,7 @@ def find(name: str):
     """The mixer's class, one of ``MIXERS`` or of another package."""
     if name in MIXERS:
         return MIXERS[name]
-    if "." in name:
+    if "." in name and all(part.isidentifier() for part in name.split(".")):
         return _of_another_package(name)
     raise UserError(
         f"there is no mixer {name!r}; there are {', '.join(sorted(MIXERS))}, and those of other packages, which are named "
