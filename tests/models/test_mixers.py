@@ -368,5 +368,7 @@ def _exact(path, x):
 
 @pytest.mark.parametrize("name", ["mamba3", ".", "a.", ".Mixer", "a..Mixer", "a-b.Mixer"])
 def test_an_unknown_mixer_is_refused(name):
-    with pytest.raises(UserError, match=rf"there is no mixer '{re.escape(name)}'; there are .*rg_lru, .*sliding_window"):
+    with pytest.raises(
+        UserError, match=rf"there is no mixer '{re.escape(name)}'; there are .*rg_lru, .*sliding_window"
+    ):
         mixers.find(name)
