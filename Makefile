@@ -1,7 +1,7 @@
 # make quickstart   a language model from nothing, in at most ten minutes on two cores
 # make sweep        isoFLOP ladders of four architectures and their scaling laws (an hour of CPU)
 # make test         the test suite
-# make test-compiled  kernels compiled for TPUs and GPUs, and run on an emulated GPU (minutes)
+# make test-compiled  kernels compiled for TPUs and GPUs, and run on an emulated GPU; what launch/compile.py says (minutes)
 # make test-published  training steps of published sizes compiled for a TPU pod and for GPUs (minutes)
 # make test-meshes  every model on every mesh that spreads time, and what compiled steps exchange (a quarter of an hour)
 # make test-newest  operations, kernels, meshes and what goes on beside an exchange of GPUs with the newest JAX;
@@ -34,7 +34,7 @@ test: .venv/installed-test
 
 test-compiled: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --compiled tests/pallas/test_*_compiles.py \
-	  tests/pallas/test_on_an_emulated_gpu.py
+	  tests/pallas/test_on_an_emulated_gpu.py tests/launching/test_sizing.py
 
 test-published: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py

@@ -51,7 +51,9 @@ def pytest_addoption(parser):
         help="Models on every mesh that spreads time, not on some, and what their compiled steps exchange.",
     )
     parser.addoption(
-        "--compiled", action="store_true", help="Also kernels compiled for TPUs and GPUs, and run on an emulated GPU."
+        "--compiled",
+        action="store_true",
+        help="Also kernels compiled for TPUs and GPUs, and run on an emulated GPU, and what launch/compile.py says.",
     )
     parser.addoption("--published_sizes", action="store_true", help="Also training steps at published sizes: minutes.")
     parser.addoption("--chromium", help="Also pages of HTML, in this Chromium.")
@@ -63,6 +65,7 @@ def pytest_ignore_collect(collection_path, config):
         "test_compiled_collectives.py": "every_mesh",
         "test_in_chromium.py": "chromium",
         "test_on_an_emulated_gpu.py": "compiled",
+        "test_sizing.py": "compiled",
     }
     if collection_path.match("pallas/test_*_compiles.py"):
         on_request[collection_path.name] = "compiled"
