@@ -316,7 +316,7 @@ def _write_splits(
             agreement.finish()
         _check_broken(documents.description, counts, max_broken_fraction)
         splits = {name: writer.finish() for name, writer in writers.items()}
-    _check_not_empty(documents.description, counts, splits, splitter)
+    _check_not_empty(documents.description, counts, splits, splitter, is_text=agreement is None)
     if lossy:
         _LOG.warning(
             "%d of %d held-out documents are not what their tokens decode to: this tokeniser drops or changes text, so "
@@ -336,16 +336,20 @@ def _check_broken(description: str, counts: _Counts, max_broken_fraction: float)
         )
 
 
-def _check_not_empty(description: str, counts: _Counts, splits: dict[str, Split], splitter: Splitter) -> None:
+def _check_not_empty(
+    description: str, counts: _Counts, splits: dict[str, Split], splitter: Splitter, *, is_text: bool
+) -> None:
     documents = sum(split.documents for split in splits.values())
     if not documents:
-        raise UserError(f"{description} holds no text: all of its {counts.empty} documents are empty")
+        what = "text" if is_text else "tokens"
+        raise UserError(f"{description} holds no {what}: all of its {counts.empty} documents are empty")
     for name, split in splits.items():
         if split.blocks == 0:
             fraction = splitter.nearest_fraction()
             remedy = (
                 f"the nearest that gives both splits one is --heldout_fraction={fraction}"
                 if fraction is not None
-                else "two different documents are needed (--document_separator cuts a plain-text file into documents)"
+                else "two different documents are needed"
+                + " (--document_separator cuts a plain-text file into documents)" * is_text
             )
             raise UserError(f"the {name} split would be empty: none of {documents} documents falls into it; {remedy}")

@@ -7,6 +7,7 @@ The layouts are those of the programs that write them: Megatron-LM's `megatron/c
 import itertools
 import pathlib
 import struct
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ FLAT = ("uint16", "uint32", "int32", "int64")
 FORMATS = (*FLAT, "npy", "megatron", "llm.c")
 _PART = 1 << 20  # ids
 _PADDED = 1 << 16  # ids, of which every second is 0 where they are of twice the bytes
+_NPY = b"\x93NUMPY"
 _MEGATRON = b"MMIDIDX\x00\x00"
 _MEGATRON_HEADER = struct.Struct("<9sQBQQ")
 _MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
@@ -35,6 +37,19 @@ def suffixes(form: str) -> tuple[str, ...]:
 def is_stream(form: str) -> bool:
     """Whether a file is one stream, whose documents are what lies between document tokens."""
     return form != "megatron"
+
+
+def check(file: pathlib.Path, form: str) -> None:
+    """``UserError`` for a file that does not begin as one of this ``form``: before others are read, maybe for hours."""
+    if form == "megatron":
+        _index_header(file)
+    elif form == "npy":
+        _npy(file)
+    elif form == "llm.c":
+        _llm_c(file)
+    elif file.is_file():  # a pipe is read once
+        _refuse_index(file)
+        _refuse_headers(file, next(read_chunks(file, beginning=True), b""))
 
 
 def records(file: pathlib.Path, form: str, ids: Ids) -> Iterator[Record]:
@@ -63,7 +78,6 @@ def _checked(file: pathlib.Path, start: int, part: np.ndarray, ids: Ids) -> Reco
 
 
 def _flat(file: pathlib.Path, form: str, ids: Ids) -> Iterator[Record]:
-    _refuse_known(file)
     dtype = np.dtype(form).newbyteorder("<")
     rest, start = b"", 0
     try:
@@ -72,6 +86,7 @@ def _flat(file: pathlib.Path, form: str, ids: Ids) -> Iterator[Record]:
             whole = len(rest) - len(rest) % dtype.itemsize
             part, rest = np.frombuffer(rest[:whole], dtype), rest[whole:]
             if start == 0:
+                _refuse_headers(file, chunk)
                 _check_padding(file, part)
             yield _checked(file, start, part, ids)
             start += len(part)
@@ -82,14 +97,15 @@ def _flat(file: pathlib.Path, form: str, ids: Ids) -> Iterator[Record]:
         raise UserError(f"{file} is no file of {form}: {len(rest)} bytes are left behind {start} of them")
 
 
-def _refuse_known(file: pathlib.Path) -> None:
+def _refuse_headers(file: pathlib.Path, beginning: bytes) -> None:
     """Of a flat file a header would be tokens, in silence."""
-    if not file.is_file():  # a pipe is read once
-        return
-    with file.open("rb") as stream:
-        start = stream.read(4)
-    if len(start) == 4 and int.from_bytes(start, "little") in _LLM_C:
+    if len(beginning) >= 4 and int.from_bytes(beginning[:4], "little") in _LLM_C:
         raise UserError(f"{file} begins as the files of llm.c do: --token_files=llm.c")
+    if beginning.startswith(_NPY):
+        raise UserError(f"{file} begins as the arrays of NumPy do: --token_files=npy")
+
+
+def _refuse_index(file: pathlib.Path) -> None:
     if _is_megatron(file.with_suffix(".idx")):
         raise UserError(f"{file} has an index of Megatron-LM beside it: --token_files=megatron")
 
@@ -107,12 +123,16 @@ def _npy(file: pathlib.Path) -> np.ndarray:
     _refuse_compressed(file)
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is not an array of NumPy (.npy): {error}") from error
     if not isinstance(array, np.ndarray):
         raise UserError(f"{file} holds several arrays (.npz); write the one of the ids as .npy")
     if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
         raise UserError(f"{file} is {array.dtype} {list(array.shape)}, where ids are integers, in a row or in rows")
+    if not array.flags.c_contiguous:
+        raise UserError(
+            f"{file} has its columns one after another (Fortran's order), not its rows; write it in C's order"
+        )
     return array.reshape(-1)
 
 
@@ -130,21 +150,28 @@ def _llm_c(file: pathlib.Path) -> np.ndarray:
     return np.memmap(file, dtype, "r", begin, count) if count else np.zeros(0, dtype)
 
 
-def _megatron(file: pathlib.Path, ids: Ids) -> Iterator[Record]:
+def _index_header(file: pathlib.Path) -> tuple[np.dtype, int, int]:
+    """(dtype of the ids, sequences, borders of documents)"""
     _refuse_compressed(file)
     index = file.with_suffix(".idx")
     if not _is_megatron(index):
         raise UserError(f"{file} has no index of Megatron-LM beside it, {index.name}")
-    content = index.read_bytes()
+    with index.open("rb") as stream:
+        content = stream.read(_MEGATRON_HEADER.size)
     if len(content) < _MEGATRON_HEADER.size:
         raise UserError(f"{index} is damaged: it ends in its header")
-    _, version, code, sequences, borders = _MEGATRON_HEADER.unpack_from(content)
+    _, version, code, sequences, borders = _MEGATRON_HEADER.unpack(content)
     if version != 1 or code not in _MEGATRON_DTYPES:
         raise UserError(f"{index} has version {version} and dtype {code}; version 1 with one of integers can be read")
-    if len(content) < _MEGATRON_HEADER.size + 12 * sequences + 8 * borders:
+    if index.stat().st_size < _MEGATRON_HEADER.size + 12 * sequences + 8 * borders:
         raise UserError(f"{index} is damaged: it ends before {sequences} sequences and {borders} borders of documents")
-    dtype = np.dtype(_MEGATRON_DTYPES[code]).newbyteorder("<")
-    at = _MEGATRON_HEADER.size
+    return np.dtype(_MEGATRON_DTYPES[code]).newbyteorder("<"), sequences, borders
+
+
+def _megatron(file: pathlib.Path, ids: Ids) -> Iterator[Record]:
+    dtype, sequences, borders = _index_header(file)
+    index = file.with_suffix(".idx")
+    content, at = index.read_bytes(), _MEGATRON_HEADER.size
     lengths = np.frombuffer(content, "<i4", sequences, at).astype(np.int64)
     offsets = np.frombuffer(content, "<i8", sequences, at + 4 * sequences)
     documents = np.frombuffer(content, "<i8", borders, at + 12 * sequences)
@@ -152,7 +179,7 @@ def _megatron(file: pathlib.Path, ids: Ids) -> Iterator[Record]:
     ends = offsets + lengths * dtype.itemsize
     within = (lengths >= 0) & (offsets >= 0) & (offsets % dtype.itemsize == 0) & (ends <= size)
     ordered = borders and documents[0] == 0 and documents[-1] == sequences and np.all(np.diff(documents) >= 0)
-    if not np.all(within) or not ordered:
+    if size % dtype.itemsize or not np.all(within) or not ordered:
         raise UserError(f"{index} is not the index of {file.name}, which has {size} bytes, or either is damaged")
     tokens = np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
     starts = offsets // dtype.itemsize

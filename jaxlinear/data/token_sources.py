@@ -55,6 +55,7 @@ def _of_files(name: str, ids: Ids, form: str, suffixes: tuple[str, ...] | None) 
     for file in files:
         if not is_plain(file):
             raise UserError(f"{file} has records, and is no file of ids; --tokens_field names their field")
+        token_files.check(file, form)
     pipe = is_pipe(name)
 
     def records() -> Iterator[Record]:
@@ -64,7 +65,7 @@ def _of_files(name: str, ids: Ids, form: str, suffixes: tuple[str, ...] | None) 
     source = Source(name, None if pipe else about_size(files, ""), records, pipe)
     if token_files.is_stream(form):
         return _mapped(source, lambda parts: ids.cut(name, parts))
-    return _mapped(source, ids.documents)
+    return _mapped(source, ids.documents_of_each)
 
 
 def _of_field(name: str, ids: Ids, field: str, suffixes: tuple[str, ...] | None) -> Source:

@@ -13,20 +13,22 @@ from jaxlinear.models.conversion.links import TRANSPOSED, Link, shifted
 def _llama(fields: Fields) -> dict[str, Any]:
     for name in ("attention_bias", "mlp_bias"):
         fields.only(name, False, default=False)
-    return _shared(fields) | _full(fields, 2048)
+    return _shared(fields, fields.integer("num_attention_heads")) | _full(fields, 2048)
 
 
 def _mistral(fields: Fields) -> dict[str, Any]:
+    shared = _shared(fields, 8)
     if fields.is_null("sliding_window"):
-        return _shared(fields) | _full(fields, 4096 * 32)
-    return _shared(fields) | {"pattern": ("sliding_window",), "window": fields.integer("sliding_window", 4096)}
+        return shared | _full(fields, 4096 * 32)
+    return shared | {"pattern": ("sliding_window",), "window": fields.integer("sliding_window", 4096)}
 
 
 def _full(fields: Fields, context: int) -> dict[str, Any]:
     return {"pattern": ("attention",), "context": fields.integer("max_position_embeddings", context)}
 
 
-def _shared(fields: Fields) -> dict[str, Any]:
+def _shared(fields: Fields, groups: int) -> dict[str, Any]:
+    """Of either; ``groups`` of keys and values, where it is not said how many there are."""
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if width % heads:
         fields.refuse("hidden_size", width, f"its {heads} heads do not divide it")
@@ -53,7 +55,7 @@ def _shared(fields: Fields) -> dict[str, Any]:
         "vocab_size": fields.integer("vocab_size"),
         "width": width,
         "num_heads": heads,
-        "key_value_heads": fields.integer("num_key_value_heads", heads),
+        "key_value_heads": fields.integer("num_key_value_heads", groups),
         "channel_mixer": "gated_mlp",
         "mlp_expansion": fields.integer("intermediate_size") / width,
         "mlp_activation": "silu",
