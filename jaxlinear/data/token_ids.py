@@ -18,6 +18,7 @@ from jaxlinear.errors import UserError
 _LOG = logging.getLogger(__name__)
 _WITHOUT_A_BORDER = 1 << 28  # tokens of a stream, after which none is expected any more
 _SAMPLE = 100  # documents whose text is encoded again
+_OF_EACH = 1 << 16  # ids, from their beginning: a document may be of a billion bytes
 _IN_A_ROW = 4  # tokens of theirs that are looked for in it
 _FACTORS = np.random.default_rng(0).integers(1 << 62, 1 << 63, _IN_A_ROW, np.uint64)
 _HALF, _MOST = 0.5, 0.9
@@ -141,13 +142,16 @@ class Agreement:
         if self._seen == _SAMPLE:
             return
         self._seen += 1
+        self._first[int(ids[0])] += 1
+        self._last[int(ids[-1])] += 1
+        if len(ids) > _OF_EACH:
+            ids = ids[:_OF_EACH]
+            text = self._tokenizer.decode(ids)
         theirs, again = self._of_text(ids), self._of_text(self._tokenizer.encode(text))
         if length := min(_IN_A_ROW, len(theirs), len(again)):
             runs = _runs(theirs, length)
             self._runs += len(runs)
             self._alike += int(np.isin(runs, _runs(again, length)).sum())
-        self._first[int(ids[0])] += 1
-        self._last[int(ids[-1])] += 1
         if self._seen == _SAMPLE:
             self._judge()
 

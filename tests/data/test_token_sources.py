@@ -205,6 +205,17 @@ def test_documents_that_were_cut_are_this_tokenizers_all_the_same(tmp_path, capl
     assert sum(split.documents for split in manifest.splits.values()) == len(rows) and not caplog.records
 
 
+def test_of_long_documents_the_beginning_is_looked_at(tmp_path, caplog, monkeypatch, made):
+    """A billion bytes as a list of Python's would not fit."""
+    monkeypatch.setattr(token_ids, "_OF_EACH", 40)
+    texts, tokenizer, file, _ = made
+    rows = [np.concatenate([row, of_another(row)]) for row in tokenizer.encode_batch(texts) if len(row) > 40]
+    with caplog.at_level(logging.WARNING):
+        source = write_ids(tmp_path / "a.jsonl", rows)
+        prepare(source, tmp_path / "out", tokenizer=file, tokens_field="input_ids", **OPTIONS)
+    assert len(rows) > 50 and not caplog.records
+
+
 def test_a_special_token_at_the_end_of_all_documents_is_said(tmp_path, caplog, made):
     import tokenizers
 
