@@ -138,6 +138,7 @@ MODELS = {
         "rope_theta": 500.0,
         "norm_eps": 1e-2,
     },
+    "transformer, with windows": {"model_type": "transformer", "num_heads": 4, "num_kv_heads": 1, "window_size": 5},
 }
 MODELS = {name: _SHARED | fields for name, fields in MODELS.items()}
 

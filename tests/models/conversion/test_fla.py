@@ -54,7 +54,7 @@ def test_logits(tmp_path, name):
     export_weights(tmp_path / "run", tmp_path / "exported")
     again, written = json.loads((tmp_path / "exported" / "config.json").read_text()), tensors(tmp_path / "exported")
     if fields["model_type"] == "transformer":
-        assert again["model_type"] == "llama"
+        assert again["model_type"] == ("mistral" if "window_size" in fields else "llama")
     else:
         if not fields.get("fuse_norm", True):
             drawn = {key.replace(".g_norm.", ".g_norm_swish_gate."): x for key, x in drawn.items()}
@@ -195,7 +195,7 @@ WINDOW = {"layers": [1], "num_heads": 2, "window_size": 4}
             "attn is .*; only its rope_theta 10000, retention's, can be",
         ),
         ("transformer", {"qk_norm": True}, "qk_norm is True; only False can be imported"),
-        ("transformer", {"window_size": 4}, "window_size is 4; only null can be imported"),
+        ("transformer", {"window_size": 0}, "window_size is 0; it is a whole number from 1 on"),
         ("transformer", {"qkv_bias": True}, "qkv_bias is True; only False can be imported"),
         ("transformer", {"num_heads": 3}, "num_heads is 3; hidden_size=32 has to be as many heads of an even number"),
         ("delta_net", {"qk_norm": None}, "qk_norm is None; only 'l2' can be imported"),

@@ -1,4 +1,5 @@
-"""The transformer of flash-linear-attention, "Transformer++". It is a Llama under other names, and is exported as one."""
+"""The transformer of flash-linear-attention, "Transformer++". It is a Llama under other names or, with a window, a Mistral,
+and is exported as one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +13,13 @@ from jaxlinear.models.conversion.links import Link
 
 
 def _model(fields: Fields) -> dict[str, Any]:
-    fields.only_null("attn", "window_size")
+    fields.only_null("attn")
     fields.only("qk_norm", False, default=False)
     heads = fields.integer("num_heads", 32)
-    values = shared.model(fields, "attention")
+    if fields.optional("window_size") is None:
+        values = shared.model(fields, "attention")
+    else:
+        values = shared.model(fields, "sliding_window") | {"window": fields.integer("window_size")}
     return values | shared.attention_heads(fields, values["width"], heads)
 
 
@@ -23,5 +27,5 @@ def _links(config: ModelConfig) -> Iterator[Link]:
     return shared.links(config, lambda there, layer: iter(()))
 
 
-# No mixers: a model here is never called so, and its fields are a Llama's.
+# No mixers: a model here is never called so, and its fields are a Llama's or a Mistral's.
 FAMILY = Family("transformer", (), _model, llama.FAMILY.fields, _links, read=as_now)
