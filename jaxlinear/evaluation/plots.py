@@ -17,7 +17,7 @@ def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
     """Training loss (each logged step, and smoothed) and held-out loss of runs against tokens."""
     figure = _figure()
     axes = figure.subplots()
-    for i, workdir in enumerate(workdirs):
+    for i, (workdir, name) in enumerate(zip(workdirs, _names(workdirs), strict=True)):
         lines = metrics.read(workdir)
         training = [line for line in lines if "loss" in line]
         if not training:
@@ -25,7 +25,6 @@ def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
         # Evaluations have steps of their own; each step of a run has as many tokens.
         tokens_a_step = training[-1]["tokens"] / training[-1]["step"]
         heldout = [line for line in lines if "heldout_loss" in line]
-        name = Path(workdir).name
         losses = [line["loss"] for line in training]
         seen = [line["tokens"] for line in training]
         axes.plot(seen, losses, color=f"C{i}", alpha=0.25, linewidth=0.8)
@@ -44,6 +43,15 @@ def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def _names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
+    """Of each the last part of its path, or so many that no two are alike."""
+    paths = [Path(workdir).resolve().parts for workdir in workdirs]
+    count = 1
+    while len({path[-count:] for path in paths}) < len(set(paths)):
+        count += 1
+    return ["/".join(path[-count:]) for path in paths]
 
 
 def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:

@@ -6,14 +6,35 @@ from jaxlinear.evaluation import plots
 from jaxlinear.training import metrics
 
 
-def test_every_evaluation_is_in_the_loss_curves(tmp_path):
-    """Also of steps that were not logged."""
+def write(directory):
+    directory.mkdir(parents=True, exist_ok=True)
     lines = [{"step": step, "loss": 3 - step / 100, "tokens": 512 * step} for step in (20, 40, 60)]
     lines += [{"step": step, "heldout_loss": 3.1 - step / 100} for step in (15, 30, 45, 60)]
     text = "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"]))
-    (tmp_path / metrics.FILE).write_text(text)
+    (directory / metrics.FILE).write_text(text)
+    return directory
+
+
+def test_every_evaluation_is_in_the_loss_curves(tmp_path):
+    """Also of steps that were not logged."""
+    write(tmp_path)
     (axes,) = plots.loss_curves([tmp_path]).axes
     found = {line.get_label(): line for line in axes.lines}
     heldout, training = (found[f"{tmp_path.name}, {what}"] for what in ("held out", "training"))
     assert list(heldout.get_xdata()) == [512 * step for step in (15, 30, 45, 60)]
     assert list(training.get_xdata()) == [512 * step for step in (20, 40, 60)]
+
+
+def test_runs_are_told_apart(tmp_path, monkeypatch):
+    """By so much of their paths as they differ in."""
+
+    def labels(*workdirs):
+        (axes,) = plots.loss_curves(workdirs).axes
+        return [line.get_label() for line in axes.lines if line.get_label().endswith("training")]
+
+    first, second, other = (write(tmp_path / path) for path in ("a/run", "b/run", "b/other"))
+    assert labels(first, other) == ["run, training", "other, training"]
+    assert labels(first, second, other) == ["a/run, training", "b/run, training", "b/other, training"]
+    assert labels(first, first) == ["run, training"] * 2
+    monkeypatch.chdir(first)
+    assert labels(".") == ["run, training"]
