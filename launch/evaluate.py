@@ -24,7 +24,7 @@ _POLL = flags.DEFINE_float("poll", 10.0, "With --follow: seconds between two loo
 _PATIENCE = flags.DEFINE_float(
     "patience", 0.0, "With --follow: ends after so many seconds without a new one; 0: never."
 )
-_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 0, "Tokens of a batch; 0 takes as many as in training.")
+_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 0, "Tokens of a batch; 0 takes those of a microbatch in training.")
 
 
 def main() -> None:

@@ -166,8 +166,7 @@ def _cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
 def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any]]:
     """What measures the metrics of a harness task, as the harness reports them. Its data are read, or downloaded, here."""
     name, given = _split(spec)
-    batch_tokens = options.batch_tokens or run.config.training.batch_size * run.config.training.sequence_length
-    model = HarnessModel(run, batch_tokens)
+    model = HarnessModel(run, run.batch_tokens(options.batch_tokens))
     manager, tasks = _load(name, given.get("data"))
     _check(spec, manager.load(tasks)["tasks"], given.get("fewshot"))
 

@@ -13,7 +13,7 @@ class Options:
       lengths: multiples of the training length (perplexity). One that the dataset does not have is refused; by default
         1, 2, 4 and 8 as far as it has them.
       batches: how many batches to take of each length (perplexity); 0 takes the whole split.
-      batch_tokens: tokens of a batch, whatever the length (all); by default as many as in training.
+      batch_tokens: tokens of a batch, whatever the length (all); by default those of a microbatch in training.
       examples: examples of each difficulty (synthetic tasks).
     """
 

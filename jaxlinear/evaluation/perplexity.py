@@ -35,7 +35,7 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
     manifest = _read_manifest(run, path)
     split = manifest.splits["heldout"]
     training = run.config.training
-    batch_tokens = batch_tokens or training.batch_size * training.sequence_length
+    batch_tokens = run.batch_tokens(batch_tokens)
 
     plans, left_out = [], []
     for multiple in LENGTHS if lengths is None else lengths:

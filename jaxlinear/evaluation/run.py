@@ -34,6 +34,11 @@ class Run:
         model = load(self.workdir, step, mesh=self.mesh)
         return dataclasses.replace(self, step=step, parameters=nnx.to_pure_dict(nnx.split(model)[1]))
 
+    def batch_tokens(self, given: int) -> int:
+        """Tokens of a batch: ``given`` or, where that is 0, those of a microbatch, which the run had memory for."""
+        training = self.config.training
+        return given or training.batch_size // training.microbatches * training.sequence_length
+
     def program(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, made once for all checkpoints: functions that are compiled and take the parameters."""
         if key not in self._programs:

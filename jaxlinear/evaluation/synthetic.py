@@ -32,7 +32,7 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
         if task.READS_TEXT:
             dataset = task.options()["dataset"]
             trained_data.check_tokenizer(run.workdir, dataset, data.read_manifest(dataset))
-    batch_tokens = options.batch_tokens or training.batch_size * training.sequence_length
+    batch_tokens = run.batch_tokens(options.batch_tokens)
     answers = run.program(
         ("answers", batch_tokens), lambda: Answers(run.config, run.architecture, run.mesh, batch_tokens)
     )

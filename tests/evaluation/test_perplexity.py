@@ -1,5 +1,6 @@
 """evaluation/perplexity.py: the losses are those of the model's logits, by length and by position."""
 
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from jaxlinear import data, evaluation
 from jaxlinear.data import heldout_batches, read_manifest
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import perplexity
+from jaxlinear.evaluation.run import open_run
 from jaxlinear.models import load
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -116,6 +118,17 @@ def test_a_part_of_the_split(tiny_run):
     result = evaluation.evaluate(tiny_run, lengths=[1], batches=1, batch_tokens=64)["perplexity"]["lengths"][0]
     assert (result["batch_size"], result["batches"], result["whole_split"]) == (8, 1, False)  # a row a device, at least
     assert result["tokens"] == 8 * 32
+
+
+def test_a_batch_is_a_microbatch_of_training(tiny_run):
+    """Which the run had memory for."""
+    run = open_run(tiny_run)
+    config = run.config.copy_and_resolve_references()
+    config.training.update({"batch_size": 64, "microbatches": 4})
+    run = dataclasses.replace(run, config=config)
+    assert (run.batch_tokens(0), run.batch_tokens(100)) == (16 * 32, 100)
+    report = evaluation.evaluate_run(run, ["perplexity"], evaluation.Options(lengths=(1,), batches=1))
+    assert report["perplexity"]["lengths"][0]["batch_size"] == 16
 
 
 def test_another_tokenizer_is_refused(tiny_run, tiny_dataset, tmp_path):
