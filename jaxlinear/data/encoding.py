@@ -18,7 +18,7 @@ from jaxlinear.errors import RunError
 Document = str | np.ndarray  # its text, or its tokens [T]
 
 # A worker is given so much at a time: enough to make the transfer cheap, little enough to keep all of them busy.
-_BATCH_BYTES = 1 << 19
+_BATCH_LENGTH = 1 << 19  # characters, or tokens
 _BATCH_DOCUMENTS = 1024
 
 _tokenizer: Tokenizer  # of a worker process
@@ -83,8 +83,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document.encode()) if isinstance(document, str) else document.nbytes
-        if size >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS:
+        size += len(document)
+        if size >= _BATCH_LENGTH or len(batch) == _BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
     if batch:

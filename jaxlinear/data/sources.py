@@ -96,19 +96,19 @@ def open_source(
     """
     field = DEFAULT_TEXT_FIELD if text_field is None else text_field
     if name == "python-stdlib":
-        _refuse(name, text_field=text_field, suffixes=suffixes, document_separator=separator)
+        refuse_unread(name, text_field=text_field, suffixes=suffixes, document_separator=separator)
         return _python_stdlib()
     if name.startswith("hf:"):
         from jaxlinear.data import hugging_face
 
-        _refuse(name, suffixes=suffixes, document_separator=separator)
+        refuse_unread(name, suffixes=suffixes, document_separator=separator)
         return hugging_face.open_dataset(name, lambda origin, fields: field_record(origin, fields, field))
     files = files_of(name, suffixes, DEFAULT_SUFFIXES)
     plain = [is_plain(file) for file in files]
     if all(plain):
-        _refuse(name, text_field=text_field)
+        refuse_unread(name, text_field=text_field)
     if not any(plain):
-        _refuse(name, document_separator=separator)
+        refuse_unread(name, document_separator=separator)
     pipe = is_pipe(name)
     size = None if pipe else about_size(files, field)
     cuts = None if separator is None else _Cuts(name, separator)
@@ -133,7 +133,7 @@ def files_of(name: str, suffixes: tuple[str, ...] | None, defaults: tuple[str, .
             raise UserError(f"suffixes is empty; name some, as {defaults[0]}, or leave it out")
         return files_of_folder(path, defaults if suffixes is None else suffixes)
     if path.exists():
-        _refuse(name, suffixes=suffixes)
+        refuse_unread(name, suffixes=suffixes)
         return [path]
     raise UserError(f"no source {name!r}: there is no such file or folder (nor is it python-stdlib or hf:NAME)")
 
@@ -229,7 +229,8 @@ _READ_BY = {
 }
 
 
-def _refuse(name: str, **unread: object) -> None:
+def refuse_unread(name: str, **unread: object) -> None:
+    """Of options by their names, those that are given."""
     for option, value in unread.items():
         if value is not None:
             raise UserError(f"{option} does nothing for {name}: it is for {_READ_BY[option]}; leave it out")

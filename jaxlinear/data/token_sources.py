@@ -1,6 +1,7 @@
 """Sources whose documents are token ids: a field of JSONL, Parquet or Hugging Face records, or files of ids."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jaxlinear.data import token_files
@@ -14,6 +15,7 @@ from jaxlinear.data.sources import (
     is_pipe,
     is_plain,
     json_lines,
+    refuse_unread,
     without_field,
 )
 from jaxlinear.data.token_ids import Ids
@@ -76,8 +78,7 @@ def _of_field(name: str, ids: Ids, field: str, suffixes: tuple[str, ...] | None)
     if name.startswith("hf:"):
         from jaxlinear.data import hugging_face
 
-        if suffixes is not None:
-            raise UserError(f"suffixes does nothing for {name}: it is for a folder; leave it out")
+        refuse_unread(name, suffixes=suffixes)
         return hugging_face.open_dataset(name, record)
     files = files_of(name, suffixes, RECORD_SUFFIXES)
     for file in files:
@@ -99,6 +100,6 @@ def _of_field(name: str, ids: Ids, field: str, suffixes: tuple[str, ...] | None)
     return Source(name, None if pipe else about_size(files, field), records, pipe)
 
 
-def _mapped(source: Source, documents: Any) -> Source:
+def _mapped(source: Source, documents: Callable[[Iterable[Record]], Iterator[Record]]) -> Source:
     """``source`` with other records, made of its own; a source that is broken from its beginning is refused as it is."""
-    return Source(source.description, source.size, lambda: documents(iter(source)), source.pipe)
+    return dataclasses.replace(source, records=lambda: documents(iter(source)))

@@ -14,6 +14,7 @@ from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
 from jaxlinear.models import load, mixers, parameters
 from jaxlinear.parallel import mesh as meshes
+from jaxlinear.training.job import rows_at_once
 from jaxlinear.training.workdir import read_config
 
 
@@ -36,8 +37,7 @@ class Run:
 
     def batch_tokens(self, given: int) -> int:
         """Tokens of a batch: ``given`` or, where that is 0, those of a microbatch, which the run had memory for."""
-        training = self.config.training
-        return given or training.batch_size // training.microbatches * training.sequence_length
+        return given or rows_at_once(self.config) * self.config.training.sequence_length
 
     def program(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, made once for all checkpoints: functions that are compiled and take the parameters."""

@@ -13,7 +13,7 @@ from jaxlinear.parallel import feeding
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import metrics
 from jaxlinear.training.answers import Answers
-from jaxlinear.training.job import Job
+from jaxlinear.training.job import Job, rows_at_once
 from jaxlinear.training.step import make_loss_step
 
 
@@ -38,7 +38,7 @@ class Evaluation:
         config = job.config
         self._job, self._between = job, between
         self._loss_step = make_loss_step(config, job.architecture, job.mesh)
-        tokens = job.rows_at_once * config.training.sequence_length
+        tokens = rows_at_once(config) * config.training.sequence_length
         self._answers = Answers(config, job.architecture, job.mesh, tokens, between)
         self._tasks = job.evaluation_tasks() if config.evaluation.every_steps else []
 
@@ -66,7 +66,7 @@ class Evaluation:
         def sums():
             for batch in job.heldout_batches():
                 self._between()
-                placed = feeding.place(batch, sharding, job.rows_at_once)
+                placed = feeding.place(batch, sharding, rows_at_once(job.config))
                 nll, targets = self._loss_step(parameters, placed)
                 yield nll.sum(), targets.sum()
 

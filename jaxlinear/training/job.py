@@ -106,14 +106,9 @@ class Job:
         paths = [*self.datasets, self.heldout_path] if self.datasets else []
         return repr((self.trained_tasks, [data.read_manifest(path) for path in paths]))
 
-    @property
-    def rows_at_once(self) -> int:
-        """How many rows of a batch the devices have room for, in training and in the evaluations of it."""
-        return self.config.training.batch_size // self.config.training.microbatches
-
     def heldout_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of the held-out batches that are evaluated while training, a microbatch at a time."""
-        shape = (self.rows_at_once, self.config.training.sequence_length)
+        shape = (rows_at_once(self.config), self.config.training.sequence_length)
         return data.heldout_batches(
             self.heldout_path,
             batch_size=shape[0],
@@ -153,6 +148,11 @@ def mixture(path: str) -> dict[str, float]:
         if not 0 < weights[name.strip()] < math.inf:  # nor not a number
             raise UserError(f"data.path: the weight {weight} of {name.strip()} has to be above 0 and finite")
     return weights
+
+
+def rows_at_once(config: config_dict.ConfigDict) -> int:
+    """How many rows of a batch the devices have room for, in training and in evaluations."""
+    return config.training.batch_size // config.training.microbatches
 
 
 def task_setting(config: config_dict.ConfigDict, split: str) -> tasks.Setting:

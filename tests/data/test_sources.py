@@ -14,7 +14,6 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from jaxlinear.data.compressed import DamagedFile, read_chunks
 from jaxlinear.data.sources import Record, open_source
 from jaxlinear.errors import UserError
 
@@ -302,27 +301,6 @@ def test_utf16_is_named(tmp_path, separator):
     (tmp_path / "a.txt").write_bytes("one\ntwo".encode("utf-16"))
     with pytest.raises(UserError, match=r"UTF-16 by its first bytes; make it UTF-8, as iconv -f UTF-16 -t UTF-8 does$"):
         list(open_source(str(tmp_path), separator=separator))
-
-
-def test_several_members_and_damage(tmp_path):
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b"one ") + gzip.compress(b"two"))
-    assert b"".join(read_chunks(tmp_path / "a.gz")) == b"one two"
-    pack = zstandard.ZstdCompressor().compress
-    (tmp_path / "a.zst").write_bytes(pack(b"one ") + pack(b"two"))
-    assert b"".join(read_chunks(tmp_path / "a.zst")) == b"one two"
-    for name in ("b.gz", "b.zst"):
-        (tmp_path / name).write_bytes(b"this is not compressed at all")
-        with pytest.raises(DamagedFile, match=f"damaged {name[1:]} file"):
-            b"".join(read_chunks(tmp_path / name))
-
-
-def test_zstandard_of_the_largest_window(tmp_path):
-    """As of ``zstd --long=31``; the library's own limit is 27."""
-    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
-    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # it does not know the size
-    (tmp_path / "a.zst").write_bytes(packer.compress(b"one") + packer.flush())
-    assert zstandard.get_frame_parameters((tmp_path / "a.zst").read_bytes()).window_size == 1 << 31
-    assert b"".join(read_chunks(tmp_path / "a.zst")) == b"one"
 
 
 def test_the_size_of_a_source_is_that_of_its_content(tmp_path):

@@ -63,32 +63,24 @@ def falcon_mamba(**changes):
     return transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**(values | changes)))
 
 
+LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+}
+
+
 def llama(**changes):
-    values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 44,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-    }
+    values = LLAMA | {"max_position_embeddings": 64}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(values | changes)))
 
 
 def mistral(**changes):
-    values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 44,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "sliding_window": 5,
-        "attn_implementation": "eager",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-    }
+    values = LLAMA | {"sliding_window": 5, "attn_implementation": "eager"}
     return transformers.MistralForCausalLM(transformers.MistralConfig(**(values | changes)))
 
 
