@@ -3,7 +3,8 @@
 # make test         the test suite
 # make test-compiled  kernels compiled for TPUs and GPUs, and run on an emulated GPU; what launch/compile.py says (minutes)
 # make test-published  training steps of published sizes compiled for a TPU pod and for GPUs (minutes)
-# make test-meshes  every model on every mesh that spreads time, and what compiled steps exchange (a quarter of an hour)
+# make test-meshes  every model on every mesh that spreads time, what compiled steps exchange, and runs of several processes
+#                   (a quarter of an hour)
 # make test-newest  operations, kernels, meshes and what goes on beside an exchange of GPUs with the newest JAX;
 #                   PYTHON_NEWEST names a Python from 3.12 on, TESTS_NEWEST other tests
 # make test-pages   reports opened in a headless browser; CHROMIUM names it
@@ -41,7 +42,7 @@ test-published: .venv/installed-test
 
 test-meshes: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --every_mesh tests/models/test_over_sequence.py \
-	  tests/parallel/test_compiled_collectives.py
+	  tests/parallel/test_compiled_collectives.py tests/training/test_processes.py
 
 # JAX 0.11 needs Python 3.12, and .venv may be older.
 test-newest: .venv-newest/installed

@@ -1,5 +1,6 @@
 """Checkpoints of a run, through Orbax: saved while training goes on, restored exactly or not at all."""
 
+import collections
 import contextlib
 import json
 import logging
@@ -26,6 +27,7 @@ from jaxlinear.parallel import start
 
 DIRECTORY = "checkpoints"
 _META = "meta"
+_BATCHES = "heldout_batches"  # that a held-out loss is of, 0 for all of the split; older checkpoints do not say
 _OVERHEAD_BYTES = 1 << 19  # of a checkpoint over its arrays: its descriptions, and blocks that are not full
 _OPENINGS = 10  # how often a directory is opened in which a run removes checkpoints
 # What Orbax and TensorStore raise for a damaged file; for damaged contents of an array it is a bare Exception.
@@ -113,12 +115,12 @@ class Checkpoints:
             self._check_space(trees)
         meta = _meta(self._config, next_batch, {name: _checksums(tree) for name, tree in trees.items()})
         items = {name: ocp.args.StandardSave(_by_path(tree)) for name, tree in trees.items()}
+        metrics = None
+        if heldout_loss is not None:
+            metrics = {"heldout_loss": heldout_loss, _BATCHES: self._config.evaluation.batches}
         with self._writing():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
-                metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
-            )
+            args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
+            self._manager.save(step, args=args, metrics=metrics)
 
     def restore(self, structs: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
         """The trees named in ``structs`` at ``step`` (the newest by default).
@@ -298,14 +300,7 @@ def _preservation(config: config_dict.ConfigDict) -> policies.PreservationPolicy
     if options.keep_every_steps:
         kept.append(_Multiples(options.keep_every_steps))
     if options.keep_best:
-        kept.append(
-            policies.BestN(
-                get_metric_fn=_heldout_loss,
-                reverse=True,
-                n=options.keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
-        )
+        kept.append(_Best(options.keep_best))
     return policies.AnyPreservationPolicy(kept)
 
 
@@ -313,6 +308,24 @@ def _heldout_loss(metrics: Mapping[str, float]) -> float:
     """One that is not finite is the worst: as it is, it would leave the others without an order."""
     loss = metrics["heldout_loss"]
     return loss if math.isfinite(loss) else math.inf
+
+
+class _Best(policies.PreservationPolicy):
+    """Keeps the ``count`` steps of the lowest held-out loss; where a run went on with another ``evaluation.batches``, so
+    many of each: losses of other text do not tell which is better."""
+
+    def __init__(self, count: int):
+        self._count = count
+
+    def should_preserve(self, checkpoints, *, context):
+        measured = collections.defaultdict(list)
+        for i, checkpoint in enumerate(checkpoints):
+            if checkpoint.metrics is not None:
+                measured[checkpoint.metrics.get(_BATCHES)].append(i)
+        kept = set()
+        for same_text in measured.values():  # of equal losses the newest
+            kept.update(sorted(same_text, key=lambda i: (_heldout_loss(checkpoints[i].metrics), -i))[: self._count])
+        return [i in kept for i in range(len(checkpoints))]
 
 
 class _Multiples(policies.PreservationPolicy):

@@ -48,7 +48,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every_mesh",
         action="store_true",
-        help="Models on every mesh that spreads time, not on some, and what their compiled steps exchange.",
+        help="Models on every mesh that spreads time, not on some, what their compiled steps exchange, and runs of several "
+        "processes.",
     )
     parser.addoption(
         "--compiled",
@@ -63,6 +64,7 @@ def pytest_ignore_collect(collection_path, config):
     on_request = {
         "test_published_sizes.py": "published_sizes",
         "test_compiled_collectives.py": "every_mesh",
+        "test_processes.py": "every_mesh",
         "test_in_chromium.py": "chromium",
         "test_on_an_emulated_gpu.py": "compiled",
         "test_sizing.py": "compiled",

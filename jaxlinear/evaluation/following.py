@@ -103,6 +103,17 @@ def follow(
         time.sleep(poll)
 
 
+def newest_report(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """That of the highest step that the run, as it went in the end, has come to; None if there is none."""
+    starts = read_starts(workdir)
+    paths = [path for path in directory(workdir).glob("*.json") if path.stem.isdigit()]
+    for path in sorted(paths, key=lambda path: int(path.stem), reverse=True):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not _was_set_back(report, path, starts):
+            return report
+    return None
+
+
 def _steps(workdir: str | os.PathLike) -> list[int]:
     """The checkpoints that there are; none before the run has made their directory."""
     try:
@@ -140,20 +151,22 @@ def _of_the_past(workdir: str | os.PathLike, asked: Mapping[str, Any]) -> dict[i
         if not path.stem.isdigit() or int(path.stem) in steps or int(path.stem) > max(steps, default=0):
             continue
         step, report = int(path.stem), json.loads(path.read_text(encoding="utf-8"))
-        if any(line["step"] < step for line in _since(report, path, starts)):
+        if _was_set_back(report, path, starts):
             continue
         if asked == {name: value for name, value in report.get("asked", {}).items() if name != "checkpoint"}:
             past[step] = report
     return past
 
 
-def _since(report: Mapping[str, Any], path: Path, starts: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """The starts of the run after a report was made. Times tell them badly: a copy of the directory is younger than all of
-    them. But a report from before there was this count has nothing else."""
+def _was_set_back(report: Mapping[str, Any], path: Path, starts: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the run began anew from an earlier step after a report was made. Times tell that badly: a copy of the
+    directory is younger than all starts. But a report from before they were counted has nothing else."""
     if "starts" in report:
-        return starts[report["starts"] :]
-    made = path.stat().st_mtime
-    return [line for line in starts if datetime.datetime.fromisoformat(line["time"]).timestamp() > made]
+        later = starts[report["starts"] :]
+    else:
+        made = path.stat().st_mtime
+        later = [line for line in starts if datetime.datetime.fromisoformat(line["time"]).timestamp() > made]
+    return any(line["step"] < int(path.stem) for line in later)
 
 
 def _write(path: Path, text: str) -> None:

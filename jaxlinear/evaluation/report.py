@@ -1,6 +1,5 @@
 """One page of a run: what it is, how it went, what it was judged by, what it writes, and what it ran on."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +43,7 @@ def page(workdir: str | os.PathLike, samples: Sequence[tuple[str, str]] = ()) ->
         parts.append(html.table(["step", "held-out loss", "bits per byte"], _heldout(heldout)))
     if training:
         parts += [html.heading("How it went"), *_curves(training)]
-    if report := _newest_evaluation(Path(workdir)):
+    if report := following.newest_report(workdir):
         parts += [html.heading(f"Evaluation of step {report['step']}"), html.preformatted(evaluation.table(report))]
     if samples:
         parts.append(html.heading("Samples"))
@@ -98,12 +97,6 @@ def _heldout(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
         [str(line["step"]), f"{line['heldout_loss']:.4f}", "" if one is None else f"{one:.4f}"]
         for line, one in zip(lines, bits, strict=True)
     ]
-
-
-def _newest_evaluation(workdir: Path) -> dict[str, Any] | None:
-    """The last report that ``launch/evaluate.py --follow`` left."""
-    found = {int(path.stem): path for path in following.directory(workdir).glob("*.json") if path.stem.isdigit()}
-    return json.loads(found[max(found)].read_text(encoding="utf-8")) if found else None
 
 
 def _starts(starts: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -13,7 +13,7 @@ import pytest
 
 from jaxlinear import config as configs
 from jaxlinear.errors import UserError
-from jaxlinear.evaluation import report
+from jaxlinear.evaluation import following, report
 from jaxlinear.training import metrics
 from jaxlinear.training.workdir import CONFIG, STARTS, read_config, read_starts
 
@@ -79,9 +79,10 @@ def test_where_it_ran_is_noted_at_each_start(page, tiny_run):
 
 
 def test_an_evaluation_that_followed_the_run(tiny_run, monkeypatch, tmp_path):
-    (tmp_path / "9.json").write_text(json.dumps({"step": 9}))
-    (tmp_path / "10.json").write_text(json.dumps({"step": 10}))
-    monkeypatch.setattr(report.following, "directory", lambda workdir: tmp_path)
+    """Not the one of a step that the run was set back from since, and may never come to again."""
+    for step, starts in ((9, 1), (10, 1), (11, 0)):
+        (tmp_path / f"{step}.json").write_text(json.dumps({"step": step, "starts": starts}))
+    monkeypatch.setattr(following, "directory", lambda workdir: tmp_path)
     monkeypatch.setattr(report.evaluation, "table", lambda found: f"the table of {found['step']}")
     assert "<h2>Evaluation of step 10</h2>\n<pre>the table of 10</pre>" in report.page(tiny_run)
 

@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
+from ml_collections import config_dict
 
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.laws import comparison, optimum, plots, points, report
@@ -267,6 +269,28 @@ def test_the_runs_of_a_sweep(sweep):
     assert point.embedding_parameters == 384 * 8 and point.size("without") == point.parameters - 384 * 8
     assert point.logits_flops_per_token == 3 * 2 * 8 * 384
     assert point.flops("with") - point.flops("without") == point.tokens * point.logits_flops_per_token
+
+
+@pytest.mark.parametrize(
+    "models, names",
+    [
+        ([{"width": 8}, {"width": 16}, {"pattern": ("hawk",) * 4}], ["hawk"] * 3),
+        (
+            [{"pattern": ("hawk", "hawk", "window")}, {"pattern": ("hawk", "window") * 3}, {}],
+            ["2 hawk+window", "hawk+window", "hawk"],
+        ),
+        (
+            [{"bias": True}, {"remat": "full"}, {"dtype": "float32"}, {"pattern": ("gla",), "bias": True}],
+            ["hawk bias=True dtype=bfloat16", "hawk bias=False dtype=bfloat16", "hawk bias=False dtype=float32", "gla"],
+        ),
+    ],
+)
+def test_runs_without_a_label_are_one_architecture_if_they_differ_in_numbers_alone(models, names):
+    """Else a law would be fitted to the lower loss of either. What a label names is left out."""
+    model = {"pattern": ("hawk",), "width": 8, "bias": False, "dtype": "bfloat16", "remat": "none"}
+    given = [config_dict.ConfigDict(model | changes) for changes in [*models, {"bias": True, "remat": "all"}]]
+    runs = [types.SimpleNamespace(labels={})] * len(models) + [types.SimpleNamespace(labels={"architecture": "mine"})]
+    assert points._architectures(runs, given) == [*names, "mine"]
 
 
 def finished(directory, dataset, plan):

@@ -1,12 +1,15 @@
 """What a finished sweep measured: of each run its parameters, tokens, FLOPs and held-out loss."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from ml_collections import config_dict
 
 from jaxlinear import config as configs
 from jaxlinear import data
@@ -23,6 +26,7 @@ from jaxlinear.training.job import heldout_path
 from jaxlinear.training.workdir import read_config
 
 _LOG = logging.getLogger(__name__)
+_NO_ARCHITECTURE = ("preset", "remat")  # keys of a model that do not change what it computes
 COUNTS = {"with": "with embeddings", "without": "without embeddings"}
 
 
@@ -82,7 +86,10 @@ def of_sweep(workdir: str | os.PathLike, *, partial: bool = False, evaluated: bo
     names = {run.name for run in unfinished}
     if names:
         _LOG.info("%d of the %d runs in %s are not finished and left out", len(names), len(sweep.runs), workdir)
-    made = [_point(run) for run in sweep.runs if run.name not in names]
+    runs = [run for run in sweep.runs if run.name not in names]
+    trained = [read_config(run.files.workdir) for run in runs]
+    architectures = _architectures(runs, [config.model for config in trained])
+    made = [_point(*of_run) for of_run in zip(runs, trained, architectures, strict=True)]
     if evaluated:
         made = [_evaluated(point, workdir) for point in made]
     _check_same_text([point for point in made if not point.diverged])
@@ -135,23 +142,52 @@ def _manifest(path: str) -> data.Manifest | None:
         return None
 
 
-def _point(run: PlannedRun) -> Point:
-    config = read_config(run.files.workdir)
+def _architectures(runs: Sequence[PlannedRun], models: Sequence[config_dict.ConfigDict]) -> list[str]:
+    """The label of each run; without one the names of its mixers, and where the models of these differ in more than
+    numbers, what tells them apart: a law is of one architecture."""
+    unlabelled = [model for run, model in zip(runs, models, strict=True) if not run.labels.get("architecture")]
+
+    def mixers(model: config_dict.ConfigDict) -> str:
+        return "+".join(dict.fromkeys(model.pattern))
+
+    def name(model: config_dict.ConfigDict) -> str:
+        alike = [other for other in unlabelled if mixers(other) == mixers(model)]
+        parts = [mixers(model)]
+        if len({_period(other.pattern) for other in alike}) > 1:
+            groups = [(mixer, len(list(group))) for mixer, group in itertools.groupby(_period(model.pattern))]
+            parts = ["+".join(mixer if count == 1 else f"{count} {mixer}" for mixer, count in groups)]
+        for key, value in model.items():
+            told_apart = isinstance(value, bool | str) and any(other[key] != value for other in alike)
+            if told_apart and key not in _NO_ARCHITECTURE:
+                parts.append(f"{key}={value}")
+        return " ".join(parts)
+
+    return [run.labels.get("architecture") or name(model) for run, model in zip(runs, models, strict=True)]
+
+
+def _period(pattern: Sequence[str]) -> tuple[str, ...]:
+    """The shortest pattern that is the same layers when it is repeated."""
+    whole = tuple(pattern)
+    lengths = (length for length in range(1, len(whole) + 1) if len(whole) % length == 0)
+    return next(whole[:length] for length in lengths if whole[:length] * (len(whole) // length) == whole)
+
+
+def _point(run: PlannedRun, config: config_dict.ConfigDict, architecture: str) -> Point:
     training = config.training
     lines = [line for line in metrics.read(run.files.workdir) if line["step"] == training.steps]
     losses = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
     if not losses:
         raise UserError(f"the run {run.name} has no held-out loss at its end: train it with evaluation.every_steps")
     model = configs.model_config(config)
-    architecture = describe(model)
+    described = describe(model)
     counted = [
         flops.training_flops_per_token(model, training.sequence_length, logits=logits) for logits in (True, False)
     ]
     return Point(
         name=run.name,
-        architecture=run.labels.get("architecture") or "+".join(dict.fromkeys(model.pattern)),
-        parameters=architecture.num_parameters,
-        embedding_parameters=architecture.num_embedding_parameters,
+        architecture=architecture,
+        parameters=described.num_parameters,
+        embedding_parameters=described.num_embedding_parameters,
         tokens=training.steps * training.batch_size * training.sequence_length,
         flops_per_token=counted[0],
         logits_flops_per_token=counted[0] - counted[1],
