@@ -94,10 +94,14 @@ def _named(shape: Sequence[int]) -> str:
 def from_text(parts: Sequence[str]) -> Mesh:
     """A mesh over all devices from ``["sequence=4", "fsdp=2"]``; ``data`` takes what is left unless it is named."""
     sizes = {**dict.fromkeys(AXES, 1), "data": -1}
+    named = set()
     for part in parts:
         axis, _, size = part.partition("=")
         if axis not in AXES or not size.isdecimal() or int(size) < 1:
             raise UserError(f"{part!r} is not a part of a mesh; write AXIS=SIZE, the axes being {', '.join(AXES)}")
+        if axis in named:
+            raise UserError(f"{axis} is given twice in the mesh {','.join(parts)}; leave one out")
+        named.add(axis)
         sizes[axis] = int(size)
     return make_mesh(sizes)
 

@@ -68,6 +68,7 @@ def test_a_million_tokens_fit_where_an_eighth_fits(tiny_config):
         ),
         (["sequence=all"], "'sequence=all' is not a part of a mesh"),
         (["sequence=²"], "'sequence=²' is not a part of a mesh"),
+        (["sequence=2", "sequence=8"], "sequence is given twice in the mesh sequence=2,sequence=8; leave one out"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(tiny_run, mesh, message):
