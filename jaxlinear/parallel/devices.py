@@ -51,13 +51,13 @@ def _network(name: str, one_way: float) -> Link:
 
 
 # Memory and its bandwidth, and ICI a chip in both directions over all its links (400, 1,200, 800 and 1,200 GB/s, on 4, 6,
-# 4 and 6 links): cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. There too the network of the data centre: 6.4 Tbit/s for
-# 256 chips of v5e, 50 Gbit/s a chip of v5p. Not checked against a page: the 100 Gbit/s a chip of v6e and TPU7x, and of
-# TPU7x the memory's rate (jax's tpu_info has 7.4 TB/s) and what joins its halves. Float32 products are six of bfloat16
-# (XLA's HIGHEST precision).
+# 4 and 6 links): cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. Where pages differ it is the larger figure, as the least
+# time of a step is a bound: for v6e's memory tpu7x has 1,638 GB/s, v6e 1,600. There too the network of the data centre: 6.4
+# Tbit/s for 256 chips of v5e, 50 Gbit/s a chip of v5p, 100 of v6e and of TPU7x. Float32 products are six of bfloat16 (XLA's
+# HIGHEST precision).
 _V5E = Device("TPU v5e", 197e12 / 6, 16e9, 819e9, _torus("v5e", 50e9), axes=2, network=_network("v5e", 3.125e9))
 _V5P = Device("TPU v5p", 459e12 / 6, 95 * 2**30, 2765e9, _torus("v5p", 100e9), axes=3, network=_network("v5p", 6.25e9))
-_V6E = Device("TPU v6e", 918e12 / 6, 32e9, 1600e9, _torus("v6e", 100e9), axes=2, network=_network("v6e", 12.5e9))
+_V6E = Device("TPU v6e", 918e12 / 6, 32e9, 1638e9, _torus("v6e", 100e9), axes=2, network=_network("v6e", 12.5e9))
 # A chip is two devices, each with half of its products, memory and network, and joined by six times what a link of the
 # torus has (cloud.google.com/tpu/docs/tpu7x). Both use the chip's links, of which all may be one's.
 _PAIR = Link("the two halves of a chip of TPU7x", 600e9, 600e9, 1e-6, 0.0, False)
