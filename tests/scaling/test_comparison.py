@@ -162,6 +162,20 @@ def test_too_few_runs_have_no_law():
         comparison.compare([])
 
 
+def test_few_runs_have_a_law_without_intervals():
+    """It goes nearly through all of them, and so through those that are drawn: what these tell is no more than it says."""
+    ladders = {name: [run for run in ladder() if run.architecture == name] for name in LAWS}
+    found = comparison.compare([*ladders["slow"][:8], *ladders["fast"][:7]], replicates=20)
+    slow, fast = (found.fits["with"][name] for name in LAWS)
+    assert len(slow.law.replicates) == 20 and np.isfinite(slow.constant("alpha")).all()
+    assert math.isfinite(fast.law.best.alpha) and np.isnan(fast.constant("alpha")[1:]).all()
+    times, *bounds = found.multiplier("with", "fast", 1e16)
+    assert math.isfinite(times) and np.isnan(bounds).all()
+    remark = "fast: 7 runs do not tell how far their law can be trusted; 8 or more give intervals"
+    assert remark in report.text(found) and "slow: 8 runs" not in report.text(found)
+    assert comparison.to_json(found)["counts"]["with embeddings"]["fast"]["law"]["alpha"][1:] == [None, None]
+
+
 def test_where_flops_fall_as_sizes_grow_the_others_are_reported():
     """As in mixtures whose tokens take fewer of more experts."""
     runs = ladder()

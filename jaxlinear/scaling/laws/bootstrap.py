@@ -11,6 +11,7 @@ from jaxlinear.scaling.laws.parametric import Law
 
 REPLICATES = 500
 LEVEL = 0.95
+FEWEST = 8  # runs by whose resampling a law's five constants can be judged
 
 T = TypeVar("T")
 
@@ -47,13 +48,16 @@ def interval(value: float, samples: Sequence[float]) -> Interval:
 
 
 def fit_law(parameters: Any, tokens: Any, losses: Any, *, replicates: int = REPLICATES, seed: int = 0) -> Fit[Law]:
-    """``parametric.fit``, and again for runs that are drawn from the runs, with replacement.
+    """``parametric.fit``, and again for runs that are drawn from the runs, with replacement; not for fewer than ``FEWEST``.
 
     On synthetic losses with noise of 0.3 to 1%, intervals from resampled runs covered the truth as often as they should;
-    those from resampled residuals covered it too seldom.
+    those from resampled residuals covered it too seldom. Of six and seven runs they covered it in half to nine tenths of
+    the cases: the law goes nearly through the runs, and so through most of those that are drawn.
     """
     best = parametric.fit(parameters, tokens, losses)
     x, y, z = parametric.log_points(parameters, tokens, losses)
+    if len(x) < FEWEST:
+        return Fit(best, ())
     random = np.random.default_rng(seed)
     laws: list[Law] = []
     with parametric.one_thread():

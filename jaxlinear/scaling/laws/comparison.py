@@ -77,7 +77,8 @@ class Comparison:
         def ratio(law: Law, other: Law) -> float:
             return optimum.compute_multiplier(law, ours.cost, other, theirs.cost, flops)
 
-        pairs = zip(ours.law.replicates, theirs.law.replicates, strict=True)
+        both = ours.law.replicates and theirs.law.replicates  # of too few runs there are none
+        pairs = zip(ours.law.replicates, theirs.law.replicates, strict=True) if both else ()
         return bootstrap.interval(ratio(ours.law.best, theirs.law.best), [ratio(*pair) for pair in pairs])
 
 

@@ -102,6 +102,11 @@ def _remarks(comparison: Comparison, counts: str) -> list[str]:
     found = []
     for name, fit in comparison.fits[counts].items():
         found += [f"{name}: {reason}" for reason in fit.refusals]
+        if fit.law is not None and not fit.law.replicates:
+            found.append(
+                f"{name}: {len(fit.points)} runs do not tell how far their law can be trusted; {bootstrap.FEWEST} or more "
+                "give intervals"
+            )
         if undetermined := fit.undetermined():
             found.append(
                 f"{name}: these runs do not determine {', '.join(undetermined)}; the interval reaches the end of what was "
