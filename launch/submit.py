@@ -111,11 +111,8 @@ def main(arguments: list[str]) -> int:
 
 def _render(asked: request.Request) -> tuple[str, str]:
     if _PLATFORM.value == "slurm":
-        named = {"partition": _PARTITION.value, "account": _ACCOUNT.value}
-        options: dict[str, str | None] = {name: value for name, value in named.items() if value}
-        for option in _SBATCH.value:
-            name, equals, value = option.partition("=")
-            options[name.lstrip("-")] = value if equals else None
+        own = {"partition": _PARTITION.value, "account": _ACCOUNT.value}
+        options = slurm.named([*(f"{name}={value}" for name, value in own.items() if value), *_SBATCH.value])
         script = slurm.render(
             asked,
             per=_PROCESSES_PER.value,

@@ -114,6 +114,17 @@ exit "$status"
 """
 
 
+def named(options: Sequence[str]) -> dict[str, str | None]:
+    """Options of ``sbatch``, each ``NAME=VALUE`` or ``NAME``, by name; None for one without a value."""
+    found: dict[str, str | None] = {}
+    for option in options:
+        name, equals, value = option.lstrip("-").partition("=")
+        if name in found:
+            raise UserError(f"--sbatch={option}: {name} is given twice, of which sbatch takes the last; leave one out")
+        found[name] = value if equals else None
+    return found
+
+
 def _option(name: str, value: str | None) -> str:
     """A line of ``sbatch``, which ends a value at a blank or # unless it is quoted."""
     if value is None:

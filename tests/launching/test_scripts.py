@@ -336,6 +336,10 @@ def test_the_status_of_a_preempted_run_is_that_of_the_loop():
             lambda: slurm.render(asked("h100:8"), options={"no-requeue": None}),
             "--sbatch=no-requeue: a run that was preempted goes back",
         ),
+        (
+            lambda: slurm.named(["qos=a", "--exclusive", "--qos=b"]),
+            "--sbatch=--qos=b: qos is given twice, of which sbatch",
+        ),
         (lambda: slurm.render(asked("h100:8"), options={"N": "2"}), "--sbatch=N: options are known here by their long"),
         *(
             (

@@ -112,6 +112,8 @@ def _parameters(options: Sequence[str]) -> dict[str, Any]:
         name, separator, value = option.lstrip("-").partition("=")
         if not separator or not name:
             raise UserError(f"--sbatch={option}: write an option of sbatch and its value, as --sbatch=partition=gpu")
+        if name in given:
+            raise UserError(f"--sbatch={option}: {name} is given twice; leave one out")
         given[name] = value
     if "time" not in given:
         raise UserError("--executor=slurm needs the time limit of a job in minutes: --sbatch=time=MINUTES")
