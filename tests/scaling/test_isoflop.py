@@ -75,11 +75,14 @@ def test_through_one_minimum_there_is_no_power_law():
     assert np.isnan([found.power, found.scale]).all()
 
 
-def test_three_sizes_leave_no_interval():
+@pytest.mark.parametrize("budgets_of_four, replicates", [(0, 0), (2, 0), (3, 5)])
+def test_three_sizes_leave_no_interval(budgets_of_four, replicates):
+    """Nor a fourth at one or two of the budgets: what is left of so few runs beside the parabolas says little."""
     keep = np.tile([True, False, True, False, True, False], 4)
-    found = isoflop.fit(BUDGETS[keep], PARAMETERS[keep], LOSSES[keep])
+    keep[1 : 6 * budgets_of_four : 6] = True
+    found = isoflop.fit(BUDGETS[keep], PARAMETERS[keep], LOSSES[keep], replicates=5)
     assert found.best.power == pytest.approx(0.48)
-    assert found.replicates == ()
+    assert len(found.replicates) == replicates
 
 
 def test_two_sizes_are_refused():

@@ -11,7 +11,8 @@ from jaxlinear.scaling.laws.parametric import Law
 
 REPLICATES = 500
 LEVEL = 0.95
-FEWEST = 8  # runs by whose resampling a law's five constants can be judged
+FREEDOM = 3  # degrees of freedom: with fewer left a fit goes nearly through the runs, and its residuals say little
+FEWEST = 5 + FREEDOM  # runs by whose resampling a law's five constants can be judged
 
 T = TypeVar("T")
 

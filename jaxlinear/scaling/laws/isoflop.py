@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxlinear.errors import UserError
-from jaxlinear.scaling.laws.bootstrap import REPLICATES, Fit
+from jaxlinear.scaling.laws.bootstrap import FREEDOM, REPLICATES, Fit
 
 _LEAST = 3  # sizes that a parabola needs
 
@@ -56,8 +56,9 @@ def fit(
     """The profile of runs, each with its budget, N and L.
 
     The replicates have the residuals of all budgets drawn anew for each run: a budget has too few runs to draw from them.
-    They are scaled by the degrees of freedom that the parabolas took. Where none are left (three sizes a budget), the
-    parabolas go through the runs, and there are no replicates.
+    They are scaled by the degrees of freedom that the parabolas took. Where fewer than ``FREEDOM`` are left (of three sizes
+    a budget none) there are no replicates: on synthetic losses intervals of 95% held the power in three quarters of the
+    cases with one left, in 84% with two and in 89% with three.
 
     Raises:
       UserError: a budget has fewer than three sizes.
@@ -75,7 +76,7 @@ def fit(
     for parabola, group in zip(best.parabolas, groups, strict=True):
         fitted[group] = parabola.loss(n[group])
     freedom = len(z) - 3 * len(groups)
-    if freedom < 1:
+    if freedom < FREEDOM:
         return Fit(best, ())
     residuals = (z - fitted) * np.sqrt(len(z) / freedom)
     random = np.random.default_rng(seed)
