@@ -10,7 +10,7 @@ from jaxlinear import config as configs
 from jaxlinear.errors import UserError
 from jaxlinear.models.conversion import convert, export_weights, hugging_face, import_weights
 from jaxlinear.models.conversion.family import Fields
-from jaxlinear.models.conversion.fla import gated_deltanet, hgrn
+from jaxlinear.models.conversion.fla import delta_net, gated_deltanet, gla, hgrn, retnet
 from jaxlinear.models.parameters import describe
 from jaxlinear.training import workdir as workdirs
 from tests import small
@@ -272,6 +272,15 @@ def test_a_width_that_is_written_as_a_ratio_is_read_as_it_was(key_width, value_w
     model = small.config(**MODELS["gated_deltanet"] | widths)
     fields = gated_deltanet.FAMILY.fields(model)
     assert int(key_width * fields["expand_v"]) == value_width
+
+
+@pytest.mark.parametrize("module", [delta_net, gla, retnet])
+def test_the_same_of_heads_that_are_parts_of_the_width(module):
+    """704 * (480 / 704) is 479.99999999999994 to Python, and 480 channels are four heads of 120."""
+    widths = {"width": 704, "recurrent_heads": 4, "key_width": 120, "value_width": 240}
+    others = {"embedding_scale": False, "logit_soft_cap": 0.0}
+    fields = module.FAMILY.fields(small.config(**MODELS[module.FAMILY.name] | widths | others))
+    assert [int(704 * fields[name]) for name in ("expand_k", "expand_v")] == [480, 960]
 
 
 @pytest.mark.parametrize("width, inner", [(49, 1), (11, 15), (7, 61), (256, 384), (32, 32)])

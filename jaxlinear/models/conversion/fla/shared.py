@@ -127,7 +127,10 @@ def expanded_heads(fields: Fields, heads: int, width: int, **defaults: float) ->
 def expansions(config: ModelConfig, widths: tuple[int, int, int]) -> dict[str, float]:
     """The way back, from H, K and V."""
     heads, key_width, value_width = widths
-    return {"expand_k": heads * key_width / config.width, "expand_v": heads * value_width / config.width}
+    return {
+        "expand_k": expansion(heads * key_width, config.width),
+        "expand_v": expansion(heads * value_width, config.width),
+    }
 
 
 def per_head(fields: Fields, name: str, channels: int, heads: int) -> int:
