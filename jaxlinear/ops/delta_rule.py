@@ -44,7 +44,8 @@ def delta_rule(
       k: the same, or ``[B, T, H, J, K]``; used as given: the caller normalises it.
       v: ``[B, T, H, V]`` or ``[B, T, H, J, V]``.
       beta: ``[B, T, H]`` or ``[B, T, H, J]``, how much of what the state holds at k is replaced by v: from 0 to 1 where k
-        is of unit length, or with ``negative_eigenvalues`` to 2.
+        is of unit length, or with ``negative_eigenvalues`` to 2. Where beta |k|^2 is above 2, as of a unit vector that was
+        rounded to bfloat16 it may be, the state can grow without bound.
       log_decay: at most 0. None (1 forever), ``[B, T, H]`` or ``[B, T, H, K]`` (by key channel). -inf forgets.
       initial_state: ``[B, H, K, V]``, the state before the first token, of its document; None means zeros.
       scale: of the outputs ``o_t = scale * S_t^T q_t``; ``K**-0.5`` by default.

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxlinear.errors import UserError
-from jaxlinear.models.mixers.delta_net import DeltaNet, unit_length
+from jaxlinear.models.mixers.delta_net import DeltaInputs, DeltaNet, unit_length
 from tests import numerics, small
 
 
@@ -78,3 +78,17 @@ def test_unit_length():
     numerics.assert_close(found, x / np.linalg.norm(x, axis=-1, keepdims=True), 2e-4)
     assert not unit_length(jnp.zeros((1, 4))).any()
     assert jnp.isfinite(jax.grad(lambda x: unit_length(x).sum())(jnp.zeros((1, 4)))).all()
+
+
+def test_no_eigenvalue_lies_beyond_minus_one():
+    """Keys are rounded to bfloat16, to lengths above and below 1, and beta is 2 to float32."""
+    config = small.config(dtype="bfloat16", negative_eigenvalues=True, householders=2)
+    graph, parameters = small.module(lambda rngs: DeltaInputs(config, 2, 8, 8, rngs=rngs))
+    parameters["beta"]["kernel"] = np.full((16, 4), 50.0)
+    x = numerics.cast(abs(numerics.normal(np.random.default_rng(1), 1, 64, 16)), "bfloat16")
+    run = numerics.jit(lambda parameters, x: nnx.merge(graph, parameters)(x, segment_ids=None, past={})[0])
+    _, k, _, beta = run(numerics.cast(parameters, "float32"), x)
+    square = np.sum(np.asarray(k, np.float64) ** 2, axis=-1)
+    assert square.min() < 0.999 and square.max() > 1.001
+    eigenvalues = 1 - np.asarray(beta) * square
+    assert eigenvalues.min() == pytest.approx(-1, abs=1e-6)

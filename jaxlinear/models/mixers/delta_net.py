@@ -20,6 +20,7 @@ J such matrices, generalised Householder reflections.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, RMSNorm, ShortConvolution, by_head, fan_in_normal, per_head
@@ -88,6 +89,11 @@ class DeltaInputs(nnx.Module):
         q, new["query"] = self.query_convolution(self.query(x), segment_ids=segment_ids, state=past.get("query"))
         q, k, v = by_head(q, self.heads), *(by_head(y, self.heads, *self.updates) for y in (k, v))
         q, k, beta = unit_length(q), unit_length(k), beta.reshape(*x.shape[:2], self.heads, *self.updates)
+        if self.negative_eigenvalues:
+            # A key that is rounded may be longer than 1. With a beta near 2 the eigenvalue would lie beyond -1, and where
+            # the key comes again and again the state would grow without bound.
+            wide = lax.stop_gradient(k).astype(beta.dtype)
+            beta = beta / jnp.maximum(jnp.sum(wide * wide, axis=-1), jnp.ones((), beta.dtype))
         return (q, k, v, sharding.constrain(beta, "batch", "time", "heads", *(None,) * len(self.updates))), new
 
 
