@@ -33,6 +33,11 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
             raise UserError(f"{key} is {config[section][name]}; it must not be negative")
         if math.isinf(config[section][name]):
             raise UserError(f"{key} is {config[section][name]}; it must be finite")
+    for name in ("window", "context"):
+        if config.model[name] >= 1 << 31:
+            raise UserError(
+                f"model.{name} is {config.model[name]}; it must be below 2**31, as the positions of tokens are"
+            )
     for key, choices in _CHOICES.items():
         section, name = key.split(".")
         if config[section][name] not in choices:

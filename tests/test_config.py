@@ -128,6 +128,8 @@ def test_rates_and_weights_are_not_negative(key):
         ({"model.pattern": (5,)}, r"model.pattern is \(5,\); it is names of mixers"),
         ({"model.pattern": ("mamba3",)}, "there is no mixer 'mamba3'; there are "),
         ({"model.num_heads": 3}, "model.num_heads=3 does not divide model.width=16"),
+        ({"model.window": 2**31}, r"model.window is 2147483648; it must be below 2\*\*31"),
+        ({"model.context": 10**12}, r"model.context is 1000000000000; it must be below 2\*\*31"),
         ({"model.rotary_fraction": 1.5}, "model.rotary_fraction is 1.5; it lies between 0 and 1"),
         ({"model.norm_offset": 0.5}, "model.norm_offset is 0.5; it can be 0 or 1"),
         ({"model.rotary_fraction": -0.5}, "model.rotary_fraction is -0.5; it lies between 0 and 1"),

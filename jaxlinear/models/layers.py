@@ -235,7 +235,7 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
 
 def per_head(mixer: str, channels: int, heads: int) -> int:
     """Channels of each head, where the config does not give them."""
-    if channels % heads:
+    if not channels or channels % heads:  # of a width of 1 the half is nothing
         raise UserError(
             f"{mixer}: {heads} heads do not divide {channels} channels; change model.recurrent_heads or model.num_heads, "
             "or set model.key_width and model.value_width"

@@ -38,6 +38,8 @@ def test_the_widths():
                 widths(config)
         else:
             assert widths(config) == shape
+    with pytest.raises(UserError, match=r"^gla: 1 heads do not divide 0 channels"):  # the half of 1
+        widths(small.config(width=1, num_heads=1))
     mixer = GLA(small.config(recurrent_heads=3, key_width=5, value_width=7), rngs=nnx.Rngs(0))
     assert mixer.init_state(6)["memory"].shape == (6, 3, 5, 7)
 
