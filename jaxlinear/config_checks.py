@@ -10,6 +10,7 @@ from ml_collections import config_dict
 from jaxlinear.errors import UserError
 from jaxlinear.models import mixers
 from jaxlinear.models.language_model import REMAT_POLICIES
+from jaxlinear.models.layers import rotary_frequencies
 from jaxlinear.parallel.cost import ATTENTION, EXCHANGES
 
 MODEL_DTYPES = ("bfloat16", "float32")
@@ -59,6 +60,13 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
     _check_experts(model)
     if not 0 <= model.rotary_fraction <= 1:
         raise UserError(f"model.rotary_fraction is {model.rotary_fraction}; it lies between 0 and 1")
+    for name in _chosen(config, "model.pattern"):
+        channels = _turned(model, name)
+        if model.rotary_fraction and channels and not len(rotary_frequencies(channels, fraction=model.rotary_fraction)):
+            raise UserError(
+                f"model.rotary_fraction={model.rotary_fraction} turns no pair of the {channels} channels of a head of "
+                f"{name}, which would have no rotary positions; set it higher, or to 0 if there are to be none"
+            )
     if not 0 < model.rotary_base < math.inf:
         raise UserError(f"model.rotary_base is {model.rotary_base}; it must be above 0 and finite")
     if model.rotary_scaling and not 1 <= model.rotary_scaling < math.inf:
@@ -151,6 +159,15 @@ def _chosen(config: config_dict.ConfigDict, chooser: str) -> tuple[str, ...]:
     section, name = chooser.split(".")
     value = config[section][name]
     return (value,) if isinstance(value, str) else value[: config.model.num_layers]
+
+
+def _turned(model: config_dict.ConfigDict, mixer: str) -> int:
+    """Channels of a head of which rotary positions turn a part; 0 for mixers without."""
+    if mixer in ("attention", "sliding_window"):
+        return model.width // model.num_heads
+    if mixer == "retention":
+        return model.key_width or model.width // (model.recurrent_heads or model.num_heads)
+    return 0
 
 
 def _check_experts(model: config_dict.ConfigDict) -> None:

@@ -131,6 +131,14 @@ def test_rates_and_weights_are_not_negative(key):
         ({"model.window": 2**31}, r"model.window is 2147483648; it must be below 2\*\*31"),
         ({"model.context": 10**12}, r"model.context is 1000000000000; it must be below 2\*\*31"),
         ({"model.rotary_fraction": 1.5}, "model.rotary_fraction is 1.5; it lies between 0 and 1"),
+        (
+            {"model.num_heads": 8},
+            "model.rotary_fraction=0.5 turns no pair of the 2 channels of a head of sliding_window",
+        ),
+        (
+            {"model.pattern": ("retention",), "model.key_width": 3, "model.window": None, "model.bias": None},
+            "model.rotary_fraction=0.5 turns no pair of the 3 channels of a head of retention",
+        ),
         ({"model.norm_offset": 0.5}, "model.norm_offset is 0.5; it can be 0 or 1"),
         ({"model.rotary_fraction": -0.5}, "model.rotary_fraction is -0.5; it lies between 0 and 1"),
         *(
@@ -204,6 +212,7 @@ def test_what_cannot_work_is_refused_with_its_reason(changes, message):
 
 
 OTHER = dict.fromkeys((name for name in mixers.READERS if name not in ("bias", "num_heads")), 2) | {
+    "key_width": 4,
     "feature_map": "elu",
     "discretization": "bilinear",
     "rotary_fraction": 0.25,

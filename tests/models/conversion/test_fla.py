@@ -220,8 +220,8 @@ def test_what_cannot_be_imported(tmp_path, name, fields, message):
         ("gla", {"rotary_fraction": 0.5}, "rotary_fraction is 0.5; in gla it can only be 1.0"),
         (
             "gla",
-            {"num_heads": 16},
-            "model.width=16 over model.num_heads=16 is 1 channels a head of attention; in gla it",
+            {"width": 24, "num_heads": 8},
+            "model.width=24 over model.num_heads=8 is 3 channels a head of attention; in gla it",
         ),
         ("delta_net", {"logit_soft_cap": 5.0}, "logit_soft_cap is 5.0; in delta_net it can only be 0.0"),
         ("delta_net", {"pattern": ("delta_net", "gla")}, "no model of .* has the layers delta_net, gla"),
