@@ -50,12 +50,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 1e-30 <= self.temperature < float("inf"):  # logits are divided by it
             raise UserError(f"the temperature is {self.temperature}; it is 0 (the likeliest token), or from 1e-30 on")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        if self.top_k < 0 or self.top_k % 1 != 0:  # nor infinite
             raise UserError(f"top_k is {self.top_k}; it is a number of tokens, or 0 for all")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it lies in (0, 1]")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"the seed is {self.seed}; it lies in [0, 2**32)")
+        if not 0 <= self.seed < 2**32 or self.seed % 1 != 0:
+            raise UserError(f"the seed is {self.seed}; it is a whole number in [0, 2**32)")
 
     @property
     def filters(self) -> tuple[bool, bool, bool]:
@@ -180,7 +180,10 @@ def until(tokens: list[int], stops: Sequence[int]) -> list[int]:
 
 
 def _stops(stop_token: int | Sequence[int] | None) -> tuple[int, ...]:
-    return () if stop_token is None else tuple(np.ravel(stop_token).tolist())
+    stops = () if stop_token is None else tuple(np.ravel(stop_token).tolist())
+    if not all(isinstance(stop, int) for stop in stops):
+        raise UserError(f"stop_token is {stop_token!r}; it is a token id or several")
+    return stops
 
 
 def chunks(
@@ -202,8 +205,8 @@ def chunks(
     """
     if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens!r}; it is a whole number, at least 1")
-    if vocab_size is not None and vocab_size < 1:
-        raise UserError(f"vocab_size is {vocab_size}; it must be at least 1")
+    if vocab_size is not None and (vocab_size < 1 or vocab_size % 1 != 0):
+        raise UserError(f"vocab_size is {vocab_size}; it must be at least 1, and a whole number")
     if chunk < 1:
         raise UserError(f"chunk is {chunk}; it must be at least 1")
     vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
