@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxlinear import data
-from jaxlinear.data.loader import ExampleTable
+from jaxlinear.data.loader import SHUFFLE, ExampleTable
 from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import start
@@ -37,10 +37,17 @@ def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
         if workdirs.saved_steps(directory):
             _LOG.warning("%s has no %s: whether it was trained on the text of %s is not checked", workdir, FILE, path)
         return
-    difference = _difference(_read(directory), _identities(datasets))
+    known = _read(directory)
+    difference = _difference(known, _identities(datasets))
     if difference:
         raise UserError(
             f"{workdir} holds a run on other data than {path}: {difference}; give the new run a --workdir of its own"
+        )
+    if workdirs.saved_steps(directory) and not all("shuffle" in dataset for dataset in known):
+        _LOG.warning(
+            "the run in %s was begun by a version that shuffled examples otherwise: it goes on in another order, so of the "
+            "epoch that it was in some examples are seen twice and some never",
+            workdir,
         )
 
 
@@ -114,6 +121,7 @@ def _identities(datasets: Mapping[str, float]) -> list[dict[str, Any]]:
                 "tokens": train.tokens,
                 "bytes": train.bytes,
                 "blocks": _hash_of_blocks(path, manifest.block_length),
+                "shuffle": SHUFFLE,
             }
         )
     return found
@@ -130,8 +138,8 @@ def _difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str | N
         return f"{len(old)} datasets there and {len(new)} in this config"
     for before, now in zip(old, new, strict=True):
         for name, value in now.items():
-            if name == "blocks" and name not in before:
-                continue  # a run that was begun before they were read
+            if name in ("blocks", "shuffle") and name not in before:
+                continue  # a run that was begun before they were written
             if before.get(name) != value:
                 return f"{name} is {before.get(name)!r} there and {value!r} in this config"
     return None

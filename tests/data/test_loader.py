@@ -172,11 +172,23 @@ def test_the_order_is_what_it_was():
     the release notes.
     """
     order, epoch = loader._order([1000], [1.0], 0)
-    assert [order[i] for i in (0, 1, 2, 999, 1000, 123456)] == [233, 815, 962, 157, 83, 274]
+    assert [order[i] for i in (0, 1, 2, 999, 1000, 123456)] == [719, 309, 233, 198, 740, 40]
     assert epoch == 1000
     order, epoch = loader._order([1000, 500], [3, 1], 7)
-    assert [order[i] for i in (0, 1, 2, 3, 4, 5, 123456)] == [661, 759, 214, 1278, 871, 246, 56]
+    assert [order[i] for i in (0, 1, 2, 3, 4, 5, 123456)] == [487, 607, 912, 1364, 251, 709, 562]
     assert epoch == 1333
+
+
+@pytest.mark.parametrize("size", [1 << 16, 10**6, 10**9])
+def test_examples_in_a_row_are_from_all_over_the_text(size):
+    """Were the places of neighbours alike, a batch of text that is sorted would be of a few of its parts. With the four
+    rounds of grain's own shuffle the first of these is -0.38, 0.39 and 0.57 for some distance up to 64."""
+    order, _ = loader._order([size], [1.0], 0)
+    epochs = [np.array([order[e * size + i] / size for i in range(8192)]) for e in range(2)]
+    for distance in range(1, 65):
+        for places in epochs:
+            assert abs(np.corrcoef(places[distance:], places[:-distance])[0, 1]) < 0.06  # five deviations
+    assert abs(np.corrcoef(*epochs)[0, 1]) < 0.06
 
 
 @pytest.mark.parametrize("weights", [(0.75, 0.25), (3, 1)])

@@ -218,7 +218,7 @@ def test_other_data_of_the_same_tokeniser_are_refused(tiny_config, tiny_run, tin
             trained_data.check(tiny_run, {str(path): weight for path, weight in datasets.items()})
 
 
-def test_the_same_documents_in_another_order_are_other_data(tmp_path):
+def test_the_same_documents_in_another_order_are_other_data(tmp_path, caplog):
     documents = [f"document {i} of some words" for i in range(200)]
     for name, order in (("one", 1), ("same", 1), ("turned", -1)):
         (tmp_path / "text.txt").write_text("\n".join(documents[::order]), encoding="utf-8")
@@ -231,10 +231,16 @@ def test_the_same_documents_in_another_order_are_other_data(tmp_path):
     trained_data.check(tmp_path, {str(tmp_path / "same"): 1.0})
     with pytest.raises(UserError, match=r"holds a run on other data than .*turned: blocks is"):
         trained_data.check(tmp_path, {str(tmp_path / "turned"): 1.0})
-    # A run that was begun before the blocks were read knows the rest.
     known = json.loads((tmp_path / trained_data.FILE).read_text())
-    (tmp_path / trained_data.FILE).write_text(json.dumps([{k: v for k, v in known[0].items() if k != "blocks"}]))
+    (tmp_path / trained_data.FILE).write_text(json.dumps([known[0] | {"shuffle": "another"}]))
+    with pytest.raises(UserError, match=r"other data than .*: shuffle is 'another' there and "):
+        trained_data.check(tmp_path, {str(tmp_path / "one"): 1.0})
+    # A run that was begun before the blocks were read, and shuffled as they are, knows the rest.
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    of_before = {k: v for k, v in known[0].items() if k not in ("blocks", "shuffle")}
+    (tmp_path / trained_data.FILE).write_text(json.dumps([of_before]))
     trained_data.check(tmp_path, {str(tmp_path / "turned"): 1.0})
+    assert f"the run in {tmp_path} was begun by a version that shuffled examples otherwise" in caplog.text
     (tmp_path / trained_data.FILE).write_text("[{}]")
     with pytest.raises(UserError, match=r"other data than .*: weight is None there and 1.0"):
         trained_data.check(tmp_path, {str(tmp_path / "one"): 1.0})
