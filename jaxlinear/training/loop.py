@@ -51,8 +51,9 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
         if config.training.initial_from and not workdirs.saved_steps(workdir):
             Initial.find(job)  # so that nothing is written where it does not fit
     with workdirs.alone(workdir):
-        directory = workdirs.prepare(workdir, job.config)
+        directory = Path(workdir)
         with start.together():
+            workdirs.check(directory, job.config)  # again, for now no other run has it
             trained_data.keep(directory, job.datasets)
         start.check_agreement("the data", job.data_text())
         with Stop() as stop, Watchdog(job.config.training.patience_minutes) as watchdog:
@@ -95,7 +96,7 @@ def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.Train
         saved = configs.from_json(json.dumps(meta["config"]))
         try:
             workdirs.check_same_run(checkpoints.directory.parent, saved, job.config)
-        except UserError as error:  # the directory's own config is this one's
+        except UserError as error:  # the directory's own config is that of this run
             raise UserError(f"the checkpoint of step {step} was copied from another run: {error}") from error
     first = meta["next_batch"]
     _LOG.info("going on from step %d in %s", first, checkpoints.directory)
@@ -129,6 +130,7 @@ def _run(
     if first >= steps and not owed:
         _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
         return FINISHED
+    workdirs.prepare(directory, config)
     workdirs.note_start(directory, first, config, job.mesh, None if initial is None else str(initial))
 
     def between() -> None:

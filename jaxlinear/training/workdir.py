@@ -79,8 +79,13 @@ def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
             f"own, and --config.training.initial_from={workdir} to begin with them"
         )
     if (directory / CONFIG).exists():
-        goes_on = max(saved_steps(directory), default=0) < config.training.steps
-        check_same_run(directory, read_config(directory), config, goes_on=goes_on)
+        come_to = max(saved_steps(directory), default=0)
+        check_same_run(directory, read_config(directory), config, goes_on=come_to < config.training.steps)
+        if come_to > config.training.steps:
+            raise UserError(
+                f"{workdir} holds a run that has a checkpoint of step {come_to}, and training.steps is "
+                f"{config.training.steps}: a run does not become shorter; give the new run a --workdir of its own"
+            )
     elif steps := saved_steps(directory):
         raise UserError(
             f"{workdir} has checkpoints but no {CONFIG}, which tells one run from another; put it back ({DIRECTORY}/"
@@ -103,7 +108,8 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
 
 
 def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
-    """Makes the directory, if it is not there, and writes the config, once all is checked."""
+    """Makes the directory, if it is not there, and writes the config, once all is checked. To be called when something is
+    to be done by it: what a finished run was begun with again is nothing that it did."""
     with start.together():
         check(workdir, config)
     directory = Path(workdir)

@@ -61,6 +61,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_config, whole_run, 
     tiny.assert_equal(tiny.restored(workdir, run_config, mesh), tiny.restored(whole_run, run_config, mesh))
 
     before = tiny.files(workdir)
+    run_config.evaluation.batches += 1  # its config.json says what it was judged by
     assert train(run_config, workdir) == FINISHED  # nothing is left to do
     assert tiny.files(workdir) == before
 

@@ -191,6 +191,16 @@ def test_a_finished_run_is_of_its_own_learning_rate(tiny_config, tiny_run):
     workdirs.check(tiny_run, Job.build(config).config)
 
 
+def test_a_run_does_not_become_shorter(tiny_config, tiny_run):
+    """Its config would say that it ended before, where the learning rate had not come down."""
+    before = (tiny_run / workdirs.CONFIG).read_bytes()
+    config = tiny_config.copy_and_resolve_references()
+    config.training.steps = 1
+    with pytest.raises(UserError, match=r"has a checkpoint of step 2, and training.steps is 1: a run does not become"):
+        train(config, tiny_run)
+    assert (tiny_run / workdirs.CONFIG).read_bytes() == before
+
+
 def test_data_of_another_tokeniser_are_refused(tiny_config, tiny_run, other_dataset):
     config, before = tiny_config.copy_and_resolve_references(), (tiny_run / workdirs.CONFIG).read_bytes()
     config.data.path = str(other_dataset)
