@@ -27,7 +27,7 @@ from jaxlinear.parallel import start
 
 DIRECTORY = "checkpoints"
 _META = "meta"
-_BATCHES = "heldout_batches"  # that a held-out loss is of, 0 for all of the split; older checkpoints do not say
+_TEXT = "heldout_text"
 _OVERHEAD_BYTES = 1 << 19  # of a checkpoint over its arrays: its descriptions, and blocks that are not full
 _OPENINGS = 10  # how often a directory is opened in which a run removes checkpoints
 # What Orbax and TensorStore raise for a damaged file; for damaged contents of an array it is a bare Exception.
@@ -104,8 +104,17 @@ class Checkpoints:
             )
         return None if newest == none else newest
 
-    def save(self, step: int, trees: Mapping[str, Any], *, next_batch: int, heldout_loss: float | None = None) -> None:
-        """Begins to save; returns when the arrays have been copied, while the writing goes on in the background.
+    def save(
+        self,
+        step: int,
+        trees: Mapping[str, Any],
+        *,
+        next_batch: int,
+        heldout_loss: float | None = None,
+        heldout_text: str = "",
+    ) -> None:
+        """Begins to save; returns when the arrays have been copied, while the writing goes on in the background. The loss
+        is compared with those of the same ``heldout_text``, whatever names it.
 
         An error of an earlier save is raised here or in ``close``.
         """
@@ -115,12 +124,12 @@ class Checkpoints:
             self._check_space(trees)
         meta = _meta(self._config, next_batch, {name: _checksums(tree) for name, tree in trees.items()})
         items = {name: ocp.args.StandardSave(_by_path(tree)) for name, tree in trees.items()}
-        metrics = None
-        if heldout_loss is not None:
-            metrics = {"heldout_loss": heldout_loss, _BATCHES: self._config.evaluation.batches}
         with self._writing():
-            args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
-            self._manager.save(step, args=args, metrics=metrics)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
+                metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss, _TEXT: heldout_text},
+            )
 
     def restore(self, structs: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
         """The trees named in ``structs`` at ``step`` (the newest by default).
@@ -311,21 +320,20 @@ def _heldout_loss(metrics: Mapping[str, float]) -> float:
 
 
 class _Best(policies.PreservationPolicy):
-    """Keeps the ``count`` steps of the lowest held-out loss; where a run went on with another ``evaluation.batches``, so
-    many of each: losses of other text do not tell which is better."""
+    """Keeps the ``number`` with the lowest held-out losses, of equal ones the newest; of each text by itself, for a run may
+    go on with another, and a loss of the one says nothing of that of the other."""
 
-    def __init__(self, count: int):
-        self._count = count
+    def __init__(self, number: int):
+        self._number = number
 
     def should_preserve(self, checkpoints, *, context):
-        measured = collections.defaultdict(list)
-        for i, checkpoint in enumerate(checkpoints):
+        of_each = collections.defaultdict(list)
+        for checkpoint in checkpoints:
             if checkpoint.metrics is not None:
-                measured[checkpoint.metrics.get(_BATCHES)].append(i)
-        kept = set()
-        for same_text in measured.values():  # of equal losses the newest
-            kept.update(sorted(same_text, key=lambda i: (_heldout_loss(checkpoints[i].metrics), -i))[: self._count])
-        return [i in kept for i in range(len(checkpoints))]
+                found = of_each[checkpoint.metrics.get(_TEXT)]
+                found.append((_heldout_loss(checkpoint.metrics), -checkpoint.step))
+        best = {-step for found in of_each.values() for _, step in sorted(found)[: self._number]}
+        return [checkpoint.step in best for checkpoint in checkpoints]
 
 
 class _Multiples(policies.PreservationPolicy):

@@ -51,11 +51,11 @@ def config(**changes):
     return made
 
 
-def save(workdir, steps, heldout=None, **changes):
+def save(workdir, steps, heldout=None, text="", **changes):
     checkpoints = Checkpoints(workdir, config(**changes))
     for step in steps:
         loss = None if heldout is None else heldout.get(step)
-        checkpoints.save(step, placed(step, single()), next_batch=10 * step, heldout_loss=loss)
+        checkpoints.save(step, placed(step, single()), next_batch=10 * step, heldout_loss=loss, heldout_text=text)
     checkpoints.close()
     return Checkpoints(workdir)
 

@@ -156,6 +156,13 @@ def test_the_best_of_before_it_was_asked_for_is_kept(tmp_path):
     assert small_trees.save(tmp_path, (4, 5, 6), {4: 2.5}, keep_newest=1, keep_best=1).steps() == [1, 6]
 
 
+def test_losses_of_other_text_are_neither_better_nor_worse(tmp_path):
+    """As of more of it, where a run goes on with another evaluation.batches."""
+    options = {"keep_newest": 1, "keep_best": 1}
+    assert small_trees.save(tmp_path, (1, 2, 3), {1: 1.0, 2: 2.0}, text="a", **options).steps() == [1, 3]
+    assert small_trees.save(tmp_path, (4, 5, 6), {4: 2.5, 5: 3.0}, text="b", **options).steps() == [1, 4, 6]
+
+
 def test_of_losses_that_are_no_numbers_none_is_the_best(tmp_path):
     losses = {1: float("nan"), 2: 2.0, 3: float("nan"), 4: 3.0}
     assert small_trees.save(tmp_path, range(1, 6), losses, keep_newest=1, keep_best=1).steps() == [2, 5]

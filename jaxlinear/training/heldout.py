@@ -1,5 +1,7 @@
 """What is measured of held-out data while a run trains."""
 
+import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,6 +57,17 @@ class Evaluation:
             accuracy = self._measure(parameters, [task], config.evaluation.examples)["accuracy"]
             values[f"{tasks.text(task)}/accuracy"] = accuracy
         return values
+
+    @property
+    def text(self) -> str:
+        """Names what the loss is of, wherever it lies: its tokens, and how many of them are taken."""
+        job = self._job
+        dataset = ""
+        if job.datasets:
+            manifest = data.read_manifest(job.heldout_path)
+            identity = manifest.tokenizer.sha256, dataclasses.astuple(manifest.splits["heldout"])
+            dataset = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+        return f"{dataset} {job.config.evaluation.batches}"
 
     def _measure(self, parameters: dict[str, Any], asked: Sequence[tasks.Task], examples: int) -> dict[str, Any]:
         return self._answers.measure(parameters, asked, examples=examples, seed=self._job.config.training.seed)

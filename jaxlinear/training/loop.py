@@ -212,6 +212,7 @@ def _run(
                     states.to_trees(state),
                     next_batch=done,
                     heldout_loss=None if values is None else values["heldout_loss"],
+                    heldout_text=evaluation.text if evaluating else "",
                 )
         if last:
             trace.close()

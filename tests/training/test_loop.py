@@ -1,6 +1,7 @@
 """Runs in this process: what they write, and that one that was stopped goes on as if it had not been."""
 
 import concurrent.futures
+import json
 import os
 import shutil
 import signal
@@ -119,6 +120,24 @@ def test_the_heldout_loss_is_the_mean_over_the_tokens(tiny_config, tmp_path, mon
     assert found["heldout_loss"] == pytest.approx(targets.mean(), rel=1e-6)
     bits = targets.mean() / np.log(2) * split.tokens / split.bytes
     assert found["heldout_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_losses_are_told_apart_by_what_they_are_of(tiny_config, tiny_dataset, tmp_path):
+    config = tiny_config.copy_and_resolve_references()
+    changed = shutil.copytree(tiny_dataset, tmp_path / "changed")
+    manifest = json.loads((changed / "manifest.json").read_text())
+    manifest["splits"]["heldout"]["bytes"] += 1
+    (changed / "manifest.json").write_text(json.dumps(manifest))
+    texts = []
+    for path, batches in (
+        (tiny_dataset, 2),
+        (shutil.copytree(tiny_dataset, tmp_path / "moved"), 2),
+        (changed, 2),
+        (changed, 0),
+    ):
+        config.data.heldout_path, config.evaluation.batches = str(path), batches
+        texts.append(Evaluation(Job.build(config), lambda: None).text)
+    assert texts[0] == texts[1] and len(set(texts)) == 3
 
 
 def test_a_run_is_evaluated_at_its_end(run_config):
