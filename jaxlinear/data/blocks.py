@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from jaxlinear.data.manifest import Shard, Split
+from jaxlinear.data.manifest import MANIFEST, Shard, Split
 from jaxlinear.errors import UserError
 
 RECORDS_PER_SHARD = 1 << 16
@@ -148,6 +148,7 @@ class SplitReader:
 
     def __init__(self, directory: str | os.PathLike[str], split: Split):
         self._directory, self._shards, self.blocks = pathlib.Path(directory), split.shards, split.blocks
+        self._manifest = self._content_of_manifest()
         self._ends = np.cumsum([shard.records for shard in split.shards])
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()  # a loop that prefetches reads from another thread than its evaluation
@@ -176,6 +177,10 @@ class SplitReader:
         except (RuntimeError, IndexError) as error:  # how the ArrayRecord library reports damage
             raise UserError(f"shard {path} cannot be read: {error}; prepare the dataset again") from error
 
+    def _content_of_manifest(self) -> bytes | None:
+        file = self._directory / MANIFEST
+        return file.read_bytes() if file.exists() else None
+
     def _open_shard(self, path: pathlib.Path, expected: int) -> Any:
         # No read-ahead: the records of a batch lie anywhere.
         options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
@@ -183,6 +188,9 @@ class SplitReader:
         if not reader.ok() or reader.num_records() != expected:
             found = reader.num_records()
             raise UserError(f"shard {path} is damaged: it holds {found} blocks instead of {expected}")
+        # Shards of another dataset have the same names and, but for the last, as many blocks.
+        if self._content_of_manifest() != self._manifest:
+            raise UserError(f"the dataset in {self._directory} was prepared anew while it was read")
         if len(self._open) >= _OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         return reader

@@ -88,6 +88,22 @@ def test_wrong_number_of_records_is_named(tmp_path, monkeypatch):
         SplitReader(tmp_path, split).read([0])
 
 
+def test_a_dataset_that_is_prepared_anew_while_it_is_read(tmp_path, monkeypatch):
+    """Its shards have the same names, and all but the last as many blocks."""
+    monkeypatch.setattr(blocks, "RECORDS_PER_SHARD", 7)
+    manifest = tmp_path / blocks.MANIFEST
+    manifest.write_text("of the first")
+    split = write(tmp_path, random_documents(0, 60, 40))
+    reader = SplitReader(tmp_path, split)
+    before = reader.read([0, 1])
+    (tmp_path / "train").rename(tmp_path / "old")
+    write(tmp_path, random_documents(1, 60, 90))
+    manifest.write_text("of another")
+    assert reader.read([0, 1]) == before  # of the file that was open
+    with pytest.raises(UserError, match=f"the dataset in {tmp_path} was prepared anew while it was read"):
+        reader.read([7])
+
+
 def test_damage_is_named(tmp_path):
     random = np.random.default_rng(0)
     split = write(tmp_path, [random.integers(0, 1 << 16, 4000) for _ in range(50)], block_length=2048)
