@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlinear.errors import UserError
 from jaxlinear.parallel import start
 
 if TYPE_CHECKING:
@@ -49,11 +50,21 @@ class MetricsWriter:
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl``, oldest first. A last line that was cut short is left out."""
-    path = Path(workdir) / FILE
+    return json_lines(Path(workdir) / FILE)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that is written a line at a time; none where there is no file. A last line that was cut short,
+    as by the end of a program, is left out; ``UserError`` for another that is none, as a disk may leave it."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"line {number} of {path} is damaged ({error}); remove that line") from error
+    return found
 
 
 def _board(workdir: Path, purge_step: int) -> "TensorBoard":

@@ -21,6 +21,7 @@ from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import start
+from jaxlinear.training import metrics
 
 _LOG = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def note_start(
 def read_starts(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of ``starts.jsonl``; none for runs that were begun before there was one. A last line that was cut short is
     left out."""
-    return [json.loads(line) for line in _whole_lines(Path(workdir))]
+    return metrics.json_lines(Path(workdir) / STARTS)
 
 
 def _whole_lines(directory: Path) -> list[str]:

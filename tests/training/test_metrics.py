@@ -14,7 +14,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
-from jaxlinear.errors import Diverged
+from jaxlinear.errors import Diverged, UserError
 from jaxlinear.scaling import flops
 from jaxlinear.training import metrics
 from jaxlinear.training import workdir as workdirs
@@ -48,6 +48,19 @@ def test_lines_of_steps_that_will_be_taken_again_are_dropped(tmp_path):
     assert lines[:3] == [f'{{"step": {step}, "loss": {1 / step}}}' for step in (1, 2, 3)]
     assert lines[3:] == ['{"step": 4, "loss": 0.30000000000000004, "heldout_loss": NaN}']
     assert [path.name for path in tmp_path.iterdir()] == [metrics.FILE]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    """As a disk leaves it that lost power; a scheduler would start the run again and again. Nothing is written."""
+    for name, reading in ((metrics.FILE, metrics.read), (workdirs.STARTS, workdirs.read_starts)):
+        file = tmp_path / name
+        file.write_bytes(b'{"step": 1}\n{"step": 2, "\0\0\0\n{"step": 3}\n')
+        with pytest.raises(UserError, match=rf"^line 2 of {file} is damaged \(.*\); remove that line$"):
+            reading(tmp_path)
+    before = tiny.files(tmp_path)
+    with pytest.raises(UserError, match=r"line 2 of .* is damaged"):
+        writer(tmp_path, 1)
+    assert tiny.files(tmp_path) == before
 
 
 def test_import_is_light():
