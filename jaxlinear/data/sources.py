@@ -6,6 +6,7 @@ texts are in ``token_sources.py``.
 """
 
 import codecs
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -237,11 +238,11 @@ def refuse_unread(name: str, **unread: object) -> None:
 
 
 def about_size(files: Sequence[pathlib.Path], field: str) -> int:
-    """Of the content, for which the files of a kind that is compressed are taken to be as the first of them."""
-    of_kind: dict[str, float] = {}
+    """Of the content, of records that of the text; the files of a kind are taken to be as the first of them."""
+    of_kind: dict[tuple[str, str], float] = {}
     total = 0.0
     for file in files:
-        kind = file.suffix.lower()
+        kind = stripped_suffix(file), file.suffix.lower()
         if kind not in of_kind:
             of_kind[kind] = _expansion(file, field)
         total += of_kind[kind] * file.stat().st_size
@@ -249,11 +250,35 @@ def about_size(files: Sequence[pathlib.Path], field: str) -> int:
 
 
 def _expansion(file: pathlib.Path, field: str) -> float:
-    if stripped_suffix(file) != ".parquet":
-        return expansion(file)
-    from jaxlinear.data import parquet
+    if stripped_suffix(file) == ".parquet":
+        from jaxlinear.data import parquet
 
-    return parquet.expansion(file, field)
+        return parquet.expansion(file, field)
+    share = _share_of_field(file, field) if stripped_suffix(file) in _JSON_SUFFIXES else 1.0
+    return share * expansion(file)
+
+
+def _share_of_field(file: pathlib.Path, field: str) -> float:
+    """How much of JSONL its field is, by its beginning: beside it there may be far more, and what is not ASCII may take two
+    or three times the bytes. 1 where no line tells."""
+    beginning = b""
+    with contextlib.suppress(DamagedFile):
+        for content in read_chunks(file, beginning=True):
+            beginning += content
+            if file.suffix.lower() in _JSON_SUFFIXES:
+                break  # one that is not compressed would be read to its end
+    found = size = 0
+    for line in beginning.split(b"\n"):
+        try:
+            value = json.loads(line)[field]
+        except (ValueError, RecursionError, TypeError, LookupError):  # which the reading of the records says
+            continue
+        size += len(line) + 1
+        if isinstance(value, str):
+            found += len(value.encode(errors="surrogatepass"))
+        elif isinstance(value, list):  # of ids
+            found += 4 * len(value)
+    return found / size if found else 1.0
 
 
 def is_plain(file: pathlib.Path) -> bool:

@@ -319,6 +319,19 @@ def test_the_size_of_a_source_is_that_of_its_content(tmp_path):
     assert open_source(str(tmp_path)).size == pytest.approx(3 * len(text), rel=0.1)
 
 
+def test_the_size_of_jsonl_is_that_of_the_text_in_it(tmp_path):
+    """A tokenizer was trained on a tenth of what it was to be, where nine tenths of the lines were other fields."""
+    values = [{"text": "ö" * (50 + i % 7), "meta": {"html": "x" * 2000}} for i in range(1000)]
+    size = sum(len(value["text"].encode()) for value in values)
+    content = "\n".join(map(json.dumps, values)).encode()
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))  # another kind, though as compressed
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "c.jsonl").write_bytes(b"damaged\n" + content)
+    assert open_source(str(tmp_path)).size == pytest.approx(2 * size, rel=0.1)
+    (tmp_path / "c.jsonl").write_bytes(b"damaged\n[1]\n3\n{}")
+    assert open_source(str(tmp_path)).size == pytest.approx(size, rel=0.1)
+
+
 def test_binary_and_other_encodings_among_text(tmp_path):
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "b.txt").write_bytes(b"\x7fELF\0\0")
