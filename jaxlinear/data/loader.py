@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pathlib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from jaxlinear.data.blocks import SplitReader, decode_block
 from jaxlinear.data.manifest import Manifest, read_manifest
+from jaxlinear.data.tokenizer import load_tokenizer
 from jaxlinear.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -296,13 +298,21 @@ def check_rows(rows: Sequence[int] | None, batch_size: int) -> list[int]:
 
 def check_same_tokenizer(paths: Sequence[str | os.PathLike], manifests: Sequence[Manifest]) -> None:
     """Raises ``UserError`` for the first dataset whose tokens are not those of the first."""
-    file = manifests[0].tokenizer.file  # bytes have none
     for path, manifest in zip(paths, manifests, strict=True):
         if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
             raise UserError(
                 f"{paths[0]} and {path} were prepared with different tokenizers; prepare the second with "
-                f"--tokenizer={os.path.join(paths[0], file) if file else manifests[0].tokenizer.kind}"
+                f"{_options_of_tokenizer(paths[0], manifests[0])}"
             )
+
+
+def _options_of_tokenizer(path: Path, manifest: Manifest) -> str:
+    """Of prepare_data, for another dataset with this one's tokens."""
+    if manifest.tokenizer.file is None:
+        return f"--tokenizer={manifest.tokenizer.kind}"
+    # Two that differ in their document tokens have one file.
+    name = shlex.quote(load_tokenizer(path).document_token_name)
+    return f"--tokenizer={os.path.join(path, manifest.tokenizer.file)} --document_token={name}"
 
 
 def warn_of_splits(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:

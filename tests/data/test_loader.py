@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -387,8 +388,11 @@ def test_weights_have_to_be_positive_and_finite(dataset, other, weight):
 def test_datasets_of_a_mixture_share_their_tokenizer(dataset, tmp_path):
     different = make_dataset(tmp_path / "data", 0, "abcdefgh", tokenizer="bpe", vocab_size=300)
     paths = [str(dataset), str(different)]
-    for (first, second), proposed in ((paths, "bytes"), (paths[::-1], f"{different}/tokenizer.json")):
-        with pytest.raises(UserError, match=f"prepared with different tokenizers; .* with --tokenizer={proposed}$"):
+    # The document token too: one file has several that it may be.
+    of_file = f"{different}/tokenizer.json --document_token='<|endoftext|>'"
+    for (first, second), proposed in ((paths, "bytes"), (paths[::-1], of_file)):
+        message = f"prepared with different tokenizers; .* with {re.escape(f'--tokenizer={proposed}')}$"
+        with pytest.raises(UserError, match=message):
             TrainBatches({first: 1, second: 1}, batch_size=1, sequence_length=L, seed=0)
 
 
