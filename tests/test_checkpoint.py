@@ -168,18 +168,6 @@ def test_of_losses_that_are_no_numbers_none_is_the_best(tmp_path):
     assert small_trees.save(tmp_path, range(1, 6), losses, keep_newest=1, keep_best=1).steps() == [2, 5]
 
 
-def test_losses_of_other_text_do_not_tell_which_is_the_best(tmp_path):
-    """The run went on with fewer batches of the held-out text, which are harder: the best of each are kept."""
-    config = small_trees.config(keep_newest=1, keep_best=1)
-    for batches, losses in ((8, {1: 2.0, 2: 1.0, 3: 1.5}), (4, {4: 3.0, 5: 2.5, 6: 2.75})):
-        config.evaluation.batches = batches
-        checkpoints = Checkpoints(tmp_path, config)
-        for step, loss in losses.items():
-            checkpoints.save(step, small_trees.placed(step, small_trees.single()), next_batch=step, heldout_loss=loss)
-        checkpoints.close()
-    assert Checkpoints(tmp_path).steps() == [2, 5, 6]
-
-
 def test_a_step_that_is_not_there(tmp_path):
     checkpoints = small_trees.save(tmp_path, (1, 2))
     with pytest.raises(UserError, match=rf"{tmp_path}/checkpoints has no checkpoint of step 7; it has 1, 2$"):
