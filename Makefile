@@ -44,7 +44,7 @@ test-meshes: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --every_mesh tests/models/test_over_sequence.py \
 	  tests/parallel/test_compiled_collectives.py tests/training/test_processes.py
 
-# JAX 0.11 needs Python 3.12, and .venv may be older.
+# JAX needs Python 3.12 from 0.11 on, and .venv may be older.
 test-newest: .venv-newest/installed
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal --compiled $(TESTS_NEWEST)
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest "tests/parallel/test_compiled_collectives.py::test_on_gpu[hawk]"

@@ -10,11 +10,11 @@ version = re.search(r'__version__ = "(.+)"', (here / "jaxlinear" / "__init__.py"
 assert version is not None
 
 extras = {
-    "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-    "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     # The compilers for TPU and GPU, for machines that have neither (parallel/targets.py): without the CUDA libraries, which
     # programs need to run and not to be compiled; ptxas and libdevice are in nvidia-cuda-nvcc.
-    "aot": ["jax[tpu]>=0.10.2,<0.12", "jax[cuda13-local]>=0.10.2,<0.12", "nvidia-cuda-nvcc>=13,<14"],
+    "aot": ["jax[tpu]>=0.10.2,<0.13", "jax[cuda13-local]>=0.10.2,<0.13", "nvidia-cuda-nvcc>=13,<14"],
     "parquet": ["pyarrow>=18"],
     "hf": ["datasets>=3,<5"],
     "sentencepiece": ["sentencepiece>=0.2,<0.3"],
@@ -49,7 +49,7 @@ setup(
     packages=find_packages(include=["jaxlinear", "jaxlinear.*"]),
     install_requires=[
         # These change fast: no older ones than those that the tests run with.
-        "jax>=0.10.2,<0.12",  # 0.11 needs Python 3.12
+        "jax>=0.10.2,<0.13",  # from 0.11 on it needs Python 3.12
         "flax>=0.12.8,<0.13",  # the models (NNX)
         "optax>=0.2.8,<0.3",  # the optimisers, Muon included
         "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints

@@ -1,4 +1,5 @@
-"""GPUs other than those that users compile for without having them: kernels have other blocks there, or none."""
+"""GPUs other than those that users compile for without having them: kernels have other blocks there, or none. For one
+that is not there JAX 0.12 compiles only by names that it knows, as L40 for an L40S."""
 
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ class _GPU(NamedTuple):
 GPUS = {
     "a100": _GPU("NVIDIA A100-SXM4-80GB", "major: 8", 166_912, 167_936, 108, 2048, 85_000_000_000),
     "b200": _GPU("NVIDIA B200", "major: 10", 232_448, 233_472, 148, 2048, 191_000_000_000),
-    "l40s": _GPU("NVIDIA L40S", "major: 8 minor: 9", 101_376, 102_400, 142, 1536, 48_000_000_000),
+    "l40": _GPU("NVIDIA L40", "major: 8 minor: 9", 101_376, 102_400, 142, 1536, 48_000_000_000),
     "t4": _GPU("Tesla T4", "major: 7 minor: 5", 65_536, 65_536, 40, 1024, 15_800_000_000),
 }
 _DESCRIPTION = """

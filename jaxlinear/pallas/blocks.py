@@ -302,7 +302,7 @@ def attention_gpu(width: int, gpu: GPU | None) -> SoftmaxGPUBlock:
     if gpu is None or (gpu.warpgroups and not gpu.blackwell):
         return SoftmaxGPUBlock(128, 64, 8, 2) if width <= 128 else SoftmaxGPUBlock(64, 32, 8, 2)
     if gpu.warpgroups:  # Blackwell's products have more of their operands in shared memory
-        return SoftmaxGPUBlock(64, 64, 4, 2) if width <= 128 else SoftmaxGPUBlock(64, 32, 8, 1)
+        return SoftmaxGPUBlock(64, 64, 4, 2) if width <= 128 else SoftmaxGPUBlock(64, 64, 8, 1)
     if width <= 128:
         return SoftmaxGPUBlock(64, 64, 8, 2) if gpu.ample else SoftmaxGPUBlock(64, 32, 4, 2)
     return SoftmaxGPUBlock(32, 32, 4, 1)

@@ -82,7 +82,7 @@ class _Call:
 
     def _outputs(self, name: str, inputs: Arrays, like: jax.Array) -> jax.Array:
         layout = self.layout
-        grid = layout.chunks, layout.values // layout.states_tile, self.plan.heads * self.batch
+        grid = layout.chunks * self.batch, layout.values // layout.states_tile, self.plan.heads
         return self._run(kernels.outputs_kernel, name, inputs, {"out": like}, grid)["out"]
 
     def _of_keys(self, inputs: Arrays) -> Arrays:

@@ -113,8 +113,8 @@ def states_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 def outputs_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     """Some channels of o; or, backward, of the gradient of v."""
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
-    n, part, row = (pl.program_id(axis) for axis in range(3))
-    b, h = (of(row, jnp.int32(plan.heads)) for of in (lax.div, lax.rem))
+    part, h = pl.program_id(1), pl.program_id(2)
+    b, n = (of(pl.program_id(0), jnp.int32(layout.chunks)) for of in (lax.div, lax.rem))
     chunk = _Chunk(layout, named, n, h, b)
     read, written, over = ("k", "d_o", 0) if plan.reverse else ("q", "v", 1)
     of_values = [part * layout.states_tile + first for first in range(0, layout.states_tile, layout.value_tile)]

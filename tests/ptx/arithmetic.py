@@ -20,7 +20,7 @@ _KNOWN = re.compile(
         (
             r"(mov|selp|and|or|xor|not|shl|shr|bfe)\.(pred|[fusb]\d+)",
             r"cvta\.to\.global\.u64|prmt\.b32",
-            r"setp\.((eq|ne|lt|le|gt|ge)u?|nan|num)\.(bf16|[fusb]\d+)",
+            r"setp\.((eq|ne|lt|le|gt|ge)u?|nan|num)(\.(and|or|xor))?\.(bf16|[fusb]\d+)",
             r"(add|sub)(\.rn)?\.(f32|bf16x?2?|[us]\d+)|(min|max)\.(f32|bf16x?2?|[us]\d+)",
             r"mul\.(lo|hi|wide)\.[us]\d+|mul(\.rn)?\.(f32|bf16x?2?)|(div|rem)\.[us]\d+|mad\.(lo|wide)\.[us]\d+",
             r"fma\.r[nm]\.f32|fma\.rn\.bf16x?2?",
@@ -91,8 +91,9 @@ def apply(opcode: str, given) -> np.ndarray:
 
 
 def _compare(parts: list[str], given) -> np.ndarray:
-    assert len(parts) == 2, parts
-    comparison, kind = parts
+    comparison, *logic, kind = parts
+    if logic:  # with a third operand
+        return _LOGIC[logic[0]](_compare([comparison, kind], given), given(2, "pred"))
     if comparison in _COMPARE:
         a, b = given(0, kind), given(1, kind)
         found = _COMPARE[comparison](a, b)

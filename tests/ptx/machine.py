@@ -118,6 +118,8 @@ class _Blocks:
         to = np.dtype(arithmetic.TYPES[kind])
         if isinstance(operand, list):  # the least significant first
             return self._packed([self._value(x, f"b{to.itemsize * 8 // len(operand)}") for x in operand], to)
+        if operand.startswith("!"):
+            return ~self._value(operand[1:], kind)
         if operand.startswith("%"):
             x = self._register(operand)
             return x.view(to) if x.dtype.itemsize == to.itemsize else x.astype(f"u{to.itemsize}").view(to)
@@ -251,7 +253,7 @@ class _Blocks:
                 self.shared.end_copy(halves[mine], values[mine], who)
         else:
             size, threads = int(operands[2], 0), self._threads(where)
-            taken = self._lanes(operands[3], "u32")[where] if len(operands) > 3 else np.full(int(where.sum()), size)
+            taken = self._taken(operands[3:], size)[where]
             values, some = np.zeros((len(taken), size // 2), np.uint16), taken > 0
             if not np.isin(taken, (0, size)).all():
                 raise NotImplementedError("a copy of a part")
@@ -260,6 +262,15 @@ class _Blocks:
                 values[some] = self.memory.load(self._address(operands[1], where)[some], 2, size // 2, of_some)
             to = self.shared.begin_copy(self._address(operands[0], where), size, threads)
             self.copies.add((to, values, threads), blocks)
+
+    def _taken(self, last: tuple, size: int) -> np.ndarray:
+        """How many bytes each thread reads, the others being zeros: by the last operand, if there is one, a number or
+        whether there are none."""
+        if not last:
+            return np.full(self.block.shape, size)
+        if last[0].startswith("%p"):
+            return np.where(self._lanes(last[0], "pred"), 0, size)
+        return self._lanes(last[0], "u32")
 
     def _shuffle(self, instruction: Instruction, where: np.ndarray) -> None:
         self._whole("thread of a warp", where, 32)

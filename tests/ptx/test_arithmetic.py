@@ -42,6 +42,8 @@ def pair(low, high):
         ("setp.ltu.f32", (F(np.nan), F(1)), True),
         ("setp.lt.f32", (F(np.nan), F(1)), False),
         ("setp.ne.f32", (F(np.nan), F(1)), False),
+        ("setp.lt.and.s32", (-1, 0, False), False),
+        ("setp.lt.or.u32", (1, 0, True), True),
         ("max.f32", (F(np.nan), F(1)), F(1)),
         ("setp.ne.bf16", (ml_dtypes.bfloat16(np.nan), ml_dtypes.bfloat16(1)), False),
         ("ex2.approx.ftz.f32", (F(-127),), F(0)),

@@ -80,6 +80,24 @@ def test_copies_beside_work():
     assert np.array_equal(found, given.reshape(-1, 2, 32)[:, ::-1].reshape(-1))
 
 
+@pytest.mark.parametrize("last, zeros", [("%p1", slice(32, 64)), ("%p2", slice(0, 32)), ("%r5", slice(0, 32))])
+def test_copies_that_a_predicate_or_a_size_leaves_out(last, zeros):
+    """Zeros are written for them. %r5 is 0 in the first warp, and the size of all in the second."""
+    given, found, _ = run(f"""
+	setp.ge.u32 	%p1, %r1, 32;
+	setp.lt.and.u32 	%p2, %r1, 64, !%p1;
+	selp.b32 	%r5, 4, 0, %p1;
+	cp.async.ca.shared.global [%rd8], [%rd4], 0x4, {last};
+	cp.async.commit_group;
+	cp.async.wait_group 	0;
+	bar.sync 	0;
+	ld.shared.b32 	%r9, [%rd8];
+""")
+    expected = given.reshape(-1, 64).copy()
+    expected[:, zeros] = 0
+    assert np.array_equal(found, expected.reshape(-1))
+
+
 FAULTS = {
     "no_barrier": (EXCHANGE.replace("bar.sync", "membar"), "another warp writes before any barrier"),
     "written_too_soon": (EXCHANGE + "\tst.shared.b32 \t[%rd8], %r1;\n", "another warp reads before any barrier"),

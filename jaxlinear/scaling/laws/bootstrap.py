@@ -52,8 +52,8 @@ def fit_law(parameters: Any, tokens: Any, losses: Any, *, replicates: int = REPL
     """``parametric.fit``, and again for runs that are drawn from the runs, with replacement; not for fewer than ``FEWEST``.
 
     On synthetic losses with noise of 0.3 to 1%, intervals from resampled runs covered the truth as often as they should;
-    those from resampled residuals covered it too seldom. Of six and seven runs they covered it in half to nine tenths of
-    the cases: the law goes nearly through the runs, and so through most of those that are drawn.
+    those from resampled residuals covered it too seldom. So did those of six and seven runs: the law goes nearly through
+    them, and so through most of those that are drawn.
     """
     best = parametric.fit(parameters, tokens, losses)
     x, y, z = parametric.log_points(parameters, tokens, losses)

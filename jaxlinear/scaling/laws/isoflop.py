@@ -57,8 +57,7 @@ def fit(
 
     The replicates have the residuals of all budgets drawn anew for each run: a budget has too few runs to draw from them.
     They are scaled by the degrees of freedom that the parabolas took. Where fewer than ``FREEDOM`` are left (of three sizes
-    a budget none) there are no replicates: on synthetic losses intervals of 95% held the power in three quarters of the
-    cases with one left, in 84% with two and in 89% with three.
+    a budget none) there are no replicates: on synthetic losses their intervals covered the power too seldom.
 
     Raises:
       UserError: a budget has fewer than three sizes.
