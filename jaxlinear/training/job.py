@@ -65,6 +65,12 @@ class Job:
         return mixture(self.config.data.path) if self.config.data.path else {}
 
     @property
+    def texts(self) -> dict[str, float]:
+        """``datasets``, and with them what a task is given to read."""
+        read = [task.options()["dataset"] for task in self.trained_tasks if task.READS_TEXT]
+        return self.datasets | {path: 1.0 for path in read if path not in self.datasets}
+
+    @property
     def heldout_path(self) -> str:
         return heldout_path(self.config)
 
@@ -103,7 +109,7 @@ class Job:
 
     def data_text(self) -> str:
         """What the data are, for processes to compare."""
-        paths = [*self.datasets, self.heldout_path] if self.datasets else []
+        paths = [*self.texts, *([self.heldout_path] if self.datasets else [])]
         return repr((self.trained_tasks, [data.read_manifest(path) for path in paths]))
 
     def heldout_batches(self) -> Iterator[dict[str, np.ndarray]]:

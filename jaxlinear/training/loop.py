@@ -47,14 +47,14 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
     with start.together():
         job = Job.build(config)
         workdirs.check(workdir, job.config)
-        trained_data.check(workdir, job.datasets)
+        trained_data.check(workdir, job.texts)
         if config.training.initial_from and not workdirs.saved_steps(workdir):
             Initial.find(job)  # so that nothing is written where it does not fit
     with workdirs.alone(workdir):
         directory = Path(workdir)
         with start.together():
             workdirs.check(directory, job.config)  # again, for now no other run has it
-            trained_data.keep(directory, job.datasets)
+            trained_data.keep(directory, job.texts)
         start.check_agreement("the data", job.data_text())
         with Stop() as stop, Watchdog(job.config.training.patience_minutes) as watchdog:
             return _train(job, directory, stop, watchdog)

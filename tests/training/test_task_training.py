@@ -174,6 +174,9 @@ def test_the_pass_key_trains_on_text(tiny_dataset):
         evaluation__tasks=("passkey:length=128",),
     )
     job = Job.build(config)
+    config.data.update({"path": "", "task": f"passkey:digits=2:dataset={tiny_dataset}:split=train"})
+    config.evaluation.tasks = ()
+    assert job.texts == Job.build(config).texts == {str(tiny_dataset): 1.0}
     batch = job.batches[0]
     assert (batch["targets"] >= 0).sum(axis=1).tolist() == [3] * tiny.BATCH
     assert job.trained_tasks[0].split == "train" and [task.depth for task in job.evaluation_tasks()] == [
