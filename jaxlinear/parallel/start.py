@@ -23,6 +23,7 @@ from jaxlinear.errors import EveryProcessError, RunError, UserError
 from jaxlinear.parallel import program, targets
 
 _MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+_GOOGLE = "0x1ae0"  # vendor of PCI devices
 _LOG = logging.getLogger(__name__)
 
 JOIN_PATIENCE = 30 * 60.0  # seconds: hosts of one slice or job come up minutes apart, pulling images and installing
@@ -140,8 +141,15 @@ def _under_a_scheduler() -> bool:
     slurm = slurm and "SLURM_PROCID" in os.environ
     # Every pod of a JobSet has the first two. JAX finds the others of TPUs only, by the third.
     gke = {"JOBSET_NAME", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} <= set(os.environ)
-    tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and _has("libtpu")
-    return slurm or gke or tpu
+    return slurm or gke or (_has("libtpu") and _has_tpus())
+
+
+def _has_tpus() -> bool:
+    """Whether there are devices as TPUs have them, and a PCI device is Google's, by which JAX finds TPUs: others are given
+    to programs by VFIO too, on machines that have libtpu to compile for TPUs. A network card may be Google's."""
+    if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
+        return False
+    return any(Path(path).read_text().strip() == _GOOGLE for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
 
 
 def _has(package: str) -> bool:

@@ -269,6 +269,23 @@ def test_of_a_jobset_only_pods_with_tpus_are_joined(monkeypatch, hosts, joins):
     assert bool(calls) == joins
 
 
+@pytest.mark.parametrize(
+    "device, vendor, joins", [("accel0", "1ae0", True), ("vfio/3", "1ae0", True), ("vfio/3", "10de", False)]
+)
+def test_what_vfio_gives_to_programs_may_be_no_tpu(monkeypatch, tmp_path, device, vendor, joins):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "JOBSET_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for path, text in ((f"dev/{device}", ""), ("sys/bus/pci/devices/0000:00:05.0/vendor", f"0x{vendor}\n")):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.setattr(start.glob, "glob", lambda pattern: [str(path) for path in tmp_path.glob(pattern[1:])])
+    monkeypatch.setattr(start, "_has", lambda package: True)
+    calls = []
+    monkeypatch.setattr(start.jax.distributed, "initialize", lambda **options: calls.append(options))
+    start.join()
+    assert bool(calls) == joins
+
+
 def test_alone_there_is_nothing_to_join(monkeypatch):
     for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "JOBSET_NAME"):
         monkeypatch.delenv(name, raising=False)
