@@ -163,11 +163,11 @@ def _chosen(config: config_dict.ConfigDict, chooser: str) -> tuple[str, ...]:
 
 def _turned(model: config_dict.ConfigDict, mixer: str) -> int:
     """Channels of a head of which rotary positions turn a part; 0 for mixers without."""
-    if mixer in ("attention", "sliding_window"):
-        return model.width // model.num_heads
+    if mixer not in mixers.READERS["rotary_fraction"]:
+        return 0
     if mixer == "retention":
         return model.key_width or model.width // (model.recurrent_heads or model.num_heads)
-    return 0
+    return model.width // model.num_heads
 
 
 def _check_experts(model: config_dict.ConfigDict) -> None:

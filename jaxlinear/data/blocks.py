@@ -143,12 +143,26 @@ def _call(path: pathlib.Path, function: Any, *arguments: Any) -> Any:
         raise
 
 
+def _mark(file: pathlib.Path) -> tuple[int, ...] | None:
+    """What changes when a file is written again; None if it is not there."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _content(file: pathlib.Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
 class SplitReader:
     """Random access to the blocks of one split. Shards are opened when first read; the last ones used stay open."""
 
     def __init__(self, directory: str | os.PathLike[str], split: Split):
         self._directory, self._shards, self.blocks = pathlib.Path(directory), split.shards, split.blocks
-        self._manifest = self._content_of_manifest()
+        self._manifest = self._directory / MANIFEST
+        self._looked_at, self._content = _mark(self._manifest), _content(self._manifest)
         self._ends = np.cumsum([shard.records for shard in split.shards])
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()  # a loop that prefetches reads from another thread than its evaluation
@@ -177,9 +191,14 @@ class SplitReader:
         except (RuntimeError, IndexError) as error:  # how the ArrayRecord library reports damage
             raise UserError(f"shard {path} cannot be read: {error}; prepare the dataset again") from error
 
-    def _content_of_manifest(self) -> bytes | None:
-        file = self._directory / MANIFEST
-        return file.read_bytes() if file.exists() else None
+    def _check_same_dataset(self) -> None:
+        """Shards of another one have the same names and, but for the last, as many blocks. Of a large dataset shards are
+        opened all the time, so its manifest is read again only if it was written again."""
+        mark = _mark(self._manifest)
+        if mark != self._looked_at:
+            if _content(self._manifest) != self._content:
+                raise UserError(f"the dataset in {self._directory} was prepared anew while it was read")
+            self._looked_at = mark
 
     def _open_shard(self, path: pathlib.Path, expected: int) -> Any:
         # No read-ahead: the records of a batch lie anywhere.
@@ -188,9 +207,7 @@ class SplitReader:
         if not reader.ok() or reader.num_records() != expected:
             found = reader.num_records()
             raise UserError(f"shard {path} is damaged: it holds {found} blocks instead of {expected}")
-        # Shards of another dataset have the same names and, but for the last, as many blocks.
-        if self._content_of_manifest() != self._manifest:
-            raise UserError(f"the dataset in {self._directory} was prepared anew while it was read")
+        self._check_same_dataset()
         if len(self._open) >= _OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         return reader

@@ -24,9 +24,9 @@ from jaxlinear.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
-# Of the cipher that shuffles. ``MapDataset.shuffle`` of grain takes 4, after which neighbours are still alike: of a billion
-# examples their places correlate by 0.57, and 64 in a row are spread over the text as 8 should be. After 8 no such thing is
-# found; more cost time where examples are few, for the cipher is of 16 bits and asked until a number is below their count.
+# Of the cipher that shuffles. ``MapDataset.shuffle`` of grain takes 4, after which the places of neighbours still correlate
+# (tests/data/test_loader.py). After 8 they do not; more cost time where examples are few, for the cipher is of 16 bits and
+# asked until a number is below their count.
 _ROUNDS = 8
 # What an order of examples is named by in the directory of a run, which goes on in its own.
 SHUFFLE = f"index_shuffle, {_ROUNDS} rounds"

@@ -96,12 +96,14 @@ def test_a_dataset_that_is_prepared_anew_while_it_is_read(tmp_path, monkeypatch)
     split = write(tmp_path, random_documents(0, 60, 40))
     reader = SplitReader(tmp_path, split)
     before = reader.read([0, 1])
+    manifest.write_text("of the first")  # copied to where it was
+    reader.read([7])
     (tmp_path / "train").rename(tmp_path / "old")
     write(tmp_path, random_documents(1, 60, 90))
     manifest.write_text("of another")
     assert reader.read([0, 1]) == before  # of the file that was open
     with pytest.raises(UserError, match=f"the dataset in {tmp_path} was prepared anew while it was read"):
-        reader.read([7])
+        reader.read([14])
 
 
 def test_damage_is_named(tmp_path):
