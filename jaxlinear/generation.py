@@ -199,7 +199,7 @@ def chunks(
 ) -> Iterator[np.ndarray]:
     """Arrays ``[n, B]`` of new tokens as they come: one token with the prompts, then up to ``chunk`` at a time.
 
-    They end after ``max_tokens`` in all, or when every row has met the stop token; what a row has behind it is to be
+    They end after ``max_tokens`` in all, or when every row has met the stop token; what a row has after it is to be
     left out. ``numbers`` are those that the rows are drawn by (see ``Sampling``), for prompts that are a part of more;
     by default 0, 1, ...
     """

@@ -6,7 +6,7 @@ all its L positions). A record is, little-endian,
 
     uint32 valid         how many of the L + 1 tokens are real; less than L + 1 only in the last block
     uint32 starts        how many documents start in the block
-    dtype[L + 1] tokens  zero behind the valid ones
+    dtype[L + 1] tokens  zero after the valid ones
     int32[starts]        positions in 0 .. L - 1 where a document starts
 """
 

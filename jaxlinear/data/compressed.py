@@ -37,7 +37,7 @@ def expansion(file: pathlib.Path) -> float:
 
 
 def read_chunks(file: pathlib.Path, *, beginning: bool = False) -> Iterator[bytes]:
-    """The decompressed content, or that of the file's first chunk; raises DamagedFile behind the last chunk that could be
+    """The decompressed content, or that of the file's first chunk; raises DamagedFile after the last chunk that could be
     read."""
     suffix = file.suffix.lower()
     new, failure = _decompressor(file)

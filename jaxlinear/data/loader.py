@@ -48,7 +48,7 @@ class TrainBatches:
 
     ``paths`` is a dataset, or several with their weights: the shares of the examples that come from each. An epoch of
     a mixture ends when the first of its datasets has been seen once; then all go on, each reshuffled when it is
-    through. ``epochs`` ends the sequence (IndexError behind it, so that ``for batch in batches`` works).
+    through. ``epochs`` ends the sequence (IndexError after it, so that ``for batch in batches`` works).
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TrainBatches:
         manifests = [table.manifest for table in self._tables]
         check_same_tokenizer(list(weights), manifests)
         warn_of_splits(list(weights), manifests)
-        # Examples behind the last whole one are left out.
+        # Examples after the last whole one are left out.
         lengths = [table.whole_examples for table in self._tables]
         for path, table, length in zip(weights, self._tables, lengths, strict=True):
             if length == 0:
@@ -171,7 +171,7 @@ class ExampleTable:
         return max(_lengths_that_work(self.manifest.block_length, self.targets), default=0)
 
     def read(self, examples: np.ndarray) -> Batch:
-        """examples: [b] -> arrays [b, T]; an index behind the last example gives a row of padding."""
+        """examples: [b] -> arrays [b, T]; an index after the last example gives a row of padding."""
         length, block_length = self._sequence_length, self.manifest.block_length
         starts_at = examples * length
         present = np.flatnonzero(starts_at < self.targets)

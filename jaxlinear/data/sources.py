@@ -43,7 +43,7 @@ _LARGEST_DOCUMENT = 1 << 30  # bytes: it is in memory whole, as text and as toke
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One document: ``text``, the ``ids`` [T] uint32 of its tokens, or the ``error`` that broke it. ``origin`` is
-    file:line, or file. With one that ``ends_file``, all that is behind it in its file is lost too, however much that is."""
+    file:line, or file. With one that ``ends_file``, all that follows it in its file is lost too, however much that is."""
 
     origin: str
     text: str | None
@@ -200,7 +200,7 @@ class _Cuts:
         return f"document_separator {self._separator!r} is nowhere in"
 
     def check(self) -> None:
-        """To be called behind the last file."""
+        """To be called after the last file."""
         if not self._whole:
             return
         files, others = len(self._whole), len(self._with_other_ends)

@@ -91,7 +91,7 @@ class Ids:
 
     def cut(self, description: str, records: Iterable[Record]) -> Iterator[Record]:
         """The documents of a stream of which each record is a part: what lies between document tokens. What is broken ends
-        a document, and another begins behind it."""
+        a document, and another begins after it."""
         parts: list[np.ndarray] = []
         origin, waiting, borders = "", 0, 0
 

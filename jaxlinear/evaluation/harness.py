@@ -1,6 +1,6 @@
 """The EleutherAI harness (lm_eval) on a run: its tasks, scored by ``scoring.Scorer``. Needs the extra ``eval``.
 
-A task is ``harness:NAME``, ``harness:FILE.yaml``, with options behind it: ``:limit=200`` questions, ``:fewshot=5``, and
+A task is ``harness:NAME``, ``harness:FILE.yaml``, with options after it: ``:limit=200`` questions, ``:fewshot=5``, and
 ``:data=FILE`` (JSON lines or Arrow) in the place of the dataset that the task would download.
 """
 

@@ -163,7 +163,7 @@ def _next_chunk(model, state, tokens, targets, due):
 
 
 def _ids(due):
-    """1, as in contexts, and 2 for the padding behind: a document of its own, which may reach beyond ``model.context``."""
+    """1, as in contexts, and 2 for the padding after them: a document of its own, which may outgrow ``model.context``."""
     return jnp.where(due, 1, 2).astype(jnp.int32)
 
 

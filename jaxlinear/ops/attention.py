@@ -39,7 +39,7 @@ def causal_attention(
         in front (P may be 0) are those of earlier tokens: query t stands at key position P+t.
       scale: of the logits; ``K**-0.5`` by default.
       segment_ids: ``[B, P+T]`` int; no token sees across a change of id.
-      offset: the key position of query 0, an int32 scalar, where it is not P: the keys then go on behind the queries'
+      offset: the key position of query 0, an int32 scalar, where it is not P: the keys then go on after the queries'
         own, as on a device that has some of the queries and all keys.
       backend: ``"recurrent"`` (one query at a time, for checking), ``"chunked"`` (blocks of queries against blocks of
         keys; those after a block of queries are skipped), ``"pallas"`` (a kernel for TPU or GPU) or ``"auto"``:
@@ -136,7 +136,7 @@ def attend(
       meetings: (i, start): block i of queries meets the keys ``start .. start + run - 1``. One of the meetings of a
         query's block has to be with the query's own key, ``offset + t``.
       scale: of the logits; ``K**-0.5`` by default.
-      offset: the key position of query 0. If it is traced, meetings behind a block's last query are passed over.
+      offset: the key position of query 0. If it is traced, meetings after a block's last query are passed over.
       block, run: queries in a block, keys in a run.
 
     Returns:

@@ -47,7 +47,7 @@ class Rule(NamedTuple):
 
     scale: float  # of the logits
     run: int  # keys in a run
-    skips: bool  # pass over the meetings behind a block's last query
+    skips: bool  # pass over the meetings after a block's last query
 
 
 def meetings(pairs: Sequence[tuple[int, int]], lowest: jax.Array, offset, last, block: int) -> Meetings:
@@ -121,7 +121,7 @@ def pull_back(
     ``outputs`` are what ``normalised`` gave, and ``do`` the gradient of the first. Begin with ``no_gradient``.
     """
     o, log_totals = outputs
-    # sum_v o do: the softmax's normaliser seen from behind (section 3.1.2)
+    # sum_v o do: the gradient through the softmax's normaliser (section 3.1.2)
     deltas = jnp.sum(o.astype(log_totals.dtype) * do.astype(log_totals.dtype), axis=-1, keepdims=True)
 
     def meet(gradients, meeting):

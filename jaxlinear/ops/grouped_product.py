@@ -42,7 +42,7 @@ def grouped_product(
       backend: ``"blocks"``, ``"ragged_dot"``, ``"rows"``, ``"pallas"`` or ``"auto"``.
 
     Returns:
-      ``[M, F]`` in the dtype of x; zeros in the rows behind the last group, whose gradients are zeros too.
+      ``[M, F]`` in the dtype of x; zeros in the rows after the last group, whose gradients are zeros too.
     """
     backends.check("grouped_product", backend, BACKENDS)
     if backend == "auto":

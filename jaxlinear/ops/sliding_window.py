@@ -62,7 +62,7 @@ def sliding_window_attention(
     left, right = window - 1 - prefix, blocks * block - length
     k, v = (_pad(x, left, right) for x in (k, v))
     first = jnp.zeros((1, keys), jnp.int32) if segment_ids is None else segments.first_positions(segment_ids)
-    # The first key of the document, of the window, and behind the padding: whichever is last.
+    # The first key of the document, of the window, and after the padding: whichever is last.
     lowest = jnp.maximum(first[:, prefix:] + left, jnp.arange(length, dtype=jnp.int32)[None])
     lowest = jnp.maximum(lowest, max(left, 0))
     meetings = [(i, i * block) for i in range(blocks)]

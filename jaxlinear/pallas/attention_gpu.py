@@ -51,7 +51,7 @@ def attention(
     widths = power_of_two(key_width), power_of_two(value_width)
     block = blocks.attention_gpu(max(widths), target.gpu)
     whole = math.lcm(block.queries, block.keys)
-    # Whole blocks of both, and for every query its own key. What stands behind the last is seen by queries behind it.
+    # Whole blocks of both, and for every query its own key. What stands after the last is seen by queries after it.
     queries = -(-length // whole) * whole
     padded = -(-(keys - length + queries) // whole) * whole
     seen = _seen(runs, batch, length, keys, window)
@@ -102,7 +102,7 @@ def _attend_forward(q, k, v, seen, rule):
 def _attend_backward(rule, residuals, d_o):
     (q, k, v, seen, (o, log_totals)), d_o = derivatives.once((residuals, d_o))
     (batch, length, heads, _), (_, keys, groups, _), wide = q.shape, k.shape, _wide(q)
-    # sum_v o do: the softmax's normaliser seen from behind (section 3.1.2)
+    # sum_v o do: the gradient through the softmax's normaliser (section 3.1.2)
     deltas = jnp.sum(o.astype(wide) * d_o.astype(wide), axis=-1).swapaxes(1, 2)
     inputs = q, k, v, seen.lowest, d_o, log_totals, deltas
     grid = length // rule.block.queries, heads, batch

@@ -25,7 +25,7 @@ def attention(
     (batch, length, heads), keys = q.shape[:3], k.shape[1]
     dtype = functools.reduce(np.promote_types, (q.dtype, k.dtype, v.dtype))
     block = blocks.softmax_tpu(target.kind, length, window, max(q.shape[3], v.shape[3]) * dtype.itemsize)
-    # Whole blocks of both, and for every query its own key. What stands behind the last is seen by queries behind it.
+    # Whole blocks of both, and for every query its own key. What stands after the last is seen by queries after it.
     queries = -(-length // block) * block
     padded = -(-(keys - length + queries) // block) * block
     scaled = (q.astype(jnp.float32) * scale).astype(dtype)

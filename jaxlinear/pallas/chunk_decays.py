@@ -143,7 +143,7 @@ def by_sums(coarse: jax.Array, fine: jax.Array) -> ByHead:
 
 
 def constant(log_decay: jax.Array, length: int, last: Any) -> ByHead:
-    """Of a log decay ``[1, 1]`` that is the same for all tokens up to the one of number ``last``, and 0 behind it."""
+    """Of a log decay ``[1, 1]`` that is the same for all tokens up to the one of number ``last``, and 0 after it."""
     i, j = (jnp.minimum(x, last).astype(log_decay.dtype) for x in pairs(length))
     return ByHead((i - j) * log_decay, (i + 1) * log_decay, (i[-1:] - i) * log_decay)
 

@@ -50,7 +50,7 @@ _IN_TIME = ("o", "d_q", "d_k", "d_v", "d_beta", "d_log_decay")  # outputs [B, T,
 def call(plan: Plan, arguments: Arguments, target: Target) -> Arrays:
     """The outputs by name, as those of ``delta_rule_tpu.call``; but ``before`` is as it is given back here.
 
-    Where T ends within a chunk, arrays get tokens behind that change nothing: a kernel that asks where they end has no
+    Where T ends within a chunk, arrays get tokens at the end that change nothing: a kernel that asks where they end has no
     register left for that.
     """
     more = -plan.length % layout_of(plan, target).chunk

@@ -113,7 +113,7 @@ class _Layout:
         return x[:, : self.plan.length, : self.plan.heads]
 
     def _rows(self, x: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
-        """``[B, T, H]`` -> ``[B, groups, N, n, c]``, with zeros behind T and H, which change nothing."""
+        """``[B, T, H]`` -> ``[B, groups, N, n, c]``, with zeros after T and H, which change nothing."""
         x = jnp.pad(x.astype(self.plan.wide), ((0, 0), (0, 0), (0, self.groups * self.group - self.plan.heads)))
         x = self._by_chunk(x)
         x = x.reshape(*x.shape[:3], self.groups, self.group).transpose(0, 3, 1, 4, 2)

@@ -109,7 +109,7 @@ class Block:
         return Documents(column == row, *ends)
 
     def _load(self, name: str) -> list[jax.Array]:
-        """By head ``[c, K or V]``, zero behind the last token."""
+        """By head ``[c, K or V]``, zero after the last token."""
         ref = self.refs[name]
         width = ref.shape[-1] // len(self.heads)
         loaded = [ref[:, h * width : (h + 1) * width] for h in self.heads]

@@ -26,7 +26,7 @@ class Documents(NamedTuple):
 class Chunk(NamedTuple):
     decays: Any
     documents: Documents | None
-    last: Any  # the number of the last token, those behind it being none
+    last: Any  # the number of the last token, those after it being none
     takes_factors: bool = (
         False  # whether ``since_start`` and ``until_end`` scale more than tokens: they then scale these
     )

@@ -22,7 +22,7 @@ Refs = dict[str, Any]
 
 
 class Constant:
-    """As ``ByHead``, of a log decay that is constant in time; tokens behind the last decay nothing."""
+    """As ``ByHead``, of a log decay that is constant in time; tokens after the last decay nothing."""
 
     def __init__(self, place: Place, refs: Refs, documents: Documents):
         chunk, length = place.layout.chunk, place.layout.plan.length

@@ -134,7 +134,7 @@ class Block:
         return d_states
 
     def _over_heads(self, of_heads: list[jax.Array]) -> jax.Array:
-        """Their sum; behind the last head there may be anything."""
+        """Their sum; after the last head there may be anything."""
         if self.plan.heads % self.shape.heads:
             of_heads = [chunk_decays.masked(h < self.left_heads, x) for h, x in enumerate(of_heads)]
         return functools.reduce(operator.add, of_heads)

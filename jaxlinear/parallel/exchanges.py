@@ -89,7 +89,7 @@ def double(maps: Maps, summary: Summary, state: State) -> tuple[State, State, An
 
 
 def double_back(maps: Maps, transitions: Any, d_shard: State, d_final: State) -> tuple[State, State]:
-    """Backward, by doubling: after step i, a shard holds D and M of itself and the 2^i - 1 behind it.
+    """Backward, by doubling: after step i, a shard holds D and M of itself and the 2^i - 1 after it.
 
     The gradient of the last state is in the last shard's D, whose M is therefore zero.
     """

@@ -219,7 +219,7 @@ def sliding_window_attention(
     mesh = _mesh("sliding_window_attention", q.shape[1])
     attend = functools.partial(ops.sliding_window_attention, window=window, scale=scale)
     if mesh is None:
-        return _attention_in_parts(attend, backend, q, *_behind(past, k, v, segment_ids))
+        return _attention_in_parts(attend, backend, q, *_after_past(past, k, v, segment_ids))
 
     none = jnp.zeros_like(k, shape=(k.shape[0], window - 1, *k.shape[2:]))
     before = past or (none, jnp.zeros_like(v, shape=(*none.shape[:3], v.shape[-1])), None)
@@ -257,7 +257,7 @@ def causal_attention(
     mesh = _mesh("causal_attention", q.shape[1])
     attend = functools.partial(ops.causal_attention, scale=scale)
     if mesh is None:
-        return _attention_in_parts(attend, backend, q, *_behind(past, k, v, segment_ids))
+        return _attention_in_parts(attend, backend, q, *_after_past(past, k, v, segment_ids))
 
     def by_ring(q, k, v, ids, *past):
         return ring.causal_attention(q, k, v, ids, past or None, scale)
@@ -267,7 +267,7 @@ def causal_attention(
         k, v = (lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (k, v))
         ids = None if ids is None else lax.all_gather(ids, AXIS, axis=1, tiled=True)
         if past:
-            k, v, ids = _behind(past, k, v, ids)
+            k, v, ids = _after_past(past, k, v, ids)
             offset += past[0].shape[1]
         return attend(q, k, v, segment_ids=ids, offset=offset, backend=backend)
 
@@ -301,7 +301,7 @@ def _attention_exchange(mesh: AnyMesh, k: jax.Array, v: jax.Array, axes: tuple) 
     return cost.choose_attention(sharding.choices_in_use().attention, load, *kind_and_span(mesh))
 
 
-def _behind(past: Past | None, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None):
+def _after_past(past: Past | None, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None):
     """Keys, values and segment ids with the past in front of them."""
     if past is None:
         return k, v, segment_ids

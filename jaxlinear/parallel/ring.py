@@ -2,7 +2,7 @@
 
 Each shard keeps its queries. A block of keys and values goes from shard to shard, W - 1 steps of ``ppermute``, while the
 shard that has it counts it in (Ring Attention, Liu et al. 2023, arXiv:2310.01889); backward it goes round again, and its
-gradients a step behind it, which one step more brings home. So memory is that of the keys and values of two shards, and
+gradients one step later, which one step more brings home. So memory is that of the keys and values of two shards, and
 backward of their gradients and of what the present shard adds to them; nothing of the size of T is anywhere. All that
 travels does so beside the work on a block.
 
@@ -136,8 +136,8 @@ def _round(visit, carry, gained, own: Block, earlier: Block | None, places, shap
         pairs = [(i, start) for i in blocks for start in range(0, keys, run)]
         return blockwise.meetings(pairs, lowest, offset, last, shape.block), shape.rule(keys)
 
-    def behind(to_end, end: End | None, keys: int):
-        """What the queries see of a block behind the shard, and whether they may see more behind it."""
+    def of_earlier_block(to_end, end: End | None, keys: int):
+        """What the queries see of a block before the shard, and whether they may see more before that."""
         if places is None or end is None:
             return jnp.zeros((1, shape.length), jnp.int32), to_end
         first, id_ = places
@@ -148,11 +148,11 @@ def _round(visit, carry, gained, own: Block, earlier: Block | None, places, shap
 
     def meet(s, carry, to_end, gained, block):
         arrived = _onward(gained)  # of this block, from the shard before
-        lowest, further = behind(to_end, block.end, size)
+        lowest, further = of_earlier_block(to_end, block.end, size)
         is_own = s == 0
         if places is not None:
             lowest = jnp.where(is_own, places[0], lowest)
-        # Of a block in the future every meeting is behind the last query.
+        # Of a block in the future every meeting is after the last query.
         offset = jnp.where(s <= rank, s * shape.length, jnp.int32(-len(blocks) * shape.block))
         carry, more = visit(carry, block, *met(size, lowest, offset, shape.length - 1))
         return carry, jnp.where(is_own | (s > rank), to_end, further), jax.tree.map(jnp.add, arrived, more)
@@ -167,7 +167,7 @@ def _round(visit, carry, gained, own: Block, earlier: Block | None, places, shap
     of_earlier = None
     if earlier is not None:
         keys = earlier.k.shape[2]
-        lowest, _ = behind(to_end, earlier.end, keys)
+        lowest, _ = of_earlier_block(to_end, earlier.end, keys)
         carry, of_earlier = visit(carry, earlier, *met(keys, lowest, keys, shape.past - 1))
     return carry, _onward(gained), of_earlier
 

@@ -230,7 +230,7 @@ class _Trace:
 
     def __init__(self, config: config_dict.ConfigDict, first: int, directory: Path):
         begin, self._steps = config.logging.profile_step, config.logging.profile_steps
-        # A run that goes on behind these steps has their trace, and would take one more after each preemption.
+        # A run that goes on after these steps has their trace, and would take one more after each preemption.
         wanted = begin and begin + self._steps > first and start.is_first()
         self._begin = max(begin, first + 1) if wanted else None
         self._directory = str(directory / "profile")

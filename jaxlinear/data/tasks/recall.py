@@ -16,7 +16,7 @@ class MultiQueryRecall(WithVocabulary):
         targets                    v2          v1
 
     Keys are of the lower half of the vocabulary without 0, values of the upper half, no key or value twice. A query stands
-    at every second token at most; the d-th place behind the pairs is drawn with weight ``d ** (power - 1)``: near ones are
+    at every second token at most; the d-th place after the pairs is drawn with weight ``d ** (power - 1)``: near ones are
     likelier. The filling is token 0, or with ``random_filling`` any token that is not a key of the example.
     """
 
@@ -55,7 +55,7 @@ class MultiQueryRecall(WithVocabulary):
 
     @functools.cached_property
     def _places(self) -> np.ndarray:
-        """Probabilities of the places behind the pairs, ``[(T - 2 pairs) / 2]``."""
+        """Probabilities of the places after the pairs, ``[(T - 2 pairs) / 2]``."""
         weights = np.arange(1, self.length // 2 - self.pairs + 1) ** (self.power - 1.0)
         return weights / weights.sum()
 
