@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlinear import atomic
 from jaxlinear.errors import UserError
 
 DOCUMENT_TOKEN = "<|endoftext|>"
@@ -70,9 +71,7 @@ class Tokenizer(abc.ABC):
         info: dict[str, Any] = {"kind": self.kind, "file": self.file, "document_token": self.document_token_name}
         if self.end_tokens:
             info["end_tokens"] = list(self.end_tokens)
-        temporary = pathlib.Path(directory, INFO_FILE + ".tmp")
-        temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, temporary.with_name(INFO_FILE))
+        atomic.write_text(pathlib.Path(directory, INFO_FILE), json.dumps(info, indent=2) + "\n")
 
     @staticmethod
     def load(directory: str | os.PathLike[str]) -> "Tokenizer":

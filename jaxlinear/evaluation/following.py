@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlinear import evaluation
+from jaxlinear import atomic, evaluation
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import html, plots
@@ -89,10 +89,10 @@ def follow(
             if report is None:
                 assert run is not None
                 report = evaluation.evaluate_run(run, tasks, options) | {"asked": of_step, "starts": starts}
-                _write(folder / f"{step}.json", json.dumps(report, indent=2) + "\n")
+                atomic.write_text(folder / f"{step}.json", json.dumps(report, indent=2) + "\n")
                 _to_tensorboard(folder, step, report)
             reports[step] = report
-            _write(folder / PAGE, _page(reports))
+            atomic.write_text(folder / PAGE, _page(reports))
             yield report
             seen = time.monotonic()
         if any(step >= read_config(workdir).training.steps for step in (*reports, *removed)):
@@ -167,12 +167,6 @@ def _was_set_back(report: Mapping[str, Any], path: Path, starts: Sequence[Mappin
         made = path.stat().st_mtime
         later = [line for line in starts if datetime.datetime.fromisoformat(line["time"]).timestamp() > made]
     return any(line["step"] < int(path.stem) for line in later)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _to_tensorboard(folder: Path, step: int, report: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlinear import atomic
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import start
 
@@ -76,7 +77,5 @@ def _board(workdir: Path, purge_step: int) -> "TensorBoard":
 
 def _open_at(path: Path, step: int):
     kept = [json.dumps(line) + "\n" for line in read(path.parent) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
-    return path.open("a")
+    atomic.write_text(path, "".join(kept))
+    return path.open("a", encoding="utf-8")

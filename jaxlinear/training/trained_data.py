@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlinear import data
+from jaxlinear import atomic, data
 from jaxlinear.data.loader import SHUFFLE, ExampleTable
 from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import UserError
@@ -59,9 +59,7 @@ def keep(directory: Path, datasets: Mapping[str, float]) -> None:
     if not (directory / INFO_FILE).exists():
         data.load_tokenizer(next(iter(datasets))).save(directory)
     if not (directory / FILE).exists():
-        temporary = directory / (FILE + ".tmp")
-        temporary.write_text(json.dumps(_identities(datasets), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, directory / FILE)
+        atomic.write_text(directory / FILE, json.dumps(_identities(datasets), indent=2) + "\n")
 
 
 def check_tokenizer(workdir: Path, path: str | os.PathLike, manifest: data.Manifest) -> None:

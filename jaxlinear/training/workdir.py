@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
-from jaxlinear import __version__, config_checks, locks
+from jaxlinear import __version__, atomic, config_checks, locks
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
@@ -59,7 +59,7 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
     if not path.is_file():
         raise UserError(f"{workdir} is not the work directory of a run: it has no {CONFIG}")
     try:
-        return configs.from_json(path.read_text())
+        return configs.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
@@ -121,9 +121,7 @@ def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
             if before[key] != value:
                 _LOG.warning("the run goes on with %s=%r; it was %r", key, value, before[key])
     if start.is_first():
-        temporary = directory / (CONFIG + ".tmp")
-        temporary.write_text(configs.to_json(config))
-        os.replace(temporary, directory / CONFIG)
+        atomic.write_text(directory / CONFIG, configs.to_json(config))
     return directory
 
 
@@ -172,11 +170,8 @@ def note_start(
         **_behaviour(config),
         **({} if initial is None else {"initial": initial}),
     }
-    temporary = directory / (STARTS + ".tmp")
-    temporary.write_text(
-        "".join(f"{known}\n" for known in [*_whole_lines(directory), json.dumps(line)]), encoding="utf-8"
-    )
-    os.replace(temporary, directory / STARTS)
+    lines = [*_whole_lines(directory), json.dumps(line)]
+    atomic.write_text(directory / STARTS, "".join(f"{known}\n" for known in lines))
 
 
 def read_starts(workdir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -33,15 +33,6 @@ def test_attempts_survive_a_line_that_was_cut(run):
     assert "end" not in run.attempts()[1]
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "submitted.json"
-    files.write(file, "old")
-    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("the disk is full"))
-    with pytest.raises(pytest.fail.Exception, match="full"):
-        files.write(file, "new")
-    assert file.read_text() == "old"
-
-
 @pytest.mark.parametrize(
     "text, last",
     [

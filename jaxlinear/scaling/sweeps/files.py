@@ -118,13 +118,6 @@ def hold(sweep: Path) -> Iterator[bool]:
         yield held
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all: what was there stays until all of the text is on the disk."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def last_line(path: Path) -> str:
     """The last line of a log that is not empty; what a progress bar wrote over is no line."""
     lines = [line.rsplit("\r", 1)[-1].strip() for line in tail(path).split("\n")]

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlinear import atomic
 from jaxlinear.scaling.sweeps import executors, planned_config, states
-from jaxlinear.scaling.sweeps.files import last_line, write
+from jaxlinear.scaling.sweeps.files import last_line
 from jaxlinear.scaling.sweeps.runner import TrainingJob
 from jaxlinear.scaling.sweeps.sweep import PlannedRun, Sweep
 from jaxlinear.training.loop import FINISHED, PREEMPTED
@@ -118,7 +119,7 @@ class Manager:
         before = run.progress()
         job = self._executor.submit(TrainingJob(str(self._sweep.directory), name, command, {}))
         submitted = {"executor": self._executor.name, "job": job.job_id}
-        write(run.files.job / _SUBMITTED, json.dumps(submitted) + "\n")
+        atomic.write_text(run.files.job / _SUBMITTED, json.dumps(submitted) + "\n")
         self._jobs[name] = _Job(job, before.attempts, before.step)
 
     def _settle(self) -> None:

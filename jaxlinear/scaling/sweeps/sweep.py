@@ -10,11 +10,11 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from jaxlinear import atomic, data
 from jaxlinear import config as configs
-from jaxlinear import data
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps import plans, states
-from jaxlinear.scaling.sweeps.files import RunFiles, hold, write
+from jaxlinear.scaling.sweeps.files import RunFiles, hold
 from jaxlinear.training.job import mixture
 
 FILE = "sweep.json"
@@ -76,9 +76,9 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
             planned.append(PlannedRun(files, run_config.training.steps, labels))
         for item, run_config in zip(planned, resolved, strict=True):
             item.files.job.mkdir(parents=True, exist_ok=True)
-            write(item.files.config, configs.to_json(run_config))
+            atomic.write_text(item.files.config, configs.to_json(run_config))
         listed = [{"name": item.name, "steps": item.steps, "labels": dict(item.labels)} for item in planned]
-        write(sweep / FILE, json.dumps({"runs": listed}, indent=2) + "\n")
+        atomic.write_text(sweep / FILE, json.dumps({"runs": listed}, indent=2) + "\n")
         yield Sweep(sweep, tuple(planned))
 
 
@@ -119,7 +119,7 @@ def _check_data(resolved: Sequence[config_dict.ConfigDict]) -> None:
     for config in resolved:
         if config.data.path:
             paths |= {*mixture(config.data.path), *([config.data.heldout_path] if config.data.heldout_path else [])}
-        elif not config.data.get("task", ""):
+        elif not config.data.task:
             raise UserError("data.path is not set: --config.data.path=DIR; launch/prepare_data.py makes a dataset")
     for path in sorted(paths):
         data.read_manifest(path)

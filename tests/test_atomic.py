@@ -1,0 +1,24 @@
+"""Files that are written whole or not at all."""
+
+import os
+
+import pytest
+
+from jaxlinear import atomic
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "submitted.json"
+    atomic.write_text(file, "old")
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("the disk is full"))
+    with pytest.raises(pytest.fail.Exception, match="full"):
+        atomic.write_text(file, "new")
+    assert file.read_text() == "old"
+
+
+def test_two_files_that_differ_in_their_suffix_do_not_share_what_is_unfinished(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *_: None)  # as if both were killed there
+    atomic.write_text(tmp_path / "run.json", "{}")
+    atomic.write_text(tmp_path / "run.jsonl", "é")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json.tmp", "run.jsonl.tmp"]
+    assert (tmp_path / "run.jsonl.tmp").read_bytes() == "é".encode()
