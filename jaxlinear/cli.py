@@ -15,6 +15,7 @@ from absl import flags
 
 from jaxlinear import cli_flags
 from jaxlinear.errors import Diverged, EveryProcessError, RunError, UserError
+from jaxlinear.exit_status import BAD_INPUT, FAILED
 
 # Errors of the machine that the person at the keyboard can mend; everything else keeps its traceback.
 _ENVIRONMENT_ERRORS = {
@@ -66,10 +67,10 @@ def run(
         status = (main(rest) if takes_arguments else main()) or 0
         failed = False
     except (flags.Error, UserError) as error:
-        message, status = str(error), 2
+        message, status = str(error), BAD_INPUT
         alone = not isinstance(error, EveryProcessError)
     except RunError as error:  # which every process raises
-        message, status = str(error), 2 if isinstance(error, Diverged) else 1
+        message, status = str(error), BAD_INPUT if isinstance(error, Diverged) else FAILED
     except Exception as error:
         message, status = _of_the_machine(error)
         if message is None:
@@ -155,13 +156,13 @@ def _check_paths() -> None:
 
 
 def _of_the_machine(error: Exception) -> tuple[str | None, int]:
-    """What to say of an error that is the machine's, and the status of the program; None and 1 for a defect."""
+    """What to say of an error that is the machine's, and the status of the program; None and ``FAILED`` for a defect."""
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRORS:
-        return f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}", 2
+        return f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}", BAD_INPUT
     if isinstance(error, OSError) and error.errno in _FAILURES_OF_A_DISK:
-        return _FAILURES_OF_A_DISK[error.errno] + (f": {error.filename}" if error.filename else ""), 1
+        return _FAILURES_OF_A_DISK[error.errno] + (f": {error.filename}" if error.filename else ""), FAILED
     message = _out_of_memory(error)
-    return message, 1 if message is None else 2
+    return message, FAILED if message is None else BAD_INPUT
 
 
 def _out_of_memory(error: Exception) -> str | None:

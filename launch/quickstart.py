@@ -11,7 +11,7 @@ import time
 
 from absl import flags, logging
 
-from jaxlinear import cli
+from jaxlinear import cli, exit_status
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where the corpus and the run lie.")
 _PROMPT = "def "
@@ -38,7 +38,7 @@ def main() -> int:
     config.data.path = str(corpus.absolute())
     print("== training", flush=True)
     status = loop.train(config, workdir)
-    if status != loop.FINISHED:
+    if status != exit_status.FINISHED:
         return status
 
     print("== evaluating the held-out split", flush=True)

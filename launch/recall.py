@@ -11,7 +11,7 @@ import pathlib
 from absl import flags, logging
 from ml_collections import config_flags
 
-from jaxlinear import cli
+from jaxlinear import cli, exit_status
 from jaxlinear.errors import UserError
 
 _MQAR = pathlib.Path(__file__).absolute().parents[1] / "configs" / "mqar.py"  # wherever the program is started
@@ -33,7 +33,6 @@ _EXAMPLES = flags.DEFINE_integer("examples", 1024, "Held-out examples that each 
 def main() -> int:
     from jaxlinear.evaluation import recall
     from jaxlinear.parallel import start
-    from jaxlinear.training import loop
 
     if not _PATTERNS.value:
         raise UserError("--patterns is empty; name layers, as --patterns=gla,griffin")
@@ -44,7 +43,7 @@ def main() -> int:
     for name in _PATTERNS.value:
         row = recall.train(_CONFIG.value, _WORKDIR.value, name, _EXAMPLES.value)
         if row is None:
-            return loop.PREEMPTED
+            return exit_status.PREEMPTED
         rows.append(row)
     print(recall.table(_CONFIG.value.data.task, rows))
     return 0

@@ -10,7 +10,7 @@ import sys
 from absl import flags, logging
 from ml_collections import config_flags
 
-from jaxlinear import cli, cli_flags
+from jaxlinear import cli, cli_flags, exit_status
 from jaxlinear.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train: a file in configs/sweeps/.")
@@ -61,7 +61,7 @@ def main() -> int:
         if progress.state == states.FAILED:
             print(f"{name} failed: {progress.error} (all of it: {planned.directory / 'jobs' / name / 'log.txt'})")
     print(table.summary(rows))
-    if status == 75:
+    if status == exit_status.PREEMPTED:
         print("stopped; the same command goes on from there" + " and finds its jobs" * (_EXECUTOR.value == "slurm"))
     return status
 

@@ -3,7 +3,7 @@
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlinear import cli
+from jaxlinear import cli, exit_status
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train: a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lies. One that is there already goes on.", required=True)
@@ -26,5 +26,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.end_by_sigterm(75)  # EX_TEMPFAIL, as of a run that saved itself: the same command goes on
+    cli.end_by_sigterm(exit_status.PREEMPTED)  # as of a run that saved itself: the same command goes on
     cli.run(main, waits_for_threads=False)

@@ -12,6 +12,7 @@ from jaxlinear import config as configs
 from jaxlinear import evaluation, specs
 from jaxlinear.data import tasks
 from jaxlinear.errors import UserError
+from jaxlinear.exit_status import FINISHED
 from jaxlinear.training import loop
 from jaxlinear.training.job import task_setting
 from jaxlinear.training.workdir import read_config
@@ -81,7 +82,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike, spec: str,
     name, changes = split(spec)
     config, directory = with_pattern(config, name, changes), Path(workdir) / name
     begin, cpu = time.perf_counter(), time.process_time()
-    if loop.train(config, directory) != loop.FINISHED:
+    if loop.train(config, directory) != FINISHED:
         return None
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     trained = read_config(directory)

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from jaxlinear.errors import UserError
-from jaxlinear.launching.request import BAD_INPUT, PREEMPTED, Request
+from jaxlinear.exit_status import BAD_INPUT, PREEMPTED
+from jaxlinear.launching.request import Request
 
 _PORT = 8476
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxlinear.errors import UserError
-from jaxlinear.launching.request import PREEMPTED, Request
+from jaxlinear.exit_status import PREEMPTED
+from jaxlinear.launching.request import Request
 
 _PAUSE = 1.0  # seconds before a preempted run is started again: one that ends at once would else take a whole core
 

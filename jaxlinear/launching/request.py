@@ -14,8 +14,6 @@ from jaxlinear.parallel import targets
 _ON_A_HOST = {"v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 4, "h100": 8, "h200": 8, "a100": 8, "gpu": 8, "cpu": 1}
 _PROGRAM = "launch/train.py"
 _FLAGS = ("config", "workdir")  # its own; the others are set here
-PREEMPTED = 75  # what it ends with when it has saved itself (training.loop.PREEMPTED, which takes JAX to import)
-BAD_INPUT = 2  # what it ends with when it refuses what it was given, as it would again (jaxlinear.cli)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from jaxlinear.errors import UserError
-from jaxlinear.launching.request import BAD_INPUT, PREEMPTED, Request
+from jaxlinear.exit_status import BAD_INPUT, PREEMPTED
+from jaxlinear.launching.request import Request
 
 # What of --sbatch takes the place of a setting that is made here by another name.
 _INSTEAD = {"mem-per-cpu": "mem", "mem-per-gpu": "mem", "oversubscribe": "exclusive"}

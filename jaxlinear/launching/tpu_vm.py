@@ -6,7 +6,8 @@ import re
 import shlex
 
 from jaxlinear.errors import UserError
-from jaxlinear.launching.request import BAD_INPUT, PREEMPTED, Request
+from jaxlinear.exit_status import BAD_INPUT, PREEMPTED
+from jaxlinear.launching.request import Request
 
 # What gcloud calls them, and the software of their hosts (cloud.google.com/tpu/docs/runtimes).
 _TYPES = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}

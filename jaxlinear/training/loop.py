@@ -14,6 +14,7 @@ from ml_collections import config_dict
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import RunError, UserError
+from jaxlinear.exit_status import FINISHED, PREEMPTED
 from jaxlinear.parallel import feeding, start
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import heldout, trained_data
@@ -30,8 +31,6 @@ from jaxlinear.training.step import make_train_step
 from jaxlinear.training.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
-
-FINISHED, PREEMPTED = 0, 75  # exit statuses; 75 is EX_TEMPFAIL: start the same command again
 
 
 def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from jaxlinear.errors import UserError
+from jaxlinear.exit_status import PREEMPTED
 from jaxlinear.launching import gke, local, request, slurm, tpu_vm
-from jaxlinear.training.loop import PREEMPTED
 from tests.launching.rewrite import ARGUMENTS, CASES, GOLDEN, asked
 from tests.launching.shell import stand_in
 from tests.training.tiny import REPOSITORY
@@ -297,10 +297,6 @@ def test_what_a_set_does_after_a_status(status, action):
 def test_a_set_waits_in_a_queue():
     assert yaml.safe_load(of_gke(queue="tpus"))["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
     assert "labels" not in yaml.safe_load(of_gke())["metadata"]
-
-
-def test_the_status_of_a_preempted_run_is_that_of_the_loop():
-    assert request.PREEMPTED == PREEMPTED
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from jaxlinear.exit_status import PREEMPTED
 from jaxlinear.launching import tpu_vm
-from jaxlinear.training.loop import PREEMPTED
 from tests.launching.rewrite import ARGUMENTS, CASES, asked
 from tests.launching.shell import stand_in
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxlinear import atomic
+from jaxlinear.exit_status import FAILED, FINISHED, PREEMPTED
 from jaxlinear.scaling.sweeps import executors, planned_config, states
 from jaxlinear.scaling.sweeps.files import last_line
 from jaxlinear.scaling.sweeps.runner import TrainingJob
 from jaxlinear.scaling.sweeps.sweep import PlannedRun, Sweep
-from jaxlinear.training.loop import FINISHED, PREEMPTED
 
 _SUBMITTED = "submitted.json"  # in jobs/NAME: which job of which scheduler was the last for the run
-_FAILED = 1
 
 Table = list[tuple[str, states.Progress]]
 
@@ -68,7 +67,7 @@ class Manager:
             show(table)
         if all(progress.state == states.FINISHED for _, progress in table):
             return FINISHED
-        return PREEMPTED if self._stop else _FAILED
+        return PREEMPTED if self._stop else FAILED
 
     def progress(self) -> Table:
         """The state of every run, in the order of the plan."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from submitit.core.utils import DelayedSubmission
 
+from jaxlinear.exit_status import PREEMPTED
 from jaxlinear.scaling.sweeps.files import RunFiles
 
-PREEMPTED = 75  # launch/train.py's status after SIGTERM: it saved itself (training/loop.py)
 BUSY = 73  # another job has the run
 
 

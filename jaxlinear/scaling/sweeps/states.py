@@ -11,9 +11,9 @@ from typing import Any
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import UserError
+from jaxlinear.exit_status import PREEMPTED
 from jaxlinear.scaling.sweeps.files import RunFiles, tail
 from jaxlinear.training import heldout, metrics
-from jaxlinear.training.loop import PREEMPTED
 from jaxlinear.training.workdir import CONFIG, check_same_run, read_config, saved_steps
 
 FINISHED, RUNNING, QUEUED, INTERRUPTED, FAILED, WAITING = (
