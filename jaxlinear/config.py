@@ -30,7 +30,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.preset": ("", "A published size (jaxlinear/models/presets.py); the keys below change it."),
     "model.pattern": (tuple, "Mixer names, repeated to the depth."),
     "model.num_layers": (int, "Blocks, each a mixer and a channel mixer."),
-    "model.vocab_size": (int, "Rows of the embedding; by default the tokeniser's, rounded up to a multiple of 128."),
+    "model.vocab_size": (int, "Rows of the embedding; by default the tokenizer's, rounded up to a multiple of 128."),
     "model.width": (int, "Channels of the residual stream, D."),
     "model.recurrent_width": (int, "Channels of the recurrent block; by default D."),
     "model.num_heads": (

@@ -30,7 +30,7 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
             raise UserError(f"{key} is {value}; it must be at least 1")
     for key in _NOT_NEGATIVE:
         section, name = key.split(".")
-        if not config[section][name] >= 0:  # nor not a number
+        if not config[section][name] >= 0:  # NaN is not
             raise UserError(f"{key} is {config[section][name]}; it must not be negative")
         if math.isinf(config[section][name]):
             raise UserError(f"{key} is {config[section][name]}; it must be finite")

@@ -50,7 +50,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 1e-30 <= self.temperature < float("inf"):  # logits are divided by it
             raise UserError(f"the temperature is {self.temperature}; it is 0 (the likeliest token), or from 1e-30 on")
-        if self.top_k < 0 or self.top_k % 1 != 0:  # nor infinite
+        if self.top_k < 0 or self.top_k % 1 != 0:  # of infinity it is NaN
             raise UserError(f"top_k is {self.top_k}; it is a number of tokens, or 0 for all")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it lies in (0, 1]")
@@ -90,7 +90,7 @@ def generate(
     before the first of several.
 
     An empty prompt begins with the (first) stop token, which is the one between documents. Tokens from ``vocab_size`` on,
-    which stand for nothing when the embedding has more rows than the tokeniser has tokens, are never drawn. A row's
+    which stand for nothing when the embedding has more rows than the tokenizer has tokens, are never drawn. A row's
     tokens do not depend on the other rows, but on its place among them (see ``Sampling``). On ``mesh``, where the model's
     parameters then have to lie, the time of the prompts is spread over its axis ``sequence``.
     """
@@ -159,7 +159,7 @@ class Writer:
         yield self._text(ids, row)[len(written) :]
 
     def _text(self, ids: np.ndarray, row: list[int]) -> str:
-        # Decoded after its prompt, since some tokenisers drop the space that a text begins with.
+        # Decoded after its prompt, since some tokenizers drop the space that a text begins with.
         return self.tokenizer.decode(np.append(ids, row).astype(np.int64))[len(self.tokenizer.decode(ids)) :]
 
     def _encode(self, prompt: str) -> np.ndarray:

@@ -26,7 +26,7 @@ _PLATFORM = flags.DEFINE_enum("platform", None, ["slurm", "gke", "tpu_vm", "loca
 _TARGET = flags.DEFINE_string(
     "target", None, "v5e:4x8 (v5p, v6e, tpu7x), 2xv5e:4x8, h100:16 (h200, a100, gpu, cpu).", required=True
 )
-_NAME = flags.DEFINE_string("name", None, "Of the job; by default the work directory's; not local.")
+_NAME = flags.DEFINE_string("name", None, "The job's name; by default that of the work directory; not local.")
 _OUTPUT = flags.DEFINE_string("output", None, "Write the script or manifest to this file; not local.")
 _SUBMIT = flags.DEFINE_bool("submit", False, "slurm, gke: hand it to the scheduler, by sbatch or kubectl.")
 _PYTHON = flags.DEFINE_string("python", None, "The interpreter on the other machines; by default python, or this one.")
@@ -38,10 +38,10 @@ _SPOT = flags.DEFINE_bool("spot", False, "gke, tpu_vm: on machines that may be t
 _PROCESSES_PER = flags.DEFINE_enum(
     "processes_per", "device", ["device", "host"], "slurm: one process a GPU, or a node."
 )
-_PARTITION = flags.DEFINE_string("partition", None, "slurm.")
-_ACCOUNT = flags.DEFINE_string("account", None, "slurm.")
+_PARTITION = flags.DEFINE_string("partition", None, "slurm: the partition.")
+_ACCOUNT = flags.DEFINE_string("account", None, "slurm: the account that is charged.")
 _SBATCH = flags.DEFINE_multi_string("sbatch", [], "slurm: another option, NAME or NAME=VALUE; may be given again.")
-_CPUS_PER_TASK = flags.DEFINE_integer("cpus_per_task", None, "slurm: of a process.", lower_bound=1)
+_CPUS_PER_TASK = flags.DEFINE_integer("cpus_per_task", None, "slurm: CPUs of each process.", lower_bound=1)
 _MINUTES = flags.DEFINE_integer("minutes", 24 * 60, "slurm: the time limit.", lower_bound=1)
 _LOG = flags.DEFINE_string("log", "slurm-%j.log", "slurm: where the output goes.")
 _SHELL = flags.DEFINE_multi_string("shell", [], "slurm: a line of shell before the run; may be given again.")
@@ -50,16 +50,16 @@ _IMAGE = flags.DEFINE_string("image", None, "gke: a container with this project 
 _MOUNT = flags.DEFINE_multi_string(
     "mount", [], "gke: gs://BUCKET:/PATH or CLAIM:/PATH in every pod; may be given again."
 )
-_SERVICE_ACCOUNT = flags.DEFINE_string("service_account", None, "gke: of Kubernetes, that may use the buckets.")
-_QUEUE = flags.DEFINE_string("queue", None, "gke: of Kueue.")
+_SERVICE_ACCOUNT = flags.DEFINE_string("service_account", None, "gke: the Kubernetes account that may use the buckets.")
+_QUEUE = flags.DEFINE_string("queue", None, "gke: the queue of Kueue in which the job waits.")
 
-_ZONE = flags.DEFINE_string("zone", None, "tpu_vm.")
-_PROJECT = flags.DEFINE_string("project", None, "tpu_vm.")
-_SETUP = flags.DEFINE_string("setup", None, "tpu_vm: shell that makes this project in --directory of every host.")
+_ZONE = flags.DEFINE_string("zone", None, "tpu_vm: the zone of Google Cloud.")
+_PROJECT = flags.DEFINE_string("project", None, "tpu_vm: the project of Google Cloud that pays.")
+_SETUP = flags.DEFINE_string("setup", None, "tpu_vm: shell that installs this project in --directory of every host.")
 _DIRECTORY = flags.DEFINE_string("directory", "jaxlinear", "tpu_vm: where the training command runs.")
-_DELETE_WHEN_DONE = flags.DEFINE_bool("delete_when_done", False, "tpu_vm: the slice, when the run is finished.")
+_DELETE_WHEN_DONE = flags.DEFINE_bool("delete_when_done", False, "tpu_vm: delete the slice when the run is finished.")
 
-_PROCESSES = flags.DEFINE_integer("processes", 1, "local: how many.", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer("processes", 1, "local: how many processes.", lower_bound=1)
 _REQUEUE = flags.DEFINE_bool("requeue", False, "local: start again after a preemption.")
 
 # Who reads what; the other flags are for all.

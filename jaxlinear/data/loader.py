@@ -66,7 +66,7 @@ class TrainBatches:
         _check_positive(batch_size=batch_size, sequence_length=sequence_length, epochs=epochs)
         if seed < 0:
             raise UserError(f"seed has to be at least 0, not {seed}")
-        if not weights or not all(0 < weight < math.inf for weight in weights.values()):  # nor not a number
+        if not weights or not all(0 < weight < math.inf for weight in weights.values()):  # NaN is not
             raise UserError(f"a mixture needs datasets with finite weights above 0, not {weights}")
         self._tables = [ExampleTable(path, split, sequence_length) for path in weights]
         manifests = [table.manifest for table in self._tables]

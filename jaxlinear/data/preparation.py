@@ -319,7 +319,7 @@ def _write_splits(
     _check_not_empty(documents.description, counts, splits, splitter, is_text=agreement is None)
     if lossy:
         _LOG.warning(
-            "%d of %d held-out documents are not what their tokens decode to: this tokeniser drops or changes text, so "
+            "%d of %d held-out documents are not what their tokens decode to: this tokenizer drops or changes text, so "
             "bits a byte of it do not compare with those of one that does not, nor with gzip's and xz's",
             lossy,
             splits["heldout"].documents,

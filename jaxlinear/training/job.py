@@ -151,7 +151,7 @@ def mixture(path: str) -> dict[str, float]:
             weights[name.strip()] = float(weight) if equals else 1.0
         except ValueError:
             raise UserError(f"data.path: {weight!r} is not a weight; write DIR=WEIGHT,DIR=WEIGHT") from None
-        if not 0 < weights[name.strip()] < math.inf:  # nor not a number
+        if not 0 < weights[name.strip()] < math.inf:  # NaN is neither
             raise UserError(f"data.path: the weight {weight} of {name.strip()} has to be above 0 and finite")
     return weights
 
@@ -216,7 +216,7 @@ def _with_vocabulary(config: config_dict.ConfigDict, vocab_size: int) -> config_
     if config.model.vocab_size is None:
         config.model.vocab_size = math.ceil(vocab_size / 128) * 128
     if config.model.vocab_size < vocab_size:
-        what = config.data.task or f"the tokeniser of {config.data.path}"
+        what = config.data.task or f"the tokenizer of {config.data.path}"
         raise UserError(
             f"{what} has {vocab_size} tokens, more than model.vocab_size="
             f"{config.model.vocab_size}; leave model.vocab_size unset to follow the data"

@@ -39,7 +39,7 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         """The same of a finite number."""
         value = self.get(name, default)
-        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # nor not a number
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # NaN is not
             self.refuse(name, value, "it is a finite number")
         return float(value)
 
