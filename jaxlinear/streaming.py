@@ -34,10 +34,12 @@ class StreamedArray:
 
     @property
     def size(self) -> int:
+        """Entries of the array."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the array."""
         return self.size * self.dtype.itemsize
 
     @property

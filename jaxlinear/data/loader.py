@@ -168,6 +168,7 @@ class ExampleTable:
         )
 
     def largest_sequence_length(self) -> int:
+        """The longest sequence that the split has tokens for and that its blocks allow; 0 if there is none."""
         return max(_lengths_that_work(self.manifest.block_length, self.targets), default=0)
 
     def read(self, examples: np.ndarray) -> Batch:

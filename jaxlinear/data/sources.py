@@ -140,6 +140,7 @@ def files_of(name: str, suffixes: tuple[str, ...] | None, defaults: tuple[str, .
 
 
 def is_pipe(name: str) -> bool:
+    """Whether a source is neither a file nor a folder, and so can be read once. ``UserError`` for Parquet, which cannot."""
     path = pathlib.Path(name)
     if path.is_dir() or path.is_file():
         return False
@@ -282,6 +283,7 @@ def _share_of_field(file: pathlib.Path, field: str) -> float:
 
 
 def is_plain(file: pathlib.Path) -> bool:
+    """Whether a file is text as it is, and not records of JSONL or Parquet."""
     return stripped_suffix(file) not in RECORD_SUFFIXES
 
 

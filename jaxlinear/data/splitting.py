@@ -20,6 +20,7 @@ class Splitter:
         self.smallest, self.largest = 1.0, 0.0
 
     def split(self, content: bytes) -> str:
+        """The name of the split that a document belongs to, from the UTF-8 bytes of its text."""
         digest = hashlib.blake2b(content, key=self._key, digest_size=8).digest()
         position = (int.from_bytes(digest, "little") >> 11) / (1 << 53)  # in [0, 1); 53 bits, exact in a float
         self.smallest, self.largest = min(self.smallest, position), max(self.largest, position)
@@ -45,6 +46,7 @@ def _short_decimal(low: float, high: float, *, up: bool) -> str:
 
 
 def with_compressed_sizes(split: Split, text: bytearray | None) -> Split:
+    """The split with the sizes of its ``text`` under gzip and xz, or, where that is None, a note that it was too long."""
     if text is None:
         note = f"not compressed: the text is longer than {COMPRESSED_TEXT_LIMIT} bytes"
         return dataclasses.replace(split, note=note)

@@ -34,6 +34,7 @@ class Ids:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Ids":
+        """Those of a tokenizer."""
         return cls(tokenizer.vocab_size, tokenizer.document_token, tokenizer.document_token_name)
 
     def wrong(self, ids: np.ndarray) -> str | None:
@@ -139,6 +140,7 @@ class Agreement:
         self._no_text: dict[int, bool] = {}
 
     def see(self, ids: np.ndarray, text: str) -> None:
+        """Compares a document's ids ``[T]`` with those of its text. Raises ``UserError`` once enough of them differ."""
         if self._seen == _SAMPLE:
             return
         self._seen += 1
@@ -164,6 +166,7 @@ class Agreement:
         return np.array([token for token in ids.tolist() if not self._is_no_text(token)], np.int64)
 
     def finish(self) -> None:
+        """Judges by what there was of a source with fewer documents than the sample has."""
         if 0 < self._seen < _SAMPLE:
             self._judge()
 

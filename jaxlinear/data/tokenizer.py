@@ -56,6 +56,7 @@ class Tokenizer(abc.ABC):
         """The content of the tokenizer's own file."""
 
     def encode(self, text: str) -> np.ndarray:
+        """Token ids ``[T]`` of a text."""
         return self.encode_batch([text])[0]
 
     @property
@@ -72,10 +73,6 @@ class Tokenizer(abc.ABC):
         if self.end_tokens:
             info["end_tokens"] = list(self.end_tokens)
         atomic.write_text(pathlib.Path(directory, INFO_FILE), json.dumps(info, indent=2) + "\n")
-
-    @staticmethod
-    def load(directory: str | os.PathLike[str]) -> "Tokenizer":
-        return load_tokenizer(directory)
 
     def _check_document_token(self) -> None:
         if self.document_token in self.encode(self.document_token_name):
@@ -216,7 +213,7 @@ def open_tokenizer(path: str, document_token: str | None = None) -> Tokenizer:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that was saved in ``directory``: a prepared dataset, a run, or any ``Tokenizer.save``."""
+    """The tokenizer that was saved in ``directory``: a prepared dataset, a run, or what ``Tokenizer.save`` wrote."""
     file = pathlib.Path(directory, INFO_FILE)
     if not file.is_file():
         raise UserError(f"no tokenizer in {directory}: it has no {INFO_FILE}")

@@ -34,10 +34,12 @@ class Request:
 
     @property
     def platform(self) -> str:
+        """``tpu``, ``gpu`` or ``cpu``."""
         return "tpu" if self.shape else "cpu" if self.kind == "cpu" else "gpu"
 
     @property
     def target(self) -> str:
+        """As it is asked for on the command line: ``2xv5e:4x8``, ``h100:16``."""
         several = f"{self.slices}x" if self.slices > 1 else ""
         return f"{several}{self.kind}:{self.shape or self.chips}"
 
@@ -48,6 +50,7 @@ class Request:
 
     @property
     def chips_a_host(self) -> int:
+        """TPU chips or GPUs of one host."""
         return self.chips // self.hosts
 
     def command(self, *joining: str) -> list[str]:

@@ -37,10 +37,12 @@ class Times:
 
     @property
     def least(self) -> float:
+        """Seconds, a lower bound by ``ASSUMPTIONS``."""
         return max(self.products, self.memory, (self.exchanges or 0.0) - self.waited) + self.waited
 
     @property
     def most(self) -> float | None:
+        """Seconds if nothing is hidden behind anything else; None where not all of it is known."""
         if self.exchanges is None or not self.counted or not self.products_counted:
             return None
         return self.products + self.memory + self.exchanges

@@ -43,6 +43,7 @@ class Candidate:
     seconds: float
 
     def applied(self, config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+        """The config with these settings in the place of its own."""
         config = config.copy_and_resolve_references()
         config.mesh.update(self.mesh)
         config.model.remat, config.training.microbatches = self.remat, self.microbatches

@@ -73,10 +73,12 @@ class ModelConfig:
 
     @property
     def mlp_width(self) -> int:
+        """Inner width of the MLP, F."""
         return round(self.width * self.mlp_expansion)
 
     @property
     def activation_dtype(self) -> jnp.dtype:
+        """``dtype`` as a dtype."""
         return jnp.dtype(self.dtype)
 
     @functools.cached_property

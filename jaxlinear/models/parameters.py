@@ -40,6 +40,7 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
+        """Of the whole model, embeddings included."""
         return sum(shape.size for shape in jax.tree.leaves(self.shapes))
 
     @property

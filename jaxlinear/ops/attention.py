@@ -151,6 +151,7 @@ def attend(
 
 
 def scale_of(q: jax.Array, scale: float | None) -> float:
+    """The scale of the logits: ``scale``, or ``K**-0.5`` of q ``[..., K]``."""
     return float(q.shape[-1] ** -0.5 if scale is None else scale)
 
 

@@ -82,6 +82,7 @@ def no_compiler() -> str | None:
 
 @functools.cache
 def say_once(message: str) -> None:
+    """Logs a line the first time that it is given; later ones of the same text are left out."""
     _LOG.info(message)
 
 

@@ -73,6 +73,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes that a device holds at once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 

@@ -79,7 +79,7 @@ def test_document_tokens_decode_to_nothing(tokenizer):
 
 def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    loaded = Tokenizer.load(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert (loaded.sha256, loaded.vocab_size, loaded.document_token) == (
         tokenizer.sha256,
         tokenizer.vocab_size,

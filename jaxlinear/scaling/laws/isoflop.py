@@ -29,6 +29,7 @@ class Parabola:
     inside: bool
 
     def loss(self, parameters) -> np.ndarray:
+        """In nats a token, by the parabola."""
         return np.polyval([self.square, self.slope, self.constant], np.log(parameters))
 
 
@@ -42,6 +43,7 @@ class Profile:
     scale: float
 
     def best(self, flops: float) -> float:
+        """N of the best size for a budget, by the power law."""
         return self.scale * flops**self.power
 
 

@@ -39,11 +39,14 @@ class Cost:
             )
 
     def per_token(self, parameters: float) -> float:
+        """FLOPs of training on one token."""
         return self.kappa * parameters**self.gamma
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimum:
+    """N, D and the loss, in nats a token, of the best use of a budget."""
+
     parameters: float
     tokens: float
     loss: float

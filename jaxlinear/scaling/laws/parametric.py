@@ -29,6 +29,7 @@ class Law:
     beta: float
 
     def loss(self, parameters, tokens) -> np.ndarray:
+        """In nats a token; arrays of N and D are taken entry by entry."""
         return self.E + self.A * np.power(parameters, -self.alpha) + self.B * np.power(tokens, -self.beta)
 
 
@@ -67,6 +68,7 @@ def refit(law: Law, x: np.ndarray, y: np.ndarray, z: np.ndarray, *, delta: float
 
 
 def log_points(parameters, tokens, losses) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Natural logarithms of N, D and L. Raises ``UserError`` for lists of several lengths, or numbers that have none."""
     arrays = [np.asarray(values, np.float64) for values in (parameters, tokens, losses)]
     if not all(array.shape == arrays[0].shape and array.ndim == 1 for array in arrays):
         raise UserError("parameters, tokens and losses are lists of one length")

@@ -58,6 +58,7 @@ class Point:
         return self.flops_per_token - (self.logits_flops_per_token if counts == "without" else 0)
 
     def flops(self, counts: str) -> float:
+        """FLOPs of the whole run, by one of ``COUNTS``."""
         return float(self.tokens * self.token_flops(counts))  # the formulas give whole numbers, beyond 64 bits
 
     @property

@@ -63,6 +63,7 @@ class RunFiles:
         return found
 
     def begin(self, **values: Any) -> None:
+        """Notes a start of the run, with what else is to be known of it."""
         self._append({"begin": time.time(), **values})
 
     def end(self, status: int) -> None:

@@ -38,6 +38,8 @@ class PlannedRun:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
+    """A sweep that is planned: its directory, and its runs in the order of the plan."""
+
     directory: Path
     runs: tuple[PlannedRun, ...]
 

@@ -50,6 +50,7 @@ class Live:
         self._states: dict[str, str] = {}
 
     def show(self, table: Sequence[tuple[str, Progress]]) -> None:
+        """Draws the table anew on a terminal; elsewhere writes a line of each run whose state is another than before."""
         if self._terminal:
             size = shutil.get_terminal_size()
             lines = [line[: size.columns - 1] for line in text(table, size.lines - 1).split("\n")]
