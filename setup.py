@@ -9,12 +9,15 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "jaxlinear" / "__init__.py").read_text())
 assert version is not None
 
+# make test runs with the oldest, make test-newest with the newest. From 0.11 on it needs Python 3.12.
+JAX = ">=0.10.2,<0.13"
+
 extras = {
-    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
-    "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
+    "tpu": [f"jax[tpu]{JAX}"],
+    "cuda": [f"jax[cuda13]{JAX}"],
     # The compilers for TPU and GPU, for machines that have neither (parallel/targets.py): without the CUDA libraries, which
     # programs need to run and not to be compiled; ptxas and libdevice are in nvidia-cuda-nvcc.
-    "aot": ["jax[tpu]>=0.10.2,<0.13", "jax[cuda13-local]>=0.10.2,<0.13", "nvidia-cuda-nvcc>=13,<14"],
+    "aot": [f"jax[tpu]{JAX}", f"jax[cuda13-local]{JAX}", "nvidia-cuda-nvcc>=13,<14"],
     "parquet": ["pyarrow>=18"],
     "hf": ["datasets>=3,<5"],
     "sentencepiece": ["sentencepiece>=0.2,<0.3"],
@@ -49,7 +52,7 @@ setup(
     packages=find_packages(include=["jaxlinear", "jaxlinear.*"]),
     install_requires=[
         # These change fast: no older ones than those that the tests run with.
-        "jax>=0.10.2,<0.13",  # from 0.11 on it needs Python 3.12
+        f"jax{JAX}",
         "flax>=0.12.8,<0.13",  # the models (NNX)
         "optax>=0.2.8,<0.3",  # the optimisers, Muon included
         "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints
@@ -65,7 +68,7 @@ setup(
         "tqdm>=4.66,<5",  # progress bars
         "numpy>=2,<3",
         "scipy>=1.14,<2",  # the fits of scaling laws; jax needs it too
-        "threadpoolctl>=3.5,<4",  # which run in one thread
+        "threadpoolctl>=3.5,<4",  # keeps these fits in one thread
     ],
     extras_require=extras,
 )
