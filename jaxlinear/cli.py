@@ -1,6 +1,7 @@
 """What every program in ``launch/`` shares: parse flags, call one function, turn bad input into one line and status 2."""
 
 import errno
+import importlib.util
 import logging
 import os
 import pathlib
@@ -10,8 +11,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from types import ModuleType
 
 from absl import flags
+from absl import logging as absl_logging
 
 from jaxlinear import cli_flags
 from jaxlinear.errors import Diverged, EveryProcessError, RunError, UserError
@@ -120,6 +123,22 @@ def end_by_sigterm(status: int) -> None:
 def stop_by_sigterm() -> None:
     """SIGTERM ends the program as Ctrl-C does: by an exception, so that what is half-made is removed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def leave_out_warnings_of_orbax() -> None:
+    """For programs that read or convert runs: Orbax warns, in absl's log, of checkpoints that others wrote, of arrays that
+    are not JAX's, and of what it is asked for."""
+    absl_logging.set_verbosity(absl_logging.ERROR)
+
+
+def load_module(path: str | os.PathLike) -> ModuleType:
+    """A Python file that is no part of a package, as those in ``configs/``."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file; its name has to end in .py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def check_output(flag: str, path: str | None) -> None:

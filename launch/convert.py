@@ -4,7 +4,7 @@ python launch/convert.py --source=PATH --workdir=DIR
 python launch/convert.py --workdir=DIR --target=PATH [--step=N] [--layout=flax]
 """
 
-from absl import flags, logging
+from absl import flags
 
 from jaxlinear import cli
 from jaxlinear.errors import UserError
@@ -17,7 +17,7 @@ _LAYOUT = flags.DEFINE_string("layout", "huggingface", "Of the export: huggingfa
 
 
 def main() -> None:
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of the arrays that it is given, which are none of JAX
+    cli.leave_out_warnings_of_orbax()
     from jaxlinear.models import conversion
 
     if (_SOURCE.value is None) == (_TARGET.value is None):

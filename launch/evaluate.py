@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 
 from jaxlinear import cli
 from jaxlinear.errors import UserError
@@ -28,7 +28,7 @@ _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 0, "Tokens of a batch; 0 ta
 
 
 def main() -> None:
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of checkpoints that others wrote, and of what it is asked for
+    cli.leave_out_warnings_of_orbax()
     from jaxlinear import evaluation
 
     cli.check_output("json", _JSON.value)

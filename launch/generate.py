@@ -1,6 +1,6 @@
 """Continues text with a trained run: python launch/generate.py --workdir=DIR --prompt=TEXT [--prompt=TEXT ...]"""
 
-from absl import flags, logging
+from absl import flags
 
 from jaxlinear import cli
 
@@ -16,7 +16,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 
 
 def main() -> None:
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of checkpoints that others wrote, and of what it is asked for
+    cli.leave_out_warnings_of_orbax()
     from jaxlinear import generation
 
     sampling = {

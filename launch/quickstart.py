@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 
-from absl import flags, logging
+from absl import flags
 
 from jaxlinear import cli, exit_status
 
@@ -18,15 +18,11 @@ _PROMPT = "def "
 
 
 def main() -> int:
-    import importlib.util
-
     from jaxlinear import data, evaluation, generation
     from jaxlinear.training import loop, metrics
 
     path = pathlib.Path(__file__).absolute().parents[1] / "configs" / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = cli.load_module(path)
 
     begin = time.perf_counter()
     workdir = pathlib.Path(_WORKDIR.value)
@@ -42,7 +38,7 @@ def main() -> int:
         return status
 
     print("== evaluating the held-out split", flush=True)
-    logging.set_verbosity(logging.ERROR)
+    cli.leave_out_warnings_of_orbax()
     report = evaluation.evaluate(workdir, lengths=[4])["perplexity"]
     print(evaluation.perplexity.table(report))
     result = report["lengths"][-1]

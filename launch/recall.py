@@ -8,7 +8,7 @@ given for itself, --patterns=gla,griffin:training.steps=4000; docs/evaluation.md
 
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from jaxlinear import cli, exit_status
@@ -38,7 +38,7 @@ def main() -> int:
         raise UserError("--patterns is empty; name layers, as --patterns=gla,griffin")
     recall.check(_CONFIG.value, _PATTERNS.value)
     start.use_gpu_memory()
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of checkpoints that others wrote, and of what it is asked for
+    cli.leave_out_warnings_of_orbax()
     rows = []
     for name in _PATTERNS.value:
         row = recall.train(_CONFIG.value, _WORKDIR.value, name, _EXAMPLES.value)

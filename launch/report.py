@@ -5,7 +5,7 @@ Config, curves, evaluations, samples and hardware, in one file that needs no net
 
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 
 from jaxlinear import cli
 from jaxlinear.errors import UserError
@@ -18,7 +18,7 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Of such a sample.", lower
 
 def main() -> None:
     cli.check_output("output", _OUTPUT.value)
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of checkpoints that others wrote, and of what it is asked for
+    cli.leave_out_warnings_of_orbax()
     from jaxlinear import generation
     from jaxlinear.evaluation import report
 

@@ -2,7 +2,7 @@
 
 import os
 
-from absl import flags, logging
+from absl import flags
 
 from jaxlinear import cli
 from jaxlinear.errors import UserError
@@ -21,7 +21,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the resamplings.", lower_bound=0)
 def main() -> None:
     if _OUTPUT.value and os.path.exists(_OUTPUT.value) and not os.path.isdir(_OUTPUT.value):
         raise UserError(f"--output={_OUTPUT.value} is a file; the report is several: name a directory, new or old")
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of checkpoints that others wrote, and of what it is asked for
+    cli.leave_out_warnings_of_orbax()
     from jaxlinear.scaling.laws import comparison, points, report
 
     measured = points.of_sweep(_WORKDIR.value, partial=_PARTIAL.value, evaluated=_EVALUATED.value)

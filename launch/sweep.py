@@ -3,11 +3,10 @@
 Started again, it goes on: finished runs are skipped, others resumed. docs/scaling.md explains it.
 """
 
-import importlib.util
 import pathlib
 import sys
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from jaxlinear import cli, cli_flags, exit_status
@@ -25,7 +24,7 @@ _STATUS = flags.DEFINE_boolean("status", False, "Only show how far the runs are;
 
 
 def main() -> int:
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of checkpoints that others wrote, and of what it is asked for
+    cli.leave_out_warnings_of_orbax()
     from jaxlinear.scaling.sweeps import states, sweep, table
 
     if _EXECUTOR.value == "local" and _SBATCH.value:
@@ -45,7 +44,10 @@ def main() -> int:
             raise
         raise UserError("starting the runs of a sweep needs submitit: pip install 'jaxlinear[sweep]'") from None
     file = cli_flags.config_file(config_flags.get_config_filename(flags.FLAGS["config"]))
-    runs = _load(file).get_runs(_CONFIG.value)
+    plan = cli.load_module(file)
+    if not hasattr(plan, "get_runs"):
+        raise UserError(f"{file} is the config of a run, not of a sweep: it has no get_runs(config)")
+    runs = plan.get_runs(_CONFIG.value)
     with sweep.prepare(_WORKDIR.value, _CONFIG.value, runs) as planned:
         folder = planned.directory / "jobs" / "submitit"
         executor = (
@@ -64,15 +66,6 @@ def main() -> int:
     if status == exit_status.PREEMPTED:
         print("stopped; the same command goes on from there" + " and finds its jobs" * (_EXECUTOR.value == "slurm"))
     return status
-
-
-def _load(path: str):
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_runs"):
-        raise UserError(f"{path} is the config of a run, not of a sweep: it has no get_runs(config)")
-    return module
 
 
 if __name__ == "__main__":
