@@ -57,6 +57,11 @@ def pairwise(rows: tuple[jax.Array, ...], columns: jax.Array, log_decay: jax.Arr
     return tuple(x * decays for x in products)
 
 
+def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    """``x * factor``, multiplied in the dtype of the factor and rounded to that of x; x itself where there is none."""
+    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)
+
+
 @jax.custom_vjp
 def _ends(log_decay):
     """``since_start`` and ``until_end``."""
@@ -159,12 +164,12 @@ def _by_channel(rows, columns, log_decay):
     near, same = _crossings(columns), _like(np.eye(_BLOCK, dtype=bool), columns)
     products = []
     for r in map(_blocks, rows):
-        far = dtypes.product("...ik,...jk->...ij", _scaled(r, factors.seen), far_columns.astype(r.dtype))
+        far = dtypes.product("...ik,...jk->...ij", scaled(r, factors.seen), far_columns.astype(r.dtype))
         block = dtypes.product("...ik,...jk->...ij", r, columns.astype(r.dtype))
         block = jnp.where(same, block, jnp.zeros_like(block))
         for crossing, (_, seen, left) in zip(near, factors.parts, strict=True):
-            scaled = _scaled(r, seen), _scaled(columns, left).astype(r.dtype)
-            block = jnp.where(crossing, dtypes.product("...ik,...jk->...ij", *scaled), block)
+            both = scaled(r, seen), scaled(columns, left).astype(r.dtype)
+            block = jnp.where(crossing, dtypes.product("...ik,...jk->...ij", *both), block)
         far = far.reshape(*far.shape[:-1], count, _BLOCK)
         own = _like(np.eye(count, dtype=bool)[:, None, :, None], far)
         product = jnp.where(own, block[..., None, :], far)
@@ -190,14 +195,14 @@ def _by_channel_backward(residuals, cotangents):
         block = jnp.stack([d[..., n, :, n, :] for n in range(count)], axis=-3)
         d = d.reshape(*d.shape[:-2], count * _BLOCK)
         d_row = factors.seen * dtypes.product("...ij,...jk->...ik", d, far_columns.astype(r.dtype))
-        d_far = d_far + dtypes.product("...ij,...ik->...jk", d, _scaled(r, factors.seen))
+        d_far = d_far + dtypes.product("...ij,...ik->...jk", d, scaled(r, factors.seen))
         for n, (crossing, (_, seen, left)) in enumerate(zip(near, factors.parts, strict=True)):
             down = jnp.where(crossing, block, jnp.zeros_like(block))
             # Turned before it is masked: a product that contracts the rows of both is slow when they are few.
             across = jnp.swapaxes(block, -1, -2)
             across = jnp.where(jnp.swapaxes(crossing, -1, -2), across, jnp.zeros_like(across))
-            d_row = d_row + seen * dtypes.product("...ij,...jk->...ik", down, _scaled(columns, left).astype(r.dtype))
-            d_near[n] = d_near[n] + dtypes.product("...ji,...ik->...jk", across, _scaled(r, seen))
+            d_row = d_row + seen * dtypes.product("...ij,...jk->...ik", down, scaled(columns, left).astype(r.dtype))
+            d_near[n] = d_near[n] + dtypes.product("...ji,...ik->...jk", across, scaled(r, seen))
         d_rows.append(d_row.reshape(all_columns.shape))
     d_far = d_far.reshape(*columns.shape[:-2], *columns.shape[-3:])
     d_columns = factors.left * sum(
@@ -223,9 +228,8 @@ _by_channel.defvjp(_by_channel_forward, _by_channel_backward)
 
 def _far(columns, factors: _Factors):
     """The columns of all blocks as each block sees them at its start: ``[..., N, c, K]``."""
-    scaled = _scaled(columns, factors.left)[..., None, :, :, :]
-    scaled = _scaled(scaled, factors.between)
-    return scaled.reshape(*scaled.shape[:-3], -1, scaled.shape[-1])
+    seen = scaled(scaled(columns, factors.left)[..., None, :, :, :], factors.between)
+    return seen.reshape(*seen.shape[:-3], -1, seen.shape[-1])
 
 
 def _crossings(like):
@@ -250,10 +254,6 @@ def _finite(log_decay):
 
 def _floor(dtype) -> float:
     return -128.0 if jnp.finfo(dtype).bits == 32 else -1024.0
-
-
-def _scaled(x, scale):
-    return (x.astype(scale.dtype) * scale).astype(x.dtype)
 
 
 def _lower(like, strict: bool = False) -> jax.Array:

@@ -97,7 +97,7 @@ def delta_rule(
     if backend == "pallas":
         # The kernels' tokens make one update: they read the state after each, of which the last of a token is taken.
         family = delta_rule_kernel.DeltaRuleKernel(scale, chunk_size, backends.target(), negative_eigenvalues)
-        o, final = family.run(runner, inputs.by_update(), None, initial_state)
+        o, final = recurrence.in_one_run(family, runner, inputs.by_update(), None, initial_state)
         o = o if updates == 1 else o.reshape(batch, length, updates, *o.shape[2:])[:, :, -1]
         return o.astype(v.dtype), final
     if chunk is None:
@@ -176,27 +176,16 @@ class DeltaRule(DeltaRuleMaps):
         q, k, v = (x.swapaxes(1, 2) for x in inputs[:3])
         q, k, v = q.astype(narrow), k.astype(wide), v.astype(wide)
         beta = inputs.beta.swapaxes(1, 2).astype(wide)[..., None]
-        log_decay, since_start, until_end, kept = inputs.log_decay, None, None, jnp.ones_like(k[..., 0, :1])
-        if log_decay is not None:
-            log_decay = log_decay.swapaxes(1, 2).astype(wide)
-            log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-            since_start, until_end = decay.since_start(log_decay), decay.until_end(log_decay)
-            kept = decay.whole(log_decay)
-        attention, overlap = decay.pairwise((q, k), k, log_decay)
-        overlap = beta * jnp.tril(overlap, -1)
-        if inputs.starts is not None:
-            run = jnp.cumsum(inputs.starts, axis=1, dtype=jnp.int32)[:, None]
-            same = run[..., :, None] == run[..., None, :]
-            attention, overlap = _where(same, attention), _where(same, overlap)
-            since_start = _where((run == 0)[..., None], since_start, wide)
-            until_end = _where((run == run[..., -1:])[..., None], until_end, wide)
-            kept = _where(run[..., -1:] == 0, kept)
-        u, w = triangular.solve(overlap, (beta * v, beta * _scaled(k, since_start)))
-        queries, keys = _scaled(q, since_start), _scaled(k, until_end)
+        decays = matrix_states.decays_of_run(inputs.log_decay, inputs.starts, k, wide)
+        attention, overlap = decay.pairwise((q, k), k, decays.log_decay)
+        attention = decays.within_documents(attention)
+        overlap = decays.within_documents(beta * jnp.tril(overlap, -1))
+        u, w = triangular.solve(overlap, (beta * v, beta * decay.scaled(k, decays.since_start)))
+        queries, keys = decay.scaled(q, decays.since_start), decay.scaled(k, decays.until_end)
         if updates > 1:  # the others have no query
             attention, queries = (x[..., updates - 1 :: updates, :] for x in (attention, queries))
         attention, keys, u, w = (x.astype(narrow) for x in (attention, keys, u, w))
-        return _Run(attention, queries, keys, u, w, kept)
+        return _Run(attention, queries, keys, u, w, decays.kept)
 
     def summarise(self, run: _Run) -> tuple[jax.Array, jax.Array]:
         kept = run.kept[..., None] * jnp.eye(run.keys.shape[-1], dtype=run.kept.dtype)[None, None]
@@ -222,15 +211,6 @@ class DeltaRule(DeltaRuleMaps):
         inner = dtypes.product("...ij,...jv->...iv", run.attention, written)
         outer = dtypes.product("...tk,...kv->...tv", run.queries, state.astype(run.queries.dtype))
         return (self.scale * (inner + outer)).astype(written.dtype).swapaxes(1, 2)
-
-
-def _where(condition: jax.Array, x: jax.Array | None, dtype=None) -> jax.Array:
-    """x, or 1 if None, where the condition holds, else 0."""
-    return condition.astype(dtype) if x is None else jnp.where(condition, x, jnp.zeros((), x.dtype))
-
-
-def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)
 
 
 def _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale):

@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.custom_derivatives import custom_vjp_primal_tree_values as values
 
-from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, dtypes, recurrence
 from jaxlinear.ops.diagonal_maps import DiagonalMaps, Power, Transition
 from jaxlinear.pallas import derivatives
@@ -74,7 +72,7 @@ def _scan_forward(a, x, state, starts, reverse, target):
 
 
 def _scan_backward(reverse, target, residuals, cotangents):
-    cotangents = tuple(jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
+    cotangents = derivatives.as_arrays(cotangents)
     (a, h, state, starts), (d_h, d_final) = derivatives.once((residuals, cotangents), _TWICE)
     if h is None:
         return None, None, kernels.state_gradient(a, d_h, d_final, starts, reverse=reverse, target=target), None
@@ -97,11 +95,7 @@ def _summary_forward(a, x, state, starts, target):
     return kernels.summary(a, x, state, starts, target=target), None
 
 
-def _summary_backward(target, residuals, cotangents):
-    raise UserError("the map of a run has no gradient by the kernel; its outputs and the state after it have one")
-
-
-summary.defvjp(_summary_forward, _summary_backward)
+summary.defvjp(_summary_forward, derivatives.refuse_that_of_a_map)
 
 
 class _Given(NamedTuple):

@@ -79,7 +79,7 @@ def linear_attention(
         inputs, constants = inputs._replace(log_decay=None), log_decay.astype(wide)
     if chunk is None:
         family = linear_attention_kernel.LinearAttentionKernel(scale, chunk_size, backends.target())
-        o, final = family.run(runner, inputs, constants, initial_state)
+        o, final = recurrence.in_one_run(family, runner, inputs, constants, initial_state)
     else:
         if constants is not None:
             inputs = inputs._replace(present=jnp.ones((batch, length), bool))
@@ -120,21 +120,12 @@ class LinearAttention(LinearAttentionMaps):
         if constants is not None:
             assert inputs.present is not None
             log_decay = jnp.where(inputs.present[..., None], constants[None, None], jnp.zeros((), constants.dtype))
-        since_start, until_end, kept = None, None, jnp.ones_like(q[:, :, :1, 0], dtype=wide)
-        if log_decay is not None:
-            log_decay = log_decay.swapaxes(1, 2).astype(wide)
-            log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-            since_start, until_end = decay.since_start(log_decay), decay.until_end(log_decay)
-            kept = decay.whole(log_decay)
-        (attention,) = decay.pairwise((q,), k, log_decay)
-        if inputs.starts is not None:
-            run = jnp.cumsum(inputs.starts, axis=1, dtype=jnp.int32)[:, None]
-            attention = _where(run[..., :, None] == run[..., None, :], attention)
-            since_start = _where((run == 0)[..., None], since_start, wide)
-            until_end = _where((run == run[..., -1:])[..., None], until_end, wide)
-            kept = _where(run[..., -1:] == 0, kept)
-        inner = dtypes.product("...ij,...jv->...iv", attention.astype(narrow), v)
-        return _Run(inner, _scaled(q, since_start), _scaled(k, until_end), v, kept)
+        decays = matrix_states.decays_of_run(log_decay, inputs.starts, q, wide)
+        (attention,) = decay.pairwise((q,), k, decays.log_decay)
+        attention = decays.within_documents(attention).astype(narrow)
+        inner = dtypes.product("...ij,...jv->...iv", attention, v)
+        queries, keys = decay.scaled(q, decays.since_start), decay.scaled(k, decays.until_end)
+        return _Run(inner, queries, keys, v, decays.kept)
 
     def summarise(self, run: _Run) -> tuple[jax.Array, jax.Array]:
         return run.kept, dtypes.product("...tk,...tv->...kv", run.keys, run.values)
@@ -143,15 +134,6 @@ class LinearAttention(LinearAttentionMaps):
         """o ``[B, T, H, V]`` in the dtype of the products."""
         outer = dtypes.product("...tk,...kv->...tv", run.queries, state.astype(run.queries.dtype))
         return (self.scale * (run.inner + outer)).astype(run.values.dtype).swapaxes(1, 2)
-
-
-def _where(condition: jax.Array, x: jax.Array | None, dtype=None) -> jax.Array:
-    """x, or 1 if None, where the condition holds, else 0."""
-    return condition.astype(dtype) if x is None else jnp.where(condition, x, jnp.zeros((), x.dtype))
-
-
-def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)
 
 
 def _recurrent(q, k, v, log_decay, initial_state, starts, scale):

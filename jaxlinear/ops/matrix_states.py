@@ -1,14 +1,15 @@
-"""What the recurrences with a state ``[K, V]`` a head share before they run: shapes, the choice of backend and chunk."""
+"""What the recurrences with a state ``[K, V]`` a head share: shapes, the choice of backend and chunk, decays of a chunk."""
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, checks, dtypes, recurrence
+from jaxlinear.ops import backends, checks, decay, dtypes, recurrence
 
 FEW_TOKENS = 8  # up to which the loop over time is the faster
 CHUNK = 64
@@ -36,6 +37,7 @@ def choose(
 
 
 def is_by_channel(log_decay: jax.Array | None) -> bool:
+    """Whether a log decay is ``[B, T, H, K]``."""
     return log_decay is not None and jnp.ndim(log_decay) == 4
 
 
@@ -128,6 +130,43 @@ def by_channel(log_decay, shape, dtype) -> jax.Array:
     log_decay = jnp.asarray(log_decay).astype(dtype)
     missing = {1: (0, 1, 3), 3: (3,), 4: ()}[log_decay.ndim]
     return jnp.broadcast_to(jnp.expand_dims(log_decay, missing), shape)
+
+
+class Decays(NamedTuple):
+    """The decays of a run of T tokens, heads before time; documents that end in it are told apart."""
+
+    log_decay: jax.Array | None  # [B, H, T, K or 1] of each token; None where nothing decays
+    since_start: jax.Array | None  # [B, H, T, K or 1], of the state before the run for each token; None: 1 for all
+    until_end: jax.Array | None  # [B, H, T, K or 1], of each token for the state after the run; None: 1 for all
+    kept: jax.Array  # [B, H, K or 1], of the state before the run for the one after it
+    same: jax.Array | None  # [B, 1, T, T] bool, whether two tokens are of one document; None: all are
+
+    def within_documents(self, pairs: jax.Array) -> jax.Array:
+        """What is of pairs of tokens, ``[B, H, T, T]``: zero where the two are of different documents."""
+        return pairs if self.same is None else _where(self.same, pairs)
+
+
+def decays_of_run(log_decay: jax.Array | None, starts: jax.Array | None, like: jax.Array, dtype: jnp.dtype) -> Decays:
+    """Of log decays ``[B, T, H]`` or ``[B, T, H, K]`` and of where documents begin, ``[B, T]`` bool, in ``dtype``.
+    ``like``: ``[B, H, T, K]``, which has the heads where no decay has them."""
+    since_start, until_end, kept, same = None, None, jnp.ones_like(like[:, :, :1, 0], dtype=dtype), None
+    if log_decay is not None:
+        log_decay = log_decay.swapaxes(1, 2).astype(dtype)
+        log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+        since_start, until_end = decay.since_start(log_decay), decay.until_end(log_decay)
+        kept = decay.whole(log_decay)
+    if starts is not None:
+        run = jnp.cumsum(starts, axis=1, dtype=jnp.int32)[:, None]
+        same = run[..., :, None] == run[..., None, :]
+        since_start = _where((run == 0)[..., None], since_start, dtype)
+        until_end = _where((run == run[..., -1:])[..., None], until_end, dtype)
+        kept = _where(run[..., -1:] == 0, kept)
+    return Decays(log_decay, since_start, until_end, kept, same)
+
+
+def _where(condition: jax.Array, x: jax.Array | None, dtype: jnp.dtype | None = None) -> jax.Array:
+    """x, or 1 if None, where the condition holds, else 0."""
+    return condition.astype(dtype) if x is None else jnp.where(condition, x, jnp.zeros((), x.dtype))
 
 
 def no_state(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

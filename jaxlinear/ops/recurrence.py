@@ -166,6 +166,16 @@ class _Whole:
 WHOLE: Runner = _Whole()
 
 
+def in_one_run(
+    family: Family, runner: Runner, inputs: Inputs, constants: Constants, state: State
+) -> tuple[jax.Array, State]:
+    """``runner.run`` of a family of kernels, of one run a shard; of a sequence that is whole, the kernel alone, whose map
+    nobody needs."""
+    if runner is WHOLE:
+        return family.through(family.prepare(inputs, constants), state)
+    return runner.run(family, None, inputs, constants, state)
+
+
 class Gradients:
     """The backward pass of a run in chunks, whose forward pass is computed again.
 

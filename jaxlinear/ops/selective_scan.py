@@ -83,7 +83,7 @@ def selective_scan(
     if 0 in (batch, length, width, states):
         return jnp.zeros_like(x), initial_state
     if backend == "pallas":
-        y, final = SelectiveScanKernel(backends.target()).run(runner, inputs, A, initial_state)
+        y, final = recurrence.in_one_run(SelectiveScanKernel(backends.target()), runner, inputs, A, initial_state)
     elif chunk is None:
         y, final = _recurrent(inputs, A, initial_state)
     elif runner is recurrence.WHOLE:

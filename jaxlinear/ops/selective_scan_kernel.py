@@ -7,10 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jax.custom_derivatives import custom_vjp_primal_tree_values as values
 
-from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, recurrence, selective_scan_maps
 from jaxlinear.ops.selective_scan_maps import Inputs, SelectiveScanMaps
 from jaxlinear.pallas import blocks, derivatives
@@ -64,7 +62,7 @@ def _outputs_forward(inputs, A, state, target):
 
 
 def _outputs_backward(target, residuals, cotangents):
-    cotangents = tuple(jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
+    cotangents = derivatives.as_arrays(cotangents)
     (inputs, A, before), (d_y, d_final) = derivatives.once((residuals, cotangents))
     x, dt, B, C, starts = inputs
     B, C = B[:, :, 0], C[:, :, 0]
@@ -93,11 +91,7 @@ def _summary_forward(inputs, A, target):
     return summary(inputs, A, target), None
 
 
-def _summary_backward(target, residuals, cotangents):
-    raise UserError("the map of a run has no gradient by the kernel; its outputs and the state after it have one")
-
-
-summary.defvjp(_summary_forward, _summary_backward)
+summary.defvjp(_summary_forward, derivatives.refuse_that_of_a_map)
 
 
 class _Given(NamedTuple):
@@ -114,14 +108,6 @@ class SelectiveScanKernel(SelectiveScanMaps):
     """
 
     target: Target
-
-    def run(
-        self, runner: recurrence.Runner, inputs: Inputs, constants: jax.Array | None, state: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """``runner.run`` of one run a shard; of a sequence that is whole, the kernel alone, whose map nobody needs."""
-        if runner is recurrence.WHOLE:
-            return self.through(self.prepare(inputs, constants), state)
-        return runner.run(self, None, inputs, constants, state)
 
     def prepare(self, inputs: Inputs, constants: jax.Array | None) -> _Given:
         return _Given(inputs, constants)

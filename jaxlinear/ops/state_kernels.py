@@ -13,10 +13,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jax.custom_derivatives import custom_vjp_primal_tree_values as values
 
-from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, dtypes, recurrence
 from jaxlinear.pallas import derivatives
 from jaxlinear.pallas.target import Target
@@ -77,6 +75,7 @@ def _widest(size: int) -> int:
 
 
 def product_bytes(*arrays: jax.Array) -> int:
+    """Bytes of a number of the dtype in which arrays are multiplied (``dtypes.narrow``)."""
     return dtypes.narrow(*(x.dtype for x in arrays)).itemsize
 
 
@@ -105,7 +104,7 @@ def _outputs_forward(kernels, inputs, state, options):
 
 
 def _outputs_backward(kernels, options, residuals, cotangents):
-    cotangents = tuple(jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
+    cotangents = derivatives.as_arrays(cotangents)
     (inputs, before), (d_o, d_final) = derivatives.once((residuals, cotangents))
     pieces = _of_pieces(inputs)
     of_values = list(zip(_split(d_o, len(pieces)), _split(d_final, len(pieces)), strict=True))
@@ -132,11 +131,7 @@ def _summary_forward(kernels, inputs, dtype, options):
     return summary(kernels, inputs, dtype, options), None
 
 
-def _summary_backward(kernels, dtype, options, residuals, cotangents):
-    raise UserError("the map of a run has no gradient by the kernel; its outputs and the state after it have one")
-
-
-summary.defvjp(_summary_forward, _summary_backward)
+summary.defvjp(_summary_forward, derivatives.refuse_that_of_a_map)
 
 
 def _of_pieces(inputs):
@@ -175,14 +170,6 @@ class StateKernels(recurrence.Family):
     @property
     def _options(self) -> Any:
         return self.KERNELS.Options(self.scale, None if self.chunk is None else int(self.chunk), self.target)
-
-    def run(
-        self, runner: recurrence.Runner, inputs: Any, constants: Any, state: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """``runner.run`` of one run a shard; of a sequence that is whole, the kernel alone, whose map nobody needs."""
-        if runner is recurrence.WHOLE:
-            return self.through(self.prepare(inputs, constants), state)
-        return runner.run(self, None, inputs, constants, state)
 
     def summarise(self, run: Any) -> tuple[jax.Array, jax.Array]:
         return summary(self.KERNELS, run, dtypes.wide(run.q.dtype), self._options)

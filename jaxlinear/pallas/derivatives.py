@@ -1,9 +1,11 @@
-"""The refusal of what kernels do not have: derivatives of their gradients."""
+"""What the gradients of kernels share, and the refusal of those that there are not: of gradients, and of a run's map."""
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from jaxlinear.errors import UserError
 
@@ -23,3 +25,13 @@ def once(tree: Any, instead: str = "chunked") -> Any:
 @once.defjvp
 def _refuse(instead, primals, tangents):
     raise UserError(f"the kernel has no gradients of gradients (backend='pallas'); backend={instead!r} has them")
+
+
+def as_arrays(cotangents: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    """The cotangents that a rule with ``symbolic_zeros`` is given, those that are known to be zero as arrays too."""
+    return tuple(jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
+
+
+def refuse_that_of_a_map(*_: Any) -> NoReturn:
+    """The backward rule of a kernel's ``summary``: a run is differentiated by its outputs and the state after it."""
+    raise UserError("the map of a run has no gradient by the kernel; its outputs and the state after it have one")
