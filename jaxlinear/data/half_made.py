@@ -1,4 +1,4 @@
-"""The hidden directory that a dataset is written to, and what runs that were killed left of theirs."""
+"""The hidden directory that a dataset or a converted model is written to, and what programs that were killed left of it."""
 
 import contextlib
 import logging

@@ -11,6 +11,7 @@ from ml_collections import config_dict
 
 from jaxlinear import checkpoint
 from jaxlinear import config as configs
+from jaxlinear.data import half_made
 from jaxlinear.data.tokenizer import INFO_FILE, Tokenizer, load_tokenizer, open_tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.models.conversion import flax, hugging_face
@@ -198,17 +199,15 @@ def _made_whole(directory: Path, arrays: Mapping[str, StreamedArray]) -> Iterato
             f"no space left on the disk for {directory}: it takes up to {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB "
             "are free"
         )
-    around = parent / f".{directory.name}.unfinished"
-    shutil.rmtree(around, ignore_errors=True)  # of one that was killed
-    around.mkdir()
+    half_made.clear(directory)
     try:
-        yield around / "whole"
-        os.replace(around / "whole", directory)
+        with half_made.directory(directory) as around:
+            yield around / "whole"
+            _check_empty(directory)  # again, for another program may have made it meanwhile
+            os.replace(around / "whole", directory)
     except (OSError, ValueError, RuntimeError) as error:
         if not checkpoint.is_disk_full(error):
             raise
         raise UserError(
             f"no space left on the disk for {directory}: other data took it while this was written"
         ) from error
-    finally:
-        shutil.rmtree(around, ignore_errors=True)

@@ -2,15 +2,16 @@
 
 import json
 import shutil
+import socket
 
 import numpy as np
 import pytest
 
 from jaxlinear import config as configs
-from jaxlinear import streaming
+from jaxlinear import locks, streaming
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
-from jaxlinear.models.conversion import export_weights, flax, hugging_face, import_weights, safetensors
+from jaxlinear.models.conversion import convert, export_weights, flax, hugging_face, import_weights, safetensors
 from jaxlinear.streaming import StreamedArray
 from jaxlinear.training import workdir as workdirs
 from tests.models.conversion.converted import (
@@ -110,10 +111,11 @@ def test_what_is_no_model(tmp_path):
 def test_nothing_is_left_of_what_failed(made, tmp_path, monkeypatch):
     """Nor of what was killed before."""
     source, exported = made("llama")
-    remains = [tmp_path / f".{name}.unfinished" for name in ("run", "target")]
-    for directory in remains:
-        (directory / "whole").mkdir(parents=True)
-        (directory / "whole" / "config.json").touch()
+    for name in ("run", "target"):
+        left = tmp_path / f".{name}.partial-0123abcd"
+        (left / "whole").mkdir(parents=True)
+        (left / "whole" / "config.json").touch()
+        (left / locks.FILE).write_text(socket.gethostname())
     write = streaming._Handler.serialize
 
     async def fail(*arguments):
@@ -127,6 +129,18 @@ def test_nothing_is_left_of_what_failed(made, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         export_weights(source, tmp_path / "target")
     assert_nothing_in(tmp_path)
+
+
+def test_two_at_once_do_not_write_into_one(tmp_path):
+    """What the first has not written yet was put among the files of the second, under their names."""
+    with pytest.raises(UserError, match=r"run is there already"), convert._made_whole(tmp_path / "run", {}) as first:
+        first.mkdir()
+        with convert._made_whole(tmp_path / "run", {}) as second:
+            second.mkdir()
+            (second / "weights").write_text("of the second")
+            (first / "weights").write_text("of the first")
+    assert (tmp_path / "run" / "weights").read_text() == "of the second"
+    assert_nothing_in(tmp_path, "run")
 
 
 def test_a_full_disk(made, tmp_path, monkeypatch):
