@@ -1,6 +1,6 @@
 """Experts spread over devices: tokens travel to them, and what they add up to travels back."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -38,21 +38,21 @@ def over_experts(
         return compute(tokens, dict(parameters), jnp.int32(0))
 
     rows = sharding.spec(("batch", "time"), jax.tree.leaves(tokens)[0].shape[:2], mesh)
-    spread = _mesh_axes(rows)
+    spread = sharding.mesh_axes(rows)
     specs: dict[str, PartitionSpec] = {}
     summed: set[str] = set()
     for name, value in parameters.items():
         entries = list(zip(axes[name], sharding.spec(axes[name], value.shape, mesh), strict=True))
-        summed |= _mesh_axes(entry for axis, entry in entries if axis in _SPLIT)
+        summed |= sharding.mesh_axes(entry for axis, entry in entries if axis in _SPLIT)
         # Over mesh axes that the rows are not split over it is gathered before: the devices along them do the same.
-        kept = (entry if axis in _SPLIT or _mesh_axes([entry]) <= spread else None for axis, entry in entries)
+        kept = (entry if axis in _SPLIT or sharding.mesh_axes([entry]) <= spread else None for axis, entry in entries)
         specs[name] = PartitionSpec(*kept)
     exchanged, added = tuple(sorted(summed & spread)), tuple(sorted(summed - spread))
 
     def on_one_device(tokens, parameters):
         for name, spec in specs.items():
             gathered = _gather(parameters[name], axes[name], spec)
-            parameters[name] = _vary(gathered, _mesh_axes(spec), spread | summed)
+            parameters[name] = _vary(gathered, sharding.mesh_axes(spec), spread | summed)
         if exchanged:
             tokens = jax.tree.map(lambda x: lax.all_gather(x, exchanged, axis=0, tiled=True), tokens)
         tokens = jax.tree.map(lambda x: _vary(x, spread, spread | summed), tokens)
@@ -62,11 +62,6 @@ def over_experts(
         return lax.psum(y, added) if added else y
 
     return jax.shard_map(on_one_device, mesh=mesh, in_specs=(rows, specs), out_specs=rows)(tokens, dict(parameters))
-
-
-def _mesh_axes(spec: Iterable[Any]) -> set[str]:
-    """The mesh axes that stand in a ``PartitionSpec``, or in some of its entries."""
-    return {name for entry in spec if entry for name in ([entry] if isinstance(entry, str) else entry)}
 
 
 def _gather(x: jax.Array, axes: Axes, spec: PartitionSpec) -> jax.Array:

@@ -127,7 +127,7 @@ def _summarised(family, chunk, inputs, constants):
 def _local(family, chunk, exchange, of_inputs, of_constants):
     """The two passes on one shard."""
     forward_exchange, backward_exchange = exchanges.EXCHANGES[exchange]
-    spread = {name for spec in jax.tree.leaves(of_inputs, is_leaf=_is_spec) for name in _names(spec)}
+    spread = {name for spec in jax.tree.leaves(of_inputs, is_leaf=_is_spec) for name in sharding.mesh_axes(spec)}
 
     def forward(inputs, constants, state):
         batch, length = jax.tree.leaves(inputs)[0].shape[:2]
@@ -150,7 +150,7 @@ def _local(family, chunk, exchange, of_inputs, of_constants):
 
         def summed(x, spec):
             """Of what lies whole on devices, each of which has the gradient by its part of the rest."""
-            axes = () if x is None else tuple(sorted(spread - _names(spec)))
+            axes = () if x is None else tuple(sorted(spread - sharding.mesh_axes(spec)))
             return lax.psum(x.astype(dtypes.wide(x.dtype)), axes).astype(x.dtype) if axes else x
 
         d_inputs = jax.tree.map(summed, d_inputs, of_inputs, is_leaf=lambda x: x is None)
@@ -170,7 +170,3 @@ def _if_floating(x: jax.Array, spec: PartitionSpec) -> PartitionSpec | None:
 
 def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
-
-
-def _names(spec: PartitionSpec) -> set[str]:
-    return {name for entry in spec if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)}

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -104,6 +104,11 @@ def _sizes(mesh: AnyMesh) -> dict[str, int]:
     return {name: size for name, size, kind in axes if kind != AxisType.Manual}
 
 
+def mesh_axes(entries: Iterable[Any]) -> set[str]:
+    """The axes of the mesh that stand in a ``PartitionSpec``, or in some of its entries."""
+    return {name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)}
+
+
 def shard_shape(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> tuple[int, ...]:
     """The shape of each device's part of such an array."""
     return part_of(shape, spec(axes, shape, mesh), mesh)
@@ -143,10 +148,12 @@ place_gradient.defvjp(lambda x, axes: (x, None), lambda axes, _, d_x: (constrain
 
 
 def mesh_in_use() -> AnyMesh | None:
+    """That of the innermost ``use_mesh``; None outside any."""
     return _in_use[-1][0] if _in_use else None
 
 
 def choices_in_use() -> Choices:
+    """Those of the innermost ``use_mesh``; outside any, ``"auto"`` for all."""
     return _in_use[-1][1] if _in_use else Choices()
 
 
