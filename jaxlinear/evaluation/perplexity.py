@@ -16,6 +16,7 @@ from jaxlinear.evaluation.run import Run
 from jaxlinear.parallel import feeding, sharding
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import trained_data
+from jaxlinear.training.heldout import bits_per_byte
 from jaxlinear.training.job import heldout_path
 from jaxlinear.training.step import make_loss_step
 
@@ -83,11 +84,6 @@ def context(segment_ids: np.ndarray, *, segment_documents: bool) -> np.ndarray:
 def bucket(position: np.ndarray) -> np.ndarray:
     """0 for position 0, then one for each power of two: 1 for 1, 2 for 2-3, 3 for 4-7, ..."""
     return np.frexp(position)[1]
-
-
-def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
-    """From nats a token."""
-    return loss / math.log(2) * tokens_per_byte
 
 
 def _dataset(run: Run, path: str | None) -> Path:

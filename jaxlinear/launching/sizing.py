@@ -49,6 +49,7 @@ class Kinds:
 
     @property
     def total(self) -> int:
+        """Bytes of one device."""
         return sum(dataclasses.astuple(self))
 
 
@@ -82,6 +83,7 @@ class Sizing:
 
     @property
     def fits(self) -> bool:
+        """Whether the compiler took the program, and a device has the memory for it."""
         return self.memory_analysis is not None and self.memory.total <= self.memory_limit
 
     @property
@@ -91,6 +93,7 @@ class Sizing:
 
     @property
     def tokens_a_day(self) -> float:
+        """At most: at the least time of a step."""
         return 86_400 * self.tokens_a_step / self.time.least
 
     @property
@@ -100,6 +103,7 @@ class Sizing:
 
     @property
     def mfu_bound(self) -> float | None:
+        """The MFU at the least time of a step, from 0 to 1; None where that is no bound."""
         if not self.time.products_counted:
             return None
         return self.flops / (self.time.least * self.time.peak_flops * self.devices)
@@ -201,8 +205,8 @@ def shard_bytes(tree: Any) -> int:
 
 def _kinds(made: ahead.Ahead, activations: int, used: int, code: int) -> Kinds:
     parameters, state = shard_bytes(made.state.parameters), shard_bytes(made.state)
-    shape = made.config.training.batch_size * made.config.training.sequence_length
-    batch = 3 * 4 * shape // spread(made.mesh.shape)  # tokens, targets and segment ids
+    tokens = made.config.training.batch_size * made.config.training.sequence_length
+    batch = 3 * 4 * tokens // spread(made.mesh.shape)  # tokens, targets and segment ids
     rest = max(0, used - state - batch - code)
     gradients = min(parameters, rest)
     activations = min(activations, rest - gradients)

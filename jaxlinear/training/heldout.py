@@ -33,6 +33,11 @@ def is_owed(config: config_dict.ConfigDict, workdir: Path, step: int) -> bool:
     )
 
 
+def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
+    """Of a text, from its loss in nats a token."""
+    return loss / math.log(2) * tokens_per_byte
+
+
 class Evaluation:
     """The evaluation of a job. ``between`` is called before each batch, and may raise to end it."""
 
@@ -89,4 +94,4 @@ class Evaluation:
             count += int(targets)
         split = data.read_manifest(job.heldout_path).splits["heldout"]
         loss = total / count
-        return {"heldout_loss": loss, "heldout_bits_per_byte": loss / math.log(2) * split.tokens / split.bytes}
+        return {"heldout_loss": loss, "heldout_bits_per_byte": bits_per_byte(loss, split.tokens / split.bytes)}

@@ -225,7 +225,9 @@ def _with_vocabulary(config: config_dict.ConfigDict, vocab_size: int) -> config_
 
 
 def check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    rows = config.training.batch_size // config.training.microbatches
+    """``UserError`` unless the mesh divides the rows of a microbatch, their length, the experts and, if it is known, the
+    vocabulary of a resolved config."""
+    rows = rows_at_once(config)
     axes = sharding.RULES["batch"]
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if rows % parts:
@@ -242,13 +244,13 @@ def check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
             f"{max(1, round(length / shards)) * shards}"
         )
     mixers.check_over_sequence(config.model.pattern, shards)
-    model, parts = config.model, mesh.shape["expert"]
-    if parts > 1 and model.channel_mixer != "mixture_of_experts":
+    model, shards = config.model, mesh.shape["expert"]
+    if shards > 1 and model.channel_mixer != "mixture_of_experts":
         raise UserError(
-            f"mesh.expert={parts}: the model has no experts (model.channel_mixer is {model.channel_mixer!r}); set it to 1"
+            f"mesh.expert={shards}: the model has no experts (model.channel_mixer is {model.channel_mixer!r}); set it to 1"
         )
-    if parts > 1 and model.experts % parts:
-        raise UserError(f"mesh.expert={parts} does not divide model.experts={model.experts}")
+    if shards > 1 and model.experts % shards:
+        raise UserError(f"mesh.expert={shards} does not divide model.experts={model.experts}")
     if model.vocab_size is not None:  # else it follows the data
         _check_vocabulary(config, mesh)
 
