@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxlinear import data
-from jaxlinear.errors import RunError, UserError
+from jaxlinear.errors import UserError
 from jaxlinear.evaluation.options import Options
 from jaxlinear.evaluation.run import Run
 from jaxlinear.parallel import feeding, sharding
@@ -159,7 +159,10 @@ def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byt
 
     loss = float(totals.sum() / counts.sum())
     if not math.isfinite(loss):
-        raise RunError(f"the loss of {run.workdir} at step {run.step} and length {length} is {loss}")
+        raise UserError(
+            f"the loss of {run.workdir} at step {run.step} and length {length} is {loss}: the model's own numbers are not "
+            "finite; an earlier checkpoint may be better (--step)"
+        )
     return {
         "length": length,
         "batch_size": plan["batch_size"],

@@ -78,6 +78,15 @@ def test_the_report_names_the_run(report, tiny_run, tiny_dataset):
         assert part in text
 
 
+def test_a_model_that_is_not_finite_is_refused(tiny_run):
+    """With the status of what would end so again, as by the harness."""
+    run = open_run(tiny_run, 1)
+    run = dataclasses.replace(run, parameters=jax.tree.map(lambda x: x * np.float32(np.nan), run.parameters))
+    measure = perplexity.prepare(run, "perplexity", evaluation.Options(lengths=(1,), batches=1))
+    with pytest.raises(UserError, match=r"at step 1 and length 32 is nan: the model's own numbers are not finite"):
+        measure()
+
+
 def test_bits_per_byte():
     assert perplexity.bits_per_byte(math.log(2) * 3, 0.25) == pytest.approx(0.75)
 
