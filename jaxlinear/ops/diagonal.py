@@ -98,7 +98,7 @@ def choose(backend: str, a: jax.Array, x: jax.Array) -> str:
     platform = backends.platform()
     if backend not in ("auto", "pallas"):
         return backend
-    if backend == "auto" and (platform not in backends.COMPILED or x.shape[1] == 1):
+    if backend == "auto" and (not backends.takes_kernels() or x.shape[1] == 1):
         return "recurrent" if platform == "cpu" or x.shape[1] == 1 else "associative"
     compute = dtypes.wide(a.dtype, x.dtype)
     refused = backends.no_kernels(x.shape) or diagonal_kernel.refusal(a.dtype, x.dtype, compute, platform)
