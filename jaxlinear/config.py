@@ -124,6 +124,10 @@ KEYS: dict[str, tuple[Any, str]] = {
         "What the backward pass computes again: none; elementwise (all but matrix products, recurrences, attention); "
         "products (all but products with parameters); full (all). The states and windows that devices exchanged are kept.",
     ),
+    "model.kernels": (
+        True,
+        "Take kernels on TPU and GPU, where there are any (docs/kernels.md); False computes the same without them.",
+    ),
     "data.path": ("", "A prepared dataset, or a mixture: DIR=WEIGHT,DIR=WEIGHT."),
     "data.task": (
         "",
@@ -385,12 +389,13 @@ A key that does not exist is refused with the nearest one that does; so are valu
 cannot work, with the reason. A value that nothing of the run reads is refused too (a window where no layer has one, Muon's
 learning rate for AdamW); but what a config file says and a key of the command line leaves without a reader is not set then,
 and numbers of what is switched off may stand (`evaluation.batches`, `logging.profile_steps`).
-A key without a default below follows from the preset, the data or another key. The
-resolved config is written to the run's `config.json`; when a run goes on, only the keys of `mesh`, `parallel`,
-`checkpoint`, `evaluation` and `logging`, `training.steps`, `training.max_skips`, `training.patience_minutes`, `model.remat`
-and the paths of the data may change; and, to get over a divergence, `optimizer.learning_rate`,
-`optimizer.muon_learning_rate`, `optimizer.clip_norm` and `training.spike_multiple`, which is logged and noted in the run's
-`starts.jsonl`.
+A key without a default below follows from the preset, the data or another key.
+
+The resolved config is written to the run's `config.json`. When a run goes on, only the keys of `mesh`, `parallel`,
+`checkpoint`, `evaluation` and `logging`, `training.steps`, `training.max_skips`, `training.patience_minutes`,
+`model.remat`, `model.kernels` and the paths of the data may change; and, to get over a divergence,
+`optimizer.learning_rate`, `optimizer.muon_learning_rate`, `optimizer.clip_norm` and `training.spike_multiple`, which is
+logged and noted in the run's `starts.jsonl`.
 
 This page is made by `python -m jaxlinear.config > docs/configuration.md`.
 """

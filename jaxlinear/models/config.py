@@ -54,6 +54,7 @@ class ModelConfig:
     logit_soft_cap: float = 0.0
     dtype: str = "bfloat16"
     remat: str = "elementwise"
+    kernels: bool = True
 
     @property
     def head_width(self) -> int:

@@ -18,7 +18,7 @@ from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, RMSNorm, by_outputs, parameter, round_for_decoding
 from jaxlinear.models.mixers.cached_attention import CachedAttention
 from jaxlinear.models.stacks import Stack
-from jaxlinear.ops import dtypes
+from jaxlinear.ops import backends, dtypes
 from jaxlinear.ops.cross_entropy import soft_capped
 from jaxlinear.parallel import operations, sharding
 from jaxlinear.parallel.exchanges import EXCHANGED
@@ -187,10 +187,11 @@ class LanguageModel(nnx.Module):
         new: dict[str, Any] = {"segment": _last_segment(tokens, segment_ids, state), "stacks": []}
         losses: Losses = {}
         run = self._scan if self.is_stacked else self._loop
-        for i, (module, stack) in enumerate(self._each(across_layers(config, self.stacks))):
-            x, past, more = run(module, stack, x, segment_ids, None if state is None else state["stacks"][i])
-            new["stacks"].append(past)
-            losses = add(losses, more)
+        with backends.use_kernels(config.kernels):
+            for i, (module, stack) in enumerate(self._each(across_layers(config, self.stacks))):
+                x, past, more = run(module, stack, x, segment_ids, None if state is None else state["stacks"][i])
+                new["stacks"].append(past)
+                losses = add(losses, more)
         return self.norm(x), new, {name: loss / config.num_layers for name, loss in losses.items()}
 
     def _loop(self, periods, stack, x, segment_ids, states):

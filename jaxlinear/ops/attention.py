@@ -11,7 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, blockwise, checks, segments
+from jaxlinear.ops import backends, blockwise, calls, checks, segments
 from jaxlinear.ops.blockwise import Meetings, Rule
 from jaxlinear.pallas import attention as kernels
 
@@ -21,6 +21,7 @@ _FEW = 128  # queries, fewer than which are no block of the kernel
 _WIDEST_ON_GPU = 256  # channels of a head
 
 
+@calls.recorded
 def causal_attention(
     q: jax.Array,
     k: jax.Array,

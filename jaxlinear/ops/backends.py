@@ -17,6 +17,7 @@ _OLDEST = 8, 0  # compute capability that Triton compiles for
 _LOG = logging.getLogger(__name__)
 # Of JAX's own, so that nothing is taken for one platform that was traced for another.
 _platform = jax.make_user_context(default_value=None)
+_kernels = jax.make_user_context(default_value=True)
 
 
 @contextlib.contextmanager
@@ -44,6 +45,16 @@ def _as_jax_asks(name: str, device_kind: str) -> contextlib.AbstractContextManag
 def platform() -> str:
     """What the program that is being traced is for: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
     return jax.default_backend() if _platform.value is None else _platform.value[0]
+
+
+def use_kernels(allowed: bool) -> contextlib.AbstractContextManager:
+    """Within it ``"auto"`` takes no kernels unless they are ``allowed``, here and around it."""
+    return _kernels(allowed and _kernels.value)
+
+
+def takes_kernels() -> bool:
+    """Whether ``"auto"`` looks for a kernel: on TPU and GPU, where ``use_kernels`` allows it."""
+    return platform() in COMPILED and _kernels.value
 
 
 def target() -> Target:
@@ -102,7 +113,7 @@ def kernel_or_chunks(
     run on a platform, or None. Where it does not, or none does (``no_kernels``, ``no_compiler``), ``"auto"`` says so once,
     and ``"pallas"`` raises ``UserError``.
     """
-    if backend not in ("auto", "pallas") or (backend == "auto" and (platform() not in COMPILED or few)):
+    if backend not in ("auto", "pallas") or (backend == "auto" and (not takes_kernels() or few)):
         return backend
     reason = no_kernels(*shapes) or refusal(platform()) or no_compiler()
     if reason is None:

@@ -13,12 +13,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, checks, decay, delta_rule_kernel, dtypes, matrix_states, recurrence, triangular
+from jaxlinear.ops import (
+    backends,
+    calls,
+    checks,
+    decay,
+    delta_rule_kernel,
+    dtypes,
+    matrix_states,
+    recurrence,
+    triangular,
+)
 from jaxlinear.ops.delta_rule_maps import DeltaRuleMaps, Inputs
 
 _CHANNEL_CHUNK = 32  # what such a decay costs within a chunk grows with its size
 
 
+@calls.recorded
 def delta_rule(
     q: jax.Array,
     k: jax.Array,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, checks, diagonal_kernel, dtypes, recurrence, segments
+from jaxlinear.ops import backends, calls, checks, diagonal_kernel, dtypes, recurrence, segments
 from jaxlinear.ops.diagonal_maps import DiagonalMaps, Power, Transition
 
 # Where a complex recurrence is run as real arithmetic, on two real arrays: XLA emulates complex numbers on TPU, and a
@@ -20,6 +20,7 @@ from jaxlinear.ops.diagonal_maps import DiagonalMaps, Power, Transition
 REAL_ARITHMETIC_ON = ("tpu",)
 
 
+@calls.recorded
 def linear_recurrence(
     a: jax.Array,
     x: jax.Array,
@@ -98,7 +99,7 @@ def choose(backend: str, a: jax.Array, x: jax.Array) -> str:
     platform = backends.platform()
     if backend not in ("auto", "pallas"):
         return backend
-    if backend == "auto" and (platform not in backends.COMPILED or x.shape[1] == 1):
+    if backend == "auto" and (not backends.takes_kernels() or x.shape[1] == 1):
         return "recurrent" if platform == "cpu" or x.shape[1] == 1 else "associative"
     compute = dtypes.wide(a.dtype, x.dtype)
     refused = backends.no_kernels(x.shape) or diagonal_kernel.refusal(a.dtype, x.dtype, compute, platform)

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlinear.ops import backends, checks, decay, dtypes, linear_attention_kernel, matrix_states, recurrence
+from jaxlinear.ops import backends, calls, checks, decay, dtypes, linear_attention_kernel, matrix_states, recurrence
 from jaxlinear.ops.linear_attention_maps import Inputs, LinearAttentionMaps
 
 _CPU_CHANNEL_CHUNK = 32  # what a decay by channel costs within a chunk grows with its size; elsewhere states count more
 
 
+@calls.recorded
 def linear_attention(
     q: jax.Array,
     k: jax.Array,

@@ -17,6 +17,7 @@ from jax import lax
 from jaxlinear.errors import UserError
 from jaxlinear.ops import (
     backends,
+    calls,
     checks,
     diagonal,
     matrix_states,
@@ -32,6 +33,7 @@ from jaxlinear.ops.selective_scan_maps import Inputs, SelectiveScanMaps
 _CPU_BLOCK_BYTES, _CPU_FEWEST = 1 << 20, 16
 
 
+@calls.recorded
 def selective_scan(
     x: jax.Array,
     dt: jax.Array,

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, checks, segments
+from jaxlinear.ops import backends, calls, checks, segments
 from jaxlinear.ops.attention import attend, by_kernel, check_shapes, choose
 
 _QUERY_BLOCK = 128
 
 
+@calls.recorded
 def sliding_window_attention(
     q: jax.Array,
     k: jax.Array,

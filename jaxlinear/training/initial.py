@@ -19,7 +19,7 @@ from jaxlinear.training.job import Job
 
 _LOG = logging.getLogger(__name__)
 
-_OF_THE_RUN_ALONE = ("remat", "dtype")  # keys of a model that say nothing of what its weights mean
+_OF_THE_RUN_ALONE = ("remat", "kernels", "dtype")  # keys of a model that say nothing of what its weights mean
 
 
 @dataclasses.dataclass(frozen=True)

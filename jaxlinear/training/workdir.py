@@ -49,6 +49,7 @@ _MAY_CHANGE = {
     "training.max_skips",
     "training.patience_minutes",
     "model.remat",
+    "model.kernels",
     *_BEHAVIOUR,
 }
 

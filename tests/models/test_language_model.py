@@ -13,6 +13,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.models import mixers
 from jaxlinear.models.language_model import REMAT_POLICIES
 from jaxlinear.models.parameters import describe
+from jaxlinear.ops import backends
 from tests import numerics, oracles, small
 from tests.mixer_oracles import ORACLES
 
@@ -331,3 +332,22 @@ def test_arrays_that_do_not_belong_to_the_tokens_are_refused():
         whole(TOKENS[0])
     with pytest.raises(UserError, match=r"a state of 2 rows for tokens of shape \(3, 13\)"):
         whole(TOKENS, None, whole.init_state(2))
+
+
+@pytest.mark.parametrize("pattern", [("rg_lru", "sliding_window"), ("gla",), ("gated_delta_net",), ("mamba",)])
+def test_without_kernels(pattern):
+    """``kernels=False`` leaves none of those that a TPU is given, forward and backward."""
+
+    def kernels(allowed):
+        sizes = {"width": 64, "recurrent_width": 64, "key_width": 32, "value_width": 32, "time_step_rank": 4}
+        architecture = describe(small.config(pattern=pattern, num_layers=2, kernels=allowed, **sizes))
+        tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+
+        def loss(parameters, tokens):
+            return jnp.sum(architecture.bind(parameters).hidden(tokens)[0])
+
+        with backends.use_platform("tpu", "TPU v5 lite"):
+            return str(jax.make_jaxpr(jax.grad(loss))(architecture.shapes, tokens)).count("pallas_call[")
+
+    assert kernels(True) >= 2
+    assert kernels(False) == 0

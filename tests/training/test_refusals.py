@@ -314,6 +314,7 @@ def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path, cap
     config = Job.build(tiny_config).config
     changes = {
         **{"mesh.fsdp": 8, "mesh.data": 1, "training.steps": 9, "training.max_skips": 3, "model.remat": "full"},
+        "model.kernels": False,
         **{"checkpoint.every_steps": 7, "evaluation.every_steps": 7, "logging.every_steps": 7, "data.path": "moved"},
         **{"training.patience_minutes": 5.0, "optimizer.learning_rate": 5e-4, "training.spike_multiple": 20.0},
     }

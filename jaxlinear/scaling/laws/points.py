@@ -26,7 +26,7 @@ from jaxlinear.training.job import heldout_path
 from jaxlinear.training.workdir import read_config
 
 _LOG = logging.getLogger(__name__)
-_NO_ARCHITECTURE = ("preset", "remat")  # keys of a model that do not change what it computes
+_NO_ARCHITECTURE = ("preset", "remat", "kernels")  # keys of a model that do not change what it computes
 COUNTS = {"with": "with embeddings", "without": "without embeddings"}
 
 

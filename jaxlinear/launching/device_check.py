@@ -1,0 +1,216 @@
+"""Whether a device computes the operations of a model as they are defined.
+
+Each operation that the model calls in training runs on the device as a kernel and without one, and in float32 on the host's
+CPU, with gradients, on inputs of the model's shapes.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import config_dict
+
+from jaxlinear import config as configs
+from jaxlinear import ops
+from jaxlinear.errors import UserError
+from jaxlinear.launching import check_inputs
+from jaxlinear.models import parameters
+from jaxlinear.ops import backends, calls
+from jaxlinear.ops.calls import Call
+from jaxlinear.training.step import make_objective
+
+# A kernel may be off by so many times what the operation is off by without one, and by what rounding may do besides: ten
+# times as much in the gradient of what is the same for all tokens, a sum over them which may nearly cancel.
+_TIMES = 3.0
+_ROUNDING = {"bfloat16": 1e-2, "float32": 1e-4}
+_OF_SUMS = 10.0
+_LENGTH = 2048  # tokens of a row, if training has more
+_RAGGED = 37  # fewer tokens for some inputs, so that no block divides them
+_REPEATS = 5  # of which the time is the median
+
+Run = Callable[[], dict[str, jax.Array]]  # outputs and gradients by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Error:
+    """How far an array is from float32 at its worst token (of a state, its worst head or channel): the norm of the
+    difference there, over the root mean square of such norms of the array."""
+
+    array: str
+    kernel: float
+    without: float  # as XLA has the operation, on the same device and in the same dtype
+    allowed: float
+
+    @property
+    def is_small(self) -> bool:
+        return self.kernel <= self.allowed  # which NaN is not
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """An operation with inputs of one kind (of ``check_inputs.KINDS``). ``refused``: why it has no kernel on the device,
+    and then nothing else. ``milliseconds``: of a call with its gradients, as a kernel and without; None where kernels are
+    interpreted."""
+
+    operation: str
+    shapes: dict[str, str]
+    inputs: str
+    refused: str | None = None
+    errors: tuple[Error, ...] = ()
+    milliseconds: tuple[float, float] | None = None
+
+    @property
+    def is_right(self) -> bool:
+        return all(error.is_small for error in self.errors)
+
+    @property
+    def worst(self) -> Error:
+        """The array that is nearest to what is allowed, or furthest beyond."""
+        return max(self.errors, key=lambda error: (not error.is_small, error.kernel / error.allowed))
+
+
+def check(
+    config: config_dict.ConfigDict, device: jax.Device, *, length: int | None = None, rows: int = 2
+) -> Iterator[Checked]:
+    """The operations that the model of a config calls in training, one after the other.
+
+    Args:
+      config: what to train; of it the keys of ``model`` count, and ``training.sequence_length``. Heads and channels are
+        those of the whole model: a device has fewer under ``mesh.tensor``.
+      device: where kernels run. Where it is no TPU or GPU they are interpreted, which is slow.
+      length: tokens of a row; by default those of training, up to 2,048.
+      rows: of a batch.
+
+    Raises:
+      UserError: the config cannot work, no operation of its model may be a kernel, or JAX sees no CPU.
+    """
+    config = configs.resolve(config)
+    length = min(config.training.sequence_length, _LENGTH) if length is None else length
+    if length < 2 * _RAGGED:
+        raise UserError(f"{length} tokens are too few to check kernels with; take {2 * _RAGGED} or more")
+    host = _host()
+    lengths = {kind: length - _RAGGED if kind == check_inputs.MIXED else length for kind in check_inputs.KINDS}
+    found = {tokens: _calls(config, device, rows, tokens) for tokens in set(lengths.values())}
+    if not found[length]:
+        raise UserError(f"no operation of {'+'.join(config.model.pattern)} may be a kernel: there is nothing to check")
+    for i, call in enumerate(found[length]):
+        for kind in check_inputs.kinds_of(call):
+            yield (checked := _check(found[lengths[kind]][i], kind, device, host))
+            if checked.refused is not None:
+                break
+
+
+def _host() -> jax.Device:
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError as error:
+        raise UserError(
+            f"the check needs the CPU beside the device, so no JAX_PLATFORMS that leaves it out: {error}"
+        ) from None
+
+
+def _calls(config: config_dict.ConfigDict, device: jax.Device, rows: int, length: int) -> list[Call]:
+    """The different ones, in the order of the model's layers."""
+    config = config.copy_and_resolve_references()
+    config.model.vocab_size = config.model.vocab_size or 256  # which none of them reads
+    architecture = parameters.describe(configs.model_config(config))
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
+    weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+    with backends.use_device(device), jax.numpy_dtype_promotion("standard"), calls.record() as found:
+        jax.eval_shape(make_objective(config, architecture), architecture.shapes, batch, weights)
+    return list(dict.fromkeys(found))
+
+
+def _check(call: Call, kind: str, device: jax.Device, host: jax.Device) -> Checked:
+    described = {name: f"{x.dtype}{list(x.shape)}" for name, x in call.arrays.items()}
+    try:
+        with backends.use_device(device):
+            shapes = jax.eval_shape(_operation(call, "pallas"), *_numbers_and_others(call.arrays))
+    except UserError as error:
+        return Checked(call.operation, described, kind, refused=str(error))
+    random = np.random.default_rng(0)
+    inputs = check_inputs.draw(call, kind, random)
+    if len(shapes) == 2:  # a recurrence, which gives its last state, and here begins with one too
+        inputs["initial_state"] = check_inputs.normal(shapes[1], random)
+    cotangents = tuple(check_inputs.normal(y, random) for y in shapes)
+
+    without = "associative" if call.operation == "linear_recurrence" else "chunked"
+    as_kernel = _with_gradients(call, "pallas", device, inputs, cotangents)
+    as_chunks = _with_gradients(call, without, device, inputs, cotangents)
+    expected = _with_gradients(call, without, host, *jax.tree.map(_in_float32, (inputs, cotangents)))()
+    narrow = any(x.dtype == jnp.bfloat16 for x in inputs.values())
+    rounding = _ROUNDING["bfloat16" if narrow else "float32"]
+    sums = {f"gradient of {name}" for name in check_inputs.constants(call)}
+    errors = []
+    for (name, want), got, other in zip(expected.items(), as_kernel().values(), as_chunks().values(), strict=True):
+        off, off_without = _off(got, want), _off(other, want)
+        allowed = _TIMES * off_without + rounding * (_OF_SUMS if name in sums else 1)
+        errors.append(Error(name, off, off_without, allowed))
+    times = None
+    if device.platform in backends.COMPILED:
+        times = _milliseconds(as_kernel), _milliseconds(as_chunks)
+    return Checked(call.operation, described, kind, None, tuple(errors), times)
+
+
+def _operation(call: Call, backend: str) -> Callable[[dict[str, Any], dict[str, Any]], tuple[Any, ...]]:
+    """``(numbers, other arrays) -> outputs``, by the names of its arguments."""
+    operation = functools.partial(getattr(ops, call.operation), backend=backend, **call.options)
+
+    def run(numbers, others):
+        outputs = operation(**numbers, **others)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    return run
+
+
+def _numbers_and_others(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What has gradients, and what has none."""
+    numbers = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    return numbers, {name: x for name, x in arrays.items() if name not in numbers}
+
+
+def _with_gradients(call: Call, backend: str, device: jax.Device, inputs, cotangents) -> Run:
+    """Compiled for the device, where its arrays lie."""
+    run = _operation(call, backend)
+
+    def both(numbers, others, cotangents):
+        outputs, pullback = jax.vjp(lambda numbers: run(numbers, others), numbers)
+        (gradients,) = pullback(tuple(d.astype(y.dtype) for d, y in zip(cotangents, outputs, strict=True)))
+        named = dict(zip(("output", "last state"), outputs, strict=False))
+        return named | {f"gradient of {name}": x for name, x in gradients.items()}
+
+    arguments = jax.device_put((*_numbers_and_others(inputs), cotangents), device)
+    with backends.use_device(device):
+        compiled = jax.jit(both).lower(*arguments).compile()
+    return lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def _in_float32(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32) if x.dtype == jnp.bfloat16 else x
+
+
+def _off(x: jax.Array, expected: jax.Array) -> float:
+    """As ``Error`` has it."""
+    wide = np.complex128 if np.iscomplexobj(expected) else np.float64
+    want = np.asarray(expected).astype(wide)
+    within = tuple(range(min(2, want.ndim - 1), want.ndim))
+    norm = lambda y: np.sqrt(np.sum(np.abs(y) ** 2, axis=within))  # noqa: E731
+    difference, size = norm(np.asarray(x).astype(wide) - want), norm(want)
+    scale = np.sqrt(np.mean(size**2))
+    return float(np.max(difference) / scale) if scale else float(np.max(difference))
+
+
+def _milliseconds(run: Run) -> float:
+    times = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times)

@@ -1,0 +1,180 @@
+"""``launch/check.py``: that right kernels pass, that wrong ones do not, and what it runs them on."""
+
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlinear import config as configs
+from jaxlinear import ops
+from jaxlinear.errors import UserError
+from jaxlinear.launching import check_inputs, device_check, device_check_text
+from jaxlinear.launching.device_check import Checked, Error
+from jaxlinear.models import presets
+from jaxlinear.ops import backends
+from jaxlinear.ops.calls import Call
+from jaxlinear.pallas import blocks
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+SMALL = [name for name in presets.PRESETS if name.endswith(("_2m", "_6m"))]
+OPERATIONS = {
+    "linear_recurrence": {"griffin_2m", "griffin_6m", "hawk_6m", "hgrn_6m", "s5_6m", "lru_6m", "gateloop_6m"},
+    "linear_attention": {"mamba2_6m", "gla_6m", "hgrn2_6m", "lightning_6m", "linear_attention_6m", "retnet_6m"},
+    "delta_rule": {"delta_net_6m", "gated_delta_net_6m", "kda_6m"},
+    "selective_scan": {"mamba_6m", "longhorn_6m"},
+    "sliding_window_attention": {"griffin_2m", "griffin_6m"},
+    "causal_attention": {"transformer_6m"},
+}
+CONSTANTS = {
+    "lightning_6m": {"log_decay"},
+    "retnet_6m": {"log_decay"},
+    "mamba_6m": {"A"},
+    "s5_6m": {"a"},
+    "lru_6m": {"a"},
+}
+
+
+def config(preset, **model):
+    config = configs.default()
+    config.model.update({"preset": preset, **model})
+    return config
+
+
+def check(preset, length, **model):
+    return list(device_check.check(config(preset, **model), jax.devices()[0], length=length, rows=1))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "_SCAN_TPU_ELSEWHERE", blocks.ScanBlock(128, 128, 16))
+    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (blocks.AttentionBlock(64, 32, 1),) * 2)
+
+
+def test_right_kernels_in_float32(small_blocks):
+    found = check("hawk_6m", 150, num_layers=1, width=32, recurrent_width=32, num_heads=2)
+    assert [(x.operation, x.inputs, x.is_right) for x in found] == [
+        ("linear_recurrence", kind, True) for kind in check_inputs.KINDS
+    ]
+    assert [x.shapes["x"] for x in found] == ["float32[1, 150, 32]", "float32[1, 150, 32]", "float32[1, 113, 32]"]
+    names = {"output", "last state", "gradient of a", "gradient of x", "gradient of initial_state"}
+    assert all({error.array for error in x.errors} == names for x in found)
+    assert max(error.kernel for x in found for error in x.errors) < 1e-5
+
+
+def test_right_kernels_in_bfloat16(small_blocks):
+    """What has no decays that differ runs on two kinds of inputs."""
+    found = check("lightning_6m", 150, num_layers=1, width=32, num_heads=2, key_width=16, value_width=16)
+    assert [(x.operation, x.inputs, x.is_right) for x in found] == [
+        ("linear_attention", kind, True) for kind in check_inputs.KINDS
+    ]
+    errors = [error for x in found for error in x.errors]
+    assert {error.array for error in errors} >= {"output", "last state", "gradient of log_decay"}
+    assert 1e-4 < max(error.kernel for error in errors if error.array != "gradient of log_decay") < 2e-2
+
+
+@pytest.mark.parametrize("wrong", ["one token", "nan", "gradient"])
+def test_a_wrong_kernel_is_found(monkeypatch, small_blocks, wrong):
+    operation = ops.linear_recurrence
+
+    @jax.custom_vjp
+    def off_backward(x):
+        return x
+
+    off_backward.defvjp(lambda x: (x, None), lambda _, d_x: (d_x.at[:, 50].multiply(1.001),))
+
+    def linear_recurrence(a, x, *arguments, backend="auto", **options):
+        if backend == "pallas" and wrong == "gradient":
+            x = off_backward(x)
+        h, final = operation(a, x, *arguments, backend=backend, **options)
+        if backend == "pallas" and wrong != "gradient":
+            h = h.at[:, 50, 3].multiply(jnp.nan if wrong == "nan" else 1.01)
+        return h, final
+
+    monkeypatch.setattr(ops, "linear_recurrence", functools.wraps(operation)(linear_recurrence))
+    x = jax.ShapeDtypeStruct((1, 100, 4), jnp.float32)
+    checked = device_check._check(Call("linear_recurrence", (("a", x), ("x", x))), "weak", *jax.devices()[:1] * 2)
+    assert not checked.is_right and not checked.worst.is_small
+    wrong_array = "gradient of x" if wrong == "gradient" else "output"
+    assert wrong_array in {error.array for error in checked.errors if not error.is_small}
+    assert "WRONG" in device_check_text.line(checked)
+    assert device_check_text.verdict([checked]) == (
+        "wrong on this device: the kernels of linear_recurrence; --config.model.kernels=False trains without any"
+    )
+
+
+@pytest.mark.parametrize("preset", SMALL)
+def test_what_every_model_calls(preset):
+    """The operations that it has, and inputs that keep to what each of them says of its arguments."""
+    found = device_check._calls(configs.resolve(config(preset)), jax.devices()[0], 2, 300)
+    assert {call.operation for call in found} == {name for name, models in OPERATIONS.items() if preset in models}
+    for call in found:
+        assert check_inputs.constants(call) == CONSTANTS.get(preset, set())
+        for kind in check_inputs.kinds_of(call):
+            drawn = check_inputs.draw(call, kind, np.random.default_rng(0))
+            assert {name: (x.shape, x.dtype) for name, x in drawn.items()} == {
+                name: (x.shape, x.dtype) for name, x in call.arrays.items()
+            }
+            numbers = {name: x.astype(np.result_type(x.dtype, np.float32)) for name, x in drawn.items()}
+            assert all(np.isfinite(x).all() for x in numbers.values())
+            assert np.all(numbers.get("log_decay", 0) <= 0) and np.all(np.abs(numbers.get("a", 0)) <= 1 + 1e-6)
+            assert len(np.unique(numbers["segment_ids"][0])) > 1
+            if call.operation == "delta_rule":
+                assert np.all(numbers["beta"] >= 0) and np.all(numbers["beta"] <= 1)
+                np.testing.assert_allclose(np.linalg.norm(numbers["k"], axis=-1), 1, atol=0.02)
+            if call.operation == "selective_scan":
+                assert np.all(numbers["dt"] >= 0) and np.all(numbers.get("A", 0) <= 0)
+                if "A" not in numbers:
+                    written = numbers["dt"] * np.max(numbers["B"] ** 2, axis=-1, keepdims=True)
+                    assert np.all(written <= 1.02)
+
+
+def test_a_model_without_kernels_on_the_device(monkeypatch):
+    """Said once, with the reason, and nothing is wrong."""
+    monkeypatch.setattr(backends, "no_kernels", lambda *shapes: "the kernels for GPU are for NVIDIA's")
+    found = check("hawk_6m", 150, num_layers=1, width=32, recurrent_width=32, num_heads=2)
+    assert [device_check_text.line(x) for x in found] == [
+        "linear_recurrence         weak    no kernel: linear_recurrence: the kernels for GPU are for NVIDIA's; "
+        "backend='associative' runs it"
+    ]
+    assert found[0].is_right
+    assert device_check_text.verdict(found) == "no operation of this model is a kernel on this device"
+
+
+def test_too_few_tokens():
+    with pytest.raises(UserError, match=r"^50 tokens are too few to check kernels with; take 74 or more$"):
+        check("hawk_6m", 50)
+
+
+def test_lines():
+    error = Error("gradient of q", 0.0123, 0.0045, 0.0235)
+    checked = Checked("linear_attention", {}, "weak", errors=(Error("output", 0.001, 0.001, 0.013), error))
+    columns = "linear_attention          weak    gradient of q              1.2e-02  4.5e-03"
+    assert device_check_text.line(checked) == columns
+    timed = Checked("linear_attention", {}, "weak", errors=(error,), milliseconds=(1.5, 12.25))
+    assert device_check_text.line(timed) == columns + "      1.500     12.250"
+    assert len(device_check_text.HEADER) == len(columns) + 22
+
+
+def test_the_program(tmp_path):
+    """Without a device it is refused; interpreted it ends with a verdict and status 0."""
+    small = ["num_layers=1", "width=32", "recurrent_width=32", "num_heads=2"]
+    command = [sys.executable, "launch/check.py", "--config=configs/griffin_100m.py", "--config.model.preset=hawk_6m"]
+    command += [f"--config.model.{value}" for value in small]
+    run = functools.partial(subprocess.run, cwd=REPOSITORY, capture_output=True, text=True)
+    refused = run(command)
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        "check.py: there is no TPU or GPU here, only cpu; --interpret checks kernels without one\n",
+    )
+    output = tmp_path / "check.json"
+    done = run([*command, "--interpret", "--length=74", "--rows=1", f"--json={output}"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "right on this device: the kernels of linear_recurrence"
+    result = json.loads(output.read_text())
+    assert result["device"] == "cpu" and [x["inputs"] for x in result["checked"]] == list(check_inputs.KINDS)
