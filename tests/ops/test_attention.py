@@ -192,6 +192,31 @@ def test_logits_of_hundreds_do_not_overflow(backend):
     numerics.assert_close(numerics.run(run, inputs, cotangents, dtype="float32"), numerics.wide(expected), 1e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_bfloat16_are_not_rounded_to_it(backend):
+    """They are 256 and 257, of which bfloat16 has the first alone; the logs of the sums of weights lie behind them."""
+    length = 40
+    odd = np.arange(length) % 2
+    q, k = np.ones((1, length, 1, 2)), np.stack([np.full(length, 256.0), odd], axis=1)[None, :, None]
+    v, cotangents = odd[None, :, None, None] * 1.0, (np.arange(length) == length - 1)[None, :, None, None] * 1.0
+    weights = np.exp(odd) / np.sum(np.exp(odd))  # of the last query, from which alone there is a gradient
+    run = numerics.with_gradients(functools.partial(causal_attention, scale=1.0, backend=backend))
+    o, (_, _, dv) = numerics.run(run, (q, k, v), cotangents, dtype="bfloat16")
+    numerics.assert_close(o[0, -1, 0, 0], np.sum(weights * odd), 5e-3)
+    numerics.assert_close(dv[0, :, 0, 0], weights, 5e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_bfloat16_are_float32(backend):
+    """Of equal weights, of the values and, from as many queries, of the gradient of a value."""
+    length = 1000
+    inputs = tuple(np.full((1, length, 1, 1), value) for value in (0.0, 0.0, 1.0))
+    run = numerics.with_gradients(functools.partial(causal_attention, backend=backend))
+    o, (_, _, dv) = numerics.run(run, inputs, np.ones((1, length, 1, 1)), dtype="bfloat16")
+    assert np.all(numerics.wide(o) == 1)
+    numerics.assert_close(dv[0, 0, 0, 0], np.sum(1 / np.arange(1, length + 1)), 1e-2)
+
+
 @pytest.mark.parametrize("length", [2048, 65_536])
 def test_memory_grows_with_the_length(length, monkeypatch):
     """Forward and backward, with the blocks as they are: one matrix of T x T logits would be 17 GB at the longer."""

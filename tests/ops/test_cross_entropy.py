@@ -91,6 +91,34 @@ def test_bfloat16_as_programs_compile_it(monkeypatch, elements):
     assert [y.dtype for y in found] == ["bfloat16", "float32"]
 
 
+@pytest.mark.parametrize("name", ["soft_cap", "slices", "everything"])
+def test_losses_of_bfloat16_are_those_of_float32(monkeypatch, name):
+    """Of numbers that bfloat16 holds, no logit is rounded to it: of those of a trained model, around 10, it would leave no
+    loss more than two digits."""
+    x, embedding, targets, weights, values, losses, _ = case(name)
+    *_, soft_cap, z_loss, groups, elements = CASES[name]
+    set_slice(monkeypatch, elements)
+
+    @numerics.jit
+    def run(x, embedding, weights):
+        options = {"soft_cap": soft_cap, "groups": groups}
+        each = token_losses(x, embedding, jnp.asarray(targets), **options)
+        return linear_cross_entropy(x, embedding, jnp.asarray(targets), weights, z_loss=z_loss, **options), each
+
+    found, each = run(jnp.asarray(x, "bfloat16"), jnp.asarray(embedding, "float32"), jnp.asarray(weights, "float32"))
+    numerics.assert_close(found, values, numerics.TOLERANCES["float32"])
+    numerics.assert_close(each, losses, numerics.TOLERANCES["float32"])
+
+
+@pytest.mark.parametrize("elements", [None, 1])
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32(monkeypatch, elements):
+    """In one slice and over the slices: bfloat16 has no 257, and in it a sum of halves ends at 128."""
+    set_slice(monkeypatch, elements)
+    targets, weights = jnp.zeros((1, 514), jnp.int32), jnp.ones((1, 514))
+    loss = lambda embedding: linear_cross_entropy(jnp.ones((1, 514, 1), "bfloat16"), embedding, targets, weights)[1]  # noqa: E731
+    assert numerics.jit(jax.grad(loss))(jnp.zeros((2, 1)))[:, 0].tolist() == [-257, 257]
+
+
 def test_gradients_are_those_of_finite_differences():
     random = np.random.default_rng(0)
     x, embedding = random.standard_normal((2, 5, 3)), random.standard_normal((7, 3))

@@ -269,6 +269,23 @@ def test_a_table_is_exact(backend):
     assert np.array_equal(final[0, 0], table)
 
 
+def assert_states_are_float32(run, kind):
+    """Keys of 0 replace nothing: a state, and backward its gradient, decays alone. In bfloat16 a step of 2^-12 is none."""
+    nothing, state = jnp.zeros((1, 1001, 1, 16), jnp.bfloat16), jnp.ones((1, 1, 16, 16))
+    beta = jnp.ones(nothing.shape[:3])
+    log_decay = jnp.full(nothing.shape if kind == "channel" else beta.shape, -(2.0**-12))
+    both = numerics.with_gradients(lambda state: run(nothing, nothing, nothing + 1, beta, log_decay, state))
+    (o, final), (d_state,) = both((state,), (nothing, state))
+    assert o.dtype == jnp.bfloat16
+    numerics.assert_close((final, d_state), (np.full(state.shape, np.exp(-1001 * 2.0**-12)),) * 2, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_of_bfloat16_are_float32(backend, kind):
+    assert_states_are_float32(functools.partial(delta_rule, backend=backend), kind)
+
+
 # Inputs at the limits
 
 

@@ -314,6 +314,22 @@ def test_no_decay_adds_up_65536_tokens():
     assert np.array_equal(o, np.einsum("bthk,bthkv->bthv", q, sums)) and np.array_equal(final, sums[:, -1])
 
 
+def assert_states_are_float32(run, kind):
+    """Of 1,001 equal terms, which a state has and, backward, its gradient: in bfloat16 a sum stops growing at 256."""
+    x, state = jnp.ones((1, 1001, 1, 16), jnp.bfloat16), jnp.zeros((1, 1, 16, 16))
+    shapes = {"constant": (1,), "scalar": x.shape[:3], "channel": x.shape}
+    log_decay = None if kind == "none" else jnp.zeros(shapes[kind])
+    both = numerics.with_gradients(lambda state: run(x, x, x, log_decay, state))
+    (o, final), (d_state,) = both((state,), (jnp.ones_like(x), jnp.zeros_like(state)))
+    assert o.dtype == jnp.bfloat16 and np.all(final == 1001) and np.all(d_state == 1001 / 4)  # K^-1/2
+
+
+@pytest.mark.parametrize("kind", ["none", "constant", "scalar", "channel"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_of_bfloat16_are_float32(backend, kind):
+    assert_states_are_float32(functools.partial(linear_attention, backend=backend), kind)
+
+
 # Memory
 
 

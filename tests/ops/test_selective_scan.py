@@ -209,6 +209,22 @@ def split_family(x, dt, A, B, C, state, ids):
     )
 
 
+def assert_states_are_float32(run):
+    """Beside an x of bfloat16, and of 0: a state, and backward its gradient, decays alone. In bfloat16 a step of 2^-12 is
+    none."""
+    x, state = jnp.zeros((1, 1001, 4), jnp.bfloat16), jnp.ones((1, 4, 3))
+    dt, A, B = jnp.full(x.shape, 2.0**-12), -jnp.ones((4, 3)), jnp.ones((1, 1001, 3))
+    both = numerics.with_gradients(lambda state: run(x, dt, A, B, B, state))
+    (y, final), (d_state,) = both((state,), (x, state))
+    assert y.dtype == jnp.bfloat16
+    numerics.assert_close((final, d_state), (np.full(state.shape, np.exp(-1001 * 2.0**-12)),) * 2, 1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_beside_bfloat16_are_float32(backend):
+    assert_states_are_float32(functools.partial(selective_scan, backend=backend))
+
+
 # Inputs at the limits
 
 

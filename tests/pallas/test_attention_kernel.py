@@ -65,6 +65,11 @@ def test_all_tokens(name, target):
     check(operation, inputs, cotangents, *expected, "float32")
 
 
+def test_logits_and_sums_of_bfloat16_are_float32(target):
+    full.test_logits_of_bfloat16_are_not_rounded_to_it("pallas")
+    full.test_sums_of_bfloat16_are_float32("pallas")
+
+
 def test_on_a_simulated_tpu(monkeypatch):
     """With TPU memories and copies; memory that nothing wrote is NaN."""
     target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))

@@ -38,6 +38,11 @@ def test_values_and_gradients(name, dtype, chunk):
     check(name, dtype, INTERPRETED, chunk)
 
 
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_states_of_bfloat16_are_float32(kind):
+    operation.assert_states_are_float32(functools.partial(run_kernel, None, INTERPRETED), kind)
+
+
 @pytest.mark.parametrize("name", ["none_long", "scalar", "channel"])
 def test_a_run_without_its_outputs(name):
     check_without_outputs(name, INTERPRETED)

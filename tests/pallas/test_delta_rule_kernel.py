@@ -63,6 +63,11 @@ def test_values_and_gradients(name, dtype, chunk):
     check(name, dtype, chunk=chunk)
 
 
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_states_of_bfloat16_are_float32(kind):
+    operation.assert_states_are_float32(functools.partial(run_kernel, None, INTERPRETED), kind)
+
+
 def test_on_a_simulated_tpu():
     """With TPU memories and copies; what is read beyond an array is NaN, and so is memory that nothing wrote."""
     target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))

@@ -61,6 +61,12 @@ def test_values_and_gradients(small_blocks, name, dtype, target):
     check(name, dtype, target)
 
 
+@pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
+@pytest.mark.parametrize("kind", ["none", "channel"])
+def test_states_of_bfloat16_are_float32(kind, target):
+    operation.assert_states_are_float32(functools.partial(run_kernel, None, target), kind)
+
+
 @pytest.mark.parametrize("name", ["short", "channel_whole_chunks"])
 def test_on_a_simulated_tpu(small_blocks, name):
     """With TPU memories and copies; what is read beyond an array is NaN, and so is memory that nothing wrote."""

@@ -19,6 +19,7 @@ from jaxlinear.ops.selective_scan_maps import Inputs
 from jaxlinear.pallas import selective_scan as kernels
 from jaxlinear.pallas.target import Target
 from tests import naive, numerics
+from tests.ops import test_selective_scan as operation
 
 PLATFORMS = ["tpu", "gpu"]
 # name: B, T, D, N, what else it has
@@ -73,6 +74,11 @@ def check(name, target, dtype):
     numerics.assert_close(found, outputs, numerics.TOLERANCES[dtype])
     numerics.assert_close(found_gradients, gradients, numerics.TOLERANCES[dtype])
     assert {y.dtype.name for y in (found[0], *(y for y in found_gradients if y is not None))} == {dtype}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_states_beside_bfloat16_are_float32(platform):
+    operation.assert_states_are_float32(functools.partial(run_kernel, None, target(platform)))
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
