@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> list[str]:
 
     file, changed = check_config_options(argv)
     try:
-        rest = _parsed(argv)
+        rest = _parsed(_with_tuples(argv))
     except UserError:
         raise
     except Exception as error:
@@ -80,6 +80,23 @@ def _parsed(argv: list[str]) -> list[str]:
             raise
         names, verb = " and ".join(f"--{name}" for name in missing), "are" if len(missing) > 1 else "is"
         raise UserError(f"{names} {verb} missing; --help says what there is") from None
+
+
+def _with_tuples(argv: list[str]) -> list[str]:
+    """With names of the keys that are tuples as the tuples that they are. ml_collections takes them for Python, in which
+    ``a,b`` is well formed and ``a,b:length=64`` is not."""
+    from jaxlinear import config as configs
+
+    found, is_value = [], False  # of such a key, behind a space
+    for argument in argv:
+        name, equals, value = ("", "", argument) if is_value else argument.partition("=")
+        key = re.fullmatch(r"--?config\.([\w.]+)", name)
+        of_tuple = is_value or (key is not None and key[1] in configs.KEYS and configs.kind(key[1]) is tuple)
+        if of_tuple and value and value[0] not in "([\"'":
+            value = repr((value,))  # which ``configs.resolve`` cuts at the commas
+        is_value = of_tuple and not is_value and not equals
+        found.append(f"{name}{equals}{value}")
+    return found
 
 
 def _of_config_file(error: Exception, file: str) -> UserError | None:

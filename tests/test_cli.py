@@ -298,6 +298,22 @@ def test_train_refuses_bad_input(tmp_path, line, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config.evaluation.tasks=parity,mqar:lengt=64"],
+        ["--config.evaluation.tasks", "parity, mqar:lengt=64"],
+        ["--config.evaluation.tasks=('parity','mqar:lengt=64')"],
+    ],
+)
+def test_names_of_a_tuple_need_be_no_python(tmp_path, arguments):
+    file = tmp_path / "small.py"
+    file.write_text(BAD_CONFIG.replace("LINE", "config.model.preset = 'griffin_2m'; config.data.task = 'parity'"))
+    done = launch(tmp_path, f"--config={file}", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "mqar has no option 'lengt'" in done.stderr
+
+
 def test_a_config_file_without_get_config(tmp_path):
     file = tmp_path / "small.py"
     file.write_text("config = 3\n")
