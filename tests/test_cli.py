@@ -314,6 +314,25 @@ def test_names_of_a_tuple_need_be_no_python(tmp_path, arguments):
     assert "mqar has no option 'lengt'" in done.stderr
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    there, new, link, nowhere = (tmp_path / name for name in ("there", "new", "link", "nowhere"))
+    there.touch()
+    link.symlink_to(new)
+    nowhere.symlink_to(tmp_path / "none" / "x")
+    for path in (there, new, link):
+        cli.check_output("json", str(path))
+    with pytest.raises(UserError, match=f"^--json={nowhere}: its directory does not exist"):
+        cli.check_output("json", str(nowhere))
+    refused = {tmp_path}
+    monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) not in refused)
+    cli.check_output("json", str(there))
+    with pytest.raises(UserError, match=f"^--json={new} cannot be written: the disk is read-only"):
+        cli.check_output("json", str(new))
+    refused = {there}
+    with pytest.raises(UserError, match=f"^--json={there} cannot be written"):
+        cli.check_output("json", str(there))
+
+
 def test_a_config_file_without_get_config(tmp_path):
     file = tmp_path / "small.py"
     file.write_text("config = 3\n")
