@@ -11,6 +11,7 @@ from absl import app, flags
 from jaxlinear.errors import UserError
 
 _HELP, _HELP_OF_ALL = {"--help", "-help", "-h"}, {"--helpfull", "-helpfull"}
+_NOT_THERE = FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError  # and at the next start neither
 _REQUIRED = r"Flag --(\w+) must have a value other than None"  # absl's words
 
 
@@ -58,15 +59,15 @@ def parse(argv: list[str]) -> list[str]:
     file, changed = check_config_options(argv)
     try:
         rest = _parsed(_with_tuples(argv))
+        config = flags.FLAGS["config"].value
+        if config is not None:  # launch/sweep.py need not have one
+            configs.check_whole(config)
     except UserError:
         raise
     except Exception as error:
         if file is None or (refusal := _of_config_file(error, file)) is None:
             raise
         raise refusal from error
-    config = flags.FLAGS["config"].value
-    if config is not None:  # launch/sweep.py need not have one
-        configs.check_whole(config)
     if changed:
         configs.forget_unread(config, changed)
     return rest
@@ -108,7 +109,13 @@ def _of_config_file(error: Exception, file: str) -> UserError | None:
         )
         return UserError(f"{file}, line {error.lineno}: {error.msg}{advice}")
     cause, lines = _raised_in(error, file)
+    if isinstance(cause, OSError):  # of a file that it reads; raised when the config is first looked at
+        if not isinstance(cause, _NOT_THERE):
+            return None
+        return UserError(f"{file}, line {lines[-1]}: {type(cause).__name__}: {cause}")
     if cause is None:
+        if called := re.search(r"TypeError: (get_config\(\) (?:takes|missing) .*)", str(error)):
+            return UserError(f"{file}: {called[1]}; what is behind the colon of --config=FILE:ARGUMENT is given to it")
         if not isinstance(error, AttributeError | KeyError):
             return None
         return UserError(f"{file}: get_config() has to return jaxlinear.config.default() with keys changed: {error}")
@@ -144,7 +151,7 @@ def _raised_in(error: BaseException | None, file: str) -> tuple[BaseException | 
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         if lines:
             return error, lines
-        error = error.__context__
+        error = error.__cause__ or error.__context__
     return None, []
 
 
