@@ -147,8 +147,11 @@ def check_output(flag: str, path: str | None) -> None:
         return
     if pathlib.Path(path).is_dir():
         raise UserError(f"--{flag}={path} is a directory; name a file in it")
-    if not pathlib.Path(path).absolute().parent.is_dir():
+    directory = pathlib.Path(os.path.realpath(path)).parent  # of what a link leads to
+    if not directory.is_dir():
         raise UserError(f"--{flag}={path}: its directory does not exist")
+    if not os.access(path if os.path.exists(path) else directory, os.W_OK):  # nor on a read-only disk
+        raise UserError(f"--{flag}={path} cannot be written: the disk is read-only, or it is another user's")
 
 
 def check_path(flag: str, path: str) -> None:

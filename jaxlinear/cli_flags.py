@@ -11,6 +11,7 @@ from absl import app, flags
 from jaxlinear.errors import UserError
 
 _HELP, _HELP_OF_ALL = {"--help", "-help", "-h"}, {"--helpfull", "-helpfull"}
+_NOT_THERE = FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError  # and at the next start neither
 _REQUIRED = r"Flag --(\w+) must have a value other than None"  # absl's words
 
 
@@ -57,16 +58,16 @@ def parse(argv: list[str]) -> list[str]:
 
     file, changed = check_config_options(argv)
     try:
-        rest = _parsed(argv)
+        rest = _parsed(_with_tuples(argv))
+        config = flags.FLAGS["config"].value
+        if config is not None:  # launch/sweep.py need not have one
+            configs.check_whole(config)
     except UserError:
         raise
     except Exception as error:
         if file is None or (refusal := _of_config_file(error, file)) is None:
             raise
         raise refusal from error
-    config = flags.FLAGS["config"].value
-    if config is not None:  # launch/sweep.py need not have one
-        configs.check_whole(config)
     if changed:
         configs.forget_unread(config, changed)
     return rest
@@ -82,6 +83,23 @@ def _parsed(argv: list[str]) -> list[str]:
         raise UserError(f"{names} {verb} missing; --help says what there is") from None
 
 
+def _with_tuples(argv: list[str]) -> list[str]:
+    """With names of the keys that are tuples as the tuples that they are. ml_collections takes them for Python, in which
+    ``a,b`` is well formed and ``a,b:length=64`` is not."""
+    from jaxlinear import config as configs
+
+    found, is_value = [], False  # of such a key, behind a space
+    for argument in argv:
+        name, equals, value = ("", "", argument) if is_value else argument.partition("=")
+        key = re.fullmatch(r"--?config\.([\w.]+)", name)
+        of_tuple = is_value or (key is not None and key[1] in configs.KEYS and configs.kind(key[1]) is tuple)
+        if of_tuple and value and value[0] not in "([\"'":
+            value = repr((value,))  # which ``configs.resolve`` cuts at the commas
+        is_value = of_tuple and not is_value and not equals
+        found.append(f"{name}{equals}{value}")
+    return found
+
+
 def _of_config_file(error: Exception, file: str) -> UserError | None:
     """What is wrong in a config file, and where. None for a defect of what the file calls, and for a flag that is
     malformed."""
@@ -91,7 +109,13 @@ def _of_config_file(error: Exception, file: str) -> UserError | None:
         )
         return UserError(f"{file}, line {error.lineno}: {error.msg}{advice}")
     cause, lines = _raised_in(error, file)
+    if isinstance(cause, OSError):  # of a file that it reads; raised when the config is first looked at
+        if not isinstance(cause, _NOT_THERE):
+            return None
+        return UserError(f"{file}, line {lines[-1]}: {type(cause).__name__}: {cause}")
     if cause is None:
+        if called := re.search(r"TypeError: (get_config\(\) (?:takes|missing) .*)", str(error)):
+            return UserError(f"{file}: {called[1]}; what is behind the colon of --config=FILE:ARGUMENT is given to it")
         if not isinstance(error, AttributeError | KeyError):
             return None
         return UserError(f"{file}: get_config() has to return jaxlinear.config.default() with keys changed: {error}")
@@ -127,7 +151,7 @@ def _raised_in(error: BaseException | None, file: str) -> tuple[BaseException | 
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         if lines:
             return error, lines
-        error = error.__context__
+        error = error.__cause__ or error.__context__
     return None, []
 
 

@@ -251,6 +251,21 @@ def get_config():
             "FILE, line 6: ValueError: invalid literal for int() with base 10: 'a'",
         ),
         ("import not_there", [], "FILE, line 6: ModuleNotFoundError: No module named 'not_there'"),
+        (
+            "open('not_there')",
+            [],
+            "FILE, line 6: FileNotFoundError: [Errno 2] No such file or directory: 'not_there'",
+        ),
+        (
+            "import pathlib; pathlib.Path('not_there').read_text()",
+            ["--config.training.steps=3"],
+            "FILE, line 6: FileNotFoundError: [Errno 2] No such file or directory: 'not_there'",
+        ),
+        (
+            "pass",
+            ["--config=FILE:argument"],
+            "train.py: FILE: get_config() takes 0 positional arguments but 1 was given; what is behind the colon of",
+        ),
         ("config.model.width = (", [], "FILE, line 6: '(' was never closed"),
         (
             "config.model = dict(width=64)",
@@ -289,13 +304,48 @@ def get_config():
 def test_train_refuses_bad_input(tmp_path, line, arguments, message):
     file = tmp_path / "small.py"
     file.write_text(BAD_CONFIG.replace("LINE", line))
-    arguments = [argument.replace("FILE_", f"{tmp_path}/smal.py") for argument in arguments]
+    arguments = [argument.replace("FILE_", f"{tmp_path}/smal.py").replace("FILE", str(file)) for argument in arguments]
     message = message.replace("FILE_", f"{tmp_path}/smal.py").replace("FILE", str(file))
     done = launch(tmp_path, f"--config={file}", *arguments)
     assert done.returncode == 2, done.stderr
     assert done.stdout == "" and done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config.evaluation.tasks=parity,mqar:lengt=64"],
+        ["--config.evaluation.tasks", "parity, mqar:lengt=64"],
+        ["--config.evaluation.tasks=('parity','mqar:lengt=64')"],
+    ],
+)
+def test_names_of_a_tuple_need_be_no_python(tmp_path, arguments):
+    file = tmp_path / "small.py"
+    file.write_text(BAD_CONFIG.replace("LINE", "config.model.preset = 'griffin_2m'; config.data.task = 'parity'"))
+    done = launch(tmp_path, f"--config={file}", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "mqar has no option 'lengt'" in done.stderr
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    there, new, link, nowhere = (tmp_path / name for name in ("there", "new", "link", "nowhere"))
+    there.touch()
+    link.symlink_to(new)
+    nowhere.symlink_to(tmp_path / "none" / "x")
+    for path in (there, new, link):
+        cli.check_output("json", str(path))
+    with pytest.raises(UserError, match=f"^--json={nowhere}: its directory does not exist"):
+        cli.check_output("json", str(nowhere))
+    refused = {tmp_path}
+    monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) not in refused)
+    cli.check_output("json", str(there))
+    with pytest.raises(UserError, match=f"^--json={new} cannot be written: the disk is read-only"):
+        cli.check_output("json", str(new))
+    refused = {there}
+    with pytest.raises(UserError, match=f"^--json={there} cannot be written"):
+        cli.check_output("json", str(there))
 
 
 def test_a_config_file_without_get_config(tmp_path):
@@ -319,6 +369,14 @@ def test_a_defect_of_what_a_config_file_calls_keeps_its_traceback(tmp_path):
     file.write_text(BAD_CONFIG.replace("LINE", line))
     done = launch(tmp_path, f"--config={file}")
     assert done.returncode == 1 and done.stderr.endswith("KeyError: 'key'\n")
+
+
+def test_a_disk_that_fails_under_a_config_file_may_be_mended(tmp_path):
+    """So it does not end with the status of what another start would not mend."""
+    file = tmp_path / "small.py"
+    file.write_text(BAD_CONFIG.replace("LINE", "raise OSError(5, 'Input/output error')"))
+    done = launch(tmp_path, f"--config={file}")
+    assert done.returncode == 1 and "Input/output error" in done.stderr
 
 
 def test_a_config_that_is_no_python_file(tmp_path):

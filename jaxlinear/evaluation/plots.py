@@ -1,6 +1,7 @@
 """Pictures of runs. Needs the extra ``plot``."""
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,11 +56,13 @@ def _names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:
-    """A running mean without the bias of its start."""
+    """A running mean without the bias of its start, nor what is not finite, as the loss of a step that was skipped may be:
+    all that follows would not be either."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        smoothed.append(total / weight)
+        if math.isfinite(value):
+            total, weight = decay * total + value, decay * weight + 1
+        smoothed.append(total / weight if weight else math.nan)
     return smoothed
 
 

@@ -1,6 +1,9 @@
 """What the pictures of runs show."""
 
 import json
+import math
+
+import pytest
 
 from jaxlinear.evaluation import plots
 from jaxlinear.training import metrics
@@ -23,6 +26,19 @@ def test_every_evaluation_is_in_the_loss_curves(tmp_path):
     heldout, training = (found[f"{tmp_path.name}, {what}"] for what in ("held out", "training"))
     assert list(heldout.get_xdata()) == [512 * step for step in (15, 30, 45, 60)]
     assert list(training.get_xdata()) == [512 * step for step in (20, 40, 60)]
+
+
+def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve(tmp_path):
+    """And not the end of the smoothed one: a run that skips such a step goes on."""
+    losses = [math.nan, 4.0, 3.0, math.inf, math.nan, 2.0]
+    lines = [{"step": step, "loss": loss, "tokens": 512 * step} for step, loss in enumerate(losses, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (axes,) = plots.loss_curves([tmp_path]).axes
+    smoothed = next(line for line in axes.lines if line.get_label().endswith("training")).get_ydata()
+    assert math.isnan(smoothed[0])
+    mean = (0.8 * 4 + 3) / 1.8
+    expected = [4, mean, mean, mean, (0.64 * 4 + 0.8 * 3 + 2) / (0.64 + 0.8 + 1)]
+    assert list(smoothed[1:]) == pytest.approx(expected)
 
 
 def test_runs_are_told_apart(tmp_path, monkeypatch):
