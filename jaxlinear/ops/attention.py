@@ -51,7 +51,7 @@ def causal_attention(
     backends.check("causal_attention", backend, ("recurrent", "chunked", "pallas"))
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_shapes("causal_attention", q, k, v)
-    if 0 in q.shape[:3]:
+    if 0 in (*q.shape[:3], v.shape[3]):
         return jnp.zeros_like(v, shape=(*q.shape[:3], v.shape[3]))
     length, keys = q.shape[1], k.shape[1]
     segment_ids = checks.segment_ids("causal_attention", segment_ids, q.shape[0], keys)

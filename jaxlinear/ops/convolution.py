@@ -40,7 +40,7 @@ def causal_convolution(
     state = state.astype(x.dtype)
     runs = None if segment_ids is None else segments.runs(segment_ids)
     final = jnp.concatenate([state, x], axis=1)[:, length:]
-    if runs is not None:
+    if runs is not None and length:  # of no tokens the state is left as it is
         same = jnp.pad(runs, ((0, 0), (width - 1, 0)))[:, length:] == runs[:, -1:]
         final = jnp.where(same[..., None], final, jnp.zeros((), x.dtype))
     return _filter(x, kernel, bias, state, runs), final
