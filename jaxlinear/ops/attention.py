@@ -11,7 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, blockwise, calls, checks, segments
+from jaxlinear.ops import backends, blockwise, calls, checks, dtypes, segments
 from jaxlinear.ops.blockwise import Meetings, Rule
 from jaxlinear.pallas import attention as kernels
 
@@ -52,7 +52,7 @@ def causal_attention(
     backends.check("causal_attention", backend, ("recurrent", "chunked", "pallas"))
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_shapes("causal_attention", q, k, v)
-    if 0 in q.shape[:3]:
+    if 0 in (*q.shape[:3], v.shape[3]):
         return jnp.zeros_like(v, shape=(*q.shape[:3], v.shape[3]))
     length, keys = q.shape[1], k.shape[1]
     segment_ids = checks.segment_ids("causal_attention", segment_ids, q.shape[0], keys)
@@ -104,6 +104,8 @@ def choose(operation: str, backend: str, q: jax.Array, k: jax.Array, v: jax.Arra
                 return f"the kernel for GPU takes bfloat16, not {x.dtype}"
             if x.dtype not in (jnp.float32, jnp.bfloat16):
                 return f"the kernel takes float32 and bfloat16, not {x.dtype}"
+        if k.shape[2] != q.shape[2] and backends.target().platform != "gpu" and backends.indices_are_wide():
+            return "JAX's kernel shares no keys between heads under jax_enable_x64"
         return None
 
     return backends.kernel_or_chunks(operation, backend, q.shape[1] < _FEW, (), refusal)
@@ -143,12 +145,19 @@ def attend(
     Returns:
       o ``[B, T, H, V]`` in the dtype of v.
     """
-    length, heads, groups = q.shape[1], q.shape[2], k.shape[2]
+    length, heads, groups, dtype = q.shape[1], q.shape[2], k.shape[2], v.dtype
+    q, k, v = of_one_dtype(q, k, v)
     rule = Rule(scale_of(q, scale), run, isinstance(offset, jax.Array))
     keys = k.shape[1]
     q, k, v = blockwise.by_blocks(q, groups, block), k.swapaxes(1, 2), v.swapaxes(1, 2)
     o = _attend(q, k, v, blockwise.meetings(meetings, lowest, offset, keys - 1, block), rule)
-    return blockwise.from_blocks(o, length, heads, block)
+    return blockwise.from_blocks(o, length, heads, block).astype(dtype)
+
+
+def of_one_dtype(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """In that which holds those of all, in which they are multiplied: as the kernels do it."""
+    narrow = dtypes.narrow(*(x.dtype for x in arrays))
+    return tuple(x.astype(narrow) for x in arrays)
 
 
 def scale_of(q: jax.Array, scale: float | None) -> float:

@@ -84,9 +84,14 @@ def no_kernels(*shapes: tuple[int, ...]) -> str | None:
     return None
 
 
+def indices_are_wide() -> bool:
+    """Whether jax_enable_x64 makes them 64 bits."""
+    return jax.dtypes.canonicalize_dtype("int64").itemsize == 8
+
+
 def no_compiler() -> str | None:
     """Why none is compiled of arrays that a kernel takes; or None."""
-    if platform() in COMPILED and jax.dtypes.canonicalize_dtype("int64").itemsize == 8:
+    if platform() in COMPILED and indices_are_wide():
         return "the kernel is compiled for indices of 32 bits, and jax_enable_x64 makes them 64"
     return None
 

@@ -41,11 +41,11 @@ def segment_ids(operation: str, ids: Any, batch: int, length: int) -> jax.Array 
 
 
 def scale(operation: str, width: int, given: Any) -> float:
-    """``given``, or by default ``K**-0.5`` of K = ``width``. Raises ``UserError`` for what is no number while the program
-    is traced: it is a constant of the program, and has no gradient."""
+    """``given``, or by default ``K**-0.5`` of K = ``width``. Raises ``UserError`` for a K of 0, and for what is no number
+    while the program is traced: it is a constant of the program, and has no gradient."""
+    if not width:
+        raise UserError(f"{operation}: queries and keys have no channels (K is 0)")
     if given is None:
-        if not width:
-            raise UserError(f"{operation}: queries and keys have no channels (K is 0)")
         return float(width**-0.5)
     try:
         return float(given)

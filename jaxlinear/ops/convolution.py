@@ -19,7 +19,7 @@ def causal_convolution(
     """``y_t = bias + sum_j kernel[width-1-j] * x_{t-j}``, each channel by itself, never across documents.
 
     Args:
-      x: ``[B, T, D]``.
+      x: ``[B, T, D]``, real or complex; the others are complex only where x is.
       kernel: ``[width, D]``; ``kernel[-1]`` weighs the present token.
       bias: ``[D]`` or None.
       state: ``[B, width-1, D]``, the inputs before the first token (oldest first); None means zeros. It belongs to
@@ -40,7 +40,7 @@ def causal_convolution(
     state = state.astype(x.dtype)
     runs = None if segment_ids is None else segments.runs(segment_ids)
     final = jnp.concatenate([state, x], axis=1)[:, length:]
-    if runs is not None:
+    if runs is not None and length:  # of no tokens the state is left as it is
         same = jnp.pad(runs, ((0, 0), (width - 1, 0)))[:, length:] == runs[:, -1:]
         final = jnp.where(same[..., None], final, jnp.zeros((), x.dtype))
     return _filter(x, kernel, bias, state, runs), final
@@ -49,6 +49,9 @@ def causal_convolution(
 def _check_shapes(x, kernel, bias, state) -> None:
     checks.axes("causal_convolution", "B T D", x=x)
     checks.numbers("causal_convolution", complex_too=True, x=x)
+    for name, y in (("kernel", kernel), ("bias", bias), ("state", state)):
+        if y is not None and jnp.iscomplexobj(y) and not jnp.iscomplexobj(x):
+            raise UserError(f"causal_convolution: the {name} is complex, x is real; make x complex")
     batch, _, channels = x.shape
     if kernel.ndim != 2 or kernel.shape[0] < 1 or kernel.shape[1] != channels:
         raise UserError(f"causal_convolution: the kernel {kernel.shape} does not fit x {x.shape}; it is [width, D]")
@@ -99,19 +102,25 @@ def _filter_backward(arguments, dy):
     """Shifts and sums as those of y, which XLA makes in fewer passes over memory than their transposes, which pad."""
     x, kernel, bias, state, runs = arguments
     width, wide, own = len(kernel), dtypes.wide(x.dtype), jnp.finfo(dy.dtype)
-    # It is dy itself, which XLA would else take, and keep, as the float32 that it was rounded from.
-    dy = lax.reduce_precision(dy, own.nexp, own.nmant)
+    if dy.dtype != wide:
+        # It is dy itself, which XLA would else take, and keep, as the float32 that it was rounded from.
+        dy = lax.reduce_precision(dy, own.nexp, own.nmant)
     dx, d_kernel = jnp.zeros((), wide), []
     for lag in range(width):
         dx = dx + _after(dy, runs, lag).astype(wide) * kernel[width - 1 - lag].astype(wide)[None, None]
     for lag in reversed(range(width)):
         d_kernel.append(jnp.sum(_before(x, state, runs, lag).astype(wide) * dy.astype(wide), axis=(0, 1)))
-    d_bias = None if bias is None else jnp.sum(dy.astype(wide), axis=(0, 1)).astype(bias.dtype)
+    d_bias = None if bias is None else _like(bias, jnp.sum(dy.astype(wide), axis=(0, 1)))
 
     head = lambda y: None if y is None else y[:, : width - 1]  # noqa: E731
     of_state = lambda state: _sums(head(x).astype(wide), kernel, None, state, head(runs))  # noqa: E731
     (d_state,) = jax.vjp(of_state, state.astype(wide))[1](head(dy).astype(wide))
-    return dx.astype(x.dtype), jnp.stack(d_kernel).astype(kernel.dtype), d_bias, d_state.astype(state.dtype), None
+    return dx.astype(x.dtype), _like(kernel, jnp.stack(d_kernel)), d_bias, d_state.astype(state.dtype), None
+
+
+def _like(weights, gradient):
+    """The gradient of real weights of complex inputs is its real part."""
+    return (gradient if jnp.iscomplexobj(weights) else jnp.real(gradient)).astype(weights.dtype)
 
 
 _filter.defvjp(_filter_forward, _filter_backward)

@@ -47,7 +47,7 @@ def sliding_window_attention(
         raise UserError(f"sliding_window_attention: the window is {window!r}; it is a whole number of tokens")
     if window < 1:
         raise UserError(f"sliding_window_attention: the window is {window}; it must be at least 1")
-    if 0 in q.shape[:3]:
+    if 0 in (*q.shape[:3], v.shape[3]):
         return jnp.zeros_like(v, shape=(*q.shape[:3], v.shape[3]))
     length, keys = q.shape[1], k.shape[1]
     segment_ids = checks.segment_ids("sliding_window_attention", segment_ids, q.shape[0], keys)

@@ -52,7 +52,12 @@ def causal_attention(
     segment ids ``[B, T/W]``, and the ``operations.Past`` of the whole sequence -> ``[B, T/W, H, V]``. Sums are float32 at
     least."""
     attention.check_shapes("causal_attention", q, k, v)
-    heads, groups, (batch, length) = q.shape[2], k.shape[2], k.shape[:2]
+    heads, groups, (batch, length), dtype = q.shape[2], k.shape[2], k.shape[:2], v.dtype
+    if past is None:
+        q, k, v = attention.of_one_dtype(q, k, v)
+    else:
+        q, k, v, *earlier_keys = attention.of_one_dtype(q, k, v, *past[:2])
+        past = (*earlier_keys, past[2])
     if past is not None and segment_ids is None:
         segment_ids = jnp.zeros_like(past[2], shape=(batch, length))
     block, scale = min(attention.QUERY_BLOCK, length), attention.scale_of(q, scale)
@@ -60,7 +65,7 @@ def causal_attention(
     earlier = _block(*past) if past is not None and keys else None
     places = None if segment_ids is None else (segments.first_positions(segment_ids), segment_ids[:, 0])
     o = _attend(blockwise.by_blocks(q, groups, block), own, earlier, places, _Shape(length, keys, block, scale))
-    return blockwise.from_blocks(o, length, heads, block)
+    return blockwise.from_blocks(o, length, heads, block).astype(dtype)
 
 
 class _Shape(NamedTuple):

@@ -217,6 +217,27 @@ def test_sums_of_bfloat16_are_float32(backend):
     numerics.assert_close(dv[0, 0, 0, 0], np.sum(1 / np.arange(1, length + 1)), 1e-2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "dtypes", ["float64 bfloat16 float64", "bfloat16 float64 float32", "bfloat16 float32 bfloat16"]
+)
+def test_dtypes_may_differ(dtypes, backend):
+    """Multiplied in what holds them all; each has its gradient in its own."""
+    inputs, random = [numerics.representable(x) for x in law_inputs(4)], np.random.default_rng(5)
+    cotangents = numerics.normal(random, 1, LENGTH, 2, 3)
+    reference = numerics.with_gradients(functools.partial(naive.sliding_window_attention, window=LENGTH))
+    expected, expected_gradients = numerics.wide(numerics.run(reference, inputs, cotangents, dtype="float64"))
+    dtypes = dtypes.split()
+    with jax.enable_x64(True):
+        given = tuple(jnp.asarray(x, dtype) for x, dtype in zip(inputs, dtypes, strict=True))
+        for run in (causal_attention, functools.partial(sliding_window_attention, window=LENGTH)):
+            o, gradients = numerics.with_gradients(functools.partial(run, backend=backend))(given, cotangents)
+            assert [x.dtype for x in (*gradients, o)] == [*dtypes, dtypes[2]]
+            numerics.assert_close(o, expected, numerics.TOLERANCES[dtypes[2]])
+            for found, exact, dtype in zip(gradients, expected_gradients, dtypes, strict=True):
+                numerics.assert_close(found, exact, numerics.TOLERANCES["bfloat16" if "bfloat16" in dtypes else dtype])
+
+
 @pytest.mark.parametrize("length", [2048, 65_536])
 def test_memory_grows_with_the_length(length, monkeypatch):
     """Forward and backward, with the blocks as they are: one matrix of T x T logits would be 17 GB at the longer."""

@@ -100,6 +100,40 @@ def test_a_recurrence_of_nothing_leaves_its_state(backend, empty):
         np.testing.assert_array_equal(final, state)
 
 
+@pytest.mark.parametrize("backend", ["recurrent", "chunked", "auto"])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_no_channels_are_refused(backend, scale):
+    q, k = _Q[..., :0], _KEYS[..., :0]
+    options = {"backend": backend, "scale": scale}
+    for run in (
+        lambda: ops.linear_attention(q, k, _VALUES, **options),
+        lambda: ops.delta_rule(q, k, _VALUES, _BETA, **options),
+        lambda: ops.causal_attention(q, k, _VALUES, **options),
+        lambda: ops.sliding_window_attention(q, k, _VALUES, window=3, **options),
+    ):
+        with pytest.raises(UserError, match="queries and keys have no channels"):
+            run()
+
+
+def test_values_without_channels_are_none_in_the_outputs():
+    v, options = _VALUES[..., :0], {"backend": "chunked"}
+    assert ops.linear_attention(_Q, _KEYS, v, **options)[0].shape == v.shape
+    assert ops.delta_rule(_Q, _KEYS, v, _BETA, **options)[0].shape == v.shape
+    for backend in ("recurrent", "chunked", "pallas"):
+        assert ops.causal_attention(_Q, _KEYS, v, backend=backend).shape == v.shape
+        assert ops.sliding_window_attention(_Q, _KEYS, v, window=3, backend=backend).shape == v.shape
+
+
+def test_a_convolution_of_no_tokens_leaves_its_state():
+    state = np.ones((_B, 2, _H), np.float32)
+    for ids in (None, np.zeros((_B, 0), np.int32)):
+        y, final = ops.causal_convolution(
+            _VALUES[:, :0, :, 0], np.ones((3, _H), np.float32), None, state, segment_ids=ids
+        )
+        assert y.shape == (_B, 0, _H)
+        np.testing.assert_array_equal(final, state)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_diagonal_recurrence_of_no_tokens_leaves_its_state(reverse):
     state = jnp.ones((_B, _V), jnp.float32)

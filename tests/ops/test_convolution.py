@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlinear.errors import UserError
 from jaxlinear.ops import causal_convolution
 from tests import naive, numerics, oracles
 
@@ -65,6 +66,35 @@ def test_gradients_are_those_of_finite_differences():
     expected = numerics.directional_derivative(objective, inputs, directions)
     found = sum(np.sum(d * np.asarray(g)) for d, g in zip(directions, gradients, strict=True))
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("complex_weights", [False, True])
+def test_complex_inputs(complex_weights):
+    """By real filters or complex ones."""
+    random = np.random.default_rng(4)
+    x, state = (numerics.normal(random, *shape, complex_=True) for shape in ((2, 9, 3), (2, 3, 3)))
+    kernel, bias = (numerics.normal(random, *shape, complex_=complex_weights) for shape in ((4, 3), (3,)))
+    ids = np.cumsum(random.random((2, 9)) < 0.2, axis=1, dtype=np.int32)
+    cotangents = tuple(numerics.normal(random, *shape, complex_=True) for shape in (x.shape, state.shape))
+
+    def reference(x, kernel, bias, state):
+        kernel, bias = (y.astype(x.dtype) for y in (kernel, bias))
+        return naive.causal_convolution(x, kernel, bias, state, ids)
+
+    arguments = (x, kernel, bias, state), cotangents
+    expected = numerics.wide(numerics.run(numerics.with_gradients(reference), *arguments, dtype="float64"))
+    op = numerics.with_gradients(functools.partial(causal_convolution, segment_ids=ids))
+    for dtype in ("float64", "float32"):
+        numerics.assert_close(numerics.run(op, *arguments, dtype=dtype), expected, numerics.TOLERANCES[dtype])
+
+
+def test_complex_weights_of_real_inputs_are_refused():
+    """Their imaginary parts would be dropped."""
+    arrays = {"x": (1, 5, 2), "kernel": (3, 2), "bias": (2,), "state": (1, 2, 2)}
+    given = {name: np.ones(shape, np.float32) for name, shape in arrays.items()}
+    for name in ("kernel", "bias", "state"):
+        with pytest.raises(UserError, match=f"the {name} is complex, x is real"):
+            causal_convolution(**given | {name: given[name].astype(np.complex64)})
 
 
 def test_no_state_is_zeros_and_no_bias_is_none():

@@ -170,6 +170,15 @@ def test_blocks_that_no_query_sees_are_not_visited():
     assert re.findall(r"grid=\((\d+), (\d+), (\d+)\)", text) == [("1", "32", "2")]
 
 
+def test_shared_keys_under_x64_are_refused():
+    """JAX's kernel divides heads by a number of 64 bits there, in arrays of which nothing else is."""
+    q, k = np.ones((1, 130, 4, 8), np.float32), np.ones((1, 130, 2, 8), np.float32)
+    with jax.enable_x64(True):
+        with pytest.raises(UserError, match="shares no keys between heads under jax_enable_x64; backend='chunked'"):
+            causal_attention(q, k, k, backend="pallas")
+        assert causal_attention(q, q, q, backend="pallas").shape == q.shape
+
+
 def test_work_that_the_kernels_for_gpu_say_they_do(monkeypatch):
     """Per pair met: 2 (K + V) forward, 2 (2 K + V) and 2 (2 K + 2 V) backward. Blocks of 16 queries that begin at 5, 21, 37
     and 53 see from 0, 2, 18 and 34 on: 1, 2, 2 and 2 blocks of 32 keys."""

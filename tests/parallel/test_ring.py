@@ -79,6 +79,25 @@ def test_narrow_dtypes_are_summed_in_float32():
     assert errors[0] <= 1.1 * errors[1] < 0.05
 
 
+def test_dtypes_may_differ():
+    """Of the past too."""
+    random = np.random.default_rng(2)
+    shapes = (B, T, H, K), (B, T, 1, K), (B, T, 1, V), (B, PAST, 1, K), (B, PAST, 1, V)
+    inputs = tuple(numerics.normal(random, *shape) for shape in shapes)
+    cotangents = numerics.normal(random, B, T, H, V)
+
+    def run(q, k, v, *past):
+        return operations.causal_attention(q, k, v, past=(*past, jnp.asarray(PAST_IDS)))
+
+    exact, gradients = numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype="float64")
+    dtypes = "float32", "float64", "float32", "float32", "float64"
+    with jax.enable_x64(True), sharding.use_mesh(make_mesh(MESHES[0]), attention="ring"):
+        given = tuple(jnp.asarray(x, dtype) for x, dtype in zip(inputs, dtypes, strict=True))
+        found, found_gradients = numerics.with_gradients(run)(given, cotangents)
+    assert [x.dtype for x in (*found_gradients, found)] == [*dtypes, dtypes[2]]
+    numerics.assert_close((found, found_gradients), numerics.wide((exact, gradients)), 1e-6)
+
+
 def compiled(mesh, choice, length):
     """The program of the gradients."""
     place = jax.NamedSharding(mesh, jax.P(None, "sequence"))
