@@ -34,8 +34,6 @@ _LENGTH = 2048  # tokens of a row, if training has more
 _RAGGED = 37  # fewer tokens for some inputs, so that no block divides them
 _REPEATS = 5  # of which the time is the median
 
-Run = Callable[[], dict[str, jax.Array]]  # outputs and gradients by name
-
 
 @dataclasses.dataclass(frozen=True)
 class Error:
@@ -142,9 +140,9 @@ def _check(call: Call, kind: str, device: jax.Device, host: jax.Device) -> Check
     cotangents = tuple(check_inputs.normal(y, random) for y in shapes)
 
     without = "associative" if call.operation == "linear_recurrence" else "chunked"
-    as_kernel = _with_gradients(call, "pallas", device, inputs, cotangents)
-    as_chunks = _with_gradients(call, without, device, inputs, cotangents)
-    expected = _with_gradients(call, without, host, *jax.tree.map(_in_float32, (inputs, cotangents)))()
+    as_kernel = _compiled(call, "pallas", device, inputs, cotangents)
+    as_chunks = _compiled(call, without, device, inputs, cotangents)
+    expected = _compiled(call, without, host, *jax.tree.map(_in_float32, (inputs, cotangents)))()
     narrow = any(x.dtype == jnp.bfloat16 for x in inputs.values())
     rounding = _ROUNDING["bfloat16" if narrow else "float32"]
     sums = {f"gradient of {name}" for name in check_inputs.constants(call)}
@@ -176,8 +174,8 @@ def _numbers_and_others(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     return numbers, {name: x for name, x in arrays.items() if name not in numbers}
 
 
-def _with_gradients(call: Call, backend: str, device: jax.Device, inputs, cotangents) -> Run:
-    """Compiled for the device, where its arrays lie."""
+def _with_gradients(call: Call, backend: str) -> Callable[..., dict[str, jax.Array]]:
+    """``(numbers, other arrays, cotangents of the outputs) -> outputs and gradients of the numbers`` by name."""
     run = _operation(call, backend)
 
     def both(numbers, others, cotangents):
@@ -186,9 +184,14 @@ def _with_gradients(call: Call, backend: str, device: jax.Device, inputs, cotang
         named = dict(zip(("output", "last state"), outputs, strict=False))
         return named | {f"gradient of {name}": x for name, x in gradients.items()}
 
+    return both
+
+
+def _compiled(call: Call, backend: str, device: jax.Device, inputs, cotangents) -> Callable[[], dict[str, jax.Array]]:
+    """``_with_gradients`` of arrays that lie on the device."""
     arguments = jax.device_put((*_numbers_and_others(inputs), cotangents), device)
     with backends.use_device(device):
-        compiled = jax.jit(both).lower(*arguments).compile()
+        compiled = jax.jit(_with_gradients(call, backend)).lower(*arguments).compile()
     return lambda: jax.block_until_ready(compiled(*arguments))
 
 
@@ -207,7 +210,7 @@ def _off(x: jax.Array, expected: jax.Array) -> float:
     return float(np.max(difference) / scale) if scale else float(np.max(difference))
 
 
-def _milliseconds(run: Run) -> float:
+def _milliseconds(run: Callable[[], Any]) -> float:
     times = []
     for _ in range(_REPEATS):
         begin = time.perf_counter()

@@ -56,8 +56,8 @@ def causal_attention(
     if past is None:
         q, k, v = attention.of_one_dtype(q, k, v)
     else:
-        q, k, v, *earlier_keys = attention.of_one_dtype(q, k, v, *past[:2])
-        past = (*earlier_keys, past[2])
+        q, k, v, past_keys, past_values = attention.of_one_dtype(q, k, v, *past[:2])
+        past = past_keys, past_values, past[2]
     if past is not None and segment_ids is None:
         segment_ids = jnp.zeros_like(past[2], shape=(batch, length))
     block, scale = min(attention.QUERY_BLOCK, length), attention.scale_of(q, scale)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from jaxlinear import config as configs
 from jaxlinear import ops
@@ -20,6 +21,7 @@ from jaxlinear.models import presets
 from jaxlinear.ops import backends
 from jaxlinear.ops.calls import Call
 from jaxlinear.pallas import blocks
+from jaxlinear.parallel import compiler, targets
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SMALL = [name for name in presets.PRESETS if name.endswith(("_2m", "_6m"))]
@@ -178,3 +180,22 @@ def test_the_program(tmp_path):
     assert done.stdout.splitlines()[-1] == "right on this device: the kernels of linear_recurrence"
     result = json.loads(output.read_text())
     assert result["device"] == "cpu" and [x["inputs"] for x in result["checked"]] == list(check_inputs.KINDS)
+
+
+@pytest.mark.compiles_ahead
+@pytest.mark.parametrize("topology", ["h100:1", "v5e:1x1"])
+def test_what_runs_on_a_device_compiles_for_it(topology):
+    """As a kernel and without, at the sizes of GLA 1.3B."""
+    device = targets.find(topology).devices[0]
+    (call,) = device_check._calls(configs.resolve(config("gla_1b3")), device, 1, 256)
+    place = SingleDeviceSharding(device)
+    with backends.use_device(device):
+        for backend, kernels in (("pallas", True), ("chunked", False)):
+            outputs = jax.eval_shape(
+                device_check._operation(call, backend), *device_check._numbers_and_others(call.arrays)
+            )
+            arguments = (*device_check._numbers_and_others(call.arrays), outputs)
+            arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
+            lowered = jax.jit(device_check._with_gradients(call, backend)).lower(*arguments)
+            text = lowered.compile(compiler_options=compiler.WITHOUT_DEVICE.get(device.platform)).as_text()
+            assert ("linear_attention_gradient" in text) == kernels
