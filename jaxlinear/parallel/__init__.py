@@ -1,1 +1,1 @@
-"""Meshes, sharding rules and, over them, everything that knows of more than one device."""
+"""Meshes, sharding rules and, on top of them, everything that involves more than one device."""

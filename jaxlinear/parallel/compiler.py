@@ -1,4 +1,4 @@
-"""What is asked of XLA's compilers, by platform: ``jax.jit``'s ``compiler_options``."""
+"""Options for XLA's compilers, by platform: ``jax.jit``'s ``compiler_options``."""
 
 from jax.sharding import Mesh
 
@@ -34,5 +34,5 @@ WITHOUT_DEVICE: dict[str, Options] = {"gpu": {"xla_gpu_enable_triton_gemm": Fals
 
 
 def of_sequences(mesh: Mesh) -> Options | None:
-    """For programs that take whole sequences: training and evaluations."""
+    """For programs that process whole sequences: training and evaluation."""
     return SEQUENCES.get(mesh.devices.flat[0].platform)

@@ -1,7 +1,7 @@
-"""What an exchange between shards of time costs, reckoned from bytes and steps: by it ``"auto"`` chooses.
+"""The cost of an exchange between shards of time, estimated from bytes and steps; ``"auto"`` chooses by it.
 
-Not a measurement: data sheet rates, and nothing hidden behind other work. For both passes together, with W shards, m the
-bytes of M as it travels, and c those of C and of the gradient D that goes back:
+This is not a measurement: it uses data sheet rates and assumes that nothing is hidden behind other work. For both
+passes together, with W shards, m the bytes of M as it travels, and c those of C and of the gradient D that goes back:
 
 ============== ============================== ================================ ==========================================
 exchange       bytes that a device sends      bytes that it holds              work
@@ -10,11 +10,12 @@ exchange       bytes that a device sends      bytes that it holds              w
 ``doubling``   2 log2(W)(m + c) + 2c          2(m + c), m between passes       2 log2(W) composes, which have M2 M1 too
 ============== ============================== ================================ ==========================================
 
-M2 M1 is a product of matrices where M is one (the delta rule). On a torus, whose links lead to neighbours, a permute over d
-shards puts the bytes of d of them on each link: there doubling saves memory alone. Through a switch it also saves time.
+M2 M1 is a matrix product where M is a matrix (the delta rule). On a torus, whose links join neighbours, a permute over
+d shards puts the bytes of d of them on each link: there doubling saves only memory. Through a switch it also saves
+time.
 
-Full attention gathers keys and values, all of them and their float32 gradients in memory, or sends them round a ring, two
-shards' at a time; the products are the same ones.
+Full attention gathers keys and values, and holds all of them and their float32 gradients in memory, or sends them round
+a ring, and holds those of two shards at a time; the products are the same.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ class KeysAndValues(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one operation on one device, both passes together."""
+    """The cost of one operation on one device, both passes together."""
 
     seconds: float
     moved: int  # bytes that it sends
@@ -80,7 +81,7 @@ def of_states(load: States, device: Device, link: Link) -> dict[str, Cost]:
 
 
 def of_keys_and_values(load: KeysAndValues, link: Link) -> dict[str, Cost]:
-    """The cost of each of ``ATTENTION``, without the products, behind which the ring hides what it can."""
+    """The cost of each of ``ATTENTION``, excluding the products, behind which the ring hides what it can."""
     shards, own, wide = load
     steps = shards - 1
     ring = 2 * steps * link.permute(shards, 1, own) + (shards + 1) * link.permute(shards, 1, wide)
@@ -92,13 +93,13 @@ def of_keys_and_values(load: KeysAndValues, link: Link) -> dict[str, Cost]:
 
 
 def choose_exchange(asked: str, load: States, kind: str, span: int) -> str:
-    """One of ``EXCHANGES``: what is asked for, or for ``"auto"`` the cheapest whose states fit their bound.
+    """One of ``EXCHANGES``: the one asked for or, for ``"auto"``, the cheapest one whose states fit their bound.
 
     Args:
       asked: ``parallel.exchange``.
-      load: what there is to exchange.
+      load: what has to be exchanged.
       kind: of the devices, as ``jax.Device.device_kind``.
-      span: devices between the first and the last of a row of shards, in the order of the mesh.
+      span: how many devices a row of shards spans, from first to last, in the order of the mesh.
     """
     _check("parallel.exchange", asked, tuple(EXCHANGES))
     device = device_of(kind)
@@ -115,7 +116,7 @@ def choose_exchange(asked: str, load: States, kind: str, span: int) -> str:
 
 
 def choose_attention(asked: str, load: KeysAndValues, kind: str, span: int) -> str:
-    """One of ``ATTENTION``: what is asked for, or for ``"auto"`` the gather, unless it holds more than its bound."""
+    """One of ``ATTENTION``: the one asked for or, for ``"auto"``, the gather unless it holds more than its bound."""
     _check("parallel.attention", asked, ATTENTION)
     device = device_of(kind)
     costs, bound = of_keys_and_values(load, link_of(device, span)), int(KEYS_AND_VALUES_BOUND * device.memory)
@@ -132,7 +133,7 @@ def _check(key: str, asked: str, known: tuple[str, ...]) -> None:
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of the arrays."""
+    """The bytes of all arrays together."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -141,8 +142,8 @@ _listeners: list[list[str]] = []
 
 @contextlib.contextmanager
 def explained() -> Iterator[list[str]]:
-    """The lines that explain each choice made within it, that is while a program is traced: what for, what was chosen,
-    and what each way costs. Equal choices are explained once."""
+    """Collects the lines that explain each choice made within the context, that is while a program is traced: what it
+    is for, what was chosen, and what each option costs. Equal choices are explained once."""
     lines: list[str] = []
     _listeners.append(lines)
     try:

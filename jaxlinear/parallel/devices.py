@@ -1,4 +1,4 @@
-"""Devices and the links between them, by data sheet: what costs are reckoned from (``parallel.cost``)."""
+"""Devices and the links between them, from data sheets: the basis of the cost model (``parallel.cost``)."""
 
 from typing import NamedTuple
 
@@ -14,12 +14,12 @@ class Link(NamedTuple):
     torus: bool  # devices are linked to their neighbours alone, in a ring; else all of them through switches
 
     def gather(self, shards: int, size: int) -> float:
-        """Seconds of an all-gather of so many bytes from each shard; round a torus it goes both ways."""
+        """Seconds for an all-gather of ``size`` bytes from each shard; round a torus it goes both ways."""
         steps = shards // 2 if self.torus else shards - 1
         return self.start + steps * self.hop + (shards - 1) * size / self.gathering
 
     def permute(self, shards: int, distance: int, size: int) -> float:
-        """Seconds in which each shard sends so many bytes to the one ``distance`` places on."""
+        """Seconds for each shard to send ``size`` bytes to the shard ``distance`` places on."""
         steps = min(distance, shards - distance) if self.torus else 1  # hops; each link carries as many shards' bytes
         return self.start + steps * self.hop + steps * size / self.bandwidth
 
@@ -100,25 +100,26 @@ _DEVICES = {
 
 
 def device_of(kind: str) -> Device:
-    """By ``jax.Device.device_kind``. One that is not in the table is taken for an H100, and named so."""
+    """The device of a ``jax.Device.device_kind``. One that is not in the table is treated as an H100, and its name says
+    so."""
     return _DEVICES.get(
         kind, _H100._replace(name=f"{kind}, which is not in the table, by the figures of an NVIDIA H100")
     )
 
 
 def link_of(device: Device, span: int) -> Link:
-    """What joins the devices of a row of shards that lies among ``span`` neighbouring devices."""
+    """The link that joins the devices of a row of shards spanning ``span`` neighbouring devices."""
     return device.link if device.beyond is None or span <= (device.domain or span) else device.beyond
 
 
 def axes_of(device: Device, devices: int) -> int:
-    """Over how many axes of the torus a group of so many devices may lie, at most."""
+    """The most axes of the torus over which a group of ``devices`` devices may lie."""
     return max(1, min(device.axes, devices.bit_length() - 1))
 
 
 def most_gathering(device: Device, devices: int, span: int) -> float:
-    """bytes/s that a device may receive, at most, of a collective of so many devices among ``span`` neighbouring ones: over
-    all links that they have, and between hosts over the ports of those of a host that take part."""
+    """The most bytes/s that a device may receive in a collective of ``devices`` devices among ``span`` neighbouring
+    ones: over all of their links and, between hosts, over the ports of those devices of a host that take part."""
     link = link_of(device, span)
     if link.torus:
         return link.gathering * axes_of(device, devices)

@@ -1,11 +1,12 @@
 """The exchange of maps between shards of time, in two forms behind one interface.
 
 ``all_gather``: one collective; every shard holds the W maps and folds them itself. ``doubling``: log2 W permutes of
-composed maps and one more; two maps in memory. ``parallel.cost`` reckons what each costs.
+composed maps and one more; two maps in memory. ``parallel.cost`` estimates the cost of each.
 
-A forward exchange takes a shard's own map (M_r, C_r) and the state before the first shard, and gives the state before
-the own shard, the state after the last, and what of the M its backward exchange needs, packed, ``[W or 1, B, ...]``. A
-backward exchange takes that, D_r and the gradient of the last state, and gives G_r and the gradient of the first state.
+A forward exchange takes a shard's own map (M_r, C_r) and the state before the first shard. It returns the state before
+this shard, the state after the last, and those of the M that its backward exchange needs, packed, ``[W or 1, B, ...]``.
+A backward exchange takes these, D_r and the gradient of the last state, and returns G_r and the gradient of the first
+state.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ LANES = 128  # what is exchanged is padded to a multiple of so many numbers
 
 
 class Maps(NamedTuple):
-    """The maps of shards of ``length`` tokens each, and how their M travel: as the family packs them."""
+    """The maps of shards of ``length`` tokens each. Their M travel as the family packs them."""
 
     family: Family
     constants: Constants
@@ -34,7 +35,7 @@ class Maps(NamedTuple):
         return self.family.pack(transition)
 
     def unpack(self, packed: Any, shards: int = 1) -> Any:
-        """The M of so many shards together."""
+        """The M of ``shards`` shards together."""
         return self.family.unpack(packed, self.constants, shards * self.length)
 
     def back(self, transition: Any, d_shard: State, d_state: State) -> State:
@@ -43,7 +44,7 @@ class Maps(NamedTuple):
 
 
 def gather(maps: Maps, summary: Summary, state: State) -> tuple[State, State, Any]:
-    """Forward, by one all-gather."""
+    """The forward exchange by one all-gather."""
     transitions, states = _all_gather((maps.pack(summary[0]), summary[1]))
     rank = lax.axis_index(AXIS)
 
@@ -57,7 +58,7 @@ def gather(maps: Maps, summary: Summary, state: State) -> tuple[State, State, An
 
 
 def gather_back(maps: Maps, transitions: Any, d_shard: State, d_final: State) -> tuple[State, State]:
-    """Backward, by one all-gather."""
+    """The backward exchange by one all-gather."""
     gathered, rank, last = _all_gather(d_shard), lax.axis_index(AXIS), lax.axis_size(AXIS) - 1
 
     def step(i, carry):
@@ -71,10 +72,10 @@ def gather_back(maps: Maps, transitions: Any, d_shard: State, d_final: State) ->
 
 
 def double(maps: Maps, summary: Summary, state: State) -> tuple[State, State, Any]:
-    """Forward, by doubling: after step i, a shard holds the map of itself and the 2^i - 1 before it.
+    """The forward exchange by doubling: after step i, a shard holds the map of itself and the 2^i - 1 before it.
 
-    The state before the sequence is in the first shard's C, whose M is therefore zero: so an M that is not is one of 2^i
-    shards, wherever it is.
+    The state before the sequence is part of the first shard's C, whose M is therefore zero. So any M that is not zero
+    covers 2^i shards, wherever it is.
     """
     rank, shards = lax.axis_index(AXIS), lax.axis_size(AXIS)
     first = jax.tree.map(jnp.zeros_like, summary[0]), maps.family.advance(summary, state)
@@ -89,9 +90,9 @@ def double(maps: Maps, summary: Summary, state: State) -> tuple[State, State, An
 
 
 def double_back(maps: Maps, transitions: Any, d_shard: State, d_final: State) -> tuple[State, State]:
-    """Backward, by doubling: after step i, a shard holds D and M of itself and the 2^i - 1 after it.
+    """The backward exchange by doubling: after step i, a shard holds D and M of itself and the 2^i - 1 after it.
 
-    The gradient of the last state is in the last shard's D, whose M is therefore zero.
+    The gradient of the last state is part of the last shard's D, whose M is therefore zero.
     """
     rank, shards = lax.axis_index(AXIS), lax.axis_size(AXIS)
     own = maps.unpack(_take(transitions, 0))

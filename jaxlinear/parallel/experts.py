@@ -1,4 +1,4 @@
-"""Experts spread over devices: tokens travel to them, and what they add up to travels back."""
+"""Experts spread over devices: tokens travel to them, and the sums of their contributions travel back."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,16 +19,16 @@ _SPLIT = ("expert", "mlp")  # logical axes of parameters that are split while a 
 def over_experts(
     compute: Compute, tokens: Any, parameters: Mapping[str, jax.Array], axes: Mapping[str, Axes]
 ) -> jax.Array:
-    """``compute(tokens, parameters, 0)``, each device of the mesh in use computing with its own experts alone.
+    """``compute(tokens, parameters, 0)``, with each device of the mesh in use computing only its own experts.
 
-    Experts are split over the mesh axis ``expert``, and the rows of the batch are too. Devices that differ in that axis
-    alone gather their tokens, each computes what its experts contribute to all of them, and the contributions are
-    summed where the tokens came from. Shapes are fixed and no token can be dropped: a device has room for the case that
-    every token chooses its experts.
+    Experts are split over the mesh axis ``expert``, and so are the rows of the batch. Devices that differ only in that
+    axis gather their tokens, each computes what its experts contribute to all of them, and the contributions are summed
+    where the tokens came from. Shapes are fixed and no token can be dropped: a device has room for the case that every
+    token chooses its experts.
 
     Args:
-      compute: ``(tokens, parameters of some experts, number of the first) -> [B, T, D]``, what they contribute to a sum
-        over experts and, if axes named "mlp" are split, over these channels.
+      compute: ``(tokens, parameters of some experts, number of the first) -> [B, T, D]``, their contribution to a sum over
+        experts and, if axes named "mlp" are split, over these channels.
       tokens: a tree of ``[B, T, ...]``.
       parameters: by name.
       axes: the logical axes of each parameter.

@@ -11,8 +11,8 @@ _Item = TypeVar("_Item")
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, int], process: int | None = None) -> list[int]:
-    """The rows of ``[B, T]`` that lie on this process's devices, or on those of another, ascending. They need not be
-    neighbours: on TPUs the mesh follows the torus, not the hosts."""
+    """The rows of ``[B, T]`` that lie on the devices of this process, or of another one, in ascending order. They need
+    not be adjacent: on TPUs the mesh follows the torus, not the hosts."""
     process = jax.process_index() if process is None else process
     places: Mapping[Any, tuple[slice, ...]] = sharding.devices_indices_map(shape)
     rows: set[int] = set()
@@ -23,7 +23,7 @@ def local_rows(sharding: NamedSharding, shape: tuple[int, int], process: int | N
 
 
 def place(batch: dict[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> dict[str, jax.Array]:
-    """The global batch of ``batch_size`` rows, of which ``batch`` are this process's (``local_rows``): whole rows of T
+    """The global batch of ``batch_size`` rows. ``batch`` holds those of this process (``local_rows``): whole rows of T
     tokens, of which each device gets its part."""
 
     def one(rows: np.ndarray) -> jax.Array:
@@ -42,8 +42,8 @@ def place(batch: dict[str, np.ndarray], sharding: NamedSharding, batch_size: int
 
 
 def one_behind(items: Iterable[_Item]) -> Iterator[_Item]:
-    """The items, each after the next one has been made: what devices are asked for one batch is read while they compute the
-    next, so that they do not wait for it."""
+    """Yields each item after the next one has been made, so that the results of one batch are read while the devices
+    compute the next, and the devices do not wait for it."""
     before: list[_Item] = []
     for item in items:
         yield from before

@@ -1,7 +1,8 @@
-"""What a shard of time sees of the shards before it: a fixed number of positions. All within ``shard_map``.
+"""What a shard of time sees of the shards before it: a fixed number of positions. Everything here runs within
+``shard_map``.
 
-They are kept for the backward pass whatever is computed again (``checkpoint_name``): what crossed the network once need
-not cross it twice.
+These positions are kept for the backward pass, whatever is recomputed (``checkpoint_name``), so that nothing crosses
+the network twice.
 """
 
 import math
@@ -17,7 +18,7 @@ from jaxlinear.parallel.exchanges import AXIS, EXCHANGED
 def before(x: jax.Array, width: int, first: jax.Array) -> jax.Array:
     """The ``width`` positions before this shard's own: ``[B, T, ...]`` -> ``[B, width, ...]``.
 
-    ``first`` ``[B, width, ...]`` are those before the whole sequence. Takes as many hops as the width needs.
+    ``first`` ``[B, width, ...]`` holds those before the whole sequence. There are as many hops as the width needs.
     """
     if width == 0:
         return x[:, :0]
@@ -29,7 +30,7 @@ def before(x: jax.Array, width: int, first: jax.Array) -> jax.Array:
 
 
 def ids_before(ids: jax.Array, width: int) -> jax.Array:
-    """Likewise of segment ids ``[B, T]``; the positions before the whole sequence have the first token's id."""
+    """As ``before``, for segment ids ``[B, T]``; the positions before the whole sequence have the first token's id."""
     if width == 0:
         return ids[:, :0]
     past = jnp.concatenate([_hops(ids, width), ids[:, :1]], axis=1)

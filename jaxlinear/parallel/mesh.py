@@ -1,8 +1,8 @@
-"""The mesh of devices that a config asks for, and which device is where in it.
+"""The mesh of devices that a config asks for, and the place of each device in it.
 
-On TPUs an axis of the mesh lies along axes of the torus (``jax.experimental.mesh_utils``), whatever hosts the devices are
-of, and slices, which only a network of the data centre joins, are laid along ``data``. Elsewhere devices stay in the order
-that they come in, process by process: ``tensor`` and ``expert``, the innermost axes, are joined by NVLink.
+On TPUs an axis of the mesh lies along axes of the torus (``jax.experimental.mesh_utils``), whichever hosts the devices
+belong to, and slices, which only a data centre network joins, are laid along ``data``. Elsewhere devices keep the order
+in which they are listed, process by process: ``tensor`` and ``expert``, the innermost axes, are joined by NVLink.
 """
 
 import functools
@@ -28,7 +28,7 @@ AXES = ("data", "fsdp", "sequence", "tensor", "expert")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices with the axes ``AXES``; one size may be -1, which takes what the others leave."""
+    """A mesh over all devices with the axes ``AXES``; one size may be -1, and takes what the others leave."""
     devices = jax.devices() if devices is None else devices
     sizes = {axis: sizes[axis] for axis in AXES}
     free = [axis for axis in AXES if sizes[axis] == -1]
@@ -107,5 +107,5 @@ def from_text(parts: Sequence[str]) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where ``[B, T]`` arrays of tokens lie."""
+    """The sharding of ``[B, T]`` arrays of tokens."""
     return NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"], sharding.RULES["time"]))

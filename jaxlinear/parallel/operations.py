@@ -1,8 +1,8 @@
-"""The operations on the mesh in use: those of ``jaxlinear.ops``, by the same names and contracts, for global arrays.
+"""The operations on the mesh in use: those of ``jaxlinear.ops``, with the same names and contracts, for global arrays.
 
-Where the mesh spreads time, each runs under ``shard_map`` on its shard: recurrences exchange their states
-(``parallel.sequence``), windows and convolutions receive the positions before their shard (``parallel.halos``). Else they
-are the plain operations. A mixer calls these.
+Where the mesh spreads time, each one runs under ``shard_map`` on its shard: recurrences exchange their states
+(``parallel.sequence``), and windows and convolutions receive the positions before their shard (``parallel.halos``).
+Otherwise they are the plain operations. Mixers call these.
 """
 
 import functools
@@ -43,8 +43,8 @@ Past = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def linear_recurrence(a: jax.Array, x: jax.Array, initial_state: jax.Array | None = None, **options: Any):
-    """``ops.linear_recurrence``; D lies by the logical axis ``recurrent``. The kernel runs on each device's part, since
-    the compiler cannot split it."""
+    """``ops.linear_recurrence``; D is sharded by the logical axis ``recurrent``. The kernel runs on each device's part,
+    since the compiler cannot split it."""
     runner, mesh = _runner("linear_recurrence", x.shape[1], "recurrent"), sharding.mesh_in_use()
     spread = runner is not recurrence.WHOLE
     if mesh is None or mesh.size == 1 or spread or diagonal.choose(options.get("backend", "auto"), a, x) != "pallas":
@@ -71,8 +71,8 @@ def selective_scan(
     initial_state: jax.Array | None = None,
     **options: Any,
 ):
-    """``ops.selective_scan``; D lies by the logical axis ``recurrent``. The kernel runs on each device's part, since the
-    compiler cannot split it."""
+    """``ops.selective_scan``; D is sharded by the logical axis ``recurrent``. The kernel runs on each device's part,
+    since the compiler cannot split it."""
     runner, mesh = _runner("selective_scan", x.shape[1], "recurrent"), sharding.mesh_in_use()
     spread, backend = runner is not recurrence.WHOLE, options.get("backend", "auto")
     if mesh is not None and mesh.size > 1 and not spread:
@@ -128,8 +128,8 @@ def _with_matrix_state(
     state: jax.Array | None,
     options: dict[str, Any],
 ):
-    """An operation of ``inputs``, q, k and v among them, whose kernel runs on each device's part, since the compiler cannot
-    split it."""
+    """An operation of ``inputs``, which include q, k and v. Its kernel runs on each device's part, since the compiler
+    cannot split it."""
     q, k, v = inputs[:3]
     runner, mesh = _runner(operation.__name__, q.shape[1], "heads"), sharding.mesh_in_use()
     spread, chunk_size = runner is not recurrence.WHOLE, options.get("chunk_size")
@@ -169,8 +169,8 @@ def document_starts(segment_ids: jax.Array) -> jax.Array:
 
 
 def after(x: jax.Array, inputs: Any) -> jax.Array:
-    """x ``[B, T, ...]``; where time is spread, what is computed from it waits for the ``inputs`` of a recurrence, arrays
-    ``[B, T, ...]``, so that it goes on beside the exchange of states, which else would have nothing beside it."""
+    """x ``[B, T, ...]``. Where time is spread, whatever is computed from it waits for the ``inputs`` of a recurrence,
+    arrays ``[B, T, ...]``, and so overlaps the exchange of states, which nothing would overlap otherwise."""
     return x if _mesh("after", x.shape[1]) is None else lax.optimization_barrier((x, inputs))[0]
 
 
@@ -213,8 +213,9 @@ def sliding_window_attention(
     past: Past | None = None,
     backend: str = "auto",
 ) -> jax.Array:
-    """``ops.sliding_window_attention`` of T queries on their T keys and, in front of these, the ``past``: keys
-    ``[B, P, G, K]``, values ``[B, P, G, V]`` and segment ids ``[B, P]`` of earlier tokens, P at least ``window - 1``."""
+    """``ops.sliding_window_attention`` of T queries over their T keys and, in front of these, the ``past``: keys
+    ``[B, P, G, K]``, values ``[B, P, G, V]`` and segment ids ``[B, P]`` of earlier tokens, with P at least
+    ``window - 1``."""
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     mesh = _mesh("sliding_window_attention", q.shape[1])
     attend = functools.partial(ops.sliding_window_attention, window=window, scale=scale)
@@ -250,9 +251,9 @@ def causal_attention(
     past: Past | None = None,
     backend: str = "auto",
 ) -> jax.Array:
-    """``ops.causal_attention``, with the ``past`` of any length as in ``sliding_window_attention``. Where time is spread,
-    every shard gathers all keys and values (LASP-2H, arXiv:2502.07563, section 3.4), or they go round the shards
-    (``parallel.ring``)."""
+    """``ops.causal_attention``, with a ``past`` of any length as in ``sliding_window_attention``. Where time is spread,
+    either every shard gathers all keys and values (LASP-2H, arXiv:2502.07563, section 3.4), or these go round the
+    shards (``parallel.ring``)."""
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     mesh = _mesh("causal_attention", q.shape[1])
     attend = functools.partial(ops.causal_attention, scale=scale)
@@ -281,7 +282,7 @@ def causal_attention(
 def _attention_in_parts(
     attend: functools.partial, backend: str, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
 ) -> jax.Array:
-    """Attention that has all of time. Its kernel runs on each device's part, since the compiler cannot split it."""
+    """Attention that has all of time. The kernel runs on each device's part, since the compiler cannot split it."""
     mesh = sharding.mesh_in_use()
     if mesh is None or mesh.size == 1 or choose_softmax(attend.func.__name__, backend, q, k, v) != "pallas":
         return attend(q, k, v, segment_ids=segment_ids, backend=backend)
@@ -318,7 +319,7 @@ def linear_cross_entropy(
     soft_cap: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """``ops.cross_entropy.linear_cross_entropy``: each shard of time takes the losses of its own tokens."""
+    """``ops.cross_entropy.linear_cross_entropy``: each shard of time computes the losses of its own tokens."""
 
     def local(x, embedding, whole, targets, weights):
         groups = sharding.batch_groups()
@@ -334,7 +335,7 @@ def linear_cross_entropy(
 
 
 def token_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft_cap: float = 0.0) -> jax.Array:
-    """``ops.cross_entropy.token_losses``, each shard of time by itself."""
+    """``ops.cross_entropy.token_losses``, computed on each shard of time separately."""
 
     def local(x, embedding, targets):
         return cross_entropy.token_losses(x, embedding, targets, soft_cap=soft_cap, groups=sharding.batch_groups())
@@ -348,8 +349,8 @@ def token_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft
 def rows(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows ``tokens`` ``[B, T]`` of an embedding ``[vocab, D]``, in ``dtype``: ``[B, T, D]``.
 
-    Devices that each hold some columns of the embedding look up those of all their tokens, and exchange what they found:
-    the bytes of an activation, where the whole embedding is as many as a vocabulary of tokens.
+    Devices that each hold some columns of the embedding look up these columns for all of their tokens and exchange the
+    results. These are the bytes of one activation; the whole embedding has those of as many tokens as the vocabulary.
     """
     table, split = sharding.place_gradient(table, _EMBEDDING), table.shape[1] % sharding.parts("columns") == 0
     if split:
@@ -368,8 +369,8 @@ _BY_TIME = PartitionSpec(None, AXIS)
 
 
 def _over_time(mesh: AnyMesh, function: Callable, whole: int, out_specs: PartitionSpec) -> Callable:
-    """``function(x, *others)`` on each shard of time, which the first ``whole`` of the others do not have; the other axes
-    of the mesh are left to the compiler."""
+    """``function(x, *others)`` on each shard of time. The first ``whole`` of the others have no time axis and stay
+    whole; the other axes of the mesh are left to the compiler."""
 
     def run(*arguments):
         in_specs = (

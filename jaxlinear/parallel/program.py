@@ -1,4 +1,4 @@
-"""What a process runs, as text: processes that train together have to run the same."""
+"""The program that a process runs, described as text: processes that train together have to run the same one."""
 
 import hashlib
 import importlib.metadata
@@ -25,7 +25,7 @@ _OF_A_HOST = re.compile(r"--\w*dump|--xla_force_host_platform_device_count|[^/]*
 
 
 def text() -> str:
-    """Versions, a hash of this library's code, JAX's settings that change results, and the compilers' flags."""
+    """Versions, a hash of this library's code, the JAX settings that change results, and the compilers' flags."""
     versions = [f"jaxlinear {jaxlinear.__version__} (code {_code(Path(jaxlinear.__file__).parent)})"]
     for package in (*_PACKAGES, *_PLUGINS):
         try:

@@ -1,15 +1,15 @@
-"""Causal attention with time spread over devices: the keys and values of the shards go round them as a ring.
+"""Causal attention with time spread over devices: the keys and values of the shards travel round them in a ring.
 
-Each shard keeps its queries. A block of keys and values goes from shard to shard, W - 1 steps of ``ppermute``, while the
-shard that has it counts it in (Ring Attention, Liu et al. 2023, arXiv:2310.01889); backward it goes round again, and its
-gradients one step later, which one step more brings home. So memory is that of the keys and values of two shards, and
-backward of their gradients and of what the present shard adds to them; nothing of the size of T is anywhere. All that
-travels does so beside the work on a block.
+Each shard keeps its queries. A block of keys and values goes from shard to shard in W - 1 steps of ``ppermute``, while
+the shard that has it accumulates its contribution (Ring Attention, Liu et al. 2023, arXiv:2310.01889). In the backward
+pass the block goes round again, its gradients follow one step later, and one more step brings them home. So memory
+holds the keys and values of two shards and, in the backward pass, their gradients and what the present shard adds to
+them; nothing anywhere has the size of T. Everything travels while a block is being worked on.
 
-Blocks in a shard's future are passed over. That does not balance: shard r has r + 1 blocks to count, the last one all W of
-them, and the others wait for it in the same steps; about half of the devices' time is idle, just as when the keys are
-gathered. Balance takes another order of tokens (striped, arXiv:2311.09431), which recurrences in the same model do not
-have.
+Blocks in a shard's future are skipped. That does not balance the load: shard r has r + 1 blocks to process, the last
+one all W of them, and the others wait for it in the same steps; about half of the devices' time is idle, just as when
+the keys are gathered. Balance needs a different order of tokens (striped, arXiv:2311.09431), which recurrences in the
+same model do not have.
 """
 
 import functools
@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
 
 class End(NamedTuple):
-    """The document of a block's last token: by these a later shard knows what it sees of the block."""
+    """The document of a block's last token, from which a later shard knows what it sees of the block."""
 
     id: jax.Array  # [B]
     begin: jax.Array  # [B] int32, its first token in the block
@@ -48,9 +48,9 @@ def causal_attention(
     past: tuple[jax.Array, jax.Array, jax.Array] | None,
     scale: float | None,
 ) -> jax.Array:
-    """Within ``shard_map``: a shard's queries ``[B, T/W, H, K]``, keys ``[B, T/W, G, K]``, values ``[B, T/W, G, V]`` and
-    segment ids ``[B, T/W]``, and the ``operations.Past`` of the whole sequence -> ``[B, T/W, H, V]``. Sums are float32 at
-    least."""
+    """Runs within ``shard_map``: a shard's queries ``[B, T/W, H, K]``, keys ``[B, T/W, G, K]``, values
+    ``[B, T/W, G, V]`` and segment ids ``[B, T/W]``, and the ``operations.Past`` of the whole sequence ->
+    ``[B, T/W, H, V]``. Sums are float32 at least."""
     attention.check_shapes("causal_attention", q, k, v)
     heads, groups, (batch, length), dtype = q.shape[2], k.shape[2], k.shape[:2], v.dtype
     if past is None:
@@ -123,10 +123,10 @@ _attend.defvjp(_forward, _backward)
 
 
 def _round(visit, carry, gained, own: Block, earlier: Block | None, places, shape: _Shape):
-    """``visit(carry, block, meetings, rule)`` of the own block, of those before it, the nearest first, and of the past.
+    """``visit(carry, block, meetings, rule)`` for the own block, for those before it, nearest first, and for the past.
 
-    A visit gives the carry and what the block gains by it. What a block has gained follows it from shard to shard, begins
-    as ``gained``, and is home in the end.
+    A visit returns the carry and what the block gains by it. What a block has gained follows it from shard to shard,
+    starts as ``gained``, and is home at the end.
 
     Returns:
       the carry, and what the own block and the past have gained.

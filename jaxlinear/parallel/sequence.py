@@ -1,10 +1,10 @@
 """Sequence parallelism: any family of recurrence over the mesh axis ``sequence``, by one exchange of fixed-size states.
 
 Each shard of time summarises itself as the map (M_r, C_r) of its run; the maps are exchanged; each shard folds those
-before it over the initial state and computes its outputs from what comes of it. Backward, with D_r the gradient of shard
-r's outputs with respect to the state before it, the D are exchanged and folded the other way, G_r = D_{r+1} +
-M_{r+1}^T G_{r+1}; a shard's own gradients follow from its outputs' and G_r. What is exchanged does not grow with T
-(LASP-2, Sun et al. 2025, arXiv:2502.07563, for linear attention without decay; here for every family).
+before it over the initial state and computes its outputs from the result. In the backward pass, with D_r the gradient
+of shard r's outputs with respect to the state before it, the D are exchanged and folded the other way, G_r = D_{r+1} +
+M_{r+1}^T G_{r+1}; a shard's own gradients follow from those of its outputs and G_r. What is exchanged does not grow
+with T (LASP-2, Sun et al. 2025, arXiv:2502.07563, for linear attention without decay; here for every family).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Spread:
     """The time of sequences spread over the axis ``sequence`` of a mesh (``recurrence.Runner``).
 
     ``heads`` is the logical axis of the third axis of the inputs, which is the second of a state and the first of
-    constants; what all heads share has 1 there, and lies whole on each device. ``exchange`` names one of
+    constants; what all heads share has size 1 there, and is whole on each device. ``exchange`` names one of
     ``exchanges.EXCHANGES``, or is ``"auto"``: ``parallel.cost`` chooses.
     """
 
@@ -51,8 +51,8 @@ class Spread:
     def run(
         self, family: Family, chunk: int | None, inputs: Any, constants: Any, state: State
     ) -> tuple[jax.Array, State]:
-        """``ops.recurrence.chunked`` of global arrays. The outputs lie as the inputs do; the last state is on every
-        shard."""
+        """``ops.recurrence.chunked`` of global arrays. The outputs are sharded as the inputs are; the last state is on
+        every shard."""
         chunk = chunk or jax.tree.leaves(inputs)[0].shape[1] // self.mesh.shape[AXIS]
         of_inputs = jax.tree.map(lambda x: self._spec(x, "batch", "time", self.heads), inputs)
         of_constants = jax.tree.map(lambda x: self._spec(x, self.heads), constants)
@@ -106,7 +106,7 @@ class Spread:
 
 
 def kind_and_span(mesh: AnyMesh) -> tuple[str, int]:
-    """The kind of the mesh's devices, and among how many neighbours a row of shards lies (``parallel.cost``)."""
+    """The kind of the mesh's devices, and how many neighbouring devices a row of shards spans (``parallel.cost``)."""
     return backends.target().kind, math.prod(mesh.axis_sizes[mesh.axis_names.index(AXIS) :])
 
 
@@ -118,7 +118,7 @@ def _load(family, packed, own, mesh) -> cost.States:
 
 
 def _summarised(family, chunk, inputs, constants):
-    """Of one shard: the run by chunks, their maps, and the map of all of it."""
+    """For one shard: the run by chunks, their maps, and the map of the whole run."""
     run = family.prepare(recurrence.split(inputs, chunk), constants)
     summaries = recurrence.by_chunk(family.summarise(run), jax.tree.leaves(inputs)[0].shape[0])
     return run, summaries, recurrence.whole(family, summaries)

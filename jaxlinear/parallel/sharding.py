@@ -1,4 +1,4 @@
-"""Logical axes of parameters and activations, and the rules that map them to the axes of the mesh."""
+"""Logical axes of parameters and activations, and the rules that map them to mesh axes."""
 
 import contextlib
 import functools
@@ -31,7 +31,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 
 
 class Choices(NamedTuple):
-    """How shards of time hear of each other: the config's keys ``parallel.exchange`` and ``parallel.attention``."""
+    """How shards of time exchange data: the config keys ``parallel.exchange`` and ``parallel.attention``."""
 
     exchange: str = "auto"
     attention: str = "auto"
@@ -45,8 +45,8 @@ _in_use: list[tuple[AnyMesh, Choices]] = []
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, **choices: str) -> Iterator[None]:
-    """Within it, ``constrain`` places activations on ``mesh``, and operations are traced for its devices and
-    spread time over it by the ``Choices``; outside any, ``constrain`` does nothing."""
+    """Within the context, ``constrain`` places activations on ``mesh``, and operations are traced for its devices and
+    spread time over it by the ``Choices``. Outside any, ``constrain`` does nothing."""
     _in_use.append((mesh, Choices(**choices)))
     try:
         with backends.use_device(mesh.devices.flat[0]):
@@ -56,10 +56,10 @@ def use_mesh(mesh: Mesh, **choices: str) -> Iterator[None]:
 
 
 def summed_over_copies(function: Callable[..., Any], parameters: Any, batch: Any) -> Any:
-    """``function(parameters, batch)``, a tree of sums over the rows of the batch, by the devices of each copy of the
-    parameters from their own rows; what they found is then summed, once, where the compiler would sum each part of it as it
-    comes, and does beside ``mesh.tensor``. The function is traced for the rows of one copy, and what it computes has to be
-    a sum over them; what else it needs of the others' rows ``of_all_copies`` has."""
+    """``function(parameters, batch)``, a tree of sums over the rows of the batch: the devices of each copy of the
+    parameters compute it from their own rows, and the results are then summed, once. The compiler would sum each part
+    as it comes, and does so with ``mesh.tensor``. The function is traced for the rows of one copy, and what it computes
+    has to be a sum over them; whatever else it needs of the others' rows, ``of_all_copies`` provides."""
     mesh, choices = _in_use[-1]
     # Of one copy, XLA of JAX 0.11 ends the process where rows are looked up in a vocabulary that is split.
     if mesh.shape.get(_COPIES, 1) == 1 or parts("vocab") > 1:
@@ -81,7 +81,7 @@ def summed_over_copies(function: Callable[..., Any], parameters: Any, batch: Any
 
 
 def of_all_copies(x: jax.Array) -> jax.Array:
-    """A sum over rows of all copies, from that over those of one; of what has no gradient."""
+    """A sum over the rows of all copies, from the sum over those of one; for values that have no gradient."""
     mesh = mesh_in_use()
     apart = mesh is not None and _COPIES in mesh.shape and _COPIES not in _sizes(mesh)
     return lax.psum(lax.stop_gradient(x), _COPIES) if apart else x
@@ -105,17 +105,18 @@ def _sizes(mesh: AnyMesh) -> dict[str, int]:
 
 
 def mesh_axes(entries: Iterable[Any]) -> set[str]:
-    """The axes of the mesh that stand in a ``PartitionSpec``, or in some of its entries."""
+    """The mesh axes that appear in a ``PartitionSpec``, or in some of its entries."""
     return {name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)}
 
 
 def shard_shape(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> tuple[int, ...]:
-    """The shape of each device's part of such an array."""
+    """The shape of each device's part of an array with these logical axes."""
     return part_of(shape, spec(axes, shape, mesh), mesh)
 
 
 def part_of(shape: tuple[int, ...], where: PartitionSpec, mesh: AnyMesh) -> tuple[int, ...]:
-    """The shape of each device's part of an array that lies so; ``NamedSharding`` has none for copies of parameters."""
+    """The shape of each device's part of an array with this partition; ``NamedSharding`` has none for copies of
+    parameters."""
     entries = ((name,) if isinstance(name, str) else name or () for name in where)
     parts = (math.prod(mesh.shape[name] for name in names) for names in entries)
     return tuple(size // count for size, count in itertools.zip_longest(shape, parts, fillvalue=1))
@@ -130,9 +131,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather_embed(x: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> jax.Array:
-    """A parameter that lies by these logical axes, with the axis ``embed`` whole on each device, in ``dtype``: gathered
-    here, once, where XLA would rather move tokens, or gather it in each trip of a loop. It has no gradient, which would be
-    of ``dtype``."""
+    """A parameter sharded by these logical axes, with the axis ``embed`` whole on each device, in ``dtype``. It is
+    gathered here, once, where XLA would rather move tokens, or gather it in each trip of a loop. It has no gradient,
+    which would be of ``dtype``."""
     # Cast where it lies: else it would be gathered first, as twice the bytes, and the whole of it cast.
     x = constrain(jax.lax.stop_gradient(x).astype(dtype), *axes)
     return constrain(x, *(None if axis == "embed" else axis for axis in axes))
@@ -140,7 +141,7 @@ def gather_embed(x: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def place_gradient(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """x, whose gradient lies by these logical axes."""
+    """x, with its gradient sharded by these logical axes."""
     return x
 
 
@@ -148,18 +149,18 @@ place_gradient.defvjp(lambda x, axes: (x, None), lambda axes, _, d_x: (constrain
 
 
 def mesh_in_use() -> AnyMesh | None:
-    """That of the innermost ``use_mesh``; None outside any."""
+    """The mesh of the innermost ``use_mesh``; None outside any."""
     return _in_use[-1][0] if _in_use else None
 
 
 def choices_in_use() -> Choices:
-    """Those of the innermost ``use_mesh``; outside any, ``"auto"`` for all."""
+    """The choices of the innermost ``use_mesh``; outside any, ``"auto"`` for all."""
     return _in_use[-1][1] if _in_use else Choices()
 
 
 def token_by_token(function: Callable[..., Any], *tokens: jax.Array) -> Any:
-    """``function(*tokens)`` of arrays ``[B, T, ...]`` to such arrays, each device with its own tokens alone: for what
-    XLA would rather gather than split, such as ``top_k``."""
+    """``function(*tokens)``, from arrays ``[B, T, ...]`` to such arrays, with each device computing only its own
+    tokens: for operations that XLA would rather gather than split, such as ``top_k``."""
     mesh = mesh_in_use()
     if mesh is None or mesh.size == 1:
         return function(*tokens)
@@ -168,11 +169,11 @@ def token_by_token(function: Callable[..., Any], *tokens: jax.Array) -> Any:
 
 
 def parts(axis: str) -> int:
-    """Over how many devices a logical axis is spread on the mesh in use."""
+    """The number of devices over which a logical axis is spread on the mesh in use."""
     mesh = mesh_in_use()
     return 1 if mesh is None else math.prod(_sizes(mesh).get(name, 1) for name in RULES[axis])
 
 
 def batch_groups() -> int:
-    """Over how many devices the batch is spread on the mesh in use."""
+    """The number of devices over which the batch is spread on the mesh in use."""
     return parts("batch")

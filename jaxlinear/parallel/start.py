@@ -36,8 +36,8 @@ _LOOKS_AT_A_LISTING = 90
 
 
 def use_gpu_memory() -> None:
-    """Before any device is touched: a run takes as much of a GPU's memory as ``targets`` reckons with, where JAX by itself
-    takes three quarters. What the user has set stays, by the old name of the variable too."""
+    """Called before any device is touched: lets a run take as much of a GPU's memory as ``targets`` assumes, where JAX
+    by itself takes three quarters. What the user has set stays, under the old name of the variable too."""
     if not {_MEMORY_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
         os.environ[_MEMORY_FRACTION] = str(targets.GPU_MEMORY_FRACTION)
 
@@ -51,10 +51,10 @@ def join(
 ) -> None:
     """Joins this process to the others of its run, before any device is touched; alone, it does nothing.
 
-    With ``coordinator`` (HOST:PORT of process 0), the number of ``processes`` and the number of this one, these are
-    taken. Without, SLURM (more than one task in the step) and TPU pods, those of GKE too, are known by their environment,
-    and JAX finds the rest out by itself. When the others do not come within ``patience`` seconds, the process ends with
-    status 1, after which a scheduler may try again, and one line.
+    If ``coordinator`` (HOST:PORT of process 0), the number of ``processes`` and the number of this one are given, they
+    are used. Otherwise SLURM (more than one task in the step) and TPU pods, including those of GKE, are recognised by
+    their environment, and JAX finds the rest by itself. If the others do not come within ``patience`` seconds, the
+    process prints one line and ends with status 1, after which a scheduler may try again.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [name for name, value in given.items() if value is None]
@@ -162,8 +162,8 @@ def is_first() -> bool:
 
 
 def check_same_program() -> None:
-    """Raises ``UserError`` on every process unless all run the same code, versions and flags of the compilers: else they
-    may train together what none of them was to train, or wait for each other."""
+    """Raises ``UserError`` on every process unless all run the same code, versions and compiler flags. Otherwise they
+    might train together something that none of them was meant to train, or wait for each other."""
     if jax.process_count() > 1:
         own = program.text()
         check_agreement("the program", own, f": the same versions on every host. Here it is {own}")
@@ -192,8 +192,8 @@ def _kind(error: UserError | RunError) -> type[EveryProcessError] | type[RunErro
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """If a ``UserError`` or ``RunError`` is raised within on some processes, every process raises one: else the others
-    would wait."""
+    """If a ``UserError`` or ``RunError`` is raised within the context on some processes, every process raises one:
+    otherwise the others would wait."""
     error: UserError | RunError | None = None
     try:
         yield
@@ -214,7 +214,7 @@ def together() -> Iterator[None]:
 
 
 def check_shared(what: str, directory: Path) -> None:
-    """Raises ``UserError`` on every process unless what the first one writes in ``directory`` is there for all of them."""
+    """Raises ``UserError`` on every process unless all of them see what the first one writes in ``directory``."""
     if jax.process_count() == 1:
         return
     written = directory / f".written_by_process_0_{_of_every_process(secrets.randbelow(2**31))[0, 0]}"
@@ -232,8 +232,8 @@ def check_shared(what: str, directory: Path) -> None:
 
 
 def seen_by_each(look: Callable[[], int], looks: int = _LOOKS_AT_A_LISTING) -> list[int]:
-    """What ``look()`` gives on each process, by process: as soon as it is the same on all, or else after so many looks, a
-    second apart. It reads a disk, of which a host may know an older state; a number lies below 2**31."""
+    """The result of ``look()`` on each process, in order: as soon as all agree, or else after ``looks`` attempts, a
+    second apart. ``look`` reads a disk, of which a host may know an older state; its result is below 2**31."""
     for _ in range(looks - 1):
         seen = _of_every_process(look())[:, 0]
         if (seen == seen[0]).all():
@@ -243,7 +243,7 @@ def seen_by_each(look: Callable[[], int], looks: int = _LOOKS_AT_A_LISTING) -> l
 
 
 def as_the_first(value: bool) -> bool:
-    """What the first process has here, on all of them."""
+    """The value of the first process, on all of them."""
     return bool(_of_every_process(int(value))[0, 0])
 
 

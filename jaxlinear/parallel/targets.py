@@ -1,7 +1,8 @@
-"""Targets without hardware: the devices of TPU slices or of GPU hosts that this machine can compile for, having none.
+"""Targets without hardware: devices of TPU slices or GPU hosts that this machine can compile for without having them.
 
-The compilers are the real ones, those of the packages libtpu and jax-cuda13-plugin (``pip install 'jaxlinear[aot]'``). What
-they answer is how a program is lowered, what memory it takes, what it exchanges and in which order; not how fast it runs.
+The compilers are the real ones, those of the packages libtpu and jax-cuda13-plugin (``pip install 'jaxlinear[aot]'``).
+They tell how a program is lowered, how much memory it takes, and what it exchanges in which order; not how fast it
+runs.
 """
 
 import dataclasses
@@ -62,13 +63,13 @@ class Target:
 
     @property
     def slices(self) -> int:
-        """How many of TPUs; of GPUs one."""
+        """The number of slices, for TPUs; one for GPUs."""
         return len({getattr(device, "slice_index", 0) for device in self.devices})
 
 
 def set_environment() -> None:
-    """Makes this a process that compiles for targets and computes on the CPU: what a program does first, since JAX reads
-    some of it when it is imported. What the user has set stays."""
+    """Makes this a process that compiles for targets and computes on the CPU. A program calls it first, since JAX reads
+    some of the variables when it is imported. What the user has set stays."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -78,12 +79,14 @@ SLICES = {kind: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16") for 
 
 
 def is_size(kind: str, size: str) -> bool:
-    """Whether devices of the kind can be so many: a TPU slice by its shape in chips, ``2x4``, others by their number."""
+    """Whether ``size`` is a possible size for this kind: a TPU slice by its shape in chips, ``2x4``, others by their
+    number."""
     return re.fullmatch("x".join(["[1-9][0-9]*"] * DIMENSIONS.get(kind, 1)), size) is not None
 
 
 def parts(name: str) -> tuple[int, str, str]:
-    """Of the name of a target how many slices, the kind of its devices and their size: ``2xv5e:16x16`` -> 2, v5e, 16x16."""
+    """The number of slices in the name of a target, the kind of its devices and their size: ``2xv5e:16x16`` -> 2, v5e,
+    16x16."""
     several, one = re.fullmatch(r"(?:([1-9][0-9]*)x)?(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
     kind, _, size = one.partition(":")
     if several and kind not in DIMENSIONS:

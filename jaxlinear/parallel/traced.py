@@ -23,10 +23,11 @@ def products_of(function: Callable[..., Any], *arguments: Any) -> Products:
 
 
 def products(jaxpr: core.Jaxpr, runs: int | None = None) -> Products:
-    """Of a kernel what it says of itself, or, if it says nothing, as many as if none of its grid's steps were passed over.
+    """The products of a kernel are what it states itself or, if it states nothing, as many as if none of its grid steps
+    were skipped.
 
-    A scan's body counts as often as it runs, of branches the dearest. What has no fixed trips counts ``runs`` times, as
-    ``counted.jit`` says, or, if that says nothing, once.
+    A scan's body counts as often as it runs; of several branches, the most expensive counts. Whatever has no fixed
+    number of trips counts ``runs`` times, as given by ``counted.jit``, or once if that gives nothing.
     """
     return _sum(_products(equation, runs) for equation in jaxpr.eqns)
 
