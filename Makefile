@@ -1,15 +1,15 @@
 # make quickstart   a language model from nothing, in at most ten minutes on two cores
 # make sweep        isoFLOP ladders of four architectures and their scaling laws (an hour of CPU)
 # make test         the test suite
-# make test-compiled  kernels compiled for TPUs and GPUs, and run on an emulated GPU; what launch/compile.py says (minutes)
-# make test-published  training steps of published sizes compiled for a TPU pod and for GPUs (minutes)
-# make test-meshes  every model on every mesh that spreads time, what compiled steps exchange, and runs of several processes
-#                   (a quarter of an hour)
-# make test-newest  operations, kernels, meshes and what goes on beside an exchange of GPUs with the newest JAX;
-#                   PYTHON_NEWEST names a Python from 3.12 on, TESTS_NEWEST other tests
-# make test-pages   reports opened in a headless browser; CHROMIUM names it
+# make test-compiled  kernels compiled for TPUs and GPUs and run on an emulated GPU; results of launch/compile.py (minutes)
+# make test-published  training steps of published sizes, compiled for a TPU pod and for GPUs (minutes)
+# make test-meshes  every model on every mesh that splits time, the exchanges of compiled steps, and runs of several
+#                   processes (a quarter of an hour)
+# make test-newest  operations, kernels, meshes and the work that overlaps exchanges on GPUs, with the newest JAX;
+#                   PYTHON_NEWEST names a Python of 3.12 or newer, TESTS_NEWEST other tests
+# make test-pages   reports opened in a headless browser, which CHROMIUM names
 # make lint         ruff and mypy
-# Each makes its own environment in .venv (test-newest: .venv-newest); PYTHON names the interpreter of that, 3.11 or newer.
+# Each target makes its own environment in .venv (test-newest: .venv-newest); PYTHON names its interpreter, 3.11 or newer.
 
 PYTHON ?= python3
 PYTHON_NEWEST ?= python3.13
@@ -29,7 +29,7 @@ sweep: .venv/installed-sweep
 	  --parallel=2 --config.data.path=runs/sweep/corpus
 	$(BIN)/python launch/scaling.py --workdir=runs/sweep --baseline=transformer
 
-# Most of what it compiles runs once. The other targets compile as a user's run does.
+# Most of the compiled programs run once. The other targets compile as a user's run does.
 test: .venv/installed-test
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist=worksteal --durations=15 tests
 
@@ -44,7 +44,7 @@ test-meshes: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --every_mesh tests/models/test_over_sequence.py \
 	  tests/parallel/test_compiled_collectives.py tests/training/test_processes.py
 
-# JAX needs Python 3.12 from 0.11 on, and .venv may be older.
+# JAX 0.11 and newer need Python 3.12, and .venv may be older.
 test-newest: .venv-newest/installed
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal --compiled $(TESTS_NEWEST)
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest "tests/parallel/test_compiled_collectives.py::test_on_gpu[hawk]"

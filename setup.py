@@ -9,24 +9,24 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "jaxlinear" / "__init__.py").read_text())
 assert version is not None
 
-# make test runs with the oldest, make test-newest with the newest. From 0.11 on it needs Python 3.12.
+# make test runs with the oldest version, make test-newest with the newest. JAX 0.11 and newer need Python 3.12.
 JAX = ">=0.10.2,<0.13"
 
 extras = {
     "tpu": [f"jax[tpu]{JAX}"],
     "cuda": [f"jax[cuda13]{JAX}"],
-    # The compilers for TPU and GPU, for machines that have neither (parallel/targets.py): without the CUDA libraries, which
-    # programs need to run and not to be compiled; ptxas and libdevice are in nvidia-cuda-nvcc.
+    # The compilers for TPU and GPU, for machines that have neither (parallel/targets.py). The CUDA libraries are left out:
+    # they are needed to run programs, not to compile them. ptxas and libdevice are in nvidia-cuda-nvcc.
     "aot": [f"jax[tpu]{JAX}", f"jax[cuda13-local]{JAX}", "nvidia-cuda-nvcc>=13,<14"],
     "parquet": ["pyarrow>=18"],
     "hf": ["datasets>=3,<5"],
     "sentencepiece": ["sentencepiece>=0.2,<0.3"],
-    "sweep": ["submitit>=1.5,<2"],  # starts the runs of a sweep, on this machine or by SLURM
+    "sweep": ["submitit>=1.5,<2"],  # starts the runs of a sweep, on this machine or with SLURM
     "plot": ["matplotlib>=3.9,<4"],
     "tensorboard": ["tensorboard>=2.18,<3"],
     "eval": ["lm_eval>=0.4.13,<0.5"],  # the EleutherAI harness; it needs neither torch nor transformers
-    "parity": ["torch>=2.6,<3", "transformers>=5,<6"],  # what imported weights are compared with, on the CPU
-    "pages": ["playwright>=1.50,<2"],  # drives a Chromium that is there, for make test-pages
+    "parity": ["torch>=2.6,<3", "transformers>=5,<6"],  # the reference for imported weights, on the CPU
+    "pages": ["playwright>=1.50,<2"],  # drives an installed Chromium, for make test-pages
 }
 extras["test"] = [
     "pytest>=8,<10",
@@ -51,7 +51,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["jaxlinear", "jaxlinear.*"]),
     install_requires=[
-        # These change fast: no older ones than those that the tests run with.
+        # These change fast, so versions older than those that the tests run with are not allowed.
         f"jax{JAX}",
         "flax>=0.12.8,<0.13",  # the models (NNX)
         "optax>=0.2.8,<0.3",  # the optimisers, Muon included
@@ -68,7 +68,7 @@ setup(
         "tqdm>=4.66,<5",  # progress bars
         "numpy>=2,<3",
         "scipy>=1.14,<2",  # the fits of scaling laws; jax needs it too
-        "threadpoolctl>=3.5,<4",  # keeps these fits in one thread
+        "threadpoolctl>=3.5,<4",  # keeps those fits in one thread
     ],
     extras_require=extras,
 )

@@ -1,4 +1,4 @@
-"""Two programs measured in turn, so that both see the same machine; and the comparison side as one of them."""
+"""Measures programs in turn, so that all see the same machine; ``Worker`` is one on the comparison side."""
 
 import json
 import os

@@ -1,10 +1,10 @@
-"""Tokens a second that the training loader delivers, in one thread, beside a plain read of the same token counts.
+"""Tokens per second that the training loader delivers in one thread, beside a plain read of as many tokens.
 
     python benchmarks/data_loader.py [--batch_tokens=65536] [--json=FILE]
 
-The dataset is synthetic: Zipf-distributed tokens in documents of about 800, blocks of 2048. The reference is a flat
-uint16 file, mapped into memory, from which random windows are copied and widened to int32 (the loader of nanoGPT): no
-checksums, no document boundaries, no epochs, overlapping windows.
+The dataset is synthetic: Zipf-distributed tokens in documents of about 800 and blocks of 2048. The reference is a
+memory-mapped flat uint16 file, from which random windows are copied and widened to int32 (the loader of nanoGPT): it has
+no checksums, no document boundaries and no epochs, and its windows overlap.
 """
 
 import json

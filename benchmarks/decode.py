@@ -1,10 +1,10 @@
-"""Tokens a second of decoding, over all streams, after the prompts and without compilation; greedy, float32.
+"""Decoding speed in tokens per second over all streams, after the prompts and without compilation; greedy, float32.
 
     python benchmarks/decode.py --model=griffin_6m --streams=8 --prompt=64 --tokens=64 [--json=FILE]
     python benchmarks/decode.py --against=RG/bin/python        # the same model in the recurrentgemma package
 
 With --against, the named Python runs benchmarks/recurrentgemma_worker.py (which says how to make its environment), and
-the two take turns, so that both see the same machine. The weights are random: the speed does not depend on them. The
+the two take turns, so that both see the same machine. The weights are random, as the speed does not depend on them. The
 package cuts its attention window to the length of the text, as ours does.
 """
 

@@ -1,18 +1,18 @@
-"""What a token of decoding costs on a device that is not here, by the program that its compiler makes.
+"""The cost of decoding a token on a device that need not be present, read from the program that its compiler makes.
 
     python benchmarks/decode_compiled.py --model=griffin_1b3 --layers=3 --topology=h100:1      # or v5e:2x2, its first chip
         [--streams=8 --length=2048] [--wide] [--json=FILE]
 
-Takes the compilers (pip install 'jaxlinear[aot]'). Activations are bfloat16. Of all streams together:
+The script needs the compilers (pip install 'jaxlinear[aot]'). Activations are bfloat16. For all streams together:
 
     parameters     bytes of the parameters as decoding holds them, in MiB
-    moved          bytes that the instructions of a token read and write, at most, in MiB: each operand and result of each
+    moved          most bytes that the instructions of a token read and write, in MiB: every operand and result of each
     memory         arguments, results and temporaries, in MiB
-    cycles         what libtpu estimates of the instructions of a token, both branches of a choice counted; on TPUs alone
+    cycles         libtpu's estimate for the instructions of a token, counting both branches of a choice; on TPUs only
 
-``generate`` decodes a copy beside a single stream; --streams=1 and 2 say why. With ``--wide`` parameters are the float32
-ones of training, as they were before ``for_decoding`` rounded them. Nothing is timed; XLA's own products of matrices are
-taken on GPU, not Triton's, whose tiles are found by timing.
+``generate`` decodes a single stream together with a copy; --streams=1 and 2 show why. With ``--wide`` the parameters are
+the float32 ones of training, not rounded by ``for_decoding``. Nothing is timed: on GPU the matrix products are XLA's own,
+not Triton's, whose tiles are found by timing.
 """
 
 import dataclasses

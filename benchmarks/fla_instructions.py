@@ -1,15 +1,16 @@
 """The comparison side of ``gpu_instructions.py``: the instructions of flash-linear-attention's kernels, with no GPU.
 
-The script knows nothing of jaxlinear but its emulator, and runs under the Python of an environment of its own:
+The script uses nothing of jaxlinear but its emulator, and runs under the Python of its own environment:
 
     python -m venv FLA && FLA/bin/pip install torch numpy ml_dtypes einops packaging    # torch for the CPU will do
     FLA/bin/pip install --no-deps 'fla-core>=0.6,<0.7' 'triton>=3.7.1,<3.8'
     FLA/bin/python benchmarks/fla_instructions.py delta_rule_scalar --shape=1x1024x1x128
 
-Triton compiles each kernel for an H100, whose driver is made up here, and ``tests/ptx`` runs it on the CPU. Where a kernel
-has several configurations to be timed, all of them are compiled and run once, and that with the fewest instructions is
-taken: they move the same bytes. It prints, as JSON, the error of the outputs beside the recurrence, and a row for each
-kernel with its direction, as ``instructions.row`` has them. Bytes are those that a kernel reads, and those that it writes.
+Triton compiles each kernel for an H100, with a stand-in for its driver, and ``tests/ptx`` runs it on the CPU. Where a
+kernel has several configurations to choose from by timing, all are compiled and run once and the one with the fewest
+instructions is taken, since they move the same bytes. The script prints JSON: the error of the outputs compared with the
+recurrence, and a row for each kernel, as made by ``instructions.row``, with its direction. Bytes are those that a kernel
+reads plus those that it writes.
 """
 
 from __future__ import annotations

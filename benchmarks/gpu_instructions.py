@@ -1,28 +1,29 @@
-"""The kernels of matrix states for GPU by the instructions that their PTX takes, and what these say of an H100's time.
+"""The PTX instructions that the GPU kernels of matrix states execute, and what these say of the time on an H100.
 
     python benchmarks/gpu_instructions.py [--operations=linear_attention,delta_rule] [--decays=none,scalar,channel]
         [--length=1024 --heads=1 --key=128 --value=128] [--shared] [--negative_eigenvalues] [--mean=-0.04]
         [--against=FLA/bin/python] [--json=FILE]
     python benchmarks/gpu_instructions.py --operations=selective_scan --decays=channel --key=16 --length=256
 
-No GPU is needed: kernels are compiled for an H100 by Triton and LLVM, and run on the CPU instruction by instruction
-(``tests/ptx``), so that loops and branches count as they go. Takes the compiler for GPU (pip install 'jaxlinear[aot]')
-and a clone of the repository. Decays by channel are float32, as models have them. Of the selective scan a head is V
-channels of K numbers each. Of each kernel, for 64 tokens of a head:
+No GPU is needed: Triton and LLVM compile the kernels for an H100, and ``tests/ptx`` runs them on the CPU instruction by
+instruction, so that loops and branches count as often as they are executed. The script needs the compiler for GPU (pip
+install 'jaxlinear[aot]') and a clone of the repository. Decays by channel are float32, as in the models. A head of the
+selective scan is V channels of K numbers each. For each kernel, per 64 tokens of a head:
 
-    instructions   of PTX that warps take
-    issue          cycles of one SM, at four of these a cycle
-    matrix         cycles that its tensor cores take for the products at their peak
-    memory         cycles of the SM in its share of the HBM's bytes, of all that the kernel reads and writes, once
+    instructions   PTX instructions that warps execute
+    issue          cycles of one SM for these, at four per cycle
+    matrix         cycles of its tensor cores for the products, at their peak
+    memory         cycles for all bytes that the kernel reads and writes, once, at the SM's share of the HBM bandwidth
 
-and of each pass their sums, and ``larger``: the sum of the larger of issue and memory, as kernels run one after the other.
+For each pass it prints their sums and ``larger``: the larger of issue and memory, summed over the kernels, since these run
+one after another.
 
-With ``--against`` the kernels of flash-linear-attention are counted by the same program (FLA: see fla_instructions.py), and
-``times`` is their ``larger`` over ours. Ours also read and write a state of float32, once.
+With ``--against`` the same program counts the kernels of flash-linear-attention (FLA: see fla_instructions.py), and
+``times`` is their ``larger`` over ours. Ours also read and write a float32 state, once.
 
-PTX is not what the GPU runs: ptxas drops moves and conversions of addresses, some instructions take the place of several,
-and warps wait. These are no timings and no bounds; but a kernel whose issue is well above its memory is not likely as fast
-as its bytes.
+PTX is not what the GPU runs: ptxas drops moves and address conversions, some instructions take the place of several, and
+warps wait. The figures are neither timings nor bounds, but a kernel whose issue is well above its memory is unlikely to be
+as fast as its bytes allow.
 """
 
 import functools

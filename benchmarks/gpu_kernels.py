@@ -1,14 +1,15 @@
-"""The kernels timed on a GPU, beside those of flash-linear-attention at the same shapes in one run.
+"""Times the kernels on a GPU, beside those of flash-linear-attention at the same shapes in one run.
 
     python benchmarks/gpu_kernels.py [--against=FLA/bin/python] [--operations=...] [--json=FILE]    # FLA: see fla_worker.py
 
-Shapes are B x T x H x D with K = V = D, and arrays bfloat16. For each operation and shape: milliseconds a call, forward
-and forward with backward, by the clock with the device waited for, and by the device's own record of its kernels; with
-``--against`` the two libraries in turn, and how many times as fast ours is. The recurrence of channels has H * D of
-them, and so has the selective scan, with 16 numbers each and float32 for all but x, which stands beside nothing.
-Attention to a window of 1,024 stands beside cuDNN's, through JAX, which takes no documents, up to 128 channels a head.
+Shapes are B x T x H x D with K = V = D, and arrays are bfloat16. For each operation and shape it prints milliseconds per
+call, forward and forward with backward, by the clock (after waiting for the device) and by the device's own record of its
+kernels. With ``--against`` the two libraries take turns, and it also prints how many times as fast ours is. The recurrence
+of channels has H * D of them. So has the selective scan, with 16 numbers each and float32 for all but x; it is compared
+with nothing. Attention to a window of 1,024 is compared with cuDNN's, through JAX, up to 128 channels per head; cuDNN's
+takes no documents.
 
-``--backend=chunked`` times what runs without kernels, on any device: the program can be tried where there is no GPU.
+``--backend=chunked`` times what runs without kernels, on any device, so the program can be tried without a GPU.
 """
 
 import functools

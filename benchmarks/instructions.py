@@ -1,6 +1,6 @@
-"""What instructions of PTX and bytes say of the time of an H100: the arithmetic of ``gpu_instructions.py``, for both sides.
+"""What PTX instructions and bytes say of the time on an H100: the arithmetic of ``gpu_instructions.py``, for both sides.
 
-It knows nothing of jaxlinear or JAX: the comparison side has an environment of its own.
+It uses nothing of jaxlinear or JAX, since the comparison side has its own environment.
 """
 
 import re

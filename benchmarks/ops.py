@@ -1,15 +1,15 @@
-"""Every operation and backend: time and peak memory a token, forward and with gradients, over the length of a sequence.
+"""Time and peak memory of every operation and backend, forward and with gradients, by the length of a sequence.
 
     python benchmarks/ops.py [--lengths=256,1024,4096,16384,65536] [--tokens=65536] [--heads=4 --width=64] [--json=FILE]
     python benchmarks/ops.py --ratio_length=4096        # chunked against recurrent at one shape, in turn
 
-B * T is the same at every length, so that a perfectly linear operation takes the same time a token everywhere; softmax
-attention of the same width stands beside, and the first length at which each operation is faster than it is printed. The
-lengths of an operation are measured in turn, each by the second of two runs. A backward pass of the ``recurrent`` backend
-keeps a state for every token, so it is measured on --recurrent_tokens only; the ratio of chunked to recurrent is measured
-at one shape for both, in turn.
+B * T is the same at every length, so a perfectly linear operation takes the same time per token everywhere. Softmax
+attention of the same width is measured too, and the first length at which each operation is faster than attention is
+printed. The lengths of an operation are measured in turn, each by the second of two runs. The ``recurrent`` backend keeps a
+state for every token in its backward pass, so it is measured on --recurrent_tokens only; the ratio of chunked to recurrent
+is measured at one shape for both, in turn.
 
-Memory is XLA's own figure for the compiled program: its temporaries and its outputs, without the inputs.
+Memory is XLA's own figure for the compiled program: its temporaries and outputs, without its inputs.
 """
 
 import functools

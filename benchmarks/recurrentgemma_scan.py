@@ -1,11 +1,11 @@
 """The comparison side of benchmarks/tpu_kernels.py: the Pallas scan of the `recurrentgemma` package, compiled for a TPU.
 
-Knows nothing of jaxlinear and runs under the Python of the environment of recurrentgemma.txt with libtpu beside:
+The script uses nothing of jaxlinear and runs under the Python of the environment of recurrentgemma.txt, plus libtpu:
 
     python3.11 -m venv RG && RG/bin/pip install -r benchmarks/recurrentgemma.txt libtpu==0.0.42.1
     RG/bin/python benchmarks/recurrentgemma_scan.py v5e:2x2 forward 4 4096 2560 float32
 
-It prints one JSON line, `schedules.report` of the package's `lru_pallas_scan` as it is, forward or with its gradients.
+It prints one JSON line: `schedules.report` of the package's unchanged `lru_pallas_scan`, forward or with its gradients.
 """
 
 import json

@@ -1,33 +1,33 @@
 """The comparison side of the benchmarks: Griffin from the `recurrentgemma` package (1.0.1, flax), served a step at a time.
 
-The script knows nothing of jaxlinear and runs under the Python (3.11) of an environment of its own:
+The script uses nothing of jaxlinear and runs under the Python (3.11) of its own environment:
 
     python3.11 -m venv RG && RG/bin/pip install -r benchmarks/recurrentgemma.txt
     RG/bin/python benchmarks/recurrentgemma_worker.py train --batch=4 --length=1024 --scan=native
     RG/bin/python benchmarks/recurrentgemma_worker.py decode --streams=8 --prompt=64 --tokens=64
 
-It is a served worker, so that two programs can be measured turn about in one run. It compiles, and prints one JSON line,
+It is a worker, so that two programs can be measured in turn in one run. It compiles and prints one JSON line,
 {"ready": true, "compile_seconds": ..., "parameters": ..., ...}. For each line "go" on standard input it then runs one
-timed training step (train), or one timed round of `--tokens` tokens in each stream (decode), waits for the result, and
-prints {"seconds": ..., "tokens": ..., ...}. It ends at the end of its input, or after `--steps` goes. Alone:
+timed training step (train) or one timed round of `--tokens` tokens in each stream (decode), waits for the result and
+prints {"seconds": ..., "tokens": ..., ...}. It ends at the end of its input or after `--steps` goes. Alone:
 
     yes go | RG/bin/python benchmarks/recurrentgemma_worker.py train --batch=4 --length=1024 --steps=3
 
-Where the figures go: standard output, and nothing but these JSON lines goes there (all else goes to standard error). The
-script keeps no file; whoever started it records the lines. Compilation happens before "ready" and is in no "seconds",
-but the first go is also the first execution (it faults the memory in), so drop it from what is reported.
+Only these JSON lines go to standard output; everything else goes to standard error. The script keeps no file: whoever
+started it records the lines. Compilation happens before "ready" and is in no "seconds", but the first go is also the first
+execution (it faults the memory in), so leave it out of reported figures.
 
-What is run is the package as it is, on the CPU, in float32 (parameters, activations, scan), with these of its options:
+The package runs unchanged on the CPU, in float32 (parameters, activations, scan), with these options:
   * width 256, 6 layers (recurrent, recurrent, attention) x 2, lru_width 256, 4 heads (of the attention, which has one
     key/value head, and of the block-diagonal gates), MLP expansion 3, attention window 512, vocabulary 4096, tied
     embeddings: 5.9 M parameters. No logit cap and no embedding scale, as in the package's preset of the Griffin paper.
   * `scan_type` by --scan: native is LINEAR_NATIVE (`lax.scan`; what the package's AUTO picks on a CPU), associative is
     ASSOCIATIVE_NATIVE (`lax.associative_scan`).
-  * `gradient_checkpointing` is True in the package and False here, as nothing here lacks memory; --remat turns it on.
+  * `gradient_checkpointing` is True in the package and False here, where memory is not scarce; --remat turns it on.
   * training asks for no cache (`return_cache=False`).
   * decoding is the package's own `Sampler`: its jitted prompt processing, then its jitted sampling, a `while_loop` of
     single-token steps on a donated state, greedy, not stopping at EOS. The prompt is processed anew in each round and
-    reported apart ("prefill_seconds"). The cache of the attention is as long as the window; --cache=trimmed cuts the
+    reported separately ("prefill_seconds"). The attention cache is as long as the window; --cache=trimmed cuts the
     window to the length of the sequence where that is shorter, which is what the package's `max_sequence_length` does
     (same tokens, less to attend over), and --cache=full leaves it at 512.
 """

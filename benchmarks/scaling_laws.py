@@ -1,8 +1,8 @@
-"""The fits of scaling laws against constants that are known: how often the intervals cover them.
+"""Checks the fits of scaling laws against known constants: how often the intervals cover them.
 
     python benchmarks/scaling_laws.py [--draws=20] [--replicates=200] [--json=FILE]
 
-And against the points that Hoffmann et al. 2022 (arXiv:2203.15556) published in figure 4, as Besiroglu et al. 2024
+It also fits the points that Hoffmann et al. 2022 (arXiv:2203.15556) published in figure 4, as Besiroglu et al. 2024
 (arXiv:2404.10102) read them off it:
 
     python benchmarks/scaling_laws.py --draws=0 --points=analyzing-chinchilla/data/svg_extracted_data.csv

@@ -1,8 +1,8 @@
-"""What libtpu's static schedule says of a program that is compiled for a TPU which is not here. Needs JAX and libtpu alone.
+"""What libtpu's static schedule says of a program compiled for a TPU that need not be present. Needs only JAX and libtpu.
 
-A TPU core runs a static schedule of bundles, one a cycle when nothing stalls, and libtpu writes it down for each fusion and
-kernel. Bundles of loop bodies times the loops' trips are the cycles of computing, a lower bound of the time. The other is
-the bytes over the rate of the memory.
+A TPU core runs a static schedule of bundles, one per cycle when nothing stalls, and libtpu writes it out for each fusion
+and kernel. The bundles of the loop bodies times the loops' trips are the compute cycles, a lower bound on the time. The
+other lower bound is the bytes over the memory bandwidth.
 """
 
 import atexit

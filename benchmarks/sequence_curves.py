@@ -1,11 +1,11 @@
-"""Training with time spread over 1, 2, 4 and 8 devices follows one curve.
+"""The loss curves of training with time split over 1, 2, 4 and 8 devices: they are one curve.
 
     python benchmarks/sequence_curves.py [--steps=200] [--models=griffin,delta_net_hybrid] [--json=FILE]
 
-Small hybrids of a recurrence and windows, in float32, on the bytes of Python's standard library: the same batches from the
-same parameters on each mesh. The devices are virtual ones of the CPU. The window of 48 tokens reaches over two shards of
-32, and the documents of a row begin and end anywhere. It prints, and with --json writes, the losses and how far the
-curves are apart.
+The models are small hybrids of a recurrence and windows, in float32, on the bytes of Python's standard library; every mesh
+gets the same batches and the same initial parameters. The devices are virtual ones of the CPU. The window of 48 tokens
+reaches over two shards of 32, and the documents of a row begin and end anywhere. The script prints, and with --json writes,
+the losses and how far apart the curves are.
 """
 
 import dataclasses

@@ -1,19 +1,20 @@
-"""Memory and exchanged bytes of a training step with time spread over W devices, from programs that are only compiled.
+"""Memory and exchanged bytes of a training step with time split over W devices, from programs that are only compiled.
 
     python benchmarks/sequence_parallel.py --json=docs/sequence_parallel.json --plot=docs/sequence_parallel.png
     python benchmarks/sequence_parallel.py --headline --json=FILE     # GLA 1.3B at 2,048K and 4,096K tokens
     python benchmarks/sequence_parallel.py --from=docs/sequence_parallel.json [--plot=FILE]     # draw what is there
 
-The whole step (forward, backward, AdamW) of models of 1.3 B parameters at full depth, one sequence of T tokens, remat
-``full``, compiled for W H100s by XLA's own compiler: no GPU is needed (``pip install 'jaxlinear[aot,plot]'``). Against it:
+XLA's own compiler compiles the whole step (forward, backward, AdamW) of models of 1.3 B parameters at full depth, with one
+sequence of T tokens and remat ``full``, for W H100s. No GPU is needed (``pip install 'jaxlinear[aot,plot]'``). For
+comparison:
 
-- ``gathered``: the same model whose recurrences gather their inputs over time, run whole on every device and keep their
-  part: what sequence parallelism does without a state to exchange;
-- ``ring``: full attention by a ring of keys and values, beside the gathering of them (``all_gather``).
+- ``gathered`` is the same model, but its recurrences gather their inputs over time, run whole on every device and keep
+  their part, as sequence parallelism does without a state to exchange;
+- ``ring`` is full attention with a ring of keys and values, beside gathering them (``all_gather``).
 
-Memory is XLA's count for a device: arguments, what is computed on the way and outputs. Bytes are those that a device
-receives over the axis ``sequence`` in a step: of states, windows, keys and values; and, apart, of the gradients of
-parameters, which every scheme sums over it. A file of --json is gone on with: what is in it is not compiled again.
+Memory is XLA's count for a device: arguments, temporaries and outputs. Bytes are those that a device receives over the axis
+``sequence`` in a step: of states, windows, keys and values; and, separately, of the gradients of parameters, which every
+scheme sums over it. An existing file of --json is continued: what it contains is not compiled again.
 """
 
 import contextlib

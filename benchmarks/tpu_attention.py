@@ -1,19 +1,19 @@
-"""JAX's splash attention for TPU by its static schedules, by sizes of blocks: from which the table in
-``jaxlinear/pallas/blocks.py`` is.
+"""Static schedules of JAX's splash attention for TPU by block size, the source of the table in
+``jaxlinear/pallas/blocks.py``.
 
     python benchmarks/tpu_attention.py [--topology=v5e:1x1] [--tokens=512,1024 --keys=256,512] [--json=FILE]
         [--length=8192 --window=8192 --heads=4 --key_heads=1 --width=128] [--dtype=bfloat16]
 
-Takes the compiler for TPU (pip install 'jaxlinear[aot]'). Every program is compiled in a process of its own. Of each block
-of so many tokens, whose queries are multiplied with so many keys at once, and each of the three kernels:
+The script needs the compiler for TPU (pip install 'jaxlinear[aot]') and compiles every program in its own process. For each
+block of --tokens tokens, whose queries are multiplied with --keys keys at once, and each of the three kernels:
 
-    cycles         bundles of the schedule x steps of the grid in which some query sees some key, for 128 queries and 128
+    cycles         bundles of the schedule x steps of the grid in which some query sees some key, per 128 queries and 128
                    keys of one head, seen or not
-    whole          of the three kernels, for 128 tokens of a head: the blocks that are visited counted
-    peak %         the products that forward and backward passes need (two and five) of pairs that are seen, over those
-                   that the matrix unit could do in so many cycles
+    whole          cycles of the three kernels per 128 tokens of a head, over the blocks that are visited
+    peak %         the products that the forward and backward passes need (two and five) for pairs that are seen, over
+                   those that the matrix unit could do in as many cycles
 
-Schedules are lower bounds of the time, not timings.
+Schedules are lower bounds on the time, not timings.
 """
 
 import itertools

@@ -1,26 +1,27 @@
-"""The kernels of matrix states for TPU by their static schedules: how much of the matrix unit's peak their products take.
+"""Static schedules of the TPU kernels of matrix states: what fraction of the matrix unit's peak their products reach.
 
     python benchmarks/tpu_chunks.py [--operations=delta_rule,linear_attention] [--decays=none,constant,scalar,channel]
         [--topology=v5e:2x2] [--batch=1 --length=4096 --heads=16 --key=128 --value=128] [--shared]
         [--negative_eigenvalues] [--dtype=bfloat16] [--json=FILE]
     python benchmarks/tpu_chunks.py --tune [--operations=...] [--topology=...]      # cycles by sizes of blocks
 
-Takes the compiler for TPU (pip install 'jaxlinear[aot]'). Every program is compiled in a process of its own. Of each
+The script needs the compiler for TPU (pip install 'jaxlinear[aot]') and compiles every program in its own process. For each
 kernel:
 
-    cycles         bundles of the schedule x trips of its loops, for 128 tokens of a head
-    compute        the time of these at the chip's clock rate, for the whole array
-    memory         the time of the bytes that the kernel must read and write, at the rate of the chip's HBM
-    peak %         the operations of the chunked form's products at the chunk that is used, over those that the matrix
-                   unit could do in so many cycles; the inverse, and what a decay by channel takes more, are not counted
-    at 64 %        the same of the operations that chunks of 64 tokens would have, so that a larger chunk flatters nothing
+    cycles         bundles of the schedule x trips of its loops, per 128 tokens of a head
+    compute        the time of the cycles at the chip's clock rate, for the whole array
+    memory         the time of the bytes that the kernel must read and write, at the bandwidth of the chip's HBM
+    peak %         the operations of the chunked form's products at the chunk size in use, over those that the matrix unit
+                   could do in as many cycles; the inverse and the extra work of a decay by channel are not counted
+    at 64 %        the same for the operations that chunks of 64 tokens would have, so that a larger chunk flatters nothing
 
-A kernel with a decay by channel goes four ways: through blocks of chunks in which no decay is strong, through those in
-which none is in parts of a chunk, of 16 tokens or of 8, and through others (``pallas/factored_decays.py``). Each is a row:
-the last three of a program that has no other, the first what the program with all has more, the choice included.
+A kernel with a decay by channel has four code paths: one for blocks of chunks in which no decay is strong, two for those in
+which none is strong within parts of a chunk, of 16 tokens or of 8, and one for all others (``pallas/factored_decays.py``).
+Each has a row. Those of the last three come from programs with that path alone; that of the first is what a program with
+all four takes beyond these, including the choice.
 
-With ``--chunked`` also the bytes that the instructions of both passes read and write, with and without the kernel.
-Schedules are lower bounds of the time, not timings.
+``--chunked`` also prints the bytes that the instructions of both passes read and write, with and without the kernel.
+Schedules are lower bounds on the time, not timings.
 """
 
 import functools

@@ -1,21 +1,21 @@
-"""The kernels for TPU by their static schedules: cycles, bytes, and the time that each implies, with no TPU at hand.
+"""Static schedules of the TPU kernels: cycles, bytes, and the time that each implies. No TPU is needed.
 
     python benchmarks/tpu_kernels.py [--topology=v5e:2x2] [--batch=4 --length=4096 --width=2560] [--json=FILE]
     python benchmarks/tpu_kernels.py --against=RG/bin/python     # and the recurrentgemma package's (recurrentgemma_scan.py)
     python benchmarks/tpu_kernels.py --tune                      # cycles of the scan by sizes of its blocks
 
-Takes the compiler for TPU (pip install 'jaxlinear[aot]'). Every program is compiled in a process of its own.
-Of each, a row:
+The script needs the compiler for TPU (pip install 'jaxlinear[aot]') and compiles every program in its own process. Each has
+a row:
 
     cycles/token   bundles of the schedule x trips of its loops, over B * T
-    compute        the time of these at the chip's clock rate
-    memory         the time of the bytes that the program's instructions read and write at the rate of its HBM
+    compute        the time of the cycles at the chip's clock rate
+    memory         the time of the bytes that the program's instructions read and write, at the bandwidth of its HBM
     bound          the time of the bytes that must be moved: every input read once, every output written once
     ratio          the larger of compute and memory, over the bound
     relayouts      arrays that are copied or transposed by themselves
 
-compute and memory are lower bounds of the time, not timings. Arrays should be larger than VMEM (128 MiB on v5e), or XLA may
-keep them there. "gradient" is the forward pass and the backward pass together.
+compute and memory are lower bounds on the time, not timings. Arrays should be larger than VMEM (128 MiB on v5e), or XLA may
+keep them there. "gradient" is the forward and the backward pass together.
 """
 
 import json

@@ -1,13 +1,13 @@
-"""The selective scan for TPU, as a kernel and in blocks of time: static schedules and bytes, with no TPU at hand.
+"""Static schedules and bytes of the selective scan for TPU, as a kernel and in blocks of time. No TPU is needed.
 
     python benchmarks/tpu_selective_scan.py [--topology=v5e:2x2] [--batch=4 --length=2048 --width=4096 --states=16]
         [--of_keys] [--packed] [--json=FILE]
 
-Takes the compiler for TPU (pip install 'jaxlinear[aot]'). x is bfloat16, all else float32, as in Mamba. The columns
-are those of ``tpu_kernels.py``; ``bound`` is the time of the bytes of x, dt, y and, of the gradient, these again and
-dx, ddt and dy. Of the kernel, what the first block of channels does for all of a block of time is counted for each of
-them: at D = 4,096 and N = 16 that is a third of the cycles forward and a sixth of the gradient's. "gradient" is both
-passes.
+The script needs the compiler for TPU (pip install 'jaxlinear[aot]'). x is bfloat16 and all else float32, as in Mamba. The
+columns are those of ``tpu_kernels.py``; ``bound`` is the time of the bytes of x, dt and y and, for the gradient, also of x
+and dt again, dy, dx and ddt. In the kernel, the first block of channels does some work for a whole block of time; this is
+counted for every block of channels, which at D = 4,096 and N = 16 is a third of the cycles of the forward pass and a sixth
+of the gradient's. "gradient" is both passes.
 """
 
 import json

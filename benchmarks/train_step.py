@@ -1,15 +1,15 @@
-"""The whole training step, float32: tokens a second and the time to compile it.
+"""The whole training step in float32: tokens per second and the time to compile it.
 
     python benchmarks/train_step.py --model=griffin_6m --batch=4 --length=1024 [--json=FILE]
     python benchmarks/train_step.py --batch=1 --length=4096 --against=RG/bin/python    # and the recurrentgemma package
     python benchmarks/train_step.py --layers=48 --batch=1 --length=256                 # another depth
     python benchmarks/train_step.py --mixers=all [--size=100m]                         # a table of every mixer
 
-The step is the one that `launch/train.py` runs: forward, backward, AdamW, the skipping of bad steps, the metrics; on
-random tokens, which it does not depend on. The time to compile is that of tracing, lowering and compiling; of the first two
-alone it is ``lower_seconds``. With --against, the named Python runs the same model of the recurrentgemma
-package (benchmarks/recurrentgemma_worker.py says how to make its environment) with each of its two scans, in turn with
-ours, so that all see the same machine.
+The step is the one that `launch/train.py` runs (forward, backward, AdamW, skipping of bad steps, metrics), on random
+tokens, as the speed does not depend on them. The compile time is that of tracing, lowering and compiling; ``lower_seconds``
+is that of the first two alone. With --against, the named Python runs the same model in the recurrentgemma package
+(benchmarks/recurrentgemma_worker.py says how to make its environment) with each of its two scans, in turn with ours, so
+that all see the same machine.
 """
 
 import json

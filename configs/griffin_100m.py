@@ -1,10 +1,10 @@
-"""Griffin 100M on 2 B tokens of a prepared dataset: about 20 tokens a parameter.
+"""Griffin 100M on 2 B tokens of a prepared dataset: about 20 tokens per parameter.
 
     python launch/prepare_data.py --source=TEXT --output=DATA --vocab_size=32000
     python launch/train.py --config=configs/griffin_100m.py --workdir=RUN --config.data.path=DATA
 
-Meant for one host of 8 accelerators; not yet trained to its end by us, so no loss is quoted. `--config.mesh.fsdp=8
---config.mesh.data=1` spreads the parameters too; `--config.model.preset=hawk_100m` trains Hawk instead.
+The config is meant for one host with 8 accelerators. We have not yet trained it to its end, so no loss is quoted.
+`--config.mesh.fsdp=8 --config.mesh.data=1` splits the parameters too; `--config.model.preset=hawk_100m` trains Hawk.
 """
 
 from jaxlinear import config as configs

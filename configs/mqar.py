@@ -1,10 +1,10 @@
-"""Multi-query associative recall (Zoology, arXiv:2312.04927): 8 pairs of key and value in 64 tokens, vocabulary 512.
+"""Multi-query associative recall (Zoology, arXiv:2312.04927): 8 key-value pairs in 64 tokens, vocabulary 512.
 
     python launch/recall.py --workdir=runs/recall
 
-trains each of some patterns, three layers deep, and prints what it recalls; docs/evaluation.md has what was measured. Rows
-of fewer pairs are between those of 8: with 8 alone, Griffin does not begin to learn. Width 64, float32, Muon, rows of 64
-tokens, 32 a step.
+trains several patterns, each three layers deep, and prints what they recall; docs/evaluation.md has the results. Rows of
+fewer pairs are mixed with those of 8, since from 8 alone Griffin does not begin to learn. Width 64, float32, Muon, rows of
+64 tokens, 32 per step.
 """
 
 from jaxlinear import config as configs
@@ -25,7 +25,7 @@ def get_config():
     config.training.sequence_length = 64
     config.training.steps = 1500
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 1.5e-2  # of vectors and of the embedding
+    config.optimizer.learning_rate = 1.5e-2  # for vectors and the embedding
     config.optimizer.muon_learning_rate = 6e-3
     config.schedule.warmup_steps = 50
     config.checkpoint.every_steps = 1000

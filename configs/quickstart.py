@@ -2,12 +2,12 @@
 
     make quickstart
 
-About 2 M tokens in five to six minutes on two CPU cores; README.md shows what it reaches.
+About 2 M tokens in five to six minutes on two CPU cores; README.md shows the result.
 """
 
 from jaxlinear import config as configs
 
-VOCAB_SIZE = 2048  # of the byte-level BPE that the corpus is prepared with
+VOCAB_SIZE = 2048  # of the byte-level BPE of the corpus
 
 
 def get_config():

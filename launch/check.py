@@ -1,8 +1,8 @@
-"""Says whether the kernels compute on this device what they should: python launch/check.py --config=configs/NAME.py
+"""Checks the kernels on this device: python launch/check.py --config=configs/NAME.py
 
-Each operation that the config's model calls in training runs on the first device as a kernel and without one, and in
-float32 on the CPU, with gradients, on inputs of the model's shapes: what each is off by, and how long it takes. It is one
-process and takes minutes. Status 1 if a kernel is wrong.
+Each operation that the config's model calls in training runs on the first device, with a kernel and without one, and in
+float32 on the CPU, with gradients, on inputs of the model's shapes. The output shows how far each is off and how long it
+takes. The check is one process and takes minutes. The exit status is 1 if a kernel is wrong.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from ml_collections import config_flags
 from jaxlinear import cli
 from jaxlinear.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train: a file in configs/.")
-_LENGTH = flags.DEFINE_integer("length", None, "Tokens of a row; by default those of training, up to 2,048.")
-_ROWS = flags.DEFINE_integer("rows", 2, "Of a batch.", lower_bound=1)
-_INTERPRET = flags.DEFINE_boolean("interpret", False, "Without a TPU or GPU: interpret the kernels, which is slow.")
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The config to check: a file in configs/.")
+_LENGTH = flags.DEFINE_integer("length", None, "Tokens per row; by default those of training, up to 2,048.")
+_ROWS = flags.DEFINE_integer("rows", 2, "Rows per batch.", lower_bound=1)
+_INTERPRET = flags.DEFINE_boolean("interpret", False, "Without a TPU or GPU, interpret the kernels, which is slow.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 flags.mark_flag_as_required("config")
 

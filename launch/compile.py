@@ -1,8 +1,9 @@
 """Says what a run will take before it is launched: python launch/compile.py --config=configs/NAME.py --topology=v5e:4x4
 
-Compiles the training step of the config for devices that need not be there (``pip install 'jaxlinear[aot]'``): does it fit,
-what does a device hold, what is exchanged, and the least time of a step by data sheet rates. With --search also what else
-would fit: meshes, model.remat and training.microbatches, ranked. Status 1 if the config does not fit.
+Compiles the config's training step for devices that need not be present (``pip install 'jaxlinear[aot]'``). It prints
+whether the step fits, what a device holds, what is exchanged, and the least time per step at data-sheet rates. With
+--search it also ranks other settings that would fit: meshes, model.remat and training.microbatches. The exit status is 1
+if the config does not fit.
 """
 
 import json
@@ -14,13 +15,15 @@ from ml_collections import config_flags
 from jaxlinear import cli
 from jaxlinear.parallel import targets
 
-targets.set_environment()  # before the config file is read, which imports JAX
+targets.set_environment()  # before the config file is read, as that imports JAX
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train: a file in configs/.")
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The config to compile: a file in configs/.")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "v5e:4x4, v5p:4x4x4, tpu7x:4x4x4, 2xv6e:16x16 or h100:16.", required=True
+    "topology", None, "Devices: v5e:4x4, v5p:4x4x4, tpu7x:4x4x4, 2xv6e:16x16 or h100:16.", required=True
 )
-_SEARCH = flags.DEFINE_integer("search", 0, "Also compile so many of the most promising other settings.", lower_bound=0)
+_SEARCH = flags.DEFINE_integer(
+    "search", 0, "Also compile this many of the most promising other settings.", lower_bound=0
+)
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 flags.mark_flag_as_required("config")
 

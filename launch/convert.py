@@ -1,4 +1,4 @@
-"""Imports the weights of another program's model, or exports a run's. docs/conversion.md says which.
+"""Imports the weights of another program's model, or exports those of a run. docs/conversion.md lists the formats.
 
 python launch/convert.py --source=PATH --workdir=DIR
 python launch/convert.py --workdir=DIR --target=PATH [--step=N] [--layout=flax]
@@ -9,11 +9,13 @@ from absl import flags
 from jaxlinear import cli
 from jaxlinear.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run: made of --source, or written to --target.", required=True)
-_SOURCE = flags.DEFINE_string("source", None, "Imports this directory of Hugging Face, or Flax checkpoint.")
-_TARGET = flags.DEFINE_string("target", None, "Exports the run to this directory.")
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint is exported; the newest by default.")
-_LAYOUT = flags.DEFINE_string("layout", "huggingface", "Of the export: huggingface, or flax (RecurrentGemma).")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run that --source is imported into or --target exported from.", required=True
+)
+_SOURCE = flags.DEFINE_string("source", None, "Import this Hugging Face directory or Flax checkpoint.")
+_TARGET = flags.DEFINE_string("target", None, "Export the run to this directory.")
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint to export; the newest by default.")
+_LAYOUT = flags.DEFINE_string("layout", "huggingface", "Format of the export: huggingface, or flax (RecurrentGemma).")
 
 
 def main() -> None:

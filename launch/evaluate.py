@@ -8,23 +8,23 @@ from absl import flags
 from jaxlinear import cli
 from jaxlinear.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
-_TASKS = flags.DEFINE_list("tasks", ["perplexity"], "What to evaluate, as perplexity,mqar:vocab_size=512,passkey.")
-_JSON = flags.DEFINE_string("json", None, "Also write everything to this file.")
-_DATA = flags.DEFINE_string("data", None, "Another prepared dataset than the run's own.")
-_LENGTHS = flags.DEFINE_list("lengths", None, "Multiples of the training length; 1,2,4,8 as far as the dataset goes.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest by default.")
+_TASKS = flags.DEFINE_list("tasks", ["perplexity"], "What to evaluate, e.g. perplexity,mqar:vocab_size=512,passkey.")
+_JSON = flags.DEFINE_string("json", None, "Also write all results to this file.")
+_DATA = flags.DEFINE_string("data", None, "A prepared dataset to use instead of the run's own.")
+_LENGTHS = flags.DEFINE_list("lengths", None, "Multiples of the training length; by default those of 1,2,4,8 that fit.")
 _EXAMPLES = flags.DEFINE_integer("examples", 256, "Examples of each difficulty of a synthetic task.")
-_MESH = flags.DEFINE_list("mesh", [], "How all devices share a batch, as sequence=8; by default by rows, data=-1.")
+_MESH = flags.DEFINE_list("mesh", [], "How all devices share a batch, e.g. sequence=8; by default by rows, data=-1.")
 _BATCHES = flags.DEFINE_integer("batches", 0, "Batches of each length; 0 takes the whole held-out split.")
 _FOLLOW = flags.DEFINE_boolean(
-    "follow", False, "Every checkpoint as it appears, to the end of the run: WORKDIR/evaluations has what is found."
+    "follow", False, "Evaluate every checkpoint as it appears, until the run ends; results go to WORKDIR/evaluations."
 )
-_POLL = flags.DEFINE_float("poll", 10.0, "With --follow: seconds between two looks.", lower_bound=0.0)
+_POLL = flags.DEFINE_float("poll", 10.0, "With --follow: seconds between looks for checkpoints.", lower_bound=0.0)
 _PATIENCE = flags.DEFINE_float(
-    "patience", 0.0, "With --follow: ends after so many seconds without a new one; 0: never."
+    "patience", 0.0, "With --follow: end after this many seconds without a new checkpoint; 0 means never."
 )
-_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 0, "Tokens of a batch; 0 takes those of a microbatch in training.")
+_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 0, "Tokens per batch; 0 takes those of a training microbatch.")
 
 
 def main() -> None:

@@ -4,14 +4,14 @@ from absl import flags
 
 from jaxlinear import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "The text to continue; several make a batch.", required=True)
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Ends after so many new tokens, or with the document.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the sampling; 0 takes the likeliest token each time.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many of the likeliest tokens; 0 means all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that have this much of the probability.")
-_MESH = flags.DEFINE_list("mesh", [], "Spread it over all devices, as sequence=8; by default it runs on the first.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest by default.")
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; several prompts make a batch.", required=True)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "End after this many new tokens, or with the document.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Sampling temperature; 0 takes the likeliest token each time.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many of the likeliest tokens; 0 means all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that together have this probability.")
+_MESH = flags.DEFINE_list("mesh", [], "Mesh of all devices, e.g. sequence=8; by default only the first device is used.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 
 
@@ -25,7 +25,7 @@ def main() -> None:
         "top_p": _TOP_P.value,
         "seed": _SEED.value,
     }
-    generation.Sampling(**sampling)  # refuses before a large checkpoint is read
+    generation.Sampling(**sampling)  # refuses bad values before a large checkpoint is read
     writer = generation.Writer.open(_WORKDIR.value, _STEP.value, _MESH.value)
     options = sampling | {"max_tokens": _MAX_TOKENS.value}
     if len(_PROMPT.value) == 1:

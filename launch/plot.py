@@ -1,4 +1,4 @@
-"""Draws the loss curve of runs: python launch/plot.py --workdir=RUN [--workdir=RUN ...] --output=loss.png"""
+"""Draws the loss curves of runs: python launch/plot.py --workdir=RUN [--workdir=RUN ...] --output=loss.png"""
 
 import pathlib
 
@@ -7,8 +7,8 @@ from absl import flags
 from jaxlinear import cli
 from jaxlinear.errors import UserError
 
-_WORKDIRS = flags.DEFINE_multi_string("workdir", None, "A run; several are drawn together.", required=True)
-_OUTPUT = flags.DEFINE_string("output", "loss.png", "The picture: .png, .svg or .pdf.")
+_WORKDIRS = flags.DEFINE_multi_string("workdir", None, "Directory of a run; several are drawn together.", required=True)
+_OUTPUT = flags.DEFINE_string("output", "loss.png", "Image file: .png, .svg or .pdf.")
 
 
 def main() -> None:

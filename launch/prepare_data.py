@@ -1,4 +1,4 @@
-"""Prepares a dataset: text, or tokens, in, tokens in indexed blocks out. docs/data.md explains every option.
+"""Prepares a dataset: packs text or tokens into indexed blocks of tokens. docs/data.md explains every option.
 
 python launch/prepare_data.py --source=python-stdlib --output=data/stdlib
 python launch/prepare_data.py --source=tokens.bin --token_files=uint16 --tokenizer=tokenizer.json --output=data/tokens
@@ -15,40 +15,48 @@ from jaxlinear.data.sources import DEFAULT_SUFFIXES, DEFAULT_TEXT_FIELD
 from jaxlinear.data.token_files import FORMATS
 
 _SOURCE = flags.DEFINE_string("source", None, "python-stdlib, hf:NAME, or the path of a file or folder.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "The directory to make.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory of the dataset to make.", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bpe", "bpe (trained here), bytes, or a tokenizer.json or .model file.")
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Tokens of a trained BPE; 4096 by default.")
-_TRAIN_BYTES = flags.DEFINE_integer("train_bytes", None, "Bytes of training text for the BPE; 16000000 by default.")
-_DOCUMENT_TOKEN = flags.DEFINE_string("document_token", None, "The token of an existing tokenizer between documents.")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Vocabulary size of the trained BPE; 4096 by default.")
+_TRAIN_BYTES = flags.DEFINE_integer("train_bytes", None, "Bytes of text to train the BPE on; 16000000 by default.")
+_DOCUMENT_TOKEN = flags.DEFINE_string(
+    "document_token", None, "Token of an existing tokenizer that precedes each document."
+)
 _TEXT_FIELD = flags.DEFINE_string(
-    "text_field", None, f"The field with the text in JSONL, Parquet and hf: records; {DEFAULT_TEXT_FIELD} by default."
+    "text_field", None, f"Field with the text in JSONL, Parquet and hf: records; {DEFAULT_TEXT_FIELD} by default."
 )
 _SUFFIXES = flags.DEFINE_list(
     "suffixes",
     None,
-    f"Which files of a folder to take (or .gz, .zst of them); {','.join(DEFAULT_SUFFIXES)} by default.",
+    f"Suffixes of the files to take from a folder (.gz or .zst may follow); {','.join(DEFAULT_SUFFIXES)} by default.",
 )
 _DOCUMENT_SEPARATOR = flags.DEFINE_string(
-    "document_separator", None, r"Cuts plain-text files into documents, \n is a line end; without it one file is one."
+    "document_separator",
+    None,
+    r"Separator of documents in plain-text files (\n is a line end); without it, each file is one document.",
 )
 _TOKENS_FIELD = flags.DEFINE_string(
-    "tokens_field", None, "The field with token ids of --tokenizer in JSONL, Parquet and hf: records, instead of text."
+    "tokens_field", None, "Field with token ids of --tokenizer in JSONL, Parquet and hf: records, instead of text."
 )
 _TOKEN_FILES = flags.DEFINE_enum(
     "token_files",
     None,
     FORMATS,
-    "What files of token ids of --tokenizer are like: flat ones of a dtype, or of a program.",
+    "Format of files with token ids of --tokenizer: the dtype of flat files, or a program's format.",
 )
 _PACKED_ROWS = flags.DEFINE_boolean(
-    "packed_rows", False, "The rows of --tokens_field follow one another as one stream, cut at document tokens."
+    "packed_rows", False, "Read the rows of --tokens_field as one stream, cut at document tokens."
 )
-_HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.05, "The share of the documents that is held out.")
-_BLOCK_LENGTH = flags.DEFINE_integer("block_length", 2048, "Tokens a block; training takes its divisors and multiples.")
-_WORKERS = flags.DEFINE_integer("workers", None, "Processes that encode; one a CPU by default.")
-_SEED = flags.DEFINE_integer("seed", 0, "Chooses another split of the documents.")
-_MAX_BROKEN_FRACTION = flags.DEFINE_float("max_broken_fraction", 0.01, "Fails when more of the records are broken.")
-_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replaces a dataset that is there already.")
+_HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.05, "Fraction of the documents to hold out.")
+_BLOCK_LENGTH = flags.DEFINE_integer(
+    "block_length", 2048, "Tokens per block; training takes its divisors and multiples."
+)
+_WORKERS = flags.DEFINE_integer("workers", None, "Processes that encode; one per CPU by default.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the split of the documents.")
+_MAX_BROKEN_FRACTION = flags.DEFINE_float(
+    "max_broken_fraction", 0.01, "Fail if a greater fraction of the records is broken."
+)
+_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace an existing dataset.")
 
 
 def main() -> None:
@@ -78,7 +86,7 @@ def main() -> None:
 
 
 def _unescaped(separator: str | None) -> str | None:
-    """As a shell's user can write it."""
+    """With the escapes that a user can write in a shell replaced by the characters."""
     if separator is None:
         return None
     return separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")

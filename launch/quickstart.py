@@ -1,6 +1,6 @@
 """From nothing to a language model: a corpus, a trained Griffin, its held-out loss, a sample. `make quickstart` runs it.
 
-Started again, it goes on where it was stopped; when the run is done it only evaluates and samples.
+Started again, it resumes where it stopped; if the run is finished, it only evaluates and samples.
 """
 
 import os
@@ -13,7 +13,7 @@ from absl import flags
 
 from jaxlinear import cli, exit_status
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where the corpus and the run lie.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Directory of the corpus and the run.")
 _PROMPT = "def "
 
 

@@ -2,8 +2,8 @@
 
 python launch/recall.py --workdir=runs/recall
 
-The task, the size of the models and the training are those of configs/mqar.py, but for keys of the config that a pattern is
-given for itself, --patterns=gla,griffin:training.steps=4000; docs/evaluation.md has the table.
+The task, the model size and the training are those of configs/mqar.py, except for config keys that are given for one
+pattern, as in --patterns=gla,griffin:training.steps=4000. docs/evaluation.md has the table.
 """
 
 import pathlib
@@ -14,9 +14,9 @@ from ml_collections import config_flags
 from jaxlinear import cli, exit_status
 from jaxlinear.errors import UserError
 
-_MQAR = pathlib.Path(__file__).absolute().parents[1] / "configs" / "mqar.py"  # wherever the program is started
+_MQAR = pathlib.Path(__file__).absolute().parents[1] / "configs" / "mqar.py"  # found wherever the program is started
 _CONFIG = config_flags.DEFINE_config_file("config", str(_MQAR), "What to train: a file in configs/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs lie; those that are there go on.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the runs; existing runs are resumed.", required=True)
 _PATTERNS = flags.DEFINE_list(
     "patterns",
     [
@@ -25,9 +25,9 @@ _PATTERNS = flags.DEFINE_list(
         ":schedule.final_fraction=0.0:training.steps=4500",
         "linear_attention",
     ],
-    "griffin, hawk, a mixer, or several as rg_lru+sliding_window; each may have keys of the config of its own, as above.",
+    "griffin, hawk, a mixer, or several as in rg_lru+sliding_window; each may have config keys of its own, as above.",
 )
-_EXAMPLES = flags.DEFINE_integer("examples", 1024, "Held-out examples that each is asked.", lower_bound=1)
+_EXAMPLES = flags.DEFINE_integer("examples", 1024, "Held-out examples for each pattern.", lower_bound=1)
 
 
 def main() -> int:

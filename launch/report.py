@@ -1,6 +1,6 @@
-"""One HTML page of a run: python launch/report.py --workdir=DIR [--output=FILE] [--prompt=TEXT ...]
+"""Writes one HTML page about a run: python launch/report.py --workdir=DIR [--output=FILE] [--prompt=TEXT ...]
 
-Config, curves, evaluations, samples and hardware, in one file that needs no network. Takes the extra ``plot``.
+Config, curves, evaluations, samples and hardware, in one file that needs no network. It needs the extra ``plot``.
 """
 
 import pathlib
@@ -10,10 +10,10 @@ from absl import flags
 from jaxlinear import cli
 from jaxlinear.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "The page; by default report.html in the run's directory.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "File to write; by default report.html in the run's directory.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Also show how the newest checkpoint continues this text.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Of such a sample.", lower_bound=1)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Most tokens of such a sample.", lower_bound=1)
 
 
 def main() -> None:

@@ -7,15 +7,15 @@ from absl import flags
 from jaxlinear import cli
 from jaxlinear.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The sweep.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Where the report goes; by default into the sweep's directory, scaling/.")
-_BASELINE = flags.DEFINE_string("baseline", None, "The architecture that others are measured against; else the first.")
-_PARTIAL = flags.DEFINE_boolean("partial", False, "Leave out runs that are not finished.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory of the report; by default scaling/ in the sweep's directory.")
+_BASELINE = flags.DEFINE_string("baseline", None, "Architecture that others are compared with; by default the first.")
+_PARTIAL = flags.DEFINE_boolean("partial", False, "Leave out unfinished runs.")
 _EVALUATED = flags.DEFINE_boolean(
-    "evaluated", False, "Take the losses that launch/evaluate.py --follow found, not those that the runs logged."
+    "evaluated", False, "Use the losses that launch/evaluate.py --follow found, not those that the runs logged."
 )
-_REPLICATES = flags.DEFINE_integer("replicates", 500, "Resamplings, for the intervals.", lower_bound=20)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the resamplings.", lower_bound=0)
+_REPLICATES = flags.DEFINE_integer("replicates", 500, "Resamplings for the intervals.", lower_bound=20)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the resamplings.", lower_bound=0)
 
 
 def main() -> None:

@@ -5,10 +5,10 @@
     python launch/submit.py --platform=tpu_vm --target=v5p:4x4x4 --zone=Z --project=P --setup=SHELL -- --config=... ...
     python launch/submit.py --platform=local --processes=2 --target=cpu:2 -- --config=configs/NAME.py --workdir=DIR ...
 
-What follows after -- is the command of launch/train.py. That its config file and the keys that it sets exist is checked
-here, and their values when the run begins. Then a script or manifest is written (--output, or to stdout) or, with --submit,
-handed to the scheduler. Every one starts the run again after a preemption, and all but local after a failure; it goes on
-from what it saved. The processes go no further unless together they see the devices that were asked for.
+The options after -- are those of launch/train.py. This program checks that their config file and keys exist; the run
+checks the values when it begins. The script or manifest is then written (to --output or stdout) or, with --submit, handed
+to the scheduler. Every platform restarts the run after a preemption (local with --requeue), and all but local after a
+failure; the run resumes from what it saved. Its processes stop at once unless together they see the requested devices.
 """
 
 import pathlib
@@ -22,47 +22,60 @@ from jaxlinear import cli, cli_flags
 from jaxlinear.errors import UserError
 from jaxlinear.launching import gke, local, request, slurm, tpu_vm
 
-_PLATFORM = flags.DEFINE_enum("platform", None, ["slurm", "gke", "tpu_vm", "local"], "What starts it.", required=True)
-_TARGET = flags.DEFINE_string(
-    "target", None, "v5e:4x8 (v5p, v6e, tpu7x), 2xv5e:4x8, h100:16 (h200, a100, gpu, cpu).", required=True
+_PLATFORM = flags.DEFINE_enum(
+    "platform", None, ["slurm", "gke", "tpu_vm", "local"], "What starts the run.", required=True
 )
-_NAME = flags.DEFINE_string("name", None, "The job's name; by default that of the work directory; not local.")
-_OUTPUT = flags.DEFINE_string("output", None, "Write the script or manifest to this file; not local.")
-_SUBMIT = flags.DEFINE_bool("submit", False, "slurm, gke: hand it to the scheduler, by sbatch or kubectl.")
-_PYTHON = flags.DEFINE_string("python", None, "The interpreter on the other machines; by default python, or this one.")
-_DEVICES_A_HOST = flags.DEFINE_integer("devices_a_host", None, "Where it is not 8 GPUs or 4 TPU chips.", lower_bound=1)
-_GRACE = flags.DEFINE_integer("grace", None, "slurm, gke: seconds to save itself; 300, gke --spot 15.", lower_bound=1)
-_RESTARTS = flags.DEFINE_integer("restarts", 20, "Not local: starts after failures, not preemptions.", lower_bound=0)
-_SPOT = flags.DEFINE_bool("spot", False, "gke, tpu_vm: on machines that may be taken away.")
+_TARGET = flags.DEFINE_string(
+    "target",
+    None,
+    "Devices: v5e:4x8 (or v5p, v6e, tpu7x), 2xv5e:4x8, h100:16 (or h200, a100, gpu, cpu).",
+    required=True,
+)
+_NAME = flags.DEFINE_string("name", None, "Not local: name of the job; by default that of the work directory.")
+_OUTPUT = flags.DEFINE_string("output", None, "Not local: write the script or manifest to this file.")
+_SUBMIT = flags.DEFINE_bool("submit", False, "slurm, gke: hand it to the scheduler with sbatch or kubectl.")
+_PYTHON = flags.DEFINE_string(
+    "python", None, "Python interpreter of the run; by default python or, with local, this one."
+)
+_DEVICES_A_HOST = flags.DEFINE_integer(
+    "devices_a_host", None, "Devices per host if not 8 GPUs or 4 TPU chips.", lower_bound=1
+)
+_GRACE = flags.DEFINE_integer(
+    "grace", None, "slurm, gke: seconds for the run to save itself; by default 300, with --spot 15.", lower_bound=1
+)
+_RESTARTS = flags.DEFINE_integer(
+    "restarts", 20, "Not local: restarts after failures; preemptions do not count.", lower_bound=0
+)
+_SPOT = flags.DEFINE_bool("spot", False, "gke, tpu_vm: use machines that may be preempted.")
 
 _PROCESSES_PER = flags.DEFINE_enum(
-    "processes_per", "device", ["device", "host"], "slurm: one process a GPU, or a node."
+    "processes_per", "device", ["device", "host"], "slurm: one process per GPU, or per node."
 )
 _PARTITION = flags.DEFINE_string("partition", None, "slurm: the partition.")
-_ACCOUNT = flags.DEFINE_string("account", None, "slurm: the account that is charged.")
-_SBATCH = flags.DEFINE_multi_string("sbatch", [], "slurm: another option, NAME or NAME=VALUE; may be given again.")
-_CPUS_PER_TASK = flags.DEFINE_integer("cpus_per_task", None, "slurm: CPUs of each process.", lower_bound=1)
-_MINUTES = flags.DEFINE_integer("minutes", 24 * 60, "slurm: the time limit.", lower_bound=1)
-_LOG = flags.DEFINE_string("log", "slurm-%j.log", "slurm: where the output goes.")
-_SHELL = flags.DEFINE_multi_string("shell", [], "slurm: a line of shell before the run; may be given again.")
+_ACCOUNT = flags.DEFINE_string("account", None, "slurm: the account to charge.")
+_SBATCH = flags.DEFINE_multi_string("sbatch", [], "slurm: another option, NAME or NAME=VALUE.")
+_CPUS_PER_TASK = flags.DEFINE_integer("cpus_per_task", None, "slurm: CPUs per process.", lower_bound=1)
+_MINUTES = flags.DEFINE_integer("minutes", 24 * 60, "slurm: time limit in minutes.", lower_bound=1)
+_LOG = flags.DEFINE_string("log", "slurm-%j.log", "slurm: file for the output.")
+_SHELL = flags.DEFINE_multi_string("shell", [], "slurm: a line of shell before the run.")
 
-_IMAGE = flags.DEFINE_string("image", None, "gke: a container with this project in its working directory.")
-_MOUNT = flags.DEFINE_multi_string(
-    "mount", [], "gke: gs://BUCKET:/PATH or CLAIM:/PATH in every pod; may be given again."
+_IMAGE = flags.DEFINE_string("image", None, "gke: container image with this project in its working directory.")
+_MOUNT = flags.DEFINE_multi_string("mount", [], "gke: mount gs://BUCKET:/PATH or CLAIM:/PATH in every pod.")
+_SERVICE_ACCOUNT = flags.DEFINE_string(
+    "service_account", None, "gke: Kubernetes service account that may use the buckets."
 )
-_SERVICE_ACCOUNT = flags.DEFINE_string("service_account", None, "gke: the Kubernetes account that may use the buckets.")
-_QUEUE = flags.DEFINE_string("queue", None, "gke: the queue of Kueue in which the job waits.")
+_QUEUE = flags.DEFINE_string("queue", None, "gke: Kueue queue in which the job waits.")
 
-_ZONE = flags.DEFINE_string("zone", None, "tpu_vm: the zone of Google Cloud.")
-_PROJECT = flags.DEFINE_string("project", None, "tpu_vm: the project of Google Cloud that pays.")
-_SETUP = flags.DEFINE_string("setup", None, "tpu_vm: shell that installs this project in --directory of every host.")
-_DIRECTORY = flags.DEFINE_string("directory", "jaxlinear", "tpu_vm: where the training command runs.")
+_ZONE = flags.DEFINE_string("zone", None, "tpu_vm: Google Cloud zone.")
+_PROJECT = flags.DEFINE_string("project", None, "tpu_vm: Google Cloud project to charge.")
+_SETUP = flags.DEFINE_string("setup", None, "tpu_vm: shell that installs this project in --directory on every host.")
+_DIRECTORY = flags.DEFINE_string("directory", "jaxlinear", "tpu_vm: directory in which the training command runs.")
 _DELETE_WHEN_DONE = flags.DEFINE_bool("delete_when_done", False, "tpu_vm: delete the slice when the run is finished.")
 
-_PROCESSES = flags.DEFINE_integer("processes", 1, "local: how many processes.", lower_bound=1)
-_REQUEUE = flags.DEFINE_bool("requeue", False, "local: start again after a preemption.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "local: number of processes.", lower_bound=1)
+_REQUEUE = flags.DEFINE_bool("requeue", False, "local: restart after a preemption.")
 
-# Who reads what; the other flags are for all.
+# The platforms that read each flag; the other flags are for all of them.
 _READ_BY: tuple[tuple[tuple[str, ...], tuple[flags.FlagHolder, ...]], ...] = (
     (("slurm", "gke", "tpu_vm"), (_NAME, _OUTPUT, _RESTARTS)),
     (("slurm", "gke"), (_SUBMIT, _GRACE)),

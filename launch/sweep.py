@@ -1,6 +1,6 @@
 """Trains the runs of a sweep: python launch/sweep.py --config=configs/sweeps/NAME.py --workdir=DIR
 
-Started again, it goes on: finished runs are skipped, others resumed. docs/scaling.md explains it.
+Started again, it skips finished runs and resumes the others. docs/scaling.md explains it.
 """
 
 import pathlib
@@ -12,15 +12,13 @@ from ml_collections import config_flags
 from jaxlinear import cli, cli_flags, exit_status
 from jaxlinear.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train: a file in configs/sweeps/.")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the sweep lies. One that is there already goes on.", required=True
-)
-_EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm"], "Where the runs are started, by submitit.")
-_PARALLEL = flags.DEFINE_integer("parallel", None, "Runs at a time; 1 by default, and with slurm all.", lower_bound=1)
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The sweep's config: a file in configs/sweeps/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep; an existing sweep is resumed.", required=True)
+_EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm"], "Where submitit starts the runs.")
+_PARALLEL = flags.DEFINE_integer("parallel", None, "Runs at a time; by default 1, with slurm all.", lower_bound=1)
 _GPUS_PER_RUN = flags.DEFINE_integer("gpus_per_run", 0, "local: GPUs that each run sees; 0 means all.", lower_bound=0)
-_SBATCH = flags.DEFINE_multi_string("sbatch", [], "slurm: an option of sbatch, as --sbatch=partition=gpu.")
-_STATUS = flags.DEFINE_boolean("status", False, "Only show how far the runs are; needs no --config.")
+_SBATCH = flags.DEFINE_multi_string("sbatch", [], "slurm: an option of sbatch, e.g. --sbatch=partition=gpu.")
+_STATUS = flags.DEFINE_boolean("status", False, "Only show the progress of the runs; needs no --config.")
 
 
 def main() -> int:

@@ -2,16 +2,16 @@
 
     make sweep
 
-Hawk, Griffin, GLA and a transformer, each in four sizes of 0.07 to 0.3 M parameters at three budgets of FLOPs: 48 runs, two
-at a time, 60 minutes of CPU in all. Steps are of 512 tokens, since at these sizes more and smaller steps reach far lower
-losses for the same FLOPs. docs/scaling.md has what came of it.
+Hawk, Griffin, GLA and a transformer, each in four sizes of 0.07 to 0.3 M parameters with three FLOP budgets: 48 runs, two
+at a time, 60 minutes of CPU in all. A step has 512 tokens, since at these sizes more and smaller steps reach far lower
+losses for the same FLOPs. docs/scaling.md has the results.
 """
 
 from jaxlinear import config as configs
 from jaxlinear.scaling.sweeps import plans
 
-BUDGETS = (5e11, 1e12, 2e12)  # FLOPs, those of the logits included
-HEADS = {24: 1, 32: 1, 48: 2, 64: 2}  # of each width
+BUDGETS = (5e11, 1e12, 2e12)  # FLOPs, including those of the logits
+HEADS = {24: 1, 32: 1, 48: 2, 64: 2}  # for each width
 PRESETS = {"transformer": "transformer_6m", "hawk": "hawk_6m", "griffin": "griffin_6m", "gla": "gla_6m"}
 
 
@@ -29,7 +29,7 @@ def get_config():
     config.schedule.final_fraction = 0.0
     config.checkpoint.every_steps = 2000
     config.checkpoint.keep_newest = 1
-    config.evaluation.every_steps = 1_000_000  # at the end alone
+    config.evaluation.every_steps = 1_000_000  # at the end only
     config.evaluation.batches = 128
     config.logging.every_steps = 50
     config.logging.tensorboard = False
