@@ -1,2 +1,2 @@
-"""Before a run, what it takes on devices that are not there; and its start: what schedulers are given (SLURM, GKE, TPU
-VMs), or processes of this machine."""
+"""What a run takes on devices that are not present, found before it starts; and its start: what schedulers (SLURM, GKE, TPU
+VMs) are given, or processes of this machine."""
