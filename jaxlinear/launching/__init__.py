@@ -1,2 +1,2 @@
-"""What a run takes on devices that are not present, found before it starts; and its start: what schedulers (SLURM, GKE, TPU
-VMs) are given, or processes of this machine."""
+"""Before a run, what it takes on devices that are not present; and how it is started: through a scheduler (SLURM, GKE, TPU
+VMs), or as processes of this machine."""

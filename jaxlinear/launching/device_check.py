@@ -25,7 +25,7 @@ from jaxlinear.ops import backends, calls
 from jaxlinear.ops.calls import Call
 from jaxlinear.training.step import make_objective
 
-# A kernel may be off by this multiple of the error without a kernel, and by what rounding may add: ten times as much in the
+# A kernel may be off by this multiple of the error without a kernel, plus what rounding may add: ten times as much in the
 # gradient of an argument that is the same for all tokens, a sum over tokens that may nearly cancel.
 _TIMES = 3.0
 _ROUNDING = {"bfloat16": 1e-2, "float32": 1e-4}

@@ -14,7 +14,7 @@ from jaxlinear.launching.request import Request
 
 _PORT = 8476
 
-# Seconds that a pod on a spot node has, and may be given by its node pool, whatever the pod itself asks for
+# Seconds that a pod on a spot node has by default, and at most if its node pool grants more, whatever the pod asks for
 # (cloud.google.com/kubernetes-engine/docs/concepts/spot-vms).
 _SPOT_GRACE, _MOST_SPOT_GRACE = 15, 120
 

@@ -88,8 +88,7 @@ def _environment(request: Request, process: int, processes: int) -> dict[str, st
 
 @contextlib.contextmanager
 def held_port() -> Iterator[int]:
-    """A port that no other program is given in this context. Whoever asks for it, as JAX does for process 0, may share
-    it."""
+    """A port given to no other program in this context. Whoever asks for it, as JAX does for process 0, may share it."""
     kind, everywhere = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
     with socket.socket(kind) as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

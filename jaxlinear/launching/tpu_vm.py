@@ -57,7 +57,7 @@ def render(
     # Each host's shell starts in its home directory; quoted below, a ~ would be the name of a directory.
     directory = re.sub(r"^~(/+|$)", "", directory) or "."
     end = "END"
-    while end in setup.splitlines():  # as of a here-document of its own
+    while end in setup.splitlines():  # as when it has a here-document of its own
         end += "_"
     # Two runs whose work directories have the same name are two jobs: a slice of one job's name could be the other's.
     name = f"{request.name}-{hashlib.sha256(request.workdir.rstrip('/').encode()).hexdigest()[:6]}"

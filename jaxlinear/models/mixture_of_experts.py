@@ -42,7 +42,7 @@ class MixtureOfExperts(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width, experts, inner = config.width, config.experts, config.expert_width
         self.activation, self.experts_per_token = config.mlp_activation, config.experts_per_token
-        # Not named a kernel, since Muon does not treat it as one: like an output embedding, it gives logits.
+        # Not named a kernel, so that Muon does not treat it as one: like an output embedding, it gives logits.
         self.router = parameter(fan_in_normal(), (width, experts), ("embed", None), rngs)
 
         def of_experts(name: str, *shape: int, init: Initializer = fan_in_normal()) -> nnx.Param:  # noqa: B008

@@ -46,7 +46,7 @@ def place(stacks: tuple[Stack, ...], layer: int) -> Place:
 
 
 def _cut(layers: tuple[str, ...], first: int) -> tuple[Stack, ...]:
-    """The cheapest cut of ``layers``, found for each of its ends from the shortest on."""
+    """The cheapest cut of ``layers``, built up from that of each tail, the shortest first."""
 
     def cost(stacks: tuple[Stack, ...]) -> tuple[int, int]:
         return sum(len(stack.pattern) for stack in stacks), len(stacks)

@@ -40,9 +40,9 @@ def linear_cross_entropy(
       weights: ``[B, T]`` float32, usually 1 / (number of targets), 0 where nothing is to be predicted. No gradient.
       soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``; 0 means none.
       z_loss: weight of the squared log normaliser (PaLM, arXiv:2204.02311, section 5).
-      groups: the number of parts of the batch over each of which the embedding's gradient is summed before the parts are
-        added. It is the number of devices that share the batch, which then exchange this gradient once rather than once per
-        slice. A slice is sized for one part.
+      groups: the number of parts of the batch for which the embedding's gradient is summed separately before the parts are
+        added: the number of devices that share the batch, which then exchange it once rather than once per slice. A slice
+        is sized for one of them.
       whole: the embedding as used in the products, in the dtype of x: a copy gathered from those devices. The gradient is
         still that of ``embedding``, in its dtype.
 

@@ -35,7 +35,7 @@ def grouped_product(
 
     Args:
       x: ``[M, D]``, sorted by group: the first ``sizes[0]`` rows are group 0's, and so on.
-      kernels: ``[E, D, F]``; multiplied in the dtype of x, with their gradient in their own.
+      kernels: ``[E, D, F]``; multiplied in the dtype of x; their gradient has their own.
       sizes: ``[E]`` int, each from 0 to M, together at most M.
       rows: what the sizes should add up to, M by default, for counting the products (``counted``): no result depends on it.
       backend: ``"blocks"``, ``"ragged_dot"``, ``"rows"``, ``"pallas"`` or ``"auto"``.

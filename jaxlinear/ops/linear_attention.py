@@ -14,7 +14,7 @@ from jax import lax
 from jaxlinear.ops import backends, calls, checks, decay, dtypes, linear_attention_kernel, matrix_states, recurrence
 from jaxlinear.ops.linear_attention_maps import Inputs, LinearAttentionMaps
 
-_CPU_CHANNEL_CHUNK = 32  # by channel, a decay's cost within a chunk grows with its size; elsewhere states matter more
+_CPU_CHANNEL_CHUNK = 32  # a decay by channel costs more in larger chunks; elsewhere the states matter more
 
 
 @calls.recorded

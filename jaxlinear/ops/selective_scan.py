@@ -54,7 +54,7 @@ def selective_scan(
       dt: ``[B, T, D]``, the time step of each channel, at least 0.
       A: ``[D, N]``, at most 0; or None for the transition ``1 - dt_t (B_t^T)^2``, for which dt times the square of each
         number of B must be at most 1.
-      B, C: ``[B, T, N]``, shared by all channels, which are written by B and read by C.
+      B, C: ``[B, T, N]``, shared by all channels: B writes to the state and C reads it.
       initial_state: ``[B, D, N]``, the state before the first token, of that token's document; None means zeros.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
       chunk_size: tokens per block of ``"chunked"``. None is 64, or on CPU fewer if that fits the cache better. Affects only

@@ -1,6 +1,6 @@
 """DeltaNet (Yang et al. 2024, arXiv:2406.06484): what the state holds at a key is replaced, not added to.
 
-    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,  beta_t = sigmoid(W_beta x_t)                one beta a head
+    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,  beta_t = sigmoid(W_beta x_t)                one beta per head
     o_t = K^-0.5 S_t^T q_t
 
 q, k and v are projections of x after a short convolution and SiLU; q and k are then scaled to unit length in each head. The

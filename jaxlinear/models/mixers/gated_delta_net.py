@@ -1,6 +1,6 @@
 """Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464): the delta rule with Mamba-2's decay.
 
-    log a_t = -exp(A_log) softplus(W_a x_t + dt_bias)                                                one a head
+    log a_t = -exp(A_log) softplus(W_a x_t + dt_bias)                                                one per head
     S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T
     o_t = K^-0.5 S_t^T q_t
 

@@ -2,7 +2,7 @@
 
     f_t = b + (1 - b) sigmoid(W_f x_t)                     forget gate, by channel, at least b
     h_t = f_t h_{t-1} + (1 - f_t) silu(W_i x_t)
-    y_t = W_o (norm(h_t) * silu(W_g x_t))                  all channels normalised as one
+    y_t = W_o (norm(h_t) * silu(W_g x_t))                  all channels normalised together
 
 The form is that of flash-linear-attention. The paper's own is complex: a learned angle rotates the state at every step.
 

@@ -3,7 +3,7 @@
     f_t = b + (1 - b) sigmoid(W_f x_t)                  forget gate, by key channel, at least b
     q_t, k_t, v_t = swish(W_q x_t), 1 - f_t, W_v x_t    in heads
     S_t = diag(f_t) S_{t-1} + k_t v_t^T                 o_t = K^-1/2 S_t^T q_t
-    y_t = W_o norm(o_t)                                 all heads normalised as one, with an epsilon of its own if wanted
+    y_t = W_o norm(o_t)                                 all heads normalised together, with an epsilon of its own if wanted
 
 The lower bounds b of all layers come from one learned array of logits ``[L, H K]``: their softmax over the layers, summed
 up to each layer, minus that of the first layer, whose bound is 0. They rise with depth, so that deep layers remember longer

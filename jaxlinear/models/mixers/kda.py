@@ -1,6 +1,6 @@
 """Kimi Delta Attention (Kimi Team 2025, arXiv:2510.26692): the gated delta rule with a decay per key channel.
 
-    log a_t = -exp(A_log) softplus(W_up W_down x_t + dt_bias)           one a key channel, A_log one a head
+    log a_t = -exp(A_log) softplus(W_up W_down x_t + dt_bias)           one per key channel, A_log one per head
     S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  S' = diag(a_t) S_{t-1}
     o_t = K^-0.5 S_t^T q_t
 

@@ -4,7 +4,7 @@ Lightning Attention-2 (arXiv:2401.04658).
     q_t, k_t = swish(W_q x_t), swish(W_k x_t)           v_t = W_v x_t
     S_t = lambda S_{t-1} + k_t v_t^T                    o_t = S_t^T q_t, in heads
     lambda = exp(-8 (h + 1) / H (1 - l / L))            in head h of H, layer l of L, from 0
-    y_t = W_o ((W_u x_t) * norm(o_t))                   all heads normalised as one
+    y_t = W_o ((W_u x_t) * norm(o_t))                   all heads normalised together
 
 ``norm`` is the paper's SRMSNorm, an RMSNorm with no learned scale. Of the paper's positions this is the decay; LRPE, which
 the paper adds in the first layer, is left out. Kernels start normal with variance 1 / fan-in: the authors' constant

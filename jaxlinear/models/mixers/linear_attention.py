@@ -2,7 +2,7 @@
 
     S_t = S_{t-1} + phi(k_t) v_t^T      z_t = z_{t-1} + phi(k_t)      o_t = phi(q_t) S_t / (phi(q_t) z_t)      y_t = W_o o_t
 
-| ``model.feature_map`` | phi(x), x of K channels | K of a head |
+| ``model.feature_map`` | phi(x), x of K channels | K per head |
 | --- | --- | --- |
 | elu | elu(x) + 1 (arXiv:2006.16236) | D / H |
 | relu | max(x, 0) (Kasai et al. 2021, arXiv:2103.13076) | D / H |

@@ -1,8 +1,8 @@
 """Longhorn (Liu et al. 2024, arXiv:2407.14207): the layer of Mamba around the answer to an online regression.
 
     r_t, k_t, q_t = W_s x_t
-    beta_t = sigmoid(W_dt r_t + dt_bias),   dt_t = beta_t / (1 + beta_t |k_t|^2)       one a channel
-    S_t = (1 - dt_t (k_t^T)^2) S_{t-1} + (dt_t x_t) k_t^T                              N numbers a channel
+    beta_t = sigmoid(W_dt r_t + dt_bias),   dt_t = beta_t / (1 + beta_t |k_t|^2)       one per channel
+    S_t = (1 - dt_t (k_t^T)^2) S_{t-1} + (dt_t x_t) k_t^T                              N numbers per channel
     y_t = W_o ((S_t q_t + D x_t) * silu(z_t))
 
 with x and z as in Mamba: what the state forgets follows from the key alone. Of all states, S_t has the least

@@ -3,8 +3,8 @@ Falcon-Mamba (Zuo et al. 2024, arXiv:2410.05355), which normalises these.
 
     x_t = silu(conv(W_x u_t)),   z_t = W_z u_t
     r_t, B_t, C_t = W_s x_t                                      a time step of low rank, and N numbers each
-    dt_t = softplus(W_dt r_t + dt_bias)                          one a channel
-    S_t = exp(-exp(A_log) dt_t) S_{t-1} + (dt_t x_t) B_t^T       N numbers a channel
+    dt_t = softplus(W_dt r_t + dt_bias)                          one per channel
+    S_t = exp(-exp(A_log) dt_t) S_{t-1} + (dt_t x_t) B_t^T       N numbers per channel
     y_t = W_o ((S_t C_t + D x_t) * silu(z_t))
 
 With ``model.selection_norm``, as in Falcon-Mamba, norm(r_t), norm(B_t) and norm(C_t) replace r_t, B_t and C_t, where

@@ -1,6 +1,6 @@
 """Mamba-2 (Dao and Gu 2024, arXiv:2405.21060): linear attention whose decay and input share a time step.
 
-    dt_t = softplus(W_dt u_t + dt_bias)                         one a head
+    dt_t = softplus(W_dt u_t + dt_bias)                         one per head
     S_t = exp(-exp(A_log) dt_t) S_{t-1} + B_t (dt_t x_t)^T
     y_t = S_t^T C_t + D x_t
 

@@ -2,7 +2,7 @@
 
     q_t, k_t = turn_t(W_q x_t), turn_t(W_k x_t)         v_t = W_v x_t
     S_t = (1 - 2^(-5 - h)) S_{t-1} + k_t v_t^T          o_t = K^-1/2 S_t^T q_t, in head h = 0, 1, ...
-    y_t = W_o (swish(W_g x_t) * norm(o_t))              each head normalised by itself
+    y_t = W_o (swish(W_g x_t) * norm(o_t))              each head normalised separately
 
 ``turn`` applies rotary positions (xPos is these plus the decay) to ``model.rotary_fraction`` of a head: all of it in the
 paper and the presets, half by default, as in Griffin. ``norm`` is GroupNorm, which takes each head to mean 0 and variance
