@@ -69,7 +69,7 @@ class MixtureOfExperts(nnx.Module):
         losses = _losses(logits, log_normaliser, chosen, segment_ids)
 
         parameters = {name: getattr(self, name)[...] for name in _AXES if getattr(self, name) is not None}
-        down_bias = parameters.pop("down_bias", None)  # not split like the others: added where the sums are
+        down_bias = parameters.pop("down_bias", None)  # not split like the others: it is added to the sums
         compute = functools.partial(_contributions, of=logits.shape[-1], activation=self.activation)
         y = over_experts(compute, (x, chosen, weights), parameters, _AXES)
         if down_bias is not None:

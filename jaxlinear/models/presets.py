@@ -41,7 +41,7 @@ def _mamba(mixer: str, width: int, num_layers: int, **changes: Any) -> dict[str,
         "vocab_size": 50_280,
         "width": width,
         "recurrent_width": 2 * width,
-        "num_heads": width // 64,  # of attention, where a hybrid has it
+        "num_heads": width // 64,  # of attention, if a hybrid has it
         "channel_mixer": "none",
         "norm_epsilon": 1e-5,
     }
@@ -205,8 +205,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "retnet_1b3": _swiglu("retention", 2048, 24, 8, mlp_expansion=1.375, rotary_fraction=1.0, tied_embeddings=False),
     "hgrn_1b3": _swiglu("hgrn", 2048, 24, 16, tied_embeddings=False),
     "hgrn2_1b3": _swiglu("hgrn2", 2048, 24, 16, tied_embeddings=False),
-    # Sun et al. 2025 (arXiv:2503.05447), table 2, with GLA; embeddings not tied and no biases, as in
-    # examples/linear_moe_qwen2 of github.com/OpenSparseLLMs/Linear-MoE. The names count what is not embedding.
+    # Sun et al. 2025 (arXiv:2503.05447), table 2, with GLA; untied embeddings and no biases, as in
+    # examples/linear_moe_qwen2 of github.com/OpenSparseLLMs/Linear-MoE. The names count parameters without embeddings.
     "linear_moe_a0b3_2b": _linear_moe(1024, 896, 12, 8),
     "linear_moe_a1b_7b": _linear_moe(2048, 1024, 16, 16),
     # Not a published model: S5 was not trained on text. The layer of Smith et al. 2022 (arXiv:2208.04933) with P = D and

@@ -211,7 +211,7 @@ def with_vocabulary_of_data(config: config_dict.ConfigDict) -> config_dict.Confi
 
 
 def _with_vocabulary(config: config_dict.ConfigDict, vocab_size: int) -> config_dict.ConfigDict:
-    """The config with ``model.vocab_size`` set for data of ``vocab_size`` tokens, or a refusal."""
+    """The config with ``model.vocab_size`` set for data of ``vocab_size`` tokens; ``UserError`` if it is too small."""
     config = config.copy_and_resolve_references()
     if config.model.vocab_size is None:
         config.model.vocab_size = math.ceil(vocab_size / 128) * 128

@@ -16,7 +16,7 @@ from jaxlinear.models.parameters import Architecture
 from jaxlinear.parallel import sharding
 
 Tree = Any
-Names = tuple[str, ...]  # of axes of the mesh
+Names = tuple[str, ...]  # of mesh axes
 
 _BETA = 0.95  # of the momentum
 

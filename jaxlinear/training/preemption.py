@@ -67,6 +67,6 @@ class Stop:
         return self._came
 
     def check(self) -> None:
-        """Raises ``Preempted`` if it came."""
+        """Raises ``Preempted`` if SIGTERM came."""
         if self.came():
             raise Preempted
