@@ -29,7 +29,7 @@ from jaxlinear.training.job import check_mesh, with_vocabulary_of_data
 from jaxlinear.training.optimizer import make_optimizer
 
 _MICROBATCHES = (1, 2, 4, 8, 16, 32)
-_FULL = 0.9  # the part of a device's memory that a program may take by its estimate, which is coarse
+_FULL = 0.9  # of a device's memory, what a program may take by its estimate, which is coarse
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,8 +110,8 @@ class LanguageModel(nnx.Module):
         return model
 
     def remember(self, tokens: int) -> None:
-        """Limits the attention states of this model, in place, to ``tokens`` tokens. If rows get no longer than that, this
-        changes only how much a token reads."""
+        """Limits this model's attention states, in place, to ``tokens`` tokens. If no row gets longer, this changes only
+        how much a token reads."""
         for _, module in nnx.iter_graph(self):
             if isinstance(module, CachedAttention):
                 module.slots = min(module.slots, tokens)

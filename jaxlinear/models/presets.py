@@ -221,7 +221,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "samba_421m": _samba(1536, 12, 12),
     "samba_1b3": _samba(2304, 18, 18),
     # The other hybrids of the papers of DeltaNet (arXiv:2406.06484) and Samba, which alternate with windows, at the sizes
-    # of delta_net_340m and gla_340m. Our own choices: the attention heads of transformer_340m and the window of Samba.
+    # of delta_net_340m and gla_340m. Ours: the attention heads of transformer_340m and the window of Samba.
     "gla_hybrid_340m": _attending(("gla", "sliding_window"), 1024, 24, 16, recurrent_heads=4, window=2048),
     "delta_net_hybrid_340m": _attending(
         ("delta_net", "sliding_window"), 1024, 24, 16, recurrent_heads=8, window=2048, tied_embeddings=False

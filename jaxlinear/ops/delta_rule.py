@@ -63,7 +63,7 @@ def delta_rule(
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
       chunk_size: updates per chunk, rounded down to whole tokens, but to one token at least. None is 64 for
         ``"chunked"``, 32 for a decay by key channel, or the smallest power of two that holds fewer updates; for
-        ``"pallas"`` it is the size in the kernel's table. Affects only speed, memory and rounding.
+        ``"pallas"`` the size in the kernel's table. Affects only speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks), ``"pallas"`` (the same
         as a kernel for TPU and GPU, interpreted on CPU) or ``"auto"``.
       negative_eigenvalues: whether beta |k|^2 exceeds 1, where a transition reverses what the state holds at k. The

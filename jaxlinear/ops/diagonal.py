@@ -15,7 +15,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, calls, checks, diagonal_kernel, dtypes, recurrence, segments
 from jaxlinear.ops.diagonal_maps import DiagonalMaps, Power, Transition
 
-# Platforms on which a complex recurrence runs as real arithmetic on two real arrays: XLA emulates complex numbers on TPU,
+# Platforms on which a complex recurrence runs as real arithmetic on two arrays: XLA emulates complex numbers on TPU,
 # and Pallas kernels have none. Elsewhere complex numbers are native, and the loop over one array is faster.
 REAL_ARITHMETIC_ON = ("tpu",)
 

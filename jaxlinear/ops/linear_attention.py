@@ -43,7 +43,7 @@ def linear_attention(
       scale: of the outputs; ``K**-0.5`` by default.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
       chunk_size: tokens per chunk. None is 64 for ``"chunked"``, 32 for a decay by key channel on CPU, or the smallest
-        power of two that holds a shorter T; for ``"pallas"`` it is the size in the kernel's table. Affects only speed,
+        power of two that holds a shorter T; for ``"pallas"`` the size in the kernel's table. Affects only speed,
         memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks), ``"pallas"`` (the same
         as a kernel for TPU and GPU, interpreted elsewhere) or ``"auto"``.

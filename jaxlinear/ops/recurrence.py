@@ -273,7 +273,7 @@ def loop(step: Callable, carry: Any, count: int, *, reverse: bool = False, writt
 def _groups(inputs: Inputs, chunk: int) -> tuple[int, int]:
     """The number of groups of chunks, which are taken one after the other, and the tokens per group.
 
-    On CPU a group has as many chunks as fit in ``_CPU_GROUP_BYTES``; elsewhere it has all of them. Groups are equal, so
+    On CPU a group has as many chunks as fit in ``_CPU_GROUP_BYTES``; elsewhere all of them. Groups are equal, so
     only the last chunk is padded.
     """
     leaves = jax.tree.leaves(inputs)

@@ -67,8 +67,8 @@ def selective_scan(
       y ``[B, T, D]`` in the dtype of x, and the state after the last token ``[B, D, N]`` in float32 (float64 if x, dt, A, B
       or C is), the dtype of the whole computation.
 
-    ``auto`` uses the loop for at most 8 tokens, unless it is given a chunk size. For more tokens it uses the kernel on TPU
-    and GPU, and blocks on CPU and, with one line in the log, where the kernel does not run.
+    ``auto`` uses the loop for at most 8 tokens, unless it is given a chunk size; for more, the kernel on TPU
+    and GPU, and blocks on CPU and, with a log line, where the kernel does not run.
     """
     x, dt, B, C = (jnp.asarray(y) for y in (x, dt, B, C))
     A = None if A is None else jnp.asarray(A)

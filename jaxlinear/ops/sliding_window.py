@@ -59,7 +59,7 @@ def sliding_window_attention(
     block = 1 if backend == "recurrent" else min(_QUERY_BLOCK, length)
     blocks = math.ceil(length / block)
 
-    # Pad so that every block of queries has one run of keys, all of one length: `window - 1` before its first query.
+    # Pad so that every block of queries has one run of equally many keys: `window - 1` before its first query.
     left, right = window - 1 - prefix, blocks * block - length
     k, v = (_pad(x, left, right) for x in (k, v))
     first = jnp.zeros((1, keys), jnp.int32) if segment_ids is None else segments.first_positions(segment_ids)

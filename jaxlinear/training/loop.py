@@ -36,7 +36,7 @@ _LOG = logging.getLogger(__name__)
 def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
     """Trains until ``training.steps``, resuming from the newest checkpoint in ``workdir`` if there is one.
 
-    Returns ``FINISHED``, or ``PREEMPTED`` if SIGTERM came and the run saved itself. A run that is killed in any other way
+    Returns ``FINISHED``, or ``PREEMPTED`` if SIGTERM came and the run saved itself. A run killed in any other way
     and started again follows the uninterrupted run: exactly on CPU, and elsewhere as exactly as the compiler's programs
     repeat themselves (docs/checkpoints.md).
     """

@@ -13,7 +13,7 @@ class Watchdog:
     """Ends the process if, in this context, it gives no sign of life for ``minutes``; 0 means never. It ends with status 1,
     the stacks of its threads and a line about what it was doing. A scheduler may then start the run again.
 
-    Time counts from ``start`` to ``rest``, but not while the process itself is stopped, for example by a scheduler that
+    Time counts from ``start`` to ``rest``, but not while the process itself is stopped, as by a scheduler that
     suspends it.
     """
 
