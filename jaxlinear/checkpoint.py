@@ -1,4 +1,4 @@
-"""Checkpoints of a run, through Orbax: saved while training goes on, restored exactly or not at all."""
+"""Checkpoints of a run, through Orbax: saved while training continues, restored exactly or not at all."""
 
 import collections
 import contextlib
@@ -28,15 +28,15 @@ from jaxlinear.parallel import start
 DIRECTORY = "checkpoints"
 _META = "meta"
 _TEXT = "heldout_text"
-_OVERHEAD_BYTES = 1 << 19  # of a checkpoint over its arrays: its descriptions, and blocks that are not full
-_OPENINGS = 10  # how often a directory is opened in which a run removes checkpoints
-# What Orbax and TensorStore raise for a damaged file; for damaged contents of an array it is a bare Exception.
+_OVERHEAD_BYTES = 1 << 19  # of a checkpoint beyond its arrays: descriptions, and blocks that are not full
+_OPENINGS = 10  # attempts to open a directory in which a run removes checkpoints
+# What Orbax and TensorStore raise for a damaged file; for the damaged contents of an array it is a bare Exception.
 _READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
 _DISK_FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")  # in the messages of a failed write
 
 
 class _AskedFor(logging.Filter):
-    """Leaves out Orbax's warnings of what is meant: to open a run for reading only, and to save without an evaluation."""
+    """Drops Orbax's warnings about what is intended: opening a run only for reading, and saving without an evaluation."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(
@@ -50,12 +50,12 @@ logging.getLogger("absl").addFilter(_AskedFor())
 class Checkpoints:
     """The checkpoints of one run. Each holds named pytrees, their checksums, the resolved config and the data position.
 
-    A checkpoint is written to a temporary directory and renamed when it is whole, so one that was cut short is never
-    seen here; its remains are removed at the next save.
+    A checkpoint is written to a temporary directory and renamed once it is complete, so an incomplete one is never seen
+    here; its remains are removed at the next save.
     """
 
     def __init__(self, workdir: str | os.PathLike, config: config_dict.ConfigDict | None = None):
-        """Opens the run for reading, or, with its config, for writing."""
+        """Opens the run for reading or, with its config, for writing."""
         self.directory = Path(workdir).absolute() / DIRECTORY
         if config is None and not self.directory.is_dir():
             raise UserError(f"{workdir} has no checkpoints: it is not the work directory of a run")
@@ -67,7 +67,7 @@ class Checkpoints:
             cleanup_tmp_directories=config is not None,
             preservation_policy=None if config is None else _preservation(config),
             save_decision_policy=policies.FixedIntervalPolicy(1),
-            # Has the losses written beside the trees, so that the best are known when the run goes on, and keeps them.
+            # Makes Orbax write the losses beside the trees, so that the best are known when the run resumes, and keep them.
             best_fn=None if config is None else _heldout_loss,
             best_mode="min",
         )
@@ -78,11 +78,11 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def newest_of_all(self) -> int | None:
-        """The newest step, the same on all processes of the run, each of which has to ask; None if there is none. A host
-        that knows an older state of the directory, as NFS may, looks again for a while.
+        """The newest step, the same on all processes of the run, each of which must call this; None if there is none. A
+        host that sees an older state of the directory, as may happen on NFS, looks again for a while.
 
         Raises:
-          RunError: some processes see another newest step than others still.
+          RunError: some processes still see another newest step than the others.
         """
         none = -1
 
@@ -113,14 +113,14 @@ class Checkpoints:
         heldout_loss: float | None = None,
         heldout_text: str = "",
     ) -> None:
-        """Begins to save; returns when the arrays have been copied, while the writing goes on in the background. The loss
-        is compared with those of the same ``heldout_text``, whatever names it.
+        """Starts a save; returns once the arrays have been copied, while the writing continues in the background. The loss
+        is compared only with those of the same ``heldout_text``, which identifies the text.
 
         An error of an earlier save is raised here or in ``close``.
         """
         assert self._config is not None
-        self.wait()  # Orbax would; so that what is free is known
-        with start.together():  # a quota may be used up for one host alone
+        self.wait()  # as Orbax would; here, so that the free space is known
+        with start.together():  # a quota may be used up on one host only
             self._check_space(trees)
         meta = _meta(self._config, next_batch, {name: _checksums(tree) for name, tree in trees.items()})
         items = {name: ocp.args.StandardSave(_by_path(tree)) for name, tree in trees.items()}
@@ -134,7 +134,7 @@ class Checkpoints:
     def restore(self, structs: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
         """The trees named in ``structs`` at ``step`` (the newest by default).
 
-        Each is placed like its ``ShapeDtypeStruct``s, on whatever mesh those are, not on the mesh it was saved from.
+        Each is placed like its ``ShapeDtypeStruct``s, on whatever mesh these name, not on the mesh it was saved from.
         """
         step = self._existing(step)
         for name, tree in structs.items():
@@ -156,8 +156,8 @@ class Checkpoints:
         return {"config": meta["config"], "next_batch": meta["next_batch"]}
 
     def check_paths(self, name: str, paths: Collection[str], step: int | None = None) -> None:
-        """``UserError`` unless these are the paths of the arrays of one tree: else it is no damage, but how the arrays of
-        the same model lie in another version."""
+        """Raises ``UserError`` unless these are the paths of the arrays of one tree. Other paths are not damage: another
+        version lays out the arrays of the same model in another way."""
         step = self._existing(step)
         there = self._read(step)[_META]["checksums"].get(name, {})
         if set(there) != set(paths):
@@ -168,12 +168,12 @@ class Checkpoints:
             )
 
     def fingerprint(self, step: int) -> str:
-        """What tells the checkpoint from another of that step, which a run may save that was set back."""
+        """Tells the checkpoint from another of the same step, which a run that was set back may save."""
         return self._read(self._existing(step))[_META]["checksum"]
 
     def stream(self, name: str, step: int | None = None) -> dict[str, streaming.StreamedArray]:
-        """The arrays of one tree by path, to be read from the disk part by part. Each is compared with its checksum here,
-        so all of the tree is read once before anything is returned."""
+        """The arrays of one tree by path, to be read from disk part by part. Each is compared with its checksum here, so
+        the whole tree is read once before anything is returned."""
         step = self._existing(step)
         arrays = {}
         for path, expected in self._read(step)[_META]["checksums"][name].items():
@@ -187,18 +187,18 @@ class Checkpoints:
         return arrays
 
     def wait(self) -> None:
-        """Waits until everything that was begun is written."""
+        """Waits until every save that was started is written."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of the threads."""
+        """Waits, and releases the threads."""
         if not self._failed:
             self.wait()
             self._manager.close()
 
     def _check_space(self, trees: Mapping[str, Any]) -> None:
-        """Refuses before anything is begun: a write that runs out of space leaves remains and pages of tracebacks."""
+        """Refuses before anything is written: a write that runs out of space leaves remains and pages of tracebacks."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees))) + _OVERHEAD_BYTES
         free = shutil.disk_usage(self.directory).free
         if free < needed:
@@ -214,7 +214,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns the error of a full disk, in this write or in an earlier one, into ``UserError``; removes the rest."""
+        """Turns a full-disk error, of this write or an earlier one, into ``UserError``; removes the remains."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
@@ -226,7 +226,7 @@ class Checkpoints:
             raise UserError(self._full("other data took it while this was written")) from error
 
     def _read(self, step: int, **items: Any) -> Any:
-        """These items and what was saved beside them, which is checked to be what was written."""
+        """These items and the metadata beside them, which is checked to be what was written."""
         try:
             saved = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
             meta = dict(saved[_META])
@@ -256,8 +256,8 @@ class Checkpoints:
 
 
 def _open(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    """Orbax lists the checkpoints and then looks at each, which for one who only reads the run may have removed meanwhile,
-    and reads the losses beside all of them."""
+    """Opens the checkpoints with Orbax, which lists them and then looks at each. If they are only read, the run may have
+    removed one in the meantime. Orbax also reads the losses beside all of them."""
     for opening in range(_OPENINGS):
         try:
             return ocp.CheckpointManager(directory, options=options)
@@ -265,7 +265,7 @@ def _open(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
             if not options.read_only or opening == _OPENINGS - 1:
                 raise
             time.sleep(0.1)
-        except ValueError as error:  # how a JSON file that is damaged is reported, and not which
+        except ValueError as error:  # reports a damaged JSON file, but not which one
             for file in sorted(directory.glob("*/metrics/metrics")):
                 if not _is_json(file):
                     raise UserError(
@@ -287,19 +287,19 @@ def _is_json(file: Path) -> bool:
 def save_streamed(
     workdir: str | os.PathLike, config: config_dict.ConfigDict, name: str, arrays: Mapping[str, streaming.StreamedArray]
 ) -> None:
-    """Writes a checkpoint of step 0, which no training saves: one tree of arrays by path, of which no more is in memory
-    than a part of one array. Each is read twice, for its checksum and to be written."""
+    """Writes a checkpoint of step 0, which no training saves: one tree of arrays by path, with no more than a part of one
+    array in memory at a time. Each array is read twice: for its checksum and to be written."""
     checksums = {path: _streamed_checksum(x) for path, x in arrays.items()}
     directory = Path(workdir).absolute() / DIRECTORY / "0"
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         meta = _meta(config, 0, {name: checksums})
         checkpointer.save(directory, args=ocp.args.Composite(**{_META: ocp.args.JsonSave(meta)}))
-    # By itself: Orbax writes what is saved together in the background, all at once.
+    # Saved separately: Orbax writes what is saved together in the background, all at once.
     streaming.save(directory / name, dict(arrays))
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether this is how Orbax, TensorStore or the system say that a disk is full."""
+    """Whether this is how Orbax, TensorStore or the system reports a full disk."""
     return any(sign in str(error) for sign in _DISK_FULL)
 
 
@@ -314,14 +314,14 @@ def _preservation(config: config_dict.ConfigDict) -> policies.PreservationPolicy
 
 
 def _heldout_loss(metrics: Mapping[str, float]) -> float:
-    """One that is not finite is the worst: as it is, it would leave the others without an order."""
+    """A loss that is not finite counts as the worst: unchanged, it would leave the others without an order."""
     loss = metrics["heldout_loss"]
     return loss if math.isfinite(loss) else math.inf
 
 
 class _Best(policies.PreservationPolicy):
-    """Keeps the ``number`` with the lowest held-out losses, of equal ones the newest; of each text by itself, for a run may
-    go on with another, and a loss of the one says nothing of that of the other."""
+    """Keeps the ``number`` checkpoints with the lowest held-out losses, and the newest of equal ones. Each text is ranked
+    separately: a run may go on with another, and a loss on one says nothing about a loss on the other."""
 
     def __init__(self, number: int):
         self._number = number
@@ -347,13 +347,13 @@ class _Multiples(policies.PreservationPolicy):
 
 
 def _checksums(tree: Any) -> dict[str, int]:
-    """Of each array by path. They do not depend on how the arrays are spread over devices."""
+    """The checksum of each array by path. It does not depend on how the array is spread over devices."""
     # One after another: on the CPU, programs with collectives that run side by side can wait for each other for ever.
     return {path: int(_checksum(x)) for path, x in _by_path(tree).items()}
 
 
 def _streamed_checksum(x: streaming.StreamedArray) -> int:
-    """That of the whole array: the sum of those of its pieces, which are taken flat so that few shapes are compiled."""
+    """The checksum of the whole array: the sum of those of its pieces, flattened so that few shapes are compiled."""
     total = first = 0
     for _, piece in x.pieces():
         total += int(_checksum(piece.reshape(-1), np.uint32(first % 2**32)))
@@ -363,10 +363,10 @@ def _streamed_checksum(x: streaming.StreamedArray) -> int:
 
 @jax.jit
 def _checksum(x: jax.Array, first: int | jax.Array = 0) -> jax.Array:
-    """The sum modulo 2**32, over all entries, of a hash of the entry's bits and its place, that of x[0, ..., 0] being
+    """The sum modulo 2**32, over all entries, of a hash of the entry's bits and its place, where x[0, ..., 0] has the place
     ``first``.
 
-    A change of a single entry always shows: the hash (the last step of MurmurHash3) is one to one in the bits.
+    A change to a single entry always shows: the hash (the last step of MurmurHash3) is one-to-one in the bits.
     """
     bits = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
@@ -383,7 +383,7 @@ def _checksum(x: jax.Array, first: int | jax.Array = 0) -> jax.Array:
 def _meta(
     config: config_dict.ConfigDict, next_batch: int, checksums: Mapping[str, Mapping[str, int]]
 ) -> dict[str, Any]:
-    """What is saved beside the trees."""
+    """The metadata that is saved beside the trees."""
     meta = {"config": json.loads(configs.to_json(config)), "next_batch": next_batch, "checksums": checksums}
     return meta | {"checksum": _text_checksum(meta)}
 
@@ -393,7 +393,7 @@ def _text_checksum(values: Mapping[str, Any]) -> int:
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    """A flat dict by path, which does not depend on how containers are represented in memory."""
+    """A flat dict by path, independent of how containers are represented in memory."""
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -1,2 +1,2 @@
-"""Before a run, what it takes on devices that are not there; and its start: what schedulers are given (SLURM, GKE, TPU
-VMs), or processes of this machine."""
+"""Before a run, what it takes on devices that are not present; and how it is started: through a scheduler (SLURM, GKE, TPU
+VMs), or as processes of this machine."""

@@ -1,4 +1,4 @@
-"""Inputs of an operation for ``launch/check.py``: of the shapes of a call, and as hard as training may make them."""
+"""Inputs of an operation for ``launch/check.py``: with the shapes of a call, and as hard as training may make them."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ import numpy as np
 
 from jaxlinear.ops.calls import Call
 
-# How much a state forgets: little; nearly all with each token; anything between, by channel and by token, and keys of the
-# delta rule are alike. What forgets nothing has the first and the last.
+# How much a state forgets: little; nearly everything at each token; or anything in between, by channel and by token, where
+# keys of the delta rule are also alike. Operations that forget nothing have only the first and the last kind.
 MIXED = "mixed"
 KINDS = ("weak", "strong", MIXED)
 _FORGETS = {"log_decay", "a", "dt"}
-_ALIKE = 0.1  # how far keys are from the one that they are like
-_DOCUMENT = 40  # tokens, on average
+_ALIKE = 0.1  # how far keys are from the key that they resemble
+_DOCUMENT = 40  # mean number of tokens per document
 
 
 def kinds_of(call: Call) -> tuple[str, ...]:
-    """Those of ``KINDS`` that differ for it."""
+    """The ``KINDS`` that make a difference for this call."""
     return KINDS if _FORGETS & set(call.arrays) else ("weak", MIXED)
 
 
@@ -32,13 +32,13 @@ def draw(call: Call, kind: str, random: np.random.Generator) -> dict[str, np.nda
     """The arrays of the call by name, each in its dtype."""
     draws = _Draws(kind, random, bool(call.options.get("negative_eigenvalues")))
     drawn = {name: draws.of(call.operation, name, shape) for name, shape in call.arrays.items()}
-    if call.operation == "selective_scan" and "A" not in drawn:  # dt B^2 is to be at most 1
+    if call.operation == "selective_scan" and "A" not in drawn:  # dt B^2 must be at most 1
         drawn["dt"] = drawn["dt"] / np.maximum(1, np.max(drawn["B"] ** 2, axis=-1, keepdims=True))
     return {name: _rounded(x, call.arrays[name].dtype) for name, x in drawn.items()}
 
 
 def normal(shape: Any, random: np.random.Generator) -> np.ndarray:
-    """Standard normal numbers, of a shape with its dtype."""
+    """Standard normal numbers, with the given shape and its dtype."""
     return _rounded(_normal(shape, random), shape.dtype)
 
 
@@ -56,7 +56,7 @@ def _rounded(x: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 class _Draws:
-    """By the meaning of an argument, float64."""
+    """Draws arguments by their meaning, in float64."""
 
     def __init__(self, kind: str, random: np.random.Generator, negative_eigenvalues: bool):
         self.kind, self.random, self.most_replaced = kind, random, 1.9 if negative_eigenvalues else 1.0

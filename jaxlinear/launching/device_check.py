@@ -1,7 +1,7 @@
-"""Whether a device computes the operations of a model as they are defined.
+"""Checks whether a device computes the operations of a model as they are defined.
 
 Each operation that the model calls in training runs on the device as a kernel and without one, and in float32 on the host's
-CPU, with gradients, on inputs of the model's shapes.
+CPU, with gradients, on inputs with the model's shapes.
 """
 
 import dataclasses
@@ -25,35 +25,35 @@ from jaxlinear.ops import backends, calls
 from jaxlinear.ops.calls import Call
 from jaxlinear.training.step import make_objective
 
-# A kernel may be off by so many times what the operation is off by without one, and by what rounding may do besides: ten
-# times as much in the gradient of what is the same for all tokens, a sum over them which may nearly cancel.
+# A kernel may be off by this multiple of the error without a kernel, plus what rounding may add: ten times as much in the
+# gradient of an argument that is the same for all tokens, a sum over tokens that may nearly cancel.
 _TIMES = 3.0
 _ROUNDING = {"bfloat16": 1e-2, "float32": 1e-4}
 _OF_SUMS = 10.0
-_LENGTH = 2048  # tokens of a row, if training has more
-_RAGGED = 37  # fewer tokens for some inputs, so that no block divides them
-_REPEATS = 5  # of which the time is the median
+_LENGTH = 2048  # tokens per row, if training has more
+_RAGGED = 37  # so many tokens fewer for some inputs, so that no block divides them
+_REPEATS = 5  # runs, of which the median time is taken
 
 
 @dataclasses.dataclass(frozen=True)
 class Error:
-    """How far an array is from float32 at its worst token (of a state, its worst head or channel): the norm of the
-    difference there, over the root mean square of such norms of the array."""
+    """The error of an array, relative to float32, at its worst token (for a state, its worst head or channel): the norm of
+    the difference there, divided by the root mean square of the float32 array's own such norms."""
 
     array: str
     kernel: float
-    without: float  # as XLA has the operation, on the same device and in the same dtype
+    without: float  # as XLA computes the operation, on the same device and in the same dtype
     allowed: float
 
     @property
     def is_small(self) -> bool:
-        return self.kernel <= self.allowed  # which NaN is not
+        return self.kernel <= self.allowed  # false for NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """An operation with inputs of one kind (of ``check_inputs.KINDS``). ``refused``: why it has no kernel on the device,
-    and then nothing else. ``milliseconds``: of a call with its gradients, as a kernel and without; None where kernels are
+    """An operation with inputs of one kind (of ``check_inputs.KINDS``). ``refused``: why it has no kernel on the device;
+    nothing else is then set. ``milliseconds``: of a call with its gradients, as a kernel and without; None if kernels are
     interpreted."""
 
     operation: str
@@ -69,21 +69,21 @@ class Checked:
 
     @property
     def worst(self) -> Error:
-        """The array that is nearest to what is allowed, or furthest beyond."""
+        """The array that is closest to its limit, or furthest beyond it."""
         return max(self.errors, key=lambda error: (not error.is_small, error.kernel / error.allowed))
 
 
 def check(
     config: config_dict.ConfigDict, device: jax.Device, *, length: int | None = None, rows: int = 2
 ) -> Iterator[Checked]:
-    """The operations that the model of a config calls in training, one after the other.
+    """Checks the operations that the model of a config calls in training, one after another.
 
     Args:
-      config: what to train; of it the keys of ``model`` count, and ``training.sequence_length``. Heads and channels are
+      config: what to train; only the keys of ``model`` and ``training.sequence_length`` matter. Heads and channels are
         those of the whole model: a device has fewer under ``mesh.tensor``.
-      device: where kernels run. Where it is no TPU or GPU they are interpreted, which is slow.
-      length: tokens of a row; by default those of training, up to 2,048.
-      rows: of a batch.
+      device: where kernels run. If it is not a TPU or GPU they are interpreted, which is slow.
+      length: tokens per row; by default as in training, up to 2,048.
+      rows: rows per batch.
 
     Raises:
       UserError: the config cannot work, no operation of its model may be a kernel, or JAX sees no CPU.
@@ -114,9 +114,9 @@ def _host() -> jax.Device:
 
 
 def _calls(config: config_dict.ConfigDict, device: jax.Device, rows: int, length: int) -> list[Call]:
-    """The different ones, in the order of the model's layers."""
+    """The distinct calls, in the order of the model's layers."""
     config = config.copy_and_resolve_references()
-    config.model.vocab_size = config.model.vocab_size or 256  # which none of them reads
+    config.model.vocab_size = config.model.vocab_size or 256  # which no operation reads
     architecture = parameters.describe(configs.model_config(config))
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
@@ -135,7 +135,7 @@ def _check(call: Call, kind: str, device: jax.Device, host: jax.Device) -> Check
         return Checked(call.operation, described, kind, refused=str(error))
     random = np.random.default_rng(0)
     inputs = check_inputs.draw(call, kind, random)
-    if len(shapes) == 2:  # a recurrence, which gives its last state, and here begins with one too
+    if len(shapes) == 2:  # a recurrence, which returns its last state and here also starts from one
         inputs["initial_state"] = check_inputs.normal(shapes[1], random)
     cotangents = tuple(check_inputs.normal(y, random) for y in shapes)
 
@@ -169,7 +169,7 @@ def _operation(call: Call, backend: str) -> Callable[[dict[str, Any], dict[str, 
 
 
 def _numbers_and_others(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What has gradients, and what has none."""
+    """The arrays that have gradients, and those that have none."""
     numbers = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
     return numbers, {name: x for name, x in arrays.items() if name not in numbers}
 
@@ -188,7 +188,7 @@ def _with_gradients(call: Call, backend: str) -> Callable[..., dict[str, jax.Arr
 
 
 def _compiled(call: Call, backend: str, device: jax.Device, inputs, cotangents) -> Callable[[], dict[str, jax.Array]]:
-    """``_with_gradients`` of arrays that lie on the device."""
+    """``_with_gradients`` of arrays that are on the device."""
     arguments = jax.device_put((*_numbers_and_others(inputs), cotangents), device)
     with backends.use_device(device):
         compiled = jax.jit(_with_gradients(call, backend)).lower(*arguments).compile()
@@ -200,7 +200,7 @@ def _in_float32(x: np.ndarray) -> np.ndarray:
 
 
 def _off(x: jax.Array, expected: jax.Array) -> float:
-    """As ``Error`` has it."""
+    """The error as defined in ``Error``."""
     wide = np.complex128 if np.iscomplexobj(expected) else np.float64
     want = np.asarray(expected).astype(wide)
     within = tuple(range(min(2, want.ndim - 1), want.ndim))

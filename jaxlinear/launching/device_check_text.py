@@ -8,7 +8,7 @@ HEADER = f"{'operation':25} {'inputs':7} {'worst array':25} {'off by':>8} {'with
 
 
 def line(checked: Checked) -> str:
-    """Of one operation with inputs of one kind. "without" is without a kernel."""
+    """The result of one operation with inputs of one kind. "without" means without a kernel."""
     name = f"{checked.operation:25} {checked.inputs:7}"
     if checked.refused is not None:
         return f"{name} no kernel: {checked.refused}"

@@ -1,5 +1,5 @@
-"""A run as a JobSet of a GKE cluster: a job for each slice of TPUs, or one for all GPUs, with one pod a host, started again
-together when one of them is gone."""
+"""A run as a JobSet of a GKE cluster: one job per slice of TPUs, or one for all GPUs, with one pod per host. All are
+started again together when one of them is lost."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from jaxlinear.launching.request import Request
 
 _PORT = 8476
 
-# Seconds that a pod on a spot node has, and may be given by its node pool, whatever the pod itself asks for
+# Seconds that a pod on a spot node has by default, and at most if its node pool grants more, whatever the pod asks for
 # (cloud.google.com/kubernetes-engine/docs/concepts/spot-vms).
 _SPOT_GRACE, _MOST_SPOT_GRACE = 15, 120
 
@@ -37,15 +37,15 @@ def render(
     """The manifest for ``kubectl apply -f``.
 
     Args:
-      request: of TPUs or GPUs.
-      image: a container with this project in its working directory.
-      mounts: what is mounted in every pod, ``gs://BUCKET:/PATH`` or ``CLAIM:/PATH``, a PersistentVolumeClaim that many
-        nodes may write. The work directory is below one of them: a pod's own disk goes with the pod.
-      service_account: of Kubernetes, that may read and write the buckets.
-      restarts: how often a failure is followed by another start; a preemption does not count.
+      request: for TPUs or GPUs.
+      image: a container image with this project in its working directory.
+      mounts: what is mounted in every pod: ``gs://BUCKET:/PATH``, or ``CLAIM:/PATH`` for a PersistentVolumeClaim that many
+        nodes may write. The work directory is inside one of them: a pod's own disk is lost with the pod.
+      service_account: the Kubernetes service account that may read and write the buckets.
+      restarts: how often a failure is followed by another start; preemptions do not count.
       grace: seconds between SIGTERM and SIGKILL; by default 300, and 15 on spot nodes.
-      spot: on nodes that may be taken away at any time.
-      queue: of Kueue, in which the set waits.
+      spot: whether to use nodes that may be taken away at any time.
+      queue: the Kueue queue in which the set waits.
     """
     if request.kind not in _TPUS | _GPUS:
         raise UserError(f"GKE needs to know which nodes: {', '.join(_TPUS | _GPUS)}, not {request.target}")
@@ -84,7 +84,7 @@ def render(
     )
     if spot:
         selector["cloud.google.com/gke-spot"] = "true"
-    # Kubernetes reads $(NAME) and $$ in a command before bash has it (the command of a Container in its API).
+    # Kubernetes expands $(NAME) and $$ in a command before bash does (the command of a Container in its API).
     line = " ".join([request.line().replace("$", "$$"), *_joining(request)])
     container: dict[str, Any] = {
         "name": "train",
@@ -94,7 +94,7 @@ def render(
     }
     if request.hosts > 1:
         container["ports"] = [{"containerPort": _PORT}]
-    if not on_tpu:  # NCCL's buffers, for which a container's 64 MB are too few
+    if not on_tpu:  # for NCCL's buffers: a container's 64 MB are too few
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
         mounted.append({"name": "shared-memory", "mountPath": "/dev/shm"})
     container["volumeMounts"] = mounted
@@ -110,8 +110,8 @@ def render(
     template: dict[str, Any] = {"spec": pod}
     if any("csi" in volume for volume in volumes):
         template["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}
-    # A pod that is evicted, and one that saved itself, end the job at once; the set then starts again, and that is not
-    # counted. Bad input ends the set, which tells it by the message: a job's reason is the same for all rules. Any other
+    # A pod that is evicted, or that saved itself, ends the job at once; the set then starts again, and this is not counted.
+    # Bad input ends the set, which recognises it by the message: a job's reason is the same for all rules. Any other
     # failure is counted.
     rules = [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -135,8 +135,8 @@ def render(
     if queue:
         metadata["labels"] = {"kueue.x-k8s.io/queue-name": queue}
     if on_tpu and request.hosts > 1:
-        # All pods of a job on the hosts of one slice, and no others there. By the set GKE's own webhook also tells the pods
-        # which slice of how many is theirs (cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice).
+        # Puts all pods of a job on the hosts of one slice, and no others there. From the set, GKE's own webhook also tells
+        # the pods which slice of how many is theirs (cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice).
         topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
         metadata["annotations"] = topology
     manifest = {
@@ -159,8 +159,9 @@ def render(
 
 
 def _volumes(mounts: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Of a pod, and where its container has them (cloud.google.com/kubernetes-engine/docs/how-to/persistent-volumes, of
-    buckets by its page cloud-storage-fuse-csi-driver)."""
+    """The volumes of a pod, and where its container mounts them
+    (cloud.google.com/kubernetes-engine/docs/how-to/persistent-volumes; for buckets, its page
+    cloud-storage-fuse-csi-driver)."""
     volumes: list[dict[str, Any]] = []
     mounted = []
     for i, mount in enumerate(mounts):
@@ -178,7 +179,7 @@ def _volumes(mounts: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str
 
 
 def _joining(request: Request) -> list[str]:
-    """How the processes find each other: on TPU JAX knows from the pods' environment."""
+    """How the processes find one another: on TPU, JAX knows it from the pods' environment."""
     if request.platform == "tpu" or request.hosts == 1:
         return []
     first = f"{request.name}-hosts-0-0.{request.name}"

@@ -1,4 +1,4 @@
-"""A run as several processes on this machine, joined by its loopback."""
+"""A run as several processes on this machine, connected by its loopback interface."""
 
 import contextlib
 import os
@@ -15,15 +15,16 @@ from jaxlinear.errors import UserError
 from jaxlinear.exit_status import PREEMPTED
 from jaxlinear.launching.request import Request
 
-_PAUSE = 1.0  # seconds before a preempted run is started again: one that ends at once would else take a whole core
+_PAUSE = 1.0  # seconds before a preempted run is restarted: one that ends at once would otherwise take a whole core
 
 
 def run(request: Request, *, processes: int, requeue: bool = False) -> int:
-    """Runs it to its end and returns the status of its processes together. SIGTERM is passed on to them, and
-    SIGINT as SIGTERM: a terminal sends its own to all of them too, and the second ends a run without saving.
+    """Runs the request to its end and returns the combined status of its processes. SIGTERM is passed on to them, and
+    SIGINT is passed on as SIGTERM: a terminal also sends its SIGINT to all of them, and a second one ends a run without
+    saving.
 
-    GPUs, those that ``CUDA_VISIBLE_DEVICES`` names if it is set, are dealt out to the processes in equal parts. With
-    ``requeue`` a run that was preempted is started again, unless this program was told to end.
+    GPUs, those that ``CUDA_VISIBLE_DEVICES`` names if it is set, are divided equally among the processes. With ``requeue``,
+    a run that was preempted is started again, unless this program was told to end.
     """
     if request.devices % processes:
         raise UserError(f"--processes={processes} does not divide {request.devices} devices")
@@ -49,7 +50,7 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
                 for i, environment in enumerate(environments):
                     command = request.command(*joining, *([f"--process={i}"] if joining else []))
                     running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment))
-                    if told:  # before this one was there to be told
+                    if told:  # before this process existed to be told
                         running[-1].terminate()
                 status = _of_all([process.wait() for process in running])
             running.clear()
@@ -64,8 +65,8 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
 
 
 def _of_all(statuses: Sequence[int]) -> int:
-    """``PREEMPTED`` if some saved themselves and none failed, which the next start would do again; else the largest of
-    the failures, those by a signal as a shell counts them."""
+    """``PREEMPTED`` if some processes saved themselves and none failed, since the next start would fail again; else the
+    largest of the failures, where failures by a signal are numbered as in a shell."""
     failures = [status if status >= 0 else 128 - status for status in statuses if status not in (0, PREEMPTED)]
     return max(failures or statuses)
 
@@ -87,7 +88,7 @@ def _environment(request: Request, process: int, processes: int) -> dict[str, st
 
 @contextlib.contextmanager
 def held_port() -> Iterator[int]:
-    """A port that no other program is given within. Who asks for it, as JAX does for process 0, may share it."""
+    """A port given to no other program in this context. Whoever asks for it, as JAX does for process 0, may share it."""
     kind, everywhere = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
     with socket.socket(kind) as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

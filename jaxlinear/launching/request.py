@@ -1,4 +1,4 @@
-"""What is asked for, whatever schedules it: a training command on a number of devices."""
+"""What is asked for, whatever the scheduler: a training command on a number of devices."""
 
 import dataclasses
 import difflib
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jaxlinear.errors import UserError
 from jaxlinear.parallel import targets
 
-# Chips of a host of a TPU slice that has several hosts, and GPUs of a host.
+# Chips per host in a TPU slice that has several hosts, and GPUs per host.
 _ON_A_HOST = {"v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 4, "h100": 8, "h200": 8, "a100": 8, "gpu": 8, "cpu": 1}
 _PROGRAM = "launch/train.py"
 _FLAGS = ("config", "workdir")  # its own; the others are set here
@@ -18,8 +18,9 @@ _FLAGS = ("config", "workdir")  # its own; the others are set here
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A run of ``launch/train.py``. ``arguments`` are its own; ``shape`` is a TPU slice's, in chips, or None for GPUs.
-    ``chips``, of TPUs or GPUs, and ``hosts`` are those of all ``slices``. ``whole_hosts``: it has all GPUs of its hosts."""
+    """A run of ``launch/train.py``. ``arguments`` are that program's; ``shape`` is a TPU slice's, in chips, or None for
+    GPUs. ``chips``, of TPUs or GPUs, and ``hosts`` are totals over all ``slices``. ``whole_hosts``: it has all GPUs of its
+    hosts."""
 
     name: str
     kind: str
@@ -39,32 +40,32 @@ class Request:
 
     @property
     def target(self) -> str:
-        """As it is asked for on the command line: ``2xv5e:4x8``, ``h100:16``."""
+        """As written on the command line: ``2xv5e:4x8``, ``h100:16``."""
         several = f"{self.slices}x" if self.slices > 1 else ""
         return f"{several}{self.kind}:{self.shape or self.chips}"
 
     @property
     def devices(self) -> int:
-        """As JAX counts them."""
+        """The number of devices as JAX counts them."""
         return self.chips * targets.DEVICES_A_CHIP.get(self.kind, 1)
 
     @property
     def chips_a_host(self) -> int:
-        """TPU chips or GPUs of one host."""
+        """TPU chips or GPUs per host."""
         return self.chips // self.hosts
 
     def command(self, *joining: str) -> list[str]:
-        """Of one process. It goes no further unless all of them together see the devices that they should."""
+        """The command of one process. It goes no further unless all processes together see the devices that they should."""
         expected = f"--expect={self.platform}:{self.devices}"
         return [self.python, _PROGRAM, *self.arguments, expected, *joining]
 
     def line(self, *joining: str) -> str:
-        """The command for a shell. What is in ``joining`` stands as it is, with variables of the shell."""
+        """The command for a shell. ``joining`` is inserted as it is, with variables of the shell."""
         return " ".join([shlex.join(self.command()), *joining])
 
 
 def check_flags(arguments: Sequence[str]) -> None:
-    """Raises ``UserError`` for an argument that is not given here; keys of the config are not looked at."""
+    """Raises ``UserError`` for an argument that must not be given here; keys of the config are not checked."""
     for argument in arguments:
         name = argument.partition("=")[0].lstrip("-")
         if not argument.startswith("-") or not re.fullmatch(rf"(no)?config\..*|{'|'.join(_FLAGS)}", name):

@@ -23,9 +23,9 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one step. ``exchanges`` is None where the collectives are not known; ``waited`` are those of them beside
-    which nothing is computed; ``counted`` is False where some are in a loop of unknown trips, and count once, and so is
-    ``products_counted``."""
+    """Seconds of one step. ``exchanges`` is None if the collectives are not known; ``waited`` is the part of it during
+    which nothing is computed; ``counted`` is False if some are in a loop of unknown trip count, and are counted once.
+    ``products_counted`` is the same for products."""
 
     products: float
     products_counted: bool
@@ -37,27 +37,27 @@ class Times:
 
     @property
     def least(self) -> float:
-        """Seconds, a lower bound by ``ASSUMPTIONS``."""
+        """Seconds: a lower bound under ``ASSUMPTIONS``."""
         return max(self.products, self.memory, (self.exchanges or 0.0) - self.waited) + self.waited
 
     @property
     def most(self) -> float | None:
-        """Seconds if nothing is hidden behind anything else; None where not all of it is known."""
+        """Seconds if nothing overlaps with anything else; None if not all of it is known."""
         if self.exchanges is None or not self.counted or not self.products_counted:
             return None
         return self.products + self.memory + self.exchanges
 
 
 class Row(NamedTuple):
-    """The collectives of one kind over the same axes in a step; bytes are those that a device receives."""
+    """The collectives of one kind over the same axes in a step; ``bytes`` are those that a device receives."""
 
     kind: str
     axes: tuple[str, ...]
     devices: int
     runs: int
     bytes: int
-    hidden: int  # of the runs, those that go on while the device computes
-    known: bool  # False: some are in a loop whose trips are not known, and count once
+    hidden: int  # the runs that proceed while the device computes
+    known: bool  # False: some are in a loop of unknown trip count, and are counted once
     between_slices: bool
 
 
@@ -70,13 +70,13 @@ def times(
     collectives: Sequence[Collective] | None,
     flops_counted: bool = True,
 ) -> Times:
-    """``flops`` and ``bytes_`` are those of one device; ``kind`` is its ``jax.Device.device_kind``, ``dtype`` that of the
+    """``flops`` and ``bytes_`` are per device; ``kind`` is its ``jax.Device.device_kind``, and ``dtype`` that of the
     products. ``collectives`` is None if they are not known; ``flops_counted`` is False if ``flops`` are not all."""
     device = device_of(kind)
     if kind not in PEAK_FLOPS:
         raise UserError(f"the peak of {kind} is not known (jaxlinear/scaling/hardware.py)")
     peak = PEAK_FLOPS[kind]
-    # Products that ask for more precision are slower: the least time stays a bound.
+    # Products that ask for more precision are slower: the least time remains a bound.
     rate = peak / 2 if dtype == "float32" and not kind.startswith("TPU") else peak
     exchanges, waited, counted = None, 0.0, True
     if collectives is not None:
@@ -87,7 +87,7 @@ def times(
 
 
 def seconds(collective: Collective, device: Device, span: int) -> float:
-    """Of one run, between devices that lie among ``span`` neighbouring ones, at least."""
+    """The least time of one run, between devices that are among ``span`` neighbouring ones."""
     if collective.devices < 2:
         return 0.0
     if collective.between_slices:
@@ -97,7 +97,7 @@ def seconds(collective: Collective, device: Device, span: int) -> float:
     if collective.kind == "collective-permute":
         return link.permute(collective.devices, 1, collective.bytes)
     axes = axes_of(device, collective.devices)
-    # Round a torus both ways, an axis after the other.
+    # Around a torus in both directions, one axis after another.
     steps = int(axes * round(collective.devices ** (1 / axes)) // 2) if link.torus else collective.devices - 1
     passes = 2 if collective.kind == "all-reduce" else 1
     received = collective.received / most_gathering(device, collective.devices, span)
@@ -105,7 +105,7 @@ def seconds(collective: Collective, device: Device, span: int) -> float:
 
 
 def grouped(collectives: Iterable[Collective]) -> list[Row]:
-    """By kind and axes, those between slices by themselves, the most bytes first."""
+    """By kind and axes, with those between slices kept separate; the most bytes come first."""
     rows: dict[tuple[str, tuple[str, ...], int, bool], list[Collective]] = {}
     for one in collectives:
         rows.setdefault((one.kind, one.axes, one.devices, one.between_slices), []).append(one)

@@ -1,6 +1,6 @@
-"""Other settings of a run on the same devices: meshes, remat policies and microbatches, by reckoning and then compiled.
+"""Other settings of a run on the same devices: meshes, remat policies and microbatches, first estimated and then compiled.
 
-What is reckoned orders what is worth compiling and drops what cannot fit; it is not shown as a result.
+The estimates order what is worth compiling and drop what cannot fit; they are not shown as results.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from jaxlinear.training.job import check_mesh, with_vocabulary_of_data
 from jaxlinear.training.optimizer import make_optimizer
 
 _MICROBATCHES = (1, 2, 4, 8, 16, 32)
-_FULL = 0.9  # of a device's memory, what a reckoned program may take: the reckoning is coarse
+_FULL = 0.9  # of a device's memory, what a program may take by its estimate, which is coarse
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Settings, and what is reckoned of them: bytes of a device, seconds of a step."""
+    """Settings, and their estimates: bytes per device, seconds per step."""
 
     mesh: dict[str, int]
     remat: str
@@ -43,7 +43,7 @@ class Candidate:
     seconds: float
 
     def applied(self, config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-        """The config with these settings in the place of its own."""
+        """The config with these settings in place of its own."""
         config = config.copy_and_resolve_references()
         config.mesh.update(self.mesh)
         config.model.remat, config.training.microbatches = self.remat, self.microbatches
@@ -59,20 +59,20 @@ class Candidate:
 def search(
     config: config_dict.ConfigDict, target: Target, count: int, show: Callable[[str], Any] = lambda _: None
 ) -> list[Sizing]:
-    """Compiles the ``count`` candidates that should be the fastest, and ranks them: what fits first, by its least time,
-    and among those of one time by their memory."""
+    """Compiles the ``count`` candidates that should be fastest, and ranks them: those that fit come first, by their least
+    time and, where that is equal, by their memory."""
     found = []
     for candidate in candidates(config, target)[:count]:
         show(f"compiling {candidate.flags()}")
         try:
             found.append(sizing.size(candidate.applied(config), target))
-        except UserError as error:  # of one candidate: the others are worth what they took to compile
+        except UserError as error:  # of one candidate: the others are worth the time that they took to compile
             show(f"left out: {error}")
     return sorted(found, key=lambda sized: (not sized.fits, sized.time.least, sized.memory.total))
 
 
 def candidates(config: config_dict.ConfigDict, target: Target) -> list[Candidate]:
-    """All settings that should fit, the fastest first. The batch stays as it is."""
+    """All settings that should fit, the fastest first. The batch is unchanged."""
     config = with_vocabulary_of_data(configs.resolve(config))
     model = _Model(config, target)
     found = []
@@ -92,13 +92,13 @@ def candidates(config: config_dict.ConfigDict, target: Target) -> list[Candidate
 
 
 def _order(one: Candidate) -> tuple:
-    """The fastest first; of those within 1% the simplest mesh, then the fewest microbatches."""
+    """The fastest first; among those within 1%, the simplest mesh, then the fewest microbatches."""
     axes = (one.mesh["tensor"], one.mesh["sequence"], one.mesh["expert"], one.mesh["fsdp"])
     return round(math.log(one.seconds) * 100), *axes, one.microbatches, one.memory
 
 
 def _heads(config: config_dict.ConfigDict) -> list[int]:
-    """The numbers of heads of what mixes along time; none of a model that goes by channels alone."""
+    """The head counts of the parts that mix along time; empty for a model that mixes only by channels."""
     named = ("num_heads", "recurrent_heads")
     return [config.model[key] for key in named if config.model[key] and is_read(config, f"model.{key}")]
 
@@ -122,7 +122,7 @@ def _meshes(devices: int, axes: tuple[str, ...] = meshes.AXES) -> Iterator[dict[
 
 
 class _Model:
-    """What of a config does not depend on the mesh."""
+    """What follows from a config whatever the mesh."""
 
     def __init__(self, config: config_dict.ConfigDict, target: Target):
         self._config, self._kind, self._slices = config, target.devices[0].device_kind, target.slices
@@ -141,7 +141,7 @@ class _Model:
         config, tokens = self._config, self._config.training.batch_size * self._config.training.sequence_length
         own = self._parameters_on_one(mesh)
         gathered = own * sizes["fsdp"]
-        local = tokens / sizing.spread(sizes) / microbatches  # tokens of one device in a microbatch
+        local = tokens / sizing.spread(sizes) / microbatches  # tokens per device in a microbatch
         layers = config.model.num_layers
         in_a_layer = self._kept["none"] / tokens / layers
         memory = own * (self._state_over_parameters + (1 if microbatches == 1 else 2))
@@ -171,7 +171,7 @@ class _Model:
         times = roofline.times(
             self._kind, config.model.dtype, sizes, self._flops[remat] / math.prod(sizes.values()), 0.0, ()
         )
-        # A tenth of what is hidden is not: of two that hide all they exchange the one that exchanges less comes first.
+        # A tenth of what is hidden still counts: of two that hide all they exchange, the one exchanging less is first.
         seconds = max(times.products, exchanges) + 0.1 * min(times.products, exchanges)
         return Candidate(sizes, remat, microbatches, int(memory), seconds)
 

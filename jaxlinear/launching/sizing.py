@@ -1,8 +1,8 @@
-"""What a training step takes on devices that need not be there: its memory by kind, its exchanges, its FLOPs, and the least
-time that these leave.
+"""What a training step takes on devices that need not be present: its memory by kind, its exchanges, its FLOPs, and the
+least time that follows from these.
 
 The program is the one that ``launch/train.py`` runs, compiled by the target's own compiler. Its memory and collectives are
-facts of that program; the time is arithmetic from data sheets (``roofline``), no measurement.
+facts of that program; the time is computed from data sheets (``roofline``), not measured.
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ from jaxlinear.training import ahead
 from jaxlinear.training.step import make_objective
 
 _SIZE = r"([\d.]+)([KMGT]?)B?"
-# libtpu's two ways to say it: of all that the program takes, and of its temporaries alone.
+# libtpu's two forms of this message: for all that the program takes, and for its temporaries alone.
 _OUT_OF_MEMORY = re.compile(rf"Used {_SIZE} of \S+ hbm")
 _OUT_OF_TEMPORARIES = re.compile(rf"required for HLO temporaries \({_SIZE}\)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kinds:
-    """Bytes of one device by what they are for. Parameters, optimiser and batch follow from shapes. What the program takes
-    besides is the compiler's figure; its parts, gradients and the activations kept for the backward pass, are reckoned
-    from shapes (activations as if nothing were spread over ``tensor``), and ``temporaries`` is the rest."""
+    """Bytes per device by purpose. Parameters, optimiser and batch follow from shapes. For the rest of the program there is
+    the compiler's figure; its parts, gradients and the activations kept for the backward pass, are estimated from shapes
+    (activations as if nothing were spread over ``tensor``), and ``temporaries`` is what remains."""
 
     parameters: int
     optimizer: int
@@ -49,18 +49,18 @@ class Kinds:
 
     @property
     def total(self) -> int:
-        """Bytes of one device."""
+        """Bytes per device."""
         return sum(dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizing:
     """``memory_analysis`` is the compiler's own count, or None if it refused the program for its memory; ``memory`` then
-    has what it said, and ``collectives`` is None too: they are in no program. ``flops`` are those of the model's formulas
-    in a step of all devices, ``executed_flops`` the products of the traced program, what remat computes again included;
-    ``mfu_bound`` is None where these are not all (``time.products_counted``).
-    ``xla_seconds`` is XLA's own estimate, with every loop's body counted once, and ``xla_cycles`` that of what is neither a
-    kernel of ours nor a collective, with the loops' trips; None where the compiler gives none."""
+    has what it said, and ``collectives`` is None too, since there is no program. ``flops`` are those of the model's
+    formulas in a step of all devices; ``executed_flops`` are the products of the traced program, including what remat
+    recomputes; ``mfu_bound`` is None if these are not all (``time.products_counted``). ``xla_seconds`` is XLA's own
+    estimate, with every loop's body counted once; ``xla_cycles`` is its estimate for everything that is neither a kernel of
+    ours nor a collective, with the loops' trips. Either is None if the compiler gives none."""
 
     target: str
     devices: int
@@ -83,33 +83,33 @@ class Sizing:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler took the program, and a device has the memory for it."""
+        """Whether the compiler accepted the program and a device has the memory for it."""
         return self.memory_analysis is not None and self.memory.total <= self.memory_limit
 
     @property
     def too_much(self) -> int:
-        """Bytes of a device by which the program is too large; negative where it fits."""
+        """Bytes per device by which the program is too large; negative if it fits."""
         return self.memory.total - self.memory_limit
 
     @property
     def tokens_a_day(self) -> float:
-        """At most: at the least time of a step."""
+        """At most so many: at the least time of a step."""
         return 86_400 * self.tokens_a_step / self.time.least
 
     @property
     def days(self) -> float:
-        """Of the config's ``training.steps``."""
+        """Days for the config's ``training.steps``, at the least time of a step."""
         return self.steps * self.time.least / 86_400
 
     @property
     def mfu_bound(self) -> float | None:
-        """The MFU at the least time of a step, from 0 to 1; None where that is no bound."""
+        """The MFU at the least time of a step, from 0 to 1; None if that is no bound."""
         if not self.time.products_counted:
             return None
         return self.flops / (self.time.least * self.time.peak_flops * self.devices)
 
     def to_json(self) -> dict[str, Any]:
-        """With what follows from it, the collectives summed by kind and axes."""
+        """Includes the derived values; collectives are summed by kind and axes."""
         values = dataclasses.asdict(self)
         if self.collectives is not None:
             values["collectives"] = [row._asdict() for row in roofline.grouped(self.collectives)]
@@ -119,7 +119,7 @@ class Sizing:
 
 
 def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
-    """Compiles the training step of a config for a target, which takes as long as the compiler does."""
+    """Compiles the training step of a config for a target, which takes as long as the compiler needs."""
     with cost.explained() as choices:
         made = ahead.trace(config, target.devices)
     training = made.config.training
@@ -169,8 +169,9 @@ def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
 
 
 def passes(config: config_dict.ConfigDict, architecture: Architecture, target: Target) -> tuple[int, int]:
-    """Of the whole batch, on one device of the target's kind: bytes that the forward pass leaves for the backward pass,
-    besides the parameters; and FLOPs of the products of both, those in loops of unknown trips once."""
+    """For the whole batch on one device of the target's kind: the bytes that the forward pass leaves for the backward pass,
+    besides the parameters; and the FLOPs of the products of both, with those in loops of unknown trip count counted
+    once."""
     shape = config.training.batch_size, config.training.sequence_length
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
@@ -194,12 +195,12 @@ def passes(config: config_dict.ConfigDict, architecture: Architecture, target: T
 
 
 def spread(mesh: Any) -> int:
-    """Over how many devices the tokens of a batch lie."""
+    """The number of devices over which the tokens of a batch are spread."""
     return math.prod(mesh[axis] for axis in (*sharding.RULES["batch"], *sharding.RULES["time"]))
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes on one device of arrays that know their places."""
+    """Bytes on one device of arrays with known placements."""
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
@@ -214,7 +215,7 @@ def _kinds(made: ahead.Ahead, activations: int, used: int, code: int) -> Kinds:
 
 
 def _used(error: JaxRuntimeError, arguments: int) -> int:
-    """The bytes that libtpu says a program would use when it refuses it for its memory."""
+    """The bytes that a program would use according to libtpu, when it refuses the program for its memory."""
     for pattern, besides in ((_OUT_OF_MEMORY, 0), (_OUT_OF_TEMPORARIES, arguments)):
         if found := pattern.search(str(error)):
             return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) + besides

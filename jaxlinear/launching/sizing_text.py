@@ -10,7 +10,7 @@ _SHOWN = 8  # kinds of collectives
 
 
 def table(sized: Sizing) -> str:
-    """All of it, for people."""
+    """The full report, for people."""
     memory, limit = sized.memory, sized.memory_limit
     lines = [
         f"{sized.parameters:,} parameters on {sized.devices} devices, {sized.target}: {_mesh(sized)}, remat "
@@ -66,7 +66,7 @@ def table(sized: Sizing) -> str:
 
 
 def ranking(found: Sequence[Sizing]) -> str:
-    """What the search compiled, the best first."""
+    """What the search compiled, best first."""
     lines = [f"{'mesh':40} {'remat':12} {'microbatches':>12} {'memory':>10} {'least s':>9} {'MFU <=':>7}"]
     for sized in found:
         fits = "" if sized.fits else "  does not fit"
@@ -78,7 +78,7 @@ def ranking(found: Sequence[Sizing]) -> str:
 
 
 def advice(candidates: Sequence[Candidate]) -> str:
-    """For a config that does not fit: what should, by reckoning."""
+    """For a config that does not fit: settings that should, by the estimates."""
     if not candidates:
         return "by reckoning no mesh, remat policy and number of microbatches fits this batch on these devices"
     best = candidates[0]

@@ -1,4 +1,4 @@
-"""A run as a SLURM batch job: it requeues itself when it is preempted, its time is up, or it failed, and goes on."""
+"""A run as a SLURM batch job: it requeues itself when it is preempted, its time is up or it failed, and then goes on."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.exit_status import BAD_INPUT, PREEMPTED
 from jaxlinear.launching.request import Request
 
-# What of --sbatch takes the place of a setting that is made here by another name.
+# Options of --sbatch that replace a setting made here under another name.
 _INSTEAD = {"mem-per-cpu": "mem", "mem-per-gpu": "mem", "oversubscribe": "exclusive"}
 
 
@@ -26,16 +26,16 @@ def render(
     """The script for ``sbatch``.
 
     Args:
-      request: of GPUs. Of whole nodes it has all CPUs and all memory, unless ``options`` say otherwise.
-      per: ``"device"`` for one process a GPU, ``"host"`` for one that has all of a node's.
+      request: for GPUs. On whole nodes it has all CPUs and all memory, unless ``options`` say otherwise.
+      per: ``"device"`` for one process per GPU, ``"host"`` for one that has all GPUs of a node.
       minutes: the time limit.
       grace: seconds before the limit at which the processes are told to save themselves; less than the limit.
-      log: where both streams go.
-      options: further ``#SBATCH`` options by name: account, partition, qos, ...; None for one without a value. They take
-        the place of what is set here.
+      log: where both output streams go.
+      options: further ``#SBATCH`` options by name: account, partition, qos, ...; None for one without a value. They replace
+        what is set here.
       setup: lines of shell before the run, such as ``module load``.
-      cpus_per_task: of each process; by default the processes of a node share those that the job has there.
-      restarts: how often a failure is followed by another start; a preemption does not count.
+      cpus_per_task: CPUs of each process; by default the processes of a node share those that the job has there.
+      restarts: how often a failure is followed by another start; preemptions do not count.
     """
     if request.platform != "gpu":
         raise UserError(f"SLURM runs on GPUs here, not on {request.target}; --platform=tpu_vm, gke or local may")
@@ -77,8 +77,8 @@ def render(
     for name in options:
         settings.pop(_INSTEAD.get(name, ""), None)
     settings |= options
-    # srun takes what the job has of a node, but gives each process one CPU of it if nothing is said; since 22.05 it does
-    # not know what sbatch was told.
+    # srun uses what the job has of a node, but by default gives each process one CPU of it; since 22.05 it does not know
+    # what sbatch was told.
     binding, cpus = " --cpu-bind=none", settings.get("cpus-per-task")
     if cpus:
         binding, setup = "", [f"export SRUN_CPUS_PER_TASK={cpus}", *setup]

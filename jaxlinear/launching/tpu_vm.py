@@ -1,4 +1,4 @@
-"""A run on the TPU VMs of a slice: a shell script that asks for the slice, starts a process on each host, and begins again
+"""A run on the TPU VMs of a slice: a shell script that asks for the slice, starts one process per host, and begins again
 when the slice is taken away."""
 
 import hashlib
@@ -9,7 +9,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.exit_status import BAD_INPUT, PREEMPTED
 from jaxlinear.launching.request import Request
 
-# What gcloud calls them, and the software of their hosts (cloud.google.com/tpu/docs/runtimes).
+# gcloud's names for them, and the software of their hosts (cloud.google.com/tpu/docs/runtimes).
 _TYPES = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 _RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 
@@ -32,17 +32,18 @@ def render(
     restarts: int = 20,
     delete_when_done: bool = False,
 ) -> str:
-    """The script, to be left running where ``gcloud`` is.
+    """The script, to be left running on a machine with ``gcloud``.
 
     Args:
-      request: of a TPU slice.
+      request: for a TPU slice.
       zone, project: of Google Cloud.
-      setup: shell that makes this project, with its environment, in ``directory`` of every host.
+      setup: shell commands that set up this project, with its environment, in ``directory`` of every host.
       directory: where the training command runs.
-      spot: of slices that may be taken away at any time.
-      restarts: how often a failure of the run is followed by another start, a preemption does not count; and how often in
-        a row Google Cloud may refuse something, or not be reached.
-      delete_when_done: the slice, when the run is finished; else that is left to who reads the script's last line.
+      spot: whether to ask for slices that may be taken away at any time.
+      restarts: how often a failure of the run is followed by another start, where preemptions do not count; and how often
+        in a row Google Cloud may refuse something or be out of reach.
+      delete_when_done: whether to delete the slice when the run is finished; else this is left to the reader of the
+        script's last line.
     """
     if request.platform != "tpu":
         raise UserError(f"--platform=tpu_vm is for TPUs, not for {request.target}; slurm and gke have GPUs")
@@ -53,14 +54,14 @@ def render(
     missing = [name for name, value in (("zone", zone), ("project", project), ("setup", setup)) if not value]
     if missing:
         raise UserError(f"--platform=tpu_vm needs --{missing[0]}")
-    # Each host's shell begins in its home; quoted below, a ~ would be the name of a directory.
+    # Each host's shell starts in its home directory; quoted below, a ~ would be the name of a directory.
     directory = re.sub(r"^~(/+|$)", "", directory) or "."
     end = "END"
-    while end in setup.splitlines():  # as of a here-document of its own
+    while end in setup.splitlines():  # as when it has a here-document of its own
         end += "_"
-    # Two runs whose work directories end alike are two jobs: a slice of the one's name may be the other's.
+    # Two runs whose work directories have the same name are two jobs: a slice of one job's name could be the other's.
     name = f"{request.name}-{hashlib.sha256(request.workdir.rstrip('/').encode()).hexdigest()[:6]}"
-    # By its shape: --accelerator-type names only how many chips, and gcloud then takes the shape that it likes.
+    # By shape: --accelerator-type gives only the number of chips, and gcloud then chooses any shape that it likes.
     asked = f"--node-id={name} --type={_TYPES[request.kind]} --topology={request.shape}"
     asked += f" --runtime-version={_RUNTIMES[request.kind]}" + (" --spot" if spot else "")
     return f"""#!/bin/bash

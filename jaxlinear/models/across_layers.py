@@ -1,4 +1,4 @@
-"""Parameters that depend on those of the other layers, which a layer does not see under the scan."""
+"""Parameters that depend on those of other layers, which a layer does not see under the scan."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +13,13 @@ from jaxlinear.models.config import ModelConfig
 
 
 def across_layers(config: ModelConfig, stacks: Any) -> Any:
-    """The stacks of a model, in which what a mixer's class has in ``ACROSS_LAYERS`` is done (``mixers/__init__.py``): each
-    one module with stacked parameters, or a list of modules."""
+    """The stacks of a model, with the functions of its mixers' ``ACROSS_LAYERS`` applied (``mixers/__init__.py``). Each
+    stack is one module with stacked parameters, or a list of modules."""
     declared = {mixer: getattr(mixers.find(mixer), "ACROSS_LAYERS", {}) for mixer in config.layers}
     if not any(declared.values()):
         return stacks
     stacks = nnx.clone(stacks)
-    # Axis 0 of a stack's parameters is that of its repetitions; the place in the pattern comes after it.
+    # Axis 0 of a stack's parameters is its repetitions; the place in the pattern comes after it.
     parts = []
     for module, stack in zip(stacks, config.stacks, strict=True):
         periods = module if isinstance(module, nnx.List) else [module]
@@ -36,8 +36,8 @@ def across_layers(config: ModelConfig, stacks: Any) -> Any:
 
 
 def _replace(groups: list[tuple[list[nnx.Variable], int]], function: Callable[[jax.Array], jax.Array]) -> None:
-    """Sets variables to the function of all of them, as rows in the order of the layers. A group's are stacked on an axis,
-    and all axes up to it are those of layers."""
+    """Sets variables to the function of all of them, as rows in the order of the layers. The variables of a group are
+    stacked on its axis; that axis and those before it are axes of layers."""
     stacks = [jnp.stack([variable[...] for variable in variables], axis) for variables, axis in groups]
     rows = [stack.reshape(-1, *stack.shape[axis + 1 :]) for stack, (_, axis) in zip(stacks, groups, strict=True)]
     ends = np.cumsum([len(part) for part in rows])

@@ -19,7 +19,7 @@ Losses = dict[str, jax.Array]  # what a layer adds to the objective, by name: fl
 class Block(nnx.Module):
     """``x + mixer(norm(x))``, then ``x + channel_mixer(norm(x))`` if there is one, over ``[B, T, D]``.
 
-    ``layer`` is the block's place in the model, which some mixers' decays depend on: a number, traced under the scan.
+    ``layer`` is the block's place in the model, on which some mixers' decays depend: a number, traced under the scan.
     """
 
     def __init__(self, config: ModelConfig, mixer: str, *, layer: int | jax.Array, rngs: nnx.Rngs):
@@ -48,7 +48,7 @@ class Block(nnx.Module):
 
 
 class Period(nnx.Module):
-    """The blocks of one repetition of a stack's pattern. State: a list, one entry a block."""
+    """The blocks of one repetition of a stack's pattern. State: a list with one entry per block."""
 
     def __init__(self, config: ModelConfig, pattern: tuple[str, ...], *, first_layer: int | jax.Array, rngs: nnx.Rngs):
         self.blocks = nnx.List(
@@ -66,9 +66,9 @@ class Period(nnx.Module):
         state: list | None = None,
         remat: Callable[[Callable], Callable] = lambda function: function,
     ):
-        """``(y [B, T, D], state, losses)``, the losses summed over the blocks. ``remat`` is put around the function that
-        each run of ``BLOCKS_AT_ONCE`` blocks is, of its input, its parameters and its state: the inputs of the runs are
-        stored, and while one is computed again all of its activations are there."""
+        """``(y [B, T, D], state, losses)``, the losses summed over the blocks. Each run of ``BLOCKS_AT_ONCE`` blocks is a
+        function of its input, parameters and state, which ``remat`` wraps: the inputs of the runs are stored, and while one
+        run is recomputed all of its activations are in memory."""
         states: list = []
         losses: Losses = {}
         for begin in range(0, len(self.blocks), BLOCKS_AT_ONCE):

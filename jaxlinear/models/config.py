@@ -1,4 +1,4 @@
-"""What a model is: the numbers that its shapes and its arithmetic follow from."""
+"""The definition of a model: the numbers that determine its shapes and its arithmetic."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from jaxlinear.models.stacks import Stack, cut
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Every field is a key of the ``model`` section of a config, where its meaning is written (``config.py``)."""
+    """Every field is a key of the ``model`` section of a config, where its meaning is documented (``config.py``)."""
 
     pattern: tuple[str, ...]
     num_layers: int
@@ -68,8 +68,8 @@ class ModelConfig:
 
     @property
     def gate_blocks(self) -> int:
-        """Blocks of the recurrence's gates: one a head. Where the heads do not divide the recurrent width (Griffin 100M,
-        400M, 3B and 14B, whose paper does not say what it does), the largest number below that does."""
+        """Blocks of the recurrence's gates: one per head. If the heads do not divide the recurrent width (Griffin 100M,
+        400M, 3B and 14B, for which the paper does not say what it does), the largest smaller number that does."""
         return next(blocks for blocks in range(self.num_heads, 0, -1) if self.recurrent_width % blocks == 0)
 
     @property
@@ -84,11 +84,11 @@ class ModelConfig:
 
     @functools.cached_property
     def stacks(self) -> tuple[Stack, ...]:
-        """How the layers lie in the model's parameters."""
+        """How the layers are laid out in the model's parameters."""
         return cut(self.pattern, self.num_layers)
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The mixer of each layer: the pattern repeated to the depth, its last repetition cut short."""
+        """The mixer of each layer: the pattern repeated to the depth, with its last repetition cut short."""
         period = len(self.pattern)
         return tuple(self.pattern[i % period] for i in range(self.num_layers))

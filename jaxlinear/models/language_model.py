@@ -1,4 +1,4 @@
-"""The language model: embeddings, stacks of blocks, each scanned over the repetitions of a pattern, a last norm, logits."""
+"""The language model: embeddings, stacks of blocks scanned over the repetitions of their patterns, a last norm, logits."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -23,10 +23,10 @@ from jaxlinear.ops.cross_entropy import soft_capped
 from jaxlinear.parallel import operations, sharding
 from jaxlinear.parallel.exchanges import EXCHANGED
 
-_NO_SEGMENT = -1  # of a state that no token has been before
+_NO_SEGMENT = -1  # in a state that has seen no token
 
-# How much of a run of blocks the backward pass computes again instead of finding it stored. Elementwise work is cheaper to
-# repeat than to write and read back.
+# How much of a run of blocks the backward pass recomputes rather than reads back. Elementwise work is cheaper to repeat
+# than to write and read.
 REMAT_POLICIES = {
     "none": None,
     "elementwise": jax.checkpoint_policies.save_from_both_policies(
@@ -44,8 +44,8 @@ REMAT_POLICIES = {
 class LanguageModel(nnx.Module):
     """``model(tokens [B, T] int32, segment_ids=None, state=None) -> (logits [B, T, vocab] float32, state)``.
 
-    The layers are cut into stacks (``config.stacks``), of each of which the repetitions of its pattern are one module with
-    stacked parameters, scanned, so that neither the program nor the time to compile it grows with depth.
+    The layers are cut into stacks (``config.stacks``). The repetitions of a stack's pattern are one module with stacked
+    parameters, which is scanned, so neither the program nor its compile time grows with depth.
     """
 
     rounded_parameters = ("embedding", "head")
@@ -66,19 +66,19 @@ class LanguageModel(nnx.Module):
 
     @property
     def is_stacked(self) -> bool:
-        """Whether the repetitions of a stack are one module with stacked parameters, and their states stacked likewise."""
+        """Whether the repetitions of each stack are one module with stacked parameters and stacked states."""
         return not isinstance(self.stacks[0], nnx.List)
 
     def unstacked(self) -> "LanguageModel":
-        """The same model with parameters and state of each repetition in arrays of their own.
+        """The same model, with separate arrays for the parameters and state of each repetition.
 
-        It is for decoding: a scan copies the parameters and the state of a repetition out of the stacks for every token.
-        The program and the time to compile it then grow with depth.
+        This is for decoding, where a scan would copy the parameters and state of a repetition out of the stacks for every
+        token. The program and its compile time then grow with depth.
         """
         return self._unstacked(lambda period: None) if self.is_stacked else self
 
     def _unstacked(self, change: Callable[[Period], None]) -> "LanguageModel":
-        """With each repetition changed before the next one is taken out, so that one at a time is there in both forms."""
+        """Changes each repetition before the next is taken out, so that only one at a time exists in both forms."""
         model = nnx.clone(self)
         stacks = []
         for module, stack in model._each(model.stacks):
@@ -91,7 +91,7 @@ class LanguageModel(nnx.Module):
         return model
 
     def for_decoding(self) -> "LanguageModel":
-        """``unstacked``, with the parameters that are only read in the dtype of activations rounded to it, and on one CPU
+        """``unstacked``, with the parameters that are read only in the activation dtype rounded to it and, on a single CPU,
         with the kernels of linear maps laid out for products with few tokens."""
         if self.is_for_decoding:
             return self
@@ -110,8 +110,8 @@ class LanguageModel(nnx.Module):
         return model
 
     def remember(self, tokens: int) -> None:
-        """Gives the states of attention room for no more than ``tokens``, of this very model. Where rows get no longer,
-        that changes nothing but what a token reads."""
+        """Limits this model's attention states, in place, to ``tokens`` tokens. If no row gets longer, this changes only
+        how much a token reads."""
         for _, module in nnx.iter_graph(self):
             if isinstance(module, CachedAttention):
                 module.slots = min(module.slots, tokens)
@@ -136,8 +136,8 @@ class LanguageModel(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Logits for the token after each token, and the state after the last.
 
-        ``segment_ids`` ``[B, T]``: documents do not see each other. A state that is handed on continues the document
-        it ended in; a row whose next segment id is another one starts from an empty past.
+        ``segment_ids`` ``[B, T]``: documents do not see each other. A state that is passed on continues the document it
+        ended in; a row whose next segment id differs starts from an empty past.
         """
         x, state, _ = self.hidden(tokens, segment_ids, state)
         return self.logits(x), state
@@ -160,8 +160,8 @@ class LanguageModel(nnx.Module):
     def hidden(
         self, tokens: jax.Array, segment_ids: jax.Array | None = None, state: dict[str, Any] | None = None
     ) -> tuple[jax.Array, dict[str, Any], Losses]:
-        """``[B, T, D]`` after the last norm, which ``output_embedding`` turns into logits, the state, and what the
-        layers add to the objective, averaged over them."""
+        """``[B, T, D]`` after the last norm (which ``output_embedding`` turns into logits), the state, and what the layers
+        add to the objective, averaged over layers."""
         config = self.config
         if tokens.ndim != 2:
             raise UserError(f"tokens of shape {tokens.shape}; they are [B, T]")
@@ -204,7 +204,7 @@ class LanguageModel(nnx.Module):
 
     def _scan(self, module, stack, x, segment_ids, states):
         graph, parameters = nnx.split(module)
-        # The two passes of a loop are apart, those of one that XLA writes out are not.
+        # A loop keeps the two passes apart; one that XLA unrolls does not.
         remat = self._remat(prevent_cse=stack.repeats == 1)
 
         def step(x, xs):
@@ -223,7 +223,7 @@ class LanguageModel(nnx.Module):
 
 
 def _stacked(config: ModelConfig, stack: Stack, rngs: nnx.Rngs) -> Period:
-    """The repetitions of a stack's pattern as one module, whose parameters have an axis of repetitions first."""
+    """The repetitions of a stack's pattern as one module, whose parameters have a leading axis of repetitions."""
 
     @nnx.split_rngs(splits=stack.repeats)
     @nnx.vmap(in_axes=(0, 0), out_axes=0)
@@ -251,7 +251,7 @@ def _last_segment(tokens, segment_ids, state):
 
 
 def _forget_others(state, empty, segment, stacked):
-    """The rows of the state whose document goes on with ``segment`` ``[B]``; the empty past in the others."""
+    """The rows of the state whose document continues with ``segment`` ``[B]``, and the empty past in the other rows."""
     same = state["segment"] == segment
 
     def keep(batch_axis):

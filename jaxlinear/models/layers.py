@@ -13,15 +13,15 @@ from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
 Initializer = Callable[..., jax.Array]
-_FAST = 4  # turns in a context, from which on ``rotary_scaling`` leaves a frequency as it is
-_FEW_TOKENS = 32  # up to which ``by_outputs`` is the faster one
+_FAST = 4  # turns per context, from which on ``rotary_scaling`` leaves a frequency unchanged
+_FEW_TOKENS = 32  # up to which ``by_outputs`` is faster
 
 
 def fan_in_normal(scale: float = 1.0) -> Initializer:
-    """Normal with variance ``scale / fan_in``, the fan-in being the axis before the last."""
+    """Normal with variance ``scale / fan_in``; the fan-in is the axis before the last."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-        # Axes before that, as of the blocks of a block-diagonal matrix, are no part of the fan-in.
+        # Earlier axes, such as the blocks of a block-diagonal matrix, are not part of the fan-in.
         others = tuple(range(len(shape) - 2))
         return nnx.initializers.variance_scaling(scale, "fan_in", "normal", batch_axis=others)(key, shape, dtype)
 
@@ -29,15 +29,15 @@ def fan_in_normal(scale: float = 1.0) -> Initializer:
 
 
 def parameter(init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...], rngs: nnx.Rngs) -> nnx.Param:
-    """A float32 parameter with the logical axes by which it is placed on a mesh."""
+    """A float32 parameter with the logical axes that place it on a mesh."""
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
 class Linear(nnx.Module):
     """``x @ kernel + bias``: ``[..., inputs]`` -> ``[..., outputs]``, in the dtype of x.
 
-    ``by_output`` tells that the kernel lies as ``[outputs, inputs]``, into which ``turn`` brings it. ``rounded``: x has
-    the dtype of activations, so the kernel is only read in that (``round_for_decoding``).
+    ``by_output``: the kernel is stored as ``[outputs, inputs]``, the layout that ``turn`` gives it. ``rounded``: x has the
+    activation dtype, so the kernel is only read in that dtype (``round_for_decoding``).
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class Linear(nnx.Module):
         self.by_output = False
 
     def turn(self) -> None:
-        """For decoding on a CPU (``by_outputs``)."""
+        """Switches to the layout for decoding on a CPU (``by_outputs``)."""
         if not self.by_output:
             self.kernel = nnx.Param(self.kernel[...].T, axes=self.kernel.get_metadata("axes")[::-1])
             self.by_output = True
 
     def product(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-        """``x @ kernel`` however the kernel lies, of ``dtype``: that of x by default."""
+        """``x @ kernel`` in either layout of the kernel, in ``dtype``: by default that of x."""
         kernel = self.kernel[...].astype(x.dtype)
         if self.by_output:
             return by_outputs(x, kernel, dtype)
         if sharding.parts("batch") == sharding.parts("time") == 1:
-            # The gradient of the kernel is then a sum over one axis. XLA for CPUs would copy what it sums over two.
+            # The gradient of the kernel is then a sum over one axis. For one over two, XLA for CPUs would copy them.
             rows = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
             return rows.reshape(*x.shape[:-1], -1)
         return jnp.dot(x, kernel, preferred_element_type=dtype)
@@ -83,10 +83,10 @@ class Linear(nnx.Module):
 
 
 def round_for_decoding(model: nnx.Module, dtype: jnp.dtype) -> None:
-    """Rounds to ``dtype``, that of activations, what modules read in no other: those that ``rounded_parameters`` names.
+    """Rounds the ``rounded_parameters`` of modules, which are read in no other dtype, to ``dtype``, that of activations.
 
-    What is computed is the same. But it is rounded once, where XLA for GPUs would read it in float32, round it and write
-    it for every token.
+    The results are the same, but the rounding happens only once. XLA for GPUs would otherwise read the parameters in
+    float32, round them and write them for every token.
     """
     for _, module in nnx.iter_graph(model):
         for name in getattr(module, "rounded_parameters", ()):
@@ -96,10 +96,11 @@ def round_for_decoding(model: nnx.Module, dtype: jnp.dtype) -> None:
 
 
 def by_outputs(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """``x @ kernel.T``: ``[B, T, I]`` by ``[O, I]`` -> ``[B, T, O]``, of ``dtype``, as a CPU does it best for few tokens.
+    """``x @ kernel.T``: ``[B, T, I]`` by ``[O, I]`` -> ``[B, T, O]``, in ``dtype``, in the way that is fastest on a CPU for
+    few tokens.
 
-    What XLA's products for CPUs put in order before they begin is their right side, so of a few tokens and a kernel, the
-    kernel had better be the left one. The barrier keeps XLA from turning the product round again.
+    XLA's products for CPUs rearrange their right operand before they begin, so with few tokens the kernel should be the
+    left one. The barrier keeps XLA from swapping the operands back.
     """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > _FEW_TOKENS:
@@ -109,10 +110,10 @@ def by_outputs(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) 
 
 
 class RMSNorm(nnx.Module):
-    """``x / rms(x) * (offset + scale)`` over the last axis, in float32 inside (Zhang and Sennrich, arXiv:1910.07467).
+    """``x / rms(x) * (offset + scale)`` over the last axis, in float32 internally (Zhang and Sennrich, arXiv:1910.07467).
 
-    The factor is 1 when training begins. With the offset 1 the scale begins at 0, as in Griffin; with 0 the scale is the
-    weight of Llama.
+    The factor is 1 when training begins. With offset 1 the scale starts at 0, as in Griffin; with offset 0 the scale is
+    Llama's weight.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class RMSNorm(nnx.Module):
 
 
 def rms_norm(x: jax.Array, epsilon: float) -> jax.Array:
-    """``x / rms(x)`` over the last axis, without weights, in float32 inside."""
+    """``x / rms(x)`` over the last axis, without weights, in float32 internally."""
     wide = x.astype(dtypes.wide(x.dtype))
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
 
@@ -137,8 +138,8 @@ ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
 class GatedMLP(nnx.Module):
-    """``down(activation(x @ gate) * (x @ up))`` (Shazeer 2020, arXiv:2002.05202): with GeLU the channel mixing of Griffin
-    (arXiv:2402.19427, section 2.2), with SiLU and no biases that of Llama (arXiv:2302.13971, section 2.2)."""
+    """``down(activation(x @ gate) * (x @ up))`` (Shazeer 2020, arXiv:2002.05202): with GeLU, the channel mixing of Griffin
+    (arXiv:2402.19427, section 2.2); with SiLU and no biases, that of Llama (arXiv:2302.13971, section 2.2)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width, inner = config.width, config.mlp_width
@@ -154,8 +155,8 @@ class GatedMLP(nnx.Module):
 
 
 class ShortConvolution(nnx.Module):
-    """The causal convolution before a recurrence, one filter a channel, over ``[B, T, C]``, followed by SiLU unless
-    ``activation`` is None. State: the inputs before ``[B, width-1, C]``."""
+    """The causal convolution before a recurrence, one filter per channel, over ``[B, T, C]``, followed by SiLU unless
+    ``activation`` is None. State: the preceding inputs ``[B, width-1, C]``."""
 
     def __init__(
         self,
@@ -168,7 +169,7 @@ class ShortConvolution(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.channels, self.width, self.activation, self.axis = channels, width, activation, axis
-        # Uniform within 1 / sqrt(fan-in), the fan-in of a channel's filter being its width.
+        # Uniform within 1 / sqrt(fan-in), where the fan-in of a channel's filter is its width.
         bound = width**-0.5
         init = nnx.initializers.uniform(2 * bound)
         self.convolution_kernel = parameter(
@@ -187,7 +188,7 @@ class ShortConvolution(nnx.Module):
             x, self.convolution_kernel[...], bias, state, segment_ids=segment_ids, channels=self.axis
         )
         if self.activation is not None:
-            # In float32: in bfloat16 the activation would round at every step within.
+            # In float32: in bfloat16 the activation would round at each of its internal steps.
             y = ACTIVATIONS[self.activation](y.astype(dtypes.wide(y.dtype))).astype(y.dtype)
         return y, state
 
@@ -195,11 +196,11 @@ class ShortConvolution(nnx.Module):
 def rotary_frequencies(
     channels: int, *, fraction: float, base: float = 10_000.0, scaling: float = 0.0, context: int = 1
 ) -> np.ndarray:
-    """Of each of the n pairs of channels that are ``fraction`` of a head's: ``base ** (-i / n)`` radians a token.
+    """``base ** (-i / n)`` radians per token for each of the n pairs of channels that make up ``fraction`` of a head.
 
-    With ``scaling``, as in Llama 3.1 (github.com/meta-llama/llama-models, ``apply_scaling``): those that turn less than
-    once in ``context`` tokens are divided by it, those that turn four times or more stay, and between the two it is linear
-    in the turns.
+    With ``scaling``, as in Llama 3.1 (github.com/meta-llama/llama-models, ``apply_scaling``), frequencies that turn less
+    than once in ``context`` tokens are divided by ``scaling`` and those that turn four times or more stay; in between, the
+    result is interpolated linearly in the number of turns.
     """
     pairs = int(channels * fraction) // 2
     frequencies = base ** (-np.arange(pairs, dtype=np.float64) / max(pairs, 1))
@@ -215,14 +216,14 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
     Args:
       x: ``[B, T, H, K]``.
       positions: ``[B or 1, T]`` int32.
-      frequencies: of n pairs of channels, radians a token: channel i turns with channel i + n, and those from 2 n on pass
-        unturned.
+      frequencies: of n pairs of channels, in radians per token: channel i turns with channel i + n, and channels from 2 n
+        on do not turn.
     """
     half = len(frequencies)
     if half == 0:
         return x
-    # The angle is taken in two parts, position = 1024 * high + low, since float32 cannot hold position * frequency to
-    # a small fraction of a turn beyond about 10^5 positions.
+    # The angle is computed in two parts, position = 1024 * high + low, since beyond about 10^5 positions float32 cannot
+    # hold position * frequency to a small fraction of a turn.
     low, high = positions % 1024, positions // 1024
     per_high = jnp.asarray(np.mod(1024 * frequencies, 2 * np.pi), jnp.float32)
     angle_low = low[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]
@@ -234,8 +235,8 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
 
 
 def per_head(mixer: str, channels: int, heads: int) -> int:
-    """Channels of each head, where the config does not give them."""
-    if not channels or channels % heads:  # of a width of 1 the half is nothing
+    """Channels per head, if the config does not give them."""
+    if not channels or channels % heads:  # half of a width of 1 is 0
         raise UserError(
             f"{mixer}: {heads} heads do not divide {channels} channels; change model.recurrent_heads or model.num_heads, "
             "or set model.key_width and model.value_width"
@@ -244,7 +245,7 @@ def per_head(mixer: str, channels: int, heads: int) -> int:
 
 
 def by_head(x: jax.Array, heads: int, *inner: int) -> jax.Array:
-    """``[B, T, H * K]`` -> ``[B, T, H, K]``, the heads spread over the mesh; or ``[B, T, H, *inner, K]``."""
+    """``[B, T, H * K]`` -> ``[B, T, H, K]``, with the heads spread over the mesh; or ``[B, T, H, *inner, K]``."""
     x = x.reshape(*x.shape[:2], heads, *inner, -1)
     return sharding.constrain(x, "batch", "time", "heads", *(None,) * (x.ndim - 3))
 

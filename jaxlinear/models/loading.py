@@ -12,10 +12,10 @@ def load(
 ) -> LanguageModel:
     """The model of a trained run, with the weights of the newest checkpoint or of ``step``.
 
-    On ``mesh``, the parameters are placed by the sharding rules; by default on the first device. ``UserError`` names
-    what is missing or cannot be read.
+    On ``mesh``, the parameters are placed by the sharding rules; without one, on the first device. ``UserError`` names what
+    is missing or cannot be read.
     """
-    # A config is made of models, and a run of a config: imported here, since both import this package.
+    # Imported here, since both import this package: configs contain a model's, and runs have a config.
     from jaxlinear import config as configs
     from jaxlinear.checkpoint import Checkpoints
     from jaxlinear.models import parameters

@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of the MLP: each token goes to the few experts that a router chooses for it."""
+"""A mixture of experts in place of the MLP: each token goes to the few experts that a router chooses for it."""
 
 import functools
 
@@ -15,7 +15,7 @@ from jaxlinear.ops.grouped_product import grouped_product
 from jaxlinear.parallel import sharding
 from jaxlinear.parallel.experts import Axes, over_experts
 
-# Of the experts' parameters.
+# Logical axes of the experts' parameters.
 _AXES: dict[str, Axes] = {
     "gate_kernel": ("expert", "embed", "mlp"),
     "up_kernel": ("expert", "embed", "mlp"),
@@ -27,13 +27,13 @@ _AXES: dict[str, Axes] = {
 
 
 class MixtureOfExperts(nnx.Module):
-    """``sum_e w_e expert_e(x)`` over the k experts of the largest logits, each a gated MLP; ``[B, T, D]``.
+    """``sum_e w_e expert_e(x)`` over the k experts with the largest logits, each a gated MLP; ``[B, T, D]``.
 
-    The weights are the router's probabilities, a softmax over all E experts, divided by their sum over the chosen
-    (Mixtral, arXiv:2401.04088, section 2.1). Of one chosen expert alone the weight is its probability (Switch
-    Transformer, arXiv:2101.03961, equation 2): divided by itself it would teach the router nothing.
+    The weights are the router's probabilities, a softmax over all E experts, divided by their sum over the chosen experts
+    (Mixtral, arXiv:2401.04088, section 2.1). If only one is chosen, its weight is its probability (Switch Transformer,
+    arXiv:2101.03961, equation 2): divided by itself it would teach the router nothing.
 
-    Experts have no capacity (MegaBlocks, arXiv:2211.15841): pairs of a token and an expert are sorted by expert and
+    Experts have no capacity limit (MegaBlocks, arXiv:2211.15841): pairs of a token and an expert are sorted by expert, and
     every pair is computed.
     """
 
@@ -42,7 +42,7 @@ class MixtureOfExperts(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width, experts, inner = config.width, config.experts, config.expert_width
         self.activation, self.experts_per_token = config.mlp_activation, config.experts_per_token
-        # Not named a kernel, since it is none for Muon: like an output embedding, it gives logits.
+        # Not named a kernel, so that Muon does not treat it as one: like an output embedding, it gives logits.
         self.router = parameter(fan_in_normal(), (width, experts), ("embed", None), rngs)
 
         def of_experts(name: str, *shape: int, init: Initializer = fan_in_normal()) -> nnx.Param:  # noqa: B008
@@ -57,7 +57,7 @@ class MixtureOfExperts(nnx.Module):
         self.down_bias = of_experts("down_bias", width, init=zeros) if config.bias else None
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """``(y [B, T, D], losses)``; tokens of segment 0, which is padding, do not count in the losses."""
+        """``(y [B, T, D], losses)``; tokens of segment 0, which is padding, are left out of the losses."""
         logits = dtypes.product("btd,de->bte", x.astype(dtypes.wide(x.dtype)), self.router[...])
         log_normaliser = jax.nn.logsumexp(logits, axis=-1)
         choose = functools.partial(lax.top_k, k=self.experts_per_token)
@@ -69,7 +69,7 @@ class MixtureOfExperts(nnx.Module):
         losses = _losses(logits, log_normaliser, chosen, segment_ids)
 
         parameters = {name: getattr(self, name)[...] for name in _AXES if getattr(self, name) is not None}
-        down_bias = parameters.pop("down_bias", None)  # not split like the others: added where the sums are
+        down_bias = parameters.pop("down_bias", None)  # not split like the others: it is added to the sums
         compute = functools.partial(_contributions, of=logits.shape[-1], activation=self.activation)
         y = over_experts(compute, (x, chosen, weights), parameters, _AXES)
         if down_bias is not None:
@@ -81,10 +81,10 @@ class MixtureOfExperts(nnx.Module):
 
 
 def _losses(logits, log_normaliser, chosen, segment_ids):
-    """``load_balance``: E times the sum over experts of (its share of the choices) * (its mean probability), which is 1
-    at perfect balance (Switch Transformer, equation 4, where a token makes one choice). ``router_z``: the mean square of
-    the log normaliser (ST-MoE, arXiv:2202.08906, equation 5). Both are sums over tokens, given the shares of the choices:
-    of a copy of the parameters that has some of the rows, its part of them."""
+    """``load_balance``: E times the sum over experts of (its share of the choices) * (its mean probability), which is 1 at
+    perfect balance (Switch Transformer, equation 4, where a token makes one choice). ``router_z``: the mean square of the
+    log normaliser (ST-MoE, arXiv:2202.08906, equation 5). Given the shares of the choices, both are sums over tokens; a
+    copy of the parameters that has some of the rows returns its part of them."""
     experts = logits.shape[-1]
     counted = jnp.ones(chosen.shape[:2], bool) if segment_ids is None else segment_ids > 0
     counted = counted.astype(logits.dtype)
@@ -99,13 +99,13 @@ def _losses(logits, log_normaliser, chosen, segment_ids):
 
 
 def _contributions(tokens, parameters, first, *, of, activation):
-    """What the experts from number ``first`` on, of which these are the parameters, contribute: ``[B, T, D]`` float32.
-    There are ``of`` experts in all."""
+    """The contribution of the experts from number ``first`` on, whose parameters these are: ``[B, T, D]`` float32. ``of``:
+    the number of all experts."""
     x, chosen, weights = tokens
     (batch, length), k = x.shape[:2], chosen.shape[-1]
     experts = parameters["gate_kernel"].shape[0]
     pairs = chosen.reshape(-1) - first
-    pairs = jnp.where((pairs >= 0) & (pairs < experts), pairs, experts)  # those of other devices' experts come last
+    pairs = jnp.where((pairs >= 0) & (pairs < experts), pairs, experts)  # pairs of other devices' experts come last
     order = jnp.argsort(pairs, stable=True).astype(jnp.int32)
     back = jnp.argsort(order).astype(jnp.int32)
     group = jnp.minimum(pairs[order], experts - 1)
@@ -127,10 +127,10 @@ def _contributions(tokens, parameters, first, *, of, activation):
     return _combined(product(inner, "down"), weights, order, places)
 
 
-# Tokens [B, T, D] are copied to rows [M, D], one for each pair of a token and an expert, in the order of the experts: row m
-# is pair order[m], and row places[j, b, t] is that of a token's j-th expert. Both ways, and backward, they are gathered
-# and never scattered, and a token's rows are added up one after the other: [B, T, k, D] in float32 XLA for TPUs would
-# write.
+# Tokens [B, T, D] are copied to rows [M, D], one per pair of a token and an expert, in the order of the experts: row m is
+# pair order[m], and row places[j, b, t] is that of a token's j-th expert. In both directions, and in the backward pass,
+# rows are gathered and never scattered. A token's rows are added one after another: otherwise XLA for TPUs would write
+# [B, T, k, D] in float32.
 
 
 @jax.custom_vjp
@@ -164,7 +164,7 @@ def _combined_forward(rows, weights, order, places):
 
 def _combined_backward(residuals, dy):
     rows, weights, order, places = residuals
-    # Nothing is lost by the cast: the sum is rounded to the dtype of the rows, and so was its gradient.
+    # The cast loses nothing: the sum is rounded to the dtype of the rows, and so was its gradient.
     dy = jnp.take(dy.astype(rows.dtype).reshape(-1, dy.shape[-1]), order // len(places), axis=0, mode="clip")
     dy = dy.astype(weights.dtype)
     d_rows = jnp.take(weights.ravel(), order, mode="clip")[:, None] * dy

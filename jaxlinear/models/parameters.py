@@ -14,8 +14,8 @@ from jaxlinear.parallel import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a ``ModelConfig`` fixes before any number is drawn. ``shapes`` and ``axes`` have the parameters' structure:
-    each leaf's ``ShapeDtypeStruct`` and logical axes (None for the axis of layers stacked by the scan)."""
+    """What a ``ModelConfig`` fixes before any number is drawn. ``shapes`` and ``axes`` have the structure of the
+    parameters: each leaf's ``ShapeDtypeStruct`` and its logical axes (None for the axis of layers stacked by the scan)."""
 
     config: ModelConfig
     graph: nnx.GraphDef
@@ -23,7 +23,7 @@ class Architecture:
     axes: dict[str, Any]
 
     def initialise(self, key: jax.Array) -> dict[str, Any]:
-        """Draws the parameters. A pure function of the key, to be jitted with the shardings that they shall have."""
+        """Draws the parameters. A pure function of the key, to be jitted with the intended shardings."""
         return nnx.to_pure_dict(nnx.split(LanguageModel(self.config, rngs=nnx.Rngs(key)))[1])
 
     def bind(self, parameters: dict[str, Any]) -> LanguageModel:
@@ -31,7 +31,7 @@ class Architecture:
         return nnx.merge(self.graph, parameters)
 
     def shardings(self, mesh: Mesh) -> dict[str, Any]:
-        """Where each parameter lies on the mesh."""
+        """The placement of each parameter on the mesh."""
         return jax.tree.map(
             lambda shape, axes: NamedSharding(mesh, sharding.spec(axes, shape.shape, mesh)),
             self.shapes,
@@ -40,17 +40,17 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model, embeddings included."""
+        """Number of parameters of the whole model, embeddings included."""
         return sum(shape.size for shape in jax.tree.leaves(self.shapes))
 
     @property
     def num_embedding_parameters(self) -> int:
-        """Of the embedding, and of the matrix that gives the logits, if it is another one."""
+        """Number of parameters of the embedding and, if it is separate, of the matrix that gives the logits."""
         return sum(self.shapes[name].size for name in ("embedding", "head") if name in self.shapes)
 
 
 def describe(config: ModelConfig) -> Architecture:
-    """The architecture of ``config``; no array is made."""
+    """The architecture of ``config``; no array is allocated."""
     graph, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
 
     def axes(variable: nnx.Variable) -> tuple[str | None, ...]:

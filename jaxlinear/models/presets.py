@@ -1,4 +1,4 @@
-"""Published model sizes, by name. A preset gives the ``model`` section of a config all that its shapes follow from."""
+"""Published model sizes, by name. A preset gives all keys of a config's ``model`` section that determine its shapes."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def _mamba(mixer: str, width: int, num_layers: int, **changes: Any) -> dict[str,
         "vocab_size": 50_280,
         "width": width,
         "recurrent_width": 2 * width,
-        "num_heads": width // 64,  # of attention, where a hybrid has it
+        "num_heads": width // 64,  # of attention, if a hybrid has it
         "channel_mixer": "none",
         "norm_epsilon": 1e-5,
     }
@@ -86,13 +86,13 @@ def _attending(pattern: tuple[str, ...], width: int, num_layers: int, num_heads:
 
 
 def _placed(num_layers: int, others: str, **places: tuple[int, ...]) -> tuple[str, ...]:
-    """A pattern as long as the model: at the places of each mixer, counted from 0, that mixer, elsewhere ``others``."""
+    """A pattern as long as the model: each mixer at its places, counted from 0, and ``others`` elsewhere."""
     at = {place: mixer for mixer, where in places.items() for place in where}
     return tuple(at.get(layer, others) for layer in range(num_layers))
 
 
 def _based(width: int, num_layers: int, linear: tuple[int, ...]) -> dict[str, Any]:
-    """``linear``: the layers of linear attention; a window follows each."""
+    """``linear``: the layers of linear attention; each is followed by a window."""
     windows = tuple(layer + 1 for layer in linear)
     return _attending(
         _placed(num_layers, "convolution", linear_attention=linear, sliding_window=windows),
@@ -200,13 +200,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gla_340m": _swiglu("gla", 1024, 24, 4),
     "gla_1b3": _swiglu("gla", 2048, 24, 4, tied_embeddings=False),
     # Sun et al. 2023 (arXiv:2307.08621), Qin et al. 2023 (arXiv:2311.04823) and 2024 (arXiv:2404.07904), by the defaults of
-    # RetNetConfig, HGRNConfig and HGRN2Config of github.com/fla-org/flash-linear-attention. With those of the first and the
-    # last 1.3 B models were published; of HGRN's we have not seen the config.
+    # RetNetConfig, HGRNConfig and HGRN2Config of github.com/fla-org/flash-linear-attention. Models of 1.3 B were published
+    # with the defaults of the first and the last; we have not seen the config of HGRN's.
     "retnet_1b3": _swiglu("retention", 2048, 24, 8, mlp_expansion=1.375, rotary_fraction=1.0, tied_embeddings=False),
     "hgrn_1b3": _swiglu("hgrn", 2048, 24, 16, tied_embeddings=False),
     "hgrn2_1b3": _swiglu("hgrn2", 2048, 24, 16, tied_embeddings=False),
-    # Sun et al. 2025 (arXiv:2503.05447), table 2, with GLA; embeddings not tied and no biases, as in
-    # examples/linear_moe_qwen2 of github.com/OpenSparseLLMs/Linear-MoE. The names count what is not embedding.
+    # Sun et al. 2025 (arXiv:2503.05447), table 2, with GLA; untied embeddings and no biases, as in
+    # examples/linear_moe_qwen2 of github.com/OpenSparseLLMs/Linear-MoE. The names count parameters without embeddings.
     "linear_moe_a0b3_2b": _linear_moe(1024, 896, 12, 8),
     "linear_moe_a1b_7b": _linear_moe(2048, 1024, 16, 16),
     # Not a published model: S5 was not trained on text. The layer of Smith et al. 2022 (arXiv:2208.04933) with P = D and
@@ -221,12 +221,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "samba_421m": _samba(1536, 12, 12),
     "samba_1b3": _samba(2304, 18, 18),
     # The other hybrids of the papers of DeltaNet (arXiv:2406.06484) and Samba, which alternate with windows, at the sizes
-    # of delta_net_340m and gla_340m. Ours: the attention's heads, those of transformer_340m, and the window, Samba's.
+    # of delta_net_340m and gla_340m. Ours: the attention heads of transformer_340m and the window of Samba.
     "gla_hybrid_340m": _attending(("gla", "sliding_window"), 1024, 24, 16, recurrent_heads=4, window=2048),
     "delta_net_hybrid_340m": _attending(
         ("delta_net", "sliding_window"), 1024, 24, 16, recurrent_heads=8, window=2048, tied_embeddings=False
     ),
-    # DeltaNet with two layers of full attention, the second and the one after the middle, as in its paper.
+    # DeltaNet with two layers of full attention, the second layer and the one after the middle, as in its paper.
     "delta_net_global_340m": _attending(
         _placed(24, "delta_net", attention=(1, 12)), 1024, 24, 16, recurrent_heads=8, tied_embeddings=False
     ),
@@ -234,8 +234,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # window of 64 is that of the paper; the models that were released look back 128 tokens.
     "based_360m": _based(1024, 27, (1, 6, 11, 16, 21)),
     "based_1b3": _based(1792, 36, (1, 6, 11, 16, 21, 27, 33)),
-    # Linear-Llama3 of LASP-2H (Sun et al. 2025, arXiv:2502.07563): one layer in four of full attention, by the 1B of
-    # examples/linear_llama3 of github.com/OpenSparseLLMs/Linear-MoE. Of the feature maps and gates that it offers, ours is
+    # Linear-Llama3 of LASP-2H (Sun et al. 2025, arXiv:2502.07563): one layer in four has full attention, by the 1B of
+    # examples/linear_llama3 of github.com/OpenSparseLLMs/Linear-MoE. Of the feature maps and gates that it offers, we use
     # the plain one; the vocabulary, tied, and the base of the positions are those of Llama 3.2 1B.
     "linear_llama3_1b": _attending(
         (*("linear_attention",) * 3, "attention"),
@@ -248,7 +248,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         rotary_base=500_000.0,
         norm_epsilon=1e-5,
     ),
-    # Two cores, ten minutes: what `make quickstart` trains, and what the step benchmarks are run on.
+    # For two cores and ten minutes: what `make quickstart` trains, and what the step benchmarks run on.
     "griffin_2m": _griffin(_GRIFFIN, (192, 192, 3, 3), window=512, vocab_size=2048),
     "hawk_6m": _griffin(("rg_lru",), (256, 256, 6, 4), window=512, vocab_size=4096),
     "griffin_6m": _griffin(_GRIFFIN, (256, 256, 6, 4), window=512, vocab_size=4096),

@@ -1,8 +1,8 @@
-"""How the layers of a model are cut into stacks: runs of layers that are a pattern repeated, which is written out once."""
+"""How a model's layers are cut into stacks: runs of layers that repeat a pattern, which is written out once."""
 
 from typing import NamedTuple
 
-# Blocks that are computed again at a time in the backward pass, and the longest pattern that is never cut.
+# The number of blocks that the backward pass recomputes at a time, and the longest pattern that is never cut.
 BLOCKS_AT_ONCE = 4
 
 
@@ -15,7 +15,7 @@ class Stack(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a layer is: which of the stacks, which repetition of its pattern, which block of that."""
+    """Where a layer is: in which stack, in which repetition of its pattern, and at which block of that."""
 
     stack: int
     repeat: int
@@ -25,9 +25,9 @@ class Place(NamedTuple):
 def cut(pattern: tuple[str, ...], num_layers: int) -> tuple[Stack, ...]:
     """The stacks of ``pattern``, repeated to the depth.
 
-    Its whole repetitions are one stack, what is left of the depth comes after them. But where a pattern of more than
-    ``BLOCKS_AT_ONCE`` names is not repeated, as one of the length of the model, or where so many layers are left, they are
-    cut into the repetitions that they have themselves: so that the fewest blocks are written out, in the fewest stacks.
+    Its whole repetitions are one stack, followed by what is left of the depth. But if a pattern of more than
+    ``BLOCKS_AT_ONCE`` names is not repeated, such as one as long as the model, or if more than so many layers are left,
+    these layers are cut into the repetitions they contain, so that the fewest blocks are written out, in the fewest stacks.
     """
     period = len(pattern)
     whole, left = divmod(num_layers, period)
@@ -40,13 +40,13 @@ def cut(pattern: tuple[str, ...], num_layers: int) -> tuple[Stack, ...]:
 
 
 def place(stacks: tuple[Stack, ...], layer: int) -> Place:
-    """Of a layer, counted from 0."""
+    """The place of a layer, counted from 0."""
     i = next(i for i, stack in enumerate(stacks) if layer < stack.first + stack.repeats * len(stack.pattern))
     return Place(i, *divmod(layer - stacks[i].first, len(stacks[i].pattern)))
 
 
 def _cut(layers: tuple[str, ...], first: int) -> tuple[Stack, ...]:
-    """The cheapest cut of each end of ``layers``, from the shortest on."""
+    """The cheapest cut of ``layers``, built up from that of each tail, the shortest first."""
 
     def cost(stacks: tuple[Stack, ...]) -> tuple[int, int]:
         return sum(len(stack.pattern) for stack in stacks), len(stacks)

@@ -8,7 +8,7 @@ from jaxlinear.ops.linear_attention import linear_attention
 from jaxlinear.ops.selective_scan import selective_scan
 from jaxlinear.ops.sliding_window import sliding_window_attention
 
-# Names of what the backward passes of the operations need and would be dear to compute again: see
+# Names of what the backward passes of the operations need and would be expensive to recompute: see
 # ``jax.ad_checkpoint.checkpoint_name``.
 SAVED = ("recurrence", "attention", "grouped_product")
 

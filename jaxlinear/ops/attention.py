@@ -1,4 +1,4 @@
-"""Causal softmax attention, multi-head, grouped or multi-query. Its two passes are those of ``ops.blockwise``."""
+"""Causal softmax attention: multi-head, grouped or multi-query. Its two passes are in ``ops.blockwise``."""
 
 import functools
 import math
@@ -17,8 +17,8 @@ from jaxlinear.pallas import attention as kernels
 
 QUERY_BLOCK = 256
 KEY_RUN = 512
-_FEW = 128  # queries, fewer than which are no block of the kernel
-_WIDEST_ON_GPU = 256  # channels of a head
+_FEW = 128  # fewer queries do not fill a block of the kernel
+_WIDEST_ON_GPU = 256  # channels per head
 
 
 @calls.recorded
@@ -32,22 +32,22 @@ def causal_attention(
     offset: jax.Array | None = None,
     backend: str = "auto",
 ) -> jax.Array:
-    """Softmax attention in which a token sees all of its own document up to itself. Memory grows with T, not T^2.
+    """Softmax attention in which a token sees its document up to and including itself. Memory grows with T, not T^2.
 
     Args:
       q: ``[B, T, H, K]``.
-      k: ``[B, P+T, G, K]`` and v: ``[B, P+T, G, V]``; G divides H, and head h reads group ``h // (H/G)``. The P keys
-        in front (P may be 0) are those of earlier tokens: query t stands at key position P+t.
+      k: ``[B, P+T, G, K]`` and v: ``[B, P+T, G, V]``; G divides H, and head h reads group ``h // (H/G)``. The first P
+        keys (P may be 0) belong to earlier tokens: query t is at key position P+t.
       scale: of the logits; ``K**-0.5`` by default.
       segment_ids: ``[B, P+T]`` int; no token sees across a change of id.
-      offset: the key position of query 0, an int32 scalar, where it is not P: the keys then go on after the queries'
-        own, as on a device that has some of the queries and all keys.
+      offset: the key position of query 0, an int32 scalar, if it is not P: the keys then also extend beyond the
+        queries' own, as on a device that holds some of the queries and all keys.
       backend: ``"recurrent"`` (one query at a time, for checking), ``"chunked"`` (blocks of queries against blocks of
-        keys; those after a block of queries are skipped), ``"pallas"`` (a kernel for TPU or GPU) or ``"auto"``:
-        ``"pallas"`` on these where it runs, else ``"chunked"``.
+        keys, skipping keys after the block of queries), ``"pallas"`` (a kernel for TPU or GPU) or ``"auto"``:
+        ``"pallas"`` on TPU and GPU where it runs, else ``"chunked"``.
 
     Returns:
-      o ``[B, T, H, V]`` in the dtype of v. Logits and weights are float32 inside.
+      o ``[B, T, H, V]`` in the dtype of v. Logits and weights are float32 internally.
     """
     backends.check("causal_attention", backend, ("recurrent", "chunked", "pallas"))
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
@@ -73,13 +73,13 @@ def causal_attention(
         lowest = lax.dynamic_slice_in_dim(lowest, offset, length, axis=1)
         meetings = [(i, start) for i in blocks for start in range(0, padded, run)]
         return attend(q, k, v, lowest, meetings, scale=scale, offset=offset, block=block, run=run)
-    # Block i of queries meets the runs up to the one that holds the key of its last query.
+    # Block i of queries meets the runs up to the one that holds its last query's own key.
     meetings = [(i, start) for i in blocks for start in range(0, min(prefix + (i + 1) * block, padded), run)]
     return attend(q, k, v, lowest[:, prefix:], meetings, scale=scale, offset=prefix, block=block, run=run)
 
 
 def check_shapes(operation: str, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    """Raises ``UserError`` for shapes that do not fit each other."""
+    """Raises ``UserError`` for shapes that do not match."""
     checks.axes(operation, "B T H K", q=q)
     checks.axes(operation, "B T G K", k=k)
     checks.axes(operation, "B T G V", v=v)
@@ -92,7 +92,7 @@ def check_shapes(operation: str, q: jax.Array, k: jax.Array, v: jax.Array) -> No
 
 
 def choose(operation: str, backend: str, q: jax.Array, k: jax.Array, v: jax.Array, *, offset: Any = None) -> str:
-    """``"pallas"`` where the kernel is taken, else ``backend``."""
+    """``"pallas"`` if the kernel is used, else ``backend``."""
 
     def refusal(platform: str) -> str | None:
         if offset is not None:
@@ -114,7 +114,7 @@ def choose(operation: str, backend: str, q: jax.Array, k: jax.Array, v: jax.Arra
 def by_kernel(
     q: jax.Array, k: jax.Array, v: jax.Array, window: int, scale: float | None, segment_ids: jax.Array | None
 ) -> jax.Array:
-    """Attention to the last ``window`` tokens by the kernel of ``jaxlinear.pallas.attention``."""
+    """Attention to the last ``window`` tokens, by the kernel of ``jaxlinear.pallas.attention``."""
     runs = None if segment_ids is None else segments.runs(segment_ids)
     return kernels.attention(q, k, v, runs, window=window, scale=scale_of(q, scale), target=backends.target())
 
@@ -131,16 +131,16 @@ def attend(
     block: int,
     run: int,
 ) -> jax.Array:
-    """Attention in which query t sees the keys ``lowest[t] .. offset + t``, of those in the runs that its block meets.
+    """Attention in which query t sees the keys ``lowest[t] .. offset + t`` that are in the runs its block meets.
 
     Args:
       q: ``[B, T, H, K]``, k: ``[B, S, G, K]``, v: ``[B, S, G, V]``, padded so that every run of keys is whole.
       lowest: ``[B or 1, T]`` int32, at most ``offset + t``.
-      meetings: (i, start): block i of queries meets the keys ``start .. start + run - 1``. One of the meetings of a
-        query's block has to be with the query's own key, ``offset + t``.
+      meetings: (i, start): block i of queries meets the keys ``start .. start + run - 1``. The block of query t must
+        meet the run that holds the query's own key, ``offset + t``.
       scale: of the logits; ``K**-0.5`` by default.
-      offset: the key position of query 0. If it is traced, meetings after a block's last query are passed over.
-      block, run: queries in a block, keys in a run.
+      offset: the key position of query 0. If it is traced, meetings after a block's last query are skipped.
+      block, run: queries per block, keys per run.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v.
@@ -155,7 +155,7 @@ def attend(
 
 
 def of_one_dtype(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """In that which holds those of all, in which they are multiplied: as the kernels do it."""
+    """The arrays in the dtype that holds all of theirs, in which they are multiplied, as in the kernels."""
     narrow = dtypes.narrow(*(x.dtype for x in arrays))
     return tuple(x.astype(narrow) for x in arrays)
 
@@ -167,7 +167,7 @@ def scale_of(q: jax.Array, scale: float | None) -> float:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, meetings: Meetings, rule: Rule) -> jax.Array:
-    """Arrays as in ``ops.blockwise`` -> ``[I, B, G, R * t, V]``."""
+    """Takes arrays laid out as in ``ops.blockwise``; returns ``[I, B, G, R * t, V]``."""
     return _attend_forward(q, k, v, meetings, rule)[0]
 
 

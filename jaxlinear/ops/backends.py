@@ -1,4 +1,4 @@
-"""The ways to run an operation: the refusal of those that it lacks, and the platform that a choice is made for."""
+"""The backends of operations: the check that one exists, the choice of kernels, and the platform that is traced for."""
 
 import contextlib
 import functools
@@ -12,30 +12,30 @@ from jaxlinear.errors import UserError
 from jaxlinear.pallas.target import GPU, Target, gpu_of
 
 COMPILED = ("tpu", "gpu")  # where kernels are compiled; elsewhere they are interpreted
-_OLDEST = 8, 0  # compute capability that Triton compiles for
+_OLDEST = 8, 0  # the oldest compute capability that Triton compiles for
 
 _LOG = logging.getLogger(__name__)
-# Of JAX's own, so that nothing is taken for one platform that was traced for another.
+# JAX's own contexts, so that nothing traced for one platform is reused for another.
 _platform = jax.make_user_context(default_value=None)
 _kernels = jax.make_user_context(default_value=True)
 
 
 @contextlib.contextmanager
 def use_platform(name: str, device_kind: str = "", gpu: GPU | None = None) -> Iterator[None]:
-    """Within it, operations are traced for this platform, which need not be one of this machine's, and for this kind of
-    device, as JAX names it."""
+    """In this context, operations are traced for this platform and for this kind of device, by JAX's name for it.
+    Neither need be this machine's."""
     with _platform((name, device_kind, gpu)), _as_jax_asks(name, device_kind):
         yield
 
 
 def use_device(device: Any) -> contextlib.AbstractContextManager:
-    """Within it, operations are traced for such a device, which need not be one of this machine's."""
+    """In this context, operations are traced for such a device, which need not be one of this machine's."""
     return use_platform(device.platform, device.device_kind, gpu_of(device))
 
 
 def _as_jax_asks(name: str, device_kind: str) -> contextlib.AbstractContextManager:
-    """The lowering of kernels for GPU asks the mesh in use for the kind of device, since JAX 0.11, and where there is none
-    the machine."""
+    """Since JAX 0.11, the lowering of GPU kernels takes the kind of device from the mesh in use or, if there is none,
+    from the machine."""
     if name != "gpu" or not device_kind or jax.default_backend() == "gpu" or not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
     device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=None, platform=name)
@@ -43,12 +43,12 @@ def _as_jax_asks(name: str, device_kind: str) -> contextlib.AbstractContextManag
 
 
 def platform() -> str:
-    """What the program that is being traced is for: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
+    """The platform that the program being traced is for: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
     return jax.default_backend() if _platform.value is None else _platform.value[0]
 
 
 def use_kernels(allowed: bool) -> contextlib.AbstractContextManager:
-    """Within it ``"auto"`` takes no kernels unless they are ``allowed``, here and around it."""
+    """In this context ``"auto"`` uses kernels only if they are ``allowed`` both here and in the contexts around it."""
     return _kernels(allowed and _kernels.value)
 
 
@@ -69,7 +69,7 @@ def _of_this_machine() -> tuple[str, str, GPU | None]:
 
 
 def no_kernels(*shapes: tuple[int, ...]) -> str | None:
-    """Why no kernel at all is built for the device, or of arrays of such shapes; or None."""
+    """Why no kernel can be built for this device or for arrays of such shapes, or None."""
     for shape in shapes:
         if 0 in shape:
             return f"the kernel takes no empty arrays, not one of {list(shape)}"
@@ -85,12 +85,12 @@ def no_kernels(*shapes: tuple[int, ...]) -> str | None:
 
 
 def indices_are_wide() -> bool:
-    """Whether jax_enable_x64 makes them 64 bits."""
+    """Whether indices are 64 bits wide, as under jax_enable_x64."""
     return jax.dtypes.canonicalize_dtype("int64").itemsize == 8
 
 
 def no_compiler() -> str | None:
-    """Why none is compiled of arrays that a kernel takes; or None."""
+    """Why no kernel can be compiled even for arrays that it takes, or None."""
     if platform() in COMPILED and indices_are_wide():
         return "the kernel is compiled for indices of 32 bits, and jax_enable_x64 makes them 64"
     return None
@@ -98,7 +98,7 @@ def no_compiler() -> str | None:
 
 @functools.cache
 def say_once(message: str) -> None:
-    """Logs a line the first time that it is given; later ones of the same text are left out."""
+    """Logs a message the first time it is given; repetitions of the same text are dropped."""
     _LOG.info(message)
 
 
@@ -112,11 +112,11 @@ def check(operation: str, backend: str, known: tuple[str, ...]) -> None:
 def kernel_or_chunks(
     operation: str, backend: str, few: bool, shapes: Iterable[tuple[int, ...]], refusal: Callable[[str], str | None]
 ) -> str:
-    """``"pallas"`` where an operation that has chunks takes its kernel, else ``backend`` as it is given.
+    """``"pallas"`` if an operation that has chunks uses its kernel, else ``backend`` as given.
 
-    ``few``: so few tokens that ``"auto"`` takes no chunks. ``shapes``: of its arrays. ``refusal``: why the kernel does not
-    run on a platform, or None. Where it does not, or none does (``no_kernels``, ``no_compiler``), ``"auto"`` says so once,
-    and ``"pallas"`` raises ``UserError``.
+    ``few``: whether there are so few tokens that ``"auto"`` uses no chunks. ``shapes``: those of the arrays.
+    ``refusal``: why the kernel does not run on a given platform, or None. If the kernel does not run, or none does
+    (``no_kernels``, ``no_compiler``), ``"auto"`` says so once and ``"pallas"`` raises ``UserError``.
     """
     if backend not in ("auto", "pallas") or (backend == "auto" and (not takes_kernels() or few)):
         return backend

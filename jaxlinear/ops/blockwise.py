@@ -1,13 +1,13 @@
-"""Causal softmax attention by blocks of queries against runs of keys: the parts that both passes are put together from.
+"""Causal softmax attention by blocks of queries against runs of keys: the building blocks of both passes.
 
-Neither pass holds more of the matrix of logits than one block (FlashAttention-2, Dao 2023, arXiv:2307.08691): the forward
-pass keeps, for every query, the largest logit so far, the sum of the weights and of the weighted values relative to it;
-the backward pass computes the weights again from the log of that sum. Both go on from what they are given, so that keys may
-come piece by piece.
+Neither pass holds more than one block of the matrix of logits (FlashAttention-2, Dao 2023, arXiv:2307.08691). For every
+query, the forward pass keeps the largest logit so far and, relative to it, the sum of the weights and of the weighted
+values; the backward pass recomputes the weights from the log of that sum. Both passes continue from the accumulators
+they are given, so keys may arrive piece by piece.
 
-Queries lie by blocks I, and one matrix a group: ``q [I, B, G, R * t, K]``, where the R = H / G heads that share a group's
-keys stand above each other. B and G stay two axes, so that both can be spread over a mesh. ``k [B, G, S, K]``,
-``v [B, G, S, V]``.
+Queries are laid out in I blocks, with one matrix per group: ``q [I, B, G, R * t, K]``, in which the R = H / G heads
+that share a group's keys are stacked. B and G stay separate axes, so that both can be sharded over a mesh. Keys and
+values are ``k [B, G, S, K]`` and ``v [B, G, S, V]``.
 """
 
 from collections.abc import Sequence
@@ -24,22 +24,22 @@ _MASKED = -1e30  # finite, so that a row's maximum minus itself is 0 and not NaN
 
 
 class Meetings(NamedTuple):
-    """Which blocks of queries meet which runs of keys, and what a query sees of them: the keys from ``lowest`` to its own
-    position, ``offset + t``, or to ``last``."""
+    """Which blocks of queries meet which runs of keys, and which of those keys a query sees: from ``lowest`` to its own
+    position ``offset + t``, or to ``last`` if that comes first."""
 
     blocks: jax.Array  # [M] int32, the block
     starts: jax.Array  # [M] int32, the first key of the run
     lowest: jax.Array  # [I, B or 1, t] int32; above ``last`` for a query that sees none
     offset: jax.Array  # int32, the key position of query 0
-    last: jax.Array  # int32, of the keys that there are, before padding
+    last: jax.Array  # int32, the position of the last key before padding
 
 
 class Sums(NamedTuple):
-    """Of every query, over the keys so far: ``[I, B, G, R * t, 1 or V]``, float32 at least."""
+    """For every query, accumulated over the keys so far: ``[I, B, G, R * t, 1 or V]``, float32 at least."""
 
     peak: jax.Array  # the largest logit
-    total: jax.Array  # of the weights, relative to it
-    weighted: jax.Array  # values
+    total: jax.Array  # the sum of the weights, relative to the peak
+    weighted: jax.Array  # the sum of the weighted values
 
 
 class Rule(NamedTuple):
@@ -47,11 +47,11 @@ class Rule(NamedTuple):
 
     scale: float  # of the logits
     run: int  # keys in a run
-    skips: bool  # pass over the meetings after a block's last query
+    skips: bool  # whether meetings after a block's last query are skipped
 
 
 def meetings(pairs: Sequence[tuple[int, int]], lowest: jax.Array, offset, last, block: int) -> Meetings:
-    """Of (block, first key of the run) and ``lowest [B or 1, T]``."""
+    """From pairs (block, first key of the run) and ``lowest [B or 1, T]``."""
     blocks, starts = (jnp.asarray(np.array(x, np.int32)) for x in zip(*pairs, strict=True))
     lowest = jnp.pad(lowest, ((0, 0), (0, -lowest.shape[1] % block)))
     lowest = lowest.reshape(lowest.shape[0], -1, block).swapaxes(0, 1)
@@ -74,15 +74,15 @@ def from_blocks(x: jax.Array, length: int, heads: int, block: int) -> jax.Array:
 
 
 def nothing_seen(q: jax.Array, v: jax.Array) -> Sums:
-    """The sums to begin with."""
+    """The initial sums."""
     one = jnp.zeros((*q.shape[:-1], 1), dtypes.wide(q.dtype, v.dtype))
     return Sums(jnp.full_like(one, _MASKED), one, jnp.zeros((*q.shape[:-1], v.shape[-1]), one.dtype))
 
 
 def see(sums: Sums, q: jax.Array, k: jax.Array, v: jax.Array, meetings: Meetings, rule: Rule) -> Sums:
-    """The sums with these keys and values too."""
-    # What is seen does not depend on the queries, but is bound to them here: else, where layers are scanned, JAX takes it
-    # out of their loop, the masks of all blocks at once, of T^2 elements.
+    """The sums with these keys and values included."""
+    # The masks do not depend on the queries but are tied to them here. Otherwise, when layers are scanned, JAX hoists
+    # the masks of all blocks, T^2 elements, out of the scan at once.
     _, meetings = lax.optimization_barrier((q[(0,) * q.ndim], meetings))
 
     def meet(sums, meeting):
@@ -91,7 +91,7 @@ def see(sums: Sums, q: jax.Array, k: jax.Array, v: jax.Array, meetings: Meetings
         logits = jnp.where(seen, logits, jnp.full((), _MASKED, logits.dtype))
         before = _at(sums.peak, i)
         highest = jnp.maximum(before, jnp.max(logits, axis=-1, keepdims=True))
-        # What was counted of a row before its first visible key is worth exp(_MASKED - highest) = 0 from then on.
+        # Whatever a row accumulated before its first visible key is then multiplied by exp(_MASKED - highest) = 0.
         fade, weights = jnp.exp(before - highest), jnp.exp(logits - highest)
         total = fade * _at(sums.total, i) + jnp.sum(weights, axis=-1, keepdims=True)
         weighted = dtypes.product("bgrs,bgsv->bgrv", weights.astype(v.dtype), _run(v, start, rule.run))
@@ -102,7 +102,7 @@ def see(sums: Sums, q: jax.Array, k: jax.Array, v: jax.Array, meetings: Meetings
 
 
 def normalised(sums: Sums, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The outputs in the dtype of v, and the logs of the sums of weights. Every query has seen a key by then."""
+    """The outputs in the dtype of v, and the logs of the sums of weights. By now every query has seen a key."""
     return (sums.weighted / sums.total).astype(v.dtype), sums.peak + jnp.log(sums.total)
 
 
@@ -116,9 +116,10 @@ def pull_back(
     meetings: Meetings,
     rule: Rule,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients ``dq``, ``dk [B, G, K, S]`` and ``dv [B, G, V, S]`` with those through these keys and values added.
+    """Adds the gradients through these keys and values to ``dq``, ``dk [B, G, K, S]`` and ``dv [B, G, V, S]``.
 
-    ``outputs`` are what ``normalised`` gave, and ``do`` the gradient of the first. Begin with ``no_gradient``.
+    ``outputs`` are what ``normalised`` returned, and ``do`` is the gradient of its first output. Begin with
+    ``no_gradient``.
     """
     o, log_totals = outputs
     # sum_v o do: the gradient through the softmax's normaliser (section 3.1.2)
@@ -133,7 +134,7 @@ def pull_back(
         dweights = dtypes.product("bgrv,bgsv->bgrs", doi, _run(v, start, rule.run))
         dlogits = (rule.scale * weights * (dweights - _at(deltas, i))).astype(q.dtype)
         dqi = _at(dq, i) + dtypes.product("bgrs,bgsk->bgrk", dlogits, ki)
-        # Channels before keys: so the small operand is the one that is turned for the product.
+        # Channels before keys, so that the smaller operand is the one transposed for the product.
         dki = dtypes.product("bgrk,bgrs->bgks", qi, dlogits)
         dvi = dtypes.product("bgrv,bgrs->bgvs", doi, weights.astype(v.dtype))
         return _put(dq, dqi, i), _add(dk, dki, start), _add(dv, dvi, start)
@@ -142,7 +143,7 @@ def pull_back(
 
 
 def no_gradient(x: jax.Array, *, turned: bool = False) -> jax.Array:
-    """Zeros to begin with: of q, or, ``turned``, of k or v."""
+    """Initial zeros: for the gradient of q, or, if ``turned``, of k or v."""
     shape = (*x.shape[:-2], x.shape[-1], x.shape[-2]) if turned else x.shape
     return jnp.zeros(shape, dtypes.wide(x.dtype))
 
@@ -162,7 +163,7 @@ def _each(meet, carry, meetings: Meetings, rule: Rule):
 
 
 def _logits(q, k, meetings: Meetings, i, start, rule: Rule):
-    """Of block i with a run of keys: the logits ``[B, G, R * t, s]``, and which are of keys that are seen."""
+    """For block i and a run of keys: the logits ``[B, G, R * t, s]``, and a mask of the keys that are seen."""
     logits = rule.scale * dtypes.product("bgrk,bgsk->bgrs", _at(q, i), _run(k, start, rule.run))
     low, block = _at(meetings.lowest, i), meetings.lowest.shape[2]
     high = meetings.offset + i * block + jnp.arange(block, dtype=jnp.int32)[None]  # the query's own key
@@ -186,6 +187,6 @@ def _run(x, start, run):
 
 
 def _add(total, part, start):
-    """Adds ``part`` to ``total`` from ``start`` on, along the last axis."""
+    """Adds ``part`` to ``total`` along the last axis, beginning at ``start``."""
     present = lax.dynamic_slice_in_dim(total, start, part.shape[-1], axis=3)
     return lax.dynamic_update_slice_in_dim(total, present + part, start, axis=3)

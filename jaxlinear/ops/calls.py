@@ -1,4 +1,4 @@
-"""Which operations a program calls, and with what shapes, recorded while it is traced."""
+"""Records which operations a program calls, and with what shapes, while it is traced."""
 
 import contextlib
 import functools
@@ -10,13 +10,13 @@ import jax
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-_HOW = {"backend", "runner", "chunk_size"}  # how a result is computed, not which
+_HOW = {"backend", "runner", "chunk_size"}  # these decide how a result is computed, not what it is
 
 _records: list[list["Call"]] = []
 
 
 class Call(NamedTuple):
-    """``arguments``: those that were given, by name; of an array its ``jax.ShapeDtypeStruct``."""
+    """``arguments``: those that were given, by name, with arrays as ``jax.ShapeDtypeStruct``."""
 
     operation: str
     arguments: tuple[tuple[str, Any], ...]
@@ -27,13 +27,13 @@ class Call(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The other arguments."""
+        """The arguments that are not arrays."""
         return {name: x for name, x in self.arguments if name not in self.arrays}
 
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Call]]:
-    """The calls of what is traced within it, in their order; not those that JAX takes from its cache of traces."""
+    """The calls traced in this context, in order; calls that JAX takes from its trace cache are missing."""
     found: list[Call] = []
     _records.append(found)
     try:
@@ -43,7 +43,7 @@ def record() -> Iterator[list[Call]]:
 
 
 def recorded(operation: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """The operation, whose calls ``record`` has."""
+    """Wraps an operation so that ``record`` sees its calls."""
     signature = inspect.signature(operation)
 
     @functools.wraps(operation)
@@ -53,7 +53,7 @@ def recorded(operation: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
         given = signature.bind(*args, **kwargs).arguments
         which = ((name, _shape(x)) for name, x in given.items() if name not in _HOW)
         _records[-1].append(Call(operation.__name__, tuple(which)))
-        with record():  # what one operation is made of is not called by the program
+        with record():  # operations called inside this one are not the program's calls
             return operation(*args, **kwargs)
 
     return noted

@@ -1,4 +1,4 @@
-"""What the operations refuse in their arguments before they run: else JAX would stretch it, cut it or round it unasked."""
+"""Argument checks, made before operations run: JAX would silently broadcast, truncate or round such arguments."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from jaxlinear.errors import UserError
 
 
 def numbers(operation: str, *, complex_too: bool = False, **arrays: jax.Array) -> None:
-    """Raises ``UserError`` for arrays whose dtype the outputs cannot have: whole numbers, to which they would be cut."""
+    """Raises ``UserError`` for arrays whose dtype the outputs cannot have: integers would truncate them."""
     for name, x in arrays.items():
         if not jnp.issubdtype(x.dtype, jnp.inexact if complex_too else jnp.floating):
             kinds = "real or complex" if complex_too else "real"
@@ -17,21 +17,21 @@ def numbers(operation: str, *, complex_too: bool = False, **arrays: jax.Array) -
 
 
 def real(operation: str, **arrays: Any) -> None:
-    """Raises ``UserError`` for complex arrays, of which the imaginary parts would be dropped. None is passed over."""
+    """Raises ``UserError`` for complex arrays, whose imaginary parts would be dropped. None is skipped."""
     for name, x in arrays.items():
         if x is not None and jnp.iscomplexobj(x):
             raise UserError(f"{operation}: {name} is complex; of recurrences linear_recurrence alone takes them")
 
 
 def axes(operation: str, names: str, **arrays: jax.Array) -> None:
-    """Raises ``UserError`` for arrays that have not as many axes as ``names``, as ``"B T H K"``."""
+    """Raises ``UserError`` for arrays without exactly the axes of ``names``, such as ``"B T H K"``."""
     for name, x in arrays.items():
         if x.ndim != len(names.split()):
             raise UserError(f"{operation}: {name} is {x.shape}; it is [{', '.join(names.split())}]")
 
 
 def segment_ids(operation: str, ids: Any, batch: int, length: int) -> jax.Array | None:
-    """The ids as an array, or None. Raises ``UserError`` unless there is one for each token."""
+    """The ids as an array, or None. Raises ``UserError`` unless there is one per token."""
     if ids is None:
         return None
     ids = jnp.asarray(ids)
@@ -41,8 +41,8 @@ def segment_ids(operation: str, ids: Any, batch: int, length: int) -> jax.Array 
 
 
 def scale(operation: str, width: int, given: Any) -> float:
-    """``given``, or by default ``K**-0.5`` of K = ``width``. Raises ``UserError`` for a K of 0, and for what is no number
-    while the program is traced: it is a constant of the program, and has no gradient."""
+    """``given``, or by default ``K**-0.5`` for K = ``width``. Raises ``UserError`` if K is 0, or if ``given`` is not a
+    number when the program is traced: the scale is a constant of the program and has no gradient."""
     if not width:
         raise UserError(f"{operation}: queries and keys have no channels (K is 0)")
     if given is None:

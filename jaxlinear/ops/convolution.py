@@ -1,4 +1,4 @@
-"""The short causal convolution that stands before most recurrences: one filter a channel."""
+"""The short causal convolution that precedes most recurrences: one filter per channel."""
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,18 @@ def causal_convolution(
     *,
     segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``y_t = bias + sum_j kernel[width-1-j] * x_{t-j}``, each channel by itself, never across documents.
+    """``y_t = bias + sum_j kernel[width-1-j] * x_{t-j}``, each channel on its own, never across documents.
 
     Args:
-      x: ``[B, T, D]``, real or complex; the others are complex only where x is.
+      x: ``[B, T, D]``, real or complex; the other arrays may be complex only if x is.
       kernel: ``[width, D]``; ``kernel[-1]`` weighs the present token.
       bias: ``[D]`` or None.
-      state: ``[B, width-1, D]``, the inputs before the first token (oldest first); None means zeros. It belongs to
-        the document of the first token.
+      state: ``[B, width-1, D]``, the inputs before the first token (oldest first), of that token's document; None means
+        zeros.
       segment_ids: ``[B, T]`` int.
 
     Returns:
-      y ``[B, T, D]`` in the dtype of x, and the state after the last token ``[B, width-1, D]``: the inputs of the
+      y ``[B, T, D]`` in the dtype of x, and the state after the last token ``[B, width-1, D]``: the latest inputs of the
       last document of each row, zeros where it is shorter than that.
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
@@ -40,7 +40,7 @@ def causal_convolution(
     state = state.astype(x.dtype)
     runs = None if segment_ids is None else segments.runs(segment_ids)
     final = jnp.concatenate([state, x], axis=1)[:, length:]
-    if runs is not None and length:  # of no tokens the state is left as it is
+    if runs is not None and length:  # without tokens the state stays as it is
         same = jnp.pad(runs, ((0, 0), (width - 1, 0)))[:, length:] == runs[:, -1:]
         final = jnp.where(same[..., None], final, jnp.zeros((), x.dtype))
     return _filter(x, kernel, bias, state, runs), final
@@ -64,8 +64,8 @@ def _check_shapes(x, kernel, bias, state) -> None:
 
 @jax.custom_vjp
 def _filter(x, kernel, bias, state, runs):
-    """y, of documents ``runs [B, T]`` or None. It and its gradients are summed in float32 and rounded once, and the
-    arguments are all that is kept for these."""
+    """y, for documents ``runs [B, T]`` or None. It and its gradients are summed in float32 and rounded once; only the
+    arguments are kept for the backward pass."""
     return _sums(x, kernel, bias, state, runs).astype(x.dtype)
 
 
@@ -78,14 +78,14 @@ def _sums(x, kernel, bias, state, runs):
 
 
 def _before(x, state, runs, lag):
-    """The inputs ``lag`` before each token, zero where they are of another document."""
+    """The inputs ``lag`` before each token, zero where they belong to another document."""
     first = state.shape[1] - lag
     past = jnp.concatenate([state, x], axis=1)[:, first : first + x.shape[1]]
     return _where_same(past, runs, None if runs is None else jnp.pad(runs, ((0, 0), (lag, 0)))[:, : x.shape[1]])
 
 
 def _after(dy, runs, lag):
-    """The gradients ``lag`` after each token, zero where they are of another document or there are none."""
+    """The gradients ``lag`` after each token, zero where they belong to another document or there are none."""
     future = jnp.pad(dy, ((0, 0), (0, lag), (0, 0)))[:, lag:]
     return _where_same(future, runs, None if runs is None else jnp.pad(runs, ((0, 0), (0, lag)))[:, lag:])
 
@@ -99,11 +99,11 @@ def _filter_forward(*arguments):
 
 
 def _filter_backward(arguments, dy):
-    """Shifts and sums as those of y, which XLA makes in fewer passes over memory than their transposes, which pad."""
+    """Shifts and sums like those of y: they take XLA fewer passes over memory than their transposes, which pad."""
     x, kernel, bias, state, runs = arguments
     width, wide, own = len(kernel), dtypes.wide(x.dtype), jnp.finfo(dy.dtype)
     if dy.dtype != wide:
-        # It is dy itself, which XLA would else take, and keep, as the float32 that it was rounded from.
+        # Without this, XLA would use, and keep, the float32 values that dy was rounded from.
         dy = lax.reduce_precision(dy, own.nexp, own.nmant)
     dx, d_kernel = jnp.zeros((), wide), []
     for lag in range(width):
@@ -119,7 +119,7 @@ def _filter_backward(arguments, dy):
 
 
 def _like(weights, gradient):
-    """The gradient of real weights of complex inputs is its real part."""
+    """The gradient, or its real part for real weights of complex inputs, in the dtype of the weights."""
     return (gradient if jnp.iscomplexobj(weights) else jnp.real(gradient)).astype(weights.dtype)
 
 

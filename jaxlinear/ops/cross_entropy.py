@@ -2,7 +2,7 @@
 
 The logits of a whole batch, [B, T, vocab] in float32, are often the largest array of a training step. Here only one
 slice of them exists at a time. The loss is one number, so the gradients of a slice are known as soon as its logits are:
-they are taken in the forward pass and the logits are dropped, with nothing to recompute in the backward pass.
+they are taken in the forward pass and the logits are dropped, and the backward pass recomputes nothing.
 """
 
 import functools
@@ -14,8 +14,8 @@ from jax import lax
 
 from jaxlinear.ops import backends, dtypes
 
-# Logits of one slice, in elements: on an accelerator enough for full matrix speed and little against the activations of
-# a batch; on CPU what stays in the cache, since each pass over more than that costs as much as the matrix product.
+# Logits per slice, in elements. On an accelerator: enough for full matrix speed, but few beside the activations of a batch.
+# On CPU: what stays in the cache, since each pass over more than that costs as much as the matrix product.
 _SLICE_ELEMENTS = {"cpu": 1 << 21}
 _SLICE_ELEMENTS_ELSEWHERE = 1 << 26
 
@@ -40,11 +40,11 @@ def linear_cross_entropy(
       weights: ``[B, T]`` float32, usually 1 / (number of targets), 0 where nothing is to be predicted. No gradient.
       soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``; 0 means none.
       z_loss: weight of the squared log normaliser (PaLM, arXiv:2204.02311, section 5).
-      groups: into how many parts of the batch the embedding's gradient is summed before the parts are added: the
-        number of devices over which the batch is spread, so that they exchange it once and not once a slice. A slice
-        is of a size for one of them.
-      whole: the embedding as the products take it, in the dtype of x: a copy gathered from those devices. The gradient is
-        that of ``embedding`` all the same, summed in its dtype.
+      groups: the number of parts of the batch for which the embedding's gradient is summed separately before the parts are
+        added: the number of devices that share the batch, which then exchange it once rather than once per slice. A slice
+        is sized for one of them.
+      whole: the embedding as used in the products, in the dtype of x: a copy gathered from those devices. The gradient is
+        still that of ``embedding``, in its dtype.
 
     Returns:
       Two float32 scalars: the cross-entropy, which carries no gradient, and the objective, which does.
@@ -111,10 +111,10 @@ def _forward(x, embedding, whole, targets, weights, statics, gradients):
             dlogits *= 1 - (logits / soft_cap) ** 2
         dlogits = dlogits.astype(x.dtype)
         dxi = jnp.einsum("btv,vd->btd", dlogits, embedding.astype(x.dtype))
-        # XLA for CPUs lacks the product of bfloat16 matrices of which the transpose is asked in float32.
+        # XLA for CPUs lacks the transposed product of bfloat16 matrices with a float32 result.
         own = total if backends.platform() == "cpu" else x.dtype
         grouped = [y.reshape(groups, -1, *y.shape[1:]).astype(own) for y in (dlogits, xi)]
-        # Channels before the vocabulary: so the small operand is the one that is turned for the product.
+        # Channels before the vocabulary, so that the smaller operand is the one transposed for the product.
         d_embedding += jnp.einsum("gbtv,gbtd->gdv", *grouped, preferred_element_type=total)
         return (nll, objective, d_embedding), dxi
 

@@ -1,9 +1,10 @@
-"""Decays within a chunk: of one token for another, and products of tokens decayed by them.
+"""Decays within a chunk: of one token as seen by another, and products of tokens weighted by these decays.
 
-A log decay is ``[..., c, D]``, float32 or float64, at most 0 and possibly -inf: any leading axes, the c tokens of the
-chunk, D = K for a decay of each key channel and D = 1 for one of the whole head. Token i sees token j < i decayed by
-exp(G_i - G_j), the log decays of j + 1 .. i summed. Their sum must not be taken as a difference of two longer ones: after
-a log decay of -50 these no longer tell -1e-7 from 0. Every exponential here is of a sum of nothing but what it is of.
+A log decay is ``[..., c, D]``, float32 or float64, at most 0 and possibly -inf: any leading axes, then the c tokens of
+the chunk; D = K for a decay per key channel and D = 1 for one per head. Token i sees token j < i decayed by
+exp(G_i - G_j), where the difference is the sum of the log decays of j + 1 .. i. That sum must not be taken as the
+difference of two longer ones: after a log decay of -50 they no longer distinguish -1e-7 from 0. Every exponential here is
+of a sum of exactly the log decays it covers.
 """
 
 import math
@@ -20,17 +21,17 @@ _BLOCK = 8  # tokens; smaller matrix products are no faster
 
 
 def since_start(log_decay: jax.Array) -> jax.Array:
-    """``[..., c, D]``: the decay of the state before the chunk for token i."""
+    """``[..., c, D]``: the decay of the state before the chunk, as seen by token i."""
     return _ends(log_decay)[0]
 
 
 def until_end(log_decay: jax.Array) -> jax.Array:
-    """``[..., c, D]``: the decay of token j for the state after the chunk."""
+    """``[..., c, D]``: the decay of token j in the state after the chunk."""
     return _ends(log_decay)[1]
 
 
 def whole(log_decay: jax.Array) -> jax.Array:
-    """``[..., D]``: the decay of the state before the chunk for the state after it."""
+    """``[..., D]``: the decay of the state before the chunk in the state after it."""
     return jnp.exp(jnp.sum(log_decay, axis=-2))
 
 
@@ -38,12 +39,12 @@ def pairwise(rows: tuple[jax.Array, ...], columns: jax.Array, log_decay: jax.Arr
     """``A_ij = sum_k r_ik columns_jk exp(G_ik - G_jk)`` for i >= j, zero elsewhere, for each r of ``rows``.
 
     Args:
-      rows: each ``[..., c, K]``, multiplied in its own dtype. Together they share the work on the columns.
+      rows: each ``[..., c, K]``, multiplied in its own dtype. All of them share the work on the columns.
       columns: ``[..., c, K]``.
       log_decay: ``[..., c, D]``, or None for no decay.
 
     Returns:
-      for each r its A ``[..., c, c]``, float32 at least.
+      A ``[..., c, c]`` for each r, float32 at least.
     """
     if log_decay is not None and log_decay.shape[-1] > 1:
         length = columns.shape[-2]
@@ -58,7 +59,7 @@ def pairwise(rows: tuple[jax.Array, ...], columns: jax.Array, log_decay: jax.Arr
 
 
 def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    """``x * factor``, multiplied in the dtype of the factor and rounded to that of x; x itself where there is none."""
+    """``x * factor``, multiplied in the dtype of the factor and rounded to that of x; x itself without a factor."""
     return x if factor is None else (x.astype(factor.dtype) * factor).astype(x.dtype)
 
 
@@ -82,42 +83,43 @@ def _ends_forward(log_decay):
 def _ends_backward(ends, cotangents):
     since_start, until_end = (end * d for end, d in zip(ends, cotangents, strict=True))
     length = since_start.shape[-2]
-    # The log decay of a token is part of what it and later tokens see, and of what earlier tokens leave.
+    # A token's log decay affects what it and later tokens see, and what earlier tokens leave.
     return (_sums(np.tri(length).T, since_start) + _sums(np.tri(length, k=-1), until_end),)
 
 
 _ends.defvjp(_ends_forward, _ends_backward)
 
 
-# A decay of the whole head is a factor of the products: one matrix of decays.
+# A decay per head is a factor of the products: one matrix of decays.
 
 
 def _matrix(log_decay):
-    """exp(G_i - G_j) for i >= j, zero elsewhere ``[..., c, c]``.
+    """exp(G_i - G_j) for i >= j, zero elsewhere: ``[..., c, c]``.
 
-    Each log decay is cut in a whole multiple of one unit and a small rest. The multiples are summed exactly, so that the
-    differences of their sums are exact as well.
+    Each log decay is split into a whole multiple of one unit and a small remainder. The multiples are summed exactly,
+    so the differences of their sums are exact too.
     """
     bits, length = jnp.finfo(log_decay.dtype), log_decay.shape[-2]
     unit = 2.0 ** math.ceil(math.log2(-_floor(log_decay.dtype) * length / 2 ** (bits.nmant + 1)))
     coarse = lax.stop_gradient(jnp.ceil(log_decay / unit) * unit)
     coarse, fine = (_sums(np.tri(length), part) for part in (coarse, log_decay - coarse))
     steps = (coarse - jnp.swapaxes(coarse, -1, -2)) + (fine - jnp.swapaxes(fine, -1, -2))
-    # The diagonal is 1 whatever the decay. Left out here, it adds nothing to the gradient to be taken off again.
+    # The diagonal is 1 whatever the decay. Left out here, it adds no gradient terms that would have to cancel.
     decays = jnp.exp(jnp.where(_lower(steps, strict=True), steps, jnp.zeros_like(steps)))
     return jnp.where(_lower(steps), decays, jnp.zeros_like(decays))
 
 
-# A decay of each channel is within the products, on their rows and columns. Tokens of different blocks meet at the start
-# of the later one, tokens of one block at the middle of the smallest of its halves, quarters, ... that has both:
+# A decay per channel goes inside the products, on their rows and columns. Tokens of different blocks meet at the start
+# of the later block; tokens of one block meet at the middle of the smallest of its halves, quarters, ... that contains
+# both:
 #     exp(G_i - G_j) = exp(G_i - G_r) exp(G_r - G_j),   i > r >= j,
-# so that both factors are at most 1. Tokens on the same side of r get a product that is of nothing and is masked.
+# so both factors are at most 1. The product for tokens on the same side of r is meaningless and is masked.
 
 
 class _Factors(NamedTuple):
-    """N blocks of S tokens. ``seen`` is the decay from a block's start to its token, ``left`` from there to its end."""
+    """N blocks of S tokens. ``seen`` is the decay from a block's start to a token, ``left`` from the token to its end."""
 
-    parts: tuple[tuple[int, jax.Array, jax.Array], ...]  # of parts of 1, 2, ... S / 2 tokens: size, seen, left
+    parts: tuple[tuple[int, jax.Array, jax.Array], ...]  # for parts of 1, 2, ... S / 2 tokens: size, seen, left
     seen: jax.Array  # [..., N, S, K]
     left: jax.Array  # [..., N, S, K]
     between: jax.Array  # [..., N, N, 1, K], from the end of the second block to the start of the first, or zero
@@ -141,7 +143,7 @@ def _factors(log_decay) -> _Factors:
 
 
 def _parts(log_decay):
-    """Products of two to four decays, which are dearer to sum and exponentiate than to multiply."""
+    """Products of two to four decays, which are cheaper to multiply than to sum and exponentiate."""
     seen, left = jnp.exp(log_decay), jnp.ones_like(log_decay)
     parts, size = [(1, seen, left)], 1
     while 2 * size < _BLOCK:
@@ -188,7 +190,7 @@ def _by_channel_backward(residuals, cotangents):
     count = columns.shape[-3]
     far_columns = _far(columns, factors)
     near = _crossings(columns)
-    # Of the products of different tokens alone: those of a token with itself have no decay.
+    # Only the products of different tokens: that of a token with itself has no decay.
     d_rows, d_far, d_near = [], 0.0, [0.0] * len(near)
     for r, d in zip(map(_blocks, all_rows), cotangents, strict=True):
         d = d.reshape(*d.shape[:-2], count, _BLOCK, count, _BLOCK).astype(r.dtype)
@@ -198,7 +200,7 @@ def _by_channel_backward(residuals, cotangents):
         d_far = d_far + dtypes.product("...ij,...ik->...jk", d, scaled(r, factors.seen))
         for n, (crossing, (_, seen, left)) in enumerate(zip(near, factors.parts, strict=True)):
             down = jnp.where(crossing, block, jnp.zeros_like(block))
-            # Turned before it is masked: a product that contracts the rows of both is slow when they are few.
+            # Transposed before it is masked: a product that contracts the rows of both is slow when they are few.
             across = jnp.swapaxes(block, -1, -2)
             across = jnp.where(jnp.swapaxes(crossing, -1, -2), across, jnp.zeros_like(across))
             d_row = d_row + seen * dtypes.product("...ij,...jk->...ik", down, scaled(columns, left).astype(r.dtype))
@@ -211,7 +213,8 @@ def _by_channel_backward(residuals, cotangents):
     )
     d_columns = d_columns + sum(left * d for d, (_, _, left) in zip(d_near, factors.parts, strict=True))
     d_columns = d_columns.reshape(all_columns.shape)
-    # A product has in it G of its row and -G of its column, and a token's log decay is in G of it and of later ones.
+    # A product contains G of its row and -G of its column; a token's log decay is in the G of that and all later
+    # tokens.
     wide_rows, wide_columns = [r.astype(log_decay.dtype) for r in all_rows], all_columns.astype(log_decay.dtype)
     d_sums = sum(r * d for r, d in zip(wide_rows, d_rows, strict=True)) - wide_columns * d_columns
     d_log_decay = _sums(np.tri(log_decay.shape[-2]).T, d_sums)
@@ -243,12 +246,12 @@ def _sums(chosen: np.ndarray, x):
     matrix = jnp.asarray(chosen, x.dtype)
     if x.shape[-1] == 1:
         return dtypes.product("...j,ij->...i", x[..., 0], matrix)[..., None]
-    # A copy for each of the leading axes, lest XLA transpose x to multiply them in one.
+    # One copy per index of the leading axes, so that XLA does not transpose x to multiply them all at once.
     return dtypes.product("...ij,...jd->...id", jnp.broadcast_to(_like(matrix, x), (*x.shape[:-2], *matrix.shape)), x)
 
 
 def _finite(log_decay):
-    """-inf is no summand: log decays below a floor whose exponential is zero are that floor."""
+    """Raises log decays to a floor whose exponential is already zero: -inf cannot be summed."""
     return jnp.maximum(log_decay, _floor(log_decay.dtype))
 
 
@@ -262,7 +265,7 @@ def _lower(like, strict: bool = False) -> jax.Array:
 
 
 def _like(constant, like) -> jax.Array:
-    """With the rank of ``like``."""
+    """Reshaped to the rank of ``like``."""
     return jnp.asarray(constant).reshape((1,) * (like.ndim - constant.ndim) + constant.shape)
 
 
@@ -272,5 +275,5 @@ def _blocks(x):
 
 
 def _pad(x, amount: int):
-    """With tokens of zeros at the end, which decay nothing."""
+    """Appends tokens of zeros, which decay nothing."""
     return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, amount), (0, 0))) if amount else x

@@ -1,6 +1,6 @@
 """The delta rule: S' = diag(exp(log_decay_t)) S_{t-1},  S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  o_t = scale S_t^T q_t.
 
-The recurrence of DeltaNet, Gated DeltaNet and Kimi Delta Attention: what the state holds at a key is replaced, where
+The recurrence of DeltaNet, Gated DeltaNet and Kimi Delta Attention: it replaces what the state holds at a key, whereas
 linear attention adds to it. In DeltaProduct (Siems et al. 2025, arXiv:2502.10297) a token does so several times.
 """
 
@@ -26,7 +26,7 @@ from jaxlinear.ops import (
 )
 from jaxlinear.ops.delta_rule_maps import DeltaRuleMaps, Inputs
 
-_CHANNEL_CHUNK = 32  # what such a decay costs within a chunk grows with its size
+_CHANNEL_CHUNK = 32  # the cost of a decay by channel within a chunk grows with the chunk's size
 
 
 @calls.recorded
@@ -47,39 +47,39 @@ def delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs ``S_t = S' + beta_t k_t (v_t - S'^T k_t)^T`` with ``S' = diag(exp(log_decay_t)) S_{t-1}``.
 
-    A token may make J updates, each of what the one before it left; the state decays before the first and is read after
-    the last.
+    A token may make J updates, each applied to the result of the one before; the state decays before the first and is
+    read after the last.
 
     Args:
       q: ``[B, T, H, K]``.
       k: the same, or ``[B, T, H, J, K]``; used as given: the caller normalises it.
       v: ``[B, T, H, V]`` or ``[B, T, H, J, V]``.
-      beta: ``[B, T, H]`` or ``[B, T, H, J]``, how much of what the state holds at k is replaced by v: from 0 to 1 where k
-        is of unit length, or with ``negative_eigenvalues`` to 2. Where beta |k|^2 is above 2, as of a unit vector that was
-        rounded to bfloat16 it may be, the state can grow without bound.
+      beta: ``[B, T, H]`` or ``[B, T, H, J]``, how much of what the state holds at k is replaced by v: from 0 to 1 for a
+        k of unit length, or to 2 with ``negative_eigenvalues``. Where beta |k|^2 exceeds 2, as it may for a unit vector
+        rounded to bfloat16, the state can grow without bound.
       log_decay: at most 0. None (1 forever), ``[B, T, H]`` or ``[B, T, H, K]`` (by key channel). -inf forgets.
-      initial_state: ``[B, H, K, V]``, the state before the first token, of its document; None means zeros.
+      initial_state: ``[B, H, K, V]``, the state before the first token, of that token's document; None means zeros.
       scale: of the outputs ``o_t = scale * S_t^T q_t``; ``K**-0.5`` by default.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
-      chunk_size: updates in a chunk, which is rounded down to whole tokens, but for one token at least. None is 64 for
-        ``"chunked"``, 32 for a decay by key channel, or the power of two that holds fewer; for ``"pallas"`` the size of its
-        table. Changes nothing but speed, memory and rounding.
+      chunk_size: updates per chunk, rounded down to whole tokens, but to one token at least. None is 64 for
+        ``"chunked"``, 32 for a decay by key channel, or the smallest power of two that holds fewer updates; for
+        ``"pallas"`` the size in the kernel's table. Affects only speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks), ``"pallas"`` (the same
         as a kernel for TPU and GPU, interpreted on CPU) or ``"auto"``.
-      negative_eigenvalues: whether beta |k|^2 goes beyond 1, where a transition turns round what the state holds at k. The
-        kernels in bfloat16 then keep twice the digits in some products, without which they are off by any amount where
-        keys are alike. Changes nothing else.
-      runner: where time lies; on one device by default.
+      negative_eigenvalues: whether beta |k|^2 exceeds 1, where a transition reverses what the state holds at k. The
+        bfloat16 kernels then keep twice the digits in some products; otherwise their error is unbounded where keys are
+        alike. Changes nothing else.
+      runner: how time is spread over devices; on one device by default.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]`` in float32 (float64
-      when q, k or v is).
+      if q, k or v is).
 
-    ``auto`` takes the loop for at most 8 updates, unless it is given a chunk size, and chunks for more: on TPU and GPU as a
-    kernel, but where that does not run, which the log says once. Sums, decays and states are float32 (float64) in all, and
-    products of chunks of the dtype that holds those of q, k and v; but for the solution of what the tokens of a chunk
-    replace of each other, which is float32 in ``"chunked"``, and in the kernel 8 bits wide if those are bfloat16, or 16
-    with ``negative_eigenvalues``.
+    ``auto`` uses the loop for at most 8 updates, unless it is given a chunk size, and chunks for more: on TPU and GPU
+    the kernel or, where it does not run, plain chunks, which is logged once. Sums, decays and states are float32
+    (float64) in every backend, and products of chunks are in the dtype that holds those of q, k and v. The exception is
+    the solution for what the tokens of a chunk replace of each other: it is float32 in ``"chunked"``; in the kernel, if
+    the products are in bfloat16, it is 8 bits wide, or 16 with ``negative_eigenvalues``.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     updates = _check_updates(k, v, beta)
@@ -106,7 +106,7 @@ def delta_rule(
         return jnp.zeros_like(v, shape=(*q.shape[:3], v.shape[-1])), initial_state
     inputs = Inputs(q, k, v, beta, log_decay, starts)
     if backend == "pallas":
-        # The kernels' tokens make one update: they read the state after each, of which the last of a token is taken.
+        # A token of the kernels makes one update and reads the state after it; of a token's J reads the last is used.
         family = delta_rule_kernel.DeltaRuleKernel(scale, chunk_size, backends.target(), negative_eigenvalues)
         o, final = recurrence.in_one_run(family, runner, inputs.by_update(), None, initial_state)
         o = o if updates == 1 else o.reshape(batch, length, updates, *o.shape[2:])[:, :, -1]
@@ -128,7 +128,7 @@ def choose(
     negative_eigenvalues: bool = False,
     **options: Any,
 ) -> str:
-    """``matrix_states.choose``: ``"pallas"`` where ``delta_rule`` takes the kernel, else the backend as it was given."""
+    """``matrix_states.choose``: ``"pallas"`` if ``delta_rule`` uses the kernel, else the backend as given."""
     refusal = functools.partial(delta_rule_kernel.refusal, negative_eigenvalues=negative_eigenvalues)
     if k.ndim == 5:
         q = jax.ShapeDtypeStruct((q.shape[0], q.shape[1] * k.shape[3], *q.shape[2:]), q.dtype)
@@ -137,7 +137,7 @@ def choose(
 
 
 def _check_updates(k: jax.Array, v: jax.Array, beta: jax.Array) -> int:
-    """J. Raises ``UserError`` where keys, values and beta are not of as many updates."""
+    """J. Raises ``UserError`` unless keys, values and beta have the same number of updates."""
     if k.ndim != 5:
         return 1
     updates = k.shape[3]
@@ -150,31 +150,32 @@ def _check_updates(k: jax.Array, v: jax.Array, beta: jax.Array) -> int:
 
 
 def _of_one_update(x: jax.Array) -> Any:
-    """What keys or values would be without the axis of updates."""
+    """The shape and dtype of keys or values without the axis of updates."""
     return jax.ShapeDtypeStruct((*x.shape[:3], x.shape[4]), x.dtype) if x.ndim == 5 else x
 
 
 class _Run(NamedTuple):
-    """Arrays by chunk, heads before time. Of the state S before the run, the run writes U - W S at its keys. T J are its
-    updates, J of each token."""
+    """Arrays by chunk, heads before time. For the state S before the run, the run writes U - W S at its keys. It makes
+    T J updates, J per token."""
 
     attention: jax.Array  # [B, H, T, T J], what the tokens read of each other's writes
     queries: jax.Array  # [B, H, T, K], what reads the state before the run
     keys: jax.Array  # [B, H, T J, K], decayed to the end of the run
     u: jax.Array  # [B, H, T J, V]
     w: jax.Array  # [B, H, T J, K]
-    kept: jax.Array  # [B, H, K or 1], how much of the state before the run is in the one after
+    kept: jax.Array  # [B, H, K or 1], how much of the state before the run remains after it
 
 
 @dataclasses.dataclass(frozen=True)
 class DeltaRule(DeltaRuleMaps):
     """The family (``recurrence.Family``) of these recurrences, in its WY form (Yang et al., arXiv:2406.06484).
 
-    What token i writes at its key, x_i = beta_i (v_i - S'^T k_i), is of the state before the run and of the earlier writes:
+    What token i writes at its key, x_i = beta_i (v_i - S'^T k_i), depends on the state before the run and on earlier
+    writes:
 
         x_i + beta_i sum_{j<i} (k_i^T diag(exp(G_i - G_j)) k_j) x_j = beta_i v_i - beta_i S^T (exp(G_i) k_i),
 
-    a triangular system, whose solution is linear in S: X = U - W S. With decays as in arXiv:2412.06464 (by head) and
+    a triangular system whose solution is linear in S: X = U - W S. Decays are as in arXiv:2412.06464 (by head) and
     arXiv:2510.26692 (by channel). ``constants`` is None.
     """
 
@@ -208,7 +209,7 @@ class DeltaRule(DeltaRuleMaps):
         return self._read(run, state, self._written(run, state))
 
     def through(self, run: _Run, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Without M, whose gradient is two products of matrices more."""
+        """Avoids M, whose gradient takes two more matrix products."""
         written = self._written(run, state)
         after = run.kept[..., None] * state + dtypes.product("...tk,...tv->...kv", run.keys, written)
         return self._read(run, state, written), after
@@ -232,8 +233,8 @@ def _recurrent(q, k, v, beta, log_decay, initial_state, starts, scale):
         decay = jnp.where(starts[:, :, None, None], jnp.zeros((), wide), decay)
 
     def update(state, kt, vt, bt):
-        # The barrier keeps XLA for GPUs from computing this sum where it writes the state, which could then not be where it
-        # was: a copy of it in every step.
+        # The barrier keeps XLA for GPUs from computing this sum where it writes the state. The state could then not be
+        # updated in place and would be copied in every step.
         new = lax.optimization_barrier(bt[..., None] * (vt - dtypes.product("bhkv,bhk->bhv", state, kt)))
         return state + kt[..., None] * new[:, :, None]
 

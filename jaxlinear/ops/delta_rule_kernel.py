@@ -1,4 +1,4 @@
-"""The delta rule by the kernels of ``jaxlinear.pallas.delta_rule``, and where they do not run."""
+"""The delta rule by the kernels of ``jaxlinear.pallas.delta_rule``, and when they do not run."""
 
 import dataclasses
 import functools

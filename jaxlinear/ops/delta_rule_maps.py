@@ -10,14 +10,14 @@ from jaxlinear.ops import dtypes, recurrence
 
 
 class Inputs(NamedTuple):
-    """What a run is made of. Arrays ``[B, T, ...]``. Where a token makes J updates, k, v and beta have them after H."""
+    """The inputs of a run, arrays ``[B, T, ...]``. If a token makes J updates, k, v and beta have an axis J after H."""
 
     q: jax.Array  # [B, T, H, K]
     k: jax.Array  # [B, T, H, K] or [B, T, H, J, K]
     v: jax.Array  # [B, T, H, V] or [B, T, H, J, V]
     beta: jax.Array  # [B, T, H] or [B, T, H, J]
     log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K]
-    starts: jax.Array | None  # [B, T] bool, true where a document begins and the state with it
+    starts: jax.Array | None  # [B, T] bool, true where a document, and with it the state, begins
 
     @property
     def updates(self) -> int:
@@ -25,8 +25,8 @@ class Inputs(NamedTuple):
         return self.beta.shape[3] if self.beta.ndim == 4 else 1
 
     def by_update(self) -> "Inputs":
-        """The same of T J tokens, each of which makes one update: what a token does before its updates is done at the
-        first of them, and it is read at the last."""
+        """The same inputs as T J tokens of one update each: what a token does before its updates happens at the first
+        of them, and it is read at the last."""
         updates = self.updates
         if self.beta.ndim == 3:
             return self
@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DeltaRuleMaps(recurrence.Family):
-    """The part of the family that is about maps: a summary is ``(M [B, H, K, K], C [B, H, K, V])``."""
+    """The part of the family that concerns maps: a summary is ``(M [B, H, K, K], C [B, H, K, V])``."""
 
     def compose(self, earlier, later) -> tuple[jax.Array, jax.Array]:
         transition = dtypes.product("...kl,...lm->...km", later[0], earlier[0])

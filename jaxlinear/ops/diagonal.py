@@ -15,8 +15,8 @@ from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, calls, checks, diagonal_kernel, dtypes, recurrence, segments
 from jaxlinear.ops.diagonal_maps import DiagonalMaps, Power, Transition
 
-# Where a complex recurrence is run as real arithmetic, on two real arrays: XLA emulates complex numbers on TPU, and a
-# Pallas kernel has none. Elsewhere they are native, and the loop over one array is the faster.
+# Platforms on which a complex recurrence runs as real arithmetic on two arrays: XLA emulates complex numbers on TPU,
+# and Pallas kernels have none. Elsewhere complex numbers are native, and the loop over one array is faster.
 REAL_ARITHMETIC_ON = ("tpu",)
 
 
@@ -34,8 +34,8 @@ def linear_recurrence(
     """Runs ``h_t = a_t * h_{t-1} + x_t`` over time.
 
     Args:
-      a: ``[B, T, ...]``, or ``[...]`` for a transition that is constant in time. Real or complex. Whole numbers, and
-        Python's, are as precise as x.
+      a: ``[B, T, ...]``, or ``[...]`` for a transition that is constant in time. Real or complex. Integers and Python
+        numbers take the precision of x.
       x: ``[B, T, ...]``, real or complex.
       initial_state: ``[B, ...]``, the state before the first step (the last one if ``reverse``); None means zero.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id. The initial state belongs to the document
@@ -43,16 +43,16 @@ def linear_recurrence(
       reverse: run from the last token to the first, ``h_t = a_t * h_{t+1} + x_t``.
       backend: ``"recurrent"`` (a loop over time), ``"associative"`` (a parallel prefix), ``"pallas"`` (a kernel for TPU
         and GPU, interpreted elsewhere) or ``"auto"``.
-      runner: where time lies; on one device by default.
+      runner: how time is spread over devices; on one device by default.
 
     Returns:
       h ``[B, T, ...]`` in the dtype of x (its complex counterpart if ``a`` is complex), and the state after the last
-      step ``[B, ...]`` in float32 or complex64 (float64 or complex128 when a or x is).
+      step ``[B, ...]`` in float32 or complex64 (float64 or complex128 if a or x is).
 
-    ``auto`` takes the kernel on TPU and GPU, the parallel prefix where the kernel does not run, which the log says once;
-    and on CPU, where each step is a memory pass and the loop makes the fewest, the loop. A single token is one step.
-    Loop and prefix run complex numbers as pairs of real ones on the platforms of ``REAL_ARITHMETIC_ON``; values and
-    gradients are the same.
+    On TPU and GPU ``auto`` uses the kernel or, where it does not run, the parallel prefix, which is logged once. On CPU,
+    where each step is a memory pass and the loop makes the fewest, it uses the loop. A single token is one step. Loop and
+    prefix run complex numbers as pairs of real ones on the platforms in ``REAL_ARITHMETIC_ON``; values and gradients are
+    the same.
     """
     backends.check("linear_recurrence", backend, _BACKENDS)
     a, x = jnp.asarray(a), jnp.asarray(x)
@@ -95,7 +95,7 @@ _BACKENDS = (*_LOOPS, "pallas")
 
 
 def choose(backend: str, a: jax.Array, x: jax.Array) -> str:
-    """The backend that ``linear_recurrence`` takes for these: by its rules where it is ``"auto"``."""
+    """The backend that ``linear_recurrence`` uses for these arrays: by its rules if ``backend`` is ``"auto"``."""
     platform = backends.platform()
     if backend not in ("auto", "pallas"):
         return backend
@@ -114,14 +114,15 @@ def choose(backend: str, a: jax.Array, x: jax.Array) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Diagonal(DiagonalMaps):
-    """The family (``recurrence.Family``) of these recurrences, for where time is split. Its outputs are h.
+    """The family (``recurrence.Family``) of these recurrences, for when time is split. Its outputs are h.
 
-    ``inputs`` are ``(a, x, starts)``: a and x ``[B, T, ...]``; ``starts`` ``[B, T]`` bool, where the state begins anew,
-    which may be the first token, or None for nowhere. For a transition that is constant in time a is None there and
-    ``constants`` is a, with the axes of the state but B; M is then a ``Power``, of which ``kept`` alone travels.
+    ``inputs`` are ``(a, x, starts)``: a and x ``[B, T, ...]``; ``starts`` ``[B, T]`` bool, true where the state begins anew
+    (possibly at the first token), or None if it never does. For a transition that is constant in time, a is None there and
+    ``constants`` is a, with the axes of the state except B; M is then a ``Power``, of which only ``kept`` is sent to other
+    devices.
 
-    Zeros are no tokens that change nothing: a = 0 forgets, and a^n counts every token. So the pieces must divide T.
-    Nothing is split on one device: the loop and the prefix are linear in T as they are.
+    Padding with zeros is not neutral: a = 0 forgets, and a^n counts every token. So the pieces must divide T. On one device
+    nothing is split: the loop and the prefix are already linear in T.
     """
 
     backend: str = "auto"
@@ -134,9 +135,10 @@ class Diagonal(DiagonalMaps):
         _check_shapes(a, x, None)
         x = x.astype(dtypes.wide(a.dtype, x.dtype))
         h, _ = _run(a, x, jnp.zeros_like(x[:, 0]), starts, False, self.backend)
-        # M by itself, not the last of the products below: so those can wait, or run while the map is under way.
-        # The state before the run is alone a product of transitions: the same for all rows if those are constant, until
-        # the first document of a row ends.
+        # M is computed by itself, not taken as the last of the products below, so that those can wait, or run while the map
+        # is in transit.
+        # What scales the state before the run is purely a product of transitions: if those are constant, it is the same for
+        # all rows until the first document of a row ends.
         if not constant:
             decay, _ = _run(a, jnp.zeros_like(x), jnp.ones_like(x[:, 0]), starts, False, self.backend)
             whole = jnp.prod(_kept(a.astype(x.dtype), None if starts is None else ~starts), axis=1)
@@ -164,7 +166,7 @@ class Diagonal(DiagonalMaps):
 class _Run(NamedTuple):
     h: jax.Array  # [B, T, ...], from no state
     decay: jax.Array  # [B or 1, T, ...], of the state before the run
-    keep: jax.Array | None  # [B, T or 1], false where the document of that state has ended; None if the decay varies
+    keep: jax.Array | None  # [B, T or 1], false where that state's document has ended; None if the decay varies
     whole: Transition  # M
 
 
@@ -188,7 +190,7 @@ def _check_shapes(a, x, initial_state) -> None:
 
 
 def _as_precise(a: jax.Array, x: jax.Array) -> jax.Array:
-    """A number of Python has no precision of its own: as an array it is float64 where JAX has that."""
+    """A Python number has no precision of its own: as an array it would be float64 where JAX has that."""
     real = jnp.finfo(dtypes.wide(x.dtype)).dtype
     return a.astype(dtypes.wide(real, jnp.complex64) if _is_complex(a.dtype) else real)
 
@@ -214,9 +216,9 @@ def _run(a, x, initial_state, boundary, reverse: bool, backend: str):
 
 # The backward pass of a linear recurrence is the same recurrence run the other way:
 #     g_t = dh_t + a_{t+1} g_{t+1},   dx_t = g_t,   da_t = g_t h_{t-1},   dh_{-1} = a_0 g_0,
-# without conjugates, JAX's gradient of a real function of x + iy being its derivative by x minus i times that by y.
-# Written out so that a and h are all that is kept between the passes. A transition that is constant in time is
-# [1, 1, ...]; with it comes ``keep`` [B, T], false where the state before a step is forgotten, or None.
+# without conjugates, since JAX's gradient of a real function of x + iy is its derivative by x minus i times that by y. It
+# is written out so that only a and h are kept between the passes. A transition that is constant in time is [1, 1, ...] and
+# comes with ``keep`` [B, T], which is false where the state before a step is forgotten, or None.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -248,8 +250,8 @@ _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 def _steps(a, x, keep, reverse: bool, backend: str, pairs: bool, lag: int = 0) -> jax.Array:
-    """h from the state ``x[first]``, with the transition of ``lag`` steps before. Arrays are handed on as tuples: of
-    one, or of the real and the imaginary part."""
+    """h from the state ``x[first]``, using the transition ``lag`` steps earlier. Arrays are passed as tuples: of one array,
+    or of the real and the imaginary part."""
     split = (lambda y: (jnp.real(y), jnp.imag(y))) if pairs else lambda y: (y,)
     if backend == "associative":
         a = _kept(jnp.broadcast_to(a, x.shape), keep)
@@ -264,8 +266,8 @@ def _steps(a, x, keep, reverse: bool, backend: str, pairs: bool, lag: int = 0) -
 def _recurrent(a, x, keep, reverse: bool, lag: int):
     """A loop over time.
 
-    The state goes from step to step by itself and is written, not read, where it belongs in h: so a step is an update
-    in place and nothing is transposed. On CPU it costs little more than an addition of two arrays.
+    The state is carried from step to step on its own and only written, never read, in h: so a step is an in-place update
+    and nothing is transposed. On CPU it costs little more than adding two arrays.
     """
     length = x[0].shape[1]
     direction = -1 if reverse else 1
@@ -311,7 +313,7 @@ def _plus(x, y):
 
 
 def _shift(x: jax.Array, fill: jax.Array, reverse: bool) -> jax.Array:
-    """``[B, T, ...]``: each step's predecessor in the direction of time, ``fill`` ``[B, ...]`` for the first."""
+    """``[B, T, ...]``: each step's predecessor in the direction of time, and ``fill`` ``[B, ...]`` for the first step."""
     fill = fill[:, None]
     return jnp.concatenate([x[:, 1:], fill] if reverse else [fill, x[:, :-1]], axis=1)
 

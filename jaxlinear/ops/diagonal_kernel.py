@@ -1,6 +1,6 @@
-"""The diagonal recurrence by the kernels of ``jaxlinear.pallas.scan``, with gradients, and where they do not run.
+"""The diagonal recurrence by the kernels of ``jaxlinear.pallas.scan``, with gradients, and when they do not run.
 
-a and x are of one kind, real or complex, each in the dtype that it has; states are in the dtype to compute in.
+a and x are both real or both complex, each in its own dtype; states are in the dtype to compute in.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _TWICE = "associative"  # the backend that has gradients of gradients
 
 
 def refusal(a_dtype, x_dtype, compute_dtype, platform: str) -> str | None:
-    """Why the kernels do not run, or None. On other platforms they are interpreted, and run whatever that does."""
+    """Why the kernels do not run, or None. Where they are interpreted rather than compiled, nothing is refused."""
     if platform not in backends.COMPILED:
         return None
     if compute_dtype not in (np.dtype(np.float32), np.dtype(np.complex64)):
@@ -36,7 +36,7 @@ def refusal(a_dtype, x_dtype, compute_dtype, platform: str) -> str | None:
 
 
 def of_one_kind(a: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both complex if one is."""
+    """Both as complex if either is."""
     if jnp.iscomplexobj(a) == jnp.iscomplexobj(x):
         return a, x
     wide = dtypes.wide(a.dtype, x.dtype)
@@ -51,7 +51,7 @@ def no_state(a: jax.Array, x: jax.Array) -> jax.Array:
 def scan(
     a: jax.Array, x: jax.Array, state: jax.Array, starts: jax.Array | None, reverse: bool, target: Target
 ) -> tuple[jax.Array, jax.Array]:
-    """``kernels.forward``, differentiable. Where the gradient of the state alone is asked for, only that is computed."""
+    """``kernels.forward``, differentiable. If only the gradient of the state is asked for, only that is computed."""
     return _scan(a, x, state, starts, reverse, target)
 
 
@@ -106,10 +106,10 @@ class _Given(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DiagonalKernel(DiagonalMaps):
-    """The family ``diagonal.Diagonal`` by the kernel, in the dtypes that a and x have.
+    """The family ``diagonal.Diagonal`` by the kernel, in the dtypes of a and x.
 
-    A run is its inputs: its map is one pass over them in which nothing as long as the run is written, and its outputs are
-    one more, from the state that then is there.
+    A run is just its inputs. Its map takes one pass over them, which writes nothing as long as the run; its outputs take
+    another pass, once the state before the run is known.
     """
 
     target: Target

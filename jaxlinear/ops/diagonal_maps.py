@@ -11,7 +11,7 @@ from jaxlinear.ops import recurrence
 
 
 class Power(NamedTuple):
-    """M of a transition that is constant in time: a^n for a run of n tokens, but zero where a document ends in them."""
+    """M of a transition that is constant in time: a^n for a run of n tokens, but zero if a document ends in the run."""
 
     kept: jax.Array  # [B], 1 where it is a^n, else 0
     power: jax.Array  # [B or 1, ...]
@@ -22,7 +22,7 @@ Transition = jax.Array | Power
 
 @dataclasses.dataclass(frozen=True)
 class DiagonalMaps(recurrence.Family):
-    """The part of the family that is about maps."""
+    """The part of the family that concerns maps."""
 
     def compose(self, earlier, later) -> tuple[Transition, jax.Array]:
         return jax.tree.map(jnp.multiply, later[0], earlier[0]), self.advance(later, earlier[1])

@@ -1,4 +1,4 @@
-"""The dtypes that sums and states are kept in, and the products that keep to them."""
+"""The dtypes in which sums and states are kept, and products that keep to them."""
 
 import functools
 
@@ -11,7 +11,7 @@ from jax import lax
 def wide(*dtypes: jnp.dtype) -> jnp.dtype:
     """The dtype that holds all of these, and float32 at least: bfloat16 -> float32, float64 -> float64.
 
-    By NumPy's rules, since those of JAX refuse to mix dtypes under ``jax_numpy_dtype_promotion="strict"``.
+    By NumPy's rules: JAX's refuse to mix dtypes under ``jax_numpy_dtype_promotion="strict"``.
     """
     return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
@@ -22,9 +22,9 @@ def narrow(*dtypes: jnp.dtype) -> jnp.dtype:
 
 
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """An einsum of two arrays of one dtype, summed in float32 at least; float32 is not cut to fewer bits on any device.
+    """An einsum of two arrays of one dtype, summed in float32 at least; no device reduces the precision of float32.
 
-    The gradients of narrower arrays are products of narrow arrays too.
+    The gradients of narrower arrays are likewise products of narrow arrays.
     """
     if x.dtype == wide(x.dtype, y.dtype):
         return jnp.einsum(equation, x, y, precision=lax.Precision.HIGHEST)
@@ -41,7 +41,7 @@ def _narrow_forward(equation, x, y):
 
 
 def _narrow_backward(equation, residuals, d_product):
-    # The gradient of a float32 result is float32, and a product with it would be one of float32.
+    # The gradient of a float32 result is float32, and a product with it would be a float32 product.
     _, pullback = jax.vjp(functools.partial(jnp.einsum, equation), *residuals)
     return pullback(d_product.astype(residuals[0].dtype))
 

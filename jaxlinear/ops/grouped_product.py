@@ -1,4 +1,4 @@
-"""A matrix product of its own for each group of rows, the groups of any sizes: what a mixture of experts computes."""
+"""One matrix product per group of rows, with groups of any size: what a mixture of experts computes."""
 
 import functools
 
@@ -14,10 +14,10 @@ from jaxlinear.pallas import derivatives, grouped_sums
 
 BACKENDS = ("blocks", "ragged_dot", "rows", "pallas")
 
-# Rows of a block: a part of the mean group, so that little of a group's last block is wasted, within these bounds.
+# Rows per block: a fraction of the mean group, within these bounds, so that little of a group's last block is wasted.
 _PARTS_OF_MEAN = 4
 _LEAST_BLOCK, _LARGEST_BLOCK = 8, 256
-_FEW_ROWS = 8  # a group on average, up to which a GPU takes ``rows``
+_FEW_ROWS = 8  # mean rows per group up to which a GPU uses ``rows``
 
 
 def grouped_product(
@@ -25,20 +25,19 @@ def grouped_product(
 ) -> jax.Array:
     """``y[m] = x[m] @ kernels[group of m]``, summed in float32 at least.
 
-    Backends: ``ragged_dot`` is ``jax.lax.ragged_dot``, which TPUs have an instruction for, but for the gradient of the
-    kernels. Of that, and elsewhere, XLA makes a product of every row with every kernel. ``pallas`` is it with that gradient
-    by a kernel for TPUs. ``blocks`` takes blocks of rows of one group, one after the other, as many as there are: its work
-    and its reading of kernels grow with the rows and the groups that have any. ``rows`` multiplies each row with its own
-    kernel, element by element, in one piece: for a GPU and few rows, as of decoding, since there a loop that goes on as
-    long as there are blocks waits for the host in each trip. ``auto`` takes ``pallas`` on a TPU, ``rows`` on a GPU up to 8
-    rows a group, else ``blocks``.
+    Backends: ``ragged_dot`` is ``jax.lax.ragged_dot``, for which TPUs have an instruction, except for the gradient of the
+    kernels; for that, and on other platforms, XLA multiplies every row by every kernel. ``pallas`` is the same, but with
+    that gradient computed by a TPU kernel. ``blocks`` goes through blocks of rows of one group, one after another, as many
+    as there are: its work and its reads of kernels grow with the number of rows and of non-empty groups. ``rows``
+    multiplies each row by its own kernel, element by element, all at once: it is for few rows on a GPU, as in decoding,
+    where a loop over a data-dependent number of blocks waits for the host on each iteration. ``auto`` uses ``pallas`` on a
+    TPU, ``rows`` on a GPU with up to 8 rows per group on average, else ``blocks``.
 
     Args:
       x: ``[M, D]``, sorted by group: the first ``sizes[0]`` rows are group 0's, and so on.
-      kernels: ``[E, D, F]``; multiplied in the dtype of x, their gradient in their own.
+      kernels: ``[E, D, F]``; multiplied in the dtype of x; their gradient has their own.
       sizes: ``[E]`` int, each from 0 to M, together at most M.
-      rows: what the sizes should add up to, M by default, for who counts the products (``counted``): no result depends
-        on it.
+      rows: what the sizes should add up to, M by default, for counting the products (``counted``): no result depends on it.
       backend: ``"blocks"``, ``"ragged_dot"``, ``"rows"``, ``"pallas"`` or ``"auto"``.
 
     Returns:
@@ -88,7 +87,7 @@ def _functions(backend):
 
 
 def _counts(x, kernels, sizes, backend, rows):
-    """What ``counted`` is told. At least as many blocks hold so many rows; the others take them row by row."""
+    """What ``counted`` is told: the fewest blocks that hold so many rows or, for other backends, the rows."""
     if backend == "blocks":
         return -(-rows // _block(x, sizes)), None
     return rows, 2 * kernels.shape[1] * kernels.shape[2] if backend == "rows" else None
@@ -145,8 +144,8 @@ def _block(x, sizes):
 
 
 def _blocks(x, sizes, block):
-    """How many blocks there are, and a function from a block's number to its group, its first row, and which of its
-    rows are the group's ``[block, 1]`` (the first row is such that the block ends within x)."""
+    """The number of blocks, and a function from a block's number to its group, its first row, and which of its rows are the
+    group's ``[block, 1]`` (the first row is chosen so that the block ends within x)."""
     ends, blocks = jnp.cumsum(sizes, dtype=jnp.int32), -(-sizes // block)
     blocks_through = jnp.cumsum(blocks, dtype=jnp.int32)
 
@@ -174,7 +173,7 @@ def _rows_by_ragged_dot(x, kernels, sizes, contracted):
 
 
 def _rows_by_ragged_dot_on_tpu(x, kernels, sizes, contracted):
-    # Its instruction sums in float32 in any case, and need not write that (libtpu 0.0.42).
+    # Its instruction sums in float32 in any case, but need not write float32 (libtpu 0.0.42).
     return _ragged_dot(x, kernels, sizes, contracted, x.dtype)
 
 
@@ -182,7 +181,7 @@ def _ragged_dot(x, kernels, sizes, contracted, dtype):
     numbers = lax.RaggedDotDimensionNumbers((((1,), (contracted,)), ((), ())), (0,), (0,))
     options = {"precision": _precision(x), "preferred_element_type": dtype}
     y = lax.ragged_dot_general(x, kernels.astype(x.dtype), sizes, numbers, **options)
-    # What stands in the rows of no group is not specified.
+    # The contents of rows that are in no group are unspecified.
     in_a_group = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes, dtype=jnp.int32)
     return jnp.where(in_a_group[:, None], y.astype(x.dtype), jnp.zeros((), x.dtype))
 
@@ -194,7 +193,7 @@ def _kernels_by_ragged_dot(x, dy, sizes, rows):
 
 
 def _precision(x):
-    # Of bfloat16 libtpu's instruction takes no other, whatever the user's default is.
+    # For bfloat16, libtpu's instruction accepts no other precision, whatever the user's default is.
     return None if x.dtype == dtypes.wide(x.dtype) else lax.Precision.DEFAULT
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jaxlinear.ops import backends, calls, checks, decay, dtypes, linear_attention_kernel, matrix_states, recurrence
 from jaxlinear.ops.linear_attention_maps import Inputs, LinearAttentionMaps
 
-_CPU_CHANNEL_CHUNK = 32  # what a decay by channel costs within a chunk grows with its size; elsewhere states count more
+_CPU_CHANNEL_CHUNK = 32  # a decay by channel costs more in larger chunks; elsewhere the states matter more
 
 
 @calls.recorded
@@ -34,27 +34,28 @@ def linear_attention(
     """Runs ``S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T`` and reads ``o_t = scale * S_t^T q_t``.
 
     Args:
-      q, k: ``[B, T, H, K]``, or ``[B, T, 1, K]`` of all heads, which kernels take as they are where no decay is by
-        channel; elsewhere they are written for each head.
+      q, k: ``[B, T, H, K]``, or ``[B, T, 1, K]`` if all heads share them: kernels take these as they are if the decay is
+        not by channel; otherwise they are copied for each head.
       v: ``[B, T, H, V]``.
       log_decay: at most 0. None (1 forever), ``[H]`` (constant in time), ``[B, T, H]`` or ``[B, T, H, K]`` (by key
         channel). -inf forgets.
-      initial_state: ``[B, H, K, V]``, the state before the first token, of its document; None means zeros.
+      initial_state: ``[B, H, K, V]``, the state before the first token, of that token's document; None means zeros.
       scale: of the outputs; ``K**-0.5`` by default.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
-      chunk_size: tokens in a chunk. None is 64 for ``"chunked"``, 32 for a decay by key channel on CPU, or the power of
-        two that holds a shorter T; for ``"pallas"`` the size of its table. Changes nothing but speed, memory and rounding.
+      chunk_size: tokens per chunk. None is 64 for ``"chunked"``, 32 for a decay by key channel on CPU, or the smallest
+        power of two that holds a shorter T; for ``"pallas"`` the size in the kernel's table. Affects only speed,
+        memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (matrix products inside chunks), ``"pallas"`` (the same
         as a kernel for TPU and GPU, interpreted elsewhere) or ``"auto"``.
-      runner: where time lies; on one device by default.
+      runner: how time is spread over devices; on one device by default.
 
     Returns:
       o ``[B, T, H, V]`` in the dtype of v, and the state after the last token ``[B, H, K, V]`` in float32 (float64
-      when q, k or v is).
+      if q, k or v is).
 
-    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more: on TPU and GPU as a
-    kernel, but where that does not run, which the log says once. Chunks multiply in the dtype that holds those of q, k and
-    v; all sums, decays and states are float32 (float64) in all.
+    ``auto`` uses the loop for at most 8 tokens, unless it is given a chunk size, and chunks for more: on TPU and GPU the
+    kernel or, where it does not run, plain chunks, which is logged once. Chunks multiply in the dtype that holds those of
+    q, k and v; all sums, decays and states are float32 (float64) in every backend.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     matrix_states.check_shapes(
@@ -90,18 +91,18 @@ def linear_attention(
     return o.astype(v.dtype), final
 
 
-# ``"pallas"`` where ``linear_attention`` takes the kernel, else the backend as it was given.
+# ``"pallas"`` if ``linear_attention`` uses the kernel, else the backend as given.
 choose = functools.partial(matrix_states.choose, "linear_attention", linear_attention_kernel.refusal)
 
 
 class _Run(NamedTuple):
     """Arrays by chunk, heads before time: ``[B, H, T, ...]``."""
 
-    inner: jax.Array  # [B, H, T, V], what the tokens read of the tokens of the run
+    inner: jax.Array  # [B, H, T, V], what the tokens read of each other's writes
     queries: jax.Array  # [B, H, T, K], what reads the state before the run
     keys: jax.Array  # [B, H, T, K], decayed to the end of the run
     values: jax.Array
-    kept: jax.Array  # [B, H, K or 1], how much of the state before the run is in the one after
+    kept: jax.Array  # [B, H, K or 1], how much of the state before the run remains after it
 
 
 @dataclasses.dataclass(frozen=True)

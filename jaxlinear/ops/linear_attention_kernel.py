@@ -1,4 +1,4 @@
-"""Linear attention by the kernels of ``jaxlinear.pallas.linear_attention``, and where they do not run."""
+"""Linear attention by the kernels of ``jaxlinear.pallas.linear_attention``, and when they do not run."""
 
 import dataclasses
 from types import ModuleType

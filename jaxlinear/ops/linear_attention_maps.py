@@ -9,19 +9,19 @@ from jaxlinear.ops import recurrence
 
 
 class Inputs(NamedTuple):
-    """What a run is made of. Arrays ``[B, T, ...]``."""
+    """The inputs of a run, arrays ``[B, T, ...]``."""
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K]
-    starts: jax.Array | None  # [B, T] bool, true where a document begins and the state with it
-    present: jax.Array | None  # [B, T] bool, given with a constant decay: true but for padding, which must not decay
+    starts: jax.Array | None  # [B, T] bool, true where a document, and with it the state, begins
+    present: jax.Array | None  # [B, T] bool, given with a constant decay: false for padding, which must not decay
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearAttentionMaps(recurrence.Family):
-    """The part of the family that is about maps. M is diagonal: a summary is ``(kept [B, H, K or 1], C [B, H, K, V])``."""
+    """The part of the family that concerns maps. M is diagonal: a summary is ``(kept [B, H, K or 1], C [B, H, K, V])``."""
 
     def compose(self, earlier, later) -> tuple[jax.Array, jax.Array]:
         return later[0] * earlier[0], self.advance(later, earlier[1])

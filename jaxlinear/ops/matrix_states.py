@@ -1,4 +1,4 @@
-"""What the recurrences with a state ``[K, V]`` a head share: shapes, the choice of backend and chunk, decays of a chunk."""
+"""What recurrences with a ``[K, V]`` state per head share: shapes, the choice of backend and chunk, decays in a chunk."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, checks, decay, dtypes, recurrence
 
-FEW_TOKENS = 8  # up to which the loop over time is the faster
+FEW_TOKENS = 8  # up to which the loop over time is faster
 CHUNK = 64
 
 
@@ -27,8 +27,8 @@ def choose(
     *,
     by_channel: bool = False,
 ) -> str:
-    """``"pallas"`` where an operation takes its kernel, else the backend as it was given. ``by_channel``: of decays of key
-    channels. ``refusal(q, k, v, chunk_size, by_channel, platform)``: why the kernel does not run, or None."""
+    """``"pallas"`` if an operation uses its kernel, else the backend as given. ``by_channel``: whether decays are by key
+    channel. ``refusal(q, k, v, chunk_size, by_channel, platform)``: why the kernel does not run, or None."""
     backends.check(operation, backend, ("recurrent", "chunked", "pallas"))
     check_chunk(operation, backend, chunk_size)
     few = chunk_size is None and q.shape[1] <= FEW_TOKENS and runner is recurrence.WHOLE
@@ -44,8 +44,8 @@ def is_by_channel(log_decay: jax.Array | None) -> bool:
 def choose_chunk(
     operation: str, backend: str, chunk_size: int | None, length: int, runner: recurrence.Runner
 ) -> int | None:
-    """Tokens in a chunk; None for a kernel, which has its own, and for a loop over time, which devices cannot share.
-    ``backend`` is what ``choose`` gave."""
+    """Tokens per chunk; None for a kernel, which has its own chunks, and for a loop over time, which devices cannot share.
+    ``backend`` is what ``choose`` returned."""
     if backend == "pallas":
         return None
     if chunk_size is not None:
@@ -59,7 +59,7 @@ def choose_chunk(
 
 
 def check_chunk(operation: str, backend: str, chunk_size: int | None) -> None:
-    """Raises ``UserError`` for what is no size of a chunk, or of a backend that has none."""
+    """Raises ``UserError`` for an invalid chunk size, or for one given to a backend that has no chunks."""
     if chunk_size is None:
         return
     if backend == "recurrent":
@@ -83,8 +83,8 @@ def choose_shared(
     chunk_size: int | None,
     runner: recurrence.Runner,
 ) -> tuple[str, jax.Array, jax.Array]:
-    """What ``choose`` gives, and q and k as that takes them. Those that all heads share, ``[B, T, 1, K]``, stay so for
-    kernels with no decay by channel; else they are written for every head."""
+    """What ``choose`` returns, and q and k in the form that this backend takes. Those that all heads share,
+    ``[B, T, 1, K]``, stay so for kernels without a decay by channel; otherwise they are copied for every head."""
     by_channel = is_by_channel(log_decay)
     if is_shared(q, v) and by_channel:
         q, k = (for_every_head(x, v.shape[2]) for x in (q, k))
@@ -101,7 +101,7 @@ def for_every_head(x: jax.Array, heads: int) -> jax.Array:
 
 
 def check_shapes(operation, q, k, v, log_decay, initial_state, *, constant_decay: bool, may_share: bool) -> None:
-    """Raises ``UserError`` for shapes that do not fit each other. ``may_share``: q and k may be ``[B, T, 1, K]``."""
+    """Raises ``UserError`` for shapes that do not match. ``may_share``: whether q and k may be ``[B, T, 1, K]``."""
     checks.axes(operation, "B T H K", q=q)
     checks.numbers(operation, q=q, k=k, v=v)
     checks.real(operation, log_decay=log_decay, initial_state=initial_state)
@@ -133,22 +133,22 @@ def by_channel(log_decay, shape, dtype) -> jax.Array:
 
 
 class Decays(NamedTuple):
-    """The decays of a run of T tokens, heads before time; documents that end in it are told apart."""
+    """The decays of a run of T tokens, heads before time; documents that end in the run are kept apart."""
 
-    log_decay: jax.Array | None  # [B, H, T, K or 1] of each token; None where nothing decays
-    since_start: jax.Array | None  # [B, H, T, K or 1], of the state before the run for each token; None: 1 for all
-    until_end: jax.Array | None  # [B, H, T, K or 1], of each token for the state after the run; None: 1 for all
-    kept: jax.Array  # [B, H, K or 1], of the state before the run for the one after it
-    same: jax.Array | None  # [B, 1, T, T] bool, whether two tokens are of one document; None: all are
+    log_decay: jax.Array | None  # [B, H, T, K or 1], of each token; None if nothing decays
+    since_start: jax.Array | None  # [B, H, T, K or 1], of the state before the run, for each token; None: 1 for all
+    until_end: jax.Array | None  # [B, H, T, K or 1], of each token, for the state after the run; None: 1 for all
+    kept: jax.Array  # [B, H, K or 1], of the state before the run, for the one after it
+    same: jax.Array | None  # [B, 1, T, T] bool, whether two tokens are in one document; None: all are
 
     def within_documents(self, pairs: jax.Array) -> jax.Array:
-        """What is of pairs of tokens, ``[B, H, T, T]``: zero where the two are of different documents."""
+        """Values for pairs of tokens, ``[B, H, T, T]``, zeroed where the two are in different documents."""
         return pairs if self.same is None else _where(self.same, pairs)
 
 
 def decays_of_run(log_decay: jax.Array | None, starts: jax.Array | None, like: jax.Array, dtype: jnp.dtype) -> Decays:
-    """Of log decays ``[B, T, H]`` or ``[B, T, H, K]`` and of where documents begin, ``[B, T]`` bool, in ``dtype``.
-    ``like``: ``[B, H, T, K]``, which has the heads where no decay has them."""
+    """From log decays ``[B, T, H]`` or ``[B, T, H, K]`` and document starts ``[B, T]`` bool, in ``dtype``. ``like``
+    ``[B, H, T, K]`` supplies the number of heads if there is no decay."""
     since_start, until_end, kept, same = None, None, jnp.ones_like(like[:, :, :1, 0], dtype=dtype), None
     if log_decay is not None:
         log_decay = log_decay.swapaxes(1, 2).astype(dtype)

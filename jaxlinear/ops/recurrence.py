@@ -1,8 +1,8 @@
-"""What every family of recurrence is: a run of tokens, however long, does to the state one affine map, S -> M S + C.
+"""What all families of recurrences have in common: a run of any number of tokens maps the state affinely, S -> M S + C.
 
-A family says how a run is summarised as (M, C), how a state is advanced by such a summary, and how the run's outputs
-follow from the state before it. All that splits time is written against these, once for every family: chunks here,
-devices in ``jaxlinear.parallel``.
+A family defines how a run is summarised as (M, C), how such a summary advances a state, and how the run's outputs follow
+from the state before it. Everything that splits time is written against these, once for all families: chunks here, devices
+in ``jaxlinear.parallel``.
 """
 
 import functools
@@ -17,30 +17,30 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlinear.ops import backends, segments
 
 Inputs = Any  # a tree of arrays [B, T, ...]
-Constants = Any  # a tree of arrays that do not change with time and have no B
+Constants = Any  # a tree of arrays that do not change with time and have no axis B
 Run = Any  # what a family keeps of a run
 Summary = Any  # (M, C)
 State = Any  # [B, ...]
 
-# The inputs of a group of chunks: what follows from them is then still in the cache when it is read.
-# Decays by channel make more of their inputs than others do, and were slower with 2 MiB.
+# Bytes of inputs in a group of chunks: what is computed from them is then still in the cache when it is read.
+# Decays by channel compute more from their inputs than others do, and were slower with 2 MiB.
 _CPU_GROUP_BYTES = 1_700_000
 
-# A fold over no more chunks is written out: of a loop's step, most of the time goes into the loop and the copies it makes.
+# A fold over at most so many chunks is unrolled: a loop spends most of each step on itself and the copies it makes.
 _CHUNKS_WRITTEN_OUT = 16
 
 
 class Family(Protocol):
-    """One kind of transition. Hashable, so that it can be a static argument; all arrays are in its arguments.
+    """One kind of transition. Hashable, so that it can be a static argument; all arrays are passed to its methods.
 
-    Zeros at the end of ``inputs`` are tokens that change nothing: a run is padded with them.
+    Zeros at the end of ``inputs`` are tokens that change nothing: runs are padded with them.
     """
 
     def prepare(self, inputs: Inputs, constants: Constants) -> Run:
-        """All of a run that does not depend on the state before it: what ``summarise`` and ``apply`` share."""
+        """Everything about a run that does not depend on the state before it: what ``summarise`` and ``apply`` share."""
 
     def summarise(self, run: Run) -> Summary:
-        """The run's map (M, C), float32, its size independent of T. M is zero where a document ends in the run."""
+        """The run's map (M, C), float32, of a size independent of T. M is zero where a document ends in the run."""
 
     def compose(self, earlier: Summary, later: Summary) -> Summary:
         """The map of two runs, one after the other: (M2 M1, M2 C1 + C2)."""
@@ -52,51 +52,51 @@ class Family(Protocol):
         """The run's outputs ``[B, T, ...]``, given the state before it."""
 
     def through(self, run: Run, state: State) -> tuple[jax.Array, State]:
-        """The run's outputs and the state after it, for the backward pass: a family may know a way that is cheaper to
-        differentiate than this one."""
+        """The run's outputs and the state after it, for the backward pass: a family may override this with something
+        cheaper to differentiate."""
         return self.apply(run, state), self.advance(self.summarise(run), state)
 
     def pack(self, transition: Any) -> Any:
-        """What of a run's M does not follow from the constants and the number of its tokens: what other devices need."""
+        """The part of a run's M that does not follow from the constants and its length: what other devices need."""
         return transition
 
     def unpack(self, packed: Any, constants: Constants, length: int) -> Any:
-        """The M of a run of ``length`` tokens again."""
+        """Recovers the M of a run of ``length`` tokens."""
         return packed
 
 
 class Runner(Protocol):
-    """Where the time of a sequence lies, as far as an operation needs to know."""
+    """How the time axis of a sequence is laid out, as far as an operation needs to know."""
 
     def starts(self, segment_ids: jax.Array) -> jax.Array:
         """``segments.starts``."""
 
     def share(self, heads: int) -> int:
-        """Of so many heads, or channels where there are none, those of a device."""
+        """Of so many heads, or channels if there are no heads, how many one device has."""
 
     def run(
         self, family: Family, chunk: int | None, inputs: Inputs, constants: Constants, state: State
     ) -> tuple[jax.Array, State]:
-        """``chunked``; without a chunk, all of what lies together is one."""
+        """``chunked``; without a chunk size, all tokens that lie together are one chunk."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def chunked(family: Family, chunk: int, inputs: Inputs, constants: Constants, state: State) -> tuple[jax.Array, State]:
-    """Runs a family in chunks of time: a group of chunks at once, but for the fold of their maps over the state.
+    """Runs a family in chunks of time: a group of chunks at once, except for the fold of their maps over the state.
 
-    Kept for the backward pass are the inputs and the state before each chunk; the rest is computed again. Backward,
-    with D_n the gradient of chunk n's outputs with respect to the state before it, the gradient of the state after
-    chunk n is G_n = D_{n+1} + M_{n+1}^T G_{n+1}, and a chunk's own gradients follow from its outputs' and G_n.
+    The inputs and the state before each chunk are kept for the backward pass; the rest is recomputed. In that pass, with
+    D_n the gradient of chunk n's outputs with respect to the state before it, the gradient of the state after chunk n is
+    G_n = D_{n+1} + M_{n+1}^T G_{n+1}, and a chunk's own gradients follow from those of its outputs and from G_n.
 
     Args:
-      family: which.
-      chunk: tokens in a chunk; T need not be a multiple of it.
+      family: the kind of transition.
+      chunk: tokens per chunk; T need not be a multiple of it.
       inputs: tree of ``[B, T, ...]``.
       constants: tree of arrays without time.
       state: before the first token, ``[B, ...]``.
 
     Returns:
-      the outputs ``[B, T, ...]`` and the state after the last token.
+      The outputs ``[B, T, ...]`` and the state after the last token.
     """
     return _forward(family, chunk, inputs, constants, state)[0]
 
@@ -140,8 +140,8 @@ chunked.defvjp(_forward, _backward)
 
 
 def named(tree: Any, name: str = "recurrence") -> Any:
-    """The same arrays, to be saved under remat (``ops.SAVED``): complex ones by their parts, since remat cannot save
-    them (JAX 0.10.2)."""
+    """The same arrays, named to be saved under remat (``ops.SAVED``); complex ones by their parts, since remat cannot save
+    complex arrays (JAX 0.10.2)."""
 
     def one(x):
         if not jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -152,7 +152,7 @@ def named(tree: Any, name: str = "recurrence") -> Any:
 
 
 class _Whole:
-    """A sequence that lies on one device."""
+    """A sequence that is on one device."""
 
     starts = staticmethod(segments.starts)
 
@@ -169,17 +169,17 @@ WHOLE: Runner = _Whole()
 def in_one_run(
     family: Family, runner: Runner, inputs: Inputs, constants: Constants, state: State
 ) -> tuple[jax.Array, State]:
-    """``runner.run`` of a family of kernels, of one run a shard; of a sequence that is whole, the kernel alone, whose map
-    nobody needs."""
+    """``runner.run`` of a family of kernels, with one run per shard; for a sequence that is whole, just the kernel, whose
+    map is not needed."""
     if runner is WHOLE:
         return family.through(family.prepare(inputs, constants), state)
     return runner.run(family, None, inputs, constants, state)
 
 
 class Gradients:
-    """The backward pass of a run in chunks, whose forward pass is computed again.
+    """The backward pass of a run in chunks, whose forward pass is recomputed.
 
-    ``before`` are the states before each chunk ``[B, N, ...]``.
+    ``before``: the states before each chunk ``[B, N, ...]``.
     """
 
     def __init__(
@@ -211,14 +211,14 @@ class Gradients:
         return after, d_state
 
     def of_first_state(self) -> State:
-        """The gradient of the outputs alone with respect to the state before the first chunk. Of one chunk it is D, and
-        its map is not needed."""
+        """The gradient of the outputs alone with respect to the state before the first chunk. For a single chunk it is D,
+        and the chunk's map is not needed."""
         if _count(self._through_outputs) == 1:
             return _at(self._through_outputs, 0)
         return self.fold_back(jax.tree.map(jnp.zeros_like, _at(self._through_outputs, 0)))[1]
 
     def of_inputs(self, after: State) -> tuple[Inputs, Constants]:
-        """The gradients of the inputs ``[B, T, ...]`` (None for those that have none) and of the constants."""
+        """The gradients of the inputs ``[B, T, ...]`` (None for inputs that have none) and of the constants."""
         d_chunks, d_constants, _ = self._pullback((self._d_outputs, flat(after)))
         return jax.tree.map(lambda x: join(x, self._batch, self._length), d_chunks), d_constants
 
@@ -234,7 +234,7 @@ def fold(family: Family, summaries: Summary, state: State) -> tuple[State, State
 
 
 def whole(family: Family, summaries: Summary) -> Summary:
-    """The map of all chunks, one after the other, from theirs ``[B, N, ...]``."""
+    """The map of all chunks in sequence, from their maps ``[B, N, ...]``."""
     step = lambda n, total: family.compose(total, _at(summaries, n))  # noqa: E731
     return lax.fori_loop(1, _count(summaries), step, _at(summaries, 0))
 
@@ -246,8 +246,8 @@ def transposed(family: Family, transition: Any, d_state: State) -> State:
 
 
 def loop(step: Callable, carry: Any, count: int, *, reverse: bool = False, written_out: int = 1) -> tuple[Any, Any]:
-    """``lax.scan`` of ``step(carry, i)``, whose outputs ``[B, n, ...]`` are laid side by side: ``[B, count * n, ...]``.
-    Up to ``written_out`` steps are no loop."""
+    """``lax.scan`` of ``step(carry, i)``, whose outputs ``[B, n, ...]`` are joined along axis 1: ``[B, count * n, ...]``.
+    Up to ``written_out`` steps are unrolled."""
     if count <= written_out:
         pieces = [None] * count
         for i in reversed(range(count)) if reverse else range(count):
@@ -271,10 +271,10 @@ def loop(step: Callable, carry: Any, count: int, *, reverse: bool = False, writt
 
 
 def _groups(inputs: Inputs, chunk: int) -> tuple[int, int]:
-    """How many groups of chunks are taken one after the other, and the tokens of one.
+    """The number of groups of chunks, which are taken one after the other, and the tokens per group.
 
-    On CPU as many chunks are a group as fit ``_CPU_GROUP_BYTES``; elsewhere all of them. Groups are equal, so that
-    nothing is padded but the last chunk.
+    On CPU a group has as many chunks as fit in ``_CPU_GROUP_BYTES``; elsewhere all of them. Groups are equal, so
+    only the last chunk is padded.
     """
     leaves = jax.tree.leaves(inputs)
     chunks = -(-leaves[0].shape[1] // chunk)
@@ -292,7 +292,7 @@ def pad(tree: Any, length: int) -> Any:
 
 
 def part_of(tree: Any, i, size: int) -> Any:
-    """``[B, T, ...]`` -> ``[B, size, ...]``, the i-th of such."""
+    """``[B, T, ...]`` -> ``[B, size, ...]``, the i-th such part."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * size, size, axis=1), tree)
 
 
@@ -304,7 +304,7 @@ def split(tree: Any, chunk: int) -> Any:
 
 
 def join(x: jax.Array, batch: int, length: int) -> jax.Array | None:
-    """The inverse of ``split``; None for the gradient of what has none (bools)."""
+    """The inverse of ``split``; None for the gradient of an array that has none (bools)."""
     if x.dtype == jax.dtypes.float0:
         return None
     return x.reshape(batch, -(-length // x.shape[1]) * x.shape[1], *x.shape[2:])[:, :length]

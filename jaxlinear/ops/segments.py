@@ -8,7 +8,7 @@ from jax import lax
 def starts(segment_ids: jax.Array) -> jax.Array:
     """Where a document begins inside the row: ``[B, T]`` bool, true where the id differs from the one before.
 
-    Position 0 is false: whether the first token continues an earlier run is told by the initial state.
+    Position 0 is false: the initial state decides whether the first token continues an earlier run.
     """
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.concatenate([jnp.zeros_like(changed, shape=(segment_ids.shape[0], 1)), changed], axis=1)
@@ -21,7 +21,7 @@ def ends(segment_ids: jax.Array) -> jax.Array:
 
 
 def runs(segment_ids: jax.Array) -> jax.Array:
-    """``[B, T]`` int32: 0, 1, 2, ... by run of equal ids, so that an id used twice in a row names two documents."""
+    """``[B, T]`` int32: runs of equal ids, numbered from 0, so that an id used twice in a row names two documents."""
     return jnp.cumsum(starts(segment_ids), axis=1, dtype=jnp.int32)
 
 

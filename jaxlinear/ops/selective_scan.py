@@ -1,9 +1,9 @@
-"""The selective scan: S_t = exp(dt_t A) S_{t-1} + (dt_t x_t) B_t^T,  y_t = S_t C_t, with a state of N numbers a channel.
+"""The selective scan: S_t = exp(dt_t A) S_{t-1} + (dt_t x_t) B_t^T,  y_t = S_t C_t, with N state numbers per channel.
 
 The recurrence of Mamba (Gu and Dao 2023, arXiv:2312.00752), and with S_t = (1 - dt_t (B_t^T)^2) S_{t-1} + (dt_t x_t) B_t^T
-that of Longhorn (Liu et al. 2024, arXiv:2407.14207). Every number of the state decays by itself, so that no product of
-matrices does a chunk of it. Time is taken in blocks whose transitions are written out, N for each channel of a token, and
-forgotten: what is kept are the inputs and the state before each block.
+that of Longhorn (Liu et al. 2024, arXiv:2407.14207). Every number of the state decays on its own, so a chunk cannot be
+computed by matrix products. Time is taken in blocks whose transitions are materialised, N for each channel of a token, and
+then dropped: what is kept are the inputs and the state before each block.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from jaxlinear.ops import (
 from jaxlinear.ops.selective_scan_kernel import SelectiveScanKernel
 from jaxlinear.ops.selective_scan_maps import Inputs, SelectiveScanMaps
 
-# One array of a block, all that XLA for CPUs has of it in the cache at a time; of 4 MiB it was slower, and of 256 KiB. With
-# fewer tokens than some, what is kept, a state a block, would be much beside the inputs.
+# The size of one array of a block, which is all that XLA for CPUs holds of the block in cache at a time; 4 MiB and 256 KiB
+# were slower. With too few tokens per block, the states that are kept, one per block, would be large beside the inputs.
 _CPU_BLOCK_BYTES, _CPU_FEWEST = 1 << 20, 16
 
 
@@ -52,23 +52,23 @@ def selective_scan(
     Args:
       x: ``[B, T, D]``.
       dt: ``[B, T, D]``, the time step of each channel, at least 0.
-      A: ``[D, N]``, at most 0; or None for the transition ``1 - dt_t (B_t^T)^2``, where dt times the square of each number
-        of B is to be at most 1.
-      B, C: ``[B, T, N]``, what all channels write by and are read by.
-      initial_state: ``[B, D, N]``, the state before the first token, of its document; None means zeros.
+      A: ``[D, N]``, at most 0; or None for the transition ``1 - dt_t (B_t^T)^2``, for which dt times the square of each
+        number of B must be at most 1.
+      B, C: ``[B, T, N]``, shared by all channels: B writes to the state and C reads it.
+      initial_state: ``[B, D, N]``, the state before the first token, of that token's document; None means zeros.
       segment_ids: ``[B, T]`` int; the state never crosses a change of id.
-      chunk_size: tokens in a block of ``"chunked"``. None is 64, on CPU as many as fit its cache. Changes nothing but
+      chunk_size: tokens per block of ``"chunked"``. None is 64, or on CPU fewer if that fits the cache better. Affects only
         speed, memory and rounding.
       backend: ``"recurrent"`` (a loop over time), ``"chunked"`` (blocks of time, each a ``linear_recurrence`` that is
-        computed again for the gradients), ``"pallas"`` (a kernel for TPU and GPU, interpreted elsewhere) or ``"auto"``.
-      runner: where time lies; on one device by default.
+        recomputed for the gradients), ``"pallas"`` (a kernel for TPU and GPU, interpreted elsewhere) or ``"auto"``.
+      runner: how time is spread over devices; on one device by default.
 
     Returns:
-      y ``[B, T, D]`` in the dtype of x, and the state after the last token ``[B, D, N]`` in float32 (float64 when x, dt,
-      A, B or C is), the dtype of all that is computed.
+      y ``[B, T, D]`` in the dtype of x, and the state after the last token ``[B, D, N]`` in float32 (float64 if x, dt, A, B
+      or C is), the dtype of the whole computation.
 
-    ``auto`` takes the loop for at most 8 tokens, unless it is given a chunk size, and for more the kernel on TPU and GPU,
-    and blocks where it does not run, which the log says once.
+    ``auto`` uses the loop for at most 8 tokens, unless it is given a chunk size; for more, the kernel on TPU
+    and GPU, and blocks on CPU and, with a log line, where the kernel does not run.
     """
     x, dt, B, C = (jnp.asarray(y) for y in (x, dt, B, C))
     A = None if A is None else jnp.asarray(A)
@@ -105,7 +105,7 @@ def choose(
     chunk_size: int | None = None,
     runner: recurrence.Runner = recurrence.WHOLE,
 ) -> str:
-    """``"pallas"`` where ``selective_scan`` takes the kernel, else the backend as it was given."""
+    """``"pallas"`` if ``selective_scan`` uses the kernel, else the backend as given."""
     backends.check("selective_scan", backend, ("recurrent", "chunked", "pallas"))
     matrix_states.check_chunk("selective_scan", backend, chunk_size)
     few = chunk_size is None and x.shape[1] <= matrix_states.FEW_TOKENS and runner is recurrence.WHOLE
@@ -123,9 +123,9 @@ class _Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveScan(SelectiveScanMaps):
-    """The family (``recurrence.Family``) of these recurrences, for where time is split over devices. ``constants`` is A.
+    """The family (``recurrence.Family``) of these recurrences, for when time is split over devices. ``constants`` is A.
 
-    A run's outputs are computed anew from the state before it: to correct those from no state would take as much.
+    A run's outputs are recomputed from the state before it: correcting outputs computed from no state would cost as much.
     """
 
     chunk_size: int | None
@@ -155,7 +155,7 @@ class SelectiveScan(SelectiveScanMaps):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_blocks(chunk: int, inputs: Inputs, A: jax.Array | None, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """y ``[B, T, D]`` and the state after the last token, a block after the other."""
+    """y ``[B, T, D]`` and the state after the last token, one block after another."""
     return _forward(chunk, inputs, A, state)[0]
 
 
@@ -184,7 +184,7 @@ def _backward(chunk, residuals, cotangents):
         d_inputs, more, d_state = pullback((d_block, d_state))
         return (d_state, jax.tree.map(jnp.add, d_A, more)), d_inputs._replace(starts=None)
 
-    # Of A the gradients of all blocks are summed, and each is of A's own dtype.
+    # The gradients of A from all blocks are summed, and each has the dtype of the A that the blocks are given.
     A = None if A is None else A.astype(before.dtype)
     carry = d_final, jax.tree.map(jnp.zeros_like, A)
     (d_state, d_A), d_inputs = recurrence.loop(step, carry, count, reverse=True)
@@ -196,14 +196,14 @@ _in_blocks.defvjp(_forward, _backward)
 
 
 def _blocks(chunk: int, tree: Any) -> tuple[int, int, Any]:
-    """T, the number of blocks, and the arrays ``[B, T, ...]`` as long as these."""
+    """T, the number of blocks, and the arrays ``[B, T, ...]`` padded to the length of the blocks."""
     length = jax.tree.leaves(tree)[0].shape[1]
     count = -(-length // chunk)
     return length, count, recurrence.pad(tree, count * chunk)
 
 
 def _block(inputs: Inputs, A: jax.Array | None, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of one block, whose transitions and states are ``[B, c, N, D]``: the channels, of which there are more, are last."""
+    """One block. Its transitions and states are ``[B, c, N, D]``: channels come last because there are more of them."""
     x, dt, B, C = (y.astype(state.dtype) for y in inputs[:4])
     B, C = B.swapaxes(2, 3), C.swapaxes(2, 3)
     a = 1 - dt[:, :, None] * B**2 if A is None else jnp.exp(dt[:, :, None] * A.astype(dt.dtype).T[None, None])
@@ -230,12 +230,12 @@ def _recurrent(inputs: Inputs, A: jax.Array | None, state: jax.Array) -> tuple[j
 
 
 def _outer(dt: jax.Array, A: jax.Array) -> jax.Array:
-    """dt A ``[B, D, N]`` of one time step ``[B, D]``."""
+    """dt A ``[B, D, N]`` for one time step ``[B, D]``."""
     return dt[..., None] * A.astype(dt.dtype)[None]
 
 
 def _fitting(chunk: int, state: jax.Array) -> int:
-    """The tokens of a block where it is not given."""
+    """The tokens per block if that is not given."""
     if backends.platform() != "cpu":
         return chunk
     return min(chunk, max(_CPU_FEWEST, _CPU_BLOCK_BYTES // (state.size * state.dtype.itemsize)))

@@ -1,4 +1,4 @@
-"""The selective scan by the kernels of ``jaxlinear.pallas.selective_scan``, with gradients, and where they do not run."""
+"""The selective scan by the kernels of ``jaxlinear.pallas.selective_scan``, with gradients, and when they do not run."""
 
 import dataclasses
 import functools
@@ -15,15 +15,15 @@ from jaxlinear.pallas import blocks, derivatives
 from jaxlinear.pallas import selective_scan as kernels
 from jaxlinear.pallas.target import Target
 
-WIDEST = 128  # N, where kernels are compiled
+WIDEST = 128  # the largest N where kernels are compiled
 _TAKEN = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 
 
 def refusal(
     arrays: tuple[jax.Array, ...], channels: int, states: int, chunk_size: int | None, platform: str
 ) -> str | None:
-    """Why the kernels do not run, or None. On other platforms they are interpreted, and run whatever that does.
-    ``arrays``: x, dt, B, C and A, if there is one; ``channels``: those of a device; ``states``: N."""
+    """Why the kernels do not run, or None. On other platforms than TPU and GPU they are interpreted, and take all but a
+    chunk size. ``arrays``: x, dt, B, C and A, if there is one; ``channels``: those on one device; ``states``: N."""
     if chunk_size is not None:
         return f"the kernel has blocks of its own, and takes no chunk_size={chunk_size}"
     if platform not in backends.COMPILED:
@@ -43,7 +43,7 @@ def refusal(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def outputs(inputs: Inputs, A: jax.Array | None, state: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
-    """``kernels.forward``, differentiable. Where the gradient of the state alone is asked for, only that is computed."""
+    """``kernels.forward``, differentiable. If only the gradient of the state is asked for, only that is computed."""
     return _forward(inputs, A, state, target, keep=False)[:2]
 
 
@@ -103,8 +103,8 @@ class _Given(NamedTuple):
 class SelectiveScanKernel(SelectiveScanMaps):
     """The family ``selective_scan.SelectiveScan`` by the kernel.
 
-    A run is its inputs: its map is a pass over them in which nothing as long as the run is written, and its outputs are
-    one more, from the state that then is there.
+    A run is just its inputs. Its map takes one pass over them, which writes nothing as long as the run; its outputs take
+    another pass, once the state before the run is known.
     """
 
     target: Target

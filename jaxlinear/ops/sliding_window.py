@@ -28,17 +28,17 @@ def sliding_window_attention(
 
     Args:
       q: ``[B, T, H, K]``.
-      k: ``[B, P+T, G, K]`` and v: ``[B, P+T, G, V]``; G divides H, and head h reads group ``h // (H/G)``. The P keys
-        in front (P may be 0) are those of earlier tokens: query t stands at key position P+t.
-      window: how many tokens are seen, the present one included.
+      k: ``[B, P+T, G, K]`` and v: ``[B, P+T, G, V]``; G divides H, and head h reads group ``h // (H/G)``. The first P keys
+        (P may be 0) belong to earlier tokens: query t is at key position P+t.
+      window: the number of tokens seen, including the present one.
       scale: of the logits; ``K**-0.5`` by default.
       segment_ids: ``[B, P+T]`` int; the window never crosses a change of id.
-      backend: ``"recurrent"`` (one query at a time, for checking), ``"chunked"`` (blocks of queries, each against
-        the keys that it can see; the backward pass recomputes the weights), ``"pallas"`` (a kernel for TPU or GPU) or
-        ``"auto"``: ``"pallas"`` on these where it runs, else ``"chunked"``.
+      backend: ``"recurrent"`` (one query at a time, for checking), ``"chunked"`` (blocks of queries, each against the keys
+        that it can see; the backward pass recomputes the weights), ``"pallas"`` (a kernel for TPU or GPU) or ``"auto"``:
+        ``"pallas"`` on TPU and GPU where it runs, else ``"chunked"``.
 
     Returns:
-      o ``[B, T, H, V]`` in the dtype of v. Logits and weights are float32 inside.
+      o ``[B, T, H, V]`` in the dtype of v. Logits and weights are float32 internally.
     """
     backends.check("sliding_window_attention", backend, ("recurrent", "chunked", "pallas"))
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)

@@ -1,7 +1,7 @@
-"""Kernels of recurrences with matrix states, as families and with gradients: what is the same for each module of kernels.
+"""Kernels of recurrences with matrix states, as families and with gradients: what all such modules of kernels share.
 
-Such a module (``pallas.delta_rule``) has ``forward``, ``summary``, ``gradient`` and ``state_gradient``, of ``Inputs`` and
-``Options``.
+Such a module (``pallas.delta_rule``) defines ``forward``, ``summary``, ``gradient`` and ``state_gradient`` on ``Inputs``
+and ``Options``.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from jaxlinear.ops import backends, dtypes, recurrence
 from jaxlinear.pallas import derivatives
 from jaxlinear.pallas.target import Target
 
-# K, and V of one kernel, where they are compiled; V of bfloat16 twice as many. Kernels that share V each compute again what
-# follows from the keys.
+# The limits of K, and of V per kernel, where kernels are compiled; in bfloat16 V may be twice as wide. Kernels that share V
+# each recompute what follows from the keys.
 NARROWEST, WIDEST, WIDEST_VALUES = 16, 256, 512
 _TAKEN = {"tpu": (np.dtype(np.float32), np.dtype(jnp.bfloat16)), "gpu": (np.dtype(jnp.bfloat16),)}
 
@@ -35,11 +35,12 @@ def refusal(
     chunks: tuple[int, int],
     of_heads: Callable[[int, tuple[int, ...], int], str | None],
 ) -> str | None:
-    """Why kernels do not run, or None. On other platforms than TPU and GPU they are interpreted, and run whatever these do
-    but chunks that are no power of two. On GPU products of float32 would take more registers than there are.
+    """Why kernels do not run, or None. On other platforms than TPU and GPU they are interpreted, and the only limit is on
+    the size of chunks. On GPU, float32 products would take more registers than there are.
 
-    ``chunks``: the fewest and the most tokens of one on this platform; ``of_heads(H, (K, V of a kernel), bytes of
-    a number)``: what stands against such heads on TPU; V alone where they share queries and keys.
+    ``chunks``: the fewest and the most tokens per chunk on this platform.
+    ``of_heads(H, (K, V per kernel), bytes per number)``: why such heads do not fit on TPU, or None; the widths are V alone
+    if heads share queries and keys.
     """
     least, most = chunks
     if chunk_size is not None and (int(chunk_size).bit_count() != 1 or not least <= chunk_size <= most):
@@ -64,8 +65,8 @@ def refusal(
 
 
 def value_pieces(width: int, size: int) -> int | None:
-    """How many kernels share V, of numbers of ``size`` bytes: the columns of a state do not see each other. None where
-    they cannot."""
+    """How many kernels share V, for numbers of ``size`` bytes: the columns of a state are independent. None if they cannot
+    share it."""
     fewest = -(-width // _widest(size))
     return next((pieces for pieces in range(fewest, 2 * fewest + 1) if width % pieces == 0), None)
 
@@ -75,13 +76,13 @@ def _widest(size: int) -> int:
 
 
 def product_bytes(*arrays: jax.Array) -> int:
-    """Bytes of a number of the dtype in which arrays are multiplied (``dtypes.narrow``)."""
+    """Bytes per number in the dtype in which arrays are multiplied (``dtypes.narrow``)."""
     return dtypes.narrow(*(x.dtype for x in arrays)).itemsize
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def outputs(kernels: ModuleType, inputs: Any, state: jax.Array, options: Any) -> tuple[jax.Array, jax.Array]:
-    """``kernels.forward``, differentiable. Where the gradient of the state alone is asked for, only that is computed."""
+    """``kernels.forward``, differentiable. If only the gradient of the state is asked for, only that is computed."""
     return _by_pieces(kernels, inputs, state, options, keep=False)[:2]
 
 
@@ -135,14 +136,14 @@ summary.defvjp(_summary_forward, derivatives.refuse_that_of_a_map)
 
 
 def _of_pieces(inputs):
-    """The inputs with each piece of V."""
+    """The inputs once for each piece of V."""
     pieces = value_pieces(inputs.v.shape[-1], product_bytes(inputs.q, inputs.k, inputs.v))
     assert pieces is not None
     return [inputs._replace(v=v) for v in _split(inputs.v, pieces)]
 
 
 def _split(x: jax.Array, pieces: int) -> list[jax.Array]:
-    """By its last axis, V."""
+    """Splits along the last axis, V."""
     return jnp.split(x, pieces, axis=-1) if pieces > 1 else [x]
 
 
@@ -151,15 +152,15 @@ def _joined(parts) -> jax.Array:
 
 
 def _sum(*parts: jax.Array) -> jax.Array:
-    """Of gradients of what all pieces share; summed in float32 at least."""
+    """The sum of the gradients of what all pieces share, in float32 at least."""
     wide = dtypes.wide(parts[0].dtype)
     return sum((x.astype(wide) for x in parts), start=jnp.zeros((), wide)).astype(parts[0].dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class StateKernels(recurrence.Family):
-    """A family by its kernels. A run is its inputs: its map is one pass over them in which nothing as long as the run is
-    written, and its outputs are one more, from the state that then is there. ``chunk``: tokens of a chunk, or None."""
+    """A family by its kernels. A run is just its inputs. Its map takes one pass over them, which writes nothing as long as
+    the run; its outputs take another pass, once the state before the run is known. ``chunk``: tokens per chunk, or None."""
 
     KERNELS: ClassVar[ModuleType]
 

@@ -1,4 +1,4 @@
-"""Batches of small unit lower triangular systems, by matrix products: solvers of one row after the other wait on each."""
+"""Solves batches of small unit lower triangular systems by matrix products: row-by-row solvers wait on every row."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxlinear.ops import dtypes
 
-_BLOCK = 8  # up to which all blocks are worked on in one matrix, masked
+_BLOCK = 8  # up to this size, all blocks are worked on in one matrix, masked
 
 
 @jax.custom_vjp
@@ -18,7 +18,7 @@ def solve(lower: jax.Array, right: tuple[jax.Array, ...]) -> tuple[jax.Array, ..
       right: each ``[..., c, n]``, of the same dtype.
 
     Returns:
-      the X, of the shapes of ``right``.
+      The X, of the shapes of ``right``.
     """
     return _forward(lower, right)[0]
 
@@ -43,8 +43,8 @@ solve.defvjp(_forward, _backward)
 def _inverse(lower: jax.Array) -> jax.Array:
     """``(I + lower)^-1``, from the inverses of its diagonal blocks of 1, 2, 4, ... rows:
 
-    ``inv([[A, 0], [B, C]]) = [[inv(A), 0], [-inv(C) B inv(A), inv(C)]]``. Nothing in it grows beyond the inverse itself,
-    as the powers of ``lower`` in a series do.
+    ``inv([[A, 0], [B, C]]) = [[inv(A), 0], [-inv(C) B inv(A), inv(C)]]``. No part of it grows beyond the inverse itself,
+    unlike the powers of ``lower`` in a series.
     """
     length = lower.shape[-1]
     padding = max(_BLOCK, 1 << (length - 1).bit_length()) - length
@@ -74,7 +74,7 @@ def _below(i, like):
 
 
 def _like(constant: np.ndarray, like: jax.Array) -> jax.Array:
-    """With the rank of ``like``."""
+    """Reshaped to the rank of ``like``."""
     return jnp.asarray(constant).reshape((1,) * (like.ndim - constant.ndim) + constant.shape)
 
 

@@ -1,4 +1,4 @@
-"""The training step ahead of its run: traced from shapes alone, for devices that need not be there."""
+"""The training step ahead of its run: traced from shapes alone, for devices that need not be present."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,23 +21,23 @@ from jaxlinear.training.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Ahead:
-    """The step that ``training.loop.train`` runs, traced and not compiled yet."""
+    """The step that ``training.loop.train`` runs, traced but not yet compiled."""
 
     config: config_dict.ConfigDict
     architecture: parameters.Architecture
     mesh: Mesh
-    state: states.TrainState  # shapes, with their places
+    state: states.TrainState  # shapes, with their placements
     traced: stages.Traced
 
     def compile(self) -> stages.Compiled:
-        """Compiled for devices that are not there."""
+        """Compiles the step for its devices, which need not be present."""
         platform = self.mesh.devices.flat[0].platform
         return self.traced.lower().compile(compiler_options=compiler.WITHOUT_DEVICE.get(platform))
 
 
 def trace(config: config_dict.ConfigDict, devices: Sequence[jax.Device]) -> Ahead:
-    """The training step of a config on these devices. Of the data nothing is read but, where ``model.vocab_size`` is not
-    set, how many tokens there are."""
+    """The training step of a config on these devices. Nothing of the data is read except, if ``model.vocab_size`` is not
+    set, how many different tokens there are."""
     config = with_vocabulary_of_data(configs.resolve(config))
     mesh = meshes.make_mesh(config.mesh, devices)
     check_mesh(config, mesh)

@@ -1,4 +1,4 @@
-"""How many answers of a synthetic task a model gives: of held-out examples, while it trains and afterwards."""
+"""How many answers of a synthetic task a model gets right: on held-out examples, during training and afterwards."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ from jaxlinear.parallel import mesh as meshes
 
 
 def check_length(length: int, mesh: Mesh) -> None:
-    """Raises ``UserError`` unless the mesh divides examples of so many tokens."""
+    """Raises ``UserError`` unless the mesh divides examples of ``length`` tokens."""
     shards = _devices(mesh, "time")
     if length % shards:
         raise UserError(f"examples of {length} tokens cannot be spread over mesh.sequence={shards}; set it to 1")
 
 
 def _devices(mesh: Mesh, axis: str) -> int:
-    """Over how many an axis of a batch is spread."""
+    """The number of devices over which an axis of a batch is spread."""
     return math.prod(mesh.shape[name] for name in sharding.RULES[axis])
 
 
@@ -48,7 +48,7 @@ class Answers:
                 model = architecture.bind(parameters)
                 hidden, _, _ = model.hidden(batch["tokens"], batch["segment_ids"])
                 due = batch["targets"] >= 0
-                # The logits of the answers alone, of which an example has few: the answers' places, then any others.
+                # Only the logits of the answers, of which an example has few: the answers' places, then any others.
                 places = jnp.argsort(jnp.where(due, 0, 1), axis=1, stable=True)[:, :most]
                 hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
                 targets, due = (jnp.take_along_axis(x, places, axis=1) for x in (batch["targets"], due))
@@ -76,10 +76,11 @@ class Answers:
     def measure(
         self, parameters: dict[str, Any], asked: Sequence[tasks.Task], *, examples: int, seed: int
     ) -> dict[str, Any]:
-        """Of at least so many held-out examples in whole batches, of one difficulty or of several with the same length:
+        """Measures at least so many held-out examples, in whole batches, of one difficulty or several of one length:
 
-        ``accuracy`` of the answers, each after the true tokens before it, whether an answer or not; ``solved``, the part of
-        the examples whose answers are all right; ``loss`` in nats an answer; and how many there were.
+        ``accuracy`` of the answers, each predicted from the true tokens before it, answers included; ``solved``, the
+        fraction of examples whose answers are all right; ``loss`` in nats per answer; and how many examples and answers
+        there were.
         """
         length = asked[0].length
         rows, batches = self.plan(length, examples)
@@ -105,7 +106,7 @@ class Answers:
         }
 
     def plan(self, length: int, examples: int) -> tuple[int, int]:
-        """(rows of a batch, batches), or a refusal of a length that the mesh does not divide."""
+        """(rows per batch, batches). Refuses a length that the mesh does not divide."""
         check_length(length, self._mesh)
         groups = _devices(self._mesh, "batch")
         rows = min(max(self._batch_tokens // length, 1), examples)

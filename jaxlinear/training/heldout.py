@@ -1,4 +1,4 @@
-"""What is measured of held-out data while a run trains."""
+"""What is measured on held-out data while a run trains."""
 
 import dataclasses
 import hashlib
@@ -20,13 +20,13 @@ from jaxlinear.training.step import make_loss_step
 
 
 def is_due(config: config_dict.ConfigDict, step: int) -> bool:
-    """Whether the run is to be evaluated after so many steps."""
+    """Whether the run is to be evaluated after ``step`` steps."""
     every = config.evaluation.every_steps
     return bool(every) and (step % every == 0 or step == config.training.steps)
 
 
 def is_owed(config: config_dict.ConfigDict, workdir: Path, step: int) -> bool:
-    """Whether a run that saved itself after ``step`` steps still is to be evaluated there: it evaluates before it saves,
+    """Whether a run that saved itself after ``step`` steps must still be evaluated there: it evaluates before it saves,
     unless SIGTERM ends the evaluation."""
     return is_due(config, step) and not any(
         line["step"] == step and "heldout_loss" in line for line in metrics.read(workdir)
@@ -34,7 +34,7 @@ def is_owed(config: config_dict.ConfigDict, workdir: Path, step: int) -> bool:
 
 
 def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
-    """Of a text, from its loss in nats a token."""
+    """The bits per byte of a text, from its loss in nats per token."""
     return loss / math.log(2) * tokens_per_byte
 
 
@@ -50,8 +50,8 @@ class Evaluation:
         self._tasks = job.evaluation_tasks() if config.evaluation.every_steps else []
 
     def __call__(self, parameters: dict[str, Any]) -> dict[str, float]:
-        """``heldout_loss`` in nats a token, or an answer of the task that the run is trained on, and beside it bits a byte
-        of text, or accuracies; then the accuracy of each difficulty of ``evaluation.tasks``."""
+        """``heldout_loss`` in nats per token, or per answer of the task that the run is trained on, together with bits per
+        byte of text, or accuracies; then the accuracy on each difficulty of ``evaluation.tasks``."""
         config, trained = self._job.config, self._job.heldout_tasks()
         if not trained:
             values = self._text(parameters)
@@ -65,7 +65,7 @@ class Evaluation:
 
     @property
     def text(self) -> str:
-        """Names what the loss is of, wherever it lies: its tokens, and how many of them are taken."""
+        """Identifies what the loss is measured on, wherever it is stored: its tokens, and how many of them are used."""
         job = self._job
         dataset = ""
         if job.datasets:

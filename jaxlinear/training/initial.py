@@ -1,4 +1,4 @@
-"""The weights that a run begins with where they are not new: those of another run, or imported ones."""
+"""The weights that a run begins with if they are not new: those of another run, or imported ones."""
 
 import dataclasses
 import logging
@@ -19,20 +19,20 @@ from jaxlinear.training.job import Job
 
 _LOG = logging.getLogger(__name__)
 
-_OF_THE_RUN_ALONE = ("remat", "kernels", "dtype")  # keys of a model that say nothing of what its weights mean
+_OF_THE_RUN_ALONE = ("remat", "kernels", "dtype")  # keys of a model that do not change what its weights mean
 
 
 @dataclasses.dataclass(frozen=True)
 class Initial:
-    """The parameters of the checkpoint of ``step`` in ``workdir``, which fit a run; the rest of its state begins anew."""
+    """The parameters of the checkpoint of ``step`` in ``workdir``, which fit a run; the rest of its state starts anew."""
 
     workdir: Path
     step: int
-    said: tuple[str, ...]  # what the user had better know, when they are taken
+    said: tuple[str, ...]  # what the user should know when they are used
 
     @classmethod
     def find(cls, job: Job) -> "Initial":
-        """What ``training.initial_from`` of the run names.
+        """The parameters that ``training.initial_from`` of the run names.
 
         Raises:
           UserError: there is no such checkpoint, its model has other parameters, or its text other tokens.
@@ -56,8 +56,8 @@ class Initial:
         return str(self.workdir / DIRECTORY / str(self.step))
 
     def put_into(self, state: states.TrainState, structs: states.TrainState) -> states.TrainState:
-        """The state with these parameters, before whose reading its own are deleted. ``structs``: their shapes and their
-        places on the mesh."""
+        """The state with these parameters; its own are deleted before these are read. ``structs``: their shapes and
+        placements on the mesh."""
         _LOG.info("beginning with the weights of %s", self)
         for what in self.said:
             _LOG.warning("the run begins with the weights of %s, %s", self.workdir, what)
@@ -68,7 +68,7 @@ class Initial:
 
 
 def _differences(workdir: Path, job: Job) -> list[str]:
-    """Between the models, where the one has the parameters of the other; else ``UserError`` with the first."""
+    """The differences between the two models if they have the same parameters; else ``UserError`` with the first."""
     there, here = workdirs.read_config(workdir), job.config
     shapes = parameters.describe(configs.model_config(there)).shapes
     differences = [

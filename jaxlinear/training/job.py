@@ -1,4 +1,4 @@
-"""What a run's config fixes: the model, the mesh, the data and the optimiser, checked against each other."""
+"""What a run's config fixes: the model, the mesh, the data and the optimiser, checked against one another."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ from jaxlinear.training.optimizer import make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything of a run that its config fixes: nothing here depends on the step."""
+    """Everything about a run that its config fixes: nothing here depends on the step."""
 
     config: config_dict.ConfigDict
     architecture: parameters.Architecture
@@ -61,12 +61,12 @@ class Job:
 
     @property
     def datasets(self) -> dict[str, float]:
-        """Weights by directory; none where the data are made."""
+        """Weights by directory; empty if the data are generated."""
         return mixture(self.config.data.path) if self.config.data.path else {}
 
     @property
     def texts(self) -> dict[str, float]:
-        """``datasets``, and with them what a task is given to read."""
+        """``datasets``, together with the text that a task is given to read."""
         read = [task.options()["dataset"] for task in self.trained_tasks if task.READS_TEXT]
         return self.datasets | {path: 1.0 for path in read if path not in self.datasets}
 
@@ -76,11 +76,11 @@ class Job:
 
     @property
     def trained_tasks(self) -> tuple[tasks.Task, ...]:
-        """The difficulties of the synthetic task that the run is trained on, if it is."""
+        """The difficulties of the synthetic task that the run is trained on, if any."""
         return self.batches.tasks if isinstance(self.batches, tasks.TaskBatches) else ()
 
     def heldout_tasks(self) -> list[tasks.Task]:
-        """``trained_tasks`` as the run is judged by them: the text is held out, and refused if there is too little."""
+        """``trained_tasks`` as the run is judged by them: their text is held out, and refused if there is too little."""
         return [_held_out(task, self.datasets, self.heldout_path) for task in self.trained_tasks]
 
     def evaluation_tasks(self) -> list[tasks.Task]:
@@ -102,18 +102,18 @@ class Job:
             )
 
     def _check_same_tokenizer(self, path: str) -> None:
-        """That of the training data. Numbers in other tokens would mean nothing."""
+        """Requires the tokenizer of the training data: numbers in other tokens would mean nothing."""
         if self.datasets:
             paths = [next(iter(self.datasets)), path]
             data.check_same_tokenizer(paths, [data.read_manifest(one) for one in paths])
 
     def data_text(self) -> str:
-        """What the data are, for processes to compare."""
+        """A description of the data, for processes to compare."""
         paths = [*self.texts, *([self.heldout_path] if self.datasets else [])]
         return repr((self.trained_tasks, [data.read_manifest(path) for path in paths]))
 
     def heldout_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of the held-out batches that are evaluated while training, a microbatch at a time."""
+        """This process's rows of the held-out batches that are evaluated during training, one microbatch at a time."""
         shape = (rows_at_once(self.config), self.config.training.sequence_length)
         return data.heldout_batches(
             self.heldout_path,
@@ -151,18 +151,18 @@ def mixture(path: str) -> dict[str, float]:
             weights[name.strip()] = float(weight) if equals else 1.0
         except ValueError:
             raise UserError(f"data.path: {weight!r} is not a weight; write DIR=WEIGHT,DIR=WEIGHT") from None
-        if not 0 < weights[name.strip()] < math.inf:  # NaN is neither
+        if not 0 < weights[name.strip()] < math.inf:  # this also refuses NaN
             raise UserError(f"data.path: the weight {weight} of {name.strip()} has to be above 0 and finite")
     return weights
 
 
 def rows_at_once(config: config_dict.ConfigDict) -> int:
-    """How many rows of a batch the devices have room for, in training and in evaluations."""
+    """How many rows of a batch the devices have room for at once, in training and in evaluations."""
     return config.training.batch_size // config.training.microbatches
 
 
 def task_setting(config: config_dict.ConfigDict, split: str) -> tasks.Setting:
-    """What a run gives its tasks."""
+    """The setting that a run gives its tasks."""
     dataset = heldout_path(config) if split == "heldout" else next(iter(mixture(config.data.path)))
     return tasks.Setting(config.training.sequence_length, config.model.vocab_size, dataset, split)
 
@@ -194,7 +194,7 @@ def _open_batches(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> da
 
 
 def with_vocabulary_of_data(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-    """The resolved config with ``model.vocab_size`` as ``Job.build`` has it, of what tells of the data alone."""
+    """The resolved config with ``model.vocab_size`` as ``Job.build`` sets it, read only from what describes the data."""
     if config.model.vocab_size is not None:
         return config
     advice = "set model.vocab_size, or name data that are here in data.path or data.task"
@@ -211,7 +211,7 @@ def with_vocabulary_of_data(config: config_dict.ConfigDict) -> config_dict.Confi
 
 
 def _with_vocabulary(config: config_dict.ConfigDict, vocab_size: int) -> config_dict.ConfigDict:
-    """The config with ``model.vocab_size`` set for data of ``vocab_size`` tokens, or a refusal."""
+    """The config with ``model.vocab_size`` set for data of ``vocab_size`` tokens; ``UserError`` if it is too small."""
     config = config.copy_and_resolve_references()
     if config.model.vocab_size is None:
         config.model.vocab_size = math.ceil(vocab_size / 128) * 128
@@ -225,8 +225,8 @@ def _with_vocabulary(config: config_dict.ConfigDict, vocab_size: int) -> config_
 
 
 def check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """``UserError`` unless the mesh divides the rows of a microbatch, their length, the experts and, if it is known, the
-    vocabulary of a resolved config."""
+    """Raises ``UserError`` unless the mesh divides the rows of a microbatch, their length, the experts and, if it is known,
+    the vocabulary of a resolved config."""
     rows = rows_at_once(config)
     axes = sharding.RULES["batch"]
     parts = math.prod(mesh.shape[axis] for axis in axes)
@@ -251,13 +251,13 @@ def check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         )
     if shards > 1 and model.experts % shards:
         raise UserError(f"mesh.expert={shards} does not divide model.experts={model.experts}")
-    if model.vocab_size is not None:  # else it follows the data
+    if model.vocab_size is not None:  # otherwise it follows the data
         _check_vocabulary(config, mesh)
 
 
 def _check_vocabulary(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """``UserError`` unless each shard of ``mesh.tensor`` has a part of its own of the embedding. Of a whole one each would
-    add up the gradient by itself; GPUs add up what is gathered in no fixed order, and the copies would drift apart."""
+    """Raises ``UserError`` unless each shard of ``mesh.tensor`` has its own part of the embedding. With a whole copy, each
+    would sum the gradient by itself; GPUs sum what is gathered in no fixed order, and the copies would drift apart."""
     size, shards = config.model.vocab_size, mesh.shape["tensor"]
     if size % shards:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A training run, from a config to its last checkpoint: one loop."""
+"""A training run, from a config to its last checkpoint, in one loop."""
 
 import contextlib
 import json
@@ -34,11 +34,11 @@ _LOG = logging.getLogger(__name__)
 
 
 def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
-    """Trains until ``training.steps``, going on from the newest checkpoint in ``workdir`` if there is one.
+    """Trains until ``training.steps``, resuming from the newest checkpoint in ``workdir`` if there is one.
 
-    Returns ``FINISHED``, or ``PREEMPTED`` if SIGTERM came and the run saved itself. Killed in any other way and started
-    again, it follows the uninterrupted run: exactly on CPU, and elsewhere as exactly as the compiler's programs repeat
-    themselves (docs/checkpoints.md).
+    Returns ``FINISHED``, or ``PREEMPTED`` if SIGTERM came and the run saved itself. A run killed in any other way
+    and started again follows the uninterrupted run: exactly on CPU, and elsewhere as exactly as the compiler's programs
+    repeat themselves (docs/checkpoints.md).
     """
     start.check_same_program()
     start.check_agreement("the config", config.to_json_best_effort(sort_keys=True))
@@ -48,11 +48,11 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
         workdirs.check(workdir, job.config)
         trained_data.check(workdir, job.texts)
         if config.training.initial_from and not workdirs.saved_steps(workdir):
-            Initial.find(job)  # so that nothing is written where it does not fit
+            Initial.find(job)  # so that nothing is written if it does not fit
     with workdirs.alone(workdir):
         directory = Path(workdir)
         with start.together():
-            workdirs.check(directory, job.config)  # again, for now no other run has it
+            workdirs.check(directory, job.config)  # again, now that no other run has the directory
             trained_data.keep(directory, job.texts)
         start.check_agreement("the data", job.data_text())
         with Stop() as stop, Watchdog(job.config.training.patience_minutes) as watchdog:
@@ -71,7 +71,7 @@ def _train(job: Job, directory: Path, stop: Stop, watchdog: Watchdog) -> int:
         ):
             status = _run(job, state, first, initial, directory, checkpoints, writer, progress, stop, watchdog)
     except BaseException as error:
-        # Another process may be gone, and what is being written would wait for it.
+        # If another process is gone, what is being written would wait for it.
         if jax.process_count() == 1 or isinstance(error, RunError):
             checkpoints.close()
         raise
@@ -81,7 +81,7 @@ def _train(job: Job, directory: Path, stop: Stop, watchdog: Watchdog) -> int:
 
 
 def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.TrainState, int, Initial | None]:
-    """The state, the step that it is of, and whose weights a run begins with."""
+    """The state, its step, and the source of a run's initial weights if they are not new."""
     step = checkpoints.newest_of_all()
     structs = states.structs(job.architecture, job.optimizer, job.mesh)
     if step is None:
@@ -95,7 +95,7 @@ def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.Train
         saved = configs.from_json(json.dumps(meta["config"]))
         try:
             workdirs.check_same_run(checkpoints.directory.parent, saved, job.config)
-        except UserError as error:  # the directory's own config is that of this run
+        except UserError as error:  # the directory's own config is this run's
             raise UserError(f"the checkpoint of step {step} was copied from another run: {error}") from error
     first = meta["next_batch"]
     _LOG.info("going on from step %d in %s", first, checkpoints.directory)
@@ -103,7 +103,7 @@ def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.Train
 
 
 def _initial_of_all(job: Job) -> Initial:
-    """The same checkpoint on all processes: one may be written to that directory meanwhile."""
+    """Chooses the same checkpoint on all processes: another may be written to that directory meanwhile."""
     with start.together():
         initial = Initial.find(job)
     start.check_agreement("the checkpoint of training.initial_from", str(initial.step))
@@ -124,7 +124,7 @@ def _run(
 ) -> int:
     config, steps = job.config, job.config.training.steps
     sharding = meshes.batch_sharding(job.mesh)
-    # Only the first process need see what was logged.
+    # Only the first process needs to see what was logged.
     owed = first > 0 and start.as_the_first(start.is_first() and heldout.is_owed(config, directory, first))
     if first >= steps and not owed:
         _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
@@ -142,7 +142,7 @@ def _run(
         progress.evaluated(step, values)
         return values
 
-    evaluation, evaluated = Evaluation(job, between), owed  # the first one compiles
+    evaluation, evaluated = Evaluation(job, between), owed  # the first evaluation compiles
     if owed:
         try:
             evaluate(first)
@@ -164,7 +164,7 @@ def _run(
     _LOG.info("compiled the step in %.1f s", time.perf_counter() - begin)
 
     meter = Meter(job, writer, progress, first)
-    pending: tuple[int, Any] | None = None  # the metrics of a step are read after the next one is under way
+    pending: tuple[int, Any] | None = None  # a step's metrics are read once the next step is under way
     trace = _Trace(config, first, directory)
     for step in range(first, steps):
         trace.at(step, state)
@@ -199,7 +199,7 @@ def _run(
                 try:
                     values = evaluate(done)
                 except Preempted:
-                    # There may be no time for it. It is made when the run goes on.
+                    # There may be no time for this evaluation. It is made when the run goes on.
                     stop = last = saving = owed = True
                 evaluated = True
                 watchdog.start()
@@ -223,21 +223,21 @@ def _run(
 
 
 class _Trace:
-    """A profiler trace of the steps that ``logging.profile_step`` and ``profile_steps`` name, not of the first step
-    after a start, which is no step like the others. Of several processes the first takes it: all run the same program, and
-    two on one host would write one file."""
+    """A profiler trace of the steps that ``logging.profile_step`` and ``profile_steps`` name, except the first step after a
+    start, which is unlike the others. With several processes the first one takes it: all run the same program, and two on
+    one host would write the same file."""
 
     def __init__(self, config: config_dict.ConfigDict, first: int, directory: Path):
         begin, self._steps = config.logging.profile_step, config.logging.profile_steps
-        # A run that goes on after these steps has their trace, and would take one more after each preemption.
+        # A run that resumes after these steps already has their trace, and would take another after each preemption.
         wanted = begin and begin + self._steps > first and start.is_first()
         self._begin = max(begin, first + 1) if wanted else None
         self._directory = str(directory / "profile")
         self._running = False
 
     def at(self, step: int, before: Any) -> None:
-        """To be called before each step, with what the one before it gives: a trace is of what the devices do meanwhile,
-        and they may still be at that one."""
+        """Call this before each step with the result of the step before: a trace covers what the devices do meanwhile, and
+        they may still be working on that step."""
         if self._begin is None or step not in (self._begin, self._begin + self._steps):
             return
         jax.block_until_ready(before)

@@ -1,4 +1,4 @@
-"""Turns the device's metrics into lines of the log, and wall-clock time into rates."""
+"""Turns the device's metrics into log lines, and wall-clock time into rates."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Meter:
-    """Reads the metrics of steps as they are done. Rates are over the time since the last line, pauses not counted."""
+    """Reads the metrics of steps as they finish. Rates are over the time since the last line, excluding pauses."""
 
     def __init__(self, job: Job, writer: MetricsWriter, progress: Progress, first: int):
         config = job.config
@@ -64,14 +64,14 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """The time within counts as waiting for data."""
+        """Time in this context counts as waiting for data."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The time within does not count."""
+        """Time in this context does not count."""
         begin = time.perf_counter()
         yield
         self._begin += time.perf_counter() - begin

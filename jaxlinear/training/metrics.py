@@ -17,11 +17,11 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Writes numbers by step. Opened at the step that a run goes on from: what was logged after it is dropped, since
-    those steps will be taken again."""
+    """Writes numbers by step. It is opened at the step from which a run resumes: what was logged after that step is
+    dropped, since those steps will be taken again."""
 
     def __init__(self, workdir: Path, *, step: int, tensorboard: bool):
-        # The first process of a run writes; the others' lines go nowhere.
+        # The first process of a run writes; the lines of the others are discarded.
         first = start.is_first()
         self._file = _open_at(workdir / FILE, step) if first else open(os.devnull, "a")
         self._board = _board(workdir, step + 1) if tensorboard and first else None
@@ -34,7 +34,7 @@ class MetricsWriter:
             self._board.write(step, values)
 
     def sync(self) -> None:
-        """Returns when what was written so far is on the disk: before a checkpoint that stands for its steps."""
+        """Returns once all that was written so far is on disk: needed before a checkpoint that covers these steps."""
         self._file.flush()
         if start.is_first():
             os.fsync(self._file.fileno())
@@ -50,13 +50,13 @@ class MetricsWriter:
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, oldest first. A last line that was cut short is left out."""
+    """The lines of a run's ``metrics.jsonl``, oldest first. A truncated last line is left out."""
     return json_lines(Path(workdir) / FILE)
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that is written a line at a time; none where there is no file. A last line that was cut short,
-    as by the end of a program, is left out; ``UserError`` for another that is none, as a disk may leave it."""
+    """The objects of a file that is written line by line; none if there is no file. A last line that was truncated, as when
+    a program is killed, is left out; any other invalid line, as a disk may leave it, raises ``UserError``."""
     if not path.exists():
         return []
     found = []
@@ -69,7 +69,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _board(workdir: Path, purge_step: int) -> "TensorBoard":
-    # Not for those who only read, or want no curves: tensorboardX imports torch where that is installed, for seconds.
+    # Not for those who only read, or want no curves: tensorboardX imports torch if it is installed, which takes seconds.
     from jaxlinear.training.tensorboard import TensorBoard
 
     return TensorBoard(workdir, purge_step=purge_step)

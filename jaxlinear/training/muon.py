@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024, github.com/KellerJordan/Muon) as optax has it, with the matrices dealt out over the mesh."""
+"""Muon (Jordan et al. 2024, github.com/KellerJordan/Muon) as in optax, with the matrices dealt out over the mesh."""
 
 import itertools
 import math
@@ -16,19 +16,19 @@ from jaxlinear.models.parameters import Architecture
 from jaxlinear.parallel import sharding
 
 Tree = Any
-Names = tuple[str, ...]  # of axes of the mesh
+Names = tuple[str, ...]  # of mesh axes
 
 _BETA = 0.95  # of the momentum
 
 
 def scale_by_muon(architecture: Architecture, epsilon: float) -> optax.GradientTransformation:
-    """``optax.contrib.scale_by_muon`` of parameters whose last two axes are a matrix's, with the state that it has.
+    """``optax.contrib.scale_by_muon`` for parameters whose last two axes are those of a matrix, with the same state.
 
-    It takes five steps of Newton and Schulz, fifteen products of a matrix, which are as dear whatever the batch is. Of
-    matrices that are split over a mesh XLA computes most of them on every device, and gathers and sums for each. Here each
-    device is sent some matrices whole, and sends back what becomes of them.
+    It takes five Newton-Schulz steps, fifteen products of a matrix, which cost the same whatever the batch size. For
+    matrices that are split over a mesh, XLA computes most products on every device, and gathers and sums for each. Here
+    each device is sent some whole matrices, and sends back the results.
     """
-    # Without momentum that is what it does to the momentum.
+    # Without momentum, this is what it does to the momentum.
     numbers = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     orthogonalise = contrib.scale_by_muon(beta=0.0, nesterov=False, eps=epsilon, weight_dimension_numbers=numbers)
 
@@ -53,13 +53,13 @@ def scale_by_muon(architecture: Architecture, epsilon: float) -> optax.GradientT
 
 
 def scale_by_shape() -> optax.GradientTransformation:
-    """Of a map from m channels to n, times ``sqrt(max(1, n / m))``."""
+    """Multiplies the update of a map from m channels to n by ``sqrt(max(1, n / m))``."""
     return optax.stateless_with_tree_map(lambda x, _: x * math.sqrt(max(1.0, x.shape[-1] / x.shape[-2])))
 
 
 class _Split(NamedTuple):
-    """Of a device's part of a stack of matrices ``[N, m, n]``, m <= n: the matrices' shape, the axes of the mesh that rows
-    and columns lie over, and those that the stack does."""
+    """How a device's part of a stack of matrices ``[N, m, n]``, m <= n, is split: the matrices' shape, the mesh axes over
+    which rows and columns are spread, and those over which the stack is."""
 
     shape: tuple[int, int]
     rows: Names
@@ -68,18 +68,18 @@ class _Split(NamedTuple):
 
 
 def _over_devices(orthogonal, stacks: Sequence[jax.Array], axes: Sequence[tuple[str | None, ...]]) -> list[jax.Array]:
-    """``orthogonal`` of each matrix of stacks ``[..., m, n]``, which lie on the mesh in use by these logical axes, each
-    matrix on one device."""
+    """``orthogonal`` of each matrix of stacks ``[..., m, n]``, which are placed on the mesh in use by these logical axes.
+    Each matrix is computed on one device."""
     mesh = sharding.mesh_in_use()
     if mesh is None or mesh.size == 1:
         return [orthogonal(x.reshape(-1, *x.shape[-2:])).reshape(x.shape) for x in stacks]
-    assert isinstance(mesh, Mesh)  # the optimiser is of all copies together
+    assert isinstance(mesh, Mesh)  # the optimiser covers all copies together
     specs = [sharding.spec(logical, x.shape, mesh) for logical, x in zip(axes, stacks, strict=True)]
     shapes = [x.shape[-2:] for x in stacks]
 
     def on_one_device(parts: list[jax.Array]) -> list[jax.Array]:
-        # Matrices of one shape are dealt out together, those of all layers and parameters: it leaves the fewest devices
-        # with one less than others. A matrix and its transpose have the same update, transposed.
+        # Matrices of one shape are dealt out together, across all layers and parameters, so that the fewest devices have
+        # one less than others. A matrix and its transpose have the same update, transposed.
         groups: dict[_Split, list[tuple[int, bool]]] = {}
         for i, (shape, spec) in enumerate(zip(shapes, specs, strict=True)):
             *stack, rows, columns = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
@@ -97,7 +97,7 @@ def _over_devices(orthogonal, stacks: Sequence[jax.Array], axes: Sequence[tuple[
                 done[i] = (x.swapaxes(1, 2) if turn else x).reshape(parts[i].shape)
         return done
 
-    # What axes of the mesh have in common they are given by gathers, which is not seen in the types.
+    # Values that are equal along mesh axes come from gathers, which the types do not show.
     spread = jax.shard_map(on_one_device, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)
     return spread(list(stacks))
 
@@ -107,8 +107,8 @@ def _dealt_out(orthogonal, x: jax.Array, split: _Split, mesh: Mesh) -> jax.Array
     _, rows, columns, stack = split
     copies = tuple(name for name in _fast_axes(mesh) if name not in (*rows, *columns, *stack))
     count, devices = len(x), math.prod(mesh.shape[name] for name in (*rows, *columns, *copies))
-    # Through the barrier XLA for CPUs does not see of what the stack is put together: it would give an exchange parts in
-    # different layouts, which it then refuses (JAX 0.10.2).
+    # The barrier hides from XLA for CPUs how the stack is assembled: it would otherwise give an exchange parts in different
+    # layouts, which it then refuses (JAX 0.10.2).
     x = lax.optimization_barrier(jnp.pad(x, ((0, -count % devices), (0, 0), (0, 0))))
     for names, axis in ((columns, 2), (rows, 1)):
         if names:
@@ -126,7 +126,7 @@ def _dealt_out(orthogonal, x: jax.Array, split: _Split, mesh: Mesh) -> jax.Array
 
 
 def _fast_axes(mesh: Mesh) -> Names:
-    """The axes of more than one device, without ``data`` where it goes from slice to slice over a network: to compute the
-    same on both sides of that is cheaper than to send it."""
+    """The axes of more than one device, without ``data`` if it goes from slice to slice over a network: computing the same
+    on both sides is cheaper than sending it."""
     slices = {getattr(device, "slice_index", 0) for device in mesh.devices.flat}
     return tuple(name for name, size in mesh.shape.items() if size > 1 and (name != "data" or len(slices) == 1))

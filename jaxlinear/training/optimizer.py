@@ -14,7 +14,7 @@ Tree = Any
 
 
 def make_optimizer(config: config_dict.ConfigDict, architecture: Architecture) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the optimiser that ``config.optimizer.name`` names, on its schedule."""
+    """Clipping by the global norm, then the optimiser named by ``config.optimizer.name``, on its schedule."""
     options = config.optimizer
     multiplier = make_schedule(config)
 
@@ -41,7 +41,7 @@ def make_optimizer(config: config_dict.ConfigDict, architecture: Architecture) -
         matrices = _muon_matrices(architecture)
         rates = schedule(options.muon_learning_rate), schedule(options.learning_rate)
         update = optax.chain(
-            # The chain and the names are those of optax.contrib.muon, and so is its state.
+            # The chain and its names, and so its state, are those of optax.contrib.muon.
             optax.partition(
                 {
                     "muon": optax.chain(
@@ -68,8 +68,8 @@ def make_optimizer(config: config_dict.ConfigDict, architecture: Architecture) -
 
 
 def decay_mask(architecture: Architecture) -> Tree:
-    """True for matrices: parameters with two axes or more, not counting that of layers stacked by the scan; not for the
-    biases of experts, ``[E, F]``, nor for Mamba's rates, ``[R, N]``, all of which would be drawn to -1."""
+    """True for matrices: parameters with two or more axes, not counting that of layers stacked by the scan; but not for the
+    biases of experts, ``[E, F]``, nor for Mamba's rates, ``[R, N]``, which would all be drawn to -1."""
     no_matrices = "bias", "A_log"
     return _map(
         architecture, lambda path, axes, stacked: len(axes) - stacked >= 2 and not path[-1].endswith(no_matrices)
@@ -77,8 +77,8 @@ def decay_mask(architecture: Architecture) -> Tree:
 
 
 def _muon_matrices(architecture: Architecture) -> Tree:
-    """True for a parameter that maps activations to activations (no embedding, router, filter or vector, which AdamW
-    updates); its last two axes are a matrix's."""
+    """True for parameters that map activations to activations (no embedding, router, filter or vector: AdamW updates
+    those); their last two axes are those of a matrix."""
     return _map(
         architecture,
         lambda path, axes, stacked: path[-1].endswith("kernel") and not path[-1].startswith("convolution"),
@@ -86,20 +86,20 @@ def _muon_matrices(architecture: Architecture) -> Tree:
 
 
 def _one_by_one(of_matrices: optax.GradientTransformation, architecture: Architecture) -> optax.GradientTransformation:
-    """The transformation of each layer's and each expert's parameters by themselves, which lie stacked: as it is, it would
-    take a stack for one matrix."""
+    """Applies the transformation to the parameters of each layer and each expert separately. They are stored stacked, and
+    the transformation would otherwise take a stack for one matrix."""
 
     repeats = [stack.repeats for stack in architecture.config.stacks]
 
     def stacked(path: tuple, axes: tuple, layers: int) -> str:
         depth = str(layers + axes.count("expert"))
-        # What is mapped over together is of one number of layers. Checkpoints do not name that of the first stack.
+        # Parameters that are mapped over together have equally many layers. Checkpoints omit that of the first stack.
         size = repeats[int(path[1])] if layers else repeats[0]
         return depth if size == repeats[0] else f"{depth}_of_{size}"
 
     stacks = _map(architecture, stacked)
     by_stacks = {}
-    for name in sorted(set(jax.tree.leaves(stacks))):  # in one order on every process, as their programs have to be
+    for name in sorted(set(jax.tree.leaves(stacks))):  # in the same order on every process, as their programs must be
         init, update = of_matrices.init, of_matrices.update
         for _ in range(int(name.partition("_")[0])):
             init, update = jax.vmap(init), jax.vmap(update)
@@ -108,7 +108,7 @@ def _one_by_one(of_matrices: optax.GradientTransformation, architecture: Archite
 
 
 def _map(architecture: Architecture, function) -> Tree:
-    """``function(path, axes, number of stacked axes)`` at each parameter."""
+    """``function(path, axes, number of stacked axes)`` for each parameter."""
 
     def at(path, _, axes):
         names = tuple(str(entry.key) for entry in path)
@@ -118,5 +118,5 @@ def _map(architecture: Architecture, function) -> Tree:
 
 
 def _decay(schedule: optax.Schedule, weight_decay: float, mask: Tree) -> optax.GradientTransformation:
-    """Decoupled weight decay for updates that carry their sign and learning rate already."""
+    """Decoupled weight decay for updates that already include their sign and learning rate."""
     return optax.add_decayed_weights(lambda step: -weight_decay * schedule(step), mask=mask)

@@ -1,4 +1,4 @@
-"""SIGTERM, by which schedulers say that a run will be killed soon."""
+"""SIGTERM, with which schedulers announce that a run will soon be killed."""
 
 import itertools
 import os
@@ -13,17 +13,17 @@ _POINTS = itertools.count(1)  # JAX counts them as long as the process lives
 
 
 class Preempted(Exception):
-    """SIGTERM came, and what is under way is left as it is."""
+    """SIGTERM came, and the work in progress is abandoned."""
 
 
 class Stop:
-    """Whether SIGTERM came, within the block. Processes that train together hear of it at the same point, whichever of them
-    it came to: JAX then handles the signal and agrees on the point. Signals come to the main thread alone; a run in another
-    does not hear of them.
+    """Whether SIGTERM came while in this context. Processes that train together learn of it at the same point, whichever of
+    them received it: JAX then handles the signal and agrees on the point. Only the main thread receives signals; a run in
+    another thread does not notice them.
 
-    SIGHUP is taken for SIGTERM, unless it is ignored: a machine that shuts down sends both at once to what ssh began. So is
-    the first SIGINT, as Python would raise it wherever the run is, and where that is a callback drop it; the second is what
-    it was before.
+    SIGHUP is treated as SIGTERM unless it is ignored: a machine that shuts down sends both at once to what ssh started. So
+    is the first SIGINT, which Python would otherwise raise wherever the run is, and drop where that is a callback. The
+    second SIGINT acts as it did before.
     """
 
     def __init__(self) -> None:
@@ -56,17 +56,17 @@ class Stop:
 
     def _handle_interrupt(self, *_: Any) -> None:
         signal.signal(signal.SIGINT, self._interrupt)
-        # Past sys.stderr, which the frame below may be writing to.
+        # Bypasses sys.stderr, which the frame below may be writing to.
         os.write(2, b"\nCtrl-C: the run saves itself and ends after this step; once more ends it at once\n")
         signal.raise_signal(signal.SIGTERM)
 
     def came(self) -> bool:
-        """To be asked after each step and each batch of an evaluation, by every process as often as by the others."""
+        """Call this after each step and each batch of an evaluation, equally often on every process."""
         if jax.process_count() > 1 and not self._came:
             self._came = multihost_utils.reached_preemption_sync_point(next(_POINTS))
         return self._came
 
     def check(self) -> None:
-        """Raises ``Preempted`` if it came."""
+        """Raises ``Preempted`` if SIGTERM came."""
         if self.came():
             raise Preempted

@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: a bar on a terminal, and in a log, where a bar would be one long line, lines."""
+"""How far a run is, on stderr: a bar on a terminal, or lines in a log, where a bar would be one long line."""
 
 import contextlib
 import logging
@@ -16,8 +16,8 @@ _SECONDS_A_LINE = 20  # at least
 
 
 class Progress:
-    """Of a run of ``steps`` that goes on from ``step``. Only the first process shows it. What the library says meanwhile
-    stands above the bar."""
+    """The progress of a run of ``steps`` that resumes at ``step``. Only the first process shows it. The library's messages
+    appear above the bar."""
 
     def __init__(self, *, step: int, steps: int):
         self._steps, self._shown = steps, start.is_first()
@@ -44,7 +44,7 @@ class Progress:
             _LOG.info("step %d of %d: loss %.3f, %s", step, self._steps, loss, rates)
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """``heldout.Evaluation`` found these."""
+        """Shows what ``heldout.Evaluation`` measured."""
         if self._shown:
             _LOG.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 

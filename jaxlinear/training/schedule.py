@@ -1,4 +1,4 @@
-"""Learning rate as a fraction of its top, by step."""
+"""The learning rate as a fraction of its peak, by step."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a training run is at a step, and how it is made sharded."""
+"""The state of a training run at a step, and how it is created sharded."""
 
 import dataclasses
 from typing import Any
@@ -14,21 +14,21 @@ from jaxlinear.models.parameters import Architecture
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Everything that the next step depends on, besides its batch. Batch number ``step`` is the next to be taken."""
+    """Everything that the next step depends on except its batch. Batch number ``step`` is the next to be taken."""
 
-    step: jax.Array  # int32: batches taken, those of skipped steps included
+    step: jax.Array  # int32: batches taken, including those of skipped steps
     parameters: dict[str, Any]
     optimizer: Any
     key: jax.Array  # uint32 key data; a layer that draws while training folds the step into it
     norm_average: jax.Array  # float32: running average of the gradient norm over steps that were applied
-    skips: jax.Array  # int32: steps skipped in all
+    skips: jax.Array  # int32: total number of skipped steps
     skips_in_a_row: jax.Array  # int32
 
 
 def create(architecture: Architecture, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. To be jitted with ``shardings``, so that nothing is made whole first."""
+    """The state before the first step. To be jitted with ``shardings``, so that nothing is created unsharded first."""
     key = jax.random.key(seed & 0xFFFFFFFF)
-    if seed >> 32:  # which JAX would leave out
+    if seed >> 32:  # JAX would drop these bits
         key = jax.random.fold_in(key, seed >> 32)
     parameters = architecture.initialise(jax.random.fold_in(key, 0))
     zero = jnp.zeros((), jnp.int32)
@@ -44,7 +44,7 @@ def create(architecture: Architecture, optimizer: optax.GradientTransformation, 
 
 
 def shardings(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where each array of the state lies: the optimiser's moments like their parameters, scalars everywhere."""
+    """The placement of each array of the state: the optimiser's moments like their parameters, scalars everywhere."""
     shapes = jax.eval_shape(lambda: create(architecture, optimizer, 0))
     replicated = NamedSharding(mesh, PartitionSpec())
     parameters = architecture.shardings(mesh)
@@ -52,8 +52,8 @@ def shardings(architecture: Architecture, optimizer: optax.GradientTransformatio
     shape_by_path = dict(jax.tree_util.tree_leaves_with_path(architecture.shapes))
 
     def place(path, leaf):
-        # A moment stands in the optimiser's state under its parameter's path, and has its shape (Adafactor's factors
-        # do not: they are small, and replicated).
+        # The optimiser's state has a moment under its parameter's path, with its shape (Adafactor's factors have other
+        # shapes: they are small, and replicated).
         for begin in range(len(path)):
             tail = path[begin:]
             if tail in by_path and shape_by_path[tail].shape == leaf.shape:
@@ -67,13 +67,13 @@ def shardings(architecture: Architecture, optimizer: optax.GradientTransformatio
 def initialise(
     architecture: Architecture, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
 ) -> TrainState:
-    """The state before the first step, made in its place on the mesh."""
+    """The state before the first step, created in place on the mesh."""
     placed = shardings(architecture, optimizer, mesh)
     return jax.jit(lambda: create(architecture, optimizer, seed), out_shardings=placed)()
 
 
 def structs(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes of the state with their places on the mesh: to compile the step, or to restore into, without arrays."""
+    """Shapes of the state with their placements on the mesh, for compiling the step or restoring without arrays."""
     shapes = jax.eval_shape(lambda: create(architecture, optimizer, 0))
     return jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
@@ -83,7 +83,7 @@ def structs(architecture: Architecture, optimizer: optax.GradientTransformation,
 
 
 def to_trees(state: TrainState) -> dict[str, Any]:
-    """The state as the trees of a checkpoint: the parameters by themselves, so that a model can be loaded without the
+    """The state as the trees of a checkpoint: the parameters are separate, so that a model can be loaded without the
     rest."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "parameters"}
     return {"parameters": state.parameters, "training": rest}

@@ -27,7 +27,7 @@ _NORM_STEPS = 20  # applied steps before the average is trusted
 def make_objective(
     config: config_dict.ConfigDict, architecture: Architecture
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """``(parameters, batch, weights [B, T]) -> (objective, losses)`` of a microbatch; the weights of the tokens' losses
+    """``(parameters, batch, weights [B, T]) -> (objective, losses)`` for a microbatch; the weights of the tokens' losses
     sum to 1 over the whole batch."""
     training = config.training
 
@@ -43,7 +43,7 @@ def make_objective(
             soft_cap=architecture.config.logit_soft_cap,
             z_loss=training.z_loss,
         )
-        # The weights make the cross-entropy of the microbatches a sum; the losses of the layers are means of each.
+        # With these weights, the cross-entropies of the microbatches add up; the losses of the layers are means of each.
         losses = {name: loss / training.microbatches for name, loss in losses.items()}
         for name, loss in losses.items():
             total += training[f"{name}_loss"] * loss
@@ -60,7 +60,7 @@ def make_train_step(
 ) -> stages.Wrapped:
     """The jitted ``(TrainState, Batch) -> (TrainState, Metrics)`` on a mesh. The state is donated.
 
-    Metrics are float32 scalars: ``loss`` (nats a token), ``gradient_norm``, ``parameter_norm``, ``learning_rate``,
+    Metrics are float32 scalars: ``loss`` (nats per token), ``gradient_norm``, ``parameter_norm``, ``learning_rate``,
     ``skips``, ``skips_in_a_row``, the losses of the layers (``load_balance`` and ``router_z`` of a mixture of experts),
     and norms by group of layers if ``logging.layer_norms``.
     """
@@ -145,7 +145,7 @@ def make_loss_step(config: config_dict.ConfigDict, architecture: Architecture, m
 
 
 def is_target(batch: Batch) -> jax.Array:
-    """``[B, T]`` bool: segment 0 is padding, and a target below 0 none (only the answers of a synthetic task are due)."""
+    """``[B, T]`` bool: false in segment 0, which is padding, and for targets below 0 (tasks predict only answers)."""
     return (batch["segment_ids"] > 0) & (batch["targets"] >= 0)
 
 

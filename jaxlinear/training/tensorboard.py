@@ -14,17 +14,17 @@ from tensorboardX.record_writer import masked_crc32c
 
 
 class TensorBoard:
-    """An event file of its own in a directory; TensorBoard reads those of a directory in the order of their names.
+    """A separate event file in a directory; TensorBoard reads the files of a directory in the order of their names.
 
-    Points are written here and not by tensorboardX's ``SummaryWriter``: its thread keeps them for up to two minutes, in
-    which a killed run loses those of steps that it has saved, and when the disk is full it ends, after which whoever adds
-    a point waits for ever. Its files are named by the second, and two of the same second are one.
+    Points are written here and not by tensorboardX's ``SummaryWriter``. Its thread keeps them for up to two minutes, in
+    which a killed run loses the points of steps that it has saved; when the disk is full the thread ends, and whoever then
+    adds a point waits for ever. Its files are named by the second, so two of the same second are the same file.
     """
 
     def __init__(self, directory: str | os.PathLike, purge_step: int | None = None):
-        """With ``purge_step``, TensorBoard forgets what older files have of this step and those after it."""
+        """With ``purge_step``, TensorBoard forgets what older files have for this step and later ones."""
         begun = [path.name.split(".")[3] for path in Path(directory).glob("events.out.tfevents.*")]
-        # After all that are there, whatever the clock says.
+        # After all existing files, whatever the clock says.
         number = max([int(time.time()), *(int(second) + 1 for second in begun if second.isdigit())])
         path = Path(directory) / f"events.out.tfevents.{number:010}.{socket.gethostname()}.{os.getpid()}"
         self._file = path.open("xb")
@@ -34,7 +34,7 @@ class TensorBoard:
             self._add(event_pb2.Event(wall_time=time.time(), step=purge_step, session_log=start))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One point of each curve: of the values that are numbers."""
+        """Adds one point for each value that is a number."""
         points = [
             point
             for name, value in values.items()
@@ -51,7 +51,7 @@ class TensorBoard:
         self._file.close()
 
     def _add(self, event: event_pb2.Event) -> None:
-        """A record of TFRecord: the length, its checksum, the content, its checksum."""
+        """Writes a TFRecord record: the length, its checksum, the content, its checksum."""
         content = event.SerializeToString()
         length = struct.pack("<Q", len(content))
         checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]

@@ -1,4 +1,4 @@
-"""The data of a run, as its directory knows them: the tokenizer, and what tells the datasets from others."""
+"""The data of a run, as its directory records them: the tokenizer, and what distinguishes the datasets from others."""
 
 import hashlib
 import json
@@ -20,12 +20,12 @@ from jaxlinear.training import workdir as workdirs
 _LOG = logging.getLogger(__name__)
 
 FILE = "data.json"
-_BLOCKS_READ = 16  # of the training split, to tell the same documents in another order
+_BLOCKS_READ = 16  # of the training split, to notice the same documents in another order
 
 
 def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
-    """Raises ``UserError`` if the run in ``workdir`` was begun on other data than these weights by directory. A dataset may
-    lie elsewhere by now. Runs begun before there was a ``data.json`` are asked for their tokenizer alone."""
+    """Raises ``UserError`` if the run in ``workdir`` was started on other data than these weights by directory. A dataset
+    may have moved since. For runs started before ``data.json`` existed, only the tokenizer is checked."""
     directory, path = Path(workdir), ",".join(datasets)
     if not datasets:
         return
@@ -52,7 +52,7 @@ def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
 
 
 def keep(directory: Path, datasets: Mapping[str, float]) -> None:
-    """Writes what ``check`` reads, if it is not there; the tokenizer also so that text can be read and written without the
+    """Writes what ``check`` reads, unless it exists; also the tokenizer, so that text can be read and written without the
     dataset."""
     if not datasets or not start.is_first():
         return
@@ -63,7 +63,7 @@ def keep(directory: Path, datasets: Mapping[str, float]) -> None:
 
 
 def check_tokenizer(workdir: Path, path: str | os.PathLike, manifest: data.Manifest) -> None:
-    """Raises ``UserError`` if a dataset has another tokenizer than the run's. A converted run may have none."""
+    """Raises ``UserError`` if a dataset's tokenizer is not that of the run. A converted run may have none."""
     if not (workdir / INFO_FILE).is_file():
         return
     if data.load_tokenizer(workdir).sha256 != manifest.tokenizer.sha256:
@@ -74,13 +74,13 @@ def check_tokenizer(workdir: Path, path: str | os.PathLike, manifest: data.Manif
 
 
 def warn_of_split(workdir: Path, path: str | os.PathLike, manifest: data.Manifest) -> None:
-    """Logs a warning if documents that a dataset holds out may be among those that the run was trained on."""
+    """Logs a warning if documents held out by a dataset may be among those that the run was trained on."""
     for other in other_splits(workdir, path, manifest):
         _LOG.warning("%s", other)
 
 
 def other_splits(workdir: Path, path: str | os.PathLike, manifest: data.Manifest) -> list[str]:
-    """What to say of each dataset of the run whose training documents may be held out in this one."""
+    """One message for each dataset of the run whose training documents may be held out in this one."""
     if not (workdir / FILE).exists():
         return []
     return [
@@ -103,7 +103,7 @@ def _read(directory: Path) -> list[dict[str, Any]]:
 
 
 def _identities(datasets: Mapping[str, float]) -> list[dict[str, Any]]:
-    """In their order, which the order of the examples follows."""
+    """In the order of the datasets, on which the order of the examples depends."""
     found = []
     for path, weight in datasets.items():
         manifest = data.read_manifest(path)
@@ -137,7 +137,7 @@ def _difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str | N
     for before, now in zip(old, new, strict=True):
         for name, value in now.items():
             if name in ("blocks", "shuffle") and name not in before:
-                continue  # a run that was begun before they were written
+                continue  # the run was started before these were written
             if before.get(name) != value:
                 return f"{name} is {before.get(name)!r} there and {value!r} in this config"
     return None

@@ -1,4 +1,4 @@
-"""The end of a run that hangs: one whose file server does not answer, or whose other processes wait for it."""
+"""Ends a run that hangs: one whose file server does not answer, or whose other processes wait for it."""
 
 import faulthandler
 import os
@@ -6,21 +6,21 @@ import sys
 import threading
 from typing import Any
 
-_LOOKS = 60  # at the run, within the minutes that it may be silent
+_LOOKS = 60  # how often the run is looked at within the minutes that it may be silent
 
 
 class Watchdog:
-    """Ends the process, with status 1, the stacks of its threads and a line of what it was doing, when within the block it
-    gives no sign of life for ``minutes``; 0 means never. A scheduler may then start the run again.
+    """Ends the process if, in this context, it gives no sign of life for ``minutes``; 0 means never. It ends with status 1,
+    the stacks of its threads and a line about what it was doing. A scheduler may then start the run again.
 
-    The time is counted from ``start`` to ``rest``, and not while the process itself is stopped, as by a scheduler that
+    Time counts from ``start`` to ``rest``, but not while the process itself is stopped, as by a scheduler that
     suspends it.
     """
 
     def __init__(self, minutes: float):
         self._minutes = minutes
         self._counts = False
-        self._doing: list[str] | None = None  # another list with each sign of life; None while nothing is counted
+        self._doing: list[str] | None = None  # a new list with each sign of life; None while time does not count
         self._over = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -32,20 +32,20 @@ class Watchdog:
         self._over.set()
 
     def start(self) -> None:
-        """From the next sign of life on the time counts."""
+        """Time counts from the next sign of life on."""
         self._counts = True
 
     def rest(self) -> None:
-        """Until ``start``, signs of life are not asked for: a program is compiled, which may take as long as it likes."""
+        """No signs of life are expected until ``start``: a program is being compiled, which may take any time."""
         self._counts, self._doing = False, None
 
     def at(self, what: str) -> None:
-        """A sign of life, and what is begun."""
+        """A sign of life, with the name of what begins now."""
         if self._counts:
             self._doing = [what]
 
     def _watch(self) -> None:
-        # Looks are counted, and not the time between two of them, which is long where the process was stopped.
+        # Looks are counted rather than the time between them, which is long if the process was stopped.
         seen, same = self._doing, 0
         while not self._over.wait(60 * self._minutes / _LOOKS):
             doing = self._doing

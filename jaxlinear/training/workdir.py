@@ -1,4 +1,4 @@
-"""A run's directory: its config, and what may change when the run goes on."""
+"""A run's directory: its config, and what may change when the run resumes."""
 
 import contextlib
 import datetime
@@ -27,23 +27,23 @@ _LOG = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 STARTS = "starts.jsonl"
-_NO_RENAMES = (errno.ENOSYS, errno.ENOTSUP, errno.EMFILE)  # what gcsfuse has answered for buckets without folders
+_NO_RENAMES = (errno.ENOSYS, errno.ENOTSUP, errno.EMFILE)  # errors that gcsfuse has given for buckets without folders
 
-# What else may be needed to get a run over a divergence: it goes on as another would have, which is said aloud and noted.
+# Further keys that may get a run past a divergence: it goes on as another run would have, which is logged and noted.
 _BEHAVIOUR = (
     "optimizer.learning_rate",
     "optimizer.muon_learning_rate",
     "optimizer.clip_norm",
     "training.spike_multiple",
 )
-# A run goes on with other values of these; any other key would make it another run.
+# A run may resume with other values of these; a change of any other key would make it another run.
 _MAY_CHANGE = {
     "mesh",
     "parallel",
     "checkpoint",
     "evaluation",
     "logging",
-    "data.path",  # the dataset may have moved; that it is the same one is checked by its manifest (trained_data)
+    "data.path",  # the dataset may have moved; its manifest shows whether it is the same one (trained_data)
     "data.heldout_path",
     "training.steps",
     "training.max_skips",
@@ -55,7 +55,7 @@ _MAY_CHANGE = {
 
 
 def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
-    """The resolved config that a run was begun with."""
+    """The resolved config with which a run was started."""
     path = Path(workdir) / CONFIG
     if not path.is_file():
         raise UserError(f"{workdir} is not the work directory of a run: it has no {CONFIG}")
@@ -66,12 +66,12 @@ def read_config(workdir: str | os.PathLike) -> config_dict.ConfigDict:
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
-    """The steps of the checkpoints that were completed, without opening them."""
+    """The steps of the completed checkpoints, without opening them."""
     return [int(path.name) for path in (Path(workdir) / DIRECTORY).glob("*") if path.name.isdigit()]
 
 
 def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
-    """Raises ``UserError`` unless there is no run in the directory, or the one that ``config`` describes."""
+    """Raises ``UserError`` unless the directory has no run, or the one that ``config`` describes."""
     directory = Path(workdir)
     if os.path.lexists(directory) and not directory.is_dir():
         raise UserError(f"{workdir} is no directory; give the run a --workdir of its own")
@@ -97,7 +97,7 @@ def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
 
 @contextlib.contextmanager
 def alone(workdir: str | os.PathLike) -> Iterator[None]:
-    """Makes the directory, which all processes share. Within, no other run has it."""
+    """Makes the directory, which all processes share. In this context, no other run has it."""
     directory = Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)
     start.check_shared("the work directory", directory)
@@ -110,8 +110,8 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
 
 
 def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
-    """Makes the directory, if it is not there, and writes the config, once all is checked. To be called when something is
-    to be done by it: what a finished run was begun with again is nothing that it did."""
+    """Makes the directory if it does not exist and, after all checks, writes the config. Call this only if the run has
+    something to do: a config with which a finished run is started again is not one that it ran with."""
     with start.together():
         check(workdir, config)
     directory = Path(workdir)
@@ -127,7 +127,7 @@ def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
 
 
 def _check_renames(directory: Path) -> None:
-    """Raises ``UserError`` where folders cannot be renamed, as a checkpoint is when it is whole."""
+    """Raises ``UserError`` if folders cannot be renamed, as a checkpoint's is when it is complete."""
     if not start.is_first():
         return
     with tempfile.TemporaryDirectory(prefix=".renames_", dir=directory) as made:
@@ -152,8 +152,8 @@ def _behaviour(config: config_dict.ConfigDict) -> dict[str, Any]:
 def note_start(
     directory: Path, step: int, config: config_dict.ConfigDict, mesh: jax.sharding.Mesh, initial: str | None = None
 ) -> None:
-    """Adds a line to ``starts.jsonl``: from which step the run goes on, when, with what and on what; and of which
-    checkpoint the weights are that it begins with, if they are not new."""
+    """Adds a line to ``starts.jsonl``: the step from which the run goes on, when, with what and on what; and, if its
+    initial weights are not new, the checkpoint that they are from."""
     if not start.is_first():
         return
     device = mesh.devices.flat[0]
@@ -176,8 +176,7 @@ def note_start(
 
 
 def read_starts(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of ``starts.jsonl``; none for runs that were begun before there was one. A last line that was cut short is
-    left out."""
+    """The lines of ``starts.jsonl``; none for runs started before that file existed. A truncated last line is left out."""
     return metrics.json_lines(Path(workdir) / STARTS)
 
 
@@ -194,10 +193,10 @@ def check_same_run(
     goes_on: bool = True,
     compared: Collection[str] = (),
 ) -> None:
-    """Raises ``UserError`` for the first key that would make the run in ``workdir`` another run. That is so of what may get
-    a run over a divergence too, where it does not go on: what it has come to would be taken for the new value's. The
-    keys of ``compared``, which a run alone may change, are refused too: its losses are compared with those of others. Keys
-    that nothing of either reads make no difference."""
+    """Raises ``UserError`` for the first key that would make the run in ``workdir`` another run. If the run does not go on,
+    that includes the keys that may get a run past a divergence: its results would be taken for those of the new value. The
+    keys of ``compared``, which a run on its own may change, are refused too: its losses are compared with those of other
+    runs. Keys that neither config reads make no difference."""
     may_change = _MAY_CHANGE if goes_on else _MAY_CHANGE.difference(_BEHAVIOUR)
     unread = {key for key, _ in config_checks.unread(old)} & {key for key, _ in config_checks.unread(new)}
     for key in configs.KEYS:

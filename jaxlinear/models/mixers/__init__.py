@@ -1,18 +1,20 @@
 """The mixers: one file each, found by name. A mixer mixes over time; the block around it is the same for all.
 
-``Mixer(config, layer=..., rngs=...)`` builds one; its place in the model matters to a few. ``mixer(x, segment_ids=None,
-state=None) -> (y, state)`` runs it over ``[B, T, D]``, from an empty past or from a state; ``mixer.init_state(batch)`` is
-the empty past. A state is a pytree of arrays with B first, whose size does not depend on the tokens seen.
+``Mixer(config, layer=..., rngs=...)`` builds one; a few depend on their place in the model.
+``mixer(x, segment_ids=None, state=None) -> (y, state)`` runs it over ``[B, T, D]``, from an empty past or from a state;
+``mixer.init_state(batch)`` is the empty past. A state is a pytree of arrays with B first, whose size does not depend on the
+number of tokens seen.
 
-A class declares ``OVER_SEQUENCE = True`` if all that it does over time goes through ``jaxlinear.parallel.operations``: then
-time may be spread over devices. Others are refused there, since the compiler would gather their whole sequence unasked.
+A class declares ``OVER_SEQUENCE = True`` if everything it does over time goes through ``jaxlinear.parallel.operations``:
+time may then be spread over devices. Other mixers are refused there, since the compiler would silently gather their whole
+sequence.
 
-A class may declare ``ACROSS_LAYERS``, functions by the name of a parameter: ``function(rows [L, ...]) -> [L, ...]`` takes
-the parameter of every layer of this mixer, in their order, and gives what the mixer of each layer finds in its place.
+A class may declare ``ACROSS_LAYERS``, functions by parameter name: ``function(rows [L, ...]) -> [L, ...]`` takes that
+parameter of every layer of this mixer, in order, and returns what the mixer of each layer sees in its place.
 
 ``READERS`` names the mixers that read a key which others do not.
 
-A mixer of another package is named by where it is, ``package.module.Class``, and declares these keys itself: ``READS``
+A mixer of another package is named by its location, ``package.module.Class``, and declares these keys itself: ``READS``
 (docs/mixers.md).
 """
 
@@ -66,15 +68,15 @@ MIXERS = {
 }
 
 
-# Keys of the config's section ``model`` that only some mixers read, and which: for a pattern of others they are refused.
-# A mixer that reads one is named here (tests/models/test_options.py).
+# Keys of the config section ``model`` that only some mixers read, and which mixers those are: patterns of others refuse
+# them. A mixer that reads one is listed here (tests/models/test_options.py).
 _HEADS_OF_KEYS = ("delta_net", "gated_delta_net", "gla", "hgrn2", "kda", "lightning", "linear_attention", "retention")
 _DELTA_RULE = ("delta_net", "gated_delta_net", "kda")
 _ATTENTION = ("attention", "sliding_window")
 _SELECTIVE = ("longhorn", "mamba")
 _OF_CHANNELS = ("convolution", "gateloop", "hgrn", "lru", "mamba2", "rg_lru", "s5", *_SELECTIVE)
 READERS = {
-    # Others take their heads of other keys, or have none.
+    # Others take their heads from other keys, or have none.
     "num_heads": (*_ATTENTION, *(name for name in _HEADS_OF_KEYS if name != "hgrn2"), "gateloop", "rg_lru", "s5"),
     "bias": _ATTENTION,
     "recurrent_width": _OF_CHANNELS,
@@ -116,7 +118,7 @@ def find(name: str):
 
 
 def reads(mixer: str, key: str) -> bool:
-    """Whether it reads a key of ``READERS``."""
+    """Whether the mixer reads a key of ``READERS``."""
     return mixer in READERS[key] if mixer in MIXERS else key in _own_keys(find(mixer))
 
 
@@ -126,7 +128,7 @@ def _of_another_package(name: str) -> type[nnx.Module]:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise  # it is one that the module itself imports
+            raise  # the missing module is one that the mixer's module imports
         raise UserError(
             f"the mixer {name!r}: there is no module {error.name!r}; install it, or put its directory in PYTHONPATH"
         ) from None
@@ -148,7 +150,7 @@ def _own_keys(mixer: type[nnx.Module]) -> tuple[str, ...]:
 
 
 def check_over_sequence(names: Iterable[str], shards: int) -> None:
-    """Raises ``UserError`` for the first of these mixers that cannot have time spread over so many devices."""
+    """Raises ``UserError`` for the first of these mixers whose time cannot be spread over so many devices."""
     for name in names:
         if shards > 1 and not getattr(find(name), "OVER_SEQUENCE", False):
             raise UserError(

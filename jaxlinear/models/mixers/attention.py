@@ -1,5 +1,5 @@
-"""Full causal softmax attention with rotary positions: the transformer that linear layers are measured against
-(Vaswani et al. 2017, arXiv:1706.03762; RoFormer, arXiv:2104.09864; grouped queries, arXiv:2305.13245).
+"""Full causal softmax attention with rotary positions: the transformer that linear layers are measured against (Vaswani et
+al. 2017, arXiv:1706.03762; RoFormer, arXiv:2104.09864; grouped queries, arXiv:2305.13245).
 
 Positions turn ``model.rotary_fraction`` of a head: all of it in the presets, half by default, as in Griffin."""
 
@@ -14,11 +14,11 @@ from jaxlinear.parallel import operations
 
 
 class Attention(CachedAttention):
-    """A token sees all of its document up to itself.
+    """A token sees its document up to and including itself.
 
-    A run from an empty past may be of any length. The state has room for ``context`` tokens of a document: from the
-    token after those on, what follows from a state is NaN, since the beginning of the document is forgotten. The layers
-    above spread it over all of the row's tokens of that call.
+    A run from an empty past may be of any length. The state has room for ``context`` tokens of a document: from the next
+    token on, whatever is computed from a state is NaN, since the beginning of the document has been forgotten. The layers
+    above spread the NaN over all of the row's tokens of that call.
     """
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
@@ -35,8 +35,8 @@ class Attention(CachedAttention):
         y, new = super().__call__(x, segment_ids=segment_ids, state=state)
         if state is not None:
             beyond = state["seen"][:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None] >= self.slots
-            beyond &= (state["seen"] > 0)[:, None]  # an empty past is none
+            beyond &= (state["seen"] > 0)[:, None]  # with an empty past, nothing has been forgotten
             if segment_ids is not None:
-                beyond &= segments.runs(segment_ids) == 0  # the documents after the first have all of their past here
+                beyond &= segments.runs(segment_ids) == 0  # later documents have their whole past in this call
             y = jnp.where(beyond[..., None], jnp.full((), jnp.nan, y.dtype), y)
         return y, new

@@ -1,5 +1,5 @@
-"""Softmax attention with rotary positions whose state is the keys and values of the last tokens: what ``sliding_window``
-and ``attention`` share. How far back a token sees is theirs."""
+"""Softmax attention with rotary positions, whose state is the keys and values of the last tokens: what ``sliding_window``
+and ``attention`` share. They decide how far back a token sees."""
 
 import functools
 
@@ -15,16 +15,17 @@ from jaxlinear.parallel import operations, sharding
 
 State = dict[str, jax.Array]
 
-_ROWS = 8  # of a product that a TPU's matrix unit does
+_ROWS = 8  # rows that make a product run on a TPU's matrix unit
 
 
 class CachedAttention(nnx.Module):
-    """H query heads, G key and value heads, which H / G query heads each share.
+    """H query heads and G key and value heads, each shared by H / G query heads.
 
-    State: the ``keys`` (turned) and ``values`` ``[B, G, slots, K]`` of the last tokens, the one at position p in slot
-    ``p % slots``; ``position [B]``, that of the next token; and ``seen [B]``, the tokens before it in its document. G lies
-    before the slots, as the products of decoding read them: else all would be transposed for every token.
-    Only differences of positions matter within a document, so a document may begin at any position.
+    State: the ``keys`` (turned) and ``values`` ``[B, G, slots, K]`` of the last tokens, with position p in slot
+    ``p % slots``; ``position [B]``, that of the next token; and ``seen [B]``, the number of tokens before it in its
+    document. G precedes the slots because the products of decoding read them in that order: otherwise everything would be
+    transposed for every token. Only differences of positions matter within a document, so a document may begin at any
+    position.
     """
 
     OVER_SEQUENCE = True
@@ -37,7 +38,7 @@ class CachedAttention(nnx.Module):
         self.rotary_scaling, self.rotary_context = config.rotary_scaling, config.rotary_context
         self.dtype = config.activation_dtype
         inner, shared = self.heads * self.head_width, self.groups * self.head_width
-        # One head is not cut over the mesh: every device needs the whole of it.
+        # A single head is not split over the mesh: every device needs all of it.
         by_group = "heads" if self.groups > 1 else None
         self.query = Linear(width, inner, axes=("embed", "heads"), bias=False, rngs=rngs)
         self.key = Linear(width, shared, axes=("embed", by_group), bias=False, rngs=rngs)
@@ -88,7 +89,7 @@ class CachedAttention(nnx.Module):
         start = seen = jnp.zeros((batch,), jnp.int32)
         past, all_k, all_v = None, k, v
         if state is not None:
-            # The past that is there is of the first token's document; what lies before that document is of none.
+            # The past belongs to the first token's document; slots from before that document belong to none.
             start, seen, count = state["position"], state["seen"], self.slots - 1
             slots = (start[:, None] - count + jnp.arange(count, dtype=jnp.int32)[None]) % self.slots
             keys, values = (_rows(state[name].swapaxes(1, 2), slots) for name in ("keys", "values"))
@@ -99,7 +100,7 @@ class CachedAttention(nnx.Module):
             all_k, all_v = jnp.concatenate([keys, k], axis=1), jnp.concatenate([values, v], axis=1)
         o = self.attend(q, self._for_each_device(k), self._for_each_device(v), segment_ids, past)
 
-        # Slot s takes the last position that is congruent to it; it is not read if that lies before the document.
+        # Slot s takes the last position congruent to it; it is not read if that position precedes the document.
         last = start[:, None] + length - 1
         age = (last - jnp.arange(self.slots, dtype=jnp.int32)[None]) % self.slots
         places = jnp.maximum(all_k.shape[1] - 1 - age, 0)
@@ -112,15 +113,15 @@ class CachedAttention(nnx.Module):
         return o, {"keys": keys, "values": values, "position": start + length, "seen": seen}
 
     def _for_each_device(self, x: jax.Array) -> jax.Array:
-        """Keys or values: where fewer heads of them than devices that the queries' heads are spread over, repeated until
-        each device has its own. So their gradients are summed over devices once, and not in every block."""
+        """Keys or values. If they have fewer heads than there are devices that share the query heads, they are repeated
+        until each device has its own. Their gradients are then summed over devices once, not in every block."""
         copies, rest = divmod(sharding.parts("heads"), self.groups)
         if copies <= 1 or rest or self.heads % (copies * self.groups):
             return x
         return sharding.constrain(jnp.repeat(x, copies, axis=2), "batch", "time", "heads", None)
 
     def _one_token(self, q, k, v, state):
-        """The same for one token: its key and value go to their slot, and the slots are attended to as they lie."""
+        """The same for one token: its key and value go to their slot, and the slots are attended to in stored order."""
         batch, position, seen = q.shape[0], state["position"], state["seen"]
         slot = position % self.slots
         keys, values = _write((state["keys"], state["values"]), (k, v), slot)
@@ -128,7 +129,7 @@ class CachedAttention(nnx.Module):
         q = q.reshape(batch, self.groups, -1, self.head_width) * self.head_width**-0.5
         sharing = q.shape[2]
         if sharing == 1 and backends.platform() == "tpu":
-            # Products with a single row are made element by element there, which takes longer than reading the slots.
+            # There, products with a single row run element by element, which takes longer than reading the slots.
             q = jnp.pad(q, ((0, 0), (0, 0), (0, _ROWS - 1), (0, 0)))
         logits = dtypes.product("bgrk,bgsk->bgrs", q, keys)
         weights = jax.nn.softmax(jnp.where((age <= seen[:, None])[:, None, None], logits, -jnp.inf), axis=-1)
@@ -143,7 +144,7 @@ def _rows(x: jax.Array, places: jax.Array) -> jax.Array:
 
 
 def _write(past: tuple[jax.Array, ...], new: tuple[jax.Array, ...], slot: jax.Array) -> tuple[jax.Array, ...]:
-    """Each ``[B, G, N, K]`` of the past with its ``[B, 1, G, K]`` of the new at ``slot`` ``[B]``."""
+    """Each ``[B, G, N, K]`` of the past, with the new ``[B, 1, G, K]`` written at ``slot`` ``[B]``."""
     new = tuple(x.swapaxes(1, 2) for x in new)
     write = functools.partial(lax.dynamic_update_slice_in_dim, axis=1)
 
@@ -158,5 +159,5 @@ def _write(past: tuple[jax.Array, ...], new: tuple[jax.Array, ...], slot: jax.Ar
             lax.dynamic_update_slice_in_dim(x, token, slot[0], axis=2) for x, token in zip(past, new, strict=True)
         )
 
-    # Row by row it is a loop over the rows there. Rows that began together, as those of ``generate``, are at one slot.
+    # Row by row, it is a loop over the rows there. Rows that began together, like those of ``generate``, share one slot.
     return lax.cond(jnp.all(slot == slot[:1]), at_once, row_by_row, past)

@@ -2,9 +2,9 @@
 
     y = out(silu(convolution(W x)) * (V x))
 
-with a causal filter of ``convolution_width`` tokens for each of the R = ``recurrent_width`` channels. R = 2 D, the width 3
-and the SiLU are those of the models that were released with Based (github.com/HazyResearch/based); the equation of Zoology
-has no SiLU and no last map. It sees ``convolution_width`` tokens and no more: it stands between layers that see further.
+with a causal filter of ``convolution_width`` tokens for each of the R = ``recurrent_width`` channels. R = 2 D, width 3 and
+the SiLU are those of the models released with Based (github.com/HazyResearch/based); Zoology's equation has no SiLU and no
+final map. It sees ``convolution_width`` tokens and no more: it belongs between layers that see further.
 """
 
 import jax
@@ -16,7 +16,7 @@ from jaxlinear.parallel import sharding
 
 
 class Convolution(nnx.Module):
-    """State: ``convolution [B, convolution_width-1, R]``, what it convolved last."""
+    """State: ``convolution [B, convolution_width-1, R]``, the last inputs of the convolution."""
 
     OVER_SEQUENCE = True
 

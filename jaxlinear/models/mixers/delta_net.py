@@ -1,20 +1,20 @@
 """DeltaNet (Yang et al. 2024, arXiv:2406.06484): what the state holds at a key is replaced, not added to.
 
-    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,  beta_t = sigmoid(W_beta x_t)                one beta a head
+    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,  beta_t = sigmoid(W_beta x_t)                one beta per head
     o_t = K^-0.5 S_t^T q_t
 
-q, k and v are projections of x after a short convolution and SiLU, q and k then of unit length in each head. The layer is
-``out(norm(o))``, the norm over each head. The factor K^-0.5 is that of the authors' program
-(github.com/fla-org/flash-linear-attention); but for the norm's epsilon it changes nothing.
+q, k and v are projections of x after a short convolution and SiLU; q and k are then scaled to unit length in each head. The
+layer is ``out(norm(o))``, with the norm over each head. The factor K^-0.5 follows the authors' program
+(github.com/fla-org/flash-linear-attention); apart from the norm's epsilon it changes nothing.
 
 With ``model.output_gate`` "silu" it is ``out(norm(o) * silu(W_g x))``, as with that program's ``use_gate``.
 
-With ``model.negative_eigenvalues`` beta_t is twice as much (Grazzi et al. 2024, arXiv:2411.12537): of the transition
-I - beta_t k_t k_t^T, which a state is multiplied by, the eigenvalue of k_t then lies in (-1, 1) instead of (0, 1).
+With ``model.negative_eigenvalues`` beta_t is doubled (Grazzi et al. 2024, arXiv:2411.12537). The transition
+I - beta_t k_t k_t^T, which multiplies the state, then has an eigenvalue for k_t in (-1, 1) instead of (0, 1).
 
 With J = ``model.householders`` above 1 it is DeltaProduct (Siems et al. 2025, arXiv:2502.10297): a token makes J updates,
-one after the other, each with its own key, value and beta, and is read after the last. Its transition is then a product of
-J such matrices, generalised Householder reflections.
+one after another, each with its own key, value and beta, and is read after the last. Its transition is then a product of J
+such matrices, generalised Householder reflections.
 """
 
 import jax
@@ -28,7 +28,7 @@ from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
 _EPSILON = 1e-6  # added to the squared length of a query or a key
-OWN_GATE = {"delta_net": "none", "gated_delta_net": "silu"}  # what ``model.output_gate`` "auto" is, by mixer
+OWN_GATE = {"delta_net": "none", "gated_delta_net": "silu"}  # the meaning of ``model.output_gate`` "auto", by mixer
 
 
 def has_gate(config: ModelConfig, mixer: str = "delta_net") -> bool:
@@ -45,11 +45,11 @@ def widths(config: ModelConfig, mixer: str = "delta_net") -> tuple[int, int, int
 
 
 class DeltaInputs(nnx.Module):
-    """What the delta rule runs on, here and in the mixers that add decays to it: q and k ``[B, T, H, K]`` of unit length,
+    """The inputs of the delta rule, here and in the mixers that add decays to it: q and k ``[B, T, H, K]`` of unit length,
     v ``[B, T, H, V]`` and beta ``[B, T, H]`` in float32; with J householders k, v and beta have an axis J after H.
 
     State: the inputs of the convolutions, ``query`` ``[B, width-1, H K]``, ``key`` ``[B, width-1, H J K]`` and ``value``
-    ``[B, width-1, H J V]``. The channels of a head lie together, whatever J, since heads are what a mesh shares out.
+    ``[B, width-1, H J V]``. The channels of a head are adjacent, whatever J, since a mesh divides the heads.
     """
 
     def __init__(self, config: ModelConfig, heads: int, key_width: int, value_width: int, *, rngs: nnx.Rngs):
@@ -79,7 +79,7 @@ class DeltaInputs(nnx.Module):
     def __call__(
         self, x: jax.Array, *, segment_ids: jax.Array | None, past: dict[str, jax.Array]
     ) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
-        """``((q, k, v, beta), state)``; an empty ``past`` is one of zeros."""
+        """``((q, k, v, beta), state)``; an empty ``past`` means zeros."""
         new: dict[str, jax.Array] = {}
         k, new["key"] = self.key_convolution(self.key(x), segment_ids=segment_ids, state=past.get("key"))
         v, new["value"] = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
@@ -90,17 +90,18 @@ class DeltaInputs(nnx.Module):
         q, k, v = by_head(q, self.heads), *(by_head(y, self.heads, *self.updates) for y in (k, v))
         q, k, beta = unit_length(q), unit_length(k), beta.reshape(*x.shape[:2], self.heads, *self.updates)
         if self.negative_eigenvalues:
-            # A key that is rounded may be longer than 1. With a beta near 2 the eigenvalue would lie beyond -1, and where
-            # the key comes again and again the state would grow without bound.
+            # A rounded key may be longer than 1. With a beta near 2 the eigenvalue would then lie beyond -1, and the state
+            # would grow without bound if the key kept recurring.
             wide = lax.stop_gradient(k).astype(beta.dtype)
             beta = beta / jnp.maximum(jnp.sum(wide * wide, axis=-1), jnp.ones((), beta.dtype))
         return (q, k, v, sharding.constrain(beta, "batch", "time", "heads", *(None,) * len(self.updates))), new
 
 
 class DeltaOutput(nnx.Module):
-    """What becomes of ``o [B, T, H, V]``: ``out(norm(o))``, or ``out(norm(o) * silu(gate(x)))``.
+    """Maps ``o [B, T, H, V]`` to the layer's output: ``out(norm(o))``, or ``out(norm(o) * silu(gate(x)))``.
 
-    A base of mixers and no part of them: in checkpoints ``gate``, ``norm`` and ``out`` are the mixer's own.
+    It is a base class of mixers rather than a part of them: in checkpoints ``gate``, ``norm`` and ``out`` belong to the
+    mixer.
     """
 
     def _add_output(self, config: ModelConfig, heads: int, value_width: int, *, gated: bool, rngs: nnx.Rngs) -> None:
@@ -143,6 +144,6 @@ class DeltaNet(DeltaOutput):
 
 
 def unit_length(x: jax.Array) -> jax.Array:
-    """``x / |x|`` over the last axis, in float32 inside; zeros stay zeros."""
+    """``x / |x|`` over the last axis, in float32 internally; zeros stay zeros."""
     wide = x.astype(dtypes.wide(x.dtype))
     return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + _EPSILON)).astype(x.dtype)

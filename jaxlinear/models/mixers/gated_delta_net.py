@@ -1,11 +1,11 @@
 """Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464): the delta rule with Mamba-2's decay.
 
-    log a_t = -exp(A_log) softplus(W_a x_t + dt_bias)                                                one a head
+    log a_t = -exp(A_log) softplus(W_a x_t + dt_bias)                                                one per head
     S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T
     o_t = K^-0.5 S_t^T q_t
 
-q, k, v and beta are those of DeltaNet (``delta_net.py``). The layer is ``out(norm(o) * silu(W_g x))``, the norm over each
-head; with ``model.output_gate`` "none" it is ``out(norm(o))``.
+q, k, v and beta are those of DeltaNet (``delta_net.py``). The layer is ``out(norm(o) * silu(W_g x))``, with the norm over
+each head; with ``model.output_gate`` "none" it is ``out(norm(o))``.
 """
 
 import jax

@@ -1,13 +1,13 @@
-"""GateLoop (Katsch 2023, arXiv:2311.01927): a recurrence whose transition, decay and rotation alike, follows from the data.
+"""GateLoop (Katsch 2023, arXiv:2311.01927): a recurrence whose transition, both decay and rotation, depends on the data.
 
     q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t
     a_t = sigmoid(alpha_t) exp(i beta_t),   alpha_t = W_alpha x_t + b_alpha,   beta_t = W_beta x_t + b_beta
     h_t = a_t h_{t-1} + k_t v_t
     y_t = W_o (silu(W_g x_t) * norm(Re(q_t h_t)))
 
-With as many heads as channels, as in the paper's models: every channel has a key, a value and a state of one number, so
-that the state is no larger than a token. The norm is over groups of channels, without a mean, as that of the heads of
-RetNet (arXiv:2307.08621), from which the paper takes the output gate.
+It has as many heads as channels, as in the paper's models: every channel has a key, a value and a state of one number, so
+the state is no larger than a token. The norm is over groups of channels, without a mean, like that of the heads of RetNet
+(arXiv:2307.08621), from which the paper takes the output gate.
 """
 
 import jax
@@ -21,7 +21,7 @@ from jaxlinear.parallel import operations, sharding
 
 
 class GateLoop(nnx.Module):
-    """GateLoop over ``[B, T, D]``, of R = ``recurrent_width`` channels, normalised in as many groups as the config has
+    """GateLoop over ``[B, T, D]``, with R = ``recurrent_width`` channels, normalised in as many groups as the config has
     ``heads``. State: ``h [B, R]``, complex64."""
 
     OVER_SEQUENCE = True
@@ -61,7 +61,7 @@ class GateLoop(nnx.Module):
         return self.out(jax.nn.silu(self.gate(x)) * o), {"h": last}
 
     def _transition(self, x: jax.Array) -> jax.Array:
-        """a ``[B, T, R]``, complex64. Alpha and beta are not rounded to the dtype of x: a phase adds up over time."""
+        """a ``[B, T, R]``, complex64. Alpha and beta are not rounded to the dtype of x: a phase accumulates over time."""
         wide = dtypes.wide(x.dtype)
         alpha, beta = (
             linear.product(x, wide) + bias[...].astype(wide)[None, None]

@@ -3,11 +3,11 @@
     q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t           in heads
     log a_t = log_sigmoid(W_2 W_1 x_t + b) / 16         by key channel; W_2 W_1 is of rank 16
     S_t = diag(a_t) S_{t-1} + k_t v_t^T                 o_t = K^-1/2 S_t^T q_t
-    y_t = W_o (swish(W_r x_t) * norm(o_t))              each head normalised by itself
+    y_t = W_o (swish(W_r x_t) * norm(o_t))              each head normalised separately
 
-The norm is an RMSNorm and W_r has no bias, as in the models that the authors published (flash-linear-attention); the
-paper writes a LayerNorm and a bias. Queries, keys and both maps of the gate begin as in the authors' layer: Xavier's
-uniform with gain 2^-2.5; b at 0, a decay of 0.96.
+The norm is an RMSNorm and W_r has no bias, as in the models that the authors published (flash-linear-attention); the paper
+has a LayerNorm and a bias. Queries, keys and both maps of the gate are initialised as in the authors' layer: Xavier uniform
+with gain 2^-2.5. b starts at 0, a decay of 0.96.
 """
 
 import jax

@@ -2,12 +2,12 @@
 
     f_t = b + (1 - b) sigmoid(W_f x_t)                     forget gate, by channel, at least b
     h_t = f_t h_{t-1} + (1 - f_t) silu(W_i x_t)
-    y_t = W_o (norm(h_t) * silu(W_g x_t))                  all channels normalised as one
+    y_t = W_o (norm(h_t) * silu(W_g x_t))                  all channels normalised together
 
-The form is that of flash-linear-attention. The paper's own is complex: a learned angle turns the state at every step.
+The form is that of flash-linear-attention. The paper's own is complex: a learned angle rotates the state at every step.
 
-The lower bounds b are those of HGRN2, which took them over (``hgrn2.py``): 0 in the first layer, rising with depth, of one
-learned array of logits ``[L, R]`` that begin equal. Kernels begin normal with variance 1 / fan-in.
+The lower bounds b are those of HGRN2, which took them over (``hgrn2.py``): 0 in the first layer and rising with depth, from
+one learned array of logits ``[L, R]`` that start out equal. Kernels start normal with variance 1 / fan-in.
 """
 
 import jax
@@ -22,10 +22,10 @@ from jaxlinear.parallel import operations, sharding
 
 
 class HGRN(nnx.Module):
-    """HGRN over ``[B, T, D]``, of R = ``recurrent_width`` channels. State: ``h [B, R]``.
+    """HGRN over ``[B, T, D]``, with R = ``recurrent_width`` channels. State: ``h [B, R]``.
 
-    ``lower_bound`` is this layer's row of the logits, and the bound itself in the module as the model runs it
-    (``ACROSS_LAYERS``). A module that is run by itself has bounds of 0 at first.
+    ``lower_bound`` is this layer's row of the logits; in the module as the model runs it, it is the bound itself
+    (``ACROSS_LAYERS``). A module run on its own has bounds of 0 at first.
     """
 
     OVER_SEQUENCE = True
@@ -55,7 +55,7 @@ class HGRN(nnx.Module):
             sharding.constrain(project(x), "batch", "time", "recurrent").astype(wide)
             for project in (self.input, self.forget)
         )
-        # 1 - f, and f from it: rounded where it is near 1, f says too little of 1 - f.
+        # 1 - f, and f from it: where f is near 1, its rounded value says too little about 1 - f.
         written = (1 - self.lower_bound[...].astype(wide))[None, None] * jax.nn.sigmoid(-forget)
         kept, inner = 1 - written, written * jax.nn.silu(inner)
         past = None if state is None else state["h"]

@@ -3,12 +3,12 @@
     f_t = b + (1 - b) sigmoid(W_f x_t)                  forget gate, by key channel, at least b
     q_t, k_t, v_t = swish(W_q x_t), 1 - f_t, W_v x_t    in heads
     S_t = diag(f_t) S_{t-1} + k_t v_t^T                 o_t = K^-1/2 S_t^T q_t
-    y_t = W_o norm(o_t)                                 all heads normalised as one, with an epsilon of its own if wanted
+    y_t = W_o norm(o_t)                                 all heads normalised together, with an epsilon of its own if wanted
 
 The lower bounds b of all layers come from one learned array of logits ``[L, H K]``: their softmax over the layers, summed
-up to each layer, less the first layer's, whose bound is 0. They rise with depth, so that deep layers remember longer
-(HGRN, arXiv:2311.04823). The logits begin equal. Kernels begin normal with variance 1 / fan-in: the authors'
-constant deviation of 0.02 is that of D = 2,500.
+up to each layer, minus that of the first layer, whose bound is 0. They rise with depth, so that deep layers remember longer
+(HGRN, arXiv:2311.04823). The logits start out equal. Kernels start normal with variance 1 / fan-in: the authors' constant
+standard deviation of 0.02 is that of D = 2,500.
 """
 
 import jax
@@ -44,8 +44,8 @@ def lower_bounds(logits: jax.Array) -> jax.Array:
 class HGRN2(nnx.Module):
     """HGRN2 over ``[B, T, D]``. State: ``memory [B, H, K, V]``.
 
-    ``lower_bound`` is this layer's row of the logits, and the bound itself in the module as the model runs it
-    (``ACROSS_LAYERS``). A module that is run by itself has bounds of 0 at first.
+    ``lower_bound`` is this layer's row of the logits; in the module as the model runs it, it is the bound itself
+    (``ACROSS_LAYERS``). A module run on its own has bounds of 0 at first.
     """
 
     OVER_SEQUENCE = True

@@ -1,12 +1,12 @@
-"""Kimi Delta Attention (Kimi Team 2025, arXiv:2510.26692): the gated delta rule with a decay of each key channel.
+"""Kimi Delta Attention (Kimi Team 2025, arXiv:2510.26692): the gated delta rule with a decay per key channel.
 
-    log a_t = -exp(A_log) softplus(W_up W_down x_t + dt_bias)           one a key channel, A_log one a head
+    log a_t = -exp(A_log) softplus(W_up W_down x_t + dt_bias)           one per key channel, A_log one per head
     S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  S' = diag(a_t) S_{t-1}
     o_t = K^-0.5 S_t^T q_t
 
-q, k, v and beta are those of DeltaNet (``delta_net.py``). The layer is ``out(norm(o) * sigmoid(U_up U_down x))``, the norm
-over each head. Both low-rank maps have the rank V of a head. With ``model.gate_bias`` the gate's has a bias, as in
-flash-linear-attention.
+q, k, v and beta are those of DeltaNet (``delta_net.py``). The layer is ``out(norm(o) * sigmoid(U_up U_down x))``, with the
+norm over each head. Both low-rank maps have rank V, the value width of a head. With ``model.gate_bias`` the gate's map has
+a bias, as in flash-linear-attention.
 """
 
 import jax

@@ -4,11 +4,11 @@ Lightning Attention-2 (arXiv:2401.04658).
     q_t, k_t = swish(W_q x_t), swish(W_k x_t)           v_t = W_v x_t
     S_t = lambda S_{t-1} + k_t v_t^T                    o_t = S_t^T q_t, in heads
     lambda = exp(-8 (h + 1) / H (1 - l / L))            in head h of H, layer l of L, from 0
-    y_t = W_o ((W_u x_t) * norm(o_t))                   all heads normalised as one
+    y_t = W_o ((W_u x_t) * norm(o_t))                   all heads normalised together
 
-``norm`` is the paper's SRMSNorm, an RMSNorm with no learned scale. Of the paper's positions this is the decay; LRPE,
-which it adds in the first layer, is left out. Kernels begin normal with variance 1 / fan-in: the authors' constant
-deviation of 0.02 is that of D = 2,500.
+``norm`` is the paper's SRMSNorm, an RMSNorm with no learned scale. Of the paper's positions this is the decay; LRPE, which
+the paper adds in the first layer, is left out. Kernels start normal with variance 1 / fan-in: the authors' constant
+standard deviation of 0.02 is that of D = 2,500.
 """
 
 import jax
@@ -33,8 +33,8 @@ def widths(config: ModelConfig) -> tuple[int, int, int]:
 class Lightning(nnx.Module):
     """Linear attention with a constant decay by head and layer over ``[B, T, D]``. State: ``memory [B, H, K, V]``.
 
-    ``log_decay [H]`` lies among the parameters because it differs from layer to layer and layers are scanned. It has no
-    gradient, so that training leaves it as it is.
+    ``log_decay [H]`` is among the parameters because it differs from layer to layer and layers are scanned. It has no
+    gradient, so training leaves it unchanged.
     """
 
     OVER_SEQUENCE = True

@@ -2,7 +2,7 @@
 
     S_t = S_{t-1} + phi(k_t) v_t^T      z_t = z_{t-1} + phi(k_t)      o_t = phi(q_t) S_t / (phi(q_t) z_t)      y_t = W_o o_t
 
-| ``model.feature_map`` | phi(x), x of K channels | K of a head |
+| ``model.feature_map`` | phi(x), x of K channels | K per head |
 | --- | --- | --- |
 | elu | elu(x) + 1 (arXiv:2006.16236) | D / H |
 | relu | max(x, 0) (Kasai et al. 2021, arXiv:2103.13076) | D / H |
@@ -11,9 +11,9 @@
 | hedgehog | softmax(W x), softmax(-W x), W of each head (Zhang et al. 2024, arXiv:2402.04347) | D / H |
 | identity | x; no z_t: o_t = norm(K^-1/2 q_t S_t) (TransNormer, arXiv:2210.10340) | D / H |
 
-All but identity divide by z, as their papers do; z is one more value channel, of ones. Identity has an RMSNorm of each
-head in its place. Of a symmetric product x x^T each pair of channels is kept once, times sqrt 2. Queries and keys have
-maps of their own: rebased begins with scale 1 and bias 0, hedgehog with W = 1.
+All but identity divide by z, as their papers do; z is one more value channel, of ones. Identity has an RMSNorm per head
+instead. Of a symmetric product x x^T each pair of channels is kept once, times sqrt 2. Queries and keys have separate maps:
+rebased starts with scale 1 and bias 0, hedgehog with W = 1.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,9 @@ from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
 PRODUCT_WIDTH = 16  # K where phi has the products of all pairs of channels
-# Added to phi(q) z. Relu and rebased can make it 0, with S. Of the others it is positive, but hedgehog's, a product of two
-# softmaxes, may be far below 1e-6; the gradient divides by its square, which float32 has to hold.
+# Added to phi(q) z. With relu and rebased that can be 0, together with phi(q) S. With the others it is positive, but
+# hedgehog's, a product of two softmaxes, may be far below 1e-6; the gradient divides by its square, which float32 has to
+# hold.
 _EPSILON = {"relu": 1e-6, "rebased": 1e-6}
 _LEAST = 1e-18
 
@@ -44,7 +45,7 @@ def widths(config: ModelConfig) -> tuple[int, int, int]:
 
 
 def features(feature_map: str, key_width: int) -> int:
-    """Channels of phi(x)."""
+    """The number of channels of phi(x)."""
     pairs = key_width * (key_width + 1) // 2
     return {"taylor": 1 + key_width + pairs, "rebased": pairs, "hedgehog": 2 * key_width}.get(feature_map, key_width)
 
@@ -64,8 +65,8 @@ class LinearAttention(nnx.Module):
         self.key = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
         self.value = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
         self.query_map, self.key_map = (_feature_map(name, self.heads, key_width, rngs) for _ in range(2))
-        # ReBased's weights are squares, down to 0. Of features rounded to bfloat16 they would come out at either sign, and
-        # their sum, by which is divided, now and then at about 0.
+        # ReBased's weights are squares, down to 0. From features rounded to bfloat16 they would come out with either sign,
+        # and their sum, which is divided by, would now and then be about 0.
         self.rounded = name != "rebased"
         self.epsilon = _EPSILON.get(name, _LEAST)
         self.norm = (
@@ -101,10 +102,10 @@ class LinearAttention(nnx.Module):
 
 
 class Rebased(nnx.Module):
-    """ReBased's map of ``[B, T, H, K]``, each head normalised to mean 0 and variance 1 first.
+    """ReBased's map of ``[B, T, H, K]``, with each head first normalised to mean 0 and variance 1.
 
-    The size that scale and bias have together in a head is divided out. It cancels in the division by z; but as they grow,
-    weights near 0, sums of terms that cancel, would come out as far below 0 as ``_EPSILON`` is above.
+    The joint magnitude of scale and bias in a head is divided out. It cancels in the division by z anyway; but as it grows,
+    weights near 0, which are sums of terms that cancel, would come out as far below 0 as ``_EPSILON`` is above.
     """
 
     def __init__(self, heads: int, width: int, *, rngs: nnx.Rngs):
@@ -120,7 +121,7 @@ class Rebased(nnx.Module):
 
 
 class Hedgehog(nnx.Module):
-    """Hedgehog's map of ``[B, T, H, K]``, with a K x K matrix of each head."""
+    """Hedgehog's map of ``[B, T, H, K]``, with a K x K matrix per head."""
 
     def __init__(self, heads: int, width: int, *, rngs: nnx.Rngs):
         identity = lambda key, shape, dtype: jnp.broadcast_to(jnp.eye(width, dtype=dtype), shape)  # noqa: E731
@@ -147,7 +148,7 @@ def _taylor(x: jax.Array) -> jax.Array:
 
 
 def _pairs(x: jax.Array) -> jax.Array:
-    """``[..., K]`` -> ``[..., K (K + 1) / 2]`` such that the product of two is the square of that of their x."""
+    """``[..., K]`` -> ``[..., K (K + 1) / 2]``, so that the product of two results is the square of that of their x."""
     width = x.shape[-1]
     weights = np.concatenate([[1.0] + [2.0**0.5] * (width - i - 1) for i in range(width)])
     products = jnp.concatenate([x[..., i : i + 1] * x[..., i:] for i in range(width)], axis=-1)

@@ -1,12 +1,12 @@
 """Longhorn (Liu et al. 2024, arXiv:2407.14207): the layer of Mamba around the answer to an online regression.
 
     r_t, k_t, q_t = W_s x_t
-    beta_t = sigmoid(W_dt r_t + dt_bias),   dt_t = beta_t / (1 + beta_t |k_t|^2)       one a channel
-    S_t = (1 - dt_t (k_t^T)^2) S_{t-1} + (dt_t x_t) k_t^T                              N numbers a channel
+    beta_t = sigmoid(W_dt r_t + dt_bias),   dt_t = beta_t / (1 + beta_t |k_t|^2)       one per channel
+    S_t = (1 - dt_t (k_t^T)^2) S_{t-1} + (dt_t x_t) k_t^T                              N numbers per channel
     y_t = W_o ((S_t q_t + D x_t) * silu(z_t))
 
-with x and z as in Mamba: what the state forgets follows from the key alone. S_t is what of all states has the least
-|S - S_{t-1}|^2 + beta_t |S k_t - x_t|^2 in each channel, but that k_t k_t^T counts as its diagonal.
+with x and z as in Mamba: what the state forgets follows from the key alone. Of all states, S_t has the least
+|S - S_{t-1}|^2 + beta_t |S k_t - x_t|^2 in each channel, except that k_t k_t^T is reduced to its diagonal.
 """
 
 import jax
@@ -19,11 +19,11 @@ from jaxlinear.models.mixers.mamba import Mamba
 
 
 class Longhorn(Mamba):
-    """As ``Mamba``, state and widths too."""
+    """Like ``Mamba``, including its state and widths."""
 
     @staticmethod
     def epsilon_of_selection(config: ModelConfig) -> None:
-        """A pattern may have Falcon-Mamba beside it: its norms are not of this mixer."""
+        """A pattern may also contain Falcon-Mamba: its norms do not belong to this mixer."""
 
     def add_transition(self, rngs: nnx.Rngs) -> None:
         self.dt_bias = parameter(nnx.initializers.zeros, (self.inner,), ("recurrent",), rngs)

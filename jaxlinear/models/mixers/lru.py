@@ -5,8 +5,8 @@
     z_t = Re(C h_t) + D x_t
     y_t = (W_1 z_t) * sigmoid(W_2 z_t)
 
-a begins uniform on a ring, and gamma where h has variance 1 on white noise, exp(gamma)^2 = 1 - |a|^2; B and C begin normal
-with variance 1/2 (the real and the imaginary part) over the fan-in of B and 1 over that of C (appendix A).
+a starts uniform on a ring, and gamma such that h has variance 1 on white noise, exp(gamma)^2 = 1 - |a|^2. B and C start
+normal with variance 1/2 (of the real and the imaginary part) over the fan-in of B and 1 over that of C (appendix A).
 """
 
 import jax
@@ -23,7 +23,7 @@ LARGEST_PHASE = 2 * jnp.pi
 
 
 class LRU(nnx.Module):
-    """The unit over ``[B, T, D]``, of N = ``recurrent_width`` complex states. State: ``h [B, N]``, complex64."""
+    """The unit over ``[B, T, D]``, with N = ``recurrent_width`` complex states. State: ``h [B, N]``, complex64."""
 
     OVER_SEQUENCE = True
     rounded_parameters = ("output_kernel",)
@@ -55,8 +55,8 @@ class LRU(nnx.Module):
         wide = dtypes.wide(x.dtype)
         nu, theta, gamma, skip = (p[...].astype(wide) for p in (self.nu, self.theta, self.gamma, self.skip))
         a = jnp.exp(jax.lax.complex(-jnp.exp(nu), jnp.exp(theta)))
-        # gamma goes to the matrix, not to every token: so its gradient is no sum of complex numbers over devices, which XLA
-        # makes of a gather on TPU.
+        # gamma multiplies the matrix, not every token. Its gradient is then no sum of complex numbers over devices, which
+        # XLA implements by a gather on TPU.
         kernel = self.input_kernel[...].astype(wide) * jnp.exp(gamma)[None, None]
         u = sharding.constrain(to_complex(x, kernel), "batch", "time", "recurrent")
         h, last = operations.linear_recurrence(a, u, past, segment_ids=segment_ids)
@@ -71,7 +71,7 @@ def _nu_init(key, shape, dtype):
 
 
 def _theta_init(key, shape, dtype):
-    """Such that the phase is uniform between 0, whose logarithm there is not, and ``LARGEST_PHASE``."""
+    """Such that the phase is uniform between 0, which has no logarithm, and ``LARGEST_PHASE``."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 1e-6, LARGEST_PHASE))
 
 

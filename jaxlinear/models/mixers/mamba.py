@@ -1,17 +1,17 @@
-"""Mamba (Gu and Dao 2023, arXiv:2312.00752): a recurrence whose time step, writing and reading follow from its input. And
-Falcon-Mamba (Zuo et al. 2024, arXiv:2410.05355), with norms of these.
+"""Mamba (Gu and Dao 2023, arXiv:2312.00752): a recurrence whose time step, writing and reading follow from its input. Also
+Falcon-Mamba (Zuo et al. 2024, arXiv:2410.05355), which normalises these.
 
     x_t = silu(conv(W_x u_t)),   z_t = W_z u_t
     r_t, B_t, C_t = W_s x_t                                      a time step of low rank, and N numbers each
-    dt_t = softplus(W_dt r_t + dt_bias)                          one a channel
-    S_t = exp(-exp(A_log) dt_t) S_{t-1} + (dt_t x_t) B_t^T       N numbers a channel
+    dt_t = softplus(W_dt r_t + dt_bias)                          one per channel
+    S_t = exp(-exp(A_log) dt_t) S_{t-1} + (dt_t x_t) B_t^T       N numbers per channel
     y_t = W_o ((S_t C_t + D x_t) * silu(z_t))
 
-With ``model.selection_norm``, as in Falcon-Mamba, norm(r_t), norm(B_t) and norm(C_t) stand for r_t, B_t and C_t, where
+With ``model.selection_norm``, as in Falcon-Mamba, norm(r_t), norm(B_t) and norm(C_t) replace r_t, B_t and C_t, where
 
     norm(v) = v / sqrt(mean(v^2) + epsilon)                      without weights, with an epsilon of its own if wanted
 
-The rank of the time step is ceil(D / 16) unless it is given. A begins at -1 .. -N in every channel (S4D-Real).
+The rank of the time step is ceil(D / 16) unless it is given. A starts at -1 .. -N in every channel (S4D-Real).
 """
 
 import jax
@@ -25,7 +25,7 @@ from jaxlinear.models.mixers.mamba2 import PROJECTION_SCALE, time_step_biases, t
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
-STATES = 16  # N, unless the config has a key width
+STATES = 16  # N, unless the config gives a key width
 _CHANNELS_OF_A_RANK = 16  # of D
 
 
@@ -35,7 +35,7 @@ def widths(config: ModelConfig) -> tuple[int, int]:
 
 
 def paper_rank(width: int) -> int:
-    """The rank of the time step unless the config has another."""
+    """The rank of the time step unless the config gives another."""
     return -(-width // _CHANNELS_OF_A_RANK)
 
 
@@ -67,7 +67,7 @@ class Mamba(nnx.Module):
 
     @staticmethod
     def epsilon_of_selection(config: ModelConfig) -> float | None:
-        """Of the norms of what is selected; None where there are none."""
+        """The epsilon of the norms of ``model.selection_norm``; None if there are none."""
         return (config.selection_norm_epsilon or config.norm_epsilon) if config.selection_norm else None
 
     def add_transition(self, rngs: nnx.Rngs) -> None:
@@ -90,7 +90,7 @@ class Mamba(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         past = {} if state is None else state
         v, convolved = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
-        # Not rounded to the dtype of x: a time step adds up over time, and the others are few.
+        # Not rounded to the dtype of x: a time step accumulates over time, and the others are few.
         selected = self.selection.product(v, dtypes.wide(x.dtype))
         parts = jnp.split(selected, (self.rank, self.rank + self.states), axis=-1)
         if self.selection_epsilon is not None:

@@ -1,6 +1,6 @@
-"""Mamba-2 (Dao and Gu 2024, arXiv:2405.21060): linear attention whose decay and whose input share a time step.
+"""Mamba-2 (Dao and Gu 2024, arXiv:2405.21060): linear attention whose decay and input share a time step.
 
-    dt_t = softplus(W_dt u_t + dt_bias)                         one a head
+    dt_t = softplus(W_dt u_t + dt_bias)                         one per head
     S_t = exp(-exp(A_log) dt_t) S_{t-1} + B_t (dt_t x_t)^T
     y_t = S_t^T C_t + D x_t
 
@@ -45,8 +45,8 @@ def widths(config: ModelConfig) -> tuple[int, int, int]:
 
 
 class Mamba2(nnx.Module):
-    """Over ``[B, T, D]``. In the words of linear attention x is the value, B the key and C the query, and all heads share
-    one key and one query; z is the gate. ``model.recurrent_width`` is the inner width, 2 D in the paper.
+    """Over ``[B, T, D]``. In terms of linear attention, x is the value, B the key and C the query; all heads share one key
+    and one query, and z is the gate. ``model.recurrent_width`` is the inner width, 2 D in the paper.
 
     State: ``memory [B, H, N, P]``, and the inputs of the convolutions ``query``, ``key`` ``[B, width-1, N]`` and ``value``
     ``[B, width-1, H P]``.
@@ -96,8 +96,8 @@ class Mamba2(nnx.Module):
         v, new["value"] = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
         dt = time_steps(self.time_step(x), self.dt_bias[...])
         rate, skip = jnp.exp(self.A_log[...]).astype(dt.dtype), self.D[...].astype(dt.dtype)
-        # On all channels [B, T, H P] but the time step's product: elementwise work on heads of fewer than 128 channels XLA
-        # for TPUs does with time last, to which it turns what comes and from which it turns what goes.
+        # On all channels [B, T, H P], except for the time step's product: XLA for TPUs does elementwise work on heads of
+        # fewer than 128 channels with time as the last axis, transposing the inputs to that layout and the results back.
         inputs = (dt[..., None] * by_head(v, self.heads).astype(dt.dtype)).astype(v.dtype)
         y, new["memory"] = operations.linear_attention(
             q[:, :, None],
@@ -124,7 +124,7 @@ def log_rates(low: float, high: float) -> Initializer:
     """A_log such that A is uniform in (low, high]."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-        # A draw of exactly 0 would be a rate that no gradient changes; 1 minus a draw of [0, 1) is never 0.
+        # A draw of exactly 0 would be a rate that no gradient changes; 1 minus a draw from [0, 1) is never 0.
         return jnp.log(low + (high - low) * (1 - jax.random.uniform(key, shape, dtype)))
 
     return init

@@ -2,12 +2,12 @@
 
     q_t, k_t = turn_t(W_q x_t), turn_t(W_k x_t)         v_t = W_v x_t
     S_t = (1 - 2^(-5 - h)) S_{t-1} + k_t v_t^T          o_t = K^-1/2 S_t^T q_t, in head h = 0, 1, ...
-    y_t = W_o (swish(W_g x_t) * norm(o_t))              each head normalised by itself
+    y_t = W_o (swish(W_g x_t) * norm(o_t))              each head normalised separately
 
-``turn`` are the rotary positions (xPos is they and the decay), which turn ``model.rotary_fraction`` of a head: all of it in
-the paper and the presets, half by default, as in Griffin. ``norm`` is GroupNorm, each head to mean 0 and variance 1, with
-no learned scale, as in the authors' code (torchscale), or with ``model.head_norm`` "rms" an RMSNorm with one, as in
-flash-linear-attention. The beginning is that of the authors' code: Xavier's uniform, with gain 2^-2.5 but for W_o.
+``turn`` applies rotary positions (xPos is these plus the decay) to ``model.rotary_fraction`` of a head: all of it in the
+paper and the presets, half by default, as in Griffin. ``norm`` is GroupNorm, which takes each head to mean 0 and variance
+1, with no learned scale, as in the authors' code (torchscale); with ``model.head_norm`` "rms" it is an RMSNorm with one, as
+in flash-linear-attention. Initialisation follows the authors' code: Xavier uniform, with gain 2^-2.5 except for W_o.
 """
 
 import jax

@@ -23,7 +23,7 @@ _LARGEST_SLOPE = 1000.0  # of the square root: its own grows without bound as a 
 
 
 class RGLRU(nnx.Module):
-    """The recurrence with its gates, over ``[B, T, R]``. W_a and W_x are block-diagonal, one block a head."""
+    """The recurrence with its gates, over ``[B, T, R]``. W_a and W_x are block-diagonal, with one block per head."""
 
     rounded_parameters = ("recurrence_kernel", "input_kernel")
 
@@ -40,8 +40,8 @@ class RGLRU(nnx.Module):
     def __call__(
         self, x: jax.Array, first: jax.Array, initial_state: jax.Array, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """``[B, T, R]`` -> the same and the last h ``[B, R]``. ``first`` ``[B, T]`` marks each document's first token,
-        which enters with weight 1."""
+        """``[B, T, R]`` -> the same, and the last h ``[B, R]``. ``first`` ``[B, T]`` marks the first token of each
+        document, which enters with weight 1."""
         recurrence = self._gate(x, self.recurrence_kernel[...], self.recurrence_bias[...])
         input_ = self._gate(x, self.input_kernel[...], self.input_bias[...])
         a, u = _transition(x, recurrence, input_, self.decay[...], first)

@@ -7,11 +7,11 @@
 with a = exp(L Delta), b = (a - 1) / L (zero-order hold) or a = (1 + L Delta / 2) / (1 - L Delta / 2),
 b = Delta / (1 - L Delta / 2) (bilinear).
 
-L begins as the spectrum of a block-diagonal matrix of J blocks, each the normal part of HiPPO-LegS: what is left of it
-without its low rank (Gu et al. 2022, arXiv:2206.11893). With V its eigenvectors, B and C begin as V^H B' and C' V, B' and
-C' real and normal with variance 1 / fan-in: before the first update the layer is the real one of B' and C'. Delta begins
-log-uniform. The real part of L is learned by its logarithm, so that no update makes the layer unstable (Goel et al.
-2022, arXiv:2202.09729).
+L starts as the spectrum of a block-diagonal matrix of J blocks, each the normal part of HiPPO-LegS: what is left of it
+without its low-rank part (Gu et al. 2022, arXiv:2206.11893). With V its eigenvectors, B and C start as V^H B' and C' V,
+where B' and C' are real and normal with variance 1 / fan-in: before the first update the layer is the real one of B' and
+C'. Delta starts log-uniform. The real part of L is learned through its logarithm, so that no update makes the layer
+unstable (Goel et al. 2022, arXiv:2202.09729).
 """
 
 import functools
@@ -34,8 +34,9 @@ class S5(nnx.Module):
     """S5 over ``[B, T, D]``, with P = ``recurrent_width`` and J = the config's ``heads``. State: ``h [B, P / 2]``,
     complex64.
 
-    ``bidirectional``: z also reads a pass over the documents from their ends, with a C of its own. For what is known
-    whole: there is no state to go on from, and the future is seen, so it is no key of a language model's config.
+    ``bidirectional``: z also reads a pass over the documents from their ends, with a C of its own. This is for sequences
+    known in full: there is no state to continue from, and the future is seen, so it is not a key of a language model's
+    config.
     """
 
     OVER_SEQUENCE = True
@@ -94,8 +95,8 @@ class S5(nnx.Module):
             p[...].astype(wide) for p in (self.log_rate, self.frequency, self.log_step, self.skip)
         )
         a, b = self.discretize(jax.lax.complex(-jnp.exp(rate), frequency), jnp.exp(step))
-        # b goes to the matrix, not to every token: so its gradient is no sum of complex numbers over devices, which XLA
-        # makes of a gather on TPU.
+        # b multiplies the matrix, not every token. Its gradient is then no sum of complex numbers over devices, which XLA
+        # implements by a gather on TPU.
         real, imaginary = self.input_kernel[...].astype(wide)
         b_real, b_imaginary = jnp.real(b)[None], jnp.imag(b)[None]
         kernel = jnp.stack([real * b_real - imaginary * b_imaginary, real * b_imaginary + imaginary * b_real])
@@ -109,7 +110,7 @@ class S5(nnx.Module):
 
 
 def zero_order_hold(eigenvalues: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """a and b ``[P / 2]``, for an input that stays as it is between steps."""
+    """a and b ``[P / 2]``, for an input that is constant between steps."""
     scaled = eigenvalues * step.astype(eigenvalues.dtype)
     return jnp.exp(scaled), jnp.expm1(scaled) / eigenvalues
 

@@ -1,5 +1,5 @@
 """Griffin's local block: sliding-window attention with rotary positions (arXiv:2402.19427, section 2.3). With one key and
-value head it is multi-query, as there; with more, grouped."""
+value head it is multi-query, as in the paper; with more, grouped."""
 
 import jax
 from flax import nnx
@@ -10,7 +10,7 @@ from jaxlinear.parallel import operations
 
 
 class SlidingWindow(CachedAttention):
-    """A token sees the last ``window`` tokens of its document, itself included, which are what the state holds."""
+    """A token sees the last ``window`` tokens of its document, including itself; the state holds these."""
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         super().__init__(config, slots=config.window, rngs=rngs)
