@@ -67,7 +67,7 @@ class Checkpoints:
             cleanup_tmp_directories=config is not None,
             preservation_policy=None if config is None else _preservation(config),
             save_decision_policy=policies.FixedIntervalPolicy(1),
-            # Makes Orbax write the losses beside the trees, so that the best are known when the run resumes, and keep them.
+            # Makes Orbax write the losses beside the trees, so that the best are still known when the run resumes.
             best_fn=None if config is None else _heldout_loss,
             best_mode="min",
         )

@@ -179,7 +179,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "optimizer.clip_norm": (1.0, "Global norm to which larger gradients are scaled down; 0 means never."),
     "optimizer.muon_learning_rate": (0.02, "Peak learning rate for the matrices that Muon updates."),
     "schedule.name": ("cosine", "cosine, linear, wsd (warm-up, stable, decay) or constant, each after a warm-up."),
-    "schedule.warmup_steps": (100, "Steps of linear warm-up from 0."),
+    "schedule.warmup_steps": (100, "Steps of linear warm-up; the first has the peak over their number."),
     "schedule.decay_fraction": (0.2, "Fraction of the run, at its end, in which wsd decays."),
     "schedule.final_fraction": (0.1, "Learning rate at the last step, as a fraction of the peak."),
     "mesh.data": (-1, "Devices over which the batch is split, each with all parameters; -1 takes those that are left."),

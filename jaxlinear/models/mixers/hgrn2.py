@@ -22,7 +22,7 @@ from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
 EXPANSION = 128  # K
-_LOWEST = -15.0  # of the gate before its sigmoid, which below it is 0 to float32
+_LOWEST = -15.0  # of the gate before its sigmoid: not far below, 1 - f is 1 in float32, and log f would be -inf
 
 
 def widths(config: ModelConfig) -> tuple[int, int, int]:
