@@ -84,8 +84,8 @@ def run(
     if message is not None:
         print(f"{os.path.basename(argv[0])}: {' '.join(message.split())}", file=sys.stderr)
     if (alone and _has_others()) or (failed and not waits_for_threads and not _has_others()):
-        # At exit JAX would wait for the other processes, which wait for data from this one; they notice that it has ended.
-        # Python would wait for threads: those of a checkpoint that could not be written wait five minutes for each other.
+        # At exit JAX waits for the other processes, and they for data from this one; they notice its end. Python waits for
+        # threads: those of a checkpoint that could not be written wait five minutes for each other.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -93,9 +93,9 @@ def run(
 
 
 def end_by_sigterm(status: int) -> None:
-    """Makes SIGTERM end the program at once with ``status``, as long as SIGTERM has no other handler: for phases in which
-    there is nothing to save. It works inside C++ too, for instance while a process waits for the others, where Python's own
-    handlers would have to wait. Ctrl-C also ends the program at once, by the signal's default action."""
+    """Makes SIGTERM, while it has no other handler, end the program at once with ``status``: for when there is nothing to
+    save. It works inside C++ too, e.g. while a process waits for the others, where Python's own handlers have to wait.
+    Ctrl-C ends the program at once, too, by the signal's default action."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     ends = threading.Lock()
@@ -103,7 +103,7 @@ def end_by_sigterm(status: int) -> None:
     def end(number: int, frame: object) -> None:
         if not ends.acquire(blocking=False):
             return  # the other thread, or this one in a frame below, is already ending the program
-        try:  # not through sys.stderr, which the interrupted frame may be writing to
+        try:  # not through sys.stderr, which the frame below may be writing to
             os.write(2, f"{os.path.basename(sys.argv[0])}: SIGTERM, with nothing to save\n".encode())
         finally:
             os._exit(status)

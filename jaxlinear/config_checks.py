@@ -1,5 +1,5 @@
-"""The conditions that a config with every key filled in must meet for a run to work as described. ``check`` refuses the
-first violation in one line with the reason."""
+"""What a config with every key filled in must be for a run to work as it says: ``check`` refuses the first violation in one
+line with the reason."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,12 @@ MODEL_DTYPES = ("bfloat16", "float32")
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
-_LEAST = 1.2e-38  # smallest normal float32: devices may flush anything smaller to 0
+_LEAST = 1.2e-38  # about the smallest normal float32; devices may flush anything below to 0
 
 
 def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ``UserError`` for the first value that cannot work.
-
-    ``may_stand``: for every key, the values that the user did not ask for (the default first, then the preset's). They are
-    accepted even where nothing reads the key."""
+    """``may_stand``: for every key, the values that the user did not ask for (the default first, then the preset's), which
+    are accepted even where nothing reads the key."""
     for key in _POSITIVE:
         section, name = key.split(".")
         value = config[section][name]
@@ -89,7 +87,7 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
         if not 0 <= config.optimizer[name] < 1:
             raise UserError(f"optimizer.{name} is {config.optimizer[name]}; it lies in [0, 1)")
     if config.optimizer.epsilon < _LEAST:
-        # An entry without a gradient, such as the embedding of a token absent from a batch, would become 0 / 0.
+        # Without a gradient, as in the row of a token that is not in a batch, the update would be 0 / 0.
         raise UserError(
             f"optimizer.epsilon is {config.optimizer.epsilon}; it must be at least {_LEAST}, the least of float32"
         )
@@ -127,7 +125,7 @@ def is_read(config: config_dict.ConfigDict, key: str) -> bool:
 
 def unread(config: config_dict.ConfigDict) -> Iterator[tuple[str, Mapping[str, tuple[str, ...]]]]:
     """The keys that nothing in this run reads, each with the keys that decide who reads it and, for each of these, the
-    choices that do: an empty tuple where any value would do except the one that switches the feature off. Leaves out
+    choices that do: an empty tuple if any value does except the one that switches the feature off. Leaves out
     ``model.num_heads``, which has no default: configs that give all sizes set it whatever their mixers."""
     for key, readers in _READ_BY.items():
         if key != "model.num_heads" and not is_read(config, key):
@@ -139,7 +137,7 @@ def unread(config: config_dict.ConfigDict) -> Iterator[tuple[str, Mapping[str, t
 
 
 def _check_read(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuses a value that was set but that nothing in this run reads, since it would have no effect."""
+    """Refuses a value that is set and that nothing in this run reads: it would do nothing."""
     for key, readers in unread(config):
         section, name = key.split(".")
         value = config[section][name]
@@ -164,7 +162,7 @@ def _chosen(config: config_dict.ConfigDict, chooser: str) -> tuple[str, ...]:
 
 
 def _turned(model: config_dict.ConfigDict, mixer: str) -> int:
-    """Channels of the heads to which rotary positions are (partly) applied; 0 for mixers without rotary positions."""
+    """Channels of a head that rotary positions turn, or turn a part of; 0 for mixers without."""
     if mixer not in mixers.READERS["rotary_fraction"]:
         return 0
     if mixer == "retention":
@@ -265,8 +263,8 @@ _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "schedule.decay_fraction": {"schedule.name": ("wsd",)},
     "schedule.final_fraction": {"schedule.name": ("cosine", "linear", "wsd")},
 }
-# Keys that are read only if another key is set, to something other than 0 or empty. Numbers that belong to a feature that
-# is switched off may stand, such as ``evaluation.batches``.
+# Keys that are read only if another key is set, to neither 0 nor empty. Numbers of a feature that is switched off may
+# stand, such as ``evaluation.batches``.
 _READ_WITH = {
     "evaluation.tasks": "evaluation.every_steps",
     "model.rotary_context": "model.rotary_scaling",

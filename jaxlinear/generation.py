@@ -25,8 +25,8 @@ from jaxlinear.parallel import mesh as meshes
 CHUNK = 64  # tokens that the device generates before the host looks at them
 _SHORTEST_PROMPT = 16  # prompts are padded to at least this length
 _FEWEST_REMEMBERED = 128  # least number of tokens that attention's state has room for, unless its window is smaller
-# Least number of rows that a device decodes, by platform. Elsewhere XLA computes products with a single row element by
-# element, which takes several times the cycles of two rows (benchmarks/decode_compiled.py --streams=1).
+# Fewest rows that a device decodes, by platform. On others XLA computes products with one row element by element, in
+# several times the cycles of two rows (benchmarks/decode_compiled.py --streams=1).
 _FEWEST_ROWS = {"cpu": 1}
 _FEWEST_ELSEWHERE = 2
 _LEAST_PART = 1e-30  # of the probability; the likeliest token has that much, and less may round to 0 and keep no token
@@ -38,7 +38,7 @@ class Sampling:
     """How a token is drawn from logits. The draws for row r are a function of (seed, r, index of the token) alone.
 
     ``temperature`` 0 takes the likeliest token. Otherwise the logits are divided by it, only the ``top_k`` likeliest are
-    kept (0 keeps all), and of those only the fewest whose probabilities sum to at least ``top_p``. Tokens as likely as the
+    kept (0 keeps all), and of those the fewest that hold at least ``top_p`` of their probability. Tokens as likely as the
     last one kept are kept too.
     """
 
@@ -90,7 +90,7 @@ def generate(
     of several).
 
     An empty prompt begins with the (first) stop token, which is the one between documents. Tokens from ``vocab_size`` on,
-    which have no meaning when the embedding has more rows than the tokenizer has tokens, are never drawn. A row's tokens
+    which mean nothing when the embedding has more rows than the tokenizer has tokens, are never drawn. A row's tokens
     depend not on the other rows but on its position among them (see ``Sampling``). If ``mesh`` is given, the model's
     parameters must be on it, and the time axis of the prompts is sharded over its axis ``sequence``.
     """

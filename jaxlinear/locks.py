@@ -36,8 +36,8 @@ def take(file: BinaryIO, *, shared: bool = False) -> bool:
 
 @contextlib.contextmanager
 def of_run(directory: Path) -> Iterator[None]:
-    """Holds a run's directory exclusively inside the context, after waiting a while for another program that holds it.
-    Where the file system has no locks, a line in the log says so.
+    """Holds a run's directory exclusively, after waiting a while for another program that holds it. If the file system has
+    no locks, the log says so.
 
     Raises:
       RunError: another program still holds it.

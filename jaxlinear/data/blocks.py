@@ -114,7 +114,7 @@ class SplitWriter:
         if self._writer is None:
             return
         path = self._shard_path()
-        # The writer buffers, and reports every failure (including a full disk) when it is closed.
+        # The writer buffers, and reports every failure, even a full disk, when it is closed.
         _call(path, lambda _: self._writer.close())
         self._writer = None
         file = path.relative_to(self._directory).as_posix()
@@ -157,7 +157,7 @@ def _content(file: pathlib.Path) -> bytes | None:
 
 
 class SplitReader:
-    """Random access to the blocks of one split. Shards are opened when first read; the most recently used stay open."""
+    """Random access to the blocks of one split. Shards open on first read; the most recently used stay open."""
 
     def __init__(self, directory: str | os.PathLike[str], split: Split):
         self._directory, self._shards, self.blocks = pathlib.Path(directory), split.shards, split.blocks
@@ -165,7 +165,7 @@ class SplitReader:
         self._looked_at, self._content = _mark(self._manifest), _content(self._manifest)
         self._ends = np.cumsum([shard.records for shard in split.shards])
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._lock = threading.Lock()  # the training loop's prefetching and its evaluation read from different threads
+        self._lock = threading.Lock()  # prefetching and evaluation read in different threads
 
     def read(self, blocks: Sequence[int] | np.ndarray) -> list[bytes]:
         """The records of ``blocks``, in that order."""

@@ -41,8 +41,8 @@ def unlock(partial: pathlib.Path) -> None:
 
 
 def clear(output: pathlib.Path) -> None:
-    """Removes what killed writers of ``output`` left behind on this host. Only logs that there is a directory that may
-    belong to another writer, or a dataset that was moved aside to be replaced."""
+    """Removes what killed writers of ``output`` left behind on this host. Only logs what may belong to another writer, and
+    a dataset that was moved aside to be replaced."""
     if not output.parent.is_dir():
         return
     pattern = re.compile(re.escape(f".{output.name}.") + "(partial|old)-[0-9a-f]{8}")

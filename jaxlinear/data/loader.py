@@ -1,8 +1,8 @@
 """Batches of a prepared dataset, addressed by index.
 
-Example i of epoch e is a pure function of (seed, e, i): the global index of an example is mapped to its position in the
-datasets (a mixture of shuffles, each reseeded every epoch), and the rows of a batch are then read together. So the
-loader's state is just the step, and the hosts of a run agree without communicating.
+Example i of epoch e is a pure function of (seed, e, i): an example's global index is mapped to its position in the datasets
+(a mixture of shuffles, each reseeded every epoch), and the rows of a batch are read together. So a loader's state is the
+step, and the hosts of a run agree without communicating.
 """
 
 import fractions
@@ -24,9 +24,9 @@ from jaxlinear.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
-# Rounds of the shuffling cipher. grain's ``MapDataset.shuffle`` uses 4, after which the positions of neighbours still
-# correlate (tests/data/test_loader.py); after 8 they do not. More rounds cost time where there are few examples: the cipher
-# has 16 bits and is applied until the result is below the number of examples.
+# Rounds of the shuffling cipher. grain's ``MapDataset.shuffle`` has 4, after which the positions of neighbours still
+# correlate (tests/data/test_loader.py); after 8 they do not. More cost time where examples are few: the cipher has 16 bits
+# and is applied until a number is below their count.
 _ROUNDS = 8
 # The name of this order of examples, recorded in a run's directory: a run resumes with the order it began with.
 SHUFFLE = f"index_shuffle, {_ROUNDS} rounds"
@@ -220,7 +220,7 @@ class ExampleTable:
 
 
 def _order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> tuple["_Order", int]:
-    """(index of an example in the run -> its position in the concatenated datasets, examples per epoch)."""
+    """(example index in the run -> position in the concatenated datasets, examples per epoch)."""
     offsets = np.cumsum([0, *lengths]).tolist()
     seeds = np.random.SeedSequence(seed).generate_state(len(lengths)).tolist()
     shuffled = [_Shuffled(*ends, s) for ends, s in zip(itertools.pairwise(offsets), seeds, strict=True)]
@@ -235,7 +235,7 @@ class _Shuffled:
     """The numbers from ``start`` to ``stop`` in a random order, then all again in another order, without end."""
 
     def __init__(self, start: int, stop: int, seed: int):
-        # Imported here because grain imports JAX, which neither the worker processes nor the preparation needs.
+        # Imported here: grain imports JAX, which neither worker processes nor the preparation need.
         from grain.experimental import index_shuffle
 
         self._shuffle, self._start, self._length, self._seed = index_shuffle, start, stop - start, seed
@@ -318,8 +318,8 @@ def _options_of_tokenizer(path: Path, manifest: Manifest) -> str:
 
 
 def warn_of_splits(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    """Warns unless all datasets were made with the same seed and held-out fraction: only then do two datasets with the same
-    document put it in the same split, which is chosen by the document's hash."""
+    """Warns unless all datasets have the same seed and held-out fraction: only then do two of them put a document, by its
+    hash, in the same split."""
     first = manifests[0]
     for path, manifest in zip(paths, manifests, strict=True):
         if (manifest.seed, manifest.heldout_fraction) != (first.seed, first.heldout_fraction):

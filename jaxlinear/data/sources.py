@@ -1,7 +1,7 @@
 """Sources of documents: the standard library's source code, text files, JSONL, Parquet, Hugging Face datasets.
 
-A source is an iterable of ``Record``: a text with its origin (file, and line or row), or the reason why there is none.
-It can be iterated several times and gives the same records every time, unless it is a pipe. Sources of token ids are in
+A source is an iterable of ``Record``: a text with its origin (file, and line or row), or the reason why there is none. It
+gives the same records each time it is iterated; a pipe can be iterated only once. Sources of token ids are in
 ``token_sources.py``.
 """
 
@@ -43,7 +43,7 @@ _LARGEST_DOCUMENT = 1 << 30  # bytes: it is held in memory whole, as text and as
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One document: ``text``, the ``ids`` [T] uint32 of its tokens, or the ``error`` that broke it. ``origin`` is
-    file:line, or file. After a record that ``ends_file``, the rest of its file is lost too, however much that is."""
+    file:line, or file. After one that ``ends_file``, the rest of its file is lost too, however much that is."""
 
     origin: str
     text: str | None
@@ -150,8 +150,8 @@ def is_pipe(name: str) -> bool:
 
 
 class _Cuts:
-    """Plain text cut into documents by a separator. A separator found in no file is refused, since each file would be one
-    document. That is certain once the last file is read; after a hundred files it is likely, and a warning says so."""
+    """Plain text cut into documents by a separator. One found in no file is refused, since each file would be one document:
+    that is certain after the last file, and likely after a hundred, when a warning says so."""
 
     def __init__(self, name: str, separator: str):
         if not separator:
@@ -239,7 +239,7 @@ def refuse_unread(name: str, **unread: object) -> None:
 
 
 def about_size(files: Sequence[pathlib.Path], field: str) -> int:
-    """Approximate size of the text. Files of the same kind are assumed to be like the first of that kind."""
+    """Approximate size of the text. Files are assumed to be like the first of their kind."""
     of_kind: dict[tuple[str, str], float] = {}
     total = 0.0
     for file in files:
@@ -260,8 +260,8 @@ def _expansion(file: pathlib.Path, field: str) -> float:
 
 
 def _share_of_field(file: pathlib.Path, field: str) -> float:
-    """The share of a JSONL file that its field takes up, estimated from the beginning: other fields may be far larger, and
-    text that is not ASCII may be escaped to two or three times its bytes. 1 if no line can be parsed."""
+    """The share of a JSONL file that its field takes up, by its beginning: other fields may be far larger, and text that is
+    not ASCII may take two or three times the bytes. 1 if no line can be parsed."""
     beginning = b""
     with contextlib.suppress(DamagedFile):
         for content in read_chunks(file, beginning=True):

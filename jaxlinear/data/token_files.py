@@ -20,7 +20,7 @@ from jaxlinear.errors import UserError
 FLAT = ("uint16", "uint32", "int32", "int64")
 FORMATS = (*FLAT, "npy", "megatron", "llm.c")
 _PART = 1 << 20  # ids
-_PADDED = 1 << 16  # ids checked for padding: every second one is 0 if they are really twice as wide
+_PADDED = 1 << 16  # ids checked: every second is 0 if they are really twice as wide
 _NPY = b"\x93NUMPY"
 _MEGATRON = b"MMIDIDX\x00\x00"
 _MEGATRON_HEADER = struct.Struct("<9sQBQQ")
@@ -40,7 +40,7 @@ def is_stream(form: str) -> bool:
 
 
 def check(file: pathlib.Path, form: str) -> None:
-    """Raises ``UserError`` for a file that does not begin as this ``form`` does: before reading others, maybe for hours."""
+    """``UserError`` for a file that does not begin as this ``form`` does, before reading others, maybe for hours."""
     if form == "megatron":
         _index_header(file)
     elif form == "npy":
@@ -53,8 +53,8 @@ def check(file: pathlib.Path, form: str) -> None:
 
 
 def records(file: pathlib.Path, form: str, ids: Ids) -> Iterator[Record]:
-    """Parts of a stream, named file:position, or Megatron-LM's documents, file:number. Raises ``UserError`` for a file that
-    is not of this ``form`` or whose ids are not the tokenizer's: if one id is wrong, all are."""
+    """Parts of a stream, named file:position, or Megatron-LM's documents, file:number. ``UserError`` for a file not of this
+    ``form`` or with ids that are not the tokenizer's: if one is wrong, all are."""
     if form == "megatron":
         return _megatron(file, ids)
     if form == "npy":

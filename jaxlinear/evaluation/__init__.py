@@ -36,8 +36,8 @@ def evaluate(
     """Evaluates a checkpoint (the newest by default) on each task. Returns what ``--json`` writes.
 
     ``mesh`` is passed to ``open_run``: how all devices share the work. ``changes`` set fields of the ``options``, by name.
-    Raises ``UserError`` for anything that cannot be evaluated before anything runs, except for single texts of a harness
-    task (e.g. one too long for full attention), which are found on the way.
+    Raises ``UserError`` before anything runs if something cannot be evaluated; only single texts of a harness task (e.g.
+    one too long for full attention) are found on the way.
     """
     check_names(tasks)
     options = dataclasses.replace(options or Options(), **changes)
@@ -51,7 +51,7 @@ def evaluate_run(run: Run, tasks: Sequence[str], options: Options) -> dict[str, 
 
 
 def scalars(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By task, the numbers of a report that are plotted over the steps of a run, each named ``WHAT, WHERE``."""
+    """By task, the numbers of a report that are plotted over a run's steps, each named ``WHAT, WHERE``."""
     return {spec: find(spec).scalars(report[spec]) for spec in report if spec.split(":")[0] in TASKS}
 
 

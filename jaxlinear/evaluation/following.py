@@ -159,8 +159,8 @@ def _of_the_past(workdir: str | os.PathLike, asked: Mapping[str, Any]) -> dict[i
 
 
 def _was_set_back(report: Mapping[str, Any], path: Path, starts: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the run restarted from an earlier step after a report was made. Reports count the starts before them; older
-    ones that do not are judged by their file times, which is unreliable, since a copied directory is newer than all starts.
+    """Whether the run restarted from an earlier step after a report was made. Reports count the starts before them; old
+    ones that do not are judged by file times, although a copied directory is newer than all starts.
     """
     if "starts" in report:
         later = starts[report["starts"] :]

@@ -210,7 +210,7 @@ def _scores(values: dict[str, Any]) -> dict[str, float]:
 
 
 def scalars(report: dict[str, Any]) -> dict[str, float]:
-    """The numbers that are plotted over the steps of a run."""
+    """The numbers plotted over a run's steps."""
     return {
         f"{name}, {task}": value for task, values in report["tasks"].items() for name, value in _scores(values).items()
     }

@@ -186,7 +186,7 @@ def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byt
 
 
 def scalars(report: dict[str, Any]) -> dict[str, float]:
-    """The numbers that are plotted over the steps of a run."""
+    """The numbers plotted over a run's steps."""
     return {
         f"{name}, length {row['length']}": row[name] for row in report["lengths"] for name in ("loss", "bits_per_byte")
     }

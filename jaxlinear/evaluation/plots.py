@@ -56,8 +56,8 @@ def _names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:
-    """A running mean corrected for the bias of its start. It skips values that are not finite, such as the loss of a
-    skipped step, since otherwise all later values would not be finite either."""
+    """A running mean without the bias of its start. It skips values that are not finite, such as the loss of a skipped
+    step: otherwise all later ones would not be finite either."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
         if math.isfinite(value):

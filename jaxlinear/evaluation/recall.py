@@ -1,4 +1,4 @@
-"""Comparison of layers on a synthetic task: each is trained from scratch in the same way and then evaluated."""
+"""Layers compared on a synthetic task: each is trained from scratch in the same way, then evaluated."""
 
 import dataclasses
 import os
@@ -94,7 +94,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike, spec: str,
 
 def asked(config: config_dict.ConfigDict) -> str:
     """The last difficulty that a run is trained on, as an evaluation task with the run's other options and held-out text.
-    Every option that the references vary is given, so that none of the references is evaluated as well."""
+    It gives every option that the references vary, so none of them is evaluated too."""
     last = tasks.training_set(config.data.task, task_setting(config, "train"))[-1]
     varied = {"length"}.union(*last.REFERENCE)
     given = (f"{name}={value}" for name, value in last.options().items() if name in varied)

@@ -34,7 +34,7 @@ class Scorer:
         self._prefix, self._continuations, self._next = run.program("scoring", lambda: _programs(run))
 
     def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """For each pair, the continuation's log-probability in nats, and whether greedy decoding gives the continuation."""
+        """For each pair, the continuation's log-probability in nats, and whether greedy decoding gives it."""
         by_context: dict[Tokens, list[int]] = {}
         for i, (context, continuation) in enumerate(pairs):
             self._check_length(len(context) + len(continuation))

@@ -67,7 +67,7 @@ def _same(task: tasks.Task, trained: tasks.Task) -> bool:
 
 
 def scalars(report: dict[str, Any]) -> dict[str, float]:
-    """The numbers that are plotted over the steps of a run."""
+    """The numbers plotted over a run's steps."""
     rows, varying = report["difficulties"], _varying(report)
     named = [", ".join(f"{name} {row['options'][name]}" for name in varying) for row in rows]
     return {f"accuracy, {name}": row["accuracy"] for name, row in zip(named, rows, strict=True)}

@@ -60,8 +60,8 @@ def _attend_backward(kernel, pullback, d_o):
 
 
 def _precision(x: jax.Array):
-    """The kernel's products request no precision. A TPU would then truncate float32 to bfloat16, or use what the user asked
-    for, which Mosaic refuses for products of bfloat16."""
+    """The kernel's products ask for no precision, so a TPU would cut float32 to bfloat16, or use what the user asked for,
+    which Mosaic refuses for products of bfloat16."""
     return jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else "default")
 
 

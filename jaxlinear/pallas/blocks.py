@@ -264,7 +264,8 @@ def delta_rule_gpu(
 
 
 # For softmax attention: tokens of a block, and the cycles of all passes for 128 queries and 128 keys in such blocks
-# (benchmarks/tpu_attention.py). VMEM has no room for larger ones, nor for 1,024 tokens of more than so many bytes a head.
+# (benchmarks/tpu_attention.py). VMEM has no room for larger ones, nor for 1,024 tokens of more than ``_SOFTMAX_TPU_BYTES``
+# per head.
 SOFTMAX_TPU = {
     "TPU v5 lite": {512: 387, 1024: 321},
     "TPU v5": {512: 347, 1024: 277},

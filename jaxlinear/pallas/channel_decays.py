@@ -30,9 +30,9 @@ class ByLevels:
 
     Two tokens of different groups meet at the middle of the smallest of the chunk's halves, quarters, ... that has both:
         exp(G_i - G_j) = exp(G_i - G_r) exp(G_r - G_j),   i > r >= j,
-    so that both factors are at most 1. At each such level a token is on one side: it is a row, decayed since the middle, or
-    a column, decayed until the middle. It has a single factor there: its own, since or until a position in its group, times
-    the group's, between that position and the middle. Subclasses define the groups and the products within each.
+    so both factors are at most 1. At each such level a token is on one side: a row, decayed since the middle, or a column,
+    decayed until it. It has one factor there: its own, since or until a position in its group, times the group's, between
+    that and the middle. Subclasses define the groups and the products within each.
     """
 
     by_channel = True
@@ -210,13 +210,13 @@ class ByChannel(ByLevels):
 
 
 def to_base_2(log_decay: jax.Array) -> jax.Array:
-    """The argument with which ``exp2``, the hardware's exponential, gives the exponential of ``log_decay``."""
+    """The argument with which ``exp2``, the hardware's, gives the exponential of ``log_decay``."""
     return log_decay * jnp.asarray(1 / math.log(2), log_decay.dtype)
 
 
 def _near(log_decay: jax.Array, row: jax.Array):
-    """In groups of 8 tokens: a token's log decay since or until the middle of its 2, 4 and 8 tokens; and that since their
-    start and until their end."""
+    """In groups of 8 tokens: a token's log decay since or until the middle of its 2, 4 and 8; and since their start and
+    until their end."""
     none = jnp.zeros_like(log_decay)
     odd, second, later = ((row & size) != 0 for size in (1, 2, 4))
     before, after = (pltpu.roll(log_decay, by, axis=1) for by in (1, GROUP - 1))

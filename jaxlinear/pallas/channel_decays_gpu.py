@@ -98,8 +98,8 @@ class ByChannel:
         return functools.reduce(jnp.add, reversed(products))
 
     def _either(self, factored: Callable, level: Callable, first: Callable) -> Any:
-        """``factored`` applied to the decays since the middle, or ``first`` as changed by the levels. The levels are a loop
-        that is not unrolled, since otherwise the loads of all levels would take registers at the same time."""
+        """``factored`` of the decays since the middle, or ``first`` as changed by the levels: a loop that is not unrolled,
+        since otherwise the loads of all levels take registers at once."""
 
         def by_levels(*_):
             return lax.fori_loop(jnp.int32(0), jnp.int32(self._layout.chunk.bit_length() - 1), level, first())

@@ -1,8 +1,8 @@
 """Decays within a chunk, inside kernels: from one token to another, and products of tokens decayed by them.
 
 The rules of ``ops.decay`` hold: no exponent is above 0, and each is a sum of only the log decays that it stands for. Log
-decays are made finite before they are summed (``finite``): here for one per head, whereas ``channel_decays`` does it itself
-for those by key channel, ``[c, K]``. c is 8 times a power of two.
+decays must be ``finite`` before they are summed: those per head are here, whereas ``channel_decays`` sees to those by key
+channel, ``[c, K]``, itself. c is 8 times a power of two.
 Arrays are values in registers, float32 (float64 in interpreted kernels), and functions use only what Mosaic compiles.
 """
 
@@ -20,12 +20,12 @@ GROUP = 8  # tokens of a register
 
 
 def finite(log_decay: jax.Array) -> jax.Array:
-    """-inf cannot be summed: log decays below a floor whose exponential is zero are raised to that floor."""
+    """-inf cannot be summed: log decays below a floor whose exponential is zero become that floor."""
     return jnp.maximum(log_decay, jnp.asarray(floor(log_decay.dtype), log_decay.dtype))
 
 
 def times(factor: jax.Array | None, x: Any) -> Any:
-    """The product, where either may be None for 1. The factor of a head is the same in all its columns, however many."""
+    """The product; either may be None for 1. The factor of a head is the same in all its columns, however many."""
     if factor is None or x is None:
         return x if factor is None else factor
     if factor.shape[1] != x.shape[1]:
@@ -91,8 +91,8 @@ class ByHead:
     """One decay for the whole head: ``since_start``, ``until_end`` ``[c, 1 or c]`` and ``whole`` ``[1, 1 or c]`` as in
     ``ops.decay``, the same in all columns.
 
-    Made from the log decays since the start and until the end, and from ``steps`` ``[c, c]``, which is G_i - G_j where
-    i >= j and arbitrary elsewhere.
+    Made from the log decays since the start and until the end, and from ``steps`` ``[c, c]``, G_i - G_j where i >= j and
+    arbitrary elsewhere.
     """
 
     by_channel = False
@@ -133,8 +133,8 @@ def by_heads(coarse: jax.Array, fine: jax.Array) -> list[ByHead]:
 
 
 def by_sums(coarse: jax.Array, fine: jax.Array) -> ByHead:
-    """``by_heads`` for one head, ``[1, c]`` each; factors are ``[c, c]``: these take more registers, but multiply matrices
-    without being broadcast."""
+    """``by_heads`` for one head, ``[1, c]`` each; factors are ``[c, c]``: more registers, but matrices are multiplied
+    without a broadcast."""
     # A row broadcast to many rows and transposed is each token's number in all columns: cheaper than spreading a column.
     columns = [jnp.broadcast_to(x, (x.shape[1], x.shape[1])).T for x in (coarse, fine)]
     steps = [x - y for x, y in zip(columns, (coarse, fine), strict=True)]

@@ -5,9 +5,9 @@ the tokens write X at their keys and read O:
 
     X = (I + beta L)^-1 beta (V - K S),   O = scale (P X + Q S),   S' = whole S + E^T X,
 
-where P and L are the decayed products of queries with keys and of keys with keys: of each token with the earlier ones and,
-in P, with itself. States are transposed, ``[V, K]``: a decay of each key channel then scales them along their rows. Every
-step is written for all heads before the next one, so that no head waits for its own last step.
+where P and L are the decayed products of queries and of keys with keys, of each token with earlier ones and, in P, itself.
+States are transposed, ``[V, K]``: a decay of each key channel then scales them along their rows. Every step is written for
+all heads before the next one, so that no head waits for its own last step.
 """
 
 from collections.abc import Sequence

@@ -18,9 +18,9 @@ from jaxlinear.pallas.target import Target
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """``chunk`` tokens; K and V rounded up to powers of two, and the channels of their tiles; the number of values that one
-    program carries through time or has the outputs of; and the number of keys of which one has the gradients, which is also
-    the tile size of what takes few registers."""
+    """``chunk`` tokens; K and V rounded up to powers of two, and the channels of their tiles; the values that one program
+    carries through time or computes outputs for; and the keys that one has the gradients of, also the tile of what takes
+    few registers."""
 
     plan: Any
     chunk: int
@@ -66,7 +66,7 @@ def span(start, size: int) -> Any:
 
 def over_tiles(width: int, tile: int, step: Callable[[Any, Any], Any], carry: Any = ()) -> Any:
     """``carry = step(first channel, carry)`` for each tile of a width in turn: a loop that is not unrolled, since otherwise
-    the loads of all tiles would take registers at the same time."""
+    the loads of all tiles take registers at once."""
     if width == tile:
         return step(jnp.int32(0), carry)
     return lax.fori_loop(jnp.int32(0), jnp.int32(width // tile), lambda i, carry: step(i * tile, carry), carry)

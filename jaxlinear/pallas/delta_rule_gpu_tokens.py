@@ -115,8 +115,8 @@ class Documents:
 
 class ByHead:
     """A decay of the whole head, or none: ``matrix`` ``[c, c]`` for i >= j, and the decays since the start and until the
-    end of the chunk ``[c, 1]``; None for 1. The matrix fills many registers: it is computed where it is first requested,
-    which must not be in a loop."""
+    end of the chunk ``[c, 1]``; None for 1. The matrix fills many registers: it is computed on first use, which must not be
+    in a loop."""
 
     since_start = until_end = whole = _sums = None
 
@@ -170,7 +170,7 @@ def inverse(lower: jax.Array, documents: Documents, layout: Layout) -> jax.Array
 
 
 def _parts(x: jax.Array, narrow) -> Terms:
-    """x as a sum of arrays of the dtype of products, to 16 bits."""
+    """x as a sum of arrays of the products' dtype, to 16 bits."""
     if narrow == x.dtype:
         return (x,)
     high = x.astype(narrow)

@@ -34,7 +34,7 @@ class Plan(Named):
       packed: whether documents begin within rows.
       scale: of the outputs.
       narrow, wide: the dtypes of products, and of states and sums.
-      chunk: tokens of a chunk; None takes it from the table in ``blocks``.
+      chunk: tokens of a chunk; None: by the table in ``blocks``.
       keep: forward, also give the states before each chunk.
       negative_eigenvalues: whether beta |k|^2 may exceed 1.
     """
@@ -59,7 +59,7 @@ class Plan(Named):
     def terms(self) -> int:
         """How many arrays of the products' dtype represent the inverse, and what it and the states are multiplied by. With
         negative eigenvalues and similar keys, the numbers in a column of the inverse, and the successive writes of tokens,
-        have the same size and alternating signs: with 8 digits, nothing is left of their sums."""
+        have one magnitude and either sign: with 8 digits nothing is left of their sums."""
         return 2 if self.negative_eigenvalues and self.narrow != self.wide else 1
 
     @property

@@ -126,7 +126,7 @@ class _Layout:
         return x.reshape(self.batch, self.chunks, self.chunk, *x.shape[2:])
 
     def _at(self, t):
-        """The chunk that is processed in step t of the grid."""
+        """The chunk processed in grid step t."""
         return self.chunks - 1 - t if self.plan.reverse else t
 
     def _wide(self, x) -> pl.BlockSpec:

@@ -4,8 +4,8 @@
 
 If a token is on the other side of r, its factor is at least 1, and bounded by the decay of the tokens in between: those of
 a whole chunk, where r is its end (``Factored``), or of a part, where r is the middle of two parts (``FactoredInParts`` and,
-with half as many tokens, ``FactoredInSmallParts``). No channel may decay by more than ``LIMIT`` there. This is used only
-for bfloat16: it has the exponents of float32, and its own rounding exceeds that of the differences of sums taken here.
+with half as many tokens, ``FactoredInSmallParts``). No channel may decay by more than ``LIMIT`` there. Only bfloat16 uses
+this: it has the exponents of float32, and its own rounding exceeds that of the differences of sums taken here.
 ``channel_decays.ByChannel`` handles all other cases, and ``each_way`` chooses.
 """
 

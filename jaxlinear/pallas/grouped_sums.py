@@ -19,8 +19,8 @@ _SIDE = 1024  # largest side of the part of a sum that a step adds to
 
 
 def call(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, dtype: jnp.dtype, rows: int, target: Target) -> jax.Array:
-    """``[E, D, F]`` of ``dtype``, in which it is summed, from ``[M, D]`` and ``[M, F]`` sorted by group. ``sizes`` ``[E]``
-    should add up to ``rows``, which determines the reported cost."""
+    """``[E, D, F]``, summed in ``dtype``, from ``[M, D]`` and ``[M, F]`` sorted by group. ``sizes`` ``[E]`` should add up
+    to ``rows``, which sets the reported cost."""
     (count, width), inner, groups = x.shape, dy.shape[1], sizes.shape[0]
     block, sides = min(count, _ROWS), (_side(width), _side(inner))
     steps, schedule = _schedule(sizes, count, block)

@@ -9,8 +9,7 @@ from jaxlinear.pallas import chunk_decays
 
 
 def cut(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``[..., c]`` to the sums up to each token, ``[..., c]`` twice: two parts, in the form that ``chunk_decays.by_sums``
-    takes.
+    """``[..., c]`` to the sums up to each token, ``[..., c]`` twice: two parts, for ``chunk_decays.by_sums``.
 
     Each log decay is split into a whole multiple of a common unit and a small rest. The multiples are summed exactly, so
     the differences of their sums are exact as well.

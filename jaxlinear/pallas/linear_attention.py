@@ -22,7 +22,7 @@ from jaxlinear.pallas.target import Target
 
 
 class Options(NamedTuple):
-    """``chunk``: tokens of a chunk; None takes it from the table in ``blocks``."""
+    """``chunk``: tokens of a chunk; None: by the table in ``blocks``."""
 
     scale: float
     chunk: int | None

@@ -101,8 +101,8 @@ def _attention(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
 
 
 def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, state: jax.Array) -> jax.Array:
-    """``whole * state + values^T keys``. With keys decayed to the chunk's end, it is the state after the chunk; with
-    queries decayed from its start, it is the gradient of the state before it."""
+    """``whole * state + values^T keys``. With keys decayed to the chunk's end, this is the state after it; with queries
+    decayed from its start, the gradient of that before it."""
     return times(chunk.whole, state) + dot(values, keys, (0, 0), state.dtype)
 
 

@@ -146,8 +146,8 @@ def outputs_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     """The gradients of a tile of q, k and, if there is a decay, their log decays.
 
-    The gradients of q and k that heads share are summed over some heads here. Written for each head and read again to be
-    summed, they would take 1,024 bytes per token and head, beside the other 1,664 of the backward pass (K = 128, V = 64).
+    The gradients of q and k that heads share are summed over some heads here. Written per head and read again to be summed,
+    they would take 1,024 bytes per token and head, beside the other 1,664 of the backward pass (K = 128, V = 64).
     """
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
     n, tile, row = (pl.program_id(axis) for axis in range(3))
@@ -187,7 +187,7 @@ def _keys_of_head(chunk: _Chunk, named: Refs, tile) -> tuple[jax.Array, jax.Arra
     d_attention = over_tiles(layout.values, layout.value_tile, of_pairs, d_attention)
     d_attention, decay = chunk.documents.seen(d_attention, itself=True), chunk.decay(first)
     q, k = chunk.keys("q", first), chunk.keys("k", first)
-    # These fill most registers, so they are computed apart from those of the states, although values are loaded twice.
+    # These fill most registers, so they are taken apart from those of the states, though values are loaded twice.
     d_q, d_k, itself = _pairs_gradient(chunk, decay, q, k, d_attention)
     shapes = *((layout.chunk, layout.key_tile),) * 2, (layout.key_tile,)
     none = tuple(jnp.zeros(x, plan.wide) for x in shapes)

@@ -29,7 +29,7 @@ class Plan(Named):
       kind: "forward", "summary", "gradient" or "state_gradient".
       decay: "none", "constant", "scalar" or "channel".
       scale: of the outputs.
-      chunk: tokens of a chunk; None takes it from the table in ``blocks``.
+      chunk: tokens of a chunk; None: by the table in ``blocks``.
       keep: forward, also give the states before each block of time.
       shared: whether all heads have the same queries and keys; not with decays by channel.
       length, narrow, wide: T, and the dtypes of products, and of states and sums; for GPU.

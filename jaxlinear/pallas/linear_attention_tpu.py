@@ -59,7 +59,7 @@ class _Layout(NamedTuple):
         return pl.cdiv(self.plan.heads, self.shape.heads)
 
     def at(self, t):
-        """The block of time that is processed in step t of the grid."""
+        """The block of time processed in grid step t."""
         return self.steps - 1 - t if self.plan.reverse else t
 
     def in_time(self, width: int) -> pl.BlockSpec:

@@ -140,8 +140,8 @@ class Block:
         return functools.reduce(operator.add, of_heads)
 
     def _store_by_head(self, n: int, found) -> None:
-        """Stores one row per head: the terms whose sum, from the chunk's last token back to a token, is the gradient of its
-        log decay; for a constant log decay, these gradients."""
+        """A row per head: the terms whose sum, from the chunk's last token back to a token, is the gradient of its log
+        decay; for a constant log decay, these gradients."""
         shape = self.shape.chunk, self.shape.rows
         row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         sums = jnp.zeros(shape, self.wide)
@@ -188,8 +188,8 @@ class Block:
         return Documents(column == rows, *ends)
 
     def _products(self, n: int) -> jax.Array | None:
-        """The products of queries and keys that all heads share. In the forward pass, if the compiler itself sees that they
-        are shared, its schedule is shorter without this."""
+        """Products of queries and keys that all heads share. Forward, where the compiler itself sees that they are shared,
+        its schedule is shorter without this."""
         if not self.plan.shared:
             return None
         return dot(self._load(self.queries, n, 0), self._load(self.keys, n, 0), (1, 1), self.wide)

@@ -64,7 +64,7 @@ def _inputs(plan: Plan, arguments: Arguments, time: int, lanes: int, steps: int)
 
 
 def _at(plan: Plan, steps: int, t):
-    """The block of time that is processed in step t of the grid."""
+    """The block of time processed in grid step t."""
     return steps - 1 - t if plan.reverse else t
 
 

@@ -1,8 +1,8 @@
 """The selective scan for TPU: blocks of time and, within them, of channels are streamed through VMEM, double buffered.
 
-Channels are lanes, and the N numbers of a channel's state are rows of registers. A token's value for each channel is read
-on all rows. Its value for each number, a column of B or C, lies on all lanes in VMEM, where the first block of channels
-puts it. The states of all channels stay in VMEM from block to block.
+Channels are lanes, and the N numbers of a channel's state rows of registers. A token's value for each channel is read on
+all rows; that for each number, a column of B or C, lies on all lanes in VMEM, put there by the first block of channels. The
+states of all channels stay in VMEM from block to block.
 """
 
 import functools
@@ -74,7 +74,7 @@ def _shape(arguments: Arguments) -> _Shape:
 
 
 def _specs(shape: _Shape, at) -> dict[str, pl.BlockSpec]:
-    """Block specs by form; ``at(t)`` is the block of time that is processed in step t of the grid."""
+    """Block specs by form; ``at(t)`` is the block of time processed in grid step t."""
     time, states, width = shape.time, shape.states, shape.width
     state = pl.BlockSpec((None, states, shape.channels), lambda b, t, d: (b, 0, 0))
     return {
@@ -232,7 +232,7 @@ class _Block:
         return jnp.minimum(whole, lax.div(self.left - piece * LANES, jnp.int32(self.rows)))
 
     def _fill(self, piece) -> None:
-        """Stores the rows of the piece in the dtype to compute in, so that single ones can be read on all rows."""
+        """The rows of the piece in the dtype to compute in, so that single ones can be read on all rows."""
         at = pl.ds(pl.multiple_of(piece * LANES, LANES), LANES)
         rows = {name: self.refs[name][at].astype(self.wide) for name in ("x", "dt", "d_y") if name in self.refs}
         if "u_rows" in self.refs:
@@ -286,8 +286,8 @@ class _Block:
         _each(groups, group)
 
     def _of_tiles(self, function) -> None:
-        """Replaces each tile's state with ``function(tile, state)``. All are loaded before any is stored: the compiler,
-        which does not know that they are disjoint, then need not process one after another."""
+        """Replaces each tile's state with ``function(tile, state)``. All are loaded before any is stored, so that the
+        compiler, which does not know them to be disjoint, need not take one after another."""
         states = [self.refs["final"][:, self._channels(tile)] for tile in self.tiles]
         for tile, state in zip(self.tiles, map(function, self.tiles, states), strict=True):
             self.refs["final"][:, self._channels(tile)] = state

@@ -81,8 +81,8 @@ class Memory:
 class Program:
     """``flops`` and ``seconds`` are XLA's own estimates for one device: None if the compiler gives none (GPU), or a
     negative number (TPU, for some programs with collectives in loops). Both count a loop's body once. ``cycles`` sums XLA's
-    estimates for each fusion and copy, including loop trips where they are known; None if it gives none. It does not
-    include our kernels or collectives."""
+    estimates for each fusion and copy, times loop trips where known; None if it gives none. Our kernels and collectives are
+    not included."""
 
     memory: Memory
     collectives: tuple[Collective, ...]

@@ -59,8 +59,8 @@ def training_set(spec: str, setting: Setting) -> tuple[Task, ...]:
 
 
 def difficulties(spec: str, setting: Setting, trained: Sequence[Task] = ()) -> list[Task]:
-    """The difficulties on which a checkpoint is evaluated: the reference ones with the options that ``spec`` gives or, if
-    ``spec`` gives an option that the references vary, only those of ``spec``. A number may be several, ``pairs=4+8``.
+    """The difficulties on which a checkpoint is evaluated: the reference ones with the options in ``spec`` or, if it gives
+    one that the references vary, only those of ``spec``. A number may be several, ``pairs=4+8``.
 
     If the run was trained on the task (``trained``), the options of its last difficulty are the defaults, and all its
     difficulties precede the reference ones. Those too large for the model's vocabulary or the text are refused.

@@ -60,7 +60,7 @@ class PassKey(Task):
 
     @classmethod
     def references(cls, setting: Setting, given: set[str]) -> tuple[dict[str, Any], ...]:
-        """Each depth at the training length and at twice it. A length or a depth that is given replaces these."""
+        """Each depth at the training length and at twice it. A given length or depth replaces these."""
         lengths = ({},) if "length" in given else tuple({"length": k * setting.sequence_length} for k in (1, 2))
         depths = super().references(setting, given)
         return tuple(length | depth for length in lengths for depth in depths)

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlinear.errors import UserError
 
-NO_TARGET = -1  # in the targets of an example: nothing to predict here
+NO_TARGET = -1  # target where nothing is to be predicted
 Example = tuple[np.ndarray, np.ndarray]  # tokens [T], and after each token the answer or NO_TARGET
 
 
@@ -48,7 +48,7 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def chance(self) -> float:
-        """Accuracy of an answer from knowing what answers look like but not having read the example."""
+        """Accuracy to expect from knowing what answers look like, without reading the example."""
 
     @abc.abstractmethod
     def example(self, random: np.random.Generator) -> Example:
@@ -61,13 +61,13 @@ class Task(abc.ABC):
 
     @classmethod
     def references(cls, setting: Setting, given: set[str]) -> tuple[dict[str, Any], ...]:
-        """The difficulties on which a checkpoint of this run is evaluated: a single one, with no options of its own, if one
-        of the options that they vary is ``given``."""
+        """The difficulties on which a checkpoint of this run is evaluated: one, without options of its own, if an option
+        that they vary is ``given``."""
         return ({},) if given & {name for options in cls.REFERENCE for name in options} else cls.REFERENCE
 
     @classmethod
     def make(cls, options: dict[str, Any]) -> Self:
-        """Makes the task from options by name, with values as they are or as text."""
+        """From options by name, with values as they are or as text."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values = {}
         for name, value in options.items():

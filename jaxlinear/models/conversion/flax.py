@@ -26,7 +26,7 @@ CONFIG = "config.json"
 _METADATA = "_METADATA"
 _ROOT = "params."
 _DTYPES = ("float32", "float16", "bfloat16")
-_HEAD_UNIT = 4  # channels: the package splits a head into two halves, and splits the turned half in two again
+_HEAD_UNIT = 4  # channels: the package halves a head, and halves the turned part again
 # Keys of our presets that cannot be inferred from shapes.
 _NOT_IN_SHAPES = ("window", "embedding_scale", "logit_soft_cap")
 
@@ -198,7 +198,7 @@ def links(config: ModelConfig) -> Iterator[Link]:
 
 
 def write(directory: Path, fields_: Mapping[str, Any], tensors: Mapping[str, StreamedArray]) -> None:
-    """Writes a directory that does not exist yet. Only a part of one tensor is in memory at a time."""
+    """Writes a new directory. Only a part of one tensor is in memory at a time."""
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *path, last = _keys(name)

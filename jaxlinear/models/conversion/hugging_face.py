@@ -151,7 +151,7 @@ def without_copy(tensors: dict[str, StreamedArray], embedding: str, origin: str)
 
 
 def write(directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, StreamedArray]) -> None:
-    """Writes a directory that does not exist yet. Only a part of one tensor is in memory at a time."""
+    """Writes a new directory. Only a part of one tensor is in memory at a time."""
     directory.mkdir()
     (directory / CONFIG).write_text(json.dumps(dict(fields), indent=2) + "\n", encoding="utf-8")
     shards = _shards(tensors)

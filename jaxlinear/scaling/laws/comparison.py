@@ -61,8 +61,7 @@ class ArchitectureFit:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """``fits`` by way of counting and architecture; ``budgets`` by way of counting; ``diverged`` names the runs left
-    out."""
+    """``fits`` and ``budgets`` by way of counting, ``fits`` also by architecture; ``diverged`` names the runs left out."""
 
     fits: dict[str, dict[str, ArchitectureFit]]
     budgets: dict[str, list[float]]

@@ -57,9 +57,9 @@ def fit(
 ) -> Fit[Profile]:
     """The profile of runs, each given by its budget, N and L.
 
-    For each replicate, every run gets a residual drawn from those of all budgets: one budget has too few runs to draw from.
-    The residuals are scaled for the degrees of freedom that the parabolas use up. If fewer than ``FREEDOM`` are left (three
-    sizes per budget leave none) there are no replicates: on synthetic losses their intervals covered the power too seldom.
+    In a replicate every run gets a residual drawn from those of all budgets: one budget has too few runs to draw from.
+    Residuals are scaled for the degrees of freedom that the parabolas take. If fewer than ``FREEDOM`` are left (three sizes
+    per budget leave none) there are no replicates: on synthetic losses their intervals covered the power too seldom.
 
     Raises:
       UserError: a budget has fewer than three sizes.

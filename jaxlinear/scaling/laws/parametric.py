@@ -33,8 +33,8 @@ class Law:
         return self.E + self.A * np.power(parameters, -self.alpha) + self.B * np.power(tokens, -self.beta)
 
 
-# The optimiser solves systems of about ten unknowns. BLAS would spread them over threads, which is ten times slower, and
-# worse on a busy machine.
+# The optimiser solves systems of about ten unknowns, which BLAS would spread over threads: ten times slower, and worse on a
+# busy machine.
 one_thread = functools.partial(threadpool_limits, 1, "blas")
 
 
@@ -58,7 +58,7 @@ def fit(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[f
 
 
 def refit(law: Law, x: np.ndarray, y: np.ndarray, z: np.ndarray, *, delta: float = DELTA) -> Law:
-    """Like ``fit``, but takes log N, log D and log L and starts only from ``law``, which should be near."""
+    """As ``fit``, from log N, log D and log L and only one start, ``law``, which should be near."""
     centre = np.array([x.mean(), y.mean()])
     start = np.log(np.maximum([law.A, law.B, law.E], np.exp(_TERMS[0])))
     start[:2] -= np.array([law.alpha, law.beta]) * centre
@@ -68,8 +68,7 @@ def refit(law: Law, x: np.ndarray, y: np.ndarray, z: np.ndarray, *, delta: float
 
 
 def log_points(parameters, tokens, losses) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Natural logarithms of N, D and L. Raises ``UserError`` for lists of different lengths or numbers without a
-    logarithm."""
+    """Natural logarithms of N, D and L. ``UserError`` for lists of different lengths, or numbers without a logarithm."""
     arrays = [np.asarray(values, np.float64) for values in (parameters, tokens, losses)]
     if not all(array.shape == arrays[0].shape and array.ndim == 1 for array in arrays):
         raise UserError("parameters, tokens and losses are lists of one length")
@@ -96,9 +95,8 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
             "as a standard deviation"
         )
     slope, constant = np.polyfit(x, y, 1)
-    # If D goes as N^slope the law is A N^-alpha + B' N^-(slope beta), which is the same with its terms exchanged, and
-    # resampled runs agree with whichever solution the fit found. If D falls as N grows, as along one budget, their signs
-    # tell the terms apart.
+    # With D as N^slope the law is A N^-alpha + B' N^-(slope beta), the same with its terms exchanged, and resampled runs
+    # agree with whichever the fit found. Where D falls as N grows, as along one budget, their signs tell them apart.
     if slope > -0.1 and np.sqrt(np.mean((y - slope * x - constant) ** 2)) < _STRAIGHT:
         raise UserError(
             f"tokens follow from the size (as N^{slope:.2f}), so the loss does not tell what falls with N from what falls "
@@ -126,8 +124,7 @@ def objective(theta: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray, de
 
 
 def _starts(x: np.ndarray, y: np.ndarray, z: np.ndarray, delta: float) -> list[np.ndarray]:
-    """The best points of a grid of exponents; for each, A, B and E minimise the squares of L_fit / L - 1, which is
-    linear."""
+    """The best of a grid of exponents; for each, A, B and E are the least squares of L_fit / L - 1, which is linear."""
     weights = np.exp(-z)
     starts = []
     for alpha in _GRID:

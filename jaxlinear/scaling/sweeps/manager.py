@@ -34,8 +34,8 @@ class _Job:
 
 
 class Manager:
-    """Works on a sweep that ``sweep.prepare`` holds. It waits for runs that an earlier manager left running or queued and
-    does not start them again; those left unfinished continue from their checkpoints."""
+    """Works on a sweep that ``sweep.prepare`` holds. Runs that an earlier manager left running or queued are waited for,
+    not started again; unfinished ones continue from their checkpoints."""
 
     def __init__(self, sweep: Sweep, executor: executors.Local | executors.Slurm, train: Sequence[str]):
         """``train`` is the command that runs ``launch/train.py``, without its flags."""
@@ -105,7 +105,7 @@ class Manager:
 
     def _has_room(self) -> bool:
         inherited = any(job.attempts < 0 for job in self._jobs.values())
-        # It is unknown which GPUs an inherited run holds, so runs that get GPUs of their own wait until it ends.
+        # Which GPUs an inherited run holds is unknown, so runs that get GPUs of their own wait until it ends.
         return len(self._jobs) < self._executor.parallel and not (inherited and self._executor.gives_gpus)
 
     def _submit(self, name: str) -> None:
@@ -149,7 +149,7 @@ class Manager:
                 files = self._runs[name].files
                 if name in told or not files.is_running():
                     continue
-                # After taking its lock but before writing its own line, a job sees only the lines of earlier jobs.
+                # Between taking its lock and writing its line, a job has only the lines of earlier jobs.
                 attempts = files.attempts()
                 if len(attempts) <= max(job.attempts, 0) or "end" in attempts[-1]:
                     continue

@@ -103,8 +103,8 @@ def resolve(config: config_dict.ConfigDict, run: Run) -> config_dict.ConfigDict:
 
 
 def check_budget(run: Run, config: config_dict.ConfigDict) -> None:
-    """Raises ``UserError`` if the run, whose resolved config this is, does not spend the budget of its label: a key that
-    was combined with a ladder may change the tokens or FLOPs on which its number of steps was based."""
+    """Raises ``UserError`` if the run, whose resolved config this is, does not spend the budget of its label: a key
+    combined with a ladder may change the tokens or FLOPs that its steps were based on."""
     if "budget" not in run or "budget_counts" not in run or config.model.vocab_size is None:
         return
     training, logits = config.training, run["budget_counts"] == "with"

@@ -85,8 +85,8 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
 
 
 def _kept(sweep: Path, names: Sequence[str], resolved: Sequence[config_dict.ConfigDict]) -> list[str]:
-    """``names``, except that a run that the sweep already has, with the same config under another name, keeps that name: a
-    name states what runs differ in, so it changes with the runs planned beside it."""
+    """``names``, except that a run already in the sweep with the same config keeps its name: names state what runs differ
+    in, so they change with the runs planned beside them."""
     paths = sorted(sweep.glob("jobs/*/config.json"))
     there = {path.parent.name: configs.to_json(configs.from_json(path.read_text(encoding="utf-8"))) for path in paths}
     kept: list[str] = []

@@ -1,4 +1,4 @@
-"""DeltaNet (arXiv:2406.06484) in the format of flash-linear-attention."""
+"""DeltaNet (arXiv:2406.06484) in flash-linear-attention's format."""
 
 from collections.abc import Iterator
 from typing import Any

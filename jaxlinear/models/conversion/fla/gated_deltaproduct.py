@@ -1,4 +1,4 @@
-"""DeltaProduct (arXiv:2502.10297) in the format of flash-linear-attention: with a decay it is Gated DeltaNet with several
+"""DeltaProduct (arXiv:2502.10297) in flash-linear-attention's format: with a decay it is Gated DeltaNet with several
 updates per token, without one it is DeltaNet."""
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""HGRN (arXiv:2311.04823) in the format of flash-linear-attention."""
+"""HGRN (arXiv:2311.04823) in flash-linear-attention's format."""
 
 from collections.abc import Iterator
 from typing import Any

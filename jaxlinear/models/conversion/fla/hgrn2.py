@@ -1,4 +1,4 @@
-"""HGRN2 (arXiv:2404.07904) in the format of flash-linear-attention."""
+"""HGRN2 (arXiv:2404.07904) in flash-linear-attention's format."""
 
 from collections.abc import Iterator
 from typing import Any

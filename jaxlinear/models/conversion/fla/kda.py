@@ -1,4 +1,4 @@
-"""Kimi Delta Attention (arXiv:2510.26692) in the format of flash-linear-attention: with a bias in the gate."""
+"""Kimi Delta Attention (arXiv:2510.26692) in flash-linear-attention's format: with a bias in the gate."""
 
 from collections.abc import Iterator
 from typing import Any

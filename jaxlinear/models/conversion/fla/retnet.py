@@ -1,4 +1,4 @@
-"""RetNet (arXiv:2307.08621) in the format of flash-linear-attention: with an RMSNorm in each head."""
+"""RetNet (arXiv:2307.08621) in flash-linear-attention's format: with an RMSNorm in each head."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

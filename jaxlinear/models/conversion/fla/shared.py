@@ -1,4 +1,4 @@
-"""What surrounds the mixers in models of flash-linear-attention: RMSNorms and a SwiGLU. In the layers named by ``attn`` of
+"""What models of flash-linear-attention have around their mixers: RMSNorms and a SwiGLU. In layers named by ``attn`` of
 their ``config.json``, softmax attention replaces the mixer."""
 
 import math
