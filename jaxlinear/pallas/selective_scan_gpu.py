@@ -49,8 +49,8 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
 
 
 def _outputs(plan: Plan, arguments: Arguments, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
-    """What programs write. Sums over the numbers of the state are ``[B, tiles of numbers, T, D]``; sums over channels ``[B,
-    tiles of channels, T, N]``; states ``[B, N, D]``, of which ``d_A`` has a gradient for each row of the batch; and
+    """What programs write. Sums over the numbers of the state are ``[B, tiles of numbers, T, D]``; sums over channels
+    ``[B, tiles of channels, T, N]``; states ``[B, N, D]``, of which ``d_A`` has a gradient for each row of the batch; and
     ``before``, the states before blocks, ``[B, blocks, N, D]``."""
     state, (of_channels, of_numbers) = arguments.state, shape.tiles
     batch, wide = state.shape[0], state.dtype

@@ -1,9 +1,9 @@
 """The share of channels and state numbers of one program of the selective scan for GPU: memory and arithmetic.
 
-A program is a warp. Its lanes divide the channels 8 ways and the numbers of the state 4 ways. All values are ``[numbers of
-a lane, channels of a lane, 8, 4]``, some with axes of 1 instead. Triton gives the last axes to lanes and keeps the first
-ones in registers, and a lane's channels are contiguous, so that one instruction loads or stores several: no layout is
-converted, and nothing goes through shared memory.
+A program is a warp. Its lanes divide the channels 8 ways and the numbers of the state 4 ways. All values are
+``[numbers of a lane, channels of a lane, 8, 4]``, some with axes of 1 instead. Triton gives the last axes to lanes and
+keeps the first ones in registers, and a lane's channels are contiguous, so that one instruction loads or stores several: no
+layout is converted, and nothing goes through shared memory.
 """
 
 import functools

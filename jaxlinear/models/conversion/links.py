@@ -40,8 +40,7 @@ def under(axes: int) -> Form:
 
 
 def regrouped(outer: int, inner: int, form: Form) -> Form:
-    """``form`` for a tensor whose first axis is ``[outer, inner, n]`` there and is first reordered to ``[inner, outer,
-    n]``."""
+    """``form`` for a tensor whose first axis is ``[outer, inner, n]`` there and is first made ``[inner, outer, n]``."""
 
     def turned(x: np.ndarray, *axes: int) -> np.ndarray:
         return x.reshape(*axes, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
