@@ -1,14 +1,14 @@
-"""Files that are written whole or not at all: who reads one meets the old text or the new one, and never a part."""
+"""Files that are written whole or not at all: a reader sees the old text or the new one, never part of one."""
 
 import os
 from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8. What was there stays until all of the text is written beside it, as ``NAME.tmp``, and takes its name.
+    """Writes ``text`` as UTF-8: first to ``NAME.tmp`` beside the file, which then replaces the file in one step.
 
     Raises:
-      OSError: as of a full disk; the file is then as it was.
+      OSError: for instance because the disk is full; the file is then unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What every program in ``launch/`` shares: parse flags, call one function, turn bad input into one line and status 2."""
+"""What all programs in ``launch/`` share: parse flags, call one function, turn bad input into one line and status 2."""
 
 import errno
 import importlib.util
@@ -20,7 +20,7 @@ from jaxlinear import cli_flags
 from jaxlinear.errors import Diverged, EveryProcessError, RunError, UserError
 from jaxlinear.exit_status import BAD_INPUT, FAILED
 
-# Errors of the machine that the person at the keyboard can mend; everything else keeps its traceback.
+# Errors of the machine that the user can fix; all other errors keep their traceback.
 _ENVIRONMENT_ERRORS = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "the disk quota is used up",
@@ -30,14 +30,14 @@ _ENVIRONMENT_ERRORS = {
     errno.ENOTDIR: "a part of the path is not a directory",
     errno.ENAMETOOLONG: "a name in the path is too long",
 }
-# Of a machine, where the same command may well succeed on another, or later.
+# Failures of a machine: the same command may well succeed on another machine, or later.
 _FAILURES_OF_A_DISK = {
     errno.EIO: "a disk or a file server failed (input/output error)",
     errno.ESTALE: "a file server no longer knows a file that was open (stale file handle)",
     errno.ENOTCONN: "a file system is no longer mounted (not connected)",
 }
 
-# Flags that name a file or directory, in whatever program has them.
+# Flags that name a file or directory, in any program that has them.
 _PATHS = {"workdir", "output", "json", "data", "source"}
 
 
@@ -48,13 +48,13 @@ def run(
     takes_arguments: bool = False,
     waits_for_threads: bool = True,
 ) -> None:
-    """Parses absl flags, calls ``main()`` and exits with its status (None means 0). What follows after ``--`` is refused,
-    or, with ``takes_arguments``, given to ``main``. With ``--help`` it prints what there is to say and calls nothing.
+    """Parses absl flags, calls ``main()`` and exits with its status (None means 0). Positional arguments are refused or,
+    with ``takes_arguments``, passed to ``main``. ``--help`` prints the help and calls nothing.
 
-    ``UserError``, a malformed flag, the errors of a full or read-only disk and devices whose memory is too small become
-    one line on stderr and exit status 2: the same command would end so again. ``RunError`` and a disk that fails become one
-    with status 1. Any other exception is a defect and keeps its traceback. A process that has others beside it and fails
-    alone ends at once; without ``waits_for_threads`` so does one that has none, whatever threads it has.
+    ``UserError``, a malformed flag, a full or read-only disk and a device with too little memory become one line on stderr
+    and exit status 2: the same command would fail again in the same way. ``RunError`` and a failing disk become one line
+    and status 1. Any other exception is a defect and keeps its traceback. If a process fails alone while others run beside
+    it, it ends at once; without ``waits_for_threads``, so does a process that runs alone, whatever threads it has.
     """
     argv = sys.argv if argv is None else argv
     message, status, alone, failed = None, 0, False, True
@@ -72,7 +72,7 @@ def run(
     except (flags.Error, UserError) as error:
         message, status = str(error), BAD_INPUT
         alone = not isinstance(error, EveryProcessError)
-    except RunError as error:  # which every process raises
+    except RunError as error:  # raised by every process
         message, status = str(error), BAD_INPUT if isinstance(error, Diverged) else FAILED
     except Exception as error:
         message, status = _of_the_machine(error)
@@ -84,8 +84,8 @@ def run(
     if message is not None:
         print(f"{os.path.basename(argv[0])}: {' '.join(message.split())}", file=sys.stderr)
     if (alone and _has_others()) or (failed and not waits_for_threads and not _has_others()):
-        # At exit JAX waits for the other processes, and they for what this one was to send. They see it go. And Python
-        # waits for threads: those of a checkpoint that could not be written wait five minutes for each other.
+        # At exit JAX waits for the other processes, and they for data from this one; they notice its end. Python waits for
+        # threads: those of a checkpoint that could not be written wait five minutes for each other.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -93,17 +93,17 @@ def run(
 
 
 def end_by_sigterm(status: int) -> None:
-    """From here on, and while SIGTERM has no other handler, it ends the program with ``status``, at once: for when there is
-    nothing to save. In C++ too, as while a process waits for the others, where Python's own handlers have to wait. So does
-    Ctrl-C, by the signal itself."""
+    """Makes SIGTERM, while it has no other handler, end the program at once with ``status``: for when there is nothing to
+    save. It works inside C++ too, e.g. while a process waits for the others, where Python's own handlers have to wait.
+    Ctrl-C ends the program at once, too, by the signal's default action."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     ends = threading.Lock()
 
     def end(number: int, frame: object) -> None:
         if not ends.acquire(blocking=False):
-            return  # the other thread, or this one below this frame, is about to end the program
-        try:  # past sys.stderr, which the frame below may be writing to
+            return  # the other thread, or this one in a frame below, is already ending the program
+        try:  # not through sys.stderr, which the frame below may be writing to
             os.write(2, f"{os.path.basename(sys.argv[0])}: SIGTERM, with nothing to save\n".encode())
         finally:
             os._exit(status)
@@ -121,18 +121,18 @@ def end_by_sigterm(status: int) -> None:
 
 
 def stop_by_sigterm() -> None:
-    """SIGTERM ends the program as Ctrl-C does: by an exception, so that what is half-made is removed."""
+    """Makes SIGTERM end the program as Ctrl-C does, by an exception, so that half-made files are removed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def leave_out_warnings_of_orbax() -> None:
-    """For programs that read or convert runs: Orbax warns, in absl's log, of checkpoints that others wrote, of arrays that
-    are not JAX's, and of what it is asked for."""
+    """For programs that read or convert runs: silences Orbax's warnings in absl's log about checkpoints written by others,
+    arrays that are not JAX's, and the options it is called with."""
     absl_logging.set_verbosity(absl_logging.ERROR)
 
 
 def load_module(path: str | os.PathLike) -> ModuleType:
-    """A Python file that is no part of a package, as those in ``configs/``."""
+    """Loads a Python file that belongs to no package, such as those in ``configs/``."""
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file; its name has to end in .py")
@@ -142,21 +142,21 @@ def load_module(path: str | os.PathLike) -> ModuleType:
 
 
 def check_output(flag: str, path: str | None) -> None:
-    """``UserError`` unless ``path`` can be that of a file: to be called before the work, which would else be in vain."""
+    """Raises ``UserError`` unless ``path`` can be written as a file. Call it before the work, which would be wasted."""
     if not path:
         return
     if pathlib.Path(path).is_dir():
         raise UserError(f"--{flag}={path} is a directory; name a file in it")
-    directory = pathlib.Path(os.path.realpath(path)).parent  # of what a link leads to
+    directory = pathlib.Path(os.path.realpath(path)).parent  # of the target, if the path is a link
     if not directory.is_dir():
         raise UserError(f"--{flag}={path}: its directory does not exist")
-    if not os.access(path if os.path.exists(path) else directory, os.W_OK):  # nor on a read-only disk
+    if not os.access(path if os.path.exists(path) else directory, os.W_OK):  # false on a read-only disk, too
         raise UserError(f"--{flag}={path} cannot be written: the disk is read-only, or it is another user's")
 
 
 def check_path(flag: str, path: str) -> None:
-    """``UserError`` for a URL, and for a ~ that no shell has replaced: they would become directories of such names on this
-    machine's own disk."""
+    """Raises ``UserError`` for a URL, or for a ~ that no shell has expanded: they would become directories with such names
+    on the local disk."""
     if (home := os.path.expanduser(path)) != path:
         raise UserError(
             f"--{flag}={path}: behind = a shell leaves {path.split('/')[0]} as it is; write --{flag}={home}"
@@ -172,13 +172,13 @@ def _check_paths() -> None:
     for flag in sorted(_PATHS & set(flags.FLAGS)):
         values = flags.FLAGS[flag].value
         for path in [values] if isinstance(values, str) else values or ():
-            if not path:  # which would be the current directory
+            if not path:  # it would mean the current directory
                 raise UserError(f"--{flag} is empty; give it a path, or leave it out where there is another by default")
             check_path(flag, path)
 
 
 def _of_the_machine(error: Exception) -> tuple[str | None, int]:
-    """What to say of an error that is the machine's, and the status of the program; None and ``FAILED`` for a defect."""
+    """The message and exit status for an error caused by the machine; None and ``FAILED`` for a defect."""
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRORS:
         return f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}", BAD_INPUT
     if isinstance(error, OSError) and error.errno in _FAILURES_OF_A_DISK:
@@ -188,7 +188,7 @@ def _of_the_machine(error: Exception) -> tuple[str | None, int]:
 
 
 def _out_of_memory(error: Exception) -> str | None:
-    """What to say where a device has no room; None for any other error."""
+    """The message for a device that is out of memory; None for any other error."""
     found = re.search(r"RESOURCE_EXHAUSTED: [^\n]*memory[^\n]*", str(error))
     if found is None or type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
         return None
@@ -206,7 +206,7 @@ def _has_others() -> bool:
 
 
 def _show_messages() -> None:
-    """What the library says of its work goes to stderr as it is. Other libraries' logs keep their own ways."""
+    """Sends the library's log messages to stderr unchanged. Other libraries' loggers are left alone."""
     logger = logging.getLogger("jaxlinear")
     logger.setLevel(logging.INFO)
     logger.propagate = False

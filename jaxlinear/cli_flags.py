@@ -1,4 +1,4 @@
-"""The flags of a program in ``launch/``: what ``--help`` prints, and one line for what is wrong with them."""
+"""The flags of a program in ``launch/``: the text of ``--help``, and one-line messages for flags that are wrong."""
 
 import difflib
 import glob
@@ -11,7 +11,7 @@ from absl import app, flags
 from jaxlinear.errors import UserError
 
 _HELP, _HELP_OF_ALL = {"--help", "-help", "-h"}, {"--helpfull", "-helpfull"}
-_NOT_THERE = FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError  # and at the next start neither
+_NOT_THERE = FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError  # a restart would fail again
 _REQUIRED = r"Flag --(\w+) must have a value other than None"  # absl's words
 
 
@@ -20,7 +20,7 @@ def help_wanted(argv: list[str]) -> bool:
 
 
 def print_help(argv: list[str]) -> None:
-    """The docstring of the program and its flags; with ``--helpfull`` the keys of its config, too."""
+    """Prints the program's docstring and flags; with ``--helpfull`` the keys of its config as well."""
     notes = []
     if required := [name for name in flags.FLAGS if _is_required(flags.FLAGS[name])]:
         notes.append("required: " + " ".join(f"--{name}" for name in required))
@@ -31,7 +31,7 @@ def print_help(argv: list[str]) -> None:
 
 
 def _own(argv: list[str]) -> list[str]:
-    """What is before a ``--``."""
+    """The arguments before a ``--``."""
     return argv[1 : argv.index("--")] if "--" in argv else argv[1:]
 
 
@@ -51,7 +51,8 @@ def _keys() -> str:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """The arguments that are not flags. For an unknown key or file of ``--config`` ml_collections has only tracebacks."""
+    """Parses the flags and returns the other arguments. An unknown config key or file gives ``UserError``, not a traceback
+    of ml_collections."""
     if "config" not in flags.FLAGS:
         return _parsed(argv)
     from jaxlinear import config as configs
@@ -84,32 +85,32 @@ def _parsed(argv: list[str]) -> list[str]:
 
 
 def _with_tuples(argv: list[str]) -> list[str]:
-    """With names of the keys that are tuples as the tuples that they are. ml_collections takes them for Python, in which
-    ``a,b`` is well formed and ``a,b:length=64`` is not."""
+    """The arguments, with names given for tuple keys written as tuples. ml_collections evaluates such values as Python,
+    where ``a,b`` is valid and ``a,b:length=64`` is not."""
     from jaxlinear import config as configs
 
-    found, is_value = [], False  # of such a key, behind a space
+    found, is_value = [], False  # whether the argument is the value of such a key, given after a space
     for argument in argv:
         name, equals, value = ("", "", argument) if is_value else argument.partition("=")
         key = re.fullmatch(r"--?config\.([\w.]+)", name)
         of_tuple = is_value or (key is not None and key[1] in configs.KEYS and configs.kind(key[1]) is tuple)
         if of_tuple and value and value[0] not in "([\"'":
-            value = repr((value,))  # which ``configs.resolve`` cuts at the commas
+            value = repr((value,))  # ``configs.resolve`` splits it at the commas
         is_value = of_tuple and not is_value and not equals
         found.append(f"{name}{equals}{value}")
     return found
 
 
 def _of_config_file(error: Exception, file: str) -> UserError | None:
-    """What is wrong in a config file, and where. None for a defect of what the file calls, and for a flag that is
-    malformed."""
+    """What is wrong in a config file, and where. None for a defect in code that the file calls, and for a malformed
+    flag."""
     if isinstance(error, SyntaxError) and error.filename == file:
         advice = (
             "" if file.endswith(".py") else " (it is no Python file, which a config file is, as configs/quickstart.py)"
         )
         return UserError(f"{file}, line {error.lineno}: {error.msg}{advice}")
     cause, lines = _raised_in(error, file)
-    if isinstance(cause, OSError):  # of a file that it reads; raised when the config is first looked at
+    if isinstance(cause, OSError):  # from a file that the config reads; raised when the config is first accessed
         if not isinstance(cause, _NOT_THERE):
             return None
         return UserError(f"{file}, line {lines[-1]}: {type(cause).__name__}: {cause}")
@@ -134,7 +135,7 @@ def _of_config_file(error: Exception, file: str) -> UserError | None:
 
 
 def _as_tuple(refusal: str) -> str | None:
-    """What to say where a text was set in the place of a tuple of names; None for other refusals of ml_collections."""
+    """The message for a string set where a tuple of names belongs; None for other errors of ml_collections."""
     found = re.match(
         r"Could not override field '(\w+)'.*?\. (.*) is of original type <class 'str'> .*'tuple'>", refusal
     )
@@ -145,8 +146,8 @@ def _as_tuple(refusal: str) -> str | None:
 
 
 def _raised_in(error: BaseException | None, file: str) -> tuple[BaseException | None, list[int | None]]:
-    """The exception that came from a file, and the lines it came by: ml_collections and absl raise those of a type or a
-    value anew, with the traceback as text."""
+    """The exception that was raised through a file, and the line numbers there. ml_collections and absl re-raise type and
+    value errors with the traceback as text."""
     while error is not None:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         if lines:
@@ -156,8 +157,8 @@ def _raised_in(error: BaseException | None, file: str) -> tuple[BaseException | 
 
 
 def check_config_options(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The file that ``--config`` names, if any, and the keys that are changed. ``UserError`` for a file that is not there,
-    and for an unknown key."""
+    """The file that ``--config`` names, if any, and the keys that are changed. Raises ``UserError`` for a missing file or
+    an unknown key."""
     from jaxlinear import config as configs
 
     changed = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv) if match]
@@ -166,12 +167,12 @@ def check_config_options(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def config_file(name: str) -> str:
-    """The file of a ``--config=FILE.py:ARGUMENT``."""
+    """The file in a ``--config=FILE.py:ARGUMENT``."""
     return name.split(":")[0]
 
 
 def _config_file(argv: list[str]) -> str | None:
-    """The file that ``--config`` names, which has to exist."""
+    """The file that ``--config`` names. It must exist."""
     file = None
     for name in re.findall(r"^--?config(?:=|\n)(.*)", "\n".join(argv), re.MULTILINE):
         file = config_file(name)

@@ -1,5 +1,5 @@
-"""What a config with every key filled in must be, for a run to work as it says: ``check`` refuses the first thing that is
-not, in one line with the reason."""
+"""What a config with every key filled in must be for a run to work as it says: ``check`` refuses the first violation in one
+line with the reason."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -17,12 +17,12 @@ MODEL_DTYPES = ("bfloat16", "float32")
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
-_LEAST = 1.2e-38  # of float32: what is below it is 0 where devices flush it
+_LEAST = 1.2e-38  # about the smallest normal float32; devices may flush anything below to 0
 
 
 def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...]]) -> None:
-    """``may_stand``: of every key, the values that are no wish of the user's, the default first and what the preset says:
-    those that nothing reads are let be."""
+    """``may_stand``: for every key, the values that the user did not ask for (the default first, then the preset's), which
+    are accepted even where nothing reads the key."""
     for key in _POSITIVE:
         section, name = key.split(".")
         value = config[section][name]
@@ -87,7 +87,7 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
         if not 0 <= config.optimizer[name] < 1:
             raise UserError(f"optimizer.{name} is {config.optimizer[name]}; it lies in [0, 1)")
     if config.optimizer.epsilon < _LEAST:
-        # What has no gradient, as the row of a token that a batch has not, would become 0 / 0.
+        # Without a gradient, as in the row of a token that is not in a batch, the update would be 0 / 0.
         raise UserError(
             f"optimizer.epsilon is {config.optimizer.epsilon}; it must be at least {_LEAST}, the least of float32"
         )
@@ -108,13 +108,13 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
 
 
 def is_read(config: config_dict.ConfigDict, key: str) -> bool:
-    """Whether anything of this run reads one of the keys that only some choices read."""
+    """Whether this run reads ``key``, one of the keys that only some choices read."""
     for chooser, readers in _READ_BY[key].items():
         chosen = _chosen(config, chooser)
         if chooser != "model.pattern":
             found = not set(readers).isdisjoint(chosen)
         elif key == "model.num_heads" and config.model.recurrent_heads:
-            # What else reads the one reads the other instead.
+            # Mixers that can read both read ``recurrent_heads`` instead.
             found = any(mixers.reads(one, "num_heads") and not mixers.reads(one, "recurrent_heads") for one in chosen)
         else:
             found = any(mixers.reads(one, key.removeprefix("model.")) for one in chosen)
@@ -124,9 +124,9 @@ def is_read(config: config_dict.ConfigDict, key: str) -> bool:
 
 
 def unread(config: config_dict.ConfigDict) -> Iterator[tuple[str, Mapping[str, tuple[str, ...]]]]:
-    """The keys that nothing of this run reads, each with the keys that choose who would, and of each of these the choices:
-    none where any value does but that which means never. Not ``model.num_heads``, which has no default: configs that say
-    all sizes have it, whatever their mixers."""
+    """The keys that nothing in this run reads, each with the keys that decide who reads it and, for each of these, the
+    choices that do: an empty tuple if any value does except the one that switches the feature off. Leaves out
+    ``model.num_heads``, which has no default: configs that give all sizes set it whatever their mixers."""
     for key, readers in _READ_BY.items():
         if key != "model.num_heads" and not is_read(config, key):
             yield key, readers
@@ -137,7 +137,7 @@ def unread(config: config_dict.ConfigDict) -> Iterator[tuple[str, Mapping[str, t
 
 
 def _check_read(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...]]) -> None:
-    """What is set and nothing of this run reads would do nothing."""
+    """Refuses a value that is set and that nothing in this run reads: it would do nothing."""
     for key, readers in unread(config):
         section, name = key.split(".")
         value = config[section][name]
@@ -155,14 +155,14 @@ def _check_read(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[An
 
 
 def _chosen(config: config_dict.ConfigDict, chooser: str) -> tuple[str, ...]:
-    """The mixers of the layers that there are, or the one name that another key has."""
+    """The mixers of the model's layers, or the single value of another key."""
     section, name = chooser.split(".")
     value = config[section][name]
     return (value,) if isinstance(value, str) else value[: config.model.num_layers]
 
 
 def _turned(model: config_dict.ConfigDict, mixer: str) -> int:
-    """Channels of a head of which rotary positions turn a part; 0 for mixers without."""
+    """Channels of a head that rotary positions turn, or turn a part of; 0 for mixers without."""
     if mixer not in mixers.READERS["rotary_fraction"]:
         return 0
     if mixer == "retention":
@@ -250,7 +250,7 @@ _CHOICES = {
 
 _MLP, _MIXTURE = "gated_mlp", "mixture_of_experts"
 _OF_EXPERTS: dict[str, tuple[str, ...]] = {"model.channel_mixer": (_MIXTURE,)}
-# Keys that only some choices read: the keys that choose, and of each the choices.
+# Keys that only some choices read: for each, the keys that decide and the choices that read it.
 _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
     **{f"model.{name}": {"model.pattern": readers} for name, readers in mixers.READERS.items()},
     "model.bias": {"model.channel_mixer": (_MLP, _MIXTURE), "model.pattern": mixers.READERS["bias"]},
@@ -263,8 +263,8 @@ _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "schedule.decay_fraction": {"schedule.name": ("wsd",)},
     "schedule.final_fraction": {"schedule.name": ("cosine", "linear", "wsd")},
 }
-# Keys that nothing reads unless another one is set, to neither 0 nor nothing. Numbers of what is switched off may stand, as
-# ``evaluation.batches``.
+# Keys that are read only if another key is set, to neither 0 nor empty. Numbers of a feature that is switched off may
+# stand, such as ``evaluation.batches``.
 _READ_WITH = {
     "evaluation.tasks": "evaluation.every_steps",
     "model.rotary_context": "model.rotary_scaling",

@@ -1,4 +1,4 @@
-"""How often what a program does without fixed trips is done, said to who counts its products (``parallel.traced``)."""
+"""Tells the code that counts FLOPs (``parallel.traced``) how often work with no fixed trip count is done."""
 
 import re
 from collections.abc import Callable
@@ -10,12 +10,12 @@ _NAME = re.compile(r"counted_(\d+)(?:_of_(\d+))?")
 
 
 def jit(function: Callable[..., Any], runs: int, each: int | None = None) -> Callable[..., Any]:
-    """``jax.jit`` of a function by whose products ``runs`` is meant: how often the body of its loop runs, or how many steps
-    of its kernels' grids do, or how many rows its grouped product takes. ``each``: the floating point operations of one of
-    these, where its products are written as sums. It changes nothing of what is computed.
+    """``jax.jit`` of a function, annotated with ``runs``: how often the body of its loop runs, how many steps its kernels'
+    grids have, or how many rows its grouped product takes. ``each`` is the number of floating point operations per run,
+    where its products are written as sums. The result of the computation does not change.
 
-    The name of the program says so, since it stays as it is when the program is differentiated and split. Nobody maps one
-    (``jax.vmap``): more would be done under the same name.
+    The annotation is in the program's name, which survives differentiation and partitioning. Do not map it (``jax.vmap``):
+    more work would be done under the same name.
     """
 
     def counted(*arguments):
@@ -26,7 +26,7 @@ def jit(function: Callable[..., Any], runs: int, each: int | None = None) -> Cal
 
 
 def told(name: str) -> tuple[int | None, int | None]:
-    """The runs and the operations of each that ``jit`` was told, by the name of the program."""
+    """The ``runs`` and ``each`` that were given to ``jit``, read from the program's name."""
     found = _NAME.fullmatch(name)
     runs, each = found.groups() if found else (None, None)
     return None if runs is None else int(runs), None if each is None else int(each)

@@ -1,6 +1,6 @@
-"""What a run ends with in one line: the input is wrong (``UserError``), or the work cannot go on now (``RunError``).
+"""Errors that end a run with one line: the input is wrong (``UserError``), or the work cannot go on now (``RunError``).
 
-Any other exception is a defect of the program, and keeps its traceback (``jaxlinear.cli``).
+Any other exception is a defect in the program and keeps its traceback (``jaxlinear.cli``).
 """
 
 
@@ -12,14 +12,14 @@ class UserError(Exception):
 
 
 class EveryProcessError(UserError):
-    """Bad input of which every process of a run has learned, so that all of them end."""
+    """Bad input that every process of a run has detected, so that all of them end."""
 
 
 class RunError(Exception):
-    """The work cannot go on now, and another start may mend it. Programs print its one line on stderr and exit with status
-    ``FAILED``, as they do with a traceback; schedulers start a run again after it.
+    """The work cannot go on now, but another start may succeed. Programs print the message as one line on stderr and exit
+    with status ``FAILED``, the status of a traceback too; schedulers restart a run that ends so.
     """
 
 
 class Diverged(RunError):
-    """The work cannot go on, and the same command would come to the same end: status ``BAD_INPUT``."""
+    """The work cannot go on, and the same command would fail in the same way: status ``BAD_INPUT``."""

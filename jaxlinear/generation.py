@@ -1,4 +1,4 @@
-"""Text from a model: the prompts in parallel, then a token at a time from a state of constant size."""
+"""Text generation: the prompts in parallel, then one token at a time from a state of constant size."""
 
 import contextlib
 import dataclasses
@@ -22,24 +22,24 @@ from jaxlinear.ops import backends
 from jaxlinear.parallel import compiler, sharding
 from jaxlinear.parallel import mesh as meshes
 
-CHUNK = 64  # tokens that the device makes between two looks of the host
-_SHORTEST_PROMPT = 16  # what prompts are padded to at least
-_FEWEST_REMEMBERED = 128  # tokens that the state of attention has room for at least, if its window is no smaller
-# Rows that a device decodes at least, by platform. Products with a single row XLA computes element by element on others,
-# with several times the cycles that two rows take (benchmarks/decode_compiled.py --streams=1).
+CHUNK = 64  # tokens that the device generates before the host looks at them
+_SHORTEST_PROMPT = 16  # prompts are padded to at least this length
+_FEWEST_REMEMBERED = 128  # least number of tokens that attention's state has room for, unless its window is smaller
+# Fewest rows that a device decodes, by platform. On others XLA computes products with one row element by element, in
+# several times the cycles of two rows (benchmarks/decode_compiled.py --streams=1).
 _FEWEST_ROWS = {"cpu": 1}
 _FEWEST_ELSEWHERE = 2
-_LEAST_PART = 1e-30  # of the probability, which the likeliest token has; less may be 0 to a float32, and keep none
-_BITS = 30  # of a float32 from 0 to 1, the others being 0
+_LEAST_PART = 1e-30  # of the probability; the likeliest token has that much, and less may round to 0 and keep no token
+_BITS = 30  # bits of a float32 in [0, 1] that can be set
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits. The draws of row number r are a function of (seed, r, index of the token) alone.
+    """How a token is drawn from logits. The draws for row r are a function of (seed, r, index of the token) alone.
 
-    ``temperature`` 0 takes the likeliest token. Otherwise the logits are divided by it, all but the ``top_k`` likeliest
-    are dropped (0 keeps all), and of those the fewest are kept that together have at least ``top_p`` of the
-    probability. Tokens as likely as the last one kept are kept too.
+    ``temperature`` 0 takes the likeliest token. Otherwise the logits are divided by it, only the ``top_k`` likeliest are
+    kept (0 keeps all), and of those the fewest that hold at least ``top_p`` of their probability. Tokens as likely as the
+    last one kept are kept too.
     """
 
     temperature: float = 1.0
@@ -50,7 +50,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 1e-30 <= self.temperature < float("inf"):  # logits are divided by it
             raise UserError(f"the temperature is {self.temperature}; it is 0 (the likeliest token), or from 1e-30 on")
-        if self.top_k < 0 or self.top_k % 1 != 0:  # of infinity it is NaN
+        if self.top_k < 0 or self.top_k % 1 != 0:  # for infinity the remainder is NaN
             raise UserError(f"top_k is {self.top_k}; it is a number of tokens, or 0 for all")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it lies in (0, 1]")
@@ -59,12 +59,12 @@ class Sampling:
 
     @property
     def filters(self) -> tuple[bool, bool, bool]:
-        """What is compiled: (draw rather than take the likeliest, by top_k, by top_p)."""
+        """The static part, which is compiled in: (sample rather than take the likeliest, by top_k, by top_p)."""
         return self.temperature > 0, self.top_k > 0, self.top_p < 1
 
     @property
     def values(self) -> dict[str, Any]:
-        """What may vary without compiling again."""
+        """The values that may change without recompiling."""
         return {
             "temperature": np.float32(self.temperature),
             "top_k": np.float32(self.top_k),
@@ -86,13 +86,13 @@ def generate(
     vocab_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt by at most ``max_tokens`` tokens; a row ends before its first ``stop_token``, or
-    before the first of several.
+    """Continues every prompt by at most ``max_tokens`` tokens. A row ends before its first ``stop_token`` (or the first
+    of several).
 
     An empty prompt begins with the (first) stop token, which is the one between documents. Tokens from ``vocab_size`` on,
-    which stand for nothing when the embedding has more rows than the tokenizer has tokens, are never drawn. A row's
-    tokens do not depend on the other rows, but on its place among them (see ``Sampling``). On ``mesh``, where the model's
-    parameters then have to lie, the time of the prompts is spread over its axis ``sequence``.
+    which mean nothing when the embedding has more rows than the tokenizer has tokens, are never drawn. A row's tokens
+    depend not on the other rows but on its position among them (see ``Sampling``). If ``mesh`` is given, the model's
+    parameters must be on it, and the time axis of the prompts is sharded over its axis ``sequence``.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     rows: list[list[int]] = [[] for _ in prompts]
@@ -116,7 +116,7 @@ def stream(
     chunk: int = 8,
     mesh: Mesh | None = None,
 ) -> Iterator[list[int]]:
-    """The tokens of ``generate(model, [prompt], ...)[0]``, up to ``chunk`` at a time, as they come."""
+    """The tokens of ``generate(model, [prompt], ...)[0]``, up to ``chunk`` at a time, as they are generated."""
     sampling = Sampling(temperature, top_k, top_p, seed)
     for tokens in chunks(model, [prompt], sampling, max_tokens, stop_token, vocab_size, chunk, mesh):
         yield until(tokens[:, 0].tolist(), _stops(stop_token))
@@ -124,7 +124,7 @@ def stream(
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """A trained run that continues text. A prompt is the beginning of a document, and its text ends with it."""
+    """A trained run that continues text. A prompt is the beginning of a document; its text ends where the document ends."""
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -132,40 +132,40 @@ class Writer:
 
     @classmethod
     def open(cls, workdir: str | os.PathLike, step: int | None = None, mesh: Sequence[str] = ()) -> "Writer":
-        """The run with its newest checkpoint or that of ``step``, on the first device or on a ``mesh`` of all devices (of
+        """Opens the run at its newest checkpoint or at ``step``, on the first device or on a ``mesh`` of all devices (see
         ``mesh.from_text``)."""
         devices = meshes.from_text(mesh) if mesh else None
         model = load(workdir, step, mesh=devices).for_decoding()
         return cls(model, load_tokenizer(workdir), devices)
 
     def write(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """Each prompt with its continuation. ``options`` are those of ``generate``."""
+        """Each prompt with its continuation. ``options`` are passed to ``generate``."""
         encoded = [self._encode(prompt) for prompt in prompts]
         rows = generate(self.model, encoded, **self._options(options))
         return [prompt + self._text(ids, row) for prompt, ids, row in zip(prompts, encoded, rows, strict=True)]
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        """The prompt, then its continuation in pieces as they come; joined, they are ``write([prompt])[0]``."""
+        """The prompt, then its continuation in pieces as they are generated; joined, they equal ``write([prompt])[0]``."""
         ids, row = self._encode(prompt), []
         written = ""
         for i, new in enumerate(stream(self.model, ids, **self._options(options))):
             if i == 0:
                 yield prompt
             row += new
-            text = self._text(ids, row).rstrip("\ufffd")  # a character may yet lack its last bytes
+            text = self._text(ids, row).rstrip("\ufffd")  # the last bytes of a character may still be missing
             if len(text) > len(written) and text.startswith(written):
                 yield text[len(written) :]
                 written = text
         yield self._text(ids, row)[len(written) :]
 
     def _text(self, ids: np.ndarray, row: list[int]) -> str:
-        # Decoded after its prompt, since some tokenizers drop the space that a text begins with.
+        # Decoded together with the prompt, since some tokenizers drop a leading space.
         return self.tokenizer.decode(np.append(ids, row).astype(np.int64))[len(self.tokenizer.decode(ids)) :]
 
     def _encode(self, prompt: str) -> np.ndarray:
         try:
             prompt.encode("utf-8")
-        except UnicodeEncodeError as error:  # bytes of a command line that are no UTF-8 come as lone surrogates
+        except UnicodeEncodeError as error:  # command-line bytes that are not UTF-8 arrive as lone surrogates
             raise UserError(f"a prompt is no text in UTF-8: {error.reason} at character {error.start}") from None
         return np.append(self.tokenizer.document_token, self.tokenizer.encode(prompt))
 
@@ -175,7 +175,7 @@ class Writer:
 
 
 def until(tokens: list[int], stops: Sequence[int]) -> list[int]:
-    """The tokens before the first that is one of ``stops``."""
+    """The tokens before the first one in ``stops``."""
     return tokens[: next((i for i, token in enumerate(tokens) if token in stops), len(tokens))]
 
 
@@ -197,11 +197,11 @@ def chunks(
     mesh: Mesh | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Arrays ``[n, B]`` of new tokens as they come: one token with the prompts, then up to ``chunk`` at a time.
+    """Arrays ``[n, B]`` of new tokens as they are generated: one token with the prompts, then up to ``chunk`` at a time.
 
-    They end after ``max_tokens`` in all, or when every row has met the stop token; what a row has after it is to be
-    left out. ``numbers`` are those that the rows are drawn by (see ``Sampling``), for prompts that are a part of more;
-    by default 0, 1, ...
+    The iterator ends after ``max_tokens`` in all, or when every row has met a stop token; the caller must drop what a row
+    has after it. ``numbers`` are the row numbers to sample with (see ``Sampling``), for prompts that are part of a larger
+    set; by default 0, 1, ...
     """
     if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens!r}; it is a whole number, at least 1")
@@ -220,7 +220,7 @@ def chunks(
     )
     longest = int(segment_ids.sum(axis=1).max())
     _check_context(model.config, longest, max_tokens)
-    remembered = _padded(longest + max_tokens - 1, _FEWEST_REMEMBERED)  # the last token is read by none
+    remembered = _padded(longest + max_tokens - 1, _FEWEST_REMEMBERED)  # the last token is never read
     values = sampling.values | {"stop": np.array(stops or (-1,), np.int32)}
     values["vocab_size"] = np.int32(vocab_size)
     graph, parameters = nnx.split(model.for_decoding())
@@ -238,10 +238,10 @@ def chunks(
 
 
 def _more_rows(count: int, platform: str, mesh: Mesh | None) -> int:
-    """Copies of the last row that are decoded beside these for nothing but speed."""
+    """Copies of the last row that are decoded as well, only for speed."""
     with _on(mesh):
         devices = sharding.parts("batch")
-    each = count if count % devices else count // devices  # what devices do not divide lies on each of them
+    each = count if count % devices else count // devices  # rows that do not divide evenly are replicated
     few = 0 < each < _FEWEST_ROWS.get(platform, _FEWEST_ELSEWHERE)
     return count if few else 0
 
@@ -279,12 +279,12 @@ def _tokens(prompt: Any) -> np.ndarray:
 
 
 def _padded(tokens: int, least: int) -> int:
-    """The power of two, from ``least`` on, that has room for them: so few lengths are compiled."""
+    """The smallest power of two, at least ``least``, that has room for the tokens, so that few lengths are compiled."""
     return max(least, 1 << (tokens - 1).bit_length())
 
 
 def _check_context(config: ModelConfig, prompt: int, max_tokens: int) -> None:
-    """Raises ``UserError`` where full attention, whose state has room for ``model.context`` tokens, would forget some."""
+    """Raises ``UserError`` if full attention, whose state has room for ``model.context`` tokens, would forget some."""
     if "attention" in config.layers and prompt + max_tokens > config.context:
         most = config.context - prompt
         advice = f"max_tokens={most} fits" if most > 0 else "the prompt alone is too long"
@@ -300,7 +300,7 @@ def _on(mesh: Mesh | None):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _prefill(graph, remembered, filters, mesh, parameters, tokens, segment_ids, rows, values):
-    """The state after the prompts, and the first new tokens ``[B]``; ``rows`` ``[B]`` are the numbers of the rows."""
+    """The state after the prompts, and the first new tokens ``[B]``; ``rows`` ``[B]`` are the row numbers."""
     model = nnx.merge(graph, parameters)
     model.remember(remembered)
     with _on(mesh):
@@ -356,7 +356,7 @@ def _fold(keys, index):
 
 
 def sample(logits: jax.Array, keys: jax.Array, values: dict[str, Any], filters: tuple[bool, bool, bool]) -> jax.Array:
-    """One token a row, ``[B]`` int32, from logits ``[B, vocab]`` float32, by ``Sampling`` and with a key a row."""
+    """One token per row, ``[B]`` int32, from logits ``[B, vocab]`` float32, by ``Sampling``, with one key per row."""
     draw, by_count, by_mass = filters
     absent = lax.broadcasted_iota(jnp.int32, logits.shape, 1) >= values["vocab_size"]
     logits = jnp.where(absent, -jnp.inf, logits)
@@ -376,8 +376,8 @@ def sample(logits: jax.Array, keys: jax.Array, values: dict[str, Any], filters: 
 def _keep(p: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
     """p ``[B, vocab]`` in [0, 1] with 0 for all but its largest entries: the fewest whose weights reach ``target``.
 
-    Floats from 0 on are ordered as their bits are, so the bits of the smallest entry to be kept are found one after the
-    other, exactly and without a sort: on a CPU in 30 passes over p, elsewhere in 10, since there a pass takes about as long
+    Non-negative floats are ordered as their bits are, so the bits of the smallest entry to keep are found one after
+    another, exactly and without a sort: in 30 passes over p on a CPU, in 10 elsewhere, where a pass takes about as long
     with seven sums as with one.
     """
     bits = lax.bitcast_convert_type(p, jnp.int32)

@@ -1,4 +1,4 @@
-"""Locks by which programs that work on one directory are told apart. Each ends with the process that holds it, however that
+"""Locks that keep programs out of each other's directories. A lock ends with the process that holds it, however that
 ends."""
 
 import contextlib
@@ -19,14 +19,14 @@ from jaxlinear.errors import RunError
 _LOG = logging.getLogger(__name__)
 
 FILE = "lock"
-# Seconds: a scheduler starts a run again while the killed one still ends, and an NFS server keeps the lock of a host that
-# is gone for 90 s.
+# Seconds: a scheduler may restart a run while the killed one is still ending, and an NFS server keeps the lock of a host
+# that has gone for 90 s.
 _PATIENCE = 120.0
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system that has none
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # the file system does not support locks
 
 
 def take(file: BinaryIO, *, shared: bool = False) -> bool:
-    """Locks an open file, or says at once that another program has it. ``shared`` locks exclude those that are not."""
+    """Locks an open file; returns False at once if another program holds it. ``shared`` locks exclude exclusive ones."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -36,11 +36,11 @@ def take(file: BinaryIO, *, shared: bool = False) -> bool:
 
 @contextlib.contextmanager
 def of_run(directory: Path) -> Iterator[None]:
-    """Has a run's directory alone within, and waits a while for a program that has it. Where the file system has no locks,
-    a line of the log says so.
+    """Holds a run's directory exclusively, after waiting a while for another program that holds it. If the file system has
+    no locks, the log says so.
 
     Raises:
-      RunError: another program has it still.
+      RunError: another program still holds it.
     """
     path = directory / FILE
     with path.open("ab", buffering=0) as file:
@@ -68,7 +68,7 @@ def of_run(directory: Path) -> Iterator[None]:
             yield
         finally:
             if locked:
-                # An error of the disk here would take the place of the one that came before.
+                # A disk error here would hide the one that came before.
                 with contextlib.suppress(OSError):
                     file.truncate(0)
 
@@ -89,9 +89,9 @@ def _wait(file: BinaryIO, path: Path) -> None:
 
 
 def _holder(path: Path) -> str:
-    """Who wrote the file when it took the lock."""
+    """Describes the process that wrote the file when it took the lock."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return f"the run of process {values['pid']} on {values['host']}, begun {values['time']},"
-    except (OSError, ValueError, KeyError, TypeError):  # it is written after the lock is taken, and emptied at the end
+    except (OSError, ValueError, KeyError, TypeError):  # it is written after the lock is taken and emptied at the end
         return "another run"

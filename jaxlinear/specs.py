@@ -1,4 +1,4 @@
-"""``NAME:option=VALUE:option=VALUE``: how a thing and its options are written on a command line."""
+"""``NAME:option=VALUE:option=VALUE``: how something and its options are written on a command line."""
 
 from jaxlinear.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Arrays that need not fit in memory: what they hold is read a few rows at a time, and written so into checkpoints."""
+"""Arrays that need not fit in memory: they are read, and written into checkpoints, a few rows at a time."""
 
 import dataclasses
 import math
@@ -11,17 +11,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-PIECE_BYTES = 1 << 24  # of what is handed on at once, and read at once where an array may be cut anywhere
+PIECE_BYTES = 1 << 24  # passed on at a time, and read at a time where an array may be cut anywhere
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedArray:
-    """An array by a function that reads it.
+    """An array defined by a function that reads it.
 
     Attributes:
       shape: with at least one axis.
       dtype: of what is read.
-      rows: how much of the first axis is read at once.
+      rows: how many entries of the first axis are read at a time.
       read: ``(begin, end)`` -> the array's ``[begin:end]``.
       order: arrays that are written together are read in this order.
     """
@@ -44,13 +44,13 @@ class StreamedArray:
 
     @property
     def piece(self) -> tuple[int, ...]:
-        """The shape of what is handed on at once: of what is read at once, as much as has about ``PIECE_BYTES``."""
+        """The shape that is passed on at a time: about ``PIECE_BYTES`` of what is read at a time."""
         shape = (self.rows, *self.shape[1:])
         axis = _cut(shape)
         return (*shape[:axis], rows_at_once(shape[axis:], self.dtype.itemsize), *shape[axis + 1 :])
 
     def pieces(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-        """The array by pieces that follow each other in it, each with its place."""
+        """The array in consecutive pieces, each with its position."""
         axis = _cut((self.rows, *self.shape[1:]))
         length = self.piece[axis]
         for begin in range(0, self.shape[0], self.rows):
@@ -58,7 +58,7 @@ class StreamedArray:
             for first in range(0, part.shape[axis], length):
                 place = [slice(begin, begin + len(part)), *map(slice, part.shape[1:])]
                 start = first + (begin if axis == 0 else 0)
-                # A copy, which does not keep the whole part in memory while the next one is read.
+                # A copy, so that the whole part is not kept in memory while the next one is read.
                 x = part[(slice(None),) * axis + (slice(first, first + length),)].copy()
                 place[axis] = slice(start, start + x.shape[axis])
                 yield tuple(place), x
@@ -66,26 +66,26 @@ class StreamedArray:
 
 
 def rows_at_once(shape: Sequence[int], itemsize: int) -> int:
-    """As many rows as have about ``PIECE_BYTES``."""
+    """The number of rows that have about ``PIECE_BYTES``."""
     row = math.prod(shape[1:]) * itemsize
     return min(max(PIECE_BYTES // max(row, 1), 1), max(shape[0], 1))
 
 
 def _cut(shape: Sequence[int]) -> int:
-    """The axis on which an array is cut into pieces that follow each other: the first that can be."""
+    """The axis along which an array is cut into consecutive pieces: the first one longer than 1."""
     return next((axis for axis, length in enumerate(shape) if length > 1), 0)
 
 
 def save(directory: Path, tree: Any) -> None:
-    """Writes a tree of ``StreamedArray`` leaves into ``directory``, which appears when it is whole. It is read like any
-    other that Orbax wrote."""
+    """Writes a tree of ``StreamedArray`` leaves into ``directory``, which appears only when it is complete. It can be read
+    like any other directory that Orbax wrote."""
     registry = ocp.type_handlers.create_type_handler_registry((StreamedArray, _Handler()))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
         checkpointer.save(directory, args=ocp.args.PyTreeSave(tree))
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
-    """Writes one piece after another, each a chunk of its own on the disk."""
+    """Writes one piece after another, each as a chunk of its own on the disk."""
 
     async def serialize(self, values: Sequence[StreamedArray], infos: Sequence[Any], args: Any = None) -> list:
         for value, info in sorted(zip(values, infos, strict=True), key=lambda pair: pair[0].order):
@@ -105,9 +105,9 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
 
 def open_array(directory: str | os.PathLike, name: str) -> StreamedArray:
-    """An array of a tree that Orbax wrote into ``directory``, by the path of its keys with dots between them.
+    """An array in a tree that Orbax wrote into ``directory``, named by its keys joined with dots.
 
-    ``ValueError`` if it is not there, and of ``read`` if it is damaged.
+    Raises ``ValueError`` if it is not there; ``read`` raises it if the array is damaged.
     """
     directory = Path(directory).absolute()
     if (directory / "manifest.ocdbt").exists():

@@ -1,8 +1,8 @@
 """Fixed-length blocks of a token stream on disk: packing documents into records, and reading records by index.
 
 A split is one stream of N tokens: every document is written as [document token] + its tokens. Block k holds the
-stream's tokens k L .. k L + L (L + 1 of them: one overlaps with the next block, so that every block has the targets of
-all its L positions). A record is, little-endian,
+stream's tokens k L .. k L + L (L + 1 of them: one overlaps with the next block, so that every block has the targets for
+all its L positions). A record is, in little-endian order,
 
     uint32 valid         how many of the L + 1 tokens are real; less than L + 1 only in the last block
     uint32 starts        how many documents start in the block
@@ -28,7 +28,7 @@ from jaxlinear.errors import UserError
 
 RECORDS_PER_SHARD = 1 << 16
 _HEADER = struct.Struct("<II")
-_OPEN_SHARDS = 128  # file handles kept at once; a process may have as few as 256
+_OPEN_SHARDS = 128  # file handles kept open at a time; a process may be limited to 256
 # Errors that the ArrayRecord library reports only in the text of a RuntimeError.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
@@ -46,7 +46,7 @@ def encode_block(tokens: np.ndarray, starts: np.ndarray, block_length: int, dtyp
 
 
 def decode_block(record: bytes, block_length: int, dtype: np.dtype) -> tuple[int, np.ndarray, np.ndarray]:
-    """record -> (valid, tokens [L + 1], starts). Raises ValueError for a record of another size."""
+    """record -> (valid, tokens [L + 1], starts). Raises ValueError for a record of the wrong size."""
     valid, num_starts = _HEADER.unpack_from(record)
     offset = _HEADER.size + (block_length + 1) * dtype.itemsize
     if len(record) != offset + 4 * num_starts:
@@ -56,7 +56,7 @@ def decode_block(record: bytes, block_length: int, dtype: np.dtype) -> tuple[int
 
 
 class SplitWriter:
-    """Packs the documents of one split, in the order they come, into shards under ``directory/name``."""
+    """Packs the documents of one split, in the order in which they arrive, into shards under ``directory/name``."""
 
     def __init__(self, directory: pathlib.Path, name: str, *, block_length: int, dtype: str, document_token: int):
         self._directory, self._name = directory, name
@@ -91,7 +91,7 @@ class SplitWriter:
         stream = np.concatenate(self._pending) if self._pending else np.zeros(0, self._dtype)
         starts = np.array(self._pending_starts, np.int64)
         length, position = self._block_length, 0
-        # A remainder of one token is no block: it is already the last target of the block before.
+        # A remainder of one token makes no block: it is already the last target of the previous block.
         while len(stream) - position > (1 if last else length):
             first, end = np.searchsorted(starts, [position, position + length])
             block = stream[position : position + length + 1]
@@ -114,7 +114,7 @@ class SplitWriter:
         if self._writer is None:
             return
         path = self._shard_path()
-        # The writer buffers and reports every failure, a full disk too, when it is closed.
+        # The writer buffers, and reports every failure, even a full disk, when it is closed.
         _call(path, lambda _: self._writer.close())
         self._writer = None
         file = path.relative_to(self._directory).as_posix()
@@ -125,15 +125,15 @@ class SplitWriter:
         return self._directory / self._name / f"{len(self._shards):05d}.array_record"
 
     def abandon(self) -> None:
-        """Closes the open shard after a failure elsewhere; what it holds is about to be deleted."""
+        """Closes the open shard after a failure elsewhere; its content is about to be deleted."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            with contextlib.suppress(RuntimeError):  # the failure that brought us here, once more
+            with contextlib.suppress(RuntimeError):  # the same failure again
                 writer.close()
 
 
 def _call(path: pathlib.Path, function: Any, *arguments: Any) -> Any:
-    """``function(path, *arguments)`` of the ArrayRecord library, its disk errors as OSError."""
+    """Calls ``function(path, *arguments)`` of the ArrayRecord library and turns its disk errors into OSError."""
     try:
         return function(str(path), *arguments)
     except RuntimeError as error:
@@ -144,7 +144,7 @@ def _call(path: pathlib.Path, function: Any, *arguments: Any) -> Any:
 
 
 def _mark(file: pathlib.Path) -> tuple[int, ...] | None:
-    """What changes when a file is written again; None if it is not there."""
+    """A value that changes when a file is rewritten; None if there is no such file."""
     try:
         found = file.stat()
     except FileNotFoundError:
@@ -157,7 +157,7 @@ def _content(file: pathlib.Path) -> bytes | None:
 
 
 class SplitReader:
-    """Random access to the blocks of one split. Shards are opened when first read; the last ones used stay open."""
+    """Random access to the blocks of one split. Shards open on first read; the most recently used stay open."""
 
     def __init__(self, directory: str | os.PathLike[str], split: Split):
         self._directory, self._shards, self.blocks = pathlib.Path(directory), split.shards, split.blocks
@@ -165,7 +165,7 @@ class SplitReader:
         self._looked_at, self._content = _mark(self._manifest), _content(self._manifest)
         self._ends = np.cumsum([shard.records for shard in split.shards])
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._lock = threading.Lock()  # a loop that prefetches reads from another thread than its evaluation
+        self._lock = threading.Lock()  # prefetching and evaluation read in different threads
 
     def read(self, blocks: Sequence[int] | np.ndarray) -> list[bytes]:
         """The records of ``blocks``, in that order."""
@@ -192,8 +192,8 @@ class SplitReader:
             raise UserError(f"shard {path} cannot be read: {error}; prepare the dataset again") from error
 
     def _check_same_dataset(self) -> None:
-        """Shards of another one have the same names and, but for the last, as many blocks. Of a large dataset shards are
-        opened all the time, so its manifest is read again only if it was written again."""
+        """Refuses shards of another dataset, which have the same names and, except for the last, as many blocks. Shards of
+        a large dataset are opened all the time, so the manifest is read again only if it was rewritten."""
         mark = _mark(self._manifest)
         if mark != self._looked_at:
             if _content(self._manifest) != self._content:
@@ -201,7 +201,7 @@ class SplitReader:
             self._looked_at = mark
 
     def _open_shard(self, path: pathlib.Path, expected: int) -> Any:
-        # No read-ahead: the records of a batch lie anywhere.
+        # No read-ahead: the records of a batch can be anywhere.
         options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
         reader = array_record_module.ArrayRecordReader(str(path), **options)
         if not reader.ok() or reader.num_records() != expected:

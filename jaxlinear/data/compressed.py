@@ -11,21 +11,21 @@ from jaxlinear.errors import UserError
 
 _CHUNK = 1 << 20
 _SUFFIXES = (".gz", ".zst")
-_ZSTD_WINDOW = 1 << 31  # bytes, the largest that there is (zstd --long=31); by default 128 MiB are the most
+_ZSTD_WINDOW = 1 << 31  # bytes, the largest possible (zstd --long=31); the default maximum is 128 MiB
 
 
 class DamagedFile(Exception):
-    """A compressed file that ends too soon or whose content is not what its name says."""
+    """A compressed file that ends too early or whose content does not match its name."""
 
 
 def stripped_suffix(file: pathlib.Path) -> str:
-    """The suffix that tells the content: ``.txt`` of a.txt, ``.jsonl`` of a.jsonl.gz."""
+    """The suffix that shows the content: ``.txt`` for a.txt, ``.jsonl`` for a.jsonl.gz."""
     suffix = file.suffix.lower()
     return pathlib.Path(file.stem).suffix.lower() if suffix in _SUFFIXES else suffix
 
 
 def expansion(file: pathlib.Path) -> float:
-    """How many times the bytes of the file its content is, by its beginning; 1 for a file that is not compressed."""
+    """Ratio of content to file size, estimated from the beginning; 1 for a file that is not compressed."""
     read = min(file.stat().st_size, _CHUNK)
     if not read or file.suffix.lower() not in _SUFFIXES:
         return 1.0
@@ -37,8 +37,8 @@ def expansion(file: pathlib.Path) -> float:
 
 
 def read_chunks(file: pathlib.Path, *, beginning: bool = False) -> Iterator[bytes]:
-    """The decompressed content, or that of the file's first chunk; raises DamagedFile after the last chunk that could be
-    read."""
+    """The decompressed content, or the part of it in the file's first chunk. Raises DamagedFile after the last chunk that
+    could be read."""
     suffix = file.suffix.lower()
     new, failure = _decompressor(file)
     if new is None:
@@ -49,7 +49,7 @@ def read_chunks(file: pathlib.Path, *, beginning: bool = False) -> Iterator[byte
     decompressor = None
     with file.open("rb") as stream:
         while data := stream.read(_CHUNK):
-            # A file may be several gzip members or zstd frames in a row.
+            # A file may consist of several gzip members or zstd frames.
             while data:
                 decompressor = decompressor or new()
                 try:

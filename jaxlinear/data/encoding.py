@@ -1,4 +1,4 @@
-"""Encoding in several processes, in the order of the source; and decoding, where the source has tokens."""
+"""Encoding in several processes, in the order of the source; or decoding, if the source has tokens."""
 
 import collections
 import concurrent.futures.process
@@ -17,20 +17,20 @@ from jaxlinear.errors import RunError
 
 Document = str | np.ndarray  # its text, or its tokens [T]
 
-# A worker is given so much at a time: enough to make the transfer cheap, little enough to keep all of them busy.
+# A worker is given this much at a time: enough to make the transfer cheap, little enough to keep all workers busy.
 _BATCH_LENGTH = 1 << 19  # characters, or tokens
 _BATCH_DOCUMENTS = 1024
 
-_tokenizer: Tokenizer  # of a worker process
+_tokenizer: Tokenizer  # in a worker process
 
 
 def encode_in_order(
     documents: Iterable[Document], tokenizer: Tokenizer, directory: pathlib.Path, workers: int
 ) -> Generator[tuple[str, np.ndarray], None, None]:
-    """(text, tokens [T]) of every document, in order. A source has texts, or tokens.
+    """(text, tokens [T]) of every document, in order. The source has either texts or tokens.
 
-    ``directory`` is where ``tokenizer`` is saved; ``workers`` processes load it from there. At most a few batches a
-    worker are in memory at once. A source of a single batch is encoded here, for to start a process takes longer.
+    ``directory`` is where ``tokenizer`` is saved; ``workers`` processes load it from there. At most a few batches per
+    worker are in memory at a time. A source of a single batch is encoded here, since starting a process takes longer.
     """
     batches = _batches(documents)
     first = list(itertools.islice(batches, 2))
@@ -39,7 +39,7 @@ def encode_in_order(
         for batch in batches:
             yield from _joined(batch, _other_half(tokenizer, batch))
         return
-    # Spawned, for forking a process that has threads (JAX, tokenizers) can deadlock.
+    # Spawned, because forking a process that has threads (JAX, tokenizers) can deadlock.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (str(directory),))
     waiting: collections.deque[tuple[list[Document], concurrent.futures.Future]] = collections.deque()
@@ -94,13 +94,13 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _start_worker(directory: str) -> None:
     global _tokenizer
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it stops the workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which stops the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already run in parallel
     _tokenizer = load_tokenizer(directory)
 
 
 def _end_with_parent() -> None:
-    """A worker that waits for work does not notice that the process which would give it was killed."""
+    """Ends a worker whose parent was killed, which a worker waiting for work would not notice."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

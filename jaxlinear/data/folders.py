@@ -1,4 +1,4 @@
-"""The files of a folder that are text to prepare, each of them once."""
+"""The files in a folder whose text is to be prepared, each exactly once."""
 
 import collections
 import logging
@@ -15,8 +15,9 @@ _LOG = logging.getLogger(__name__)
 
 
 def files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
-    """Links are followed. What several names lead to is read once, which ends loops of links too: by the first name, so
-    the order that the disk lists names in is no matter. Prepared datasets are left out, for there is no text in them."""
+    """Links are followed. A file with several names is read once, under its first name in a sorted walk, so the order in
+    which the disk lists names does not matter; this also ends loops of links. Prepared datasets are skipped: they hold no
+    text."""
     files, others = [], collections.Counter[str]()
     again: list[str] = []
     datasets: list[pathlib.Path] = []
@@ -37,11 +38,11 @@ def files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pat
             if name.startswith("."):
                 continue
             file = here / name
-            # Without a suffix it may have been a folder.
+            # A name without a suffix may have been a folder.
             if not file.exists() and stripped_suffix(file) in ("", *suffixes):
                 raise UserError(f"{file} is a link to {os.readlink(file)}, which is not there; mend or remove it")
             if stripped_suffix(file) in suffixes:
-                if not file.is_file():  # to read a pipe would be to wait for who writes it
+                if not file.is_file():  # reading a pipe would wait for its writer
                     raise UserError(f"{file} is no file but a pipe, a socket or a device; remove it")
                 identity = _identity(file)
                 if is_new(file, identity):
@@ -55,7 +56,7 @@ def files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pat
     if not files:
         there = f"; there are {', '.join(name for name, _ in others.most_common(5))}" if others else " and no other"
         raise UserError(f"{folder} has no file with a suffix of {', '.join(suffixes)}{there} (--suffixes chooses)")
-    if others:  # as .jsonl.xz beside .jsonl.gz: who has both may think that both are read
+    if others:  # such as .jsonl.xz beside .jsonl.gz: the user may think that both are read
         there = ", ".join(f"{count} {name}" for name, count in others.most_common(5))
         more = ", ..." if len(others) > 5 else ""
         _LOG.info("%s: %d files are read; left out are %s%s (--suffixes chooses)", folder, len(files), there, more)
@@ -68,8 +69,8 @@ def files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pat
 
 
 def _identity(file: pathlib.Path) -> Hashable:
-    """The same for all names of a file. Its number on the disk is asked for only where it has several, hard links: not
-    every file system that is mounted over a network has numbers."""
+    """The same value for all names of a file. The inode number is used only for files with several hard links, since not
+    every network file system has inode numbers."""
     status = file.stat()
     if status.st_nlink > 1 and status.st_ino:
         return status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""The hidden directory that a dataset or a converted model is written to, and what programs that were killed left of it."""
+"""The hidden directory where a dataset or a converted model is written, and the cleanup after killed programs."""
 
 import contextlib
 import logging
@@ -18,14 +18,14 @@ _LOG = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def directory(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new directory beside ``output``; whatever is still there at the end is removed. A lock in it says that its writer
-    lives, until ``unlock``."""
+    """A new directory beside ``output``, removed at the end if it is still there. A lock in it shows that its writer is
+    alive, until ``unlock``."""
     partial = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir()
     try:
         with (partial / (locks.FILE + ".tmp")).open("wb", buffering=0) as file:
             file.write(socket.gethostname().encode())
-            # It is named when it is locked: ``clear`` may remove the directory of a lock that nobody has.
+            # It gets its name only once it is locked: ``clear`` may remove a directory whose lock nobody holds.
             if _take(file):
                 os.rename(file.name, partial / locks.FILE)
             else:
@@ -36,13 +36,13 @@ def directory(output: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def unlock(partial: pathlib.Path) -> None:
-    """For when all is written, and the directory is to be renamed."""
+    """To be called when everything is written and the directory is about to be renamed."""
     (partial / locks.FILE).unlink(missing_ok=True)
 
 
 def clear(output: pathlib.Path) -> None:
-    """Removes what writers of ``output`` left that were killed on this host. Of what may be another's, and of a dataset
-    that was moved aside to be replaced, it says in the log that it is there."""
+    """Removes what killed writers of ``output`` left behind on this host. Only logs what may belong to another writer, and
+    a dataset that was moved aside to be replaced."""
     if not output.parent.is_dir():
         return
     pattern = re.compile(re.escape(f".{output.name}.") + "(partial|old)-[0-9a-f]{8}")
@@ -55,16 +55,16 @@ def clear(output: pathlib.Path) -> None:
 
 
 def _cleared(partial: pathlib.Path) -> bool:
-    """Whether nothing need be said of it."""
+    """Whether there is nothing left to report."""
     try:
         with (partial / locks.FILE).open("r+b") as file:
             if not locks.take(file):
-                return True  # its writer lives
-            # The lock of another host may not be seen here, as where a file system keeps locks of each host alone.
+                return True  # its writer is alive
+            # Another host's lock may be invisible here, on a file system that keeps each host's locks separate.
             if file.read() != socket.gethostname().encode():
                 return False
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError:  # no lock there, or no locks at all
+    except OSError:  # no lock file, or no support for locks
         return False
     _LOG.warning("removed %s, which a run that was killed had left", partial)
     return True

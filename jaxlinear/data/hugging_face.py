@@ -8,7 +8,7 @@ from jaxlinear.errors import UserError
 
 
 def open_dataset(name: str, record: Callable[[str, Any], Record]) -> Source:
-    """``name`` is hf:NAME or hf:NAME:CONFIG; ``record(origin, fields)`` of each row of its training split."""
+    """``name`` is hf:NAME or hf:NAME:CONFIG. Gives ``record(origin, fields)`` for each row of the training split."""
     try:
         import datasets
     except ImportError as error:

@@ -1,8 +1,8 @@
 """Batches of a prepared dataset, addressed by index.
 
-Example i of epoch e is a pure function of (seed, e, i): the global index of an example is mapped to the place in the
-datasets where it lies (a mixture of shuffles, each reseeded every epoch), and the rows of a batch are then read
-together. So the state of a loader is the step, and the hosts of a run agree without a word.
+Example i of epoch e is a pure function of (seed, e, i): an example's global index is mapped to its position in the datasets
+(a mixture of shuffles, each reseeded every epoch), and the rows of a batch are read together. So a loader's state is the
+step, and the hosts of a run agree without communicating.
 """
 
 import fractions
@@ -24,11 +24,11 @@ from jaxlinear.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
-# Of the cipher that shuffles. ``MapDataset.shuffle`` of grain takes 4, after which the places of neighbours still correlate
-# (tests/data/test_loader.py). After 8 they do not; more cost time where examples are few, for the cipher is of 16 bits and
-# asked until a number is below their count.
+# Rounds of the shuffling cipher. grain's ``MapDataset.shuffle`` has 4, after which the positions of neighbours still
+# correlate (tests/data/test_loader.py); after 8 they do not. More cost time where examples are few: the cipher has 16 bits
+# and is applied until a number is below their count.
 _ROUNDS = 8
-# What an order of examples is named by in the directory of a run, which goes on in its own.
+# The name of this order of examples, recorded in a run's directory: a run resumes with the order it began with.
 SHUFFLE = f"index_shuffle, {_ROUNDS} rounds"
 
 Path = str | os.PathLike[str]
@@ -42,13 +42,13 @@ class _Order(Protocol):
 class TrainBatches:
     """``batches[step]`` is this host's rows of global batch ``step``.
 
-    A batch is a dict of int32 arrays [b, T], a row for each of ``rows``, which are all by default: ``tokens``;
-    ``targets``, the token after each; and ``segment_ids``, 1, 2, 3 ... by document within a row. Batch ``step`` holds the
-    examples step B ... step B + B - 1, however many hosts there are.
+    A batch is a dict of int32 arrays [b, T], with a row for each of ``rows`` (by default all): ``tokens``; ``targets``, the
+    token after each; and ``segment_ids``, 1, 2, 3 ... by document within a row. Batch ``step`` holds the examples step B
+    ... step B + B - 1, however many hosts there are.
 
-    ``paths`` is a dataset, or several with their weights: the shares of the examples that come from each. An epoch of
-    a mixture ends when the first of its datasets has been seen once; then all go on, each reshuffled when it is
-    through. ``epochs`` ends the sequence (IndexError after it, so that ``for batch in batches`` works).
+    ``paths`` is a dataset, or several with their weights: the share of the examples that comes from each. An epoch of
+    a mixture ends when the first of its datasets has been seen once; then all continue, each reshuffled when it has been
+    read through. ``epochs`` ends the sequence (IndexError after it, so that ``for batch in batches`` works).
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TrainBatches:
         manifests = [table.manifest for table in self._tables]
         check_same_tokenizer(list(weights), manifests)
         warn_of_splits(list(weights), manifests)
-        # Examples after the last whole one are left out.
+        # Examples after the last complete one are left out.
         lengths = [table.whole_examples for table in self._tables]
         for path, table, length in zip(weights, self._tables, lengths, strict=True):
             if length == 0:
@@ -123,8 +123,8 @@ def heldout_batches(
 ) -> Iterator[Batch]:
     """The whole split in order, or its first ``limit`` batches: dicts like those of ``TrainBatches``.
 
-    Every token but the first of the stream is a target exactly once. The end is padded with segment 0 (token and
-    target 0 there) to whole batches, so every host gets the same number of them.
+    Every token of the stream but the first is a target exactly once. The end is padded to whole batches with segment 0
+    (token and target 0 there), so every host gets the same number of batches.
     """
     _check_positive(batch_size=batch_size, sequence_length=sequence_length, limit=limit)
     table = ExampleTable(path, split, sequence_length)
@@ -160,7 +160,7 @@ class ExampleTable:
             return
         lengths = _lengths_that_work(block_length, min(sequence_length + block_length, max(self.targets, 1)))
         below = max(n for n in lengths if n < sequence_length)
-        above = [n for n in lengths if n > sequence_length][:1]  # none where the split has not so many tokens
+        above = [n for n in lengths if n > sequence_length][:1]  # none if the split has too few tokens
         nearest = f"nearest that work are {below} and {above[0]}" if above else f"nearest that works is {below}"
         raise UserError(
             f"sequence_length {sequence_length} neither divides the block length {block_length} nor is a multiple of "
@@ -168,7 +168,7 @@ class ExampleTable:
         )
 
     def largest_sequence_length(self) -> int:
-        """The longest sequence that the split has tokens for and that its blocks allow; 0 if there is none."""
+        """The longest sequence length that the split's tokens and block length allow; 0 if there is none."""
         return max(_lengths_that_work(self.manifest.block_length, self.targets), default=0)
 
     def read(self, examples: np.ndarray) -> Batch:
@@ -185,7 +185,7 @@ class ExampleTable:
         stream = np.zeros((len(examples), length + 1), np.int32)
         starts = np.zeros((len(examples), length), np.int32)
         taken = min(length, block_length)
-        # Where the block lies in the row (0 or more) or, below 0, where the row lies in the block.
+        # Where the block starts within the row (0 or more) or, if below 0, where the row starts within the block.
         offsets = (blocks * block_length - starts_at[rows]).tolist()
         for record, block, row, offset in zip(
             self._reader.read(blocks), blocks.tolist(), rows.tolist(), offsets, strict=True
@@ -220,7 +220,7 @@ class ExampleTable:
 
 
 def _order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> tuple["_Order", int]:
-    """(index of an example in the run -> its place in the datasets laid end to end, examples an epoch)."""
+    """(example index in the run -> position in the concatenated datasets, examples per epoch)."""
     offsets = np.cumsum([0, *lengths]).tolist()
     seeds = np.random.SeedSequence(seed).generate_state(len(lengths)).tolist()
     shuffled = [_Shuffled(*ends, s) for ends, s in zip(itertools.pairwise(offsets), seeds, strict=True)]
@@ -232,10 +232,10 @@ def _order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> tuple
 
 
 class _Shuffled:
-    """The numbers from ``start`` to ``stop`` in a random order, then all again in another one, without end."""
+    """The numbers from ``start`` to ``stop`` in a random order, then all again in another order, without end."""
 
     def __init__(self, start: int, stop: int, seed: int):
-        # Imported here, for grain imports JAX, and neither the worker processes nor the preparation needs it.
+        # Imported here: grain imports JAX, which neither worker processes nor the preparation need.
         from grain.experimental import index_shuffle
 
         self._shuffle, self._start, self._length, self._seed = index_shuffle, start, stop - start, seed
@@ -247,24 +247,24 @@ class _Shuffled:
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
-    """The weights as whole numbers, in exactly the ratio of their decimals as one writes them."""
+    """The weights as whole numbers, in exactly the ratio of their decimal notations."""
     exact = [fractions.Fraction(repr(float(weight))) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in exact))
     return [int(weight * scale) for weight in exact]
 
 
 class _Mixture:
-    """Several endless orders as one: of the first k examples each dataset has its share, off by fewer than there are
-    datasets, whatever k is.
+    """Several endless orders as one: for every k, each dataset has its share of the first k examples, with an error below
+    the number of datasets.
 
-    grain mixes so too, but rounds weights down to hundredths of the smallest: for it 0.5 and 0.497 are 1 to 1.
+    grain's mixture does the same, but rounds weights down to hundredths of the smallest: it mixes 0.5 and 0.497 as 1 to 1.
     """
 
     def __init__(self, parts: Sequence["_Order"], shares: Sequence[int]):
         self._parts, self._shares = parts, shares
 
     def __getitem__(self, index: int) -> int:
-        # The first dataset has its share of all, rounded up; the next its share of what that leaves; and so on.
+        # The first dataset gets its share of all, rounded up; the next its share of the remainder; and so on.
         remaining = sum(self._shares)
         for part, share in zip(self._parts, self._shares, strict=True):
             left, left_after = (k * (remaining - share) // remaining for k in (index, index + 1))
@@ -275,7 +275,7 @@ class _Mixture:
 
 
 def _lengths_that_work(block_length: int, limit: int) -> list[int]:
-    """The sequence lengths up to ``limit`` that divide the block length or are a multiple of it."""
+    """The sequence lengths up to ``limit`` that divide the block length or are multiples of it."""
     divisors = [n for n in range(1, min(block_length, limit + 1)) if block_length % n == 0]
     return divisors + list(range(block_length, limit + 1, block_length))
 
@@ -287,7 +287,7 @@ def _check_positive(**values: int | None) -> None:
 
 
 def check_rows(rows: Sequence[int] | None, batch_size: int) -> list[int]:
-    """The rows that a host has of a batch, all of it by default. They ascend, but need not be neighbours."""
+    """The rows of a batch that this host has, by default all. They ascend, but need not be contiguous."""
     found = list(range(batch_size) if rows is None else rows)
     if not found:
         raise UserError(f"no rows of a batch of {batch_size} are asked for")
@@ -299,7 +299,7 @@ def check_rows(rows: Sequence[int] | None, batch_size: int) -> list[int]:
 
 
 def check_same_tokenizer(paths: Sequence[str | os.PathLike], manifests: Sequence[Manifest]) -> None:
-    """Raises ``UserError`` for the first dataset whose tokens are not those of the first."""
+    """Raises ``UserError`` for the first dataset whose tokenizer is not that of the first dataset."""
     for path, manifest in zip(paths, manifests, strict=True):
         if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
             raise UserError(
@@ -309,17 +309,17 @@ def check_same_tokenizer(paths: Sequence[str | os.PathLike], manifests: Sequence
 
 
 def _options_of_tokenizer(path: Path, manifest: Manifest) -> str:
-    """Of prepare_data, for another dataset with this one's tokens."""
+    """Options of prepare_data with which another dataset gets this one's tokenizer."""
     if manifest.tokenizer.file is None:
         return f"--tokenizer={manifest.tokenizer.kind}"
-    # Two that differ in their document tokens have one file.
+    # Two tokenizers that differ in their document tokens have the same file.
     name = shlex.quote(load_tokenizer(path).document_token_name)
     return f"--tokenizer={os.path.join(path, manifest.tokenizer.file)} --document_token={name}"
 
 
 def warn_of_splits(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    """Splits are by the hash of a document, so those of two datasets agree about one that both hold if they were made
-    with the same seed and fraction."""
+    """Warns unless all datasets have the same seed and held-out fraction: only then do two of them put a document, by its
+    hash, in the same split."""
     first = manifests[0]
     for path, manifest in zip(paths, manifests, strict=True):
         if (manifest.seed, manifest.heldout_fraction) != (first.seed, first.heldout_fraction):

@@ -1,4 +1,4 @@
-"""The manifest of a prepared dataset: what is in the directory, and the checks that it is really there."""
+"""The manifest of a prepared dataset: what the directory contains, and checks that it is really there."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ SPLITS = ("train", "heldout")
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One ArrayRecord file. ``file`` is relative to the dataset's directory, ``size`` its length in bytes."""
+    """One ArrayRecord file. ``file`` is relative to the dataset's directory; ``size`` is its length in bytes."""
 
     file: str
     records: int
@@ -24,7 +24,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split: a stream of ``tokens`` tokens, cut in ``blocks`` blocks.
+    """One split: a stream of ``tokens`` tokens, cut into ``blocks`` blocks.
 
     ``bytes`` counts the UTF-8 bytes of the text; ``gzip_bytes`` and ``xz_bytes`` are the sizes of the whole text of
     the split under ``gzip -9`` and ``xz -9`` (only for held-out text, None where ``note`` says why).
@@ -51,7 +51,7 @@ class TokenizerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Records of the source: all that were read, the broken ones (left out) and the empty ones (left out)."""
+    """Numbers of source records: all that were read, the broken ones and the empty ones (both left out)."""
 
     read: int
     broken: int
@@ -60,7 +60,7 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Everything the loader has to know before it opens a shard."""
+    """Everything the loader must know before it opens a shard."""
 
     format_version: int
     block_length: int
@@ -80,7 +80,7 @@ class Manifest:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Reads and checks the manifest of the dataset in directory ``path``; its shards have to exist at full size."""
+    """Reads and checks the manifest of the dataset in directory ``path``. Its shards must exist at full size."""
     directory = pathlib.Path(path)
     file = directory / MANIFEST
     if not directory.is_dir():

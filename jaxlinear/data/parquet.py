@@ -12,11 +12,11 @@ _ROWS = 1024
 
 
 def expansion(file: pathlib.Path, field: str) -> float:
-    """How many times the bytes of the file its text is, by its own account; 1 where it gives none."""
+    """How many times the size of the file its text is, according to the file's metadata; 1 if that does not say."""
     try:
         import pyarrow
         import pyarrow.parquet
-    except ImportError:  # which the reading of the records says, as it does of damage
+    except ImportError:  # reported when the records are read, as is damage
         return 1.0
     try:
         table = pyarrow.parquet.read_metadata(file)
@@ -24,23 +24,23 @@ def expansion(file: pathlib.Path, field: str) -> float:
         return 1.0
     groups = [table.row_group(i) for i in range(table.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    # A column of lists has the path of what is in them, as input_ids.list.element.
+    # For a column of lists, the path includes the list's elements, as in input_ids.list.element.
     of_field = (column for column in columns if f"{column.path_in_schema}.".startswith(f"{field}."))
     size = sum(column.total_uncompressed_size for column in of_field)
     return size / file.stat().st_size if size else 1.0
 
 
 def records(file: pathlib.Path, text_field: str) -> Iterator[Record]:
-    """One record a row; a row is named file:row, the first row is 1."""
+    """One record per row, named file:row, counting from 1."""
     _require_pyarrow(file)
     import pyarrow
 
     def check(kind: Any) -> str | None:
-        values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # a categorical, as pandas calls it
+        values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # a pandas categorical
         is_text = values in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
         return None if is_text else f"not a string but {kind}"
 
-    # As bytes, so that a text that is not UTF-8 spoils its row and not the batch.
+    # As bytes, so that a text that is not UTF-8 spoils its row only and not the batch.
     def contents(column: Any) -> list[bytes | None]:
         return column.cast(pyarrow.large_binary()).to_pylist()
 
@@ -48,7 +48,7 @@ def records(file: pathlib.Path, text_field: str) -> Iterator[Record]:
 
 
 def id_records(file: pathlib.Path, tokens_field: str, ids: Ids) -> Iterator[Record]:
-    """The same of a column of lists of token ids."""
+    """The same for a column of lists of token ids."""
     _require_pyarrow(file)
     import pyarrow
 
@@ -85,7 +85,7 @@ def _records(
     values: Callable[[Any], list[Any]],
     record: Callable[[str, Any, str], Record],
 ) -> Iterator[Record]:
-    """``record(origin, value, field)`` of the ``values`` of each batch's column, whose type passes ``check``."""
+    """``record(origin, value, field)`` for the ``values`` of each batch's column, whose type must pass ``check``."""
     import pyarrow
     import pyarrow.parquet
 
@@ -103,7 +103,7 @@ def _records(
                     row += 1
                     yield record(f"{file}:{row}", value, field)
     except (pyarrow.ArrowException, OSError) as error:  # OSError is how pyarrow reports a damaged page
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk: no permission, or the file is gone
+        if isinstance(error, OSError) and error.errno is not None:  # a disk error: no permission, or the file is gone
             raise
         yield Record(f"{file}:{row + 1}", None, f"damaged Parquet file: {error}", ends_file=True)
 

@@ -1,6 +1,6 @@
-"""Text, or tokens, to a prepared dataset: read, split, train the tokenizer, encode, pack, count.
+"""Turns text or tokens into a prepared dataset: read, split, train the tokenizer, encode, pack, count.
 
-The bytes written depend on the source and the arguments only: not on the number of workers, nor on the time.
+The bytes written depend only on the source and the arguments, not on the number of workers or the time.
 """
 
 import contextlib
@@ -50,10 +50,10 @@ _LOG = logging.getLogger(__name__)
 DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_TRAIN_BYTES = 16_000_000
 _LOGGED_BROKEN = 5
-_LARGEST_SAMPLING = 16  # reads about 16 times as much text as the tokenizer is trained on, at most
-_MOST = 1 << 24  # tokens of a block, and of a vocabulary: far more than is of use, and what memory there is for
+_LARGEST_SAMPLING = 16  # reads at most about 16 times as much text as the tokenizer is trained on
+_MOST = 1 << 24  # tokens of a block or a vocabulary: far more than is useful, but still fits in memory
 _OF_A_DATASET = {MANIFEST, *SPLITS, INFO_FILE, JsonTokenizer.file, SentencePieceTokenizer.file}
-_PIECE = 1 << 14  # characters of a document that are taken or left together
+_PIECE = 1 << 14  # characters of a document that are sampled or skipped together
 
 
 def prepare(
@@ -77,14 +77,14 @@ def prepare(
     max_broken_fraction: float = 0.01,
     overwrite: bool = False,
 ) -> Manifest:
-    """Makes the dataset ``output`` from ``source`` and returns its manifest; either all of it appears or nothing.
+    """Makes the dataset ``output`` from ``source`` and returns its manifest. Either all of it appears or nothing.
 
     ``tokenizer`` is "bpe" (of ``vocab_size`` tokens, 4096 by default, trained on ``train_bytes`` of the training text,
-    16 MB by default), "bytes", or the path of a tokenizer. ``workers`` processes encode (None: one a CPU). The other
+    16 MB by default), "bytes", or the path of a tokenizer. ``workers`` processes encode (None: one per CPU). The other
     arguments are explained by the flags of ``launch/prepare_data.py`` and in docs/data.md.
     """
     _check_arguments(heldout_fraction, block_length, vocab_size, max_broken_fraction, workers, train_bytes, seed)
-    # Where a link leads to, so that all is written and renamed on one disk, and the link stays.
+    # The target, if it is a link: everything is written and renamed on one disk, and the link stays.
     output = pathlib.Path(os.path.realpath(output))
     _check_output(output, overwrite)
     existing = _existing_tokenizer(tokenizer, vocab_size, train_bytes, document_token)
@@ -148,7 +148,7 @@ def prepare(
         )
         manifest.write(partial)
         half_made.unlock(partial)
-        _check_output(output, overwrite)  # again, for another run may have made it meanwhile
+        _check_output(output, overwrite)  # again, since another run may have made it meanwhile
         _replace(partial, output)
     return manifest
 
@@ -185,7 +185,7 @@ def _refuse_with_tokens(**of_text: str | None) -> None:
 def _existing_tokenizer(
     name: str, vocab_size: int | None, train_bytes: int | None, document_token: str | None
 ) -> Tokenizer | None:
-    """The tokenizer ``name``, None where it is yet to be trained; refuses options that would have no effect."""
+    """The tokenizer ``name``, or None if it has yet to be trained. Refuses options that would have no effect."""
     if name in ("bpe", "bytes") and document_token is not None:
         raise UserError(f"document_token is for an existing tokenizer; {name} has its own")
     if name == "bpe":
@@ -200,7 +200,7 @@ def _existing_tokenizer(
 def _check_output(output: pathlib.Path, overwrite: bool) -> None:
     if output.parent.exists() and not output.parent.is_dir():
         raise UserError(f"{output.parent} is a file, so nothing can be made in it")
-    if os.path.ismount(output):  # as the volume of a container: all is written beside it and renamed at the end
+    if os.path.ismount(output):  # e.g. a container volume: the data is written beside it and renamed at the end
         raise UserError(f"{output} is where a disk is mounted, and cannot be replaced; name a directory in it")
     if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
         return
@@ -208,14 +208,14 @@ def _check_output(output: pathlib.Path, overwrite: bool) -> None:
         raise UserError(f"{output} exists already; --overwrite replaces it, or choose another --output")
     if not (output / MANIFEST).is_file():
         raise UserError(f"{output} is not a prepared dataset (it has no {MANIFEST}), so --overwrite leaves it alone")
-    if foreign := sorted(set(os.listdir(output)) - _OF_A_DATASET):  # the source itself, it may be
+    if foreign := sorted(set(os.listdir(output)) - _OF_A_DATASET):  # possibly the source itself
         raise UserError(
             f"{output} holds {foreign[0]}, which is no part of a dataset and which --overwrite would remove; move it away"
         )
 
 
 def _replace(partial: pathlib.Path, output: pathlib.Path) -> None:
-    """Renames ``partial`` to ``output``; an older dataset there is moved aside first and deleted last."""
+    """Renames ``partial`` to ``output``. An older dataset there is first moved aside, and deleted last."""
     if not os.path.lexists(output):
         partial.rename(output)
         return
@@ -223,7 +223,7 @@ def _replace(partial: pathlib.Path, output: pathlib.Path) -> None:
     try:
         output.rename(old)
         partial.rename(output)
-    except BaseException:  # SIGTERM too, which may come between the two
+    except BaseException:  # including SIGTERM, which may arrive between the two renames
         if not os.path.lexists(output):
             old.rename(output)
         raise
@@ -231,7 +231,7 @@ def _replace(partial: pathlib.Path, output: pathlib.Path) -> None:
 
 
 def _training_sample(documents: Source, splitter: Splitter, train_bytes: int, seed: int) -> Iterator[str]:
-    """About ``train_bytes`` of training text, in pieces from all over the source where its size is known."""
+    """About ``train_bytes`` of training text, in pieces from all over the source if its size is known."""
     share = max(train_bytes / documents.size, 1 / _LARGEST_SAMPLING) if documents.size else 1.0
     choice = random.Random(seed)
     total = 0
@@ -239,7 +239,7 @@ def _training_sample(documents: Source, splitter: Splitter, train_bytes: int, se
         if not record.text or splitter.split(record.text.encode()) != "train":
             continue
         for start in range(0, len(record.text), _PIECE):
-            # The first piece always, lest a tiny sample be empty.
+            # The first piece is always taken, so that a tiny sample is not empty.
             if choice.random() < share or total == 0:
                 piece = record.text[start : start + _PIECE]
                 yield piece
@@ -256,7 +256,7 @@ class _Counts:
 
 
 def _usable(documents: Iterable[Record], counts: _Counts, progress: tqdm) -> Iterator[Document]:
-    """The records that are neither broken nor empty; counts all and names the first broken ones, and all damaged files."""
+    """The records that are neither broken nor empty. Counts all, and logs the first broken ones and all damaged files."""
     for record in documents:
         counts.read += 1
         document = record.text if record.ids is None else record.ids

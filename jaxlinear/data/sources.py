@@ -1,8 +1,8 @@
-"""Where documents come from: the standard library's sources, text files, JSONL, Parquet, Hugging Face datasets.
+"""Sources of documents: the standard library's source code, text files, JSONL, Parquet, Hugging Face datasets.
 
-A source is an iterable of ``Record``: a text with its origin (file, and line or row), or the reason why there is none.
-It can be iterated several times and gives the same records every time, unless it is a pipe. Those of token ids instead of
-texts are in ``token_sources.py``.
+A source is an iterable of ``Record``: a text with its origin (file, and line or row), or the reason why there is none. It
+gives the same records each time it is iterated; a pipe can be iterated only once. Sources of token ids are in
+``token_sources.py``.
 """
 
 import codecs
@@ -37,13 +37,13 @@ RECORD_SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
 DEFAULT_SUFFIXES = (".txt", ".text", ".md", ".rst", *RECORD_SUFFIXES)
 _ACCEPTABLE_BROKEN_AT_START = 100
 _ACCEPTABLE_UNCUT_AT_START = 100
-_LARGEST_DOCUMENT = 1 << 30  # bytes: it is in memory whole, as text and as tokens, a few times
+_LARGEST_DOCUMENT = 1 << 30  # bytes: it is held in memory whole, as text and as tokens, a few times
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One document: ``text``, the ``ids`` [T] uint32 of its tokens, or the ``error`` that broke it. ``origin`` is
-    file:line, or file. With one that ``ends_file``, all that follows it in its file is lost too, however much that is."""
+    file:line, or file. After one that ``ends_file``, the rest of its file is lost too, however much that is."""
 
     origin: str
     text: str | None
@@ -54,7 +54,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """``description`` goes into the manifest; ``size`` is about the number of bytes, None where that is not known. Only one
+    """``description`` goes into the manifest. ``size`` is the approximate number of bytes, None if unknown. Only a source
     that is a ``pipe`` cannot be iterated a second time."""
 
     description: str
@@ -63,7 +63,7 @@ class Source:
     pipe: bool = False
 
     def __iter__(self) -> Iterator[Record]:
-        """All records; a source that starts with nothing but broken ones is refused, for it is not what it seems."""
+        """All records. A source whose first records are all broken is refused: it is not what it seems to be."""
         records = self.records()
         start = []
         for record in records:
@@ -92,8 +92,8 @@ def open_source(
     """The source ``name``: "python-stdlib", "hf:NAME" or "hf:NAME:CONFIG", or the path of a file or a folder.
 
     ``text_field`` ("text") names the text in JSONL, Parquet and Hugging Face records. ``suffixes`` (``DEFAULT_SUFFIXES``)
-    are the files taken from a folder (``.gz`` and ``.zst`` may follow). ``separator`` cuts plain text into documents; else
-    one file is one. ``UserError`` for one that is given and that nothing of the source reads.
+    selects the files taken from a folder (``.gz`` and ``.zst`` may follow). ``separator`` cuts plain text into documents;
+    without it each file is one. Raises ``UserError`` for an option that is given but that the source does not use.
     """
     field = DEFAULT_TEXT_FIELD if text_field is None else text_field
     if name == "python-stdlib":
@@ -127,7 +127,7 @@ def open_source(
 
 
 def files_of(name: str, suffixes: tuple[str, ...] | None, defaults: tuple[str, ...]) -> list[pathlib.Path]:
-    """The file ``name``, or those of the folder that it is."""
+    """The file ``name`` or, if it is a folder, the files in it."""
     path = pathlib.Path(name)
     if path.is_dir():
         if suffixes is not None and not any(suffixes):
@@ -140,7 +140,7 @@ def files_of(name: str, suffixes: tuple[str, ...] | None, defaults: tuple[str, .
 
 
 def is_pipe(name: str) -> bool:
-    """Whether a source is neither a file nor a folder, and so can be read once. ``UserError`` for Parquet, which cannot."""
+    """Whether a source is neither a file nor a folder, and so can be read only once. ``UserError`` for Parquet pipes."""
     path = pathlib.Path(name)
     if path.is_dir() or path.is_file():
         return False
@@ -150,8 +150,8 @@ def is_pipe(name: str) -> bool:
 
 
 class _Cuts:
-    """Plain text cut into documents by a separator. One that is in no file at all is refused, for each file would be one
-    document: that is known when the last of them is read, and likely after a hundred."""
+    """Plain text cut into documents by a separator. One found in no file is refused, since each file would be one document:
+    that is certain after the last file, and likely after a hundred, when a warning says so."""
 
     def __init__(self, name: str, separator: str):
         if not separator:
@@ -164,7 +164,7 @@ class _Cuts:
         unix = separator.replace("\r\n", "\n")
         self._other_ends = unix if unix != separator else unix.replace("\n", "\r\n")
         self._cut, self._whole, self._with_other_ends = set[pathlib.Path](), set[pathlib.Path](), set[pathlib.Path]()
-        self._said = False  # a second pass over the source reads the same
+        self._said = False  # a second pass over the source would say the same
 
     def of_file(self, file: pathlib.Path) -> Iterator[Record]:
         line = 1
@@ -184,7 +184,7 @@ class _Cuts:
             if records == 2:
                 self._cut.add(file)
             record = text_record(f"{file}:{line}", content)
-            if b"\0" in content:  # as of an archive, in which some of it may be text
+            if b"\0" in content:  # e.g. an archive, parts of which may be text
                 yield dataclasses.replace(record, ends_file=True)
                 return
             yield record
@@ -201,7 +201,7 @@ class _Cuts:
         return f"document_separator {self._separator!r} is nowhere in"
 
     def check(self) -> None:
-        """To be called after the last file."""
+        """Must be called after the last file."""
         if not self._whole:
             return
         files, others = len(self._whole), len(self._with_other_ends)
@@ -232,14 +232,14 @@ _READ_BY = {
 
 
 def refuse_unread(name: str, **unread: object) -> None:
-    """Of options by their names, those that are given."""
+    """Refuses those of these options, by name, that are given."""
     for option, value in unread.items():
         if value is not None:
             raise UserError(f"{option} does nothing for {name}: it is for {_READ_BY[option]}; leave it out")
 
 
 def about_size(files: Sequence[pathlib.Path], field: str) -> int:
-    """Of the content, of records that of the text; the files of a kind are taken to be as the first of them."""
+    """Approximate size of the text. Files are assumed to be like the first of their kind."""
     of_kind: dict[tuple[str, str], float] = {}
     total = 0.0
     for file in files:
@@ -260,19 +260,19 @@ def _expansion(file: pathlib.Path, field: str) -> float:
 
 
 def _share_of_field(file: pathlib.Path, field: str) -> float:
-    """How much of JSONL its field is, by its beginning: beside it there may be far more, and what is not ASCII may take two
-    or three times the bytes. 1 where no line tells."""
+    """The share of a JSONL file that its field takes up, by its beginning: other fields may be far larger, and text that is
+    not ASCII may take two or three times the bytes. 1 if no line can be parsed."""
     beginning = b""
     with contextlib.suppress(DamagedFile):
         for content in read_chunks(file, beginning=True):
             beginning += content
             if file.suffix.lower() in _JSON_SUFFIXES:
-                break  # one that is not compressed would be read to its end
+                break  # a file that is not compressed would be read to its end
     found = size = 0
     for line in beginning.split(b"\n"):
         try:
             value = json.loads(line)[field]
-        except (ValueError, RecursionError, TypeError, LookupError):  # which the reading of the records says
+        except (ValueError, RecursionError, TypeError, LookupError):  # reported when the records are read
             continue
         size += len(line) + 1
         if isinstance(value, str):
@@ -283,7 +283,7 @@ def _share_of_field(file: pathlib.Path, field: str) -> float:
 
 
 def is_plain(file: pathlib.Path) -> bool:
-    """Whether a file is text as it is, and not records of JSONL or Parquet."""
+    """Whether a file is plain text, not records of JSONL or Parquet."""
     return stripped_suffix(file) not in RECORD_SUFFIXES
 
 
@@ -323,7 +323,7 @@ def text_record(origin: str, content: bytes | bytearray, encoding: str = "utf-8"
 
 
 def without_field(origin: str, fields: object, field: str, option: str) -> Record | None:
-    """The record of one decoded JSON value or table row that has no such field; None of one that has."""
+    """A broken record if a decoded JSON value or table row lacks the field, else None."""
     if not isinstance(fields, dict):
         return Record(origin, None, f"a JSON {type(fields).__name__} where an object is expected")
     if field not in fields:
@@ -333,7 +333,7 @@ def without_field(origin: str, fields: object, field: str, option: str) -> Recor
 
 
 def field_record(origin: str, fields: Any, text_field: str) -> Record:
-    """The record of one decoded JSON value or table row."""
+    """The record for one decoded JSON value or table row."""
     if (missing := without_field(origin, fields, text_field, "text_field")) is not None:
         return missing
     text = fields[text_field]
@@ -341,13 +341,13 @@ def field_record(origin: str, fields: Any, text_field: str) -> Record:
         return Record(origin, None, f"field {text_field!r} is not a string but {type(text).__name__}")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
         return Record(origin, None, f"field {text_field!r} is not Unicode text: {error.reason}")
     return Record(origin, text)
 
 
 def json_lines(file: pathlib.Path, record: Callable[[str, Any], Record]) -> Iterator[Record]:
-    """``record(origin, value)`` of each line's value, and those of the lines that are none."""
+    """``record(origin, value)`` for each line's JSON value, and broken records for lines that are not JSON."""
     number = 0
     lines = _parts(file, b"\n", "JSONL is one object a line")
     while True:
@@ -373,12 +373,12 @@ def json_lines(file: pathlib.Path, record: Callable[[str, Any], Record]) -> Iter
 
 
 def _parts(file: pathlib.Path, separator: bytes, remedy: str) -> Iterator[bytes]:
-    """What is between separators, of a file of any size; one that turns out damaged gives its whole parts first. One that
-    is too large is refused with the ``remedy``."""
+    """The parts between separators, for a file of any size. A file that turns out damaged gives its complete parts first.
+    A part that is too large is refused with the ``remedy``."""
     rest, searched = bytearray(), 0
     for chunk in read_chunks(file):
         rest += chunk
-        begin, start = 0, max(0, searched - len(separator) + 1)  # it may begin in one chunk and end in the next
+        begin, start = 0, max(0, searched - len(separator) + 1)  # a separator may span two chunks
         while (end := rest.find(separator, start)) >= 0:
             yield bytes(rest[begin:end])
             begin = start = end + len(separator)
@@ -394,7 +394,7 @@ def _check_size(file: pathlib.Path, content: bytearray, remedy: str) -> None:
 
 
 def _python_stdlib() -> Source:
-    """The sources of this interpreter's standard library, each decoded as its coding line says (PEP 263)."""
+    """The source files of this interpreter's standard library, each decoded as its coding line says (PEP 263)."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = [
         file

@@ -8,11 +8,11 @@ import zlib
 
 from jaxlinear.data.manifest import Split
 
-COMPRESSED_TEXT_LIMIT = 100_000_000  # xz -9 takes about a minute for so much text
+COMPRESSED_TEXT_LIMIT = 100_000_000  # xz -9 takes about a minute for this much text
 
 
 class Splitter:
-    """Assigns a document to a split by the hash of its text: equal documents never end on both sides."""
+    """Assigns a document to a split by the hash of its text, so equal documents are always in the same split."""
 
     def __init__(self, seed: int, heldout_fraction: float):
         self._key = seed.to_bytes(8, "little")
@@ -27,7 +27,7 @@ class Splitter:
         return "heldout" if position < self._heldout_fraction else "train"
 
     def nearest_fraction(self) -> str | None:
-        """The fraction nearest to the present one that gives both splits a document, None where there is none."""
+        """The fraction nearest to the current one that gives both splits a document; None if there is none."""
         if self.smallest >= self.largest:
             return None
         if self._heldout_fraction <= self.smallest:
@@ -46,7 +46,7 @@ def _short_decimal(low: float, high: float, *, up: bool) -> str:
 
 
 def with_compressed_sizes(split: Split, text: bytearray | None) -> Split:
-    """The split with the sizes of its ``text`` under gzip and xz, or, where that is None, a note that it was too long."""
+    """The split with the gzip and xz sizes of its ``text`` or, if that is None, a note that it was too long."""
     if text is None:
         note = f"not compressed: the text is longer than {COMPRESSED_TEXT_LIMIT} bytes"
         return dataclasses.replace(split, note=note)

@@ -1,7 +1,7 @@
-"""Files of token ids: flat ones, those of NumPy, of Megatron-LM and of llm.c. Each is read in parts of bounded size.
+"""Files of token ids: flat ones, and those of NumPy, Megatron-LM and llm.c. Each is read in parts of bounded size.
 
-The layouts are those of the programs that write them: Megatron-LM's `megatron/core/datasets/indexed_dataset.py`, llm.c's
-`dev/data/data_common.py`; nanoGPT's `train.bin` is a flat file of uint16.
+The layouts are those of the programs that write them: Megatron-LM's `megatron/core/datasets/indexed_dataset.py` and
+llm.c's `dev/data/data_common.py`; nanoGPT's `train.bin` is a flat file of uint16.
 """
 
 import itertools
@@ -20,41 +20,41 @@ from jaxlinear.errors import UserError
 FLAT = ("uint16", "uint32", "int32", "int64")
 FORMATS = (*FLAT, "npy", "megatron", "llm.c")
 _PART = 1 << 20  # ids
-_PADDED = 1 << 16  # ids, of which every second is 0 where they are of twice the bytes
+_PADDED = 1 << 16  # ids checked: every second is 0 if they are really twice as wide
 _NPY = b"\x93NUMPY"
 _MEGATRON = b"MMIDIDX\x00\x00"
 _MEGATRON_HEADER = struct.Struct("<9sQBQQ")
 _MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_LLM_C = {20240520: "uint16", 20240801: "uint32"}  # by the first number of the header
+_LLM_C = {20240520: "uint16", 20240801: "uint32"}  # by the first number in the header
 _LLM_C_HEADER = 256  # int32
 
 
 def suffixes(form: str) -> tuple[str, ...]:
-    """Of the files that are taken from a folder by default."""
+    """The suffixes of the files that are taken from a folder by default."""
     return (".npy",) if form == "npy" else (".bin",)
 
 
 def is_stream(form: str) -> bool:
-    """Whether a file is one stream, whose documents are what lies between document tokens."""
+    """Whether a file is one stream, in which document tokens separate the documents."""
     return form != "megatron"
 
 
 def check(file: pathlib.Path, form: str) -> None:
-    """``UserError`` for a file that does not begin as one of this ``form``: before others are read, maybe for hours."""
+    """``UserError`` for a file that does not begin as this ``form`` does, before reading others, maybe for hours."""
     if form == "megatron":
         _index_header(file)
     elif form == "npy":
         _npy(file)
     elif form == "llm.c":
         _llm_c(file)
-    elif file.is_file():  # a pipe is read once
+    elif file.is_file():  # a pipe can be read only once
         _refuse_index(file)
         _refuse_headers(file, next(read_chunks(file, beginning=True), b""))
 
 
 def records(file: pathlib.Path, form: str, ids: Ids) -> Iterator[Record]:
-    """Parts of a stream, named file:position; Megatron-LM's documents, file:number. ``UserError`` for a file that is not of
-    this ``form`` or whose ids are not the tokenizer's: what is wrong with one id is wrong with all."""
+    """Parts of a stream, named file:position, or Megatron-LM's documents, file:number. ``UserError`` for a file not of this
+    ``form`` or with ids that are not the tokenizer's: if one is wrong, all are."""
     if form == "megatron":
         return _megatron(file, ids)
     if form == "npy":
@@ -98,7 +98,7 @@ def _flat(file: pathlib.Path, form: str, ids: Ids) -> Iterator[Record]:
 
 
 def _refuse_headers(file: pathlib.Path, beginning: bytes) -> None:
-    """Of a flat file a header would be tokens, in silence."""
+    """Refuses files with a header, which a flat file would silently read as tokens."""
     if len(beginning) >= 4 and int.from_bytes(beginning[:4], "little") in _LLM_C:
         raise UserError(f"{file} begins as the files of llm.c do: --token_files=llm.c")
     if beginning.startswith(_NPY):
@@ -151,7 +151,7 @@ def _llm_c(file: pathlib.Path) -> np.ndarray:
 
 
 def _index_header(file: pathlib.Path) -> tuple[np.dtype, int, int]:
-    """(dtype of the ids, sequences, borders of documents)"""
+    """(dtype of the ids, number of sequences, number of document boundaries)"""
     _refuse_compressed(file)
     index = file.with_suffix(".idx")
     if not _is_megatron(index):

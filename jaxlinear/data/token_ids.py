@@ -1,7 +1,7 @@
-"""Sources of token ids that another program made, with a tokenizer that is there: what they are made to, and what is wrong
-with them.
+"""Sources of token ids that another program made with a tokenizer available here: making documents of them and checking
+them.
 
-Ids are checked one by one; that they are this tokenizer's is checked by its text of them: `Agreement`.
+Ids are checked one by one. `Agreement` checks that they are this tokenizer's, by the text it decodes from them.
 """
 
 import collections
@@ -16,17 +16,17 @@ from jaxlinear.data.tokenizer import Tokenizer
 from jaxlinear.errors import UserError
 
 _LOG = logging.getLogger(__name__)
-_WITHOUT_A_BORDER = 1 << 28  # tokens of a stream, after which none is expected any more
+_WITHOUT_A_BORDER = 1 << 28  # tokens of a stream without a document token, after which none is expected
 _SAMPLE = 100  # documents whose text is encoded again
-_OF_EACH = 1 << 16  # ids, from their beginning: a document may be of a billion bytes
-_IN_A_ROW = 4  # tokens of theirs that are looked for in it
+_OF_EACH = 1 << 16  # ids from the beginning of each: a document may have a billion bytes
+_IN_A_ROW = 4  # consecutive tokens that are looked up in the re-encoded ids
 _FACTORS = np.random.default_rng(0).integers(1 << 62, 1 << 63, _IN_A_ROW, np.uint64)
 _HALF, _MOST = 0.5, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-    """Whose ids they are: those below ``vocab_size``, of which ``document_token`` stands between documents."""
+    """The valid ids: those below ``vocab_size``, of which ``document_token`` separates documents."""
 
     vocab_size: int
     document_token: int
@@ -34,11 +34,11 @@ class Ids:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Ids":
-        """Those of a tokenizer."""
+        """The ids of a tokenizer."""
         return cls(tokenizer.vocab_size, tokenizer.document_token, tokenizer.document_token_name)
 
     def wrong(self, ids: np.ndarray) -> str | None:
-        """Why ``ids`` are none of the tokenizer's; None where they are."""
+        """Why ``ids`` cannot be the tokenizer's; None if they can."""
         if ids.size and ids.dtype.kind not in "iu":
             return f"{ids.dtype} where ids are integers"
         if ids.ndim != 1 and ids.size:
@@ -50,11 +50,11 @@ class Ids:
         return f"the id {ids[at]} at {at} is none of the tokenizer's, which are from 0 to {self.vocab_size - 1}"
 
     def record(self, origin: str, values: object, field: str) -> Record:
-        """Of one row's field."""
+        """The record for the field of one row."""
         if not isinstance(values, list | np.ndarray):
             return Record(origin, None, f"field {field!r} is not a list of ids but {type(values).__name__}")
         if isinstance(values, list):
-            # NumPy makes True a 1 and 2.0 a float, and of a number beyond 64 bits an object.
+            # NumPy turns True into 1 and 2.0 into a float, and makes an object of a number beyond 64 bits.
             strange = next((value for value in values if type(value) is not int), None)
             if strange is not None:
                 return Record(origin, None, f"field {field!r} has {strange!r} where ids are integers")
@@ -64,7 +64,7 @@ class Ids:
         return Record(origin, None, ids=values.astype(np.uint32))
 
     def documents(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Of records that are a document each: without the document tokens at either end."""
+        """For records of one document each: removes the document tokens at either end."""
         for record in records:
             if record.ids is None:
                 yield record
@@ -80,7 +80,7 @@ class Ids:
                 yield dataclasses.replace(record, ids=ids)
 
     def documents_of_each(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Of records of one document or several, with document tokens between these, which may be at either end too."""
+        """For records of one or more documents, with document tokens between them and possibly at either end."""
         for record in records:
             if record.ids is None:
                 yield record
@@ -91,8 +91,8 @@ class Ids:
             yield from (dataclasses.replace(record, ids=part) for part in whole)
 
     def cut(self, description: str, records: Iterable[Record]) -> Iterator[Record]:
-        """The documents of a stream of which each record is a part: what lies between document tokens. What is broken ends
-        a document, and another begins after it."""
+        """The documents of a stream whose records are its parts, cut at the document tokens. A broken record ends a
+        document, and a new one begins after it."""
         parts: list[np.ndarray] = []
         origin, waiting, borders = "", 0, 0
 
@@ -130,8 +130,8 @@ class Ids:
 
 
 class Agreement:
-    """Whether ids are of the tokenizer that they are said to be of. If another made them, the text that this one makes of
-    them has other ids; a document that was cut, within a word or a character, differs in a few places only."""
+    """Whether ids come from the tokenizer they are said to come from. If another tokenizer made them, decoding and encoding
+    them again gives other ids; a document cut within a word or a character differs in only a few places."""
 
     def __init__(self, description: str, tokenizer: Tokenizer):
         self._description, self._tokenizer = description, tokenizer
@@ -166,7 +166,7 @@ class Agreement:
         return np.array([token for token in ids.tolist() if not self._is_no_text(token)], np.int64)
 
     def finish(self) -> None:
-        """Judges by what there was of a source with fewer documents than the sample has."""
+        """Judges by the documents seen, for a source with fewer documents than the sample size."""
         if 0 < self._seen < _SAMPLE:
             self._judge()
 
@@ -189,6 +189,6 @@ class Agreement:
 
 
 def _runs(ids: np.ndarray, length: int) -> np.ndarray:
-    """A number of each run of so many ids; that two are the same by chance is less likely than once in 2^60."""
+    """A hash of each run of ``length`` ids. The probability that two runs collide is below 2^-60."""
     count, wide = len(ids) - length + 1, ids.astype(np.uint64)
     return np.sum([wide[i : i + count] * _FACTORS[i] for i in range(length)], axis=0)

@@ -31,8 +31,8 @@ def open_tokens(
     packed_rows: bool,
     suffixes: tuple[str, ...] | None,
 ) -> Source:
-    """The source ``name`` as in ``open_source``, of ``ids``: of the field ``tokens_field`` of its records, or of files of
-    the form ``form``. With ``packed_rows`` the rows of a field follow each other as one stream, as the ids of a file do."""
+    """The source ``name`` as in ``open_source``, but of ``ids``: from the field ``tokens_field`` of its records, or from
+    files of the form ``form``. With ``packed_rows`` the rows of a field form one stream, like the ids in a file."""
     if name == "python-stdlib":
         raise UserError("python-stdlib is text; tokens_field and token_files are for what is tokens already")
     if tokens_field is not None and form is not None:
@@ -101,5 +101,5 @@ def _of_field(name: str, ids: Ids, field: str, suffixes: tuple[str, ...] | None)
 
 
 def _mapped(source: Source, documents: Callable[[Iterable[Record]], Iterator[Record]]) -> Source:
-    """``source`` with other records, made of its own; a source that is broken from its beginning is refused as it is."""
+    """``source`` with other records, made from its own. A source whose beginning is broken is still refused."""
     return dataclasses.replace(source, records=lambda: documents(iter(source)))

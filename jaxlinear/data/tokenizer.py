@@ -1,7 +1,7 @@
 """Tokenizers: a trained byte-level BPE, an existing ``tokenizer.json`` or SentencePiece model, or plain bytes.
 
-Text is only ever text: no string in a document turns into a special token. The one special token is the document
-token, which the packing writes before every document.
+Text is only ever text: no string in a document becomes a special token. The only special token used is the document
+token, which packing writes before every document.
 """
 
 import abc
@@ -18,17 +18,17 @@ from jaxlinear import atomic
 from jaxlinear.errors import UserError
 
 DOCUMENT_TOKEN = "<|endoftext|>"
-# Names under which existing tokenizers have a token for the border of documents, in the order of preference.
+# Names under which existing tokenizers have a token for the boundary between documents, in order of preference.
 _KNOWN_DOCUMENT_TOKENS = (DOCUMENT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<s>", "<bos>", "<|bos|>")
 INFO_FILE = "tokenizer_info.json"
-# Pieces are bounded, for a base64 blob or a script without spaces is otherwise one "word" of a million characters.
+# Pieces have a bounded length: a base64 blob or a script without spaces would else be one "word" of a million characters.
 _PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}{1,48}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,24}[\r\n]{0,8}|\s{1,64}(?!\S)|\s{1,64}"
 
 
 class Tokenizer(abc.ABC):
     """Text to token ids and back. ``document_token`` is an id below ``vocab_size`` that no text encodes to.
 
-    A model that was trained elsewhere may end its texts with other tokens than begin them: ``end_tokens``.
+    A model that was trained elsewhere may end its texts with other tokens than the one it begins them with: ``end_tokens``.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Tokenizer(abc.ABC):
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """Where a text ends: the document token, and the others."""
+        """The tokens that end a text: the document token and ``end_tokens``."""
         return self.document_token, *(token for token in self.end_tokens if token != self.document_token)
 
     @abc.abstractmethod
@@ -49,7 +49,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of some ids; document tokens are left out, bytes that are no UTF-8 become U+FFFD."""
+        """The text of token ids. Document tokens are left out; bytes that are not UTF-8 become U+FFFD."""
 
     @abc.abstractmethod
     def _serialized(self) -> bytes:
@@ -66,7 +66,7 @@ class Tokenizer(abc.ABC):
         return hashlib.sha256(header + self._serialized()).hexdigest()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the files that ``load_tokenizer`` reads. Where the last of them is, all are whole."""
+        """Writes the files that ``load_tokenizer`` reads. Once the last of them exists, all are complete."""
         if self.file is not None:
             pathlib.Path(directory, self.file).write_bytes(self._serialized())
         info: dict[str, Any] = {"kind": self.kind, "file": self.file, "document_token": self.document_token_name}
@@ -109,21 +109,21 @@ class JsonTokenizer(Tokenizer):
         self._content = content
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # a malformed file raises Exception itself, and nothing else is in this try
+        except Exception as error:  # for a malformed file the package raises Exception itself
             raise UserError(f"{origin} is not a tokenizer.json of the tokenizers package: {error}") from error
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.document_token_name = _choose_document_token(vocabulary, document_token)
         self.document_token = vocabulary[self.document_token_name]
         for name, token in vocabulary.items():
             if token == self.document_token and name != self.document_token_name:
-                # Whatever ids a file gives them, the package numbers added tokens from the size of the vocabulary on.
+                # Whatever ids the file gives them, the package numbers added tokens from the vocabulary size upwards.
                 raise UserError(
                     f"{origin}: its token {self.document_token_name!r} has the id {token} of {name!r} too, as added tokens "
                     "get where the ids of the vocabulary have gaps, so a document could forge a boundary; name another "
                     "token with --document_token"
                 )
         self.vocab_size = max(vocabulary.values()) + 1
-        # A special token is not looked for in text; some files list theirs as an ordinary added token.
+        # Special tokens are not matched in text; some files list theirs as an ordinary added token.
         self._tokenizer.add_special_tokens([self.document_token_name])
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -213,7 +213,7 @@ def open_tokenizer(path: str, document_token: str | None = None) -> Tokenizer:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that was saved in ``directory``: a prepared dataset, a run, or what ``Tokenizer.save`` wrote."""
+    """The tokenizer saved in ``directory``: a prepared dataset, a run, or a directory written by ``Tokenizer.save``."""
     file = pathlib.Path(directory, INFO_FILE)
     if not file.is_file():
         raise UserError(f"no tokenizer in {directory}: it has no {INFO_FILE}")

@@ -1,4 +1,4 @@
-"""What a trained model is worth: tasks by name, each a function of a run and its options that returns a report."""
+"""Evaluation of trained models: tasks by name, each a function of a run and its options that returns a report."""
 
 import dataclasses
 import importlib
@@ -15,8 +15,8 @@ from jaxlinear.evaluation.run import Run, open_run
 __all__ = ["TASKS", "Options", "Run", "evaluate", "evaluate_run", "open_run", "scalars", "table"]
 
 # The modules of the tasks: prepare(run, spec, options) -> a function that measures and returns the report, table(report) ->
-# text, scalars(report) -> numbers by name; spec is NAME:option=VALUE:... What can be refused, prepare refuses. They are
-# imported when asked for: harness needs the extra eval.
+# text, scalars(report) -> numbers by name. spec is NAME:option=VALUE:... prepare refuses everything that can be refused.
+# Modules are imported on demand, since harness needs the extra eval.
 TASKS: dict[str, str] = {
     "perplexity": "perplexity",
     **dict.fromkeys(synthetic_tasks.TASKS, "synthetic"),
@@ -35,9 +35,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint (the newest by default) on each task. Returns what ``--json`` writes.
 
-    ``mesh`` is what ``open_run`` takes: how all devices share the work. ``changes`` are to the ``options``, by name.
-    ``UserError`` says what cannot be evaluated, before anything runs; only single texts of a harness task, as one that is
-    too long for full attention, are met on the way.
+    ``mesh`` is passed to ``open_run``: how all devices share the work. ``changes`` set fields of the ``options``, by name.
+    Raises ``UserError`` before anything runs if something cannot be evaluated; only single texts of a harness task (e.g.
+    one too long for full attention) are found on the way.
     """
     check_names(tasks)
     options = dataclasses.replace(options or Options(), **changes)
@@ -45,18 +45,18 @@ def evaluate(
 
 
 def evaluate_run(run: Run, tasks: Sequence[str], options: Options) -> dict[str, Any]:
-    """``evaluate`` of a run that is open."""
+    """``evaluate`` for a run that is already open."""
     measures = {spec: find(spec).prepare(run, spec, options) for spec in tasks}
     return run.summary() | {spec: measure() for spec, measure in measures.items()}
 
 
 def scalars(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By task, the numbers of a report that are curves over the steps of a run, each named ``WHAT, WHERE``."""
+    """By task, the numbers of a report that are plotted over a run's steps, each named ``WHAT, WHERE``."""
     return {spec: find(spec).scalars(report[spec]) for spec in report if spec.split(":")[0] in TASKS}
 
 
 def check_names(specs: Sequence[str]) -> None:
-    """Raises ``UserError`` for a task that does not exist, or if none is named."""
+    """Raises ``UserError`` for a task that does not exist, or if no task is named."""
     if not specs:
         raise UserError(f"no task is named; there are {', '.join(TASKS)}")
     for spec in specs:
@@ -72,7 +72,7 @@ def find(spec: str) -> ModuleType:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report of ``evaluate`` as text for people."""
+    """A report of ``evaluate`` as readable text."""
     model, training = report["model"], report["training"]
     head = (
         f"{report['workdir']}, step {report['step']} of {training['steps']}: {model['preset'] or 'a model'} of "

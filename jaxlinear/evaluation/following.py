@@ -1,4 +1,4 @@
-"""Every checkpoint of a run as it appears: its report to JSON, its numbers to TensorBoard, their curves to an HTML page."""
+"""Evaluates every checkpoint of a run as it appears: reports as JSON, numbers to TensorBoard, curves on an HTML page."""
 
 import contextlib
 import dataclasses
@@ -22,11 +22,11 @@ from jaxlinear.training.workdir import read_config, read_starts
 _LOG = logging.getLogger(__name__)
 
 PAGE = "index.html"
-_LOOKS = 60  # a second apart, at a checkpoint that is being removed
+_LOOKS = 60  # looks, a second apart, at a checkpoint that may be being removed
 
 
 def directory(workdir: str | os.PathLike) -> Path:
-    """Where the reports of a run lie: ``STEP.json``, TensorBoard events and the page."""
+    """The directory of a run's reports (``STEP.json``), TensorBoard events and page."""
     return Path(workdir) / "evaluations"
 
 
@@ -39,12 +39,12 @@ def follow(
     poll: float = 10.0,
     patience: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
-    """The report of each checkpoint, oldest first, until that of the run's last step; each is written before it comes.
+    """The report of each checkpoint, oldest first, up to that of the run's last step. Each is written before it is given.
 
-    Those that an earlier call wrote, of the same checkpoint, tasks and options, are read and not made again; also those of
-    checkpoints that the run has removed since. A checkpoint that the run removes before its turn is left out, with a line
-    that says so. Looks every ``poll`` seconds; with ``patience`` seconds above 0 it also ends when none has come for so
-    long.
+    Reports of earlier calls for the same checkpoint, tasks and options are read, not made again, including those of
+    checkpoints that the run has removed since. A checkpoint that the run removes before its turn is left out, and a line in
+    the log says so. Looks every ``poll`` seconds. With ``patience`` above 0, also ends when no checkpoint has appeared for
+    that many seconds.
     """
     evaluation.check_names(tasks)
     read_config(workdir)
@@ -65,13 +65,13 @@ def follow(
                 yield reports[step]
                 continue
             try:
-                # A run that was set back may have saved another checkpoint of a step than the one that was evaluated.
+                # A run that was set back may have saved another checkpoint at the step that was evaluated.
                 of_step = asked | {"checkpoint": Checkpoints(workdir).fingerprint(step)}
                 if step in reports and reports[step]["asked"] == of_step:
                     continue
                 report = _read(folder / f"{step}.json", of_step)
                 if report is None:
-                    starts = len(read_starts(workdir))  # before the checkpoint is read: it is of no later start
+                    starts = len(read_starts(workdir))  # counted before the checkpoint is read: it is of no later start
                     run = open_run(workdir, step, mesh) if run is None else run.at(step)
             except UserError:
                 if not _is_removed(workdir, step):
@@ -104,7 +104,7 @@ def follow(
 
 
 def newest_report(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """That of the highest step that the run, as it went in the end, has come to; None if there is none."""
+    """The report of the highest step in the run's final history; None if there is none."""
     starts = read_starts(workdir)
     paths = [path for path in directory(workdir).glob("*.json") if path.stem.isdigit()]
     for path in sorted(paths, key=lambda path: int(path.stem), reverse=True):
@@ -115,7 +115,7 @@ def newest_report(workdir: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _steps(workdir: str | os.PathLike) -> list[int]:
-    """The checkpoints that there are; none before the run has made their directory."""
+    """The steps of the existing checkpoints; none before the run has made their directory."""
     try:
         return Checkpoints(workdir).steps()
     except UserError:
@@ -123,8 +123,8 @@ def _steps(workdir: str | os.PathLike) -> list[int]:
 
 
 def _is_removed(workdir: str | os.PathLike, step: int) -> bool:
-    """Whether a checkpoint that cannot be read is gone, or goes: a run removes it file by file, which may take a while. The
-    newest is not removed."""
+    """Whether a checkpoint that cannot be read has been removed or is being removed: a run removes it file by file, which
+    may take a while. The newest one is never removed."""
     for _ in range(_LOOKS):
         steps = _steps(workdir)
         if step not in steps:
@@ -136,7 +136,7 @@ def _is_removed(workdir: str | os.PathLike, step: int) -> bool:
 
 
 def _read(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of an earlier call, if it was asked for the same."""
+    """The report of an earlier call, if it was made with the same ``asked``."""
     if not path.exists():
         return None
     report = json.loads(path.read_text(encoding="utf-8"))
@@ -144,8 +144,8 @@ def _read(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _of_the_past(workdir: str | os.PathLike, asked: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The reports of earlier calls that were asked for the same, of checkpoints that are there no more. Those that were
-    made before the run began anew from an earlier step, or that it has not come to again, are of another past."""
+    """The reports of earlier calls with the same ``asked`` for checkpoints that no longer exist. Left out are those made
+    before the run restarted from an earlier step, and those of steps that it has not reached again."""
     steps, past, starts = _steps(workdir), {}, read_starts(workdir)
     for path in directory(workdir).glob("*.json"):
         if not path.stem.isdigit() or int(path.stem) in steps or int(path.stem) > max(steps, default=0):
@@ -159,8 +159,9 @@ def _of_the_past(workdir: str | os.PathLike, asked: Mapping[str, Any]) -> dict[i
 
 
 def _was_set_back(report: Mapping[str, Any], path: Path, starts: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the run began anew from an earlier step after a report was made. Times tell that badly: a copy of the
-    directory is younger than all starts. But a report from before they were counted has nothing else."""
+    """Whether the run restarted from an earlier step after a report was made. Reports count the starts before them; old
+    ones that do not are judged by file times, although a copied directory is newer than all starts.
+    """
     if "starts" in report:
         later = starts[report["starts"] :]
     else:
@@ -170,7 +171,7 @@ def _was_set_back(report: Mapping[str, Any], path: Path, starts: Sequence[Mappin
 
 
 def _to_tensorboard(folder: Path, step: int, report: dict[str, Any]) -> None:
-    from jaxlinear.training.tensorboard import TensorBoard  # which imports torch where it can: not for those who read
+    from jaxlinear.training.tensorboard import TensorBoard  # imports torch if it can: not wanted by those who only read
 
     with contextlib.closing(TensorBoard(folder)) as board:
         for task, values in evaluation.scalars(report).items():
@@ -178,7 +179,7 @@ def _to_tensorboard(folder: Path, step: int, report: dict[str, Any]) -> None:
 
 
 def _page(reports: Mapping[int, dict[str, Any]]) -> str:
-    """Curves of every number over the steps, one figure for what has the same name in a task, and the newest report."""
+    """Curves of every number over the steps, one figure for each name in a task, and the newest report."""
     steps = sorted(reports)
     newest = reports[steps[-1]]
     figures: dict[tuple[str, str], dict[str, dict[int, float]]] = {}

@@ -1,7 +1,7 @@
 """The EleutherAI harness (lm_eval) on a run: its tasks, scored by ``scoring.Scorer``. Needs the extra ``eval``.
 
-A task is ``harness:NAME``, ``harness:FILE.yaml``, with options after it: ``:limit=200`` questions, ``:fewshot=5``, and
-``:data=FILE`` (JSON lines or Arrow) in the place of the dataset that the task would download.
+A task is ``harness:NAME`` or ``harness:FILE.yaml``, followed by options: ``:limit=200`` questions, ``:fewshot=5``, and
+``:data=FILE`` (JSON lines or Arrow) instead of the dataset that the task would download.
 """
 
 import re
@@ -33,7 +33,7 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".arrow": "arrow", ".parquet": "
 
 
 class HarnessModel(TemplateLM):
-    """A run as the harness sees a model. A context is the beginning of a document, as in training."""
+    """A run wrapped as a model of the harness. A context is the beginning of a document, as in training."""
 
     def __init__(self, run: Run, batch_tokens: int):
         super().__init__()
@@ -69,7 +69,7 @@ class HarnessModel(TemplateLM):
         return scores
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, each from its first token on."""
+        """Log-probabilities of whole texts, each including its first token."""
         texts = [request.args[0] for request in requests]
         scores = self._scorer.whole([self._begun(self.tok_encode(text)) for text in texts])
         for text, score in zip(texts, scores, strict=True):
@@ -77,8 +77,8 @@ class HarnessModel(TemplateLM):
         return scores
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """The texts that follow, each up to the first of its ``until``. A text is drawn by the place of its request among
-        all, so that repeats of a question are drawn apart, and the batches make no difference."""
+        """The texts that follow, each up to the first of its ``until``. A text is sampled by the index of its request, so
+        repeats of a question are sampled independently and the batching makes no difference."""
         made = [""] * len(requests)
         model = self._run.architecture.bind(self._run.parameters).for_decoding()
         groups: dict[str, list[int]] = {}
@@ -95,7 +95,7 @@ class HarnessModel(TemplateLM):
         return made
 
     def _by_length(self, requests, group: list[int]) -> list[list[int]]:
-        """The group, which is in order of length, in batches of about as many tokens."""
+        """The group, sorted by length, in batches of about equally many tokens."""
         batches: list[list[int]] = [[]]
         for i in group:
             if batches[-1] and (len(batches[-1]) + 1) * (1 + len(requests[i].args[0])) > self._batch_tokens:
@@ -106,9 +106,9 @@ class HarnessModel(TemplateLM):
     def _generate(
         self, model, prompts, numbers: list[int], until: list[str], limit: int, sampling: generation.Sampling
     ) -> list[str]:
-        """Ends when every row has one of ``until``, is at the end of its document, or has ``limit`` tokens."""
+        """Ends when every row has one of ``until``, has reached the end of its document, or has ``limit`` tokens."""
         stops = self._tokens.stop_tokens
-        more = self._scorer.many(len(prompts)) - len(prompts)  # the last row again
+        more = self._scorer.many(len(prompts)) - len(prompts)  # copies of the last row
         asked, drawn_by = [*prompts, *prompts[-1:] * more], [*numbers, *numbers[-1:] * more]
         before = [self._tokens.decode(np.array(prompt)) for prompt in prompts]
         rows: list[list[int]] = [[] for _ in prompts]
@@ -133,8 +133,8 @@ class HarnessModel(TemplateLM):
 
 
 def _sampling(arguments: dict[str, Any]) -> tuple[list[str], int, generation.Sampling]:
-    """``until``, the most tokens, and how tokens are drawn, of a request's arguments in the harness. As lm_eval has it,
-    ``do_sample`` draws, at temperature 1 by default, and so does a temperature alone. Null is as if it were left out."""
+    """``until``, the maximum number of tokens, and the sampling, from the arguments of a harness request. As in lm_eval,
+    ``do_sample`` samples, by default at temperature 1, and so does a temperature alone. Null means not given."""
     known = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
     if unknown := sorted(set(arguments) - known):
         raise UserError(f"generation with {unknown[0]} is not supported; there are {', '.join(sorted(known))}")
@@ -164,7 +164,8 @@ def _cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
 
 
 def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any]]:
-    """What measures the metrics of a harness task, as the harness reports them. Its data are read, or downloaded, here."""
+    """A function that measures the metrics of a harness task, as the harness reports them. Data are read or downloaded
+    here."""
     name, given = _split(spec)
     model = HarnessModel(run, run.batch_tokens(options.batch_tokens))
     manager, tasks = _load(name, given.get("data"))
@@ -180,7 +181,7 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
             bootstrap_iters=1000,
             log_samples=False,
         )
-        assert found is not None  # it is on other processes than the first
+        assert found is not None  # it is None on all processes but the first
         return {"lm_eval": lm_eval.__version__, "tasks": {task: _metrics(found, task) for task in found["results"]}}
 
     return measure
@@ -203,20 +204,20 @@ def _error(name: str) -> str:
 
 
 def _scores(values: dict[str, Any]) -> dict[str, float]:
-    """The metrics among the values of a task, without their errors and the numbers of its questions."""
+    """The metrics among the values of a task, without their errors and the question counts."""
     errors = {_error(name) for name in values}
     return {name: value for name, value in values.items() if isinstance(value, float) and name not in errors}
 
 
 def scalars(report: dict[str, Any]) -> dict[str, float]:
-    """The numbers that are curves over the steps of a run."""
+    """The numbers plotted over a run's steps."""
     return {
         f"{name}, {task}": value for task, values in report["tasks"].items() for name, value in _scores(values).items()
     }
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report of ``evaluate`` as text for people."""
+    """A report of ``evaluate`` as readable text."""
     lines = [f"lm_eval {report['lm_eval']}"]
     for task, values in report["tasks"].items():
         shown = [
@@ -248,7 +249,7 @@ def _split(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def _load(name: str, data: str | None) -> tuple[TaskManager, list[Any]]:
-    """The tasks of that name. The file of one task is found by itself: the manager would read all that there are."""
+    """The tasks of that name. A single task's file is found directly: the manager would read all task files."""
     file = Path(name) if name.endswith((".yaml", ".yml")) else _find(name)
     if file is None:
         if data is not None:
@@ -270,37 +271,37 @@ def _load(name: str, data: str | None) -> tuple[TaskManager, list[Any]]:
 
 
 def _loaded(manager: TaskManager, name: str, found: str | Path) -> Any:
-    """What lm_eval makes of a name or file, by name under ``tasks`` and ``groups``, with data that it may download."""
+    """What lm_eval loads for a name or file, by name under ``tasks`` and ``groups``. It may download data."""
     try:
         return manager.load([str(found)])
-    except Exception as error:  # any: of the network, the data, the task's file, or of packages that it needs
+    except Exception as error:  # anything: from the network, the data, the task's file, or packages that it needs
         raise UserError(f"lm_eval cannot load the task {name!r}: {'; for '.join(_reasons(error))}") from error
 
 
 def _reasons(error: BaseException | None) -> Iterator[str]:
-    """The error and what it came of: datasets say only that there was one."""
+    """The error and its causes: the datasets library's own message says only that there was one."""
     while error is not None:
         yield f"{type(error).__name__}: {error}"
         error = error.__cause__
 
 
 def _check(spec: str, tasks: dict[str, Any], fewshot: int | None) -> None:
-    """Raises ``UserError`` for tasks that are not of text alone or generate in ways that there are not, and for more
-    examples than there are: what would else end in a traceback, or after the work."""
+    """Raises ``UserError`` for tasks that have more than text or need unsupported kinds of generation, and for more
+    few-shot examples than there are. Otherwise these would fail with a traceback, or only after the work."""
     for name, task in tasks.items():
         for attribute, reason in (("UNSAFE_CODE", "runs what the model writes"), ("MULTIMODAL", "has more than text")):
             if getattr(task, attribute, False):
                 raise UserError(f"{spec!r}: {name} {reason}, which is not supported")
         if not isinstance(task, ConfigurableTask):
-            continue  # a class of its own, which says less
+            continue  # a task class of its own, which exposes less
         if task.OUTPUT_TYPE == "generate_until":
             _sampling(task.config.generation_kwargs or {})
         shots = task.config.num_fewshot
-        if fewshot is not None and shots != 0:  # lm_eval keeps a 0 of the task's own
+        if fewshot is not None and shots != 0:  # lm_eval keeps a task's own 0
             shots = fewshot
         if shots:
             examples = task.sampler.fewshot_docs() if hasattr(task, "sampler") else []
-            most = len(examples) - (task.fewshot_cfg.split == task.config.test_split)  # but for the question itself
+            most = len(examples) - (task.fewshot_cfg.split == task.config.test_split)  # without the question itself
             if shots > most:
                 raise UserError(
                     f"{spec!r}: {name} has no {shots} examples for a question; fewshot={max(most, 0)} is the most"
@@ -308,7 +309,7 @@ def _check(spec: str, tasks: dict[str, Any], fewshot: int | None) -> None:
 
 
 def _find(name: str) -> Path | None:
-    """The file of a task that comes with lm_eval."""
+    """The file of a task that ships with lm_eval."""
     folder = Path(lm_eval.__file__).parent / "tasks"
     line = re.compile(rf"^task: *[\"']?{re.escape(name)}[\"']? *$", re.MULTILINE)
     nearest = [path for path in folder.rglob(f"{name}.yaml") if line.search(path.read_text(encoding="utf-8"))]
@@ -320,8 +321,8 @@ def _find(name: str) -> Path | None:
 
 
 def _with_data(file: Path, data: Path) -> str:
-    """A task file like ``file`` whose questions, and examples before them, are those of ``data``: as one split of tests, of
-    which the harness leaves a question out of its own examples."""
+    """A task file like ``file`` that takes its questions and few-shot examples from ``data``, as a single test split, in
+    which the harness excludes a question from its own examples."""
     if data.suffix not in _BUILDERS:
         raise UserError(f"data={data}: its name has to end in {', '.join(_BUILDERS)}")
     if not data.is_file():

@@ -1,4 +1,4 @@
-"""Pages of one file: text, tables and figures in HTML that asks no other file and no network for anything."""
+"""Single-file HTML pages: text, tables and figures that need no other file and no network."""
 
 import html
 import re
@@ -16,14 +16,14 @@ pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px; }
 
 
 def page(title: str, *parts: str) -> str:
-    """A whole document. ``parts`` are HTML, of the functions below."""
+    """A whole document. ``parts`` are HTML, made by the functions below."""
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en">',
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width">',
-            '<link rel="icon" href="data:,">',  # or the browser asks the server for one
+            '<link rel="icon" href="data:,">',  # otherwise the browser asks the server for one
             f"<title>{html.escape(title)}</title>",
             f"<style>{_STYLE}</style>",
             f"<h1>{html.escape(title)}</h1>",
@@ -47,7 +47,7 @@ def preformatted(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Cells are text, escaped; the first column is set to the left, numbers to the right."""
+    """Cells are text and are escaped; the first column is left-aligned, numbers are right-aligned."""
     lines = ["<table>", "<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>"]
     for row in rows:
         if len(row) != len(head):
@@ -57,12 +57,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def figure(svg: str, caption: str, *, name: str) -> str:
-    """An SVG document within the page. ``name``, another one for each figure of a page, keeps their ids apart."""
+    """An SVG document within the page. ``name``, unique on the page, keeps the ids of figures apart."""
     start = svg.find("<svg")
     if start < 0:
         raise ValueError("this is no SVG document")
     inner = re.sub(r"<metadata>.*?</metadata>", "", svg[start:], flags=re.DOTALL)
-    inner = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", inner)  # which HTML knows
+    inner = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", inner)  # not needed in HTML
     for pattern in (r'(\bid=")', r'(href="#)', r"(url\(#)"):
         inner = re.sub(pattern, rf"\g<1>{name}-", inner)
     return f"<figure>\n{inner}\n<figcaption>{html.escape(caption)}</figcaption>\n</figure>"

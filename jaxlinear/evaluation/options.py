@@ -1,4 +1,4 @@
-"""What can be asked of an evaluation beyond the names of its tasks."""
+"""The options of an evaluation besides the names of its tasks."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each is for the tasks named in brackets.
+    """The tasks that use an option are in brackets.
 
     Args:
-      data: a prepared dataset (perplexity, passkey); by default the one that the run was evaluated on while it trained.
-      lengths: multiples of the training length (perplexity). One that the dataset does not have is refused; by default
-        1, 2, 4 and 8 as far as it has them.
+      data: a prepared dataset (perplexity, passkey); by default the one that the run was evaluated on during training.
+      lengths: multiples of the training length (perplexity). One that the dataset does not have is refused; by default 1,
+        2, 4 and 8 as far as it has them.
       batches: how many batches to take of each length (perplexity); 0 takes the whole split.
       batch_tokens: tokens of a batch, whatever the length (all); by default those of a microbatch in training.
       examples: examples of each difficulty (synthetic tasks).

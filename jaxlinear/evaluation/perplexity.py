@@ -1,4 +1,4 @@
-"""Loss on the held-out split: by length of the rows, up to several times the training length, and by position."""
+"""Loss on the held-out split: by row length, up to several times the training length, and by position."""
 
 import math
 import time
@@ -20,11 +20,11 @@ from jaxlinear.training.heldout import bits_per_byte
 from jaxlinear.training.job import heldout_path
 from jaxlinear.training.step import make_loss_step
 
-LENGTHS = (1, 2, 4, 8)  # multiples of the training length, where the dataset has them
+LENGTHS = (1, 2, 4, 8)  # multiples of the training length, where the dataset supports them
 
 
 def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any]]:
-    """What measures the losses of a run on a held-out split; the spec has no options."""
+    """A function that measures the losses of a run on a held-out split. The spec has no options."""
     if spec != "perplexity":
         raise UserError(
             f"{spec!r}: perplexity takes no options of this kind; --lengths, --batches and --data are its own"
@@ -100,7 +100,7 @@ def _dataset(run: Run, path: str | None) -> Path:
 
 
 def _read_manifest(run: Run, path: Path) -> data.Manifest:
-    """The manifest, if its tokens are those that the model was trained on."""
+    """The manifest, if its tokenizer is the one that the model was trained with."""
     manifest = data.read_manifest(path)
     if "heldout" not in manifest.splits or manifest.splits["heldout"].tokens < 2:
         raise UserError(f"{path} has no held-out text; prepare it with a larger --heldout_fraction")
@@ -115,7 +115,7 @@ def _read_manifest(run: Run, path: Path) -> data.Manifest:
 
 
 def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int, limit: int) -> dict[str, Any]:
-    """Arguments of ``heldout_batches`` for rows of ``length``, or a refusal."""
+    """Arguments of ``heldout_batches`` for rows of ``length``; refuses a length that cannot work."""
     if length < 1:
         raise UserError("a length is a multiple of the training length, at least 1")
     if length > targets:
@@ -132,7 +132,7 @@ def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int, li
         "sequence_length": length,
         "limit": min(limit or total, total),
     }
-    data.heldout_batches(**plan)  # checks the length against that of the blocks; reads nothing yet
+    data.heldout_batches(**plan)  # checks the length against the block length; reads nothing yet
     return plan | {"whole_split": plan["limit"] == total}
 
 
@@ -186,14 +186,14 @@ def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byt
 
 
 def scalars(report: dict[str, Any]) -> dict[str, float]:
-    """The numbers that are curves over the steps of a run."""
+    """The numbers plotted over a run's steps."""
     return {
         f"{name}, length {row['length']}": row[name] for row in report["lengths"] for name in ("loss", "bits_per_byte")
     }
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report of ``evaluate`` as text for people."""
+    """A report of ``evaluate`` as readable text."""
     lengths = report["lengths"]
     lines = [
         f"held-out split of {report['dataset']} ({report['source']}): {report['documents']:,} documents, "

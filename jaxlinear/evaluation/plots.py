@@ -1,4 +1,4 @@
-"""Pictures of runs. Needs the extra ``plot``."""
+"""Plots of runs. Needs the extra ``plot``."""
 
 import io
 import math
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
-    """Training loss (each logged step, and smoothed) and held-out loss of runs against tokens."""
+    """Training loss (each logged step, and smoothed) and held-out loss of runs, plotted against tokens."""
     figure = _figure()
     axes = figure.subplots()
     for i, (workdir, name) in enumerate(zip(workdirs, _names(workdirs), strict=True)):
@@ -23,7 +23,7 @@ def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
         training = [line for line in lines if "loss" in line]
         if not training:
             raise UserError(f"{workdir} has no losses to draw: it is not the work directory of a run")
-        # Evaluations have steps of their own; each step of a run has as many tokens.
+        # Evaluations are at steps of their own; every step of a run has the same number of tokens.
         tokens_a_step = training[-1]["tokens"] / training[-1]["step"]
         heldout = [line for line in lines if "heldout_loss" in line]
         losses = [line["loss"] for line in training]
@@ -47,7 +47,7 @@ def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
 
 
 def _names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
-    """Of each the last part of its path, or so many that no two are alike."""
+    """The last part of each path, or as many parts as make them unique."""
     paths = [Path(workdir).resolve().parts for workdir in workdirs]
     count = 1
     while len({path[-count:] for path in paths}) < len(set(paths)):
@@ -56,8 +56,8 @@ def _names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:
-    """A running mean without the bias of its start, nor what is not finite, as the loss of a step that was skipped may be:
-    all that follows would not be either."""
+    """A running mean without the bias of its start. It skips values that are not finite, such as the loss of a skipped
+    step: otherwise all later ones would not be finite either."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
         if math.isfinite(value):
@@ -88,7 +88,7 @@ def _figure() -> "Figure":
 
 
 def to_svg(figure: "Figure") -> str:
-    """The figure as an SVG document: the same text for the same figure."""
+    """The figure as an SVG document; equal figures give equal text."""
     from matplotlib import rc_context
 
     file = io.StringIO()

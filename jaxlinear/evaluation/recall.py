@@ -1,4 +1,4 @@
-"""Layers compared on a synthetic task: each trained from nothing in the same way, then asked."""
+"""Layers compared on a synthetic task: each is trained from scratch in the same way, then evaluated."""
 
 import dataclasses
 import os
@@ -18,37 +18,37 @@ from jaxlinear.training.job import task_setting
 from jaxlinear.training.workdir import read_config
 
 FAMILIES = {"griffin": ("rg_lru", "rg_lru", "sliding_window"), "hawk": ("rg_lru",)}
-_KINDS = (int, float, str)  # of the keys that a pattern may have of its own
+_KINDS = (int, float, str)  # types of the keys that a pattern may set for itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """``seconds`` and ``cpu_seconds`` are of this process, compilation and evaluation while training included."""
+    """``seconds`` and ``cpu_seconds`` are this process's, including compilation and evaluation during training."""
 
     name: str
     parameters: int
     steps: int
     accuracy: float  # of the answers
-    solved: float  # part of the examples whose answers are all right
+    solved: float  # fraction of the examples whose answers are all right
     seconds: float
     cpu_seconds: float
 
 
 def pattern(name: str) -> tuple[str, ...]:
-    """Of ``griffin``, ``hawk``, a mixer, or several as ``rg_lru+sliding_window``."""
+    """The pattern for ``griffin``, ``hawk``, a mixer, or several as in ``rg_lru+sliding_window``."""
     return FAMILIES.get(name) or tuple(name.split("+"))
 
 
 def split(spec: str) -> tuple[str, dict[str, str]]:
-    """The pattern's name in ``NAME:section.key=VALUE:...`` and the keys of the config that are its own."""
+    """The pattern's name in ``NAME:section.key=VALUE:...`` and the config keys that it sets."""
     name, changes = specs.split(spec)
     configs.check_known(list(changes))
     return name, changes
 
 
 def with_pattern(config: config_dict.ConfigDict, name: str, changes: Mapping[str, str]) -> config_dict.ConfigDict:
-    """The config with that pattern, to the depth that it has, and with the values of ``changes``, which are text. What the
-    config sets for other patterns' mixers alone is left out."""
+    """The config with that pattern, at the config's depth, and with the values of ``changes``, given as text. Settings that
+    only the mixers of other patterns use are dropped."""
     config = config.copy_and_resolve_references()
     config.model.pattern = pattern(name)
     configs.forget_unread(config, ["model.pattern"])
@@ -67,8 +67,8 @@ def with_pattern(config: config_dict.ConfigDict, name: str, changes: Mapping[str
 
 
 def check(config: config_dict.ConfigDict, specs: Sequence[str]) -> None:
-    """Raises ``UserError`` for a pattern that cannot be trained, before others are, and for two of one name: they would
-    have one directory, in which the second goes on from the first."""
+    """Raises ``UserError``, before anything is trained, for a pattern that cannot be trained, and for two with the same
+    name: they would share a directory, and the second would continue the first."""
     names = [split(spec)[0] for spec in specs]
     for spec, name in zip(specs, names, strict=True):
         if names.count(name) > 1:
@@ -77,8 +77,8 @@ def check(config: config_dict.ConfigDict, specs: Sequence[str]) -> None:
 
 
 def train(config: config_dict.ConfigDict, workdir: str | os.PathLike, spec: str, examples: int) -> Row | None:
-    """Trains the pattern of ``spec`` in ``workdir/name``, or goes on there, and measures it on so many held-out examples of
-    its task; None if it was told to stop."""
+    """Trains the pattern of ``spec`` in ``workdir/name``, or continues there, and measures it on ``examples`` held-out
+    examples of its task; None if it was told to stop."""
     name, changes = split(spec)
     config, directory = with_pattern(config, name, changes), Path(workdir) / name
     begin, cpu = time.perf_counter(), time.process_time()
@@ -93,8 +93,8 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike, spec: str,
 
 
 def asked(config: config_dict.ConfigDict) -> str:
-    """The last difficulty that a run is trained on, as a task of the evaluation, which has the run's other options and
-    held-out text: every option that its references vary is given, so that none of them is asked beside it."""
+    """The last difficulty that a run is trained on, as an evaluation task with the run's other options and held-out text.
+    It gives every option that the references vary, so none of them is evaluated too."""
     last = tasks.training_set(config.data.task, task_setting(config, "train"))[-1]
     varied = {"length"}.union(*last.REFERENCE)
     given = (f"{name}={value}" for name, value in last.options().items() if name in varied)
@@ -102,7 +102,7 @@ def asked(config: config_dict.ConfigDict) -> str:
 
 
 def table(task: str, rows: Sequence[Row]) -> str:
-    """The rows as text for people."""
+    """The rows as readable text."""
     lines = [task, f"{'':<20}{'parameters':>11}{'steps':>7}{'accuracy':>10}{'solved':>9}{'seconds':>9}{'CPU':>7}"]
     lines += [
         f"{row.name:<20}{row.parameters:>11,}{row.steps:>7,}{row.accuracy:>10.2%}{row.solved:>9.2%}{row.seconds:>9.0f}"

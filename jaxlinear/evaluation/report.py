@@ -1,4 +1,4 @@
-"""One page of a run: what it is, how it went, what it was judged by, what it writes, and what it ran on."""
+"""A one-page report of a run: its config, its progress, its evaluations, sample texts, and the hardware it ran on."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from jaxlinear.scaling import flops
 from jaxlinear.training import metrics
 from jaxlinear.training.workdir import read_config, read_starts
 
-# Of each line of metrics.jsonl: the numbers that one figure shows, its axis, and what they are.
+# For each figure: the numbers of the lines of metrics.jsonl that it shows, its axis, and what they are.
 _CURVES = {
     "throughput": (("tokens_per_second",), "tokens a second", "Speed."),
     "utilisation": (
@@ -27,11 +27,11 @@ _CURVES = {
 
 
 def page(workdir: str | os.PathLike, samples: Sequence[tuple[str, str]] = ()) -> str:
-    """The HTML of a run's page, which asks no other file and no network for anything. ``samples`` are prompts and what
-    the run made of them."""
+    """The HTML of a run's page, which needs no other file and no network. ``samples`` are prompts and the run's
+    continuations of them."""
     config = read_config(workdir)
     lines = metrics.read(workdir)
-    training = [line for line in lines if "loss" in line]  # of an imported run, and before the first is logged, none
+    training = [line for line in lines if "loss" in line]  # none for an imported run, or before the first is logged
     heldout = [line for line in lines if "heldout_loss" in line]
     parts = [html.table(["", ""], _summary(config, training))]
     if training or heldout:
@@ -56,7 +56,7 @@ def page(workdir: str | os.PathLike, samples: Sequence[tuple[str, str]] = ()) ->
 
 
 def _summary(config: Any, training: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Of the lines with losses, if there are any."""
+    """A summary of the lines with losses, if there are any."""
     model = configs.model_config(config)
     rows = [
         ["model", config.model.preset or ", ".join(config.model.pattern)],
@@ -81,7 +81,7 @@ def _summary(config: Any, training: Sequence[dict[str, Any]]) -> list[list[str]]
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """A figure for each of ``_CURVES`` that the lines have numbers of."""
+    """A figure for each of ``_CURVES`` for which the lines have numbers."""
     figures = []
     for name, (keys, axis, caption) in _CURVES.items():
         curves = {key: {line["step"]: line[key] for line in lines if line.get(key) is not None} for key in keys}

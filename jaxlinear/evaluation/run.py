@@ -1,4 +1,4 @@
-"""A run as evaluation sees it: its config, one of its checkpoints on the devices, nothing that can be trained."""
+"""A run for evaluation: its config and one of its checkpoints on the devices, with nothing that can be trained."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ from jaxlinear.training.workdir import read_config
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """``parameters`` lie on ``mesh``, whose devices share each batch, by the sharding rules."""
+    """``parameters`` are on ``mesh``, whose devices share each batch, by the sharding rules."""
 
     workdir: Path
     step: int
@@ -36,17 +36,17 @@ class Run:
         return dataclasses.replace(self, step=step, parameters=nnx.to_pure_dict(nnx.split(model)[1]))
 
     def batch_tokens(self, given: int) -> int:
-        """Tokens of a batch: ``given`` or, where that is 0, those of a microbatch, which the run had memory for."""
+        """Tokens of a batch: ``given`` or, if that is 0, those of a microbatch, for which the run had enough memory."""
         return given or rows_at_once(self.config) * self.config.training.sequence_length
 
     def program(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns, made once for all checkpoints: functions that are compiled and take the parameters."""
+        """The result of ``make``, cached for all checkpoints: compiled functions that take the parameters."""
         if key not in self._programs:
             self._programs[key] = make()
         return self._programs[key]
 
     def summary(self) -> dict[str, Any]:
-        """What a report says of the run itself."""
+        """What a report says about the run itself."""
         training = self.config.training
         return {
             "workdir": str(self.workdir),
@@ -58,12 +58,12 @@ class Run:
 
 
 def open_run(workdir: str | os.PathLike, step: int | None = None, mesh: Sequence[str] = ()) -> Run:
-    """The run with the weights of its newest checkpoint or of ``step``, on all devices; ``mesh`` is of
-    ``mesh.from_text``, whatever mesh the run was trained on."""
+    """The run with the weights of its newest checkpoint or of ``step``, on all devices. ``mesh`` is passed to
+    ``mesh.from_text``; it need not be the mesh that the run was trained on."""
     config = read_config(workdir)
     devices = meshes.from_text(mesh)
     mixers.check_over_sequence(config.model.pattern, devices.shape["sequence"])
-    if step is None:  # fixed here, since a run that goes on may save another one at any time
+    if step is None:  # fixed here, since a run in progress may save another one at any time
         steps = Checkpoints(workdir).steps()
         if not steps:
             raise UserError(f"{workdir} holds no checkpoint that was completed")

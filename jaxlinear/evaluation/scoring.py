@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: what several have before them is read once, and each goes on from the state there."""
+"""Log-likelihoods of continuations. A context shared by several is read once, and each continues from the state there."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from jaxlinear.parallel import compiler, operations, sharding
 Tokens = tuple[int, ...]
 Pair = tuple[Tokens, Tokens]  # a context, which is not empty, and its continuation
 
-_CHUNK = 1024  # tokens of a document that are read at once
+_CHUNK = 1024  # tokens of a document that are read at a time
 _SHORTEST = 16  # contexts are padded to 16, 24, 32, 48, ..., so that few lengths are compiled
 
 
@@ -34,7 +34,7 @@ class Scorer:
         self._prefix, self._continuations, self._next = run.program("scoring", lambda: _programs(run))
 
     def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """For each pair the log-probability of the continuation in nats, and whether greedy decoding gives it."""
+        """For each pair, the continuation's log-probability in nats, and whether greedy decoding gives it."""
         by_context: dict[Tokens, list[int]] = {}
         for i, (context, continuation) in enumerate(pairs):
             self._check_length(len(context) + len(continuation))
@@ -43,7 +43,7 @@ class Scorer:
         for contexts in self._batches(sorted(by_context, key=len), _padded):
             length = _padded(len(contexts[-1]))
             tokens, segment_ids = np.zeros((2, self.many(len(contexts)), length), np.int32)
-            for row, context in enumerate(contexts):  # on the left, so that every row's state is that at its end
+            for row, context in enumerate(contexts):  # padded on the left, so that every row's state is that at its end
                 tokens[row, length - len(context) :] = context
                 segment_ids[row, length - len(context) :] = 1
             last, state = self._prefix(self._run.parameters, *self._place(tokens, segment_ids))
@@ -69,7 +69,7 @@ class Scorer:
             scores[i] = (-float(loss), bool(same))
 
     def whole(self, documents: Sequence[Tokens]) -> list[float]:
-        """For each document the log-probability in nats of all of its tokens but the first, however many there are."""
+        """For each document, the log-probability in nats of all its tokens but the first, however many there are."""
         losses = [0.0] * len(documents)
         order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
         for some in self._batches(order, _padded, lambda i: min(len(documents[i]), _CHUNK)):
@@ -91,7 +91,7 @@ class Scorer:
         return [-loss for loss in losses]
 
     def _batches(self, items: Sequence[Any], padded, length=len) -> Iterator[list[Any]]:
-        """Runs of items, which come by length, of as many tokens as a batch has."""
+        """The items, sorted by length, in runs of at most a batch's tokens."""
         some: list[Any] = []
         for item in items:
             if some and (len(some) + 1) * padded(length(item)) > self._batch_tokens:
@@ -102,7 +102,7 @@ class Scorer:
             yield some
 
     def many(self, count: int) -> int:
-        """Rows of the batch that holds so many: few sizes are compiled, and every device has as many."""
+        """Rows of the batch that holds ``count``: few sizes are compiled, and every device has equally many rows."""
         return math.ceil(_rounded(count) / self._groups) * self._groups
 
     def _place(self, *arrays: np.ndarray) -> list[jax.Array]:
@@ -117,7 +117,7 @@ class Scorer:
 
 
 def _programs(run: Run) -> tuple[stages.Wrapped, ...]:
-    """The functions below of the run's architecture, which take parameters in the place of the model."""
+    """The functions below for the run's architecture, taking parameters instead of the model."""
     architecture, mesh, exchanges = run.architecture, run.mesh, dict(run.config.parallel)
 
     def on_mesh(function):
@@ -137,8 +137,8 @@ def _prefix(model, tokens, segment_ids):
 
 
 def _continuations(model, last, state, rows, tokens, due):
-    """Of continuations ``[N, T]``, padded on the right, of the contexts ``rows`` [N]: the losses ``[N]``, and whether every
-    token is the likeliest."""
+    """For continuations ``[N, T]``, padded on the right, of the contexts ``rows`` [N]: the losses ``[N]``, and whether
+    every token is the likeliest."""
     hidden = last[rows][:, None]
     if tokens.shape[1] > 1:
         past = {key: _take(state[key], rows, _batch_axis(model, key)) for key in state}
@@ -168,7 +168,7 @@ def _ids(due):
 
 
 def _check_finite(scores: Sequence[float]) -> None:
-    """A score that is not a number would be the largest to what compares them."""
+    """Refuses scores that are not finite: a NaN would count as the largest in comparisons."""
     wrong = sum(not math.isfinite(score) for score in scores)
     if wrong:
         raise UserError(f"the scores of {wrong} of {len(scores)} texts are not finite: the model's own numbers are not")
@@ -179,7 +179,7 @@ def _take(tree, rows, axis: int):
 
 
 def _batch_axis(model, key: str) -> int:
-    """Of the arrays in a part of the state: those of stacks have the repetitions first."""
+    """The batch axis of the arrays in a part of the state: stacked layers have the repetitions first."""
     return 1 if model.is_stacked and key == "stacks" else 0
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of a checkpoint in the synthetic tasks (``jaxlinear.data.tasks``), by difficulty."""
+"""Accuracy of a checkpoint on the synthetic tasks (``jaxlinear.data.tasks``), by difficulty."""
 
 import dataclasses
 import time
@@ -16,8 +16,8 @@ from jaxlinear.training.job import task_setting
 
 
 def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any]]:
-    """What measures the accuracies. ``spec`` is ``NAME:option=VALUE:...``: the difficulties of reference with these
-    options, and that of the training before them if the run was trained on the task."""
+    """A function that measures the accuracies. ``spec`` is ``NAME:option=VALUE:...``: the reference difficulties with these
+    options, preceded by that of the training if the run was trained on the task."""
     if options.examples < 1:
         raise UserError(f"examples={options.examples} must be at least 1")
     training = run.config.training
@@ -59,7 +59,7 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
 
 
 def _same(task: tasks.Task, trained: tasks.Task) -> bool:
-    """Whether this is a difficulty that was trained on; of the text, any split."""
+    """Whether this is a difficulty that was trained on, ignoring the split of the text."""
     if type(task) is not type(trained):
         return False
     ignored = ("dataset", "split")
@@ -67,20 +67,20 @@ def _same(task: tasks.Task, trained: tasks.Task) -> bool:
 
 
 def scalars(report: dict[str, Any]) -> dict[str, float]:
-    """The numbers that are curves over the steps of a run."""
+    """The numbers plotted over a run's steps."""
     rows, varying = report["difficulties"], _varying(report)
     named = [", ".join(f"{name} {row['options'][name]}" for name in varying) for row in rows]
     return {f"accuracy, {name}": row["accuracy"] for name, row in zip(named, rows, strict=True)}
 
 
 def _varying(report: dict[str, Any]) -> list[str]:
-    """The options that tell the difficulties apart."""
+    """The options in which the difficulties differ."""
     rows = report["difficulties"]
     return [name for name in rows[0]["options"] if len({row["options"][name] for row in rows}) > 1] or ["length"]
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report of ``evaluate`` as text for people: the options that differ are columns, those that do not stand above."""
+    """A report of ``evaluate`` as readable text: the options that differ are columns, the others are listed above."""
     rows, varying = report["difficulties"], _varying(report)
     names = list(rows[0]["options"])
     fixed = ", ".join(f"{name} {rows[0]['options'][name]}" for name in names if name not in varying)

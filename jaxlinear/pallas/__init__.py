@@ -1,1 +1,1 @@
-"""The operations as kernels for TPU and GPU, in Pallas. Called by ``jaxlinear.ops`` alone, which says what they compute."""
+"""TPU and GPU kernels of the operations, in Pallas. Called only by ``jaxlinear.ops``, which defines what they compute."""

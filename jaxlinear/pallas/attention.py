@@ -1,6 +1,6 @@
-"""Causal softmax attention as kernels, full or to a window, forward and backward.
+"""Kernels of causal softmax attention, full or windowed, forward and backward.
 
-JAX's splash attention on TPU; ``attention_gpu`` on GPU. Elsewhere the kernels for TPU are interpreted.
+JAX's splash attention on TPU; ``attention_gpu`` on GPU. On other platforms the TPU kernels are interpreted.
 """
 
 import jax

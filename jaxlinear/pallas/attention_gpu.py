@@ -1,8 +1,8 @@
-"""Causal softmax attention for GPU, full or to a window, through Triton: cuDNN takes no window together with documents.
+"""Causal softmax attention for GPU, full or windowed, through Triton: cuDNN does not combine a window with documents.
 
-A kernel of the outputs, one of the gradients of queries and one of those of keys and values, each a loop over the blocks
-that some token of its own block sees or is seen by (FlashAttention-2, Dao 2023, arXiv:2307.08691). Weights are powers of
-two, of logits that are scaled by log2(e).
+One kernel for the outputs, one for the gradients of queries and one for those of keys and values, each a loop over the
+blocks that some token of its own block sees or is seen by (FlashAttention-2, Dao 2023, arXiv:2307.08691). Weights are
+powers of two, of logits that are scaled by log2(e).
 """
 
 import functools
@@ -26,11 +26,11 @@ _MASKED = -1e30  # finite, so that a row's maximum minus itself is 0 and not NaN
 
 
 class _Rule(NamedTuple):
-    """What is fixed when the program is traced."""
+    """What is fixed at trace time."""
 
     scale: float  # of the logits
     window: int
-    prefix: int  # keys in front of that of query 0
+    prefix: int  # keys before that of query 0
     block: blocks.SoftmaxGPUBlock
     interpret: Any
 
@@ -51,7 +51,7 @@ def attention(
     widths = power_of_two(key_width), power_of_two(value_width)
     block = blocks.attention_gpu(max(widths), target.gpu)
     whole = math.lcm(block.queries, block.keys)
-    # Whole blocks of both, and for every query its own key. What stands after the last is seen by queries after it.
+    # Whole blocks of both, and for every query its own key. Padding is seen only by queries after the end.
     queries = -(-length // whole) * whole
     padded = -(-(keys - length + queries) // whole) * whole
     seen = _seen(runs, batch, length, keys, window)
@@ -116,7 +116,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _call(kernel, name: str, rule: _Rule, grid, inputs, outputs, products: tuple[int, int]) -> list[jax.Array]:
-    """``products``: of K and of V, that a query and a key it meets take."""
+    """``products``: how many products over K and over V a query takes with a key it meets."""
     q, _, v = inputs[:3]
     batch, length, heads, key_width = q.shape
     wide = products[0] * key_width + products[1] * v.shape[3]
@@ -136,7 +136,7 @@ def _call(kernel, name: str, rule: _Rule, grid, inputs, outputs, products: tuple
 
 
 def _pairs(rule: _Rule, length: int) -> int:
-    """How many queries meet how many keys, by blocks, in a row of one document."""
+    """The number of pairs of queries and keys that meet, by blocks, in a row of one document."""
     block, met = rule.block, 0
     for first in range(rule.prefix, rule.prefix + length, block.queries):
         lowest = max(first - rule.window + 1, 0)
@@ -156,7 +156,7 @@ def _outputs_kernel(rule: _Rule, q_ref, k_ref, v_ref, lowest_ref, o_ref, log_tot
         k, v = plgpu.load(k_ref.at[b, columns, group]), plgpu.load(v_ref.at[b, columns, group])
         logits = jnp.where(_sees(rule, i, n, lowest), _logits(rule, q, k), _MASKED)
         highest = jnp.maximum(peak, jnp.max(logits, axis=1))
-        # What was counted of a row before its first visible key is worth exp2(_MASKED - highest) = 0 from then on.
+        # What a row summed before its first visible key is multiplied by exp2(_MASKED - highest) = 0 from then on.
         fade, weights = jnp.exp2(peak - highest), jnp.exp2(logits - highest[:, None])
         total = fade * total + jnp.sum(weights, axis=1)
         return highest, total, fade[:, None] * weighted + _dot(weights.astype(v.dtype), v, (1, 0))
@@ -193,12 +193,12 @@ def _queries_kernel(rule: _Rule, q_ref, k_ref, v_ref, lowest_ref, d_o_ref, log_t
 def _keys_kernel(
     rule: _Rule, q_ref, k_ref, v_ref, lowest_ref, d_o_ref, log_totals_ref, deltas_ref, last_ref, d_k_ref, d_v_ref
 ) -> None:
-    """A block of keys and values of a group: their gradients, by all heads that read it."""
+    """A block of keys and values of a group: their gradients, from all heads that read it."""
     n, group, b = (pl.program_id(axis) for axis in range(3))
     block, heads = rule.block, q_ref.shape[2] // k_ref.shape[2]
     columns = pl.ds(n * block.keys, block.keys)
     k, v = plgpu.load(k_ref.at[b, columns, group]), plgpu.load(v_ref.at[b, columns, group])
-    # Of all queries that see one of these keys, the first is at the first key, and the last at that of the last.
+    # Of all queries that see one of these keys, the first is at the first key, and the last is that of the last key.
     first = lax.div(jnp.maximum(n * block.keys - rule.prefix, 0), block.queries)
     end = lax.div(plgpu.load(last_ref.at[b, n * block.keys + block.keys - 1]) + block.queries, block.queries)
 
@@ -220,14 +220,14 @@ def _keys_kernel(
 
 
 def _keys_met(rule: _Rule, i, b, lowest_ref):
-    """Of the blocks of keys that a block of queries meets: the first, and that after the last."""
+    """The blocks of keys that a block of queries meets: the first, and the end (exclusive)."""
     block, first = rule.block, i * rule.block.queries
     lowest = plgpu.load(lowest_ref.at[b, first])
     return lax.div(lowest, block.keys), lax.div(rule.prefix + first + block.queries - 1, block.keys) + 1
 
 
 def _sees(rule: _Rule, i, n, lowest):
-    """Which queries of block i see which keys of block n ``[t, s]``."""
+    """Which queries of block i see which keys of block n, ``[t, s]``."""
     own = rule.prefix + i * rule.block.queries + jnp.arange(rule.block.queries, dtype=jnp.int32)
     key = n * rule.block.keys + jnp.arange(rule.block.keys, dtype=jnp.int32)
     return (key[None] >= lowest[:, None]) & (key[None] <= own[:, None])
@@ -239,12 +239,12 @@ def _logits(rule: _Rule, q, k):
 
 
 def _weights(rule: _Rule, q, k, log_totals, sees):
-    """``[t, s]``, of which those of a query sum to 1."""
+    """``[t, s]``; those of a query sum to 1."""
     return jnp.where(sees, jnp.exp2(_logits(rule, q, k) - log_totals[:, None]), 0.0)
 
 
 def _group(h, q_ref, k_ref):
-    """That head h reads."""
+    """The group that head h reads."""
     return lax.div(h, q_ref.shape[2] // k_ref.shape[2])
 
 
@@ -253,5 +253,5 @@ def _wide(x) -> np.dtype:
 
 
 def _dot(x, y, over: tuple[int, int]):
-    """The product of two matrices over one axis of each, summed in float32 at least."""
+    """The product of two matrices over one axis of each, summed in at least float32."""
     return products.dot(x, y, over, _wide(x))

@@ -1,6 +1,6 @@
-"""Causal softmax attention for TPU, full or to a window, by JAX's splash attention: forward and backward.
+"""Causal softmax attention for TPU, full or windowed, by JAX's splash attention: forward and backward.
 
-It takes blocks of queries against blocks of keys, and of these only such that some query sees some key of.
+It works on blocks of queries against blocks of keys, and only on those in which some query sees some key.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jaxlinear import counted
 from jaxlinear.pallas import blocks, derivatives
 from jaxlinear.pallas.target import Target
 
-SAVED = "attention"  # what rules of rematerialisation call the outputs and the logs of the sums of weights
+SAVED = "attention"  # the name by which rematerialisation policies know the outputs and the logs of the sums of weights
 
 
 def attention(
@@ -25,7 +25,7 @@ def attention(
     (batch, length, heads), keys = q.shape[:3], k.shape[1]
     dtype = functools.reduce(np.promote_types, (q.dtype, k.dtype, v.dtype))
     block = blocks.softmax_tpu(target.kind, length, window, max(q.shape[3], v.shape[3]) * dtype.itemsize)
-    # Whole blocks of both, and for every query its own key. What stands after the last is seen by queries after it.
+    # Whole blocks of both, and for every query its own key. Padding is seen only by queries after the end.
     queries = -(-length // block) * block
     padded = -(-(keys - length + queries) // block) * block
     scaled = (q.astype(jnp.float32) * scale).astype(dtype)
@@ -44,7 +44,7 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(kernel, q, k, v, ids):
-    """The kernel, whose own rules say nothing of a second derivative that they do not have."""
+    """The kernel. Its own rules do not report that it has no second derivative."""
     with _precision(q):
         return kernel(q, k, v, ids)
 
@@ -60,8 +60,8 @@ def _attend_backward(kernel, pullback, d_o):
 
 
 def _precision(x: jax.Array):
-    """The kernel's products ask for none, and a TPU then cuts float32 to bfloat16, or has what the user asked for, which
-    Mosaic refuses where bfloat16 is multiplied."""
+    """The kernel's products ask for no precision, so a TPU would cut float32 to bfloat16, or use what the user asked for,
+    which Mosaic refuses for products of bfloat16."""
     return jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else "default")
 
 
@@ -82,17 +82,17 @@ def _kernel(batch: int, heads: int, queries: int, keys: int, window: int, offset
         block_kv_dq=block,
     )
     mask = _Window((queries, keys), window, offset)
-    with jax.ensure_compile_time_eval():  # it is kept, and so must not be of the program that is being traced
+    with jax.ensure_compile_time_eval():  # it is cached, so it must not belong to the program being traced
         kernel = splash.make_splash_mha_single_device(
             masks.MultiHeadMask([mask] * heads), block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret
         )
-    # Its grid has steps for blocks that are passed over too.
+    # The kernel's grid also has steps for blocks that are skipped.
     return counted.jit(jax.vmap(kernel), runs=batch * heads * mask.visited(block))
 
 
 class _Window(masks.LocalMask):
-    """JAX's mask of a window, which asks all pairs of tokens. Here the blocks in which all see all, or none sees any, are
-    told from their corners."""
+    """JAX's mask of a window, which examines all pairs of tokens. Here the corners of a block tell whether all its queries
+    see all its keys, or none sees any."""
 
     def __init__(self, shape: tuple[int, int], window: int, offset: int):
         super().__init__(shape, (window - 1, 0), offset)
@@ -108,11 +108,11 @@ class _Window(masks.LocalMask):
         return super().__getitem__(index)
 
     def visited(self, block: int) -> int:
-        """How many blocks of queries and keys there are of which some query sees some key."""
+        """The number of blocks of queries and keys in which some query sees some key."""
         queries, keys = (np.arange(0, size, block) for size in self.shape)
         least, most = self._back(queries[:, None], keys + block - 1), self._back(queries[:, None] + block - 1, keys)
         return int(np.sum((most >= 0) & (least <= self.window_size[0])))
 
     def _back(self, query, key):
-        """How far a key lies back."""
+        """How far back a key lies."""
         return query + self.offset - key

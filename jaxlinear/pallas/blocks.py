@@ -1,5 +1,5 @@
-"""Block sizes of the kernels, by JAX's name of the device. Those for TPU are the best of ``benchmarks/tpu_kernels.py
---tune``, by static schedules: nothing was timed."""
+"""Block sizes of the kernels, by JAX's name for the device. Those for TPU are the best of ``benchmarks/tpu_kernels.py
+--tune`` by static schedules; nothing was timed."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ from jaxlinear.pallas.target import GPU
 
 class ScanBlock(NamedTuple):
     time: int  # steps of a block, a multiple of 128
-    width: int  # channels of a block, a multiple of 128; half as many where numbers are complex
-    rows: int  # steps taken in an iteration, a multiple of 16
+    width: int  # channels of a block, a multiple of 128; half as many for complex numbers
+    rows: int  # steps per iteration, a multiple of 16
 
 
 SCAN_TPU = {
@@ -19,38 +19,38 @@ SCAN_TPU = {
 }
 _SCAN_TPU_ELSEWHERE = ScanBlock(256, 512, 32)
 
-# Registers of 32 bits that a thread may hold of time steps that are loaded, of 255; the next as many are on their way.
+# 32-bit registers (of 255) that a thread may use for loaded time steps; equally many are in flight for the next ones.
 _SCAN_GPU_REGISTERS = 72
-SCAN_GPU_CHANNELS = 32  # of a program: a warp, a thread a channel
+SCAN_GPU_CHANNELS = 32  # of a program: one warp, one thread per channel
 
 
 def scan_tpu(kind: str, length: int, width: int, parts: int) -> ScanBlock:
-    """The block of the scan ``[length, width]``; ``parts``: 2 of complex numbers."""
+    """The block of the scan ``[length, width]``; ``parts``: 2 for complex numbers."""
     time, lanes, rows = SCAN_TPU.get(kind, _SCAN_TPU_ELSEWHERE)
     lanes = max(128, lanes // parts)
     time = min(time, -(-length // 128) * 128)
     if width <= lanes:
         return ScanBlock(time, width, rows)
     tiles, most = -(-width // 128), lanes // 128
-    blocks = -(-tiles // most)  # as few blocks as can be, as even as can be
+    blocks = -(-tiles // most)  # as few blocks as possible, as even as possible
     return ScanBlock(time, -(-tiles // blocks) * 128, rows)
 
 
 def scan_gpu_rows(arrays: int) -> int:
-    """Time steps that a thread loads at once, of so many arrays: a power of two."""
+    """Time steps that a thread loads at once from ``arrays`` arrays: a power of two."""
     return 1 << ((_SCAN_GPU_REGISTERS // arrays).bit_length() - 1)
 
 
-# On TPU: tokens of a group, which an iteration takes, a multiple of 8; and the most numbers of a token's state in a block
-# of channels, and of the columns of a block of time, but that neither has fewer channels or tokens than 128, nor more than
-# 512.
+# On TPU: tokens of a group, processed in one iteration, a multiple of 8; and the most state numbers per token in a block of
+# channels, and the most in the columns of a block of time, except that neither block has fewer than 128 or more than 512
+# channels or tokens.
 SELECTIVE_SCAN_ROWS = 32
 _SELECTIVE_SCAN_NUMBERS = 8192
 
 
 def selective_scan_tpu(length: int, states: int, width: int) -> tuple[int, int]:
-    """Tokens and channels of a block of the selective scan, for N = ``states``; ``width``: all channels, a multiple of 128,
-    of which each block has as many."""
+    """Tokens and channels of a block of the selective scan, for N = ``states``. ``width``: all channels, a multiple of 128,
+    which are divided equally among the blocks."""
     most = _selective_scan_most(states)
     tiles = width // 128
     time = min(most, -(-length // 128))
@@ -63,9 +63,9 @@ def _selective_scan_most(states: int) -> int:
 
 
 def selective_scan_tpu_channels(states: int) -> int:
-    """How many channels VMEM has room for: of each the state before and after and the gradient of A, twice, and A; and what
-    the largest block has, registers that are spilled among it. Compiled programs took as much where two rows of a batch
-    overlap, and less with one."""
+    """How many channels VMEM has room for. Each needs, twice, the state before and after and the gradient of A, and A once;
+    the largest block's memory is added, including spilled registers. Compiled programs took as much where two rows of a
+    batch overlap, and less with one row."""
     states += -states % 8
     most = 128 * _selective_scan_most(states)
     columns, again, before, spilled = 2 * most * 128, 129 * most, 2 * most // 128 * most, 64 * most
@@ -74,17 +74,17 @@ def selective_scan_tpu_channels(states: int) -> int:
 
 
 class SelectiveScanGPUBlock(NamedTuple):
-    channels: int  # of a lane of a warp, of 8 that have others
-    numbers: int  # of the state of each of its channels, of a lane of 4 that have others
-    rows: int  # tokens taken at once
-    kept: int  # tokens between states that the forward pass keeps, a multiple of these
-    again: tuple[str, ...]  # what of a token is loaded once more, for want of registers
+    channels: int  # of a lane of a warp; 8 lanes divide the channels
+    numbers: int  # of each channel's state, in a lane; 4 lanes divide them
+    rows: int  # tokens processed at once
+    kept: int  # tokens between the states that the forward pass keeps, a multiple of ``rows``
+    again: tuple[str, ...]  # fields of a token that are loaded again, for lack of registers
 
 
 def selective_scan_gpu(states: int) -> SelectiveScanGPUBlock:
-    """``states``: N. What the forward pass keeps are about two numbers for each channel of a token. With other channels of
-    a lane, or with fewer rows, a token takes more instructions, as the PTX counts them; with more rows registers are
-    spilled. No GPU has timed them."""
+    """``states``: N. The forward pass keeps about two numbers per token and channel. With another number of channels per
+    lane, or with fewer rows, a token takes more instructions, as counted in the PTX; with more rows, registers spill. No
+    GPU has timed them."""
     rounded = max(4, 1 << (states - 1).bit_length())
     again = ("dt", "x", "C") if rounded >= 16 else ("dt",)
     return SelectiveScanGPUBlock(4, min(4, rounded // 4), 4, max(8, rounded // 2), again)
@@ -92,28 +92,28 @@ def selective_scan_gpu(states: int) -> SelectiveScanGPUBlock:
 
 class AttentionBlock(NamedTuple):
     time: int  # tokens of a block, a multiple of the chunk
-    chunk: int  # tokens of a chunk, a power of two; 128 at least where it is compiled
-    lanes: int  # channels of the heads of a block, so many or few more
+    chunk: int  # tokens of a chunk, a power of two; at least 128 in compiled kernels
+    lanes: int  # channels of the heads of a block, approximately
 
 
-# Of linear attention: without a decay or with one a head, and with one a channel. Of blocks that are within 5% of the best
-# those that keep the fewest states.
+# For linear attention: without a decay or with one per head, and with one per channel. Among the blocks within 5% of the
+# best, those that keep the fewest states.
 LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {
     "TPU v5 lite": (AttentionBlock(512, 128, 256),) * 2,
     "TPU v5": (AttentionBlock(512, 128, 256),) * 2,
-    "TPU v6 lite": (AttentionBlock(1024, 256, 256), AttentionBlock(512, 128, 256)),  # its matrix unit is of 256 x 256
+    "TPU v6 lite": (AttentionBlock(1024, 256, 256), AttentionBlock(512, 128, 256)),  # its matrix unit is 256 x 256
 }
 _LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 256),) * 2
-CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that may be asked for
+CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that may be requested
 CHUNKS_INTERPRETED = 8, 256
-VMEM_BYTES = 64 * 2**20  # that a kernel of chunks may take
-_WRITTEN_OUT = 8  # chunks of heads of a block
-HEADS = 8  # of a block, which are written out one after the other
+VMEM_BYTES = 64 * 2**20  # that a kernel with chunks may use
+_WRITTEN_OUT = 8  # chunks of heads of a block, unrolled
+HEADS = 8  # most heads of a block, which are unrolled
 
 
 def heads_of_block(heads: int, widths: tuple[int, ...], lanes: int) -> int | None:
-    """As few as fill whole registers of 128 lanes with each width, or as many of these as fit ``lanes``; or all. None
-    where more than ``HEADS`` would have to be in one block."""
+    """As few heads as fill whole registers of 128 lanes with each width, or as many of these as fit ``lanes``; or all. None
+    if more than ``HEADS`` would have to be in one block."""
     least = next(n for n in range(1, 129) if all(n * width % 128 == 0 for width in widths))
     most = max(least, lanes // max(widths) // least * least)
     count = next((n for n in range(min(most, HEADS) // least * least, 0, -least) if heads % n == 0), least)
@@ -124,8 +124,8 @@ def heads_of_block(heads: int, widths: tuple[int, ...], lanes: int) -> int | Non
 def linear_attention_tpu(
     kind: str, length: int, heads: int, widths: tuple[int, ...], by_channel: bool, chunk: int | None
 ) -> tuple[int, int, int]:
-    """Tokens of a block and of a chunk, and heads of a block. ``widths``: K and V; or V alone where all heads share queries
-    and keys, and then as many heads as can be. ``chunk``: the one to take, or None."""
+    """Tokens of a block and of a chunk, and heads of a block. ``widths``: K and V; or only V if all heads share queries and
+    keys, and then as many heads as possible. ``chunk``: the one to use, or None."""
     table = LINEAR_ATTENTION_TPU.get(kind, _LINEAR_ATTENTION_TPU_ELSEWHERE)
     block = table[by_channel]
     if chunk is None:
@@ -140,9 +140,9 @@ class AttentionGPUBlock(NamedTuple):
     chunk: int  # tokens, a power of two from 16
     keys: int  # channels of a tile
     values: int
-    states: int  # values of the tile of states that a program goes through time with
-    outputs: int  # channels of the outputs of a program: a multiple of a tile
-    gradients: int  # channels of queries and keys of a program, of their gradients
+    states: int  # values in the tile of states that a program carries through time
+    outputs: int  # channels of a program's outputs: a multiple of a tile
+    gradients: int  # channels of queries and keys whose gradients a program has
     gradient_values: int  # channels of a tile of values there
 
 
@@ -155,12 +155,13 @@ def linear_attention_gpu(
     gpu: GPU | None,
     shared_by: int | None = None,
 ) -> AttentionGPUBlock:
-    """The largest that no program spills registers with: with fewer tokens or channels a token takes more instructions, as
-    the PTX counts them. No GPU has timed them. ``shared_by``: V of the heads that share queries and keys, if they do."""
+    """The largest sizes with which no program spills registers: with fewer tokens or channels, a token takes more
+    instructions, as counted in the PTX. No GPU has timed them. ``shared_by``: V of the heads that share queries and keys,
+    if they do."""
     by_channel = decay == "channel"
     if chunk is None:
-        # With few keys, where T ends within a chunk, with decays a token and documents, or where gradients of several heads
-        # are summed, chunks of 128 would spill, so ``CHUNKS`` does not let users ask for them.
+        # With few keys, with T ending within a chunk, with decays per token and documents, or with gradients summed over
+        # heads, chunks of 128 would spill, so ``CHUNKS`` does not let users request them.
         whole = keys >= 64 and length % 128 == 0 and not (decay == "scalar" and packed) and not shared_by
         few = by_channel or (keys >= 128 and gpu is not None and not gpu.warpgroups)
         chunk = 32 if few else 128 if whole else 64
@@ -174,19 +175,19 @@ def linear_attention_gpu(
     return AttentionGPUBlock(tokens, 64, 64, 64, 128, 64, 128)
 
 
-# Heads that share queries and keys, whose gradients one program sums, one after the other: the more, the fewer sums are
-# written and read, and the fewer programs there are.
+# Heads that share queries and keys and whose gradients one program sums, one after another: more heads mean fewer sums to
+# write and read, but fewer programs.
 GPU_SHARED_HEADS = 8
 
 
 def _gradients_by_channel(keys: int) -> int:
-    return 64 if keys >= 64 else 16  # 32, for whatever reason, spill
+    return 64 if keys >= 64 else 16  # 32 spills, for whatever reason
 
 
 class DeltaRuleBlock(NamedTuple):
     chunk: int  # tokens, a power of two from 16
-    chunk_by_channel: int  # where there is a decay by key channel
-    lanes: int  # channels of the heads of a block, so many or few more
+    chunk_by_channel: int  # with a decay by key channel
+    lanes: int  # channels of the heads of a block, approximately
 
 
 DELTA_RULE_TPU = {
@@ -197,11 +198,11 @@ DELTA_RULE_TPU = {
 _DELTA_RULE_TPU_ELSEWHERE = DeltaRuleBlock(128, 128, 1024)
 
 
-DELTA_RULE_HEADS = 16  # of a block at most: they are written out one after the other
+DELTA_RULE_HEADS = 16  # most heads of a block: they are unrolled
 
 
 def delta_rule_chunk(kind: str, length: int, by_channel: bool, chunk: int | None) -> int:
-    """Tokens of a chunk of the delta rule: as many as given or as the table has, but no more than hold T."""
+    """Tokens of a chunk of the delta rule: the given number or the table's, but no more than needed to hold T."""
     block = DELTA_RULE_TPU.get(kind, _DELTA_RULE_TPU_ELSEWHERE)
     if chunk is None:
         chunk = block.chunk_by_channel if by_channel else block.chunk
@@ -209,20 +210,20 @@ def delta_rule_chunk(kind: str, length: int, by_channel: bool, chunk: int | None
 
 
 def delta_rule_heads(kind: str, heads: int, keys: int, values: int) -> int:
-    """Of a block: all, or so many that K and V of them fill whole registers of 128 lanes; the last may have fewer."""
+    """Heads of a block: all, or enough that their K and V fill whole registers of 128 lanes; the last may have fewer."""
     least = next(n for n in range(1, 129) if n * keys % 128 == n * values % 128 == 0)
     lanes = DELTA_RULE_TPU.get(kind, _DELTA_RULE_TPU_ELSEWHERE).lanes
     most = max(least, lanes // max(keys, values) // least * least)
     if heads <= most:
         return heads
-    groups = -(-heads // most)  # as few as can be, as even as can be
+    groups = -(-heads // most)  # as few as possible, as even as possible
     return -(-heads // groups // least) * least
 
 
 def delta_rule_vmem(heads: int, keys: int, values: int, size: int, by_channel: bool, terms: int) -> int:
-    """About the bytes of VMEM that the kernel of the gradients takes with so many heads of a block, of numbers of ``size``
-    bytes: within 3% of compiled ones. Nearly all is what the heads' tokens have, which take whole registers of lanes. With
-    two terms it is a tenth more at most."""
+    """Approximate VMEM bytes of the gradient kernel for so many heads of a block, with numbers of ``size`` bytes: within 3%
+    of compiled kernels. Nearly all of it holds the heads' tokens, which take whole registers of lanes. Two terms add at
+    most a tenth."""
     lanes = sum(-(-width // 128) * 128 for width in (keys, values))
     return heads * lanes * size * (4850 if by_channel else 3640) * (9 + terms) // 10
 
@@ -232,13 +233,13 @@ class DeltaRuleGPUBlock(NamedTuple):
     keys: int  # channels of a tile of K and of V, where a program has a chunk
     values: int
     states: int  # rows of the state, where a program goes through time
-    gradients: int  # channels of K of a program, of their gradients
-    gradient_values: int  # channels of V of a tile where those of values are, which holds the inverse
+    gradients: int  # channels of K whose gradients a program has
+    gradient_values: int  # channels of V of a tile in the program for those of values, which holds the inverse
 
 
 def delta_rule_gpu_chunk(keys: int, gpu: GPU | None, terms: int) -> int:
-    """The most tokens of a chunk: with K = 256 those of 64 take 114 KiB of shared memory, and with the inverse in two terms
-    more registers than there are."""
+    """The most tokens of a chunk. With K = 256, chunks of 64 take 114 KiB of shared memory and, with the inverse in two
+    terms, more registers than there are."""
     return 64 if keys <= 128 or (terms == 1 and (gpu is None or gpu.ample)) else 32
 
 
@@ -256,27 +257,28 @@ def delta_rule_gpu(
         return DeltaRuleGPUBlock(tokens, 32, values, states, _gradients_by_channel(keys), gradient_values)
     if keys <= 128:
         tile = max(16, min(64, keys // 2))
-        states = 16 if length <= 4 * tokens else 32  # a loop of few steps is written out
+        states = 16 if length <= 4 * tokens else 32  # a loop of few steps is unrolled
         return DeltaRuleGPUBlock(tokens, tile, 64, states, tile, 16 if terms > 1 else 64)
     tile = 64 if terms == 1 else 32
     return DeltaRuleGPUBlock(tokens, tile, 32, 16, tile, 32)
 
 
-# Of softmax attention: tokens of a block, and the cycles of all passes for 128 queries and 128 keys in such blocks
-# (benchmarks/tpu_attention.py). VMEM has no room for larger ones, nor for 1,024 tokens of more than so many bytes a head.
+# For softmax attention: tokens of a block, and the cycles of all passes for 128 queries and 128 keys in such blocks
+# (benchmarks/tpu_attention.py). VMEM has no room for larger ones, nor for 1,024 tokens of more than ``_SOFTMAX_TPU_BYTES``
+# per head.
 SOFTMAX_TPU = {
     "TPU v5 lite": {512: 387, 1024: 321},
     "TPU v5": {512: 347, 1024: 277},
     "TPU v6 lite": {512: 306, 1024: 244},
 }
 _SOFTMAX_TPU_ELSEWHERE = {512: 1}
-SOFTMAX_TPU_KEYS = 512  # of a block at once
+SOFTMAX_TPU_KEYS = 512  # of a block, processed at once
 _SOFTMAX_TPU_BYTES = 512
 
 
 def softmax_tpu(kind: str, length: int, window: int, size: int) -> int:
-    """Tokens of a block of softmax attention, a multiple of 128: such that visiting the blocks that have pairs of queries
-    and keys within the window takes the fewest cycles. ``size``: bytes of a head of a token."""
+    """Tokens of a block of softmax attention, a multiple of 128, chosen so that visiting the blocks that have pairs of
+    queries and keys within the window takes the fewest cycles. ``size``: bytes per token and head."""
     table = SOFTMAX_TPU.get(kind, _SOFTMAX_TPU_ELSEWHERE)
 
     def cycles(tokens: int) -> int:
@@ -291,17 +293,17 @@ class SoftmaxGPUBlock(NamedTuple):
     queries: int  # of a block, a power of two
     keys: int
     warps: int
-    stages: int  # of loads that are on their way
+    stages: int  # of loads in flight
 
 
 def attention_gpu(width: int, gpu: GPU | None) -> SoftmaxGPUBlock:
-    """Of softmax attention with heads of so many channels, a power of two. Not tuned: the largest that no program spills
-    registers with, and that its loads have room for."""
+    """For softmax attention with heads of ``width`` channels, a power of two. Not tuned: the largest with which no program
+    spills registers, and for whose loads there is room."""
     if width <= 64:
         return SoftmaxGPUBlock(128, 64, 8, 3)
     if gpu is None or (gpu.warpgroups and not gpu.blackwell):
         return SoftmaxGPUBlock(128, 64, 8, 2) if width <= 128 else SoftmaxGPUBlock(64, 32, 8, 2)
-    if gpu.warpgroups:  # Blackwell's products have more of their operands in shared memory
+    if gpu.warpgroups:  # Blackwell's products keep more of their operands in shared memory
         return SoftmaxGPUBlock(64, 64, 4, 2) if width <= 128 else SoftmaxGPUBlock(64, 64, 8, 1)
     if width <= 128:
         return SoftmaxGPUBlock(64, 64, 8, 2) if gpu.ample else SoftmaxGPUBlock(64, 32, 4, 2)

@@ -1,4 +1,4 @@
-"""Decays of key channels within a chunk, inside kernels: as ``chunk_decays``, whose rules hold."""
+"""Decays of key channels within a chunk, inside kernels, under the rules of ``chunk_decays``."""
 
 import math
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from jaxlinear.pallas.chunk_decays import (
 )
 from jaxlinear.pallas.products import dot, dot_terms, terms
 
-Groups: TypeAlias = Sequence[jax.Array | None]  # of each group ``[1, K]``, None for 1
-ROW, COLUMN = 0, 1  # what there are two of: since or before, until or after
+Groups: TypeAlias = Sequence[jax.Array | None]  # for each group ``[1, K]``, None for 1
+ROW, COLUMN = 0, 1  # the index in pairs: since or before, until or after
 
 
 class ByLevels:
@@ -30,17 +30,17 @@ class ByLevels:
 
     Two tokens of different groups meet at the middle of the smallest of the chunk's halves, quarters, ... that has both:
         exp(G_i - G_j) = exp(G_i - G_r) exp(G_r - G_j),   i > r >= j,
-    so that both factors are at most 1. At each such level a token is on one side: there it is a row, decayed since the
-    middle, or a column, decayed until the middle, and has one factor: a factor of its own, since or until a place of its
-    group, times one of its group, between that and the middle. What groups are, and the products within each, are the
-    subclass's.
+    so both factors are at most 1. At each such level a token is on one side: a row, decayed since the middle, or a column,
+    decayed until it. It has one factor there: its own, since or until a position in its group, times the group's, between
+    that and the middle. Subclasses define the groups and the products within each.
     """
 
     by_channel = True
 
     def __init__(self, own: tuple[jax.Array, jax.Array], ends: tuple[Groups, Groups], wholes: Groups):
-        """``own`` ``[c, K]``: a token's decays as a row, since a place of its group, and as a column, until one. ``ends``:
-        of each group the decays from its start to that place, and from that to its end. ``wholes``: its whole decay."""
+        """``own`` ``[c, K]``: a token's decays as a row, since a position in its group, and as a column, until one.
+        ``ends``: for each group the decays from its start to that position, and from there to its end. ``wholes``: its
+        total decay."""
         levels, outside, whole = _between(wholes)
         assert whole is not None
         self.whole = whole
@@ -58,15 +58,15 @@ class ByLevels:
         return self._until_outside(COLUMN)
 
     def from_start(self, x: jax.Array, factor: jax.Array | None) -> jax.Array:
-        """``factor * since_start * x``, in the dtype of x, by way of what ``pairwise`` has of these rows."""
+        """``factor * since_start * x``, in the dtype of x, computed from what ``pairwise`` has for these rows."""
         return self._decayed(x, ROW, factor)
 
     def to_end(self, x: jax.Array, factor: jax.Array | None) -> jax.Array:
-        """``factor * until_end * x``, in the dtype of x, by way of what ``pairwise`` has of these columns."""
+        """``factor * until_end * x``, in the dtype of x, computed from what ``pairwise`` has for these columns."""
         return self._decayed(x, COLUMN, factor)
 
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
-        """``A_ij = sum_k r_ik columns_jk exp(G_ik - G_jk)`` for i >= j, else 0, of each r of ``rows`` ``[c, K]``."""
+        """``A_ij = sum_k r_ik columns_jk exp(G_ik - G_jk)`` for i >= j, else 0, for each r of ``rows`` ``[c, K]``."""
         i, j = self._pairs
         apart = i ^ j
         products = self._near_products(rows, columns, apart, wide)
@@ -84,19 +84,19 @@ class ByLevels:
     def pairwise_gradient(
         self, rows, columns, d_products, wide, count=1
     ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-        """From the gradients of ``pairwise``'s products, those of the last of ``rows`` in ``count`` terms: more than one
+        """From the gradients of ``pairwise``'s products, those for the last of ``rows`` in ``count`` terms: more than one
         where the gradients of the decays are small differences of their sums.
 
         Returns:
-          those of ``rows`` and of ``columns``; and ``sum r dr - columns dcolumns`` ``[c, K]``, the products of a token with
-          itself left out: the gradient of the log decays is its ``suffix_sums``.
+          the gradients of ``rows`` and of ``columns``; and ``sum r dr - columns dcolumns`` ``[c, K]``, without the products
+          of a token with itself: the gradient of the log decays is its ``suffix_sums``.
         """
         i, j = self._pairs
         apart = i ^ j
         d_rows: list[jax.Array] = []
         d_columns: Any = 0.0
         for r, d, in_terms in zip(rows, d_products, of_last(count, rows), strict=True):
-            # Of both tokens of a pair at once: each product has one of them as a row, the other as a column.
+            # For both tokens of a pair at once: each product has one of them as a row and the other as a column.
             d = masked(i > j, d)
             both = jnp.where(i > j, d, d.T)
             d_row, d_column = self._near_gradients(r, columns, (d, both), apart, wide, in_terms)
@@ -119,7 +119,7 @@ class ByLevels:
     def _near_products(
         self, rows: tuple[jax.Array, ...], columns: jax.Array, apart: jax.Array, wide
     ) -> list[jax.Array]:
-        """``pairwise`` of pairs of one group, and anything of others; of tokens i and j ``apart`` is i ^ j."""
+        """``pairwise`` for pairs within a group, and arbitrary values for others; ``apart`` is i ^ j for tokens i and j."""
         raise NotImplementedError
 
     def _near_gradients(
@@ -131,13 +131,13 @@ class ByLevels:
         wide,
         count: int,
     ) -> tuple[jax.Array, jax.Array]:
-        """Those of ``row`` and ``columns``, of pairs of one group, from ``d_products``, in ``count`` terms: where i > j
-        alone, and the same of (i, j) and (j, i)."""
+        """The gradients of ``row`` and ``columns`` for pairs within a group, from ``d_products``, in ``count`` terms:
+        where i > j alone, and the same for (i, j) and (j, i)."""
         raise NotImplementedError
 
     @property
     def _size(self) -> int:
-        """Tokens of a group."""
+        """Number of tokens in a group."""
         return self._own[ROW][0].shape[0]
 
     def _until_outside(self, side: int) -> jax.Array:
@@ -153,7 +153,7 @@ class ByLevels:
         return [y * z.astype(y.dtype) for y, z in zip(own, _cut(x, len(own)), strict=True)]
 
     def _at_level(self, n: int, x: jax.Array, side: int) -> jax.Array:
-        """x as rows or as columns, wide, and zeros for the tokens that are on the other side."""
+        """x as rows or as columns, wide, with zeros for the tokens on the other side."""
         return jnp.concatenate(
             [
                 times(factor, y) if side == _side(g, n) else jnp.zeros_like(y)
@@ -167,7 +167,7 @@ class ByLevels:
 
 
 class ByChannel(ByLevels):
-    """Any decay: groups are registers, and have the levels of their own halves, quarters and eighths."""
+    """Any decay: groups are registers, with levels for their own halves, quarters and eighths."""
 
     def __init__(self, log_decay: jax.Array):
         groups = in_groups(to_base_2(finite(log_decay)))
@@ -210,13 +210,13 @@ class ByChannel(ByLevels):
 
 
 def to_base_2(log_decay: jax.Array) -> jax.Array:
-    """What ``exp2``, the hardware's, has for the exponential of ``log_decay``."""
+    """The argument with which ``exp2``, the hardware's, gives the exponential of ``log_decay``."""
     return log_decay * jnp.asarray(1 / math.log(2), log_decay.dtype)
 
 
 def _near(log_decay: jax.Array, row: jax.Array):
-    """In groups of 8 tokens: a token's log decay since or until the middle of its 2, 4 and 8; since their start and until
-    their end."""
+    """In groups of 8 tokens: a token's log decay since or until the middle of its 2, 4 and 8; and since their start and
+    until their end."""
     none = jnp.zeros_like(log_decay)
     odd, second, later = ((row & size) != 0 for size in (1, 2, 4))
     before, after = (pltpu.roll(log_decay, by, axis=1) for by in (1, GROUP - 1))
@@ -232,8 +232,8 @@ def _near(log_decay: jax.Array, row: jax.Array):
 
 
 def _between(wholes: Groups) -> tuple[list[Groups], tuple[Groups, Groups], jax.Array | None]:
-    """From the decays of groups: by level those between each group and the middle; those before and those after it; of
-    all."""
+    """From the decays of groups: by level, those between each group and the middle; those before and those after each
+    group; and that of all."""
     count, n = len(wholes), 0
     before: Groups = [None] * count
     after = before
@@ -251,7 +251,7 @@ def _between(wholes: Groups) -> tuple[list[Groups], tuple[Groups, Groups], jax.A
 
 
 def _side(group: int, level: int) -> int:
-    """Of the tokens of a group: in second halves they are rows."""
+    """The side of a group's tokens: in second halves they are rows."""
     return ROW if group >> level & 1 else COLUMN
 
 
@@ -261,7 +261,7 @@ def _cut(x: jax.Array, count: int) -> list[jax.Array]:
 
 
 def _halves(x: jax.Array, size: int) -> list[jax.Array]:
-    """Of the parts of ``2 * size`` rows, the first and the second halves, ``[c / 2, D]`` each."""
+    """The first and the second halves of the parts of ``2 * size`` rows, ``[c / 2, D]`` each."""
     parts = x.reshape(-1, 2, size, x.shape[-1])
     return [parts[:, n].reshape(-1, x.shape[-1]) for n in (0, 1)]
 

@@ -1,13 +1,13 @@
-"""Decays of key channels within a chunk, inside kernels for GPU, and products of tokens decayed by them.
+"""Decays of key channels within a chunk, inside GPU kernels, and products of tokens decayed by them.
 
-Where no channel of a tile decays by more than ``factored_decays.LIMIT`` in half the chunk, and products are of bfloat16,
-the products of its pairs are one product of two factors around the middle m,
+If no channel of a tile decays by more than ``factored_decays.LIMIT`` in half the chunk, and products are in bfloat16, the
+products of all pairs are one product of two factors around the middle m,
 
     exp(G_i - G_j) = exp(G_i - G_m) exp(G_m - G_j),   i >= j
 
-and elsewhere tokens meet at the middle of the smallest of the chunk's halves, quarters, ... that has both, with no exponent
-above 0 (``channel_decays.ByChannel``). Both are in the kernel, which looks at the decays. Sums of decays are products with
-triangles of ones, each of nothing but what it is of.
+Otherwise tokens meet at the middle of the smallest of the chunk's halves, quarters, ... that has both, with no exponent
+above 0 (``channel_decays.ByChannel``). The kernel contains both and chooses by the decays. Sums of decays are products with
+triangles of ones, each a sum of only the log decays that it stands for.
 """
 
 import functools
@@ -23,8 +23,8 @@ from jaxlinear.pallas.factored_decays import LIMIT, takes
 
 
 class ByChannel:
-    """Of a tile of log decays ``[c, tile]`` as they are given. ``since_start``, ``until_end`` ``[c, tile]``, ``whole``
-    ``[tile]``: the decays since the start of the chunk, until its end, and over it."""
+    """For a tile of log decays ``[c, tile]`` as they are given. ``since_start``, ``until_end`` ``[c, tile]``, ``whole``
+    ``[tile]``: the decays since the start of the chunk, until its end, and over all of it."""
 
     def __init__(self, given: jax.Array, layout: Layout):
         plan = layout.plan
@@ -46,7 +46,7 @@ class ByChannel:
         return exp(jnp.sum(self._log_decay, axis=0))
 
     def products(self, rows: list[jax.Array], columns: jax.Array) -> list[jax.Array]:
-        """``[c, c]`` of each r of ``rows`` ``[c, tile]``: ``sum_k r_ik columns_jk exp(G_i - G_j)`` for i >= j, anything
+        """``[c, c]`` for each r of ``rows`` ``[c, tile]``: ``sum_k r_ik columns_jk exp(G_i - G_j)`` for i >= j, arbitrary
         elsewhere."""
         layout = self._layout
 
@@ -63,7 +63,7 @@ class ByChannel:
         return self._either(factored, level, lambda: [dot(r, columns, (1, 1), layout) for r in rows])
 
     def products_gradient(self, rows, columns, d_products) -> tuple[list[jax.Array], jax.Array]:
-        """The gradients of ``rows`` and of ``columns`` by those of the products, which are zero but for i > j."""
+        """The gradients of ``rows`` and ``columns``, from those of the products, which are zero except where i > j."""
         layout = self._layout
         none = jnp.zeros(columns.shape, layout.plan.wide)
 
@@ -92,14 +92,14 @@ class ByChannel:
         return self._summed(self._row <= self._lane, _cut(x, narrow, 1 if narrow == x.dtype else 3))
 
     def _summed(self, of: jax.Array, parts: list[jax.Array] | None = None) -> jax.Array:
-        """Over the tokens of each row of a matrix of 1, 0 and -1."""
+        """Sums over the tokens selected by each row of a matrix of 1, 0 and -1."""
         of = of.astype(self._layout.plan.narrow)
         products = [dot(of, part, (1, 0), self._layout) for part in parts or self._parts]
         return functools.reduce(jnp.add, reversed(products))
 
     def _either(self, factored: Callable, level: Callable, first: Callable) -> Any:
-        """``factored`` of the decays since the middle; or what the levels make of what is there at first. They are a loop,
-        which is not written out: what each has loaded would else take registers at once."""
+        """``factored`` of the decays since the middle, or ``first`` as changed by the levels: a loop that is not unrolled,
+        since otherwise the loads of all levels take registers at once."""
 
         def by_levels(*_):
             return lax.fori_loop(jnp.int32(0), jnp.int32(self._layout.chunk.bit_length() - 1), level, first())
@@ -113,7 +113,7 @@ class ByChannel:
         return lax.cond(weak, factored, by_levels, since_middle)
 
     def _level(self, n) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The pairs of tokens that meet at the start of a second part of 2^n, and of each token the decay since the start
+        """The pairs of tokens that meet at the start of a second part of 2^n, and for each token the decay since the start
         of its part and that until its end."""
         row, lane = self._row, self._lane
         part = (row >> n) == (lane >> n)
@@ -122,7 +122,7 @@ class ByChannel:
 
 
 def _cut(x: jax.Array, narrow, count: int) -> list[jax.Array]:
-    """x as a sum of so many arrays of the dtype of products, which these sum exactly."""
+    """x as a sum of ``count`` arrays of the dtype of products, which products sum exactly."""
     parts = []
     for _ in range(count):
         parts.append(x.astype(narrow))

@@ -1,9 +1,9 @@
-"""Decays within a chunk, inside kernels: of one token for another, and products of tokens decayed by them.
+"""Decays within a chunk, inside kernels: from one token to another, and products of tokens decayed by them.
 
-The rules are those of ``ops.decay``: no exponent is above 0, and each is a sum of nothing but what it is of. A log decay
-that is summed is finite (``finite``): one a head here, ``[c, K]`` by key channel in ``channel_decays``, which sees to it
-itself; c is 8 times a power of two.
-Arrays are values in registers, float32 (float64 where kernels are interpreted), and functions use what Mosaic compiles.
+The rules of ``ops.decay`` hold: no exponent is above 0, and each is a sum of only the log decays that it stands for. Log
+decays must be ``finite`` before they are summed: those per head are here, whereas ``channel_decays`` sees to those by key
+channel, ``[c, K]``, itself. c is 8 times a power of two.
+Arrays are values in registers, float32 (float64 in interpreted kernels), and functions use only what Mosaic compiles.
 """
 
 import math
@@ -20,12 +20,12 @@ GROUP = 8  # tokens of a register
 
 
 def finite(log_decay: jax.Array) -> jax.Array:
-    """-inf is no summand: log decays below a floor whose exponential is zero are that floor."""
+    """-inf cannot be summed: log decays below a floor whose exponential is zero become that floor."""
     return jnp.maximum(log_decay, jnp.asarray(floor(log_decay.dtype), log_decay.dtype))
 
 
 def times(factor: jax.Array | None, x: Any) -> Any:
-    """Where either may be None for 1. The factor of a head is the same in all of its columns, however many."""
+    """The product; either may be None for 1. The factor of a head is the same in all its columns, however many."""
     if factor is None or x is None:
         return x if factor is None else factor
     if factor.shape[1] != x.shape[1]:
@@ -34,7 +34,7 @@ def times(factor: jax.Array | None, x: Any) -> Any:
 
 
 def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    """In the dtype of x."""
+    """The product in the dtype of x."""
     return x if factor is None else times(factor, x.astype(factor.dtype)).astype(x.dtype)
 
 
@@ -44,7 +44,7 @@ def suffix_sums(x: jax.Array) -> jax.Array:
 
 
 def prefix_sums(x: jax.Array, part: int | None = None) -> jax.Array:
-    """``y_i = sum_{j <= i} x_j`` of ``[c, D]``; the sums begin anew every ``part`` tokens, a multiple of 8."""
+    """``y_i = sum_{j <= i} x_j`` of ``[c, D]``; the sums restart every ``part`` tokens, a multiple of 8."""
     return _running(x, 1, part)
 
 
@@ -64,7 +64,7 @@ def _running(x: jax.Array, step: int, part: int | None = None) -> jax.Array:
 
 
 class NoDecay:
-    """As the classes below, of no decay: what scales a state or a token is None."""
+    """Like the classes below, for no decay: what scales a state or a token is None."""
 
     by_channel = False
     since_start = until_end = whole = None
@@ -73,7 +73,7 @@ class NoDecay:
         self._lower = pairs(length)
 
     def decayed(self, products: jax.Array) -> jax.Array:
-        """Of ``pairwise``, from the products of all pairs."""
+        """The result of ``pairwise``, from the products of all pairs."""
         i, j = self._lower
         return masked(i >= j, products)
 
@@ -81,18 +81,18 @@ class NoDecay:
         return [self.decayed(dot(r, columns, (1, 1), wide)) for r in rows]
 
     def pairwise_gradient(self, rows, columns, d_products, wide, count=1) -> tuple[list[jax.Array], jax.Array, None]:
-        """As ``ByChannel.pairwise_gradient``; there is no gradient of decays that more terms would be for."""
+        """As ``ByChannel.pairwise_gradient``. There is no gradient of decays that would need more terms."""
         i, j = self._lower
         d = [masked(i >= j, d) for d in d_products]
         return *_back(rows, columns, d, wide), None
 
 
 class ByHead:
-    """A decay of the whole head: ``since_start``, ``until_end`` ``[c, 1 or c]`` and ``whole`` ``[1, 1 or c]`` as in
+    """One decay for the whole head: ``since_start``, ``until_end`` ``[c, 1 or c]`` and ``whole`` ``[1, 1 or c]`` as in
     ``ops.decay``, the same in all columns.
 
-    Made of the log decays since the start and until the end, and of ``steps`` ``[c, c]``, which is G_i - G_j where i >= j
-    and whatever it is elsewhere.
+    Made from the log decays since the start and until the end, and from ``steps`` ``[c, c]``, G_i - G_j where i >= j and
+    arbitrary elsewhere.
     """
 
     by_channel = False
@@ -104,7 +104,7 @@ class ByHead:
         self.whole = self.since_start[-1:]
 
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
-        """``A_ij = sum_k r_ik columns_jk exp(G_i - G_j)`` for i >= j, zero elsewhere, of each r of ``rows`` ``[c, K]``."""
+        """``A_ij = sum_k r_ik columns_jk exp(G_i - G_j)`` for i >= j, zero elsewhere, for each r of ``rows`` ``[c, K]``."""
         return [self.decayed(dot(r, columns, (1, 1), wide)) for r in rows]
 
     def decayed(self, products: jax.Array) -> jax.Array:
@@ -122,7 +122,7 @@ class ByHead:
 
 
 def by_heads(coarse: jax.Array, fine: jax.Array) -> list[ByHead]:
-    """Of each head from the two parts of the sums of ``head_sums.cut``, ``[n, c]`` each; factors are ``[c, 1]``."""
+    """For each head, from the two parts of the sums of ``head_sums.cut``, ``[n, c]`` each; factors are ``[c, 1]``."""
     columns, found = [x.T for x in (coarse, fine)], []
     for n in range(coarse.shape[0]):
         rows, (first, second) = (x[n : n + 1] for x in (coarse, fine)), (x[:, n : n + 1] for x in columns)
@@ -133,9 +133,9 @@ def by_heads(coarse: jax.Array, fine: jax.Array) -> list[ByHead]:
 
 
 def by_sums(coarse: jax.Array, fine: jax.Array) -> ByHead:
-    """As ``by_heads`` of one head, ``[1, c]`` each; factors are ``[c, c]``: more registers, but products with them as they
-    are."""
-    # A row turned as many rows is each token's number in all columns: cheaper than one column that is spread.
+    """``by_heads`` for one head, ``[1, c]`` each; factors are ``[c, c]``: more registers, but matrices are multiplied
+    without a broadcast."""
+    # A row broadcast to many rows and transposed is each token's number in all columns: cheaper than spreading a column.
     columns = [jnp.broadcast_to(x, (x.shape[1], x.shape[1])).T for x in (coarse, fine)]
     steps = [x - y for x, y in zip(columns, (coarse, fine), strict=True)]
     left = [x[:, -1:] - y for x, y in zip((coarse, fine), columns, strict=True)]
@@ -143,13 +143,13 @@ def by_sums(coarse: jax.Array, fine: jax.Array) -> ByHead:
 
 
 def constant(log_decay: jax.Array, length: int, last: Any) -> ByHead:
-    """Of a log decay ``[1, 1]`` that is the same for all tokens up to the one of number ``last``, and 0 after it."""
+    """For a log decay ``[1, 1]`` that is the same for all tokens up to the one with index ``last``, and 0 after it."""
     i, j = (jnp.minimum(x, last).astype(log_decay.dtype) for x in pairs(length))
     return ByHead((i - j) * log_decay, (i + 1) * log_decay, (i[-1:] - i) * log_decay)
 
 
 def cut(log_decay: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """Whole multiples of a unit of which ``length``, down to the floor of log decays, are summed exactly; and the rest."""
+    """Whole multiples of a unit, ``length`` of which, down to the floor of log decays, have an exact sum; and the rest."""
     dtype = log_decay.dtype
     unit = 2.0 ** math.ceil(math.log2(-floor(dtype) * length / 2 ** (jnp.finfo(dtype).nmant + 1)))
     coarse = jnp.ceil(log_decay * (1 / unit)) * unit
@@ -164,12 +164,12 @@ def _back(rows, columns, d_products, wide, count=1):
 
 
 def of_last(count: int, rows) -> list[int]:
-    """Of each of ``rows``: ``count`` of the last, 1 of the others."""
+    """For each of ``rows``: ``count`` for the last, 1 for the others."""
     return [1] * (len(rows) - 1) + [count]
 
 
 def with_same(pairs, rows, columns, d_products, d_rows, d_columns):
-    """The products of a token with itself, which have no decay, added to the gradients of the others."""
+    """Adds the products of a token with itself, which have no decay, to the gradients of the others."""
     i, j = pairs
     wide_columns = columns.astype(d_columns.dtype)
     sums, every = -wide_columns * d_columns, []
@@ -182,17 +182,17 @@ def with_same(pairs, rows, columns, d_products, d_rows, d_columns):
 
 
 def in_groups(x: jax.Array) -> jax.Array:
-    """``[c, D]`` by registers ``[c / 8, 8, D]``."""
+    """``[c, D]`` by registers, ``[c / 8, 8, D]``."""
     return x.reshape(-1, GROUP, x.shape[-1])
 
 
 def places(groups: jax.Array) -> jax.Array:
-    """Of each number the place of its token in its register."""
+    """For each number, its token's position in its register."""
     return lax.broadcasted_iota(jnp.int32, groups.shape, 1)
 
 
 def pairs(length: int) -> tuple[jax.Array, jax.Array]:
-    """``[c, c]``: the number of the row and of the column."""
+    """``[c, c]``: the row index and the column index."""
     i, j = (lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
     return i, j
 

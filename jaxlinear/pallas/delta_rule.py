@@ -2,12 +2,11 @@
 
     S' = diag(exp(log_decay_t)) S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,   o_t = scale S_t^T q_t
 
-Within and between chunks in one kernel, the state resident. All arrays have the layout that they have outside.
+One kernel works within and between chunks and keeps the state resident. All arrays keep the layout they have outside.
 
-In all: q, k ``[B, T, H, K]``; v ``[B, T, H, V]``; beta ``[B, T, H]``; log_decay None, ``[B, T, H]`` or ``[B, T, H, K]``;
+Shapes: q, k ``[B, T, H, K]``; v ``[B, T, H, V]``; beta ``[B, T, H]``; log_decay None, ``[B, T, H]`` or ``[B, T, H, K]``;
 states ``[B, H, K, V]`` float32 (float64 interpreted); ``starts`` ``[B, T]`` bool, where the state before the token is
-forgotten, or None. ``platform`` of the target is "tpu" or "gpu"; elsewhere the kernel
-for TPU is interpreted.
+forgotten, or None. ``platform`` of the target is "tpu" or "gpu"; on any other the TPU kernel is interpreted.
 """
 
 import functools
@@ -23,7 +22,7 @@ from jaxlinear.pallas.target import Target
 
 
 class Options(NamedTuple):
-    """As ``linear_attention.Options``, and whether beta |k|^2 goes beyond 1."""
+    """As ``linear_attention.Options``, and whether beta |k|^2 may exceed 1."""
 
     scale: float
     chunk: int | None
@@ -43,7 +42,7 @@ class Inputs(NamedTuple):
 def forward(
     inputs: Inputs, state: jax.Array, options: Options, *, keep: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """o ``[B, T, H, V]`` in the dtype of v, the state after the last token, and if ``keep`` the states that ``gradient``
+    """o ``[B, T, H, V]`` in the dtype of v, the state after the last token and, with ``keep``, the states that ``gradient``
     takes: ``[B, N, H, V, K]``, before each chunk, in the dtype of the products."""
     arguments = _arguments(inputs, state)._replace(q=_flat(inputs.q), v=_flat(inputs.v))
     found = _call("forward", inputs, arguments, options, keep=keep)
@@ -51,8 +50,8 @@ def forward(
 
 
 def summary(inputs: Inputs, dtype, options: Options) -> tuple[jax.Array, jax.Array]:
-    """The map of a run, M ``[B, H, K, K]`` and C ``[B, H, K, V]``, of that dtype: the state after it is M S + C. Nothing is
-    written that is as long as the sequence."""
+    """The map of a run, M ``[B, H, K, K]`` and C ``[B, H, K, V]``, in ``dtype``: the state after the run is M S + C. No
+    output is as long as the sequence."""
     batch, _, heads, width = inputs.k.shape
     none = jnp.zeros((batch, heads, width, inputs.v.shape[-1]), dtype)
     arguments = _arguments(inputs, none)._replace(v=_flat(inputs.v))
@@ -63,7 +62,7 @@ def summary(inputs: Inputs, dtype, options: Options) -> tuple[jax.Array, jax.Arr
 def gradient(
     inputs: Inputs, before: jax.Array, d_o: jax.Array, d_final: jax.Array, options: Options
 ) -> tuple[Inputs, jax.Array]:
-    """The gradients of the inputs and of the state, from those of what ``forward`` gave and the states that it kept."""
+    """The gradients of the inputs and of the state, from those of ``forward``'s outputs and the states that it kept."""
     arguments = _arguments(inputs, d_final)._replace(
         q=_flat(inputs.q), v=_flat(inputs.v), d_o=_flat(d_o), before=before
     )
@@ -78,7 +77,7 @@ def gradient(
 
 
 def state_gradient(inputs: Inputs, d_o: jax.Array, d_final: jax.Array, options: Options) -> jax.Array:
-    """The gradient of the state alone, as in ``gradient``: nothing is written that is as long as the sequence."""
+    """The gradient of the state alone, as in ``gradient``. No output is as long as the sequence."""
     arguments = _arguments(inputs, d_final)._replace(q=_flat(inputs.q), d_o=_flat(d_o))
     return _turned(_call("state_gradient", inputs, arguments, options)["d_state"])
 

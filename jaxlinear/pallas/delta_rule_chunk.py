@@ -5,9 +5,9 @@ the tokens write X at their keys and read O:
 
     X = (I + beta L)^-1 beta (V - K S),   O = scale (P X + Q S),   S' = whole S + E^T X,
 
-where P and L are the decayed products of queries and of keys with keys: of a token with the earlier ones, P with itself
-too. States are transposed, ``[V, K]``: a decay of each key channel then scales them along their rows. Every step is
-written for all heads before the next one, so that no head waits for its own last step.
+where P and L are the decayed products of queries and of keys with keys, of each token with earlier ones and, in P, itself.
+States are transposed, ``[V, K]``: a decay of each key channel then scales them along their rows. Every step is written for
+all heads before the next one, so that no head waits for its own last step.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Head(NamedTuple):
     q: Any = None  # [c, K]
     v: Any = None  # [c, V]
     d_o: Any = None  # [c, V], times the scale
-    terms: int = 1  # of the plan
+    terms: int = 1  # the plan's
 
 
 class Tokens(NamedTuple):
@@ -48,8 +48,8 @@ class Gradients(NamedTuple):
     k: jax.Array
     v: jax.Array
     beta: jax.Array  # [c, 1]
-    state: jax.Array  # of that before the chunk
-    # The gradient of the log decays is suffix_sums(sums) + total, both summed over channels for a decay of the head.
+    state: jax.Array  # of the state before the chunk
+    # The gradient of the log decays is suffix_sums(sums) + total; for a decay per head both are summed over channels.
     sums: Any  # [c, K]
     total: Any  # [1, K]
 
@@ -65,7 +65,7 @@ def prepare(heads: Sequence[Head]) -> list[Tokens]:
 
 
 def outputs(heads: Sequence[Head], tokens: Sequence[Tokens], states: Sequence[jax.Array]):
-    """By head: ``[c, V]``, but for the scale; and the state after the chunk."""
+    """By head: ``[c, V]``, without the scale; and the state after the chunk."""
     reads = [_from_start(h, (h.q, h.k), state) for h, state in zip(heads, states, strict=True)]
     written = _written(heads, tokens, [x[1] for x in reads])
     inner = [dot(t.attention, x[0], (1, 0), s.dtype) for t, x, s in zip(tokens, written, states, strict=True)]
@@ -73,13 +73,13 @@ def outputs(heads: Sequence[Head], tokens: Sequence[Tokens], states: Sequence[ja
 
 
 def advance(heads: Sequence[Head], tokens: Sequence[Tokens], states: Sequence[jax.Array]) -> list[jax.Array]:
-    """By head, the state after the chunk. Without values, of tokens that write zero: M times the state."""
+    """By head, the state after the chunk. Without values, for tokens that write zero: M times the state."""
     reads = _reads(heads, states)
     return _after(heads, _written(heads, tokens, reads), states)
 
 
 def state_gradients(heads: Sequence[Head], tokens: Sequence[Tokens], d_after: Sequence[jax.Array]) -> list[jax.Array]:
-    """By head, of the state before the chunk, from those of the outputs and of the state after it."""
+    """By head, the gradient of the state before the chunk, from those of the outputs and of the state after it."""
     _, d_errors = _errors_gradients(heads, tokens, d_after)
     return _before(heads, d_errors, d_after)
 
@@ -87,7 +87,7 @@ def state_gradients(heads: Sequence[Head], tokens: Sequence[Tokens], d_after: Se
 def gradients(
     heads: Sequence[Head], tokens: Sequence[Tokens], states: Sequence[jax.Array], d_after: Sequence[jax.Array]
 ) -> list[Gradients]:
-    """By head, from those of the outputs and of the state after the chunk. ``states`` are before it."""
+    """By head, from the gradients of the outputs and of the state after the chunk. ``states`` are those before it."""
     wide = heads[0].beta.dtype
     reads = _reads(heads, states)
     written = _written(heads, tokens, reads)
@@ -112,7 +112,7 @@ def gradients(
         d_beta = jnp.sum(d_beta, axis=1, keepdims=True) + jnp.sum(d_lower[n] * tokens[n].overlap, axis=1, keepdims=True)
         total = None
         if sums is not None:
-            # What the last token writes has no decay: beside others that have it would be lost, or they beside it.
+            # The last token's write does not decay. Summed with terms that do, it would drown them or be lost among them.
             row = lax.broadcasted_iota(jnp.int32, d_k_written.shape, 0)
             wide_k = h.k.astype(wide)
             kept = wide_k * jnp.where(row == h.chunk.last, jnp.zeros_like(d_k_written), d_k_written)
@@ -125,12 +125,12 @@ def gradients(
 
 
 def _reads(heads, states) -> list[jax.Array]:
-    """What the keys read of the state before the chunk."""
+    """What the keys read from the state before the chunk."""
     return [_from_start(h, (h.k,), state)[0] for h, state in zip(heads, states, strict=True)]
 
 
 def _written(heads, tokens, reads) -> list[Terms]:
-    """X, what the tokens write, from what they read of the state before the chunk."""
+    """X, what the tokens write, given what they read from the state before the chunk."""
     errors = [-read if h.v is None else h.v.astype(read.dtype) - read for h, read in zip(heads, reads, strict=True)]
     return [
         _cut(h, dot_terms(t.inverse, _cut(h, h.beta * error), (1, 0), error.dtype))

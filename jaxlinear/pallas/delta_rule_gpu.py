@@ -1,7 +1,7 @@
 """The delta rule for GPU, through Triton: first what follows from the tokens of each chunk alone, then the states in time;
-backward the same, and last the gradients of the tokens of each chunk.
+backward the same, and finally the gradients of the tokens of each chunk.
 
-What is kept between these is by head, ``[B, H, N c, ...]``, with channels up to a power of two.
+Intermediate arrays are by head, ``[B, H, N c, ...]``, with channels padded to a power of two.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jaxlinear.pallas.target import Target
 
 Arrays = dict[str, jax.Array]
 
-# What the tokens of a chunk are asked for; and besides, of a decay by channel and of others.
+# What is computed from the tokens of a chunk; and in addition, for a decay by channel and for others.
 _OF_TOKENS = {
     "forward": ("attention", "w", "whole", "u"),
     "summary": ("w", "whole", "u"),
@@ -48,9 +48,9 @@ _IN_TIME = ("o", "d_q", "d_k", "d_v", "d_beta", "d_log_decay")  # outputs [B, T,
 
 
 def call(plan: Plan, arguments: Arguments, target: Target) -> Arrays:
-    """The outputs by name, as those of ``delta_rule_tpu.call``; but ``before`` is as it is given back here.
+    """The outputs by name, as those of ``delta_rule_tpu.call``, but ``before`` has its own layout here.
 
-    Where T ends within a chunk, arrays get tokens at the end that change nothing: a kernel that asks where they end has no
+    If T ends within a chunk, arrays are padded with tokens that change nothing: a kernel that checks where they end has no
     register left for that.
     """
     more = -plan.length % layout_of(plan, target).chunk
@@ -61,7 +61,7 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> Arrays:
 
 
 def _with_decays(plan: Plan) -> bool:
-    """Whether what queries read of the state, or keys leave in it, is multiplied by decays, or by documents."""
+    """Whether what queries read from the state, or keys leave in it, is multiplied by decays or by document masks."""
     return plan.decay == "scalar" or (plan.packed and plan.decay == "none")
 
 
@@ -89,7 +89,7 @@ class _Call:
         return self._gradients(given, found)
 
     def _given(self) -> Arrays:
-        """Small arrays by head; the others as they are."""
+        """Small arrays by head; the others unchanged."""
         plan, given = self.plan, self.arguments
         arrays = {name: self._by_head(x) for name in ("q", "k", "v") if (x := getattr(given, name)) is not None}
         arrays["beta"] = self._in_chunks(given.beta)
@@ -122,12 +122,12 @@ class _Call:
         found = self._run(
             tokens.tokens_kernel, "tokens", given, {name: shapes[name] for name in names}, self._of_chunks
         )
-        if plan.decay != "channel":  # these are read as they are
+        if plan.decay != "channel":  # these are read unchanged
             found |= {name: given[name] for name in ("q", "k") if name in given}
         return found
 
     def _in_time(self, kernel, found: Arrays, more: dict[str, Any], last: str, state: jax.Array) -> Arrays:
-        """The states in time, from ``state`` ``[B, H, V, K]``; ``last`` is what the last one is called."""
+        """The states in time, from ``state`` ``[B, H, V, K]``; ``last`` is the name of the last one."""
         plan, layout = self.plan, self.layout
         padding = (0, layout.values - plan.values), (0, layout.keys - plan.keys)
         given = {name: found[name] for name in found if name not in ("keys", "inverse", "overlap")}
@@ -215,7 +215,7 @@ class _Call:
         return done
 
     def _warps(self, name: str) -> int:
-        """As few as none spills registers with."""
+        """The smallest number with which no kernel spills registers."""
         plan = self.plan
         if name == "tokens":
             return 4
@@ -225,7 +225,7 @@ class _Call:
         return 8 if self.layout.keys > 128 or (backward and _with_decays(plan)) else 4
 
     def _stages(self, name: str) -> int:
-        """Of loads that are on their way: two where time is gone through, but for what then has no register left."""
+        """Stages of loads in flight: two where time is traversed, except for kernels that then run out of registers."""
         full = self.plan.reverse and self.plan.terms > 1 and self.layout.keys > 128
         return 2 if name == "states" and not full else 1
 

@@ -1,5 +1,5 @@
-"""The delta rule for GPU, through Triton: the gradients of the tokens of a chunk, of all chunks at once, from those of what
-they write and of the states."""
+"""The delta rule for GPU, through Triton: the gradients of a chunk's tokens, for all chunks at once, from the gradients of
+what they write and of the states."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from jaxlinear.pallas.products import dot_terms, terms
 
 
 def values_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
-    """The gradients of v, of beta, and of the products P and L ``[c, c]``, by tiles of values; and what the tokens write,
-    ``written``, for the other kernel. That of v is also the gradient of the errors V - K S."""
+    """The gradients of v, of beta, and of the products P and L ``[c, c]``, by tiles of values; and ``written``, what the
+    tokens write, for the other kernel. The gradient of v is also that of the errors V - K S."""
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
     place = Place(layout, *(pl.program_id(axis) for axis in range(3)))
     documents = Documents(place, named)
@@ -54,7 +54,7 @@ def values_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
 
 def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
-    """The gradients of a tile of q, k and log decays; of decays by head the tile's part, with sums still to be taken."""
+    """The gradients of a tile of q, k and log decays; for decays by head, the tile's part, with sums yet to be taken."""
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
     tile, both, heads = pl.program_id(1), pl.program_id(2), jnp.int32(plan.heads)
     place = Place(layout, pl.program_id(0), jax.lax.rem(both, heads), jax.lax.div(both, heads))
@@ -93,7 +93,7 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     place.give(named["d_k"], first, d_k_row + d_k_column + itself * wide_q + d_keys + d_ends)
     if plan.decay == "none":
         return
-    # What the last token writes has no decay: beside others that have it would be lost, or they beside it.
+    # The last token's write does not decay. Summed with terms that do, it would drown them or be lost among them.
     token = place.n * layout.chunk + jnp.arange(layout.chunk, dtype=jnp.int32)
     is_last = (token == jnp.minimum((place.n + 1) * layout.chunk, plan.length) - 1)[:, None]
     kept = wide_k * jnp.where(is_last, jnp.zeros_like(d_ends), d_ends)
@@ -108,8 +108,8 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
 
 def _pairs_gradient(layout: Layout, decay: Any, documents: Documents, q, k, d_attention, d_overlap):
-    """The gradients by the products of a tile: of q, of k as row and as column, but for those of a token with itself; and
-    that of these products ``[c, 1]``."""
+    """The gradients through the products of a tile: of q, and of k as row and as column, without those of a token with
+    itself; and the gradient of these products ``[c, 1]``."""
     same = documents.row == documents.lane
     itself = jnp.sum(jnp.where(same, d_attention, jnp.zeros_like(d_attention)), axis=1)[:, None]
     d_attention = jnp.where(same, jnp.zeros_like(d_attention), d_attention)  # both are zero above the diagonal
@@ -126,5 +126,5 @@ def _pairs_gradient(layout: Layout, decay: Any, documents: Documents, q, k, d_at
 
 
 def state_at(ref, place: Place, value, values: int, key, keys: int):
-    """Of the states ``[B, N, H, V, K]``."""
+    """A part of the states ``[B, N, H, V, K]``."""
     return ref.at[place.b, place.n, place.h, span(value, values), span(key, keys)]

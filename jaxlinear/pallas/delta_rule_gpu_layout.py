@@ -1,4 +1,4 @@
-"""How matrix states are cut in programs on GPU, and what all of these programs use."""
+"""How matrix states are tiled in GPU programs, and helpers that all of these programs use."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from jaxlinear.pallas.target import Target
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """``chunk`` tokens; K and V as powers of two, and the channels of a tile of them; the values of which one program goes
-    through time, or has the outputs; and the keys of which one has the gradients, which is also a tile of what takes few
-    registers."""
+    """``chunk`` tokens; K and V rounded up to powers of two, and the channels of their tiles; the values that one program
+    carries through time or computes outputs for; and the keys that one has the gradients of, also the tile of what takes
+    few registers."""
 
     plan: Any
     chunk: int
@@ -34,12 +34,12 @@ class Layout:
 
     @property
     def of_gradients(self) -> "Layout":
-        """Of the program that has the gradients of some keys: these are its tile."""
+        """For the program that has the gradients of some keys: these are its tile."""
         return dataclasses.replace(self, key_tile=self.gradient_tile)
 
     @property
     def of_values(self) -> "Layout":
-        """Of a program that has gradients by other tiles of values than those of the others."""
+        """For a program that has gradients with tiles of values other than those of the others."""
         return dataclasses.replace(self, value_tile=self.gradient_value_tile)
 
     @property
@@ -55,26 +55,26 @@ def layout_of(plan: Plan, target: Target) -> Layout:
 
 
 def power_of_two(width: int) -> int:
-    """That holds it, and is wide enough for a product."""
+    """The smallest one that holds the width and is wide enough for a product."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def span(start, size: int) -> Any:
-    """Of an axis: all starts are of one type."""
+    """A slice of an axis; all starts have one type."""
     return pl.ds(jnp.int32(start) if isinstance(start, int) else start, size)
 
 
 def over_tiles(width: int, tile: int, step: Callable[[Any, Any], Any], carry: Any = ()) -> Any:
-    """``carry = step(first channel, carry)`` for each tile of a width, one after the other: a loop that is not written out,
-    as what tiles have loaded would else take registers at once."""
+    """``carry = step(first channel, carry)`` for each tile of a width in turn: a loop that is not unrolled, since otherwise
+    the loads of all tiles take registers at once."""
     if width == tile:
         return step(jnp.int32(0), carry)
     return lax.fori_loop(jnp.int32(0), jnp.int32(width // tile), lambda i, carry: step(i * tile, carry), carry)
 
 
 def dot(x: jax.Array, y: jax.Array, over: tuple[int, int], layout: Layout) -> jax.Array:
-    """The product of two matrices over one axis of each, of the dtype of products, summed in the wide one; float32 is not
-    cut to fewer bits."""
+    """The product of two matrices over one axis of each, with inputs in the dtype of products, summed in the wide one.
+    float32 is not truncated to fewer bits."""
     narrow, wide = layout.plan.narrow, layout.plan.wide
     return products.dot(x.astype(narrow), y.astype(narrow), over, wide)
 
@@ -84,17 +84,17 @@ def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
 
 
 def exp(x: jax.Array) -> jax.Array:
-    """By that of base 2, the hardware's: what Triton has for the other takes eight instructions."""
+    """Uses the base-2 exponential of the hardware: Triton's own takes eight instructions."""
     return jnp.exp2(to_base_2(x))
 
 
 def finite(log_decay: jax.Array) -> jax.Array:
-    """As ``chunk_decays.finite``; but Triton's maximum, of a NaN and a number, is the number."""
+    """As ``chunk_decays.finite``, but Triton's maximum of a NaN and a number is the number."""
     least = jnp.asarray(floor(log_decay.dtype), log_decay.dtype)
     return jnp.where(log_decay < least, least, log_decay)
 
 
 def crossing(row: jax.Array, lane: jax.Array, n) -> jax.Array:
-    """Pairs of tokens whose smallest common part has 2^(n+1), the row in its second half."""
+    """Pairs of tokens whose smallest common part has 2^(n+1) tokens, with the row in its second half."""
     row, lane = row >> n, lane >> n
     return (row == lane + 1) & ((lane & 1) == 0)

@@ -1,11 +1,11 @@
-"""The delta rule for GPU, through Triton: the states, chunk after chunk of one head, for a tile of values.
+"""The delta rule for GPU, through Triton: the states, chunk by chunk of one head, for a tile of values.
 
     X = U - W S,   O = scale (P X + Q S),   S' = whole S + E^T X
     dX = P^T dO + E dS',   dS = whole dS' + Q^T dO - W^T dX
 
-States are ``[V, K]``, a program has some of their rows, and products are with all of K. Q and E are decayed queries and
-keys; where the decay is not by channel they are q and k, and the rows of these products, or what E^T and Q^T multiply, are
-decayed.
+States are ``[V, K]``. A program has some of their rows, and its products run over all of K. Q and E are decayed queries and
+keys. Unless the decay is by channel, they are q and k, and the decay is applied to the rows of these products, or to what
+E^T and Q^T multiply.
 """
 
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ from jaxlinear.pallas.products import dot_terms, pairs, terms
 
 
 def forward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
-    """From the state before the first chunk that after the last, and what else is named: ``o``, ``written`` (X), ``before``
-    (the states before each chunk). Without ``u`` it is zero."""
+    """From the state before the first chunk: the state after the last, and whichever else is named: ``o``, ``written`` (X),
+    ``before`` (the states before each chunk). Without ``u``, U is zero."""
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
     first, h, b = pl.program_id(0) * layout.states_tile, pl.program_id(1), pl.program_id(2)
     values = layout.states_tile
@@ -55,7 +55,7 @@ def forward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
 
 def backward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
-    """From the gradient of the state after the last chunk that of the state before the first, and what else is named:
+    """From the gradient of the state after the last chunk: that of the state before the first, and whichever else is named:
     ``d_written`` (dX), ``d_after`` (the gradients of the states after each chunk)."""
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
     first, h, b = pl.program_id(0) * layout.states_tile, pl.program_id(1), pl.program_id(2)
@@ -84,14 +84,14 @@ def backward_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
 
 def scaled_cotangent(place: Place, ref, first: int, tile: int):
-    """That of the outputs but for the scale ``[c, tile]``, in the dtype of products."""
+    """The gradient of the outputs, without the scale, ``[c, tile]``, in the dtype of products."""
     plan = place.layout.plan
     d_o = place.given(ref, first, tile).astype(plan.wide)
     return (jnp.asarray(plan.scale, plan.wide) * d_o).astype(plan.narrow)
 
 
 def _decayed(place: Place, named, name: str):
-    """Queries, or the keys that reach the end: ``[c, K]``, and the decay ``[c, 1]`` that is still to be multiplied by."""
+    """Queries, or the keys that reach the end: ``[c, K]``, and the decay ``[c, 1]`` that remains to be multiplied."""
     if place.layout.plan.decay == "channel":
         return place.load(named[name], 0, place.layout.keys), None
     tokens, factor = {"queries": ("q", "since_start"), "ends": ("k", "until_end")}[name]

@@ -1,7 +1,7 @@
-"""The delta rule for GPU, through Triton: what follows from the tokens of a chunk alone, of all chunks at once.
+"""The delta rule for GPU, through Triton: what follows from the tokens of a chunk alone, for all chunks at once.
 
 A program has one chunk of one head. It goes through keys and values by tiles of channels, so that no array outgrows the
-registers, and leaves what ``delta_rule_gpu_states`` goes through in time.
+registers, and produces what ``delta_rule_gpu_states`` carries through time.
 """
 
 import functools
@@ -31,14 +31,14 @@ Refs = dict[str, Any]
 
 
 class Place:
-    """Where a program is: the chunk n of head h of row b."""
+    """A program's position: chunk n of head h of row b."""
 
     def __init__(self, layout: Layout, n, h, b):
         self.layout, self.n, self.h, self.b = layout, n, h, b
         self.time = span(n * layout.chunk, layout.chunk)
 
     def given(self, ref, first, tile: int) -> jax.Array:
-        """A tile ``[c, tile]`` of ``[B, T, H, K]`` in the dtype of products, zero where there is none."""
+        """A tile ``[c, tile]`` of ``[B, T, H, K]`` in the dtype of products, zero outside the array."""
         at = ref.at[self.b, self.time, self.h, span(first, tile)]
         mask = self._inside(ref, first, tile)
         return plgpu.load(at, mask=mask, other=None if mask is None else 0.0)
@@ -56,12 +56,12 @@ class Place:
         plgpu.store(ref.at[self.b, self.h, self.time, span(first, value.shape[1])], value.astype(ref.dtype))
 
     def load_terms(self, ref, count: int) -> Terms:
-        """Matrices ``[c, c]`` beside each other."""
+        """Matrices ``[c, c]`` stored side by side."""
         size = self.layout.chunk
         return tuple(self.load(ref, n * size, size) for n in range(count))
 
     def load_sum(self, ref, count: int) -> jax.Array:
-        """Of these, wide."""
+        """The sum of such matrices, in the wide dtype."""
         return functools.reduce(jnp.add, [x.astype(self.layout.plan.wide) for x in self.load_terms(ref, count)])
 
     def store_terms(self, ref, values: Terms) -> None:
@@ -73,7 +73,7 @@ class Place:
         return plgpu.load(ref.at[self.b, self.h, self.time])
 
     def _inside(self, ref, first, tile: int) -> jax.Array | None:
-        """Of an array that ends within the last tiles."""
+        """The mask for an array that ends within the last tiles."""
         layout, mask = self.layout, None
         _, length, _, width = ref.shape
         if length % layout.chunk:
@@ -87,7 +87,7 @@ class Place:
 
 
 class Documents:
-    """Which tokens of a chunk see each other, and the state before it or that after it; None for all."""
+    """Which tokens of a chunk see each other, and which see the state before it or reach the one after it; None for all."""
 
     def __init__(self, place: Place, refs: Refs):
         self.packed, chunk = "runs" in refs, place.layout.chunk
@@ -97,14 +97,15 @@ class Documents:
             self.last = plgpu.load(refs["runs"].at[place.b, (place.n + 1) * chunk - 1])
 
     def seen(self, products: jax.Array, *, itself: bool) -> jax.Array:
-        """Zero where a token does not see the other: itself, if so wanted, and the earlier ones of its document."""
+        """Zero where a token does not see the other: it sees earlier ones of its document and, with ``itself``, itself."""
         condition = self.row >= self.lane if itself else self.row > self.lane
         if self.packed:
             condition = condition & (self.run[:, None] == self.run[None])
         return jnp.where(condition, products, jnp.zeros_like(products))
 
     def ends(self, like: jax.Array) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
-        """1 or 0 ``[c, 1]``: of the state before, and for that after; ``[]``: whether nothing ends in the chunk."""
+        """1 or 0 ``[c, 1]``, for the state before and for the state after; ``[]``, whether no document ends in the
+        chunk."""
         if not self.packed:
             return None, None, None
         conditions = (self.run == 0)[:, None], (self.run == self.last)[:, None], self.last == 0
@@ -113,9 +114,9 @@ class Documents:
 
 
 class ByHead:
-    """A decay of the whole head, or none: ``matrix`` ``[c, c]`` of i >= j, and the decays since the start and until the
-    end of the chunk ``[c, 1]``; None for 1. The matrix fills many registers: it is taken where it is first asked for,
-    which must not be in a loop."""
+    """A decay of the whole head, or none: ``matrix`` ``[c, c]`` for i >= j, and the decays since the start and until the
+    end of the chunk ``[c, 1]``; None for 1. The matrix fills many registers: it is computed on first use, which must not be
+    in a loop."""
 
     since_start = until_end = whole = _sums = None
 
@@ -140,7 +141,7 @@ class ByHead:
 
 
 def pairs(layout: Layout, decay: Any, rows: list[jax.Array]) -> list[jax.Array]:
-    """Of a tile the products of ``rows`` with the first of them, decayed if by channel; above the diagonal anything."""
+    """The products of ``rows`` with the first of them over a tile, decayed if by channel; arbitrary above the diagonal."""
     if isinstance(decay, ByChannel):
         return decay.products(rows, rows[0])
     return [dot(r, rows[0], (1, 1), layout) for r in rows]
@@ -153,7 +154,7 @@ def decay_of(place: Place, refs: Refs, of_head: ByHead, first, tile: int) -> Any
 
 
 def inverse(lower: jax.Array, documents: Documents, layout: Layout) -> jax.Array:
-    """``(I + lower)^-1`` by doubling, as ``pallas.inverse``, all blocks in one matrix."""
+    """``(I + lower)^-1`` by doubling, as in ``pallas.inverse``, with all blocks in one matrix."""
     narrow = layout.plan.narrow
     found = (documents.row == documents.lane).astype(lower.dtype)
     found = found - jnp.where(crossing(documents.row, documents.lane, 0), lower, jnp.zeros_like(lower))
@@ -169,7 +170,7 @@ def inverse(lower: jax.Array, documents: Documents, layout: Layout) -> jax.Array
 
 
 def _parts(x: jax.Array, narrow) -> Terms:
-    """x as a sum of arrays of the dtype of products, to 16 bits."""
+    """x as a sum of arrays of the products' dtype, to 16 bits."""
     if narrow == x.dtype:
         return (x,)
     high = x.astype(narrow)
@@ -177,8 +178,8 @@ def _parts(x: jax.Array, narrow) -> Terms:
 
 
 def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
-    """P, L and (I + beta L)^-1 ``[c, c]``; with a decay by channel the decayed keys, queries and ends, else the decays of
-    these; W and U."""
+    """P, L and (I + beta L)^-1 ``[c, c]``; with a decay by channel the decayed keys, queries and ends, otherwise the decays
+    of these; W and U."""
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
     place = Place(layout, *(pl.program_id(axis) for axis in range(3)))
     documents = Documents(place, named)
@@ -204,7 +205,7 @@ def tokens_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
     if "inverse" in named:
         place.store_terms(named["inverse"], solve)
     first_document, last_document, one = documents.ends(beta)
-    wider = max(tile, layout.gradient_tile)  # without products of pairs, which take registers
+    wider = max(tile, layout.gradient_tile)  # there are no products of pairs here, which would take registers
 
     def decay_and_solve(first, carry):
         decay = decay_of(place, named, of_head, first, wider)

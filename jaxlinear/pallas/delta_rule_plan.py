@@ -1,4 +1,4 @@
-"""What a kernel of the delta rule is built for and what it is given."""
+"""The specification and the arguments of a delta rule kernel."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -10,13 +10,13 @@ from jaxlinear.pallas.plan import Named
 
 
 class Arguments(NamedTuple):
-    """``[B, T, H, K]`` is given as ``[B, T, H K]``, which moves nothing. States are ``[B, H, V, K]``."""
+    """``[B, T, H, K]`` is given as ``[B, T, H K]``, which moves no data. States are ``[B, H, V, K]``."""
 
     k: jax.Array  # [B, T, H K]
     beta: jax.Array  # [B, T, H]
     state: jax.Array  # before the first step taken
-    q: Any = None  # [B, T, H K], but in the summary
-    v: Any = None  # [B, T, H V], but in the gradient of the state alone
+    q: Any = None  # [B, T, H K], except in the summary
+    v: Any = None  # [B, T, H V], except in the gradient of the state alone
     log_decay: Any = None  # [B, T, H] or [B, T, H K]
     starts: Any = None  # [B, T] bool
     d_o: Any = None  # [B, T, H V], in the backward pass
@@ -34,9 +34,9 @@ class Plan(Named):
       packed: whether documents begin within rows.
       scale: of the outputs.
       narrow, wide: the dtypes of products, and of states and sums.
-      chunk: tokens of a chunk, or None: by the table of ``blocks``.
-      keep: forward, also the states before each chunk.
-      negative_eigenvalues: whether beta |k|^2 goes beyond 1.
+      chunk: tokens of a chunk; None: by the table in ``blocks``.
+      keep: forward, also give the states before each chunk.
+      negative_eigenvalues: whether beta |k|^2 may exceed 1.
     """
 
     OPERATION: ClassVar[str] = "delta_rule"
@@ -57,19 +57,18 @@ class Plan(Named):
 
     @property
     def terms(self) -> int:
-        """As how many arrays of the dtype of products the kernel has the inverse, and what that and the states are
-        multiplied by. Where eigenvalues are negative and keys alike, the numbers of a column of the inverse, and what one
-        token after the other writes, are of one size and of either sign: of their sums 8 digits leave nothing."""
+        """How many arrays of the products' dtype represent the inverse, and what it and the states are multiplied by. With
+        negative eigenvalues and similar keys, the numbers in a column of the inverse, and the successive writes of tokens,
+        have one magnitude and either sign: with 8 digits nothing is left of their sums."""
         return 2 if self.negative_eigenvalues and self.narrow != self.wide else 1
 
     @property
     def terms_of_decays(self) -> int:
-        """On GPU the same of the gradients of products of keys: those of the decays of heads are small differences of their
-        sums."""
+        """The same on GPU for the gradients of products of keys: those of head decays are small differences of sums."""
         return self.terms if self.decay == "scalar" else 1
 
     def products(self, chunk: int) -> int:
-        """Floating point operations of the products of matrices of a token and head; the inverse is not counted."""
+        """Floating point operations of the matrix products per token and head, not counting the inverse."""
         keys, values, state = 2 * chunk * self.keys, 2 * chunk * self.values, 2 * self.keys * self.values
         return {
             "forward": 2 * keys + 2 * values + 3 * state,

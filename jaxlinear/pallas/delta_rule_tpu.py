@@ -1,7 +1,8 @@
-"""The delta rule for TPU: a chunk of time of several heads at once, as the arrays lie in memory, the states in VMEM.
+"""The delta rule for TPU: a chunk of time for several heads at once, as the arrays lie in memory, with the states in VMEM.
 
-A block is ``[c, n K]`` of ``[T, H K]``. What has one number a token and head is laid by chunks and blocks of heads,
-``[B, N, c]`` for each head: it is small. The outputs of states are where they are carried from chunk to chunk.
+A block is ``[c, n K]`` of ``[T, H K]``. Arrays with one number per token and head, which are small, are rearranged by
+chunks and blocks of heads, ``[B, N, c]`` for each head. State outputs are also where states are carried from chunk to
+chunk.
 """
 
 import functools
@@ -18,8 +19,8 @@ from jaxlinear.pallas.target import Target
 
 
 def call(plan: Plan, arguments: Arguments, target: Target) -> dict[str, jax.Array]:
-    """The kernel's outputs by name, of the shapes of what they are or are the gradients of; states as ``Arguments``
-    has them, ``transition`` among them ``[B, H, K, K]``."""
+    """The kernel's outputs by name, each in the shape of the array that it is or is the gradient of; states as in
+    ``Arguments``, including ``transition``, ``[B, H, K, K]``."""
     layout = _Layout(plan, arguments, target)
     inputs, outputs = layout.inputs(), layout.outputs()
     arrays = [array for array, _ in inputs.values()]
@@ -45,7 +46,7 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> dict[str, jax.Arra
 
 
 class _Layout:
-    """How the arrays are cut in blocks."""
+    """How the arrays are cut into blocks."""
 
     def __init__(self, plan: Plan, arguments: Arguments, target: Target):
         self.plan, self.arguments, self.batch = plan, arguments, arguments.k.shape[0]
@@ -104,7 +105,7 @@ class _Layout:
         return outputs
 
     def restored(self, name: str, x: jax.Array) -> jax.Array:
-        """In the shape of what it is or is the gradient of."""
+        """x in the shape of the array that it is or is the gradient of."""
         if x.ndim != 5 or name == "before":
             return x
         if name == "d_log_decay":
@@ -125,7 +126,7 @@ class _Layout:
         return x.reshape(self.batch, self.chunks, self.chunk, *x.shape[2:])
 
     def _at(self, t):
-        """The chunk that is taken in the grid's step t."""
+        """The chunk processed in grid step t."""
         return self.chunks - 1 - t if self.plan.reverse else t
 
     def _wide(self, x) -> pl.BlockSpec:

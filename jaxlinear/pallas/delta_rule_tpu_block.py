@@ -45,7 +45,7 @@ class Block:
             self._work()
 
     def _work(self, by_channel: type = ByChannel) -> None:
-        """``by_channel``: what has the decays of key channels, if these decay."""
+        """``by_channel``: the class that handles decays by key channel, if there are any."""
         carried = self.refs["d_state" if self.plan.reverse else "final"]
         heads = self._heads(by_channel)
         tokens = delta_rule_chunk.prepare(heads)
@@ -140,7 +140,7 @@ class Block:
         if self.plan.decay == "channel":
             self._store("d_log_decay", [chunk_decays.suffix_sums(x.sums) + x.total for x in found])
         elif self.plan.decay == "scalar":
-            # What the gradient of a token is the sum of, from the chunk's last to it.
+            # The terms whose sum, from the chunk's last token back to a token, is that token's gradient.
             sums, total = (
                 self._side_by_side([jnp.sum(x, axis=1, keepdims=True) for x in every])
                 for every in ([x.sums for x in found], [x.total for x in found])
@@ -149,7 +149,7 @@ class Block:
             self.refs["d_log_decay"][...] = jnp.where(is_last, sums + total, sums).T
 
     def _side_by_side(self, columns: list[jax.Array]) -> jax.Array:
-        """``[c or 1, n]`` of each head's ``[c or 1, 1]``."""
+        """``[c or 1, n]`` from each head's ``[c or 1, 1]``."""
         shape = (columns[0].shape[0], len(columns))
         lane, found = lax.broadcasted_iota(jnp.int32, shape, 1), jnp.broadcast_to(columns[0], shape)
         for h, column in enumerate(columns[1:], start=1):

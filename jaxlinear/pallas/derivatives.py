@@ -1,4 +1,4 @@
-"""What the gradients of kernels share, and the refusal of those that there are not: of gradients, and of a run's map."""
+"""What the gradients of kernels share, and the refusal of unsupported ones: of gradients, and of a run's map."""
 
 import functools
 from typing import Any, NoReturn
@@ -12,12 +12,13 @@ from jaxlinear.errors import UserError
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def once(tree: Any, instead: str = "chunked") -> Any:
-    """The tree as it is: what the rules of a kernel's gradient hand to kernels, forward and backward. To differentiate it
-    is to differentiate the gradient, in either mode, and raises ``UserError``.
+    """The tree unchanged: what the gradient rules of a kernel pass to kernels, forward and backward. To differentiate it,
+    in either mode, is to differentiate the gradient, and raises ``UserError``.
 
     Args:
       tree: of arrays.
-      instead: the backend that has gradients of gradients, as all but the diagonal recurrence call it.
+      instead: the backend that has gradients of gradients; only the diagonal recurrence and the grouped product have
+        another than the default.
     """
     return tree
 
@@ -28,10 +29,10 @@ def _refuse(instead, primals, tangents):
 
 
 def as_arrays(cotangents: tuple[Any, ...]) -> tuple[jax.Array, ...]:
-    """The cotangents that a rule with ``symbolic_zeros`` is given, those that are known to be zero as arrays too."""
+    """The cotangents given to a rule with ``symbolic_zeros``, with those known to be zero as arrays too."""
     return tuple(jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents)
 
 
 def refuse_that_of_a_map(*_: Any) -> NoReturn:
-    """The backward rule of a kernel's ``summary``: a run is differentiated by its outputs and the state after it."""
+    """The backward rule of a kernel's ``summary``: a run is differentiated through its outputs and the state after it."""
     raise UserError("the map of a run has no gradient by the kernel; its outputs and the state after it have one")

@@ -1,12 +1,12 @@
-"""Decays of key channels within a chunk where none is strong, inside kernels: the products of its pairs are one product.
+"""Weak decays of key channels within a chunk, inside kernels: the products of all pairs are a single matrix product.
 
     exp(G_i - G_j) = exp(G_i - G_r) exp(G_r - G_j),   i >= j
 
-A factor of a token on the other side of r is at least 1, and bounded by what the tokens between decay by: those of a whole
-chunk, r being its end (``Factored``), or of a part, r being the middle of two parts (``FactoredInParts``, and, of half as
-many tokens, ``FactoredInSmallParts``), of which no channel decays by more than ``LIMIT``; and only in bfloat16: it has the
-exponents of float32, and its own rounding is above that of the differences of sums that are taken here.
-``channel_decays.ByChannel`` has all others, and ``each_way`` chooses.
+If a token is on the other side of r, its factor is at least 1, and bounded by the decay of the tokens in between: those of
+a whole chunk, where r is its end (``Factored``), or of a part, where r is the middle of two parts (``FactoredInParts`` and,
+with half as many tokens, ``FactoredInSmallParts``). No channel may decay by more than ``LIMIT`` there. Only bfloat16 uses
+this: it has the exponents of float32, and its own rounding exceeds that of the differences of sums taken here.
+``channel_decays.ByChannel`` handles all other cases, and ``each_way`` chooses.
 """
 
 import functools
@@ -21,11 +21,11 @@ from jaxlinear.pallas.channel_decays import ByChannel, ByLevels, to_base_2
 from jaxlinear.pallas.chunk_decays import masked, of_last, pairs, prefix_sums, scaled, times, with_same
 from jaxlinear.pallas.products import dot, dot_terms, terms
 
-LIMIT = 80 * math.log(2)  # of a channel in a chunk or part; 2^80 leaves 2^47 for what it multiplies
+LIMIT = 80 * math.log(2)  # for a channel in a chunk or part; 2^80 leaves 2^47 for what it multiplies
 
 
 def each_way(log_decays: list[jax.Array], narrow, wide, work: Callable[[type], None]) -> None:
-    """Calls ``work`` inside a kernel with the class for these chunks ``[c, K]``, the products being of dtype ``narrow``."""
+    """Calls ``work`` inside a kernel with the class for these chunks ``[c, K]``. Products have the dtype ``narrow``."""
     tokens = log_decays[0].shape[0]
     in_parts = [way for way in (FactoredInParts, FactoredInSmallParts) if 2 * way.part <= tokens]
     _first_within([Factored, *in_parts] if takes(narrow, wide) else [], log_decays, work)
@@ -42,19 +42,19 @@ def _first_within(ways: "list[type[Factored | FactoredInParts]]", log_decays: li
 
 
 def takes(narrow, wide) -> bool:
-    """Whether products are of a dtype that has the exponents of the sums, and fewer digits."""
+    """Whether products have a dtype with the exponents of the sums but fewer digits."""
     narrow, wide = jnp.finfo(narrow), jnp.finfo(wide)
     return narrow.nexp == wide.nexp and narrow.nmant < wide.nmant
 
 
 def within(log_decays: list[jax.Array], part: int | None = None) -> jax.Array:
-    """Whether no channel decays by more than ``LIMIT``: in any of these chunks ``[c, K]``, or of their parts; a scalar."""
+    """Whether no channel decays by more than ``LIMIT`` in any of these chunks ``[c, K]``, or of their parts; a scalar."""
     totals = [jnp.sum(x.reshape(-1, part or x.shape[0], x.shape[1]), axis=1) for x in log_decays]
     return jnp.min(functools.reduce(jnp.minimum, totals)) >= -LIMIT
 
 
 class Factored:
-    """As ``channel_decays.ByChannel``, of decays that are weak in the chunk."""
+    """As ``channel_decays.ByChannel``, for decays that are weak in the chunk."""
 
     by_channel = True
     part = None
@@ -78,7 +78,7 @@ class Factored:
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
         i, j = self._pairs
         left = scaled(columns, self.until_end)
-        # Of j > i there may be infinities, which are not taken.
+        # For j > i there may be infinities, which are masked.
         return [masked(i >= j, dot(scaled(r, self._row), left, (1, 1), wide)) for r in rows]
 
     def pairwise_gradient(
@@ -94,8 +94,8 @@ class Factored:
 
 
 class FactoredInParts(ByLevels):
-    """As ``channel_decays.ByChannel``, of decays that are weak in parts of ``part`` tokens: two factors in two parts, and
-    the levels of halves, quarters, ... above."""
+    """As ``channel_decays.ByChannel``, for decays that are weak in parts of ``part`` tokens: two factors within two parts,
+    and the levels of halves, quarters, ... above."""
 
     part = 16
 
@@ -119,6 +119,6 @@ class FactoredInParts(ByLevels):
 
 
 class FactoredInSmallParts(FactoredInParts):
-    """One more level: of gates that are bounded by e^-6.9 a token there is nothing else to take."""
+    """One more level. Gates bounded by e^-6.9 per token can use nothing else."""
 
     part = 8

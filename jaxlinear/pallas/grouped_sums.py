@@ -1,8 +1,8 @@
 """``y[e] = sum over the rows m of group e of x[m]^T dy[m]`` for TPU, the gradient of the matrices of a grouped product.
 
-``jax.lax.ragged_dot_general`` has an instruction for the product, but none for this gradient (libtpu 0.0.42): of every
-group XLA computes a product with all rows. Here a step of the grid takes a block of rows to the sum of one group, and there
-are as many as blocks that a group has rows in.
+``jax.lax.ragged_dot_general`` has an instruction for the product, but none for this gradient (libtpu 0.0.42): for every
+group XLA computes a product with all rows. Here a step of the grid adds a block of rows to the sum of one group, and a
+group has as many steps as it has blocks with rows of its own.
 """
 
 import functools
@@ -15,12 +15,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxlinear.pallas.target import Target
 
 _ROWS = 256  # of a block
-_SIDE = 1024  # of the part of a sum that a step adds to, at most
+_SIDE = 1024  # largest side of the part of a sum that a step adds to
 
 
 def call(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, dtype: jnp.dtype, rows: int, target: Target) -> jax.Array:
-    """``[E, D, F]`` of ``dtype``, in which it is summed, from ``[M, D]`` and ``[M, F]`` sorted by group. ``sizes`` ``[E]``
-    should add up to ``rows``, by which it says what it costs."""
+    """``[E, D, F]``, summed in ``dtype``, from ``[M, D]`` and ``[M, F]`` sorted by group. ``sizes`` ``[E]`` should add up
+    to ``rows``, which sets the reported cost."""
     (count, width), inner, groups = x.shape, dy.shape[1], sizes.shape[0]
     block, sides = min(count, _ROWS), (_side(width), _side(inner))
     steps, schedule = _schedule(sizes, count, block)
@@ -51,7 +51,7 @@ def call(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, dtype: jnp.dtype, row
 
 
 def _side(size: int) -> int:
-    """As few parts as can be, as even as can be."""
+    """As few parts as possible, as even as possible."""
     if size <= _SIDE:
         return size
     tiles = pl.cdiv(size, 128)
@@ -59,8 +59,8 @@ def _side(size: int) -> int:
 
 
 def _schedule(sizes: jax.Array, count: int, block: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """How many steps there are; for each its group and its block of rows; for each group its first row and its end. A
-    group without rows has a step, which makes its sum zero."""
+    """The number of steps; for each step its group and its block of rows; for each group its first row and its end. A group
+    without rows has one step, which sets its sum to zero."""
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
     starts = ends - sizes
     first = jnp.minimum(starts // block, pl.cdiv(count, block) - 1)
@@ -82,7 +82,7 @@ def _kernel(group, at, starts, ends, x, dy, y, *, block):
         y[...] = jnp.zeros_like(y)
 
     def add(left, right):
-        # Of float32 as products with parameters are; of bfloat16 Mosaic takes none but the default.
+        # float32 uses the same precision as products with parameters; for bfloat16 Mosaic accepts only the default.
         precision = None if left.dtype == y.dtype else jax.lax.Precision.DEFAULT
         dimensions = ((0,), (0,)), ((), ())
         y[...] += jax.lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=y.dtype)

@@ -1,4 +1,4 @@
-"""Sums of the log decays of heads within chunks: small beside keys and values, and so taken before and after a kernel."""
+"""Sums of heads' log decays within chunks. They are small beside keys and values, so they are taken outside the kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ from jaxlinear.pallas import chunk_decays
 
 
 def cut(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``[..., c]`` to the sums up to each token, ``[..., c]`` twice: two parts that ``chunk_decays.by_sums`` takes.
+    """``[..., c]`` to the sums up to each token, ``[..., c]`` twice: two parts, for ``chunk_decays.by_sums``.
 
-    Each log decay is cut in a whole multiple of one unit and a small rest. The multiples are summed exactly, so that the
-    differences of their sums are exact as well.
+    Each log decay is split into a whole multiple of a common unit and a small rest. The multiples are summed exactly, so
+    the differences of their sums are exact as well.
     """
     coarse, fine = chunk_decays.cut(chunk_decays.finite(log_decay), log_decay.shape[-1])
     return _sums(np.tri(log_decay.shape[-1]), coarse), _sums(np.tri(log_decay.shape[-1]), fine)

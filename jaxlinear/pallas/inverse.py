@@ -1,9 +1,9 @@
-"""Inverses of unit lower triangular matrices inside a kernel for TPU: small blocks by elimination, larger ones by doubling.
+"""Inverses of unit lower triangular matrices inside a TPU kernel: small blocks by elimination, larger ones by doubling.
 
     inv([[A, 0], [B, C]]) = [[inv(A), 0], [-inv(C) B inv(A), inv(C)]]
 
-Nothing grows beyond the inverse itself, as the powers of a series do. Blocks of the diagonal are worked on side by side,
-``[n, c]``, the i-th in the i-th n lanes.
+Nothing grows beyond the inverse itself, unlike the powers of a series. Diagonal blocks are processed side by side,
+``[n, c]``, with the i-th in the i-th n lanes.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ BLOCK = 8  # rows of the blocks that are eliminated
 
 def inverses(lower: Sequence[jax.Array], narrow, count: int = 1) -> list[jax.Array]:
     """``(I + L)^-1`` for each L ``[c, c]``, float32 or float64, zero on the diagonal and above, c a power of two from
-    ``2 * BLOCK``. They are worked on in turn, so that none waits for its own last step.
+    ``2 * BLOCK``. The matrices are interleaved, so that none waits for its own last step.
 
-    Blocks of ``2 * BLOCK`` rows are in full precision. With ``narrow`` bfloat16 one factor of each later product is cut to
-    8 bits, or with ``count`` 2 to 16, and the other to 16, which leaves no more error than the inverse has when it then is
-    cut to so many terms of bfloat16; else all is in full precision.
+    Blocks of ``2 * BLOCK`` rows are in full precision. If ``narrow`` is bfloat16, each later product cuts one factor to 8
+    bits (16 if ``count`` is 2) and the other to 16. This leaves no more error than the inverse has once it is cut to as
+    many terms of bfloat16. Otherwise everything is in full precision.
     """
     length = lower[0].shape[0]
     solved = _eliminate([_side_by_side(x, BLOCK, range(length // BLOCK)) for x in lower])
@@ -36,7 +36,7 @@ def inverses(lower: Sequence[jax.Array], narrow, count: int = 1) -> list[jax.Arr
 
 
 def _eliminate(blocks: list[jax.Array]) -> list[jax.Array]:
-    """The inverses of blocks side by side: column after column is subtracted, times the row that then is final."""
+    """The inverses of blocks side by side: subtracts column after column, times the row that is final by then."""
     row, lane = (lax.broadcasted_iota(jnp.int32, blocks[0].shape, axis) for axis in (0, 1))
     first = _part(lane, BLOCK) * BLOCK
     solved = [(lane - first == row).astype(blocks[0].dtype)] * len(blocks)
@@ -47,15 +47,15 @@ def _eliminate(blocks: list[jax.Array]) -> list[jax.Array]:
 
 
 def _pairs(lower: Sequence[jax.Array], solved: list[jax.Array]) -> list[jax.Array]:
-    """From the inverses of blocks side by side those of two blocks each, ``[c, c]``: one column of a factor times one row
-    of the other after the other, in the dtype that they have."""
+    """From the inverses of blocks side by side, those of pairs of blocks, ``[c, c]``: one column of a factor times one row
+    of the other at a time, in their own dtype."""
     length = lower[0].shape[0]
     lane = lax.broadcasted_iota(jnp.int32, solved[0].shape, 1)
     part, begin = _part(lane, BLOCK), _part(lane, 2 * BLOCK) * (2 * BLOCK)
     blocks = range(length // BLOCK)
     found = []
     for x, y in zip(lower, solved, strict=True):
-        # B and what follows from it are on the lanes of the first blocks; of the second ones there may be anything.
+        # B and what follows from it are on the lanes of the first blocks; the lanes of the second ones are arbitrary.
         b = _side_by_side(x, BLOCK, blocks[1::2], lanes=blocks[::2])
         off = _product(y, begin + BLOCK, _product(b, begin, y))
         rows = []
@@ -67,7 +67,7 @@ def _pairs(lower: Sequence[jax.Array], solved: list[jax.Array]) -> list[jax.Arra
 
 
 def _product(x: jax.Array, begin: jax.Array, y: jax.Array) -> jax.Array:
-    """Of blocks of x, whose lanes begin there, with those of y on the lane."""
+    """Products of blocks of x, whose lanes start at ``begin``, with the blocks of y on the same lanes."""
     found = _lanes(x, begin) * y[:1]
     for j in range(1, BLOCK):
         found = found + _lanes(x, begin + j) * y[j : j + 1]
@@ -79,7 +79,7 @@ def _lanes(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _double(lower: Sequence[jax.Array], inverse: list[jax.Array], size: int, narrow, count: int) -> list[jax.Array]:
-    """From the inverses of diagonal blocks of ``size`` rows those of twice as many."""
+    """From the inverses of diagonal blocks of ``size`` rows, those of blocks twice as large."""
     length = lower[0].shape[0]
     part = _part(lax.broadcasted_iota(jnp.int32, (size, length), 1), size)
     firsts, seconds = range(0, length // size, 2), range(1, length // size, 2)
@@ -95,7 +95,7 @@ def _double(lower: Sequence[jax.Array], inverse: list[jax.Array], size: int, nar
     cut = narrow != lower[0].dtype
     reached = []
     for x, y in zip(lower, inverse, strict=True):
-        # The lanes of the second blocks, which else are zero, take the rest of B to the same inv(A).
+        # The lanes of the second blocks, otherwise zero, bring the rest of B to the same inv(A).
         b = jnp.where(in_first, _side_by_side(x, size, seconds, lanes=firsts), jnp.zeros((size, length), x.dtype))
         if cut:
             high, rest = _parts(b)
@@ -119,7 +119,8 @@ def _double(lower: Sequence[jax.Array], inverse: list[jax.Array], size: int, nar
 
 
 def _side_by_side(x: jax.Array, size: int, rows: Sequence[int], lanes: Sequence[int] | None = None) -> jax.Array:
-    """``[c, c]`` -> ``[size, c]``: those rows of blocks, each on the lanes of the block of its number, or ``lanes``."""
+    """``[c, c]`` -> ``[size, c]``: those rows of blocks, each on the lanes of the block with its number, or on
+    ``lanes``."""
     part = _part(lax.broadcasted_iota(jnp.int32, (size, x.shape[1]), 1), size)
     found = x[rows[0] * size : (rows[0] + 1) * size]
     for i, at in list(zip(rows, rows if lanes is None else lanes, strict=True))[1:]:
@@ -128,7 +129,7 @@ def _side_by_side(x: jax.Array, size: int, rows: Sequence[int], lanes: Sequence[
 
 
 def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A float32 array as the sum of one that bfloat16 holds and the rest."""
+    """A float32 array as the sum of one that bfloat16 can represent and the rest."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     high = lax.bitcast_convert_type(bits & jnp.int32(-(2**16)), x.dtype)
     return high, x - high

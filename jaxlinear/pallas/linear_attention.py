@@ -1,13 +1,13 @@
-"""Chunked linear attention S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t as kernels: forward, its
+"""Kernels of chunked linear attention S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t: forward, its
 summary, its gradients, and the gradient of the state alone.
 
-On TPU within and between chunks in one kernel, the state resident; on GPU a kernel for the states and one for all chunks.
-Arrays have the layout that they have outside.
+On TPU one kernel works within and between chunks and keeps the state resident; on GPU there is one for the states and one
+for all chunks. All arrays keep the layout they have outside.
 
-In all: q, k ``[B, T, H, K]`` and v ``[B, T, H, V]`` of one dtype, or, with no decay or one a head, q and k ``[B, T, 1, K]``
-of all heads; log_decay None, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``; states ``[B, H, K, V]`` float32 (float64
-interpreted); ``starts`` ``[B, T]`` bool, where the state before the token is forgotten, or None. ``platform`` of the target
-is "tpu" or "gpu"; elsewhere the kernel for TPU is interpreted.
+Shapes: q, k ``[B, T, H, K]`` and v ``[B, T, H, V]`` of one dtype; with no decay or one per head, q and k shared by all
+heads may be ``[B, T, 1, K]``. log_decay None, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``; states ``[B, H, K, V]`` float32
+(float64 interpreted); ``starts`` ``[B, T]`` bool, where the state before the token is forgotten, or None. ``platform`` of
+the target is "tpu" or "gpu"; on any other the TPU kernel is interpreted.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxlinear.pallas.target import Target
 
 
 class Options(NamedTuple):
-    """``chunk``: tokens of a chunk, or None: by the table of ``blocks``."""
+    """``chunk``: tokens of a chunk; None: by the table in ``blocks``."""
 
     scale: float
     chunk: int | None
@@ -40,8 +40,8 @@ class Inputs(NamedTuple):
 def forward(
     inputs: Inputs, state: jax.Array, options: Options, *, keep: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """o ``[B, T, H, V]``, the state after the last token, and if ``keep`` the states that ``gradient`` takes:
-    before each block of time, or on GPU each chunk."""
+    """o ``[B, T, H, V]``, the state after the last token and, with ``keep``, the states that ``gradient`` takes: before
+    each block of time or, on GPU, before each chunk."""
     q, k, v, _, _ = inputs
     plan = _plan("forward", inputs, options, keep=keep)
     arguments = Arguments(_flat(k), _flat(v), _turned(state), queries=_flat(q), **_shared(inputs))
@@ -50,8 +50,8 @@ def forward(
 
 
 def summary(inputs: Inputs, dtype, options: Options) -> tuple[jax.Array, jax.Array]:
-    """The map of a run: how much of the state before it is in that after it ``[B, H, K or 1]``, and that state from none.
-    Nothing is written that is as long as the sequence."""
+    """The map of a run: the share of the state before it that remains after it ``[B, H, K or 1]``, and the state after it
+    from a zero state. No output is as long as the sequence."""
     batch, _, heads, values = inputs.v.shape
     none = jnp.zeros((batch, heads, values, inputs.k.shape[-1]), dtype)
     arguments = Arguments(_flat(inputs.k), _flat(inputs.v), none, **_shared(inputs))
@@ -62,7 +62,7 @@ def summary(inputs: Inputs, dtype, options: Options) -> tuple[jax.Array, jax.Arr
 def gradient(
     inputs: Inputs, before: jax.Array, d_o: jax.Array, d_final: jax.Array, options: Options
 ) -> tuple[Inputs, jax.Array]:
-    """The gradients of the inputs and of the state, from those of what ``forward`` gave and the states that it kept."""
+    """The gradients of the inputs and of the state, from those of ``forward``'s outputs and the states that it kept."""
     q, k, v, log_decay, _ = inputs
     arguments = Arguments(
         _flat(k), _flat(v), _turned(d_final), queries=_flat(q), d_o=_flat(d_o), before=before, **_shared(inputs)
@@ -74,7 +74,7 @@ def gradient(
 
 
 def state_gradient(inputs: Inputs, d_o: jax.Array, d_final: jax.Array, options: Options) -> jax.Array:
-    """The gradient of the state alone, as in ``gradient``: nothing is written that is as long as the sequence."""
+    """The gradient of the state alone, as in ``gradient``. No output is as long as the sequence."""
     arguments = Arguments(_flat(inputs.q), _flat(d_o), _turned(d_final), **_shared(inputs))
     return _turned(_call(_plan("state_gradient", inputs, options), arguments, options)[0])
 
@@ -103,7 +103,7 @@ def _shared(inputs: Inputs) -> dict:
 
 
 def _kept(inputs: Inputs, dtype) -> jax.Array:
-    """How much of the state is left ``[B, H, K or 1]``, from the log decays alone."""
+    """The share of the state that remains ``[B, H, K or 1]``, from the log decays alone."""
     batch, length, heads, _ = inputs.v.shape
     total = jnp.zeros((batch, heads, 1), dtype)
     if inputs.log_decay is not None and inputs.log_decay.ndim == 1:

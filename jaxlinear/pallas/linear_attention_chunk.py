@@ -1,7 +1,7 @@
 """One chunk of one head of linear attention, as values in registers: what a kernel does between its loads and stores.
 
-States are transposed, ``[V, K]``: a decay of each key channel then scales them along their rows. Products are in the dtype
-of the tokens, sums in that of the state. ``decays`` are those of ``chunk_decays``.
+States are transposed, ``[V, K]``: a decay of each key channel then scales them along their rows. Products have the tokens'
+dtype, sums that of the state. ``decays`` are those of ``chunk_decays``.
 """
 
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ from jaxlinear.pallas.products import dot
 
 
 class Documents(NamedTuple):
-    """Of a chunk that documents share; the state before it is of the first."""
+    """Masks of a chunk that documents share. The state before the chunk belongs to the first document."""
 
-    same: jax.Array  # [c, c] bool, two tokens of one document
+    same: jax.Array  # [c, c] bool, whether two tokens belong to one document
     in_first: jax.Array  # [c, 1 or c], 1 or 0, the same in all columns
     in_last: jax.Array  # [c, 1 or c], 1 or 0
     one: jax.Array  # [1, 1], 1 if no document ends in the chunk, else 0
@@ -26,7 +26,7 @@ class Documents(NamedTuple):
 class Chunk(NamedTuple):
     decays: Any
     documents: Documents | None
-    last: Any  # the number of the last token, those after it being none
+    last: Any  # the index of the last token; positions after it are padding
     takes_factors: bool = (
         False  # whether ``since_start`` and ``until_end`` scale more than tokens: they then scale these
     )
@@ -43,7 +43,7 @@ class Chunk(NamedTuple):
 
     @property
     def whole(self) -> jax.Array | None:
-        """What scales the state before the chunk in that after it; None for 1."""
+        """What scales the state before the chunk in the state after it; None for 1."""
         return times(None if self.documents is None else self.documents.one, self.decays.whole)
 
     def from_start(self, x: jax.Array) -> jax.Array:
@@ -59,7 +59,7 @@ class Chunk(NamedTuple):
         return self.decays.to_end(x, None if self.documents is None else self.documents.in_last)
 
     def seen(self, products: jax.Array) -> jax.Array:
-        """Products of pairs of tokens ``[c, c]``, zero where the second does not see the first."""
+        """Products of pairs of tokens ``[c, c]``, set to zero where the second does not see the first."""
         if self.documents is None:
             return products
         return jnp.where(self.documents.same, products, jnp.zeros_like(products))
@@ -70,21 +70,21 @@ class Tokens(NamedTuple):
     k: Any  # [c, K]
     v: Any  # [c, V]
     d_o: Any = None  # [c, V], times the scale
-    products: Any = None  # [c, c], q k^T, where all heads share them
+    products: Any = None  # [c, c], q k^T, if all heads share them
 
 
 class Gradients(NamedTuple):
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    state: jax.Array  # of that before the chunk
-    # The gradient of the log decays is suffix_sums(sums) + total, both summed over channels for a decay of the head.
+    state: jax.Array  # of the state before the chunk
+    # The gradient of the log decays is suffix_sums(sums) + total; for a decay per head both are summed over channels.
     sums: Any  # [c, K], None without a decay
     total: Any  # [1, K]
 
 
 def outputs(chunk: Chunk, tokens: Tokens, state: jax.Array) -> jax.Array:
-    """``[c, V]``, but for the scale."""
+    """``[c, V]``, without the scale."""
     q, v, wide = tokens.q, tokens.v, state.dtype
     attention = _attention(chunk, tokens, wide)
     inner = dot(chunk.seen(attention).astype(v.dtype), v, (1, 0), wide)
@@ -101,13 +101,13 @@ def _attention(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
 
 
 def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, state: jax.Array) -> jax.Array:
-    """``whole * state + values^T keys``: the state after the chunk, by what it writes, of keys decayed to its end; and the
-    gradient of the state before it, by what it reads, of queries decayed from its start."""
+    """``whole * state + values^T keys``. With keys decayed to the chunk's end, this is the state after it; with queries
+    decayed from its start, the gradient of that before it."""
     return times(chunk.whole, state) + dot(values, keys, (0, 0), state.dtype)
 
 
 def gradients(chunk: Chunk, tokens: Tokens, state: jax.Array, d_after: jax.Array) -> Gradients:
-    """From those of the outputs and of the state after the chunk. ``state`` is before it."""
+    """The gradients, from those of the outputs and of the state after the chunk. ``state`` is the one before the chunk."""
     q, k, v, d_o = tokens[:4]
     wide = state.dtype
     attention = _attention(chunk, tokens, wide)
@@ -120,7 +120,7 @@ def gradients(chunk: Chunk, tokens: Tokens, state: jax.Array, d_after: jax.Array
     d_before = advance(chunk, chunk.from_start(q), d_o, d_after)
     total = None
     if sums is not None:
-        # What the last token writes has no decay: beside others that have it would be lost, or they beside it.
+        # The last token's write does not decay. Summed with terms that do, it would drown them or be lost among them.
         row = lax.broadcasted_iota(jnp.int32, d_k_outer.shape, 0)
         written = k.astype(wide) * jnp.where(row == chunk.last, jnp.zeros_like(d_k_outer), d_k_outer)
         sums = sums + q.astype(wide) * d_q_outer - written

@@ -1,5 +1,5 @@
-"""Chunked linear attention for GPU, through Triton: a kernel that goes through the states in time, by tiles of them, and
-one for all chunks at once; backward the same, and one more for the gradients of queries, keys and decays.
+"""Chunked linear attention for GPU, through Triton: one kernel carries the states through time, by tiles, and one works on
+all chunks at once. Backward is the same, plus one kernel for the gradients of queries, keys and decays.
 
 The states before each chunk are kept for the backward pass, in the dtype of products.
 """
@@ -24,7 +24,8 @@ Arrays = dict[str, Any]
 
 
 def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
-    """What ``Plan`` names, in its order; but ``before`` is as it is given back here, and no decay comes of a summary."""
+    """The outputs that ``Plan`` names, in its order, but ``before`` has its own layout here, and a summary gives no
+    decay."""
     return _Call(plan, arguments, target).run()
 
 
@@ -67,7 +68,7 @@ class _Call:
         return [*of_tokens, found["final"]]
 
     def _in_time(self, tokens: Arrays, *, states: bool = False) -> Arrays:
-        """The states in time, and what comes of them after the last step."""
+        """The states in time, and what follows from them after the last step."""
         plan, layout = self.plan, self.of_states
         padding = (0, layout.values - plan.value_width), (0, layout.keys - plan.key_width)
         state = jnp.pad(self.given.state, ((0, 0), (0, 0), *padding))
@@ -118,7 +119,7 @@ class _Call:
         return [d.reshape(d_sums.shape)[:, :, : plan.length].swapaxes(1, 2)]
 
     def _decays(self) -> Arrays:
-        """Decays and documents, as all kernels take them."""
+        """Decays and documents, in the form that all kernels take."""
         plan, given, shared = self.plan, self.given, {}
         padding = self.layout.chunks * self.layout.chunk - plan.length
         if plan.decay == "channel":
@@ -156,7 +157,7 @@ class _Call:
         return dict(zip(outputs, found, strict=True))
 
     def _warps(self, name: str) -> int:
-        """As few as none spills registers with."""
+        """The smallest number with which no kernel spills registers."""
         plan, layout = self.plan, self.layout
         if name == "states" or (plan.decay == "channel" and name != "keys"):
             return 4
@@ -164,7 +165,7 @@ class _Call:
         return 8 if plan.decay == "channel" or many else 4
 
     def _by_head(self, x: jax.Array, width: int) -> jax.Array:
-        """``[B, T, H K]`` -> ``[B, T, H, K]``, of one head where all share it."""
+        """``[B, T, H K]`` -> ``[B, T, H, K]``; one head if all heads share it."""
         return x.reshape(*x.shape[:2], -1, width)
 
     def _chunked(self, x: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ Refs = dict[str, Any]
 
 
 class Constant:
-    """As ``ByHead``, of a log decay that is constant in time; tokens after the last decay nothing."""
+    """As ``ByHead``, for a log decay that is constant in time; tokens after the last one decay nothing."""
 
     def __init__(self, place: Place, refs: Refs, documents: Documents):
         chunk, length = place.layout.chunk, place.layout.plan.length
@@ -42,7 +42,7 @@ class Constant:
 
 
 class _Chunk:
-    """The decays and documents of a chunk; those of channels by tiles."""
+    """The decays and documents of a chunk; decays of channels are by tiles."""
 
     def __init__(self, layout: Layout, refs: Refs, n, h, b):
         self.layout, self.refs, self.place = layout, refs, Place(layout, n, h, b)
@@ -84,7 +84,7 @@ class _Chunk:
 
 
 def states_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
-    """A tile of the states before each chunk, or backward of their gradients after each, and what comes of the last."""
+    """A tile of the states before each chunk, or backward of their gradients after each, and the result after the last."""
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
     tiles = jnp.int32(layout.keys // layout.key_tile)
     of_values, of_keys = lax.div(pl.program_id(0), tiles), lax.rem(pl.program_id(0), tiles)
@@ -144,10 +144,10 @@ def outputs_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
 
 def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
-    """The gradients of a tile of q, k and, with one, their log decays.
+    """The gradients of a tile of q, k and, if there is a decay, their log decays.
 
-    Those of q and k that heads share are summed over some heads here: written for each and read again to be summed, they
-    would be 1,024 bytes a token and head, beside the 1,664 that the backward pass moves else (K = 128, V = 64).
+    The gradients of q and k that heads share are summed over some heads here. Written per head and read again to be summed,
+    they would take 1,024 bytes per token and head, beside the other 1,664 of the backward pass (K = 128, V = 64).
     """
     named, plan = dict(zip(names, refs, strict=True)), layout.plan
     n, tile, row = (pl.program_id(axis) for axis in range(3))
@@ -169,7 +169,7 @@ def keys_kernel(layout: Layout, names: tuple[str, ...], *refs) -> None:
 
 
 def _keys_of_head(chunk: _Chunk, named: Refs, tile) -> tuple[jax.Array, jax.Array]:
-    """What a head gives of the gradients of a tile of q and k; those of its log decays are stored."""
+    """One head's contribution to the gradients of a tile of q and k; those of its log decays are stored."""
     layout, place = chunk.layout, chunk.place
     plan, first = layout.plan, tile * layout.key_tile
 
@@ -187,7 +187,7 @@ def _keys_of_head(chunk: _Chunk, named: Refs, tile) -> tuple[jax.Array, jax.Arra
     d_attention = over_tiles(layout.values, layout.value_tile, of_pairs, d_attention)
     d_attention, decay = chunk.documents.seen(d_attention, itself=True), chunk.decay(first)
     q, k = chunk.keys("q", first), chunk.keys("k", first)
-    # These fill most registers, so they are taken without those of the states, though values are loaded twice.
+    # These fill most registers, so they are taken apart from those of the states, though values are loaded twice.
     d_q, d_k, itself = _pairs_gradient(chunk, decay, q, k, d_attention)
     shapes = *((layout.chunk, layout.key_tile),) * 2, (layout.key_tile,)
     none = tuple(jnp.zeros(x, plan.wide) for x in shapes)
@@ -198,7 +198,7 @@ def _keys_of_head(chunk: _Chunk, named: Refs, tile) -> tuple[jax.Array, jax.Arra
     found = d_q + itself * wide_k + d_q_outer, d_k + itself * wide_q + d_k_outer
     if plan.decay == "none":
         return found
-    # What the last token writes has no decay: beside others that have it would be lost, or they beside it.
+    # The last token's write does not decay. Summed with terms that do, it would drown them or be lost among them.
     token = jnp.arange(layout.chunk, dtype=jnp.int32)
     last = jnp.minimum(plan.length - place.n * layout.chunk, layout.chunk) - 1
     written = wide_k * jnp.where((token == last)[:, None], jnp.zeros_like(d_k_outer), d_k_outer)
@@ -210,7 +210,7 @@ def _keys_of_head(chunk: _Chunk, named: Refs, tile) -> tuple[jax.Array, jax.Arra
         return found
     of_tokens, of_all = jnp.sum(sums, axis=1), jnp.sum(total)
     if plan.decay == "constant":
-        tokens = (jnp.minimum(token, last) + 1).astype(plan.wide)  # that decay, of those up to each
+        tokens = (jnp.minimum(token, last) + 1).astype(plan.wide)  # how many of those up to each decay
         of_all = (last + 1).astype(plan.wide) * of_all + jnp.sum(tokens * of_tokens)
     else:
         plgpu.store(named["d_sums"].at[tile, place.b, place.h, place.time], of_tokens)
@@ -219,14 +219,14 @@ def _keys_of_head(chunk: _Chunk, named: Refs, tile) -> tuple[jax.Array, jax.Arra
 
 
 def _pairs(chunk: _Chunk, decay: Any, q: jax.Array, k: jax.Array) -> jax.Array:
-    """Of a tile the products of queries and keys, decayed if by channel; above the diagonal anything."""
+    """The products of queries and keys over a tile, decayed if by channel; arbitrary above the diagonal."""
     if isinstance(decay, ByChannel):
         return decay.products([q], k)[0]
     return dot(q, k, (1, 1), chunk.layout)
 
 
 def _pairs_gradient(chunk: _Chunk, decay: Any, q: jax.Array, k: jax.Array, d: jax.Array):
-    """The gradients of a tile of q and k, but for the products of a token with itself; and those of these ``[c, 1]``."""
+    """The gradients of a tile of q and k, without the products of a token with itself; and those of these ``[c, 1]``."""
     documents, layout, none = chunk.documents, chunk.layout, jnp.zeros_like(d)
     same = documents.row == documents.lane
     itself = jnp.sum(jnp.where(same, d, none), axis=1)[:, None]

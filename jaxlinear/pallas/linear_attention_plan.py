@@ -1,4 +1,4 @@
-"""What a kernel of linear attention is built for, what it is given and what it returns: the same on TPU and GPU."""
+"""The specification, arguments and outputs of a linear attention kernel: the same on TPU and GPU."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -9,12 +9,12 @@ from jaxlinear.pallas.plan import Named
 
 
 class Arguments(NamedTuple):
-    """``[B, T, H, K]`` is given as ``[B, T, H K]``, which moves nothing. States are ``[B, H, V, K]``."""
+    """``[B, T, H, K]`` is given as ``[B, T, H K]``, which moves no data. States are ``[B, H, V, K]``."""
 
-    keys: Any  # [B, T, H K], [B, T, K] if shared; of the gradient of the state alone the queries
-    values: Any  # [B, T, H V]; of the gradient of the state alone the gradient of o
+    keys: Any  # [B, T, H K], [B, T, K] if shared; for the gradient of the state alone, the queries
+    values: Any  # [B, T, H V]; for the gradient of the state alone, the gradient of o
     state: jax.Array  # before the first step taken
-    queries: Any = None  # as keys, where there are outputs in time
+    queries: Any = None  # shaped like keys, if there are outputs in time
     d_o: Any = None  # [B, T, H V], in the backward pass
     before: Any = None  # [B, N, H, V, K], the states before each block of time, in the backward pass
     log_decay: Any = None  # [H], [B, T, H] or [B, T, H K]
@@ -29,9 +29,9 @@ class Plan(Named):
       kind: "forward", "summary", "gradient" or "state_gradient".
       decay: "none", "constant", "scalar" or "channel".
       scale: of the outputs.
-      chunk: tokens of a chunk, or None: by the table of ``blocks``.
-      keep: forward, also the states before each block of time.
-      shared: whether all heads have the same queries and keys; not by channel.
+      chunk: tokens of a chunk; None: by the table in ``blocks``.
+      keep: forward, also give the states before each block of time.
+      shared: whether all heads have the same queries and keys; not with decays by channel.
       length, narrow, wide: T, and the dtypes of products, and of states and sums; for GPU.
     """
 
@@ -53,7 +53,7 @@ class Plan(Named):
 
     @property
     def side_by_side(self) -> tuple[int, ...]:
-        """Of the arrays in time, the channels of a head: K and V, or V alone."""
+        """The channels per head of the arrays in time: K and V, or V alone."""
         return (self.value_width,) if self.shared else (self.key_width, self.value_width)
 
     @property
@@ -61,7 +61,7 @@ class Plan(Named):
         return self.decay in ("constant", "scalar")
 
     def products(self, chunk: int) -> int:
-        """Floating point operations of the matrix products of a token and head, as the chunked form has them."""
+        """Floating point operations of the matrix products per token and head, in the chunked form."""
         inner, outer = 2 * chunk, 2 * self.key_width * self.value_width
         both = self.key_width + self.value_width
         return {

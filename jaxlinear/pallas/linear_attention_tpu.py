@@ -1,7 +1,7 @@
-"""Chunked linear attention for TPU: blocks of time streamed through VMEM, a few heads at once, the states resident.
+"""Chunked linear attention for TPU: blocks of time are streamed through VMEM, a few heads at once, the states resident.
 
-The states before each block of time are all that the forward pass keeps for the backward pass, which computes those before
-the block's chunks again.
+The forward pass keeps only the states before each block of time for the backward pass, which recomputes those before the
+block's chunks.
 """
 
 import functools
@@ -22,7 +22,7 @@ _SUBLANES = 8
 
 
 def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
-    """What ``Plan`` names, in its order."""
+    """The outputs that ``Plan`` names, in its order."""
     layout = _layout(plan, arguments, target)
     inputs, outputs = _inputs(layout, arguments), _outputs(layout, arguments)
     results = pl.pallas_call(
@@ -59,7 +59,7 @@ class _Layout(NamedTuple):
         return pl.cdiv(self.plan.heads, self.shape.heads)
 
     def at(self, t):
-        """The block of time that is taken in the grid's step t."""
+        """The block of time processed in grid step t."""
         return self.steps - 1 - t if self.plan.reverse else t
 
     def in_time(self, width: int) -> pl.BlockSpec:
@@ -71,13 +71,13 @@ class _Layout(NamedTuple):
         return pl.BlockSpec((None, self.shape.time, self.plan.key_width), lambda b, h, t: (b, self.at(t), 0))
 
     def of_shared(self, x: jax.Array) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
-        """The gradient of what all heads share, a part each block of them: ``[B, head blocks, T, K]``."""
+        """The gradient of what all heads share, one part per block of heads: ``[B, head blocks, T, K]``."""
         shape = x.shape[0], self.head_blocks, *x.shape[1:]
         block = (None, None, self.shape.time, self.plan.key_width)
         return jax.ShapeDtypeStruct(shape, x.dtype), pl.BlockSpec(block, lambda b, h, t: (b, h, self.at(t), 0))
 
     def rows(self, count: int) -> pl.BlockSpec:
-        """Of ``[B, head blocks, count, T]``."""
+        """For ``[B, head blocks, count, T]``."""
         return pl.BlockSpec((None, None, count, self.shape.time), lambda b, h, t: (b, h, 0, self.at(t)))
 
     def of_state(self, *shape: int) -> pl.BlockSpec:
@@ -152,8 +152,8 @@ def _outputs(layout: _Layout, arguments: Arguments):
 
 
 def _finished(layout: _Layout, results: list[jax.Array]) -> list[jax.Array]:
-    """With the gradient of the decays of heads as ``[B, T, H]``, or ``[H]`` of constant ones; and what all heads share has
-    one."""
+    """The results, with the gradient of head decays as ``[B, T, H]``, or ``[H]`` if constant, and a single gradient of what
+    all heads share."""
     plan = layout.plan
     if plan.kind == "gradient" and plan.shared:
         of_shared = (jnp.sum(x.astype(results[-1].dtype), axis=1).astype(x.dtype) for x in results[:2])
@@ -170,15 +170,15 @@ def _finished(layout: _Layout, results: list[jax.Array]) -> list[jax.Array]:
 
 
 def _sums(layout: _Layout, log_decay: jax.Array) -> jax.Array:
-    """``[B, T, H]`` to ``[B, head blocks, 2 rows, T]``, time along lanes: ``head_sums.cut`` of chunks, a row a head of the
-    one part and then of the other."""
+    """``[B, T, H]`` to ``[B, head blocks, 2 rows, T]``, with time along lanes: ``head_sums.cut`` of chunks, one row per
+    head for the first part and then for the second."""
     by_head = _padded(layout, log_decay, 1).swapaxes(1, 2)
     parts = head_sums.cut(by_head.reshape(*by_head.shape[:2], -1, layout.shape.chunk))
     return jnp.concatenate([_by_block(layout, x.reshape(by_head.shape), 1) for x in parts], axis=2)
 
 
 def _by_block(layout: _Layout, x: jax.Array, axis: int = 0) -> jax.Array:
-    """Heads along ``axis`` by blocks of them, with rows of zeros up to a whole register."""
+    """Splits heads along ``axis`` into blocks, with rows of zeros up to a whole register."""
     shape, missing = layout.shape, layout.head_blocks * layout.shape.heads - layout.plan.heads
     pad = [(0, 0)] * (x.ndim + 1)
     pad[axis + 1] = 0, shape.rows - shape.heads
@@ -187,7 +187,7 @@ def _by_block(layout: _Layout, x: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def _padded(layout: _Layout, x: jax.Array, axis: int) -> jax.Array:
-    """With zeros to whole blocks of time."""
+    """Pads with zeros to whole blocks of time."""
     missing = layout.steps * layout.shape.time - x.shape[axis]
     return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
 

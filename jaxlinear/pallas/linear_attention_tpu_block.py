@@ -1,4 +1,4 @@
-"""One block of time of linear attention for TPU, a few heads: its chunks one after the other."""
+"""One block of time of linear attention for TPU, for a few heads: its chunks one after another."""
 
 import functools
 import operator
@@ -21,7 +21,7 @@ class Shape(NamedTuple):
     time: int  # tokens of a block
     chunk: int  # tokens of a chunk
     heads: int  # of a block
-    rows: int  # of arrays with a row a head: a multiple of 8
+    rows: int  # of arrays with one row per head: a multiple of 8
 
 
 class Block:
@@ -43,7 +43,7 @@ class Block:
         self.kept = take(plan.kind == "summary" and plan.decay == "channel")
         self.d_q, self.d_k, self.d_v = take(backward), take(backward), take(backward)
         self.d_log_decay = take(backward and plan.decay != "none")
-        self.carry = take()  # the state between blocks, and in the end the output
+        self.carry = take()  # the state between blocks and, at the end, the output
 
         step, self.steps = pl.program_id(2), pl.cdiv(shape.length, shape.time)
         self.is_first = step == 0
@@ -63,7 +63,7 @@ class Block:
             self._work()
 
     def _work(self, by_channel: type = ByChannel) -> None:
-        """``by_channel``: what has the decays of key channels, if these decay."""
+        """``by_channel``: the class that handles decays by key channel, if there are any."""
         self.by_channel = by_channel
         states = [self.carry[h] for h in range(self.shape.heads)]
         work = {"forward": self._forward, "gradient": self._gradient}.get(self.plan.kind, self._accumulate)
@@ -91,7 +91,7 @@ class Block:
         return states
 
     def _accumulate(self, states: list[jax.Array]) -> list[jax.Array]:
-        """The map of a run; and backward the gradient of its first state."""
+        """The map of a run; or backward, the gradient of its first state."""
         for n in reversed(self.chunks) if self.plan.reverse else self.chunks:
             for h, chunk in enumerate(self._chunk(n)):
                 keys, values = self._load(self.keys, n, h), self._load(self.values, n, h)
@@ -134,14 +134,14 @@ class Block:
         return d_states
 
     def _over_heads(self, of_heads: list[jax.Array]) -> jax.Array:
-        """Their sum; after the last head there may be anything."""
+        """The sum over heads; entries after the last head are arbitrary."""
         if self.plan.heads % self.shape.heads:
             of_heads = [chunk_decays.masked(h < self.left_heads, x) for h, x in enumerate(of_heads)]
         return functools.reduce(operator.add, of_heads)
 
     def _store_by_head(self, n: int, found) -> None:
-        """A row each head: what the gradient of the log decay of a token is the sum of, from the chunk's last to it; of a
-        constant log decay, these gradients."""
+        """A row per head: the terms whose sum, from the chunk's last token back to a token, is the gradient of its log
+        decay; for a constant log decay, these gradients."""
         shape = self.shape.chunk, self.shape.rows
         row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         sums = jnp.zeros(shape, self.wide)
@@ -155,7 +155,7 @@ class Block:
             self.d_log_decay[:, self._at(n)] = sums.T
 
     def _chunk(self, n: int) -> list[Chunk]:
-        """The n-th chunk of the block, of each head."""
+        """The n-th chunk of the block, for each head."""
         size, documents = self.shape.chunk, self._documents(n)
         last = jnp.clip(self.left - n * size, 0, size) - 1 if self.ragged else size - 1
         decays: list[Any]
@@ -174,7 +174,7 @@ class Block:
         return [Chunk(x, documents, last, self.plan.kind == "gradient") for x in decays]
 
     def _log_decays(self, n: int) -> list[jax.Array]:
-        """Of the key channels of each head, ``[c, K]``."""
+        """The log decays of the key channels of each head, ``[c, K]``."""
         return [self._load(self.log_decay, n, h).astype(self.wide) for h in range(self.shape.heads)]
 
     def _documents(self, n: int) -> Documents | None:
@@ -188,8 +188,8 @@ class Block:
         return Documents(column == rows, *ends)
 
     def _products(self, n: int) -> jax.Array | None:
-        """Of queries and keys that all heads share. Forward, where the compiler sees itself that they are the same for all,
-        its schedule is the shorter one without."""
+        """Products of queries and keys that all heads share. Forward, where the compiler itself sees that they are shared,
+        its schedule is shorter without this."""
         if not self.plan.shared:
             return None
         return dot(self._load(self.queries, n, 0), self._load(self.keys, n, 0), (1, 1), self.wide)
@@ -210,7 +210,7 @@ class Block:
         ref[self._at(n), self._lanes(ref, h)] = x.astype(ref.dtype)
 
     def _inside(self, x: jax.Array, n: int) -> jax.Array:
-        """Zero where the sequence has ended; what lies there may be anything."""
+        """Zero after the end of the sequence, where the contents are arbitrary."""
         if not self.ragged:
             return x
         row = lax.broadcasted_iota(jnp.int32, x.shape, 0)

@@ -1,4 +1,4 @@
-"""Numbers as kernels have them: a tuple of one real array, or of the real and the imaginary part of a complex one."""
+"""Numbers inside kernels: a tuple of one real array, or of the real and the imaginary part of a complex one."""
 
 from typing import Any
 

@@ -1,12 +1,12 @@
-"""The diagonal recurrence h_t = a_t h_{t-1} + x_t as one kernel each way: forward, its summary, and its gradients.
+"""Kernels of the diagonal recurrence h_t = a_t h_{t-1} + x_t, one each way: forward, its summary, and its gradients.
 
-Each reads its inputs once and writes its outputs once, in the layout ``[B, T, D]`` that they have. The functions here turn
-what ``jaxlinear.ops`` has (complex numbers, any trailing axes, a constant in time) into what the kernels take, parts
+Each reads its inputs once and writes its outputs once, in their own layout ``[B, T, D]``. The functions here convert what
+``jaxlinear.ops`` has (complex numbers, any trailing axes, a constant in time) into what the kernels take, parts
 ``[B, T, D]``; ``scan_tpu`` and ``scan_gpu`` are the kernels.
 
-In all: a, x, h ``[B, T, ...]`` of one kind, real or complex; or a ``[...]``, constant in time. States ``[B, ...]``, which
-give the dtype to compute in. ``starts`` ``[B, T]`` bool: where the state before the step is forgotten; or None.
-``platform`` is "tpu" or "gpu"; elsewhere the kernel for TPU is interpreted.
+Shapes: a, x, h ``[B, T, ...]`` of one kind, real or complex; or a ``[...]``, constant in time. States ``[B, ...]``, whose
+dtype is the one to compute in. ``starts`` ``[B, T]`` bool: where the state before the step is forgotten; or None.
+``platform`` is "tpu" or "gpu"; on any other the TPU kernel is interpreted.
 """
 
 import math
@@ -31,8 +31,8 @@ def forward(
 def summary(
     a: jax.Array, x: jax.Array, state: jax.Array, starts: jax.Array | None, *, target: Target
 ) -> tuple[jax.Array, jax.Array]:
-    """The product of all a, zero where a document starts, and the state after the last step, both ``[B, ...]``: nothing
-    is written that is as long as the sequence."""
+    """The product of all a, zero where a document starts, and the state after the last step, both ``[B, ...]``. No output
+    is as long as the sequence."""
     plan = _plan(a, x, starts, reverse=False, lagged=False, emit=False)
     product, final = _run(plan, target, a, x, state, starts)
     return product.reshape(state.shape), final.reshape(state.shape)
@@ -49,7 +49,7 @@ def gradient(
     reverse: bool,
     target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of a, x and state, from those of what ``forward`` gave, of which h is one.
+    """The gradients of a, x and state, from those of ``forward``'s outputs, one of which is h.
 
         g_t = dh_t + a_{t+1} g_{t+1},   dx_t = g_t,   da_t = g_t h_{t-1},   dh_{-1} = a_0 g_0
 
@@ -65,7 +65,7 @@ def gradient(
 def state_gradient(
     a: jax.Array, d_h: jax.Array, d_final: jax.Array, starts: jax.Array | None, *, reverse: bool, target: Target
 ) -> jax.Array:
-    """The gradient of the state alone, as in ``gradient``: nothing is written that is as long as the sequence."""
+    """The gradient of the state alone, as in ``gradient``. No output is as long as the sequence."""
     plan = _plan(a, d_h, starts, reverse=not reverse, lagged=True, emit=False)
     return _run(plan, target, a, d_h, d_final, starts)[1].reshape(d_final.shape)
 
@@ -76,7 +76,7 @@ def _plan(a, x, starts, **fields) -> Plan:
 
 
 def _run(plan: Plan, target: Target, a, x, state, starts, h=None, before=None) -> list[jax.Array]:
-    """What ``Plan.outputs`` says, its parts joined."""
+    """The outputs of ``Plan.outputs``, with their parts joined."""
     trailing = x.shape[2:]
     flat = x.shape[:2] + (math.prod(trailing),)
     if plan.constant:

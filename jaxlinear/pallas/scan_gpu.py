@@ -1,7 +1,7 @@
-"""The diagonal scan for GPU, through Triton: a thread a channel, the state in a register.
+"""The diagonal scan for GPU, through Triton: one thread per channel, with the state in a register.
 
-What limits it is how many bytes are on their way: so each thread takes many time steps at once, and asks for the next
-ones before it works on those that have come.
+It is limited by how many bytes are in flight, so each thread processes many time steps at once and requests the next ones
+before it works on those that have arrived.
 """
 
 import functools
@@ -79,7 +79,7 @@ def _kernel(plan: Plan, length: int, width: int, lanes: int, rows: int, *refs):
     constant = widen(load(a_refs, 0, 0)) if plan.constant else None
 
     def loads(start, count: int):
-        """Of the steps from ``start``: a, x, the h before each in the direction of the recurrence, and the start mark."""
+        """For the steps from ``start``: a, x, the h before each in the direction of the recurrence, and the start mark."""
         steps = []
         for j in range(count):
             t = start + j
@@ -124,7 +124,7 @@ def _kernel(plan: Plan, length: int, width: int, lanes: int, rows: int, *refs):
         return steps(count * rows, loads(count * rows, tail), carry) if tail else carry
 
     def block(i):
-        """Where the i-th block taken begins; the last one again beyond it."""
+        """Where the i-th block processed begins; beyond the last, the last one again."""
         i = jnp.minimum(i, count - 1)
         return (count - 1 - i if plan.reverse else i) * rows
 

@@ -1,4 +1,4 @@
-"""What a scan kernel is built for, what it is given and what it returns: the same on TPU and GPU."""
+"""The specification, arguments and outputs of a scan kernel: the same on TPU and GPU."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -12,10 +12,10 @@ from jaxlinear.pallas.parts import Parts
 
 class Arguments(NamedTuple):
     a: Parts  # [B, T, D], or [1, 1, D] constant in time
-    x: Parts  # [B, T, D]; of a lagged scan the gradient of h
+    x: Parts  # [B, T, D]; for a lagged scan, the gradient of h
     state: Parts  # [B, D], before the first step taken
     starts: Any = None  # [B, T] bool, where the state before the step is forgotten; or None
-    h: Parts = ()  # [B, T, D], where the gradient of a is wanted
+    h: Parts = ()  # [B, T, D], if the gradient of a is wanted
     before: Parts = ()  # [B, D], the predecessor of the first h
 
 
@@ -27,9 +27,9 @@ class Plan:
       parts: 1 for real numbers, 2 for complex ones.
       reverse: from the last step to the first.
       lagged: the scan of the gradients, ``c_t = a_t g_t`` with ``g_t = x_t + c_{t+1}``, where t+1 is the step taken
-        before; its outputs in time are g, and what it ends with is c. Else ``h_t = a_t h_{t-1} + x_t``.
-      emit: whether it has outputs in time, and, lagged, the gradient of a. Else the product of all a comes out.
-      constant: a is constant in time; its gradient comes as sums.
+        before; its outputs in time are g, and its final state is c. Otherwise ``h_t = a_t h_{t-1} + x_t``.
+      emit: whether it has outputs in time and, if lagged, the gradient of a. Otherwise it gives the product of all a.
+      constant: a is constant in time; its gradient is given as sums.
       packed: with ``starts``.
     """
 
@@ -55,7 +55,7 @@ class Plan:
         return "_".join(["scan", kind, *(["complex"] if self.parts == 2 else []), *marks])
 
     def outputs(self, arguments: Arguments, sums: int) -> list[tuple[jax.ShapeDtypeStruct, str]]:
-        """Shapes and where they lie: y and the gradient of a, or the product of a; and the last state."""
+        """Shapes, and where the arrays lie: y and the gradient of a, or the product of a; and the last state."""
         (batch, _, width), state = arguments.x[0].shape, arguments.state[0].dtype
         per_row = jax.ShapeDtypeStruct((batch, 1, width), state), "per_row"
         outputs = []

@@ -14,8 +14,8 @@ from jaxlinear.pallas.target import Target
 
 
 def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
-    """The kernel's outputs, in the order of ``Plan.outputs``. What lies beyond T or D in the last blocks is read as it
-    comes and never written."""
+    """The kernel's outputs, in the order of ``Plan.outputs``. Whatever lies beyond T or D in the last blocks is read but
+    never written."""
     batch, length, width = arguments.x[0].shape
     time, lanes, rows = blocks.scan_tpu(target.kind, length, width, plan.parts)
     steps = pl.cdiv(length, time)
@@ -64,7 +64,7 @@ def _inputs(plan: Plan, arguments: Arguments, time: int, lanes: int, steps: int)
 
 
 def _at(plan: Plan, steps: int, t):
-    """The block of time that is taken in the grid's step t."""
+    """The block of time processed in grid step t."""
     return steps - 1 - t if plan.reverse else t
 
 
@@ -77,7 +77,7 @@ def _per_row(lanes: int) -> pl.BlockSpec:
 
 
 def _beside(plan: Plan, h: jax.Array, time: int, lanes: int, steps: int) -> pl.BlockSpec:
-    """The few rows of h beside the block, among them the predecessor of its first row in the direction of h."""
+    """The few rows of h next to the block that include the predecessor of its first row in the direction of h."""
     rows = SUBLANES * max(1, 4 // h.dtype.itemsize)
     last = pl.cdiv(h.shape[1], rows) - 1
 

@@ -1,7 +1,7 @@
-"""One block of the diagonal scan for TPU, 8 time steps x 128 channels a register, as the arrays lie in memory.
+"""One block of the diagonal scan for TPU, with 8 time steps x 128 channels per register, as the arrays lie in memory.
 
 Within a register three shift-and-multiply-add steps scan the 8 time steps (Hillis and Steele 1986), and the state before
-them enters by one more multiply-add: so little waits for the step before, and the work of many registers overlaps.
+them enters with one more multiply-add: little waits for the previous step, and the work of many registers overlaps.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class Shape(NamedTuple):
     length: int  # T
     time: int  # steps of a block
     width: int  # channels of a block
-    rows: int  # steps of a group, which is what an iteration takes
+    rows: int  # steps of a group, which is processed in one iteration
 
 
 class Block:
@@ -43,13 +43,13 @@ class Block:
         self.starts: Any = next(remaining) if plan.packed else None
         self.y = take(plan.emit)
         self.a_out = take(plan.with_h or not plan.emit)
-        self.carry = take()  # the state between blocks, and in the end the output
+        self.carry = take()  # the state between blocks and, at the end, the output
         self.resets: Any = next(remaining) if plan.packed else None  # the start marks, on all lanes
 
         step, steps = pl.program_id(2), pl.cdiv(shape.length, shape.time)
         left = shape.length - (steps - 1 - step if plan.reverse else step) * shape.time
         self.is_first, self.is_last = step == 0, step == steps - 1
-        self.tail = shape.length % shape.rows  # steps of the sequence's last group, if it is not whole
+        self.tail = shape.length % shape.rows  # steps of the sequence's last group, if it is incomplete
         whole = shape.time // shape.rows
         self.count = (
             whole if shape.length % shape.time == 0 else jnp.minimum(whole, lax.div(left, jnp.int32(shape.rows)))
@@ -61,7 +61,7 @@ class Block:
         pl.when(self.is_first)(self._begin)
         if self.plan.packed:
             for i in range(0, self.shape.time, LANES):
-                # A row of marks, on all rows, turned: each time step's mark on all lanes.
+                # A row of marks, broadcast to all rows and transposed: each time step's mark on all lanes.
                 self.resets[i : i + LANES] = jnp.broadcast_to(self.starts[:, i : i + LANES], (LANES, LANES)).T
         if self.tail and self.plan.reverse:
             pl.when(self.is_first)(self._tail)
@@ -82,7 +82,7 @@ class Block:
         self._store_carries(self._group(self.count, self._load_carries(), self.tail))
 
     def _load_carries(self) -> list[tuple[Parts, Parts]]:
-        """By tiles: the state on all rows; and the product of all a, or the sums of the gradient of a constant a."""
+        """By tiles: the state on all rows, and the product of all a, or the sums of the gradient of a constant a."""
         carries = []
         for tile in self.tiles:
             total: Parts = ()
@@ -102,7 +102,7 @@ class Block:
                     ref[:, tile] = value if self.plan.emit else value[:1]
 
     def _group(self, i, carries, valid: int | None = None):
-        """The i-th group of the block, of which ``valid`` steps are of the sequence, or all."""
+        """The i-th group of the block, of which ``valid`` steps belong to the sequence, or all."""
         valid = self.shape.rows if valid is None else valid
         return [self._tile(i, tile, valid, *carry) for tile, carry in zip(self.tiles, carries, strict=True)]
 
@@ -149,14 +149,14 @@ class Block:
         return state, total
 
     def _kept(self, i, begin: int, row: jax.Array) -> jax.Array | None:
-        """Where the state before the step is not forgotten, in a register of the i-th group; None for everywhere."""
+        """Where the state before the step is kept, in a register of the i-th group; None for everywhere."""
         if self.resets is None:
             return None
         at = pl.multiple_of(i * self.shape.rows, self.shape.rows)
         return self.resets[pl.ds(at + begin, SUBLANES), : row.shape[1]] == 0
 
     def _h_before(self, i, tile: slice, valid: int, row: jax.Array) -> list[Parts]:
-        """The h before each step of the i-th group in the direction of h, which is not that of this scan."""
+        """The h before each step of the i-th group in the direction of h, which is opposite to that of this scan."""
         towards_past, whole = self.plan.reverse, self.shape.time // self.shape.rows
         h = self._load(self.h, i, tile)
         before = _on_all_rows(_columns(self.before, tile))
@@ -176,7 +176,7 @@ class Block:
         return shifted
 
     def _load(self, refs, i, tile: slice) -> list[Parts]:
-        """The i-th group by registers."""
+        """The i-th group, by registers."""
         at = pl.multiple_of(i * self.shape.rows, self.shape.rows)
         values = [ref[pl.ds(at, self.shape.rows), tile].astype(self.wide) for ref in refs]
         return [tuple(y[j : j + SUBLANES] for y in values) for j in range(0, self.shape.rows, SUBLANES)]
@@ -188,7 +188,7 @@ class Block:
 
 
 def _scan(a: Parts, x: Parts, row: jax.Array, reverse: bool) -> tuple[Parts, Parts]:
-    """Of 8 steps: the products of a up to each, and the states from none before the first."""
+    """For 8 steps: the products of a up to each, and the states from a zero state before the first."""
     for by in (1, 2, 4):
         reached = row < SUBLANES - by if reverse else row >= by
         x = parts.plus(x, parts.times(a, parts.where(reached, _shift(x, by, reverse), parts.zero(x))))
@@ -201,7 +201,7 @@ def _shift(x: Parts, by: int, reverse: bool) -> Parts:
 
 
 def _shift_in(x: Parts, before: Parts, row: jax.Array, reverse: bool) -> Parts:
-    """Each row's predecessor; that of the first row is the last row of ``before``."""
+    """Each row's predecessor; the first row's is the last row of ``before``."""
     return _shift(parts.where(row == (0 if reverse else SUBLANES - 1), before, x), 1, reverse)
 
 

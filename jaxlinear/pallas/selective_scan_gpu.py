@@ -1,11 +1,11 @@
 """The selective scan for GPU, through Triton: a warp goes through time with the states of a tile of channels in registers.
 
-A lane has a few numbers of the state of a few channels. With all numbers of one channel in a lane, outputs were sums within
-it; but the gradients of B and C, which are sums over channels, would take ten exchanges between lanes for each number of
-the state, where all together now take two and a half. A warp has up to 16 numbers of the state of a channel. Where there
-are more, and over the tiles of channels, XLA sums what programs have summed.
+A lane has a few numbers of the state for a few channels. If a lane had all numbers of one channel, outputs would be sums
+within it; but the gradients of B and C, which are sums over channels, would take ten exchanges between lanes for each
+number of the state, whereas now all together take two and a half. A warp has up to 16 numbers of a channel's state. If
+there are more, and over the tiles of channels, XLA adds up the sums of the programs.
 
-Backward, a warp computes the states of a few tokens again, from those before blocks of time that the forward pass kept.
+Backward, a warp recomputes the states of a few tokens from those before blocks of time, which the forward pass kept.
 """
 
 import functools
@@ -49,9 +49,9 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
 
 
 def _outputs(plan: Plan, arguments: Arguments, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
-    """What programs write. Sums over the numbers of the state ``[B, tiles of these, T, D]``; sums over channels ``[B, tiles
-    of these, T, N]``; states ``[B, N, D]``, of which ``d_A`` has a gradient for each row of the batch, and ``before`` those
-    before blocks ``[B, blocks, N, D]``."""
+    """What programs write. Sums over the numbers of the state are ``[B, tiles of numbers, T, D]``; sums over channels
+    ``[B, tiles of channels, T, N]``; states ``[B, N, D]``, of which ``d_A`` has a gradient for each row of the batch; and
+    ``before``, the states before blocks, ``[B, blocks, N, D]``."""
     state, (of_channels, of_numbers) = arguments.state, shape.tiles
     batch, wide = state.shape[0], state.dtype
 
@@ -93,12 +93,12 @@ def _kernel(plan: Plan, shape: Shape, native: bool, names: tuple[str, ...], *ref
 
 
 def _over_time(tile: Tile, piece, carry):
-    """``carry, following = piece(tile, first token, rows, carry, ask)`` for a few tokens at once; ``following`` is what
-    ``ask()`` gives, the rows of the next piece. Tokens beyond the last change nothing."""
+    """``carry, following = piece(tile, first token, rows, carry, ask)`` for a few tokens at a time; ``following`` is the
+    result of ``ask()``, the rows of the next piece. Tokens beyond the last change nothing."""
     count = pl.cdiv(tile.shape.length, tile.shape.block.rows)
 
     def start_of(i):
-        """Of the i-th piece taken; of the last one again beyond it."""
+        """The start of the i-th piece processed; beyond the last, that of the last again."""
         i = jnp.minimum(i, count - 1)
         return (count - 1 - i if tile.plan.reverse else i) * tile.shape.block.rows
 
@@ -111,7 +111,7 @@ def _over_time(tile: Tile, piece, carry):
 
 
 def _states(A, tile: Tile, start, rows: list[Row], state, ask):
-    """Of each pass but that of all gradients."""
+    """For every pass except that of all gradients."""
     following = ask()
     if tile.plan.keep:
         tokens = jnp.int32(tile.shape.block.kept)
@@ -145,14 +145,14 @@ def _gradients(tile: Tile, start, rows: list[Row], carry, ask):
 
 
 def _again(tile: Tile, start, rows: list[Row], j: int) -> Row:
-    """Row j, of which some is loaded once more, after something was stored: so the compiler does not know it to be the
-    same. It would keep the transitions of all rows from when the states were computed, and there are too few registers for
-    these, and where a lane has most of the state for other arrays too."""
+    """Row j with some fields loaded again, after something was stored, so that the compiler does not know they are the
+    same. Otherwise it would keep the transitions of all rows from when the states were computed. There are too few
+    registers for these and, where a lane has most of the state, for other arrays too."""
     return rows[j]._replace(**{name: tile.load(name, start + j) for name in tile.shape.block.again})
 
 
 def _state_before(tile: Tile, A, start):
-    """That before a piece: of the block that it is in, and then through the tokens of this that are earlier."""
+    """The state before a piece: from the one before its block, through the block's earlier tokens."""
     rows, tokens = tile.shape.block.rows, tile.shape.block.kept
     block = lax.div(start, jnp.int32(tokens))
 
@@ -165,11 +165,11 @@ def _state_before(tile: Tile, A, start):
     return lax.fori_loop(jnp.int32(0), earlier, body, tile.states("before", block))
 
 
-# Of a row that is widened, and the rates A, None where there are none
+# Functions of a widened row and the rates A, None if there are none
 
 
 def _transition(tile: Tile, row: Row, A):
-    """a. That the state is forgotten takes no instruction for each of its numbers."""
+    """a. Forgetting the state takes no extra instruction for each of its numbers."""
     if A is not None:
         exponent = tile.fma(row.dt, A, tile.unless_start(row, tile.constant(0), tile.constant(-jnp.inf)))
         return tile.exp2(exponent)
@@ -182,8 +182,8 @@ def _after(tile: Tile, row: Row, A, state):
 
 
 def _gradient(tile: Tile, t, row: Row, A, before, carry):
-    """Stores the gradients of token t. ``before``: the state before it; ``carry``: the gradients of the state after it by
-    what follows it, and of A by that."""
+    """Stores the gradients of token t. ``before``: the state before it; ``carry``: the gradients from what follows the
+    token, of the state after it and of A."""
     d_state, d_A = carry
     d_state = tile.fma(row.C, row.d_y, d_state)
     d_written = over_numbers(d_state * row.B)

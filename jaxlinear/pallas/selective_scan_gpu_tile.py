@@ -1,9 +1,9 @@
-"""What a program of the selective scan for GPU has of the channels and of the numbers of the state: memory and arithmetic.
+"""The share of channels and state numbers of one program of the selective scan for GPU: memory and arithmetic.
 
-A program is a warp. Of its lanes 8 have others of the channels, and 4 others of the numbers of the state; all that is
-computed with is ``[numbers of a lane, channels of a lane, 8, 4]``, or has an axis of 1 in place of some. Triton gives the
-last axes to lanes and keeps the first ones in registers, and a lane's channels follow each other, so that one instruction
-loads or stores several: nothing is laid out anew, and nothing goes through shared memory.
+A program is a warp. Its lanes divide the channels 8 ways and the numbers of the state 4 ways. All values are
+``[numbers of a lane, channels of a lane, 8, 4]``, some with axes of 1 instead. Triton gives the last axes to lanes and
+keeps the first ones in registers, and a lane's channels are contiguous, so that one instruction loads or stores several: no
+layout is converted, and nothing goes through shared memory.
 """
 
 import functools
@@ -23,7 +23,7 @@ _LANES = 8, 4
 
 
 class Shape(NamedTuple):
-    """Of arrays, and how it is cut."""
+    """The sizes of the arrays, and how they are tiled."""
 
     length: int
     width: int
@@ -32,22 +32,22 @@ class Shape(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Of a program."""
+        """Channels of a program."""
         return self.block.channels * _LANES[0]
 
     @property
     def numbers(self) -> int:
-        """Of the state of a channel, of a program."""
+        """Numbers of a channel's state in a program."""
         return self.block.numbers * _LANES[1]
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """How many there are, of the channels and of the numbers of the state."""
+        """The number of tiles of the channels and of the numbers of the state."""
         return pl.cdiv(self.width, self.channels), pl.cdiv(self.states, self.numbers)
 
 
 class Row(NamedTuple):
-    """A token, as it was loaded; () of what the pass does not take."""
+    """A token as it was loaded; () for what the pass does not take."""
 
     x: Any  # [1, channels of a lane, 8, 4]
     dt: Any
@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 class Tile:
-    """``native``: instructions are written as NVIDIA's where Triton's are more."""
+    """``native``: use NVIDIA instructions where Triton's own take more."""
 
     def __init__(self, plan: Plan, shape: Shape, native: bool, refs: dict[str, Any]):
         self.plan, self.shape, self.native, self.refs = plan, shape, native, refs
@@ -73,7 +73,7 @@ class Tile:
     # Memory
 
     def load(self, name: str, t):
-        """Of token t; zeros beyond the last."""
+        """Loads token t; zeros beyond the last."""
         places, mask = (self.numbers, self.is_number) if name in ("B", "C") else (self.channels, self.is_channel)
         return self._load(name, (self.row_of_batch, t, places), self._if_token(t, mask, places.shape))
 
@@ -102,13 +102,13 @@ class Tile:
         plgpu.store(self.refs[name].at[(self.row_of_batch, *at, *self._at_states())], value, mask=mask)
 
     def store_channels(self, name: str, value, t) -> None:
-        """The sum over the numbers of the state that the program has."""
+        """Stores the sum over the program's numbers of the state."""
         at, shape = (self.row_of_batch, self.number_tile, t, self.channels), self.channels.shape
         value = jnp.broadcast_to(value, shape).astype(self.refs[name].dtype)
         plgpu.store(self.refs[name].at[at], value, mask=self._if_token(t, self.is_channel, shape))
 
     def store_numbers(self, name: str, value, t) -> None:
-        """The sum over the channels that the program has."""
+        """Stores the sum over the program's channels."""
         at, shape = (self.row_of_batch, self.channel_tile, t, self.numbers), self.numbers.shape
         mask = self._if_token(t, self.is_number, shape)
         plgpu.store(self.refs[name].at[at], jnp.broadcast_to(value, shape), mask=mask)
@@ -118,7 +118,7 @@ class Tile:
         return plgpu.load(ref.at[at], mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
 
     def _if_token(self, t, mask: Any, shape: tuple[int, ...]):
-        """The mask where t is a token, and none of it beyond the last."""
+        """The mask if t is a token, and all False beyond the last."""
         if self.shape.length % self.shape.block.rows == 0:
             return mask
         here = jnp.broadcast_to(t < self.shape.length, shape)
@@ -140,15 +140,15 @@ class Tile:
         return jnp.full((1, 1, 1, 1), y, self.wide)
 
     def unless_start(self, row: Row, y, otherwise):
-        """y, or the other where the state is forgotten."""
+        """y, or ``otherwise`` where the state is forgotten."""
         return jnp.where(row.starts == 0, y, otherwise) if self.plan.packed else y
 
     def fma(self, x, y, z):
-        """``x y + z``: as XLA compiles Triton's, these are two instructions."""
+        """``x y + z``: XLA compiles Triton's version to two instructions."""
         return self._instruction("fma.rn.f32 $0, $1, $2, $3;", x, y, z) if self.native else x * y + z
 
     def exp2(self, x):
-        """What is below normal numbers may be 0: else ptxas makes four instructions of one."""
+        """Numbers below the normal range may become 0; otherwise ptxas makes four instructions of one."""
         return self._instruction("ex2.approx.ftz.f32 $0, $1;", x) if self.native else jnp.exp2(x)
 
     def _instruction(self, text: str, *operands):
@@ -183,5 +183,5 @@ def over_lanes(x):
 
 
 def _places(shape: tuple[int, ...], own: int, lane: int):
-    """Within a tile, along two axes: those of a lane follow each other."""
+    """Positions within a tile, along two axes: those of a lane are contiguous."""
     return lax.broadcasted_iota(jnp.int32, shape, lane) * shape[own] + lax.broadcasted_iota(jnp.int32, shape, own)

@@ -1,4 +1,4 @@
-"""What a kernel of the selective scan is built for and what it is given: the same on TPU and GPU."""
+"""The specification and the arguments of a selective scan kernel: the same on TPU and GPU."""
 
 import dataclasses
 from typing import NamedTuple
@@ -9,17 +9,17 @@ from jax.experimental import pallas as pl
 
 
 class Arguments(NamedTuple):
-    """Of a run. Numbers are computed in the dtype of ``state``, which is that of ``A`` too."""
+    """Arguments of a run. The computation is in the dtype of ``state``, which is also that of ``A``."""
 
-    x: jax.Array | None  # [B, T, D]; None where nothing that depends on it is asked for
+    x: jax.Array | None  # [B, T, D]; None if no requested output depends on it
     dt: jax.Array  # [B, T, D]
-    A: jax.Array | None  # [N, D], or None: the transition is then 1 - dt B^2
-    B: jax.Array | None  # [B, T, N]; None where nothing that depends on it is asked for
-    C: jax.Array | None  # [B, T, N]; None of a summary
-    state: jax.Array  # [B, N, D]: before the run; of a gradient that of the state after it
+    A: jax.Array | None  # [N, D]; if None, the transition is 1 - dt B^2
+    B: jax.Array | None  # [B, T, N]; None if no requested output depends on it
+    C: jax.Array | None  # [B, T, N]; None for a summary
+    state: jax.Array  # [B, N, D]: before the run; for a gradient, that of the state after it
     starts: jax.Array | None  # [B, T] bool, where the state before the token is forgotten
-    before: jax.Array | None = None  # [B, blocks, N, D], of a gradient: the state before each block of the forward pass
-    d_y: jax.Array | None = None  # [B, T, D], of either gradient
+    before: jax.Array | None = None  # [B, blocks, N, D], for a gradient: the state before each forward block
+    d_y: jax.Array | None = None  # [B, T, D], for either gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Plan:
     """One pass.
 
     Attributes:
-      kind: "forward" gives y ``[B, T, D]`` and the state after the run ``[B, N, D]``; "summary" the latter alone;
+      kind: "forward" gives y ``[B, T, D]`` and the state after the run ``[B, N, D]``; "summary" only the latter;
         "gradient" those of x, dt ``[B, T, D]``, B, C ``[B, T, N]``, A ``[N, D]`` and the state ``[B, N, D]``;
-        "state_gradient" the last of these alone.
-      keep: of a forward pass, that it gives the states before blocks too, for the gradient.
-      rates: the transition is ``exp(dt A)``; else ``1 - dt B^2``.
+        "state_gradient" only the last of these.
+      keep: for a forward pass, also give the states before blocks, for the gradient.
+      rates: the transition is ``exp(dt A)``; otherwise ``1 - dt B^2``.
       packed: with ``starts``.
     """
 

@@ -1,8 +1,8 @@
 """The selective scan for TPU: blocks of time and, within them, of channels are streamed through VMEM, double buffered.
 
-Channels are lanes and the N numbers of a channel's state rows of registers. What a token has of each channel is read on all
-rows; what it has of each number, a column of B or C, lies on all lanes in VMEM, where the first block of channels puts it.
-The states of all channels stay in VMEM from block to block.
+Channels are lanes, and the N numbers of a channel's state rows of registers. A token's value for each channel is read on
+all rows; that for each number, a column of B or C, lies on all lanes in VMEM, put there by the first block of channels. The
+states of all channels stay in VMEM from block to block.
 """
 
 import functools
@@ -33,7 +33,7 @@ class _Shape(NamedTuple):
 
 
 def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
-    """The outputs of ``Plan``, in its order; ``before`` are the states before each 128 tokens."""
+    """The outputs of ``Plan``, in its order; ``before`` are the states before every 128 tokens."""
     (batch, length, channels), states = arguments.dt.shape, arguments.state.shape[1]
     shape = _shape(arguments)
     steps = pl.cdiv(shape.length, shape.time)
@@ -66,7 +66,7 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
 
 
 def _shape(arguments: Arguments) -> _Shape:
-    """Of whole registers."""
+    """The shape in whole registers."""
     (_, length, channels), states = arguments.dt.shape, arguments.state.shape[1]
     sizes = (length, blocks.SELECTIVE_SCAN_ROWS), (states, SUBLANES), (channels, LANES)
     length, states, channels = (n + -n % whole for n, whole in sizes)
@@ -74,7 +74,7 @@ def _shape(arguments: Arguments) -> _Shape:
 
 
 def _specs(shape: _Shape, at) -> dict[str, pl.BlockSpec]:
-    """By form; ``at(t)`` is the block of time that is taken in the grid's step t."""
+    """Block specs by form; ``at(t)`` is the block of time processed in grid step t."""
     time, states, width = shape.time, shape.states, shape.width
     state = pl.BlockSpec((None, states, shape.channels), lambda b, t, d: (b, 0, 0))
     return {
@@ -89,8 +89,8 @@ def _specs(shape: _Shape, at) -> dict[str, pl.BlockSpec]:
 
 
 def _whole(arguments: Arguments, time: int) -> Arguments:
-    """With whole registers: zeros for numbers, channels and tokens that there are not, by which nothing changes. B and C
-    are turned, ``[B, N, T]``. The marks, of which scalars are read, are as many as the tokens of all blocks, ``time``."""
+    """The arguments padded to whole registers with zeros for numbers, channels and tokens, which change nothing. B and C
+    are transposed, ``[B, N, T]``. The marks, read as scalars, are as many as the tokens of all blocks, ``time``."""
 
     def padded(y, *multiples):
         if y is None:
@@ -175,8 +175,8 @@ def _kernel(plan: Plan, shape: _Shape, names: list[str], scratch: list[str], *re
 
 
 class _Block:
-    """Reads and writes the refs of one block: 128 tokens after the other, in groups of ``rows``, and 128 channels after the
-    other. The states between blocks are in ``final``, the output that they are in the end."""
+    """Reads and writes the refs of one block: 128 tokens at a time, in groups of ``rows``, and 128 channels at a time. The
+    states between blocks are in ``final``, the output that they become at the end."""
 
     def __init__(self, plan: Plan, shape: _Shape, refs: dict[str, Any]):
         self.plan, self.shape, self.refs = plan, shape, refs
@@ -203,7 +203,7 @@ class _Block:
             self.refs["d_A"][...] = jnp.zeros_like(self.refs["d_A"])
 
     def _spread(self, piece) -> None:
-        """The columns of 128 tokens on all lanes; and nothing yet in the gradients of these."""
+        """Puts the columns of 128 tokens on all lanes, and sets their gradients to zero."""
         at = pl.ds(pl.multiple_of(piece * LANES, LANES), LANES)
 
         def group(name, i):
@@ -225,14 +225,14 @@ class _Block:
         return pl.ds(pl.multiple_of(start * states, SUBLANES) + j * states, states)
 
     def _groups(self, piece):
-        """Groups of the piece that are of the sequence."""
+        """The number of groups of the piece that belong to the sequence."""
         whole = LANES // self.rows
         if self.shape.length % LANES == 0:
             return whole
         return jnp.minimum(whole, lax.div(self.left - piece * LANES, jnp.int32(self.rows)))
 
     def _fill(self, piece) -> None:
-        """The rows of the piece in the dtype to compute in, of which single ones can then be read on all rows."""
+        """The rows of the piece in the dtype to compute in, so that single ones can be read on all rows."""
         at = pl.ds(pl.multiple_of(piece * LANES, LANES), LANES)
         rows = {name: self.refs[name][at].astype(self.wide) for name in ("x", "dt", "d_y") if name in self.refs}
         if "u_rows" in self.refs:
@@ -242,21 +242,21 @@ class _Block:
                 self.refs[f"{name}_rows"][...] = rows[name]
 
     def _channels(self, tile: int | None = None):
-        """Of the block, or of one tile of it, among all channels."""
+        """The position among all channels of the block, or of one tile of it."""
         start = pl.multiple_of(self.block * self.shape.width, LANES)
         return pl.ds(start, self.shape.width) if tile is None else pl.ds(start + tile, LANES)
 
     def _column(self, name: str, piece, group, j: int) -> jax.Array:
-        """Of B or C, for the j-th token of a group: ``[N, 128]``, a number on all lanes."""
+        """B or C for the j-th token of a group: ``[N, 128]``, each number on all lanes."""
         return self.refs[f"{name}_columns"][self._of_token(piece * LANES + group * self.rows, j)]
 
     def _row(self, name: str, group, j: int, tile: int) -> jax.Array:
-        """Of the j-th token of the group ``[N, 128]``, on all rows."""
+        """The row of the j-th token of the group, on all rows: ``[N, 128]``."""
         rows = self.refs[f"{name}_rows"].at[pl.ds(pl.multiple_of(group * self.rows, self.rows), self.rows)]
         return jnp.broadcast_to(rows[j : j + 1, tile : tile + LANES], (self.shape.states, LANES))
 
     def _kept(self, a: jax.Array, piece, group, j: int) -> jax.Array:
-        """0 where a document begins."""
+        """a, but 0 where a document begins."""
         if "starts" not in self.refs:
             return a
         return a * (1 - self.refs["starts"][0, piece * LANES + group * self.rows + j]).astype(a.dtype)
@@ -272,7 +272,7 @@ class _Block:
         return self.refs["A"][:, self._channels(tile)] if self.plan.rates else None
 
     def _piece(self, piece) -> None:
-        """Of 128 tokens: forward, its summary, or the gradient of the state."""
+        """Processes 128 tokens: forward, its summary, or the gradient of the state."""
         self._fill(piece)
         if "before" in self.refs:
             self.refs["before"][piece] = self.refs["final"][:, self._channels()]
@@ -286,14 +286,14 @@ class _Block:
         _each(groups, group)
 
     def _of_tiles(self, function) -> None:
-        """``function(tile, state)`` in the place of each tile's state. None is stored before all are loaded: so the
-        compiler, which does not know that they are apart, need not take one after the other."""
+        """Replaces each tile's state with ``function(tile, state)``. All are loaded before any is stored, so that the
+        compiler, which does not know them to be disjoint, need not take one after another."""
         states = [self.refs["final"][:, self._channels(tile)] for tile in self.tiles]
         for tile, state in zip(self.tiles, map(function, self.tiles, states), strict=True):
             self.refs["final"][:, self._channels(tile)] = state
 
     def _on(self, piece, group, tile: int, state: jax.Array) -> jax.Array:
-        """A group of tokens, of 128 channels."""
+        """Processes a group of tokens for 128 channels."""
         rates, read = self._rates(tile), []
         for j in range(self.rows):
             state = self._next(piece, group, j, tile, rates, state)
@@ -316,13 +316,13 @@ class _Block:
         return d_state
 
     def _gradient(self, piece) -> None:
-        """Of 128 tokens: their states again, and then the other way."""
+        """For 128 tokens: recomputes their states, then goes backwards."""
         self._fill(piece)
         groups = self._groups(piece)
         self.refs["states"][: self.shape.states] = self.refs["before"][piece]
 
         def again(i):
-            # Token after token: stores are not put in another order, and each tile has to wait for its own last token.
+            # Token by token: stores are not reordered, and each tile has to wait for its own last token.
             tiles = [(tile, slice(tile, tile + LANES), self._rates(tile)) for tile in self.tiles]
             found = [self.refs["states"][self._of_token(i * self.rows, 0), lanes] for _, lanes, _ in tiles]
             for j in range(self.rows):
@@ -334,7 +334,7 @@ class _Block:
         _each(groups, lambda i: self._group_gradient(piece, groups - 1 - i))
 
     def _group_gradient(self, piece, group) -> None:
-        """Of a group of tokens."""
+        """The gradients of a group of tokens."""
         at = pl.ds(pl.multiple_of(piece * LANES, LANES), LANES)
         of_keys = {name: [jnp.zeros((self.shape.states, LANES), self.wide)] * self.rows for name in ("d_B", "d_C")}
         self._of_tiles(lambda tile, d_state: self._tile_gradient(piece, group, tile, d_state, *of_keys.values()))
@@ -349,7 +349,7 @@ class _Block:
     def _tile_gradient(
         self, piece, group, tile: int, d_state: jax.Array, of_k: list[jax.Array], of_q: list[jax.Array]
     ) -> jax.Array:
-        """Adds to ``of_k`` and ``of_q`` what 128 channels give of B's and C's gradients, before these are summed."""
+        """Adds to ``of_k`` and ``of_q`` what 128 channels contribute to B's and C's gradients, before these are summed."""
         refs, lanes, rates = self.refs, slice(tile, tile + LANES), self._rates(tile)
         d_A = jnp.zeros_like(d_state)
         of_u, of_dt = [], []
@@ -386,22 +386,22 @@ class _Block:
 
 
 def _each(count, body) -> None:
-    """``body(i)`` for each of ``count``; i is of 32 bits under jax_enable_x64 too."""
+    """``body(i)`` for each of ``count``; i has 32 bits even under jax_enable_x64."""
     lax.fori_loop(0, count, lambda i, carry: body(i.astype(jnp.int32)) or carry, jnp.int32(0))
 
 
 def _sums(tokens: list[jax.Array]) -> jax.Array:
-    """Of each of some tokens ``[N, 128]`` the sum over N, a row: ``[tokens, 128]``, a multiple of 8."""
+    """For each of some tokens ``[N, 128]`` the sum over N, as a row: ``[tokens, 128]``, a multiple of 8 tokens."""
     eights = [_eight_sums(tokens[i : i + SUBLANES]) for i in range(0, len(tokens), SUBLANES)]
     return jnp.concatenate(eights, axis=0) if len(eights) > 1 else eights[0]
 
 
 def _eight_sums(tokens: list[jax.Array]) -> jax.Array:
-    """Registers are first added up; then rows of two are added in one, of four, and of eight: each addition halves the
-    rows that a token has, and no row is added for nothing."""
+    """First adds up registers; then adds the rows of two tokens in one register, of four, and of eight: each addition
+    halves the rows that a token has, and none is wasted."""
     rows = [sum(y[i : i + SUBLANES] for i in range(SUBLANES, len(y), SUBLANES)) + y[:SUBLANES] for y in tokens]
     row = lax.broadcasted_iota(jnp.int32, rows[0].shape, 0)
-    rows = [rows[i] for i in (0, 4, 2, 6, 1, 5, 3, 7)]  # so that the sum of token i comes to row i
+    rows = [rows[i] for i in (0, 4, 2, 6, 1, 5, 3, 7)]  # so that the sum of token i ends up in row i
     for half in (4, 2, 1):
         first = lax.rem(row, jnp.int32(2 * half)) < half
         rows = [_added(rows[i], rows[i + 1], first, half) for i in range(0, len(rows), 2)]
@@ -409,7 +409,7 @@ def _eight_sums(tokens: list[jax.Array]) -> jax.Array:
 
 
 def _added(x: jax.Array, y: jax.Array, first: jax.Array, half: int) -> jax.Array:
-    """In the first ``half`` rows of each ``2 half`` the sums of two rows of x, in the others those of y."""
+    """In the first ``half`` rows of each ``2 half``, the sums of two rows of x; in the others, those of y."""
     own, other = jnp.where(first, x, y), jnp.where(first, y, x)
     if half == SUBLANES // 2:
         return own + pltpu.roll(other, half, axis=0)

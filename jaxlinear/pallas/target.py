@@ -1,26 +1,26 @@
-"""What a kernel is built for."""
+"""The device that a kernel is built for."""
 
 import re
 from typing import Any, NamedTuple
 
 
 class GPU(NamedTuple):
-    """What of a GPU decides which kernels can be built for it. ``capability``: NVIDIA's compute capability, (9, 0) of an
-    H100; None of other makers' GPUs. ``shared_memory``: bytes that a block may have."""
+    """The properties of a GPU that decide which kernels can be built for it. ``capability``: NVIDIA's compute capability,
+    (9, 0) for an H100; None for other vendors' GPUs. ``shared_memory``: bytes that a block may have."""
 
     capability: tuple[int, int] | None
     shared_memory: int
 
     @property
     def ample(self) -> bool:
-        """Whether it is as much as an A100's. What is newer than the compilers were asked about is taken for one that has
+        """Whether it has at least as much as an A100. GPUs newer than those the compilers were tried for count as having
         less."""
         return self.shared_memory >= _AMPLE and self.capability is not None and self.capability < _UNTRIED
 
     @property
     def warpgroups(self) -> bool:
-        """Whether products are an H100's or B200's, with operands in shared memory. Those of other GPUs, an A100's too,
-        have them in registers, of which fewer are left."""
+        """Whether products work as on an H100 or B200, with operands in shared memory. Other GPUs, including the A100, have
+        them in registers, which leaves fewer."""
         return self.capability is not None and (9, 0) <= self.capability < _UNTRIED
 
     @property
@@ -30,15 +30,15 @@ class GPU(NamedTuple):
 
 _AMPLE = 163 * 2**10
 _UNTRIED = 12, 0  # compute capability
-# Where JAX does not say it (CUDA C++ Programming Guide, technical specifications by compute capability).
+# For when JAX does not report it (CUDA C++ Programming Guide, technical specifications by compute capability).
 _SHARED_MEMORY = {(8, 0): 163 * 2**10, (9, 0): 227 * 2**10, (10, 0): 227 * 2**10, (10, 3): 227 * 2**10}
-_LEAST = 99 * 2**10  # of any from 8.0 on: that of 8.6, 8.9 and 12.0
+_LEAST = 99 * 2**10  # that any GPU from 8.0 on has: that of 8.6, 8.9 and 12.0
 
 
 class Target(NamedTuple):
-    """``platform``: "tpu", "gpu" or another, where kernels are interpreted. ``kind``: JAX's name of the device.
-    ``interpret``: as ``pallas_call`` takes it. ``gpu``: None where there is none, or one that nobody described, which
-    kernels are built for as for an H100."""
+    """``platform``: "tpu", "gpu" or another, on which kernels are interpreted. ``kind``: JAX's name for the device.
+    ``interpret``: as ``pallas_call`` takes it. ``gpu``: None if there is none, or if it was not described: kernels are then
+    built as for an H100."""
 
     platform: str
     kind: str
@@ -47,7 +47,8 @@ class Target(NamedTuple):
 
 
 def gpu_of(device: Any) -> GPU | None:
-    """What JAX knows of a device, here or of a topology; None of what is no GPU. Those of ROCm and oneAPI are "gpu" too."""
+    """What JAX knows about a device, present or in a topology; None if it is no GPU. ROCm and oneAPI also count as
+    "gpu"."""
     if device.platform != "gpu":
         return None
     number = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))

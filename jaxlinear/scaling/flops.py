@@ -1,8 +1,8 @@
-"""FLOPs of a model, by a written formula for each kind of layer.
+"""FLOPs of a model, by an explicit formula for each kind of layer.
 
-Counted are the multiplications and additions of every matrix product and recurrence (a multiply-add is 2) in the forward
-pass; the backward pass costs twice that, and recomputation is not counted (it is the program's choice, not the model's).
-Norms, activations and the optimiser are left out: less than 1% at any size worth a formula.
+The formulas count the multiplications and additions of every matrix product and recurrence (a multiply-add is 2) in the
+forward pass. The backward pass costs twice that. Recomputation is not counted (it is the program's choice, not the
+model's). Norms, activations and the optimiser are left out: less than 1% at any size worth a formula.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ def rg_lru(config: ModelConfig, length: int) -> float:
 
 
 def sliding_window(config: ModelConfig, length: int) -> float:
-    """As ``attention``, but that a token sees the window."""
+    """As ``attention``, but a token sees only the window."""
     return _attention(config, mean_context(length, config.window))
 
 
 def attention(config: ModelConfig, length: int) -> float:
-    """Queries and outputs D x D, keys and values D x G K, and the products with the tokens that are seen."""
+    """Queries and outputs D x D, keys and values D x G K, and the products with the visible tokens."""
     return _attention(config, mean_context(length, length))
 
 
@@ -42,23 +42,23 @@ def convolution(config: ModelConfig, length: int) -> float:
 
 
 def mamba2(config: ModelConfig, length: int) -> float:
-    """Projections D x (2 R + 2 N + H) and R x D, the convolution over R + 2 N channels, the state's update and its read
-    (2 N P each a head, decays left out), and the skip."""
+    """Projections D x (2 R + 2 N + H) and R x D, the convolution over R + 2 N channels, the update and the read of the
+    state (2 N P each per head, decays left out), and the skip."""
     d, r, w = config.width, config.recurrent_width, config.convolution_width
     h, n, p = mixers.mamba2.widths(config)
     return 2 * d * (3 * r + 2 * n + h) + 2 * w * (r + 2 * n) + 2 * 2 * h * n * p + 2 * r
 
 
 def mamba(config: ModelConfig, length: int) -> float:
-    """Projections D x 2 R and R x D, those of the selection, R x (rank + 2 N) and rank x R, and the convolution; of each
-    number of the state its decay (1), the update (3) and the read (2); and of each channel dt x and the skip."""
+    """Projections D x 2 R and R x D, those of the selection, R x (rank + 2 N) and rank x R, and the convolution; for each
+    number of the state its decay (1), update (3) and read (2); and for each channel dt x and the skip."""
     d, r, w = config.width, config.recurrent_width, config.convolution_width
     n, rank = mixers.mamba.widths(config)
     return 2 * d * 3 * r + 2 * r * (2 * rank + 2 * n) + 2 * w * r + 6 * r * n + 3 * r
 
 
 def longhorn(config: ModelConfig, length: int) -> float:
-    """As Mamba, and of each number of the state what it keeps (2 for 1), and of each token |k|^2 and of each channel dt."""
+    """As Mamba, plus for each number of the state what it keeps (2 instead of 1), |k|^2 per token and dt per channel."""
     r, (n, _) = config.recurrent_width, mixers.mamba.widths(config)
     return mamba(config, length) + r * n + 2 * n + 3 * r
 
@@ -70,7 +70,7 @@ def delta_net(config: ModelConfig, length: int) -> float:
 
 
 def gated_delta_net(config: ModelConfig, length: int) -> float:
-    """As DeltaNet, and the projection of the decay, D x H."""
+    """As DeltaNet, plus the projection of the decay, D x H."""
     h, k, v = mixers.gated_delta_net.widths(config)
     return 2 * config.width * h + _delta_output(config, "gated_delta_net", h, v) + _delta_rule(config, h, k, v)
 
@@ -88,8 +88,8 @@ def _delta_output(config: ModelConfig, mixer: str, h: int, v: int) -> float:
 
 
 def _delta_rule(config: ModelConfig, h: int, k: int, v: int) -> float:
-    """Of J updates, projections D x H (K + J (K + V + 1)) and the convolutions of q, k and v; of each head the read at the
-    query (2 K V, decays left out), and of each update the read at the key, the write that replaces what was read (2 K V
+    """For J updates, projections D x H (K + J (K + V + 1)) and the convolutions of q, k and v. For each head, the read at
+    the query (2 K V, decays left out). For each update, the read at the key, the write that replaces what was read (2 K V
     each), and the difference that is written (2 V)."""
     updates = config.householders
     channels = h * (k + updates * (k + v))
@@ -98,20 +98,20 @@ def _delta_rule(config: ModelConfig, h: int, k: int, v: int) -> float:
 
 
 def lru(config: ModelConfig, length: int) -> float:
-    """B, D x R, and the real part of C, R x D, both complex; the gated unit D x 2 D; of each state a complex product and
+    """B, D x R, and the real part of C, R x D, both complex; the gated unit D x 2 D; for each state a complex product and
     sum (8); and the skip."""
     d, r = config.width, config.recurrent_width
     return 2 * 2 * 2 * d * r + 2 * 2 * d * d + 8 * r + 2 * d
 
 
 def s5(config: ModelConfig, length: int) -> float:
-    """As the LRU, of R / 2 states, and a gate D x D."""
+    """As the LRU with R / 2 states, plus a gate D x D."""
     d, r = config.width, config.recurrent_width
     return 2 * 2 * d * r + 2 * d * d + 4 * r + 2 * d
 
 
 def gateloop(config: ModelConfig, length: int) -> float:
-    """Seven projections D x R; of each channel the transition from its magnitude and phase (2), k v, a complex product
+    """Seven projections D x R; for each channel the transition from its magnitude and phase (2), k v, a complex product
     with the state to which it is added (7), and the real part of its product with q (1)."""
     d, r = config.width, config.recurrent_width
     return 7 * 2 * d * r + 11 * r
@@ -126,8 +126,8 @@ def gla(config: ModelConfig, length: int) -> float:
 
 
 def hgrn(config: ModelConfig, length: int) -> float:
-    """Four projections D x R; of each channel the gate above its bound, what it leaves of the state, and the input by it (1
-    each), and the recurrence (2)."""
+    """Four projections D x R; for each channel the gate above its bound, what it leaves of the state, and the input times
+    that (1 each), and the recurrence (2)."""
     d, r = config.width, config.recurrent_width
     return 4 * 2 * d * r + 5 * r
 
@@ -146,7 +146,7 @@ def lightning(config: ModelConfig, length: int) -> float:
 
 def linear_attention(config: ModelConfig, length: int) -> float:
     """Queries and keys D x H K, values and output D x H V, Hedgehog's maps K x K of queries and keys in each head, and
-    ``_linear_attention`` of the features and of one value channel more, but for the identity; no decay."""
+    ``_linear_attention`` of the features, with one more value channel unless the map is the identity; no decay."""
     h, k, v = mixers.linear_attention.widths(config)
     features = mixers.linear_attention.features(config.feature_map, k)
     maps = 2 * 2 * h * k * k if config.feature_map == "hedgehog" else 0
@@ -161,8 +161,8 @@ def retention(config: ModelConfig, length: int) -> float:
 
 
 def _linear_attention(h: int, k: int, v: int, decays: bool = True) -> float:
-    """Of each head: the product that is added to the state and the read at the query (2 K V each), and the decay (K V).
-    It is that of the recurrence; what the chunked form does more is not counted."""
+    """For each head: the product that is added to the state and the read at the query (2 K V each), and the decay (K V).
+    This is the recurrence's cost; the additional work of the chunked form is not counted."""
     return h * k * v * (5 if decays else 4)
 
 
@@ -172,7 +172,7 @@ def gated_mlp(config: ModelConfig) -> float:
 
 
 def mixture_of_experts(config: ModelConfig) -> float:
-    """The router, D x E, and of each expert that a token goes to three projections D x F and the sum."""
+    """The router, D x E, and for each expert that a token is routed to, three projections D x F and the sum."""
     d, k = config.width, config.experts_per_token
     return 2 * d * config.experts + k * (3 * 2 * d * config.expert_width + 2 * d)
 
@@ -208,13 +208,13 @@ MIXERS: dict[str, Callable[[ModelConfig, int], float]] = {
 
 
 def mean_context(length: int, window: int) -> float:
-    """How many tokens a query sees, on average over ``length`` positions: min(t, window) for t = 1 .. length."""
+    """The number of tokens that a query sees, averaged over ``length`` positions: min(t, window) for t = 1 .. length."""
     window = min(window, length)
     return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
 def forward_flops_per_token(config: ModelConfig, length: int, *, logits: bool = True) -> float:
-    """Of one token in a sequence of ``length``, the look-up of embeddings not included; the logits if asked for."""
+    """FLOPs of one token in a sequence of ``length``, without the embedding look-up; the logits are optional."""
     channel_mixer = CHANNEL_MIXERS[config.channel_mixer]
     layers = sum(_of_mixer(name)(config, length) + channel_mixer(config) for name in config.layers)
     return layers + (2 * config.width * config.vocab_size if logits else 0)
@@ -225,5 +225,5 @@ def _of_mixer(name: str) -> Callable[[ModelConfig, int], float]:
 
 
 def training_flops_per_token(config: ModelConfig, length: int, *, logits: bool = True) -> float:
-    """Forward and backward."""
+    """FLOPs per token, forward and backward."""
     return FORWARD_AND_BACKWARD * forward_flops_per_token(config, length, logits=logits)

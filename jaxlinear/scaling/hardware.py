@@ -1,4 +1,4 @@
-"""What devices can do at best: the denominator of MFU."""
+"""Peak performance of devices: the denominator of MFU."""
 
 import functools
 import time
@@ -6,7 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense matrix FLOP/s by device kind, from the makers' data sheets: bfloat16 with float32 accumulation, no sparsity.
+# Dense matrix FLOP/s by device kind, from the vendors' data sheets: bfloat16 with float32 accumulation, no sparsity.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """FLOP/s of one device; None for one that is not in the table. A CPU's is its measured float32 matrix rate."""
+    """FLOP/s of one device; None if it is not in the table. For a CPU, the measured float32 matrix rate."""
     if device.platform == "cpu":
         return _measured_cpu_flops() / sum(d.platform == "cpu" for d in jax.devices())
     return PEAK_FLOPS.get(device.device_kind)
@@ -39,7 +39,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 @functools.cache
 def _measured_cpu_flops() -> float:
-    """The best of a few products of 1024 x 1024 float32 matrices on all cores."""
+    """The best rate of a few products of 1024 x 1024 float32 matrices on all cores."""
     size = 1024
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.dot)

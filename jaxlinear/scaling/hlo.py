@@ -33,21 +33,21 @@ class Instruction:
 
     @property
     def operation(self) -> str:
-        """Where in the traced program it comes from (``op_name``)."""
+        """Its origin in the traced program (``op_name``)."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
     @property
     def called(self) -> tuple[str, ...]:
-        """The computations that it runs, but for the condition of a loop."""
+        """The computations that it runs, except for the condition of a loop."""
         groups = (several or one for several, one in _CALLED.findall(self.attributes))
         return tuple(name.strip().lstrip("%") for group in groups for name in group.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Computations by name, each in the order in which its instructions run, and how often each runs in all (None: not
-    known, or never)."""
+    """Computations by name, each in the order in which its instructions run, and how often each runs in all (None if
+    unknown, 0 if never)."""
 
     computations: dict[str, list[Instruction]]
     entry: str
@@ -55,11 +55,11 @@ class Module:
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
-        """Bytes of the result of each instruction; a name is of one in the whole module."""
+        """Bytes of the result of each instruction. Names are unique in the module."""
         return {line.name: size(line.shape) for lines in self.computations.values() for line in lines}
 
     def within(self, instruction: Instruction) -> Iterator[Instruction]:
-        """All that runs where it does, itself included."""
+        """All instructions that run as part of it, including itself."""
         yield instruction
         for name in instruction.called:
             for inner in self.computations.get(name, ()):
@@ -67,7 +67,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The module that ``compiled.as_text()`` is of."""
+    """The module for the text of ``compiled.as_text()``."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -81,7 +81,7 @@ def parse(text: str) -> Module:
 
 
 def size(shape: str) -> int:
-    """Bytes of a shape, those of all arrays of a tuple; layouts are not counted."""
+    """Bytes of a shape, summed over the arrays of a tuple. Padding by layouts is not counted."""
     total = 0.0
     for dtype, dimensions in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape)):
         width = _BYTES.get(dtype) or (int(re.findall(r"\d+", dtype)[0]) / 8 if re.search(r"\d", dtype) else 0)
@@ -90,7 +90,7 @@ def size(shape: str) -> int:
 
 
 def _instruction(name: str, rest: str) -> Instruction:
-    # A tuple's shape holds parentheses and spaces: the opcode is the first word before a parenthesis after it.
+    # A tuple's shape contains parentheses and spaces: the opcode is the first word before a parenthesis after it.
     end = _closing(rest, 0) if rest.startswith("(") else 0
     match = _OPCODE.search(rest, end)
     assert match, rest
@@ -99,7 +99,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at ``start`` closes."""
+    """The position where the parenthesis opened at ``start`` closes."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -109,9 +109,9 @@ def _closing(text: str, start: int) -> int:
 
 
 def runs(computations: dict[str, list[Instruction]], entry: str) -> dict[str, int | None]:
-    """``Module.runs``, of a program that begins at a computation."""
+    """``Module.runs`` for a program that begins at the computation ``entry``."""
     found: dict[str, int | None] = {name: int(name == entry) for name in computations}
-    # Callers stand after what they call, so one way back through the text sees every caller first.
+    # Callers stand after their callees, so one pass backwards through the text sees every caller first.
     for name in reversed(computations):
         for instruction in computations[name]:
             times = _trips(instruction, computations) if instruction.opcode == "while" else 1
@@ -125,8 +125,8 @@ def runs(computations: dict[str, list[Instruction]], entry: str) -> dict[str, in
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """As XLA says, or by the constant that the counter of the loop, which begins at 0, is compared with. The counter
-    may go on by more than 1: by 2 where libtpu makes a product of a loop of permutes, two of its parts a trip."""
+    """The trip count as XLA states it, or from the constant that the loop counter, which begins at 0, is compared with. The
+    counter may increase by more than 1: by 2 where libtpu turns a loop of permutes into a product, two parts per trip."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
@@ -142,7 +142,7 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int
 
 
 def _increment(counter: Instruction | None, loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """By how much a trip adds to the counter; 1 where the body does not say it as the sum of it and a constant."""
+    """How much a trip adds to the counter; 1 unless the body adds a constant to it."""
     place = re.search(r"\bindex=(\d+)", counter.attributes) if counter is not None else None
     body = re.search(r"\bbody=%?([\w.\-]+)", loop.attributes)
     lines = {line.name: line for line in computations.get(body[1], ())} if body else {}

@@ -1,6 +1,6 @@
-"""What a compiled program takes and exchanges, read from what the compiler says of it: memory, FLOPs, collectives.
+"""The memory, FLOPs and collectives of a compiled program, read from the compiler's output.
 
-For TPU and GPU programs, also those that were compiled with no such device at hand (``parallel.targets``).
+For TPU and GPU programs, including those compiled without such a device (``parallel.targets``).
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from jax import stages
 from jaxlinear.scaling import hlo
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
-# What moves, names or exchanges values, and computes nothing.
-_SCRATCH = re.compile(r", s8\[\d+\](?:\{[^}]*\})?\)$")  # the memory that cuBLAS works in, as a result of its call
+# ``_IDLE``: operations that move, name or exchange values but compute nothing.
+_SCRATCH = re.compile(r", s8\[\d+\](?:\{[^}]*\})?\)$")  # cuBLAS's workspace, as a result of its call
 _IDLE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|copy|opt-barrier|after-all|send|recv|.*-(start|update|done)|"
     rf"{'|'.join(KINDS)}"
@@ -29,13 +29,13 @@ _IDLE = re.compile(
 class Collective:
     """One exchange between devices.
 
-    ``bytes`` are what a device gives to it (its shard, for an all-gather), each time that it runs; ``devices`` how many
-    take part; ``axes`` the axes of the mesh that they differ in. ``runs`` is how often it runs in the whole program, a
-    loop's trips counted; None if they are not known. ``operation`` is where in the traced program it comes from.
-    ``during`` are the operations that are computed between its start and its end; none, if it is not asynchronous, nor
-    where together they read and write less than a tenth of the bytes that it receives: memory being several times as fast
-    as links, they hide next to nothing of it.
-    ``between_slices``: over the network, between the chips at one place of several slices, which hand it to their hosts.
+    ``bytes`` is what a device contributes (its shard, for an all-gather) each time it runs; ``devices`` is the number that
+    take part; ``axes`` are the mesh axes along which they differ. ``runs`` is how often it runs in the whole program,
+    including loop trips; None if unknown. ``operation`` is its origin in the traced program.
+    ``during`` are the operations computed between its start and its end. It is empty if the exchange is not asynchronous,
+    or if these operations together read and write less than a tenth of the bytes received: memory is several times as fast
+    as links, so they hide next to nothing of it.
+    ``between_slices``: over the network, between the chips at the same place in several slices, through their hosts.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Collective:
 
     @property
     def received(self) -> float:
-        """Bytes that come to a device each time, by the least that each kind can do with (a ring)."""
+        """Bytes that a device receives each time, by the least that each kind needs (a ring)."""
         others = self.devices - 1
         share = {
             "all-gather": others,
@@ -63,7 +63,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. Of the outputs, ``aliased`` bytes lie where donated arguments lay."""
+    """Bytes of one device. ``aliased`` bytes of the outputs reuse the memory of donated arguments."""
 
     arguments: int
     outputs: int
@@ -73,16 +73,16 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes that a device holds at once."""
+        """Bytes that a device holds at the same time."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """``flops`` and ``seconds`` are XLA's own estimates for one device, None where the compiler gives none (GPU), or one
-    below 0 (TPU, of some programs with collectives in loops). A loop's body counts once in both. ``cycles`` are what it
-    estimates of each fusion and copy, a loop's trips counted where they are known; None where it says none. Our kernels and
-    collectives are not among them."""
+    """``flops`` and ``seconds`` are XLA's own estimates for one device: None if the compiler gives none (GPU), or a
+    negative number (TPU, for some programs with collectives in loops). Both count a loop's body once. ``cycles`` sums XLA's
+    estimates for each fusion and copy, times loop trips where known; None if it gives none. Our kernels and collectives are
+    not included."""
 
     memory: Memory
     collectives: tuple[Collective, ...]
@@ -92,7 +92,7 @@ class Program:
 
 
 def read(compiled: stages.Compiled, mesh: jax.sharding.Mesh) -> Program:
-    """All of it, of a program on this mesh."""
+    """All of this for a program on this mesh."""
     stats, text = compiled.memory_analysis(), compiled.as_text()
     assert stats is not None and text is not None
     memory = Memory(
@@ -108,7 +108,7 @@ def read(compiled: stages.Compiled, mesh: jax.sharding.Mesh) -> Program:
 
 
 def cycles(text: str) -> int | None:
-    """What libtpu estimates of the instructions of a compiled program, each as often as it runs."""
+    """The sum of libtpu's estimates for the instructions of a compiled program, each times how often it runs."""
     module = hlo.parse(text)
     estimates = [
         int(found[1]) * (module.runs[name] or 1)
@@ -120,8 +120,8 @@ def cycles(text: str) -> int | None:
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
-    """The collectives of a compiled program, from its text and the sizes of its mesh's axes, in the mesh's order; without
-    those over axes of one device, which XLA may leave there."""
+    """The collectives of a compiled program, from its text and the sizes of its mesh's axes, in the mesh's order. Leaves
+    out those over axes of one device, which XLA may not have removed."""
     module = hlo.parse(text)
     found = []
     for name in sequences(module):
@@ -150,7 +150,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
                     module,
                     between,
                     kind=_attribute(line, "_xla_megascale_transfer_type").lower().replace("_", "-"),
-                    axes=("data",),  # the only one that slices lie along (parallel.mesh)
+                    axes=("data",),  # the only axis along which slices are laid out (parallel.mesh)
                     devices=_slices(_attribute(line, "_xla_megascale_target")),
                     bytes=module.sizes[line.operands[0]],
                     runs=module.runs[name],
@@ -163,15 +163,15 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
 
 
 def _with_work(module: hlo.Module, between: Iterable[hlo.Instruction], **known: Any) -> Collective:
-    """The collective, with the operations that these instructions compute beside it."""
+    """The collective, with the operations that these instructions compute during it."""
     one = Collective(**known, during=())
     enough = sum(moved(module, work) for work in between) >= one.received / 10
     return dataclasses.replace(one, during=_computed(module, between)) if enough else one
 
 
 def moved(module: hlo.Module, work: hlo.Instruction) -> float:
-    """Bytes that an instruction reads and writes at most. Of a loop all that it has; of an update in place the update; of
-    an array from which a fusion cuts slices and no more, these."""
+    """Upper bound of the bytes that an instruction reads and writes: for a loop all it has; for an update in place the
+    update; for an array from which a fusion only cuts slices, the slices."""
     if _IDLE.fullmatch(work.opcode):
         return 0
     lines = (
@@ -184,7 +184,7 @@ def moved(module: hlo.Module, work: hlo.Instruction) -> float:
     if last.opcode == "dynamic-update-slice" and last.operands[1] in by_name:
         return 2 * hlo.size(by_name[last.operands[1]].shape)
     calls = [line for line in lines if line.opcode == "custom-call"]
-    if calls and '"dynamic_slice_fusion"' in work.attributes:  # JAX 0.11, GPU: a product from slices or into one
+    if calls and '"dynamic_slice_fusion"' in work.attributes:  # JAX 0.11, GPU: a product reading or writing slices
         return sum(moved(module, call) for call in calls)
     shape = _SCRATCH.sub("", work.shape) if work.opcode == "custom-call" else work.shape
     inputs = {int(line.inside): line.name for line in lines if line.opcode == "parameter"}
@@ -195,7 +195,7 @@ def moved(module: hlo.Module, work: hlo.Instruction) -> float:
 
 
 def _cut(lines: list[hlo.Instruction], name: str) -> float:
-    """Bytes of the slices that these lines cut from an array, if they do nothing else with it; else infinity."""
+    """Bytes of the slices that these lines cut from an array; infinity if they use it in any other way."""
     total = 0.0
     for line in lines:
         if name not in line.operands:
@@ -216,7 +216,7 @@ def _computed(module: hlo.Module, between: Iterable[hlo.Instruction]) -> tuple[s
 
 
 def sequences(module: hlo.Module) -> list[str]:
-    """The computations whose instructions run one after the other: not what is fused, wrapped or applied."""
+    """The computations whose instructions run one after another: not fused, wrapped or applied ones."""
     found = [module.entry]
     for name in found:
         for line in module.computations[name]:
@@ -228,7 +228,7 @@ def sequences(module: hlo.Module) -> list[str]:
 def _exchanges(
     module: hlo.Module, lines: list[hlo.Instruction]
 ) -> Iterator[tuple[hlo.Instruction, list[hlo.Instruction] | None]]:
-    """Each collective of these lines, and those between its start and its end, if it has them."""
+    """Each collective in these lines, with the lines between its start and its end, if it has both."""
     chains: dict[str, tuple[hlo.Instruction, list[int]]] = {}
     for i, line in enumerate(lines):
         if line.opcode in KINDS:
@@ -243,7 +243,7 @@ def _exchanges(
                     yield inner, lines[i + 1 : _end(lines, i)]
                 elif _is_scattered(module, line, inner):
                     yield dataclasses.replace(inner, opcode="reduce-scatter"), None
-                else:  # on TPU one goes on through a chain of them, each of which holds it again beside its own work
+                else:  # on TPU it spans a chain of fusions, each of which contains it again beside its own work
                     chain = re.search(r'chain_id="(\d+)"', inner.attributes)
                     chains.setdefault(chain[1] if chain else inner.name, (inner, []))[1].append(i)
     for first, links in chains.values():
@@ -251,15 +251,15 @@ def _exchanges(
 
 
 def _is_scattered(module: hlo.Module, fusion: hlo.Instruction, inner: hlo.Instruction) -> bool:
-    """Whether nothing of the sum but a device's own part leaves the fusion: libtpu's ``all-reduce-scatter``."""
+    """Whether only a device's own part of the sum leaves the fusion: libtpu's ``all-reduce-scatter``."""
     lines = [line for name in fusion.called for line in module.computations.get(name, ())]
     users = [line for line in lines if inner.name in line.operands]
     return inner.opcode == "all-reduce" and [line.opcode for line in users] == ["dynamic-slice"] == [lines[-1].opcode]
 
 
 def _between_slices(lines: list[hlo.Instruction]) -> Iterator[tuple[hlo.Instruction, list[hlo.Instruction]]]:
-    """Each collective between slices, of which only what the hosts take and give back is in the program: its ``send``, and
-    the lines from there until it is received."""
+    """Each collective between slices. The program contains only the transfers from and to the host: gives its ``send`` and
+    the lines from there until the result is received."""
     received = {_attribute(line, _RENDEZVOUS): i for i, line in enumerate(lines) if line.opcode == "recv"}
     for i, line in enumerate(lines):
         if line.opcode == "send" and "xla_megascale_runtime" in line.attributes:
@@ -276,7 +276,7 @@ def _attribute(line: hlo.Instruction, name: str) -> str:
 
 
 def _slices(target: str) -> int:
-    """How many slices are in ``{1,2}x{0:3}``, slices 1 and 2 with their chips 0 to 3."""
+    """The number of slices in ``{1,2}x{0:3}``: here slices 1 and 2, with their chips 0 to 3."""
     count = 0
     for part in target[1 : target.index("}")].split(","):
         first, _, last = part.partition(":")
@@ -285,7 +285,7 @@ def _slices(target: str) -> int:
 
 
 def _end(lines: list[hlo.Instruction], start: int) -> int:
-    """Where what starts there is done: at the last line of those that hand it on."""
+    """Where what starts at ``start`` is done: the last line of the chain that passes it on."""
     name, end = lines[start].name, start
     for i in range(start + 1, len(lines)):
         if lines[i].opcode.endswith(("-update", "-done")) and name in lines[i].operands:
@@ -296,7 +296,7 @@ def _end(lines: list[hlo.Instruction], start: int) -> int:
 
 
 def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of the mesh in which devices of one group differ."""
+    """The mesh axes along which the devices of a group differ."""
     shape = tuple(mesh.values())
     varies = np.zeros(len(shape), bool)
     for group in groups:
@@ -325,7 +325,7 @@ _IOTA = r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
 
 
 def _iota(text: str) -> np.ndarray:
-    """``[groups, devices]<=[reshape]T(permutation)``, the numbers from 0 on so laid out."""
+    """``[groups, devices]<=[reshape]T(permutation)``: the numbers from 0 on, in that layout."""
     to, of, turn = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # type: ignore[union-attr]
     numbers = lambda x: tuple(int(i) for i in x.split(","))  # noqa: E731
     grid = np.arange(math.prod(numbers(of))).reshape(numbers(of))
@@ -333,7 +333,7 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _of_mesh(sizes: dict[str, int], ids: str | None, axes: list[tuple[str, str, str]]) -> np.ndarray:
-    """Groups along some axes of XLA's own mesh. Of an axis written ``x:(p)n`` the part of size n after those of size p."""
+    """Groups along some axes of XLA's own mesh. An axis written ``x:(p)n`` is the part of size n after those of size p."""
     grid = np.arange(math.prod(sizes.values()))
     if ids:
         if ids.startswith("["):  # also [reshape]T(permutation) alone
@@ -344,7 +344,7 @@ def _of_mesh(sizes: dict[str, int], ids: str | None, axes: list[tuple[str, str, 
     grouped: list[int] = []  # which axes of the shape
     for axis, size in sizes.items():
         parts = [(int(before or 1), int(part or size)) for name, before, part in axes if name == axis]
-        # The axis cut at each part's ends, major first.
+        # The axis is cut at the ends of each part, major first.
         cuts = sorted({1, size, *(before for before, _ in parts), *(before * part for before, part in parts)})
         for low, high in itertools.pairwise(cuts):
             if any(before <= low and high <= before * part for before, part in parts):

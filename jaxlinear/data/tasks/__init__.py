@@ -1,6 +1,6 @@
-"""Synthetic tasks by name: training sets and evaluations that are made from a seed, with nothing to download.
+"""Synthetic tasks by name: training sets and evaluations generated from a seed, with nothing to download.
 
-A difficulty is written ``NAME:option=VALUE:option=VALUE``; options that are left out have the defaults of the task's class.
+A difficulty is written ``NAME:option=VALUE:option=VALUE``. Options left out have the defaults of the task's class.
 """
 
 import dataclasses
@@ -40,13 +40,13 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def text(task: Task) -> str:
-    """The name with all options, which ``split`` reads again."""
+    """The name with all options, in the form that ``split`` reads."""
     (name,) = (name for name, known in TASKS.items() if known is type(task))
     return ":".join([name, *(f"{option}={_written(value)}" for option, value in task.options().items())])
 
 
 def training_set(spec: str, setting: Setting) -> tuple[Task, ...]:
-    """What is trained on: one difficulty of the run's length, or several, as ``mqar:pairs=2+4+8``."""
+    """What to train on: one difficulty at the run's length, or several, as in ``mqar:pairs=2+4+8``."""
     name, given = split(spec)
     defaults = TASKS[name].defaults(setting) | {"length": setting.sequence_length}
     made = tuple(TASKS[name].make(defaults | options) for options in _alternatives(TASKS[name], given))
@@ -59,11 +59,11 @@ def training_set(spec: str, setting: Setting) -> tuple[Task, ...]:
 
 
 def difficulties(spec: str, setting: Setting, trained: Sequence[Task] = ()) -> list[Task]:
-    """The difficulties that a checkpoint is judged by: those of reference with the options that ``spec`` gives, or, if it
-    gives one of those that the reference varies, those of ``spec`` alone. A number may be several, ``pairs=4+8``.
+    """The difficulties on which a checkpoint is evaluated: the reference ones with the options in ``spec`` or, if it gives
+    one that the references vary, only those of ``spec``. A number may be several, ``pairs=4+8``.
 
-    If the run was trained on the task (``trained``), the options of its last difficulty are the defaults, and all of them
-    come before those of reference. What the vocabulary of the model or the text is too small for is refused.
+    If the run was trained on the task (``trained``), the options of its last difficulty are the defaults, and all its
+    difficulties precede the reference ones. Those too large for the model's vocabulary or the text are refused.
     """
     name, given = split(spec)
     task = TASKS[name]
@@ -87,7 +87,7 @@ def difficulties(spec: str, setting: Setting, trained: Sequence[Task] = ()) -> l
 
 
 def _alternatives(task: type[Task], given: dict[str, str]) -> list[dict[str, str]]:
-    """Every combination of the values that are given for the options."""
+    """Every combination of the values given for the options."""
     texts = {field.name for field in dataclasses.fields(task) if field.type in (str, "str")}
     values = [[value] if name in texts else value.split("+") for name, value in given.items()]
     return [dict(zip(given, chosen, strict=True)) for chosen in itertools.product(*values)]

@@ -15,11 +15,11 @@ SPLITS = {"train": 0, "heldout": 1}
 
 class TaskBatches:
     """``batches[step]`` is this host's rows of global batch ``step``: int32 arrays ``[b, T]`` ``tokens``, ``segment_ids``
-    (all 1), and ``targets``, which are below 0 where nothing is to be predicted.
+    (all 1), and ``targets``, which are below 0 where there is nothing to predict.
 
     Batch ``step`` holds the examples step B ... step B + B - 1, however many hosts there are. Example i of a split is a
-    pure function of (seed, split, i), and no two splits have a generator in common. Of several difficulties, which have
-    the same length, each has as many examples: example i is of number i modulo their count.
+    pure function of (seed, split, i), and no two splits share a generator. Several difficulties, which have the same
+    length, get equally many examples: example i has difficulty number i modulo their count.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Selective copying: what is to be remembered stands at random places among filling."""
+"""Selective copying: the tokens to remember are at random positions among filler."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from jaxlinear.data.tasks.task import NO_TARGET, Example, WithVocabulary
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveCopying(WithVocabulary):
-    """``count`` data tokens in their order at random places among filling (token 0), then as many markers (token 1); the
+    """``count`` data tokens, in order, at random positions among filler (token 0), then as many markers (token 1). The
     answer at marker number i is data token number i."""
 
     SOURCE = "Gu and Dao 2023, Mamba (arXiv:2312.00752), section 4.1.1, after Jing et al. 2019 (arXiv:1706.02761)"

@@ -1,4 +1,4 @@
-"""ListOps: nested operations on digits, whose value is the answer."""
+"""ListOps: nested operations on digits; the answer is the value."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,10 +19,10 @@ _NESTED = 0.25  # probability that an argument is an operation, as in the Long R
 
 @dataclasses.dataclass(frozen=True)
 class ListOps(Task):
-    """``[MAX 2 9 [MIN 4 7] 0] =`` and at its end the answer, a digit; before it padding to T tokens.
+    """``[MAX 2 9 [MIN 4 7] 0] =`` and, at its end, the answer, a digit. It is padded on the left to T tokens.
 
     Operations (maximum, minimum, median rounded down, sum modulo 10) have 2 to ``arguments`` arguments and are nested at
-    most ``depth`` deep; an expression has at least ``shortest`` tokens.
+    most ``depth`` deep. An expression has at least ``shortest`` tokens.
     """
 
     SOURCE = (
@@ -46,7 +46,7 @@ class ListOps(Task):
         self.require(
             self.length >= 5, f"length={self.length} must be at least 5, an operation on two digits and its end"
         )
-        most = min(self.length // 2, max(_largest(self.depth, self.arguments) // 8, 4))  # more would hardly be drawn
+        most = min(self.length // 2, max(_largest(self.depth, self.arguments) // 8, 4))  # longer ones are too rare
         self.require(
             0 <= self.shortest <= most,
             f"shortest={self.shortest} must not exceed {most}: half of the length, and an eighth of the largest of "
@@ -77,7 +77,7 @@ class ListOps(Task):
         return tokens, targets
 
     def _write(self, random: np.random.Generator, expression: list[int], depth: int) -> int:
-        """Appends an operation to the expression and returns its value; nests no further when it is too long already."""
+        """Appends an operation to the expression and returns its value. Stops nesting once the expression is too long."""
         operation = int(random.integers(len(OPERATIONS)))
         expression.append(OPEN + operation)
         values = []

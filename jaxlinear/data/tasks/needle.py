@@ -1,4 +1,4 @@
-"""A pass key hidden in real text, to be told at the end."""
+"""A pass key hidden in real text, to be recalled at the end."""
 
 import collections
 import dataclasses
@@ -12,7 +12,7 @@ from jaxlinear.data.manifest import read_manifest
 from jaxlinear.data.tasks.task import NO_TARGET, Example, Setting, Task
 from jaxlinear.data.tokenizer import Tokenizer, load_tokenizer
 
-_KEYS_COUNTED = 4_000  # for the accuracy by chance
+_KEYS_COUNTED = 4_000  # used to estimate the accuracy by chance
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 _QUESTION = "\nWhat is the pass key? The pass key is"
@@ -20,11 +20,11 @@ _QUESTION = "\nWhat is the pass key? The pass key is"
 
 @dataclasses.dataclass(frozen=True)
 class PassKey(Task):
-    """One document: text of a prepared dataset, in it at ``depth`` (0 the beginning, 1 the end; -1 anywhere) a sentence
-    with a number of ``digits`` digits; at the end a question whose answer is the number.
+    """One document: text of a prepared dataset with a sentence containing a number of ``digits`` digits at ``depth`` (0 the
+    beginning, 1 the end; -1 anywhere), and at the end a question whose answer is the number.
 
-    The answer is of the tokens that the tokenizer makes of it; each counts as predicted from the true ones before it, so
-    that all are right exactly if greedy decoding gives the number.
+    The answer is the tokens that the tokenizer makes of the number. Each is predicted from the true tokens before it, so
+    all are right exactly if greedy decoding gives the number.
     """
 
     SOURCE = (
@@ -60,7 +60,7 @@ class PassKey(Task):
 
     @classmethod
     def references(cls, setting: Setting, given: set[str]) -> tuple[dict[str, Any], ...]:
-        """At each depth, at the training length and twice it; a length or a depth that is given takes their place."""
+        """Each depth at the training length and at twice it. A given length or depth replaces these."""
         lengths = ({},) if "length" in given else tuple({"length": k * setting.sequence_length} for k in (1, 2))
         depths = super().references(setting, given)
         return tuple(length | depth for length in lengths for depth in depths)
@@ -71,12 +71,12 @@ class PassKey(Task):
 
     @property
     def most_answers(self) -> int:
-        return self.digits + 1  # bytes of the number and the space before it
+        return self.digits + 1  # as bytes: the digits and the space before them
 
     @functools.cached_property
     def chance(self) -> float:
-        """Counted over many keys: how often the token that is likeliest at its place of an answer is there. Of bytes it
-        is for the space before the number always, and for each digit a tenth of the time."""
+        """Estimated from many keys: how often the likeliest token at each position of the answer is right. For bytes this
+        is always for the space before the number, and a tenth of the time for each digit."""
         keys = np.random.default_rng(0).integers(10**self.digits, size=_KEYS_COUNTED)
         counts = collections.Counter(place for key in keys for place in enumerate(self._answer(int(key)).tolist()))
         likeliest: dict[int, int] = {}
@@ -108,11 +108,11 @@ class PassKey(Task):
         return str(key).zfill(self.digits)
 
     def _parts(self, key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens of the sentence, of the question, and of its answer."""
+        """The tokens of the sentence, of the question, and of its answer."""
         return self._tokenizer.encode(_NEEDLE.format(key=self._digits(key))), self._question, self._answer(key)
 
     def _text(self, random: np.random.Generator, count: int) -> np.ndarray:
-        """``count`` tokens from a random place of the split on, without the tokens between documents."""
+        """``count`` tokens from a random position of the split on, without the tokens between documents."""
         taken: list[np.ndarray] = []
         block, missing = int(random.integers(self._table.examples)), count
         skipped = int(random.integers(self._table.manifest.block_length))
@@ -128,7 +128,7 @@ class PassKey(Task):
         needle, question, answer = self._parts(int(random.integers(10**self.digits)))
         text = self._text(
             random, self.length - len(needle) - len(question) - len(answer)
-        )  # the answer's end is not read
+        )  # the last token of the answer is never an input
         depth = random.random() if self.depth == -1 else self.depth
         cut = round(depth * len(text))
         document = self._tokenizer.document_token

@@ -1,4 +1,4 @@
-"""Associative recall: a key comes again, and the value that it had is the answer."""
+"""Associative recall: a key appears again, and the answer is the value it had."""
 
 import dataclasses
 import functools
@@ -10,14 +10,14 @@ from jaxlinear.data.tasks.task import NO_TARGET, Example, WithVocabulary
 
 @dataclasses.dataclass(frozen=True)
 class MultiQueryRecall(WithVocabulary):
-    """MQAR. ``pairs`` of a key and a value, then every key once more among filling; after it, its value is the answer.
+    """MQAR: ``pairs`` of a key and a value, then every key once more among filler; its value is the answer after it.
 
         tokens   k1 v1 k2 v2  0  0 k2  0  0  0 k1  0
         targets                    v2          v1
 
-    Keys are of the lower half of the vocabulary without 0, values of the upper half, no key or value twice. A query stands
-    at every second token at most; the d-th place after the pairs is drawn with weight ``d ** (power - 1)``: near ones are
-    likelier. The filling is token 0, or with ``random_filling`` any token that is not a key of the example.
+    Keys are from the lower half of the vocabulary without 0, values from the upper half; no key or value occurs twice. At
+    most every second token is a query; position number d after the pairs is drawn with weight ``d ** (power - 1)``, which
+    favours near ones. Filler is token 0 or, with ``random_filling``, any token that is not a key of the example.
     """
 
     SOURCE = "Arora et al. 2023, Zoology (arXiv:2312.04927); the difficulties are those of its figure 2"
@@ -55,7 +55,7 @@ class MultiQueryRecall(WithVocabulary):
 
     @functools.cached_property
     def _places(self) -> np.ndarray:
-        """Probabilities of the places after the pairs, ``[(T - 2 pairs) / 2]``."""
+        """Probabilities of the query positions after the pairs, ``[(T - 2 pairs) / 2]``."""
         weights = np.arange(1, self.length // 2 - self.pairs + 1) ** (self.power - 1.0)
         return weights / weights.sum()
 
@@ -78,8 +78,8 @@ class MultiQueryRecall(WithVocabulary):
 
 @dataclasses.dataclass(frozen=True)
 class InductionHeads(WithVocabulary):
-    """Random tokens; a special token, 0, stands once among them and once more at the end, where the answer is the token
-    that followed it the first time."""
+    """Random tokens. A special token, 0, appears once among them and once more at the end, where the answer is the token
+    that followed its first occurrence."""
 
     SOURCE = (
         "Olsson et al. 2022 (arXiv:2209.11895); in this form Fu, Dao et al. 2022, H3 (arXiv:2212.14052); vocabulary and "

@@ -1,4 +1,4 @@
-"""State tracking: after every token the answer is the product of the tokens so far, in a group."""
+"""State tracking: the answer at every token is the product, in a group, of the tokens so far."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,7 @@ class Parity(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Permutations(Task):
-    """Random permutations of five things; the answer at each is their product so far (the group S5, which is not
+    """Random permutations of five objects; the answer at each is the product so far (the group S5, which is not
     solvable). Token n is the n-th permutation in lexicographic order; the product applies the earliest first."""
 
     SOURCE = "Merrill, Petty and Sabharwal 2024 (arXiv:2404.08819); lengths beyond 25 are ours"
@@ -69,7 +69,7 @@ class Permutations(Task):
 
 PERMUTATIONS = np.array(list(itertools.permutations(range(5))), np.int32)
 _PLACES = 5 ** np.arange(4, -1, -1)
-# [p, q] -> the index of "p, then q", which takes i to q[p[i]]; as numbers in base 5 the permutations are in order.
+# [p, q] -> the index of "p, then q", which takes i to q[p[i]]. Read as numbers in base 5, the permutations are sorted.
 _PRODUCTS = np.searchsorted(PERMUTATIONS @ _PLACES, PERMUTATIONS[:, PERMUTATIONS].swapaxes(0, 1) @ _PLACES).astype(
     np.int32
 )

@@ -1,4 +1,4 @@
-"""What every synthetic task is: examples made from a seed, in which only the answers are to be predicted."""
+"""The base of all synthetic tasks: examples generated from a seed, in which only the answers are to be predicted."""
 
 import abc
 import dataclasses
@@ -8,47 +8,47 @@ import numpy as np
 
 from jaxlinear.errors import UserError
 
-NO_TARGET = -1  # in the targets of an example, where nothing is to be predicted
-Example = tuple[np.ndarray, np.ndarray]  # tokens [T], and the answer due after each token or NO_TARGET
+NO_TARGET = -1  # target where nothing is to be predicted
+Example = tuple[np.ndarray, np.ndarray]  # tokens [T], and after each token the answer or NO_TARGET
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a run gives the tasks that it is trained on or judged by."""
+    """What a run provides to the tasks that it is trained or evaluated on."""
 
     sequence_length: int
-    vocab_size: int | None = None  # of the model; None if it follows the task
-    dataset: str = ""  # for tasks in real text
+    vocab_size: int | None = None  # of the model; None if it is chosen to suit the task
+    dataset: str = ""  # for tasks that use real text
     split: str = "heldout"
 
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):
-    """One difficulty of a task: its fields are the options, which ``NAME:option=VALUE`` sets.
+    """One difficulty of a task. Its fields are the options, which ``NAME:option=VALUE`` sets.
 
-    ``example`` is a function of the generator alone. Tokens are below ``vocab_size``, answers too.
+    ``example`` is a function of the generator alone. Tokens and answers are below ``vocab_size``.
     """
 
-    REFERENCE: ClassVar[tuple[dict[str, Any], ...]]  # the difficulties that a checkpoint is judged by
+    REFERENCE: ClassVar[tuple[dict[str, Any], ...]]  # the difficulties on which a checkpoint is evaluated
     SOURCE: ClassVar[str]  # of the task and its difficulties
-    READS_TEXT: ClassVar[bool] = False  # it needs a prepared dataset
+    READS_TEXT: ClassVar[bool] = False  # whether it needs a prepared dataset
 
     length: int  # tokens of an example, T
 
     @property
     @abc.abstractmethod
     def vocabulary(self) -> int:
-        """Tokens that the task uses."""
+        """Number of tokens that the task uses."""
 
     @property
     @abc.abstractmethod
     def most_answers(self) -> int:
-        """No example has more answers."""
+        """Upper bound on the number of answers in an example."""
 
     @property
     @abc.abstractmethod
     def chance(self) -> float:
-        """Accuracy of an answer by one who knows what answers look like and has not read the example."""
+        """Accuracy to expect from knowing what answers look like, without reading the example."""
 
     @abc.abstractmethod
     def example(self, random: np.random.Generator) -> Example:
@@ -61,13 +61,13 @@ class Task(abc.ABC):
 
     @classmethod
     def references(cls, setting: Setting, given: set[str]) -> tuple[dict[str, Any], ...]:
-        """The difficulties that a checkpoint of this run is judged by: one without options of its own if one of theirs is
-        ``given``."""
+        """The difficulties on which a checkpoint of this run is evaluated: one, without options of its own, if an option
+        that they vary is ``given``."""
         return ({},) if given & {name for options in cls.REFERENCE for name in options} else cls.REFERENCE
 
     @classmethod
     def make(cls, options: dict[str, Any]) -> Self:
-        """With options by name, values as they are or as text."""
+        """From options by name, with values as they are or as text."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values = {}
         for name, value in options.items():
@@ -98,13 +98,13 @@ class WithVocabulary(Task):
 
     @classmethod
     def defaults(cls, setting: Setting) -> dict[str, Any]:
-        """The vocabulary of the paper, as far as the model has so many tokens."""
+        """The vocabulary of the paper, limited to the model's."""
         return {} if setting.vocab_size is None else {"vocab_size": min(cls.vocab_size, setting.vocab_size)}
 
 
 def name_of(task: type[Task]) -> str:
-    """The name that the registry has for a task."""
-    from jaxlinear.data import tasks  # which imports the tasks, and they this file
+    """The name of a task in the registry."""
+    from jaxlinear.data import tasks  # imported here, since it imports the tasks, which import this file
 
     return next(name for name, known in tasks.TASKS.items() if known is task)
 

@@ -1,4 +1,4 @@
-"""Weights of other programs to a run's directory, and back."""
+"""Converts weights of other programs into a run's directory, and back."""
 
 import contextlib
 import os
@@ -22,19 +22,19 @@ from jaxlinear.training.workdir import CONFIG, read_config
 
 LAYOUTS = ("huggingface", "flax")
 TREE = "parameters"
-_OVERHEAD_BYTES = 1 << 20  # of a directory over its arrays
+_OVERHEAD_BYTES = 1 << 20  # of a directory, in addition to its arrays
 
 
 def import_weights(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
-    """Makes a run's directory of another program's model: its config, its tokenizer, and a checkpoint of step 0.
+    """Makes a run's directory from another program's model: its config, its tokenizer, and a checkpoint of step 0.
 
     Args:
-      source: a directory of Hugging Face with a model of ``hugging_face.FAMILIES`` in safetensors, or a checkpoint of the
+      source: a Hugging Face directory with a model of ``hugging_face.FAMILIES`` in safetensors, or a checkpoint of the
         ``recurrentgemma`` package.
-      workdir: must not be there yet, or be empty.
+      workdir: must not exist yet, or be empty.
 
-    What is wrong is refused before anything is written, and the directory appears when it is whole. In memory is a part of
-    one array, at most a tensor of one layer.
+    Anything wrong is refused before anything is written, and the directory appears only when it is complete. Only a part
+    of one array is in memory, at most a tensor of one layer.
     """
     source, workdir = Path(source).absolute(), Path(workdir).absolute()
     _check_empty(workdir)
@@ -65,17 +65,17 @@ def import_weights(source: str | os.PathLike, workdir: str | os.PathLike) -> Non
 def export_weights(
     workdir: str | os.PathLike, target: str | os.PathLike, *, step: int | None = None, layout: str = "huggingface"
 ) -> None:
-    """Writes a run's weights, in float32, and its tokenizer as another program has them.
+    """Writes a run's weights, in float32, and its tokenizer in the format of another program.
 
     Args:
-      workdir: the run; its newest checkpoint, or that of ``step``.
-      target: the directory to make; must not be there yet, or be empty.
+      workdir: the run; its newest checkpoint is used, or that of ``step``.
+      target: the directory to make; must not exist yet, or be empty.
       layout: one of ``LAYOUTS``: that of Hugging Face, for a model of ``hugging_face.FAMILIES``, or that of the
         ``recurrentgemma`` package.
 
-    Nothing is written before the model is known to be one of theirs and the checkpoint to be undamaged, and the target
-    appears when it is whole. In memory is at most one tensor of theirs; of a trained run, whose checkpoints hold each array
-    of all repetitions in one piece, those arrays of ours that the tensor is made of.
+    Nothing is written before the model is known to be one of theirs and the checkpoint to be undamaged. The target appears
+    only when it is complete. At most one tensor of theirs is in memory; for a trained run, whose checkpoints hold each
+    array of all repetitions in one piece, also those arrays of ours that the tensor is made from.
     """
     workdir, target = Path(workdir).absolute(), Path(target).absolute()
     if layout not in LAYOUTS:
@@ -130,15 +130,15 @@ def _from_flax(source: Path) -> _Imported:
 def _config(model: Mapping[str, Any]) -> config_dict.ConfigDict:
     config = configs.default()
     config.model.update(model)
-    configs.forget_unread(config, ["model.pattern"])  # another project's file says more than its model has parts for
+    configs.forget_unread(config, ["model.pattern"])  # a file may set more than its model has parts for
     return configs.resolve(config)
 
 
 def _tokenizer(
     directories: Sequence[Path], first_token: int | None = None, end_tokens: tuple[int, ...] = ()
 ) -> Tokenizer | None:
-    """The tokenizer that lies with the weights. Its document token is the one that the model's texts began with; where none
-    are named that they end with, those are a SentencePiece model's own."""
+    """The tokenizer stored with the weights. Its document token is the one that the model's texts began with. If no end
+    tokens are given, those of a SentencePiece model are its own."""
     files = [directory / name for directory in directories for name in ("tokenizer.json", "tokenizer.model")]
     path = next((path for path in files if path.is_file()), None)
     if path is None:
@@ -170,15 +170,15 @@ def _added_token(path: Path, index: int | None) -> str | None:
 
 
 def _borders(path: Path) -> tuple[str | None, tuple[int, ...]]:
-    """The name of the token that begins a text, in a SentencePiece model, and that which ends it."""
+    """The name of a SentencePiece model's token that begins a text, and the id of the one that ends it."""
     try:
         import sentencepiece
     except ImportError:
-        return None, ()  # opening the tokenizer says what it needs
+        return None, ()  # opening the tokenizer reports what is missing
     try:
         pieces: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
-        return None, ()  # and what is wrong with it
+        return None, ()  # likewise, what is wrong with it
     first, last = pieces.bos_id(), pieces.eos_id()
     return pieces.id_to_piece(first) if first >= 0 else None, (last,) if last >= 0 else ()
 
@@ -190,7 +190,7 @@ def _check_empty(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _made_whole(directory: Path, arrays: Mapping[str, StreamedArray]) -> Iterator[Path]:
-    """A path to make in place of ``directory``, which then gets its name. Of what fails, nothing is left."""
+    """A path to fill, which is then renamed to ``directory``. If that fails, nothing is left."""
     parent = directory.parent
     parent.mkdir(parents=True, exist_ok=True)
     needed, free = sum(x.nbytes for x in arrays.values()) + _OVERHEAD_BYTES, shutil.disk_usage(parent).free
@@ -203,7 +203,7 @@ def _made_whole(directory: Path, arrays: Mapping[str, StreamedArray]) -> Iterato
     try:
         with half_made.directory(directory) as around:
             yield around / "whole"
-            _check_empty(directory)  # again, for another program may have made it meanwhile
+            _check_empty(directory)  # again, since another program may have made it meanwhile
             os.replace(around / "whole", directory)
     except (OSError, ValueError, RuntimeError) as error:
         if not checkpoint.is_disk_full(error):

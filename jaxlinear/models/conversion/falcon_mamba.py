@@ -1,4 +1,4 @@
-"""Falcon-Mamba (arXiv:2410.05355) as transformers has it: Mamba, and norms of what it selects, which have no weights."""
+"""Falcon-Mamba (arXiv:2410.05355) in transformers' format: Mamba with norms, without weights, of what it selects."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from jaxlinear.models.conversion.family import Family, Fields
 
 def _model(fields: Fields) -> dict[str, Any]:
     values, epsilon = mamba.model(fields), fields.number("mixer_rms_eps", 1e-6)
-    if epsilon <= 0 < values["norm_epsilon"]:  # 0 is the model's here
+    if epsilon <= 0 < values["norm_epsilon"]:  # here 0 means the model's own
         fields.refuse("mixer_rms_eps", epsilon, "only a number above 0 can be imported")
     return values | {"selection_norm": True, "selection_norm_epsilon": epsilon}
 

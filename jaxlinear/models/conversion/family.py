@@ -1,4 +1,4 @@
-"""What an architecture of another program is made of, for all that read and write its weights."""
+"""The description of another program's architecture, shared by all code that reads and writes its weights."""
 
 import re
 import sys
@@ -12,17 +12,17 @@ from jaxlinear.streaming import StreamedArray
 
 
 class Fields:
-    """The fields of a ``config.json``. ``UserError`` names the one that is missing or that no model here can have."""
+    """The fields of a ``config.json``. ``UserError`` names a field that is missing or that no model here can have."""
 
     def __init__(self, values: Mapping[str, Any], origin: str):
         self._values, self.origin = values, origin
 
     def optional(self, name: str) -> Any:
-        """A field's value, None where it is not there."""
+        """A field's value; None if it is absent."""
         return self._values.get(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field's value; ``default`` where it is not there or null, which is refused if there is none."""
+        """A field's value; ``default`` if it is absent or null. Without a default, such a field is refused."""
         value = self._values.get(name)
         value = default if value is None else value
         if value is None:
@@ -30,60 +30,60 @@ class Fields:
         return value
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """The same of a whole number from 1 on."""
+        """``get`` for a positive integer."""
         value = self.get(name, default)
         if type(value) is not int or value < 1:
             self.refuse(name, value, "it is a whole number from 1 on")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """The same of a finite number."""
+        """``get`` for a finite number."""
         value = self.get(name, default)
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # NaN is not
             self.refuse(name, value, "it is a finite number")
         return float(value)
 
     def boolean(self, name: str, default: bool | None = None) -> bool:
-        """The same of true or false."""
+        """``get`` for true or false."""
         value = self.get(name, default)
         if not isinstance(value, bool):
             self.refuse(name, value, "it is true or false")
         return value
 
     def section(self, name: str) -> "Fields":
-        """The fields of an object, under their full names; none where it is not there or null."""
+        """The fields of an object, under their full names; empty if it is absent or null."""
         value = self.get(name, {})
         if not isinstance(value, dict):
             self.refuse(name, value, "it is an object")
         return Fields({f"{name}.{key}": inner for key, inner in value.items()}, self.origin)
 
     def only(self, name: str, *allowed: Any, default: Any) -> Any:
-        """The same of a field of which just these values can be imported."""
+        """``get`` for a field of which only the ``allowed`` values can be imported."""
         value = self.get(name, default)
         if value not in allowed:
             self.refuse(name, value, f"only {' or '.join(map(repr, allowed))} can be imported")
         return value
 
     def only_null(self, *names: str) -> None:
-        """Refuses fields that are there and not null."""
+        """Refuses fields that are present and not null."""
         for name in names:
             if self.optional(name) is not None:
                 self.refuse(name, self.optional(name), "only null can be imported")
 
     def is_null(self, name: str) -> bool:
-        """Whether a field is there and null."""
+        """Whether a field is present and null."""
         return name in self._values and self._values[name] is None
 
     def refuse(self, name: str, value: Any, reason: str) -> NoReturn:
         raise UserError(f"{self.origin}: {name} is {value!r}; {reason}")
 
     def dtype(self) -> str:
-        """Of the activations: what the weights were saved in, where a model here can have it."""
+        """The dtype of the activations: the one that the weights were saved in, if a model here can have it."""
         saved = self.optional("dtype") or self.optional("torch_dtype")
         return "bfloat16" if saved == "bfloat16" else "float32"
 
     def rotary(self, *, fraction: float, may_scale: bool = False) -> dict[str, Any]:
-        """Our keys of rotary positions, from the fields of any release of transformers: plain ones or, if they
+        """Our keys for rotary positions, from the fields of any release of transformers: unscaled ones or, with
         ``may_scale``, Llama 3.1's."""
         base = self.number("rope_theta", 10_000.0)
         fraction = self.number("partial_rotary_factor", fraction)
@@ -119,17 +119,17 @@ def _as_they_are(_: ModelConfig, tensors: Mapping[str, StreamedArray]) -> dict[s
 
 
 class Family(NamedTuple):
-    """An architecture under the name that the other program has for it.
+    """An architecture of another program, under the name that it has there.
 
     Attributes:
       name: its ``model_type`` in a ``config.json`` of Hugging Face.
-      mixers: what the pattern of a model of this family may hold.
-      model: from its fields to keys of our ``model`` section, all that the arithmetic follows from.
-      fields: the way back; ``UserError`` where a model is none of this family.
-      links: of a model, which is one of this family.
-      main: what the pattern has to hold, if anything.
-      read: of the tensors of any release's files, what ``links`` has.
-      is_one: of a model with such a pattern, whether it is one of this family.
+      mixers: what the pattern of a model of this family may contain.
+      model: maps its fields to keys of our ``model`` section, all that determine the arithmetic.
+      fields: the inverse; raises ``UserError`` if a model is not of this family.
+      links: the links of a model of this family.
+      main: what the pattern must contain, if anything.
+      read: maps the tensors in the files of any release to those that ``links`` names.
+      is_one: whether a model with such a pattern is of this family.
     """
 
     name: str
@@ -143,18 +143,18 @@ class Family(NamedTuple):
 
 
 def renamed(tensors: Mapping[str, StreamedArray], names: Mapping[str, str]) -> dict[str, StreamedArray]:
-    """Tensors under their usual names: ``names`` has expressions for parts of other names, and what is usual for them."""
+    """Tensors under their usual names. ``names`` maps regular expressions for parts of other names to the usual parts."""
     found = {}
     for name, tensor in tensors.items():
         usual = name
         for expression, part in names.items():
             usual = re.sub(expression, part, usual)
-        found[name if usual in tensors else usual] = tensor  # of one that is there under both names, none is lost
+        found[name if usual in tensors else usual] = tensor  # if both names are present, neither tensor is lost
     return found
 
 
 def require(config: ModelConfig, family: str, **values: Any) -> None:
-    """``UserError`` for the first key of a model that has another value than all models of the family."""
+    """Raises ``UserError`` for the first key of a model whose value is not the one that all models of the family have."""
     for name, value in values.items():
         if getattr(config, name) != value:
             raise UserError(f"model.{name} is {getattr(config, name)!r}; in {family} it can only be {value!r}")

@@ -1,8 +1,8 @@
 """Checkpoints of the ``recurrentgemma`` package: nested dicts of arrays, written by Orbax.
 
-They hold parameters and nothing else. What does not follow from shapes (the window, the scale of the embeddings, the cap of
-the logits) is read from a ``config.json`` beside them, which the export writes; without one the shapes have to be those of
-a published model. The window of that package does not count the present token, ours does.
+They hold only parameters. What does not follow from shapes (the window, the scale of the embeddings, the cap of the logits)
+is read from a ``config.json`` beside them, which the export writes. Without one, the shapes must be those of a published
+model. That package's window does not count the current token; ours does.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ CONFIG = "config.json"
 _METADATA = "_METADATA"
 _ROOT = "params."
 _DTYPES = ("float32", "float16", "bfloat16")
-_HEAD_UNIT = 4  # channels: the package cuts a head in two, and what turns in two again
-# Keys of our presets that no shape tells.
+_HEAD_UNIT = 4  # channels: the package halves a head, and halves the turned part again
+# Keys of our presets that cannot be inferred from shapes.
 _NOT_IN_SHAPES = ("window", "embedding_scale", "logit_soft_cap")
 
 
@@ -37,7 +37,7 @@ def is_one(directory: Path) -> bool:
 
 
 def read_tensors(directory: Path) -> dict[str, StreamedArray]:
-    """The arrays by the path of their keys, which begins with ``params``. No array is read now."""
+    """The arrays by the path of their keys, which begins with ``params``. No array is read at this point."""
     try:
         metadata = json.loads((directory / _METADATA).read_text(encoding="utf-8"))["tree_metadata"]
         names = [".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in metadata.values()]
@@ -53,7 +53,7 @@ def read_tensors(directory: Path) -> dict[str, StreamedArray]:
 
 
 def _open(directory: Path, name: str) -> StreamedArray:
-    """An array; ``UserError``, now or when it is read, if it is damaged."""
+    """An array. Raises ``UserError``, here or when it is read, if it is damaged."""
 
     def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -139,7 +139,7 @@ def _not_in_shapes(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]
 
 
 def fields(config: ModelConfig) -> dict[str, Any]:
-    """What is written beside a checkpoint: the arguments of the package's ``GriffinConfig``."""
+    """The arguments of the package's ``GriffinConfig``, which are written beside a checkpoint."""
     family = "a checkpoint of recurrentgemma"
     others = [mixer for mixer in config.pattern if mixer not in BLOCK_OF_MIXER]
     if others:
@@ -198,7 +198,7 @@ def links(config: ModelConfig) -> Iterator[Link]:
 
 
 def write(directory: Path, fields_: Mapping[str, Any], tensors: Mapping[str, StreamedArray]) -> None:
-    """Writes a directory that is not there yet; of the tensors, a part of one is in memory at a time."""
+    """Writes a new directory. Only a part of one tensor is in memory at a time."""
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *path, last = _keys(name)

@@ -1,4 +1,4 @@
-"""Directories of Hugging Face: ``config.json`` and the weights in one safetensors file, or in several with an index."""
+"""Hugging Face directories: ``config.json`` and the weights in one safetensors file, or in several with an index."""
 
 import json
 import re
@@ -30,22 +30,22 @@ FAMILIES = {
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
-# Left over in the files of older releases: the frequencies of rotary positions, which follow from their base.
+# Left over in files of older releases: the frequencies of rotary positions, which follow from their base.
 _NO_WEIGHT = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 def is_one(directory: Path) -> bool:
-    """Whether this is such a directory, whatever the state it is in."""
+    """Whether this is such a directory, whatever state it is in."""
     return any((directory / name).exists() for name in (WEIGHTS, INDEX, CONFIG))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file. transformers writes infinity, which JSON lacks, as an object of its own."""
+    """The JSON object in a file. transformers writes infinity, which JSON lacks, as an object of its own."""
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
-    except (ValueError, TypeError) as error:  # the second of an infinity that is none
+    except (ValueError, TypeError) as error:  # TypeError for a malformed infinity
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it is not an object")
@@ -57,7 +57,7 @@ def _number(value: dict[str, Any]) -> Any:
 
 
 def family_of_fields(fields: Fields) -> Family:
-    """That of a ``config.json``."""
+    """The family of a ``config.json``."""
     name = fields.get("model_type")
     if name not in tuple(FAMILIES):
         fields.refuse("model_type", name, f"{', '.join(FAMILIES)} can be imported")
@@ -68,7 +68,7 @@ def family_of_fields(fields: Fields) -> Family:
 
 
 def family_of_model(config: ModelConfig) -> Family:
-    """The first whose layers have the model's mixers."""
+    """The first family whose layers have the model's mixers."""
     for family in FAMILIES.values():
         fits = set(config.pattern) <= set(family.mixers) and family.main in (None, *config.pattern)
         if fits and family.is_one(config):
@@ -77,7 +77,7 @@ def family_of_model(config: ModelConfig) -> Family:
 
 
 def end_tokens(directory: Path, fields: Fields) -> tuple[int, ...]:
-    """The tokens at which texts of the model end: those of ``generation_config.json``, else of ``config.json``."""
+    """The tokens at which texts of the model end: those in ``generation_config.json``, else those in ``config.json``."""
     found = fields.optional("eos_token_id")
     if (directory / GENERATION).is_file():
         found = read_json(directory / GENERATION).get("eos_token_id", found)
@@ -105,7 +105,7 @@ def shared_fields(name: str, config: ModelConfig, tokenizer: Tokenizer | None) -
 
 
 def read_tensors(directory: Path) -> dict[str, StreamedArray]:
-    """The tensors by name. Only the headers of the files are read now."""
+    """The tensors by name. Only the headers of the files are read at this point."""
     if (directory / WEIGHTS).is_file():
         return _weights(safetensors.read(directory / WEIGHTS))
     if not (directory / INDEX).is_file():
@@ -138,7 +138,7 @@ def _weights(tensors: dict[str, StreamedArray]) -> dict[str, StreamedArray]:
 
 
 def without_copy(tensors: dict[str, StreamedArray], embedding: str, origin: str) -> dict[str, StreamedArray]:
-    """The tensors of a model with tied embeddings, some files of which hold the embedding twice."""
+    """The tensors of a model with tied embeddings. Some files hold the embedding twice; the copy is left out."""
     head = "lm_head.weight"
     if head not in tensors or embedding not in tensors:
         return tensors
@@ -151,7 +151,7 @@ def without_copy(tensors: dict[str, StreamedArray], embedding: str, origin: str)
 
 
 def write(directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, StreamedArray]) -> None:
-    """Writes a directory that is not there yet; of the tensors, a part of one is in memory at a time."""
+    """Writes a new directory. Only a part of one tensor is in memory at a time."""
     directory.mkdir()
     (directory / CONFIG).write_text(json.dumps(dict(fields), indent=2) + "\n", encoding="utf-8")
     shards = _shards(tensors)
@@ -174,7 +174,7 @@ def write(directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, Stre
 
 
 def _shards(tensors: Mapping[str, StreamedArray]) -> list[list[str]]:
-    """The names, cut where a file would exceed ``SHARD_BYTES``."""
+    """The names, split where a file would exceed ``SHARD_BYTES``."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""How the tensors of another program's model lie in the arrays of ours: nothing but names, axes and places."""
+"""How another program's tensors correspond to our arrays: only names, axes and positions."""
 
 import dataclasses
 from collections import defaultdict
@@ -18,7 +18,7 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 class Form(NamedTuple):
-    """Two functions, each the inverse of the other: what our array is, from theirs, and what theirs is, from ours."""
+    """Two functions, inverse to each other: ours from theirs, and theirs from ours."""
 
     ours: Callable[[np.ndarray], np.ndarray]
     theirs: Callable[[np.ndarray], np.ndarray]
@@ -35,12 +35,12 @@ def by_block(blocks: int) -> Form:
 
 
 def under(axes: int) -> Form:
-    """There, with so many axes of length 1 before ours: one of several that are stacked."""
+    """Theirs has ``axes`` leading axes of length 1: one of several that are stacked."""
     return Form(lambda x: x.reshape(x.shape[axes:]), lambda x: x.reshape((1,) * axes + x.shape))
 
 
 def regrouped(outer: int, inner: int, form: Form) -> Form:
-    """``form``, of a tensor whose first axis is ``[outer, inner, n]`` there and is first made ``[inner, outer, n]``."""
+    """``form`` for a tensor whose first axis is ``[outer, inner, n]`` there and is first made ``[inner, outer, n]``."""
 
     def turned(x: np.ndarray, *axes: int) -> np.ndarray:
         return x.reshape(*axes, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
@@ -49,7 +49,7 @@ def regrouped(outer: int, inner: int, form: Form) -> Form:
 
 
 def shifted(offset: float) -> Form:
-    """Theirs is ours plus ``offset``. Without one, both are the same bits; with one, both are rounded."""
+    """Theirs is ours plus ``offset``. Without an offset the bits are the same; with one, both directions round."""
     return Form(lambda x: x - np.float32(offset), lambda x: x + np.float32(offset)) if offset else SAME
 
 
@@ -59,9 +59,9 @@ class Link:
 
     Attributes:
       theirs: the tensor's name.
-      ours: the path of our array: within a layer (``mixer.gate.kernel``) or, where ``layer`` is None, in the model.
+      ours: the path of our array: within a layer (``mixer.gate.kernel``) or, if ``layer`` is None, in the model.
       layer: counted from 0.
-      form: of the array in the tensor. Where a tensor has several links, they are its parts along its first axis.
+      form: how the array is laid out in the tensor. A tensor's links, if several, are its parts along its first axis.
     """
 
     theirs: str
@@ -71,8 +71,8 @@ class Link:
 
 
 class _Place(NamedTuple):
-    """A link, found: ``repeat`` of the first axis of our ``leaf`` (None: all of it), and the rows ``[begin:end]`` of the
-    tensor ``theirs``."""
+    """A resolved link: index ``repeat`` of the first axis of our ``leaf`` (None: all of it), and the rows ``[begin:end]``
+    of the tensor ``theirs``."""
 
     theirs: str
     leaf: str
@@ -84,13 +84,13 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Every array of a model and every tensor of the other program's: each number lies in one of either.
+    """All arrays of a model and all tensors of the other program's: each number of one occurs exactly once in the other.
 
     Attributes:
       shapes: of their tensors, by name.
       leaves: the shapes of our arrays, by their path in a checkpoint.
-      by_tensor: what a tensor consists of, in the order of its rows.
-      by_leaf: what an array consists of, in the order of its repetitions.
+      by_tensor: the parts of each tensor, in the order of its rows.
+      by_leaf: the parts of each array, in the order of its repetitions.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -100,7 +100,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: ModelConfig, links: Iterable[Link]) -> "Plan":
-        """The plan of ``links``, which cover the model: a number that has none, or two, would be a defect."""
+        """The plan of ``links``, which must cover the model: a number without a link, or with two, would be a defect."""
         paths = jax.tree_util.tree_leaves_with_path(describe(config).shapes)
         leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in paths}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -108,7 +108,7 @@ class Plan:
         for link in links:
             leaf, repeat = _leaf(config, link)
             ours = leaves[leaf] if repeat is None else leaves[leaf][1:]
-            part = link.form.theirs(np.broadcast_to(np.float32(0), ours)).shape  # which holds a single number
+            part = link.form.theirs(np.broadcast_to(np.float32(0), ours)).shape  # a broadcast takes no memory
             begin = shapes[link.theirs][0] if link.theirs in shapes else 0
             place = _Place(link.theirs, leaf, repeat, link.form, begin, begin + part[0])
             shapes[link.theirs] = (place.end, *part[1:])
@@ -120,7 +120,7 @@ class Plan:
         return cls(shapes, leaves, dict(by_tensor), dict(by_leaf))
 
     def check(self, tensors: Mapping[str, StreamedArray], origin: str) -> None:
-        """``UserError`` names a tensor that is missing, is none of the model's, or has another shape."""
+        """Raises ``UserError`` naming a tensor that is missing, does not belong to the model, or has the wrong shape."""
         missing = [name for name in self.shapes if name not in tensors]
         extra = sorted(tensors.keys() - self.shapes.keys())
         for names, what in ((missing, "is missing"), (extra, "is none of this model's")):
@@ -135,11 +135,11 @@ class Plan:
                 )
 
     def name_of(self, leaf: str) -> str:
-        """Of the tensor that an array of ours is, or is a part of."""
+        """The name of the tensor that an array of ours is, or is a part of."""
         return self.by_leaf[leaf][0].theirs
 
     def to_ours(self, tensors: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
-        """Our arrays, in float32, from their tensors, which ``check`` has passed."""
+        """Our arrays, in float32, from their tensors, which must have passed ``check``."""
         return {leaf: self._ours(leaf, tensors) for leaf in self.leaves}
 
     def _ours(self, leaf: str, tensors: Mapping[str, StreamedArray]) -> StreamedArray:
@@ -161,7 +161,7 @@ class Plan:
         return StreamedArray(self.leaves[leaf], _FLOAT32, rows, read)
 
     def to_theirs(self, arrays: Mapping[str, StreamedArray]) -> dict[str, StreamedArray]:
-        """Their tensors, in float32, from our arrays. Read in their ``order``, nothing of ours is read more than once."""
+        """Their tensors, in float32, from our arrays. Read in their ``order``, no data of ours is read more than once."""
         number = {leaf: i for i, leaf in enumerate(self.leaves)}
         first = {name: (number[places[0].leaf], places[0].repeat) for name, places in self.by_tensor.items()}
         chunks = _Chunks(arrays)
@@ -181,8 +181,8 @@ class Plan:
 
 
 class _Chunks:
-    """Reads the arrays of single layers. In the checkpoint of a trained run a stacked array is one chunk, which is read
-    whole; it is kept for the tensors that follow, which are those of the other layers."""
+    """Reads the arrays of single layers. In a trained run's checkpoint a stacked array is a single chunk, which is read
+    whole and is kept for the following tensors, which are those of the other layers."""
 
     def __init__(self, arrays: Mapping[str, StreamedArray]):
         self._arrays = arrays
@@ -209,7 +209,7 @@ class _Chunks:
 
 
 def _leaf(config: ModelConfig, link: Link) -> tuple[str, int | None]:
-    """The path of a link's array in a checkpoint, and the repetition of a stacked one."""
+    """The path of a link's array in a checkpoint and, for a stacked array, the repetition."""
     if link.layer is None:
         return link.ours, None
     place = stacks.place(config.stacks, link.layer)
@@ -217,7 +217,7 @@ def _leaf(config: ModelConfig, link: Link) -> tuple[str, int | None]:
 
 
 def _is_one_of_ours(places: list[_Place]) -> bool:
-    """Whether a tensor is one of our arrays as it stands, and so may be cut anywhere."""
+    """Whether a tensor is one of our arrays unchanged, so that it may be cut anywhere."""
     return len(places) == 1 and places[0].repeat is None and places[0].form is SAME
 
 

@@ -1,4 +1,4 @@
-"""Llama (arXiv:2302.13971) as transformers has it, with grouped key and value heads; and Mistral (arXiv:2310.06825), which
+"""Llama (arXiv:2302.13971) in transformers' format, with grouped key and value heads; and Mistral (arXiv:2310.06825), which
 is Llama with a window."""
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def _full(fields: Fields, context: int) -> dict[str, Any]:
 
 
 def _shared(fields: Fields, groups: int) -> dict[str, Any]:
-    """Of either; ``groups`` of keys and values, where it is not said how many there are."""
+    """The keys of both. ``groups`` is the default number of key and value heads."""
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if width % heads:
         fields.refuse("hidden_size", width, f"its {heads} heads do not divide it")
@@ -110,7 +110,7 @@ def _scaling(config: ModelConfig) -> dict[str, Any]:
 
 
 def _is_mistral(config: ModelConfig) -> bool:
-    """And not one of Griffin's, all of whose blocks are local."""
+    """Whether a model with a window is a Mistral, not one of Griffin's all of whose blocks are local."""
     return config.mlp_activation == "silu" and not config.embedding_scale
 
 

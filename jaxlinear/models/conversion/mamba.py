@@ -1,5 +1,5 @@
-"""Mamba (arXiv:2312.00752) as transformers has it, and flash-linear-attention with other fields; and what of either
-Falcon-Mamba and Mamba-2 have too."""
+"""Mamba (arXiv:2312.00752) in the formats of transformers and, with other fields, flash-linear-attention; and what
+Falcon-Mamba and Mamba-2 share with it."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -15,15 +15,15 @@ _LOG = logging.getLogger(__name__)
 
 
 def model(fields: Fields) -> dict[str, Any]:
-    """Keys of our ``model`` section, of Falcon-Mamba too but for its norms."""
+    """Keys of our ``model`` section; for Falcon-Mamba too, except for its norms."""
     values = shared_model(fields, "mamba", tied_by_default=True)
-    # The programs heed it over ``expand``, which need not agree: that of the published Falcon-Mamba does not.
+    # Both programs use it rather than ``expand``, which may disagree, as in the published Falcon-Mamba.
     inner = fields.integer("intermediate_size", values["recurrent_width"])
     return values | {"recurrent_width": inner, "time_step_rank": _rank(fields, values["width"])}
 
 
 def _rank(fields: Fields, width: int) -> int:
-    """That of transformers, or of flash-linear-attention; 0, as the presets have it, where it is the usual one."""
+    """The rank in transformers or flash-linear-attention; 0, as in the presets, if it is the usual one."""
     name, other = "time_step_rank", "dt_rank"
     ranks = {key: fields.integer(key) for key in (name, other) if fields.get(key, "auto") != "auto"}
     rank = ranks.get(name, ranks.get(other, paper_rank(width)))
@@ -33,7 +33,7 @@ def _rank(fields: Fields, width: int) -> int:
 
 
 def shared_model(fields: Fields, mixer: str, *, tied_by_default: bool) -> dict[str, Any]:
-    """The same of any Mamba."""
+    """The keys that any Mamba has."""
     width = fields.integer("hidden_size")
     fields.only("use_bias", False, default=False)
     fields.only("use_conv_bias", True, default=True)
@@ -50,7 +50,7 @@ def shared_model(fields: Fields, mixer: str, *, tied_by_default: bool) -> dict[s
         "vocab_size": fields.integer("vocab_size"),
         "width": width,
         "recurrent_width": int(fields.integer("expand", 2) * width),
-        "num_heads": 1,  # of attention, which there is none
+        "num_heads": 1,  # for attention, of which there is none
         "key_width": fields.integer("state_size"),
         "channel_mixer": "none",
         "convolution_width": fields.integer("conv_kernel", 4),
@@ -63,7 +63,7 @@ def shared_model(fields: Fields, mixer: str, *, tied_by_default: bool) -> dict[s
 
 
 def _epsilon(fields: Fields) -> float:
-    """That of transformers, or of flash-linear-attention, each of which does not read the other's."""
+    """The epsilon of transformers or of flash-linear-attention. Neither reads the other's field."""
     name, other = "layer_norm_epsilon", "norm_eps"
     epsilon = fields.number(other, fields.number(name, 1e-5))
     if fields.number(name, epsilon) != epsilon:
@@ -76,7 +76,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def fields_of(config: ModelConfig, family: str) -> dict[str, Any]:
-    """The way back from ``model``."""
+    """The inverse of ``model``."""
     states, rank = widths(config)
     return shared_fields(config, family) | {
         "state_size": states,
@@ -87,10 +87,10 @@ def fields_of(config: ModelConfig, family: str) -> dict[str, Any]:
 
 
 def shared_fields(config: ModelConfig, family: str) -> dict[str, Any]:
-    """The way back from ``shared_model``."""
+    """The inverse of ``shared_model``."""
     require(config, family, channel_mixer="none", embedding_scale=False, logit_soft_cap=0.0)
     return {
-        "expand": max(1, config.recurrent_width // config.width),  # a whole number to transformers
+        "expand": max(1, config.recurrent_width // config.width),  # transformers requires an integer
         "conv_kernel": config.convolution_width,
         "use_bias": False,
         "use_conv_bias": True,
@@ -101,7 +101,7 @@ def shared_fields(config: ModelConfig, family: str) -> dict[str, Any]:
 
 
 def links(config: ModelConfig) -> Iterator[Link]:
-    """Of Falcon-Mamba too."""
+    """The links, for Falcon-Mamba too."""
     yield from links_around(config)
     for layer in range(config.num_layers):
         there = f"backbone.layers.{layer}.mixer"
@@ -118,7 +118,7 @@ def links(config: ModelConfig) -> Iterator[Link]:
 
 
 def links_around(config: ModelConfig) -> Iterator[Link]:
-    """Of all but the mixers."""
+    """The links of everything but the mixers."""
     norm = shifted(config.norm_offset)
     yield Link("backbone.embeddings.weight", "embedding")
     yield Link("backbone.norm_f.weight", "norm.scale", None, norm)

@@ -1,5 +1,5 @@
-"""Mamba-2 (arXiv:2405.21060) as transformers has it, and flash-linear-attention with other fields: its one input projection
-and its one convolution are several here."""
+"""Mamba-2 (arXiv:2405.21060) in the formats of transformers and, with other fields, flash-linear-attention. Their single
+input projection and single convolution are several here."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""RecurrentGemma (arXiv:2404.07839) as transformers and as the recurrentgemma package have it: Griffin's layers."""
+"""RecurrentGemma (arXiv:2404.07839) in the formats of transformers and the recurrentgemma package: Griffin's layers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +31,7 @@ def _model(fields: Fields) -> dict[str, Any]:
     pattern, num_layers = tuple(_BLOCKS[block] for block in blocks), fields.integer("num_hidden_layers")
     positions = fields.rotary(fraction=0.5)
     turned = int(width // heads * positions["rotary_fraction"])
-    # Of an odd number transformers turns one channel more, by other frequencies; ours turn one less.
+    # For an odd number, transformers turns one channel more, with other frequencies, whereas ours turns one less.
     if "sliding_window" in pattern[:num_layers] and turned % 2:
         fields.refuse(
             "partial_rotary_factor",
@@ -59,12 +59,12 @@ def _model(fields: Fields) -> dict[str, Any]:
 
 
 def griffin(**values: Any) -> dict[str, Any]:
-    """Keys of the ``model`` section, with those that are the same in all of these models."""
+    """Keys of the ``model`` section, including those that are the same in all of these models."""
     return {"channel_mixer": "gated_mlp", "mlp_activation": "gelu", "bias": True, "norm_offset": 1.0} | values
 
 
 def require_griffin(config: ModelConfig, family: str) -> None:
-    """``UserError`` if the layers of a model are not those of the family, whatever their sizes."""
+    """Raises ``UserError`` if a model's layers are not those of the family, whatever their sizes."""
     require(config, family, channel_mixer="gated_mlp", mlp_activation="gelu", bias=True)
     if config.gate_blocks != config.num_heads:
         raise UserError(

@@ -1,6 +1,6 @@
-"""Files of the safetensors format: eight bytes with the length of a header, the header in JSON, the tensors' bytes.
+"""Files in safetensors format: eight bytes with the length of the header, the header in JSON, the tensors' bytes.
 
-The header has, by name, each tensor's dtype, shape and place among the bytes. Tensors are read and written part by part.
+The header gives, by name, each tensor's dtype, shape and position among the bytes. Tensors are read and written in parts.
 """
 
 import json
@@ -15,13 +15,13 @@ import numpy as np
 from jaxlinear.errors import UserError
 from jaxlinear.streaming import StreamedArray, rows_at_once
 
-# By their names in the format; those of weights, all of which float32 holds exactly.
+# Dtypes of weights by their names in the format; float32 holds all of them exactly.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _LARGEST_HEADER = 100_000_000
 
 
 def read(path: Path) -> dict[str, StreamedArray]:
-    """The tensors of a file by name. Only the header is read now."""
+    """The tensors of a file by name. Only the header is read at this point."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -55,14 +55,14 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> Streame
         offset = start + begin + first * row * dtype.itemsize
         return np.fromfile(path, dtype, (last - first) * row, offset=offset).reshape(-1, *shape[1:])
 
-    # A scalar has no rows; no model here has one, and its shape is refused by name like any other.
+    # A scalar has no rows. No model here has one, and its shape is refused by name like any other.
     rows = rows_at_once(shape, dtype.itemsize) if shape else 1
     return StreamedArray(shape, dtype, rows, read_rows)
 
 
 def header(tensors: Mapping[str, StreamedArray]) -> tuple[bytes, dict[str, int]]:
-    """What a file of these float32 tensors begins with, and where in the file each of them begins."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without which transformers refuses a file
+    """The beginning of a file of these float32 tensors, and the position in the file where each of them begins."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     begin = 0
     for name, tensor in tensors.items():
         end = begin + tensor.nbytes

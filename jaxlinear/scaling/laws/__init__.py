@@ -1,1 +1,1 @@
-"""Scaling laws: how the loss follows from parameters and tokens, fitted to finished runs."""
+"""Scaling laws, which predict the loss from parameters and tokens, fitted to finished runs."""

@@ -1,4 +1,4 @@
-"""How far a fit can be trusted: the same fit to resampled runs."""
+"""The uncertainty of a fit, from the same fit to resampled runs."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,14 +11,14 @@ from jaxlinear.scaling.laws.parametric import Law
 
 REPLICATES = 500
 LEVEL = 0.95
-FREEDOM = 3  # degrees of freedom: with fewer left a fit goes nearly through the runs, and its residuals say little
-FEWEST = 5 + FREEDOM  # runs by whose resampling a law's five constants can be judged
+FREEDOM = 3  # least degrees of freedom: with fewer, a fit nearly interpolates the runs, and its residuals say little
+FEWEST = 5 + FREEDOM  # least number of runs from whose resampling a law's five constants can be judged
 
 T = TypeVar("T")
 
 
 class Interval(NamedTuple):
-    """A value, and between which bounds it lies with probability ``LEVEL``."""
+    """A value, and the bounds between which it lies with probability ``LEVEL``."""
 
     value: float
     low: float
@@ -33,13 +33,13 @@ class Fit(Generic[T]):
     replicates: tuple[T, ...]
 
     def interval(self, function: Callable[[T], float]) -> Interval:
-        """Of any number that follows from the fit; the bounds are percentiles."""
+        """The interval of any number computed from the fit. The bounds are percentiles."""
         return interval(function(self.best), [function(replicate) for replicate in self.replicates])
 
 
 def interval(value: float, samples: Sequence[float]) -> Interval:
-    """``value`` between percentiles of ``samples``, which may be infinite. Where there are none, or where too many are
-    not a number, the bounds are NaN."""
+    """``value`` with percentiles of ``samples``, which may be infinite. If there are no samples, or too many are NaN, the
+    bounds are NaN."""
     found = np.asarray(samples, np.float64)
     if not len(found) or np.isnan(found).mean() > 1 - LEVEL:
         return Interval(float(value), np.nan, np.nan)
@@ -49,11 +49,11 @@ def interval(value: float, samples: Sequence[float]) -> Interval:
 
 
 def fit_law(parameters: Any, tokens: Any, losses: Any, *, replicates: int = REPLICATES, seed: int = 0) -> Fit[Law]:
-    """``parametric.fit``, and again for runs that are drawn from the runs, with replacement; not for fewer than ``FEWEST``.
+    """``parametric.fit``, and fits to runs resampled with replacement, unless there are fewer than ``FEWEST`` runs.
 
     On synthetic losses with noise of 0.3 to 1%, intervals from resampled runs covered the truth as often as they should;
-    those from resampled residuals covered it too seldom. So did those of six and seven runs: the law goes nearly through
-    them, and so through most of those that are drawn.
+    those from resampled residuals covered it too seldom. So did those from six and seven runs: the law nearly interpolates
+    them, and therefore most of the resampled ones.
     """
     best = parametric.fit(parameters, tokens, losses)
     x, y, z = parametric.log_points(parameters, tokens, losses)
@@ -65,6 +65,6 @@ def fit_law(parameters: Any, tokens: Any, losses: Any, *, replicates: int = REPL
         while len(laws) < replicates:
             drawn = random.integers(len(x), size=len(x))
             if min(parametric.distinct(x[drawn]), parametric.distinct(y[drawn])) < 3:
-                continue  # no law follows from these
+                continue  # no law can be fitted to these
             laws.append(parametric.refit(best, x[drawn], y[drawn], z[drawn]))
     return Fit(best, tuple(laws))

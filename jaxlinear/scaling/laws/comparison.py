@@ -1,4 +1,4 @@
-"""Fits of several architectures, by both ways to count parameters and FLOPs, and what one is worth in the other's FLOPs."""
+"""Fits of several architectures, by both ways of counting parameters and FLOPs, and compute multipliers between them."""
 
 import dataclasses
 import math
@@ -13,12 +13,12 @@ from jaxlinear.scaling.laws.optimum import Cost
 from jaxlinear.scaling.laws.parametric import Law
 from jaxlinear.scaling.laws.points import COUNTS, Point
 
-BEYOND = 10  # how many times the largest budget the laws are asked about, too
+BEYOND = 10  # the laws are also evaluated at this multiple of the largest budget
 
 
 @dataclasses.dataclass(frozen=True)
 class ArchitectureFit:
-    """The fits of one architecture by one way to count; where there is none, ``refusals`` says why."""
+    """The fits of one architecture by one way of counting. ``refusals`` says why a fit is missing."""
 
     points: list[Point]
     cost: Cost
@@ -32,7 +32,7 @@ class ArchitectureFit:
         return self.law.interval(operator.attrgetter(name))
 
     def exponents(self) -> tuple[Interval, Interval]:
-        """With which powers of the FLOPs the best N and D grow under the law."""
+        """The powers of the FLOPs with which the optimal N and D grow under the law."""
         assert self.law is not None
         return (
             self.law.interval(lambda law: optimum.exponents(law, self.cost)[0]),
@@ -40,7 +40,7 @@ class ArchitectureFit:
         )
 
     def optimum(self, flops: float) -> dict[str, Interval]:
-        """N, D and loss of the best use of ``flops`` under the law."""
+        """N, D and loss for the best use of ``flops`` under the law."""
         assert self.law is not None
         laws = [self.law.best, *self.law.replicates]
         value, *samples = (optimum.compute_optimal(law, flops, self.cost) for law in laws)
@@ -50,7 +50,7 @@ class ArchitectureFit:
         }
 
     def undetermined(self) -> list[str]:
-        """The constants whose intervals reach the end of what was looked for: these runs do not tell them."""
+        """The constants whose intervals reach the end of the search range: these runs do not determine them."""
         if self.law is None:
             return []
         low, high = parametric.EXPONENTS
@@ -61,7 +61,7 @@ class ArchitectureFit:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """``fits`` by way to count and architecture; ``budgets`` by way to count; ``diverged`` names the runs left out."""
+    """``fits`` and ``budgets`` by way of counting, ``fits`` also by architecture; ``diverged`` names the runs left out."""
 
     fits: dict[str, dict[str, ArchitectureFit]]
     budgets: dict[str, list[float]]
@@ -69,7 +69,7 @@ class Comparison:
     diverged: list[str]
 
     def multiplier(self, counts: str, architecture: str, flops: float) -> Interval | None:
-        """How many times ``flops`` the baseline needs for this architecture's loss; None without two laws."""
+        """How many times ``flops`` the baseline needs for this architecture's loss; None unless both laws exist."""
         ours, theirs = self.fits[counts][architecture], self.fits[counts][self.baseline]
         if ours.law is None or theirs.law is None:
             return None
@@ -77,7 +77,7 @@ class Comparison:
         def ratio(law: Law, other: Law) -> float:
             return optimum.compute_multiplier(law, ours.cost, other, theirs.cost, flops)
 
-        both = ours.law.replicates and theirs.law.replicates  # of too few runs there are none
+        both = ours.law.replicates and theirs.law.replicates  # empty where there are too few runs
         pairs = zip(ours.law.replicates, theirs.law.replicates, strict=True) if both else ()
         return bootstrap.interval(ratio(ours.law.best, theirs.law.best), [ratio(*pair) for pair in pairs])
 
@@ -85,7 +85,7 @@ class Comparison:
 def compare(
     points: Sequence[Point], *, baseline: str | None = None, replicates: int = bootstrap.REPLICATES, seed: int = 0
 ) -> Comparison:
-    """Fits every architecture of ``points`` that have not diverged; ``baseline`` is the first, if no other is named.
+    """Fits every architecture among the ``points`` that have not diverged. ``baseline`` defaults to the first one.
 
     Raises:
       UserError: there is no such baseline, or nothing to fit.
@@ -102,7 +102,7 @@ def compare(
     budgets: dict[str, list[float]] = {}
     for counts in COUNTS:
         fits[counts] = {
-            # Seeds of their own, so that two architectures' resamplings have nothing to do with each other.
+            # Different seeds, so that the resamplings of two architectures are independent.
             name: _fit([point for point in points if point.architecture == name], counts, replicates, seed + i)
             for i, name in enumerate(names)
         }
@@ -138,7 +138,7 @@ def _fit(points: list[Point], counts: str, replicates: int, seed: int) -> Archit
 
 
 def _budgets(points: Sequence[Point], counts: str) -> list[float]:
-    """Those of the ladder; without one, the least, the middle and the largest FLOPs of a run. And one beyond."""
+    """The budgets of the ladder or, without one, the lowest, middle and highest FLOPs of a run; and one beyond."""
     planned = sorted({point.budget for point in points if point.budget is not None and point.budget_counts == counts})
     spent = [point.flops(counts) for point in points]
     found = planned or [min(spent), math.sqrt(min(spent)) * math.sqrt(max(spent)), max(spent)]
@@ -146,7 +146,7 @@ def _budgets(points: Sequence[Point], counts: str) -> list[float]:
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything that was fitted, for ``scaling.json``: intervals are [value, low, high], and null is not known."""
+    """Everything that was fitted, for ``scaling.json``. Intervals are [value, low, high]; null means unknown."""
     report: dict[str, Any] = {
         "level": bootstrap.LEVEL,
         "baseline": comparison.baseline,

@@ -1,5 +1,5 @@
-"""IsoFLOP profiles: at each budget a parabola of the loss over log N, whose minimum is the best size (Hoffmann et al.
-2022, arXiv:2203.15556, approach 2); through the minima a power law of the budget."""
+"""IsoFLOP profiles: for each budget a parabola of the loss over log N, whose minimum is the best size (Hoffmann et al.
+2022, arXiv:2203.15556, approach 2), and a power law of the budget through the minima."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ import numpy as np
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.laws.bootstrap import FREEDOM, REPLICATES, Fit
 
-_LEAST = 3  # sizes that a parabola needs
+_LEAST = 3  # sizes needed for a parabola
 
 
 @dataclasses.dataclass(frozen=True)
 class Parabola:
-    """loss = square x^2 + slope x + constant with x = log N; its minimum is ``at``, of N = ``best``.
+    """loss = square x^2 + slope x + constant with x = log N; its minimum is ``at``, reached at N = ``best``.
 
-    ``inside`` says whether the minimum lies among the sizes that were tried. Elsewhere ``best`` is the best of these, and
-    ``at`` its loss.
+    ``inside`` says whether the minimum lies within the range of sizes that were tried. If not, ``best`` is the best of
+    these sizes and ``at`` its loss.
     """
 
     flops: float
@@ -29,14 +29,14 @@ class Parabola:
     inside: bool
 
     def loss(self, parameters) -> np.ndarray:
-        """In nats a token, by the parabola."""
+        """The parabola's loss in nats per token."""
         return np.polyval([self.square, self.slope, self.constant], np.log(parameters))
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """The parabolas, and ``N_best = scale * flops ** power`` through the minima that are inside; without two of these,
-    power and scale are NaN."""
+    """The parabolas, and ``N_best = scale * flops ** power`` fitted through the minima that are inside. With fewer than two
+    of these, power and scale are NaN."""
 
     parabolas: tuple[Parabola, ...]
     power: float
@@ -55,11 +55,11 @@ def fit(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> Fit[Profile]:
-    """The profile of runs, each with its budget, N and L.
+    """The profile of runs, each given by its budget, N and L.
 
-    The replicates have the residuals of all budgets drawn anew for each run: a budget has too few runs to draw from them.
-    They are scaled by the degrees of freedom that the parabolas took. Where fewer than ``FREEDOM`` are left (of three sizes
-    a budget none) there are no replicates: on synthetic losses their intervals covered the power too seldom.
+    In a replicate every run gets a residual drawn from those of all budgets: one budget has too few runs to draw from.
+    Residuals are scaled for the degrees of freedom that the parabolas take. If fewer than ``FREEDOM`` are left (three sizes
+    per budget leave none) there are no replicates: on synthetic losses their intervals covered the power too seldom.
 
     Raises:
       UserError: a budget has fewer than three sizes.

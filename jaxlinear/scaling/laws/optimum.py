@@ -9,29 +9,29 @@ import numpy as np
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.laws.parametric import Law
 
-LEAST_GAMMA = 0.1  # below, the optimum is of sizes without bound
-_FARTHEST = 600.0  # of log N: beyond, as resampled runs of much noise have it, N and its powers are no floats
+LEAST_GAMMA = 0.1  # below this, the optimal size is unbounded
+_FARTHEST = 600.0  # limit of log N: beyond it (e.g. for noisy resampled runs) N and its powers are not representable
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """FLOPs of training as kappa N^gamma D: kappa = 6 and gamma = 1 by the rule of thumb; as counted, gamma is less
-    where attention or the logits weigh more in small models, and kappa makes up for it."""
+    """Training FLOPs as kappa N^gamma D. The rule of thumb has kappa = 6 and gamma = 1; as counted, gamma is smaller where
+    attention or the logits weigh more in small models, and kappa compensates."""
 
     kappa: float = 6.0
     gamma: float = 1.0
 
     @classmethod
     def of(cls, parameters, flops_per_token) -> "Cost":
-        """The least squares of log FLOPs a token over log N; of runs of one size, gamma is 1."""
+        """The least-squares fit of log FLOPs per token over log N; for runs of a single size, gamma is 1."""
         x, y = np.log(np.asarray(parameters, np.float64)), np.log(np.asarray(flops_per_token, np.float64))
         spread = x - x.mean()
         gamma = 1.0 if np.abs(spread).max() < 0.01 else float(spread @ (y - y.mean()) / (spread @ spread))
         return cls(float(np.exp(y.mean() - gamma * x.mean())), gamma)
 
     def check_grows(self) -> None:
-        """Raises ``UserError`` where more parameters cost next to nothing, as experts that a token does not take: then no
-        size is the best of a budget."""
+        """Raises ``UserError`` if more parameters cost next to nothing, such as experts that a token does not use: then no
+        size is the best for a budget."""
         if self.gamma < LEAST_GAMMA:
             raise UserError(
                 f"FLOPs a token go as N^{self.gamma:.3g}, so that no size is the best for a budget; give runs of one "
@@ -39,13 +39,13 @@ class Cost:
             )
 
     def per_token(self, parameters: float) -> float:
-        """FLOPs of training on one token."""
+        """Training FLOPs per token."""
         return self.kappa * parameters**self.gamma
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimum:
-    """N, D and the loss, in nats a token, of the best use of a budget."""
+    """N, D and the loss, in nats per token, for the best use of a budget."""
 
     parameters: float
     tokens: float
@@ -53,9 +53,9 @@ class Optimum:
 
 
 def compute_optimal(law: Law, flops: float, cost: Cost = Cost()) -> Optimum:
-    """N and D of the least loss with kappa N^gamma D = ``flops``.
+    """N and D of the lowest loss with kappa N^gamma D = ``flops``.
 
-    For kappa = 6 and gamma = 1 it is equation 4 of Hoffmann et al. 2022 (arXiv:2203.15556). In general, D follows from N,
+    For kappa = 6 and gamma = 1 this is equation 4 of Hoffmann et al. 2022 (arXiv:2203.15556). In general, D follows from N,
     and the derivative of A N^-alpha + B (kappa N^gamma / C)^beta vanishes at
     N^(alpha + gamma beta) = alpha A / (gamma beta B) (C / kappa)^beta.
     """
@@ -73,7 +73,7 @@ def exponents(law: Law, cost: Cost = Cost()) -> tuple[float, float]:
 
 
 def flops_for_loss(law: Law, loss: float, cost: Cost = Cost()) -> float:
-    """FLOPs with which the optimum has this loss; infinite at or below E, and beyond what a float holds.
+    """FLOPs at which the optimum reaches this loss; infinite at or below E, and beyond what a float holds.
 
     Along the optimum both terms fall as C^-p, p = alpha beta / (alpha + gamma beta), so L(C) = E + (L(1) - E) C^-p.
     """
@@ -86,6 +86,6 @@ def flops_for_loss(law: Law, loss: float, cost: Cost = Cost()) -> float:
 
 
 def compute_multiplier(law: Law, cost: Cost, baseline: Law, baseline_cost: Cost, flops: float) -> float:
-    """How many times ``flops`` the baseline needs for the loss that ``law`` has with ``flops``; above 1, ``law`` is
+    """How many times ``flops`` the baseline needs for the loss that ``law`` has at ``flops``. Above 1, ``law`` is
     better."""
     return flops_for_loss(baseline, compute_optimal(law, flops, cost).loss, baseline_cost) / flops

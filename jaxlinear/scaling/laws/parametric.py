@@ -11,16 +11,16 @@ from threadpoolctl import threadpool_limits
 from jaxlinear.errors import UserError
 
 DELTA = 1e-3  # of the Huber loss, as in Hoffmann et al. 2022 (arXiv:2203.15556), section 3.3
-EXPONENTS = (0.02, 2.5)  # where alpha and beta are looked for
-_GRID = np.linspace(0.05, 1.5, 12)  # of alpha and of beta, from which starts are made
+EXPONENTS = (0.02, 2.5)  # search range of alpha and beta
+_GRID = np.linspace(0.05, 1.5, 12)  # of alpha and of beta, for the starting points
 _STARTS = 20
-_STRAIGHT = 0.1  # log D from a line of log N, root of the mean square: with less, N and D cannot be told apart
-_TERMS = (-15.0, 5.0)  # the logarithm of each term of the loss, in nats, at the mean log N and log D
+_STRAIGHT = 0.1  # least RMS deviation of log D from a linear function of log N; below it N and D cannot be told apart
+_TERMS = (-15.0, 5.0)  # range of the logarithm of each term of the loss, in nats, at the mean log N and log D
 
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """Loss in nats a token of N parameters after D tokens."""
+    """Loss in nats per token for N parameters after D tokens."""
 
     E: float
     A: float
@@ -29,12 +29,12 @@ class Law:
     beta: float
 
     def loss(self, parameters, tokens) -> np.ndarray:
-        """In nats a token; arrays of N and D are taken entry by entry."""
+        """Loss in nats per token; arrays of N and D are taken elementwise."""
         return self.E + self.A * np.power(parameters, -self.alpha) + self.B * np.power(tokens, -self.beta)
 
 
-# The optimiser solves systems of some ten unknowns, which BLAS would share among threads: ten times slower, and worse on a
-# machine that is busy.
+# The optimiser solves systems of about ten unknowns, which BLAS would spread over threads: ten times slower, and worse on a
+# busy machine.
 one_thread = functools.partial(threadpool_limits, 1, "blas")
 
 
@@ -43,10 +43,10 @@ def fit(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[f
 
     Args:
       parameters, tokens, losses: N, D and L of each run.
-      delta: where the Huber loss goes from square to linear, of the difference of logarithms.
+      delta: the difference of logarithms at which the Huber loss changes from quadratic to linear.
 
     Raises:
-      UserError: the runs are too few, or too alike, for five constants, or their tokens follow from their sizes.
+      UserError: the runs are too few or too alike for five constants, or their tokens are a function of their sizes.
     """
     x, y, z = log_points(parameters, tokens, losses)
     _check(x, y)
@@ -58,7 +58,7 @@ def fit(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[f
 
 
 def refit(law: Law, x: np.ndarray, y: np.ndarray, z: np.ndarray, *, delta: float = DELTA) -> Law:
-    """As ``fit``, of log N, log D and log L, from one start that is near."""
+    """As ``fit``, from log N, log D and log L and only one start, ``law``, which should be near."""
     centre = np.array([x.mean(), y.mean()])
     start = np.log(np.maximum([law.A, law.B, law.E], np.exp(_TERMS[0])))
     start[:2] -= np.array([law.alpha, law.beta]) * centre
@@ -68,7 +68,7 @@ def refit(law: Law, x: np.ndarray, y: np.ndarray, z: np.ndarray, *, delta: float
 
 
 def log_points(parameters, tokens, losses) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Natural logarithms of N, D and L. Raises ``UserError`` for lists of several lengths, or numbers that have none."""
+    """Natural logarithms of N, D and L. ``UserError`` for lists of different lengths, or numbers without a logarithm."""
     arrays = [np.asarray(values, np.float64) for values in (parameters, tokens, losses)]
     if not all(array.shape == arrays[0].shape and array.ndim == 1 for array in arrays):
         raise UserError("parameters, tokens and losses are lists of one length")
@@ -79,7 +79,7 @@ def log_points(parameters, tokens, losses) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def distinct(logs: np.ndarray) -> int:
-    """How many values differ by more than a hundredth."""
+    """The number of distinct values, up to a hundredth."""
     return 1 + int((np.diff(np.sort(logs)) > 0.01).sum())
 
 
@@ -96,7 +96,7 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
         )
     slope, constant = np.polyfit(x, y, 1)
     # With D as N^slope the law is A N^-alpha + B' N^-(slope beta), the same with its terms exchanged, and resampled runs
-    # agree with whichever the fit came to. Where D falls as N grows, as along one budget, their signs tell them apart.
+    # agree with whichever the fit found. Where D falls as N grows, as along one budget, their signs tell them apart.
     if slope > -0.1 and np.sqrt(np.mean((y - slope * x - constant) ** 2)) < _STRAIGHT:
         raise UserError(
             f"tokens follow from the size (as N^{slope:.2f}), so the loss does not tell what falls with N from what falls "
@@ -108,8 +108,8 @@ def objective(theta: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray, de
     """The sum over runs of Huber(log L_fit - log L) / delta^2, and its gradient.
 
     ``theta`` is (log A, log B, log E, alpha, beta), so that log L_fit = logsumexp(log A - alpha x, log B - beta y, log E).
-    A sum and not a mean, so scaled that the optimiser's tolerances mean something: with means of so small a loss it ends
-    early (Besiroglu et al. 2024, arXiv:2404.10102, section 3).
+    It is a sum rather than a mean, scaled so that the optimiser's tolerances are meaningful: with a mean of so small a loss
+    it stops early (Besiroglu et al. 2024, arXiv:2404.10102, section 3).
     """
     a, b, e, alpha, beta = theta
     terms = np.stack([a - alpha * x, b - beta * y, np.full_like(x, e)])

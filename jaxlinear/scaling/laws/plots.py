@@ -1,4 +1,4 @@
-"""Figures of a comparison, as matplotlib draws them. Needs the extra ``plot``."""
+"""Matplotlib figures of a comparison. Needs the extra ``plot``."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def figures(comparison: Comparison) -> dict[str, tuple["Figure", str]]:
-    """Each figure and its caption, by name; those for which there is a fit."""
+    """Each figure and its caption, by name; only those for which there is a fit."""
     drawn = {"loss": (_loss(comparison), _LOSS)}
     if any(fit.law is not None for fits in comparison.fits.values() for fit in fits.values()):
         drawn["optimum"] = (_optimum(comparison), _OPTIMUM)
@@ -114,7 +114,7 @@ def _isoflop(comparison: Comparison, counts: str) -> "Figure":
 
 
 def _panels(comparison: Comparison, draw: Callable[[Any, str, str, str], None], *, ylabel: str) -> "Figure":
-    """A panel for each way to count, with the FLOPs along it; ``draw`` adds an architecture."""
+    """A panel for each way of counting, with FLOPs on the horizontal axis. ``draw`` adds an architecture."""
     figure, axes = _figure(1, len(COUNTS))
     for counts, panel in zip(COUNTS, axes.flat, strict=True):
         for i, name in enumerate(comparison.fits[counts]):
@@ -131,7 +131,7 @@ def _panels(comparison: Comparison, draw: Callable[[Any, str, str, str], None], 
 def _band(
     axes: Any, colour: str, low: float, high: float, interval: Callable[[float], Any], label: str | None = None
 ) -> None:
-    """A curve over FLOPs with its interval: dashed beyond the runs."""
+    """A curve over FLOPs with its interval, dashed outside the range of the runs."""
     for flops, style, name in (
         (np.geomspace(low, high, 40), "-", label),
         (np.geomspace(high, 10 * high, 15), "--", None),

@@ -1,4 +1,4 @@
-"""What a finished sweep measured: of each run its parameters, tokens, FLOPs and held-out loss."""
+"""The results of a finished sweep: the parameters, tokens, FLOPs and held-out loss of each run."""
 
 import dataclasses
 import itertools
@@ -32,9 +32,9 @@ COUNTS = {"with": "with embeddings", "without": "without embeddings"}
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A run at its end. FLOPs are forward and backward; ``budget`` is that of an isoFLOP ladder, ``budget_counts`` which of
-    ``COUNTS`` it was counted by. ``loss`` is of the first ``heldout_tokens`` tokens, 0 for all, of ``heldout_data``: the
-    directory of a dataset, or a task."""
+    """A run at its end. FLOPs are forward and backward; ``budget`` is that of an isoFLOP ladder, and ``budget_counts`` says
+    by which of ``COUNTS`` it was counted. ``loss`` is over the first ``heldout_tokens`` tokens (0: all) of
+    ``heldout_data``, which is the directory of a dataset, or a task."""
 
     name: str
     architecture: str
@@ -50,31 +50,31 @@ class Point:
     heldout_tokens: int = 0
 
     def size(self, counts: str) -> int:
-        """N, by one of ``COUNTS``: all parameters, or those that are not of an embedding."""
+        """N by one of ``COUNTS``: all parameters, or those outside the embeddings."""
         return self.parameters - (self.embedding_parameters if counts == "without" else 0)
 
     def token_flops(self, counts: str) -> float:
-        """FLOPs a token: all, or those that are not of the logits."""
+        """FLOPs per token: all, or without those of the logits."""
         return self.flops_per_token - (self.logits_flops_per_token if counts == "without" else 0)
 
     def flops(self, counts: str) -> float:
         """FLOPs of the whole run, by one of ``COUNTS``."""
-        return float(self.tokens * self.token_flops(counts))  # the formulas give whole numbers, beyond 64 bits
+        return float(self.tokens * self.token_flops(counts))  # the formulas give integers beyond 64 bits
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss is not finite: then nothing can be fitted to it."""
+        """Whether the loss is not finite, so that nothing can be fitted to it."""
         return not math.isfinite(self.loss)
 
 
 def of_sweep(workdir: str | os.PathLike, *, partial: bool = False, evaluated: bool = False) -> list[Point]:
-    """The runs of the sweep in ``workdir``; of those with the same architecture, size and tokens the one of the lowest
-    loss, so that a sweep may try several learning rates. Runs that diverged are there too, whatever others there are.
-    Losses are those that the runs logged, or, with ``evaluated``, those of ``launch/evaluate.py --follow``.
+    """The runs of the sweep in ``workdir``. Of runs with the same architecture, size and tokens, only the one with the
+    lowest loss is taken, so that a sweep may try several learning rates; runs that diverged are always included. Losses are
+    those that the runs logged or, with ``evaluated``, those of ``launch/evaluate.py --follow``.
 
     Raises:
-      UserError: a run is not finished (with ``partial`` it is left out), or has no held-out loss at its end; or two losses
-        are of different text.
+      UserError: a run is not finished (with ``partial`` it is left out) or has no held-out loss at its end, or two losses
+        are for different text.
     """
     sweep = read(workdir)
     unfinished = [run for run in sweep.runs if not states.is_finished(run.files, run.steps)]
@@ -98,7 +98,7 @@ def of_sweep(workdir: str | os.PathLike, *, partial: bool = False, evaluated: bo
 
 
 def best(points: Sequence[Point]) -> list[Point]:
-    """Of each architecture, size and number of tokens the point of the lowest loss; then all that diverged."""
+    """For each architecture, size and number of tokens, the point with the lowest loss; then all that diverged."""
     kept: dict[tuple, Point] = {}
     for point in points:
         if point.diverged:
@@ -110,15 +110,15 @@ def best(points: Sequence[Point]) -> list[Point]:
 
 
 def _check_same_text(points: Sequence[Point]) -> None:
-    """Raises ``UserError`` for losses that neither tell which run is better nor follow a law, since they are of different
-    text: other data, or more of the same."""
+    """Raises ``UserError`` if losses are for different text (other data, or more of the same): such losses neither show
+    which run is better nor follow a law."""
     manifests = {path: _manifest(path) for path in {point.heldout_data for point in points}}
 
     def measured(point: Point) -> tuple[data.Manifest | str, int]:
         manifest = manifests[point.heldout_data]
         if manifest is None:
             return point.heldout_data, point.heldout_tokens
-        whole = manifest.splits["heldout"].tokens - 1  # the first is no target
+        whole = manifest.splits["heldout"].tokens - 1  # the first token is not a target
         return manifest, min(point.heldout_tokens or whole, whole)
 
     def said(point: Point) -> str:
@@ -136,7 +136,7 @@ def _check_same_text(points: Sequence[Point]) -> None:
 
 
 def _manifest(path: str) -> data.Manifest | None:
-    """None for a task, and for a dataset that is no longer there."""
+    """The manifest; None for a task, or for a dataset that no longer exists."""
     try:
         return data.read_manifest(path)
     except UserError:
@@ -144,8 +144,8 @@ def _manifest(path: str) -> data.Manifest | None:
 
 
 def _architectures(runs: Sequence[PlannedRun], models: Sequence[config_dict.ConfigDict]) -> list[str]:
-    """The label of each run; without one the names of its mixers, and where the models of these differ in more than
-    numbers, what tells them apart: a law is of one architecture."""
+    """The label of each run. Without one, the names of its mixers and, if the models with these mixers differ in more than
+    numbers, what distinguishes them: a law is for one architecture."""
     unlabelled = [model for run, model in zip(runs, models, strict=True) if not run.labels.get("architecture")]
 
     def mixers(model: config_dict.ConfigDict) -> str:
@@ -167,7 +167,7 @@ def _architectures(runs: Sequence[PlannedRun], models: Sequence[config_dict.Conf
 
 
 def _period(pattern: Sequence[str]) -> tuple[str, ...]:
-    """The shortest pattern that is the same layers when it is repeated."""
+    """The shortest pattern that gives the same layers when repeated."""
     whole = tuple(pattern)
     lengths = (length for length in range(1, len(whole) + 1) if len(whole) % length == 0)
     return next(whole[:length] for length in lengths if whole[:length] * (len(whole) // length) == whole)
@@ -201,7 +201,7 @@ def _point(run: PlannedRun, config: config_dict.ConfigDict, architecture: str) -
 
 
 def _evaluated(point: Point, sweep: str | os.PathLike) -> Point:
-    """The point with the loss that the run's last checkpoint was evaluated to have, at the length it was trained at."""
+    """The point with the loss from the evaluation of the run's last checkpoint, at the length it was trained with."""
     if point.diverged:
         return point
     workdir = RunFiles(Path(sweep), point.name).workdir

@@ -1,4 +1,4 @@
-"""What ``launch/scaling.py`` leaves: the fits as JSON, the figures as PNG and SVG, and one HTML page of all of it."""
+"""The output of ``launch/scaling.py``: the fits as JSON, the figures as PNG and SVG, and all of it on one HTML page."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def write(comparison: Comparison, output: str | os.PathLike, *, title: str) -> l
 
 
 def text(comparison: Comparison) -> str:
-    """The laws and what they say of each budget, for a terminal."""
+    """The laws, and their results for each budget, for a terminal."""
     parts = []
     for counts in COUNTS:
         parts.append(f"counted {COUNTS[counts]}\n\n{_aligned(laws(comparison, counts))}")
@@ -75,7 +75,7 @@ def laws(comparison: Comparison, counts: str) -> Rows:
 
 
 def best(comparison: Comparison, counts: str, flops: float) -> Rows:
-    """The optimum of each architecture for a budget, and how much more the baseline needs for its loss."""
+    """The optimum of each architecture for a budget, and how much more the baseline needs to reach its loss."""
     head = ["architecture", "parameters", "tokens", "loss", f"FLOPs of {comparison.baseline} for it"]
     rows = []
     for name, fit in comparison.fits[counts].items():

@@ -1,4 +1,4 @@
-"""Where the runs of a sweep are started: on this machine or by SLURM, both through submitit."""
+"""Starts the runs of a sweep, on this machine or with SLURM, both through submitit."""
 
 import contextlib
 import dataclasses
@@ -14,14 +14,14 @@ from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps.runner import TrainingJob
 
 KINDS = ("local", "slurm")
-_TEN_YEARS = 60 * 24 * 3650  # minutes; submitit's local jobs end after two if it is not told otherwise
+_TEN_YEARS = 60 * 24 * 3650  # minutes; submitit's local jobs end after two unless told otherwise
 _REQUEUES = 1000
-# Options of sbatch that submitit has to know, since it counts tasks and time; others are passed on as they are.
+# Options of sbatch that submitit must know, since it counts tasks and time; others are passed on unchanged.
 _KNOWN = {"time": "time", "nodes": "nodes", "ntasks-per-node": "ntasks_per_node"}
 
 
 class Local:
-    """Processes of this machine; with ``gpus_per_run``, each run sees GPUs of its own."""
+    """Processes on this machine. With ``gpus_per_run``, each run sees GPUs of its own."""
 
     name = "local"
 
@@ -36,13 +36,13 @@ class Local:
 
     @property
     def gives_gpus(self) -> bool:
-        """Whether each run is given GPUs of its own."""
+        """Whether each run gets GPUs of its own."""
         return self._gpus > 0
 
     def submit(self, job: TrainingJob) -> submitit.Job:
         slot = next(slot for slot, holder in self._slots.items() if holder is None or holder.done())
         job.environment["CUDA_VISIBLE_DEVICES"] = self._devices(slot)
-        with _blocked(signal.SIGINT):  # Ctrl-C is for the sweep, which has its runs save themselves
+        with _blocked(signal.SIGINT):  # Ctrl-C is for the sweep, which makes its runs save themselves
             submitted = self._slots[slot] = self._executor.submit(job)
         return submitted
 
@@ -51,7 +51,7 @@ class Local:
         return _Orphan(int(identifier), str(self._executor.folder))
 
     def _devices(self, slot: int) -> str | None:
-        """Which GPUs the runs of a slot see: those that this program sees, or its share of them."""
+        """The GPUs that the runs of a slot see: those that this program sees, or a share of them."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if not self._gpus:
             return visible
@@ -66,7 +66,7 @@ class Local:
 
 @dataclasses.dataclass(frozen=True)
 class _Orphan:
-    """A local job whose parent is gone: the process ``pid``, if it is still one of submitit's for this folder."""
+    """A local job whose parent has gone: the process ``pid``, if it is still one of submitit's for this folder."""
 
     pid: int
     folder: str
@@ -80,10 +80,10 @@ class _Orphan:
 
 
 class Slurm:
-    """Jobs of SLURM, with the options that ``sbatch`` takes, as ``partition=gpu``."""
+    """SLURM jobs with options of ``sbatch``, such as ``partition=gpu``."""
 
     name = "slurm"
-    gives_gpus = False  # SLURM does
+    gives_gpus = False  # SLURM does that
 
     def __init__(self, folder: Path, *, parallel: int | None, options: Sequence[str]):
         self.parallel = parallel or 1_000_000
@@ -130,7 +130,7 @@ def _parameters(options: Sequence[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _blocked(number: int) -> Iterator[None]:
-    """Processes that are started within never get the signal; this one gets what came meanwhile at the end."""
+    """Processes started inside never get the signal. This process gets signals that arrived meanwhile at the end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield

@@ -1,5 +1,5 @@
-"""What a run of a sweep leaves on the disk: where each file lies, its lock, its attempts. Imports nothing heavy, since each
-job of a sweep begins with it."""
+"""The files of a run of a sweep: their paths, the run's lock, its attempts. Imports nothing heavy, since each job of a
+sweep begins with it."""
 
 import contextlib
 import dataclasses
@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 from jaxlinear import locks
 from jaxlinear.errors import UserError
 
-_PATIENCE = 10.0  # seconds that a job waits for the lock, which is taken for a moment by those who only look
-_TAIL = 65_536  # bytes of a log or of metrics, at their end, that are looked at
+_PATIENCE = 10.0  # seconds that a job waits for the lock, which is held for a moment by processes that only look
+_TAIL = 65_536  # bytes read from the end of a log or of metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RunFiles:
 
     @property
     def job(self) -> Path:
-        """What the sweep keeps of it."""
+        """What the sweep keeps about the run."""
         return self.sweep / "jobs" / self.name
 
     @property
@@ -47,14 +47,14 @@ class RunFiles:
         return self.job / "attempts.jsonl"
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Each start of the run: ``host``, ``pid`` and ``begin``; ``end``, ``status`` and ``error`` if it was seen to end.
-        Lines that were cut short are left out."""
+        """Each start of the run: ``host``, ``pid`` and ``begin``; ``end``, ``status`` and ``error`` if its end was seen.
+        Truncated lines are left out."""
         found: list[dict[str, Any]] = []
         lines = self._attempts.read_text(encoding="utf-8").split("\n")[:-1] if self._attempts.exists() else []
         for line in lines:
             with contextlib.suppress(
                 ValueError
-            ):  # of a line that a full disk or a kill cut, and the next one beside it
+            ):  # a line truncated by a full disk or a kill, with the next one appended to it
                 values = json.loads(line)
                 if "begin" in values:
                     found.append(values)
@@ -63,11 +63,11 @@ class RunFiles:
         return found
 
     def begin(self, **values: Any) -> None:
-        """Notes a start of the run, with what else is to be known of it."""
+        """Records a start of the run, with further values."""
         self._append({"begin": time.time(), **values})
 
     def end(self, status: int) -> None:
-        """Of the newest attempt; a status below 0 is a signal's."""
+        """Records the end of the newest attempt. A negative status is a signal."""
         failed = status != 0
         self._append({"end": time.time(), "status": status, "error": last_line(self.log) if failed else None})
 
@@ -86,7 +86,7 @@ class RunFiles:
             yield file if held else None
 
     def is_running(self) -> bool:
-        """Whether a process on this machine (or, on a file system that tells, on any) works on the run."""
+        """Whether a process on this machine (or on any, if the file system can tell) works on the run."""
         path = self.job / "lock"
         if not path.exists():
             return False
@@ -96,15 +96,15 @@ class RunFiles:
             except OSError as error:
                 if error.errno not in locks.NO_LOCKS:
                     raise
-                return False  # no sweep runs there (``hold``): it was copied
+                return False  # no sweep runs there (``hold``): the directory was copied
 
 
 @contextlib.contextmanager
 def hold(sweep: Path) -> Iterator[bool]:
-    """Holds the lock of a sweep's directory; False, at once, if another process does.
+    """Holds the lock of a sweep's directory; gives False at once if another process does.
 
     Raises:
-      UserError: the file system has no locks, by which a sweep tells which of its runs are under way.
+      UserError: the file system has no locks, which a sweep needs to tell which of its runs are in progress.
     """
     with (sweep / "lock").open("ab") as file:
         try:
@@ -120,13 +120,13 @@ def hold(sweep: Path) -> Iterator[bool]:
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log that is not empty; what a progress bar wrote over is no line."""
+    """The last line of a log that is not empty. Text that a progress bar overwrote is not a line."""
     lines = [line.rsplit("\r", 1)[-1].strip() for line in tail(path).split("\n")]
     return next((line for line in reversed(lines) if line), "")
 
 
 def tail(path: Path) -> str:
-    """The end of a file of text; nothing if there is none."""
+    """The end of a text file; empty if there is none."""
     if not path.exists():
         return ""
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Starts the runs of a sweep, as many at a time as may be, until all are finished or have failed."""
+"""Starts the runs of a sweep, as many at a time as allowed, until all are finished or have failed."""
 
 import contextlib
 import dataclasses
@@ -18,15 +18,15 @@ from jaxlinear.scaling.sweeps.files import last_line
 from jaxlinear.scaling.sweeps.runner import TrainingJob
 from jaxlinear.scaling.sweeps.sweep import PlannedRun, Sweep
 
-_SUBMITTED = "submitted.json"  # in jobs/NAME: which job of which scheduler was the last for the run
+_SUBMITTED = "submitted.json"  # in jobs/NAME: the run's latest job and its scheduler
 
 Table = list[tuple[str, states.Progress]]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A job of a run: submitit's, or None where only the run's lock tells; ``attempts`` and ``step`` of the run before
-    it, -1 if an earlier manager submitted it."""
+    """A job of a run: submitit's, or None if only the run's lock shows that it is running; ``attempts`` and ``step`` are
+    the run's before the job, -1 if an earlier manager submitted it."""
 
     job: Any
     attempts: int
@@ -34,11 +34,11 @@ class _Job:
 
 
 class Manager:
-    """Works on a sweep that ``sweep.prepare`` holds. Runs that an earlier one left running or queued are waited for and not
-    started again; those that it left unfinished go on from their checkpoints."""
+    """Works on a sweep that ``sweep.prepare`` holds. Runs that an earlier manager left running or queued are waited for,
+    not started again; unfinished ones continue from their checkpoints."""
 
     def __init__(self, sweep: Sweep, executor: executors.Local | executors.Slurm, train: Sequence[str]):
-        """``train`` is the command of ``launch/train.py`` without its flags."""
+        """``train`` is the command that runs ``launch/train.py``, without its flags."""
         self._sweep, self._executor, self._train = sweep, executor, list(train)
         self._runs = {run.name: run for run in sweep.runs}
         self._waiting: list[str] = []
@@ -48,10 +48,10 @@ class Manager:
         self._stop = False
 
     def run(self, show: Callable[[Table], None], *, poll: float = 2.0) -> int:
-        """Works until nothing more can be done. ``show`` is given the state of every run, each time that it looked.
+        """Works until nothing more can be done. ``show`` gets the state of every run each time the manager has looked.
 
         Returns 0 if all runs are finished, 1 if some failed, and 75 after SIGINT or SIGTERM: local runs have then saved
-        themselves, jobs of SLURM stay, and the same command goes on.
+        themselves, SLURM jobs stay, and the same command continues.
         """
         with self._signals():
             self._look()
@@ -82,7 +82,7 @@ class Manager:
         return table
 
     def _look(self) -> None:
-        """What there is to do, after whatever came before."""
+        """Determines what there is to do, whatever happened before."""
         for name, run in self._runs.items():
             job = self._submitted(run)
             if run.files.is_running() or job is not None:
@@ -91,8 +91,8 @@ class Manager:
                 self._waiting.append(name)
 
     def _submitted(self, run: PlannedRun) -> Any:
-        """The job that an earlier manager submitted, if its scheduler still has it. A file that a full disk cut counts as
-        none: whether the run goes on is then told by its lock."""
+        """The job that an earlier manager submitted, if its scheduler still has it. A file truncated by a full disk counts
+        as none: the run's lock then shows whether the run is in progress."""
         try:
             last = json.loads((run.files.job / _SUBMITTED).read_text(encoding="utf-8"))
             executor, number = last["executor"], last["job"]
@@ -105,7 +105,7 @@ class Manager:
 
     def _has_room(self) -> bool:
         inherited = any(job.attempts < 0 for job in self._jobs.values())
-        # Which GPUs an inherited run holds is not known, so runs that are given GPUs wait until it ends.
+        # Which GPUs an inherited run holds is unknown, so runs that get GPUs of their own wait until it ends.
         return len(self._jobs) < self._executor.parallel and not (inherited and self._executor.gives_gpus)
 
     def _submit(self, name: str) -> None:
@@ -122,7 +122,7 @@ class Manager:
         self._jobs[name] = _Job(job, before.attempts, before.step)
 
     def _settle(self) -> None:
-        """Takes note of the jobs that have ended."""
+        """Records the jobs that have ended."""
         for name, job in list(self._jobs.items()):
             run = self._runs[name]
             if (job.job is not None and not job.job.done()) or run.files.is_running():
@@ -136,20 +136,20 @@ class Manager:
                 self._errors[name] = f"its job ended before it began: {reason or 'without a word'}"
             elif progress.state == states.FAILED:
                 self._errors[name] = progress.error or ""
-            elif progress.step > job.step or self._stop:  # it was told to, perhaps before its first step
+            elif progress.step > job.step or self._stop:  # it was told to stop, perhaps before its first step
                 self._waiting.append(name)
             else:
                 self._errors[name] = f"interrupted before it came further than step {progress.step}"
 
     def _stop_runs(self, show: Callable[[Table], None], poll: float) -> None:
-        """SIGTERM to each run, as soon as it has begun; they save themselves."""
+        """Sends SIGTERM to each run as soon as it has begun; the runs save themselves."""
         told = set()
         while self._jobs:
             for name, job in self._jobs.items():
                 files = self._runs[name].files
                 if name in told or not files.is_running():
                     continue
-                # Between its lock and its own line a job has only those of jobs before it.
+                # Between taking its lock and writing its line, a job has only the lines of earlier jobs.
                 attempts = files.attempts()
                 if len(attempts) <= max(job.attempts, 0) or "end" in attempts[-1]:
                     continue
@@ -165,7 +165,7 @@ class Manager:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks to stop; a second one ends the program, while runs go on."""
+        """The first SIGINT or SIGTERM asks to stop; a second one ends the program while runs continue."""
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def ask(number: int, _: Any) -> None:

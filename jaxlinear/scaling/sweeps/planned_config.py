@@ -6,5 +6,5 @@ from jaxlinear import config as configs
 
 
 def get_config(path: str):
-    """The config in the file ``path``, which is what follows the colon of ``--config``."""
+    """The config in the file ``path``, which is the part of ``--config`` after the colon."""
     return configs.from_json(pathlib.Path(path).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Which runs a sweep has. A run is a dict: config keys have a dot; a few words without one are labels for reports."""
+"""The runs of a sweep. A run is a dict: keys with a dot are config keys; a few words without one are labels for reports."""
 
 import difflib
 import itertools
@@ -11,9 +11,9 @@ from jaxlinear import config as configs
 from jaxlinear.errors import UserError
 from jaxlinear.scaling import flops
 
-# architecture and size name what is compared; budget is in FLOPs, which budget_counts "with" or "without" the logits.
+# architecture and size name what is compared; budget is in FLOPs, counted "with" or "without" the logits (budget_counts).
 LABELS = ("architecture", "size", "budget", "budget_counts")
-_ROUNDING = 0.05  # how far whole steps may be from the tokens that a ladder asks for
+_ROUNDING = 0.05  # how far whole steps may be from the number of tokens that a ladder asks for
 
 Run = dict[str, Any]
 
@@ -27,7 +27,7 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[Run]:
 
 
 def product(*lists: Sequence[Run]) -> list[Run]:
-    """Every combination of one run of each list; where two set the same key, that of the later list counts."""
+    """Every combination of one run from each list. Where two set the same key, the later list's value counts."""
     return [{key: value for run in runs for key, value in run.items()} for runs in itertools.product(*lists)]
 
 
@@ -44,7 +44,7 @@ def ladder(architectures: Mapping[str, Sequence[str | Run]]) -> list[Run]:
 def fixed_tokens(
     config: config_dict.ConfigDict, sizes: Sequence[Run], tokens: Sequence[float], **options: Any
 ) -> list[Run]:
-    """Each size with each number of tokens; ``options`` may have the ``warmup_fraction`` of ``isoflops``."""
+    """Each size with each number of tokens. ``options`` may contain the ``warmup_fraction`` of ``isoflops``."""
     return [_lasting(config, size, count, f"{count:.4g} tokens", **options) for count in tokens for size in sizes]
 
 
@@ -56,14 +56,14 @@ def isoflops(
     logits: bool = True,
     warmup_fraction: float | None = None,
 ) -> list[Run]:
-    """Each size with each budget: as many steps as the budget has FLOPs for (``scaling/flops.py``, forward and backward).
+    """Each size with each budget: as many steps as the budget allows (``scaling/flops.py``, forward and backward).
 
     Args:
-      config: what all runs share; its batch and length give the tokens of a step.
+      config: what all runs share; its batch size and sequence length give the tokens of a step.
       sizes: runs of ``ladder``.
       budgets: FLOPs.
       logits: whether the products with the output embedding count.
-      warmup_fraction: also sets ``schedule.warmup_steps``, to this part of the run's steps.
+      warmup_fraction: also sets ``schedule.warmup_steps``, to this fraction of the run's steps.
     """
     runs = []
     for budget in budgets:
@@ -103,8 +103,8 @@ def resolve(config: config_dict.ConfigDict, run: Run) -> config_dict.ConfigDict:
 
 
 def check_budget(run: Run, config: config_dict.ConfigDict) -> None:
-    """Raises ``UserError`` where the run, whose resolved config this is, does not spend the budget of its label: a key that
-    was joined to a ladder may change the tokens or the FLOPs that its steps were counted by."""
+    """Raises ``UserError`` if the run, whose resolved config this is, does not spend the budget of its label: a key
+    combined with a ladder may change the tokens or FLOPs that its steps were based on."""
     if "budget" not in run or "budget_counts" not in run or config.model.vocab_size is None:
         return
     training, logits = config.training, run["budget_counts"] == "with"
@@ -119,8 +119,8 @@ def check_budget(run: Run, config: config_dict.ConfigDict) -> None:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """A name for each run, which is also that of its directory: its labels, and the keys in which runs of the same labels
-    differ. Two runs that differ in nothing are refused."""
+    """A name for each run, which is also that of its directory: its labels, and the keys in which runs with the same labels
+    differ. Two identical runs are refused."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(_labelled(run), []).append(run)
@@ -134,7 +134,7 @@ def names(runs: Sequence[Run]) -> list[str]:
 def _lasting(
     config: config_dict.ConfigDict, size: Run, tokens: float, what: str, *, warmup_fraction: float | None = None
 ) -> Run:
-    """``size`` with the steps of ``tokens``."""
+    """``size`` with the number of steps for ``tokens``."""
     resolved = resolve(config, size)
     if not resolved.evaluation.every_steps:
         raise UserError("a ladder compares held-out losses: set evaluation.every_steps; the end is always evaluated")
@@ -154,7 +154,7 @@ def _lasting(
 def _labelled(run: Run) -> str:
     parts = [_text(run[label]) for label in ("architecture", "size") if label in run]
     if len(parts) == 2 and parts[1].startswith(parts[0]):
-        parts = parts[1:]  # a preset is named after its architecture
+        parts = parts[1:]  # a preset's name begins with its architecture
     if "budget" in run:
         parts.append(f"{run['budget']:.3g}flops".replace("+", ""))
     return "-".join(parts)

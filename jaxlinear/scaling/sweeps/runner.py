@@ -18,18 +18,18 @@ BUSY = 73  # another job has the run
 
 @dataclasses.dataclass
 class TrainingJob:
-    """Called where the job runs. ``environment`` changes variables there; None removes one."""
+    """Called where the job runs. ``environment`` sets variables there; None removes one."""
 
     sweep: str
     name: str
     command: list[str]
     environment: dict[str, str | None]
-    # Here and not where the call begins: a job may be preempted before.
+    # Set here, not where the call begins: a job may be preempted before that.
     _stopped: bool = dataclasses.field(default=False, init=False, repr=False)
     _child: "subprocess.Popen[bytes] | None" = dataclasses.field(default=None, init=False, repr=False)
 
     def __call__(self) -> int:
-        """The status of the training process. Of several tasks of one job, the first one keeps the books."""
+        """Returns the status of the training process. If a job has several tasks, the first one keeps the records."""
         signal.signal(signal.SIGTERM, self._stop)
         self._files = RunFiles(Path(self.sweep), self.name)
         task = os.environ.get("SLURM_PROCID", "0")
@@ -44,11 +44,11 @@ class TrainingJob:
             return status
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit calls when the job is to be preempted or its time is nearly up: the run saves itself, and the same
-        job goes on when it is started again."""
+        """Called by submitit when the job is about to be preempted or its time is nearly up: the run saves itself, and the
+        same job continues when it is started again."""
         self._stop()
         if self._child is not None:
-            os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)  # the call that was interrupted has its lock
+            os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)  # the interrupted call holds its lock
             self._files.end(PREEMPTED)
         return DelayedSubmission(dataclasses.replace(self))
 
@@ -66,7 +66,7 @@ class TrainingJob:
                 env=environment,
                 pass_fds=[] if lock is None else [lock],
             )
-            if self._stopped:  # before there was a child to tell
+            if self._stopped:  # before there was a child to signal
                 self._stop()
             while child.poll() is None:
                 time.sleep(0.1)

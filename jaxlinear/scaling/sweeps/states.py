@@ -1,4 +1,4 @@
-"""How far a run of a sweep is. That it is finished its own directory says; what became of it else, its attempts."""
+"""How far a run of a sweep is. Its own directory says whether it is finished; its attempts say what else became of it."""
 
 import contextlib
 import dataclasses
@@ -28,13 +28,13 @@ FINISHED, RUNNING, QUEUED, INTERRUPTED, FAILED, WAITING = (
 _INTERRUPTED = (None, PREEMPTED, -signal.SIGTERM, -signal.SIGINT)  # a signal that came before the run could save itself
 
 _LOG = logging.getLogger(__name__)
-_ASKED = ("tasks", "examples")  # of what evaluations measure beside the loss
-_MEASURED = ("evaluation.batches",)  # of how much text the losses of a sweep are: of the same for all
+_ASKED = ("tasks", "examples")  # what evaluations measure besides the loss
+_MEASURED = ("evaluation.batches",)  # how much text the losses of a sweep cover: the same for all runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """``error`` is of the last attempt that failed; losses and rates are None until there are some."""
+    """``error`` is that of the last failed attempt. Losses and rates are None until there are some."""
 
     state: str
     step: int
@@ -47,7 +47,7 @@ class Progress:
 
 
 def read(files: RunFiles, steps: int, *, queued: bool = False) -> Progress:
-    """The run's progress towards ``steps``; ``queued`` says that a scheduler has a job of it."""
+    """The run's progress towards ``steps``. ``queued`` means that a scheduler has a job for it."""
     values = _newest_metrics(files)
     attempts = files.attempts()
     state, error = WAITING, None
@@ -61,17 +61,17 @@ def read(files: RunFiles, steps: int, *, queued: bool = False) -> Progress:
         status = attempts[-1].get("status")
         if status in _INTERRUPTED:
             state = INTERRUPTED
-        elif status != 0:  # after 0, more steps are wanted than were when it ended
+        elif status != 0:  # after 0, more steps are planned than when it ended
             state, error = FAILED, _reason(attempts[-1])
     return Progress(state=state, steps=steps, attempts=len(attempts), error=error, **values)
 
 
 def is_finished(files: RunFiles, steps: int) -> bool:
-    """Whether the run's newest whole checkpoint is of its last step, and evaluated if it is to be by the plan, which may
-    ask for that later than the run was begun."""
+    """Whether the run's newest complete checkpoint is of its last step, and evaluated if the plan asks for it (which may
+    have been added after the run began)."""
     if not (files.workdir / DIRECTORY).is_dir():
         return False
-    # A run saves at its end; where no such directory is, Orbax need not be asked.
+    # A run saves at its end; if there is no such directory, Orbax need not be asked.
     names = [name for name in os.listdir(files.workdir / DIRECTORY) if name.isdigit() and int(name) >= steps]
     if not names:
         return False
@@ -85,14 +85,14 @@ def is_finished(files: RunFiles, steps: int) -> bool:
 
 
 def check_unchanged(files: RunFiles, planned: str) -> None:
-    """Raises ``UserError`` if the run in the directory is not the planned one (the text of ``config.json``), or is beyond
-    its last step, with a learning rate that was to end later."""
+    """Raises ``UserError`` if the run in the directory is not the planned one (the text of ``config.json``), or is already
+    beyond its last step, on a learning-rate schedule that was to end later."""
     if not (files.workdir / CONFIG).exists():
         return
     begun = read_config(files.workdir)
     config = configs.from_json(planned)
     if config.model.vocab_size is None:
-        config.model.vocab_size = begun.model.vocab_size  # it follows the data
+        config.model.vocab_size = begun.model.vocab_size  # determined by the data
     check_same_run(files.workdir, begun, config, goes_on=False, compared=_MEASURED)
     come_to = max(saved_steps(files.workdir), default=0)
     if come_to > config.training.steps:
@@ -113,7 +113,7 @@ def _newest_metrics(files: RunFiles) -> dict[str, Any]:
     """The last value of each number, from the end of the run's metrics."""
     newest: dict[str, Any] = {}
     for line in tail(files.workdir / metrics.FILE).split("\n")[:-1]:
-        with contextlib.suppress(ValueError):  # of the first line, which may be cut
+        with contextlib.suppress(ValueError):  # the first line may be cut off
             newest |= json.loads(line)
     return {"step": newest.get("step", 0)} | {
         key: newest.get(key) for key in ("loss", "heldout_loss", "tokens_per_second")

@@ -1,4 +1,4 @@
-"""A sweep's directory: the plan, written down before the first run starts, and read again by whoever comes later."""
+"""A sweep's directory: the plan is written before the first run starts and is read by later commands."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ FILE = "sweep.json"
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """``labels`` are those of ``plans.LABELS`` that the run has."""
+    """``labels`` are the ``plans.LABELS`` that the run has."""
 
     files: RunFiles
     steps: int
@@ -38,7 +38,7 @@ class PlannedRun:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A sweep that is planned: its directory, and its runs in the order of the plan."""
+    """A planned sweep: its directory, and its runs in the order of the plan."""
 
     directory: Path
     runs: tuple[PlannedRun, ...]
@@ -46,14 +46,14 @@ class Sweep:
 
 @contextlib.contextmanager
 def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: Sequence[plans.Run]) -> Iterator[Sweep]:
-    """Checks every run, and writes the plan and the runs' configs. The sweep is this process's alone as long as the context
-    lasts: a job takes its config when it starts, so nobody else may write them until the last one has.
+    """Checks every run, and writes the plan and the runs' configs. The sweep belongs to this process alone as long as the
+    context lasts: a job reads its config when it starts, so nobody else may write the configs until the last one has.
 
-    A sweep that is there already may have more or fewer runs than before, and longer ones.
+    An existing sweep may now have more or fewer runs than before, and longer ones.
 
     Raises:
-      UserError: a run cannot work, or was begun and would become another one; or another process works on the sweep.
-        Nothing is changed then.
+      UserError: a run cannot work, or has begun and would become another one, or another process works on the sweep.
+        Nothing has changed then.
     """
     if not runs:
         raise UserError("the sweep has no runs")
@@ -85,8 +85,8 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
 
 
 def _kept(sweep: Path, names: Sequence[str], resolved: Sequence[config_dict.ConfigDict]) -> list[str]:
-    """``names``, but a run that the sweep has with the same config under another one keeps that: a name holds what runs
-    differ in, so it changes with the runs that are planned beside it."""
+    """``names``, except that a run already in the sweep with the same config keeps its name: names state what runs differ
+    in, so they change with the runs planned beside them."""
     paths = sorted(sweep.glob("jobs/*/config.json"))
     there = {path.parent.name: configs.to_json(configs.from_json(path.read_text(encoding="utf-8"))) for path in paths}
     kept: list[str] = []
@@ -116,7 +116,7 @@ def read(directory: str | os.PathLike) -> Sweep:
 
 
 def _check_data(resolved: Sequence[config_dict.ConfigDict]) -> None:
-    """Here and not in each run, where the same mistake would be made many times."""
+    """Checks the data here and not in each run, where the same mistake would be made many times."""
     paths = set()
     for config in resolved:
         if config.data.path:

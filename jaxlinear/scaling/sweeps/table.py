@@ -1,4 +1,4 @@
-"""The states of a sweep's runs as text: a table that is redrawn on a terminal, lines of what changed elsewhere."""
+"""The states of a sweep's runs as text: a table that is redrawn on a terminal, or a line per change elsewhere."""
 
 import collections
 import shutil
@@ -12,7 +12,7 @@ _HEAD = f"{'state':<12}{'step':>14}{'loss':>9}{'held out':>10}{'tokens/s':>10}  
 
 
 def text(table: Sequence[tuple[str, Progress]], height: int | None = None) -> str:
-    """The table. Where it is higher than ``height``, first the finished runs and then the waiting ones are only counted."""
+    """The table. If it is higher than ``height``, first the finished and then the waiting runs are only counted."""
     shown = list(table)
     for state in (states.FINISHED, states.WAITING):
         if height is not None and len(shown) + 3 > height:
@@ -41,7 +41,7 @@ def _row(name: str, progress: Progress) -> str:
 
 
 class Live:
-    """Shows tables as they change, on a terminal in place of the last one."""
+    """Shows tables as they change; on a terminal, each replaces the last one."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -50,7 +50,7 @@ class Live:
         self._states: dict[str, str] = {}
 
     def show(self, table: Sequence[tuple[str, Progress]]) -> None:
-        """Draws the table anew on a terminal; elsewhere writes a line of each run whose state is another than before."""
+        """Redraws the table on a terminal; elsewhere writes a line for each run whose state has changed."""
         if self._terminal:
             size = shutil.get_terminal_size()
             lines = [line[: size.columns - 1] for line in text(table, size.lines - 1).split("\n")]

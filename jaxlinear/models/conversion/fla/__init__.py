@@ -1,4 +1,4 @@
-"""Models of flash-linear-attention (github.com/fla-org/flash-linear-attention), one file each, by their ``model_type``."""
+"""Models of flash-linear-attention (github.com/fla-org/flash-linear-attention), one file per ``model_type``."""
 
 from jaxlinear.models.conversion.fla import (
     delta_net,
@@ -12,7 +12,7 @@ from jaxlinear.models.conversion.fla import (
     transformer,
 )
 
-# A model goes out as the first that it is one of: of several updates a token, as no other than DeltaProduct.
+# A model is exported as the first family it belongs to; with several updates per token, only as DeltaProduct.
 _MODULES = (gla, gated_deltaproduct, gated_deltanet, delta_net, kda, retnet, hgrn, hgrn2, transformer)
 FAMILIES = tuple(module.FAMILY for module in _MODULES)
 

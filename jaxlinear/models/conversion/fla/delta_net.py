@@ -1,4 +1,4 @@
-"""DeltaNet (arXiv:2406.06484) as flash-linear-attention has it."""
+"""DeltaNet (arXiv:2406.06484) in flash-linear-attention's format."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +17,7 @@ def _model(fields: Fields) -> dict[str, Any]:
     fields.only("use_beta", True, default=True)
     fields.only("use_short_conv", True, default=True)
     fields.only("qk_norm", "l2", default="l2")
-    if fields.is_null("qk_norm"):  # in releases of 2024, for none
+    if fields.is_null("qk_norm"):  # in releases of 2024 this means no norm
         fields.refuse("qk_norm", None, "only 'l2' can be imported")
     for name in ("use_elu", "use_rope"):  # options of the first releases
         fields.only(name, False, default=False)

@@ -1,4 +1,4 @@
-"""Gated DeltaNet (arXiv:2412.06464) as flash-linear-attention has it."""
+"""Gated DeltaNet (arXiv:2412.06464) in flash-linear-attention's format."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,5 +1,5 @@
-"""DeltaProduct (arXiv:2502.10297) as flash-linear-attention has it: with a decay it is Gated DeltaNet of several updates a
-token, without one DeltaNet."""
+"""DeltaProduct (arXiv:2502.10297) in flash-linear-attention's format: with a decay it is Gated DeltaNet with several
+updates per token, without one it is DeltaNet."""
 
 from collections.abc import Iterator
 from typing import Any

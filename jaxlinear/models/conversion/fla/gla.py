@@ -1,4 +1,4 @@
-"""Gated linear attention (arXiv:2312.06635) as flash-linear-attention has it."""
+"""Gated linear attention (arXiv:2312.06635) in flash-linear-attention's format."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""HGRN (arXiv:2311.04823) as flash-linear-attention has it."""
+"""HGRN (arXiv:2311.04823) in flash-linear-attention's format."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from jaxlinear.models.conversion.links import Link, shifted, under
 
 
 def _model(fields: Fields) -> dict[str, Any]:
-    # The logits of the lower bounds are of all layers, softmax attention's too, and so of another softmax than ours.
+    # There the lower bounds' logits cover all layers, including softmax attention's, so their softmax differs from ours.
     fields.only_null("attn")
     fields.only("use_lower_bound", True, default=True)
     fields.only("use_short_conv", False, default=False)
@@ -22,7 +22,7 @@ def _model(fields: Fields) -> dict[str, Any]:
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
     fields = shared.fields_of(config, "hgrn", "HGRNForCausalLM")
-    del fields["num_heads"]  # it has none
+    del fields["num_heads"]  # HGRN has none
     return fields | {
         "expand_ratio": shared.expansion(config.recurrent_width, config.width),
         "use_lower_bound": True,

@@ -1,4 +1,4 @@
-"""HGRN2 (arXiv:2404.07904) as flash-linear-attention has it."""
+"""HGRN2 (arXiv:2404.07904) in flash-linear-attention's format."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ _EPSILON = 1e-5  # of the norm after the recurrence, whatever ``norm_eps`` is
 
 
 def _model(fields: Fields) -> dict[str, Any]:
-    # The logits of the lower bounds are of all layers, softmax attention's too, and so of another softmax than ours.
+    # There the lower bounds' logits cover all layers, including softmax attention's, so their softmax differs from ours.
     fields.only_null("attn")
     fields.only("use_lower_bound", True, default=True)
     fields.only("use_short_conv", False, default=False)

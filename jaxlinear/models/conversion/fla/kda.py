@@ -1,4 +1,4 @@
-"""Kimi Delta Attention (arXiv:2510.26692) as flash-linear-attention has it: with a bias in the gate."""
+"""Kimi Delta Attention (arXiv:2510.26692) in flash-linear-attention's format: with a bias in the gate."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,7 @@ def _model(fields: Fields) -> dict[str, Any]:
     values = shared.model(fields, "kda")
     fields.only("num_v_heads", heads, default=heads)
     fields.only("use_short_conv", True, default=True)
-    fields.only_null("lower_bound")  # with which the decay is another function
+    fields.only_null("lower_bound")  # it would make the decay another function
     return values | shared.delta_heads(fields, heads, head_dim=128, expand_v=1.0) | {"gate_bias": True}
 
 

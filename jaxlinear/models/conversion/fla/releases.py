@@ -1,4 +1,4 @@
-"""What files of flash-linear-attention from 2024 have otherwise than those of its present releases, to the same end."""
+"""Differences between the files of flash-linear-attention's 2024 releases and its present ones that mean the same."""
 
 import re
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.conversion.family import renamed
 from jaxlinear.streaming import StreamedArray
 
-# The norms of a block could be part of its layer and of its MLP (``norm_first``).
+# The norms of a block could belong to its layer and its MLP (``norm_first``).
 _NORMS = {r"\.(attn|mlp)\.norm\.weight$": r".\1_norm.weight"}
-# Where the norm and the gate after it are two steps (``fuse_norm`` false), the norm's weight has another name.
+# If the norm and the gate after it are two steps (``fuse_norm`` false), the norm's weight has another name.
 GATED_NORM = {r"\.attn\.g_norm\.weight$": ".attn.g_norm_swish_gate.weight"}
-# Gated DeltaNet had Mamba-2's D, which nothing read.
+# Gated DeltaNet had Mamba-2's D, which was never read.
 _UNREAD = re.compile(r"model\.layers\.\d+\.attn\.D")
 _GATE = re.compile(r"(model\.layers\.\d+\.mlp)\.gate_proj\.weight")
 
@@ -20,12 +20,12 @@ _GATE = re.compile(r"(model\.layers\.\d+\.mlp)\.gate_proj\.weight")
 def as_now(
     config: ModelConfig, tensors: Mapping[str, StreamedArray], names: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, StreamedArray]:
-    """The tensors of a file as a present release has them; ``names`` are expressions for parts of names of the model's own,
-    and what they are now."""
+    """The tensors of a file under the names of a present release. ``names`` maps regular expressions for parts of the
+    model's own names to the present parts."""
     found = renamed({name: x for name, x in tensors.items() if not _UNREAD.fullmatch(name)}, {**_NORMS, **names})
     for name, x in tuple(found.items()):
         match = _GATE.fullmatch(name)
-        if match and x.shape == (2 * config.mlp_width, config.width):  # the two maps into the MLP were one
+        if match and x.shape == (2 * config.mlp_width, config.width):  # the MLP's two input maps used to be one tensor
             up = f"{match[1]}.up_proj.weight"
             if up not in found:
                 found[name], found[up] = _rows(x, 0, config.mlp_width), _rows(x, config.mlp_width, 2 * config.mlp_width)

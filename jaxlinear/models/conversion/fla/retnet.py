@@ -1,4 +1,4 @@
-"""RetNet (arXiv:2307.08621) as flash-linear-attention has it: with an RMSNorm in each head."""
+"""RetNet (arXiv:2307.08621) in flash-linear-attention's format: with an RMSNorm in each head."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from jaxlinear.models.mixers.retention import widths
 from jaxlinear.streaming import StreamedArray
 
 _BASE = 10_000.0
-_WIDEST = 256  # channels of a key in a head
+_WIDEST = 256  # the most key channels of a head
 
 
 def _model(fields: Fields) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""What the models of flash-linear-attention have around their mixers: RMSNorms and a SwiGLU. In the layers that ``attn`` of
-their ``config.json`` names, softmax attention is in the mixer's place."""
+"""What models of flash-linear-attention have around their mixers: RMSNorms and a SwiGLU. In layers named by ``attn`` of
+their ``config.json``, softmax attention replaces the mixer."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,11 +12,11 @@ from jaxlinear.models.conversion.links import TAPS, TRANSPOSED, Link, regrouped,
 from jaxlinear.models.mixers.delta_net import OWN_GATE, has_gate
 
 ATTENTION = ("attention", "sliding_window")
-_MULTIPLE = 256  # of an MLP's inner width that is not given
+_MULTIPLE = 256  # an MLP's inner width is rounded up to a multiple of this, unless it is given
 
 
 def model(fields: Fields, mixer: str, *, num_layers: int = 24, hidden_ratio: float = 4) -> dict[str, Any]:
-    """Keys of our ``model`` section: all but the mixer's own. The depth and the MLP's ratio are those by default."""
+    """Keys of our ``model`` section, except the mixer's own. ``num_layers`` and ``hidden_ratio`` are the defaults there."""
     width, depth = fields.integer("hidden_size", 2048), fields.integer("num_hidden_layers", num_layers)
     fields.only("hidden_act", "swish", default="swish")
     fields.only_null("attnres_block_size")
@@ -25,7 +25,7 @@ def model(fields: Fields, mixer: str, *, num_layers: int = 24, hidden_ratio: flo
         "num_layers": depth,
         "vocab_size": fields.integer("vocab_size", 32_000),
         "width": width,
-        "num_heads": 1,  # of softmax attention, if there is none
+        "num_heads": 1,  # for softmax attention, where there is none
         "channel_mixer": "gated_mlp",
         "mlp_expansion": _inner_width(fields, width, hidden_ratio) / width,
         "mlp_activation": "silu",
@@ -45,7 +45,7 @@ def model(fields: Fields, mixer: str, *, num_layers: int = 24, hidden_ratio: flo
 
 
 def _inner_width(fields: Fields, width: int, default: float) -> int:
-    """As it is given, or two thirds of ``hidden_ratio`` times the width, rounded up."""
+    """The given width, or else two thirds of ``hidden_ratio`` times the model's width, rounded up."""
     if fields.optional("intermediate_size") is not None:
         return fields.integer("intermediate_size")
     ratio = fields.number("hidden_ratio", default)
@@ -56,7 +56,7 @@ def _inner_width(fields: Fields, width: int, default: float) -> int:
 
 
 def _attention(fields: Fields, mixer: str, depth: int, width: int) -> tuple[list[str], dict[str, Any]]:
-    """The mixer of each layer, and the keys of softmax attention, where some have it."""
+    """The mixer of each layer, and the keys of softmax attention if some layers have it."""
     layers, specs = [mixer] * depth, fields.optional("attn")
     found: dict[str, Any] = {}
     for spec in specs if isinstance(specs, list) else [] if specs is None else [specs]:
@@ -82,7 +82,7 @@ def _attention(fields: Fields, mixer: str, depth: int, width: int) -> tuple[list
 
 
 def attention_heads(fields: Fields, width: int, heads: int) -> dict[str, Any]:
-    """Keys of softmax attention, from the fields that a model or an entry of ``attn`` has for it."""
+    """Keys of softmax attention, from its fields in a model or in an entry of ``attn``."""
     if width % heads or width // heads % 2:
         fields.refuse("num_heads", heads, f"hidden_size={width} has to be as many heads of an even number of channels")
     fields.only("qkv_bias", False, default=False)
@@ -95,14 +95,14 @@ def attention_heads(fields: Fields, width: int, heads: int) -> dict[str, Any]:
 
 
 def _period(layers: list[str]) -> tuple[str, ...]:
-    """The shortest pattern that gives these layers when it is repeated to the depth."""
+    """The shortest pattern that gives these layers when repeated to the depth."""
     depth = len(layers)
     period = next(n for n in range(1, depth + 1) if all(layers[i] == layers[i % n] for i in range(depth)))
     return tuple(layers[:period])
 
 
 def expanded(fields: Fields, name: str, default: float, channels: int) -> int:
-    """A width that is given as so many times ``channels``."""
+    """A width that is given as a multiple of ``channels``."""
     factor = fields.number(name, default)
     width = round(channels * factor)
     if width < 1 or not math.isclose(channels * factor, width):
@@ -111,13 +111,13 @@ def expanded(fields: Fields, name: str, default: float, channels: int) -> int:
 
 
 def expansion(width: int, channels: int) -> float:
-    """The way back: so many times ``channels``, such that what is multiplied by it there and rounded down is the width."""
+    """The inverse: a factor such that ``channels`` times it, rounded down as it is there, is the width."""
     factor = width / channels
     return math.nextafter(factor, math.inf) if int(channels * factor) < width else factor
 
 
 def expanded_heads(fields: Fields, heads: int, width: int, **defaults: float) -> dict[str, Any]:
-    """Keys of so many heads, whose channels ``expand_k`` and ``expand_v`` give as parts of the width; by default these."""
+    """Keys of ``heads`` heads whose total channels ``expand_k`` and ``expand_v`` give as multiples of the width."""
     values: dict[str, Any] = {"recurrent_heads": heads}
     for ours, theirs in (("key_width", "expand_k"), ("value_width", "expand_v")):
         values[ours] = per_head(fields, theirs, expanded(fields, theirs, defaults[theirs], width), heads)
@@ -125,7 +125,7 @@ def expanded_heads(fields: Fields, heads: int, width: int, **defaults: float) ->
 
 
 def expansions(config: ModelConfig, widths: tuple[int, int, int]) -> dict[str, float]:
-    """The way back, from H, K and V."""
+    """The inverse, from H, K and V."""
     heads, key_width, value_width = widths
     return {
         "expand_k": expansion(heads * key_width, config.width),
@@ -134,14 +134,14 @@ def expansions(config: ModelConfig, widths: tuple[int, int, int]) -> dict[str, f
 
 
 def per_head(fields: Fields, name: str, channels: int, heads: int) -> int:
-    """Channels of a head, of so many that the field ``name`` gives."""
+    """Channels per head, given the total ``channels`` that the field ``name`` implies."""
     if channels % heads:
         fields.refuse(name, fields.optional(name), f"that is {channels} channels, which {heads} heads do not divide")
     return channels // heads
 
 
 def fields_of(config: ModelConfig, family: str, architecture: str) -> dict[str, Any]:
-    """The way back; ``UserError`` where a model is none of theirs."""
+    """The inverse of ``model``; raises ``UserError`` if a model is not one of theirs."""
     require(config, family, channel_mixer="gated_mlp", mlp_activation="silu", bias=False)
     require(config, family, embedding_scale=False, logit_soft_cap=0.0)
     specs = [_spec(config, family, name) for name in ATTENTION if name in config.layers]
@@ -175,7 +175,7 @@ def _spec(config: ModelConfig, family: str, mixer: str) -> dict[str, Any]:
 
 
 def links(config: ModelConfig, own: Callable[[str, int], Iterator[Link]]) -> Iterator[Link]:
-    """Of a model, of whose mixer ``own`` gives the links, for the beginning of its tensors' names and its layer."""
+    """The links of a model. ``own`` gives those of its mixer, from the prefix of its tensors' names and its layer."""
     norm = shifted(config.norm_offset)
     yield Link("model.embeddings.weight", "embedding")
     yield Link("model.norm.weight", "norm.scale", None, norm)
@@ -195,14 +195,14 @@ def links(config: ModelConfig, own: Callable[[str, int], Iterator[Link]]) -> Ite
 
 
 def projections(there: str, layer: int, **names: str) -> Iterator[Link]:
-    """Linear maps without biases, by their letter there and their name in our mixer."""
+    """Linear maps without biases, from their letter there to their name in our mixer."""
     for letter, name in names.items():
         yield Link(f"{there}.{letter}_proj.weight", f"mixer.{name}.kernel", layer, TRANSPOSED)
 
 
 def delta_inputs(config: ModelConfig, there: str, layer: int) -> Iterator[Link]:
-    """What the delta rule runs on in each of its models. There the heads of an update lie together, here the updates of a
-    head."""
+    """The inputs of the delta rule in each of its models. There the heads of an update are contiguous; here the updates of
+    a head are."""
     yield from projections(there, layer, q="inputs.query")
     for letter, name in (("k", "key"), ("v", "value"), ("b", "beta")):
         form = regrouped(config.householders, config.heads, TRANSPOSED)
@@ -224,13 +224,13 @@ def delta_output(config: ModelConfig, mixer: str, there: str, layer: int) -> Ite
 
 
 def output_gate(mixer: str, gate: bool) -> str:
-    """``model.output_gate`` of one of these mixers with a gate or without."""
+    """``model.output_gate`` for one of these mixers, with or without a gate."""
     given = "silu" if gate else "none"
     return "auto" if given == OWN_GATE[mixer] else given
 
 
 def delta_heads(fields: Fields, heads: int, *, head_dim: int, expand_v: float) -> dict[str, Any]:
-    """Keys of a gated delta rule's heads, of which ``head_dim`` and ``expand_v`` are those by default."""
+    """Keys of a gated delta rule's heads. ``head_dim`` and ``expand_v`` are the defaults there."""
     key_width = fields.integer("head_dim", head_dim)
     return {
         "recurrent_heads": heads,
@@ -242,7 +242,7 @@ def delta_heads(fields: Fields, heads: int, *, head_dim: int, expand_v: float) -
 
 
 def delta_fields(config: ModelConfig, widths: tuple[int, int, int]) -> dict[str, Any]:
-    """The way back, from H, K and V."""
+    """The inverse, from H, K and V."""
     _, key_width, value_width = widths
     return {
         "head_dim": key_width,

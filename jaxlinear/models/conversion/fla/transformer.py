@@ -1,4 +1,4 @@
-"""The transformer of flash-linear-attention, "Transformer++". It is a Llama under other names or, with a window, a Mistral,
+"""The transformer of flash-linear-attention, "Transformer++". It is a Llama or, with a window, a Mistral under other names,
 and is exported as one."""
 
 from collections.abc import Iterator
@@ -27,5 +27,5 @@ def _links(config: ModelConfig) -> Iterator[Link]:
     return shared.links(config, lambda there, layer: iter(()))
 
 
-# No mixers: a model here is never called so, and its fields are a Llama's or a Mistral's.
+# No mixers: no model here is exported under this name, and its fields are a Llama's or a Mistral's.
 FAMILY = Family("transformer", (), _model, llama.FAMILY.fields, _links, read=as_now)
