@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 # correlate (tests/data/test_loader.py); after 8 they do not. More cost time where examples are few: the cipher has 16 bits
 # and is applied until a number is below their count.
 _ROUNDS = 8
-# The name of this order of examples, recorded in a run's directory: a run resumes with the order it began with.
+# The name of this order of examples, which a run records in its directory; with another recorded there it is refused.
 SHUFFLE = f"index_shuffle, {_ROUNDS} rounds"
 
 Path = str | os.PathLike[str]
