@@ -1,4 +1,4 @@
-"""Texts to prepare, and what was written."""
+"""Texts to prepare, and readers of the result."""
 
 import json
 import pathlib
