@@ -300,7 +300,7 @@ def test_the_runs_of_a_sweep(sweep):
     ],
 )
 def test_runs_without_a_label_are_one_architecture_if_they_differ_in_numbers_alone(models, names):
-    """Else a law would be fitted to the lower loss of either. What a label names is left out."""
+    """Otherwise, a law would be fitted to the lower loss of either. Runs with a label are left out."""
     model = {"pattern": ("hawk",), "width": 8, "bias": False, "dtype": "bfloat16", "remat": "none"}
     given = [config_dict.ConfigDict(model | changes) for changes in [*models, {"bias": True, "remat": "all"}]]
     runs = [types.SimpleNamespace(labels={})] * len(models) + [types.SimpleNamespace(labels={"architecture": "mine"})]
