@@ -94,7 +94,7 @@ def compile_for(target: str, config, streams: int, length: int, *, wide: bool = 
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
 
     def make(values):
-        # Like `for_decoding`, which asks arrays for their device; these are shapes.
+        # What `for_decoding` does; that asks arrays where they are, and these are shapes.
         model = parameters.describe(config).bind(values)
         if wide:
             return model.unstacked()

@@ -164,7 +164,7 @@ def _case(name: str, backend: str, batch: int, length: int, pas: str) -> tuple[C
     memory = compiled.memory_analysis()
 
     def go() -> float:
-        # The program before this one has released the memory, which the first run of a turn is given anew.
+        # The previous program used the memory differently and gave it back: the first run of a turn gets it anew.
         jax.block_until_ready(compiled(inputs))
         begin = time.perf_counter()
         jax.block_until_ready(compiled(inputs))

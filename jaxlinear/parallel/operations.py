@@ -282,7 +282,7 @@ def causal_attention(
 def _attention_in_parts(
     attend: functools.partial, backend: str, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
 ) -> jax.Array:
-    """Attention over the whole of time. The kernel runs on each device's part, since the compiler cannot split it."""
+    """Attention over whole sequences. The kernel runs on each device's part, since the compiler cannot split it."""
     mesh = sharding.mesh_in_use()
     if mesh is None or mesh.size == 1 or choose_softmax(attend.func.__name__, backend, q, k, v) != "pallas":
         return attend(q, k, v, segment_ids=segment_ids, backend=backend)

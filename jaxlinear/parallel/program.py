@@ -10,7 +10,7 @@ import jax
 
 import jaxlinear
 
-# Everything that computes a step or orders the data, and after it the TPU and GPU plugins, of which some are installed.
+# Everything that computes a step or orders the data, and the TPU and GPU plugins that may be installed.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
 _PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 _SETTINGS = (

@@ -134,7 +134,7 @@ def _round(visit, carry, gained, own: Block, earlier: Block | None, places, shap
     rank, shards = lax.axis_index(AXIS), lax.axis_size(AXIS)
     batch, size = own.k.shape[0], own.k.shape[2]
     blocks = range(-(-shape.length // shape.block))
-    to_end = jnp.ones((batch,), bool)  # the document of the shard's first token begins before the last block
+    to_end = jnp.ones((batch,), bool)  # the shard's first document begins before the block visited last
 
     def met(keys: int, lowest, offset, last: int):
         run = shape.rule(keys).run

@@ -66,8 +66,8 @@ class Spread:
         )
         packed = jax.eval_shape(family.pack, own[0])
         of_outputs = self._spec(outputs, "batch", "time", self.heads)
-        # Kept between the passes, under any remat policy: the state before each shard, and what an exchange keeps of M, [W,
-        # B, ...]. So nothing grows with T, and nothing is exchanged twice. The states before chunks follow from these.
+        # Kept between the passes, under any remat policy: the state before each shard, and what an exchange keeps of M
+        # ([W, B, ...]). So nothing grows with T, and nothing is exchanged twice. States before chunks follow from these.
         of_start = PartitionSpec(AXIS, *of_state)
         of_transitions = PartitionSpec(AXIS, *of_state[: packed.ndim])
         exchange = cost.choose_exchange(self.exchange, _load(family, packed, own, self.mesh), *kind_and_span(self.mesh))

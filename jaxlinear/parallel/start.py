@@ -30,7 +30,7 @@ JOIN_PATIENCE = 30 * 60.0  # seconds: hosts of one slice or job come up minutes 
 _SLURM_PATIENCE = 10 * 60.0
 _SAYS_SO_EVERY = 60.0  # seconds
 _ABORT_LATER = 60  # seconds by which JAX's own timeout comes after ours
-# A second apart: a network file system may show another host's file late, and NFS a directory's content by 60 s.
+# A second apart: a network file system may show another host's file late, and NFS a directory's content 60 s late.
 _LOOKS_AT_A_FILE = 10
 _LOOKS_AT_A_LISTING = 90
 
@@ -128,7 +128,7 @@ _PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 def _gpus_of_a_node() -> list[int] | None:
-    """Under SLURM, JAX takes one GPU per process. A node's only process takes all of them: those that are visible."""
+    """Under SLURM, JAX takes one GPU per process. A node's only process takes all that are visible."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
     visible = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
     if "SLURM_PROCID" not in os.environ or not re.fullmatch(r"1(\(x\d+\))?", tasks) or len(visible) < 2:
@@ -145,8 +145,9 @@ def _under_a_scheduler() -> bool:
 
 
 def _has_tpus() -> bool:
-    """Whether there are device files like those of TPUs and, as JAX finds TPUs, a PCI device of Google's. VFIO also gives
-    programs other devices, on machines that have libtpu to compile for TPUs; and a network card may be Google's."""
+    """Whether there are device files like those of TPUs, and a PCI device of Google's, by which JAX finds TPUs. Neither is
+    enough: VFIO gives programs other devices too, on machines that have libtpu to compile for TPUs, and a network card may
+    be Google's."""
     if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
         return False
     return any(Path(path).read_text().strip() == _GOOGLE for path in glob.glob("/sys/bus/pci/devices/*/vendor"))

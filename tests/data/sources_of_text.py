@@ -1,4 +1,4 @@
-"""Texts to prepare, and readers of the result."""
+"""Texts to prepare, and the files that were written."""
 
 import json
 import pathlib

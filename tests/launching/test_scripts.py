@@ -53,7 +53,7 @@ def test_sbatch_reads_values_whole():
     [(None, ["0,1", "2,3"]), ("4,5,6,7", ["4,5", "6,7"]), ("GPU-a,3,MIG-b,1,0", ["GPU-a,3", "MIG-b,1"])],
 )
 def test_gpus_are_dealt_out(tmp_path, monkeypatch, visible, dealt):
-    """Two processes share them, and record what they see."""
+    """Two processes get them, and record what they see."""
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\nfor last; do :; done\nprintf "$CUDA_VISIBLE_DEVICES" > {tmp_path}/"$last"\n')
     program.chmod(0o755)
@@ -185,7 +185,7 @@ def test_a_controller_that_is_away_for_a_while(tmp_path, status):
 
 
 def test_cpus_of_a_process(tmp_path):
-    """srun does not know what sbatch was told; if that was nothing, the processes share the node's CPUs."""
+    """srun does not know what sbatch was told; if sbatch was told nothing, the processes share the node's CPUs."""
     of_slurm(tmp_path, [0])
     of_slurm(tmp_path, [0], script="slurm_by_host.sh")
     read = (tmp_path / "srun.log").read_text()

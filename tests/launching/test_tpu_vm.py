@@ -184,7 +184,7 @@ def test_a_setup_may_have_a_here_document_of_its_own():
 
 @pytest.mark.parametrize("directory, of_home", [("~/my code", "'my code'"), ("~", "."), ("a~b", "'a~b'"), ("/a", "/a")])
 def test_a_directory_below_the_home_of_the_hosts(directory, of_home):
-    """Their shells begin there; quoted, ~ would be a name."""
+    """Their shells begin in the home; quoted, ~ would be a name."""
     assert f"\ncd {of_home} || exit 3\n" in printed("train", setup="true", directory=directory)
 
 

@@ -77,7 +77,7 @@ def test_through_one_minimum_there_is_no_power_law():
 
 @pytest.mark.parametrize("budgets_of_four, replicates", [(0, 0), (2, 0), (3, 5)])
 def test_three_sizes_leave_no_interval(budgets_of_four, replicates):
-    """Nor does a fourth at one or two of the budgets: so few runs leave too little beside the parabolas."""
+    """Nor does a fourth at one or two of the budgets: so few runs leave too little beside the parabolas to judge by."""
     keep = np.tile([True, False, True, False, True, False], 4)
     keep[1 : 6 * budgets_of_four : 6] = True
     found = isoflop.fit(BUDGETS[keep], PARAMETERS[keep], LOSSES[keep], replicates=5)

@@ -184,7 +184,7 @@ def test_fewer_steps_than_a_run_has_done_are_refused(tiny_dataset, tmp_path):
 
 
 def test_an_evaluation_that_is_asked_for_later_is_owed(tiny_dataset, tmp_path, caplog):
-    """Finished runs owe it too, at their end; a message says that other tasks to be measured there are not."""
+    """Finished runs owe it too, at their end; of other tasks asked for there, a line says that they are not measured."""
 
     def planned(**evaluation):
         config = stand_in.config(tiny_dataset)

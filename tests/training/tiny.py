@@ -211,7 +211,7 @@ ARGUMENTS = {
 
 
 # Python that a run may begin with: the run hangs when it reads the batch of a step, as on a file server that does not
-# answer. By then, the losses up to two steps before that one are written, and the checkpoint of that step.
+# answer. By then, the losses up to the step two before it are written, and that step's checkpoint.
 STOPS = """
 import time
 from jaxlinear.data import loader
