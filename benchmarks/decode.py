@@ -80,7 +80,7 @@ def _ours() -> Callable[[], float]:
 
     def go() -> float:
         rounds = generation.chunks(model, prompts, generation.Sampling(temperature=0.0), _TOKENS.value + 1)
-        next(rounds)  # the first token comes with the prompt
+        next(rounds)  # the first token comes from the prompt
         begin = time.perf_counter()
         made = sum(tokens.size for tokens in rounds)
         seconds = time.perf_counter() - begin

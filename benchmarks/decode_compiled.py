@@ -94,7 +94,7 @@ def compile_for(target: str, config, streams: int, length: int, *, wide: bool = 
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
 
     def make(values):
-        # `for_decoding`, which asks arrays where they are: these are shapes.
+        # What `for_decoding` does; that asks arrays where they are, and these are shapes.
         model = parameters.describe(config).bind(values)
         if wide:
             return model.unstacked()
@@ -121,7 +121,7 @@ def of_a_token(text: str) -> tuple[int, int | None]:
 
     module = hlo.parse(text)
     (loop,) = (line for line in module.computations[module.entry] if line.opcode == "while")
-    # The loop's trips are not known; those of loops within it are by its body as a program of its own.
+    # The loop's trips are not known. Those of the loops in it are found by reading its body as a program of its own.
     (body,) = loop.called
     inner = dataclasses.replace(module, entry=body, runs=hlo.runs(module.computations, body))
     sequences = programs.sequences(inner)

@@ -38,7 +38,7 @@ from triton.runtime.jit import JITFunction
 from tests.ptx import machine, memory, program
 
 OPERATIONS = [f"{name}{decay}" for name in ("linear_attention", "delta_rule") for decay in ("", "_scalar", "_channel")]
-_LENGTH_TRIED = 128  # T with which configurations are compared
+_LENGTH_TRIED = 128  # T at which configurations are compared
 _TOLERANCE = 0.02  # of outputs in bfloat16
 
 
@@ -89,7 +89,7 @@ class Emulator:
         kernel = self._compile(function, *arguments, grid=grid, warmup=True, **options)
         if kernel.metadata.shared > memory.SHARED_BYTES:
             raise OutOfResources(kernel.metadata.shared, memory.SHARED_BYTES, "shared memory")
-        bind = function.device_caches[0][4]  # what Triton itself names a launch's arguments with
+        bind = function.device_caches[0][4]  # how Triton itself names a launch's arguments
         bound, *_ = bind(*arguments, debug=False, **options)
         grid = tuple(map(int, grid(bound) if callable(grid) else grid))
         (read,) = program.read(kernel.asm["ptx"])
@@ -107,7 +107,7 @@ class Emulator:
                 return x
             return at[x.untyped_storage().data_ptr()] + x.storage_offset() * x.element_size()
 
-        scratch = [0, 0]  # Triton's own, which these kernels do not use
+        scratch = [0, 0]  # Triton's own scratch memory, which these kernels do not use
         counts = machine.run_in(plain, read, grid, [*map(parameter, given), *scratch], strict=False)
         plain.give(arrays)
         self.ran.append(Ran(function.__name__, counts, int(plain.read.sum() + plain.written.sum())))
@@ -146,7 +146,7 @@ def main() -> None:
     torch.cuda.device_count = lambda: 1
     properties = types.SimpleNamespace(shared_memory_per_block_optin=memory.SHARED_BYTES, multi_processor_count=132)
     torch.cuda.get_device_properties = lambda *_: properties
-    import fla_worker  # reads of the driver what it is for
+    import fla_worker  # it asks the driver which device it is for
 
     operation, shape = arguments.operation, tuple(map(int, arguments.shape.split("x")))
     emulator = Emulator()

@@ -145,7 +145,7 @@ def main(argv) -> None:
     for operation in _OPERATIONS.value:
         for decay in _DECAYS.value:
             del ran[:]
-            # Interpreted it has not the instructions that are written as NVIDIA's.
+            # Interpreted, the selective scan lacks the instructions that are written as NVIDIA's.
             interpreted = operation != "selective_scan"
             backends.target = functools.partial(Target, "gpu", "NVIDIA H100 80GB HBM3", interpreted)
             gradient(operation, decay) if interpreted else selective_scan()

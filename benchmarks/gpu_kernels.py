@@ -53,7 +53,7 @@ _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 
 def main() -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other library takes its part of the memory
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other library needs its share of the memory
     import jax
 
     if unknown := [name for name in _OPERATIONS.value if name not in OPERATIONS]:
@@ -170,7 +170,7 @@ def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], Non
     elif decay != "none":
         inputs = *inputs, log_decay
 
-    outputs = run if options else lambda *x: run(*x)[0]  # the others give a state too
+    outputs = run if options else lambda *x: run(*x)[0]  # the others also return a state
     return _calls(outputs, inputs, d_o, direction)
 
 

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-# Of an H100 SXM, "H100 Tensor Core GPU Architecture": 989.4e12 operations a second on bfloat16 matrices, not sparse.
+# An H100 SXM, from "H100 Tensor Core GPU Architecture": 989.4e12 operations a second on dense bfloat16 matrices.
 _MULTIPROCESSORS, _CLOCK, _BANDWIDTH, _OPERATIONS_A_SECOND = 132, 1.83e9, 3.35e12, 989.4e12
-_SCHEDULERS = 4  # of a multiprocessor, each with an instruction a cycle
-_PRODUCTS = _OPERATIONS_A_SECOND / 2 / _MULTIPROCESSORS / _CLOCK  # multiply-adds of a multiprocessor a cycle
+_SCHEDULERS = 4  # per multiprocessor, each issuing an instruction a cycle
+_PRODUCTS = _OPERATIONS_A_SECOND / 2 / _MULTIPROCESSORS / _CLOCK  # multiply-adds per multiprocessor and cycle
 _SHAPE = re.compile(r"\.m(\d+)n(\d+)k(\d+)")
 _SUMMED = "instructions", "issue", "matrix", "memory"
 

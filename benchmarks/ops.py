@@ -38,7 +38,7 @@ _WINDOW = flags.DEFINE_integer("window", 512, "Of sliding_window_attention.", lo
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Runs that count; one more, the first, does not.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
-# name: the operation, the decay it is given, its backends
+# By name: the operation, the decay that it is given, its backends
 CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "linear_recurrence": ("linear_recurrence", "", ("recurrent", "associative")),
     "linear_attention": ("linear_attention", "none", ("recurrent", "chunked")),
@@ -164,7 +164,7 @@ def _case(name: str, backend: str, batch: int, length: int, pas: str) -> tuple[C
     memory = compiled.memory_analysis()
 
     def go() -> float:
-        # The one before used the memory otherwise, and has given it back: the first run of a turn is given it anew.
+        # The previous program used the memory differently and gave it back: the first run of a turn gets it anew.
         jax.block_until_ready(compiled(inputs))
         begin = time.perf_counter()
         jax.block_until_ready(compiled(inputs))

@@ -158,17 +158,17 @@ def prepare_decode(options: argparse.Namespace) -> tuple[Record, Callable[[], Re
     sampler = recurrentgemma.Sampler(model, Vocabulary(), params)
     shape = (options.streams, options.prompt)
     prompts = jax.random.randint(jax.random.key(SEED + 1), shape, 0, VOCABULARY, jnp.int32)
-    steps = options.tokens + 1  # the first token comes with the prompt, the others of the timed loop
+    steps = options.tokens + 1  # the first token comes from the prompt, the others from the timed loop
 
     # The sampler donates the prompts too, so each round hands it a copy.
     def prompt_arguments() -> tuple[Any, ...]:
         return params, jnp.copy(prompts), None, jnp.full(shape[0], shape[1], jnp.int32)
 
-    # Not `sampler(...)`, which does just this around a tokenizer and the text it returns.
+    # Not `sampler(...)`, which does the same and also handles a tokenizer and the text.
     prefill, prefill_times = compile_timed(sampler.prompt_processing_fn, *prompt_arguments(), steps, False, False)
     leaves, structure = jax.tree.flatten(prefill(*prompt_arguments()))
 
-    # The state goes in and out as leaves: the package checks the types of its fields, and refuses those of `lower`.
+    # The state is passed as leaves: the package checks the types of its fields, and refuses those that `lower` passes.
     def loop(params: Any, leaves: list[jax.Array]) -> list[jax.Array]:
         return jax.tree.leaves(sampler.sample_fn(params, jax.tree.unflatten(structure, leaves), False))
 
@@ -210,7 +210,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    # Standard output carries JSON alone: whatever a library prints, in Python or below it, goes to standard error.
+    # Standard output carries JSON alone: anything that a library prints, from Python or below, goes to standard error.
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

@@ -17,11 +17,11 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
-# Bytes a second of HBM of a chip, and cycles a second, of the chips' published figures.
+# Bytes a second of a chip's HBM, and cycles a second, from the chips' published figures.
 RATES = {"v5e": (819e9, 0.94e9), "v5p": (2765e9, 1.75e9), "v6e": (1640e9, 0.94e9)}
 
-# Operations that the matrix units of a chip do in a cycle: four arrays of 128 x 128 a core, two cores on v5p, which share a
-# kernel's parallel grid; on v6e of 256 x 256. A product of bfloat16 matrices of 512 rows compiles to 92% of it on v5e.
+# Operations that a chip's matrix units do in a cycle: four arrays of 128 x 128 per core (256 x 256 on v6e), and on v5p two
+# cores, which share a kernel's parallel grid. A product of bfloat16 matrices of 512 rows compiles to 92% of it on v5e.
 MATRIX_UNIT = {"v5e": 4 * 2 * 128**2, "v5p": 2 * 4 * 2 * 128**2, "v6e": 4 * 2 * 256**2}
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]*)\s*:\s*([> ]*)\{")
@@ -48,20 +48,20 @@ def begin() -> str:
 
 
 class Bundle(NamedTuple):
-    depth: int  # of the loop that it is marked to be in; some in loops are not marked
-    begins: bool  # a loop's body
-    trips: int | None  # of a loop, if it holds the test and that is against a constant
-    counter: str | None  # what that test is of
-    counters: frozenset[str]  # what the bundle has from the trip before: at a body's beginning, those of its loop
+    depth: int  # of the loop that the bundle is marked as being in; some bundles in loops are not marked
+    begins: bool  # the bundle begins a loop's body
+    trips: int | None  # of a loop, if the bundle holds its test and the test is against a constant
+    counter: str | None  # what that test compares
+    counters: frozenset[str]  # from the trip before; at the beginning of a body, those of its loop
 
 
 @dataclasses.dataclass
 class Loop:
     depth: int
     first: int
-    last: int  # bundles
+    last: int  # a bundle, as is ``first``
     trips: float = math.nan
-    times: float = math.nan  # that the body runs, those of the outer loops counted
+    times: float = math.nan  # how often the body runs, counting the trips of the outer loops
 
 
 def read(path: pathlib.Path) -> tuple[list[Bundle], bool]:
@@ -88,7 +88,7 @@ def loops(bundles: list[Bundle]) -> list[Loop]:
         for loop in opened:
             if bundle.depth >= loop.depth:
                 loop.last = i
-            # The test may stand within an inner loop.
+            # The test may be inside an inner loop.
             if bundle.trips is not None and bundle.counter in bundles[loop.first].counters:
                 loop.trips = bundle.trips
     return found

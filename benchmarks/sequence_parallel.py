@@ -33,7 +33,7 @@ from jaxlinear.parallel import targets
 K = 1024
 MODELS = ("hawk", "gla", "gated_delta_net", "griffin", "transformer")
 TOKENS, DEVICES = (64 * K, 256 * K, 1024 * K, 4096 * K), (8, 64, 256)
-LONG, MANY = 1024 * K, 64  # T where W varies, W where T does
+LONG, MANY = 1024 * K, 64  # T where W varies, and W where T varies
 HEADLINE = [
     ("gla", "exchanged", t * K, w, remat) for t, w in ((2048, 64), (4096, 128)) for remat in ("full", "elementwise")
 ]

@@ -37,7 +37,7 @@ _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 _WORKER = flags.DEFINE_list("worker", None, "Compile with such a block, and print its report.")
 
 KERNELS = ("fwd", "dq", "dkv")
-_OPTIONS = ("topology", "length", "window", "heads", "key_heads", "width", "dtype")  # as given, of each worker too
+_OPTIONS = ("topology", "length", "window", "heads", "key_heads", "width", "dtype")  # also given to each worker
 
 
 def main() -> None:
@@ -86,7 +86,8 @@ def _compile(tokens: int, keys: int) -> dict:
     schedules.compile_for(_TOPOLOGY.value, both, q, k, k, ids, q)
     mask = attention_tpu._Window((-(-length // tokens) * tokens,) * 2, window, 0)
     visited, blocks_in_line = mask.visited(tokens), mask.shape[0] // tokens
-    # Of the grid's steps, which are as many for every line of blocks as the one with the most has, and on v5p two cores'.
+    # The visited share of the grid's steps. Every line of blocks has as many as the longest one; on v5p, two cores share
+    # them.
     most = min(blocks_in_line, -(-(window - 1) // tokens) + 1)
     share = visited / (blocks_in_line * most)
     cycles = {}

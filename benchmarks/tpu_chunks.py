@@ -62,7 +62,7 @@ _BLOCK = flags.DEFINE_list(
 )
 
 KINDS = ("forward", "gradient")
-# As given, of each worker too.
+# As given, and passed to each worker.
 _OPTIONS = ("topology", "batch", "length", "heads", "key", "value", "shared", "negative_eigenvalues", "dtype")
 
 
@@ -123,7 +123,7 @@ def _tuning() -> list[dict]:
     for operation in _OPERATIONS.value:
         delta_rule = operation == "delta_rule"
         for decay in _DECAYS.value:
-            # Chunks of 256 are for matrix units of 256 channels; the inverse and the levels of a decay by channel grow with
+            # Chunks of 256 suit matrix units of 256 channels; the inverse and the levels of a decay by channel grow with
             # them.
             chunks = (64, 128) if delta_rule else (128,) if decay == "channel" else (128, 256)
             sizes = {"chunk": chunks, "lanes": (512, 1024, 2048) if delta_rule else (128, 256, 512)}

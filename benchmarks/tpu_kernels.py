@@ -73,7 +73,7 @@ def _tuning() -> list[dict]:
         for width in (256, 512, 1024):
             for steps in (16, 32):
                 if time * width > 512 * 512:
-                    continue  # the gradient's blocks, twice, would not fit the 16 MiB of VMEM that a kernel may take
+                    continue  # two copies of the gradient's blocks would not fit the 16 MiB of VMEM that a kernel may take
                 block = {"time": time, "width": width, "rows": steps}
                 reports = {d: _worker("pallas", d, f"--block={time},{width},{steps}") for d in DIRECTIONS}
                 rows.append({**block, **{d: report["kernels"] for d, report in reports.items()}})

@@ -133,7 +133,7 @@ def _config(preset: str) -> Any:
     if _REMAT.value:
         config.model.remat = _REMAT.value
     config.training.batch_size, config.training.sequence_length = _BATCH.value, _LENGTH.value
-    config.data.segment_documents = False  # the package has none in this comparison
+    config.data.segment_documents = False  # the package segments none in this comparison
     return config
 
 

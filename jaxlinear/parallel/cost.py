@@ -31,7 +31,7 @@ from jaxlinear.parallel.exchanges import EXCHANGES
 
 ATTENTION = ("all_gather", "ring")
 
-# What one operation may hold for its exchange, as part of a device's memory. A model keeps m or W m for every layer.
+# What one operation may hold for its exchange, as a fraction of a device's memory. A model keeps m or W m for every layer.
 STATES_BOUND = 1 / 64
 KEYS_AND_VALUES_BOUND = 1 / 16
 
@@ -59,7 +59,7 @@ class Cost(NamedTuple):
 
     seconds: float
     moved: int  # bytes that it sends
-    held: int  # bytes at most at once
+    held: int  # peak bytes
 
 
 def of_states(load: States, device: Device, link: Link) -> dict[str, Cost]:
@@ -68,7 +68,7 @@ def of_states(load: States, device: Device, link: Link) -> dict[str, Cost]:
     doublings = [2**i for i in range(math.ceil(math.log2(shards)))]
 
     def work(flops: int, size: int) -> float:
-        """Of one fold or compose, which reads and writes so many bytes."""
+        """Seconds for one fold or compose, which reads and writes ``size`` bytes."""
         return max(flops / device.flops, size / device.memory_bandwidth)
 
     gathered = link.gather(shards, m + c) + link.gather(shards, c) + 2 * shards * work(fold, m + 3 * c)
@@ -86,7 +86,7 @@ def of_keys_and_values(load: KeysAndValues, link: Link) -> dict[str, Cost]:
     steps = shards - 1
     ring = 2 * steps * link.permute(shards, 1, own) + (shards + 1) * link.permute(shards, 1, wide)
     return {
-        # Backward the gradients are summed where the keys came from: as many bytes, in the dtype of the keys.
+        # Backward, the gradients are summed on the devices that hold the keys: as many bytes, in the dtype of the keys.
         "all_gather": Cost(2 * link.gather(shards, own), 2 * steps * own, shards * (own + wide)),
         "ring": Cost(ring, 2 * steps * own + (shards + 1) * wide, 2 * own + 3 * wide),
     }

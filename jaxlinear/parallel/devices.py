@@ -8,10 +8,10 @@ class Link(NamedTuple):
 
     name: str
     bandwidth: float  # bytes/s from one device to another, one way
-    gathering: float  # bytes/s that a device receives of an all-gather
+    gathering: float  # bytes/s that a device receives in an all-gather
     start: float  # seconds before a collective moves its first byte
     hop: float  # seconds for each step of it
-    torus: bool  # devices are linked to their neighbours alone, in a ring; else all of them through switches
+    torus: bool  # each device is linked only to its neighbours, in a ring; otherwise all are joined by switches
 
     def gather(self, shards: int, size: int) -> float:
         """Seconds for an all-gather of ``size`` bytes from each shard; round a torus it goes both ways."""
@@ -28,38 +28,38 @@ class Device(NamedTuple):
     """One device."""
 
     name: str
-    flops: float  # of float32 products, which states need
+    flops: float  # FLOP/s of float32 products, which states need
     memory: float  # bytes
     memory_bandwidth: float  # bytes/s
     link: Link
-    domain: int | None = None  # devices that ``link`` joins; None: all, of TPUs those of a slice
-    beyond: Link | None = None  # what joins more
+    domain: int | None = None  # devices that ``link`` joins; None: all (on TPUs, all of a slice)
+    beyond: Link | None = None  # joins more devices than that
     axes: int = 1  # of the torus
     network: Link | None = None  # between slices of TPUs
 
 
 def _torus(name: str, one_way: float) -> Link:
-    # One axis of the torus, its two directions both in use by a gather: ``parallel.mesh`` lays an axis of the mesh along
-    # one where the sizes allow it, and where it lies over several, ways are shorter and links more. A microsecond a hop:
+    # One axis of the torus; a gather uses both of its directions. ``parallel.mesh`` lays a mesh axis along one torus axis
+    # where the sizes allow it; where it spans several, paths are shorter and there are more links. A microsecond a hop:
     # "How to Scale Your Model" (jax-ml.github.io/scaling-book), on latency in inference.
     return Link(f"ICI of {name}", one_way, 2 * one_way, 1e-6, 1e-6, True)
 
 
 def _network(name: str, one_way: float) -> Link:
-    # What an exchange takes before its first byte no data sheet says.
+    # No data sheet gives the time before an exchange's first byte.
     return Link(f"the network between slices of {name}", one_way, one_way, 0.0, 0.0, False)
 
 
-# Memory and its bandwidth, and ICI a chip in both directions over all its links (400, 1,200, 800 and 1,200 GB/s, on 4, 6,
-# 4 and 6 links): cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. Where pages differ it is the larger figure, as the least
-# time of a step is a bound: for v6e's memory tpu7x has 1,638 GB/s, v6e 1,600. There too the network of the data centre: 6.4
-# Tbit/s for 256 chips of v5e, 50 Gbit/s a chip of v5p, 100 of v6e and of TPU7x. Float32 products are six of bfloat16 (XLA's
-# HIGHEST precision).
+# Memory and its bandwidth, and a chip's ICI bandwidth in both directions over all its links (400, 1,200, 800 and 1,200
+# GB/s, on 4, 6, 4 and 6 links): cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. Where pages differ, the larger figure is
+# used, as the least time of a step is a bound: for v6e's memory the tpu7x page has 1,638 GB/s, the v6e page 1,600. The same
+# pages give the data centre network: 6.4 Tbit/s for 256 chips of v5e; per chip 50 Gbit/s on v5p, 100 on v6e and TPU7x. A
+# float32 product is six bfloat16 ones (XLA's HIGHEST precision).
 _V5E = Device("TPU v5e", 197e12 / 6, 16e9, 819e9, _torus("v5e", 50e9), axes=2, network=_network("v5e", 3.125e9))
 _V5P = Device("TPU v5p", 459e12 / 6, 95 * 2**30, 2765e9, _torus("v5p", 100e9), axes=3, network=_network("v5p", 6.25e9))
 _V6E = Device("TPU v6e", 918e12 / 6, 32e9, 1638e9, _torus("v6e", 100e9), axes=2, network=_network("v6e", 12.5e9))
-# A chip is two devices, each with half of its products, memory and network, and joined by six times what a link of the
-# torus has (cloud.google.com/tpu/docs/tpu7x). Both use the chip's links, of which all may be one's.
+# A chip is two devices, each with half of its FLOP/s, memory and network. The bandwidth between them is six times that of a
+# link of the torus (cloud.google.com/tpu/docs/tpu7x). Both use the chip's links, and one may use them all.
 _PAIR = Link("the two halves of a chip of TPU7x", 600e9, 600e9, 1e-6, 0.0, False)
 _TPU7X = Device(
     name="TPU7x",
@@ -74,15 +74,15 @@ _TPU7X = Device(
 )
 
 # NVIDIA's data sheets. H100 SXM: 67 TFLOP/s float32, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways together. DGX H100:
-# eight GPUs, each with a network port of 400 Gb/s; a gather over hosts goes to each of them once, over all eight ports.
+# eight GPUs, each with a network port of 400 Gb/s; a gather across hosts reaches each host once, over all eight ports.
 # Latencies: NCCL's own (src/graph/tuning.cc, ring, protocol LL128).
 _NVLINK = Link("NVLink", 450e9, 450e9, 14e-6, 1.9e-6, False)
-# Between hosts a step takes 4 us; round a ring one in eight does.
+# A step between hosts takes 4 us; in a ring, one step in eight is between hosts.
 _INFINIBAND = Link("400 Gb/s a GPU between hosts of 8", 50e9, 400e9, 14e-6, (7 * 1.9e-6 + 4.0e-6) / 8, False)
 _H100 = Device("NVIDIA H100", 67e12, 80e9, 3.35e12, _NVLINK, 8, _INFINIBAND)
-_H200 = _H100._replace(name="NVIDIA H200", memory=141e9, memory_bandwidth=4.8e12)  # its data sheet; the rest is alike
+_H200 = _H100._replace(name="NVIDIA H200", memory=141e9, memory_bandwidth=4.8e12)  # its data sheet; the rest as H100
 
-# Devices of one process, linked by its memory: round figures of a small machine, for trials on CPU.
+# Devices of one process, linked by its memory: round figures for a small machine, for trials on CPU.
 _CPU = Device("a CPU", 5e10, 8e9, 6e9, Link("shared memory", 6e9, 6e9, 5e-5, 1e-6, False))
 
 _DEVICES = {

@@ -20,8 +20,8 @@ from jaxlinear.ops import recurrence
 from jaxlinear.ops.recurrence import Constants, Family, State, Summary
 
 AXIS = "sequence"
-EXCHANGED = "exchanged"  # what is named so is kept for the backward pass, under any remat policy
-LANES = 128  # what is exchanged is padded to a multiple of so many numbers
+EXCHANGED = "exchanged"  # values with this name are kept for the backward pass, under any remat policy
+LANES = 128  # exchanged vectors are padded to a multiple of this
 
 
 class Maps(NamedTuple):
@@ -119,7 +119,7 @@ def _all_gather(tree):
 
 
 def _permute(tree, distance: int):
-    """What the shard ``distance`` places before holds; zeros where there is none."""
+    """The tree of the shard ``distance`` places before; zeros where there is none."""
     flat, unravel = _flat(tree)
     shards = lax.axis_size(AXIS)
     pairs = [(i, i + distance) for i in range(shards) if 0 <= i + distance < shards]
@@ -127,8 +127,9 @@ def _permute(tree, distance: int):
 
 
 def _flat(tree):
-    """All leaves as one real vector, and the way back. Real, since XLA exchanges the parts of complex numbers one by one
-    on TPU; as long as whole rows of its registers, since it makes all-reduces of W times the size of other all-gathers."""
+    """All leaves as one real vector, and the function that restores them. It is real because XLA exchanges the parts of
+    complex numbers one by one on TPU, and fills whole rows of its registers because XLA turns other all-gathers into
+    all-reduces of W times the size."""
     leaves, structure = jax.tree.flatten(tree)
     parts = [(jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else (x,) for x in leaves]
     flat, unravel = ravel_pytree(parts)
@@ -141,7 +142,7 @@ def _flat(tree):
 
 
 def _from(rank: int, tree):
-    """What the shard ``rank`` holds, on every shard."""
+    """The tree of shard ``rank``, on every shard."""
     mine = lax.axis_index(AXIS) == rank
     return jax.tree.map(lambda x: lax.psum(jnp.where(mine, x, jnp.zeros_like(x)), AXIS), tree)
 

@@ -44,7 +44,7 @@ def over_experts(
     for name, value in parameters.items():
         entries = list(zip(axes[name], sharding.spec(axes[name], value.shape, mesh), strict=True))
         summed |= sharding.mesh_axes(entry for axis, entry in entries if axis in _SPLIT)
-        # Over mesh axes that the rows are not split over it is gathered before: the devices along them do the same.
+        # Over mesh axes that do not split the rows it is gathered beforehand: devices along them do the same work.
         kept = (entry if axis in _SPLIT or sharding.mesh_axes([entry]) <= spread else None for axis, entry in entries)
         specs[name] = PartitionSpec(*kept)
     exchanged, added = tuple(sorted(summed & spread)), tuple(sorted(summed - spread))
@@ -65,7 +65,7 @@ def over_experts(
 
 
 def _gather(x: jax.Array, axes: Axes, spec: PartitionSpec) -> jax.Array:
-    """A parameter whole but for the axes that stay split. Its gradient is summed and scattered likewise."""
+    """A parameter, whole except for the axes that stay split. Its gradient is summed and scattered in the same way."""
     for dimension, (axis, entry) in enumerate(zip(axes, spec, strict=True)):
         if entry and axis not in _SPLIT:
             x = lax.all_gather(x, entry, axis=dimension, tiled=True)
@@ -73,7 +73,7 @@ def _gather(x: jax.Array, axes: Axes, spec: PartitionSpec) -> jax.Array:
 
 
 def _vary(x: jax.Array, varies: set[str], over: set[str]) -> jax.Array:
-    """Marks what is equal on the devices along some mesh axes as if it were not: its gradient is summed over them."""
+    """Marks a value that is equal on the devices along some mesh axes as varying: its gradient is summed over them."""
     return lax.pcast(x, tuple(sorted(over - varies)), to="varying")
 
 

@@ -33,7 +33,7 @@ def place(batch: dict[str, np.ndarray], sharding: NamedSharding, batch_size: int
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             start, stop, _ = index[0].indices(batch_size)
-            first = held.index(start)  # a device's own rows are neighbours
+            first = held.index(start)  # a device's own rows are adjacent
             return rows[first : first + stop - start, index[1]]
 
         return jax.make_array_from_callback(shape, sharding, part)

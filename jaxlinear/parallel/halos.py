@@ -24,7 +24,7 @@ def before(x: jax.Array, width: int, first: jax.Array) -> jax.Array:
         return x[:, :0]
     start = lax.axis_index(AXIS) * x.shape[1]
     past = _hops(x, width)
-    place = jnp.arange(width, dtype=jnp.int32) + start  # in ``first``, where that is below its width
+    place = jnp.arange(width, dtype=jnp.int32) + start  # index into ``first``, valid below its width
     outside = jnp.take(first, jnp.minimum(place, width - 1), axis=1).astype(x.dtype)
     return jnp.where(jnp.expand_dims(place < width, (0, *range(2, x.ndim))), outside, past)
 

@@ -20,8 +20,8 @@ from jaxlinear.parallel import sharding
 
 _LOG = logging.getLogger(__name__)
 
-# JAX lays up to so many devices round one ring, whatever the mesh. That is best for one axis over all of them; of several,
-# neighbours are nearer host by host: for data 2 x fsdp 4 on v5e:2x4, 2 hops over data and not 3.
+# JAX lays up to this many devices round one ring, whatever the mesh. That is best for one axis over all of them; with
+# several axes, neighbours are nearer host by host: with data 2 x fsdp 4 on v5e:2x4, 2 hops over data instead of 3.
 _TRAY = 8
 
 AXES = ("data", "fsdp", "sequence", "tensor", "expert")
@@ -75,7 +75,7 @@ def _over_torus(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.nda
         return np.asarray(devices).reshape(shape)
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except (AssertionError, NotImplementedError, ValueError) as error:  # no whole box of a torus, for one
+    except (AssertionError, NotImplementedError, ValueError) as error:  # for example, not a whole box of a torus
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         _warn(f"JAX finds no place on the torus for a mesh of {_named(shape)}: {reason}")
         return np.asarray(devices).reshape(shape)
@@ -83,7 +83,7 @@ def _over_torus(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.nda
 
 @functools.cache
 def _warn(problem: str) -> None:
-    """Once."""
+    """Warns once of each problem."""
     _LOG.warning("%s; devices are taken in the order that they come in, and exchanges may take longer ways", problem)
 
 

@@ -37,8 +37,8 @@ from jaxlinear.parallel.sharding import AnyMesh
 _TIME = ("batch", "time")
 NO_DOCUMENT = -(2**31)  # the id of positions before the sequence
 
-# Keys [B, P, G, K], values [B, P, G, V] and segment ids [B, P] of the tokens before a sequence; the ids of a sequence that
-# is given without any are 0.
+# Keys [B, P, G, K], values [B, P, G, V] and segment ids [B, P] of the tokens before a sequence. A sequence without segment
+# ids has the id 0 throughout.
 Past = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -82,7 +82,7 @@ def selective_scan(
         return ops.selective_scan(x, dt, A, B, C, initial_state, runner=runner, **options)
     if initial_state is None:
         initial_state = selective_scan_maps.no_state(x, dt, A, B, C)
-    # Wide, as their gradients are summed over the devices that have some of the channels.
+    # Widened, as their gradients are summed over the devices, each of which has some of the channels.
     B, C = (y.astype(dtypes.wide(y.dtype)) for y in (B, C))
 
     def local(x, dt, A, B, C, state, ids):
@@ -128,7 +128,7 @@ def _with_matrix_state(
     state: jax.Array | None,
     options: dict[str, Any],
 ):
-    """An operation of ``inputs``, which include q, k and v. Its kernel runs on each device's part, since the compiler
+    """An operation on ``inputs``, which include q, k and v. Its kernel runs on each device's part, since the compiler
     cannot split it."""
     q, k, v = inputs[:3]
     runner, mesh = _runner(operation.__name__, q.shape[1], "heads"), sharding.mesh_in_use()
@@ -159,7 +159,7 @@ def _with_matrix_state(
     of_keys = (*_TIME, None, None) if matrix_states.is_shared(q, v) else by_head
     of_inputs = ((of_keys if i < 2 else by_head)[: x.ndim] for i, x in enumerate(inputs))
     axes = ("batch", "heads", None, None), of_decay, _TIME, *of_inputs
-    # o lies as v does, or as q where a token has several values, and the last state as the first.
+    # o is sharded like v, or like q where a token has several values, and the last state like the first.
     return _on_shards(mesh, local, (5 if v.ndim == q.ndim else 3, 0), arguments, axes)
 
 
@@ -282,7 +282,7 @@ def causal_attention(
 def _attention_in_parts(
     attend: functools.partial, backend: str, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
 ) -> jax.Array:
-    """Attention that has all of time. The kernel runs on each device's part, since the compiler cannot split it."""
+    """Attention over whole sequences. The kernel runs on each device's part, since the compiler cannot split it."""
     mesh = sharding.mesh_in_use()
     if mesh is None or mesh.size == 1 or choose_softmax(attend.func.__name__, backend, q, k, v) != "pallas":
         return attend(q, k, v, segment_ids=segment_ids, backend=backend)
@@ -295,7 +295,7 @@ def _attention_in_parts(
 
 
 def _attention_exchange(mesh: AnyMesh, k: jax.Array, v: jax.Array, axes: tuple) -> str:
-    """One of ``cost.ATTENTION``, for keys and values that lie by these logical axes."""
+    """One of ``cost.ATTENTION``, for keys and values sharded by these logical axes."""
     own = [jax.ShapeDtypeStruct(sharding.shard_shape(axes, x.shape, mesh), x.dtype) for x in (k, v)]
     wide = [jax.ShapeDtypeStruct(x.shape, dtypes.wide(x.dtype)) for x in own]
     load = cost.KeysAndValues(mesh.shape[AXIS], cost.size_of(own), cost.size_of(wide))
@@ -341,7 +341,7 @@ def token_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft
         return cross_entropy.token_losses(x, embedding, targets, soft_cap=soft_cap, groups=sharding.batch_groups())
 
     mesh, embedding = _mesh("token_losses", x.shape[1]), sharding.place_gradient(embedding, _EMBEDDING)
-    # Gathered with its gradient, so in its own dtype, which is that of the sum.
+    # Gathered together with its gradient, so in its own dtype, in which the gradient is summed.
     whole = sharding.constrain(embedding, _EMBEDDING[0], None)
     return (local if mesh is None else _over_time(mesh, local, 1, _BY_TIME))(x, whole, targets)
 
@@ -354,7 +354,7 @@ def rows(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """
     table, split = sharding.place_gradient(table, _EMBEDDING), table.shape[1] % sharding.parts("columns") == 0
     if split:
-        # The table's columns as those of the result: where they differ (`mesh.expert`), XLA of JAX 0.11 ends the process.
+        # The table's columns are split like the result's: if they differ (`mesh.expert`), XLA in JAX 0.11 ends the process.
         table = sharding.constrain(table, "vocab", "columns")
         tokens = sharding.constrain(tokens, "rows", "time")
     # Looked up before the cast, so that the gradient of a frequent token is summed in float32.
@@ -417,9 +417,9 @@ def _mesh(operation: str, length: int) -> AnyMesh | None:
 
 
 def _on_shards(mesh: AnyMesh, function: Callable, like: Any, arguments: tuple, axes: tuple) -> Any:
-    """``function`` on each device's parts of the arguments, which lie by their logical axes (None is passed on).
+    """``function`` on each device's parts of the arguments, which are sharded by their logical axes (None is passed on).
 
-    ``like``: for each output the number of the argument that it lies like.
+    ``like``: for each output, the number of the argument whose sharding it has.
     """
     specs = tuple(
         None if x is None else sharding.spec(names, x.shape, mesh) for names, x in zip(axes, arguments, strict=True)

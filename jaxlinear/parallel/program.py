@@ -10,7 +10,7 @@ import jax
 
 import jaxlinear
 
-# All that computes a step or orders the data, and beside them what of TPUs and GPUs is there.
+# Everything that computes a step or orders the data, and the TPU and GPU plugins that may be installed.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
 _PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 _SETTINGS = (
@@ -20,7 +20,7 @@ _SETTINGS = (
     "jax_threefry_partitionable",
 )
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-# Hosts may have others of these: where something is written or read, and how many devices a CPU is.
+# Hosts may differ in these: paths that are written or read, and the number of devices that a CPU counts as.
 _OF_A_HOST = re.compile(r"--\w*dump|--xla_force_host_platform_device_count|[^/]*/")
 
 

@@ -70,7 +70,7 @@ def causal_attention(
 
 class _Shape(NamedTuple):
     length: int  # tokens of a shard
-    past: int  # and before the first one
+    past: int  # tokens before the first shard
     block: int  # queries in a block
     scale: float
 
@@ -86,7 +86,7 @@ def _block(k, v, ids) -> Block:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q: jax.Array, own: Block, earlier: Block | None, places: Any, shape: _Shape) -> jax.Array:
-    """``places``: where in the shard the document of each token begins ``[B, T/W]``, and the first token's id ``[B]``."""
+    """``places``: where in the shard each token's document begins ``[B, T/W]``, and the first token's id ``[B]``."""
     return _forward(q, own, earlier, places, shape)[0]
 
 
@@ -123,18 +123,18 @@ _attend.defvjp(_forward, _backward)
 
 
 def _round(visit, carry, gained, own: Block, earlier: Block | None, places, shape: _Shape):
-    """``visit(carry, block, meetings, rule)`` for the own block, for those before it, nearest first, and for the past.
+    """Calls ``visit(carry, block, meetings, rule)`` for the own block, those before it, nearest first, and the past.
 
-    A visit returns the carry and what the block gains by it. What a block has gained follows it from shard to shard,
-    starts as ``gained``, and is home at the end.
+    A visit returns the carry and the block's gain. A block's gains start as ``gained``, follow it from shard to shard, and
+    are home at the end.
 
     Returns:
-      the carry, and what the own block and the past have gained.
+      the carry, and the gains of the own block and of the past.
     """
     rank, shards = lax.axis_index(AXIS), lax.axis_size(AXIS)
     batch, size = own.k.shape[0], own.k.shape[2]
     blocks = range(-(-shape.length // shape.block))
-    to_end = jnp.ones((batch,), bool)  # the document of the shard's first token goes back to before the last block
+    to_end = jnp.ones((batch,), bool)  # the shard's first document begins before the block visited last
 
     def met(keys: int, lowest, offset, last: int):
         run = shape.rule(keys).run
@@ -152,12 +152,12 @@ def _round(visit, carry, gained, own: Block, earlier: Block | None, places, shap
         return lowest, to_end & (end.begin == 0)
 
     def meet(s, carry, to_end, gained, block):
-        arrived = _onward(gained)  # of this block, from the shard before
+        arrived = _onward(gained)  # the gains of this block, from the shard before
         lowest, further = of_earlier_block(to_end, block.end, size)
         is_own = s == 0
         if places is not None:
             lowest = jnp.where(is_own, places[0], lowest)
-        # Of a block in the future every meeting is after the last query.
+        # For a block in the future, every meeting is after the last query.
         offset = jnp.where(s <= rank, s * shape.length, jnp.int32(-len(blocks) * shape.block))
         carry, more = visit(carry, block, *met(size, lowest, offset, shape.length - 1))
         return carry, jnp.where(is_own | (s > rank), to_end, further), jax.tree.map(jnp.add, arrived, more)
@@ -178,7 +178,7 @@ def _round(visit, carry, gained, own: Block, earlier: Block | None, places, shap
 
 
 def _onward(tree):
-    """To the next shard, from the last to the first."""
+    """Sends a tree to the next shard, and from the last to the first."""
     shards = lax.axis_size(AXIS)
     pairs = [(i, (i + 1) % shards) for i in range(shards)]
     return jax.tree.map(lambda x: lax.ppermute(x, AXIS, pairs), tree)

@@ -66,8 +66,8 @@ class Spread:
         )
         packed = jax.eval_shape(family.pack, own[0])
         of_outputs = self._spec(outputs, "batch", "time", self.heads)
-        # Kept between the passes, under any remat policy: the state before each shard, and what an exchange keeps of M,
-        # [W, B, ...]. So nothing grows with T, and nothing is exchanged again. The states before chunks follow from them.
+        # Kept between the passes, under any remat policy: the state before each shard, and what an exchange keeps of M
+        # ([W, B, ...]). So nothing grows with T, and nothing is exchanged twice. States before chunks follow from these.
         of_start = PartitionSpec(AXIS, *of_state)
         of_transitions = PartitionSpec(AXIS, *of_state[: packed.ndim])
         exchange = cost.choose_exchange(self.exchange, _load(family, packed, own, self.mesh), *kind_and_span(self.mesh))
@@ -93,7 +93,7 @@ class Spread:
         return spread(inputs, constants, state)
 
     def _shards(self, tree: Any, specs: Any) -> Any:
-        """The shapes of a device's parts."""
+        """The shapes of each device's parts."""
 
         def one(x, spec):
             return jax.ShapeDtypeStruct(sharding.part_of(x.shape, spec, self.mesh), x.dtype)
@@ -101,7 +101,7 @@ class Spread:
         return jax.tree.map(one, tree, specs)
 
     def _spec(self, x: jax.Array, *axes: str | None) -> PartitionSpec:
-        """Where x lies, whose first axes these are."""
+        """The partition of x, whose first axes these are."""
         return sharding.spec((*axes, *(None,) * x.ndim)[: x.ndim], x.shape, self.mesh)
 
 
@@ -149,7 +149,7 @@ def _local(family, chunk, exchange, of_inputs, of_constants):
         d_inputs, d_constants = gradients.of_inputs(after)
 
         def summed(x, spec):
-            """Of what lies whole on devices, each of which has the gradient by its part of the rest."""
+            """The gradient of what is whole on several devices, summed: each has the share of its part of the rest."""
             axes = () if x is None else tuple(sorted(spread - sharding.mesh_axes(spec)))
             return lax.psum(x.astype(dtypes.wide(x.dtype)), axes).astype(x.dtype) if axes else x
 
@@ -160,7 +160,7 @@ def _local(family, chunk, exchange, of_inputs, of_constants):
 
 
 def _shard_map(function, mesh, in_specs, out_specs):
-    # What is equal on several devices is computed alike on each: nothing here needs to be checked or summed for it.
+    # Values that are equal on several devices are computed alike on each, so nothing needs checking or summing here.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxlinear.ops import backends
 
-# Every logical axis and the mesh axes that it is spread over. One that is not named here is replicated.
+# Every logical axis and the mesh axes that it is spread over. Axes that are not named here are replicated.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "time": ("sequence",),
@@ -24,7 +24,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "recurrent": ("tensor",),
     "heads": ("tensor",),
     "expert": ("expert",),
-    # Of a batch by the copies of the parameters, and the axes that are left of it.
+    # The rows of a batch over the copies of the parameters alone, and the axes of "batch" that this leaves.
     "rows": ("data",),
     "columns": ("fsdp", "expert"),
 }
@@ -61,7 +61,7 @@ def summed_over_copies(function: Callable[..., Any], parameters: Any, batch: Any
     as it comes, and does so with ``mesh.tensor``. The function is traced for the rows of one copy, and what it computes
     has to be a sum over them; whatever else it needs of the others' rows, ``of_all_copies`` provides."""
     mesh, choices = _in_use[-1]
-    # Of one copy, XLA of JAX 0.11 ends the process where rows are looked up in a vocabulary that is split.
+    # Tracing for one copy, XLA in JAX 0.11 ends the process where rows are looked up in a split vocabulary.
     if mesh.shape.get(_COPIES, 1) == 1 or parts("vocab") > 1:
         return function(parameters, batch)
 
@@ -99,7 +99,7 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) ->
 
 
 def _sizes(mesh: AnyMesh) -> dict[str, int]:
-    """Of the axes that arrays can be spread over where this is traced: the program is of one of each other's parts."""
+    """The sizes of the mesh axes that arrays can be spread over here: the program covers one part of any other axis."""
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in axes if kind != AxisType.Manual}
 
@@ -134,7 +134,7 @@ def gather_embed(x: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -
     """A parameter sharded by these logical axes, with the axis ``embed`` whole on each device, in ``dtype``. It is
     gathered here, once, where XLA would rather move tokens, or gather it in each trip of a loop. It has no gradient,
     which would be of ``dtype``."""
-    # Cast where it lies: else it would be gathered first, as twice the bytes, and the whole of it cast.
+    # Cast before the gather: otherwise it is gathered first, as twice the bytes, and all of it cast.
     x = constrain(jax.lax.stop_gradient(x).astype(dtype), *axes)
     return constrain(x, *(None if axis == "embed" else axis for axis in axes))
 

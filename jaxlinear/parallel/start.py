@@ -29,8 +29,8 @@ _LOG = logging.getLogger(__name__)
 JOIN_PATIENCE = 30 * 60.0  # seconds: hosts of one slice or job come up minutes apart, pulling images and installing
 _SLURM_PATIENCE = 10 * 60.0
 _SAYS_SO_EVERY = 60.0  # seconds
-_ABORT_LATER = 60  # seconds by which JAX's own end of a wait comes after ours
-# A second apart: a file system of the network may show late what another host wrote, NFS what is in a directory by 60 s.
+_ABORT_LATER = 60  # seconds by which JAX's own timeout comes after ours
+# A second apart: a network file system may show another host's file late, and NFS a directory's content 60 s late.
 _LOOKS_AT_A_FILE = 10
 _LOOKS_AT_A_LISTING = 90
 
@@ -69,7 +69,7 @@ def join(
     elif len(missing) < len(given):
         raise UserError(f"--coordinator, --processes and --process belong together; --{missing[0]} is missing")
     elif _under_a_scheduler():
-        if "SLURM_PROCID" in os.environ:  # which starts all at once, and whose nodes idle meanwhile
+        if "SLURM_PROCID" in os.environ:  # SLURM starts all at once, and its nodes idle meanwhile
             patience = min(patience, _SLURM_PATIENCE)
         with _waiting("the other processes of this run", patience):
             jax.distributed.initialize(
@@ -79,8 +79,8 @@ def join(
 
 @contextlib.contextmanager
 def _waiting(whom: str, patience: float) -> Iterator[None]:
-    """Says now and then for whom it waits within, and ends the process after ``patience`` seconds. JAX's own end of the
-    wait is an abort in C++, which cannot be caught: a stack instead of a reason."""
+    """Logs now and then whom the context waits for, and ends the process after ``patience`` seconds. JAX's own timeout is
+    an abort in C++, which cannot be caught and gives a stack instead of a reason."""
     over = threading.Event()
 
     def watch() -> None:
@@ -120,7 +120,7 @@ def expect(what: str) -> None:
         by_what.setdefault(f"{devices} {_PLATFORMS[index] if index >= 0 else 'unknown'}", []).append(process)
     each = "; ".join(f"process {_named(np.array(processes))} sees {words}" for words, processes in by_what.items())
     advice = "" if jax.process_count() > 1 or int(count) == 1 else "; it is alone: were the others not found?"
-    # After a GPU has fallen off, say: the next start may be given others.
+    # For example, a GPU has fallen off: the next start may be given other devices.
     raise RunError(f"{count} {platform} devices are expected in all, but {each}{advice}")
 
 
@@ -128,7 +128,7 @@ _PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 def _gpus_of_a_node() -> list[int] | None:
-    """Under SLURM JAX takes one GPU for each process. One process a node has all of them: those that are visible."""
+    """Under SLURM, JAX takes one GPU per process. A node's only process takes all that are visible."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
     visible = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
     if "SLURM_PROCID" not in os.environ or not re.fullmatch(r"1(\(x\d+\))?", tasks) or len(visible) < 2:
@@ -139,14 +139,15 @@ def _gpus_of_a_node() -> list[int] | None:
 def _under_a_scheduler() -> bool:
     slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))) > 1
     slurm = slurm and "SLURM_PROCID" in os.environ
-    # Every pod of a JobSet has the first two. JAX finds the others of TPUs only, by the third.
+    # Every pod of a JobSet has the first two. JAX finds the other pods only on TPUs, by the third.
     gke = {"JOBSET_NAME", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} <= set(os.environ)
     return slurm or gke or (_has("libtpu") and _has_tpus())
 
 
 def _has_tpus() -> bool:
-    """Whether there are devices as TPUs have them, and a PCI device is Google's, by which JAX finds TPUs: others are given
-    to programs by VFIO too, on machines that have libtpu to compile for TPUs. A network card may be Google's."""
+    """Whether there are device files like those of TPUs, and a PCI device of Google's, by which JAX finds TPUs. Neither is
+    enough: VFIO gives programs other devices too, on machines that have libtpu to compile for TPUs, and a network card may
+    be Google's."""
     if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
         return False
     return any(Path(path).read_text().strip() == _GOOGLE for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
@@ -173,7 +174,7 @@ def check_agreement(what: str, text: str, advice: str = "") -> None:
     """Raises ``UserError`` on every process unless all were given the same text."""
     if jax.process_count() == 1:
         return
-    # In two halves, since an array of integers is 32 bits wide.
+    # In two halves, since the integers exchanged are 32 bits wide.
     checksum = zlib.crc32(text.encode())
     of_all = _of_every_process(checksum >> 16, checksum & 0xFFFF, len(text))
     others = np.flatnonzero((of_all != of_all[0]).any(axis=1))
@@ -220,7 +221,7 @@ def check_shared(what: str, directory: Path) -> None:
     written = directory / f".written_by_process_0_{_of_every_process(secrets.randbelow(2**31))[0, 0]}"
     if is_first():
         written.touch()
-    _of_every_process(0)  # it is there: a host that looked before may remember that it was not
+    _of_every_process(0)  # it exists by now: a host that looked before that may remember that it did not
     unseen = np.flatnonzero(np.array(seen_by_each(lambda: int(written.exists()), _LOOKS_AT_A_FILE)) == 0)
     if is_first():
         written.unlink()

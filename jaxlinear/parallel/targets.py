@@ -19,12 +19,12 @@ from jaxlinear.errors import UserError
 if TYPE_CHECKING:
     import jax
 
-# The memory of a device that a program may use, in GiB: "available HBM" in libtpu's own words (0.0.42; of TPU7x 0.0.48),
-# which is what it refuses larger programs by.
+# The memory that a program may use on a device, in GiB: libtpu's own "available HBM" (of 0.0.42; for TPU7x, of 0.0.48),
+# above which it refuses programs.
 _TPUS = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
-DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # of a slice
-DEVICES_A_CHIP = {"tpu7x": 2}  # of others one
-# The part of a GPU's memory that a run takes (``start.use_gpu_memory``). The rest is for CUDA and NCCL.
+DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # of a slice's shape
+DEVICES_A_CHIP = {"tpu7x": 2}  # one on the others
+# The fraction of a GPU's memory that a run takes (``start.use_gpu_memory``). The rest is for CUDA and NCCL.
 GPU_MEMORY_FRACTION = 0.9
 _GPUS_A_HOST = 8
 
@@ -48,7 +48,7 @@ _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    # Else one process at a time holds libtpu, as if it were a TPU.
+    # Otherwise only one process at a time can hold libtpu, as if it were a TPU.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
@@ -59,7 +59,7 @@ class Target:
 
     name: str
     devices: Sequence["jax.Device"]
-    memory_bytes: int  # of one device, that a program may use
+    memory_bytes: int  # what a program may use of one device
 
     @property
     def slices(self) -> int:
@@ -74,7 +74,7 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-# The slices of v5e and v6e (cloud.google.com/tpu/docs/v5e and v6e). Those of v5p and TPU7x are many, and libtpu knows them.
+# The slices of v5e and v6e (cloud.google.com/tpu/docs/v5e and v6e). v5p and TPU7x have many, which libtpu knows.
 SLICES = {kind: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16") for kind in ("v5e", "v6e")}
 
 
@@ -158,7 +158,8 @@ def _has(module: str) -> bool:
 
 
 def _has_ptxas() -> bool:
-    """Where XLA looks for it: in the wheel, which JAX tells it of, on the path, and in the toolkit's usual place."""
+    """Whether it is where XLA looks: in the wheel, whose place JAX tells it, on the path, or in the toolkit's usual
+    place."""
     wheel = importlib.util.find_spec("nvidia")
     places = [] if wheel is None else [Path(place) / "cu13" / "bin" for place in wheel.submodule_search_locations or ()]
     search = os.pathsep.join([*map(str, places), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])

@@ -14,7 +14,7 @@ class Products(NamedTuple):
     """FLOPs of all matrix products on all devices together; a multiply-add is 2."""
 
     flops: int
-    counted: bool  # False: some are in a loop of unknown trips, and count once
+    counted: bool  # False: some are in a loop with an unknown number of trips, and count once
 
 
 def products_of(function: Callable[..., Any], *arguments: Any) -> Products:

@@ -1,4 +1,4 @@
-"""Texts to prepare, and what was written."""
+"""Texts to prepare, and the files that were written."""
 
 import json
 import pathlib

@@ -56,7 +56,7 @@ def test_blocks_hold_the_stream(tmp_path, count, longest):
         expected = stream[8 * k : 8 * k + 9]
         assert (valid, tokens[:valid].tolist(), tokens[valid:].any()) == (len(expected), expected, False)
         found += (8 * k + starts).tolist()
-    # A boundary at the very last token may lie behind the last block, where no input is.
+    # A boundary at the very last token may lie after the last block, where there is no input.
     assert found == [boundary for boundary in boundaries if boundary < 8 * split.blocks]
 
 
@@ -89,19 +89,19 @@ def test_wrong_number_of_records_is_named(tmp_path, monkeypatch):
 
 
 def test_a_dataset_that_is_prepared_anew_while_it_is_read(tmp_path, monkeypatch):
-    """Its shards have the same names, and all but the last as many blocks."""
+    """Its new shards have the same names and, but for the last, as many blocks."""
     monkeypatch.setattr(blocks, "RECORDS_PER_SHARD", 7)
     manifest = tmp_path / blocks.MANIFEST
     manifest.write_text("of the first")
     split = write(tmp_path, random_documents(0, 60, 40))
     reader = SplitReader(tmp_path, split)
     before = reader.read([0, 1])
-    manifest.write_text("of the first")  # copied to where it was
+    manifest.write_text("of the first")  # as a copy in the same place
     reader.read([7])
     (tmp_path / "train").rename(tmp_path / "old")
     write(tmp_path, random_documents(1, 60, 90))
     manifest.write_text("of another")
-    assert reader.read([0, 1]) == before  # of the file that was open
+    assert reader.read([0, 1]) == before  # from the file that was open
     with pytest.raises(UserError, match=f"the dataset in {tmp_path} was prepared anew while it was read"):
         reader.read([14])
 

@@ -1,4 +1,4 @@
-"""What runs that were killed left beside a dataset: removed where its writer has surely died, else said."""
+"""What killed runs left beside a dataset: removed if its writer has surely died, otherwise reported."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ NAME = ".data.partial-0123abcd"
 
 
 def killed(tmp_path, *, host: str | None = None, name=NAME):
-    """What a writer that was killed leaves; ``host`` None for one that had no lock."""
+    """What a killed writer leaves; ``host`` is None for one that held no lock."""
     (tmp_path / name / "train").mkdir(parents=True)
     if host is not None:
         (tmp_path / name / locks.FILE).write_text(host)
@@ -39,7 +39,7 @@ def test_one_that_is_at_work_is_left_alone(tmp_path, caplog):
         half_made.unlock(partial)
         assert os.listdir(partial) == ["train"]
         half_made.clear(tmp_path / "data")
-        assert partial.is_dir()  # it has no lock any more, or not yet
+        assert partial.is_dir()  # it no longer has a lock, or does not have one yet
     assert caplog.messages == [f"{partial} was left by a run that was killed, or is at work; remove it if none is"]
     assert list(tmp_path.iterdir()) == []
 

@@ -22,7 +22,7 @@ L = 32
 
 
 def make_dataset(directory, seed, characters, **options):
-    """Bytes as tokens, documents of 1 to 99 letters; ``characters`` tell the datasets apart."""
+    """Bytes as tokens, in documents of 1 to 99 letters; ``characters`` tell the datasets apart."""
     random = np.random.default_rng(seed)
     texts = ["".join(random.choice(list(characters), random.integers(1, 100))) + str(i) for i in range(200)]
     source = directory.with_suffix(".jsonl")
@@ -55,7 +55,7 @@ def stream_and_segments(path, split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows_of(batches) -> np.ndarray:
-    """Tokens and last target of all rows: [rows, T + 1]."""
+    """The tokens and last target of every row: [rows, T + 1]."""
     return np.concatenate([np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1) for batch in batches])
 
 
@@ -78,7 +78,7 @@ def test_one_epoch_is_a_permutation_of_the_stream(dataset, length):
         batch = batches[step]
         for tokens, targets, segments in zip(*batch.values(), strict=True):
             assert tokens.dtype == targets.dtype == segments.dtype == np.int32 and tokens.shape == (length,)
-            # Where in the stream is it? Document numbers at the ends of the texts make windows unique, if not short.
+            # Find its place in the stream. Document numbers at the ends of the texts make all but short windows unique.
             (places,) = np.nonzero(np.all(np.lib.stride_tricks.sliding_window_view(stream, length) == tokens, axis=1))
             places = [p for p in places if p % length == 0 and p + length < len(stream)]
             places = [p for p in places if np.array_equal(stream[p + 1 : p + length + 1], targets)]
@@ -97,7 +97,7 @@ def test_segments_start_at_document_tokens(dataset):
     np.testing.assert_array_equal(steps == 1, batch["tokens"][:, 1:] == 256)
     np.testing.assert_array_equal(batch["segment_ids"][:, 0], 1)
     assert set(np.unique(steps)) == {0, 1}
-    # The end of a document is told by a target in that document, not in the next.
+    # The end of a document is predicted by a target in that document, not in the next.
     ends = batch["targets"] == 256
     np.testing.assert_array_equal(ends[:, :-1], steps == 1)
 
@@ -159,7 +159,7 @@ def test_seeds_give_other_orders(dataset):
         rows_of(TrainBatches(dataset, batch_size=8, sequence_length=L, seed=s)[i] for i in range(5)) for s in (0, 1)
     ]
     assert np.mean(np.all(rows[0] == rows[1], axis=1)) < 0.1
-    # Nor is the second epoch of one seed the first of the next.
+    # Nor is the second epoch of one seed the first epoch of the next.
     count = TrainBatches(dataset, batch_size=1, sequence_length=L, seed=0).examples_per_epoch
     batches = [TrainBatches(dataset, batch_size=1, sequence_length=L, seed=s) for s in (0, 1)]
     second = rows_of(batches[0][count + i] for i in range(40))
@@ -167,10 +167,9 @@ def test_seeds_give_other_orders(dataset):
 
 
 def test_the_order_is_what_it_was():
-    """If this fails, a run that is resumed sees other batches than the run that was stopped would have.
+    """If this fails, a resumed run sees other batches than the run that was stopped would have seen.
 
-    After a deliberate change, or an update of grain that cannot be avoided, put the new numbers here and tell so in
-    the release notes.
+    After a deliberate change, or an unavoidable update of grain, put the new numbers here and say so in the release notes.
     """
     order, epoch = loader._order([1000], [1.0], 0)
     assert [order[i] for i in (0, 1, 2, 999, 1000, 123456)] == [247, 231, 907, 977, 747, 26]
@@ -182,13 +181,13 @@ def test_the_order_is_what_it_was():
 
 @pytest.mark.parametrize("size", [1 << 16, 10**6, 10**9])
 def test_examples_in_a_row_are_from_all_over_the_text(size):
-    """Were the places of neighbours alike, a batch of text that is sorted would be of a few of its parts. With the four
-    rounds of grain's own shuffle the first of these is -0.37, 0.38 and 0.57 for some distance up to 64."""
+    """If neighbouring examples had similar places, a batch of sorted text would come from a few parts of it. With the four
+    rounds of grain's own shuffle, the first of these correlations is -0.37, 0.38 and 0.57 at some distance up to 64."""
     order, _ = loader._order([size], [1.0], 0)
     epochs = [np.array([order[e * size + i] / size for i in range(8192)]) for e in range(2)]
     for distance in range(1, 65):
         for places in epochs:
-            assert abs(np.corrcoef(places[distance:], places[:-distance])[0, 1]) < 0.06  # five deviations
+            assert abs(np.corrcoef(places[distance:], places[:-distance])[0, 1]) < 0.06  # five standard deviations
     assert abs(np.corrcoef(*epochs)[0, 1]) < 0.06
 
 
@@ -197,14 +196,14 @@ def test_mixture_has_its_proportions(dataset, other, weights):
     paths = dict(zip((str(dataset), str(other)), weights, strict=True))
     batches = TrainBatches(paths, batch_size=8, sequence_length=L, seed=0)
     rows = rows_of(batches[i] for i in range(100))
-    # Letters below "a" are the second dataset's; a row may be all digits and document tokens, but not of 32.
+    # Capitals belong to the second dataset. A row can be all digits and document tokens, but not one of 32 tokens.
     second = np.any((rows >= ord("A")) & (rows <= ord("H")), axis=1)
     first = np.any((rows >= ord("a")) & (rows <= ord("h")), axis=1)
     assert not np.any(first & second)
     assert second.sum() == pytest.approx(200, abs=2)
     assert np.all([7 >= s >= 1 for s in second.reshape(100, 8).sum(axis=1)])  # spread, not in runs
     assert_same(TrainBatches(paths, batch_size=8, sequence_length=L, seed=0)[57], batches[57])
-    # The epoch of the mixture ends with the dataset that is used up first.
+    # The epoch of the mixture ends with the dataset that is exhausted first.
     counts = [TrainBatches(p, batch_size=1, sequence_length=L, seed=0).examples_per_epoch for p in paths]
     assert batches.examples_per_epoch == pytest.approx(min(counts[0] / 0.75, counts[1] / 0.25), abs=1)
 
@@ -219,7 +218,7 @@ def test_mixture_has_its_proportions(dataset, other, weights):
     ],
 )
 def test_shares_of_a_mixture_are_exact(weights, shares):
-    """Rounded to hundredths of the smallest weight, 0.5 and 0.497 would be 1 to 1, and 0.7 and 0.3 233 to 100."""
+    """With weights rounded to hundredths of the smallest, 0.5 and 0.497 would be 1 to 1, and 0.7 and 0.3 233 to 100."""
     period, size = sum(shares), 10**6
     order, epoch = loader._order([size] * len(shares), weights, 0)
     assert epoch == size * period // max(shares)
@@ -229,7 +228,7 @@ def test_shares_of_a_mixture_are_exact(weights, shares):
     np.testing.assert_array_equal(of_each[-1], 2 * np.array(shares))
     expected = np.arange(1, 2 * period + 1)[:, None] * np.array(shares) / period
     assert np.abs(of_each - expected).max() < len(shares)
-    far = 10**15 * period  # of examples: no sum is rounded there either
+    far = 10**15 * period  # in examples: no sum is rounded there either
     np.testing.assert_array_equal([order[i] // size for i in range(far, far + 20)], which[:20])
 
 
@@ -266,7 +265,7 @@ def test_heldout_has_every_target_once(dataset, split, length):
     np.testing.assert_array_equal(targets[real], stream[1:])
     np.testing.assert_array_equal(tokens[real], stream[:-1])
     assert not tokens[~real].any() and not targets[~real].any()
-    # Padding is at the end only, and less than a batch.
+    # Padding is only at the end, and shorter than a batch.
     np.testing.assert_array_equal(np.flatnonzero(real), np.arange(len(stream) - 1))
     assert (~real).sum() < 5 * length
     for row in range(-(-(len(stream) - 1) // length)):
@@ -288,8 +287,7 @@ def test_heldout_hosts_and_limit(dataset):
 
 @pytest.fixture
 def vast(dataset, tmp_path, monkeypatch):
-    """2 ** 33 + 100 tokens in shards without content, whose records are made as they are read: token j of block k is
-    k + j."""
+    """2 ** 33 + 100 tokens in shards without content. Records are made as they are read: token j of block k is k + j."""
     manifest = read_manifest(dataset)
     tokens, per_shard, size = 2**33 + 100, 1 << 16, 5
     blocks = -(-(tokens - 1) // L)
@@ -328,7 +326,7 @@ def test_more_tokens_than_32_bits_count(vast, length):
     np.testing.assert_array_equal(batch["segment_ids"], np.cumsum(starts, axis=1))
     batches = TrainBatches(vast, batch_size=4, sequence_length=length, seed=0)
     assert batches.tokens_per_epoch == (2**33 + 99) // length * length
-    for begin in (0, batches.batches_per_epoch, 10**9):  # all of the stream is reached
+    for begin in (0, batches.batches_per_epoch, 10**9):  # the whole stream is reached
         firsts = np.concatenate([batches[step]["tokens"][:, 0] for step in range(begin, begin + 25)])
         assert 0.4 < firsts.mean() / 2**28 < 0.6 and firsts.min() < 0.1 * 2**28 and firsts.max() > 0.9 * 2**28
 
@@ -388,7 +386,7 @@ def test_weights_have_to_be_positive_and_finite(dataset, other, weight):
 def test_datasets_of_a_mixture_share_their_tokenizer(dataset, tmp_path):
     different = make_dataset(tmp_path / "data", 0, "abcdefgh", tokenizer="bpe", vocab_size=300)
     paths = [str(dataset), str(different)]
-    # The document token too: one file has several that it may be.
+    # The message names the document token too, since a file may offer several.
     of_file = f"{different}/tokenizer.json --document_token='<|endoftext|>'"
     for (first, second), proposed in ((paths, "bytes"), (paths[::-1], of_file)):
         message = f"prepared with different tokenizers; .* with {re.escape(f'--tokenizer={proposed}')}$"
@@ -416,7 +414,7 @@ def test_heldout_refuses_before_the_first_batch(dataset):
 
 
 def test_import_is_light():
-    """Worker processes import the package; JAX in each of them would cost seconds and memory."""
+    """Worker processes import the package; importing JAX in each of them would cost seconds and memory."""
     program = "import sys, jaxlinear.data; print(sorted({'jax', 'grain', 'pyarrow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""A dataset that is not whole is refused by name."""
+"""An incomplete dataset is refused by name."""
 
 import json
 

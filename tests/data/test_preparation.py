@@ -24,7 +24,7 @@ from tests.data.sources_of_text import files, make_texts, write_jsonl
 
 
 def read_documents(dataset, split) -> list[np.ndarray]:
-    """The documents of a split as the blocks have them, each [T] with its document token."""
+    """The documents of a split as its blocks have them, each [T] with its document token."""
     manifest = read_manifest(dataset)
     info, length = manifest.splits[split], manifest.block_length
     stream, starts = np.zeros(info.tokens, np.int64), []
@@ -38,7 +38,7 @@ def read_documents(dataset, split) -> list[np.ndarray]:
 
 @pytest.fixture
 def pipe():
-    """What makes a pipe that holds some bytes, by its name."""
+    """A function that makes a pipe holding the given bytes and returns its name."""
     ends = []
 
     def make(content: bytes) -> str:
@@ -158,12 +158,12 @@ def test_seed_chooses_the_split(tmp_path):
     options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "block_length": 64, "workers": 1}
     for seed in (0, 1):
         manifest = prepare(source, tmp_path / str(seed), seed=seed, **options)
-        assert (manifest.seed, manifest.heldout_fraction) == (seed, 0.3)  # by which mixtures are warned of
+        assert (manifest.seed, manifest.heldout_fraction) == (seed, 0.3)  # the warning about mixtures reads them
     assert read_texts(tmp_path / "0", "heldout") != read_texts(tmp_path / "1", "heldout")
 
 
 def test_workers_and_repetition_change_no_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "_BATCH_DOCUMENTS", 16)  # enough batches to overtake each other
+    monkeypatch.setattr(encoding, "_BATCH_DOCUMENTS", 16)  # so many batches that they can overtake each other
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 300))
     options = {"vocab_size": 400, "heldout_fraction": 0.2, "block_length": 128}
     for name, workers in (("one", 1), ("three", 3), ("again", 1)):
@@ -181,7 +181,7 @@ def test_workers_and_repetition_change_no_byte(tmp_path, monkeypatch):
 
 
 def test_little_of_the_source_is_read_ahead(tmp_path, monkeypatch):
-    """However slowly documents are taken: a source is larger than memory."""
+    """Even if documents are taken slowly: a source may be larger than memory."""
     monkeypatch.setattr(encoding, "_BATCH_DOCUMENTS", 1)
     tokenizer, read = BytesTokenizer(), []
     tokenizer.save(tmp_path)
@@ -238,21 +238,21 @@ def test_sample_for_the_tokenizer_is_bounded(tmp_path):
         workers=1,
     )
     vocabulary = json.loads((tmp_path / "data/tokenizer.json").read_text())["model"]["vocab"]
-    # 50 kB are about 16 of the documents, from all over the source: not the first 16.
+    # 50 kB are about 16 of the documents, from all over the source rather than the first 16.
     assert vocabulary.keys() >= {"word", "Ġword"} and len(vocabulary) < 600
 
 
 @pytest.mark.parametrize(
     "train_bytes, known, sampled, read",
     [
-        (40_000, True, (32_000, 40_000), (390, 400)),  # a tenth of each part, for so large is a tenth of the whole
-        (5_000, True, (5_000, 5_999), (40, 160)),  # 1 in 16, for at most 16 times as much is read
-        (40_000, False, (40_000, 40_999), (40, 50)),  # from a source of unknown size, its beginning
+        (40_000, True, (32_000, 40_000), (390, 400)),  # a tenth of each part, since it is a tenth of the whole
+        (5_000, True, (5_000, 5_999), (40, 160)),  # 1 in 16, since at most 16 times as much is read
+        (40_000, False, (40_000, 40_999), (40, 50)),  # the beginning of a source of unknown size
         (10**6, True, (360_000, 400_000), (400, 400)),
     ],
 )
 def test_the_sample_is_from_all_over_the_source(train_bytes, known, sampled, read):
-    texts = [f"{i:03d}" + "é" * 498 + "." for i in range(400)]  # of 1000 bytes
+    texts = [f"{i:03d}" + "é" * 498 + "." for i in range(400)]  # of 1000 bytes each
     given = []
 
     def records():
@@ -270,8 +270,8 @@ def test_the_sample_is_from_all_over_the_source(train_bytes, known, sampled, rea
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.ZstdCompressor().compress])
 def test_a_compressed_source_is_sampled_as_what_it_holds(tmp_path, pack):
-    """By the size of its files alone all of the sample would be from the beginning."""
-    texts = [f"{i:03d}" + "é" * 498 + "." for i in range(400)]  # of 1000 bytes
+    """Going by the size of its files alone, the whole sample would come from the beginning."""
+    texts = [f"{i:03d}" + "é" * 498 + "." for i in range(400)]  # of 1000 bytes each
     name = {bytes: "a.jsonl", gzip.compress: "a.jsonl.gz"}.get(pack, "a.jsonl.zst")
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     (tmp_path / name).write_bytes(pack("".join(lines).encode()))
@@ -310,11 +310,11 @@ def test_broken_and_empty_records_are_counted_and_named(tmp_path, caplog):
         prepare(str(file), tmp_path / "strict", max_broken_fraction=0.034, **options)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
     write_jsonl(file, make_texts(0, 195))
-    prepare(str(file), tmp_path / "strict", max_broken_fraction=0.0, **options)  # none is not more than none
+    prepare(str(file), tmp_path / "strict", max_broken_fraction=0.0, **options)  # none broken is within a limit of none
 
 
 def test_every_damaged_file_is_named(tmp_path, caplog):
-    """Each is one broken record, and no one knows how much is behind it."""
+    """Each counts as one broken record, and nobody knows how much it holds after the damage."""
     folder = tmp_path / "source"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", make_texts(0, 800))
@@ -339,7 +339,7 @@ def test_every_damaged_file_is_named(tmp_path, caplog):
 
 
 def test_a_pipe_is_read_once(tmp_path, pipe):
-    """To train a tokenizer it would be read a second time, and be waited for, or empty."""
+    """Training a tokenizer would read it a second time, and either wait for it or find it empty."""
     content = "@@".join(make_texts(0, 50)).encode()
     options = {"document_separator": "@@", "block_length": 64, "heldout_fraction": 0.3, "workers": 1}
     manifest = prepare(pipe(content), tmp_path / "data", tokenizer="bytes", **options)

@@ -65,7 +65,7 @@ def test_summary(tmp_path, source):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_tokens_instead_of_text(tmp_path, packed):
-    """By the command, with each of its three options."""
+    """With the command and each of its three options."""
     rows = [list(f"line number {i} has {i * i} in it".encode()) for i in range(200)]
     if packed:
         content = "".join(json.dumps({"ids": [*row, 256]}) + "\n" for row in rows)
@@ -105,7 +105,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, source, arguments, message
 
 
 def goes_on(process):
-    """One that has ended may still be listed: not every process 1 of a container takes note."""
+    """A process that has ended may still be listed: process 1 of a container does not always reap it."""
     try:
         stat = pathlib.Path(f"/proc/{process}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -115,7 +115,7 @@ def goes_on(process):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_its_end_is_that_of_its_workers(tmp_path, number):
-    """While it reads. SIGTERM leaves nothing half-made either, and what SIGKILL leaves the next run removes."""
+    """The command is killed while it reads. SIGTERM leaves nothing half-made; the next run removes what SIGKILL leaves."""
     source = tmp_path / "source.jsonl"
     os.mkfifo(source)
     process = subprocess.Popen(
@@ -134,7 +134,7 @@ def test_its_end_is_that_of_its_workers(tmp_path, number):
         pipe.write(40 * line)  # more than a batch for each worker
         pipe.flush()
         begin = time.monotonic()
-        while len(workers := children.read_text().split()) < 3:  # and what multiprocessing has beside them
+        while len(workers := children.read_text().split()) < 3:  # and what multiprocessing starts beside them
             assert process.poll() is None and time.monotonic() - begin < PATIENCE, process.poll()
             time.sleep(0.05)
         process.send_signal(number)

@@ -1,4 +1,4 @@
-"""Where a prepared dataset goes: all or nothing, and an older one only gives way to one that is complete."""
+"""Where a prepared dataset goes: all or nothing, and an older one gives way only to a complete one."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ def test_existing_output(tmp_path):
     options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
     data = tmp_path / "data"
     data.mkdir()
-    prepare(source, data, block_length=64, **options)  # an empty directory is as good as none
+    prepare(source, data, block_length=64, **options)  # an empty directory counts as none
     before = files(data)
     with pytest.raises(UserError, match="data exists already; --overwrite replaces it"):
         prepare(source, data, block_length=32, **options)
@@ -37,7 +37,7 @@ def test_existing_output(tmp_path):
 
 
 def test_overwrite_removes_nothing_but_a_dataset(tmp_path):
-    """As the source, where it lies in the dataset that was made of it."""
+    """Not, for example, a source that lies inside the dataset made from it."""
     data = tmp_path / "data"
     options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1, "overwrite": True}
     prepare(write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60)), data, **options)
@@ -49,7 +49,7 @@ def test_overwrite_removes_nothing_but_a_dataset(tmp_path):
 
 
 def test_a_dataset_in_its_own_source_is_not_read(tmp_path, caplog):
-    """Its manifest is JSON too."""
+    """Its manifest is JSON too, and would be taken for text."""
     for i, text in enumerate(make_texts(0, 60)):
         (tmp_path / f"{i}.txt").write_text(text)
     options = {"vocab_size": 300, "heldout_fraction": 0.3, "block_length": 64, "workers": 1, "overwrite": True}
@@ -63,14 +63,14 @@ def test_a_dataset_in_its_own_source_is_not_read(tmp_path, caplog):
         UserError, match=r"data is a prepared dataset, in which there is no text; name what it was made"
     ):
         prepare(str(tmp_path / "data"), tmp_path / "again", **options)
-    for name in ("manifest.json", "train/a.txt", "heldout/b.txt"):  # which is none of ours
+    for name in ("manifest.json", "train/a.txt", "heldout/b.txt"):  # which is not a dataset of ours
         (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "corpus" / name).write_text('{"text": "one"}')
     assert len(list(open_source(str(tmp_path / "corpus")))) == 3
 
 
 def test_a_mounted_disk_is_refused_before_the_work(tmp_path, monkeypatch):
-    """It would be in vain: a mount cannot be renamed."""
+    """The work would be in vain, since a mount cannot be renamed."""
     source, data = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60)), tmp_path / "data"
     data.mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(data))
@@ -84,7 +84,7 @@ def test_a_mounted_disk_is_refused_before_the_work(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("there", ["dataset", "empty directory", "nothing"])
 def test_output_through_a_link(tmp_path, there):
-    """The dataset appears where the link leads to; the link stays, and nothing is left beside either."""
+    """The dataset appears where the link points; the link stays, and nothing is left beside either."""
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
     options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
     (tmp_path / "disk").mkdir()
@@ -110,7 +110,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch, overwrite):
-    """At the last moment, when all but the manifest is written; an older dataset stays."""
+    """At the last moment, when only the manifest is missing; an older dataset stays."""
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
     options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
     if overwrite:

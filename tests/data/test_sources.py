@@ -1,4 +1,4 @@
-"""Every kind of source, its broken records by name, and bad sources refused in one line."""
+"""Every kind of source; broken records are named, and bad sources refused in one line."""
 
 import errno
 import gzip
@@ -62,7 +62,7 @@ def test_separators_are_found_wherever_chunks_end(tmp_path, monkeypatch):
 
 
 def test_a_separator_that_cuts_nothing_is_refused(tmp_path, caplog):
-    """As one with a typing error; one that cuts some of the files is not, but those that it does not cut are counted."""
+    """For example, a mistyped one. A separator that cuts only some files is accepted, and the uncut files are counted."""
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     (tmp_path / "b.txt").write_text("three")
     (tmp_path / "empty.txt").write_text("")
@@ -153,7 +153,7 @@ def test_of_hard_links_one_is_read(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("a")
     os.link(tmp_path / "a.txt", tmp_path / "b.txt")
     (tmp_path / "c.txt").symlink_to("b.txt")
-    (tmp_path / "d.txt").write_text("a")  # a copy is another file
+    (tmp_path / "d.txt").write_text("a")  # a copy is a separate file
     with caplog.at_level("INFO", logger="jaxlinear"):
         assert [record.origin for record in open_source(str(tmp_path))] == [f"{tmp_path}/{name}.txt" for name in "ad"]
     assert caplog.messages == [
@@ -165,7 +165,7 @@ def test_of_hard_links_one_is_read(tmp_path, caplog):
 @pytest.mark.parametrize("name", ["a.txt", "folder"])
 def test_a_link_that_leads_nowhere_is_refused(tmp_path, name):
     (tmp_path / "z.txt").write_text("z")
-    (tmp_path / "program.js").symlink_to("gone")  # which nobody asks for
+    (tmp_path / "program.js").symlink_to("gone")  # not a file that is read
     assert texts(open_source(str(tmp_path))) == ["z"]
     (tmp_path / name).symlink_to("gone")
     with pytest.raises(
@@ -175,7 +175,7 @@ def test_a_link_that_leads_nowhere_is_refused(tmp_path, name):
 
 
 def test_a_pipe_in_a_folder_is_refused(tmp_path):
-    """It would be waited for, for ever."""
+    """Reading it would wait for ever."""
     (tmp_path / "a.txt").write_text("one")
     os.mkfifo(tmp_path / "b.txt")
     with pytest.raises(UserError, match=rf"^{tmp_path}/b\.txt is no file but a pipe"):
@@ -183,7 +183,7 @@ def test_a_pipe_in_a_folder_is_refused(tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
-    """By whom permissions bind; tests may run as root."""
+    """The refusal is simulated, since tests may run as root, whom permissions do not bind."""
     (tmp_path / "z.txt").write_text("z")
     closed = tmp_path / "closed"
     closed.mkdir()
@@ -206,11 +206,11 @@ def test_json_lines(tmp_path, name):
     (tmp_path / name).write_bytes(pack(content))
     source = open_source(str(tmp_path / name))
     assert texts(source) == ["one\ntwo", "日本", "no line end"]
-    assert texts(source) == ["one\ntwo", "日本", "no line end"]  # a second pass gives the same
+    assert texts(source) == ["one\ntwo", "日本", "no line end"]  # a second pass gives the same texts
 
 
 def test_a_mark_of_the_byte_order_is_no_part_of_json(tmp_path):
-    """Nor is it a broken record; in plain text, which is taken byte for byte, it stays."""
+    """Nor is it a broken record. In plain text, which is taken byte for byte, it stays."""
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json_lines({"text": "one"}, {"text": "two"}))
     assert texts(open_source(str(tmp_path / "a.jsonl"))) == ["one", "two"]
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
@@ -262,7 +262,7 @@ def test_truncated_file_is_a_broken_record(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_of_a_truncated_text_whole_documents_are_read(tmp_path, suffix):
-    """As of JSON lines. What is cut off in the middle is none."""
+    """As for JSON lines. A document that is cut off in the middle is not read."""
     documents = [f"{i}\n" + "".join(map(chr, range(300, 900))) for i in range(500)]
     pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
     file = tmp_path / f"a.txt{suffix}"
@@ -284,7 +284,7 @@ def test_one_bad_byte_costs_one_document(tmp_path):
 
 
 def test_what_is_behind_the_beginning_of_something_binary_is_no_text(tmp_path):
-    """As in an archive, which holds pieces of text."""
+    """For example, in an archive, which holds pieces of text."""
     (tmp_path / "a.txt").write_bytes(b"one|two\0|three|four")
     records = list(open_source(str(tmp_path), separator="|"))
     error = Record(
@@ -301,7 +301,7 @@ def test_utf16_is_named(tmp_path, separator):
 
 
 def test_the_size_of_a_source_is_that_of_its_content(tmp_path):
-    """Of several members too, and of files whose beginning is damaged."""
+    """Also with several members, and for files whose beginning is damaged."""
     text = "".join(f"{i} and so on. " for i in range(200_000)).encode()
     (tmp_path / "a.txt").write_bytes(text)
     (tmp_path / "b.txt.gz").write_bytes(
@@ -317,11 +317,12 @@ def test_the_size_of_a_source_is_that_of_its_content(tmp_path):
 
 
 def test_the_size_of_jsonl_is_that_of_the_text_in_it(tmp_path):
-    """A tokenizer was trained on a tenth of what it was to be, where nine tenths of the lines were other fields."""
+    """Otherwise, where other fields make up nine tenths of the lines, a tokenizer is trained on a tenth of the intended
+    text."""
     values = [{"text": "ö" * (50 + i % 7), "meta": {"html": "x" * 2000}} for i in range(1000)]
     size = sum(len(value["text"].encode()) for value in values)
     content = "\n".join(map(json.dumps, values)).encode()
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))  # another kind, though as compressed
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))  # another kind, compressed in the same way
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
     (tmp_path / "c.jsonl").write_bytes(b"damaged\n" + content)
     assert open_source(str(tmp_path)).size == pytest.approx(2 * size, rel=0.1)
@@ -376,7 +377,7 @@ def test_hugging_face(monkeypatch):
     ],
 )
 def test_a_document_larger_than_memory_is_refused(tmp_path, monkeypatch, name, separator, remedy):
-    """A corpus of one file, whose documents are cut otherwise than it was said; or an array of JSON, in one line."""
+    """A corpus in one file that is cut differently from what was given, or an array of JSON in one line."""
     monkeypatch.setattr("jaxlinear.data.sources._LARGEST_DOCUMENT", 100)
     monkeypatch.setattr("jaxlinear.data.compressed._CHUNK", 40)
     with pytest.raises(
@@ -404,7 +405,7 @@ def test_bad_sources_are_refused(tmp_path):
 
 
 def test_options_that_nothing_of_the_source_reads_are_refused(tmp_path):
-    """In a folder one file that reads them is enough."""
+    """In a folder, one file that reads them is enough."""
     refused = r"^{} does nothing for .*: it is for {}; leave it out$"
     records, plain, folder = r"records of JSONL, Parquet or Hugging Face", "plain text", "a folder"
     (tmp_path / "a.txt").write_text("a|b")

@@ -1,4 +1,4 @@
-"""data/tasks: every answer follows from the tokens, by another way than the one that made it; examples are of (seed, i)."""
+"""data/tasks: every answer is derived from the tokens in another way than it was made; (seed, i) determines the example."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def due(targets):
 def test_examples_are_of_seed_split_and_index(spec):
     task, whole = rows(spec)
     assert whole["tokens"].shape == (40, task.length) and all(a.dtype == np.int32 for a in whole.values())
-    # As other hosts would make them, and as later batches of a smaller size.
+    # As other hosts would make them, and as later batches of a smaller size would have them.
     parts = [tasks.TaskBatches([task], batch_size=40, seed=3, rows=range(*r))[0] for r in ((0, 17), (17, 40))]
     small = [tasks.TaskBatches([task], batch_size=8, seed=3)[step] for step in range(5)]
     apart = [3, 4, 39]
@@ -71,7 +71,7 @@ def test_tokens_and_answers_are_of_the_vocabulary(spec):
 @pytest.mark.parametrize("spec", SPECS[:2])
 def test_mqar(spec):
     task, batch = rows(spec)
-    assert task.chance == 1 / (task.vocab_size - task.vocab_size // 2)  # of all values: which are there is not known
+    assert task.chance == 1 / (task.vocab_size - task.vocab_size // 2)  # among all values: it is not known which occur
     distances = []
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
         pairs = dict(zip(tokens[0 : 2 * task.pairs : 2].tolist(), tokens[1 : 2 * task.pairs : 2].tolist(), strict=True))
@@ -85,7 +85,7 @@ def test_mqar(spec):
         assert (rest.max() > 0) == task.random_filling
         distances += (at - 2 * task.pairs).tolist()
     near = np.mean(np.array(distances) < (task.length - 2 * task.pairs) // 2)
-    assert 0.55 < near < 0.8  # the power law: half of the places have more than half of the queries
+    assert 0.55 < near < 0.8  # the power law: half of the positions have more than half of the queries
 
 
 def test_induction():
@@ -114,7 +114,7 @@ def test_parity():
 
 
 def test_permutations():
-    """The answer, applied to five things, is what the permutations do to them one after another."""
+    """The answer, applied to five things, equals the permutations applied one after another."""
     _, batch = rows("s5_permutations:length=12")
     everything = list(itertools.permutations(range(5)))
     assert len(everything) == 120
@@ -127,7 +127,7 @@ def test_permutations():
 
 
 def _value(tokens):
-    """Of a ListOps expression, by Python's own evaluation of it."""
+    """The value of a ListOps expression, evaluated by Python."""
     names = {list_ops.OPEN + i: f"{name}((" for i, name in enumerate(("MAX", "MIN", "MED", "SM"))}
     text = "".join(
         names.get(token, ")),") if token in names or token == list_ops.CLOSE else f"{token - list_ops.DIGITS},"
@@ -156,7 +156,7 @@ def test_list_ops():
 
 
 def test_a_fourth_of_the_arguments_are_operations():
-    """As in the Long Range Arena, where they may be. Of two depths all are drawn that the length has room for."""
+    """Wherever they may be, as in the Long Range Arena. At depth 2, the length has room for all that are drawn."""
     _, batch = rows("listops:length=128:shortest=0:depth=2:arguments=6", count=300)
     nested = arguments = 0
     for tokens in batch["tokens"]:
@@ -169,7 +169,7 @@ def test_a_fourth_of_the_arguments_are_operations():
 
 
 def test_pass_key(passkey, tiny_dataset):
-    """The number is in the text, at its depth, and the answer is the number; the text is that of the split."""
+    """The number is in the text, at its depth, and is the answer; the text comes from the split."""
     task, batch = rows(passkey, count=6)
     tokenizer = load_tokenizer(tiny_dataset)
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):

@@ -1,4 +1,5 @@
-"""Sources of token ids: the dataset is that of their text, whatever holds them; what is not as it is said is refused."""
+"""Sources of token ids: the dataset equals that of their text, in every format; files that are not as declared are
+refused."""
 
 import gzip
 import json
@@ -23,7 +24,7 @@ OPTIONS = {"block_length": 64, "heldout_fraction": 0.2, "workers": 1}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(texts, a tokenizer of them, its file, the files of the dataset that is made of the texts)."""
+    """(texts, a tokenizer trained on them, its file, the files of the dataset prepared from the texts)."""
     directory = tmp_path_factory.mktemp("made")
     texts = make_texts(0, 150, longest=60)
     tokenizer = train_bpe(texts, 400)
@@ -34,7 +35,7 @@ def made(tmp_path_factory):
 
 
 def dataset(directory) -> dict:
-    """Its files, but for the name of the source."""
+    """The files of a dataset, without the name of the source."""
     content = files(directory)
     manifest = json.loads(content.pop("manifest.json"))
     del manifest["source"], manifest["records"]
@@ -55,7 +56,7 @@ def write_llm_c(path, ids, magic=20240520, version=1, dtype="<u2", count=None) -
 
 
 def write_megatron(path, documents, code=4, dtype="<i4") -> str:
-    """Each of ``documents`` is its sequences."""
+    """Each of ``documents`` is a list of its sequences."""
     sequences = [np.asarray(sequence, dtype) for document in documents for sequence in document]
     lengths = np.array([len(sequence) for sequence in sequences], "<i4")
     offsets = (np.cumsum(lengths) - lengths).astype("<i8") * np.dtype(dtype).itemsize
@@ -72,7 +73,7 @@ def write_ids(path, rows, field="input_ids") -> str:
 
 
 def of_file(kind, directory, tokenizer, texts) -> tuple[str, dict]:
-    """(a source of the ids of ``texts``, the arguments of ``prepare`` for it)."""
+    """(a source with the ids of ``texts``, the arguments of ``prepare`` for it)."""
     ids = stream(tokenizer, texts)
     rows = [list(row) for row in tokenizer.encode_batch(texts)]
     border = tokenizer.document_token
@@ -102,7 +103,7 @@ def of_file(kind, directory, tokenizer, texts) -> tuple[str, dict]:
         return write_llm_c(directory / "ids.bin", ids, 20240801, 7, "<u4"), {"token_files": "llm.c"}
     if kind == "megatron":
         return write_megatron(directory / "ids.bin", [[[*row, border]] for row in rows]), {"token_files": "megatron"}
-    if kind == "megatron of several":  # documents in one, as of text in which borders were spelled out
+    if kind == "megatron of several":  # two documents as one, as from text with the borders spelled out
         pairs = [[[*first, border, *second, border]] for first, second in zip(rows[::2], rows[1::2], strict=True)]
         return write_megatron(directory / "ids.bin", pairs), {"token_files": "megatron"}
     if kind == "megatron by sentences":
@@ -131,9 +132,9 @@ KINDS = (
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_dataset_of_ids_is_that_of_their_text(kind, tmp_path, monkeypatch, made):
-    """Byte for byte: the same split, tokens, borders, sizes."""
-    monkeypatch.setattr("jaxlinear.data.token_files._PART", 100)  # documents lie over several parts
-    monkeypatch.setattr("jaxlinear.data.compressed._CHUNK", 101)  # and ids over two chunks
+    """Byte for byte: the same split, tokens, borders and sizes."""
+    monkeypatch.setattr("jaxlinear.data.token_files._PART", 100)  # documents span several parts
+    monkeypatch.setattr("jaxlinear.data.compressed._CHUNK", 101)  # and ids two chunks
     texts, tokenizer, file, expected = made
     (tmp_path / "source").mkdir()
     source, arguments = of_file(kind, tmp_path / "source", tokenizer, texts)
@@ -167,7 +168,7 @@ def refused(source, output, **arguments) -> str:
 
 
 def of_another(ids) -> np.ndarray:
-    """Ids of a tokenizer with the same tokens in another order."""
+    """The ids of a tokenizer with the same tokens in another order."""
     return 1 + 7 * np.asarray(ids) % 397
 
 
@@ -195,7 +196,7 @@ def test_some_documents_of_another_tokenizer_are_said(tmp_path, caplog, made):
 
 
 def test_documents_that_were_cut_are_this_tokenizers_all_the_same(tmp_path, caplog, made):
-    """As rows of a fixed length are, which begin and end within words."""
+    """For example, rows of a fixed length, which begin and end within words."""
     texts, tokenizer, file, _ = made
     ids = np.concatenate(tokenizer.encode_batch(texts))
     rows = np.split(ids[: len(ids) // 50 * 50], len(ids) // 50)
@@ -206,7 +207,7 @@ def test_documents_that_were_cut_are_this_tokenizers_all_the_same(tmp_path, capl
 
 
 def test_of_long_documents_the_beginning_is_looked_at(tmp_path, caplog, monkeypatch, made):
-    """A billion bytes as a list of Python's would not fit."""
+    """A billion bytes would not fit in memory as a Python list."""
     monkeypatch.setattr(token_ids, "_OF_EACH", 40)
     texts, tokenizer, file, _ = made
     rows = [np.concatenate([row, of_another(row)]) for row in tokenizer.encode_batch(texts) if len(row) > 40]
@@ -275,7 +276,7 @@ def test_a_document_token_within_a_row_is_no_border_unless_rows_are_packed(tmp_p
 
 
 def test_broken_rows_of_a_stream_end_a_document(tmp_path, caplog, made):
-    """Nothing is joined over what is lost."""
+    """Nothing is joined across what is lost."""
     texts, tokenizer, file, _ = made
     border = tokenizer.document_token
     first, second, *others = ([int(token) for token in row] for row in tokenizer.encode_batch(texts))
@@ -362,7 +363,7 @@ def test_what_is_wrong_with_a_later_file_is_said_before_the_first_is_read(tmp_pa
 
 
 def test_one_document_of_ids(tmp_path, made):
-    """Is not advised to cut its text."""
+    """The message does not advise cutting its text."""
     _, _, file, _ = made
     said = refused(
         write_ids(tmp_path / "a.jsonl", [[1, 2, 3]]), tmp_path / "out", tokenizer=file, tokens_field="input_ids"
@@ -375,7 +376,7 @@ def test_one_document_of_ids(tmp_path, made):
 
 @pytest.mark.parametrize("length", [250, 1023])
 def test_rows_that_begin_and_end_within_a_character(tmp_path, caplog, length):
-    """What is cut is not what the tokenizer makes of its text, which has other characters in their place."""
+    """The cut ids differ from the tokenizer's ids of their text, in which other characters replace the cut ones."""
     content = "日本語のデータ。🙂".encode() * 4000
     rows = [list(content[start : start + length]) for start in range(1, length * 90, length)]
     with caplog.at_level(logging.WARNING):

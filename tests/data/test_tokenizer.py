@@ -1,4 +1,4 @@
-"""Every kind of tokenizer: lossless, saved and loaded as the same, deaf to special tokens in text."""
+"""Every kind of tokenizer: lossless, the same after saving and loading, and blind to special tokens in text."""
 
 import io
 import json
@@ -23,7 +23,7 @@ TEXTS = [
 
 
 def train_sentencepiece(path):
-    """A small lossless model: no normalisation, bytes for what it does not know."""
+    """A small lossless model: no normalisation, and bytes for unknown characters."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the quick brown fox jumps over the lazy dog", "def f(x): return x + 1"] * 20),
@@ -110,7 +110,7 @@ def test_document_token_is_part_of_the_hash(tmp_path):
 
 
 def test_an_ordinary_added_token_is_made_special(tmp_path):
-    """Some files list the document token as a token that is looked for in text."""
+    """Some files list the document token as one that is looked for in text."""
     file = _json_tokenizer(tmp_path, ["</s>"], special=False)
     tokenizer = open_tokenizer(file)
     assert tokenizer.document_token_name == "</s>"
@@ -118,7 +118,7 @@ def test_an_ordinary_added_token_is_made_special(tmp_path):
 
 
 def test_ids_may_have_gaps(tmp_path):
-    """Then a model has to have room for the largest, not for as many as there are."""
+    """A model then needs room for the largest id, not for the number of ids."""
     train_bpe(TEXTS, 300).save(tmp_path)
     fields = json.loads((tmp_path / "tokenizer.json").read_text())
     vocabulary = fields["model"]["vocab"]
@@ -130,7 +130,7 @@ def test_ids_may_have_gaps(tmp_path):
 
 
 def test_a_document_token_that_is_a_byte_too_is_refused(tmp_path):
-    """The package numbers added tokens from 257 on here, whatever the file says, and that is the id of a byte."""
+    """Here the package numbers added tokens from 257 on, whatever the file says, and 257 is the id of a byte."""
     train_bpe(TEXTS, 257).save(tmp_path)
     file = tmp_path / "tokenizer.json"
     fields = json.loads(file.read_text())
@@ -145,7 +145,7 @@ def test_a_document_token_that_is_a_byte_too_is_refused(tmp_path):
 
 
 def test_what_others_files_ask_for_beside_the_tokens_is_not_done(tmp_path):
-    """Texts are not cut or filled up, and nothing is put before or behind them: the packing does that."""
+    """Texts are not truncated or padded, and nothing is put before or after them: the packing does that."""
     file = pathlib.Path(_json_tokenizer(tmp_path, ["<s>", "</s>"]))
     plain = open_tokenizer(str(file), "</s>")
     begin = open_tokenizer(str(file), "<s>").document_token
@@ -163,7 +163,7 @@ def test_what_others_files_ask_for_beside_the_tokens_is_not_done(tmp_path):
     }
     file.write_text(json.dumps(fields))
     whole = tokenizers.Tokenizer.from_file(str(file)).encode("a text").ids
-    assert len(whole) == 500 and whole[0] == begin and len(plain.encode("a text")) == 6  # as the file has it
+    assert len(whole) == 500 and whole[0] == begin and len(plain.encode("a text")) == 6  # as the file asks
     tokenizer = open_tokenizer(str(file), "</s>")
     for text in ("a text", *TEXTS):
         np.testing.assert_array_equal(tokenizer.encode(text), plain.encode(text))
@@ -200,7 +200,7 @@ def test_bad_tokenizers_are_refused(tmp_path):
         open_tokenizer(file)
     with pytest.raises(UserError, match="has no token '<end>' to separate documents with"):
         open_tokenizer(file, "<end>")
-    # A letter is a token too, but one that text makes.
+    # A letter is a token too, but text produces it.
     with pytest.raises(UserError, match="turns the text 'a' into its document token"):
         _refuse_plain_letter(tmp_path)
 

@@ -1,4 +1,4 @@
-"""evaluation/following.py: every checkpoint of a run is evaluated once, as it appears, and what is found is written."""
+"""evaluation/following.py: every checkpoint of a run is evaluated once, as it appears, and the results are written."""
 
 import datetime
 import json
@@ -20,7 +20,7 @@ TASKS = ["perplexity", "parity:length=8+16"]
 
 @pytest.fixture(scope="module")
 def copied(tiny_run, tmp_path_factory):
-    """A run of which only the first checkpoint is there; the second one comes while it is followed."""
+    """A run with only its first checkpoint; the second one appears while the run is followed."""
     workdir = tmp_path_factory.mktemp("followed") / "run"
     shutil.copytree(tiny_run, workdir)
     (workdir / DIRECTORY / "2").rename(workdir / "later")
@@ -75,12 +75,12 @@ def test_what_was_evaluated_is_not_evaluated_again(followed, copied, monkeypatch
 
     monkeypatch.setattr(following, "open_run", refuse)
     assert list(following.follow(copied, TASKS, OPTIONS)) == followed
-    with pytest.raises(AssertionError, match="a checkpoint was opened"):  # other options are another evaluation
+    with pytest.raises(AssertionError, match="a checkpoint was opened"):  # other options make another evaluation
         list(following.follow(copied, TASKS, Options(lengths=(1,), batches=2)))
 
 
 def test_reports_of_checkpoints_that_are_gone_are_read_again(followed, copied, tmp_path):
-    """Of those before the newest one: a run that was set back takes the later ones again."""
+    """Only those before the newest checkpoint: a run that was set back reaches the later steps again."""
     workdir = shutil.copytree(copied, tmp_path / "run")
     folder = following.directory(workdir)
     shutil.rmtree(workdir / DIRECTORY / "1")
@@ -92,7 +92,7 @@ def test_reports_of_checkpoints_that_are_gone_are_read_again(followed, copied, t
     (folder / "1.json").write_text(json.dumps(followed[0] | {"asked": followed[0]["asked"] | {"tasks": ["parity"]}}))
     assert list(following.follow(workdir, TASKS, OPTIONS)) == followed[1:]
     (folder / "1.json").write_text(report)
-    again = {"step": 1, "time": "2100-01-01T00:00:00+00:00"}  # from that step, of which the report is
+    again = {"step": 1, "time": "2100-01-01T00:00:00+00:00"}  # a start from the step of the report
     with (workdir / STARTS).open("a") as file:
         file.write(json.dumps(again) + "\n")
     assert list(following.follow(workdir, TASKS, OPTIONS)) == followed
@@ -103,8 +103,8 @@ def test_reports_of_checkpoints_that_are_gone_are_read_again(followed, copied, t
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_copy_that_is_younger_than_all_starts(followed, copied, tmp_path, counted):
-    """By its time a report of another past would be newer than the start that set the run back: the starts are counted. Of
-    a report from before they were, the time is all that there is."""
+    """Judged by time, a report from a discarded past would be newer than the start that set the run back, so the starts are
+    counted. A report from before they were counted has only its time."""
     workdir = shutil.copytree(copied, tmp_path / "run")
     shutil.rmtree(workdir / DIRECTORY / "1")
     path = following.directory(workdir) / "1.json"
@@ -118,7 +118,7 @@ def test_a_copy_that_is_younger_than_all_starts(followed, copied, tmp_path, coun
 
 
 def test_a_scaling_law_takes_the_loss_of_the_last_checkpoint(followed, copied, tmp_path):
-    """By the report as it is written."""
+    """It reads the report in the form in which it is written."""
     shutil.copytree(copied, tmp_path / "runs" / "a")
     point = points.Point("a", "small", 10, 0, 10, 1.0, 0.0, loss=9.0)
     found = points._evaluated(point, tmp_path)
@@ -128,7 +128,7 @@ def test_a_scaling_law_takes_the_loss_of_the_last_checkpoint(followed, copied, t
 
 
 def test_another_checkpoint_of_a_step_is_evaluated(followed, copied, tmp_path, monkeypatch):
-    """As after a run was set back."""
+    """For example, after a run was set back."""
     workdir = shutil.copytree(copied, tmp_path / "run")
     fingerprint, opened = following.Checkpoints.fingerprint, []
     monkeypatch.setattr(
@@ -143,7 +143,7 @@ def test_another_checkpoint_of_a_step_is_evaluated(followed, copied, tmp_path, m
 
 
 def test_it_waits_and_gives_up(copied, followed, monkeypatch, caplog):
-    """Of a run whose last step does not come."""
+    """The last step of this run never comes."""
     config = evaluation.open_run(copied, 1).config.copy_and_resolve_references()
     config.training.steps = 5
     monkeypatch.setattr(following, "read_config", lambda workdir: config)
@@ -156,7 +156,7 @@ def test_it_waits_and_gives_up(copied, followed, monkeypatch, caplog):
 
 
 def test_a_checkpoint_that_is_removed_is_left_out(copied, followed, monkeypatch, caplog):
-    """Between two looks at the directory; one that cannot be read and is still there is an error."""
+    """It is removed between two looks at the directory. One that cannot be read and is still there is an error."""
     looks = iter([[1, 2, 3], [1, 2, 3], [1, 2], [1, 2]])
     monkeypatch.setattr(following, "_steps", lambda workdir: next(looks))
     with caplog.at_level("WARNING", logger="jaxlinear"):
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_is_removed_is_left_out(copied, followed, monkeypatch,
 
 
 def test_a_checkpoint_whose_removal_is_under_way(copied, followed, tmp_path, monkeypatch, caplog):
-    """It is removed file by file, so that it is there and cannot be read. What an earlier call found of it is not lost."""
+    """It is removed file by file, so it exists but cannot be read. What an earlier call found for it is not lost."""
     workdir = shutil.copytree(copied, tmp_path / "run")
     first = workdir / DIRECTORY / "1"
     slept = []
@@ -193,7 +193,7 @@ def test_a_checkpoint_whose_removal_is_under_way(copied, followed, tmp_path, mon
     shutil.copytree(copied / DIRECTORY / "1", first)
     (first / "meta" / "metadata").unlink()
     monkeypatch.setattr(following.time, "sleep", lambda seconds: None)
-    with pytest.raises(UserError, match=r"the checkpoint .*/1 cannot be read"):  # it stays: damage
+    with pytest.raises(UserError, match=r"the checkpoint .*/1 cannot be read"):  # it stays, so it is damaged
         list(following.follow(workdir, TASKS, OPTIONS))
 
 

@@ -1,4 +1,4 @@
-"""evaluation/harness.py: the harness gets from a run what scoring each choice by itself gives; from local files."""
+"""evaluation/harness.py: a run gives the harness the scores of each choice by itself; from local files."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def requests(kind, *arguments):
 
 
 def test_loglikelihood(model, run):
-    """Of contexts that are empty, shared, and that end in a space, which goes to the continuation."""
+    """Contexts may be empty, shared, or end in a space, which moves to the continuation."""
     asked = [("for x", " in"), ("for x", " range("), ("", "def"), ("for x ", "in")]
     found = model.loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True)
     tokenizer, document = load_tokenizer(run.workdir), load_tokenizer(run.workdir).document_token
@@ -80,7 +80,7 @@ def test_rolling_is_the_likelihood_of_the_whole_text(model):
 
 
 def test_generation_ends_where_it_is_told(model, run):
-    """As ``generation.generate`` writes, up to the first of the stops, or so many tokens."""
+    """The text is that of ``generation.generate``, up to the first of the stops or the given number of tokens."""
     tokenizer = load_tokenizer(run.workdir)
     prompts = ["for x in", "print("]
     rows = generation.generate(
@@ -106,7 +106,7 @@ def test_generation_ends_where_it_is_told(model, run):
 
 
 def test_repeats_are_drawn_apart_and_do_not_depend_on_the_batches(run):
-    """Of two questions, three times each: in batches of one, and all at once."""
+    """Two questions, three times each: in batches of one, and all at once."""
     arguments = [(prompt, {"until": ["\0"], "max_gen_toks": 6, "do_sample": True}) for prompt in ("for x in", "print(")]
     asked = requests("generate_until", *(one for one in arguments for _ in range(3)))
     alone, together = (harness.HarnessModel(run, tokens).generate_until(asked) for tokens in (1, 4096))
@@ -115,7 +115,7 @@ def test_repeats_are_drawn_apart_and_do_not_depend_on_the_batches(run):
 
 
 def test_few_shapes_of_generation_are_compiled(run, monkeypatch):
-    """Batches of any number of questions on 8 devices; and a model is laid out for decoding once."""
+    """For batches of any number of questions on 8 devices; and the model is laid out for decoding once."""
     shapes, laid_out = [], []
     prefill, for_decoding = generation._prefill, LanguageModel.for_decoding
 
@@ -147,7 +147,7 @@ def test_few_shapes_of_generation_are_compiled(run, monkeypatch):
     ],
 )
 def test_what_is_drawn(arguments, expected):
-    """By ``do_sample`` or a temperature alone, as ``normalize_gen_kwargs`` of lm_eval has it."""
+    """``do_sample`` or a temperature alone decides, as in lm_eval's ``normalize_gen_kwargs``."""
     until, limit, sampling = harness._sampling(arguments | {"until": None, "max_gen_toks": None})
     assert (until, limit, sampling) == ([], 256, generation.Sampling(**{"temperature": 0.0} | expected))
     theirs = normalize_gen_kwargs({name: value for name, value in arguments.items() if value is not None})
@@ -187,7 +187,7 @@ def test_a_task_from_local_files(run, files):
 
 
 def test_standard_errors_of_filtered_answers():
-    """lm_eval names them METRIC_stderr,FILTER; each stands beside its metric, and is no curve."""
+    """lm_eval names them METRIC_stderr,FILTER; each is shown beside its metric and has no curve."""
     results = {"exact_match,none": 0.25, "exact_match_stderr,none": "N/A", "alias": "words"}
     results |= {"exact_match,maj": 0.5, "exact_match_stderr,maj": 0.125}
     values = harness._metrics({"results": {"words": results}, "n-samples": {}}, "words")
@@ -254,7 +254,7 @@ def test_refusals(run, spec, message):
 
 
 def test_too_many_examples_are_refused(run, files):
-    """The question itself is none; those that the task's file asks for are refused as well."""
+    """The question itself does not count; a number that the task's file asks for is checked as well."""
     task, data, _ = files
     with pytest.raises(UserError, match="words has no 12 examples for a question; fewshot=11 is the most"):
         evaluation.evaluate_run(run, [f"harness:{task}:data={data}:fewshot=12"], Options())
@@ -272,7 +272,7 @@ def test_tasks_that_are_not_of_text_alone_are_refused():
 
 
 def test_what_lm_eval_cannot_load_is_refused(run, files, monkeypatch):
-    """Data that cannot be downloaded or read, with the task's name."""
+    """Data that cannot be downloaded or read is refused with the task's name."""
 
     def offline(**_):
         raise ConnectionError("couldn't reach the hub")
@@ -280,7 +280,7 @@ def test_what_lm_eval_cannot_load_is_refused(run, files, monkeypatch):
     task, data, _ = files
     broken = data.with_name("broken.jsonl")
     broken.write_text("{not JSON\n")
-    reasons = "DatasetGenerationError: .*; for .*Invalid"  # the second is why
+    reasons = "DatasetGenerationError: .*; for .*Invalid"  # the second is the cause
     with pytest.raises(UserError, match=f"lm_eval cannot load the task '{task}': {reasons}"):
         evaluation.evaluate_run(run, [f"harness:{task}:data={broken}"], Options())
     monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", offline)
@@ -291,7 +291,7 @@ def test_what_lm_eval_cannot_load_is_refused(run, files, monkeypatch):
 
 
 def test_nothing_runs_before_all_tasks_are_checked(run, files, monkeypatch):
-    """The last of several is refused before the first is measured; a harness task as well for how it generates."""
+    """The last of several is refused before the first is measured; a harness task also for its generation options."""
 
     def measured(*_):
         raise AssertionError("perplexity was measured")

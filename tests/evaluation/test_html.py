@@ -1,4 +1,4 @@
-"""Pages of one file: what is in them is escaped, and nothing in them points outside."""
+"""Pages in one file: their content is escaped, and nothing in them points outside."""
 
 import re
 from html.parser import HTMLParser
@@ -16,7 +16,7 @@ SVG = """<?xml version="1.0"?>
 
 
 class Reader(HTMLParser):
-    """Attributes and text of a page, and whether its tags close."""
+    """Collects the attributes and text of a page, and whether its tags close."""
 
     def __init__(self, text):
         super().__init__()
@@ -39,7 +39,7 @@ class Reader(HTMLParser):
 
 
 def assert_self_contained(page):
-    """Every reference of the page leads into the page, and every id is there once."""
+    """Every reference on the page leads into the page, and every id occurs once."""
     read = Reader(page)
     assert read.open == []
     ids = [value for name, value in read.attributes if name == "id"]

@@ -1,6 +1,6 @@
 """Pages of a run, its evaluations and a sweep, opened in headless Chromium: whole, silent, and asking for nothing.
 
-Collected with ``--chromium=PATH`` alone (``make test-pages``, a step of CI).
+Collected only with ``--chromium=PATH`` (``make test-pages``, a step of CI).
 """
 
 import pytest
@@ -28,7 +28,7 @@ def chromium(request):
 
 @pytest.fixture(scope="module")
 def pages(tiny_run, tmp_path_factory):
-    """Their paths, by what they are of."""
+    """The pages' paths, by what the pages show."""
     directory = tmp_path_factory.mktemp("pages")
     run = directory / "run.html"
     run.write_text(report.page(tiny_run, [("for x", "for x in <range>:\n  print")]), encoding="utf-8")

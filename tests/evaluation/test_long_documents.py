@@ -1,4 +1,5 @@
-"""Losses of rows whose time is spread over devices: those of whole rows, and nothing as long as the row on any device."""
+"""Losses of rows whose time is spread over devices: they equal those of whole rows, and no device holds an array as
+long as the row."""
 
 import re
 
@@ -29,15 +30,15 @@ def test_spread_over_time_the_losses_are_the_same(tiny_run):
 
 
 def test_one_row_is_enough_for_all_devices(tiny_run):
-    """By rows, a batch would have to have as many as there are devices."""
+    """If devices split rows instead, a batch would need as many rows as there are devices."""
     report = evaluation.evaluate(tiny_run, step=1, lengths=[4], batch_tokens=128, batches=1, mesh=["sequence=8"])
     row = report["perplexity"]["lengths"][0]
     assert (row["batch_size"], row["tokens"]) == (1, 128)
 
 
 def test_a_million_tokens_fit_where_an_eighth_fits(tiny_config):
-    """From the program compiled for one document of 2^20 tokens over 8 devices: no array of that length, and no more memory
-    than the same program for an eighth of the document takes on one device."""
+    """In the program compiled for one document of 2^20 tokens over 8 devices, no array has that length, and it takes no
+    more memory than the same program for an eighth of the document on one device."""
     config = configs.resolve(tiny_config)
     config.model.vocab_size = 384
     architecture = describe(configs.model_config(config))

@@ -1,4 +1,4 @@
-"""evaluation/perplexity.py: the losses are those of the model's logits, by length and by position."""
+"""evaluation/perplexity.py: the losses equal those of the model's logits, by length and by position."""
 
 import dataclasses
 import json
@@ -79,7 +79,7 @@ def test_the_report_names_the_run(report, tiny_run, tiny_dataset):
 
 
 def test_a_model_that_is_not_finite_is_refused(tiny_run):
-    """With the status of what would end so again, as by the harness."""
+    """With the exit status of an error that would recur, as with the harness."""
     run = open_run(tiny_run, 1)
     run = dataclasses.replace(run, parameters=jax.tree.map(lambda x: x * np.float32(np.nan), run.parameters))
     measure = perplexity.prepare(run, "perplexity", evaluation.Options(lengths=(1,), batches=1))
@@ -101,7 +101,7 @@ def test_context_and_buckets():
 
 
 def test_default_lengths_are_left_out_where_the_split_is_shorter(tiny_run, tmp_path):
-    """Of a held-out split of some 100 tokens, in blocks of 64, lengths 32 and 64 are taken."""
+    """For a held-out split of some 100 tokens in blocks of 64, lengths 32 and 64 are used."""
     (tmp_path / "text.txt").write_text("\n".join(f"a document, the {i}th" for i in range(100)))
     data.prepare(
         str(tmp_path / "text.txt"),
@@ -130,7 +130,7 @@ def test_a_part_of_the_split(tiny_run):
 
 
 def test_a_batch_is_a_microbatch_of_training(tiny_run):
-    """Which the run had memory for."""
+    """The run had the memory for it."""
     run = open_run(tiny_run)
     config = run.config.copy_and_resolve_references()
     config.training.update({"batch_size": 64, "microbatches": 4})

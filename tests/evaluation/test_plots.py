@@ -1,4 +1,4 @@
-"""What the pictures of runs show."""
+"""What the plots of runs show."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def write(directory):
 
 
 def test_every_evaluation_is_in_the_loss_curves(tmp_path):
-    """Also of steps that were not logged."""
+    """Also those of steps that were not logged."""
     write(tmp_path)
     (axes,) = plots.loss_curves([tmp_path]).axes
     found = {line.get_label(): line for line in axes.lines}
@@ -29,7 +29,7 @@ def test_every_evaluation_is_in_the_loss_curves(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve(tmp_path):
-    """And not the end of the smoothed one: a run that skips such a step goes on."""
+    """It does not end the smoothed curve: a run that skips such a step goes on."""
     losses = [math.nan, 4.0, 3.0, math.inf, math.nan, 2.0]
     lines = [{"step": step, "loss": loss, "tokens": 512 * step} for step, loss in enumerate(losses, 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -42,7 +42,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve(tmp_path):
 
 
 def test_runs_are_told_apart(tmp_path, monkeypatch):
-    """By so much of their paths as they differ in."""
+    """By the parts in which their paths differ."""
 
     def labels(*workdirs):
         (axes,) = plots.loss_curves(workdirs).axes

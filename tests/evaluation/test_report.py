@@ -1,4 +1,4 @@
-"""The page of a run: its figures, numbers and texts are there, and it asks nothing of a network."""
+"""The page of a run: its figures, numbers and texts are there, and it requests nothing from a network."""
 
 import html as escaping
 import json
@@ -79,7 +79,7 @@ def test_where_it_ran_is_noted_at_each_start(page, tiny_run):
 
 
 def test_an_evaluation_that_followed_the_run(tiny_run, monkeypatch, tmp_path):
-    """Not the one of a step that the run was set back from since, and may never come to again."""
+    """Not that of a step from which the run has since been set back, and which it may never reach again."""
     for step, starts in ((9, 1), (10, 1), (11, 0)):
         (tmp_path / f"{step}.json").write_text(json.dumps({"step": step, "starts": starts}))
     monkeypatch.setattr(following, "directory", lambda workdir: tmp_path)
@@ -88,7 +88,7 @@ def test_an_evaluation_that_followed_the_run(tiny_run, monkeypatch, tmp_path):
 
 
 def test_a_run_without_losses(tiny_run, tmp_path):
-    """As an imported one, and one that has logged nothing but a held-out loss: no curves, and everything else."""
+    """An imported run, or one that has logged only a held-out loss: no curves, and everything else."""
     shutil.copy(tiny_run / CONFIG, tmp_path)
     parameters = re.search(r"<td>parameters</td><td>[\d,]+</td>", report.page(tiny_run))[0]
     page = report.page(tmp_path, [("for x", "for x in")])

@@ -1,4 +1,4 @@
-"""evaluation/scoring.py: each score is that of the continuation by itself, from all logits of a row without padding."""
+"""evaluation/scoring.py: each score equals that of the continuation by itself, from all logits of an unpadded row."""
 
 import types
 
@@ -26,7 +26,7 @@ def run(tiny_run):
 
 @pytest.fixture(scope="module")
 def log_p(tiny_run):
-    """``log_p(tokens)``: ``[T, vocab]`` float64 of one row by itself, of one compiled length."""
+    """``log_p(tokens)``: ``[T, vocab]`` float64 for a single row, padded to one compiled length."""
     model = load(tiny_run, 2)
     forward = jax.jit(lambda tokens: model(tokens)[0])
 
@@ -46,7 +46,7 @@ def alone(log_p, context, continuation):
 
 
 def test_scores_are_those_of_each_by_itself(run, log_p, monkeypatch):
-    """Contexts shared and not, of many lengths; continuations of one token and of more, greedy ones among them."""
+    """Contexts of many lengths, some shared; continuations of one token and of more, some of them greedy."""
     random = np.random.default_rng(0)
     pairs = [(SHARED, tuple(random.integers(0, 256, n).tolist())) for n in (1, 2, 3, 5, 9)]
     pairs += [((7, *SHARED), (3,)), ((5,), (1, 2, 3)), (SHARED, pairs[0][1])]
@@ -67,12 +67,12 @@ def test_scores_are_those_of_each_by_itself(run, log_p, monkeypatch):
         np.testing.assert_allclose(score, expected, rtol=1e-4, err_msg=f"{len(context)} + {len(continuation)}")
         assert is_greedy == expected_greedy
     assert [is_greedy for _, is_greedy in scores[-2:]] == [True, False]
-    assert sum(read) == sum(len(context) for context in {context for context, _ in pairs})  # each context once
+    assert sum(read) == sum(len(context) for context in {context for context, _ in pairs})  # each context is read once
 
 
 def test_whole_documents(run, log_p, monkeypatch):
-    """Longer than a chunk, exactly one, and shorter, together in one batch; and a document of one token, with nothing to
-    predict."""
+    """In one batch: documents longer than a chunk, exactly one chunk long, and shorter, one of them a single token with
+    nothing to predict."""
     monkeypatch.setattr(scoring, "_CHUNK", 32)
     random = np.random.default_rng(1)
     documents = [tuple(random.integers(0, 256, n).tolist()) for n in (1, 2, 20, 32, 33, 34, 65, 90)]
@@ -100,7 +100,7 @@ def test_lengths_that_are_compiled():
 
 @pytest.mark.parametrize("pattern", [("attention", "attention"), ("gla", "attention", "gla")], ids="+".join)
 def test_padding_beyond_what_attention_remembers(pattern):
-    """It fits, and what it is padded with does not."""
+    """The text fits, and its padding does not."""
     random = np.random.default_rng(0)
     context, document = (tuple(random.integers(0, tiny.VOCABULARY, n).tolist()) for n in (22, 30))
     pairs = [(context, document[:9]), (context, document[:8]), (context[:5], document[:27])]

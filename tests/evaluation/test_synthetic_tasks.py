@@ -1,4 +1,4 @@
-"""evaluation/synthetic.py: which difficulties a checkpoint is judged by, and what the report says. Accuracies are tested in
+"""evaluation/synthetic.py: the difficulties on which a checkpoint is evaluated, and the report. Accuracies are tested in
 tests/training/test_task_training.py."""
 
 import dataclasses
@@ -19,7 +19,7 @@ def run(tiny_run):
 
 @pytest.fixture(scope="module")
 def task_run(run):
-    """As if it had been trained on a task."""
+    """The run, as if it had been trained on a task."""
     config = run.config.copy_and_resolve_references()
     config.data.task, config.data.path = "mqar:pairs=2:vocab_size=64", ""
     return dataclasses.replace(run, config=config)
@@ -42,7 +42,7 @@ def test_report_and_table(run, tiny_dataset):
 
 
 def test_the_difficulty_of_the_training(task_run):
-    """Its options hold where no others are given, and it is marked."""
+    """The training's options apply where no others are given, and its difficulty is marked."""
     report = evaluation.evaluate_run(task_run, ["mqar:length=32+64"], Options(examples=8))
     rows = report["mqar:length=32+64"]["difficulties"]
     names = ("length", "pairs", "vocab_size")

@@ -1,6 +1,6 @@
-"""The scripts and manifests that the golden files hold: python -m tests.launching.rewrite
+"""The scripts and manifests in the golden files: python -m tests.launching.rewrite
 
-Run it after a change that is meant, and read the difference before committing.
+Run it after an intended change, and read the difference before committing.
 """
 
 import functools
@@ -40,7 +40,7 @@ CASES = {
 
 
 def rewrite() -> None:
-    """Writes every golden file, and removes those of cases that are gone."""
+    """Writes every golden file, and removes those of cases that no longer exist."""
     for stale in GOLDEN.iterdir():
         stale.unlink()
     for name, make in CASES.items():

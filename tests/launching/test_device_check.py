@@ -1,4 +1,4 @@
-"""``launch/check.py``: that right kernels pass, that wrong ones do not, and what it runs them on."""
+"""``launch/check.py``: right kernels pass, wrong ones do not, and the operations and inputs that it checks."""
 
 import functools
 import json
@@ -70,7 +70,7 @@ def test_right_kernels_in_float32(small_blocks):
 
 
 def test_right_kernels_in_bfloat16(small_blocks):
-    """What has no decays that differ runs on two kinds of inputs."""
+    """An operation with decays runs on every kind of inputs."""
     found = check("lightning_6m", 150, num_layers=1, width=32, num_heads=2, key_width=16, value_width=16)
     assert [(x.operation, x.inputs, x.is_right) for x in found] == [
         ("linear_attention", kind, True) for kind in check_inputs.KINDS
@@ -112,7 +112,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, small_blocks, wrong):
 
 @pytest.mark.parametrize("preset", SMALL)
 def test_what_every_model_calls(preset):
-    """The operations that it has, and inputs that keep to what each of them says of its arguments."""
+    """The model's operations, and inputs that respect what each operation says of its arguments."""
     found = device_check._calls(configs.resolve(config(preset)), jax.devices()[0], 2, 300)
     assert {call.operation for call in found} == {name for name, models in OPERATIONS.items() if preset in models}
     for call in found:
@@ -137,7 +137,7 @@ def test_what_every_model_calls(preset):
 
 
 def test_a_model_without_kernels_on_the_device(monkeypatch):
-    """Said once, with the reason, and nothing is wrong."""
+    """It is reported once, with the reason, and nothing is wrong."""
     monkeypatch.setattr(backends, "no_kernels", lambda *shapes: "the kernels for GPU are for NVIDIA's")
     found = check("hawk_6m", 150, num_layers=1, width=32, recurrent_width=32, num_heads=2)
     assert [device_check_text.line(x) for x in found] == [
@@ -164,7 +164,7 @@ def test_lines():
 
 
 def test_the_program(tmp_path):
-    """Without a device it is refused; interpreted it ends with a verdict and status 0."""
+    """Without a device, the program refuses; interpreted, it ends with a verdict and status 0."""
     small = ["num_layers=1", "width=32", "recurrent_width=32", "num_heads=2"]
     command = [sys.executable, "launch/check.py", "--config=configs/griffin_100m.py", "--config.model.preset=hawk_6m"]
     command += [f"--config.model.{value}" for value in small]
@@ -185,7 +185,7 @@ def test_the_program(tmp_path):
 @pytest.mark.compiles_ahead
 @pytest.mark.parametrize("topology", ["h100:1", "v5e:1x1"])
 def test_what_runs_on_a_device_compiles_for_it(topology):
-    """As a kernel and without, at the sizes of GLA 1.3B."""
+    """With a kernel and without, at the sizes of GLA 1.3B."""
     device = targets.find(topology).devices[0]
     (call,) = device_check._calls(configs.resolve(config("gla_1b3")), device, 1, 256)
     place = SingleDeviceSharding(device)

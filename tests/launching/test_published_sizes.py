@@ -1,6 +1,6 @@
-"""Training steps at published sizes, compiled for a TPU pod and for eight GPUs: they fit, and their kernels are in them.
+"""Training steps at published sizes, compiled for a TPU pod and for eight GPUs: they fit, and contain their kernels.
 
-Minutes of compilation: collected with ``--published_sizes`` alone (``make test-published``, a step of CI).
+Compiling takes minutes, so they are collected only with ``--published_sizes`` (``make test-published``, a step of CI).
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ _SPEC = importlib.util.spec_from_file_location("griffin_100m", _PATH)
 griffin_100m = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(griffin_100m)
 
-# The beginnings of the names of kernels.
+# Prefixes of the kernels' names.
 MODELS = {
     "griffin_7b": {"scan_forward", "scan_gradient"},
     "gla_1b3": {"linear_attention_forward_channel_packed", "linear_attention_gradient_channel_packed"},
@@ -33,7 +33,7 @@ TARGETS = {"v5p:4x4x4": {"data": 4, "fsdp": 16}, "h100:8": {"data": 1, "fsdp": 8
 
 
 def kernels(text):
-    """Names of the kernels, without what the compiler adds in front and behind."""
+    """The kernels' names, without what the compiler adds before and after them."""
     found = set(re.findall(r"(?:scan|linear_attention|delta_rule)_(?:forward|gradient)[a-z_]*[a-z]", text))
     found |= set(re.findall(r"attention_(?:outputs|queries|keys)", text))
     return found | {"splash_" + kind for kind in re.findall(r"splash\w*?_(fwd|dq|dkv)", text)}

@@ -1,4 +1,4 @@
-"""What the schedulers are given, as the golden files hold it; ``python -m tests.launching.rewrite`` writes them anew."""
+"""What the schedulers are given, compared with the golden files, which ``python -m tests.launching.rewrite`` rewrites."""
 
 import dataclasses
 import os
@@ -32,7 +32,7 @@ def test_the_shell_reads_it(name):
 
 
 def test_sbatch_reads_values_whole():
-    """By the rules of a shell, as sbatch does: a blank ends a value, # begins a comment."""
+    """sbatch follows the rules of a shell: a blank ends a value, # begins a comment."""
     values = {
         "comment": "two words",
         "partition": "a,b",
@@ -53,7 +53,7 @@ def test_sbatch_reads_values_whole():
     [(None, ["0,1", "2,3"]), ("4,5,6,7", ["4,5", "6,7"]), ("GPU-a,3,MIG-b,1,0", ["GPU-a,3", "MIG-b,1"])],
 )
 def test_gpus_are_dealt_out(tmp_path, monkeypatch, visible, dealt):
-    """To two processes, which write down what they see."""
+    """Two processes get them, and record what they see."""
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\nfor last; do :; done\nprintf "$CUDA_VISIBLE_DEVICES" > {tmp_path}/"$last"\n')
     program.chmod(0o755)
@@ -79,7 +79,7 @@ def test_a_run_goes_on_if_none_of_its_processes_failed(tmp_path, monkeypatch, en
 
     def pause(seconds):
         pauses.append(seconds)
-        if len(pauses) == 2:  # enough: as a person would end it
+        if len(pauses) == 2:  # enough: end it as a person would
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(local.time, "sleep", pause)
@@ -93,7 +93,7 @@ def test_a_run_goes_on_if_none_of_its_processes_failed(tmp_path, monkeypatch, en
 
 
 def test_told_to_end_between_two_starts(tmp_path, monkeypatch):
-    """Both processes are: the first, which was not yet known, and the one that comes later."""
+    """Both processes are told: the first, which was not yet known, and the one that comes later."""
     start, begun = subprocess.Popen, []
 
     def begin(*arguments, **options):
@@ -109,7 +109,7 @@ def test_told_to_end_between_two_starts(tmp_path, monkeypatch):
 
 
 def test_the_port_of_a_run_is_no_one_elses():
-    """From before its processes are started. One that asks for it, as process 0 does, may listen there."""
+    """It is held from before its processes start. A process that asks for it, as process 0 does, may listen on it."""
     with local.held_port() as port, socket.socket() as other, socket.socket() as shares:
         with pytest.raises(OSError, match="Address already in use"):
             other.bind(("127.0.0.1", port))
@@ -131,8 +131,8 @@ def test_fewer_gpus_than_asked_for(monkeypatch, visible, count):
 
 
 def of_slurm(tmp_path, statuses, refused=0, script="slurm.sh"):
-    """The script run here once for each of these statuses of srun, with stand-ins for SLURM's commands; scontrol is
-    refused so often. How the last one ended, and what it and the stand-ins said."""
+    """Runs the script once for each of these statuses of srun, with stand-ins for SLURM's commands; the first ``refused``
+    calls of scontrol fail. Returns the last exit status, what the stand-ins logged, and stderr."""
     log, script = tmp_path / "log", CASES[script]().replace("module load cuda", "true")
     (tmp_path / "refused").write_text("x\n" * refused)
     stand_in(tmp_path / "srun", f'echo "srun $SRUN_CPUS_PER_TASK $1 $2" >> {tmp_path}/srun.log', 'exit "$STATUS"')
@@ -169,7 +169,7 @@ def test_a_job_goes_back_into_the_queue_by_its_status(tmp_path, statuses, said):
 
 
 def test_a_job_that_always_fails_ends(tmp_path):
-    """Preemptions between its failures are not counted."""
+    """Preemptions between its failures do not count."""
     status, said, errors = of_slurm(tmp_path, [134, PREEMPTED] * 20 + [1])
     assert (status, said) == (1, "")
     assert errors.startswith("the run failed with status 1, after 20 restarts (griffin-17.failures); sbatch it again")
@@ -185,7 +185,7 @@ def test_a_controller_that_is_away_for_a_while(tmp_path, status):
 
 
 def test_cpus_of_a_process(tmp_path):
-    """srun does not know what sbatch was told of them; else the processes share those of the node."""
+    """srun does not know what sbatch was told; if sbatch was told nothing, the processes share the node's CPUs."""
     of_slurm(tmp_path, [0])
     of_slurm(tmp_path, [0], script="slurm_by_host.sh")
     read = (tmp_path / "srun.log").read_text()
@@ -207,7 +207,7 @@ def test_cpus_of_a_process(tmp_path):
     ],
 )
 def test_sbatch_is_told_each_thing_once(target, options, lines):
-    """Whole nodes are the run's alone, and what the user says takes the place of what is said for all."""
+    """The run has whole nodes to itself, and the user's options replace the defaults."""
     script = slurm.render(asked(target), options=options)
     read = [line.removeprefix("#SBATCH --") for line in script.split("\n") if line.startswith("#SBATCH ")]
     names = [line.partition("=")[0] for line in read]
@@ -238,7 +238,7 @@ def test_several_slices_are_as_many_jobs_of_a_set():
 
 
 def test_a_dollar_is_none_of_kubernetes():
-    """It reads ``$(NAME)`` in a command, and ``$$`` as ``$``, before bash has it."""
+    """Kubernetes expands ``$(NAME)`` in a command, and turns ``$$`` into ``$``, before bash sees it."""
     text = "--config.data.path=/data/$(HOSTNAME) $$a"
     manifest = yaml.safe_load(of_gke(asked("h100:16", [ARGUMENTS[0], "--workdir=/shared/a", text])))
     pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
@@ -248,7 +248,7 @@ def test_a_dollar_is_none_of_kubernetes():
 
 
 def test_a_chip_may_be_two_devices():
-    """GKE counts chips, JAX devices."""
+    """GKE counts chips, and JAX counts devices."""
     manifest = yaml.safe_load(of_gke(asked("tpu7x:4x4x4")))
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
@@ -272,7 +272,7 @@ def test_a_spot_node_gives_less_time(options, seconds):
     [(2, "FailJobSet"), (22, "RestartJobSet"), (75, "RestartJobSetAndIgnoreMaxRestarts"), (134, "RestartJobSet")],
 )
 def test_what_a_set_does_after_a_status(status, action):
-    """By the rules of Jobs and JobSets: the first that matches, and of a JobSet counted restarts if none does."""
+    """Jobs and JobSets apply the first rule that matches; if none does, a JobSet makes a counted restart."""
     spec = yaml.safe_load(of_gke())["spec"]
     codes = [
         rule.get("onExitCodes", {"values": []})["values"]

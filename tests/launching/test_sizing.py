@@ -1,4 +1,4 @@
-"""What ``launch/compile.py`` says of a run: that it is of the step that trains, and its figures."""
+"""What ``launch/compile.py`` says of a run: it describes the step that trains, and its figures are right."""
 
 import dataclasses
 import itertools
@@ -60,7 +60,7 @@ def sized(target):
 def test_memory_is_the_compilers(sized, target):
     assert sized.memory.total == pytest.approx(sized.memory_analysis.total, rel=0.05)
     architecture = ahead.trace(config(data=2, fsdp=2), target.devices).architecture
-    # Matrices lie on half of the devices, norms and biases on all.
+    # Each device holds half of every matrix, and all of the norms and biases.
     assert 2 * architecture.num_parameters <= sized.memory.parameters < 2.2 * architecture.num_parameters
     assert sized.memory.optimizer == pytest.approx(2 * sized.memory.parameters, rel=0.001)  # two moments
     assert sized.memory.batch == 3 * 4 * B * T // 4
@@ -85,7 +85,7 @@ def test_time_is_the_least_that_the_rates_leave(sized):
 @pytest.mark.parametrize("topology", ["h100:4", "v5e:2x2"])
 @pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 2, "expert": 2}])
 def test_products_of_experts_are_those_of_the_formula(topology, mesh):
-    """Whatever computes them, and wherever the experts lie: by blocks of unknown number on GPU."""
+    """Whatever computes them (on GPU, a number of blocks that is not known in advance), and wherever the experts lie."""
     changed = configs.default()
     experts = {"channel_mixer": "mixture_of_experts", "experts": 4, "experts_per_token": 2, "expert_width": 256}
     layers = {
@@ -115,7 +115,7 @@ def test_where_products_are_not_all_counted_there_is_no_bound(sized):
 
 
 def test_the_embedding_is_gathered_once_a_pass(sized):
-    """And not in each slice of the loss."""
+    """It is not gathered in each slice of the loss."""
     rows = {(row.kind, row.axes): row for row in roofline.grouped(sized.collectives)}
     gathered = rows["all-gather", ("fsdp",)].bytes
     assert gathered <= 3 * 4 * sized.parameters / 2  # forward, backward and recomputation, float32 at most
@@ -182,13 +182,13 @@ def test_the_search_keeps_the_batch_and_uses_every_device(target):
     assert all(later.seconds > 0.98 * earlier.seconds for earlier, later in itertools.pairwise(found))
     (one,) = search.search(config(), target, 1)
     assert one.fits and one.mesh == found[0].mesh
-    assert found[0].memory == pytest.approx(one.memory.total - one.memory.code, rel=0.5)  # the code is not reckoned
+    assert found[0].memory == pytest.approx(one.memory.total - one.memory.code, rel=0.5)  # the code is not estimated
 
 
 @pytest.mark.parametrize(
     "changes, most",
     [
-        ({"pattern": ("lru",), "num_heads": 1}, 4),  # it has channels alone, and 1 stands for what nothing reads
+        ({"pattern": ("lru",), "num_heads": 1}, 4),  # it has only channels, and nothing reads the 1
         ({"pattern": ("gla",), "num_heads": 1, "recurrent_heads": 4}, 4),
         ({"pattern": ("gla",), "num_heads": 4, "recurrent_heads": 2}, 2),
         ({"pattern": ("gla",), "num_heads": 2}, 2),
@@ -224,14 +224,14 @@ def test_a_link_that_is_crossed_by_each_kind():
         return roofline.seconds(a_collective(kind, size, devices), device, devices)
 
     gather = seconds("all-gather", 1000_000)
-    assert gather == pytest.approx(1e-6 + 2e-6 + 3e6 / 200e9)  # four chips may lie in a square: two axes, both ways
+    assert gather == pytest.approx(1e-6 + 2e-6 + 3e6 / 200e9)  # four chips may form a square: two axes, both ways
     assert seconds("all-reduce", 4000_000) == pytest.approx(1e-6 + 4e-6 + 6e6 / 200e9)
     assert seconds("all-gather", 1000_000, devices=2) == pytest.approx(1e-6 + 1e-6 + 1e6 / 100e9)
     assert seconds("all-gather", 1000_000, devices=1) == 0
 
 
 def test_links_between_neighbours_and_between_hosts():
-    """A permutation is one hop; a ring of n has n - 1 steps; a group of an outer axis lies beyond its host."""
+    """A permutation is one hop; a ring of n has n - 1 steps; a group along an outer axis reaches beyond its host."""
     v5e, h100 = roofline.device_of("TPU v5 lite"), "NVIDIA H100 80GB HBM3"
     assert roofline.seconds(a_collective("collective-permute", 1000_000, 4), v5e, 4) == pytest.approx(2e-6 + 1e6 / 50e9)
 
@@ -246,7 +246,7 @@ def test_links_between_neighbours_and_between_hosts():
 
 
 def test_the_network_between_slices():
-    """By its rate for each chip, whatever else lies along the axis."""
+    """Only its rate per chip counts, whatever else lies along the axis."""
     between = dataclasses.replace(a_collective("all-reduce", 1000_000, 2), between_slices=True)
     for kind, rate in (("TPU v5e", 3.125e9), ("TPU v5p", 6.25e9), ("TPU v6e", 12.5e9), ("TPU7x", 6.25e9)):
         times = roofline.times(kind, "bfloat16", {"data": 8, "fsdp": 2}, 0.0, 0.0, [between])
@@ -254,28 +254,28 @@ def test_the_network_between_slices():
 
 
 def test_several_slices():
-    """Between them go, once a step, the sums of the gradients and nothing else; ``data`` alone lies along them."""
+    """Once a step, the sums of the gradients pass between them, and nothing else; only ``data`` spans slices."""
     target = targets.find("2xv5e:2x2")
     sized = sizing.size(config(data=4, fsdp=2), target)
     assert (sized.devices, sized.mesh["data"]) == (8, 4)
     (between,) = [row for row in roofline.grouped(sized.collectives) if row.between_slices]
     assert (between.kind, between.axes, between.devices) == ("all-reduce", ("data",), 2)
-    # Each of a slice's chips has its part of the sum, two bytes of a matrix's element and four of what is kept in float32.
+    # Each chip of a slice has its part of the sum: two bytes per element of a matrix, four per element kept in float32.
     assert 2 <= between.bytes / (sized.parameters / 4) < 3
     assert f"{'  all-reduce':26} {'slices':20} {2:7}" in sizing_text.table(sized)
     within = [one for one in sized.collectives if not one.between_slices]
-    assert {one.axes for one in within} >= {("fsdp",), ("data",)}  # of four along data two are in a slice
+    assert {one.axes for one in within} >= {("fsdp",), ("data",)}  # two of the four along data are in a slice
     assert all(one.devices <= 4 for one in within)
     assert sized.to_json()["collectives"][0].keys() >= {"between_slices"}
     found = search.candidates(config(), target)
     assert {candidate.mesh["data"] for candidate in found} == {2, 4, 8}
     wide = {one.mesh["data"]: one.seconds for one in reversed(found) if one.mesh["fsdp"] == 8 // one.mesh["data"]}
     alone = {one.mesh["data"]: one.seconds for one in reversed(search.candidates(config(), targets.find("v5e:2x4")))}
-    assert wide[2] > alone[1]  # the same parameters on a device, but their sums go over the network
+    assert wide[2] > alone[1]  # the same parameters per device, but their sums cross the network
 
 
 def test_links_that_a_group_may_use():
-    """All of a torus's axes, if it is large enough to lie over them; between hosts, the ports of those of a host in it."""
+    """All axes of a torus, if the group is large enough to span them; between hosts, the ports of its devices in a host."""
     v5p, h100 = roofline.device_of("TPU v5p"), roofline.device_of("NVIDIA H100 80GB HBM3")
     assert devices.most_gathering(v5p, 64, 64) == 600e9
     assert devices.most_gathering(v5p, 4, 64) == 400e9
@@ -328,7 +328,7 @@ def test_float32_products_at_their_default_precision(kind, peak, slower):
 
 
 def test_it_is_the_step_that_trains(tiny_config, tmp_path, monkeypatch):
-    """The very program: the text that ``train`` lowers."""
+    """It is the very program: the text that ``train`` lowers."""
     texts = []
 
     def recorded(*arguments):
@@ -349,7 +349,7 @@ def test_it_is_the_step_that_trains(tiny_config, tmp_path, monkeypatch):
 
 
 def test_the_program(tmp_path):
-    """With nothing in the environment that says what JAX should take."""
+    """Nothing in the environment says which platform JAX should use."""
     changed = {
         "model": {
             "preset": "hawk_6m",

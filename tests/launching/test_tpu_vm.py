@@ -1,4 +1,4 @@
-"""The script for TPU VMs, its shell run here with stand-ins for gcloud and python."""
+"""The script for TPU VMs: its shell runs here with stand-ins for gcloud and python."""
 
 import os
 import re
@@ -19,8 +19,8 @@ REMAINS = "gcloud compute tpus queued-resources delete griffin-96db98 --zone=us-
 
 
 def of_tpu_vm(tmp_path, states, ends, create=(), delete=(), **options):
-    """The script for TPU VMs run here, with a stand-in for gcloud that goes through these states, and ends of ssh, create
-    and delete (0 when there are no more). Its status, what it did, and what it said."""
+    """Runs the script for TPU VMs here, with a stand-in for gcloud that goes through these states and these exit statuses
+    of ssh, create and delete (0 when there are no more). Returns its status, what it did, and what it said."""
     log = tmp_path / "log"
     for name, values in {"describe": states, "ssh": ends, "create": create, "delete": delete}.items():
         (tmp_path / name).write_text("".join(f"{value}\n" for value in values))
@@ -66,9 +66,9 @@ def of_tpu_vm(tmp_path, states, ends, create=(), delete=(), **options):
             0,
             "ssh ssh sleep60 sleep30 delete sleep30 create sleep30 ssh ssh",
         ),
-        # A connection that is lost while the slice is there, and a host that saved itself and is not taken away.
+        # The connection is lost while the slice is there, or a host saves its run and is not taken away.
         *((["ACTIVE"] * 2, [0, end, 0, 0], 0, "ssh ssh sleep60 ssh ssh") for end in (255, 1, PREEMPTED)),
-        # What is left of a run whose slice is taken away crashes.
+        # When a slice is taken away, the rest of its run crashes.
         (
             ["ACTIVE", "SUSPENDING", "SUSPENDED", GONE, "ACTIVE"],
             [0, 134, 0, 0],
@@ -88,7 +88,8 @@ def test_a_slice_is_asked_for_again(tmp_path, states, ends, status, done):
 
 
 def test_a_state_that_is_never_known_is_the_end(tmp_path):
-    """As when the login of gcloud has expired. A network that comes back in between is none, however often it is gone."""
+    """For example, gcloud's login has expired. A network that comes back in between does not count, however often it
+    fails."""
     ended, did, errors = of_tpu_vm(tmp_path, [NO_NETWORK] * 3, [], restarts=2)
     assert (ended, did) == (1, ["sleep60", "sleep120"])
     assert errors[-2:] == [
@@ -102,7 +103,7 @@ def test_a_state_that_is_never_known_is_the_end(tmp_path):
 
 
 def test_a_run_that_fails_is_started_again(tmp_path):
-    """So many times; between them connections may be lost as often as they like."""
+    """Only so many times; in between, connections may be lost any number of times."""
     ended, did, errors = of_tpu_vm(tmp_path, ["ACTIVE"] * 6, [0, 134, 0, 255, 0, 101, 0, 0], restarts=2)
     assert (ended, did) == (0, ["ssh", "ssh", *["sleep60", "ssh", "ssh"] * 3])
     assert errors[0] == "griffin-96db98: the run failed with status 134 (1 times, at most 2)"
@@ -138,7 +139,7 @@ def test_a_run_that_fails_is_started_again(tmp_path):
     ],
 )
 def test_what_google_refuses_is_asked_for_again(tmp_path, states, ends, create, delete, did, said):
-    """With pauses; when it is granted at last the run begins, and if not it ends."""
+    """With pauses; if it is granted at last, the run begins, and otherwise the script ends."""
     ended, done, errors = of_tpu_vm(tmp_path, states, ends, create, delete, restarts=2)
     assert (ended, done) == (1, did.split())
     assert errors[-2].startswith(f"griffin-96db98: {said}") and errors[-2].endswith(" (3 in a row, at most 2)")
@@ -170,7 +171,7 @@ def test_two_runs_whose_work_directories_end_alike_have_two_slices():
 
 
 def printed(function, **options):
-    """What a function of the script gives to each host."""
+    """What a function of the script sends to each host."""
     script = tpu_vm.render(asked("v5p:4x4x4"), zone="z", project="p", **options).partition("\nqueued()")[0]
     return subprocess.run(["bash", "-c", f"{script}\n{function}"], capture_output=True, text=True, check=True).stdout
 
@@ -183,15 +184,15 @@ def test_a_setup_may_have_a_here_document_of_its_own():
 
 @pytest.mark.parametrize("directory, of_home", [("~/my code", "'my code'"), ("~", "."), ("a~b", "'a~b'"), ("/a", "/a")])
 def test_a_directory_below_the_home_of_the_hosts(directory, of_home):
-    """Where their shells begin; quoted, ~ would be a name."""
+    """Their shells begin in the home; quoted, ~ would be a name."""
     assert f"\ncd {of_home} || exit 3\n" in printed("train", setup="true", directory=directory)
 
 
-WAIT = "for _ in {1..12000}; do sleep 0.02;"  # not for ever, should a test fail
+WAIT = "for _ in {1..12000}; do sleep 0.02;"  # not for ever, in case a test fails
 
 
 class Host:
-    """Where the script for TPU VMs tells each host to train, with a stand-in for python: each start says so in ``starts``
+    """A host that the script for TPU VMs tells to train, with a stand-in for python: each start adds a line to ``starts``
     and does what ``program`` says."""
 
     def __init__(self, home, *program):
@@ -203,7 +204,7 @@ class Host:
         self._command = printed.stdout
 
     def connect(self):
-        """As sshd does: the command in a session of its own."""
+        """Runs the command in a session of its own, as sshd does."""
         environment = {"PATH": f"{self._home}:/bin:/usr/bin", "HOME": str(self._home)}
         return subprocess.Popen(
             ["bash", "-c", self._command],
@@ -212,7 +213,7 @@ class Host:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # libtpu, which tests of this process may have loaded, ignores it, and so would what is started here.
+            # libtpu, which other tests in this process may have loaded, ignores SIGHUP, and a child would inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
 
@@ -225,7 +226,7 @@ class Host:
 
 @pytest.mark.parametrize("end, status", [(0, 0), (2, 2), (1, 101), (134, 134)])
 def test_a_run_outlives_its_connection(tmp_path, end, status):
-    """And the next one follows it: no other is started, and its status is the run's."""
+    """The next connection follows the run: no other run is started, and the status is the run's."""
     host = Host(tmp_path, f"{WAIT} [ -e go ] && break; done", "echo done", f"exit {end}")
     lost = host.connect()
     host.wait_for("start")
@@ -244,7 +245,7 @@ def test_a_run_outlives_its_connection(tmp_path, end, status):
 
 
 def test_a_machine_that_is_taken_away_tells_its_run(tmp_path):
-    """By SIGTERM and SIGHUP at once, to all that a connection began."""
+    """SIGTERM and SIGHUP reach everything that a connection started, at once."""
     host = Host(tmp_path, "trap 'echo saved; exit 75' TERM", "echo ready", f"{WAIT} :; done")
     taken = host.connect()
     host.wait_for("ready")
@@ -253,7 +254,7 @@ def test_a_machine_that_is_taken_away_tells_its_run(tmp_path):
     taken.communicate(timeout=PATIENCE)
     host.wait_for("saved")
     begin, status = time.monotonic(), tmp_path / "griffin-96db98.status"
-    while not (status.exists() and status.read_text()):  # it is there before there is anything in it
+    while not (status.exists() and status.read_text()):  # the file exists before it has content
         assert time.monotonic() - begin < PATIENCE
         time.sleep(0.02)
     assert status.read_text() == "75\n" and host.starts.read_text() == "start\n"

@@ -1,16 +1,16 @@
 """What the training step exchanges over the axis ``sequence``, from programs that the TPU and GPU compilers made.
 
-Of each layer that is a recurrence, in each pass, one all-gather: of (M, C) forward, of D backward, of as many bytes as its
-formula says, whatever T is, and under every remat policy. Else, over this axis:
+Each recurrent layer makes one all-gather per pass: of (M, C) forward and of D backward, with the number of bytes that its
+formula gives, whatever T is and under every remat policy. Otherwise, this axis carries only:
 
 - permutes of what a shard sees of those before it: the inputs of a convolution, the keys and values of a window, segment
   ids; none of more positions than that;
 - sums of the gradients of parameters, which all shards of time share, and of scalars: no more bytes than the parameters
   have in float32.
 
-While a gather is under way, the device computes; not on v5p and v6e, where libtpu 0.0.48 refuses to fuse all-gathers with
-other work ("incorrect results, hang"), and 0.0.42 does it only when asked to. Compiling takes long: ``make test-meshes``, a
-step of CI, runs this file.
+The device computes while a gather is under way, except on v5p and v6e: there, libtpu 0.0.48 refuses to fuse all-gathers
+with other work ("incorrect results, hang"), and 0.0.42 does it only when asked to. Compiling takes long, so
+``make test-meshes``, a step of CI, runs this file.
 """
 
 import math
@@ -29,9 +29,9 @@ B, D, HEADS, LAYERS, WINDOW, SHARDS = 2, 1024, 8, 2, 24, 8
 LENGTH, LONG = 256, 16 * 256
 TPU, GPU = "v5e:2x4", "h100:8"
 
-# The numbers that a shard gives forward, (M, C), and backward, D; and the positions of a halo, with their bytes for a row.
-# RG-LRU: a [D] product and a [D] state. S5 and the LRU: a flag and D / 2 or D complex states, all of two numbers. GLA: K
-# and K x V a head. Delta rule: K x K and K x V a head.
+# The numbers that a shard sends forward, (M, C), and backward, D; and the positions of a halo, with their bytes per row.
+# RG-LRU: a [D] product and a [D] state. S5 and the LRU: a flag and D / 2 or D complex states, each of two numbers. GLA: K
+# and K x V per head. Delta rule: K x K and K x V per head.
 KEY = {"gla": D // 2 // HEADS, "delta_net": D // HEADS, "gated_delta_net": 3 * D // 4 // HEADS, "kda": D // HEADS}
 VALUE = {"gla": D // HEADS, "delta_net": D // HEADS, "gated_delta_net": 2 * KEY["gated_delta_net"], "kda": D // HEADS}
 EXCHANGED = {
@@ -46,12 +46,12 @@ EXCHANGED = {
     },
 }
 BFLOAT16, INT32 = 2, 4
-CONVOLUTION = 3 * (2 * KEY["gated_delta_net"] + VALUE["gated_delta_net"]) * HEADS  # the most channels of any
+CONVOLUTION = 3 * (2 * KEY["gated_delta_net"] + VALUE["gated_delta_net"]) * HEADS  # the most channels of any model
 HALO = B * max(CONVOLUTION * BFLOAT16, (WINDOW - 1) * 2 * D // HEADS * BFLOAT16 + WINDOW * INT32)
 
 
 def program(model, target, length, mesh=None, remat="elementwise", rows=B, microbatches=1, **changes):
-    """The training step of a narrow model on a target, and the number of its parameters."""
+    """The training step of a narrow model compiled for a target, and the number of its parameters."""
     config = configs.default()
     config.model.update(
         {
@@ -78,7 +78,7 @@ def program(model, target, length, mesh=None, remat="elementwise", rows=B, micro
 
 
 def check(model, compiled, parameters, rows=B):
-    """The rule above. Returns the gathers, forward and backward."""
+    """Asserts the rule above. Returns the gathers, forward and backward."""
     over = [c for c in compiled.collectives if "sequence" in c.axes]
     assert all(c.runs is not None for c in over)
     kinds = {kind: [c for c in over if c.kind == kind] for kind in programs.KINDS}
@@ -103,17 +103,17 @@ def check(model, compiled, parameters, rows=B):
 
 def overlap(gathers):
     """Whether the device computes between the start and the end of each."""
-    body = "closed_call", "eval_jaxpr"  # JAX 0.10's and 0.11's name of a layer in the loop over layers
+    body = "closed_call", "eval_jaxpr"  # the name of a layer in the loop over layers, in JAX 0.10 and 0.11
     return all(c.asynchronous and any(name in o for o in c.during for name in body) for c in gathers)
 
 
 def has_products(gathers):
-    """Whether it computes products of matrices: within chunks, or, where a kernel has these, projections beside it."""
+    """Whether it computes matrix products meanwhile: those within chunks or, where a kernel has these, projections."""
     return all(any(o.endswith(("dot_general", "pallas_call")) for o in c.during) for c in gathers)
 
 
-# Forward, a kernel that needs the state before it leaves but projections to compute meanwhile. S5 and the LRU have none
-# that does not need the recurrence: there, the device waits for some kilobytes.
+# Forward, a kernel that needs the state before it leaves only projections to compute meanwhile. S5 and the LRU have none
+# that do not need the recurrence: there, the device waits for some kilobytes.
 @pytest.mark.parametrize("model", ["gla", "hawk", "s5", "lru", "delta_net", "gated_delta_net", "kda", "griffin"])
 def test_on_tpu(model):
     forward, backward = check(model, *program(model, TPU, LENGTH))
@@ -133,10 +133,10 @@ def test_on_other_tpus(model, target):
 
 @pytest.mark.parametrize("model", ["gla", "hawk", "gated_delta_net"])
 def test_on_gpu(model):
-    # Two chunks a shard: of one, XLA gathers D before it makes float32 of it, as bfloat16.
+    # Two chunks a shard: with one, XLA gathers D as bfloat16, before converting it to float32.
     forward, backward = check(model, *program(model, GPU, 4 * LENGTH))
     assert overlap(forward)
-    # The delta rule's D takes all the work within chunks; what is left after it waits for G.
+    # The delta rule's D takes all the work within chunks; what remains after it waits for G.
     if model != "gated_delta_net":
         assert overlap(backward)
     if model == "gla":
@@ -155,18 +155,18 @@ def test_nothing_is_exchanged_again_whatever_is_computed_again(remat):
 
 
 def test_beside_fsdp():
-    """Half the rows on a shard: half the bytes."""
+    """A shard has half the rows, and exchanges half the bytes."""
     check("gla", *program("gla", TPU, LENGTH, mesh={"fsdp": 2, "sequence": 4}), rows=B // 2)
 
 
 @pytest.mark.parametrize("target", [TPU, GPU])
 def test_copies_sum_their_gradients_once_a_step(target):
-    """Whatever the microbatches are: each parameter in float32, and some scalars. A copy is of four devices, which but for
-    norms and the like have a quarter of it each."""
+    """Whatever the microbatches: each parameter in float32, and some scalars. A copy is spread over four devices, each with
+    a quarter of it apart from norms and the like."""
     mesh = {"data": 2, "fsdp": 4}
     compiled, parameters = program("gla", target, LENGTH, mesh=mesh, rows=32, microbatches=4)
     over = [c for c in compiled.collectives if "data" in c.axes]
     assert {c.kind for c in over} == {"all-reduce"}
     assert {c.runs for c in over} == {1}
     summed = sum(c.bytes for c in over)
-    assert parameters <= summed <= 1.01 * parameters  # of 4 bytes
+    assert parameters <= summed <= 1.01 * parameters  # 4 bytes each, a quarter on each device

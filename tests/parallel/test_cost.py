@@ -1,4 +1,4 @@
-"""What exchanges cost, by hand; that "auto" goes both ways, and that the results do not change with it."""
+"""The costs of exchanges, by hand; "auto" chooses each of them somewhere, and the results do not change with it."""
 
 import functools
 
@@ -63,7 +63,7 @@ DELTA = functools.partial(States, transition=MIB, state=MIB, fold=67 * 10**6, co
         (DELTA(8), H100, "all_gather"),
         (WIDE(8), H100, "doubling"),  # fewer bytes through the switch
         (GLA(64), H100, "doubling"),
-        (HAWK(256), V5E, "all_gather"),  # on a torus the gather is the faster as long as it fits
+        (HAWK(256), V5E, "all_gather"),  # on a torus, the gather is faster as long as it fits
         (GLA(64), V5E, "all_gather"),
         (GLA(256), V5E, "doubling"),  # 512 MiB held
         (DELTA(256), V5E, "doubling"),
@@ -75,7 +75,7 @@ def test_auto_goes_both_ways(load, kind, expected):
 
 
 def test_attention_gathers_what_fits():
-    """A head of 128 channels, bfloat16, on 8 devices: 64K tokens are gathered, of 16 heads 1M are not."""
+    """Bfloat16 heads of 128 channels on 8 devices: 64K tokens of one head are gathered, 1M tokens of 16 heads are not."""
     short, long = KeysAndValues(8, 4 * MIB, 8 * MIB), KeysAndValues(8, 1024 * MIB, 2048 * MIB)
     assert cost.choose_attention("auto", short, H100, 8) == "all_gather"
     assert cost.choose_attention("auto", long, H100, 8) == "ring"
@@ -124,7 +124,7 @@ def test_the_choice_is_explained_once():
 
 
 def test_auto_on_the_mesh_changes_no_result(monkeypatch):
-    """States that are dear to hold are doubled: told by the compiled program, whose outputs and gradients stay."""
+    """States that are expensive to hold are doubled: the compiled program shows it, and outputs and gradients stay."""
     mesh = meshes.make_mesh({**dict.fromkeys(meshes.AXES, 1), "sequence": 8})
     random = np.random.default_rng(0)
     inputs = {name: jnp.asarray(random.standard_normal((1, 32, 2, 4)), jnp.float32) for name in "qkv"}
@@ -193,8 +193,8 @@ def test_products_in_loops_of_unknown_trips_are_said_not_to_be_counted():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_grouped_products_are_counted_by_their_rows(backend):
-    """40 rows in blocks of 8, which on this platform are a loop of as many steps as there are blocks; and of those rows 20
-    in a group, as where experts are spread. Under rematerialisation forward is taken twice."""
+    """40 rows in blocks of 8, which on this platform are a loop with a step per block; and 20 of those rows in a group, as
+    when experts are spread. Rematerialisation counts the forward pass twice."""
     x, kernels = jax.ShapeDtypeStruct((40, 6), jnp.float32), jax.ShapeDtypeStruct((2, 6, 10), jnp.float32)
     sizes, y = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((40, 10), jnp.float32)
     one = 2 * 40 * 6 * 10
@@ -215,10 +215,10 @@ def test_grouped_products_are_counted_by_their_rows(backend):
 
 @pytest.mark.parametrize("window, visited", [(128, 4 + 3), (512, 4 + 3 + 2 + 1)])
 def test_products_of_a_kernel_that_passes_over_steps_of_its_grid(window, visited):
-    """Splash attention of 4 x 4 blocks of 128, a grid of two a row or of all: queries by keys and weights by values, of one
-    head of each row; backward four for the gradients of keys and values, the logits again among them, and three for that of
-    queries; and the sums of outputs by their gradients. Rematerialisation takes the first two again, unless the outputs
-    are kept."""
+    """Splash attention with 4 x 4 blocks of 128, on a grid of two blocks a row or of all of them. Forward, two products per
+    block, for one head of each row: queries by keys and weights by values. Backward, four for the gradients of keys and
+    values, including the logits again, and three for those of queries; and the sums of outputs by their gradients.
+    Rematerialisation repeats the first two, unless the outputs are kept."""
     x = jax.ShapeDtypeStruct((2, 512, 1, 64), jnp.float32)
     attend = functools.partial(ops.sliding_window_attention, window=window, backend="pallas")
     one = 2 * 128 * 128 * 64

@@ -1,4 +1,4 @@
-"""Batches reach the devices that they belong to, in whatever order these lie in the mesh."""
+"""Batches reach the devices that they belong to, whatever the order of the devices in the mesh."""
 
 import os
 import pathlib

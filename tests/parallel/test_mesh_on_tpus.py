@@ -1,4 +1,5 @@
-"""Where devices lie in a mesh: along the torus of a TPU slice, and slices along ``data``; on no chip, by descriptions."""
+"""Where devices lie in a mesh, from descriptions without chips: along the torus of a TPU slice, and slices along
+``data``."""
 
 import functools
 import logging
@@ -23,19 +24,19 @@ def two_slices():
 
 
 def rows(mesh, axis):
-    """``[rows, size of the axis, 3]``: where on the torus the devices are that differ in this axis alone."""
+    """``[rows, size of the axis, 3]``: the places on the torus of the devices that differ only in this axis."""
     coordinates = np.array([device.coords for device in mesh.devices.flat]).reshape(*mesh.devices.shape, 3)
     at = meshes.AXES.index(axis)
     return np.moveaxis(coordinates, at, -2).reshape(-1, mesh.shape[axis], 3)
 
 
 def varying(mesh, axis):
-    """In how many coordinates each of these rows varies."""
+    """The numbers of coordinates in which these rows vary."""
     return set((np.ptp(rows(mesh, axis), axis=1) > 0).sum(axis=1).tolist())
 
 
 def assert_neighbours(mesh, axis, around):
-    """Each device of a row is one link from the next, and the last from the first, on axes of so many chips."""
+    """Each device of a row is one link from the next, and the last from the first, on torus axes of ``around`` chips."""
     found = rows(mesh, axis)
     steps = np.abs(np.roll(found, -1, axis=1) - found)
     assert np.minimum(steps, around - steps).sum(axis=2).tolist() == [[1] * found.shape[1]] * len(found)
@@ -145,5 +146,5 @@ def test_a_host_reads_no_row_but_those_of_its_devices(target, sizes, batch, most
         each = batch // parts
         assert got == [row for part in own for row in range(part * each, (part + 1) * each)]
         assert len(got) == most
-    assert any(max(got) - min(got) >= len(got) for got in read.values())  # or they were neighbours everywhere
+    assert any(max(got) - min(got) >= len(got) for got in read.values())  # otherwise all rows would be adjacent
     assert sorted(set().union(*read.values())) == list(range(batch))

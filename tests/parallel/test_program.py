@@ -1,4 +1,4 @@
-"""What tells the program of one process from that of another."""
+"""What tells the program of one process from another's."""
 
 import jax
 import pytest
@@ -8,7 +8,7 @@ from jaxlinear.parallel import program, start
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package of two files in the place of the library."""
+    """A package of two files in place of the library."""
     (tmp_path / "inside").mkdir()
     (tmp_path / "__init__.py").write_text("one = 1\n")
     (tmp_path / "inside" / "other.py").write_text("two = 2\n")

@@ -1,4 +1,4 @@
-"""Attention whose keys and values go round the shards: outputs and gradients are those of one device, in float64."""
+"""Attention whose keys and values go round the shards: outputs and gradients equal those of one device, in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,18 @@ from tests import numerics, shards
 from tests.shards import MESHES, T, make_mesh
 
 B, H, K, V = 4, 4, 3, 5
-# As elsewhere, but the id that is used again is of a first document longer than a shard, and of one that begins within a
-# shard which comes after a shard that ends in the first.
+# As elsewhere, but the reused id is that of a first document longer than a shard, and of one that begins within the shard
+# after one that ends in the first.
 AGAIN = np.repeat([7, 8, 7, 8, 7], [6, 1, 14, 7, 4])[None].astype(np.int32)
 IDS = np.concatenate([shards.IDS[:3], AGAIN])
 PAST = 7
-# The past is of another document, of the first one from its third token on or from its first, or has an id used twice.
+# The past belongs to another document, to the first one from its third token on or from its first, or reuses an id.
 PAST_IDS = np.array([[9] * 7, [9, 9, 0, 0, 0, 0, 0], [0] * 7, [7, 7, 9, 7, 7, 7, 7]], np.int32)
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """So that a shard has several, which do not divide it."""
+    """A shard has several blocks, whose size does not divide it."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
     monkeypatch.setattr(attention, "KEY_RUN", 3)
 
@@ -46,7 +46,7 @@ def test_is_that_of_one_device(mesh, packed, past, groups):
     shapes = (B, T, H, K), (B, keys, groups, K), (B, keys, groups, V)
     inputs = tuple(random.standard_normal(shape) for shape in shapes)
     ids = jnp.asarray(IDS) if packed else None
-    # Without ids the tokens have the id 0, and so have some of the past.
+    # Without ids, the tokens have the id 0, as have some of the past.
     all_ids = np.concatenate([PAST_IDS, IDS if packed else 0 * IDS], axis=1)
 
     def whole(q, k, v):
@@ -67,7 +67,7 @@ def test_is_that_of_one_device(mesh, packed, past, groups):
 
 
 def test_narrow_dtypes_are_summed_in_float32():
-    """In bfloat16 it errs no more than one device does: by the rounding of the outputs and of the weights."""
+    """In bfloat16, the error is no larger than on one device: the rounding of the outputs and of the weights."""
     random = np.random.default_rng(1)
     inputs = tuple(numerics.normal(random, B, T, heads, width) for heads, width in ((H, K), (1, K), (1, V)))
     exact = numerics.run(ops.causal_attention, *inputs, dtype="float64")
@@ -80,7 +80,7 @@ def test_narrow_dtypes_are_summed_in_float32():
 
 
 def test_dtypes_may_differ():
-    """Of the past too."""
+    """Including those of the past."""
     random = np.random.default_rng(2)
     shapes = (B, T, H, K), (B, T, 1, K), (B, T, 1, V), (B, PAST, 1, K), (B, PAST, 1, V)
     inputs = tuple(numerics.normal(random, *shape) for shape in shapes)
@@ -99,7 +99,7 @@ def test_dtypes_may_differ():
 
 
 def compiled(mesh, choice, length):
-    """The program of the gradients."""
+    """The compiled program of the gradients."""
     place = jax.NamedSharding(mesh, jax.P(None, "sequence"))
     shapes = {"q": (1, length, 2, 8), "k": (1, length, 1, 8), "v": (1, length, 1, 8), "ids": (1, length)}
     structs = {
@@ -116,7 +116,7 @@ def compiled(mesh, choice, length):
 
 
 def test_nothing_is_gathered(monkeypatch):
-    """Only permutes in the compiled program, and less memory than of the gather, whose share grows with T."""
+    """The compiled program has only permutes, and takes less memory than the gather, whose share grows with T."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 64)
     monkeypatch.setattr(attention, "KEY_RUN", 64)
     mesh, length = make_mesh(MESHES[0]), 4096
@@ -125,7 +125,7 @@ def test_nothing_is_gathered(monkeypatch):
     assert "all-gather" in collectives(gathered, mesh)
     block = 2 * 8 * 4 * length // 8  # bytes of a shard's keys and values
     temporary = [program.memory_analysis().temp_size_in_bytes for program in (ring, gathered)]
-    # Eight shards' keys and values and their gradients, against those of two and the gradients of a third.
+    # The keys and values of eight shards and their gradients, against those of two and the gradients of a third.
     assert temporary[1] - temporary[0] >= 11 * block
 
 

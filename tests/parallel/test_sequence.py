@@ -1,4 +1,4 @@
-"""The operations with time spread over 8 devices: outputs, last states and gradients are those of one, in float64."""
+"""The operations with time spread over 8 devices: outputs, last states and gradients equal those of one, in float64."""
 
 import functools
 import re
@@ -43,7 +43,7 @@ def random_inputs(kind, decay, seed=0):
 
 
 def call(module, kind, ids):
-    """The operation of ``module`` with the decay, if there is one, last among the inputs."""
+    """The operation of ``module``; its decay, if it has one, is the last input."""
 
     def run(*inputs):
         if kind == "linear_recurrence":
@@ -60,7 +60,7 @@ def call(module, kind, ids):
 
 
 def compare(whole, spread, inputs, mesh, tolerance=1e-12):
-    """``spread`` on the mesh gives what ``whole`` gives on one device."""
+    """Asserts that ``spread`` on the mesh gives what ``whole`` gives on one device."""
     random = np.random.default_rng(1)
     with jax.enable_x64(True):
         outputs = jax.eval_shape(whole, *numerics.cast(inputs, "float64"))
@@ -83,7 +83,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize("kind, decay", FAMILIES, ids=lambda name: name)
 def test_recurrences(kind, decay):
-    """The mesh and whether documents are packed go round, so that every family sees some of each."""
+    """The meshes rotate: each family runs on two of them, without packed documents on one and with them on the other."""
     place = FAMILIES.index((kind, decay))
     for packed in (False, True):
         mesh = make_mesh(MESHES[(place + packed) % len(MESHES)])
@@ -95,7 +95,7 @@ def test_recurrences(kind, decay):
 @pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_both_exchanges(sizes, exchange):
-    """On the family whose M is a matrix, so that the order of compositions counts."""
+    """In this family M is a matrix, so the order of compositions counts."""
     q, k, v, beta, state, decay = random_inputs("delta_rule", "channel")
     family, mesh = DeltaRule(0.5), make_mesh(sizes)
 
@@ -113,7 +113,7 @@ def test_both_exchanges(sizes, exchange):
 
 @pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
 def test_constant_transitions_whose_axes_are_fewer(exchange):
-    """A transition ``[P]`` of states ``[B, H, P]``, one of its entries zero: the heads are spread, it is not."""
+    """A transition ``[P]`` for states ``[B, H, P]``, with one entry zero: the heads are spread, but it is not."""
     random = np.random.default_rng(6)
     a = np.array([0.9, 0.0, -0.7])
     inputs = a, random.standard_normal((B, T, 2, 3)), random.standard_normal((B, 2, 3))
@@ -131,7 +131,7 @@ def test_constant_transitions_whose_axes_are_fewer(exchange):
 
 @pytest.mark.parametrize("width", [1, 4, 7])
 def test_convolution(width):
-    """The filter of 7 reaches over two shards of 4."""
+    """The filter of width 7 reaches over two shards of 4."""
     random = np.random.default_rng(2)
     inputs = tuple(random.standard_normal(shape) for shape in ((B, T, 6), (width, 6), (6,), (B, width - 1, 6)))
     run = functools.partial(ops.causal_convolution, segment_ids=jnp.asarray(IDS))
@@ -141,7 +141,7 @@ def test_convolution(width):
 
 @pytest.mark.parametrize("window, groups", [(1, 1), (4, 2), (11, 1), (11, 4), (50, 2)])
 def test_sliding_window(window, groups):
-    """Windows of less than a shard, of several, and of more than there is."""
+    """Windows shorter than a shard, over several shards, and longer than the sequence."""
     random = np.random.default_rng(3)
     shapes = (B, T, 4, K), (B, T, groups, K), (B, T, groups, V)
     inputs = tuple(random.standard_normal(shape) for shape in shapes)
@@ -152,7 +152,7 @@ def test_sliding_window(window, groups):
 
 
 def test_ids_of_few_bits():
-    """No number of theirs is that of the positions before the sequence."""
+    """None of them can equal the id of the positions before the sequence."""
     random = np.random.default_rng(3)
     inputs = tuple(random.standard_normal(shape) for shape in ((B, T, 4, K), (B, T, 2, K), (B, T, 2, V)))
     options = {"window": 4, "segment_ids": jnp.asarray(IDS - IDS.min(), jnp.uint8)}
@@ -227,7 +227,7 @@ def test_what_cannot_be_spread_is_refused():
 
 
 def collectives(function, structs):
-    """Of the compiled gradients of ``sum(function(**structs) ** 2)``: (name, shape of the result)."""
+    """The collectives in the compiled gradients of ``sum(function(**structs) ** 2)``: (name, shape of the result)."""
 
     def objective(inputs):
         return jnp.sum(jnp.abs(function(**inputs)) ** 2)
@@ -241,7 +241,7 @@ def collectives(function, structs):
 
 
 def structs_on(mesh, shapes, dtype=jnp.float32):
-    """Time spread over the mesh where there are three axes or more."""
+    """Shapes with three or more axes have their time spread over the mesh."""
 
     def one(shape):
         spec = jax.P(None, "sequence") if len(shape) > 2 else jax.P()
@@ -252,7 +252,7 @@ def structs_on(mesh, shapes, dtype=jnp.float32):
 
 @pytest.mark.parametrize("kind, decay", [("linear_attention", "channel"), ("delta_rule", "scalar")])
 def test_one_collective_a_pass_whose_size_does_not_grow_with_time(kind, decay):
-    """From the compiled program: an all-gather forward and one backward, of as many bytes at 64 tokens as at 1,024."""
+    """In the compiled program: an all-gather forward and one backward, with as many bytes at 64 tokens as at 1,024."""
     mesh = make_mesh(MESHES[0])
 
     def of_length(length):
@@ -278,7 +278,7 @@ def gathered_floats(size):
 
 @pytest.mark.parametrize("dtype, parts", [(jnp.float32, 1), (jnp.complex64, 2)])
 def test_of_constant_transitions_the_state_alone_travels(dtype, parts):
-    """And one number a row, by which M is zero where a document ends; under remat as without it."""
+    """With it goes one number per row, which makes M zero where a document ends; the same under remat."""
     mesh, width = make_mesh(MESHES[0]), 96
     policy = jax.checkpoint_policies.save_only_these_names(exchanges.EXCHANGED)
 

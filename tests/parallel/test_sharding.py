@@ -1,4 +1,4 @@
-"""Meshes, the sharding rules, and that a model on 8 devices gives the numbers of one."""
+"""Meshes and the sharding rules; a model on 8 devices gives the numbers of one."""
 
 import functools
 import math
@@ -59,7 +59,7 @@ def test_spec():
     assert spec(("batch", "time", None), (8, 16, 6)) == PartitionSpec(("data", "fsdp"), None, None)
     assert spec(("embed", "mlp"), (6, 10)) == PartitionSpec("fsdp", "tensor")
     assert spec(("vocab", "embed"), (31, 6)) == PartitionSpec(None, "fsdp")  # 2 does not divide 31
-    assert spec(("batch",), (6,)) == PartitionSpec(None)  # nor 4 divide 6
+    assert spec(("batch",), (6,)) == PartitionSpec(None)  # 4 does not divide 6
     assert spec((None, "heads", "recurrent"), (3, 4, 2)) == PartitionSpec(None, "tensor", "tensor")
     assert spec(("time",), (16,), mesh=mesh_of(sequence=8)) == PartitionSpec("sequence")
     of_experts = mesh_of(fsdp=2, tensor=2, expert=2)
@@ -144,7 +144,7 @@ TABLE, TOKENS = (64, 16), (8, 4)  # [vocab, D], [B, T]
 
 
 def row_losses(mesh):
-    """``(table, tokens, weights [B, T, D]) -> loss``, and where they lie."""
+    """``(table, tokens, weights [B, T, D]) -> loss``, and the shardings of its arguments."""
 
     def loss(table, tokens, weights):
         with sharding.use_mesh(mesh):
@@ -188,7 +188,7 @@ def test_what_is_looked_up_is_exchanged_and_not_the_embedding(sizes):
 
 
 def test_gradients_of_a_frequent_token_are_summed_in_float32():
-    """In bfloat16 a sum of ones ends at 256."""
+    """In bfloat16, a sum of ones stops at 256."""
     gradient = jax.grad(lambda table: jnp.sum(operations.rows(table, jnp.zeros((8, 512), jnp.int32), jnp.bfloat16)))
     assert gradient(jnp.ones((4, 2)))[:, 0].tolist() == [4096, 0, 0, 0]
 
@@ -196,7 +196,7 @@ def test_gradients_of_a_frequent_token_are_summed_in_float32():
 @pytest.mark.compiles_ahead
 @pytest.mark.parametrize("target", ["h100:4", "v5e:2x2"])
 def test_the_loss_gathers_the_embedding_in_the_dtype_of_its_products(target, monkeypatch):
-    """And sums its gradient in float32."""
+    """It sums the gradient in float32."""
     monkeypatch.setattr(cross_entropy, "_SLICE_ELEMENTS_ELSEWHERE", 1 << 15)  # four slices
     mesh = meshes.make_mesh(ONES | {"fsdp": 4}, targets.find(target).devices)
     place, rows = jax.NamedSharding(mesh, PartitionSpec(None, "fsdp")), meshes.batch_sharding(mesh)

@@ -1,4 +1,4 @@
-"""Targets without hardware, and their refusals. That programs compile for them is seen in test_compiled_collectives.py."""
+"""Targets without hardware, and their refusals. test_compiled_collectives.py tests that programs compile for them."""
 
 import importlib.util
 import os
@@ -75,7 +75,7 @@ def test_a_missing_compiler_is_named(monkeypatch, name, module, package):
 
 
 def test_a_gpu_program_compiles_with_nothing_on_the_path():
-    """ptxas is found in its wheel, and what a program sets is all that a process needs."""
+    """ptxas is found in its wheel, and a process needs no more than what a program sets."""
     program = """
 from jaxlinear.parallel import targets
 targets.set_environment()
@@ -99,7 +99,7 @@ def test_what_the_user_has_set_stays(monkeypatch):
 
 
 def test_a_run_takes_the_memory_of_a_gpu_that_is_reckoned_with(monkeypatch):
-    """As JAX reads it when it first asks for the GPUs."""
+    """JAX reads the setting when it first asks for the GPUs."""
     from jaxlib import xla_client
 
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):

@@ -1,4 +1,4 @@
-"""A sweep of runs that are trained, by launch/sweep.py, killed half way and started again.
+"""A sweep of trained runs by launch/sweep.py, killed half way and started again.
 
 ``python -m tests.scaling.killed_sweep 12`` does it with twelve runs; the test, with two.
 """
@@ -41,7 +41,7 @@ def get_runs(config):
 """
 
 
-# Python that launch/sweep.py may begin with: another program trains its runs.
+# Python to run at the start of launch/sweep.py: it makes another program train the runs.
 TRAINS = """
 from jaxlinear.scaling.sweeps import manager
 init = manager.Manager.__init__
@@ -50,7 +50,7 @@ manager.Manager.__init__ = lambda self, sweep, executor, train: init(self, sweep
 
 
 def start(directory, dataset, *, runs=2, key="training.seed", stops=None):
-    """launch/sweep.py in a process group of its own. The run of the seed ``stops`` waits in its 5th step."""
+    """Starts launch/sweep.py in a process group of its own. The run with the seed ``stops`` waits in its 5th step."""
     before = ""
     if stops is not None:
         of_that = f"import sys\nif sys.argv[-1].endswith('/seed={stops}'):\n"
@@ -71,8 +71,8 @@ def start(directory, dataset, *, runs=2, key="training.seed", stops=None):
 
 
 def check(directory, dataset, runs):
-    """Kills the sweep in its run ``runs // 2``, starts it again, and asserts that it ends complete: the runs that were
-    finished are as they were, that one went on from a checkpoint, and every other one was begun once."""
+    """Kills the sweep during run ``runs // 2``, starts it again, and asserts that it completes: the finished runs are as
+    they were, that run goes on from a checkpoint, and every other run is begun only once."""
     workdirs = [directory / "sweep" / "runs" / f"seed={seed}" for seed in range(runs)]
     half = runs // 2
     process, begin = start(directory, dataset, runs=runs, stops=half), time.monotonic()
@@ -106,7 +106,7 @@ if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         directory, begin = pathlib.Path(folder), time.monotonic()
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory / "programs")  # all its runs are one program
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory / "programs")  # all its runs share one program
         (directory / "text.txt").write_text("\n".join(f"for x in range({i}): print({i * i})" for i in range(2000)))
         data.prepare(str(directory / "text.txt"), directory / "data", tokenizer="bytes", document_separator="\n")
         check(directory, directory / "data", int(sys.argv[1]))

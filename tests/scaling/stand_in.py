@@ -17,13 +17,13 @@ ROOT = pathlib.Path(next(iter(tests.__path__))).parent
 TRAIN = [sys.executable, "-m", "tests.scaling.stand_in", "train"]
 STEPS, SECONDS = 6, 0.05
 BROKEN = 13  # a seed whose run fails
-# A file in the directory of a sweep, by which its tests do not depend on who is the quicker: while it is there, runs of the
-# seed in it and of those after it wait in this step. SIGTERM they hear.
+# A file in a sweep's directory that makes its tests independent of timing: while it is there, runs with its seed or a
+# larger one wait in this step. They do respond to SIGTERM.
 HOLD, HELD = "hold", 3
 
 
 def train(config_file: str, workdir: str) -> int:
-    """A checkpoint a step. ``steps.txt`` lists the steps that were done, with those that were done again."""
+    """Saves a checkpoint every step. ``steps.txt`` lists the steps that were done, including those done again."""
     config, directory = json.loads(pathlib.Path(config_file).read_text()), pathlib.Path(workdir)
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
@@ -80,7 +80,7 @@ def config(dataset, **changes):
 
 
 def sweep(directory, dataset, plan=None, *, parallel=4, show=lambda table: None, **changes) -> int:
-    """The status of a manager in this process."""
+    """Runs a manager in this process and returns its status."""
     from jaxlinear.scaling.sweeps import executors, manager
     from jaxlinear.scaling.sweeps.sweep import prepare
 

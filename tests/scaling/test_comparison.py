@@ -1,4 +1,4 @@
-"""Several architectures on the same axes, from runs whose laws are known; the report of them; the runs of a sweep."""
+"""Several architectures on the same axes, from runs whose laws are known; the report on them; the runs of a sweep."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ BUDGETS = (1e15, 4e15, 1.6e16)
 
 
 def ladder(budgets=BUDGETS, sizes=5, noise=0.0005):
-    """Runs at the optimum's size and around it; a third of the parameters are embeddings, a fourth of the FLOPs logits."""
+    """Runs at the optimum's size and around it; a third of the parameters are embeddings, a quarter of the FLOPs logits."""
     random, made = np.random.default_rng(0), []
     for name, law in LAWS.items():
         for budget in budgets:
@@ -87,7 +87,7 @@ def test_without_embeddings_parameters_and_flops_are_fewer(compared):
 
 @pytest.mark.parametrize("least", [10**16, 10**20])
 def test_without_a_ladder_the_middle_budget_is_between_what_runs_spent(least):
-    """FLOPs are whole numbers where formulas give them: their products are beyond 64 bits, at 1e20 they are themselves."""
+    """Formulas give FLOPs as whole numbers: products of these exceed 64 bits, and at 1e20 they do so themselves."""
     run = dataclasses.replace(ladder()[0], budget=None, budget_counts=None, tokens=10**9, logits_flops_per_token=0)
     runs = [dataclasses.replace(run, flops_per_token=times * least // 10**9) for times in (1, 100)]
     found = comparison.compare(runs, replicates=20).budgets["with"]
@@ -119,7 +119,7 @@ def test_runs_of_another_architecture_size_or_number_of_tokens_are_kept():
 
 
 def test_architectures_are_resampled_apart():
-    """The same runs under two names have the same law, and other replicates of it."""
+    """The same runs under two names have the same law, but different replicates of it."""
     runs = [run for run in ladder() if run.architecture == "fast"]
     again = [dataclasses.replace(run, architecture="again") for run in runs]
     first, second = comparison.compare([*runs, *again], replicates=3).fits["with"].values()
@@ -163,7 +163,7 @@ def test_too_few_runs_have_no_law():
 
 
 def test_few_runs_have_a_law_without_intervals():
-    """It goes nearly through all of them, and so through those that are drawn: what these tell is no more than it says."""
+    """The law passes nearly through all of them, and so through resampled ones: replicates say no more than the law."""
     ladders = {name: [run for run in ladder() if run.architecture == name] for name in LAWS}
     found = comparison.compare([*ladders["slow"][:8], *ladders["fast"][:7]], replicates=20)
     slow, fast = (found.fits["with"][name] for name in LAWS)
@@ -177,7 +177,7 @@ def test_few_runs_have_a_law_without_intervals():
 
 
 def test_where_flops_fall_as_sizes_grow_the_others_are_reported():
-    """As in mixtures whose tokens take fewer of more experts."""
+    """For example, mixtures whose tokens use fewer of more experts."""
     runs = ladder()
     size = min(run.parameters for run in runs)
     sparse = [
@@ -197,14 +197,14 @@ def test_where_flops_fall_as_sizes_grow_the_others_are_reported():
 
 
 def test_constants_that_the_runs_do_not_tell():
-    """Losses that depend on nothing."""
+    """The losses depend on nothing."""
     random = np.random.default_rng(0)
     runs = [run for run in ladder() if run.architecture == "fast"]
     alike = [dataclasses.replace(run, loss=3 + 0.01 * random.standard_normal()) for run in runs]
     found = comparison.compare(alike, replicates=30)
     assert {"alpha", "beta"} <= set(found.fits["with"]["fast"].undetermined())
     assert "fast: these runs do not determine" in report.text(found)
-    # And losses that go to nothing: of E they say that it is small, not what it is.
+    # Losses that fall to nothing say that E is small, but not what it is.
     law, wobble = dataclasses.replace(LAWS["fast"], E=0.0), [0.992, 1.02, 0.988]
     losses = [float(law.loss(run.parameters, run.tokens)) * wobble[i % 3] for i, run in enumerate(runs)]
     falling = [dataclasses.replace(run, loss=loss) for run, loss in zip(runs, losses, strict=True)]
@@ -212,7 +212,7 @@ def test_constants_that_the_runs_do_not_tell():
 
 
 def test_a_sweep_with_ladders_of_both_counts_has_both_profiles():
-    """Each of the runs whose budgets were counted so."""
+    """Each profile is of the runs whose budgets were counted in that way."""
     others = [dataclasses.replace(run, name=f"{run.name}-", tokens=run.tokens + 1000) for run in ladder()]
     runs = ladder() + [dataclasses.replace(run, budget_counts="without") for run in others]
     drawn = plots.figures(comparison.compare(runs, replicates=20))
@@ -264,7 +264,7 @@ def test_numbers_for_people():
 
 @pytest.fixture(scope="module")
 def sweep(tiny_dataset, tmp_path_factory):
-    """Two finished runs, and one that failed, of ``stand_in``."""
+    """A finished run and one that failed, of ``stand_in``."""
     directory = tmp_path_factory.mktemp("sweep")
     plan = [{"architecture": "small", "training.seed": seed} for seed in (0, stand_in.BROKEN)]
     with pytest.MonkeyPatch.context() as patch:
@@ -300,7 +300,7 @@ def test_the_runs_of_a_sweep(sweep):
     ],
 )
 def test_runs_without_a_label_are_one_architecture_if_they_differ_in_numbers_alone(models, names):
-    """Else a law would be fitted to the lower loss of either. What a label names is left out."""
+    """Otherwise, a law would be fitted to the lower loss of either. Runs with a label are left out."""
     model = {"pattern": ("hawk",), "width": 8, "bias": False, "dtype": "bfloat16", "remat": "none"}
     given = [config_dict.ConfigDict(model | changes) for changes in [*models, {"bias": True, "remat": "all"}]]
     runs = [types.SimpleNamespace(labels={})] * len(models) + [types.SimpleNamespace(labels={"architecture": "mine"})]
@@ -308,7 +308,7 @@ def test_runs_without_a_label_are_one_architecture_if_they_differ_in_numbers_alo
 
 
 def finished(directory, dataset, plan):
-    """A sweep of runs that ``stand_in`` trained in this process."""
+    """A sweep whose runs ``stand_in`` trained in this process."""
     before = signal.getsignal(signal.SIGTERM)
     with prepare(directory, stand_in.config(dataset, steps=1, sequence_length=64), plan) as planned:
         for run in planned.runs:
@@ -347,7 +347,7 @@ def test_losses_of_different_parts_of_a_text_are_refused(tiny_dataset, tmp_path)
 
 
 def test_losses_of_finished_runs_may_be_those_of_their_evaluations(tiny_dataset, tmp_path, monkeypatch):
-    """Which are of one text, whatever was measured while they trained."""
+    """The evaluations are all of one text, whatever was measured during training."""
     finished(tmp_path, tiny_dataset, [rows(8, 2), rows(4, 2)])
     monkeypatch.setattr(points.Checkpoints, "fingerprint", lambda self, step: f"of {step}")
     refusal = "the run batch_size=8 has no report of its last checkpoint's loss: .*/runs/batch_size=8 --follow makes it"
@@ -361,7 +361,7 @@ def test_losses_of_finished_runs_may_be_those_of_their_evaluations(tiny_dataset,
 
     with pytest.raises(UserError, match=refusal):
         points.of_sweep(tmp_path, evaluated=True)
-    report(8, 4.5, 900, "another of 1")  # the run was set back
+    report(8, 4.5, 900, "another of 1")  # after the run was set back
     report(4, 4.25, 900)
     with pytest.raises(UserError, match=refusal):
         points.of_sweep(tmp_path, evaluated=True)

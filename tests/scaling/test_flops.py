@@ -1,4 +1,4 @@
-"""FLOPs by hand, by brute force, and against what XLA counts in the compiled program."""
+"""FLOPs by hand, by brute force, and against XLA's count for the compiled program."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def test_sliding_window_by_hand():
 
 
 def test_attention_by_hand():
-    """4 query heads of 8, and two for keys and values."""
+    """4 query heads of 8, and two heads of keys and values."""
     config = dataclasses.replace(CONFIG, key_value_heads=2)
     seen = sum(range(1, 33)) / 32
     projections = 2 * 2 * 32 * 32 + 2 * 2 * 32 * 16  # query and out; key and value
@@ -52,15 +52,15 @@ def test_convolution_by_hand():
 
 
 def test_mamba_by_hand():
-    """48 channels with a state of 8; the time step is of rank 2."""
+    """48 channels with a state of 8; the time step has rank 2."""
     projections = 2 * 32 * 48 * 3 + 2 * 48 * (2 + 8 + 8) + 2 * 2 * 48  # x, z, out; the selection; dt
     convolution, skip = 2 * 4 * 48, 2 * 48
     recurrence = 48 + 48 * 8 * (1 + 1 + 2 + 2)  # dt x; dt A, the product with B, a multiply-add, and another to read
     config = dataclasses.replace(CONFIG, key_width=8)
     assert flops.mamba(config, LENGTH) == projections + convolution + skip + recurrence == 13_968
-    of_keys = 48 * 8 + 2 * 8 + 3 * 48  # 1 - dt k^2 and not dt A; |k|^2; dt of beta and it
+    of_keys = 48 * 8 + 2 * 8 + 3 * 48  # 1 - dt k^2 instead of dt A; |k|^2; dt from beta and it
     assert flops.longhorn(config, LENGTH) == flops.mamba(config, LENGTH) + of_keys == 14_512
-    of_rank = 2 * 2 * 48 * 3  # to the low rank and from it
+    of_rank = 2 * 2 * 48 * 3  # to the low rank and back
     for count in (flops.mamba, flops.longhorn):
         assert count(dataclasses.replace(config, time_step_rank=5), LENGTH) == count(config, LENGTH) + of_rank
 
@@ -107,7 +107,7 @@ def test_kda_by_hand():
 
 
 def test_householders_by_hand():
-    """Three of 4 heads of 8, of which there is one query and one output."""
+    """Three for each of 4 heads of 8, with one query and one output."""
     projections = 2 * 32 * 32 * (2 + 2 * 3) + 2 * 32 * 4 * 3  # q, out, each k and v; each beta
     convolution = 2 * 4 * 32 * (1 + 2 * 3)
     recurrence = 4 * (2 * 8 * 8 + 3 * (2 * 2 * 8 * 8 + 2 * 8))
@@ -180,7 +180,7 @@ def test_retention_by_hand():
     ],
 )
 def test_linear_attention_by_hand(feature_map, key_width, features, values, maps, total):
-    """4 heads with values of 8, and what is divided by."""
+    """4 heads with values of 8, and the denominator."""
     projections = 2 * 2 * 32 * 4 * key_width + 2 * 2 * 32 * 32
     recurrence = 4 * 2 * 2 * features * values
     config = dataclasses.replace(CONFIG, feature_map=feature_map)
@@ -191,7 +191,7 @@ def test_channel_mixers_by_hand():
     """Two of six experts of width 10."""
     experts = {"experts": 6, "experts_per_token": 2, "expert_width": 10}
     config = dataclasses.replace(CONFIG, channel_mixer="mixture_of_experts", **experts)
-    mixture = 2 * 32 * 6 + 2 * (3 * 2 * 32 * 10 + 2 * 32)  # router; of each expert three projections and its weight
+    mixture = 2 * 32 * 6 + 2 * (3 * 2 * 32 * 10 + 2 * 32)  # router; for each expert, three projections and its weight
     assert flops.mixture_of_experts(config) == mixture == 4_352
     none = flops.forward_flops_per_token(dataclasses.replace(CONFIG, channel_mixer="none"), LENGTH)
     assert flops.forward_flops_per_token(config, LENGTH) == none + 5 * 4_352
@@ -220,7 +220,7 @@ IN_TIME = ["rg_lru", "sliding_window", "attention", "convolution", "lru", "s5", 
 
 
 def one_layer(pattern, **changes):
-    """So that the scan's body, which XLA counts once, is the whole of it."""
+    """With one layer, the scan's body, which XLA counts once, is all of the scan."""
     small = {"width": 128, "recurrent_width": 128, "vocab_size": 512, "dtype": "float32", "logit_soft_cap": 0.0}
     return dataclasses.replace(CONFIG, pattern=(pattern,), num_layers=1, **small, **changes)
 
@@ -249,7 +249,7 @@ ONE_TOKEN = [
 
 @pytest.mark.parametrize("pattern, changes", ONE_TOKEN, ids=str)
 def test_xla_counts_as_many_for_one_token(pattern, changes):
-    """Of those whose chunked form does more than their formula counts: a step of decoding, which is the recurrence."""
+    """Mixers whose chunked form does more than their formula counts: a step of decoding, which is the recurrence."""
     config = one_layer(pattern, key_width=16, value_width=32, **changes)
     architecture, batch = describe(config), 2
 
@@ -261,7 +261,7 @@ def test_xla_counts_as_many_for_one_token(pattern, changes):
     counted = jax.jit(step).lower(architecture.shapes, tokens, state).cost_analysis()["flops"] / batch
     mixer = flops.MIXERS[pattern](config, 1)
     others = flops.forward_flops_per_token(config, 1) - mixer
-    # Norms and activations are beside it, those of the MLP too.
+    # The count includes norms and activations, those of the MLP too.
     assert 1 < (counted - others) / mixer < 1.1
 
 

@@ -25,7 +25,7 @@ def test_exact_parabolas():
 
 
 def test_intervals_cover_the_truth():
-    """Losses of the parametric law near its optimum, with noise: the exponent of N is alpha and beta's."""
+    """Losses of the parametric law near its optimum, with noise: alpha and beta give the exponent of N."""
     truth, covered = optimum.exponents(TRUTH)[0], 0
     best = np.array([optimum.compute_optimal(TRUTH, budget).parameters for budget in BUDGETS])
     parameters = best * np.tile(np.geomspace(0.3, 3.3, 6), 4)
@@ -40,7 +40,7 @@ def test_intervals_cover_the_truth():
 
 
 def test_replicates_are_as_far_apart_as_the_runs_of_a_law():
-    """Parabolas of 6 runs, which have half of the variance of the noise: there are 3 constants. The residuals have less."""
+    """With 6 runs and 3 constants, parabolas have half of the variance of the noise. The residuals have less."""
     noise = 0.01 * np.random.default_rng(0).standard_normal(len(LOSSES))
     found = isoflop.fit(BUDGETS, PARAMETERS, LOSSES + noise, replicates=400)
     sizes = PARAMETERS.reshape(4, 6)
@@ -77,7 +77,7 @@ def test_through_one_minimum_there_is_no_power_law():
 
 @pytest.mark.parametrize("budgets_of_four, replicates", [(0, 0), (2, 0), (3, 5)])
 def test_three_sizes_leave_no_interval(budgets_of_four, replicates):
-    """Nor a fourth at one or two of the budgets: what is left of so few runs beside the parabolas says little."""
+    """Nor does a fourth at one or two of the budgets: so few runs leave too little beside the parabolas to judge by."""
     keep = np.tile([True, False, True, False, True, False], 4)
     keep[1 : 6 * budgets_of_four : 6] = True
     found = isoflop.fit(BUDGETS[keep], PARAMETERS[keep], LOSSES[keep], replicates=5)

@@ -21,13 +21,13 @@ PATIENCE = 240
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-    """So that jobs, which are processes of their own, find the package of tests."""
+    """Jobs, which are processes of their own, find the package of tests there."""
     monkeypatch.chdir(stand_in.ROOT)
     monkeypatch.setenv("PYTHONPATH", str(stand_in.ROOT))
 
 
 def start(directory, dataset, *, hold):
-    """A manager in a process group of its own. Runs of seeds from ``hold`` on do not end before the file is removed."""
+    """Starts a manager in a process group of its own. Runs of seeds from ``hold`` on wait until the file is removed."""
     (directory / stand_in.HOLD).write_text(str(hold))
     command = [sys.executable, "-m", "tests.scaling.stand_in", "sweep", str(directory), str(dataset)]
     return subprocess.Popen(command, start_new_session=True)
@@ -46,12 +46,12 @@ def progress(directory):
 
 
 def finished(directory):
-    """The names of runs that have a last checkpoint."""
+    """The names of the runs that have their last checkpoint."""
     return {path.parent.parent.name for path in directory.glob(f"runs/*/checkpoints/{stand_in.STEPS}")}
 
 
 def steps(directory):
-    """The steps that each run did, in their order."""
+    """The steps that each run did, in order."""
     return {path.parent.name: list(map(int, path.read_text().split())) for path in directory.glob("runs/*/steps.txt")}
 
 
@@ -78,9 +78,9 @@ def test_killed_half_way_it_ends_complete_and_no_run_is_done_twice(tiny_dataset,
     after, tries = steps(tmp_path), attempts(tmp_path)
     assert finished(tmp_path) == set(tries) == set(after) and len(after) == 12
     for name, taken in after.items():
-        if name in done:  # nobody touched it
+        if name in done:  # it was left alone
             assert taken == before[name] == list(range(1, stand_in.STEPS + 1)) and len(tries[name]) == 1
-        else:  # it went on from its last checkpoint: a step is done twice only if the kill came before it was saved
+        else:  # it went on from its last checkpoint: a step is repeated only if the kill came before it was saved
             assert sorted(set(taken)) == list(range(1, stand_in.STEPS + 1)) and len(taken) <= stand_in.STEPS + 1
             assert len(tries[name]) <= (2 if name in begun else 1)
     assert {run.state for run in progress(tmp_path).values()} == {states.FINISHED}
@@ -92,7 +92,7 @@ def test_killed_half_way_it_ends_complete_and_no_run_is_done_twice(tiny_dataset,
 def test_runs_that_survive_their_manager_are_waited_for(tiny_dataset, tmp_path):
     process = start(tmp_path, tiny_dataset, hold=0)
     wait(process, lambda: len(list(tmp_path.glob("jobs/*/submitted.json"))) == 4)
-    process.kill()  # the manager alone, whose four jobs are just beginning
+    process.kill()  # only the manager, whose four jobs are just beginning
     process.wait()
     assert not finished(tmp_path)
     let_go = functools.partial((tmp_path / stand_in.HOLD).unlink, missing_ok=True)
@@ -127,7 +127,7 @@ def test_told_to_stop_it_has_its_runs_save_themselves(tiny_dataset, tmp_path, te
 
 @pytest.mark.parametrize("inherited", [False, True])
 def test_a_run_that_just_begins_is_told_to_stop_and_is_no_failure(tiny_dataset, tmp_path, monkeypatch, inherited):
-    """What the file says of its attempts is for a moment that of one before it, which was killed."""
+    """For a moment, the file of its attempts still describes the attempt before, which was killed."""
     killed, begun, told = 1, 2, []
 
     def kill(pid, number):
@@ -184,7 +184,7 @@ def test_fewer_steps_than_a_run_has_done_are_refused(tiny_dataset, tmp_path):
 
 
 def test_an_evaluation_that_is_asked_for_later_is_owed(tiny_dataset, tmp_path, caplog):
-    """Of finished runs too, at their end; of other tasks that are to be measured there a line says that they are not."""
+    """Finished runs owe it too, at their end; of other tasks asked for there, a line says that they are not measured."""
 
     def planned(**evaluation):
         config = stand_in.config(tiny_dataset)
@@ -206,7 +206,7 @@ def test_an_evaluation_that_is_asked_for_later_is_owed(tiny_dataset, tmp_path, c
 
 
 def test_runs_keep_their_names_when_others_are_planned_beside_them(tiny_dataset, tmp_path):
-    """Names hold what runs differ in: with a second seed they are others."""
+    """Names contain the keys in which runs differ, so a second seed would change them."""
 
     def planned(rates, **axes):
         plan = plans.grid({"optimizer.learning_rate": rates, **axes})
@@ -238,7 +238,7 @@ def test_a_run_keeps_its_name_though_another_one_had_what_it_would_be_called(tin
 
 
 def test_two_runs_of_one_name_are_refused(tiny_dataset, tmp_path):
-    """One keeps what it was called when it had another label; nothing is written then."""
+    """One of them keeps the name that it got from an earlier label. Nothing is written."""
 
     def planned(**rates):
         plan = [{"size": size, "optimizer.learning_rate": rate} for size, rate in rates.items()]
@@ -275,12 +275,12 @@ def test_another_run_of_the_same_name_is_refused(tiny_dataset, tmp_path):
     assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1])) == 0
     with pytest.raises(UserError, match=r"another run: training\.batch_size is 8 there and 4 in this config"):
         stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), batch_size=4)
-    # A run alone may go on with another value of this; of a sweep it would be taken for one that had it from the start.
+    # A single run may go on with another value of this key; in a sweep, it would be taken for one that always had it.
     with pytest.raises(
         UserError, match=r"another run: training\.spike_multiple is 0\.0 there and 10\.0 in this config"
     ):
         stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), spike_multiple=10.0)
-    # So may it of this, but the losses of a sweep are compared: they are to be of as much text.
+    # The same holds for this key, but the losses of a sweep are compared and must be of as much text.
     with pytest.raises(UserError, match=r"another run: evaluation\.batches is 16 there and 2 in this config"):
         stand_in.sweep(tmp_path, tiny_dataset, [run | {"evaluation.batches": 2} for run in stand_in.runs([0, 1, 2])])
 
@@ -303,7 +303,7 @@ def test_a_run_that_another_process_holds_is_waited_for(tiny_dataset, tmp_path):
 
 
 def test_two_managers_are_one_too_many_and_the_second_changes_nothing(tiny_dataset, tmp_path):
-    """Runs that have not begun, above all: the first manager starts them with the config that lies there then."""
+    """Above all, runs that have not begun: the first manager starts them with the config that is there at that time."""
 
     def plan():
         return {path: path.read_bytes() for path in [tmp_path / "sweep.json", *tmp_path.glob("jobs/*/config.json")]}

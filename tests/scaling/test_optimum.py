@@ -54,13 +54,13 @@ def test_more_flops_than_a_float_holds():
 
 @pytest.mark.parametrize("A, B", [(1e9, 1e-6), (1e-6, 1e9)])
 def test_an_optimum_beyond_what_a_float_holds(A, B):
-    """As resampled runs of much noise may have it: an end of an interval, and no error."""
+    """Resampled runs with much noise may have one: it is an end of an interval, not an error."""
     found = optimum.compute_optimal(Law(2, A, B, 0.02, 0.02), 1e18, optimum.Cost(6.0, 0.11))
     assert 0 < found.parameters < math.inf and 0 < found.tokens < math.inf and math.isfinite(found.loss)
 
 
 def test_an_architecture_that_needs_half_the_flops():
-    """The same law, each FLOP worth two: N and D for C are those of the other for 2 C."""
+    """The same law, with each FLOP worth two: N and D for C equal those of the other for 2 C."""
     half = optimum.Cost(kappa=3.0)
     assert optimum.compute_multiplier(LAW, half, LAW, optimum.Cost(), FLOPS) == pytest.approx(2)
 

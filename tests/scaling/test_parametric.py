@@ -1,4 +1,4 @@
-"""The parametric law: constants that are known are found again, and the intervals hold them."""
+"""The parametric law: known constants are found again, and the intervals contain them."""
 
 import re
 
@@ -35,7 +35,7 @@ def test_without_noise_the_constants_are_found():
 
 
 def test_intervals_cover_the_truth():
-    """Of 20 draws with noise, at least 18 for each constant; 95% of them should."""
+    """For each constant, in at least 18 of 20 noisy draws; it should be 95% of them."""
     names = ("E", "alpha", "beta")
     covered, widths = np.zeros(3, int), []
     for seed in range(DRAWS):
@@ -47,7 +47,7 @@ def test_intervals_cover_the_truth():
         assert all(found.low <= found.value <= found.high for found in intervals)
         widths.append([found.high - found.low for found in intervals])
     assert (covered >= 18).all(), covered
-    # Not because they hold everything: E within 0.25 nats, the exponents within 0.08.
+    # They are not merely wide: E within 0.25 nats, the exponents within 0.08.
     assert (np.median(widths, 0) < [0.25, 0.08, 0.08]).all(), np.median(widths, 0)
 
 
@@ -96,7 +96,7 @@ def test_too_few_runs_are_refused(parameters, tokens, message):
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_tokens_that_follow_from_the_size_are_refused(power):
-    """As at 20 tokens a parameter: which term falls with N and which with D is then anyone's choice."""
+    """For example, 20 tokens a parameter: which term falls with N and which with D is then arbitrary."""
     sizes = np.geomspace(1e7, 1e10, 10)
     near = np.exp(0.05 * np.random.default_rng(0).standard_normal(10))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Which runs a sweep has, what they are called, and what is refused."""
+"""The runs of a sweep, their names, and what is refused."""
 
 import importlib.util
 import pathlib
@@ -48,7 +48,7 @@ def test_names_are_those_of_sizes_budgets_and_what_differs():
 
 
 def test_labels_stay_inside_of_the_sweep():
-    """Names are those of directories."""
+    """Names are names of directories."""
     labels = [{"architecture": "../..", "size": "a/b"}, {"size": "../../x"}, {"size": "7 B"}]
     assert plans.names(labels) == [".._..-a_b", ".._.._x", "7_B"]
     for label in (".", ".."):
@@ -70,7 +70,7 @@ def test_isoflops_spend_the_budget(logits):
 
 @pytest.mark.parametrize("key, value", [("training.batch_size", 16), ("model.width", 320), ("training.steps", 150)])
 def test_a_budget_that_a_run_does_not_spend_is_refused(key, value):
-    """As where a product changes what the steps of a ladder were counted by."""
+    """For example, where a product changes what a ladder's steps were counted by."""
     config = base()
     (run,) = plans.isoflops(config, SIZES[:1], [2e13])
     plans.check_budget(run, plans.resolve(config, run))
@@ -117,7 +117,7 @@ def test_what_a_run_leaves_without_a_reader_is_not_set_in_it():
     config.model.window = 64
     config.optimizer.update({"name": "muon", "muon_learning_rate": 0.05})
     hawk, griffin = ({"model.preset": name, "optimizer.name": "adamw"} for name in ("hawk_6m", "griffin_6m"))
-    assert plans.resolve(config, hawk).model.window == 512  # the preset's
+    assert plans.resolve(config, hawk).model.window == 512  # from the preset
     config.model.mlp_expansion = 2.0
     assert plans.resolve(config, {"model.preset": "mamba2_6m"}).model.mlp_expansion == 3.0
     resolved = plans.resolve(config, griffin)

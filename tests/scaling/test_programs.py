@@ -1,4 +1,4 @@
-"""Compiled programs as they are read: from texts of the three compilers' forms, and from one that is compiled here."""
+"""Reading compiled programs: texts in the forms of the three compilers, and a program that is compiled here."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from jaxlinear.scaling.programs import Collective
 
 MESH = {"data": 2, "sequence": 4}
 
-# A loop of three trips, known by what its counter is compared with, around a gather that goes on through a chain of
-# fusions, as on TPU; and one of five, known as such, around one with a start and an end, as on GPU. The last is one on a
-# SparseCore.
+# A loop of three trips, known from what its counter is compared with, around a gather that goes on through a chain of
+# fusions, as on TPU; and one of five trips, stated as such, around a gather with a start and an end, as on GPU. The last
+# gather is on a SparseCore.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %start (p.0: f32[1,256]) -> (f32[1,256], f32[4,256]) {
@@ -105,7 +105,7 @@ to_apply=%add
 
 
 def test_collectives():
-    """Kind, axes, devices, bytes, runs, whether something goes on meanwhile, and what; none of a device with itself."""
+    """Kind, axes, devices, bytes, runs, and what goes on meanwhile, if anything; none of a device with itself."""
     found = {(c.kind, c.axes): c for c in programs.collectives(TEXT, MESH)}
     gather, step = "all-gather", "jit(step)"
     during = (f"{step}/between/sin", f"{step}/inside/dot_general")
@@ -119,7 +119,7 @@ def test_collectives():
     ]
 
 
-# As between slices of TPUs: what the hosts take and give back, inside the slice an all-reduce before.
+# As between slices of TPUs: what the hosts take and give back, after an all-reduce inside the slice.
 BETWEEN_SLICES = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main (a: f32[16]) -> f32[16] {
@@ -170,7 +170,7 @@ def test_groups(attributes, groups):
     assert programs._groups(f"channel_id=1, {attributes}, dimensions={{0}}", 4) == groups
 
 
-# As libtpu writes a product of which one side is sent round: its counter goes by 2 up to 8, and a trip sends twice.
+# As libtpu writes a product with one side sent round: its counter goes up to 8 by 2, and each trip sends twice.
 BY_TWO = """HloModule jit_step, is_scheduled=true
 
 %body (b: (u32[], f32[4])) -> (u32[], f32[4]) {
@@ -239,7 +239,7 @@ ENTRY %main (a: f32[16,4]) -> f32[] {
 
 
 def test_a_sum_of_which_a_device_keeps_its_part():
-    """libtpu says it as an all-reduce and a slice in one: half of an all-reduce's bytes come to a device."""
+    """libtpu writes it as an all-reduce and a slice in one: a device receives half of an all-reduce's bytes."""
     found = programs.collectives(SCATTERED, {"fsdp": 4})
     assert [(one.kind, one.bytes, one.received) for one in found] == [
         ("reduce-scatter", 256, 192.0),
@@ -274,8 +274,8 @@ dimensions={0}, to_apply=%add
 
 @pytest.mark.parametrize("more, during", [(16, ()), (32768, ("small/cos", "update", "more/sin"))])
 def test_a_trifle_beside_a_collective_hides_nothing(more, during):
-    """As on GPU at the end of a layer, where the sum of its gradients goes on beside updates of a row of small arrays; with
-    an array of a sixth of the bytes that come, it does beside work."""
+    """For example, on GPU at the end of a layer, the sum of its gradients goes on beside updates of a row of small arrays.
+    Beside an array of a sixth of the bytes received, it does count as hidden."""
     (one,) = programs.collectives(BESIDE.replace("MORE", str(more)), {"fsdp": 4})
     assert (one.kind, one.asynchronous, one.received) == ("reduce-scatter", True, 4096 * 64 * 2 * 3 / 4)
     assert one.during == tuple(f"jit(step)/{name}" for name in during)
@@ -326,8 +326,8 @@ backend_config={"fusion_backend_config":{"custom_fusion_config":{"name":"dynamic
 
 
 def test_of_arrays_that_are_cut_the_slices_are_moved():
-    """A layer's kernel, of those of all layers, and the place of a product's result (XLA for GPUs of JAX 0.11); all of an
-    array of which something else is read too."""
+    """For example, a layer's kernel, cut from those of all layers, and the place of a product's result (XLA for GPUs in JAX
+    0.11). If something else is read from an array too, all of it is moved."""
     module = hlo.parse(SLICED)
     found = [programs.moved(module, line) for line in module.computations["main"] if line.opcode == "fusion"]
     kernel, rows, index = 16 * 16, 32 * 16, 4

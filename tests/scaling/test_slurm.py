@@ -1,4 +1,4 @@
-"""Sweeps under SLURM, whose commands are stood in for: sbatch runs a script at once, sacct knows which ones are over."""
+"""Sweeps under SLURM, with stand-ins for its commands: sbatch runs a script at once, sacct knows which ones are over."""
 
 import contextlib
 import os
@@ -43,7 +43,7 @@ SCONTROL = """
 
 @pytest.fixture
 def jobs(tmp_path, monkeypatch):
-    """Where the scripts of submitted jobs lie."""
+    """The directory with the scripts of submitted jobs."""
     directory, programs = tmp_path / "slurm", tmp_path / "bin"
     directory.mkdir()
     programs.mkdir()
@@ -107,10 +107,10 @@ def test_a_preempted_job_saves_itself_and_asks_to_be_requeued(jobs, tiny_dataset
 
     told = []
     (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / stand_in.HOLD).write_text("0")  # until it is told
+    (tmp_path / "sweep" / stand_in.HOLD).write_text("0")  # until it is told to stop
     with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0])) as runs:
         (run,) = read(tmp_path / "sweep").runs
-        # Who asks SLURM to requeue leaves; no one starts the job again here, so the manager submits a new one.
+        # A job that asks SLURM to requeue it exits; nothing starts it again here, so the manager submits a new one.
         assert runs.run(preempt, poll=0.05) == 0
     assert (jobs / "requeued").read_text() == "1\n"
     assert [tried["status"] for tried in run.files.attempts()] == [75, 0]
@@ -119,7 +119,7 @@ def test_a_preempted_job_saves_itself_and_asks_to_be_requeued(jobs, tiny_dataset
 
 
 def test_a_job_may_be_preempted_before_it_begins():
-    """Between the handlers of submitit and the call; the same job is what is requeued."""
+    """Between submitit's handlers and the call; the same job is requeued."""
     job = TrainingJob("sweep", "seed=0", ["train"], {"CUDA_VISIBLE_DEVICES": None})
     assert job.checkpoint().function == TrainingJob("sweep", "seed=0", ["train"], {"CUDA_VISIBLE_DEVICES": None})
 

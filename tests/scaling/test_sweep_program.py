@@ -1,5 +1,4 @@
-"""launch/sweep.py with launch/train.py. What more there is to a sweep is tried in test_manager.py, with runs that cost
-nothing."""
+"""launch/sweep.py with launch/train.py. test_manager.py tests the rest of a sweep, with runs that cost nothing."""
 
 import subprocess
 import sys

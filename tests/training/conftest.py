@@ -1,4 +1,4 @@
-"""What the tests of training share: a config whose run can be made longer, and runs that nothing interrupted."""
+"""Fixtures of the training tests: a config whose run can be made longer, and runs that nothing interrupted."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def whole_run(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def launch(tiny_dataset):
-    """``launch(workdir, *arguments)`` starts launch/train.py on one device as a process of its own, which may run some
+    """``launch(workdir, *arguments)`` starts launch/train.py on one device as a process of its own, which may first run the
     Python ``before``."""
 
     def start(workdir, *arguments, before=""):

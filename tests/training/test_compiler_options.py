@@ -1,4 +1,4 @@
-"""What the steps of training and of evaluations ask of the compilers."""
+"""What the training and evaluation steps ask of the compilers."""
 
 import pathlib
 
@@ -40,14 +40,14 @@ def test_products_are_no_loops_on_tpu_and_stay_apart_on_gpu(target, expected, mo
     steps.make_train_step(config, architecture, make_optimizer(config, architecture), mesh)
     steps.make_loss_step(config, architecture, mesh)
     Answers(config, architecture, mesh, batch_tokens=64)
-    scoring._programs(Run(pathlib.Path(), 0, config, architecture, {}, mesh))  # of three functions
+    scoring._programs(Run(pathlib.Path(), 0, config, architecture, {}, mesh))  # three functions
     assert given == [expected] * 6
 
 
 @pytest.mark.compiles_ahead
 def test_gradients_leave_a_layer_in_parts_on_gpu():
-    """Sums over two devices are of what they keep 4 MiB each of, and not of all of a layer. No copies of slices, which JAX
-    0.11 would make asynchronous, take the work from beside them."""
+    """A sum over two devices leaves at most 4 MiB on each, not all of a layer. No copies of slices, which JAX 0.11 would
+    make asynchronous, take away the work that should overlap with it."""
     config = configs.default()
     config.model.update({"preset": "gla_6m", "num_layers": 2, "width": 1024, "vocab_size": 256})
     config.model.update({"num_heads": 4, "remat": "full"})

@@ -10,25 +10,25 @@ from tests.training import tiny
 
 
 def in_a_namespace(script, **options):
-    """Runs a shell script that may mount file systems, which are gone when it ends."""
+    """Runs a shell script that may mount file systems, which disappear when it ends."""
     command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
 
 
 @pytest.fixture(scope="module")
 def can_mount(tmp_path_factory):
-    """Skips where a process may not mount a file system even in a namespace of its own."""
+    """Skips where a process may not mount a file system, even in a namespace of its own."""
     try:
         done = in_a_namespace(f"mount -t tmpfs -o size=1m tmpfs {tmp_path_factory.mktemp('probe')}")
     except FileNotFoundError:
         pytest.skip("there is no unshare")
     if done.returncode:
-        assert "CI" not in os.environ, done.stderr  # there it has to run
+        assert "CI" not in os.environ, done.stderr  # in CI, it has to run
         pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
 
 
 def errors(text):
-    """What launch/train.py itself says: its last line, and no traceback before it."""
+    """What launch/train.py itself says: its last line, with no traceback before it."""
     assert "Traceback" not in text, text
     lines = [line for line in text.splitlines() if line.startswith("train.py: ")]
     assert len(lines) == 1 and text.rstrip().endswith(lines[0]), text
@@ -36,7 +36,7 @@ def errors(text):
 
 
 def test_a_disk_that_fills_up(can_mount, tmp_path, tiny_dataset):
-    """Once there is room, the same command goes on from what was there and ends."""
+    """Once there is room, the same command goes on from what is there, and finishes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     options = ("--config.checkpoint.every_steps=2", "--config.checkpoint.keep_newest=100")

@@ -1,4 +1,4 @@
-"""What a config says of the exchange between shards of time is what its programs do; a run goes on with another."""
+"""Programs use the exchange between shards of time that the config chooses; a run may go on with another."""
 
 import pathlib
 
@@ -17,7 +17,7 @@ PATTERN = ("rg_lru", "attention")
 
 @pytest.mark.parametrize("exchange, attention", [("auto", "auto"), ("doubling", "ring")])
 def test_the_steps_follow_the_config(exchange, attention):
-    """Told while the training step and the step of evaluation are traced; nothing is compiled."""
+    """The training and evaluation steps explain their choices while they are traced; nothing is compiled."""
     choices = {"parallel__exchange": exchange, "parallel__attention": attention}
     config = tiny.config(model__pattern=PATTERN, **choices)
     architecture, mesh = tiny.architecture(PATTERN), tiny.mesh(8, sequence=8)

@@ -56,7 +56,7 @@ def on_one_device(microbatches):
     "sizes, microbatches", [*((sizes, 1) for sizes in MESHES), *((sizes, 2) for sizes in IN_PARTS)], ids=str
 )
 def test_8_devices_follow_one(sizes, microbatches):
-    """In microbatches each copy of the parameters has its part of the losses, whose rows have other shares of padding."""
+    """In microbatches, each copy of the parameters has part of the losses, and its rows another share of padding."""
     expected, lines = on_one_device(microbatches)
     assert np.all(np.ptp(lines, axis=0) > 1e-2)
     config = tiny.config(**EXPERTS, training__microbatches=microbatches)
@@ -79,7 +79,7 @@ def each_has_its_experts(parameters, sizes):
 
 
 def gradient_and_metrics(batch, **changes):
-    """The gradient that a first step takes, from the first moment of AdamW, and the metrics."""
+    """The gradient that a first step takes, computed from AdamW's first moment, and the metrics."""
     stepper = trainer(**changes)
     state, metrics = stepper(stepper.state(), batch)
     scale = 1 / (1 - stepper.config.optimizer.beta1)
@@ -88,10 +88,10 @@ def gradient_and_metrics(batch, **changes):
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_losses_enter_the_objective_with_their_weights(microbatches):
-    """Of microbatches, whose shares of padding differ, they are averaged. The metric loss is the cross-entropy alone."""
+    """They are averaged over microbatches, whose shares of padding differ. The metric loss is the cross-entropy alone."""
     batch, architecture = tiny.batch(padding=11), trainer().architecture
     none = {"training__load_balance_loss": 0.0, "training__router_z_loss": 0.0}
-    without, of_none = gradient_and_metrics(batch, **none)  # in one part: so many make no difference to it
+    without, of_none = gradient_and_metrics(batch, **none)  # in one part: microbatches make no difference to it
     with_losses, metrics = gradient_and_metrics(batch, **({"training__microbatches": 4} if microbatches == 4 else {}))
     assert metrics["loss"] == pytest.approx(of_none["loss"], rel=1e-6)
 
@@ -133,7 +133,7 @@ def by_name(tree):
 
 
 def test_experts_are_decayed_and_the_muon_takes_their_kernels():
-    """Not the router, which gives logits; nor are the biases of experts decayed, though they have two axes."""
+    """Muon does not take the router, which gives logits; biases of experts are not decayed, though they have two axes."""
     architecture = tiny.described(configs.model_config(tiny.config(**EXPERTS)))
     kernels = {"gate_kernel", "up_kernel", "down_kernel"}
     decayed = by_name(optimizers.decay_mask(architecture))
@@ -145,7 +145,7 @@ def test_experts_are_decayed_and_the_muon_takes_their_kernels():
     first = tiny.compiled(lambda g, p: optimizer.update(g, optimizer.init(p), p), gradients, parameters)
     updates, _ = first(gradients, parameters)
     update = by_name(updates)["gate_kernel"] + 1e-2 * 0.1 * by_name(parameters)["gate_kernel"]  # without the decay
-    values = np.linalg.svd(np.asarray(update), compute_uv=False)  # of each expert's matrix by itself
+    values = np.linalg.svd(np.asarray(update), compute_uv=False)  # each expert's matrix by itself
     assert values.shape == (2, 8, 12) and values.max() < 2 * values.min()
 
 

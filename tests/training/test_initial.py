@@ -1,4 +1,4 @@
-"""Runs that begin with the weights of another."""
+"""Runs that begin with the weights of another run."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def test_weights_are_those_of_the_checkpoint_and_all_else_is_new(config, tiny_ru
 
 
 def test_the_new_parameters_are_gone_when_the_others_are_read(config, tmp_path, monkeypatch):
-    """Else a device would have to hold both."""
+    """Otherwise a device would have to hold both."""
     job = Job.build(config)
     made, restore = [], Checkpoints.restore
     initialise = states.initialise
@@ -75,7 +75,7 @@ def test_it_goes_on_without_the_other_run(config, tiny_run, tmp_path):
     first, second = workdirs.read_starts(workdir)
     assert (first["step"], first["initial"]) == (0, f"{other}/checkpoints/2")
     assert second["step"] == 1 and "initial" not in second
-    # It begins where the other ended: no further from its end than a step takes it.
+    # It begins where the other ended, no further away than one step takes it.
     losses = tiny.losses(workdir)
     assert float(losses[1]) < min(map(float, tiny.losses(tiny_run).values()))
     config.training.initial_from = str(tiny_run)
@@ -90,7 +90,7 @@ def test_what_differs_and_fits_is_said(config, tiny_run, tmp_path, caplog):
     job = Job.build(config)
     with caplog.at_level(logging.WARNING):
         Initial.find(job)
-        assert not caplog.records  # a run looks before it writes anything, too
+        assert not caplog.records  # a run also looks before it writes anything
         _restore_or_create(job, Checkpoints(tmp_path, job.config))
     assert f"the weights of {other}, but model.window is 8 there and 4 in this config" in caplog.text
     assert f"the weights of {other}, which names no tokenizer: see to it that {config.data.path} has" in caplog.text

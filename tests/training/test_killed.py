@@ -1,4 +1,4 @@
-"""launch/train.py in processes of their own that are killed or told to stop, and started again until they are done."""
+"""launch/train.py in processes of its own, killed or told to stop, and started again until they are done."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def last_step(workdir):
 
 
 def wait(process, condition):
-    """Until ``condition()``; the process has to be running all the while."""
+    """Waits until ``condition()``; the process must keep running."""
     begin = time.monotonic()
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -43,7 +43,7 @@ def same_end(workdir, expected):
     tiny.assert_equal(Checkpoints(workdir).restore(structs), Checkpoints(expected).restore(structs))
 
 
-# The checkpoint of a step is written, and never gets its name.
+# Python to run first: the checkpoint of a step is written, but never gets its name.
 TEARS = """
 import os, time
 rename = os.rename
@@ -56,8 +56,8 @@ os.rename = waits
 
 
 def test_killed_at_any_moment_it_ends_the_same(launch, uninterrupted, tmp_path):
-    """Five kills at moments from a fixed seed; every second one as soon as a checkpoint is seen being written. A step
-    after the one that is waited for the run waits itself, so that it is not done before it is killed."""
+    """Five kills at moments from a fixed seed; every second one as soon as a checkpoint is seen being written. After the
+    step that the test waits for, the run itself waits, so that it is not done before it is killed."""
     workdir, moments = tmp_path / "run", random.Random(0)
     begun, torn = [], []
     for kill in range(KILLS):
@@ -85,7 +85,7 @@ def test_killed_at_any_moment_it_ends_the_same(launch, uninterrupted, tmp_path):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(launch, uninterrupted, tmp_path):
-    """With no other checkpoint than the one that SIGTERM asks for."""
+    """The only checkpoint is the one that SIGTERM asks for."""
     workdir, rarely = tmp_path / "run", "--config.checkpoint.every_steps=1000"
     process = launch(workdir, rarely, "--config.training.steps=1000000")
     wait(process, lambda: last_step(workdir) >= 3)

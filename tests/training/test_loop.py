@@ -1,4 +1,4 @@
-"""Runs in this process: what they write, and that one that was stopped goes on as if it had not been."""
+"""Runs in this process: what they write, and that a stopped run goes on as if it had never been stopped."""
 
 import concurrent.futures
 import json
@@ -53,7 +53,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_config, whole_run, 
     workdir = tmp_path / "run"
     run_config.training.steps = 4
     assert train(run_config, workdir) == FINISHED
-    with (workdir / metrics.FILE).open("a") as file:  # logged after the checkpoint, and a line cut short
+    with (workdir / metrics.FILE).open("a") as file:  # logged after the checkpoint, and a truncated line
         file.write('{"step": 5, "loss": 0.0}\n{"step": 6, "lo')
     run_config.training.steps = 8
     assert train(run_config, workdir) == FINISHED
@@ -62,7 +62,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_config, whole_run, 
     tiny.assert_equal(tiny.restored(workdir, run_config, mesh), tiny.restored(whole_run, run_config, mesh))
 
     before = tiny.files(workdir)
-    run_config.evaluation.batches += 1  # its config.json says what it was judged by
+    run_config.evaluation.batches += 1  # its config.json still says what it was judged by
     assert train(run_config, workdir) == FINISHED  # nothing is left to do
     assert tiny.files(workdir) == before
 
@@ -94,8 +94,8 @@ def test_evaluation_chooses_the_checkpoints_to_keep(run_config, tmp_path):
 
 @pytest.mark.parametrize("batches, microbatches", [(0, 1), (2, 1), (2, 2), (0, 4)])
 def test_the_heldout_loss_is_the_mean_over_the_tokens(tiny_config, tmp_path, monkeypatch, batches, microbatches):
-    """And not over batches, of which the last one has fewer; of the dataset that is named for it. A token's loss is here
-    its number. No more rows are on the devices at once than in training."""
+    """Not over batches, as the last one has fewer; and on the dataset that is named for it. Here, a token's loss is its
+    number. No more rows are on the devices at once than in training."""
     (tmp_path / "text.txt").write_text("\n".join(f"{i} plus {i} is {2 * i}" for i in range(900)))
     heldout_path = str(tmp_path / "data")
     options = {"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "workers": 1}
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_not_a_fresh_start(run_config, whole_run, tmp_pa
     item = workdir / DIRECTORY / "8" / damaged
     file = max((path for path in item.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
-    for place in range(0, len(content), max(1, len(content) // 32)):  # some of the file may be no one's
+    for place in range(0, len(content), max(1, len(content) // 32)):  # some of the file may be unused
         content[place] ^= 1
     file.write_bytes(content)
     before = tiny.files(workdir / DIRECTORY) | {metrics.FILE: (workdir / metrics.FILE).read_bytes()}
@@ -194,14 +194,14 @@ def test_a_damaged_checkpoint_is_not_a_fresh_start(run_config, whole_run, tmp_pa
 
 
 def test_a_checkpoint_of_another_run_is_refused(run_config, whole_run, tmp_path, caplog):
-    """One that was copied into the directory, and all of them without what tells the run from others."""
+    """One that was copied into the directory, or any of them if what identifies the run is missing."""
     workdir = shutil.copytree(whole_run, tmp_path / "run")
     run_config.training.steps = 10
     config = workdir / "config.json"
     text = config.read_text()
     other = run_config.copy_and_resolve_references()
     other.training.seed = 5
-    config.write_text(text.replace('"seed": 0', '"seed": 5'))  # so that the checkpoints are not of this run
+    config.write_text(text.replace('"seed": 0', '"seed": 5'))  # so the checkpoints are not of this run
     before = tiny.files(workdir)
     message = (
         rf"the checkpoint of step 8 was copied from another run: {workdir} holds another run: training.seed is 0 there"
@@ -236,7 +236,7 @@ def test_a_half_written_checkpoint_is_not_picked(run_config, whole_run, tmp_path
 
 
 def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
-    """Also when the run ends before the trace would."""
+    """Even if the run ends before the trace would."""
     run_config.training.steps = 3
     run_config.logging.profile_step, run_config.logging.profile_steps = 2, 5
     assert train(run_config, tmp_path / "run") == FINISHED
@@ -246,7 +246,7 @@ def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
 
 @pytest.mark.parametrize("first, taken", [(1, 2), (2, 3), (3, 4), (4, None)])
 def test_a_run_that_goes_on_behind_the_steps_takes_no_trace_again(run_config, tmp_path, monkeypatch, first, taken):
-    """And one that does waits for the step before it, and for the last of its own."""
+    """A run that takes one waits for the step before the trace, and for the last step of it."""
     begun, waited = [], []
     monkeypatch.setattr(jax.profiler, "start_trace", begun.append)
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
@@ -260,7 +260,7 @@ def test_a_run_that_goes_on_behind_the_steps_takes_no_trace_again(run_config, tm
 
 
 def test_only_the_first_process_takes_a_trace(run_config, tmp_path, monkeypatch):
-    """Two on one host would write the same file."""
+    """Two processes on one host would write the same file."""
     run_config.logging.profile_step = 2
     for first in (False, True):
         monkeypatch.setattr(start, "is_first", lambda first=first: first)
@@ -271,8 +271,8 @@ def test_only_the_first_process_takes_a_trace(run_config, tmp_path, monkeypatch)
 
 
 def test_an_evaluation_that_sigterm_ends_is_made_when_the_run_goes_on(run_config, tmp_path, monkeypatch):
-    """Stopped in the evaluations of step 2, twice, and of the last step: the run saves itself at once, and all lines are
-    those of one that was not stopped."""
+    """The run is stopped in the evaluations of step 2, twice, and of the last step. It saves itself at once, and all lines
+    equal those of a run that was not stopped."""
     run_config.training.steps = 4
     run_config.checkpoint.every_steps = 100
     run_config.evaluation.update({"every_steps": 2, "batches": 3})
@@ -298,7 +298,7 @@ def test_an_evaluation_that_sigterm_ends_is_made_when_the_run_goes_on(run_config
         assert len(asked) == batch
         assert Checkpoints(workdir).steps()[-1] == step
         assert [line["step"] for line in metrics.read(workdir) if "heldout_loss" in line] == [2] * (step == 4)
-    for more in (3, 0):  # and then nothing is left to do
+    for more in (3, 0):  # after that, nothing is left to do
         assert is_finished(files, 4) == (more == 0)
         assert stopped_at(100) == FINISHED
         assert len(asked) == more
@@ -324,7 +324,7 @@ def test_sighup_is_taken_for_sigterm_unless_it_is_ignored(before, heard):
 
 
 def test_the_first_interrupt_is_taken_for_sigterm(capfd):
-    """The second is what it was before; and one that is ignored, as of a shell's background, stays so."""
+    """The second interrupt does what it did before; if ignored, as in a shell's background, it stays ignored."""
     at_first = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may be in the background themselves
     try:
         with Stop() as stop:

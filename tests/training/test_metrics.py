@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl and starts.jsonl, when a run goes on too; rates and the end of a run that diverged."""
+"""The lines of metrics.jsonl and starts.jsonl, also when a run goes on; rates, and the end of a run that diverged."""
 
 import contextlib
 import errno
@@ -51,7 +51,7 @@ def test_lines_of_steps_that_will_be_taken_again_are_dropped(tmp_path):
 
 
 def test_a_damaged_line_is_named(tmp_path):
-    """As a disk leaves it that lost power; a scheduler would start the run again and again. Nothing is written."""
+    """A disk that lost power may leave one, and a scheduler would start the run again and again. Nothing is written."""
     for name, reading in ((metrics.FILE, metrics.read), (workdirs.STARTS, workdirs.read_starts)):
         file = tmp_path / name
         file.write_bytes(b'{"step": 1}\n{"step": 2, "\0\0\0\n{"step": 3}\n')
@@ -64,7 +64,7 @@ def test_a_damaged_line_is_named(tmp_path):
 
 
 def test_import_is_light():
-    """Programs that write no curves do not import what does, which takes as long as all else together."""
+    """Programs that write no curves do not import the package that does, which takes as long as all else together."""
     program = (
         "import sys, jaxlinear.evaluation.following, jaxlinear.scaling.sweeps.manager, jaxlinear.training.loop; "
         "print(sorted({'tensorboardX', 'torch'} & set(sys.modules)))"
@@ -87,7 +87,7 @@ def test_a_start_after_a_line_that_was_cut_short_has_a_line_of_its_own(tmp_path)
 
 
 def curve(directory, name="loss"):
-    """``{step: value}`` as TensorBoard reads the event files: in the order of their names, what a start purges left out."""
+    """``{step: value}`` as TensorBoard reads the event files: in the order of their names, without what a start purges."""
     points = {}
     for path in sorted(directory.glob("events.out.tfevents.*")):
         content = path.read_bytes()
@@ -115,7 +115,7 @@ def test_tensorboard_events(tmp_path):
 
 
 def test_a_killed_run_leaves_tensorboard_what_it_had_saved(tmp_path):
-    """It closes nothing. The steps after the one that it goes on from are purged."""
+    """A killed run closes nothing. The steps after the one that the next run goes on from are purged."""
     killed = writer(tmp_path, 0, tensorboard=True)
     for step in (1, 2, 3, 4):
         killed.write(step, {"loss": float(step)})
@@ -139,7 +139,7 @@ def test_event_files_follow_each_other_whatever_the_clock_says(tmp_path, monkeyp
 
 
 def test_a_full_disk_is_an_error_of_the_point_that_has_no_room(tmp_path):
-    """It is not noted by a thread that nobody asks, while the run waits for it."""
+    """No thread keeps it to itself while the run waits for that thread."""
     board = TensorBoard(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -156,7 +156,7 @@ def test_a_full_disk_is_an_error_of_the_point_that_has_no_room(tmp_path):
 
 @pytest.fixture
 def meter(tiny_config, monkeypatch):
-    """A meter that begins at step 4, what it writes, and a clock to be set."""
+    """A meter that begins at step 4, a clock to set, what the meter writes, and its job."""
     config = tiny_config.copy_and_resolve_references()
     config.training.steps, config.logging.every_steps, config.training.max_skips = 9, 2, 3
     clock, lines = types.SimpleNamespace(now=100.0), []
@@ -193,7 +193,7 @@ def test_rates(meter):
     assert line["mfu"] == pytest.approx(8 * 32 * per_token / (8 * 1e9))  # on 8 devices
 
     clock.now += 6
-    read(meter, 9)  # the last step, though 2 does not divide it
+    read(meter, 9)  # the last step, though not a multiple of 2
     step, line = lines.pop()
     assert step == 9 and line["step_seconds"] == pytest.approx(2.0) and line["data_wait_fraction"] == 0
 

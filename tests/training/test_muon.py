@@ -1,4 +1,4 @@
-"""Muon whose matrices are dealt out over the devices of a mesh is optax's."""
+"""Muon with its matrices dealt out over the devices of a mesh equals optax's."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ OPTIONS = {
     "optimizer__weight_decay": 0.0,
     "optimizer__epsilon": 1e-2,
 }
-# Kernels of every kind: wide, tall and square, of heads and of experts, of stacked layers and of one alone.
+# Kernels of every kind: wide, tall and square, of heads and of experts, of stacked layers and of a single one.
 SHAPES = {
     "layers": {"model__num_layers": 3},
     "experts": {
@@ -86,14 +86,14 @@ def test_two_updates_are_those_of_optax_on_one_device(shape, sizes):
     found, wanted = (
         jax.tree_util.tree_leaves_with_path(tree) for tree in (state[1][0].inner_states, expected_state.inner_states)
     )
-    assert [path for path, _ in found] == [path for path, _ in wanted]  # so that their checkpoints are alike
+    assert [path for path, _ in found] == [path for path, _ in wanted]  # so their checkpoints are alike
     for (path, got), (_, want) in zip(found, wanted, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=str(path))
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_no_product_is_computed_twice(sizes):
-    """Of eight layers, on eight devices of which each has some matrices of each shape."""
+    """Eight layers on eight devices, each of which has some matrices of each shape."""
     config = tiny.config(**OPTIONS, model__pattern=("sliding_window",), model__num_layers=8)
     architecture = tiny.described(configs.model_config(config))
     parameters = tiny.parameters(architecture)

@@ -1,4 +1,4 @@
-"""Which parameters are decayed and which Muon takes; AdamW against NumPy; that each optimiser lowers a loss."""
+"""The parameters that are decayed and those that Muon takes; AdamW against NumPy; every optimiser lowers a loss."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from tests.training import tiny
 
 MATRICES = {"kernel", "embedding", "convolution_kernel", "recurrence_kernel", "input_kernel"}
 VECTORS = {"bias", "convolution_bias", "recurrence_bias", "input_bias", "decay", "scale"}
-MUON = {"kernel", "recurrence_kernel", "input_kernel"}  # of which the last two are a matrix for each head
+MUON = {"kernel", "recurrence_kernel", "input_kernel"}  # the last two have a matrix for each head
 
 
 def both():
@@ -41,7 +41,7 @@ def random_gradients(architecture, seed=1):
 
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
 def test_adamw_is_that_of_the_paper(clip):
-    """Three steps against NumPy: moments without bias, decay apart from the gradient (Loshchilov and Hutter)."""
+    """Three steps against NumPy: bias-corrected moments, and decay apart from the gradient (Loshchilov and Hutter)."""
     rate, decay, beta1, beta2, epsilon = 0.1, 0.3, 0.8, 0.9, 1e-3
     config = tiny.config(
         optimizer__learning_rate=rate,
@@ -80,7 +80,7 @@ def test_adamw_is_that_of_the_paper(clip):
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_decay_is_decoupled(name):
-    """Without a gradient a matrix shrinks by the rate times the decay, and a vector stays."""
+    """Without a gradient, a matrix shrinks by the rate times the decay, and a vector stays."""
     architecture = tiny.architecture()
     config = tiny.config(optimizer__name=name, optimizer__learning_rate=0.1, optimizer__weight_decay=0.3)
     optimizer = make_optimizer(config, architecture)
@@ -95,7 +95,7 @@ def test_decay_is_decoupled(name):
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])  # for AdamW, above
 def test_all_of_an_update_follows_the_schedule(name):
-    """In the first of four steps of warm-up a fourth of it, of matrices and vectors, of the decay too."""
+    """In the first of four warm-up steps, a quarter of it, for matrices and vectors, including the decay."""
     architecture = tiny.architecture(pattern=("rg_lru",), num_layers=1)
     parameters, gradients, found = tiny.parameters(architecture), random_gradients(architecture), []
     for warmup in (0, 4):
@@ -108,7 +108,7 @@ def test_all_of_an_update_follows_the_schedule(name):
 
 
 def test_the_adamw_beside_muon_has_the_constants_of_the_config():
-    """Two steps of a vector are those of Adam with the momentum of Nesterov, of gradients that are clipped."""
+    """Two steps of a vector equal those of Adam with Nesterov momentum on clipped gradients."""
     constants = {"b1": 0.6, "b2": 0.8, "eps": 1e-2}
     names = {"b1": "beta1", "b2": "beta2", "eps": "epsilon"}
     config = tiny.config(
@@ -131,8 +131,8 @@ def test_the_adamw_beside_muon_has_the_constants_of_the_config():
 
 
 def test_muon_takes_each_matrix_between_activations():
-    """Its first update is a matrix with like singular values, longer where there are more outputs than inputs (Jordan et
-    al.: the root of their ratio); AdamW's has entries of the size of the rate."""
+    """Its first update is a matrix with similar singular values, which are larger where there are more outputs than inputs
+    (Jordan et al.: by the root of their ratio); AdamW's has entries of the size of the rate."""
     architecture = both()
     config = tiny.config(
         optimizer__name="muon",
@@ -155,14 +155,14 @@ def test_muon_takes_each_matrix_between_activations():
             inputs, outputs = update.shape[-2:]
             assert 0.9 < values.max() / max(1, outputs / inputs) ** 0.5 < 1.25, path
         else:
-            # Optax's Muon gives its AdamW the momentum of Nesterov: the first step is 0.9 / 1.9 longer than the rate.
+            # The AdamW in Optax's Muon has Nesterov momentum: its first step is 0.9 / 1.9 longer than the rate.
             np.testing.assert_allclose(np.abs(update), 1e-3 * (1 + 0.9 / 1.9), rtol=1e-2, err_msg=str(path))
     assert taken == MUON
 
 
 def test_adafactor_takes_each_layer_and_each_expert_by_itself():
-    """Of stacks in which one layer's gradients become far larger, two steps are those of each alone, as those of a shorter
-    stack beside them; matrices of 128 by 128 are factored."""
+    """When the gradients of one layer of a stack become far larger, two steps equal those of each layer alone, and so do
+    those of a shorter stack beside it; matrices of 128 by 128 are factored."""
     sizes = {"model__experts": 2, "model__experts_per_token": 1, "model__expert_width": 128, "model__width": 128}
     config = tiny.config(
         model__channel_mixer="mixture_of_experts",
@@ -198,7 +198,7 @@ def test_adafactor_takes_each_layer_and_each_expert_by_itself():
 
 
 def test_names_in_adafactors_state():
-    """Checkpoints have them: they are those of before for stacks of one size, however many."""
+    """Checkpoints contain them: for stacks of one size, however many, they are what they were before."""
 
     def names(pattern, layers):
         config = tiny.config(model__pattern=pattern, model__num_layers=layers, optimizer__name="adafactor")
@@ -207,7 +207,7 @@ def test_names_in_adafactors_state():
         return set(next(state for state in state[1] if hasattr(state, "inner_states")).inner_states)
 
     assert names(("rg_lru", "sliding_window"), 4) == {"0", "1"}
-    assert names(("rg_lru", "rg_lru", "sliding_window"), 4) == {"0", "1"}  # a repetition, and a layer more
+    assert names(("rg_lru", "rg_lru", "sliding_window"), 4) == {"0", "1"}  # a repetition, and one more layer
     assert names(("rg_lru", "sliding_window"), 5) == {"0", "1", "1_of_1"}
 
 
@@ -248,7 +248,7 @@ def test_the_moments_lie_where_their_parameters_do(name):
         assert all(place == places[keys] for place in found), keys
     if name == "adamw":
         assert {keys: len(found) for keys, found in moments.items()} == dict.fromkeys(places, 2)
-    elif name == "muon":  # one moment for Muon's matrices
+    elif name == "muon":  # Muon's matrices have one moment
         assert {keys: len(found) for keys, found in moments.items()} == {
             keys: 2 - (keys[-1] in MUON) for keys in places
         }

@@ -21,9 +21,9 @@ from tests.training import tiny
 
 STEPS = 20  # of tiny.ARGUMENTS
 PATIENCE = 240
-# Seconds within which the others end when one is lost while they train: less than the 100 that JAX waits for a sign of
-# life, which is how long it takes where one is lost while all write a checkpoint. What a run takes to begin is added: 10 s,
-# and more on a slow machine, where their end takes longer too.
+# Seconds within which the other processes end when one is lost during training: less than the 100 for which JAX waits for a
+# sign of life, which is how long it takes when one is lost while all write a checkpoint. The time that a run takes to begin
+# is added: 10 s, and more on a slow machine, where ending takes longer too.
 PROMPT = 60
 
 
@@ -44,8 +44,9 @@ class Process:
 
 @pytest.fixture
 def processes(tiny_dataset, tmp_path):
-    """``processes(workdir, count, devices, *arguments, each=...)`` starts as many, each with its devices and with its own
-    further arguments; ``before`` is Python that the last one runs first. Whatever becomes of the test, none outlives it."""
+    """``processes(workdir, count, devices, *arguments, each=...)`` starts ``count`` of them, each with ``devices`` devices
+    and its own further arguments; ``before`` is Python that the last one runs first. None outlives the test, whatever
+    becomes of it."""
     with contextlib.ExitStack() as stack:
 
         def run(workdir, count, devices, *arguments, each=None, folders=None, before=""):
@@ -74,7 +75,7 @@ def processes(tiny_dataset, tmp_path):
 
 
 def wait_for(group, condition):
-    """Until ``condition()``; all processes have to be running all the while. The seconds that it took."""
+    """Waits until ``condition()``, while all processes must keep running. Returns the seconds that it took."""
     begin = time.monotonic()
     while not condition():
         for process in group:
@@ -90,7 +91,7 @@ def last_step(workdir):
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-# A host that lists the checkpoints as they were a while ago: without the newest, three times.
+# A host whose list of checkpoints is out of date: three times, it lacks the newest.
 STALE = """
 import orbax.checkpoint as ocp
 listed, looks = ocp.CheckpointManager._load_checkpoint_infos, []
@@ -103,11 +104,11 @@ ocp.CheckpointManager._load_checkpoint_infos = stale
 
 
 def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterrupted, tmp_path):
-    """2 processes of 2 devices, that go on and one is killed; 4 of one device, told to stop; one alone: always the same
-    curve."""
+    """Two processes of 2 devices, which go on until one is killed; four of one device, told to stop; one alone: always the
+    same curve."""
     workdir = tmp_path / "run"
     endless = "--config.training.steps=100000"
-    rarely = "--config.checkpoint.every_steps=1000"  # so none is under way when a process is killed
+    rarely = "--config.checkpoint.every_steps=1000"  # so that none is under way when a process is killed
     spread = ("--config.mesh.data=2", "--config.mesh.sequence=2", rarely)
     for process in processes(workdir, 2, 2, *spread, "--config.training.steps=8"):
         assert process.end()[0] == 0, process
@@ -118,9 +119,9 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
     status, _ = pair[0].end()
     assert status not in (0, 75) and time.monotonic() - begin < PROMPT + began, pair[0]
     assert Checkpoints(workdir).steps()[-1] == 8
-    further = last_step(workdir) + 3  # than what the killed pair wrote, from which the next cut what is beyond step 8
+    further = last_step(workdir) + 3  # beyond the killed pair's lines: the next processes cut those after step 8
 
-    # SIGTERM mostly ends an evaluation then.
+    # So SIGTERM mostly ends an evaluation.
     often = ("--config.evaluation.every_steps=1", "--config.evaluation.batches=2")
     four = processes(workdir, 4, 1, "--config.mesh.sequence=4", rarely, endless, *often)
     wait_for(four, lambda: last_step(workdir) >= further)
@@ -133,7 +134,7 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
     (alone,) = processes(workdir, 1, 1, f"--config.training.steps={max(STEPS, stopped + 1)}", *often)
     assert alone.end()[0] == 0, alone
     evaluated = [line["step"] for line in read(workdir) if "heldout_loss" in line]
-    # That of step 8 too, where the four found none when they began, and the one that was ended.
+    # Also at step 8, where the four found no evaluation when they began, and at the step whose evaluation was ended.
     assert evaluated == list(range(8, max(STEPS, stopped + 1) + 1))
     losses, expected = tiny.losses(workdir), tiny.losses(uninterrupted)
     assert list(losses) == list(range(1, max(STEPS, stopped + 1) + 1))
@@ -142,7 +143,7 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
 
 
 def test_the_coordinator_lost(processes, tmp_path):
-    """It is process 0 that the others ask after each other."""
+    """The others ask process 0 about each other."""
     workdir = tmp_path / "run"
     pair = processes(
         workdir, 2, 1, "--config.mesh.data=1", "--config.mesh.sequence=2", "--config.training.steps=100000"
@@ -164,7 +165,7 @@ def test_hosts_whose_configs_differ_are_refused(processes, tmp_path):
 
 
 def test_hosts_whose_code_differs_are_refused(processes, tmp_path):
-    """An activation is another one in the version of the last process; nothing else would tell."""
+    """An activation differs in the version of the last process; nothing else would reveal it."""
     workdir = tmp_path / "run"
     before = "import jaxlinear; jaxlinear.__version__ = '0.0.9'\nimport jax; jax.nn.silu = jax.nn.gelu"
     for process, version in zip(processes(workdir, 2, 1, before=before), (jaxlinear.__version__, "0.0.9"), strict=True):
@@ -178,7 +179,7 @@ def test_hosts_whose_code_differs_are_refused(processes, tmp_path):
 
 
 def test_a_host_that_lacks_the_data_ends_all(processes, tiny_dataset, tmp_path):
-    """The same command on both, from directories of which only the first has the dataset."""
+    """Both run the same command, from directories of which only the first has the dataset."""
     with_data, without = tmp_path / "with", tmp_path / "without"
     with_data.mkdir(), without.mkdir()
     (with_data / "data").symlink_to(tiny_dataset)
@@ -193,7 +194,7 @@ def test_a_host_that_lacks_the_data_ends_all(processes, tiny_dataset, tmp_path):
 
 
 def test_hosts_with_a_directory_each_are_refused(processes, tmp_path):
-    """The same relative path from two directories, as that of two hosts with disks of their own."""
+    """The same relative path in two directories, like that of two hosts with disks of their own."""
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
@@ -232,7 +233,7 @@ start.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]), patience=3)
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_whose_others_do_not_come_ends_with_a_reason(process):
-    with held_port() as port:  # of a process 1 nothing answers there
+    with held_port() as port:  # nothing answers process 1 there
         done = subprocess.run(
             [sys.executable, "-c", ALONE, str(port), str(process)],
             env=tiny.environment(),

@@ -1,4 +1,4 @@
-"""What a run shows of how far it is: lines in a log, and on a terminal a bar below the messages."""
+"""How a run shows its progress: lines in a log, and on a terminal a bar below the messages."""
 
 import os
 import pty
@@ -33,7 +33,7 @@ def run(stderr):
 
 
 def test_in_a_log_it_is_lines():
-    """Step 7 comes within 20 s of the line before; the last step has one anyway."""
+    """Step 7 comes within 20 s of the line before; the last step has a line anyway."""
     assert run(subprocess.PIPE).stderr.decode().splitlines() == [
         "compiled",
         "step 5 of 9: loss 2.500, 1,234 tokens/s, 04:04 left",
@@ -50,7 +50,7 @@ def test_on_a_terminal_messages_stand_above_the_bar():
     os.close(theirs)
     text = os.read(ours, 1 << 16).decode()
     os.close(ours)
-    # What is on the screen of each line: a carriage return begins it anew.
+    # What the screen shows of each line: a carriage return starts it anew.
     screen = [line.rstrip("\r").split("\r")[-1].rstrip() for line in text.split("\n")]
     assert screen[:2] == ["compiled", "step 5: heldout_loss 2.25, heldout_bits_per_byte 3.25"]
     assert "9/9" in screen[2] and "loss=1.250, tok/s=2,000" in screen[2] and "2/9" in text

@@ -23,7 +23,7 @@ from tests.training import tiny
 
 @pytest.fixture(scope="module")
 def other_dataset(tmp_path_factory):
-    """A dataset of another tokeniser, whose vocabulary is rounded to the same size as that of bytes."""
+    """A dataset of another tokenizer, whose vocabulary is rounded to the same size as that of bytes."""
     directory = tmp_path_factory.mktemp("other_dataset")
     (directory / "text.txt").write_text("\n".join(f"line {i} of {i * i} lines" for i in range(2000)))
     data.prepare(
@@ -90,7 +90,7 @@ def test_bad_input_writes_nothing(tiny_config, tmp_path, changes, message):
 
 
 def test_a_mixer_that_does_not_run_over_sequence_is_refused(tiny_config, tmp_path, monkeypatch):
-    """One that a user adds, on plain operations: the compiler would gather the sequence, and say nothing."""
+    """It is a user's own, on plain operations: the compiler would gather the sequence, and say nothing."""
 
     class Mine(mixers.find("gla")):
         OVER_SEQUENCE = False
@@ -121,7 +121,7 @@ def test_the_vocabulary_follows_the_data(tiny_config, other_dataset):
 
 
 def test_the_vocabulary_of_a_run_is_known_before_it(tiny_config):
-    """To launch/compile.py, which opens no data: from their manifest, or from the task."""
+    """launch/compile.py, which opens no data, gets it from the manifest of the data, or from the task."""
     config = tiny_config.copy_and_resolve_references()
 
     def found(**changes):
@@ -180,7 +180,7 @@ def test_another_run_in_the_same_directory_is_refused(tiny_config, tiny_run, tmp
 
 
 def test_a_finished_run_is_of_its_own_learning_rate(tiny_config, tiny_run):
-    """It may change to get a run over a divergence; where no step is left, nothing would have been trained with it."""
+    """The rate may change to get a run past a divergence; with no step left, nothing would be trained with it."""
     before = (tiny_run / workdirs.CONFIG).read_bytes()
     config = tiny_config.copy_and_resolve_references()
     config.optimizer.learning_rate = 5e-4
@@ -192,7 +192,7 @@ def test_a_finished_run_is_of_its_own_learning_rate(tiny_config, tiny_run):
 
 
 def test_a_run_does_not_become_shorter(tiny_config, tiny_run):
-    """Its config would say that it ended before, where the learning rate had not come down."""
+    """Its config would say that it ended earlier, at a step where the learning rate had not come down."""
     before = (tiny_run / workdirs.CONFIG).read_bytes()
     config = tiny_config.copy_and_resolve_references()
     config.training.steps = 1
@@ -212,7 +212,7 @@ def test_data_of_another_tokeniser_are_refused(tiny_config, tiny_run, other_data
 
 
 def test_other_data_of_the_same_tokeniser_are_refused(tiny_config, tiny_run, tiny_dataset, tmp_path):
-    """A dataset may lie elsewhere; one that was prepared anew, or with others beside it, is another."""
+    """A dataset may move; one that was prepared anew, or has others beside it, is another."""
     copy, changed = tmp_path / "copy", tmp_path / "changed"
     for path in (copy, changed):
         shutil.copytree(tiny_dataset, path)
@@ -245,7 +245,7 @@ def test_the_same_documents_in_another_order_are_other_data(tmp_path, caplog):
     (tmp_path / trained_data.FILE).write_text(json.dumps([known[0] | {"shuffle": "another"}]))
     with pytest.raises(UserError, match=r"other data than .*: shuffle is 'another' there and "):
         trained_data.check(tmp_path, {str(tmp_path / "one"): 1.0})
-    # A run that was begun before the blocks were read, and shuffled as they are, knows the rest.
+    # A run that was begun before its record had the blocks and the shuffle knows only the rest.
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     of_before = {k: v for k, v in known[0].items() if k not in ("blocks", "shuffle")}
     (tmp_path / trained_data.FILE).write_text(json.dumps([of_before]))
@@ -309,7 +309,7 @@ def test_weights_of_a_run_on_other_tokens_are_refused(tiny_config, tiny_run, oth
 
 
 def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path, caplog):
-    """The same run on another mesh, for longer, kept and logged otherwise; what it says then is what holds."""
+    """The same run on another mesh, for longer, with checkpoints and logs at other steps; the new values hold."""
     workdir = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     config = Job.build(tiny_config).config
     changes = {
@@ -331,7 +331,7 @@ def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path, cap
 
 
 def test_a_workdir_that_another_run_has(tiny_config, tiny_run, tmp_path, monkeypatch):
-    """It is left as it is: a second run would remove the checkpoint that the first is writing."""
+    """It is left alone: a second run would remove the checkpoint that the first is writing."""
     monkeypatch.setattr(locks, "_PATIENCE", 0.1)
     workdir = shutil.copytree(tiny_run, tmp_path / "run")
     (workdir / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
@@ -357,7 +357,7 @@ def test_a_workdir_that_is_no_directory(tiny_config, tmp_path, kind):
 
 
 def test_a_workdir_whose_folders_cannot_be_renamed(tiny_config, tmp_path, monkeypatch):
-    """As in a bucket without folders: the first checkpoint would never be whole."""
+    """For example, in a bucket without folders, where the first checkpoint would never be complete."""
 
     def rename(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")

@@ -1,4 +1,4 @@
-"""The training step on one device: what it optimises, what it skips, and that microbatches change nothing."""
+"""The training step on one device: what it optimises, what it skips; microbatches change nothing."""
 
 import functools
 
@@ -14,8 +14,8 @@ from jaxlinear.training.step import make_loss_step, make_objective
 from tests import numerics
 from tests.training import tiny
 
-# A large epsilon makes AdamW's update nearly proportional to the gradient, so that small gradients are compared too. And
-# the logits are capped, so low that every loss without that would be another.
+# A large epsilon makes AdamW's update nearly proportional to the gradient, so that small gradients are compared too. The
+# logits are capped so low that, without the cap, every loss would be different.
 PLAIN = {"optimizer__epsilon": 1.0, "optimizer__clip_norm": 0.0, "model__logit_soft_cap": 2.0}
 
 
@@ -34,7 +34,7 @@ def slow_start():
 
 
 def test_loss_is_that_of_the_logits_and_padding_does_not_count():
-    """Against the logits of the whole batch in NumPy, by the step and by the one that evaluates."""
+    """The training and evaluation steps, against NumPy on the logits of the whole batch."""
     train, batch = trainer(), tiny.batch(padding=5)
     architecture, state = train.architecture, train.state()
     parameters = tiny.host(state.parameters)
@@ -53,7 +53,7 @@ def test_loss_is_that_of_the_logits_and_padding_does_not_count():
     assert abs(metrics["loss"] - nll.mean()) > 1e-4
 
     for only in (np.arange(nll.size).reshape(nll.shape) == np.flatnonzero(counted)[7], np.zeros_like(counted)):
-        targets = np.where(only, batch["targets"], -1).astype(np.int32)  # one is to be predicted, or none
+        targets = np.where(only, batch["targets"], -1).astype(np.int32)  # one token is to be predicted, or none
         _, metrics = train(train.state(), dict(batch, targets=targets))
         np.testing.assert_allclose(metrics["loss"], nll[only].sum(), rtol=1e-5)
         assert (metrics["gradient_norm"] > 0) == only.any() and metrics["skips"] == 0
@@ -66,7 +66,7 @@ def test_loss_is_that_of_the_logits_and_padding_does_not_count():
 
 
 def test_documents_that_are_not_segmented_see_each_other():
-    """As if a row were one document, in training and in evaluation; padding still does not count."""
+    """As if each row were one document, in training and in evaluation; padding still does not count."""
     batch, architecture = tiny.batch(padding=5), tiny.architecture(("rg_lru",), 1)
     one = dict(batch, segment_ids=np.minimum(batch["segment_ids"], 1))
     parameters = tiny.parameters(architecture)
@@ -99,7 +99,7 @@ def test_what_stands_in_the_padding_changes_nothing():
 
 
 def test_microbatches_give_the_same_update():
-    """Also where the parts have unequal shares of padding."""
+    """Even if the parts have unequal shares of padding."""
     batch = tiny.batch(padding=11)
     whole, in_parts = trainer(), trainer(training__microbatches=4)
     (first, metrics), (second, other) = (train(train.state(), batch) for train in (whole, in_parts))
@@ -110,7 +110,7 @@ def test_microbatches_give_the_same_update():
         *(jax.tree.leaves(t) for t in (second.parameters, first.parameters, before)), strict=True
     ):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
-        assert np.max(np.abs(want - old)) > 2e-6  # so that a part left out would show
+        assert np.max(np.abs(want - old)) > 2e-6  # so that a missing part would show
     for got, want in zip(jax.tree.leaves(second.optimizer), jax.tree.leaves(first.optimizer), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
@@ -134,7 +134,7 @@ def test_z_loss_is_in_the_objective_and_not_in_the_loss():
 
 
 def test_the_weight_of_the_z_loss_does_not_depend_on_the_microbatches():
-    """Their tokens' weights sum to 1 over the whole batch."""
+    """The tokens' weights sum to 1 over the whole batch."""
     batch, architecture = tiny.batch(), tiny.architecture(("rg_lru",), 1)
     weights = np.full(batch["tokens"].shape, 1 / batch["tokens"].size, np.float32)
     arguments = tiny.parameters(architecture), batch, weights
@@ -147,7 +147,7 @@ def test_the_weight_of_the_z_loss_does_not_depend_on_the_microbatches():
 
 
 def test_a_run_begins_with_the_parameters_of_its_seed():
-    """Of all of it: JAX's keys take 32 bits."""
+    """All of the seed counts, although JAX's keys take 32 bits."""
     architecture = tiny.architecture(("rg_lru",), 1)
 
     def create(seed):

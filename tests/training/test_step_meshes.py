@@ -41,7 +41,7 @@ def test_8_devices_follow_one(sizes):
 
 @pytest.mark.parametrize("sizes", IN_PARTS, ids=str)
 def test_8_devices_follow_one_in_microbatches(sizes):
-    """Each copy of the parameters sums the gradients of its own rows, which have other numbers of targets."""
+    """Each copy of the parameters sums the gradients of its own rows, whose numbers of targets differ."""
     check_follows(tiny.mesh(8, **sizes), sizes, microbatches=2)
 
 
@@ -71,7 +71,7 @@ def _check_place(x, place):
 
 
 def test_the_first_state_does_not_depend_on_the_mesh():
-    """It is made in its place, with the numbers of one device."""
+    """It is made in its place, with the numbers that one device gets."""
     config = tiny.config(model__pattern=("sliding_window",), model__num_layers=1)
     architecture = tiny.architecture(("sliding_window",), 1)
     optimizer = make_optimizer(config, architecture)

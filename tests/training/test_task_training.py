@@ -1,4 +1,4 @@
-"""Runs on a synthetic task: only answers count, what is measured is what the logits say, a stopped run goes on exactly."""
+"""Runs on a synthetic task: only answers count, measurements agree with the logits, and a stopped run goes on exactly."""
 
 import jax
 import numpy as np
@@ -78,7 +78,7 @@ def test_batches_are_the_training_examples_of_the_seed():
 
 
 def test_each_task_is_asked_by_itself_while_a_run_trains(monkeypatch):
-    """The accuracy under a task's name is of its own examples, as many as the config says."""
+    """The accuracy under a task's name is of that task's own examples, as many as the config says."""
     evaluation = Evaluation(Job.build(task_config(evaluation__tasks=("parity:length=6+8",))), lambda: None)
     asked = []
 
@@ -111,7 +111,7 @@ def test_another_task_is_another_run(task_run):
 
 
 def test_the_loss_is_that_of_the_answers_alone():
-    """A step's loss is the mean over the answers, and what is no answer has no gradient: with other weights it would."""
+    """A step's loss is the mean over the answers; other tokens have no gradient, which other weights would give them."""
     trainer = tiny.Trainer(tiny.config())
     made = tasks.training_set(TASK, tasks.Setting(tiny.LENGTH, 32))
     batch = tasks.TaskBatches(made, batch_size=tiny.BATCH, seed=0)[0]
@@ -131,7 +131,7 @@ def test_the_loss_is_that_of_the_answers_alone():
 
 @pytest.mark.parametrize("spec", ["mqar:pairs=1+3:vocab_size=32", "parity"])
 def test_answers_are_those_of_the_logits(spec):
-    """Against NumPy on all logits, on one device and on eight; of a model whose answers are often right by chance."""
+    """Against NumPy on all logits, on one device and on eight, for a model whose answers are often right by chance."""
     config = tiny.config()
     architecture = tiny.described(configs.model_config(config))
     parameters = tiny.parameters(architecture, 1)

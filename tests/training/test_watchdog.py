@@ -52,7 +52,7 @@ def test_without_patience_nothing_lasts_too_long(ended):
 
 @pytest.fixture
 def looked_at(ended):
-    """What a watchdog ends that looks at ``life(watchdog)``: so often as this yields, before it goes on."""
+    """Gives the reasons for which a watchdog ends ``life(watchdog)``, at which it looks as often as each yield says."""
 
     def look(life):
         watchdog = Watchdog(1.0)
@@ -102,7 +102,7 @@ print("went on")
 
 
 def test_a_process_that_was_suspended_goes_on():
-    """For longer than it may be silent: 3 s."""
+    """It is suspended for longer than it may be silent, which is 3 s."""
     process = subprocess.Popen(
         [sys.executable, "-c", SUSPENDED], stdout=subprocess.PIPE, text=True, cwd=tiny.REPOSITORY
     )

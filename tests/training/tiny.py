@@ -30,7 +30,7 @@ BATCH, LENGTH, VOCABULARY = 8, 16, 32
 
 
 def config(**changes):
-    """A resolved config of one period of two layers; ``section__key=value`` changes a key."""
+    """A resolved config with one period of two layers; ``section__key=value`` changes a key."""
     made = configs.default()
     values = {
         "model__pattern": ("rg_lru", "sliding_window"),
@@ -64,7 +64,7 @@ described = functools.cache(describe)
 
 
 def parameters(architecture, seed=0):
-    """NumPy arrays in the shapes of the parameters; nothing is compiled for them."""
+    """NumPy arrays with the shapes of the parameters; nothing is compiled for them."""
     random = np.random.default_rng(seed)
 
     def draw(path, shape):
@@ -75,7 +75,7 @@ def parameters(architecture, seed=0):
 
 
 def batch(seed=0, padding=0):
-    """Random tokens in documents of some 5; the last ``padding`` positions of the odd rows are padding."""
+    """Random tokens in documents of about 5; the last ``padding`` positions of the odd rows are padding."""
     random = np.random.default_rng(seed)
     tokens = random.integers(0, VOCABULARY, (BATCH, LENGTH + 1)).astype(np.int32)
     ids = 1 + np.cumsum(random.random((BATCH, LENGTH)) < 0.2, axis=1, dtype=np.int32)
@@ -89,7 +89,7 @@ def mesh(devices=1, **sizes):
 
 
 def compiled(function, *arguments):
-    """``function`` for arguments like these, by the quickest way through the compiler."""
+    """``function`` compiled for arguments like these, in the quickest way."""
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     return jitted.lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})
 
@@ -109,7 +109,7 @@ class Trainer:
         )
 
     def state(self, seed=0, **changes):
-        """A new state, since a step takes the memory of the one that it is given."""
+        """A new state, since a step takes over the memory of the one that it is given."""
         values = parameters(self.architecture, seed)
         zero = np.zeros((), np.int32)
         state = states.TrainState(
@@ -127,7 +127,7 @@ class Trainer:
         return feeding.place(batch, meshes.batch_sharding(self.mesh), len(batch["tokens"]))
 
     def __call__(self, state, batch):
-        """The state and the metrics after a step, as NumPy arrays."""
+        """The state after a step, and its metrics as floats."""
         state, metrics = self.step(state, self.place(batch))
         return state, {name: float(value) for name, value in metrics.items()}
 
@@ -138,7 +138,7 @@ def host(tree):
 
 
 def assert_equal(actual, expected):
-    """Trees of arrays with the same bits; what is compared has to be something."""
+    """Asserts that two trees of arrays have the same bits and are not empty."""
     paths, structure = jax.tree.flatten_with_path(host(expected))
     leaves, actual_structure = jax.tree.flatten(host(actual))
     assert actual_structure == structure and leaves
@@ -149,7 +149,7 @@ def assert_equal(actual, expected):
 
 
 def lasting(config):
-    """``config`` for 8 steps on a schedule that does not depend on how many they are."""
+    """``config`` for 8 steps, on a schedule that does not depend on their number."""
     config = config.copy_and_resolve_references()
     config.model.pattern, config.model.num_layers = ("rg_lru", "sliding_window"), 2
     config.schedule.name = "constant"
@@ -166,7 +166,7 @@ def restored(workdir, config, mesh, step=None):
 
 
 def saved_structs(workdir):
-    """What the trees of a run's checkpoint are restored into: on one device, from the run's own config."""
+    """The trees into which a run's checkpoint is restored: on one device, by the run's own config."""
     from jaxlinear.training.workdir import read_config
 
     config = read_config(workdir)
@@ -175,7 +175,7 @@ def saved_structs(workdir):
 
 
 def losses(workdir):
-    """``{step: the text of its loss}``, as metrics.jsonl has it; the lines of evaluations have none."""
+    """``{step: the text of its loss}``, as in metrics.jsonl; the lines of evaluations have no loss."""
     lines = [line for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines() if '"loss": ' in line]
     found = [(json.loads(line)["step"], re.search(r'"loss": ([^,}]*)', line)[1]) for line in lines]
     assert len(dict(found)) == len(found), "a step is there twice"
@@ -210,8 +210,8 @@ ARGUMENTS = {
 }
 
 
-# Python that a run may begin with: it stops before it reads the batch of a step, in a file server that does not answer.
-# The losses up to the step two before that one are written then, and its checkpoint.
+# Python that a run may begin with: the run hangs when it reads the batch of a step, as on a file server that does not
+# answer. By then, the losses up to the step two before it are written, and that step's checkpoint.
 STOPS = """
 import time
 from jaxlinear.data import loader
@@ -225,7 +225,7 @@ loader.TrainBatches.__getitem__ = waits_for_a_file_server
 
 
 def program(file="launch/train.py", before=""):
-    """The beginning of a command line: a program of the project, or one that runs this Python first."""
+    """The beginning of a command line that runs a program of the project, after the Python ``before``."""
     if not before:
         return [sys.executable, str(REPOSITORY / file)]
     run = f"import runpy\nrunpy.run_path({str(REPOSITORY / file)!r}, run_name='__main__')\n"
@@ -233,20 +233,20 @@ def program(file="launch/train.py", before=""):
 
 
 def command(workdir, dataset, *arguments, before=""):
-    """The command line of a small run; later arguments count."""
+    """The command line of a small run; later arguments take precedence."""
     options = ARGUMENTS | {"config.data.path": dataset, "workdir": workdir}
     options |= dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
     return [*program(before=before), *(f"--{name}={value}" for name, value in options.items())]
 
 
 def environment():
-    """Of a program on one device, by the quickest way through the compiler."""
+    """For a program on one device that is compiled in the quickest way."""
     own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), **own}
 
 
 def start(workdir, dataset, *arguments, before=""):
-    """launch/train.py as a process of its own."""
+    """Starts launch/train.py as a process of its own."""
     return subprocess.Popen(
         command(workdir, dataset, *arguments, before=before),
         cwd=REPOSITORY,
