@@ -40,7 +40,7 @@ targets.set_environment()
 gc.set_threshold(20_000, 10, 10)
 
 _MAPS = pathlib.Path("/proc/self/maps")
-_MANY_MAPS = 30_000  # Linux allows a process 65,530; a compiled program takes a few, and beyond them the compiler aborts
+_MANY_MAPS = 30_000  # Linux allows a process 65,530; a program takes a few, and beyond them the compiler aborts
 _EVERY = 8  # tests: counting many maps takes 10 ms
 
 
