@@ -42,7 +42,7 @@ def representable(x):
 
 
 def cast(tree, dtype):
-    """Casts the floating and complex arrays of a tree of NumPy arrays to ``dtype``; leaves the others as they are."""
+    """Casts the floating and complex NumPy arrays of a tree to ``dtype``; leaves the others as they are."""
 
     def one(x):
         if np.issubdtype(x.dtype, np.complexfloating):

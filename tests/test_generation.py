@@ -121,7 +121,7 @@ def test_state_after_packed_documents(model, length):
 
 
 def test_kernels_by_output_are_those_of_the_model(deep):
-    """Laid out once: ``for_decoding`` of its own result returns it unchanged, and does not change the original model."""
+    """Laid out once: a second ``for_decoding`` returns the same model, and the original is unchanged."""
     turned = deep.for_decoding()
     assert turned.by_output and not deep.by_output and turned.for_decoding() is turned
     before, after = (model.unstacked().stacks[0][1].blocks[0].mlp.gate.kernel for model in (deep, turned))
@@ -146,7 +146,7 @@ def test_a_model_for_decoding_is_the_same_model(mixer):
 
 @pytest.mark.parametrize("mixer", [*sorted(mixers.MIXERS), "experts"])
 def test_parameters_that_are_rounded_for_decoding_are_only_read_so(mixer):
-    """Every use rounds them to bfloat16: outputs are equal to the last bit; and they are most of the parameters."""
+    """To bfloat16, in which they are used: outputs are equal to the last bit. They are most of the parameters."""
     sizes = {"num_layers": 1, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
     sizes |= {"key_width": 8, "value_width": 8, "dtype": "bfloat16"}
     if mixer == "experts":
@@ -276,7 +276,7 @@ def test_how_many_rows_are_added():
     mesh = meshes.make_mesh(tiny.ONES | {"data": 4}, jax.devices()[:4])
     assert [generation._more_rows(n, "cpu", None) for n in (1, 2)] == [0, 0]
     assert [generation._more_rows(n, "tpu", None) for n in (0, 1, 2, 3)] == [0, 1, 0, 0]
-    # Four rows are one per device; three rows, or one, do not divide among them, so each device has all.
+    # Four rows are one per device; three rows, or one, do not divide among four devices: each has all.
     assert [generation._more_rows(n, "gpu", mesh) for n in (1, 3, 4, 8)] == [1, 0, 4, 0]
 
 

@@ -264,7 +264,7 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
-    """Sums of 10,000 equal terms: in bfloat16 a sum stops growing at 256. Layers are zero: only the norm has a slope."""
+    """10,000 equal terms: a bfloat16 sum stops growing at 256. Layers are zero: only the norm has a slope."""
     architecture = describe(small.config(num_layers=1, pattern=("rg_lru",), dtype="bfloat16", embedding_scale=False))
     parameters = numerics.cast(small.parameters(architecture.shapes), "float32")
     parameters["stacks"] = jax.tree.map(jnp.zeros_like, parameters["stacks"])  # each block returns 0

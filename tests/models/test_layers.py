@@ -153,7 +153,7 @@ def test_rotary_at_a_million():
 
 
 def test_gradient_of_a_bias_is_summed_in_float32():
-    """Sums of 100,000 equal terms: in bfloat16 a sum stops growing at 256."""
+    """100,000 equal terms: a bfloat16 sum stops growing at 256."""
     graph, parameters = nnx.split(Linear(1, 1, axes=(None, None), rngs=nnx.Rngs(0)))
     x = np.ones((1, 100_000, 1), ml_dtypes.bfloat16)
 

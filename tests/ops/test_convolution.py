@@ -151,7 +151,7 @@ def test_the_state_holds_the_inputs_of_the_last_document():
 
 
 def test_gradients_of_the_parameters_are_summed_in_float32():
-    """Sums of 100,000 equal terms: in bfloat16 a sum stops growing at 256."""
+    """100,000 equal terms: a bfloat16 sum stops growing at 256."""
     x = np.ones((1, 100_000, 1), ml_dtypes.bfloat16)
 
     @numerics.jit

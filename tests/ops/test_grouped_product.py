@@ -61,7 +61,7 @@ def test_values_and_gradients(backend, name, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_kernels_are_summed_in_float32(backend):
-    """Sums of 1,000 equal terms: in bfloat16 a sum stops growing at 256. Float32 kernels have float32 gradients."""
+    """1,000 equal terms: a bfloat16 sum stops growing at 256. Float32 kernels have float32 gradients."""
     x, kernels, dy = (
         jnp.ones((1000, 1), jnp.bfloat16),
         jnp.ones((2, 1, 1), jnp.float32),

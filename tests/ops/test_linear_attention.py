@@ -315,7 +315,7 @@ def test_no_decay_adds_up_65536_tokens():
 
 
 def assert_states_are_float32(run, kind):
-    """The state, and backward its gradient, sums 1,001 equal terms: in bfloat16 a sum stops growing at 256."""
+    """The state, and backward its gradient, sums 1,001 equal terms: a bfloat16 sum stops growing at 256."""
     x, state = jnp.ones((1, 1001, 1, 16), jnp.bfloat16), jnp.zeros((1, 1, 16, 16))
     shapes = {"constant": (1,), "scalar": x.shape[:3], "channel": x.shape}
     log_decay = None if kind == "none" else jnp.zeros(shapes[kind])

@@ -1,4 +1,4 @@
-"""The attention kernels compiled for TPUs and GPUs that are not present, forward and backward, as ``auto`` chooses them.
+"""The attention kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
 
 On GPU, ptxas reports each kernel's registers: none is spilled.
 """

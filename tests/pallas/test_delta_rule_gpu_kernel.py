@@ -50,7 +50,7 @@ def test_a_run_without_its_outputs(name):
 
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_hard_decays(kind):
-    """Strong and weak decays in one chunk; the same for all; strong for most of a chunk and weak at its end."""
+    """Decays strong and weak in one chunk, equal for all, or weak only at a chunk's end."""
     hard = [
         lambda random, shape: random.choice([-50.0, -1e4, -1e-7, -1e-3, 0.0], shape),
         *(lambda _, shape, value=value: np.full(shape, value) for value in (-1e-7, -50.0, -np.inf)),

@@ -69,7 +69,7 @@ def test_states_of_bfloat16_are_float32(kind):
 
 
 def test_on_a_simulated_tpu():
-    """With TPU memories and copies; reads beyond an array, and of memory that nothing wrote, give NaN."""
+    """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""
     target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
     check("short_channel", "float32", target)
     check("short", "bfloat16", target, negative_eigenvalues=True)
@@ -116,7 +116,7 @@ def assert_right_in_float32(inputs, packed=False, tolerance=1e-5):
 
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_hard_decays(kind):
-    """Strong and weak decays in one chunk; the same for all; strong except at a chunk's end; equal keys; reflections."""
+    """Decays strong and weak in one chunk, equal for all, or weak only at a chunk's end; equal keys; reflections."""
     hard = [
         lambda random, shape: random.choice([-50.0, -1e4, -1e-7, -1e-3, 0.0], shape),
         *(lambda _, shape, value=value: np.full(shape, value) for value in (-1e-7, -50.0, -np.inf)),
@@ -264,7 +264,7 @@ def test_one_kernel_each_way():
 
 
 def test_the_family_of_the_kernel_in_pieces():
-    """Runs in sequence, and their gradients; the state's gradient comes from the kernel that computes it alone."""
+    """Runs in sequence, and their gradients; the state's is from the kernel that computes it alone."""
     random = np.random.default_rng(2)
     q, k, v, state = (random.standard_normal(shape) for shape in (*[(1, 24, 1, 3)] * 2, (1, 24, 1, 2), (1, 1, 3, 2)))
     beta, log_decay = random.uniform(0, 1, (2, 1, 24, 1)) * np.array([1, -1]).reshape(2, 1, 1, 1)

@@ -1,5 +1,4 @@
-"""Linear attention's kernels compiled for TPUs and GPUs that are not present, forward and backward, as ``auto`` chooses
-them.
+"""Linear attention's kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
 
 On TPU one kernel each way, and no copy of an array around them: the kernels take the layout in which products leave arrays,
 ``[B, T, H K]``. On GPU, ptxas reports each kernel's registers: none is spilled.

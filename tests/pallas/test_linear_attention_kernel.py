@@ -69,7 +69,7 @@ def test_states_of_bfloat16_are_float32(kind, target):
 
 @pytest.mark.parametrize("name", ["short", "channel_whole_chunks"])
 def test_on_a_simulated_tpu(small_blocks, name):
-    """With TPU memories and copies; reads beyond an array, and of memory that nothing wrote, give NaN."""
+    """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""
     check(name, "float32", Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan")))
 
 
@@ -157,7 +157,7 @@ def assert_right_in_float32(inputs, target, packed=False):
 @pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("kind", ["constant", "scalar", "channel"])
 def test_hard_decays(small_blocks, kind, target):
-    """Strong and weak decays in one chunk; the same for all; strong for most of a chunk and weak at its end."""
+    """Decays strong and weak in one chunk, equal for all, or weak only at a chunk's end."""
     hard = [
         lambda random, shape: random.choice([-50.0, -1e4, -1e-7, -1e-3, 0.0], shape),
         *(lambda _, shape, value=value: np.full(shape, value) for value in (-1e-7, -50.0, -np.inf)),

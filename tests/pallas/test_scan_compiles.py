@@ -1,4 +1,4 @@
-"""The scan kernels compiled for TPUs and GPUs that are not present, forward and backward, as ``auto`` chooses them.
+"""The scan kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
 
 One kernel each way, and no copy of an array around them: the kernels take the layout that arrays have. On GPU, ptxas
 reports each kernel's registers: none is spilled.

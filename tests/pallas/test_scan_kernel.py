@@ -94,8 +94,8 @@ def test_narrow_numbers(small_blocks, name, dtype, platform):
 
 @pytest.mark.parametrize("name", ["blocks", "plain", "packed"])
 def test_on_a_simulated_tpu(name):
-    """With TPU memories and copies, and blocks of several registers side by side; reads beyond an array, and of memory that
-    nothing wrote, give NaN."""
+    """With TPU memories and copies, and blocks of several registers side by side; reads beyond an array or of unwritten
+    memory give NaN."""
     check(name, target("tpu", pltpu.InterpretParams(uninitialized_memory="nan")), "float32")
 
 
@@ -171,7 +171,7 @@ def test_one_kernel_each_way():
 
 
 def test_the_family_of_the_kernel_in_pieces(small_blocks):
-    """Runs in sequence, and their gradients; the state's gradient comes from the kernel that computes it alone."""
+    """Runs in sequence, and their gradients; the state's is from the kernel that computes it alone."""
     random = np.random.default_rng(2)
     a, x, state = random.uniform(0, 1, (2, 12, 3)), random.standard_normal((2, 12, 3)), random.standard_normal((2, 3))
     starts = np.zeros((2, 12), bool)

@@ -1,5 +1,4 @@
-"""The selective scan's kernels compiled for TPUs and GPUs that are not present, forward and backward, as ``auto`` chooses
-them.
+"""The selective scan's kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
 
 One kernel each way, and no copy of an array as long as the sequence around them. On GPU, ptxas reports each kernel's
 registers: none is spilled.

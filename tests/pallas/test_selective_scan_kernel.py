@@ -95,7 +95,7 @@ def test_narrow_numbers(small_blocks, name, dtype, platform):
 
 @pytest.mark.parametrize("name", ["packed", "blocks_of_keys"])
 def test_on_a_simulated_tpu(small_blocks, name):
-    """With TPU memories and copies; reads beyond an array, and of memory that nothing wrote, give NaN."""
+    """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""
     check(name, target("tpu", pltpu.InterpretParams(uninitialized_memory="nan")), "float32")
 
 
@@ -167,7 +167,7 @@ def test_one_kernel_each_way():
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_family_of_the_kernel_in_pieces(small_blocks, platform):
-    """Runs in sequence, and their gradients; the state's gradient comes from the kernel that computes it alone."""
+    """Runs in sequence, and their gradients; the state's is from the kernel that computes it alone."""
     (x, dt, A, B, C, state), ids, cotangents, *_ = case("packed")
     marks = starts(ids)
 

@@ -114,7 +114,7 @@ def test_no_array_is_of_every_head(monkeypatch, platform, sizes):
 
 
 def test_on_a_simulated_tpu():
-    """Reads beyond an array, and of memory that nothing wrote, give NaN: also for a head after the last."""
+    """Reads beyond an array or of unwritten memory give NaN: also for a head after the last."""
     inputs, cotangents = draw("scalar", 40, 3, 6, 64)
     target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
     found = numerics.run(
