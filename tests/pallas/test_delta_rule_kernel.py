@@ -173,8 +173,8 @@ def inverse_of(lower, count):
 
 
 def test_inverses_to_16_digits_of_unlike_blocks():
-    """Of blocks of 16 rows alone the last differs from the identity, so that the inverse has what is between the others
-    itself, of which one factor in bfloat16 takes 16 digits."""
+    """Of the blocks of 16 rows only the last differs from the identity, so between the others the inverse has the entries
+    of -``lower`` themselves, of which one factor in bfloat16 keeps 16 digits."""
     lower = np.tril(np.random.default_rng(0).standard_normal((128, 128)), -1).astype(np.float32)
     block = np.arange(128) // 16
     lower[(block[:, None] == block) & (block < 7)] = 0
