@@ -1,4 +1,4 @@
-"""What all tests share: several devices on the CPU, what was compiled before, and a run that is trained once."""
+"""Shared by all tests: several CPU devices, a cache of compiled programs, and a run that is trained once."""
 
 import contextlib
 import gc
@@ -14,14 +14,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-# What is compiled is kept for the workers and for the programs that tests start, which have the environment from here.
-# Never in the user's own directory: tests kill programs while they write, and nothing of another day decides a test.
+# Compiled programs are cached for the workers and for programs that tests start, which inherit this environment. Never in
+# the user's own directory: tests kill programs while they write, and no test should depend on an earlier session.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="compiled_programs_")
     _lock = open(os.path.join(_programs.name, "no_lock_yet"), "wb")
     assert locks.take(_lock)
     os.rename(_lock.name, os.path.join(_programs.name, locks.FILE))
-    for _left in pathlib.Path(tempfile.gettempdir()).glob("compiled_programs_*"):  # of tests that were killed
+    for _left in pathlib.Path(tempfile.gettempdir()).glob("compiled_programs_*"):  # left by tests that were killed
         with contextlib.suppress(OSError), (_left / locks.FILE).open("rb") as _other:
             if locks.take(_other):
                 shutil.rmtree(_left, ignore_errors=True)
@@ -36,12 +36,12 @@ from jaxlinear.parallel import targets
 
 targets.set_environment()
 
-# What JAX traces is many objects that live long, in which Python's own thresholds have it look for garbage all the time.
+# Tracing creates many long-lived objects, and Python's default thresholds would collect garbage all the time.
 gc.set_threshold(20_000, 10, 10)
 
 _MAPS = pathlib.Path("/proc/self/maps")
-_MANY_MAPS = 30_000  # Linux allows a process 65,530; compiled programs take a few each, and the compiler aborts without
-_EVERY = 8  # tests: to count them takes 10 ms when they are many
+_MANY_MAPS = 30_000  # Linux allows a process 65,530; a program takes a few, and beyond them the compiler aborts
+_EVERY = 8  # tests: counting many maps takes 10 ms
 
 
 def pytest_addoption(parser):
@@ -78,16 +78,16 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.fixture(autouse=True, scope="module")
 def optimised(request):
-    """``make test`` compiles with little optimisation, but not what is compiled for devices that are not here."""
+    """``make test`` compiles with little optimisation, except for devices that are not present."""
     if request.node.get_closest_marker("compiles_ahead") is None:
         yield
         return
     import jax
 
-    # Nor is it kept: without such a device JAX cannot read it again, of which it warns.
+    # Nor are these programs cached: without such a device JAX cannot read them back, and warns about it.
     optimisations, kept = "jax_disable_most_optimizations", "jax_persistent_cache_min_compile_time_secs"
     before = {optimisations: jax.config.read(optimisations), kept: getattr(jax.config, kept)}
-    with pytest.MonkeyPatch.context() as patch:  # of the programs that these tests start, too
+    with pytest.MonkeyPatch.context() as patch:  # for programs that these tests start, too
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1e9")
         for name, value in {optimisations: False, kept: 1e9}.items():
@@ -102,7 +102,7 @@ _tests = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Lets go of compiled programs when there are many: a worker meets those of a thousand tests."""
+    """Frees compiled programs once there are many: a worker runs a thousand tests."""
     yield
     if next(_tests) % _EVERY == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
         import jax
@@ -148,7 +148,7 @@ def tiny_config(tiny_dataset):
             "recurrent_width": 32,
             "num_heads": 4,
             "window": 8,
-            "logit_soft_cap": 2.0,  # so low that every loss without it would be another
+            "logit_soft_cap": 2.0,  # so low that leaving it out would change every loss
             "dtype": "float32",
         }
     )
@@ -163,7 +163,7 @@ def tiny_config(tiny_dataset):
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config, tmp_path_factory):
-    """The directory of a run with checkpoints of the steps 1 and 2."""
+    """The directory of a run with checkpoints of steps 1 and 2."""
     from jaxlinear.data import load_tokenizer
     from jaxlinear.training.loop import FINISHED, train
 

@@ -1,5 +1,5 @@
-"""GPUs other than those that users compile for without having them: kernels have other blocks there, or none. For one
-that is not there JAX 0.12 compiles only by names that it knows, as L40 for an L40S."""
+"""GPUs besides those that users compile for without having one: there kernels have other blocks, or do not run. For an
+absent GPU, JAX 0.12 compiles only under names it knows, such as L40 for an L40S."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ from typing import NamedTuple
 class _GPU(NamedTuple):
     name: str
     capability: str
-    shared_memory: int  # of a block
+    shared_memory: int  # per block
     of_core: int
     cores: int
-    threads: int  # of a core
+    threads: int  # per core
     memory: int
 
 
@@ -34,7 +34,7 @@ device_description_str: "{name}"
 
 
 def device(name: str):
-    """One of ``GPUS``, to compile for."""
+    """One of ``GPUS`` as a device to compile for."""
     from jax.experimental import topologies
 
     description = _DESCRIPTION.format(**GPUS[name]._asdict())

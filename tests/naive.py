@@ -1,4 +1,4 @@
-"""The oracles transcribed to jax.numpy in the plainest form that can be differentiated."""
+"""The oracles transcribed to jax.numpy in the plainest differentiable form."""
 
 import jax
 import jax.numpy as jnp
@@ -72,14 +72,14 @@ def delta_rule(q, k, v, beta, log_decay=None, initial_state=None, ids=None, scal
 
 
 def selective_scan(x, dt, A, B, C, initial_state, ids=None):
-    """By numbers of the state ``[B, T, D, N]``, which all exist at once."""
+    """Element-wise on the states ``[B, T, D, N]``, which all exist at once."""
     a = 1 - dt[..., None] * B[:, :, None] ** 2 if A is None else jnp.exp(dt[..., None] * A[None, None])
     states, final = linear_recurrence(a, (dt * x)[..., None] * B[:, :, None], initial_state, ids)
     return jnp.sum(states * C[:, :, None], axis=-1), final
 
 
 def causal_convolution(x, kernel, bias, state, ids=None):
-    """By scan: the state is the window."""
+    """A scan whose state is the window."""
 
     def step(window, xs):
         xt, new = xs
@@ -92,7 +92,7 @@ def causal_convolution(x, kernel, bias, state, ids=None):
 
 
 def sliding_window_attention(q, k, v, *, window, scale=None, ids=None):
-    """The whole matrix of logits, masked."""
+    """Masks the full matrix of logits."""
     batch, length, heads, width = q.shape
     total, repeats = k.shape[1], heads // k.shape[2]
     k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)

@@ -1,4 +1,4 @@
-"""Running a function in a chosen precision, its gradients, and comparing the results with a reference."""
+"""Runs a function and its gradients in a chosen precision, and compares the results with a reference."""
 
 import functools
 import itertools
@@ -8,27 +8,26 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-# Of the largest magnitude of the reference.
+# Relative to the largest magnitude in the reference.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}
 _COMPLEX = {"float64": "complex128", "float32": "complex64", "bfloat16": "complex64"}
 
 
-# Without the optimisation of machine code, most of which runs once, and without MLIR for each fusion: each about halves the
-# time to compile.
+# No optimisation of machine code, most of which runs once, and no MLIR for each fusion: each about halves compile time.
 _OPTIONS = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # which has no other emitters
+if jax.__version_info__ < (0, 11):  # from 0.11 on there are no other emitters
     _OPTIONS["xla_cpu_use_fusion_emitters"] = False
 jit = functools.partial(jax.jit, compiler_options=_OPTIONS)
 
 
 def each_dtype(names, *chosen):
-    """``(name, dtype)``: every case in float64, which checks the mathematics; the chosen in the others as well."""
+    """``(name, dtype)``: every case in float64, which checks the mathematics; those chosen in the other dtypes as well."""
     names = [*names, *(name for name in chosen if name not in names)]
     return [(name, dtype) for name in names for dtype in TOLERANCES if dtype == "float64" or name in chosen]
 
 
 def normal(random, *shape, complex_=False):
-    """Standard normal numbers that every tested dtype can hold, so that one reference serves them all."""
+    """Standard normal numbers exact in every tested dtype, so that one reference serves them all."""
     if complex_:
         return normal(random, *shape) + 1j * normal(random, *shape)
     return representable(random.standard_normal(shape))
@@ -43,7 +42,7 @@ def representable(x):
 
 
 def cast(tree, dtype):
-    """The floating and complex arrays of a tree of NumPy arrays in ``dtype``; the others as they are."""
+    """Casts the floating and complex NumPy arrays of a tree to ``dtype``; leaves the others as they are."""
 
     def one(x):
         if np.issubdtype(x.dtype, np.complexfloating):
@@ -71,7 +70,7 @@ def with_gradients(function):
 
 
 def run(function, *arguments, dtype):
-    """``function`` on NumPy arrays cast to ``dtype``, outputs as jax arrays."""
+    """Applies ``function`` to NumPy arrays cast to ``dtype``; returns jax arrays."""
     with jax.enable_x64(dtype == "float64"):
         return function(*cast(arguments, dtype))
 
@@ -87,7 +86,7 @@ def directional_derivative(function, inputs, directions, step=1e-6):
 
 
 def assert_close(actual, expected, tolerance):
-    """Trees of arrays: equal structures, shapes, and no error above ``tolerance`` times the largest of the array."""
+    """Trees of arrays: equal structures and shapes, and no error above ``tolerance`` times the array's largest entry."""
     paths, structure = jax.tree.flatten_with_path(expected)
     leaves, actual_structure = jax.tree.flatten(actual)
     assert actual_structure == structure
@@ -102,6 +101,6 @@ def assert_close(actual, expected, tolerance):
 
 
 def runs(ids):
-    """``(start, end)`` of each document of one row of ids."""
+    """``(start, end)`` of each document in one row of ids."""
     edges = [0, *(np.flatnonzero(np.diff(ids)) + 1), len(ids)]
     return list(itertools.pairwise(edges))

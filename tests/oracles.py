@@ -1,4 +1,4 @@
-"""The operations and layers once more, step by step in NumPy, from their equations: slow, plain, float64.
+"""The operations and layers reimplemented from their equations, step by step in NumPy: slow, plain, float64.
 
 A document is a run of equal segment ids. Axes: B batch, T time, H heads, G key heads, K key, V value, D model,
 R recurrent. ``parameters`` is the pure dict of a module.
@@ -10,7 +10,7 @@ from jaxlinear.models import stacks
 
 
 def document_starts(ids, batch, length):
-    """``[B, T]`` int: where the document of each token begins in its row."""
+    """``[B, T]`` int: the position in its row at which each token's document begins."""
     starts = np.zeros((batch, length), int)
     for b in range(batch):
         for t in range(1, length):
@@ -87,7 +87,7 @@ def delta_rule(q, k, v, beta, log_decay=None, initial_state=None, ids=None, scal
 def selective_scan(x, dt, A, B, C, initial_state=None, ids=None):
     """``S_t = exp(dt_t A) S_{t-1} + (dt_t x_t) B_t^T``, ``y_t = S_t C_t``.
 
-    With A None it is ``1 - dt_t (B_t^T)^2`` in place of the exponential.
+    If A is None, ``1 - dt_t (B_t^T)^2`` replaces the exponential.
     x, dt ``[B, T, D]``; A ``[D, N]``; B, C ``[B, T, N]``. -> y, the last S.
     """
     (batch, length, width), states = x.shape, B.shape[-1]
@@ -110,7 +110,7 @@ def causal_convolution(x, kernel, bias=None, state=None, ids=None):
     starts = document_starts(ids, batch, length)
 
     def look(b, t, back):
-        """x[b, t - back], of the document of t."""
+        """x[b, t - back] if t's document has it; else an entry of the state, or zeros."""
         place = t - back
         if place >= starts[b, t]:
             return x[b, place]
@@ -130,7 +130,7 @@ def causal_convolution(x, kernel, bias=None, state=None, ids=None):
 
 
 def sliding_window_attention(q, k, v, *, window, scale=None, ids=None):
-    """Each head of each token by itself. q ``[B, T, H, K]``; k, v ``[B, P+T, G, ...]``; ids ``[B, P+T]``."""
+    """One head of one token at a time. q ``[B, T, H, K]``; k, v ``[B, P+T, G, ...]``; ids ``[B, P+T]``."""
     batch, length, heads, width = q.shape
     prefix, repeats = k.shape[1] - length, heads // k.shape[2]
     scale = width**-0.5 if scale is None else scale
@@ -177,7 +177,7 @@ def softplus(x):
 
 
 def gelu(x):
-    """Its tanh form (Hendrycks and Gimpel, arXiv:1606.08415)."""
+    """The tanh form (Hendrycks and Gimpel, arXiv:1606.08415)."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
@@ -200,7 +200,7 @@ def silu(x):
 
 
 def mixture_of_experts(parameters, x, experts_per_token, *, activation=gelu, counted=None):
-    """Token by token, expert by expert. -> y, and the losses over the tokens that are ``counted`` ``[B, T]``, or all."""
+    """Token by token, expert by expert. -> y, and the losses over the ``counted`` ``[B, T]`` tokens, or over all."""
     batch, length, _ = x.shape
     experts = parameters["router"].shape[1]
     counted = np.ones((batch, length), bool) if counted is None else counted
@@ -226,8 +226,8 @@ def _expert(parameters, name, e, x):
 
 
 def rotary(x, positions, *, fraction, base=10_000.0, scaling=0.0, context=8192):
-    """Channel pairs (i, i + half) turned as complex numbers; x ``[B, T, H, K]``, positions ``[B, T]``. With ``scaling``
-    those whose wave is longer than the context turn so many times slower, those of a quarter of it or less as they did."""
+    """Channel pairs (i, i + half) rotated as complex numbers; x ``[B, T, H, K]``, positions ``[B, T]``. ``scaling`` slows
+    pairs whose wave is longer than the context by that factor, and leaves those of a quarter of it or less unchanged."""
     half = int(x.shape[-1] * fraction) // 2
     y = np.array(x, np.float64)
     for i in range(half):
@@ -244,7 +244,7 @@ def rotary(x, positions, *, fraction, base=10_000.0, scaling=0.0, context=8192):
 
 
 def turned(x, positions, config):
-    """By the keys of a model."""
+    """``rotary`` with the keys of a model's config."""
     scaled = {"scaling": config.rotary_scaling, "context": config.rotary_context}
     return rotary(x, positions, fraction=config.rotary_fraction, base=config.rotary_base, **scaled)
 
@@ -273,7 +273,7 @@ def rg_lru(parameters, x, ids=None):
 
 
 def language_model(config, parameters, tokens, ids=None, *, mixers):
-    """Logits ``[B, T, vocab]`` from an empty past, block by block; ``mixers``: the oracle of each."""
+    """Logits ``[B, T, vocab]`` from an empty past, block by block; ``mixers`` holds each mixer's oracle."""
     x = parameters["embedding"][tokens] * (np.sqrt(config.width) if config.embedding_scale else 1.0)
     for layer, mixer in enumerate(config.layers):
         place = stacks.place(config.stacks, layer)

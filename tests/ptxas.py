@@ -1,4 +1,4 @@
-"""What ptxas makes of kernels that were compiled for a GPU which is not here."""
+"""What ptxas reports about kernels compiled for a GPU that is not present."""
 
 import importlib.util
 import re
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def dumped_to(directory: Path) -> dict[str, str]:
-    """What ``compile`` is given so that kernels lie there for ``registers``; JAX 0.11 does not write them unless asked."""
+    """Options of ``compile`` that write the kernels to ``directory``, for ``registers``; JAX 0.11 has to be asked to."""
     return {"xla_dump_to": str(directory), "xla_dump_emitter_re": "ptx"}
 
 
 def registers(directory: Path, name: str) -> dict[str, int]:
-    """By kernel whose name begins so, of those that XLA dumped: registers of a thread. None spills any."""
+    """Registers per thread of each dumped kernel whose name begins with ``name``. Asserts that none spills."""
     ptxas = Path(importlib.util.find_spec("nvidia").submodule_search_locations[0]) / "cu13" / "bin" / "ptxas"
     used = {}
     for ptx in directory.glob("*.ptx"):

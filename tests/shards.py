@@ -1,4 +1,4 @@
-"""Meshes of 8 devices that spread time, and documents that try their borders."""
+"""Meshes of 8 devices that spread time, and documents that test the borders of shards."""
 
 import numpy as np
 
@@ -7,8 +7,8 @@ from jaxlinear.parallel import mesh as meshes
 T = 32  # shards of 4, 8 or 16 tokens
 EIGHT, FOUR, TWO = {"sequence": 8}, {"data": 2, "sequence": 4}, {"fsdp": 2, "sequence": 2, "tensor": 2}
 MESHES = [EIGHT, FOUR, TWO]
-# [4, T]: documents that begin before, on and after the borders of shards, longer than two shards, and of one token; an id
-# used twice.
+# [4, T]: documents that begin before, on and after the borders of shards; longer than two shards; of one token; and an id
+# that is used twice.
 IDS = np.stack(
     [
         np.repeat([0, 1, 2, 3], [3, 5, 20, 4]),
@@ -20,5 +20,5 @@ IDS = np.stack(
 
 
 def make_mesh(sizes):
-    """Over as many devices as these sizes take, the other axes being 1."""
+    """A mesh over as many devices as these sizes take; the other axes are 1."""
     return meshes.make_mesh({axis: sizes.get(axis, 1) for axis in meshes.AXES})

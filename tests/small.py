@@ -14,7 +14,7 @@ PATTERN = ("rg_lru", "rg_lru", "sliding_window")
 def config(**changes):
     values = {
         "pattern": PATTERN,
-        "num_layers": 8,  # two periods, scanned, and two layers more
+        "num_layers": 8,  # two periods, scanned, and two more layers
         "vocab_size": 31,
         "width": 16,
         "recurrent_width": 24,
@@ -29,7 +29,7 @@ def config(**changes):
 
 
 def parameters(shapes, seed=0):
-    """Float64 NumPy arrays of these shapes, so drawn that every gate, bias and scale counts."""
+    """Float64 NumPy arrays of these shapes, drawn so that every gate, bias and scale matters."""
     random = np.random.default_rng(seed)
 
     def draw(path, shape):
@@ -48,7 +48,7 @@ def parameters(shapes, seed=0):
 
 
 def module(make):
-    """``(graph, float64 parameters)`` of an ``nnx`` module, which takes its ``Rngs``."""
+    """``(graph, float64 parameters)`` of the ``nnx`` module that ``make(Rngs)`` returns."""
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     return graph, parameters(nnx.to_pure_dict(state))
 

@@ -28,7 +28,7 @@ def trees(seed):
 
 
 def on(mesh, spec=()):
-    """Where to restore the trees: every wide array by ``spec``, the others everywhere."""
+    """Where to restore the trees: every wide array sharded by ``spec``, the others replicated."""
 
     def struct(x):
         place = NamedSharding(mesh, PartitionSpec(*spec) if x.ndim == 3 else PartitionSpec())
@@ -71,6 +71,6 @@ def assert_equal(actual, expected):
 
 @functools.cache
 def three(directory):
-    """``directory`` with the steps 1, 2 and 3. It is to be copied, not changed."""
+    """``directory`` with steps 1, 2 and 3. Copy it; do not change it."""
     save(directory, (1, 2, 3), keep_newest=3)
     return directory

@@ -1,4 +1,4 @@
-"""The table of docs/architecture.md is that of the code: no room imports another one that it may not."""
+"""The table in docs/architecture.md matches the code: no room imports another that it may not."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ AGAINST = {"jaxlinear/models/loading.py"}  # as the page says
 
 
 def rooms() -> dict[str, tuple[str, set[str]]]:
-    """By the path of each room its row's first path and what the row says that it may import."""
+    """Maps the path of each room to its row's first path and to what that row lets it import."""
     found = {}
     for line in PAGE.read_text().split("\n"):
         if line.startswith("| `jaxlinear/"):
@@ -24,13 +24,13 @@ def rooms() -> dict[str, tuple[str, set[str]]]:
 
 
 def room_of(path: str) -> str:
-    """The longest path of the table that this one is below, or is; empty if there is none."""
+    """The longest path in the table that is, or contains, this one; empty if there is none."""
     fitting = [room for room in rooms() if path == room or (room.endswith("/") and path.startswith(room))]
     return max(fitting, key=len, default="")
 
 
 def reached(room: str) -> set[str]:
-    """The first paths of the rows that a room may import, directly or by others."""
+    """The first paths of the rows that a room may import, directly or through others."""
     table = rooms()
     small = table["jaxlinear/errors.py"][0]
     seen, waiting = {small}, [table[room][0]]
@@ -46,7 +46,7 @@ def reached(room: str) -> set[str]:
 
 
 def imported(file: Path) -> set[str]:
-    """The files and folders of this package that a file imports, wherever in it."""
+    """The files and folders of this package that a file imports, anywhere in it."""
     names = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -59,7 +59,7 @@ def imported(file: Path) -> set[str]:
             parts = parts[:-1]
         path = ROOT.joinpath(*parts)
         found.add("/".join(parts) + ("/" if path.is_dir() else ".py"))
-    return found - {"jaxlinear/"}  # its version
+    return found - {"jaxlinear/"}  # the package itself, for its version
 
 
 FILES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "jaxlinear").rglob("*.py"))]
@@ -83,6 +83,6 @@ def test_a_room_imports_what_it_may(room):
 
 
 def test_the_file_that_goes_against_the_table_still_does():
-    """Else the page and ``AGAINST`` say it for nothing."""
+    """Otherwise the exception should leave the page and ``AGAINST``."""
     others = {rooms()[room_of(other)][0] for name in AGAINST for other in imported(ROOT / name)}
     assert others - reached("jaxlinear/models/")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files are written whole or not at all."""
 
 import os
 
@@ -17,7 +17,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_two_files_that_differ_in_their_suffix_do_not_share_what_is_unfinished(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "replace", lambda *_: None)  # as if both were killed there
+    monkeypatch.setattr(os, "replace", lambda *_: None)  # as if both were killed at that point
     atomic.write_text(tmp_path / "run.json", "{}")
     atomic.write_text(tmp_path / "run.jsonl", "é")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json.tmp", "run.jsonl.tmp"]

@@ -1,4 +1,4 @@
-"""Checkpoints of small trees: what is kept, what is refused, and that arrays come back on any mesh."""
+"""Checkpoints of small trees: what is kept, what is refused, and that arrays are restored on any mesh."""
 
 import errno
 import itertools
@@ -22,7 +22,7 @@ from tests import small_trees
 
 @pytest.fixture
 def three(tmp_path, tmp_path_factory):
-    """A work directory with the steps 1, 2 and 3."""
+    """A work directory with steps 1, 2 and 3."""
     return shutil.copytree(small_trees.three(tmp_path_factory.getbasetemp() / "three"), tmp_path / "run")
 
 
@@ -36,7 +36,7 @@ def test_round_trip(tmp_path):
 
 
 def test_a_checkpoint_that_is_removed_while_they_are_listed(three, monkeypatch):
-    """Orbax looks at each that it has listed, for its time; the run that has the directory removes one in between."""
+    """Orbax reads the time of each checkpoint it has listed; meanwhile the run that owns the directory removes one."""
     manager, opened = checkpoint.ocp.CheckpointManager, []
 
     def removed_meanwhile(directory, options):
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_is_removed_while_they_are_listed(three, monkeypatch):
 
 
 def of_two_processes(monkeypatch, other):
-    """Has this process be the first of two, of which the other one has ``other(number of the question)`` everywhere."""
+    """Makes this process the first of two. The other answers every number with ``other(count of questions so far)``."""
     asked = []
 
     def gathered(*numbers):
@@ -78,7 +78,7 @@ def test_a_host_that_never_sees_the_newest_checkpoint_is_refused(three, monkeypa
     asked = of_two_processes(monkeypatch, lambda question: sees)
     with pytest.raises(RunError, match=f"is that of step 3 for process 0, but {words}; a run goes on when all"):
         checkpoints.newest_of_all()
-    assert len(asked) > 60  # NFS shows what it knows of a directory for so many seconds
+    assert len(asked) > 60  # NFS may show a stale directory for this many seconds
 
 
 def test_the_first_process_is_asked_for_no_other_than_the_newest(three, monkeypatch):
@@ -89,7 +89,7 @@ def test_the_first_process_is_asked_for_no_other_than_the_newest(three, monkeypa
 
 
 def test_a_host_without_space_ends_all(three, monkeypatch):
-    """A quota may be used up as one host sees it alone."""
+    """A quota may be used up in the view of one host alone."""
     checkpoints = Checkpoints(three, small_trees.config())
     with monkeypatch.context() as patch:
         of_two_processes(patch, lambda question: 1)
@@ -144,10 +144,10 @@ def _check_place(x, place):
     ],
 )
 def test_what_is_kept(tmp_path, options, kept, then):
-    """Held-out losses are there at odd steps, and the lowest at 3 and 5."""
+    """Odd steps have held-out losses, the lowest at 3 and 5."""
     losses = {1: 4.0, 3: 1.0, 5: 2.0, 7: 3.0, 9: 3.5}
     assert small_trees.save(tmp_path, range(1, 10), losses, **options).steps() == kept
-    # When the run goes on, it is for the same reasons.
+    # When the run resumes, checkpoints are kept for the same reasons.
     assert small_trees.save(tmp_path, (10,), **options).steps() == then
 
 
@@ -157,7 +157,7 @@ def test_the_best_of_before_it_was_asked_for_is_kept(tmp_path):
 
 
 def test_losses_of_other_text_are_neither_better_nor_worse(tmp_path):
-    """As of more of it, where a run goes on with another evaluation.batches."""
+    """For example of more text, when a run resumes with another evaluation.batches."""
     options = {"keep_newest": 1, "keep_best": 1}
     assert small_trees.save(tmp_path, (1, 2, 3), {1: 1.0, 2: 2.0}, text="a", **options).steps() == [1, 3]
     assert small_trees.save(tmp_path, (4, 5, 6), {4: 2.5, 5: 3.0}, text="b", **options).steps() == [1, 4, 6]
@@ -180,7 +180,7 @@ def test_a_step_that_is_not_there(tmp_path):
 
 
 def test_another_tree_is_refused(tmp_path):
-    """It is no damage, and the advice is not to remove it."""
+    """It is not damaged, and the message does not advise removing it."""
     checkpoints = small_trees.save(tmp_path, (1, 2))
     more, less, wider = (small_trees.on(small_trees.single()) for _ in range(3))
     more["parameters"]["layers"][1] = more["parameters"]["layers"][0]
@@ -201,7 +201,7 @@ def test_another_tree_is_refused(tmp_path):
 
 
 def test_the_checksum_of_an_array():
-    """Whichever bit changes, and wherever it lies, it is another one; so it is if two entries change places."""
+    """It changes with any bit, anywhere, and when two entries swap places."""
     from jaxlinear.checkpoint import _checksums
 
     values = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
@@ -222,7 +222,7 @@ def test_the_checksum_of_an_array():
 
 
 def test_a_full_disk_is_seen_before_anything_is_begun(three, monkeypatch):
-    """While the checkpoint before is whole."""
+    """While the previous checkpoint is whole."""
     checkpoints = Checkpoints(three, small_trees.config(keep_newest=9))
     checkpoints.save(4, small_trees.placed(4, small_trees.single()), next_batch=4)
     usage = shutil.disk_usage(three)
@@ -246,7 +246,7 @@ def test_an_error_of_a_background_write_is_raised(three, monkeypatch):
     monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
     with pytest.raises(UserError, match=r"no space left on the disk for a checkpoint in .* the newest .* of step 3;"):
         checkpoints.wait()
-    checkpoints.close()  # raises nothing in its turn
+    checkpoints.close()  # does not raise again
     assert not (three / DIRECTORY / "4.orbax-checkpoint-tmp").exists()
 
     checkpoints = Checkpoints(three, small_trees.config(keep_newest=9))

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged or half-written: none is taken for another, and none for nothing."""
+"""Damaged or half-written checkpoints: none is mistaken for another, and none is silently ignored."""
 
 import gc
 import pathlib
@@ -10,19 +10,19 @@ from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import UserError
 from tests import small_trees
 
-# Orbax leaves coroutines behind when a file is damaged.
+# Orbax leaves coroutines unawaited when a file is damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _collect():
     yield
-    gc.collect()  # while the filter holds
+    gc.collect()  # while the filter is active
 
 
 @pytest.fixture
 def three(tmp_path, tmp_path_factory):
-    """A work directory with the steps 1, 2 and 3, to be damaged."""
+    """A work directory with steps 1, 2 and 3, to be damaged."""
     return shutil.copytree(small_trees.three(tmp_path_factory.getbasetemp() / "three"), tmp_path / "run")
 
 
@@ -45,7 +45,7 @@ def remove(file):
 
 
 def contents(step, item):
-    """The file with the largest array of an item."""
+    """The file that holds an item's largest array."""
     return max((step / item).glob("ocdbt.process_0/d/*"), key=lambda file: file.stat().st_size)
 
 
@@ -78,7 +78,7 @@ def test_damage_is_refused_by_name(three, what, damage):
 
 @pytest.mark.parametrize("damage", [truncate, empty])
 def test_damaged_losses_are_refused_by_name(tmp_path, damage):
-    """Orbax reads those of all checkpoints, whichever is asked for."""
+    """Orbax reads the losses of all checkpoints, whichever one is asked for."""
     small_trees.save(tmp_path, (1, 2), heldout={1: 2.0, 2: 3.0}, keep_newest=2, keep_best=1)
     damage(tmp_path / DIRECTORY / "1" / "metrics" / "metrics")
     message = (
@@ -92,7 +92,7 @@ def test_damaged_losses_are_refused_by_name(tmp_path, damage):
 
 
 def test_a_half_written_checkpoint_is_not_seen(three):
-    """As Orbax names what it has not finished; the next save removes it."""
+    """It has the name that Orbax gives to an unfinished one; the next save removes it."""
     directory = three / DIRECTORY
     shutil.copytree(directory / "3", directory / "9.orbax-checkpoint-tmp")
     remove(directory / "9.orbax-checkpoint-tmp" / "commit_success.txt")

@@ -1,4 +1,4 @@
-"""Exit statuses and the one line of bad input, in this process and through launch/train.py."""
+"""Exit statuses and the one-line messages for bad input, in this process and through launch/train.py."""
 
 import ast
 import errno
@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 
-import absl.logging  # noqa: F401 (it has the flag --verbosity)
+import absl.logging  # noqa: F401 (it defines the flag --verbosity)
 import jax
 import pytest
 
@@ -23,7 +23,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def logger():
-    """As it was: ``cli.run`` shows the library's messages on stderr, which other tests collect."""
+    """Restores the logger: ``cli.run`` shows the library's messages on stderr, and other tests collect them."""
     messages = logging.getLogger("jaxlinear")
     before = messages.level, messages.propagate, list(messages.handlers)
     yield
@@ -111,7 +111,7 @@ def help_of(program, *arguments):
 
 @pytest.mark.parametrize("program", sorted(file.stem for file in (REPOSITORY / "launch").glob("*.py")))
 def test_every_program_has_help(program):
-    """Its docstring, every flag it defines, and which have to be given; nothing else is asked for."""
+    """The help has its docstring, every flag it defines, and which are required; --help needs no other flag."""
     source = (REPOSITORY / "launch" / f"{program}.py").read_text()
     text = help_of(program, "--help")
     assert text.startswith(ast.get_docstring(ast.parse(source)))
@@ -129,7 +129,7 @@ def test_help_has_every_key_of_the_config(tmp_path):
 
 
 def test_help_behind_two_dashes_is_anothers():
-    """Of launch/train.py, behind launch/submit.py's own flags."""
+    """For example launch/train.py's, after launch/submit.py's own flags."""
     seen = []
     with pytest.raises(SystemExit):
         cli.run(seen.extend, ["submit.py", "--", "--help"], takes_arguments=True)
@@ -176,7 +176,7 @@ def test_where_nothing_can_be_written_nothing_is_begun(program, arguments, messa
     ],
 )
 def test_urls_are_no_paths(program, arguments, tmp_path):
-    """Of which ``pathlib`` makes directories of this machine, that go with it."""
+    """``pathlib`` would make them local directories, which are lost with the machine."""
     arguments = arguments.replace("configs/", f"{REPOSITORY}/configs/").split()
     command = [sys.executable, REPOSITORY / "launch" / f"{program}.py", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -189,7 +189,7 @@ def test_urls_are_no_paths(program, arguments, tmp_path):
 
 
 def test_a_home_that_no_shell_put_in_is_refused(monkeypatch):
-    """Behind = shells leave it, and a directory called ~ would be made where the program runs."""
+    """Shells do not expand it after =, and a directory called ~ would be made where the program runs."""
     monkeypatch.setenv("HOME", "/home/me")
     with pytest.raises(
         UserError, match=r"^--output=~/a: behind = a shell leaves ~ as it is; write --output=/home/me/a$"
@@ -288,7 +288,7 @@ def get_config():
             ["--config.optimizer.muon_learning_rate=0.1"],
             "optimizer.muon_learning_rate=0.1 does nothing for optimizer.name=adamw: only muon reads it",
         ),
-        (  # what is changed on the command line may leave what the file says without a reader
+        (  # a change on the command line may leave keys of the file with no reader
             "config.model.update({'preset': 'griffin_100m', 'window': 64}); config.schedule.final_fraction = 0.0",
             ["--config.model.pattern=gla", "--config.schedule.name=constant"],
             "data.path is not set",
@@ -372,7 +372,7 @@ def test_a_defect_of_what_a_config_file_calls_keeps_its_traceback(tmp_path):
 
 
 def test_a_disk_that_fails_under_a_config_file_may_be_mended(tmp_path):
-    """So it does not end with the status of what another start would not mend."""
+    """So the exit status is not that of errors which a restart would not mend."""
     file = tmp_path / "small.py"
     file.write_text(BAD_CONFIG.replace("LINE", "raise OSError(5, 'Input/output error')"))
     done = launch(tmp_path, f"--config={file}")
@@ -413,7 +413,7 @@ def test_messages_of_the_library_are_shown_once(capsys):
 @pytest.mark.parametrize(
     "before, then, status, said",
     [
-        # As if within C++: no handler of Python's runs in the main thread.
+        # As if within C++: no Python handler runs in the main thread.
         (
             "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})",
             "ctypes.CDLL(None).sleep(600)",
@@ -421,7 +421,7 @@ def test_messages_of_the_library_are_shown_once(capsys):
             "program: SIGTERM, with nothing to save",
         ),
         ("", "time.sleep(600)", 75, "program: SIGTERM, with nothing to save"),
-        (  # where there is time for both threads, one says it
+        (  # even if both threads have time, only one says it
             "exit = os._exit; os._exit = lambda status: (time.sleep(0.5), exit(status))",
             "time.sleep(600)",
             75,
@@ -432,10 +432,10 @@ def test_messages_of_the_library_are_shown_once(capsys):
     ],
 )
 def test_sigterm_before_there_is_anything_to_save(before, then, status, said):
-    """A run that it comes to while it starts is no failure; once the run hears it, the run saves itself."""
+    """A run that receives it while starting has not failed; once the run handles it, the run saves itself."""
     lines = [
         "import ctypes, os, signal, sys, threading, time; from jaxlinear import cli; sys.argv[0] = 'program'",
-        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # tests in the background have it ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # tests in the background inherit it ignored
         "cli.end_by_sigterm(75)",
         before,
         "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()",
@@ -457,7 +457,7 @@ def test_sigterm_before_there_is_anything_to_save(before, then, status, said):
     ],
 )
 def test_a_failure_waits_for_no_thread(what, status, said):
-    """As those of Orbax that wait for a checkpoint which could not be written."""
+    """Such as Orbax's, which wait for a checkpoint that could not be written."""
     code = (
         "import errno, threading; from jaxlinear import cli; from jaxlinear.errors import UserError\n"
         f"def main():\n  threading.Thread(target=threading.Event().wait, args=(300,)).start()\n  {what}\n"

@@ -1,4 +1,4 @@
-"""The keys of a config, what ``resolve`` fills in and refuses, and the resolved text of every file in configs/."""
+"""The config keys, what ``resolve`` fills in and refuses, and the resolved text of every file in configs/."""
 
 import json
 import math
@@ -226,7 +226,7 @@ OTHER = dict.fromkeys((name for name in mixers.READERS if name not in ("bias", "
     "gate_bias": True,
     "negative_eigenvalues": True,
 }
-# What else has to be set for a key to be read.
+# Which other keys have to be set for a key to be read.
 BESIDE = {"rotary_context": {"rotary_scaling": 2.0}, "selection_norm_epsilon": {"selection_norm": True}}
 
 
@@ -279,7 +279,7 @@ def test_what_nothing_reads_makes_no_other_run(tmp_path):
 
 
 def test_heads_that_nothing_reads():
-    """Need not be named, divide nothing, and may be any: a config that says all sizes has them."""
+    """Their number may be missing or any, and need not divide the width: a config that names all sizes has one."""
     config = configs.default()
     config.model.preset, config.model.width = "mamba2_6m", 257
     assert configs.resolve(config).model.num_heads == 8
@@ -292,7 +292,7 @@ def test_heads_that_nothing_reads():
     config.model.pattern = ("lru", "gla")
     with pytest.raises(UserError, match=r"^without model.preset these keys need a value: model.num_heads$"):
         configs.resolve(config)
-    config.model.recurrent_heads = 2  # which gla then reads instead
+    config.model.recurrent_heads = 2  # gla then reads these instead
     assert configs.resolve(config).model.num_heads == 1
     config.model.num_heads = 3  # does not divide the width
     assert configs.resolve(config).model.num_heads == 3
@@ -328,9 +328,9 @@ def test_what_is_changed_may_leave_what_the_file_says_without_a_reader():
         "optimizer.beta1": 0.9,
     }
     assert forgotten({"model.pattern": ("gla", "gla")}) == forgotten({"model.num_layers": 1}) == {"model.window": None}
-    of_a_file |= {"evaluation.tasks": ("parity",), "evaluation.examples": 77}  # how many may stand
+    of_a_file |= {"evaluation.tasks": ("parity",), "evaluation.examples": 77}  # how many examples may stay
     assert forgotten({"evaluation.every_steps": 0}) == {"evaluation.tasks": ()}
-    # What was asked for itself stays, for `resolve` to refuse; so does what had no reader before.
+    # What was changed explicitly stays, for `resolve` to refuse; so does what had no reader before.
     assert forgotten({"optimizer.name": "adamw", "optimizer.muon_learning_rate": 0.1}) == {}
     assert forgotten({"optimizer.name": "adamw", "schedule.decay_fraction": 0.1}) == {
         "optimizer.muon_learning_rate": 0.02
@@ -351,7 +351,7 @@ def test_resolve_fills_in_what_follows():
     model = configs.resolve(config).model
     assert model.pattern == ("rg_lru", "sliding_window", "rg_lru")
     assert (model.recurrent_width, model.embedding_scale, model.logit_soft_cap) == (16, False, 0.0)
-    assert model.vocab_size is None  # the data's to say
+    assert model.vocab_size is None  # comes from the data
     assert config.model.recurrent_width is None, "resolve changed what it was given"
 
 

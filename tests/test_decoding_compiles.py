@@ -1,4 +1,4 @@
-"""What compilers for GPUs and TPUs make of decoding: parameters are read once a token, and none of them is written."""
+"""Decoding as compiled for GPUs and TPUs: parameters are read once per token, and none is written."""
 
 import importlib.util
 import re
@@ -19,7 +19,7 @@ _SPEC.loader.exec_module(benchmark)
 
 
 def decoding(target, pattern, **changes):
-    """The text of ``_decode``, compiled for the first device of a target."""
+    """The text of ``_decode`` compiled for the first device of a target."""
     config = ModelConfig(
         pattern=pattern,
         num_layers=len(pattern),
@@ -36,7 +36,7 @@ def decoding(target, pattern, **changes):
 
 @pytest.mark.parametrize("target", ["h100:1", "v5e:2x2"])
 def test_kernels_are_read_as_they_lie(target):
-    """None is there in float32, and none is put together with another one."""
+    """None appears in float32, and none is concatenated with another."""
     text = decoding(target, ("rg_lru",))
     shapes = set(re.findall(r"\b(?:bf16|f32)\[[\d,]+\]", text))
     assert f"bf16[{WIDTH},{3 * WIDTH}]" in shapes and f"bf16[512,{WIDTH}]" in shapes
@@ -45,7 +45,7 @@ def test_kernels_are_read_as_they_lie(target):
 
 
 def test_slots_on_a_tpu_are_written_at_once_and_read_by_the_matrix_unit():
-    """One choice a layer, of which a branch has no loop over the rows; and nothing as large as the slots in float32."""
+    """One conditional per layer, with one branch that has no loop over the rows; nothing of the slots' shape is float32."""
     text = decoding("v5e:2x2", ("sliding_window",), key_value_heads=2)
     (branches,) = re.findall(r"conditional\(.*branch_computations=\{%([\w.\-]+), %([\w.\-]+)\}", text)
     bodies = [re.search(rf"^%{re.escape(name)} .*?^\}}", text, re.MULTILINE | re.DOTALL).group() for name in branches]
@@ -55,7 +55,7 @@ def test_slots_on_a_tpu_are_written_at_once_and_read_by_the_matrix_unit():
 
 
 def test_experts_on_a_gpu_are_no_loops():
-    """Each trip of which would wait for the host: the only loop is that over the tokens."""
+    """Each iteration would wait for the host: the only loop is over the tokens."""
     experts = {"channel_mixer": "mixture_of_experts", "experts": 16, "experts_per_token": 2, "expert_width": WIDTH}
     text = decoding("h100:1", ("gla",), **experts)
     assert len(re.findall(r" while\(", text)) == 1
@@ -63,7 +63,7 @@ def test_experts_on_a_gpu_are_no_loops():
 
 
 def test_states_of_the_delta_rule_on_a_gpu_are_updated_in_place():
-    """What writes one reads no sum over itself, and may so be where it was: no copy of it is made."""
+    """The fusion that writes one reads no sum over it, and so may write in place: the state is not copied."""
     text = decoding("h100:1", ("gated_delta_net",), recurrent_heads=2, key_width=96, value_width=160)
     body = re.search(r" while\(.*body=%([\w.\-]+)", text).group(1)
     lines = re.search(rf"^%{re.escape(body)} .*?^\}}", text, re.MULTILINE | re.DOTALL).group().splitlines()
@@ -73,8 +73,8 @@ def test_states_of_the_delta_rule_on_a_gpu_are_updated_in_place():
 
 
 def test_what_a_token_moves_is_counted():
-    """On a GPU, of a layer with little state: all parameters once, the embedding twice, and not much besides. A single row
-    takes more than twice as much."""
+    """On a GPU, for a layer with little state: all parameters once, the embedding twice, and little else. A single row
+    moves more than twice as much."""
     config = ModelConfig(
         pattern=("rg_lru",),
         num_layers=1,

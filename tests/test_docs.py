@@ -1,4 +1,4 @@
-"""The documentation says what is true: the generated page is up to date, and every local link leads somewhere."""
+"""The documentation is true to the code: the generated page is up to date, and every local link leads somewhere."""
 
 import re
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_python_that_is_shown_imports_what_it_names(page):
 
 
 def test_the_table_of_operations_has_their_backends():
-    """As each names them when it refuses one."""
+    """The backends that each operation lists when it refuses one."""
     x, heads = jnp.ones((1, 2, 4)), jnp.ones((1, 2, 1, 4))
     calls = {
         "linear_recurrence": lambda: ops.linear_recurrence(x, x, backend="none"),

@@ -1,4 +1,4 @@
-"""generation.py: decoding is the parallel pass a token at a time, sampling is what it says, rows are by themselves."""
+"""generation.py: decoding matches the parallel pass, sampling follows its options, and rows are independent."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ def strict():
 
 
 def _model(num_layers):
-    """Its biases and decays are moved about, so that every parameter counts."""
+    """Its biases and decays are perturbed, so that every parameter matters."""
     architecture = describe(
         ModelConfig(
             pattern=("rg_lru", "sliding_window"),
@@ -58,13 +58,13 @@ def _model(num_layers):
 
 @pytest.fixture(scope="module")
 def deep():
-    """Two periods and a rest."""
+    """Two periods and a remainder."""
     return _model(5)
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A period and a rest."""
+    """A period and a remainder."""
     return _model(3)
 
 
@@ -85,7 +85,7 @@ def tokens(*shape, seed=0):
 @pytest.mark.parametrize("layout", ["stacked", "unstacked", "for_decoding"])
 @pytest.mark.parametrize("prompt", [3, 3 * WINDOW - 1])
 def test_decoding_is_one_pass(deep, layout, prompt):
-    """A prompt behind padding, then one token, then five at once, then one at a time past the window."""
+    """A prompt after padding, then one token, then five at once, then one at a time past the window."""
     text, length, pad = tokens(2, 40), 40, 5
     forward = _forward(_laid_out(deep, layout))
     expected, _ = forward(text)
@@ -104,7 +104,7 @@ def test_decoding_is_one_pass(deep, layout, prompt):
 
 @pytest.mark.parametrize("length", [2, WINDOW - 1, WINDOW, 2 * WINDOW + 3])
 def test_state_after_packed_documents(model, length):
-    """The state belongs to the last document of the row, wherever that began; another id begins an empty one."""
+    """The state belongs to the row's last document, wherever that began; another id begins with an empty state."""
     forward, text = _forward(model), tokens(1, length + 6, seed=2)
     before = tokens(1, 2 * WINDOW + 8 - length % 8, seed=3)
     row = np.concatenate([before, text[:, :length]], axis=1)
@@ -114,14 +114,14 @@ def test_state_after_packed_documents(model, length):
     for i in range(length, length + 6):
         logits, state = forward(text[:, i : i + 1], None, state)
         np.testing.assert_allclose(logits[:, 0], expected[:, i], rtol=0, atol=2e-5)
-    logits, state = forward(text[:, :1], np.full((1, 1), 7, np.int32), state)  # of another document
+    logits, state = forward(text[:, :1], np.full((1, 1), 7, np.int32), state)  # another document
     np.testing.assert_allclose(logits[:, 0], expected[:, 0], rtol=0, atol=2e-5)
     logits, state = forward(text[:, 1:2], np.full((1, 1), 7, np.int32), state)
     np.testing.assert_allclose(logits[:, 0], expected[:, 1], rtol=0, atol=2e-5)
 
 
 def test_kernels_by_output_are_those_of_the_model(deep):
-    """Laid out once: what is laid out is left as it is, and so is the model that was given."""
+    """Laid out once: a second ``for_decoding`` returns the same model, and the original is unchanged."""
     turned = deep.for_decoding()
     assert turned.by_output and not deep.by_output and turned.for_decoding() is turned
     before, after = (model.unstacked().stacks[0][1].blocks[0].mlp.gate.kernel for model in (deep, turned))
@@ -131,7 +131,7 @@ def test_kernels_by_output_are_those_of_the_model(deep):
 
 @pytest.mark.parametrize("mixer", sorted(mixers.MIXERS))
 def test_a_model_for_decoding_is_the_same_model(mixer):
-    """Of square kernels too, which fit either way they are laid."""
+    """Including square kernels, whose shape does not show which way they are laid out."""
     sizes = {"num_layers": 1, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
     sizes |= {"key_width": 8, "value_width": 8, "dtype": "float32"}
     architecture = describe(ModelConfig(pattern=(mixer,), **sizes))
@@ -146,7 +146,7 @@ def test_a_model_for_decoding_is_the_same_model(mixer):
 
 @pytest.mark.parametrize("mixer", [*sorted(mixers.MIXERS), "experts"])
 def test_parameters_that_are_rounded_for_decoding_are_only_read_so(mixer):
-    """In bfloat16, to the last bit; and they are most of the parameters."""
+    """To bfloat16, in which they are used: outputs are equal to the last bit. They are most of the parameters."""
     sizes = {"num_layers": 1, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
     sizes |= {"key_width": 8, "value_width": 8, "dtype": "bfloat16"}
     if mixer == "experts":
@@ -158,7 +158,7 @@ def test_parameters_that_are_rounded_for_decoding_are_only_read_so(mixer):
     model = architecture.bind(moved)
     rounded = nnx.clone(model)
     round_for_decoding(rounded, jnp.bfloat16)
-    as_written = {"xla_allow_excess_precision": False}  # else XLA takes back the rounding of what it then makes float32
+    as_written = {"xla_allow_excess_precision": False}  # else XLA drops a rounding that float32 follows
     (expected, state), (logits, other_state) = (
         jax.jit(lambda x, made=made: made(x), compiler_options=as_written)(tokens(2, 5)) for made in (model, rounded)
     )
@@ -180,7 +180,7 @@ def test_a_model_for_decoding_is_rounded_but_not_what_it_was_made_of(deep):
 
 
 def test_an_empty_past_goes_on_as_none_does(model):
-    """With the ids 0 that a sequence has which is given none."""
+    """With ids of 0, which a sequence has by default."""
     text, ids = tokens(2, 6), np.zeros((2, 3), np.int32)
     forward = _forward(model)
     _, state = forward(text[:, :3], None, model.init_state(2))
@@ -202,7 +202,7 @@ def test_products_by_output(rows):
 
 @pytest.mark.parametrize("pattern", [("attention",), ("sliding_window", "rg_lru")])
 def test_attention_has_room_for_the_text_alone(pattern, monkeypatch):
-    """Not for the whole of its context or window; and the text is the same."""
+    """Not for its whole context or window; the text is the same."""
     sizes = {"num_layers": 2, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
     config = ModelConfig(pattern=pattern, window=64, context=64, dtype="float32", **sizes)
     architecture = describe(config)
@@ -219,7 +219,7 @@ def test_attention_has_room_for_the_text_alone(pattern, monkeypatch):
     monkeypatch.setattr(generation, "_FEWEST_REMEMBERED", 8)
     assert generate(model, prompts, max_tokens=24, seed=3) == whole
     assert generate(model, prompts, max_tokens=8, seed=3) == [row[:8] for row in whole]
-    assert generate(model, prompts, max_tokens=9, seed=3) == [row[:9] for row in whole]  # of 17 tokens, one too many
+    assert generate(model, prompts, max_tokens=9, seed=3) == [row[:9] for row in whole]  # 17 tokens, one too many
     assert rooms == [{(2, 1, 64, 8)}, {(2, 1, 32, 8)}, {(2, 1, 16, 8)}, {(2, 1, 32, 8)}]
 
 
@@ -237,7 +237,7 @@ def test_greedy_is_the_argmax_of_full_passes(model):
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}])
 def test_rows_do_not_depend_on_each_other(model, options):
-    """Nor on the padding, which is as long as the longest prompt makes it."""
+    """Nor on the padding, whose length follows from the longest prompt."""
     first, second = tokens(5, seed=4), tokens(40, seed=5)
     alone = generate(model, [first], max_tokens=12, **options)[0]
     assert generate(model, [first, second], max_tokens=12, **options)[0] == alone
@@ -262,7 +262,7 @@ def test_seeds_and_rows_draw_differently(model):
 
 
 def test_a_single_row_is_decoded_beside_a_copy_of_it(model, monkeypatch):
-    """Which is what all devices but CPUs do, and which nobody sees."""
+    """All devices but CPUs do this, and the output does not show it."""
     prompt, prefill, rows = tokens(6, seed=6), generation._prefill, []
     expected = generate(model, [prompt], max_tokens=7, seed=1)
     monkeypatch.setitem(generation._FEWEST_ROWS, "cpu", 2)
@@ -276,12 +276,12 @@ def test_how_many_rows_are_added():
     mesh = meshes.make_mesh(tiny.ONES | {"data": 4}, jax.devices()[:4])
     assert [generation._more_rows(n, "cpu", None) for n in (1, 2)] == [0, 0]
     assert [generation._more_rows(n, "tpu", None) for n in (0, 1, 2, 3)] == [0, 1, 0, 0]
-    # Four rows are one a device; three, which the devices do not divide, are on each of them; so is one.
+    # Four rows are one per device; three rows, or one, do not divide among four devices: each has all.
     assert [generation._more_rows(n, "gpu", mesh) for n in (1, 3, 4, 8)] == [1, 0, 4, 0]
 
 
 def test_rows_are_drawn_by_their_numbers(model):
-    """So that a part of the prompts goes on as it does among all of them."""
+    """So a subset of the prompts continues as it does among all of them."""
     prompts = [tokens(6, seed=6), tokens(9, seed=7), tokens(6, seed=6)]
     whole = generate(model, prompts, max_tokens=20, seed=1)
     pieces = generation.chunks(model, prompts[1:], Sampling(seed=1), 20, numbers=[1, 2])
@@ -351,7 +351,7 @@ def test_refusals(model, options, message):
 
 
 def test_full_attention_generates_within_its_context():
-    """And is refused beyond it, whatever the padding of the prompts; a window of the same size goes on."""
+    """And is refused beyond it, whatever the prompts' padding; a window of the same size goes on."""
     config = {"num_layers": 2, "vocab_size": VOCAB, "width": 16, "recurrent_width": 16, "num_heads": 2, "window": 20}
 
     def make(*pattern):
@@ -398,19 +398,19 @@ def _kept(*which):
         ({"temperature": 1e-30}, _kept(0)),
         ({"top_k": 1}, _kept(0)),
         ({"top_k": 2}, _kept(0, 2)),
-        ({"top_k": 4}, P),  # three are as likely as the fourth
+        ({"top_k": 4}, P),  # three tie for the fourth place
         ({"top_k": 100}, P),
         ({"top_p": 0.3}, _kept(0)),
         ({"top_p": 0.6}, _kept(0, 2)),
         ({"top_p": 0.7}, _kept(0, 2, 4)),
         ({"top_p": 1e-6}, _kept(0)),
-        ({"top_k": 2, "top_p": 0.6}, _kept(0)),  # of the two that are left, 0.4 / 0.65 is enough
+        ({"top_k": 2, "top_p": 0.6}, _kept(0)),  # of the two left, the first has 0.4 / 0.65, which is enough
     ],
 )
 def test_sampling_statistics(options, expected):
     frequencies = _frequencies(**options)
     np.testing.assert_array_equal(frequencies[expected == 0], 0)
-    # Four standard deviations of a frequency of 4,000 draws, at most.
+    # At most four standard deviations of a frequency over 4,000 draws.
     np.testing.assert_allclose(frequencies, expected, rtol=0, atol=4 * 0.5 / 4000**0.5)
 
 
@@ -424,7 +424,7 @@ def test_a_part_that_is_nothing_to_a_float32_keeps_the_likeliest(top_p):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_nucleus_is_that_of_sorting(platform):
-    """By a bit at a time and by three."""
+    """One bit at a time on CPU, and three at a time on TPU."""
     random = np.random.default_rng(0)
     p = random.dirichlet(np.full(200, 0.1), 16).astype(np.float32)
     with backends.use_platform(platform):
@@ -456,7 +456,7 @@ def test_writer(tiny_run):
 
 
 def test_a_writer_stops_and_draws_as_its_tokenizer_says(tiny_run):
-    """At a temperature where all tokens are as likely: those of the vocabulary alone, up to the one between documents."""
+    """At a temperature that makes all tokens equally likely: only tokens of the vocabulary, up to the document token."""
     writer, tokenizer = generation.Writer.open(tiny_run), load_tokenizer(tiny_run)
     prompts, options = [chr(97 + i) for i in range(8)], {"max_tokens": 96, "temperature": 1e6, "seed": 0}
     encoded = [[256, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
@@ -492,7 +492,7 @@ def test_program_refuses(tiny_run, arguments, message):
 
 
 def test_a_prompt_spread_over_devices_goes_on_the_same(tiny_run):
-    """Of 300 tokens over 8 devices: the likeliest tokens, and drawn ones."""
+    """300 tokens over 8 devices: greedy and sampled."""
     prompts = ["for x in range ( ) : print " * 12, "def "]
     one, eight = generation.Writer.open(tiny_run), generation.Writer.open(tiny_run, mesh=["sequence=8"])
     for temperature in (0.0, 1.0):

@@ -48,7 +48,7 @@ def test_a_second_one_is_refused_with_who_holds_it(tmp_path, monkeypatch, caplog
 
 
 def test_one_that_ends_is_waited_for(tmp_path):
-    """As the one before, when a scheduler starts a run again."""
+    """Such as the previous run, when a scheduler restarts it."""
     ended = threading.Event()
 
     def hold():
@@ -82,7 +82,7 @@ def test_a_killed_one_holds_nothing(tmp_path, monkeypatch):
 
 
 def test_the_first_error_is_the_one_that_is_seen(tmp_path, monkeypatch):
-    """Not that of emptying the lock's file on the disk that failed before."""
+    """Not the later one, of emptying the lock file on the same failing disk."""
 
     class File(io.FileIO):
         truncates = 0
@@ -96,7 +96,7 @@ def test_the_first_error_is_the_one_that_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "open", lambda path, mode, buffering: File(path, mode[0]))
     with pytest.raises(OSError, match="the first"), locks.of_run(tmp_path):
         raise OSError(errno.ENOSPC, "the first")
-    with locks.of_run(tmp_path):  # which is free again
+    with locks.of_run(tmp_path):  # the lock is free again
         pass
 
 

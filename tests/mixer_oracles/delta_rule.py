@@ -1,5 +1,5 @@
 """DeltaNet (arXiv:2406.06484), Gated DeltaNet (arXiv:2412.06464), Kimi Delta Attention (arXiv:2510.26692), each with the
-updates of DeltaProduct (arXiv:2502.10297), and Mamba-2 (arXiv:2405.21060), one token of one head after the other."""
+updates of DeltaProduct (arXiv:2502.10297), and Mamba-2 (arXiv:2405.21060), one head of one token at a time."""
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def silu(x):
 
 
 def _inputs(parameters, x, ids, config):
-    """q ``[B, T, H, K]``; of the updates k ``[B, T, H, J, K]``, v ``[B, T, H, J, V]`` and beta ``[B, T, H, J]``."""
+    """q ``[B, T, H, K]``; for J updates k ``[B, T, H, J, K]``, v ``[B, T, H, J, V]`` and beta ``[B, T, H, J]``."""
     q, k, v = (_convolved(parameters, name, x, ids) for name in ("query", "key", "value"))
     heads, of_updates = (*x.shape[:2], config.heads), (*x.shape[:2], config.heads, config.householders)
     q, k, v = q.reshape(*heads, -1), k.reshape(*of_updates, -1), v.reshape(*of_updates, -1)

@@ -1,5 +1,5 @@
 """LRU (arXiv:2303.06349), S5 (arXiv:2208.04933), GateLoop (arXiv:2311.01927), HGRN (arXiv:2311.04823), Mamba
-(arXiv:2312.00752) and Longhorn (arXiv:2407.14207), one token after the other."""
+(arXiv:2312.00752) and Longhorn (arXiv:2407.14207), one token at a time."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def s5(parameters, x, ids, config):
 
 
 def s5_states(parameters, x, ids, discretization):
-    """What is read of the states, ``[B, T, D]``: all P of them, each eigenvalue beside its conjugate."""
+    """What is read from the states, ``[B, T, D]``: all P of them, each eigenvalue with its conjugate."""
     eigenvalues = -np.exp(parameters["log_rate"]) + 1j * parameters["frequency"]
     b, c = (_complex(parameters[name]) for name in ("input_kernel", "output_kernel"))
     eigenvalues, b, c = (np.concatenate([y, y.conj()], axis) for y, axis in ((eigenvalues, 0), (b, 1), (c, 0)))
@@ -66,7 +66,7 @@ def mamba(parameters, x, ids, config):
 
 
 def longhorn(parameters, x, ids, config):
-    """The state of each number of a channel by itself: from S to S + dt k (x - k S)."""
+    """Each number of a channel's state by itself: from S to S + dt k (x - k S)."""
     v, low, k, q = _selection(parameters, x, ids, config)
     beta = oracles.sigmoid(oracles.linear(parameters["time_step"], low) + parameters["dt_bias"])
     starts = oracles.document_starts(ids, *x.shape[:2])
@@ -83,7 +83,7 @@ def longhorn(parameters, x, ids, config):
 
 
 def _selection(parameters, x, ids, config):
-    """x after its convolution, and what its projection is cut into."""
+    """x after its convolution, and the parts of its projection."""
     filters, rank = parameters["value_convolution"], len(parameters["time_step"]["kernel"])
     v = oracles.linear(parameters["value"], x)
     v = oracles.silu(

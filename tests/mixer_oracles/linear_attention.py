@@ -1,4 +1,4 @@
-"""The mixers on linear attention: gla, hgrn2, lightning, linear_attention, retention."""
+"""The mixers based on linear attention: gla, hgrn2, lightning, linear_attention, retention."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def heads(x, count):
 
 
 def attend(q, k, v, log_decay, *, scale, ids):
-    """The recurrence, one head of one token at a time; log_decay fits ``[B, T, H, K]``."""
+    """The recurrence, one head of one token at a time; log_decay broadcasts to ``[B, T, H, K]``."""
     batch, length, count, width = q.shape
     log_decay = np.broadcast_to(log_decay, q.shape)
     starts = oracles.document_starts(ids, batch, length)
@@ -30,7 +30,7 @@ def attend(q, k, v, log_decay, *, scale, ids):
 
 
 def flat_rms(x, epsilon=1e-6):
-    """All heads as one, without a learned scale."""
+    """RMS norm over all heads together, without a learned scale."""
     x = x.reshape(*x.shape[:2], -1)
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon)
 
@@ -64,7 +64,7 @@ def retention(parameters, x, ids, config):
 
 
 def lightning(parameters, x, ids, config):
-    """The decays are those among the parameters."""
+    """The decays are among the parameters."""
     q, k, v = (heads(oracles.linear(parameters[name], x), config.heads) for name in ("query", "key", "value"))
     o = attend(silu(q), silu(k), v, parameters["log_decay"][:, None], scale=1.0, ids=ids)
     return oracles.linear(parameters["out"], oracles.linear(parameters["gate"], x) * flat_rms(o))
@@ -87,7 +87,7 @@ def _elu(x):
 
 
 def _rebased(parameters, x):
-    """x ``[H, K]``, of the size that it has at scale 1 and bias 0."""
+    """x ``[H, K]``, rescaled to its size at scale 1 and bias 0."""
     scale, bias = (parameters[name].reshape(x.shape) for name in ("scale", "bias"))
     size = np.sqrt(np.mean(scale**2 + bias**2, axis=-1, keepdims=True))
     x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(np.var(x, axis=-1, keepdims=True) + 1e-5)
@@ -100,7 +100,7 @@ def _hedgehog(parameters, x):
 
 
 def weights(parameters, q, k, feature_map):
-    """What a query gives to a key: q, k ``[H, K]`` -> ``[H]``."""
+    """The weight that a query gives to a key: q, k ``[H, K]`` -> ``[H]``."""
     product = np.sum(q * k, axis=-1)
     if feature_map == "identity":
         return product / np.sqrt(q.shape[-1])
@@ -118,7 +118,7 @@ def weights(parameters, q, k, feature_map):
 
 
 def linear_attention(parameters, x, ids, config):
-    """No features: the weight of every pair of tokens."""
+    """Without features: the weight of every pair of tokens."""
     q, k, v = (heads(oracles.linear(parameters[name], x), config.heads) for name in ("query", "key", "value"))
     starts = oracles.document_starts(ids, *x.shape[:2])
     o = np.zeros(v.shape)

@@ -22,7 +22,7 @@ BOTH = pytest.mark.parametrize("mixer", [Attention, SlidingWindow])
 
 @BOTH
 def test_the_parameters(mixer):
-    """4 query heads of 4; 1, 2 or 4 heads of keys and values; a bias at the end, or none."""
+    """4 query heads of 4; 1, 2 or 4 heads of keys and values; an output bias, or none."""
     for groups in (1, 2, 4):
         config = small.config(num_heads=4, key_value_heads=groups, bias=groups < 4)
         _, parameters = small.module(lambda rngs, config=config: mixer(config, rngs=rngs))
@@ -57,7 +57,7 @@ def test_the_state(mixer):
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("positions", [(6, 6, 6), (6, 3, 11)])
 def test_a_token_on_a_tpu_is_the_same(groups, positions):
-    """Rows at one slot and at several, a head of keys for all heads and one for each."""
+    """Rows at one slot and at several; one key head for all heads, and one for each."""
     config = small.config(num_heads=4, key_value_heads=groups, window=5)
     graph, parameters = small.module(lambda rngs: SlidingWindow(config, rngs=rngs))
     layer = nnx.merge(graph, numerics.cast(parameters, "float32"))
@@ -86,19 +86,19 @@ def tokens(length, rows=1):
 
 
 def lost(y):
-    """``[B, T]``: which tokens are NaN, all of their channels or none."""
+    """``[B, T]``: which tokens are NaN; each is so in all channels or in none."""
     nan = np.isnan(y)
     assert (nan.all(axis=-1) == nan.any(axis=-1)).all()
     return nan.any(axis=-1)
 
 
 def test_a_document_beyond_the_context_is_never_wrong_in_silence():
-    """One pass may be longer than the context, a document that goes on from a state may not."""
+    """One pass may be longer than the context; a document that goes on from a state may not."""
     run, init_state = attention()
     x = tokens(12)
     whole, after = run(x)
     assert not lost(whole).any()
-    numerics.assert_close(run(x, None, init_state(1))[0], whole, 1e-6)  # an empty past is none
+    numerics.assert_close(run(x, None, init_state(1))[0], whole, 1e-6)  # an empty past equals none
 
     parts, state = [], init_state(1)
     for t in range(12):
@@ -115,7 +115,7 @@ def test_a_document_beyond_the_context_is_never_wrong_in_silence():
 
 
 def test_only_the_document_that_goes_on_is_lost():
-    """Those after it have all of their past in the run."""
+    """The documents after it have their whole past in the run."""
     run, _ = attention()
     x, more = tokens(6), tokens(14)
     _, state = run(x)
@@ -123,14 +123,14 @@ def test_only_the_document_that_goes_on_is_lost():
     y, state = run(more, ids, state)
     assert lost(y).tolist() == [[False] * 2 + [True] * 2 + [False] * 10]
     numerics.assert_close(y[:, 4:], run(more[:, 4:])[0], 1e-5)
-    assert lost(run(x[:, :1], None, state)[0]).all()  # the second has 10 tokens by now
+    assert lost(run(x[:, :1], None, state)[0]).all()  # the second document has 10 tokens by now
 
     _, state = run(more, np.array([[1] * 9 + [2] * 5], np.int32))
     assert lost(run(x, None, state)[0]).tolist() == [[False] * 3 + [True] * 3]
 
 
 def test_training_pays_for_no_cache():
-    """The state that a training pass returns and does not use is left out of the program."""
+    """The compiled program leaves out the state that a training pass returns but does not use."""
 
     def memory(context):
         architecture = describe(small.config(pattern=("attention",), num_layers=2, context=context))
@@ -145,7 +145,7 @@ def test_training_pays_for_no_cache():
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
 @BOTH
 def test_heads_over_devices(mixer, groups):
-    """4 devices hold 8 query heads; as many heads of keys as they are, fewer or more."""
+    """4 devices hold 8 query heads; key heads are as many as devices, fewer or more."""
     config = small.config(width=32, num_heads=8, key_value_heads=groups, window=5)
     graph, parameters = small.module(lambda rngs: mixer(config, rngs=rngs))
     mesh = meshes.make_mesh(dict.fromkeys(meshes.AXES, 1) | {"tensor": 4, "data": 2})
@@ -184,14 +184,14 @@ def test_one_key_head_is_on_every_device():
 
 @BOTH
 def test_large_logits_are_not_rounded_to_bfloat16(mixer):
-    """In a pass over all tokens and token by token: of 160, and close to each other, bfloat16 would leave weights off by a
-    half."""
+    """In a pass over all tokens and token by token. Logits are about 160 and close to each other; rounded to bfloat16 they
+    would put weights off by a half."""
     config = small.config(dtype="bfloat16", num_heads=4, window=8, context=16, rotary_fraction=0.0)
     graph, parameters = small.module(lambda rngs: mixer(config, rngs=rngs))
     parameters["query"]["kernel"] = 40 + parameters["query"]["kernel"]
     parameters["key"]["kernel"] = 2 + 0.2 * parameters["key"]["kernel"]
     parameters = jax.tree.map(numerics.representable, parameters)
-    x = np.eye(16)[None, :13]  # tokens whose queries, keys and values bfloat16 holds
+    x = np.eye(16)[None, :13]  # their queries, keys and values are exact in bfloat16
     oracle = ORACLES["attention" if mixer is Attention else "sliding_window"]
     expected = oracle(parameters, x, None, config)
     made = nnx.merge(graph, numerics.cast(parameters, "float32"))

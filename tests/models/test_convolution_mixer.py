@@ -1,4 +1,4 @@
-"""Based's gated convolution: its parameters, the numbers that it starts from, and how far it sees."""
+"""Based's gated convolution: its parameters, their initial values, and how far it sees."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""DeltaNet: its parameters, the numbers that it starts from, and its keys of unit length."""
+"""DeltaNet: its parameters, their initial values, and its keys of unit length."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def test_the_parameters():
 
 
 def test_the_gate():
-    """Of the values, and beside it the parameters are as many as without."""
+    """It has the values' width, and the other parameters are the same without it."""
     config = small.config(recurrent_heads=3, key_width=5, value_width=4, output_gate="silu")
     gated = small.module(lambda rngs: DeltaNet(config, rngs=rngs))[1]
     assert gated.pop("gate")["kernel"].shape == (16, 12)
@@ -72,7 +72,7 @@ def test_the_outputs_at_the_start(gate, size):
 
 
 def test_unit_length():
-    """Of any vector but one of zeros, whose gradient is finite too."""
+    """For any vector but zero, whose gradient is finite too."""
     x = numerics.normal(np.random.default_rng(0), 2, 3, 5) * np.array([1e-1, 1, 1e15])[:, None]
     found = numerics.run(unit_length, x, dtype="float32")
     numerics.assert_close(found, x / np.linalg.norm(x, axis=-1, keepdims=True), 2e-4)
@@ -81,7 +81,7 @@ def test_unit_length():
 
 
 def test_no_eigenvalue_lies_beyond_minus_one():
-    """Keys are rounded to bfloat16, to lengths above and below 1, and beta is 2 to float32."""
+    """Keys are rounded to bfloat16, to lengths above and below 1, and beta is 2 to float32 accuracy."""
     config = small.config(dtype="bfloat16", negative_eigenvalues=True, householders=2)
     graph, parameters = small.module(lambda rngs: DeltaInputs(config, 2, 8, 8, rngs=rngs))
     parameters["beta"]["kernel"] = np.full((16, 4), 50.0)

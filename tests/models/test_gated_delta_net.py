@@ -1,4 +1,4 @@
-"""Gated DeltaNet: its parameters and the numbers that it starts from."""
+"""Gated DeltaNet: its parameters and their initial values."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 def test_the_parameters_at_the_start():
-    """512 heads: A uniform in 0 .. 16, the logarithm of the time step uniform between those of 0.001 and 0.1."""
+    """512 heads: A uniform in 0 .. 16, the time step log-uniform in 0.001 .. 0.1."""
     mixer = GatedDeltaNet(small.config(width=512, num_heads=512, key_width=1, num_layers=8), rngs=nnx.Rngs(0))
     tenths = np.linspace(0.1, 0.9, 9)
     rate = np.exp(numerics.wide(mixer.A_log[...]))
@@ -59,7 +59,7 @@ def test_the_parameters_at_the_start():
 
 
 def test_the_outputs_at_the_start():
-    """The gate is the SiLU of standard normal numbers, whose root mean square is 0.6."""
+    """The gate is the SiLU of standard normal numbers; its root mean square is 0.6."""
     mixer = GatedDeltaNet(small.config(width=64, num_heads=4, num_layers=8), rngs=nnx.Rngs(0))
     y, _ = numerics.jit(mixer)(jax.random.normal(jax.random.key(1), (4, 32, 64)))
     assert float(jnp.std(y)) == pytest.approx(0.6 * (2 / 8) ** 0.5, rel=0.1)

@@ -1,4 +1,4 @@
-"""GateLoop: what it starts from, and two transitions with a known outcome. Its values: test_mixers.py."""
+"""GateLoop: its initial values, and transitions with a known outcome. Its outputs: test_mixers.py."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests import numerics, oracles, small
 
 
 def test_the_parameters():
-    """Which are counted by hand; the vectors are not decayed."""
+    """Counted by hand; the vectors are not decayed."""
     architecture = describe(small.config(pattern=("gateloop",), num_layers=2))
     mixer = architecture.shapes["stacks"][0]["blocks"][0]["mixer"]
     width, inner, group = 16, 24, 12
@@ -24,7 +24,7 @@ def test_the_parameters():
 
 
 def test_the_numbers_at_the_start():
-    """On tokens of variance 1: magnitudes about 1/2, phases about 0, and channels of variance 1 in each group."""
+    """On tokens of variance 1: magnitudes around 1/2, phases around 0, and channels of variance 1 in each group."""
     layer = GateLoop(small.config(width=64, recurrent_width=256, recurrent_heads=4, num_layers=8), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 100, 64)), jnp.float32)
     a = layer._transition(x)
@@ -38,7 +38,7 @@ def test_the_numbers_at_the_start():
 
 @pytest.mark.parametrize("magnitude, phase", [(40.0, 0.0), (40.0, np.pi), (-200.0, 0.3), (0.0, np.pi / 2)])
 def test_a_transition_that_does_not_depend_on_the_data(magnitude, phase):
-    """1 adds up, -1 in turns, 0 forgets, i / 2 takes every second token of those before, their sign in turns."""
+    """1 sums, -1 sums with alternating signs, 0 forgets, i / 2 takes every second earlier token with alternating signs."""
     config = small.config(recurrent_heads=3)
     graph, parameters = small.module(lambda rngs: GateLoop(config, rngs=rngs))
     for name, bias in (("magnitude", magnitude), ("phase", phase)):
@@ -60,7 +60,7 @@ def test_a_transition_that_does_not_depend_on_the_data(magnitude, phase):
 
 
 def test_the_transition_is_not_rounded_to_bfloat16():
-    """Nor are the products that it is made of: a phase adds up over time."""
+    """Nor are the products that it comes from: a phase accumulates over time."""
     graph, parameters = small.module(lambda rngs: GateLoop(small.config(), rngs=rngs))
     parameters = jax.tree.map_with_path(
         lambda path, x: numerics.representable(x) if path[-1].key == "kernel" else x, parameters

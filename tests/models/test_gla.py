@@ -1,4 +1,4 @@
-"""Gated linear attention: its parameters, and the numbers and the decays that it starts from."""
+"""Gated linear attention: its parameters, their initial values, and the initial decays."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_the_widths():
                 widths(config)
         else:
             assert widths(config) == shape
-    with pytest.raises(UserError, match=r"^gla: 1 heads do not divide 0 channels"):  # the half of 1
+    with pytest.raises(UserError, match=r"^gla: 1 heads do not divide 0 channels"):  # half of 1
         widths(small.config(width=1, num_heads=1))
     mixer = GLA(small.config(recurrent_heads=3, key_width=5, value_width=7), rngs=nnx.Rngs(0))
     assert mixer.init_state(6)["memory"].shape == (6, 3, 5, 7)
@@ -64,7 +64,7 @@ def test_the_parameters_at_the_start():
 
 
 def test_the_decays(monkeypatch):
-    """About 0.5^(1/16) at the start; and in float32, whatever the activations are."""
+    """About 0.5^(1/16) at the start; and float32, whatever the activations are."""
     decays = []
 
     def attend(q, k, v, log_decay, *arguments, **options):
@@ -78,7 +78,7 @@ def test_the_decays(monkeypatch):
     assert float(jnp.exp(decays[0]).mean()) == pytest.approx(0.5 ** (1 / 16), abs=1e-3)
     assert float(jnp.exp(decays[0]).min()) > 0.9 and float(jnp.exp(decays[0]).max()) < 0.99
     mixer.decay_out.kernel[...] *= 0
-    mixer.decay_out.bias[...] += 9.01  # which bfloat16 does not hold
+    mixer.decay_out.bias[...] += 9.01  # not exact in bfloat16
     mixer(jnp.ones((1, 1, 256), jnp.bfloat16))
     expected = np.log(1 / (1 + np.exp(-9.01))) / 16
     assert np.asarray(decays[1], np.float64) == pytest.approx(np.full((1, 1, 4, 32), expected), rel=1e-4)

@@ -1,5 +1,5 @@
-"""HGRN: its parameters, the numbers that it starts from, its gates at their ends, and that a model of it has lower bounds,
-whose laws are in test_hgrn2.py. Its values: test_mixers.py."""
+"""HGRN: its parameters, their initial values, its gates when saturated, and a model's lower bounds, whose laws are in
+test_hgrn2.py. Its outputs: test_mixers.py."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tests.mixer_oracles import ORACLES
 
 
 def test_the_parameters():
-    """Of R = 24 channels; the vectors are not decayed."""
+    """R = 24 channels; the vectors are not decayed."""
     _, parameters = small.module(lambda rngs: HGRN(small.config(), rngs=rngs))
     kernels = {name: {"kernel": (16, 24)} for name in ("input", "forget", "gate")}
     expected = {**kernels, "lower_bound": (24,), "norm": {"scale": (24,)}, "out": {"kernel": (24, 16)}}
@@ -43,8 +43,8 @@ SHUT, OPEN = -200.0, 200.0
 @pytest.mark.parametrize("bound", [0.0, 0.5])
 @pytest.mark.parametrize("gates", [[SHUT, OPEN, OPEN, SHUT, OPEN, SHUT], [OPEN] * 6, [SHUT] * 6], ids=str)
 def test_a_gate_that_is_shut_or_open(gates, bound):
-    """Shut it keeps of the state the bound and writes the rest of the input; open it keeps all and writes nothing. Values
-    and gradients, that of the state too, stay finite."""
+    """Shut, it keeps the bound's share of the state and writes the rest of the input; open, it keeps all and writes none.
+    Values and gradients, the state's too, stay finite."""
     graph, parameters = small.module(lambda rngs: HGRN(small.config(), rngs=rngs))
     random = np.random.default_rng(1)
     x, past = numerics.normal(random, 1, 6, 16), numerics.normal(random, 1, 24)
@@ -74,7 +74,7 @@ def test_a_gate_that_is_shut_or_open(gates, bound):
 
 
 def test_what_is_written_is_exact_where_next_to_nothing_is_forgotten():
-    """At sigmoid(20), of which 1 - f is 2e-9 and f is 1 in float32."""
+    """At sigmoid(20), where 1 - f is 2e-9 and f is 1 in float32."""
     graph, parameters = small.module(lambda rngs: HGRN(small.config(), rngs=rngs))
     x = numerics.normal(np.random.default_rng(2), 1, 1, 16)
     x[..., 0] = 20
@@ -87,7 +87,7 @@ def test_what_is_written_is_exact_where_next_to_nothing_is_forgotten():
 
 
 def test_a_model_has_the_lower_bounds_of_its_layers():
-    """Of HGRN's alone: HGRN2's have a softmax of their own."""
+    """They depend on HGRN layers alone: HGRN2's have a softmax of their own."""
     config = small.config(pattern=("hgrn", "hgrn2"), num_layers=6, key_width=8, dtype="float64")
     architecture = describe(config)
     parameters = small.parameters(architecture.shapes)
@@ -103,7 +103,7 @@ def test_a_model_has_the_lower_bounds_of_its_layers():
 
 
 def test_a_model_too_short_for_the_hgrn_of_its_pattern():
-    """None of the layers is one, and none has a lower bound."""
+    """No layer is one, and none has a lower bound."""
     architecture = describe(small.config(pattern=("rg_lru", "hgrn"), num_layers=1))
     tokens = np.zeros((2, 5), np.int32)
     logits = jax.eval_shape(lambda parameters: architecture.bind(parameters)(tokens)[0], architecture.shapes)

@@ -1,4 +1,4 @@
-"""HGRN2: its parameters, the numbers that it starts from, and its lower bounds, which all layers have a part in."""
+"""HGRN2: its parameters, their initial values, and its lower bounds, which depend on all layers."""
 
 import functools
 
@@ -51,7 +51,7 @@ def test_the_parameters_at_the_start():
 
 
 def test_the_lower_bounds():
-    """0, 1/4, 2/4 and 3/4 at the start; at any logits from 0 to below 1, and rising."""
+    """0, 1/4, 2/4 and 3/4 at the start; for any logits they rise from 0 to below 1."""
     numerics.assert_close(lower_bounds(jnp.zeros((4, 3))), np.repeat(np.arange(4)[:, None] / 4, 3, axis=1), 1e-6)
     logits = 3 * np.random.default_rng(0).standard_normal((6, 50))
     found = np.asarray(numerics.run(lower_bounds, logits, dtype="float64"))
@@ -61,19 +61,19 @@ def test_the_lower_bounds():
 
 
 def _bounds(logits):
-    """Of each layer what the layers after the first have, up to it."""
+    """For each layer, the sum of the softmax over the layers after the first, up to it."""
     return np.stack(
         [sum((np.exp(logits[i]) for i in range(1, n + 1)), 0 * logits[0]) for n in range(len(logits))]
     ) / np.exp(logits).sum(axis=0)
 
 
 PATTERN = ("hgrn2", "rg_lru", "hgrn2")
-LAYERS = (0, 2, 3, 5, 6)  # of 8; the last is among the rest
+LAYERS = (0, 2, 3, 5, 6)  # of 8; the last is in the remainder
 TOKENS = np.random.default_rng(1).integers(0, 31, (2, 9)).astype(np.int32)
 
 
 def _logits_at(config, parameters):
-    """The rows of the logits in the order of the layers, each with where it lies."""
+    """Each layer's mixer parameters, in the order of the layers, with the index of its row of logits."""
     for layer in LAYERS:
         place = stacks.place(config.stacks, layer)
         yield parameters["stacks"][place.stack]["blocks"][place.block]["mixer"], place.repeat
@@ -96,7 +96,7 @@ def _model():
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unstacked"])
 def test_a_layer_has_the_bound_of_its_place_in_the_model(stacked):
-    """Scanned, in the rest, and when the periods are modules of their own."""
+    """Scanned, in the remainder, and when the periods are separate modules."""
     config, architecture, parameters = _model()
 
     def run(parameters):
@@ -140,7 +140,7 @@ def test_gradients_go_to_the_logits_of_all_layers():
 
 @pytest.mark.parametrize("bound", [0.0, 0.5])
 def test_a_gate_that_is_shut_or_open(bound):
-    """At -200 all above the bound is forgotten, at 200 nothing is; values and gradients stay finite."""
+    """At -200 all but the bound's share is forgotten, at 200 nothing is; values and gradients stay finite."""
     graph, parameters = small.module(lambda rngs: HGRN2(small.config(key_width=8), rngs=rngs))
     x = numerics.normal(np.random.default_rng(4), 1, 6, 16)
     x[..., 0] = [-200, 200, 200, -200, 200, -200]

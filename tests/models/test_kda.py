@@ -1,4 +1,4 @@
-"""Kimi Delta Attention: its parameters and the numbers that it starts from."""
+"""Kimi Delta Attention: its parameters and their initial values."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tests import numerics, oracles, small
 
 
 def test_the_parameters():
-    """2 heads with keys of 6 and values of 8; a decay of each of the 12 key channels."""
+    """2 heads with keys of 6 and values of 8; a decay for each of the 12 key channels."""
     _, parameters = small.module(lambda rngs: KimiDeltaAttention(small.config(key_width=6), rngs=rngs))
     widths = {"query": 12, "key": 12, "value": 16}
     assert jax.tree.map(np.shape, parameters) == {
@@ -39,7 +39,7 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 def test_the_parameters_at_the_start():
-    """512 heads: A uniform in 1 .. 16; a time step of each of the 1,024 channels."""
+    """512 heads: A uniform in 1 .. 16; a time step for each of the 1,024 channels."""
     config = small.config(width=512, num_heads=512, key_width=2, value_width=64, num_layers=8)
     mixer = KimiDeltaAttention(config, rngs=nnx.Rngs(0))
     tenths = np.linspace(0.1, 0.9, 9)
@@ -55,7 +55,7 @@ def test_the_parameters_at_the_start():
 
 
 def test_the_outputs_at_the_start():
-    """The gate is the sigmoid of numbers about as wide as a standard normal, whose root mean square is 0.54."""
+    """The gate is the sigmoid of numbers about as wide as a standard normal; its root mean square is 0.54."""
     mixer = KimiDeltaAttention(small.config(width=64, num_heads=4, num_layers=8), rngs=nnx.Rngs(0))
     y, _ = numerics.jit(mixer)(jax.random.normal(jax.random.key(1), (4, 32, 64)))
     assert float(jnp.std(y)) == pytest.approx(0.54 * (2 / 8) ** 0.5, rel=0.1)

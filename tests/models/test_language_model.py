@@ -1,4 +1,4 @@
-"""The whole model: the oracle, packing, states that are handed on, the scan over its period, and its options."""
+"""The whole model: the oracle, packing, states that are passed on, the scan over its periods, and its options."""
 
 import functools
 import math
@@ -65,7 +65,7 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_logits_are_summed_in_float32():
-    """In bfloat16 they would have 8 bits, and the losses of likely tokens with them."""
+    """In bfloat16 they would have 8 bits, and so would the losses of likely tokens."""
     random = np.random.default_rng(4)
     x, embedding = numerics.normal(random, 2, 3, 16), numerics.normal(random, 31, 16)
     architecture = describe(small.config(dtype="bfloat16", num_layers=1, logit_soft_cap=0.0))
@@ -95,7 +95,7 @@ def test_packed_documents_are_documents_alone():
 
 
 def test_decoding_token_by_token_is_one_pass():
-    """From an empty past, and from a prompt with an id: without ids the document of the state goes on."""
+    """From an empty past, and from a prompt with an id: without ids the state's document goes on."""
     run, init_state = model()
     whole, _ = run(TOKENS)
     for prompt in (0, 6):
@@ -111,7 +111,7 @@ def test_decoding_token_by_token_is_one_pass():
 
 
 def test_a_state_goes_on_in_its_document_and_is_forgotten_in_another():
-    """Cut at 6, row 0 goes on in its document, and rows 1 and 2 begin another."""
+    """Cut at 6, row 0 continues its document, and rows 1 and 2 begin another."""
     run, init_state = model()
     whole, _ = run(TOKENS, IDS)
     for cuts in ((6,), (1, 7)):
@@ -124,7 +124,7 @@ def test_a_state_goes_on_in_its_document_and_is_forgotten_in_another():
 
 
 def test_a_state_without_ids_is_of_the_document_0():
-    """From an empty past as from none."""
+    """With an empty past as with none."""
     run, init_state = model(num_layers=3)
     whole, _ = run(TOKENS)
     for past in (None, init_state(3)):
@@ -135,14 +135,14 @@ def test_a_state_without_ids_is_of_the_document_0():
 
 
 def test_each_block_of_a_long_pattern_has_its_own_state():
-    """More of them than are computed again at once."""
+    """There are more of them than are recomputed at once."""
     run, init_state = model(pattern=("rg_lru", "sliding_window", "gla", "convolution", "rg_lru", "gla"), num_layers=6)
     whole, _ = run(TOKENS, IDS)
     _, state = run(TOKENS[:, :3], IDS[:, :3], init_state(3))
     numerics.assert_close(run(TOKENS[:, 3:], IDS[:, 3:], state)[0], whole[:, 3:], 2e-5)
 
 
-# A whole pattern of its own, not repeated, in which layers repeat; and one that is, with more left than a rest has.
+# A whole pattern that is not repeated, but has repeating layers; and one that is, with more left than a remainder has.
 LONG = ("gla", "rg_lru", "sliding_window", "rg_lru", "sliding_window", "rg_lru", "gla")
 
 
@@ -152,7 +152,7 @@ LONG = ("gla", "rg_lru", "sliding_window", "rg_lru", "sliding_window", "rg_lru",
     ids=["part", "repeated", "long", "long_and_a_rest"],
 )
 def test_the_scans_are_the_blocks_one_by_one(num_layers, pattern, stacks):
-    """In float64: over nineteen layers the rounding of float32 grows past 1e-5."""
+    """In float64: over nineteen layers float32 rounding grows past 1e-5."""
     config = small.config(num_layers=num_layers, pattern=pattern, dtype="float64")
     architecture = describe(config)
 
@@ -197,7 +197,7 @@ def loss(architecture, parameters):
 
 
 def test_remat_changes_no_number():
-    sizes = {"pattern": ("rg_lru", "sliding_window"), "num_layers": 5}  # two periods, scanned, and a layer more
+    sizes = {"pattern": ("rg_lru", "sliding_window"), "num_layers": 5}  # two periods, scanned, and one more layer
     parameters = numerics.cast(small.parameters(describe(small.config(**sizes)).shapes), "float32")
     results, activations = {}, {}
     for remat in REMAT_POLICIES:
@@ -206,12 +206,12 @@ def test_remat_changes_no_number():
         activations[remat] = str(jax.make_jaxpr(run)(parameters)).count("= tanh")
     for remat in set(REMAT_POLICIES) - {"none"}:
         numerics.assert_close(results[remat], results["none"], 1e-5)
-        # All are computed again, those of the last layer too, but for the soft cap of the logits.
+        # All are recomputed, those of the last layer too, except for the soft cap of the logits.
         assert activations[remat] == 2 * activations["none"] - 1
 
 
 def kept(pattern, remat):
-    """Bytes beside parameters and gradients of a pass and back through one repetition of ``pattern``."""
+    """Bytes besides parameters and gradients in a pass forward and back through one repetition of ``pattern``."""
     sizes = {"pattern": pattern, "num_layers": len(pattern), "width": 64, "recurrent_width": 64, "remat": remat}
     architecture = describe(small.config(**sizes))
     tokens = jnp.zeros((2, 256), jnp.int32)
@@ -221,13 +221,13 @@ def kept(pattern, remat):
 
 
 def test_what_is_computed_again_is_not_kept_in_a_model_of_one_period():
-    """XLA writes a scan of one period out, and may then take equal work for one."""
+    """XLA unrolls a scan of one period, and may then merge equal work."""
     pattern = ("rg_lru",) * 4
     assert kept(pattern, "elementwise") < 0.95 * kept(pattern, "none")
 
 
 def test_what_repeats_in_a_long_pattern_is_computed_again_by_itself():
-    """As in the presets whose pattern is as long as the model: at once it would all be there again."""
+    """As in the presets whose pattern is as long as the model: recomputed at once, all of it would be in memory again."""
     pattern = ("gla", *("rg_lru",) * 11)
     assert kept(pattern, "full") < 0.5 * kept(pattern, "none")
 
@@ -242,7 +242,7 @@ def test_a_long_pattern_in_which_nothing_repeats_is_computed_again_four_blocks_a
 
 
 def test_gradients_are_those_of_finite_differences():
-    """Of all parameters together, in float64, by the oracle."""
+    """For all parameters together, in float64, with differences of the oracle."""
     config = small.config(dtype="float64", rotary_fraction=0.0)
     architecture = describe(config)
     parameters = small.parameters(architecture.shapes)
@@ -264,10 +264,10 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
-    """Of 10,000 equal terms: in bfloat16 a sum stops growing at 256. No layers; the norm's slope stands for them."""
+    """10,000 equal terms: a bfloat16 sum stops growing at 256. Layers are zero: only the norm has a slope."""
     architecture = describe(small.config(num_layers=1, pattern=("rg_lru",), dtype="bfloat16", embedding_scale=False))
     parameters = numerics.cast(small.parameters(architecture.shapes), "float32")
-    parameters["stacks"] = jax.tree.map(jnp.zeros_like, parameters["stacks"])  # each block gives nothing
+    parameters["stacks"] = jax.tree.map(jnp.zeros_like, parameters["stacks"])  # each block returns 0
 
     @functools.partial(jax.jit, static_argnums=1)
     def gradient(embedding, length):
@@ -289,11 +289,11 @@ def test_the_program_does_not_grow_with_depth(kind):
         return len(jax.jit(jax.grad(run) if kind == "gradient" else run).lower(architecture.shapes).as_text())
 
     assert size(48) == pytest.approx(size(6), rel=0.05)
-    assert size(5) > 1.1 * size(3)  # and the measure sees a block
+    assert size(5) > 1.1 * size(3)  # the measure does see a block
 
 
 def test_no_two_layers_begin_alike():
-    """Of those that are stacked, those of one pattern and those of different stacks; and each seed has its own."""
+    """Neither stacked ones, nor those of one pattern or of different stacks; and each seed has its own."""
     architecture = describe(small.config(tied_embeddings=False, width=64))
     initialise = numerics.jit(architecture.initialise)
     first, second = (numerics.wide(initialise(jax.random.key(seed))) for seed in (0, 1))
@@ -321,7 +321,7 @@ def test_the_loss_at_the_start_is_that_of_a_guess():
 
 
 def test_arrays_that_do_not_belong_to_the_tokens_are_refused():
-    """Ids of a row more or a token less would be stretched or cut in silence."""
+    """Ids for one row or one token less would otherwise be silently broadcast or cut."""
     whole = small.bound({})[-1]
     for ids in (IDS[:, :-1], IDS[:1], IDS[0]):
         with pytest.raises(
@@ -336,7 +336,7 @@ def test_arrays_that_do_not_belong_to_the_tokens_are_refused():
 
 @pytest.mark.parametrize("pattern", [("rg_lru", "sliding_window"), ("gla",), ("gated_delta_net",), ("mamba",)])
 def test_without_kernels(pattern):
-    """``kernels=False`` leaves none of those that a TPU is given, forward and backward."""
+    """``kernels=False`` removes all kernels that a TPU would get, forward and backward."""
 
     def kernels(allowed):
         sizes = {"width": 64, "recurrent_width": 64, "key_width": 32, "value_width": 32, "time_step_rank": 4}

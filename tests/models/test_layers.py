@@ -1,4 +1,4 @@
-"""The pieces of a block against their equations, and the precision in which their gradients are summed."""
+"""The parts of a block against their equations, and the precision in which their gradients are summed."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_rms_norm_in_bfloat16_is_rounded_once():
 
 
 def test_the_activation_after_a_convolution_is_rounded_once():
-    """In bfloat16, of a filter that lets the present token through."""
+    """In bfloat16, with a filter that passes the present token through."""
     layer = ShortConvolution(8, 3, axis=None, rngs=nnx.Rngs(0))
     layer.convolution_kernel[...] = jnp.eye(3)[:, 2:] * jnp.ones((1, 8))
     x = numerics.normal(np.random.default_rng(1), 2, 200, 8)
@@ -75,7 +75,7 @@ def test_products_with_complex_kernels_are_summed_in_float32():
 
 
 def test_rms_norm_without_an_offset():
-    """The weight of Llama: the norm of a scale that is 1 less, and 1 when training begins."""
+    """As Llama's weight: the same as a norm whose scale is 1 less, and 1 when training begins."""
     x = numerics.normal(np.random.default_rng(1), 2, 5, 6)
 
     def oracle(parameters, x):
@@ -98,7 +98,7 @@ def test_gated_mlp(dtype):
 
 
 def test_a_gated_mlp_at_the_start():
-    """Variances of 1 / fan-in, and of the one that ends the residual branch 2 / layers of it."""
+    """Variances of 1 / fan-in, and 2 / layers of that for the map that ends the residual branch."""
     mlp = GatedMLP(small.config(width=64, num_layers=8), rngs=nnx.Rngs(0))
     for name, inverse in {"gate": 64, "up": 64, "down": 128 * 8 / 2}.items():
         np.testing.assert_allclose(np.std(getattr(mlp, name).kernel[...]), inverse**-0.5, rtol=0.05, err_msg=name)
@@ -111,7 +111,7 @@ def turned(**frequencies):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 0.5, 1.0])
 def test_rotary(fraction):
-    """Of the 3 channels that are 0.4 of 8, a pair turns."""
+    """0.4 of 8 channels are 3, of which one pair is rotated."""
     random = np.random.default_rng(3)
     x, positions = numerics.normal(random, 2, 5, 3, 8), random.integers(0, 3000, (2, 5)).astype(np.int32)
     found = numerics.run(turned(fraction=fraction), x, positions, dtype="float32")
@@ -122,7 +122,7 @@ def test_rotary(fraction):
 
 @pytest.mark.parametrize("scaling", [1.0, 8.0])
 def test_rotary_scaling(scaling):
-    """Waves of 6 to 17,000 tokens, of which some are below a quarter of the context, some beyond it, some between."""
+    """Waves of 6 to 17,000 tokens: some below a quarter of the context, some beyond it, some between."""
     random = np.random.default_rng(5)
     x, positions = numerics.normal(random, 2, 5, 1, 16), random.integers(0, 3000, (2, 5)).astype(np.int32)
     changes = {"fraction": 1.0, "base": 5000.0, "scaling": scaling, "context": 800}
@@ -136,7 +136,7 @@ def test_rotary_scaling(scaling):
 
 
 def test_rotary_in_bfloat16():
-    """The angles are not: of position 3,000 bfloat16 would leave them 8 radians of room."""
+    """The angles are not rounded: at position 3,000 bfloat16 would put them off by up to 8 radians."""
     random = np.random.default_rng(3)
     x, positions = numerics.normal(random, 1, 50, 1, 8), random.integers(2000, 3000, (1, 50)).astype(np.int32)
     found = numerics.run(turned(fraction=1.0), x, positions, dtype="bfloat16")
@@ -145,7 +145,7 @@ def test_rotary_in_bfloat16():
 
 
 def test_rotary_at_a_million():
-    """Where a float32 product of position and frequency is off by up to 0.06 radians."""
+    """There a float32 product of position and frequency is off by up to 0.06 radians."""
     random = np.random.default_rng(4)
     x, positions = numerics.normal(random, 1, 50, 1, 8), random.integers(900_000, 1_000_000, (1, 50)).astype(np.int32)
     found = numerics.run(turned(fraction=1.0), x, positions, dtype="float32")
@@ -153,7 +153,7 @@ def test_rotary_at_a_million():
 
 
 def test_gradient_of_a_bias_is_summed_in_float32():
-    """Of 100,000 equal terms: in bfloat16 a sum stops growing at 256."""
+    """100,000 equal terms: a bfloat16 sum stops growing at 256."""
     graph, parameters = nnx.split(Linear(1, 1, axes=(None, None), rngs=nnx.Rngs(0)))
     x = np.ones((1, 100_000, 1), ml_dtypes.bfloat16)
 

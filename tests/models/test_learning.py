@@ -1,4 +1,4 @@
-"""One layer of each mixer learns from real text: the sources of Python's standard library, byte by byte."""
+"""One layer of each mixer learns from real text: sources of Python's standard library, byte by byte."""
 
 import pathlib
 import sysconfig
@@ -20,7 +20,7 @@ CHANGES = {"hgrn2": 16, "mamba2": 16}  # K and V, which are wider than this mode
 
 
 def text():
-    """Three modules that every Python has, as bytes: the last is held out."""
+    """Three modules that every Python has, as bytes; the last is held out."""
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     parts = [(library / name).read_bytes() for name in ("argparse.py", "inspect.py", "optparse.py")]
     return tuple(np.frombuffer(part, np.uint8).astype(np.int32) for part in (parts[0] + parts[1], parts[2]))
@@ -32,14 +32,14 @@ def rows(tokens, count, seed):
 
 
 def entropy_of_a_byte(heldout, tokens):
-    """Nats a byte of the held-out text for one who knows how often each byte is in the other."""
+    """Nats per byte of the held-out text for a model that knows only the byte frequencies of the other text."""
     counts = np.bincount(tokens, minlength=256) + 1
     return -np.mean(np.log(counts / counts.sum())[heldout])
 
 
 @pytest.mark.parametrize("name", sorted(mixers.MIXERS))
 def test_one_layer_learns(name):
-    """From the 5.5 nats a byte of knowing nothing to below what a byte has without its past, which is 3.1."""
+    """From the 5.5 nats per byte of knowing nothing to below the 3.1 that a byte has without its past."""
     config = small.config(
         pattern=(name,),
         num_layers=1,

@@ -1,4 +1,4 @@
-"""Lightning attention: its parameters, the numbers that it starts from, and its decays, which stay what they are."""
+"""Lightning attention: its parameters, their initial values, and its decays, which do not change."""
 
 import functools
 
@@ -18,7 +18,7 @@ from tests import numerics, small
 
 
 def test_the_parameters():
-    """2 heads: K = V = D / H. The norm has none."""
+    """2 heads: K = V = D / H. The norm has no parameters."""
     _, parameters = small.module(lambda rngs: Lightning(small.config(), rngs=rngs))
     kernels = {name: {"kernel": (16, 16)} for name in ("query", "key", "value", "gate", "out")}
     assert jax.tree.map(np.shape, parameters) == {**kernels, "log_decay": (2,)}
@@ -54,7 +54,7 @@ def test_the_decays_by_head_and_layer():
 
 @functools.cache
 def gradients():
-    """Of two layers, scanned, with their parameters."""
+    """The gradients of two scanned layers, with their parameters."""
     architecture = describe(small.config(pattern=("lightning",), num_layers=2))
     parameters = numerics.jit(architecture.initialise)(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 31, (2, 9)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Linear attention: its parameters, the numbers that it starts from, its feature maps, and what it divides by."""
+"""Linear attention: its parameters, their initial values, its feature maps, and what it divides by."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def shapes(**changes):
 
 
 def test_the_parameters():
-    """2 heads: K = V = D / H = 8, but for the maps with products, which have K = 16."""
+    """2 heads: K = V = D / H = 8, except for the maps with products, which have K = 16."""
     square = {name: {"kernel": (16, 16)} for name in ("query", "key", "value", "out")}
     wide = square | {name: {"kernel": (16, 32)} for name in ("query", "key")}
     learned = {"scale": (32,), "bias": (32,)}
@@ -36,7 +36,7 @@ def test_the_parameters():
     [("identity", 6, 5), ("elu", 6, 6), ("relu", 6, 6), ("taylor", 28, 6), ("rebased", 21, 6), ("hedgehog", 12, 6)],
 )
 def test_the_state(feature_map, features, values):
-    """With K = 6 and V = 5: what is divided by is one value more."""
+    """With K = 6 and V = 5: the divisor takes one more value."""
     config = small.config(recurrent_heads=3, key_width=6, value_width=5, feature_map=feature_map)
     mixer = LinearAttention(config, rngs=nnx.Rngs(0))
     assert mixer.init_state(7)["memory"].shape == (7, 3, features, values)
@@ -70,7 +70,7 @@ def test_the_kernels_that_the_maps_stand_for():
     s = product / np.sqrt(6)
     numerics.assert_close(kernel(_taylor), 1 + s + s**2 / 2, 1e-12)
     near = numerics.run(lambda q, k: jnp.sum(_taylor(q) * _taylor(k), axis=-1), q / 10, k / 10, dtype="float64")
-    numerics.assert_close(near, np.exp(s / 100), 1e-4)  # of the exponential, the first terms
+    numerics.assert_close(near, np.exp(s / 100), 1e-4)  # the first terms of the exponential
     centred = [(y - y.mean(axis=-1, keepdims=True)) / np.sqrt(y.var(axis=-1, keepdims=True) + 1e-5) for y in (q, k)]
     numerics.assert_close(kernel(Rebased(1, 6, rngs=nnx.Rngs(0))), np.mean(centred[0] * centred[1], axis=-1) ** 2, 1e-6)
 
@@ -84,21 +84,21 @@ def test_elu_keeps_what_is_small():
 
 @pytest.mark.parametrize("feature_map", [name for name in MAPS if name != "identity"])
 def test_what_all_tokens_agree_on_is_kept(feature_map):
-    """The weights add up to 1: equal values come out as they are, whatever the queries and keys."""
+    """The weights sum to 1: equal values come out unchanged, whatever the queries and keys."""
     graph, parameters = small.module(lambda rngs: LinearAttention(small.config(feature_map=feature_map), rngs=rngs))
     parameters["value"]["kernel"][1:] = 0
     parameters["out"]["kernel"] = np.eye(16)
     x = numerics.normal(np.random.default_rng(1), 2, 12, 16)
     x[..., 0] = 1
     mixer = nnx.merge(graph, numerics.cast(parameters, "float32"))
-    y = numerics.jit(mixer)(numerics.cast(x, "float32"))[0][:, 6:]  # a few tokens on, some have weight in every map
+    y = numerics.jit(mixer)(numerics.cast(x, "float32"))[0][:, 6:]  # after a few tokens, some have weight in every map
     numerics.assert_close(y, np.broadcast_to(parameters["value"]["kernel"][0], y.shape), 1e-3)
 
 
 @pytest.mark.parametrize("sharper", [1, 3, 20])
 def test_a_token_alone_is_its_value_however_peaked_the_maps(sharper):
-    """Hedgehog's features are softmaxes: where those of a query and its key peak apart, both parts of the quotient are next
-    to nothing, and it is not. The gradients are finite then too."""
+    """Hedgehog's features are softmaxes: if a query's and its key's peak apart, numerator and denominator are close to 0,
+    but the quotient is not. Its gradients are finite then, too."""
     graph, parameters = small.module(lambda rngs: LinearAttention(small.config(feature_map="hedgehog"), rngs=rngs))
     parameters["out"]["kernel"] = np.eye(16)
     for name in ("query", "key"):
@@ -107,7 +107,7 @@ def test_a_token_alone_is_its_value_however_peaked_the_maps(sharper):
     run = numerics.with_gradients(lambda parameters, x: nnx.merge(graph, parameters)(x)[0])
     y, gradients = numerics.run(run, (parameters, x), np.ones(x.shape), dtype="float32")
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
-    if sharper < 20:  # there, some are below what float32 can square
+    if sharper < 20:  # at 20, some are below what float32 can square
         numerics.assert_close(y, x @ parameters["value"]["kernel"], 1e-5)
 
 
@@ -125,8 +125,8 @@ def test_nothing_that_fits_is_nothing():
     ("dtype", "scale", "documents", "tokens"), [("bfloat16", 1, 4000, 2), ("float32", 8, 40_000, 1)]
 )
 def test_rebased_is_not_divided_by_rounding(dtype, scale, documents, tokens):
-    """Among thousands of documents of one or two tokens, of which some have next to no weight, and however large the scales
-    have become: what comes out is an average of values, and as large as they are."""
+    """In thousands of documents of one or two tokens, some with almost no weight, and however large the scales have become,
+    the output is an average of values, and as large as they are."""
     config = small.config(dtype=dtype, feature_map="rebased")
     mixer = LinearAttention(config, rngs=nnx.Rngs(0))
     mixer.out.kernel[...] = jnp.eye(16)

@@ -1,4 +1,4 @@
-"""The linear recurrent unit: the numbers that it starts from, and its limits. Its values: test_mixers.py."""
+"""The linear recurrent unit: its initial values, and its limits. Its outputs: test_mixers.py."""
 
 import functools
 
@@ -22,7 +22,7 @@ def at_start():
 
 
 def test_the_parameters():
-    """Which are counted by hand; the vectors are not decayed."""
+    """Counted by hand; the vectors are not decayed."""
     architecture = describe(small.config(pattern=("lru",), num_layers=2))
     mixer = architecture.shapes["stacks"][0]["blocks"][0]["mixer"]
     width, states = 16, 24
@@ -34,7 +34,7 @@ def test_the_parameters():
 
 
 def test_the_transition_at_the_start():
-    """|a|^2 is uniform between the squares of 0.9 and 0.999, the phase over the circle."""
+    """|a|^2 is uniform between the squares of 0.9 and 0.999, the phase uniform over the circle."""
     unit = at_start()
     nu, theta, gamma = (np.asarray(p[...], np.float64) for p in (unit.nu, unit.theta, unit.gamma))
     square = np.exp(-2 * np.exp(nu))
@@ -49,7 +49,7 @@ def test_the_transition_at_the_start():
 
 
 def test_white_noise_gives_states_and_outputs_of_variance_one():
-    """And the skip adds as much again. After 2,000 tokens, from no state: exp(-2) of the longest memory is missing."""
+    """The skip adds as much again. After 2,000 tokens from an empty state, exp(-2) of the longest memory is missing."""
     unit = at_start()
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2000, D)), jnp.float32)
     z, h = numerics.jit(lambda x: unit.recur(x, None, None))(x)
@@ -59,7 +59,7 @@ def test_white_noise_gives_states_and_outputs_of_variance_one():
 
 
 def test_gradients_are_finite_at_every_decay():
-    """At -40 a is exactly 1 in modulus; at 40 it is 0."""
+    """At -40 the modulus of a is exactly 1; at 40 it is 0."""
     graph, parameters = small.module(lambda rngs: LRU(small.config(), rngs=rngs))
     parameters, x = numerics.cast((parameters, numerics.normal(np.random.default_rng(3), 1, 50, 16)), "float32")
     run = numerics.with_gradients(lambda parameters, x: nnx.merge(graph, parameters)(x)[0])

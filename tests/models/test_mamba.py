@@ -1,4 +1,4 @@
-"""Mamba and Longhorn: their parameters, the numbers that they start from, and their limits."""
+"""Mamba and Longhorn: their parameters, the initial values, and their limits."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ CONFIG = small.config(key_width=5, width=40)
 
 
 def test_the_parameters():
-    """24 channels with a state of 5 each; the time step is of rank 40 / 16, rounded up."""
+    """24 channels with a state of 5 each; the time step has rank 40 / 16, rounded up."""
     expected = {
         **{name: {"kernel": shape} for name, shape in {"value": (40, 24), "gate": (40, 24), "out": (24, 40)}.items()},
         "selection": {"kernel": (24, 3 + 2 * 5)},
@@ -40,7 +40,7 @@ def test_rates_and_vectors_are_not_decayed(mixer):
 
 
 def test_another_rank():
-    """Which is the fan-in of the time step's kernel at the start."""
+    """The rank is the fan-in of the time step's kernel at the start."""
     config = dataclasses.replace(CONFIG, time_step_rank=200, recurrent_width=400)
     for made in (Mamba, Longhorn):
         mixer = made(config, rngs=nnx.Rngs(0))
@@ -58,7 +58,7 @@ def test_the_widths_of_the_paper():
 
 
 def test_the_parameters_at_the_start():
-    """A of -1 .. -N in every channel, the logarithm of the time step uniform between those of 0.001 and 0.1."""
+    """A is -1 .. -N in every channel, the time step log-uniform in 0.001 .. 0.1."""
     config = small.config(width=256, recurrent_width=2048, num_layers=8)
     mixer = Mamba(config, rngs=nnx.Rngs(0))
     numerics.assert_close(np.exp(mixer.A_log[...]), np.broadcast_to(np.arange(1.0, 17), (2048, 16)), 1e-6)
@@ -74,7 +74,7 @@ def test_the_parameters_at_the_start():
 
 @pytest.mark.parametrize("limit", ["no steps", "fast decay"])
 def test_what_is_seen_of_the_past(limit):
-    """Without time steps nothing is stored, and what is read is D x; with a fast decay only the present is left."""
+    """With time steps of 0 nothing is stored, and what is read is D x; with a fast decay only the present is left."""
     config = dataclasses.replace(CONFIG, convolution_width=1)
     graph, parameters = small.module(lambda rngs: Mamba(config, rngs=rngs))
     parameters = numerics.cast(parameters, "float32")
@@ -92,7 +92,7 @@ def test_what_is_seen_of_the_past(limit):
 
 @pytest.mark.parametrize("selection_norm", [False, True])
 def test_the_size_of_what_is_selected(selection_norm):
-    """Is nothing to Falcon-Mamba, whose norms have no parameters."""
+    """It does not matter to Falcon-Mamba, whose norms have no parameters."""
     config = dataclasses.replace(CONFIG, selection_norm=selection_norm, selection_norm_epsilon=1e-20)
     graph, parameters = small.module(lambda rngs: Mamba(config, rngs=rngs))
     assert jax.tree.structure(parameters) == jax.tree.structure(small.module(lambda rngs: Mamba(CONFIG, rngs=rngs))[1])
@@ -106,8 +106,8 @@ def test_the_size_of_what_is_selected(selection_norm):
 
 
 def test_longhorn_remembers_what_it_is_sure_of():
-    """Beta near infinity would be dt = 1 / |k|^2; the most that it is, 1 / (1 + |k|^2), so that the share of each number
-    of the state that is forgotten, dt k_n^2, and the sum of these, are below 1."""
+    """With beta near infinity dt would be 1 / |k|^2; at most it is 1 / (1 + |k|^2), so that the share forgotten of each
+    number of the state, dt k_n^2, and the sum of these shares are below 1."""
     graph, parameters = small.module(lambda rngs: Longhorn(CONFIG, rngs=rngs))
     mixer = nnx.merge(graph, numerics.cast(parameters, "float32"))
     k = 30 * jax.random.normal(jax.random.key(0), (2, 5, 5))

@@ -1,4 +1,4 @@
-"""Mamba-2: its parameters, the numbers that it starts from, and its limits."""
+"""Mamba-2: its parameters, their initial values, and its limits."""
 
 import dataclasses
 import re
@@ -20,7 +20,7 @@ CONFIG = small.config(key_width=6, value_width=8)
 
 
 def test_the_parameters():
-    """3 heads of 8, one key and one query of 6 for all of them."""
+    """3 heads of 8, which share one key and one query of 6."""
     _, parameters = small.module(lambda rngs: Mamba2(CONFIG, rngs=rngs))
     kernels = {
         "gate": (16, 24),
@@ -55,7 +55,7 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 def test_the_parameters_at_the_start():
-    """1,024 heads: A uniform in 1 .. 16, the logarithm of the time step uniform between those of 0.001 and 0.1."""
+    """1,024 heads: A uniform in 1 .. 16, the time step log-uniform in 0.001 .. 0.1."""
     config = small.config(width=256, recurrent_width=2048, value_width=2, key_width=128, num_layers=8)
     mixer = Mamba2(config, rngs=nnx.Rngs(0))
     tenths = np.linspace(0.1, 0.9, 9)
@@ -79,7 +79,7 @@ def test_the_outputs_at_the_start():
 
 @pytest.mark.parametrize("limit", ["no steps", "fast decay"])
 def test_what_is_seen_of_the_past(limit):
-    """Without time steps nothing is stored, and y is D x; with a fast decay only the present is left of the memory."""
+    """With time steps of 0 nothing is stored, and y is D x; with a fast decay only the present is left in memory."""
     config = dataclasses.replace(CONFIG, convolution_width=1)
     graph, parameters = small.module(lambda rngs: Mamba2(config, rngs=rngs))
     parameters = numerics.cast(parameters, "float32")
@@ -97,7 +97,7 @@ def test_what_is_seen_of_the_past(limit):
 
 @pytest.mark.compiles_ahead
 def test_on_tpu_the_channels_are_turned_round_for_the_time_step_alone():
-    """Forward: heads of 64 channels are written with time last, and turned back, as often as the time step takes it."""
+    """Forward: heads of 64 channels are transposed to time last, and back, only for the product with the time step."""
     config = small.config(width=256, recurrent_width=512, dtype="bfloat16")
     device = targets.find("v5e:1x1").devices[0]
     graph, parameters = nnx.split(nnx.eval_shape(lambda: Mamba2(config, rngs=nnx.Rngs(0))))

@@ -1,4 +1,4 @@
-"""What holds for every mixer: one function whether tokens come at once, in parts, one by one, or packed."""
+"""What holds for every mixer: it is one function whether tokens come at once, in parts, one by one, or packed."""
 
 import functools
 import re
@@ -72,8 +72,8 @@ MIXERS = {
     "s5_bilinear": ("s5", {"discretization": "bilinear", "recurrent_heads": 4}),
     "gateloop": ("gateloop", {"recurrent_heads": 3}),
 }
-# The laws about tokens hold for these if they hold for the mixer otherwise: what differs is a function of one token or
-# of its place. Of several updates a token they are those of gated_delta_product.
+# The laws about tokens hold for these if they hold for the mixer's other cases: the difference is a function of one token
+# or of its place. gated_delta_product stands for all with several updates per token.
 ONE_TOKEN = (
     "rotary_scaling",
     "relu",
@@ -112,7 +112,7 @@ def mixer(name):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_what_is_no_array_can_be_hashed(name):
-    """Programs of generation are kept by it."""
+    """Generation keys its cached programs by it."""
     kind, changes = MIXERS[name]
     config = small.config(**changes)
     graphs = [small.module(lambda rngs: mixers.find(kind)(config, rngs=rngs))[0] for _ in range(2)]
@@ -127,7 +127,7 @@ def tokens(seed=0, rows=3, length=LENGTH):
 @pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "packed"])
 @pytest.mark.parametrize("name", [name for name in MIXERS if name not in ("rg_lru_no_convolution", "window_1")])
 def test_values_are_those_of_the_oracle(name, ids, dtype):
-    """With rotary positions in float32, which are turned off to compare in float64."""
+    """With rotary positions, which are float32 and so are turned off for float64."""
     kind, changes = MIXERS[name]
     fraction = 0.0 if dtype == "float64" else 0.5
     config = small.config(dtype=dtype, rotary_fraction=fraction, **changes)
@@ -144,7 +144,7 @@ def test_values_are_those_of_the_oracle(name, ids, dtype):
 
 @pytest.mark.parametrize("name", LAWS)
 def test_packed_documents_are_documents_alone(name):
-    """In what they give and in the state that they leave: both go on with the same tokens in the same way."""
+    """In their outputs and in the state that they leave: both go on with the same tokens in the same way."""
     run, _ = mixer(name)
     x, more = np.asarray(tokens()), tokens(1, 1, 5)
     whole, state = run(x, jnp.asarray(IDS))
@@ -183,7 +183,7 @@ def test_decoding_token_by_token_is_one_pass(name):
 @pytest.mark.parametrize("cuts", [(1, 2, 7), (6,)], ids=str)
 @pytest.mark.parametrize("name", LAWS)
 def test_packed_chunks_are_one_pass(name, cuts):
-    """The state is that of the document that goes on: rows whose document ends at a cut begin with none."""
+    """The state is that of the document that goes on: rows whose document ends at a cut begin with an empty one."""
     run, init_state = mixer(name)
     x = tokens()
     whole, _ = run(x, jnp.asarray(IDS))
@@ -207,8 +207,8 @@ def test_an_empty_past_is_none(name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LAWS)
 def test_the_state_does_not_grow(name, dtype):
-    """And does not change its structure, shapes or dtypes, so that a program that takes it can be used again. What adds up
-    over time is float32 whatever the activations are; what was seen is as it was seen."""
+    """Nor does it change its structure, shapes or dtypes, so that a program that takes it can be reused. What accumulates
+    over time is float32 whatever the activations are; stored inputs keep the activations' dtype."""
     kind, changes = MIXERS[name]
     config = small.config(dtype=dtype, **changes)
     graph, parameters = small.module(lambda rngs: mixers.find(kind)(config, rngs=rngs))
@@ -264,7 +264,7 @@ def test_the_future_and_other_rows_are_not_seen(name):
     ],
 )
 def test_gradients_are_those_of_finite_differences(name):
-    """Of every parameter and of x, by the oracle."""
+    """For every parameter and for x, with differences of the oracle."""
     kind, changes = MIXERS[name]
     config = small.config(dtype="float64", **changes)
     graph, parameters = small.module(lambda rngs: mixers.find(kind)(config, rngs=rngs))
@@ -284,7 +284,7 @@ def test_gradients_are_those_of_finite_differences(name):
         assert np.sum(directions[i] * np.asarray(found[i])) == pytest.approx(expected, rel=1e-5), path
 
 
-# Of the arguments of the recurrence those that are float32 where activations are bfloat16, and what is exact in them.
+# Which arguments of the recurrence are float32 when activations are bfloat16, and what they are.
 WIDE = {
     "rg_lru": {0: "a", 1: "its input"},
     "lru": {0: "a"},
@@ -308,8 +308,8 @@ WIDE = {
 
 @pytest.mark.parametrize("name", WIDE)
 def test_what_decays_is_not_rounded_to_bfloat16(name, monkeypatch):
-    """Of tokens that choose one row of each matrix, so that products are exact in every dtype, decays and gates are those
-    of float64 to float32: what is rounded there adds up over time. And the state is what the recurrence left."""
+    """Each token selects one row of each matrix, so that products are exact in every dtype: decays and gates are those of
+    float64 to float32 accuracy, since rounding there adds up over time. And the state is what the recurrence left."""
     kind, changes = MIXERS[name]
     calls, finals = [], []
 
@@ -357,7 +357,7 @@ def test_what_decays_is_not_rounded_to_bfloat16(name, monkeypatch):
 
 
 def _exact(path, x):
-    """What a matrix product or a filter has, such that one of its entries goes through bfloat16 as it is."""
+    """Parameters for which products and filters pass a single entry through bfloat16 unchanged."""
     name = path[-1].key
     if name == "convolution_kernel":
         return np.eye(len(x))[-1][:, None] * np.ones_like(x)

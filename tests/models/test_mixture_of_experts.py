@@ -80,7 +80,7 @@ def gradients(name):
 
 @pytest.mark.parametrize("name", ["biases", "one"])
 def test_gradients_are_those_of_finite_differences(name):
-    """Along each parameter and along x. The choices stay as they are within so small a step."""
+    """Along each parameter and along x. So small a step does not change the choices."""
     parameters, x = module(name)[2], tokens()
     random = np.random.default_rng(1)
     weights = random.standard_normal(x.shape)
@@ -111,12 +111,12 @@ def test_gradients_in_fewer_bits(dtype):
 
 
 def routed(router, x, ids=None):
-    """y and the losses of the module with another router, in float64."""
+    """y and the losses of the module with the given router, in float64."""
     return numerics.wide(numerics.run(forward(), module()[2] | {"router": router}, x, ids, dtype="float64"))
 
 
 def test_losses_of_routers_made_by_hand():
-    """Six tokens, of which token i likes expert i and the next one alone, and as much."""
+    """Six tokens: token i likes only expert i and the next one, both equally."""
     x, router = np.zeros((1, 6, 16)), np.zeros((16, 6))
     for i in range(6):
         x[0, i, i] = 1.0
@@ -124,20 +124,20 @@ def test_losses_of_routers_made_by_hand():
     _, losses = routed(router, x, np.ones((1, 6), np.int32))
     np.testing.assert_allclose(losses["load_balance"], 1, rtol=1e-10)
     np.testing.assert_allclose(losses["router_z"], (30 + np.log(2)) ** 2, rtol=1e-10)
-    # The first two alone: half of the choices and of the probability is expert 1's, a quarter each 0's and 2's.
+    # The first two alone: expert 1 has half of the choices and of the probability, 0 and 2 a quarter each.
     _, losses = routed(router, x, np.array([[1, 1, 0, 0, 0, 0]], np.int32))
     np.testing.assert_allclose(losses["load_balance"], 6 * (1 / 4 + 1 / 16 + 1 / 16), rtol=1e-10)
     # All tokens like one pair: a third of the experts has all of both.
     router[:] = np.array([30.0, 30.0, 0, 0, 0, 0])
     _, losses = routed(router, x, np.ones((1, 6), np.int32))
     np.testing.assert_allclose(losses["load_balance"], 3, rtol=1e-10)
-    # Padding alone is no token at all.
+    # Padding alone counts as no tokens.
     _, losses = routed(router, x, np.zeros((1, 6), np.int32))
     assert losses == {"load_balance": 0, "router_z": 0}
 
 
 def test_no_token_is_dropped_when_all_choose_the_same():
-    """300 tokens to the same two of six experts."""
+    """300 tokens go to the same two of six experts."""
     x, router = tokens(rows=3, length=100), np.zeros((16, 6))
     x[..., 0] = 1.0
     router[0] = [0, 0, 9, 0, 8, 0]
@@ -162,7 +162,7 @@ def test_one_token_at_a_time():
 
 
 def test_a_model_of_experts_decodes_as_it_trains():
-    """Layers in a scan and one outside; losses are averaged over the layers."""
+    """Layers in a scan and one outside it; losses are averaged over the layers."""
     made = config(num_layers=3, pattern=("convolution",) * 2)
     architecture = describe(made)
     values = numerics.cast(small.parameters(architecture.shapes), "float32")
@@ -188,7 +188,7 @@ def test_the_losses_of_a_model_are_the_means_of_its_layers():
 
 
 def test_padding_does_not_count_in_the_losses_of_a_model():
-    """Rows that end in padding give the losses of those without, in which no token sees another."""
+    """Rows that end in padding give the losses of rows without it; here no token sees another."""
     architecture = describe(config(num_layers=3, pattern=("convolution",) * 2, convolution_width=1))
     values = numerics.cast(small.parameters(architecture.shapes), "float32")
     tokens, ids = np.arange(8, dtype=np.int32).reshape(2, 4), np.array([[1, 1, 2, 0], [1, 1, 1, 0]], np.int32)
@@ -211,8 +211,8 @@ def test_statistics_of_a_new_module():
 
 MESHES = {
     "fsdp2_tensor2_expert2": ({"fsdp": 2, "tensor": 2, "expert": 2}, {}),
-    "fsdp2_tensor4_of_10_channels": ({"fsdp": 2, "tensor": 4}, {}),  # 4 does not divide them: each device has all
-    "expert4_of_6": ({"data": 2, "expert": 4}, {}),  # so do the experts lie
+    "fsdp2_tensor4_of_10_channels": ({"fsdp": 2, "tensor": 4}, {}),  # 4 does not divide 10: each device has all
+    "expert4_of_6": ({"data": 2, "expert": 4}, {}),  # likewise for the experts
     "data2_sequence2_expert2": ({"data": 2, "sequence": 2, "expert": 2}, {"bias": False}),
     "rows_not_split": ({"fsdp": 4, "expert": 2}, {"rows": 3}),
 }

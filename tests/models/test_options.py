@@ -1,4 +1,4 @@
-"""``mixers.READERS``: which mixers read a key of the config, from the programs that they become."""
+"""``mixers.READERS``: which mixers read a config key, judged by the programs they compile to."""
 
 import functools
 
@@ -66,7 +66,7 @@ OTHER = {
     "negative_eigenvalues": True,
     "householders": 2,
 }
-# What else has to be so for a key to be read.
+# What else has to be set for a key to be read.
 BESIDE = {
     "num_heads": {"recurrent_heads": 0},
     "rotary_context": {"rotary_scaling": 8.0},
@@ -76,7 +76,7 @@ BESIDE = {
 
 @functools.cache
 def program(mixer, **changes):
-    """The text of a layer's program, from the key of its parameters to what it gives and remembers: shapes, constants,
+    """The text of a layer's program, from the random key of its parameters to its output and state: shapes, constants,
     operations."""
     config = small.config(**(BASE | changes))
 
@@ -88,15 +88,15 @@ def program(mixer, **changes):
     return jax.jit(run).lower(jax.eval_shape(lambda: jax.random.key(0)), x).as_text()
 
 
-# Those that normalise what they have read. Of linear attention the one that is not divided by its weights; Falcon-Mamba
-# normalises what it reads by.
+# Mixers that normalise what they have read. So does linear attention where it is not divided by its weights; Falcon-Mamba
+# normalises what it reads with.
 NORMS = ("delta_net", "gated_delta_net", "gateloop", "gla", "hgrn", "hgrn2", "kda", "lightning", "mamba2", "retention")
 WITH_NORMS = {"linear_attention": {"feature_map": "identity"}, "mamba": {"selection_norm": True}}
 
 
 @pytest.mark.parametrize("mixer", mixers.MIXERS)
 def test_norms_have_the_epsilon_of_the_config(mixer):
-    """0.25 in the place of 1e-6 and nowhere else."""
+    """0.25 in place of 1e-6 changes the program of a mixer with a norm, and no other."""
     texts = [program(mixer, norm_epsilon=epsilon, **WITH_NORMS.get(mixer, {})) for epsilon in (1e-6, 0.25)]
     assert (texts[0] != texts[1]) == (mixer in (*NORMS, *WITH_NORMS))
     texts = [program(mixer, norm_epsilon=epsilon) for epsilon in (1e-6, 0.25)]
@@ -105,7 +105,7 @@ def test_norms_have_the_epsilon_of_the_config(mixer):
 
 @pytest.mark.parametrize("mixer", (*NORMS, "linear_attention"))
 def test_norms_have_the_offset_of_the_config(mixer):
-    """The factor is 1 when training begins; those of TransNormerLLM and RetNet have no scale that could be offset."""
+    """The factor is 1 when training begins; the norms of TransNormerLLM and RetNet have no scale to offset."""
     with_norms = WITH_NORMS.get(mixer, {})
     layers = [
         mixers.find(mixer)(small.config(**(BASE | with_norms), norm_offset=offset), rngs=nnx.Rngs(0))
@@ -120,7 +120,7 @@ def test_norms_have_the_offset_of_the_config(mixer):
 
 
 def test_the_norms_of_a_model_have_the_epsilon_of_the_config():
-    """Before each mixer, each MLP and the logits."""
+    """Those before each mixer, each MLP and the logits."""
     architecture = describe(small.config(pattern=("rg_lru",), num_layers=1, norm_epsilon=0.25))
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     text = jax.jit(lambda p, tokens: architecture.bind(p)(tokens)[0]).lower(architecture.shapes, tokens).as_text()

@@ -1,11 +1,11 @@
 """Language models with time spread over 8 devices, for every mixer and the hybrids' patterns: loss, logits, states and the
-gradients of every parameter and of the state before are those of one device, in float64. With ``--every_mesh`` each model
-runs on three meshes both from a state and without, which takes long (``make test-meshes``, a step of CI); without it from a
-state, on the mesh that ``MODELS`` names. And copies of the parameters that sum their gradients once: of each model on three
-meshes, or of one on one.
+gradients of every parameter and of the initial state are those of one device, in float64. With ``--every_mesh`` each model
+runs on three meshes, both from a state and without, which takes long (``make test-meshes``, a step of CI); otherwise it
+runs from a state, on the mesh that ``MODELS`` names. Also, copies of the parameters sum their gradients once: for each
+model on three meshes, or for one on one.
 
 In float32 they agree to 1e-5 of the largest entry. In bfloat16 the logits of gla, delta_net, mamba2, griffin, rg_lru and
-attention, as they are here, differ between 8 devices and one by at most 0.022 of the largest entry, and gradients by 0.054.
+attention, as configured here, differ between 8 devices and one by at most 0.022 of the largest entry, gradients by 0.054.
 One device is as far from float64 (0.05 and 0.07), and gla's gradients are further (0.97): in a document of one token its
 norm divides by what q . k leaves.
 """
@@ -28,14 +28,14 @@ from tests import numerics, small
 from tests.shards import EIGHT, FOUR, IDS, TWO, T, make_mesh
 
 B, VOCABULARY = 4, 32
-# The document that each row's state is of: it goes on in the rows 0, 1 and 3, and is another one in row 2.
+# The document of each row's state: it goes on in rows 0, 1 and 3; row 2 begins another.
 BEFORE = np.broadcast_to(np.array([[0], [0], [5], [7]], np.int32), (B, T)).copy()
 
 # name: pattern, changes of the config, the mesh of a run that does not take every one.
 MODELS = {
     "attention": (("attention",), {"key_value_heads": 2, "context": 2 * T}, TWO),
     "attention_of_one_group": (("attention",), {"context": 2 * T}, EIGHT),
-    "convolution": (("convolution",), {"convolution_width": 7}, FOUR),  # reaches over two shards of 4
+    "convolution": (("convolution",), {"convolution_width": 7}, FOUR),  # reaches across two shards of 4
     "delta_net": (("delta_net",), {}, TWO),
     "gated_delta_net": (("gated_delta_net",), {}, FOUR),
     "gated_delta_product": (("gated_delta_net",), {"householders": 2, "negative_eigenvalues": True}, TWO),
@@ -88,8 +88,8 @@ def tokens(seed):
 
 @functools.cache
 def step(name, dtype, mesh=None):
-    """Jitted ``(parameters, (tokens, targets), ids, state) -> (loss, losses of layers, logits, state), gradients``: of the
-    loss that training takes and, with weights of all sizes, of the state, for parameters and the state before."""
+    """Jitted ``(parameters, (tokens, targets), ids, state) -> (loss, losses of layers, logits, state), gradients``. The
+    gradients, for parameters and the initial state, are of the training loss plus weighted means of state and losses."""
     architecture = describe(config(name, dtype=dtype))
 
     def objective(parameters, state, text, ids):
@@ -119,7 +119,7 @@ def _weighed(x):
 
 
 def readable(state):
-    """The state with zeros in the slots of keys and values that no token will read: what lies there is no one's promise."""
+    """The state with zeros in the slots of keys and values that no token will read: their contents are unspecified."""
     if isinstance(state, list):
         return [readable(part) for part in state]
     if not isinstance(state, dict):
@@ -145,7 +145,7 @@ def every_mesh(request) -> bool:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_8_devices_give_what_one_gives(name, every_mesh):
-    """From a state, of documents that go on and of one that does not; and without."""
+    """From a state, with documents that go on and one that does not; and without a state."""
     from_state = without = [EIGHT, FOUR, TWO]
     if not every_mesh:
         from_state, without = [MODELS[name][2]], []
@@ -184,7 +184,7 @@ COPIES = [{"data": 2, "fsdp": 2, "sequence": 2}, {"data": 4, "sequence": 2}, {"d
 
 @functools.cache
 def gradients_of_copies(name, mesh=None):
-    """Jitted ``(parameters, batch) -> (loss, gradients)``, taken by each copy of the parameters and summed once."""
+    """Jitted ``(parameters, batch) -> (loss, gradients)``, computed by each copy of the parameters and summed once."""
     architecture = describe(config(name, dtype="float64"))
 
     def of_rows(parameters, batch):
@@ -210,7 +210,7 @@ def pytest_generate_tests(metafunc):
 
 
 def test_copies_sum_their_gradients_once(copied, every_mesh):
-    """Rows weigh differently, and so do copies."""
+    """Rows have different weights, and so do copies."""
     meshes = COPIES if every_mesh else COPIES[:1]
     with jax.enable_x64(True):
         text = tokens(1)
@@ -227,11 +227,11 @@ LOWER = ["gla", "delta_net", "griffin"]
 
 @pytest.mark.parametrize("name", LOWER)
 def test_float32(name):
-    """With rotary positions, which are float32; held to float64, by 8 devices and by one.
+    """With rotary positions, which are float32; compared with float64, on 8 devices and on one.
 
-    Not with any parameters: a query and a key that are next to orthogonal give an output of next to nothing, which the
-    norm behind enlarges together with its rounding. With those of seed 9 gla on one device is off by 1e-4 itself; with
-    those of seed 4 all are off by a third of the bound at most.
+    This does not hold for all parameters: a query and a key that are nearly orthogonal give an output near zero, which the
+    norm after it enlarges together with its rounding. With those of seed 9, gla on one device is itself off by 1e-4; with
+    those of seed 4, all are off by at most a third of the bound.
     """
     values, text = parameters(name, "float32", seed=4), tokens(1)
     with jax.enable_x64(True):

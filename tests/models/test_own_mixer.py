@@ -1,4 +1,4 @@
-"""A mixer of another package, named by where it is: the one that docs/mixers.md shows."""
+"""A mixer of another package, named by its import path: the one that docs/mixers.md shows."""
 
 import pathlib
 import re
@@ -25,7 +25,7 @@ NAME = "my_lab.MovingAverage"
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes a module that Python finds."""
+    """Writes a module that Python can import."""
     monkeypatch.syspath_prepend(tmp_path)
     yield lambda text, name="my_lab": (tmp_path / f"{name}.py").write_text(text)
     for name in [name for name in sys.modules if name.startswith("my_lab")]:
@@ -39,7 +39,7 @@ def moving_average(write):
 
 
 def test_it_is_its_equation(moving_average):
-    """In two documents and after a state; and by the formula of its own it has FLOPs."""
+    """In two documents and from a state; and its own formula gives its FLOPs."""
     architecture = describe(moving_average)
     parameters = small.parameters(architecture.shapes)
     mixer = architecture.bind(parameters)
@@ -71,7 +71,7 @@ def test_over_a_mesh_it_gives_the_same(moving_average):
 
 
 def test_a_run_of_it(moving_average, tiny_config, tmp_path):
-    """Trained, and read again by the name alone."""
+    """It is trained, and loaded again by its name alone."""
     config = tiny_config.copy_and_resolve_references()
     config.model.update({"pattern": (NAME,), "num_layers": 1, "recurrent_width": 24})
     configs.forget_unread(config, ["model.pattern"])

@@ -1,4 +1,4 @@
-"""The published sizes: a table of parameter counts, and one of them counted by hand."""
+"""The published sizes: a table of parameter counts, and some of them counted by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ def test_falcon_mamba_7b_by_hand():
 
 
 def test_falcon_mamba_7b_is_the_published_one():
-    """By the fields of its config.json that the arithmetic follows from; ``expand`` is not what the width is by."""
+    """Compares the fields of its config.json that determine the arithmetic; ``expand`` does not give the width."""
     published = {
         "conv_kernel": 4,
         "expand": 16,
@@ -162,8 +162,8 @@ def test_delta_net_340m_by_hand():
 
 
 def test_gated_delta_net_1b3_by_hand():
-    """32,000 words; 16 layers of width 2400, 9 heads with keys of 200 and values of 400. The authors' program has 18
-    numbers a layer more: a bias of beta, and a skip that it does not use."""
+    """32,000 words; 16 layers of width 2400, 9 heads with keys of 200 and values of 400. The authors' program has 18 more
+    numbers per layer: a bias of beta, and a skip that it does not use."""
     vocab, width, heads, keys, values = 32_000, 2400, 9, 1800, 3600
     mixer = width * (2 * keys + 3 * values + 2 * heads)  # q, k; v, gate, out; beta and the decay
     mixer += 4 * (2 * keys + values) + 2 * heads + 400  # convolutions; A and dt; norm
@@ -180,7 +180,7 @@ def test_gated_delta_net_1b3_by_hand():
     ],
 )
 def test_linear_moe_by_hand(name, width, inner, layers, keys, in_all, active):
-    """151,936 words, twice, which the name does not count; of 64 experts a token goes to 8."""
+    """151,936 words, twice, which the name does not count; a token goes to 8 of 64 experts."""
     heads = 8 if width == 1024 else 16
     mixer = width * (2 * keys + 3 * width)  # q, k; v, gate, out
     mixer += 16 * (width + keys) + keys + width // heads  # the decay's two maps; norm
@@ -205,8 +205,8 @@ def test_transformer_340m_by_hand():
 
 
 def test_based_360m_by_hand():
-    """50,264 words; 27 layers of width 1024: 17 convolutions of 2048 channels, 5 of linear attention with 16 heads that
-    have 16 channels of keys, 5 windows."""
+    """50,264 words; 27 layers of width 1024: 17 convolutions of 2048 channels, 5 of linear attention with 16 heads of 16
+    key channels, 5 windows."""
     width, inner = 1024, 2048
     convolution = 2 * (width * inner + inner) + 3 * inner + inner * width + width
     linear, window = 2 * width * 256 + 2 * width * width, 4 * width * width
@@ -247,8 +247,8 @@ def test_retnet_1b3_by_hand():
 
 
 def test_hgrn_and_hgrn2_1b3_by_hand():
-    """32,000 words, twice; 24 layers of width 2048, 4 D^2 in the mixer, its norm and its lower bound. The four are those of
-    input, forget, gate and out in the one, query, forget, value and out in the other."""
+    """32,000 words, twice; 24 layers of width 2048, 4 D^2 in the mixer, its norm and its lower bound. The four maps are
+    input, forget, gate and out in one mixer; query, forget, value and out in the other."""
     vocab, width, mlp = 32_000, 2048, 5632
     total = 2 * vocab * width + 24 * (4 * width * width + 2 * width + 3 * width * mlp + 2 * width) + width
     assert total == COUNTS["hgrn_1b3"] == COUNTS["hgrn2_1b3"]

@@ -1,4 +1,4 @@
-"""Retention: its parameters, the numbers that it starts from, its decays and its norm."""
+"""Retention: its parameters, their initial values, its decays and its norm."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tests import numerics, small
 
 
 def test_the_parameters():
-    """2 heads: K = D / H, V = 2 D / H. The norm has none."""
+    """2 heads: K = D / H, V = 2 D / H. The norm has no parameters."""
     _, parameters = small.module(lambda rngs: Retention(small.config(), rngs=rngs))
     assert jax.tree.map(np.shape, parameters) == {
         "query": {"kernel": (16, 16)},
@@ -50,7 +50,7 @@ def test_the_parameters_at_the_start():
 
 
 def test_the_decays(monkeypatch):
-    """1 - 1/32, 1 - 1/64, ...; the last of 16 heads is told from 1."""
+    """1 - 1/32, 1 - 1/64, ...; the last of 16 heads is still distinct from 1."""
     decays = []
 
     def attend(q, k, v, log_decay, *arguments, **options):
@@ -66,7 +66,7 @@ def test_the_decays(monkeypatch):
 
 
 def test_what_is_seen_depends_on_the_distance_alone():
-    """The same two tokens far on in a row, after tokens that are another document's."""
+    """The same two tokens, far along a row, after tokens of another document."""
     config = small.config(rotary_fraction=1.0)
     graph, parameters = small.module(lambda rngs: Retention(config, rngs=rngs))
     mixer = nnx.merge(graph, numerics.cast(parameters, "float32"))

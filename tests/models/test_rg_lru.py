@@ -1,4 +1,4 @@
-"""The RG-LRU against the oracle, its gradients, its square root, and the numbers that it starts from."""
+"""The RG-LRU against the oracle, its gradients, its square root, and its initial values."""
 
 import functools
 
@@ -77,7 +77,7 @@ def test_the_slope_of_the_root_is_bounded():
 
 @pytest.mark.parametrize("bias", [-200.0, -18.0, 0.0, 200.0])
 def test_gradients_are_finite_at_every_decay(bias):
-    """At -200 the gate is 0 and a is exactly 1; at -18 a is next to it; at 200 it is at its smallest."""
+    """At -200 the gate is 0 and a is exactly 1; at -18 a is close to 1; at 200 it is smallest."""
     graph, parameters = nnx.split(RGLRU(4, 2, rngs=nnx.Rngs(0)))
     pure = nnx.to_pure_dict(parameters)
     pure["recurrence_bias"] = jnp.full((4,), bias)
@@ -87,12 +87,12 @@ def test_gradients_are_finite_at_every_decay(bias):
     assert all(jnp.isfinite(y).all() for y in jax.tree.leaves((values, gradients)))
     assert all(jnp.abs(y).max() < 1e5 for y in jax.tree.leaves(gradients))
     if bias == -200:
-        # Nothing but the first token enters, and nothing is forgotten.
+        # Only the first token enters, and nothing is forgotten.
         numerics.assert_close(values[0], jnp.repeat(values[0][:, :1], 30, axis=1), 0)
 
 
 def test_the_decay_at_the_start():
-    """a at r = 1 lies in 0.9 .. 0.999, its square spread evenly over the ring."""
+    """a at r = 1 lies in 0.9 .. 0.999, and its square is uniform."""
     layer = RGLRU(8192, 64, rngs=nnx.Rngs(0))
     a = np.exp(-8 * oracles.softplus(np.asarray(layer.decay[...], np.float64)))
     assert 0.9 - 1e-5 < a.min() < 0.901 and 0.9985 < a.max() < 0.999 + 1e-5

@@ -1,4 +1,4 @@
-"""S5: the spectrum that it starts from, that it is then the real layer of the paper, its steps, and its two directions."""
+"""S5: its initial spectrum, that it then is the paper's real layer, its steps, and its two directions."""
 
 import functools
 
@@ -20,7 +20,7 @@ STEP = 0.03
 
 
 def test_the_parameters():
-    """Which are counted by hand; the vectors are not decayed."""
+    """Counted by hand; the vectors are not decayed."""
     architecture = describe(small.config(pattern=("s5",), num_layers=2))
     mixer = architecture.shapes["stacks"][0]["blocks"][0]["mixer"]
     width, states = 16, 12
@@ -32,7 +32,7 @@ def test_the_parameters():
 
 
 def normal_part(size):
-    """Of HiPPO-LegS: the matrix of Gu et al. 2020 (arXiv:2008.07669), with its low rank added (arXiv:2206.11893)."""
+    """Of HiPPO-LegS: the matrix of Gu et al. 2020 (arXiv:2008.07669) plus its low-rank term (arXiv:2206.11893)."""
     hippo = np.zeros((size, size))
     for n in range(size):
         for k in range(n + 1):
@@ -89,7 +89,7 @@ def test_the_numbers_at_the_start():
 
 
 def test_white_noise_gives_outputs_of_variance_one():
-    """Almost all of it through the skip: a state of step Delta has variance Delta."""
+    """Almost all of it comes through the skip: a state of step Delta has variance Delta."""
     layer = S5(small.config(width=64, recurrent_width=128, recurrent_heads=4), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1000, 64)), jnp.float32)
     run = numerics.jit(lambda x: layer.recur(x, None, None))
@@ -100,7 +100,7 @@ def test_white_noise_gives_outputs_of_variance_one():
 
 @pytest.mark.parametrize("discretize", [zero_order_hold, bilinear])
 def test_steps_of_every_size(discretize):
-    """In float32, where exp(x) - 1 would have lost a small step; and never unstable."""
+    """In float32, where exp(x) - 1 would lose a small step; and never unstable."""
     eigenvalues = np.array([-0.5 + 3j, -1e-3 + 1e-3j, -0.5 + 600j, -40 + 1j])
     for step in (1e-6, 1e-3, 0.1):
         expected = numerics.run(discretize, eigenvalues, np.full(4, step), dtype="float64")

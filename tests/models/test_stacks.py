@@ -1,4 +1,4 @@
-"""How the layers of a model are cut into stacks: of the presets, of short patterns, and of any."""
+"""How a model's layers are cut into stacks: for the presets, for short patterns, and for any."""
 
 import itertools
 
@@ -17,7 +17,7 @@ def layers(stacks):
 
 
 def shown(name):
-    """``"xy3 z"``: the first letters of a pattern, and how often it is repeated, of each stack."""
+    """``"xy3 z"``: for each stack, the first letters of its pattern and how often it is repeated."""
     preset = presets.find(name)
     return " ".join(
         "".join(mixer[0] for mixer in stack.pattern) + str(stack.repeats)
@@ -68,7 +68,7 @@ def test_the_stacks_are_the_layers(pattern, num_layers):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from("xy"), min_size=1, max_size=7))
 def test_no_other_cut_writes_fewer_blocks(names):
-    """Against all cuts there are."""
+    """Compared with all possible cuts."""
 
     def fewest(names):
         if not names:

@@ -1,4 +1,4 @@
-"""causal_attention against the oracle that takes one head of one token at a time, its laws, and its memory."""
+"""causal_attention against an oracle that computes one head of one token at a time, its laws, and its memory."""
 
 import functools
 
@@ -30,7 +30,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """So that short inputs have many, none of which divides another or the length."""
+    """Short inputs then have many blocks, whose sizes divide neither each other nor the length."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
     monkeypatch.setattr(attention, "KEY_RUN", 24)
 
@@ -181,7 +181,7 @@ def test_an_id_used_again_names_another_document(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_of_hundreds_do_not_overflow(backend):
-    """Rising and falling along the keys, so that the largest logit is met in the first block or in the last."""
+    """They rise or fall along the keys, so that the largest is in the first block or in the last."""
     q, k, v = law_inputs(3)
     slope = np.linspace(-1, 1, LENGTH)[None, :, None, None]
     inputs = (300 * numerics.representable(q), numerics.representable(k * slope), numerics.representable(v))
@@ -194,12 +194,12 @@ def test_logits_of_hundreds_do_not_overflow(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_of_bfloat16_are_not_rounded_to_it(backend):
-    """They are 256 and 257, of which bfloat16 has the first alone; the logs of the sums of weights lie behind them."""
+    """They are 256 and 257, of which bfloat16 holds only the first; the log-sum-exps lie beyond them."""
     length = 40
     odd = np.arange(length) % 2
     q, k = np.ones((1, length, 1, 2)), np.stack([np.full(length, 256.0), odd], axis=1)[None, :, None]
     v, cotangents = odd[None, :, None, None] * 1.0, (np.arange(length) == length - 1)[None, :, None, None] * 1.0
-    weights = np.exp(odd) / np.sum(np.exp(odd))  # of the last query, from which alone there is a gradient
+    weights = np.exp(odd) / np.sum(np.exp(odd))  # of the last query, the only one with a cotangent
     run = numerics.with_gradients(functools.partial(causal_attention, scale=1.0, backend=backend))
     o, (_, _, dv) = numerics.run(run, (q, k, v), cotangents, dtype="bfloat16")
     numerics.assert_close(o[0, -1, 0, 0], np.sum(weights * odd), 5e-3)
@@ -208,7 +208,7 @@ def test_logits_of_bfloat16_are_not_rounded_to_it(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sums_of_bfloat16_are_float32(backend):
-    """Of equal weights, of the values and, from as many queries, of the gradient of a value."""
+    """Sums of equal weights, of values and, over as many queries, of a value's gradient."""
     length = 1000
     inputs = tuple(np.full((1, length, 1, 1), value) for value in (0.0, 0.0, 1.0))
     run = numerics.with_gradients(functools.partial(causal_attention, backend=backend))
@@ -222,7 +222,7 @@ def test_sums_of_bfloat16_are_float32(backend):
     "dtypes", ["float64 bfloat16 float64", "bfloat16 float64 float32", "bfloat16 float32 bfloat16"]
 )
 def test_dtypes_may_differ(dtypes, backend):
-    """Multiplied in what holds them all; each has its gradient in its own."""
+    """Products are in a dtype that holds them all; each gradient is in the dtype of its input."""
     inputs, random = [numerics.representable(x) for x in law_inputs(4)], np.random.default_rng(5)
     cotangents = numerics.normal(random, 1, LENGTH, 2, 3)
     reference = numerics.with_gradients(functools.partial(naive.sliding_window_attention, window=LENGTH))
@@ -240,7 +240,7 @@ def test_dtypes_may_differ(dtypes, backend):
 
 @pytest.mark.parametrize("length", [2048, 65_536])
 def test_memory_grows_with_the_length(length, monkeypatch):
-    """Forward and backward, with the blocks as they are: one matrix of T x T logits would be 17 GB at the longer."""
+    """Forward and backward, with the default blocks: one T x T matrix of logits would be 17 GB at the greater length."""
     monkeypatch.undo()
 
     def loss(q, k, v):
@@ -268,7 +268,7 @@ def test_misfits_are_refused():
 
 
 def test_no_masks_of_all_pairs_are_kept_for_scanned_layers():
-    """Where layers are scanned and computed again, what does not depend on them would be computed once and kept."""
+    """If layers are scanned and recomputed, what does not depend on them would be computed once and kept."""
     length = 4096
 
     def objective(x, ids):
@@ -281,5 +281,5 @@ def test_no_masks_of_all_pairs_are_kept_for_scanned_layers():
     x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     compiled = jax.jit(jax.grad(objective)).lower(x, ids).compile()
-    # One byte a pair of the lower half would be 8 MB.
+    # One byte per pair of the lower half would be 8 MB.
     assert compiled.memory_analysis().temp_size_in_bytes < 4e6

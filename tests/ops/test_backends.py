@@ -66,13 +66,13 @@ def test_gpus_that_kernels_are_built_for(capability, kind, reason):
         ("10.0", 227, (64, 64, 4, 2), 64),
         ("8.6", 99, (64, 32, 4, 2), 32),
         ("12.0", 99, (64, 32, 4, 2), 32),
-        ("13.0", 227, (64, 32, 4, 2), 32),  # which nobody has asked a compiler about
-        ("8.9", None, (64, 32, 4, 2), 32),  # a JAX that does not say
+        ("13.0", 227, (64, 32, 4, 2), 32),  # never tried with a compiler
+        ("8.9", None, (64, 32, 4, 2), 32),  # a JAX that does not report it
         ("9.0", None, (128, 64, 8, 2), 64),
     ],
 )
 def test_blocks_fit_the_shared_memory(capability, kilobytes, attention, chunk):
-    """Of attention at K = 128, and the chunk of the delta rule at K = 256."""
+    """Attention's blocks at K = 128, and the delta rule's chunk at K = 256."""
     memory = {} if kilobytes is None else {"shared_memory_per_block_optin": kilobytes * 1024}
     device = types.SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability=capability, **memory)
     with backends.use_device(device):
@@ -89,7 +89,7 @@ def test_blocks_fit_the_shared_memory(capability, kilobytes, attention, chunk):
 @pytest.mark.parametrize("shape", [(0, 256, 2, 64), (2, 256, 0, 64)], ids=["no_rows", "no_heads"])
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_empty_arrays_take_no_kernel(platform, shape):
-    """Whose grid would be empty, which Pallas divides by."""
+    """The grid would be empty, and Pallas divides by its size."""
     x, gate = jnp.ones(shape, jnp.bfloat16), jnp.ones(shape[:3], jnp.float32)
     recurrences = {ops.linear_recurrence: (x, x), ops.linear_attention: (x, x, x), ops.delta_rule: (x, x, x, gate)}
     window = functools.partial(ops.sliding_window_attention, window=100)
@@ -112,7 +112,7 @@ def test_empty_arrays_take_no_kernel(platform, shape):
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_kernels_are_not_compiled_for_indices_of_64_bits(platform):
-    """Their compilers would end in errors of their own."""
+    """The compilers would fail with errors of their own."""
     x, heads = jnp.ones((1, 64, 2)), jnp.ones((1, 64, 1, 16), jnp.bfloat16)
     calls = {
         "linear_recurrence": functools.partial(ops.linear_recurrence, x, x),

@@ -9,7 +9,7 @@ from jaxlinear.ops.calls import Call
 
 
 def test_calls_are_recorded_while_a_program_is_traced():
-    """With shapes and options, but not how they are computed; and of an operation that calls others itself alone."""
+    """With shapes and options, but not how they are computed; an operation that calls others is recorded alone."""
     x = jax.ShapeDtypeStruct((1, 20, 4), jnp.bfloat16)
     heads = jax.ShapeDtypeStruct((1, 20, 2, 4), jnp.float32)
 
@@ -25,4 +25,4 @@ def test_calls_are_recorded_while_a_program_is_traced():
     ]
     assert found[0].arrays == dict.fromkeys(("x", "dt", "B", "C"), x) and found[0].options == {"A": None}
     jax.eval_shape(program, x, heads)
-    assert len(found) == 2  # what is traced later is not recorded
+    assert len(found) == 2  # later traces are not recorded

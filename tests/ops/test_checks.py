@@ -1,4 +1,4 @@
-"""What every operation refuses in its arguments, whichever backend would run it, and what it does with empty arrays."""
+"""Which arguments every operation refuses, whichever backend would run it, and what it does with empty arrays."""
 
 import re
 
@@ -23,7 +23,7 @@ def _arrays():
 
 _Q, _KEYS, _VALUES, _BETA = _arrays()
 
-# Each as a function of what stands for v or x.
+# Each as a function of its v or x.
 _OPERATIONS = {
     "linear_recurrence": lambda x=_VALUES, **options: ops.linear_recurrence(0.5, x, **options),
     "linear_attention": lambda x=_VALUES, **options: ops.linear_attention(_Q, _KEYS, x, **options),

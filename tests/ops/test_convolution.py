@@ -70,7 +70,7 @@ def test_gradients_are_those_of_finite_differences():
 
 @pytest.mark.parametrize("complex_weights", [False, True])
 def test_complex_inputs(complex_weights):
-    """By real filters or complex ones."""
+    """With real or complex filters."""
     random = np.random.default_rng(4)
     x, state = (numerics.normal(random, *shape, complex_=True) for shape in ((2, 9, 3), (2, 3, 3)))
     kernel, bias = (numerics.normal(random, *shape, complex_=complex_weights) for shape in ((4, 3), (3,)))
@@ -119,7 +119,7 @@ def law_inputs(seed):
 @law
 def test_a_run_cut_in_two_is_one_run(seed, ids, cut):
     x, kernel, state = law_inputs(seed)
-    ids[:, cut] = ids[:, cut - 1]  # the state that is handed over belongs to the next token's document
+    ids[:, cut] = ids[:, cut - 1]  # the state passed on belongs to the next token's document
     whole = numerics.run(OP, x, kernel, state, ids, dtype="float64")
     first, middle = numerics.run(OP, x[:, :cut], kernel, state, ids[:, :cut], dtype="float64")
     second, final = numerics.run(OP, x[:, cut:], kernel, np.asarray(middle), ids[:, cut:], dtype="float64")
@@ -151,7 +151,7 @@ def test_the_state_holds_the_inputs_of_the_last_document():
 
 
 def test_gradients_of_the_parameters_are_summed_in_float32():
-    """Of 100,000 equal terms: in bfloat16 a sum stops growing at 256."""
+    """100,000 equal terms: a bfloat16 sum stops growing at 256."""
     x = np.ones((1, 100_000, 1), ml_dtypes.bfloat16)
 
     @numerics.jit
@@ -165,7 +165,7 @@ def test_gradients_of_the_parameters_are_summed_in_float32():
 
 
 def test_bfloat16_is_rounded_once():
-    """Every value and gradient, half a unit of its own last place at most from that of float64."""
+    """Every value and gradient is within half a unit in its last place of that in float64."""
     inputs, (dy, _), ids, _, _ = case("packed")
     outputs = lambda op: numerics.with_gradients(lambda *inputs: op(*inputs)[0])  # noqa: E731
     reference = outputs(functools.partial(naive.causal_convolution, ids=ids))
@@ -178,7 +178,7 @@ def test_bfloat16_is_rounded_once():
 
 
 def test_filters_are_not_rounded_to_the_inputs():
-    """In training these are bfloat16 and filters float32: one product, rounded once, and its gradient, which is not."""
+    """In training, inputs are bfloat16 and filters float32: one product, rounded once, and its unrounded gradient."""
     random = np.random.default_rng(3)
     x, kernel = numerics.normal(random, 1, 50, 4), np.float32(random.standard_normal((1, 4)))
 
@@ -193,7 +193,7 @@ def test_filters_are_not_rounded_to_the_inputs():
 
 
 def test_gradients_keep_the_inputs_alone():
-    """Nothing as long as the sequence beside them."""
+    """Nothing else as long as the sequence."""
     arrays = [np.ones(shape, np.float32) for shape in ((1, 64, 8), (4, 8), (8,), (1, 3, 8))]
     _, pullback = jax.vjp(lambda *x: causal_convolution(*x, segment_ids=np.zeros((1, 64), np.int32)), *arrays)
     assert [y.shape for y in jax.tree.leaves(pullback) if y.dtype == np.float32 and y.size >= 64] == [(1, 64, 8)]

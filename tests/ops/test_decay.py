@@ -14,13 +14,13 @@ WIDTH = 6
 
 
 def chosen(length):
-    """Whose log decays decay what ``[..., c]`` bool: token j for i, the state before for i, and j for the state after."""
+    """Which log decays apply, ``[..., c]`` bool: to token j for i, to the state before for i, to j for the state after."""
     i, j, m = np.ogrid[:length, :length, :length]
     return (j < m) & (m <= i), (m <= i)[:, 0], (j < m)[0]
 
 
 def oracle(q, k, log_decay):
-    """All with every sum written out; an infinite log decay is none of a sum that it is not in."""
+    """All results, with every sum written out; an infinite log decay affects only the sums that it is in."""
     pairs, since_start, until_end = chosen(q.shape[-2])
 
     def exp_of_sum(which):
@@ -68,7 +68,7 @@ def cotangents(inputs):
     return numerics.cotangents_like(np.random.default_rng(1), jax.tree.map(lambda x: np.zeros(x.shape), shapes))
 
 
-# One block of 8, a part of one, several whole ones or not; 1 has no pairs.
+# One block of 8, part of one, several with or without a rest; a length of 1 has no pairs.
 @pytest.mark.parametrize(
     "length, channels, kind",
     [

@@ -1,4 +1,4 @@
-"""delta_rule with several updates a token: each is a token of one update, of which the last is read."""
+"""delta_rule with several updates per token: the same as tokens with one update each, of which the last is read."""
 
 import functools
 
@@ -13,8 +13,8 @@ from tests.ops import test_delta_rule as operation
 
 @functools.cache
 def updates_case(kind):
-    """Three updates a token: inputs, cotangents, ids and, from the oracles for 39 tokens of one update each, outputs and
-    gradients. Of three such tokens the first alone decays the state, and what the last one reads is taken."""
+    """Three updates per token: inputs, cotangents, ids and, from the oracles on 39 tokens of one update each, outputs and
+    gradients. Of every three such tokens only the first decays the state, and only the last one's output is taken."""
     batch, length, heads, updates, width, value_width = 2, 13, 2, 3, 4, 5
     random = np.random.default_rng(7)
     q, state = (

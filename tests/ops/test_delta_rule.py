@@ -37,7 +37,7 @@ def unit(x):
 
 
 def draw_decay(random, kind, batch, length, heads, width):
-    """From almost 1 to 1e-9: none of ``log_decay`` is rounded to zero in bfloat16."""
+    """Decays from almost 1 to 1e-9: no entry of ``log_decay`` is rounded to zero in bfloat16."""
     shapes = {"scalar": (batch, length, heads), "channel": (batch, length, heads, width)}
     return None if kind == "none" else numerics.representable(-np.exp(random.uniform(-7, 3, shapes[kind])))
 
@@ -132,7 +132,7 @@ def op(chunk):
 
 
 def law_inputs(seed):
-    """Decays by channel, here and there to zero, and beta in 0 .. 2, here and there one of them."""
+    """Decays by channel, some of them to zero, and beta in 0 .. 2, sometimes at either end."""
     random = np.random.default_rng(seed)
     q, k, v = (random.standard_normal((1, LENGTH, 2, width)) for width in (3, 3, 2))
     k = k / np.linalg.norm(k, axis=-1, keepdims=True)
@@ -160,7 +160,7 @@ def test_the_size_of_chunks_changes_nothing(seed, ids):
 def test_a_run_cut_in_two_is_one_run(chunk, seed, ids):
     cut = 5
     *inputs, state = law_inputs(seed)
-    ids[:, cut] = ids[:, cut - 1]  # the state that is handed over belongs to the next token's document
+    ids[:, cut] = ids[:, cut - 1]  # the state passed on belongs to the next token's document
     whole = numerics.run(op(chunk), *inputs, state, ids, dtype="float64")
     first, middle = numerics.run(op(chunk), *(y[:, :cut] for y in inputs), state, ids[:, :cut], dtype="float64")
     rest = (*(y[:, cut:] for y in inputs), np.asarray(middle), ids[:, cut:])
@@ -175,7 +175,7 @@ def test_packed_documents_are_documents_alone(chunk, seed, ids):
     *inputs, state = law_inputs(seed)
     o, final = numerics.run(op(chunk), *inputs, state, ids, dtype="float64")
     for start, end in numerics.runs(ids[0]):
-        # Alone at the front of its row; behind it zeros, which change nothing.
+        # Alone at the front of its row, followed by zeros, which change nothing.
         alone = [np.zeros_like(y) for y in inputs]
         for y, source in zip(alone, inputs, strict=True):
             y[:, : end - start] = source[:, start:end]
@@ -225,7 +225,7 @@ def test_a_decay_to_zero_forgets(chunk, seed):
 @given(seed=seeds, ids=some_ids)
 @law
 def test_the_family_is_the_operation_however_time_is_split(seed, ids):
-    """One run, two runs one after the other, two runs whose maps are composed, and the state straight from the runs."""
+    """One run, two runs in sequence, two runs whose maps are composed, and the state straight from the runs."""
     *inputs, state = law_inputs(seed)
     expected = numerics.run(op(0), *inputs, state, ids, dtype="float64")
     for way in numerics.run(split_family, (*inputs, ids), state, dtype="float64"):
@@ -255,7 +255,7 @@ def split_family(arrays, state):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_table_is_exact(backend):
-    """Keys are the rows of a table, beta is 1: each token writes one row and reads one. Whole numbers in float32."""
+    """Keys select the rows of a table and beta is 1: each token writes one row and reads one. Whole numbers in float32."""
     random = np.random.default_rng(2)
     written, read = random.integers(0, 4, (2, 257))
     v, table = random.integers(-9, 10, (257, 3)), random.integers(-9, 10, (4, 3))
@@ -270,7 +270,7 @@ def test_a_table_is_exact(backend):
 
 
 def assert_states_are_float32(run, kind):
-    """Keys of 0 replace nothing: a state, and backward its gradient, decays alone. In bfloat16 a step of 2^-12 is none."""
+    """Keys of 0 replace nothing: the state, and backward its gradient, only decays. In bfloat16 steps of 2^-12 are lost."""
     nothing, state = jnp.zeros((1, 1001, 1, 16), jnp.bfloat16), jnp.ones((1, 1, 16, 16))
     beta = jnp.ones(nothing.shape[:3])
     log_decay = jnp.full(nothing.shape if kind == "channel" else beta.shape, -(2.0**-12))
@@ -302,7 +302,7 @@ def in_float32(backend, packed):
 
 
 def assert_right_in_float32(backend, inputs, packed=False, tolerance=1e-5):
-    """Values and gradients against those in float64; ``packed`` is one document a token."""
+    """Values and gradients against those in float64; ``packed`` makes every token a document."""
     random = np.random.default_rng(3)
     cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[5].shape)
     expected = numerics.run(reference(packed), inputs, cotangents, dtype="float64")
@@ -332,7 +332,7 @@ def test_strong_and_weak_decays_in_one_chunk(backend, kind):
 
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_nothing_is_lost_behind_strong_decays(kind):
-    """Most of a chunk decays by -50 a step, its end by little: a difference of two sums over all of it would lose that."""
+    """Most of a chunk decays by -50 a step, its end by little: a difference of two sums over it would lose the latter."""
     inputs = at_the_limits(kind, lambda _, shape: np.full(shape, -50.0))
     inputs[4][:, 50:] = -0.01
     assert_right_in_float32("chunked", inputs)
@@ -347,8 +347,8 @@ def test_one_decay_for_all(kind, value):
 @pytest.mark.parametrize("kind", ["none", "scalar", "channel"])
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 def test_all_keys_equal(kind, beta):
-    """One of four channels, so that the keys are of length 1 exactly. With beta = 2 each write mirrors the state: the
-    rounding of the decays between the tokens of a chunk then adds up over its pairs, to 3e-5 here."""
+    """All keys are one of four channels, so that their length is exactly 1. With beta = 2 each write reflects the state:
+    rounding of the decays between a chunk's tokens then adds up over its pairs, to 3e-5 here."""
     q, k, v, beta, log_decay, state = at_the_limits(kind, lambda random, shape: -random.uniform(0, 0.01, shape), beta)
     k = np.zeros_like(k)
     k[..., 1] = 1
@@ -412,7 +412,7 @@ def test_memory_grows_with_the_inputs_and_a_state_a_chunk(kind, chunk):
 
     short, long = temporaries(8_192), temporaries(16_384)
     assert long < 2.02 * short
-    # Besides the states before each chunk there are but a few arrays like the inputs, each a 32nd of the states of all.
+    # Besides the states before each chunk there are only a few arrays like the inputs, each a 32nd of all tokens' states.
     assert long < 16_384 * heads * width * width * 4 * (1 / chunk + 5 / width)
 
 
@@ -462,7 +462,7 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 def like_keys(beta):
-    """bfloat16 queries, one key and values, and beta, of 256 tokens."""
+    """256 tokens: queries, one shared key and values in bfloat16, and beta."""
     random = np.random.default_rng(0)
     q, v, key = (
         random.standard_normal((1, 256, 1, 64)),
@@ -475,7 +475,7 @@ def like_keys(beta):
 
 @pytest.mark.parametrize("beta", [1.0, 1.9, 2.0])
 def test_negative_eigenvalues_keep_their_digits_where_keys_are_alike(beta):
-    """In chunks, and in the kernel, which without being told of them loses them at 2."""
+    """In chunks, and in the kernel, which at beta = 2 loses them unless told of negative eigenvalues."""
     given = like_keys(beta)
     with jax.enable_x64(True):
         expected = np.asarray(delta_rule(*(x.astype(jnp.float64) for x in given), backend="recurrent")[0])
@@ -496,7 +496,7 @@ def test_negative_eigenvalues_have_a_kernel(platform, kind):
     with backends.use_platform(platform, kind):
         assert choose("auto", x, x, x, negative_eigenvalues=True) == "pallas"
         assert choose("auto", x, x, x, 64) == "pallas"
-        if platform == "gpu":  # the inverse of 64 tokens, which is in two terms then, has no registers beside 256 keys
+        if platform == "gpu":  # the inverse of 64 tokens, then in two terms, finds no registers beside 256 keys
             assert choose("auto", x, x, x, 64, negative_eigenvalues=True) == "auto"
             with pytest.raises(UserError, match="chunks of a power of two from 16 to 32 tokens, not of 64"):
                 choose("pallas", x, x, x, 64, negative_eigenvalues=True)

@@ -74,7 +74,7 @@ def test_values_and_gradients(name, backend, dtype):
 
 
 def test_a_number_of_python_is_as_precise_as_x():
-    """It is float64 as an array where JAX has that, and a whole number was float64 with NumPy's rules anywhere."""
+    """As an array it would be float64 where JAX has that; and whole numbers would be float64 anywhere by NumPy's rules."""
     for wide in (False, True):
         with jax.enable_x64(wide), warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -148,7 +148,7 @@ def test_no_initial_state_is_zeros(backend):
 
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 def test_remat_saves_the_states(dtype):
-    """One loop forward and one backward; the forward one is not run again."""
+    """One loop forward and one backward; the forward one is not repeated."""
     x = jnp.asarray(numerics.normal(np.random.default_rng(2), 1, 6, 2), dtype)
 
     def objective(remat):
@@ -188,7 +188,7 @@ def law_inputs(seed):
 @law
 def test_a_run_cut_in_two_is_one_run(backend, seed, ids, cut):
     a, x, state = law_inputs(seed)
-    ids[:, cut] = ids[:, cut - 1]  # the state that is handed over belongs to the next token's document
+    ids[:, cut] = ids[:, cut - 1]  # the state passed on belongs to the next token's document
     op = OPS[backend, False]
     whole = numerics.run(op, a, x, state, ids, dtype="float64")
     first, middle = numerics.run(op, a[:, :cut], x[:, :cut], state, ids[:, :cut], dtype="float64")
@@ -203,7 +203,7 @@ def test_packed_documents_are_documents_alone(backend, seed, ids):
     a, x, state = law_inputs(seed)
     h, final = numerics.run(OPS[backend, False], a, x, state, ids, dtype="float64")
     for start, end in numerics.runs(ids[0]):
-        # Alone at the front of its row; behind it a = 1 and x = 0 keep its last state.
+        # Alone at the front of its row, followed by a = 1 and x = 0, which keep its last state.
         alone_a, alone_x = np.ones_like(a), np.zeros_like(x)
         alone_a[:, : end - start], alone_x[:, : end - start] = a[:, start:end], x[:, start:end]
         alone_state = state if start == 0 else np.zeros_like(state)
@@ -225,8 +225,8 @@ def test_reversing_time_twice_changes_nothing(backend, seed, ids):
 
 @functools.cache
 def ways(constant):
-    """Of ``(a, x, state, starts)``, with gradients: the operation, then the family in one run, in two whose maps are
-    composed, and in pieces of 4 tokens. ``starts`` is of numbers, which have gradients: 1 where a document begins."""
+    """Functions of ``(a, x, state, starts)`` with gradients: the operation, then the family in one run, in two whose maps
+    are composed, and in pieces of 4 tokens. ``starts`` holds floats, which have gradients: 1 where a document begins."""
     family = diagonal.Diagonal()
 
     def prepare(a, x, starts):
@@ -282,7 +282,7 @@ def test_a_map_does_not_grow_with_its_run():
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "pallas"])
 def test_a_state_is_not_rounded_to_the_inputs(backend):
-    """One that nothing decays and to which nothing is added stays as it is, to the last bit of float32."""
+    """A state that neither decays nor is added to stays the same, to the last bit of float32."""
     state = np.float32(np.random.default_rng(2).standard_normal((2, 3)))
     x = jnp.zeros((2, 20, 3), jnp.bfloat16)
     for a in (jnp.ones_like(x), jnp.ones((3,), jnp.bfloat16), jnp.ones_like(x, jnp.float32)):
@@ -340,7 +340,7 @@ def test_65536_tokens_in_float32(backend):
     random = np.random.default_rng(4)
     a = numerics.uniform(random, 1, 65_536, 2, low=0.9, high=1.0)
     x, state = numerics.normal(random, *a.shape), numerics.normal(random, 1, 2)
-    # The second channel adds up whole numbers, which float32 does exactly.
+    # The second channel sums whole numbers, which is exact in float32.
     a[..., 1], x[..., 1], state[..., 1] = 1, random.integers(-3, 4, 65_536), 2
     found = numerics.run(
         numerics.jit(functools.partial(linear_recurrence, backend=backend)), a, x, state, dtype="float32"

@@ -1,4 +1,4 @@
-"""A product of its own for each group of rows, against a loop over the groups."""
+"""A separate matrix product for each group of rows, against a loop over the groups."""
 
 import functools
 
@@ -15,7 +15,7 @@ from jaxlinear.parallel import targets
 from jaxlinear.scaling import programs
 from tests import numerics
 
-# Rows, and how many of them are each group's: with empty groups, rows of no group, one row, more than a block.
+# The number of rows, and of rows per group: with empty groups, rows of no group, one row, more than a block.
 CASES = {
     "some": (40, (3, 0, 20, 9)),
     "one_row": (1, (0, 1)),
@@ -61,7 +61,7 @@ def test_values_and_gradients(backend, name, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_kernels_are_summed_in_float32(backend):
-    """Of 1,000 equal terms: in bfloat16 a sum stops growing at 256. Float32 kernels have float32 gradients."""
+    """1,000 equal terms: a bfloat16 sum stops growing at 256. Float32 kernels have float32 gradients."""
     x, kernels, dy = (
         jnp.ones((1000, 1), jnp.bfloat16),
         jnp.ones((2, 1, 1), jnp.float32),
@@ -82,7 +82,7 @@ def test_rows_of_no_group_do_not_matter(backend):
 
 
 def test_its_result_can_be_kept():
-    """Under a policy that keeps it, the backward pass has the two products of its own and not the forward's again."""
+    """Under a policy that keeps it, the backward pass has its own two products and does not repeat the forward one."""
     policy = jax.checkpoint_policies.save_only_these_names("grouped_product")
     sizes = jnp.asarray([3, 5], jnp.int32)
 
@@ -103,7 +103,7 @@ def test_its_result_can_be_kept():
     [("cpu", 4, "blocks"), ("tpu", 4, "ragged_dot"), ("gpu", 16, "rows"), ("gpu", 17, "blocks")],
 )
 def test_few_rows_on_a_gpu_are_no_loop(platform, rows, expected):
-    """Of two groups."""
+    """With two groups."""
     arguments = jnp.ones((rows, 3)), jnp.ones((2, 3, 5)), jnp.array([1, rows - 1])
     with backends.use_platform(platform):
         text = str(jax.make_jaxpr(grouped_product)(*arguments))
@@ -122,7 +122,7 @@ def test_the_kernel_has_no_gradients_of_gradients():
     assert of_gradient("ragged_dot").tolist() == [[12.0, 12.0]] * 8
 
 
-# Of a device: M rows for E experts of D by F. In the second a sum has several parts.
+# Per device: M rows for E experts of D by F. In the second, a sum has several parts.
 PUBLISHED = {
     "linear_moe_a0b3_2b": (131_072, 16, 1024, 896, "bfloat16"),
     "wide": (32_768, 8, 4096, 1408, "float32"),
@@ -134,8 +134,8 @@ PUBLISHED = {
 @pytest.mark.parametrize("target", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_on_tpu_no_row_is_multiplied_for_every_group(name, target):
-    """The gradients by the kernel; what XLA makes besides takes fewer cycles than products of all rows by a fourth of the
-    matrices."""
+    """Gradients use the kernel; the rest, which XLA compiles, takes fewer cycles than multiplying all rows by a fourth of
+    the matrices."""
     rows, groups, width, inner, dtype = PUBLISHED[name]
     device = targets.find(target).devices[0]
 

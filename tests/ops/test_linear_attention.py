@@ -36,7 +36,7 @@ RUNS = [
 
 
 def draw_decay(random, kind, batch, length, heads, width):
-    """From almost 1 to 1e-9: none of ``log_decay`` is rounded to zero in bfloat16."""
+    """Decays from almost 1 to 1e-9: no entry of ``log_decay`` is rounded to zero in bfloat16."""
     shapes = {"constant": (heads,), "scalar": (batch, length, heads), "channel": (batch, length, heads, width)}
     return None if kind == "none" else numerics.representable(-np.exp(random.uniform(-7, 3, shapes[kind])))
 
@@ -125,7 +125,7 @@ def op(chunk):
 
 
 def law_inputs(seed):
-    """Decays by channel, here and there to zero."""
+    """Decays by channel, some of them to zero."""
     random = np.random.default_rng(seed)
     q, k, v = (random.standard_normal((1, LENGTH, 2, width)) for width in (3, 3, 2))
     log_decay = -np.exp(random.uniform(-10, 2, q.shape))
@@ -147,7 +147,7 @@ def test_the_size_of_chunks_changes_nothing(seed, ids):
 def test_a_run_cut_in_two_is_one_run(chunk, seed, ids):
     cut = 5
     *inputs, state = law_inputs(seed)
-    ids[:, cut] = ids[:, cut - 1]  # the state that is handed over belongs to the next token's document
+    ids[:, cut] = ids[:, cut - 1]  # the state passed on belongs to the next token's document
     whole = numerics.run(op(chunk), *inputs, state, ids, dtype="float64")
     first, middle = numerics.run(op(chunk), *(y[:, :cut] for y in inputs), state, ids[:, :cut], dtype="float64")
     rest = (*(y[:, cut:] for y in inputs), np.asarray(middle), ids[:, cut:])
@@ -162,7 +162,7 @@ def test_packed_documents_are_documents_alone(chunk, seed, ids):
     *inputs, state = law_inputs(seed)
     o, final = numerics.run(op(chunk), *inputs, state, ids, dtype="float64")
     for start, end in numerics.runs(ids[0]):
-        # Alone at the front of its row; behind it zeros, which change nothing.
+        # Alone at the front of its row, followed by zeros, which change nothing.
         alone = [np.zeros_like(y) for y in inputs]
         for y, source in zip(alone, inputs, strict=True):
             y[:, : end - start] = source[:, start:end]
@@ -176,7 +176,7 @@ def test_packed_documents_are_documents_alone(chunk, seed, ids):
 @given(seed=seeds, ids=some_ids)
 @law
 def test_the_family_is_the_operation_however_time_is_split(constant, seed, ids):
-    """One run, two runs one after the other, and two runs whose maps are composed."""
+    """One run, two runs in sequence, and two runs whose maps are composed."""
     q, k, v, log_decay, state = law_inputs(seed)
     log_decay, constants = (None, log_decay[0, 0, :, 0]) if constant else (log_decay, None)
     expected = numerics.run(op(0), q, k, v, constants if constant else log_decay, state, ids, dtype="float64")
@@ -246,7 +246,7 @@ def in_float32(backend, packed):
 
 
 def assert_right_in_float32(backend, inputs, packed=False):
-    """Values and gradients against those in float64; ``packed`` is one document a token."""
+    """Values and gradients against those in float64; ``packed`` makes every token a document."""
     random = np.random.default_rng(3)
     cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[4].shape)
     expected = numerics.run(reference(packed), inputs, cotangents, dtype="float64")
@@ -271,7 +271,7 @@ def test_strong_and_weak_decays_in_one_chunk(backend, kind):
 
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_nothing_is_lost_behind_strong_decays(kind):
-    """Most of a chunk decays by -50 a step, its end by little: a difference of two sums over all of it would lose that."""
+    """Most of a chunk decays by -50 a step, its end by little: a difference of two sums over it would lose the latter."""
     inputs = at_the_limits(kind, lambda _, shape: np.full(shape, -50.0))
     inputs[3][:, 50:] = -0.01
     assert_right_in_float32("chunked", inputs)
@@ -315,7 +315,7 @@ def test_no_decay_adds_up_65536_tokens():
 
 
 def assert_states_are_float32(run, kind):
-    """Of 1,001 equal terms, which a state has and, backward, its gradient: in bfloat16 a sum stops growing at 256."""
+    """The state, and backward its gradient, sums 1,001 equal terms: a bfloat16 sum stops growing at 256."""
     x, state = jnp.ones((1, 1001, 1, 16), jnp.bfloat16), jnp.zeros((1, 1, 16, 16))
     shapes = {"constant": (1,), "scalar": x.shape[:3], "channel": x.shape}
     log_decay = None if kind == "none" else jnp.zeros(shapes[kind])
@@ -349,9 +349,9 @@ def test_memory_grows_with_the_inputs_and_a_state_a_chunk(kind):
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporaries(8_192), temporaries(16_384)
-    # Of the states of all tokens, those before each chunk are a 64th or a 32nd, and an array like the inputs is a 32nd.
+    # Of all tokens' states, those before each chunk are a 64th or a 32nd, and an array like the inputs is a 32nd.
     assert 0 < long - short <= 8_192 * heads * width * width * 4 / 16
-    # Whatever T: one group of chunks, and what follows from it.
+    # For any T: one group of chunks, and what follows from it.
     assert short - (long - short) < 10 * recurrence._CPU_GROUP_BYTES
 
 

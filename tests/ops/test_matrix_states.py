@@ -1,5 +1,5 @@
-"""What linear attention and the delta rule promise alike, whatever runs them, of the dtypes that training gives them: q, k
-and v in bfloat16 beside log decays and states in float32."""
+"""What linear attention and the delta rule both promise, whatever runs them, for the dtypes of training: q, k and v in
+bfloat16 with log decays and states in float32."""
 
 import functools
 
@@ -22,8 +22,8 @@ WAYS = ("recurrent", "chunked", "tpu", "gpu")
     "operation, decay", [("linear_attention", "constant"), ("linear_attention", "channel"), ("delta_rule", "scalar")]
 )
 def test_decays_and_states_are_not_rounded_to_the_inputs(monkeypatch, operation, decay, way):
-    """Where nothing is written, what is left of a state is exp of the sum of the log decays: to float32, in which those of
-    bfloat16 would be off by up to a hundredth."""
+    """If nothing is written, a state shrinks by exp of the sum of the log decays, to float32 accuracy; rounding these to
+    bfloat16 would put it off by up to a hundredth."""
     if way in ("tpu", "gpu"):
         monkeypatch.setattr(backends, "target", lambda: Target(way, "none", True))
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The operations take NumPy arrays, outside jit as well, and give what they give for JAX arrays."""
+"""The operations take NumPy arrays, outside jit as well, and return the same as for JAX arrays."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,5 @@
-"""Products of float32, of which a TPU makes one of bfloat16 and a GPU one of TF32 where nothing else is asked for. On a CPU
-that cannot be seen in what comes out: it is read off the traced programs."""
+"""Products of float32: by default a TPU multiplies them in bfloat16 and a GPU in TF32. A CPU's results do not show this, so
+it is read off the traced programs."""
 
 import functools
 
@@ -21,7 +21,7 @@ TPU, GPU = ("tpu", "TPU v5 lite"), ("gpu", "NVIDIA H100 80GB HBM3")
 
 
 def products(jaxpr):
-    """Its equations that are products, those of the programs within it too."""
+    """The product equations of a jaxpr and of the programs nested in it."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in PRODUCTS:
             yield equation
@@ -31,7 +31,7 @@ def products(jaxpr):
 
 
 def cut(run, *inputs):
-    """The products of a function and its gradients that have float32 to multiply and may cut it; and how many there are."""
+    """The products of a function and its gradients that take float32 and may cut it; and the number of all products."""
 
     def total(*inputs):
         return sum(jnp.sum(y.astype(jnp.float32)) for y in jax.tree.leaves(run(*inputs)))
@@ -90,7 +90,7 @@ KERNELS = {
 
 
 def grouped(q, k, v):
-    """The products of experts."""
+    """The experts' products."""
     rows = q.reshape(-1, WIDTH)
     return grouped_product(rows, k.reshape(-1, WIDTH, WIDTH), jnp.ones(len(rows) // WIDTH, jnp.int32), backend="pallas")
 
@@ -100,7 +100,7 @@ def grouped(q, k, v):
     [*((name, TPU) for name in (*KERNELS, "grouped_product")), *((name, GPU) for name in KERNELS)],
 )
 def test_kernels_of_bfloat16_under_a_default_of_more(operation, platform):
-    """Mosaic multiplies bfloat16 in no precision but its own, and would end in an error of the compiler."""
+    """Mosaic multiplies bfloat16 only in its own precision; asking for more would end in a compiler error."""
     run, beta = KERNELS.get(operation, (grouped, []))
     with backends.use_platform(*platform), jax.default_matmul_precision("highest"):
         shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (*arrays(3, "bfloat16"), *beta)]
@@ -120,7 +120,7 @@ def test_of_the_losses_of_a_router():
 
 
 def test_products_that_may_be_cut_are_found():
-    """Within programs of programs, too; those of bfloat16 have nothing to cut."""
+    """In nested programs, too; products of bfloat16 have nothing to cut."""
 
     def run(x, y):
         return jax.lax.scan(lambda c, _: (jax.jit(lambda c: c @ x)(c), None), y, length=2)[0]

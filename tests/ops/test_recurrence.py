@@ -1,4 +1,4 @@
-"""The runner of chunks, on a family of its own: full matrices, constants, and arrays that have no gradient."""
+"""The runner of chunks, on a family made for this test: full matrices, constants, and arrays without gradients."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ WIDTH = 3
 class Turning(recurrence.Family):
     """S_t = A_t S_{t-1} + weights u_t, with A_t = 1 + turn_t and 0 where a document begins; o_t = sum(S_t read_t).
 
-    ``inputs`` are turn ``[B, T, D, D]``, u and read ``[B, T, D]`` and starts ``[B, T]`` bool; ``constants`` the weights
-    ``[D]``; a state is ``{"s": [B, D]}``. A run is the maps of its tokens, taken one after the other.
+    ``inputs`` are turn ``[B, T, D, D]``, u and read ``[B, T, D]`` and starts ``[B, T]`` bool; ``constants`` are the weights
+    ``[D]``; a state is ``{"s": [B, D]}``. A run holds the composed map up to each of its tokens.
     """
 
     def prepare(self, inputs, constants):
@@ -51,7 +51,7 @@ def draw(length):
     random = np.random.default_rng(length)
     turn = 0.3 * random.standard_normal((2, length, WIDTH, WIDTH))
     u, read = random.standard_normal((2, 2, length, WIDTH))
-    starts = (random.random((2, length)) < 0.1).astype(float)  # of numbers: what is drawn is differentiated
+    starts = (random.random((2, length)) < 0.1).astype(float)  # floats: all that is drawn is differentiated
     return turn, u, read, starts, random.standard_normal(WIDTH), random.standard_normal((2, WIDTH))
 
 
@@ -79,7 +79,7 @@ def expected(length):
     return inputs, cotangents, numerics.run(numerics.with_gradients(step_by_step), inputs, cotangents, dtype="float64")
 
 
-# Bytes of a group: of one chunk, of some chunks, of all. 22 tokens are 6 chunks of 4, in 6, 3 or 2 groups or one.
+# ``size``: bytes per group, for one chunk, some, or all. 22 tokens are 6 chunks of 4, in 6, 3 or 2 groups or one.
 @pytest.mark.parametrize(
     "length, chunk, size", [(22, 4, 0), (22, 4, 2_000), (22, 4, 3_500), (20, 5, 1 << 20), (3, 8, 0)]
 )
@@ -110,7 +110,7 @@ def test_the_map_of_all_chunks_is_that_of_the_run():
 
 
 def test_remat_saves_the_states_between_chunks(monkeypatch):
-    """One loop over the chunks forward and one backward; the forward one is not run again."""
+    """One loop over the chunks forward and one backward; the forward one is not repeated."""
     monkeypatch.setattr(recurrence, "_CHUNKS_WRITTEN_OUT", 1)
     inputs = numerics.cast(draw(20), "float32")
 

@@ -1,4 +1,4 @@
-"""The forms of document boundaries, written out."""
+"""The representations of document boundaries, written out."""
 
 import numpy as np
 

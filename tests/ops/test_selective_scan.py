@@ -16,7 +16,7 @@ from jaxlinear.ops.selective_scan_maps import Inputs
 from tests import naive, numerics, oracles
 
 BACKENDS = ["recurrent", "chunked"]
-# name: B, T, D, N, whether the transition has rates of its own, documents, chunk
+# name: B, T, D, N, whether the transition has its own rates, documents, chunk
 CASES = {
     "one_token": (3, 1, 4, 3, True, True, None),
     "short": (2, 7, 3, 5, True, True, 4),
@@ -37,7 +37,7 @@ def draw(random, batch, length, width, states, with_rates):
     A = -numerics.uniform(random, width, states, low=0.5, high=states) if with_rates else None
     B, C = (numerics.normal(random, batch, length, states) for _ in range(2))
     dt = numerics.representable(np.exp(random.uniform(-7, 1, x.shape)))
-    if A is None:  # no more than forgets all of it
+    if A is None:  # a token may forget the whole state, but not more
         dt = numerics.representable(dt / (1 + dt * np.sum(B**2, axis=-1, keepdims=True)))
     return x, dt, A, B, C, numerics.normal(random, batch, width, states)
 
@@ -101,7 +101,7 @@ def test_no_initial_state_is_zeros(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_channel_is_a_head_of_linear_attention_with_values_of_one(backend):
-    """B is its key, C its query and dt A its decay by key channel."""
+    """B is the key, C the query and dt A the decay by key channel."""
     x, dt, A, B, C, state = case("rates")[0]
     queries, keys = (np.broadcast_to(y[:, :, None], (*x.shape, B.shape[2])) for y in (C, B))
     attend = numerics.jit(functools.partial(linear_attention, scale=1.0, backend="recurrent"))
@@ -150,7 +150,7 @@ def test_the_size_of_blocks_changes_nothing(seed, ids):
 def test_a_run_cut_in_two_is_one_run(chunk, seed, ids):
     cut = 5
     x, dt, A, B, C, state = law_inputs(seed)
-    ids[:, cut] = ids[:, cut - 1]  # the state that is handed over belongs to the next token's document
+    ids[:, cut] = ids[:, cut - 1]  # the state passed on belongs to the next token's document
     whole = numerics.run(op(chunk), x, dt, A, B, C, state, ids, dtype="float64")
 
     def piece(part, state):
@@ -168,7 +168,7 @@ def test_packed_documents_are_documents_alone(seed, ids):
     x, dt, A, B, C, state = law_inputs(seed)
     y, final = numerics.run(op(4), x, dt, A, B, C, state, ids, dtype="float64")
     for start, end in numerics.runs(ids[0]):
-        # Alone at the front of its row; behind it zeros, which change nothing.
+        # Alone at the front of its row, followed by zeros, which change nothing.
         alone = [np.zeros_like(source) for source in (x, dt, B, C)]
         for place, source in zip(alone, (x, dt, B, C), strict=True):
             place[:, : end - start] = source[:, start:end]
@@ -183,7 +183,7 @@ def test_packed_documents_are_documents_alone(seed, ids):
 @given(seed=seeds, ids=some_ids)
 @law
 def test_the_family_is_the_operation_however_time_is_split(with_rates, seed, ids):
-    """One run, two runs one after the other, and two runs whose maps are composed."""
+    """One run, two runs in sequence, and two runs whose maps are composed."""
     inputs = law_inputs(seed, with_rates)
     expected = numerics.run(op(0), *inputs, ids, dtype="float64")
     for way in numerics.run(split_family, *inputs, ids, dtype="float64"):
@@ -210,8 +210,7 @@ def split_family(x, dt, A, B, C, state, ids):
 
 
 def assert_states_are_float32(run):
-    """Beside an x of bfloat16, and of 0: a state, and backward its gradient, decays alone. In bfloat16 a step of 2^-12 is
-    none."""
+    """x is 0 in bfloat16: the state, and backward its gradient, only decays. In bfloat16 steps of 2^-12 are lost."""
     x, state = jnp.zeros((1, 1001, 4), jnp.bfloat16), jnp.ones((1, 4, 3))
     dt, A, B = jnp.full(x.shape, 2.0**-12), -jnp.ones((4, 3)), jnp.ones((1, 1001, 3))
     both = numerics.with_gradients(lambda state: run(x, dt, A, B, B, state))
@@ -271,7 +270,7 @@ def test_65536_tokens_in_float32():
 
 @pytest.mark.parametrize("batch, chunk, block", [(1, 64, 64), (64, None, 16)], ids=["given", "by default"])
 def test_memory_grows_with_the_inputs_and_a_state_a_block(batch, chunk, block):
-    """By default, where a token's states are as large as what fits the cache, blocks are of no fewer tokens than 16."""
+    """By default, even where one token's states are as large as what fits the cache, blocks have at least 16 tokens."""
     width, states = 64, 16
 
     def temporaries(length):
@@ -286,7 +285,7 @@ def test_memory_grows_with_the_inputs_and_a_state_a_block(batch, chunk, block):
 
     lengths = 8_192 // batch, 16_384 // batch
     short, long = map(temporaries, lengths)
-    # Of the states of all tokens an array like x is a 16th.
+    # An array like x is a 16th of all tokens' states.
     assert 0 < long - short <= 8_192 * width * states * 4 * (1 / block + 4 / 16)
 
 

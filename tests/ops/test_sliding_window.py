@@ -1,4 +1,4 @@
-"""sliding_window_attention against the oracle that takes one head of one token at a time, and its laws."""
+"""sliding_window_attention against an oracle that computes one head of one token at a time, and its laws."""
 
 import functools
 
@@ -110,7 +110,7 @@ def law_inputs(seed):
 @given(seed=st.integers(0, 1000), ids=some_ids, cut=st.sampled_from([3, 5, 11]))
 @law
 def test_a_run_cut_in_two_is_one_run(backend, seed, ids, cut):
-    """The keys and values of the window before the cut are all that the second part needs."""
+    """The second part needs only the keys and values of the window before the cut."""
     q, k, v = law_inputs(seed)
     whole = numerics.run(op(backend=backend), q, k, v, ids, dtype="float64")
     first = numerics.run(op(backend=backend), q[:, :cut], k[:, :cut], v[:, :cut], ids[:, :cut], dtype="float64")

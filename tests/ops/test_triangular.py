@@ -1,4 +1,4 @@
-"""Small triangular systems against NumPy's solver, their gradients, and systems that grow in a series."""
+"""Small triangular systems against NumPy's solver, their gradients, and systems whose series grows."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def library(lower, right):
     return tuple(jax.scipy.linalg.solve_triangular(whole, r, lower=True) for r in right)
 
 
-# One block, a part of one, several that are a power of two or not.
+# One block, part of one, and several, whose number is a power of two or not.
 @pytest.mark.parametrize("length", [1, 5, 8, 20, 32])
 def test_values_and_gradients(length):
     lower, right = draw(length)
@@ -35,7 +35,7 @@ def test_values_and_gradients(length):
 
 
 def test_equal_rows_are_solved_exactly():
-    """The system of tokens of one unit key with beta = 2. Powers of ``lower`` go beyond 2**64; the solution is 1 and -1."""
+    """The system of tokens with one unit key and beta = 2. Powers of ``lower`` exceed 2**64; the solution is 1 and -1."""
     lower = 2 * np.tril(np.ones((64, 64)), -1)
     (found,) = numerics.run(numerics.jit(triangular.solve), lower, (np.ones((64, 1)),), dtype="float32")
     assert found[:, 0].tolist() == [1.0, -1.0] * 32

@@ -15,8 +15,8 @@ def strict():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """128 time steps x 128 channels, 16 steps at once; on GPU 8 steps at once of a and x. Of the selective scan 8 tokens at
-    once."""
+    """128 time steps x 128 channels, 16 steps at once; on GPU, 8 steps of a and x at once. In the selective scan, 8 tokens
+    at once."""
     monkeypatch.setattr(blocks, "_SCAN_TPU_ELSEWHERE", blocks.ScanBlock(128, 128, 16))
     monkeypatch.setattr(blocks, "_SCAN_GPU_REGISTERS", 16)
     monkeypatch.setattr(blocks, "SELECTIVE_SCAN_ROWS", 8)

@@ -1,6 +1,6 @@
-"""The kernels of attention compiled for TPUs and GPUs that are not here, forward and backward, as ``auto`` takes them.
+"""The attention kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
 
-On GPU the registers of each, by ptxas: none is spilled.
+On GPU, ptxas reports each kernel's registers: none is spilled.
 """
 
 import functools
@@ -64,7 +64,7 @@ def compiled(target, name, **options):
 @pytest.mark.parametrize("target, name", [(target, name) for target, cases in TARGETS.items() for name in cases])
 def test_tpu(target, name):
     text = compiled(target, name).as_text()
-    assert kernels(text) == KERNELS  # the forward one once, its outputs being saved
+    assert kernels(text) == KERNELS  # the forward one once, since its outputs are saved
     assert " while(" not in text
 
 
@@ -81,7 +81,7 @@ def test_h100(name, tmp_path, record_property):
 @pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
 @pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"sequence": 4, "tensor": 2}], ids=str)
 def test_over_a_mesh(sizes, target):
-    """Each device attends with its rows and heads, or with its part of time behind a window of those before."""
+    """Each device attends with its rows and heads, or with its part of time after a window of earlier tokens."""
     axes = dict.fromkeys(("data", "fsdp", "sequence", "tensor", "expert"), 1) | sizes
     mesh = meshes.make_mesh(axes, targets.find(target).devices)
 

@@ -1,4 +1,4 @@
-"""The kernels of attention, interpreted, against the oracles of the operations, on the inputs of their tests; on meshes."""
+"""The attention kernels, interpreted, against the operations' oracles, on the inputs of their tests; and on meshes."""
 
 import functools
 import re
@@ -33,7 +33,7 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(params=["tpu", "gpu"])
 def target(request, monkeypatch):
-    """What the kernels are interpreted for."""
+    """The platform whose kernels are interpreted."""
     target = Target(request.param, "none", True)
     monkeypatch.setattr(backends, "target", lambda: target)
     return target
@@ -150,7 +150,7 @@ def test_what_is_chosen():
     "kind, length, window, size, tokens",
     [
         ("TPU v5 lite", 8192, 8192, 256, 1024),
-        ("TPU v5 lite", 8192, 1024, 256, 512),  # of the keys of larger blocks half are not seen
+        ("TPU v5 lite", 8192, 1024, 256, 512),  # half of the keys of larger blocks would not be seen
         ("TPU v5 lite", 8192, 8192, 512, 1024),
         ("TPU v5 lite", 8192, 8192, 1024, 512),
         ("TPU v6 lite", 1023, 1023, 256, 512),
@@ -163,7 +163,7 @@ def test_sizes_of_blocks(kind, length, window, size, tokens):
 
 
 def test_blocks_that_no_query_sees_are_not_visited():
-    """Of 32 x 32 blocks, a window of a block touches two a row."""
+    """Of 32 x 32 blocks, a window as long as a block touches two per row."""
     x = jax.ShapeDtypeStruct((1, 4096, 1, 64), jnp.bfloat16)
     operation = functools.partial(sliding_window_attention, window=128, backend="pallas")
     text = str(jax.make_jaxpr(operation)(x, x, x))
@@ -171,7 +171,7 @@ def test_blocks_that_no_query_sees_are_not_visited():
 
 
 def test_shared_keys_under_x64_are_refused():
-    """JAX's kernel divides heads by a number of 64 bits there, in arrays of which nothing else is."""
+    """JAX's kernel then divides heads by a 64-bit number, in arrays where nothing else has 64 bits."""
     q, k = np.ones((1, 130, 4, 8), np.float32), np.ones((1, 130, 2, 8), np.float32)
     with jax.enable_x64(True):
         with pytest.raises(UserError, match="shares no keys between heads under jax_enable_x64; backend='chunked'"):
@@ -180,8 +180,8 @@ def test_shared_keys_under_x64_are_refused():
 
 
 def test_work_that_the_kernels_for_gpu_say_they_do(monkeypatch):
-    """Per pair met: 2 (K + V) forward, 2 (2 K + V) and 2 (2 K + 2 V) backward. Blocks of 16 queries that begin at 5, 21, 37
-    and 53 see from 0, 2, 18 and 34 on: 1, 2, 2 and 2 blocks of 32 keys."""
+    """Per pair visited: 2 (K + V) forward, 2 (2 K + V) and 2 (2 K + 2 V) backward. Blocks of 16 queries that begin at 5,
+    21, 37 and 53 see keys from 0, 2, 18 and 34 on: 1, 2, 2 and 2 blocks of 32 keys."""
     monkeypatch.setattr(backends, "target", lambda: Target("gpu", "none", True))
     q, k, v = (jax.ShapeDtypeStruct((1, n, 4, width), jnp.float32) for n, width in ((64, 16), (69, 16), (69, 32)))
 

@@ -1,7 +1,7 @@
-"""The kernels of the delta rule compiled for TPUs and GPUs that are not here, forward and backward, as ``auto`` takes them.
+"""The delta rule's kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
 
-On TPU one kernel each way, and no copy of an array around them: the kernels take the layout that arrays have as they come
-from products, ``[B, T, H K]``. On GPU the registers of each, by ptxas: none is spilled.
+On TPU one kernel each way, and no copy of an array around them: the kernels take the layout in which products leave arrays,
+``[B, T, H K]``. On GPU, ptxas reports each kernel's registers: none is spilled.
 """
 
 import functools
@@ -27,8 +27,8 @@ CASES = {
     "channel_128": (1, 4096, 2, 128, 128, "bfloat16", "channel", False),
     "channel_256": (1, 1024, 1, 256, 256, "bfloat16", "channel", True),
     "none_256": (1, 2048, 2, 256, 256, "float32", "none", False),
-    "wide_values": (1, 1024, 9, 200, 400, "bfloat16", "scalar", False),  # as of Gated DeltaNet 1.3B
-    "fullest": (1, 256, 13, 24, 24, "float32", "channel", True),  # 14 would be refused: more than VMEM has
+    "wide_values": (1, 1024, 9, 200, 400, "bfloat16", "scalar", False),  # as in Gated DeltaNet 1.3B
+    "fullest": (1, 256, 13, 24, 24, "float32", "channel", True),  # 14 would be refused: they exceed VMEM
     "longest": (1, 131_072, 2, 128, 128, "bfloat16", "scalar", False),
     "odd": (3, 1000, 3, 48, 32, "float32", "scalar", True),
     "narrow": (1, 200, 9, 16, 16, "bfloat16", "none", True),
@@ -134,7 +134,7 @@ def test_remat_runs_the_forward_kernel_once():
 
 
 def test_over_a_mesh_of_tpus():
-    """Time over 4, heads over 2. Forward the map of a shard and its outputs; backward the gradient of a shard's first
+    """Time over 4, heads over 2. Forward: the map of a shard and its outputs; backward: the gradient of a shard's first
     state, the states of its chunks again, and the gradients. No map is computed twice."""
     mesh = meshes.make_mesh(
         {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2, "expert": 1}, targets.find("v5e:2x4").devices

@@ -1,4 +1,4 @@
-"""The kernels of the delta rule for GPU, interpreted: as those for TPU."""
+"""The delta rule's kernels for GPU, interpreted, tested as those for TPU."""
 
 import functools
 
@@ -50,7 +50,7 @@ def test_a_run_without_its_outputs(name):
 
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_hard_decays(kind):
-    """Strong and weak in one chunk; one for all; most of a chunk strong, its end weak."""
+    """Decays strong and weak in one chunk, equal for all, or weak only at a chunk's end."""
     hard = [
         lambda random, shape: random.choice([-50.0, -1e4, -1e-7, -1e-3, 0.0], shape),
         *(lambda _, shape, value=value: np.full(shape, value) for value in (-1e-7, -50.0, -np.inf)),
@@ -65,7 +65,7 @@ def test_hard_decays(kind):
 
 
 def test_keys_alike_in_bfloat16():
-    """With neither factor of the inverse's products in more than bfloat16 it would be 1.5%."""
+    """If no factor of the inverse's products had more than bfloat16, the error would be 1.5%."""
     (q, k, v, beta), (expected, _) = keys_of_one_sign()
     run = numerics.jit(lambda q, k, v, beta, state: run_kernel(None, INTERPRETED, q, k, v, beta, None, state, chunk=64))
     found, _ = numerics.run(run, q, k, v, beta, np.zeros((1, 1, 16, 16)), dtype="bfloat16")
@@ -76,7 +76,7 @@ def test_keys_alike_in_bfloat16():
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_float32_decays_beside_products_in_bfloat16(kind):
     def run(q, k, v, log_decay, state):
-        """The first token writes what linear attention would, and what it replaces besides."""
+        """The first token writes what linear attention would, plus what it replaces."""
         k, v = k / 4, v * float(4 * (1 + np.exp(-RATE)))
         beta = jnp.ones(q.shape[:3])
         return run_kernel(None, INTERPRETED, q, k, v, beta, log_decay, state)

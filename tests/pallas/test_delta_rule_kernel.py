@@ -1,5 +1,5 @@
-"""The kernels of the delta rule, interpreted, against the oracles: values, last states and all gradients, on the inputs of
-the operation's tests."""
+"""The delta rule's kernels, interpreted, against the oracles: values, last states and all gradients, on the inputs of the
+operation's tests."""
 
 import functools
 import logging
@@ -23,7 +23,7 @@ from tests import numerics
 from tests.ops import test_delta_rule as operation
 
 INTERPRETED = Target("tpu", "none", True)
-# Chunks of 16 tokens are one block of the inverse, of 64 two steps of doubling.
+# Chunks of 16 tokens are one block of the inverse, chunks of 64 take two steps of doubling.
 RUNS = [
     ("one_token", "float64", None),
     ("short", "float64", 64),
@@ -38,7 +38,7 @@ RUNS = [
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several chunks, and of three heads two in the first block."""
+    """Several chunks; of three heads, two are in the first block."""
     monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(32, 32, 256))
 
 
@@ -69,7 +69,7 @@ def test_states_of_bfloat16_are_float32(kind):
 
 
 def test_on_a_simulated_tpu():
-    """With TPU memories and copies; what is read beyond an array is NaN, and so is memory that nothing wrote."""
+    """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""
     target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
     check("short_channel", "float32", target)
     check("short", "bfloat16", target, negative_eigenvalues=True)
@@ -116,7 +116,7 @@ def assert_right_in_float32(inputs, packed=False, tolerance=1e-5):
 
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_hard_decays(kind):
-    """Strong and weak in one chunk; one for all; most of a chunk strong, its end weak; equal keys, writes that mirror."""
+    """Decays strong and weak in one chunk, equal for all, or weak only at a chunk's end; equal keys; reflections."""
     hard = [
         lambda random, shape: random.choice([-50.0, -1e4, -1e-7, -1e-3, 0.0], shape),
         *(lambda _, shape, value=value: np.full(shape, value) for value in (-1e-7, -50.0, -np.inf)),
@@ -147,7 +147,7 @@ def test_one_document_a_token(kind):
 
 
 def keys_of_one_sign():
-    """q, k, v and beta ``[1, 128, 1, 16]``, where the entries of the inverse cancel; and outputs and state, in float64."""
+    """q, k, v and beta ``[1, 128, 1, 16]`` for which the inverse's entries cancel; and outputs and state, in float64."""
     random = np.random.default_rng(3)
     common, own = (operation.unit(random.standard_normal((1, length, 1, 16))) for length in (1, 128))
     keys = operation.unit(0.9 * common + np.sqrt(1 - 0.9**2) * own)
@@ -158,7 +158,7 @@ def keys_of_one_sign():
 
 
 def test_keys_alike_in_bfloat16():
-    """Worked out in bfloat16, the inverse would leave an error of 3%."""
+    """Computed in bfloat16, the inverse would leave an error of 3%."""
     inputs, expected = keys_of_one_sign()
     run = numerics.jit(functools.partial(delta_rule, chunk_size=128, backend="pallas"))
     numerics.assert_close(numerics.run(run, *inputs, dtype="bfloat16"), expected, 2e-2)
@@ -173,8 +173,8 @@ def inverse_of(lower, count):
 
 
 def test_inverses_to_16_digits_of_unlike_blocks():
-    """Of blocks of 16 rows alone the last differs from the identity, so that the inverse has what is between the others
-    itself, of which one factor in bfloat16 takes 16 digits."""
+    """Of the blocks of 16 rows only the last differs from the identity, so between the others the inverse has the entries
+    of -``lower`` themselves, of which one factor in bfloat16 keeps 16 digits."""
     lower = np.tril(np.random.default_rng(0).standard_normal((128, 128)), -1).astype(np.float32)
     block = np.arange(128) // 16
     lower[(block[:, None] == block) & (block < 7)] = 0
@@ -184,7 +184,7 @@ def test_inverses_to_16_digits_of_unlike_blocks():
 
 
 def test_inverses_in_two_terms():
-    """Of keys that are alike and beta of 2: numbers from -2 to 2, by sums of many of them."""
+    """For keys that are alike and beta = 2: numbers from -2 to 2, from sums of many such numbers."""
     random = np.random.default_rng(0)
     keys = operation.unit(random.standard_normal((1, 16)) + 0.1 * random.standard_normal((128, 16)))
     lower = np.tril(2 * keys @ keys.T, -1).astype(np.float32)
@@ -194,8 +194,8 @@ def test_inverses_in_two_terms():
 
 
 def alike(keys, beta, decay, width):
-    """Inputs of the delta rule and cotangents: one key, and, by ``keys``, what each token has of its own; beta of 2, from
-    1.9 to 2, or by turns 2 and 0.1."""
+    """Inputs of the delta rule and cotangents: one key, varied per token as ``keys`` says; beta of 2, from 1.9 to 2, or 2
+    and 0.1 in turn."""
     random, length = np.random.default_rng(1), 150
     q, v, own = (numerics.normal(random, 1, length, 1, width) for _ in range(3))
     turns = (-1.0) ** np.arange(length)[None, :, None]
@@ -213,8 +213,8 @@ def alike(keys, beta, decay, width):
 
 
 def check_alike(keys, beta, decay, packed, target, chunk=None, width=32):
-    """In bfloat16, beta and the decays in float32: no output or gradient is much further off than in chunks, whose solution
-    is in float32."""
+    """In bfloat16, with beta and the decays in float32: no output or gradient is much further off than in chunks, which are
+    solved in float32."""
     inputs, cotangents = alike(keys, beta, decay, width)
     ids = np.repeat([[0, 1, 2]], [5, 120, 25], axis=1).astype(np.int32) if packed else None
     by_kernel = functools.partial(run_kernel, ids, target, chunk=chunk, negative_eigenvalues=True)
@@ -256,7 +256,7 @@ def test_one_kernel_each_way():
     objective = lambda q, k, v: jnp.sum(run(q, k, v, beta)[0] ** 2)  # noqa: E731
     text = str(jax.make_jaxpr(jax.grad(objective, (0, 1, 2)))(x, x, x))
     assert re.findall(r" name=(delta_rule_\w+)", text) == ["delta_rule_forward", "delta_rule_gradient"]
-    # Of the state's gradient alone, nothing is kept or written that is as long as the sequence.
+    # For the state's gradient alone, nothing as long as the sequence is kept or written.
     of_state = jax.grad(lambda state: jnp.sum(run(x, x, x, beta, -x, state)[0]))
     text = str(jax.make_jaxpr(of_state)(jnp.ones((1, 1, 4, 4))))
     names = ["delta_rule_forward_channel", "delta_rule_state_gradient_channel"]
@@ -264,7 +264,7 @@ def test_one_kernel_each_way():
 
 
 def test_the_family_of_the_kernel_in_pieces():
-    """Runs one after the other, and their gradients, the state's own by the kernel that computes it alone."""
+    """Runs in sequence, and their gradients; the state's is from the kernel that computes it alone."""
     random = np.random.default_rng(2)
     q, k, v, state = (random.standard_normal(shape) for shape in (*[(1, 24, 1, 3)] * 2, (1, 24, 1, 2), (1, 1, 3, 2)))
     beta, log_decay = random.uniform(0, 1, (2, 1, 24, 1)) * np.array([1, -1]).reshape(2, 1, 1, 1)
@@ -334,7 +334,7 @@ def test_the_map_of_a_run_has_no_gradient():
 
 @pytest.mark.parametrize("heads, keys, values", [(16, 64, 64), (6, 128, 256), (5, 96, 192), (40, 16, 16), (1, 100, 20)])
 def test_blocks_of_heads(heads, keys, values):
-    """Whole registers of lanes, or all; no more heads beyond H than such a block has."""
+    """Blocks fill whole registers of lanes, or have all heads; fewer heads lie beyond H than a block has."""
     count = blocks.delta_rule_heads("", heads, keys, values)
     assert count == heads or count * keys % 128 == count * values % 128 == 0
     assert -(-heads // count) * count - heads < 128

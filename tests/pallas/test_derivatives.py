@@ -1,4 +1,4 @@
-"""Derivatives of the gradients of kernels are refused, and those of the backend that the refusal names are there."""
+"""Derivatives of the kernels' gradients are refused, and the backend that the refusal names has them."""
 
 import functools
 import re
@@ -35,7 +35,7 @@ def forward(operation):
 
 
 def of_cotangents(operation):
-    """Of the gradient as a function of the output's cotangents, the inputs being as they are."""
+    """The derivative of the gradient with respect to the output's cotangents, at fixed inputs."""
 
     def gradient(operation, cotangents):
         _, pullback = jax.vjp(operation, X)

@@ -1,5 +1,5 @@
-"""Decays of key channels as two factors, in a chunk or its parts: the same as by halves where none is strong; and kernels
-that take each way."""
+"""Decays of key channels as two factors, in a chunk or its parts: the same as by halves if none is strong; and kernels that
+take each way."""
 
 import functools
 from types import SimpleNamespace
@@ -20,12 +20,12 @@ from tests import numerics
 
 C, K = 64, 4
 
-# By channel, of the sum over a chunk or part: nearly all that is allowed, hardly any, little; and all in a single step.
+# Each channel's sum of decays over a chunk or part: nearly all that is allowed, hardly any, little; and all in one step.
 SHARES = np.array([1.9 * LIMIT, 1e-6, 3.2, 0])
 
 
 def draw(random, part: int) -> np.ndarray:
-    """Log decays ``[C, K]``, as strong in each part of a chunk as they may be."""
+    """Log decays ``[C, K]``, as strong as they may be in each part of a chunk."""
     log_decay = -random.uniform(0, 1, (C, K)) * SHARES / part
     log_decay[part // 2 :: part, 3] = -0.99 * LIMIT
     return log_decay
@@ -90,12 +90,12 @@ def test_only_narrow_numbers_with_as_large_exponents_are_taken():
     "operation, way",
     [
         *((linear_attention, way) for way in ("weak", "in_parts", "in_small_parts", "strong", "all")),
-        # Which chooses by the same function.
+        # This chooses by the same function.
         *((delta_rule, way) for way in ("weak", "all")),
     ],
 )
 def test_kernels_take_each_way(monkeypatch, operation, way):
-    """Four chunks, each of its way or all of one. The ways that are not to be taken are broken."""
+    """Four chunks, each with its own way or all with one. The ways that must not be taken are broken."""
     small = blocks.AttentionBlock(C, C, 1), blocks.AttentionBlock(C, C, 1)
     monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", small)
     monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(C, C, 1))
@@ -105,7 +105,7 @@ def test_kernels_take_each_way(monkeypatch, operation, way):
         "in_small_parts": (FactoredInSmallParts, 4.0),
         "strong": (ByChannel, 7.0),
     }
-    whole = {kind: kind.pairwise for kind, _ in ways.values()}  # which one may have from another
+    whole = {kind: kind.pairwise for kind, _ in ways.values()}  # one may inherit it from another
     for name, (kind, _) in ways.items():
         broken = way not in (name, "all")
         pairwise = (lambda self, rows, *_: [jnp.full((C, C), jnp.nan)] * len(rows)) if broken else whole[kind]

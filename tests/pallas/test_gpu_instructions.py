@@ -1,4 +1,4 @@
-"""``benchmarks/gpu_instructions.py``: what it counts, of kernels whose products and bytes are known."""
+"""``benchmarks/gpu_instructions.py``: what it counts, for kernels whose products and bytes are known."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu_instructions.py"
 
 
 def test_linear_attention_of_one_chunk(tmp_path):
-    """64 tokens and channels: k v^T for the state; q k^T, A v and q S for the outputs. Bytes at 13.87 a cycle."""
+    """64 tokens and channels: k v^T for the state; q k^T, A v and q S for the outputs. Bytes at 13.87 per cycle."""
     path = tmp_path / "rows.json"
     sizes = "--length=64", "--key=64", "--value=64"
     command = [sys.executable, str(PROGRAM), "--operations=linear_attention", "--decays=none", *sizes, f"--json={path}"]
@@ -39,7 +39,7 @@ def test_linear_attention_of_one_chunk(tmp_path):
 
 
 def test_beside_the_kernels_of_another_library(tmp_path):
-    """Which a program of another Python counts; here one that says what it is to count."""
+    """A program in another Python counts them; here a stand-in prints given counts."""
     python, path = tmp_path / "python", tmp_path / "rows.json"
     row = {"kernel": "theirs", "instructions": 400, "issue": 100, "matrix": 10, "memory": 30}
     told = {"rows": [{"direction": direction, **row} for direction in ("forward", "gradient", "gradient")]}
@@ -81,7 +81,7 @@ def test_what_it_does_not_count_is_refused():
 
 
 def test_shared_keys(tmp_path):
-    """Are read once, and their gradients written once, by both heads together."""
+    """They are read once, and their gradients written once, by both heads together."""
     path = tmp_path / "rows.json"
     command = [sys.executable, str(PROGRAM), "--operations=linear_attention", "--decays=none", "--shared", "--heads=2"]
     done = subprocess.run(

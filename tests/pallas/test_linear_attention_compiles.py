@@ -1,8 +1,7 @@
-"""The kernels of linear attention compiled for TPUs and GPUs that are not here, forward and backward, as ``auto`` takes
-them.
+"""Linear attention's kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
 
-On TPU one kernel each way, and no copy of an array around them: the kernels take the layout that arrays have as they come
-from products, ``[B, T, H K]``. On GPU, the registers of each kernel, by ptxas: none is spilled.
+On TPU one kernel each way, and no copy of an array around them: the kernels take the layout in which products leave arrays,
+``[B, T, H K]``. On GPU, ptxas reports each kernel's registers: none is spilled.
 """
 
 import functools
@@ -29,7 +28,7 @@ CASES = {
     "constant_256": (1, 2048, 2, 256, 256, "bfloat16", "constant", False),
     "channel_256": (1, 1024, 2, 128, 256, "float32", "channel", True),
     "wide_256": (1, 2048, 2, 256, 256, "float32", "scalar", True),
-    "wide_values": (1, 1024, 2, 256, 512, "bfloat16", "channel", False),  # as of GLA 1.3B
+    "wide_values": (1, 1024, 2, 256, 512, "bfloat16", "channel", False),  # as in GLA 1.3B
     "longest": (1, 131_072, 2, 128, 128, "bfloat16", "scalar", False),
     "odd": (3, 1000, 3, 48, 32, "float32", "scalar", True),
     "narrow": (1, 200, 16, 16, 16, "bfloat16", "channel", True),
@@ -48,7 +47,7 @@ ON_GPU = {
     "narrow_channel": (1, 1000, 2, 32, 128, "bfloat16", "channel", True),
     "wide_keys": (1, 1000, 2, 256, 64, "bfloat16", "channel", True),
 }
-ON_GPU_SHARED = {  # as ON_GPU, of heads that share queries and keys
+ON_GPU_SHARED = {  # as ON_GPU, with heads that share queries and keys
     "mamba2": (1, 2048, 64, 128, 64, "bfloat16", "scalar", False),
     "mamba2_packed": (1, 2048, 64, 128, 64, "bfloat16", "scalar", True),
     "odd_64": (1, 1000, 10, 64, 64, "bfloat16", "scalar", True),
@@ -125,9 +124,9 @@ def test_remat_runs_the_forward_kernel_once():
 
 @pytest.mark.parametrize("target, key_heads", [("v5e:2x4", 4), ("v6e:2x4", 4), ("v5e:2x4", 1)])
 def test_over_a_mesh_of_tpus(target, key_heads):
-    """Time over 4, heads over 2, each with queries and keys or all with one. Forward the map of a shard and its outputs;
-    backward the gradient of a shard's first state, the states of its blocks again, and the gradients. No map is computed
-    twice."""
+    """Time over 4, heads over 2; heads have their own queries and keys, or share them. Forward: the map of a shard and its
+    outputs; backward: the gradient of a shard's first state, the states of its blocks again, and the gradients. No map is
+    computed twice."""
     mesh = meshes.make_mesh(
         {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2, "expert": 1}, targets.find(target).devices
     )
@@ -158,7 +157,7 @@ def test_over_a_mesh_of_tpus(target, key_heads):
     + [pytest.param(case, 1, id=f"{name}-shared") for name, case in ON_GPU_SHARED.items()],
 )
 def test_h100(case, key_heads, tmp_path, record_property):
-    """Forward the states and the outputs; backward the gradients of states, of values, and of queries and keys."""
+    """Forward: the states and the outputs; backward: the gradients of states, of values, and of queries and keys."""
     compiled_of("h100:1", case, key_heads, compiler_options=ptxas.dumped_to(tmp_path))
     used = ptxas.registers(tmp_path, "linear_attention_")
     record_property("registers", used)

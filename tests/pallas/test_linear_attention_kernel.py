@@ -23,7 +23,7 @@ from tests import numerics
 from tests.ops import test_linear_attention as operation
 
 INTERPRETED, GPU = Target("tpu", "none", True), Target("gpu", "none", True)
-RATE = 204.45 * 2**-7  # which bfloat16 makes smaller by 0.2%
+RATE = 204.45 * 2**-7  # rounding to bfloat16 makes it smaller by 0.2%
 RUNS = [
     *((name, "float64") for name in operation.CASES),
     *((name, dtype) for name in ("scalar", "channel") for dtype in ("float32", "bfloat16")),
@@ -32,7 +32,7 @@ RUNS = [
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Two chunks a block where the decay is a head's or none, one where it is a channel's."""
+    """Two chunks per block if the decay is per head or there is none, one if it is per channel."""
     small = blocks.AttentionBlock(64, 32, 1), blocks.AttentionBlock(32, 32, 1)
     monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", small)
 
@@ -69,7 +69,7 @@ def test_states_of_bfloat16_are_float32(kind, target):
 
 @pytest.mark.parametrize("name", ["short", "channel_whole_chunks"])
 def test_on_a_simulated_tpu(small_blocks, name):
-    """With TPU memories and copies; what is read beyond an array is NaN, and so is memory that nothing wrote."""
+    """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""
     check(name, "float32", Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan")))
 
 
@@ -92,7 +92,7 @@ def test_a_run_without_its_outputs(small_blocks, name, target):
 
 
 def assert_as_the_recurrence(run, ids, inputs):
-    """``run`` and the recurrence, in float64."""
+    """``run`` equals the recurrence in float64."""
     random = np.random.default_rng(8)
     cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[4].shape)
     recurrent = functools.partial(linear_attention, segment_ids=ids, backend="recurrent")
@@ -129,7 +129,7 @@ def test_chunks_of_128_on_gpu(decay, packed):
 
 @pytest.mark.parametrize("length", [100, 300])
 def test_in_the_blocks_of_v6e(length):
-    """Chunks of 256 tokens, and of 128 where those hold all."""
+    """Chunks of 256 tokens, or of 128 if those hold all."""
     kind = "TPU v6 lite"
     assert blocks.linear_attention_tpu(kind, length, 1, (128, 128), False, None)[1] == (128 if length == 100 else 256)
     ids = np.repeat([[0, 1, 2]], [5, length - 30, 25], axis=1).astype(np.int32)
@@ -157,7 +157,7 @@ def assert_right_in_float32(inputs, target, packed=False):
 @pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("kind", ["constant", "scalar", "channel"])
 def test_hard_decays(small_blocks, kind, target):
-    """Strong and weak in one chunk; one for all; most of a chunk strong, its end weak."""
+    """Decays strong and weak in one chunk, equal for all, or weak only at a chunk's end."""
     hard = [
         lambda random, shape: random.choice([-50.0, -1e4, -1e-7, -1e-3, 0.0], shape),
         *(lambda _, shape, value=value: np.full(shape, value) for value in (-1e-7, -50.0, -np.inf)),
@@ -183,7 +183,7 @@ def test_float32_decays_beside_products_in_bfloat16(kind, target):
 
 
 def assert_decays_are_not_rounded(run, kind):
-    """A state of ones and a first token are read after up to 31 others: as e^-51, which would be 11% more."""
+    """A state of ones and a first token are read after up to 31 others, as e^-51; rounding would make it 11% more."""
     q, shape = jnp.ones((1, 32, 1, 16), jnp.bfloat16), (1, 32, 1, 16) if kind == "channel" else (1, 32, 1)
     k = q.at[:, 1:].set(0)
     o, final = run(q, k, k, jnp.full(shape, -RATE, jnp.float32), jnp.ones((1, 1, 16, 16)))
@@ -203,7 +203,7 @@ def test_one_kernel_each_way():
         "linear_attention_forward",
         "linear_attention_gradient",
     ]
-    # Of the state's gradient alone, nothing is kept or written that is as long as the sequence.
+    # For the state's gradient alone, nothing as long as the sequence is kept or written.
     of_state = jax.grad(lambda state: jnp.sum(linear_attention(x, x, x, None, state, backend="pallas")[0]))
     assert "linear_attention_state_gradient" in str(jax.make_jaxpr(of_state)(jnp.ones((1, 2, 4, 4))))
 
@@ -277,7 +277,7 @@ def test_the_map_of_a_run_has_no_gradient():
 
 @pytest.mark.parametrize("widths", [(16, 16), (32, 64), (48, 128), (128, 128), (64, 256), (256, 256), (100, 100)])
 def test_heads_of_a_block(widths):
-    """They fill whole registers, or are all; as many more as the table asks for if these divide H."""
+    """They fill whole registers, or are all heads; and are as many more as the table asks for, if these divide H."""
     for heads in (1, 2, 3, 8, 12, 16):
         for lanes in (0, 256, 1024):
             count = blocks.heads_of_block(heads, widths, lanes)

@@ -1,9 +1,9 @@
-"""The kernels for GPU as compiled for an H100, run instruction by instruction from their PTX, against the oracles: values
-and all gradients.
+"""The GPU kernels compiled for an H100, run instruction by instruction from their PTX, against the oracles: values and all
+gradients.
 
-So what Triton makes of a kernel is tested: layouts, products of warps and of warpgroups, copies that go on beside work, and
-barriers. What a GPU would refuse is refused, and so are what two warps do to the same memory with no barrier between, and
-the use of memory and registers that a copy or a product in flight may still use.
+This tests Triton's output: layouts, products of warps and of warpgroups, asynchronous copies, and barriers. It refuses what
+a GPU would refuse, accesses of two warps to the same memory with no barrier between, and the use of memory and registers
+that a copy or a product in flight may still use.
 """
 
 import functools
@@ -32,7 +32,7 @@ GPU = Target("gpu", "none", True)
 
 @pytest.fixture(autouse=True)
 def ran(monkeypatch):
-    """The kernels that have run."""
+    """A list of the kernels that have run."""
     return calls.emulate(monkeypatch.setattr)
 
 
@@ -48,7 +48,7 @@ def test_scan(name, dtype, ran):
 
 @pytest.mark.parametrize("name, dtype", [("packed", "float32"), ("many_numbers", "bfloat16"), ("short", "bfloat16")])
 def test_selective_scan(name, dtype, ran):
-    """With the instructions that are written as NVIDIA's, as on a GPU and unlike interpreted ones."""
+    """With the instructions that are written in PTX, as on a GPU and unlike interpreted kernels."""
     selective.check(name, selective.target("gpu", interpret=False), dtype)
     assert [x.name.split("_")[2] for x in ran] == ["forward", "gradient"]
 
@@ -118,7 +118,7 @@ def test_linear_attention_of_many_channels(decay, length, width, values):
     + [("none", 64, 64, 128, False)],
 )
 def test_linear_attention_of_shared_keys(decay, length, width, values, packed, monkeypatch):
-    """Their gradients in two parts, of two heads and of one."""
+    """Their gradients come in two parts, of two heads and of one."""
     monkeypatch.setattr(blocks, "GPU_SHARED_HEADS", 2)
     random, ids = np.random.default_rng(0), documents(length) if packed else None
     q, k, *rest = linear.draw(random, decay, length, 3, width, values)
@@ -166,11 +166,11 @@ def test_attention_of_many_channels(operation, width, monkeypatch):
     compare(functools.partial(run, backend="pallas"), functools.partial(run, backend="chunked"), inputs, cotangents)
 
 
-# Decays by channel, in float32 as models have them: one product of two factors, or one for each level; both in one kernel.
+# Decays by channel, in float32 as in models: one product of two factors, or one product per level; a kernel has both.
 
 
 def draw_in_tiles(random, length, width):
-    """Of three runs of 32 tokens: weak in all channels, strong in the first half of them, and strong in a few tokens."""
+    """Three runs of 32 tokens: weak in all channels, strong in the first half of the channels, strong at a few tokens."""
     decay = -0.1 * random.random((1, length, 2, width))
     decay[:, 32:64, :, : width // 2] *= 100
     decay[:, 64:96:7] = -40
@@ -196,8 +196,8 @@ def test_linear_attention_of_weak_and_strong_decays():
 
 @pytest.mark.parametrize("part, products", [(0.1, "few"), (0.99, "few"), (1.01, "many"), (10, "many")])
 def test_which_way_decays_go(part, products, ran):
-    """Of the limit in each half of the only chunk, in every channel: at it factors are as large as they get, and products
-    above the diagonal overflow. One product for each of five levels is more than one."""
+    """``part`` is a share of the limit, in each half of the only chunk and every channel: at the limit factors are largest,
+    and products above the diagonal overflow. One product for each of five levels is more than one."""
     random = np.random.default_rng(2)
     q, k, v, _, state = linear.draw(random, "channel", 32, 1, 16, 16)
     decay = numerics.representable(np.full((1, 32, 1, 16), -part * factored_decays.LIMIT / 16))
@@ -214,7 +214,7 @@ def test_which_way_decays_go(part, products, ran):
 
 @pytest.mark.parametrize("decay", ["channel", "constant"])
 def test_decays_that_are_not_numbers_are_seen(decay):
-    """They make outputs NaN. As Triton's maximum of a NaN and the floor of decays they would be the floor."""
+    """They make outputs NaN. Triton's maximum of a NaN and the floor of decays would be the floor."""
     q, k, v, log_decay, state = linear.draw(np.random.default_rng(2), decay, 32, 2, 16, 16)
     log_decay[..., 5 if decay == "channel" else 0] = np.nan
     inputs = q, k, v, log_decay, state
@@ -259,7 +259,7 @@ def test_delta_rule_of_weak_and_strong_decays():
     ],
 )
 def test_a_kernel_without_what_orders_it(left_out, message, monkeypatch):
-    """Warps that wait for each other, writes that the matrix units are to see, copies and products."""
+    """Without waits between warps, fences before the matrix units read, or waits for copies and products."""
     read = calls.read
     without = lambda text: read("".join(x for x in text.splitlines(keepends=True) if left_out not in x))  # noqa: E731
     monkeypatch.setattr(calls, "read", without)

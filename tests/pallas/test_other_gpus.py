@@ -1,5 +1,5 @@
-"""Kernels as ``auto`` takes them on GPUs that are no H100, by their compiler: of Blackwell, whose products take more shared
-memory; with less of it; and too old for any kernel."""
+"""Kernels as ``auto`` chooses them, compiled for GPUs other than the H100: Blackwell, whose products take more shared
+memory; GPUs with less of it; and one too old for any kernel."""
 
 import logging
 import re
@@ -29,7 +29,7 @@ def window(q, k, v, **options):
     return sliding_window_attention(q, k, v, window=256, **options)
 
 
-# By name: the operation, how its kernels' names begin, arrays that have channels, and what it runs as without a kernel.
+# By name: the operation, the prefix of its kernels' names, the number of arrays with channels, and its backend without one.
 OPERATIONS = {
     "causal_attention": (causal_attention, "attention_", 3, "chunked"),
     "sliding_window_attention": (window, "attention_", 3, "chunked"),
@@ -40,7 +40,7 @@ OPERATIONS = {
 
 
 def lowered(name, width, device, gradients=True, **options):
-    """Lowered for the device: the operation, by default with gradients."""
+    """The operation lowered for the device, by default with gradients."""
     operation, _, count, _ = OPERATIONS[name]
     place = SingleDeviceSharding(device)
     arrays = [jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), jnp.bfloat16, sharding=place)] * count
@@ -75,7 +75,7 @@ def lowered(name, width, device, gradients=True, **options):
     ],
 )
 def test_kernels_compile(gpu, name, width, kernels, tmp_path, record_property):
-    """In the shared memory that there is, and no register is spilled. Of one and two it is the forward pass."""
+    """They fit the GPU's shared memory and spill no register. One or two kernels are the forward pass alone."""
     program = lowered(name, width, gpus.device(gpu), gradients=kernels > 2)
     text = program.compile(compiler_options=ptxas.dumped_to(tmp_path)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == kernels
@@ -86,7 +86,7 @@ def test_kernels_compile(gpu, name, width, kernels, tmp_path, record_property):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_gpu_without_kernels(name, caplog):
-    """``auto`` takes what XLA compiles, and says once why; ``pallas`` is refused."""
+    """``auto`` chooses what XLA compiles, and says once why; ``pallas`` is refused."""
     device, elsewhere = gpus.device("t4"), OPERATIONS[name][3]
     backends.say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="jaxlinear"):

@@ -1,7 +1,7 @@
-"""The scan kernels compiled for TPUs and GPUs that are not here, forward and backward, as ``auto`` takes them.
+"""The scan kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
 
-One kernel each way, and no copy of an array around them: the kernels take the layout that arrays have. On GPU, the
-registers of each kernel, by ptxas: none is spilled.
+One kernel each way, and no copy of an array around them: the kernels take the layout that arrays have. On GPU, ptxas
+reports each kernel's registers: none is spilled.
 """
 
 import functools
@@ -73,7 +73,7 @@ def test_tpu(target, name):
         forward, backward = backward, forward
     expected = [["forward", *number, *forward], ["gradient", *number, *backward]]
     assert kernels(text) == ["_".join(["scan", *words, *marks]) for words in expected]
-    # Complex numbers are split; and XLA lays out what does not fill registers as it likes.
+    # Complex numbers are split; and XLA is free in the layout of what does not fill registers.
     if dtype != "complex64" and width % 128 == 0:
         assert not compiled_text.copies(text, batch * length * width)
 
@@ -84,7 +84,7 @@ def test_remat_runs_the_forward_kernel_once():
 
 
 def test_copies_are_found():
-    """What the tests above look for is there when an array is asked for in another layout."""
+    """The copies that the tests above look for appear if an array is asked for in another layout."""
     device = targets.find("v5e:1x1").devices[0]
     x = jax.ShapeDtypeStruct((2, 1024, 1024), jnp.float32, sharding=SingleDeviceSharding(device))
     text = jax.jit(lambda x: jnp.swapaxes(x, 1, 2)).lower(x).compile().as_text()
@@ -92,7 +92,7 @@ def test_copies_are_found():
 
 
 def test_over_a_mesh_of_tpus():
-    """Time over 4, channels over 2. Forward the map of a shard and its states; backward the gradient of a shard's first
+    """Time over 4, channels over 2. Forward: the map of a shard and its states; backward: the gradient of a shard's first
     state, its states again, and the gradients. No map is computed twice."""
     mesh = meshes.make_mesh(
         {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2, "expert": 1}, targets.find("v5e:2x4").devices

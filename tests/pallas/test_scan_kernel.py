@@ -94,8 +94,8 @@ def test_narrow_numbers(small_blocks, name, dtype, platform):
 
 @pytest.mark.parametrize("name", ["blocks", "plain", "packed"])
 def test_on_a_simulated_tpu(name):
-    """With TPU memories and copies, and blocks of several registers side by side; what is read beyond an array is NaN,
-    and so is memory that nothing wrote."""
+    """With TPU memories and copies, and blocks of several registers side by side; reads beyond an array or of unwritten
+    memory give NaN."""
     check(name, target("tpu", pltpu.InterpretParams(uninitialized_memory="nan")), "float32")
 
 
@@ -136,7 +136,7 @@ def test_limits(small_blocks, platform, reverse):
     exact = jax.tree.map(lambda y: y[..., :2], (found, outputs))
     numerics.assert_close(*exact, 0)
     numerics.assert_close(found, outputs, 1e-6)
-    # The gradient of x is the same recurrence the other way, of d_h, with d_final in its first step.
+    # The gradient of x is the same recurrence over d_h in the other direction, with d_final in its first step.
     d_h[:, 0 if reverse else -1] += d_final
     expected, last = oracles.linear_recurrence(a, d_h, reverse=not reverse)
     numerics.assert_close((d_x, d_state), (expected, a[:, 0] * last), 1e-6)
@@ -165,13 +165,13 @@ def test_one_kernel_each_way():
     operation = lambda a, x: jnp.sum(linear_recurrence(a, 2 * x, backend="pallas")[0] ** 2)  # noqa: E731
     text = str(jax.make_jaxpr(jax.grad(operation, (0, 1)))(0.5 * x, x))
     assert re.findall(r" name=(scan_\w+)", text) == ["scan_forward", "scan_gradient_reverse"]
-    # Of the state's gradient alone, nothing is kept or written that is as long as the sequence.
+    # For the state's gradient alone, nothing as long as the sequence is kept or written.
     of_state = jax.grad(lambda state: jnp.sum(linear_recurrence(x, x, state, backend="pallas")[0]))
     assert "scan_lagged_summary_reverse" in str(jax.make_jaxpr(of_state)(x[:, 0]))
 
 
 def test_the_family_of_the_kernel_in_pieces(small_blocks):
-    """Runs one after the other, and their gradients, the state's own by the kernel that computes it alone."""
+    """Runs in sequence, and their gradients; the state's is from the kernel that computes it alone."""
     random = np.random.default_rng(2)
     a, x, state = random.uniform(0, 1, (2, 12, 3)), random.standard_normal((2, 12, 3)), random.standard_normal((2, 3))
     starts = np.zeros((2, 12), bool)
@@ -225,7 +225,7 @@ def test_the_map_of_a_run_has_no_gradient():
 @pytest.mark.parametrize("width", [1, 100, 128, 300, 640, 2560, 8192])
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "another"])
 def test_blocks(kind, width):
-    """They fill VMEM by no more than 12 MiB, the arrays of a backward pass twice, and waste no more than a tile each."""
+    """They take at most 12 MiB of VMEM, with a backward pass's arrays twice, and waste at most a tile each."""
     for parts in (1, 2):
         block = blocks.scan_tpu(kind, 100_000, width, parts)
         assert block.time % 128 == block.rows % 16 == block.time % block.rows == 0

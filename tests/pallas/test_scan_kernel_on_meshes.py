@@ -1,4 +1,4 @@
-"""The scan kernel on a mesh, interpreted: each device runs it on its part, with time whole and with time spread."""
+"""The scan kernel on a mesh, interpreted: each device runs it on its part, with time whole or spread."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The reader of libtpu's schedules, which ``benchmarks/tpu_kernels.py`` counts cycles by."""
+"""The reader of libtpu's schedules, from which ``benchmarks/tpu_kernels.py`` counts cycles."""
 
 import importlib.util
 import math
@@ -11,8 +11,8 @@ _SPEC = importlib.util.spec_from_file_location("schedules", _PATH)
 schedules = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(schedules)
 
-# Two bundles before the grid's loop, of which one bundle is not marked; 4 + 1 bundles of it are its own and 3 of an inner
-# loop, which runs 16 times; one bundle behind.
+# Two bundles before the grid's loop, which has 4 + 1 bundles of its own, one of them not marked, and 3 of an inner loop,
+# which runs 16 times; one bundle follows.
 KERNEL = """
      0   :  { %s0 = inlined_call_operand.hbm [shape: f32[8,128]] }
    0x1   :  { %s1 = smov 0 }
@@ -34,7 +34,7 @@ def cycles_of(text, tmp_path):
 
 
 def test_cycles_are_bundles_times_trips(tmp_path):
-    """The grid of a kernel takes two trips more than it has blocks."""
+    """A kernel's grid takes two more trips than it has blocks."""
     assert cycles_of(KERNEL, tmp_path) == 3 + 12 * 5 + (12 - 2) * 16 * 3
     assert cycles_of(KERNEL.replace("inlined_call_operand", "parameter"), tmp_path) == 3 + 12 * 5 + 12 * 16 * 3
 
@@ -47,7 +47,7 @@ def test_loops_beside_each_other(tmp_path):
 
 
 def test_of_a_loop_whose_test_stands_within_another(tmp_path):
-    """Three trips of one bundle and of an inner loop, whose first bundle asks whether they are over."""
+    """Three trips of one bundle and an inner loop, whose first bundle tests whether the trips are over."""
     inner, *rest = KERNEL.splitlines()[6:9]
     test = "%p4 = scmp.ge.s32.totalorder (%p3), %s5_s1, 3 /* loop exit test */"
     inner = inner.replace("{", f"{{ {test}  ;; ")

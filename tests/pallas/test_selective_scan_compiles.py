@@ -1,7 +1,7 @@
-"""The selective scan's kernels compiled for TPUs and GPUs that are not here, forward and backward, as ``auto`` takes them.
+"""The selective scan's kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
 
-One kernel each way, and no copy of an array as long as the sequence around them. On GPU, the registers of each kernel, by
-ptxas: none is spilled.
+One kernel each way, and no copy of an array as long as the sequence around them. On GPU, ptxas reports each kernel's
+registers: none is spilled.
 """
 
 import functools
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.compiles_ahead
 
 kernels = functools.partial(compiled_text.kernels, name="selective_scan")
 
-# name: B, T, D, N, dtype of x, what else it has. All else is float32, as models have it.
+# name: B, T, D, N, dtype of x, what else it has. All else is float32, as in models.
 CASES = {
     "mamba": (2, 2048, 4096, 16, "bfloat16", "packed"),
     "longhorn": (2, 2048, 4096, 16, "bfloat16", "of_keys"),
@@ -92,7 +92,7 @@ def test_remat_runs_the_forward_kernel_once():
 
 
 def test_over_a_mesh_of_tpus():
-    """Time over 4, channels over 2. Forward the map of a shard and its outputs; backward the gradient of a shard's first
+    """Time over 4, channels over 2. Forward: the map of a shard and its outputs; backward: the gradient of a shard's first
     state, the states of its blocks again, and the gradients. No map is computed twice."""
     mesh = meshes.make_mesh(
         {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2, "expert": 1}, targets.find("v5e:2x4").devices
@@ -122,7 +122,7 @@ def test_over_a_mesh_of_tpus():
 
 
 def test_a_state_that_vmem_has_no_room_for_is_refused():
-    """With the limit and what would help, by the channels of a device; the shapes of ``most`` are about the largest."""
+    """The message has the limit, in channels per device, and a remedy; the shapes of ``most`` are about the largest."""
     devices = targets.find("v5e:2x4").devices
     for states, most in ((16, 90_624), (64, 28_544), (128, 9984)):
         for width in (most, most + 1):
@@ -146,7 +146,7 @@ def test_a_state_that_vmem_has_no_room_for_is_refused():
 
 @pytest.mark.parametrize("name", ["mamba", "longhorn", "float32", "states_64", "states_128", "odd", "shortest"])
 def test_h100(name, tmp_path, record_property):
-    """Nothing goes through shared memory, by which lanes would be laid out anew."""
+    """Nothing goes through shared memory, as a change of the lanes' layout would."""
     text = compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2
     used = ptxas.registers(tmp_path, "selective_scan_")

@@ -31,7 +31,7 @@ CASES = {
     "packed": (1, 100, 160, 3, "packed"),
     "blocks": (2, 257, 100, 2, "packed"),
     "blocks_of_keys": (1, 300, 5, 9, "packed of_keys"),
-    "many_numbers": (1, 70, 40, 33, "packed"),  # on GPU of several programs
+    "many_numbers": (1, 70, 40, 33, "packed"),  # several programs on GPU
 }
 
 
@@ -95,7 +95,7 @@ def test_narrow_numbers(small_blocks, name, dtype, platform):
 
 @pytest.mark.parametrize("name", ["packed", "blocks_of_keys"])
 def test_on_a_simulated_tpu(small_blocks, name):
-    """With TPU memories and copies; what is read beyond an array is NaN, and so is memory that nothing wrote."""
+    """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""
     check(name, target("tpu", pltpu.InterpretParams(uninitialized_memory="nan")), "float32")
 
 
@@ -127,7 +127,7 @@ def test_a_run_without_its_outputs(small_blocks, name, platform):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_time_steps_wider_than_what_is_written(small_blocks, platform):
-    """As models have them: gradients are of the dtype of each input."""
+    """As in models: each gradient has the dtype of its input."""
     inputs, ids, cotangents, outputs, gradients = case("packed")
 
     def kernel(x, dt, A, B, C, state):
@@ -139,7 +139,7 @@ def test_time_steps_wider_than_what_is_written(small_blocks, platform):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_limits(small_blocks, platform):
-    """Channels with no time step, which keep the state, with one that forgets it, and with one; and a document a token."""
+    """Channels with time steps of 0, which keep the state, of 1e4, which forget it, and of 1; one document per token."""
     random = np.random.default_rng(0)
     dt = np.broadcast_to(np.array([0.0, 1e4, 1.0]), (1, 20, 3)).copy()
     x, (B, C) = numerics.normal(random, 1, 20, 3), numerics.normal(random, 2, 1, 20, 2)
@@ -167,7 +167,7 @@ def test_one_kernel_each_way():
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_family_of_the_kernel_in_pieces(small_blocks, platform):
-    """Runs one after the other, and their gradients, the state's own by the kernel that computes it alone."""
+    """Runs in sequence, and their gradients; the state's is from the kernel that computes it alone."""
     (x, dt, A, B, C, state), ids, cotangents, *_ = case("packed")
     marks = starts(ids)
 

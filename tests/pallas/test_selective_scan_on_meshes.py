@@ -1,4 +1,4 @@
-"""The selective scan on a mesh by its kernel, interpreted: each device runs it on its part, with time whole and spread."""
+"""The selective scan's kernel on a mesh, interpreted: each device runs it on its part, with time whole or spread."""
 
 import numpy as np
 import pytest

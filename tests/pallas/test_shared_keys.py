@@ -1,4 +1,4 @@
-"""Queries and keys that all heads share, as Mamba-2's: as if each head had them, and read by the kernels as they are."""
+"""Queries and keys that all heads share, as in Mamba-2: as if each head had its own, but kernels read a single copy."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ def draw(decay, length, heads, keys, values, batch=1):
 
 
 def of_every_head(run):
-    """``run`` of queries and keys that are written for every head."""
+    """``run`` on queries and keys that are repeated for every head."""
 
     def whole(q, k, v, *rest):
         q, k = (jnp.broadcast_to(x, (*x.shape[:2], v.shape[2], x.shape[3])) for x in (q, k))
@@ -55,7 +55,7 @@ def compare(run, reference, inputs, cotangents, tolerance=1e-10):
 @pytest.mark.parametrize(
     "backend, decay, heads",
     [
-        # In blocks of 2 heads, of 5; of all three.
+        # In blocks of 2 heads, of 5, or of all three.
         *(("pallas", decay, heads) for decay, heads in (("none", 3), ("constant", 10), ("scalar", 10), ("channel", 2))),
         *(("recurrent", "scalar", 3), ("chunked", "constant", 3), ("chunked", "channel", 2)),
     ],
@@ -91,7 +91,7 @@ def test_on_gpu(monkeypatch, decay, heads, keys, values, packed):
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("sizes", [{"data": 8}, FOUR, TWO], ids=str)
 def test_no_array_is_of_every_head(monkeypatch, platform, sizes):
-    """Neither what kernels read nor what is kept for the backward pass nor gradients; these are of a group of heads."""
+    """Neither what kernels read, nor what is kept for the backward pass, nor gradients, which are per group of heads."""
     monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
     heads, keys, values, length = 16, 32, 48, 128
     (q, k, v, decay, state), cotangents = draw("scalar", length, heads, keys, values)
@@ -114,7 +114,7 @@ def test_no_array_is_of_every_head(monkeypatch, platform, sizes):
 
 
 def test_on_a_simulated_tpu():
-    """What is read beyond an array is NaN, and so is memory that nothing wrote: of a head behind the last, too."""
+    """Reads beyond an array or of unwritten memory give NaN: also for a head after the last."""
     inputs, cotangents = draw("scalar", 40, 3, 6, 64)
     target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
     found = numerics.run(
@@ -144,7 +144,7 @@ MESHES = [
     ({"data": 4, "tensor": 2}, "pallas", "scalar", 4),
     ({"fsdp": 8}, "pallas", "scalar", 4),
     *((FOUR, "pallas", decay, 4) for decay in ("scalar", "channel")),
-    # A device has two heads; all three, which it cannot share; one.
+    # A device has two heads; all three, which cannot be divided; one.
     *((TWO, "pallas", decay, heads) for decay, heads in (("scalar", 4), ("scalar", 3), ("constant", 2))),
     (TWO, "chunked", "scalar", 4),
 ]
@@ -153,7 +153,7 @@ MESHES = [
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("sizes, backend, decay, heads", MESHES, ids=str)
 def test_on_a_mesh(monkeypatch, sizes, backend, decay, heads, platform):
-    """Heads spread, whose gradients of queries and keys are summed; rows; and time."""
+    """Heads are spread, and their gradients of queries and keys summed; so are rows; and time."""
     monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
     inputs, cotangents = draw(decay, T, heads, 6, 8, batch=8 if sizes == {"fsdp": 8} else B)
     ids = np.concatenate([IDS, IDS[::-1]])[: len(inputs[0])]
@@ -177,7 +177,7 @@ def test_the_gradient_of_a_shared_key_is_summed_over_heads_in_float32():
 
 @pytest.mark.parametrize("decay, backend", [("scalar", "pallas"), ("channel", "auto")])
 def test_heads_are_refused_as_they_reach_the_kernel(decay, backend):
-    """Of shared keys V alone fills registers; written for every head, K has to as well."""
+    """With shared keys only V has to fill registers; with keys repeated for every head, K has to as well."""
     q, v = (jnp.zeros((1, 9, *shape), jnp.bfloat16) for shape in ((1, 24), (12, 64)))
     log_decay = jnp.zeros((1, 9, 12) if decay == "scalar" else (1, 9, 12, 24))
     with backends.use_platform("tpu", "TPU v5 lite"):
@@ -201,7 +201,7 @@ def test_the_delta_rule_takes_none():
 
 @pytest.mark.compiles_ahead
 def test_compiled_for_tpu():
-    """Mamba-2's heads: no array of queries or keys of every head, and one kernel each way."""
+    """Mamba-2's heads: no array has queries or keys for every head, and there is one kernel each way."""
     heads, keys, values, length = 64, 128, 64, 1024
     text = compiles.compiled_of(
         "v5e:1x1", (1, length, heads, keys, values, "bfloat16", "scalar", True), key_heads=1

@@ -1,5 +1,5 @@
-"""The kernels of linear attention and of the delta rule on a mesh, those for TPU and those for GPU, interpreted: each
-device runs them on its part, with time whole and with time spread."""
+"""The kernels of linear attention and of the delta rule on a mesh, for TPU and for GPU, interpreted: each device runs them
+on its part, with time whole or spread."""
 
 import functools
 
@@ -56,8 +56,8 @@ def test_the_gpu_kernel_on_a_mesh(monkeypatch, operation, sizes, decay, packed):
 
 @pytest.mark.parametrize("sizes", [ROWS[0], FOUR], ids=str)
 def test_negative_eigenvalues_on_a_mesh(small_blocks, sizes):
-    """Of keys that are alike in bfloat16: on each device's rows, and by the maps of parts of time. Kernels that are not
-    told of them are off by far more."""
+    """With keys that are alike in bfloat16: on each device's rows, and by the maps of parts of time. Kernels that are not
+    told of negative eigenvalues are off by far more."""
     random = np.random.default_rng(0)
     q, v, one = (random.standard_normal(s) for s in ((B, T, H, 16), (B, T, H, 16), (B, 1, H, 16)))
     k = np.broadcast_to(one / np.linalg.norm(one, axis=-1, keepdims=True), q.shape)

@@ -1,11 +1,11 @@
-"""Kernels compiled for an NVIDIA GPU that is not here, run on the CPU instruction by instruction from their PTX.
+"""Runs kernels compiled for an absent NVIDIA GPU on the CPU, instruction by instruction, from their PTX.
 
-What interpret mode cannot see is seen here: what the compiler made of a kernel, its layouts, its barriers and its copies.
-The threads of many blocks go in step, as lanes of NumPy arrays; where they part, those that are behind go first. Semantics
-are those of NVIDIA's "Parallel Thread Execution ISA". An access that a GPU refuses, memory or registers that are used while
-a copy or a product may still use them, and memory that two warps use with no barrier between raise ``Fault``. Not seen: how
-long anything takes, the errors of approximate instructions and of tensor cores, which sum in float32 here, a missing
-``wgmma.fence`` or ``bar.warp.sync``, and shared memory beyond what the kernel has asked for, within what it may have.
+This shows what interpret mode cannot: what the compiler made of a kernel, its layouts, its barriers and its copies. The
+threads of many blocks run in lockstep, as lanes of NumPy arrays; where they diverge, those that are behind go first.
+Semantics are those of NVIDIA's "Parallel Thread Execution ISA". ``Fault`` is raised by an access that a GPU refuses, by use
+of memory or registers that a copy or a product may still use, and if two warps use memory with no barrier between. Not
+seen: how long anything takes, the errors of approximate instructions and of tensor cores, which sum in float32 here, a
+missing ``wgmma.fence`` or ``bar.warp.sync``, and shared memory beyond what the kernel asked for, within what it may have.
 """
 
 

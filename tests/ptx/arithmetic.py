@@ -1,4 +1,4 @@
-"""Instructions of a thread alone: numbers of its registers to a number."""
+"""Instructions of a single thread: from numbers in its registers to a number."""
 
 import re
 
@@ -14,7 +14,7 @@ TYPES = {
     **{f"s{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"{kind}{bits}": np.dtype(f"u{bits // 8}") for kind in "ub" for bits in (8, 16, 32, 64)},
 }
-# With these modifiers alone: what is not written here is refused, not taken for something else.
+# Only with these modifiers: what is not listed here is refused, not mistaken for something else.
 _KNOWN = re.compile(
     "|".join(
         (
@@ -45,7 +45,7 @@ _SUMS = {"add": np.add, "sub": np.subtract}
 
 
 def apply(opcode: str, given) -> np.ndarray:
-    """What the first operand gets. ``given(i, type)``: the others in the type of that name."""
+    """The value of the first operand. ``given(i, type)`` returns the others in the type of that name."""
     name, *parts = opcode.split(".")
     kind = parts[-1]
     if not _KNOWN.fullmatch(opcode):
@@ -109,7 +109,7 @@ def _compare(parts: list[str], given) -> np.ndarray:
 
 def _convert(parts: list[str], given) -> np.ndarray:
     to, kind = parts[-2:]
-    if to == "tf32":  # 13 bits fewer, halves away from zero
+    if to == "tf32":  # 13 bits fewer, ties away from zero
         x = np.asarray(given(0, kind))
         return np.where(x != x, np.uint32(0x7FFFE000), x.view(np.uint32) + np.uint32(1 << 12) & np.uint32(0xFFFFE000))
     if to == "bf16x2":  # the first operand is the upper half
@@ -128,7 +128,7 @@ def _convert(parts: list[str], given) -> np.ndarray:
 
 
 def _divide(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Towards zero."""
+    """Quotient or remainder, rounding towards zero."""
     quotient = x // y
     if x.dtype.kind == "i":
         quotient = quotient + ((x % y != 0) & ((x < 0) != (y < 0)))
@@ -139,7 +139,7 @@ def _shift(name: str, x: np.ndarray, count: np.ndarray) -> np.ndarray:
     bits = x.dtype.itemsize * 8
     moved = (np.left_shift if name == "shl" else np.right_shift)(x, np.minimum(count, bits - 1).astype(x.dtype))
     if name == "shr" and x.dtype.kind == "i":
-        return moved  # of which only the sign is left
+        return moved  # large shifts leave only the sign
     return np.where(count >= bits, x.dtype.type(0), moved)
 
 

@@ -1,4 +1,4 @@
-"""``pallas_call`` compiled for an H100 that is not here, and run on the CPU."""
+"""``pallas_call`` compiled for an absent H100 and run on the CPU."""
 
 import tempfile
 from collections import Counter
@@ -22,12 +22,12 @@ _PALLAS_CALL = pl.pallas_call
 
 class Ran(NamedTuple):
     name: str
-    counts: Counter  # of warps, by instruction
+    counts: Counter  # warps that executed each instruction
     bytes: int  # of the arrays that it reads and writes
 
 
 def emulate(set_attribute: Callable[[Any, str, Any], None]) -> list[Ran]:
-    """From now on ``pallas_call`` does so. Every run is added to what is returned."""
+    """Makes ``pallas_call`` do so from now on. Every run is added to the returned list."""
     ran: list[Ran] = []
 
     def pallas_call(kernel, *, out_shape, grid, name, interpret, **options):

@@ -1,4 +1,4 @@
-"""The threads of a kernel, in step."""
+"""The threads of a kernel, in lockstep."""
 
 import re
 from collections import Counter
@@ -17,15 +17,15 @@ _NOTHING = re.compile(r"griddepcontrol|wgmma\.fence|bar\.warp\.sync|membar|nanos
 def run(
     program: Program, grid: tuple[int, ...], given: list[np.ndarray], like: list[np.ndarray]
 ) -> tuple[list, Counter]:
-    """What the kernel writes into arrays like those, and how many warps took each instruction."""
+    """The arrays, shaped as ``like``, that the kernel writes, and how many warps took each instruction."""
     memory = Global(given, like)
     counts = run_in(memory, program, grid, memory.addresses)
     return memory.arrays(like), counts
 
 
 def run_in(memory, program: Program, grid: tuple[int, ...], parameters: list[int | float], *, strict=True) -> Counter:
-    """As ``run``, in a memory and with all parameters. Not ``strict``: products read memory when they are
-    issued, with no proxy fence after writes and copies, and a register that nothing was written to is NaN."""
+    """As ``run``, with a given memory and all parameters. Unless ``strict``, products read memory when they are issued,
+    without a proxy fence after writes and copies, and a register that nothing was written to is NaN."""
     counts: Counter = Counter()
     grid = (*grid, *[1] * (3 - len(grid)))
     blocks = int(np.prod(grid))
@@ -53,12 +53,12 @@ class _Blocks:
         self.barriers = np.zeros(len(numbers), np.int32)
         self.registers: dict[str, np.ndarray] = {}
         self.copies, self.products = _Groups(len(numbers)), _Groups(len(numbers))
-        self.sums: dict[str, np.ndarray] = {}  # registers of products that may not have ended, and in which blocks
+        self.sums: dict[str, np.ndarray] = {}  # registers of products in flight, and in which blocks
         self.factors: dict[str, np.ndarray] = {}
         self.active = self.everyone
 
     def run(self) -> None:
-        """Those that are behind go first, and so meet the others again."""
+        """The threads that are behind go first, and so meet the others again."""
         waiting = {0: self.everyone}
         while waiting:
             at = min(waiting)
@@ -85,7 +85,7 @@ class _Blocks:
             waiting[at] = self._known(waiting[at] | active) if at in waiting else active
 
     def _known(self, where: np.ndarray) -> np.ndarray:
-        """``everyone`` itself, if that is who they are, as for most instructions: their cost here is Python's."""
+        """``everyone`` itself if it is all threads, as for most instructions: their cost here is Python's."""
         return self.everyone if where.all() else where
 
     def _count(self, instruction: Instruction, where: np.ndarray) -> None:
@@ -114,7 +114,7 @@ class _Blocks:
             raise Fault(f"{name} is of a product that may not have ended")
 
     def _value(self, operand, kind: str) -> np.ndarray:
-        """In the type of that name, a number for all threads or one for each."""
+        """The operand in the type of that name: one number for all threads, or one each."""
         to = np.dtype(arithmetic.TYPES[kind])
         if isinstance(operand, list):  # the least significant first
             return self._packed([self._value(x, f"b{to.itemsize * 8 // len(operand)}") for x in operand], to)
@@ -151,7 +151,7 @@ class _Blocks:
                 self._write(name, part, where)
         elif operand != "_":
             raw = value if value.dtype == np.bool_ else np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
-            if where is not self.everyone:  # others keep theirs; what they never had is NaN
+            if where is not self.everyone:  # others keep theirs; what was never written is NaN
                 raw = np.where(where, raw, self.registers.get(operand, ~np.zeros((), raw.dtype)))
             self._refuse_busy(self.sums, operand)
             self._refuse_busy(self.factors, operand)
@@ -210,7 +210,7 @@ class _Blocks:
             raise Fault(f"not every {of} comes to an instruction for all")
 
     def _whole_blocks(self, where: np.ndarray) -> None:
-        """Groups are kept by block, though threads and warpgroups may have their own."""
+        """Groups are tracked per block, although threads and warpgroups may have their own."""
         groups = where.reshape(-1, self.program.threads)
         if (groups.any(axis=1) != groups.all(axis=1)).any():
             raise NotImplementedError("groups of a part of a block")
@@ -264,7 +264,7 @@ class _Blocks:
             self.copies.add((to, values, threads), blocks)
 
     def _taken(self, last: tuple, size: int) -> np.ndarray:
-        """How many bytes each thread reads, the others being zeros: by the last operand, if there is one, a number or
+        """How many bytes each thread reads; the rest are zeros. The last operand, if there is one, is their number, or
         whether there are none."""
         if not last:
             return np.full(self.block.shape, size)
@@ -308,7 +308,7 @@ class _Blocks:
         sums, left, right, keep, *signs = instruction.operands
         if signs[:2] != ["1", "1"]:
             raise NotImplementedError(f"signs {signs}")
-        turned = signs[2:]  # of operands in memory, where there is a choice
+        turned = signs[2:]  # which operands in memory are transposed, if there is a choice
         product, threads = matrix.Product(instruction.opcode), self._threads(where)
         described = not isinstance(left, list)
         given = self._lanes(left, "b64")[where] if described else [self._lanes(x, "b32")[where] for x in left]
@@ -330,7 +330,7 @@ class _Blocks:
         self._mark_product(sums, factors, blocks)
 
     def _end_products(self, left: int, where: np.ndarray) -> None:
-        """What they read may be read until here."""
+        """Ends all but the last ``left`` groups; until here they may read their operands."""
         blocks, ended = np.unique(self.block[where]), []
         for (read, sums, factors), of in self.products.wait(blocks, left):
             for halves, who in read:
@@ -357,14 +357,14 @@ class _Blocks:
 
 
 class _Groups:
-    """What goes on beside the threads, of each block in groups that are waited for in their order."""
+    """Asynchronous work: for each block, groups that are waited for in order."""
 
     def __init__(self, blocks: int):
         self._open: list[list] = [[] for _ in range(blocks)]
         self._committed: list[list[list]] = [[] for _ in range(blocks)]
 
     def add(self, item, blocks: np.ndarray) -> None:
-        """One for all these blocks."""
+        """Adds one item for all these blocks."""
         for block in blocks:
             self._open[block].append(item)
 
@@ -374,7 +374,7 @@ class _Groups:
             self._open[block] = []
 
     def wait(self, blocks: np.ndarray, left: int) -> list[tuple]:
-        """All but so many groups: each item, and for which blocks it ends."""
+        """Ends all but ``left`` groups: returns each item, and for which blocks it ends."""
         ended = []
         for block in blocks:
             groups = self._committed[block]
@@ -384,7 +384,7 @@ class _Groups:
         return self._by_item(ended)
 
     def all(self) -> list[tuple]:
-        """Those that go on, and for which blocks."""
+        """The items in flight, and for which blocks."""
         both = zip(self._open, self._committed, strict=True)
         every = [
             (block, item) for block, (now, groups) in enumerate(both) for group in (*groups, now) for item in group

@@ -1,4 +1,4 @@
-"""Instructions of a warp, or of four, together: matrices spread over the registers of their threads, or in shared memory.
+"""Instructions of one warp, or of four together: matrices spread over their threads' registers, or in shared memory.
 
 Layouts are those of the figures in "Matrix multiply-accumulate operations" of the PTX ISA, and of the descriptors of
 "Asynchronous warpgroup-level matrix instructions".
@@ -22,7 +22,7 @@ def _registers(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def _narrow(arrays: list[np.ndarray]) -> np.ndarray:
-    """Two numbers a register: ``[warps, 32, registers, 2]``"""
+    """Two numbers per register: ``[warps, 32, registers, 2]``"""
     registers = _registers(arrays)
     return np.ascontiguousarray(registers).view(ml_dtypes.bfloat16).reshape(*registers.shape, 2).astype(np.float32)
 
@@ -37,13 +37,13 @@ def _of_16_rows(x: np.ndarray) -> np.ndarray:
 
 
 def _of_19_bits(words: np.ndarray) -> np.ndarray:
-    """NaN stays so, whichever bits make it."""
+    """Drops the last 13 bits; NaN stays NaN, whichever bits make it."""
     numbers = words.view(np.float32)
     return np.where(numbers != numbers, numbers, (words & np.uint32(0xFFFFE000)).view(np.float32))
 
 
 def _wide(arrays: list[np.ndarray]) -> np.ndarray:
-    """A number a register, of which the last 13 bits are not read: ``[warps, 32, registers]``"""
+    """One number per register, whose last 13 bits are not read: ``[warps, 32, registers]``"""
     return _of_19_bits(_registers(arrays))
 
 
@@ -57,7 +57,7 @@ def _of_16_rows_wide(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def _rows_and_columns(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of a warp's 16 rows of sums, ``[32, registers]``."""
+    """Where each register lies in a warp's 16 rows of sums, ``[32, registers]``."""
     i = np.arange(count)
     return _GROUP[:, None] + 8 * (i // 2 % 2), 2 * _MEMBER[:, None] + i % 2 + 8 * (i // 4)
 
@@ -103,14 +103,14 @@ def store_matrices(transposed: bool, addresses: np.ndarray, values: list[np.ndar
 
 
 def _of_threads(x, count: int):
-    """Of each warp those threads that name the rows of so many matrices."""
+    """Of each warp, the threads that give the row addresses of ``count`` matrices."""
     if isinstance(x, Threads):
         return Threads(*(_of_threads(y, count) for y in x))
     return x.reshape(-1, 32)[:, : 8 * count].reshape(-1)
 
 
 class Product:
-    """``wgmma.mma_async``: of 64 rows by four warps."""
+    """``wgmma.mma_async``: 64 rows by four warps."""
 
     def __init__(self, opcode: str):
         found = re.search(r"m64n(\d+)k(16\.f32\.bf16\.bf16|8\.f32\.tf32\.tf32)$", opcode)
@@ -120,18 +120,18 @@ class Product:
         self.read: list[tuple[np.ndarray, Threads]] = []  # where the operands lie
 
     def left(self, operand, transposed: bool, shared, threads: Threads) -> np.ndarray:
-        """``[groups, 64, 16]`` of registers, or of a descriptor's array; of 32 bits ``[groups, 64, 8]``."""
+        """``[groups, 64, 16]`` from registers or a descriptor's array; with 32 bits ``[groups, 64, 8]``."""
         if isinstance(operand, list):
             found = _of_16_rows_wide(operand) if self._of_32_bits else _of_16_rows(_narrow(operand))
             return found.reshape(-1, 64, found.shape[-1])
         return self._described(operand, 64, transposed, shared, threads)
 
     def right(self, descriptor: np.ndarray, transposed: bool, shared, threads: Threads) -> np.ndarray:
-        """``[groups, 16, columns]``, of 32 bits ``[groups, 8, columns]``"""
+        """``[groups, 16, columns]``, with 32 bits ``[groups, 8, columns]``"""
         return self._described(descriptor, self.columns, transposed, shared, threads).swapaxes(1, 2)
 
     def sums(self, product: np.ndarray) -> list[np.ndarray]:
-        """By register of the threads."""
+        """The sums by register of the threads."""
         rows, columns = _rows_and_columns(self.columns // 2)
         found = product.reshape(-1, 16, self.columns)[:, rows, columns]
         return [found[..., i].reshape(-1) for i in range(self.columns // 2)]

@@ -1,4 +1,4 @@
-"""The memories of a GPU, which refuse what a GPU would, and what a warp, a copy or a product uses while another may change
+"""The memories of a GPU. They refuse what a GPU would, and what a warp, a copy or a product uses while another may change
 it, or changes while another may use it."""
 
 from typing import NamedTuple
@@ -7,18 +7,18 @@ import numpy as np
 
 from tests.ptx import Fault
 
-GLOBAL_BASE = 1 << 24  # of addresses
+GLOBAL_BASE = 1 << 24  # the first address
 SHARED_BASE = 1 << 10
-SHARED_BYTES = 227 * 1024  # that a block of an H100 may have
+SHARED_BYTES = 227 * 1024  # that a block may have on an H100
 _UNITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-MATRIX_UNIT = 15  # as a warp
+MATRIX_UNIT = 15  # its number as a warp
 
 
 class Threads(NamedTuple):
-    """Who accesses: the block of each, counted among those that run together, its warp, how many barriers its block has
-    passed, and the block's number of all."""
+    """The threads of an access: the block of each, counted among those that run together, its warp, how many barriers its
+    block has passed, and the block's number among all."""
 
     block: np.ndarray
     warp: np.ndarray
@@ -35,7 +35,7 @@ def _refuse(wrong: np.ndarray, what: str, threads: Threads) -> None:
 
 
 def _laid_out(arrays: list[np.ndarray]) -> tuple[list[int], int]:
-    """The addresses of arrays, with room between them, and where the last ends, counted from ``GLOBAL_BASE``."""
+    """The addresses of arrays, with gaps between them, and where the last ends, counted from ``GLOBAL_BASE``."""
     addresses, end = [], 256
     for array in arrays:
         addresses.append(GLOBAL_BASE + end)
@@ -48,7 +48,7 @@ def _part(address: int, array: np.ndarray) -> slice:
 
 
 class Global:
-    """Arrays, of which some are read and others written: each byte of these by one warp, or by several the same."""
+    """Arrays, some read and others written: each written byte by one warp, or by several with the same value."""
 
     def __init__(self, read: list[np.ndarray], written: list[np.ndarray]):
         self.addresses, end = _laid_out([*read, *written])
@@ -85,7 +85,7 @@ class Global:
         _refuse(data[units] != values, "two threads write different numbers at once", threads)
 
     def arrays(self, like: list[np.ndarray]) -> list[np.ndarray]:
-        """Those that were to be written."""
+        """The arrays that were to be written."""
         found = []
         for array, address in zip(like, self.addresses[self._first_written :], strict=True):
             at = _part(address, array)
@@ -124,7 +124,7 @@ class Plain:
         self._bytes[at], self.written[at] = np.ascontiguousarray(values).view(np.uint8), True
 
     def give(self, arrays: list[np.ndarray]) -> None:
-        """What is there now to the arrays themselves."""
+        """Copies the present contents to the arrays."""
         for address, array in zip(self.addresses, arrays, strict=True):
             array.reshape(-1).view(np.uint8)[:] = self._bytes[_part(address, array)]
 
@@ -138,7 +138,7 @@ class Plain:
 
 
 class Shared:
-    """The shared memories of all blocks. What was written or read since the last barrier is known by halves of words."""
+    """The shared memories of all blocks. Writes and reads since the last barrier are tracked per half word."""
 
     def __init__(self, blocks: int, strict: bool):
         self._strict, self._halves = strict, SHARED_BYTES // 2
@@ -147,9 +147,9 @@ class Shared:
         self._written, self._writer = np.full(shape, -1, np.int32), np.zeros(shape, np.int8)
         self._read, self._readers = np.full(shape, -1, np.int32), np.zeros(shape, np.uint16)
         self._unfenced = np.zeros(shape, bool)
-        self._copied_to = np.zeros(shape, bool)  # by copies that may not have ended
-        self._multiplied = np.zeros(shape, bool)  # by products that may not have ended
-        self._end = 0  # of what any block has used
+        self._copied_to = np.zeros(shape, bool)  # by copies in flight
+        self._multiplied = np.zeros(shape, bool)  # by products in flight
+        self._end = 0  # the end of what any block has used
 
     def load(self, addresses: np.ndarray, unit: int, count: int, threads: Threads) -> np.ndarray:
         """``[lanes, count]`` of ``unit`` bytes each."""
@@ -161,7 +161,7 @@ class Shared:
         self._write(halves, np.ascontiguousarray(values).view(np.uint16), threads)
 
     def read(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
-        """Where so many bytes lie from each address on."""
+        """The places of ``size`` bytes from each address on."""
         halves = self._at(addresses, size, threads)
         _refuse(self._copied_to[halves], "reads what a copy may still write", threads)
         self.mark_read(halves, threads)
@@ -172,7 +172,7 @@ class Shared:
         return halves
 
     def begin_product(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
-        """As ``read``, by a matrix unit: at any time from now on."""
+        """As ``read``, but by a matrix unit at any time from now on."""
         halves = self.read(addresses, size, threads)
         unfenced = self._strict & self._unfenced[halves]
         _refuse(unfenced, "a matrix unit reads what no proxy fence follows", threads)
@@ -180,7 +180,7 @@ class Shared:
         return halves
 
     def end_products(self, ended: list[tuple[np.ndarray, Threads]], others: list[np.ndarray]) -> None:
-        """``others``: what those read that go on."""
+        """``others``: what the products still in flight read."""
         for halves, threads in ended:
             if self._strict:
                 self.mark_read(halves, threads)
@@ -199,7 +199,7 @@ class Shared:
             self._readers[halves[threads.warp == warp]] |= np.uint16(1 << warp)
 
     def begin_copy(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
-        """Where a copy will write, at any time from now on."""
+        """The places where a copy will write at any time from now on."""
         halves = self._at(addresses, size, threads)
         self._refuse_write(halves, threads)
         now = (self._written[halves] == threads.epoch[:, None]) & (self._writer[halves] != threads.warp[:, None])
@@ -212,7 +212,7 @@ class Shared:
         self._write(halves, values, threads)
 
     def fence(self, threads: Threads) -> None:
-        """Of what these warps wrote, and of what was written before the last barrier of their blocks."""
+        """Covers what these warps wrote, and what was written before the last barrier of their blocks."""
         for block in np.unique(threads.block):
             of_block = threads.block == block
             part = slice(block * self._halves, block * self._halves + self._end)

@@ -1,4 +1,4 @@
-"""PTX, read."""
+"""Parses PTX."""
 
 import re
 from typing import NamedTuple
@@ -11,7 +11,7 @@ class Instruction(NamedTuple):
     opcode: str
     operands: tuple  # names, numbers as text, lists of them for {...}, (name, offset) for [...]
     predicate: str | None
-    unless: bool  # where the predicate does not hold
+    unless: bool  # execute where the predicate does not hold
 
 
 class Program(NamedTuple):
@@ -23,7 +23,7 @@ class Program(NamedTuple):
 
 
 def read(text: str) -> list[Program]:
-    """The kernels of a file."""
+    """The kernels in a file's text."""
     return [_program(*found.groups()) for found in _ENTRY.finditer(re.sub(r"//.*", "", text))]
 
 
@@ -39,7 +39,7 @@ def _program(name: str, parameters: str, directives: str, body: str) -> Program:
     threads = [int(x) for x in re.findall(r"\d+", directives.partition(".reqntid")[2].partition("\n")[0])]
     assert threads, f"{name} does not say of how many threads"
     threads += [1] * (3 - len(threads))
-    # The number of a warp is below that of the matrix unit.
+    # Warp numbers are below that of the matrix unit.
     assert threads[1:] == [1, 1] and threads[0] <= 480, f"{name}: {directives}"
     return Program(name, re.findall(r"\w+_param_\d+", parameters), threads[0], instructions, labels)
 

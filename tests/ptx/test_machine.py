@@ -1,4 +1,4 @@
-"""What runs PTX, by small programs: what they compute, and the faults of those that are wrong."""
+"""The PTX machine on small programs: what they compute, and the faults that wrong ones raise."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def run(body, blocks=2):
 
 
 def test_each_goes_its_way():
-    """A loop of as many steps as the thread's number in fours, for odd ones; warps are counted."""
+    """Odd threads loop as many times as their number modulo 4; warps are counted."""
     given, found, counts = run("""
 	and.b32 	%r5, %r1, 1;
 	setp.eq.b32 	%p1, %r5, 0;
@@ -82,7 +82,7 @@ def test_copies_beside_work():
 
 @pytest.mark.parametrize("last, zeros", [("%p1", slice(32, 64)), ("%p2", slice(0, 32)), ("%r5", slice(0, 32))])
 def test_copies_that_a_predicate_or_a_size_leaves_out(last, zeros):
-    """Zeros are written for them. %r5 is 0 in the first warp, and the size of all in the second."""
+    """They write zeros. %r5 is 0 in the first warp and the full size in the second."""
     given, found, _ = run(f"""
 	setp.ge.u32 	%p1, %r1, 32;
 	setp.lt.and.u32 	%p2, %r1, 64, !%p1;
@@ -150,7 +150,7 @@ def test_faults(name):
 
 
 def test_blocks_that_do_not_run_together_and_write_the_same():
-    """The 65th is of the second group."""
+    """The 65th is in the second group."""
     with pytest.raises(Fault, match="another block wrote: block 64"):
         run("\tmov.b32 \t%r9, %r4;\n\tshr.u32 \t%r5, %r3, 12;\n\tst.global.b32 \t[%rd2], %r5;\n", blocks=65)
 
@@ -174,7 +174,7 @@ def test_what_a_product_in_flight_reads_is_not_written():
     halves = shared.begin_product(addresses, 16, threads(1))
     with pytest.raises(Fault, match="a product may still read"):
         shared.store(addresses, values, threads(2))
-    shared.end_products([(halves[:1], threads(2, slice(1)))], [halves[1:]])  # of the first block
+    shared.end_products([(halves[:1], threads(2, slice(1)))], [halves[1:]])  # of the first block only
     shared.store(addresses[:1], values[:1], threads(3, slice(1)))
     with pytest.raises(Fault, match="a product may still read: block 1"):
         shared.store(addresses, values, threads(3))
@@ -182,7 +182,7 @@ def test_what_a_product_in_flight_reads_is_not_written():
 
 @pytest.mark.parametrize("mode, by, ends, source", [("up", 3, 0, -3), ("down", 5, 31, 5), ("idx", 7, 31, None)])
 def test_lanes_give_each_other_numbers(mode, by, ends, source):
-    """Where there is no other lane it is the own."""
+    """If the other lane does not exist, a lane gets its own."""
     given, found, _ = run(f"\tshfl.sync.{mode}.b32 \t%r9, %r4, {by}, {ends}, -1;\n")
     lane = np.arange(128) % 32
     of = np.full(128, by) if source is None else lane + source
@@ -192,7 +192,7 @@ def test_lanes_give_each_other_numbers(mode, by, ends, source):
 
 
 def test_what_is_not_strict_takes():
-    """A register that nothing was written to, as NaN; a product of what no fence follows, and writes under it."""
+    """A register that was never written, as NaN; a product over writes without a fence, and writes during it."""
     (read,) = program.read(_HEAD + "\tadd.f32 \t%r9, %r4, %r77;\n\tst.global.b32 \t[%rd5], %r9;\n\tret;\n\n}\n")
     arrays = [np.arange(64, dtype=np.float32), np.zeros(64, np.float32)]
     plain = memory.Plain(arrays)
@@ -210,7 +210,7 @@ def test_what_is_not_strict_takes():
 
 
 def test_arrays_that_are_read_and_written():
-    """A kernel that adds to an array by a factor it is given as a number, in place."""
+    """A kernel that adds to an array in place, by a factor given as a number."""
     (read,) = program.read(
         _HEAD
         + "\tld.param.b32 \t%r5, [kernel_param_1];\n"

@@ -1,5 +1,5 @@
-"""Products of 32 bits a number, of which the last 13 are not read, beside NumPy's. Those of 16 bits are in all kernels of
-ours (``tests/pallas/test_on_an_emulated_gpu.py``)."""
+"""Products of 32-bit numbers, whose last 13 bits are not read, against NumPy's. Those of 16 bits are in all our kernels
+(``tests/pallas/test_on_an_emulated_gpu.py``)."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ def cut(x):
 
 
 def test_of_a_warp():
-    """Registers as "Matrix Fragments for mma.m16n8k8" has them: a thread's row is a quarter of its lane."""
+    """Registers as in "Matrix Fragments for mma.m16n8k8": a thread's row is a quarter of its lane."""
     random = np.random.default_rng(0)
     a, b, c = (random.standard_normal(shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
     lane = np.arange(32)
@@ -26,8 +26,8 @@ def test_of_a_warp():
 
 
 def test_of_a_warpgroup_from_shared_memory():
-    """Without a swizzle: core matrices of 8 rows of 16 bytes, the two of a row of the operand 128 bytes apart, and 256 from
-    8 rows to the next."""
+    """Without a swizzle: core matrices of 8 rows of 16 bytes; the two in a row of the operand are 128 bytes apart, and each
+    8 rows 256 bytes from the next."""
     random, columns = np.random.default_rng(1), 16
     a, b = (random.standard_normal((rows, 8)).astype(np.float32) for rows in (64, columns))
     shared, one = memory.Shared(1, strict=True), np.zeros(1, np.int64)
@@ -43,7 +43,7 @@ def test_of_a_warpgroup_from_shared_memory():
         return np.full(128, word, np.uint64)
 
     left, right = describe(a, 0), describe(b, 4096)
-    threads = memory.Threads(*(np.full(128, x) for x in (0, 0, 1, 0)))  # behind a barrier
+    threads = memory.Threads(*(np.full(128, x) for x in (0, 0, 1, 0)))  # after a barrier
     shared.fence(threads)
     product = matrix.Product(f"wgmma.mma_async.sync.aligned.m64n{columns}k8.f32.tf32.tf32")
     x = product.left(left, False, shared, threads)

@@ -1,4 +1,4 @@
-"""Runs and what was exported of them."""
+"""Runs and their exports."""
 
 import functools
 import shutil
@@ -11,7 +11,7 @@ from tests.models.conversion.converted import MODELS, layout, run
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """``made(name)``: the run of that model and what was exported of it, made once; neither is to be changed."""
+    """``made(name)``: a run of that model and its export, made once; do not change either."""
 
     @functools.cache
     def make(name):
@@ -25,5 +25,5 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def copied(made, tmp_path):
-    """``copied(name)``: a copy of what was exported."""
+    """``copied(name)``: a copy of the export."""
     return lambda name: shutil.copytree(made(name)[1], tmp_path / "source")

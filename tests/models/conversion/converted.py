@@ -1,4 +1,4 @@
-"""What the tests of conversion share: models of a few numbers, their runs, and what is in files."""
+"""Shared by the conversion tests: tiny models, their runs, and the contents of files."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests import numerics, small
 REPOSITORY = pathlib.Path(__file__).parents[3]
 GRIFFIN = {
     "pattern": ("rg_lru", "sliding_window"),
-    "num_layers": 5,  # two periods, and a layer more
+    "num_layers": 5,  # two periods and one more layer
     "width": 16,
     "recurrent_width": 24,
     "num_heads": 2,
@@ -148,7 +148,7 @@ def layout(name):
 
 
 def run(workdir, **model):
-    """A run's directory, as training leaves it, with a checkpoint of step 7."""
+    """Makes a run's directory as training leaves it, with a checkpoint of step 7."""
     config = configs.default()
     config.model.update({"vocab_size": 31, "dtype": "float32"} | model)
     configs.forget_unread(config, ["model.pattern"])
@@ -179,7 +179,7 @@ def assert_same_bits(actual, expected):
 
 
 def assert_same_logits(workdir, tokens, expected):
-    """Those of another program, to 1e-4 in float32."""
+    """Asserts that logits equal those of another program, to 1e-4 in float32."""
     model = jaxlinear.models.load(workdir)
     assert model.config.dtype == "float32" and np.abs(expected).max() > 1
     graph, parameters = nnx.split(model)
@@ -188,7 +188,7 @@ def assert_same_logits(workdir, tokens, expected):
 
 
 def rewrite(directory, change=None, fields=None):
-    """Writes the files again with the tensors that ``change`` makes of theirs, and with other ``fields``."""
+    """Rewrites the files with the tensors that ``change`` returns for theirs, and with other ``fields``."""
     values = tensors(directory)
     values = values if change is None else change(values)
     config = json.loads((directory / "config.json").read_text()) | (fields or {})

@@ -5,13 +5,13 @@
     FLA/bin/pip install --no-deps flash-linear-attention==0.6.0 fla-core==0.6.0
     FLA/bin/python tests/models/conversion/fla_check.py [DIRECTORY ...]
 
-The package's own modules and kernels run, on the CPU in Triton's interpreter: of each model in ``MODELS`` are compared the
-names and the shapes of its tensors, and its logits for rows that are short enough for its recurrent kernels and long enough
-for its chunked ones (delta_net and gated_deltaproduct have none for float32; chunks of hgrn are of 128 tokens).
-Its mamba and mamba2, which have transformers' names of tensors, are compared with the models of transformers.
+The package's own modules and kernels run on the CPU, in Triton's interpreter. For each model in ``MODELS`` the script
+compares the names and shapes of its tensors, and its logits for rows short enough for the recurrent kernels and long enough
+for the chunked ones (delta_net and gated_deltaproduct have none for float32; hgrn's chunks are of 128 tokens).
+The package's mamba and mamba2, whose tensors have transformers' names, are compared with the models of transformers.
 
-Each DIRECTORY is one that ``launch/convert.py --target`` wrote, whose model the package loads. Softmax attention, for which
-the package calls FlashAttention, is PyTorch's here.
+``launch/convert.py --target`` wrote each DIRECTORY, whose model the package loads. Softmax attention, for which the package
+calls FlashAttention, is PyTorch's here.
 """
 
 import json
@@ -35,7 +35,7 @@ LENGTHS_OF_HGRN = (21, 300)
 
 
 def attention(q, k, v, causal, window_size):
-    """``flash_attn_func``: ``[B, T, H, K]``."""
+    """Stands in for ``flash_attn_func``: ``[B, T, H, K]``."""
     assert causal
     age = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])[None]
     seen = (age >= 0) & ((age <= window_size[0]) if window_size[0] >= 0 else True)
@@ -45,8 +45,8 @@ def attention(q, k, v, causal, window_size):
 
 
 def load():
-    """The package, with what the interpreter lacks."""
-    # Configurations cannot be timed without a GPU: the first one is taken.
+    """Imports the package and supplies what the interpreter lacks."""
+    # Without a GPU, configurations cannot be timed: the first is taken.
     autotuner.Autotuner._bench = lambda self, *arguments, config, **meta: (0.0, 0.0, 0.0)
     autotuner.Autotuner.do_bench = property(lambda self: None, lambda self, value: None)
     import fla
@@ -57,7 +57,7 @@ def load():
     from fla.ops.hgrn import chunk as chunk_hgrn
 
     fla.layers.attn.flash_attn_func = attention
-    # Loops of kernels count in Python's integers, whose methods are not a tensor's.
+    # Kernel loops count in Python integers, which lack the methods of tensors.
     for module in (chunk_h, chunk_delta_h, chunk_hgrn):
         module.range = lambda *bounds: map(interpreter._implicit_cvt, range(*bounds))
     for package in (fla, torch, transformers):
@@ -66,13 +66,13 @@ def load():
 
 
 def mode(fields):
-    """The chunked kernels of the first two take no float32; hgrn takes its own only if told to."""
+    """The chunked kernels of the first two do not take float32; hgrn uses its own only if told to."""
     modes = {"delta_net": "fused_recurrent", "gated_deltaproduct": "fused_recurrent", "hgrn": "chunk"}
     return {"attn_mode": modes[fields["model_type"]]} if fields["model_type"] in modes else {}
 
 
 def compare(name, model, fields, tensors):
-    """The largest difference of logits."""
+    """The largest difference in logits."""
     tied = {"lm_head.weight"} if fields.get("tie_word_embeddings") else set()
     theirs = {key: tuple(x.shape) for key, x in model.state_dict().items() if key not in tied}
     assert theirs == reference.shapes(fields), f"{name}: {set(theirs.items()) ^ set(reference.shapes(fields).items())}"
@@ -87,7 +87,7 @@ def compare(name, model, fields, tensors):
 
 
 def compare_with_transformers(name, model, other):
-    """A Mamba with transformers' own, by the name that each has for the epsilon."""
+    """Compares a Mamba with transformers' own; each has its name for the epsilon."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in other.parameters():

@@ -1,8 +1,7 @@
 """Language models of flash-linear-attention (github.com/fla-org/flash-linear-attention) in NumPy and float64: the equations
-of their papers, token by token, with that package's names of fields and tensors.
+of their papers, token by token, with that package's field and tensor names.
 
-That these are its models is checked by ``fla_check.py`` with the package itself, which needs Triton and so is no part of
-the tests.
+``fla_check.py`` compares them with the package itself, which needs Triton, so that check is not among the tests.
 """
 
 import numpy as np
@@ -68,7 +67,7 @@ MODELS = {
         "head_dim": 8,
         "norm_eps": 1e-2,
         "use_gate": False,
-        "output_gate_activation": "sigmoid",  # of none
+        "output_gate_activation": "sigmoid",  # of no gate
     },
     "gated_deltaproduct": {
         "model_type": "gated_deltaproduct",
@@ -144,7 +143,7 @@ MODELS = {name: _SHARED | fields for name, fields in MODELS.items()}
 
 
 def shapes(fields):
-    """Of the tensors, by name."""
+    """The shapes of the tensors, by name."""
     width, inner, found = fields["hidden_size"], _inner(fields), {}
     found["model.embeddings.weight"] = found["lm_head.weight"] = (fields["vocab_size"], width)
     if fields.get("tie_word_embeddings"):
@@ -164,7 +163,7 @@ def shapes(fields):
 
 
 def draw(fields, seed=0):
-    """Float32 tensors by name, so drawn that every gate, bias and scale counts."""
+    """Float32 tensors by name, drawn so that every gate, bias and scale matters."""
     random = np.random.default_rng(seed)
     drawn = {}
     for name, shape in sorted(shapes(fields).items()):
@@ -201,7 +200,7 @@ def _inner(fields):
     return given or -(int(fields["hidden_size"] * fields["hidden_ratio"] * 2 / 3) // -256) * 256
 
 
-# Softmax attention, of the whole past or of a window.
+# Softmax attention, over the whole past or a window.
 
 
 def _attention_of(fields, layer):
@@ -237,7 +236,7 @@ def _attention(spec, w, x):
 
 
 def _turned(x, base):
-    """Channel i of the first half of a head with channel i of its second half, by the position."""
+    """Rotates channel i of a head's first half with channel i of its second half, by the position."""
     half = x.shape[-1] // 2
     angle = np.arange(x.shape[1])[:, None, None] * base ** (-np.arange(half) / half)
     first, second = x[..., :half], x[..., half:]
@@ -279,7 +278,7 @@ def _gla(fields, w, x):
 
 
 def _gated(q, k, v, decay):
-    """Linear attention with a decay of each key channel."""
+    """Linear attention with a decay for each key channel."""
     state, o = np.zeros((len(q), *k.shape[2:], v.shape[-1])), np.empty_like(v)
     for t in range(q.shape[1]):
         state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
@@ -307,7 +306,7 @@ def _retnet(fields, w, x):
     return o.reshape(*x.shape[:2], -1) @ w["o_proj.weight"].T
 
 
-# HGRN and HGRN2, whose gates of all layers have lower bounds that rise with depth.
+# HGRN and HGRN2, whose gates have lower bounds that rise with depth.
 
 
 def _hgrn_width(fields):
@@ -340,7 +339,7 @@ def _hgrn2(fields, w, x):
     forget = w["lower_bound"] + (1 - w["lower_bound"]) * _sigmoid(x @ w["f_proj.weight"].T)
     forget = _heads(forget, head)
     o = _gated(q, 1 - forget, v, forget).reshape(x.shape)
-    return _rms(o, w["g_norm.weight"], 1e-5) @ w["o_proj.weight"].T  # whatever norm_eps is
+    return _rms(o, w["g_norm.weight"], 1e-5) @ w["o_proj.weight"].T  # regardless of norm_eps
 
 
 def _lower_bounds(weights):
@@ -349,7 +348,7 @@ def _lower_bounds(weights):
     return np.cumsum(shares, axis=0) - shares[0]
 
 
-# The delta rule, with a decay and without.
+# The delta rule, with and without a decay.
 
 
 def _delta_shapes(fields, heads, keys, values):
@@ -368,8 +367,8 @@ def _delta_shapes(fields, heads, keys, values):
 
 
 def _delta_rule(fields, w, x, decay=1.0):
-    """``[B, T, H, V]``; the decay, if any, is ``[B, T, H, 1 or K, 1]``. Of the updates of a token, one after the other, all
-    heads of the first one come first."""
+    """``[B, T, H, V]``; the decay, if any, is ``[B, T, H, 1 or K, 1]``. A token's updates are consecutive: all heads of the
+    first one come first."""
     heads, updates = fields["num_heads"], fields.get("num_householder", 1)
     q, k, v = (_silu(_convolved(x @ w[f"{name}_proj.weight"].T, w[f"{name}_conv1d.weight"])) for name in "qkv")
     q, k, v = (y.reshape(*x.shape[:2], n, heads, -1) for y, n in ((q, 1), (k, updates), (v, updates)))
@@ -388,7 +387,7 @@ def _delta_rule(fields, w, x, decay=1.0):
 
 
 def _convolved(x, kernel):
-    """Each channel by its taps, the last of which is the present token's."""
+    """Filters each channel by its taps, the last of which is the present token's."""
     taps = kernel.shape[-1]
     padded = np.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
     return sum(padded[:, i : i + x.shape[1]] * kernel[:, 0, i] for i in range(taps))
@@ -436,7 +435,7 @@ def _gated_deltaproduct_shapes(fields):
 
 
 def _gated_deltaproduct(fields, w, x):
-    """Gated DeltaNet, or without its decay DeltaNet."""
+    """Gated DeltaNet or, without its decay, DeltaNet."""
     return (_gated_deltanet if fields.get("use_forget_gate") else _delta_net)(fields, w, x)
 
 

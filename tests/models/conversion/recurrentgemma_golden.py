@@ -1,12 +1,12 @@
-"""Logits of a small model of the ``recurrentgemma`` package, for ``test_conversion_parity.py`` to compare with.
+"""Logits of a small model of the ``recurrentgemma`` package, for ``test_parity.py`` to compare with.
 
-The package does not install beside ours (it asks for absl-py < 2), so its logits are kept in a file. To make it again:
+The package cannot be installed beside ours (it asks for absl-py < 2), so its logits are kept in a file. To regenerate it:
 
     python3.11 -m venv RG && RG/bin/pip install -r benchmarks/recurrentgemma.txt
     RG/bin/python tests/models/conversion/recurrentgemma_golden.py
 
-It imports the package only then, and nothing of ours. With ``--check=DIR`` it takes a checkpoint of the same model that
-``launch/convert.py --layout=flax`` wrote, and compares the logits that the package gives for it with the file's.
+Only then does this file import the package, and it imports nothing of ours. With ``--check=DIR`` it reads a checkpoint of
+the same model, written by ``launch/convert.py --layout=flax``, and compares the package's logits for it with the file's.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 
 FILE = pathlib.Path(__file__).with_suffix(".npz")
-# Two periods, cut short; the rows are longer than the window; sqrt(width) is not a bfloat16.
+# Two periods, cut short; the rows are longer than the window; sqrt(width) is not exact in bfloat16.
 CONFIG = {
     "vocab_size": 31,
     "width": 24,
@@ -32,7 +32,7 @@ TOKENS = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (2, 19), np.
 
 
 def parameters(shapes):
-    """Arrays by name, so drawn that every gate, bias and scale counts."""
+    """Arrays by name, drawn so that every gate, bias and scale matters."""
     random = np.random.default_rng(0)
     drawn = {}
     for name, shape in shapes.items():
@@ -42,7 +42,7 @@ def parameters(shapes):
 
 
 def nested(flat):
-    """As the package has it: a block's key is ``blocks.N``."""
+    """The package's nesting: a block's key is ``blocks.N``."""
     tree = {}
     for name, x in flat.items():
         keys = name.replace("blocks.", "blocks#").split(".")
@@ -71,7 +71,7 @@ def main():
         return np.asarray(model.apply(variables, jnp.asarray(TOKENS), jnp.asarray(positions), return_cache=False)[0])
 
     if check:
-        # As the package reads one, but for its placing of the arrays, which fails with this release of Orbax.
+        # As the package reads one, except that it also places the arrays, which fails with this release of Orbax.
         found = logits(PyTreeCheckpointer().restore(pathlib.Path(check).absolute()))
         print(f"largest difference {np.abs(found - np.load(FILE)['logits']).max():.2e}")
         return

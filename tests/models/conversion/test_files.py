@@ -1,4 +1,4 @@
-"""Files: damaged ones, full disks, and how much of them is in memory at once."""
+"""Damaged files, full disks, and how much of a file is in memory at once."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_damaged_files(copied, tmp_path, damage, message):
 
 
 def test_an_embedding_that_is_there_twice(copied, tmp_path):
-    """Some files of tied models also hold the head. It has to be the same."""
+    """Some files of tied models also hold the head, which has to be equal."""
     source = copied("mamba2")
     rewrite(source, lambda x: x | {"lm_head.weight": x["backbone.embeddings.weight"]})
     import_weights(source, tmp_path / "run")
@@ -79,7 +79,7 @@ def test_an_embedding_that_is_there_twice(copied, tmp_path):
         UserError, match=r"lm_head.weight is not backbone.embeddings.weight, though tie_word_embeddings"
     ):
         import_weights(source, tmp_path / "other")
-    # An older name, and something that is no weight.
+    # An older name, and an entry that is not a weight.
     rewrite(source, lambda x: {name: y for name, y in x.items() if name != "lm_head.weight"})
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     rewrite(source, lambda x: {name.replace("embeddings", "embedding"): y for name, y in x.items()} | frequencies)
@@ -109,7 +109,7 @@ def test_what_is_no_model(tmp_path):
 
 
 def test_nothing_is_left_of_what_failed(made, tmp_path, monkeypatch):
-    """Nor of what was killed before."""
+    """Nor of attempts that were killed before."""
     source, exported = made("llama")
     for name in ("run", "target"):
         left = tmp_path / f".{name}.partial-0123abcd"
@@ -132,7 +132,7 @@ def test_nothing_is_left_of_what_failed(made, tmp_path, monkeypatch):
 
 
 def test_two_at_once_do_not_write_into_one(tmp_path):
-    """What the first has not written yet was put among the files of the second, under their names."""
+    """Files that the first had yet to write used to land among the second's, under their names."""
     with pytest.raises(UserError, match=r"run is there already"), convert._made_whole(tmp_path / "run", {}) as first:
         first.mkdir()
         with convert._made_whole(tmp_path / "run", {}) as second:
@@ -177,8 +177,8 @@ def test_a_damaged_checkpoint_is_not_exported(made, tmp_path):
 
 @pytest.mark.parametrize("name", ["flax", "mamba2"])
 def test_what_is_read_at_once(made, tmp_path, monkeypatch, name):
-    """No more than a tensor of one layer, of an array that can be cut anywhere a few rows; and nothing twice but for the
-    checksums. What is written from the pieces is the whole."""
+    """At most a tensor of one layer or, of an array that can be cut anywhere, a few rows; and nothing twice except for
+    checksums. The pieces make up the whole file."""
     monkeypatch.setattr(streaming, "PIECE_BYTES", 1000)
     read = []
 
@@ -222,7 +222,7 @@ def test_what_is_read_at_once(made, tmp_path, monkeypatch, name):
 
 
 def test_a_checkpoint_of_training_is_read_once(made, tmp_path, monkeypatch):
-    """Though each of its arrays is one piece, with the tensors of many layers in it."""
+    """Although each of its arrays is one piece that holds the tensors of many layers."""
     read = []
     stream = Checkpoints.stream
 

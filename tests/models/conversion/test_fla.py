@@ -1,5 +1,5 @@
-"""Models of flash-linear-attention: logits to 1e-4 in float32 of ``fla_reference.py``, which ``fla_check.py`` has compared
-with the package, release 0.6.0: its modules and kernels in Triton's interpreter, to 5e-5 of the largest logit."""
+"""Models of flash-linear-attention: logits match ``fla_reference.py`` to 1e-4 in float32. ``fla_check.py`` compared that
+with release 0.6.0 of the package, its modules and kernels in Triton's interpreter, to 5e-5 of the largest logit."""
 
 import json
 
@@ -27,7 +27,7 @@ from tests.models.conversion.converted import (
 
 
 def saved(directory, fields):
-    """A directory as the package saves it: the tensors that are in it."""
+    """Writes a directory as the package saves it; returns its tensors."""
     drawn = reference.draw(fields)
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(fields))
@@ -87,7 +87,7 @@ def test_a_norm_that_is_there_under_both_names(tmp_path):
 
 
 def test_files_of_2024(tmp_path):
-    """The norms of the block in the layer and in the MLP, its two maps in one, and a parameter that was not read."""
+    """The block's norms in the layer and in the MLP, the MLP's two maps in one, and a parameter that was not read."""
     fields = reference.MODELS["gated_deltanet, with windows"]
     drawn = saved(tmp_path / "saved", fields)
     import_weights(tmp_path / "saved", tmp_path / "run")
@@ -104,7 +104,7 @@ def test_files_of_2024(tmp_path):
     assert_same_bits(arrays(tmp_path / "old"), arrays(tmp_path / "run"))
 
 
-# Parameters of the models that the package makes by default.
+# Parameter counts of the models that the package makes by default.
 DEFAULTS = {
     "gla": 1_365_514_240,
     "gated_deltanet": 1_387_348_732,
@@ -267,7 +267,7 @@ def test_what_cannot_be_exported(tmp_path, name, changes, message):
 
 @pytest.mark.parametrize("key_width, value_width", [(49, 1), (256, 512), (6, 10), (161, 7)])
 def test_a_width_that_is_written_as_a_ratio_is_read_as_it_was(key_width, value_width):
-    """As the package reads it, which rounds down."""
+    """As the package reads it, rounding down."""
     widths = {"key_width": key_width, "value_width": value_width, "embedding_scale": False, "logit_soft_cap": 0.0}
     model = small.config(**MODELS["gated_deltanet"] | widths)
     fields = gated_deltanet.FAMILY.fields(model)
@@ -276,7 +276,7 @@ def test_a_width_that_is_written_as_a_ratio_is_read_as_it_was(key_width, value_w
 
 @pytest.mark.parametrize("module", [delta_net, gla, retnet])
 def test_the_same_of_heads_that_are_parts_of_the_width(module):
-    """704 * (480 / 704) is 479.99999999999994 to Python, and 480 channels are four heads of 120."""
+    """In Python 704 * (480 / 704) is 479.99999999999994, and 480 channels are four heads of 120."""
     widths = {"width": 704, "recurrent_heads": 4, "key_width": 120, "value_width": 240}
     others = {"embedding_scale": False, "logit_soft_cap": 0.0}
     fields = module.FAMILY.fields(small.config(**MODELS[module.FAMILY.name] | widths | others))

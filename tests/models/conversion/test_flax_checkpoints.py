@@ -16,7 +16,7 @@ from tests.models.conversion.converted import arrays, assert_same_bits, tensors
 
 
 def test_flax_checkpoints_of_other_kinds(made, tmp_path):
-    """A file an array, as older ones are; in bfloat16; and without a config."""
+    """One file per array, as in older ones; in bfloat16; and without a config."""
     source, exported = made("flax")
     flat = {tuple(flax._keys(name)): x for name, x in tensors(exported).items()}
     tree = {}
@@ -60,7 +60,7 @@ def test_flax_checkpoints_of_other_kinds(made, tmp_path):
 
 @pytest.mark.parametrize("name", ["recurrentgemma_2b", "recurrentgemma_9b"])
 def test_published_flax_checkpoints_need_no_config(tmp_path, name):
-    """Their shapes tell which they are. That package's window is one longer than the number that it is given."""
+    """Their shapes identify them. That package's window is one longer than the number it is given."""
     preset = presets.find(name)
     config = configs.default()
     config.model.preset = name

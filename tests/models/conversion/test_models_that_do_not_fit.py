@@ -1,4 +1,4 @@
-"""Tensors, fields and models that do not fit are named before anything is written."""
+"""Tensors, fields and models that do not fit are reported before anything is written."""
 
 import json
 import shutil
@@ -194,7 +194,7 @@ def test_an_infinity_that_is_none(copied, tmp_path):
 
 
 def test_fields_of_other_releases_of_transformers(copied, tmp_path):
-    """What is left out has the default of the architecture; infinity has a spelling of its own."""
+    """Missing fields take the architecture's defaults; infinity has a spelling of its own."""
     source = copied("mamba2")
     fields = json.loads((source / "config.json").read_text())
     for name in ("expand", "conv_kernel", "use_bias", "use_conv_bias", "hidden_act", "torch_dtype"):
@@ -206,7 +206,7 @@ def test_fields_of_other_releases_of_transformers(copied, tmp_path):
 
 
 def test_the_epsilon_of_mamba2_by_its_other_name(copied, tmp_path):
-    """That of flash-linear-attention, whose model is the same."""
+    """The name in flash-linear-attention, whose model is the same."""
     source = copied("mamba2")
     fields = json.loads((source / "config.json").read_text())
     assert fields["norm_eps"] == fields.pop("layer_norm_epsilon")
@@ -217,7 +217,7 @@ def test_the_epsilon_of_mamba2_by_its_other_name(copied, tmp_path):
 
 @pytest.mark.parametrize("changes, warned", [({}, 1), ({"residual_in_fp32": False}, 0), ({"dtype": "float32"}, 0)])
 def test_a_stream_that_is_rounded_here_is_warned_of(copied, tmp_path, caplog, changes, warned):
-    """That of Mamba-2 in bfloat16, which keeps it in float32 unless told otherwise."""
+    """The residual stream of a bfloat16 Mamba-2, which stays in float32 unless its config says otherwise."""
     source = copied("mamba2")
     fields = json.loads((source / "config.json").read_text())
     fields.pop("residual_in_fp32", None)

@@ -1,13 +1,13 @@
-"""Imported weights give the logits of the program that they come from, to 1e-4 in float32; exported ones give its own.
+"""Imported weights give the logits of the program they come from, to 1e-4 in float32; exported, they give them there again.
 
-``transformers`` makes, saves and loads small random models here. The ``recurrentgemma`` package does not install beside
-ours; its logits are in a file, and ``recurrentgemma_golden.py`` says how they came there.
+``transformers`` makes, saves and loads small random models here. The ``recurrentgemma`` package cannot be installed beside
+ours; its logits are in a file that ``recurrentgemma_golden.py`` made.
 """
 
 import json
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; nothing here is on a hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; nothing here comes from a hub
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -26,9 +26,9 @@ TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
 
 def recurrent_gemma(**changes):
     values = {
-        "num_hidden_layers": 5,  # a period, and two layers more
+        "num_hidden_layers": 5,  # a period and two more layers
         "vocab_size": VOCABULARY,
-        "hidden_size": 24,  # whose root is no bfloat16
+        "hidden_size": 24,  # whose root is not exact in bfloat16
         "intermediate_size": 2 * 40,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
@@ -106,7 +106,7 @@ MODELS = {
     "mamba, untied": lambda: mamba(tie_word_embeddings=False, conv_kernel=3, layer_norm_epsilon=1e-2, expand=3),
     "mamba, of other widths": lambda: mamba(time_step_rank=5, expand=16, intermediate_size=40),
     "falcon_mamba": falcon_mamba,
-    # As the published one: the width of the inner channels is not what expand says.
+    # As published: the width of the inner channels is not what expand says.
     "falcon_mamba, untied, of other widths": lambda: falcon_mamba(
         tie_word_embeddings=False,
         time_step_rank=5,
@@ -126,7 +126,7 @@ MODELS = {
 
 
 def randomised(model):
-    """Drawn anew, so that every bias and scale counts, and no weight is as it begins."""
+    """Redraws all weights, so that every bias and scale matters and none keeps its initial value."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""What is written is what was read, bit for bit, and a run goes on from it."""
+"""What is written is what was read, bit for bit, and a run resumes from it."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_another_step(made, tmp_path):
 
 
 def test_the_tokenizer_comes_along(copied, tmp_path):
-    """Its document token is what the model's texts began with, here another than the one a dataset would take."""
+    """Its document token is the one that began the model's texts, here not the one that a dataset would use."""
     source = copied("llama")
     tokenizer = train_bpe(["def f(x): return x"] * 9, 257)
     content = json.loads(tokenizer._serialized())
@@ -90,7 +90,7 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     exported = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert (exported["bos_token_id"], exported["eos_token_id"]) == (257, 3)
 
-    # What transformers generates by comes first.
+    # The generation config, which transformers generates by, takes precedence.
     (tmp_path / "exported" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     import_weights(tmp_path / "exported", tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").stop_tokens == (257, 3, 5)
@@ -123,7 +123,7 @@ def test_a_sentencepiece_model_says_itself_where_texts_begin_and_end(tmp_path):
 
 
 def test_other_dtypes_are_widened(copied, tmp_path):
-    """Of bfloat16 and float16 every number is a float32."""
+    """Every bfloat16 and float16 number is exact in float32."""
     source = copied("llama")
     values = tensors(source)
     kinds = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
@@ -144,7 +144,7 @@ def test_other_dtypes_are_widened(copied, tmp_path):
 
 
 def test_norms_of_another_parameterisation(tmp_path):
-    """A transformer that was trained with norms that begin at a scale of 0: theirs is 1 more."""
+    """A transformer trained with norms whose scale begins at 0: in the exported format it is 1 more."""
     run(tmp_path / "run", **MODELS["llama"] | {"norm_offset": 1.0})
     export_weights(tmp_path / "run", tmp_path / "exported")
     scale = arrays(tmp_path / "run")["norm.scale"]
@@ -191,7 +191,7 @@ def test_several_files_with_an_index(made, tmp_path, monkeypatch):
 
 
 def test_program(made, tmp_path):
-    """Imports, and then refuses what is there already: one line and status 2."""
+    """Imports, then refuses a target that already exists: one line and status 2."""
     exported = made("llama")[1]
     done = launch(tmp_path, f"--source={exported}")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
