@@ -102,7 +102,7 @@ def _filter_backward(arguments, dy):
     """Shifts and sums like those of y: they take XLA fewer passes over memory than their transposes, which pad."""
     x, kernel, bias, state, runs = arguments
     width, wide, own = len(kernel), dtypes.wide(x.dtype), jnp.finfo(dy.dtype)
-    if dy.dtype != wide:
+    if not jnp.iscomplexobj(dy):  # whose precision JAX does not reduce
         # Without this, XLA would use, and keep, the float32 values that dy was rounded from.
         dy = lax.reduce_precision(dy, own.nexp, own.nmant)
     dx, d_kernel = jnp.zeros((), wide), []
