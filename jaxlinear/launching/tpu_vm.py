@@ -1,9 +1,14 @@
 """A run on the TPU VMs of a slice: a shell script that asks for the slice, starts one process per host, and begins again
-when the slice is taken away."""
+when the slice is taken away.
+
+The shell is in files of its own: ``tpu_vm.sh`` runs where ``gcloud`` is, ``tpu_vm_host.sh`` on each host. ``render`` writes
+before each what it reads.
+"""
 
 import hashlib
 import re
 import shlex
+from importlib import resources
 
 from jaxlinear.errors import UserError
 from jaxlinear.exit_status import BAD_INPUT, PREEMPTED
@@ -12,13 +17,6 @@ from jaxlinear.launching.request import Request
 # gcloud's names for them, and the software of their hosts (cloud.google.com/tpu/docs/runtimes).
 _TYPES = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 _RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
-
-_FINISHED = {
-    False: "exit 0",
-    True: """until queued delete --force; do refused "it could not be deleted"; done
-          trap - EXIT
-          exit 0""",
-}
 
 
 def render(
@@ -56,129 +54,44 @@ def render(
         raise UserError(f"--platform=tpu_vm needs --{missing[0]}")
     # Each host's shell starts in its home directory; quoted below, a ~ would be the name of a directory.
     directory = re.sub(r"^~(/+|$)", "", directory) or "."
-    end = "END"
-    while end in setup.splitlines():  # as when it has a here-document of its own
-        end += "_"
     # Two runs whose work directories have the same name are two jobs: a slice of one job's name could be the other's.
     name = f"{request.name}-{hashlib.sha256(request.workdir.rstrip('/').encode()).hexdigest()[:6]}"
     # By shape: --accelerator-type gives only the number of chips, and gcloud then chooses any shape that it likes.
     asked = f"--node-id={name} --type={_TYPES[request.kind]} --topology={request.shape}"
     asked += f" --runtime-version={_RUNTIMES[request.kind]}" + (" --spot" if spot else "")
+    before = f"flock -n ~/{name}.lock true || exit 0\n{setup}\n"
+    run = f"""run=~/{name}
+directory={shlex.quote(directory)}
+preempted={PREEMPTED}
+training() {{ {request.line()}; }}
+
+{_shell("tpu_vm_host.sh")}"""
     return f"""#!/bin/bash
 # Asks for a {request.kind} slice of {request.shape}, trains on it, and asks again when it is taken away. The same
 # command goes on from what was saved: the work directory must be on a file system that outlives the slice, and is the same
 # on all hosts. A run goes on without this script; started again, the script follows it.
-set -u
 
 name={name} # the end is the work directory's mark
 where=(--zone={shlex.quote(zone)} --project={shlex.quote(project)})
+asked=({asked})
 restarts={restarts}
+delete_when_done={str(delete_when_done).lower()}
+preempted={PREEMPTED} bad_input={BAD_INPUT} # statuses of the run
 
 # On each host, before the run; not beside one to which the connection was lost.
-setup() {{
-  cat <<'{end}'
-flock -n ~/{name}.lock true || exit 0
-{setup}
-{end}
-}}
+{_prints("setup", before)}
+# On each host: the run.
+{_prints("train", run)}
+{_shell("tpu_vm.sh")}"""
 
-# On each host: starts the run if there is none, and follows what it writes until it ends.
-train() {{
-  cat <<'END'
-run=~/{name}
-cd {shlex.quote(directory)} || exit 3
-: >> "$run.log"
-exec 9>> "$run.lock"
-if flock -n 9; then
-  rm -f "$run.status"
-  (
-    trap "" HUP        # the connection is lost
-    trap told=yes TERM # the machine is taken away: the run saves itself, and is not started here again
-    status={PREEMPTED} told=no
-    while [ "$status $told" = "{PREEMPTED} no" ]; do
-      {request.line()} 9>&-
-      status=$?
-    done
-    echo "$status" > "$run.status"
-    sleep 2 # what follows the run has read its last words then
-  ) < /dev/null >> "$run.log" 2>&1 &
-  echo $! > "$run.pid"
-fi
-exec 9>&-
-tail -n 20 -f --pid="$(cat "$run.pid")" "$run.log"
-status=$(cat "$run.status" || echo 137)
-[ "$status" -eq 1 ] && status=101 # 1 is gcloud's own
-exit "$status"
-END
-}}
 
-queued() {{ gcloud --quiet compute tpus queued-resources "$1" "$name" "${{where[@]}}" "${{@:2}}"; }}
+def _shell(file: str) -> str:
+    return (resources.files(__package__) / file).read_text(encoding="utf-8")
 
-on_all() {{
-  gcloud --quiet compute tpus tpu-vm ssh "$name" "${{where[@]}}" --worker=all --ssh-flag=-oServerAliveInterval=60 \\
-    --command="$1" < /dev/null
-}}
 
-# NONE if there is no such slice, UNKNOWN if gcloud could not find out, as when the network is gone.
-state() {{
-  local errors
-  {{ errors=$(queued describe --format='value(state.state)' 2>&1 >&3); }} 3>&1 && return
-  case "$errors" in
-    *NOT_FOUND*) echo NONE ;;
-    *) echo "$errors" >&2; echo UNKNOWN ;;
-  esac
-}}
-
-# Tries again after a pause, which grows to five minutes; so many in a row are the end.
-again() {{
-  echo "$name: $2 ($1 in a row, at most $restarts)" >&2
-  [ "$1" -le "$restarts" ] || exit 1
-  sleep $(($1 < 5 ? 60 * $1 : 300))
-}}
-refusals=0 unknown=0
-refused() {{ refusals=$((refusals + 1)); again "$refusals" "$1"; }}
-
-command -v gcloud >/dev/null || {{ echo "gcloud is not on this machine" >&2; exit 1; }}
-trap 'echo "$name: a slice that is still there is paid for; this deletes it:" \\
-  "gcloud compute tpus queued-resources delete $name ${{where[*]}} --force" >&2' EXIT
-trap 'exit 130' INT # gcloud ends with 1 then
-
-failures=0
-while true; do
-  state=$(state)
-  [ "$state" = UNKNOWN ] || unknown=0
-  case "$state" in
-    UNKNOWN) # the network, or who is logged in no longer may ask
-      unknown=$((unknown + 1))
-      again "$unknown" "gcloud could not find out the state of the slice"
-      continue
-      ;;
-    NONE) queued create {asked} || refused "the slice was refused" ;;
-    SUSPENDED) queued delete --force || refused "it could not be deleted" ;;
-    FAILED) queued delete --force; refused "the request for the slice failed" ;;
-    ACTIVE)
-      on_all "$(setup)" || {{ refused "the hosts could not be set up"; continue; }}
-      refusals=0
-      on_all "$(train)"
-      status=$?
-      case "$status" in
-        0)
-          {_FINISHED[delete_when_done]}
-          ;;
-        {BAD_INPUT}) exit {BAD_INPUT} ;; # the next start would be refused as this one was
-      esac
-      # A slice that is gone is no failure of the run, and its state says so a while later. Nor is a connection that is
-      # lost (ssh ends with 255, gcloud with 1).
-      sleep 60
-      case "$status" in 1 | 255 | {PREEMPTED}) continue ;; esac
-      if [ "$(state)" = ACTIVE ]; then
-        failures=$((failures + 1))
-        echo "$name: the run failed with status $status ($failures times, at most $restarts)" >&2
-        [ "$failures" -le "$restarts" ] || exit "$status"
-      fi
-      continue
-      ;;
-  esac
-  sleep 30
-done
-"""
+def _prints(name: str, text: str) -> str:
+    """A function of the shell that prints the text, which ends with a line break."""
+    end = "END"
+    while end in text.splitlines():  # as when it has a here-document of its own
+        end += "_"
+    return f"{name}() {{\n  cat <<'{end}'\n{text}{end}\n}}\n"

@@ -1,4 +1,6 @@
-"""Shell programs that take the place of those that a script calls."""
+"""Shell programs that take the place of those that a script calls, and what the script for TPU VMs sends to its hosts."""
+
+import subprocess
 
 
 def stand_in(file, *lines):
@@ -6,3 +8,9 @@ def stand_in(file, *lines):
     file.write_text("\n".join(("#!/bin/bash", *lines, "")))
     file.chmod(0o755)
     return str(file)
+
+
+def sent(script, function):
+    """What the script for TPU VMs tells each host to do, which its function ``setup`` or ``train`` prints."""
+    script = script.partition("\nqueued()")[0]
+    return subprocess.run(["bash", "-c", f"{script}\n{function}"], capture_output=True, text=True, check=True).stdout

@@ -4,10 +4,12 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import yaml
@@ -16,7 +18,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.exit_status import PREEMPTED
 from jaxlinear.launching import gke, local, request, slurm, tpu_vm
 from tests.launching.rewrite import ARGUMENTS, CASES, GOLDEN, asked
-from tests.launching.shell import stand_in
+from tests.launching.shell import sent, stand_in
 from tests.training.tiny import REPOSITORY
 
 
@@ -25,10 +27,26 @@ def test_golden(name):
     assert CASES[name]() == (GOLDEN / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.endswith(".sh")])
+SCRIPTS = {name: make for name, make in CASES.items() if name.endswith(".sh")} | {
+    f"{function} of a host": lambda function=function: sent(CASES["tpu_vm.sh"](), function)
+    for function in ("setup", "train")
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_the_shell_reads_it(name):
-    found = subprocess.run(["bash", "-n"], input=CASES[name](), text=True, capture_output=True, check=False)
+    found = subprocess.run(["bash", "-n"], input=SCRIPTS[name](), text=True, capture_output=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shellcheck_has_no_complaint(name):
+    places = [sysconfig.get_path("scripts"), os.environ["PATH"]]  # this environment's need not be on the PATH
+    program = shutil.which("shellcheck", path=os.pathsep.join(places))
+    assert program, "the extra test has it: pip install 'jaxlinear[test]'"
+    command = [program, "--norc", "--shell=bash", "-"]
+    found = subprocess.run(command, input=SCRIPTS[name](), text=True, capture_output=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
 
 def test_sbatch_reads_values_whole():

@@ -11,7 +11,7 @@ import pytest
 from jaxlinear.exit_status import PREEMPTED
 from jaxlinear.launching import tpu_vm
 from tests.launching.rewrite import ARGUMENTS, CASES, asked
-from tests.launching.shell import stand_in
+from tests.launching.shell import sent, stand_in
 
 GONE, NO_NETWORK = "!NOT_FOUND: Resource 'griffin' was not found", "!Could not reach the server"
 PATIENCE = 240
@@ -170,22 +170,28 @@ def test_two_runs_whose_work_directories_end_alike_have_two_slices():
     assert all(name.startswith("griffin-") and f"--node-id={name} " not in script("/c/griffin") for name in names)
 
 
-def printed(function, **options):
-    """What a function of the script sends to each host."""
-    script = tpu_vm.render(asked("v5p:4x4x4"), zone="z", project="p", **options).partition("\nqueued()")[0]
-    return subprocess.run(["bash", "-c", f"{script}\n{function}"], capture_output=True, text=True, check=True).stdout
+def script(**options):
+    return tpu_vm.render(asked("v5p:4x4x4"), zone="z", project="p", **options)
 
 
 def test_a_setup_may_have_a_here_document_of_its_own():
     setup = "cat > notes <<END\nof this host\nEND\npip install -q ."
-    said = printed("setup", setup=setup)
+    said = sent(script(setup=setup), "setup")
     assert said.endswith(f"\n{setup}\n") and said.count("\n") == 5
+
+
+def test_an_argument_may_have_lines_of_its_own():
+    text = "--config.data.path=a\nEND\nb"
+    request = asked("v5p:4x4x4", [*ARGUMENTS, text])
+    said = sent(tpu_vm.render(request, zone="z", project="p", setup="true"), "train")
+    assert f" '{text}' --expect=tpu:64; }}\n" in said and said.endswith('\nexit "$status"\n')
 
 
 @pytest.mark.parametrize("directory, of_home", [("~/my code", "'my code'"), ("~", "."), ("a~b", "'a~b'"), ("/a", "/a")])
 def test_a_directory_below_the_home_of_the_hosts(directory, of_home):
     """Their shells begin in the home; quoted, ~ would be a name."""
-    assert f"\ncd {of_home} || exit 3\n" in printed("train", setup="true", directory=directory)
+    said = sent(script(setup="true", directory=directory), "train")
+    assert f"\ndirectory={of_home}\n" in said and '\ncd "$directory" || exit 3\n' in said
 
 
 WAIT = "for _ in {1..12000}; do sleep 0.02;"  # not for ever, in case a test fails
@@ -199,9 +205,7 @@ class Host:
         (home / "jaxlinear").mkdir()
         self._home, self.starts, self.log = home, home / "starts", home / "griffin-96db98.log"
         stand_in(home / "python", f"echo start | tee -a {self.starts}", f"cd {home}", *program)
-        script = CASES["tpu_vm.sh"]().partition("\nqueued()")[0]
-        printed = subprocess.run(["bash", "-c", f"{script}\ntrain"], capture_output=True, text=True, check=True)
-        self._command = printed.stdout
+        self._command = sent(CASES["tpu_vm.sh"](), "train")
 
     def connect(self):
         """Runs the command in a session of its own, as sshd does."""

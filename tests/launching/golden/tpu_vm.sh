@@ -2,11 +2,13 @@
 # Asks for a v5p slice of 4x4x4, trains on it, and asks again when it is taken away. The same
 # command goes on from what was saved: the work directory must be on a file system that outlives the slice, and is the same
 # on all hosts. A run goes on without this script; started again, the script follows it.
-set -u
 
 name=griffin-96db98 # the end is the work directory's mark
 where=(--zone=us-east5-a --project=mine)
+asked=(--node-id=griffin-96db98 --type=v5p --topology=4x4x4 --runtime-version=v2-alpha-tpuv5 --spot)
 restarts=20
+delete_when_done=false
+preempted=75 bad_input=2 # statuses of the run
 
 # On each host, before the run; not beside one to which the connection was lost.
 setup() {
@@ -16,11 +18,17 @@ test -d jaxlinear || git clone -q /shared/jaxlinear; cd jaxlinear && pip install
 END
 }
 
-# On each host: starts the run if there is none, and follows what it writes until it ends.
+# On each host: the run.
 train() {
   cat <<'END'
 run=~/griffin-96db98
-cd jaxlinear || exit 3
+directory=jaxlinear
+preempted=75
+training() { python launch/train.py --config=configs/griffin_100m.py --workdir=/shared/runs/griffin --config.model.pattern=rg_lru,gla --expect=tpu:64; }
+
+# Starts the run on this host if there is none, and follows what it writes until it ends. launch/submit.py wrote what is
+# above: where that is ($run.log, with other files beside it), where the run starts, and training, its command.
+cd "$directory" || exit 3
 : >> "$run.log"
 exec 9>> "$run.lock"
 if flock -n 9; then
@@ -28,9 +36,9 @@ if flock -n 9; then
   (
     trap "" HUP        # the connection is lost
     trap told=yes TERM # the machine is taken away: the run saves itself, and is not started here again
-    status=75 told=no
-    while [ "$status $told" = "75 no" ]; do
-      python launch/train.py --config=configs/griffin_100m.py --workdir=/shared/runs/griffin --config.model.pattern=rg_lru,gla --expect=tpu:64 9>&-
+    status=$preempted told=no
+    while [ "$status $told" = "$preempted no" ]; do
+      training 9>&-
       status=$?
     done
     echo "$status" > "$run.status"
@@ -45,6 +53,9 @@ status=$(cat "$run.status" || echo 137)
 exit "$status"
 END
 }
+
+# launch/submit.py wrote what is above: what is asked for, and setup and train, which print what a host is told to do.
+set -u
 
 queued() { gcloud --quiet compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"; }
 
@@ -87,7 +98,7 @@ while true; do
       again "$unknown" "gcloud could not find out the state of the slice"
       continue
       ;;
-    NONE) queued create --node-id=griffin-96db98 --type=v5p --topology=4x4x4 --runtime-version=v2-alpha-tpuv5 --spot || refused "the slice was refused" ;;
+    NONE) queued create "${asked[@]}" || refused "the slice was refused" ;;
     SUSPENDED) queued delete --force || refused "it could not be deleted" ;;
     FAILED) queued delete --force; refused "the request for the slice failed" ;;
     ACTIVE)
@@ -97,14 +108,18 @@ while true; do
       status=$?
       case "$status" in
         0)
+          if [ "$delete_when_done" = true ]; then
+            until queued delete --force; do refused "it could not be deleted"; done
+            trap - EXIT
+          fi
           exit 0
           ;;
-        2) exit 2 ;; # the next start would be refused as this one was
+        "$bad_input") exit "$status" ;; # the next start would be refused as this one was
       esac
       # A slice that is gone is no failure of the run, and its state says so a while later. Nor is a connection that is
       # lost (ssh ends with 255, gcloud with 1).
       sleep 60
-      case "$status" in 1 | 255 | 75) continue ;; esac
+      case "$status" in 1 | 255 | "$preempted") continue ;; esac
       if [ "$(state)" = ACTIVE ]; then
         failures=$((failures + 1))
         echo "$name: the run failed with status $status ($failures times, at most $restarts)" >&2
