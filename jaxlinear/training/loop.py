@@ -1,6 +1,7 @@
 """A training run, from a config to its last checkpoint, in one loop."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from jaxlinear.training.meter import Meter
 from jaxlinear.training.metrics import MetricsWriter
 from jaxlinear.training.preemption import Preempted, Stop
 from jaxlinear.training.progress import Progress
-from jaxlinear.training.step import make_train_step
+from jaxlinear.training.step import Batch, Metrics, make_train_step
 from jaxlinear.training.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ def _train(job: Job, directory: Path, stop: Stop, watchdog: Watchdog) -> int:
             ) as writer,
             contextlib.closing(Progress(step=first, steps=job.config.training.steps)) as progress,
         ):
-            status = _run(job, state, first, initial, directory, checkpoints, writer, progress, stop, watchdog)
+            run = _Run(job, directory, checkpoints, writer, progress, stop, watchdog)
+            status = run.go_on(state, first, initial)
     except BaseException as error:
         # If another process is gone, what is being written would wait for it.
         if jax.process_count() == 1 or isinstance(error, RunError):
@@ -110,116 +112,168 @@ def _initial_of_all(job: Job) -> Initial:
     return initial
 
 
-def _run(
-    job: Job,
-    state: states.TrainState,
-    first: int,
-    initial: Initial | None,
-    directory: Path,
-    checkpoints: Checkpoints,
-    writer: MetricsWriter,
-    progress: Progress,
-    preemption: Stop,
-    watchdog: Watchdog,
-) -> int:
-    config, steps = job.config, job.config.training.steps
-    sharding = meshes.batch_sharding(job.mesh)
-    # Only the first process needs to see what was logged.
-    owed = first > 0 and start.as_the_first(start.is_first() and heldout.is_owed(config, directory, first))
-    if first >= steps and not owed:
-        _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
-        return FINISHED
-    workdirs.prepare(directory, config)
-    workdirs.note_start(directory, first, config, job.mesh, None if initial is None else str(initial))
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A job, with what it writes to and what may end it."""
 
-    def between() -> None:
-        watchdog.at("a batch of an evaluation")
-        preemption.check()
+    job: Job
+    directory: Path
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    progress: Progress
+    stop: Stop
+    watchdog: Watchdog
 
-    def evaluate(step: int) -> dict[str, float]:
-        values = evaluation(state.parameters)
-        writer.write(step, values)
-        progress.evaluated(step, values)
+    def go_on(self, state: states.TrainState, first: int, initial: Initial | None) -> int:
+        """Trains from the state after ``first`` steps to the last step."""
+        config, steps = self.job.config, self.job.config.training.steps
+        # Only the first process needs to see what was logged.
+        owed = first > 0 and start.as_the_first(start.is_first() and heldout.is_owed(config, self.directory, first))
+        if first >= steps and not owed:
+            _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
+            return FINISHED
+        workdirs.prepare(self.directory, config)
+        workdirs.note_start(self.directory, first, config, self.job.mesh, None if initial is None else str(initial))
+        evaluations = _Evaluations(self)
+        if owed:
+            if evaluations.make(first, state.parameters) is None:
+                _LOG.info(
+                    "SIGTERM: step %d of %d is still to be evaluated; the same command goes on from there", first, steps
+                )
+                return PREEMPTED
+            self.writer.sync()
+        if first >= steps:
+            return FINISHED
+        return _Steps(self, evaluations, state, first).take()
+
+
+class _Evaluations:
+    """The evaluations of a run, each logged when it is complete."""
+
+    def __init__(self, run: _Run):
+        self._run = run
+        self._evaluation = Evaluation(run.job, self._between)
+        self._compiled = False
+
+    def _between(self) -> None:
+        self._run.watchdog.at("a batch of an evaluation")
+        self._run.stop.check()
+
+    def make(self, step: int, parameters: dict[str, Any]) -> dict[str, float] | None:
+        """Evaluates the parameters after ``step`` steps; None if SIGTERM ends this."""
+        if not self._compiled:  # the first evaluation compiles
+            self._run.watchdog.rest()
+        self._compiled = True
+        try:
+            values = self._evaluation(parameters)
+        except Preempted:
+            return None
+        self._run.writer.write(step, values)
+        self._run.progress.evaluated(step, values)
         return values
 
-    evaluation, evaluated = Evaluation(job, between), owed  # the first evaluation compiles
-    if owed:
-        try:
-            evaluate(first)
-        except Preempted:
-            _LOG.info(
-                "SIGTERM: step %d of %d is still to be evaluated; the same command goes on from there", first, steps
-            )
-            return PREEMPTED
-        writer.sync()
-        owed = False
-    if first >= steps:
+    @property
+    def text(self) -> str:
+        """Identifies what the loss is measured on."""
+        return self._evaluation.text
+
+
+class _Steps:
+    """The steps of a run, from the state after ``first`` of them. While the devices take a step, the host reads the metrics
+    of the step before and the batch of the next."""
+
+    def __init__(self, run: _Run, evaluations: _Evaluations, state: states.TrainState, first: int):
+        self._run, self._evaluations, self._state, self._first = run, evaluations, state, first
+        self._sharding = meshes.batch_sharding(run.job.mesh)
+        self._batch = self._placed(first)
+        self._step_fn = self._compile()
+        self._meter = Meter(run.job, run.writer, run.progress, first)
+        self._trace = _Trace(run.job.config, first, run.directory)
+        self._unread: tuple[int, Metrics] | None = None  # a step and its metrics
+
+    def _placed(self, step: int) -> Batch:
+        job = self._run.job
+        return feeding.place(job.batches[step], self._sharding, job.config.training.batch_size)
+
+    def _compile(self) -> jax.stages.Compiled:
+        job = self._run.job
+        step_fn = make_train_step(job.config, job.architecture, job.optimizer, job.mesh)
+        begin = time.perf_counter()
+        compiled = step_fn.lower(self._state, self._batch).compile()
+        _LOG.info("compiled the step in %.1f s", time.perf_counter() - begin)
+        return compiled
+
+    def take(self) -> int:
+        """Takes all steps, or as many as there are before SIGTERM comes."""
+        config, steps = self._run.job.config, self._run.job.config.training.steps
+        for done in range(self._first + 1, steps + 1):
+            self._begin_step(done)
+            stop = self._run.stop.came()
+            last = done == steps or stop
+            if not last:
+                self._read_batch(done)
+            evaluating = heldout.is_due(config, done)
+            saving = done % config.checkpoint.every_steps == 0 or last
+            owed = False
+            if evaluating or saving:
+                owed = self._evaluate_and_save(done, evaluating, saving)
+            if last or owed:
+                self._trace.close()
+            if owed or (stop and done < steps):
+                self._run.checkpoints.wait()
+                _LOG.info("SIGTERM: saved at step %d of %d; the same command goes on from there", done, steps)
+                return PREEMPTED
         return FINISHED
 
-    step_fn = make_train_step(config, job.architecture, job.optimizer, job.mesh)
-    rows = config.training.batch_size
-    batch = feeding.place(job.batches[first], sharding, rows)
-    begin = time.perf_counter()
-    compiled = step_fn.lower(state, batch).compile()
-    _LOG.info("compiled the step in %.1f s", time.perf_counter() - begin)
+    def _begin_step(self, done: int) -> None:
+        """Starts step ``done``, counted from 1, and reads the metrics of the step before."""
+        self._trace.at(done - 1, self._state)
+        self._run.watchdog.at(f"step {done}")
+        self._state, metrics = self._step_fn(self._state, self._batch)
+        self._read_metrics()
+        self._unread = (done, metrics)
 
-    meter = Meter(job, writer, progress, first)
-    pending: tuple[int, Any] | None = None  # a step's metrics are read once the next step is under way
-    trace = _Trace(config, first, directory)
-    for step in range(first, steps):
-        trace.at(step, state)
-        watchdog.at(f"step {step + 1}")
-        state, metrics = compiled(state, batch)
-        done = step + 1
-        if pending is not None:
-            meter.read(*pending)
-            watchdog.start()
-        pending = (done, metrics)
+    def _read_metrics(self) -> None:
+        """Reads the metrics of the newest step, unless they have been: this waits for the devices."""
+        if self._unread is not None:
+            self._meter.read(*self._unread)
+            self._unread = None
+            self._run.watchdog.start()
 
-        stop = preemption.came()
-        last = done == steps or stop
-        if not last:
-            watchdog.at(f"the reading of the batch of step {done + 1}")
-            with meter.waiting():
-                batch = feeding.place(job.batches[done], sharding, rows)
-        evaluating = heldout.is_due(config, done)
-        saving = done % config.checkpoint.every_steps == 0 or last
-        if not (evaluating or saving):
-            continue
+    def _read_batch(self, done: int) -> None:
+        """Reads the batch of the step after ``done`` steps."""
+        self._run.watchdog.at(f"the reading of the batch of step {done + 1}")
+        with self._meter.waiting():
+            self._batch = self._placed(done)
 
-        watchdog.at(f"step {done}")
-        meter.read(*pending)
-        watchdog.start()
-        pending = None
-        with meter.paused():
+    def _evaluate_and_save(self, done: int, evaluating: bool, saving: bool) -> bool:
+        """Returns whether SIGTERM ended the evaluation. There may be no time for it: the state is saved at once, and the
+        evaluation made when the run goes on."""
+        self._run.watchdog.at(f"step {done}")
+        self._read_metrics()
+        with self._meter.paused():
             values = None
             if evaluating:
-                if not evaluated:
-                    watchdog.rest()
-                try:
-                    values = evaluate(done)
-                except Preempted:
-                    # There may be no time for this evaluation. It is made when the run goes on.
-                    stop = last = saving = owed = True
-                evaluated = True
-                watchdog.start()
-            if saving:
-                watchdog.at(f"the saving of step {done}")
-                writer.sync()
-                checkpoints.save(
-                    done,
-                    states.to_trees(state),
-                    next_batch=done,
-                    heldout_loss=None if values is None else values["heldout_loss"],
-                    heldout_text=evaluation.text if evaluating else "",
-                )
-        if last:
-            trace.close()
-        if stop and (done < steps or owed):
-            checkpoints.wait()
-            _LOG.info("SIGTERM: saved at step %d of %d; the same command goes on from there", done, steps)
-            return PREEMPTED
-    return FINISHED
+                values = self._evaluations.make(done, self._state.parameters)
+                self._run.watchdog.start()
+            owed = evaluating and values is None
+            if saving or owed:
+                self._save(done, values)
+        return owed
+
+    def _save(self, done: int, values: dict[str, float] | None) -> None:
+        self._run.watchdog.at(f"the saving of step {done}")
+        self._run.writer.sync()
+        heldout_loss, heldout_text = None, ""
+        if values is not None:
+            heldout_loss, heldout_text = values["heldout_loss"], self._evaluations.text
+        self._run.checkpoints.save(
+            done,
+            states.to_trees(self._state),
+            next_batch=done,
+            heldout_loss=heldout_loss,
+            heldout_text=heldout_text,
+        )
 
 
 class _Trace:
