@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlinear import generation
+from jaxlinear import generation, specs
 from jaxlinear.data import load_tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation.options import Options
@@ -229,23 +229,23 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _split(spec: str) -> tuple[str, dict[str, Any]]:
-    name, *parts = spec.removeprefix("harness").removeprefix(":").split(":")
+    """The task's name and its options, as values."""
+    name, texts = specs.split(spec.removeprefix("harness").removeprefix(":"))
     if not name:
         raise UserError(f"{spec!r} names no task; write harness:NAME, as harness:piqa, or harness:FILE.yaml")
-    given = {}
-    for part in parts:
-        option, _, value = part.partition("=")
-        if option not in _OPTIONS:
-            raise UserError(f"{spec!r}: there is no option {option!r}; there are {', '.join(_OPTIONS)}")
-        if option in given:
-            raise UserError(f"{spec!r}: {option} is given twice; leave one out")
-        try:
-            given[option] = _OPTIONS[option](value)
-        except ValueError:
-            raise UserError(f"{spec!r}: {option} is a whole number, not {value!r}") from None
-        if option in _LEAST and given[option] < _LEAST[option]:
-            raise UserError(f"{spec!r}: {option}={value} must be at least {_LEAST[option]}")
-    return name, given
+    return name, {option: _value(spec, option, text) for option, text in texts.items()}
+
+
+def _value(spec: str, option: str, text: str) -> Any:
+    if option not in _OPTIONS:
+        raise UserError(f"{spec!r}: there is no option {option!r}; there are {', '.join(_OPTIONS)}")
+    try:
+        value = _OPTIONS[option](text)
+    except ValueError:
+        raise UserError(f"{spec!r}: {option} is a whole number, not {text!r}") from None
+    if option in _LEAST and value < _LEAST[option]:
+        raise UserError(f"{spec!r}: {option}={text} must be at least {_LEAST[option]}")
+    return value
 
 
 def _load(name: str, data: str | None) -> tuple[TaskManager, list[Any]]:

@@ -240,6 +240,7 @@ def test_tasks_that_come_with_the_harness_are_found():
         ("harness", "names no task; write harness:NAME, as harness:piqa"),
         ("harness:piqa:shots=2", "there is no option 'shots'; there are limit, fewshot, data"),
         ("harness:piqa:limit=x", "limit is a whole number, not 'x'"),
+        ("harness:piqa:limit", "'limit' is not an option; write NAME:option=VALUE"),
         ("harness:piqa:limit=9:limit=8", "limit is given twice; leave one out"),
         ("harness:piqa:limit=0", "limit=0 must be at least 1"),
         ("harness:piqa:fewshot=-1", "fewshot=-1 must be at least 0"),
