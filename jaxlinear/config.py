@@ -198,6 +198,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         "How shards of time exchange the keys and values of full attention: all_gather (all in memory), ring (those of "
         "two shards in memory) or auto (all_gather if it fits).",
     ),
+    "parallel.gradient_dtype": (
+        "float32",
+        "Dtype in which devices sum the gradients of matrices: float32, or bfloat16, with half the bytes and a rounding at "
+        "each sum.",
+    ),
     "checkpoint.every_steps": (500, "Steps between checkpoints, with another at the end."),
     "checkpoint.keep_newest": (2, "Number of newest checkpoints to keep."),
     "checkpoint.keep_every_steps": (0, "Also keep every checkpoint whose step is a multiple of this; 0 means none."),

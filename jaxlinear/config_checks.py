@@ -245,6 +245,7 @@ _CHOICES = {
     "optimizer.name": OPTIMIZERS,
     "parallel.exchange": ("auto", *EXCHANGES),
     "parallel.attention": ("auto", *ATTENTION),
+    "parallel.gradient_dtype": MODEL_DTYPES,
     "schedule.name": SCHEDULES,
 }
 
@@ -260,6 +261,7 @@ _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
     **{f"training.{name}": _OF_EXPERTS for name in ("load_balance_loss", "router_z_loss")},
     **{f"optimizer.{name}": {"optimizer.name": ("adamw", "muon")} for name in ("beta1", "beta2", "epsilon")},
     "optimizer.muon_learning_rate": {"optimizer.name": ("muon",)},
+    "parallel.gradient_dtype": {"model.dtype": ("bfloat16",)},
     "schedule.decay_fraction": {"schedule.name": ("wsd",)},
     "schedule.final_fraction": {"schedule.name": ("cosine", "linear", "wsd")},
 }

@@ -64,14 +64,14 @@ class Linear(nnx.Module):
 
     def product(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         """``x @ kernel`` in either layout of the kernel, in ``dtype``: by default that of x."""
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...]
         if self.by_output:
-            return by_outputs(x, kernel, dtype)
+            return by_outputs(x, kernel.astype(x.dtype), dtype)
         if sharding.parts("batch") == sharding.parts("time") == 1:
             # The gradient of the kernel is then a sum over one axis. For one over two, XLA for CPUs would copy them.
-            rows = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+            rows = operations.parameter_product("ri,io->ro", x.reshape(-1, x.shape[-1]), kernel, dtype)
             return rows.reshape(*x.shape[:-1], -1)
-        return jnp.dot(x, kernel, preferred_element_type=dtype)
+        return operations.parameter_product("bti,io->bto", x, kernel, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.product(x)
@@ -253,7 +253,7 @@ def by_head(x: jax.Array, heads: int, *inner: int) -> jax.Array:
 def to_complex(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """``x @ (kernel[0] + i kernel[1])``: ``[B, T, D]`` by ``[2, D, N]`` -> ``[B, T, N]`` complex64."""
     wide = dtypes.wide(x.dtype)
-    parts = (jnp.dot(x, kernel[i].astype(x.dtype), preferred_element_type=wide) for i in range(2))
+    parts = (operations.parameter_product("btd,dn->btn", x, kernel[i], wide) for i in range(2))
     return jax.lax.complex(*parts)
 
 
@@ -262,7 +262,7 @@ def from_complex(h: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array
     ``[B, T, D]`` float32."""
     wide = dtypes.wide(dtype)
     products = (
-        jnp.dot(part(h).astype(dtype), kernel[i].astype(dtype), preferred_element_type=wide)
+        operations.parameter_product("btn,nd->btd", part(h).astype(dtype), kernel[i], wide)
         for i, part in enumerate((jnp.real, jnp.imag))
     )
     return next(products) - next(products)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxlinear.ops import backends
+
 
 def wide(*dtypes: jnp.dtype) -> jnp.dtype:
     """The dtype that holds all of these, and float32 at least: bfloat16 -> float32, float64 -> float64.
@@ -47,3 +49,46 @@ def _narrow_backward(equation, residuals, d_product):
 
 
 _narrow_product.defvjp(_narrow_forward, _narrow_backward)
+
+
+def parameter_product(
+    equation: str, x: jax.Array, parameter: jax.Array, dtype: jnp.dtype | None = None, *, wide_gradient: bool = True
+) -> jax.Array:
+    """An einsum of activations and a parameter, which is rounded to the dtype of x; the result is in ``dtype``, by default
+    that of x.
+
+    The parameter's gradient is a sum over tokens. With ``wide_gradient`` it stays in the parameter's dtype, and so do the
+    sums of it over devices, which XLA puts at this product. Otherwise it is rounded to the dtype of x before these sums,
+    which halves their bytes and rounds at each. Every index of the equation is in two of its three terms.
+    """
+    if wide_gradient and x.dtype != narrow(x.dtype, parameter.dtype) == parameter.dtype:
+        return _parameter_product(equation, dtype, x, parameter)
+    return _rounded_product(equation, dtype, x, parameter)
+
+
+def _rounded_product(equation, dtype, x, parameter):
+    return jnp.einsum(equation, x, parameter.astype(x.dtype), preferred_element_type=dtype)
+
+
+_parameter_product = jax.custom_vjp(_rounded_product, nondiff_argnums=(0, 1))
+
+
+def _parameter_product_forward(equation, dtype, x, parameter):
+    # Not by the function with a custom gradient, in which a remat policy would not see the product.
+    return _rounded_product(equation, dtype, x, parameter), (x, parameter)
+
+
+def _parameter_product_backward(equation, dtype, residuals, dy):
+    x, parameter = residuals
+    of_inputs, of_y = equation.split("->")
+    of_x, of_parameter = of_inputs.split(",")
+    d_x = jnp.einsum(f"{of_y},{of_parameter}->{of_x}", dy, parameter.astype(x.dtype).astype(dy.dtype)).astype(x.dtype)
+    # XLA for CPUs lacks the transposed product of bfloat16 matrices with a float32 result.
+    own = parameter.dtype if backends.platform() == "cpu" else dy.dtype
+    d_parameter = jnp.einsum(
+        f"{of_x},{of_y}->{of_parameter}", x.astype(own), dy.astype(own), preferred_element_type=parameter.dtype
+    )
+    return d_x, d_parameter
+
+
+_parameter_product.defvjp(_parameter_product_forward, _parameter_product_backward)

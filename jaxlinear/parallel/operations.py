@@ -364,6 +364,12 @@ def rows(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return sharding.constrain(x, "batch", "time", None)
 
 
+def parameter_product(equation: str, x: jax.Array, parameter: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """``ops.dtypes.parameter_product``, whose gradient devices sum in the dtype that ``parallel.gradient_dtype`` names."""
+    wide = sharding.choices_in_use().gradient_dtype == "float32"
+    return dtypes.parameter_product(equation, x, parameter, dtype, wide_gradient=wide)
+
+
 _EMBEDDING = ("vocab", "embed")
 _BY_TIME = PartitionSpec(None, AXIS)
 

@@ -31,10 +31,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
 
 
 class Choices(NamedTuple):
-    """How shards of time exchange data: the config keys ``parallel.exchange`` and ``parallel.attention``."""
+    """How devices exchange data: the config keys of ``parallel``."""
 
     exchange: str = "auto"
     attention: str = "auto"
+    gradient_dtype: str = "float32"
 
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
@@ -46,7 +47,7 @@ _in_use: list[tuple[AnyMesh, Choices]] = []
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, **choices: str) -> Iterator[None]:
     """Within the context, ``constrain`` places activations on ``mesh``, and operations are traced for its devices and
-    spread time over it by the ``Choices``. Outside any, ``constrain`` does nothing."""
+    exchange data by the ``Choices``. Outside any, ``constrain`` does nothing."""
     _in_use.append((mesh, Choices(**choices)))
     try:
         with backends.use_device(mesh.devices.flat[0]):

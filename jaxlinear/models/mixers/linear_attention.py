@@ -128,7 +128,7 @@ class Hedgehog(nnx.Module):
         self.kernel = parameter(identity, (heads, width, width), ("heads", None, None), rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = jnp.einsum("bthi,hij->bthj", x, self.kernel[...].astype(x.dtype))
+        x = operations.parameter_product("bthi,hij->bthj", x, self.kernel[...])
         return jnp.concatenate([jax.nn.softmax(x, axis=-1), jax.nn.softmax(-x, axis=-1)], axis=-1)
 
 

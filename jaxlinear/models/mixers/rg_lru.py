@@ -50,7 +50,7 @@ class RGLRU(nnx.Module):
 
     def _gate(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         heads = x.reshape(*x.shape[:2], self.heads, -1)
-        gate = jnp.einsum("bthi,hij->bthj", heads, kernel.astype(x.dtype)).reshape(x.shape)
+        gate = operations.parameter_product("bthi,hij->bthj", heads, kernel).reshape(x.shape)
         wide = dtypes.wide(x.dtype)  # in which the gradient of the bias is then summed
         return gate.astype(wide) + bias.astype(wide)[None, None]
 
