@@ -261,6 +261,18 @@ def test_seeds_and_rows_draw_differently(model):
     assert len({tuple(row) for row in again + other}) == 4
 
 
+def test_draws_are_independent_of_each_other(model):
+    """Where all tokens are equally likely, one in 61 draws equals another: of the next token, the next row or seed, also if
+    they are shifted against each other."""
+    options = {"max_tokens": 24, "temperature": 1e6}
+    found = np.concatenate([generate(model, [tokens(6)] * 8, seed=seed, **options) for seed in (1, 2)])
+    assert found.shape == (16, 24) and len(np.unique(found)) == VOCAB
+    for i, j in itertools.combinations(range(24), 2):
+        assert np.mean(found[:, i] == found[:, j]) < 0.5, (i, j)
+    for one, other in itertools.permutations(found, 2):
+        assert np.mean(one == other) < 0.5 and np.mean(one[1:] == other[:-1]) < 0.5
+
+
 def test_a_single_row_is_decoded_beside_a_copy_of_it(model, monkeypatch):
     """All devices but CPUs do this, and the output does not show it."""
     prompt, prefill, rows = tokens(6, seed=6), generation._prefill, []

@@ -58,6 +58,12 @@ def test_examples_are_of_seed_split_and_index(spec):
     assert (later["tokens"] != whole["tokens"]).any(axis=1).mean() > 0.9
 
 
+def test_no_example_is_another_of_the_next_seed_or_of_the_other_split():
+    """Not even at another index: an example of 64 random bits is drawn only once."""
+    found = [rows("parity:length=64", seed=seed, split=split) for seed in (3, 4, 5) for split in ("train", "heldout")]
+    assert len(np.unique(np.concatenate([batch["tokens"] for _, batch in found]), axis=0)) == 6 * 40
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_tokens_and_answers_are_of_the_vocabulary(spec):
     task, batch = rows(spec)
@@ -88,6 +94,43 @@ def test_mqar(spec):
     assert 0.55 < near < 0.8  # the power law: half of the positions have more than half of the queries
 
 
+def share(values, bounds):
+    """How often each whole number from ``bounds[0]`` to below ``bounds[1]`` is among the values, all of which lie there."""
+    values = np.ravel(values)
+    assert bounds[0] <= values.min() and values.max() < bounds[1]
+    return np.bincount(values - bounds[0], minlength=bounds[1] - bounds[0]) / len(values)
+
+
+def uniform(values, *bounds):
+    """Whether all numbers within the bounds are equally likely, up to five standard deviations."""
+    expected = 1 / (bounds[1] - bounds[0])
+    return np.max(np.abs(share(values, bounds) - expected)) < 5 * (expected / np.size(values)) ** 0.5
+
+
+@pytest.mark.parametrize("power", [0.01, 1.0, 2.0])
+def test_where_mqar_asks(power):
+    """One key in one of five places: number d has a weight of d to the power - 1. All keys and values are as likely."""
+    _, batch = rows(f"mqar:length=12:pairs=1:vocab_size=7:power={power}", count=2000)
+    weights = np.arange(1, 6) ** (power - 1)
+    found = share((np.nonzero(batch["targets"] >= 0)[1] - 2) // 2, (0, 5))
+    np.testing.assert_allclose(found, weights / weights.sum(), atol=0.05)
+    assert uniform(batch["tokens"][:, 0], 1, 3) and uniform(batch["tokens"][:, 1], 3, 7)
+
+
+def test_what_is_random_is_of_its_whole_range():
+    copying, induction, permutations = (
+        rows(spec, count=1000)[1]["tokens"]
+        for spec in ("selective_copying:length=9:count=2:vocab_size=6", "induction:length=8:vocab_size=5", SPECS[5])
+    )
+    assert uniform(copying[copying > 1], 2, 6) and uniform(np.nonzero(copying > 1)[1], 0, 7)
+    assert uniform(induction[induction > 0], 1, 5) and uniform(permutations, 0, 120)
+    _, batch = rows("listops:length=32:shortest=0:depth=1:arguments=4", count=2000)
+    tokens = batch["tokens"]
+    assert uniform(tokens[(tokens >= list_ops.OPEN) & (tokens < list_ops.CLOSE)], list_ops.OPEN, list_ops.CLOSE)
+    digits = (tokens >= list_ops.DIGITS) & (tokens < list_ops.OPEN)
+    assert uniform(tokens[digits], list_ops.DIGITS, list_ops.OPEN) and uniform(np.sum(digits, axis=1), 2, 5)
+
+
 def test_induction():
     task, batch = rows("induction:length=16", count=200)
     followers = []
@@ -95,7 +138,7 @@ def test_induction():
         first, last = np.flatnonzero(tokens == 0)
         assert last == 15 and due(targets).tolist() == [15] and targets[15] == tokens[first + 1] > 0
         followers.append(first)
-    assert set(followers) == set(range(14)) and task.vocabulary == 16
+    assert set(followers) == set(range(14)) and task.vocabulary == 16 and task.chance == 1 / 15
 
 
 def test_selective_copying():
@@ -108,14 +151,16 @@ def test_selective_copying():
 
 
 def test_parity():
-    _, batch = rows("parity:length=20")
+    task, batch = rows("parity:length=20")
+    assert task.chance == 1 / 2
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
         assert targets.tolist() == [tokens[: t + 1].tolist().count(1) % 2 for t in range(20)]
 
 
 def test_permutations():
     """The answer, applied to five things, equals the permutations applied one after another."""
-    _, batch = rows("s5_permutations:length=12")
+    task, batch = rows("s5_permutations:length=12")
+    assert task.chance == 1 / 120
     everything = list(itertools.permutations(range(5)))
     assert len(everything) == 120
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
@@ -196,6 +241,25 @@ def test_pass_key_at_the_ends(tiny_dataset):
     assert "is the pass key.\n\nWhat is the pass key?" in decoded[1] and not decoded[1].startswith("\nThe pass")
 
 
+def test_pass_keys_are_anywhere_in_other_text(tiny_dataset):
+    """Any number may be the key, with its zeros at the front. Without a depth, the key may be at any."""
+    tokenizer, text = load_tokenizer(tiny_dataset), "passkey:length=110:digits=1:split=train"
+    _, batch = rows(f"{text}:dataset={tiny_dataset}", count=60)
+    depths, beginnings = [], set()
+    for tokens in batch["tokens"]:
+        before, _, after = tokenizer.decode(tokens[1:]).partition("\nThe pass key is ")
+        around = before + after[after.index("is the pass key.\n") + 17 : after.index("\nWhat is")]
+        depths.append(len(before.encode()) / len(around.encode()))
+        beginnings.add(around[:8])
+    assert min(depths) < 0.2 and max(depths) > 0.8 and 0.35 < np.mean(depths) < 0.65
+    assert len(beginnings) > 40
+    _, batch = rows(f"passkey:length=110:digits=2:split=train:dataset={tiny_dataset}", count=80)
+    keys = [tokenizer.decode(targets[due(targets)]).strip() for targets in batch["targets"]]
+    assert {len(key) for key in keys} == {2} and len({key[0] for key in keys}) == 10
+    for key, tokens in zip(keys, batch["tokens"], strict=True):
+        assert f"The pass key is {key}. Remember it. {key} is" in tokenizer.decode(tokens[1:])
+
+
 def test_a_task_as_training_set():
     (task,) = tasks.training_set("mqar:pairs=4:vocab_size=64", tasks.Setting(sequence_length=48))
     assert (task.length, task.pairs, task.vocab_size) == (48, 4, 64)
@@ -211,6 +275,10 @@ def test_several_difficulties_take_turns():
     batches = tasks.TaskBatches(several, batch_size=8, seed=0)
     found = np.concatenate([(batches[step]["targets"] >= 0).sum(axis=1) for step in range(3)])
     assert found.tolist() == [2, 3, 6] * 8
+    for i, task in enumerate(several):  # each example is what it would be if all were of its difficulty
+        alone = tasks.TaskBatches([task], batch_size=8, seed=0)[1]
+        for name, values in batches[1].items():
+            np.testing.assert_array_equal(values[(i - 8) % 3 :: 3], alone[name][(i - 8) % 3 :: 3])
     assert tasks.difficulties("mqar:length=48", setting, several) == [several[-1]]
     assert tasks.difficulties("mqar", setting, several)[:3] == list(several)
 
@@ -274,5 +342,7 @@ def test_refusals(spec, message, tiny_dataset):
 def test_a_vocabulary_that_the_model_lacks_is_refused():
     with pytest.raises(UserError, match=r"mqar takes 600 tokens, and model.vocab_size is 512; set vocab_size"):
         tasks.difficulties("mqar:vocab_size=600", tasks.Setting(64, 512))
+    with pytest.raises(UserError, match=r"mqar takes 513 tokens"):
+        tasks.difficulties("mqar:vocab_size=513", tasks.Setting(64, 512))
     with pytest.raises(UserError, match=r"s5_permutations takes 120 tokens, and model.vocab_size is 64$"):
         tasks.difficulties("s5_permutations", tasks.Setting(64, 64))

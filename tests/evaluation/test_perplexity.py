@@ -25,7 +25,7 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def report(tiny_run):
-    return evaluation.evaluate(tiny_run, step=1, lengths=[1, 4])
+    return evaluation.evaluate(tiny_run, step=1, lengths=[1, 4], batches=10_000)  # all that there are
 
 
 def _direct(run, dataset, length):
@@ -127,6 +127,16 @@ def test_a_part_of_the_split(tiny_run):
     result = evaluation.evaluate(tiny_run, lengths=[1], batches=1, batch_tokens=64)["perplexity"]["lengths"][0]
     assert (result["batch_size"], result["batches"], result["whole_split"]) == (8, 1, False)  # a row a device, at least
     assert result["tokens"] == 8 * 32
+
+
+def test_where_documents_are_not_segmented_the_row_is_what_was_seen(tiny_run):
+    run = open_run(tiny_run)
+    config = run.config.copy_and_resolve_references()
+    config.data.segment_documents = False
+    run = dataclasses.replace(run, config=config)
+    report = evaluation.evaluate_run(run, ["perplexity"], evaluation.Options(lengths=(1,), batches=1))["perplexity"]
+    positions = report["lengths"][0]["by_position"]
+    assert [entry["tokens"] for entry in positions] == [8 * count for count in (1, 1, 2, 4, 8, 16)]
 
 
 def test_a_batch_is_a_microbatch_of_training(tiny_run):

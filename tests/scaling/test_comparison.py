@@ -104,6 +104,34 @@ def test_what_one_is_worth_in_the_others_flops(compared):
         assert compared.multiplier(counts, "slow", 4e15).value == pytest.approx(1)
 
 
+def test_each_architecture_is_judged_by_what_its_own_parameters_cost():
+    """One costs 6 N a token, the other 20 N^0.97. What is best for a budget is compared with a search over sizes."""
+    costs = {"slow": (6.0, 1.0), "fast": (20.0, 0.97)}
+
+    def flops_of(run):
+        kappa, gamma = costs[run.architecture]
+        return kappa * run.parameters**gamma
+
+    runs = [dataclasses.replace(run, flops_per_token=flops_of(run), budget=None) for run in ladder(noise=0)]
+    found = comparison.compare(runs, replicates=1)
+
+    def searched(name, flops):
+        kappa, gamma = costs[name]
+        sizes = np.geomspace(1e5, 1e10, 100_001)
+        losses = found.fits["with"][name].law.best.loss(sizes, flops / (kappa * sizes**gamma))
+        return losses.min(), sizes[losses.argmin()]
+
+    for name, fit in found.fits["with"].items():
+        sizes = {flops: fit.optimum(flops)["parameters"].value for flops in (1e15, 1e16)}
+        for flops, size in sizes.items():
+            assert size == pytest.approx(searched(name, flops)[1], rel=1e-3)
+        of_n, of_d = fit.exponents()
+        assert of_n.value == pytest.approx(math.log10(sizes[1e16] / sizes[1e15]))
+        assert of_n.value * costs[name][1] + of_d.value == pytest.approx(1, rel=1e-4)
+    worth = found.multiplier("with", "fast", 1e15).value
+    assert searched("slow", worth * 1e15)[0] == pytest.approx(searched("fast", 1e15)[0], rel=1e-6)
+
+
 def test_of_runs_that_differ_in_nothing_else_the_best_counts():
 
     runs = ladder()
@@ -215,7 +243,12 @@ def test_a_sweep_with_ladders_of_both_counts_has_both_profiles():
     """Each profile is of the runs whose budgets were counted in that way."""
     others = [dataclasses.replace(run, name=f"{run.name}-", tokens=run.tokens + 1000) for run in ladder()]
     runs = ladder() + [dataclasses.replace(run, budget_counts="without") for run in others]
-    drawn = plots.figures(comparison.compare(runs, replicates=20))
+    compared = comparison.compare(runs, replicates=20)
+    sizes = [
+        [parabola.best for parabola in compared.fits[counts]["fast"].profile.best.parabolas] for counts in points.COUNTS
+    ]
+    assert sizes[1] == pytest.approx(np.multiply(2 / 3, sizes[0]), rel=1e-3), "a third are embeddings"
+    drawn = plots.figures(compared)
     assert [name for name in drawn if name.startswith("isoflop")] == ["isoflop_with", "isoflop_without"]
     for counts in ("with", "without"):
         figure, caption = drawn[f"isoflop_{counts}"]

@@ -187,6 +187,48 @@ def test_linear_attention_by_hand(feature_map, key_width, features, values, maps
     assert flops.linear_attention(config, LENGTH) == projections + maps + recurrence == total
 
 
+# Beside the products with kernels, by hand: 4 heads (6 of Mamba-2) with keys of 5 and values of 12, or 72 channels;
+# 10 heads of attention.
+OF_STATES = {
+    "attention": 10 * 2 * 2 * 4 * sum(range(1, 33)) / 32,
+    "convolution": 0,
+    "delta_net": 4 * (3 * 2 * 5 * 12 + 2 * 12),
+    "gated_delta_net": 4 * (3 * 2 * 5 * 12 + 2 * 12),
+    "gateloop": 72 * 11,
+    "gla": 4 * 5 * 5 * 12,
+    "hgrn": 72 * 5,
+    "hgrn2": 4 * 5 * 5 * 12,
+    "kda": 4 * (3 * 2 * 5 * 12 + 2 * 12),
+    "lightning": 4 * 5 * 5 * 12,
+    "linear_attention": 4 * 4 * 2 * 5 * 13,
+    "longhorn": 72 * (3 + 6 * 5) + 72 * 5 + 2 * 5 + 3 * 72,
+    "lru": 72 * 8 + 2 * 40,
+    "mamba": 72 * (3 + 6 * 5),
+    "mamba2": 6 * 4 * 5 * 12 + 2 * 72,
+    "retention": 4 * 5 * 5 * 12,
+    "rg_lru": 72 * 5,
+    "s5": 36 * 8 + 2 * 40,
+    "sliding_window": 10 * 2 * 2 * 4 * (sum(range(1, 9)) + 24 * 8) / 32,
+}
+
+
+@pytest.mark.parametrize("mixer", sorted(mixers.MIXERS))
+def test_every_number_in_a_kernel_is_multiplied_once_a_token(mixer):
+    """Where no two widths are alike, so that none can stand for another."""
+    sizes = {"width": 40, "recurrent_width": 72, "key_width": 5, "value_width": 12, "convolution_width": 3}
+    sizes |= {
+        "num_heads": 10,
+        "recurrent_heads": 4,
+        "time_step_rank": 7,
+        "key_value_heads": 2,
+        "feature_map": "hedgehog",
+    }
+    config = dataclasses.replace(CONFIG, pattern=(mixer,), num_layers=1, channel_mixer="none", **sizes)
+    block = describe(config).shapes["stacks"][0]["blocks"][0]["mixer"]
+    kernels = [x.size for path, x in jax.tree_util.tree_leaves_with_path(block) if path[-1].key.endswith("kernel")]
+    assert flops.MIXERS[mixer](config, LENGTH) == 2 * sum(kernels) + OF_STATES[mixer]
+
+
 def test_channel_mixers_by_hand():
     """Two of six experts of width 10."""
     experts = {"experts": 6, "experts_per_token": 2, "expert_width": 10}

@@ -51,6 +51,16 @@ def test_intervals_cover_the_truth():
     assert (np.median(widths, 0) < [0.25, 0.08, 0.08]).all(), np.median(widths, 0)
 
 
+def test_all_runs_are_resampled_as_often(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(parametric, "refit", lambda law, *points: drawn.append(points) or law)
+    losses = draw(0)
+    bootstrap.fit_law(PARAMETERS, TOKENS, losses, replicates=400)
+    runs = np.log([PARAMETERS, TOKENS, losses]).T
+    times = [np.sum(np.all(run == np.concatenate(drawn, axis=1).T, axis=1)) for run in runs]
+    assert sum(times) == 400 * len(runs) and np.all(np.abs(np.array(times) - 400) < 5 * 20)
+
+
 def test_outliers_hardly_count():
     losses = draw(0, noise=1e-4)
     losses[[3, 17]] *= 1.3

@@ -156,9 +156,10 @@ def test_a_full_disk_is_an_error_of_the_point_that_has_no_room(tmp_path):
 
 @pytest.fixture
 def meter(tiny_config, monkeypatch):
-    """A meter that begins at step 4, a clock to set, what the meter writes, and its job."""
+    """A meter that begins at step 4, a clock to set, what the meter writes, and its job: 16 rows a step, 8 at a time."""
     config = tiny_config.copy_and_resolve_references()
     config.training.steps, config.logging.every_steps, config.training.max_skips = 9, 2, 3
+    config.training.batch_size, config.training.microbatches = 16, 2
     clock, lines = types.SimpleNamespace(now=100.0), []
     monkeypatch.setattr("jaxlinear.training.meter.time.perf_counter", lambda: clock.now)
     monkeypatch.setattr("jaxlinear.scaling.hardware.peak_flops", lambda device: 1e9)
@@ -178,17 +179,18 @@ def test_rates(meter):
     read(meter, 5)
     assert not lines  # not due
 
-    with meter.waiting():
-        clock.now += 0.5
+    for waited in (0.5, 1.0):
+        with meter.waiting():
+            clock.now += waited
     with meter.paused():
         clock.now += 1000
-    clock.now += 0.5
+    clock.now += 1.5
     read(meter, 6, skips=2.0)
     step, line = lines.pop()
-    assert step == 6 and line["loss"] == 1.5 and line["tokens"] == 6 * 8 * 32
+    assert step == 6 and line["loss"] == 1.5 and line["tokens"] == 6 * 16 * 32
     assert (line["skips"], type(line["skips"])) == (2, int)
-    assert line["step_seconds"] == pytest.approx(1.0) and line["tokens_per_second"] == pytest.approx(8 * 32)
-    assert line["data_wait_fraction"] == pytest.approx(0.25)
+    assert line["step_seconds"] == pytest.approx(2.0) and line["tokens_per_second"] == pytest.approx(8 * 32)
+    assert line["data_wait_fraction"] == pytest.approx(1.5 / 4)
     per_token = flops.training_flops_per_token(job.architecture.config, 32)
     assert line["mfu"] == pytest.approx(8 * 32 * per_token / (8 * 1e9))  # on 8 devices
 
@@ -196,6 +198,17 @@ def test_rates(meter):
     read(meter, 9)  # the last step, though not a multiple of 2
     step, line = lines.pop()
     assert step == 9 and line["step_seconds"] == pytest.approx(2.0) and line["data_wait_fraction"] == 0
+
+
+def test_where_the_peak_is_not_known_there_is_no_mfu(meter, monkeypatch, caplog):
+    _, clock, lines, job = meter
+    monkeypatch.setattr("jaxlinear.scaling.hardware.peak_flops", lambda device: None)
+    of_run = {"write": lambda step, line: lines.append(line), "at": lambda *_, **__: None}
+    unknown = Meter(job, types.SimpleNamespace(**of_run), types.SimpleNamespace(**of_run), 4)
+    assert "is not known: mfu will be 0" in caplog.text
+    clock.now += 1
+    read(unknown, 6)
+    assert lines.pop()["mfu"] == 0
 
 
 def test_too_many_skips_in_a_row(meter):

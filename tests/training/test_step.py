@@ -183,6 +183,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
         (20, 0, 1 / 4, True),
         (25, 6, 1 / 4, False),  # of 25 steps only 19 were applied
         (26, 6, 1 / 4, True),
+        (26, 6, 0.36, False),  # the average, too, is of 20 steps
     ],
 )
 def test_a_spike_is_skipped(step, skips, average, skipped):
