@@ -18,7 +18,7 @@ extras = {
     # The compilers for TPU and GPU, for machines that have neither (parallel/targets.py). The CUDA libraries are left out:
     # they are needed to run programs, not to compile them. ptxas and libdevice are in nvidia-cuda-nvcc.
     "aot": [f"jax[tpu]{JAX}", f"jax[cuda13-local]{JAX}", "nvidia-cuda-nvcc>=13,<14"],
-    "parquet": ["pyarrow>=18"],
+    "parquet": ["pyarrow>=18,<27"],
     "hf": ["datasets>=3,<5"],
     "sentencepiece": ["sentencepiece>=0.2,<0.3"],
     "sweep": ["submitit>=1.5,<2"],  # starts the runs of a sweep, on this machine or with SLURM
