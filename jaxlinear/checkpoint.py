@@ -99,8 +99,9 @@ class Checkpoints:
                 for process in others
             )
             raise RunError(
-                f"the newest checkpoint in {self.directory} is that of step {newest} for process {seen.index(newest)}, but "
-                f"{named}; a run goes on when all its hosts see the same files: start the same command again when they do"
+                f"the newest checkpoint in {self.directory} is that of step {newest} for process "
+                f"{seen.index(newest)}, but {named}; a run can resume only when all its hosts see the same files: "
+                "start the same command again when they do"
             )
         return None if newest == none else newest
 
@@ -146,7 +147,7 @@ class Checkpoints:
             expected = saved[_META]["checksums"][name]
             for path, checksum in _checksums(tree).items():
                 if checksum != expected[path]:
-                    raise self._unreadable(step, ValueError(f"{name}: {path} is not what was saved"))
+                    raise self._unreadable(step, ValueError(f"{name}: {path} differs from what was saved"))
         return trees
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
@@ -164,7 +165,7 @@ class Checkpoints:
             other = min(set(there) ^ set(paths))
             raise UserError(
                 f"the checkpoint {self.directory / str(step)} is of another version of jaxlinear: among its {name} is "
-                f"{'a' if other in there else 'no'} {other}; this version can't read it, the one that wrote it can"
+                f"{'a' if other in there else 'no'} {other}; read it with the version that wrote it"
             )
 
     def fingerprint(self, step: int) -> str:
@@ -183,7 +184,7 @@ class Checkpoints:
             except _READ_ERRORS as error:
                 raise self._unreadable(step, error) from error
             if found != expected:
-                raise self._unreadable(step, ValueError(f"{name}: {path} is not what was saved"))
+                raise self._unreadable(step, ValueError(f"{name}: {path} differs from what was saved"))
         return arrays
 
     def wait(self) -> None:
@@ -202,11 +203,11 @@ class Checkpoints:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(trees))) + _OVERHEAD_BYTES
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise UserError(self._full(f"it takes up to {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"))
+            raise UserError(self._full(f"it needs up to {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"))
 
     def _full(self, reason: str) -> str:
         steps = self.steps()
-        there = f"the newest that is there is of step {steps[-1]}" if steps else "there is no earlier one"
+        there = f"the newest complete one is of step {steps[-1]}" if steps else "there is no earlier one"
         return (
             f"no space left on the disk for a checkpoint in {self.directory} ({reason}); {there}; make room and start "
             "the same command again"
@@ -223,7 +224,7 @@ class Checkpoints:
                 raise
             for unfinished in self.directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
-            raise UserError(self._full("other data took it while this was written")) from error
+            raise UserError(self._full("it was used up by other data during the write")) from error
 
     def _read(self, step: int, **items: Any) -> Any:
         """These items and the metadata beside them, which is checked to be what was written."""
@@ -231,7 +232,7 @@ class Checkpoints:
             saved = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
             meta = dict(saved[_META])
             if meta.pop("checksum") != _text_checksum(meta):
-                raise ValueError("meta: it is not what was saved")
+                raise ValueError("meta: it differs from what was saved")
             return saved
         except Exception as error:
             if type(error) is not Exception and not isinstance(error, _READ_ERRORS):
@@ -241,7 +242,7 @@ class Checkpoints:
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
         if not steps:
-            raise UserError(f"{self.directory} holds no checkpoint that was completed")
+            raise UserError(f"{self.directory} has no completed checkpoint")
         if step is None:
             return steps[-1]
         if step not in steps:
@@ -251,7 +252,7 @@ class Checkpoints:
     def _unreadable(self, step: int, error: Exception) -> UserError:
         reason = " ".join(str(error).split())[:300]
         earlier = [other for other in self.steps() if other < step]
-        advice = f"remove it to go on from step {earlier[-1]}" if earlier else "there is no earlier one"
+        advice = f"remove it to resume from step {earlier[-1]}" if earlier else "there is no earlier one"
         return UserError(f"the checkpoint {self.directory / str(step)} cannot be read ({reason}); {advice}")
 
 
@@ -270,7 +271,7 @@ def _open(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
                 if not _is_json(file):
                     raise UserError(
                         f"the checkpoint {file.parents[1]} cannot be read (its losses in metrics/metrics are damaged: "
-                        f"{error}); remove it, and the others are found"
+                        f"{error}); remove it to make the others readable"
                     ) from error
             raise
     raise AssertionError

@@ -135,7 +135,7 @@ def load_module(path: str | os.PathLike) -> ModuleType:
     """Loads a Python file that belongs to no package, such as those in ``configs/``."""
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no Python file; its name has to end in .py")
+        raise UserError(f"{path} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -151,20 +151,20 @@ def check_output(flag: str, path: str | None) -> None:
     if not directory.is_dir():
         raise UserError(f"--{flag}={path}: its directory does not exist")
     if not os.access(path if os.path.exists(path) else directory, os.W_OK):  # false on a read-only disk, too
-        raise UserError(f"--{flag}={path} cannot be written: the disk is read-only, or it is another user's")
+        raise UserError(
+            f"--{flag}={path} cannot be written: the disk is read-only, or the path belongs to another user"
+        )
 
 
 def check_path(flag: str, path: str) -> None:
     """Raises ``UserError`` for a URL, or for a ~ that no shell has expanded: they would become directories with such names
     on the local disk."""
     if (home := os.path.expanduser(path)) != path:
-        raise UserError(
-            f"--{flag}={path}: behind = a shell leaves {path.split('/')[0]} as it is; write --{flag}={home}"
-        )
+        raise UserError(f"--{flag}={path}: a shell does not expand {path.split('/')[0]} after =; write --{flag}={home}")
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/+", path):
         raise UserError(
-            f"--{flag}={path}: paths are those of a file system, and {scheme[0]} is none; mount the bucket on every "
-            "host (of Google Cloud Storage: gcsfuse) and give the path below the mount"
+            f"--{flag}={path}: a path must be in a file system, not {scheme[0]}; mount the bucket on every host (for "
+            "Google Cloud Storage: gcsfuse) and give the path below the mount"
         )
 
 
@@ -173,7 +173,7 @@ def _check_paths() -> None:
         values = flags.FLAGS[flag].value
         for path in [values] if isinstance(values, str) else values or ():
             if not path:  # it would mean the current directory
-                raise UserError(f"--{flag} is empty; give it a path, or leave it out where there is another by default")
+                raise UserError(f"--{flag} is empty; give it a path, or leave it out if it has a default")
             check_path(flag, path)
 
 
@@ -197,7 +197,7 @@ def _out_of_memory(error: Exception) -> str | None:
         if "config" in flags.FLAGS
         else "smaller batches or shorter texts need less, and more devices have more"
     )
-    return f"a device has not enough memory: {found[0]}; {advice}"
+    return f"a device does not have enough memory: {found[0]}; {advice}"
 
 
 def _has_others() -> bool:

@@ -81,7 +81,7 @@ def _parsed(argv: list[str]) -> list[str]:
         if not (missing := re.findall(_REQUIRED, str(error))):
             raise
         names, verb = " and ".join(f"--{name}" for name in missing), "are" if len(missing) > 1 else "is"
-        raise UserError(f"{names} {verb} missing; --help says what there is") from None
+        raise UserError(f"{names} {verb} missing; --help lists the options") from None
 
 
 def _with_tuples(argv: list[str]) -> list[str]:
@@ -106,7 +106,9 @@ def _of_config_file(error: Exception, file: str) -> UserError | None:
     flag."""
     if isinstance(error, SyntaxError) and error.filename == file:
         advice = (
-            "" if file.endswith(".py") else " (it is no Python file, which a config file is, as configs/quickstart.py)"
+            ""
+            if file.endswith(".py")
+            else " (it is not a Python file; a config file must be one, such as configs/quickstart.py)"
         )
         return UserError(f"{file}, line {error.lineno}: {error.msg}{advice}")
     cause, lines = _raised_in(error, file)
@@ -116,10 +118,10 @@ def _of_config_file(error: Exception, file: str) -> UserError | None:
         return UserError(f"{file}, line {lines[-1]}: {type(cause).__name__}: {cause}")
     if cause is None:
         if called := re.search(r"TypeError: (get_config\(\) (?:takes|missing) .*)", str(error)):
-            return UserError(f"{file}: {called[1]}; what is behind the colon of --config=FILE:ARGUMENT is given to it")
+            return UserError(f"{file}: {called[1]}; its argument is what follows the colon in --config=FILE:ARGUMENT")
         if not isinstance(error, AttributeError | KeyError):
             return None
-        return UserError(f"{file}: get_config() has to return jaxlinear.config.default() with keys changed: {error}")
+        return UserError(f"{file}: get_config() must return jaxlinear.config.default() with keys changed: {error}")
     innermost = traceback.extract_tb(cause.__traceback__)[-1].filename
     if isinstance(cause, TypeError | ValueError) and "ml_collections" in innermost:
         return UserError(f"{file}, line {lines[-1]}: {_as_tuple(str(cause)) or cause}")
@@ -142,7 +144,7 @@ def _as_tuple(refusal: str) -> str | None:
     if found is None:
         return None
     names = tuple(name.strip() for name in found[2].split(","))
-    return f"{found[1]} is {found[2]!r}, one text; it is a tuple: {names!r}"
+    return f"{found[1]} is the string {found[2]!r}; it must be a tuple: {names!r}"
 
 
 def _raised_in(error: BaseException | None, file: str) -> tuple[BaseException | None, list[int | None]]:

@@ -272,8 +272,8 @@ def check_whole(config: object) -> None:
         section, name = key.split(".")
         if name not in (getattr(config, section, None) or ()):
             raise UserError(
-                f"the config has no {key}; get_config() takes jaxlinear.config.default() and sets its keys one by one, "
-                "as config.model.width = 64"
+                f"the config has no {key}; get_config() must take jaxlinear.config.default() and set its keys one by "
+                "one, as in config.model.width = 64"
             )
 
 
@@ -377,7 +377,7 @@ def _may_stand(config: config_dict.ConfigDict) -> dict[str, tuple[Any, ...]]:
 def _names(key: str, what: str, texts: tuple[Any, ...]) -> tuple[str, ...]:
     """The parts between commas: a tuple on the command line may be a single text."""
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{key} is {texts!r}; it is names of {what}")
+        raise UserError(f"{key} is {texts!r}; it must be names of {what}")
     return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
 
 

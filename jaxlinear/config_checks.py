@@ -42,11 +42,11 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
     for key, choices in _CHOICES.items():
         section, name = key.split(".")
         if config[section][name] not in choices:
-            raise UserError(f"{key} is {config[section][name]!r}; it can be {', '.join(choices)}")
+            raise UserError(f"{key} is {config[section][name]!r}; it must be one of {', '.join(choices)}")
 
     model, training = config.model, config.training
     if not model.pattern:
-        raise UserError("model.pattern is empty; it names at least one mixer")
+        raise UserError("model.pattern is empty; it must name at least one mixer")
     for name in model.pattern:
         mixers.find(name)
     if is_read(config, "model.num_heads") and model.width % model.num_heads:
@@ -59,51 +59,52 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
         raise UserError(f"model.mlp_expansion is {model.mlp_expansion}; it must be above 0 and finite")
     _check_experts(model)
     if not 0 <= model.rotary_fraction <= 1:
-        raise UserError(f"model.rotary_fraction is {model.rotary_fraction}; it lies between 0 and 1")
+        raise UserError(f"model.rotary_fraction is {model.rotary_fraction}; it must be between 0 and 1")
     for name in _chosen(config, "model.pattern"):
         channels = _turned(model, name)
         if model.rotary_fraction and channels and not len(rotary_frequencies(channels, fraction=model.rotary_fraction)):
             raise UserError(
-                f"model.rotary_fraction={model.rotary_fraction} turns no pair of the {channels} channels of a head of "
-                f"{name}, which would have no rotary positions; set it higher, or to 0 if there are to be none"
+                f"model.rotary_fraction={model.rotary_fraction} rotates no pair of the {channels} channels of a head "
+                f"of {name}, which would have no rotary positions; set it higher, or to 0 for none"
             )
     if not 0 < model.rotary_base < math.inf:
         raise UserError(f"model.rotary_base is {model.rotary_base}; it must be above 0 and finite")
     if model.rotary_scaling and not 1 <= model.rotary_scaling < math.inf:
-        raise UserError(f"model.rotary_scaling is {model.rotary_scaling}; it is 0 for none, or 1 or more")
+        raise UserError(f"model.rotary_scaling is {model.rotary_scaling}; it must be 0 for none, or 1 or more")
     if model.norm_offset not in (0.0, 1.0):
-        raise UserError(f"model.norm_offset is {model.norm_offset}; it can be 0 or 1")
+        raise UserError(f"model.norm_offset is {model.norm_offset}; it must be 0 or 1")
     if not 0 <= training.seed < 1 << 63:
-        raise UserError(f"training.seed is {training.seed}; it lies in [0, 2**63)")
+        raise UserError(f"training.seed is {training.seed}; it must be in [0, 2**63)")
     if training.batch_size % training.microbatches:
         raise UserError(
             f"training.microbatches={training.microbatches} does not divide training.batch_size={training.batch_size}"
         )
     if config.schedule.warmup_steps > training.steps:
         raise UserError(
-            f"schedule.warmup_steps={config.schedule.warmup_steps} is more than training.steps={training.steps}"
+            f"schedule.warmup_steps={config.schedule.warmup_steps} must be at most training.steps={training.steps}"
         )
     for name in ("beta1", "beta2"):
         if not 0 <= config.optimizer[name] < 1:
-            raise UserError(f"optimizer.{name} is {config.optimizer[name]}; it lies in [0, 1)")
+            raise UserError(f"optimizer.{name} is {config.optimizer[name]}; it must be in [0, 1)")
     if config.optimizer.epsilon < _LEAST:
         # Without a gradient, as in the row of a token that is not in a batch, the update would be 0 / 0.
         raise UserError(
-            f"optimizer.epsilon is {config.optimizer.epsilon}; it must be at least {_LEAST}, the least of float32"
+            f"optimizer.epsilon is {config.optimizer.epsilon}; it must be at least {_LEAST}, the smallest normal "
+            "float32"
         )
     if not 0 < config.schedule.decay_fraction <= 1:
-        raise UserError(f"schedule.decay_fraction is {config.schedule.decay_fraction}; it lies in (0, 1]")
+        raise UserError(f"schedule.decay_fraction is {config.schedule.decay_fraction}; it must be in (0, 1]")
     if config.schedule.final_fraction > 1:
-        raise UserError(f"schedule.final_fraction is {config.schedule.final_fraction}; it lies in [0, 1]")
+        raise UserError(f"schedule.final_fraction is {config.schedule.final_fraction}; it must be in [0, 1]")
     if config.data.task and config.evaluation.every_steps and not config.evaluation.batches:
         raise UserError(
-            "evaluation.batches=0 means the whole held-out split, and data.task has no end; set it to 1 or more"
+            "evaluation.batches=0 means the whole held-out split, but data.task has no end; set it to 1 or more"
         )
     if config.checkpoint.keep_best and not config.evaluation.every_steps:
         raise UserError("checkpoint.keep_best needs held-out losses: set evaluation.every_steps")
     for name, size in config.mesh.items():
         if size < 1 and size != -1:
-            raise UserError(f"mesh.{name} is {size}; it is a number of devices, or -1 for what is left")
+            raise UserError(f"mesh.{name} is {size}; it must be a number of devices, or -1 for those that are left")
     _check_read(config, may_stand)
 
 
@@ -177,7 +178,9 @@ def _check_experts(model: config_dict.ConfigDict) -> None:
         if model[name] < 1:
             raise UserError(f"model.channel_mixer='mixture_of_experts' needs model.{name}; it is {model[name]}")
     if model.experts_per_token > model.experts:
-        raise UserError(f"model.experts_per_token={model.experts_per_token} is more than model.experts={model.experts}")
+        raise UserError(
+            f"model.experts_per_token={model.experts_per_token} must be at most model.experts={model.experts}"
+        )
 
 
 _POSITIVE = (

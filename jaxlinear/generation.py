@@ -49,13 +49,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 1e-30 <= self.temperature < float("inf"):  # logits are divided by it
-            raise UserError(f"the temperature is {self.temperature}; it is 0 (the likeliest token), or from 1e-30 on")
+            raise UserError(
+                f"the temperature is {self.temperature}; it must be 0 (the likeliest token) or at least 1e-30"
+            )
         if self.top_k < 0 or self.top_k % 1 != 0:  # for infinity the remainder is NaN
-            raise UserError(f"top_k is {self.top_k}; it is a number of tokens, or 0 for all")
+            raise UserError(f"top_k is {self.top_k}; it must be a number of tokens, or 0 for all")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it lies in (0, 1]")
+            raise UserError(f"top_p is {self.top_p}; it must be in (0, 1]")
         if not 0 <= self.seed < 2**32 or self.seed % 1 != 0:
-            raise UserError(f"the seed is {self.seed}; it is a whole number in [0, 2**32)")
+            raise UserError(f"the seed is {self.seed}; it must be a whole number in [0, 2**32)")
 
     @property
     def filters(self) -> tuple[bool, bool, bool]:
@@ -166,7 +168,7 @@ class Writer:
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:  # command-line bytes that are not UTF-8 arrive as lone surrogates
-            raise UserError(f"a prompt is no text in UTF-8: {error.reason} at character {error.start}") from None
+            raise UserError(f"a prompt is not UTF-8 text: {error.reason} at character {error.start}") from None
         return np.append(self.tokenizer.document_token, self.tokenizer.encode(prompt))
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def until(tokens: list[int], stops: Sequence[int]) -> list[int]:
 def _stops(stop_token: int | Sequence[int] | None) -> tuple[int, ...]:
     stops = () if stop_token is None else tuple(np.ravel(stop_token).tolist())
     if not all(isinstance(stop, int) for stop in stops):
-        raise UserError(f"stop_token is {stop_token!r}; it is a token id or several")
+        raise UserError(f"stop_token is {stop_token!r}; it must be a token id or several")
     return stops
 
 
@@ -204,9 +206,9 @@ def chunks(
     set; by default 0, 1, ...
     """
     if not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
-        raise UserError(f"max_tokens is {max_tokens!r}; it is a whole number, at least 1")
+        raise UserError(f"max_tokens is {max_tokens!r}; it must be a whole number, at least 1")
     if vocab_size is not None and (vocab_size < 1 or vocab_size % 1 != 0):
-        raise UserError(f"vocab_size is {vocab_size}; it must be at least 1, and a whole number")
+        raise UserError(f"vocab_size is {vocab_size}; it must be a whole number, at least 1")
     if chunk < 1:
         raise UserError(f"chunk is {chunk}; it must be at least 1")
     vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
@@ -257,7 +259,7 @@ def _batch(prompts, vocab_size: int, stop_token: int | None, shards: int) -> tup
     for row in rows:
         if row.min() < 0 or row.max() >= vocab_size:
             raise UserError(
-                f"a prompt has tokens from {row.min()} to {row.max()}; the model's are 0 to {vocab_size - 1}"
+                f"a prompt has tokens from {row.min()} to {row.max()}; the model's tokens are 0 to {vocab_size - 1}"
             )
     longest = max(map(len, rows))
     length = math.ceil(_padded(longest, _SHORTEST_PROMPT) / shards) * shards
@@ -273,7 +275,7 @@ def _tokens(prompt: Any) -> np.ndarray:
     row = np.asarray(prompt)
     if row.ndim != 1 or (len(row) and not np.issubdtype(row.dtype, np.integer)):
         raise UserError(
-            f"a prompt is {prompt!r}; it is a list of token ids, and several prompts are a list of such lists"
+            f"a prompt is {prompt!r}; it must be a list of token ids, and several prompts a list of such lists"
         )
     return row.astype(np.int64)
 
@@ -289,8 +291,8 @@ def _check_context(config: ModelConfig, prompt: int, max_tokens: int) -> None:
         most = config.context - prompt
         advice = f"max_tokens={most} fits" if most > 0 else "the prompt alone is too long"
         raise UserError(
-            f"a prompt of {prompt} tokens and max_tokens={max_tokens} go beyond model.context={config.context}, "
-            f"the tokens that the model's attention remembers; {advice}"
+            f"a prompt of {prompt} tokens and max_tokens={max_tokens} exceed model.context={config.context}, the "
+            f"number of tokens that the model's attention remembers; {advice}"
         )
 
 

@@ -52,7 +52,7 @@ def of_run(directory: Path) -> Iterator[None]:
                 raise
             locked = False
             _LOG.warning(
-                "the file system of %s has no locks (%s): a second run that is started there would not be refused",
+                "the file system of %s has no locks (%s): a second run started there would not be refused",
                 directory,
                 error.strerror,
             )
@@ -79,11 +79,11 @@ def _wait(file: BinaryIO, path: Path) -> None:
     while not take(file):
         if time.monotonic() - begin >= _PATIENCE:
             raise RunError(
-                f"{_holder(path)} has {path.parent}; end that one first, or give the new run a --workdir of its own (if "
-                f"no such process is there, its host has died: remove {path})"
+                f"{_holder(path)} is using {path.parent}; end it first, or give the new run a --workdir of its own "
+                f"(if no such process exists, its host has died: remove {path})"
             )
         if not said:
-            _LOG.info("%s has %s: waiting for it, %.0f seconds at most", _holder(path), path.parent, _PATIENCE)
+            _LOG.info("%s is using %s: waiting for it, %.0f seconds at most", _holder(path), path.parent, _PATIENCE)
             said = True
         time.sleep(min(1.0, _PATIENCE))
 
@@ -92,6 +92,6 @@ def _holder(path: Path) -> str:
     """Describes the process that wrote the file when it took the lock."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return f"the run of process {values['pid']} on {values['host']}, begun {values['time']},"
+        return f"the run of process {values['pid']} on {values['host']}, started {values['time']},"
     except (OSError, ValueError, KeyError, TypeError):  # it is written after the lock is taken and emptied at the end
         return "another run"

@@ -35,7 +35,7 @@ def main() -> int:
     device = jax.devices()[0]
     if device.platform not in backends.COMPILED and not _INTERPRET.value:
         raise UserError(
-            f"there is no TPU or GPU here, only {device.device_kind}; --interpret checks kernels without one"
+            f"this machine has no TPU or GPU, only {device.device_kind}; --interpret checks kernels without one"
         )
     print(f"{device.device_kind}\n{device_check_text.HEADER}", flush=True)
     found = []

@@ -26,7 +26,9 @@ def main() -> None:
         raise UserError("give --source to import into --workdir, or --target to export from it")
     if _SOURCE.value is not None:
         if _STEP.value is not None or _LAYOUT.present:
-            raise UserError("--step and --layout are of an export; an import is told from what is in --source")
+            raise UserError(
+                "--step and --layout are for an export; the format of an import is recognised from --source"
+            )
         conversion.import_weights(_SOURCE.value, _WORKDIR.value)
         print(f"imported {_SOURCE.value} into {_WORKDIR.value}")
     else:

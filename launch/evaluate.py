@@ -79,7 +79,7 @@ def _check_read(specs: list[str]) -> None:
     ):
         if flag.present and not asked & readers:
             named = ", ".join(sorted(readers))
-            raise UserError(f"--{flag.name} is for {named}, of which --tasks={','.join(specs)} has none; leave it out")
+            raise UserError(f"--{flag.name} is for {named}, and --tasks={','.join(specs)} has none; leave it out")
 
 
 def _write(reports: dict | list) -> None:
@@ -89,7 +89,9 @@ def _write(reports: dict | list) -> None:
 
 def _multiple(text: str) -> int:
     if not text.strip().isdecimal():
-        raise UserError(f"--lengths: {text!r} is not a whole number; write multiples of the training length, as 1,2,4")
+        raise UserError(
+            f"--lengths: {text!r} is not a whole number; write multiples of the training length, such as 1,2,4"
+        )
     return int(text)
 
 

@@ -62,7 +62,7 @@ speed           {rates[len(rates) // 2]:,.0f} tokens a second (median)
 the run         {workdir}
 time            {time.perf_counter() - begin:.0f} s
 
-go on from here:
+next steps:
   resume, longer  {python} {train} --config={quickstart} --workdir={run} --config.data.path={corpus} \
 --config.training.steps={config.training.steps * 2}
   evaluate        {python} {evaluate} --workdir={run}

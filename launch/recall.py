@@ -35,7 +35,7 @@ def main() -> int:
     from jaxlinear.parallel import start
 
     if not _PATTERNS.value:
-        raise UserError("--patterns is empty; name layers, as --patterns=gla,griffin")
+        raise UserError("--patterns is empty; name layers, such as --patterns=gla,griffin")
     recall.check(_CONFIG.value, _PATTERNS.value)
     start.use_gpu_memory()
     cli.leave_out_warnings_of_orbax()

@@ -23,7 +23,7 @@ def main() -> None:
     from jaxlinear.evaluation import report
 
     if _MAX_TOKENS.present and not _PROMPT.value:
-        raise UserError("--max_tokens is of the samples of --prompt; give one, or leave it out")
+        raise UserError("--max_tokens is for the samples of --prompt; give a --prompt, or leave it out")
     samples: list[tuple[str, str]] = []
     if _PROMPT.value:
         writer = generation.Writer.open(_WORKDIR.value)

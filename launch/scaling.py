@@ -20,7 +20,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the resamplings.", lower_bound=
 
 def main() -> None:
     if _OUTPUT.value and os.path.exists(_OUTPUT.value) and not os.path.isdir(_OUTPUT.value):
-        raise UserError(f"--output={_OUTPUT.value} is a file; the report is several: name a directory, new or old")
+        raise UserError(
+            f"--output={_OUTPUT.value} is a file, but the report has several files: name a directory, new or existing"
+        )
     cli.leave_out_warnings_of_orbax()
     from jaxlinear.scaling.laws import comparison, points, report
 

@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
         given = [flag.name for flag in read if flag.present]
         if given and _PLATFORM.value not in platforms:
             raise UserError(
-                f"--{given[0]} is for --platform={' or '.join(platforms)}; {_PLATFORM.value} has no use for it"
+                f"--{given[0]} is for --platform={' or '.join(platforms)}; {_PLATFORM.value} does not use it"
             )
     cli.check_output("output", _OUTPUT.value)
     cli_flags.check_config_options(arguments)
@@ -119,7 +119,9 @@ def main(arguments: list[str]) -> int:
         try:
             return subprocess.run([*program, str(file)], check=False).returncode
         except FileNotFoundError:
-            raise UserError(f"{program[0]} is not on this machine; without --submit what it takes is printed") from None
+            raise UserError(
+                f"{program[0]} is not installed on this machine; without --submit, what it would be given is printed"
+            ) from None
 
 
 def _render(asked: request.Request) -> tuple[str, str]:

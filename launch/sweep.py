@@ -62,7 +62,7 @@ def main() -> int:
             print(f"{name} failed: {progress.error} (all of it: {planned.directory / 'jobs' / name / 'log.txt'})")
     print(table.summary(rows))
     if status == exit_status.PREEMPTED:
-        print("stopped; the same command goes on from there" + " and finds its jobs" * (_EXECUTOR.value == "slurm"))
+        print("stopped; the same command resumes from there" + " and finds its jobs" * (_EXECUTOR.value == "slurm"))
     return status
 
 

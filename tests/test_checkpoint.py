@@ -76,7 +76,7 @@ def test_a_host_that_sees_the_newest_checkpoint_late_is_waited_for(three, monkey
 def test_a_host_that_never_sees_the_newest_checkpoint_is_refused(three, monkeypatch, sees, words):
     checkpoints = Checkpoints(three)
     asked = of_two_processes(monkeypatch, lambda question: sees)
-    with pytest.raises(RunError, match=f"is that of step 3 for process 0, but {words}; a run goes on when all"):
+    with pytest.raises(RunError, match=f"is that of step 3 for process 0, but {words}; a run can resume only when all"):
         checkpoints.newest_of_all()
     assert len(asked) > 60  # NFS may show a stale directory for this many seconds
 
@@ -93,7 +93,7 @@ def test_a_host_without_space_ends_all(three, monkeypatch):
     checkpoints = Checkpoints(three, small_trees.config())
     with monkeypatch.context() as patch:
         of_two_processes(patch, lambda question: 1)
-        with pytest.raises(EveryProcessError, match="process 1 cannot go on; its own message says why"):
+        with pytest.raises(EveryProcessError, match="process 1 failed; its own message says why"):
             checkpoints.save(4, small_trees.trees(4), next_batch=4)
     checkpoints.close()
     assert checkpoints.steps() == [1, 2, 3]
@@ -172,7 +172,7 @@ def test_a_step_that_is_not_there(tmp_path):
     checkpoints = small_trees.save(tmp_path, (1, 2))
     with pytest.raises(UserError, match=rf"{tmp_path}/checkpoints has no checkpoint of step 7; it has 1, 2$"):
         checkpoints.restore(small_trees.on(small_trees.single()), 7)
-    with pytest.raises(UserError, match=r"empty/checkpoints holds no checkpoint that was completed"):
+    with pytest.raises(UserError, match=r"empty/checkpoints has no completed checkpoint"):
         small_trees.save(tmp_path / "empty", ()).meta()
     with pytest.raises(UserError, match=r"nothing has no checkpoints: it is not the work directory of a run"):
         Checkpoints(tmp_path / "nothing")
@@ -190,7 +190,7 @@ def test_another_tree_is_refused(tmp_path):
             checkpoints.restore(structs)
         assert str(refusal.value) == (
             f"the checkpoint {tmp_path}/checkpoints/2 is of another version of jaxlinear: among its parameters is {what}; "
-            "this version can't read it, the one that wrote it can"
+            "read it with the version that wrote it"
         )
     kernel = wider["parameters"]["layers"][0]["kernel"]
     wider["parameters"]["layers"][0]["kernel"] = jax.ShapeDtypeStruct(
@@ -228,7 +228,7 @@ def test_a_full_disk_is_seen_before_anything_is_begun(three, monkeypatch):
     usage = shutil.disk_usage(three)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     with pytest.raises(
-        UserError, match=r"no space .* \(it takes up to [\d.]+ MB and 0.1 MB are free\); .* of step 4; make"
+        UserError, match=r"no space .* \(it needs up to [\d.]+ MB and 0.1 MB are free\); .* of step 4; make"
     ):
         checkpoints.save(5, small_trees.placed(5, small_trees.single()), next_batch=5)
     checkpoints.close()

@@ -71,7 +71,7 @@ def test_damage_is_refused_by_name(three, what, damage):
             checkpoints.restore(small_trees.on(small_trees.single()))
         message = str(refusal.value)
         assert message.startswith(f"the checkpoint {three}/checkpoints/3 cannot be read (")
-        assert message.endswith("); remove it to go on from step 2") and "\n" not in message
+        assert message.endswith("); remove it to resume from step 2") and "\n" not in message
         small_trees.assert_equal(checkpoints.restore(small_trees.on(small_trees.single()), 2), small_trees.trees(2))
     assert _files(three) == before
 
@@ -82,7 +82,7 @@ def test_damaged_losses_are_refused_by_name(tmp_path, damage):
     small_trees.save(tmp_path, (1, 2), heldout={1: 2.0, 2: 3.0}, keep_newest=2, keep_best=1)
     damage(tmp_path / DIRECTORY / "1" / "metrics" / "metrics")
     message = (
-        rf"^the checkpoint {tmp_path}/checkpoints/1 cannot be read \(its losses .*\); remove it, and the others are"
+        rf"^the checkpoint {tmp_path}/checkpoints/1 cannot be read \(its losses .*\); remove it to make the others"
     )
     for config in (None, small_trees.config(keep_newest=2, keep_best=1)):
         with pytest.raises(UserError, match=message):
@@ -115,7 +115,7 @@ def test_a_step_without_all_its_parts_is_refused(three, left):
     for item in left:
         shutil.copytree(directory / "3" / item, directory / "9" / item)
     checkpoints = Checkpoints(three, small_trees.config(keep_newest=3))
-    with pytest.raises(UserError, match=rf"{directory}/9 cannot be read .*; remove it to go on from step 3$"):
+    with pytest.raises(UserError, match=rf"{directory}/9 cannot be read .*; remove it to resume from step 3$"):
         checkpoints.restore(small_trees.on(small_trees.single()))
 
 

@@ -54,7 +54,7 @@ def test_the_status_is_what_main_returns(returned, status, capsys):
     "error, status, line",
     [
         (UserError("this is\n  wrong"), 2, "this is wrong"),
-        (RunError("the others did not come"), 1, "the others did not come"),
+        (RunError("the others did not connect"), 1, "the others did not connect"),
         (Diverged("it diverged"), 2, "it diverged"),
         (OSError(errno.ENOSPC, "x", "a/b"), 2, "no space left on the disk: a/b"),
         (OSError(errno.EROFS, "x", "a/b"), 2, "the file system is read-only: a/b"),
@@ -77,7 +77,7 @@ def test_too_little_memory_is_one_line(capsys):
     text = "RESOURCE_EXHAUSTED: Out of memory allocating 413997377040 bytes.\nA table of buffers"
     assert run(raises(jax.errors.JaxRuntimeError(text))) == 2
     _, error = capsys.readouterr()
-    assert error.startswith(f"program.py: a device has not enough memory: {text.splitlines()[0]}; ")
+    assert error.startswith(f"program.py: a device does not have enough memory: {text.splitlines()[0]}; ")
     assert error.count("\n") == 1
     full = "RESOURCE_EXHAUSTED: write failed: No space left on device"
     with pytest.raises(jax.errors.JaxRuntimeError, match=full):
@@ -153,11 +153,15 @@ def test_help_behind_two_dashes_is_anothers():
         (
             "report",
             "--workdir=x --max_tokens=5",
-            "--max_tokens is of the samples of --prompt; give one, or leave it out",
+            "--max_tokens is for the samples of --prompt; give a --prompt, or leave it out",
         ),
-        ("recall", "--workdir=x --patterns=", "--patterns is empty; name layers, as --patterns=gla,griffin"),
+        ("recall", "--workdir=x --patterns=", "--patterns is empty; name layers, such as --patterns=gla,griffin"),
         ("recall", "--workdir=x --examples=0", "flag --examples=0: 0 is not a positive integer"),
-        ("scaling", "--workdir=x --output=README.md", "--output=README.md is a file; the report is several: name a"),
+        (
+            "scaling",
+            "--workdir=x --output=README.md",
+            "--output=README.md is a file, but the report has several files: name a",
+        ),
     ],
 )
 def test_where_nothing_can_be_written_nothing_is_begun(program, arguments, message):
@@ -184,7 +188,7 @@ def test_urls_are_no_paths(program, arguments, tmp_path):
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
     value, scheme = arguments[-1].removeprefix("--workdir="), arguments[-1][len("--workdir=") :].split("bucket")[0]
     assert done.stderr.startswith(
-        f"{program}.py: --workdir={value}: paths are those of a file system, and {scheme} is none; mount the bucket on"
+        f"{program}.py: --workdir={value}: a path must be in a file system, not {scheme}; mount the bucket on"
     )
 
 
@@ -192,7 +196,7 @@ def test_a_home_that_no_shell_put_in_is_refused(monkeypatch):
     """Shells do not expand it after =, and a directory called ~ would be made where the program runs."""
     monkeypatch.setenv("HOME", "/home/me")
     with pytest.raises(
-        UserError, match=r"^--output=~/a: behind = a shell leaves ~ as it is; write --output=/home/me/a$"
+        UserError, match=r"^--output=~/a: a shell does not expand ~ after =; write --output=/home/me/a$"
     ):
         cli.check_path("output", "~/a")
     for path in ("a/~", "~no-such-user/a", "a~"):
@@ -241,7 +245,7 @@ def get_config():
         (
             "config.model.pattern = 'gla, s5'",
             [],
-            "FILE, line 6: pattern is 'gla, s5', one text; it is a tuple: ('gla', 's5')",
+            "FILE, line 6: pattern is the string 'gla, s5'; it must be a tuple: ('gla', 's5')",
         ),
         ("{}['key']", [], "FILE, line 6: KeyError: 'key'"),
         ("config.training.steps = 1 // 0", [], "FILE, line 6: ZeroDivisionError: integer division or modulo by zero"),
@@ -264,24 +268,29 @@ def get_config():
         (
             "pass",
             ["--config=FILE:argument"],
-            "train.py: FILE: get_config() takes 0 positional arguments but 1 was given; what is behind the colon of",
+            "train.py: FILE: get_config() takes 0 positional arguments but 1 was given; its argument is what "
+            "follows the colon in",
         ),
         ("config.model.width = (", [], "FILE, line 6: '(' was never closed"),
         (
             "config.model = dict(width=64)",
             [],
-            "the config has no model.preset; get_config() takes jaxlinear.config.def",
+            "the config has no model.preset; get_config() must take jaxlinear.config.def",
         ),
         (
             "config.model = dict(width=64)",
             ["--config.training.steps=3"],
             "the config has no model.preset; get_config()",
         ),
-        ("return dict(model=1)", [], "the config has no model.preset; get_config() takes jaxlinear.config.default()"),
+        (
+            "return dict(model=1)",
+            [],
+            "the config has no model.preset; get_config() must take jaxlinear.config.default()",
+        ),
         (
             "return dict(model=1)",
             ["--config.training.steps=3"],
-            "FILE: get_config() has to return jaxlinear.config.def",
+            "FILE: get_config() must return jaxlinear.config.def",
         ),
         (
             "config.model.preset = 'griffin_100m'",
@@ -353,13 +362,13 @@ def test_a_config_file_without_get_config(tmp_path):
     file.write_text("config = 3\n")
     done = launch(tmp_path, f"--config={file}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert f"{file}: get_config() has to return jaxlinear.config.default() with keys changed: module" in done.stderr
+    assert f"{file}: get_config() must return jaxlinear.config.default() with keys changed: module" in done.stderr
 
 
 def test_train_needs_a_config(tmp_path):
     done = launch(tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr == "train.py: --config is missing; --help says what there is\n"
+    assert done.stderr == "train.py: --config is missing; --help lists the options\n"
 
 
 def test_a_defect_of_what_a_config_file_calls_keeps_its_traceback(tmp_path):
@@ -384,7 +393,7 @@ def test_a_config_that_is_no_python_file(tmp_path):
     file.write_text("# Notes\n\nThese are words.\n")
     done = launch(tmp_path, f"--config={file}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert f"{file}, line 3: invalid syntax (it is no Python file, which a config file is" in done.stderr
+    assert f"{file}, line 3: invalid syntax (it is not a Python file; a config file must be one" in done.stderr
 
 
 def launch(folder, *arguments):

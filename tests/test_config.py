@@ -59,7 +59,7 @@ def test_a_config_that_lacks_keys_is_refused(section, value, key):
     config = changed({})
     config[section] = value
     with pytest.raises(
-        UserError, match=rf"^the config has no {section}.{key}; get_config\(\) takes jaxlinear.config.def"
+        UserError, match=rf"^the config has no {section}.{key}; get_config\(\) must take jaxlinear.config.def"
     ):
         configs.resolve(config)
 
@@ -115,32 +115,38 @@ def test_rates_and_weights_are_not_negative(key):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model.dtype": "float16"}, "model.dtype is 'float16'; it can be bfloat16, float32"),
-        ({"model.remat": "some"}, "model.remat is 'some'; it can be none, elementwise, products, full"),
-        ({"parallel.exchange": "ring"}, "parallel.exchange is 'ring'; it can be auto, all_gather, doubling"),
-        ({"parallel.attention": "none"}, "parallel.attention is 'none'; it can be auto, all_gather, ring"),
-        ({"optimizer.epsilon": 0.0}, "optimizer.epsilon is 0.0; it must be at least 1.2e-38, the least of float32"),
-        ({"optimizer.epsilon": 1e-40}, "optimizer.epsilon is 1e-40; it must be at least 1.2e-38, the least of float32"),
-        ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; it can be adamw, adafactor, muon"),
-        ({"schedule.name": "step"}, "schedule.name is 'step'; it can be cosine, linear, wsd, constant"),
-        ({"model.preset": "griffin"}, "there is no preset 'griffin'; there are hawk_100m"),
-        ({"model.pattern": ()}, "model.pattern is empty; it names at least one mixer"),
-        ({"model.pattern": (5,)}, r"model.pattern is \(5,\); it is names of mixers"),
-        ({"model.pattern": ("mamba3",)}, "there is no mixer 'mamba3'; there are "),
+        ({"model.dtype": "float16"}, "model.dtype is 'float16'; it must be one of bfloat16, float32"),
+        ({"model.remat": "some"}, "model.remat is 'some'; it must be one of none, elementwise, products, full"),
+        ({"parallel.exchange": "ring"}, "parallel.exchange is 'ring'; it must be one of auto, all_gather, doubling"),
+        ({"parallel.attention": "none"}, "parallel.attention is 'none'; it must be one of auto, all_gather, ring"),
+        (
+            {"optimizer.epsilon": 0.0},
+            "optimizer.epsilon is 0.0; it must be at least 1.2e-38, the smallest normal float32",
+        ),
+        (
+            {"optimizer.epsilon": 1e-40},
+            "optimizer.epsilon is 1e-40; it must be at least 1.2e-38, the smallest normal float32",
+        ),
+        ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; it must be one of adamw, adafactor, muon"),
+        ({"schedule.name": "step"}, "schedule.name is 'step'; it must be one of cosine, linear, wsd, constant"),
+        ({"model.preset": "griffin"}, "there is no preset 'griffin'; the presets are hawk_100m"),
+        ({"model.pattern": ()}, "model.pattern is empty; it must name at least one mixer"),
+        ({"model.pattern": (5,)}, r"model.pattern is \(5,\); it must be names of mixers"),
+        ({"model.pattern": ("mamba3",)}, "there is no mixer 'mamba3'; the mixers are "),
         ({"model.num_heads": 3}, "model.num_heads=3 does not divide model.width=16"),
         ({"model.window": 2**31}, r"model.window is 2147483648; it must be below 2\*\*31"),
         ({"model.context": 10**12}, r"model.context is 1000000000000; it must be below 2\*\*31"),
-        ({"model.rotary_fraction": 1.5}, "model.rotary_fraction is 1.5; it lies between 0 and 1"),
+        ({"model.rotary_fraction": 1.5}, "model.rotary_fraction is 1.5; it must be between 0 and 1"),
         (
             {"model.num_heads": 8},
-            "model.rotary_fraction=0.5 turns no pair of the 2 channels of a head of sliding_window",
+            "model.rotary_fraction=0.5 rotates no pair of the 2 channels of a head of sliding_window",
         ),
         (
             {"model.pattern": ("retention",), "model.key_width": 3, "model.window": None, "model.bias": None},
-            "model.rotary_fraction=0.5 turns no pair of the 3 channels of a head of retention",
+            "model.rotary_fraction=0.5 rotates no pair of the 3 channels of a head of retention",
         ),
-        ({"model.norm_offset": 0.5}, "model.norm_offset is 0.5; it can be 0 or 1"),
-        ({"model.rotary_fraction": -0.5}, "model.rotary_fraction is -0.5; it lies between 0 and 1"),
+        ({"model.norm_offset": 0.5}, "model.norm_offset is 0.5; it must be 0 or 1"),
+        ({"model.rotary_fraction": -0.5}, "model.rotary_fraction is -0.5; it must be between 0 and 1"),
         *(
             ({f"model.{name}": value}, f"^model.{name} is {value}; it must be above 0 and finite$")
             for name in ("mlp_expansion", "rotary_base")
@@ -154,7 +160,7 @@ def test_rates_and_weights_are_not_negative(key):
                 ({"model.experts": 2, "model.experts_per_token": 1}, "needs model.expert_width; it is 0"),
                 (
                     {"model.experts": 2, "model.experts_per_token": 3, "model.expert_width": 3},
-                    "model.experts_per_token=3 is more than model.experts=2",
+                    "model.experts_per_token=3 must be at most model.experts=2",
                 ),
             )
         ),
@@ -186,24 +192,24 @@ def test_rates_and_weights_are_not_negative(key):
             {"model.pattern": ("mamba",), "model.window": None, "model.selection_norm_epsilon": 1e-5},
             "^model.selection_norm_epsilon=1e-05 does nothing without model.selection_norm; set that, or leave model.sele",
         ),
-        ({"evaluation.tasks": (1,)}, r"^evaluation.tasks is \(1,\); it is names of tasks$"),
+        ({"evaluation.tasks": (1,)}, r"^evaluation.tasks is \(1,\); it must be names of tasks$"),
         (
             {"model.num_layers": 1},
             "^model.window=4 does nothing for model.pattern=rg_lru: only sliding_window reads it; ",
         ),
         ({"training.microbatches": 3}, "training.microbatches=3 does not divide training.batch_size=8"),
-        ({"training.seed": -1}, r"^training.seed is -1; it lies in \[0, 2\*\*63\)$"),
-        ({"training.seed": 1 << 63}, r"^training.seed is 9223372036854775808; it lies in \[0, 2\*\*63\)$"),
-        ({"training.steps": 99}, "schedule.warmup_steps=100 is more than training.steps=99"),
-        ({"schedule.decay_fraction": 0.0}, r"schedule.decay_fraction is 0.0; it lies in \(0, 1\]"),
-        ({"schedule.final_fraction": 10.0}, r"schedule.final_fraction is 10.0; it lies in \[0, 1\]"),
-        ({"schedule.decay_fraction": 1.5}, r"schedule.decay_fraction is 1.5; it lies in \(0, 1\]"),
-        ({"optimizer.beta1": 1.0}, r"optimizer.beta1 is 1.0; it lies in \[0, 1\)"),
-        ({"optimizer.beta2": -0.1}, r"optimizer.beta2 is -0.1; it lies in \[0, 1\)"),
+        ({"training.seed": -1}, r"^training.seed is -1; it must be in \[0, 2\*\*63\)$"),
+        ({"training.seed": 1 << 63}, r"^training.seed is 9223372036854775808; it must be in \[0, 2\*\*63\)$"),
+        ({"training.steps": 99}, "schedule.warmup_steps=100 must be at most training.steps=99"),
+        ({"schedule.decay_fraction": 0.0}, r"schedule.decay_fraction is 0.0; it must be in \(0, 1\]"),
+        ({"schedule.final_fraction": 10.0}, r"schedule.final_fraction is 10.0; it must be in \[0, 1\]"),
+        ({"schedule.decay_fraction": 1.5}, r"schedule.decay_fraction is 1.5; it must be in \(0, 1\]"),
+        ({"optimizer.beta1": 1.0}, r"optimizer.beta1 is 1.0; it must be in \[0, 1\)"),
+        ({"optimizer.beta2": -0.1}, r"optimizer.beta2 is -0.1; it must be in \[0, 1\)"),
         ({"optimizer.learning_rate": None}, "optimizer.learning_rate is None; it needs a value"),
         ({"checkpoint.keep_best": 1, "evaluation.every_steps": 0}, "keep_best needs held-out losses: set evaluation"),
-        ({"mesh.fsdp": 0}, "mesh.fsdp is 0; it is a number of devices, or -1 for what is left"),
-        ({"mesh.data": -2}, "mesh.data is -2; it is a number of devices"),
+        ({"mesh.fsdp": 0}, "mesh.fsdp is 0; it must be a number of devices, or -1 for those that are left"),
+        ({"mesh.data": -2}, "mesh.data is -2; it must be a number of devices"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_reason(changes, message):

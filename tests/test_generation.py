@@ -333,19 +333,22 @@ def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
     ("options", "message"),
     [
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"max_tokens": 2.5}, "max_tokens is 2.5; it is a whole number"),
-        ({"top_k": 1.5}, "top_k is 1.5; it is a number of tokens"),
-        ({"vocab_size": 0}, "vocab_size is 0; it must be at least 1"),
-        ({"vocab_size": 2.5}, "vocab_size is 2.5; it must be at least 1, and a whole number"),
-        ({"stop_token": 2.5}, "stop_token is 2.5; it is a token id or several"),
-        ({"seed": 0.5}, r"the seed is 0.5; it is a whole number in"),
-        ({"top_k": float("inf")}, "top_k is inf; it is a number of tokens"),
-        ({"prompts": [[1.7, 2.2]]}, r"a prompt is \[1.7, 2.2\]; it is a list of token ids"),
-        ({"prompts": [1, 2]}, "a prompt is 1; it is a list of token ids, and several prompts are a list of such lists"),
-        ({"prompts": [[[1, 2], [3, 4]]]}, r"a prompt is \[\[1, 2\], \[3, 4\]\]; it is a list of token ids"),
-        ({"prompts": ["text"]}, "a prompt is 'text'; it is a list of token ids"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5; it must be a whole number"),
+        ({"top_k": 1.5}, "top_k is 1.5; it must be a number of tokens"),
+        ({"vocab_size": 0}, "vocab_size is 0; it must be a whole number, at least 1"),
+        ({"vocab_size": 2.5}, "vocab_size is 2.5; it must be a whole number, at least 1"),
+        ({"stop_token": 2.5}, "stop_token is 2.5; it must be a token id or several"),
+        ({"seed": 0.5}, r"the seed is 0.5; it must be a whole number in"),
+        ({"top_k": float("inf")}, "top_k is inf; it must be a number of tokens"),
+        ({"prompts": [[1.7, 2.2]]}, r"a prompt is \[1.7, 2.2\]; it must be a list of token ids"),
+        (
+            {"prompts": [1, 2]},
+            "a prompt is 1; it must be a list of token ids, and several prompts a list of such lists",
+        ),
+        ({"prompts": [[[1, 2], [3, 4]]]}, r"a prompt is \[\[1, 2\], \[3, 4\]\]; it must be a list of token ids"),
+        ({"prompts": ["text"]}, "a prompt is 'text'; it must be a list of token ids"),
         ({"temperature": -0.1}, "the temperature is -0.1"),
-        ({"temperature": 1e-40}, "the temperature is 1e-40; it is 0 .the likeliest token., or from 1e-30 on"),
+        ({"temperature": 1e-40}, "the temperature is 1e-40; it must be 0 .the likeliest token. or at least 1e-30"),
         ({"temperature": float("nan")}, "the temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
@@ -353,7 +356,7 @@ def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
         ({"seed": -1}, "the seed is -1"),
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": [[1], []]}, "a prompt is empty"),
-        ({"prompts": [[1, VOCAB]]}, "a prompt has tokens from 1 to 61; the model's are 0 to 60"),
+        ({"prompts": [[1, VOCAB]]}, "a prompt has tokens from 1 to 61; the model's tokens are 0 to 60"),
         ({"prompts": [[-1]]}, "a prompt has tokens from -1"),
     ],
 )
@@ -374,7 +377,7 @@ def test_full_attention_generates_within_its_context():
     rows = generate(model, prompts, max_tokens=11, temperature=0.0)
     text = np.concatenate([prompts[1], rows[1]])[None].astype(np.int32)
     assert np.asarray(_forward(model)(text)[0][0, 8:-1]).argmax(axis=-1).tolist() == rows[1]
-    message = "a prompt of 9 tokens and max_tokens=12 go beyond model.context=20, .*; max_tokens=11 fits"
+    message = "a prompt of 9 tokens and max_tokens=12 exceed model.context=20, .*; max_tokens=11 fits"
     with pytest.raises(UserError, match=message):
         generate(model, prompts, max_tokens=12)
     with pytest.raises(UserError, match="the prompt alone is too long"):
@@ -490,10 +493,10 @@ def test_program(tiny_run):
     [
         (["--workdir={run}", "--prompt=a", "--step=7"], "has no checkpoint of step 7; it has 1, 2"),
         (["--workdir={run}/none", "--prompt=a"], "is not the work directory of a run"),
-        (["--workdir={run}", "--prompt=a", "--top_p=0"], "top_p is 0.0; it lies in (0, 1]"),
+        (["--workdir={run}", "--prompt=a", "--top_p=0"], "top_p is 0.0; it must be in (0, 1]"),
         (
             ["--workdir={run}", "--prompt=a\udcff"],
-            "a prompt is no text in UTF-8: surrogates not allowed at character 1",
+            "a prompt is not UTF-8 text: surrogates not allowed at character 1",
         ),
     ],
 )

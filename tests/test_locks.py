@@ -32,10 +32,10 @@ def test_a_second_one_is_refused_with_who_holds_it(tmp_path, monkeypatch, caplog
     with locks.of_run(tmp_path):
         before = (tmp_path / locks.FILE).read_bytes()
         assert json.loads(before)["pid"] == os.getpid()
-        holder = f"the run of process {os.getpid()} on {socket.gethostname()}, begun 2.*"
+        holder = f"the run of process {os.getpid()} on {socket.gethostname()}, started 2.*"
         with (
             caplog.at_level("INFO"),
-            pytest.raises(RunError, match=f"^{holder}, has {tmp_path}; end that one first"),
+            pytest.raises(RunError, match=f"^{holder}, is using {tmp_path}; end it first"),
             locks.of_run(tmp_path),
         ):
             pass
@@ -109,6 +109,6 @@ def test_without_locks_a_line_says_so(tmp_path, monkeypatch, caplog, number):
     with locks.of_run(tmp_path):
         pass
     assert caplog.messages == [
-        f"the file system of {tmp_path} has no locks ({os.strerror(number)}): a second run that is started there would not "
+        f"the file system of {tmp_path} has no locks ({os.strerror(number)}): a second run started there would not "
         "be refused"
     ]

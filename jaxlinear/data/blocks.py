@@ -197,7 +197,7 @@ class SplitReader:
         mark = _mark(self._manifest)
         if mark != self._looked_at:
             if _content(self._manifest) != self._content:
-                raise UserError(f"the dataset in {self._directory} was prepared anew while it was read")
+                raise UserError(f"the dataset in {self._directory} was replaced by a new one while it was being read")
             self._looked_at = mark
 
     def _open_shard(self, path: pathlib.Path, expected: int) -> Any:

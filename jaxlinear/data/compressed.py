@@ -64,7 +64,7 @@ def read_chunks(file: pathlib.Path, *, beginning: bool = False) -> Iterator[byte
             if beginning:
                 return
     if decompressor is not None:
-        raise DamagedFile(f"damaged {suffix} file: it ends too soon")
+        raise DamagedFile(f"damaged {suffix} file: it is truncated")
 
 
 def _decompressor(file: pathlib.Path) -> tuple[Callable[[], Any] | None, type[Exception]]:

@@ -54,7 +54,7 @@ def encode_in_order(
             yield from _joined(done, future.result())
     except concurrent.futures.process.BrokenProcessPool as error:
         raise RunError(
-            "a process that encodes was killed, as it is where memory is used up: fewer --workers need less"
+            "an encoding process was killed, probably for lack of memory; fewer --workers need less"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

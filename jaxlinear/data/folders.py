@@ -40,10 +40,10 @@ def files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pat
             file = here / name
             # A name without a suffix may have been a folder.
             if not file.exists() and stripped_suffix(file) in ("", *suffixes):
-                raise UserError(f"{file} is a link to {os.readlink(file)}, which is not there; mend or remove it")
+                raise UserError(f"{file} is a link to {os.readlink(file)}, which does not exist; fix or remove it")
             if stripped_suffix(file) in suffixes:
                 if not file.is_file():  # reading a pipe would wait for its writer
-                    raise UserError(f"{file} is no file but a pipe, a socket or a device; remove it")
+                    raise UserError(f"{file} is a pipe, a socket or a device, not a file; remove it")
                 identity = _identity(file)
                 if is_new(file, identity):
                     files.append(file)
@@ -52,19 +52,21 @@ def files_of_folder(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pat
             else:
                 others[stripped_suffix(file) or name] += 1
     if folder in datasets:
-        raise UserError(f"{folder} is a prepared dataset, in which there is no text; name what it was made from")
+        raise UserError(f"{folder} is a prepared dataset, which has no text; name the source it was made from")
     if not files:
-        there = f"; there are {', '.join(name for name, _ in others.most_common(5))}" if others else " and no other"
-        raise UserError(f"{folder} has no file with a suffix of {', '.join(suffixes)}{there} (--suffixes chooses)")
+        there = f"; it has {', '.join(name for name, _ in others.most_common(5))}" if others else " and no other files"
+        raise UserError(f"{folder} has no file with a suffix of {', '.join(suffixes)}{there} (--suffixes chooses them)")
     if others:  # such as .jsonl.xz beside .jsonl.gz: the user may think that both are read
         there = ", ".join(f"{count} {name}" for name, count in others.most_common(5))
         more = ", ..." if len(others) > 5 else ""
-        _LOG.info("%s: %d files are read; left out are %s%s (--suffixes chooses)", folder, len(files), there, more)
+        _LOG.info("%s: reading %d files, leaving out %s%s (--suffixes chooses them)", folder, len(files), there, more)
     if again:
         more = ", ..." if len(again) > 3 else ""
-        _LOG.info("%s: %d second names of files are left out: %s%s", folder, len(again), ", ".join(again[:3]), more)
+        _LOG.info(
+            "%s: leaving out %d duplicate names of the same files: %s%s", folder, len(again), ", ".join(again[:3]), more
+        )
     if datasets:
-        _LOG.info("%s: left out are the prepared datasets in it: %s", folder, ", ".join(map(str, datasets)))
+        _LOG.info("%s: leaving out the prepared datasets in it: %s", folder, ", ".join(map(str, datasets)))
     return sorted(files, key=lambda file: file.as_posix())
 
 

@@ -51,7 +51,9 @@ def clear(output: pathlib.Path) -> None:
         if found and found[1] == "old":
             _LOG.warning("%s was moved aside by an --overwrite that was killed; remove it, or move it back", left)
         elif found and not _cleared(left) and left.exists():
-            _LOG.warning("%s was left by a run that was killed, or is at work; remove it if none is", left)
+            _LOG.warning(
+                "%s belongs to a run that was killed or is still writing; remove it if no run is writing", left
+            )
 
 
 def _cleared(partial: pathlib.Path) -> bool:
@@ -66,7 +68,7 @@ def _cleared(partial: pathlib.Path) -> bool:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError:  # no lock file, or no support for locks
         return False
-    _LOG.warning("removed %s, which a run that was killed had left", partial)
+    _LOG.warning("removed %s, left by a run that was killed", partial)
     return True
 
 

@@ -15,7 +15,7 @@ def open_dataset(name: str, record: Callable[[str, Any], Record]) -> Source:
         raise UserError(f"{name} needs the datasets package: pip install jaxlinear[hf]") from error
     path, _, config = name.removeprefix("hf:").partition(":")
     if not path.strip("/ "):
-        raise UserError(f"{name!r} names no dataset; write hf:NAME or hf:NAME:CONFIG")
+        raise UserError(f"{name!r} does not name a dataset; write hf:NAME or hf:NAME:CONFIG")
     try:
         dataset = datasets.load_dataset(path, config or None, split="train")
     except (OSError, ValueError, RuntimeError) as error:  # not found, no connection, no such configuration, a script

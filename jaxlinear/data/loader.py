@@ -65,9 +65,9 @@ class TrainBatches:
         weights = {paths: 1.0} if isinstance(paths, str | os.PathLike) else dict(paths)
         _check_positive(batch_size=batch_size, sequence_length=sequence_length, epochs=epochs)
         if seed < 0:
-            raise UserError(f"seed has to be at least 0, not {seed}")
+            raise UserError(f"seed must be at least 0, not {seed}")
         if not weights or not all(0 < weight < math.inf for weight in weights.values()):  # NaN is not
-            raise UserError(f"a mixture needs datasets with finite weights above 0, not {weights}")
+            raise UserError(f"the datasets of a mixture need finite weights above 0, not {weights}")
         self._tables = [ExampleTable(path, split, sequence_length) for path in weights]
         manifests = [table.manifest for table in self._tables]
         check_same_tokenizer(list(weights), manifests)
@@ -144,7 +144,7 @@ class ExampleTable:
     def __init__(self, path: Path, split: str, sequence_length: int):
         self.manifest = read_manifest(path)
         if split not in self.manifest.splits:
-            raise UserError(f"{path} has no split {split!r} but {', '.join(self.manifest.splits)}")
+            raise UserError(f"{path} has no split {split!r}; the splits are {', '.join(self.manifest.splits)}")
         info = self.manifest.splits[split]
         self.targets = max(info.tokens - 1, 0)
         self._check_sequence_length(sequence_length)
@@ -283,18 +283,18 @@ def _lengths_that_work(block_length: int, limit: int) -> list[int]:
 def _check_positive(**values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
-            raise UserError(f"{name} has to be at least 1, not {value}")
+            raise UserError(f"{name} must be at least 1, not {value}")
 
 
 def check_rows(rows: Sequence[int] | None, batch_size: int) -> list[int]:
     """The rows of a batch that this host has, by default all. They ascend, but need not be contiguous."""
     found = list(range(batch_size) if rows is None else rows)
     if not found:
-        raise UserError(f"no rows of a batch of {batch_size} are asked for")
+        raise UserError(f"the list of rows of a batch of {batch_size} is empty")
     if outside := [row for row in found if not 0 <= row < batch_size]:
-        raise UserError(f"row {outside[0]} is not part of a batch of {batch_size}; they count from 0")
+        raise UserError(f"row {outside[0]} is not part of a batch of {batch_size}; rows are numbered from 0")
     if any(later <= row for row, later in itertools.pairwise(found)):
-        raise UserError("the rows of a batch have to ascend, each of them once")
+        raise UserError("the rows of a batch must be ascending, without repetitions")
     return found
 
 
@@ -324,8 +324,8 @@ def warn_of_splits(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None
     for path, manifest in zip(paths, manifests, strict=True):
         if (manifest.seed, manifest.heldout_fraction) != (first.seed, first.heldout_fraction):
             _LOG.warning(
-                "%s was split with seed %d and heldout_fraction %g, and %s with %d and %g: if both hold a document, it may "
-                "be trained on in the one and held out in the other; prepare both alike",
+                "%s was split with seed %d and heldout_fraction %g, and %s with %d and %g: a document in both may be "
+                "trained on in one and held out in the other; prepare both with the same values",
                 paths[0],
                 first.seed,
                 first.heldout_fraction,

@@ -93,7 +93,9 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error or type(error).__name__}; prepare the dataset again") from error
     if version != FORMAT_VERSION:
-        raise UserError(f"{file} has format version {version}, this program reads {FORMAT_VERSION}; prepare it again")
+        raise UserError(
+            f"{file} has format version {version}, but this program reads {FORMAT_VERSION}; prepare the dataset again"
+        )
     try:
         manifest = _from_json(fields)
     except (KeyError, TypeError, AttributeError) as error:

@@ -64,7 +64,7 @@ def id_records(file: pathlib.Path, tokens_field: str, ids: Ids) -> Iterator[Reco
 
     def record(origin: str, values: Any, field: str) -> Record:
         if values is None or values.null_count:
-            return Record(origin, None, f"field {field!r} is null, or one of its ids is")
+            return Record(origin, None, f"field {field!r} is null or has a null id")
         return ids.record(origin, values.to_numpy(zero_copy_only=False), field)
 
     return _records(file, tokens_field, "tokens_field", check, arrays, record)
@@ -95,7 +95,7 @@ def _records(
             names = table.schema_arrow.names
             if field not in names:
                 there = ", ".join(names)
-                raise UserError(f"{file} has no field {field!r} (its fields: {there}); --{option} chooses")
+                raise UserError(f"{file} has no field {field!r} (its fields: {there}); --{option} chooses it")
             if wrong := check(table.schema_arrow.field(field).type):
                 raise UserError(f"field {field!r} of {file} is {wrong}")
             for batch in table.iter_batches(batch_size=_ROWS, columns=[field]):

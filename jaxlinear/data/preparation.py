@@ -92,12 +92,12 @@ def prepare(
     agreement = None
     if tokens_field is None and token_files is None:
         if packed_rows:
-            raise UserError("packed_rows is for rows of tokens, whose field --tokens_field names; leave it out")
+            raise UserError("packed_rows is for rows of tokens (--tokens_field); leave it out")
         documents = open_source(source, text_field=text_field, suffixes=files, separator=document_separator)
     else:
         _refuse_with_tokens(text_field=text_field, document_separator=document_separator)
         if existing is None:
-            raise UserError("tokens are of a tokenizer that is there: --tokenizer names it")
+            raise UserError("a source of tokens needs the existing tokenizer that made them: --tokenizer names it")
         documents = open_tokens(
             source,
             Ids.of(existing),
@@ -110,8 +110,8 @@ def prepare(
     splitter = Splitter(seed, heldout_fraction)
     if existing is None and documents.pipe:
         raise UserError(
-            f"{source} is a pipe, which is read once, and to train a tokenizer text is read twice: write it to a file, or "
-            "give a --tokenizer that is there (or bytes)"
+            f"{source} is a pipe, which can be read only once, and training a tokenizer reads the text twice: write "
+            "it to a file, or give an existing --tokenizer (or bytes)"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     half_made.clear(output)
@@ -163,23 +163,25 @@ def _check_arguments(
     seed: int,
 ) -> None:
     if not 0 < heldout_fraction < 1:
-        raise UserError(f"heldout_fraction has to lie between 0 and 1, not at {heldout_fraction}")
+        raise UserError(f"heldout_fraction must be between 0 and 1, not {heldout_fraction}")
     if not 0 <= max_broken_fraction <= 1:
-        raise UserError(f"max_broken_fraction has to lie between 0 and 1, not at {max_broken_fraction}")
+        raise UserError(f"max_broken_fraction must be between 0 and 1, not {max_broken_fraction}")
     if not 0 <= seed < 1 << 63:
-        raise UserError(f"seed has to be at least 0 and below 2**63, not {seed}")
+        raise UserError(f"seed must be at least 0 and below 2**63, not {seed}")
     for name, value in (("block_length", block_length), ("workers", workers), ("train_bytes", train_bytes)):
         if value is not None and value < 1:
-            raise UserError(f"{name} has to be at least 1, not {value}")
+            raise UserError(f"{name} must be at least 1, not {value}")
     for name, value in (("block_length", block_length), ("vocab_size", vocab_size)):
         if value is not None and value > _MOST:
-            raise UserError(f"{name} can be at most {_MOST}, not {value}")
+            raise UserError(f"{name} must be at most {_MOST}, not {value}")
 
 
 def _refuse_with_tokens(**of_text: str | None) -> None:
     for option, value in of_text.items():
         if value is not None:
-            raise UserError(f"{option} is for text, and the source is said to have tokens; leave one of the two out")
+            raise UserError(
+                f"{option} is for text, but tokens_field or token_files says that the source has tokens; leave one out"
+            )
 
 
 def _existing_tokenizer(
@@ -199,18 +201,19 @@ def _existing_tokenizer(
 
 def _check_output(output: pathlib.Path, overwrite: bool) -> None:
     if output.parent.exists() and not output.parent.is_dir():
-        raise UserError(f"{output.parent} is a file, so nothing can be made in it")
+        raise UserError(f"{output.parent} is a file, not a directory")
     if os.path.ismount(output):  # e.g. a container volume: the data is written beside it and renamed at the end
-        raise UserError(f"{output} is where a disk is mounted, and cannot be replaced; name a directory in it")
+        raise UserError(f"{output} is a mount point and cannot be replaced; name a directory in it")
     if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        raise UserError(f"{output} exists already; --overwrite replaces it, or choose another --output")
+        raise UserError(f"{output} already exists; --overwrite replaces it, or choose another --output")
     if not (output / MANIFEST).is_file():
         raise UserError(f"{output} is not a prepared dataset (it has no {MANIFEST}), so --overwrite leaves it alone")
     if foreign := sorted(set(os.listdir(output)) - _OF_A_DATASET):  # possibly the source itself
         raise UserError(
-            f"{output} holds {foreign[0]}, which is no part of a dataset and which --overwrite would remove; move it away"
+            f"{output} holds {foreign[0]}, which is not part of a dataset and would be removed by --overwrite; "
+            "move it away"
         )
 
 
@@ -319,8 +322,8 @@ def _write_splits(
     _check_not_empty(documents.description, counts, splits, splitter, is_text=agreement is None)
     if lossy:
         _LOG.warning(
-            "%d of %d held-out documents are not what their tokens decode to: this tokenizer drops or changes text, so "
-            "bits a byte of it do not compare with those of one that does not, nor with gzip's and xz's",
+            "%d of %d held-out documents differ from what their tokens decode to: this tokenizer drops or changes "
+            "text, so its bits per byte cannot be compared with those of a lossless tokenizer, of gzip or of xz",
             lossy,
             splits["heldout"].documents,
         )
@@ -332,7 +335,7 @@ def _check_broken(description: str, counts: _Counts, max_broken_fraction: float)
     if counts.broken > max_broken_fraction * counts.read:
         raise UserError(
             f"{counts.broken} of {counts.read} records of {description} are broken, more than max_broken_fraction "
-            f"{max_broken_fraction:g} allows; mend the source or raise --max_broken_fraction"
+            f"{max_broken_fraction:g} allows; fix the source or raise --max_broken_fraction"
         )
 
 
@@ -342,14 +345,14 @@ def _check_not_empty(
     documents = sum(split.documents for split in splits.values())
     if not documents:
         what = "text" if is_text else "tokens"
-        raise UserError(f"{description} holds no {what}: all of its {counts.empty} documents are empty")
+        raise UserError(f"{description} has no {what}: all of its {counts.empty} documents are empty")
     for name, split in splits.items():
         if split.blocks == 0:
             fraction = splitter.nearest_fraction()
             remedy = (
-                f"the nearest that gives both splits one is --heldout_fraction={fraction}"
+                f"the nearest that works is --heldout_fraction={fraction}"
                 if fraction is not None
-                else "two different documents are needed"
+                else "the splits need two different documents"
                 + " (--document_separator cuts a plain-text file into documents)" * is_text
             )
             raise UserError(f"the {name} split would be empty: none of {documents} documents falls into it; {remedy}")

@@ -73,7 +73,7 @@ class Source:
             if len(start) == _ACCEPTABLE_BROKEN_AT_START:
                 break
         if not start:
-            raise UserError(f"{self.description} is empty: there is no document in it")
+            raise UserError(f"{self.description} is empty: it has no documents")
         if start[-1].error is not None:
             raise UserError(
                 f"no usable document among the first {len(start)} of {self.description}: {start[0].origin}: "
@@ -131,7 +131,7 @@ def files_of(name: str, suffixes: tuple[str, ...] | None, defaults: tuple[str, .
     path = pathlib.Path(name)
     if path.is_dir():
         if suffixes is not None and not any(suffixes):
-            raise UserError(f"suffixes is empty; name some, as {defaults[0]}, or leave it out")
+            raise UserError(f"suffixes is empty; name some, such as {defaults[0]}, or leave it out")
         return files_of_folder(path, defaults if suffixes is None else suffixes)
     if path.exists():
         refuse_unread(name, suffixes=suffixes)
@@ -145,7 +145,7 @@ def is_pipe(name: str) -> bool:
     if path.is_dir() or path.is_file():
         return False
     if stripped_suffix(path) == ".parquet":
-        raise UserError(f"{name} is a pipe, and Parquet has to be a file; write it to one")
+        raise UserError(f"{name} is a pipe, and Parquet must be a file; write it to one")
     return True
 
 
@@ -168,7 +168,7 @@ class _Cuts:
 
     def of_file(self, file: pathlib.Path) -> Iterator[Record]:
         line = 1
-        documents = _parts(file, self._bytes, f"is document_separator {self._separator!r} what cuts it?")
+        documents = _parts(file, self._bytes, f"is document_separator {self._separator!r} correct?")
         records = 0
         while True:
             try:
@@ -215,7 +215,7 @@ class _Cuts:
             return
         self._said = True
         _LOG.info(
-            "%s: %d plain-text files are cut by %r; %d in which it is not are one document each%s",
+            "%s: %d plain-text files are cut at %r; %d files without it are one document each%s",
             self._name,
             len(self._cut),
             self._separator,
@@ -313,7 +313,9 @@ def _plain_text(file: pathlib.Path) -> Iterator[Record]:
 def text_record(origin: str, content: bytes | bytearray, encoding: str = "utf-8") -> Record:
     """The record of one file or string of bytes."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return Record(origin, None, "UTF-16 by its first bytes; make it UTF-8, as iconv -f UTF-16 -t UTF-8 does")
+        return Record(
+            origin, None, "UTF-16 by its first bytes; convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"
+        )
     if b"\0" in content:
         return Record(origin, None, "a binary file (it has NUL bytes); --token_files reads token ids")
     try:
@@ -328,7 +330,7 @@ def without_field(origin: str, fields: object, field: str, option: str) -> Recor
         return Record(origin, None, f"a JSON {type(fields).__name__} where an object is expected")
     if field not in fields:
         there = ", ".join(sorted(map(str, fields))) or "none"
-        return Record(origin, None, f"no field {field!r} (its fields: {there}); --{option} chooses")
+        return Record(origin, None, f"no field {field!r} (its fields: {there}); --{option} chooses it")
     return None
 
 
@@ -349,7 +351,7 @@ def field_record(origin: str, fields: Any, text_field: str) -> Record:
 def json_lines(file: pathlib.Path, record: Callable[[str, Any], Record]) -> Iterator[Record]:
     """``record(origin, value)`` for each line's JSON value, and broken records for lines that are not JSON."""
     number = 0
-    lines = _parts(file, b"\n", "JSONL is one object a line")
+    lines = _parts(file, b"\n", "JSONL has one object per line")
     while True:
         number += 1
         origin = f"{file}:{number}"
@@ -367,7 +369,7 @@ def json_lines(file: pathlib.Path, record: Callable[[str, Any], Record]) -> Iter
         except UnicodeDecodeError as error:
             yield Record(origin, None, f"not utf-8: {error.reason} at byte {error.start}")
         except (ValueError, RecursionError) as error:
-            yield Record(origin, None, f"not JSON, one object a line: {error}")
+            yield Record(origin, None, f"not JSON with one object per line: {error}")
         else:
             yield record(origin, fields)
 
@@ -408,7 +410,7 @@ def _python_stdlib() -> Source:
             try:
                 encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
             except SyntaxError as error:
-                yield Record(str(file), None, f"no valid coding line: {error}")
+                yield Record(str(file), None, f"invalid coding line: {error}")
                 continue
             yield text_record(str(file), content, encoding)
 

@@ -72,7 +72,7 @@ def _parts(file: pathlib.Path, array: np.ndarray, ids: Ids) -> Iterator[Record]:
 def _checked(file: pathlib.Path, start: int, part: np.ndarray, ids: Ids) -> Record:
     if wrong := ids.wrong(part):
         raise UserError(
-            f"{file}, behind {start} ids: {wrong}; were they made by another tokenizer, or have another dtype?"
+            f"{file}, after {start} ids: {wrong}; were they made by another tokenizer, or do they have another dtype?"
         )
     return Record(f"{file}:{start}", None, ids=part.astype(np.uint32))
 
@@ -94,28 +94,29 @@ def _flat(file: pathlib.Path, form: str, ids: Ids) -> Iterator[Record]:
         yield Record(f"{file}:{start}", None, str(error), ends_file=True)
         return
     if rest:
-        raise UserError(f"{file} is no file of {form}: {len(rest)} bytes are left behind {start} of them")
+        raise UserError(f"{file} is not a file of {form}: {len(rest)} bytes are left after {start} of them")
 
 
 def _refuse_headers(file: pathlib.Path, beginning: bytes) -> None:
     """Refuses files with a header, which a flat file would silently read as tokens."""
     if len(beginning) >= 4 and int.from_bytes(beginning[:4], "little") in _LLM_C:
-        raise UserError(f"{file} begins as the files of llm.c do: --token_files=llm.c")
+        raise UserError(f"{file} begins like a file of llm.c: use --token_files=llm.c")
     if beginning.startswith(_NPY):
-        raise UserError(f"{file} begins as the arrays of NumPy do: --token_files=npy")
+        raise UserError(f"{file} begins like a NumPy array: use --token_files=npy")
 
 
 def _refuse_index(file: pathlib.Path) -> None:
     if _is_megatron(file.with_suffix(".idx")):
-        raise UserError(f"{file} has an index of Megatron-LM beside it: --token_files=megatron")
+        raise UserError(f"{file} has a Megatron-LM index beside it: use --token_files=megatron")
 
 
 def _check_padding(file: pathlib.Path, part: np.ndarray) -> None:
     start = part[: min(len(part), _PADDED) & ~1]
     if len(start) and part.itemsize < 8 and not start[1::2].any() and start[::2].any():
         raise UserError(
-            f"every second of the first {len(start)} ids of {file} is 0, as where ids of {2 * part.itemsize} bytes or more "
-            f"are read as of {part.itemsize}: --token_files={'int64' if part.itemsize == 4 else 'uint32'}, it may be"
+            f"every second one of the first {len(start)} ids of {file} is 0, as if ids of {2 * part.itemsize} bytes "
+            f"or more were read as {part.itemsize} bytes; perhaps use "
+            f"--token_files={'int64' if part.itemsize == 4 else 'uint32'}"
         )
 
 
@@ -124,15 +125,13 @@ def _npy(file: pathlib.Path) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is not an array of NumPy (.npy): {error}") from error
+        raise UserError(f"{file} is not a NumPy array (.npy): {error}") from error
     if not isinstance(array, np.ndarray):
-        raise UserError(f"{file} holds several arrays (.npz); write the one of the ids as .npy")
+        raise UserError(f"{file} holds several arrays (.npz); save the array of ids as .npy")
     if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
-        raise UserError(f"{file} is {array.dtype} {list(array.shape)}, where ids are integers, in a row or in rows")
+        raise UserError(f"{file} is {array.dtype} {list(array.shape)}; ids must be integers in one or two dimensions")
     if not array.flags.c_contiguous:
-        raise UserError(
-            f"{file} has its columns one after another (Fortran's order), not its rows; write it in C's order"
-        )
+        raise UserError(f"{file} is in column-major (Fortran) order; save it in row-major (C) order")
     return array.reshape(-1)
 
 
@@ -141,12 +140,12 @@ def _llm_c(file: pathlib.Path) -> np.ndarray:
     header = np.fromfile(file, "<i4", _LLM_C_HEADER)
     if len(header) < _LLM_C_HEADER or int(header[0]) not in _LLM_C:
         raise UserError(
-            f"{file} does not begin as llm.c's files of tokens do; --token_files={FLAT[0]} is one without a header"
+            f"{file} does not begin like a token file of llm.c; --token_files={FLAT[0]} is for a file without a header"
         )
     dtype = np.dtype(_LLM_C[int(header[0])]).newbyteorder("<")
     begin, count = 4 * _LLM_C_HEADER, int(header[2])
     if (size := file.stat().st_size) != begin + count * dtype.itemsize:
-        raise UserError(f"{file} is damaged: {size} bytes, where its header says {begin + count * dtype.itemsize}")
+        raise UserError(f"{file} is damaged: it has {size} bytes, but its header says {begin + count * dtype.itemsize}")
     return np.memmap(file, dtype, "r", begin, count) if count else np.zeros(0, dtype)
 
 
@@ -155,16 +154,20 @@ def _index_header(file: pathlib.Path) -> tuple[np.dtype, int, int]:
     _refuse_compressed(file)
     index = file.with_suffix(".idx")
     if not _is_megatron(index):
-        raise UserError(f"{file} has no index of Megatron-LM beside it, {index.name}")
+        raise UserError(f"{file} has no Megatron-LM index {index.name} beside it")
     with index.open("rb") as stream:
         content = stream.read(_MEGATRON_HEADER.size)
     if len(content) < _MEGATRON_HEADER.size:
-        raise UserError(f"{index} is damaged: it ends in its header")
+        raise UserError(f"{index} is damaged: it ends within its header")
     _, version, code, sequences, borders = _MEGATRON_HEADER.unpack(content)
     if version != 1 or code not in _MEGATRON_DTYPES:
-        raise UserError(f"{index} has version {version} and dtype {code}; version 1 with one of integers can be read")
+        raise UserError(
+            f"{index} has version {version} and dtype {code}; only version 1 with an integer dtype can be read"
+        )
     if index.stat().st_size < _MEGATRON_HEADER.size + 12 * sequences + 8 * borders:
-        raise UserError(f"{index} is damaged: it ends before {sequences} sequences and {borders} borders of documents")
+        raise UserError(
+            f"{index} is damaged: it ends before its {sequences} sequences and {borders} document boundaries"
+        )
     return np.dtype(_MEGATRON_DTYPES[code]).newbyteorder("<"), sequences, borders
 
 
@@ -180,7 +183,9 @@ def _megatron(file: pathlib.Path, ids: Ids) -> Iterator[Record]:
     within = (lengths >= 0) & (offsets >= 0) & (offsets % dtype.itemsize == 0) & (ends <= size)
     ordered = borders and documents[0] == 0 and documents[-1] == sequences and np.all(np.diff(documents) >= 0)
     if size % dtype.itemsize or not np.all(within) or not ordered:
-        raise UserError(f"{index} is not the index of {file.name}, which has {size} bytes, or either is damaged")
+        raise UserError(
+            f"{index} is not the index of {file.name}, which has {size} bytes, or one of the two is damaged"
+        )
     tokens = np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
     starts = offsets // dtype.itemsize
     for number, (first, last) in enumerate(itertools.pairwise(documents), start=1):
@@ -200,8 +205,10 @@ def _is_megatron(index: pathlib.Path) -> bool:
 
 def _refuse_compressed(file: pathlib.Path) -> None:
     if stripped_suffix(file) != file.suffix.lower():
-        raise UserError(f"{file} is compressed, of which flat ids alone ({', '.join(FLAT)}) can be read; decompress it")
+        raise UserError(
+            f"{file} is compressed, and only flat ids ({', '.join(FLAT)}) can be read compressed; decompress it"
+        )
     if not file.is_file():
         raise UserError(
-            f"{file} is a pipe, of which flat ids alone ({', '.join(FLAT)}) can be read; write it to a file"
+            f"{file} is a pipe, and only flat ids ({', '.join(FLAT)}) can be read from a pipe; write it to a file"
         )

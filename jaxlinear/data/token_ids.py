@@ -40,14 +40,17 @@ class Ids:
     def wrong(self, ids: np.ndarray) -> str | None:
         """Why ``ids`` cannot be the tokenizer's; None if they can."""
         if ids.size and ids.dtype.kind not in "iu":
-            return f"{ids.dtype} where ids are integers"
+            return f"{ids.dtype}, but ids must be integers"
         if ids.ndim != 1 and ids.size:
-            return f"ids in {ids.ndim} dimensions where a list of them is expected"
+            return f"ids in {ids.ndim} dimensions, but they must be one list"
         beyond = np.flatnonzero((ids < 0) | (ids >= self.vocab_size))
         if not len(beyond):
             return None
         at = beyond[0]
-        return f"the id {ids[at]} at {at} is none of the tokenizer's, which are from 0 to {self.vocab_size - 1}"
+        return (
+            f"the id {ids[at]} at position {at} does not belong to the tokenizer, whose ids are 0 to "
+            f"{self.vocab_size - 1}"
+        )
 
     def record(self, origin: str, values: object, field: str) -> Record:
         """The record for the field of one row."""
@@ -57,7 +60,7 @@ class Ids:
             # NumPy turns True into 1 and 2.0 into a float, and makes an object of a number beyond 64 bits.
             strange = next((value for value in values if type(value) is not int), None)
             if strange is not None:
-                return Record(origin, None, f"field {field!r} has {strange!r} where ids are integers")
+                return Record(origin, None, f"field {field!r} has {strange!r}, but ids must be integers")
             values = np.asarray(values)
         if wrong := self.wrong(values):
             return Record(origin, None, f"field {field!r}: {wrong}")
@@ -73,7 +76,7 @@ class Ids:
             ids = record.ids[inside[0] : inside[-1] + 1] if len(inside) else record.ids[:0]
             if len(ids) > len(inside):
                 error = (
-                    f"the document token {self.name!r} ({self.document_token}) is within it; --packed_rows cuts there"
+                    f"the document token {self.name!r} ({self.document_token}) is inside it; --packed_rows cuts there"
                 )
                 yield Record(record.origin, None, error)
             else:
@@ -124,8 +127,8 @@ class Ids:
 
     def _refuse(self, where: str) -> None:
         raise UserError(
-            f"the document token {self.name!r} ({self.document_token}) is nowhere in {where}, so no document ends there; "
-            "--document_token names the one that stands between them"
+            f"the document token {self.name!r} ({self.document_token}) is nowhere in {where}, so no document ends "
+            "there; --document_token names the one between documents"
         )
 
 
@@ -173,17 +176,17 @@ class Agreement:
     def _judge(self) -> None:
         part = self._alike / max(self._runs, 1)
         first = f"the first {self._seen} documents of {self._description}"
-        said = f"{part:.0%} of the ids of {first} are what the tokenizer makes of their text"
+        said = f"{part:.0%} of the ids of {first} match the tokenizer's encoding of their text"
         if part < _HALF:
-            raise UserError(f"only {said}: another tokenizer made them; name that one")
+            raise UserError(f"only {said}: another tokenizer made them; give that one as --tokenizer")
         if part < _MOST:
             _LOG.warning("only %s: was it another tokenizer that made them?", said)
         for end, tokens in (("begin", self._first), ("end", self._last)):
             token, times = tokens.most_common(1)[0]
             if times > self._seen / 2 and self._is_no_text(token):
                 _LOG.warning(
-                    "%d of the first %d documents of %s %s with the token %d, which is no text and stays where it is; "
-                    "--document_token names the one that stands between documents",
+                    "%d of the first %d documents of %s %s with the token %d, which decodes to no text and is kept; "
+                    "--document_token names the one between documents",
                     *(times, self._seen, self._description, end, token),
                 )
 

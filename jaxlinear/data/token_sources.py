@@ -34,12 +34,12 @@ def open_tokens(
     """The source ``name`` as in ``open_source``, but of ``ids``: from the field ``tokens_field`` of its records, or from
     files of the form ``form``. With ``packed_rows`` the rows of a field form one stream, like the ids in a file."""
     if name == "python-stdlib":
-        raise UserError("python-stdlib is text; tokens_field and token_files are for what is tokens already")
+        raise UserError("python-stdlib is text; tokens_field and token_files are for sources of tokens")
     if tokens_field is not None and form is not None:
-        raise UserError("tokens_field is for records and token_files for files of ids; give one of the two")
+        raise UserError("tokens_field is for records and token_files for files of ids; give only one of them")
     if form is not None:
         if packed_rows:
-            raise UserError("packed_rows is for tokens_field; a file of ids is a stream as it is; leave it out")
+            raise UserError("packed_rows is for tokens_field, and a file of ids is already a stream; leave it out")
         return _of_files(name, ids, form, suffixes)
     assert tokens_field is not None
     source = _of_field(name, ids, tokens_field, suffixes)
@@ -50,13 +50,15 @@ def open_tokens(
 
 def _of_files(name: str, ids: Ids, form: str, suffixes: tuple[str, ...] | None) -> Source:
     if form not in token_files.FORMATS:
-        raise UserError(f"token_files={form!r} is none of {', '.join(token_files.FORMATS)}")
+        raise UserError(f"token_files={form!r} must be one of {', '.join(token_files.FORMATS)}")
     if name.startswith("hf:"):
-        raise UserError(f"token_files is for files, and {name} has records; --tokens_field names their field")
+        raise UserError(
+            f"token_files is for files of ids, but {name} has records; name their field with --tokens_field"
+        )
     files = files_of(name, suffixes, token_files.suffixes(form))
     for file in files:
         if not is_plain(file):
-            raise UserError(f"{file} has records, and is no file of ids; --tokens_field names their field")
+            raise UserError(f"{file} has records and is not a file of ids; name their field with --tokens_field")
         token_files.check(file, form)
     pipe = is_pipe(name)
 
@@ -84,7 +86,7 @@ def _of_field(name: str, ids: Ids, field: str, suffixes: tuple[str, ...] | None)
     for file in files:
         if is_plain(file):
             raise UserError(
-                f"{file} has no records, which are JSONL or Parquet; --token_files says what its ids are like"
+                f"{file} is not JSONL or Parquet and has no records; give the format of its ids with --token_files"
             )
     pipe = is_pipe(name)
 

@@ -118,9 +118,9 @@ class JsonTokenizer(Tokenizer):
             if token == self.document_token and name != self.document_token_name:
                 # Whatever ids the file gives them, the package numbers added tokens from the vocabulary size upwards.
                 raise UserError(
-                    f"{origin}: its token {self.document_token_name!r} has the id {token} of {name!r} too, as added tokens "
-                    "get where the ids of the vocabulary have gaps, so a document could forge a boundary; name another "
-                    "token with --document_token"
+                    f"{origin}: its tokens {self.document_token_name!r} and {name!r} have the same id {token}, which "
+                    "happens to added tokens if the vocabulary's ids have gaps, so a document could forge a boundary; "
+                    "name another token with --document_token"
                 )
         self.vocab_size = max(vocabulary.values()) + 1
         # Special tokens are not matched in text; some files list theirs as an ordinary added token.
@@ -181,7 +181,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise UserError(f"a byte-level BPE cannot have {vocab_size} tokens: 256 bytes and the document token make 257")
+        raise UserError(
+            f"a byte-level BPE cannot have {vocab_size} tokens; it must have at least 257, for 256 bytes and the "
+            "document token"
+        )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -206,7 +209,9 @@ def open_tokenizer(path: str, document_token: str | None = None) -> Tokenizer:
         return BytesTokenizer()
     file = pathlib.Path(path)
     if not file.is_file():
-        raise UserError(f"no tokenizer {path!r}: give bpe, bytes, or the path of a tokenizer.json or a .model file")
+        raise UserError(
+            f"there is no tokenizer {path!r}: give bpe, bytes, or the path of a tokenizer.json or a .model file"
+        )
     if file.suffix == ".model":
         return SentencePieceTokenizer(file.read_bytes(), document_token, origin=path)
     return JsonTokenizer(file.read_bytes(), document_token, origin=path)
@@ -216,7 +221,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer saved in ``directory``: a prepared dataset, a run, or a directory written by ``Tokenizer.save``."""
     file = pathlib.Path(directory, INFO_FILE)
     if not file.is_file():
-        raise UserError(f"no tokenizer in {directory}: it has no {INFO_FILE}")
+        raise UserError(f"there is no tokenizer in {directory}: it has no {INFO_FILE}")
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
         kind, name, document_token = info["kind"], info["file"], info["document_token"]
@@ -242,6 +247,6 @@ def _choose_document_token(vocabulary: dict[str, int], wanted: str | None) -> st
     if wanted is not None:
         raise UserError(f"the tokenizer has no token {wanted!r} to separate documents with")
     raise UserError(
-        f"the tokenizer has none of {', '.join(candidates)} to separate documents with; name its token with "
+        f"the tokenizer has none of {', '.join(candidates)} to separate documents with; name its own with "
         "--document_token"
     )

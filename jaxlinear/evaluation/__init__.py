@@ -58,7 +58,7 @@ def scalars(report: dict[str, Any]) -> dict[str, dict[str, float]]:
 def check_names(specs: Sequence[str]) -> None:
     """Raises ``UserError`` for a task that does not exist, or if no task is named."""
     if not specs:
-        raise UserError(f"no task is named; there are {', '.join(TASKS)}")
+        raise UserError(f"no task is given; the tasks are {', '.join(TASKS)}")
     for spec in specs:
         find(spec)
 
@@ -67,7 +67,7 @@ def find(spec: str) -> ModuleType:
     """The module of the task ``NAME:option=VALUE:...``."""
     name = spec.split(":")[0]
     if name not in TASKS:
-        raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
+        raise UserError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
     return importlib.import_module(f"jaxlinear.evaluation.{TASKS[name]}")
 
 

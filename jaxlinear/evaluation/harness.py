@@ -61,7 +61,7 @@ class HarnessModel(TemplateLM):
         pairs = []
         for (context, continuation), before, after in requests:
             if not after:
-                raise UserError(f"the tokenizer leaves nothing of {continuation!r} behind {context[-40:]!r}")
+                raise UserError(f"the tokenizer leaves nothing of {continuation!r} after {context[-40:]!r}")
             pairs.append((self._begun(before), tuple(after)))
         scores = self._scorer.score(pairs)
         for (texts, _, _), score in zip(requests, scores, strict=True):
@@ -137,7 +137,7 @@ def _sampling(arguments: dict[str, Any]) -> tuple[list[str], int, generation.Sam
     ``do_sample`` samples, by default at temperature 1, and so does a temperature alone. Null means not given."""
     known = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
     if unknown := sorted(set(arguments) - known):
-        raise UserError(f"generation with {unknown[0]} is not supported; there are {', '.join(sorted(known))}")
+        raise UserError(f"generation with {unknown[0]} is not supported; the options are {', '.join(sorted(known))}")
     given = {name: value for name, value in arguments.items() if value is not None}
 
     def number(name: str, default: float) -> float:
@@ -232,17 +232,19 @@ def _split(spec: str) -> tuple[str, dict[str, Any]]:
     """The task's name and its options, as values."""
     name, texts = specs.split(spec.removeprefix("harness").removeprefix(":"))
     if not name:
-        raise UserError(f"{spec!r} names no task; write harness:NAME, as harness:piqa, or harness:FILE.yaml")
+        raise UserError(
+            f"{spec!r} does not name a task; write harness:NAME, such as harness:piqa, or harness:FILE.yaml"
+        )
     return name, {option: _value(spec, option, text) for option, text in texts.items()}
 
 
 def _value(spec: str, option: str, text: str) -> Any:
     if option not in _OPTIONS:
-        raise UserError(f"{spec!r}: there is no option {option!r}; there are {', '.join(_OPTIONS)}")
+        raise UserError(f"{spec!r}: there is no option {option!r}; the options are {', '.join(_OPTIONS)}")
     try:
         value = _OPTIONS[option](text)
     except ValueError:
-        raise UserError(f"{spec!r}: {option} is a whole number, not {text!r}") from None
+        raise UserError(f"{spec!r}: {option} must be a whole number, not {text!r}") from None
     if option in _LEAST and value < _LEAST[option]:
         raise UserError(f"{spec!r}: {option}={text} must be at least {_LEAST[option]}")
     return value
@@ -253,10 +255,10 @@ def _load(name: str, data: str | None) -> tuple[TaskManager, list[Any]]:
     file = Path(name) if name.endswith((".yaml", ".yml")) else _find(name)
     if file is None:
         if data is not None:
-            raise UserError(f"{name!r} has no file of its own in lm_eval, so data={data} cannot be its data")
+            raise UserError(f"{name!r} is not a single task file of lm_eval, so data={data} cannot replace its data")
         manager = TaskManager()
         if name not in manager.all_tasks:
-            raise UserError(f"lm_eval has no task {name!r}; `lm-eval ls tasks` lists those that it has")
+            raise UserError(f"lm_eval has no task {name!r}; `lm-eval ls tasks` lists its tasks")
         loaded = _loaded(manager, name, name)
         return manager, [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
     if not file.is_file():
@@ -289,7 +291,10 @@ def _check(spec: str, tasks: dict[str, Any], fewshot: int | None) -> None:
     """Raises ``UserError`` for tasks that have more than text or need unsupported kinds of generation, and for more
     few-shot examples than there are. Otherwise these would fail with a traceback, or only after the work."""
     for name, task in tasks.items():
-        for attribute, reason in (("UNSAFE_CODE", "runs what the model writes"), ("MULTIMODAL", "has more than text")):
+        for attribute, reason in (
+            ("UNSAFE_CODE", "runs code that the model writes"),
+            ("MULTIMODAL", "uses more than text"),
+        ):
             if getattr(task, attribute, False):
                 raise UserError(f"{spec!r}: {name} {reason}, which is not supported")
         if not isinstance(task, ConfigurableTask):
@@ -304,7 +309,8 @@ def _check(spec: str, tasks: dict[str, Any], fewshot: int | None) -> None:
             most = len(examples) - (task.fewshot_cfg.split == task.config.test_split)  # without the question itself
             if shots > most:
                 raise UserError(
-                    f"{spec!r}: {name} has no {shots} examples for a question; fewshot={max(most, 0)} is the most"
+                    f"{spec!r}: {name} does not have {shots} examples per question; the largest possible is "
+                    f"fewshot={max(most, 0)}"
                 )
 
 
@@ -324,9 +330,9 @@ def _with_data(file: Path, data: Path) -> str:
     """A task file like ``file`` that takes its questions and few-shot examples from ``data``, as a single test split, in
     which the harness excludes a question from its own examples."""
     if data.suffix not in _BUILDERS:
-        raise UserError(f"data={data}: its name has to end in {', '.join(_BUILDERS)}")
+        raise UserError(f"data={data}: its name must end in {', '.join(_BUILDERS)}")
     if not data.is_file():
-        raise UserError(f"data={data}: there is no such file")
+        raise UserError(f"data={data}: the file does not exist")
     path = str(data.absolute()).replace("'", "''")
     return f"""include: '{str(file.absolute()).replace("'", "''")}'
 dataset_path: {_BUILDERS[data.suffix]}

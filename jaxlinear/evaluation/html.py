@@ -60,7 +60,7 @@ def figure(svg: str, caption: str, *, name: str) -> str:
     """An SVG document within the page. ``name``, unique on the page, keeps the ids of figures apart."""
     start = svg.find("<svg")
     if start < 0:
-        raise ValueError("this is no SVG document")
+        raise ValueError("this is not an SVG document")
     inner = re.sub(r"<metadata>.*?</metadata>", "", svg[start:], flags=re.DOTALL)
     inner = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", inner)  # not needed in HTML
     for pattern in (r'(\bid=")', r'(href="#)', r"(url\(#)"):

@@ -26,9 +26,7 @@ LENGTHS = (1, 2, 4, 8)  # multiples of the training length, where the dataset su
 def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any]]:
     """A function that measures the losses of a run on a held-out split. The spec has no options."""
     if spec != "perplexity":
-        raise UserError(
-            f"{spec!r}: perplexity takes no options of this kind; --lengths, --batches and --data are its own"
-        )
+        raise UserError(f"{spec!r}: perplexity takes no options after a colon; use --lengths, --batches and --data")
     lengths, batches, batch_tokens = options.lengths, options.batches, options.batch_tokens
     if batches < 0 or batch_tokens < 0:
         raise UserError(f"batches={batches} and batch_tokens={batch_tokens} must not be negative")
@@ -48,7 +46,7 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
                 raise UserError(f"length {multiple} x {training.sequence_length}: {error}") from error
             left_out.append({"multiple": multiple, "length": length, "reason": str(error)})
     if not plans:
-        raise UserError(left_out[0]["reason"] if left_out else "no length is asked for")
+        raise UserError(left_out[0]["reason"] if left_out else "--lengths is empty; give at least one")
 
     def measure() -> dict[str, Any]:
         loss_step = run.program("loss", lambda: make_loss_step(run.config, run.architecture, run.mesh))
@@ -95,7 +93,7 @@ def _dataset(run: Run, path: str | None) -> Path:
                 f"the run in {run.workdir} was trained on {run.config.data.task}, not on text; evaluate it with "
                 f"--tasks={run.config.data.task.split(':')[0]}"
             )
-        raise UserError(f"the run in {run.workdir} names no dataset; name one with --data")
+        raise UserError(f"the run in {run.workdir} has no dataset; give one with --data")
     return Path(heldout_path(run.config))
 
 
@@ -117,9 +115,9 @@ def _read_manifest(run: Run, path: Path) -> data.Manifest:
 def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int, limit: int) -> dict[str, Any]:
     """Arguments of ``heldout_batches`` for rows of ``length``; refuses a length that cannot work."""
     if length < 1:
-        raise UserError("a length is a multiple of the training length, at least 1")
+        raise UserError("the multiple of the training length must be at least 1")
     if length > targets:
-        raise UserError(f"it is {length} tokens, and the held-out split of {path} has {targets} targets in all")
+        raise UserError(f"it is {length} tokens, but the held-out split of {path} has only {targets} targets")
     shards, groups = (math.prod(run.mesh.shape[axis] for axis in sharding.RULES[name]) for name in ("time", "batch"))
     if length % shards:
         raise UserError(f"it is {length} tokens, which mesh.sequence={shards} does not divide")
@@ -160,8 +158,8 @@ def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byt
     loss = float(totals.sum() / counts.sum())
     if not math.isfinite(loss):
         raise UserError(
-            f"the loss of {run.workdir} at step {run.step} and length {length} is {loss}: the model's own numbers are not "
-            "finite; an earlier checkpoint may be better (--step)"
+            f"the loss of {run.workdir} at step {run.step} and length {length} is {loss}: the model's own values are "
+            "not finite; try an earlier checkpoint (--step)"
         )
     return {
         "length": length,

@@ -56,11 +56,13 @@ def with_pattern(config: config_dict.ConfigDict, name: str, changes: Mapping[str
         section, field = key.split(".")
         kind = configs.kind(key)
         if kind not in _KINDS:
-            raise UserError(f"{name}: {key} is a {kind.__name__}; a pattern's own keys are numbers and names")
+            raise UserError(
+                f"{name}: {key} is a {kind.__name__}; only keys that are numbers or names can be set for a pattern"
+            )
         try:
             config[section][field] = kind(text)
         except ValueError:
-            raise UserError(f"{name}: {key}={text} is no {kind.__name__}") from None
+            raise UserError(f"{name}: {key}={text} is not of type {kind.__name__}") from None
     if not config.data.task:
         raise UserError("data.task is not set: there is nothing to recall; configs/mqar.py sets it")
     return config
@@ -72,7 +74,9 @@ def check(config: config_dict.ConfigDict, specs: Sequence[str]) -> None:
     names = [split(spec)[0] for spec in specs]
     for spec, name in zip(specs, names, strict=True):
         if names.count(name) > 1:
-            raise UserError(f"{name} is named {names.count(name)} times; give each a call with a --workdir of its own")
+            raise UserError(
+                f"{name} is named {names.count(name)} times; run each separately with a --workdir of its own"
+            )
         configs.resolve(with_pattern(config, name, split(spec)[1]))
 
 

@@ -66,7 +66,7 @@ def open_run(workdir: str | os.PathLike, step: int | None = None, mesh: Sequence
     if step is None:  # fixed here, since a run in progress may save another one at any time
         steps = Checkpoints(workdir).steps()
         if not steps:
-            raise UserError(f"{workdir} holds no checkpoint that was completed")
+            raise UserError(f"{workdir} has no completed checkpoint")
         step = steps[-1]
     model = load(workdir, step, mesh=devices)
     return Run(

@@ -26,7 +26,7 @@ class Scorer:
 
     def __init__(self, run: Run, batch_tokens: int):
         if run.mesh.shape["sequence"] > 1:
-            raise UserError("rows are shared by devices here, not their time; leave --mesh=sequence out")
+            raise UserError("devices share the rows here, not the time of each row; leave --mesh=sequence out")
         self._run, self._batch_tokens = run, batch_tokens
         self._groups = math.prod(run.mesh.shape[axis] for axis in sharding.RULES["batch"])
         self._context = run.architecture.config.context if "attention" in run.architecture.config.layers else None
@@ -171,7 +171,7 @@ def _check_finite(scores: Sequence[float]) -> None:
     """Refuses scores that are not finite: a NaN would count as the largest in comparisons."""
     wrong = sum(not math.isfinite(score) for score in scores)
     if wrong:
-        raise UserError(f"the scores of {wrong} of {len(scores)} texts are not finite: the model's own numbers are not")
+        raise UserError(f"the scores of {wrong} of {len(scores)} texts are not finite: the model's own values are not")
 
 
 def _take(tree, rows, axis: int):

@@ -91,12 +91,12 @@ def check(
     config = configs.resolve(config)
     length = min(config.training.sequence_length, _LENGTH) if length is None else length
     if length < 2 * _RAGGED:
-        raise UserError(f"{length} tokens are too few to check kernels with; take {2 * _RAGGED} or more")
+        raise UserError(f"{length} tokens are too few to check kernels; use {2 * _RAGGED} or more")
     host = _host()
     lengths = {kind: length - _RAGGED if kind == check_inputs.MIXED else length for kind in check_inputs.KINDS}
     found = {tokens: _calls(config, device, rows, tokens) for tokens in set(lengths.values())}
     if not found[length]:
-        raise UserError(f"no operation of {'+'.join(config.model.pattern)} may be a kernel: there is nothing to check")
+        raise UserError(f"no operation of {'+'.join(config.model.pattern)} can be a kernel: there is nothing to check")
     for i, call in enumerate(found[length]):
         for kind in check_inputs.kinds_of(call):
             yield (checked := _check(found[lengths[kind]][i], kind, device, host))
@@ -109,7 +109,7 @@ def _host() -> jax.Device:
         return jax.devices("cpu")[0]
     except RuntimeError as error:
         raise UserError(
-            f"the check needs the CPU beside the device, so no JAX_PLATFORMS that leaves it out: {error}"
+            f"the check needs the CPU as well as the device, so JAX_PLATFORMS must not leave it out: {error}"
         ) from None
 
 

@@ -48,20 +48,22 @@ def render(
       queue: the Kueue queue in which the set waits.
     """
     if request.kind not in _TPUS | _GPUS:
-        raise UserError(f"GKE needs to know which nodes: {', '.join(_TPUS | _GPUS)}, not {request.target}")
+        raise UserError(
+            f"--platform=gke needs a target with known nodes, one of {', '.join(_TPUS | _GPUS)}, not {request.target}"
+        )
     if not image:
         raise UserError("--platform=gke needs --image, a container with this project in its working directory")
     hosts = request.hosts // request.slices
     if request.slices > 1 and hosts == 1:
         raise UserError(
-            f"{request.target}: GKE joins slices of several hosts alone, so none of {request.shape} chips; one slice of as "
-            "many chips, or larger ones, can be had"
+            f"{request.target}: GKE joins only slices of several hosts, and one of {request.shape} chips has one "
+            "host; use one slice of as many chips, or larger slices"
         )
     grace = grace or (_SPOT_GRACE if spot else 300)
     if spot and grace > _MOST_SPOT_GRACE:
         raise UserError(
-            f"--grace={grace}: spot nodes are gone {_SPOT_GRACE} seconds after SIGTERM, or up to {_MOST_SPOT_GRACE} where "
-            f"their node pool says so; with --spot --grace is at most {_MOST_SPOT_GRACE}"
+            f"--grace={grace}: spot nodes are gone {_SPOT_GRACE} seconds after SIGTERM, or up to {_MOST_SPOT_GRACE} "
+            f"if their node pool allows it; with --spot, --grace must be at most {_MOST_SPOT_GRACE}"
         )
     volumes, mounted = _volumes(mounts)
     paths = [PurePosixPath(mount["mountPath"]) for mount in mounted]
@@ -69,8 +71,8 @@ def render(
     if ".." in workdir.parts or not any(workdir.is_relative_to(path) for path in paths):
         below = " or ".join(map(str, paths)) or "/PATH of a --mount=gs://BUCKET:/PATH or --mount=CLAIM:/PATH"
         raise UserError(
-            f"--workdir={request.workdir} would lie on a pod's own disk, which goes with the pod and which other pods do "
-            f"not see; give one below {below}"
+            f"--workdir={request.workdir} would be on a pod's own disk, which is lost with the pod and not visible to "
+            f"other pods; give one below {below}"
         )
     on_tpu = request.platform == "tpu"
     resource = "google.com/tpu" if on_tpu else "nvidia.com/gpu"
@@ -167,7 +169,7 @@ def _volumes(mounts: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str
     for i, mount in enumerate(mounts):
         given = re.fullmatch(r"(?:gs://([^:/]+)|([^:/]+)):(/[^:]+)", mount)
         if given is None:
-            raise UserError(f"--mount={mount!r} is neither gs://BUCKET:/PATH nor CLAIM:/PATH")
+            raise UserError(f"--mount={mount!r} must be gs://BUCKET:/PATH or CLAIM:/PATH")
         bucket, claim, path = given.groups()
         source: dict[str, Any] = {"persistentVolumeClaim": {"claimName": claim}}
         if bucket:

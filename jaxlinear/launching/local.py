@@ -30,9 +30,7 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
         raise UserError(f"--processes={processes} does not divide {request.devices} devices")
     environments = [_environment(request, i, processes) for i in range(processes)]
     if shutil.which(request.python) is None:
-        raise UserError(
-            f"--python={request.python}: this machine has no such program; by default it is {sys.executable}"
-        )
+        raise UserError(f"--python={request.python}: this machine has no such program; the default is {sys.executable}")
     told = False
     running: list[subprocess.Popen] = []
 
@@ -58,7 +56,7 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
                 time.sleep(_PAUSE)
             if status != PREEMPTED or told or not requeue:
                 return status
-            print("the run was preempted: it goes on", file=sys.stderr, flush=True)
+            print("the run was preempted: restarting it", file=sys.stderr, flush=True)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -78,7 +76,7 @@ def _environment(request: Request, process: int, processes: int) -> dict[str, st
         names = [str(i) for i in range(request.devices)] if visible is None else [x for x in visible.split(",") if x]
         if len(names) < request.devices:
             raise UserError(
-                f"CUDA_VISIBLE_DEVICES={visible} names {len(names)} GPUs, --target={request.target} asks for "
+                f"CUDA_VISIBLE_DEVICES={visible} names {len(names)} GPUs, but --target={request.target} asks for "
                 f"{request.devices}; name as many, or ask for fewer"
             )
         each = request.devices // processes

@@ -71,8 +71,8 @@ def check_flags(arguments: Sequence[str]) -> None:
         if not argument.startswith("-") or not re.fullmatch(rf"(no)?config\..*|{'|'.join(_FLAGS)}", name):
             near = difflib.get_close_matches(name, _FLAGS, n=1, cutoff=0.0)[0]
             raise UserError(
-                f"{argument!r} is none of the options of {_PROGRAM} that are given here, --config, --config.section.key "
-                f"and --workdir; did you mean --{near}=...?"
+                f"{argument!r} is not one of the options of {_PROGRAM} that can be given here, --config, "
+                f"--config.section.key and --workdir; did you mean --{near}=...?"
             )
 
 
@@ -90,22 +90,25 @@ def make(target: str, name: str | None, arguments: Sequence[str], *, python: str
     if size not in (shapes := targets.SLICES.get(kind, (size,))):
         nearest = min(shapes, key=lambda one: abs(math.prod(map(int, one.split("x"))) - chips))
         raise UserError(
-            f"there is no slice {kind}:{size}; those of {kind} are {', '.join(shapes)}, of which {nearest} is the nearest"
+            f"there is no slice {kind}:{size}; the slices of {kind} are {', '.join(shapes)}, and the nearest is "
+            f"{nearest}"
         )
     full = on_a_host or _ON_A_HOST[kind]
     hosts, rest = divmod(chips, full)
     if rest and hosts:
         raise UserError(
-            f"{target}: more than {full} devices are whole hosts of as many; --devices_a_host says how many"
+            f"{target}: more than {full} devices must fill whole hosts; --devices_a_host gives the number per host"
         )
     given = (re.fullmatch(r"--?(workdir|config)=(.*)", argument) for argument in arguments)
     values = {found[1]: found[2] for found in given if found}
     for key in ("config", "workdir"):
         if not values.get(key):
-            raise UserError(f"the training command has no --{key}=...; it is what follows after --")
+            raise UserError(f"the training command (after --) needs --{key}=...")
     name = name or re.sub(r"[^a-z0-9]+", "-", values["workdir"].rstrip("/").rpartition("/")[2].lower()).strip("-")
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
-        raise UserError(f"--name={name!r} is no name for a job; it is a letter, then letters, digits and -, at most 40")
+        raise UserError(
+            f"--name={name!r} is not a job name; it must be a letter, then letters, digits and -, at most 40 characters"
+        )
     shape = size if kind in targets.DIMENSIONS else None
     return Request(
         name=name,

@@ -11,13 +11,14 @@ from jaxlinear.scaling.hardware import PEAK_FLOPS
 from jaxlinear.scaling.programs import Collective
 
 ASSUMPTIONS = (
-    "every product at the matrix unit's peak, those of float32 at their default precision: one pass of bfloat16 on TPU, "
-    "TF32 on GPU, half as fast; recurrences and elementwise work free",
-    "of memory only the state, read and written once, and activations kept for the backward pass, written and read",
-    "collectives one after the other, each at the full rate of all the links that its devices may use; between slices at "
-    "what the network of the data centre has for each chip",
-    "the least time hides the two smaller of the three behind the largest, but for collectives beside which the program "
-    "computes nothing; the most hides nothing",
+    "every product runs at the matrix unit's peak, in float32 at its default precision: one pass of bfloat16 on TPU, "
+    "TF32 on GPU, half as fast; recurrences and elementwise work are free",
+    "memory traffic is only the state, read and written once, and the activations kept for the backward pass, written "
+    "and read",
+    "collectives run one after another, each at the full rate of all links that its devices can use; between slices "
+    "at the data-centre network's rate per chip",
+    "the least time overlaps products, memory and collectives, except for collectives during which the program computes "
+    "nothing; the most overlaps nothing",
 )
 
 
@@ -74,7 +75,7 @@ def times(
     products. ``collectives`` is None if they are not known; ``flops_counted`` is False if ``flops`` are not all."""
     device = device_of(kind)
     if kind not in PEAK_FLOPS:
-        raise UserError(f"the peak of {kind} is not known (jaxlinear/scaling/hardware.py)")
+        raise UserError(f"the peak FLOPs of {kind} are unknown (jaxlinear/scaling/hardware.py)")
     peak = PEAK_FLOPS[kind]
     # Products that ask for more precision are slower: the least time remains a bound.
     rate = peak / 2 if dtype == "float32" and not kind.startswith("TPU") else peak

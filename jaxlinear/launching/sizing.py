@@ -219,4 +219,4 @@ def _used(error: JaxRuntimeError, arguments: int) -> int:
     for pattern, besides in ((_OUT_OF_MEMORY, 0), (_OUT_OF_TEMPORARIES, arguments)):
         if found := pattern.search(str(error)):
             return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) + besides
-    raise UserError(f"the compiler refuses the program: {str(error).splitlines()[0]}") from error
+    raise UserError(f"the compiler rejects the program: {str(error).splitlines()[0]}") from error

@@ -16,15 +16,15 @@ def table(sized: Sizing) -> str:
         f"{sized.parameters:,} parameters on {sized.devices} devices, {sized.target}: {_mesh(sized)}, remat "
         f"{sized.remat}, microbatches {sized.microbatches}",
         "",
-        f"memory of a device, of {_gib(limit)}:",
+        f"memory per device, of {_gib(limit)}:",
     ]
     kinds = ("parameters", "optimizer", "batch", "gradients", "activations", "temporaries", "code")
     lines += [f"  {name:24} {_gib(getattr(memory, name)):>11}" for name in kinds]
-    lines += [f"  {'in all':24} {_gib(memory.total):>11}   {_verdict(sized)}", ""]
+    lines += [f"  {'total':24} {_gib(memory.total):>11}   {_verdict(sized)}", ""]
     rows = roofline.grouped(sized.collectives or ())
     if rows:
         lines.append(
-            f"{'collectives of a step':26} {'over':20} {'devices':>7} {'runs':>6} {'received':>11} {'hidden':>7}"
+            f"{'collectives per step':26} {'over':20} {'devices':>7} {'runs':>6} {'received':>11} {'hidden':>7}"
         )
         for row in rows[:_SHOWN]:
             hidden = f"{row.hidden / row.runs:.0%}"
@@ -36,29 +36,29 @@ def table(sized: Sizing) -> str:
         lines.append("")
     lines += [*sized.choices, ""] if sized.choices else []
     time = sized.time
-    exchanges, most = "not known, as there is no program", ""
+    exchanges, most = "not known, since there is no program", ""
     if time.exchanges is not None:
         exchanges = f"{time.exchanges:.4f}, of which {time.waited:.4f} waited for"
         if not time.counted:
-            exchanges = f">= {exchanges}, as loops of unknown trips count once"
+            exchanges = f">= {exchanges}, since loops of unknown trip count are counted once"
     executed, products, mfu = f"{sized.executed_flops:.3e}", f"{time.products:.4f}", f"MFU at most {_mfu(sized)}"
     if not time.products_counted:
         executed, products = f">= {executed}", f">= {products}"
-        mfu = "MFU is not bounded, as products in loops of unknown trips count once"
+        mfu = "MFU is not bounded, since products in loops of unknown trip count are counted once"
     if time.most is not None:
         most = f", {time.most:.4f} s if nothing were hidden"
     lines += [
-        f"FLOPs of a step             {sized.flops:.3e} by formula, {executed} in the program's products",
-        f"least seconds of a step     products {products}, memory {time.memory:.4f}, exchanges {exchanges}",
+        f"FLOPs per step              {sized.flops:.3e} by formula, {executed} in the program's products",
+        f"least seconds per step      products {products}, memory {time.memory:.4f}, exchanges {exchanges}",
         f"  so at least {time.least:.4f} s{most}; {mfu}",
-        f"tokens                      {sized.tokens_a_step:,} a step, at most {sized.tokens_a_day:.3e} a day; "
+        f"tokens                      {sized.tokens_a_step:,} per step, at most {sized.tokens_a_day:.3e} per day; "
         f"{sized.steps:,} steps take at least {sized.days:.2f} days",
     ]
     if sized.xla_seconds is not None:
         lines.append(f"XLA's own estimate          {sized.xla_seconds:.4f} s, each loop's body counted once")
     if sized.xla_cycles is not None:
         lines.append(
-            f"XLA's estimate of a device  {sized.xla_cycles / 1e6:.1f} million cycles, loops by their trips, without "
+            f"XLA's estimate per device   {sized.xla_cycles / 1e6:.1f} million cycles, loops by their trip counts, without "
             "kernels and exchanges"
         )
     lines += [f"  assumed: {text}" for text in roofline.ASSUMPTIONS]
@@ -80,9 +80,9 @@ def ranking(found: Sequence[Sizing]) -> str:
 def advice(candidates: Sequence[Candidate]) -> str:
     """For a config that does not fit: settings that should, by the estimates."""
     if not candidates:
-        return "by reckoning no mesh, remat policy and number of microbatches fits this batch on these devices"
+        return "by estimate, no mesh, remat policy and number of microbatches fits this batch on these devices"
     best = candidates[0]
-    return f"by reckoning this would fit, with {_gib(best.memory)} (--search=4 compiles it and others): {best.flags()}"
+    return f"by estimate, this would fit with {_gib(best.memory)} (--search=4 compiles it and others): {best.flags()}"
 
 
 def _verdict(sized: Sizing) -> str:

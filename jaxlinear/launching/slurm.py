@@ -38,24 +38,22 @@ def render(
       restarts: how often a failure is followed by another start; preemptions do not count.
     """
     if request.platform != "gpu":
-        raise UserError(f"SLURM runs on GPUs here, not on {request.target}; --platform=tpu_vm, gke or local may")
+        raise UserError(f"SLURM runs on GPUs here, not on {request.target}; try --platform=tpu_vm, gke or local")
     tasks = {"device": request.chips_a_host, "host": 1}
     if per not in tasks:
-        raise UserError(f"--processes_per={per!r} can be device or host")
+        raise UserError(f"--processes_per={per!r} must be device or host")
     options = options or {}
     for name in options:
         if name == "no-requeue":
             raise UserError(
-                "--sbatch=no-requeue: a run that was preempted goes back into the queue, which it would forbid"
+                "--sbatch=no-requeue: a preempted run must go back into the queue, which this option forbids"
             )
         if len(name) < 2:
-            raise UserError(
-                f"--sbatch={name}: options are known here by their long names, as in --sbatch=partition=gpu"
-            )
+            raise UserError(f"--sbatch={name}: give the option by its long name, such as --sbatch=partition=gpu")
     if grace >= 60 * minutes and not {"time", "signal"} & set(options):
         raise UserError(
-            f"--grace={grace}: with --minutes={minutes} the run would be told to end whenever it begins; "
-            f"--grace must be less than {60 * minutes}"
+            f"--grace={grace}: with --minutes={minutes} the run would be told to end as soon as it begins; --grace "
+            f"must be less than {60 * minutes}"
         )
     settings: dict[str, str | None] = {
         "job-name": request.name,
@@ -101,7 +99,7 @@ case "$status" in
   *)
     echo "status $status" >> "$failures" || exit "$status"
     if [ "$(wc -l < "$failures")" -gt {restarts} ]; then
-      echo "the run failed with status $status, after {restarts} restarts ($failures); sbatch it again, and it goes on" >&2
+      echo "the run failed with status $status, after {restarts} restarts ($failures); submit it again to resume it" >&2
       exit "$status"
     fi
     ;;
@@ -110,7 +108,7 @@ for pause in 15 30 60 60 60 0; do # the controller may be starting again
   scontrol requeue "$SLURM_JOB_ID" && exit "$status"
   sleep "$pause"
 done
-echo "SLURM did not take the job back into the queue; sbatch it again, and the run goes on" >&2
+echo "SLURM did not take the job back into the queue; submit it again to resume it" >&2
 exit "$status"
 """
 
@@ -121,7 +119,7 @@ def named(options: Sequence[str]) -> dict[str, str | None]:
     for option in options:
         name, equals, value = option.lstrip("-").partition("=")
         if name in found:
-            raise UserError(f"--sbatch={option}: {name} is given twice, of which sbatch takes the last; leave one out")
+            raise UserError(f"--sbatch={option}: {name} is given twice, and sbatch takes only the last; leave one out")
         found[name] = value if equals else None
     return found
 
@@ -131,5 +129,5 @@ def _option(name: str, value: str | None) -> str:
     if value is None:
         return f"#SBATCH --{name}\n"
     if re.search(r'["\r\n]', value):
-        raise UserError(f"#SBATCH --{name}: {value!r} has a line break or a double quote; sbatch takes it without")
+        raise UserError(f"#SBATCH --{name}: {value!r} has a line break or a double quote, which sbatch does not take")
     return f'#SBATCH --{name}="{value}"\n' if re.search(r"[\s#']", value) else f"#SBATCH --{name}={value}\n"

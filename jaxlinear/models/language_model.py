@@ -164,16 +164,14 @@ class LanguageModel(nnx.Module):
         add to the objective, averaged over layers."""
         config = self.config
         if tokens.ndim != 2:
-            raise UserError(f"tokens of shape {tokens.shape}; they are [B, T]")
+            raise UserError(f"tokens are {tokens.shape}; they must be [B, T]")
         if segment_ids is not None and segment_ids.shape != tokens.shape:
-            raise UserError(
-                f"segment_ids of shape {segment_ids.shape} for tokens of shape {tokens.shape}; they are one a token"
-            )
+            raise UserError(f"segment_ids {segment_ids.shape} must be one per token, [B, T] = {tokens.shape}")
         if state is not None and state["segment"].shape != tokens.shape[:1]:
-            raise UserError(f"a state of {len(state['segment'])} rows for tokens of shape {tokens.shape}")
+            raise UserError(f"a state of {len(state['segment'])} rows does not fit tokens {tokens.shape}")
         for size, what in zip(tokens.shape, ("row", "time step"), strict=True):
             if not size:
-                raise UserError(f"tokens of shape {tokens.shape} have no {what}; the model takes at least 1")
+                raise UserError(f"tokens {tokens.shape} have no {what}; the model needs at least 1")
         if tokens.shape[1] > 1:
             mixers.check_over_sequence(config.pattern, sharding.parts("time"))
         if state is not None and segment_ids is not None:

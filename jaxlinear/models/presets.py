@@ -274,5 +274,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 def find(name: str) -> dict[str, Any]:
     """The preset's values, by keys of the ``model`` section."""
     if name not in PRESETS:
-        raise UserError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+        raise UserError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}")
     return PRESETS[name]

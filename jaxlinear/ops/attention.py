@@ -58,7 +58,8 @@ def causal_attention(
     segment_ids = checks.segment_ids("causal_attention", segment_ids, q.shape[0], keys)
     if isinstance(offset, int | np.integer) and not 0 <= offset <= keys - length:
         raise UserError(
-            f"causal_attention: offset is {offset}; of {length} queries on {keys} keys it is 0 to {keys - length}"
+            f"causal_attention: offset is {offset}; with {length} queries on {keys} keys it must be 0 to "
+            f"{keys - length}"
         )
     scale = checks.scale("causal_attention", q.shape[3], scale)
     if choose("causal_attention", backend, q, k, v, offset=offset) == "pallas":
@@ -96,16 +97,18 @@ def choose(operation: str, backend: str, q: jax.Array, k: jax.Array, v: jax.Arra
 
     def refusal(platform: str) -> str | None:
         if offset is not None:
-            return "the kernel takes no offset: its queries are the last of the keys"
+            return "the kernel takes no offset: its queries are at the last positions of the keys"
         if platform == "gpu" and max(q.shape[3], v.shape[3]) > _WIDEST_ON_GPU:
-            return f"the kernel for GPU takes up to {_WIDEST_ON_GPU} channels a head, not {max(q.shape[3], v.shape[3])}"
+            return (
+                f"the kernel for GPU takes up to {_WIDEST_ON_GPU} channels per head, not {max(q.shape[3], v.shape[3])}"
+            )
         for x in (q, k, v):
             if platform == "gpu" and x.dtype != jnp.bfloat16:
                 return f"the kernel for GPU takes bfloat16, not {x.dtype}"
             if x.dtype not in (jnp.float32, jnp.bfloat16):
                 return f"the kernel takes float32 and bfloat16, not {x.dtype}"
         if k.shape[2] != q.shape[2] and backends.target().platform != "gpu" and backends.indices_are_wide():
-            return "JAX's kernel shares no keys between heads under jax_enable_x64"
+            return "JAX's kernel cannot share keys between heads under jax_enable_x64"
         return None
 
     return backends.kernel_or_chunks(operation, backend, q.shape[1] < _FEW, (), refusal)

@@ -72,15 +72,15 @@ def no_kernels(*shapes: tuple[int, ...]) -> str | None:
     """Why no kernel can be built for this device or for arrays of such shapes, or None."""
     for shape in shapes:
         if 0 in shape:
-            return f"the kernel takes no empty arrays, not one of {list(shape)}"
+            return f"the kernel takes no empty arrays, such as this one of shape {list(shape)}"
     _, kind, _, gpu = target()
     if gpu is None:
         return None
     if gpu.capability is None:
-        return f"the kernels for GPU are for NVIDIA's, not for {kind}"
+        return f"the kernels for GPU run on NVIDIA GPUs only, not on {kind}"
     if gpu.capability < _OLDEST:
         least, has = (".".join(map(str, number)) for number in (_OLDEST, gpu.capability))
-        return f"the kernels for GPU take compute capability {least} (A100) or more, not {has} ({kind})"
+        return f"the kernels for GPU need compute capability {least} (A100) or higher, not {has} ({kind})"
     return None
 
 
@@ -92,7 +92,7 @@ def indices_are_wide() -> bool:
 def no_compiler() -> str | None:
     """Why no kernel can be compiled even for arrays that it takes, or None."""
     if platform() in COMPILED and indices_are_wide():
-        return "the kernel is compiled for indices of 32 bits, and jax_enable_x64 makes them 64"
+        return "the kernel is compiled for 32-bit indices, and jax_enable_x64 makes them 64-bit"
     return None
 
 
@@ -124,6 +124,6 @@ def kernel_or_chunks(
     if reason is None:
         return "pallas"
     if backend == "pallas":
-        raise UserError(f"{operation}: {reason}; backend='chunked' runs it")
+        raise UserError(f"{operation}: {reason}; use backend='chunked'")
     say_once(f"{operation} runs in chunks, not as a kernel: {reason}")
     return backend

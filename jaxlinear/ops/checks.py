@@ -13,21 +13,25 @@ def numbers(operation: str, *, complex_too: bool = False, **arrays: jax.Array) -
     for name, x in arrays.items():
         if not jnp.issubdtype(x.dtype, jnp.inexact if complex_too else jnp.floating):
             kinds = "real or complex" if complex_too else "real"
-            raise UserError(f"{operation}: {name} is of {x.dtype}; it is {kinds}, as {name}.astype('float32') is")
+            raise UserError(
+                f"{operation}: {name} has dtype {x.dtype}; it must be {kinds}, such as {name}.astype('float32')"
+            )
 
 
 def real(operation: str, **arrays: Any) -> None:
     """Raises ``UserError`` for complex arrays, whose imaginary parts would be dropped. None is skipped."""
     for name, x in arrays.items():
         if x is not None and jnp.iscomplexobj(x):
-            raise UserError(f"{operation}: {name} is complex; of recurrences linear_recurrence alone takes them")
+            raise UserError(
+                f"{operation}: {name} is complex; of the recurrences only linear_recurrence takes complex numbers"
+            )
 
 
 def axes(operation: str, names: str, **arrays: jax.Array) -> None:
     """Raises ``UserError`` for arrays without exactly the axes of ``names``, such as ``"B T H K"``."""
     for name, x in arrays.items():
         if x.ndim != len(names.split()):
-            raise UserError(f"{operation}: {name} is {x.shape}; it is [{', '.join(names.split())}]")
+            raise UserError(f"{operation}: {name} is {x.shape}; it must be [{', '.join(names.split())}]")
 
 
 def segment_ids(operation: str, ids: Any, batch: int, length: int) -> jax.Array | None:
@@ -36,7 +40,7 @@ def segment_ids(operation: str, ids: Any, batch: int, length: int) -> jax.Array 
         return None
     ids = jnp.asarray(ids)
     if ids.shape != (batch, length):
-        raise UserError(f"{operation}: segment_ids {ids.shape} are not one a token: [B, T] = {(batch, length)}")
+        raise UserError(f"{operation}: segment_ids {ids.shape} must be one per token, [B, T] = {(batch, length)}")
     return ids
 
 
@@ -51,6 +55,6 @@ def scale(operation: str, width: int, given: Any) -> float:
         return float(given)
     except (TypeError, ValueError):
         raise UserError(
-            f"{operation}: scale is {given}; it is one number that is known when the program is traced (multiply the "
-            "queries by what is learned or varies)"
+            f"{operation}: scale is {given}; it must be one number, known at trace time (multiply the queries by a "
+            "scale that is learned or varies)"
         ) from None

@@ -54,9 +54,11 @@ def _check_shapes(x, kernel, bias, state) -> None:
             raise UserError(f"causal_convolution: the {name} is complex, x is real; make x complex")
     batch, _, channels = x.shape
     if kernel.ndim != 2 or kernel.shape[0] < 1 or kernel.shape[1] != channels:
-        raise UserError(f"causal_convolution: the kernel {kernel.shape} does not fit x {x.shape}; it is [width, D]")
+        raise UserError(
+            f"causal_convolution: the kernel {kernel.shape} does not fit x {x.shape}; it must be [width, D]"
+        )
     if bias is not None and bias.shape != (channels,):
-        raise UserError(f"causal_convolution: the bias {bias.shape} does not fit x {x.shape}; it is [D]")
+        raise UserError(f"causal_convolution: the bias {bias.shape} does not fit x {x.shape}; it must be [D]")
     before = batch, kernel.shape[0] - 1, channels
     if state is not None and state.shape != before:
         raise UserError(f"causal_convolution: the state is {state.shape}, not [B, width-1, D] = {before}")

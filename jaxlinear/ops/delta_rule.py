@@ -87,7 +87,7 @@ def delta_rule(
     matrix_states.check_shapes("delta_rule", q, *one, log_decay, initial_state, constant_decay=False, may_share=False)
     batch, length, _, width = q.shape
     if beta.shape != (*q.shape[:3], *k.shape[3:-1]):
-        raise UserError(f"delta_rule: beta {beta.shape} does not fit queries {q.shape}; it is [B, T, H]")
+        raise UserError(f"delta_rule: beta {beta.shape} does not fit queries {q.shape}; it must be [B, T, H]")
     checks.real("delta_rule", beta=beta)
     by_channel = matrix_states.is_by_channel(log_decay)
     backend = choose(
@@ -143,8 +143,8 @@ def _check_updates(k: jax.Array, v: jax.Array, beta: jax.Array) -> int:
     updates = k.shape[3]
     if not updates or (v.ndim, *v.shape[3:4], *beta.shape[3:]) != (5, updates, updates):
         raise UserError(
-            f"delta_rule: keys {k.shape}, values {v.shape} and beta {beta.shape} are not of as many updates a token; they "
-            "are [B, T, H, J, K], [B, T, H, J, V] and [B, T, H, J]"
+            f"delta_rule: keys {k.shape}, values {v.shape} and beta {beta.shape} differ in the number of updates per "
+            "token; they must be [B, T, H, J, K], [B, T, H, J, V] and [B, T, H, J]"
         )
     return updates
 

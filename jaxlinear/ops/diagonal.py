@@ -107,7 +107,7 @@ def choose(backend: str, a: jax.Array, x: jax.Array) -> str:
     if reason is None:
         return "pallas"
     if backend == "pallas":
-        raise UserError(f"linear_recurrence: {reason}; backend='associative' runs it")
+        raise UserError(f"linear_recurrence: {reason}; use backend='associative'")
     backends.say_once(f"linear_recurrence runs as an associative scan, not as a kernel: {reason}")
     return "associative"
 
@@ -172,14 +172,14 @@ class _Run(NamedTuple):
 
 def _check_shapes(a, x, initial_state) -> None:
     if x.ndim < 2:
-        raise UserError(f"linear_recurrence: x is {x.shape}; it is [B, T, ...]")
+        raise UserError(f"linear_recurrence: x is {x.shape}; it must be [B, T, ...]")
     inner = x.shape[2:]
     if a.ndim == x.ndim:
         fits = a.shape == x.shape
     else:
         fits = a.ndim <= len(inner) and all(n in (1, m) for n, m in zip(a.shape[::-1], inner[::-1], strict=False))
     if not fits:
-        raise UserError(f"linear_recurrence: a {a.shape} does not fit x {x.shape}; it is [B, T, ...] or [...]")
+        raise UserError(f"linear_recurrence: a {a.shape} does not fit x {x.shape}; it must be [B, T, ...] or [...]")
     if initial_state is not None and jnp.shape(initial_state) != (x.shape[0], *inner):
         raise UserError(
             f"linear_recurrence: the initial state is {jnp.shape(initial_state)}, not [B, ...] = {(x.shape[0], *inner)}"

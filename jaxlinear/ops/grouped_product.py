@@ -49,7 +49,7 @@ def grouped_product(
         on_tpu = backends.platform() == "tpu" and 0 not in (*x.shape, *kernels.shape)
         backend = "pallas" if on_tpu else "rows" if few else "blocks"
     if backend == "pallas" and backends.platform() == "gpu":
-        raise UserError("grouped_product: the kernel is for TPUs; backend='blocks' runs on GPUs")
+        raise UserError("grouped_product: the kernel is for TPUs; on GPUs use backend='blocks'")
     return _product(x, kernels, sizes.astype(jnp.int32), backend, x.shape[0] if rows is None else rows)
 
 

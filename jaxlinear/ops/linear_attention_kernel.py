@@ -25,8 +25,8 @@ def _of_heads(heads: int, widths: tuple[int, ...], size: int) -> str | None:
         return None
     named = f"K, V = {widths}" if len(widths) > 1 else f"V = {widths[0]}"
     return (
-        f"the kernel takes at most {blocks.HEADS} heads together, and of {heads} heads with {named} more are "
-        "needed to fill registers of 128 lanes; multiples of 16 need fewer"
+        f"the kernel takes at most {blocks.HEADS} heads at a time, and {heads} heads with {named} need more to fill "
+        "registers of 128 lanes; multiples of 16 need fewer"
     )
 
 

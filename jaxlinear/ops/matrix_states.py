@@ -52,7 +52,7 @@ def choose_chunk(
         return int(chunk_size)
     if runner is not recurrence.WHOLE:
         if backend == "recurrent":
-            raise UserError(f"{operation}: backend='recurrent' does not run over several devices; 'chunked' does")
+            raise UserError(f"{operation}: backend='recurrent' does not run over several devices; use 'chunked'")
     elif backend == "recurrent" or (backend == "auto" and length <= FEW_TOKENS):
         return None
     return min(CHUNK, 1 << (length - 1).bit_length())
@@ -65,7 +65,7 @@ def check_chunk(operation: str, backend: str, chunk_size: int | None) -> None:
     if backend == "recurrent":
         raise UserError(f"{operation}: chunk_size={chunk_size} is for backend='chunked'; 'recurrent' has no chunks")
     if not isinstance(chunk_size, int | np.integer) or chunk_size < 1:
-        raise UserError(f"{operation}: chunk_size={chunk_size} is not a whole number of tokens, at least 1")
+        raise UserError(f"{operation}: chunk_size={chunk_size} must be a whole number of tokens, at least 1")
 
 
 def is_shared(q: jax.Array, v: jax.Array) -> bool:
@@ -110,12 +110,14 @@ def check_shapes(operation, q, k, v, log_decay, initial_state, *, constant_decay
         heads = v.shape[2]
     fitting = {(batch, length, heads), (batch, length, heads, width)} | ({(heads,)} if constant_decay else set())
     if k.shape != q.shape:
-        raise UserError(f"{operation}: keys {k.shape} are not of the shape of the queries {q.shape}")
+        raise UserError(f"{operation}: keys {k.shape} do not have the shape of the queries {q.shape}")
     if v.shape[:3] != (batch, length, heads) or v.ndim != 4:
-        raise UserError(f"{operation}: values {v.shape} do not fit queries {q.shape}; they are [B, T, H, V]")
+        raise UserError(f"{operation}: values {v.shape} do not fit queries {q.shape}; they must be [B, T, H, V]")
     if log_decay is not None and jnp.shape(log_decay) not in fitting:
         names = " or ".join((["[H]"] if constant_decay else []) + ["[B, T, H]", "[B, T, H, K]"])
-        raise UserError(f"{operation}: log_decay {jnp.shape(log_decay)} does not fit queries {q.shape}; it is {names}")
+        raise UserError(
+            f"{operation}: log_decay {jnp.shape(log_decay)} does not fit queries {q.shape}; it must be {names}"
+        )
     if initial_state is not None and jnp.shape(initial_state) != (batch, heads, width, v.shape[-1]):
         raise UserError(
             f"{operation}: the initial state is {jnp.shape(initial_state)}, not [B, H, K, V] = "

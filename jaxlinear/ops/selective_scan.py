@@ -250,11 +250,11 @@ def _check_shapes(x, dt, A, B, C, initial_state) -> None:
     batch, length, width = x.shape
     states = B.shape[2]
     if dt.shape != x.shape:
-        raise UserError(f"{operation}: dt {dt.shape} is not of the shape of x {x.shape}")
+        raise UserError(f"{operation}: dt {dt.shape} does not have the shape of x {x.shape}")
     if B.shape[:2] != (batch, length):
-        raise UserError(f"{operation}: B {B.shape} does not fit x {x.shape}; it is [B, T, N]")
+        raise UserError(f"{operation}: B {B.shape} does not fit x {x.shape}; it must be [B, T, N]")
     if C.shape != B.shape:
-        raise UserError(f"{operation}: C {C.shape} is not of the shape of B {B.shape}")
+        raise UserError(f"{operation}: C {C.shape} does not have the shape of B {B.shape}")
     if A is not None and A.shape != (width, states):
         raise UserError(f"{operation}: A is {A.shape}, not [D, N] = {(width, states)}")
     if initial_state is not None and jnp.shape(initial_state) != (batch, width, states):

@@ -25,7 +25,7 @@ def refusal(
     """Why the kernels do not run, or None. On other platforms than TPU and GPU they are interpreted, and take all but a
     chunk size. ``arrays``: x, dt, B, C and A, if there is one; ``channels``: those on one device; ``states``: N."""
     if chunk_size is not None:
-        return f"the kernel has blocks of its own, and takes no chunk_size={chunk_size}"
+        return f"the kernel chooses its own blocks and takes no chunk_size={chunk_size}"
     if platform not in backends.COMPILED:
         return None
     for x in arrays:
@@ -35,8 +35,8 @@ def refusal(
         return f"the kernel takes N up to {WIDEST}, not {states}"
     if platform == "tpu" and channels > (most := blocks.selective_scan_tpu_channels(states)):
         return (
-            f"the kernel takes up to {most:,} channels of {states} numbers on a device, for which VMEM has room, not "
-            f"{channels:,}; mesh.tensor divides them"
+            f"the kernel takes up to {most:,} channels of {states} numbers per device, the most that fit in VMEM, not "
+            f"{channels:,}; mesh.tensor splits them"
         )
     return None
 

@@ -44,7 +44,7 @@ def sliding_window_attention(
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_shapes("sliding_window_attention", q, k, v)
     if not isinstance(window, int | np.integer):
-        raise UserError(f"sliding_window_attention: the window is {window!r}; it is a whole number of tokens")
+        raise UserError(f"sliding_window_attention: the window is {window!r}; it must be a whole number of tokens")
     if window < 1:
         raise UserError(f"sliding_window_attention: the window is {window}; it must be at least 1")
     if 0 in (*q.shape[:3], v.shape[3]):

@@ -55,11 +55,13 @@ def refusal(
     heads, keys, values = v.shape[2], q.shape[3], v.shape[3]
     wrong = f"K = {keys}" if not NARROWEST <= keys <= WIDEST else f"V = {values}" if values < NARROWEST else None
     if wrong:
-        return f"the kernel takes K from {NARROWEST} to {WIDEST} and V from {NARROWEST} on, not {wrong}"
+        return f"the kernel takes K from {NARROWEST} to {WIDEST} and V of at least {NARROWEST}, not {wrong}"
     size = product_bytes(q, k, v)
     pieces = value_pieces(values, size)
     if pieces is None:
-        return f"the kernel takes V in equal parts of at most {_widest(size)}, which V = {values} does not allow"
+        return (
+            f"the kernel takes V in equal parts of at most {_widest(size)}, and V = {values} cannot be split that way"
+        )
     widths = (keys, values // pieces) if q.shape[2] == heads else (values // pieces,)
     return of_heads(heads, widths, size) if platform == "tpu" else None
 

@@ -25,7 +25,7 @@ def once(tree: Any, instead: str = "chunked") -> Any:
 
 @once.defjvp
 def _refuse(instead, primals, tangents):
-    raise UserError(f"the kernel has no gradients of gradients (backend='pallas'); backend={instead!r} has them")
+    raise UserError(f"the kernel (backend='pallas') has no second derivatives; use backend={instead!r}")
 
 
 def as_arrays(cotangents: tuple[Any, ...]) -> tuple[jax.Array, ...]:
@@ -35,4 +35,4 @@ def as_arrays(cotangents: tuple[Any, ...]) -> tuple[jax.Array, ...]:
 
 def refuse_that_of_a_map(*_: Any) -> NoReturn:
     """The backward rule of a kernel's ``summary``: a run is differentiated through its outputs and the state after it."""
-    raise UserError("the map of a run has no gradient by the kernel; its outputs and the state after it have one")
+    raise UserError("the kernel has no gradient for the map of a run; differentiate its outputs or the state after it")

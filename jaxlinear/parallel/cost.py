@@ -129,7 +129,7 @@ def choose_attention(asked: str, load: KeysAndValues, kind: str, span: int) -> s
 
 def _check(key: str, asked: str, known: tuple[str, ...]) -> None:
     if asked not in ("auto", *known):
-        raise UserError(f"{key} is {asked!r}; it can be auto, {', '.join(known)}")
+        raise UserError(f"{key} is {asked!r}; it must be one of auto, {', '.join(known)}")
 
 
 def size_of(tree: Any) -> int:
@@ -159,9 +159,9 @@ def _explain(what: str, chosen: str, asked: str, costs: dict[str, Cost], bound: 
     lines = [f"{what}: {chosen} ({why}; at most {_size(bound)} held)"]
     for name, cost in costs.items():
         lines.append(
-            f"  {name}: {1e6 * cost.seconds:.1f} us, {_size(cost.moved)} sent a device, {_size(cost.held)} held"
+            f"  {name}: {1e6 * cost.seconds:.1f} us, {_size(cost.moved)} sent per device, {_size(cost.held)} held"
         )
-    lines.append(f"  reckoned for {device_of(kind).name}, {link_of(device_of(kind), span).name}")
+    lines.append(f"  estimated for {device_of(kind).name}, {link_of(device_of(kind), span).name}")
     if lines[0] not in _listeners[-1]:
         _listeners[-1].extend(lines)
 

@@ -103,7 +103,7 @@ def device_of(kind: str) -> Device:
     """The device of a ``jax.Device.device_kind``. One that is not in the table is treated as an H100, and its name says
     so."""
     return _DEVICES.get(
-        kind, _H100._replace(name=f"{kind}, which is not in the table, by the figures of an NVIDIA H100")
+        kind, _H100._replace(name=f"{kind} (not in the table; the figures are those of an NVIDIA H100)")
     )
 
 

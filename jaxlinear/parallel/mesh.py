@@ -38,11 +38,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if free:
         if len(devices) % fixed:
             asked = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
-            raise UserError(f"{asked} does not divide the {len(devices)} devices that there are")
+            raise UserError(f"{asked} does not divide the {len(devices)} available devices")
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes.values())
     if math.prod(shape) != len(devices):
-        raise UserError(f"a mesh of {_named(shape)} does not use the {len(devices)} devices that there are, each once")
+        raise UserError(f"a mesh of {_named(shape)} does not use each of the {len(devices)} available devices once")
     return Mesh(_over_slices(shape, devices), AXES)
 
 
@@ -56,14 +56,15 @@ def _over_slices(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.nd
     count, data = len(slices), shape[0]
     if len({len(part) for part in slices.values()}) > 1:
         each = ", ".join(str(len(slices[index])) for index in sorted(slices))
-        raise UserError(f"the {count} slices have {each} devices; a mesh takes as many of each slice")
+        raise UserError(f"the {count} slices have {each} devices; a mesh needs the same number from each slice")
     if data % count:
         nearest = min(
             (n for n in range(count, len(devices) + 1, count) if len(devices) % n == 0), key=lambda n: abs(n - data)
         )
         raise UserError(
-            f"mesh.data={data} is not a multiple of the {count} slices, and no other axis can go from one slice to the "
-            f"next; mesh.data={nearest} would do, with the other axes over {len(devices) // nearest} devices in all"
+            f"mesh.data={data} is not a multiple of the {count} slices, and no other axis can cross slices; the "
+            f"nearest that works is mesh.data={nearest}, with the other axes over {len(devices) // nearest} devices "
+            "in total"
         )
     part = (data // count, *shape[1:])
     return np.concatenate([_over_torus(part, slices[index]) for index in sorted(slices)])
@@ -77,14 +78,14 @@ def _over_torus(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.nda
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError) as error:  # for example, not a whole box of a torus
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        _warn(f"JAX finds no place on the torus for a mesh of {_named(shape)}: {reason}")
+        _warn(f"JAX cannot place a mesh of {_named(shape)} on the torus: {reason}")
         return np.asarray(devices).reshape(shape)
 
 
 @functools.cache
 def _warn(problem: str) -> None:
     """Warns once of each problem."""
-    _LOG.warning("%s; devices are taken in the order that they come in, and exchanges may take longer ways", problem)
+    _LOG.warning("%s; devices are taken in their given order, and exchanges may take longer routes", problem)
 
 
 def _named(shape: Sequence[int]) -> str:
@@ -98,7 +99,7 @@ def from_text(parts: Sequence[str]) -> Mesh:
     for part in parts:
         axis, _, size = part.partition("=")
         if axis not in AXES or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"{part!r} is not a part of a mesh; write AXIS=SIZE, the axes being {', '.join(AXES)}")
+            raise UserError(f"{part!r} is not a part of a mesh; write AXIS=SIZE, where the axes are {', '.join(AXES)}")
         if axis in named:
             raise UserError(f"{axis} is given twice in the mesh {','.join(parts)}; leave one out")
         named.add(axis)

@@ -416,8 +416,8 @@ def _mesh(operation: str, length: int) -> AnyMesh | None:
         return None
     if length % mesh.shape[AXIS]:
         raise UserError(
-            f"{operation}: mesh.sequence={mesh.shape[AXIS]} does not divide {length} tokens; "
-            f"{-(-length // mesh.shape[AXIS]) * mesh.shape[AXIS]} would do"
+            f"{operation}: mesh.sequence={mesh.shape[AXIS]} does not divide {length} tokens; the next length that "
+            f"works is {-(-length // mesh.shape[AXIS]) * mesh.shape[AXIS]}"
         )
     return mesh
 

@@ -61,13 +61,13 @@ def join(
     if not missing:
         assert processes is not None and process is not None
         if not 0 <= process < processes:
-            raise UserError(f"--process={process} is not one of --processes={processes}: they count from 0")
-        with _waiting(f"the others of {processes} processes at {coordinator}", patience):
+            raise UserError(f"--process={process} is not one of the --processes={processes}, which are numbered from 0")
+        with _waiting(f"the other processes (of {processes}) at {coordinator}", patience):
             jax.distributed.initialize(
                 coordinator, processes, process, initialization_timeout=math.ceil(patience) + _ABORT_LATER
             )
     elif len(missing) < len(given):
-        raise UserError(f"--coordinator, --processes and --process belong together; --{missing[0]} is missing")
+        raise UserError(f"--coordinator, --processes and --process must be given together; --{missing[0]} is missing")
     elif _under_a_scheduler():
         if "SLURM_PROCID" in os.environ:  # SLURM starts all at once, and its nodes idle meanwhile
             patience = min(patience, _SLURM_PATIENCE)
@@ -89,8 +89,8 @@ def _waiting(whom: str, patience: float) -> Iterator[None]:
             seconds = time.monotonic() - begin
             if seconds >= patience:
                 print(
-                    f"{os.path.basename(sys.argv[0])}: {whom} did not come within {patience / 60:.3g} minutes: were they "
-                    "started, and can process 0 be reached?",
+                    f"{os.path.basename(sys.argv[0])}: {whom} did not connect within {patience / 60:.3g} minutes: "
+                    "were they started, and can they reach process 0?",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -109,7 +109,7 @@ def expect(what: str) -> None:
     platform, _, count = what.partition(":")
     if not re.fullmatch(r"[1-9]\d*", count) or platform not in _PLATFORMS:
         raise UserError(
-            f"--expect={what!r} is not PLATFORM:DEVICES, such as gpu:16; platforms are {', '.join(_PLATFORMS)}"
+            f"--expect={what!r} must be PLATFORM:DEVICES, such as gpu:16; the platforms are {', '.join(_PLATFORMS)}"
         )
     found = jax.default_backend()
     seen = _of_every_process(_PLATFORMS.index(found) if found in _PLATFORMS else -1, jax.local_device_count())
@@ -119,9 +119,11 @@ def expect(what: str) -> None:
     for process, (index, devices) in enumerate(seen.tolist()):
         by_what.setdefault(f"{devices} {_PLATFORMS[index] if index >= 0 else 'unknown'}", []).append(process)
     each = "; ".join(f"process {_named(np.array(processes))} sees {words}" for words, processes in by_what.items())
-    advice = "" if jax.process_count() > 1 or int(count) == 1 else "; it is alone: were the others not found?"
+    advice = (
+        "" if jax.process_count() > 1 or int(count) == 1 else "; it runs alone: were the other processes not found?"
+    )
     # For example, a GPU has fallen off: the next start may be given other devices.
-    raise RunError(f"{count} {platform} devices are expected in all, but {each}{advice}")
+    raise RunError(f"{count} {platform} devices are expected in total, but {each}{advice}")
 
 
 _PLATFORMS = ("cpu", "gpu", "tpu")
@@ -167,7 +169,7 @@ def check_same_program() -> None:
     might train together something that none of them was meant to train, or wait for each other."""
     if jax.process_count() > 1:
         own = program.text()
-        check_agreement("the program", own, f": the same versions on every host. Here it is {own}")
+        check_agreement("the program", own, f", with the same versions on every host; here it is {own}")
 
 
 def check_agreement(what: str, text: str, advice: str = "") -> None:
@@ -211,7 +213,7 @@ def together() -> Iterator[None]:
     if len(failed):
         kind = _KINDS[kinds[failed].min()]
         assert kind is not None
-        raise kind(f"process {_named(failed)} cannot go on; its own message says why")
+        raise kind(f"process {_named(failed)} failed; its own message says why")
 
 
 def check_shared(what: str, directory: Path) -> None:
@@ -227,8 +229,8 @@ def check_shared(what: str, directory: Path) -> None:
         written.unlink()
     if len(unseen):
         raise EveryProcessError(
-            f"{what} {directory} of process {_named(unseen)} is not that of process 0, which wrote a file there; a run has "
-            "one directory for all its processes: on a file system of the network, or in a bucket that all hosts mount"
+            f"{what} {directory} of process {_named(unseen)} is not that of process 0, which wrote a file there; all "
+            "processes of a run must share one directory, on a network file system or in a bucket that all hosts mount"
         )
 
 

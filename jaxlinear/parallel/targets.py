@@ -91,7 +91,8 @@ def parts(name: str) -> tuple[int, str, str]:
     kind, _, size = one.partition(":")
     if several and kind not in DIMENSIONS:
         raise UserError(
-            f"{name}: only slices of TPUs come in several, as 2xv5e:16x16; of GPUs all are counted, h100:16"
+            f"{name}: only TPU slices can be multiplied, as in 2xv5e:16x16; for GPUs give the total number, as in "
+            "h100:16"
         )
     return int(several or 1), kind, size
 
@@ -103,7 +104,7 @@ def find(name: str) -> Target:
     if kind in _TPUS and is_size(kind, size):
         return Target(name, _tpus(f"{kind}:{size}", size, slices), int(_TPUS[kind] * 2**30))
     if name == "h100:0":
-        raise UserError("h100:0 asks for no GPUs; h100:1 is the fewest")
+        raise UserError("h100:0 asks for no GPUs; the smallest target is h100:1")
     if kind == "h100" and is_size(kind, size):
         return Target(name, _gpus(name, int(size)), int(GPU_MEMORY_FRACTION * _H100_BYTES))
     raise UserError(
@@ -125,7 +126,7 @@ def _tpus(name: str, shape: str, slices: int) -> Sequence["jax.Device"]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except JaxRuntimeError as error:
-        raise UserError(f"libtpu knows no slice {name}: {error}") from error
+        raise UserError(f"libtpu does not know the slice {name}: {error}") from error
 
 
 def _gpus(name: str, count: int) -> Sequence["jax.Device"]:
@@ -140,7 +141,8 @@ def _gpus(name: str, count: int) -> Sequence["jax.Device"]:
     hosts, rest = divmod(count, _GPUS_A_HOST)
     if rest and hosts:
         raise UserError(
-            f"{name}: more than {_GPUS_A_HOST} GPUs are whole hosts of as many; h100:{(hosts + 1) * 8} would do"
+            f"{name}: more than {_GPUS_A_HOST} GPUs must fill whole hosts; the next that works is "
+            f"h100:{(hosts + 1) * 8}"
         )
     from jax.experimental import topologies
 
@@ -149,7 +151,7 @@ def _gpus(name: str, count: int) -> Sequence["jax.Device"]:
 
 
 def _missing(name: str, package: str) -> UserError:
-    return UserError(f"compiling for {name} takes {package}, which is not installed: pip install 'jaxlinear[aot]'")
+    return UserError(f"compiling for {name} needs {package}, which is not installed: pip install 'jaxlinear[aot]'")
 
 
 def _has(module: str) -> bool:

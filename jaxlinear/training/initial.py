@@ -44,7 +44,9 @@ class Initial:
         step = _step(workdir, step)
         said = [f"but {difference}" for difference in _differences(workdir, job)]
         if job.datasets and not (workdir / INFO_FILE).is_file():
-            said.append(f"which names no tokenizer: see to it that {', '.join(job.datasets)} has its own")
+            said.append(
+                f"which names no tokenizer: make sure that {', '.join(job.datasets)} was prepared with its tokenizer"
+            )
         for dataset in job.datasets:
             trained_data.check_tokenizer(workdir, dataset, data.read_manifest(dataset))
         if job.datasets:
@@ -58,9 +60,9 @@ class Initial:
     def put_into(self, state: states.TrainState, structs: states.TrainState) -> states.TrainState:
         """The state with these parameters; its own are deleted before these are read. ``structs``: their shapes and
         placements on the mesh."""
-        _LOG.info("beginning with the weights of %s", self)
+        _LOG.info("starting from the weights of %s", self)
         for what in self.said:
-            _LOG.warning("the run begins with the weights of %s, %s", self.workdir, what)
+            _LOG.warning("the run starts from the weights of %s, %s", self.workdir, what)
         for leaf in jax.tree.leaves(state.parameters):
             leaf.delete()
         read = Checkpoints(self.workdir).restore({"parameters": structs.parameters}, self.step)
@@ -86,7 +88,7 @@ def _differences(workdir: Path, job: Job) -> list[str]:
 def _step(workdir: Path, step: int | None) -> int:
     steps = Checkpoints(workdir).steps()
     if not steps:
-        raise UserError(f"training.initial_from={workdir} holds no checkpoint that was completed")
+        raise UserError(f"training.initial_from={workdir} has no completed checkpoint")
     if step is not None and step not in steps:
         raise UserError(
             f"training.initial_from: {workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"

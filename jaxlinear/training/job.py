@@ -97,7 +97,7 @@ class Job:
         judged_by = [*self.trained_tasks, *self.evaluation_tasks()]
         if self.config.data.task and not any(task.READS_TEXT for task in judged_by):
             raise UserError(
-                f"data.task={self.config.data.task} takes no text, nor does a task of evaluation.tasks, but "
+                f"data.task={self.config.data.task} takes no text, and neither do the evaluation.tasks, but "
                 f"data.heldout_path={self.config.data.heldout_path} is set; leave it out"
             )
 
@@ -152,7 +152,7 @@ def mixture(path: str) -> dict[str, float]:
         except ValueError:
             raise UserError(f"data.path: {weight!r} is not a weight; write DIR=WEIGHT,DIR=WEIGHT") from None
         if not 0 < weights[name.strip()] < math.inf:  # this also refuses NaN
-            raise UserError(f"data.path: the weight {weight} of {name.strip()} has to be above 0 and finite")
+            raise UserError(f"data.path: the weight {weight} of {name.strip()} must be above 0 and finite")
     return weights
 
 
@@ -197,7 +197,7 @@ def with_vocabulary_of_data(config: config_dict.ConfigDict) -> config_dict.Confi
     """The resolved config with ``model.vocab_size`` as ``Job.build`` sets it, read only from what describes the data."""
     if config.model.vocab_size is not None:
         return config
-    advice = "set model.vocab_size, or name data that are here in data.path or data.task"
+    advice = "set model.vocab_size, or name existing data with data.path or data.task"
     if config.data.task:
         sizes = [task.vocabulary for task in tasks.training_set(config.data.task, task_setting(config, "train"))]
     elif config.data.path:
@@ -206,7 +206,7 @@ def with_vocabulary_of_data(config: config_dict.ConfigDict) -> config_dict.Confi
         except UserError as error:
             raise UserError(f"model.vocab_size is not set and follows the data: {error}; {advice}") from error
     else:
-        raise UserError(f"model.vocab_size is not set and follows the data, of which there are none; {advice}")
+        raise UserError(f"model.vocab_size is not set and follows the data, but no data are named; {advice}")
     return _with_vocabulary(config, max(sizes))
 
 
@@ -232,16 +232,16 @@ def check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if rows % parts:
         raise UserError(
-            f"training.batch_size={config.training.batch_size} in {config.training.microbatches} microbatches is "
-            f"{rows} rows, which the mesh ({' x '.join(f'{axis} {mesh.shape[axis]}' for axis in axes)}) does not divide; "
-            f"the nearest batch size that works is "
+            f"training.batch_size={config.training.batch_size} in {config.training.microbatches} microbatches gives "
+            f"{rows} rows, which the mesh ({' x '.join(f'{axis} {mesh.shape[axis]}' for axis in axes)}) does not "
+            "divide; the nearest batch size that works is "
             f"{max(1, round(rows / parts)) * parts * config.training.microbatches}"
         )
     length, shards = config.training.sequence_length, mesh.shape["sequence"]
     if length % shards:
         raise UserError(
-            f"mesh.sequence={shards} does not divide training.sequence_length={length}; the nearest that it does is "
-            f"{max(1, round(length / shards)) * shards}"
+            f"mesh.sequence={shards} does not divide training.sequence_length={length}; the nearest length that works "
+            f"is {max(1, round(length / shards)) * shards}"
         )
     mixers.check_over_sequence(config.model.pattern, shards)
     model, shards = config.model, mesh.shape["expert"]
@@ -261,6 +261,6 @@ def _check_vocabulary(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -
     size, shards = config.model.vocab_size, mesh.shape["tensor"]
     if size % shards:
         raise UserError(
-            f"mesh.tensor={shards} does not divide model.vocab_size={size}; a larger vocabulary has room for the same "
-            f"tokens, and {math.ceil(size / shards) * shards} is the next that it does"
+            f"mesh.tensor={shards} does not divide model.vocab_size={size}; a larger vocabulary holds the same "
+            f"tokens, and the next size that works is {math.ceil(size / shards) * shards}"
         )

@@ -100,7 +100,7 @@ def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.Train
         except UserError as error:  # the directory's own config is this run's
             raise UserError(f"the checkpoint of step {step} was copied from another run: {error}") from error
     first = meta["next_batch"]
-    _LOG.info("going on from step %d in %s", first, checkpoints.directory)
+    _LOG.info("resuming from step %d in %s", first, checkpoints.directory)
     return states.from_trees(checkpoints.restore(states.to_trees(structs), step)), first, None
 
 
@@ -138,7 +138,7 @@ class _Run:
         if owed:
             if evaluations.make(first, state.parameters) is None:
                 _LOG.info(
-                    "SIGTERM: step %d of %d is still to be evaluated; the same command goes on from there", first, steps
+                    "SIGTERM: step %d of %d is still to be evaluated; the same command resumes from there", first, steps
                 )
                 return PREEMPTED
             self.writer.sync()
@@ -221,7 +221,7 @@ class _Steps:
                 self._trace.close()
             if owed or (stop and done < steps):
                 self._run.checkpoints.wait()
-                _LOG.info("SIGTERM: saved at step %d of %d; the same command goes on from there", done, steps)
+                _LOG.info("SIGTERM: saved at step %d of %d; the same command resumes from there", done, steps)
                 return PREEMPTED
         return FINISHED
 

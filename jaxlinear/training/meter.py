@@ -28,7 +28,7 @@ class Meter:
         device = job.mesh.devices.flat[0]
         peak = hardware.peak_flops(device)
         if peak is None:
-            _LOG.warning("the peak of %s is not known: mfu will be 0", device.device_kind)
+            _LOG.warning("the peak FLOPs of %s are unknown: mfu will be 0", device.device_kind)
         self._peak = (peak or math.inf) * job.mesh.size
         self._read_step = first
         self._waited = 0.0
@@ -40,9 +40,9 @@ class Meter:
         if values["skips_in_a_row"] >= self._config.training.max_skips:
             raise Diverged(
                 f"{self._config.training.max_skips} steps in a row were skipped, the last of them step {step} with a "
-                f"gradient norm of {values['gradient_norm']:.3g}: the run diverged, or training.spike_multiple is too low; "
-                "the same command with a lower optimizer.learning_rate, or a higher training.spike_multiple, goes on from "
-                "the newest checkpoint (remove those that are too late)"
+                f"gradient norm of {values['gradient_norm']:.3g}: the run diverged, or training.spike_multiple is too "
+                "low; the same command with a lower optimizer.learning_rate, or a higher training.spike_multiple, "
+                "resumes from the newest checkpoint (remove those that are too late)"
             )
         if step % self._config.logging.every_steps and step != self._config.training.steps:
             return

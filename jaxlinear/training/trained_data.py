@@ -32,10 +32,10 @@ def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
     if (directory / INFO_FILE).exists():
         tokenizer = data.load_tokenizer(next(iter(datasets)))
         if data.load_tokenizer(directory).sha256 != tokenizer.sha256:
-            raise UserError(f"{workdir} holds a run on data of another tokeniser than that of {path}")
+            raise UserError(f"{workdir} holds a run on data of another tokenizer than that of {path}")
     if not (directory / FILE).exists():
         if workdirs.saved_steps(directory):
-            _LOG.warning("%s has no %s: whether it was trained on the text of %s is not checked", workdir, FILE, path)
+            _LOG.warning("%s has no %s: cannot check whether it was trained on the text of %s", workdir, FILE, path)
         return
     known = _read(directory)
     difference = _difference(known, _identities(datasets))
@@ -45,8 +45,8 @@ def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
         )
     if workdirs.saved_steps(directory) and not all("shuffle" in dataset for dataset in known):
         _LOG.warning(
-            "the run in %s was begun by a version that shuffled examples otherwise: it goes on in another order, so of the "
-            "epoch that it was in some examples are seen twice and some never",
+            "the run in %s was started by a version that shuffled examples differently: it continues in another "
+            "order, so that some examples of the current epoch are seen twice and some never",
             workdir,
         )
 
@@ -68,8 +68,8 @@ def check_tokenizer(workdir: Path, path: str | os.PathLike, manifest: data.Manif
         return
     if data.load_tokenizer(workdir).sha256 != manifest.tokenizer.sha256:
         raise UserError(
-            f"{path} was prepared with another tokenizer than the one that {workdir} was trained with; prepare it with "
-            f"the tokenizer in {workdir}"
+            f"{path} was not prepared with the tokenizer that {workdir} was trained with; prepare it with the "
+            f"tokenizer in {workdir}"
         )
 
 
@@ -84,9 +84,9 @@ def other_splits(workdir: Path, path: str | os.PathLike, manifest: data.Manifest
     if not (workdir / FILE).exists():
         return []
     return [
-        f"{path} was split with seed {manifest.seed} and heldout_fraction {manifest.heldout_fraction:g}, and what the run "
-        f"in {workdir} was trained on with {trained.get('seed')} and {trained.get('heldout_fraction')}: if both hold a "
-        "document, it may have been trained on; prepare both alike"
+        f"{path} was split with seed {manifest.seed} and heldout_fraction {manifest.heldout_fraction:g}, and the "
+        f"training data of the run in {workdir} with {trained.get('seed')} and {trained.get('heldout_fraction')}: a "
+        "document in both may have been trained on; prepare both with the same values"
         for trained in _read(workdir)
         if (trained.get("seed"), trained.get("heldout_fraction")) != (manifest.seed, manifest.heldout_fraction)
     ]
@@ -96,7 +96,7 @@ def _read(directory: Path) -> list[dict[str, Any]]:
     try:
         old = json.loads((directory / FILE).read_text(encoding="utf-8"))
         if not (isinstance(old, list) and all(isinstance(dataset, dict) for dataset in old)):
-            raise ValueError("it is no list of datasets")
+            raise ValueError("it is not a list of datasets")
     except ValueError as error:
         raise UserError(f"{directory / FILE} is damaged: {error}") from error
     return old

@@ -57,8 +57,8 @@ class Watchdog:
         faulthandler.dump_traceback(all_threads=True)
         print(
             f"{os.path.basename(sys.argv[0])}: no sign of life for {self._minutes:g} minutes in {what} "
-            "(training.patience_minutes); above are the stacks of this process. The same command goes on from the newest "
-            "checkpoint",
+            "(training.patience_minutes); above are the stacks of this process. The same command resumes from the "
+            "newest checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -74,24 +74,25 @@ def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
     """Raises ``UserError`` unless the directory has no run, or the one that ``config`` describes."""
     directory = Path(workdir)
     if os.path.lexists(directory) and not directory.is_dir():
-        raise UserError(f"{workdir} is no directory; give the run a --workdir of its own")
+        raise UserError(f"{workdir} is not a directory; give the run a --workdir of its own")
     if (directory / DIRECTORY / "0").exists():  # a run saves from step 1 on
         raise UserError(
-            f"{workdir} holds imported weights, without the state of an optimiser; give the new run a --workdir of its "
-            f"own, and --config.training.initial_from={workdir} to begin with them"
+            f"{workdir} holds imported weights, without the state of an optimiser; give the new run a --workdir of "
+            f"its own, and --config.training.initial_from={workdir} to start from them"
         )
     if (directory / CONFIG).exists():
         come_to = max(saved_steps(directory), default=0)
         check_same_run(directory, read_config(directory), config, goes_on=come_to < config.training.steps)
         if come_to > config.training.steps:
             raise UserError(
-                f"{workdir} holds a run that has a checkpoint of step {come_to}, and training.steps is "
-                f"{config.training.steps}: a run does not become shorter; give the new run a --workdir of its own"
+                f"{workdir} holds a run with a checkpoint of step {come_to}, but training.steps is "
+                f"{config.training.steps}: a run cannot be shortened; give the new run a --workdir of its own"
             )
     elif steps := saved_steps(directory):
         raise UserError(
-            f"{workdir} has checkpoints but no {CONFIG}, which tells one run from another; put it back ({DIRECTORY}/"
-            f'{max(steps)}/meta/metadata has it under "config"), or give the new run a --workdir of its own'
+            f"{workdir} has checkpoints but no {CONFIG}, which identifies the run; restore it "
+            f'({DIRECTORY}/{max(steps)}/meta/metadata has it under "config"), or give the new run a --workdir of its '
+            "own"
         )
 
 
@@ -120,7 +121,7 @@ def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
         before, after = _behaviour(read_config(directory)), _behaviour(config)
         for key, value in after.items():
             if before[key] != value:
-                _LOG.warning("the run goes on with %s=%r; it was %r", key, value, before[key])
+                _LOG.warning("the run continues with %s=%r; it was %r", key, value, before[key])
     if start.is_first():
         atomic.write_text(directory / CONFIG, configs.to_json(config))
     return directory
@@ -140,8 +141,8 @@ def _check_renames(directory: Path) -> None:
             if error.errno not in _NO_RENAMES:
                 raise
             raise UserError(
-                f"folders cannot be renamed in {directory} ({error.strerror}), as checkpoints are when they are whole; of "
-                "Google Cloud Storage, mount a bucket with a hierarchical namespace"
+                f"folders cannot be renamed in {directory} ({error.strerror}), which checkpoints need when they are "
+                "complete; on Google Cloud Storage, mount a bucket with a hierarchical namespace"
             ) from error
 
 

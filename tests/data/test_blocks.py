@@ -102,7 +102,7 @@ def test_a_dataset_that_is_prepared_anew_while_it_is_read(tmp_path, monkeypatch)
     write(tmp_path, random_documents(1, 60, 90))
     manifest.write_text("of another")
     assert reader.read([0, 1]) == before  # from the file that was open
-    with pytest.raises(UserError, match=f"the dataset in {tmp_path} was prepared anew while it was read"):
+    with pytest.raises(UserError, match=f"the dataset in {tmp_path} was replaced by a new one while it was being read"):
         reader.read([14])
 
 

@@ -27,7 +27,7 @@ def test_a_dead_one_of_this_host_is_removed(tmp_path, caplog):
     for other in others:
         killed(tmp_path, host=half_made.socket.gethostname(), name=other.name)
     half_made.clear(tmp_path / "data")
-    assert caplog.messages == [f"removed {left}, which a run that was killed had left"]
+    assert caplog.messages == [f"removed {left}, left by a run that was killed"]
     assert sorted(tmp_path.iterdir()) == sorted(others) and all((other / locks.FILE).exists() for other in others)
 
 
@@ -40,7 +40,9 @@ def test_one_that_is_at_work_is_left_alone(tmp_path, caplog):
         assert os.listdir(partial) == ["train"]
         half_made.clear(tmp_path / "data")
         assert partial.is_dir()  # it no longer has a lock, or does not have one yet
-    assert caplog.messages == [f"{partial} was left by a run that was killed, or is at work; remove it if none is"]
+    assert caplog.messages == [
+        f"{partial} belongs to a run that was killed or is still writing; remove it if no run is writing"
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -48,7 +50,9 @@ def test_one_that_is_at_work_is_left_alone(tmp_path, caplog):
 def test_one_that_may_be_at_work_is_named(tmp_path, caplog, host):
     left = killed(tmp_path, host=host)
     half_made.clear(tmp_path / "data")
-    assert caplog.messages == [f"{left} was left by a run that was killed, or is at work; remove it if none is"]
+    assert caplog.messages == [
+        f"{left} belongs to a run that was killed or is still writing; remove it if no run is writing"
+    ]
     assert (left / "train").is_dir()
 
 

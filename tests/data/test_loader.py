@@ -346,21 +346,21 @@ def test_attributes(dataset):
         ({"sequence_length": 33}, "33 neither divides .*; the nearest that work are 32 and 64$"),
         ({"sequence_length": 3}, "3 neither divides .*; the nearest that work are 2 and 4$"),
         ({"sequence_length": (1 << 20) + 1}, r"1048577 neither divides .*; the nearest that works is \d{1,6}$"),
-        ({"sequence_length": 0}, "sequence_length has to be at least 1, not 0"),
+        ({"sequence_length": 0}, "sequence_length must be at least 1, not 0"),
         (
             {"sequence_length": 1 << 20},
             r"too few for one sequence of 1048576; choose a sequence_length of at most \d+$",
         ),
-        ({"batch_size": 0}, "batch_size has to be at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"batch_size": 10_000}, r"fewer than the batch size 10000; the largest batch size is \d+$"),
-        ({"epochs": 0}, "epochs has to be at least 1, not 0"),
-        ({"seed": -1}, "seed has to be at least 0, not -1"),
-        ({"rows": range(2, 2)}, "no rows of a batch of 4 are asked for"),
-        ({"rows": range(5)}, "row 4 is not part of a batch of 4; they count from 0"),
-        ({"rows": [2, 1]}, "the rows of a batch have to ascend, each of them once"),
-        ({"rows": [1, 1]}, "the rows of a batch have to ascend, each of them once"),
-        ({"split": "test"}, "has no split 'test' but train, heldout"),
-        ({"paths": {}}, "a mixture needs datasets with finite weights above 0"),
+        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"rows": range(2, 2)}, "the list of rows of a batch of 4 is empty"),
+        ({"rows": range(5)}, "row 4 is not part of a batch of 4; rows are numbered from 0"),
+        ({"rows": [2, 1]}, "the rows of a batch must be ascending, without repetitions"),
+        ({"rows": [1, 1]}, "the rows of a batch must be ascending, without repetitions"),
+        ({"split": "test"}, "has no split 'test'; the splits are train, heldout"),
+        ({"paths": {}}, "the datasets of a mixture need finite weights above 0"),
         ({"paths": "nowhere"}, "no dataset at nowhere: the directory does not exist"),
     ],
 )
@@ -379,7 +379,7 @@ def test_the_proposed_sequence_length_works(dataset):
 
 @pytest.mark.parametrize("weight", [0.0, math.nan, math.inf])
 def test_weights_have_to_be_positive_and_finite(dataset, other, weight):
-    with pytest.raises(UserError, match="a mixture needs datasets with finite weights above 0"):
+    with pytest.raises(UserError, match="the datasets of a mixture need finite weights above 0"):
         TrainBatches({str(dataset): 1.0, str(other): weight}, batch_size=1, sequence_length=L, seed=0)
 
 
@@ -401,7 +401,8 @@ def test_a_mixture_of_other_splits_is_warned_of(dataset, other, tmp_path, caplog
     TrainBatches({dataset: 1, apart: 1}, batch_size=1, sequence_length=L, seed=0)
     (record,) = caplog.records
     said = (
-        f"{dataset} was split with seed 0 and heldout_fraction 0.3, and {apart} with 0 and 0.2: if both hold a document"
+        f"{dataset} was split with seed 0 and heldout_fraction 0.3, and {apart} with 0 and 0.2: a document in "
+        f"both may be trained on"
     )
     assert record.getMessage().startswith(said)
 
@@ -409,7 +410,7 @@ def test_a_mixture_of_other_splits_is_warned_of(dataset, other, tmp_path, caplog
 def test_heldout_refuses_before_the_first_batch(dataset):
     with pytest.raises(UserError, match="neither divides"):
         heldout_batches(dataset, batch_size=2, sequence_length=24)
-    with pytest.raises(UserError, match="limit has to be at least 1, not 0"):
+    with pytest.raises(UserError, match="limit must be at least 1, not 0"):
         heldout_batches(dataset, batch_size=2, sequence_length=L, limit=0)
 
 

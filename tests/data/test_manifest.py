@@ -58,7 +58,7 @@ def test_unknown_field_and_version(dataset):
     with pytest.raises(UserError, match=r"manifest\.json is damaged: .*surprise"):
         read_manifest(dataset)
     edit(dataset, format_version=2)
-    with pytest.raises(UserError, match=r"has format version 2, this program reads 1; prepare it again"):
+    with pytest.raises(UserError, match=r"has format version 2, but this program reads 1; prepare the dataset again"):
         read_manifest(dataset)
 
 

@@ -120,7 +120,7 @@ def test_a_tokenizer_that_changes_text_is_warned_of(tmp_path, caplog):
     changed = sum(text.startswith("of") and text.endswith("words") for text in read_texts(tmp_path / "data", "heldout"))
     assert 5 < changed < manifest.splits["heldout"].documents
     (record,) = caplog.records
-    said = f"{changed} of {manifest.splits['heldout'].documents} held-out documents are not what their tokens decode to"
+    said = f"{changed} of {manifest.splits['heldout'].documents} held-out documents differ from what their tokens decode to"
     assert record.getMessage().startswith(said)
 
 
@@ -210,7 +210,7 @@ def test_a_worker_that_is_killed_is_an_error_with_its_likely_reason(tmp_path, mo
                     child.join()
             yield str(i)
 
-    with pytest.raises(RunError, match="a process that encodes was killed, as it is where memory is used up: fewer "):
+    with pytest.raises(RunError, match="an encoding process was killed, probably for lack of memory; fewer "):
         list(encoding.encode_in_order(given(), tokenizer, tmp_path, 2))
 
 
@@ -302,7 +302,7 @@ def test_broken_and_empty_records_are_counted_and_named(tmp_path, caplog):
     assert manifest.splits["train"].documents + manifest.splits["heldout"].documents == 195
     named = [record.getMessage() for record in caplog.records]
     assert named[0] == (
-        f"broken record left out: {file}:198: not JSON, one object a line: Expecting value: line 1 column 1 (char 0)"
+        f"broken record left out: {file}:198: not JSON with one object per line: Expecting value: line 1 column 1 (char 0)"
     )
     assert len(named) == 5
     message = r"7 of 204 records of .*a\.jsonl are broken, more than max_broken_fraction 0\.034 allows"
@@ -335,7 +335,7 @@ def test_every_damaged_file_is_named(tmp_path, caplog):
     assert [message.split(":")[0] for message in named[5:]] == [
         str(folder / name) for name in ("b.jsonl.gz", "c.txt.gz", "d.parquet")
     ]
-    assert named[6].endswith("c.txt.gz: damaged .gz file: it ends too soon")
+    assert named[6].endswith("c.txt.gz: damaged .gz file: it is truncated")
 
 
 def test_a_pipe_is_read_once(tmp_path, pipe):
@@ -344,7 +344,7 @@ def test_a_pipe_is_read_once(tmp_path, pipe):
     options = {"document_separator": "@@", "block_length": 64, "heldout_fraction": 0.3, "workers": 1}
     manifest = prepare(pipe(content), tmp_path / "data", tokenizer="bytes", **options)
     assert manifest.records.read == 50
-    with pytest.raises(UserError, match=r"is a pipe, which is read once, .* or give a --tokenizer that is there"):
+    with pytest.raises(UserError, match=r"is a pipe, which can be read only once, .* or give an existing --tokenizer"):
         prepare(pipe(content), tmp_path / "bpe", vocab_size=300, **options)
 
 
@@ -353,12 +353,12 @@ def test_a_pipe_is_read_once(tmp_path, pipe):
     [
         (
             "one document|",
-            r"the heldout split would be empty: none of 1 documents .* two different documents are needed",
+            r"the heldout split would be empty: none of 1 documents .* the splits need two different documents",
         ),
         ("one document", r"^document_separator '\|' is nowhere in .*a\.txt; leave it out if each is one document$"),
-        ("same|same|same", "would be empty: none of 3 documents .* two different documents are needed"),
-        ("||", r"a\.txt holds no text: all of its 3 documents are empty"),
-        ("", r"a\.txt holds no text: all of its 1 documents are empty"),
+        ("same|same|same", "would be empty: none of 3 documents .* the splits need two different documents"),
+        ("||", r"a\.txt has no text: all of its 3 documents are empty"),
+        ("", r"a\.txt has no text: all of its 1 documents are empty"),
     ],
 )
 def test_too_few_documents_are_refused(tmp_path, content, message):
@@ -383,15 +383,15 @@ def test_the_proposed_fraction_works(tmp_path, fraction):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"heldout_fraction": 0.0}, "heldout_fraction has to lie between 0 and 1, not at 0.0"),
-        ({"heldout_fraction": 1.0}, "heldout_fraction has to lie between 0 and 1, not at 1.0"),
-        ({"max_broken_fraction": 2.0}, "max_broken_fraction has to lie between 0 and 1, not at 2.0"),
-        ({"block_length": 0}, "block_length has to be at least 1, not 0"),
-        ({"block_length": 10**11}, "block_length can be at most 16777216, not 100000000000"),
-        ({"vocab_size": 10**9}, "vocab_size can be at most 16777216, not 1000000000"),
-        ({"workers": 0}, "workers has to be at least 1, not 0"),
-        ({"train_bytes": 0}, "train_bytes has to be at least 1, not 0"),
-        ({"seed": -1}, r"seed has to be at least 0 and below 2\*\*63, not -1"),
+        ({"heldout_fraction": 0.0}, "heldout_fraction must be between 0 and 1, not 0.0"),
+        ({"heldout_fraction": 1.0}, "heldout_fraction must be between 0 and 1, not 1.0"),
+        ({"max_broken_fraction": 2.0}, "max_broken_fraction must be between 0 and 1, not 2.0"),
+        ({"block_length": 0}, "block_length must be at least 1, not 0"),
+        ({"block_length": 10**11}, "block_length must be at most 16777216, not 100000000000"),
+        ({"vocab_size": 10**9}, "vocab_size must be at most 16777216, not 1000000000"),
+        ({"workers": 0}, "workers must be at least 1, not 0"),
+        ({"train_bytes": 0}, "train_bytes must be at least 1, not 0"),
+        ({"seed": -1}, r"seed must be at least 0 and below 2\*\*63, not -1"),
         ({"vocab_size": 100}, "a byte-level BPE cannot have 100 tokens"),
         (
             {"tokenizer": "bytes", "vocab_size": 300},

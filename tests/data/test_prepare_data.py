@@ -89,9 +89,9 @@ def test_tokens_instead_of_text(tmp_path, packed):
         (["--source=SOURCE"], "the heldout split would be empty: none of 1 documents"),
         (["--source=SOURCE", "--vocab_size=ten"], "flag --vocab_size=ten"),
         (["--source=SOURCE", "--document_separator="], ": document_separator must not be empty"),
-        ([], "--source is missing; --help says what there is"),
+        ([], "--source is missing; --help lists the options"),
         (["--source=SOURCE", "--token_files=uint8"], "flag --token_files=uint8"),
-        (["--source=SOURCE", "--output=SOURCE/data"], "a.txt is a file, so nothing can be made in it"),
+        (["--source=SOURCE", "--output=SOURCE/data"], "a.txt is a file, not a directory"),
         (["--source=SOURCE", "--output=/dev/full/a/b"], "a part of the path is not a directory"),
     ],
 )
@@ -152,5 +152,5 @@ def test_its_end_is_that_of_its_workers(tmp_path, number):
     assert len(left) == 1 and left[0].name.startswith(".data.partial-") and (left[0] / "train").is_dir()
     source.write_text("".join(json.dumps({"text": f"line {i} of text"}) + "\n" for i in range(100)))
     done = run(f"--source={source}", f"--output={tmp_path / 'data'}", "--tokenizer=bytes", "--heldout_fraction=0.3")
-    assert (done.returncode, done.stderr) == (0, f"removed {left[0]}, which a run that was killed had left\n")
+    assert (done.returncode, done.stderr) == (0, f"removed {left[0]}, left by a run that was killed\n")
     assert sorted(tmp_path.iterdir()) == [tmp_path / "data", source]

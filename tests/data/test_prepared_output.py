@@ -21,7 +21,7 @@ def test_existing_output(tmp_path):
     data.mkdir()
     prepare(source, data, block_length=64, **options)  # an empty directory counts as none
     before = files(data)
-    with pytest.raises(UserError, match="data exists already; --overwrite replaces it"):
+    with pytest.raises(UserError, match="data already exists; --overwrite replaces it"):
         prepare(source, data, block_length=32, **options)
     assert files(data) == before
     prepare(source, data, block_length=32, overwrite=True, **options)
@@ -31,7 +31,7 @@ def test_existing_output(tmp_path):
         UserError, match=r"is not a prepared dataset \(it has no manifest\.json\), so --overwrite leaves"
     ):
         prepare(source, data, overwrite=True, **options)
-    with pytest.raises(UserError, match=r"a\.jsonl is a file, so nothing can be made in it"):
+    with pytest.raises(UserError, match=r"a\.jsonl is a file, not a directory"):
         prepare(source, tmp_path / "a.jsonl/data", **options)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
 
@@ -43,7 +43,7 @@ def test_overwrite_removes_nothing_but_a_dataset(tmp_path):
     prepare(write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60)), data, **options)
     (data / "text").mkdir()
     source = write_jsonl(data / "text" / "a.jsonl", make_texts(0, 60))
-    with pytest.raises(UserError, match=r"data holds text, which is no part of a dataset .*; move it away$"):
+    with pytest.raises(UserError, match=r"data holds text, which is not part of a dataset .*; move it away$"):
         prepare(source, data, **options)
     assert os.listdir(data / "text") == ["a.jsonl"]
 
@@ -57,11 +57,9 @@ def test_a_dataset_in_its_own_source_is_not_read(tmp_path, caplog):
     before = files(tmp_path / "data")
     with caplog.at_level("INFO", logger="jaxlinear"):
         prepare(str(tmp_path), tmp_path / "data", **options)
-    assert caplog.messages == [f"{tmp_path}: left out are the prepared datasets in it: {tmp_path / 'data'}"]
+    assert caplog.messages == [f"{tmp_path}: leaving out the prepared datasets in it: {tmp_path / 'data'}"]
     assert files(tmp_path / "data") == before
-    with pytest.raises(
-        UserError, match=r"data is a prepared dataset, in which there is no text; name what it was made"
-    ):
+    with pytest.raises(UserError, match=r"data is a prepared dataset, which has no text; name the source it was made"):
         prepare(str(tmp_path / "data"), tmp_path / "again", **options)
     for name in ("manifest.json", "train/a.txt", "heldout/b.txt"):  # which is not a dataset of ours
         (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +72,7 @@ def test_a_mounted_disk_is_refused_before_the_work(tmp_path, monkeypatch):
     source, data = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60)), tmp_path / "data"
     data.mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(data))
-    with pytest.raises(
-        UserError, match="data is where a disk is mounted, and cannot be replaced; name a directory in it"
-    ):
+    with pytest.raises(UserError, match="data is a mount point and cannot be replaced; name a directory in it"):
         prepare(source, data, tokenizer="bytes", workers=1, heldout_fraction=0.3)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"] and os.listdir(data) == []
     prepare(source, data / "in", tokenizer="bytes", workers=1, heldout_fraction=0.3)
@@ -159,7 +155,7 @@ def test_what_another_run_made_meanwhile_stays(tmp_path, monkeypatch):
         write(self, directory)
 
     monkeypatch.setattr(Manifest, "write", make_another)
-    with pytest.raises(UserError, match="data exists already; --overwrite replaces it"):
+    with pytest.raises(UserError, match="data already exists; --overwrite replaces it"):
         prepare(source, tmp_path / "data", block_length=32, **options)
     assert read_manifest(tmp_path / "data").block_length == 64
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]

@@ -80,7 +80,7 @@ def test_a_separator_that_cuts_nothing_is_refused(tmp_path, caplog):
     (tmp_path / "a.txt").unlink()
     with pytest.raises(UserError, match=rf"nowhere in {tmp_path}; '\\r\\n\\r\\n' is in 1 of them$"):
         list(open_source(str(tmp_path), separator="\n\n"))
-    said = f"{tmp_path}: 1 plain-text files are cut by '\\n\\n'; 1 in which it is not are one document each"
+    said = f"{tmp_path}: 1 plain-text files are cut at '\\n\\n'; 1 files without it are one document each"
     assert caplog.messages == [said, said + r" ('\r\n\r\n' is in 1 of them)"]
 
 
@@ -125,7 +125,7 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
             (tmp_path / name).write_text(name)
         assert texts(open_source(str(tmp_path))) == ["a.txt", "b.txt"]
     assert caplog.messages == [
-        f"{tmp_path}: 2 files are read; left out are 2 .xz, 1 .0, 1 .1, 1 .2, 1 .3, ... (--suffixes chooses)"
+        f"{tmp_path}: reading 2 files, leaving out 2 .xz, 1 .0, 1 .1, 1 .2, 1 .3, ... (--suffixes chooses them)"
     ]
 
 
@@ -157,7 +157,7 @@ def test_of_hard_links_one_is_read(tmp_path, caplog):
     with caplog.at_level("INFO", logger="jaxlinear"):
         assert [record.origin for record in open_source(str(tmp_path))] == [f"{tmp_path}/{name}.txt" for name in "ad"]
     assert caplog.messages == [
-        f"{tmp_path}: 2 second names of files are left out: {tmp_path}/b.txt is {tmp_path}/a.txt, "
+        f"{tmp_path}: leaving out 2 duplicate names of the same files: {tmp_path}/b.txt is {tmp_path}/a.txt, "
         f"{tmp_path}/c.txt is {tmp_path}/a.txt"
     ]
 
@@ -169,7 +169,7 @@ def test_a_link_that_leads_nowhere_is_refused(tmp_path, name):
     assert texts(open_source(str(tmp_path))) == ["z"]
     (tmp_path / name).symlink_to("gone")
     with pytest.raises(
-        UserError, match=f"^{tmp_path}/{name} is a link to gone, which is not there; mend or remove it$"
+        UserError, match=f"^{tmp_path}/{name} is a link to gone, which does not exist; fix or remove it$"
     ):
         open_source(str(tmp_path))
 
@@ -178,7 +178,7 @@ def test_a_pipe_in_a_folder_is_refused(tmp_path):
     """Reading it would wait for ever."""
     (tmp_path / "a.txt").write_text("one")
     os.mkfifo(tmp_path / "b.txt")
-    with pytest.raises(UserError, match=rf"^{tmp_path}/b\.txt is no file but a pipe"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/b\.txt is a pipe, a socket or a device, not a file"):
         open_source(str(tmp_path))
 
 
@@ -237,8 +237,8 @@ def test_broken_json_lines_are_named(tmp_path):
         + b'{"text": "\xff"}\n'
     )
     assert errors(open_source(str(file))) == [
-        (f"{file}:2", "not JSON, one object a line: Expecting value: line 1 column 10 (char 9)"),
-        (f"{file}:3", "no field 'text' (its fields: id); --text_field chooses"),
+        (f"{file}:2", "not JSON with one object per line: Expecting value: line 1 column 10 (char 9)"),
+        (f"{file}:3", "no field 'text' (its fields: id); --text_field chooses it"),
         (f"{file}:4", "field 'text' is not a string but int"),
         (f"{file}:5", "a JSON list where an object is expected"),
         (f"{file}:6", "field 'text' is not Unicode text: surrogates not allowed"),
@@ -256,7 +256,7 @@ def test_truncated_file_is_a_broken_record(tmp_path, suffix):
     (tmp_path / "b.jsonl").write_bytes(json_lines({"text": "after"}))
     source = open_source(str(tmp_path))
     ((origin, error),) = errors(source)
-    assert origin.startswith(f"{file}:") and error == f"damaged {suffix} file: it ends too soon"
+    assert origin.startswith(f"{file}:") and error == f"damaged {suffix} file: it is truncated"
     assert texts(source)[-1] == "after"
 
 
@@ -273,7 +273,7 @@ def test_of_a_truncated_text_whole_documents_are_read(tmp_path, suffix):
     read = [record.text for record in records if record.text is not None][:-1]
     assert len(read) > 100 and read == documents[: len(read)]
     (damaged,) = [record for record in records if record.text is None]
-    assert damaged == Record(f"{file}:{1 + 3 * len(read)}", None, f"damaged {suffix} file: it ends too soon", True)
+    assert damaged == Record(f"{file}:{1 + 3 * len(read)}", None, f"damaged {suffix} file: it is truncated", True)
 
 
 def test_one_bad_byte_costs_one_document(tmp_path):
@@ -296,7 +296,11 @@ def test_what_is_behind_the_beginning_of_something_binary_is_no_text(tmp_path):
 @pytest.mark.parametrize("separator", [None, "\n"])
 def test_utf16_is_named(tmp_path, separator):
     (tmp_path / "a.txt").write_bytes("one\ntwo".encode("utf-16"))
-    with pytest.raises(UserError, match=r"UTF-16 by its first bytes; make it UTF-8, as iconv -f UTF-16 -t UTF-8 does$"):
+    with pytest.raises(
+        UserError,
+        match=r"UTF-16 by its first bytes; convert it to UTF-8, for example with iconv "
+        r"-f UTF-16 -t UTF-8$",
+    ):
         list(open_source(str(tmp_path), separator=separator))
 
 
@@ -361,7 +365,7 @@ def test_hugging_face(monkeypatch):
         open_source("hf:absent")
     with pytest.raises(UserError, match="hf:script cannot be loaded: Dataset scripts are no longer supported"):
         open_source("hf:script")
-    with pytest.raises(UserError, match=r"^'hf:' names no dataset; write hf:NAME or hf:NAME:CONFIG$"):
+    with pytest.raises(UserError, match=r"^'hf:' does not name a dataset; write hf:NAME or hf:NAME:CONFIG$"):
         open_source("hf:")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hf:name needs the datasets package: pip install jaxlinear\[hf\]"):
@@ -372,8 +376,8 @@ def test_hugging_face(monkeypatch):
     "name, separator, remedy",
     [
         ("a.txt", None, "--document_separator cuts it"),
-        ("a.txt", "|", "is document_separator '|' what cuts it?"),
-        ("a.jsonl", None, "JSONL is one object a line"),
+        ("a.txt", "|", "is document_separator '|' correct?"),
+        ("a.jsonl", None, "JSONL has one object per line"),
     ],
 )
 def test_a_document_larger_than_memory_is_refused(tmp_path, monkeypatch, name, separator, remedy):
@@ -393,7 +397,7 @@ def test_bad_sources_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no source 'nowhere': there is no such file or folder"):
         open_source("nowhere")
     (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
-    with pytest.raises(UserError, match=r"empty\.jsonl is empty: there is no document in it"):
+    with pytest.raises(UserError, match=r"empty\.jsonl is empty: it has no documents"):
         list(open_source(str(tmp_path / "empty.jsonl")))
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
     with pytest.raises(UserError, match=r"no usable document .*image\.png: a binary file \(it has NUL bytes\)"):
@@ -427,7 +431,7 @@ def test_folders_without_text_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no file with a suffix of \.txt, .* and no other"):
         open_source(str(tmp_path))
     (tmp_path / "a.rs").write_text("a")
-    with pytest.raises(UserError, match=r"^suffixes is empty; name some, as \.txt, or leave it out$"):
+    with pytest.raises(UserError, match=r"^suffixes is empty; name some, such as \.txt, or leave it out$"):
         open_source(str(tmp_path), suffixes=("",))
-    with pytest.raises(UserError, match=r"has no file with a suffix of .*; there are \.rs \(--suffixes chooses\)"):
+    with pytest.raises(UserError, match=r"has no file with a suffix of .*; it has \.rs \(--suffixes chooses them\)"):
         open_source(str(tmp_path))

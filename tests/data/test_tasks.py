@@ -264,7 +264,7 @@ def test_a_task_as_training_set():
     (task,) = tasks.training_set("mqar:pairs=4:vocab_size=64", tasks.Setting(sequence_length=48))
     assert (task.length, task.pairs, task.vocab_size) == (48, 4, 64)
     assert made(tasks.text(task)) == task
-    with pytest.raises(UserError, match=r"length=32 is not training.sequence_length=48; leave length out"):
+    with pytest.raises(UserError, match=r"length=32 differs from training.sequence_length=48; leave length out"):
         tasks.training_set("mqar:length=32:pairs=4", tasks.Setting(48))
 
 
@@ -315,8 +315,8 @@ def test_difficulties_of_the_pass_key_follow_the_run(tiny_dataset):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("mqarr", "there is no task 'mqarr'; there are mqar, induction, passkey"),
-        ("mqar:pair=3", "mqar has no option 'pair'; it has length, vocab_size, pairs"),
+        ("mqarr", "there is no task 'mqarr'; the tasks are mqar, induction, passkey"),
+        ("mqar:pair=3", "mqar has no option 'pair'; the options are length, vocab_size, pairs"),
         ("mqar:pairs", "'pairs' is not an option; write NAME:option=VALUE:option=VALUE"),
         ("mqar:pairs=x", "mqar: pairs=x is not of type int"),
         ("mqar:pairs=17", "mqar: length=64 must be even and at least 68, four tokens a pair"),
@@ -326,12 +326,15 @@ def test_difficulties_of_the_pass_key_follow_the_run(tiny_dataset):
         ("selective_copying:length=20", "selective_copying: length=20 must be at least 32, twice count"),
         ("listops:shortest=1500", "listops: shortest=1500 must not exceed 1024"),
         ("passkey:length=64", "passkey: it needs text"),
-        ("passkey:length=64:dataset={dataset}", "passkey: length=64 is less than the 104 tokens without any text"),
+        (
+            "passkey:length=64:dataset={dataset}",
+            "passkey: length=64 must be at least the 104 tokens that are needed without any text",
+        ),
         (
             "passkey:length=5000:dataset={dataset}",
-            r"length=5000 is more than half of the \d+ tokens in the heldout",
+            r"length=5000 must be at most half of the \d+ tokens in the heldout",
         ),
-        ("passkey:length=200:depth=2:dataset={dataset}", "passkey: depth=2.0 lies between 0 and 1, or is -1"),
+        ("passkey:length=200:depth=2:dataset={dataset}", "passkey: depth=2.0 must be between 0 and 1, or -1"),
     ],
 )
 def test_refusals(spec, message, tiny_dataset):
@@ -340,9 +343,9 @@ def test_refusals(spec, message, tiny_dataset):
 
 
 def test_a_vocabulary_that_the_model_lacks_is_refused():
-    with pytest.raises(UserError, match=r"mqar takes 600 tokens, and model.vocab_size is 512; set vocab_size"):
+    with pytest.raises(UserError, match=r"mqar needs 600 tokens, but model.vocab_size is 512; set vocab_size"):
         tasks.difficulties("mqar:vocab_size=600", tasks.Setting(64, 512))
-    with pytest.raises(UserError, match=r"mqar takes 513 tokens"):
+    with pytest.raises(UserError, match=r"mqar needs 513 tokens"):
         tasks.difficulties("mqar:vocab_size=513", tasks.Setting(64, 512))
-    with pytest.raises(UserError, match=r"s5_permutations takes 120 tokens, and model.vocab_size is 64$"):
+    with pytest.raises(UserError, match=r"s5_permutations needs 120 tokens, but model.vocab_size is 64$"):
         tasks.difficulties("s5_permutations", tasks.Setting(64, 64))

@@ -179,9 +179,9 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path, made):
         source = write_ids(tmp_path / "a.jsonl", rows)
         said = refused(source, tmp_path / "out", tokenizer=file, tokens_field="input_ids")
         assert re.match(
-            rf"only 1?[0-9]% of the ids of the first {seen} documents of {source} are what the tokenizer", said
+            rf"only 1?[0-9]% of the ids of the first {seen} documents of {source} match the tokenizer's encoding", said
         )
-        assert said.endswith(" makes of their text: another tokenizer made them; name that one")
+        assert said.endswith(" of their text: another tokenizer made them; give that one as --tokenizer")
 
 
 def test_some_documents_of_another_tokenizer_are_said(tmp_path, caplog, made):
@@ -192,7 +192,7 @@ def test_some_documents_of_another_tokenizer_are_said(tmp_path, caplog, made):
         prepare(source, tmp_path / "out", tokenizer=file, tokens_field="input_ids", **OPTIONS)
     (message,) = [record.getMessage() for record in caplog.records]
     assert re.match(r"only 7[0-9]% of the ids of the first 100 documents of ", message)
-    assert message.endswith(" are what the tokenizer makes of their text: was it another tokenizer that made them?")
+    assert message.endswith(" match the tokenizer's encoding of their text: was it another tokenizer that made them?")
 
 
 def test_documents_that_were_cut_are_this_tokenizers_all_the_same(tmp_path, caplog, made):
@@ -232,8 +232,8 @@ def test_a_special_token_at_the_end_of_all_documents_is_said(tmp_path, caplog, m
         source = write_ids(tmp_path / "a.jsonl", rows)
         prepare(source, tmp_path / "out", **options)
         assert [record.getMessage() for record in caplog.records] == [
-            f"100 of the first 100 documents of {source} end with the token {end}, which is no text and stays where it is; "
-            "--document_token names the one that stands between documents"
+            f"100 of the first 100 documents of {source} end with the token {end}, which decodes to no text and is kept; "
+            "--document_token names the one between documents"
         ]
         caplog.clear()
         named = prepare(source, tmp_path / "named", document_token="</s>", **options)
@@ -253,10 +253,11 @@ def test_broken_rows_are_left_out_by_name(tmp_path, caplog, made):
     assert (manifest.records.broken, manifest.records.empty) == (len(bad) + 1, 2)
     assert [record.getMessage().split(".jsonl:")[1] for record in caplog.records] == [
         "2: field 'input_ids' is not a list of ids but str",
-        "3: field 'input_ids' has 2.0 where ids are integers",
-        "4: field 'input_ids' has True where ids are integers",
-        f"5: field 'input_ids': the id {beyond} at 1 is none of the tokenizer's, which are from 0 to {beyond - 1}",
-        f"6: field 'input_ids': the id -1 at 0 is none of the tokenizer's, which are from 0 to {beyond - 1}",
+        "3: field 'input_ids' has 2.0, but ids must be integers",
+        "4: field 'input_ids' has True, but ids must be integers",
+        f"5: field 'input_ids': the id {beyond} at position 1 does not belong to the tokenizer, whose ids are 0 "
+        f"to {beyond - 1}",
+        f"6: field 'input_ids': the id -1 at position 0 does not belong to the tokenizer, whose ids are 0 to {beyond - 1}",
     ]
     said = refused(tmp_path / "a.jsonl", tmp_path / "more", max_broken_fraction=0.01, **{**options, "workers": 1})
     assert said.startswith("10 of 162 records of ")
@@ -270,7 +271,7 @@ def test_a_document_token_within_a_row_is_no_border_unless_rows_are_packed(tmp_p
     assert said.startswith(
         f"no usable document among the first 5 of {source}: {source}:1: the document token '<|endoftext|>' "
     )
-    assert said.endswith("is within it; --packed_rows cuts there")
+    assert said.endswith("is inside it; --packed_rows cuts there")
     prepare(source, tmp_path / "out", tokenizer=file, tokens_field="input_ids", packed_rows=True, **OPTIONS)
     assert dataset(tmp_path / "out") == expected
 
@@ -295,7 +296,7 @@ def test_a_stream_without_the_document_token_is_refused(tmp_path, monkeypatch, m
     said = refused(tmp_path / "a.bin", tmp_path / "out", tokenizer=file, token_files="uint16")
     assert said == (
         f"the document token '<|endoftext|>' ({tokenizer.document_token}) is nowhere in {tmp_path}/a.bin, so no document "
-        "ends there; --document_token names the one that stands between them"
+        "ends there; --document_token names the one between documents"
     )
     monkeypatch.setattr(token_ids, "_WITHOUT_A_BORDER", 500)
     monkeypatch.setattr("jaxlinear.data.token_files._PART", 400)
@@ -316,38 +317,37 @@ def test_files_that_are_not_what_they_are_said_to_be(tmp_path, made):
         return refused(source, out, tokenizer=file, token_files=form)
 
     ids.astype("<u4").tofile(path)
-    assert "as where ids of 4 bytes or more are read as of 2: --token_files=uint32, it may be" in why("uint16")
+    assert "as if ids of 4 bytes or more were read as 2 bytes; perhaps use --token_files=uint32" in why("uint16")
     ids.astype("<i8").tofile(path)
-    assert "as where ids of 8 bytes or more are read as of 4: --token_files=int64, it may be" in why("int32")
+    assert "as if ids of 8 bytes or more were read as 4 bytes; perhaps use --token_files=int64" in why("int32")
     ids.astype("<u2").tofile(path)
-    assert "is none of the tokenizer's, which are from 0 to 399; were they made by another tokenizer, or have" in why(
-        "uint32"
+    assert (
+        "does not belong to the tokenizer, whose ids are 0 to 399; were they made by another tokenizer, or do"
+        in why("uint32")
     )
     path.write_bytes(ids.astype("<u2").tobytes() + b"\1")
-    assert why("uint16") == f"{path} is no file of uint16: 1 bytes are left behind {len(ids)} of them"
-    assert "does not begin as llm.c's files of tokens do" in why("llm.c")
-    assert why("megatron") == f"{path} has no index of Megatron-LM beside it, a.idx"
-    assert "is not an array of NumPy (.npy)" in why("npy")
+    assert why("uint16") == f"{path} is not a file of uint16: 1 bytes are left after {len(ids)} of them"
+    assert "does not begin like a token file of llm.c" in why("llm.c")
+    assert why("megatron") == f"{path} has no Megatron-LM index a.idx beside it"
+    assert "is not a NumPy array (.npy)" in why("npy")
     write_llm_c(path, ids)
-    assert why("uint16") == f"{path} begins as the files of llm.c do: --token_files=llm.c"
+    assert why("uint16") == f"{path} begins like a file of llm.c: use --token_files=llm.c"
     write_llm_c(path, ids, count=len(ids) + 1)
     assert "is damaged: " in why("llm.c")
     np.save(npy, np.asfortranarray(ids[:100].reshape(20, 5)))
-    assert "has its columns one after another" in why("npy", npy)
-    assert why("uint16", npy) == f"{npy} begins as the arrays of NumPy do: --token_files=npy"
+    assert "is in column-major" in why("npy", npy)
+    assert why("uint16", npy) == f"{npy} begins like a NumPy array: use --token_files=npy"
     (tmp_path / "npy.bin.gz").write_bytes(gzip.compress(npy.read_bytes()))
-    assert "begins as the arrays of NumPy do" in why("uint16", tmp_path / "npy.bin.gz")
+    assert "begins like a NumPy array" in why("uint16", tmp_path / "npy.bin.gz")
     (tmp_path / "pk.npy").write_bytes(b"PK\x03\x04 and no more")
-    assert "is not an array of NumPy (.npy)" in why("npy", tmp_path / "pk.npy")
+    assert "is not a NumPy array (.npy)" in why("npy", tmp_path / "pk.npy")
     np.save(npy, ids.astype(np.float32))
-    assert f"{npy} is float32 [{len(ids)}], where ids are integers, in a row or in rows" == why("npy", npy)
+    assert f"{npy} is float32 [{len(ids)}]; ids must be integers in one or two dimensions" == why("npy", npy)
     np.savez(tmp_path / "a.npz", ids=ids)
     assert "holds several arrays (.npz)" in why("npy", tmp_path / "a.npz")
     for form in ("npy", "llm.c", "megatron"):
         (tmp_path / "a.bin.gz").write_bytes(b"")
-        assert "is compressed, of which flat ids alone (uint16, uint32, int32, int64)" in why(
-            form, tmp_path / "a.bin.gz"
-        )
+        assert "is compressed, and only flat ids (uint16, uint32, int32, int64)" in why(form, tmp_path / "a.bin.gz")
     (tmp_path / "a.bin.gz").write_bytes(gzip.compress(ids.astype("<u2").tobytes())[:-20])
     said = refused(tmp_path / "a.bin.gz", out, tokenizer=file, token_files="uint16", max_broken_fraction=0)
     assert said.startswith("1 of ") and "are broken, more than max_broken_fraction 0 allows" in said
@@ -368,10 +368,10 @@ def test_one_document_of_ids(tmp_path, made):
     said = refused(
         write_ids(tmp_path / "a.jsonl", [[1, 2, 3]]), tmp_path / "out", tokenizer=file, tokens_field="input_ids"
     )
-    assert said.endswith("none of 1 documents falls into it; two different documents are needed")
+    assert said.endswith("none of 1 documents falls into it; the splits need two different documents")
     source = write_ids(tmp_path / "b.jsonl", [[], []])
     said = refused(source, tmp_path / "out", tokenizer=file, tokens_field="input_ids")
-    assert said == f"{source} holds no tokens: all of its 2 documents are empty"
+    assert said == f"{source} has no tokens: all of its 2 documents are empty"
 
 
 @pytest.mark.parametrize("length", [250, 1023])
@@ -398,54 +398,59 @@ def test_damaged_indices_of_megatron_are_refused(tmp_path, made):
     whole, tokens = index.read_bytes(), path.read_bytes()
     for damaged in (tokens[:-4], tokens + b"\0"):
         path.write_bytes(damaged)
-        assert said() == f"{index} is not the index of a.bin, which has {len(damaged)} bytes, or either is damaged"
+        assert (
+            said() == f"{index} is not the index of a.bin, which has {len(damaged)} bytes, or one of the two is damaged"
+        )
     path.write_bytes(tokens)
     index.write_bytes(whole[:-1])
-    assert said() == f"{index} is damaged: it ends before 2 sequences and 3 borders of documents"
+    assert said() == f"{index} is damaged: it ends before its 2 sequences and 3 document boundaries"
     index.write_bytes(whole[:20])
-    assert said() == f"{index} is damaged: it ends in its header"
+    assert said() == f"{index} is damaged: it ends within its header"
     index.write_bytes(whole[:17] + b"\7" + whole[18:])  # float32
-    assert said() == f"{index} has version 1 and dtype 7; version 1 with one of integers can be read"
+    assert said() == f"{index} has version 1 and dtype 7; only version 1 with an integer dtype can be read"
     index.write_bytes(whole[:-8] + struct.pack("<q", 5))
     assert said().startswith(f"{index} is not the index of a.bin")
     write_megatron(path, [[[1, 2, border]], [[3, 400]]])
-    assert said().startswith(f"document 2 of {path}: the id 400 at 1 is none of the tokenizer's")
+    assert said().startswith(f"document 2 of {path}: the id 400 at position 1 does not belong to the tokenizer")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokenizer": "bpe"}, "tokens are of a tokenizer that is there: --tokenizer names it"),
+        ({"tokenizer": "bpe"}, "a source of tokens needs the existing tokenizer that made them: --tokenizer names it"),
         (
             {"text_field": "x"},
-            "text_field is for text, and the source is said to have tokens; leave one of the two out",
+            "text_field is for text, but tokens_field or token_files says that the source has tokens; leave one out",
         ),
-        ({"document_separator": "x"}, "document_separator is for text, and the source is said to have tokens; leave"),
-        ({"token_files": "npy"}, "tokens_field is for records and token_files for files of ids; give one of the two"),
+        (
+            {"document_separator": "x"},
+            "document_separator is for text, but tokens_field or token_files says that the source has tokens; leave",
+        ),
+        ({"token_files": "npy"}, "tokens_field is for records and token_files for files of ids; give only one of them"),
         (
             {"tokens_field": None, "token_files": "npy", "packed_rows": True},
-            "packed_rows is for tokens_field; a file of ids",
+            "packed_rows is for tokens_field, and a file of ids",
         ),
         (
             {"tokens_field": None, "packed_rows": True},
-            "packed_rows is for rows of tokens, whose field --tokens_field names",
+            "packed_rows is for rows of tokens (--tokens_field)",
         ),
         (
             {"tokens_field": None, "token_files": "raw"},
-            "token_files='raw' is none of uint16, uint32, int32, int64, npy,",
+            "token_files='raw' must be one of uint16, uint32, int32, int64, npy,",
         ),
         (
             {"tokens_field": None, "token_files": "npy"},
-            "a.jsonl has records, and is no file of ids; --tokens_field names",
+            "a.jsonl has records and is not a file of ids; name their field with --tokens_field",
         ),
-        ({"source": "python-stdlib"}, "python-stdlib is text; tokens_field and token_files are for what is tokens"),
+        ({"source": "python-stdlib"}, "python-stdlib is text; tokens_field and token_files are for sources of tokens"),
         (
             {"source": "a.txt"},
-            "a.txt has no records, which are JSONL or Parquet; --token_files says what its ids are like",
+            "a.txt is not JSONL or Parquet and has no records; give the format of its ids with --token_files",
         ),
         (
             {"source": "hf:x", "tokens_field": None, "token_files": "npy"},
-            "token_files is for files, and hf:x has records",
+            "token_files is for files of ids, but hf:x has records",
         ),
         ({"source": "hf:x", "suffixes": [".a"]}, "suffixes does nothing for hf:x: it is for a folder; leave it out"),
         ({"tokens_field": "tokens"}, "no field 'tokens' (its fields: input_ids); --tokens_field chooses"),
@@ -466,7 +471,7 @@ def test_parquet_columns_that_are_no_ids(tmp_path):
 
     assert said(pyarrow.array(["a"])).endswith("is not lists of integers but string")
     assert "is not lists of integers but list<" in said(pyarrow.array([[1.0]]))
-    assert said(pyarrow.array([[1, None], None])).endswith("field 'input_ids' is null, or one of its ids is")
+    assert said(pyarrow.array([[1, None], None])).endswith("field 'input_ids' is null or has a null id")
 
 
 def test_ids_of_bytes(tmp_path):

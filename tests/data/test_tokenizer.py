@@ -139,7 +139,9 @@ def test_a_document_token_that_is_a_byte_too_is_refused(tmp_path):
     vocabulary[byte] = 257
     fields["added_tokens"].append({**fields["added_tokens"][0], "id": 300, "content": "<doc>"})
     file.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=f"its token '<doc>' has the id 257 of '{byte}' too.*name another token with"):
+    with pytest.raises(
+        UserError, match=f"its tokens '<doc>' and '{byte}' have the same id 257,.*name another token with"
+    ):
         open_tokenizer(str(file), "<doc>")
     assert open_tokenizer(str(file), "<|endoftext|>").document_token == 0
 
@@ -185,7 +187,9 @@ def _json_tokenizer(directory, names, special=True) -> str:
 
 
 def test_bad_tokenizers_are_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot have 256 tokens: 256 bytes and the document token make 257"):
+    with pytest.raises(
+        UserError, match="cannot have 256 tokens; it must have at least 257, for 256 bytes and the document token"
+    ):
         train_bpe(TEXTS, 256)
     with pytest.raises(UserError, match=r"no tokenizer 'absent.json': give bpe, bytes, or the path"):
         open_tokenizer("absent.json")
@@ -196,7 +200,7 @@ def test_bad_tokenizers_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"bad\.model is not a SentencePiece model"):
         open_tokenizer(str(tmp_path / "bad.model"))
     file = _json_tokenizer(tmp_path, ["<pad>"])
-    with pytest.raises(UserError, match=r"has none of <\|endoftext\|>, .* name its token with --document_token"):
+    with pytest.raises(UserError, match=r"has none of <\|endoftext\|>, .* name its own with --document_token"):
         open_tokenizer(file)
     with pytest.raises(UserError, match="has no token '<end>' to separate documents with"):
         open_tokenizer(file, "<end>")

@@ -100,7 +100,7 @@ def test_generation_ends_where_it_is_told(model, run):
     found = model.generate_until(requests("generate_until", (prompts[0], {"until": stop, "max_gen_toks": 24})))
     assert found == [texts[0][: texts[0].index(stop)]]
     with pytest.raises(
-        UserError, match="generation with num_beams is not supported; there are do_sample, max_gen_toks"
+        UserError, match="generation with num_beams is not supported; the options are do_sample, max_gen_toks"
     ):
         model.generate_until(requests("generate_until", (prompts[0], {"num_beams": 4})))
 
@@ -157,7 +157,7 @@ def test_what_is_drawn(arguments, expected):
 def test_what_cannot_be_drawn():
     with pytest.raises(UserError, match="generation with top_k: 'many' is not a number"):
         harness._sampling({"temperature": 1.0, "top_k": "many"})
-    with pytest.raises(UserError, match=r"top_p is 0.0; it lies in \(0, 1\]"):
+    with pytest.raises(UserError, match=r"top_p is 0.0; it must be in \(0, 1\]"):
         harness._sampling({"temperature": 1.0, "top_p": 0.0})
 
 
@@ -237,16 +237,16 @@ def test_tasks_that_come_with_the_harness_are_found():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("harness", "names no task; write harness:NAME, as harness:piqa"),
-        ("harness:piqa:shots=2", "there is no option 'shots'; there are limit, fewshot, data"),
-        ("harness:piqa:limit=x", "limit is a whole number, not 'x'"),
+        ("harness", "does not name a task; write harness:NAME, such as harness:piqa"),
+        ("harness:piqa:shots=2", "there is no option 'shots'; the options are limit, fewshot, data"),
+        ("harness:piqa:limit=x", "limit must be a whole number, not 'x'"),
         ("harness:piqa:limit", "'limit' is not an option; write NAME:option=VALUE"),
         ("harness:piqa:limit=9:limit=8", "limit is given twice; leave one out"),
         ("harness:piqa:limit=0", "limit=0 must be at least 1"),
         ("harness:piqa:fewshot=-1", "fewshot=-1 must be at least 0"),
         ("harness:nothing.yaml", "there is no task file nothing.yaml"),
-        ("harness:piqa:data=questions.csv", "its name has to end in .jsonl, .json, .arrow, .parquet"),
-        ("harness:piqa:data=none.jsonl", "data=none.jsonl: there is no such file"),
+        ("harness:piqa:data=questions.csv", "its name must end in .jsonl, .json, .arrow, .parquet"),
+        ("harness:piqa:data=none.jsonl", "data=none.jsonl: the file does not exist"),
     ],
 )
 def test_refusals(run, spec, message):
@@ -257,17 +257,21 @@ def test_refusals(run, spec, message):
 def test_too_many_examples_are_refused(run, files):
     """The question itself does not count; a number that the task's file asks for is checked as well."""
     task, data, _ = files
-    with pytest.raises(UserError, match="words has no 12 examples for a question; fewshot=11 is the most"):
+    with pytest.raises(
+        UserError, match="words does not have 12 examples per question; the largest possible is fewshot=11"
+    ):
         evaluation.evaluate_run(run, [f"harness:{task}:data={data}:fewshot=12"], Options())
     own = task.with_name("own.yaml")
     own.write_text(task.read_text() + "num_fewshot: 12\n")
-    with pytest.raises(UserError, match="words has no 12 examples for a question; fewshot=11 is the most"):
+    with pytest.raises(
+        UserError, match="words does not have 12 examples per question; the largest possible is fewshot=11"
+    ):
         evaluation.evaluate_run(run, [f"harness:{own}:data={data}"], Options())
 
 
 def test_tasks_that_are_not_of_text_alone_are_refused():
     with pytest.raises(
-        UserError, match="'harness:humaneval': humaneval runs what the model writes, which is not supported"
+        UserError, match="'harness:humaneval': humaneval runs code that the model writes, which is not supported"
     ):
         harness._check("harness:humaneval", {"humaneval": SimpleNamespace(UNSAFE_CODE=True)}, None)
 
@@ -306,8 +310,8 @@ def test_nothing_runs_before_all_tasks_are_checked(run, files, monkeypatch):
     monkeypatch.setattr(perplexity, "_measure", measured)
     for last, message in (
         ("parity:bogus=1", "parity has no option 'bogus'"),
-        ("passkey:length=999999", "length=999999 is more than half of the"),
-        (f"harness:{task}:data={data}:fewshot=12", "fewshot=11 is the most"),
+        ("passkey:length=999999", "length=999999 must be at most half of the"),
+        (f"harness:{task}:data={data}:fewshot=12", "the largest possible is fewshot=11"),
         (f"harness:{beams}:data={data}", "generation with num_beams is not supported"),
     ):
         with pytest.raises(UserError, match=message):

@@ -77,5 +77,5 @@ def test_rows_have_as_many_cells_as_there_are_names():
 
 
 def test_only_an_svg_is_a_figure():
-    with pytest.raises(ValueError, match="no SVG document"):
+    with pytest.raises(ValueError, match="not an SVG document"):
         html.figure("<p>", "", name="x")

@@ -62,10 +62,10 @@ def test_a_million_tokens_fit_where_an_eighth_fits(tiny_config):
 @pytest.mark.parametrize(
     "mesh, message",
     [
-        (["sequence=3"], "mesh.sequence=3 does not divide the 8 devices that there are"),
+        (["sequence=3"], "mesh.sequence=3 does not divide the 8 available devices"),
         (
             ["time=8"],
-            "'time=8' is not a part of a mesh; write AXIS=SIZE, the axes being data, fsdp, sequence, tensor, ex",
+            "'time=8' is not a part of a mesh; write AXIS=SIZE, where the axes are data, fsdp, sequence, tensor, ex",
         ),
         (["sequence=all"], "'sequence=all' is not a part of a mesh"),
         (["sequence=²"], "'sequence=²' is not a part of a mesh"),

@@ -83,7 +83,7 @@ def test_a_model_that_is_not_finite_is_refused(tiny_run):
     run = open_run(tiny_run, 1)
     run = dataclasses.replace(run, parameters=jax.tree.map(lambda x: x * np.float32(np.nan), run.parameters))
     measure = perplexity.prepare(run, "perplexity", evaluation.Options(lengths=(1,), batches=1))
-    with pytest.raises(UserError, match=r"at step 1 and length 32 is nan: the model's own numbers are not finite"):
+    with pytest.raises(UserError, match=r"at step 1 and length 32 is nan: the model's own values are not finite"):
         measure()
 
 
@@ -118,8 +118,8 @@ def test_default_lengths_are_left_out_where_the_split_is_shorter(tiny_run, tmp_p
     taken, left_out = ([row["length"] for row in result[name]] for name in ("lengths", "left_out"))
     assert taken == [length for length in (32, 64, 128, 256) if length <= targets]
     assert taken + left_out == [32, 64, 128, 256]
-    assert f"has {targets} targets in all" in result["left_out"][-1]["reason"]
-    with pytest.raises(UserError, match=r"length 8 x 32: it is 256 tokens, and the held-out split"):
+    assert f"has only {targets} targets" in result["left_out"][-1]["reason"]
+    with pytest.raises(UserError, match=r"length 8 x 32: it is 256 tokens, but the held-out split"):
         evaluation.evaluate(tiny_run, data=str(tmp_path / "data"), lengths=[1, 8])
 
 
@@ -155,7 +155,7 @@ def test_another_tokenizer_is_refused(tiny_run, tiny_dataset, tmp_path):
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
     manifest["tokenizer"]["sha256"] = "0" * 64
     (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="was prepared with another tokenizer"):
+    with pytest.raises(UserError, match="was not prepared with the tokenizer"):
         evaluation.evaluate(tiny_run, data=str(tmp_path / "data"))
 
 
@@ -184,22 +184,22 @@ def test_program(tiny_run, report, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workdir={run}", "--tasks=perplexity,speed"], "there is no task 'speed'; there are perplexity"),
+        (["--workdir={run}", "--tasks=perplexity,speed"], "there is no task 'speed'; the tasks are perplexity"),
         (["--workdir={run}", "--step=7"], "has no checkpoint of step 7; it has 1, 2"),
         (["--workdir={run}", "--lengths=3"], "length 3 x 32: sequence_length 96 neither divides the block length 64"),
         (["--workdir={run}", "--lengths=²"], "--lengths: '²' is not a whole number"),
         (["--workdir={run}", "--examples=4"], "--examples is for induction, listops, mqar, parity, passkey"),
         (
             ["--workdir={run}", "--tasks=mqar", "--lengths=1"],
-            "--lengths is for perplexity, of which --tasks=mqar has none",
+            "--lengths is for perplexity, and --tasks=mqar has none",
         ),
         (
             ["--workdir={run}", "--tasks=parity,mqar", "--batches=1"],
-            "--batches is for perplexity, of which --tasks=parity",
+            "--batches is for perplexity, and --tasks=parity",
         ),
         (
             ["--workdir={run}", "--tasks=mqar", "--data=x"],
-            "--data is for passkey, perplexity, of which --tasks=mqar has",
+            "--data is for passkey, perplexity, and --tasks=mqar has",
         ),
     ],
 )

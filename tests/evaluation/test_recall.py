@@ -44,7 +44,7 @@ def test_all_patterns_are_checked_before_the_first_is_trained():
     for specs, message in (
         (
             ["gla:training.steps=200", "gla:training.steps=300"],
-            "gla is named 2 times; give each a call with a --workdir",
+            "gla is named 2 times; run each separately with a --workdir",
         ),
         (["gla", "kdaa"], "there is no mixer 'kdaa'"),
         (["gla", "hawk:training.steps=0"], "training.steps"),
@@ -63,8 +63,12 @@ def test_keys_of_one_pattern():
         recall.split("kda:steps")
     assert recall.with_pattern(made, "griffin", {"model.recurrent_heads": "0"}).model.recurrent_heads == 0
     for key, value, message in (
-        ("training.steps", "many", "training.steps=many is no int"),
-        ("logging.tensorboard", "false", "logging.tensorboard is a bool; a pattern's own keys are numbers and names"),
+        ("training.steps", "many", "training.steps=many is not of type int"),
+        (
+            "logging.tensorboard",
+            "false",
+            "logging.tensorboard is a bool; only keys that are numbers or names can be set for a pattern",
+        ),
     ):
         with pytest.raises(UserError, match=f"kda: {message}"):
             recall.with_pattern(configs.default(), "kda", {key: value})

@@ -128,12 +128,16 @@ def test_a_score_that_is_no_number(run, monkeypatch):
     monkeypatch.setattr(
         scorer, "_continuations", lambda *given: (run_continuations(*given)[0] * np.nan, given[-1][:, 0])
     )
-    with pytest.raises(UserError, match=r"the scores of 2 of 2 texts are not finite: the model's own numbers are not"):
+    with pytest.raises(UserError, match=r"the scores of 2 of 2 texts are not finite: the model's own values are not"):
         scorer.score([(SHARED, (1, 2)), (SHARED, (2, 3))])
 
 
 def test_refusals(tiny_run, run, monkeypatch):
-    with pytest.raises(UserError, match=r"rows are shared by devices here, not their time; leave --mesh=sequence out"):
+    with pytest.raises(
+        UserError,
+        match=r"devices share the rows here, not the time of each row; leave "
+        r"--mesh=sequence out",
+    ):
         Scorer(evaluation.open_run(tiny_run, 2, ["sequence=2"]), 128)
     scorer = Scorer(run, 128)
     monkeypatch.setattr(scorer, "_context", 30)

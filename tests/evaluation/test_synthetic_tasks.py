@@ -52,9 +52,13 @@ def test_the_difficulty_of_the_training(task_run):
 
 
 def test_another_dataset_for_the_text(task_run, tiny_dataset):
-    with pytest.raises(UserError, match=r"passkey: it needs text: data.path, --data, or the option dataset"):
+    with pytest.raises(UserError, match=r"passkey: it needs text: give data.path, --data or the option dataset"):
         evaluation.evaluate_run(task_run, ["passkey"], Options())
-    with pytest.raises(UserError, match=r"passkey: length=32 is less than the 10\d tokens without any text"):
+    with pytest.raises(
+        UserError,
+        match=r"passkey: length=32 must be at least the 10\d tokens that are needed "
+        r"without any text",
+    ):
         evaluation.evaluate_run(task_run, ["passkey"], Options(data=str(tiny_dataset)))
 
 
@@ -64,7 +68,7 @@ def test_text_of_another_tokenizer_is_refused(run, tiny_dataset, tmp_path):
     manifest["tokenizer"]["sha256"] = "0" * 64
     (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
     for spec, data in (("passkey:length=128", tmp_path / "data"), (f"passkey:length=128:dataset={tmp_path}/data", "")):
-        with pytest.raises(UserError, match="was prepared with another tokenizer than the one that"):
+        with pytest.raises(UserError, match="was not prepared with the tokenizer that"):
             evaluation.evaluate_run(run, [spec], Options(data=str(data)))
 
 
@@ -75,12 +79,12 @@ def test_text_of_another_tokenizer_is_refused(run, tiny_dataset, tmp_path):
         (
             "perplexity:x=1",
             {},
-            r"perplexity takes no options of this kind; --lengths, --batches and --data are its own",
+            r"perplexity takes no options after a colon; use --lengths, --batches and --data",
         ),
-        ("mqar:vocab_size=512", {}, r"mqar takes 512 tokens, and model.vocab_size is 384; set vocab_size"),
+        ("mqar:vocab_size=512", {}, r"mqar needs 512 tokens, but model.vocab_size is 384; set vocab_size"),
         ("mqar:pairs=4:pairs=8", {}, r"'mqar:pairs=4:pairs=8': pairs is given twice; leave one out"),
         ("mqar", {"examples": 0}, r"examples=0 must be at least 1"),
-        ("speed", {}, r"there is no task 'speed'; there are perplexity, mqar"),
+        ("speed", {}, r"there is no task 'speed'; the tasks are perplexity, mqar"),
     ],
 )
 def test_refusals(task_run, spec, options, message):

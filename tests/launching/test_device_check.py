@@ -138,18 +138,18 @@ def test_what_every_model_calls(preset):
 
 def test_a_model_without_kernels_on_the_device(monkeypatch):
     """It is reported once, with the reason, and nothing is wrong."""
-    monkeypatch.setattr(backends, "no_kernels", lambda *shapes: "the kernels for GPU are for NVIDIA's")
+    monkeypatch.setattr(backends, "no_kernels", lambda *shapes: "the kernels for GPU run on NVIDIA GPUs only")
     found = check("hawk_6m", 150, num_layers=1, width=32, recurrent_width=32, num_heads=2)
     assert [device_check_text.line(x) for x in found] == [
-        "linear_recurrence         weak    no kernel: linear_recurrence: the kernels for GPU are for NVIDIA's; "
-        "backend='associative' runs it"
+        "linear_recurrence         weak    no kernel: linear_recurrence: the kernels for GPU run on NVIDIA GPUs only; "
+        "use backend='associative'"
     ]
     assert found[0].is_right
     assert device_check_text.verdict(found) == "no operation of this model is a kernel on this device"
 
 
 def test_too_few_tokens():
-    with pytest.raises(UserError, match=r"^50 tokens are too few to check kernels with; take 74 or more$"):
+    with pytest.raises(UserError, match=r"^50 tokens are too few to check kernels; use 74 or more$"):
         check("hawk_6m", 50)
 
 
@@ -172,7 +172,7 @@ def test_the_program(tmp_path):
     refused = run(command)
     assert (refused.returncode, refused.stderr) == (
         2,
-        "check.py: there is no TPU or GPU here, only cpu; --interpret checks kernels without one\n",
+        "check.py: this machine has no TPU or GPU, only cpu; --interpret checks kernels without one\n",
     )
     output = tmp_path / "check.json"
     done = run([*command, "--interpret", "--length=74", "--rows=1", f"--json={output}"])

@@ -143,7 +143,9 @@ def test_the_port_of_a_run_is_no_one_elses():
 def test_fewer_gpus_than_asked_for(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
-    message = f"^CUDA_VISIBLE_DEVICES={visible} names {count} GPUs, --target=gpu:4 asks for 4; name as many, or ask for"
+    message = (
+        f"^CUDA_VISIBLE_DEVICES={visible} names {count} GPUs, but --target=gpu:4 asks for 4; name as many, or ask for"
+    )
     with pytest.raises(UserError, match=message):
         local.run(asked("gpu:4"), processes=2)
 
@@ -190,7 +192,7 @@ def test_a_job_that_always_fails_ends(tmp_path):
     """Preemptions between its failures do not count."""
     status, said, errors = of_slurm(tmp_path, [134, PREEMPTED] * 20 + [1])
     assert (status, said) == (1, "")
-    assert errors.startswith("the run failed with status 1, after 20 restarts (griffin-17.failures); sbatch it again")
+    assert errors.startswith("the run failed with status 1, after 20 restarts (griffin-17.failures); submit it again")
 
 
 @pytest.mark.parametrize("status", [PREEMPTED, 134])
@@ -199,7 +201,7 @@ def test_a_controller_that_is_away_for_a_while(tmp_path, status):
     assert (ended, said.split("\n")) == (status, ["requeue 17", "sleep15", "requeue 17", "sleep30", "requeue 17", ""])
     ended, said, errors = of_slurm(tmp_path, [status], refused=99)
     assert (ended, said.count("requeue")) == (status, 6)
-    assert errors.endswith("SLURM did not take the job back into the queue; sbatch it again, and the run goes on\n")
+    assert errors.endswith("SLURM did not take the job back into the queue; submit it again to resume it\n")
 
 
 def test_cpus_of_a_process(tmp_path):
@@ -324,76 +326,77 @@ def test_a_set_waits_in_a_queue():
             (lambda target=target: asked(target), f"there is no target '{target}'")
             for target in ("v9:2", "v5e:0x4", "v5e:4x04", "v5p:4x4", "v5e:2x2x2", "v6e:8", "h100:0", "h100:2x2")
         ),
-        (lambda: asked("h100:12"), "h100:12: more than 8 devices are whole hosts of as many"),
-        (lambda: asked("v5e:3x8"), "there is no slice v5e:3x8; those of v5e are 1x1, .*, of which 4x4 is the nearest"),
-        (lambda: asked("v6e:32x32"), "there is no slice v6e:32x32; .*, of which 16x16 is the nearest"),
+        (lambda: asked("h100:12"), "h100:12: more than 8 devices must fill whole hosts"),
+        (lambda: asked("v5e:3x8"), "there is no slice v5e:3x8; the slices of v5e are 1x1, .*, and the nearest is 4x4"),
+        (lambda: asked("v6e:32x32"), "there is no slice v6e:32x32; .*, and the nearest is 16x16"),
         (
             lambda: request.check_flags([*ARGUMENTS, "--workdri=x"]),
-            "^'--workdri=x' is none of .*; did you mean --workdir=",
+            "^'--workdri=x' is not one of .*; did you mean --workdir=",
         ),
         (
             lambda: request.check_flags(["--config=x.py", "run"]),
-            "^'run' is none of the options of launch/train.py that",
+            "^'run' is not one of the options of launch/train.py that",
         ),
-        (lambda: asked("h100:8", ["--config=x.py"]), "the training command has no --workdir"),
-        (lambda: asked("h100:8", name="No Name"), "--name='No Name' is no name for a job"),
+        (lambda: asked("h100:8", ["--config=x.py"]), r"the training command \(after --\) needs --workdir"),
+        (lambda: asked("h100:8", name="No Name"), "--name='No Name' is not a job name"),
         (
             lambda: slurm.render(asked("v5e:2x4")),
-            "SLURM runs on GPUs here, not on v5e:2x4; --platform=tpu_vm, gke or local may",
+            "SLURM runs on GPUs here, not on v5e:2x4; try --platform=tpu_vm, gke or local",
         ),
         (lambda: slurm.render(asked("cpu:2")), "SLURM runs on GPUs here, not on cpu:2"),
         (
             lambda: slurm.render(asked("h100:8"), minutes=5, grace=300),
-            "--grace=300: with --minutes=5 the run would be told to end whenever it begins; --grace must be less than 300",
+            "--grace=300: with --minutes=5 the run would be told to end as soon as it begins; --grace must be "
+            "less than 300",
         ),
         (
             lambda: slurm.render(asked("h100:8"), options={"no-requeue": None}),
-            "--sbatch=no-requeue: a run that was preempted goes back",
+            "--sbatch=no-requeue: a preempted run must go back",
         ),
         (
             lambda: slurm.named(["qos=a", "--exclusive", "--qos=b"]),
-            "--sbatch=--qos=b: qos is given twice, of which sbatch",
+            "--sbatch=--qos=b: qos is given twice, and sbatch",
         ),
-        (lambda: slurm.render(asked("h100:8"), options={"N": "2"}), "--sbatch=N: options are known here by their long"),
+        (lambda: slurm.render(asked("h100:8"), options={"N": "2"}), "--sbatch=N: give the option by its long"),
         *(
             (
                 lambda value=value: slurm.render(asked("h100:8"), options={"comment": value}),
-                r"#SBATCH --comment: .* has a line break or a double quote; sbatch takes it without",
+                r"#SBATCH --comment: .* has a line break or a double quote, which sbatch does not take",
             )
             for value in ("a\nb", 'say "a"')
         ),
-        (lambda: of_gke(asked("cpu:2")), "GKE needs to know which nodes: v5e, .*, not cpu:2"),
+        (lambda: of_gke(asked("cpu:2")), "--platform=gke needs a target with known nodes, one of v5e, .*, not cpu:2"),
         (
             lambda: of_gke(asked("2xv5e:2x2")),
-            "2xv5e:2x2: GKE joins slices of several hosts alone, so none of 2x2 chips",
+            "2xv5e:2x2: GKE joins only slices of several hosts, and one of 2x2 chips has one host",
         ),
         (
             lambda: tpu_vm.render(asked("tpu7x:2x2x2"), zone="z", project="p", setup="s"),
             "--platform=tpu_vm has v5e, v5p, v6e, not tpu7x:2x2x2; --platform=gke has it",
         ),
-        (lambda: asked("2xh100:8"), "2xh100:8: only slices of TPUs come in several"),
-        (lambda: asked("2xv5e:3x8"), "there is no slice v5e:3x8; .*, of which 4x4 is the nearest"),
+        (lambda: asked("2xh100:8"), "2xh100:8: only TPU slices can be multiplied"),
+        (lambda: asked("2xv5e:3x8"), "there is no slice v5e:3x8; .*, and the nearest is 4x4"),
         (
             lambda: tpu_vm.render(asked("2xv5e:4x4"), zone="z", project="p", setup="s"),
             "--platform=tpu_vm has one slice, not 2xv5e:4x4; --platform=gke joins several",
         ),
-        (lambda: of_gke(asked("gpu:8")), "GKE needs to know which nodes: .*, not gpu:8"),
+        (lambda: of_gke(asked("gpu:8")), "--platform=gke needs a target with known nodes, .*, not gpu:8"),
         (
             lambda: of_gke(spot=True, grace=300),
-            "--grace=300: spot nodes are gone 15 seconds after SIGTERM, .*; with --spot --grace is at most 120",
+            "--grace=300: spot nodes are gone 15 seconds after SIGTERM, .*; with --spot, --grace must be at most 120",
         ),
         (lambda: of_gke(image=""), "--platform=gke needs --image"),
         (
             lambda: of_gke(mounts=[]),
-            "--workdir=/shared/runs/griffin would .* goes with the pod .*; give one below /PATH",
+            "--workdir=/shared/runs/griffin would .* is lost with the pod .*; give one below /PATH",
         ),
         (lambda: of_gke(mounts=["a:/data", "b:/shared/run"]), "--workdir=.*; give one below /data or /shared/run$"),
         (
             lambda: of_gke(asked("h100:8", ["--config=c", "--workdir=/shared/../runs"])),
-            r"--workdir=/shared/\.\./runs would lie on a pod's own disk",
+            r"--workdir=/shared/\.\./runs would be on a pod's own disk",
         ),
-        (lambda: of_gke(mounts=["gs://a/b:/shared"]), "--mount='gs://a/b:/shared' is neither gs://BUCKET:/PATH nor"),
-        (lambda: of_gke(mounts=["/shared"]), "--mount='/shared' is neither"),
+        (lambda: of_gke(mounts=["gs://a/b:/shared"]), "--mount='gs://a/b:/shared' must be gs://BUCKET:/PATH or"),
+        (lambda: of_gke(mounts=["/shared"]), "--mount='/shared' must be"),
         (lambda: tpu_vm.render(asked("h100:8"), zone="z", project="p", setup="s"), "--platform=tpu_vm is for TPUs"),
         (
             lambda: tpu_vm.render(asked("v5e:2x4"), zone="z", project=None, setup="s"),
@@ -402,7 +405,7 @@ def test_a_set_waits_in_a_queue():
         (lambda: local.run(asked("cpu:3"), processes=2), "--processes=2 does not divide 3 devices"),
         (
             lambda: local.run(dataclasses.replace(asked("cpu:1"), python="/no/python"), processes=1),
-            "--python=/no/python: this machine has no such program; by default it is ",
+            "--python=/no/python: this machine has no such program; the default is ",
         ),
     ],
 )
@@ -420,27 +423,27 @@ def test_the_name_is_the_work_directorys():
     [
         (
             "--platform=local --target=cpu:1 --output=x",
-            "--output is for --platform=slurm or gke or tpu_vm; local has no use",
+            "--output is for --platform=slurm or gke or tpu_vm; local does not use",
         ),
         (
             "--platform=local --target=cpu:1 --submit",
-            "--submit is for --platform=slurm or gke; local has no use for it",
+            "--submit is for --platform=slurm or gke; local does not use it",
         ),
-        ("--platform=slurm --target=h100:8 --spot", "--spot is for --platform=gke or tpu_vm; slurm has no use for it"),
-        ("--platform=slurm --target=h100:8 --requeue", "--requeue is for --platform=local; slurm has no use for it"),
+        ("--platform=slurm --target=h100:8 --spot", "--spot is for --platform=gke or tpu_vm; slurm does not use it"),
+        ("--platform=slurm --target=h100:8 --requeue", "--requeue is for --platform=local; slurm does not use it"),
         (
             "--platform=gke --target=h100:8 --image=i --minutes=9",
-            "--minutes is for --platform=slurm; gke has no use for it",
+            "--minutes is for --platform=slurm; gke does not use it",
         ),
         (
             "--platform=tpu_vm --target=v5e:2x4 --grace=9",
-            "--grace is for --platform=slurm or gke; tpu_vm has no use for it",
+            "--grace is for --platform=slurm or gke; tpu_vm does not use it",
         ),
-        ("--platform=tpu_vm --target=v5e:2x4 --shell=x", "--shell is for --platform=slurm; tpu_vm has no use for it"),
+        ("--platform=tpu_vm --target=v5e:2x4 --shell=x", "--shell is for --platform=slurm; tpu_vm does not use it"),
         ("--platform=slurm --target=h100:8 --output=no/x", "--output=no/x: its directory does not exist"),
         (
             "--platform=slurm --target=h100:8 --python=~/bin/python",
-            "--python=~/bin/python: behind = a shell leaves ~ as",
+            "--python=~/bin/python: a shell does not expand ~ after",
         ),
     ],
 )

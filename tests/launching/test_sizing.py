@@ -110,7 +110,9 @@ def test_where_products_are_not_all_counted_there_is_no_bound(sized):
     text = sizing_text.table(loops)
     assert f">= {sized.executed_flops:.3e} in the program's products" in text
     assert f"products >= {sized.time.products:.4f}, memory" in text
-    assert f"at least {sized.time.least:.4f} s; MFU is not bounded, as products in loops of unknown trips" in text
+    assert (
+        f"at least {sized.time.least:.4f} s; MFU is not bounded, since products in loops of unknown trip count" in text
+    )
     assert sizing_text.ranking([loops]).endswith(" -")
 
 
@@ -135,8 +137,8 @@ def test_what_does_not_fit(target, sized):
     assert not small.fits and small.too_much == 2**20
     assert "DOES NOT FIT: 0.001 GiB too much" in sizing_text.table(small)
     best = search.candidates(config(data=2, fsdp=2), target)
-    assert f"would fit, with {best[0].memory / 2**30:.3f} GiB" in sizing_text.advice(best)
-    assert sizing_text.advice([]).startswith("by reckoning no mesh")
+    assert f"would fit with {best[0].memory / 2**30:.3f} GiB" in sizing_text.advice(best)
+    assert sizing_text.advice([]).startswith("by estimate, no mesh")
 
 
 @pytest.mark.parametrize(
@@ -162,13 +164,13 @@ def test_of_a_program_that_was_refused_the_exchanges_are_not_known(target, monke
     assert not refused.fits and refused.memory.total == pytest.approx(23.04 * 2**30)
     assert refused.collectives is None and refused.time.exchanges is None and refused.time.most is None
     assert refused.time.least == max(refused.time.products, refused.time.memory)
-    assert "exchanges not known, as there is no program\n" in sizing_text.table(refused)
+    assert "exchanges not known, since there is no program\n" in sizing_text.table(refused)
     values = json.loads(json.dumps(refused.to_json()))
     assert values["collectives"] is None and values["time"]["exchanges"] is None
 
 
 def test_another_refusal_of_the_compiler_is_passed_on():
-    with pytest.raises(UserError, match="the compiler refuses the program: INTERNAL: no"):
+    with pytest.raises(UserError, match="the compiler rejects the program: INTERNAL: no"):
         sizing._used(JaxRuntimeError("INTERNAL: no\nmore"), 0)
 
 
@@ -206,12 +208,12 @@ def test_a_candidate_that_the_compiler_refuses_does_not_end_a_search(target, siz
     def size(candidate, _):
         asked.append(candidate)
         if len(asked) == 1:
-            raise UserError("the compiler refuses the program: INTERNAL: no")
+            raise UserError("the compiler rejects the program: INTERNAL: no")
         return sized
 
     monkeypatch.setattr(sizing, "size", size)
     assert search.search(config(), target, 3, show=said.append) == [sized, sized]
-    assert len(asked) == 3 and said.count("left out: the compiler refuses the program: INTERNAL: no") == 1
+    assert len(asked) == 3 and said.count("left out: the compiler rejects the program: INTERNAL: no") == 1
 
 
 def a_collective(kind, size, devices, runs=1, during=()):

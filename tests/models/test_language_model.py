@@ -183,11 +183,9 @@ def test_no_tokens_are_refused():
     bound = small.bound({"num_layers": 3})[-1]
     tokens = jnp.asarray(TOKENS)[:, :0]
     for state in (None, bound.init_state(3)):
-        with pytest.raises(
-            UserError, match=r"^tokens of shape \(3, 0\) have no time step; the model takes at least 1$"
-        ):
+        with pytest.raises(UserError, match=r"^tokens \(3, 0\) have no time step; the model needs at least 1$"):
             bound(tokens, state=state)
-    with pytest.raises(UserError, match=r"^tokens of shape \(0, 8\) have no row; the model takes at least 1$"):
+    with pytest.raises(UserError, match=r"^tokens \(0, 8\) have no row; the model needs at least 1$"):
         bound(jnp.zeros((0, 8), jnp.int32))
 
 
@@ -324,13 +322,11 @@ def test_arrays_that_do_not_belong_to_the_tokens_are_refused():
     """Ids for one row or one token less would otherwise be silently broadcast or cut."""
     whole = small.bound({})[-1]
     for ids in (IDS[:, :-1], IDS[:1], IDS[0]):
-        with pytest.raises(
-            UserError, match=r"segment_ids of shape .* for tokens of shape \(3, 13\); they are one a token"
-        ):
+        with pytest.raises(UserError, match=r"segment_ids .* must be one per token, \[B, T\] = \(3, 13\)"):
             whole(TOKENS, ids)
-    with pytest.raises(UserError, match=r"tokens of shape \(13,\); they are \[B, T\]"):
+    with pytest.raises(UserError, match=r"tokens are \(13,\); they must be \[B, T\]"):
         whole(TOKENS[0])
-    with pytest.raises(UserError, match=r"a state of 2 rows for tokens of shape \(3, 13\)"):
+    with pytest.raises(UserError, match=r"a state of 2 rows does not fit tokens \(3, 13\)"):
         whole(TOKENS, None, whole.init_state(2))
 
 

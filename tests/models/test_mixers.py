@@ -369,6 +369,6 @@ def _exact(path, x):
 @pytest.mark.parametrize("name", ["mamba3", ".", "a.", ".Mixer", "a..Mixer", "a-b.Mixer"])
 def test_an_unknown_mixer_is_refused(name):
     with pytest.raises(
-        UserError, match=rf"there is no mixer '{re.escape(name)}'; there are .*rg_lru, .*sliding_window"
+        UserError, match=rf"there is no mixer '{re.escape(name)}'; the mixers are .*rg_lru, .*sliding_window"
     ):
         mixers.find(name)

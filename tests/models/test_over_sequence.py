@@ -244,12 +244,18 @@ def test_what_cannot_be_spread_is_refused(monkeypatch):
     architecture = describe(config("gla"))
     x = jnp.zeros((1, 12), jnp.int32)
     with sharding.use_mesh(make_mesh(EIGHT)):
-        with pytest.raises(UserError, match=r"mesh.sequence=8 does not divide 12 tokens; 16 would do"):
+        with pytest.raises(
+            UserError, match=r"mesh.sequence=8 does not divide 12 tokens; the next length that works is 16"
+        ):
             jax.eval_shape(lambda values: architecture.bind(values)(x), architecture.shapes)
         monkeypatch.delattr(mixers.find("gla"), "OVER_SEQUENCE")
-        with pytest.raises(UserError, match=r"mesh.sequence=8: the mixer 'gla' does not run over it"):
+        with pytest.raises(UserError, match=r"mesh.sequence=8: the mixer 'gla' does not run with the sequence split"):
             jax.eval_shape(lambda values: architecture.bind(values)(x), architecture.shapes)
 
         graph, values = small.module(lambda rngs: mixers.find("s5")(small.config(), bidirectional=True, rngs=rngs))
-        with pytest.raises(UserError, match=r"mesh.sequence=8: a bidirectional s5 layer does not run over it"):
+        with pytest.raises(
+            UserError,
+            match=r"mesh.sequence=8: a bidirectional s5 layer does not run with the "
+            r"sequence split",
+        ):
             nnx.merge(graph, numerics.cast(values, "float32"))(jnp.zeros((1, 16, 16), jnp.float32))

@@ -261,5 +261,5 @@ def test_layers_repeat_the_pattern():
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(UserError, match="there is no preset 'griffin_1b'; there are hawk_100m"):
+    with pytest.raises(UserError, match="there is no preset 'griffin_1b'; the presets are hawk_100m"):
         presets.find("griffin_1b")

@@ -145,12 +145,12 @@ def test_a_state_in_both_directions_is_refused():
     layer = S5(small.config(), bidirectional=True, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="bidirectional layer has no state"):
         layer.init_state(1)
-    with pytest.raises(UserError, match="bidirectional layer cannot go on from a state"):
+    with pytest.raises(UserError, match="bidirectional layer cannot continue from a state"):
         layer(jnp.zeros((1, 2, 16)), state={"h": jnp.zeros((1, 12), jnp.complex64)})
 
 
 def test_states_that_are_no_blocks_of_pairs_are_refused():
     with pytest.raises(
-        UserError, match=r"recurrent_width=24 is not made of 5 blocks of .*; it must be a multiple of 10"
+        UserError, match=r"recurrent_width=24 does not split into 5 blocks of .*; it must be a multiple of 10"
     ):
         S5(small.config(recurrent_heads=5), rngs=nnx.Rngs(0))

@@ -43,7 +43,7 @@ _IDS = np.repeat([[1, 2, 3]], _T // 3, axis=1).repeat(_B, axis=0)
 @pytest.mark.parametrize("shape", [(_B, _T + 1), (_B, _T - 1), (_B, 1), (1, _T), (_T,), (_B, _T, 1)])
 def test_segment_ids_that_are_not_one_a_token_are_refused(operation, shape):
     ids = np.resize(_IDS, shape)
-    message = re.escape(f"{operation}: segment_ids {shape} are not one a token: [B, T] = {(_B, _T)}")
+    message = re.escape(f"{operation}: segment_ids {shape} must be one per token, [B, T] = {(_B, _T)}")
     with pytest.raises(UserError, match=message):
         _OPERATIONS[operation](segment_ids=ids)
 
@@ -58,7 +58,7 @@ def test_segment_ids_may_be_lists(operation):
 @pytest.mark.parametrize("operation", _OPERATIONS)
 def test_whole_numbers_are_refused_since_outputs_would_be_cut_to_them(operation):
     x = np.ones((_B, _T, _H) if operation == "causal_convolution" else _VALUES.shape, np.int32)
-    with pytest.raises(UserError, match=rf"{operation}: [vx] is of int32; it is real"):
+    with pytest.raises(UserError, match=rf"{operation}: [vx] has dtype int32; it must be real"):
         _OPERATIONS[operation](x)
 
 
@@ -66,7 +66,7 @@ def test_whole_numbers_are_refused_since_outputs_would_be_cut_to_them(operation)
     "operation", ["linear_attention", "delta_rule", "causal_attention", "sliding_window_attention"]
 )
 def test_complex_numbers_are_refused_where_the_imaginary_part_would_be_dropped(operation):
-    with pytest.raises(UserError, match=f"{operation}: v is of complex64; it is real"):
+    with pytest.raises(UserError, match=f"{operation}: v has dtype complex64; it must be real"):
         _OPERATIONS[operation](_VALUES.astype(np.complex64))
     if operation in ("linear_attention", "delta_rule"):
         with pytest.raises(UserError, match=f"{operation}: initial_state is complex"):
@@ -79,7 +79,7 @@ def test_complex_numbers_are_refused_where_the_imaginary_part_would_be_dropped(o
 def test_a_scale_is_a_number(operation):
     run = lambda scale: jax.tree.leaves(_OPERATIONS[operation](scale=scale))[0]  # noqa: E731
     np.testing.assert_allclose(run(jnp.float32(0.25)), run(0.25), rtol=1e-6)
-    message = f"{operation}: scale is .*it is one number that is known when the program is traced"
+    message = f"{operation}: scale is .*it must be one number, known at trace time"
     with pytest.raises(UserError, match=message):
         run(np.ones(_V, np.float32))
     with pytest.raises(UserError, match=message):
@@ -146,8 +146,8 @@ def test_a_diagonal_recurrence_of_no_tokens_leaves_its_state(reverse):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((_Q[0], _KEYS, _VALUES), r"q is (12, 2, 4); it is [B, T, H, K]"),
-        ((_Q, _KEYS[:, :, 0], _VALUES[:, :, 0]), r"k is (2, 12, 4); it is [B, T, G, K]"),
+        ((_Q[0], _KEYS, _VALUES), r"q is (12, 2, 4); it must be [B, T, H, K]"),
+        ((_Q, _KEYS[:, :, 0], _VALUES[:, :, 0]), r"k is (2, 12, 4); it must be [B, T, G, K]"),
         ((_Q, _KEYS[:1], _VALUES[:1]), "do not fit queries"),
         ((_Q, _KEYS[..., :3], _VALUES), "do not fit queries"),
         ((_Q[..., :0], _KEYS[..., :0], _VALUES), "queries and keys have no channels"),
@@ -161,16 +161,16 @@ def test_attention_refuses_shapes_that_do_not_fit(arguments, message):
 
 
 def test_a_window_and_an_offset_are_whole_numbers_in_their_bounds():
-    with pytest.raises(UserError, match=r"the window is 2\.5; it is a whole number of tokens"):
+    with pytest.raises(UserError, match=r"the window is 2\.5; it must be a whole number of tokens"):
         ops.sliding_window_attention(_Q, _KEYS, _VALUES, window=2.5)
-    with pytest.raises(UserError, match="offset is 9; of 4 queries on 12 keys it is 0 to 8"):
+    with pytest.raises(UserError, match="offset is 9; with 4 queries on 12 keys it must be 0 to 8"):
         ops.causal_attention(_Q[:, :4], _KEYS, _VALUES, offset=9)
 
 
 @pytest.mark.parametrize(
     ("kernel", "bias", "state", "message"),
     [
-        ((3, 1), None, None, r"the kernel (3, 1) does not fit x (2, 12, 2); it is [width, D]"),
+        ((3, 1), None, None, r"the kernel (3, 1) does not fit x (2, 12, 2); it must be [width, D]"),
         ((2,), None, None, "the kernel (2,) does not fit"),
         ((0, 2), None, None, "the kernel (0, 2) does not fit"),
         ((3, 2), (1,), None, "the bias (1,) does not fit"),

@@ -433,21 +433,26 @@ def test_auto_takes_chunks_for_more_than_a_few_tokens():
     [
         ({"backend": "associative"}, "delta_rule has no backend 'associative'; it has 'auto', 'recurrent', 'chunked'"),
         ({"backend": "recurrent", "chunk_size": 4}, "delta_rule: chunk_size=4 is for backend='chunked'"),
-        ({"chunk_size": 0}, "delta_rule: chunk_size=0 is not a whole number of tokens, at least 1"),
+        ({"chunk_size": 0}, "delta_rule: chunk_size=0 must be a whole number of tokens, at least 1"),
         (
             {"beta": np.ones((1, 9, 2, 1))},
-            r"delta_rule: beta \(1, 9, 2, 1\) does not fit queries .*; it is \[B, T, H\]",
+            r"delta_rule: beta \(1, 9, 2, 1\) does not fit queries .*; it must be \[B, T, H\]",
         ),
         (
             {"log_decay": np.zeros(2)},
-            r"delta_rule: log_decay \(2,\) does not fit .*; it is \[B, T, H\] or \[B, T, H, K\]",
+            r"delta_rule: log_decay \(2,\) does not fit .*; it must be \[B, T, H\] or \[B, T, H, K\]",
         ),
-        ({"k": np.ones((1, 9, 2, 4))}, r"delta_rule: keys \(1, 9, 2, 4\) are not of the shape of the queries"),
+        ({"k": np.ones((1, 9, 2, 4))}, r"delta_rule: keys \(1, 9, 2, 4\) do not have the shape of the queries"),
         (
             {"k": np.ones((1, 9, 2, 2, 3)), "v": np.ones((1, 9, 2, 2, 4)), "beta": np.ones((1, 9, 2, 3))},
-            r"delta_rule: keys .*, values .* and beta \(1, 9, 2, 3\) are not of as many updates a token; they are \[B, T, ",
+            r"delta_rule: keys .*, values .* and beta \(1, 9, 2, 3\) differ in the number of updates per token; "
+            r"they must be \[B, T, ",
         ),
-        ({"k": np.ones((1, 9, 2, 0, 3))}, r"delta_rule: keys \(1, 9, 2, 0, 3\), .* are not of as many updates a token"),
+        (
+            {"k": np.ones((1, 9, 2, 0, 3))},
+            r"delta_rule: keys \(1, 9, 2, 0, 3\), .* differ in the number of "
+            r"updates per token",
+        ),
         (
             {"initial_state": np.ones((1, 2, 3, 3))},
             r"delta_rule: the initial state is \(1, 2, 3, 3\), not \[B, H, K, V\]",

@@ -366,7 +366,7 @@ def test_an_unknown_backend_is_refused():
 @pytest.mark.parametrize(
     "a, state, message",
     [
-        ((2, 5, 1), (2, 3), r"a \(2, 5, 1\) does not fit x \(2, 5, 3\); it is \[B, T, ...\] or \[...\]"),
+        ((2, 5, 1), (2, 3), r"a \(2, 5, 1\) does not fit x \(2, 5, 3\); it must be \[B, T, ...\] or \[...\]"),
         ((5, 3), (2, 3), r"a \(5, 3\) does not fit"),
         ((2,), (2, 3), r"a \(2,\) does not fit"),
         ((3,), (1, 3), r"the initial state is \(1, 3\), not \[B, ...\] = \(2, 3\)"),

@@ -374,16 +374,16 @@ def test_misfits_are_refused():
     run()
     with pytest.raises(UserError, match="has no backend 'associative'; it has 'auto', 'recurrent', 'chunked'"):
         run(backend="associative")
-    with pytest.raises(UserError, match="are not of the shape of the queries"):
+    with pytest.raises(UserError, match="do not have the shape of the queries"):
         run(k=(1, 4, 2, 5))
     with pytest.raises(UserError, match="do not fit queries"):
         run(v=(1, 4, 1, 5))
-    with pytest.raises(UserError, match=r"log_decay \(4,\) does not fit .* it is \[H\] or \[B, T, H\] or"):
+    with pytest.raises(UserError, match=r"log_decay \(4,\) does not fit .* it must be \[H\] or \[B, T, H\] or"):
         run(log_decay=(4,))
     with pytest.raises(UserError, match="the initial state is"):
         run(state=(1, 2, 5, 3))
     with pytest.raises(UserError, match="chunk_size=4 is for backend='chunked'"):
         run(chunk_size=4, backend="recurrent")
     for chunk_size in (0, -1, 2.5):
-        with pytest.raises(UserError, match=f"chunk_size={chunk_size} is not a whole number of tokens, at least 1"):
+        with pytest.raises(UserError, match=f"chunk_size={chunk_size} must be a whole number of tokens, at least 1"):
             run(chunk_size=chunk_size)

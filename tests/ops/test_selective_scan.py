@@ -301,13 +301,13 @@ def test_misfits_are_refused():
     run(A=None)
     with pytest.raises(UserError, match="has no backend 'associative'; it has 'auto', 'recurrent', 'chunked'"):
         run(backend="associative")
-    with pytest.raises(UserError, match=r"x is \(4, 3\); it is \[B, T, D\]"):
+    with pytest.raises(UserError, match=r"x is \(4, 3\); it must be \[B, T, D\]"):
         run(x=(4, 3))
-    with pytest.raises(UserError, match=r"dt \(1, 4, 1\) is not of the shape of x \(1, 4, 3\)"):
+    with pytest.raises(UserError, match=r"dt \(1, 4, 1\) does not have the shape of x \(1, 4, 3\)"):
         run(dt=(1, 4, 1))
-    with pytest.raises(UserError, match=r"B \(1, 5, 2\) does not fit x \(1, 4, 3\); it is \[B, T, N\]"):
+    with pytest.raises(UserError, match=r"B \(1, 5, 2\) does not fit x \(1, 4, 3\); it must be \[B, T, N\]"):
         run(B=(1, 5, 2))
-    with pytest.raises(UserError, match=r"C \(1, 4, 3\) is not of the shape of B \(1, 4, 2\)"):
+    with pytest.raises(UserError, match=r"C \(1, 4, 3\) does not have the shape of B \(1, 4, 2\)"):
         run(C=(1, 4, 3))
     with pytest.raises(UserError, match=r"A is \(2, 3\), not \[D, N\] = \(3, 2\)"):
         run(A=(2, 3))
@@ -315,9 +315,9 @@ def test_misfits_are_refused():
         run(state=(1, 2, 3))
     with pytest.raises(UserError, match="chunk_size=4 is for backend='chunked'"):
         run(chunk_size=4, backend="recurrent")
-    with pytest.raises(UserError, match="chunk_size=0 is not a whole number of tokens, at least 1"):
+    with pytest.raises(UserError, match="chunk_size=0 must be a whole number of tokens, at least 1"):
         run(chunk_size=0)
-    with pytest.raises(UserError, match="A is of complex64; it is real"):
+    with pytest.raises(UserError, match="A has dtype complex64; it must be real"):
         selective_scan(
             *(jnp.ones((1, 4, 3)) for _ in range(2)),
             jnp.ones((3, 2), complex),

@@ -137,10 +137,10 @@ def test_what_is_chosen():
         assert attention.choose("causal_attention", "auto", q, k, k, offset=jnp.int32(0)) == "auto"
     with backends.use_platform("gpu", "NVIDIA H100"):
         assert attention.choose("causal_attention", "auto", q, k, k) == "pallas"
-        message = "sliding_window_attention: the kernel for GPU takes bfloat16, not float32; backend='chunked' runs it"
+        message = "sliding_window_attention: the kernel for GPU takes bfloat16, not float32; use backend='chunked'"
         with pytest.raises(UserError, match=message):
             sliding_window_attention(q.astype(jnp.float32), k, k, window=5, backend="pallas")
-        with pytest.raises(UserError, match="the kernel for GPU takes up to 256 channels a head, not 288"):
+        with pytest.raises(UserError, match="the kernel for GPU takes up to 256 channels per head, not 288"):
             sliding_window_attention(q, k, jnp.ones((1, 256, 1, 288), k.dtype), window=5, backend="pallas")
     with pytest.raises(UserError, match="takes float32 and bfloat16, not float16"):
         causal_attention(*(x.astype(jnp.float16) for x in (q, k, k)), backend="pallas")
@@ -174,7 +174,9 @@ def test_shared_keys_under_x64_are_refused():
     """JAX's kernel then divides heads by a 64-bit number, in arrays where nothing else has 64 bits."""
     q, k = np.ones((1, 130, 4, 8), np.float32), np.ones((1, 130, 2, 8), np.float32)
     with jax.enable_x64(True):
-        with pytest.raises(UserError, match="shares no keys between heads under jax_enable_x64; backend='chunked'"):
+        with pytest.raises(
+            UserError, match="cannot share keys between heads under jax_enable_x64; use backend='chunked'"
+        ):
             causal_attention(q, k, k, backend="pallas")
         assert causal_attention(q, q, q, backend="pallas").shape == q.shape
 

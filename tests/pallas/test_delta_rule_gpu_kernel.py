@@ -95,7 +95,9 @@ def test_what_it_takes():
     with backends.use_platform("gpu", "NVIDIA H100 80GB HBM3"):
         assert choose("auto", narrow, narrow, narrow) == "pallas"
         assert choose("auto", q, q, q) == "auto"
-        with pytest.raises(UserError, match="delta_rule: the kernel takes bfloat16, not float32; backend='chunked'"):
+        with pytest.raises(
+            UserError, match="delta_rule: the kernel takes bfloat16, not float32; use backend='chunked'"
+        ):
             delta_rule(q, q, q, beta, backend="pallas")
         with pytest.raises(UserError, match="chunks of a power of two from 16 to 64 tokens, not of 128"):
             delta_rule(narrow, narrow, narrow, beta, chunk_size=128, backend="pallas")

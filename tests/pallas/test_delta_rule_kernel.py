@@ -300,10 +300,14 @@ def test_auto_takes_it_where_it_runs(caplog):
 @pytest.mark.parametrize(
     "shapes, chunk, reason",
     [
-        ((9, 200, 200), None, "has 64 MiB of VMEM, and takes about 85: of 9 heads with K, V = .200, 200. 9 fill"),
-        ((2, 8, 16), None, "K from 16 to 256 and V from 16 on, not K = 8"),
-        ((2, 16, 257), None, "V in equal parts of at most 256, which V = 257 does not allow"),
-        ((64, 20, 20), None, "at most 16 heads together, and of 64 heads with K, V = .20, 20. 32 fill registers"),
+        (
+            (9, 200, 200),
+            None,
+            "has 64 MiB of VMEM and would need about 85: 9 heads with K, V = .200, 200. need 9 to fill",
+        ),
+        ((2, 8, 16), None, "K from 16 to 256 and V of at least 16, not K = 8"),
+        ((2, 16, 257), None, "V in equal parts of at most 256, and V = 257 cannot be split that way"),
+        ((64, 20, 20), None, "at most 16 heads at a time, and 64 heads with K, V = .20, 20. need 32 to fill registers"),
         ((2, 16, 16), 48, "chunks of a power of two from 16 to 128 tokens, not of 48"),
         ((2, 16, 16), 256, "chunks of a power of two from 16 to 128 tokens, not of 256"),
     ],
@@ -313,7 +317,7 @@ def test_what_it_does_not_take_is_refused(shapes, chunk, reason):
     q, v, beta = jnp.ones((1, 9, heads, keys)), jnp.ones((1, 9, heads, values)), jnp.ones((1, 9, heads))
     with backends.use_platform("tpu", "TPU v5 lite"), pytest.raises(UserError) as error:
         delta_rule(q, q, v, beta, -q, chunk_size=chunk, backend="pallas")
-    assert re.fullmatch(rf"delta_rule: the kernel (takes )?{reason}.*; backend='chunked' runs it", str(error.value))
+    assert re.fullmatch(rf"delta_rule: the kernel (takes )?{reason}.*; use backend='chunked'", str(error.value))
 
 
 def test_what_vmem_holds_depends_on_the_decay():
@@ -328,7 +332,7 @@ def test_what_vmem_holds_depends_on_the_decay():
 def test_the_map_of_a_run_has_no_gradient():
     x, family = jnp.ones((1, 5, 1, 2)), DeltaRuleKernel(1.0, None, INTERPRETED)
     inputs = lambda k: Inputs(x, k, x, x[..., 0], None, None)  # noqa: E731
-    with pytest.raises(UserError, match="the map of a run has no gradient by the kernel"):
+    with pytest.raises(UserError, match="the kernel has no gradient for the map of a run"):
         jax.grad(lambda k: jnp.sum(family.summarise(family.prepare(inputs(k), None))[1]))(x)
 
 

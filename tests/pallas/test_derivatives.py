@@ -50,7 +50,7 @@ def of_cotangents(operation):
 def test_derivatives_of_gradients_are_refused(name, platform, derivative, monkeypatch):
     monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
     operation, instead = OPERATIONS[name]
-    message = f"the kernel has no gradients of gradients (backend='pallas'); backend='{instead}' has them"
+    message = f"the kernel (backend='pallas') has no second derivatives; use backend='{instead}'"
     with pytest.raises(UserError, match=re.escape(message)):
         jax.eval_shape(derivative(functools.partial(operation, backend="pallas")), X)
 

@@ -239,7 +239,7 @@ def test_auto_takes_it_where_it_runs(caplog):
             assert choose("chunked", x, x, x) == "chunked"
     said = "linear_attention runs in chunks, not as a kernel: the kernel takes "
     assert [record.getMessage() for record in caplog.records] == [
-        f"{said}K from 16 to 256 and V from 16 on, not K = 512",
+        f"{said}K from 16 to 256 and V of at least 16, not K = 512",
         f"{said}bfloat16, not float32",
     ]
 
@@ -250,16 +250,16 @@ def test_what_it_does_not_take_is_refused():
         linear_attention(q, q, v, backend="pallas", **options)
 
     with pytest.raises(
-        UserError, match="chunks of a power of two from 8 to 256 tokens, not of 48; backend='chunked' runs"
+        UserError, match="chunks of a power of two from 8 to 256 tokens, not of 48; use backend='chunked'"
     ):
         run(chunk_size=48)
     with backends.use_platform("tpu", "TPU v5 lite"):
         with pytest.raises(UserError, match="takes float32 and bfloat16, not float16"):
             run(dtype=jnp.float16)
-        with pytest.raises(UserError, match="K from 16 to 256 and V from 16 on, not V = 8"):
+        with pytest.raises(UserError, match="K from 16 to 256 and V of at least 16, not V = 8"):
             run(value=8)
         with pytest.raises(
-            UserError, match=r"at most 8 heads together, and of 12 heads with K, V = \(24, 32\) more are"
+            UserError, match=r"at most 8 heads at a time, and 12 heads with K, V = \(24, 32\) need more"
         ):
             run(heads=12, key=24)
         with pytest.raises(UserError, match="takes chunks of 128 tokens, not of 64"):
@@ -271,7 +271,7 @@ def test_what_it_does_not_take_is_refused():
 def test_the_map_of_a_run_has_no_gradient():
     x = jnp.ones((1, 5, 2, 4))
     family = LinearAttentionKernel(1.0, None, INTERPRETED)
-    with pytest.raises(UserError, match="the map of a run has no gradient by the kernel"):
+    with pytest.raises(UserError, match="the kernel has no gradient for the map of a run"):
         jax.grad(lambda k: jnp.sum(family.summarise(family.prepare(Inputs(x, k, x, None, None, None), None))[1]))(x)
 
 

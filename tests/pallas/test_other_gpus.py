@@ -93,10 +93,10 @@ def test_a_gpu_without_kernels(name, caplog):
         program = lowered(name, 64, device)
         lowered(name, 64, device, gradients=False)
     assert "triton" not in program.as_text()
-    reason = "the kernels for GPU take compute capability 8.0 (A100) or more, not 7.5 (Tesla T4)"
+    reason = "the kernels for GPU need compute capability 8.0 (A100) or higher, not 7.5 (Tesla T4)"
     (said,) = (record.getMessage() for record in caplog.records)
     assert said.startswith(name) and said.endswith(f", not as a kernel: {reason}")
-    refused = re.escape(f"{name}: {reason}; backend='{elsewhere}' runs it")
+    refused = re.escape(f"{name}: {reason}; use backend='{elsewhere}'")
     with pytest.raises(UserError, match=refused):
         lowered(name, 64, device, backend="pallas")
     if name == "sliding_window_attention":

@@ -211,14 +211,14 @@ def test_auto_takes_it_where_it_runs(caplog):
 def test_what_it_does_not_take_is_refused(dtype, reason):
     with jax.enable_x64(True), backends.use_platform("tpu", "TPU v5 lite"):
         x = jnp.ones((1, 5, 2), dtype)
-        with pytest.raises(UserError, match=f"linear_recurrence: the kernel {reason}; backend='associative' runs it"):
+        with pytest.raises(UserError, match=f"linear_recurrence: the kernel {reason}; use backend='associative'"):
             linear_recurrence(x, x, backend="pallas")
 
 
 def test_the_map_of_a_run_has_no_gradient():
     x = jnp.ones((1, 5, 2))
     family = diagonal_kernel.DiagonalKernel(target=target("tpu"))
-    with pytest.raises(UserError, match="the map of a run has no gradient by the kernel"):
+    with pytest.raises(UserError, match="the kernel has no gradient for the map of a run"):
         jax.grad(lambda a: jnp.sum(family.summarise(family.prepare((a, x, None), None))[1]))(x)
 
 

@@ -132,7 +132,7 @@ def test_a_state_that_vmem_has_no_room_for_is_refused():
             with backends.use_device(devices[0]):
                 assert choose("auto", x, x, A, B, B) == ("pallas" if width == most else "auto")
     message = (
-        r"takes up to 9,984 channels of 128 numbers on a device, .* not 19,968; mesh.tensor divides them; .*'chunked'"
+        r"takes up to 9,984 channels of 128 numbers per device, .* not 19,968; mesh.tensor splits them; .*'chunked'"
     )
     x, A, B = jnp.ones((2, 16, 19_968)), jnp.ones((19_968, 128)), jnp.ones((2, 16, 128))
     with backends.use_device(devices[0]), pytest.raises(UserError, match=message):

@@ -83,9 +83,11 @@ def test_attention_gathers_what_fits():
 
 
 def test_what_there_is_not_is_refused():
-    with pytest.raises(UserError, match=r"^parallel.exchange is 'ring'; it can be auto, all_gather, doubling$"):
+    with pytest.raises(UserError, match=r"^parallel.exchange is 'ring'; it must be one of auto, all_gather, doubling$"):
         cost.choose_exchange("ring", HAWK(8), H100, 8)
-    with pytest.raises(UserError, match=r"^parallel.attention is 'doubling'; it can be auto, all_gather, ring$"):
+    with pytest.raises(
+        UserError, match=r"^parallel.attention is 'doubling'; it must be one of auto, all_gather, ring$"
+    ):
         cost.choose_attention("doubling", KeysAndValues(8, 1, 1), H100, 8)
 
 
@@ -104,7 +106,7 @@ def test_hosts_are_joined_by_the_network():
     assert devices.link_of(device, 8).name == "NVLink"
     assert devices.link_of(device, 16).bandwidth == 50e9
     assert devices.link_of(devices.device_of(V5E), 256).torus
-    assert "NVIDIA B999, which is not in the table" in devices.device_of("NVIDIA B999").name
+    assert "NVIDIA B999 (not in the table" in devices.device_of("NVIDIA B999").name
 
 
 def test_the_choice_is_explained_once():
@@ -114,9 +116,9 @@ def test_the_choice_is_explained_once():
         cost.choose_exchange("doubling", HAWK(8), V5E, 8)
     assert lines == [
         "states of 64 shards, M 4 KiB, C 2 MiB: all_gather (auto; at most 238.4 MiB held)",
-        "  all_gather: 3694.9 us, 252.2 MiB sent a device, 128.2 MiB held",
-        "  doubling: 5613.4 us, 28.05 MiB sent a device, 4.008 MiB held",
-        "  reckoned for TPU v5e, ICI of v5e",
+        "  all_gather: 3694.9 us, 252.2 MiB sent per device, 128.2 MiB held",
+        "  doubling: 5613.4 us, 28.05 MiB sent per device, 4.008 MiB held",
+        "  estimated for TPU v5e, ICI of v5e",
         "states of 8 shards, M 10 KiB, C 10 KiB: doubling (as asked; at most 238.4 MiB held)",
         *lines[5:],
     ]

@@ -90,8 +90,8 @@ def test_devices_without_a_place_on_the_torus_stay_in_order_with_one_warning(cap
         for _ in range(2):
             assert list(meshes.make_mesh(ONES | {"data": 3, "fsdp": 3}, devices).devices.flat) == list(devices)
     (record,) = caplog.records
-    assert record.message.startswith("JAX finds no place on the torus for a mesh of data 3 x fsdp 3: ")
-    assert "devices are taken in the order that they come in" in record.message and "\n" not in record.message
+    assert record.message.startswith("JAX cannot place a mesh of data 3 x fsdp 3 on the torus: ")
+    assert "devices are taken in their given order" in record.message and "\n" not in record.message
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 16}, {"data": 4, "sequence": 8}, {"data": 32}])
@@ -110,7 +110,8 @@ def test_slices_are_laid_along_data(sizes):
     [
         (
             {"fsdp": -1},
-            "^mesh.data=1 is not a multiple of the 2 slices, .*mesh.data=2 would do, .* over 16 devices in all$",
+            "^mesh.data=1 is not a multiple of the 2 slices, .*the nearest that works is mesh.data=2, .* over 16 "
+            "devices in total$",
         ),
         ({"fsdp": 2, "tensor": 16}, "^mesh.data=1 is not a multiple of the 2 slices, "),
         ({"sequence": 32}, "^mesh.data=1 is not a multiple of the 2 slices, "),
@@ -122,7 +123,9 @@ def test_no_axis_but_data_goes_from_slice_to_slice(sizes, message):
 
 
 def test_slices_of_different_sizes_are_refused():
-    with pytest.raises(UserError, match=r"^the 2 slices have 16, 8 devices; a mesh takes as many of each slice$"):
+    with pytest.raises(
+        UserError, match=r"^the 2 slices have 16, 8 devices; a mesh needs the same number from each slice$"
+    ):
         meshes.make_mesh(ONES | {"data": 24}, two_slices()[:24])
 
 

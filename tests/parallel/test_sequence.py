@@ -216,13 +216,15 @@ def test_document_starts():
 def test_what_cannot_be_spread_is_refused():
     x = jnp.ones((1, 12, 2))
     with sharding.use_mesh(make_mesh(MESHES[0])):
-        with pytest.raises(UserError, match=r"mesh.sequence=8 does not divide 12 tokens; 16 would do"):
+        with pytest.raises(
+            UserError, match=r"mesh.sequence=8 does not divide 12 tokens; the next length that works is 16"
+        ):
             operations.linear_recurrence(x, x)
         x = jnp.ones((1, 16, 2))
         with pytest.raises(UserError, match="reverse=True does not run with time spread over several devices"):
             operations.linear_recurrence(x, x, reverse=True)
         q = jnp.ones((1, 16, 2, 2))
-        with pytest.raises(UserError, match="'recurrent' does not run over several devices; 'chunked' does"):
+        with pytest.raises(UserError, match="'recurrent' does not run over several devices; use 'chunked'"):
             operations.linear_attention(q, q, q, backend="recurrent")
 
 

@@ -41,10 +41,10 @@ def test_make_mesh():
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ({"data": 4}, "a mesh of data 4 does not use the 8 devices that there are, each once"),
-        ({"data": 3, "fsdp": -1}, "mesh.data=3 does not divide the 8 devices that there are"),
-        ({"data": 16}, "does not use the 8 devices"),
-        ({}, "a mesh of 1 does not use the 8 devices"),
+        ({"data": 4}, "a mesh of data 4 does not use each of the 8 available devices once"),
+        ({"data": 3, "fsdp": -1}, "mesh.data=3 does not divide the 8 available devices"),
+        ({"data": 16}, "does not use each of the 8 available devices once"),
+        ({}, "a mesh of 1 does not use each of the 8 available devices once"),
         ({"data": -1, "tensor": -1}, "only one size of the mesh can be -1, not both mesh.data and mesh.tensor"),
     ],
 )

@@ -40,17 +40,17 @@ def test_devices(name, devices, hosts, platform, gib):
     [
         ("v9:2x2", "there is no target 'v9:2x2'; a target is a TPU slice by its shape"),
         ("h100", "there is no target 'h100'"),
-        ("h100:0", "^h100:0 asks for no GPUs; h100:1 is the fewest$"),
+        ("h100:0", "^h100:0 asks for no GPUs; the smallest target is h100:1$"),
         ("h100:08", "there is no target 'h100:08'"),
         ("v5p:2x2", "there is no target 'v5p:2x2'; .*v5p:4x4x4"),
         ("v5e:2x2x1", "there is no target 'v5e:2x2x1'"),
         ("tpu7x:2x4", "there is no target 'tpu7x:2x4'; .*tpu7x:4x4x4"),
         ("v6e:0x4", "there is no target 'v6e:0x4'"),
         ("0xv6e:2x4", "there is no target '0xv6e:2x4'"),
-        ("2xh100:8", "^2xh100:8: only slices of TPUs come in several, as 2xv5e:16x16; of GPUs all are counted"),
-        ("2xv5e:3x3", "libtpu knows no slice v5e:3x3: "),
-        ("h100:12", "h100:12: more than 8 GPUs are whole hosts of as many; h100:16 would do"),
-        ("v5e:3x3", "libtpu knows no slice v5e:3x3: .*not divisible"),
+        ("2xh100:8", "^2xh100:8: only TPU slices can be multiplied, as in 2xv5e:16x16; for GPUs give the total number"),
+        ("2xv5e:3x3", "libtpu does not know the slice v5e:3x3: "),
+        ("h100:12", "h100:12: more than 8 GPUs must fill whole hosts; the next that works is h100:16"),
+        ("v5e:3x3", "libtpu does not know the slice v5e:3x3: .*not divisible"),
     ],
 )
 def test_what_is_no_target_is_refused(name, message):
@@ -70,7 +70,7 @@ def test_a_missing_compiler_is_named(monkeypatch, name, module, package):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda of, *rest: None if of == module else found(of, *rest))
     monkeypatch.setattr(targets.shutil, "which", lambda *_, **__: None)
-    with pytest.raises(UserError, match=rf"compiling for {name} takes {package}.*pip install 'jaxlinear\[aot\]'"):
+    with pytest.raises(UserError, match=rf"compiling for {name} needs {package}.*pip install 'jaxlinear\[aot\]'"):
         targets.find(name)
 
 

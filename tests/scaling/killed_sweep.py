@@ -94,7 +94,7 @@ def check(directory, dataset, runs):
     planned = read(directory / "sweep").runs
     assert [run.progress().state for run in planned] == [states.FINISHED] * runs
     assert [len(run.files.attempts()) for run in planned] == [2 if i == half else 1 for i in range(runs)]
-    assert "going on from step" in planned[half].files.log.read_text()
+    assert "resuming from step" in planned[half].files.log.read_text()
     assert len({run.progress().heldout_loss for run in planned}) == runs
 
 

@@ -171,7 +171,7 @@ def test_runs_that_diverged_are_left_out_and_named(tmp_path, compared):
     found = comparison.compare([broken, lone, *runs], replicates=50)
     assert (found.diverged, found.baseline, compared.diverged) == (["broken-1", "broken-2"], "slow", [])
     assert comparison.to_json(found) == comparison.to_json(compared) | {"diverged": found.diverged}
-    remark = "left out, since their loss is not finite: broken-1, broken-2"
+    remark = "left out because their loss is not finite: broken-1, broken-2"
     assert report.text(found) == f"{report.text(compared)}\n\n{remark}"
     written = report.write(found, tmp_path, title="A ladder")
     assert remark in written[-1].read_text()
@@ -183,8 +183,8 @@ def test_runs_that_diverged_are_left_out_and_named(tmp_path, compared):
 def test_too_few_runs_have_no_law():
     found = comparison.compare(ladder(budgets=(1e15,), sizes=4), replicates=20).fits["with"]["fast"]
     assert found.law is None and found.profile is not None
-    assert found.refusals == ["the parametric law needs at least 6 runs; there are 4"]
-    with pytest.raises(UserError, match="no architecture 'faster' in the sweep; there are slow, fast"):
+    assert found.refusals == ["the parametric law needs at least 6 runs, not 4"]
+    with pytest.raises(UserError, match="no architecture 'faster' in the sweep; the architectures are slow, fast"):
         comparison.compare(ladder(), baseline="faster")
     with pytest.raises(UserError, match="no runs to compare"):
         comparison.compare([])
@@ -199,7 +199,7 @@ def test_few_runs_have_a_law_without_intervals():
     assert math.isfinite(fast.law.best.alpha) and np.isnan(fast.constant("alpha")[1:]).all()
     times, *bounds = found.multiplier("with", "fast", 1e16)
     assert math.isfinite(times) and np.isnan(bounds).all()
-    remark = "fast: 7 runs do not tell how far their law can be trusted; 8 or more give intervals"
+    remark = "fast: 7 runs are too few for intervals; 8 or more give them"
     assert remark in report.text(found) and "slow: 8 runs" not in report.text(found)
     assert comparison.to_json(found)["counts"]["with embeddings"]["fast"]["law"]["alpha"][1:] == [None, None]
 
@@ -221,7 +221,7 @@ def test_where_flops_fall_as_sizes_grow_the_others_are_reported():
     found = comparison.compare([*runs, *sparse], replicates=20)
     fit = found.fits["with"]["sparse"]
     assert fit.law is None and fit.profile is not None and found.fits["with"]["fast"].law is not None
-    assert "sparse: FLOPs a token go as N^-0.2, so that no size is the best" in report.text(found)
+    assert "sparse: FLOPs per token grow as N^-0.2, so no size is the best" in report.text(found)
 
 
 def test_constants_that_the_runs_do_not_tell():
@@ -372,10 +372,10 @@ def test_losses_of_different_parts_of_a_text_are_refused(tiny_dataset, tmp_path)
     with pytest.raises(UserError) as refusal:
         points.of_sweep(tmp_path)
     assert str(refusal.value) == (
-        f"the held-out losses are of different text: that of batch_size=8 is of 1,024 tokens of {tiny_dataset}, that of "
-        f"batch_size=4 of 512 tokens of {tiny_dataset}; train a sweep whose runs have the same data.heldout_path and "
-        "evaluation.batches x training.batch_size x training.sequence_length, or evaluation.batches=0 (all of it); of "
-        "finished runs, launch/evaluate.py --follow measures each, and --evaluated takes what it found"
+        f"the held-out losses are of different text: batch_size=8 has 1,024 tokens of {tiny_dataset}, "
+        f"batch_size=4 has 512 tokens of {tiny_dataset}; train a sweep whose runs have the same data.heldout_path and "
+        "evaluation.batches x training.batch_size x training.sequence_length, or evaluation.batches=0 (all of it); for "
+        "finished runs, measure each with launch/evaluate.py --follow and use its losses with --evaluated"
     )
 
 
@@ -401,7 +401,7 @@ def test_losses_of_finished_runs_may_be_those_of_their_evaluations(tiny_dataset,
     report(8, 4.5, 900)
     assert [point.loss for point in points.of_sweep(tmp_path, evaluated=True)] == [4.5, 4.25]
     report(8, 4.5, 800)
-    with pytest.raises(UserError, match=r"different text: .*batch_size=8 is of 800 tokens .*batch_size=4 of 900"):
+    with pytest.raises(UserError, match=r"different text: .*batch_size=8 has 800 tokens .*batch_size=4 has 900"):
         points.of_sweep(tmp_path, evaluated=True)
 
 
@@ -413,7 +413,7 @@ def test_losses_of_different_data_are_refused_and_of_a_copy_accepted(tiny_datase
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"seed": 1}))
     with pytest.raises(
-        UserError, match=rf"different text: .* of [\d,]+ tokens of {tiny_dataset}, .* tokens of {copy};"
+        UserError, match=rf"different text: .* has [\d,]+ tokens of {tiny_dataset}, .* tokens of {copy};"
     ):
         points.of_sweep(tmp_path / "sweep")
 
@@ -424,6 +424,6 @@ def test_the_program(sweep):
     assert refused.returncode == 2 and refused.stderr.startswith("scaling.py: 1 of the 2 runs in ")
     done = subprocess.run([*command, "--partial"], cwd=stand_in.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "small: the parametric law needs at least 6 runs; there are 1" in done.stdout
+    assert "small: the parametric law needs at least 6 runs, not 1" in done.stdout
     assert done.stdout.splitlines()[-1] == str(sweep / "scaling" / "scaling.html")
     assert (sweep / "scaling" / "loss.png").exists()

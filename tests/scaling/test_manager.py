@@ -178,7 +178,7 @@ def test_more_runs_and_more_steps_may_be_asked_for_later(tiny_dataset, tmp_path)
 def test_fewer_steps_than_a_run_has_done_are_refused(tiny_dataset, tmp_path):
     """Its loss would be taken for that of a run whose learning rate ended there."""
     assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0])) == 0
-    message = r"runs/run has a checkpoint of step 6, and the plan is of 5: a run does not become shorter"
+    message = r"runs/run has a checkpoint of step 6, but the plan is for 5 steps: a run cannot be shortened"
     with pytest.raises(UserError, match=message):
         stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0]), steps=stand_in.STEPS - 1)
 
@@ -201,7 +201,7 @@ def test_an_evaluation_that_is_asked_for_later_is_owed(tiny_dataset, tmp_path, c
     assert planned(every_steps=2) != states.FINISHED
     assert planned(every_steps=0, examples=7) == states.FINISHED
     assert [record.getMessage() for record in caplog.records if record.name.startswith("jaxlinear")] == [
-        "run: evaluation.examples is another in the plan, but the run is at its end; launch/evaluate.py --tasks measures it"
+        "run: evaluation.examples differs in the plan, but the run is finished; launch/evaluate.py --tasks measures it"
     ]
 
 
@@ -249,7 +249,7 @@ def test_two_runs_of_one_name_are_refused(tiny_dataset, tmp_path):
     before = (tmp_path / "sweep.json").read_text()
     with pytest.raises(
         UserError,
-        match=r"^two runs would be called small: one of an earlier plan and a new one; give the new one a label$",
+        match=r"^two runs would be named small: one from an earlier plan and a new one; give the new one a label$",
     ):
         planned(tiny=1e-3, small=3e-3)
     assert (tmp_path / "sweep.json").read_text() == before
@@ -258,7 +258,7 @@ def test_two_runs_of_one_name_are_refused(tiny_dataset, tmp_path):
 
 def test_a_file_is_no_directory_of_a_sweep(tiny_dataset, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"^{tmp_path}/file is no directory; give the sweep a --workdir of its own$"):
+    with pytest.raises(UserError, match=f"^{tmp_path}/file is not a directory; give the sweep a --workdir of its own$"):
         stand_in.sweep(tmp_path / "file", tiny_dataset)
 
 
@@ -311,7 +311,7 @@ def test_two_managers_are_one_too_many_and_the_second_changes_nothing(tiny_datas
     def second(_):
         before = plan()
         assert len(before) == 3
-        with pytest.raises(UserError, match=r"another launch/sweep\.py works on"):
+        with pytest.raises(UserError, match=r"another launch/sweep\.py is running on"):
             stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([1, 2]), batch_size=4)
         assert plan() == before and not (tmp_path / "jobs" / "seed=2").exists()
         asked.append(True)

@@ -77,7 +77,7 @@ def test_cost_from_flops_as_counted():
 def test_parameters_that_cost_nothing_have_no_best_number(gamma, said):
     cost = optimum.Cost.of([1e7, 1e8, 1e9], 6e7 * np.array([1.0, 10.0, 100.0]) ** gamma)
     with pytest.raises(
-        UserError, match=rf"^FLOPs a token go as N\^{said}, so that no size is the best for a budget; give"
+        UserError, match=rf"^FLOPs per token grow as N\^{said}, so no size is the best for a budget; give"
     ):
         cost.check_grows()
     optimum.Cost(gamma=0.1).check_grows()

@@ -52,7 +52,7 @@ def test_labels_stay_inside_of_the_sweep():
     labels = [{"architecture": "../..", "size": "a/b"}, {"size": "../../x"}, {"size": "7 B"}]
     assert plans.names(labels) == [".._..-a_b", ".._.._x", "7_B"]
     for label in (".", ".."):
-        with pytest.raises(UserError, match=rf"^a run cannot be called '{label}', .*; give it another label$"):
+        with pytest.raises(UserError, match=rf"^a run cannot be named '{label}', .*; give it another label$"):
             plans.names([{"size": label}, {"size": "large"}])
 
 
@@ -78,7 +78,7 @@ def test_a_budget_that_a_run_does_not_spend_is_refused(key, value):
     plans.check_budget(faster, plans.resolve(config, faster))
     (changed,) = plans.product([run], plans.grid({key: [value]}))
     with pytest.raises(
-        UserError, match=r"^hawk_6m-2e13flops: the run has \S+ FLOPs, and its budget is 2e\+13; give keys"
+        UserError, match=r"^hawk_6m-2e13flops: the run needs \S+ FLOPs, but its budget is 2e\+13; give keys"
     ):
         plans.check_budget(changed, plans.resolve(config, changed))
 
@@ -142,9 +142,9 @@ def test_ladders_that_are_refused():
 
 
 def test_the_same_run_twice_is_refused():
-    with pytest.raises(UserError, match="2 runs of the sweep are the same: griffin_2m"):
+    with pytest.raises(UserError, match="2 runs of the sweep are identical: griffin_2m"):
         plans.names([SIZES[1], SIZES[1]])
-    with pytest.raises(UserError, match="a grid takes a list"):
+    with pytest.raises(UserError, match="a grid needs a list"):
         plans.grid({"model.preset": "griffin_2m"})
 
 

@@ -139,7 +139,7 @@ def test_a_file_system_without_locks(run, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(locks.fcntl, "flock", flock)
-    refusal = pytest.raises(UserError, match=r"has no locks \(.*\), and a sweep needs them, .*; give it a --workdir on")
+    refusal = pytest.raises(UserError, match=r"has no locks \(.*\), which a sweep needs .*; give it a --workdir on")
     with refusal, files.hold(run.sweep):
         pass
     assert not run.is_running()

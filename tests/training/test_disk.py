@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up(can_mount, tmp_path, tiny_dataset):
     there = sorted(map(int, lines[2:second]))
     assert there and there == list(range(2, there[-1] + 1, 2)) and there[-1] < 20, "what is left is whole checkpoints"
     assert f"no space left on the disk for a checkpoint in {disk}/run/checkpoints" in message
-    assert f"the newest that is there is of step {there[-1]}" in message
+    assert f"the newest complete one is of step {there[-1]}" in message
     assert sorted(map(int, lines[second + 2 :])) == list(range(2, 21, 2))
     assert list(tiny.losses(tmp_path)) == list(range(1, 21))
 

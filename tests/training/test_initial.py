@@ -93,7 +93,7 @@ def test_what_differs_and_fits_is_said(config, tiny_run, tmp_path, caplog):
         assert not caplog.records  # a run also looks before it writes anything
         _restore_or_create(job, Checkpoints(tmp_path, job.config))
     assert f"the weights of {other}, but model.window is 8 there and 4 in this config" in caplog.text
-    assert f"the weights of {other}, which names no tokenizer: see to it that {config.data.path} has" in caplog.text
+    assert f"the weights of {other}, which names no tokenizer: make sure that {config.data.path} was" in caplog.text
 
 
 def test_heldout_text_that_the_other_run_may_have_been_trained_on_is_said(config, tiny_run, tmp_path, caplog):

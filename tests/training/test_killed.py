@@ -92,7 +92,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(launch, uninterrupted, tmp_p
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, errors
-    assert "the same command goes on from there" in errors
+    assert "the same command resumes from there" in errors
     saved = Checkpoints(workdir).steps()
     assert saved == [last_step(workdir)] and saved[0] >= 3
 

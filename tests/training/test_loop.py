@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_run_is_refused(run_config, whole_run, tmp_path,
     (workdir / "data.json").unlink()
     with caplog.at_level("WARNING"):
         trained_data.check(workdir, {run_config.data.path: 1.0})
-    assert f"{workdir} has no data.json: whether it was trained on the text of" in caplog.text
+    assert f"{workdir} has no data.json: cannot check whether it was trained on the text of" in caplog.text
 
 
 def test_a_half_written_checkpoint_is_not_picked(run_config, whole_run, tmp_path):

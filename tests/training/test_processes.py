@@ -172,8 +172,8 @@ def test_hosts_whose_code_differs_are_refused(processes, tmp_path):
         status, lines = process.end()
         assert status == 2, process
         assert len(lines) == 1 and lines[0].startswith(
-            "train.py: the program of process 1 differs from that of process 0; all must be given the same: the same "
-            f"versions on every host. Here it is jaxlinear {version} (code "
+            "train.py: the program of process 1 differs from that of process 0; all must be given the same, with "
+            f"the same versions on every host; here it is jaxlinear {version} (code "
         )
     assert not workdir.exists()
 
@@ -188,7 +188,7 @@ def test_a_host_that_lacks_the_data_ends_all(processes, tiny_dataset, tmp_path):
     pair = processes(workdir, 2, 1, config, "--config.data.path=data", folders=[with_data, without])
     (status, lines), (other_status, other_lines) = (process.end() for process in pair)
     assert (status, other_status) == (2, 2), pair[0]
-    assert lines == ["train.py: process 1 cannot go on; its own message says why"]
+    assert lines == ["train.py: process 1 failed; its own message says why"]
     assert len(other_lines) == 1 and "no dataset at data: the directory does not exist" in other_lines[0]
     assert not workdir.exists()
 
@@ -203,8 +203,8 @@ def test_hosts_with_a_directory_each_are_refused(processes, tmp_path):
         status, lines = process.end()
         assert status == 2, process
         assert lines == [
-            "train.py: the work directory run of process 1 is not that of process 0, which wrote a file there; a run has "
-            "one directory for all its processes: on a file system of the network, or in a bucket that all hosts mount"
+            "train.py: the work directory run of process 1 is not that of process 0, which wrote a file there; all "
+            "processes of a run must share one directory, on a network file system or in a bucket that all hosts mount"
         ]
     assert [list(folder.glob("run/*")) for folder in folders] == [[], []]
 
@@ -212,10 +212,10 @@ def test_hosts_with_a_directory_each_are_refused(processes, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("localhost:1", 2, 2), "--process=2 is not one of --processes=2: they count from 0"),
-        (("localhost:1", 2, -1), "--process=-1 is not one of --processes=2"),
-        ((None, 2, 0), "--coordinator, --processes and --process belong together; --coordinator is missing"),
-        (("localhost:1", 2, None), "belong together; --process is missing"),
+        (("localhost:1", 2, 2), "--process=2 is not one of the --processes=2, which are numbered from 0"),
+        (("localhost:1", 2, -1), "--process=-1 is not one of the --processes=2"),
+        ((None, 2, 0), "--coordinator, --processes and --process must be given together; --coordinator is missing"),
+        (("localhost:1", 2, None), "must be given together; --process is missing"),
     ],
 )
 def test_wrong_flags_are_refused(flags, message):
@@ -243,8 +243,8 @@ def test_a_process_whose_others_do_not_come_ends_with_a_reason(process):
         )
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1] == (
-        f"-c: the others of 2 processes at 127.0.0.1:{port} did not come within 0.05 minutes: were they started, and can "
-        "process 0 be reached?"
+        f"-c: the other processes (of 2) at 127.0.0.1:{port} did not connect within 0.05 minutes: were they started, and "
+        "can they reach process 0?"
     )
     assert "stack trace" not in done.stderr
 

@@ -49,32 +49,34 @@ def other_dataset(tmp_path_factory):
         ({"data.path": "DATA=1,DATA=3"}, r"data.path names .*data twice; give it one weight"),
         ({"data.path": "DATA=1,DATA/=3"}, r"data.path names .*data/ twice; give it one weight"),
         *(
-            ({"data.path": f"DATA={weight},B=1"}, rf"data.path: the weight {weight} of .*data has to be above 0 and")
+            ({"data.path": f"DATA={weight},B=1"}, rf"data.path: the weight {weight} of .*data must be above 0 and")
             for weight in ("0", "-1", "nan", "inf")
         ),
         ({"data.heldout_path": "nowhere", "evaluation.every_steps": 1}, r"no dataset at nowhere"),
         (
             {"training.batch_size": 12},
-            r"training.batch_size=12 in 1 microbatches is 12 rows, which the mesh \(data 8 x fsdp 1 x expert 1\) does not "
+            r"training.batch_size=12 in 1 microbatches gives 12 rows, which the mesh \(data 8 x fsdp 1 x expert "
+            r"1\) does not "
             r"divide; the nearest batch size that works is 16$",
         ),
         (
             {"training.batch_size": 24, "training.microbatches": 2, "mesh.fsdp": 4},
-            r"=24 in 2 microbatches is 12 rows, which the mesh \(data 2 x fsdp 4 x expert 1\) does not divide; .* is 32$",
+            r"=24 in 2 microbatches gives 12 rows, which the mesh \(data 2 x fsdp 4 x expert 1\) does not divide; "
+            r".* is 32$",
         ),
         ({"training.sequence_length": 48}, r"sequence_length 48 neither divides the block length 64 nor .* 32 and 64"),
-        ({"training.seed": -1}, r"training.seed is -1; it lies in \[0, 2\*\*63\)"),
+        ({"training.seed": -1}, r"training.seed is -1; it must be in \[0, 2\*\*63\)"),
         ({"model.vocab_size": 256}, r"has 257 tokens, more than model.vocab_size=256; leave model.vocab_size unset"),
-        ({"mesh.data": 3}, r"a mesh of data 3 does not use the 8 devices that there are"),
+        ({"mesh.data": 3}, r"a mesh of data 3 does not use each of the 8 available devices once"),
         ({"mesh.fsdp": -1}, r"only one size of the mesh can be -1, not both mesh.data and mesh.fsdp"),
         (
             {"mesh.sequence": 8, "training.sequence_length": 44},
-            r"mesh.sequence=8 does not divide training.sequence_length=44; the nearest that it does is 48",
+            r"mesh.sequence=8 does not divide training.sequence_length=44; the nearest length that works is 48",
         ),
         ({"mesh.data": 4, "mesh.expert": 2}, r"mesh.expert=2: the model has no experts .* 'gated_mlp'\); set it to 1"),
         (
             {"mesh.data": 2, "mesh.tensor": 4, "model.vocab_size": 258},
-            r"mesh.tensor=4 does not divide model.vocab_size=258; .*, and 260 is the next that it does$",
+            r"mesh.tensor=4 does not divide model.vocab_size=258; .*, and the next size that works is 260$",
         ),
         ({"model.num_heads": 5}, r"model.num_heads=5 does not divide model.width=32"),
     ],
@@ -100,7 +102,9 @@ def test_a_mixer_that_does_not_run_over_sequence_is_refused(tiny_config, tmp_pat
     config.model.pattern = ("gla", "mine")
     configs.forget_unread(config, ["model.pattern"])
     config.mesh.sequence = 4
-    with pytest.raises(UserError, match=r"mesh.sequence=4: the mixer 'mine' does not run over it .* to 1$"):
+    with pytest.raises(
+        UserError, match=r"mesh.sequence=4: the mixer 'mine' does not run with the sequence split .* to 1$"
+    ):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -134,8 +138,8 @@ def test_the_vocabulary_of_a_run_is_known_before_it(tiny_config):
         == Job.build(config).config.model.vocab_size
         == 256
     )
-    advice = r"set model\.vocab_size, or name data that are here in data\.path or data\.task"
-    with pytest.raises(UserError, match=f"not set and follows the data, of which there are none; {advice}$"):
+    advice = r"set model\.vocab_size, or name existing data with data\.path or data\.task"
+    with pytest.raises(UserError, match=f"not set and follows the data, but no data are named; {advice}$"):
         found(task="")
     with pytest.raises(UserError, match=f"no dataset at elsewhere: the directory does not exist .*; {advice}$"):
         found(path="elsewhere")
@@ -196,7 +200,7 @@ def test_a_run_does_not_become_shorter(tiny_config, tiny_run):
     before = (tiny_run / workdirs.CONFIG).read_bytes()
     config = tiny_config.copy_and_resolve_references()
     config.training.steps = 1
-    with pytest.raises(UserError, match=r"has a checkpoint of step 2, and training.steps is 1: a run does not become"):
+    with pytest.raises(UserError, match=r"with a checkpoint of step 2, but training.steps is 1: a run cannot be"):
         train(config, tiny_run)
     assert (tiny_run / workdirs.CONFIG).read_bytes() == before
 
@@ -205,7 +209,7 @@ def test_data_of_another_tokeniser_are_refused(tiny_config, tiny_run, other_data
     config, before = tiny_config.copy_and_resolve_references(), (tiny_run / workdirs.CONFIG).read_bytes()
     config.data.path = str(other_dataset)
     config.training.steps = 9
-    message = f"{tiny_run} holds a run on data of another tokeniser than that of {other_dataset}"
+    message = f"{tiny_run} holds a run on data of another tokenizer than that of {other_dataset}"
     with pytest.raises(UserError, match=message):
         train(config, tiny_run)
     assert (tiny_run / workdirs.CONFIG).read_bytes() == before, "nothing is written of what is refused"
@@ -250,7 +254,7 @@ def test_the_same_documents_in_another_order_are_other_data(tmp_path, caplog):
     of_before = {k: v for k, v in known[0].items() if k not in ("blocks", "shuffle")}
     (tmp_path / trained_data.FILE).write_text(json.dumps([of_before]))
     trained_data.check(tmp_path, {str(tmp_path / "turned"): 1.0})
-    assert f"the run in {tmp_path} was begun by a version that shuffled examples otherwise" in caplog.text
+    assert f"the run in {tmp_path} was started by a version that shuffled examples differently" in caplog.text
     (tmp_path / trained_data.FILE).write_text("[{}]")
     with pytest.raises(UserError, match=r"other data than .*: weight is None there and 1.0"):
         trained_data.check(tmp_path, {str(tmp_path / "one"): 1.0})
@@ -270,14 +274,14 @@ def test_heldout_text_that_may_have_been_trained_on_is_warned_of(tiny_config, ti
         Job.build(config)
         trained_data.warn_of_split(tiny_run, apart, data.read_manifest(apart))
     first, second = (record.getMessage() for record in caplog.records)
-    assert (
-        "heldout_fraction 0.05, and" in first
-        and "with 0 and 0.5: if both hold a document, it may be trained on" in first
-    )
+    assert "heldout_fraction 0.05, and" in first and "with 0 and 0.5: a document in both may be trained on" in first
     assert f"{apart} was split with seed 0 and heldout_fraction 0.5" in second and "may have been trained on" in second
 
 
-@pytest.mark.parametrize(("text", "reason"), [("[{", "Expecting property name"), ("{}", "no list"), ("[1]", "no list")])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("[{", "Expecting property name"), ("{}", "not a list of datasets"), ("[1]", "not a list of datasets")],
+)
 def test_a_damaged_record_of_the_data_is_refused(tiny_dataset, tmp_path, text, reason):
     (tmp_path / trained_data.FILE).write_text(text)
     with pytest.raises(UserError, match=rf"{tmp_path / trained_data.FILE} is damaged: .*{reason}"):
@@ -301,9 +305,7 @@ def test_text_in_other_tokens_is_not_evaluated(tiny_config, other_dataset):
 def test_weights_of_a_run_on_other_tokens_are_refused(tiny_config, tiny_run, other_dataset, tmp_path):
     config = tiny_config.copy_and_resolve_references()
     config.training.initial_from, config.data.path = str(tiny_run), str(other_dataset)
-    with pytest.raises(
-        UserError, match=rf"^{other_dataset} was prepared with another tokenizer than the one that {tiny_run}"
-    ):
+    with pytest.raises(UserError, match=rf"^{other_dataset} was not prepared with the tokenizer that {tiny_run}"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -325,7 +327,7 @@ def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path, cap
     with caplog.at_level(logging.WARNING):
         workdirs.prepare(workdir, config)
     assert configs.to_json(workdirs.read_config(workdir)) == configs.to_json(config)
-    assert f"the run goes on with optimizer.learning_rate=0.0005; it was {before}" in caplog.text
+    assert f"the run continues with optimizer.learning_rate=0.0005; it was {before}" in caplog.text
     workdirs.note_start(workdir, 3, config, Job.build(tiny_config).mesh)
     assert workdirs.read_starts(workdir)[-1]["optimizer.learning_rate"] == 5e-4
 
@@ -341,7 +343,7 @@ def test_a_workdir_that_another_run_has(tiny_config, tiny_run, tmp_path, monkeyp
     with locks.of_run(workdir):
         before = tiny.files(workdir)
         with pytest.raises(
-            RunError, match=rf"^the run of process {os.getpid()} on .* has {workdir}; end that one first"
+            RunError, match=rf"^the run of process {os.getpid()} on .* is using {workdir}; end it first"
         ):
             train(config, workdir)
         assert tiny.files(workdir) == before
@@ -351,7 +353,7 @@ def test_a_workdir_that_another_run_has(tiny_config, tiny_run, tmp_path, monkeyp
 def test_a_workdir_that_is_no_directory(tiny_config, tmp_path, kind):
     workdir = tmp_path / "run"
     workdir.write_text("notes") if kind == "file" else workdir.symlink_to("gone")
-    with pytest.raises(UserError, match=rf"^{workdir} is no directory; give the run a --workdir of its own$"):
+    with pytest.raises(UserError, match=rf"^{workdir} is not a directory; give the run a --workdir of its own$"):
         train(tiny_config, workdir)
     assert os.path.lexists(workdir) and not workdir.is_dir()
 
@@ -364,7 +366,7 @@ def test_a_workdir_whose_folders_cannot_be_renamed(tiny_config, tmp_path, monkey
 
     monkeypatch.setattr(pathlib.Path, "rename", rename)
     with pytest.raises(
-        UserError, match=rf"^folders cannot be renamed in {tmp_path}/run \(Operation not supported\), as"
+        UserError, match=rf"^folders cannot be renamed in {tmp_path}/run \(Operation not supported\), which"
     ):
         train(tiny_config, tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []

@@ -62,19 +62,19 @@ def test_a_run_of_two_processes_is_stopped_and_goes_on(submit, tmp_path):
 def test_devices_that_are_not_there(submit, tmp_path):
     process = submit("cpu:4", 2, tmp_path / "run")
     assert process.wait(240) == 1
-    said = "4 cpu devices are expected in all, but process 0, 1 sees 1 cpu"
+    said = "4 cpu devices are expected in total, but process 0, 1 sees 1 cpu"
     assert process.stderr.read().count(said) == 2
     assert not (tmp_path / "run").exists()
 
 
 def test_expect_here():
     start.expect("cpu:8")
-    alone = "it is alone: were the others not found"
-    with pytest.raises(RunError, match=f"16 cpu devices are expected in all, but process 0 sees 8 cpu; {alone}"):
+    alone = "it runs alone: were the other processes not found"
+    with pytest.raises(RunError, match=f"16 cpu devices are expected in total, but process 0 sees 8 cpu; {alone}"):
         start.expect("cpu:16")
-    with pytest.raises(RunError, match="8 gpu devices are expected in all, but process 0 sees 8 cpu"):
+    with pytest.raises(RunError, match="8 gpu devices are expected in total, but process 0 sees 8 cpu"):
         start.expect("gpu:8")
-    with pytest.raises(UserError, match="--expect='eight' is not PLATFORM:DEVICES"):
+    with pytest.raises(UserError, match="--expect='eight' must be PLATFORM:DEVICES"):
         start.expect("eight")
 
 

@@ -205,11 +205,11 @@ def test_the_pass_key_trains_on_text(tiny_dataset, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"data__task": "mqa"}, "there is no task 'mqa'; there are mqar"),
+        ({"data__task": "mqa"}, "there is no task 'mqa'; the tasks are mqar"),
         ({"data__path": "somewhere"}, "takes no text, but data.path=somewhere is set; leave one out"),
         (
             {"data__heldout_path": "somewhere"},
-            "takes no text, nor does a task of evaluation.tasks, but data.heldout_path=somewhere is set; leave it out",
+            "takes no text, and neither do the evaluation.tasks, but data.heldout_path=somewhere is set; leave it out",
         ),
         ({"data__heldout_path": "nowhere", "evaluation__tasks": ("passkey",)}, "no tokenizer in nowhere"),
         ({"evaluation__batches": 0}, "data.task has no end; set it to 1 or more"),

@@ -19,7 +19,7 @@ def test_a_run_that_hangs_ends_with_what_it_was_doing(launch, tmp_path):
     assert process.returncode == 1, errors
     assert errors.splitlines()[-1] == (
         "train.py: no sign of life for 0.1 minutes in the reading of the batch of step 6 (training.patience_minutes); "
-        "above are the stacks of this process. The same command goes on from the newest checkpoint"
+        "above are the stacks of this process. The same command resumes from the newest checkpoint"
     )
     assert "in waits_for_a_file_server" in errors
     assert list(tiny.losses(tmp_path / "run")) == [1, 2, 3, 4]

@@ -35,7 +35,7 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
     """The name in ``NAME:option=VALUE:...`` and its options."""
     name, options = specs.split(spec)
     if name not in TASKS:
-        raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
+        raise UserError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
     return name, options
 
 
@@ -53,7 +53,8 @@ def training_set(spec: str, setting: Setting) -> tuple[Task, ...]:
     for task in made:
         if task.length != setting.sequence_length:
             raise UserError(
-                f"{spec}: length={task.length} is not training.sequence_length={setting.sequence_length}; leave length out"
+                f"{spec}: length={task.length} differs from training.sequence_length={setting.sequence_length}; "
+                "leave length out"
             )
     return made
 
@@ -78,7 +79,7 @@ def difficulties(spec: str, setting: Setting, trained: Sequence[Task] = ()) -> l
         difficulty = task.make(base | reference | options)
         if setting.vocab_size is not None and difficulty.vocabulary > setting.vocab_size:
             raise UserError(
-                f"{name} takes {difficulty.vocabulary} tokens, and model.vocab_size is {setting.vocab_size}"
+                f"{name} needs {difficulty.vocabulary} tokens, but model.vocab_size is {setting.vocab_size}"
                 + ("; set vocab_size" if "vocab_size" in difficulty.options() else "")
             )
         if difficulty not in made:

@@ -41,17 +41,21 @@ class PassKey(Task):
     split: str = "heldout"
 
     def __post_init__(self) -> None:
-        self.require(bool(self.dataset), "it needs text: data.path, --data, or the option dataset")
+        self.require(bool(self.dataset), "it needs text: give data.path, --data or the option dataset")
         self.require(
-            0 <= self.depth <= 1 or self.depth == -1, f"depth={self.depth} lies between 0 and 1, or is -1 for any"
+            0 <= self.depth <= 1 or self.depth == -1, f"depth={self.depth} must be between 0 and 1, or -1 for any"
         )
-        self.require(1 <= self.digits <= 18, f"digits={self.digits} lies between 1 and 18")
+        self.require(1 <= self.digits <= 18, f"digits={self.digits} must be between 1 and 18")
         needed = sum(map(len, self._parts(10**self.digits - 1)))
-        self.require(self.length >= needed, f"length={self.length} is less than the {needed} tokens without any text")
+        self.require(
+            self.length >= needed,
+            f"length={self.length} must be at least the {needed} tokens that are needed without any text",
+        )
         text = self._table.targets
         self.require(
             self.length <= text // 2,
-            f"length={self.length} is more than half of the {text} tokens in the {self.split} split of {self.dataset}",
+            f"length={self.length} must be at most half of the {text} tokens in the {self.split} split of "
+            f"{self.dataset}",
         )
 
     @classmethod
@@ -100,7 +104,7 @@ class PassKey(Task):
         question, whole = self._question, self._tokenizer.encode(f"{_QUESTION} {self._digits(key)}")
         self.require(
             len(whole) > len(question) and np.array_equal(whole[: len(question)], question),
-            "the tokenizer merges the question with its answer",
+            "the tokenizer merges the question with the answer",
         )
         return whole[len(question) :]
 

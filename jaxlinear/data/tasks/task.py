@@ -72,7 +72,7 @@ class Task(abc.ABC):
         values = {}
         for name, value in options.items():
             if name not in fields:
-                raise UserError(f"{name_of(cls)} has no option {name!r}; it has {', '.join(fields)}")
+                raise UserError(f"{name_of(cls)} has no option {name!r}; the options are {', '.join(fields)}")
             values[name] = _parsed(cls, fields[name], value)
         return cls(**values)
 

@@ -46,13 +46,13 @@ def import_weights(source: str | os.PathLike, workdir: str | os.PathLike) -> Non
         config, arrays, tokenizer = _from_hugging_face(source)
     else:
         raise UserError(
-            f"{source} is neither a directory of Hugging Face, with config.json and model.safetensors, nor a checkpoint of "
-            "recurrentgemma, with _METADATA"
+            f"{source} is neither a Hugging Face directory (config.json, model.safetensors) nor a recurrentgemma "
+            "checkpoint (_METADATA)"
         )
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}; move the "
-            "tokenizer away to import the weights without it"
+            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens and the model only "
+            f"{config.model.vocab_size}; move the tokenizer away to import the weights without it"
         )
     with _made_whole(workdir, arrays) as unfinished:
         unfinished.mkdir()
@@ -79,7 +79,7 @@ def export_weights(
     """
     workdir, target = Path(workdir).absolute(), Path(target).absolute()
     if layout not in LAYOUTS:
-        raise UserError(f"there is no layout {layout!r}; there are {' and '.join(LAYOUTS)}")
+        raise UserError(f"there is no layout {layout!r}; the layouts are {' and '.join(LAYOUTS)}")
     _check_empty(target)
     model = configs.model_config(read_config(workdir))
     tokenizer = load_tokenizer(workdir) if (workdir / INFO_FILE).is_file() else None
@@ -185,7 +185,7 @@ def _borders(path: Path) -> tuple[str | None, tuple[int, ...]]:
 
 def _check_empty(directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} is there already; name a directory that is not, or is empty")
+        raise UserError(f"{directory} already exists; name a new or empty directory")
 
 
 @contextlib.contextmanager
@@ -196,8 +196,8 @@ def _made_whole(directory: Path, arrays: Mapping[str, StreamedArray]) -> Iterato
     needed, free = sum(x.nbytes for x in arrays.values()) + _OVERHEAD_BYTES, shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
-            f"no space left on the disk for {directory}: it takes up to {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB "
-            "are free"
+            f"no space left on the disk for {directory}: it needs up to {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} "
+            "MB are free"
         )
     half_made.clear(directory)
     try:
@@ -209,5 +209,5 @@ def _made_whole(directory: Path, arrays: Mapping[str, StreamedArray]) -> Iterato
         if not checkpoint.is_disk_full(error):
             raise
         raise UserError(
-            f"no space left on the disk for {directory}: other data took it while this was written"
+            f"no space left on the disk for {directory}: it was used up by other data during the write"
         ) from error

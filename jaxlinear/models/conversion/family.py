@@ -33,28 +33,28 @@ class Fields:
         """``get`` for a positive integer."""
         value = self.get(name, default)
         if type(value) is not int or value < 1:
-            self.refuse(name, value, "it is a whole number from 1 on")
+            self.refuse(name, value, "it must be a whole number, at least 1")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """``get`` for a finite number."""
         value = self.get(name, default)
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # NaN is not
-            self.refuse(name, value, "it is a finite number")
+            self.refuse(name, value, "it must be a finite number")
         return float(value)
 
     def boolean(self, name: str, default: bool | None = None) -> bool:
         """``get`` for true or false."""
         value = self.get(name, default)
         if not isinstance(value, bool):
-            self.refuse(name, value, "it is true or false")
+            self.refuse(name, value, "it must be true or false")
         return value
 
     def section(self, name: str) -> "Fields":
         """The fields of an object, under their full names; empty if it is absent or null."""
         value = self.get(name, {})
         if not isinstance(value, dict):
-            self.refuse(name, value, "it is an object")
+            self.refuse(name, value, "it must be an object")
         return Fields({f"{name}.{key}": inner for key, inner in value.items()}, self.origin)
 
     def only(self, name: str, *allowed: Any, default: Any) -> Any:
@@ -94,7 +94,7 @@ class Fields:
             if kind == "llama3" and may_scale:
                 scaled = _scaled(rope, name)
             elif kind != "default":
-                which = "only positions that are not scaled ('default')" + (" or 'llama3'" if may_scale else "")
+                which = "only unscaled positions ('default')" + (" or 'llama3'" if may_scale else "")
                 self.refuse(f"{name}.rope_type", kind, f"{which} can be imported")
             base = rope.number(f"{name}.rope_theta", base)
             fraction = rope.number(f"{name}.partial_rotary_factor", fraction)
@@ -157,4 +157,4 @@ def require(config: ModelConfig, family: str, **values: Any) -> None:
     """Raises ``UserError`` for the first key of a model whose value is not the one that all models of the family have."""
     for name, value in values.items():
         if getattr(config, name) != value:
-            raise UserError(f"model.{name} is {getattr(config, name)!r}; in {family} it can only be {value!r}")
+            raise UserError(f"model.{name} is {getattr(config, name)!r}; in {family} it must be {value!r}")

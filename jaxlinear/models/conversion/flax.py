@@ -82,7 +82,7 @@ def model(directory: Path, tensors: Mapping[str, StreamedArray]) -> dict[str, An
         recurrent = any(name.startswith(f"{_ROOT}blocks.{i}.recurrent_block.") for name in tensors)
         layers.append("rg_lru" if recurrent else "sliding_window")
     if not layers:
-        raise UserError(f"{directory} has no {_ROOT}blocks.0: it is no checkpoint of recurrentgemma")
+        raise UserError(f"{directory} has no {_ROOT}blocks.0: it is not a recurrentgemma checkpoint")
     if "rg_lru" in layers:
         i = layers.index("rg_lru")
         heads, block, _ = shape(f"blocks.{i}.recurrent_block.rg_lru.a_gate.w", 3)
@@ -91,8 +91,8 @@ def model(directory: Path, tensors: Mapping[str, StreamedArray]) -> dict[str, An
         heads, recurrent_width, taps = width // shape("blocks.0.attention_block.proj_k.kernel", 2)[1], width, 4
     if "sliding_window" in layers and heads and width // heads % _HEAD_UNIT:
         raise UserError(
-            f"{directory}: a width of {width} over {heads} heads is {width // heads} channels a head; in recurrentgemma it "
-            f"can only be a multiple of {_HEAD_UNIT}"
+            f"{directory}: a width of {width} over {heads} heads is {width // heads} channels per head; in "
+            f"recurrentgemma it must be a multiple of {_HEAD_UNIT}"
         )
     period = next(n for n in range(1, len(layers) + 1) if all(x == layers[i % n] for i, x in enumerate(layers)))
     values = griffin(
@@ -133,27 +133,27 @@ def _not_in_shapes(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]
         if name.startswith("recurrentgemma") and all(preset[key] == values[key] for key in sizes):
             return {key: preset[key] for key in _NOT_IN_SHAPES} | {"window": preset["window"] + 1}
     raise UserError(
-        f"{directory} has no {CONFIG}, and its shapes are those of no published RecurrentGemma; write one with "
-        "attention_window_size, embeddings_scale_by_sqrt_dim and logits_soft_cap, as GriffinConfig has them"
+        f"{directory} has no {CONFIG}, and its shapes match no published RecurrentGemma; write one with the "
+        "attention_window_size, embeddings_scale_by_sqrt_dim and logits_soft_cap of its GriffinConfig"
     )
 
 
 def fields(config: ModelConfig) -> dict[str, Any]:
     """The arguments of the package's ``GriffinConfig``, which are written beside a checkpoint."""
-    family = "a checkpoint of recurrentgemma"
+    family = "a recurrentgemma checkpoint"
     others = [mixer for mixer in config.pattern if mixer not in BLOCK_OF_MIXER]
     if others:
-        raise UserError(f"{family} has no layers like {others[0]}")
+        raise UserError(f"{family} has no layers of the kind {others[0]}")
     require_griffin(config, family)
     require(config, family, tied_embeddings=True, rotary_base=10_000.0, rotary_fraction=0.5, norm_epsilon=1e-6)
     require(config, family, rotary_scaling=0.0)
     require(config, family, norm_offset=1.0, convolution_width=4, key_value_heads=1)
     if config.window < 2:
-        raise UserError(f"model.window is {config.window}; in {family} it is at least 2")
+        raise UserError(f"model.window is {config.window}; in {family} it must be at least 2")
     if "sliding_window" in config.layers and config.head_width % _HEAD_UNIT:
         raise UserError(
-            f"model.width={config.width} over model.num_heads={config.num_heads} is {config.head_width} channels a head; "
-            f"in {family} it can only be a multiple of {_HEAD_UNIT}"
+            f"model.width={config.width} over model.num_heads={config.num_heads} is {config.head_width} channels per "
+            f"head; in {family} it must be a multiple of {_HEAD_UNIT}"
         )
     return {
         "vocab_size": config.vocab_size,

@@ -63,7 +63,7 @@ def family_of_fields(fields: Fields) -> Family:
         fields.refuse("model_type", name, f"{', '.join(FAMILIES)} can be imported")
     quantization = fields.optional("quantization_config")
     if quantization is not None:
-        fields.refuse("quantization_config", quantization, "only weights that are not quantised can be imported")
+        fields.refuse("quantization_config", quantization, "only unquantised weights can be imported")
     return FAMILIES[name]
 
 
@@ -73,7 +73,7 @@ def family_of_model(config: ModelConfig) -> Family:
         fits = set(config.pattern) <= set(family.mixers) and family.main in (None, *config.pattern)
         if fits and family.is_one(config):
             return family
-    raise UserError(f"no model of {', '.join(FAMILIES)} has the layers {', '.join(dict.fromkeys(config.pattern))}")
+    raise UserError(f"none of {', '.join(FAMILIES)} has the layers {', '.join(dict.fromkeys(config.pattern))}")
 
 
 def end_tokens(directory: Path, fields: Fields) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ def end_tokens(directory: Path, fields: Fields) -> tuple[int, ...]:
         found = read_json(directory / GENERATION).get("eos_token_id", found)
     tokens = [] if found is None else found if isinstance(found, list) else [found]
     if not all(isinstance(token, int) for token in tokens):
-        raise UserError(f"{directory}: eos_token_id is {found!r}; it is a token or a list of tokens")
+        raise UserError(f"{directory}: eos_token_id is {found!r}; it must be a token id or a list of token ids")
     return tuple(tokens)
 
 
@@ -110,26 +110,26 @@ def read_tensors(directory: Path) -> dict[str, StreamedArray]:
         return _weights(safetensors.read(directory / WEIGHTS))
     if not (directory / INDEX).is_file():
         others = sorted(path.name for pattern in ("*.bin", "*.pth") for path in directory.glob(pattern))
-        advice = f"; {others[0]} is not read, save the model as safetensors" if others else ""
+        advice = f"; {others[0]} cannot be read, so save the model as safetensors" if others else ""
         raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}{advice}")
     file_of = read_json(directory / INDEX).get("weight_map")
     if not isinstance(file_of, dict):
         raise UserError(f"{directory / INDEX} is damaged: it has no weight_map")
     for name, file in file_of.items():
         if not isinstance(file, str):
-            raise UserError(f"{directory / INDEX} is damaged: it has {name} in {file!r}, which is no name of a file")
+            raise UserError(f"{directory / INDEX} is damaged: it lists {name} in {file!r}, which is not a file name")
     tensors: dict[str, StreamedArray] = {}
     for file in sorted(set(file_of.values())):
         path = directory / Path(file).name
         if not path.is_file():
-            raise UserError(f"{directory} lacks {path.name}, which {INDEX} names")
+            raise UserError(f"{directory} has no {path.name}, which {INDEX} lists")
         for name, tensor in safetensors.read(path).items():
             if file_of.get(name) != file:
-                raise UserError(f"{path} has the tensor {name}, which {INDEX} has in {file_of.get(name, 'no file')}")
+                raise UserError(f"{path} has the tensor {name}, which {INDEX} lists in {file_of.get(name, 'no file')}")
             tensors[name] = tensor
     for name, file in file_of.items():
         if name not in tensors:
-            raise UserError(f"{directory / file} has no tensor {name}, which {INDEX} has there")
+            raise UserError(f"{directory / file} has no tensor {name}, which {INDEX} lists there")
     return _weights(tensors)
 
 
@@ -146,7 +146,7 @@ def without_copy(tensors: dict[str, StreamedArray], embedding: str, origin: str)
     if copies[0].shape != copies[1].shape or not all(
         np.array_equal(x, y) for (_, x), (_, y) in zip(*(copy.pieces() for copy in copies), strict=True)
     ):
-        raise UserError(f"{origin}: the tensor {head} is not {embedding}, though tie_word_embeddings is set")
+        raise UserError(f"{origin}: the tensor {head} differs from {embedding}, although tie_word_embeddings is true")
     return {name: x for name, x in tensors.items() if name != head}
 
 

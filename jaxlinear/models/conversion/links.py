@@ -123,14 +123,14 @@ class Plan:
         """Raises ``UserError`` naming a tensor that is missing, does not belong to the model, or has the wrong shape."""
         missing = [name for name in self.shapes if name not in tensors]
         extra = sorted(tensors.keys() - self.shapes.keys())
-        for names, what in ((missing, "is missing"), (extra, "is none of this model's")):
+        for names, what in ((missing, "is missing"), (extra, "does not belong to this model")):
             if names:
                 more = f", and {len(names) - 1} more" if len(names) > 1 else ""
                 raise UserError(f"{origin}: the tensor {names[0]} {what}{more}")
         for name, shape in self.shapes.items():
             if tensors[name].shape != shape:
                 raise UserError(
-                    f"{origin}: the tensor {name} has the shape {list(tensors[name].shape)}; by the config it is "
+                    f"{origin}: the tensor {name} has the shape {list(tensors[name].shape)}; by the config it must be "
                     f"{list(shape)}"
                 )
 

@@ -31,7 +31,7 @@ def _shared(fields: Fields, groups: int) -> dict[str, Any]:
     """The keys of both. ``groups`` is the default number of key and value heads."""
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if width % heads:
-        fields.refuse("hidden_size", width, f"its {heads} heads do not divide it")
+        fields.refuse("hidden_size", width, f"the {heads} heads do not divide it")
     head_width = fields.integer("head_dim", width // heads)
     if head_width != width // heads:
         fields.refuse(
@@ -41,14 +41,16 @@ def _shared(fields: Fields, groups: int) -> dict[str, Any]:
         fields.refuse(
             "head_dim",
             head_width,
-            f"positions turn pairs of channels: only an even number can be imported (hidden_size={width} over "
+            f"rotary positions need an even number of channels per head (hidden_size={width} over "
             f"num_attention_heads={heads})",
         )
     fields.only("hidden_act", "silu", default="silu")
     positions = fields.rotary(fraction=1.0, may_scale=True)
     if positions["rotary_fraction"] != 1:
         fields.refuse(
-            "partial_rotary_factor", positions["rotary_fraction"], "only positions of whole heads can be imported"
+            "partial_rotary_factor",
+            positions["rotary_fraction"],
+            "only rotary positions over whole heads can be imported",
         )
     return {
         "num_layers": fields.integer("num_hidden_layers"),
@@ -84,8 +86,8 @@ def _shared_fields(config: ModelConfig, family: str) -> dict[str, Any]:
     require(config, family, embedding_scale=False, logit_soft_cap=0.0)
     if config.head_width % 2:
         raise UserError(
-            f"model.width={config.width} over model.num_heads={config.num_heads} is {config.head_width} channels a head; "
-            f"in {family} it can only be an even number"
+            f"model.width={config.width} over model.num_heads={config.num_heads} is {config.head_width} channels per "
+            f"head; in {family} it must be an even number"
         )
     return {
         "intermediate_size": config.mlp_width,

@@ -40,8 +40,9 @@ def shared_model(fields: Fields, mixer: str, *, tied_by_default: bool) -> dict[s
     fields.only("hidden_act", "silu", default="silu")
     if fields.boolean("residual_in_fp32", True) and fields.dtype() == "bfloat16":
         _LOG.warning(
-            "%s: residual_in_fp32 is true, by which the stream between blocks is float32; here it is bfloat16, as other "
-            "activations are, and logits differ by its rounding ('dtype': 'float32' there imports a model all in float32)",
+            "%s: residual_in_fp32 is true, which keeps the residual stream in float32; here it is bfloat16 like other "
+            "activations, and the logits differ by its rounding (set 'dtype': 'float32' there to import a model all "
+            "in float32)",
             fields.origin,
         )
     return {

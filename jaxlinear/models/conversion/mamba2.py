@@ -16,12 +16,14 @@ def _model(fields: Fields) -> dict[str, Any]:
     values = mamba.shared_model(fields, "mamba2", tied_by_default=False)
     heads, head_width, inner = fields.integer("num_heads"), fields.integer("head_dim"), values["recurrent_width"]
     if heads * head_width != inner:
-        fields.refuse("num_heads", heads, f"with head_dim {head_width} it does not give expand * hidden_size = {inner}")
+        fields.refuse(
+            "num_heads", heads, f"with head_dim {head_width} the heads do not add up to expand * hidden_size = {inner}"
+        )
     fields.only("n_groups", 1, default=8)
     for name in ("time_step_limit", "dt_limit"):
         limit = fields.get(name, [0.0, float("inf")])
         if limit != [0.0, float("inf")]:
-            fields.refuse(name, limit, "only time steps without a limit can be imported")
+            fields.refuse(name, limit, "only unlimited time steps can be imported")
     fields.only("rmsnorm", True, default=True)
     for name in ("norm_before_gate", "D_has_hdim"):
         fields.only(name, False, default=False)
@@ -32,7 +34,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
     heads, key_width, head_width = widths(config)
     if config.recurrent_width % config.width:
         raise UserError(
-            f"model.recurrent_width={config.recurrent_width} is no multiple of model.width={config.width}; in mamba2 it is"
+            f"model.recurrent_width={config.recurrent_width} must be a multiple of model.width={config.width} in mamba2"
         )
     return mamba.shared_fields(config, "mamba2") | {
         "architectures": ["Mamba2ForCausalLM"],

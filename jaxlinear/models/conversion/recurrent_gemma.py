@@ -17,9 +17,9 @@ def _model(fields: Fields) -> dict[str, Any]:
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     recurrent_width = fields.integer("lru_width", width)
     if recurrent_width % heads:
-        fields.refuse("lru_width", recurrent_width, f"its {heads} heads do not divide it")
+        fields.refuse("lru_width", recurrent_width, f"the {heads} heads do not divide it")
     if width % heads:
-        fields.refuse("hidden_size", width, f"its {heads} heads do not divide it")
+        fields.refuse("hidden_size", width, f"the {heads} heads do not divide it")
     fields.only("attention_bias", False, default=False)
     fields.only("hidden_activation", _ACTIVATION, default=_ACTIVATION)
     cap = fields.number("logits_soft_cap", 30.0)
@@ -36,8 +36,8 @@ def _model(fields: Fields) -> dict[str, Any]:
         fields.refuse(
             "partial_rotary_factor",
             positions["rotary_fraction"],
-            f"that is {turned} of the {width // heads} channels of a head (hidden_size={width} over "
-            f"num_attention_heads={heads}), and only an even number can be imported",
+            f"it rotates {turned} of the {width // heads} channels of a head (hidden_size={width} over "
+            f"num_attention_heads={heads}), and this must be an even number",
         )
     return griffin(
         pattern=pattern,
@@ -69,7 +69,7 @@ def require_griffin(config: ModelConfig, family: str) -> None:
     if config.gate_blocks != config.num_heads:
         raise UserError(
             f"model.num_heads={config.num_heads} does not divide model.recurrent_width={config.recurrent_width}; in "
-            f"{family} each head has a block of the gates"
+            f"{family} each head has its own block of the gates"
         )
 
 
@@ -81,9 +81,9 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
     turned = int(config.head_width * config.rotary_fraction)
     if "sliding_window" in config.layers and turned % 2:
         raise UserError(
-            f"model.rotary_fraction={config.rotary_fraction} is {turned} of the {config.head_width} channels of a head "
-            f"(model.width={config.width} over model.num_heads={config.num_heads}); in recurrent_gemma it can only be an "
-            "even number"
+            f"model.rotary_fraction={config.rotary_fraction} rotates {turned} of the {config.head_width} channels of "
+            f"a head (model.width={config.width} over model.num_heads={config.num_heads}); in recurrent_gemma this "
+            "must be an even number"
         )
     return {
         "architectures": ["RecurrentGemmaForCausalLM"],

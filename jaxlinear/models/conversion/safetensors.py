@@ -26,13 +26,13 @@ def read(path: Path) -> dict[str, StreamedArray]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LARGEST_HEADER):
-            raise UserError(f"{path} is no safetensors file, or is cut short")
+            raise UserError(f"{path} is not a safetensors file, or is truncated")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise UserError(f"{path} is no safetensors file: its header is not JSON") from error
+            raise UserError(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
-        raise UserError(f"{path} is no safetensors file: its header is not an object")
+        raise UserError(f"{path} is not a safetensors file: its header is not an object")
     header.pop("__metadata__", None)
     return {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
 
@@ -48,7 +48,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> Streame
         raise UserError(f"{path}: {name} has the dtype {kind}; weights are imported from {', '.join(DTYPES)}")
     dtype = DTYPES[kind]
     if end - begin != math.prod(shape) * dtype.itemsize or not begin <= end <= size - start:
-        raise UserError(f"{path}: {name} does not lie where its header says; the file is cut short or damaged")
+        raise UserError(f"{path}: {name} is not where the header says; the file is truncated or damaged")
     row = math.prod(shape[1:])
 
     def read_rows(first: int, last: int) -> np.ndarray:

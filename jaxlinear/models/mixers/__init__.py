@@ -112,7 +112,7 @@ def find(name: str):
     if "." in name and all(part.isidentifier() for part in name.split(".")):
         return _of_another_package(name)
     raise UserError(
-        f"there is no mixer {name!r}; there are {', '.join(sorted(MIXERS))}, and those of other packages, which are named "
+        f"there is no mixer {name!r}; the mixers are {', '.join(sorted(MIXERS))}, and those of other packages as "
         "package.module.Class"
     )
 
@@ -130,17 +130,18 @@ def _of_another_package(name: str) -> type[nnx.Module]:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise  # the missing module is one that the mixer's module imports
         raise UserError(
-            f"the mixer {name!r}: there is no module {error.name!r}; install it, or put its directory in PYTHONPATH"
+            f"the mixer {name!r}: there is no module {error.name!r}; install it, or add its directory to PYTHONPATH"
         ) from None
     found = getattr(module, attribute, None)
     if not (isinstance(found, type) and issubclass(found, nnx.Module)):
-        raise UserError(f"the mixer {name!r}: there is no nnx.Module {attribute} in {module.__file__}")
+        raise UserError(f"the mixer {name!r}: {module.__file__} has no nnx.Module {attribute}")
     if missing := [part for part in ("init_state", "flops") if not hasattr(found, part)]:
-        raise UserError(f"the mixer {name!r} has no {' and no '.join(missing)}; docs/mixers.md says what a mixer has")
+        raise UserError(f"the mixer {name!r} has no {' and no '.join(missing)}; docs/mixers.md says what a mixer needs")
     for key in set(_own_keys(found)) - set(READERS):
         near = difflib.get_close_matches(key, READERS, n=1, cutoff=0.0)
         raise UserError(
-            f"the mixer {name!r}: READS has {key!r}, which every mixer may read or none; is it {near[0]!r}?"
+            f"the mixer {name!r}: READS has {key!r}, which is not a key that only some mixers read; did you mean "
+            f"{near[0]!r}?"
         )
     return found
 
@@ -154,6 +155,7 @@ def check_over_sequence(names: Iterable[str], shards: int) -> None:
     for name in names:
         if shards > 1 and not getattr(find(name), "OVER_SEQUENCE", False):
             raise UserError(
-                f"mesh.sequence={shards}: the mixer {name!r} does not run over it (its class does not declare "
+                f"mesh.sequence={shards}: the mixer {name!r} does not run with the sequence split (its class does "
+                f"not declare "
                 "OVER_SEQUENCE, see jaxlinear/models/mixers/__init__.py); set mesh.sequence to 1"
             )

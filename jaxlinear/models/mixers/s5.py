@@ -46,8 +46,9 @@ class S5(nnx.Module):
         width, blocks = config.width, config.heads
         if config.recurrent_width % (2 * blocks):
             raise UserError(
-                f"s5: model.recurrent_width={config.recurrent_width} is not made of {blocks} blocks of conjugate pairs; "
-                f"it must be a multiple of {2 * blocks} (model.recurrent_heads, or model.num_heads, are the blocks)"
+                f"s5: model.recurrent_width={config.recurrent_width} does not split into {blocks} blocks of conjugate "
+                f"pairs; it must be a multiple of {2 * blocks} (model.recurrent_heads, or model.num_heads, is the "
+                "number of blocks)"
             )
         self.states, self.dtype, self.bidirectional = (
             config.recurrent_width // 2,
@@ -78,11 +79,12 @@ class S5(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """y and the state after it; None for the state if bidirectional."""
         if self.bidirectional and state is not None:
-            raise UserError("s5: a bidirectional layer cannot go on from a state; it sees each document whole")
+            raise UserError("s5: a bidirectional layer cannot continue from a state; it sees each document whole")
         if self.bidirectional and sharding.parts("time") > 1:
             raise UserError(
-                f"mesh.sequence={sharding.parts('time')}: a bidirectional s5 layer does not run over it, since its second "
-                "pass goes from the last shard to the first; set mesh.sequence to 1"
+                f"mesh.sequence={sharding.parts('time')}: a bidirectional s5 layer does not run with the sequence "
+                f"split, since its "
+                "second pass runs from the last shard to the first; set mesh.sequence to 1"
             )
         z, h = self.recur(x, segment_ids, None if state is None else state["h"])
         z = jax.nn.gelu(z)

@@ -97,7 +97,7 @@ def compare(
         raise UserError("there are no runs to compare" + " whose loss is finite" * bool(diverged))
     baseline = baseline or names[0]
     if baseline not in names:
-        raise UserError(f"there is no architecture {baseline!r} in the sweep; there are {', '.join(names)}")
+        raise UserError(f"there is no architecture {baseline!r} in the sweep; the architectures are {', '.join(names)}")
     fits: dict[str, dict[str, ArchitectureFit]] = {}
     budgets: dict[str, list[float]] = {}
     for counts in COUNTS:

@@ -34,8 +34,8 @@ class Cost:
         size is the best for a budget."""
         if self.gamma < LEAST_GAMMA:
             raise UserError(
-                f"FLOPs a token go as N^{self.gamma:.3g}, so that no size is the best for a budget; give runs of one "
-                "sparsity (experts for each that a token takes) an architecture label of their own"
+                f"FLOPs per token grow as N^{self.gamma:.3g}, so no size is the best for a budget; give runs of one "
+                "sparsity (experts per expert that a token is routed to) an architecture label of their own"
             )
 
     def per_token(self, parameters: float) -> float:

@@ -71,7 +71,7 @@ def log_points(parameters, tokens, losses) -> tuple[np.ndarray, np.ndarray, np.n
     """Natural logarithms of N, D and L. ``UserError`` for lists of different lengths, or numbers without a logarithm."""
     arrays = [np.asarray(values, np.float64) for values in (parameters, tokens, losses)]
     if not all(array.shape == arrays[0].shape and array.ndim == 1 for array in arrays):
-        raise UserError("parameters, tokens and losses are lists of one length")
+        raise UserError("parameters, tokens and losses must be lists of the same length")
     if not all(np.isfinite(array).all() and (array > 0).all() for array in arrays):
         raise UserError("parameters, tokens and losses must be finite and above 0")
     x, y, z = map(np.log, arrays)
@@ -87,20 +87,20 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
     counts = {"runs": len(x), "sizes": distinct(x), "numbers of tokens": distinct(y)}
     for (what, count), least in zip(counts.items(), (6, 3, 3), strict=True):
         if count < least:
-            raise UserError(f"the parametric law needs at least {least} {what}; there are {count}")
+            raise UserError(f"the parametric law needs at least {least} {what}, not {count}")
     spread = np.std(y)
     if spread < _STRAIGHT:
         raise UserError(
-            f"the parametric law needs runs of more and of fewer tokens: the logarithms of theirs differ by {spread:.2g}, "
-            "as a standard deviation"
+            "the parametric law needs runs that differ more in tokens: the standard deviation of the logarithms is "
+            f"only {spread:.2g}"
         )
     slope, constant = np.polyfit(x, y, 1)
     # With D as N^slope the law is A N^-alpha + B' N^-(slope beta), the same with its terms exchanged, and resampled runs
     # agree with whichever the fit found. Where D falls as N grows, as along one budget, their signs tell them apart.
     if slope > -0.1 and np.sqrt(np.mean((y - slope * x - constant) ** 2)) < _STRAIGHT:
         raise UserError(
-            f"tokens follow from the size (as N^{slope:.2f}), so the loss does not tell what falls with N from what falls "
-            "with D; the parametric law needs two or more numbers of tokens for a size"
+            f"tokens follow from the size (as N^{slope:.2f}), so the effects of N and D on the loss cannot be "
+            "separated; the parametric law needs two or more numbers of tokens per size"
         )
 
 

@@ -81,12 +81,12 @@ def of_sweep(workdir: str | os.PathLike, *, partial: bool = False, evaluated: bo
     if unfinished and (not partial or len(unfinished) == len(sweep.runs)):
         first = unfinished[0]
         raise UserError(
-            f"{len(unfinished)} of the {len(sweep.runs)} runs in {workdir} are not finished, {first.name} ("
-            f"{first.progress().state}) among them; launch/sweep.py goes on with them, --partial does without"
+            f"{len(unfinished)} of the {len(sweep.runs)} runs in {workdir} are not finished, {first.name} "
+            f"({first.progress().state}) among them; launch/sweep.py continues them, --partial leaves them out"
         )
     names = {run.name for run in unfinished}
     if names:
-        _LOG.info("%d of the %d runs in %s are not finished and left out", len(names), len(sweep.runs), workdir)
+        _LOG.info("%d of the %d runs in %s are not finished and are left out", len(names), len(sweep.runs), workdir)
     runs = [run for run in sweep.runs if run.name not in names]
     trained = [read_config(run.files.workdir) for run in runs]
     architectures = _architectures(runs, [config.model for config in trained])
@@ -128,10 +128,10 @@ def _check_same_text(points: Sequence[Point]) -> None:
     for point in points:
         if measured(point) != measured(points[0]):
             raise UserError(
-                f"the held-out losses are of different text: that of {points[0].name} is of {said(points[0])}, that of "
-                f"{point.name} of {said(point)}; train a sweep whose runs have the same data.heldout_path and "
-                "evaluation.batches x training.batch_size x training.sequence_length, or evaluation.batches=0 (all of it); "
-                "of finished runs, launch/evaluate.py --follow measures each, and --evaluated takes what it found"
+                f"the held-out losses are of different text: {points[0].name} has {said(points[0])}, {point.name} has "
+                f"{said(point)}; train a sweep whose runs have the same data.heldout_path and evaluation.batches x "
+                "training.batch_size x training.sequence_length, or evaluation.batches=0 (all of it); for finished "
+                "runs, measure each with launch/evaluate.py --follow and use its losses with --evaluated"
             )
 
 

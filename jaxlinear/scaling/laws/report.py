@@ -104,13 +104,12 @@ def _remarks(comparison: Comparison, counts: str) -> list[str]:
         found += [f"{name}: {reason}" for reason in fit.refusals]
         if fit.law is not None and not fit.law.replicates:
             found.append(
-                f"{name}: {len(fit.points)} runs do not tell how far their law can be trusted; {bootstrap.FEWEST} or more "
-                "give intervals"
+                f"{name}: {len(fit.points)} runs are too few for intervals; {bootstrap.FEWEST} or more give them"
             )
         if undetermined := fit.undetermined():
             found.append(
-                f"{name}: these runs do not determine {', '.join(undetermined)}; the interval reaches the end of what was "
-                "looked for, and the law says little beyond the runs"
+                f"{name}: these runs do not determine {', '.join(undetermined)}; the interval reaches the end of the "
+                "range searched, and the law says little beyond the runs"
             )
         found += _outside(name, fit)
     return found
@@ -119,13 +118,13 @@ def _remarks(comparison: Comparison, counts: str) -> list[str]:
 def _left_out(comparison: Comparison) -> list[str]:
     if not comparison.diverged:
         return []
-    return [f"left out, since their loss is not finite: {', '.join(comparison.diverged)}"]
+    return [f"left out because their loss is not finite: {', '.join(comparison.diverged)}"]
 
 
 def _outside(name: str, fit: ArchitectureFit) -> list[str]:
     parabolas = [] if fit.profile is None else fit.profile.best.parabolas
     flops = [f"{parabola.flops:.3g}" for parabola in parabolas if not parabola.inside]
-    return [f"{name}: the best size lies outside of those tried at {', '.join(flops)} FLOPs"] if flops else []
+    return [f"{name}: the best size lies outside the sizes tried at {', '.join(flops)} FLOPs"] if flops else []
 
 
 def _notes(comparison: Comparison, counts: str) -> list[str]:

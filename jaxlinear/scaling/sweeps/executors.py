@@ -111,7 +111,9 @@ def _parameters(options: Sequence[str]) -> dict[str, Any]:
     for option in options:
         name, separator, value = option.lstrip("-").partition("=")
         if not separator or not name:
-            raise UserError(f"--sbatch={option}: write an option of sbatch and its value, as --sbatch=partition=gpu")
+            raise UserError(
+                f"--sbatch={option}: write an option of sbatch and its value, such as --sbatch=partition=gpu"
+            )
         if name in given:
             raise UserError(f"--sbatch={option}: {name} is given twice; leave one out")
         given[name] = value
@@ -124,7 +126,7 @@ def _parameters(options: Sequence[str]) -> dict[str, Any]:
         elif value.isdecimal() and int(value) > 0:
             parameters[_KNOWN[name]] = int(value)
         else:
-            raise UserError(f"--sbatch={name}={value}: it has to be a whole number" + " of minutes" * (name == "time"))
+            raise UserError(f"--sbatch={name}={value}: it must be a whole number" + " of minutes" * (name == "time"))
     return parameters
 
 

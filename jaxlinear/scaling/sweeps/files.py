@@ -113,8 +113,8 @@ def hold(sweep: Path) -> Iterator[bool]:
             if error.errno not in locks.NO_LOCKS:
                 raise
             raise UserError(
-                f"the file system of {sweep} has no locks ({error.strerror}), and a sweep needs them, so that no run is "
-                "started twice; give it a --workdir on another one"
+                f"the file system of {sweep} has no locks ({error.strerror}), which a sweep needs so that no run is "
+                "started twice; give it a --workdir on another file system"
             ) from None
         yield held
 

@@ -139,7 +139,7 @@ class Manager:
             elif progress.step > job.step or self._stop:  # it was told to stop, perhaps before its first step
                 self._waiting.append(name)
             else:
-                self._errors[name] = f"interrupted before it came further than step {progress.step}"
+                self._errors[name] = f"interrupted before it got beyond step {progress.step}"
 
     def _stop_runs(self, show: Callable[[Table], None], poll: float) -> None:
         """Sends SIGTERM to each run as soon as it has begun; the runs save themselves."""

@@ -22,7 +22,7 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[Run]:
     """Every combination of the values of each key; the last key varies fastest."""
     for key, values in axes.items():
         if isinstance(values, str) or not isinstance(values, Sequence):
-            raise UserError(f"{key}: {values!r} is one value; a grid takes a list of them")
+            raise UserError(f"{key}: {values!r} is one value; a grid needs a list of values")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -71,7 +71,7 @@ def isoflops(
             resolved = resolve(config, size)
             if resolved.model.vocab_size is None:
                 raise UserError(
-                    "an isoFLOP ladder counts the FLOPs of the logits: set model.vocab_size, that of the data"
+                    "an isoFLOP ladder counts the FLOPs of the logits: set model.vocab_size to that of the data"
                 )
             per_token = flops.training_flops_per_token(
                 configs.model_config(resolved), resolved.training.sequence_length, logits=logits
@@ -113,8 +113,9 @@ def check_budget(run: Run, config: config_dict.ConfigDict) -> None:
     spent = tokens * flops.training_flops_per_token(model, training.sequence_length, logits=logits)
     if abs(spent / run["budget"] - 1) > _ROUNDING + 1e-9:
         raise UserError(
-            f"{_labelled(run)}: the run has {spent:.4g} FLOPs, and its budget is {run['budget']:.4g}; give keys that "
-            "change the tokens or the FLOPs of a step to isoflops, in its sizes or its config, and not to what it returns"
+            f"{_labelled(run)}: the run needs {spent:.4g} FLOPs, but its budget is {run['budget']:.4g}; give keys "
+            "that change the tokens or the FLOPs of a step to isoflops, in its sizes or its config, and not to what "
+            "it returns"
         )
 
 
@@ -127,7 +128,7 @@ def names(runs: Sequence[Run]) -> list[str]:
     made = [_name(run, groups[_labelled(run)]) for run in runs]
     for name, count in ((name, made.count(name)) for name in made):
         if count > 1:
-            raise UserError(f"{count} runs of the sweep are the same: {name}")
+            raise UserError(f"{count} runs of the sweep are identical: {name}")
     return made
 
 
@@ -166,9 +167,11 @@ def _name(run: Run, alike: Iterable[Run]) -> str:
     parts = [f"{key.split('.')[1]}={_text(run[key])}" for key in keys]
     name = "-".join(([_labelled(run)] if _labelled(run) else []) + parts) or "run"
     if name in (".", ".."):
-        raise UserError(f"a run cannot be called {name!r}, as its directory would be; give it another label")
+        raise UserError(
+            f"a run cannot be named {name!r}, since its directory would have that name; give it another label"
+        )
     if len(name) > 200:
-        raise UserError(f"the run's name is longer than a file's may be; give its size a label: {name}")
+        raise UserError(f"the run's name is too long for a file name; give its size a label: {name}")
     return name
 
 

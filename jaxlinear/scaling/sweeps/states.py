@@ -97,13 +97,13 @@ def check_unchanged(files: RunFiles, planned: str) -> None:
     come_to = max(saved_steps(files.workdir), default=0)
     if come_to > config.training.steps:
         raise UserError(
-            f"{files.workdir} has a checkpoint of step {come_to}, and the plan is of {config.training.steps}: "
-            "a run does not become shorter; give the sweep a --workdir of its own"
+            f"{files.workdir} has a checkpoint of step {come_to}, but the plan is for {config.training.steps} steps: "
+            "a run cannot be shortened; give the sweep a --workdir of its own"
         )
     changed = [key for key in _ASKED if begun.evaluation[key] != config.evaluation[key]]
     if changed and come_to == config.training.steps:
         _LOG.warning(
-            "%s: evaluation.%s is another in the plan, but the run is at its end; launch/evaluate.py --tasks measures it",
+            "%s: evaluation.%s differs in the plan, but the run is finished; launch/evaluate.py --tasks measures it",
             files.name,
             changed[0],
         )

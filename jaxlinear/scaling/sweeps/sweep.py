@@ -64,11 +64,11 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
         plans.check_budget(run, run_config)
     _check_data(resolved)
     if os.path.lexists(sweep) and not sweep.is_dir():
-        raise UserError(f"{sweep} is no directory; give the sweep a --workdir of its own")
+        raise UserError(f"{sweep} is not a directory; give the sweep a --workdir of its own")
     sweep.mkdir(parents=True, exist_ok=True)
     with hold(sweep) as held:
         if not held:
-            raise UserError(f"another launch/sweep.py works on {sweep}; --status shows how far it is")
+            raise UserError(f"another launch/sweep.py is running on {sweep}; --status shows its progress")
         planned = []
         kept = _kept(sweep, names, resolved)
         for name, run, run_config in zip(kept, runs, resolved, strict=True):
@@ -97,7 +97,7 @@ def _kept(sweep: Path, names: Sequence[str], resolved: Sequence[config_dict.Conf
     if len(set(kept)) < len(kept):
         twice = next(name for name in kept if kept.count(name) > 1)
         raise UserError(
-            f"two runs would be called {twice}: one of an earlier plan and a new one; give the new one a label"
+            f"two runs would be named {twice}: one from an earlier plan and a new one; give the new one a label"
         )
     return kept
 
@@ -122,6 +122,6 @@ def _check_data(resolved: Sequence[config_dict.ConfigDict]) -> None:
         if config.data.path:
             paths |= {*mixture(config.data.path), *([config.data.heldout_path] if config.data.heldout_path else [])}
         elif not config.data.task:
-            raise UserError("data.path is not set: --config.data.path=DIR; launch/prepare_data.py makes a dataset")
+            raise UserError("data.path is not set: use --config.data.path=DIR; launch/prepare_data.py makes a dataset")
     for path in sorted(paths):
         data.read_manifest(path)

@@ -29,14 +29,14 @@ from tests.models.conversion.converted import (
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda path: path.write_bytes(b"short"), "is no safetensors file, or is cut short"),
+        (lambda path: path.write_bytes(b"short"), "is not a safetensors file, or is truncated"),
         (
             lambda path: path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}"),
-            "is no safetensors file, or is cut short",
+            "is not a safetensors file, or is truncated",
         ),
         (lambda path: path.write_bytes((4).to_bytes(8, "little") + b"none"), "its header is not JSON"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-4]), "does not lie where its header says; .* cut short"),
-        (lambda path: write_header(path, [1]), "is no safetensors file: its header is not an object"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-4]), "is not where the header says; .* truncated"),
+        (lambda path: write_header(path, [1]), "is not a safetensors file: its header is not an object"),
         (lambda path: write_header(path, {"x": {"dtype": "F32"}}), "the entry of x is damaged"),
         *(
             (
@@ -76,7 +76,7 @@ def test_an_embedding_that_is_there_twice(copied, tmp_path):
     import_weights(source, tmp_path / "run")
     rewrite(source, lambda x: x | {"lm_head.weight": x["backbone.embeddings.weight"] + 1})
     with pytest.raises(
-        UserError, match=r"lm_head.weight is not backbone.embeddings.weight, though tie_word_embeddings"
+        UserError, match=r"lm_head.weight differs from backbone.embeddings.weight, although tie_word_embeddings"
     ):
         import_weights(source, tmp_path / "other")
     # An older name, and an entry that is not a weight.
@@ -90,7 +90,7 @@ def test_an_embedding_that_is_there_twice(copied, tmp_path):
 def test_what_is_no_model(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        UserError, match=r"empty is neither a directory of Hugging Face, with .* nor a checkpoint of rec"
+        UserError, match=r"empty is neither a Hugging Face directory .* nor a recurrentgemma checkpoint"
     ):
         import_weights(tmp_path / "empty", tmp_path / "run")
     with pytest.raises(UserError, match=r"nowhere is not a directory"):
@@ -101,7 +101,7 @@ def test_what_is_no_model(tmp_path):
     (tmp_path / "empty" / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config.json is damaged: it is not an object"):
         import_weights(tmp_path / "empty", tmp_path / "run")
-    with pytest.raises(UserError, match=r"empty is there already; name a directory that is not, or is empty"):
+    with pytest.raises(UserError, match=r"empty already exists; name a new or empty directory"):
         import_weights(tmp_path / "empty", tmp_path / "empty")
     with pytest.raises(UserError, match=r"nowhere is not the work directory of a run: it has no config.json"):
         export_weights(tmp_path / "nowhere", tmp_path / "target")
@@ -133,7 +133,7 @@ def test_nothing_is_left_of_what_failed(made, tmp_path, monkeypatch):
 
 def test_two_at_once_do_not_write_into_one(tmp_path):
     """Files that the first had yet to write used to land among the second's, under their names."""
-    with pytest.raises(UserError, match=r"run is there already"), convert._made_whole(tmp_path / "run", {}) as first:
+    with pytest.raises(UserError, match=r"run already exists"), convert._made_whole(tmp_path / "run", {}) as first:
         first.mkdir()
         with convert._made_whole(tmp_path / "run", {}) as second:
             second.mkdir()
@@ -149,7 +149,7 @@ def test_a_full_disk(made, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
         with pytest.raises(
-            UserError, match=r"no space left on the disk for .*run: it takes up to [\d.]+ MB and 0.1 MB are"
+            UserError, match=r"no space left on the disk for .*run: it needs up to [\d.]+ MB and 0.1 MB are"
         ):
             import_weights(exported, tmp_path / "run")
 
@@ -158,7 +158,7 @@ def test_a_full_disk(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(hugging_face, "write", fail)
     with pytest.raises(
-        UserError, match=r"no space left on the disk for .*target: other data took it while this was wr"
+        UserError, match=r"no space left on the disk for .*target: it was used up by other data during the wr"
     ):
         export_weights(source, tmp_path / "target")
     assert_nothing_in(tmp_path)

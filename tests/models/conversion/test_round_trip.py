@@ -72,7 +72,7 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 257, "content": "<s>"})
     (source / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(
-        UserError, match="has 258 tokens, the model 31; move the tokenizer away to import the weights wi"
+        UserError, match="has 258 tokens and the model only 31; move the tokenizer away to import the weights wi"
     ):
         import_weights(source, tmp_path / "run")
     random = np.random.default_rng(0)
@@ -97,7 +97,9 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     export_weights(tmp_path / "again", tmp_path / "twice")
     assert json.loads((tmp_path / "twice" / "config.json").read_text())["eos_token_id"] == [3, 5]
     (tmp_path / "exported" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(UserError, match="exported: eos_token_id is '</s>'; it is a token or a list of tokens"):
+    with pytest.raises(
+        UserError, match="exported: eos_token_id is '</s>'; it must be a token id or a list of token ids"
+    ):
         import_weights(tmp_path / "exported", tmp_path / "other")
 
     for tokens in ([{"content": "<s>"}], [{"id": 257}], ["<s>"], 5):
@@ -170,23 +172,26 @@ def test_several_files_with_an_index(made, tmp_path, monkeypatch):
     file_of = dict(index["weight_map"])
     first = next(iter(file_of))
     for changed, message in (
-        (file_of | {"more": files[0]}, f"{files[0]} has no tensor more, which model.safetensors.index.json has there"),
+        (
+            file_of | {"more": files[0]},
+            f"{files[0]} has no tensor more, which model.safetensors.index.json lists there",
+        ),
         (
             file_of | {first: files[-1]},
-            f"has the tensor {first}, which model.safetensors.index.json has in {files[-1]}",
+            f"has the tensor {first}, which model.safetensors.index.json lists in {files[-1]}",
         ),
         (None, "is damaged: it has no weight_map"),
-        (file_of | {first: 5}, f"is damaged: it has {first} in 5, which is no name of a file$"),
+        (file_of | {first: 5}, f"is damaged: it lists {first} in 5, which is not a file name$"),
     ):
         (sharded / hugging_face.INDEX).write_text(json.dumps({"weight_map": changed}))
         refused(message)
     (sharded / hugging_face.INDEX).write_text(json.dumps(index))
     (sharded / files[1]).unlink()
-    refused(f"lacks {files[1]}, which model.safetensors.index.json names")
+    refused(f"has no {files[1]}, which model.safetensors.index.json lists")
     (sharded / hugging_face.INDEX).unlink()
     refused("has neither model.safetensors nor model.safetensors.index.json$")
     (sharded / "pytorch_model.bin").touch()
-    refused("pytorch_model.bin is not read, save the model as safetensors$")
+    refused("pytorch_model.bin cannot be read, so save the model as safetensors$")
     assert_nothing_in(tmp_path, "sharded", "run")
 
 
@@ -198,6 +203,4 @@ def test_program(made, tmp_path):
     assert jaxlinear.models.load(tmp_path / "run").config.pattern == ("attention",)
     done = launch(tmp_path, f"--target={tmp_path / 'run'}")
     assert done.returncode == 2
-    assert (
-        done.stderr == f"convert.py: {tmp_path / 'run'} is there already; name a directory that is not, or is empty\n"
-    )
+    assert done.stderr == f"convert.py: {tmp_path / 'run'} already exists; name a new or empty directory\n"

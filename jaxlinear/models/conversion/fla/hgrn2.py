@@ -37,12 +37,12 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
     if epsilon != _EPSILON:
         raise UserError(
             f"the norm of hgrn2's output has the epsilon {epsilon} (model.output_norm_epsilon or, where that is 0, "
-            f"model.norm_epsilon); in flash-linear-attention it can only be {_EPSILON}"
+            f"model.norm_epsilon); in flash-linear-attention it must be {_EPSILON}"
         )
     if not heads * key_width == heads * value_width == config.width:
         raise UserError(
-            f"{heads} heads of {key_width} and {value_width} channels (model.key_width, model.value_width) are not "
-            f"model.width={config.width}; in hgrn2 they are"
+            f"{heads} heads of {key_width} and {value_width} channels (model.key_width, model.value_width) must each "
+            f"add up to model.width={config.width} in hgrn2"
         )
     return shared.fields_of(config, "hgrn2", "HGRN2ForCausalLM") | {
         "num_heads": heads,

@@ -20,7 +20,9 @@ def _model(fields: Fields) -> dict[str, Any]:
     heads = fields.integer("num_heads", 8)
     values = shared.model(fields, "retention", hidden_ratio=2)
     if values.get("rotary_base", _BASE) != _BASE:
-        fields.refuse("attn", fields.optional("attn"), f"only its rope_theta {_BASE:.0f}, retention's, can be imported")
+        fields.refuse(
+            "attn", fields.optional("attn"), f"only rope_theta {_BASE:.0f}, that of retention, can be imported"
+        )
     fields.only("num_kv_heads", heads, default=heads)
     fields.only("use_output_gate", True, default=True)
     fields.only("elementwise_affine", True, default=True)
@@ -28,7 +30,7 @@ def _model(fields: Fields) -> dict[str, Any]:
     values |= shared.expanded_heads(fields, heads, values["width"], expand_k=1.0, expand_v=2.0)
     if values["key_width"] % 2:
         fields.refuse(
-            "expand_k", fields.optional("expand_k"), "positions turn pairs of a head's channels; their number is odd"
+            "expand_k", fields.optional("expand_k"), "rotary positions need an even number of channels per head"
         )
     own = {"head_norm": "rms", "rotary_fraction": 1.0, "rotary_base": _BASE}
     return values | own
@@ -38,7 +40,9 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
     require(config, "retnet", head_norm="rms", rotary_fraction=1.0, rotary_base=_BASE)
     _, key_width, _ = widths(config)
     if key_width % 2 or key_width > _WIDEST:
-        raise UserError(f"retention has keys of {key_width} channels; in retnet it is an even number up to {_WIDEST}")
+        raise UserError(
+            f"retention has keys of {key_width} channels; in retnet it must be an even number up to {_WIDEST}"
+        )
     fields = shared.fields_of(config, "retnet", "RetNetForCausalLM") | shared.expansions(config, widths(config))
     return fields | {"use_output_gate": True}
 

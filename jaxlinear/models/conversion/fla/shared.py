@@ -51,7 +51,7 @@ def _inner_width(fields: Fields, width: int, default: float) -> int:
     ratio = fields.number("hidden_ratio", default)
     inner = int(width * ratio * 2 / 3)
     if inner < 1:
-        fields.refuse("hidden_ratio", ratio, "it gives no MLP")
+        fields.refuse("hidden_ratio", ratio, "the MLP would have no channels")
     return math.ceil(inner / _MULTIPLE) * _MULTIPLE
 
 
@@ -61,30 +61,34 @@ def _attention(fields: Fields, mixer: str, depth: int, width: int) -> tuple[list
     found: dict[str, Any] = {}
     for spec in specs if isinstance(specs, list) else [] if specs is None else [specs]:
         if not isinstance(spec, dict):
-            fields.refuse("attn", specs, "it is an object or a list of objects")
+            fields.refuse("attn", specs, "it must be an object or a list of objects")
         entry = Fields(spec, f"{fields.origin}: attn")
         places = entry.get("layers")
         if not isinstance(places, list) or any(type(place) is not int or not 0 <= place < depth for place in places):
-            entry.refuse("layers", places, f"it is a list of layers, of 0 to {depth - 1}")
+            entry.refuse("layers", places, f"it must be a list of layers, each 0 to {depth - 1}")
         values, window = attention_heads(entry, width, entry.integer("num_heads")), entry.optional("window_size")
         if window is not None:
             values["window"] = entry.integer("window_size")
         for place in places:
             if layers[place] != mixer:
-                entry.refuse("layers", places, f"layer {place} is there twice")
+                entry.refuse("layers", places, f"layer {place} is listed twice")
             layers[place] = "attention" if window is None else "sliding_window"
         for name, value in values.items() if places else ():
             if found.setdefault(name, value) != value:
-                fields.refuse("attn", specs, "only layers of the same heads, positions and window can be imported")
+                fields.refuse("attn", specs, "only layers with the same heads, positions and window can be imported")
     if mixer not in layers:
-        fields.refuse("attn", specs, "it leaves no layer that is not softmax attention")
+        fields.refuse("attn", specs, "at least one layer must not be softmax attention")
     return layers, found
 
 
 def attention_heads(fields: Fields, width: int, heads: int) -> dict[str, Any]:
     """Keys of softmax attention, from its fields in a model or in an entry of ``attn``."""
     if width % heads or width // heads % 2:
-        fields.refuse("num_heads", heads, f"hidden_size={width} has to be as many heads of an even number of channels")
+        fields.refuse(
+            "num_heads",
+            heads,
+            f"hidden_size={width} must split into that many heads, each with an even number of channels",
+        )
     fields.only("qkv_bias", False, default=False)
     return {
         "num_heads": heads,
@@ -161,8 +165,8 @@ def _spec(config: ModelConfig, family: str, mixer: str) -> dict[str, Any]:
     require(config, family, rotary_fraction=1.0, rotary_scaling=0.0)
     if config.head_width % 2:
         raise UserError(
-            f"model.width={config.width} over model.num_heads={config.num_heads} is {config.head_width} channels a head of "
-            f"attention; in {family} it can only be an even number"
+            f"model.width={config.width} over model.num_heads={config.num_heads} is {config.head_width} channels per "
+            f"attention head; in {family} it must be an even number"
         )
     return {
         "layers": [layer for layer, name in enumerate(config.layers) if name == mixer],
