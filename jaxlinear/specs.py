@@ -3,9 +3,9 @@
 from jaxlinear.errors import UserError
 
 
-def split(spec: str) -> tuple[str, dict[str, str]]:
-    """The name and the options, as text."""
-    name, *parts = spec.strip().split(":")
+def split(spec: str, prefix: str = "") -> tuple[str, dict[str, str]]:
+    """The name and the options, as text. The name comes after the prefix and a colon, or is empty if there is no more."""
+    name, *parts = spec.strip().removeprefix(prefix).removeprefix(":").split(":")
     options = {}
     for part in parts:
         option, equals, value = part.partition("=")

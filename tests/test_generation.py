@@ -268,9 +268,9 @@ def test_draws_are_independent_of_each_other(model):
     found = np.concatenate([generate(model, [tokens(6)] * 8, seed=seed, **options) for seed in (1, 2)])
     assert found.shape == (16, 24) and len(np.unique(found)) == VOCAB
     for i, j in itertools.combinations(range(24), 2):
-        assert np.mean(found[:, i] == found[:, j]) < 0.5, (i, j)
+        assert np.mean(found[:, i] == found[:, j]) < 0.3, (i, j)
     for one, other in itertools.permutations(found, 2):
-        assert np.mean(one == other) < 0.5 and np.mean(one[1:] == other[:-1]) < 0.5
+        assert np.mean(one == other) < 0.25 and np.mean(one[1:] == other[:-1]) < 0.25
 
 
 def test_a_single_row_is_decoded_beside_a_copy_of_it(model, monkeypatch):

@@ -230,7 +230,7 @@ def table(report: dict[str, Any]) -> str:
 
 def _split(spec: str) -> tuple[str, dict[str, Any]]:
     """The task's name and its options, as values."""
-    name, texts = specs.split(spec.removeprefix("harness").removeprefix(":"))
+    name, texts = specs.split(spec, prefix="harness")
     if not name:
         raise UserError(
             f"{spec!r} does not name a task; write harness:NAME, such as harness:piqa, or harness:FILE.yaml"

@@ -46,7 +46,7 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
                 raise UserError(f"length {multiple} x {training.sequence_length}: {error}") from error
             left_out.append({"multiple": multiple, "length": length, "reason": str(error)})
     if not plans:
-        raise UserError(left_out[0]["reason"] if left_out else "--lengths is empty; give at least one")
+        raise UserError(left_out[0]["reason"] if left_out else "the list of lengths is empty; give at least one")
 
     def measure() -> dict[str, Any]:
         loss_step = run.program("loss", lambda: make_loss_step(run.config, run.architecture, run.mesh))

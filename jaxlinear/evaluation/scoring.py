@@ -118,11 +118,11 @@ class Scorer:
 
 def _programs(run: Run) -> tuple[stages.Wrapped, ...]:
     """The functions below for the run's architecture, taking parameters instead of the model."""
-    architecture, mesh, exchanges = run.architecture, run.mesh, dict(run.config.parallel)
+    architecture, mesh, choices = run.architecture, run.mesh, dict(run.config.parallel)
 
     def on_mesh(function):
         def program(parameters, *arguments):
-            with sharding.use_mesh(mesh, **exchanges):
+            with sharding.use_mesh(mesh, **choices):
                 return function(architecture.bind(parameters), *arguments)
 
         return jax.jit(program, compiler_options=compiler.of_sequences(mesh))

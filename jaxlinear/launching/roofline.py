@@ -11,8 +11,8 @@ from jaxlinear.scaling.hardware import PEAK_FLOPS
 from jaxlinear.scaling.programs import Collective
 
 ASSUMPTIONS = (
-    "every product runs at the matrix unit's peak, in float32 at its default precision: one pass of bfloat16 on TPU, "
-    "TF32 on GPU, half as fast; recurrences and elementwise work are free",
+    "every product runs at the matrix unit's peak, float32 products at their default precision: one pass of bfloat16 on "
+    "TPU, TF32 on GPU, half as fast; recurrences and elementwise work are free",
     "memory traffic is only the state, read and written once, and the activations kept for the backward pass, written "
     "and read",
     "collectives run one after another, each at the full rate of all links that its devices can use; between slices "

@@ -71,7 +71,7 @@ class Linear(nnx.Module):
             # The gradient of the kernel is then a sum over one axis. For one over two, XLA for CPUs would copy them.
             rows = operations.parameter_product("ri,io->ro", x.reshape(-1, x.shape[-1]), kernel, dtype)
             return rows.reshape(*x.shape[:-1], -1)
-        return operations.parameter_product("bti,io->bto", x, kernel, dtype)
+        return operations.parameter_product("...i,io->...o", x, kernel, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.product(x)

@@ -34,15 +34,15 @@ def refusal(
 
 def _of_heads(heads: int, widths: tuple[int, int], size: int, *, by_channel: bool, terms: int) -> str | None:
     together = blocks.delta_rule_heads("", heads, *widths)
-    registers = (
-        f"{heads} heads with K, V = {widths} need {together} to fill registers of 128 lanes; multiples of 16 need fewer"
-    )
     if together > blocks.DELTA_RULE_HEADS:
-        return f"the kernel takes at most {blocks.DELTA_RULE_HEADS} heads at a time, and {registers}"
+        return (
+            f"the kernel takes at most {blocks.DELTA_RULE_HEADS} heads at a time, and {heads} heads with K, V = {widths} "
+            f"need {together} to fill registers of 128 lanes; multiples of 16 need fewer"
+        )
     needed = blocks.delta_rule_vmem(together, *widths, size, by_channel, terms)
     if needed > blocks.VMEM_BYTES:
         limit = f"{blocks.VMEM_BYTES >> 20} MiB of VMEM and would need about {needed / 2**20:.0f}"
-        return f"the kernel has {limit}: {registers}"
+        return f"the kernel has {limit} for {together} heads with K, V = {widths}"
     return None
 
 

@@ -59,11 +59,24 @@ def parameter_product(
 
     The parameter's gradient is a sum over tokens. With ``wide_gradient`` it stays in the parameter's dtype, and so do the
     sums of it over devices, which XLA puts at this product. Otherwise it is rounded to the dtype of x before these sums,
-    which halves their bytes and rounds at each. Every index of the equation is in two of its three terms.
+    which halves their bytes and rounds at each. Every index of the equation is in at least two of its three terms.
     """
     if wide_gradient and x.dtype != narrow(x.dtype, parameter.dtype) == parameter.dtype:
-        return _parameter_product(equation, dtype, x, parameter)
+        axes = _varies(x) | _varies(parameter)
+        return _parameter_product(equation, dtype, _varying(x, axes), _varying(parameter, axes))
     return _rounded_product(equation, dtype, x, parameter)
+
+
+def _varies(x):
+    """The axes of a ``shard_map`` along which x varies, as far as it is told apart."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _varying(x, axes):
+    """Marks x as varying along these axes, so that its gradient is summed over them: JAX does not do this for functions
+    with a gradient of their own."""
+    missing = tuple(sorted(axes - _varies(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _rounded_product(equation, dtype, x, parameter):

@@ -155,7 +155,7 @@ def mesh_in_use() -> AnyMesh | None:
 
 
 def choices_in_use() -> Choices:
-    """The choices of the innermost ``use_mesh``; outside any, ``"auto"`` for all."""
+    """The choices of the innermost ``use_mesh``; outside any, the defaults."""
     return _in_use[-1][1] if _in_use else Choices()
 
 

@@ -90,7 +90,7 @@ def _waiting(whom: str, patience: float) -> Iterator[None]:
             if seconds >= patience:
                 print(
                     f"{os.path.basename(sys.argv[0])}: {whom} did not connect within {patience / 60:.3g} minutes: "
-                    "were they started, and can they reach process 0?",
+                    "were they started, and can process 0 be reached from all hosts?",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -29,17 +29,20 @@ CONFIG = "config.json"
 STARTS = "starts.jsonl"
 _NO_RENAMES = (errno.ENOSYS, errno.ENOTSUP, errno.EMFILE)  # errors that gcsfuse has given for buckets without folders
 
-# Further keys that may get a run past a divergence: it goes on as another run would have, which is logged and noted.
+# A run that resumes with other values of these goes on as another run would have, which is logged and noted. All but the
+# last may get it past a divergence.
 _BEHAVIOUR = (
     "optimizer.learning_rate",
     "optimizer.muon_learning_rate",
     "optimizer.clip_norm",
     "training.spike_multiple",
+    "parallel.gradient_dtype",
 )
 # A run may resume with other values of these; a change of any other key would make it another run.
 _MAY_CHANGE = {
     "mesh",
-    "parallel",
+    "parallel.exchange",
+    "parallel.attention",
     "checkpoint",
     "evaluation",
     "logging",

@@ -192,7 +192,9 @@ def test_a_job_that_always_fails_ends(tmp_path):
     """Preemptions between its failures do not count."""
     status, said, errors = of_slurm(tmp_path, [134, PREEMPTED] * 20 + [1])
     assert (status, said) == (1, "")
-    assert errors.startswith("the run failed with status 1, after 20 restarts (griffin-17.failures); submit it again")
+    assert errors.startswith(
+        "the run failed with status 1, after 20 restarts (griffin-17.failures); sbatch this script again"
+    )
 
 
 @pytest.mark.parametrize("status", [PREEMPTED, 134])
@@ -201,7 +203,7 @@ def test_a_controller_that_is_away_for_a_while(tmp_path, status):
     assert (ended, said.split("\n")) == (status, ["requeue 17", "sleep15", "requeue 17", "sleep30", "requeue 17", ""])
     ended, said, errors = of_slurm(tmp_path, [status], refused=99)
     assert (ended, said.count("requeue")) == (status, 6)
-    assert errors.endswith("SLURM did not take the job back into the queue; submit it again to resume it\n")
+    assert errors.endswith("SLURM did not take the job back into the queue; sbatch this script to resume it\n")
 
 
 def test_cpus_of_a_process(tmp_path):

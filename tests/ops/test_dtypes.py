@@ -1,12 +1,17 @@
 """Products of activations with parameters, and the precision of their gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
+from jax.sharding import PartitionSpec
 
-from jaxlinear.ops import dtypes
+from jaxlinear.models.layers import Linear
+from jaxlinear.ops import backends, dtypes
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
 from tests.ops.test_precision import products
@@ -14,7 +19,7 @@ from tests.shards import make_mesh
 
 EQUATIONS = {
     "ri,io->ro": ((300, 6), (6, 7)),
-    "bti,io->bto": ((2, 150, 6), (6, 7)),
+    "...i,io->...o": ((2, 150, 6), (6, 7)),
     "bthi,hij->bthj": ((2, 150, 3, 6), (3, 6, 5)),
     "btn,nd->btd": ((2, 150, 6), (6, 7)),
 }
@@ -50,7 +55,7 @@ def is_rounded(x):
 
 def terms(equation):
     """x, the parameter and y, as an einsum names them."""
-    others, y = equation.split("->")
+    others, y = equation.replace("...", "yz").split("->")
     return *others.split(","), y
 
 
@@ -82,8 +87,8 @@ def test_or_a_sum_rounded_to_the_dtype_of_activations(equation):
 
 @pytest.mark.parametrize("wide_gradient", [True, False])
 def test_in_float32_there_is_nothing_to_round(wide_gradient):
-    x, parameter, dy = inputs("bti,io->bto")
-    y, d_x, d_parameter = run("bti,io->bto", x, parameter, dy, x_dtype="float32", wide_gradient=wide_gradient)
+    x, parameter, dy = inputs("...i,io->...o")
+    y, d_x, d_parameter = run("...i,io->...o", x, parameter, dy, x_dtype="float32", wide_gradient=wide_gradient)
     for found, expected in (
         (y, x @ parameter),
         (d_x, dy @ parameter.T),
@@ -95,7 +100,7 @@ def test_in_float32_there_is_nothing_to_round(wide_gradient):
 
 def test_a_mesh_says_in_which_dtype():
     """Over the rows of eight devices."""
-    x, parameter, dy = inputs("bti,io->bto")
+    x, parameter, dy = inputs("...i,io->...o")
     x, dy = (y.reshape(4, 75, -1).repeat(2, 0) for y in (x, dy))
 
     def gradient(choices):
@@ -103,7 +108,7 @@ def test_a_mesh_says_in_which_dtype():
 
             def product(parameter, x):
                 x = sharding.constrain(x, "batch", None, None)
-                return operations.parameter_product("bti,io->bto", x, parameter)
+                return operations.parameter_product("...i,io->...o", x, parameter)
 
             pullback = numerics.jit(lambda x, parameter, dy: jax.vjp(lambda p: product(p, x), parameter)[1](dy)[0])
             arrays = jnp.asarray(x, "bfloat16"), jnp.asarray(parameter, jnp.float32), jnp.asarray(dy, "bfloat16")
@@ -115,6 +120,53 @@ def test_a_mesh_says_in_which_dtype():
     rounded = gradient({"gradient_dtype": "bfloat16"})
     assert is_rounded(rounded)
     numerics.assert_close(rounded, expected, 2**-6)
+
+
+@pytest.mark.parametrize("shape", [(6,), (8, 6), (8, 4, 2, 6)])
+def test_a_linear_map_takes_any_shape_on_a_mesh(shape):
+    x, layer = jnp.ones(shape, jnp.bfloat16), Linear(6, 7, axes=(None, None), rngs=nnx.Rngs(0))
+    expected = layer(x)
+    with sharding.use_mesh(make_mesh({"data": 8})):
+        found = layer(x)
+    assert found.shape == (*shape[:-1], 7)
+    assert (found == expected).all()
+
+
+def test_devices_that_share_a_parameter_sum_its_gradient():
+    """Inside a ``shard_map`` that checks what varies over devices."""
+    x, parameter, dy = inputs("ri,io->ro")
+    x, dy = x[:296], dy[:296]
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+
+    def pullback(x, parameter, dy):
+        return jax.vjp(functools.partial(dtypes.parameter_product, "ri,io->ro"), x, parameter)[1](dy)
+
+    split = jax.shard_map(
+        pullback,
+        mesh=make_mesh({"data": 8}),
+        in_specs=(rows, whole, rows),
+        out_specs=(rows, whole),
+        axis_names={"data"},
+    )
+    d_x, d_parameter = numerics.jit(split)(
+        jnp.asarray(x, "bfloat16"), jnp.asarray(parameter, jnp.float32), jnp.asarray(dy, "bfloat16")
+    )
+    assert (d_x.dtype, d_parameter.dtype) == ("bfloat16", "float32")
+    numerics.assert_close(d_parameter, x.T @ dy, 1e-6)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_matrix_units_take_bfloat16_and_give_float32(platform):
+    """Of the three products of a gradient, that for the parameter: a CPU has none such, and widens its operands."""
+
+    def total(x, parameter):
+        return jnp.sum(dtypes.parameter_product("ri,io->ro", x, parameter).astype(jnp.float32))
+
+    with backends.use_platform(platform):
+        shapes = jax.ShapeDtypeStruct((8, 6), jnp.bfloat16), jax.ShapeDtypeStruct((6, 7), jnp.float32)
+        found = list(products(jax.make_jaxpr(jax.grad(total, (0, 1)))(*shapes).jaxpr))
+    kinds = [[str(x.aval.dtype) for x in (*equation.invars, *equation.outvars)] for equation in found]
+    assert sorted(kinds) == [["bfloat16"] * 3, ["bfloat16"] * 3, ["bfloat16", "bfloat16", "float32"]]
 
 
 @pytest.mark.parametrize("wide_gradient", [True, False])

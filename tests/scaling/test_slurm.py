@@ -128,8 +128,8 @@ def test_a_job_may_be_preempted_before_it_begins():
     "options, message",
     [
         ([], "needs the time limit of a job in minutes: --sbatch=time=MINUTES"),
-        (["time=1:00:00"], "--sbatch=time=1:00:00: it has to be a whole number of minutes"),
-        (["time=²"], "--sbatch=time=²: it has to be a whole number of minutes"),
+        (["time=1:00:00"], "--sbatch=time=1:00:00: it must be a whole number of minutes"),
+        (["time=²"], "--sbatch=time=²: it must be a whole number of minutes"),
         (["time=60", "--time=90"], "--sbatch=--time=90: time is given twice; leave one out"),
         (["time=60", "partition"], "--sbatch=partition: write an option of sbatch and its value"),
     ],

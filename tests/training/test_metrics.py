@@ -205,7 +205,7 @@ def test_where_the_peak_is_not_known_there_is_no_mfu(meter, monkeypatch, caplog)
     monkeypatch.setattr("jaxlinear.scaling.hardware.peak_flops", lambda device: None)
     of_run = {"write": lambda step, line: lines.append(line), "at": lambda *_, **__: None}
     unknown = Meter(job, types.SimpleNamespace(**of_run), types.SimpleNamespace(**of_run), 4)
-    assert "is not known: mfu will be 0" in caplog.text
+    assert "are unknown: mfu will be 0" in caplog.text
     clock.now += 1
     read(unknown, 6)
     assert lines.pop()["mfu"] == 0

@@ -244,7 +244,7 @@ def test_a_process_whose_others_do_not_come_ends_with_a_reason(process):
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1] == (
         f"-c: the other processes (of 2) at 127.0.0.1:{port} did not connect within 0.05 minutes: were they started, and "
-        "can they reach process 0?"
+        "can process 0 be reached from all hosts?"
     )
     assert "stack trace" not in done.stderr
 

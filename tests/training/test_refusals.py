@@ -332,6 +332,20 @@ def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path, cap
     assert workdirs.read_starts(workdir)[-1]["optimizer.learning_rate"] == 5e-4
 
 
+def test_the_dtype_of_gradients_may_change_but_not_unnoticed(tiny_config, tiny_run):
+    """It changes what is computed, unlike the other keys of ``parallel``: a run of a sweep may not differ in it."""
+    old = configs.default()
+    old.update(workdirs.read_config(tiny_run).to_dict())
+    old.model.dtype = "bfloat16"
+    new = old.copy_and_resolve_references()
+    new.parallel.update({"gradient_dtype": "bfloat16", "attention": "ring", "exchange": "doubling"})
+    workdirs.check_same_run(tiny_run, old, new)
+    with pytest.raises(UserError, match=r"parallel.gradient_dtype is 'float32' there and 'bfloat16' in this config"):
+        workdirs.check_same_run(tiny_run, old, new, goes_on=False)
+    new.parallel.gradient_dtype = "float32"
+    workdirs.check_same_run(tiny_run, old, new, goes_on=False)
+
+
 def test_a_workdir_that_another_run_has(tiny_config, tiny_run, tmp_path, monkeypatch):
     """It is left alone: a second run would remove the checkpoint that the first is writing."""
     monkeypatch.setattr(locks, "_PATIENCE", 0.1)

@@ -156,6 +156,5 @@ def check_over_sequence(names: Iterable[str], shards: int) -> None:
         if shards > 1 and not getattr(find(name), "OVER_SEQUENCE", False):
             raise UserError(
                 f"mesh.sequence={shards}: the mixer {name!r} does not run with the sequence split (its class does "
-                f"not declare "
-                "OVER_SEQUENCE, see jaxlinear/models/mixers/__init__.py); set mesh.sequence to 1"
+                "not declare OVER_SEQUENCE, see jaxlinear/models/mixers/__init__.py); set mesh.sequence to 1"
             )

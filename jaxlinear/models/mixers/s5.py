@@ -83,8 +83,7 @@ class S5(nnx.Module):
         if self.bidirectional and sharding.parts("time") > 1:
             raise UserError(
                 f"mesh.sequence={sharding.parts('time')}: a bidirectional s5 layer does not run with the sequence "
-                f"split, since its "
-                "second pass runs from the last shard to the first; set mesh.sequence to 1"
+                "split, since its second pass runs from the last shard to the first; set mesh.sequence to 1"
             )
         z, h = self.recur(x, segment_ids, None if state is None else state["h"])
         z = jax.nn.gelu(z)

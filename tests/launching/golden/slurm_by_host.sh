@@ -28,7 +28,7 @@ case "$status" in
   *)
     echo "status $status" >> "$failures" || exit "$status"
     if [ "$(wc -l < "$failures")" -gt 20 ]; then
-      echo "the run failed with status $status, after 20 restarts ($failures); submit it again to resume it" >&2
+      echo "the run failed with status $status, after 20 restarts ($failures); sbatch this script to resume it" >&2
       exit "$status"
     fi
     ;;
@@ -37,5 +37,5 @@ for pause in 15 30 60 60 60 0; do # the controller may be starting again
   scontrol requeue "$SLURM_JOB_ID" && exit "$status"
   sleep "$pause"
 done
-echo "SLURM did not take the job back into the queue; submit it again to resume it" >&2
+echo "SLURM did not take the job back into the queue; sbatch this script to resume it" >&2
 exit "$status"
