@@ -193,7 +193,7 @@ def test_a_job_that_always_fails_ends(tmp_path):
     status, said, errors = of_slurm(tmp_path, [134, PREEMPTED] * 20 + [1])
     assert (status, said) == (1, "")
     assert errors.startswith(
-        "the run failed with status 1, after 20 restarts (griffin-17.failures); sbatch this script again"
+        "the run failed with status 1, after 20 restarts (griffin-17.failures); sbatch this script to resume it"
     )
 
 
