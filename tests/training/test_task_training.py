@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlinear import config as configs
+from jaxlinear import evaluation
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.data import tasks
 from jaxlinear.errors import UserError
@@ -56,6 +57,17 @@ def test_what_a_run_writes(task_run):
     ] * 2
     assert all(0 <= value <= 1 for line in evaluated for name, value in line.items() if "accuracy" in name)
     assert abs(evaluated[0]["heldout_loss"] - np.log(32)) < 1
+
+
+def test_an_evaluation_of_a_checkpoint_gives_what_the_run_wrote(task_run):
+    """On the same held-out examples: with those of another seed the losses would be others."""
+    config = task_config()
+    options = evaluation.Options(examples=config.evaluation.batches * config.training.batch_size)
+    for line in metrics.read(task_run):
+        if "heldout_loss" in line:
+            report = evaluation.evaluate_run(evaluation.open_run(task_run, line["step"]), [TASK], options)
+            (found,) = report[TASK]["difficulties"]
+            assert found["loss"] == pytest.approx(line["heldout_loss"], rel=1e-5)
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(task_run, tmp_path):
