@@ -1,4 +1,4 @@
-"""Measures programs in turn, so that all see the same machine; ``Worker`` is one on the comparison side."""
+"""Measures programs in turn, so that all see the same machine; ``Worker`` runs one on the comparison side."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from jaxlinear.errors import RunError, UserError
 
 
 def alternate(parts: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:
-    """What each of ``parts`` returns, ``rounds`` times in turn, after one round that does not count."""
+    """Calls all ``parts`` in turn, for a warm-up round and then ``rounds`` more; returns each part's values in those."""
     values: dict[Any, list[float]] = {name: [] for name in parts}
     for _ in range(rounds + 1):
         for name, go in parts.items():
@@ -20,8 +20,8 @@ def alternate(parts: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any
 
 
 class Worker:
-    """A script of this directory in a process of its own, under the Python of its own environment: it runs one round for
-    each line that it is given."""
+    """A script of this directory in its own process, under the Python of its own environment. It runs one round for each
+    line of its input."""
 
     def __init__(self, python: str, task: str, script: str = "recurrentgemma_worker.py", **options: Any):
         command = [
@@ -40,12 +40,12 @@ class Worker:
         self.told = self._read()
 
     def go(self) -> float:
-        """Runs one round; its tokens a second."""
+        """Runs one round and returns its tokens per second."""
         told = self.round()
         return told["tokens"] / told["seconds"]
 
     def round(self) -> dict[str, Any]:
-        """Runs one round; what it tells."""
+        """Runs one round and returns what it reports."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()

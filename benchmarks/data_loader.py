@@ -1,10 +1,10 @@
-"""Tokens per second that the training loader delivers in one thread, beside a plain read of as many tokens.
+"""Tokens per second that the training loader delivers in one thread, compared with a plain read of as many tokens.
 
     python benchmarks/data_loader.py [--batch_tokens=65536] [--json=FILE]
 
 The dataset is synthetic: Zipf-distributed tokens in documents of about 800 and blocks of 2048. The reference is a
-memory-mapped flat uint16 file, from which random windows are copied and widened to int32 (the loader of nanoGPT): it has
-no checksums, no document boundaries and no epochs, and its windows overlap.
+memory-mapped flat uint16 file, from which random windows are copied and widened to int32 (nanoGPT's loader): it has no
+checksums, no document boundaries and no epochs, and its windows overlap.
 """
 
 import json
@@ -21,8 +21,8 @@ from jaxlinear.data import Manifest, TrainBatches
 from jaxlinear.data.blocks import SplitWriter, token_dtype
 from jaxlinear.data.manifest import FORMAT_VERSION, Records, Split, TokenizerInfo
 
-_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 65536, "Tokens a batch.")
-_JSON = flags.DEFINE_string("json", None, "Also writes the result to this file.")
+_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 65536, "Tokens per batch.")
+_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 _BLOCK_LENGTH, _VOCAB_SIZE, _DOCUMENT_LENGTH = 2048, 4096, 800
 _TOKENS, _BATCHES, _REPEATS = 20_000_000, 100, 5
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _rate(read: Callable[[int], object], tokens: int) -> float:
-    """The median over a few runs; the first batches, which open the files, are not counted."""
+    """The median over a few runs, after reading one batch to open the files."""
     read(0)
     rates = []
     for repeat in range(_REPEATS):

@@ -1,10 +1,10 @@
-"""Decoding speed in tokens per second over all streams, after the prompts and without compilation; greedy, float32.
+"""Decoding speed in tokens per second over all streams, excluding prompts and compilation; greedy, float32.
 
     python benchmarks/decode.py --model=griffin_6m --streams=8 --prompt=64 --tokens=64 [--json=FILE]
     python benchmarks/decode.py --against=RG/bin/python        # the same model in the recurrentgemma package
 
 With --against, the named Python runs benchmarks/recurrentgemma_worker.py (which says how to make its environment), and
-the two take turns, so that both see the same machine. The weights are random, as the speed does not depend on them. The
+the two take turns, so that both see the same machine. The weights are random, since the speed does not depend on them. The
 package cuts its attention window to the length of the text, as ours does.
 """
 
@@ -22,18 +22,18 @@ from alternating import Worker, alternate
 from jaxlinear import cli
 from jaxlinear.errors import UserError
 
-_MODEL = flags.DEFINE_string("model", "griffin_6m", "A preset; --against has griffin_6m alone.")
-_STREAMS = flags.DEFINE_integer("streams", 8, "Prompts that are continued together, B.", lower_bound=1)
+_MODEL = flags.DEFINE_string("model", "griffin_6m", "A preset; --against supports griffin_6m only.")
+_STREAMS = flags.DEFINE_integer("streams", 8, "Prompts continued together, B.", lower_bound=1)
 _PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens of each prompt.", lower_bound=1)
-_TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens that each stream gets in a round.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds that count; one more, the first, does not.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens decoded per stream in a round.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds, after one warm-up round.", lower_bound=1)
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with the recurrentgemma package.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 
 def main() -> None:
     if _AGAINST.value and _MODEL.value != "griffin_6m":
-        raise UserError(f"--against has the model griffin_6m alone, not {_MODEL.value}")
+        raise UserError(f"--against supports the model griffin_6m only, not {_MODEL.value}")
     parts = {"jaxlinear": _ours()}
     worker = None
     if _AGAINST.value:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _ours() -> Callable[[], float]:
-    """A function that decodes one round, compiled, and returns its tokens a second."""
+    """A compiled function that decodes one round and returns its tokens per second."""
     import jax
     import numpy as np
 

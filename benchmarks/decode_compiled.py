@@ -1,4 +1,4 @@
-"""The cost of decoding a token on a device that need not be present, read from the program that its compiler makes.
+"""The cost of decoding a token, read from the program compiled for a device that need not be present.
 
     python benchmarks/decode_compiled.py --model=griffin_1b3 --layers=3 --topology=h100:1      # or v5e:2x2, its first chip
         [--streams=8 --length=2048] [--wide] [--json=FILE]
@@ -6,13 +6,13 @@
 The script needs the compilers (pip install 'jaxlinear[aot]'). Activations are bfloat16. For all streams together:
 
     parameters     bytes of the parameters as decoding holds them, in MiB
-    moved          most bytes that the instructions of a token read and write, in MiB: every operand and result of each
+    moved          a bound on the bytes that a token's instructions read and write, in MiB: all operands and results
     memory         arguments, results and temporaries, in MiB
-    cycles         libtpu's estimate for the instructions of a token, counting both branches of a choice; on TPUs only
+    cycles         libtpu's estimate for a token's instructions, counting both branches of a conditional; on TPUs only
 
-``generate`` decodes a single stream together with a copy; --streams=1 and 2 show why. With ``--wide`` the parameters are
-the float32 ones of training, not rounded by ``for_decoding``. Nothing is timed: on GPU the matrix products are XLA's own,
-not Triton's, whose tiles are found by timing.
+``generate`` decodes a single stream together with a copy of it; --streams=1 and 2 show why. With ``--wide`` the parameters
+are the float32 ones of training, not rounded by ``for_decoding``. Nothing is timed: on GPU the matrix products are XLA's
+own, not Triton's, whose tiles are found by timing.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ from absl import flags
 from jaxlinear import cli
 
 _MODEL = flags.DEFINE_string("model", "griffin_1b3", "A preset.")
-_LAYERS = flags.DEFINE_integer("layers", 3, "Layers of it.", lower_bound=1)
-_VOCABULARY = flags.DEFINE_integer("vocabulary", 32_000, "Tokens of the vocabulary.", lower_bound=2)
-_TOPOLOGY = flags.DEFINE_string("topology", "h100:1", "As launch/compile.py has it; its first device is taken.")
-_STREAMS = flags.DEFINE_integer("streams", 8, "Prompts that are continued together, B.", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("layers", 3, "Layers of the model.", lower_bound=1)
+_VOCABULARY = flags.DEFINE_integer("vocabulary", 32_000, "Size of the vocabulary.", lower_bound=2)
+_TOPOLOGY = flags.DEFINE_string("topology", "h100:1", "As for launch/compile.py; its first device is used.")
+_STREAMS = flags.DEFINE_integer("streams", 8, "Prompts continued together, B.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens that softmax attention remembers.", lower_bound=1)
-_WIDE = flags.DEFINE_bool("wide", False, "With the parameters of training.")
+_WIDE = flags.DEFINE_bool("wide", False, "Use the float32 parameters of training.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
-_PIECE = 8  # tokens of a call
+_PIECE = 8  # tokens per call
 _MIB = 2**20
 
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def compile_for(target: str, config, streams: int, length: int, *, wide: bool = False) -> Decoding:
-    """``generation``'s decoding of a ``ModelConfig`` for the first device of a target."""
+    """Compiles ``generation``'s decoding of a ``ModelConfig`` for the first device of a target."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -94,7 +94,7 @@ def compile_for(target: str, config, streams: int, length: int, *, wide: bool = 
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
 
     def make(values):
-        # What `for_decoding` does; that asks arrays where they are, and these are shapes.
+        # As `for_decoding` does, which cannot be used here: it asks arrays where they are, and these are only shapes.
         model = parameters.describe(config).bind(values)
         if wide:
             return model.unstacked()
@@ -121,7 +121,7 @@ def of_a_token(text: str) -> tuple[int, int | None]:
 
     module = hlo.parse(text)
     (loop,) = (line for line in module.computations[module.entry] if line.opcode == "while")
-    # The loop's trips are not known. Those of the loops in it are found by reading its body as a program of its own.
+    # The loop's trip count is unknown. Those of the loops inside it are found by reading its body as a separate program.
     (body,) = loop.called
     inner = dataclasses.replace(module, entry=body, runs=hlo.runs(module.computations, body))
     sequences = programs.sequences(inner)

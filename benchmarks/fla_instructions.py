@@ -1,6 +1,6 @@
 """The comparison side of ``gpu_instructions.py``: the instructions of flash-linear-attention's kernels, with no GPU.
 
-The script uses nothing of jaxlinear but its emulator, and runs under the Python of its own environment:
+The script uses nothing from jaxlinear but its emulator, and runs under the Python of its own environment:
 
     python -m venv FLA && FLA/bin/pip install torch numpy ml_dtypes einops packaging    # torch for the CPU will do
     FLA/bin/pip install --no-deps 'fla-core>=0.6,<0.7' 'triton>=3.7.1,<3.8'
@@ -43,7 +43,7 @@ _TOLERANCE = 0.02  # of outputs in bfloat16
 
 
 class Driver:
-    """Of an H100, as far as compiling asks."""
+    """Stands in for an H100's driver, with only what compiling asks for."""
 
     class utils:
         @staticmethod
@@ -70,7 +70,7 @@ class Ran(NamedTuple):
 
 
 class Emulator:
-    """Takes the place of Triton's launches."""
+    """Replaces Triton's kernel launches."""
 
     def __init__(self):
         self.ran: list[Ran] = []
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("operation", choices=OPERATIONS)
     parser.add_argument("--shape", required=True, help="BxTxHxD")
-    parser.add_argument("--mean", type=float, default=-0.04, help="Of log decays.")
+    parser.add_argument("--mean", type=float, default=-0.04, help="mean of the log decays")
     arguments = parser.parse_args()
     triton.runtime.driver.set_active(Driver())
     torch.cuda.get_device_name = lambda *_: "NVIDIA H100 80GB HBM3"
@@ -179,7 +179,7 @@ def draw(operation: str, shape: tuple[int, ...], mean: float) -> list[torch.Tens
 
 
 def error_of(operation: str, o: torch.Tensor, inputs: list[torch.Tensor]) -> float:
-    """Of o beside the recurrence in float64, in the norm of that."""
+    """The relative error of o against the recurrence in float64, in the 2-norm."""
     q, k, v, log_decay, beta = (x.detach().double() for x in inputs)
     decay = torch.ones_like(k)
     if operation.endswith(("_scalar", "_channel")):

@@ -1,13 +1,13 @@
 """The comparison side of ``gpu_kernels.py``: operations of flash-linear-attention (PyTorch and Triton), one round per line.
 
-The script uses nothing of jaxlinear and runs on a GPU under the Python of its own environment:
+The script uses nothing from jaxlinear and runs on a GPU under the Python of its own environment:
 
     python -m venv FLA && FLA/bin/pip install torch 'flash-linear-attention>=0.6,<0.7'
     yes go | FLA/bin/python benchmarks/fla_worker.py gla --shape=2x16384x16x128 --direction=both --rounds=3
 
 It draws inputs in bfloat16, runs the operation until Triton has compiled and tuned it, and prints {"ready": true, ...}. For
 each line "go" it runs a round of ``--calls`` calls and prints {"seconds": ..., "device_seconds": ..., "calls": ...}: the
-time by the clock, after waiting for the device, and by the device's events. Nothing else goes to standard output.
+wall-clock time, after waiting for the device, and the time by the device's events. Nothing else goes to standard output.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The PTX instructions that the GPU kernels of matrix states execute, and what these say of the time on an H100.
+"""The PTX instructions that the GPU kernels of matrix states execute, and what they imply for the time on an H100.
 
     python benchmarks/gpu_instructions.py [--operations=linear_attention,delta_rule] [--decays=none,scalar,channel]
         [--length=1024 --heads=1 --key=128 --value=128] [--shared] [--negative_eigenvalues] [--mean=-0.04]
@@ -18,8 +18,8 @@ selective scan is V channels of K numbers each. For each kernel, per 64 tokens o
 For each pass it prints their sums and ``larger``: the larger of issue and memory, summed over the kernels, since these run
 one after another.
 
-With ``--against`` the same program counts the kernels of flash-linear-attention (FLA: see fla_instructions.py), and
-``times`` is their ``larger`` over ours. Ours also read and write a float32 state, once.
+With ``--against`` the kernels of flash-linear-attention (FLA: see fla_instructions.py) are counted in the same way, and
+``times`` is their ``larger`` over ours. Our kernels also read and write a float32 state, once.
 
 PTX is not what the GPU runs: ptxas drops moves and address conversions, some instructions take the place of several, and
 warps wait. The figures are neither timings nor bounds, but a kernel whose issue is well above its memory is unlikely to be
@@ -50,14 +50,14 @@ from jaxlinear.pallas.target import Target
 from tests.ptx import calls
 
 _OPERATIONS = flags.DEFINE_list("operations", ["linear_attention", "delta_rule"], "Of jaxlinear.ops.")
-_DECAYS = flags.DEFINE_list("decays", ["none", "scalar", "channel"], "None; one a head; one a key channel.")
+_DECAYS = flags.DEFINE_list("decays", ["none", "scalar", "channel"], "No decay, one per head, or one per key channel.")
 _LENGTH = flags.DEFINE_integer("length", 1024, "T.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 1, "H.", lower_bound=1)
 _KEY = flags.DEFINE_integer("key", 128, "K.", lower_bound=1)
 _VALUE = flags.DEFINE_integer("value", 128, "V.", lower_bound=1)
-_SHARED = flags.DEFINE_bool("shared", False, "One query and one key for all heads; of linear attention.")
-_NEGATIVE = flags.DEFINE_bool("negative_eigenvalues", False, "The option of the delta rule.")
-_MEAN = flags.DEFINE_float("mean", -0.04, "Of the log decays, whose distribution is exponential.", upper_bound=0.0)
+_SHARED = flags.DEFINE_bool("shared", False, "One query and one key for all heads; linear attention only.")
+_NEGATIVE = flags.DEFINE_bool("negative_eigenvalues", False, "The delta rule's option of that name.")
+_MEAN = flags.DEFINE_float("mean", -0.04, "Mean of the log decays, whose distribution is exponential.", upper_bound=0.0)
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with flash-linear-attention.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
@@ -69,7 +69,7 @@ for _flag, _known in (
 
 
 def draw(decay: str):
-    """The operation's tensors after q, k and v, and these."""
+    """``[q, k, v]``, beta and the log decays, or None for these."""
     random, length, heads = np.random.default_rng(0), _LENGTH.value, _HEADS.value
     q, k = (random.standard_normal((1, length, 1 if _SHARED.value else heads, _KEY.value)) for _ in range(2))
     v = random.standard_normal((1, length, heads, _VALUE.value))
@@ -134,18 +134,18 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"not a flag: {argv[1]}")
     if _AGAINST.value and _KEY.value != _VALUE.value:
-        raise app.UsageError("--against takes --key and --value that are the same")
+        raise app.UsageError("--against requires --key and --value to be equal")
     if _SHARED.value and (_AGAINST.value or set(_OPERATIONS.value) != {"linear_attention"}):
-        raise app.UsageError("--shared is of --operations=linear_attention, and not --against others")
+        raise app.UsageError("--shared is of --operations=linear_attention only, and not for --against")
     if "selective_scan" in _OPERATIONS.value and (_AGAINST.value or set(_DECAYS.value) != {"channel"}):
-        raise app.UsageError("selective_scan is of --decays=channel, and not --against others")
+        raise app.UsageError("selective_scan requires --decays=channel, and is not for --against")
     ran = calls.emulate(setattr)
     rows, passes, compared = [], [], []
     share = 64 / (_LENGTH.value * _HEADS.value)
     for operation in _OPERATIONS.value:
         for decay in _DECAYS.value:
             del ran[:]
-            # Interpreted, the selective scan lacks the instructions that are written as NVIDIA's.
+            # An interpreted selective scan lacks the instructions that are written in PTX.
             interpreted = operation != "selective_scan"
             backends.target = functools.partial(Target, "gpu", "NVIDIA H100 80GB HBM3", interpreted)
             gradient(operation, decay) if interpreted else selective_scan()

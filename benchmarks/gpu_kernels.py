@@ -1,15 +1,15 @@
-"""Times the kernels on a GPU, beside those of flash-linear-attention at the same shapes in one run.
+"""Times the kernels on a GPU, along with those of flash-linear-attention at the same shapes in one run.
 
     python benchmarks/gpu_kernels.py [--against=FLA/bin/python] [--operations=...] [--json=FILE]    # FLA: see fla_worker.py
 
 Shapes are B x T x H x D with K = V = D, and arrays are bfloat16. For each operation and shape it prints milliseconds per
 call, forward and forward with backward, by the clock (after waiting for the device) and by the device's own record of its
-kernels. With ``--against`` the two libraries take turns, and it also prints how many times as fast ours is. The recurrence
-of channels has H * D of them. So has the selective scan, with 16 numbers each and float32 for all but x; it is compared
-with nothing. Attention to a window of 1,024 is compared with cuDNN's, through JAX, up to 128 channels per head; cuDNN's
-takes no documents.
+kernels. With ``--against`` the two libraries take turns, and it also prints how many times as fast ours is. The linear
+recurrence has H * D channels. So has the selective scan, with 16 states per channel and float32 for all but x; it is not
+compared with anything. Attention with a window of 1,024 is compared with cuDNN's, through JAX, up to 128 channels per head;
+cuDNN's does not support packed documents.
 
-``--backend=chunked`` times what runs without kernels, on any device, so the program can be tried without a GPU.
+``--backend=chunked`` times the code that runs without kernels, on any device, so the program can be tried without a GPU.
 """
 
 import functools
@@ -41,14 +41,14 @@ OPERATIONS = {
 }
 WINDOW, CUDNN_WIDTH, STATES = 1024, 128, 16
 
-_OPERATIONS = flags.DEFINE_list("operations", list(OPERATIONS), "Some of them only.")
+_OPERATIONS = flags.DEFINE_list("operations", list(OPERATIONS), "Which operations to time.")
 _SHAPES = flags.DEFINE_list(
     "shapes", ["1x8192x96x128", "2x16384x16x128", "4x2048x16x128", "4x4096x64x128", "8x2048x32x256"], "BxTxHxD."
 )
 _BACKEND = flags.DEFINE_enum("backend", "pallas", ["pallas", "chunked"], "chunked: without kernels, on any device.")
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with flash-linear-attention.")
-_CALLS = flags.DEFINE_integer("calls", 10, "Of a round.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "That count, in turn; one more, the first, does not.", lower_bound=1)
+_CALLS = flags.DEFINE_integer("calls", 10, "Calls per round.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds, in turn, after one warm-up round.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     if _BACKEND.value == "pallas" and jax.default_backend() != "gpu":
         raise UserError("there is no GPU to time kernels on; --backend=chunked runs without them")
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "backend": _BACKEND.value, "rows": []}
-    print(f"{result['device']}\n{'ms a call':26} {'shape':16} {'direction':9} {'clock':>9} {'device':>9}", flush=True)
+    print(f"{result['device']}\n{'ms per call':26} {'shape':16} {'direction':9} {'clock':>9} {'device':>9}", flush=True)
     for name in _OPERATIONS.value:
         for shape in _SHAPES.value:
             for direction in ("forward", "both"):
@@ -117,7 +117,7 @@ def _clock_ms(call: Callable[[], None]) -> float:
 
 
 def _device_ms(call: Callable[[], None]) -> float | None:
-    """By the profile of a round: how long the GPU's kernels took, one call's; None where there is no GPU."""
+    """How long the GPU's kernels took per call, from the profile of a round; None if there is no GPU."""
     import jax
 
     call()
@@ -138,7 +138,7 @@ def _device_ms(call: Callable[[], None]) -> float | None:
 
 
 def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], None]:
-    """``_CALLS`` calls, waited for."""
+    """A function that makes ``_CALLS`` calls and waits for them."""
     import jax
     import jax.numpy as jnp
 
@@ -175,7 +175,7 @@ def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], Non
 
 
 def _cudnn(shape: tuple[int, ...], direction: str) -> Callable[[], tuple[float, float]]:
-    """cuDNN's attention to the same window."""
+    """cuDNN's attention with the same window: a function that returns milliseconds by the clock and by the device."""
     import jax
 
     q, k, v, d_o = (jax.random.normal(jax.random.key(n), shape, "bfloat16") for n in range(4))
@@ -187,7 +187,7 @@ def _cudnn(shape: tuple[int, ...], direction: str) -> Callable[[], tuple[float, 
 
 
 def _calls(run: Callable, inputs: tuple, d_o: Any, direction: str) -> Callable[[], None]:
-    """``_CALLS`` calls, waited for, of ``run`` or of it and its gradients."""
+    """A function that makes ``_CALLS`` calls of ``run``, or of it and its gradients, and waits for them."""
     import jax
 
     def both(*inputs):

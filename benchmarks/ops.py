@@ -27,15 +27,15 @@ from alternating import alternate
 from jaxlinear import cli
 from jaxlinear.errors import UserError
 
-_OPS = flags.DEFINE_list("ops", None, "Some of them only, by name.")
+_OPS = flags.DEFINE_list("ops", None, "Which operations to measure, by name; all by default.")
 _LENGTHS = flags.DEFINE_list("lengths", ["256", "1024", "4096", "16384", "65536"], "T.")
 _TOKENS = flags.DEFINE_integer("tokens", 65_536, "B * T.", lower_bound=1)
 _RECURRENT_TOKENS = flags.DEFINE_integer("recurrent_tokens", 8_192, "B * T of the recurrent backends.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 4, "H.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", 64, "K = V; the diagonal recurrence has H * K channels.", lower_bound=1)
 _RATIO_LENGTH = flags.DEFINE_integer("ratio_length", None, "Only the ratio of chunked to recurrent, at B=1 and this T.")
-_WINDOW = flags.DEFINE_integer("window", 512, "Of sliding_window_attention.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Runs that count; one more, the first, does not.", lower_bound=1)
+_WINDOW = flags.DEFINE_integer("window", 512, "Window of sliding_window_attention.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed runs, after one warm-up run.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 # By name: the operation, the decay that it is given, its backends
@@ -123,7 +123,7 @@ def _ratios(names: list[str], length: int) -> dict[str, Any]:
 
 
 def _case(name: str, backend: str, batch: int, length: int, pas: str) -> tuple[Callable[[], float], int]:
-    """A function that runs it once and returns its seconds, and the bytes that the program needs."""
+    """A function that returns the seconds of one run, and the bytes that the program needs."""
     import jax
     import numpy as np
 
@@ -164,7 +164,7 @@ def _case(name: str, backend: str, batch: int, length: int, pas: str) -> tuple[C
     memory = compiled.memory_analysis()
 
     def go() -> float:
-        # The previous program used the memory differently and gave it back: the first run of a turn gets it anew.
+        # The previous program used the memory differently and freed it: the first run of a turn allocates it again.
         jax.block_until_ready(compiled(inputs))
         begin = time.perf_counter()
         jax.block_until_ready(compiled(inputs))

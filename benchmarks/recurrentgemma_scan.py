@@ -1,6 +1,6 @@
 """The comparison side of benchmarks/tpu_kernels.py: the Pallas scan of the `recurrentgemma` package, compiled for a TPU.
 
-The script uses nothing of jaxlinear and runs under the Python of the environment of recurrentgemma.txt, plus libtpu:
+The script uses nothing from jaxlinear and runs under the Python of the environment of recurrentgemma.txt, plus libtpu:
 
     python3.11 -m venv RG && RG/bin/pip install -r benchmarks/recurrentgemma.txt libtpu==0.0.42.1
     RG/bin/python benchmarks/recurrentgemma_scan.py v5e:2x2 forward 4 4096 2560 float32

@@ -1,6 +1,6 @@
 """The comparison side of the benchmarks: Griffin from the `recurrentgemma` package (1.0.1, flax), served a step at a time.
 
-The script uses nothing of jaxlinear and runs under the Python (3.11) of its own environment:
+The script uses nothing from jaxlinear and runs under the Python (3.11) of its own environment:
 
     python3.11 -m venv RG && RG/bin/pip install -r benchmarks/recurrentgemma.txt
     RG/bin/python benchmarks/recurrentgemma_worker.py train --batch=4 --length=1024 --scan=native
@@ -13,9 +13,9 @@ prints {"seconds": ..., "tokens": ..., ...}. It ends at the end of its input or 
 
     yes go | RG/bin/python benchmarks/recurrentgemma_worker.py train --batch=4 --length=1024 --steps=3
 
-Only these JSON lines go to standard output; everything else goes to standard error. The script keeps no file: whoever
-started it records the lines. Compilation happens before "ready" and is in no "seconds", but the first go is also the first
-execution (it faults the memory in), so leave it out of reported figures.
+Only these JSON lines go to standard output; everything else goes to standard error. The script writes no file: whoever
+started it records the lines. Compilation happens before "ready" and is not in any "seconds", but the first go is also the
+first execution (it faults the memory in), so leave it out of reported figures.
 
 The package runs unchanged on the CPU, in float32 (parameters, activations, scan), with these options:
   * width 256, 6 layers (recurrent, recurrent, attention) x 2, lru_width 256, 4 heads (of the attention, which has one
@@ -119,7 +119,7 @@ def compile_timed(function: Any, *arguments: Any) -> tuple[Callable[..., Any], R
 
 
 def prepare_train(options: argparse.Namespace) -> tuple[Record, Callable[[], Record]]:
-    """Compiles the training step; returns what "ready" tells and the function that runs one timed step."""
+    """Compiles the training step; returns what "ready" reports and a function that runs one timed step."""
     model = build(options.scan, WINDOW, options.remat)
     params, parameters = initial(model)
     optimizer = optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=0.1)
@@ -151,7 +151,7 @@ def prepare_train(options: argparse.Namespace) -> tuple[Record, Callable[[], Rec
 
 
 def prepare_decode(options: argparse.Namespace) -> tuple[Record, Callable[[], Record]]:
-    """Compiles the package's sampler; returns what "ready" tells and the function that runs one timed round."""
+    """Compiles the package's sampler; returns what "ready" reports and a function that runs one timed round."""
     window = min(WINDOW, options.prompt + options.tokens) if options.cache == "trimmed" else WINDOW
     model = build(options.scan, window, remat=False)
     params, parameters = initial(model)
@@ -217,7 +217,7 @@ def main() -> None:
     def tell(record: Record) -> None:
         print(json.dumps(record), file=lines, flush=True)
 
-    jax.config.update("jax_enable_compilation_cache", False)  # so that compile_seconds is that of a compilation
+    jax.config.update("jax_enable_compilation_cache", False)  # so that compile_seconds measures a compilation
     told, go = (prepare_train if options.command == "train" else prepare_decode)(options)
     versions = {name: importlib.metadata.version(name) for name in ("recurrentgemma", "flax", "jax")}
     tell({"ready": True, **told, "scan": options.scan, "device": jax.devices()[0].platform, "versions": versions})

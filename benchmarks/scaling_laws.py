@@ -23,11 +23,11 @@ from jaxlinear.errors import UserError
 from jaxlinear.scaling.laws import bootstrap, isoflop, optimum
 from jaxlinear.scaling.laws.parametric import Law
 
-_DRAWS = flags.DEFINE_integer("draws", 20, "Synthetic ladders, each with noise of its own.")
-_NOISE = flags.DEFINE_list("noise", ["0.003", "0.01"], "Standard deviations of the noise of log L.")
-_REPLICATES = flags.DEFINE_integer("replicates", 200, "Resamplings of each.")
+_DRAWS = flags.DEFINE_integer("draws", 20, "Synthetic ladders, each with its own noise.")
+_NOISE = flags.DEFINE_list("noise", ["0.003", "0.01"], "Standard deviations of the noise in log L.")
+_REPLICATES = flags.DEFINE_integer("replicates", 200, "Bootstrap resamplings of each fit.")
 _POINTS = flags.DEFINE_string("points", None, "The CSV of the published points.")
-_OUTLIERS = flags.DEFINE_integer("outliers", 5, "Points of the highest loss that are left out, as in the replication.")
+_OUTLIERS = flags.DEFINE_integer("outliers", 5, "Points of the highest loss to leave out, as in the replication.")
 _JSON = flags.DEFINE_string("json", None, "Also write the results to this file.")
 
 # Besiroglu et al. 2024, table 1.
@@ -36,7 +36,7 @@ _NAMES = ("E", "alpha", "beta")
 
 
 def coverage(noise: float, draws: int, replicates: int) -> dict:
-    """Of ``draws`` ladders of 7 sizes at 5 budgets, in how many each interval covers the truth."""
+    """In how many of ``draws`` ladders, of 7 sizes at 5 budgets, each interval covers the truth."""
     budgets = np.repeat(np.geomspace(1e17, 1e20, 5), 7)
     best = np.array([optimum.compute_optimal(PUBLISHED, budget).parameters for budget in budgets])
     parameters = best * np.tile(np.geomspace(0.25, 4, 7), 5)

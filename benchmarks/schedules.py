@@ -1,4 +1,4 @@
-"""What libtpu's static schedule says of a program compiled for a TPU that need not be present. Needs only JAX and libtpu.
+"""What libtpu's static schedule says about a program compiled for an absent TPU. Needs only JAX and libtpu.
 
 A TPU core runs a static schedule of bundles, one per cycle when nothing stalls, and libtpu writes it out for each fusion
 and kernel. The bundles of the loop bodies times the loops' trips are the compute cycles, a lower bound on the time. The
@@ -17,10 +17,10 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
-# Bytes a second of a chip's HBM, and cycles a second, from the chips' published figures.
+# Bytes per second of a chip's HBM, and cycles per second, from the chips' published figures.
 RATES = {"v5e": (819e9, 0.94e9), "v5p": (2765e9, 1.75e9), "v6e": (1640e9, 0.94e9)}
 
-# Operations that a chip's matrix units do in a cycle: four arrays of 128 x 128 per core (256 x 256 on v6e), and on v5p two
+# Operations per cycle of a chip's matrix units: four arrays of 128 x 128 per core (256 x 256 on v6e), and on v5p two
 # cores, which share a kernel's parallel grid. A product of bfloat16 matrices of 512 rows compiles to 92% of it on v5e.
 MATRIX_UNIT = {"v5e": 4 * 2 * 128**2, "v5p": 2 * 4 * 2 * 128**2, "v6e": 4 * 2 * 256**2}
 
@@ -32,8 +32,8 @@ _SIZES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1, "s8": 1, "u8": 1, "f16": 2, 
 
 
 def begin() -> str:
-    """To be called before jax is imported: where libtpu then writes its schedules, up to a gigabyte, until the program
-    ends."""
+    """Call this before importing jax. Returns the directory to which libtpu will write its schedules, up to a gigabyte; it
+    is deleted when the program ends."""
     directory = tempfile.mkdtemp(prefix="schedules")
     atexit.register(shutil.rmtree, directory)
     os.environ.update(
@@ -52,14 +52,14 @@ class Bundle(NamedTuple):
     begins: bool  # the bundle begins a loop's body
     trips: int | None  # of a loop, if the bundle holds its test and the test is against a constant
     counter: str | None  # what that test compares
-    counters: frozenset[str]  # from the trip before; at the beginning of a body, those of its loop
+    counters: frozenset[str]  # carried over from the previous trip; at the start of a body, those of its loop
 
 
 @dataclasses.dataclass
 class Loop:
     depth: int
     first: int
-    last: int  # a bundle, as is ``first``
+    last: int  # the index of a bundle, like ``first``
     trips: float = math.nan
     times: float = math.nan  # how often the body runs, counting the trips of the outer loops
 
@@ -77,7 +77,7 @@ def read(path: pathlib.Path) -> tuple[list[Bundle], bool]:
 
 
 def loops(bundles: list[Bundle]) -> list[Loop]:
-    """From the outer to the inner."""
+    """The loops, each before those inside it."""
     found: list[Loop] = []
     opened: list[Loop] = []
     for i, bundle in enumerate(bundles):
@@ -95,10 +95,10 @@ def loops(bundles: list[Bundle]) -> list[Loop]:
 
 
 def cycles(bundles: list[Bundle], pipelined: bool) -> float:
-    """Bundles times trips; not a number where trips are not constant.
+    """Bundles times trips; NaN if a trip count is not constant.
 
-    ``pipelined``: the outer loop is the grid of a kernel, which takes two trips more than it has blocks: to read the first
-    ahead and to wait for the last; the loops within do not run in those.
+    ``pipelined``: the outer loop is the grid of a kernel, which makes two more trips than it has blocks: one to prefetch
+    the first and one to wait for the last. The loops inside do not run in those two.
     """
     total, inside = 0.0, [1.0] * len(bundles)
     opened: list[Loop] = []
@@ -127,12 +127,13 @@ def kernels(directory: str) -> dict[str, tuple[list[Bundle], bool]]:
 
 
 def schedules(directory: str) -> dict[str, float]:
-    """Cycles of each of these."""
+    """The cycles of each fusion and kernel."""
     return {name: cycles(*schedule) for name, schedule in kernels(directory).items()}
 
 
 def in_process(command: list[str]) -> dict:
-    """What a program prints as its last line, JSON; libtpu writes the schedules of one process to one directory."""
+    """Runs a program and returns the JSON of its last line. Each program needs its own process, as libtpu writes all
+    schedules of a process to one directory."""
     from jaxlinear.errors import RunError
 
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -150,7 +151,7 @@ def device(topology: str):
 
 
 def compile_for(topology: str, function, *shapes):
-    """``function`` for one chip of it."""
+    """Compiles ``function`` for one chip of the topology."""
     import jax
     from jax.sharding import SingleDeviceSharding
 
@@ -171,7 +172,7 @@ def relayouts(text: str) -> list[int]:
 
 
 def report(directory: str, compiled, topology: str) -> dict:
-    """Of one compiled program: its kernels' cycles, bytes, and the time that each implies."""
+    """Of one compiled program: its kernels' cycles, its bytes, and the time that each implies."""
     text = compiled.as_text()
     bandwidth, clock = RATES[topology.partition(":")[0]]
     cycles = schedules(directory)
@@ -201,12 +202,12 @@ _LABELS = 15, 9
 
 
 def print_columns(what: str) -> None:
-    """The head of the table that ``row`` prints."""
+    """Prints the header of the table that ``row`` prints."""
     print(f"{what:{_LABELS[0]}} {'':{_LABELS[1]}}", *(f"{name:>{width}}" for name, width in _COLUMNS))
 
 
 def row(name: str, direction: str, report: dict, tokens: int, must_move: int, topology: str) -> dict:
-    """A program's ``report`` beside the time of the bytes that it must move, printed; None is what is not known."""
+    """Prints and returns a program's ``report`` with the time of the bytes that it must move; None is for the unknown."""
     bound = 1e6 * must_move / RATES[topology.partition(":")[0]][0]
     known = not math.isnan(report["cycles"])
     slower = max(report["memory_us"], report["compute_us"]) if known else report["memory_us"]

@@ -1,11 +1,11 @@
-"""The loss curves of training with time split over 1, 2, 4 and 8 devices: they are one curve.
+"""The loss curves of training with time split over 1, 2, 4 and 8 devices: they coincide.
 
     python benchmarks/sequence_curves.py [--steps=200] [--models=griffin,delta_net_hybrid] [--json=FILE]
 
 The models are small hybrids of a recurrence and windows, in float32, on the bytes of Python's standard library; every mesh
-gets the same batches and the same initial parameters. The devices are virtual ones of the CPU. The window of 48 tokens
-reaches over two shards of 32, and the documents of a row begin and end anywhere. The script prints, and with --json writes,
-the losses and how far apart the curves are.
+gets the same batches and the same initial parameters. The devices are virtual CPU devices. The window of 48 tokens spans
+two shards of 32, and the documents of a row begin and end anywhere. The script prints, and with --json writes, the losses
+and how far apart the curves are.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ MODELS = {
 
 _STEPS = flags.DEFINE_integer("steps", 200, "Steps of each run.", lower_bound=1)
 _MODELS = flags.DEFINE_list("models", list(MODELS), "Which models.")
-_DATA = flags.DEFINE_string("data", None, "A prepared dataset; by default the standard library is prepared, in bytes.")
+_DATA = flags.DEFINE_string("data", None, "A prepared dataset; by default, the bytes of the standard library.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 

@@ -1,15 +1,15 @@
-"""Memory and exchanged bytes of a training step with time split over W devices, from programs that are only compiled.
+"""Memory and exchanged bytes of a training step with time split over W devices, from programs that are compiled, not run.
 
     python benchmarks/sequence_parallel.py --json=docs/sequence_parallel.json --plot=docs/sequence_parallel.png
     python benchmarks/sequence_parallel.py --headline --json=FILE     # GLA 1.3B at 2,048K and 4,096K tokens
-    python benchmarks/sequence_parallel.py --from=docs/sequence_parallel.json [--plot=FILE]     # draw what is there
+    python benchmarks/sequence_parallel.py --from=docs/sequence_parallel.json [--plot=FILE]     # show existing results
 
 XLA's own compiler compiles the whole step (forward, backward, AdamW) of models of 1.3 B parameters at full depth, with one
 sequence of T tokens and remat ``full``, for W H100s. No GPU is needed (``pip install 'jaxlinear[aot,plot]'``). For
 comparison:
 
-- ``gathered`` is the same model, but its recurrences gather their inputs over time, run whole on every device and keep
-  their part, as sequence parallelism does without a state to exchange;
+- ``gathered`` is the same model, but its recurrences gather their inputs over time, run over the whole sequence on every
+  device, and keep their part of the outputs, as sequence parallelism does without a state to exchange;
 - ``ring`` is full attention with a ring of keys and values, beside gathering them (``all_gather``).
 
 Memory is XLA's count for a device: arguments, temporaries and outputs. Bytes are those that a device receives over the axis
@@ -38,11 +38,11 @@ HEADLINE = [
     ("gla", "exchanged", t * K, w, remat) for t, w in ((2048, 64), (4096, 128)) for remat in ("full", "elementwise")
 ]
 
-_MODELS = flags.DEFINE_list("models", list(MODELS), "Which; of each the preset NAME_1b3.")
-_HEADLINE = flags.DEFINE_bool("headline", False, "Instead: GLA at 2,048K tokens on 64 and at 4,096K on 128.")
-_JSON = flags.DEFINE_string("json", None, "Write the rows to this file, and go on with those that are in it.")
+_MODELS = flags.DEFINE_list("models", list(MODELS), "Which models; the preset of each is NAME_1b3.")
+_HEADLINE = flags.DEFINE_bool("headline", False, "Only GLA, at 2,048K tokens on 64 H100s and at 4,096K on 128.")
+_JSON = flags.DEFINE_string("json", None, "Write the rows to this file; rows already in it are not compiled again.")
 _FROM = flags.DEFINE_string("from", None, "Compile nothing: take the rows of this file.")
-_PLOT = flags.DEFINE_string("plot", None, "Draw them to this file.")
+_PLOT = flags.DEFINE_string("plot", None, "Plot the rows to this file.")
 
 
 def main() -> None:

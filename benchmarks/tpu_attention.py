@@ -25,19 +25,19 @@ import schedules
 from absl import flags
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "v5e, v5p or v6e, and the shape of the slice.")
-_TOKENS = flags.DEFINE_list("tokens", ["512", "1024"], "Queries, and keys, of a block.")
-_KEYS = flags.DEFINE_list("keys", ["256", "512"], "At once.")
+_TOKENS = flags.DEFINE_list("tokens", ["512", "1024"], "Queries, and also keys, per block.")
+_KEYS = flags.DEFINE_list("keys", ["256", "512"], "Keys multiplied at once.")
 _LENGTH = flags.DEFINE_integer("length", 8192, "T.", lower_bound=1)
 _WINDOW = flags.DEFINE_integer("window", 8192, "Keys that a query sees.", lower_bound=1)
-_HEADS = flags.DEFINE_integer("heads", 4, "Of queries.", lower_bound=1)
-_KEY_HEADS = flags.DEFINE_integer("key_heads", 1, "Of keys and values.", lower_bound=1)
+_HEADS = flags.DEFINE_integer("heads", 4, "Query heads.", lower_bound=1)
+_KEY_HEADS = flags.DEFINE_integer("key_heads", 1, "Key and value heads.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", 128, "Channels of a head.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of q, k and v.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Dtype of q, k and v.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
-_WORKER = flags.DEFINE_list("worker", None, "Compile with such a block, and print its report.")
+_WORKER = flags.DEFINE_list("worker", None, "Internal: compile with this block (tokens, keys) and print its report.")
 
 KERNELS = ("fwd", "dq", "dkv")
-_OPTIONS = ("topology", "length", "window", "heads", "key_heads", "width", "dtype")  # also given to each worker
+_OPTIONS = ("topology", "length", "window", "heads", "key_heads", "width", "dtype")  # also passed to each worker
 
 
 def main() -> None:

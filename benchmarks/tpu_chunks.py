@@ -3,7 +3,7 @@
     python benchmarks/tpu_chunks.py [--operations=delta_rule,linear_attention] [--decays=none,constant,scalar,channel]
         [--topology=v5e:2x2] [--batch=1 --length=4096 --heads=16 --key=128 --value=128] [--shared]
         [--negative_eigenvalues] [--dtype=bfloat16] [--json=FILE]
-    python benchmarks/tpu_chunks.py --tune [--operations=...] [--topology=...]      # cycles by sizes of blocks
+    python benchmarks/tpu_chunks.py --tune [--operations=...] [--topology=...]      # cycles by block size
 
 The script needs the compiler for TPU (pip install 'jaxlinear[aot]') and compiles every program in its own process. For each
 kernel:
@@ -13,12 +13,12 @@ kernel:
     memory         the time of the bytes that the kernel must read and write, at the bandwidth of the chip's HBM
     peak %         the operations of the chunked form's products at the chunk size in use, over those that the matrix unit
                    could do in as many cycles; the inverse and the extra work of a decay by channel are not counted
-    at 64 %        the same for the operations that chunks of 64 tokens would have, so that a larger chunk flatters nothing
+    at 64 %        the same with the operations of chunks of 64 tokens, so that larger chunks do not inflate the figure
 
 A kernel with a decay by channel has four code paths: one for blocks of chunks in which no decay is strong, two for those in
 which none is strong within parts of a chunk, of 16 tokens or of 8, and one for all others (``pallas/factored_decays.py``).
-Each has a row. Those of the last three come from programs with that path alone; that of the first is what a program with
-all four takes beyond these, including the choice.
+Each has a row. The last three are measured in programs with that path alone; the first is what a program with all four
+takes beyond these three, including the choice of path.
 
 ``--chunked`` also prints the bytes that the instructions of both passes read and write, with and without the kernel.
 Schedules are lower bounds on the time, not timings.
@@ -39,30 +39,30 @@ _OPERATIONS = flags.DEFINE_list("operations", ["delta_rule", "linear_attention"]
 _DECAYS = flags.DEFINE_list(
     "decays",
     ["none", "scalar", "channel"],
-    "None; one a head, constant (of linear attention alone) or not; one a key channel.",
+    "No decay; one per head, constant (linear attention only) or not; one per key channel.",
 )
 _BATCH = flags.DEFINE_integer("batch", 1, "B.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 4096, "T.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 16, "H.", lower_bound=1)
 _KEY = flags.DEFINE_integer("key", 128, "K.", lower_bound=1)
 _VALUE = flags.DEFINE_integer("value", 128, "V.", lower_bound=1)
-_SHARED = flags.DEFINE_bool("shared", False, "One query and one key for all heads; of linear attention.")
-_NEGATIVE = flags.DEFINE_bool("negative_eigenvalues", False, "The option of the delta rule.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of q, k and v.")
-_CHUNKED = flags.DEFINE_bool("chunked", False, "Also the program without the kernel, which takes minutes to compile.")
-_TUNE = flags.DEFINE_bool("tune", False, "Instead: by sizes of blocks.")
+_SHARED = flags.DEFINE_bool("shared", False, "One query and one key for all heads; linear attention only.")
+_NEGATIVE = flags.DEFINE_bool("negative_eigenvalues", False, "The delta rule's option of that name.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Dtype of q, k and v.")
+_CHUNKED = flags.DEFINE_bool("chunked", False, "Also compile the program without the kernel, which takes minutes.")
+_TUNE = flags.DEFINE_bool("tune", False, "Instead, print cycles by block size.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 _WAYS = {"in_parts": "FactoredInParts", "in_small_parts": "FactoredInSmallParts", "strong": "ByChannel"}
-_WAY = flags.DEFINE_enum("way", None, list(_WAYS), "Of the worker: the one way of a decay by channel.")
-_WORKER = flags.DEFINE_list("worker", None, "Compile this operation, decay and backend, and print its report.")
+_WAY = flags.DEFINE_enum("way", None, list(_WAYS), "Internal: the only code path of a decay by channel.")
+_WORKER = flags.DEFINE_list("worker", None, "Internal: compile this operation, decay and backend; print a report.")
 _BLOCK = flags.DEFINE_list(
     "block",
     None,
-    "Of the worker: chunk and lanes of a block of the delta rule, time, chunk and lanes of one of linear attention.",
+    "Internal: a block's chunk and lanes for the delta rule; its time, chunk and lanes for linear attention.",
 )
 
 KINDS = ("forward", "gradient")
-# As given, and passed to each worker.
+# Recorded with the result, and passed to each worker.
 _OPTIONS = ("topology", "batch", "length", "heads", "key", "value", "shared", "negative_eigenvalues", "dtype")
 
 
@@ -97,7 +97,7 @@ def _comparison() -> list[dict]:
 
 
 def _report(operation: str, decay: str, backend: str, *more: str) -> dict:
-    """The worker's; of kernels that go several ways a row for each."""
+    """The worker's report, with a row for each code path of a kernel."""
     report = _worker(operation, decay, backend, *more)
     if backend == "pallas" and decay == "channel" and _DTYPE.value == "bfloat16":
         ways = {way: _worker(operation, decay, backend, f"--way={way}", *more)["kernels"] for way in _WAYS}
@@ -106,7 +106,7 @@ def _report(operation: str, decay: str, backend: str, *more: str) -> dict:
 
 
 def _each_way(all_ways: list[dict], ways: dict[str, list[dict]]) -> list[dict]:
-    """Of each kernel with all ways that part which is for weak decays, and the kernels for the other ``ways`` alone."""
+    """For each kernel with all paths, a row for its part for weak decays, and one for each kernel of the other ``ways``."""
     rows = []
     for whole, *others in zip(all_ways, *ways.values(), strict=True):
         assert all(other["name"] == whole["name"] for other in others)
@@ -123,8 +123,8 @@ def _tuning() -> list[dict]:
     for operation in _OPERATIONS.value:
         delta_rule = operation == "delta_rule"
         for decay in _DECAYS.value:
-            # Chunks of 256 suit matrix units of 256 channels; the inverse and the levels of a decay by channel grow with
-            # them.
+            # Chunks of 256 suit matrix units of 256 channels, but the inverse and the levels of a decay by channel grow
+            # with them.
             chunks = (64, 128) if delta_rule else (128,) if decay == "channel" else (128, 256)
             sizes = {"chunk": chunks, "lanes": (512, 1024, 2048) if delta_rule else (128, 256, 512)}
             if not delta_rule:
@@ -219,7 +219,7 @@ def _chunk(operation: str, decay: str, kind: str) -> int:
 
 
 def _operations(operation: str, direction: str, decay: str, chunk: int) -> float:
-    """Floating point operations of the products, of all tokens and heads."""
+    """Floating point operations of the products, for all tokens and heads."""
     from jaxlinear.pallas import delta_rule_plan, linear_attention_plan
 
     length, *shape = (flag.value for flag in (_LENGTH, _HEADS, _KEY, _VALUE))

@@ -2,7 +2,7 @@
 
     python benchmarks/tpu_kernels.py [--topology=v5e:2x2] [--batch=4 --length=4096 --width=2560] [--json=FILE]
     python benchmarks/tpu_kernels.py --against=RG/bin/python     # and the recurrentgemma package's (recurrentgemma_scan.py)
-    python benchmarks/tpu_kernels.py --tune                      # cycles of the scan by sizes of its blocks
+    python benchmarks/tpu_kernels.py --tune                      # cycles of the scan by block size
 
 The script needs the compiler for TPU (pip install 'jaxlinear[aot]') and compiles every program in its own process. Each has
 a row:
@@ -29,13 +29,13 @@ _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "v5e, v5p or v6e, and the
 _BATCH = flags.DEFINE_integer("batch", 4, "B.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 4096, "T.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", 2560, "D.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of a and x.")
-_BACKENDS = flags.DEFINE_list("backends", ["pallas", "associative"], "Of ours.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of a and x.")
+_BACKENDS = flags.DEFINE_list("backends", ["pallas", "associative"], "Which of our backends.")
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with the recurrentgemma package.")
-_TUNE = flags.DEFINE_bool("tune", False, "Instead: the scan by block sizes.")
+_TUNE = flags.DEFINE_bool("tune", False, "Instead, print cycles of the scan by block size.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
-_WORKER = flags.DEFINE_string("worker", None, "Compile this backend and direction, and print its report.")
-_BLOCK = flags.DEFINE_list("block", None, "Of the worker: time, width and rows of the scan's block.")
+_WORKER = flags.DEFINE_string("worker", None, "Internal: compile this backend and direction; print a report.")
+_BLOCK = flags.DEFINE_list("block", None, "Internal: time, width and rows of the scan's block.")
 
 DIRECTIONS = ("forward", "gradient")
 
@@ -62,7 +62,7 @@ def _comparison() -> list[dict]:
 
 
 def _must_move(direction: str) -> int:
-    """a, x and h; and in the backward pass a, h and dh again, da and dx. States are nothing beside."""
+    """Bytes of a, x and h; in the backward pass also of a, h and dh again, da and dx. States are negligible."""
     size = 2 if _DTYPE.value == "bfloat16" else 4
     return size * _BATCH.value * _LENGTH.value * _WIDTH.value * (3 if direction == "forward" else 8)
 
@@ -73,7 +73,7 @@ def _tuning() -> list[dict]:
         for width in (256, 512, 1024):
             for steps in (16, 32):
                 if time * width > 512 * 512:
-                    continue  # two copies of the gradient's blocks would not fit the 16 MiB of VMEM that a kernel may take
+                    continue  # two copies of the gradient's blocks would not fit into a kernel's 16 MiB of VMEM
                 block = {"time": time, "width": width, "rows": steps}
                 reports = {d: _worker("pallas", d, f"--block={time},{width},{steps}") for d in DIRECTIONS}
                 rows.append({**block, **{d: report["kernels"] for d, report in reports.items()}})

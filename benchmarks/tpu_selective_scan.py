@@ -23,10 +23,10 @@ _LENGTH = flags.DEFINE_integer("length", 2048, "T.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", 4096, "D.", lower_bound=1)
 _STATES = flags.DEFINE_integer("states", 16, "N.", lower_bound=1)
 _OF_KEYS = flags.DEFINE_bool("of_keys", False, "The transition 1 - dt B^2, as in Longhorn.")
-_PACKED = flags.DEFINE_bool("packed", False, "With documents.")
-_BACKENDS = flags.DEFINE_list("backends", ["pallas", "chunked"], "Of ours.")
+_PACKED = flags.DEFINE_bool("packed", False, "With packed documents.")
+_BACKENDS = flags.DEFINE_list("backends", ["pallas", "chunked"], "Which of our backends.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
-_WORKER = flags.DEFINE_string("worker", None, "Compile this backend and direction, and print its report.")
+_WORKER = flags.DEFINE_string("worker", None, "Internal: compile this backend and direction; print a report.")
 
 _SHAPE = (_TOPOLOGY, _BATCH, _LENGTH, _WIDTH, _STATES, _OF_KEYS, _PACKED)
 

@@ -6,8 +6,8 @@
     python benchmarks/train_step.py --mixers=all [--size=100m]                         # a table of every mixer
 
 The step is the one that `launch/train.py` runs (forward, backward, AdamW, skipping of bad steps, metrics), on random
-tokens, as the speed does not depend on them. The compile time is that of tracing, lowering and compiling; ``lower_seconds``
-is that of the first two alone. With --against, the named Python runs the same model in the recurrentgemma package
+tokens, since the speed does not depend on them. The compile time covers tracing, lowering and compiling; ``lower_seconds``
+covers only the first two. With --against, the named Python runs the same model in the recurrentgemma package
 (benchmarks/recurrentgemma_worker.py says how to make its environment) with each of its two scans, in turn with ours, so
 that all see the same machine.
 """
@@ -26,21 +26,21 @@ from alternating import Worker, alternate
 from jaxlinear import cli
 from jaxlinear.errors import UserError
 
-_MODEL = flags.DEFINE_string("model", "griffin_6m", "A preset; --against has griffin_6m alone.")
-_BATCH = flags.DEFINE_integer("batch", 4, "Rows of a step, B.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 1024, "Tokens a row, T.", lower_bound=1)
-_LAYERS = flags.DEFINE_integer("layers", None, "Another depth than the preset's.", lower_bound=1)
-_REMAT = flags.DEFINE_string("remat", None, "Another model.remat than the default.")
-_STEPS = flags.DEFINE_integer("steps", 7, "Steps that count; one more, the first, does not.", lower_bound=4)
-_MIXERS = flags.DEFINE_list("mixers", None, "Instead of --model: all mixers, or those named; a table.")
-_SIZE = flags.DEFINE_enum("size", "6m", ["6m", "100m"], "Of --mixers: about 6 M or 100 M parameters.")
+_MODEL = flags.DEFINE_string("model", "griffin_6m", "A preset; --against supports griffin_6m only.")
+_BATCH = flags.DEFINE_integer("batch", 4, "Rows per step, B.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 1024, "Tokens per row, T.", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("layers", None, "A depth other than the preset's.", lower_bound=1)
+_REMAT = flags.DEFINE_string("remat", None, "A model.remat other than the default.")
+_STEPS = flags.DEFINE_integer("steps", 7, "Timed steps, after one warm-up step.", lower_bound=4)
+_MIXERS = flags.DEFINE_list("mixers", None, "Instead of --model: a table of these mixers, or of 'all'.")
+_SIZE = flags.DEFINE_enum("size", "6m", ["6m", "100m"], "With --mixers: about 6 M or 100 M parameters.")
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with the recurrentgemma package.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 
 def main() -> None:
     if _AGAINST.value and (_MODEL.value != "griffin_6m" or _LAYERS.value):
-        raise UserError("--against has the model griffin_6m alone, at its own depth")
+        raise UserError("--against supports the model griffin_6m only, at its own depth")
     if _MIXERS.value:
         _write(_table())
         return
@@ -87,7 +87,7 @@ def _write(result: Any) -> None:
 
 
 def _table() -> list[dict[str, Any]]:
-    """Every mixer by itself, one after another, at the same width, depth and shape of the batch."""
+    """Every mixer by itself, one after another, at the same width, depth and batch shape."""
     from jaxlinear import config as configs
     from jaxlinear.models import mixers, presets
 
@@ -124,7 +124,7 @@ def _enlarge(model: Any, preset: dict[str, Any]) -> None:
 
 
 def _config(preset: str) -> Any:
-    """An unresolved config with the preset and what the flags change."""
+    """An unresolved config with the preset and the changes that the flags ask for."""
     from jaxlinear import config as configs
 
     config = configs.default()
@@ -133,12 +133,12 @@ def _config(preset: str) -> Any:
     if _REMAT.value:
         config.model.remat = _REMAT.value
     config.training.batch_size, config.training.sequence_length = _BATCH.value, _LENGTH.value
-    config.data.segment_documents = False  # the package segments none in this comparison
+    config.data.segment_documents = False  # nor does the package in this comparison
     return config
 
 
 def _ours(config: Any) -> tuple[Callable[[], float], dict[str, Any]]:
-    """A function that runs one step and returns its tokens a second, and what is known before it runs."""
+    """A function that runs one step and returns its tokens per second, and what is known before it runs."""
     import jax
     import numpy as np
 

@@ -102,7 +102,7 @@ _tests = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Frees compiled programs once there are many: a worker runs a thousand tests."""
+    """Frees compiled programs once there are many, since a worker runs a thousand tests."""
     yield
     if next(_tests) % _EVERY == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
         import jax

@@ -1,5 +1,5 @@
-"""GPUs besides those that users compile for without having one: there kernels have other blocks, or do not run. For an
-absent GPU, JAX 0.12 compiles only under names it knows, such as L40 for an L40S."""
+"""GPUs other than the targets that users can compile for without the hardware: on these, kernels have other blocks, or do
+not run. For an absent GPU, JAX 0.12 compiles only under names it knows, such as L40 for an L40S."""
 
 from typing import NamedTuple
 

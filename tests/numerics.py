@@ -21,7 +21,7 @@ jit = functools.partial(jax.jit, compiler_options=_OPTIONS)
 
 
 def each_dtype(names, *chosen):
-    """``(name, dtype)``: every case in float64, which checks the mathematics; those chosen in the other dtypes as well."""
+    """``(name, dtype)``: every case in float64, which checks the mathematics, and those chosen also in the other dtypes."""
     names = [*names, *(name for name in chosen if name not in names)]
     return [(name, dtype) for name in names for dtype in TOLERANCES if dtype == "float64" or name in chosen]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def dumped_to(directory: Path) -> dict[str, str]:
-    """Options of ``compile`` that write the kernels to ``directory``, for ``registers``; JAX 0.11 has to be asked to."""
+    """Options of ``compile`` that write the kernels to ``directory``, for ``registers``; JAX 0.11 does so only if asked."""
     return {"xla_dump_to": str(directory), "xla_dump_emitter_re": "ptx"}
 
 

@@ -1,4 +1,4 @@
-"""Meshes of 8 devices that spread time, and documents that test the borders of shards."""
+"""Meshes of 8 devices that spread time, and documents that test the boundaries of shards."""
 
 import numpy as np
 

@@ -12,7 +12,7 @@ AGAINST = {"jaxlinear/models/loading.py"}  # as the page says
 
 
 def rooms() -> dict[str, tuple[str, set[str]]]:
-    """Maps the path of each room to its row's first path and to what that row lets it import."""
+    """Maps the path of each room to its row's first path and to what that row allows it to import."""
     found = {}
     for line in PAGE.read_text().split("\n"):
         if line.startswith("| `jaxlinear/"):

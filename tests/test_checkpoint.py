@@ -36,7 +36,7 @@ def test_round_trip(tmp_path):
 
 
 def test_a_checkpoint_that_is_removed_while_they_are_listed(three, monkeypatch):
-    """Orbax reads the time of each checkpoint it has listed; meanwhile the run that owns the directory removes one."""
+    """Orbax reads the time of each checkpoint it has listed; meanwhile, the run that owns the directory removes one."""
     manager, opened = checkpoint.ocp.CheckpointManager, []
 
     def removed_meanwhile(directory, options):
@@ -89,7 +89,7 @@ def test_the_first_process_is_asked_for_no_other_than_the_newest(three, monkeypa
 
 
 def test_a_host_without_space_ends_all(three, monkeypatch):
-    """A quota may be used up in the view of one host alone."""
+    """A quota may be used up as seen by only one host."""
     checkpoints = Checkpoints(three, small_trees.config())
     with monkeypatch.context() as patch:
         of_two_processes(patch, lambda question: 1)
@@ -157,7 +157,7 @@ def test_the_best_of_before_it_was_asked_for_is_kept(tmp_path):
 
 
 def test_losses_of_other_text_are_neither_better_nor_worse(tmp_path):
-    """For example of more text, when a run resumes with another evaluation.batches."""
+    """For example, of more text, when a run resumes with another evaluation.batches."""
     options = {"keep_newest": 1, "keep_best": 1}
     assert small_trees.save(tmp_path, (1, 2, 3), {1: 1.0, 2: 2.0}, text="a", **options).steps() == [1, 3]
     assert small_trees.save(tmp_path, (4, 5, 6), {4: 2.5, 5: 3.0}, text="b", **options).steps() == [1, 4, 6]

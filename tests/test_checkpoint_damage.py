@@ -92,7 +92,7 @@ def test_damaged_losses_are_refused_by_name(tmp_path, damage):
 
 
 def test_a_half_written_checkpoint_is_not_seen(three):
-    """It has the name that Orbax gives to an unfinished one; the next save removes it."""
+    """It has the name that Orbax gives to unfinished checkpoints; the next save removes it."""
     directory = three / DIRECTORY
     shutil.copytree(directory / "3", directory / "9.orbax-checkpoint-tmp")
     remove(directory / "9.orbax-checkpoint-tmp" / "commit_success.txt")

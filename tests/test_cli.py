@@ -111,7 +111,7 @@ def help_of(program, *arguments):
 
 @pytest.mark.parametrize("program", sorted(file.stem for file in (REPOSITORY / "launch").glob("*.py")))
 def test_every_program_has_help(program):
-    """The help has its docstring, every flag it defines, and which are required; --help needs no other flag."""
+    """The help has its docstring and every flag it defines, and says which are required; --help needs no other flag."""
     source = (REPOSITORY / "launch" / f"{program}.py").read_text()
     text = help_of(program, "--help")
     assert text.startswith(ast.get_docstring(ast.parse(source)))
@@ -129,7 +129,7 @@ def test_help_has_every_key_of_the_config(tmp_path):
 
 
 def test_help_behind_two_dashes_is_anothers():
-    """For example launch/train.py's, after launch/submit.py's own flags."""
+    """For example, launch/train.py's, after launch/submit.py's own flags."""
     seen = []
     with pytest.raises(SystemExit):
         cli.run(seen.extend, ["submit.py", "--", "--help"], takes_arguments=True)
@@ -180,7 +180,7 @@ def test_where_nothing_can_be_written_nothing_is_begun(program, arguments, messa
     ],
 )
 def test_urls_are_no_paths(program, arguments, tmp_path):
-    """``pathlib`` would make them local directories, which are lost with the machine."""
+    """``pathlib`` would make local directories of them, which are lost with the machine."""
     arguments = arguments.replace("configs/", f"{REPOSITORY}/configs/").split()
     command = [sys.executable, REPOSITORY / "launch" / f"{program}.py", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -193,7 +193,7 @@ def test_urls_are_no_paths(program, arguments, tmp_path):
 
 
 def test_a_home_that_no_shell_put_in_is_refused(monkeypatch):
-    """Shells do not expand it after =, and a directory called ~ would be made where the program runs."""
+    """Shells do not expand ~ after =, and a directory called ~ would be made where the program runs."""
     monkeypatch.setenv("HOME", "/home/me")
     with pytest.raises(
         UserError, match=r"^--output=~/a: a shell does not expand ~ after =; write --output=/home/me/a$"
@@ -381,7 +381,7 @@ def test_a_defect_of_what_a_config_file_calls_keeps_its_traceback(tmp_path):
 
 
 def test_a_disk_that_fails_under_a_config_file_may_be_mended(tmp_path):
-    """So the exit status is not that of errors which a restart would not mend."""
+    """So the exit status is not the one of errors that a restart would not fix."""
     file = tmp_path / "small.py"
     file.write_text(BAD_CONFIG.replace("LINE", "raise OSError(5, 'Input/output error')"))
     done = launch(tmp_path, f"--config={file}")
@@ -441,7 +441,7 @@ def test_messages_of_the_library_are_shown_once(capsys):
     ],
 )
 def test_sigterm_before_there_is_anything_to_save(before, then, status, said):
-    """A run that receives it while starting has not failed; once the run handles it, the run saves itself."""
+    """A run that receives it while starting has not failed; once the run handles it, it saves a checkpoint."""
     lines = [
         "import ctypes, os, signal, sys, threading, time; from jaxlinear import cli; sys.argv[0] = 'program'",
         "signal.signal(signal.SIGINT, signal.default_int_handler)",  # tests in the background inherit it ignored
@@ -466,7 +466,7 @@ def test_sigterm_before_there_is_anything_to_save(before, then, status, said):
     ],
 )
 def test_a_failure_waits_for_no_thread(what, status, said):
-    """Such as Orbax's, which wait for a checkpoint that could not be written."""
+    """For example, for Orbax's threads, which wait for a checkpoint that could not be written."""
     code = (
         "import errno, threading; from jaxlinear import cli; from jaxlinear.errors import UserError\n"
         f"def main():\n  threading.Thread(target=threading.Event().wait, args=(300,)).start()\n  {what}\n"

@@ -285,7 +285,7 @@ def test_what_nothing_reads_makes_no_other_run(tmp_path):
 
 
 def test_heads_that_nothing_reads():
-    """Their number may be missing or any, and need not divide the width: a config that names all sizes has one."""
+    """Their number may be missing or anything, and need not divide the width: a config that names all sizes has one."""
     config = configs.default()
     config.model.preset, config.model.width = "mamba2_6m", 257
     assert configs.resolve(config).model.num_heads == 8

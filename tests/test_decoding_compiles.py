@@ -36,7 +36,7 @@ def decoding(target, pattern, **changes):
 
 @pytest.mark.parametrize("target", ["h100:1", "v5e:2x2"])
 def test_kernels_are_read_as_they_lie(target):
-    """None appears in float32, and none is concatenated with another."""
+    """No kernel appears in float32, and none is concatenated with another."""
     text = decoding(target, ("rg_lru",))
     shapes = set(re.findall(r"\b(?:bf16|f32)\[[\d,]+\]", text))
     assert f"bf16[{WIDTH},{3 * WIDTH}]" in shapes and f"bf16[512,{WIDTH}]" in shapes
@@ -55,7 +55,7 @@ def test_slots_on_a_tpu_are_written_at_once_and_read_by_the_matrix_unit():
 
 
 def test_experts_on_a_gpu_are_no_loops():
-    """Each iteration would wait for the host: the only loop is over the tokens."""
+    """Each iteration of a loop would wait for the host: the only loop is over the tokens."""
     experts = {"channel_mixer": "mixture_of_experts", "experts": 16, "experts_per_token": 2, "expert_width": WIDTH}
     text = decoding("h100:1", ("gla",), **experts)
     assert len(re.findall(r" while\(", text)) == 1
@@ -63,7 +63,7 @@ def test_experts_on_a_gpu_are_no_loops():
 
 
 def test_states_of_the_delta_rule_on_a_gpu_are_updated_in_place():
-    """The fusion that writes one reads no sum over it, and so may write in place: the state is not copied."""
+    """The fusion that writes a state reads no sum over it, and so may write in place: the state is not copied."""
     text = decoding("h100:1", ("gated_delta_net",), recurrent_heads=2, key_width=96, value_width=160)
     body = re.search(r" while\(.*body=%([\w.\-]+)", text).group(1)
     lines = re.search(rf"^%{re.escape(body)} .*?^\}}", text, re.MULTILINE | re.DOTALL).group().splitlines()

@@ -146,7 +146,8 @@ def test_a_model_for_decoding_is_the_same_model(mixer):
 
 @pytest.mark.parametrize("mixer", [*sorted(mixers.MIXERS), "experts"])
 def test_parameters_that_are_rounded_for_decoding_are_only_read_so(mixer):
-    """To bfloat16, in which they are used: outputs are equal to the last bit. They are most of the parameters."""
+    """They are rounded to bfloat16, in which they are used: outputs are equal to the last bit. They are most of the
+    parameters."""
     sizes = {"num_layers": 1, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
     sizes |= {"key_width": 8, "value_width": 8, "dtype": "bfloat16"}
     if mixer == "experts":
@@ -180,7 +181,7 @@ def test_a_model_for_decoding_is_rounded_but_not_what_it_was_made_of(deep):
 
 
 def test_an_empty_past_goes_on_as_none_does(model):
-    """With ids of 0, which a sequence has by default."""
+    """With ids of 0, as a sequence has by default."""
     text, ids = tokens(2, 6), np.zeros((2, 3), np.int32)
     forward = _forward(model)
     _, state = forward(text[:, :3], None, model.init_state(2))
@@ -202,7 +203,7 @@ def test_products_by_output(rows):
 
 @pytest.mark.parametrize("pattern", [("attention",), ("sliding_window", "rg_lru")])
 def test_attention_has_room_for_the_text_alone(pattern, monkeypatch):
-    """Not for its whole context or window; the text is the same."""
+    """There is no room for its whole context or window; the text is the same."""
     sizes = {"num_layers": 2, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
     config = ModelConfig(pattern=pattern, window=64, context=64, dtype="float32", **sizes)
     architecture = describe(config)
@@ -237,7 +238,7 @@ def test_greedy_is_the_argmax_of_full_passes(model):
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}])
 def test_rows_do_not_depend_on_each_other(model, options):
-    """Nor on the padding, whose length follows from the longest prompt."""
+    """Nor on the padding, whose length depends on the longest prompt."""
     first, second = tokens(5, seed=4), tokens(40, seed=5)
     alone = generate(model, [first], max_tokens=12, **options)[0]
     assert generate(model, [first, second], max_tokens=12, **options)[0] == alone
@@ -262,8 +263,8 @@ def test_seeds_and_rows_draw_differently(model):
 
 
 def test_draws_are_independent_of_each_other(model):
-    """Where all tokens are equally likely, one in 61 draws equals another: of the next token, the next row or seed, also if
-    they are shifted against each other."""
+    """If all 61 tokens are equally likely, one draw in 61 equals another: that of the next token, row or seed, also if they
+    are shifted against each other."""
     options = {"max_tokens": 24, "temperature": 1e6}
     found = np.concatenate([generate(model, [tokens(6)] * 8, seed=seed, **options) for seed in (1, 2)])
     assert found.shape == (16, 24) and len(np.unique(found)) == VOCAB
@@ -274,7 +275,7 @@ def test_draws_are_independent_of_each_other(model):
 
 
 def test_a_single_row_is_decoded_beside_a_copy_of_it(model, monkeypatch):
-    """All devices but CPUs do this, and the output does not show it."""
+    """All devices but CPUs do this; the output is the same."""
     prompt, prefill, rows = tokens(6, seed=6), generation._prefill, []
     expected = generate(model, [prompt], max_tokens=7, seed=1)
     monkeypatch.setitem(generation._FEWEST_ROWS, "cpu", 2)
@@ -293,7 +294,7 @@ def test_how_many_rows_are_added():
 
 
 def test_rows_are_drawn_by_their_numbers(model):
-    """So a subset of the prompts continues as it does among all of them."""
+    """Thus a subset of the prompts continues as it does among all of them."""
     prompts = [tokens(6, seed=6), tokens(9, seed=7), tokens(6, seed=6)]
     whole = generate(model, prompts, max_tokens=20, seed=1)
     pieces = generation.chunks(model, prompts[1:], Sampling(seed=1), 20, numbers=[1, 2])
@@ -366,7 +367,7 @@ def test_refusals(model, options, message):
 
 
 def test_full_attention_generates_within_its_context():
-    """And is refused beyond it, whatever the prompts' padding; a window of the same size goes on."""
+    """It is refused beyond that, whatever the prompts' padding; a window of the same size continues."""
     config = {"num_layers": 2, "vocab_size": VOCAB, "width": 16, "recurrent_width": 16, "num_heads": 2, "window": 20}
 
     def make(*pattern):
@@ -471,7 +472,8 @@ def test_writer(tiny_run):
 
 
 def test_a_writer_stops_and_draws_as_its_tokenizer_says(tiny_run):
-    """At a temperature that makes all tokens equally likely: only tokens of the vocabulary, up to the document token."""
+    """At a temperature that makes all tokens equally likely, it gives only tokens of the vocabulary, up to the document
+    token."""
     writer, tokenizer = generation.Writer.open(tiny_run), load_tokenizer(tiny_run)
     prompts, options = [chr(97 + i) for i in range(8)], {"max_tokens": 96, "temperature": 1e6, "seed": 0}
     encoded = [[256, *tokenizer.encode(prompt).tolist()] for prompt in prompts]

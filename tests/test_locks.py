@@ -48,7 +48,7 @@ def test_a_second_one_is_refused_with_who_holds_it(tmp_path, monkeypatch, caplog
 
 
 def test_one_that_ends_is_waited_for(tmp_path):
-    """Such as the previous run, when a scheduler restarts it."""
+    """For example, for the previous run when a scheduler restarts it."""
     ended = threading.Event()
 
     def hold():
@@ -82,7 +82,7 @@ def test_a_killed_one_holds_nothing(tmp_path, monkeypatch):
 
 
 def test_the_first_error_is_the_one_that_is_seen(tmp_path, monkeypatch):
-    """Not the later one, of emptying the lock file on the same failing disk."""
+    """It is not the later one, from emptying the lock file on the same failing disk."""
 
     class File(io.FileIO):
         truncates = 0

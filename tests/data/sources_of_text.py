@@ -1,4 +1,4 @@
-"""Texts to prepare, and the files that were written."""
+"""Texts to prepare, and the files that preparation wrote."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Packing a stream in blocks: every token and boundary is where the stream has it, on any number of shards."""
+"""Packing a stream into blocks: every token and boundary is where the stream has it, with any number of shards."""
 
 import errno
 import pathlib

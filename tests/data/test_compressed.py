@@ -21,7 +21,7 @@ def test_several_members_and_damage(tmp_path):
 
 
 def test_zstandard_of_the_largest_window(tmp_path):
-    """As ``zstd --long=31`` writes it; the library's own limit is 27."""
+    """As ``zstd --long=31`` writes it; the library's default limit is 27."""
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
     packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # it is not told the size
     (tmp_path / "a.zst").write_bytes(packer.compress(b"one") + packer.flush())

@@ -1,4 +1,4 @@
-"""What killed runs left beside a dataset: removed if its writer has surely died, otherwise reported."""
+"""What killed runs left beside a dataset: removed if its writer has certainly died, otherwise reported."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The loader: a pure function of (seed, step), the same on any number of hosts, true to the stream."""
+"""The loader: a pure function of (seed, step), the same on any number of hosts, faithful to the stream."""
 
 import dataclasses
 import itertools
@@ -167,7 +167,7 @@ def test_seeds_give_other_orders(dataset):
 
 
 def test_the_order_is_what_it_was():
-    """If this fails, a resumed run sees other batches than the run that was stopped would have seen.
+    """If this fails, a resumed run sees different batches from those that the stopped run would have seen.
 
     After a deliberate change, or an unavoidable update of grain, put the new numbers here and say so in the release notes.
     """
@@ -181,8 +181,8 @@ def test_the_order_is_what_it_was():
 
 @pytest.mark.parametrize("size", [1 << 16, 10**6, 10**9])
 def test_examples_in_a_row_are_from_all_over_the_text(size):
-    """If neighbouring examples had similar places, a batch of sorted text would come from a few parts of it. With the four
-    rounds of grain's own shuffle, the first of these correlations is -0.37, 0.38 and 0.57 at some distance up to 64."""
+    """If neighbouring examples came from similar places, a batch of sorted text would come from a few parts of it. With the
+    four rounds of grain's own shuffle, the first of these correlations is -0.37, 0.38 and 0.57 at distances up to 64."""
     order, _ = loader._order([size], [1.0], 0)
     epochs = [np.array([order[e * size + i] / size for i in range(8192)]) for e in range(2)]
     for distance in range(1, 65):

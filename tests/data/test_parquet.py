@@ -23,7 +23,7 @@ def test_parquet(tmp_path):
 
 
 def test_the_size_of_parquet_is_that_of_the_text_in_it(tmp_path):
-    """The size does not count other columns, and is not the compressed one."""
+    """The size does not include other columns, and is not the compressed one."""
     random = np.random.default_rng(0)
     values = [f"{i} " + "and so on " * 100 for i in range(1000)]
     noise = [random.bytes(500) for _ in values]
@@ -56,7 +56,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path):
 
 
 def test_parquet_that_cannot_be_read_is_no_broken_record(tmp_path):
-    """It is an error, as for other files that are gone or unreadable: otherwise a whole file would count as one record."""
+    """It is an error, as for other missing or unreadable files: otherwise a whole file would count as one record."""
     for name in ("a.parquet", "b.parquet"):
         pyarrow.parquet.write_table(pyarrow.table({"text": ["one"] * 200}), tmp_path / name)
     source = open_source(str(tmp_path))

@@ -181,7 +181,7 @@ def test_workers_and_repetition_change_no_byte(tmp_path, monkeypatch):
 
 
 def test_little_of_the_source_is_read_ahead(tmp_path, monkeypatch):
-    """Even if documents are taken slowly: a source may be larger than memory."""
+    """Even if documents are consumed slowly: a source may be larger than memory."""
     monkeypatch.setattr(encoding, "_BATCH_DOCUMENTS", 1)
     tokenizer, read = BytesTokenizer(), []
     tokenizer.save(tmp_path)
@@ -270,7 +270,7 @@ def test_the_sample_is_from_all_over_the_source(train_bytes, known, sampled, rea
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.ZstdCompressor().compress])
 def test_a_compressed_source_is_sampled_as_what_it_holds(tmp_path, pack):
-    """Going by the size of its files alone, the whole sample would come from the beginning."""
+    """Going only by the size of its files, the whole sample would come from the beginning."""
     texts = [f"{i:03d}" + "é" * 498 + "." for i in range(400)]  # of 1000 bytes each
     name = {bytes: "a.jsonl", gzip.compress: "a.jsonl.gz"}.get(pack, "a.jsonl.zst")
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
@@ -314,7 +314,7 @@ def test_broken_and_empty_records_are_counted_and_named(tmp_path, caplog):
 
 
 def test_every_damaged_file_is_named(tmp_path, caplog):
-    """Each counts as one broken record, and nobody knows how much it holds after the damage."""
+    """Each counts as one broken record; how much a file holds after the damage is unknown."""
     folder = tmp_path / "source"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", make_texts(0, 800))

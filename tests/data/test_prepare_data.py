@@ -65,7 +65,7 @@ def test_summary(tmp_path, source):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_tokens_instead_of_text(tmp_path, packed):
-    """With the command and each of its three options."""
+    """With each of the command's three options."""
     rows = [list(f"line number {i} has {i * i} in it".encode()) for i in range(200)]
     if packed:
         content = "".join(json.dumps({"ids": [*row, 256]}) + "\n" for row in rows)
@@ -115,7 +115,7 @@ def goes_on(process):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_its_end_is_that_of_its_workers(tmp_path, number):
-    """The command is killed while it reads. SIGTERM leaves nothing half-made; the next run removes what SIGKILL leaves."""
+    """The command is killed while reading. SIGTERM leaves nothing half-made; the next run removes what SIGKILL leaves."""
     source = tmp_path / "source.jsonl"
     os.mkfifo(source)
     process = subprocess.Popen(

@@ -49,7 +49,7 @@ def test_overwrite_removes_nothing_but_a_dataset(tmp_path):
 
 
 def test_a_dataset_in_its_own_source_is_not_read(tmp_path, caplog):
-    """Its manifest is JSON too, and would be taken for text."""
+    """Its manifest is also JSON and would be taken for text."""
     for i, text in enumerate(make_texts(0, 60)):
         (tmp_path / f"{i}.txt").write_text(text)
     options = {"vocab_size": 300, "heldout_fraction": 0.3, "block_length": 64, "workers": 1, "overwrite": True}
@@ -106,7 +106,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch, overwrite):
-    """At the last moment, when only the manifest is missing; an older dataset stays."""
+    """At the last moment, when only the manifest is missing; an older dataset remains."""
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
     options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
     if overwrite:

@@ -175,7 +175,7 @@ def test_a_link_that_leads_nowhere_is_refused(tmp_path, name):
 
 
 def test_a_pipe_in_a_folder_is_refused(tmp_path):
-    """Reading it would wait for ever."""
+    """Reading it would wait forever."""
     (tmp_path / "a.txt").write_text("one")
     os.mkfifo(tmp_path / "b.txt")
     with pytest.raises(UserError, match=rf"^{tmp_path}/b\.txt is a pipe, a socket or a device, not a file"):
@@ -183,7 +183,7 @@ def test_a_pipe_in_a_folder_is_refused(tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
-    """The refusal is simulated, since tests may run as root, whom permissions do not bind."""
+    """The refusal is simulated, since tests may run as root, to whom permissions do not apply."""
     (tmp_path / "z.txt").write_text("z")
     closed = tmp_path / "closed"
     closed.mkdir()
@@ -210,7 +210,7 @@ def test_json_lines(tmp_path, name):
 
 
 def test_a_mark_of_the_byte_order_is_no_part_of_json(tmp_path):
-    """Nor is it a broken record. In plain text, which is taken byte for byte, it stays."""
+    """Nor is it a broken record. In plain text, which is taken byte for byte, the mark stays."""
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json_lines({"text": "one"}, {"text": "two"}))
     assert texts(open_source(str(tmp_path / "a.jsonl"))) == ["one", "two"]
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
@@ -262,7 +262,7 @@ def test_truncated_file_is_a_broken_record(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_of_a_truncated_text_whole_documents_are_read(tmp_path, suffix):
-    """As for JSON lines. A document that is cut off in the middle is not read."""
+    """As with JSON lines. A document that is cut off in the middle is not read."""
     documents = [f"{i}\n" + "".join(map(chr, range(300, 900))) for i in range(500)]
     pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
     file = tmp_path / f"a.txt{suffix}"
@@ -321,7 +321,7 @@ def test_the_size_of_a_source_is_that_of_its_content(tmp_path):
 
 
 def test_the_size_of_jsonl_is_that_of_the_text_in_it(tmp_path):
-    """Otherwise, where other fields make up nine tenths of the lines, a tokenizer is trained on a tenth of the intended
+    """Otherwise, if other fields make up nine tenths of the lines, a tokenizer is trained on a tenth of the intended
     text."""
     values = [{"text": "ö" * (50 + i % 7), "meta": {"html": "x" * 2000}} for i in range(1000)]
     size = sum(len(value["text"].encode()) for value in values)
@@ -381,7 +381,7 @@ def test_hugging_face(monkeypatch):
     ],
 )
 def test_a_document_larger_than_memory_is_refused(tmp_path, monkeypatch, name, separator, remedy):
-    """A corpus in one file that is cut differently from what was given, or an array of JSON in one line."""
+    """A corpus in one file that is cut differently from what was given, or a JSON array in one line."""
     monkeypatch.setattr("jaxlinear.data.sources._LARGEST_DOCUMENT", 100)
     monkeypatch.setattr("jaxlinear.data.compressed._CHUNK", 40)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""data/tasks: every answer is derived from the tokens in another way than it was made; (seed, i) determines the example."""
+"""data/tasks: every answer is recomputed from the tokens in a different way; (seed, i) determines the example."""
 
 import itertools
 
@@ -59,7 +59,7 @@ def test_examples_are_of_seed_split_and_index(spec):
 
 
 def test_no_example_is_another_of_the_next_seed_or_of_the_other_split():
-    """Not even at another index: an example of 64 random bits is drawn only once."""
+    """Not even at another index: with 64 random bits, an example is drawn only once."""
     found = [rows("parity:length=64", seed=seed, split=split) for seed in (3, 4, 5) for split in ("train", "heldout")]
     assert len(np.unique(np.concatenate([batch["tokens"] for _, batch in found]), axis=0)) == 6 * 40
 
@@ -95,7 +95,7 @@ def test_mqar(spec):
 
 
 def share(values, bounds):
-    """How often each whole number from ``bounds[0]`` to below ``bounds[1]`` is among the values, all of which lie there."""
+    """How often each whole number from ``bounds[0]`` to below ``bounds[1]`` is among the values; all are in this range."""
     values = np.ravel(values)
     assert bounds[0] <= values.min() and values.max() < bounds[1]
     return np.bincount(values - bounds[0], minlength=bounds[1] - bounds[0]) / len(values)
@@ -109,7 +109,7 @@ def uniform(values, *bounds):
 
 @pytest.mark.parametrize("power", [0.01, 1.0, 2.0])
 def test_where_mqar_asks(power):
-    """One key in one of five places: number d has a weight of d to the power - 1. All keys and values are as likely."""
+    """One key in one of five places: number d has weight d ** (power - 1). All keys and values are equally likely."""
     _, batch = rows(f"mqar:length=12:pairs=1:vocab_size=7:power={power}", count=2000)
     weights = np.arange(1, 6) ** (power - 1)
     found = share((np.nonzero(batch["targets"] >= 0)[1] - 2) // 2, (0, 5))
@@ -201,7 +201,7 @@ def test_list_ops():
 
 
 def test_a_fourth_of_the_arguments_are_operations():
-    """Wherever they may be, as in the Long Range Arena. At depth 2, the length has room for all that are drawn."""
+    """Wherever operations may be, as in the Long Range Arena. At depth 2, the length has room for all that are drawn."""
     _, batch = rows("listops:length=128:shortest=0:depth=2:arguments=6", count=300)
     nested = arguments = 0
     for tokens in batch["tokens"]:
@@ -242,7 +242,7 @@ def test_pass_key_at_the_ends(tiny_dataset):
 
 
 def test_pass_keys_are_anywhere_in_other_text(tiny_dataset):
-    """Any number may be the key, with its zeros at the front. Without a depth, the key may be at any."""
+    """Any number may be the key, with leading zeros. Without a given depth, the key may be at any depth."""
     tokenizer, text = load_tokenizer(tiny_dataset), "passkey:length=110:digits=1:split=train"
     _, batch = rows(f"{text}:dataset={tiny_dataset}", count=60)
     depths, beginnings = [], set()

@@ -1,5 +1,5 @@
-"""Sources of token ids: the dataset equals that of their text, in every format; files that are not as declared are
-refused."""
+"""Sources of token ids: the dataset equals the one made from their text, in every format; files that differ from what is
+declared are refused."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def made(tmp_path_factory):
 
 
 def dataset(directory) -> dict:
-    """The files of a dataset, without the name of the source."""
+    """The contents of a dataset's files, without the name of the source."""
     content = files(directory)
     manifest = json.loads(content.pop("manifest.json"))
     del manifest["source"], manifest["records"]
@@ -132,7 +132,7 @@ KINDS = (
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_dataset_of_ids_is_that_of_their_text(kind, tmp_path, monkeypatch, made):
-    """Byte for byte: the same split, tokens, borders and sizes."""
+    """Byte for byte: the same split, tokens, boundaries and sizes."""
     monkeypatch.setattr("jaxlinear.data.token_files._PART", 100)  # documents span several parts
     monkeypatch.setattr("jaxlinear.data.compressed._CHUNK", 101)  # and ids two chunks
     texts, tokenizer, file, expected = made
@@ -207,7 +207,7 @@ def test_documents_that_were_cut_are_this_tokenizers_all_the_same(tmp_path, capl
 
 
 def test_of_long_documents_the_beginning_is_looked_at(tmp_path, caplog, monkeypatch, made):
-    """A billion bytes would not fit in memory as a Python list."""
+    """A billion bytes would not fit into memory as a Python list."""
     monkeypatch.setattr(token_ids, "_OF_EACH", 40)
     texts, tokenizer, file, _ = made
     rows = [np.concatenate([row, of_another(row)]) for row in tokenizer.encode_batch(texts) if len(row) > 40]

@@ -130,7 +130,7 @@ def test_ids_may_have_gaps(tmp_path):
 
 
 def test_a_document_token_that_is_a_byte_too_is_refused(tmp_path):
-    """Here the package numbers added tokens from 257 on, whatever the file says, and 257 is the id of a byte."""
+    """Here the package numbers added tokens from 257 onwards, whatever the file says, and 257 is the id of a byte."""
     train_bpe(TEXTS, 257).save(tmp_path)
     file = tmp_path / "tokenizer.json"
     fields = json.loads(file.read_text())

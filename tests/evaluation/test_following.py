@@ -29,7 +29,7 @@ def copied(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def followed(copied):
-    """The reports, and the steps for which a checkpoint was opened."""
+    """The reports, and the steps whose checkpoints were opened."""
     reports = []
     for report in following.follow(copied, TASKS, OPTIONS, poll=0.1):
         reports.append(report)
@@ -103,8 +103,8 @@ def test_reports_of_checkpoints_that_are_gone_are_read_again(followed, copied, t
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_copy_that_is_younger_than_all_starts(followed, copied, tmp_path, counted):
-    """Judged by time, a report from a discarded past would be newer than the start that set the run back, so the starts are
-    counted. A report from before they were counted has only its time."""
+    """Going by time, a report from a discarded past would be newer than the start that set the run back, so the starts are
+    counted. A report from before starts were counted has only its time."""
     workdir = shutil.copytree(copied, tmp_path / "run")
     shutil.rmtree(workdir / DIRECTORY / "1")
     path = following.directory(workdir) / "1.json"
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_is_removed_is_left_out(copied, followed, monkeypatch,
 
 
 def test_a_checkpoint_whose_removal_is_under_way(copied, followed, tmp_path, monkeypatch, caplog):
-    """It is removed file by file, so it exists but cannot be read. What an earlier call found for it is not lost."""
+    """It is removed file by file, so it still exists but cannot be read. What an earlier call found for it is not lost."""
     workdir = shutil.copytree(copied, tmp_path / "run")
     first = workdir / DIRECTORY / "1"
     slept = []

@@ -1,4 +1,4 @@
-"""evaluation/harness.py: a run gives the harness the scores of each choice by itself; from local files."""
+"""evaluation/harness.py: a run gives the harness the scores of each choice by itself; tasks come from local files."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def test_repeats_are_drawn_apart_and_do_not_depend_on_the_batches(run):
 
 
 def test_few_shapes_of_generation_are_compiled(run, monkeypatch):
-    """For batches of any number of questions on 8 devices; and the model is laid out for decoding once."""
+    """For batches of any number of questions on 8 devices; and the model is laid out for decoding only once."""
     shapes, laid_out = [], []
     prefill, for_decoding = generation._prefill, LanguageModel.for_decoding
 
@@ -147,7 +147,7 @@ def test_few_shapes_of_generation_are_compiled(run, monkeypatch):
     ],
 )
 def test_what_is_drawn(arguments, expected):
-    """``do_sample`` or a temperature alone decides, as in lm_eval's ``normalize_gen_kwargs``."""
+    """Either ``do_sample`` or a temperature by itself decides, as in lm_eval's ``normalize_gen_kwargs``."""
     until, limit, sampling = harness._sampling(arguments | {"until": None, "max_gen_toks": None})
     assert (until, limit, sampling) == ([], 256, generation.Sampling(**{"temperature": 0.0} | expected))
     theirs = normalize_gen_kwargs({name: value for name, value in arguments.items() if value is not None})
@@ -187,7 +187,7 @@ def test_a_task_from_local_files(run, files):
 
 
 def test_standard_errors_of_filtered_answers():
-    """lm_eval names them METRIC_stderr,FILTER; each is shown beside its metric and has no curve."""
+    """lm_eval names them METRIC_stderr,FILTER; each is shown next to its metric and has no curve."""
     results = {"exact_match,none": 0.25, "exact_match_stderr,none": "N/A", "alias": "words"}
     results |= {"exact_match,maj": 0.5, "exact_match_stderr,maj": 0.125}
     values = harness._metrics({"results": {"words": results}, "n-samples": {}}, "words")
@@ -228,7 +228,7 @@ def test_no_question_is_among_its_own_examples(run, files):
 
 
 def test_tasks_that_come_with_the_harness_are_found():
-    """Without reading all of them, and with their questions from a local file."""
+    """Without reading all of them; their questions come from a local file."""
     assert harness._find("piqa").name == "piqa.yaml"
     assert "task: boolq" in harness._find("boolq").read_text()
     assert harness._find("no_such_task") is None
@@ -255,7 +255,7 @@ def test_refusals(run, spec, message):
 
 
 def test_too_many_examples_are_refused(run, files):
-    """The question itself does not count; a number that the task's file asks for is checked as well."""
+    """The question itself does not count; a number that the task's file gives is checked as well."""
     task, data, _ = files
     with pytest.raises(
         UserError, match="words does not have 12 examples per question; the largest possible is fewshot=11"

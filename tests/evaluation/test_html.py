@@ -1,4 +1,4 @@
-"""Pages in one file: their content is escaped, and nothing in them points outside."""
+"""Pages in one file: their content is escaped, and nothing in them links outside."""
 
 import re
 from html.parser import HTMLParser

@@ -1,4 +1,4 @@
-"""Pages of a run, its evaluations and a sweep, opened in headless Chromium: whole, silent, and asking for nothing.
+"""Pages of a run, its evaluations and a sweep, opened in headless Chromium: complete, without errors or requests.
 
 Collected only with ``--chromium=PATH`` (``make test-pages``, a step of CI).
 """

@@ -1,5 +1,5 @@
-"""Losses of rows whose time is spread over devices: they equal those of whole rows, and no device holds an array as
-long as the row."""
+"""Losses of rows whose time is spread over devices: they equal those of whole rows, and no device holds an array as long
+as the row."""
 
 import re
 

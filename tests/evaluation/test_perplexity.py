@@ -79,7 +79,7 @@ def test_the_report_names_the_run(report, tiny_run, tiny_dataset):
 
 
 def test_a_model_that_is_not_finite_is_refused(tiny_run):
-    """With the exit status of an error that would recur, as with the harness."""
+    """With the exit status of an error that would recur, as for the harness."""
     run = open_run(tiny_run, 1)
     run = dataclasses.replace(run, parameters=jax.tree.map(lambda x: x * np.float32(np.nan), run.parameters))
     measure = perplexity.prepare(run, "perplexity", evaluation.Options(lengths=(1,), batches=1))

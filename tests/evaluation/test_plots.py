@@ -42,7 +42,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve(tmp_path):
 
 
 def test_runs_are_told_apart(tmp_path, monkeypatch):
-    """By the parts in which their paths differ."""
+    """They are labelled by the parts in which their paths differ."""
 
     def labels(*workdirs):
         (axes,) = plots.loss_curves(workdirs).axes

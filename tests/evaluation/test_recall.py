@@ -36,7 +36,7 @@ def test_patterns():
 
 
 def test_all_patterns_are_checked_before_the_first_is_trained():
-    """Two of one name would be one run, and the second row would show weights that the first had trained."""
+    """Two patterns of one name would be one run, and the second row would show weights that the first had trained."""
     config = configs.default()
     config.data.task, config.model.num_layers, config.model.num_heads = "mqar:vocab_size=64", 2, 2
     config.model.width = 16
@@ -84,7 +84,7 @@ def test_keys_of_one_pattern():
     ],
 )
 def test_one_difficulty_is_asked(tiny_config, task, asked):
-    """It is the last difficulty that is trained, without a reference; a task on text uses held-out text."""
+    """It is the last one trained, without a reference; a task on text uses held-out text."""
     config = tiny_config.copy_and_resolve_references()
     config.data.task, config.training.sequence_length, config.model.vocab_size = task, 256, 384
     (*_, trained) = tasks.training_set(task, task_setting(config, "train"))

@@ -79,7 +79,7 @@ def test_where_it_ran_is_noted_at_each_start(page, tiny_run):
 
 
 def test_an_evaluation_that_followed_the_run(tiny_run, monkeypatch, tmp_path):
-    """Not that of a step from which the run has since been set back, and which it may never reach again."""
+    """Not the one of a step from which the run has since been set back, and which it may never reach again."""
     for step, starts in ((9, 1), (10, 1), (11, 0)):
         (tmp_path / f"{step}.json").write_text(json.dumps({"step": step, "starts": starts}))
     monkeypatch.setattr(following, "directory", lambda workdir: tmp_path)

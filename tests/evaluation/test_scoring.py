@@ -100,7 +100,7 @@ def test_lengths_that_are_compiled():
 
 @pytest.mark.parametrize("pattern", [("attention", "attention"), ("gla", "attention", "gla")], ids="+".join)
 def test_padding_beyond_what_attention_remembers(pattern):
-    """The text fits, and its padding does not."""
+    """The text fits; its padding does not."""
     random = np.random.default_rng(0)
     context, document = (tuple(random.integers(0, tiny.VOCABULARY, n).tolist()) for n in (22, 30))
     pairs = [(context, document[:9]), (context, document[:8]), (context[:5], document[:27])]

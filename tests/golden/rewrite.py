@@ -1,6 +1,6 @@
-"""The resolved text of every file in configs/, as its golden file holds it: python -m tests.golden.rewrite
+"""Writes the resolved text of every file in configs/ to its golden file: python -m tests.golden.rewrite
 
-Run it after a change of a config, of a default or of a preset that is meant, and read the difference before committing.
+Run it after an intended change of a config, a default or a preset, and read the difference before committing.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ def files() -> list[pathlib.Path]:
 
 
 def resolved_text(path: pathlib.Path) -> str:
-    """What a run of this config writes to its config.json, before the data have a say."""
+    """What a run of this config writes to its config.json, apart from what depends on the data."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

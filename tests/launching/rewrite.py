@@ -1,4 +1,4 @@
-"""The scripts and manifests in the golden files: python -m tests.launching.rewrite
+"""Writes the scripts and manifests in the golden files: python -m tests.launching.rewrite
 
 Run it after an intended change, and read the difference before committing.
 """

@@ -1,10 +1,10 @@
-"""Shell programs that take the place of those that a script calls, and what the script for TPU VMs sends to its hosts."""
+"""Shell stand-ins for the programs that a script calls, and what the script for TPU VMs sends to its hosts."""
 
 import subprocess
 
 
 def stand_in(file, *lines):
-    """Writes a shell program in place of another; returns its path."""
+    """Writes a shell program that replaces another; returns its path."""
     file.write_text("\n".join(("#!/bin/bash", *lines, "")))
     file.chmod(0o755)
     return str(file)

@@ -1,4 +1,4 @@
-"""``launch/check.py``: right kernels pass, wrong ones do not, and the operations and inputs that it checks."""
+"""``launch/check.py``: correct kernels pass, wrong ones do not; and which operations and inputs it checks."""
 
 import functools
 import json
@@ -70,7 +70,7 @@ def test_right_kernels_in_float32(small_blocks):
 
 
 def test_right_kernels_in_bfloat16(small_blocks):
-    """An operation with decays runs on every kind of inputs."""
+    """An operation with decays runs on every kind of input."""
     found = check("lightning_6m", 150, num_layers=1, width=32, num_heads=2, key_width=16, value_width=16)
     assert [(x.operation, x.inputs, x.is_right) for x in found] == [
         ("linear_attention", kind, True) for kind in check_inputs.KINDS
@@ -112,7 +112,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, small_blocks, wrong):
 
 @pytest.mark.parametrize("preset", SMALL)
 def test_what_every_model_calls(preset):
-    """The model's operations, and inputs that respect what each operation says of its arguments."""
+    """The model's operations, with inputs that satisfy each operation's conditions on its arguments."""
     found = device_check._calls(configs.resolve(config(preset)), jax.devices()[0], 2, 300)
     assert {call.operation for call in found} == {name for name, models in OPERATIONS.items() if preset in models}
     for call in found:

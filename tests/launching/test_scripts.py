@@ -1,4 +1,4 @@
-"""What the schedulers are given, compared with the golden files, which ``python -m tests.launching.rewrite`` rewrites."""
+"""What the schedulers are given, compared with golden files, which ``python -m tests.launching.rewrite`` rewrites."""
 
 import dataclasses
 import os
@@ -50,7 +50,7 @@ def test_shellcheck_has_no_complaint(name):
 
 
 def test_sbatch_reads_values_whole():
-    """sbatch follows the rules of a shell: a blank ends a value, # begins a comment."""
+    """sbatch follows a shell's rules: a blank ends a value, and # begins a comment."""
     values = {
         "comment": "two words",
         "partition": "a,b",
@@ -111,7 +111,7 @@ def test_a_run_goes_on_if_none_of_its_processes_failed(tmp_path, monkeypatch, en
 
 
 def test_told_to_end_between_two_starts(tmp_path, monkeypatch):
-    """Both processes are told: the first, which was not yet known, and the one that comes later."""
+    """Both processes are told to end: the first, which was not yet known, and the one that starts later."""
     start, begun = subprocess.Popen, []
 
     def begin(*arguments, **options):

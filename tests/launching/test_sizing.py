@@ -1,4 +1,4 @@
-"""What ``launch/compile.py`` says of a run: it describes the step that trains, and its figures are right."""
+"""What ``launch/compile.py`` says about a run: it describes the step that trains, and its figures are right."""
 
 import dataclasses
 import itertools
@@ -85,7 +85,7 @@ def test_time_is_the_least_that_the_rates_leave(sized):
 @pytest.mark.parametrize("topology", ["h100:4", "v5e:2x2"])
 @pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 2, "expert": 2}])
 def test_products_of_experts_are_those_of_the_formula(topology, mesh):
-    """Whatever computes them (on GPU, a number of blocks that is not known in advance), and wherever the experts lie."""
+    """Whatever computes them (on GPU, a number of blocks that is not known in advance), and wherever the experts are."""
     changed = configs.default()
     experts = {"channel_mixer": "mixture_of_experts", "experts": 4, "experts_per_token": 2, "expert_width": 256}
     layers = {
@@ -256,7 +256,7 @@ def test_the_network_between_slices():
 
 
 def test_several_slices():
-    """Once a step, the sums of the gradients pass between them, and nothing else; only ``data`` spans slices."""
+    """Once per step, only the sums of the gradients pass between slices; only ``data`` spans them."""
     target = targets.find("2xv5e:2x2")
     sized = sizing.size(config(data=4, fsdp=2), target)
     assert (sized.devices, sized.mesh["data"]) == (8, 4)
@@ -330,7 +330,7 @@ def test_float32_products_at_their_default_precision(kind, peak, slower):
 
 
 def test_it_is_the_step_that_trains(tiny_config, tmp_path, monkeypatch):
-    """It is the very program: the text that ``train`` lowers."""
+    """It is exactly the same program: the text that ``train`` lowers."""
     texts = []
 
     def recorded(*arguments):
@@ -351,7 +351,7 @@ def test_it_is_the_step_that_trains(tiny_config, tmp_path, monkeypatch):
 
 
 def test_the_program(tmp_path):
-    """Nothing in the environment says which platform JAX should use."""
+    """The environment does not say which platform JAX should use."""
     changed = {
         "model": {
             "preset": "hawk_6m",

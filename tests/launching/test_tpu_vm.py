@@ -88,8 +88,7 @@ def test_a_slice_is_asked_for_again(tmp_path, states, ends, status, done):
 
 
 def test_a_state_that_is_never_known_is_the_end(tmp_path):
-    """For example, gcloud's login has expired. A network that comes back in between does not count, however often it
-    fails."""
+    """For example, gcloud's login has expired. Network failures that recover in between do not count, however many."""
     ended, did, errors = of_tpu_vm(tmp_path, [NO_NETWORK] * 3, [], restarts=2)
     assert (ended, did) == (1, ["sleep60", "sleep120"])
     assert errors[-2:] == [
@@ -103,7 +102,7 @@ def test_a_state_that_is_never_known_is_the_end(tmp_path):
 
 
 def test_a_run_that_fails_is_started_again(tmp_path):
-    """Only so many times; in between, connections may be lost any number of times."""
+    """Only a limited number of times; in between, connections may be lost any number of times."""
     ended, did, errors = of_tpu_vm(tmp_path, ["ACTIVE"] * 6, [0, 134, 0, 255, 0, 101, 0, 0], restarts=2)
     assert (ended, did) == (0, ["ssh", "ssh", *["sleep60", "ssh", "ssh"] * 3])
     assert errors[0] == "griffin-96db98: the run failed with status 134 (1 times, at most 2)"
@@ -189,7 +188,7 @@ def test_an_argument_may_have_lines_of_its_own():
 
 @pytest.mark.parametrize("directory, of_home", [("~/my code", "'my code'"), ("~", "."), ("a~b", "'a~b'"), ("/a", "/a")])
 def test_a_directory_below_the_home_of_the_hosts(directory, of_home):
-    """Their shells begin in the home; quoted, ~ would be a name."""
+    """Their shells begin in the home; in quotes, ~ would be a directory's name."""
     said = sent(script(setup="true", directory=directory), "train")
     assert f"\ndirectory={of_home}\n" in said and '\ncd "$directory" || exit 3\n' in said
 
@@ -208,7 +207,7 @@ class Host:
         self._command = sent(CASES["tpu_vm.sh"](), "train")
 
     def connect(self):
-        """Runs the command in a session of its own, as sshd does."""
+        """Runs the command in its own session, as sshd does."""
         environment = {"PATH": f"{self._home}:/bin:/usr/bin", "HOME": str(self._home)}
         return subprocess.Popen(
             ["bash", "-c", self._command],

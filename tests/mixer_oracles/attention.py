@@ -7,7 +7,7 @@ from tests.mixer_oracles import griffin
 
 
 def attention(parameters, x, ids, config):
-    """A window that holds everything."""
+    """Sliding-window attention with a window that holds everything."""
     return griffin.sliding_window(parameters, x, ids, dataclasses.replace(config, window=x.shape[1]))
 
 

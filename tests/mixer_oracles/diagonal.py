@@ -66,7 +66,7 @@ def mamba(parameters, x, ids, config):
 
 
 def longhorn(parameters, x, ids, config):
-    """Each number of a channel's state by itself: from S to S + dt k (x - k S)."""
+    """Each number of a channel's state separately: S becomes S + dt k (x - k S)."""
     v, low, k, q = _selection(parameters, x, ids, config)
     beta = oracles.sigmoid(oracles.linear(parameters["time_step"], low) + parameters["dt_bias"])
     starts = oracles.document_starts(ids, *x.shape[:2])

@@ -118,7 +118,7 @@ def weights(parameters, q, k, feature_map):
 
 
 def linear_attention(parameters, x, ids, config):
-    """Without features: the weight of every pair of tokens."""
+    """Computes the weight of every pair of tokens, without features."""
     q, k, v = (heads(oracles.linear(parameters[name], x), config.heads) for name in ("query", "key", "value"))
     starts = oracles.document_starts(ids, *x.shape[:2])
     o = np.zeros(v.shape)

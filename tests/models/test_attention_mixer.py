@@ -1,4 +1,4 @@
-"""What attention and sliding_window share, and attention's context: parameters, the state's end, heads over devices."""
+"""What attention and sliding_window share, and attention's context: parameters, end of the state, heads over devices."""
 
 import jax
 import jax.numpy as jnp
@@ -86,14 +86,14 @@ def tokens(length, rows=1):
 
 
 def lost(y):
-    """``[B, T]``: which tokens are NaN; each is so in all channels or in none."""
+    """``[B, T]``: which tokens are NaN. A token is NaN in all channels or in none."""
     nan = np.isnan(y)
     assert (nan.all(axis=-1) == nan.any(axis=-1)).all()
     return nan.any(axis=-1)
 
 
 def test_a_document_beyond_the_context_is_never_wrong_in_silence():
-    """One pass may be longer than the context; a document that goes on from a state may not."""
+    """One pass may be longer than the context; a document that continues from a state may not."""
     run, init_state = attention()
     x = tokens(12)
     whole, after = run(x)
@@ -115,7 +115,7 @@ def test_a_document_beyond_the_context_is_never_wrong_in_silence():
 
 
 def test_only_the_document_that_goes_on_is_lost():
-    """The documents after it have their whole past in the run."""
+    """The documents after it have all of their past in the same run."""
     run, _ = attention()
     x, more = tokens(6), tokens(14)
     _, state = run(x)
@@ -145,7 +145,7 @@ def test_training_pays_for_no_cache():
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
 @BOTH
 def test_heads_over_devices(mixer, groups):
-    """4 devices hold 8 query heads; key heads are as many as devices, fewer or more."""
+    """4 devices hold 8 query heads; there are as many key heads as devices, fewer or more."""
     config = small.config(width=32, num_heads=8, key_value_heads=groups, window=5)
     graph, parameters = small.module(lambda rngs: mixer(config, rngs=rngs))
     mesh = meshes.make_mesh(dict.fromkeys(meshes.AXES, 1) | {"tensor": 4, "data": 2})
@@ -184,8 +184,8 @@ def test_one_key_head_is_on_every_device():
 
 @BOTH
 def test_large_logits_are_not_rounded_to_bfloat16(mixer):
-    """In a pass over all tokens and token by token. Logits are about 160 and close to each other; rounded to bfloat16 they
-    would put weights off by a half."""
+    """In a pass over all tokens and token by token. Logits are about 160 and close to each other; rounding them to bfloat16
+    would put the weights off by a half."""
     config = small.config(dtype="bfloat16", num_heads=4, window=8, context=16, rotary_fraction=0.0)
     graph, parameters = small.module(lambda rngs: mixer(config, rngs=rngs))
     parameters["query"]["kernel"] = 40 + parameters["query"]["kernel"]

@@ -11,7 +11,7 @@ from tests import small
 
 
 def test_the_parameters():
-    """The maps have biases whatever ``bias`` says, as published; the convolution has none."""
+    """As published, the maps have biases whatever ``bias`` says; the convolution has none."""
     config = small.config(recurrent_width=32, convolution_width=3, bias=False)
     _, parameters = small.module(lambda rngs: Convolution(config, rngs=rngs))
     assert jax.tree.map(np.shape, parameters) == {

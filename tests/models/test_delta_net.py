@@ -65,14 +65,14 @@ def test_the_parameters_at_the_start():
 
 @pytest.mark.parametrize("gate, size", [("none", 1), ("silu", 0.6)])
 def test_the_outputs_at_the_start(gate, size):
-    """The gate is that of gated_delta_net."""
+    """The gate is the one of gated_delta_net."""
     mixer = DeltaNet(small.config(width=64, num_heads=4, num_layers=8, output_gate=gate), rngs=nnx.Rngs(0))
     y, _ = numerics.jit(mixer)(jax.random.normal(jax.random.key(1), (4, 32, 64)))
     assert float(jnp.std(y)) == pytest.approx(size * (2 / 8) ** 0.5, rel=0.1)
 
 
 def test_unit_length():
-    """For any vector but zero, whose gradient is finite too."""
+    """For any vector but zero, for which the gradient is finite, too."""
     x = numerics.normal(np.random.default_rng(0), 2, 3, 5) * np.array([1e-1, 1, 1e15])[:, None]
     found = numerics.run(unit_length, x, dtype="float32")
     numerics.assert_close(found, x / np.linalg.norm(x, axis=-1, keepdims=True), 2e-4)

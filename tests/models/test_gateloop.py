@@ -38,7 +38,7 @@ def test_the_numbers_at_the_start():
 
 @pytest.mark.parametrize("magnitude, phase", [(40.0, 0.0), (40.0, np.pi), (-200.0, 0.3), (0.0, np.pi / 2)])
 def test_a_transition_that_does_not_depend_on_the_data(magnitude, phase):
-    """1 sums, -1 sums with alternating signs, 0 forgets, i / 2 takes every second earlier token with alternating signs."""
+    """1 sums, -1 sums with alternating signs, 0 forgets, i / 2 takes every other earlier token with alternating signs."""
     config = small.config(recurrent_heads=3)
     graph, parameters = small.module(lambda rngs: GateLoop(config, rngs=rngs))
     for name, bias in (("magnitude", magnitude), ("phase", phase)):

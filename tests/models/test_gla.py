@@ -64,7 +64,7 @@ def test_the_parameters_at_the_start():
 
 
 def test_the_decays(monkeypatch):
-    """About 0.5^(1/16) at the start; and float32, whatever the activations are."""
+    """About 0.5^(1/16) at the start, and in float32 whatever dtype the activations have."""
     decays = []
 
     def attend(q, k, v, log_decay, *arguments, **options):

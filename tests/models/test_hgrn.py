@@ -44,7 +44,7 @@ SHUT, OPEN = -200.0, 200.0
 @pytest.mark.parametrize("gates", [[SHUT, OPEN, OPEN, SHUT, OPEN, SHUT], [OPEN] * 6, [SHUT] * 6], ids=str)
 def test_a_gate_that_is_shut_or_open(gates, bound):
     """Shut, it keeps the bound's share of the state and writes the rest of the input; open, it keeps all and writes none.
-    Values and gradients, the state's too, stay finite."""
+    Values and gradients, including that of the state, stay finite."""
     graph, parameters = small.module(lambda rngs: HGRN(small.config(), rngs=rngs))
     random = np.random.default_rng(1)
     x, past = numerics.normal(random, 1, 6, 16), numerics.normal(random, 1, 24)
@@ -87,7 +87,7 @@ def test_what_is_written_is_exact_where_next_to_nothing_is_forgotten():
 
 
 def test_a_model_has_the_lower_bounds_of_its_layers():
-    """They depend on HGRN layers alone: HGRN2's have a softmax of their own."""
+    """They depend only on HGRN layers: those of HGRN2 have their own softmax."""
     config = small.config(pattern=("hgrn", "hgrn2"), num_layers=6, key_width=8, dtype="float64")
     architecture = describe(config)
     parameters = small.parameters(architecture.shapes)
@@ -103,7 +103,7 @@ def test_a_model_has_the_lower_bounds_of_its_layers():
 
 
 def test_a_model_too_short_for_the_hgrn_of_its_pattern():
-    """No layer is one, and none has a lower bound."""
+    """No layer is HGRN, and none has a lower bound."""
     architecture = describe(small.config(pattern=("rg_lru", "hgrn"), num_layers=1))
     tokens = np.zeros((2, 5), np.int32)
     logits = jax.eval_shape(lambda parameters: architecture.bind(parameters)(tokens)[0], architecture.shapes)

@@ -140,7 +140,7 @@ def test_gradients_go_to_the_logits_of_all_layers():
 
 @pytest.mark.parametrize("bound", [0.0, 0.5])
 def test_a_gate_that_is_shut_or_open(bound):
-    """At -200 all but the bound's share is forgotten, at 200 nothing is; values and gradients stay finite."""
+    """At -200, all but the bound's share is forgotten, and at 200, nothing; values and gradients stay finite."""
     graph, parameters = small.module(lambda rngs: HGRN2(small.config(key_width=8), rngs=rngs))
     x = numerics.normal(np.random.default_rng(4), 1, 6, 16)
     x[..., 0] = [-200, 200, 200, -200, 200, -200]

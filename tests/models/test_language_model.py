@@ -1,4 +1,4 @@
-"""The whole model: the oracle, packing, states that are passed on, the scan over its periods, and its options."""
+"""The whole model against the oracle: packing, states that are passed on, the scan over its periods, and its options."""
 
 import functools
 import math
@@ -65,7 +65,7 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_logits_are_summed_in_float32():
-    """In bfloat16 they would have 8 bits, and so would the losses of likely tokens."""
+    """In bfloat16 they would have 8 significant bits, and so would the losses of likely tokens."""
     random = np.random.default_rng(4)
     x, embedding = numerics.normal(random, 2, 3, 16), numerics.normal(random, 31, 16)
     architecture = describe(small.config(dtype="bfloat16", num_layers=1, logit_soft_cap=0.0))
@@ -95,7 +95,7 @@ def test_packed_documents_are_documents_alone():
 
 
 def test_decoding_token_by_token_is_one_pass():
-    """From an empty past, and from a prompt with an id: without ids the state's document goes on."""
+    """From an empty past, and from a prompt with an id; tokens without ids continue the state's document."""
     run, init_state = model()
     whole, _ = run(TOKENS)
     for prompt in (0, 6):
@@ -124,7 +124,7 @@ def test_a_state_goes_on_in_its_document_and_is_forgotten_in_another():
 
 
 def test_a_state_without_ids_is_of_the_document_0():
-    """With an empty past as with none."""
+    """With an empty past as well as with none."""
     run, init_state = model(num_layers=3)
     whole, _ = run(TOKENS)
     for past in (None, init_state(3)):
@@ -135,7 +135,7 @@ def test_a_state_without_ids_is_of_the_document_0():
 
 
 def test_each_block_of_a_long_pattern_has_its_own_state():
-    """There are more of them than are recomputed at once."""
+    """There are more blocks than are recomputed at once."""
     run, init_state = model(pattern=("rg_lru", "sliding_window", "gla", "convolution", "rg_lru", "gla"), num_layers=6)
     whole, _ = run(TOKENS, IDS)
     _, state = run(TOKENS[:, :3], IDS[:, :3], init_state(3))
@@ -152,7 +152,7 @@ LONG = ("gla", "rg_lru", "sliding_window", "rg_lru", "sliding_window", "rg_lru",
     ids=["part", "repeated", "long", "long_and_a_rest"],
 )
 def test_the_scans_are_the_blocks_one_by_one(num_layers, pattern, stacks):
-    """In float64: over nineteen layers float32 rounding grows past 1e-5."""
+    """In float64: over nineteen layers, float32 rounding errors grow past 1e-5."""
     config = small.config(num_layers=num_layers, pattern=pattern, dtype="float64")
     architecture = describe(config)
 
@@ -225,7 +225,7 @@ def test_what_is_computed_again_is_not_kept_in_a_model_of_one_period():
 
 
 def test_what_repeats_in_a_long_pattern_is_computed_again_by_itself():
-    """As in the presets whose pattern is as long as the model: recomputed at once, all of it would be in memory again."""
+    """As in presets whose pattern is as long as the model: if recomputed at once, all of it would be in memory again."""
     pattern = ("gla", *("rg_lru",) * 11)
     assert kept(pattern, "full") < 0.5 * kept(pattern, "none")
 
@@ -291,7 +291,7 @@ def test_the_program_does_not_grow_with_depth(kind):
 
 
 def test_no_two_layers_begin_alike():
-    """Neither stacked ones, nor those of one pattern or of different stacks; and each seed has its own."""
+    """Neither stacked layers, nor those of one pattern or of different stacks; and each seed gives others."""
     architecture = describe(small.config(tied_embeddings=False, width=64))
     initialise = numerics.jit(architecture.initialise)
     first, second = (numerics.wide(initialise(jax.random.key(seed))) for seed in (0, 1))
@@ -319,7 +319,7 @@ def test_the_loss_at_the_start_is_that_of_a_guess():
 
 
 def test_arrays_that_do_not_belong_to_the_tokens_are_refused():
-    """Ids for one row or one token less would otherwise be silently broadcast or cut."""
+    """Ids for one row or one token fewer would otherwise be silently broadcast or cut."""
     whole = small.bound({})[-1]
     for ids in (IDS[:, :-1], IDS[:1], IDS[0]):
         with pytest.raises(UserError, match=r"segment_ids .* must be one per token, \[B, T\] = \(3, 13\)"):

@@ -75,7 +75,7 @@ def test_products_with_complex_kernels_are_summed_in_float32():
 
 
 def test_rms_norm_without_an_offset():
-    """As Llama's weight: the same as a norm whose scale is 1 less, and 1 when training begins."""
+    """Its scale is like Llama's weight: the result is as with an offset and a scale that is 1 less. It begins at 1."""
     x = numerics.normal(np.random.default_rng(1), 2, 5, 6)
 
     def oracle(parameters, x):

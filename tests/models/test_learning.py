@@ -39,7 +39,7 @@ def entropy_of_a_byte(heldout, tokens):
 
 @pytest.mark.parametrize("name", sorted(mixers.MIXERS))
 def test_one_layer_learns(name):
-    """From the 5.5 nats per byte of knowing nothing to below the 3.1 that a byte has without its past."""
+    """From the 5.5 nats per byte of knowing nothing to below the 3.1 of byte frequencies without the past."""
     config = small.config(
         pattern=(name,),
         num_layers=1,

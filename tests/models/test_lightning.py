@@ -42,7 +42,7 @@ SIZES = {"pattern": ("lightning", "rg_lru", "lightning"), "num_layers": 7, "num_
 
 
 def test_the_decays_by_head_and_layer():
-    """Scanned and not: layers 0, 2, 3, 5 and 6 of 7."""
+    """Both in the scan and outside it: layers 0, 2, 3, 5 and 6 of 7."""
     parameters = numerics.jit(describe(small.config(**SIZES)).initialise)(jax.random.key(0))
     periods, rest = (parameters["stacks"][i]["blocks"] for i in range(2))
     found = {0: periods[0], 2: periods[2], 3: periods[0], 5: periods[2], 6: rest[0]}

@@ -19,7 +19,7 @@ def shapes(**changes):
 
 
 def test_the_parameters():
-    """2 heads: K = V = D / H = 8, except for the maps with products, which have K = 16."""
+    """2 heads: K = V = D / H = 8, except for the feature maps with products, which have K = 16."""
     square = {name: {"kernel": (16, 16)} for name in ("query", "key", "value", "out")}
     wide = square | {name: {"kernel": (16, 32)} for name in ("query", "key")}
     learned = {"scale": (32,), "bias": (32,)}
@@ -36,7 +36,7 @@ def test_the_parameters():
     [("identity", 6, 5), ("elu", 6, 6), ("relu", 6, 6), ("taylor", 28, 6), ("rebased", 21, 6), ("hedgehog", 12, 6)],
 )
 def test_the_state(feature_map, features, values):
-    """With K = 6 and V = 5: the divisor takes one more value."""
+    """With K = 6 and V = 5; the divisor takes up one more value channel."""
     config = small.config(recurrent_heads=3, key_width=6, value_width=5, feature_map=feature_map)
     mixer = LinearAttention(config, rngs=nnx.Rngs(0))
     assert mixer.init_state(7)["memory"].shape == (7, 3, features, values)
@@ -97,8 +97,8 @@ def test_what_all_tokens_agree_on_is_kept(feature_map):
 
 @pytest.mark.parametrize("sharper", [1, 3, 20])
 def test_a_token_alone_is_its_value_however_peaked_the_maps(sharper):
-    """Hedgehog's features are softmaxes: if a query's and its key's peak apart, numerator and denominator are close to 0,
-    but the quotient is not. Its gradients are finite then, too."""
+    """Hedgehog's features are softmaxes: if a query's and its key's peak in different places, numerator and denominator are
+    close to 0, but the quotient is not. Its gradients are finite then, too."""
     graph, parameters = small.module(lambda rngs: LinearAttention(small.config(feature_map="hedgehog"), rngs=rngs))
     parameters["out"]["kernel"] = np.eye(16)
     for name in ("query", "key"):
@@ -126,7 +126,7 @@ def test_nothing_that_fits_is_nothing():
 )
 def test_rebased_is_not_divided_by_rounding(dtype, scale, documents, tokens):
     """In thousands of documents of one or two tokens, some with almost no weight, and however large the scales have become,
-    the output is an average of values, and as large as they are."""
+    the output is an average of the values, and no larger than they are."""
     config = small.config(dtype=dtype, feature_map="rebased")
     mixer = LinearAttention(config, rngs=nnx.Rngs(0))
     mixer.out.kernel[...] = jnp.eye(16)

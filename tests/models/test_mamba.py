@@ -1,4 +1,4 @@
-"""Mamba and Longhorn: their parameters, the initial values, and their limits."""
+"""Mamba and Longhorn: their parameters, their initial values, and their limits."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def test_rates_and_vectors_are_not_decayed(mixer):
 
 
 def test_another_rank():
-    """The rank is the fan-in of the time step's kernel at the start."""
+    """The rank is the fan-in for the initial values of the time step's kernel."""
     config = dataclasses.replace(CONFIG, time_step_rank=200, recurrent_width=400)
     for made in (Mamba, Longhorn):
         mixer = made(config, rngs=nnx.Rngs(0))
@@ -92,7 +92,7 @@ def test_what_is_seen_of_the_past(limit):
 
 @pytest.mark.parametrize("selection_norm", [False, True])
 def test_the_size_of_what_is_selected(selection_norm):
-    """It does not matter to Falcon-Mamba, whose norms have no parameters."""
+    """It does not matter to Falcon-Mamba, which normalises what is selected, with norms that have no parameters."""
     config = dataclasses.replace(CONFIG, selection_norm=selection_norm, selection_norm_epsilon=1e-20)
     graph, parameters = small.module(lambda rngs: Mamba(config, rngs=rngs))
     assert jax.tree.structure(parameters) == jax.tree.structure(small.module(lambda rngs: Mamba(CONFIG, rngs=rngs))[1])

@@ -97,7 +97,7 @@ def test_what_is_seen_of_the_past(limit):
 
 @pytest.mark.compiles_ahead
 def test_on_tpu_the_channels_are_turned_round_for_the_time_step_alone():
-    """Forward: heads of 64 channels are transposed to time last, and back, only for the product with the time step."""
+    """Forward: heads of 64 channels are transposed to put time last, and back, only for the product with the time step."""
     config = small.config(width=256, recurrent_width=512, dtype="bfloat16")
     device = targets.find("v5e:1x1").devices[0]
     graph, parameters = nnx.split(nnx.eval_shape(lambda: Mamba2(config, rngs=nnx.Rngs(0))))

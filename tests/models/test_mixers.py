@@ -112,7 +112,7 @@ def mixer(name):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_what_is_no_array_can_be_hashed(name):
-    """Generation keys its cached programs by it."""
+    """Generation caches programs by these parts."""
     kind, changes = MIXERS[name]
     config = small.config(**changes)
     graphs = [small.module(lambda rngs: mixers.find(kind)(config, rngs=rngs))[0] for _ in range(2)]
@@ -144,7 +144,7 @@ def test_values_are_those_of_the_oracle(name, ids, dtype):
 
 @pytest.mark.parametrize("name", LAWS)
 def test_packed_documents_are_documents_alone(name):
-    """In their outputs and in the state that they leave: both go on with the same tokens in the same way."""
+    """In their outputs and in the state that they leave: continued with the same tokens, both give the same."""
     run, _ = mixer(name)
     x, more = np.asarray(tokens()), tokens(1, 1, 5)
     whole, state = run(x, jnp.asarray(IDS))
@@ -183,7 +183,7 @@ def test_decoding_token_by_token_is_one_pass(name):
 @pytest.mark.parametrize("cuts", [(1, 2, 7), (6,)], ids=str)
 @pytest.mark.parametrize("name", LAWS)
 def test_packed_chunks_are_one_pass(name, cuts):
-    """The state is that of the document that goes on: rows whose document ends at a cut begin with an empty one."""
+    """The state belongs to the document that continues: rows whose document ends at a cut begin with an empty state."""
     run, init_state = mixer(name)
     x = tokens()
     whole, _ = run(x, jnp.asarray(IDS))
@@ -308,8 +308,8 @@ WIDE = {
 
 @pytest.mark.parametrize("name", WIDE)
 def test_what_decays_is_not_rounded_to_bfloat16(name, monkeypatch):
-    """Each token selects one row of each matrix, so that products are exact in every dtype: decays and gates are those of
-    float64 to float32 accuracy, since rounding there adds up over time. And the state is what the recurrence left."""
+    """Each token selects one row of each matrix, so that products are exact in every dtype: decays and gates equal those of
+    float64 to float32 accuracy, since their rounding would add up over time. And the state is what the recurrence left."""
     kind, changes = MIXERS[name]
     calls, finals = [], []
 

@@ -80,7 +80,7 @@ def gradients(name):
 
 @pytest.mark.parametrize("name", ["biases", "one"])
 def test_gradients_are_those_of_finite_differences(name):
-    """Along each parameter and along x. So small a step does not change the choices."""
+    """Along each parameter and along x. The step is too small to change the choices."""
     parameters, x = module(name)[2], tokens()
     random = np.random.default_rng(1)
     weights = random.standard_normal(x.shape)
@@ -179,7 +179,7 @@ def test_a_model_of_experts_decodes_as_it_trains():
 
 
 def test_the_losses_of_a_model_are_the_means_of_its_layers():
-    """Routers of zeros give each layer a balance of 1 and log normalisers of log 6, scanned and not."""
+    """Routers of zeros give each layer, scanned or not, a balance of 1 and log normalisers of log 6."""
     architecture = describe(config(num_layers=3, pattern=("convolution",) * 2))
     values = numerics.cast(small.parameters(architecture.shapes), "float32")
     values = jax.tree.map_with_path(lambda path, x: 0 * x if path[-1].key == "router" else x, values)

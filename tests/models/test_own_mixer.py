@@ -1,4 +1,4 @@
-"""A mixer of another package, named by its import path: the one that docs/mixers.md shows."""
+"""A mixer from another package, named by its import path: the one that docs/mixers.md shows."""
 
 import pathlib
 import re
@@ -39,7 +39,7 @@ def moving_average(write):
 
 
 def test_it_is_its_equation(moving_average):
-    """In two documents and from a state; and its own formula gives its FLOPs."""
+    """It equals its equation in two documents and from a state; and its own formula gives its FLOPs."""
     architecture = describe(moving_average)
     parameters = small.parameters(architecture.shapes)
     mixer = architecture.bind(parameters)

@@ -102,7 +102,7 @@ def test_recurrentgemma_2b_by_hand():
 
 
 def test_mamba_130m_by_hand():
-    """The published checkpoint has as many: 50,280 words; 24 layers of width 768, a state of 16 a channel."""
+    """The published checkpoint has as many: 50,280 words; 24 layers of width 768, a state of 16 per channel."""
     vocab, width, inner, state, rank = 50_280, 768, 1536, 16, 48
     projections = 2 * width * inner + inner * (rank + 2 * state) + rank * inner + inner * width
     layer = projections + 4 * inner + inner + inner * state + 2 * inner + width  # convolution; A; dt and D; norm
@@ -110,7 +110,7 @@ def test_mamba_130m_by_hand():
 
 
 def test_falcon_mamba_7b_by_hand():
-    """The published checkpoint has as many: 65,024 words, twice; 64 layers of width 4096, a state of 16 a channel."""
+    """The published checkpoint has as many: 65,024 words, twice; 64 layers of width 4096, a state of 16 per channel."""
     vocab, width, inner, state, rank = 65_024, 4096, 8192, 16, 256
     projections = 2 * width * inner + inner * (rank + 2 * state) + rank * inner + inner * width
     layer = projections + 4 * inner + inner + inner * state + 2 * inner + width  # convolution; A; dt and D; norm
@@ -118,7 +118,7 @@ def test_falcon_mamba_7b_by_hand():
 
 
 def test_falcon_mamba_7b_is_the_published_one():
-    """Compares the fields of its config.json that determine the arithmetic; ``expand`` does not give the width."""
+    """Compares the fields of its config.json that determine the arithmetic; ``expand`` does not determine the width."""
     published = {
         "conv_kernel": 4,
         "expand": 16,
@@ -180,7 +180,7 @@ def test_gated_delta_net_1b3_by_hand():
     ],
 )
 def test_linear_moe_by_hand(name, width, inner, layers, keys, in_all, active):
-    """151,936 words, twice, which the name does not count; a token goes to 8 of 64 experts."""
+    """151,936 words, twice, which the model's name does not count; a token goes to 8 of 64 experts."""
     heads = 8 if width == 1024 else 16
     mixer = width * (2 * keys + 3 * width)  # q, k; v, gate, out
     mixer += 16 * (width + keys) + keys + width // heads  # the decay's two maps; norm

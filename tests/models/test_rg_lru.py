@@ -77,7 +77,7 @@ def test_the_slope_of_the_root_is_bounded():
 
 @pytest.mark.parametrize("bias", [-200.0, -18.0, 0.0, 200.0])
 def test_gradients_are_finite_at_every_decay(bias):
-    """At -200 the gate is 0 and a is exactly 1; at -18 a is close to 1; at 200 it is smallest."""
+    """At -200 the gate is 0 and a is exactly 1; at -18 a is close to 1; at 200 a is at its smallest."""
     graph, parameters = nnx.split(RGLRU(4, 2, rngs=nnx.Rngs(0)))
     pure = nnx.to_pure_dict(parameters)
     pure["recurrence_bias"] = jnp.full((4,), bias)

@@ -1,4 +1,4 @@
-"""S5: its initial spectrum, that it then is the paper's real layer, its steps, and its two directions."""
+"""S5: its initial spectrum, with which it is the paper's real layer, its steps, and its two directions."""
 
 import functools
 
@@ -32,7 +32,7 @@ def test_the_parameters():
 
 
 def normal_part(size):
-    """Of HiPPO-LegS: the matrix of Gu et al. 2020 (arXiv:2008.07669) plus its low-rank term (arXiv:2206.11893)."""
+    """HiPPO-LegS's normal part: the matrix of Gu et al. 2020 (arXiv:2008.07669) plus a low-rank term (arXiv:2206.11893)."""
     hippo = np.zeros((size, size))
     for n in range(size):
         for k in range(n + 1):
@@ -75,7 +75,7 @@ def test_at_the_start_it_is_the_real_layer(method):
 
 
 def test_the_numbers_at_the_start():
-    """J blocks with the same spectrum; Delta log-uniform; B and C as their real originals have it."""
+    """J blocks with the same spectrum; Delta is log-uniform; B and C have the variances of their real originals."""
     layer = S5(small.config(width=64, recurrent_width=2048, recurrent_heads=64), rngs=nnx.Rngs(0))
     numerics.assert_close(-np.exp(layer.log_rate[...]), np.full(1024, -0.5), 1e-6)
     numerics.assert_close(layer.frequency[...], np.tile(_hippo(32)[0].imag, 64), 1e-6)

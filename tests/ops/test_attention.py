@@ -30,7 +30,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Short inputs then have many blocks, whose sizes divide neither each other nor the length."""
+    """Gives short inputs many blocks, whose sizes divide neither each other nor the length."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
     monkeypatch.setattr(attention, "KEY_RUN", 24)
 
@@ -171,7 +171,7 @@ def test_one_document_a_token_returns_the_values(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_id_used_again_names_another_document(backend):
-    """Equal keys, so that the output is the mean of the values seen."""
+    """Keys are equal, so that the output is the mean of the values seen."""
     q = k = jnp.ones((1, 6, 1, 2))
     v = jnp.arange(1.0, 7.0)[None, :, None, None]
     ids = jnp.array([[1, 1, 2, 2, 1, 1]])
@@ -194,7 +194,7 @@ def test_logits_of_hundreds_do_not_overflow(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_of_bfloat16_are_not_rounded_to_it(backend):
-    """They are 256 and 257, of which bfloat16 holds only the first; the log-sum-exps lie beyond them."""
+    """They are 256 and 257, of which only the first is a bfloat16 number; the log-sum-exps are larger."""
     length = 40
     odd = np.arange(length) % 2
     q, k = np.ones((1, length, 1, 2)), np.stack([np.full(length, 256.0), odd], axis=1)[None, :, None]
@@ -208,7 +208,7 @@ def test_logits_of_bfloat16_are_not_rounded_to_it(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sums_of_bfloat16_are_float32(backend):
-    """Sums of equal weights, of values and, over as many queries, of a value's gradient."""
+    """Sums with equal weights: of values and, over as many queries, of a value's gradient."""
     length = 1000
     inputs = tuple(np.full((1, length, 1, 1), value) for value in (0.0, 0.0, 1.0))
     run = numerics.with_gradients(functools.partial(causal_attention, backend=backend))
@@ -268,7 +268,7 @@ def test_misfits_are_refused():
 
 
 def test_no_masks_of_all_pairs_are_kept_for_scanned_layers():
-    """If layers are scanned and recomputed, what does not depend on them would be computed once and kept."""
+    """If layers are scanned and recomputed, masks do not depend on the layer: they would be computed once and kept."""
     length = 4096
 
     def objective(x, ids):

@@ -18,7 +18,7 @@ from jaxlinear.parallel import sharding
 
 
 def test_operations_are_traced_for_the_platform_in_use():
-    """The recurrence is a loop over time on CPU and a kernel on TPU and GPU, one process tracing for all."""
+    """The recurrence is a loop over time on CPU and a kernel on TPU and GPU; one process traces for all three."""
     x = jnp.ones((1, 64, 2), jnp.float32)
 
     def traced_for(platform):
@@ -118,7 +118,7 @@ def test_empty_arrays_take_no_kernel(platform, shape):
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_kernels_are_not_compiled_for_indices_of_64_bits(platform):
-    """The compilers would fail with errors of their own."""
+    """The compilers would fail with obscure errors."""
     x, heads = jnp.ones((1, 64, 2)), jnp.ones((1, 64, 1, 16), jnp.bfloat16)
     calls = {
         "linear_recurrence": functools.partial(ops.linear_recurrence, x, x),

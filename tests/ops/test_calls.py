@@ -9,7 +9,7 @@ from jaxlinear.ops.calls import Call
 
 
 def test_calls_are_recorded_while_a_program_is_traced():
-    """With shapes and options, but not how they are computed; an operation that calls others is recorded alone."""
+    """With shapes and options, but without the backend; of an operation that calls others, only the call to it is."""
     x = jax.ShapeDtypeStruct((1, 20, 4), jnp.bfloat16)
     heads = jax.ShapeDtypeStruct((1, 20, 2, 4), jnp.float32)
 

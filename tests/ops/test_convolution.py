@@ -140,7 +140,7 @@ def test_packed_documents_are_documents_alone(seed, ids):
 
 
 def test_the_state_holds_the_inputs_of_the_last_document():
-    """Ids used again name another document; a document shorter than the kernel leaves zeros before it."""
+    """An id used again names another document; a document shorter than the kernel has zeros before it."""
     x = np.arange(1.0, 7.0, dtype=np.float32)[None, :, None]
     kernel, state = np.ones((4, 1), np.float32), np.full((1, 3, 1), 10, np.float32)
     y, final = causal_convolution(x, kernel, state=state, segment_ids=np.array([[1, 1, 2, 2, 1, 1]], np.int32))
@@ -165,7 +165,7 @@ def test_gradients_of_the_parameters_are_summed_in_float32():
 
 
 def test_bfloat16_is_rounded_once():
-    """Every value and gradient is within half a unit in its last place of that in float64."""
+    """Every value and gradient is within half a unit in the last place of its float64 counterpart."""
     inputs, (dy, _), ids, _, _ = case("packed")
     outputs = lambda op: numerics.with_gradients(lambda *inputs: op(*inputs)[0])  # noqa: E731
     reference = outputs(functools.partial(naive.causal_convolution, ids=ids))
@@ -193,7 +193,7 @@ def test_filters_are_not_rounded_to_the_inputs():
 
 
 def test_gradients_keep_the_inputs_alone():
-    """Nothing else as long as the sequence."""
+    """Nothing else as long as the sequence is kept."""
     arrays = [np.ones(shape, np.float32) for shape in ((1, 64, 8), (4, 8), (8,), (1, 3, 8))]
     _, pullback = jax.vjp(lambda *x: causal_convolution(*x, segment_ids=np.zeros((1, 64), np.int32)), *arrays)
     assert [y.shape for y in jax.tree.leaves(pullback) if y.dtype == np.float32 and y.size >= 64] == [(1, 64, 8)]

@@ -82,7 +82,7 @@ def test_values_and_gradients(monkeypatch, name, dtype):
 
 @pytest.mark.parametrize("elements", [None, 40])
 def test_bfloat16_as_programs_compile_it(monkeypatch, elements):
-    """With its default options, XLA for CPUs lacks some products of bfloat16. With one slice, and with many."""
+    """With its default options, XLA for CPUs lacks some products of bfloat16. Tested with one slice and with many."""
     x, embedding, targets, weights, _, _, gradients = case("plain")
     set_slice(monkeypatch, elements)
     loss = lambda *p: linear_cross_entropy(*p, jnp.asarray(targets), jnp.asarray(weights, "float32"))[1]  # noqa: E731
@@ -93,8 +93,8 @@ def test_bfloat16_as_programs_compile_it(monkeypatch, elements):
 
 @pytest.mark.parametrize("name", ["soft_cap", "slices", "everything"])
 def test_losses_of_bfloat16_are_those_of_float32(monkeypatch, name):
-    """Inputs are exact in bfloat16, and no logit is rounded to it: a trained model's logits are around 10, and losses would
-    be left with two digits at most."""
+    """Inputs are exact in bfloat16, and no logit is rounded to it: a trained model's logits are around 10, so that losses
+    would have two correct digits at most."""
     x, embedding, targets, weights, values, losses, _ = case(name)
     *_, soft_cap, z_loss, groups, elements = CASES[name]
     set_slice(monkeypatch, elements)
@@ -112,7 +112,7 @@ def test_losses_of_bfloat16_are_those_of_float32(monkeypatch, name):
 
 @pytest.mark.parametrize("elements", [None, 1])
 def test_the_gradient_of_a_frequent_token_is_summed_in_float32(monkeypatch, elements):
-    """In one slice and over slices: bfloat16 has no 257, and in it a sum of halves stops growing at 128."""
+    """In one slice and over slices: bfloat16 has no 257, and a bfloat16 sum of halves stops growing at 128."""
     set_slice(monkeypatch, elements)
     targets, weights = jnp.zeros((1, 514), jnp.int32), jnp.ones((1, 514))
     loss = lambda embedding: linear_cross_entropy(jnp.ones((1, 514, 1), "bfloat16"), embedding, targets, weights)[1]  # noqa: E731

@@ -20,7 +20,7 @@ def chosen(length):
 
 
 def oracle(q, k, log_decay):
-    """All results, with every sum written out; an infinite log decay affects only the sums that it is in."""
+    """All results, with every sum written out; an infinite log decay affects only the sums that contain it."""
     pairs, since_start, until_end = chosen(q.shape[-2])
 
     def exp_of_sum(which):

@@ -1,4 +1,4 @@
-"""delta_rule with several updates per token: the same as tokens with one update each, of which the last is read."""
+"""delta_rule with several updates per token: the same as several tokens with one update each, of which the last is read."""
 
 import functools
 

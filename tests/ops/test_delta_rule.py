@@ -132,7 +132,7 @@ def op(chunk):
 
 
 def law_inputs(seed):
-    """Decays by channel, some of them to zero, and beta in 0 .. 2, sometimes at either end."""
+    """Decays by channel, some of them zero, and beta in 0 .. 2, sometimes at either end."""
     random = np.random.default_rng(seed)
     q, k, v = (random.standard_normal((1, LENGTH, 2, width)) for width in (3, 3, 2))
     k = k / np.linalg.norm(k, axis=-1, keepdims=True)
@@ -225,7 +225,7 @@ def test_a_decay_to_zero_forgets(chunk, seed):
 @given(seed=seeds, ids=some_ids)
 @law
 def test_the_family_is_the_operation_however_time_is_split(seed, ids):
-    """One run, two runs in sequence, two runs whose maps are composed, and the state straight from the runs."""
+    """One run, two runs in sequence, two runs whose maps are composed, and the state directly from the runs."""
     *inputs, state = law_inputs(seed)
     expected = numerics.run(op(0), *inputs, state, ids, dtype="float64")
     for way in numerics.run(split_family, (*inputs, ids), state, dtype="float64"):
@@ -270,7 +270,7 @@ def test_a_table_is_exact(backend):
 
 
 def assert_states_are_float32(run, kind):
-    """Keys of 0 replace nothing: the state, and backward its gradient, only decays. In bfloat16 steps of 2^-12 are lost."""
+    """Keys of 0 replace nothing: the state, and backward its gradient, only decays. Bfloat16 loses its steps of 2^-12."""
     nothing, state = jnp.zeros((1, 1001, 1, 16), jnp.bfloat16), jnp.ones((1, 1, 16, 16))
     beta = jnp.ones(nothing.shape[:3])
     log_decay = jnp.full(nothing.shape if kind == "channel" else beta.shape, -(2.0**-12))
@@ -311,7 +311,7 @@ def assert_right_in_float32(backend, inputs, packed=False, tolerance=1e-5):
 
 
 def at_the_limits(kind, log_decay=None, beta=None, length=100):
-    """Tokens with the decays ``log_decay(random, shape)``."""
+    """Tokens with the log decays ``log_decay(random, shape)``."""
     random = np.random.default_rng(4)
     q, k, v, state = (numerics.normal(random, *shape) for shape in (*[(1, length, 2, 4)] * 3, (1, 2, 4, 4)))
     if kind == "none":
@@ -332,7 +332,7 @@ def test_strong_and_weak_decays_in_one_chunk(backend, kind):
 
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_nothing_is_lost_behind_strong_decays(kind):
-    """Most of a chunk decays by -50 a step, its end by little: a difference of two sums over it would lose the latter."""
+    """Log decays are -50 per step in most of a chunk and small at its end: a difference of two sums would lose these."""
     inputs = at_the_limits(kind, lambda _, shape: np.full(shape, -50.0))
     inputs[4][:, 50:] = -0.01
     assert_right_in_float32("chunked", inputs)
@@ -480,7 +480,7 @@ def like_keys(beta):
 
 @pytest.mark.parametrize("beta", [1.0, 1.9, 2.0])
 def test_negative_eigenvalues_keep_their_digits_where_keys_are_alike(beta):
-    """In chunks, and in the kernel, which at beta = 2 loses them unless told of negative eigenvalues."""
+    """In chunks, and in the kernel, which at beta = 2 loses digits unless ``negative_eigenvalues`` is set."""
     given = like_keys(beta)
     with jax.enable_x64(True):
         expected = np.asarray(delta_rule(*(x.astype(jnp.float64) for x in given), backend="recurrent")[0])

@@ -74,7 +74,7 @@ def test_values_and_gradients(name, backend, dtype):
 
 
 def test_a_number_of_python_is_as_precise_as_x():
-    """As an array it would be float64 where JAX has that; and whole numbers would be float64 anywhere by NumPy's rules."""
+    """As an array it would be float64 if JAX has x64 enabled; and NumPy's rules would make whole numbers float64 anyway."""
     for wide in (False, True):
         with jax.enable_x64(wide), warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -26,7 +26,7 @@ EQUATIONS = {
 
 
 def inputs(equation):
-    """x, a parameter and the gradient of the product, numbers that bfloat16 has except for the parameter's."""
+    """x, a parameter and the gradient of the product; all but the parameter are exact in bfloat16."""
     random = np.random.default_rng(0)
     x, parameter = (numerics.normal(random, *shape) for shape in EQUATIONS[equation])
     x = numerics.wide(numerics.cast(x, "bfloat16"))
@@ -35,7 +35,7 @@ def inputs(equation):
 
 
 def run(equation, x, parameter, dy, dtype=None, x_dtype="bfloat16", **options):
-    """The product and its gradients, of x in ``x_dtype`` and a float32 parameter."""
+    """The product of x in ``x_dtype`` and a float32 parameter, and its gradients."""
 
     def product(x, parameter):
         return dtypes.parameter_product(equation, x, parameter, dtype, **options)
@@ -49,12 +49,12 @@ def run(equation, x, parameter, dy, dtype=None, x_dtype="bfloat16", **options):
 
 
 def is_rounded(x):
-    """Whether bfloat16 has these numbers."""
+    """Whether all of these are bfloat16 numbers."""
     return np.array_equal(x, numerics.wide(numerics.cast(x, "bfloat16")))
 
 
 def terms(equation):
-    """x, the parameter and y, as an einsum names them."""
+    """The einsum terms of x, the parameter and y."""
     others, y = equation.replace("...", "yz").split("->")
     return *others.split(","), y
 
@@ -99,7 +99,7 @@ def test_in_float32_there_is_nothing_to_round(wide_gradient):
 
 
 def test_a_mesh_says_in_which_dtype():
-    """Over the rows of eight devices."""
+    """The gradient is summed over the rows of eight devices."""
     x, parameter, dy = inputs("...i,io->...o")
     x, dy = (y.reshape(4, 75, -1).repeat(2, 0) for y in (x, dy))
 
@@ -157,7 +157,7 @@ def test_devices_that_share_a_parameter_sum_its_gradient():
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_matrix_units_take_bfloat16_and_give_float32(platform):
-    """Of the three products of a gradient, that for the parameter: a CPU has none such, and widens its operands."""
+    """Of a gradient's three products, this is the parameter's. A CPU has no such product and widens the operands."""
 
     def total(x, parameter):
         return jnp.sum(dtypes.parameter_product("ri,io->ro", x, parameter).astype(jnp.float32))

@@ -136,7 +136,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("target", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_on_tpu_no_row_is_multiplied_for_every_group(name, target):
-    """Gradients use the kernel; the rest, which XLA compiles, takes fewer cycles than multiplying all rows by a fourth of
+    """Gradients use the kernel; the rest, which XLA compiles, takes fewer cycles than multiplying all rows by a quarter of
     the matrices."""
     rows, groups, width, inner, dtype = PUBLISHED[name]
     device = targets.find(target).devices[0]

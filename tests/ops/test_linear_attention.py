@@ -125,7 +125,7 @@ def op(chunk):
 
 
 def law_inputs(seed):
-    """Decays by channel, some of them to zero."""
+    """Decays by channel, some of them zero."""
     random = np.random.default_rng(seed)
     q, k, v = (random.standard_normal((1, LENGTH, 2, width)) for width in (3, 3, 2))
     log_decay = -np.exp(random.uniform(-10, 2, q.shape))
@@ -255,7 +255,7 @@ def assert_right_in_float32(backend, inputs, packed=False):
 
 
 def at_the_limits(kind, log_decay):
-    """100 tokens with the decays ``log_decay(random, shape)``."""
+    """100 tokens with the log decays ``log_decay(random, shape)``."""
     random = np.random.default_rng(4)
     q, k, v, state = (numerics.normal(random, *shape) for shape in (*[(1, 100, 2, 4)] * 3, (1, 2, 4, 4)))
     shapes = {"constant": (2,), "scalar": (1, 100, 2), "channel": q.shape}
@@ -271,7 +271,7 @@ def test_strong_and_weak_decays_in_one_chunk(backend, kind):
 
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_nothing_is_lost_behind_strong_decays(kind):
-    """Most of a chunk decays by -50 a step, its end by little: a difference of two sums over it would lose the latter."""
+    """Log decays are -50 per step in most of a chunk and small at its end: a difference of two sums would lose these."""
     inputs = at_the_limits(kind, lambda _, shape: np.full(shape, -50.0))
     inputs[3][:, 50:] = -0.01
     assert_right_in_float32("chunked", inputs)

@@ -22,8 +22,8 @@ WAYS = ("recurrent", "chunked", "tpu", "gpu")
     "operation, decay", [("linear_attention", "constant"), ("linear_attention", "channel"), ("delta_rule", "scalar")]
 )
 def test_decays_and_states_are_not_rounded_to_the_inputs(monkeypatch, operation, decay, way):
-    """If nothing is written, a state shrinks by exp of the sum of the log decays, to float32 accuracy; rounding these to
-    bfloat16 would put it off by up to a hundredth."""
+    """If nothing is written, a state shrinks by exp of the sum of the log decays, to float32 accuracy; with these rounded
+    to bfloat16 it would be off by up to a hundredth."""
     if way in ("tpu", "gpu"):
         monkeypatch.setattr(backends, "target", lambda: Target(way, "none", True))
     random = np.random.default_rng(0)

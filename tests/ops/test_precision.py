@@ -1,5 +1,5 @@
-"""Products of float32: by default a TPU multiplies them in bfloat16 and a GPU in TF32. A CPU's results do not show this, so
-it is read off the traced programs."""
+"""Products of float32: by default a TPU computes them in bfloat16 and a GPU in TF32. A CPU's results do not show this, so
+it is read from the traced programs."""
 
 import functools
 
@@ -31,7 +31,7 @@ def products(jaxpr):
 
 
 def cut(run, *inputs):
-    """The products of a function and its gradients that take float32 and may cut it; and the number of all products."""
+    """The products of a function and its gradients that may take float32 inputs and round them; and how many products."""
 
     def total(*inputs):
         return sum(jnp.sum(y.astype(jnp.float32)) for y in jax.tree.leaves(run(*inputs)))
@@ -100,7 +100,7 @@ def grouped(q, k, v):
     [*((name, TPU) for name in (*KERNELS, "grouped_product")), *((name, GPU) for name in KERNELS)],
 )
 def test_kernels_of_bfloat16_under_a_default_of_more(operation, platform):
-    """Mosaic multiplies bfloat16 only in its own precision; asking for more would end in a compiler error."""
+    """Mosaic multiplies bfloat16 only in bfloat16's precision; asking for more would end in a compiler error."""
     run, beta = KERNELS.get(operation, (grouped, []))
     with backends.use_platform(*platform), jax.default_matmul_precision("highest"):
         shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (*arrays(3, "bfloat16"), *beta)]
@@ -120,7 +120,7 @@ def test_of_the_losses_of_a_router():
 
 
 def test_products_that_may_be_cut_are_found():
-    """In nested programs, too; products of bfloat16 have nothing to cut."""
+    """In nested programs, too; products of bfloat16 have no precision to lose."""
 
     def run(x, y):
         return jax.lax.scan(lambda c, _: (jax.jit(lambda c: c @ x)(c), None), y, length=2)[0]

@@ -210,7 +210,7 @@ def split_family(x, dt, A, B, C, state, ids):
 
 
 def assert_states_are_float32(run):
-    """x is 0 in bfloat16: the state, and backward its gradient, only decays. In bfloat16 steps of 2^-12 are lost."""
+    """x is 0 in bfloat16: the state, and backward its gradient, only decays. Bfloat16 loses its steps of 2^-12."""
     x, state = jnp.zeros((1, 1001, 4), jnp.bfloat16), jnp.ones((1, 4, 3))
     dt, A, B = jnp.full(x.shape, 2.0**-12), -jnp.ones((4, 3)), jnp.ones((1, 1001, 3))
     both = numerics.with_gradients(lambda state: run(x, dt, A, B, B, state))
@@ -270,7 +270,7 @@ def test_65536_tokens_in_float32():
 
 @pytest.mark.parametrize("batch, chunk, block", [(1, 64, 64), (64, None, 16)], ids=["given", "by default"])
 def test_memory_grows_with_the_inputs_and_a_state_a_block(batch, chunk, block):
-    """By default, even where one token's states are as large as what fits the cache, blocks have at least 16 tokens."""
+    """By default, even if one token's states fill the cache, blocks have at least 16 tokens."""
     width, states = 64, 16
 
     def temporaries(length):

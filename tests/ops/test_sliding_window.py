@@ -161,7 +161,7 @@ def test_one_document_a_token_returns_the_values(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_id_used_again_names_another_document(backend):
-    """Equal keys, so that the output is the mean of the values seen."""
+    """Keys are equal, so that the output is the mean of the values seen."""
     q = k = jnp.ones((1, 6, 1, 2))
     v = jnp.arange(1.0, 7.0)[None, :, None, None]
     ids = jnp.array([[1, 1, 2, 2, 1, 1]])

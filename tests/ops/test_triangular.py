@@ -1,4 +1,4 @@
-"""Small triangular systems against NumPy's solver, their gradients, and systems whose series grows."""
+"""Small triangular systems against NumPy's solver, their gradients, and systems whose power series grows."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,4 @@
-"""Kernels are tested without implicit promotion of dtypes or ranks, in blocks small enough that short sequences have
-several."""
+"""Kernels are tested without implicit promotion of dtypes or ranks, in small blocks, so short sequences have several."""
 
 import jax
 import pytest
@@ -15,8 +14,8 @@ def strict():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """128 time steps x 128 channels, 16 steps at once; on GPU, 8 steps of a and x at once. In the selective scan, 8 tokens
-    at once."""
+    """128 time steps x 128 channels, 16 steps at a time; on GPU, 8 steps of a and x at a time. In the selective scan, 8
+    tokens at a time."""
     monkeypatch.setattr(blocks, "_SCAN_TPU_ELSEWHERE", blocks.ScanBlock(128, 128, 16))
     monkeypatch.setattr(blocks, "_SCAN_GPU_REGISTERS", 16)
     monkeypatch.setattr(blocks, "SELECTIVE_SCAN_ROWS", 8)

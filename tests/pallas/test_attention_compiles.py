@@ -1,4 +1,4 @@
-"""The attention kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
+"""The attention kernels that ``auto`` chooses, compiled for absent TPUs and GPUs, forward and backward.
 
 On GPU, ptxas reports each kernel's registers: none is spilled.
 """
@@ -81,7 +81,7 @@ def test_h100(name, tmp_path, record_property):
 @pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
 @pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"sequence": 4, "tensor": 2}], ids=str)
 def test_over_a_mesh(sizes, target):
-    """Each device attends with its rows and heads, or with its part of time after a window of earlier tokens."""
+    """Each device computes its rows and heads, or its part of time, preceded by a window of earlier tokens."""
     axes = dict.fromkeys(("data", "fsdp", "sequence", "tensor", "expert"), 1) | sizes
     mesh = meshes.make_mesh(axes, targets.find(target).devices)
 

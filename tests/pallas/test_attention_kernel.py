@@ -80,7 +80,7 @@ def test_on_a_simulated_tpu(monkeypatch):
 
 
 def test_an_id_used_again_names_another_document(target):
-    """Equal keys, so that the output is the mean of the values seen."""
+    """Keys are equal, so that the output is the mean of the values seen."""
     q = k = jnp.ones((1, 6, 1, 2))
     v = jnp.arange(1.0, 7.0)[None, :, None, None]
     o = sliding_window_attention(q, k, v, window=6, segment_ids=jnp.array([[1, 1, 2, 2, 1, 1]]), backend="pallas")
@@ -171,7 +171,7 @@ def test_blocks_that_no_query_sees_are_not_visited():
 
 
 def test_shared_keys_under_x64_are_refused():
-    """JAX's kernel then divides heads by a 64-bit number, in arrays where nothing else has 64 bits."""
+    """JAX's kernel then divides head indices by a 64-bit number, where everything else has 32 bits."""
     q, k = np.ones((1, 130, 4, 8), np.float32), np.ones((1, 130, 2, 8), np.float32)
     with jax.enable_x64(True):
         with pytest.raises(
@@ -183,7 +183,7 @@ def test_shared_keys_under_x64_are_refused():
 
 def test_work_that_the_kernels_for_gpu_say_they_do(monkeypatch):
     """Per pair visited: 2 (K + V) forward, 2 (2 K + V) and 2 (2 K + 2 V) backward. Blocks of 16 queries that begin at 5,
-    21, 37 and 53 see keys from 0, 2, 18 and 34 on: 1, 2, 2 and 2 blocks of 32 keys."""
+    21, 37 and 53 see keys from 0, 2, 18 and 34 onwards: 1, 2, 2 and 2 blocks of 32 keys."""
     monkeypatch.setattr(backends, "target", lambda: Target("gpu", "none", True))
     q, k, v = (jax.ShapeDtypeStruct((1, n, 4, width), jnp.float32) for n, width in ((64, 16), (69, 16), (69, 32)))
 

@@ -1,6 +1,6 @@
-"""The delta rule's kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
+"""The delta rule's kernels that ``auto`` chooses, compiled for absent TPUs and GPUs, forward and backward.
 
-On TPU one kernel each way, and no copy of an array around them: the kernels take the layout in which products leave arrays,
+On TPU there is one kernel each way, and no array is copied around them: the kernels take the layout that products produce,
 ``[B, T, H K]``. On GPU, ptxas reports each kernel's registers: none is spilled.
 """
 

@@ -1,4 +1,4 @@
-"""The delta rule's kernels for GPU, interpreted, tested as those for TPU."""
+"""The delta rule's kernels for GPU, interpreted, tested like those for TPU."""
 
 import functools
 
@@ -65,7 +65,7 @@ def test_hard_decays(kind):
 
 
 def test_keys_alike_in_bfloat16():
-    """If no factor of the inverse's products had more than bfloat16, the error would be 1.5%."""
+    """If all factors of the inverse's products were bfloat16, the error would be 1.5%."""
     (q, k, v, beta), (expected, _) = keys_of_one_sign()
     run = numerics.jit(lambda q, k, v, beta, state: run_kernel(None, INTERPRETED, q, k, v, beta, None, state, chunk=64))
     found, _ = numerics.run(run, q, k, v, beta, np.zeros((1, 1, 16, 16)), dtype="bfloat16")
@@ -76,7 +76,7 @@ def test_keys_alike_in_bfloat16():
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_float32_decays_beside_products_in_bfloat16(kind):
     def run(q, k, v, log_decay, state):
-        """The first token writes what linear attention would, plus what it replaces."""
+        """Values are scaled so that the first token writes what linear attention would, plus what it replaces."""
         k, v = k / 4, v * float(4 * (1 + np.exp(-RATE)))
         beta = jnp.ones(q.shape[:3])
         return run_kernel(None, INTERPRETED, q, k, v, beta, log_decay, state)

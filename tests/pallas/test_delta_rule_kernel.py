@@ -158,7 +158,7 @@ def keys_of_one_sign():
 
 
 def test_keys_alike_in_bfloat16():
-    """Computed in bfloat16, the inverse would leave an error of 3%."""
+    """With the inverse computed in bfloat16, the error would be 3%."""
     inputs, expected = keys_of_one_sign()
     run = numerics.jit(functools.partial(delta_rule, chunk_size=128, backend="pallas"))
     numerics.assert_close(numerics.run(run, *inputs, dtype="bfloat16"), expected, 2e-2)
@@ -174,7 +174,7 @@ def inverse_of(lower, count):
 
 def test_inverses_to_16_digits_of_unlike_blocks():
     """Of the blocks of 16 rows only the last differs from the identity, so between the others the inverse has the entries
-    of -``lower`` themselves, of which one factor in bfloat16 keeps 16 digits."""
+    of -``lower`` itself, which are a factor in two bfloat16 terms and so keep 16 bits."""
     lower = np.tril(np.random.default_rng(0).standard_normal((128, 128)), -1).astype(np.float32)
     block = np.arange(128) // 16
     lower[(block[:, None] == block) & (block < 7)] = 0
@@ -194,8 +194,8 @@ def test_inverses_in_two_terms():
 
 
 def alike(keys, beta, decay, width):
-    """Inputs of the delta rule and cotangents: one key, varied per token as ``keys`` says; beta of 2, from 1.9 to 2, or 2
-    and 0.1 in turn."""
+    """Inputs of the delta rule, and cotangents: one key, varied per token as ``keys`` says; beta is 2, from 1.9 to 2, or
+    alternately 2 and 0.1."""
     random, length = np.random.default_rng(1), 150
     q, v, own = (numerics.normal(random, 1, length, 1, width) for _ in range(3))
     turns = (-1.0) ** np.arange(length)[None, :, None]
@@ -213,8 +213,8 @@ def alike(keys, beta, decay, width):
 
 
 def check_alike(keys, beta, decay, packed, target, chunk=None, width=32):
-    """In bfloat16, with beta and the decays in float32: no output or gradient is much further off than in chunks, which are
-    solved in float32."""
+    """In bfloat16, with beta and the decays in float32: no output or gradient is much further off than with ``chunked``,
+    which solves in float32."""
     inputs, cotangents = alike(keys, beta, decay, width)
     ids = np.repeat([[0, 1, 2]], [5, 120, 25], axis=1).astype(np.int32) if packed else None
     by_kernel = functools.partial(run_kernel, ids, target, chunk=chunk, negative_eigenvalues=True)
@@ -264,7 +264,7 @@ def test_one_kernel_each_way():
 
 
 def test_the_family_of_the_kernel_in_pieces():
-    """Runs in sequence, and their gradients; the state's is from the kernel that computes it alone."""
+    """Runs in sequence, and their gradients; that of the state is from the kernel that computes nothing else."""
     random = np.random.default_rng(2)
     q, k, v, state = (random.standard_normal(shape) for shape in (*[(1, 24, 1, 3)] * 2, (1, 24, 1, 2), (1, 1, 3, 2)))
     beta, log_decay = random.uniform(0, 1, (2, 1, 24, 1)) * np.array([1, -1]).reshape(2, 1, 1, 1)
@@ -338,7 +338,7 @@ def test_the_map_of_a_run_has_no_gradient():
 
 @pytest.mark.parametrize("heads, keys, values", [(16, 64, 64), (6, 128, 256), (5, 96, 192), (40, 16, 16), (1, 100, 20)])
 def test_blocks_of_heads(heads, keys, values):
-    """Blocks fill whole registers of lanes, or have all heads; fewer heads lie beyond H than a block has."""
+    """Blocks fill whole lane registers, or have all heads; fewer than a block's heads are padding beyond H."""
     count = blocks.delta_rule_heads("", heads, keys, values)
     assert count == heads or count * keys % 128 == count * values % 128 == 0
     assert -(-heads // count) * count - heads < 128

@@ -1,4 +1,4 @@
-"""Derivatives of the kernels' gradients are refused, and the backend that the refusal names has them."""
+"""Derivatives of the kernels' gradients are refused; the backend that the message names supports them."""
 
 import functools
 import re
@@ -63,7 +63,7 @@ def test_the_backend_that_is_named_has_them(name):
 
 @pytest.mark.parametrize("name", ["linear_recurrence", "linear_attention"])
 def test_they_are_differences_of_gradients(name):
-    """Along a line."""
+    """They are taken along a line."""
     operation, instead = OPERATIONS[name]
     gradient = of_gradient(functools.partial(operation, backend=instead))
     x, direction = (jax.random.normal(key, X.shape) / 4 for key in jax.random.split(jax.random.key(0)))

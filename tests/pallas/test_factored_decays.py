@@ -1,5 +1,5 @@
-"""Decays of key channels as two factors, in a chunk or its parts: the same as by halves if none is strong; and kernels that
-take each way."""
+"""Decays of key channels as two factors, in a chunk or its parts: the same as by halves if none is strong. Kernels take
+each of the code paths."""
 
 import functools
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ SHARES = np.array([1.9 * LIMIT, 1e-6, 3.2, 0])
 
 
 def draw(random, part: int) -> np.ndarray:
-    """Log decays ``[C, K]``, as strong as they may be in each part of a chunk."""
+    """Log decays ``[C, K]``, as strong as is allowed in each part of a chunk."""
     log_decay = -random.uniform(0, 1, (C, K)) * SHARES / part
     log_decay[part // 2 :: part, 3] = -0.99 * LIMIT
     return log_decay
@@ -95,7 +95,7 @@ def test_only_narrow_numbers_with_as_large_exponents_are_taken():
     ],
 )
 def test_kernels_take_each_way(monkeypatch, operation, way):
-    """Four chunks, each with its own way or all with one. The ways that must not be taken are broken."""
+    """Four chunks, each with its own code path or all with one. The paths that must not be taken are broken."""
     small = blocks.AttentionBlock(C, C, 1), blocks.AttentionBlock(C, C, 1)
     monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", small)
     monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(C, C, 1))

@@ -1,4 +1,4 @@
-"""``benchmarks/gpu_kernels.py`` without a GPU: it times what needs none, and refuses kernels."""
+"""``benchmarks/gpu_kernels.py`` without a GPU: it times what needs no GPU, and refuses to time kernels."""
 
 import json
 import subprocess

@@ -81,7 +81,7 @@ def test_what_it_does_not_count_is_refused():
 
 
 def test_shared_keys(tmp_path):
-    """They are read once, and their gradients written once, by both heads together."""
+    """They are read once, and their gradients written once, for both heads together."""
     path = tmp_path / "rows.json"
     command = [sys.executable, str(PROGRAM), "--operations=linear_attention", "--decays=none", "--shared", "--heads=2"]
     done = subprocess.run(

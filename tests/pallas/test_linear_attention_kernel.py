@@ -112,7 +112,7 @@ def draw(random, decay, length, heads, keys, values):
 
 @pytest.mark.parametrize("decay, packed", [("constant", False), ("scalar", True), ("channel", True)])
 def test_gpu_by_tiles(monkeypatch, decay, packed):
-    """K and V of several tiles, the last not whole; outputs of two programs."""
+    """K and V take several tiles, the last of them partial; the outputs take two programs."""
     monkeypatch.setattr(blocks, "linear_attention_gpu", lambda *_: blocks.AttentionGPUBlock(16, 16, 16, 32, 32, 16, 32))
     ids = np.repeat([[0, 1, 2]], [5, 27, 8], axis=1).astype(np.int32) if packed else None
     inputs = draw(np.random.default_rng(7), decay, 40, 2, 40, 50)
@@ -183,7 +183,7 @@ def test_float32_decays_beside_products_in_bfloat16(kind, target):
 
 
 def assert_decays_are_not_rounded(run, kind):
-    """A state of ones and a first token are read after up to 31 others, as e^-51; rounding would make it 11% more."""
+    """A state of ones and a first token are read after up to 31 others, as e^-51; with rounding it would be 11% more."""
     q, shape = jnp.ones((1, 32, 1, 16), jnp.bfloat16), (1, 32, 1, 16) if kind == "channel" else (1, 32, 1)
     k = q.at[:, 1:].set(0)
     o, final = run(q, k, k, jnp.full(shape, -RATE, jnp.float32), jnp.ones((1, 1, 16, 16)))
@@ -277,7 +277,7 @@ def test_the_map_of_a_run_has_no_gradient():
 
 @pytest.mark.parametrize("widths", [(16, 16), (32, 64), (48, 128), (128, 128), (64, 256), (256, 256), (100, 100)])
 def test_heads_of_a_block(widths):
-    """They fill whole registers, or are all heads; and are as many more as the table asks for, if these divide H."""
+    """They fill whole registers, or are all heads. There are more if the table asks for that and their number divides H."""
     for heads in (1, 2, 3, 8, 12, 16):
         for lanes in (0, 256, 1024):
             count = blocks.heads_of_block(heads, widths, lanes)

@@ -1,9 +1,9 @@
 """The GPU kernels compiled for an H100, run instruction by instruction from their PTX, against the oracles: values and all
 gradients.
 
-This tests Triton's output: layouts, products of warps and of warpgroups, asynchronous copies, and barriers. It refuses what
-a GPU would refuse, accesses of two warps to the same memory with no barrier between, and the use of memory and registers
-that a copy or a product in flight may still use.
+This tests Triton's output: layouts, products of warps and of warpgroups, asynchronous copies, and barriers. The emulator
+refuses what a GPU would refuse, accesses of two warps to the same memory with no barrier between them, and the use of
+memory and registers that a copy or a product in flight may still use.
 """
 
 import functools
@@ -48,7 +48,7 @@ def test_scan(name, dtype, ran):
 
 @pytest.mark.parametrize("name, dtype", [("packed", "float32"), ("many_numbers", "bfloat16"), ("short", "bfloat16")])
 def test_selective_scan(name, dtype, ran):
-    """With the instructions that are written in PTX, as on a GPU and unlike interpreted kernels."""
+    """With the instructions that are written in PTX, as on a GPU but not in interpreted kernels."""
     selective.check(name, selective.target("gpu", interpret=False), dtype)
     assert [x.name.split("_")[2] for x in ran] == ["forward", "gradient"]
 
@@ -196,8 +196,8 @@ def test_linear_attention_of_weak_and_strong_decays():
 
 @pytest.mark.parametrize("part, products", [(0.1, "few"), (0.99, "few"), (1.01, "many"), (10, "many")])
 def test_which_way_decays_go(part, products, ran):
-    """``part`` is a share of the limit, in each half of the only chunk and every channel: at the limit factors are largest,
-    and products above the diagonal overflow. One product for each of five levels is more than one."""
+    """``part`` is a share of the limit, in each half of the only chunk and every channel: at the limit the factors are
+    largest, and products above the diagonal overflow. One product for each of five levels shows as more than one."""
     random = np.random.default_rng(2)
     q, k, v, _, state = linear.draw(random, "channel", 32, 1, 16, 16)
     decay = numerics.representable(np.full((1, 32, 1, 16), -part * factored_decays.LIMIT / 16))
@@ -214,7 +214,7 @@ def test_which_way_decays_go(part, products, ran):
 
 @pytest.mark.parametrize("decay", ["channel", "constant"])
 def test_decays_that_are_not_numbers_are_seen(decay):
-    """They make outputs NaN. Triton's maximum of a NaN and the floor of decays would be the floor."""
+    """They make outputs NaN. By default, Triton's maximum of a NaN and the floor of decays is the floor."""
     q, k, v, log_decay, state = linear.draw(np.random.default_rng(2), decay, 32, 2, 16, 16)
     log_decay[..., 5 if decay == "channel" else 0] = np.nan
     inputs = q, k, v, log_decay, state
@@ -259,7 +259,7 @@ def test_delta_rule_of_weak_and_strong_decays():
     ],
 )
 def test_a_kernel_without_what_orders_it(left_out, message, monkeypatch):
-    """Without waits between warps, fences before the matrix units read, or waits for copies and products."""
+    """Kernels without waits between warps, fences before the matrix units read, or waits for copies and products."""
     read = calls.read
     without = lambda text: read("".join(x for x in text.splitlines(keepends=True) if left_out not in x))  # noqa: E731
     monkeypatch.setattr(calls, "read", without)

@@ -1,4 +1,4 @@
-"""Kernels as ``auto`` chooses them, compiled for GPUs other than the H100: Blackwell, whose products take more shared
+"""The kernels that ``auto`` chooses, compiled for GPUs other than the H100: Blackwell, whose products take more shared
 memory; GPUs with less of it; and one too old for any kernel."""
 
 import logging
@@ -86,7 +86,7 @@ def test_kernels_compile(gpu, name, width, kernels, tmp_path, record_property):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_gpu_without_kernels(name, caplog):
-    """``auto`` chooses what XLA compiles, and says once why; ``pallas`` is refused."""
+    """``auto`` chooses what XLA compiles and says why, once; ``pallas`` is refused."""
     device, elsewhere = gpus.device("t4"), OPERATIONS[name][3]
     backends.say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="jaxlinear"):

@@ -1,7 +1,7 @@
-"""The scan kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
+"""The scan kernels that ``auto`` chooses, compiled for absent TPUs and GPUs, forward and backward.
 
-One kernel each way, and no copy of an array around them: the kernels take the layout that arrays have. On GPU, ptxas
-reports each kernel's registers: none is spilled.
+There is one kernel each way, and no array is copied around them: the kernels take the layout that arrays have. On GPU,
+ptxas reports each kernel's registers: none is spilled.
 """
 
 import functools
@@ -84,7 +84,7 @@ def test_remat_runs_the_forward_kernel_once():
 
 
 def test_copies_are_found():
-    """The copies that the tests above look for appear if an array is asked for in another layout."""
+    """The copies that the tests above look for do appear if an array is required in another layout."""
     device = targets.find("v5e:1x1").devices[0]
     x = jax.ShapeDtypeStruct((2, 1024, 1024), jnp.float32, sharding=SingleDeviceSharding(device))
     text = jax.jit(lambda x: jnp.swapaxes(x, 1, 2)).lower(x).compile().as_text()

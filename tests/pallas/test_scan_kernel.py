@@ -123,7 +123,7 @@ def test_a_run_without_its_outputs(small_blocks, name, platform):
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_limits(small_blocks, platform, reverse):
-    """a of 0 forgets, of 1 sums (whole numbers, so that float32 is exact), of exp(-50) nearly forgets."""
+    """a = 0 forgets, a = 1 sums (whole numbers, so that float32 is exact), and a = exp(-50) nearly forgets."""
     random = np.random.default_rng(0)
     a = np.broadcast_to(np.array([0.0, 1.0, np.exp(-50.0)]), (1, 50, 3))
     x, d_h = (random.integers(-9, 9, a.shape).astype(float) for _ in range(2))
@@ -147,7 +147,7 @@ def test_limits(small_blocks, platform, reverse):
 
 
 def test_the_operation_takes_it(small_blocks):
-    """Trailing axes, a real x beside a complex a, a whose axes are fewer, segment ids, and no initial state."""
+    """Trailing axes, a real x with a complex a, an a with fewer axes, segment ids, and no initial state."""
     random = np.random.default_rng(1)
     a, x = numerics.uniform(random, 3, high=0.9) * np.exp(1j), numerics.normal(random, 2, 20, 2, 3)
     ids = np.array([[0] * 7 + [1] * 13, [3] * 20], np.int32)
@@ -171,7 +171,7 @@ def test_one_kernel_each_way():
 
 
 def test_the_family_of_the_kernel_in_pieces(small_blocks):
-    """Runs in sequence, and their gradients; the state's is from the kernel that computes it alone."""
+    """Runs in sequence, and their gradients; that of the state is from the kernel that computes nothing else."""
     random = np.random.default_rng(2)
     a, x, state = random.uniform(0, 1, (2, 12, 3)), random.standard_normal((2, 12, 3)), random.standard_normal((2, 3))
     starts = np.zeros((2, 12), bool)
@@ -225,7 +225,7 @@ def test_the_map_of_a_run_has_no_gradient():
 @pytest.mark.parametrize("width", [1, 100, 128, 300, 640, 2560, 8192])
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "another"])
 def test_blocks(kind, width):
-    """They take at most 12 MiB of VMEM, with a backward pass's arrays twice, and waste at most a tile each."""
+    """They take at most 12 MiB of VMEM, counting a backward pass's arrays twice, and waste at most a tile each."""
     for parts in (1, 2):
         block = blocks.scan_tpu(kind, 100_000, width, parts)
         assert block.time % 128 == block.rows % 16 == block.time % block.rows == 0

@@ -34,7 +34,7 @@ def cycles_of(text, tmp_path):
 
 
 def test_cycles_are_bundles_times_trips(tmp_path):
-    """A kernel's grid takes two more trips than it has blocks."""
+    """A kernel's grid makes two more trips than it has blocks."""
     assert cycles_of(KERNEL, tmp_path) == 3 + 12 * 5 + (12 - 2) * 16 * 3
     assert cycles_of(KERNEL.replace("inlined_call_operand", "parameter"), tmp_path) == 3 + 12 * 5 + 12 * 16 * 3
 
@@ -47,7 +47,7 @@ def test_loops_beside_each_other(tmp_path):
 
 
 def test_of_a_loop_whose_test_stands_within_another(tmp_path):
-    """Three trips of one bundle and an inner loop, whose first bundle tests whether the trips are over."""
+    """Three trips of one bundle and an inner loop, whose first bundle holds the outer loop's exit test."""
     inner, *rest = KERNEL.splitlines()[6:9]
     test = "%p4 = scmp.ge.s32.totalorder (%p3), %s5_s1, 3 /* loop exit test */"
     inner = inner.replace("{", f"{{ {test}  ;; ")

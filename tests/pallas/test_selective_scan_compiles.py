@@ -1,7 +1,7 @@
-"""The selective scan's kernels compiled for absent TPUs and GPUs, forward and backward, as ``auto`` chooses them.
+"""The selective scan's kernels that ``auto`` chooses, compiled for absent TPUs and GPUs, forward and backward.
 
-One kernel each way, and no copy of an array as long as the sequence around them. On GPU, ptxas reports each kernel's
-registers: none is spilled.
+There is one kernel each way, and no array as long as the sequence is copied around them. On GPU, ptxas reports each
+kernel's registers: none is spilled.
 """
 
 import functools
@@ -122,7 +122,7 @@ def test_over_a_mesh_of_tpus():
 
 
 def test_a_state_that_vmem_has_no_room_for_is_refused():
-    """The message has the limit, in channels per device, and a remedy; the shapes of ``most`` are about the largest."""
+    """The message gives the limit, in channels per device, and a remedy; the shapes of ``most`` are about the largest."""
     devices = targets.find("v5e:2x4").devices
     for states, most in ((16, 90_624), (64, 28_544), (128, 9984)):
         for width in (most, most + 1):
@@ -146,7 +146,7 @@ def test_a_state_that_vmem_has_no_room_for_is_refused():
 
 @pytest.mark.parametrize("name", ["mamba", "longhorn", "float32", "states_64", "states_128", "odd", "shortest"])
 def test_h100(name, tmp_path, record_property):
-    """Nothing goes through shared memory, as a change of the lanes' layout would."""
+    """Nothing goes through shared memory, as it would if the layout over lanes changed."""
     text = compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2
     used = ptxas.registers(tmp_path, "selective_scan_")

@@ -167,7 +167,7 @@ def test_one_kernel_each_way():
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_family_of_the_kernel_in_pieces(small_blocks, platform):
-    """Runs in sequence, and their gradients; the state's is from the kernel that computes it alone."""
+    """Runs in sequence, and their gradients; that of the state is from the kernel that computes nothing else."""
     (x, dt, A, B, C, state), ids, cotangents, *_ = case("packed")
     marks = starts(ids)
 

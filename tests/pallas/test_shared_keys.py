@@ -1,4 +1,5 @@
-"""Queries and keys that all heads share, as in Mamba-2: as if each head had its own, but kernels read a single copy."""
+"""Queries and keys that all heads share, as in Mamba-2: the results are as if each head had its own copy, but kernels read
+only one."""
 
 import functools
 import math
@@ -91,7 +92,7 @@ def test_on_gpu(monkeypatch, decay, heads, keys, values, packed):
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("sizes", [{"data": 8}, FOUR, TWO], ids=str)
 def test_no_array_is_of_every_head(monkeypatch, platform, sizes):
-    """Neither what kernels read, nor what is kept for the backward pass, nor gradients, which are per group of heads."""
+    """Neither kernel inputs, nor what is kept for the backward pass, nor gradients, which are per group of heads."""
     monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
     heads, keys, values, length = 16, 32, 48, 128
     (q, k, v, decay, state), cotangents = draw("scalar", length, heads, keys, values)
@@ -114,7 +115,7 @@ def test_no_array_is_of_every_head(monkeypatch, platform, sizes):
 
 
 def test_on_a_simulated_tpu():
-    """Reads beyond an array or of unwritten memory give NaN: also for a head after the last."""
+    """Reads beyond an array or of unwritten memory give NaN, also for a head after the last."""
     inputs, cotangents = draw("scalar", 40, 3, 6, 64)
     target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
     found = numerics.run(
@@ -153,7 +154,7 @@ MESHES = [
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("sizes, backend, decay, heads", MESHES, ids=str)
 def test_on_a_mesh(monkeypatch, sizes, backend, decay, heads, platform):
-    """Heads are spread, and their gradients of queries and keys summed; so are rows; and time."""
+    """Heads are spread, and their gradients of queries and keys summed; rows and time are spread, too."""
     monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
     inputs, cotangents = draw(decay, T, heads, 6, 8, batch=8 if sizes == {"fsdp": 8} else B)
     ids = np.concatenate([IDS, IDS[::-1]])[: len(inputs[0])]
@@ -177,7 +178,7 @@ def test_the_gradient_of_a_shared_key_is_summed_over_heads_in_float32():
 
 @pytest.mark.parametrize("decay, backend", [("scalar", "pallas"), ("channel", "auto")])
 def test_heads_are_refused_as_they_reach_the_kernel(decay, backend):
-    """With shared keys only V has to fill registers; with keys repeated for every head, K has to as well."""
+    """With shared keys only V must fill registers; with keys repeated for every head, K must as well."""
     q, v = (jnp.zeros((1, 9, *shape), jnp.bfloat16) for shape in ((1, 24), (12, 64)))
     log_decay = jnp.zeros((1, 9, 12) if decay == "scalar" else (1, 9, 12, 24))
     with backends.use_platform("tpu", "TPU v5 lite"):

@@ -1,4 +1,4 @@
-"""Values wider than one kernel takes are shared among several: results do not change, and nothing is lost."""
+"""Values wider than one kernel takes are split over several: results do not change, and nothing is lost."""
 
 import jax
 import jax.numpy as jnp

@@ -4,9 +4,9 @@ Each recurrent layer makes one all-gather per pass: of (M, C) forward and of D b
 formula gives, whatever T is and under every remat policy. Otherwise, this axis carries only:
 
 - permutes of what a shard sees of those before it: the inputs of a convolution, the keys and values of a window, segment
-  ids; none of more positions than that;
-- sums of the gradients of parameters, which all shards of time share, and of scalars: the bytes that the parameters have
-  in float32, or as much less as ``parallel.gradient_dtype=bfloat16`` saves.
+  ids; of no more positions than the shard sees;
+- sums of the gradients of parameters, which all shards of time share, and of scalars: as many bytes as the parameters
+  have in float32, less what ``parallel.gradient_dtype=bfloat16`` saves.
 
 The device computes while a gather is under way, except on v5p and v6e: there, libtpu 0.0.48 refuses to fuse all-gathers
 with other work ("incorrect results, hang"), and 0.0.42 does it only when asked to. Compiling takes long, so
@@ -111,7 +111,7 @@ def overlap(gathers):
 
 
 def has_products(gathers):
-    """Whether it computes matrix products meanwhile: those within chunks or, where a kernel has these, projections."""
+    """Whether it computes matrix products meanwhile: those within chunks or, if a kernel computes these, projections."""
     return all(any(o.endswith(("dot_general", "pallas_call")) for o in c.during) for c in gathers)
 
 
@@ -171,8 +171,8 @@ def test_beside_fsdp():
 
 @pytest.mark.parametrize("target", [TPU, GPU])
 def test_copies_sum_their_gradients_once_a_step(target):
-    """Whatever the microbatches: each parameter in float32, and some scalars. A copy is spread over four devices, each with
-    a quarter of it apart from norms and the like."""
+    """However many microbatches there are: each parameter in float32, and some scalars. A copy is spread over four devices,
+    each with a quarter of it apart from norms and the like."""
     mesh = {"data": 2, "fsdp": 4}
     compiled, parameters = program("gla", target, LENGTH, mesh=mesh, rows=32, microbatches=4)
     over = [c for c in compiled.collectives if "data" in c.axes]

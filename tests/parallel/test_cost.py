@@ -1,4 +1,4 @@
-"""The costs of exchanges, by hand; "auto" chooses each of them somewhere, and the results do not change with it."""
+"""The costs of exchanges, by hand; "auto" chooses each exchange in some case, and no choice changes the results."""
 
 import functools
 
@@ -126,7 +126,8 @@ def test_the_choice_is_explained_once():
 
 
 def test_auto_on_the_mesh_changes_no_result(monkeypatch):
-    """States that are expensive to hold are doubled: the compiled program shows it, and outputs and gradients stay."""
+    """States that are expensive to hold are exchanged by doubling, as the compiled program shows; outputs and gradients are
+    the same."""
     mesh = meshes.make_mesh({**dict.fromkeys(meshes.AXES, 1), "sequence": 8})
     random = np.random.default_rng(0)
     inputs = {name: jnp.asarray(random.standard_normal((1, 32, 2, 4)), jnp.float32) for name in "qkv"}

@@ -31,7 +31,7 @@ def rows(mesh, axis):
 
 
 def varying(mesh, axis):
-    """The numbers of coordinates in which these rows vary."""
+    """The indices of the coordinates in which these rows vary."""
     return set((np.ptp(rows(mesh, axis), axis=1) > 0).sum(axis=1).tolist())
 
 

@@ -1,4 +1,4 @@
-"""What tells the program of one process from another's."""
+"""What distinguishes the program of one process from another's."""
 
 import jax
 import pytest

@@ -24,7 +24,7 @@ PAST_IDS = np.array([[9] * 7, [9, 9, 0, 0, 0, 0, 0], [0] * 7, [7, 7, 9, 7, 7, 7,
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """A shard has several blocks, whose size does not divide it."""
+    """Gives a shard several blocks, whose size does not divide it."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
     monkeypatch.setattr(attention, "KEY_RUN", 3)
 
@@ -80,7 +80,7 @@ def test_narrow_dtypes_are_summed_in_float32():
 
 
 def test_dtypes_may_differ():
-    """Including those of the past."""
+    """Including the dtype of the past."""
     random = np.random.default_rng(2)
     shapes = (B, T, H, K), (B, T, 1, K), (B, T, 1, V), (B, PAST, 1, K), (B, PAST, 1, V)
     inputs = tuple(numerics.normal(random, *shape) for shape in shapes)
@@ -116,7 +116,7 @@ def compiled(mesh, choice, length):
 
 
 def test_nothing_is_gathered(monkeypatch):
-    """The compiled program has only permutes, and takes less memory than the gather, whose share grows with T."""
+    """The compiled program has only permutes, and takes less memory than gathering, whose memory grows with T."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 64)
     monkeypatch.setattr(attention, "KEY_RUN", 64)
     mesh, length = make_mesh(MESHES[0]), 4096

@@ -95,7 +95,7 @@ def test_recurrences(kind, decay):
 @pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_both_exchanges(sizes, exchange):
-    """In this family M is a matrix, so the order of compositions counts."""
+    """In this family M is a matrix, so the order of compositions matters."""
     q, k, v, beta, state, decay = random_inputs("delta_rule", "channel")
     family, mesh = DeltaRule(0.5), make_mesh(sizes)
 
@@ -131,7 +131,7 @@ def test_constant_transitions_whose_axes_are_fewer(exchange):
 
 @pytest.mark.parametrize("width", [1, 4, 7])
 def test_convolution(width):
-    """The filter of width 7 reaches over two shards of 4."""
+    """The filter of width 7 spans two shards of 4."""
     random = np.random.default_rng(2)
     inputs = tuple(random.standard_normal(shape) for shape in ((B, T, 6), (width, 6), (6,), (B, width - 1, 6)))
     run = functools.partial(ops.causal_convolution, segment_ids=jnp.asarray(IDS))
@@ -191,7 +191,7 @@ def test_causal_attention():
 
 
 def test_losses():
-    """With all of their options, with time whole and with time spread. The cross-entropy has no gradient."""
+    """With all their options, with time whole and with time spread. The cross-entropy has no gradient."""
     random = np.random.default_rng(7)
     x, embedding = random.standard_normal((B, T, 6)), random.standard_normal((11, 6))
     targets, weights = jnp.asarray(random.integers(0, 11, (B, T)), jnp.int32), jnp.asarray(random.uniform(0, 1, (B, T)))
@@ -243,7 +243,7 @@ def collectives(function, structs):
 
 
 def structs_on(mesh, shapes, dtype=jnp.float32):
-    """Shapes with three or more axes have their time spread over the mesh."""
+    """Structs on the mesh; those with three or more axes have their time spread over it."""
 
     def one(shape):
         spec = jax.P(None, "sequence") if len(shape) > 2 else jax.P()
@@ -280,7 +280,7 @@ def gathered_floats(size):
 
 @pytest.mark.parametrize("dtype, parts", [(jnp.float32, 1), (jnp.complex64, 2)])
 def test_of_constant_transitions_the_state_alone_travels(dtype, parts):
-    """With it goes one number per row, which makes M zero where a document ends; the same under remat."""
+    """One number per row goes with it, which makes M zero where a document ends; the same under remat."""
     mesh, width = make_mesh(MESHES[0]), 96
     policy = jax.checkpoint_policies.save_only_these_names(exchanges.EXCHANGED)
 

@@ -1,4 +1,4 @@
-"""Meshes and the sharding rules; a model on 8 devices gives the numbers of one."""
+"""Meshes and the sharding rules; a model on 8 devices gives the same numbers as on one."""
 
 import functools
 import math
@@ -188,7 +188,7 @@ def test_what_is_looked_up_is_exchanged_and_not_the_embedding(sizes):
 
 
 def test_gradients_of_a_frequent_token_are_summed_in_float32():
-    """In bfloat16, a sum of ones stops at 256."""
+    """In bfloat16, a sum of ones stops growing at 256."""
     gradient = jax.grad(lambda table: jnp.sum(operations.rows(table, jnp.zeros((8, 512), jnp.int32), jnp.bfloat16)))
     assert gradient(jnp.ones((4, 2)))[:, 0].tolist() == [4096, 0, 0, 0]
 

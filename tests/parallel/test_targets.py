@@ -1,4 +1,4 @@
-"""Targets without hardware, and their refusals. test_compiled_collectives.py tests that programs compile for them."""
+"""Targets without hardware, and refused ones. test_compiled_collectives.py tests that programs compile for targets."""
 
 import importlib.util
 import os
@@ -75,7 +75,7 @@ def test_a_missing_compiler_is_named(monkeypatch, name, module, package):
 
 
 def test_a_gpu_program_compiles_with_nothing_on_the_path():
-    """ptxas is found in its wheel, and a process needs no more than what a program sets."""
+    """ptxas is found in its wheel, and a process needs only what the program itself sets."""
     program = """
 from jaxlinear.parallel import targets
 targets.set_environment()

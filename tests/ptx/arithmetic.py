@@ -45,7 +45,7 @@ _SUMS = {"add": np.add, "sub": np.subtract}
 
 
 def apply(opcode: str, given) -> np.ndarray:
-    """The value of the first operand. ``given(i, type)`` returns the others in the type of that name."""
+    """The value of the first operand. ``given(i, type)`` returns the others, as the named type."""
     name, *parts = opcode.split(".")
     kind = parts[-1]
     if not _KNOWN.fullmatch(opcode):

@@ -27,7 +27,7 @@ class Ran(NamedTuple):
 
 
 def emulate(set_attribute: Callable[[Any, str, Any], None]) -> list[Ran]:
-    """Makes ``pallas_call`` do so from now on. Every run is added to the returned list."""
+    """Makes ``pallas_call`` run on the CPU from now on. Every run is added to the returned list."""
     ran: list[Ran] = []
 
     def pallas_call(kernel, *, out_shape, grid, name, interpret, **options):

@@ -17,15 +17,15 @@ _NOTHING = re.compile(r"griddepcontrol|wgmma\.fence|bar\.warp\.sync|membar|nanos
 def run(
     program: Program, grid: tuple[int, ...], given: list[np.ndarray], like: list[np.ndarray]
 ) -> tuple[list, Counter]:
-    """The arrays, shaped as ``like``, that the kernel writes, and how many warps took each instruction."""
+    """The arrays, shaped like ``like``, that the kernel writes, and how many warps executed each instruction."""
     memory = Global(given, like)
     counts = run_in(memory, program, grid, memory.addresses)
     return memory.arrays(like), counts
 
 
 def run_in(memory, program: Program, grid: tuple[int, ...], parameters: list[int | float], *, strict=True) -> Counter:
-    """As ``run``, with a given memory and all parameters. Unless ``strict``, products read memory when they are issued,
-    without a proxy fence after writes and copies, and a register that nothing was written to is NaN."""
+    """Like ``run``, with a given memory and all parameters. Unless ``strict``, products read memory when they are issued,
+    need no proxy fence after writes and copies, and a register that was never written is NaN."""
     counts: Counter = Counter()
     grid = (*grid, *[1] * (3 - len(grid)))
     blocks = int(np.prod(grid))
@@ -58,7 +58,7 @@ class _Blocks:
         self.active = self.everyone
 
     def run(self) -> None:
-        """The threads that are behind go first, and so meet the others again."""
+        """The threads that are behind go first, and so catch up with the others."""
         waiting = {0: self.everyone}
         while waiting:
             at = min(waiting)
@@ -85,7 +85,7 @@ class _Blocks:
             waiting[at] = self._known(waiting[at] | active) if at in waiting else active
 
     def _known(self, where: np.ndarray) -> np.ndarray:
-        """``everyone`` itself if it is all threads, as for most instructions: their cost here is Python's."""
+        """``everyone`` itself if it is all threads, as for most instructions, whose cost here is Python's overhead."""
         return self.everyone if where.all() else where
 
     def _count(self, instruction: Instruction, where: np.ndarray) -> None:
@@ -114,7 +114,7 @@ class _Blocks:
             raise Fault(f"{name} is of a product that may not have ended")
 
     def _value(self, operand, kind: str) -> np.ndarray:
-        """The operand in the type of that name: one number for all threads, or one each."""
+        """The operand as the named type: one number for all threads, or one for each."""
         to = np.dtype(arithmetic.TYPES[kind])
         if isinstance(operand, list):  # the least significant first
             return self._packed([self._value(x, f"b{to.itemsize * 8 // len(operand)}") for x in operand], to)
@@ -264,8 +264,8 @@ class _Blocks:
             self.copies.add((to, values, threads), blocks)
 
     def _taken(self, last: tuple, size: int) -> np.ndarray:
-        """How many bytes each thread reads; the rest are zeros. The last operand, if there is one, is their number, or
-        whether there are none."""
+        """How many bytes each thread reads; the rest are zeros. The last operand, if there is one, is that number, or
+        a predicate that makes it zero."""
         if not last:
             return np.full(self.block.shape, size)
         if last[0].startswith("%p"):
@@ -330,7 +330,7 @@ class _Blocks:
         self._mark_product(sums, factors, blocks)
 
     def _end_products(self, left: int, where: np.ndarray) -> None:
-        """Ends all but the last ``left`` groups; until here they may read their operands."""
+        """Ends all but the last ``left`` groups; until then they may read their operands."""
         blocks, ended = np.unique(self.block[where]), []
         for (read, sums, factors), of in self.products.wait(blocks, left):
             for halves, who in read:

@@ -1,5 +1,5 @@
-"""The memories of a GPU. They refuse what a GPU would, and what a warp, a copy or a product uses while another may change
-it, or changes while another may use it."""
+"""The memories of a GPU. They refuse what a GPU would refuse, use of memory by a warp, a copy or a product while another
+may change it, and changes while another may use it."""
 
 from typing import NamedTuple
 
@@ -85,7 +85,7 @@ class Global:
         _refuse(data[units] != values, "two threads write different numbers at once", threads)
 
     def arrays(self, like: list[np.ndarray]) -> list[np.ndarray]:
-        """The arrays that were to be written."""
+        """The arrays that the kernel writes."""
         found = []
         for array, address in zip(like, self.addresses[self._first_written :], strict=True):
             at = _part(address, array)
@@ -161,7 +161,7 @@ class Shared:
         self._write(halves, np.ascontiguousarray(values).view(np.uint16), threads)
 
     def read(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
-        """The places of ``size`` bytes from each address on."""
+        """The places of ``size`` bytes starting at each address."""
         halves = self._at(addresses, size, threads)
         _refuse(self._copied_to[halves], "reads what a copy may still write", threads)
         self.mark_read(halves, threads)
@@ -172,7 +172,7 @@ class Shared:
         return halves
 
     def begin_product(self, addresses: np.ndarray, size: int, threads: Threads) -> np.ndarray:
-        """As ``read``, but by a matrix unit at any time from now on."""
+        """Like ``read``, but by a matrix unit at any time from now on."""
         halves = self.read(addresses, size, threads)
         unfenced = self._strict & self._unfenced[halves]
         _refuse(unfenced, "a matrix unit reads what no proxy fence follows", threads)

@@ -1,4 +1,4 @@
-"""The PTX machine on small programs: what they compute, and the faults that wrong ones raise."""
+"""The PTX machine on small programs: what they compute, and the faults that incorrect ones raise."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def run(body, blocks=2):
 
 
 def test_each_goes_its_way():
-    """Odd threads loop as many times as their number modulo 4; warps are counted."""
+    """Odd threads loop as often as their number modulo 4; the warps that execute each instruction are counted."""
     given, found, counts = run("""
 	and.b32 	%r5, %r1, 1;
 	setp.eq.b32 	%p1, %r5, 0;
@@ -192,7 +192,8 @@ def test_lanes_give_each_other_numbers(mode, by, ends, source):
 
 
 def test_what_is_not_strict_takes():
-    """A register that was never written, as NaN; a product over writes without a fence, and writes during it."""
+    """A register that was never written, as NaN; a product that reads what was written without a fence; and writes during
+    the product."""
     (read,) = program.read(_HEAD + "\tadd.f32 \t%r9, %r4, %r77;\n\tst.global.b32 \t[%rd5], %r9;\n\tret;\n\n}\n")
     arrays = [np.arange(64, dtype=np.float32), np.zeros(64, np.float32)]
     plain = memory.Plain(arrays)

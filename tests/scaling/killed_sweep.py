@@ -1,4 +1,4 @@
-"""A sweep of trained runs by launch/sweep.py, killed half way and started again.
+"""A sweep of trained runs by launch/sweep.py, killed halfway and started again.
 
 ``python -m tests.scaling.killed_sweep 12`` does it with twelve runs; the test, with two.
 """
@@ -50,7 +50,7 @@ manager.Manager.__init__ = lambda self, sweep, executor, train: init(self, sweep
 
 
 def start(directory, dataset, *, runs=2, key="training.seed", stops=None):
-    """Starts launch/sweep.py in a process group of its own. The run with the seed ``stops`` waits in its 5th step."""
+    """Starts launch/sweep.py in its own process group. The run with the seed ``stops`` waits in its 5th step."""
     before = ""
     if stops is not None:
         of_that = f"import sys\nif sys.argv[-1].endswith('/seed={stops}'):\n"
@@ -72,7 +72,7 @@ def start(directory, dataset, *, runs=2, key="training.seed", stops=None):
 
 def check(directory, dataset, runs):
     """Kills the sweep during run ``runs // 2``, starts it again, and asserts that it completes: the finished runs are as
-    they were, that run goes on from a checkpoint, and every other run is begun only once."""
+    they were, the interrupted run resumes from a checkpoint, and every other run is begun only once."""
     workdirs = [directory / "sweep" / "runs" / f"seed={seed}" for seed in range(runs)]
     half = runs // 2
     process, begin = start(directory, dataset, runs=runs, stops=half), time.monotonic()

@@ -1,6 +1,6 @@
-"""A sweep whose runs are not trained: a program that leaves what launch/train.py leaves, in a moment and without JAX.
+"""A sweep whose runs are not trained: a program that writes what launch/train.py writes, in a moment and without JAX.
 
-``python -m tests.scaling.stand_in train --config=...:FILE --workdir=DIR`` is the program; ``... sweep DIR DATA`` works on a
+``python -m tests.scaling.stand_in train --config=...:FILE --workdir=DIR`` is the program; ``... sweep DIR DATA`` runs a
 sweep of twelve runs of it, in a process that can be killed.
 """
 

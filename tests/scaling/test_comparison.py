@@ -1,4 +1,4 @@
-"""Several architectures on the same axes, from runs whose laws are known; the report on them; the runs of a sweep."""
+"""Several architectures on the same axes, from runs with known laws; the report on them; the runs of a sweep."""
 
 import dataclasses
 import json
@@ -87,7 +87,7 @@ def test_without_embeddings_parameters_and_flops_are_fewer(compared):
 
 @pytest.mark.parametrize("least", [10**16, 10**20])
 def test_without_a_ladder_the_middle_budget_is_between_what_runs_spent(least):
-    """Formulas give FLOPs as whole numbers: products of these exceed 64 bits, and at 1e20 they do so themselves."""
+    """Formulas give FLOPs as whole numbers: their products exceed 64 bits, and at 1e20 so do the numbers themselves."""
     run = dataclasses.replace(ladder()[0], budget=None, budget_counts=None, tokens=10**9, logits_flops_per_token=0)
     runs = [dataclasses.replace(run, flops_per_token=times * least // 10**9) for times in (1, 100)]
     found = comparison.compare(runs, replicates=20).budgets["with"]
@@ -105,7 +105,7 @@ def test_what_one_is_worth_in_the_others_flops(compared):
 
 
 def test_each_architecture_is_judged_by_what_its_own_parameters_cost():
-    """One costs 6 N a token, the other 20 N^0.97. What is best for a budget is compared with a search over sizes."""
+    """One costs 6 N per token, the other 20 N^0.97. The optimum for a budget is compared with a search over sizes."""
     costs = {"slow": (6.0, 1.0), "fast": (20.0, 0.97)}
 
     def flops_of(run):
@@ -191,7 +191,7 @@ def test_too_few_runs_have_no_law():
 
 
 def test_few_runs_have_a_law_without_intervals():
-    """The law passes nearly through all of them, and so through resampled ones: replicates say no more than the law."""
+    """The law passes nearly through all of them, and so through resampled ones: replicates add no information."""
     ladders = {name: [run for run in ladder() if run.architecture == name] for name in LAWS}
     found = comparison.compare([*ladders["slow"][:8], *ladders["fast"][:7]], replicates=20)
     slow, fast = (found.fits["with"][name] for name in LAWS)
@@ -240,7 +240,7 @@ def test_constants_that_the_runs_do_not_tell():
 
 
 def test_a_sweep_with_ladders_of_both_counts_has_both_profiles():
-    """Each profile is of the runs whose budgets were counted in that way."""
+    """Each profile is made from the runs whose budgets were counted in that way."""
     others = [dataclasses.replace(run, name=f"{run.name}-", tokens=run.tokens + 1000) for run in ladder()]
     runs = ladder() + [dataclasses.replace(run, budget_counts="without") for run in others]
     compared = comparison.compare(runs, replicates=20)
@@ -333,7 +333,7 @@ def test_the_runs_of_a_sweep(sweep):
     ],
 )
 def test_runs_without_a_label_are_one_architecture_if_they_differ_in_numbers_alone(models, names):
-    """Otherwise, a law would be fitted to the lower loss of either. Runs with a label are left out."""
+    """Otherwise, a law would be fitted to the lower of their losses. Runs with a label are left out."""
     model = {"pattern": ("hawk",), "width": 8, "bias": False, "dtype": "bfloat16", "remat": "none"}
     given = [config_dict.ConfigDict(model | changes) for changes in [*models, {"bias": True, "remat": "all"}]]
     runs = [types.SimpleNamespace(labels={})] * len(models) + [types.SimpleNamespace(labels={"architecture": "mine"})]

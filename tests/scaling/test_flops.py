@@ -214,7 +214,7 @@ OF_STATES = {
 
 @pytest.mark.parametrize("mixer", sorted(mixers.MIXERS))
 def test_every_number_in_a_kernel_is_multiplied_once_a_token(mixer):
-    """Where no two widths are alike, so that none can stand for another."""
+    """No two widths are equal, so that none can stand for another."""
     sizes = {"width": 40, "recurrent_width": 72, "key_width": 5, "value_width": 12, "convolution_width": 3}
     sizes |= {
         "num_heads": 10,
@@ -262,7 +262,7 @@ IN_TIME = ["rg_lru", "sliding_window", "attention", "convolution", "lru", "s5", 
 
 
 def one_layer(pattern, **changes):
-    """With one layer, the scan's body, which XLA counts once, is all of the scan."""
+    """With one layer, the scan's body, which XLA counts once, is the whole scan."""
     small = {"width": 128, "recurrent_width": 128, "vocab_size": 512, "dtype": "float32", "logit_soft_cap": 0.0}
     return dataclasses.replace(CONFIG, pattern=(pattern,), num_layers=1, **small, **changes)
 
@@ -291,7 +291,7 @@ ONE_TOKEN = [
 
 @pytest.mark.parametrize("pattern, changes", ONE_TOKEN, ids=str)
 def test_xla_counts_as_many_for_one_token(pattern, changes):
-    """Mixers whose chunked form does more than their formula counts: a step of decoding, which is the recurrence."""
+    """For mixers whose chunked form does more than their formula counts: a decoding step, which is the recurrence."""
     config = one_layer(pattern, key_width=16, value_width=32, **changes)
     architecture, batch = describe(config), 2
 

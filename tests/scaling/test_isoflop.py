@@ -40,7 +40,7 @@ def test_intervals_cover_the_truth():
 
 
 def test_replicates_are_as_far_apart_as_the_runs_of_a_law():
-    """With 6 runs and 3 constants, parabolas have half of the variance of the noise. The residuals have less."""
+    """With 6 runs and 3 constants, parabolas have half the variance of the noise. The residuals have less."""
     noise = 0.01 * np.random.default_rng(0).standard_normal(len(LOSSES))
     found = isoflop.fit(BUDGETS, PARAMETERS, LOSSES + noise, replicates=400)
     sizes = PARAMETERS.reshape(4, 6)
@@ -77,7 +77,7 @@ def test_through_one_minimum_there_is_no_power_law():
 
 @pytest.mark.parametrize("budgets_of_four, replicates", [(0, 0), (2, 0), (3, 5)])
 def test_three_sizes_leave_no_interval(budgets_of_four, replicates):
-    """Nor does a fourth at one or two of the budgets: so few runs leave too little beside the parabolas to judge by."""
+    """Nor does a fourth at one or two of the budgets: so few runs leave too few residual degrees of freedom."""
     keep = np.tile([True, False, True, False, True, False], 4)
     keep[1 : 6 * budgets_of_four : 6] = True
     found = isoflop.fit(BUDGETS[keep], PARAMETERS[keep], LOSSES[keep], replicates=5)

@@ -21,13 +21,13 @@ PATIENCE = 240
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-    """Jobs, which are processes of their own, find the package of tests there."""
+    """Jobs, which are separate processes, find the package of tests there."""
     monkeypatch.chdir(stand_in.ROOT)
     monkeypatch.setenv("PYTHONPATH", str(stand_in.ROOT))
 
 
 def start(directory, dataset, *, hold):
-    """Starts a manager in a process group of its own. Runs of seeds from ``hold`` on wait until the file is removed."""
+    """Starts a manager in its own process group. Runs with seeds from ``hold`` onwards wait until the file is removed."""
     (directory / stand_in.HOLD).write_text(str(hold))
     command = [sys.executable, "-m", "tests.scaling.stand_in", "sweep", str(directory), str(dataset)]
     return subprocess.Popen(command, start_new_session=True)
@@ -127,7 +127,7 @@ def test_told_to_stop_it_has_its_runs_save_themselves(tiny_dataset, tmp_path, te
 
 @pytest.mark.parametrize("inherited", [False, True])
 def test_a_run_that_just_begins_is_told_to_stop_and_is_no_failure(tiny_dataset, tmp_path, monkeypatch, inherited):
-    """For a moment, the file of its attempts still describes the attempt before, which was killed."""
+    """For a moment, the file of its attempts still describes the previous attempt, which was killed."""
     killed, begun, told = 1, 2, []
 
     def kill(pid, number):
@@ -184,7 +184,7 @@ def test_fewer_steps_than_a_run_has_done_are_refused(tiny_dataset, tmp_path):
 
 
 def test_an_evaluation_that_is_asked_for_later_is_owed(tiny_dataset, tmp_path, caplog):
-    """Finished runs owe it too, at their end; of other tasks asked for there, a line says that they are not measured."""
+    """Finished runs owe it too, at their end; a line says that other tasks asked for there are not measured."""
 
     def planned(**evaluation):
         config = stand_in.config(tiny_dataset)
@@ -238,7 +238,7 @@ def test_a_run_keeps_its_name_though_another_one_had_what_it_would_be_called(tin
 
 
 def test_two_runs_of_one_name_are_refused(tiny_dataset, tmp_path):
-    """One of them keeps the name that it got from an earlier label. Nothing is written."""
+    """One of them keeps the name from an earlier label. Nothing is written."""
 
     def planned(**rates):
         plan = [{"size": size, "optimizer.learning_rate": rate} for size, rate in rates.items()]
@@ -303,7 +303,7 @@ def test_a_run_that_another_process_holds_is_waited_for(tiny_dataset, tmp_path):
 
 
 def test_two_managers_are_one_too_many_and_the_second_changes_nothing(tiny_dataset, tmp_path):
-    """Above all, runs that have not begun: the first manager starts them with the config that is there at that time."""
+    """Above all, runs that have not begun stay as they are: the first manager starts them with the config it finds then."""
 
     def plan():
         return {path: path.read_bytes() for path in [tmp_path / "sweep.json", *tmp_path.glob("jobs/*/config.json")]}

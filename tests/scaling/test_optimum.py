@@ -54,7 +54,7 @@ def test_more_flops_than_a_float_holds():
 
 @pytest.mark.parametrize("A, B", [(1e9, 1e-6), (1e-6, 1e9)])
 def test_an_optimum_beyond_what_a_float_holds(A, B):
-    """Resampled runs with much noise may have one: it is an end of an interval, not an error."""
+    """Resampled runs with much noise may have one: it is one end of an interval, not an error."""
     found = optimum.compute_optimal(Law(2, A, B, 0.02, 0.02), 1e18, optimum.Cost(6.0, 0.11))
     assert 0 < found.parameters < math.inf and 0 < found.tokens < math.inf and math.isfinite(found.loss)
 

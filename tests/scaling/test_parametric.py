@@ -1,4 +1,4 @@
-"""The parametric law: known constants are found again, and the intervals contain them."""
+"""The parametric law: known constants are recovered, and the intervals contain them."""
 
 import re
 
@@ -106,7 +106,7 @@ def test_too_few_runs_are_refused(parameters, tokens, message):
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_tokens_that_follow_from_the_size_are_refused(power):
-    """For example, 20 tokens a parameter: which term falls with N and which with D is then arbitrary."""
+    """For example, 20 tokens per parameter: which term falls with N and which with D is then arbitrary."""
     sizes = np.geomspace(1e7, 1e10, 10)
     near = np.exp(0.05 * np.random.default_rng(0).standard_normal(10))
     with pytest.raises(

@@ -70,7 +70,7 @@ def test_isoflops_spend_the_budget(logits):
 
 @pytest.mark.parametrize("key, value", [("training.batch_size", 16), ("model.width", 320), ("training.steps", 150)])
 def test_a_budget_that_a_run_does_not_spend_is_refused(key, value):
-    """For example, where a product changes what a ladder's steps were counted by."""
+    """For example, if a product changes the values from which a ladder's steps were computed."""
     config = base()
     (run,) = plans.isoflops(config, SIZES[:1], [2e13])
     plans.check_budget(run, plans.resolve(config, run))

@@ -105,7 +105,7 @@ to_apply=%add
 
 
 def test_collectives():
-    """Kind, axes, devices, bytes, runs, and what goes on meanwhile, if anything; none of a device with itself."""
+    """Kind, axes, devices, bytes, runs, and what runs meanwhile, if anything; none is of a device with itself."""
     found = {(c.kind, c.axes): c for c in programs.collectives(TEXT, MESH)}
     gather, step = "all-gather", "jit(step)"
     during = (f"{step}/between/sin", f"{step}/inside/dot_general")
@@ -239,7 +239,7 @@ ENTRY %main (a: f32[16,4]) -> f32[] {
 
 
 def test_a_sum_of_which_a_device_keeps_its_part():
-    """libtpu writes it as an all-reduce and a slice in one: a device receives half of an all-reduce's bytes."""
+    """libtpu writes it as a combined all-reduce and slice: a device receives half of an all-reduce's bytes."""
     found = programs.collectives(SCATTERED, {"fsdp": 4})
     assert [(one.kind, one.bytes, one.received) for one in found] == [
         ("reduce-scatter", 256, 192.0),
@@ -274,8 +274,8 @@ dimensions={0}, to_apply=%add
 
 @pytest.mark.parametrize("more, during", [(16, ()), (32768, ("small/cos", "update", "more/sin"))])
 def test_a_trifle_beside_a_collective_hides_nothing(more, during):
-    """For example, on GPU at the end of a layer, the sum of its gradients goes on beside updates of a row of small arrays.
-    Beside an array of a sixth of the bytes received, it does count as hidden."""
+    """For example, on GPU at the end of a layer, the sum of its gradients runs alongside updates of several small arrays.
+    Alongside an array of a sixth of the bytes received, it does count as hidden."""
     (one,) = programs.collectives(BESIDE.replace("MORE", str(more)), {"fsdp": 4})
     assert (one.kind, one.asynchronous, one.received) == ("reduce-scatter", True, 4096 * 64 * 2 * 3 / 4)
     assert one.during == tuple(f"jit(step)/{name}" for name in during)
@@ -327,7 +327,7 @@ backend_config={"fusion_backend_config":{"custom_fusion_config":{"name":"dynamic
 
 def test_of_arrays_that_are_cut_the_slices_are_moved():
     """For example, a layer's kernel, cut from those of all layers, and the place of a product's result (XLA for GPUs in JAX
-    0.11). If something else is read from an array too, all of it is moved."""
+    0.11). If anything else is read from an array too, all of it is moved."""
     module = hlo.parse(SLICED)
     found = [programs.moved(module, line) for line in module.computations["main"] if line.opcode == "fusion"]
     kernel, rows, index = 16 * 16, 32 * 16, 4

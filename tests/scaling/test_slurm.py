@@ -1,4 +1,4 @@
-"""Sweeps under SLURM, with stand-ins for its commands: sbatch runs a script at once, sacct knows which ones are over."""
+"""Sweeps under SLURM, with stand-ins for its commands: sbatch runs a script at once, sacct knows which ones have ended."""
 
 import contextlib
 import os
@@ -98,7 +98,7 @@ def test_jobs_outlive_their_manager_and_are_found_again(jobs, tiny_dataset, tmp_
 
 
 def test_a_preempted_job_saves_itself_and_asks_to_be_requeued(jobs, tiny_dataset, tmp_path):
-    """SLURM sends USR2 before it takes the machine away."""
+    """SLURM sends USR2 before it reclaims the machine."""
 
     def preempt(table):
         attempts = run.files.attempts()
@@ -119,7 +119,7 @@ def test_a_preempted_job_saves_itself_and_asks_to_be_requeued(jobs, tiny_dataset
 
 
 def test_a_job_may_be_preempted_before_it_begins():
-    """Between submitit's handlers and the call; the same job is requeued."""
+    """It happens between the installation of submitit's handlers and the call; the same job is requeued."""
     job = TrainingJob("sweep", "seed=0", ["train"], {"CUDA_VISIBLE_DEVICES": None})
     assert job.checkpoint().function == TrainingJob("sweep", "seed=0", ["train"], {"CUDA_VISIBLE_DEVICES": None})
 

@@ -1,4 +1,4 @@
-"""What is known of a run from its files, and the tables that show it."""
+"""What is known about a run from its files, and the tables that show it."""
 
 import errno
 import io
@@ -132,7 +132,7 @@ def test_gpus_are_dealt_out(tmp_path, monkeypatch):
 
 
 def test_a_file_system_without_locks(run, monkeypatch):
-    """It has no sweeps, and nothing runs of one that was copied there."""
+    """No sweep can be made there, and nothing runs for one that was copied there."""
     (run.job / "lock").touch()
 
     def flock(*_):

@@ -13,7 +13,7 @@ def run_config(tiny_config):
 
 @pytest.fixture(scope="module")
 def whole_run(tiny_config, tmp_path_factory):
-    """The directory of the run of ``run_config`` from its first to its 8th step, never interrupted."""
+    """The directory of ``run_config``'s run from its first to its 8th step, never interrupted."""
     from jaxlinear.training.loop import FINISHED, train
 
     workdir = tmp_path_factory.mktemp("whole_run") / "run"
@@ -23,8 +23,8 @@ def whole_run(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def launch(tiny_dataset):
-    """``launch(workdir, *arguments)`` starts launch/train.py on one device as a process of its own, which may first run the
-    Python ``before``."""
+    """``launch(workdir, *arguments)`` starts launch/train.py on one device in its own process, which may first run the
+    Python code ``before``."""
 
     def start(workdir, *arguments, before=""):
         return tiny.start(workdir, tiny_dataset, *arguments, before=before)
@@ -34,7 +34,7 @@ def launch(tiny_dataset):
 
 @pytest.fixture(scope="session")
 def uninterrupted(launch, tmp_path_factory):
-    """The directory of the run of ``tiny.ARGUMENTS``, from its first to its last step on one device."""
+    """The directory of the run of ``tiny.ARGUMENTS`` from its first to its last step, on one device."""
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     process = launch(workdir)
     _, errors = process.communicate(timeout=240)

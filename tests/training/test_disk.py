@@ -17,7 +17,7 @@ def in_a_namespace(script, **options):
 
 @pytest.fixture(scope="module")
 def can_mount(tmp_path_factory):
-    """Skips where a process may not mount a file system, even in a namespace of its own."""
+    """Skips the test if a process may not mount a file system, even in its own namespace."""
     try:
         done = in_a_namespace(f"mount -t tmpfs -o size=1m tmpfs {tmp_path_factory.mktemp('probe')}")
     except FileNotFoundError:
@@ -36,7 +36,7 @@ def errors(text):
 
 
 def test_a_disk_that_fills_up(can_mount, tmp_path, tiny_dataset):
-    """Once there is room, the same command goes on from what is there, and finishes."""
+    """Once there is room, the same command continues from what is there and finishes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     options = ("--config.checkpoint.every_steps=2", "--config.checkpoint.keep_newest=100")

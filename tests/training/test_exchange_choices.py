@@ -1,4 +1,4 @@
-"""Programs use the exchange between shards of time that the config chooses; a run may go on with another."""
+"""Programs use the exchange between shards of time that the config chooses; a run may be resumed with another."""
 
 import pathlib
 

@@ -56,7 +56,7 @@ def on_one_device(microbatches):
     "sizes, microbatches", [*((sizes, 1) for sizes in MESHES), *((sizes, 2) for sizes in IN_PARTS)], ids=str
 )
 def test_8_devices_follow_one(sizes, microbatches):
-    """In microbatches, each copy of the parameters has part of the losses, and its rows another share of padding."""
+    """In microbatches, each copy of the parameters has part of the losses, and its rows a different share of padding."""
     expected, lines = on_one_device(microbatches)
     assert np.all(np.ptp(lines, axis=0) > 1e-2)
     config = tiny.config(**EXPERTS, training__microbatches=microbatches)
@@ -88,7 +88,7 @@ def gradient_and_metrics(batch, **changes):
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_losses_enter_the_objective_with_their_weights(microbatches):
-    """They are averaged over microbatches, whose shares of padding differ. The metric loss is the cross-entropy alone."""
+    """They are averaged over microbatches, whose shares of padding differ. The metric ``loss`` is the cross-entropy."""
     batch, architecture = tiny.batch(padding=11), trainer().architecture
     none = {"training__load_balance_loss": 0.0, "training__router_z_loss": 0.0}
     without, of_none = gradient_and_metrics(batch, **none)  # in one part: microbatches make no difference to it

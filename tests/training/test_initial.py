@@ -40,7 +40,7 @@ def test_weights_are_those_of_the_checkpoint_and_all_else_is_new(config, tiny_ru
 
 
 def test_the_new_parameters_are_gone_when_the_others_are_read(config, tmp_path, monkeypatch):
-    """Otherwise a device would have to hold both."""
+    """Otherwise a device would hold both at once."""
     job = Job.build(config)
     made, restore = [], Checkpoints.restore
     initialise = states.initialise

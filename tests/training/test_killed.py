@@ -1,4 +1,4 @@
-"""launch/train.py in processes of its own, killed or told to stop, and started again until they are done."""
+"""launch/train.py in its own processes, killed or told to stop, and restarted until they are done."""
 
 import json
 import random
@@ -15,7 +15,7 @@ PATIENCE = 240
 
 
 def last_step(workdir):
-    """The newest step in metrics.jsonl, whose last line may not be whole."""
+    """The newest step in metrics.jsonl, whose last line may be incomplete."""
     file = workdir / FILE
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
@@ -35,7 +35,7 @@ def unfinished(workdir):
 
 
 def same_end(workdir, expected):
-    """The same losses as text, and the same checkpoint."""
+    """Asserts that the losses, as text, and the checkpoint are the same."""
     assert tiny.losses(workdir) == tiny.losses(expected)
     metas = [Checkpoints(path).meta() for path in (workdir, expected)]
     assert [meta["next_batch"] for meta in metas] == [STEPS, STEPS]
@@ -56,8 +56,8 @@ os.rename = waits
 
 
 def test_killed_at_any_moment_it_ends_the_same(launch, uninterrupted, tmp_path):
-    """Five kills at moments from a fixed seed; every second one as soon as a checkpoint is seen being written. After the
-    step that the test waits for, the run itself waits, so that it is not done before it is killed."""
+    """Five kills at moments from a fixed seed; every other one as soon as a checkpoint is being written. After the step
+    that the test waits for, the run itself waits, so that it is not done before it is killed."""
     workdir, moments = tmp_path / "run", random.Random(0)
     begun, torn = [], []
     for kill in range(KILLS):

@@ -1,4 +1,4 @@
-"""Runs in this process: what they write, and that a stopped run goes on as if it had never been stopped."""
+"""Runs in this process: what they write, and that a stopped run resumes as if it had never been stopped."""
 
 import concurrent.futures
 import json
@@ -94,8 +94,8 @@ def test_evaluation_chooses_the_checkpoints_to_keep(run_config, tmp_path):
 
 @pytest.mark.parametrize("batches, microbatches", [(0, 1), (2, 1), (2, 2), (0, 4)])
 def test_the_heldout_loss_is_the_mean_over_the_tokens(tiny_config, tmp_path, monkeypatch, batches, microbatches):
-    """Not over batches, as the last one has fewer; and on the dataset that is named for it. Here, a token's loss is its
-    number. No more rows are on the devices at once than in training."""
+    """Not over batches, since the last one has fewer tokens; and on the dataset that is named for it. Here, a token's loss
+    is its id. No more rows are on the devices at once than in training."""
     (tmp_path / "text.txt").write_text("\n".join(f"{i} plus {i} is {2 * i}" for i in range(900)))
     heldout_path = str(tmp_path / "data")
     options = {"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "workers": 1}
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_is_not_a_fresh_start(run_config, whole_run, tmp_pa
 
 
 def test_a_checkpoint_of_another_run_is_refused(run_config, whole_run, tmp_path, caplog):
-    """One that was copied into the directory, or any of them if what identifies the run is missing."""
+    """This may be one that was copied into the directory, or any, if what identifies the run is missing."""
     workdir = shutil.copytree(whole_run, tmp_path / "run")
     run_config.training.steps = 10
     config = workdir / "config.json"
@@ -246,7 +246,7 @@ def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
 
 @pytest.mark.parametrize("first, taken", [(1, 2), (2, 3), (3, 4), (4, None)])
 def test_a_run_that_goes_on_behind_the_steps_takes_no_trace_again(run_config, tmp_path, monkeypatch, first, taken):
-    """A run that takes one waits for the step before the trace, and for the last step of it."""
+    """A run that takes a trace waits for the step before it and for its last step."""
     begun, waited = [], []
     monkeypatch.setattr(jax.profiler, "start_trace", begun.append)
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
@@ -271,8 +271,8 @@ def test_only_the_first_process_takes_a_trace(run_config, tmp_path, monkeypatch)
 
 
 def test_an_evaluation_that_sigterm_ends_is_made_when_the_run_goes_on(run_config, tmp_path, monkeypatch):
-    """The run is stopped in the evaluations of step 2, twice, and of the last step. It saves itself at once, and all lines
-    equal those of a run that was not stopped."""
+    """The run is stopped during the evaluations of step 2, twice, and of the last step. It saves a checkpoint at once, and
+    all lines equal those of a run that was not stopped."""
     run_config.training.steps = 4
     run_config.checkpoint.every_steps = 100
     run_config.evaluation.update({"every_steps": 2, "batches": 3})
@@ -324,7 +324,7 @@ def test_sighup_is_taken_for_sigterm_unless_it_is_ignored(before, heard):
 
 
 def test_the_first_interrupt_is_taken_for_sigterm(capfd):
-    """The second interrupt does what it did before; if ignored, as in a shell's background, it stays ignored."""
+    """The second interrupt acts as usual; if interrupts are ignored, as in a shell's background, they stay ignored."""
     at_first = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may be in the background themselves
     try:
         with Stop() as stop:

@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl and starts.jsonl, also when a run goes on; rates, and the end of a run that diverged."""
+"""The lines of metrics.jsonl and starts.jsonl, also of a resumed run; rates, and the end of a run that diverged."""
 
 import contextlib
 import errno
@@ -51,7 +51,7 @@ def test_lines_of_steps_that_will_be_taken_again_are_dropped(tmp_path):
 
 
 def test_a_damaged_line_is_named(tmp_path):
-    """A disk that lost power may leave one, and a scheduler would start the run again and again. Nothing is written."""
+    """A loss of power may leave one, and a scheduler would restart the run again and again. Nothing is written."""
     for name, reading in ((metrics.FILE, metrics.read), (workdirs.STARTS, workdirs.read_starts)):
         file = tmp_path / name
         file.write_bytes(b'{"step": 1}\n{"step": 2, "\0\0\0\n{"step": 3}\n')
@@ -64,7 +64,7 @@ def test_a_damaged_line_is_named(tmp_path):
 
 
 def test_import_is_light():
-    """Programs that write no curves do not import the package that does, which takes as long as all else together."""
+    """Programs that write no curves do not import the package that does, which takes as long as all others together."""
     program = (
         "import sys, jaxlinear.evaluation.following, jaxlinear.scaling.sweeps.manager, jaxlinear.training.loop; "
         "print(sorted({'tensorboardX', 'torch'} & set(sys.modules)))"
@@ -115,7 +115,7 @@ def test_tensorboard_events(tmp_path):
 
 
 def test_a_killed_run_leaves_tensorboard_what_it_had_saved(tmp_path):
-    """A killed run closes nothing. The steps after the one that the next run goes on from are purged."""
+    """A killed run closes no files. The steps after the one that the next run resumes from are purged."""
     killed = writer(tmp_path, 0, tensorboard=True)
     for step in (1, 2, 3, 4):
         killed.write(step, {"loss": float(step)})
@@ -139,7 +139,7 @@ def test_event_files_follow_each_other_whatever_the_clock_says(tmp_path, monkeyp
 
 
 def test_a_full_disk_is_an_error_of_the_point_that_has_no_room(tmp_path):
-    """No thread keeps it to itself while the run waits for that thread."""
+    """Writing raises it; it is not kept in a thread that the run then waits for."""
     board = TensorBoard(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -156,7 +156,7 @@ def test_a_full_disk_is_an_error_of_the_point_that_has_no_room(tmp_path):
 
 @pytest.fixture
 def meter(tiny_config, monkeypatch):
-    """A meter that begins at step 4, a clock to set, what the meter writes, and its job: 16 rows a step, 8 at a time."""
+    """A meter that begins at step 4, a clock to set, what the meter writes, and its job: 16 rows per step, 8 at a time."""
     config = tiny_config.copy_and_resolve_references()
     config.training.steps, config.logging.every_steps, config.training.max_skips = 9, 2, 3
     config.training.batch_size, config.training.microbatches = 16, 2

@@ -1,4 +1,4 @@
-"""The parameters that are decayed and those that Muon takes; AdamW against NumPy; every optimiser lowers a loss."""
+"""Which parameters are decayed and which ones Muon takes; AdamW against NumPy; every optimiser lowers a loss."""
 
 import itertools
 
@@ -41,7 +41,7 @@ def random_gradients(architecture, seed=1):
 
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
 def test_adamw_is_that_of_the_paper(clip):
-    """Three steps against NumPy: bias-corrected moments, and decay apart from the gradient (Loshchilov and Hutter)."""
+    """Three steps against NumPy: bias-corrected moments, and decoupled weight decay (Loshchilov and Hutter)."""
     rate, decay, beta1, beta2, epsilon = 0.1, 0.3, 0.8, 0.9, 1e-3
     config = tiny.config(
         optimizer__learning_rate=rate,
@@ -95,7 +95,7 @@ def test_decay_is_decoupled(name):
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])  # for AdamW, above
 def test_all_of_an_update_follows_the_schedule(name):
-    """In the first of four warm-up steps, a quarter of it, for matrices and vectors, including the decay."""
+    """In the first of four warm-up steps it is a quarter, for matrices and vectors, including the decay."""
     architecture = tiny.architecture(pattern=("rg_lru",), num_layers=1)
     parameters, gradients, found = tiny.parameters(architecture), random_gradients(architecture), []
     for warmup in (0, 4):
@@ -162,7 +162,7 @@ def test_muon_takes_each_matrix_between_activations():
 
 def test_adafactor_takes_each_layer_and_each_expert_by_itself():
     """When the gradients of one layer of a stack become far larger, two steps equal those of each layer alone, and so do
-    those of a shorter stack beside it; matrices of 128 by 128 are factored."""
+    those of a shorter stack next to it; matrices of 128 by 128 are factored."""
     sizes = {"model__experts": 2, "model__experts_per_token": 1, "model__expert_width": 128, "model__width": 128}
     config = tiny.config(
         model__channel_mixer="mixture_of_experts",
@@ -198,7 +198,7 @@ def test_adafactor_takes_each_layer_and_each_expert_by_itself():
 
 
 def test_names_in_adafactors_state():
-    """Checkpoints contain them: for stacks of one size, however many, they are what they were before."""
+    """Checkpoints contain the names: for stacks of one size, however many, they are the same as in earlier versions."""
 
     def names(pattern, layers):
         config = tiny.config(model__pattern=pattern, model__num_layers=layers, optimizer__name="adafactor")

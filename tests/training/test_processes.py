@@ -33,7 +33,7 @@ class Process:
     output: pathlib.Path
 
     def end(self, patience=PATIENCE):
-        """``(status, the lines of the library and of the program on stderr)``."""
+        """``(status, the lines on stderr of the library and of the program)``."""
         status = self.running.wait(timeout=patience)
         lines = self.output.read_text().splitlines()
         return status, [line for line in lines if line.startswith("train.py: ")]
@@ -45,8 +45,8 @@ class Process:
 @pytest.fixture
 def processes(tiny_dataset, tmp_path):
     """``processes(workdir, count, devices, *arguments, each=...)`` starts ``count`` of them, each with ``devices`` devices
-    and its own further arguments; ``before`` is Python that the last one runs first. None outlives the test, whatever
-    becomes of it."""
+    and its own further arguments; ``before`` is Python code that the last one runs first. None outlives the test, however
+    it ends."""
     with contextlib.ExitStack() as stack:
 
         def run(workdir, count, devices, *arguments, each=None, folders=None, before=""):
@@ -104,8 +104,8 @@ ocp.CheckpointManager._load_checkpoint_infos = stale
 
 
 def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterrupted, tmp_path):
-    """Two processes of 2 devices, which go on until one is killed; four of one device, told to stop; one alone: always the
-    same curve."""
+    """Two processes of 2 devices, which continue until one is killed; four of one device, told to stop; one alone. The
+    curve is always the same."""
     workdir = tmp_path / "run"
     endless = "--config.training.steps=100000"
     rarely = "--config.checkpoint.every_steps=1000"  # so that none is under way when a process is killed
@@ -143,7 +143,7 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
 
 
 def test_the_coordinator_lost(processes, tmp_path):
-    """The others ask process 0 about each other."""
+    """The other processes learn about each other through process 0."""
     workdir = tmp_path / "run"
     pair = processes(
         workdir, 2, 1, "--config.mesh.data=1", "--config.mesh.sequence=2", "--config.training.steps=100000"
@@ -165,7 +165,7 @@ def test_hosts_whose_configs_differ_are_refused(processes, tmp_path):
 
 
 def test_hosts_whose_code_differs_are_refused(processes, tmp_path):
-    """An activation differs in the version of the last process; nothing else would reveal it."""
+    """An activation differs in the last process's version of the code; nothing else would reveal it."""
     workdir = tmp_path / "run"
     before = "import jaxlinear; jaxlinear.__version__ = '0.0.9'\nimport jax; jax.nn.silu = jax.nn.gelu"
     for process, version in zip(processes(workdir, 2, 1, before=before), (jaxlinear.__version__, "0.0.9"), strict=True):
@@ -179,7 +179,7 @@ def test_hosts_whose_code_differs_are_refused(processes, tmp_path):
 
 
 def test_a_host_that_lacks_the_data_ends_all(processes, tiny_dataset, tmp_path):
-    """Both run the same command, from directories of which only the first has the dataset."""
+    """Both run the same command, from different directories; only the first has the dataset."""
     with_data, without = tmp_path / "with", tmp_path / "without"
     with_data.mkdir(), without.mkdir()
     (with_data / "data").symlink_to(tiny_dataset)
@@ -194,7 +194,7 @@ def test_a_host_that_lacks_the_data_ends_all(processes, tiny_dataset, tmp_path):
 
 
 def test_hosts_with_a_directory_each_are_refused(processes, tmp_path):
-    """The same relative path in two directories, like that of two hosts with disks of their own."""
+    """The same relative path in two directories, as on two hosts with their own disks."""
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""What does not fit together, refused before anything is written."""
+"""Configs, runs and data that do not fit together are refused before anything is written."""
 
 import errno
 import json
@@ -92,7 +92,7 @@ def test_bad_input_writes_nothing(tiny_config, tmp_path, changes, message):
 
 
 def test_a_mixer_that_does_not_run_over_sequence_is_refused(tiny_config, tmp_path, monkeypatch):
-    """It is a user's own, on plain operations: the compiler would gather the sequence, and say nothing."""
+    """It is a user's own mixer, made of plain operations: the compiler would silently gather the sequence."""
 
     class Mine(mixers.find("gla")):
         OVER_SEQUENCE = False
@@ -184,7 +184,7 @@ def test_another_run_in_the_same_directory_is_refused(tiny_config, tiny_run, tmp
 
 
 def test_a_finished_run_is_of_its_own_learning_rate(tiny_config, tiny_run):
-    """The rate may change to get a run past a divergence; with no step left, nothing would be trained with it."""
+    """The rate may change to get a run past a divergence; with no step left, nothing would be trained with the new one."""
     before = (tiny_run / workdirs.CONFIG).read_bytes()
     config = tiny_config.copy_and_resolve_references()
     config.optimizer.learning_rate = 5e-4
@@ -196,7 +196,7 @@ def test_a_finished_run_is_of_its_own_learning_rate(tiny_config, tiny_run):
 
 
 def test_a_run_does_not_become_shorter(tiny_config, tiny_run):
-    """Its config would say that it ended earlier, at a step where the learning rate had not come down."""
+    """Its config would say that it ended earlier, at a step where the learning rate had not yet decayed."""
     before = (tiny_run / workdirs.CONFIG).read_bytes()
     config = tiny_config.copy_and_resolve_references()
     config.training.steps = 1
@@ -216,7 +216,7 @@ def test_data_of_another_tokeniser_are_refused(tiny_config, tiny_run, other_data
 
 
 def test_other_data_of_the_same_tokeniser_are_refused(tiny_config, tiny_run, tiny_dataset, tmp_path):
-    """A dataset may move; one that was prepared anew, or has others beside it, is another."""
+    """A dataset may move; one that was prepared anew, or is mixed with others, is a different one."""
     copy, changed = tmp_path / "copy", tmp_path / "changed"
     for path in (copy, changed):
         shutil.copytree(tiny_dataset, path)
@@ -311,7 +311,7 @@ def test_weights_of_a_run_on_other_tokens_are_refused(tiny_config, tiny_run, oth
 
 
 def test_what_may_change_when_a_run_goes_on(tiny_config, tiny_run, tmp_path, caplog):
-    """The same run on another mesh, for longer, with checkpoints and logs at other steps; the new values hold."""
+    """The same run on another mesh, for longer, with checkpoints and logs at other steps; the new values apply."""
     workdir = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     config = Job.build(tiny_config).config
     changes = {
@@ -373,7 +373,7 @@ def test_a_workdir_that_is_no_directory(tiny_config, tmp_path, kind):
 
 
 def test_a_workdir_whose_folders_cannot_be_renamed(tiny_config, tmp_path, monkeypatch):
-    """For example, in a bucket without folders, where the first checkpoint would never be complete."""
+    """For example, in a bucket without folders, where no checkpoint would ever be complete."""
 
     def rename(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")

@@ -61,6 +61,6 @@ def test_wsd_decays_after_the_warmup_at_the_earliest():
 
 
 def test_wsd_decays_for_the_nearest_number_of_steps():
-    """A fifth of 98 is 19.6, so it decays from step 78 on."""
+    """A fifth of 98 is 19.6, so it decays from step 78 onwards."""
     multiplier = schedule("wsd", steps=98)
     np.testing.assert_allclose([multiplier(78), multiplier(79), multiplier(97)], [1, 1 - 0.9 / 19, 0.1], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The training step on one device: what it optimises, what it skips; microbatches change nothing."""
+"""The training step on one device: what it optimises and what it skips; microbatches change nothing."""
 
 import functools
 
@@ -147,7 +147,7 @@ def test_the_weight_of_the_z_loss_does_not_depend_on_the_microbatches():
 
 
 def test_a_run_begins_with_the_parameters_of_its_seed():
-    """All of the seed counts, although JAX's keys take 32 bits."""
+    """All bits of the seed matter, although JAX's keys take 32."""
     architecture = tiny.architecture(("rg_lru",), 1)
 
     def create(seed):

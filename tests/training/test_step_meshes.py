@@ -1,4 +1,4 @@
-"""Training on 8 devices, in every way of spreading it, follows training on one."""
+"""Training on 8 devices, however it is spread, follows training on one."""
 
 import functools
 
@@ -71,7 +71,7 @@ def _check_place(x, place):
 
 
 def test_the_first_state_does_not_depend_on_the_mesh():
-    """It is made in its place, with the numbers that one device gets."""
+    """It is made where it belongs, with the same numbers as on one device."""
     config = tiny.config(model__pattern=("sliding_window",), model__num_layers=1)
     architecture = tiny.architecture(("sliding_window",), 1)
     optimizer = make_optimizer(config, architecture)

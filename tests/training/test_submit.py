@@ -1,4 +1,4 @@
-"""launch/submit.py --platform=local: a run as processes of this machine, which is stopped, begun again, and refused."""
+"""launch/submit.py --platform=local: a run as processes on this machine, which is stopped, restarted, and refused."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ from tests.training import tiny
 
 @pytest.fixture
 def submit(tiny_dataset):
-    """``submit(target, processes, workdir, *arguments)`` starts it; it is told to end, whatever becomes of the test."""
+    """``submit(target, processes, workdir, *arguments)`` starts it; it is told to end, however the test ends."""
     running = []
 
     def begin(target, processes, workdir, *arguments):

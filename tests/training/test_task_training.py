@@ -1,4 +1,4 @@
-"""Runs on a synthetic task: only answers count, measurements agree with the logits, and a stopped run goes on exactly."""
+"""Runs on a synthetic task: only answers count, measurements agree with the logits, and a stopped run resumes exactly."""
 
 import shutil
 
@@ -126,7 +126,7 @@ def test_another_task_is_another_run(task_run):
 
 
 def test_the_loss_is_that_of_the_answers_alone():
-    """A step's loss is the mean over the answers; other tokens have no gradient, which other weights would give them."""
+    """A step's loss is the mean over the answers; other tokens have weight 0 and so no gradient."""
     trainer = tiny.Trainer(tiny.config())
     made = tasks.training_set(TASK, tasks.Setting(tiny.LENGTH, 32))
     batch = tasks.TaskBatches(made, batch_size=tiny.BATCH, seed=0)[0]

@@ -1,4 +1,4 @@
-"""A run that hangs ends with a reason; one that works, compiles or was suspended does not."""
+"""A run that hangs is ended with a reason; one that works, compiles or was suspended is not."""
 
 import signal
 import subprocess
@@ -52,7 +52,7 @@ def test_without_patience_nothing_lasts_too_long(ended):
 
 @pytest.fixture
 def looked_at(ended):
-    """Gives the reasons for which a watchdog ends ``life(watchdog)``, at which it looks as often as each yield says."""
+    """The reasons for which a watchdog ends ``life(watchdog)``, which yields how often the watchdog looks next."""
 
     def look(life):
         watchdog = Watchdog(1.0)
@@ -102,7 +102,7 @@ print("went on")
 
 
 def test_a_process_that_was_suspended_goes_on():
-    """It is suspended for longer than it may be silent, which is 3 s."""
+    """It is suspended for longer than the 3 s for which it may be silent."""
     process = subprocess.Popen(
         [sys.executable, "-c", SUSPENDED], stdout=subprocess.PIPE, text=True, cwd=tiny.REPOSITORY
     )

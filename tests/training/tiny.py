@@ -75,7 +75,7 @@ def parameters(architecture, seed=0):
 
 
 def batch(seed=0, padding=0):
-    """Random tokens in documents of about 5; the last ``padding`` positions of the odd rows are padding."""
+    """Random tokens in documents of about 5 tokens; the last ``padding`` positions of the odd rows are padding."""
     random = np.random.default_rng(seed)
     tokens = random.integers(0, VOCABULARY, (BATCH, LENGTH + 1)).astype(np.int32)
     ids = 1 + np.cumsum(random.random((BATCH, LENGTH)) < 0.2, axis=1, dtype=np.int32)
@@ -89,7 +89,7 @@ def mesh(devices=1, **sizes):
 
 
 def compiled(function, *arguments):
-    """``function`` compiled for arguments like these, in the quickest way."""
+    """``function`` compiled for arguments like these, as fast as possible."""
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     return jitted.lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})
 
@@ -109,7 +109,7 @@ class Trainer:
         )
 
     def state(self, seed=0, **changes):
-        """A new state, since a step takes over the memory of the one that it is given."""
+        """A new state, since a step takes over the memory of the state that it is given."""
         values = parameters(self.architecture, seed)
         zero = np.zeros((), np.int32)
         state = states.TrainState(
@@ -133,7 +133,7 @@ class Trainer:
 
 
 def host(tree):
-    """A tree of NumPy arrays, which a later step cannot take away."""
+    """A tree of NumPy arrays, whose memory no later step can take over."""
     return jax.tree.map(lambda x: np.array(x), tree)
 
 
@@ -149,7 +149,7 @@ def assert_equal(actual, expected):
 
 
 def lasting(config):
-    """``config`` for 8 steps, on a schedule that does not depend on their number."""
+    """``config`` for 8 steps, with a schedule that does not depend on their number."""
     config = config.copy_and_resolve_references()
     config.model.pattern, config.model.num_layers = ("rg_lru", "sliding_window"), 2
     config.schedule.name = "constant"
@@ -225,7 +225,7 @@ loader.TrainBatches.__getitem__ = waits_for_a_file_server
 
 
 def program(file="launch/train.py", before=""):
-    """The beginning of a command line that runs a program of the project, after the Python ``before``."""
+    """The beginning of a command line that runs the Python code ``before`` and then a program of the project."""
     if not before:
         return [sys.executable, str(REPOSITORY / file)]
     run = f"import runpy\nrunpy.run_path({str(REPOSITORY / file)!r}, run_name='__main__')\n"
@@ -240,13 +240,13 @@ def command(workdir, dataset, *arguments, before=""):
 
 
 def environment():
-    """For a program on one device that is compiled in the quickest way."""
+    """The environment for a program on one device, compiled as fast as possible."""
     own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), **own}
 
 
 def start(workdir, dataset, *arguments, before=""):
-    """Starts launch/train.py as a process of its own."""
+    """Starts launch/train.py in its own process."""
     return subprocess.Popen(
         command(workdir, dataset, *arguments, before=before),
         cwd=REPOSITORY,

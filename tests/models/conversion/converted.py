@@ -188,7 +188,7 @@ def assert_same_logits(workdir, tokens, expected):
 
 
 def rewrite(directory, change=None, fields=None):
-    """Rewrites the files with the tensors that ``change`` returns for theirs, and with other ``fields``."""
+    """Rewrites the files with the tensors that ``change`` returns for theirs, and with changed ``fields``."""
     values = tensors(directory)
     values = values if change is None else change(values)
     config = json.loads((directory / "config.json").read_text()) | (fields or {})

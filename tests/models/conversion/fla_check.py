@@ -10,8 +10,8 @@ compares the names and shapes of its tensors, and its logits for rows short enou
 for the chunked ones (delta_net and gated_deltaproduct have none for float32; hgrn's chunks are of 128 tokens).
 The package's mamba and mamba2, whose tensors have transformers' names, are compared with the models of transformers.
 
-``launch/convert.py --target`` wrote each DIRECTORY, whose model the package loads. Softmax attention, for which the package
-calls FlashAttention, is PyTorch's here.
+Each DIRECTORY was written by ``launch/convert.py --target``; the package loads its model. Softmax attention, for which the
+package calls FlashAttention, is PyTorch's here.
 """
 
 import json
@@ -66,13 +66,13 @@ def load():
 
 
 def mode(fields):
-    """The chunked kernels of the first two do not take float32; hgrn uses its own only if told to."""
+    """The chunked kernels of the first two do not take float32; hgrn uses its chunked kernel only if told to."""
     modes = {"delta_net": "fused_recurrent", "gated_deltaproduct": "fused_recurrent", "hgrn": "chunk"}
     return {"attn_mode": modes[fields["model_type"]]} if fields["model_type"] in modes else {}
 
 
 def compare(name, model, fields, tensors):
-    """The largest difference in logits."""
+    """The largest difference between logits."""
     tied = {"lm_head.weight"} if fields.get("tie_word_embeddings") else set()
     theirs = {key: tuple(x.shape) for key, x in model.state_dict().items() if key not in tied}
     assert theirs == reference.shapes(fields), f"{name}: {set(theirs.items()) ^ set(reference.shapes(fields).items())}"
@@ -87,7 +87,7 @@ def compare(name, model, fields, tensors):
 
 
 def compare_with_transformers(name, model, other):
-    """Compares a Mamba with transformers' own; each has its name for the epsilon."""
+    """Compares a Mamba with transformers' model; the two name the epsilon differently."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in other.parameters():

@@ -368,7 +368,7 @@ def _delta_shapes(fields, heads, keys, values):
 
 def _delta_rule(fields, w, x, decay=1.0):
     """``[B, T, H, V]``; the decay, if any, is ``[B, T, H, 1 or K, 1]``. A token's updates are consecutive: all heads of the
-    first one come first."""
+    first update come first."""
     heads, updates = fields["num_heads"], fields.get("num_householder", 1)
     q, k, v = (_silu(_convolved(x @ w[f"{name}_proj.weight"].T, w[f"{name}_conv1d.weight"])) for name in "qkv")
     q, k, v = (y.reshape(*x.shape[:2], n, heads, -1) for y, n in ((q, 1), (k, updates), (v, updates)))

@@ -1,6 +1,6 @@
 """Logits of a small model of the ``recurrentgemma`` package, for ``test_parity.py`` to compare with.
 
-The package cannot be installed beside ours (it asks for absl-py < 2), so its logits are kept in a file. To regenerate it:
+The package cannot be installed alongside ours (it needs absl-py < 2), so its logits are kept in a file. To regenerate it:
 
     python3.11 -m venv RG && RG/bin/pip install -r benchmarks/recurrentgemma.txt
     RG/bin/python tests/models/conversion/recurrentgemma_golden.py

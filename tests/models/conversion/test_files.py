@@ -70,7 +70,7 @@ def test_damaged_files(copied, tmp_path, damage, message):
 
 
 def test_an_embedding_that_is_there_twice(copied, tmp_path):
-    """Some files of tied models also hold the head, which has to be equal."""
+    """Some files of tied models also hold the head, which must be equal."""
     source = copied("mamba2")
     rewrite(source, lambda x: x | {"lm_head.weight": x["backbone.embeddings.weight"]})
     import_weights(source, tmp_path / "run")
@@ -109,7 +109,7 @@ def test_what_is_no_model(tmp_path):
 
 
 def test_nothing_is_left_of_what_failed(made, tmp_path, monkeypatch):
-    """Nor of attempts that were killed before."""
+    """Nor of earlier attempts that were killed."""
     source, exported = made("llama")
     for name in ("run", "target"):
         left = tmp_path / f".{name}.partial-0123abcd"
@@ -132,7 +132,7 @@ def test_nothing_is_left_of_what_failed(made, tmp_path, monkeypatch):
 
 
 def test_two_at_once_do_not_write_into_one(tmp_path):
-    """Files that the first had yet to write used to land among the second's, under their names."""
+    """Files that the first had not yet written used to land among those of the second, under the same names."""
     with pytest.raises(UserError, match=r"run already exists"), convert._made_whole(tmp_path / "run", {}) as first:
         first.mkdir()
         with convert._made_whole(tmp_path / "run", {}) as second:
@@ -177,8 +177,8 @@ def test_a_damaged_checkpoint_is_not_exported(made, tmp_path):
 
 @pytest.mark.parametrize("name", ["flax", "mamba2"])
 def test_what_is_read_at_once(made, tmp_path, monkeypatch, name):
-    """At most a tensor of one layer or, of an array that can be cut anywhere, a few rows; and nothing twice except for
-    checksums. The pieces make up the whole file."""
+    """At most one layer's tensor or, for an array that can be cut anywhere, a few rows; and nothing is read twice except
+    for checksums. The pieces make up the whole file."""
     monkeypatch.setattr(streaming, "PIECE_BYTES", 1000)
     read = []
 
@@ -222,7 +222,7 @@ def test_what_is_read_at_once(made, tmp_path, monkeypatch, name):
 
 
 def test_a_checkpoint_of_training_is_read_once(made, tmp_path, monkeypatch):
-    """Although each of its arrays is one piece that holds the tensors of many layers."""
+    """Even though each of its arrays is one piece that holds the tensors of many layers."""
     read = []
     stream = Checkpoints.stream
 

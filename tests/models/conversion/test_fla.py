@@ -87,7 +87,7 @@ def test_a_norm_that_is_there_under_both_names(tmp_path):
 
 
 def test_files_of_2024(tmp_path):
-    """The block's norms in the layer and in the MLP, the MLP's two maps in one, and a parameter that was not read."""
+    """The block's norms are in the mixer and in the MLP, the MLP's two maps are one, and a parameter is not read."""
     fields = reference.MODELS["gated_deltanet, with windows"]
     drawn = saved(tmp_path / "saved", fields)
     import_weights(tmp_path / "saved", tmp_path / "run")
@@ -279,7 +279,7 @@ def test_what_cannot_be_exported(tmp_path, name, changes, message):
 
 @pytest.mark.parametrize("key_width, value_width", [(49, 1), (256, 512), (6, 10), (161, 7)])
 def test_a_width_that_is_written_as_a_ratio_is_read_as_it_was(key_width, value_width):
-    """As the package reads it, rounding down."""
+    """The package rounds down when it reads it."""
     widths = {"key_width": key_width, "value_width": value_width, "embedding_scale": False, "logit_soft_cap": 0.0}
     model = small.config(**MODELS["gated_deltanet"] | widths)
     fields = gated_deltanet.FAMILY.fields(model)

@@ -212,7 +212,7 @@ def test_an_infinity_that_is_none(copied, tmp_path):
 
 
 def test_fields_of_other_releases_of_transformers(copied, tmp_path):
-    """Missing fields take the architecture's defaults; infinity has a spelling of its own."""
+    """Missing fields take the architecture's defaults; infinity is spelled in its own way."""
     source = copied("mamba2")
     fields = json.loads((source / "config.json").read_text())
     for name in ("expand", "conv_kernel", "use_bias", "use_conv_bias", "hidden_act", "torch_dtype"):
@@ -235,7 +235,7 @@ def test_the_epsilon_of_mamba2_by_its_other_name(copied, tmp_path):
 
 @pytest.mark.parametrize("changes, warned", [({}, 1), ({"residual_in_fp32": False}, 0), ({"dtype": "float32"}, 0)])
 def test_a_stream_that_is_rounded_here_is_warned_of(copied, tmp_path, caplog, changes, warned):
-    """The residual stream of a bfloat16 Mamba-2, which stays in float32 unless its config says otherwise."""
+    """This is the residual stream of a bfloat16 Mamba-2, which there stays in float32 unless its config says otherwise."""
     source = copied("mamba2")
     fields = json.loads((source / "config.json").read_text())
     fields.pop("residual_in_fp32", None)

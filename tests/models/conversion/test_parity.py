@@ -1,7 +1,7 @@
-"""Imported weights give the logits of the program they come from, to 1e-4 in float32; exported, they give them there again.
+"""Imported weights give the logits of the program they come from, to 1e-4 in float32; exported, they give the same there.
 
-``transformers`` makes, saves and loads small random models here. The ``recurrentgemma`` package cannot be installed beside
-ours; its logits are in a file that ``recurrentgemma_golden.py`` made.
+``transformers`` makes, saves and loads small random models here. The ``recurrentgemma`` package cannot be installed
+alongside ours; its logits are in a file that ``recurrentgemma_golden.py`` made.
 """
 
 import json
@@ -171,7 +171,7 @@ def test_transformers(tmp_path, name):
 
 
 def test_recurrentgemma(tmp_path):
-    """As the package writes a checkpoint; what it has of its own in its memory is not in it."""
+    """As the package writes a checkpoint, without what it only holds in memory."""
     saved = np.load(golden.FILE)
     shapes = json.loads(str(saved["shapes"]))
     parameters = golden.nested(golden.parameters(shapes))

@@ -64,7 +64,7 @@ def test_another_step(made, tmp_path):
 
 
 def test_the_tokenizer_comes_along(copied, tmp_path):
-    """Its document token is the one that began the model's texts, here not the one that a dataset would use."""
+    """Its document token is the one that began the model's texts, which here is not the one that a dataset would use."""
     source = copied("llama")
     tokenizer = train_bpe(["def f(x): return x"] * 9, 257)
     content = json.loads(tokenizer._serialized())
@@ -146,7 +146,7 @@ def test_other_dtypes_are_widened(copied, tmp_path):
 
 
 def test_norms_of_another_parameterisation(tmp_path):
-    """A transformer trained with norms whose scale begins at 0: in the exported format it is 1 more."""
+    """A transformer trained with norms whose scale begins at 0: in the exported format the scale is 1 more."""
     run(tmp_path / "run", **MODELS["llama"] | {"norm_offset": 1.0})
     export_weights(tmp_path / "run", tmp_path / "exported")
     scale = arrays(tmp_path / "run")["norm.scale"]
