@@ -59,7 +59,7 @@ def token_losses(
     x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft_cap: float = 0.0, groups: int = 1
 ) -> jax.Array:
     """The negative log-likelihood of each target in nats, ``[B, T]`` float32. For evaluation: no gradient."""
-    x, targets = lax.stop_gradient((x, targets))
+    x, embedding, targets = lax.stop_gradient((x, embedding, targets))
 
     def step(carry, xs):
         logits = _logits(xs[0], embedding, soft_cap)

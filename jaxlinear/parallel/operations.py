@@ -340,9 +340,7 @@ def token_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft
     def local(x, embedding, targets):
         return cross_entropy.token_losses(x, embedding, targets, soft_cap=soft_cap, groups=sharding.batch_groups())
 
-    mesh, embedding = _mesh("token_losses", x.shape[1]), sharding.place_gradient(embedding, _EMBEDDING)
-    # Gathered together with its gradient, so in its own dtype, in which the gradient is summed.
-    whole = sharding.constrain(embedding, _EMBEDDING[0], None)
+    mesh, whole = _mesh("token_losses", x.shape[1]), sharding.gather_embed(embedding, _EMBEDDING, x.dtype)
     return (local if mesh is None else _over_time(mesh, local, 1, _BY_TIME))(x, whole, targets)
 
 

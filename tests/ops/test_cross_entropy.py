@@ -167,6 +167,8 @@ def test_logits_of_hundreds_do_not_overflow():
     x, embedding = jnp.full((1, 2, 1), 20.0), jnp.arange(0.0, 40.0, 10.0)[:, None]
     losses = token_losses(x, embedding, jnp.array([[3, 0]]))
     assert losses.tolist() == [[0, 600]]
+    gradients = jax.grad(lambda x, embedding: jnp.sum(token_losses(x, embedding, jnp.array([[3, 0]]))), (0, 1))
+    assert not any(y.any() for y in gradients(x, embedding))  # they are for evaluation
     weights = jnp.ones((1, 2))
     gradient = jax.grad(lambda x: linear_cross_entropy(x, embedding, jnp.array([[3, 0]]), weights)[1])(x)
     assert gradient[0, :, 0].tolist() == [0, 30]

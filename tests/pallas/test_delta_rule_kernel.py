@@ -172,7 +172,7 @@ def inverse_of(lower, count):
     return np.asarray(pl.pallas_call(kernel, out_shape=shape, interpret=True)(lower))
 
 
-def test_inverses_to_16_digits_of_unlike_blocks():
+def test_inverses_to_16_bits_of_unlike_blocks():
     """Of the blocks of 16 rows only the last differs from the identity, so between the others the inverse has the entries
     of -``lower`` itself, which are a factor in two bfloat16 terms and so keep 16 bits."""
     lower = np.tril(np.random.default_rng(0).standard_normal((128, 128)), -1).astype(np.float32)
