@@ -303,7 +303,7 @@ def test_auto_takes_it_where_it_runs(caplog):
         (
             (9, 200, 200),
             None,
-            "has 64 MiB of VMEM and would need about 85: 9 heads with K, V = .200, 200. need 9 to fill",
+            "has 64 MiB of VMEM and would need about 85 for 9 heads with K, V = .200, 200.",
         ),
         ((2, 8, 16), None, "K from 16 to 256 and V of at least 16, not K = 8"),
         ((2, 16, 257), None, "V in equal parts of at most 256, and V = 257 cannot be split that way"),
