@@ -47,8 +47,8 @@ def test_products_are_no_loops_on_tpu_and_stay_apart_on_gpu(target, expected, mo
 @pytest.mark.compiles_ahead
 @pytest.mark.parametrize("dtype, name", [("float32", "f32"), ("bfloat16", "bf16")])
 def test_gradients_leave_a_layer_in_parts_on_gpu(dtype, name):
-    """A sum of several over two devices leaves at most 4 MiB on each, not a whole layer. There are no copies of slices, which JAX 0.11
-    would make asynchronous, that take away the work that should overlap with it."""
+    """A sum of several over two devices leaves at most 4 MiB on each, not a whole layer. There are no copies of slices,
+    which JAX 0.11 would make asynchronous, that take away the work that should overlap with it."""
     config = configs.default()
     config.model.update({"preset": "gla_6m", "num_layers": 2, "width": 1024, "vocab_size": 256})
     config.model.update({"num_heads": 4, "remat": "full"})
