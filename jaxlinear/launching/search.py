@@ -146,7 +146,8 @@ class _Model:
         in_a_layer = self._kept["none"] / tokens / layers
         memory = own * (self._state_over_parameters + (1 if microbatches == 1 else 2))
         memory += local * (self._kept[remat] / tokens + in_a_layer)
-        memory += 2 * gathered / layers if sizes["fsdp"] > 1 else 0
+        # Of a layer: kernels gathered, or gradients before and after they are summed.
+        memory += 2 * gathered / layers if sizes["fsdp"] * sizes["data"] * sizes["sequence"] > 1 else 0
 
         device = device_of(self._kind)
         one = sizes | {"data": sizes["data"] // self._slices}  # in one slice
