@@ -4,8 +4,8 @@ from jaxlinear.errors import UserError
 
 
 def split(spec: str, prefix: str = "") -> tuple[str, dict[str, str]]:
-    """The name and the options, as text. The name comes after the prefix and a colon, or is empty if there is no more."""
-    name, *parts = spec.strip().removeprefix(prefix).removeprefix(":").split(":")
+    """The name and the options, as text. With a prefix, such as ``harness:``, the name comes after it."""
+    name, *parts = spec.strip().removeprefix(prefix).split(":")
     options = {}
     for part in parts:
         option, equals, value = part.partition("=")

@@ -230,8 +230,8 @@ def table(report: dict[str, Any]) -> str:
 
 def _split(spec: str) -> tuple[str, dict[str, Any]]:
     """The task's name and its options, as values."""
-    name, texts = specs.split(spec, prefix="harness")
-    if not name:
+    name, texts = specs.split(spec, prefix="harness:")
+    if not name or spec == "harness":
         raise UserError(
             f"{spec!r} does not name a task; write harness:NAME, such as harness:piqa, or harness:FILE.yaml"
         )

@@ -62,5 +62,6 @@ def test_gradients_leave_a_layer_in_parts_on_gpu(dtype, name):
     assert not any(line.opcode == "fusion-start" for line in found)
     sums = [line for line in found if line.opcode == "reduce-scatter-start" and name in line.shape]
     sizes = [[hlo.size(operands[operand].shape) for operand in line.operands] for line in sums]
-    assert max(sum(size) for size in sizes if len(size) > 1) <= 2 * (4 << 20)
+    # An MLP's gradient in float32 is more by itself.
+    assert max(sum(size) for size in sizes if len(size) > 1 or dtype == "bfloat16") <= 2 * (4 << 20)
     assert sum(map(sum, sizes)) > 3 * (4 << 20)
