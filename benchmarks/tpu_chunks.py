@@ -126,7 +126,7 @@ def _tuning() -> list[dict]:
             # Chunks of 256 suit matrix units of 256 channels, but the inverse and the levels of a decay by channel grow
             # with them.
             chunks = (64, 128) if delta_rule else (128,) if decay == "channel" else (128, 256)
-            sizes = {"chunk": chunks, "lanes": (512, 1024, 2048) if delta_rule else (128, 256, 512)}
+            sizes = {"chunk": chunks, "lanes": (512, 1024, 2048) if delta_rule else (256, 512, 1024)}
             if not delta_rule:
                 sizes = {"time": (256, 512, 1024)} | sizes
             for block in itertools.product(*sizes.values()):

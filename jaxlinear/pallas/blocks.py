@@ -93,21 +93,21 @@ def selective_scan_gpu(states: int) -> SelectiveScanGPUBlock:
 class AttentionBlock(NamedTuple):
     time: int  # tokens of a block, a multiple of the chunk
     chunk: int  # tokens of a chunk, a power of two; at least 128 in compiled kernels
-    lanes: int  # channels of the heads of a block, approximately
+    lanes: int  # channels of the heads of a block, approximately; half of them in the gradient
 
 
 # For linear attention: without a decay or with one per head, and with one per channel. Among the blocks within 5% of the
 # best, those that keep the fewest states.
 LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {
-    "TPU v5 lite": (AttentionBlock(512, 128, 256),) * 2,
-    "TPU v5": (AttentionBlock(512, 128, 256),) * 2,
-    "TPU v6 lite": (AttentionBlock(1024, 256, 256), AttentionBlock(512, 128, 256)),  # its matrix unit is 256 x 256
+    "TPU v5 lite": (AttentionBlock(512, 128, 512),) * 2,
+    "TPU v5": (AttentionBlock(512, 128, 512),) * 2,
+    "TPU v6 lite": (AttentionBlock(1024, 256, 512), AttentionBlock(512, 128, 512)),  # its matrix unit is 256 x 256
 }
-_LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 256),) * 2
+_LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 512),) * 2
 CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that may be requested
 CHUNKS_INTERPRETED = 8, 256
 VMEM_BYTES = 64 * 2**20  # that a kernel with chunks may use
-_WRITTEN_OUT = 8  # chunks of heads of a block, unrolled
+_WRITTEN_OUT = 16  # chunks of heads of a block, unrolled
 HEADS = 8  # most heads of a block, which are unrolled
 
 
@@ -123,17 +123,18 @@ def heads_of_block(heads: int, widths: tuple[int, ...], lanes: int) -> int | Non
 
 def linear_attention_tpu(
     kind: str, length: int, heads: int, widths: tuple[int, ...], by_channel: bool, chunk: int | None
-) -> tuple[int, int, int]:
-    """Tokens of a block and of a chunk, and heads of a block. ``widths``: K and V; or only V if all heads share queries and
-    keys, and then as many heads as possible. ``chunk``: the one to use, or None."""
+) -> tuple[int, int, tuple[int, int]]:
+    """Tokens of a block and of a chunk; and heads of a block, and of one of the gradient. ``widths``: K and V; or only V if
+    all heads share queries and keys, and then as many heads as possible. ``chunk``: the one to use, or None."""
     table = LINEAR_ATTENTION_TPU.get(kind, _LINEAR_ATTENTION_TPU_ELSEWHERE)
     block = table[by_channel]
     if chunk is None:
         chunk = min(block.chunk, max(128, 1 << (length - 1).bit_length()))
-    together = heads_of_block(heads, widths, HEADS * max(widths) if len(widths) == 1 else block.lanes)
-    assert together is not None
+    both = (HEADS * max(widths),) * 2 if len(widths) == 1 else (block.lanes, block.lanes // 2)
+    together, in_gradient = (heads_of_block(heads, widths, lanes) for lanes in both)
+    assert together is not None and in_gradient is not None
     chunks = max(1, min(block.time // chunk, _WRITTEN_OUT // together))
-    return min(chunks, -(-length // chunk)) * chunk, chunk, together
+    return min(chunks, -(-length // chunk)) * chunk, chunk, (together, in_gradient)
 
 
 class AttentionGPUBlock(NamedTuple):

@@ -83,21 +83,22 @@ class Gradients(NamedTuple):
     total: Any  # [1, K]
 
 
-def outputs(chunk: Chunk, tokens: Tokens, state: jax.Array) -> jax.Array:
+def attention(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
+    """What each token reads of those up to it, ``[c, c]`` in the dtype of products."""
+    if tokens.products is not None:
+        products = chunk.decays.decayed(tokens.products)
+    else:
+        (products,) = chunk.decays.pairwise((tokens.q,), tokens.k, wide)
+    return chunk.seen(products).astype(tokens.v.dtype)
+
+
+def outputs(chunk: Chunk, tokens: Tokens, attention: jax.Array, state: jax.Array) -> jax.Array:
     """``[c, V]``, without the scale."""
-    q, v, wide = tokens.q, tokens.v, state.dtype
-    attention = _attention(chunk, tokens, wide)
-    inner = dot(chunk.seen(attention).astype(v.dtype), v, (1, 0), wide)
+    q, wide = tokens.q, state.dtype
+    inner = dot(attention, tokens.v, (1, 0), wide)
     if chunk.decays.by_channel:
         return inner + dot(chunk.from_start(q), state, (1, 1), wide)
     return inner + times(chunk.since_start, dot(q, state, (1, 1), wide))
-
-
-def _attention(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
-    if tokens.products is not None:
-        return chunk.decays.decayed(tokens.products)
-    (attention,) = chunk.decays.pairwise((tokens.q,), tokens.k, wide)
-    return attention
 
 
 def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, state: jax.Array) -> jax.Array:
@@ -106,16 +107,21 @@ def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, state: jax.Array) 
     return times(chunk.whole, state) + dot(values, keys, (0, 0), state.dtype)
 
 
-def gradients(chunk: Chunk, tokens: Tokens, state: jax.Array, d_after: jax.Array) -> Gradients:
+def attention_gradient(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
+    """Of the decayed products of the chunk's tokens, ``[c, c]``."""
+    return chunk.seen(dot(tokens.d_o, tokens.v, (1, 1), wide))
+
+
+def gradients(
+    chunk: Chunk, tokens: Tokens, attention: jax.Array, d_attention: jax.Array, state: jax.Array, d_after: jax.Array
+) -> Gradients:
     """The gradients, from those of the outputs and of the state after the chunk. ``state`` is the one before the chunk."""
     q, k, v, d_o = tokens[:4]
     wide = state.dtype
-    attention = _attention(chunk, tokens, wide)
-    d_attention = chunk.seen(dot(d_o, v, (1, 1), wide))
     (d_q,), d_k, sums = chunk.decays.pairwise_gradient((q,), k, (d_attention,), wide)
     d_q_outer = times(chunk.since_start, dot(d_o, state, (1, 0), wide))
     d_k_outer = times(chunk.until_end, dot(v, d_after, (1, 0), wide))
-    d_v = dot(chunk.seen(attention).astype(d_o.dtype), d_o, (0, 0), wide)
+    d_v = dot(attention, d_o, (0, 0), wide)
     d_v = d_v + dot(chunk.to_end(k), d_after, (1, 1), wide)
     d_before = advance(chunk, chunk.from_start(q), d_o, d_after)
     total = None

@@ -93,8 +93,9 @@ def _layout(plan: Plan, arguments: Arguments, target: Target) -> _Layout:
     time, chunk, heads = blocks.linear_attention_tpu(
         target.kind, length, plan.heads, plan.side_by_side, plan.decay == "channel", plan.chunk
     )
-    rows = -(-heads // _SUBLANES) * _SUBLANES
-    return _Layout(plan, Shape(length, time, chunk, heads, rows), batch)
+    together = heads[plan.kind == "gradient"]
+    rows = -(-together // _SUBLANES) * _SUBLANES
+    return _Layout(plan, Shape(length, time, chunk, together, rows), batch)
 
 
 def _inputs(layout: _Layout, arguments: Arguments):

@@ -1,7 +1,9 @@
 """One block of time of linear attention for TPU, for a few heads: its chunks one after another."""
 
+import collections
 import functools
 import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -82,13 +84,16 @@ class Block:
             for h, state in enumerate(states):
                 self.before_out[h] = state
         scale = jnp.asarray(self.plan.scale, self.wide)
-        for n in self.chunks:
-            for h, chunk in enumerate(self._chunk(n)):
-                tokens = self._tokens(n, h)
-                o = linear_attention_chunk.outputs(chunk, tokens, states[h])
-                self._store(self.o, n, h, scale * o)
-                states[h] = linear_attention_chunk.advance(chunk, chunk.to_end(tokens.k), tokens.v, states[h])
+        units = ((n, h, chunk) for n in self.chunks for h, chunk in enumerate(self._chunk(n)))
+        for (n, h, chunk), (tokens, attention) in _ahead(units, self._attention, 2):
+            o = linear_attention_chunk.outputs(chunk, tokens, attention, states[h])
+            self._store(self.o, n, h, scale * o)
+            states[h] = linear_attention_chunk.advance(chunk, chunk.to_end(tokens.k), tokens.v, states[h])
         return states
+
+    def _attention(self, n: int, h: int, chunk: Chunk, products: jax.Array | None = None) -> tuple[Tokens, jax.Array]:
+        tokens = self._tokens(n, h, products)
+        return tokens, linear_attention_chunk.attention(chunk, tokens, self.wide)
 
     def _accumulate(self, states: list[jax.Array]) -> list[jax.Array]:
         """The map of a run; or backward, the gradient of its first state."""
@@ -114,24 +119,43 @@ class Block:
                     for chunk, (k, v), state in zip(chunks[n], keys_and_values, states[n], strict=True)
                 ]
             )
-        for n in reversed(self.chunks):
-            found, products = [], self._products(n)
-            for h in heads:
-                tokens = self._tokens(n, h, products)
-                found.append(linear_attention_chunk.gradients(chunks[n][h], tokens, states[n][h], d_states[h]))
-                self._store(self.d_v, n, h, found[h].v)
-                if not self.plan.shared:
-                    self._store(self.d_q, n, h, found[h].q)
-                    self._store(self.d_k, n, h, found[h].k)
-                if self.plan.decay == "channel":
-                    self._store(self.d_log_decay, n, h, chunk_decays.suffix_sums(found[h].sums) + found[h].total)
-            if self.plan.shared:
-                self._store(self.d_q, n, 0, self._over_heads([d.q for d in found]))
-                self._store(self.d_k, n, 0, self._over_heads([d.k for d in found]))
-            if self.plan.by_head:
-                self._store_by_head(n, found)
-            d_states = [d.state for d in found]
+        units = (
+            (n, h, chunks[n][h], products)
+            for n in reversed(self.chunks)
+            for products in [self._products(n)]
+            for h in heads
+        )
+        found: list[linear_attention_chunk.Gradients] = []
+        for (n, h, chunk, _), (tokens, attention, d_attention) in _ahead(units, self._attention_gradient, 1):
+            d = linear_attention_chunk.gradients(chunk, tokens, attention, d_attention, states[n][h], d_states[h])
+            found.append(d)
+            d_states[h] = d.state
+            self._store_gradients(n, h, d)
+            if h == heads[-1]:
+                self._store_over_heads(n, found)
+                found = []
         return d_states
+
+    def _attention_gradient(
+        self, n: int, h: int, chunk: Chunk, products: jax.Array | None
+    ) -> tuple[Tokens, jax.Array, jax.Array]:
+        tokens, attention = self._attention(n, h, chunk, products)
+        return tokens, attention, linear_attention_chunk.attention_gradient(chunk, tokens, self.wide)
+
+    def _store_gradients(self, n: int, h: int, d: linear_attention_chunk.Gradients) -> None:
+        self._store(self.d_v, n, h, d.v)
+        if not self.plan.shared:
+            self._store(self.d_q, n, h, d.q)
+            self._store(self.d_k, n, h, d.k)
+        if self.plan.decay == "channel":
+            self._store(self.d_log_decay, n, h, chunk_decays.suffix_sums(d.sums) + d.total)
+
+    def _store_over_heads(self, n: int, found: list[linear_attention_chunk.Gradients]) -> None:
+        if self.plan.shared:
+            self._store(self.d_q, n, 0, self._over_heads([d.q for d in found]))
+            self._store(self.d_k, n, 0, self._over_heads([d.k for d in found]))
+        if self.plan.by_head:
+            self._store_by_head(n, found)
 
     def _over_heads(self, of_heads: list[jax.Array]) -> jax.Array:
         """The sum over heads; entries after the last head are arbitrary."""
@@ -224,3 +248,14 @@ class Block:
             return slice(None)
         width = ref.shape[1] // self.shape.heads
         return slice(h * width, (h + 1) * width)
+
+
+def _ahead(units: Iterable[tuple], make: Callable, count: int) -> Iterator[tuple]:
+    """Each unit with ``make(*unit)``, made ``count`` units before it is needed. The compiler's schedule stays close to the
+    order of the program: without this, each unit would wait for its own products with nothing else to do."""
+    waiting: collections.deque[tuple] = collections.deque()
+    for unit in units:
+        waiting.append((unit, make(*unit)))
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting

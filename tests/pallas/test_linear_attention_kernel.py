@@ -137,6 +137,17 @@ def test_in_the_blocks_of_v6e(length):
     assert_as_the_recurrence(functools.partial(run_kernel, ids, Target("tpu", kind, True)), ids, inputs)
 
 
+@pytest.mark.parametrize("decay", ["constant", "scalar", "channel"])
+def test_the_gradient_takes_half_as_many_heads_at_once(monkeypatch, decay):
+    """And runs through the chunks of several heads, each with the products of others made before its own turn."""
+    wider = blocks.AttentionBlock(64, 32, 256)
+    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (wider, wider))
+    assert blocks.linear_attention_tpu("none", 100, 4, (64, 64), decay == "channel", 32) == (64, 32, (4, 2))
+    ids = np.repeat([[0, 1, 2]], [5, 70, 25], axis=1).astype(np.int32)
+    inputs = draw(np.random.default_rng(11), decay, 100, 4, 64, 64)
+    assert_as_the_recurrence(functools.partial(run_kernel, ids, INTERPRETED), ids, inputs)
+
+
 # Inputs at the limits
 
 
