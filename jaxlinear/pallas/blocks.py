@@ -188,15 +188,15 @@ def _gradients_by_channel(keys: int) -> int:
 class DeltaRuleBlock(NamedTuple):
     chunk: int  # tokens, a power of two from 16
     chunk_by_channel: int  # with a decay by key channel
-    lanes: int  # channels of the heads of a block, approximately
+    lanes: int  # channels of the heads of a block, approximately; half of them except in the forward pass
 
 
 DELTA_RULE_TPU = {
-    "TPU v5 lite": DeltaRuleBlock(128, 128, 1024),
-    "TPU v5": DeltaRuleBlock(128, 128, 1024),
-    "TPU v6 lite": DeltaRuleBlock(128, 128, 1024),
+    "TPU v5 lite": DeltaRuleBlock(128, 128, 2048),
+    "TPU v5": DeltaRuleBlock(128, 128, 2048),
+    "TPU v6 lite": DeltaRuleBlock(128, 128, 2048),
 }
-_DELTA_RULE_TPU_ELSEWHERE = DeltaRuleBlock(128, 128, 1024)
+_DELTA_RULE_TPU_ELSEWHERE = DeltaRuleBlock(128, 128, 2048)
 
 
 DELTA_RULE_HEADS = 16  # most heads of a block: they are unrolled
@@ -210,11 +210,12 @@ def delta_rule_chunk(kind: str, length: int, by_channel: bool, chunk: int | None
     return min(chunk, max(16, 1 << (length - 1).bit_length()))
 
 
-def delta_rule_heads(kind: str, heads: int, keys: int, values: int) -> int:
-    """Heads of a block: all, or enough that their K and V fill whole registers of 128 lanes; the last may have fewer."""
+def delta_rule_heads(kind: str, heads: int, keys: int, values: int, forward: bool = False) -> int:
+    """Heads of a block, of the forward pass or of the other kernels: all, or enough that their K and V fill whole registers
+    of 128 lanes; the last block may have fewer."""
     least = next(n for n in range(1, 129) if n * keys % 128 == n * values % 128 == 0)
-    lanes = DELTA_RULE_TPU.get(kind, _DELTA_RULE_TPU_ELSEWHERE).lanes
-    most = max(least, lanes // max(keys, values) // least * least)
+    lanes = DELTA_RULE_TPU.get(kind, _DELTA_RULE_TPU_ELSEWHERE).lanes // (1 if forward else 2)
+    most = max(least, min(lanes // max(keys, values), DELTA_RULE_HEADS) // least * least)
     if heads <= most:
         return heads
     groups = -(-heads // most)  # as few as possible, as even as possible

@@ -51,7 +51,9 @@ class _Layout:
     def __init__(self, plan: Plan, arguments: Arguments, target: Target):
         self.plan, self.arguments, self.batch = plan, arguments, arguments.k.shape[0]
         self.chunk = blocks.delta_rule_chunk(target.kind, plan.length, plan.decay == "channel", plan.chunk)
-        self.group = blocks.delta_rule_heads(target.kind, plan.heads, plan.keys, plan.values)
+        self.group = blocks.delta_rule_heads(
+            target.kind, plan.heads, plan.keys, plan.values, forward=plan.kind == "forward"
+        )
         self.chunks, self.groups = pl.cdiv(plan.length, self.chunk), pl.cdiv(plan.heads, self.group)
 
     def inputs(self) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:

@@ -38,7 +38,7 @@ RUNS = [
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several chunks; of three heads, two are in the first block."""
+    """Several chunks."""
     monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(32, 32, 256))
 
 
@@ -61,6 +61,21 @@ def check(name, dtype, target=INTERPRETED, chunk=None, **options):
 @pytest.mark.parametrize("name, dtype, chunk", RUNS)
 def test_values_and_gradients(name, dtype, chunk):
     check(name, dtype, chunk=chunk)
+
+
+@pytest.mark.parametrize("lanes, of_blocks", [(128, [2, 2]), (256, [3, 2])])
+def test_blocks_of_some_heads(monkeypatch, lanes, of_blocks):
+    """Of three heads, the last block may have one; the forward pass takes more at once than the gradient."""
+    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(32, 32, lanes))
+    assert [blocks.delta_rule_heads("", 3, 64, 64, forward) for forward in (True, False)] == of_blocks
+    random = np.random.default_rng(lanes)
+    q, k, v = (numerics.normal(random, 1, 50, 3, 64) for _ in range(3))
+    beta, decay = numerics.uniform(random, 1, 50, 3), operation.draw_decay(random, "scalar", 1, 50, 3, 64)
+    inputs = q, operation.unit(k), v, beta, decay, numerics.normal(random, 1, 3, 64, 64)
+    cotangents = numerics.normal(random, *v.shape), numerics.normal(random, *inputs[5].shape)
+    expected = numerics.run(operation.reference(False), inputs, cotangents, dtype="float64")
+    run = numerics.with_gradients(functools.partial(run_kernel, None, INTERPRETED))
+    numerics.assert_close(numerics.run(run, inputs, cotangents, dtype="float32"), expected, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
@@ -339,6 +354,8 @@ def test_the_map_of_a_run_has_no_gradient():
 @pytest.mark.parametrize("heads, keys, values", [(16, 64, 64), (6, 128, 256), (5, 96, 192), (40, 16, 16), (1, 100, 20)])
 def test_blocks_of_heads(heads, keys, values):
     """Blocks fill whole lane registers, or have all heads; fewer than a block's heads are padding beyond H."""
-    count = blocks.delta_rule_heads("", heads, keys, values)
-    assert count == heads or count * keys % 128 == count * values % 128 == 0
-    assert -(-heads // count) * count - heads < 128
+    for forward in (False, True):
+        count = blocks.delta_rule_heads("", heads, keys, values, forward)
+        assert count == heads or count * keys % 128 == count * values % 128 == 0
+        assert count <= blocks.DELTA_RULE_HEADS
+        assert -(-heads // count) * count - heads < 128
