@@ -107,7 +107,7 @@ _LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 512),) * 2
 CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that may be requested
 CHUNKS_INTERPRETED = 8, 256
 VMEM_BYTES = 64 * 2**20  # that a kernel with chunks may use
-_WRITTEN_OUT = 16  # chunks of heads of a block, unrolled
+_WRITTEN_OUT = 16  # chunks of heads of a block, unrolled; half as many if heads are narrow
 HEADS = 8  # most heads of a block, which are unrolled
 
 
@@ -119,6 +119,11 @@ def heads_of_block(heads: int, widths: tuple[int, ...], lanes: int) -> int | Non
     count = next((n for n in range(min(most, HEADS) // least * least, 0, -least) if heads % n == 0), least)
     count = min(count, heads)
     return count if count <= HEADS else None
+
+
+def narrow(widths: tuple[int, ...]) -> bool:
+    """Whether heads are so narrow that more of them at once make no schedule shorter, and take longer to compile."""
+    return max(widths) < 64
 
 
 def linear_attention_tpu(
@@ -133,7 +138,8 @@ def linear_attention_tpu(
     both = (HEADS * max(widths),) * 2 if len(widths) == 1 else (block.lanes, block.lanes // 2)
     together, in_gradient = (heads_of_block(heads, widths, lanes) for lanes in both)
     assert together is not None and in_gradient is not None
-    chunks = max(1, min(block.time // chunk, _WRITTEN_OUT // together))
+    written_out = _WRITTEN_OUT // 2 if narrow(widths) else _WRITTEN_OUT
+    chunks = max(1, min(block.time // chunk, written_out // together))
     return min(chunks, -(-length // chunk)) * chunk, chunk, (together, in_gradient)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxlinear.pallas import chunk_decays, factored_decays, linear_attention_chunk
+from jaxlinear.pallas import blocks, chunk_decays, factored_decays, linear_attention_chunk
 from jaxlinear.pallas.channel_decays import ByChannel
 from jaxlinear.pallas.linear_attention_chunk import Chunk, Documents, Tokens
 from jaxlinear.pallas.linear_attention_plan import Plan
@@ -85,7 +85,8 @@ class Block:
                 self.before_out[h] = state
         scale = jnp.asarray(self.plan.scale, self.wide)
         units = ((n, h, chunk) for n in self.chunks for h, chunk in enumerate(self._chunk(n)))
-        for (n, h, chunk), (tokens, attention) in _ahead(units, self._attention, 2):
+        ahead = 0 if blocks.narrow(self.plan.side_by_side) else 2
+        for (n, h, chunk), (tokens, attention) in _ahead(units, self._attention, ahead):
             o = linear_attention_chunk.outputs(chunk, tokens, attention, states[h])
             self._store(self.o, n, h, scale * o)
             states[h] = linear_attention_chunk.advance(chunk, chunk.to_end(tokens.k), tokens.v, states[h])
