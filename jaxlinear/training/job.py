@@ -143,6 +143,8 @@ def mixture(path: str) -> dict[str, float]:
     places = set()
     for part in path.split(","):
         name, equals, weight = part.partition("=")
+        if not name.strip():
+            raise UserError(f"data.path: {path!r} has an entry without a directory; write DIR=WEIGHT,DIR=WEIGHT")
         place = os.path.realpath(name.strip())
         if place in places:  # however it is spelled
             raise UserError(f"data.path names {name.strip()} twice; give it one weight")

@@ -44,6 +44,7 @@ def other_dataset(tmp_path_factory):
     [
         ({"data.path": ""}, r"data.path is not set; launch/prepare_data.py makes a dataset"),
         ({"data.path": "nowhere"}, r"no dataset at nowhere: the directory does not exist"),
+        ({"data.path": "DATA,"}, r"data.path: '.*data,' has an entry without a directory; write DIR=WEIGHT,DIR=WEIGHT"),
         ({"data.path": "DATA="}, r"data.path: '' is not a weight; write DIR=WEIGHT,DIR=WEIGHT"),
         ({"data.path": "DATA=two"}, r"data.path: 'two' is not a weight; write DIR=WEIGHT,DIR=WEIGHT"),
         ({"data.path": "DATA=1,DATA=3"}, r"data.path names .*data twice; give it one weight"),
