@@ -20,6 +20,7 @@ which none is strong within parts of a chunk, of 16 tokens or of 8, and one for 
 Each has a row. The last three are measured in programs with that path alone; the first is what a program with all four
 takes beyond these three, including the choice of path.
 
+Sizes under ``--tune`` are those of the tables in ``pallas/blocks.py``, whose functions shorten blocks of many heads.
 ``--chunked`` also prints the bytes that the instructions of both passes read and write, with and without the kernel.
 Schedules are lower bounds on the time, not timings.
 """

@@ -1,5 +1,5 @@
-"""Block sizes of the kernels, by JAX's name for the device. Those for TPU are the best of ``benchmarks/tpu_kernels.py
---tune`` by static schedules; nothing was timed."""
+"""Block sizes of the kernels, by JAX's name for the device. Those for TPU are the best of ``--tune`` of
+``benchmarks/tpu_kernels.py`` and, for kernels with chunks, ``tpu_chunks.py``, by static schedules; nothing was timed."""
 
 from typing import NamedTuple
 
@@ -93,11 +93,11 @@ def selective_scan_gpu(states: int) -> SelectiveScanGPUBlock:
 class AttentionBlock(NamedTuple):
     time: int  # tokens of a block, a multiple of the chunk
     chunk: int  # tokens of a chunk, a power of two; at least 128 in compiled kernels
-    lanes: int  # channels of the heads of a block, approximately; half of them in the gradient
+    lanes: int  # channels of the heads of a block, approximately; in the gradient half of them
 
 
 # For linear attention: without a decay or with one per head, and with one per channel. Among the blocks within 5% of the
-# best, those that keep the fewest states.
+# best at K = V = 128 with 16 heads, those that keep the fewest states.
 LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {
     "TPU v5 lite": (AttentionBlock(512, 128, 512),) * 2,
     "TPU v5": (AttentionBlock(512, 128, 512),) * 2,
@@ -107,7 +107,8 @@ _LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 512),) * 2
 CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that may be requested
 CHUNKS_INTERPRETED = 8, 256
 VMEM_BYTES = 64 * 2**20  # that a kernel with chunks may use
-_WRITTEN_OUT = 16  # chunks of heads of a block, unrolled; half as many if heads are narrow
+_WRITTEN_OUT = 16  # chunks of heads of a block, unrolled; half as many of heads with few channels or in blocks of many
+_MANY_LANES = 1024  # of which twice as many, with half the tokens, take the same VMEM
 HEADS = 8  # most heads of a block, which are unrolled
 
 
@@ -121,16 +122,17 @@ def heads_of_block(heads: int, widths: tuple[int, ...], lanes: int) -> int | Non
     return count if count <= HEADS else None
 
 
-def narrow(widths: tuple[int, ...]) -> bool:
-    """Whether heads are so narrow that more of them at once make no schedule shorter, and take longer to compile."""
+def few_channels(widths: tuple[int, ...]) -> bool:
+    """Whether longer blocks, and products made ahead in the forward pass, would lengthen the schedule of such heads."""
     return max(widths) < 64
 
 
 def linear_attention_tpu(
     kind: str, length: int, heads: int, widths: tuple[int, ...], by_channel: bool, chunk: int | None
 ) -> tuple[int, int, tuple[int, int]]:
-    """Tokens of a block and of a chunk; and heads of a block, and of one of the gradient. ``widths``: K and V; or only V if
-    all heads share queries and keys, and then as many heads as possible. ``chunk``: the one to use, or None."""
+    """Tokens of a block and of a chunk; and heads of a block, and of one of the gradient, whose tokens are as many.
+    ``widths``: K and V; or only V if all heads share queries and keys, and then as many heads as possible, in the gradient
+    too. ``chunk``: the one to use, or None."""
     table = LINEAR_ATTENTION_TPU.get(kind, _LINEAR_ATTENTION_TPU_ELSEWHERE)
     block = table[by_channel]
     if chunk is None:
@@ -138,7 +140,8 @@ def linear_attention_tpu(
     both = (HEADS * max(widths),) * 2 if len(widths) == 1 else (block.lanes, block.lanes // 2)
     together, in_gradient = (heads_of_block(heads, widths, lanes) for lanes in both)
     assert together is not None and in_gradient is not None
-    written_out = _WRITTEN_OUT // 2 if narrow(widths) else _WRITTEN_OUT
+    fewer = few_channels(widths) or together * max(widths) > _MANY_LANES
+    written_out = _WRITTEN_OUT // 2 if fewer else _WRITTEN_OUT
     chunks = max(1, min(block.time // chunk, written_out // together))
     return min(chunks, -(-length // chunk)) * chunk, chunk, (together, in_gradient)
 

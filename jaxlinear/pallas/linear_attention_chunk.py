@@ -83,8 +83,9 @@ class Gradients(NamedTuple):
     total: Any  # [1, K]
 
 
-def attention(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
-    """What each token reads of those up to it, ``[c, c]`` in the dtype of products."""
+def attended(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
+    """How much each token attends to those up to it, ``[c, c]``: decayed products of queries and keys, in the dtype of
+    products."""
     if tokens.products is not None:
         products = chunk.decays.decayed(tokens.products)
     else:
@@ -92,10 +93,10 @@ def attention(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
     return chunk.seen(products).astype(tokens.v.dtype)
 
 
-def outputs(chunk: Chunk, tokens: Tokens, attention: jax.Array, state: jax.Array) -> jax.Array:
+def outputs(chunk: Chunk, tokens: Tokens, attended: jax.Array, state: jax.Array) -> jax.Array:
     """``[c, V]``, without the scale."""
     q, wide = tokens.q, state.dtype
-    inner = dot(attention, tokens.v, (1, 0), wide)
+    inner = dot(attended, tokens.v, (1, 0), wide)
     if chunk.decays.by_channel:
         return inner + dot(chunk.from_start(q), state, (1, 1), wide)
     return inner + times(chunk.since_start, dot(q, state, (1, 1), wide))
@@ -107,21 +108,21 @@ def advance(chunk: Chunk, keys: jax.Array, values: jax.Array, state: jax.Array) 
     return times(chunk.whole, state) + dot(values, keys, (0, 0), state.dtype)
 
 
-def attention_gradient(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
-    """Of the decayed products of the chunk's tokens, ``[c, c]``."""
+def d_attended(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
+    """The gradient of ``attended``, wide."""
     return chunk.seen(dot(tokens.d_o, tokens.v, (1, 1), wide))
 
 
 def gradients(
-    chunk: Chunk, tokens: Tokens, attention: jax.Array, d_attention: jax.Array, state: jax.Array, d_after: jax.Array
+    chunk: Chunk, tokens: Tokens, attended: jax.Array, d_attended: jax.Array, state: jax.Array, d_after: jax.Array
 ) -> Gradients:
     """The gradients, from those of the outputs and of the state after the chunk. ``state`` is the one before the chunk."""
     q, k, v, d_o = tokens[:4]
     wide = state.dtype
-    (d_q,), d_k, sums = chunk.decays.pairwise_gradient((q,), k, (d_attention,), wide)
+    (d_q,), d_k, sums = chunk.decays.pairwise_gradient((q,), k, (d_attended,), wide)
     d_q_outer = times(chunk.since_start, dot(d_o, state, (1, 0), wide))
     d_k_outer = times(chunk.until_end, dot(v, d_after, (1, 0), wide))
-    d_v = dot(attention, d_o, (0, 0), wide)
+    d_v = dot(attended, d_o, (0, 0), wide)
     d_v = d_v + dot(chunk.to_end(k), d_after, (1, 1), wide)
     d_before = advance(chunk, chunk.from_start(q), d_o, d_after)
     total = None

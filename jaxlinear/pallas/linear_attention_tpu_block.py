@@ -17,6 +17,9 @@ from jaxlinear.pallas.linear_attention_chunk import Chunk, Documents, Tokens
 from jaxlinear.pallas.linear_attention_plan import Plan
 from jaxlinear.pallas.products import dot
 
+# How many turns before its own a chunk's products are written: as many as give the shortest schedules.
+_AHEAD, _AHEAD_BACKWARD = 2, 1
+
 
 class Shape(NamedTuple):
     length: int  # T
@@ -85,16 +88,17 @@ class Block:
                 self.before_out[h] = state
         scale = jnp.asarray(self.plan.scale, self.wide)
         units = ((n, h, chunk) for n in self.chunks for h, chunk in enumerate(self._chunk(n)))
-        ahead = 0 if blocks.narrow(self.plan.side_by_side) else 2
-        for (n, h, chunk), (tokens, attention) in _ahead(units, self._attention, ahead):
-            o = linear_attention_chunk.outputs(chunk, tokens, attention, states[h])
+        ahead = 0 if blocks.few_channels(self.plan.side_by_side) else _AHEAD
+        for (n, h, chunk), (tokens, attended) in _ahead(units, self._ready, ahead):
+            o = linear_attention_chunk.outputs(chunk, tokens, attended, states[h])
             self._store(self.o, n, h, scale * o)
             states[h] = linear_attention_chunk.advance(chunk, chunk.to_end(tokens.k), tokens.v, states[h])
         return states
 
-    def _attention(self, n: int, h: int, chunk: Chunk, products: jax.Array | None = None) -> tuple[Tokens, jax.Array]:
+    def _ready(self, n: int, h: int, chunk: Chunk, products: jax.Array | None = None) -> tuple[Tokens, jax.Array]:
+        """The tokens of a chunk of a head, and what needs no state: ``attended``."""
         tokens = self._tokens(n, h, products)
-        return tokens, linear_attention_chunk.attention(chunk, tokens, self.wide)
+        return tokens, linear_attention_chunk.attended(chunk, tokens, self.wide)
 
     def _accumulate(self, states: list[jax.Array]) -> list[jax.Array]:
         """The map of a run; or backward, the gradient of its first state."""
@@ -127,8 +131,8 @@ class Block:
             for h in heads
         )
         found: list[linear_attention_chunk.Gradients] = []
-        for (n, h, chunk, _), (tokens, attention, d_attention) in _ahead(units, self._attention_gradient, 1):
-            d = linear_attention_chunk.gradients(chunk, tokens, attention, d_attention, states[n][h], d_states[h])
+        for (n, h, chunk, _), (tokens, attended, d_attended) in _ahead(units, self._ready_backward, _AHEAD_BACKWARD):
+            d = linear_attention_chunk.gradients(chunk, tokens, attended, d_attended, states[n][h], d_states[h])
             found.append(d)
             d_states[h] = d.state
             self._store_gradients(n, h, d)
@@ -137,11 +141,12 @@ class Block:
                 found = []
         return d_states
 
-    def _attention_gradient(
+    def _ready_backward(
         self, n: int, h: int, chunk: Chunk, products: jax.Array | None
     ) -> tuple[Tokens, jax.Array, jax.Array]:
-        tokens, attention = self._attention(n, h, chunk, products)
-        return tokens, attention, linear_attention_chunk.attention_gradient(chunk, tokens, self.wide)
+        """``_ready``, and the gradient of ``attended``."""
+        tokens, attended = self._ready(n, h, chunk, products)
+        return tokens, attended, linear_attention_chunk.d_attended(chunk, tokens, self.wide)
 
     def _store_gradients(self, n: int, h: int, d: linear_attention_chunk.Gradients) -> None:
         self._store(self.d_v, n, h, d.v)

@@ -2,6 +2,7 @@
 operation's tests."""
 
 import functools
+import itertools
 import logging
 import re
 
@@ -354,8 +355,14 @@ def test_the_map_of_a_run_has_no_gradient():
 @pytest.mark.parametrize("heads, keys, values", [(16, 64, 64), (6, 128, 256), (5, 96, 192), (40, 16, 16), (1, 100, 20)])
 def test_blocks_of_heads(heads, keys, values):
     """Blocks fill whole lane registers, or have all heads; fewer than a block's heads are padding beyond H."""
-    for forward in (False, True):
-        count = blocks.delta_rule_heads("", heads, keys, values, forward)
+    for kind, forward in itertools.product(("", "TPU v5 lite"), (False, True)):
+        count = blocks.delta_rule_heads(kind, heads, keys, values, forward)
         assert count == heads or count * keys % 128 == count * values % 128 == 0
         assert count <= blocks.DELTA_RULE_HEADS
-        assert -(-heads // count) * count - heads < 128
+
+
+def test_many_narrow_heads_take_several_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DELTA_RULE_TPU["TPU v5 lite"])
+    q = jnp.ones((1, 9, 40, 16))
+    with backends.use_platform("tpu", "TPU v5 lite"):
+        assert choose("auto", q, q, q) == "pallas"

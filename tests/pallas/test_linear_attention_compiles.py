@@ -31,6 +31,7 @@ CASES = {
     "wide_values": (1, 1024, 2, 256, 512, "bfloat16", "channel", False),  # as in GLA 1.3B
     "longest": (1, 131_072, 2, 128, 128, "bfloat16", "scalar", False),
     "odd": (3, 1000, 3, 48, 32, "float32", "scalar", True),
+    "wide_blocks": (1, 1024, 8, 240, 256, "float32", "scalar", False),  # 8 heads at once
     "narrow": (1, 200, 16, 16, 16, "bfloat16", "channel", True),
     "ragged_heads": (1, 256, 5, 64, 128, "bfloat16", "constant", False),
 }
@@ -60,7 +61,16 @@ ON_GPU_SHARED = {  # as ON_GPU, with heads that share queries and keys
 TARGETS = {
     "v5e:1x1": list(CASES),
     "v5p:2x2x1": ["scalar_128", "channel_128"],
-    "v6e:1x1": ["none_64", "scalar_128", "channel_128", "constant_256", "wide_256", "odd", "ragged_heads"],
+    "v6e:1x1": [
+        "none_64",
+        "scalar_128",
+        "channel_128",
+        "constant_256",
+        "wide_256",
+        "odd",
+        "wide_blocks",
+        "ragged_heads",
+    ],
     "tpu7x:2x2x1": ["channel_128"],
 }
 
@@ -115,6 +125,12 @@ def test_tpu(target, name):
     assert kernels(text) == names(CASES[name], "forward", "gradient")
     if heads * key % 128 == heads * value % 128 == 0:
         assert not compiled_text.copies(text, batch * length * heads * min(key, value))
+
+
+@pytest.mark.parametrize("target", ["v5e:1x1", "v6e:1x1"])
+def test_heads_that_share_keys_on_tpu(target):
+    case = (1, 2048, 16, 128, 64, "bfloat16", "scalar", True)  # as in Mamba-2: 8 heads at once
+    assert kernels(compiled_of(target, case, 1).as_text()) == names(case, "forward", "gradient")
 
 
 def test_remat_runs_the_forward_kernel_once():
