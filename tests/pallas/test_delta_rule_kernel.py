@@ -354,7 +354,7 @@ def test_the_map_of_a_run_has_no_gradient():
 
 @pytest.mark.parametrize("heads, keys, values", [(16, 64, 64), (6, 128, 256), (5, 96, 192), (40, 16, 16), (1, 100, 20)])
 def test_blocks_of_heads(heads, keys, values):
-    """Blocks fill whole lane registers, or have all heads; fewer than a block's heads are padding beyond H."""
+    """Blocks fill whole lane registers, or have all heads, and never too many."""
     for kind, forward in itertools.product(("", "TPU v5 lite"), (False, True)):
         count = blocks.delta_rule_heads(kind, heads, keys, values, forward)
         assert count == heads or count * keys % 128 == count * values % 128 == 0

@@ -32,6 +32,7 @@ CASES = {
     "longest": (1, 131_072, 2, 128, 128, "bfloat16", "scalar", False),
     "odd": (3, 1000, 3, 48, 32, "float32", "scalar", True),
     "wide_blocks": (1, 1024, 8, 240, 256, "float32", "scalar", False),  # 8 heads at once
+    "wide_fours": (1, 1024, 4, 224, 224, "float32", "scalar", False),
     "narrow": (1, 200, 16, 16, 16, "bfloat16", "channel", True),
     "ragged_heads": (1, 256, 5, 64, 128, "bfloat16", "constant", False),
 }
@@ -69,6 +70,7 @@ TARGETS = {
         "wide_256",
         "odd",
         "wide_blocks",
+        "wide_fours",
         "ragged_heads",
     ],
     "tpu7x:2x2x1": ["channel_128"],
