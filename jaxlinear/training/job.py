@@ -62,7 +62,7 @@ class Job:
     @property
     def datasets(self) -> dict[str, float]:
         """Weights by directory; empty if the data are generated."""
-        return mixture(self.config.data.path) if self.config.data.path else {}
+        return mixture(self.config.data.path)
 
     @property
     def texts(self) -> dict[str, float]:
@@ -133,12 +133,14 @@ def _held_out(task: tasks.Task, datasets: dict[str, float], heldout: str) -> tas
 
 
 def heldout_path(config: config_dict.ConfigDict) -> str:
-    """The dataset whose held-out split a run is judged by."""
-    return config.data.heldout_path or next(iter(mixture(config.data.path)))
+    """The dataset whose held-out split a run is judged by; empty if no data are named."""
+    return config.data.heldout_path or next(iter(mixture(config.data.path)), "")
 
 
 def mixture(path: str) -> dict[str, float]:
-    """``DIR`` or ``DIR=WEIGHT,DIR=WEIGHT`` as weights by directory."""
+    """``DIR`` or ``DIR=WEIGHT,DIR=WEIGHT`` as weights by directory; nothing as none."""
+    if not path:
+        return {}
     weights = {}
     places = set()
     for part in path.split(","):
@@ -165,7 +167,7 @@ def rows_at_once(config: config_dict.ConfigDict) -> int:
 
 def task_setting(config: config_dict.ConfigDict, split: str) -> tasks.Setting:
     """The setting that a run gives its tasks."""
-    dataset = heldout_path(config) if split == "heldout" else next(iter(mixture(config.data.path)))
+    dataset = heldout_path(config) if split == "heldout" else next(iter(mixture(config.data.path)), "")
     return tasks.Setting(config.training.sequence_length, config.model.vocab_size, dataset, split)
 
 
