@@ -107,7 +107,7 @@ _LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 512),) * 2
 CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that may be requested
 CHUNKS_INTERPRETED = 8, 256
 VMEM_BYTES = 64 * 2**20  # that a kernel with chunks may use
-_WRITTEN_OUT = 16  # chunks of heads of a block, unrolled; half as many of heads with few channels
+_WRITTEN_OUT = 16  # chunks of heads of a block, unrolled; half as many of heads with few channels, which gain nothing
 _LANES_WRITTEN_OUT = 2048  # that these have together: more of 256 tokens in float32 would not fit VMEM
 HEADS = 8  # most heads of a block, which are unrolled
 
@@ -120,11 +120,6 @@ def heads_of_block(heads: int, widths: tuple[int, ...], lanes: int) -> int | Non
     count = next((n for n in range(min(most, HEADS) // least * least, 0, -least) if heads % n == 0), least)
     count = min(count, heads)
     return count if count <= HEADS else None
-
-
-def few_channels(widths: tuple[int, ...]) -> bool:
-    """Whether longer blocks, and products made ahead in the forward pass, would lengthen the schedule of such heads."""
-    return max(widths) < 64
 
 
 def linear_attention_tpu(
@@ -140,7 +135,8 @@ def linear_attention_tpu(
     both = (HEADS * max(widths),) * 2 if len(widths) == 1 else (block.lanes, block.lanes // 2)
     together, in_gradient = (heads_of_block(heads, widths, lanes) for lanes in both)
     assert together is not None and in_gradient is not None
-    written_out = min(_WRITTEN_OUT // 2 if few_channels(widths) else _WRITTEN_OUT, _LANES_WRITTEN_OUT // max(widths))
+    few = max(widths) < 64
+    written_out = min(_WRITTEN_OUT // 2 if few else _WRITTEN_OUT, _LANES_WRITTEN_OUT // max(widths))
     chunks = max(1, min(block.time // chunk, written_out // together))
     return min(chunks, -(-length // chunk)) * chunk, chunk, (together, in_gradient)
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxlinear.pallas import chunk_decays, delta_rule_chunk, factored_decays
+from jaxlinear.pallas import chunk_decays, delta_rule_chunk, factored_decays, lanes
 from jaxlinear.pallas.channel_decays import ByChannel
 from jaxlinear.pallas.delta_rule_plan import Plan
+from jaxlinear.pallas.lanes import Lanes
 from jaxlinear.pallas.linear_attention_chunk import Chunk, Documents
 
 
@@ -49,26 +50,25 @@ class Block:
         carried = self.refs["d_state" if self.plan.reverse else "final"]
         heads = self._heads(by_channel)
         tokens = delta_rule_chunk.prepare(heads)
-        states = [carried[h] for h in self.heads]
+        states = self._states(carried)
         if self.plan.kind == "forward":
             if self.plan.keep:
-                self._store_states("before", states)
+                self._store_states(self.refs["before"], states)
             outputs, states = delta_rule_chunk.outputs(heads, tokens, states)
             self._store("o", [self.plan.scale * x for x in outputs])
         elif self.plan.kind == "summary":
             states = delta_rule_chunk.advance(heads, tokens, states)
-            transitions = [self.refs["transition"][h] for h in self.heads]
+            transitions = self._states(self.refs["transition"])
             without = [h._replace(v=None) for h in heads]
-            self._store_states("transition", delta_rule_chunk.advance(without, tokens, transitions))
+            self._store_states(self.refs["transition"], delta_rule_chunk.advance(without, tokens, transitions))
         elif self.plan.kind == "state_gradient":
             states = delta_rule_chunk.state_gradients(heads, tokens, states)
         else:
-            before = [self.refs["before"][h] for h in self.heads]
+            before = self._states(self.refs["before"])
             found = delta_rule_chunk.gradients(heads, tokens, before, states)
             self._store_gradients(found)
             states = [x.state for x in found]
-        for h in self.heads:
-            carried[h] = states[h]
+        self._store_states(carried, states)
 
     def _heads(self, by_channel: type) -> list[delta_rule_chunk.Head]:
         is_gradient = self.plan.kind == "gradient"
@@ -111,8 +111,7 @@ class Block:
     def _load(self, name: str) -> list[jax.Array]:
         """By head ``[c, K or V]``, zero after the last token."""
         ref = self.refs[name]
-        width = ref.shape[-1] // len(self.heads)
-        loaded = [ref[:, h * width : (h + 1) * width] for h in self.heads]
+        loaded = [place.only(ref[:, place.register]) for place in self._lanes(ref)]
         if self.left is None:
             return loaded
         inside = lax.broadcasted_iota(jnp.int32, loaded[0].shape, 0) < self.left
@@ -124,13 +123,26 @@ class Block:
         return [columns[:, h : h + 1] for h in self.heads]
 
     def _store(self, name: str, values: list[jax.Array]) -> None:
-        ref, width = self.refs[name], values[0].shape[1]
-        for h, value in enumerate(values):
-            ref[:, h * width : (h + 1) * width] = value.astype(ref.dtype)
+        ref, register = self.refs[name], None
+        for place, value in zip(self._lanes(ref), values, strict=True):
+            register = place.only(value.astype(ref.dtype), register if place.first else None)
+            if not place.left:
+                ref[:, place.register] = register
 
-    def _store_states(self, name: str, values: list[jax.Array]) -> None:
+    def _states(self, ref) -> list[jax.Array]:
+        """By head ``[V, K]``, or ``[K, K]``."""
+        return [lanes.spread(ref[h], *self._places(ref, h)) for h in self.heads]
+
+    def _store_states(self, ref, values: list[jax.Array]) -> None:
         for h, value in enumerate(values):
-            self.refs[name][h] = value.astype(self.refs[name].dtype)
+            ref[h] = lanes.taken(value, *self._places(ref, h)).astype(ref.dtype)
+
+    def _places(self, ref, h: int) -> list[Lanes]:
+        return [lanes.of_head(h, channels, len(self.heads)) for channels in ref.shape[1:]]
+
+    def _lanes(self, ref) -> list[Lanes]:
+        heads = len(self.heads)
+        return [lanes.of_head(h, ref.shape[-1] // heads, heads) for h in self.heads]
 
     def _store_gradients(self, found: list[delta_rule_chunk.Gradients]) -> None:
         self._store("d_q", [x.q for x in found])

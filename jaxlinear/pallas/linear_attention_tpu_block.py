@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxlinear.pallas import blocks, chunk_decays, factored_decays, linear_attention_chunk
+from jaxlinear.pallas import chunk_decays, factored_decays, lanes, linear_attention_chunk
 from jaxlinear.pallas.channel_decays import ByChannel
+from jaxlinear.pallas.lanes import Lanes
 from jaxlinear.pallas.linear_attention_chunk import Chunk, Documents, Tokens
 from jaxlinear.pallas.linear_attention_plan import Plan
 from jaxlinear.pallas.products import dot
@@ -70,10 +71,10 @@ class Block:
     def _work(self, by_channel: type = ByChannel) -> None:
         """``by_channel``: the class that handles decays by key channel, if there are any."""
         self.by_channel = by_channel
-        states = [self.carry[h] for h in range(self.shape.heads)]
+        states = [self._state(self.carry, h) for h in range(self.shape.heads)]
         work = {"forward": self._forward, "gradient": self._gradient}.get(self.plan.kind, self._accumulate)
         for h, state in enumerate(work(states)):
-            self.carry[h] = state
+            self._store_state(self.carry, h, state)
 
     def _begin(self) -> None:
         self.carry[...] = self.state[...]
@@ -85,11 +86,10 @@ class Block:
     def _forward(self, states: list[jax.Array]) -> list[jax.Array]:
         if self.before_out is not None:
             for h, state in enumerate(states):
-                self.before_out[h] = state
+                self._store_state(self.before_out, h, state)
         scale = jnp.asarray(self.plan.scale, self.wide)
         units = ((n, h, chunk) for n in self.chunks for h, chunk in enumerate(self._chunk(n)))
-        ahead = 0 if blocks.few_channels(self.plan.side_by_side) else _AHEAD
-        for (n, h, chunk), (tokens, attended) in _ahead(units, self._ready, ahead):
+        for (n, h, chunk), (tokens, attended) in _ahead(units, self._ready, _AHEAD):
             o = linear_attention_chunk.outputs(chunk, tokens, attended, states[h])
             self._store(self.o, n, h, scale * o)
             states[h] = linear_attention_chunk.advance(chunk, chunk.to_end(tokens.k), tokens.v, states[h])
@@ -110,12 +110,14 @@ class Block:
                 keys = chunk.from_start(keys) if self.plan.reverse else chunk.to_end(keys)
                 states[h] = linear_attention_chunk.advance(chunk, keys, values, states[h])
                 if self.kept is not None:
-                    self.kept[h] = self.kept[h] * chunk.whole
+                    place = self._lanes(self.keys, h)
+                    kept = chunk_decays.times(chunk.whole, place.spread(self.kept[h], 1))
+                    self.kept[h] = place.taken(kept, 1)
         return states
 
     def _gradient(self, d_states: list[jax.Array]) -> list[jax.Array]:
         heads = range(self.shape.heads)
-        chunks, states = [self._chunk(n) for n in self.chunks], [[self.before[h] for h in heads]]
+        chunks, states = [self._chunk(n) for n in self.chunks], [[self._state(self.before, h) for h in heads]]
         for n in self.chunks[:-1]:
             keys_and_values = [(self._load(self.keys, n, h), self._load(self.values, n, h)) for h in heads]
             states.append(
@@ -233,11 +235,20 @@ class Block:
         return (x.astype(self.wide) * jnp.asarray(self.plan.scale, self.wide)).astype(x.dtype)
 
     def _load(self, ref, n: int, h: int) -> jax.Array:
-        x = ref[self._at(n), self._lanes(ref, h)]
+        place = self._lanes(ref, h)
+        x = place.only(ref[self._at(n), place.register])
         return self._inside(x.astype(self.wide), n).astype(x.dtype) if self.ragged else x
 
     def _store(self, ref, n: int, h: int, x: jax.Array) -> None:
-        ref[self._at(n), self._lanes(ref, h)] = x.astype(ref.dtype)
+        place = self._lanes(ref, h)
+        x, stored = x.astype(ref.dtype), (self._at(n), place.register)
+        ref[stored] = place.only(x, ref[stored] if place.first else None)
+
+    def _state(self, ref, h: int) -> jax.Array:
+        return lanes.spread(ref[h], self._lanes(self.values, h), self._lanes(self.keys, h))
+
+    def _store_state(self, ref, h: int, state: jax.Array) -> None:
+        ref[h] = lanes.taken(state, self._lanes(self.values, h), self._lanes(self.keys, h))
 
     def _inside(self, x: jax.Array, n: int) -> jax.Array:
         """Zero after the end of the sequence, where the contents are arbitrary."""
@@ -249,11 +260,10 @@ class Block:
     def _at(self, n: int) -> slice:
         return slice(n * self.shape.chunk, (n + 1) * self.shape.chunk)
 
-    def _lanes(self, ref, h: int) -> slice:
+    def _lanes(self, ref, h: int) -> Lanes:
         if self.plan.shared and any(ref is x for x in (self.keys, self.queries, self.d_q, self.d_k)):
-            return slice(None)
-        width = ref.shape[1] // self.shape.heads
-        return slice(h * width, (h + 1) * width)
+            return lanes.of_head(0, ref.shape[1], 1)
+        return lanes.of_head(h, ref.shape[1] // self.shape.heads, self.shape.heads)
 
 
 def _ahead(units: Iterable[tuple], make: Callable, count: int) -> Iterator[tuple]:

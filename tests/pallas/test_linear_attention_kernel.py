@@ -148,6 +148,13 @@ def test_the_gradient_takes_half_as_many_heads_at_once(monkeypatch, decay):
     assert_as_the_recurrence(functools.partial(run_kernel, ids, INTERPRETED), ids, inputs)
 
 
+@pytest.mark.parametrize("heads, keys, values", [(16, 32, 16), (5, 64, 128), (3, 128, 64)])
+def test_heads_that_share_registers(heads, keys, values):
+    """Of keys, values or both; in the last block, if it has fewer heads, with some that are arbitrary."""
+    inputs = draw(np.random.default_rng(12), "channel", 20, heads, keys, values)
+    assert_as_the_recurrence(functools.partial(run_kernel, None, INTERPRETED), None, inputs)
+
+
 # Inputs at the limits
 
 
