@@ -13,11 +13,9 @@ from jaxlinear.pallas.chunk_decays import (
     finite,
     in_groups,
     masked,
-    of_last,
     pairs,
     places,
     times,
-    with_same,
 )
 from jaxlinear.pallas.products import dot, dot_terms, terms
 
@@ -207,6 +205,24 @@ class ByChannel(ByLevels):
         for n, factor in enumerate(self._near):
             x = jnp.where((self._row & (1 << n)) != 0, row, columns) * factor
             yield 1 << n, x.reshape(shape).astype(dtype), factor.reshape(shape)
+
+
+def of_last(count: int, rows) -> list[int]:
+    """For each of ``rows``: ``count`` for the last, 1 for the others."""
+    return [1] * (len(rows) - 1) + [count]
+
+
+def with_same(pairs, rows, columns, d_products, d_rows, d_columns):
+    """Adds the products of a token with itself, which have no decay, to the gradients of the others."""
+    i, j = pairs
+    wide_columns = columns.astype(d_columns.dtype)
+    sums, every = -wide_columns * d_columns, []
+    for r, d, d_row in zip(rows, d_products, d_rows, strict=True):
+        r, same = r.astype(d.dtype), jnp.sum(masked(i == j, d), axis=1, keepdims=True)
+        sums = sums + r * d_row
+        every.append(d_row + same * wide_columns)
+        d_columns = d_columns + same * r
+    return every, d_columns, sums
 
 
 def to_base_2(log_decay: jax.Array) -> jax.Array:

@@ -6,7 +6,9 @@ channel, ``[c, K]``, itself. c is 8 times a power of two.
 Arrays are values in registers, float32 (float64 in interpreted kernels), and functions use only what Mosaic compiles.
 """
 
+import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlinear.pallas.products import dot, dot_terms, terms
+from jaxlinear.pallas.products import dot
 
 GROUP = 8  # tokens of a register
 
@@ -73,7 +75,7 @@ class NoDecay:
         self._lower = pairs(length)
 
     def decayed(self, products: jax.Array) -> jax.Array:
-        """The result of ``pairwise``, from the products of all pairs."""
+        """The result of ``pairwise``, from the products of all pairs; or, from its gradient, that of these products."""
         i, j = self._lower
         return masked(i >= j, products)
 
@@ -81,10 +83,8 @@ class NoDecay:
         return [self.decayed(dot(r, columns, (1, 1), wide)) for r in rows]
 
     def pairwise_gradient(self, rows, columns, d_products, wide, count=1) -> tuple[list[jax.Array], jax.Array, None]:
-        """As ``ByChannel.pairwise_gradient``. There is no gradient of decays that would need more terms."""
-        i, j = self._lower
-        d = [masked(i >= j, d) for d in d_products]
-        return *_back(rows, columns, d, wide), None
+        """As ``ByHead.pairwise_gradient``."""
+        return *_back(rows, columns, [self.decayed(d) for d in d_products], wide), None
 
 
 class ByHead:
@@ -111,14 +111,16 @@ class ByHead:
         """As ``NoDecay.decayed``."""
         return self.matrix * products
 
-    def pairwise_gradient(
-        self, rows, columns, d_products, wide, count=1
-    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-        """As ``ByChannel.pairwise_gradient``."""
+    def pairwise_gradient(self, rows, columns, d_products, wide, count=1) -> tuple[list[jax.Array], jax.Array, None]:
+        """As ``ByChannel.pairwise_gradient``, but the decay's own gradient, which might need more terms, is that of
+        ``steps_gradient``."""
+        return *_back(rows, columns, [self.decayed(d) for d in d_products], wide), None
+
+    def steps_gradient(self, products, d_products) -> jax.Array:
+        """The gradient of ``G_i - G_j`` ``[c, c]``, from ``pairwise``'s products and their gradients."""
         i, j = self._pairs
-        d = [masked(i > j, self.matrix * d) for d in d_products]
-        d_rows, d_columns = _back(rows, columns, d, wide, count)
-        return with_same(self._pairs, rows, columns, d_products, d_rows, d_columns)
+        found = [x.astype(d.dtype) * d for x, d in zip(products, d_products, strict=True)]
+        return masked(i > j, functools.reduce(operator.add, found))
 
 
 def by_heads(coarse: jax.Array, fine: jax.Array) -> list[ByHead]:
@@ -156,29 +158,10 @@ def cut(log_decay: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
     return coarse, log_decay - coarse
 
 
-def _back(rows, columns, d_products, wide, count=1):
-    every = list(zip(rows, d_products, of_last(count, rows), strict=True))
-    d_rows = [dot_terms(terms(d, columns.dtype, n), (columns,), (1, 0), wide) for _, d, n in every]
-    d_columns = sum(dot_terms(terms(d, r.dtype, n), (r,), (0, 0), wide) for r, d, n in every)
-    return d_rows, d_columns
-
-
-def of_last(count: int, rows) -> list[int]:
-    """For each of ``rows``: ``count`` for the last, 1 for the others."""
-    return [1] * (len(rows) - 1) + [count]
-
-
-def with_same(pairs, rows, columns, d_products, d_rows, d_columns):
-    """Adds the products of a token with itself, which have no decay, to the gradients of the others."""
-    i, j = pairs
-    wide_columns = columns.astype(d_columns.dtype)
-    sums, every = -wide_columns * d_columns, []
-    for r, d, d_row in zip(rows, d_products, d_rows, strict=True):
-        r, same = r.astype(d.dtype), jnp.sum(masked(i == j, d), axis=1, keepdims=True)
-        sums = sums + r * d_row
-        every.append(d_row + same * wide_columns)
-        d_columns = d_columns + same * r
-    return every, d_columns, sums
+def _back(rows, columns, d_products, wide):
+    d_products = [d.astype(columns.dtype) for d in d_products]
+    d_rows = [dot(d, columns, (1, 0), wide) for d in d_products]
+    return d_rows, sum(dot(d, r, (0, 0), wide) for r, d in zip(rows, d_products, strict=True))
 
 
 def in_groups(x: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxlinear.pallas import inverse
 from jaxlinear.pallas.chunk_decays import times
-from jaxlinear.pallas.linear_attention_chunk import Chunk
+from jaxlinear.pallas.linear_attention_chunk import Chunk, DecayGradient, decay_gradient
 from jaxlinear.pallas.products import Terms, dot, dot_terms, terms
 
 
@@ -49,9 +49,7 @@ class Gradients(NamedTuple):
     v: jax.Array
     beta: jax.Array  # [c, 1]
     state: jax.Array  # of the state before the chunk
-    # The gradient of the log decays is suffix_sums(sums) + total; for a decay per head both are summed over channels.
-    sums: Any  # [c, K]
-    total: Any  # [1, K]
+    decay: DecayGradient | None
 
 
 def prepare(heads: Sequence[Head]) -> list[Tokens]:
@@ -110,17 +108,17 @@ def gradients(
         d_k_written = times(until_end, dot(written[n][0], d_after[n], (1, 0), wide))
         d_beta = d_solved[n] * (h.v.astype(wide) - reads[n])
         d_beta = jnp.sum(d_beta, axis=1, keepdims=True) + jnp.sum(d_lower[n] * tokens[n].overlap, axis=1, keepdims=True)
-        total = None
-        if sums is not None:
-            # The last token's write does not decay. Summed with terms that do, it would drown them or be lost among them.
-            row = lax.broadcasted_iota(jnp.int32, d_k_written.shape, 0)
+        d_decay = None
+        if h.chunk.decays.whole is not None:
+            if not h.chunk.decays.by_channel:
+                products = tokens[n].attention, tokens[n].overlap
+                sums = h.chunk.decays.steps_gradient(products, (d_attention[n], h.beta * d_lower[n]))
             wide_k = h.k.astype(wide)
-            kept = wide_k * jnp.where(row == h.chunk.last, jnp.zeros_like(d_k_written), d_k_written)
-            sums = sums + h.q.astype(wide) * d_q_read + wide_k * d_k_read - kept
-            held = times(h.chunk.whole, jnp.sum(states[n].astype(wide) * d_after[n], axis=0, keepdims=True))
-            total = jnp.sum(kept, axis=0, keepdims=True) + held
+            read = h.q.astype(wide) * d_q_read + wide_k * d_k_read
+            held = jnp.sum(states[n].astype(wide) * d_after[n], axis=0, keepdims=True)
+            d_decay = decay_gradient(h.chunk, sums, read, wide_k, d_k_written, held)
         d_k = d_k_row + d_k_column + d_k_read + d_k_written
-        found.append(Gradients(d_q + d_q_read, d_k, d_errors[n], d_beta, d_before[n], sums, total))
+        found.append(Gradients(d_q + d_q_read, d_k, d_errors[n], d_beta, d_before[n], d_decay))
     return found
 
 

@@ -149,16 +149,15 @@ class Block:
         self._store("d_k", [x.k for x in found])
         self._store("d_v", [x.v for x in found])
         self.refs["d_beta"][...] = self._side_by_side([x.beta for x in found]).T
+        decays = [x.decay for x in found if x.decay is not None]
         if self.plan.decay == "channel":
-            self._store("d_log_decay", [chunk_decays.suffix_sums(x.sums) + x.total for x in found])
+            self._store("d_log_decay", [chunk_decays.suffix_sums(x.tokens) + x.total for x in decays])
         elif self.plan.decay == "scalar":
             # The terms whose sum, from the chunk's last token back to a token, is that token's gradient.
-            sums, total = (
-                self._side_by_side([jnp.sum(x, axis=1, keepdims=True) for x in every])
-                for every in ([x.sums for x in found], [x.total for x in found])
-            )
-            is_last = lax.broadcasted_iota(jnp.int32, sums.shape, 0) == self.chunk - 1
-            self.refs["d_log_decay"][...] = jnp.where(is_last, sums + total, sums).T
+            tokens, total = (self._side_by_side(x) for x in ([x.tokens for x in decays], [x.total for x in decays]))
+            is_last = lax.broadcasted_iota(jnp.int32, tokens.shape, 0) == self.chunk - 1
+            earlier = jnp.concatenate([x.earlier for x in decays])
+            self.refs["d_log_decay"][...] = jnp.where(is_last, tokens + total, tokens).T - earlier
 
     def _side_by_side(self, columns: list[jax.Array]) -> jax.Array:
         """``[c or 1, n]`` from each head's ``[c or 1, 1]``."""

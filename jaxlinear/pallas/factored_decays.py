@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxlinear.pallas.channel_decays import ByChannel, ByLevels, to_base_2
-from jaxlinear.pallas.chunk_decays import masked, of_last, pairs, prefix_sums, scaled, times, with_same
+from jaxlinear.pallas.channel_decays import ByChannel, ByLevels, of_last, to_base_2, with_same
+from jaxlinear.pallas.chunk_decays import masked, pairs, prefix_sums, scaled, times
 from jaxlinear.pallas.products import dot, dot_terms, terms
 
 LIMIT = 80 * math.log(2)  # for a channel in a chunk or part; 2^80 leaves 2^47 for what it multiplies

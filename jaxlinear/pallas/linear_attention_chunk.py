@@ -4,6 +4,8 @@ States are transposed, ``[V, K]``: a decay of each key channel then scales them 
 dtype, sums that of the state. ``decays`` are those of ``chunk_decays``.
 """
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -78,9 +80,16 @@ class Gradients(NamedTuple):
     k: jax.Array
     v: jax.Array
     state: jax.Array  # of the state before the chunk
-    # The gradient of the log decays is suffix_sums(sums) + total; for a decay per head both are summed over channels.
-    sums: Any  # [c, K], None without a decay
-    total: Any  # [1, K]
+    decay: "DecayGradient | None"
+    products: Any = None  # of ``Tokens.products``, if all heads share these: then q and k are without their part
+
+
+class DecayGradient(NamedTuple):
+    """The gradient of the log decays is ``suffix_sums(tokens - earlier^T) + total``."""
+
+    tokens: jax.Array  # [c, K], or [c, 1] for a decay per head
+    earlier: Any  # [1, c] for a decay per head, else None
+    total: jax.Array  # [1, K] or [1, 1]
 
 
 def attended(chunk: Chunk, tokens: Tokens, wide) -> jax.Array:
@@ -119,18 +128,38 @@ def gradients(
     """The gradients, from those of the outputs and of the state after the chunk. ``state`` is the one before the chunk."""
     q, k, v, d_o = tokens[:4]
     wide = state.dtype
-    (d_q,), d_k, sums = chunk.decays.pairwise_gradient((q,), k, (d_attended,), wide)
+    d_q, d_k, sums, d_products = None, None, None, None
+    if tokens.products is None:
+        (d_q,), d_k, sums = chunk.decays.pairwise_gradient((q,), k, (d_attended,), wide)
+    else:
+        d_products = chunk.decays.decayed(d_attended)
     d_q_outer = times(chunk.since_start, dot(d_o, state, (1, 0), wide))
     d_k_outer = times(chunk.until_end, dot(v, d_after, (1, 0), wide))
     d_v = dot(attended, d_o, (0, 0), wide)
     d_v = d_v + dot(chunk.to_end(k), d_after, (1, 1), wide)
     d_before = advance(chunk, chunk.from_start(q), d_o, d_after)
-    total = None
-    if sums is not None:
-        # The last token's write does not decay. Summed with terms that do, it would drown them or be lost among them.
-        row = lax.broadcasted_iota(jnp.int32, d_k_outer.shape, 0)
-        written = k.astype(wide) * jnp.where(row == chunk.last, jnp.zeros_like(d_k_outer), d_k_outer)
-        sums = sums + q.astype(wide) * d_q_outer - written
-        held = times(chunk.whole, jnp.sum(state * d_after, axis=0, keepdims=True))
-        total = jnp.sum(written, axis=0, keepdims=True) + held
-    return Gradients(d_q + d_q_outer, d_k + d_k_outer, d_v, d_before, sums, total)
+    d_decay = None
+    if chunk.decays.whole is not None:
+        pairs = sums if chunk.decays.by_channel else chunk.decays.steps_gradient((attended,), (d_attended,))
+        held = jnp.sum(state * d_after, axis=0, keepdims=True)
+        d_decay = decay_gradient(chunk, pairs, q.astype(wide) * d_q_outer, k.astype(wide), d_k_outer, held)
+    d_q, d_k = (outer if inner is None else inner + outer for inner, outer in ((d_q, d_q_outer), (d_k, d_k_outer)))
+    return Gradients(d_q, d_k, d_v, d_before, d_decay, d_products)
+
+
+def decay_gradient(
+    chunk: Chunk, pairs: Any, read: jax.Array, k: jax.Array, d_k: jax.Array, held: jax.Array
+) -> DecayGradient:
+    """From the terms that depend on the decays between tokens, ``pairs``: ``sums`` of ``ByChannel.pairwise_gradient`` or
+    ``ByHead.steps_gradient``; on those since the start, ``read``, and until the end, by key channel, with ``d_k`` the
+    gradient of k; and on that of the whole chunk, ``held``, without this factor."""
+    # The last token's write does not decay. Summed with terms that do, it would drown them or be lost among them.
+    row = lax.broadcasted_iota(jnp.int32, d_k.shape, 0)
+    written = k * jnp.where(row == chunk.last, jnp.zeros_like(d_k), d_k)
+    own, total = read - written, jnp.sum(written, axis=0, keepdims=True) + times(chunk.whole, held)
+    if chunk.decays.by_channel:
+        return DecayGradient(pairs + own, None, total)
+    over_lanes = (pairs + own,) if pairs.shape == own.shape else (pairs, own)
+    tokens = functools.reduce(operator.add, (jnp.sum(x, axis=1, keepdims=True) for x in over_lanes))
+    earlier = jnp.sum(pairs, axis=0, keepdims=True)
+    return DecayGradient(tokens, earlier, jnp.sum(total, axis=1, keepdims=True))

@@ -156,14 +156,18 @@ class Block:
             self._store(self.d_q, n, h, d.q)
             self._store(self.d_k, n, h, d.k)
         if self.plan.decay == "channel":
-            self._store(self.d_log_decay, n, h, chunk_decays.suffix_sums(d.sums) + d.total)
+            assert d.decay is not None
+            self._store(self.d_log_decay, n, h, chunk_decays.suffix_sums(d.decay.tokens) + d.decay.total)
 
     def _store_over_heads(self, n: int, found: list[linear_attention_chunk.Gradients]) -> None:
         if self.plan.shared:
-            self._store(self.d_q, n, 0, self._over_heads([d.q for d in found]))
-            self._store(self.d_k, n, 0, self._over_heads([d.k for d in found]))
+            q, k = self._load(self.queries, n, 0), self._load(self.keys, n, 0)
+            d_products = self._over_heads([d.products for d in found]).astype(k.dtype)
+            d_q, d_k = (self._over_heads(of_heads) for of_heads in ([d.q for d in found], [d.k for d in found]))
+            self._store(self.d_q, n, 0, d_q + dot(d_products, k, (1, 0), self.wide))
+            self._store(self.d_k, n, 0, d_k + dot(d_products, q, (0, 0), self.wide))
         if self.plan.by_head:
-            self._store_by_head(n, found)
+            self._store_by_head(n, [d.decay for d in found if d.decay is not None])
 
     def _over_heads(self, of_heads: list[jax.Array]) -> jax.Array:
         """The sum over heads; entries after the last head are arbitrary."""
@@ -171,20 +175,20 @@ class Block:
             of_heads = [chunk_decays.masked(h < self.left_heads, x) for h, x in enumerate(of_heads)]
         return functools.reduce(operator.add, of_heads)
 
-    def _store_by_head(self, n: int, found) -> None:
+    def _store_by_head(self, n: int, found: list[linear_attention_chunk.DecayGradient]) -> None:
         """A row per head: the terms whose sum, from the chunk's last token back to a token, is the gradient of its log
         decay; for a constant log decay, these gradients."""
-        shape = self.shape.chunk, self.shape.rows
-        row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        sums = jnp.zeros(shape, self.wide)
+        size, rows = self.shape.chunk, self.shape.rows
+        token, lane = (lax.broadcasted_iota(jnp.int32, (size, rows), axis) for axis in (0, 1))
+        sums, row = jnp.zeros((size, rows), self.wide), lax.broadcasted_iota(jnp.int32, (rows, size), 0)
+        earlier = jnp.zeros((rows, size), self.wide)
         for h, d in enumerate(found):
-            of_head, total = (jnp.sum(x, axis=1, keepdims=True) for x in (d.sums, d.total))
-            of_head = of_head + jnp.where(row[:, :1] == self.shape.chunk - 1, total, jnp.zeros_like(total))
-            sums = jnp.where(lane == h, of_head, sums)
+            of_head = d.tokens + jnp.where(token[:, :1] == size - 1, d.total, jnp.zeros_like(d.total))
+            sums, earlier = jnp.where(lane == h, of_head, sums), jnp.where(row == h, d.earlier, earlier)
         if self.plan.decay == "constant":
-            self.d_log_decay[...] += self._inside(chunk_decays.suffix_sums(sums), n).T
+            self.d_log_decay[...] += self._inside(chunk_decays.suffix_sums(sums - earlier.T), n).T
         else:
-            self.d_log_decay[:, self._at(n)] = sums.T
+            self.d_log_decay[:, self._at(n)] = sums.T - earlier
 
     def _chunk(self, n: int) -> list[Chunk]:
         """The n-th chunk of the block, for each head."""
