@@ -4,8 +4,6 @@ States are transposed, ``[V, K]``: a decay of each key channel then scales them 
 dtype, sums that of the state. ``decays`` are those of ``chunk_decays``.
 """
 
-import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -156,10 +154,11 @@ def decay_gradient(
     # The last token's write does not decay. Summed with terms that do, it would drown them or be lost among them.
     row = lax.broadcasted_iota(jnp.int32, d_k.shape, 0)
     written = k * jnp.where(row == chunk.last, jnp.zeros_like(d_k), d_k)
-    own, total = read - written, jnp.sum(written, axis=0, keepdims=True) + times(chunk.whole, held)
+    total = jnp.sum(written, axis=0, keepdims=True) + times(chunk.whole, held)
+    together = pairs.shape == read.shape
+    tokens = (pairs + read if together else read) - written
     if chunk.decays.by_channel:
-        return DecayGradient(pairs + own, None, total)
-    over_lanes = (pairs + own,) if pairs.shape == own.shape else (pairs, own)
-    tokens = functools.reduce(operator.add, (jnp.sum(x, axis=1, keepdims=True) for x in over_lanes))
+        return DecayGradient(tokens, None, total)
+    of_tokens, *apart = (jnp.sum(x, axis=1, keepdims=True) for x in ((tokens,) if together else (tokens, pairs)))
     earlier = jnp.sum(pairs, axis=0, keepdims=True)
-    return DecayGradient(tokens, earlier, jnp.sum(total, axis=1, keepdims=True))
+    return DecayGradient(sum(apart, of_tokens), earlier, jnp.sum(total, axis=1, keepdims=True))
