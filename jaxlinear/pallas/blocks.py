@@ -96,7 +96,7 @@ class AttentionBlock(NamedTuple):
     lanes: int  # channels of the heads of a block, approximately; in the gradient half of them
 
 
-# For linear attention: without a decay or with one per head, and with one per channel. Among the blocks within 5% of the
+# For linear attention: without a decay or with one per head, and with one per channel. Among the blocks within 7% of the
 # best at K = V = 128 with 16 heads, those that keep the fewest states.
 LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {
     "TPU v5 lite": (AttentionBlock(512, 128, 512),) * 2,

@@ -148,9 +148,9 @@ def gradients(
 def decay_gradient(
     chunk: Chunk, pairs: Any, read: jax.Array, k: jax.Array, d_k: jax.Array, held: jax.Array
 ) -> DecayGradient:
-    """From the terms that depend on the decays between tokens, ``pairs``: ``sums`` of ``ByChannel.pairwise_gradient`` or
-    ``ByHead.steps_gradient``; on those since the start, ``read``, and until the end, by key channel, with ``d_k`` the
-    gradient of k; and on that of the whole chunk, ``held``, without this factor."""
+    """From the terms of each kind of decay: ``pairs``, of those between tokens, the sums of ``ByChannel.pairwise_gradient``
+    or ``ByHead.steps_gradient``; ``read`` ``[c, K]``, of those since the start; k times ``d_k``, the gradient of what it
+    writes, of those until the end; and ``held`` ``[1, K]``, of that of the whole chunk, without this factor."""
     # The last token's write does not decay. Summed with terms that do, it would drown them or be lost among them.
     row = lax.broadcasted_iota(jnp.int32, d_k.shape, 0)
     written = k * jnp.where(row == chunk.last, jnp.zeros_like(d_k), d_k)
