@@ -107,7 +107,8 @@ _LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 512),) * 2
 CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that may be requested
 CHUNKS_INTERPRETED = 8, 256
 VMEM_BYTES = 64 * 2**20  # that a kernel with chunks may use
-_WRITTEN_OUT = 16  # chunks of heads of a block, unrolled; half as many of heads with few channels, which gain nothing
+# Chunks of heads of a block, unrolled; half as many of heads with few channels, whose gradient would take up to 5% longer.
+_WRITTEN_OUT = 16
 _LANES_WRITTEN_OUT = 2048  # that these have together: more of 256 tokens in float32 would not fit VMEM
 HEADS = 8  # most heads of a block, which are unrolled
 
@@ -219,7 +220,8 @@ def delta_rule_heads(kind: str, heads: int, keys: int, values: int, forward: boo
     of 128 lanes; the last block may have fewer."""
     least = next(n for n in range(1, 129) if n * keys % 128 == n * values % 128 == 0)
     lanes = DELTA_RULE_TPU.get(kind, _DELTA_RULE_TPU_ELSEWHERE).lanes // (1 if forward else 2)
-    most = max(least, min(lanes // max(keys, values), DELTA_RULE_HEADS) // least * least)
+    width = max(keys, values, 128)  # with fewer channels, too, a head's tokens and state fill registers
+    most = max(least, min(lanes // width, DELTA_RULE_HEADS) // least * least)
     if heads <= most:
         return heads
     groups = -(-heads // most)  # as few as possible, as even as possible
@@ -228,8 +230,9 @@ def delta_rule_heads(kind: str, heads: int, keys: int, values: int, forward: boo
 
 def delta_rule_vmem(heads: int, keys: int, values: int, size: int, by_channel: bool, terms: int) -> int:
     """Approximate VMEM bytes of the gradient kernel for so many heads of a block, with numbers of ``size`` bytes: within 3%
-    of compiled kernels. Nearly all of it holds the heads' tokens, which take whole registers of lanes. Two terms add at
-    most a tenth."""
+    of compiled kernels whose heads are moved to other lanes. Those whose heads are not take up to a quarter more, but have
+    few enough of them. Nearly all of it holds the heads' tokens, which take whole registers of lanes. Two terms add at most
+    a tenth."""
     lanes = sum(-(-width // 128) * 128 for width in (keys, values))
     return heads * lanes * size * (4850 if by_channel else 3640) * (9 + terms) // 10
 

@@ -112,8 +112,8 @@ class ByHead:
         return self.matrix * products
 
     def pairwise_gradient(self, rows, columns, d_products, wide, count=1) -> tuple[list[jax.Array], jax.Array, None]:
-        """As ``ByChannel.pairwise_gradient``, but the decay's own gradient, which might need more terms, is that of
-        ``steps_gradient``."""
+        """As ``ByChannel.pairwise_gradient``, but a token's product with itself is rounded with the others, and the decay's
+        own gradient, which might need more terms, is that of ``steps_gradient``."""
         return *_back(rows, columns, [self.decayed(d) for d in d_products], wide), None
 
     def steps_gradient(self, products, d_products) -> jax.Array:

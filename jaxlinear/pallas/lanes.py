@@ -1,7 +1,7 @@
 """Where a head's channels are in the registers of a TPU, which have 128 lanes.
 
-Heads with fewer channels share registers. Moving those of each to the first lanes takes longer than the arithmetic of most
-kernels: they stay where they are, and the channels of other heads in their register are set to zero.
+Heads with fewer channels share registers. Moving those of each to the first lanes takes up to as long as the arithmetic of
+a kernel: they stay where they are, and the channels of other heads in their register are set to zero.
 """
 
 from typing import NamedTuple
@@ -44,8 +44,8 @@ class Lanes(NamedTuple):
 
 
 def of_head(head: int, channels: int, heads: int) -> Lanes:
-    """``heads``: of the array. Those that may be in two registers, or leave one partly empty, are moved and fill one alone:
-    all heads have equally many lanes."""
+    """``heads``: of the array. Unless one register holds all, those that may be in two, or leave one partly empty, are
+    moved and have registers of their own. All heads have equally many lanes."""
     start, every = head * channels, heads * channels
     if _REGISTER % channels or (every > _REGISTER and every % _REGISTER):
         return Lanes(slice(start, start + channels), 0, channels)

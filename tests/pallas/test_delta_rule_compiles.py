@@ -30,6 +30,7 @@ CASES = {
     "wide_values": (1, 1024, 9, 200, 400, "bfloat16", "scalar", False),  # as in Gated DeltaNet 1.3B
     "fullest": (1, 256, 13, 24, 24, "float32", "channel", True),  # 14 would be refused: they exceed VMEM
     "more_forward": (1, 256, 24, 160, 160, "float32", "channel", True),  # 12 heads at once, and 4 in the gradient
+    "registers_shared": (1, 256, 16, 64, 64, "float32", "channel", True),  # 16 heads at once, and 8 in the gradient
     "longest": (1, 131_072, 2, 128, 128, "bfloat16", "scalar", False),
     "odd": (3, 1000, 3, 48, 32, "float32", "scalar", True),
     "narrow": (1, 200, 9, 16, 16, "bfloat16", "none", True),

@@ -64,7 +64,7 @@ def test_values_and_gradients(name, dtype, chunk):
     check(name, dtype, chunk=chunk)
 
 
-@pytest.mark.parametrize("lanes, of_blocks", [(128, [2, 2]), (256, [3, 2])])
+@pytest.mark.parametrize("lanes, of_blocks", [(128, [2, 2]), (512, [3, 2])])
 def test_blocks_of_some_heads(monkeypatch, lanes, of_blocks):
     """Of three heads, the last block may have one; the forward pass takes more at once than the gradient."""
     monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(32, 32, lanes))

@@ -149,6 +149,7 @@ def test_the_vocabulary_of_a_run_is_known_before_it(tiny_config):
 
 
 def test_mixture():
+    assert mixture("") == {}
     assert mixture("a") == {"a": 1.0}
     assert mixture("a=2, b=0.5,c") == {"a": 2.0, "b": 0.5, "c": 1.0}
 
