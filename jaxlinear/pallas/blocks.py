@@ -230,11 +230,12 @@ def delta_rule_heads(kind: str, heads: int, keys: int, values: int, forward: boo
 
 def delta_rule_vmem(heads: int, keys: int, values: int, size: int, by_channel: bool, terms: int) -> int:
     """Approximate VMEM bytes of the gradient kernel for so many heads of a block, with numbers of ``size`` bytes: within 3%
-    of compiled kernels whose heads are moved to other lanes. Those whose heads are not take up to a quarter more, but have
-    few enough of them. Nearly all of it holds the heads' tokens, which take whole registers of lanes. Two terms add at most
-    a tenth."""
+    of compiled kernels whose heads are moved to other lanes; heads whose keys share registers take up to a fifth more
+    (``pallas/lanes.py``). Nearly all of it holds the heads' tokens, which take whole registers of lanes. Two terms add at
+    most a tenth."""
     lanes = sum(-(-width // 128) * 128 for width in (keys, values))
-    return heads * lanes * size * (4850 if by_channel else 3640) * (9 + terms) // 10
+    sharing = 128 % keys == 0 and keys < 128 and values <= 128 and heads * keys % 128 == 0
+    return heads * lanes * size * (4850 if by_channel else 3640) * (9 + terms) * (6 if sharing else 5) // 50
 
 
 class DeltaRuleGPUBlock(NamedTuple):

@@ -345,6 +345,13 @@ def test_what_vmem_holds_depends_on_the_decay():
         assert choose("auto", narrow, narrow, narrow, by_channel=True) == "pallas"
 
 
+def test_heads_that_share_registers_need_more_memory():
+    """The first compiled to 64.3 MiB of the 64 that there are; the others fit."""
+    needed = lambda *sizes: blocks.delta_rule_vmem(*sizes, 4, True, 1)  # noqa: E731
+    assert needed(12, 64, 24) > blocks.VMEM_BYTES
+    assert all(needed(*sizes) < blocks.VMEM_BYTES for sizes in ((12, 24, 64), (8, 16, 256), (8, 64, 64), (13, 24, 24)))
+
+
 def test_the_map_of_a_run_has_no_gradient():
     x, family = jnp.ones((1, 5, 1, 2)), DeltaRuleKernel(1.0, None, INTERPRETED)
     inputs = lambda k: Inputs(x, k, x, x[..., 0], None, None)  # noqa: E731
