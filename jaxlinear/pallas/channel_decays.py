@@ -64,7 +64,8 @@ class ByLevels:
         return self._decayed(x, COLUMN, factor)
 
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
-        """``A_ij = sum_k r_ik columns_jk exp(G_ik - G_jk)`` for i >= j, else 0, for each r of ``rows`` ``[c, K]``."""
+        """``A_ij = sum_k r_ik columns_jk exp(G_ik - G_jk)`` for i >= j, else 0, for each r of ``rows`` ``[c, K]``.
+        Where r is ``columns`` itself, as in the delta rule, entries with i = j are unspecified; so are their gradients."""
         i, j = self._pairs
         apart = i ^ j
         products = self._near_products(rows, columns, apart, wide)
@@ -179,7 +180,7 @@ class ByChannel(ByLevels):
     def _near_products(self, rows, columns, apart, wide) -> list[jax.Array]:
         products = []
         for row in rows:
-            product = dot(row, columns, (1, 1), wide)
+            product = jnp.zeros(apart.shape, wide) if row is columns else dot(row, columns, (1, 1), wide)
             for size, x, _ in self._near_scaled(row, columns):
                 product = jnp.where(apart >= size, dot(x, x, (1, 1), wide), product)
             products.append(product)
@@ -213,15 +214,18 @@ def of_last(count: int, rows) -> list[int]:
 
 
 def with_same(pairs, rows, columns, d_products, d_rows, d_columns):
-    """Adds the products of a token with itself, which have no decay, to the gradients of the others."""
+    """Adds the products of a token with itself, which have no decay, to the gradients of the others; except
+    to those of ``columns`` as a row."""
     i, j = pairs
     wide_columns = columns.astype(d_columns.dtype)
     sums, every = -wide_columns * d_columns, []
     for r, d, d_row in zip(rows, d_products, d_rows, strict=True):
-        r, same = r.astype(d.dtype), jnp.sum(masked(i == j, d), axis=1, keepdims=True)
-        sums = sums + r * d_row
-        every.append(d_row + same * wide_columns)
-        d_columns = d_columns + same * r
+        wide_row = r.astype(d.dtype)
+        sums = sums + wide_row * d_row
+        if r is not columns:
+            same = jnp.sum(masked(i == j, d), axis=1, keepdims=True)
+            d_row, d_columns = d_row + same * wide_columns, d_columns + same * wide_row
+        every.append(d_row)
     return every, d_columns, sums
 
 
