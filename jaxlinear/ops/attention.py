@@ -14,11 +14,12 @@ from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, blockwise, calls, checks, dtypes, segments
 from jaxlinear.ops.blockwise import Meetings, Rule
 from jaxlinear.pallas import attention as kernels
+from jaxlinear.pallas import blocks
 
 QUERY_BLOCK = 256
 KEY_RUN = 512
 _FEW = 128  # fewer queries do not fill a block of the kernel
-_WIDEST_ON_GPU = 256  # channels per head
+_WIDEST = {"tpu": blocks.SOFTMAX_TPU_CHANNELS, "gpu": 256}  # channels per head
 
 
 @calls.recorded
@@ -98,10 +99,9 @@ def choose(operation: str, backend: str, q: jax.Array, k: jax.Array, v: jax.Arra
     def refusal(platform: str) -> str | None:
         if offset is not None:
             return "the kernel takes no offset: its queries are at the last positions of the keys"
-        if platform == "gpu" and max(q.shape[3], v.shape[3]) > _WIDEST_ON_GPU:
-            return (
-                f"the kernel for GPU takes up to {_WIDEST_ON_GPU} channels per head, not {max(q.shape[3], v.shape[3])}"
-            )
+        width = max(q.shape[3], v.shape[3])
+        if width > _WIDEST.get(platform, width):
+            return f"the kernel for {platform.upper()} takes up to {_WIDEST[platform]} channels per head, not {width}"
         for x in (q, k, v):
             if platform == "gpu" and x.dtype != jnp.bfloat16:
                 return f"the kernel for GPU takes bfloat16, not {x.dtype}"

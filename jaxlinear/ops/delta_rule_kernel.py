@@ -33,16 +33,16 @@ def refusal(
 
 
 def _of_heads(heads: int, widths: tuple[int, int], size: int, *, by_channel: bool, terms: int) -> str | None:
-    together = blocks.delta_rule_heads("", heads, *widths)
-    if together > blocks.DELTA_RULE_HEADS:
+    of_block = blocks.delta_rule_heads("", heads, *widths)
+    if of_block > blocks.DELTA_RULE_HEADS:
         return (
             f"the kernel takes at most {blocks.DELTA_RULE_HEADS} heads at a time, and {heads} heads with K, V = {widths} "
-            f"need {together} to fill registers of 128 lanes; multiples of 16 need fewer"
+            f"need {of_block} to fill registers of 128 lanes; multiples of 16 need fewer"
         )
-    needed = blocks.delta_rule_vmem(together, *widths, size, by_channel, terms)
-    if needed > blocks.VMEM_BYTES:
+    if not blocks.delta_rule_together(of_block, *widths, size, by_channel, terms):
+        needed = blocks.delta_rule_vmem(of_block, 1, *widths, size, by_channel, terms)
         limit = f"{blocks.VMEM_BYTES >> 20} MiB of VMEM and would need about {needed / 2**20:.0f}"
-        return f"the kernel has {limit} for {together} heads with K, V = {widths}"
+        return f"the kernel has {limit} for {of_block} heads with K, V = {widths}"
     return None
 
 

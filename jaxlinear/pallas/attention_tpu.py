@@ -24,7 +24,7 @@ def attention(
     """As ``jaxlinear.pallas.attention.attention``."""
     (batch, length, heads), keys = q.shape[:3], k.shape[1]
     dtype = functools.reduce(np.promote_types, (q.dtype, k.dtype, v.dtype))
-    block = blocks.softmax_tpu(target.kind, length, window, max(q.shape[3], v.shape[3]) * dtype.itemsize)
+    block = blocks.softmax_tpu(target.kind, length, window, max(q.shape[3], v.shape[3]), dtype.itemsize)
     # Whole blocks of both, and for every query its own key. Padding is seen only by queries after the end.
     queries = -(-length // block) * block
     padded = -(-(keys - length + queries) // block) * block

@@ -109,7 +109,10 @@ CHUNKS_INTERPRETED = 8, 256
 VMEM_BYTES = 64 * 2**20  # that a kernel with chunks may use
 # Chunks of heads of a block, unrolled; half as many of heads with few channels, whose gradient would take up to 5% longer.
 _WRITTEN_OUT = 16
-_LANES_WRITTEN_OUT = 2048  # that these have together: more of 256 tokens in float32 would not fit VMEM
+# Lanes of the registers of these together, and of the heads of the gradient's blocks with chunks of 256 tokens. In float32
+# more would not fit VMEM.
+_LANES_WRITTEN_OUT = 2048
+_LANES_OF_256_TOKENS = 1024
 HEADS = 8  # most heads of a block, which are unrolled
 
 
@@ -131,15 +134,43 @@ def linear_attention_tpu(
     too. ``chunk``: the one to use, or None."""
     table = LINEAR_ATTENTION_TPU.get(kind, _LINEAR_ATTENTION_TPU_ELSEWHERE)
     block = table[by_channel]
-    if chunk is None:
-        chunk = min(block.chunk, max(128, 1 << (length - 1).bit_length()))
     both = (HEADS * max(widths),) * 2 if len(widths) == 1 else (block.lanes, block.lanes // 2)
     together, in_gradient = (heads_of_block(heads, widths, lanes) for lanes in both)
     assert together is not None and in_gradient is not None
-    few = max(widths) < 64
-    written_out = min(_WRITTEN_OUT // 2 if few else _WRITTEN_OUT, _LANES_WRITTEN_OUT // max(widths))
+    few, lanes = max(widths) < 64, -(-max(widths) // 128) * 128
+    if chunk is None:
+        most = 128 if lanes * in_gradient > _LANES_OF_256_TOKENS else block.chunk
+        chunk = min(most, max(128, 1 << (length - 1).bit_length()))
+    written_out = min(_WRITTEN_OUT // 2 if few else _WRITTEN_OUT, _LANES_WRITTEN_OUT // lanes)
     chunks = max(1, min(block.time // chunk, written_out // together))
     return min(chunks, -(-length // chunk)) * chunk, chunk, (together, in_gradient)
+
+
+# VMEM bytes that the gradient takes for each chunk of a head with decays by key channel, in float32 and for K above 128:
+# compiled kernels took 5.0e6 to 5.6e6. All others fit.
+_LINEAR_ATTENTION_SPILLED = 5.7e6
+
+
+def linear_attention_together(heads: int, time: int, chunk: int, keys: int, values: int, size: int) -> int:
+    """Heads of a block that the gradient with decays by key channel processes at once, one group after another: as many as
+    there is room for in VMEM, in groups as even as possible."""
+    if size == 2 or keys <= 128:
+        return heads
+    left = VMEM_BYTES - _blocks_bytes(heads, time, keys, values, size, True)
+    return _even_groups(heads, max(1, int(left * chunk / time / _LINEAR_ATTENTION_SPILLED)))
+
+
+def _blocks_bytes(heads: int, time: int, keys: int, values: int, size: int, by_channel: bool) -> int:
+    """What the gradient's arrays take in VMEM, in two blocks each: of q, k, v, decays, their gradients; and of the states
+    before and after, and their gradient."""
+    of_keys, of_values = (-(-heads * width // 128) * 128 for width in (keys, values))
+    tokens = time * ((4 * size + 8 * by_channel) * of_keys + 3 * size * of_values)
+    return 2 * (tokens + heads * values * -(-keys // 128) * 128 * (size + 8))
+
+
+def _even_groups(heads: int, most: int) -> int:
+    """Heads of a group, but for the last, if each may have ``most``."""
+    return -(-heads // -(-heads // most))
 
 
 class AttentionGPUBlock(NamedTuple):
@@ -228,14 +259,32 @@ def delta_rule_heads(kind: str, heads: int, keys: int, values: int, forward: boo
     return -(-heads // groups // least) * least
 
 
-def delta_rule_vmem(heads: int, keys: int, values: int, size: int, by_channel: bool, terms: int) -> int:
-    """Approximate VMEM bytes of the gradient kernel for so many heads of a block, with numbers of ``size`` bytes: within 3%
-    of compiled kernels whose heads are moved to other lanes; heads whose keys share registers take up to a fifth more
-    (``pallas/lanes.py``). Nearly all of it holds the heads' tokens, which take whole registers of lanes. Two terms add at
-    most a tenth."""
-    lanes = sum(-(-width // 128) * 128 for width in (keys, values))
-    sharing = 128 % keys == 0 and keys < 128 and values <= 128 and heads * keys % 128 == 0
-    return heads * lanes * size * (4850 if by_channel else 3640) * (9 + terms) * (6 if sharing else 5) // 50
+# VMEM bytes of the gradient kernel per head that it processes at once, by bytes per number and whether decays are by key
+# channel: for each register of 128 channels of K, and of V. Nearly all of it holds registers that are spilled.
+_DELTA_RULE_SPILLED = {
+    (2, False): (0.8e6, 0.45e6),
+    (2, True): (2.2e6, 0.4e6),
+    (4, False): (1.45e6, 1.45e6),
+    (4, True): (4.95e6, 1.25e6),
+}
+
+
+def delta_rule_vmem(
+    heads: int, together: int, keys: int, values: int, size: int, by_channel: bool, terms: int = 1
+) -> int:
+    """VMEM bytes of the gradient kernel with blocks of ``heads``, ``together`` of them processed at once, and numbers of
+    ``size`` bytes: compiled kernels took from half of that to all of it. Two terms add at most a tenth."""
+    by_keys, by_values = _DELTA_RULE_SPILLED[min(size, 4), by_channel]
+    spilled = (by_keys * -(-keys // 128) + by_values * -(-values // 128)) * (9 + terms) / 10
+    return _blocks_bytes(heads, 128, keys, values, size, by_channel) + int(together * spilled)
+
+
+def delta_rule_together(heads: int, keys: int, values: int, size: int, by_channel: bool, terms: int) -> int:
+    """Heads of a block that the gradient kernel processes at once, one group after another: as many as there is room for in
+    VMEM, in groups as even as possible. 0 if there is no room for one."""
+    fits = lambda count: delta_rule_vmem(heads, count, keys, values, size, by_channel, terms) <= VMEM_BYTES  # noqa: E731
+    most = next((count for count in range(heads, 0, -1) if fits(count)), 0)
+    return most and _even_groups(heads, most)
 
 
 class DeltaRuleGPUBlock(NamedTuple):
@@ -274,28 +323,33 @@ def delta_rule_gpu(
 
 
 # For softmax attention: tokens of a block, and the cycles of all passes for 128 queries and 128 keys in such blocks
-# (benchmarks/tpu_attention.py). VMEM has no room for larger ones, nor for 1,024 tokens of more than ``_SOFTMAX_TPU_BYTES``
-# per head.
+# (benchmarks/tpu_attention.py); those in float32 are v5e's.
 SOFTMAX_TPU = {
     "TPU v5 lite": {512: 387, 1024: 321},
     "TPU v5": {512: 347, 1024: 277},
     "TPU v6 lite": {512: 306, 1024: 244},
 }
 _SOFTMAX_TPU_ELSEWHERE = {512: 1}
+_SOFTMAX_TPU_FLOAT32 = {256: 1959, 512: 1789}
 SOFTMAX_TPU_KEYS = 512  # of a block, processed at once
-_SOFTMAX_TPU_BYTES = 512
+# By bytes per number: the most channels of a head with which blocks of so many tokens fit the 16 MiB of VMEM that JAX's
+# kernels may use on v5e and v5p.
+_SOFTMAX_TPU_WIDEST = {2: {512: 512, 1024: 256}, 4: {256: 512, 512: 192}}
+SOFTMAX_TPU_CHANNELS = 512  # the most of all
 
 
-def softmax_tpu(kind: str, length: int, window: int, size: int) -> int:
+def softmax_tpu(kind: str, length: int, window: int, channels: int, size: int) -> int:
     """Tokens of a block of softmax attention, a multiple of 128, chosen so that visiting the blocks that have pairs of
-    queries and keys within the window takes the fewest cycles. ``size``: bytes per token and head."""
-    table = SOFTMAX_TPU.get(kind, _SOFTMAX_TPU_ELSEWHERE)
+    queries and keys within the window takes the fewest cycles. ``channels``: of a head; ``size``: bytes per number."""
+    widest = _SOFTMAX_TPU_WIDEST[min(size, 4)]
+    table = SOFTMAX_TPU.get(kind, _SOFTMAX_TPU_ELSEWHERE) if size == 2 else _SOFTMAX_TPU_FLOAT32
 
     def cycles(tokens: int) -> int:
         most = -(-(window - 1) // tokens) + 1
         return table[tokens] * tokens**2 * sum(min(n + 1, most) for n in range(-(-length // tokens)))
 
-    there = [tokens for tokens in table if tokens == 512 or (tokens <= length and size <= _SOFTMAX_TPU_BYTES)]
+    smallest = min(table)
+    there = [tokens for tokens in table if tokens == smallest or (tokens <= length and channels <= widest[tokens])]
     return min(min(there, key=cycles), -(-length // 128) * 128)
 
 

@@ -54,6 +54,12 @@ class _Layout:
         self.group = blocks.delta_rule_heads(
             target.kind, plan.heads, plan.keys, plan.values, forward=plan.kind == "forward"
         )
+        self.together = self.group
+        if plan.kind == "gradient":
+            size, by_channel = jnp.dtype(plan.narrow).itemsize, plan.decay == "channel"
+            self.together = max(
+                1, blocks.delta_rule_together(self.group, plan.keys, plan.values, size, by_channel, plan.terms)
+            )
         self.chunks, self.groups = pl.cdiv(plan.length, self.chunk), pl.cdiv(plan.heads, self.group)
 
     def inputs(self) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:
@@ -148,4 +154,7 @@ class _Layout:
 
 
 def _kernel(layout: _Layout, names: tuple[str, ...], *refs) -> None:
-    Block(layout.plan, Shape(layout.chunk, layout.group), dict(zip(names, refs, strict=True))).run()
+    shape, of_block = Shape(layout.chunk, layout.group), range(layout.group)
+    for first in of_block[:: layout.together]:
+        heads = of_block[first : first + layout.together]
+        Block(layout.plan, shape, dict(zip(names, refs, strict=True)), heads).run()

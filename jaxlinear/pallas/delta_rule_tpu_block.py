@@ -21,10 +21,11 @@ class Shape(NamedTuple):
 
 
 class Block:
-    """Reads and writes the refs of one chunk of a block of heads."""
+    """Reads and writes one chunk of some heads of a block, whose refs are ``refs``."""
 
-    def __init__(self, plan: Plan, shape: Shape, refs: dict[str, Any]):
-        self.plan, self.refs, self.chunk, self.heads = plan, refs, shape.chunk, range(shape.heads)
+    def __init__(self, plan: Plan, shape: Shape, refs: dict[str, Any], heads: range):
+        self.plan, self.refs, self.chunk, self.of_block, self.heads = plan, refs, shape.chunk, shape.heads, heads
+        self.rows = slice(heads.start, heads.stop)
         step, steps = pl.program_id(2), pl.cdiv(plan.length, shape.chunk)
         self.is_first = step == 0
         left = plan.length - (steps - 1 - step if plan.reverse else step) * shape.chunk
@@ -36,9 +37,9 @@ class Block:
 
         @pl.when(self.is_first)
         def _():
-            carried[...] = self.refs["state"][...]
+            carried[self.rows] = self.refs["state"][self.rows]
             if self.plan.kind == "summary":
-                self.refs["transition"][...] = self._identity()
+                self.refs["transition"][self.rows] = self._identity()
 
         if self.plan.decay == "channel":
             factored_decays.each_way(self._by_channel(), self.plan.narrow, self.plan.wide, self._work)
@@ -80,12 +81,12 @@ class Block:
             loaded["d_o"] = [self.plan.scale * x.astype(self.plan.wide) for x in loaded["d_o"]]
         return [
             delta_rule_chunk.Head(
-                chunks[h],
-                beta=beta[h],
+                chunk,
+                beta=beta[n],
                 terms=self.plan.terms,
-                **{name: loaded[name][h].astype(self.plan.narrow) for name in names},
+                **{name: loaded[name][n].astype(self.plan.narrow) for name in names},
             )
-            for h in self.heads
+            for n, chunk in enumerate(chunks)
         ]
 
     def _decays(self, by_channel: type) -> Sequence[Any]:
@@ -93,7 +94,7 @@ class Block:
             return [chunk_decays.NoDecay(self.chunk)] * len(self.heads)
         if self.plan.decay == "channel":
             return [by_channel(x) for x in self._by_channel()]
-        return chunk_decays.by_heads(self.refs["log_decay"][0], self.refs["log_decay"][1])
+        return chunk_decays.by_heads(*(self.refs["log_decay"][part, self.rows] for part in (0, 1)))
 
     def _by_channel(self) -> list[jax.Array]:
         """The log decays of the key channels of each head, ``[c, K]``."""
@@ -123,32 +124,30 @@ class Block:
         return [columns[:, h : h + 1] for h in self.heads]
 
     def _store(self, name: str, values: list[jax.Array]) -> None:
-        ref, register = self.refs[name], None
+        ref = self.refs[name]
         for place, value in zip(self._lanes(ref), values, strict=True):
-            register = place.only(value.astype(ref.dtype), register if place.first else None)
-            if not place.left:
-                ref[:, place.register] = register
+            others = ref[:, place.register] if place.first else None
+            ref[:, place.register] = place.only(value.astype(ref.dtype), others)
 
     def _states(self, ref) -> list[jax.Array]:
         """By head ``[V, K]``, or ``[K, K]``."""
         return [lanes.spread(ref[h], *self._places(ref, h)) for h in self.heads]
 
     def _store_states(self, ref, values: list[jax.Array]) -> None:
-        for h, value in enumerate(values):
+        for h, value in zip(self.heads, values, strict=True):
             ref[h] = lanes.taken(value, *self._places(ref, h)).astype(ref.dtype)
 
     def _places(self, ref, h: int) -> list[Lanes]:
-        return [lanes.of_head(h, channels, len(self.heads)) for channels in ref.shape[1:]]
+        return [lanes.of_head(h, channels, self.of_block) for channels in ref.shape[1:]]
 
     def _lanes(self, ref) -> list[Lanes]:
-        heads = len(self.heads)
-        return [lanes.of_head(h, ref.shape[-1] // heads, heads) for h in self.heads]
+        return [lanes.of_head(h, ref.shape[-1] // self.of_block, self.of_block) for h in self.heads]
 
     def _store_gradients(self, found: list[delta_rule_chunk.Gradients]) -> None:
         self._store("d_q", [x.q for x in found])
         self._store("d_k", [x.k for x in found])
         self._store("d_v", [x.v for x in found])
-        self.refs["d_beta"][...] = self._side_by_side([x.beta for x in found]).T
+        self.refs["d_beta"][self.rows] = self._side_by_side([x.beta for x in found]).T
         decays = [x.decay for x in found if x.decay is not None]
         if self.plan.decay == "channel":
             self._store("d_log_decay", [chunk_decays.suffix_sums(x.tokens) + x.total for x in decays])
@@ -157,7 +156,7 @@ class Block:
             tokens, total = (self._side_by_side(x) for x in ([x.tokens for x in decays], [x.total for x in decays]))
             is_last = lax.broadcasted_iota(jnp.int32, tokens.shape, 0) == self.chunk - 1
             earlier = jnp.concatenate([x.earlier for x in decays])
-            self.refs["d_log_decay"][...] = jnp.where(is_last, tokens + total, tokens).T - earlier
+            self.refs["d_log_decay"][self.rows] = jnp.where(is_last, tokens + total, tokens).T - earlier
 
     def _side_by_side(self, columns: list[jax.Array]) -> jax.Array:
         """``[c or 1, n]`` from each head's ``[c or 1, 1]``."""
@@ -168,6 +167,6 @@ class Block:
         return found
 
     def _identity(self) -> jax.Array:
-        shape = self.refs["transition"].shape
+        shape = len(self.heads), *self.refs["transition"].shape[1:]
         row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
         return (row == lane).astype(self.plan.wide)

@@ -26,7 +26,7 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
     layout = _layout(plan, arguments, target)
     inputs, outputs = _inputs(layout, arguments), _outputs(layout, arguments)
     results = pl.pallas_call(
-        functools.partial(_kernel, plan, layout.shape),
+        functools.partial(_kernel, layout),
         grid=(layout.batch, layout.head_blocks, layout.steps),
         in_specs=[spec for _, spec in inputs],
         out_specs=[spec for _, spec in outputs],
@@ -41,14 +41,11 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
     return _finished(layout, results)
 
 
-def _kernel(plan: Plan, shape: Shape, *refs) -> None:
-    Block(plan, shape, refs).run()
-
-
 class _Layout(NamedTuple):
     plan: Plan
     shape: Shape
     batch: int
+    together: int  # heads of a block that are processed at once
 
     @property
     def steps(self) -> int:
@@ -88,14 +85,23 @@ class _Layout(NamedTuple):
         return pl.BlockSpec((None, None, self.shape.heads, *state), lambda b, h, t: (b, self.at(t), h, 0, 0))
 
 
+def _kernel(layout: _Layout, *refs) -> None:
+    of_block = range(layout.shape.heads)
+    for first in of_block[:: layout.together]:
+        Block(layout.plan, layout.shape, refs, of_block[first : first + layout.together]).run()
+
+
 def _layout(plan: Plan, arguments: Arguments, target: Target) -> _Layout:
     batch, length, _ = arguments.keys.shape
     time, chunk, heads = blocks.linear_attention_tpu(
         target.kind, length, plan.heads, plan.side_by_side, plan.decay == "channel", plan.chunk
     )
-    together = heads[plan.kind == "gradient"]
-    rows = -(-together // _SUBLANES) * _SUBLANES
-    return _Layout(plan, Shape(length, time, chunk, together, rows), batch)
+    of_block = together = heads[plan.kind == "gradient"]
+    if plan.kind == "gradient" and plan.decay == "channel":
+        size = arguments.keys.dtype.itemsize
+        together = blocks.linear_attention_together(of_block, time, chunk, plan.key_width, plan.value_width, size)
+    rows = -(-of_block // _SUBLANES) * _SUBLANES
+    return _Layout(plan, Shape(length, time, chunk, of_block, rows), batch, together)
 
 
 def _inputs(layout: _Layout, arguments: Arguments):

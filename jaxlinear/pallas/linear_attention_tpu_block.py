@@ -31,15 +31,16 @@ class Shape(NamedTuple):
 
 
 class Block:
-    """Reads and writes the refs of one block."""
+    """Reads and writes one block of time of ``heads`` of those in ``refs``: all, except in the gradient with a decay by
+    channel."""
 
-    def __init__(self, plan: Plan, shape: Shape, refs):
+    def __init__(self, plan: Plan, shape: Shape, refs, heads: range):
         remaining = iter(refs)
 
         def take(wanted: bool = True) -> Any:
             return next(remaining) if wanted else None
 
-        self.plan, self.shape = plan, shape
+        self.plan, self.shape, self.heads = plan, shape, heads
         in_time, backward = plan.kind in ("forward", "gradient"), plan.kind == "gradient"
         self.keys, self.values, self.queries = take(), take(), take(in_time)
         self.d_o, self.before = take(backward), take(backward)
@@ -63,7 +64,7 @@ class Block:
     def run(self) -> None:
         pl.when(self.is_first)(self._begin)
         if self.plan.decay == "channel" and self.plan.kind in ("forward", "gradient"):
-            log_decays = [x for n in self.chunks for x in self._log_decays(n)]
+            log_decays = [x for n in self.chunks for x in self._log_decays(n).values()]
             factored_decays.each_way(log_decays, self.keys.dtype, self.wide, self._work)
         else:
             self._work()
@@ -71,24 +72,25 @@ class Block:
     def _work(self, by_channel: type = ByChannel) -> None:
         """``by_channel``: the class that handles decays by key channel, if there are any."""
         self.by_channel = by_channel
-        states = [self._state(self.carry, h) for h in range(self.shape.heads)]
+        states = {h: self._state(self.carry, h) for h in self.heads}
         work = {"forward": self._forward, "gradient": self._gradient}.get(self.plan.kind, self._accumulate)
-        for h, state in enumerate(work(states)):
+        for h, state in work(states).items():
             self._store_state(self.carry, h, state)
 
     def _begin(self) -> None:
-        self.carry[...] = self.state[...]
+        rows = slice(self.heads.start, self.heads.stop)
+        self.carry[rows] = self.state[rows]
         if self.kept is not None:
             self.kept[...] = jnp.ones_like(self.kept)
         if self.d_log_decay is not None and self.plan.decay == "constant":
             self.d_log_decay[...] = jnp.zeros_like(self.d_log_decay)
 
-    def _forward(self, states: list[jax.Array]) -> list[jax.Array]:
+    def _forward(self, states: dict[int, jax.Array]) -> dict[int, jax.Array]:
         if self.before_out is not None:
-            for h, state in enumerate(states):
+            for h, state in states.items():
                 self._store_state(self.before_out, h, state)
         scale = jnp.asarray(self.plan.scale, self.wide)
-        units = ((n, h, chunk) for n in self.chunks for h, chunk in enumerate(self._chunk(n)))
+        units = ((n, h, chunk) for n in self.chunks for h, chunk in self._chunk(n).items())
         for (n, h, chunk), (tokens, attended) in _ahead(units, self._ready, _AHEAD):
             o = linear_attention_chunk.outputs(chunk, tokens, attended, states[h])
             self._store(self.o, n, h, scale * o)
@@ -100,10 +102,10 @@ class Block:
         tokens = self._tokens(n, h, products)
         return tokens, linear_attention_chunk.attended(chunk, tokens, self.wide)
 
-    def _accumulate(self, states: list[jax.Array]) -> list[jax.Array]:
+    def _accumulate(self, states: dict[int, jax.Array]) -> dict[int, jax.Array]:
         """The map of a run; or backward, the gradient of its first state."""
         for n in reversed(self.chunks) if self.plan.reverse else self.chunks:
-            for h, chunk in enumerate(self._chunk(n)):
+            for h, chunk in self._chunk(n).items():
                 keys, values = self._load(self.keys, n, h), self._load(self.values, n, h)
                 if self.plan.reverse:
                     values = self._times_scale(values)
@@ -115,22 +117,21 @@ class Block:
                     self.kept[h] = place.taken(kept, 1)
         return states
 
-    def _gradient(self, d_states: list[jax.Array]) -> list[jax.Array]:
-        heads = range(self.shape.heads)
-        chunks, states = [self._chunk(n) for n in self.chunks], [[self._state(self.before, h) for h in heads]]
+    def _gradient(self, d_states: dict[int, jax.Array]) -> dict[int, jax.Array]:
+        chunks, states = [self._chunk(n) for n in self.chunks], [{h: self._state(self.before, h) for h in self.heads}]
         for n in self.chunks[:-1]:
-            keys_and_values = [(self._load(self.keys, n, h), self._load(self.values, n, h)) for h in heads]
+            loaded = {h: (self._load(self.keys, n, h), self._load(self.values, n, h)) for h in self.heads}
             states.append(
-                [
-                    linear_attention_chunk.advance(chunk, chunk.to_end(k), v, state)
-                    for chunk, (k, v), state in zip(chunks[n], keys_and_values, states[n], strict=True)
-                ]
+                {
+                    h: linear_attention_chunk.advance(chunks[n][h], chunks[n][h].to_end(k), v, states[n][h])
+                    for h, (k, v) in loaded.items()
+                }
             )
         units = (
             (n, h, chunks[n][h], products)
             for n in reversed(self.chunks)
             for products in [self._products(n)]
-            for h in heads
+            for h in self.heads
         )
         found: list[linear_attention_chunk.Gradients] = []
         for (n, h, chunk, _), (tokens, attended, d_attended) in _ahead(units, self._ready_backward, _AHEAD_BACKWARD):
@@ -138,7 +139,7 @@ class Block:
             found.append(d)
             d_states[h] = d.state
             self._store_gradients(n, h, d)
-            if h == heads[-1]:
+            if h == self.heads[-1]:
                 self._store_over_heads(n, found)
                 found = []
         return d_states
@@ -190,28 +191,29 @@ class Block:
         else:
             self.d_log_decay[:, self._at(n)] = sums.T - earlier
 
-    def _chunk(self, n: int) -> list[Chunk]:
+    def _chunk(self, n: int) -> dict[int, Chunk]:
         """The n-th chunk of the block, for each head."""
         size, documents = self.shape.chunk, self._documents(n)
         last = jnp.clip(self.left - n * size, 0, size) - 1 if self.ragged else size - 1
         decays: list[Any]
         if self.plan.decay == "none":
-            decays = [chunk_decays.NoDecay(size)] * self.shape.heads
+            decays = [chunk_decays.NoDecay(size)] * len(self.heads)
         elif self.plan.decay == "channel":
-            decays = [self.by_channel(x) for x in self._log_decays(n)]
+            decays = [self.by_channel(x) for x in self._log_decays(n).values()]
         elif self.plan.decay == "constant":
-            of_heads = [self.log_decay[:, h : h + 1] for h in range(self.shape.heads)]
+            of_heads = [self.log_decay[:, h : h + 1] for h in self.heads]
             decays = [chunk_decays.constant(chunk_decays.finite(x), size, last) for x in of_heads]
         else:
             coarse, fine = (
                 self.log_decay[first : first + self.shape.heads, self._at(n)] for first in (0, self.shape.rows)
             )
-            decays = [chunk_decays.by_sums(coarse[h : h + 1], fine[h : h + 1]) for h in range(self.shape.heads)]
-        return [Chunk(x, documents, last, self.plan.kind == "gradient") for x in decays]
+            decays = [chunk_decays.by_sums(coarse[h : h + 1], fine[h : h + 1]) for h in self.heads]
+        is_gradient = self.plan.kind == "gradient"
+        return {h: Chunk(x, documents, last, is_gradient) for h, x in zip(self.heads, decays, strict=True)}
 
-    def _log_decays(self, n: int) -> list[jax.Array]:
+    def _log_decays(self, n: int) -> dict[int, jax.Array]:
         """The log decays of the key channels of each head, ``[c, K]``."""
-        return [self._load(self.log_decay, n, h).astype(self.wide) for h in range(self.shape.heads)]
+        return {h: self._load(self.log_decay, n, h).astype(self.wide) for h in self.heads}
 
     def _documents(self, n: int) -> Documents | None:
         if self.runs is None:

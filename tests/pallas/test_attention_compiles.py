@@ -26,7 +26,10 @@ CASES = {
     "longest": (1, 131_072, 2, 1, 64, 1024, "bfloat16", True),
     "odd": (1, 1000, 3, 3, 48, 100, "bfloat16", True),
     "all_tokens": (1, 4096, 4, 4, 128, None, "bfloat16", True),
-    "largest_blocks": (1, 2048, 2, 1, 128, None, "float32", True),
+    # Arrays that are not in VMEM as a whole: blocks of them are, and nearly fill it.
+    "largest_blocks": (8, 4096, 4, 1, 256, None, "bfloat16", True),
+    "largest_in_float32": (8, 4096, 4, 4, 192, None, "float32", True),
+    "widest": (8, 4096, 4, 4, 512, None, "float32", True),
 }
 TARGETS = {
     "v5e:1x1": list(CASES),

@@ -142,24 +142,30 @@ def test_what_is_chosen():
             sliding_window_attention(q.astype(jnp.float32), k, k, window=5, backend="pallas")
         with pytest.raises(UserError, match="the kernel for GPU takes up to 256 channels per head, not 288"):
             sliding_window_attention(q, k, jnp.ones((1, 256, 1, 288), k.dtype), window=5, backend="pallas")
+    message = "the kernel for TPU takes up to 512 channels per head, not 520"
+    with backends.use_platform("tpu", "TPU v5 lite"), pytest.raises(UserError, match=message):
+        sliding_window_attention(q, k, jnp.ones((1, 256, 1, 520), k.dtype), window=5, backend="pallas")
     with pytest.raises(UserError, match="takes float32 and bfloat16, not float16"):
         causal_attention(*(x.astype(jnp.float16) for x in (q, k, k)), backend="pallas")
 
 
 @pytest.mark.parametrize(
-    "kind, length, window, size, tokens",
+    "kind, length, window, channels, size, tokens",
     [
-        ("TPU v5 lite", 8192, 8192, 256, 1024),
-        ("TPU v5 lite", 8192, 1024, 256, 512),  # half of the keys of larger blocks would not be seen
-        ("TPU v5 lite", 8192, 8192, 512, 1024),
-        ("TPU v5 lite", 8192, 8192, 1024, 512),
-        ("TPU v6 lite", 1023, 1023, 256, 512),
-        ("TPU v6 lite", 300, 8192, 256, 384),
-        ("another", 8192, 8192, 256, 512),
+        ("TPU v5 lite", 8192, 8192, 128, 2, 1024),
+        ("TPU v5 lite", 8192, 1024, 128, 2, 512),  # half of the keys of larger blocks would not be seen
+        ("TPU v5 lite", 8192, 8192, 256, 2, 1024),
+        ("TPU v5 lite", 8192, 8192, 257, 2, 512),
+        ("TPU v5 lite", 8192, 8192, 64, 4, 512),
+        ("TPU v5 lite", 8192, 256, 64, 4, 256),
+        ("TPU v5 lite", 8192, 8192, 193, 4, 256),
+        ("TPU v6 lite", 1023, 1023, 128, 2, 512),
+        ("TPU v6 lite", 300, 8192, 128, 2, 384),
+        ("another", 8192, 8192, 128, 2, 512),
     ],
 )
-def test_sizes_of_blocks(kind, length, window, size, tokens):
-    assert softmax_tpu(kind, length, window, size) == tokens
+def test_sizes_of_blocks(kind, length, window, channels, size, tokens):
+    assert softmax_tpu(kind, length, window, channels, size) == tokens
 
 
 def test_blocks_that_no_query_sees_are_not_visited():

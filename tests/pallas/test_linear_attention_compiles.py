@@ -33,6 +33,8 @@ CASES = {
     "odd": (3, 1000, 3, 48, 32, "float32", "scalar", True),
     "wide_blocks": (1, 1024, 8, 240, 256, "float32", "scalar", False),  # 8 heads at once
     "wide_fours": (1, 1024, 4, 224, 224, "float32", "scalar", False),
+    "fullest": (8, 4096, 4, 160, 160, "float32", "channel", True),  # the arrays are not in VMEM as a whole
+    "in_turns": (8, 4096, 8, 248, 248, "float32", "channel", True),
     "narrow": (1, 200, 16, 16, 16, "bfloat16", "channel", True),
     "ragged_heads": (1, 256, 5, 64, 128, "bfloat16", "constant", False),
 }

@@ -143,9 +143,30 @@ def test_the_gradient_takes_half_as_many_heads_at_once(monkeypatch, decay):
     wider = blocks.AttentionBlock(64, 32, 256)
     monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (wider, wider))
     assert blocks.linear_attention_tpu("none", 100, 4, (64, 64), decay == "channel", 32) == (64, 32, (4, 2))
+    check_four_heads(decay)
+
+
+def check_four_heads(decay):
     ids = np.repeat([[0, 1, 2]], [5, 70, 25], axis=1).astype(np.int32)
     inputs = draw(np.random.default_rng(11), decay, 100, 4, 64, 64)
     assert_as_the_recurrence(functools.partial(run_kernel, ids, INTERPRETED), ids, inputs)
+
+
+def test_a_block_of_heads_in_groups(monkeypatch):
+    """Two groups share a register."""
+    wider = blocks.AttentionBlock(64, 32, 512)
+    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (wider, wider))
+    monkeypatch.setattr(blocks, "linear_attention_together", lambda *_: 3)
+    assert blocks.linear_attention_tpu("none", 100, 4, (64, 64), True, 32) == (64, 32, (4, 4))
+    check_four_heads("channel")
+
+
+def test_what_heads_take_of_vmem():
+    """With all at once, the first two would take 70.5 and 67.7 MiB of the 64 that there are; the others fit."""
+    shapes = (8, 240, 240), (8, 248, 248), (8, 200, 136), (8, 128, 256)
+    assert [blocks.linear_attention_together(heads, 128, 128, k, v, 4) for heads, k, v in shapes] == [4, 4, 8, 8]
+    assert blocks.linear_attention_together(8, 128, 128, 256, 512, 2) == 8
+    assert blocks.linear_attention_tpu("", 4000, 4, (160, 160), True, None) == (256, 128, (4, 4))
 
 
 @pytest.mark.parametrize("heads, keys, values", [(16, 32, 16), (5, 64, 128), (3, 128, 64)])
