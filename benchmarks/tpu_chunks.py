@@ -206,6 +206,7 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
         used = _chunk(operation, decay, kind)
         row |= {"peak": _operations(operation, direction, decay, used) / peak}
         found.append(row | {"at_64": _operations(operation, direction, decay, 64) / peak})
+    found.sort(key=lambda row: KINDS.index(row["kind"]))  # they may have been compiled in another order
     return {"kernels": found, "bytes": report["bytes"], "relayouts": report["relayouts"]}
 
 
