@@ -217,7 +217,8 @@ def _chunk(operation: str, decay: str, kind: str) -> int:
     if operation == "delta_rule":
         return blocks.delta_rule_chunk(kind, length, by_channel, None)
     widths = _KEY.value, _VALUE.value
-    return blocks.linear_attention_tpu(kind, length, _HEADS.value, widths, by_channel, None)[1]
+    size = 4 if _DTYPE.value == "float32" else 2
+    return blocks.linear_attention_tpu(kind, length, _HEADS.value, widths, by_channel, None, size)[1]
 
 
 def _operations(operation: str, direction: str, decay: str, chunk: int) -> float:

@@ -109,7 +109,7 @@ CHUNKS_INTERPRETED = 8, 256
 VMEM_BYTES = 64 * 2**20  # that a kernel with chunks may use
 # Chunks of heads of a block, unrolled; half as many of heads with few channels, whose gradient would take up to 5% longer.
 _WRITTEN_OUT = 16
-# Lanes of the registers of these together, and of the heads of the gradient's blocks with chunks of 256 tokens. In float32
+# Lanes of the registers of these together and, in float32, of the heads of the gradient's blocks with chunks of 256 tokens:
 # more would not fit VMEM.
 _LANES_WRITTEN_OUT = 2048
 _LANES_OF_256_TOKENS = 1024
@@ -127,11 +127,11 @@ def heads_of_block(heads: int, widths: tuple[int, ...], lanes: int) -> int | Non
 
 
 def linear_attention_tpu(
-    kind: str, length: int, heads: int, widths: tuple[int, ...], by_channel: bool, chunk: int | None
+    kind: str, length: int, heads: int, widths: tuple[int, ...], by_channel: bool, chunk: int | None, size: int = 2
 ) -> tuple[int, int, tuple[int, int]]:
     """Tokens of a block and of a chunk; and heads of a block, and of one of the gradient, whose tokens are as many.
     ``widths``: K and V; or only V if all heads share queries and keys, and then as many heads as possible, in the gradient
-    too. ``chunk``: the one to use, or None."""
+    too. ``chunk``: the one to use, or None. ``size``: bytes per number."""
     table = LINEAR_ATTENTION_TPU.get(kind, _LINEAR_ATTENTION_TPU_ELSEWHERE)
     block = table[by_channel]
     both = (HEADS * max(widths),) * 2 if len(widths) == 1 else (block.lanes, block.lanes // 2)
@@ -139,7 +139,7 @@ def linear_attention_tpu(
     assert together is not None and in_gradient is not None
     few, lanes = max(widths) < 64, -(-max(widths) // 128) * 128
     if chunk is None:
-        most = 128 if lanes * in_gradient > _LANES_OF_256_TOKENS else block.chunk
+        most = 128 if size > 2 and lanes * in_gradient > _LANES_OF_256_TOKENS else block.chunk
         chunk = min(most, max(128, 1 << (length - 1).bit_length()))
     written_out = min(_WRITTEN_OUT // 2 if few else _WRITTEN_OUT, _LANES_WRITTEN_OUT // lanes)
     chunks = max(1, min(block.time // chunk, written_out // together))

@@ -154,6 +154,7 @@ class _Layout:
 
 
 def _kernel(layout: _Layout, names: tuple[str, ...], *refs) -> None:
+    """Each group of heads begins with a condition, as those of ``linear_attention_tpu`` do."""
     shape, of_block = Shape(layout.chunk, layout.group), range(layout.group)
     for first in of_block[:: layout.together]:
         heads = of_block[first : first + layout.together]

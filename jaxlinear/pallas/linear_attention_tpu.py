@@ -86,6 +86,7 @@ class _Layout(NamedTuple):
 
 
 def _kernel(layout: _Layout, *refs) -> None:
+    """Each group of heads begins with a condition. Without one, groups took as much VMEM as all heads at once."""
     of_block = range(layout.shape.heads)
     for first in of_block[:: layout.together]:
         Block(layout.plan, layout.shape, refs, of_block[first : first + layout.together]).run()
@@ -93,12 +94,12 @@ def _kernel(layout: _Layout, *refs) -> None:
 
 def _layout(plan: Plan, arguments: Arguments, target: Target) -> _Layout:
     batch, length, _ = arguments.keys.shape
+    size = arguments.keys.dtype.itemsize
     time, chunk, heads = blocks.linear_attention_tpu(
-        target.kind, length, plan.heads, plan.side_by_side, plan.decay == "channel", plan.chunk
+        target.kind, length, plan.heads, plan.side_by_side, plan.decay == "channel", plan.chunk, size
     )
     of_block = together = heads[plan.kind == "gradient"]
     if plan.kind == "gradient" and plan.decay == "channel":
-        size = arguments.keys.dtype.itemsize
         together = blocks.linear_attention_together(of_block, time, chunk, plan.key_width, plan.value_width, size)
     rows = -(-of_block // _SUBLANES) * _SUBLANES
     return _Layout(plan, Shape(length, time, chunk, of_block, rows), batch, together)

@@ -35,6 +35,7 @@ CASES = {
     "wide_fours": (1, 1024, 4, 224, 224, "float32", "scalar", False),
     "fullest": (8, 4096, 4, 160, 160, "float32", "channel", True),  # the arrays are not in VMEM as a whole
     "in_turns": (8, 4096, 8, 248, 248, "float32", "channel", True),
+    "shorter_chunks": (8, 4096, 8, 240, 240, "float32", "scalar", True),  # on v6e
     "narrow": (1, 200, 16, 16, 16, "bfloat16", "channel", True),
     "ragged_heads": (1, 256, 5, 64, 128, "bfloat16", "constant", False),
 }
@@ -74,6 +75,7 @@ TARGETS = {
         "wide_blocks",
         "wide_fours",
         "ragged_heads",
+        "shorter_chunks",
     ],
     "tpu7x:2x2x1": ["channel_128"],
 }

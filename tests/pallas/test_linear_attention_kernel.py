@@ -166,7 +166,9 @@ def test_what_heads_take_of_vmem():
     shapes = (8, 240, 240), (8, 248, 248), (8, 200, 136), (8, 128, 256)
     assert [blocks.linear_attention_together(heads, 128, 128, k, v, 4) for heads, k, v in shapes] == [4, 4, 8, 8]
     assert blocks.linear_attention_together(8, 128, 128, 256, 512, 2) == 8
-    assert blocks.linear_attention_tpu("", 4000, 4, (160, 160), True, None) == (256, 128, (4, 4))
+    assert blocks.linear_attention_tpu("", 4000, 4, (160, 160), True, None, 4) == (256, 128, (4, 4))
+    of_v6e = functools.partial(blocks.linear_attention_tpu, "TPU v6 lite", 4000, 8, (240, 240), False, None)
+    assert of_v6e(2) == (256, 256, (8, 8)) and of_v6e(4) == (128, 128, (8, 8))
 
 
 @pytest.mark.parametrize("heads, keys, values", [(16, 32, 16), (5, 64, 128), (3, 128, 64)])
