@@ -68,7 +68,7 @@ def selective_scan_tpu_channels(states: int) -> int:
     batch overlap, and less with one row."""
     states += -states % 8
     most = 128 * _selective_scan_most(states)
-    columns, again, before, spilled = 2 * most * 128, 129 * most, 2 * most // 128 * most, 64 * most
+    columns, again, before, spilled = 2 * most * 128, 129 * most, 2 * most // 128 * most, 70 * most
     numbers = states * (columns + again + before + 8 * most + spilled) + (3 * 128 + 10 * most) * most
     return max(0, VMEM_BYTES // 4 - numbers) // (7 * states) // 128 * 128
 
