@@ -216,7 +216,7 @@ def _chunk(operation: str, decay: str, kind: str) -> int:
     length, by_channel = _LENGTH.value, decay == "channel"
     if operation == "delta_rule":
         return blocks.delta_rule_chunk(kind, length, by_channel, None)
-    widths = _KEY.value, _VALUE.value
+    widths = (_VALUE.value,) if _SHARED.value else (_KEY.value, _VALUE.value)
     size = 4 if _DTYPE.value == "float32" else 2
     return blocks.linear_attention_tpu(kind, length, _HEADS.value, widths, by_channel, None, size)[1]
 

@@ -39,9 +39,9 @@ def _of_heads(heads: int, widths: tuple[int, int], size: int, *, by_channel: boo
             f"the kernel takes at most {blocks.DELTA_RULE_HEADS} heads at a time, and {heads} heads with K, V = {widths} "
             f"need {of_block} to fill registers of 128 lanes; multiples of 16 need fewer"
         )
-    if not blocks.delta_rule_together(of_block, *widths, size, by_channel, terms):
-        needed = blocks.delta_rule_vmem(of_block, 1, *widths, size, by_channel, terms)
-        limit = f"{blocks.VMEM_BYTES >> 20} MiB of VMEM and would need about {needed / 2**20:.0f}"
+    block = blocks.DeltaRuleHeads(of_block, *widths, size, by_channel, terms)
+    if not block.together():
+        limit = f"{blocks.VMEM_BYTES >> 20} MiB of VMEM and would need about {block.vmem(1) / 2**20:.0f}"
         return f"the kernel has {limit} for {of_block} heads with K, V = {widths}"
     return None
 

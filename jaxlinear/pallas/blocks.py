@@ -127,7 +127,7 @@ def heads_of_block(heads: int, widths: tuple[int, ...], lanes: int) -> int | Non
 
 
 def linear_attention_tpu(
-    kind: str, length: int, heads: int, widths: tuple[int, ...], by_channel: bool, chunk: int | None, size: int = 2
+    kind: str, length: int, heads: int, widths: tuple[int, ...], by_channel: bool, chunk: int | None, size: int
 ) -> tuple[int, int, tuple[int, int]]:
     """Tokens of a block and of a chunk; and heads of a block, and of one of the gradient, whose tokens are as many.
     ``widths``: K and V; or only V if all heads share queries and keys, and then as many heads as possible, in the gradient
@@ -160,11 +160,14 @@ def linear_attention_together(heads: int, time: int, chunk: int, keys: int, valu
     return _even_groups(heads, max(1, int(left * chunk / time / _LINEAR_ATTENTION_SPILLED)))
 
 
-def _blocks_bytes(heads: int, time: int, keys: int, values: int, size: int, by_channel: bool) -> int:
-    """What the gradient's arrays take in VMEM, in two blocks each: of q, k, v, decays, their gradients; and of the states
-    before and after, and their gradient."""
+def _blocks_bytes(
+    heads: int, time: int, keys: int, values: int, size: int, by_channel: bool, is_gradient: bool = True
+) -> int:
+    """What the arrays of a kernel take in VMEM, in two blocks each: those of q, k, v, o, decays and, in the gradient, their
+    gradients; and three arrays of states."""
     of_keys, of_values = (-(-heads * width // 128) * 128 for width in (keys, values))
-    tokens = time * ((4 * size + 8 * by_channel) * of_keys + 3 * size * of_values)
+    both = 2 if is_gradient else 1
+    tokens = time * (both * (2 * size + 4 * by_channel) * of_keys + (1 + both) * size * of_values)
     return 2 * (tokens + heads * values * -(-keys // 128) * 128 * (size + 8))
 
 
@@ -260,31 +263,44 @@ def delta_rule_heads(kind: str, heads: int, keys: int, values: int, forward: boo
 
 
 # VMEM bytes of the gradient kernel per head that it processes at once, by bytes per number and whether decays are by key
-# channel: for each register of 128 channels of K, and of V. Nearly all of it holds registers that are spilled.
+# channel: for each register of 128 channels of K, and of V. Nearly all of it holds registers that are spilled. In the other
+# kernels: for all channels.
 _DELTA_RULE_SPILLED = {
     (2, False): (0.8e6, 0.45e6),
     (2, True): (2.2e6, 0.4e6),
     (4, False): (1.45e6, 1.45e6),
     (4, True): (4.95e6, 1.25e6),
 }
+_DELTA_RULE_SPILLED_ELSEWHERE = {2: 0.8e6, 4: 1.8e6}
 
 
-def delta_rule_vmem(
-    heads: int, together: int, keys: int, values: int, size: int, by_channel: bool, terms: int = 1
-) -> int:
-    """VMEM bytes of the gradient kernel with blocks of ``heads``, ``together`` of them processed at once, and numbers of
-    ``size`` bytes: compiled kernels took from half of that to all of it. Two terms add at most a tenth."""
-    by_keys, by_values = _DELTA_RULE_SPILLED[min(size, 4), by_channel]
-    spilled = (by_keys * -(-keys // 128) + by_values * -(-values // 128)) * (9 + terms) / 10
-    return _blocks_bytes(heads, 128, keys, values, size, by_channel) + int(together * spilled)
+class DeltaRuleHeads(NamedTuple):
+    """A block of heads in the delta rule's gradient kernel, or in another one, which has room for more of them."""
 
+    heads: int
+    keys: int  # K
+    values: int  # V
+    size: int  # bytes per number
+    by_channel: bool  # decays
+    terms: int = 1  # of the inverse, as the plan has them
+    is_gradient: bool = True
 
-def delta_rule_together(heads: int, keys: int, values: int, size: int, by_channel: bool, terms: int) -> int:
-    """Heads of a block that the gradient kernel processes at once, one group after another: as many as there is room for in
-    VMEM, in groups as even as possible. 0 if there is no room for one."""
-    fits = lambda count: delta_rule_vmem(heads, count, keys, values, size, by_channel, terms) <= VMEM_BYTES  # noqa: E731
-    most = next((count for count in range(heads, 0, -1) if fits(count)), 0)
-    return most and _even_groups(heads, most)
+    def vmem(self, together: int) -> int:
+        """The bytes of VMEM with ``together`` heads processed at once: compiled kernels took from half of that to all of
+        it. Two terms add at most a tenth."""
+        size = min(self.size, 4)
+        spilled = _DELTA_RULE_SPILLED_ELSEWHERE[size]
+        if self.is_gradient:
+            by_keys, by_values = _DELTA_RULE_SPILLED[size, self.by_channel]
+            spilled = by_keys * -(-self.keys // 128) + by_values * -(-self.values // 128)
+        arrays = _blocks_bytes(self.heads, 128, self.keys, self.values, self.size, self.by_channel, self.is_gradient)
+        return arrays + int(together * spilled * (9 + self.terms) / 10)
+
+    def together(self) -> int:
+        """How many are processed at once, one group after another: as many as there is room for in VMEM, in groups as even
+        as possible. 0 if there is no room for one."""
+        most = next((count for count in range(self.heads, 0, -1) if self.vmem(count) <= VMEM_BYTES), 0)
+        return most and _even_groups(self.heads, most)
 
 
 class DeltaRuleGPUBlock(NamedTuple):
@@ -332,10 +348,10 @@ SOFTMAX_TPU = {
 _SOFTMAX_TPU_ELSEWHERE = {512: 1}
 _SOFTMAX_TPU_FLOAT32 = {256: 1959, 512: 1789}
 SOFTMAX_TPU_KEYS = 512  # of a block, processed at once
-# By bytes per number: the most channels of a head with which blocks of so many tokens fit the 16 MiB of VMEM that JAX's
-# kernels may use on v5e and v5p.
-_SOFTMAX_TPU_WIDEST = {2: {512: 512, 1024: 256}, 4: {256: 512, 512: 192}}
-SOFTMAX_TPU_CHANNELS = 512  # the most of all
+# The most channels of a head that fit the 16 MiB of VMEM that JAX's kernels may use on v5e and v5p; and, by bytes per
+# number, the most in blocks of so many tokens that are not the smallest.
+SOFTMAX_TPU_CHANNELS = 512
+_SOFTMAX_TPU_WIDEST = {2: {1024: 256}, 4: {512: 192}}
 
 
 def softmax_tpu(kind: str, length: int, window: int, channels: int, size: int) -> int:

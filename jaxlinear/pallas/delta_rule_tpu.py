@@ -54,12 +54,10 @@ class _Layout:
         self.group = blocks.delta_rule_heads(
             target.kind, plan.heads, plan.keys, plan.values, forward=plan.kind == "forward"
         )
-        self.together = self.group
-        if plan.kind == "gradient":
-            size, by_channel = jnp.dtype(plan.narrow).itemsize, plan.decay == "channel"
-            self.together = max(
-                1, blocks.delta_rule_together(self.group, plan.keys, plan.values, size, by_channel, plan.terms)
-            )
+        size, by_channel = jnp.dtype(plan.narrow).itemsize, plan.decay == "channel"
+        widths, is_gradient = (plan.keys, plan.values), plan.kind == "gradient"
+        block = blocks.DeltaRuleHeads(self.group, *widths, size, by_channel, plan.terms, is_gradient)
+        self.together = max(1, block.together())
         self.chunks, self.groups = pl.cdiv(plan.length, self.chunk), pl.cdiv(plan.heads, self.group)
 
     def inputs(self) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:

@@ -31,8 +31,10 @@ CASES = {
     # Arrays that are not in VMEM as a whole: blocks of them are, and not much else fits; 13 heads take two turns.
     "fullest": (8, 4096, 8, 256, 256, "float32", "channel", True),
     "in_turns": (8, 4096, 13, 24, 24, "float32", "channel", True),
-    "more_forward": (1, 256, 24, 160, 160, "float32", "channel", True),  # 12 heads at once, and 4 in the gradient
-    "registers_shared": (1, 256, 16, 64, 64, "float32", "channel", True),  # 16 heads at once, and 8 in the gradient
+    "most_states": (8, 4096, 16, 248, 248, "float32", "none", True),  # in turns in the forward pass, too
+    "in_turns_by_channel": (8, 4096, 9, 200, 400, "bfloat16", "channel", True),
+    "more_forward": (8, 4096, 24, 160, 160, "float32", "channel", True),  # 12 heads at once, and 4 in the gradient
+    "registers_shared": (8, 4096, 16, 64, 64, "float32", "channel", True),  # 16 heads at once, and 8 in the gradient
     "longest": (1, 131_072, 2, 128, 128, "bfloat16", "scalar", False),
     "odd": (3, 1000, 3, 48, 32, "float32", "scalar", True),
     "narrow": (1, 200, 9, 16, 16, "bfloat16", "none", True),

@@ -76,9 +76,9 @@ def test_blocks_of_some_heads(monkeypatch, lanes, of_blocks):
 def test_a_block_of_heads_in_groups(monkeypatch, together, decay):
     """Two groups share a register."""
     monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(32, 32, 1024))
-    monkeypatch.setattr(blocks, "delta_rule_together", lambda *_: together)
-    assert blocks.delta_rule_heads("", 4, 64, 64) == 4
-    check_heads(4, together, decay)
+    monkeypatch.setattr(blocks.DeltaRuleHeads, "together", lambda _: together)
+    assert blocks.delta_rule_heads("", 5, 64, 64) == 4
+    check_heads(5, together, decay)
 
 
 def check_heads(heads, seed, decay):
@@ -376,9 +376,25 @@ VMEM = [
 
 @pytest.mark.parametrize("sizes, measured, together", VMEM)
 def test_what_heads_take_of_vmem(sizes, measured, together):
-    heads, *others = sizes
-    assert 1 <= blocks.delta_rule_vmem(heads, heads, *others) / (measured * 2**20) < 1.35
-    assert blocks.delta_rule_together(heads, *others, 1) == together
+    block = blocks.DeltaRuleHeads(*sizes)
+    assert 1 <= block.vmem(block.heads) / (measured * 2**20) < 1.35
+    assert block.together() == together
+
+
+@pytest.mark.parametrize(
+    "sizes, measured, together",
+    [
+        ((16, 248, 248, 4, False), 65.5, 8),
+        ((16, 248, 496, 2, False), 61.9, 16),
+        ((16, 168, 256, 4, True), 56.2, 8),
+        ((16, 200, 208, 4, False), 52.4, 16),
+        ((8, 256, 256, 4, True), 30.8, 8),
+    ],
+)
+def test_what_heads_take_of_vmem_forward(sizes, measured, together):
+    block = blocks.DeltaRuleHeads(*sizes, is_gradient=False)
+    assert 1 <= block.vmem(block.heads) / (measured * 2**20) < 1.35
+    assert block.together() == together
 
 
 def test_the_map_of_a_run_has_no_gradient():

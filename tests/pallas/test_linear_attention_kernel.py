@@ -131,7 +131,9 @@ def test_chunks_of_128_on_gpu(decay, packed):
 def test_in_the_blocks_of_v6e(length):
     """Chunks of 256 tokens, or of 128 if those hold all."""
     kind = "TPU v6 lite"
-    assert blocks.linear_attention_tpu(kind, length, 1, (128, 128), False, None)[1] == (128 if length == 100 else 256)
+    assert blocks.linear_attention_tpu(kind, length, 1, (128, 128), False, None, 4)[1] == (
+        128 if length == 100 else 256
+    )
     ids = np.repeat([[0, 1, 2]], [5, length - 30, 25], axis=1).astype(np.int32)
     inputs = draw(np.random.default_rng(9), "scalar", length, 1, 128, 128)
     assert_as_the_recurrence(functools.partial(run_kernel, ids, Target("tpu", kind, True)), ids, inputs)
@@ -142,23 +144,23 @@ def test_the_gradient_takes_half_as_many_heads_at_once(monkeypatch, decay):
     """And runs through the chunks of several heads, each with the products of others made before its own turn."""
     wider = blocks.AttentionBlock(64, 32, 256)
     monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (wider, wider))
-    assert blocks.linear_attention_tpu("none", 100, 4, (64, 64), decay == "channel", 32) == (64, 32, (4, 2))
-    check_four_heads(decay)
+    assert blocks.linear_attention_tpu("none", 100, 4, (64, 64), decay == "channel", 32, 4) == (64, 32, (4, 2))
+    check_heads(4, decay)
 
 
-def check_four_heads(decay):
+def check_heads(heads, decay):
     ids = np.repeat([[0, 1, 2]], [5, 70, 25], axis=1).astype(np.int32)
-    inputs = draw(np.random.default_rng(11), decay, 100, 4, 64, 64)
+    inputs = draw(np.random.default_rng(11), decay, 100, heads, 64, 64)
     assert_as_the_recurrence(functools.partial(run_kernel, ids, INTERPRETED), ids, inputs)
 
 
 def test_a_block_of_heads_in_groups(monkeypatch):
-    """Two groups share a register."""
+    """Two groups share a register, and the last block has one head."""
     wider = blocks.AttentionBlock(64, 32, 512)
     monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (wider, wider))
     monkeypatch.setattr(blocks, "linear_attention_together", lambda *_: 3)
-    assert blocks.linear_attention_tpu("none", 100, 4, (64, 64), True, 32) == (64, 32, (4, 4))
-    check_four_heads("channel")
+    monkeypatch.setattr(blocks, "heads_of_block", lambda *_: 4)
+    check_heads(5, "channel")
 
 
 def test_what_heads_take_of_vmem():
