@@ -263,15 +263,15 @@ def delta_rule_heads(kind: str, heads: int, keys: int, values: int, forward: boo
 
 
 # VMEM bytes of the gradient kernel per head that it processes at once, by bytes per number and whether decays are by key
-# channel: for each register of 128 channels of K, and of V. Nearly all of it holds registers that are spilled. In the other
-# kernels: for all channels.
+# channel: for each register of 128 channels of K, and of V. Nearly all of it holds registers that are spilled. And of the
+# other kernels, per head: as much as any took.
 _DELTA_RULE_SPILLED = {
     (2, False): (0.8e6, 0.45e6),
     (2, True): (2.2e6, 0.4e6),
     (4, False): (1.45e6, 1.45e6),
     (4, True): (4.95e6, 1.25e6),
 }
-_DELTA_RULE_SPILLED_ELSEWHERE = {2: 0.8e6, 4: 1.8e6}
+_DELTA_RULE_SPILLED_ELSEWHERE = 2.0e6
 
 
 class DeltaRuleHeads(NamedTuple):
@@ -286,15 +286,15 @@ class DeltaRuleHeads(NamedTuple):
     is_gradient: bool = True
 
     def vmem(self, together: int) -> int:
-        """The bytes of VMEM with ``together`` heads processed at once: compiled kernels took from half of that to all of
-        it. Two terms add at most a tenth."""
-        size = min(self.size, 4)
-        spilled = _DELTA_RULE_SPILLED_ELSEWHERE[size]
+        """The bytes of VMEM with ``together`` heads processed at once: compiled kernels took no more, and those of the
+        gradient at least half."""
+        spilled = _DELTA_RULE_SPILLED_ELSEWHERE
         if self.is_gradient:
-            by_keys, by_values = _DELTA_RULE_SPILLED[size, self.by_channel]
+            by_keys, by_values = _DELTA_RULE_SPILLED[min(self.size, 4), self.by_channel]
             spilled = by_keys * -(-self.keys // 128) + by_values * -(-self.values // 128)
+        spilled *= (9 + self.terms) / 10  # two terms add at most a tenth
         arrays = _blocks_bytes(self.heads, 128, self.keys, self.values, self.size, self.by_channel, self.is_gradient)
-        return arrays + int(together * spilled * (9 + self.terms) / 10)
+        return arrays + int(together * spilled)
 
     def together(self) -> int:
         """How many are processed at once, one group after another: as many as there is room for in VMEM, in groups as even
