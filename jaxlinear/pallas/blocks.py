@@ -147,7 +147,7 @@ def linear_attention_tpu(
 
 
 # VMEM bytes that the gradient takes for each chunk of a head with decays by key channel, in float32 and for K above 128:
-# compiled kernels took 5.0e6 to 5.6e6. All others fit.
+# compiled kernels took 5.0e6 to 5.6e6. All others that were compiled fit.
 _LINEAR_ATTENTION_SPILLED = 5.7e6
 
 
@@ -264,7 +264,7 @@ def delta_rule_heads(kind: str, heads: int, keys: int, values: int, forward: boo
 
 # VMEM bytes of the gradient kernel per head that it processes at once, by bytes per number and whether decays are by key
 # channel: for each register of 128 channels of K, and of V. Nearly all of it holds registers that are spilled. And of the
-# other kernels, per head: as much as any took.
+# other kernels, per head: as much as any forward pass took; the summary and the state's gradient were not measured.
 _DELTA_RULE_SPILLED = {
     (2, False): (0.8e6, 0.45e6),
     (2, True): (2.2e6, 0.4e6),
@@ -286,8 +286,8 @@ class DeltaRuleHeads(NamedTuple):
     is_gradient: bool = True
 
     def vmem(self, together: int) -> int:
-        """The bytes of VMEM with ``together`` heads processed at once: compiled kernels took no more, and those of the
-        gradient at least half."""
+        """The bytes of VMEM with ``together`` heads processed at once: compiled gradients and forward passes took no more,
+        and gradients at least half."""
         spilled = _DELTA_RULE_SPILLED_ELSEWHERE
         if self.is_gradient:
             by_keys, by_values = _DELTA_RULE_SPILLED[min(self.size, 4), self.by_channel]
