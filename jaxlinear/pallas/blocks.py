@@ -264,7 +264,7 @@ def delta_rule_heads(kind: str, heads: int, keys: int, values: int, forward: boo
 
 # VMEM bytes of the gradient kernel per head that it processes at once, by bytes per number and whether decays are by key
 # channel: for each register of 128 channels of K, and of V. Nearly all of it holds registers that are spilled. And of the
-# other kernels, per head: as much as any forward pass took; the summary and the state's gradient were not measured.
+# other kernels, per head: as much as any forward pass took; summaries and gradients of the state took less.
 _DELTA_RULE_SPILLED = {
     (2, False): (0.8e6, 0.45e6),
     (2, True): (2.2e6, 0.4e6),
