@@ -32,6 +32,10 @@ CASES = {
     "widest": (8, 4096, 4, 4, 512, None, "bfloat16", True),
     "widest_in_float32": (8, 4096, 4, 4, 512, None, "float32", True),
 }
+ON_GPU = {
+    **{name: case for name, case in CASES.items() if case[6] == "bfloat16" and case[4] <= 256},
+    "over_4_gib": (8, 131_072, 24, 8, 128, None, "bfloat16", True),  # offsets have 64 bits
+}
 TARGETS = {
     "v5e:1x1": list(CASES),
     "v5p:2x2x1": ["griffin"],
@@ -50,7 +54,7 @@ def shape(batch, length, heads, width, dtype, device):
 
 
 def compiled(target, name, **options):
-    batch, length, heads, groups, width, window, dtype, packed = CASES[name]
+    batch, length, heads, groups, width, window, dtype, packed = (CASES | ON_GPU)[name]
     device = targets.find(target).devices[0]
     q, k = (shape(batch, length, n, width, dtype, device) for n in (heads, groups))
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=SingleDeviceSharding(device)) if packed else None
@@ -72,7 +76,7 @@ def test_tpu(target, name):
     assert " while(" not in text
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[6] == "bfloat16" and case[4] <= 256])
+@pytest.mark.parametrize("name", ON_GPU)
 def test_h100(name, tmp_path, record_property):
     text = compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 3 and " while(" not in text

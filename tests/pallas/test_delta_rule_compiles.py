@@ -51,6 +51,7 @@ ON_GPU = {
     "scalar_256": (1, 1024, 2, 256, 256, "bfloat16", "scalar", True),
     "none_packed_256": (1, 1024, 2, 256, 256, "bfloat16", "none", True),
     "few_chunks": (1, 200, 2, 128, 128, "bfloat16", "none", False),
+    "over_4_gib": (8, 131_072, 24, 128, 128, "bfloat16", "channel", True),  # offsets have 64 bits
     **{
         name: CASES[name]
         for name in ("none_64", "scalar_128", "channel_128", "channel_256", "wide_values", "narrow", "shortest")

@@ -29,6 +29,7 @@ CASES = {
     "shortest": (2, 7, 100, "float32", "packed"),
     "complex": (2, 1000, 1024, "complex64", "packed constant"),
     "complex_in_time": (2, 4096, 512, "complex64", "reverse"),
+    "over_4_gib": (4, 131_072, 8192, "bfloat16", "packed"),  # on GPU, where offsets have 64 bits then
 }
 TPUS = {
     "v5e:1x1": ["griffin", "widest", "longest", "odd", "shortest", "complex", "complex_in_time"],
@@ -114,7 +115,7 @@ def test_over_a_mesh_of_tpus():
     ]
 
 
-@pytest.mark.parametrize("name", ["griffin", "longest", "odd", "complex"])
+@pytest.mark.parametrize("name", ["griffin", "longest", "odd", "complex", "over_4_gib"])
 def test_h100(name, tmp_path, record_property):
     text = compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2

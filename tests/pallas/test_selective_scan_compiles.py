@@ -36,6 +36,10 @@ CASES = {
     "part_of_a_block": (1, 640, 512, 16, "bfloat16", "packed"),
     "shortest": (2, 9, 100, 16, "float32", ""),
 }
+ON_GPU = {
+    **{name: CASES[name] for name in ("mamba", "longhorn", "float32", "states_64", "states_128", "odd", "shortest")},
+    "over_4_gib": (8, 131_072, 4096, 16, "bfloat16", "packed"),  # offsets have 64 bits
+}
 TPUS = {
     "v5e:1x1": list(CASES),
     "v5p:2x2x1": ["mamba", "states_128"],
@@ -46,7 +50,7 @@ TPUS = {
 
 def compiled(target, name, remat=False, **options):
     """The gradient of an objective of y and the last state."""
-    batch, length, width, states, dtype, kinds = CASES[name]
+    batch, length, width, states, dtype, kinds = (CASES | ON_GPU)[name]
     device = targets.find(target).devices[0]
 
     def array(*shape, dtype="float32"):
@@ -144,7 +148,7 @@ def test_a_state_that_vmem_has_no_room_for_is_refused():
         assert "name=selective_scan_forward" in str(text)
 
 
-@pytest.mark.parametrize("name", ["mamba", "longhorn", "float32", "states_64", "states_128", "odd", "shortest"])
+@pytest.mark.parametrize("name", ON_GPU)
 def test_h100(name, tmp_path, record_property):
     """Nothing goes through shared memory, as it would if the layout over lanes changed."""
     text = compiled("h100:1", name, compiler_options=ptxas.dumped_to(tmp_path)).as_text()
