@@ -106,7 +106,7 @@ def _print_summary(manifest: Manifest, seconds: float) -> None:
     else:
         print(
             f"heldout: gzip -9 {8 * heldout.gzip_bytes / heldout.bytes:.3f} and xz -9 "
-            f"{8 * heldout.xz_bytes / heldout.bytes:.3f} bits a byte"
+            f"{8 * heldout.xz_bytes / heldout.bytes:.3f} bits per byte"
         )
     print(f"vocabulary: {manifest.vocab_size} tokens ({manifest.tokenizer.kind})")
     print(f"{os.path.abspath(_OUTPUT.value)} made in {seconds:.1f} s")

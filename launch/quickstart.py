@@ -55,10 +55,10 @@ def main() -> int:
     run, corpus = shlex.quote(str(workdir)), shlex.quote(str(corpus.absolute()))
     print(
         f"""
-held-out loss   {result["loss"]:.3f} nats a token
+held-out loss   {result["loss"]:.3f} nats per token
 bits per byte   {result["bits_per_byte"]:.3f}    gzip -9 {report["gzip_bits_per_byte"]:.3f}    \
 xz -9 {report["xz_bits_per_byte"]:.3f}    (the same {report["bytes"]:,} bytes)
-speed           {rates[len(rates) // 2]:,.0f} tokens a second (median)
+speed           {rates[len(rates) // 2]:,.0f} tokens per second (median)
 the run         {workdir}
 time            {time.perf_counter() - begin:.0f} s
 

@@ -199,12 +199,12 @@ def table(report: dict[str, Any]) -> str:
     ]
     if report["gzip_bits_per_byte"] is not None and report["xz_bits_per_byte"] is not None:
         gzip, xz = report["gzip_bits_per_byte"], report["xz_bits_per_byte"]
-        lines.append(f"the same text under gzip -9: {gzip:.3f}, under xz -9: {xz:.3f} bits a byte")
-    lines += ["", f"{'length':>8} {'':>4} {'tokens':>12} {'loss':>8} {'perplexity':>11} {'bits a byte':>12}"]
+        lines.append(f"the same text under gzip -9: {gzip:.3f}, under xz -9: {xz:.3f} bits per byte")
+    lines += ["", f"{'length':>8} {'':>4} {'tokens':>12} {'loss':>8} {'perplexity':>11} {'bits per byte':>13}"]
     for row in lengths:
         lines.append(
             f"{row['length']:>8} {'x' + str(row['multiple']):>4} {row['tokens']:>12,} {row['loss']:>8.4f} "
-            f"{row['perplexity']:>11.2f} {row['bits_per_byte']:>12.4f}" + ("" if row["whole_split"] else "  (a part)")
+            f"{row['perplexity']:>11.2f} {row['bits_per_byte']:>13.4f}" + ("" if row["whole_split"] else "  (a part)")
         )
     lines += [
         f"{row['length']:>8} {'x' + str(row['multiple']):>4} left out: {row['reason']}" for row in report["left_out"]

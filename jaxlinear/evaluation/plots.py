@@ -40,7 +40,7 @@ def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
                 label=f"{name}, held out",
             )
     axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -15,7 +15,7 @@ from jaxlinear.training.workdir import read_config, read_starts
 
 # For each figure: the numbers of the lines of metrics.jsonl that it shows, its axis, and what they are.
 _CURVES = {
-    "throughput": (("tokens_per_second",), "tokens a second", "Speed."),
+    "throughput": (("tokens_per_second",), "tokens per second", "Speed."),
     "utilisation": (
         ("mfu", "data_wait_fraction"),
         "parts of 1",
@@ -71,10 +71,10 @@ def _summary(config: Any, training: Sequence[dict[str, Any]]) -> list[list[str]]
         ["step", f"{last['step']:,} of {config.training.steps:,}"],
         ["tokens", f"{last['tokens']:,}"],
         ["FLOPs, forward and backward", f"{per_token * last['tokens']:.3e}"],
-        ["loss", f"{last['loss']:.4f} nats a token"],
+        ["loss", f"{last['loss']:.4f} nats per token"],
     ]
     if rates:
-        rows.append(["median speed", f"{rates[len(rates) // 2]:,.0f} tokens a second"])
+        rows.append(["median speed", f"{rates[len(rates) // 2]:,.0f} tokens per second"])
     if skips := last.get("skips"):
         rows.append(["steps skipped", f"{skips:.0f}"])
     return rows

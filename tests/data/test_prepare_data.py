@@ -56,7 +56,7 @@ def test_summary(tmp_path, source):
     )
     assert lines[2].startswith(f"heldout: {heldout.documents} documents, {heldout.tokens} tokens, ")
     gzip_rate, xz_rate = 8 * heldout.gzip_bytes / heldout.bytes, 8 * heldout.xz_bytes / heldout.bytes
-    assert lines[3] == f"heldout: gzip -9 {gzip_rate:.3f} and xz -9 {xz_rate:.3f} bits a byte"
+    assert lines[3] == f"heldout: gzip -9 {gzip_rate:.3f} and xz -9 {xz_rate:.3f} bits per byte"
     assert 0.5 < xz_rate < 4
     assert lines[4] == "vocabulary: 300 tokens (tokenizers)"
     assert re.fullmatch(rf"{re.escape(str(data))} made in \d+\.\d s", lines[5]) and len(lines) == 6

@@ -63,7 +63,7 @@ def test_it_stands_alone(page):
 
 def test_what_it_says(page, tiny_run):
     lines = [line for line in metrics.read(tiny_run) if "loss" in line]
-    assert f"<td>{lines[-1]['loss']:.4f} nats a token</td>" in page
+    assert f"<td>{lines[-1]['loss']:.4f} nats per token</td>" in page
     assert "<td>2 of 2</td>" in page
     assert len(re.findall("<svg", page)) >= 4
     config = re.search(r"Config</h2>\n<pre>(.*?)</pre>", page, re.DOTALL)[1]

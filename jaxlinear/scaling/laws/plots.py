@@ -49,7 +49,7 @@ def _loss(comparison: Comparison) -> "Figure":
         if fit.law is not None:
             _band(axes, colour, min(spent), max(spent), lambda flops: fit.optimum(flops)["loss"])
 
-    return _panels(comparison, draw, ylabel="held-out loss (nats a token)")
+    return _panels(comparison, draw, ylabel="held-out loss (nats per token)")
 
 
 def _optimum(comparison: Comparison) -> "Figure":
@@ -79,7 +79,7 @@ def _residuals(comparison: Comparison) -> "Figure":
             )
             panel.scatter(measured, 100 * (measured / said - 1), color=f"C{i}", s=14, label=name)
         panel.axhline(0, color="0.5", linewidth=0.8)
-        panel.set_xlabel("held-out loss (nats a token)")
+        panel.set_xlabel("held-out loss (nats per token)")
         panel.set_ylabel("measured over the law (%)")
         panel.set_title(COUNTS[counts])
         panel.grid(alpha=0.3)
@@ -105,7 +105,7 @@ def _isoflop(comparison: Comparison, counts: str) -> "Figure":
         panel.set_xscale("log")
         panel.set_title(name)
         panel.set_xlabel("parameters")
-        panel.set_ylabel("held-out loss (nats a token)")
+        panel.set_ylabel("held-out loss (nats per token)")
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
     for panel in axes.flat[len(fits) :]:

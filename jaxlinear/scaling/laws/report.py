@@ -91,7 +91,7 @@ def best(comparison: Comparison, counts: str, flops: float) -> Rows:
 
 _INTRODUCTION = (
     f"Square brackets hold {100 * bootstrap.LEVEL:.0f}% intervals, from fits to resampled runs; for isoFLOP profiles, to "
-    "resampled residuals. Losses are held-out, in nats a token, at the end of each run, all of the same text; FLOPs are "
+    "resampled residuals. Losses are held-out, in nats per token, at the end of each run, all of the same text; FLOPs are "
     "those of forward and backward passes, by a formula for each layer. Of runs with the same architecture, size and "
     "tokens the best one counts. Beyond the largest budget the laws are extrapolated."
 )
