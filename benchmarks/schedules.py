@@ -17,12 +17,17 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
-# Bytes per second of a chip's HBM, and cycles per second, from the chips' published figures.
-RATES = {"v5e": (819e9, 0.94e9), "v5p": (2765e9, 1.75e9), "v6e": (1640e9, 0.94e9)}
+# Operations per cycle of a device's matrix units: four arrays of 128 x 128 per core, and on v5p two cores, which share a
+# kernel's parallel grid; on v6e and TPU7x two arrays of 256 x 256, to which the schedules give two rows per cycle.
+MATRIX_UNIT = {"v5e": 4 * 2 * 128**2, "v5p": 2 * 4 * 2 * 128**2, "v6e": 4 * 2 * 256**2, "tpu7x": 4 * 2 * 256**2}
 
-# Operations per cycle of a chip's matrix units: four arrays of 128 x 128 per core (256 x 256 on v6e), and on v5p two
-# cores, which share a kernel's parallel grid. A product of bfloat16 matrices of 512 rows compiles to 92% of it on v5e.
-MATRIX_UNIT = {"v5e": 4 * 2 * 128**2, "v5p": 2 * 4 * 2 * 128**2, "v6e": 4 * 2 * 256**2}
+# A device's published figures (cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}): bytes per second of HBM, and bfloat16
+# operations per second. A device of TPU7x is half a chip.
+_HBM = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1638e9, "tpu7x": 7380e9 / 2}
+_OPERATIONS = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "tpu7x": 2307e12 / 2}
+
+# Bytes and cycles per second. Clock rates are not published: these are the ones at which the matrix units reach their peak.
+RATES = {chip: (_HBM[chip], _OPERATIONS[chip] / MATRIX_UNIT[chip]) for chip in MATRIX_UNIT}
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]*)\s*:\s*([> ]*)\{")
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (?:\(\S+\), )?(\S+), (\d+) /\* loop exit test")

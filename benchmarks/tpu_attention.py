@@ -24,7 +24,7 @@ import sys
 import schedules
 from absl import flags
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "v5e, v5p or v6e, and the shape of the slice.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "v5e, v5p, v6e or tpu7x, and the shape of the slice.")
 _TOKENS = flags.DEFINE_list("tokens", ["512", "1024"], "Queries, and also keys, per block.")
 _KEYS = flags.DEFINE_list("keys", ["256", "512"], "Keys multiplied at once.")
 _LENGTH = flags.DEFINE_integer("length", 8192, "T.", lower_bound=1)

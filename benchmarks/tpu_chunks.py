@@ -35,7 +35,7 @@ import sys
 import schedules
 from absl import flags
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "v5e, v5p or v6e, and the shape of the slice.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "v5e, v5p, v6e or tpu7x, and the shape of the slice.")
 _OPERATIONS = flags.DEFINE_list("operations", ["delta_rule", "linear_attention"], "Of jaxlinear.ops.")
 _DECAYS = flags.DEFINE_list(
     "decays",

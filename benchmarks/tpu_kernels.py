@@ -25,7 +25,7 @@ import sys
 import schedules
 from absl import flags
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "v5e, v5p or v6e, and the shape of the slice.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "v5e, v5p, v6e or tpu7x, and the shape of the slice.")
 _BATCH = flags.DEFINE_integer("batch", 4, "B.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 4096, "T.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", 2560, "D.", lower_bound=1)
