@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxlinear.ops import dtypes
+from jaxlinear.pallas.chunk_decays import floor
 
 _BLOCK = 8  # tokens; smaller matrix products are no faster
 
@@ -100,7 +101,7 @@ def _matrix(log_decay):
     so the differences of their sums are exact too.
     """
     bits, length = jnp.finfo(log_decay.dtype), log_decay.shape[-2]
-    unit = 2.0 ** math.ceil(math.log2(-_floor(log_decay.dtype) * length / 2 ** (bits.nmant + 1)))
+    unit = 2.0 ** math.ceil(math.log2(-floor(log_decay.dtype) * length / 2 ** (bits.nmant + 1)))
     coarse = lax.stop_gradient(jnp.ceil(log_decay / unit) * unit)
     coarse, fine = (_sums(np.tri(length), part) for part in (coarse, log_decay - coarse))
     steps = (coarse - jnp.swapaxes(coarse, -1, -2)) + (fine - jnp.swapaxes(fine, -1, -2))
@@ -252,11 +253,7 @@ def _sums(chosen: np.ndarray, x):
 
 def _finite(log_decay):
     """Raises log decays to a floor whose exponential is already zero: -inf cannot be summed."""
-    return jnp.maximum(log_decay, _floor(log_decay.dtype))
-
-
-def _floor(dtype) -> float:
-    return -128.0 if jnp.finfo(dtype).bits == 32 else -1024.0
+    return jnp.maximum(log_decay, floor(log_decay.dtype))
 
 
 def _lower(like, strict: bool = False) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxlinear.pallas import blocks, derivatives, products
 from jaxlinear.pallas.attention_tpu import SAVED
-from jaxlinear.pallas.delta_rule_gpu_layout import power_of_two
+from jaxlinear.pallas.gpu_layout import power_of_two
 from jaxlinear.pallas.target import Target
 
 _MASKED = -1e30  # finite, so that a row's maximum minus itself is 0 and not NaN

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlinear.pallas.delta_rule_gpu_layout import Layout, crossing, dot, exp, finite, scaled
 from jaxlinear.pallas.factored_decays import LIMIT, takes
+from jaxlinear.pallas.gpu_layout import Layout, crossing, dot, exp, finite, scaled
 
 
 class ByChannel:

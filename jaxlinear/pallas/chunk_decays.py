@@ -186,4 +186,5 @@ def masked(condition: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def floor(dtype) -> float:
+    """The least log decay that is distinguished: its exponential is 0."""
     return -128.0 if jnp.finfo(dtype).bits == 32 else -1024.0

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxlinear.pallas import blocks, head_sums
 from jaxlinear.pallas import delta_rule_gpu_gradients as gradients
 from jaxlinear.pallas import delta_rule_gpu_states as states
 from jaxlinear.pallas import delta_rule_gpu_tokens as tokens
-from jaxlinear.pallas import head_sums
-from jaxlinear.pallas.delta_rule_gpu_layout import layout_of
 from jaxlinear.pallas.delta_rule_plan import Arguments, Plan, size_of
+from jaxlinear.pallas.gpu_layout import Layout, power_of_two
 from jaxlinear.pallas.target import Target
 
 Arrays = dict[str, jax.Array]
@@ -53,11 +53,18 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> Arrays:
     If T ends within a chunk, arrays are padded with tokens that change nothing: a kernel that checks where they end has no
     register left for that.
     """
-    more = -plan.length % layout_of(plan, target).chunk
+    more = -plan.length % _layout(plan, target).chunk
     given = {name: x for name, x in arguments._asdict().items() if x is not None and name not in ("state", "before")}
     given = {name: jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2))) for name, x in given.items()}
     found = _Call(plan, arguments._replace(**given), target).run()
     return {name: x[:, : plan.length] if name in _IN_TIME else x for name, x in found.items()}
+
+
+def _layout(plan: Plan, target: Target) -> Layout:
+    keys, values = power_of_two(plan.key_width), power_of_two(plan.value_width)
+    block = blocks.delta_rule_gpu(plan.length, keys, plan.decay == "channel", plan.chunk, target.gpu, plan.terms)
+    tiles = min(block.keys, keys), min(block.values, values), min(block.states, values), min(block.gradients, keys)
+    return Layout(plan, block.chunk, keys, values, *tiles, min(block.gradient_values, values))
 
 
 def _with_decays(plan: Plan) -> bool:
@@ -67,7 +74,7 @@ def _with_decays(plan: Plan) -> bool:
 
 class _Call:
     def __init__(self, plan: Plan, arguments: Arguments, target: Target):
-        self.plan, self.target, self.layout = plan, target, layout_of(plan, target)
+        self.plan, self.target, self.layout = plan, target, _layout(plan, target)
         self.batch = arguments.k.shape[0]
         self.arguments = arguments
 
@@ -129,7 +136,7 @@ class _Call:
     def _in_time(self, kernel, found: Arrays, more: dict[str, Any], last: str, state: jax.Array) -> Arrays:
         """The states in time, from ``state`` ``[B, H, V, K]``; ``last`` is the name of the last one."""
         plan, layout = self.plan, self.layout
-        padding = (0, layout.values - plan.values), (0, layout.keys - plan.keys)
+        padding = (0, layout.values - plan.value_width), (0, layout.keys - plan.key_width)
         given = {name: found[name] for name in found if name not in ("keys", "inverse", "overlap")}
         if kernel is states.forward_kernel and "o" not in more:
             of_outputs = "attention", "queries", "q", "d_o"
@@ -138,15 +145,17 @@ class _Call:
         outputs = {**more, last: given["state"]}
         grid = layout.values // layout.states_tile, plan.heads, self.batch
         done = self._run(kernel, "states", given, outputs, grid)
-        return {**done, last: done[last][..., : plan.values, : plan.keys]}
+        return {**done, last: done[last][..., : plan.value_width, : plan.key_width]}
 
     def _transition(self, found: Arrays) -> jax.Array:
         """M, transposed: what the run makes of each row of the identity, with nothing written."""
         plan, layout = self.plan, self.layout
-        square = dataclasses.replace(plan, values=plan.keys)
+        square = dataclasses.replace(plan, value_width=plan.key_width)
         other = _Call(square, self.arguments, self.target)
         other.layout = dataclasses.replace(layout, values=layout.keys, states_tile=min(layout.states_tile, layout.keys))
-        identity = jnp.broadcast_to(jnp.eye(plan.keys, dtype=plan.wide), (self.batch, plan.heads, plan.keys, plan.keys))
+        identity = jnp.broadcast_to(
+            jnp.eye(plan.key_width, dtype=plan.wide), (self.batch, plan.heads, plan.key_width, plan.key_width)
+        )
         without = {name: x for name, x in found.items() if name != "u"}
         return other._in_time(states.forward_kernel, without, {}, "final", identity)["final"]
 

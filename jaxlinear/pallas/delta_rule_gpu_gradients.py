@@ -9,9 +9,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxlinear.pallas.channel_decays_gpu import ByChannel
-from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, over_tiles, span
 from jaxlinear.pallas.delta_rule_gpu_states import scaled_cotangent
-from jaxlinear.pallas.delta_rule_gpu_tokens import ByHead, Documents, Place, decay_of, times
+from jaxlinear.pallas.delta_rule_gpu_tokens import decay_of
+from jaxlinear.pallas.gpu_chunk import ByHead, Documents, Place
+from jaxlinear.pallas.gpu_layout import Layout, dot, over_tiles, span, times
 from jaxlinear.pallas.products import dot_terms, terms
 
 

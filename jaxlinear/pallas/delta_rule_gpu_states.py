@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, scaled, span
-from jaxlinear.pallas.delta_rule_gpu_tokens import Place, times
+from jaxlinear.pallas.gpu_chunk import Place
+from jaxlinear.pallas.gpu_layout import Layout, dot, scaled, span, times
 from jaxlinear.pallas.products import dot_terms, pairs, terms
 
 

@@ -29,7 +29,7 @@ class Plan(Named):
 
     Attributes:
       kind: "forward", "summary", "gradient" or "state_gradient".
-      length, heads, keys, values: T, H, K and V.
+      length, heads, key_width, value_width: T, H, K and V.
       decay: "none", "scalar" or "channel".
       packed: whether documents begin within rows.
       scale: of the outputs.
@@ -44,8 +44,8 @@ class Plan(Named):
     kind: str
     length: int
     heads: int
-    keys: int
-    values: int
+    key_width: int
+    value_width: int
     decay: str
     packed: bool
     scale: float
@@ -69,10 +69,11 @@ class Plan(Named):
 
     def products(self, chunk: int) -> int:
         """Floating point operations of the matrix products per token and head, not counting the inverse."""
-        keys, values, state = 2 * chunk * self.keys, 2 * chunk * self.values, 2 * self.keys * self.values
+        keys, values = 2 * chunk * self.key_width, 2 * chunk * self.value_width
+        state = 2 * self.key_width * self.value_width
         return {
             "forward": 2 * keys + 2 * values + 3 * state,
-            "summary": keys * 2 + values + 2 * state + 4 * self.keys**2,
+            "summary": keys * 2 + values + 2 * state + 4 * self.key_width**2,
             "gradient": 6 * keys + 5 * values + 7 * state,
             "state_gradient": 2 * keys + 2 * values + 3 * state,
         }[self.kind]

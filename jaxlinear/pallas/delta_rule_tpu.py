@@ -52,10 +52,10 @@ class _Layout:
         self.plan, self.arguments, self.batch = plan, arguments, arguments.k.shape[0]
         self.chunk = blocks.delta_rule_chunk(target.kind, plan.length, plan.decay == "channel", plan.chunk)
         self.group = blocks.delta_rule_heads(
-            target.kind, plan.heads, plan.keys, plan.values, forward=plan.kind == "forward"
+            target.kind, plan.heads, plan.key_width, plan.value_width, forward=plan.kind == "forward"
         )
         size, by_channel = jnp.dtype(plan.narrow).itemsize, plan.decay == "channel"
-        widths, is_gradient = (plan.keys, plan.values), plan.kind == "gradient"
+        widths, is_gradient = (plan.key_width, plan.value_width), plan.kind == "gradient"
         block = blocks.DeltaRuleHeads(self.group, *widths, size, by_channel, plan.terms, is_gradient)
         self.together = max(1, block.together())
         self.chunks, self.groups = pl.cdiv(plan.length, self.chunk), pl.cdiv(plan.heads, self.group)
@@ -93,7 +93,7 @@ class _Layout:
                 before = (self.batch, self.chunks, *given.state.shape[1:])
                 outputs["before"] = jax.ShapeDtypeStruct(before, plan.narrow), self._before()
         elif plan.kind == "summary":
-            transition = jax.ShapeDtypeStruct((self.batch, plan.heads, plan.keys, plan.keys), plan.wide)
+            transition = jax.ShapeDtypeStruct((self.batch, plan.heads, plan.key_width, plan.key_width), plan.wide)
             outputs["transition"] = transition, self._state(transition)
         elif plan.kind == "gradient":
             for name in ("q", "k", "v"):
@@ -147,7 +147,7 @@ class _Layout:
         return pl.BlockSpec((None, self.group, *x.shape[2:]), lambda b, h, t: (b, h, 0, 0))
 
     def _before(self) -> pl.BlockSpec:
-        shape = (None, None, self.group, self.plan.values, self.plan.keys)
+        shape = (None, None, self.group, self.plan.value_width, self.plan.key_width)
         return pl.BlockSpec(shape, lambda b, h, t: (b, self._at(t), h, 0, 0))
 
 

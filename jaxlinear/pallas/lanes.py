@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_REGISTER = 128
+LANES = 128  # channels of a register
+SUBLANES = 8  # its rows
 
 
 class Lanes(NamedTuple):
@@ -47,10 +48,10 @@ def of_head(head: int, channels: int, heads: int) -> Lanes:
     """``heads``: of the array. Unless one register holds all, those that may be in two, or leave one partly empty, are
     moved and have registers of their own. All heads have equally many lanes."""
     start, every = head * channels, heads * channels
-    if _REGISTER % channels or (every > _REGISTER and every % _REGISTER):
+    if LANES % channels or (every > LANES and every % LANES):
         return Lanes(slice(start, start + channels), 0, channels)
-    register = start // _REGISTER * _REGISTER
-    return Lanes(slice(register, min(register + _REGISTER, every)), start - register, channels)
+    register = start // LANES * LANES
+    return Lanes(slice(register, min(register + LANES, every)), start - register, channels)
 
 
 def spread(state: jax.Array, values: Lanes, keys: Lanes) -> jax.Array:

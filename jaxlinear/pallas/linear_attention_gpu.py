@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxlinear.pallas import blocks, head_sums
 from jaxlinear.pallas import linear_attention_gpu_kernels as kernels
-from jaxlinear.pallas.delta_rule_gpu_layout import Layout, power_of_two
+from jaxlinear.pallas.gpu_layout import Layout, power_of_two
 from jaxlinear.pallas.linear_attention_plan import Arguments, Plan
 from jaxlinear.pallas.target import Target
 

@@ -15,10 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxlinear.pallas.channel_decays_gpu import ByChannel
-from jaxlinear.pallas.delta_rule_gpu_layout import Layout, dot, exp, finite, over_tiles, scaled, span
-from jaxlinear.pallas.delta_rule_gpu_tokens import ByHead, Documents, Place, times
-
-Refs = dict[str, Any]
+from jaxlinear.pallas.gpu_chunk import ByHead, Documents, Place, Refs
+from jaxlinear.pallas.gpu_layout import Layout, dot, exp, finite, over_tiles, scaled, span, times
 
 
 class Constant:

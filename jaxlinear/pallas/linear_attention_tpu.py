@@ -14,11 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import blocks, head_sums
+from jaxlinear.pallas.lanes import SUBLANES
 from jaxlinear.pallas.linear_attention_plan import Arguments, Plan
 from jaxlinear.pallas.linear_attention_tpu_block import Block, Shape
 from jaxlinear.pallas.target import Target
-
-_SUBLANES = 8
 
 
 def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
@@ -101,7 +100,7 @@ def _layout(plan: Plan, arguments: Arguments, target: Target) -> _Layout:
     of_block = together = heads[plan.kind == "gradient"]
     if plan.kind == "gradient" and plan.decay == "channel":
         together = blocks.linear_attention_together(of_block, time, chunk, plan.key_width, plan.value_width, size)
-    rows = -(-of_block // _SUBLANES) * _SUBLANES
+    rows = -(-of_block // SUBLANES) * SUBLANES
     return _Layout(plan, Shape(length, time, chunk, of_block, rows), batch, together)
 
 

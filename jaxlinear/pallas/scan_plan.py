@@ -46,11 +46,8 @@ class Plan:
 
     @property
     def name(self) -> str:
-        kind = (
-            ("gradient" if self.lagged else "forward")
-            if self.emit
-            else ("lagged_summary" if self.lagged else "summary")
-        )
+        kinds = ("gradient", "state_gradient") if self.lagged else ("forward", "summary")
+        kind = kinds[0] if self.emit else kinds[1]
         marks = [mark for mark in ("reverse", "constant", "packed") if getattr(self, mark)]
         return "_".join(["scan", kind, *(["complex"] if self.parts == 2 else []), *marks])
 

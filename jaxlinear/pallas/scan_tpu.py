@@ -8,8 +8,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import blocks
+from jaxlinear.pallas.lanes import LANES, SUBLANES
 from jaxlinear.pallas.scan_plan import Arguments, Plan
-from jaxlinear.pallas.scan_tpu_block import LANES, SUBLANES, Block, Shape
+from jaxlinear.pallas.scan_tpu_block import Block, Shape
 from jaxlinear.pallas.target import Target
 
 

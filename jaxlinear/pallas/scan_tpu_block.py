@@ -13,11 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import parts
+from jaxlinear.pallas.lanes import LANES, SUBLANES
 from jaxlinear.pallas.parts import Parts
 from jaxlinear.pallas.scan_plan import Plan
-
-LANES = 128
-SUBLANES = 8
 
 
 class Shape(NamedTuple):

@@ -17,11 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas.channel_decays import to_base_2
+from jaxlinear.pallas.lanes import LANES, SUBLANES
 from jaxlinear.pallas.selective_scan_plan import Arguments, Plan
 from jaxlinear.pallas.target import Target
-
-LANES = 128
-SUBLANES = 8
 
 
 class _Shape(NamedTuple):

@@ -110,7 +110,7 @@ def test_over_a_mesh_of_tpus():
         "scan_forward",
         "scan_forward",
         "scan_gradient_reverse",
-        "scan_lagged_summary_reverse",
+        "scan_state_gradient_reverse",
         "scan_summary",
     ]
 

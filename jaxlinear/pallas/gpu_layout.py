@@ -9,18 +9,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxlinear.pallas import blocks, products
+from jaxlinear.pallas import products
 from jaxlinear.pallas.channel_decays import to_base_2
 from jaxlinear.pallas.chunk_decays import floor
-from jaxlinear.pallas.delta_rule_plan import Plan
-from jaxlinear.pallas.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """``chunk`` tokens; K and V rounded up to powers of two, and the channels of their tiles; the values that one program
-    carries through time or computes outputs for; and the keys that one has the gradients of, also the tile of what takes
-    few registers."""
+    carries through time or computes outputs for; the keys that one has the gradients of, also the tile of what takes few
+    registers; and the tile of values in programs for gradients."""
 
     plan: Any
     chunk: int
@@ -47,13 +45,6 @@ class Layout:
         return -(-self.plan.length // self.chunk)
 
 
-def layout_of(plan: Plan, target: Target) -> Layout:
-    keys, values = power_of_two(plan.keys), power_of_two(plan.values)
-    block = blocks.delta_rule_gpu(plan.length, keys, plan.decay == "channel", plan.chunk, target.gpu, plan.terms)
-    tiles = min(block.keys, keys), min(block.values, values), min(block.states, values), min(block.gradients, keys)
-    return Layout(plan, block.chunk, keys, values, *tiles, min(block.gradient_values, values))
-
-
 def power_of_two(width: int) -> int:
     """The smallest one that holds the width and is wide enough for a product."""
     return max(16, 1 << (width - 1).bit_length())
@@ -77,6 +68,11 @@ def dot(x: jax.Array, y: jax.Array, over: tuple[int, int], layout: Layout) -> ja
     float32 is not truncated to fewer bits."""
     narrow, wide = layout.plan.narrow, layout.plan.wide
     return products.dot(x.astype(narrow), y.astype(narrow), over, wide)
+
+
+def times(x: jax.Array | None, y: jax.Array | None) -> Any:
+    """The product, with None for 1."""
+    return y if x is None else x if y is None else x * y
 
 
 def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
