@@ -37,11 +37,11 @@ def main() -> int:
     print(sizing_text.table(sized))
     result = sized.to_json()
     if _SEARCH.value:
-        found = search.search(_CONFIG.value, target, _SEARCH.value, show=print)
+        found = search.search(_CONFIG.value, target, _SEARCH.value, show=print, compiled=sized)
         print(sizing_text.ranking(found))
         result["search"] = [other.to_json() for other in found]
     elif not sized.fits:
-        print(sizing_text.advice(search.candidates(_CONFIG.value, target)))
+        print(sizing_text.advice(search.candidates(_CONFIG.value, target, sized)))
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0 if sized.fits else 1

@@ -118,7 +118,7 @@ def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int, li
         raise UserError("the multiple of the training length must be at least 1")
     if length > targets:
         raise UserError(f"it is {length} tokens, but the held-out split of {path} has only {targets} targets")
-    shards, groups = (math.prod(run.mesh.shape[axis] for axis in sharding.RULES[name]) for name in ("time", "batch"))
+    shards, groups = (sharding.parts_on(run.mesh.shape, axis) for axis in ("time", "batch"))
     if length % shards:
         raise UserError(f"it is {length} tokens, which mesh.sequence={shards} does not divide")
     rows = min(max(batch_tokens // length, 1), math.ceil(targets / length))

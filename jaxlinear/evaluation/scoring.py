@@ -28,7 +28,7 @@ class Scorer:
         if run.mesh.shape["sequence"] > 1:
             raise UserError("devices share the rows here, not the time of each row; leave --mesh=sequence out")
         self._run, self._batch_tokens = run, batch_tokens
-        self._groups = math.prod(run.mesh.shape[axis] for axis in sharding.RULES["batch"])
+        self._groups = sharding.parts_on(run.mesh.shape, "batch")
         self._context = run.architecture.config.context if "attention" in run.architecture.config.layers else None
         self._rows = NamedSharding(run.mesh, PartitionSpec(sharding.RULES["batch"]))
         self._prefix, self._continuations, self._next = run.program("scoring", lambda: _programs(run))

@@ -57,12 +57,17 @@ class Candidate:
 
 
 def search(
-    config: config_dict.ConfigDict, target: Target, count: int, show: Callable[[str], Any] = lambda _: None
+    config: config_dict.ConfigDict,
+    target: Target,
+    count: int,
+    show: Callable[[str], Any] = lambda _: None,
+    *,
+    compiled: Sizing | None = None,
 ) -> list[Sizing]:
-    """Compiles the ``count`` candidates that should be fastest, and ranks them: those that fit come first, by their least
-    time and, where that is equal, by their memory."""
-    found = []
-    for candidate in candidates(config, target)[:count]:
+    """Compiles the ``count`` candidates that should be fastest, and ranks them with ``compiled``, the config's own step:
+    those that fit come first, by their least time and, where that is equal, by their memory."""
+    found = [] if compiled is None else [compiled]
+    for candidate in candidates(config, target, compiled)[:count]:
         show(f"compiling {candidate.flags()}")
         try:
             found.append(sizing.size(candidate.applied(config), target))
@@ -71,11 +76,17 @@ def search(
     return sorted(found, key=lambda sized: (not sized.fits, sized.time.least, sized.memory.total))
 
 
-def candidates(config: config_dict.ConfigDict, target: Target) -> list[Candidate]:
-    """All settings that should fit, the fastest first. The batch is unchanged."""
+def candidates(config: config_dict.ConfigDict, target: Target, compiled: Sizing | None = None) -> list[Candidate]:
+    """All settings that should fit, the fastest first. The batch is unchanged. ``compiled`` is the config's own step: its
+    settings are left out, and if it takes more memory than its estimate, so should all others."""
     config = with_vocabulary_of_data(configs.resolve(config))
     model = _Model(config, target)
-    found = []
+    found, known, more = [], None, 1.0
+    if compiled is not None:
+        known = compiled.mesh, compiled.remat, compiled.microbatches
+        mesh = AbstractMesh(tuple(compiled.mesh.values()), tuple(compiled.mesh))
+        own = model.reckon(compiled.mesh, mesh, compiled.remat, compiled.microbatches)
+        more = max(1.0, (compiled.memory.total - compiled.memory.code) / own.memory)
     for microbatches in (n for n in _MICROBATCHES if config.training.batch_size % n == 0):
         config.training.microbatches = microbatches
         for sizes in _meshes(len(target.devices)):
@@ -86,7 +97,8 @@ def candidates(config: config_dict.ConfigDict, target: Target) -> list[Candidate
                 continue
             for remat in REMAT_POLICIES:
                 candidate = model.reckon(sizes, mesh, remat, microbatches)
-                if candidate.memory <= _FULL * target.memory_bytes:
+                candidate = dataclasses.replace(candidate, memory=int(candidate.memory * more))
+                if (sizes, remat, microbatches) != known and candidate.memory <= _FULL * target.memory_bytes:
                     found.append(candidate)
     return sorted(found, key=_order)
 
@@ -136,6 +148,12 @@ class _Model:
             changed.model.remat = remat
             architecture = parameters.describe(configs.model_config(changed))
             self._kept[remat], self._flops[remat] = sizing.passes(changed, architecture, target)
+        # Over shards of time there is no kernel for full attention, which then multiplies queries with later keys too: half
+        # of the pairs of tokens, in two products of the forward pass and five of the gradient.
+        tokens, length = config.training.batch_size * config.training.sequence_length, config.training.sequence_length
+        self._with_later = (
+            7 * self._architecture.config.layers.count("attention") * config.model.width * tokens * length
+        )
 
     def reckon(self, sizes: dict[str, int], mesh: Any, remat: str, microbatches: int) -> Candidate:
         config, tokens = self._config, self._config.training.batch_size * self._config.training.sequence_length
@@ -169,9 +187,8 @@ class _Model:
         if self._slices > 1:  # each chip of a row of ``data`` exchanges its part of the sum with the other slices
             assert device.network is not None
             exchanges += sums * 2 * own / one["data"] * (1 - 1 / self._slices) / device.network.gathering
-        times = roofline.times(
-            self._kind, config.model.dtype, sizes, self._flops[remat] / math.prod(sizes.values()), 0.0, ()
-        )
+        flops = self._flops[remat] + (self._with_later if sizes["sequence"] > 1 else 0)
+        times = roofline.times(self._kind, config.model.dtype, sizes, flops / math.prod(sizes.values()), 0.0, ())
         # A tenth of what is hidden still counts: of two that hide all they exchange, the one exchanging less is first.
         seconds = max(times.products, exchanges) + 0.1 * min(times.products, exchanges)
         return Candidate(sizes, remat, microbatches, int(memory), seconds)

@@ -186,7 +186,8 @@ def passes(config: config_dict.ConfigDict, architecture: Architecture, target: T
         pull, total = pullback(parameters, batch)
         return pull(jnp.ones_like(total))
 
-    with backends.use_device(target.devices[0]), jax.numpy_dtype_promotion("standard"):
+    # On one device kernels may be refused that take a device's part: the run's own program says which are not used.
+    with backends.use_device(target.devices[0]), backends.unheard(), jax.numpy_dtype_promotion("standard"):
         forward = jax.make_jaxpr(lambda *given: pullback(*given)[0])(architecture.shapes, batch).jaxpr
         both = jax.make_jaxpr(gradient)(architecture.shapes, batch).jaxpr
     given = {id(x) for x in (*forward.invars, *forward.constvars)}
@@ -196,7 +197,7 @@ def passes(config: config_dict.ConfigDict, architecture: Architecture, target: T
 
 def spread(mesh: Any) -> int:
     """The number of devices over which the tokens of a batch are spread."""
-    return math.prod(mesh[axis] for axis in (*sharding.RULES["batch"], *sharding.RULES["time"]))
+    return sharding.parts_on(mesh, "batch", "time")
 
 
 def shard_bytes(tree: Any) -> int:

@@ -1,7 +1,6 @@
 """The backends of operations: the check that one exists, the choice of kernels, and the platform that is traced for."""
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,6 +11,8 @@ from jaxlinear.errors import UserError
 from jaxlinear.pallas.target import GPU, Target, gpu_of
 
 COMPILED = ("tpu", "gpu")  # where kernels are compiled; elsewhere they are interpreted
+_SAID: set[str] = set()  # by ``say_once``
+_UNHEARD: list[None] = []  # the contexts ``unheard`` that are open
 _OLDEST = 8, 0  # the oldest compute capability that Triton compiles for
 
 _LOG = logging.getLogger(__name__)
@@ -96,10 +97,21 @@ def no_compiler() -> str | None:
     return None
 
 
-@functools.cache
 def say_once(message: str) -> None:
     """Logs a message the first time it is given; repetitions of the same text are dropped."""
-    _LOG.info(message)
+    if message not in _SAID and not _UNHEARD:
+        _SAID.add(message)
+        _LOG.info(message)
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """In this context nothing is said: it traces programs that are not run."""
+    _UNHEARD.append(None)
+    try:
+        yield
+    finally:
+        _UNHEARD.pop()
 
 
 def check(operation: str, backend: str, known: tuple[str, ...]) -> None:

@@ -33,7 +33,7 @@ def refusal(
 
 
 def _of_heads(heads: int, widths: tuple[int, int], size: int, *, by_channel: bool, terms: int) -> str | None:
-    of_block = blocks.delta_rule_heads("", heads, *widths)
+    of_block = blocks.delta_rule_heads(backends.target().kind, heads, *widths)
     if of_block > blocks.DELTA_RULE_HEADS:
         return (
             f"the kernel takes at most {blocks.DELTA_RULE_HEADS} heads at a time, and {heads} heads with K, V = {widths} "

@@ -76,6 +76,10 @@ def linear_attention(
         return jnp.zeros_like(v), initial_state
     if chunk is None and backend != "pallas":
         return _recurrent(q, k, v, log_decay, initial_state, starts, scale)
+    keys, values = width, v.shape[3]
+    if backend == "pallas":
+        more = linear_attention_kernel.padding(q, k, v, backends.target().platform)
+        q, k, v, log_decay, initial_state = _padded(q, k, v, log_decay, initial_state, more)
     inputs, constants = Inputs(q, k, v, log_decay, starts, None), None
     if log_decay is not None and log_decay.ndim == 1:
         inputs, constants = inputs._replace(log_decay=None), log_decay.astype(wide)
@@ -88,7 +92,19 @@ def linear_attention(
         if chunk_size is None and log_decay is not None and log_decay.ndim == 4 and backends.platform() == "cpu":
             chunk = min(chunk, _CPU_CHANNEL_CHUNK)
         o, final = runner.run(LinearAttention(scale), chunk, inputs, constants, initial_state)
-    return o.astype(v.dtype), final
+    return o.astype(v.dtype)[..., :values], final[..., :keys, :values]
+
+
+def _padded(q, k, v, log_decay, state, more: tuple[int, int]):
+    """With so many channels of zeros more in K and in V."""
+
+    def last(x, count):
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count)]) if count else x
+
+    if matrix_states.is_by_channel(log_decay):
+        log_decay = last(log_decay, more[0])
+    state = last(last(state, more[1]).swapaxes(-1, -2), more[0]).swapaxes(-1, -2)
+    return last(q, more[0]), last(k, more[0]), last(v, more[1]), log_decay, state
 
 
 # ``"pallas"`` if ``linear_attention`` uses the kernel, else the backend as given.

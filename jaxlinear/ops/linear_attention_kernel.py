@@ -1,6 +1,7 @@
 """Linear attention by the kernels of ``jaxlinear.pallas.linear_attention``, and when they do not run."""
 
 import dataclasses
+import functools
 from types import ModuleType
 from typing import ClassVar
 
@@ -17,10 +18,33 @@ def refusal(
 ) -> str | None:
     """``state_kernels.refusal``; it is the same for every decay."""
     chunks = blocks.CHUNKS.get(platform, blocks.CHUNKS_INTERPRETED)
-    return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=chunks, of_heads=_of_heads)
+    of_heads = functools.partial(_of_heads, may_pad=_may_pad(q, k, v))
+    return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=chunks, of_heads=of_heads)
 
 
-def _of_heads(heads: int, widths: tuple[int, ...], size: int) -> str | None:
+def padding(q: jax.Array, k: jax.Array, v: jax.Array, platform: str) -> tuple[int, int]:
+    """How many channels of zeros to add to K and to V for the kernel, up to a multiple of 16: on TPU where too many heads
+    would have to be in one block otherwise; on GPU where rows would not be aligned. They change no result."""
+    if not _may_pad(q, k, v):
+        return 0, 0
+    widths = q.shape[3], v.shape[3]
+    of_block = widths if q.shape[2] == v.shape[2] else widths[1:]
+    if platform == "tpu":
+        needed = blocks.heads_of_block(v.shape[2], of_block, 0) is None
+    else:
+        needed = platform == "gpu" and any(width % 8 for width in widths)
+    more = [-width % 16 for width in widths] if needed else [0, 0]
+    return more[0], more[1]
+
+
+def _may_pad(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+    """Only if one kernel has all of V: several may divide it otherwise than without padding."""
+    return state_kernels.value_pieces(v.shape[3], state_kernels.product_bytes(q, k, v)) == 1
+
+
+def _of_heads(heads: int, widths: tuple[int, ...], size: int, *, may_pad: bool) -> str | None:
+    if may_pad:
+        widths = tuple(width + -width % 16 for width in widths)
     if blocks.heads_of_block(heads, widths, 0) is not None:
         return None
     named = f"K, V = {widths}" if len(widths) > 1 else f"V = {widths[0]}"

@@ -16,6 +16,7 @@ SCAN_TPU = {
     "TPU v5 lite": ScanBlock(512, 512, 32),
     "TPU v5": ScanBlock(512, 512, 32),
     "TPU v6 lite": ScanBlock(512, 512, 32),
+    "TPU7x": ScanBlock(512, 512, 32),
 }
 _SCAN_TPU_ELSEWHERE = ScanBlock(256, 512, 32)
 
@@ -102,6 +103,7 @@ LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {
     "TPU v5 lite": (AttentionBlock(512, 128, 512),) * 2,
     "TPU v5": (AttentionBlock(512, 128, 512),) * 2,
     "TPU v6 lite": (AttentionBlock(1024, 256, 512), AttentionBlock(512, 128, 512)),  # its matrix unit is 256 x 256
+    "TPU7x": (AttentionBlock(512, 128, 512),) * 2,
 }
 _LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 512),) * 2
 CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that may be requested

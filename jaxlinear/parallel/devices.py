@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from jaxlinear.ops import backends
+
 
 class Link(NamedTuple):
     """How shards of one axis reach each other."""
@@ -100,11 +102,15 @@ _DEVICES = {
 
 
 def device_of(kind: str) -> Device:
-    """The device of a ``jax.Device.device_kind``. One that is not in the table is treated as an H100, and its name says
-    so."""
-    return _DEVICES.get(
-        kind, _H100._replace(name=f"{kind} (not in the table; the figures are those of an NVIDIA H100)")
-    )
+    """The device of a ``jax.Device.device_kind``. One that is not in the table is treated as an H100; its name and the
+    log say so."""
+    if kind not in _DEVICES:
+        backends.say_once(
+            f"the cost model has no figures of {kind}: it chooses exchanges by those of an NVIDIA H100, unless "
+            "parallel.exchange and parallel.attention are set"
+        )
+        return _H100._replace(name=f"{kind} (not in the table; the figures are those of an NVIDIA H100)")
+    return _DEVICES[kind]
 
 
 def link_of(device: Device, span: int) -> Link:

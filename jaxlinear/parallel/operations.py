@@ -131,6 +131,7 @@ def _with_matrix_state(
     """An operation on ``inputs``, which include q, k and v. Its kernel runs on each device's part, since the compiler
     cannot split it."""
     q, k, v = inputs[:3]
+    choose = functools.partial(_on_a_device, choose)
     runner, mesh = _runner(operation.__name__, q.shape[1], "heads"), sharding.mesh_in_use()
     spread, chunk_size = runner is not recurrence.WHOLE, options.get("chunk_size")
     whole, backend = mesh is None or mesh.size == 1 or spread, options.get("backend", "auto")
@@ -161,6 +162,17 @@ def _with_matrix_state(
     axes = ("batch", "heads", None, None), of_decay, _TIME, *of_inputs
     # o is sharded like v, or like q where a token has several values, and the last state like the first.
     return _on_shards(mesh, local, (5 if v.ndim == q.ndim else 3, 0), arguments, axes)
+
+
+def _on_a_device(choose: Callable[..., str], backend: str, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> str:
+    """``choose`` for the rows, heads and widths that a device has of them."""
+    mesh = sharding.mesh_in_use()
+
+    def part(x):
+        axes = ("batch", None, "heads", *(None,) * (x.ndim - 3))
+        return jax.ShapeDtypeStruct(x.shape if mesh is None else sharding.shard_shape(axes, x.shape, mesh), x.dtype)
+
+    return choose(backend, part(q), part(k), part(v), *rest, **options)
 
 
 def document_starts(segment_ids: jax.Array) -> jax.Array:

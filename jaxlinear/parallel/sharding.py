@@ -172,7 +172,12 @@ def token_by_token(function: Callable[..., Any], *tokens: jax.Array) -> Any:
 def parts(axis: str) -> int:
     """The number of devices over which a logical axis is spread on the mesh in use."""
     mesh = mesh_in_use()
-    return 1 if mesh is None else math.prod(_sizes(mesh).get(name, 1) for name in RULES[axis])
+    return 1 if mesh is None else parts_on(_sizes(mesh), axis)
+
+
+def parts_on(sizes: Mapping[str, int], *axes: str) -> int:
+    """The number of devices over which logical axes are spread on a mesh of these sizes."""
+    return math.prod(sizes.get(name, 1) for axis in axes for name in RULES[axis])
 
 
 def batch_groups() -> int:

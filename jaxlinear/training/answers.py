@@ -25,7 +25,7 @@ def check_length(length: int, mesh: Mesh) -> None:
 
 def _devices(mesh: Mesh, axis: str) -> int:
     """The number of devices over which an axis of a batch is spread."""
-    return math.prod(mesh.shape[name] for name in sharding.RULES[axis])
+    return sharding.parts_on(mesh.shape, axis)
 
 
 class Answers:
@@ -80,7 +80,7 @@ class Answers:
 
         ``accuracy`` of the answers, each predicted from the true tokens before it, answers included; ``solved``, the
         fraction of examples whose answers are all right; ``loss`` in nats per answer; and how many examples and answers
-        there were.
+        there were. If the loss is NaN, so are the other two: the largest of logits that are NaN is none.
         """
         length = asked[0].length
         rows, batches = self.plan(length, examples)
@@ -97,10 +97,13 @@ class Answers:
 
         for counted in feeding.one_behind(counts()):
             totals = {name: total + float(counted[name]) for name, total in totals.items()}
+        loss = totals["nll"] / totals["answers"]
+        if math.isnan(loss):
+            totals |= {"right": loss, "solved": loss}
         return {
             "accuracy": totals["right"] / totals["answers"],
             "solved": totals["solved"] / (rows * batches),
-            "loss": totals["nll"] / totals["answers"],
+            "loss": loss,
             "examples": rows * batches,
             "answers": int(totals["answers"]),
         }

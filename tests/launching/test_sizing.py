@@ -141,6 +141,29 @@ def test_what_does_not_fit(target, sized):
     assert sizing_text.advice([]).startswith("by estimate, no mesh")
 
 
+def test_advice_follows_from_what_was_compiled(target, sized):
+    """It is not the config that does not fit; and if that takes twice its estimate, others should too."""
+
+    def settings(one):
+        return one.mesh, one.remat, one.microbatches
+
+    whole = search.candidates(config(data=2, fsdp=2), target)
+    (own,) = [one for one in whole if settings(one) == settings(sized)]
+    twice = dataclasses.replace(
+        sized,
+        memory=dataclasses.replace(sized.memory, temporaries=sized.memory.temporaries + 2 * own.memory - used(sized)),
+    )
+    found = search.candidates(config(data=2, fsdp=2), target, twice)
+    assert [settings(one) for one in found] == [settings(one) for one in whole if one != own]
+    assert [one.memory for one in found] == pytest.approx([2 * one.memory for one in whole if one != own], rel=1e-3)
+    (first, second) = search.search(config(data=2, fsdp=2), target, 1, compiled=sized)
+    assert sized in (first, second) and settings(first) != settings(second)
+
+
+def used(sized):
+    return sized.memory.total - sized.memory.code
+
+
 @pytest.mark.parametrize(
     "message, used",
     [

@@ -317,7 +317,7 @@ def test_auto_takes_it_where_it_runs(caplog):
     with jax.enable_x64(True):
         double = jnp.ones((1, 9, 2, 16), jnp.float64)
     assert choose("auto", q, q, q) == "auto"
-    backends.say_once.cache_clear()
+    backends._SAID.clear()
     with backends.use_platform("tpu", "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
         assert choose("auto", q, q, q) == choose("pallas", q, q, q, 64) == "pallas"
         assert choose("auto", q[:, :8], q[:, :8], q[:, :8]) == choose("auto", double, double, double) == "auto"

@@ -38,9 +38,15 @@ CASES = {
     "shorter_chunks": (8, 4096, 8, 240, 240, "float32", "scalar", True),  # on v6e
     "narrow": (1, 200, 16, 16, 16, "bfloat16", "channel", True),
     "ragged_heads": (1, 256, 5, 64, 128, "bfloat16", "constant", False),
+    # As in Based: without zeros that fill them up, 128 heads would have to be in one block, and GPUs spill registers.
+    "odd_widths": (1, 8192, 16, 153, 113, "bfloat16", "none", True),
+    "odd_channels": (1, 1024, 16, 72, 65, "float32", "channel", False),
 }
 ON_GPU = {
-    **{name: CASES[name] for name in ("none_64", "scalar_128", "channel_128", "constant_256", "wide_values", "narrow")},
+    **{
+        name: CASES[name]
+        for name in ("none_64", "scalar_128", "channel_128", "constant_256", "wide_values", "narrow", "odd_widths")
+    },
     "packed_channel_64": (1, 1024, 2, 64, 64, "bfloat16", "channel", True),
     "packed_channel_256": (1, 1024, 2, 256, 256, "bfloat16", "channel", True),
     "odd_128": (1, 1000, 2, 128, 128, "bfloat16", "channel", True),

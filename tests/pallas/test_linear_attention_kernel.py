@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, linear_attention, recurrence, state_kernels
+from jaxlinear.ops import backends, linear_attention, linear_attention_kernel, recurrence, state_kernels
 from jaxlinear.ops.linear_attention import choose
 from jaxlinear.ops.linear_attention_kernel import LinearAttentionKernel
 from jaxlinear.ops.linear_attention_maps import Inputs
@@ -266,13 +266,39 @@ def test_the_operation_takes_it(small_blocks):
     numerics.assert_close(results[1][0], results[0][0], 1e-2)
 
 
+@pytest.mark.parametrize("decay", ["none", "constant", "scalar", "channel"])
+def test_channels_of_zeros_change_nothing(monkeypatch, decay):
+    """As where too many heads would have to be in one block, or rows would not be aligned."""
+    monkeypatch.setattr(linear_attention_kernel, "padding", lambda *_: (3, 5))
+    ids = np.repeat([[0, 1, 2]], [5, 12, 8], axis=1).astype(np.int32)
+    inputs = draw(np.random.default_rng(3), decay, 25, 2, 13, 11)
+    run = functools.partial(linear_attention, segment_ids=ids, backend="pallas")
+    assert_as_the_recurrence(run, ids, inputs)
+
+
+def test_which_widths_have_channels_of_zeros():
+    def padding(platform, heads, keys, values, key_heads=None):
+        q, v = (
+            jax.ShapeDtypeStruct((1, 9, n, width), jnp.bfloat16)
+            for n, width in ((key_heads or heads, keys), (heads, values))
+        )
+        return linear_attention_kernel.padding(q, q, v, platform)
+
+    assert padding("tpu", 16, 153, 113) == (7, 15) and padding("tpu", 8, 153, 113) == (0, 0)
+    assert padding("tpu", 16, 72, 64) == (8, 0) and padding("tpu", 16, 80, 64) == (0, 0)
+    assert padding("tpu", 16, 100, 65, key_heads=1) == (12, 15) and padding("tpu", 16, 100, 64, key_heads=1) == (0, 0)
+    assert padding("gpu", 2, 153, 113) == (7, 15) and padding("gpu", 2, 152, 120) == (0, 0)
+    assert padding("gpu", 2, 64, 65) == (0, 15) and padding("gpu", 2, 65, 1002) == (0, 0)
+    assert padding("cpu", 16, 153, 113) == (0, 0)
+
+
 def test_auto_takes_it_where_it_runs(caplog):
     def array(length=9, width=32, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((1, length, 2, width), dtype)
 
     x, wide, full = array(), array(width=512), array(dtype=jnp.float32)
     assert choose("auto", x, x, x) == "auto"
-    backends.say_once.cache_clear()
+    backends._SAID.clear()
     for platform in backends.COMPILED:
         with backends.use_platform(platform, "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
             assert choose("auto", x, x, x) == "pallas"
@@ -302,9 +328,9 @@ def test_what_it_does_not_take_is_refused():
         with pytest.raises(UserError, match="K from 16 to 256 and V of at least 16, not V = 8"):
             run(value=8)
         with pytest.raises(
-            UserError, match=r"at most 8 heads at a time, and 12 heads with K, V = \(24, 32\) need more"
+            UserError, match=r"at most 8 heads at a time, and 12 heads with K, V = \(32, 167\) need more"
         ):
-            run(heads=12, key=24)
+            run(heads=12, value=1002)
         with pytest.raises(UserError, match="takes chunks of 128 tokens, not of 64"):
             run(chunk_size=64)
     with jax.enable_x64(True), backends.use_platform("tpu", ""), pytest.raises(UserError, match="not float64"):

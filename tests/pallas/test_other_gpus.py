@@ -88,7 +88,7 @@ def test_kernels_compile(gpu, name, width, kernels, tmp_path, record_property):
 def test_a_gpu_without_kernels(name, caplog):
     """``auto`` chooses what XLA compiles and says why, once; ``pallas`` is refused."""
     device, elsewhere = gpus.device("t4"), OPERATIONS[name][3]
-    backends.say_once.cache_clear()
+    backends._SAID.clear()
     with caplog.at_level(logging.INFO, logger="jaxlinear"):
         program = lowered(name, 64, device)
         lowered(name, 64, device, gradients=False)

@@ -186,7 +186,7 @@ def test_auto_takes_it_where_it_runs(caplog):
     with jax.enable_x64(True):
         double = jnp.ones((1, 9, 2), jnp.float64)
     assert choose("auto", x, x, A, B, B) == "auto"
-    backends.say_once.cache_clear()
+    backends._SAID.clear()
     for platform in backends.COMPILED:
         with backends.use_platform(platform, "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
             assert choose("auto", x.astype(jnp.bfloat16), x, A, B, B) == "pallas"

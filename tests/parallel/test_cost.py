@@ -1,6 +1,7 @@
 """The costs of exchanges, by hand; "auto" chooses each exchange in some case, and no choice changes the results."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from jaxlinear import counted, ops
 from jaxlinear.errors import UserError
+from jaxlinear.ops import backends
 from jaxlinear.ops.delta_rule import DeltaRule
 from jaxlinear.ops.grouped_product import BACKENDS, grouped_product
 from jaxlinear.pallas import blocks
@@ -106,7 +108,15 @@ def test_hosts_are_joined_by_the_network():
     assert devices.link_of(device, 8).name == "NVLink"
     assert devices.link_of(device, 16).bandwidth == 50e9
     assert devices.link_of(devices.device_of(V5E), 256).torus
-    assert "NVIDIA B999 (not in the table" in devices.device_of("NVIDIA B999").name
+
+
+def test_an_unknown_device_is_taken_for_another_and_said_once(caplog):
+    backends._SAID.clear()
+    with caplog.at_level(logging.INFO, logger="jaxlinear"):
+        found = [devices.device_of("NVIDIA B999") for _ in range(2)]
+    assert all(x.name.startswith("NVIDIA B999 (not in the table") for x in found)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("the cost model has no figures of NVIDIA B999: ")
 
 
 def test_the_choice_is_explained_once():
