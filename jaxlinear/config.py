@@ -153,7 +153,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "training.router_z_loss": (0.001, "Weight of the squared log normaliser of the routers of a mixture of experts."),
     "training.spike_multiple": (
         0.0,
-        "Skip a step whose gradient norm exceeds this many times its running average; 0 means never.",
+        "Skip a step, after the first 20, whose gradient norm exceeds this many times its running average; 0 means "
+        "never.",
     ),
     "training.max_skips": (20, "End the run after this many skipped steps in a row."),
     "training.patience_minutes": (
@@ -206,7 +207,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "checkpoint.every_steps": (500, "Steps between checkpoints, with another at the end."),
     "checkpoint.keep_newest": (2, "Number of newest checkpoints to keep."),
     "checkpoint.keep_every_steps": (0, "Also keep every checkpoint whose step is a multiple of this; 0 means none."),
-    "checkpoint.keep_best": (0, "Number of checkpoints with the lowest held-out loss to keep as well."),
+    "checkpoint.keep_best": (
+        0,
+        "Number of checkpoints of the lowest held-out loss to keep too, of those that have one.",
+    ),
     "evaluation.every_steps": (
         500,
         "Steps between evaluations of the held-out split, with another at the end; 0 means never.",
@@ -220,7 +224,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "logging.every_steps": (10, "Steps between lines of metrics."),
     "logging.layer_norms": (False, "Also write gradient and parameter norms by group of layers."),
     "logging.tensorboard": (True, "Write TensorBoard events."),
-    "logging.profile_step": (0, "Step at which a profiler trace begins; 0 means none."),
+    "logging.profile_step": (0, "First step in a profiler trace, from the second after a start; 0 means none."),
     "logging.profile_steps": (3, "Number of steps in the trace."),
 }
 

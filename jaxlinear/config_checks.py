@@ -102,6 +102,18 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
         )
     if config.checkpoint.keep_best and not config.evaluation.every_steps:
         raise UserError("checkpoint.keep_best needs held-out losses: set evaluation.every_steps")
+    steps, every = config.training.steps, (config.checkpoint.every_steps, config.evaluation.every_steps)
+    if config.checkpoint.keep_best and math.lcm(*every) > steps:
+        raise UserError(
+            f"checkpoint.keep_best: with checkpoint.every_steps={every[0]} and evaluation.every_steps={every[1]}, no "
+            f"checkpoint before the end at step {steps} is also evaluated; make the first a multiple of the second"
+        )
+    # The first step after a start is never in a trace.
+    if config.logging.profile_step and max(config.logging.profile_step, 2) > steps:
+        raise UserError(
+            f"logging.profile_step={config.logging.profile_step}: there is no such step after the first one, with "
+            f"training.steps={steps}"
+        )
     for name, size in config.mesh.items():
         if size < 1 and size != -1:
             raise UserError(f"mesh.{name} is {size}; it must be a number of devices, or -1 for those that are left")

@@ -30,6 +30,7 @@ _FEWEST_REMEMBERED = 128  # least number of tokens that attention's state has ro
 _FEWEST_ROWS = {"cpu": 1}
 _FEWEST_ELSEWHERE = 2
 _LEAST_PART = 1e-30  # of the probability; the likeliest token has that much, and less may round to 0 and keep no token
+_NO_TOKEN = -1
 _BITS = 30  # bits of a float32 in [0, 1] that can be set
 
 
@@ -228,15 +229,21 @@ def chunks(
     graph, parameters = nnx.split(model.for_decoding())
     rows, decode = np.asarray(numbers, np.int32), _decoder(platform)
     carry, first = _prefill(graph, remembered, sampling.filters, mesh, parameters, tokens, segment_ids, rows, values)
-    yield np.asarray(first)[None, :count]
+    yield _checked(np.asarray(first)[None, :count])
     left = max_tokens - 1
     while left > 0 and not np.asarray(carry["done"]).all():
         carry, new, made = decode(
             graph, remembered, sampling.filters, mesh, chunk, parameters, carry, values, np.int32(min(left, chunk))
         )
-        new = np.asarray(new)[: int(made), :count]
+        new = _checked(np.asarray(new)[: int(made), :count])
         left -= len(new)
         yield new
+
+
+def _checked(tokens: np.ndarray) -> np.ndarray:
+    if (tokens == _NO_TOKEN).any():
+        raise UserError("the model's logits are not finite, so they name no token: its own values are not")
+    return tokens
 
 
 def _more_rows(count: int, platform: str, mesh: Mesh | None) -> int:
@@ -358,13 +365,19 @@ def _fold(keys, index):
 
 
 def sample(logits: jax.Array, keys: jax.Array, values: dict[str, Any], filters: tuple[bool, bool, bool]) -> jax.Array:
-    """One token per row, ``[B]`` int32, from logits ``[B, vocab]`` float32, by ``Sampling``, with one key per row."""
+    """One token per row, ``[B]`` int32, from logits ``[B, vocab]`` float32, by ``Sampling``, with one key per row;
+    ``_NO_TOKEN`` if the largest logit is not finite, as it is if any is NaN."""
     draw, by_count, by_mass = filters
     absent = lax.broadcasted_iota(jnp.int32, logits.shape, 1) >= values["vocab_size"]
     logits = jnp.where(absent, -jnp.inf, logits)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+
+    def best(scores):
+        return jnp.where(jnp.isfinite(largest[:, 0]), jnp.argmax(scores, axis=-1), _NO_TOKEN).astype(jnp.int32)
+
     if not draw:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / values["temperature"]
+        return best(logits)
+    logits = (logits - largest) / values["temperature"]
     p = jnp.exp(logits)
     if by_count:
         p = _keep(p, (p > 0).astype(p.dtype), jnp.full((len(p), 1), values["top_k"]))
@@ -372,7 +385,7 @@ def sample(logits: jax.Array, keys: jax.Array, values: dict[str, Any], filters: 
         p = _keep(p, p, values["top_p"] * jnp.sum(p, axis=-1, keepdims=True))
     logits = jnp.where(p > 0, logits, -jnp.inf)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    return best(logits + noise)
 
 
 def _keep(p: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 def main() -> None:
     cli.leave_out_warnings_of_orbax()
     from jaxlinear import generation
+    from jaxlinear.errors import UserError
 
     sampling = {
         "temperature": _TEMPERATURE.value,
@@ -26,6 +27,11 @@ def main() -> None:
         "seed": _SEED.value,
     }
     generation.Sampling(**sampling)  # refuses bad values before a large checkpoint is read
+    unread = [f"--{flag.name}" for flag in (_TOP_K, _TOP_P, _SEED) if flags.FLAGS[flag.name].present]
+    if _TEMPERATURE.value == 0 and unread:
+        raise UserError(
+            f"--temperature=0 takes the likeliest token, so that {', '.join(unread)} would do nothing; leave it out"
+        )
     writer = generation.Writer.open(_WORKDIR.value, _STEP.value, _MESH.value)
     options = sampling | {"max_tokens": _MAX_TOKENS.value}
     if len(_PROMPT.value) == 1:

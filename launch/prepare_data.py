@@ -98,7 +98,7 @@ def _print_summary(manifest: Manifest, seconds: float) -> None:
     for name, split in manifest.splits.items():
         print(
             f"{name}: {split.documents} documents, {split.tokens} tokens, {split.bytes} bytes, "
-            f"{split.bytes / split.tokens:.2f} bytes a token, {split.blocks} blocks of {manifest.block_length}"
+            f"{split.bytes / split.tokens:.2f} bytes per token, {split.blocks} blocks of {manifest.block_length}"
         )
     heldout = manifest.splits["heldout"]
     if heldout.gzip_bytes is None or heldout.xz_bytes is None:

@@ -208,6 +208,20 @@ def test_rates_and_weights_are_not_negative(key):
         ({"optimizer.beta2": -0.1}, r"optimizer.beta2 is -0.1; it must be in \[0, 1\)"),
         ({"optimizer.learning_rate": None}, "optimizer.learning_rate is None; it needs a value"),
         ({"checkpoint.keep_best": 1, "evaluation.every_steps": 0}, "keep_best needs held-out losses: set evaluation"),
+        (
+            {
+                "checkpoint.keep_best": 1,
+                "checkpoint.every_steps": 30,
+                "evaluation.every_steps": 40,
+                "training.steps": 100,
+            },
+            "no checkpoint before the end at step 100 is also evaluated",
+        ),
+        ({"logging.profile_step": 101, "training.steps": 100}, "profile_step=101: there is no such step"),
+        (
+            {"logging.profile_step": 1, "training.steps": 1, "schedule.warmup_steps": 1},
+            "profile_step=1: there is no such step after the first one",
+        ),
         ({"mesh.fsdp": 0}, "mesh.fsdp is 0; it must be a number of devices, or -1 for those that are left"),
         ({"mesh.data": -2}, "mesh.data is -2; it must be a number of devices"),
     ],

@@ -366,6 +366,16 @@ def test_refusals(model, options, message):
         generate(model, **({"prompts": [[1]], "max_tokens": 3} | options))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("row", [5, 7])
+def test_logits_that_are_not_finite_name_no_token(model, temperature, row):
+    """With the prompt or with a token that is generated."""
+    broken = nnx.clone(model)
+    broken.embedding[...] = broken.embedding[...].at[row].set(jnp.nan)
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        generate(broken, [[5, 1], [1, 2]], max_tokens=3, temperature=temperature)
+
+
 def test_full_attention_generates_within_its_context():
     """It is refused beyond that, whatever the prompts' padding; a window of the same size continues."""
     config = {"num_layers": 2, "vocab_size": VOCAB, "width": 16, "recurrent_width": 16, "num_heads": 2, "window": 20}

@@ -63,6 +63,12 @@ def check_names(specs: Sequence[str]) -> None:
         find(spec)
 
 
+def reads_text(spec: str) -> bool:
+    """Whether a task is measured on the held-out text of a dataset."""
+    name = spec.split(":")[0]
+    return name == "perplexity" or (name in synthetic_tasks.TASKS and synthetic_tasks.TASKS[name].READS_TEXT)
+
+
 def find(spec: str) -> ModuleType:
     """The module of the task ``NAME:option=VALUE:...``."""
     name = spec.split(":")[0]

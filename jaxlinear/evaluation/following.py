@@ -17,6 +17,8 @@ from jaxlinear.errors import UserError
 from jaxlinear.evaluation import html, plots
 from jaxlinear.evaluation.options import Options
 from jaxlinear.evaluation.run import Run, open_run
+from jaxlinear.training import heldout
+from jaxlinear.training.job import heldout_path
 from jaxlinear.training.workdir import read_config, read_starts
 
 _LOG = logging.getLogger(__name__)
@@ -41,22 +43,29 @@ def follow(
 ) -> Iterator[dict[str, Any]]:
     """The report of each checkpoint, oldest first, up to that of the run's last step. Each is written before it is given.
 
-    Reports of earlier calls for the same checkpoint, tasks and options are read, not made again, including those of
-    checkpoints that the run has removed since. A checkpoint that the run removes before its turn is left out, and a line in
-    the log says so. Looks every ``poll`` seconds. With ``patience`` above 0, also ends when no checkpoint has appeared for
-    that many seconds.
+    Reports of earlier calls for the same checkpoint, tasks, options and held-out text are read, not made again, including
+    those of checkpoints that the run has removed since. A checkpoint that the run removes before its turn is left out, and
+    a line in the log says so. Looks every ``poll`` seconds. With ``patience`` above 0, also ends when no checkpoint has
+    appeared for that many seconds.
     """
     evaluation.check_names(tasks)
     read_config(workdir)
     folder = directory(workdir)
     folder.mkdir(exist_ok=True)
     reports: dict[int, dict[str, Any]] = {}
-    asked = {"tasks": list(tasks), "options": json.loads(json.dumps(dataclasses.asdict(options)))}
+    asked = _asked(workdir, tasks, options)
     past = _of_the_past(workdir, asked)
     run: Run | None = None
     removed: set[int] = set()
     seen = time.monotonic()
     while True:
+        asked, starts = _asked(workdir, tasks, options), read_starts(workdir)
+        # A run that was set back is no longer where these were made.
+        reports = {
+            step: report
+            for step, report in reports.items()
+            if not _was_set_back(report, folder / f"{step}.json", starts)
+        }
         for step in sorted({*_steps(workdir), *past}):
             if step in removed:
                 continue
@@ -71,16 +80,16 @@ def follow(
                     continue
                 report = _read(folder / f"{step}.json", of_step)
                 if report is None:
-                    starts = len(read_starts(workdir))  # counted before the checkpoint is read: it is of no later start
+                    begun = len(read_starts(workdir))  # counted before the checkpoint is read: it is of no later start
                     run = open_run(workdir, step, mesh) if run is None else run.at(step)
             except UserError:
                 if not _is_removed(workdir, step):
                     raise
                 if step in reports:
                     continue
-                past = _of_the_past(workdir, asked)
+                past = {n: report for n, report in _of_the_past(workdir, asked).items() if n not in reports}
                 if step in past:
-                    reports[step] = past[step]
+                    reports[step] = past.pop(step)
                     yield reports[step]
                 else:
                     _LOG.warning("step %d was removed before it could be evaluated", step)
@@ -88,7 +97,7 @@ def follow(
                 continue
             if report is None:
                 assert run is not None
-                report = evaluation.evaluate_run(run, tasks, options) | {"asked": of_step, "starts": starts}
+                report = evaluation.evaluate_run(run, tasks, options) | {"asked": of_step, "starts": begun}
                 atomic.write_text(folder / f"{step}.json", json.dumps(report, indent=2) + "\n")
                 _to_tensorboard(folder, step, report)
             reports[step] = report
@@ -101,6 +110,15 @@ def follow(
             _LOG.warning("no new checkpoint for %.0f s", patience)
             return
         time.sleep(poll)
+
+
+def _asked(workdir: str | os.PathLike, tasks: Sequence[str], options: Options) -> dict[str, Any]:
+    """What makes a report, apart from the checkpoint: the text may change when the run resumes."""
+    asked = {"tasks": list(tasks), "options": json.loads(json.dumps(dataclasses.asdict(options)))}
+    path = options.data or heldout_path(read_config(workdir))
+    if path and any(evaluation.reads_text(task) for task in tasks):
+        asked["heldout_text"] = heldout.identity(path)
+    return asked
 
 
 def newest_report(workdir: str | os.PathLike) -> dict[str, Any] | None:

@@ -80,25 +80,26 @@ class HarnessModel(TemplateLM):
         """The texts that follow, each up to the first of its ``until``. A text is sampled by the index of its request, so
         repeats of a question are sampled independently and the batching makes no difference."""
         made = [""] * len(requests)
+        prompts = [self._begun(self.tok_encode(request.args[0])) for request in requests]
         model = self._run.architecture.bind(self._run.parameters).for_decoding()
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
         for group in groups.values():
-            group.sort(key=lambda i: len(requests[i].args[0]))
+            group.sort(key=lambda i: len(prompts[i]))
             until, limit, sampling = _sampling(requests[group[0]].args[1])
-            for some in self._by_length(requests, group):
-                prompts = [self._begun(self.tok_encode(requests[i].args[0])) for i in some]
-                for i, text in zip(some, self._generate(model, prompts, some, until, limit, sampling), strict=True):
+            for some in self._by_length(prompts, group):
+                texts = self._generate(model, [prompts[i] for i in some], some, until, limit, sampling)
+                for i, text in zip(some, texts, strict=True):
                     made[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return made
 
-    def _by_length(self, requests, group: list[int]) -> list[list[int]]:
-        """The group, sorted by length, in batches of about equally many tokens."""
+    def _by_length(self, prompts: list[tuple[int, ...]], group: list[int]) -> list[list[int]]:
+        """The group, sorted by length, in batches of at most ``batch_tokens``, counted as the prompts are padded."""
         batches: list[list[int]] = [[]]
         for i in group:
-            if batches[-1] and (len(batches[-1]) + 1) * (1 + len(requests[i].args[0])) > self._batch_tokens:
+            if batches[-1] and (len(batches[-1]) + 1) * len(prompts[i]) > self._batch_tokens:
                 batches.append([])
             batches[-1].append(i)
         return batches

@@ -1,22 +1,25 @@
 """Plots of runs. Needs the extra ``plot``."""
 
 import io
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxlinear.errors import UserError
 from jaxlinear.training import metrics
+from jaxlinear.training.workdir import heldout_changes, read_starts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
-    """Training loss (each logged step, and smoothed) and held-out loss of runs, plotted against tokens."""
-    figure = _figure()
+    """Training loss (each logged step, and smoothed) and held-out loss of runs, plotted against tokens. The line of the
+    latter is broken where the text changes."""
+    figure = make_figure(7, 4)
     axes = figure.subplots()
     for i, (workdir, name) in enumerate(zip(workdirs, _names(workdirs), strict=True)):
         lines = metrics.read(workdir)
@@ -29,15 +32,15 @@ def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
         losses = [line["loss"] for line in training]
         seen = [line["tokens"] for line in training]
         axes.plot(seen, losses, color=f"C{i}", alpha=0.25, linewidth=0.8)
-        axes.plot(seen, _smooth(losses), color=f"C{i}", label=f"{name}, training")
-        if heldout:
+        axes.plot(seen, _smooth(losses), color=f"C{i}", label=plain(f"{name}, training"))
+        for j, part in enumerate(_parts(heldout, heldout_changes(read_starts(workdir)))):
             axes.plot(
-                [line["step"] * tokens_a_step for line in heldout],
-                [line["heldout_loss"] for line in heldout],
+                [line["step"] * tokens_a_step for line in part],
+                [line["heldout_loss"] for line in part],
                 color=f"C{i}",
                 marker="o",
                 linestyle="--",
-                label=f"{name}, held out",
+                label="_" if j else plain(f"{name}, held out"),  # one in the legend
             )
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss (nats per token)")
@@ -55,6 +58,19 @@ def _names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
     return ["/".join(path[-count:]) for path in paths]
 
 
+def plain(name: str) -> str:
+    """A label that Matplotlib shows as it is: it would leave one that begins with an underscore out of legends, and set
+    what is between dollar signs as a formula."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def _parts(lines: Sequence[dict[str, Any]], ends: Sequence[int]) -> list[list[dict[str, Any]]]:
+    """The lines, divided after each of these steps; no empty parts."""
+    bounds = [-1, *ends, math.inf]
+    parts = [[line for line in lines if low < line["step"] <= high] for low, high in itertools.pairwise(bounds)]
+    return [part for part in parts if part]
+
+
 def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:
     """A running mean without the bias of its start. It skips values that are not finite, such as the loss of a skipped
     step: otherwise all later ones would not be finite either."""
@@ -68,10 +84,10 @@ def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:
 
 def step_curves(curves: Mapping[str, Mapping[int, float]], what: str, *, marker: str = "o") -> "Figure":
     """Numbers of a run over its steps: ``{name: {step: value}}``."""
-    figure = _figure()
+    figure = make_figure(7, 4)
     axes = figure.subplots()
     for name, values in curves.items():
-        axes.plot(list(values), list(values.values()), marker=marker, markersize=3, label=name)
+        axes.plot(list(values), list(values.values()), marker=marker, markersize=3, label=plain(name))
     axes.set_xlabel("steps")
     axes.set_ylabel(what)
     axes.grid(alpha=0.3)
@@ -79,12 +95,13 @@ def step_curves(curves: Mapping[str, Mapping[int, float]], what: str, *, marker:
     return figure
 
 
-def _figure() -> "Figure":
+def make_figure(width: float, height: float) -> "Figure":
+    """An empty figure of that size, in inches. ``UserError`` if Matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install 'jaxlinear[plot]'") from None
-    return Figure(figsize=(7, 4), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def to_svg(figure: "Figure") -> str:

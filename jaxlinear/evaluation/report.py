@@ -11,7 +11,7 @@ from jaxlinear.evaluation import following, html, plots
 from jaxlinear.models import parameters
 from jaxlinear.scaling import flops
 from jaxlinear.training import metrics
-from jaxlinear.training.workdir import read_config, read_starts
+from jaxlinear.training.workdir import heldout_changes, read_config, read_starts
 
 # For each figure: the numbers of the lines of metrics.jsonl that it shows, its axis, and what they are.
 _CURVES = {
@@ -41,6 +41,8 @@ def page(workdir: str | os.PathLike, samples: Sequence[tuple[str, str]] = ()) ->
         parts.append(html.figure(svg, "Training and held-out loss.", name="losses"))
     if heldout:
         parts.append(html.table(["step", "held-out loss", "bits per byte"], _heldout(heldout)))
+        for step in heldout_changes(read_starts(workdir)):
+            parts.append(html.paragraph(f"Held-out losses after step {step} are not of the same text as those before."))
     if training:
         parts += [html.heading("How it went"), *_curves(training)]
     if report := following.newest_report(workdir):

@@ -62,7 +62,7 @@ def open_run(workdir: str | os.PathLike, step: int | None = None, mesh: Sequence
     ``mesh.from_text``; it need not be the mesh that the run was trained on."""
     config = read_config(workdir)
     devices = meshes.from_text(mesh)
-    mixers.check_over_sequence(config.model.pattern, devices.shape["sequence"])
+    mixers.check_over_sequence(config.model.pattern[: config.model.num_layers], devices.shape["sequence"])
     if step is None:  # fixed here, since a run in progress may save another one at any time
         steps = Checkpoints(workdir).steps()
         if not steps:

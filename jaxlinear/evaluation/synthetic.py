@@ -1,6 +1,7 @@
 """Accuracy of a checkpoint on the synthetic tasks (``jaxlinear.data.tasks``), by difficulty."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,11 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
         for task in difficulties:
             begin = time.perf_counter()
             found = answers.measure(run.parameters, [task], examples=options.examples, seed=training.seed)
+            if not math.isfinite(found["loss"]):
+                raise UserError(
+                    f"the loss of {run.workdir} at step {run.step} on {tasks.text(task)} is {found['loss']}: the model's "
+                    "own values are not finite; try an earlier checkpoint (--step)"
+                )
             rows.append(
                 {
                     "options": task.options(),

@@ -173,7 +173,7 @@ class LanguageModel(nnx.Module):
             if not size:
                 raise UserError(f"tokens {tokens.shape} have no {what}; the model needs at least 1")
         if tokens.shape[1] > 1:
-            mixers.check_over_sequence(config.pattern, sharding.parts("time"))
+            mixers.check_over_sequence(config.layers, sharding.parts("time"))
         if state is not None and segment_ids is not None:
             state = _forget_others(state, self.init_state(tokens.shape[0]), segment_ids[:, 0], self.is_stacked)
         x = operations.rows(self.embedding[...], tokens, config.activation_dtype)

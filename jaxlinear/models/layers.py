@@ -155,8 +155,8 @@ class GatedMLP(nnx.Module):
 
 
 class ShortConvolution(nnx.Module):
-    """The causal convolution before a recurrence, one filter per channel, over ``[B, T, C]``, followed by SiLU unless
-    ``activation`` is None. State: the preceding inputs ``[B, width-1, C]``."""
+    """The causal convolution before a recurrence, one filter per channel, over ``[B, T, C]``, followed by SiLU. State: the
+    preceding inputs ``[B, width-1, C]``."""
 
     def __init__(
         self,
@@ -165,10 +165,9 @@ class ShortConvolution(nnx.Module):
         *,
         axis: str | None,
         bias: bool = False,
-        activation: str | None = "silu",
         rngs: nnx.Rngs,
     ):
-        self.channels, self.width, self.activation, self.axis = channels, width, activation, axis
+        self.channels, self.width, self.axis = channels, width, axis
         # Uniform within 1 / sqrt(fan-in), where the fan-in of a channel's filter is its width.
         bound = width**-0.5
         init = nnx.initializers.uniform(2 * bound)
@@ -187,10 +186,8 @@ class ShortConvolution(nnx.Module):
         y, state = operations.causal_convolution(
             x, self.convolution_kernel[...], bias, state, segment_ids=segment_ids, channels=self.axis
         )
-        if self.activation is not None:
-            # In float32: in bfloat16 the activation would round at each of its internal steps.
-            y = ACTIVATIONS[self.activation](y.astype(dtypes.wide(y.dtype))).astype(y.dtype)
-        return y, state
+        # In float32: in bfloat16 SiLU would round at each of its internal steps.
+        return ACTIVATIONS["silu"](y.astype(dtypes.wide(y.dtype))).astype(y.dtype), state
 
 
 def rotary_frequencies(

@@ -15,7 +15,7 @@ def load(
     On ``mesh``, the parameters are placed by the sharding rules; without one, on the first device. ``UserError`` names what
     is missing or cannot be read.
     """
-    # Imported here, since both import this package: configs contain a model's, and runs have a config.
+    # Imported here, since they import this package: configs contain a model's, and runs have a config.
     from jaxlinear import config as configs
     from jaxlinear.checkpoint import Checkpoints
     from jaxlinear.models import parameters

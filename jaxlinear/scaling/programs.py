@@ -17,8 +17,8 @@ from jax import stages
 from jaxlinear.scaling import hlo
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
-# ``_IDLE``: operations that move, name or exchange values but compute nothing.
 _SCRATCH = re.compile(r", s8\[\d+\](?:\{[^}]*\})?\)$")  # cuBLAS's workspace, as a result of its call
+# Operations that move, name or exchange values but compute nothing.
 _IDLE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|copy|opt-barrier|after-all|send|recv|.*-(start|update|done)|"
     rf"{'|'.join(KINDS)}"

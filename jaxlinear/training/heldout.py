@@ -38,6 +38,13 @@ def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
     return loss / math.log(2) * tokens_per_byte
 
 
+def identity(path: str) -> str:
+    """Identifies the held-out tokens of a dataset, wherever it is stored."""
+    manifest = data.read_manifest(path)
+    content = manifest.tokenizer.sha256, dataclasses.astuple(manifest.splits["heldout"])
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
 class Evaluation:
     """The evaluation of a job. ``between`` is called before each batch, and may raise to end it."""
 
@@ -67,11 +74,7 @@ class Evaluation:
     def text(self) -> str:
         """Identifies what the loss is measured on, wherever it is stored: its tokens, and how many of them are used."""
         job = self._job
-        dataset = ""
-        if job.datasets:
-            manifest = data.read_manifest(job.heldout_path)
-            identity = manifest.tokenizer.sha256, dataclasses.astuple(manifest.splits["heldout"])
-            dataset = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+        dataset = identity(job.heldout_path) if job.datasets else ""
         return f"{dataset} {job.config.evaluation.batches}"
 
     def _measure(self, parameters: dict[str, Any], asked: Sequence[tasks.Task], examples: int) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Initial:
 
 
 def _differences(workdir: Path, job: Job) -> list[str]:
-    """The differences between the two models if they have the same parameters; else ``UserError`` with the first."""
+    """The differences between the two models if they have the same parameters; else ``UserError`` with all of them."""
     there, here = workdirs.read_config(workdir), job.config
     shapes = parameters.describe(configs.model_config(there)).shapes
     differences = [
@@ -78,9 +78,13 @@ def _differences(workdir: Path, job: Job) -> list[str]:
         for key, name in ((key, key.removeprefix("model.")) for key in configs.KEYS if key.startswith("model."))
         if name not in _OF_THE_RUN_ALONE and there.model[name] != here.model[name]
     ]
-    if _by_path(shapes) != _by_path(job.architecture.shapes):
+    theirs, ours = _by_path(shapes), _by_path(job.architecture.shapes)
+    if theirs != ours:
+        path = next(path for path in [*ours, *theirs] if theirs.get(path) != ours.get(path))
+        of_array = f"the shape of {path} is {theirs.get(path)} there and {ours.get(path)} here"
         raise UserError(
-            f"training.initial_from={here.training.initial_from} has the weights of another model: {differences[0]}"
+            f"training.initial_from={here.training.initial_from} has the weights of another model: "
+            f"{'; '.join([*differences, of_array])}"
         )
     return differences
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,8 @@ class Job:
         config = configs.resolve(config)
         mesh = meshes.make_mesh(config.mesh)
         check_mesh(config, mesh)
-        batches = _open_batches(config, mesh)
+        shape = (config.training.batch_size, config.training.sequence_length)
+        batches = _open_batches(config, feeding.local_rows(meshes.batch_sharding(mesh), shape))
         config = _with_vocabulary(config, batches.vocab_size)
         _check_vocabulary(config, mesh)
         architecture = parameters.describe(configs.model_config(config))
@@ -115,13 +116,7 @@ class Job:
     def heldout_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of the held-out batches that are evaluated during training, one microbatch at a time."""
         shape = (rows_at_once(self.config), self.config.training.sequence_length)
-        return data.heldout_batches(
-            self.heldout_path,
-            batch_size=shape[0],
-            sequence_length=shape[1],
-            rows=feeding.local_rows(meshes.batch_sharding(self.mesh), shape),
-            limit=self.config.evaluation.batches * self.config.training.microbatches or None,
-        )
+        return _heldout_batches(self.config, feeding.local_rows(meshes.batch_sharding(self.mesh), shape))
 
 
 def _held_out(task: tasks.Task, datasets: dict[str, float], heldout: str) -> tasks.Task:
@@ -171,8 +166,17 @@ def task_setting(config: config_dict.ConfigDict, split: str) -> tasks.Setting:
     return tasks.Setting(config.training.sequence_length, config.model.vocab_size, dataset, split)
 
 
-def _open_batches(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> data.TrainBatches | tasks.TaskBatches:
-    """The training batches of this process: its rows of every global batch."""
+def check_data(config: config_dict.ConfigDict) -> None:
+    """The checks of a resolved config against its data that need no devices; ``Job.build`` makes them too."""
+    _with_vocabulary(config, _open_batches(config).vocab_size)
+    if config.evaluation.every_steps and not config.data.task:
+        _heldout_batches(config)
+
+
+def _open_batches(
+    config: config_dict.ConfigDict, rows: Sequence[int] | None = None
+) -> data.TrainBatches | tasks.TaskBatches:
+    """The training batches: these rows, or all, of every global batch."""
     training = config.training
     if config.data.task:
         made = tasks.training_set(config.data.task, task_setting(config, "train"))
@@ -184,7 +188,7 @@ def _open_batches(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> da
             made,
             batch_size=training.batch_size,
             seed=training.seed,
-            rows=feeding.local_rows(meshes.batch_sharding(mesh), (training.batch_size, training.sequence_length)),
+            rows=rows,
         )
     if not config.data.path:
         raise UserError("data.path is not set; launch/prepare_data.py makes a dataset, and data.task needs none")
@@ -193,7 +197,20 @@ def _open_batches(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> da
         batch_size=training.batch_size,
         sequence_length=training.sequence_length,
         seed=training.seed,
-        rows=feeding.local_rows(meshes.batch_sharding(mesh), (training.batch_size, training.sequence_length)),
+        rows=rows,
+    )
+
+
+def _heldout_batches(
+    config: config_dict.ConfigDict, rows: Sequence[int] | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """The held-out batches that are evaluated during training, one microbatch at a time: these rows of each, or all."""
+    return data.heldout_batches(
+        heldout_path(config),
+        batch_size=rows_at_once(config),
+        sequence_length=config.training.sequence_length,
+        rows=rows,
+        limit=config.evaluation.batches * config.training.microbatches or None,
     )
 
 
@@ -233,7 +250,7 @@ def check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     the vocabulary of a resolved config."""
     rows = rows_at_once(config)
     axes = sharding.RULES["batch"]
-    parts = math.prod(mesh.shape[axis] for axis in axes)
+    parts = sharding.parts_on(mesh.shape, "batch")
     if rows % parts:
         raise UserError(
             f"training.batch_size={config.training.batch_size} in {config.training.microbatches} microbatches gives "
@@ -247,7 +264,7 @@ def check_mesh(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
             f"mesh.sequence={shards} does not divide training.sequence_length={length}; the nearest length that works "
             f"is {max(1, round(length / shards)) * shards}"
         )
-    mixers.check_over_sequence(config.model.pattern, shards)
+    mixers.check_over_sequence(config.model.pattern[: config.model.num_layers], shards)
     model, shards = config.model, mesh.shape["expert"]
     if shards > 1 and model.channel_mixer != "mixture_of_experts":
         raise UserError(

@@ -133,8 +133,15 @@ class _Run:
             _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
             return FINISHED
         workdirs.prepare(self.directory, config)
-        workdirs.note_start(self.directory, first, config, self.job.mesh, None if initial is None else str(initial))
         evaluations = _Evaluations(self)
+        workdirs.note_start(
+            self.directory,
+            first,
+            config,
+            self.job.mesh,
+            heldout_text=evaluations.text if config.evaluation.every_steps else "",
+            initial=None if initial is None else str(initial),
+        )
         if owed:
             if evaluations.make(first, state.parameters) is None:
                 _LOG.info(
@@ -227,7 +234,7 @@ class _Steps:
 
     def _begin_step(self, done: int) -> None:
         """Starts step ``done``, counted from 1, and reads the metrics of the step before."""
-        self._trace.at(done - 1, self._state)
+        self._trace.before(done, self._state)
         self._run.watchdog.at(f"step {done}")
         self._state, metrics = self._step_fn(self._state, self._batch)
         self._read_metrics()
@@ -284,17 +291,17 @@ class _Trace:
     def __init__(self, config: config_dict.ConfigDict, first: int, directory: Path):
         begin, self._steps = config.logging.profile_step, config.logging.profile_steps
         # A run that resumes after these steps already has their trace, and would take another after each preemption.
-        wanted = begin and begin + self._steps > first and start.is_first()
-        self._begin = max(begin, first + 1) if wanted else None
+        wanted = begin and begin + self._steps > first + 1 and start.is_first()
+        self._begin = max(begin, first + 2) if wanted else None
         self._directory = str(directory / "profile")
         self._running = False
 
-    def at(self, step: int, before: Any) -> None:
-        """Call this before each step with the result of the step before: a trace covers what the devices do meanwhile, and
+    def before(self, step: int, state: Any) -> None:
+        """Call this before each step with the result of the one before: a trace covers what the devices do meanwhile, and
         they may still be working on that step."""
         if self._begin is None or step not in (self._begin, self._begin + self._steps):
             return
-        jax.block_until_ready(before)
+        jax.block_until_ready(state)
         if step == self._begin:
             jax.profiler.start_trace(self._directory)
             self._running = True

@@ -23,7 +23,7 @@ def make_schedule(config: config_dict.ConfigDict) -> optax.Schedule:
         rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
         if schedule.name == "constant":
             return rise
-        if begin == steps - 1 > warmup:  # a decay of one step
+        if begin == steps - 1 >= max(warmup, 1):  # a decay of one step
             progress = (step >= begin).astype(jnp.float32)
         else:
             progress = jnp.clip((step - begin) / max(steps - 1 - begin, 1), 0.0, 1.0)

@@ -19,7 +19,7 @@ class TrainState:
     step: jax.Array  # int32: batches taken, including those of skipped steps
     parameters: dict[str, Any]
     optimizer: Any
-    key: jax.Array  # uint32 key data; a layer that draws while training folds the step into it
+    key: jax.Array  # uint32 key data, for layers that would draw while training: no mixer does yet
     norm_average: jax.Array  # float32: running average of the gradient norm over steps that were applied
     skips: jax.Array  # int32: total number of skipped steps
     skips_in_a_row: jax.Array  # int32

@@ -60,9 +60,9 @@ def make_train_step(
 ) -> stages.Wrapped:
     """The jitted ``(TrainState, Batch) -> (TrainState, Metrics)`` on a mesh. The state is donated.
 
-    Metrics are float32 scalars: ``loss`` (nats per token), ``gradient_norm``, ``parameter_norm``, ``learning_rate``,
-    ``skips``, ``skips_in_a_row``, the losses of the layers (``load_balance`` and ``router_z`` of a mixture of experts),
-    and norms by group of layers if ``logging.layer_norms``.
+    Metrics are scalars, float32 but for the numbers of skipped steps: ``loss`` (nats per token), ``gradient_norm``,
+    ``parameter_norm``, ``learning_rate``, ``skips``, ``skips_in_a_row``, the losses of the layers (``load_balance`` and
+    ``router_z`` of a mixture of experts), and norms by group of layers if ``logging.layer_norms``.
     """
     training = config.training
     multiplier = make_schedule(config)

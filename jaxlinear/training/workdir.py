@@ -4,12 +4,13 @@ import contextlib
 import datetime
 import errno
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
 import platform
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
         yield
 
 
-def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
+def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
     """Makes the directory if it does not exist and, after all checks, writes the config. Call this only if the run has
     something to do: a config with which a finished run is started again is not one that it ran with."""
     with start.together():
@@ -127,7 +128,6 @@ def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> Path:
                 _LOG.warning("the run continues with %s=%r; it was %r", key, value, before[key])
     if start.is_first():
         atomic.write_text(directory / CONFIG, configs.to_json(config))
-    return directory
 
 
 def _check_renames(directory: Path) -> None:
@@ -154,12 +154,25 @@ def _behaviour(config: config_dict.ConfigDict) -> dict[str, Any]:
 
 
 def note_start(
-    directory: Path, step: int, config: config_dict.ConfigDict, mesh: jax.sharding.Mesh, initial: str | None = None
+    directory: Path,
+    step: int,
+    config: config_dict.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    *,
+    heldout_text: str = "",
+    initial: str | None = None,
 ) -> None:
-    """Adds a line to ``starts.jsonl``: the step from which the run goes on, when, with what and on what; and, if its
-    initial weights are not new, the checkpoint that they are from."""
+    """Adds a line to ``starts.jsonl``: the step from which the run goes on, when, with what and on what; what identifies
+    the text of its held-out losses, if it has any; and, if its initial weights are not new, the checkpoint that they are
+    from."""
     if not start.is_first():
         return
+    before = [line["heldout_text"] for line in read_starts(directory) if "heldout_text" in line]
+    if heldout_text and before and before[-1] != heldout_text:
+        _LOG.warning(
+            "held-out losses from here on are of other text, or of more or less of it, than those before: they cannot be "
+            "compared"
+        )
     device = mesh.devices.flat[0]
     line = {
         "step": step,
@@ -173,6 +186,7 @@ def note_start(
         "jaxlinear": __version__,
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         **_behaviour(config),
+        **({"heldout_text": heldout_text} if heldout_text else {}),
         **({} if initial is None else {"initial": initial}),
     }
     lines = [*_whole_lines(directory), json.dumps(line)]
@@ -182,6 +196,16 @@ def note_start(
 def read_starts(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of ``starts.jsonl``; none for runs started before that file existed. A truncated last line is left out."""
     return metrics.json_lines(Path(workdir) / STARTS)
+
+
+def heldout_changes(starts: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The steps after which the held-out losses of a run with these starts are of other text than before."""
+    texts: list[tuple[int, str]] = []
+    for line in starts:
+        texts = [known for known in texts if known[0] < line["step"]]  # the others are no longer in its history
+        if "heldout_text" in line:
+            texts.append((line["step"], line["heldout_text"]))
+    return [step for (_, before), (step, text) in itertools.pairwise(texts) if before != text]
 
 
 def _whole_lines(directory: Path) -> list[str]:

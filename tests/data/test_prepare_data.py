@@ -52,7 +52,7 @@ def test_summary(tmp_path, source):
     assert lines[0] == f"{source}: 2000 records, 0 broken, 0 empty"
     assert lines[1] == (
         f"train: {train.documents} documents, {train.tokens} tokens, {train.bytes} bytes, "
-        f"{train.bytes / train.tokens:.2f} bytes a token, {train.blocks} blocks of 2048"
+        f"{train.bytes / train.tokens:.2f} bytes per token, {train.blocks} blocks of 2048"
     )
     assert lines[2].startswith(f"heldout: {heldout.documents} documents, {heldout.tokens} tokens, ")
     gzip_rate, xz_rate = 8 * heldout.gzip_bytes / heldout.bytes, 8 * heldout.xz_bytes / heldout.bytes

@@ -142,6 +142,48 @@ def test_another_checkpoint_of_a_step_is_evaluated(followed, copied, tmp_path, m
     assert opened == [2]
 
 
+def test_a_run_that_is_set_back_while_it_is_followed(followed, copied, tmp_path, monkeypatch):
+    """Its report of a later step is dropped, and the page shows what the run has then."""
+    workdir = shutil.copytree(copied, tmp_path / "run")
+    config = evaluation.open_run(workdir, 1).config.copy_and_resolve_references()
+    config.training.steps = 3
+    monkeypatch.setattr(following, "read_config", lambda _: config)
+    shutil.copytree(workdir / DIRECTORY / "2", tmp_path / "2")
+
+    def sleep(_):
+        if config.training.steps == 3:
+            shutil.rmtree(workdir / DIRECTORY / "2")
+            with (workdir / STARTS).open("a") as file:
+                file.write(json.dumps({"step": 1, "time": "2100-01-01T00:00:00+00:00"}) + "\n")
+            config.training.steps = 1
+
+    monkeypatch.setattr(following.time, "sleep", sleep)
+    reports = list(following.follow(workdir, TASKS, OPTIONS))
+    assert reports == followed  # each given once
+    assert following.newest_report(workdir)["step"] == 1
+
+
+def test_reports_are_given_once_though_checkpoints_are_removed(followed, copied, tmp_path, monkeypatch, caplog):
+    """Steps 1 and 2 are gone when step 3 disappears before its turn."""
+    workdir = shutil.copytree(copied, tmp_path / "run")
+    looks = iter([[1, 2], [1, 2, 3], [3], []])
+    monkeypatch.setattr(following, "_steps", lambda _: next(looks, []))
+    monkeypatch.setattr(following.time, "sleep", lambda _: None)
+    config = evaluation.open_run(workdir, 1).config.copy_and_resolve_references()
+    config.training.steps = 3
+    monkeypatch.setattr(following, "read_config", lambda _: config)
+    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed
+
+
+def test_other_text_is_another_evaluation(followed, copied, tmp_path, monkeypatch):
+    """Held-out data may change when a run resumes."""
+    workdir = shutil.copytree(copied, tmp_path / "run")
+    monkeypatch.setattr(following.heldout, "identity", lambda _: "another")
+    reports = list(following.follow(workdir, TASKS, OPTIONS))
+    assert [report["asked"]["heldout_text"] for report in reports] == ["another"] * 2
+    assert "heldout_text" not in next(following.follow(workdir, TASKS[1:], OPTIONS))["asked"]
+
+
 def test_it_waits_and_gives_up(copied, followed, monkeypatch, caplog):
     """The last step of this run never comes."""
     config = evaluation.open_run(copied, 1).config.copy_and_resolve_references()

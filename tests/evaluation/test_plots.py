@@ -41,6 +41,27 @@ def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve(tmp_path):
     assert list(smoothed[1:]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["_hidden", "a$^$b", "cost$1$2"])
+def test_names_are_shown_as_they_are(tmp_path, name):
+    """Matplotlib leaves labels with an underscore in front out of legends, and sets text between dollar signs."""
+    figure = plots.loss_curves([write(tmp_path / name)])
+    shown = plots.to_svg(figure)
+    assert f"{name}, training</text>" in shown and f"{name}, held out</text>" in shown
+
+
+def test_the_held_out_line_is_broken_where_its_text_changes(tmp_path):
+    write(tmp_path)
+    starts = [{"step": 0, "heldout_text": "a"}, {"step": 30, "heldout_text": "b"}]
+    (tmp_path / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
+    (axes,) = plots.loss_curves([tmp_path]).axes
+    heldout = [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "--"]
+    assert heldout == [[512 * 15, 512 * 30], [512 * 45, 512 * 60]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        f"{tmp_path.name}, training",
+        f"{tmp_path.name}, held out",
+    ]
+
+
 def test_runs_are_told_apart(tmp_path, monkeypatch):
     """They are labelled by the parts in which their paths differ."""
 

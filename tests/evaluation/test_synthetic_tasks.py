@@ -5,6 +5,8 @@ import dataclasses
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxlinear import evaluation
@@ -39,6 +41,13 @@ def test_report_and_table(run, tiny_dataset):
     text = evaluation.table(report)
     for part in ("passkey:length=128:digits=2: Mohtashami", "depth  accuracy", "0.75", "parity:length=32: Grazzi"):
         assert part in text
+
+
+def test_a_model_that_is_not_finite_is_refused(run):
+    """The largest of logits that are NaN would be the first, which is right for half of the answers of parity."""
+    broken = dataclasses.replace(run, parameters=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), run.parameters))
+    with pytest.raises(UserError, match=r"on parity:length=8 is nan: the model's own values are not finite"):
+        evaluation.evaluate_run(broken, ["parity:length=8"], Options(examples=8))
 
 
 def test_the_difficulty_of_the_training(task_run):

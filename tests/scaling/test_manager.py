@@ -237,6 +237,20 @@ def test_a_run_keeps_its_name_though_another_one_had_what_it_would_be_called(tin
     assert planned(3e-3) == ["small-learning_rate=0.003"]
 
 
+@pytest.mark.parametrize(
+    "axis, message",
+    [
+        ({"model.vocab_size": [384, 128]}, "has 257 tokens, more than model.vocab_size=128"),
+        ({"training.batch_size": [4, 4096]}, "an epoch has .* fewer than the batch size 4096"),
+        ({"training.sequence_length": [64, 65]}, "65"),
+    ],
+)
+def test_a_run_that_its_data_do_not_fit_stops_the_sweep_before_the_first(tiny_dataset, tmp_path, axis, message):
+    with pytest.raises(UserError, match=message), prepare(tmp_path, stand_in.config(tiny_dataset), plans.grid(axis)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_runs_of_one_name_are_refused(tiny_dataset, tmp_path):
     """One of them keeps the name from an earlier label. Nothing is written."""
 

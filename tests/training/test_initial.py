@@ -75,9 +75,9 @@ def test_it_goes_on_without_the_other_run(config, tiny_run, tmp_path):
     first, second = workdirs.read_starts(workdir)
     assert (first["step"], first["initial"]) == (0, f"{other}/checkpoints/2")
     assert second["step"] == 1 and "initial" not in second
-    # It begins where the other ended, no further away than one step takes it.
-    losses = tiny.losses(workdir)
-    assert float(losses[1]) < min(map(float, tiny.losses(tiny_run).values()))
+    # It begins where the other ended, not where that began.
+    losses, others = tiny.losses(workdir), tiny.losses(tiny_run)
+    assert float(losses[1]) < float(others[1]) - 0.3
     config.training.initial_from = str(tiny_run)
     with pytest.raises(UserError, match=r"holds another run: training.initial_from is '.*other' there and '"):
         train(config, workdir)

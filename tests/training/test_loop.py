@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import logging
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from jaxlinear.scaling.sweeps.files import RunFiles
 from jaxlinear.scaling.sweeps.states import is_finished
 from jaxlinear.training import heldout, loop, metrics, trained_data
 from jaxlinear.training import state as states
+from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.heldout import Evaluation
 from jaxlinear.training.job import Job
 from jaxlinear.training.loop import FINISHED, PREEMPTED, train
@@ -65,6 +67,18 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_config, whole_run, 
     run_config.evaluation.batches += 1  # its config.json still says what it was judged by
     assert train(run_config, workdir) == FINISHED  # nothing is left to do
     assert tiny.files(workdir) == before
+
+
+def test_held_out_losses_of_other_text_are_warned_of(run_config, whole_run, tmp_path, caplog):
+    workdir = shutil.copytree(whole_run, tmp_path / "run")
+    run_config.evaluation.batches += 1
+    for steps, said in ((9, True), (10, False)):
+        run_config.training.steps = steps
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert train(run_config, workdir) == FINISHED
+        assert ("held-out losses from here on are of other text" in caplog.text) == said
+    assert workdirs.heldout_changes(workdirs.read_starts(workdir)) == [8]
 
 
 @pytest.mark.parametrize("devices, sizes", [(8, {"fsdp": 4, "tensor": 2}), (1, {})])
@@ -244,19 +258,19 @@ def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
     assert len(traces) == 1 and traces[0].stat().st_size > 1000
 
 
-@pytest.mark.parametrize("first, taken", [(1, 2), (2, 3), (3, 4), (4, None)])
+@pytest.mark.parametrize("first, taken", [(0, 3), (1, 3), (2, 4), (3, 5), (4, None)])
 def test_a_run_that_goes_on_behind_the_steps_takes_no_trace_again(run_config, tmp_path, monkeypatch, first, taken):
     """A run that takes a trace waits for the step before it and for its last step."""
     begun, waited = [], []
     monkeypatch.setattr(jax.profiler, "start_trace", begun.append)
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
-    run_config.logging.profile_step, run_config.logging.profile_steps = 2, 2
+    run_config.logging.profile_step, run_config.logging.profile_steps = 3, 2
     trace = loop._Trace(run_config, first, tmp_path)
-    for step in range(first, 8):
-        trace.at(step, before=step)
+    for step in range(first + 1, 8):
+        trace.before(step, state=step - 1)
         assert bool(begun) == (taken is not None and step >= taken)
-    assert waited == ([] if taken is None else [taken, taken + 2])
+    assert waited == ([] if taken is None else [taken - 1, taken + 1])
 
 
 def test_only_the_first_process_takes_a_trace(run_config, tmp_path, monkeypatch):
@@ -265,7 +279,7 @@ def test_only_the_first_process_takes_a_trace(run_config, tmp_path, monkeypatch)
     for first in (False, True):
         monkeypatch.setattr(start, "is_first", lambda first=first: first)
         trace = loop._Trace(run_config, 0, tmp_path)
-        trace.at(2, before=())
+        trace.before(2, state=())
         trace.close()
         assert bool(list(tmp_path.rglob("*.xplane.pb"))) == first
 

@@ -86,6 +86,14 @@ def test_a_start_after_a_line_that_was_cut_short_has_a_line_of_its_own(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [workdirs.STARTS]
 
 
+def test_where_held_out_losses_are_of_other_text():
+    """A start takes the later ones before it out of the run's history. Those without evaluations say nothing."""
+    starts = [(0, "a"), (5, None), (10, "b"), (20, "b"), (30, "c"), (25, "a"), (40, "a")]
+    lines = [{"step": step} | ({} if text is None else {"heldout_text": text}) for step, text in starts]
+    assert workdirs.heldout_changes(lines) == [10, 25]
+    assert workdirs.heldout_changes(lines[:3]) == [10] and workdirs.heldout_changes(lines[:2]) == []
+
+
 def curve(directory, name="loss"):
     """``{step: value}`` as TensorBoard reads the event files: in the order of their names, without what a start purges."""
     points = {}

@@ -49,6 +49,13 @@ def test_the_shortest_runs(name, steps, warmup):
     np.testing.assert_allclose(values, [(step + 1) / max(warmup, 1) for step in range(steps)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("steps, warmup", [(10, 9), (2, 1)])
+def test_a_warmup_until_the_last_step_but_one(name, steps, warmup):
+    multiplier = schedule(name, steps=steps, warmup=warmup)
+    np.testing.assert_allclose([multiplier(steps - 2), multiplier(steps - 1)], [1, 0.1], rtol=1e-6)
+
+
 @pytest.mark.parametrize("decay", [0.01, 0.004])
 def test_wsd_decays_for_one_step_at_least(decay):
     multiplier = schedule("wsd", decay=decay)

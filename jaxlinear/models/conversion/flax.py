@@ -141,7 +141,7 @@ def _not_in_shapes(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]
 def fields(config: ModelConfig) -> dict[str, Any]:
     """The arguments of the package's ``GriffinConfig``, which are written beside a checkpoint."""
     family = "a recurrentgemma checkpoint"
-    others = [mixer for mixer in config.pattern if mixer not in BLOCK_OF_MIXER]
+    others = [mixer for mixer in config.layers if mixer not in BLOCK_OF_MIXER]
     if others:
         raise UserError(f"{family} has no layers of the kind {others[0]}")
     require_griffin(config, family)

@@ -70,10 +70,10 @@ def family_of_fields(fields: Fields) -> Family:
 def family_of_model(config: ModelConfig) -> Family:
     """The first family whose layers have the model's mixers."""
     for family in FAMILIES.values():
-        fits = set(config.pattern) <= set(family.mixers) and family.main in (None, *config.pattern)
+        fits = set(config.layers) <= set(family.mixers) and family.main in (None, *config.layers)
         if fits and family.is_one(config):
             return family
-    raise UserError(f"none of {', '.join(FAMILIES)} has the layers {', '.join(dict.fromkeys(config.pattern))}")
+    raise UserError(f"none of {', '.join(FAMILIES)} has the layers {', '.join(dict.fromkeys(config.layers))}")
 
 
 def end_tokens(directory: Path, fields: Fields) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxlinear.errors import UserError
+from jaxlinear.evaluation.plots import make_figure, plain
 from jaxlinear.scaling.laws.comparison import Comparison
 from jaxlinear.scaling.laws.points import COUNTS
 
@@ -45,7 +45,7 @@ def _loss(comparison: Comparison) -> "Figure":
     def draw(axes: Any, counts: str, name: str, colour: str) -> None:
         fit = comparison.fits[counts][name]
         spent = [point.flops(counts) for point in fit.points]
-        axes.scatter(spent, [point.loss for point in fit.points], color=colour, s=14, label=name)
+        axes.scatter(spent, [point.loss for point in fit.points], color=colour, s=14, label=plain(name))
         if fit.law is not None:
             _band(axes, colour, min(spent), max(spent), lambda flops: fit.optimum(flops)["loss"])
 
@@ -58,7 +58,7 @@ def _optimum(comparison: Comparison) -> "Figure":
         if fit.law is None:
             return
         spent = [point.flops(counts) for point in fit.points]
-        _band(axes, colour, min(spent), max(spent), lambda flops: fit.optimum(flops)["parameters"], label=name)
+        _band(axes, colour, min(spent), max(spent), lambda flops: fit.optimum(flops)["parameters"], label=plain(name))
         if fit.profile is not None:
             inside = [parabola for parabola in fit.profile.best.parabolas if parabola.inside]
             axes.scatter([p.flops for p in inside], [p.best for p in inside], color=colour, marker="D", s=22)
@@ -77,7 +77,7 @@ def _residuals(comparison: Comparison) -> "Figure":
             said = fit.law.best.loss(
                 [point.size(counts) for point in fit.points], [point.tokens for point in fit.points]
             )
-            panel.scatter(measured, 100 * (measured / said - 1), color=f"C{i}", s=14, label=name)
+            panel.scatter(measured, 100 * (measured / said - 1), color=f"C{i}", s=14, label=plain(name))
         panel.axhline(0, color="0.5", linewidth=0.8)
         panel.set_xlabel("held-out loss (nats per token)")
         panel.set_ylabel("measured over the law (%)")
@@ -103,7 +103,7 @@ def _isoflop(comparison: Comparison, counts: str) -> "Figure":
             if parabola.inside:
                 panel.scatter([parabola.best], [parabola.at], color=f"C{i}", marker="D", s=30)
         panel.set_xscale("log")
-        panel.set_title(name)
+        panel.set_title(plain(name))
         panel.set_xlabel("parameters")
         panel.set_ylabel("held-out loss (nats per token)")
         panel.grid(alpha=0.3)
@@ -142,9 +142,5 @@ def _band(
 
 
 def _figure(rows: int, columns: int) -> tuple["Figure", Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install 'jaxlinear[plot]'") from None
-    figure = Figure(figsize=(5 * columns, 3.8 * rows), layout="constrained")
+    figure = make_figure(5 * columns, 3.8 * rows)
     return figure, figure.subplots(rows, columns, squeeze=False)

@@ -13,7 +13,6 @@ import submitit
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps.runner import TrainingJob
 
-KINDS = ("local", "slurm")
 _TEN_YEARS = 60 * 24 * 3650  # minutes; submitit's local jobs end after two unless told otherwise
 _REQUEUES = 1000
 # Options of sbatch that submitit must know, since it counts tasks and time; others are passed on unchanged.

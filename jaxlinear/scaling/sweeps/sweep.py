@@ -10,12 +10,12 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from jaxlinear import atomic, data
+from jaxlinear import atomic
 from jaxlinear import config as configs
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps import plans, states
 from jaxlinear.scaling.sweeps.files import RunFiles, hold
-from jaxlinear.training.job import mixture
+from jaxlinear.training import job
 
 FILE = "sweep.json"
 
@@ -116,12 +116,14 @@ def read(directory: str | os.PathLike) -> Sweep:
 
 
 def _check_data(resolved: Sequence[config_dict.ConfigDict]) -> None:
-    """Checks the data here and not in each run, where the same mistake would be made many times."""
-    paths = set()
+    """Checks configs against their data here and not in each run, where the same mistake would be made many times."""
+    checked = set()
     for config in resolved:
-        if config.data.path:
-            paths |= {*mixture(config.data.path), *([config.data.heldout_path] if config.data.heldout_path else [])}
-        elif not config.data.task:
+        if not config.data.path and not config.data.task:
             raise UserError("data.path is not set: use --config.data.path=DIR; launch/prepare_data.py makes a dataset")
-    for path in sorted(paths):
-        data.read_manifest(path)
+        training, model, evaluation = config.training, config.model, config.evaluation
+        shape = training.batch_size, training.microbatches, training.sequence_length
+        read = (config.data.to_json(), *shape, model.vocab_size, evaluation.every_steps > 0)
+        if read not in checked:
+            job.check_data(config)
+            checked.add(read)

@@ -27,7 +27,7 @@ def _model(fields: Fields) -> dict[str, Any]:
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
-    decays = _GATED in config.pattern
+    decays = _GATED in config.layers
     widths = (mixers.gated_delta_net if decays else mixers.delta_net).widths(config)
     fields = shared.fields_of(config, "gated_deltaproduct", "GatedDeltaProductForCausalLM")
     return (
@@ -42,11 +42,11 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _links(config: ModelConfig) -> Iterator[Link]:
-    return (gated_deltanet if _GATED in config.pattern else delta_net).FAMILY.links(config)
+    return (gated_deltanet if _GATED in config.layers else delta_net).FAMILY.links(config)
 
 
 def _is_one(config: ModelConfig) -> bool:
-    return config.householders > 1 and len({_GATED, _PLAIN} & set(config.pattern)) == 1
+    return config.householders > 1 and len({_GATED, _PLAIN} & set(config.layers)) == 1
 
 
 FAMILY = Family(
