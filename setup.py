@@ -9,7 +9,7 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "jaxlinear" / "__init__.py").read_text())
 assert version is not None
 
-# make test runs with the oldest version, make test-newest with the newest. JAX 0.11 and newer need Python 3.12.
+# With Python 3.11 make test runs with the oldest version, as JAX 0.11 needs 3.12; make test-newest runs with the newest.
 JAX = ">=0.10.2,<0.13"
 
 extras = {

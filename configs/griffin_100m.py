@@ -3,7 +3,8 @@
     python launch/prepare_data.py --source=TEXT --output=DATA --vocab_size=32000
     python launch/train.py --config=configs/griffin_100m.py --workdir=RUN --config.data.path=DATA
 
-The config is meant for one host with 8 accelerators. We have not yet trained it to its end, so no loss is quoted.
+The config is meant for one host with 8 accelerators of 32 GB or more; with 16 GB, as v5e has, the step fits with
+`--config.training.microbatches=4` (launch/compile.py). We have not yet trained it to its end, so no loss is quoted.
 `--config.mesh.fsdp=8 --config.mesh.data=1` splits the parameters too; `--config.model.preset=hawk_100m` trains Hawk.
 """
 

@@ -45,6 +45,8 @@ def read_chunks(file: pathlib.Path, *, beginning: bool = False) -> Iterator[byte
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
                 yield chunk
+                if beginning:
+                    return
         return
     decompressor = None
     with file.open("rb") as stream:

@@ -266,8 +266,6 @@ def _share_of_field(file: pathlib.Path, field: str) -> float:
     with contextlib.suppress(DamagedFile):
         for content in read_chunks(file, beginning=True):
             beginning += content
-            if file.suffix.lower() in _JSON_SUFFIXES:
-                break  # a file that is not compressed would be read to its end
     found = size = 0
     for line in beginning.split(b"\n"):
         try:

@@ -61,7 +61,7 @@ class Tokenizer(abc.ABC):
 
     @property
     def sha256(self) -> str:
-        """Equal for two tokenizers that give the same ids to all documents."""
+        """Two tokenizers with the same one give the same ids to all documents."""
         header = f"{self.kind}\n{self.document_token_name}\n{self.document_token}\n".encode()
         return hashlib.sha256(header + self._serialized()).hexdigest()
 
