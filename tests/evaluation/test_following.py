@@ -1,6 +1,7 @@
 """evaluation/following.py: every checkpoint of a run is evaluated once, as it appears, and the results are written."""
 
 import datetime
+import itertools
 import json
 import os
 import shutil
@@ -164,15 +165,18 @@ def test_a_run_that_is_set_back_while_it_is_followed(followed, copied, tmp_path,
 
 
 def test_reports_are_given_once_though_checkpoints_are_removed(followed, copied, tmp_path, monkeypatch, caplog):
-    """Steps 1 and 2 are gone when step 3 disappears before its turn."""
+    """Steps 1 and 2 are gone when step 3 disappears before its turn, and 4 appears."""
     workdir = shutil.copytree(copied, tmp_path / "run")
-    looks = iter([[1, 2], [1, 2, 3], [3], []])
+    looks, clock = iter([[1, 2], [1, 2, 3], [4], [4]]), itertools.count(step=10.0)
     monkeypatch.setattr(following, "_steps", lambda _: next(looks, []))
     monkeypatch.setattr(following.time, "sleep", lambda _: None)
+    monkeypatch.setattr(following.time, "monotonic", lambda: next(clock))
     config = evaluation.open_run(workdir, 1).config.copy_and_resolve_references()
-    config.training.steps = 3
+    config.training.steps = 5
     monkeypatch.setattr(following, "read_config", lambda _: config)
-    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed
+    with caplog.at_level("WARNING", logger="jaxlinear"):
+        assert list(following.follow(workdir, TASKS, OPTIONS, patience=15.0)) == followed
+    assert "step 3 was removed before it could be evaluated" in caplog.text
 
 
 def test_other_text_is_another_evaluation(followed, copied, tmp_path, monkeypatch):

@@ -178,8 +178,9 @@ def test_the_gradient_of_a_shared_key_is_summed_over_heads_in_float32():
 
 @pytest.mark.parametrize("decay, backend", [("scalar", "pallas"), ("channel", "auto")])
 def test_heads_are_refused_as_they_reach_the_kernel(decay, backend):
-    """With shared keys only V must fill registers; with keys repeated for every head, K must as well."""
-    q, v = (jnp.zeros((1, 9, *shape), jnp.bfloat16) for shape in ((1, 24), (12, 64)))
+    """With shared keys only V must fill registers; with keys repeated for every head, K must as well. Two kernels share V
+    here, so that there are no channels of zeros."""
+    q, v = (jnp.zeros((1, 9, *shape), jnp.bfloat16) for shape in ((1, 24), (12, 1024)))
     log_decay = jnp.zeros((1, 9, 12) if decay == "scalar" else (1, 9, 12, 24))
     with backends.use_platform("tpu", "TPU v5 lite"):
         chosen, q_taken, k_taken = matrix_states.choose_shared(
