@@ -103,7 +103,7 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
     if config.checkpoint.keep_best and not config.evaluation.every_steps:
         raise UserError("checkpoint.keep_best needs held-out losses: set evaluation.every_steps")
     steps, every = config.training.steps, (config.checkpoint.every_steps, config.evaluation.every_steps)
-    if config.checkpoint.keep_best and math.lcm(*every) > steps:
+    if config.checkpoint.keep_best and max(every) < steps <= math.lcm(*every):
         raise UserError(
             f"checkpoint.keep_best: with checkpoint.every_steps={every[0]} and evaluation.every_steps={every[1]}, no "
             f"checkpoint before the end at step {steps} is also evaluated; make the first a multiple of the second"

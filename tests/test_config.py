@@ -217,6 +217,15 @@ def test_rates_and_weights_are_not_negative(key):
             },
             "no checkpoint before the end at step 100 is also evaluated",
         ),
+        (
+            {
+                "checkpoint.keep_best": 1,
+                "checkpoint.every_steps": 25,
+                "evaluation.every_steps": 20,
+                "training.steps": 100,
+            },
+            "make the first a multiple of the second",
+        ),
         ({"logging.profile_step": 101, "training.steps": 100}, "profile_step=101: there is no such step"),
         (
             {"logging.profile_step": 1, "training.steps": 1, "schedule.warmup_steps": 1},
@@ -229,6 +238,11 @@ def test_rates_and_weights_are_not_negative(key):
 def test_what_cannot_work_is_refused_with_its_reason(changes, message):
     with pytest.raises(UserError, match=message):
         configs.resolve(changed(changes))
+
+
+def test_a_run_too_short_for_checkpoints_on_the_way_may_keep_the_best():
+    for steps in (100, 400, 500, 501, 1000):
+        configs.resolve(changed({"checkpoint.keep_best": 2, "training.steps": steps, "checkpoint.every_steps": 500}))
 
 
 OTHER = dict.fromkeys((name for name in mixers.READERS if name not in ("bias", "num_heads")), 2) | {
