@@ -27,7 +27,7 @@ def main() -> None:
         "seed": _SEED.value,
     }
     generation.Sampling(**sampling)  # refuses bad values before a large checkpoint is read
-    unread = [f"--{flag.name}" for flag in (_TOP_K, _TOP_P, _SEED) if flags.FLAGS[flag.name].present]
+    unread = [f"--{flag.name}" for flag in (_TOP_K, _TOP_P) if flags.FLAGS[flag.name].present]
     if _TEMPERATURE.value == 0 and unread:
         raise UserError(
             f"--temperature=0 takes the likeliest token, so that {', '.join(unread)} would do nothing; leave it out"

@@ -158,7 +158,7 @@ def test_help_behind_two_dashes_is_anothers():
         (
             "generate",
             "--workdir=x --prompt=a --temperature=0 --top_k=3 --seed=1",
-            "--temperature=0 takes the likeliest token, so that --top_k, --seed would do nothing; leave it out",
+            "--temperature=0 takes the likeliest token, so that --top_k would do nothing; leave it out",
         ),
         ("recall", "--workdir=x --patterns=", "--patterns is empty; name layers, such as --patterns=gla,griffin"),
         ("recall", "--workdir=x --examples=0", "flag --examples=0: 0 is not a positive integer"),
