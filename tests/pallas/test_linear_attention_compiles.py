@@ -57,7 +57,7 @@ ON_GPU = {
     "scalar_unpacked": (1, 2048, 2, 128, 128, "bfloat16", "scalar", False),
     "narrow_channel": (1, 1000, 2, 32, 128, "bfloat16", "channel", True),
     "wide_keys": (1, 1000, 2, 256, 64, "bfloat16", "channel", True),
-    # Offsets have 64 bits. With documents, 8 bytes spill for decays by head with JAX 0.10, 12 for those by channel with 0.12.
+    # Offsets have 64 bits. With documents 8 bytes spill, for decays by head with JAX 0.10, or 12, by channel with JAX 0.12.
     "over_4_gib": (8, 131_072, 24, 128, 128, "bfloat16", "channel", False),
     "over_4_gib_packed": (8, 131_072, 24, 128, 128, "bfloat16", "constant", True),
 }
