@@ -140,6 +140,17 @@ def test_remat_runs_the_forward_kernel_once():
     assert kernels(compiled("v5e:1x1", "none_64", remat=True).as_text()) == names("none_64", "forward", "gradient")
 
 
+@pytest.mark.parametrize("tensor, kernel", [(1, False), (2, True)])
+def test_a_device_has_its_part_of_the_heads(tensor, kernel):
+    """20 heads of 153 channels are too many for one block; 10 are not."""
+    sizes = {"data": 1, "fsdp": 8 // tensor, "sequence": 1, "tensor": tensor, "expert": 1}
+    mesh = meshes.make_mesh(sizes, targets.find("v5e:2x4").devices)
+    x, beta = jnp.zeros((8, 32, 20, 153), jnp.bfloat16), jnp.zeros((8, 32, 20))
+    with sharding.use_mesh(mesh):
+        text = str(jax.jit(lambda *y: operations.delta_rule(*y)[0]).trace(x, x, x, beta).jaxpr)
+    assert ("name=delta_rule_forward" in text) == kernel
+
+
 def test_over_a_mesh_of_tpus():
     """Time over 4, heads over 2. Forward: the map of a shard and its outputs; backward: the gradient of a shard's first
     state, the states of its chunks again, and the gradients. No map is computed twice."""

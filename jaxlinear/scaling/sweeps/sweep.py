@@ -119,8 +119,6 @@ def _check_data(resolved: Sequence[config_dict.ConfigDict]) -> None:
     """Checks configs against their data here and not in each run, where the same mistake would be made many times."""
     checked = set()
     for config in resolved:
-        if not config.data.path and not config.data.task:
-            raise UserError("data.path is not set: use --config.data.path=DIR; launch/prepare_data.py makes a dataset")
         training, model, evaluation = config.training, config.model, config.evaluation
         shape = training.batch_size, training.microbatches, training.sequence_length
         read = (config.data.to_json(), *shape, model.vocab_size, evaluation.every_steps > 0)
