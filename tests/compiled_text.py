@@ -11,5 +11,15 @@ def kernels(text: str, name: str) -> list[str]:
 
 def copies(text: str, elements: int) -> list[str]:
     """The shapes of copies and transposes of arrays with at least ``elements`` elements."""
-    found = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|copy-start)\(", text)
+    return _large(text, "copy|transpose|copy-start", elements)
+
+
+def rearrangements(text: str, elements: int) -> list[str]:
+    """The shapes of arrays with at least ``elements`` elements that the program writes as copies of others, in another
+    order, with other axes or repeated."""
+    return _large(text[text.index("\nENTRY ") :], "copy|transpose|reshape|broadcast|copy-start", elements)
+
+
+def _large(text, kinds, elements):
+    found = re.findall(rf"= \w+\[([\d,]+)\]\S* (?:{kinds})\(", text)
     return [shape for shape in found if math.prod(map(int, shape.split(","))) >= elements]

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
@@ -229,22 +228,6 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
-
-
-def per_head(mixer: str, channels: int, heads: int) -> int:
-    """Channels per head, if the config does not give them."""
-    if not channels or channels % heads:  # half of a width of 1 is 0
-        raise UserError(
-            f"{mixer}: {heads} heads do not divide {channels} channels; change model.recurrent_heads or model.num_heads, "
-            "or set model.key_width and model.value_width"
-        )
-    return channels // heads
-
-
-def by_head(x: jax.Array, heads: int, *inner: int) -> jax.Array:
-    """``[B, T, H * K]`` -> ``[B, T, H, K]``, with the heads spread over the mesh; or ``[B, T, H, *inner, K]``."""
-    x = x.reshape(*x.shape[:2], heads, *inner, -1)
-    return sharding.constrain(x, "batch", "time", "heads", *(None,) * (x.ndim - 3))
 
 
 def to_complex(x: jax.Array, kernel: jax.Array) -> jax.Array:

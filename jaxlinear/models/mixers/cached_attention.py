@@ -9,7 +9,8 @@ from flax import nnx
 from jax import lax
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, by_head, fan_in_normal, rotary, rotary_frequencies
+from jaxlinear.models.heads import by_head
+from jaxlinear.models.layers import Linear, fan_in_normal, rotary, rotary_frequencies
 from jaxlinear.ops import backends, dtypes
 from jaxlinear.parallel import operations, sharding
 

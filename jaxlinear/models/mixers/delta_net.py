@@ -23,11 +23,11 @@ from flax import nnx
 from jax import lax
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, RMSNorm, ShortConvolution, by_head, fan_in_normal, per_head
+from jaxlinear.models.heads import HeadNorm, by_head, per_head, unit_length
+from jaxlinear.models.layers import Linear, ShortConvolution, fan_in_normal
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
-_EPSILON = 1e-6  # added to the squared length of a query or a key
 OWN_GATE = {"delta_net": "none", "gated_delta_net": "silu"}  # the meaning of ``model.output_gate`` "auto", by mixer
 
 
@@ -87,8 +87,10 @@ class DeltaInputs(nnx.Module):
         beta = 2 * beta if self.negative_eigenvalues else beta
         x = operations.after(x, (k, v, beta))  # the states do not depend on the queries
         q, new["query"] = self.query_convolution(self.query(x), segment_ids=segment_ids, state=past.get("query"))
-        q, k, v = by_head(q, self.heads), *(by_head(y, self.heads, *self.updates) for y in (k, v))
-        q, k, beta = unit_length(q), unit_length(k), beta.reshape(*x.shape[:2], self.heads, *self.updates)
+        q = by_head(unit_length(q, self.heads), self.heads)
+        k = unit_length(k, beta.shape[-1])
+        k, v = (by_head(y, self.heads, *self.updates) for y in (k, v))
+        beta = beta.reshape(*x.shape[:2], self.heads, *self.updates)
         if self.negative_eigenvalues:
             # A rounded key may be longer than 1. With a beta near 2 the eigenvalue would then lie beyond -1, and the state
             # would grow without bound if the key kept recurring.
@@ -107,16 +109,16 @@ class DeltaOutput(nnx.Module):
     def _add_output(self, config: ModelConfig, heads: int, value_width: int, *, gated: bool, rngs: nnx.Rngs) -> None:
         width, inner = config.width, heads * value_width
         self.gate = Linear(width, inner, axes=("embed", "heads"), bias=False, rngs=rngs) if gated else None
-        self.norm = RMSNorm(value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
+        self.norm = HeadNorm(value_width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(inner, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
         wide = dtypes.wide(x.dtype)
-        gate = None if self.gate is None else by_head(self.gate(x), o.shape[2]).astype(wide)
-        o = self.norm(o.astype(wide))
-        o = (o if gate is None else o * jax.nn.silu(gate)).astype(x.dtype)
-        return self.out(o.reshape(*x.shape[:2], -1))
+        o = self.norm(o.reshape(*x.shape[:2], -1), wide)
+        if self.gate is not None:
+            o = o * jax.nn.silu(self.gate(x).astype(wide))
+        return self.out(o.astype(x.dtype))
 
 
 class DeltaNet(DeltaOutput):
@@ -141,9 +143,3 @@ class DeltaNet(DeltaOutput):
         options = {"segment_ids": segment_ids, "negative_eigenvalues": self.inputs.negative_eigenvalues}
         o, new["memory"] = operations.delta_rule(q, k, v, beta, None, past.get("memory"), **options)
         return self._output(o, x), new
-
-
-def unit_length(x: jax.Array) -> jax.Array:
-    """``x / |x|`` over the last axis, in float32 internally; zeros stay zeros."""
-    wide = x.astype(dtypes.wide(x.dtype))
-    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + _EPSILON)).astype(x.dtype)

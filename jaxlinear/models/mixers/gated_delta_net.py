@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, fan_in_normal, parameter, per_head
+from jaxlinear.models.heads import per_head
+from jaxlinear.models.layers import Linear, fan_in_normal, parameter
 from jaxlinear.models.mixers.delta_net import DeltaInputs, DeltaOutput, has_gate
 from jaxlinear.models.mixers.mamba2 import PROJECTION_SCALE, log_rates, time_step_biases, time_steps
 from jaxlinear.ops import dtypes

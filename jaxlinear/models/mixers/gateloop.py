@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, parameter, per_head
+from jaxlinear.models.heads import HeadNorm, per_head
+from jaxlinear.models.layers import Linear, fan_in_normal, parameter
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
@@ -40,7 +41,7 @@ class GateLoop(nnx.Module):
         self.phase_bias = parameter(nnx.initializers.zeros, (inner,), axes[1:], rngs)
         self.gate = Linear(width, inner, axes=axes, bias=False, rngs=rngs)
         group = per_head("gateloop", inner, self.groups)
-        self.norm = RMSNorm(group, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
+        self.norm = HeadNorm(group, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(inner, width, axes=("recurrent", "embed"), bias=False, init=init, rngs=rngs)
 
@@ -57,7 +58,7 @@ class GateLoop(nnx.Module):
         )
         past = None if state is None else state["h"]
         h, last = operations.linear_recurrence(self._transition(x), k * v, past, segment_ids=segment_ids)
-        o = self.norm(by_head((q * jnp.real(h)).astype(x.dtype), self.groups)).reshape(q.shape)
+        o = self.norm((q * jnp.real(h)).astype(x.dtype))
         return self.out(jax.nn.silu(self.gate(x)) * o), {"h": last}
 
     def _transition(self, x: jax.Array) -> jax.Array:

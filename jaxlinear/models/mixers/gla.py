@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, per_head
+from jaxlinear.models.heads import HeadNorm, by_head, per_head
+from jaxlinear.models.layers import Linear, fan_in_normal
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
@@ -47,9 +48,7 @@ class GLA(nnx.Module):
         self.decay_in = Linear(width, GATE_RANK, axes=("embed", None), bias=False, init=xavier, rngs=rngs)
         self.decay_out = Linear(GATE_RANK, keys, axes=(None, "heads"), init=xavier, rounded=False, rngs=rngs)
         self.gate = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
-        self.norm = RMSNorm(
-            self.value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs
-        )
+        self.norm = HeadNorm(self.value_width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
 
@@ -65,5 +64,5 @@ class GLA(nnx.Module):
         log_decay = by_head(jax.nn.log_sigmoid(gate) / GATE_DIVISOR, self.heads)
         past = None if state is None else state["memory"]
         o, memory = operations.linear_attention(q, k, v, log_decay, past, segment_ids=segment_ids)
-        o = self.norm(o).reshape(*x.shape[:2], -1)
+        o = self.norm(o.reshape(*x.shape[:2], -1))
         return self.out(jax.nn.silu(self.gate(x)) * o), {"memory": memory}

@@ -17,7 +17,8 @@ from flax import nnx
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, parameter, per_head
+from jaxlinear.models.heads import by_head, per_head
+from jaxlinear.models.layers import Linear, RMSNorm, fan_in_normal, parameter
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 

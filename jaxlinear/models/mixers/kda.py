@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Initializer, Linear, RMSNorm, by_head, fan_in_normal, parameter
+from jaxlinear.models.heads import HeadNorm, by_head
+from jaxlinear.models.layers import Initializer, Linear, fan_in_normal, parameter
 from jaxlinear.models.mixers import delta_net
 from jaxlinear.models.mixers.mamba2 import PROJECTION_SCALE, RATE_RANGE, log_rates, time_step_biases, time_steps
 from jaxlinear.ops import dtypes
@@ -50,7 +51,7 @@ class KimiDeltaAttention(nnx.Module):
         self.A_log = parameter(log_rates(*RATE_RANGE), (heads,), ("heads",), rngs)
         self.dt_bias = parameter(time_step_biases, (keys,), ("heads",), rngs)
         self.gate = LowRank(width, value_width, inner, init=fan_in_normal(), bias=config.gate_bias, rngs=rngs)
-        self.norm = RMSNorm(value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
+        self.norm = HeadNorm(value_width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(inner, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
 
@@ -68,6 +69,5 @@ class KimiDeltaAttention(nnx.Module):
         log_decay = -jnp.exp(self.A_log[...].astype(dt.dtype))[None, None, :, None] * dt
         options = {"segment_ids": segment_ids, "negative_eigenvalues": self.inputs.negative_eigenvalues}
         o, new["memory"] = operations.delta_rule(q, k, v, beta, log_decay, past.get("memory"), **options)
-        gate = by_head(self.gate(x), heads).astype(dt.dtype)
-        o = (self.norm(o.astype(dt.dtype)) * jax.nn.sigmoid(gate)).astype(x.dtype)
-        return self.out(o.reshape(*x.shape[:2], -1)), new
+        o = self.norm(o.reshape(*x.shape[:2], -1), dt.dtype) * jax.nn.sigmoid(self.gate(x).astype(dt.dtype))
+        return self.out(o.astype(x.dtype)), new

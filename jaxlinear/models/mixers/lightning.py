@@ -18,7 +18,8 @@ from flax import nnx
 from jax import lax
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, by_head, fan_in_normal, parameter, per_head, rms_norm
+from jaxlinear.models.heads import by_head, per_head
+from jaxlinear.models.layers import Linear, fan_in_normal, parameter, rms_norm
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 

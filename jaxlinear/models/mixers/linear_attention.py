@@ -24,7 +24,8 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, RMSNorm, by_head, fan_in_normal, parameter, per_head
+from jaxlinear.models.heads import HeadNorm, by_head, per_head
+from jaxlinear.models.layers import Linear, fan_in_normal, parameter
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
@@ -70,7 +71,7 @@ class LinearAttention(nnx.Module):
         self.rounded = name != "rebased"
         self.epsilon = _EPSILON.get(name, _LEAST)
         self.norm = (
-            RMSNorm(self.value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
+            HeadNorm(self.value_width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
             if name == "identity"
             else None
         )
@@ -94,11 +95,11 @@ class LinearAttention(nnx.Module):
             v = jnp.concatenate([v, jnp.ones_like(v, shape=(*v.shape[:3], 1))], axis=-1)
             o, memory = operations.linear_attention(q, k, v, None, past, scale=1.0, segment_ids=segment_ids)
             o = o.astype(wide)
-            o = (o[..., :-1] / (o[..., -1:] + self.epsilon)).astype(x.dtype)
+            o = (o[..., :-1] / (o[..., -1:] + self.epsilon)).astype(x.dtype).reshape(*x.shape[:2], -1)
         else:
             o, memory = operations.linear_attention(q, k, v, None, past, segment_ids=segment_ids)
-            o = self.norm(o)
-        return self.out(o.reshape(*x.shape[:2], -1)), {"memory": memory}
+            o = self.norm(o.reshape(*x.shape[:2], -1))
+        return self.out(o), {"memory": memory}
 
 
 class Rebased(nnx.Module):

@@ -15,15 +15,8 @@ from flax import nnx
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import (
-    Initializer,
-    Linear,
-    RMSNorm,
-    ShortConvolution,
-    by_head,
-    fan_in_normal,
-    parameter,
-)
+from jaxlinear.models.heads import by_head
+from jaxlinear.models.layers import Initializer, Linear, RMSNorm, ShortConvolution, fan_in_normal, parameter
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 

@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, RMSNorm, by_head, per_head, rotary, rotary_frequencies
+from jaxlinear.models.heads import GroupNorm, HeadNorm, by_head, per_head
+from jaxlinear.models.layers import Linear, RMSNorm, rotary, rotary_frequencies
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
@@ -47,11 +48,9 @@ class Retention(nnx.Module):
         self.key = Linear(width, keys, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
         self.value = Linear(width, values, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
         self.gate = Linear(width, values, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
-        self.norm: RMSNorm | GroupNorm = GroupNorm(config.norm_epsilon)
+        self.norm: RMSNorm | GroupNorm = GroupNorm(self.heads, config.norm_epsilon)
         if config.head_norm == "rms":
-            self.norm = RMSNorm(
-                self.value_width, axis=None, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs
-            )
+            self.norm = HeadNorm(self.value_width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=xavier, rngs=rngs)
 
     def init_state(self, batch: int) -> dict[str, jax.Array]:
@@ -68,18 +67,6 @@ class Retention(nnx.Module):
         q, k = (rotary(y, positions, turns) for y in (q, k))
         log_decay = jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(self.heads)))), dtypes.wide(x.dtype))
         o, memory = operations.linear_attention(q, k, v, log_decay, state["memory"], segment_ids=segment_ids)
-        o = self.norm(o).reshape(*x.shape[:2], -1)
+        o = self.norm(o.reshape(*x.shape[:2], -1))
         y = self.out(jax.nn.silu(self.gate(x)) * o)
         return y, {"memory": memory, "position": state["position"] + x.shape[1]}
-
-
-class GroupNorm(nnx.Module):
-    """Mean 0 and variance 1 over the last axis."""
-
-    def __init__(self, epsilon: float):
-        self.epsilon = epsilon
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(dtypes.wide(x.dtype))
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)).astype(x.dtype)
