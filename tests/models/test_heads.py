@@ -55,6 +55,14 @@ def test_unit_length(shape, dtype, view):
 
 
 @pytest.mark.parametrize("view", VIEWS)
+def test_vectors_of_any_length(view):
+    x = inputs((1, 8, 8, 80))[0] * 10.0 ** np.linspace(-2, 15, 8)[:, None, None]
+    with VIEWS[view]():
+        found = numerics.run(numerics.jit(lambda x: unit_length(x, 8)), packed(x), dtype="float32")
+    numerics.assert_close(found, packed(scaled(x, x, 1)[0]), 1e-5)
+
+
+@pytest.mark.parametrize("view", VIEWS)
 def test_zeros_have_no_direction(view):
     zeros = np.zeros((1, 8, 128))
     y, (d_x,) = values_and_gradients(lambda x: unit_length(x, 2), view, (zeros,), zeros + 1, "float32")
