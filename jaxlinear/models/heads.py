@@ -5,6 +5,8 @@ The norms take ``[B, T, H * K]``. On a TPU the last two axes of an array lie in 
 to the other before a sum over K, and back after it. So sums are taken there over axes that are the tiles themselves.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,9 +47,8 @@ class HeadNorm(RMSNorm):
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         heads = x.shape[-1] // self.scale.shape[0]
-        y = _normalised(_placed(x, heads), heads, self.epsilon)
-        factor = jnp.tile(self.offset + self.scale[...], heads)
-        return (y * factor.astype(y.dtype)[None, None]).astype(dtype or x.dtype)
+        y = _normalised(_placed(x, heads), heads, self.epsilon, weights=self.offset + self.scale[...])
+        return y.astype(dtype or x.dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -72,14 +73,24 @@ def _placed(x: jax.Array, heads: int) -> jax.Array:
     return jax.lax.optimization_barrier(x) if isinstance(_view(x.shape, heads), _Tiles) else x
 
 
-def _normalised(x: jax.Array, heads: int, epsilon: float, *, count: int = 0, centred: bool = False) -> jax.Array:
+def _normalised(
+    x: jax.Array,
+    heads: int,
+    epsilon: float,
+    *,
+    count: int = 0,
+    centred: bool = False,
+    weights: jax.Array | None = None,
+) -> jax.Array:
     """``x / sqrt(sum / count + epsilon)`` with the sum of the squares of each head of ``[B, T, H * K]``, by default their
-    mean, in float32 or wider; ``centred``: with each head's mean subtracted from x."""
+    mean, in float32 or wider; ``centred``: with each head's mean subtracted from x. ``weights``: ``[K]``, factors."""
     channels, view = x.shape[-1] // heads, _view(x.shape, heads)
     y = view.split(x.astype(dtypes.wide(x.dtype)))
     if centred:
         y = y - view.spread(view.sums(y) / channels)
     y = y * view.spread(jax.lax.rsqrt(view.sums(y * y) / (count or channels) + epsilon))
+    if weights is not None:
+        y = view.weighted(y, weights.astype(y.dtype))
     return view.joined(y).reshape(x.shape)
 
 
@@ -100,6 +111,9 @@ class _LastAxis:
     def sums(self, y: jax.Array) -> jax.Array:
         return jnp.sum(y, axis=-1, keepdims=True)
 
+    def weighted(self, y: jax.Array, weights: jax.Array) -> jax.Array:
+        return y * weights[None, None, None]
+
 
 class _Tiles:
     """Sums over heads in views ``[B, T/8, d, R, 8, 128]``: d devices, each with R registers of 128 channels.
@@ -110,7 +124,7 @@ class _Tiles:
 
     def __init__(self, channels: int, every: int, devices: int):
         """``every``: channels of a device."""
-        self.devices, self.registers = devices, every // LANES
+        self.channels, self.devices, self.registers = channels, devices, every // LANES
         heads = np.arange(every).reshape(-1, LANES) // channels
         number = heads - heads[:, :1]
         numbers = range(number.max() + 1)
@@ -143,6 +157,14 @@ class _Tiles:
         for mask, values in zip(self.masks[1:], others, strict=True):
             spread = jnp.where(mask, values, spread)
         return spread
+
+    def weighted(self, y: jax.Array, weights: jax.Array) -> jax.Array:
+        # Repeated as seldom as tiles allow: devices sum the gradients of all repetitions.
+        period = math.lcm(self.channels, LANES) // LANES
+        period = self.registers if self.registers % period else period
+        repeated = jnp.tile(weights, period * LANES // self.channels).reshape(1, 1, 1, 1, period, 1, LANES)
+        grouped = y.reshape(*y.shape[:3], -1, period, *y.shape[4:])
+        return (grouped * repeated).reshape(y.shape)
 
 
 def _product(subscripts: str, x: jax.Array, belongs: np.ndarray) -> jax.Array:
