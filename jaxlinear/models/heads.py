@@ -5,8 +5,6 @@ The norms take ``[B, T, H * K]``. On a TPU the last two axes of an array lie in 
 to the other before a sum over K, and back after it. So sums are taken there over axes that are the tiles themselves.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +45,8 @@ class HeadNorm(RMSNorm):
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         heads = x.shape[-1] // self.scale.shape[0]
-        y = _normalised(_placed(x, heads), heads, self.epsilon, weights=self.offset + self.scale[...])
+        x = _placed(x, heads, shared=False)
+        y = _normalised(x, heads, self.epsilon, weights=self.offset + self.scale[...])
         return y.astype(dtype or x.dtype)
 
 
@@ -67,10 +66,10 @@ def unit_length(x: jax.Array, heads: int) -> jax.Array:
     return _placed(_normalised(x, heads, _UNIT_EPSILON, count=1).astype(x.dtype), heads)
 
 
-def _placed(x: jax.Array, heads: int) -> jax.Array:
+def _placed(x: jax.Array, heads: int, *, shared: bool = True) -> jax.Array:
     """x, as ``[B, T, H * K]`` in memory if sums are over tiles. XLA could compute it as the ``[B, T, H, K]`` that a mesh
     places before or after it, and would then copy it."""
-    return jax.lax.optimization_barrier(x) if isinstance(_view(x.shape, heads), _Tiles) else x
+    return jax.lax.optimization_barrier(x) if isinstance(_view(x.shape, heads, shared), _Tiles) else x
 
 
 def _normalised(
@@ -84,7 +83,7 @@ def _normalised(
 ) -> jax.Array:
     """``x / sqrt(sum / count + epsilon)`` with the sum of the squares of each head of ``[B, T, H * K]``, by default their
     mean, in float32 or wider; ``centred``: with each head's mean subtracted from x. ``weights``: ``[K]``, factors."""
-    channels, view = x.shape[-1] // heads, _view(x.shape, heads)
+    channels, view = x.shape[-1] // heads, _view(x.shape, heads, weights is None)
     y = view.split(x.astype(dtypes.wide(x.dtype)))
     if centred:
         y = y - view.spread(view.sums(y) / channels)
@@ -159,12 +158,10 @@ class _Tiles:
         return spread
 
     def weighted(self, y: jax.Array, weights: jax.Array) -> jax.Array:
-        # Repeated as seldom as tiles allow: devices sum the gradients of all repetitions.
-        period = math.lcm(self.channels, LANES) // LANES
-        period = self.registers if self.registers % period else period
-        repeated = jnp.tile(weights, period * LANES // self.channels).reshape(1, 1, 1, 1, period, 1, LANES)
-        grouped = y.reshape(*y.shape[:3], -1, period, *y.shape[4:])
-        return (grouped * repeated).reshape(y.shape)
+        # Not repeated for each head: devices would sum the gradients of all repetitions.
+        registers = self.channels // LANES
+        of_heads = y.reshape(*y.shape[:3], -1, registers, *y.shape[4:])
+        return (of_heads * weights.reshape(1, 1, 1, 1, registers, 1, LANES)).reshape(y.shape)
 
 
 def _product(subscripts: str, x: jax.Array, belongs: np.ndarray) -> jax.Array:
@@ -172,11 +169,12 @@ def _product(subscripts: str, x: jax.Array, belongs: np.ndarray) -> jax.Array:
     return jnp.einsum(subscripts, x, jnp.asarray(belongs, x.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
-def _view(shape: tuple[int, ...], heads: int) -> _LastAxis | _Tiles:
-    """Of ``[B, T, H * K]``: by tiles on a TPU, if each device has whole ones."""
+def _view(shape: tuple[int, ...], heads: int, shared: bool) -> _LastAxis | _Tiles:
+    """Of ``[B, T, H * K]``: by tiles on a TPU, if each device has whole ones. ``shared``: heads may share registers."""
     _, length, every = shape
     channels, devices = every // heads, sharding.parts("heads")
     in_tiles = length % (sharding.parts("time") * SUBLANES) == 0 and every % (devices * LANES) == 0
-    if backends.platform() != "tpu" or 0 in shape or not in_tiles or heads % devices or channels < _FEWEST:
+    fits = channels >= _FEWEST if shared else channels % LANES == 0
+    if backends.platform() != "tpu" or 0 in shape or not in_tiles or heads % devices or not fits:
         return _LastAxis(heads)
     return _Tiles(channels, every // devices, devices)

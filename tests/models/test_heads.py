@@ -108,7 +108,7 @@ def test_tiles_on_a_mesh(sizes):
     numerics.assert_close((y, d_x), tuple(map(packed, scaled(x, d_y, 1))), 1e-10)
 
 
-PRESETS = {"delta_net": "delta_net_1b3", "gated_delta_net": "linear_moe_a1b_7b"}
+PRESETS = {"delta_net": "delta_net_1b3", "gla": "gla_1b3"}
 
 
 @pytest.mark.compiles_ahead
@@ -134,5 +134,5 @@ def test_a_tpu_copies_nothing(mixer):
     ids = placed(jax.ShapeDtypeStruct((8, 8192), jnp.int32), "fsdp")
     with sharding.use_mesh(mesh):
         text = jax.jit(both).lower(jax.tree.map(placed, parameters), x, ids, x).compile().as_text()
-    assert compiled_text.kernels(text, "delta_rule")
+    assert compiled_text.kernels(text, "delta_rule" if mixer == "delta_net" else "linear_attention")
     assert not compiled_text.rearrangements(text, 2 * 8192 * config.heads * 64)
