@@ -116,14 +116,17 @@ def linear_cross_entropy(x, embedding, targets, weights, *, soft_cap=0.0, z_loss
 
 def rg_lru(parameters, x, ids=None):
     """Gates, decay, first-token rule and recurrence, from an empty past."""
-    heads = parameters["input_kernel"].shape[0]
-
-    def gate(name):
-        product = jnp.einsum("bthi,hij->bthj", x.reshape(*x.shape[:2], heads, -1), parameters[f"{name}_kernel"])
-        return 1 / (1 + jnp.exp(-product.reshape(x.shape) - parameters[f"{name}_bias"][None, None]))
-
-    decay = jnp.log(1 + jnp.exp(parameters["decay"]))[None, None]
-    a = jnp.exp(-8 * decay * gate("recurrence"))
-    first = _new_document(ids, x.shape[:2]).at[:, 0].set(True)[..., None]
-    u = gate("input") * x * jnp.where(first, 1.0, jnp.sqrt(1 - a**2))
+    gates = (parameters[f"{gate}_{kind}"] for gate in ("recurrence", "input") for kind in ("kernel", "bias"))
+    first = _new_document(ids, x.shape[:2]).at[:, 0].set(True)
+    a, u = rg_lru_gates(x, *gates, -8 * jnp.log(1 + jnp.exp(parameters["decay"])), first)
     return linear_recurrence(a, u, ids=ids)
+
+
+def rg_lru_gates(x, recurrence_kernel, recurrence_bias, input_kernel, input_bias, rate, first):
+    def gate(kernel, bias):
+        product = jnp.einsum("bthi,hij->bthj", x.reshape(*x.shape[:2], len(kernel), -1), kernel)
+        return 1 / (1 + jnp.exp(-product.reshape(x.shape) - bias[None, None]))
+
+    a = jnp.exp(rate[None, None] * gate(recurrence_kernel, recurrence_bias))
+    weight = jnp.where(first[..., None], 1.0, jnp.sqrt(1 - a**2))
+    return a, weight * gate(input_kernel, input_bias) * x

@@ -42,9 +42,12 @@ def test_python_that_is_shown_imports_what_it_names(page):
 def test_the_table_of_operations_has_their_backends():
     """The backends that each operation lists when it refuses one."""
     x, heads = jnp.ones((1, 2, 4)), jnp.ones((1, 2, 1, 4))
+    kernel, bias, first = jnp.ones((1, 4, 4)), jnp.ones(4), jnp.ones((1, 2), bool)
+    gates = kernel, bias, kernel, bias, bias
     calls = {
         "linear_recurrence": lambda: ops.linear_recurrence(x, x, backend="none"),
         "selective_scan": lambda: ops.selective_scan(x, x, None, x, x, backend="none"),
+        "rg_lru_gates": lambda: ops.rg_lru_gates(x, *gates, first, backend="none"),
         "linear_attention": lambda: ops.linear_attention(heads, heads, heads, backend="none"),
         "delta_rule": lambda: ops.delta_rule(heads, heads, heads, heads[..., 0], backend="none"),
         "sliding_window_attention": lambda: ops.sliding_window_attention(heads, heads, heads, window=2, backend="none"),

@@ -11,7 +11,8 @@ from jaxlinear.ops.calls import Call
 # keys of the delta rule are also alike. Operations that forget nothing have only the first and the last kind.
 MIXED = "mixed"
 KINDS = ("weak", "strong", MIXED)
-_FORGETS = {"log_decay", "a", "dt"}
+_FORGETS = {"log_decay", "a", "dt", "rate"}
+_PARAMETERS = ("A", "recurrence_kernel", "input_kernel", "recurrence_bias", "input_bias")
 _ALIKE = 0.1  # how far keys are from the key that they resemble
 _DOCUMENT = 40  # mean number of tokens per document
 
@@ -22,10 +23,10 @@ def kinds_of(call: Call) -> tuple[str, ...]:
 
 
 def constants(call: Call) -> set[str]:
-    """The decays and rates that are the same for all tokens."""
+    """The decays, rates and other parameters, which are the same for all tokens."""
     arrays = call.arrays
     tokens = arrays["x" if "x" in arrays else "v"].shape[:2]
-    return {name for name in (*_FORGETS, "A") if name in arrays and arrays[name].shape[:2] != tokens}
+    return {name for name in (*_FORGETS, *_PARAMETERS) if name in arrays and arrays[name].shape[:2] != tokens}
 
 
 def draw(call: Call, kind: str, random: np.random.Generator) -> dict[str, np.ndarray]:
@@ -65,8 +66,12 @@ class _Draws:
         size = shape.shape
         if name == "segment_ids":
             return np.cumsum(self.random.uniform(size=size) < 1 / _DOCUMENT, axis=1)
-        if name == "log_decay":
+        if name == "first":
+            return np.diff(self.of(operation, "segment_ids", shape), axis=1, prepend=-1) != 0
+        if name in ("log_decay", "rate"):
             return -self._rates(size)
+        if name.endswith("_kernel"):
+            return _normal(shape, self.random) * size[-2] ** -0.5
         if name == "a":
             turned = np.exp(1j * self.random.uniform(-np.pi, np.pi, size)) if _is_complex(shape) else 1
             return turned * np.exp(-self._rates(size))

@@ -32,6 +32,8 @@ _ROUNDING = {"bfloat16": 1e-2, "float32": 1e-4}
 _OF_SUMS = 10.0
 _LENGTH = 2048  # tokens per row, if training has more
 _RAGGED = 37  # so many tokens fewer for some inputs, so that no block divides them
+_WITHOUT = {"linear_recurrence": "associative", "rg_lru_gates": "products"}  # others: "chunked"
+_OUTPUTS = {"rg_lru_gates": ("transition", "input")}  # others: an output and, of recurrences, the last state
 _REPEATS = 5  # runs, of which the median time is taken
 
 
@@ -135,11 +137,11 @@ def _check(call: Call, kind: str, device: jax.Device, host: jax.Device) -> Check
         return Checked(call.operation, described, kind, refused=str(error))
     random = np.random.default_rng(0)
     inputs = check_inputs.draw(call, kind, random)
-    if len(shapes) == 2:  # a recurrence, which returns its last state and here also starts from one
+    if len(shapes) == 2 and call.operation not in _OUTPUTS:  # a recurrence, which here also starts from a state
         inputs["initial_state"] = check_inputs.normal(shapes[1], random)
     cotangents = tuple(check_inputs.normal(y, random) for y in shapes)
 
-    without = "associative" if call.operation == "linear_recurrence" else "chunked"
+    without = _WITHOUT.get(call.operation, "chunked")
     as_kernel = _compiled(call, "pallas", device, inputs, cotangents)
     as_chunks = _compiled(call, without, device, inputs, cotangents)
     expected = _compiled(call, without, host, *jax.tree.map(_in_float32, (inputs, cotangents)))()
@@ -181,7 +183,7 @@ def _with_gradients(call: Call, backend: str) -> Callable[..., dict[str, jax.Arr
     def both(numbers, others, cotangents):
         outputs, pullback = jax.vjp(lambda numbers: run(numbers, others), numbers)
         (gradients,) = pullback(tuple(d.astype(y.dtype) for d, y in zip(cotangents, outputs, strict=True)))
-        named = dict(zip(("output", "last state"), outputs, strict=False))
+        named = dict(zip(_OUTPUTS.get(call.operation, ("output", "last state")), outputs, strict=False))
         return named | {f"gradient of {name}": x for name, x in gradients.items()}
 
     return both

@@ -74,6 +74,13 @@ def selective_scan_tpu_channels(states: int) -> int:
     return max(0, VMEM_BYTES // 4 - numbers) // (7 * states) // 128 * 128
 
 
+# The gates of the RG-LRU on TPU: tokens of a block, the most first, and those processed at once; and the bytes of VMEM that
+# its arrays may take, which leave some for registers that are spilled.
+RG_LRU_GATES_TPU = 512, 256, 128
+RG_LRU_GATES_ROWS = 128
+RG_LRU_GATES_BYTES = 52 * 2**20
+
+
 class SelectiveScanGPUBlock(NamedTuple):
     channels: int  # of a lane of a warp; 8 lanes divide the channels
     numbers: int  # of each channel's state, in a lane; 4 lanes divide them

@@ -28,6 +28,7 @@ from jaxlinear.ops import (
 from jaxlinear.ops.attention import choose as choose_softmax
 from jaxlinear.ops.delta_rule import choose as choose_delta_rule
 from jaxlinear.ops.linear_attention import choose as choose_attention
+from jaxlinear.ops.rg_lru_gates import choose as choose_gates
 from jaxlinear.ops.selective_scan import choose as choose_selective_scan
 from jaxlinear.parallel import cost, halos, ring, sharding
 from jaxlinear.parallel.exchanges import AXIS
@@ -173,6 +174,37 @@ def _on_a_device(choose: Callable[..., str], backend: str, q: Any, k: Any, v: An
         return jax.ShapeDtypeStruct(x.shape if mesh is None else sharding.shard_shape(axes, x.shape, mesh), x.dtype)
 
     return choose(backend, part(q), part(k), part(v), *rest, **options)
+
+
+def rg_lru_gates(
+    x: jax.Array,
+    recurrence_kernel: jax.Array,
+    recurrence_bias: jax.Array,
+    input_kernel: jax.Array,
+    input_bias: jax.Array,
+    rate: jax.Array,
+    first: jax.Array,
+    *,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """``ops.rg_lru_gates``; R is sharded by the logical axis ``recurrent`` and blocks by ``heads``. The kernel runs on each
+    device's part, since the compiler cannot split it. Devices sum the gradients of W_a and W_x in the dtype that
+    ``parallel.gradient_dtype`` names."""
+    if sharding.choices_in_use().gradient_dtype != "float32":
+        recurrence_kernel, input_kernel = (y.astype(x.dtype) for y in (recurrence_kernel, input_kernel))
+    arguments = x, recurrence_kernel, recurrence_bias, input_kernel, input_bias, rate, first
+    mesh = sharding.mesh_in_use()
+    if mesh is None or mesh.size == 1:
+        return ops.rg_lru_gates(*arguments, backend=backend)
+    in_time, blocks, of_channels = (*_TIME, "recurrent"), ("heads", None, None), ("recurrent",)
+    own = [
+        jax.ShapeDtypeStruct(sharding.shard_shape(axes, y.shape, mesh), y.dtype)
+        for y, axes in ((x, in_time), (recurrence_kernel, blocks))
+    ]
+    if choose_gates(backend, *own) != "pallas":
+        return ops.rg_lru_gates(*arguments, backend="products")
+    axes = in_time, blocks, of_channels, blocks, of_channels, of_channels, _TIME
+    return _on_shards(mesh, functools.partial(ops.rg_lru_gates, backend="pallas"), (0, 0), arguments, axes)
 
 
 def document_starts(segment_ids: jax.Array) -> jax.Array:

@@ -29,10 +29,12 @@ OPERATIONS = {
     "linear_recurrence": {"griffin_2m", "griffin_6m", "hawk_6m", "hgrn_6m", "s5_6m", "lru_6m", "gateloop_6m"},
     "linear_attention": {"mamba2_6m", "gla_6m", "hgrn2_6m", "lightning_6m", "linear_attention_6m", "retnet_6m"},
     "delta_rule": {"delta_net_6m", "gated_delta_net_6m", "kda_6m"},
+    "rg_lru_gates": {"griffin_2m", "griffin_6m", "hawk_6m"},
     "selective_scan": {"mamba_6m", "longhorn_6m"},
     "sliding_window_attention": {"griffin_2m", "griffin_6m"},
     "causal_attention": {"transformer_6m"},
 }
+GATES = {"recurrence_kernel", "input_kernel", "recurrence_bias", "input_bias", "rate"}
 CONSTANTS = {
     "lightning_6m": {"log_decay"},
     "retnet_6m": {"log_decay"},
@@ -58,15 +60,24 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (blocks.AttentionBlock(64, 32, 1),) * 2)
 
 
-def test_right_kernels_in_float32(small_blocks):
+def test_right_kernels(small_blocks):
+    """The recurrence is in float32, the activations of its gates in bfloat16."""
     found = check("hawk_6m", 150, num_layers=1, width=32, recurrent_width=32, num_heads=2)
     assert [(x.operation, x.inputs, x.is_right) for x in found] == [
-        ("linear_recurrence", kind, True) for kind in check_inputs.KINDS
+        (operation, kind, True) for operation in ("rg_lru_gates", "linear_recurrence") for kind in check_inputs.KINDS
     ]
-    assert [x.shapes["x"] for x in found] == ["float32[1, 150, 32]", "float32[1, 150, 32]", "float32[1, 113, 32]"]
-    names = {"output", "last state", "gradient of a", "gradient of x", "gradient of initial_state"}
-    assert all({error.array for error in x.errors} == names for x in found)
-    assert max(error.kernel for x in found for error in x.errors) < 1e-5
+    dtypes = {"rg_lru_gates": "bfloat16", "linear_recurrence": "float32"}
+    tokens = [150, 150, 113] * 2
+    assert [x.shapes["x"] for x in found] == [
+        f"{dtypes[x.operation]}[1, {n}, 32]" for x, n in zip(found, tokens, strict=True)
+    ]
+    names = {
+        "linear_recurrence": {"output", "last state", "gradient of a", "gradient of x", "gradient of initial_state"},
+        "rg_lru_gates": {"transition", "input", "gradient of x", *(f"gradient of {name}" for name in GATES)},
+    }
+    assert all({error.array for error in x.errors} == names[x.operation] for x in found)
+    for x in found:
+        assert max(error.kernel for error in x.errors) < (2e-2 if x.operation == "rg_lru_gates" else 1e-5)
 
 
 def test_right_kernels_in_bfloat16(small_blocks):
@@ -116,7 +127,8 @@ def test_what_every_model_calls(preset):
     found = device_check._calls(configs.resolve(config(preset)), jax.devices()[0], 2, 300)
     assert {call.operation for call in found} == {name for name, models in OPERATIONS.items() if preset in models}
     for call in found:
-        assert check_inputs.constants(call) == CONSTANTS.get(preset, set())
+        expected = GATES if call.operation == "rg_lru_gates" else CONSTANTS.get(preset, set())
+        assert check_inputs.constants(call) == expected
         for kind in check_inputs.kinds_of(call):
             drawn = check_inputs.draw(call, kind, np.random.default_rng(0))
             assert {name: (x.shape, x.dtype) for name, x in drawn.items()} == {
@@ -125,7 +137,10 @@ def test_what_every_model_calls(preset):
             numbers = {name: x.astype(np.result_type(x.dtype, np.float32)) for name, x in drawn.items()}
             assert all(np.isfinite(x).all() for x in numbers.values())
             assert np.all(numbers.get("log_decay", 0) <= 0) and np.all(np.abs(numbers.get("a", 0)) <= 1 + 1e-6)
-            assert len(np.unique(numbers["segment_ids"][0])) > 1
+            if call.operation == "rg_lru_gates":
+                assert np.all(numbers["rate"] <= 0) and np.all(numbers["first"][:, 0]) and np.sum(numbers["first"]) > 2
+            else:
+                assert len(np.unique(numbers["segment_ids"][0])) > 1
             if call.operation == "delta_rule":
                 assert np.all(numbers["beta"] >= 0) and np.all(numbers["beta"] <= 1)
                 np.testing.assert_allclose(np.linalg.norm(numbers["k"], axis=-1), 1, atol=0.02)
@@ -141,8 +156,8 @@ def test_a_model_without_kernels_on_the_device(monkeypatch):
     monkeypatch.setattr(backends, "no_kernels", lambda *shapes: "the kernels for GPU run on NVIDIA GPUs only")
     found = check("hawk_6m", 150, num_layers=1, width=32, recurrent_width=32, num_heads=2)
     assert [device_check_text.line(x) for x in found] == [
-        "linear_recurrence         weak    no kernel: linear_recurrence: the kernels for GPU run on NVIDIA GPUs only; "
-        "use backend='associative'"
+        f"{operation:25} weak    no kernel: {operation}: the kernels for GPU run on NVIDIA GPUs only; use backend={other!r}"
+        for operation, other in (("rg_lru_gates", "products"), ("linear_recurrence", "associative"))
     ]
     assert found[0].is_right
     assert device_check_text.verdict(found) == "no operation of this model is a kernel on this device"
@@ -177,9 +192,9 @@ def test_the_program(tmp_path):
     output = tmp_path / "check.json"
     done = run([*command, "--interpret", "--length=74", "--rows=1", f"--json={output}"])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "right on this device: the kernels of linear_recurrence"
+    assert done.stdout.splitlines()[-1] == "right on this device: the kernels of rg_lru_gates, linear_recurrence"
     result = json.loads(output.read_text())
-    assert result["device"] == "cpu" and [x["inputs"] for x in result["checked"]] == list(check_inputs.KINDS)
+    assert result["device"] == "cpu" and [x["inputs"] for x in result["checked"]] == [*check_inputs.KINDS] * 2
 
 
 @pytest.mark.compiles_ahead

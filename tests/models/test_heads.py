@@ -2,21 +2,15 @@
 
 import contextlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlinear.config import default as defaults
-from jaxlinear.config import model_config, resolve
-from jaxlinear.models import mixers
 from jaxlinear.models.heads import GroupNorm, HeadNorm, unit_length
 from jaxlinear.ops import backends
-from jaxlinear.parallel import sharding, targets
-from jaxlinear.parallel.mesh import AXES
-from tests import compiled_text, numerics, small
+from jaxlinear.parallel import sharding
+from tests import numerics, small
 from tests.shards import make_mesh
 
 VIEWS = {"axis": contextlib.nullcontext, "tiles": lambda: backends.use_platform("tpu")}
@@ -106,33 +100,3 @@ def test_tiles_on_a_mesh(sizes):
     with sharding.use_mesh(make_mesh({"data": 8 // (sizes.get("sequence", 1) * sizes["tensor"])} | sizes)):
         y, (d_x,) = values_and_gradients(norm, "tiles", (packed(x),), packed(d_y))
     numerics.assert_close((y, d_x), tuple(map(packed, scaled(x, d_y, 1))), 1e-10)
-
-
-PRESETS = {"delta_net": "delta_net_1b3", "gla": "gla_1b3"}
-
-
-@pytest.mark.compiles_ahead
-@pytest.mark.parametrize("mixer", PRESETS)
-def test_a_tpu_copies_nothing(mixer):
-    """Nor does it write [B, T, H, K] in another order, forward or backward, in a layer of a published size on a mesh."""
-    chosen = defaults()
-    chosen.model.update(preset=PRESETS[mixer], vocab_size=512, dtype="bfloat16")
-    chosen.training.steps = 1000
-    config = model_config(resolve(chosen))
-    mesh = Mesh(np.array(targets.find("v5e:2x2").devices).reshape(1, 4, 1, 1, 1), AXES)
-    graph, parameters = nnx.split(nnx.eval_shape(lambda: mixers.find(mixer)(config, rngs=nnx.Rngs(0))))
-
-    def both(parameters, x, ids, d_y):
-        layer = lambda parameters, x: nnx.merge(graph, parameters)(x, segment_ids=ids)[0]  # noqa: E731
-        y, pullback = jax.vjp(layer, parameters, x)
-        return y, pullback(d_y)
-
-    def placed(y, *axes):
-        return jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
-
-    x = placed(jax.ShapeDtypeStruct((8, 8192, config.width), jnp.bfloat16), "fsdp")
-    ids = placed(jax.ShapeDtypeStruct((8, 8192), jnp.int32), "fsdp")
-    with sharding.use_mesh(mesh):
-        text = jax.jit(both).lower(jax.tree.map(placed, parameters), x, ids, x).compile().as_text()
-    assert compiled_text.kernels(text, "delta_rule" if mixer == "delta_net" else "linear_attention")
-    assert not compiled_text.rearrangements(text, 2 * 8192 * config.heads * 64)

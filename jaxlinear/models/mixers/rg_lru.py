@@ -19,7 +19,6 @@ from jaxlinear.parallel import operations, sharding
 
 DECAY_POWER = 8.0  # c of the paper
 DECAY_RANGE = (0.9, 0.999)  # of a at r = 1, when training begins
-_LARGEST_SLOPE = 1000.0  # of the square root: its own grows without bound as a -> 1
 
 
 class RGLRU(nnx.Module):
@@ -28,7 +27,6 @@ class RGLRU(nnx.Module):
     rounded_parameters = ("recurrence_kernel", "input_kernel")
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
-        self.heads = heads
         block = width // heads
         axes = ("heads", None, None)
         self.recurrence_kernel = parameter(fan_in_normal(), (heads, block, block), axes, rngs)
@@ -42,17 +40,17 @@ class RGLRU(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """``[B, T, R]`` -> the same, and the last h ``[B, R]``. ``first`` ``[B, T]`` marks the first token of each
         document, which enters with weight 1."""
-        recurrence = self._gate(x, self.recurrence_kernel[...], self.recurrence_bias[...])
-        input_ = self._gate(x, self.input_kernel[...], self.input_bias[...])
-        a, u = _transition(x, recurrence, input_, self.decay[...], first)
+        a, u = operations.rg_lru_gates(
+            x,
+            self.recurrence_kernel[...],
+            self.recurrence_bias[...],
+            self.input_kernel[...],
+            self.input_bias[...],
+            -DECAY_POWER * jax.nn.softplus(self.decay[...].astype(dtypes.wide(x.dtype))),
+            first,
+        )
         h, final = operations.linear_recurrence(a, u, initial_state, segment_ids=segment_ids)
         return h.astype(x.dtype), final
-
-    def _gate(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        heads = x.reshape(*x.shape[:2], self.heads, -1)
-        gate = operations.parameter_product("bthi,hij->bthj", heads, kernel).reshape(x.shape)
-        wide = dtypes.wide(x.dtype)  # in which the gradient of the bias is then summed
-        return gate.astype(wide) + bias.astype(wide)[None, None]
 
 
 class RGLRUBlock(nnx.Module):
@@ -106,32 +104,6 @@ class RGLRUBlock(nnx.Module):
         inner, h = self.rg_lru(inner, first, state["h"], segment_ids)
         state = {"h": h, "convolution": convolution, "started": jnp.ones_like(state["started"])}
         return self.out(gate * inner), state
-
-
-def _transition(x, recurrence, input_, decay, first):
-    """The a and the input of the recurrence, ``[B, T, R]`` in float32, from the gates before their sigmoid."""
-    wide = dtypes.wide(x.dtype)
-    x, recurrence, input_ = (y.astype(wide) for y in (x, recurrence, input_))
-    log_a = jax.nn.sigmoid(recurrence) * (-DECAY_POWER * jax.nn.softplus(decay.astype(wide)))[None, None]
-    weight = jnp.where(first[..., None], jnp.ones((), wide), _bounded_sqrt(-jnp.expm1(2 * log_a)))
-    return jnp.exp(log_a), weight * (jax.nn.sigmoid(input_) * x)
-
-
-@jax.custom_vjp
-def _bounded_sqrt(x):
-    return jnp.sqrt(x)
-
-
-def _bounded_sqrt_forward(x):
-    root = jnp.sqrt(x)
-    return root, root
-
-
-def _bounded_sqrt_backward(root, cotangent):
-    return (cotangent / jnp.maximum(2 * root, 1 / _LARGEST_SLOPE),)
-
-
-_bounded_sqrt.defvjp(_bounded_sqrt_forward, _bounded_sqrt_backward)
 
 
 def _decay_init(key, shape, dtype):

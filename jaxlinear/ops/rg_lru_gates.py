@@ -1,0 +1,168 @@
+"""The gates of the RG-LRU (De et al. 2024, arXiv:2402.19427): from activations to the recurrence's transition and input.
+
+    r_t = sigmoid(W_a x_t + b_a),   i_t = sigmoid(W_x x_t + b_x),   a_t = exp(rate r_t),   u_t = sqrt(1 - a_t^2) (i_t x_t)
+
+Nothing depends on another token. The products are small, and what is large are the arrays between them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlinear.errors import UserError
+from jaxlinear.ops import backends, calls, checks, dtypes, matrix_states
+from jaxlinear.pallas import derivatives
+from jaxlinear.pallas import rg_lru_gates as kernels
+from jaxlinear.pallas.target import Target
+
+BACKENDS = ("products", "pallas")
+_INSTEAD = "products"
+_TAKEN = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
+
+
+@calls.recorded
+def rg_lru_gates(
+    x: jax.Array,
+    recurrence_kernel: jax.Array,
+    recurrence_bias: jax.Array,
+    input_kernel: jax.Array,
+    input_bias: jax.Array,
+    rate: jax.Array,
+    first: jax.Array,
+    *,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """The a and the u of ``h_t = a_t * h_{t-1} + u_t``.
+
+    Args:
+      x: ``[B, T, R]``.
+      recurrence_kernel, input_kernel: ``[N, K, K]``, the diagonal blocks of W_a and W_x, with N K = R. They are rounded to
+        the dtype of x; their gradients have their own dtype.
+      recurrence_bias, input_bias: ``[R]``.
+      rate: ``[R]``, log a at r = 1, at most 0.
+      first: ``[B, T]`` bool, true for the first token of a document, which enters with weight 1: u = i x.
+      backend: ``"products"`` (XLA), ``"pallas"`` (a kernel for TPU, interpreted on CPU) or ``"auto"``: the kernel on TPU
+        for more than 8 tokens; where it does not run, that is logged once.
+
+    Returns:
+      a and u ``[B, T, R]`` in float32 (float64 if x is). The slope of the square root is bounded by 1,000: its own grows
+      without bound as a -> 1.
+    """
+    x, recurrence_kernel, input_kernel = (jnp.asarray(y) for y in (x, recurrence_kernel, input_kernel))
+    recurrence_bias, input_bias, rate, first = (jnp.asarray(y) for y in (recurrence_bias, input_bias, rate, first))
+    _check_shapes(
+        x, recurrence_kernel, input_kernel, first, recurrence_bias=recurrence_bias, input_bias=input_bias, rate=rate
+    )
+    vectors = [y.astype(dtypes.wide(x.dtype)) for y in (recurrence_bias, input_bias, rate)]
+    if choose(backend, x, recurrence_kernel) == "pallas":
+        both = jnp.stack([recurrence_kernel, input_kernel])
+        return _by_kernel(x, both, jnp.stack(vectors), first, backends.target())
+    return _by_products(x, recurrence_kernel, input_kernel, vectors, first)
+
+
+def choose(backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """The backend that ``rg_lru_gates`` uses for x ``[B, T, R]`` and kernels ``[N, K, K]``, those of one device."""
+    backends.check("rg_lru_gates", backend, BACKENDS)
+    few = x.shape[1] <= matrix_states.FEW_TOKENS
+    if backend == "products" or (
+        backend == "auto" and (backends.platform() != "tpu" or not backends.takes_kernels() or few)
+    ):
+        return "products"
+    reason = backends.no_kernels(x.shape) or refusal(x, kernel) or backends.no_compiler()
+    if reason is None:
+        return "pallas"
+    if backend == "pallas":
+        raise UserError(f"rg_lru_gates: {reason}; use backend={_INSTEAD!r}")
+    backends.say_once(f"rg_lru_gates runs as products, not as a kernel: {reason}")
+    return "products"
+
+
+def refusal(x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+    """Why the kernel does not run, or None. Where it is interpreted, only what does not fit together is refused."""
+    width, (count, block, _) = x.shape[2], kernel.shape
+    if width != count * block:
+        return f"the kernel needs whole blocks on each device, and {width} channels are no multiple of {block}"
+    if backends.platform() == "gpu":
+        return "the kernel is for TPUs"
+    if backends.platform() not in backends.COMPILED:
+        return None
+    if x.dtype not in _TAKEN:
+        return f"the kernel takes {' and '.join(map(str, _TAKEN))}, not {x.dtype}"
+    if not kernels.fits(width, block, x.dtype.itemsize):
+        return f"the kernel has no room in VMEM for blocks of {block} channels among {width}"
+    return None
+
+
+def _by_products(x, recurrence_kernel, input_kernel, vectors, first):
+    recurrence_bias, input_bias, rate = vectors
+
+    def gate(kernel, bias):
+        heads = x.reshape(*x.shape[:2], kernel.shape[0], -1)
+        product = dtypes.parameter_product("bthi,hij->bthj", heads, kernel).reshape(x.shape)
+        # Widened first: the gradient of the bias is then summed in this dtype.
+        return jax.nn.sigmoid(product.astype(bias.dtype) + bias[None, None])
+
+    r, i = gate(recurrence_kernel, recurrence_bias), gate(input_kernel, input_bias)
+    log_a = r * rate[None, None]
+    one = jnp.ones((), log_a.dtype)
+    weight = jnp.where(first[..., None], one, bounded_sqrt(-jnp.expm1(2 * log_a)))
+    return jnp.exp(log_a), weight * (i * x.astype(log_a.dtype))
+
+
+@jax.custom_vjp
+def bounded_sqrt(x: jax.Array) -> jax.Array:
+    """The square root, with a slope of at most ``LARGEST_SLOPE``."""
+    return jnp.sqrt(x)
+
+
+def _bounded_sqrt_forward(x):
+    root = jnp.sqrt(x)
+    return root, root
+
+
+def _bounded_sqrt_backward(root, cotangent):
+    return (cotangent / jnp.maximum(2 * root, 1 / kernels.LARGEST_SLOPE),)
+
+
+bounded_sqrt.defvjp(_bounded_sqrt_forward, _bounded_sqrt_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _by_kernel(x: jax.Array, both: jax.Array, vectors: jax.Array, first: jax.Array, target: Target):
+    return kernels.forward(x, both, vectors, first, target=target)
+
+
+def _by_kernel_forward(x, both, vectors, first, target):
+    given = derivatives.once((x, both, vectors, first), _INSTEAD)
+    return kernels.forward(*given, target=target), given
+
+
+def _by_kernel_backward(target, given, cotangents):
+    given, cotangents = derivatives.once((given, cotangents), _INSTEAD)
+    return *kernels.gradient(*given, *cotangents, target=target), None
+
+
+_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
+
+
+def _check_shapes(x, recurrence_kernel, input_kernel, first, **vectors) -> None:
+    operation = "rg_lru_gates"
+    checks.axes(operation, "B T R", x=x)
+    checks.numbers(operation, x=x)
+    batch, length, width = x.shape
+    axes = recurrence_kernel.shape
+    if len(axes) != 3 or axes[1] != axes[2] or axes[0] * axes[1] != width:
+        raise UserError(
+            f"{operation}: recurrence_kernel is {axes}; for x {x.shape} it must be [N, K, K] with N K = {width}"
+        )
+    if input_kernel.shape != axes:
+        raise UserError(
+            f"{operation}: input_kernel {input_kernel.shape} does not have recurrence_kernel's shape {axes}"
+        )
+    for name, y in vectors.items():
+        if y.shape != (width,):
+            raise UserError(f"{operation}: {name} is {y.shape}, not [R] = {(width,)}")
+    if first.shape != (batch, length) or first.dtype != bool:
+        raise UserError(f"{operation}: first is {first.dtype} {first.shape}, not bool [B, T] = {(batch, length)}")
