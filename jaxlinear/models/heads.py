@@ -1,8 +1,9 @@
-"""What is done to each head by itself: how many channels it has, and norms over them.
+"""What is done to each head by itself: how many channels it has, norms over them, and factors.
 
-The norms take ``[B, T, H * K]``. On a TPU the last two axes of an array lie in memory in tiles of 8 x 128: there a tile is
-8 tokens of 128 channels, but in ``[B, T, H, K]`` 8 heads of one token. XLA copies an array, most often in float32, from one
-to the other before a sum over K, and back after it. So sums are taken there over axes that are the tiles themselves.
+Norms and factors take ``[B, T, H * K]``. On a TPU the last two axes of an array lie in memory in tiles of 8 x 128: there a
+tile is 8 tokens of 128 channels, but in ``[B, T, H, K]`` 8 heads of one token. XLA copies an array, most often in float32,
+from one to the other before a sum over K, and back after it; the gradient of a factor is such a sum, too. So sums are taken
+there over axes that are the tiles themselves.
 """
 
 import jax
@@ -66,6 +67,14 @@ def unit_length(x: jax.Array, heads: int) -> jax.Array:
     return _placed(_normalised(x, heads, _UNIT_EPSILON, count=1).astype(x.dtype), heads)
 
 
+def scale_heads(x: jax.Array, scales: jax.Array) -> jax.Array:
+    """Each head of ``[B, T, H * K]`` times its own number ``[B, T, H]``, in the dtype of ``scales`` internally."""
+    heads = scales.shape[-1]
+    view = _view(x.shape, heads, True)
+    y = view.split(x.astype(scales.dtype)) * view.spread(view.of_heads(scales))
+    return _placed(view.joined(y).reshape(x.shape).astype(x.dtype), heads)
+
+
 def _placed(x: jax.Array, heads: int, *, shared: bool = True) -> jax.Array:
     """x, as ``[B, T, H * K]`` in memory if sums are over tiles. XLA could compute it as the ``[B, T, H, K]`` that a mesh
     places before or after it, and would then copy it."""
@@ -107,6 +116,9 @@ class _LastAxis:
 
     spread = joined
 
+    def of_heads(self, y: jax.Array) -> jax.Array:
+        return y[..., None]
+
     def sums(self, y: jax.Array) -> jax.Array:
         return jnp.sum(y, axis=-1, keepdims=True)
 
@@ -137,6 +149,10 @@ class _Tiles:
 
     def joined(self, y: jax.Array) -> jax.Array:
         return y.transpose(0, 1, 4, 2, 3, 5)
+
+    def of_heads(self, y: jax.Array) -> jax.Array:
+        """``[B, T, d * H]`` -> ``[B, T/8, d, H, 8]``, as ``sums`` has it."""
+        return y.reshape(y.shape[0], -1, SUBLANES, self.devices, y.shape[2] // self.devices).transpose(0, 1, 3, 4, 2)
 
     def sums(self, y: jax.Array) -> jax.Array:
         """``[B, T/8, d, H, 8]``."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlinear.models.heads import GroupNorm, HeadNorm, unit_length
+from jaxlinear.models.heads import GroupNorm, HeadNorm, scale_heads, unit_length
 from jaxlinear.ops import backends
 from jaxlinear.parallel import sharding
 from tests import numerics, small
@@ -88,15 +88,37 @@ def test_group_norm(shape, view):
     numerics.assert_close(d_x, packed(d_centred - d_centred.mean(axis=-1, keepdims=True)), 1e-9)
 
 
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    "shape, dtype", [*((shape, "float64") for shape in SHAPES), *((s, "bfloat16") for s in SHAPES[3:])]
+)
+def test_scale_heads(shape, dtype, view):
+    """Numbers in float32, as time steps are, beside activations in bfloat16."""
+    x, d_y = inputs(shape)
+    scales = numerics.normal(np.random.default_rng(1), *shape[:3])
+
+    def scaled(x, scales):
+        return scale_heads(x, scales.astype(jnp.float32) if dtype == "bfloat16" else scales)
+
+    y, (d_x, d_scales) = values_and_gradients(scaled, view, (packed(x), scales), packed(d_y), dtype)
+    assert y.dtype == d_x.dtype == dtype
+    expected = packed(x * scales[..., None]), packed(d_y * scales[..., None]), np.sum(x * d_y, axis=-1)
+    numerics.assert_close((y, d_x, d_scales), expected, numerics.TOLERANCES[dtype] / 2)
+
+
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"sequence": 2, "tensor": 2}, {"tensor": 4}])
 def test_tiles_on_a_mesh(sizes):
     """With four devices the tiles are not whole: 96 channels each."""
     x, d_y = inputs((2, 16, 4, 96))
+    scales = numerics.normal(np.random.default_rng(1), 2, 16, 4)
 
-    def norm(x):
-        y = unit_length(sharding.constrain(x, "batch", "time", "heads"), 4)
-        return sharding.constrain(y, "batch", "time", "heads")
+    def both(x, scales):
+        x, scales = (sharding.constrain(y, "batch", "time", "heads") for y in (x, scales))
+        found = unit_length(x, 4), scale_heads(x, scales)
+        return tuple(sharding.constrain(y, "batch", "time", "heads") for y in found)
 
     with sharding.use_mesh(make_mesh({"data": 8 // (sizes.get("sequence", 1) * sizes["tensor"])} | sizes)):
-        y, (d_x,) = values_and_gradients(norm, "tiles", (packed(x),), packed(d_y))
-    numerics.assert_close((y, d_x), tuple(map(packed, scaled(x, d_y, 1))), 1e-10)
+        found, gradients = values_and_gradients(both, "tiles", (packed(x), scales), (packed(d_y), packed(d_y)))
+    unit, d_x = scaled(x, d_y, 1)
+    numerics.assert_close(found, (packed(unit), packed(x * scales[..., None])), 1e-10)
+    numerics.assert_close(gradients, (packed(d_x + d_y * scales[..., None]), np.sum(x * d_y, axis=-1)), 1e-10)

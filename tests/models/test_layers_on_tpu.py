@@ -17,6 +17,8 @@ from tests import compiled_text
 CASES = [
     ("delta_net", "delta_net_1b3", {"fsdp": 4}, 1024),
     ("gla", "gla_1b3", {"fsdp": 4}, 256),
+    ("mamba2", "mamba2_1b3", {"fsdp": 4}, 128),
+    ("mamba2", "mamba2_1b3", {"fsdp": 2, "tensor": 2}, 128),
     ("rg_lru", "griffin_1b3", {"fsdp": 4}, 2048),
     ("rg_lru", "griffin_1b3", {"fsdp": 2, "tensor": 2}, 1280),
 ]
@@ -45,6 +47,7 @@ def test_nothing_is_rearranged(mixer, preset, sizes, numbers):
     ids = placed(jax.ShapeDtypeStruct(tokens, jnp.int32), "fsdp")
     with sharding.use_mesh(mesh):
         text = jax.jit(both).lower(jax.tree.map(placed, parameters), x, ids, x).compile().as_text()
-    kernels = {"delta_net": ("delta_rule",), "gla": ("linear_attention",), "rg_lru": ("rg_lru_gates", "scan")}[mixer]
+    of_mixer = {"delta_net": ("delta_rule",), "rg_lru": ("rg_lru_gates", "scan")}
+    kernels = of_mixer.get(mixer, ("linear_attention",))
     assert all(len(compiled_text.kernels(text, name)) == 2 for name in kernels)
     assert not compiled_text.rearrangements(text, math.prod(tokens) // sizes["fsdp"] * numbers)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.heads import by_head
+from jaxlinear.models.heads import by_head, scale_heads
 from jaxlinear.models.layers import Initializer, Linear, RMSNorm, ShortConvolution, fan_in_normal, parameter
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
@@ -89,9 +89,9 @@ class Mamba2(nnx.Module):
         v, new["value"] = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
         dt = time_steps(self.time_step(x), self.dt_bias[...])
         rate, skip = jnp.exp(self.A_log[...]).astype(dt.dtype), self.D[...].astype(dt.dtype)
-        # On all channels [B, T, H P], except for the time step's product: XLA for TPUs does elementwise work on heads of
-        # fewer than 128 channels with time as the last axis, transposing the inputs to that layout and the results back.
-        inputs = (dt[..., None] * by_head(v, self.heads).astype(dt.dtype)).astype(v.dtype)
+        # On all channels [B, T, H P]: XLA for TPUs does elementwise work on heads of fewer than 128 channels with time as
+        # the last axis, transposing the inputs to that layout and the results back.
+        inputs = by_head(scale_heads(v, dt), self.heads)
         y, new["memory"] = operations.linear_attention(
             q[:, :, None],
             k[:, :, None],
