@@ -95,13 +95,19 @@ def grouped(q, k, v):
     return grouped_product(rows, k.reshape(-1, WIDTH, WIDTH), jnp.ones(len(rows) // WIDTH, jnp.int32), backend="pallas")
 
 
+def gates(q, k, v):
+    kernel, vector = k.reshape(-1, WIDTH, WIDTH)[:HEADS], v.reshape(-1)[: HEADS * WIDTH]
+    first = jnp.ones((1, TIME), bool)
+    return ops.rg_lru_gates(q.reshape(1, TIME, -1), kernel, vector, kernel, vector, vector, first, backend="pallas")
+
+
 @pytest.mark.parametrize(
     "operation, platform",
-    [*((name, TPU) for name in (*KERNELS, "grouped_product")), *((name, GPU) for name in KERNELS)],
+    [*((name, TPU) for name in (*KERNELS, "grouped_product", "rg_lru_gates")), *((name, GPU) for name in KERNELS)],
 )
 def test_kernels_of_bfloat16_under_a_default_of_more(operation, platform):
     """Mosaic multiplies bfloat16 only in bfloat16's precision; asking for more would end in a compiler error."""
-    run, beta = KERNELS.get(operation, (grouped, []))
+    run, beta = KERNELS.get(operation, ({"grouped_product": grouped, "rg_lru_gates": gates}.get(operation), []))
     with backends.use_platform(*platform), jax.default_matmul_precision("highest"):
         shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (*arrays(3, "bfloat16"), *beta)]
         jaxpr = jax.make_jaxpr(lambda *inputs: jax.vjp(run, *inputs)[1](run(*inputs)))(*shapes).jaxpr
