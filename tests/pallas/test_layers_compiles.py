@@ -13,6 +13,8 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import sharding, targets
 from tests import compiled_text
 
+pytestmark = pytest.mark.compiles_ahead
+
 # Mixer, preset, mesh of 4 devices, and the numbers that a token has in the smallest array as long as the sequence.
 CASES = [
     ("delta_net", "delta_net_1b3", {"fsdp": 4}, 1024),
@@ -24,7 +26,6 @@ CASES = [
 ]
 
 
-@pytest.mark.compiles_ahead
 @pytest.mark.parametrize(
     "mixer, preset, sizes, numbers", CASES, ids=lambda value: value if isinstance(value, str) else ""
 )
