@@ -127,6 +127,6 @@ def rg_lru_gates(x, recurrence_kernel, recurrence_bias, input_kernel, input_bias
         product = jnp.einsum("bthi,hij->bthj", x.reshape(*x.shape[:2], len(kernel), -1), kernel)
         return 1 / (1 + jnp.exp(-product.reshape(x.shape) - bias[None, None]))
 
-    a = jnp.exp(rate[None, None] * gate(recurrence_kernel, recurrence_bias))
-    weight = jnp.where(first[..., None], 1.0, jnp.sqrt(1 - a**2))
-    return a, weight * gate(input_kernel, input_bias) * x
+    log_a = rate[None, None] * gate(recurrence_kernel, recurrence_bias)
+    weight = jnp.where(first[..., None], 1.0, jnp.sqrt(-jnp.expm1(2 * log_a)))
+    return jnp.exp(log_a), weight * gate(input_kernel, input_bias) * x

@@ -126,16 +126,33 @@ def kernel_or_chunks(
 ) -> str:
     """``"pallas"`` if an operation that has chunks uses its kernel, else ``backend`` as given.
 
-    ``few``: whether there are so few tokens that ``"auto"`` uses no chunks. ``shapes``: those of the arrays.
-    ``refusal``: why the kernel does not run on a given platform, or None. If the kernel does not run, or none does
-    (``no_kernels``, ``no_compiler``), ``"auto"`` says so once and ``"pallas"`` raises ``UserError``.
+    ``few``: whether there are so few tokens that ``"auto"`` uses no chunks. The others are those of ``kernel_runs``.
     """
     if backend not in ("auto", "pallas") or (backend == "auto" and (not takes_kernels() or few)):
         return backend
+    runs = kernel_runs(operation, backend, shapes, refusal, instead="chunked", how="in chunks")
+    return "pallas" if runs else backend
+
+
+def kernel_runs(
+    operation: str,
+    backend: str,
+    shapes: Iterable[tuple[int, ...]],
+    refusal: Callable[[str], str | None],
+    *,
+    instead: str,
+    how: str,
+) -> bool:
+    """Whether the kernel of an operation runs. If it does not, or none does (``no_kernels``, ``no_compiler``), ``"auto"``
+    says so once and ``"pallas"`` raises ``UserError``.
+
+    ``shapes``: those of the arrays. ``refusal``: why the kernel does not run on a given platform, or None. ``instead``: the
+    backend that does, and ``how`` the operation runs then.
+    """
     reason = no_kernels(*shapes) or refusal(platform()) or no_compiler()
     if reason is None:
-        return "pallas"
+        return True
     if backend == "pallas":
-        raise UserError(f"{operation}: {reason}; use backend='chunked'")
-    say_once(f"{operation} runs in chunks, not as a kernel: {reason}")
-    return backend
+        raise UserError(f"{operation}: {reason}; use backend={instead!r}")
+    say_once(f"{operation} runs {how}, not as a kernel: {reason}")
+    return False

@@ -96,20 +96,14 @@ _BACKENDS = (*_LOOPS, "pallas")
 
 def choose(backend: str, a: jax.Array, x: jax.Array) -> str:
     """The backend that ``linear_recurrence`` uses for these arrays: by its rules if ``backend`` is ``"auto"``."""
-    platform = backends.platform()
     if backend not in ("auto", "pallas"):
         return backend
     if backend == "auto" and (not backends.takes_kernels() or x.shape[1] == 1):
-        return "recurrent" if platform == "cpu" or x.shape[1] == 1 else "associative"
-    compute = dtypes.wide(a.dtype, x.dtype)
-    refused = backends.no_kernels(x.shape) or diagonal_kernel.refusal(a.dtype, x.dtype, compute, platform)
-    reason = refused or backends.no_compiler()
-    if reason is None:
-        return "pallas"
-    if backend == "pallas":
-        raise UserError(f"linear_recurrence: {reason}; use backend='associative'")
-    backends.say_once(f"linear_recurrence runs as an associative scan, not as a kernel: {reason}")
-    return "associative"
+        return "recurrent" if backends.platform() == "cpu" or x.shape[1] == 1 else "associative"
+    refusal = functools.partial(diagonal_kernel.refusal, a.dtype, x.dtype, dtypes.wide(a.dtype, x.dtype))
+    instead, how = "associative", "as an associative scan"
+    runs = backends.kernel_runs("linear_recurrence", backend, [x.shape], refusal, instead=instead, how=how)
+    return "pallas" if runs else instead
 
 
 @dataclasses.dataclass(frozen=True)

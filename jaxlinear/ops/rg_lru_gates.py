@@ -17,8 +17,7 @@ from jaxlinear.pallas import derivatives
 from jaxlinear.pallas import rg_lru_gates as kernels
 from jaxlinear.pallas.target import Target
 
-BACKENDS = ("products", "pallas")
-_INSTEAD = "products"
+_INSTEAD = "products"  # of the kernel, where it does not run
 _TAKEN = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 
 
@@ -64,29 +63,27 @@ def rg_lru_gates(
 
 def choose(backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct) -> str:
     """The backend that ``rg_lru_gates`` uses for x ``[B, T, R]`` and kernels ``[N, K, K]``, those of one device."""
-    backends.check("rg_lru_gates", backend, BACKENDS)
+    backends.check("rg_lru_gates", backend, (_INSTEAD, "pallas"))
     few = x.shape[1] <= matrix_states.FEW_TOKENS
-    if backend == "products" or (
-        backend == "auto" and (backends.platform() != "tpu" or not backends.takes_kernels() or few)
-    ):
-        return "products"
-    reason = backends.no_kernels(x.shape) or refusal(x, kernel) or backends.no_compiler()
-    if reason is None:
-        return "pallas"
-    if backend == "pallas":
-        raise UserError(f"rg_lru_gates: {reason}; use backend={_INSTEAD!r}")
-    backends.say_once(f"rg_lru_gates runs as products, not as a kernel: {reason}")
-    return "products"
+    if backend == "auto" and (backends.platform() != "tpu" or not backends.takes_kernels() or few):
+        return _INSTEAD
+    if backend == _INSTEAD:
+        return backend
+    refusal = functools.partial(_refusal, x, kernel)
+    runs = backends.kernel_runs("rg_lru_gates", backend, [x.shape], refusal, instead=_INSTEAD, how="as products")
+    return "pallas" if runs else _INSTEAD
 
 
-def refusal(x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+def _refusal(
+    x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct, platform: str
+) -> str | None:
     """Why the kernel does not run, or None. Where it is interpreted, only what does not fit together is refused."""
     width, (count, block, _) = x.shape[2], kernel.shape
     if width != count * block:
         return f"the kernel needs whole blocks on each device, and {width} channels are no multiple of {block}"
-    if backends.platform() == "gpu":
+    if platform == "gpu":
         return "the kernel is for TPUs"
-    if backends.platform() not in backends.COMPILED:
+    if platform not in backends.COMPILED:
         return None
     if x.dtype not in _TAKEN:
         return f"the kernel takes {' and '.join(map(str, _TAKEN))}, not {x.dtype}"

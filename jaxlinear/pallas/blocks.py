@@ -75,7 +75,7 @@ def selective_scan_tpu_channels(states: int) -> int:
 
 
 # The gates of the RG-LRU on TPU: tokens of a block, the most first, and those processed at once; and the bytes of VMEM that
-# its arrays may take, which leave some for registers that are spilled.
+# its arrays may take, which leave some for registers that are spilled. No program tunes these.
 RG_LRU_GATES_TPU = 512, 256, 128
 RG_LRU_GATES_ROWS = 128
 RG_LRU_GATES_BYTES = 52 * 2**20

@@ -30,7 +30,7 @@ from jaxlinear.pallas.lanes import LANES, SUBLANES
 from jaxlinear.pallas.target import Target
 
 LARGEST_SLOPE = 1000.0  # of the square root: its own grows without bound as a -> 1
-LOG2_E = math.log2(math.e)
+_LOG2_E = math.log2(math.e)
 _LARGEST_POWER = 60.0
 _LEAST = 1e-30  # of what a reciprocal root is taken of
 _NEAR = 1 / 24  # -log2 a up to which 1 - a^2 is a series: with a product it would have lost 4 of 24 digits there
@@ -171,14 +171,11 @@ def _blocks(bands: jax.Array, shape: _Shape) -> jax.Array:
 
 def _overlaps(tile: _Tile, block: int) -> list[tuple[int, slice]]:
     """The group's blocks of which the tile has columns, and which of their columns these are."""
-    first, last = tile.lanes.start // block, (tile.lanes.stop - 1) // block
-    bounds = [
-        (max(tile.lanes.start, at * block), min(tile.lanes.stop, (at + 1) * block)) for at in range(first, last + 1)
-    ]
-    return [
-        (at, slice(begin - at * block, end - at * block))
-        for at, (begin, end) in zip(range(first, last + 1), bounds, strict=True)
-    ]
+    found = []
+    for at in range(tile.lanes.start // block, (tile.lanes.stop - 1) // block + 1):
+        before = at * block
+        found.append((at, slice(max(0, tile.lanes.start - before), min(block, tile.lanes.stop - before))))
+    return found
 
 
 def _call(
@@ -315,12 +312,12 @@ def _gates(x, bands, vectors, at, tile: _Tile) -> _Gates:
     def inverse_gate(n):
         """1 + exp(-z), at most 2^60, where a gate is 1e-18: the reciprocal of two is that of their product."""
         z = _dot(reached, _band(bands, n, tile), 0, wide) + vectors[n : n + 1, tile.lanes]
-        return 1 + jnp.exp2(jnp.minimum(z * -LOG2_E, _LARGEST_POWER))
+        return 1 + jnp.exp2(jnp.minimum(z * -_LOG2_E, _LARGEST_POWER))
 
     for_r, for_i = inverse_gate(0), inverse_gate(1)
     inverse = 1 / (for_r * for_i)
     r, i = inverse * for_i, inverse * for_r
-    log2_a = r * (vectors[2:3, tile.lanes] * LOG2_E)
+    log2_a = r * (vectors[2:3, tile.lanes] * _LOG2_E)
     a = jnp.exp2(log2_a)
     q = _one_minus_square(log2_a, a)
     of_root = lax.rsqrt(jnp.maximum(q, _LEAST))
