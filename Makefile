@@ -6,7 +6,7 @@
 # make test-meshes  every model on every mesh that splits time, the exchanges of compiled steps, and runs of several
 #                   processes (a quarter of an hour)
 # make test-newest  operations, kernels, meshes and the work that overlaps exchanges on GPUs, with the newest JAX;
-#                   PYTHON_NEWEST names a Python of 3.12 or newer, TESTS_NEWEST other tests
+#                   PYTHON_NEWEST names a Python of 3.12 or newer, TESTS_NEWEST other tests (or fewer: --every_nth=4 tests/ops)
 # make test-pages   reports opened in a headless browser, which CHROMIUM names
 # make lint         ruff and mypy
 # Each target makes its own environment in .venv (test-newest: .venv-newest); PYTHON names its interpreter, 3.11 or newer.
@@ -29,7 +29,7 @@ sweep: .venv/installed-sweep
 	  --parallel=2 --config.data.path=runs/sweep/corpus
 	$(BIN)/python launch/scaling.py --workdir=runs/sweep --baseline=transformer
 
-# Most of the compiled programs run once. The other targets compile as a user's run does.
+# Most of the compiled programs run once, here and in test-meshes. The other targets compile as a user's run does.
 test: .venv/installed-test
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist=worksteal --durations=15 tests
 
@@ -41,7 +41,8 @@ test-published: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py
 
 test-meshes: .venv/installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --every_mesh tests/models/test_over_sequence.py \
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist=worksteal --every_mesh \
+	  tests/models/test_over_sequence.py \
 	  tests/parallel/test_compiled_collectives.py tests/training/test_processes.py
 
 # JAX 0.11 and newer need Python 3.12, and .venv may be older.

@@ -1,5 +1,6 @@
 """Shared by all tests: several CPU devices, a cache of compiled programs, and a run that is trained once."""
 
+import collections
 import contextlib
 import gc
 import itertools
@@ -9,10 +10,13 @@ import shutil
 import tempfile
 
 from jaxlinear import locks
+from tests import xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ and xla_flags.FAST not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += f" {xla_flags.FAST}"
 
 # Compiled programs are cached for the workers and for programs that tests start, which inherit this environment. Never in
 # the user's own directory: tests kill programs while they write, and no test should depend on an earlier session.
@@ -58,6 +62,21 @@ def pytest_addoption(parser):
     )
     parser.addoption("--published_sizes", action="store_true", help="Also training steps at published sizes: minutes.")
     parser.addoption("--chromium", help="Also pages of HTML, in this Chromium.")
+    parser.addoption(
+        "--every_nth", type=int, default=1, metavar="N", help="Of each test's cases, the first and each Nth after it."
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    nth, before = config.getoption("--every_nth"), collections.Counter()
+    kept, left_out = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        (left_out if before[test] % nth else kept).append(item)
+        before[test] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -15,6 +15,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.evaluation import recall
 from jaxlinear.training import metrics
 from jaxlinear.training.job import task_setting
+from tests import xla_flags
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -116,7 +117,7 @@ def test_program(tmp_path):
         "config.evaluation.every_steps": 0,
         "config.logging.tensorboard": "false",
     }
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1 {xla_flags.FAST}"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": flags}
     command = [sys.executable, "launch/recall.py", *(f"--{name}={value}" for name, value in arguments.items())]
     for _ in range(2):

@@ -23,6 +23,7 @@ from jaxlinear.training import state as states
 from jaxlinear.training.job import Job
 from jaxlinear.training.optimizer import make_optimizer
 from jaxlinear.training.step import make_train_step
+from tests import xla_flags
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 ONES = dict.fromkeys(meshes.AXES, 1)
@@ -241,7 +242,7 @@ def command(workdir, dataset, *arguments, before=""):
 
 def environment():
     """The environment for a program on one device, compiled as fast as possible."""
-    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_backend_optimization_level=0 {xla_flags.FAST}"}
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), **own}
 
 
