@@ -13,6 +13,13 @@ def strict():
 
 
 @pytest.fixture
+def short_chunks(monkeypatch):
+    """16 tokens, as few heads at a time as fill registers: programs are small and compile fast."""
+    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (blocks.AttentionBlock(16, 16, 1),) * 2)
+    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(16, 16, 1))
+
+
+@pytest.fixture
 def small_blocks(monkeypatch):
     """128 time steps x 128 channels, 16 steps at a time; on GPU, 8 steps of a and x at a time. In the selective scan, 8
     tokens at a time."""

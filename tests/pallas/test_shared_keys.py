@@ -153,7 +153,7 @@ MESHES = [
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("sizes, backend, decay, heads", MESHES, ids=str)
-def test_on_a_mesh(monkeypatch, sizes, backend, decay, heads, platform):
+def test_on_a_mesh(monkeypatch, short_chunks, sizes, backend, decay, heads, platform):
     """Heads are spread, and their gradients of queries and keys summed; rows and time are spread, too."""
     monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
     inputs, cotangents = draw(decay, T, heads, 6, 8, batch=8 if sizes == {"fsdp": 8} else B)

@@ -9,7 +9,6 @@ import pytest
 
 from jaxlinear import ops
 from jaxlinear.ops import backends
-from jaxlinear.pallas import blocks
 from jaxlinear.pallas.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
@@ -18,13 +17,6 @@ from tests.shards import EIGHT, FOUR, IDS, TWO, T, make_mesh
 B, H, K, V = 4, 2, 3, 5
 DECAYS = {"none": None, "constant": (H,), "scalar": (B, T, H), "channel": (B, T, H, K)}
 ROWS = {"data": 4, "tensor": 2}, {"fsdp": 4, "tensor": 2}
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (blocks.AttentionBlock(16, 16, 1),) * 2)
-    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(16, 16, 1))
-
 
 CASES = [
     ("linear_attention", ROWS[0], "scalar", True),
@@ -44,7 +36,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("operation, sizes, decay, packed", CASES, ids=str)
-def test_the_kernel_on_a_mesh(small_blocks, operation, sizes, decay, packed):
+def test_the_kernel_on_a_mesh(short_chunks, operation, sizes, decay, packed):
     check(operation, sizes, decay, packed)
 
 
@@ -55,7 +47,7 @@ def test_the_gpu_kernel_on_a_mesh(monkeypatch, operation, sizes, decay, packed):
 
 
 @pytest.mark.parametrize("sizes", [ROWS[0], FOUR], ids=str)
-def test_negative_eigenvalues_on_a_mesh(small_blocks, sizes):
+def test_negative_eigenvalues_on_a_mesh(short_chunks, sizes):
     """With keys that are alike in bfloat16: on each device's rows, and by the maps of parts of time. Kernels that are not
     told of negative eigenvalues are off by far more."""
     random = np.random.default_rng(0)

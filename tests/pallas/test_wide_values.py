@@ -35,7 +35,7 @@ def values_and_gradients(operation, backend):
 
 
 @pytest.mark.parametrize("operation", ["linear_attention", "delta_rule"])
-def test_two_kernels_share_the_values(operation, monkeypatch):
+def test_two_kernels_share_the_values(operation, short_chunks, monkeypatch):
     monkeypatch.setattr(state_kernels, "WIDEST", 8)
     assert state_kernels.value_pieces(V, 8) == 2
     with jax.enable_x64(True):
