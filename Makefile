@@ -6,9 +6,10 @@
 # make test-meshes  every model on every mesh that splits time, the exchanges of compiled steps, and runs of several
 #                   processes (a quarter of an hour)
 # make test-newest  operations, kernels, meshes and the work that overlaps exchanges on GPUs, with the newest JAX;
-#                   PYTHON_NEWEST names a Python of 3.12 or newer, TESTS_NEWEST other tests (or fewer: --every_nth=4 tests/ops)
+#                   PYTHON_NEWEST names a Python of 3.12 or newer, TESTS_NEWEST other tests
 # make test-pages   reports opened in a headless browser, which CHROMIUM names
 # make lint         ruff and mypy
+# NTH=4 has test-meshes and test-newest take every fourth case of each test.
 # Each target makes its own environment in .venv (test-newest: .venv-newest); PYTHON names its interpreter, 3.11 or newer.
 
 PYTHON ?= python3
@@ -16,6 +17,7 @@ PYTHON_NEWEST ?= python3.13
 BIN := .venv/bin
 CHROMIUM ?= chromium
 TESTS_NEWEST ?= tests/ops tests/pallas tests/parallel
+NTH ?= 1
 
 .PHONY: quickstart sweep test test-compiled test-published test-meshes test-newest test-pages lint clean
 
@@ -42,14 +44,15 @@ test-published: .venv/installed-test
 
 test-meshes: .venv/installed-test
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist=worksteal --every_mesh \
-	  tests/models/test_over_sequence.py \
-	  tests/parallel/test_compiled_collectives.py tests/training/test_processes.py
+	  --every_nth=$(NTH) tests/models/test_over_sequence.py tests/parallel/test_compiled_collectives.py \
+	  tests/training/test_processes.py
 
 # JAX 0.11 and newer need Python 3.12, and .venv may be older.
 test-newest: .venv-newest/installed
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal --compiled $(TESTS_NEWEST)
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal --compiled --every_nth=$(NTH) $(TESTS_NEWEST)
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest "tests/parallel/test_compiled_collectives.py::test_on_gpu[hawk]"
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py -k griffin
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --published_sizes --every_nth=$(NTH) \
+	  tests/launching/test_published_sizes.py -k griffin
 
 test-pages: .venv/installed-pages
 	@command -v "$(CHROMIUM)" >/dev/null || { echo "there is no $(CHROMIUM) here; name one: make test-pages CHROMIUM=/path/to/chromium" >&2; exit 2; }

@@ -67,6 +67,7 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(trylast=True)  # of the cases that -k leaves
 def pytest_collection_modifyitems(config, items):
     nth, before = config.getoption("--every_nth"), collections.Counter()
     kept, left_out = [], []

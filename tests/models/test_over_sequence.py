@@ -1,6 +1,6 @@
 """Language models with time spread over 8 devices, for every mixer and the hybrids' patterns: loss, logits, states and the
 gradients of every parameter and of the initial state are those of one device, in float64. With ``--every_mesh`` each model
-runs on three meshes, both from a state and without, which takes long (``make test-meshes``, a step of CI); otherwise it
+runs on three meshes, both from a state and without, which takes long (``make test-meshes``; CI takes some); otherwise it
 runs from a state, on the mesh that ``MODELS`` names. Also, copies of the parameters sum their gradients once: for each
 model on three meshes, or for one on one.
 

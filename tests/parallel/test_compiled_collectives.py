@@ -10,7 +10,7 @@ formula gives, whatever T is and under every remat policy. Otherwise, this axis 
 
 The device computes while a gather is under way, except on v5p and v6e: there, libtpu 0.0.48 refuses to fuse all-gathers
 with other work ("incorrect results, hang"), and 0.0.42 does it only when asked to. Compiling takes long, so
-``make test-meshes``, a step of CI, runs this file.
+``make test-meshes`` runs this file; CI takes some of its cases.
 """
 
 import math
