@@ -70,6 +70,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(trylast=True)  # of the cases that -k leaves
 def pytest_collection_modifyitems(config, items):
     nth, before = config.getoption("--every_nth"), collections.Counter()
+    if nth < 1:
+        raise pytest.UsageError(f"--every_nth={nth} must be at least 1")
     kept, left_out = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]

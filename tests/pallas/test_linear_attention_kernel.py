@@ -173,8 +173,8 @@ def test_what_heads_take_of_vmem():
     assert of_v6e(2) == (256, 256, (8, 8)) and of_v6e(4) == (128, 128, (8, 8))
 
 
-@pytest.mark.parametrize("heads, keys, values", [(8, 32, 32), (5, 64, 128), (3, 128, 64)])
-def test_heads_that_share_registers(small_blocks, heads, keys, values):
+@pytest.mark.parametrize("heads, keys, values", [(16, 32, 16), (5, 64, 128), (3, 128, 64)])
+def test_heads_that_share_registers(short_chunks, heads, keys, values):
     """Of keys, values or both; in the last block, if it has fewer heads, with some that are arbitrary."""
     inputs = draw(np.random.default_rng(12), "channel", 20, heads, keys, values)
     assert_as_the_recurrence(functools.partial(run_kernel, None, INTERPRETED), None, inputs)
@@ -221,7 +221,7 @@ def test_one_document_a_token(small_blocks, kind, target):
 
 @pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
-def test_float32_decays_beside_products_in_bfloat16(short_chunks, kind, target):
+def test_float32_decays_beside_products_in_bfloat16(small_blocks, kind, target):
     assert_decays_are_not_rounded(functools.partial(run_kernel, None, target), kind)
 
 
