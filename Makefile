@@ -50,9 +50,9 @@ test-meshes: .venv/installed-test
 # JAX 0.11 and newer need Python 3.12, and .venv may be older.
 test-newest: .venv-newest/installed
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal --compiled --every_nth=$(NTH) $(TESTS_NEWEST)
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest "tests/parallel/test_compiled_collectives.py::test_on_gpu[hawk]"
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --published_sizes --every_nth=$(NTH) \
-	  tests/launching/test_published_sizes.py -k griffin
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --published_sizes --every_mesh --every_nth=$(NTH) \
+	  tests/launching/test_published_sizes.py tests/parallel/test_compiled_collectives.py \
+	  -k "griffin_7b or (test_on_gpu and hawk)"
 
 test-pages: .venv/installed-pages
 	@command -v "$(CHROMIUM)" >/dev/null || { echo "there is no $(CHROMIUM) here; name one: make test-pages CHROMIUM=/path/to/chromium" >&2; exit 2; }
