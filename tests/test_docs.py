@@ -47,6 +47,7 @@ def test_the_table_of_operations_has_their_backends():
     calls = {
         "linear_recurrence": lambda: ops.linear_recurrence(x, x, backend="none"),
         "selective_scan": lambda: ops.selective_scan(x, x, None, x, x, backend="none"),
+        "rg_lru": lambda: ops.rg_lru(x, *gates, first, backend="none"),
         "rg_lru_gates": lambda: ops.rg_lru_gates(x, *gates, first, backend="none"),
         "linear_attention": lambda: ops.linear_attention(heads, heads, heads, backend="none"),
         "delta_rule": lambda: ops.delta_rule(heads, heads, heads, heads[..., 0], backend="none"),

@@ -32,7 +32,7 @@ _ROUNDING = {"bfloat16": 1e-2, "float32": 1e-4}
 _OF_SUMS = 10.0
 _LENGTH = 2048  # tokens per row, if training has more
 _RAGGED = 37  # so many tokens fewer for some inputs, so that no block divides them
-_WITHOUT = {"linear_recurrence": "associative", "rg_lru_gates": "products"}  # others: "chunked"
+_WITHOUT = {"linear_recurrence": "associative", "rg_lru": "separate", "rg_lru_gates": "products"}  # others: "chunked"
 _OUTPUTS = {"rg_lru_gates": ("transition", "input")}  # others: an output and, of recurrences, the last state
 _REPEATS = 5  # runs, of which the median time is taken
 
@@ -116,16 +116,26 @@ def _host() -> jax.Device:
 
 
 def _calls(config: config_dict.ConfigDict, device: jax.Device, rows: int, length: int) -> list[Call]:
-    """The distinct calls, in the order of the model's layers."""
+    """The distinct calls, in the order of the model's layers; after these, the operations that take the place of some where
+    a mesh spreads time."""
     config = config.copy_and_resolve_references()
     config.model.vocab_size = config.model.vocab_size or 256  # which no operation reads
     architecture = parameters.describe(configs.model_config(config))
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
     weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
-    with backends.use_device(device), jax.numpy_dtype_promotion("standard"), calls.record() as found:
-        jax.eval_shape(make_objective(config, architecture), architecture.shapes, batch, weights)
-    return list(dict.fromkeys(found))
+
+    def recorded() -> list[Call]:
+        with calls.record() as found:
+            jax.eval_shape(make_objective(config, architecture), architecture.shapes, batch, weights)
+        return list(dict.fromkeys(found))
+
+    with backends.use_device(device), jax.numpy_dtype_promotion("standard"):
+        found = recorded()
+        with backends.use_kernels(False):
+            apart = recorded()
+    operations = {call.operation for call in found}
+    return found + [call for call in apart if call.operation not in operations]
 
 
 def _check(call: Call, kind: str, device: jax.Device, host: jax.Device) -> Checked:
@@ -192,7 +202,7 @@ def _with_gradients(call: Call, backend: str) -> Callable[..., dict[str, jax.Arr
 def _compiled(call: Call, backend: str, device: jax.Device, inputs, cotangents) -> Callable[[], dict[str, jax.Array]]:
     """``_with_gradients`` of arrays that are on the device."""
     arguments = jax.device_put((*_numbers_and_others(inputs), cotangents), device)
-    with backends.use_device(device):
+    with backends.use_device(device), backends.use_kernels(backend == "pallas"):
         compiled = jax.jit(_with_gradients(call, backend)).lower(*arguments).compile()
     return lambda: jax.block_until_ready(compiled(*arguments))
 

@@ -5,6 +5,7 @@ from jaxlinear.ops.convolution import causal_convolution
 from jaxlinear.ops.delta_rule import delta_rule
 from jaxlinear.ops.diagonal import linear_recurrence
 from jaxlinear.ops.linear_attention import linear_attention
+from jaxlinear.ops.rg_lru import rg_lru
 from jaxlinear.ops.rg_lru_gates import rg_lru_gates
 from jaxlinear.ops.selective_scan import selective_scan
 from jaxlinear.ops.sliding_window import sliding_window_attention
@@ -19,6 +20,7 @@ __all__ = [
     "delta_rule",
     "linear_attention",
     "linear_recurrence",
+    "rg_lru",
     "rg_lru_gates",
     "selective_scan",
     "sliding_window_attention",

@@ -6,6 +6,7 @@ Nothing depends on another token. The products are small, and what is large are 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, calls, checks, dtypes, matrix_states
 from jaxlinear.pallas import derivatives
 from jaxlinear.pallas import rg_lru_gates as kernels
+from jaxlinear.pallas.rg_lru_block import LARGEST_SLOPE
 from jaxlinear.pallas.target import Target
 
 _INSTEAD = "products"  # of the kernel, where it does not run
@@ -51,8 +53,15 @@ def rg_lru_gates(
     """
     x, recurrence_kernel, input_kernel = (jnp.asarray(y) for y in (x, recurrence_kernel, input_kernel))
     recurrence_bias, input_bias, rate, first = (jnp.asarray(y) for y in (recurrence_bias, input_bias, rate, first))
-    _check_shapes(
-        x, recurrence_kernel, input_kernel, first, recurrence_bias=recurrence_bias, input_bias=input_bias, rate=rate
+    check_shapes(
+        "rg_lru_gates",
+        x,
+        recurrence_kernel,
+        input_kernel,
+        first,
+        recurrence_bias=recurrence_bias,
+        input_bias=input_bias,
+        rate=rate,
     )
     vectors = [y.astype(dtypes.wide(x.dtype)) for y in (recurrence_bias, input_bias, rate)]
     if choose(backend, x, recurrence_kernel) == "pallas":
@@ -69,15 +78,22 @@ def choose(backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array 
         return _INSTEAD
     if backend == _INSTEAD:
         return backend
-    refusal = functools.partial(_refusal, x, kernel)
-    runs = backends.kernel_runs("rg_lru_gates", backend, [x.shape], refusal, instead=_INSTEAD, how="as products")
+    why_not = functools.partial(refusal, x, kernel, fits=kernels.fits)
+    runs = backends.kernel_runs("rg_lru_gates", backend, [x.shape], why_not, instead=_INSTEAD, how="as products")
     return "pallas" if runs else _INSTEAD
 
 
-def _refusal(
-    x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct, platform: str
+def refusal(
+    x: jax.Array | jax.ShapeDtypeStruct,
+    kernel: jax.Array | jax.ShapeDtypeStruct,
+    platform: str,
+    *,
+    fits: Callable[[int, int, int], bool],
 ) -> str | None:
-    """Why the kernel does not run, or None. Where it is interpreted, only what does not fit together is refused."""
+    """Why the kernel does not run, or None. Where it is interpreted, only what does not fit together is refused.
+
+    ``fits``: whether VMEM has room, for R, K and the bytes of a number.
+    """
     width, (count, block, _) = x.shape[2], kernel.shape
     if width != count * block:
         return f"the kernel needs whole blocks on each device, and {width} channels are no multiple of {block}"
@@ -87,7 +103,7 @@ def _refusal(
         return None
     if x.dtype not in _TAKEN:
         return f"the kernel takes {' and '.join(map(str, _TAKEN))}, not {x.dtype}"
-    if not kernels.fits(width, block, x.dtype.itemsize):
+    if not fits(width, block, x.dtype.itemsize):
         return f"the kernel has no room in VMEM for blocks of {block} channels among {width}"
     return None
 
@@ -120,7 +136,7 @@ def _bounded_sqrt_forward(x):
 
 
 def _bounded_sqrt_backward(root, cotangent):
-    return (cotangent / jnp.maximum(2 * root, 1 / kernels.LARGEST_SLOPE),)
+    return (cotangent / jnp.maximum(2 * root, 1 / LARGEST_SLOPE),)
 
 
 bounded_sqrt.defvjp(_bounded_sqrt_forward, _bounded_sqrt_backward)
@@ -144,8 +160,8 @@ def _by_kernel_backward(target, given, cotangents):
 _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
 
 
-def _check_shapes(x, recurrence_kernel, input_kernel, first, **vectors) -> None:
-    operation = "rg_lru_gates"
+def check_shapes(operation: str, x, recurrence_kernel, input_kernel, first, **vectors) -> None:
+    """Raises ``UserError`` unless the arguments of ``rg_lru_gates`` fit each other; ``vectors``: ``[R]`` by name."""
     checks.axes(operation, "B T R", x=x)
     checks.numbers(operation, x=x)
     batch, length, width = x.shape

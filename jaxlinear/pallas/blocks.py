@@ -74,11 +74,15 @@ def selective_scan_tpu_channels(states: int) -> int:
     return max(0, VMEM_BYTES // 4 - numbers) // (7 * states) // 128 * 128
 
 
-# The gates of the RG-LRU on TPU: tokens of a block, the most first, and those processed at once; and the bytes of VMEM that
-# its arrays may take, which leave some for registers that are spilled. No program tunes these.
-RG_LRU_GATES_TPU = 512, 256, 128
-RG_LRU_GATES_ROWS = 128
-RG_LRU_GATES_BYTES = 52 * 2**20
+# The RG-LRU on TPU: tokens of a block, the most first; its channels, fewer than twice as many where the blocks of W allow;
+# tokens whose gates are processed at once, and those of a group of the scan; and the bytes of VMEM that arrays may take, so
+# that there is room for registers that are spilled. No program tunes these.
+RG_LRU_TPU = 512, 256, 128
+RG_LRU_CHANNELS = 1024
+RG_LRU_CORES = {"TPU v4": 2, "TPU v5": 2}  # of a device, which share the blocks of channels; elsewhere there is one
+RG_LRU_ROWS = 128
+RG_LRU_SCAN_ROWS = 32
+RG_LRU_BYTES = 54 * 2**20
 
 
 class SelectiveScanGPUBlock(NamedTuple):

@@ -17,8 +17,7 @@ def once(tree: Any, instead: str = "chunked") -> Any:
 
     Args:
       tree: of arrays.
-      instead: the backend that has gradients of gradients; only the diagonal recurrence and the grouped product have
-        another than the default.
+      instead: the backend that has gradients of gradients; operations without chunks have another than the default.
     """
     return tree
 

@@ -28,6 +28,7 @@ from jaxlinear.ops import (
 from jaxlinear.ops.attention import choose as choose_softmax
 from jaxlinear.ops.delta_rule import choose as choose_delta_rule
 from jaxlinear.ops.linear_attention import choose as choose_attention
+from jaxlinear.ops.rg_lru import choose as choose_rg_lru
 from jaxlinear.ops.rg_lru_gates import choose as choose_gates
 from jaxlinear.ops.selective_scan import choose as choose_selective_scan
 from jaxlinear.parallel import cost, halos, ring, sharding
@@ -176,6 +177,46 @@ def _on_a_device(choose: Callable[..., str], backend: str, q: Any, k: Any, v: An
     return choose(backend, part(q), part(k), part(v), *rest, **options)
 
 
+# Logical axes of what ``rg_lru_gates`` takes.
+_BLOCKS, _CHANNELS = ("heads", None, None), ("recurrent",)
+_OF_GATES = (*_TIME, "recurrent"), _BLOCKS, _CHANNELS, _BLOCKS, _CHANNELS, _CHANNELS, _TIME
+
+
+def rg_lru(
+    x: jax.Array,
+    recurrence_kernel: jax.Array,
+    recurrence_bias: jax.Array,
+    input_kernel: jax.Array,
+    input_bias: jax.Array,
+    rate: jax.Array,
+    first: jax.Array,
+    initial_state: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """``ops.rg_lru``, sharded as ``rg_lru_gates`` and ``linear_recurrence``. The kernel runs on each device's part, since
+    the compiler cannot split it; where time is spread, the gates and the recurrence are separate."""
+    recurrence_kernel, input_kernel = _as_their_gradients_are_summed(x, recurrence_kernel, input_kernel)
+    given = x, recurrence_kernel, recurrence_bias, input_kernel, input_bias, rate, first
+    if _mesh("rg_lru", x.shape[1]) is not None:
+        if backend == "pallas":
+            raise UserError(
+                "rg_lru: the kernel needs whole rows, and mesh.sequence spreads them; use backend='separate'"
+            )
+        backend = "separate"
+    if choose_rg_lru(backend, *_gates_of_a_device(x, recurrence_kernel)) != "pallas":
+        return linear_recurrence(*rg_lru_gates(*given), initial_state, segment_ids=segment_ids)
+    mesh, run = sharding.mesh_in_use(), functools.partial(ops.rg_lru, backend="pallas")
+    if mesh is None or mesh.size == 1:
+        return run(*given, initial_state, segment_ids=segment_ids)
+    if initial_state is None:
+        initial_state = diagonal_kernel.no_state(x, x)
+    axes = *_OF_GATES, ("batch", *_CHANNELS), _TIME
+    local = lambda *given: run(*given[:-1], segment_ids=given[-1])  # noqa: E731
+    return _on_shards(mesh, local, (0, len(given)), (*given, initial_state, segment_ids), axes)
+
+
 def rg_lru_gates(
     x: jax.Array,
     recurrence_kernel: jax.Array,
@@ -188,23 +229,32 @@ def rg_lru_gates(
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """``ops.rg_lru_gates``; R is sharded by the logical axis ``recurrent`` and blocks by ``heads``. The kernel runs on each
-    device's part, since the compiler cannot split it. Devices sum the gradients of W_a and W_x in the dtype that
-    ``parallel.gradient_dtype`` names."""
-    if sharding.choices_in_use().gradient_dtype != "float32":
-        recurrence_kernel, input_kernel = (y.astype(x.dtype) for y in (recurrence_kernel, input_kernel))
+    device's part, since the compiler cannot split it."""
+    recurrence_kernel, input_kernel = _as_their_gradients_are_summed(x, recurrence_kernel, input_kernel)
     arguments = x, recurrence_kernel, recurrence_bias, input_kernel, input_bias, rate, first
     mesh = sharding.mesh_in_use()
     if mesh is None or mesh.size == 1:
         return ops.rg_lru_gates(*arguments, backend=backend)
-    in_time, blocks, of_channels = (*_TIME, "recurrent"), ("heads", None, None), ("recurrent",)
-    own = [
-        jax.ShapeDtypeStruct(sharding.shard_shape(axes, y.shape, mesh), y.dtype)
-        for y, axes in ((x, in_time), (recurrence_kernel, blocks))
-    ]
-    if choose_gates(backend, *own) != "pallas":
+    if choose_gates(backend, *_gates_of_a_device(x, recurrence_kernel)) != "pallas":
         return ops.rg_lru_gates(*arguments, backend="products")
-    axes = in_time, blocks, of_channels, blocks, of_channels, of_channels, _TIME
-    return _on_shards(mesh, functools.partial(ops.rg_lru_gates, backend="pallas"), (0, 0), arguments, axes)
+    return _on_shards(mesh, functools.partial(ops.rg_lru_gates, backend="pallas"), (0, 0), arguments, _OF_GATES)
+
+
+def _as_their_gradients_are_summed(x: jax.Array, *kernels: jax.Array) -> tuple[jax.Array, ...]:
+    """Devices sum the gradients of W_a and W_x in the dtype that ``parallel.gradient_dtype`` names."""
+    if sharding.choices_in_use().gradient_dtype == "float32":
+        return kernels
+    return tuple(y.astype(x.dtype) for y in kernels)
+
+
+def _gates_of_a_device(*arrays: jax.Array) -> list[jax.ShapeDtypeStruct]:
+    """The first of the arguments of ``rg_lru_gates`` as a device has them."""
+    mesh = sharding.mesh_in_use()
+    shapes = [
+        y.shape if mesh is None else sharding.shard_shape(axes, y.shape, mesh)
+        for y, axes in zip(arrays, _OF_GATES, strict=False)
+    ]
+    return [jax.ShapeDtypeStruct(shape, y.dtype) for shape, y in zip(shapes, arrays, strict=True)]
 
 
 def document_starts(segment_ids: jax.Array) -> jax.Array:

@@ -80,6 +80,19 @@ def test_right_kernels(small_blocks):
         assert max(error.kernel for error in x.errors) < (2e-2 if x.operation == "rg_lru_gates" else 1e-5)
 
 
+def test_gates_and_recurrence_as_one_kernel():
+    """On a TPU they are, but where a mesh spreads time."""
+    small = config("hawk_6m", num_layers=1, width=32, recurrent_width=32, num_heads=2)
+    found = device_check._calls(configs.resolve(small), targets.find("v5e:1x1").devices[0], 1, 150)
+    assert [call.operation for call in found] == ["rg_lru", "rg_lru_gates", "linear_recurrence"]
+    assert check_inputs.constants(found[0]) == GATES
+    for kind in check_inputs.kinds_of(found[0]):
+        checked = device_check._check(found[0], kind, *jax.devices()[:1] * 2)
+        assert checked.is_right and checked.worst.kernel < 2e-2
+        names = {"output", "last state", *(f"gradient of {name}" for name in ("x", "initial_state", *GATES))}
+        assert {error.array for error in checked.errors} == names
+
+
 def test_right_kernels_in_bfloat16(small_blocks):
     """An operation with decays runs on every kind of input."""
     found = check("lightning_6m", 150, num_layers=1, width=32, num_heads=2, key_width=16, value_width=16)

@@ -101,13 +101,22 @@ def gates(q, k, v):
     return ops.rg_lru_gates(q.reshape(1, TIME, -1), kernel, vector, kernel, vector, vector, first, backend="pallas")
 
 
+def rg_lru(q, k, v):
+    kernel, vector = k.reshape(-1, WIDTH, WIDTH)[:HEADS], v.reshape(-1)[: HEADS * WIDTH]
+    first = jnp.ones((1, TIME), bool)
+    return ops.rg_lru(q.reshape(1, TIME, -1), kernel, vector, kernel, vector, vector, first, backend="pallas")
+
+
+OTHERS = {"grouped_product": grouped, "rg_lru_gates": gates, "rg_lru": rg_lru}
+
+
 @pytest.mark.parametrize(
     "operation, platform",
-    [*((name, TPU) for name in (*KERNELS, "grouped_product", "rg_lru_gates")), *((name, GPU) for name in KERNELS)],
+    [*((name, TPU) for name in (*KERNELS, *OTHERS)), *((name, GPU) for name in KERNELS)],
 )
 def test_kernels_of_bfloat16_under_a_default_of_more(operation, platform):
     """Mosaic multiplies bfloat16 only in bfloat16's precision; asking for more would end in a compiler error."""
-    run, beta = KERNELS.get(operation, ({"grouped_product": grouped, "rg_lru_gates": gates}.get(operation), []))
+    run, beta = KERNELS.get(operation, (OTHERS.get(operation), []))
     with backends.use_platform(*platform), jax.default_matmul_precision("highest"):
         shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (*arrays(3, "bfloat16"), *beta)]
         jaxpr = jax.make_jaxpr(lambda *inputs: jax.vjp(run, *inputs)[1](run(*inputs)))(*shapes).jaxpr

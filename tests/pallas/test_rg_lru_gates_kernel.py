@@ -11,8 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends
-from jaxlinear.pallas import blocks
-from jaxlinear.pallas import rg_lru_gates as kernels
+from jaxlinear.pallas import blocks, rg_lru_block
 from jaxlinear.pallas.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import naive, numerics
@@ -22,7 +21,7 @@ from tests.shards import make_mesh
 # name: B, T, N, K
 CASES = {
     "one_token": (1, 1, 2, 3),
-    "several_in_a_register": (2, 20, 8, 32),  # two groups of four
+    "several_in_a_register": (2, 20, 16, 32),  # two groups of eight
     "between_registers": (1, 300, 4, 96),  # a group of four in three registers, and three blocks of time
     "griffin": (1, 17, 8, 160),  # two groups
     "whole_registers": (2, 130, 2, 256),
@@ -33,8 +32,9 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "RG_LRU_GATES_TPU", (256, 128))
-    monkeypatch.setattr(blocks, "RG_LRU_GATES_ROWS", 64)
+    monkeypatch.setattr(blocks, "RG_LRU_TPU", (256, 128))
+    monkeypatch.setattr(blocks, "RG_LRU_ROWS", 64)
+    monkeypatch.setattr(blocks, "RG_LRU_CHANNELS", 256)
 
 
 @functools.cache
@@ -76,9 +76,9 @@ def test_on_a_simulated_tpu(monkeypatch, name):
 
 def test_one_minus_the_square_to_the_last_digits():
     """In float32, at every a from 0 to 1 - 1e-9, on both sides of where the series ends."""
-    at_the_end = kernels._NEAR * (1 + np.linspace(-1e-3, 1e-3, 99))
+    at_the_end = rg_lru_block._NEAR * (1 + np.linspace(-1e-3, 1e-3, 99))
     log2_a = -np.concatenate([[0.0], np.geomspace(1e-9, 100, 20_000), at_the_end]).astype(np.float32)
-    found = kernels._one_minus_square(jnp.asarray(log2_a), jnp.exp2(jnp.asarray(log2_a)))
+    found = rg_lru_block._one_minus_square(jnp.asarray(log2_a), jnp.exp2(jnp.asarray(log2_a)))
     expected = -np.expm1(2 * np.log(2) * log2_a.astype(np.float64))
     assert found[0] == 0
     assert np.max(np.abs(found[1:] / expected[1:] - 1)) < 2e-6

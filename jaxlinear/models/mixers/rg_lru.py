@@ -40,7 +40,7 @@ class RGLRU(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """``[B, T, R]`` -> the same, and the last h ``[B, R]``. ``first`` ``[B, T]`` marks the first token of each
         document, which enters with weight 1."""
-        a, u = operations.rg_lru_gates(
+        h, final = operations.rg_lru(
             x,
             self.recurrence_kernel[...],
             self.recurrence_bias[...],
@@ -48,8 +48,9 @@ class RGLRU(nnx.Module):
             self.input_bias[...],
             -DECAY_POWER * jax.nn.softplus(self.decay[...].astype(dtypes.wide(x.dtype))),
             first,
+            initial_state,
+            segment_ids=segment_ids,
         )
-        h, final = operations.linear_recurrence(a, u, initial_state, segment_ids=segment_ids)
         return h.astype(x.dtype), final
 
 

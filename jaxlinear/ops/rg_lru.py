@@ -1,0 +1,120 @@
+"""The RG-LRU (De et al. 2024, arXiv:2402.19427): its gates (``rg_lru_gates``) and the recurrence that they drive.
+
+    h_t = a_t h_{t-1} + u_t
+
+As one kernel, neither a nor u is ever written, forward or backward.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxlinear.errors import UserError
+from jaxlinear.ops import backends, calls, checks, dtypes, matrix_states, recurrence, segments
+from jaxlinear.ops.diagonal import linear_recurrence
+from jaxlinear.ops.rg_lru_gates import check_shapes, refusal, rg_lru_gates
+from jaxlinear.pallas import derivatives
+from jaxlinear.pallas import rg_lru as kernels
+from jaxlinear.pallas.target import Target
+
+_INSTEAD = "separate"  # of the kernel, where it does not run
+
+
+@calls.recorded
+def rg_lru(
+    x: jax.Array,
+    recurrence_kernel: jax.Array,
+    recurrence_bias: jax.Array,
+    input_kernel: jax.Array,
+    input_bias: jax.Array,
+    rate: jax.Array,
+    first: jax.Array,
+    initial_state: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """The RG-LRU over ``[B, T, R]``.
+
+    Args:
+      x, recurrence_kernel, recurrence_bias, input_kernel, input_bias, rate, first: as in ``rg_lru_gates``.
+      initial_state, segment_ids: ``[B, R]`` and ``[B, T]``, as in ``linear_recurrence``.
+      backend: ``"separate"`` (``rg_lru_gates`` and ``linear_recurrence``, each by its own choice), ``"pallas"`` (one
+        kernel for TPU, interpreted on CPU) or ``"auto"``: the kernel on TPU for more than 8 tokens; where it does not run,
+        that is logged once.
+
+    Returns:
+      h ``[B, T, R]`` and the last state ``[B, R]`` in float32 (float64 if x is).
+    """
+    x, recurrence_kernel, input_kernel = (jnp.asarray(y) for y in (x, recurrence_kernel, input_kernel))
+    recurrence_bias, input_bias, rate, first = (jnp.asarray(y) for y in (recurrence_bias, input_bias, rate, first))
+    given = x, recurrence_kernel, recurrence_bias, input_kernel, input_bias, rate, first
+    if choose(backend, x, recurrence_kernel) == _INSTEAD:
+        a, u = rg_lru_gates(*given)
+        return linear_recurrence(a, u, initial_state, segment_ids=segment_ids)
+    check_shapes(
+        "rg_lru",
+        x,
+        recurrence_kernel,
+        input_kernel,
+        first,
+        recurrence_bias=recurrence_bias,
+        input_bias=input_bias,
+        rate=rate,
+    )
+    segment_ids = checks.segment_ids("rg_lru", segment_ids, *x.shape[:2])
+    starts = None if segment_ids is None else segments.starts(segment_ids)
+    state = no_state(x) if initial_state is None else jnp.asarray(initial_state).astype(dtypes.wide(x.dtype))
+    if state.shape != (x.shape[0], x.shape[2]):
+        raise UserError(f"rg_lru: the initial state is {state.shape}, not [B, R] = {(x.shape[0], x.shape[2])}")
+    vectors = jnp.stack([y.astype(state.dtype) for y in (recurrence_bias, input_bias, rate)])
+    both = jnp.stack([recurrence_kernel, input_kernel])
+    return _by_kernel(x, both, vectors, first, starts, state, backends.target())
+
+
+def no_state(x: jax.Array) -> jax.Array:
+    """Zeros ``[B, R]`` in the dtype of states, for x ``[B, T, R]``."""
+    return jnp.zeros_like(x, shape=(x.shape[0], x.shape[2]), dtype=dtypes.wide(x.dtype))
+
+
+def choose(backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """The backend that ``rg_lru`` uses for x ``[B, T, R]`` and kernels ``[N, K, K]``, those of one device."""
+    backends.check("rg_lru", backend, (_INSTEAD, "pallas"))
+    few = x.shape[1] <= matrix_states.FEW_TOKENS
+    if backend == "auto" and (backends.platform() != "tpu" or not backends.takes_kernels() or few):
+        return _INSTEAD
+    if backend == _INSTEAD:
+        return backend
+    why_not = functools.partial(refusal, x, kernel, fits=kernels.fits)
+    how = "as gates and a recurrence"
+    runs = backends.kernel_runs("rg_lru", backend, [x.shape], why_not, instead=_INSTEAD, how=how)
+    return "pallas" if runs else _INSTEAD
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _by_kernel(
+    x: jax.Array,
+    both: jax.Array,
+    vectors: jax.Array,
+    first: jax.Array,
+    starts: jax.Array | None,
+    state: jax.Array,
+    target: Target,
+):
+    return kernels.forward(x, both, vectors, first, starts, state, target=target)
+
+
+def _by_kernel_forward(x, both, vectors, first, starts, state, target):
+    given = derivatives.once((x, both, vectors, first, starts, state), _INSTEAD)
+    h, final = recurrence.named(kernels.forward(*given, target=target))
+    return (h, final), (given, h)
+
+
+def _by_kernel_backward(target, residuals, cotangents):
+    (given, h), cotangents = derivatives.once((residuals, cotangents), _INSTEAD)
+    d_x, d_both, d_vectors, d_state = kernels.gradient(*given, h, *cotangents, target=target)
+    return d_x, d_both, d_vectors, None, None, d_state
+
+
+_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
