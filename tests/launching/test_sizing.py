@@ -24,7 +24,7 @@ from jaxlinear.training import step as steps
 
 pytestmark = pytest.mark.compiles_ahead
 
-B, T, D, LAYERS, VOCABULARY = 8, 64, 128, 3, 256
+B, T, D, LAYERS, VOCABULARY = 8, 64, 128, 2, 256
 BATCH = ("data", "fsdp", "expert")
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -34,6 +34,7 @@ def config(**mesh):
     config.model.update(
         {
             "preset": "griffin_6m",
+            "pattern": ("rg_lru", "sliding_window"),
             "num_layers": LAYERS,
             "width": D,
             "recurrent_width": D,

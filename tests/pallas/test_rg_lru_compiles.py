@@ -23,7 +23,7 @@ CASES = {
     "griffin_7b": (1, 4096, 5632, 32, "bfloat16", False),
     "recurrentgemma_9b": (1, 4096, 4096, 16, "bfloat16", True),
     "float32": (1, 1024, 5632, 32, "float32", True),
-    "longest": (1, 131_072, 2560, 16, "bfloat16", False),
+    "longest": (1, 131_072, 4096, 16, "bfloat16", False),
     "half_a_register": (1, 1024, 704, 4, "bfloat16", True),  # Griffin 7B's over 8 devices
     "small": (3, 1000, 300, 20, "float32", True),
     "largest_block": (1, 4096, 1152, 1, "bfloat16", True),
@@ -31,7 +31,7 @@ CASES = {
 TPUS = {
     "v5e:1x1": list(CASES),
     "v5p:2x2x1": ["recurrentgemma_9b"],
-    "v6e:1x1": ["griffin_1b3", "float32"],
+    "v6e:1x1": ["griffin_1b3"],
     "tpu7x:2x2x1": ["recurrentgemma_9b"],
 }
 
