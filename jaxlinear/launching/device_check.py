@@ -1,7 +1,7 @@
 """Checks whether a device computes the operations of a model as they are defined.
 
-Each operation that the model calls in training runs on the device as a kernel and without one, and in float32 on the host's
-CPU, with gradients, on inputs with the model's shapes.
+Each operation that the model calls in training, or would call if a mesh spread time, runs on the device as a kernel and
+without one, and in float32 on the host's CPU, with gradients, on inputs with the model's shapes.
 """
 
 import dataclasses

@@ -14,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import blocks
-from jaxlinear.pallas import rg_lru_bands as bands_
 from jaxlinear.pallas import rg_lru_block as block
 from jaxlinear.pallas import scan_tpu_block as scan
 from jaxlinear.pallas.lanes import SUBLANES
+from jaxlinear.pallas.rg_lru_bands import Bytes, Shape, bands_of, blocks_of, fit, shape_of
 from jaxlinear.pallas.rg_lru_call import BESIDE, GROUP, IN_TIME, MARKS, PER_ROW, Order, call, on_lanes
 from jaxlinear.pallas.scan_plan import Plan
 from jaxlinear.pallas.target import Target
@@ -41,10 +41,10 @@ def forward(
       state: ``[B, R]``, before the first token.
       target: "tpu" or, to interpret the kernel, another.
     """
-    shape, wide = bands_.shape_of(x, kernels, _needed_forward(x.dtype.itemsize), target), vectors.dtype
+    shape, wide = shape_of(x, kernels, _needed_forward(x.dtype.itemsize), target), vectors.dtype
     inputs = [
         (x, IN_TIME),
-        (bands_.bands_of(kernels.astype(x.dtype), shape), GROUP),
+        (bands_of(kernels.astype(x.dtype), shape), GROUP),
         (vectors, GROUP),
         (first, MARKS),
         (state, PER_ROW),
@@ -69,8 +69,8 @@ def gradient(
     target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The gradients of x, ``kernels``, ``vectors`` and ``state``, from those of ``forward``'s outputs; it gave h."""
-    shape, wide = bands_.shape_of(x, kernels, _needed(x.dtype.itemsize), target), vectors.dtype
-    bands = bands_.bands_of(jnp.concatenate([kernels, kernels.swapaxes(2, 3)]).astype(x.dtype), shape)
+    shape, wide = shape_of(x, kernels, _needed(x.dtype.itemsize), target), vectors.dtype
+    bands = bands_of(jnp.concatenate([kernels, kernels.swapaxes(2, 3)]).astype(x.dtype), shape)
     inputs = [
         (x, IN_TIME),
         (d_h, IN_TIME),
@@ -92,27 +92,27 @@ def gradient(
     scratch = [on_lanes(shape), *[pltpu.VMEM(of_block, wide)] * 6, pltpu.VMEM((2, *of_block), x.dtype)]
     d_x, d_bands, sums, d_state = _call("gradient", shape, inputs, outputs, scratch, starts, target)
     d_vectors = jnp.sum(sums.reshape(len(vectors), SUBLANES, -1), axis=1)
-    return d_x, bands_.blocks_of(d_bands, shape).astype(kernels.dtype), d_vectors, d_state
+    return d_x, blocks_of(d_bands, shape).astype(kernels.dtype), d_vectors, d_state
 
 
 def fits(width: int, block: int, size: int) -> bool:
     """Whether VMEM has room for the blocks of ``block`` channels among ``width``, with numbers of ``size`` bytes."""
-    return bands_.fit(width, block, _needed(size))
+    return fit(width, block, _needed(size))
 
 
-def _needed(size: int) -> bands_.Bytes:
+def _needed(size: int) -> Bytes:
     """By the gradient; the forward pass needs less. Arrays that are streamed are there twice."""
     wide = max(4, size)
     x, d_h, h, d_x = size, wide, wide, size
-    return bands_.Bytes(2 * (x + d_h + h + d_x) + 6 * wide + 2 * size, 2 * (4 * size + 2 * wide))
+    return Bytes(2 * (x + d_h + h + d_x) + 6 * wide + 2 * size, 2 * (4 * size + 2 * wide))
 
 
-def _needed_forward(size: int) -> bands_.Bytes:
+def _needed_forward(size: int) -> Bytes:
     wide = max(4, size)
-    return bands_.Bytes(2 * (size + wide) + 2 * wide, 2 * 2 * size)
+    return Bytes(2 * (size + wide) + 2 * wide, 2 * 2 * size)
 
 
-def _call(kind: str, shape: bands_.Shape, inputs, outputs, scratch, starts, target: Target) -> list[jax.Array]:
+def _call(kind: str, shape: Shape, inputs, outputs, scratch, starts, target: Target) -> list[jax.Array]:
     """``starts``, if there are any, are the last input and have the last scratch."""
     backwards, packed = kind == "gradient", starts is not None
     plan = Plan(1, reverse=backwards, lagged=backwards, emit=True, constant=False, packed=packed)
@@ -124,14 +124,14 @@ def _call(kind: str, shape: bands_.Shape, inputs, outputs, scratch, starts, targ
     return call(kernel, name, shape, order, inputs, outputs, scratch, 3 if backwards else 1, target)
 
 
-def _forward(plan: Plan, shape: bands_.Shape, x, bands, vectors, first, state, *rest) -> None:
+def _forward(plan: Plan, shape: Shape, x, bands, vectors, first, state, *rest) -> None:
     starts, rest = (rest[:1], rest[1:]) if plan.packed else ((), rest)
     h, final, marks, a, u, *resets = rest
     block.forward(shape, x, bands, vectors, first, marks, a, u)
     scan.Block(plan, _of_scan(shape), (a, u, state, *starts, h, final, *resets)).run()
 
 
-def _gradient(plan: Plan, shape: bands_.Shape, x, d_h, h, bands, vectors, first, beside, state, d_final, *rest) -> None:
+def _gradient(plan: Plan, shape: Shape, x, d_h, h, bands, vectors, first, beside, state, d_final, *rest) -> None:
     starts, rest = (rest[:1], rest[1:]) if plan.packed else ((), rest)
     d_x, d_bands, sums, d_state, marks, a, r, i, q, d_a, d_u, d_z, *resets = rest
     gradients = block.Gradients(d_bands, sums, d_z, of_x=d_u)  # d_u is read before x's part takes its place
@@ -166,5 +166,5 @@ def _gradient(plan: Plan, shape: bands_.Shape, x, d_h, h, bands, vectors, first,
     gradients.multiply(shape, x, bands, d_x)
 
 
-def _of_scan(shape: bands_.Shape) -> scan.Shape:
+def _of_scan(shape: Shape) -> scan.Shape:
     return scan.Shape(shape.length, shape.time, shape.group, blocks.RG_LRU_SCAN_ROWS)

@@ -21,8 +21,7 @@ PER_ROW = "per row"  # [B, R]: a group's channels
 MARKS = "marks"  # [B, T] bool, as int32: a block of time
 GROUP = "group"  # [n, R] or bands [n, groups, rows, 128]: a group's
 
-
-_ORDERS: list[Any] = [("parallel",) * (3 - n) + ("arbitrary",) * n for n in range(3)]
+_ORDERS: list[Any] = [("parallel",) * (3 - n) + ("arbitrary",) * n for n in range(3)]  # by Order.one_by_one
 
 
 class Order(NamedTuple):
@@ -52,10 +51,7 @@ def call(
     batch, steps = inputs[0][0].shape[0], shape.padded // shape.time
     more = shape.padded - shape.length
     arrays: list[Any] = [_prepared(y, kind, more) for y, kind in inputs]
-    shapes: list[Any] = [
-        jax.ShapeDtypeStruct(_padded(y, shape) if kind == IN_TIME else _with_one_row(y, kind), dtype)
-        for y, dtype, kind in outputs
-    ]
+    shapes: list[Any] = [jax.ShapeDtypeStruct(_as_written(y, kind, shape), dtype) for y, dtype, kind in outputs]
     spec = functools.partial(_spec, shape, lambda t: steps - 1 - t if order.backwards else t)
     numbers = batch * shape.padded * shape.width
     found = pl.pallas_call(
@@ -66,8 +62,7 @@ def call(
         out_shape=shapes,
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=_ORDERS[order.one_by_one],
-            vmem_limit_bytes=blocks.VMEM_BYTES,
+            dimension_semantics=_ORDERS[order.one_by_one], vmem_limit_bytes=blocks.VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
             flops=numbers * shape.block * 4 * products,
@@ -94,11 +89,9 @@ def _prepared(y: jax.Array, kind: str, more: int) -> jax.Array:
     return y[:, None] if kind == PER_ROW else y
 
 
-def _padded(y: tuple[int, ...], shape: Shape) -> tuple[int, ...]:
-    return y[0], shape.padded, y[2]
-
-
-def _with_one_row(y: tuple[int, ...], kind: str) -> tuple[int, ...]:
+def _as_written(y: tuple[int, ...], kind: str, shape: Shape) -> tuple[int, ...]:
+    if kind == IN_TIME:
+        return y[0], shape.padded, y[2]
     return (y[0], 1, y[1]) if kind == PER_ROW else y
 
 

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlinear.pallas import rg_lru_bands as bands_
 from jaxlinear.pallas import rg_lru_block as block
 from jaxlinear.pallas.lanes import SUBLANES
+from jaxlinear.pallas.rg_lru_bands import Bytes, Shape, bands_of, blocks_of, fit, shape_of
 from jaxlinear.pallas.rg_lru_call import GROUP, IN_TIME, MARKS, Order, call, on_lanes
 from jaxlinear.pallas.target import Target
 
@@ -24,8 +24,8 @@ def forward(
       first: ``[B, T]`` bool, the first tokens of documents.
       target: "tpu" or, to interpret the kernel, another.
     """
-    shape = bands_.shape_of(x, kernels, _needed(x.dtype.itemsize), target)
-    inputs = [(x, IN_TIME), (bands_.bands_of(kernels.astype(x.dtype), shape), GROUP), (vectors, GROUP), (first, MARKS)]
+    shape = shape_of(x, kernels, _needed(x.dtype.itemsize), target)
+    inputs = [(x, IN_TIME), (bands_of(kernels.astype(x.dtype), shape), GROUP), (vectors, GROUP), (first, MARKS)]
     outputs = [(x.shape, vectors.dtype, IN_TIME)] * 2
     order = Order(backwards=False, one_by_one=0)
     a, u = call(_forward, "rg_lru_gates_forward", shape, order, inputs, outputs, [on_lanes(shape)], 1, target)
@@ -43,8 +43,8 @@ def gradient(
     target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of x, ``kernels`` and ``vectors``, from those of ``forward``'s outputs."""
-    shape, wide = bands_.shape_of(x, kernels, _needed(x.dtype.itemsize), target), vectors.dtype
-    bands = bands_.bands_of(jnp.concatenate([kernels, kernels.swapaxes(2, 3)]).astype(x.dtype), shape)
+    shape, wide = shape_of(x, kernels, _needed(x.dtype.itemsize), target), vectors.dtype
+    bands = bands_of(jnp.concatenate([kernels, kernels.swapaxes(2, 3)]).astype(x.dtype), shape)
     of_time = [(x, IN_TIME), (d_a, IN_TIME), (d_u, IN_TIME)]
     inputs = [*of_time, (bands, GROUP), (vectors, GROUP), (first, MARKS)]
     outputs = [
@@ -57,26 +57,26 @@ def gradient(
     order = Order(backwards=False, one_by_one=2)
     d_x, d_bands, sums = call(_gradient, "rg_lru_gates_gradient", shape, order, inputs, outputs, scratch, 3, target)
     d_vectors = jnp.sum(sums.reshape(len(vectors), SUBLANES, -1), axis=1)
-    return d_x, bands_.blocks_of(d_bands, shape).astype(kernels.dtype), d_vectors
+    return d_x, blocks_of(d_bands, shape).astype(kernels.dtype), d_vectors
 
 
 def fits(width: int, block: int, size: int) -> bool:
     """Whether VMEM has room for the blocks of ``block`` channels among ``width``, with numbers of ``size`` bytes."""
-    return bands_.fit(width, block, _needed(size))
+    return fit(width, block, _needed(size))
 
 
-def _needed(size: int) -> bands_.Bytes:
+def _needed(size: int) -> Bytes:
     """By the gradient, also for the forward pass. Arrays that are streamed are there twice."""
     wide = max(4, size)
     x, d_a, d_u, d_x = size, wide, wide, size
-    return bands_.Bytes(2 * (x + d_a + d_u + d_x) + 2 * size + wide, 2 * (4 * size + 2 * wide))
+    return Bytes(2 * (x + d_a + d_u + d_x) + 2 * size + wide, 2 * (4 * size + 2 * wide))
 
 
-def _forward(shape: bands_.Shape, x, bands, vectors, first, a, u, marks) -> None:
+def _forward(shape: Shape, x, bands, vectors, first, a, u, marks) -> None:
     block.forward(shape, x, bands, vectors, first, marks, a, u)
 
 
-def _gradient(shape: bands_.Shape, x, d_a, d_u, bands, vectors, first, d_x, d_bands, sums, marks, d_z, of_x) -> None:
+def _gradient(shape: Shape, x, d_a, d_u, bands, vectors, first, d_x, d_bands, sums, marks, d_z, of_x) -> None:
     gradients = block.Gradients(d_bands, sums, d_z, of_x)
     gradients.begin()
     block.fill(marks, first)
