@@ -6,7 +6,7 @@
 # make test-meshes  every model on every mesh that splits time, the exchanges of compiled steps, and runs of several
 #                   processes (a quarter of an hour)
 # make test-newest  operations, kernels, meshes and the work that overlaps exchanges on GPUs, with the newest JAX;
-#                   PYTHON_NEWEST names a Python of 3.12 or newer, TESTS_NEWEST other tests
+#                   PYTHON_NEWEST names a Python of 3.12 or newer, TESTS_NEWEST other tests, STEPS_NEWEST other steps
 # make test-pages   reports opened in a headless browser, which CHROMIUM names
 # make lint         ruff and mypy
 # NTH=4 has test-meshes and test-newest take every fourth case of each test.
@@ -17,6 +17,7 @@ PYTHON_NEWEST ?= python3.13
 BIN := .venv/bin
 CHROMIUM ?= chromium
 TESTS_NEWEST ?= tests/ops tests/pallas tests/parallel
+STEPS_NEWEST ?= griffin_7b or (test_on_gpu and hawk)
 NTH ?= 1
 
 .PHONY: quickstart sweep test test-compiled test-published test-meshes test-newest test-pages lint clean
@@ -52,7 +53,7 @@ test-newest: .venv-newest/installed
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal --compiled --every_nth=$(NTH) $(TESTS_NEWEST)
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --published_sizes --every_mesh --every_nth=$(NTH) \
 	  tests/launching/test_published_sizes.py tests/parallel/test_compiled_collectives.py \
-	  -k "griffin_7b or (test_on_gpu and hawk)"
+	  -k "$(STEPS_NEWEST)"
 
 test-pages: .venv/installed-pages
 	@command -v "$(CHROMIUM)" >/dev/null || { echo "there is no $(CHROMIUM) here; name one: make test-pages CHROMIUM=/path/to/chromium" >&2; exit 2; }
