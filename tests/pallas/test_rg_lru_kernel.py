@@ -16,7 +16,7 @@ from jaxlinear.pallas import rg_lru_bands as bands
 from jaxlinear.pallas.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
-from tests.ops.test_rg_lru import draw, operation, reference
+from tests.ops.test_rg_lru_recurrence import draw, operation, reference
 from tests.shards import make_mesh
 
 # name: B, T, N, K, packed
