@@ -34,6 +34,7 @@ _LENGTH = 2048  # tokens per row, if training has more
 _RAGGED = 37  # so many tokens fewer for some inputs, so that no block divides them
 _WITHOUT = {"linear_recurrence": "associative", "rg_lru": "separate", "rg_lru_gates": "products"}  # others: "chunked"
 _OUTPUTS = {"rg_lru_gates": ("transition", "input")}  # others: an output and, of recurrences, the last state
+_APART = {"rg_lru": ("rg_lru_gates", "linear_recurrence")}  # what takes its place where a mesh spreads time
 _REPEATS = 5  # runs, of which the median time is taken
 
 
@@ -116,8 +117,7 @@ def _host() -> jax.Device:
 
 
 def _calls(config: config_dict.ConfigDict, device: jax.Device, rows: int, length: int) -> list[Call]:
-    """The distinct calls, in the order of the model's layers; after these, the operations that take the place of some where
-    a mesh spreads time."""
+    """The distinct calls, in the order of the model's layers, and then those of the operations in ``_APART``."""
     config = config.copy_and_resolve_references()
     config.model.vocab_size = config.model.vocab_size or 256  # which no operation reads
     architecture = parameters.describe(configs.model_config(config))
@@ -132,10 +132,10 @@ def _calls(config: config_dict.ConfigDict, device: jax.Device, rows: int, length
 
     with backends.use_device(device), jax.numpy_dtype_promotion("standard"):
         found = recorded()
-        with backends.use_kernels(False):
-            apart = recorded()
-    operations = {call.operation for call in found}
-    return found + [call for call in apart if call.operation not in operations]
+        if operations := {name for call in found for name in _APART.get(call.operation, ())}:
+            with backends.use_kernels(False):
+                found += [call for call in recorded() if call.operation in operations and call not in found]
+    return found
 
 
 def _check(call: Call, kind: str, device: jax.Device, host: jax.Device) -> Checked:

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, calls, checks, dtypes, matrix_states, recurrence, segments
+from jaxlinear.ops import backends, calls, checks, dtypes, recurrence, segments
 from jaxlinear.ops.diagonal import linear_recurrence
-from jaxlinear.ops.rg_lru_gates import check_shapes, refusal, rg_lru_gates
+from jaxlinear.ops.diagonal_kernel import no_state
+from jaxlinear.ops.rg_lru_gates import check_shapes, kernel_runs, rg_lru_gates
 from jaxlinear.pallas import derivatives
 from jaxlinear.pallas import rg_lru as kernels
 from jaxlinear.pallas.target import Target
@@ -65,30 +66,19 @@ def rg_lru(
     )
     segment_ids = checks.segment_ids("rg_lru", segment_ids, *x.shape[:2])
     starts = None if segment_ids is None else segments.starts(segment_ids)
-    state = no_state(x) if initial_state is None else jnp.asarray(initial_state).astype(dtypes.wide(x.dtype))
+    wide = dtypes.wide(x.dtype)
+    state = no_state(x, x) if initial_state is None else jnp.asarray(initial_state).astype(wide)
     if state.shape != (x.shape[0], x.shape[2]):
         raise UserError(f"rg_lru: the initial state is {state.shape}, not [B, R] = {(x.shape[0], x.shape[2])}")
-    vectors = jnp.stack([y.astype(state.dtype) for y in (recurrence_bias, input_bias, rate)])
+    vectors = jnp.stack([y.astype(wide) for y in (recurrence_bias, input_bias, rate)])
     both = jnp.stack([recurrence_kernel, input_kernel])
     return _by_kernel(x, both, vectors, first, starts, state, backends.target())
 
 
-def no_state(x: jax.Array) -> jax.Array:
-    """Zeros ``[B, R]`` in the dtype of states, for x ``[B, T, R]``."""
-    return jnp.zeros_like(x, shape=(x.shape[0], x.shape[2]), dtype=dtypes.wide(x.dtype))
-
-
 def choose(backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct) -> str:
     """The backend that ``rg_lru`` uses for x ``[B, T, R]`` and kernels ``[N, K, K]``, those of one device."""
-    backends.check("rg_lru", backend, (_INSTEAD, "pallas"))
-    few = x.shape[1] <= matrix_states.FEW_TOKENS
-    if backend == "auto" and (backends.platform() != "tpu" or not backends.takes_kernels() or few):
-        return _INSTEAD
-    if backend == _INSTEAD:
-        return backend
-    why_not = functools.partial(refusal, x, kernel, fits=kernels.fits)
     how = "as gates and a recurrence"
-    runs = backends.kernel_runs("rg_lru", backend, [x.shape], why_not, instead=_INSTEAD, how=how)
+    runs = kernel_runs("rg_lru", backend, x, kernel, instead=_INSTEAD, how=how, fits=kernels.fits)
     return "pallas" if runs else _INSTEAD
 
 

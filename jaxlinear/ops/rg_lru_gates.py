@@ -72,28 +72,41 @@ def rg_lru_gates(
 
 def choose(backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct) -> str:
     """The backend that ``rg_lru_gates`` uses for x ``[B, T, R]`` and kernels ``[N, K, K]``, those of one device."""
-    backends.check("rg_lru_gates", backend, (_INSTEAD, "pallas"))
-    few = x.shape[1] <= matrix_states.FEW_TOKENS
-    if backend == "auto" and (backends.platform() != "tpu" or not backends.takes_kernels() or few):
-        return _INSTEAD
-    if backend == _INSTEAD:
-        return backend
-    why_not = functools.partial(refusal, x, kernel, fits=kernels.fits)
-    runs = backends.kernel_runs("rg_lru_gates", backend, [x.shape], why_not, instead=_INSTEAD, how="as products")
+    runs = kernel_runs("rg_lru_gates", backend, x, kernel, instead=_INSTEAD, how="as products", fits=kernels.fits)
     return "pallas" if runs else _INSTEAD
 
 
-def refusal(
+def kernel_runs(
+    operation: str,
+    backend: str,
     x: jax.Array | jax.ShapeDtypeStruct,
     kernel: jax.Array | jax.ShapeDtypeStruct,
-    platform: str,
     *,
+    instead: str,
+    how: str,
     fits: Callable[[int, int, int], bool],
-) -> str | None:
-    """Why the kernel does not run, or None. Where it is interpreted, only what does not fit together is refused.
+) -> bool:
+    """Whether the kernel of an operation with these gates runs, as ``backends.kernel_runs``.
 
     ``fits``: whether VMEM has room, for R, K and the bytes of a number.
     """
+    backends.check(operation, backend, (instead, "pallas"))
+    few = x.shape[1] <= matrix_states.FEW_TOKENS
+    if backend == instead or (
+        backend == "auto" and (backends.platform() != "tpu" or not backends.takes_kernels() or few)
+    ):
+        return False
+    refusal = functools.partial(_refusal, x, kernel, fits)
+    return backends.kernel_runs(operation, backend, [x.shape], refusal, instead=instead, how=how)
+
+
+def _refusal(
+    x: jax.Array | jax.ShapeDtypeStruct,
+    kernel: jax.Array | jax.ShapeDtypeStruct,
+    fits: Callable[[int, int, int], bool],
+    platform: str,
+) -> str | None:
+    """Why the kernel does not run, or None. Where it is interpreted, only what does not fit together is refused."""
     width, (count, block, _) = x.shape[2], kernel.shape
     if width != count * block:
         return f"the kernel needs whole blocks on each device, and {width} channels are no multiple of {block}"

@@ -85,6 +85,13 @@ def test_gates_and_recurrence_as_one_kernel():
     small = config("hawk_6m", num_layers=1, width=32, recurrent_width=32, num_heads=2)
     found = device_check._calls(configs.resolve(small), targets.find("v5e:1x1").devices[0], 1, 150)
     assert [call.operation for call in found] == ["rg_lru", "rg_lru_gates", "linear_recurrence"]
+    hybrid = config("hawk_6m", num_layers=2, width=32, recurrent_width=32, num_heads=2, pattern=("rg_lru", "hgrn"))
+    others = device_check._calls(configs.resolve(hybrid), targets.find("v5e:1x1").devices[0], 1, 150)
+    assert [call.operation for call in others] == [
+        "rg_lru",
+        "linear_recurrence",
+        *["rg_lru_gates", "linear_recurrence"],
+    ]
     assert check_inputs.constants(found[0]) == GATES
     for kind in check_inputs.kinds_of(found[0]):
         checked = device_check._check(found[0], kind, *jax.devices()[:1] * 2)
