@@ -1,6 +1,7 @@
 # make quickstart   a language model from nothing, in at most ten minutes on two cores
 # make sweep        isoFLOP ladders of four architectures and their scaling laws (an hour of CPU)
 # make test         the test suite
+# make test-cases   all cases of the tests from which make test takes some: more mixers and meshes (half an hour)
 # make test-compiled  kernels compiled for TPUs and GPUs and run on an emulated GPU; results of launch/compile.py (minutes)
 # make test-published  training steps of published sizes, compiled for a TPU pod and for GPUs (minutes)
 # make test-meshes  every model on every mesh that splits time, the exchanges of compiled steps, and runs of several
@@ -9,7 +10,8 @@
 #                   PYTHON_NEWEST names a Python of 3.12 or newer, TESTS_NEWEST other tests, STEPS_NEWEST other steps
 # make test-pages   reports opened in a headless browser, which CHROMIUM names
 # make lint         ruff and mypy
-# NTH=4 has test-meshes and test-newest take every fourth case of each test.
+# NTH=4 has test-cases, test-meshes and test-newest take every fourth case of each test; CASES= has test-compiled and
+# test-newest take those that their tests name, as make test does.
 # Each target makes its own environment in .venv (test-newest: .venv-newest); PYTHON names its interpreter, 3.11 or newer.
 
 PYTHON ?= python3
@@ -19,8 +21,9 @@ CHROMIUM ?= chromium
 TESTS_NEWEST ?= tests/ops tests/pallas tests/parallel
 STEPS_NEWEST ?= griffin_7b or (test_on_gpu and hawk)
 NTH ?= 1
+CASES ?= --every_case
 
-.PHONY: quickstart sweep test test-compiled test-published test-meshes test-newest test-pages lint clean
+.PHONY: quickstart sweep test test-cases test-compiled test-published test-meshes test-newest test-pages lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python launch/quickstart.py --workdir=runs/quickstart
@@ -36,21 +39,25 @@ sweep: .venv/installed-sweep
 test: .venv/installed-test
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist=worksteal --durations=15 tests
 
+test-cases: .venv/installed-test
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist=worksteal --every_case \
+	  --every_nth=$(NTH) -m some_cases tests
+
 test-compiled: .venv/installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --compiled tests/pallas/test_*_compiles.py \
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist=worksteal --compiled $(CASES) tests/pallas/test_*_compiles.py \
 	  tests/pallas/test_on_an_emulated_gpu.py tests/launching/test_sizing.py
 
 test-published: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --published_sizes tests/launching/test_published_sizes.py
 
 test-meshes: .venv/installed-test
-	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist=worksteal --every_mesh \
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist=worksteal --every_mesh --every_case \
 	  --every_nth=$(NTH) tests/models/test_over_sequence.py tests/parallel/test_compiled_collectives.py \
 	  tests/training/test_processes.py
 
 # JAX 0.11 and newer need Python 3.12, and .venv may be older.
 test-newest: .venv-newest/installed
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal --compiled --every_nth=$(NTH) $(TESTS_NEWEST)
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal --compiled $(CASES) --every_nth=$(NTH) $(TESTS_NEWEST)
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --published_sizes --every_mesh --every_nth=$(NTH) \
 	  tests/launching/test_published_sizes.py tests/parallel/test_compiled_collectives.py \
 	  -k "$(STEPS_NEWEST)"
@@ -64,6 +71,7 @@ lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Python compiles what is imported; compiling all of every package would take longer than to install it.
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "jaxlinear needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
@@ -71,19 +79,19 @@ lint: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 .venv/installed: .venv/bin/python setup.py
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --editable .
 	touch $@
 
 .venv/installed-sweep: .venv/bin/python setup.py
-	$(BIN)/python -m pip install --quiet --editable '.[sweep,plot]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[sweep,plot]'
 	touch .venv/installed $@
 
 .venv/installed-test: .venv/bin/python setup.py
-	$(BIN)/python -m pip install --quiet --editable '.[test,parity,aot]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test,parity,aot]'
 	touch .venv/installed .venv/installed-sweep $@
 
 .venv/installed-pages: .venv/installed-test
-	$(BIN)/python -m pip install --quiet --editable '.[test,pages]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test,pages]'
 	touch $@
 
 .venv-newest/installed: setup.py
@@ -91,7 +99,7 @@ lint: .venv/installed-test
 	  { echo "there is no Python 3.12 or newer here; name one: make test-newest PYTHON_NEWEST=/path/to/python3.13" >&2; exit 2; }
 	$(PYTHON_NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip
-	.venv-newest/bin/python -m pip install --quiet --editable '.[test,aot]'
+	.venv-newest/bin/python -m pip install --quiet --no-compile --editable '.[test,aot]'
 	touch $@
 
 clean:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 
 from jaxlinear import locks
-from tests import xla_flags
+from tests import forked, xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -60,6 +60,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="Also kernels compiled for TPUs and GPUs, and run on an emulated GPU, and what launch/compile.py says.",
     )
+    parser.addoption(
+        "--every_case",
+        action="store_true",
+        help="All cases of the tests from which, as they say by the mark some_cases, other runs take some.",
+    )
     parser.addoption("--published_sizes", action="store_true", help="Also training steps at published sizes: minutes.")
     parser.addoption("--chromium", help="Also pages of HTML, in this Chromium.")
     parser.addoption(
@@ -69,17 +74,44 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)  # of the cases that -k leaves
 def pytest_collection_modifyitems(config, items):
-    nth, before = config.getoption("--every_nth"), collections.Counter()
+    every, nth, before = config.getoption("--every_case"), config.getoption("--every_nth"), collections.Counter()
     if nth < 1:
         raise pytest.UsageError(f"--every_nth={nth} must be at least 1")
+    whole = not config.getoption("keyword") and not any("::" in argument for argument in config.args)
     kept, left_out = [], []
+    if whole:
+        _check_names(items)
     for item in items:
-        test = item.nodeid.partition("[")[0]
-        (left_out if before[test] % nth else kept).append(item)
+        test, mark = item.nodeid.partition("[")[0], None if every else item.get_closest_marker("some_cases")
+        if mark and not _is_taken(item.callspec.id, *mark.args, **mark.kwargs):
+            left_out.append(item)
+            continue
+        step = nth * mark.kwargs.get("nth", 1) if mark else nth
+        (left_out if before[test] % step else kept).append(item)
         before[test] += 1
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+def _check_names(items):
+    """Each name in a mark ``some_cases`` is that of a case: a wrong one would leave a case out, or none, in silence."""
+    named, there = {}, collections.defaultdict(set)
+    for item in items:
+        if mark := item.get_closest_marker("some_cases"):
+            test = item.nodeid.partition("[")[0]
+            named[test] = {*mark.args, *mark.kwargs.get("without", ())}
+            there[test].add(item.callspec.id)
+    for test, names in named.items():
+        if unknown := names - there[test]:
+            raise pytest.UsageError(
+                f"{test}: some_cases names {sorted(unknown)}, and the cases are {sorted(there[test])}"
+            )
+
+
+def _is_taken(case, *only, without=(), nth=1):
+    """The arguments of the mark ``some_cases``; ``nth`` is for whoever counts."""
+    return case not in without and (not only or case in only)
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -131,6 +163,14 @@ def few_programs():
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def start():
+    """``start(program, *arguments)`` runs a program of ``launch/`` to its end, without the time to import JAX: for
+    programs that refuse what they are given."""
+    with forked.starter(XLA_FLAGS="") as starter:
+        yield starter
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,9 @@ from tests import numerics
 
 PATTERN = ("rg_lru", "rg_lru", "sliding_window")
 
+# One of each operation and kind of decay: the mixers with which ``make test`` runs what every mixer must pass.
+SOME_MIXERS = ("attention", "convolution", "gla", "kda", "mamba", "mamba2", "rg_lru", "s5", "sliding_window")
+
 
 def config(**changes):
     values = {

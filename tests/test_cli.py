@@ -169,9 +169,8 @@ def test_help_behind_two_dashes_is_anothers():
         ),
     ],
 )
-def test_where_nothing_can_be_written_nothing_is_begun(program, arguments, message):
-    command = [sys.executable, f"launch/{program}.py", *arguments.split()]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+def test_where_nothing_can_be_written_nothing_is_begun(start, program, arguments, message):
+    done = start(program, *arguments.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"{program}.py: {message}") and done.stderr.count("\n") == 1
 
@@ -315,12 +314,12 @@ def get_config():
         ),
     ],
 )
-def test_train_refuses_bad_input(tmp_path, line, arguments, message):
+def test_train_refuses_bad_input(start, tmp_path, line, arguments, message):
     file = tmp_path / "small.py"
     file.write_text(BAD_CONFIG.replace("LINE", line))
     arguments = [argument.replace("FILE_", f"{tmp_path}/smal.py").replace("FILE", str(file)) for argument in arguments]
     message = message.replace("FILE_", f"{tmp_path}/smal.py").replace("FILE", str(file))
-    done = launch(tmp_path, f"--config={file}", *arguments)
+    done = start("train", f"--workdir={tmp_path / 'run'}", f"--config={file}", *arguments)
     assert done.returncode == 2, done.stderr
     assert done.stdout == "" and done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr
@@ -335,10 +334,10 @@ def test_train_refuses_bad_input(tmp_path, line, arguments, message):
         ["--config.evaluation.tasks=('parity','mqar:lengt=64')"],
     ],
 )
-def test_names_of_a_tuple_need_be_no_python(tmp_path, arguments):
+def test_names_of_a_tuple_need_be_no_python(start, tmp_path, arguments):
     file = tmp_path / "small.py"
     file.write_text(BAD_CONFIG.replace("LINE", "config.model.preset = 'griffin_2m'; config.data.task = 'parity'"))
-    done = launch(tmp_path, f"--config={file}", *arguments)
+    done = start("train", f"--workdir={tmp_path / 'run'}", f"--config={file}", *arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "mqar has no option 'lengt'" in done.stderr
 
@@ -362,54 +361,43 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, m
         cli.check_output("json", str(there))
 
 
-def test_a_config_file_without_get_config(tmp_path):
+def test_a_config_file_without_get_config(start, tmp_path):
     file = tmp_path / "small.py"
     file.write_text("config = 3\n")
-    done = launch(tmp_path, f"--config={file}")
+    done = start("train", f"--workdir={tmp_path / 'run'}", f"--config={file}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"{file}: get_config() must return jaxlinear.config.default() with keys changed: module" in done.stderr
 
 
-def test_train_needs_a_config(tmp_path):
-    done = launch(tmp_path)
+def test_train_needs_a_config(start, tmp_path):
+    done = start("train", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr == "train.py: --config is missing; --help lists the options\n"
 
 
-def test_a_defect_of_what_a_config_file_calls_keeps_its_traceback(tmp_path):
+def test_a_defect_of_what_a_config_file_calls_keeps_its_traceback(start, tmp_path):
     file = tmp_path / "small.py"
     (tmp_path / "other_module.py").write_text("def value():\n    return {}['key']\n")
     line = f"import sys; sys.path.append({str(tmp_path)!r}); import other_module; other_module.value()"
     file.write_text(BAD_CONFIG.replace("LINE", line))
-    done = launch(tmp_path, f"--config={file}")
+    done = start("train", f"--workdir={tmp_path / 'run'}", f"--config={file}")
     assert done.returncode == 1 and done.stderr.endswith("KeyError: 'key'\n")
 
 
-def test_a_disk_that_fails_under_a_config_file_may_be_mended(tmp_path):
+def test_a_disk_that_fails_under_a_config_file_may_be_mended(start, tmp_path):
     """So the exit status is not the one of errors that a restart would not fix."""
     file = tmp_path / "small.py"
     file.write_text(BAD_CONFIG.replace("LINE", "raise OSError(5, 'Input/output error')"))
-    done = launch(tmp_path, f"--config={file}")
+    done = start("train", f"--workdir={tmp_path / 'run'}", f"--config={file}")
     assert done.returncode == 1 and "Input/output error" in done.stderr
 
 
-def test_a_config_that_is_no_python_file(tmp_path):
+def test_a_config_that_is_no_python_file(start, tmp_path):
     file = tmp_path / "notes.md"
     file.write_text("# Notes\n\nThese are words.\n")
-    done = launch(tmp_path, f"--config={file}")
+    done = start("train", f"--workdir={tmp_path / 'run'}", f"--config={file}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"{file}, line 3: invalid syntax (it is not a Python file; a config file must be one" in done.stderr
-
-
-def launch(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "launch/train.py", f"--workdir={folder / 'run'}", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
 
 
 def test_messages_of_the_library_are_shown_once(capsys):

@@ -23,7 +23,7 @@ from jaxlinear.models.layers import by_outputs, round_for_decoding
 from jaxlinear.models.parameters import describe
 from jaxlinear.ops import backends
 from jaxlinear.parallel import mesh as meshes
-from tests import numerics
+from tests import numerics, small
 from tests.training import tiny
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -129,6 +129,7 @@ def test_kernels_by_output_are_those_of_the_model(deep):
     assert before.get_metadata("axes") == ("embed", "mlp") and after.get_metadata("axes") == ("mlp", "embed")
 
 
+@pytest.mark.some_cases(*small.SOME_MIXERS)
 @pytest.mark.parametrize("mixer", sorted(mixers.MIXERS))
 def test_a_model_for_decoding_is_the_same_model(mixer):
     """Including square kernels, whose shape does not show which way they are laid out."""
@@ -144,6 +145,7 @@ def test_a_model_for_decoding_is_the_same_model(mixer):
         np.testing.assert_allclose(ours, np.reshape(theirs, ours.shape), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.some_cases(*small.SOME_MIXERS, "experts")
 @pytest.mark.parametrize("mixer", [*sorted(mixers.MIXERS), "experts"])
 def test_parameters_that_are_rounded_for_decoding_are_only_read_so(mixer):
     """They are rounded to bfloat16, in which they are used: outputs are equal to the last bit. They are most of the
@@ -512,8 +514,8 @@ def test_program(tiny_run):
         ),
     ],
 )
-def test_program_refuses(tiny_run, arguments, message):
-    done = _launch(*[argument.format(run=tiny_run) for argument in arguments])
+def test_program_refuses(start, tiny_run, arguments, message):
+    done = start("generate", *[argument.format(run=tiny_run) for argument in arguments])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
 

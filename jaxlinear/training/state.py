@@ -31,21 +31,30 @@ def create(architecture: Architecture, optimizer: optax.GradientTransformation, 
     if seed >> 32:  # JAX would drop these bits
         key = jax.random.fold_in(key, seed >> 32)
     parameters = architecture.initialise(jax.random.fold_in(key, 0))
+    return _before_the_first_step(parameters, optimizer, jax.random.key_data(jax.random.fold_in(key, 1)))
+
+
+def _before_the_first_step(parameters: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
         parameters=parameters,
         optimizer=optimizer.init(parameters),
-        key=jax.random.key_data(jax.random.fold_in(key, 1)),
+        key=key,
         norm_average=jnp.zeros((), jnp.float32),
         skips=zero,
         skips_in_a_row=zero,
     )
 
 
+def _shapes(architecture: Architecture, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes of what ``create`` makes, without tracing how a model's parameters are drawn, which takes long."""
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    return jax.eval_shape(lambda *x: _before_the_first_step(x[0], optimizer, x[1]), architecture.shapes, key)
+
+
 def shardings(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The placement of each array of the state: the optimiser's moments like their parameters, scalars everywhere."""
-    shapes = jax.eval_shape(lambda: create(architecture, optimizer, 0))
     replicated = NamedSharding(mesh, PartitionSpec())
     parameters = architecture.shardings(mesh)
     by_path = dict(jax.tree_util.tree_leaves_with_path(parameters))
@@ -60,7 +69,7 @@ def shardings(architecture: Architecture, optimizer: optax.GradientTransformatio
                 return by_path[tail]
         return replicated
 
-    placed = jax.tree_util.tree_map_with_path(place, shapes)
+    placed = jax.tree_util.tree_map_with_path(place, _shapes(architecture, optimizer))
     return dataclasses.replace(placed, parameters=parameters)
 
 
@@ -74,10 +83,9 @@ def initialise(
 
 def structs(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes of the state with their placements on the mesh, for compiling the step or restoring without arrays."""
-    shapes = jax.eval_shape(lambda: create(architecture, optimizer, 0))
     return jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-        shapes,
+        _shapes(architecture, optimizer),
         shardings(architecture, optimizer, mesh),
     )
 

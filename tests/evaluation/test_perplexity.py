@@ -203,7 +203,7 @@ def test_program(tiny_run, report, tmp_path):
         ),
     ],
 )
-def test_program_refuses(tiny_run, arguments, message):
-    done = _launch(*[argument.format(run=tiny_run) for argument in arguments])
+def test_program_refuses(start, tiny_run, arguments, message):
+    done = start("evaluate", *[argument.format(run=tiny_run) for argument in arguments])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr

@@ -227,6 +227,7 @@ class Host:
             time.sleep(0.02)
 
 
+@pytest.mark.some_cases(nth=2)
 @pytest.mark.parametrize("end, status", [(0, 0), (2, 2), (1, 101), (134, 134)])
 def test_a_run_outlives_its_connection(tmp_path, end, status):
     """The next connection follows the run: no other run is started, and the status is the run's."""

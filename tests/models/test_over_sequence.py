@@ -1,8 +1,8 @@
 """Language models with time spread over 8 devices, for every mixer and the hybrids' patterns: loss, logits, states and the
-gradients of every parameter and of the initial state are those of one device, in float64. With ``--every_mesh`` each model
-runs on three meshes, both from a state and without, which takes long (``make test-meshes``; CI takes some); otherwise it
-runs from a state, on the mesh that ``MODELS`` names. Also, copies of the parameters sum their gradients once: for each
-model on three meshes, or for one on one.
+gradients of every parameter and of the initial state are those of one device, in float64. With ``--every_mesh`` and
+``--every_case`` each model runs on three meshes, both from a state and without, which takes long (``make test-meshes``; CI
+takes some); otherwise ``SOME_MODELS`` run from a state, on the mesh that ``MODELS`` names. Also, copies of the parameters
+sum their gradients once: for each model on three meshes, or for one on one.
 
 In float32 they agree to 1e-5 of the largest entry. In bfloat16 the logits of gla, delta_net, mamba2, griffin, rg_lru and
 attention, as configured here, differ between 8 devices and one by at most 0.022 of the largest entry, gradients by 0.054.
@@ -72,6 +72,11 @@ MODELS = {
     ),
     "gla_and_windows": (("gla", "sliding_window"), {}, TWO),
 }
+# One of each operation, kind of decay and reach of a window, and a hybrid.
+SOME_MODELS = (
+    *("attention", "convolution", "gated_delta_product", "gla", "kda", "linear_attention_of_elu", "mamba", "mamba2"),
+    *("s5", "window_over_shards", "griffin"),
+)
 HYBRIDS = ("griffin", "samba", "based", "delta_net_and_attention", "gla_and_windows")
 EXPERTS = {"channel_mixer": "mixture_of_experts", "experts": 4, "experts_per_token": 2, "expert_width": 6}
 
@@ -143,6 +148,7 @@ def every_mesh(request) -> bool:
     return request.config.getoption("every_mesh")
 
 
+@pytest.mark.some_cases(*SOME_MODELS)
 @pytest.mark.parametrize("name", MODELS)
 def test_8_devices_give_what_one_gives(name, every_mesh):
     """From a state, with documents that go on and one that does not; and without a state."""

@@ -109,6 +109,12 @@ def names(name, *kinds):
     return ["_".join(["delta_rule", kind, *marks]) for kind in kinds]
 
 
+# The largest blocks take a minute or two each; ``more_forward`` stays.
+@pytest.mark.some_cases(
+    without=[
+        f"v5e:1x1-{name}" for name in ("fullest", "in_turns", "in_turns_by_channel", "most_states", "registers_shared")
+    ]
+)
 @pytest.mark.parametrize("target, name", [(target, name) for target, cases in TARGETS.items() for name in cases])
 def test_tpu(target, name):
     text = compiled(target, name).as_text()
@@ -124,6 +130,11 @@ def test_negative_eigenvalues_on_tpu(target, name):
     assert kernels(text) == names(name, "forward", "gradient")
 
 
+@pytest.mark.some_cases(
+    without=[
+        f"{name}-False" for name in ("odd_64", "channel_16", "narrow_channel", "many_keys", "few_chunks", "shortest")
+    ]
+)
 @pytest.mark.parametrize(
     "name, negative", [*((name, False) for name in ON_GPU), *((name, True) for name in NEGATIVE_ON_GPU)]
 )

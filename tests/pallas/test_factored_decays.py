@@ -86,6 +86,7 @@ def test_only_narrow_numbers_with_as_large_exponents_are_taken():
     assert not factored_decays.takes(jnp.float16, jnp.float32)
 
 
+@pytest.mark.some_cases(*(f"linear_attention-{way}" for way in ("weak", "in_small_parts", "all")), "delta_rule-all")
 @pytest.mark.parametrize(
     "operation, way",
     [
@@ -93,6 +94,7 @@ def test_only_narrow_numbers_with_as_large_exponents_are_taken():
         # This chooses by the same function.
         *((delta_rule, way) for way in ("weak", "all")),
     ],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
 def test_kernels_take_each_way(monkeypatch, operation, way):
     """Four chunks, each with its own code path or all with one. The paths that must not be taken are broken."""

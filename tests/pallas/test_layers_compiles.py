@@ -24,6 +24,7 @@ CASES = [
 ]
 
 
+@pytest.mark.some_cases("gla-gla_1b3--", "rg_lru-griffin_1b3--")
 @pytest.mark.parametrize(
     "mixer, preset, sizes, numbers", CASES, ids=lambda value: value if isinstance(value, str) else ""
 )

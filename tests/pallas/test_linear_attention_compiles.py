@@ -133,6 +133,14 @@ def names(case, *kinds):
     return ["_".join(["linear_attention", kind, *marks]) for kind in kinds]
 
 
+LEFT_OUT = {  # from what CI compiles
+    "v5e:1x1": ("wide_values", "wide_blocks", "wide_fours", "in_turns", "odd_channels"),
+    "v6e:1x1": ("wide_256", "odd", "wide_blocks", "wide_fours"),
+    "tpu7x:2x2x1": ("channel_128",),
+}
+
+
+@pytest.mark.some_cases(without=[f"{target}-{name}" for target, names in LEFT_OUT.items() for name in names])
 @pytest.mark.parametrize("target, name", [(target, name) for target, cases in TARGETS.items() for name in cases])
 def test_tpu(target, name):
     text = compiled_of(target, CASES[name]).as_text()
@@ -182,6 +190,10 @@ def test_over_a_mesh_of_tpus(target, key_heads):
     ]
 
 
+@pytest.mark.some_cases(
+    without=("odd_128", "scalar_256", "constant_packed", "odd_scalar", "wide_keys", "odd_widths")
+    + ("odd_64-shared", "few_values-shared", "constant_128-shared", "narrow_keys-shared")
+)
 @pytest.mark.parametrize(
     "case, key_heads",
     [pytest.param(case, case[2], id=name) for name, case in ON_GPU.items()]

@@ -55,6 +55,7 @@ def lowered(name, width, device, gradients=True, **options):
         return jax.jit(both).lower(*arrays)
 
 
+@pytest.mark.some_cases(nth=3)
 @pytest.mark.parametrize(
     "gpu, name, width, kernels",
     [

@@ -35,6 +35,9 @@ TPUS = {
 }
 
 
+@pytest.mark.some_cases(
+    without=[f"v5e:1x1-{name}" for name in ("griffin_1b3", "float32", "half_a_register", "largest_block")]
+)
 @pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
 def test_tpu(target, name):
     batch, length, width, count, dtype = CASES[name]

@@ -82,6 +82,15 @@ def names(name):
     return [f"selective_scan_forward{of_keys}_keep{packed}", f"selective_scan_gradient{of_keys}{packed}"]
 
 
+LEFT_OUT = {  # from what CI compiles
+    "v5e:1x1": ("most_of_16", "float32", "part_of_a_block"),
+    "v5p:2x2x1": ("states_128",),
+    "v6e:1x1": ("longhorn", "most_of_128"),
+    "tpu7x:2x2x1": ("mamba", "most_of_128"),
+}
+
+
+@pytest.mark.some_cases(without=[f"{target}-{name}" for target, names in LEFT_OUT.items() for name in names])
 @pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
 def test_tpu(target, name):
     text = compiled(target, name).as_text()

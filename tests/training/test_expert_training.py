@@ -52,6 +52,7 @@ def on_one_device(microbatches):
     return tiny.host(state), lines
 
 
+@pytest.mark.some_cases(nth=2)
 @pytest.mark.parametrize(
     "sizes, microbatches", [*((sizes, 1) for sizes in MESHES), *((sizes, 2) for sizes in IN_PARTS)], ids=str
 )

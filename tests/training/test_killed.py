@@ -9,7 +9,7 @@ from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.training.metrics import FILE
 from tests.training import tiny
 
-KILLS = 5
+KILLS = 3
 STEPS = 20  # of tiny.ARGUMENTS, with a checkpoint at every step, so that one is nearly always being written
 PATIENCE = 240
 
@@ -56,8 +56,8 @@ os.rename = waits
 
 
 def test_killed_at_any_moment_it_ends_the_same(launch, uninterrupted, tmp_path):
-    """Five kills at moments from a fixed seed; every other one as soon as a checkpoint is being written. After the step
-    that the test waits for, the run itself waits, so that it is not done before it is killed."""
+    """Kills at moments from a fixed seed; every other one as soon as a checkpoint is being written. After the step that the
+    test waits for, the run itself waits, so that it is not done before it is killed."""
     workdir, moments = tmp_path / "run", random.Random(0)
     begun, torn = [], []
     for kill in range(KILLS):

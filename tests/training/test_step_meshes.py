@@ -34,6 +34,7 @@ def on_one_device():
     return tiny.host(state), losses
 
 
+@pytest.mark.some_cases("fsdp8", "tensor4_data2", "sequence8")  # the others are like those of the tests below
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "_".join(f"{axis}{n}" for axis, n in sizes.items()))
 def test_8_devices_follow_one(sizes):
     check_follows(tiny.mesh(8, **sizes), sizes)
