@@ -35,7 +35,8 @@ sweep: .venv/installed-sweep
 	  --parallel=2 --config.data.path=runs/sweep/corpus
 	$(BIN)/python launch/scaling.py --workdir=runs/sweep --baseline=transformer
 
-# Most of the compiled programs run once, here and in test-meshes. The other targets compile as a user's run does.
+# Most of the programs that tests run are compiled to run once. Those for devices that are not present are compiled as a
+# user's are, as all are by test-compiled, test-published and test-pages.
 test: .venv/installed-test
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist=worksteal --durations=15 tests
 
@@ -57,7 +58,8 @@ test-meshes: .venv/installed-test
 
 # JAX 0.11 and newer need Python 3.12, and .venv may be older.
 test-newest: .venv-newest/installed
-	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --dist=worksteal --compiled $(CASES) --every_nth=$(NTH) $(TESTS_NEWEST)
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv-newest/bin/python -m pytest -n 2 --dist=worksteal --compiled \
+	  $(CASES) --every_nth=$(NTH) $(TESTS_NEWEST)
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n 2 --published_sizes --every_mesh --every_nth=$(NTH) \
 	  tests/launching/test_published_sizes.py tests/parallel/test_compiled_collectives.py \
 	  -k "$(STEPS_NEWEST)"

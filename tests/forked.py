@@ -9,12 +9,14 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
+_PATIENCE = 240  # seconds, after which a program ends by SIGALRM
 
 
 @contextlib.contextmanager
@@ -48,6 +50,7 @@ def _fork(command: list[str]) -> tuple[int, str, str]:
             os.dup2(file.fileno(), number)
         program = str(REPOSITORY / "launch" / f"{command[0]}.py")
         sys.argv, sys.path[0] = [program, *command[1:]], os.path.dirname(program)
+        signal.alarm(_PATIENCE)
         runpy.run_path(program, run_name="__main__")
         sys.exit(0)
     _, status = os.waitpid(process, 0)

@@ -140,7 +140,7 @@ class _Model:
         self._config, self._kind, self._slices = config, target.devices[0].device_kind, target.slices
         self._architecture = parameters.describe(configs.model_config(config))
         optimizer = make_optimizer(config, self._architecture)
-        state = jax.eval_shape(lambda: states.create(self._architecture, optimizer, 0))
+        state = states.shapes(self._architecture, optimizer)
         self._state_over_parameters = cost.size_of(state) / cost.size_of(state.parameters)
         self._kept, self._flops = {}, {}
         for remat in REMAT_POLICIES:

@@ -47,7 +47,7 @@ def _before_the_first_step(parameters: Any, optimizer: optax.GradientTransformat
     )
 
 
-def _shapes(architecture: Architecture, optimizer: optax.GradientTransformation) -> TrainState:
+def shapes(architecture: Architecture, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes of what ``create`` makes, without tracing how a model's parameters are drawn, which takes long."""
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     return jax.eval_shape(lambda *x: _before_the_first_step(x[0], optimizer, x[1]), architecture.shapes, key)
@@ -69,7 +69,7 @@ def shardings(architecture: Architecture, optimizer: optax.GradientTransformatio
                 return by_path[tail]
         return replicated
 
-    placed = jax.tree_util.tree_map_with_path(place, _shapes(architecture, optimizer))
+    placed = jax.tree_util.tree_map_with_path(place, shapes(architecture, optimizer))
     return dataclasses.replace(placed, parameters=parameters)
 
 
@@ -85,7 +85,7 @@ def structs(architecture: Architecture, optimizer: optax.GradientTransformation,
     """Shapes of the state with their placements on the mesh, for compiling the step or restoring without arrays."""
     return jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-        _shapes(architecture, optimizer),
+        shapes(architecture, optimizer),
         shardings(architecture, optimizer, mesh),
     )
 

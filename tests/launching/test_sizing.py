@@ -211,6 +211,7 @@ def test_the_search_keeps_the_batch_and_uses_every_device(target):
     assert found[0].memory == pytest.approx(one.memory.total - one.memory.code, rel=0.5)  # the code is not estimated
 
 
+@pytest.mark.some_cases(nth=2)
 @pytest.mark.parametrize(
     "changes, most",
     [

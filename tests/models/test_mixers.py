@@ -180,6 +180,7 @@ def test_decoding_token_by_token_is_one_pass(name):
         numerics.assert_close(run(more, None, state)[0], run(more, None, whole_state)[0], 1e-5)
 
 
+@pytest.mark.some_cases(nth=2)
 @pytest.mark.parametrize("cuts", [(1, 2, 7), (6,)], ids=str)
 @pytest.mark.parametrize("name", LAWS)
 def test_packed_chunks_are_one_pass(name, cuts):
@@ -204,6 +205,7 @@ def test_an_empty_past_is_none(name):
     numerics.assert_close(run(tokens(), None, init_state(3))[0], run(tokens())[0], 1e-6)
 
 
+@pytest.mark.some_cases(nth=2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LAWS)
 def test_the_state_does_not_grow(name, dtype):

@@ -231,6 +231,7 @@ def test_copies_sum_their_gradients_once(copied, every_mesh):
 LOWER = ["gla", "delta_net", "griffin"]
 
 
+@pytest.mark.some_cases("gla")
 @pytest.mark.parametrize("name", LOWER)
 def test_float32(name):
     """With rotary positions, which are float32; compared with float64, on 8 devices and on one.

@@ -73,6 +73,7 @@ def test_values_and_gradients(monkeypatch, backend, decay, heads):
 GPU = Target("gpu", "none", True)
 
 
+@pytest.mark.some_cases(nth=2)
 @pytest.mark.parametrize(
     "decay, heads, keys, values",
     # Gradients of q and k in one part; in two, of five heads and of five and four; by several tiles, the last not whole.
