@@ -123,6 +123,7 @@ def tokens(seed=0, rows=3, length=LENGTH):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, length, 16)), jnp.float32)
 
 
+@pytest.mark.some_cases(nth=2)  # each dtype once
 @pytest.mark.parametrize("dtype", numerics.TOLERANCES)
 @pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "packed"])
 @pytest.mark.parametrize("name", [name for name in MIXERS if name not in ("rg_lru_no_convolution", "window_1")])

@@ -46,6 +46,7 @@ def check(operation, inputs, cotangents, outputs, gradients, dtype):
     assert found.dtype == dtype
 
 
+@pytest.mark.some_cases(nth=3)
 @pytest.mark.parametrize(
     "name, dtype",
     [*((name, "float32") for name in windows.CASES), ("grouped", "bfloat16"), ("more_keys_in_front", "bfloat16")],

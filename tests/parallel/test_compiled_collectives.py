@@ -147,7 +147,7 @@ def test_on_gpu(model):
         assert has_products(backward)
 
 
-@pytest.mark.parametrize("model", ["gla", "hawk", "delta_net"])
+@pytest.mark.parametrize("model", ["hawk", "gla", "delta_net"])
 def test_sixteen_times_the_tokens_are_the_same_bytes(model):
     check(model, *program(model, TPU, LONG))
 

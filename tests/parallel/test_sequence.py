@@ -92,6 +92,7 @@ def test_recurrences(kind, decay):
             compare(call(ops, kind, ids), call(operations, kind, ids), random_inputs(kind, decay), mesh)
 
 
+@pytest.mark.some_cases(nth=3)
 @pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_both_exchanges(sizes, exchange):

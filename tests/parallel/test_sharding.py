@@ -113,6 +113,7 @@ def on_one_device():
     return parameters, numerics.jit(jax.value_and_grad(loss))(parameters, *batch())
 
 
+@pytest.mark.some_cases("fsdp8", "fsdp2_tensor2_data2")
 @pytest.mark.parametrize(
     "sizes",
     [{"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"fsdp": 2, "tensor": 2, "data": 2}],

@@ -45,6 +45,7 @@ def test_products_are_no_loops_on_tpu_and_stay_apart_on_gpu(target, expected, mo
 
 
 @pytest.mark.compiles_ahead
+@pytest.mark.some_cases(nth=2)
 @pytest.mark.parametrize("dtype, name", [("float32", "f32"), ("bfloat16", "bf16")])
 def test_gradients_leave_a_layer_in_parts_on_gpu(dtype, name):
     """A sum of several over two devices leaves at most 4 MiB on each, not a whole layer. There are no copies of slices,
