@@ -1,7 +1,7 @@
 # make quickstart   a language model from nothing, in at most ten minutes on two cores
 # make sweep        isoFLOP ladders of four architectures and their scaling laws (an hour of CPU)
 # make test         the test suite
-# make test-cases   all cases of the tests from which make test takes some, such as more mixers and meshes (minutes)
+# make test-cases   all cases of the tests from which make test takes some, such as more mixers and meshes
 # make test-compiled  kernels compiled for TPUs and GPUs and run on an emulated GPU; results of launch/compile.py (minutes)
 # make test-published  training steps of published sizes, compiled for a TPU pod and for GPUs (minutes)
 # make test-meshes  every model on every mesh that splits time, the exchanges of compiled steps, and runs of several

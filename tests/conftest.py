@@ -74,13 +74,16 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)  # of the cases that -k leaves
 def pytest_collection_modifyitems(config, items):
-    every, nth, before = config.getoption("--every_case"), config.getoption("--every_nth"), collections.Counter()
+    nth, before = config.getoption("--every_nth"), collections.Counter()
     if nth < 1:
         raise pytest.UsageError(f"--every_nth={nth} must be at least 1")
-    whole = not config.getoption("keyword") and not any("::" in argument for argument in config.args)
-    kept, left_out = [], []
-    if whole:
+    # Whoever names tests or cases means all of them.
+    options = (config.getoption(name, None) for name in ("keyword", "lf", "deselect"))
+    named = any(options) or any("::" in argument for argument in config.args)
+    every = named or config.getoption("--every_case")
+    if not named:
         _check_names(items)
+    kept, left_out = [], []
     for item in items:
         test, mark = item.nodeid.partition("[")[0], None if every else item.get_closest_marker("some_cases")
         if mark and not _is_taken(item.callspec.id, *mark.args, **mark.kwargs):

@@ -26,7 +26,6 @@ def starter(**environment: str) -> Iterator[Callable[..., subprocess.CompletedPr
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # JAX warns of forks
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
         text=True,

@@ -10,7 +10,7 @@ from tests import numerics
 
 PATTERN = ("rg_lru", "rg_lru", "sliding_window")
 
-# One of each operation and kind of decay: the mixers with which ``make test`` runs what every mixer must pass.
+# At least one of each operation: the mixers with which ``make test`` runs what every mixer must pass.
 SOME_MIXERS = ("attention", "convolution", "gla", "kda", "mamba", "mamba2", "rg_lru", "s5", "sliding_window")
 
 

@@ -31,10 +31,10 @@ def create(architecture: Architecture, optimizer: optax.GradientTransformation, 
     if seed >> 32:  # JAX would drop these bits
         key = jax.random.fold_in(key, seed >> 32)
     parameters = architecture.initialise(jax.random.fold_in(key, 0))
-    return _before_the_first_step(parameters, optimizer, jax.random.key_data(jax.random.fold_in(key, 1)))
+    return _before_the_first_step(parameters, jax.random.key_data(jax.random.fold_in(key, 1)), optimizer)
 
 
-def _before_the_first_step(parameters: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def _before_the_first_step(parameters: Any, key: jax.Array, optimizer: optax.GradientTransformation) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -50,7 +50,7 @@ def _before_the_first_step(parameters: Any, optimizer: optax.GradientTransformat
 def shapes(architecture: Architecture, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes of what ``create`` makes, without tracing how a model's parameters are drawn, which takes long."""
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    return jax.eval_shape(lambda *x: _before_the_first_step(x[0], optimizer, x[1]), architecture.shapes, key)
+    return jax.eval_shape(lambda x, key: _before_the_first_step(x, key, optimizer), architecture.shapes, key)
 
 
 def shardings(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -72,7 +72,7 @@ MODELS = {
     ),
     "gla_and_windows": (("gla", "sliding_window"), {}, TWO),
 }
-# One of each operation, kind of decay and reach of a window, and a hybrid.
+# At least one of each operation, and a hybrid.
 SOME_MODELS = (
     *("attention", "convolution", "gated_delta_product", "gla", "kda", "linear_attention_of_elu", "mamba", "mamba2"),
     *("s5", "window_over_shards", "griffin"),

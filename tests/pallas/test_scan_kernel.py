@@ -80,7 +80,6 @@ def check(name, target, dtype):
     assert [y.dtype for y in (found[0], *found_gradients)] == [dtype] * 4
 
 
-@pytest.mark.some_cases(nth=3)
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(small_blocks, name, platform):

@@ -7,9 +7,11 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlinear import config as configs
 from jaxlinear.parallel import feeding
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import state as states
+from jaxlinear.training.optimizer import make_optimizer
 from jaxlinear.training.step import make_loss_step, make_objective
 from tests import numerics
 from tests.training import tiny
@@ -158,6 +160,18 @@ def test_a_run_begins_with_the_parameters_of_its_seed():
     for i, other in enumerate(others):
         for seen in [first, *others[:i]]:
             assert np.mean(seen["embedding"] == other["embedding"]) < 0.01
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_the_shapes_of_the_state_are_those_of_what_is_created(name):
+    config = tiny.config(optimizer__name=name)
+    architecture = tiny.described(configs.model_config(config))
+    optimizer = make_optimizer(config, architecture)
+    created = jax.eval_shape(lambda: states.create(architecture, optimizer, 0))
+    found = states.shapes(architecture, optimizer)
+    assert jax.tree.structure(found) == jax.tree.structure(created)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(created), strict=True):
+        assert (got.shape, got.dtype, got.weak_type) == (want.shape, want.dtype, want.weak_type)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped():
