@@ -91,6 +91,15 @@ def causal_convolution(x, kernel, bias, state, ids=None):
     return jnp.moveaxis(y, 0, 1), final
 
 
+def short_convolution(x, kernel, bias, state, heads=None, ids=None):
+    z, final = causal_convolution(x, kernel, bias, state, ids)
+    y = z / (1 + jnp.exp(-z))
+    if heads is not None:
+        of_heads = y.reshape(*y.shape[:2], heads, -1)
+        y = (of_heads / jnp.sqrt(jnp.sum(of_heads**2, axis=-1, keepdims=True) + 1e-6)).reshape(y.shape)
+    return y, final
+
+
 def sliding_window_attention(q, k, v, *, window, scale=None, ids=None):
     """Masks the full matrix of logits."""
     batch, length, heads, width = q.shape

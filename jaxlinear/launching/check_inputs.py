@@ -12,7 +12,7 @@ from jaxlinear.ops.calls import Call
 MIXED = "mixed"
 KINDS = ("weak", "strong", MIXED)
 _FORGETS = {"log_decay", "a", "dt", "rate"}
-_PARAMETERS = ("A", "recurrence_kernel", "input_kernel", "recurrence_bias", "input_bias")
+_PARAMETERS = ("A", "kernel", "bias", "recurrence_kernel", "input_kernel", "recurrence_bias", "input_bias")
 _ALIKE = 0.1  # how far keys are from the key that they resemble
 _DOCUMENT = 40  # mean number of tokens per document
 
@@ -70,7 +70,7 @@ class _Draws:
             return np.diff(self.of(operation, "segment_ids", shape), axis=1, prepend=-1) != 0
         if name in ("log_decay", "rate"):
             return -self._rates(size)
-        if name.endswith("_kernel"):
+        if name.endswith("kernel"):
             return _normal(shape, self.random) * size[-2] ** -0.5
         if name == "a":
             turned = np.exp(1j * self.random.uniform(-np.pi, np.pi, size)) if _is_complex(shape) else 1

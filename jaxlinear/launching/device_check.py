@@ -32,7 +32,12 @@ _ROUNDING = {"bfloat16": 1e-2, "float32": 1e-4}
 _OF_SUMS = 10.0
 _LENGTH = 2048  # tokens per row, if training has more
 _RAGGED = 37  # so many tokens fewer for some inputs, so that no block divides them
-_WITHOUT = {"linear_recurrence": "associative", "rg_lru": "separate", "rg_lru_gates": "products"}  # others: "chunked"
+_WITHOUT = {  # others: "chunked"
+    "linear_recurrence": "associative",
+    "rg_lru": "separate",
+    "rg_lru_gates": "products",
+    "short_convolution": "separate",
+}
 _OUTPUTS = {"rg_lru_gates": ("transition", "input")}  # others: an output and, of recurrences, the last state
 _APART = {"rg_lru": ("rg_lru_gates", "linear_recurrence")}  # what takes its place where a mesh spreads time
 _REPEATS = 5  # runs, of which the median time is taken
@@ -147,7 +152,7 @@ def _check(call: Call, kind: str, device: jax.Device, host: jax.Device) -> Check
         return Checked(call.operation, described, kind, refused=str(error))
     random = np.random.default_rng(0)
     inputs = check_inputs.draw(call, kind, random)
-    if len(shapes) == 2 and call.operation not in _OUTPUTS:  # a recurrence, which here also starts from a state
+    if len(shapes) == 2 and call.operation not in _OUTPUTS:  # with a state, which here is also given
         inputs["initial_state"] = check_inputs.normal(shapes[1], random)
     cotangents = tuple(check_inputs.normal(y, random) for y in shapes)
 

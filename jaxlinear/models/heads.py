@@ -14,10 +14,10 @@ from flax import nnx
 from jaxlinear.errors import UserError
 from jaxlinear.models.layers import RMSNorm
 from jaxlinear.ops import backends, dtypes
+from jaxlinear.ops.short_convolution import UNIT_EPSILON
 from jaxlinear.pallas.lanes import LANES, SUBLANES
 from jaxlinear.parallel import sharding
 
-_UNIT_EPSILON = 1e-6  # added to the squared length of a query or a key
 _FEWEST = 32  # channels of a head: with more heads in a register, their sums would take longer than the copies
 
 
@@ -64,7 +64,7 @@ class GroupNorm(nnx.Module):
 def unit_length(x: jax.Array, heads: int) -> jax.Array:
     """``x / |x|`` over each head of ``[B, T, H * K]``, in float32 internally; zeros stay zeros."""
     # |x| is the root of the sum of squares, not of their mean.
-    return _placed(_normalised(x, heads, _UNIT_EPSILON, count=1).astype(x.dtype), heads)
+    return _placed(_normalised(x, heads, UNIT_EPSILON, count=1).astype(x.dtype), heads)
 
 
 def scale_heads(x: jax.Array, scales: jax.Array) -> jax.Array:

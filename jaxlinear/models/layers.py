@@ -153,42 +153,6 @@ class GatedMLP(nnx.Module):
         return self.down(sharding.constrain(inner, "batch", "time", "mlp"))
 
 
-class ShortConvolution(nnx.Module):
-    """The causal convolution before a recurrence, one filter per channel, over ``[B, T, C]``, followed by SiLU. State: the
-    preceding inputs ``[B, width-1, C]``."""
-
-    def __init__(
-        self,
-        channels: int,
-        width: int,
-        *,
-        axis: str | None,
-        bias: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        self.channels, self.width, self.axis = channels, width, axis
-        # Uniform within 1 / sqrt(fan-in), where the fan-in of a channel's filter is its width.
-        bound = width**-0.5
-        init = nnx.initializers.uniform(2 * bound)
-        self.convolution_kernel = parameter(
-            lambda key, shape, dtype: init(key, shape, dtype) - bound, (width, channels), (None, axis), rngs
-        )
-        self.convolution_bias = parameter(nnx.initializers.zeros, (channels,), (axis,), rngs) if bias else None
-
-    def init_state(self, batch: int, dtype: jnp.dtype) -> jax.Array:
-        return jnp.zeros((batch, self.width - 1, self.channels), dtype)
-
-    def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None, state: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        bias = None if self.convolution_bias is None else self.convolution_bias[...]
-        y, state = operations.causal_convolution(
-            x, self.convolution_kernel[...], bias, state, segment_ids=segment_ids, channels=self.axis
-        )
-        # In float32: in bfloat16 SiLU would round at each of its internal steps.
-        return ACTIVATIONS["silu"](y.astype(dtypes.wide(y.dtype))).astype(y.dtype), state
-
-
 def rotary_frequencies(
     channels: int, *, fraction: float, base: float = 10_000.0, scaling: float = 0.0, context: int = 1
 ) -> np.ndarray:

@@ -8,6 +8,7 @@ from jaxlinear.ops.linear_attention import linear_attention
 from jaxlinear.ops.rg_lru import rg_lru
 from jaxlinear.ops.rg_lru_gates import rg_lru_gates
 from jaxlinear.ops.selective_scan import selective_scan
+from jaxlinear.ops.short_convolution import short_convolution
 from jaxlinear.ops.sliding_window import sliding_window_attention
 
 # Names of what the backward passes of the operations need and would be expensive to recompute: see
@@ -23,5 +24,6 @@ __all__ = [
     "rg_lru",
     "rg_lru_gates",
     "selective_scan",
+    "short_convolution",
     "sliding_window_attention",
 ]

@@ -30,20 +30,29 @@ def causal_convolution(
       y ``[B, T, D]`` in the dtype of x, and the state after the last token ``[B, width-1, D]``: the latest inputs of the
       last document of each row, zeros where it is shorter than that.
     """
+    x, kernel, bias, state, runs = arguments(x, kernel, bias, state, segment_ids)
+    return _filter(x, kernel, bias, state, runs), last_inputs(x, state, runs)
+
+
+def arguments(x, kernel, bias, state, segment_ids):
+    """The arguments of ``causal_convolution``, checked: the state that is used, and ``segments.runs`` for the ids."""
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     bias, state = (None if y is None else jnp.asarray(y) for y in (bias, state))
     _check_shapes(x, kernel, bias, state)
     segment_ids = checks.segment_ids("causal_convolution", segment_ids, *x.shape[:2])
-    width, length = kernel.shape[0], x.shape[1]
     if state is None:
-        state = jnp.zeros_like(x, shape=(x.shape[0], width - 1, x.shape[2]))
-    state = state.astype(x.dtype)
-    runs = None if segment_ids is None else segments.runs(segment_ids)
+        state = jnp.zeros_like(x, shape=(x.shape[0], kernel.shape[0] - 1, x.shape[2]))
+    return x, kernel, bias, state.astype(x.dtype), None if segment_ids is None else segments.runs(segment_ids)
+
+
+def last_inputs(x: jax.Array, state: jax.Array, runs: jax.Array | None) -> jax.Array:
+    """The state after the last token."""
+    length, before = x.shape[1], state.shape[1]
     final = jnp.concatenate([state, x], axis=1)[:, length:]
-    if runs is not None and length:  # without tokens the state stays as it is
-        same = jnp.pad(runs, ((0, 0), (width - 1, 0)))[:, length:] == runs[:, -1:]
-        final = jnp.where(same[..., None], final, jnp.zeros((), x.dtype))
-    return _filter(x, kernel, bias, state, runs), final
+    if runs is None or not length:  # without tokens the state stays as it is
+        return final
+    same = jnp.pad(runs, ((0, 0), (before, 0)))[:, length:] == runs[:, -1:]
+    return jnp.where(same[..., None], final, jnp.zeros((), x.dtype))
 
 
 def _check_shapes(x, kernel, bias, state) -> None:

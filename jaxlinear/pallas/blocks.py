@@ -401,3 +401,11 @@ def attention_gpu(width: int, gpu: GPU | None) -> SoftmaxGPUBlock:
     if width <= 128:
         return SoftmaxGPUBlock(64, 64, 8, 2) if gpu.ample else SoftmaxGPUBlock(64, 32, 4, 2)
     return SoftmaxGPUBlock(32, 32, 4, 1)
+
+
+# The short convolution on TPU: tokens of a block, the most first; its channels, at most so many where a divisor allows it;
+# its numbers, for which VMEM has room; and tokens that are processed at once. No program tunes these.
+CONVOLUTION_TIME = 512, 256, 128
+CONVOLUTION_CHANNELS = 2048
+CONVOLUTION_NUMBERS = 512 * 2048
+CONVOLUTION_ROWS = 64

@@ -31,6 +31,7 @@ from jaxlinear.ops.linear_attention import choose as choose_attention
 from jaxlinear.ops.rg_lru import choose as choose_rg_lru
 from jaxlinear.ops.rg_lru_gates import choose as choose_gates
 from jaxlinear.ops.selective_scan import choose as choose_selective_scan
+from jaxlinear.ops.short_convolution import choose as choose_short_convolution
 from jaxlinear.parallel import cost, halos, ring, sharding
 from jaxlinear.parallel.exchanges import AXIS
 from jaxlinear.parallel.sequence import Spread, kind_and_span
@@ -294,6 +295,45 @@ def causal_convolution(
 
     axes = (*_TIME, channels), (None, channels), (channels,), ("batch", None, channels), _TIME
     return _on_shards(mesh, local, (0, 3), (x, kernel, bias, state, segment_ids), axes)
+
+
+def short_convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    channels: str | None = None,
+    heads: int | None = None,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array] | None:
+    """``ops.short_convolution`` as a kernel, on each device's part, since the compiler cannot split it; or None where that
+    does not run and XLA should fuse the operation's parts with what is around them. ``channels`` is the logical axis of
+    D."""
+    mesh, axes = sharding.mesh_in_use(), (*_TIME, channels)
+    own = jax.ShapeDtypeStruct(x.shape if mesh is None else sharding.shard_shape(axes, x.shape, mesh), x.dtype)
+    own_heads, rest = divmod((heads or 0) * own.shape[2], max(x.shape[2], 1))
+    reason = None
+    if _mesh("short_convolution", x.shape[1]) is not None:
+        reason = "needs whole rows, and mesh.sequence spreads them"
+    elif rest:
+        reason = f"needs whole heads on each device, and {heads} are spread over {x.shape[2] // own.shape[2]}"
+    if reason is not None:
+        if backend == "pallas":
+            raise UserError(f"short_convolution: the kernel {reason}; use ops.short_convolution or another mesh")
+        return None
+    if choose_short_convolution(backend, own, kernel, own_heads or None) != "pallas":
+        return None
+    run = functools.partial(ops.short_convolution, heads=own_heads or None, backend="pallas")
+    if mesh is None or mesh.size == 1:
+        return run(x, kernel, bias, initial_state, segment_ids=segment_ids)
+    if initial_state is None:
+        initial_state = jnp.zeros_like(x, shape=(x.shape[0], kernel.shape[0] - 1, x.shape[2]))
+    arguments = x, kernel, bias, initial_state, segment_ids
+    all_axes = axes, (None, channels), (channels,), ("batch", None, channels), _TIME
+    local = lambda *given: run(*given[:-1], segment_ids=given[-1])  # noqa: E731
+    return _on_shards(mesh, local, (0, 3), arguments, all_axes)
 
 
 def sliding_window_attention(

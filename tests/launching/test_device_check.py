@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,23 @@ def test_what_every_model_calls(preset):
                 if "A" not in numbers:
                     written = numbers["dt"] * np.max(numbers["B"] ** 2, axis=-1, keepdims=True)
                     assert np.all(written <= 1.02)
+
+
+def test_convolutions_on_a_tpu():
+    """There they are a kernel, with the heads that get unit length; on this device the model does not call it."""
+    device = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    found = device_check._calls(configs.resolve(config("delta_net_6m", dtype="bfloat16")), device, 2, 300)
+    calls = [call for call in found if call.operation == "short_convolution"]
+    assert [call.options.get("heads") for call in calls] == [4, None]
+    small = {"x": (1, 100, 12), "kernel": (4, 12), "bias": (12,), "segment_ids": (1, 100)}
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in small.items()}
+    arrays["segment_ids"] = jax.ShapeDtypeStruct((1, 100), jnp.int32)
+    call = Call("short_convolution", (*arrays.items(), ("heads", 4)))
+    assert check_inputs.constants(call) == {"kernel", "bias"}
+    checked = device_check._check(call, "weak", *jax.devices()[:1] * 2)
+    assert checked.is_right and max(error.kernel for error in checked.errors) < 1e-5
+    gradients = {f"gradient of {name}" for name in ("x", "kernel", "bias", "initial_state")}
+    assert {error.array for error in checked.errors} == {"output", "last state", *gradients}
 
 
 def test_a_model_without_kernels_on_the_device(monkeypatch):

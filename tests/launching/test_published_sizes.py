@@ -31,14 +31,19 @@ MODELS = {
         for target in TARGETS
     },
     "gated_delta_net_1b3": {
-        target: {"delta_rule_forward_scalar_packed", "delta_rule_gradient_scalar_packed"} for target in TARGETS
+        "v5p:4x4x4": {
+            *("delta_rule_forward_scalar_packed", "delta_rule_gradient_scalar_packed"),
+            *("short_convolution_forward_heads", "short_convolution_gradient_heads"),
+        },
+        "h100:8": {"delta_rule_forward_scalar_packed", "delta_rule_gradient_scalar_packed"},
     },
 }
 
 
 def kernels(text):
     """The kernels' names, without what the compiler adds before and after them."""
-    found = set(re.findall(r"(?:rg_lru|scan|linear_attention|delta_rule)_(?:forward|gradient)[a-z_]*[a-z]", text))
+    operations = "rg_lru|scan|linear_attention|delta_rule|short_convolution"
+    found = set(re.findall(rf"(?:{operations})_(?:forward|gradient)[a-z_]*[a-z]", text))
     found |= set(re.findall(r"attention_(?:outputs|queries|keys)", text))
     return found | {"splash_" + kind for kind in re.findall(r"splash\w*?_(fwd|dq|dkv)", text)}
 

@@ -11,12 +11,12 @@ from jaxlinear.models.layers import (
     GatedMLP,
     Linear,
     RMSNorm,
-    ShortConvolution,
     from_complex,
     rotary,
     rotary_frequencies,
     to_complex,
 )
+from jaxlinear.models.short_convolution import ShortConvolution
 from tests import numerics, oracles, small
 
 

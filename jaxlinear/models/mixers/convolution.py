@@ -11,7 +11,8 @@ import jax
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, ShortConvolution, fan_in_normal
+from jaxlinear.models.layers import Linear, fan_in_normal
+from jaxlinear.models.short_convolution import ShortConvolution
 from jaxlinear.parallel import sharding
 
 

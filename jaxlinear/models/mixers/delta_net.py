@@ -23,8 +23,9 @@ from flax import nnx
 from jax import lax
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.heads import HeadNorm, by_head, per_head, unit_length
-from jaxlinear.models.layers import Linear, ShortConvolution, fan_in_normal
+from jaxlinear.models.heads import HeadNorm, by_head, per_head
+from jaxlinear.models.layers import Linear, fan_in_normal
+from jaxlinear.models.short_convolution import ShortConvolution
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
@@ -56,13 +57,13 @@ class DeltaInputs(nnx.Module):
         self.heads, self.dtype = heads, config.activation_dtype
         self.negative_eigenvalues = config.negative_eigenvalues
         self.updates = () if config.householders == 1 else (config.householders,)  # the axis J, if there is one
-        written = heads * config.householders
+        self.written = written = heads * config.householders
 
         def project(outputs: int) -> Linear:
             return Linear(config.width, outputs, axes=("embed", "heads"), bias=False, rngs=rngs)
 
         def convolve(channels: int) -> ShortConvolution:
-            return ShortConvolution(channels, config.convolution_width, axis="heads", rngs=rngs)
+            return ShortConvolution(channels, config.convolution_width, axis="heads", feeds_kernel=True, rngs=rngs)
 
         self.query, self.query_convolution = project(heads * key_width), convolve(heads * key_width)
         self.key, self.key_convolution = project(written * key_width), convolve(written * key_width)
@@ -81,14 +82,17 @@ class DeltaInputs(nnx.Module):
     ) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
         """``((q, k, v, beta), state)``; an empty ``past`` means zeros."""
         new: dict[str, jax.Array] = {}
-        k, new["key"] = self.key_convolution(self.key(x), segment_ids=segment_ids, state=past.get("key"))
+        k, new["key"] = self.key_convolution(
+            self.key(x), segment_ids=segment_ids, state=past.get("key"), heads=self.written
+        )
         v, new["value"] = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
         beta = jax.nn.sigmoid(self.beta(x).astype(dtypes.wide(x.dtype)))
         beta = 2 * beta if self.negative_eigenvalues else beta
         x = operations.after(x, (k, v, beta))  # the states do not depend on the queries
-        q, new["query"] = self.query_convolution(self.query(x), segment_ids=segment_ids, state=past.get("query"))
-        q = by_head(unit_length(q, self.heads), self.heads)
-        k = unit_length(k, beta.shape[-1])
+        q, new["query"] = self.query_convolution(
+            self.query(x), segment_ids=segment_ids, state=past.get("query"), heads=self.heads
+        )
+        q = by_head(q, self.heads)
         k, v = (by_head(y, self.heads, *self.updates) for y in (k, v))
         beta = beta.reshape(*x.shape[:2], self.heads, *self.updates)
         if self.negative_eigenvalues:

@@ -20,8 +20,9 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.layers import Linear, ShortConvolution, fan_in_normal, parameter, rms_norm
+from jaxlinear.models.layers import Linear, fan_in_normal, parameter, rms_norm
 from jaxlinear.models.mixers.mamba2 import PROJECTION_SCALE, time_step_biases, time_steps
+from jaxlinear.models.short_convolution import ShortConvolution
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 

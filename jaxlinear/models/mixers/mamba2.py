@@ -16,7 +16,8 @@ from flax import nnx
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.heads import by_head, scale_heads
-from jaxlinear.models.layers import Initializer, Linear, RMSNorm, ShortConvolution, fan_in_normal, parameter
+from jaxlinear.models.layers import Initializer, Linear, RMSNorm, fan_in_normal, parameter
+from jaxlinear.models.short_convolution import ShortConvolution
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 

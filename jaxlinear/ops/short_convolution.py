@@ -1,0 +1,122 @@
+"""The short convolution before a recurrence (``causal_convolution``), the SiLU after it and, for queries and keys of the
+delta rule, the scaling of each head to unit length."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlinear.errors import UserError
+from jaxlinear.ops import backends, calls, checks, convolution, dtypes, matrix_states
+from jaxlinear.pallas import derivatives
+from jaxlinear.pallas import short_convolution as kernels
+from jaxlinear.pallas.target import Target
+
+UNIT_EPSILON = 1e-6  # added to the squared length of a query or a key
+_INSTEAD = "separate"  # of the kernel, where it does not run
+_TAKEN = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
+
+
+@calls.recorded
+def short_convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    heads: int | None = None,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """``y_t = silu(bias + sum_j kernel[width-1-j] * x_{t-j})``; with ``heads``, ``y / sqrt(|y|^2 + 1e-6)`` over each.
+
+    Args:
+      x, kernel, bias, initial_state, segment_ids: as in ``causal_convolution``, but real; the state is its ``state``.
+      heads: H, which divides D; None for y itself.
+      backend: ``"separate"`` (XLA), ``"pallas"`` (one kernel for TPU, interpreted on CPU) or ``"auto"``: the kernel on TPU
+        for more than 8 tokens; where it does not run, that is logged once.
+
+    Returns:
+      ``[B, T, D]`` in the dtype of x, and the state after the last token, as ``causal_convolution``.
+    """
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    checks.axes("short_convolution", "B T D", x=x)
+    if heads is not None and (heads < 1 or x.shape[2] % heads):
+        raise UserError(f"short_convolution: {heads} heads do not divide {x.shape[2]} channels")
+    if choose(backend, x, kernel, heads) == _INSTEAD:
+        y, final = convolution.causal_convolution(x, kernel, bias, initial_state, segment_ids=segment_ids)
+        y = jax.nn.silu(y.astype(dtypes.wide(y.dtype)))
+        if heads is not None:
+            of_heads = y.reshape(*y.shape[:2], heads, -1)
+            square = jnp.sum(of_heads * of_heads, axis=-1, keepdims=True)
+            y = (of_heads * jax.lax.rsqrt(square + UNIT_EPSILON)).reshape(y.shape)
+        return y.astype(x.dtype), final
+    wide = dtypes.wide(x.dtype)
+    x, kernel, bias, state, runs = convolution.arguments(x, kernel, bias, initial_state, segment_ids)
+    since = _since(x, runs, len(kernel) - 1)
+    bias = jnp.zeros(x.shape[2:], wide) if bias is None else bias.astype(wide)
+    head = 0 if heads is None else x.shape[2] // heads
+    y = _by_kernel(x, kernel.astype(wide), bias, since, state, head, backends.target())
+    return y, convolution.last_inputs(x, state, runs)
+
+
+def choose(
+    backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct, heads: int | None
+) -> str:
+    """The backend that ``short_convolution`` uses for x ``[B, T, D]`` and a kernel ``[width, D]``, those of one device."""
+    backends.check("short_convolution", backend, (_INSTEAD, "pallas"))
+    few = x.shape[1] <= matrix_states.FEW_TOKENS
+    if backend == "auto" and (backends.platform() != "tpu" or not backends.takes_kernels() or few):
+        return _INSTEAD
+    if backend == _INSTEAD:
+        return _INSTEAD
+    refusal = functools.partial(_refusal, x, kernel, heads)
+    how = "as a convolution and what follows it"
+    runs = backends.kernel_runs("short_convolution", backend, [x.shape], refusal, instead=_INSTEAD, how=how)
+    return "pallas" if runs else _INSTEAD
+
+
+def _refusal(
+    x: jax.Array | jax.ShapeDtypeStruct,
+    kernel: jax.Array | jax.ShapeDtypeStruct,
+    heads: int | None,
+    platform: str,
+) -> str | None:
+    """Why the kernel does not run, or None. Dtypes matter only where it is compiled."""
+    if platform == "gpu":
+        return "the kernel is for TPUs"
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return "the kernel takes no complex numbers"
+    if platform in backends.COMPILED and x.dtype not in _TAKEN:
+        return f"the kernel takes {' and '.join(map(str, _TAKEN))}, not {x.dtype}"
+    return kernels.refusal(x.shape[2], kernel.shape[0], 0 if heads is None else x.shape[2] // heads)
+
+
+def _since(x: jax.Array, runs: jax.Array | None, before: int) -> jax.Array:
+    """``[B, T]`` int32: how many of the ``before`` tokens before each belong to its document."""
+    if runs is None:
+        return jnp.full(x.shape[:2], before, jnp.int32)
+    earlier = (jnp.pad(runs, ((0, 0), (lag, 0)))[:, : runs.shape[1]] for lag in range(1, before + 1))
+    return sum(((y == runs).astype(jnp.int32) for y in earlier), jnp.zeros(runs.shape, jnp.int32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _by_kernel(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, since: jax.Array, state: jax.Array, head: int, target: Target
+) -> jax.Array:
+    return kernels.forward(x, kernel, bias, since, state, head=head, epsilon=UNIT_EPSILON, target=target)
+
+
+def _by_kernel_forward(x, kernel, bias, since, state, head, target):
+    given = derivatives.once((x, kernel, bias, since, state), _INSTEAD)
+    return kernels.forward(*given, head=head, epsilon=UNIT_EPSILON, target=target), given
+
+
+def _by_kernel_backward(head, target, given, d_y):
+    given, d_y = derivatives.once((given, d_y), _INSTEAD)
+    d_x, d_kernel, d_bias, d_state = kernels.gradient(*given, d_y, head=head, epsilon=UNIT_EPSILON, target=target)
+    return d_x, d_kernel, d_bias, None, d_state.astype(given[4].dtype)
+
+
+_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
