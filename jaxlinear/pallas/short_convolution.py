@@ -301,7 +301,7 @@ class _Heads:
             self._sums[head] = sums if before is None else [x + y for x, y in zip(before, sums, strict=True)]
             if (head + 1) * self._head <= part.lanes.stop:
                 square, *along = self._sums.pop(head)
-                # As powers, which take less than half the operations of ``rsqrt``.
+                # As powers, which take fewer operations than ``rsqrt``.
                 scale = jnp.exp2(-0.5 * jnp.log2(square + self._epsilon))
                 self._found[head] = [scale, *[scale * scale * x for x in along]]
         while self._waiting and all(head in self._found for head, _ in self._heads(self._waiting[0])):
