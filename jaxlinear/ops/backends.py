@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxlinear.errors import UserError
 from jaxlinear.pallas.target import GPU, Target, gpu_of
 
+_OF_TPU = (np.dtype(np.float32), np.dtype(jnp.bfloat16))  # dtypes that a kernel for TPU alone takes
 COMPILED = ("tpu", "gpu")  # where kernels are compiled; elsewhere they are interpreted
 _SAID: set[str] = set()  # by ``say_once``
 _UNHEARD: list[None] = []  # the contexts ``unheard`` that are open
@@ -132,6 +135,33 @@ def kernel_or_chunks(
         return backend
     runs = kernel_runs(operation, backend, shapes, refusal, instead="chunked", how="in chunks")
     return "pallas" if runs else backend
+
+
+def kernel_for_tpu_runs(
+    operation: str,
+    backend: str,
+    few: bool,
+    shape: tuple[int, ...],
+    refusal: Callable[[str], str | None],
+    *,
+    instead: str,
+    how: str,
+) -> bool:
+    """``kernel_runs`` for an operation with no other kernel and no other backend than ``instead``; ``few``: as in
+    ``kernel_or_chunks``."""
+    check(operation, backend, (instead, "pallas"))
+    if backend == instead or (backend == "auto" and (platform() != "tpu" or not takes_kernels() or few)):
+        return False
+    return kernel_runs(operation, backend, [shape], refusal, instead=instead, how=how)
+
+
+def none_but_for_tpu(platform: str, dtype: Any) -> str | None:
+    """Why a kernel for TPU does not run on a platform, or with numbers of a dtype where it is compiled; or None."""
+    if platform == "gpu":
+        return "the kernel is for TPUs"
+    if platform in COMPILED and dtype not in _OF_TPU:
+        return f"the kernel takes {' and '.join(map(str, _OF_TPU))}, not {dtype}"
+    return None
 
 
 def kernel_runs(

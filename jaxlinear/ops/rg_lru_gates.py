@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, calls, checks, dtypes, matrix_states
@@ -20,7 +19,6 @@ from jaxlinear.pallas.rg_lru_block import LARGEST_SLOPE
 from jaxlinear.pallas.target import Target
 
 _INSTEAD = "products"  # of the kernel, where it does not run
-_TAKEN = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 
 
 @calls.recorded
@@ -90,14 +88,8 @@ def kernel_runs(
 
     ``fits``: whether VMEM has room, for R, K and the bytes of a number.
     """
-    backends.check(operation, backend, (instead, "pallas"))
-    few = x.shape[1] <= matrix_states.FEW_TOKENS
-    if backend == instead or (
-        backend == "auto" and (backends.platform() != "tpu" or not backends.takes_kernels() or few)
-    ):
-        return False
-    refusal = functools.partial(_refusal, x, kernel, fits)
-    return backends.kernel_runs(operation, backend, [x.shape], refusal, instead=instead, how=how)
+    few, refusal = x.shape[1] <= matrix_states.FEW_TOKENS, functools.partial(_refusal, x, kernel, fits)
+    return backends.kernel_for_tpu_runs(operation, backend, few, x.shape, refusal, instead=instead, how=how)
 
 
 def _refusal(
@@ -110,15 +102,10 @@ def _refusal(
     width, (count, block, _) = x.shape[2], kernel.shape
     if width != count * block:
         return f"the kernel needs whole blocks on each device, and {width} channels are no multiple of {block}"
-    if platform == "gpu":
-        return "the kernel is for TPUs"
-    if platform not in backends.COMPILED:
-        return None
-    if x.dtype not in _TAKEN:
-        return f"the kernel takes {' and '.join(map(str, _TAKEN))}, not {x.dtype}"
-    if not fits(width, block, x.dtype.itemsize):
+    reason = backends.none_but_for_tpu(platform, x.dtype)
+    if reason is None and platform in backends.COMPILED and not fits(width, block, x.dtype.itemsize):
         return f"the kernel has no room in VMEM for blocks of {block} channels among {width}"
-    return None
+    return reason
 
 
 def _by_products(x, recurrence_kernel, input_kernel, vectors, first):

@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, calls, checks, convolution, dtypes, matrix_states
@@ -15,7 +14,6 @@ from jaxlinear.pallas.target import Target
 
 UNIT_EPSILON = 1e-6  # added to the squared length of a query or a key
 _INSTEAD = "separate"  # of the kernel, where it does not run
-_TAKEN = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 
 
 @calls.recorded
@@ -62,18 +60,17 @@ def short_convolution(
 
 
 def choose(
-    backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct, heads: int | None
+    backend: str,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    kernel: jax.Array | jax.ShapeDtypeStruct,
+    heads: int | None,
+    elsewhere: str | None = None,
 ) -> str:
-    """The backend that ``short_convolution`` uses for x ``[B, T, D]`` and a kernel ``[width, D]``, those of one device."""
-    backends.check("short_convolution", backend, (_INSTEAD, "pallas"))
-    few = x.shape[1] <= matrix_states.FEW_TOKENS
-    if backend == "auto" and (backends.platform() != "tpu" or not backends.takes_kernels() or few):
-        return _INSTEAD
-    if backend == _INSTEAD:
-        return _INSTEAD
-    refusal = functools.partial(_refusal, x, kernel, heads)
+    """The backend that ``short_convolution`` uses for x ``[B, T, D]`` and a kernel ``[width, D]``, those of one device.
+    ``elsewhere``: why there can be no kernel on a mesh, if there cannot."""
+    few, refusal = x.shape[1] <= matrix_states.FEW_TOKENS, functools.partial(_refusal, x, kernel, heads, elsewhere)
     how = "as a convolution and what follows it"
-    runs = backends.kernel_runs("short_convolution", backend, [x.shape], refusal, instead=_INSTEAD, how=how)
+    runs = backends.kernel_for_tpu_runs("short_convolution", backend, few, x.shape, refusal, instead=_INSTEAD, how=how)
     return "pallas" if runs else _INSTEAD
 
 
@@ -81,16 +78,14 @@ def _refusal(
     x: jax.Array | jax.ShapeDtypeStruct,
     kernel: jax.Array | jax.ShapeDtypeStruct,
     heads: int | None,
+    elsewhere: str | None,
     platform: str,
 ) -> str | None:
-    """Why the kernel does not run, or None. Dtypes matter only where it is compiled."""
-    if platform == "gpu":
-        return "the kernel is for TPUs"
+    """Why the kernel does not run, or None."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return "the kernel takes no complex numbers"
-    if platform in backends.COMPILED and x.dtype not in _TAKEN:
-        return f"the kernel takes {' and '.join(map(str, _TAKEN))}, not {x.dtype}"
-    return kernels.refusal(x.shape[2], kernel.shape[0], 0 if heads is None else x.shape[2] // heads)
+    reason = elsewhere or backends.none_but_for_tpu(platform, x.dtype)
+    return reason or kernels.refusal(x.shape[2], kernel.shape[0], 0 if heads is None else x.shape[2] // heads)
 
 
 def _since(x: jax.Array, runs: jax.Array | None, before: int) -> jax.Array:

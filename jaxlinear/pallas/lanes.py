@@ -62,3 +62,9 @@ def spread(state: jax.Array, values: Lanes, keys: Lanes) -> jax.Array:
 def taken(state: jax.Array, values: Lanes, keys: Lanes) -> jax.Array:
     """The inverse of ``spread``."""
     return keys.taken(values.taken(state, 0), 1)
+
+
+def fill(ref, row) -> None:
+    """Each token's number of ``row`` ``[1, c]``, c a multiple of 128, on all lanes of ``ref`` ``[c, 128]``."""
+    for i in range(0, ref.shape[0], LANES):
+        ref[i : i + LANES] = jnp.broadcast_to(row[:, i : i + LANES], (LANES, LANES)).T

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas import rg_lru_block as block
 from jaxlinear.pallas import scan_tpu_block as scan
-from jaxlinear.pallas.lanes import SUBLANES
+from jaxlinear.pallas.lanes import SUBLANES, fill
 from jaxlinear.pallas.rg_lru_bands import Bytes, Shape, bands_of, blocks_of, fit, shape_of
 from jaxlinear.pallas.rg_lru_call import BESIDE, GROUP, IN_TIME, MARKS, PER_ROW, Order, call, on_lanes
 from jaxlinear.pallas.scan_plan import Plan
@@ -136,7 +136,7 @@ def _gradient(plan: Plan, shape: Shape, x, d_h, h, bands, vectors, first, beside
     d_x, d_bands, sums, d_state, marks, a, r, i, q, d_a, d_u, d_z, *resets = rest
     gradients = block.Gradients(d_bands, sums, d_z, of_x=d_u)  # d_u is read before x's part takes its place
     gradients.begin()
-    block.fill(marks, first)
+    fill(marks, first)
 
     def again(at):
         for tile in shape.tiles:

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxlinear.pallas import blocks
-from jaxlinear.pallas.lanes import LANES, SUBLANES
+from jaxlinear.pallas.lanes import SUBLANES, fill
 from jaxlinear.pallas.rg_lru_bands import Shape, Tile
 
 LARGEST_SLOPE = 1000.0  # of the square root: its own grows without bound as a -> 1
@@ -127,12 +127,6 @@ class Gradients(NamedTuple):
                 of_band = _dot(x[:, tile.reached], self.d_z[n, :, tile.lanes], 1, total.dtype)
                 self.d_bands[n, tile.rows, : tile.width] += of_band
             d_x[:, tile.lanes] = total.astype(d_x.dtype)
-
-
-def fill(marks, first) -> None:
-    """Each token's mark, on all lanes."""
-    for i in range(0, marks.shape[0], LANES):
-        marks[i : i + LANES] = jnp.broadcast_to(first[:, i : i + LANES], (LANES, LANES)).T
 
 
 def each(time: int, body: Callable[[Any], None]) -> None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import rg_lru_block as block
-from jaxlinear.pallas.lanes import SUBLANES
+from jaxlinear.pallas.lanes import SUBLANES, fill
 from jaxlinear.pallas.rg_lru_bands import Bytes, Shape, bands_of, blocks_of, fit, shape_of
 from jaxlinear.pallas.rg_lru_call import GROUP, IN_TIME, MARKS, Order, call, on_lanes
 from jaxlinear.pallas.target import Target
@@ -79,7 +79,7 @@ def _forward(shape: Shape, x, bands, vectors, first, a, u, marks) -> None:
 def _gradient(shape: Shape, x, d_a, d_u, bands, vectors, first, d_x, d_bands, sums, marks, d_z, of_x) -> None:
     gradients = block.Gradients(d_bands, sums, d_z, of_x)
     gradients.begin()
-    block.fill(marks, first)
+    fill(marks, first)
 
     def rows(at):
         is_first = marks[at] > 0

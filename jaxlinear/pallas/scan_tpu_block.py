@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import parts
-from jaxlinear.pallas.lanes import LANES, SUBLANES
+from jaxlinear.pallas.lanes import LANES, SUBLANES, fill
 from jaxlinear.pallas.parts import Parts
 from jaxlinear.pallas.scan_plan import Plan
 
@@ -58,9 +58,7 @@ class Block:
     def run(self) -> None:
         pl.when(self.is_first)(self._begin)
         if self.plan.packed:
-            for i in range(0, self.shape.time, LANES):
-                # A row of marks, broadcast to all rows and transposed: each time step's mark on all lanes.
-                self.resets[i : i + LANES] = jnp.broadcast_to(self.starts[:, i : i + LANES], (LANES, LANES)).T
+            fill(self.resets, self.starts)
         if self.tail and self.plan.reverse:
             pl.when(self.is_first)(self._tail)
         body = (lambda i, c: self._group(self.count - 1 - i, c)) if self.plan.reverse else self._group

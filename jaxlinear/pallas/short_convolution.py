@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import blocks
-from jaxlinear.pallas.lanes import LANES, SUBLANES
+from jaxlinear.pallas.lanes import LANES, SUBLANES, fill
 from jaxlinear.pallas.target import Target
 
 _LOG2_E = math.log2(math.e)
@@ -159,9 +159,7 @@ def _call(plan: Plan, x, taps, bias, since, state, d_y, target: Target) -> list[
             transcendentals=3 * x.size,
             bytes_accessed=sum(y.size * y.dtype.itemsize for y in [*(y for y, _ in inputs), *shapes]),
         ),
-        name="_".join(
-            ["short_convolution", "gradient" if plan.backward else "forward", *(["heads"] if plan.head else [])]
-        ),
+        name=f"short_convolution_{'gradient' if plan.backward else 'forward'}{'_heads' if plan.head else ''}",
         interpret=target.interpret,
     )(*(y for y, _ in inputs))
 
@@ -173,7 +171,7 @@ def _forward(plan: Plan, x, weights, since, state, y, marks, last) -> None:
     def _():
         last[...] = state[...]
 
-    _fill(marks, since)
+    fill(marks, since)
 
     def tokens(at, _):
         heads = _Heads(plan)
@@ -197,7 +195,7 @@ def _gradient(plan: Plan, x, weights, since, state, d_y, beside, d_x, sums, d_st
         after[...] = jnp.zeros_like(after)
         sums[...] = jnp.zeros_like(sums)
 
-    _fill(marks, since)
+    fill(marks, since)
 
     def tokens(at, first):
         heads, kept = _Heads(plan), {}
@@ -335,12 +333,6 @@ def _registers(plan: Plan) -> list[slice]:
 def _eight(n: int) -> slice:
     """The n-th eight rows."""
     return slice(n * SUBLANES, (n + 1) * SUBLANES)
-
-
-def _fill(marks, since) -> None:
-    """Each token's number, on all lanes."""
-    for i in range(0, marks.shape[0], LANES):
-        marks[i : i + LANES] = jnp.broadcast_to(since[:, i : i + LANES], (LANES, LANES)).T
 
 
 def _each(plan: Plan, body: Callable[[Any, jax.Array], None]) -> None:

@@ -316,14 +316,10 @@ def short_convolution(
     own_heads, rest = divmod((heads or 0) * own.shape[2], max(x.shape[2], 1))
     reason = None
     if _mesh("short_convolution", x.shape[1]) is not None:
-        reason = "needs whole rows, and mesh.sequence spreads them"
+        reason = "the kernel needs whole rows, and mesh.sequence spreads them"
     elif rest:
-        reason = f"needs whole heads on each device, and {heads} are spread over {x.shape[2] // own.shape[2]}"
-    if reason is not None:
-        if backend == "pallas":
-            raise UserError(f"short_convolution: the kernel {reason}; use ops.short_convolution or another mesh")
-        return None
-    if choose_short_convolution(backend, own, kernel, own_heads or None) != "pallas":
+        reason = f"the kernel needs whole heads, and {x.shape[2] // own.shape[2]} devices have parts of {heads}"
+    if choose_short_convolution(backend, own, kernel, own_heads or None, reason) != "pallas":
         return None
     run = functools.partial(ops.short_convolution, heads=own_heads or None, backend="pallas")
     if mesh is None or mesh.size == 1:

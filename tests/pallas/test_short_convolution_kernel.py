@@ -140,14 +140,20 @@ def test_refused(shape, width, heads, reason):
         ops.short_convolution(jnp.ones(shape), jnp.ones((width, shape[2])), heads=heads, backend="pallas")
 
 
-def test_refused_on_gpu_and_where_time_is_spread():
-    x, kernel = jnp.ones((4, 16, 8)), jnp.ones((4, 8))
+def test_refused_on_gpu_and_where_time_is_spread(caplog, monkeypatch):
+    monkeypatch.setattr(backends, "_SAID", set())
+    x, kernel = jnp.ones((4, 32, 8)), jnp.ones((4, 8))
     with backends.use_platform("gpu"), pytest.raises(UserError, match=r"is for TPUs; use backend='separate'"):
         ops.short_convolution(x, kernel, backend="pallas")
     with sharding.use_mesh(make_mesh({"data": 4, "sequence": 2})):
         with pytest.raises(UserError, match=r"needs whole rows, and mesh.sequence spreads them"):
             operations.short_convolution(x, kernel, backend="pallas")
-        assert operations.short_convolution(x, kernel) is None
+        with backends.use_platform("tpu"), caplog.at_level("INFO", logger="jaxlinear"):
+            assert operations.short_convolution(x, kernel) is None
+    assert caplog.messages == [
+        "short_convolution runs as a convolution and what follows it, not as a kernel: the kernel needs whole rows, and "
+        "mesh.sequence spreads them"
+    ]
 
 
 def test_second_derivatives_are_refused():
