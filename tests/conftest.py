@@ -41,7 +41,7 @@ from jaxlinear.parallel import targets
 targets.set_environment()
 
 # Tracing creates many long-lived objects, and Python's default thresholds would collect garbage all the time.
-gc.set_threshold(20_000, 10, 10)
+gc.set_threshold(50_000, 20, 20)
 
 _MAPS = pathlib.Path("/proc/self/maps")
 _MANY_MAPS = 30_000  # Linux allows a process 65,530; a program takes a few, and beyond them the compiler aborts

@@ -111,7 +111,7 @@ def test_padding_beyond_what_attention_remembers(pattern):
         run = types.SimpleNamespace(
             mesh=meshes.make_mesh(dict.fromkeys(meshes.AXES, 1), jax.devices()[:1]),
             architecture=architecture,
-            parameters=architecture.initialise(jax.random.key(0)),
+            parameters=jax.device_put(tiny.parameters(architecture)),
             config=config,
             program=lambda name, make: make(),
         )

@@ -74,8 +74,7 @@ MODELS = {
 }
 # At least one of each operation, and a hybrid.
 SOME_MODELS = (
-    *("attention", "convolution", "gated_delta_product", "gla", "kda", "linear_attention_of_elu", "mamba", "mamba2"),
-    *("s5", "window_over_shards", "griffin"),
+    *("attention", "convolution", "gated_delta_product", "gla", "kda", "mamba", "s5", "window_over_shards", "griffin"),
 )
 HYBRIDS = ("griffin", "samba", "based", "delta_net_and_attention", "gla_and_windows")
 EXPERTS = {"channel_mixer": "mixture_of_experts", "experts": 4, "experts_per_token": 2, "expert_width": 6}

@@ -101,6 +101,12 @@ def test_the_mask_of_blocks_is_that_of_pairs(window, offset):
     assert found.visited(8) == np.count_nonzero(seen) == np.count_nonzero(kernels.block_mask)
 
 
+@pytest.mark.some_cases(
+    f"sliding_window_attention-{EIGHT}-2-tpu",
+    f"sliding_window_attention-{TWO}-2-tpu",
+    f"sliding_window_attention-{TWO}-2-gpu",
+    "causal_attention-{'data': 4, 'tensor': 2}-2-tpu",
+)
 @pytest.mark.parametrize(
     "operation, sizes, groups, target",
     [

@@ -31,9 +31,10 @@ RUNS = [
     ("none", "float64", 16),
     ("none_long", "float64", None),
     ("scalar", "float64", 128),
-    ("channel", "float64", 64),
+    ("channel", "float64", None),
     ("scalar_whole", "float32", None),
-    *((name, "bfloat16", 64) for name in ("none", "scalar", "channel")),
+    *((name, "bfloat16", 64) for name in ("none", "scalar")),
+    ("channel", "bfloat16", 16),  # a program for each way of the decays, which XLA compiles slowly in longer chunks
 ]
 
 
@@ -271,6 +272,7 @@ ALIKE = [
 ]
 
 
+@pytest.mark.some_cases(without=["turned-2-channel-False"])  # half a minute to compile; on GPU it is always taken
 @pytest.mark.parametrize("keys, beta, decay, packed", ALIKE)
 def test_negative_eigenvalues(keys, beta, decay, packed):
     check_alike(keys, beta, decay, packed, INTERPRETED, chunk=128)

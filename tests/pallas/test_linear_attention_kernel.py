@@ -55,6 +55,7 @@ def check(name, dtype, target=INTERPRETED):
     )
 
 
+@pytest.mark.some_cases(nth=3)  # TPU and GPU in turn
 @pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("name, dtype", RUNS)
 def test_values_and_gradients(small_blocks, name, dtype, target):
@@ -73,6 +74,7 @@ def test_on_a_simulated_tpu(small_blocks, name):
     check(name, "float32", Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan")))
 
 
+@pytest.mark.some_cases(nth=3)  # TPU and GPU in turn
 @pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("name", ["none", "constant_packed", "no_documents", "channel"])
 def test_a_run_without_its_outputs(small_blocks, name, target):

@@ -61,11 +61,13 @@ def check(name, dtype, tolerance):
     numerics.assert_close(found_gradients, gradients, tolerance)
 
 
+@pytest.mark.some_cases("one_token", "griffin", "whole_blocks", "last_register_in_part", "odd")
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
     check(name, "float64", 1e-12)
 
 
+@pytest.mark.some_cases("float32-several_in_a_register", "bfloat16-between_registers")
 @pytest.mark.parametrize("name", ["several_in_a_register", "between_registers"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_narrow_numbers(name, dtype):

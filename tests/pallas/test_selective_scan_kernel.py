@@ -81,6 +81,7 @@ def test_states_beside_bfloat16_are_float32(platform):
     operation.assert_states_are_float32(functools.partial(run_kernel, None, target(platform)))
 
 
+@pytest.mark.some_cases(nth=3)  # TPU and GPU in turn
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(small_blocks, name, platform):
