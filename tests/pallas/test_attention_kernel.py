@@ -59,6 +59,7 @@ def test_windows(name, dtype, target):
     check(operation, inputs, cotangents, *expected, dtype)
 
 
+@pytest.mark.some_cases(nth=3)
 @pytest.mark.parametrize("name", ["grouped", "keys_in_front", "whole", "long"])
 def test_all_tokens(name, target):
     inputs, cotangents, ids, *expected = full.case(name)

@@ -65,6 +65,7 @@ def test_values_and_gradients(name, dtype, chunk):
     check(name, dtype, chunk=chunk)
 
 
+@pytest.mark.some_cases("512-of_blocks1")
 @pytest.mark.parametrize("lanes, of_blocks", [(128, [2, 2]), (512, [3, 2])])
 def test_blocks_of_some_heads(monkeypatch, lanes, of_blocks):
     """Of three heads, the last block may have one; the forward pass takes more at once than the gradient."""
@@ -73,6 +74,7 @@ def test_blocks_of_some_heads(monkeypatch, lanes, of_blocks):
     check_heads(3, lanes, "scalar")
 
 
+@pytest.mark.some_cases("3-scalar")
 @pytest.mark.parametrize("together, decay", [(1, "channel"), (3, "scalar")])
 def test_a_block_of_heads_in_groups(monkeypatch, together, decay):
     """Two groups share a register."""

@@ -141,6 +141,7 @@ def test_in_the_blocks_of_v6e(length):
     assert_as_the_recurrence(functools.partial(run_kernel, ids, Target("tpu", kind, True)), ids, inputs)
 
 
+@pytest.mark.some_cases("scalar")
 @pytest.mark.parametrize("decay", ["constant", "scalar", "channel"])
 def test_the_gradient_takes_half_as_many_heads_at_once(monkeypatch, decay):
     """And runs through the chunks of several heads, each with the products of others made before its own turn."""
@@ -199,6 +200,7 @@ def assert_right_in_float32(inputs, target, packed=False):
     numerics.assert_close(found, expected, 1e-5)
 
 
+@pytest.mark.some_cases("scalar-tpu", "channel-tpu", "channel-gpu")
 @pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("kind", ["constant", "scalar", "channel"])
 def test_hard_decays(small_blocks, kind, target):
@@ -215,6 +217,7 @@ def test_hard_decays(small_blocks, kind, target):
         assert_right_in_float32(inputs, target)
 
 
+@pytest.mark.some_cases(without=["channel-target1"])
 @pytest.mark.parametrize("kind, target", [("scalar", INTERPRETED), ("channel", INTERPRETED), ("channel", GPU)])
 def test_one_document_a_token(small_blocks, kind, target):
     inputs = operation.at_the_limits(kind, lambda random, shape: -random.uniform(0, 1, shape))

@@ -88,12 +88,14 @@ def test_values_and_gradients(small_blocks, name, platform):
     check(name, target(platform), "float64")
 
 
+@pytest.mark.some_cases(without=["short-float32-gpu"])
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("name, dtype", [("blocks", "bfloat16"), ("short", "float32")])
 def test_narrow_numbers(small_blocks, name, dtype, platform):
     check(name, target(platform), dtype)
 
 
+@pytest.mark.some_cases("blocks_of_keys")
 @pytest.mark.parametrize("name", ["packed", "blocks_of_keys"])
 def test_on_a_simulated_tpu(small_blocks, name):
     """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""

@@ -87,6 +87,7 @@ def gradient_and_metrics(batch, **changes):
     return jax.tree.map(lambda moment: scale * np.asarray(moment), optax.tree.get(state.optimizer, "mu")), metrics
 
 
+@pytest.mark.some_cases("4")
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_losses_enter_the_objective_with_their_weights(microbatches):
     """They are averaged over microbatches, whose shares of padding differ. The metric ``loss`` is the cross-entropy."""

@@ -59,7 +59,7 @@ def of_optax(architecture):
     )
 
 
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.some_cases("layers-data-fsdp-tensor", "experts-tensor-expert")
 @pytest.mark.parametrize("shape, sizes", MESHES, ids=lambda x: "-".join(x) if isinstance(x, dict) else x)
 def test_two_updates_are_those_of_optax_on_one_device(shape, sizes):
     config = tiny.config(**OPTIONS, **SHAPES[shape])
