@@ -238,9 +238,9 @@ def test_the_program(tmp_path):
 @pytest.mark.compiles_ahead
 @pytest.mark.parametrize("topology", ["h100:1", "v5e:1x1"])
 def test_what_runs_on_a_device_compiles_for_it(topology):
-    """With a kernel and without, at the sizes of RetNet 1.3B."""
+    """With a kernel and without, at the sizes of GLA 1.3B."""
     device = targets.find(topology).devices[0]
-    (call,) = device_check._calls(configs.resolve(config("retnet_1b3")), device, 1, 256)
+    (call,) = device_check._calls(configs.resolve(config("gla_1b3")), device, 1, 256)
     place = SingleDeviceSharding(device)
     with backends.use_device(device):
         for backend, kernels in (("pallas", True), ("chunked", False)):

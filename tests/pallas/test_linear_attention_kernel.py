@@ -55,7 +55,12 @@ def check(name, dtype, target=INTERPRETED):
     )
 
 
-@pytest.mark.some_cases(nth=3)  # TPU and GPU in turn
+@pytest.mark.some_cases(
+    *(f"{name}-float64-tpu" for name in ("one_token", "none", "constant_packed", "no_documents")),
+    *(f"{name}-float64-gpu" for name in ("short", "constant", "channel")),
+    *("channel-float32-tpu", "scalar-float32-gpu"),
+    *(f"{name}-bfloat16-{platform}" for name in ("scalar", "channel") for platform in ("tpu", "gpu")),
+)
 @pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("name, dtype", RUNS)
 def test_values_and_gradients(small_blocks, name, dtype, target):
