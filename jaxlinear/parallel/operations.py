@@ -2,7 +2,8 @@
 
 Where the mesh spreads time, each one runs under ``shard_map`` on its shard: recurrences exchange their states
 (``parallel.sequence``), and windows and convolutions receive the positions before their shard (``parallel.halos``).
-Otherwise they are the plain operations. Mixers call these.
+Otherwise they are the plain operations. Models call these, by this module's name; softmax attention and what has the
+vocabulary's table are in modules of their own.
 """
 
 import functools
@@ -12,12 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import (
-    cross_entropy,
     diagonal,
     diagonal_kernel,
     dtypes,
@@ -25,24 +24,39 @@ from jaxlinear.ops import (
     recurrence,
     selective_scan_maps,
 )
-from jaxlinear.ops.attention import choose as choose_softmax
 from jaxlinear.ops.delta_rule import choose as choose_delta_rule
 from jaxlinear.ops.linear_attention import choose as choose_attention
 from jaxlinear.ops.rg_lru import choose as choose_rg_lru
 from jaxlinear.ops.rg_lru_gates import choose as choose_gates
 from jaxlinear.ops.selective_scan import choose as choose_selective_scan
 from jaxlinear.ops.short_convolution import choose as choose_short_convolution
-from jaxlinear.parallel import cost, halos, ring, sharding
+from jaxlinear.parallel import halos, sharding
+from jaxlinear.parallel.attention import NO_DOCUMENT, Past, causal_attention, sliding_window_attention
 from jaxlinear.parallel.exchanges import AXIS
-from jaxlinear.parallel.sequence import Spread, kind_and_span
-from jaxlinear.parallel.sharding import AnyMesh
+from jaxlinear.parallel.sequence import Spread, time_mesh
+from jaxlinear.parallel.sharding import TIME, on_shards
+from jaxlinear.parallel.vocabulary import linear_cross_entropy, rows, token_losses
 
-_TIME = ("batch", "time")
-NO_DOCUMENT = -(2**31)  # the id of positions before the sequence
-
-# Keys [B, P, G, K], values [B, P, G, V] and segment ids [B, P] of the tokens before a sequence. A sequence without segment
-# ids has the id 0 throughout.
-Past = tuple[jax.Array, jax.Array, jax.Array]
+__all__ = [
+    "NO_DOCUMENT",
+    "Past",
+    "after",
+    "causal_attention",
+    "causal_convolution",
+    "delta_rule",
+    "document_starts",
+    "linear_attention",
+    "linear_cross_entropy",
+    "linear_recurrence",
+    "parameter_product",
+    "rg_lru",
+    "rg_lru_gates",
+    "rows",
+    "selective_scan",
+    "short_convolution",
+    "sliding_window_attention",
+    "token_losses",
+]
 
 
 def linear_recurrence(a: jax.Array, x: jax.Array, initial_state: jax.Array | None = None, **options: Any):
@@ -60,9 +74,9 @@ def linear_recurrence(a: jax.Array, x: jax.Array, initial_state: jax.Array | Non
         return ops.linear_recurrence(a, x, state, segment_ids=ids, reverse=reverse, backend="pallas")
 
     inner = ("recurrent", *(None,) * x.ndim)[: x.ndim - 2]
-    axes_of_a = (*_TIME, *inner) if a.ndim == x.ndim else inner[len(inner) - a.ndim :]
-    axes = axes_of_a, (*_TIME, *inner), ("batch", *inner), _TIME
-    return _on_shards(mesh, local, (1, 2), (a, x, initial_state, segment_ids), axes)
+    axes_of_a = (*TIME, *inner) if a.ndim == x.ndim else inner[len(inner) - a.ndim :]
+    axes = axes_of_a, (*TIME, *inner), ("batch", *inner), TIME
+    return on_shards(mesh, local, (1, 2), (a, x, initial_state, segment_ids), axes)
 
 
 def selective_scan(
@@ -91,9 +105,9 @@ def selective_scan(
     def local(x, dt, A, B, C, state, ids):
         return ops.selective_scan(x, dt, A, B, C, state, segment_ids=ids, backend="pallas")
 
-    of_time, of_keys = (*_TIME, "recurrent"), (*_TIME, None)
-    axes = of_time, of_time, ("recurrent", None), of_keys, of_keys, ("batch", "recurrent", None), _TIME
-    return _on_shards(mesh, local, (0, 5), (x, dt, A, B, C, initial_state, options.get("segment_ids")), axes)
+    of_time, of_keys = (*TIME, "recurrent"), (*TIME, None)
+    axes = of_time, of_time, ("recurrent", None), of_keys, of_keys, ("batch", "recurrent", None), TIME
+    return on_shards(mesh, local, (0, 5), (x, dt, A, B, C, initial_state, options.get("segment_ids")), axes)
 
 
 def linear_attention(
@@ -152,7 +166,7 @@ def _with_matrix_state(
     def local(state, log_decay, ids, *inputs):
         return operation(*inputs, log_decay, state, **options | {"segment_ids": ids, "backend": "pallas"})
 
-    by_head = *_TIME, "heads", None, None
+    by_head = *TIME, "heads", None, None
     of_decay = None if log_decay is None else ("heads",) if log_decay.ndim == 1 else by_head[: log_decay.ndim]
     arguments = (
         matrix_states.no_state(q, k, v) if state is None else state,
@@ -160,11 +174,11 @@ def _with_matrix_state(
         options.get("segment_ids"),
         *inputs,
     )
-    of_keys = (*_TIME, None, None) if matrix_states.is_shared(q, v) else by_head
+    of_keys = (*TIME, None, None) if matrix_states.is_shared(q, v) else by_head
     of_inputs = ((of_keys if i < 2 else by_head)[: x.ndim] for i, x in enumerate(inputs))
-    axes = ("batch", "heads", None, None), of_decay, _TIME, *of_inputs
+    axes = ("batch", "heads", None, None), of_decay, TIME, *of_inputs
     # o is sharded like v, or like q where a token has several values, and the last state like the first.
-    return _on_shards(mesh, local, (5 if v.ndim == q.ndim else 3, 0), arguments, axes)
+    return on_shards(mesh, local, (5 if v.ndim == q.ndim else 3, 0), arguments, axes)
 
 
 def _on_a_device(choose: Callable[..., str], backend: str, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> str:
@@ -180,7 +194,7 @@ def _on_a_device(choose: Callable[..., str], backend: str, q: Any, k: Any, v: An
 
 # Logical axes of what ``rg_lru_gates`` takes.
 _BLOCKS, _CHANNELS = ("heads", None, None), ("recurrent",)
-_OF_GATES = (*_TIME, "recurrent"), _BLOCKS, _CHANNELS, _BLOCKS, _CHANNELS, _CHANNELS, _TIME
+_OF_GATES = (*TIME, "recurrent"), _BLOCKS, _CHANNELS, _BLOCKS, _CHANNELS, _CHANNELS, TIME
 
 
 def rg_lru(
@@ -200,7 +214,7 @@ def rg_lru(
     the compiler cannot split it; where time is spread, the gates and the recurrence are separate."""
     recurrence_kernel, input_kernel = _as_their_gradients_are_summed(x, recurrence_kernel, input_kernel)
     given = x, recurrence_kernel, recurrence_bias, input_kernel, input_bias, rate, first
-    if _mesh("rg_lru", x.shape[1]) is not None:
+    if time_mesh("rg_lru", x.shape[1]) is not None:
         if backend == "pallas":
             raise UserError(
                 "rg_lru: the kernel needs whole rows, and mesh.sequence spreads them; use backend='separate'"
@@ -213,9 +227,9 @@ def rg_lru(
         return run(*given, initial_state, segment_ids=segment_ids)
     if initial_state is None:
         initial_state = diagonal_kernel.no_state(x, x)
-    axes = *_OF_GATES, ("batch", *_CHANNELS), _TIME
+    axes = *_OF_GATES, ("batch", *_CHANNELS), TIME
     local = lambda *given: run(*given[:-1], segment_ids=given[-1])  # noqa: E731
-    return _on_shards(mesh, local, (0, len(given)), (*given, initial_state, segment_ids), axes)
+    return on_shards(mesh, local, (0, len(given)), (*given, initial_state, segment_ids), axes)
 
 
 def rg_lru_gates(
@@ -238,7 +252,7 @@ def rg_lru_gates(
         return ops.rg_lru_gates(*arguments, backend=backend)
     if choose_gates(backend, *_gates_of_a_device(x, recurrence_kernel)) != "pallas":
         return ops.rg_lru_gates(*arguments, backend="products")
-    return _on_shards(mesh, functools.partial(ops.rg_lru_gates, backend="pallas"), (0, 0), arguments, _OF_GATES)
+    return on_shards(mesh, functools.partial(ops.rg_lru_gates, backend="pallas"), (0, 0), arguments, _OF_GATES)
 
 
 def _as_their_gradients_are_summed(x: jax.Array, *kernels: jax.Array) -> tuple[jax.Array, ...]:
@@ -266,7 +280,7 @@ def document_starts(segment_ids: jax.Array) -> jax.Array:
 def after(x: jax.Array, inputs: Any) -> jax.Array:
     """x ``[B, T, ...]``. Where time is spread, whatever is computed from it waits for the ``inputs`` of a recurrence,
     arrays ``[B, T, ...]``, and so overlaps the exchange of states, which nothing would overlap otherwise."""
-    return x if _mesh("after", x.shape[1]) is None else lax.optimization_barrier((x, inputs))[0]
+    return x if time_mesh("after", x.shape[1]) is None else lax.optimization_barrier((x, inputs))[0]
 
 
 def causal_convolution(
@@ -279,7 +293,7 @@ def causal_convolution(
     channels: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """``ops.causal_convolution``; ``channels`` is the logical axis of D."""
-    mesh = _mesh("causal_convolution", x.shape[1])
+    mesh = time_mesh("causal_convolution", x.shape[1])
     if mesh is None or kernel.shape[0] == 1:  # no token sees another one
         return ops.causal_convolution(x, kernel, bias, state, segment_ids=segment_ids)
     width = kernel.shape[0]
@@ -293,8 +307,8 @@ def causal_convolution(
         y, final = ops.causal_convolution(jnp.concatenate([past, x], axis=1), kernel, bias, segment_ids=ids)
         return y[:, width - 1 :], _of_last_shard(final)
 
-    axes = (*_TIME, channels), (None, channels), (channels,), ("batch", None, channels), _TIME
-    return _on_shards(mesh, local, (0, 3), (x, kernel, bias, state, segment_ids), axes)
+    axes = (*TIME, channels), (None, channels), (channels,), ("batch", None, channels), TIME
+    return on_shards(mesh, local, (0, 3), (x, kernel, bias, state, segment_ids), axes)
 
 
 def short_convolution(
@@ -311,11 +325,11 @@ def short_convolution(
     """``ops.short_convolution`` as a kernel, on each device's part, since the compiler cannot split it; or None where that
     does not run and XLA should fuse the operation's parts with what is around them. ``channels`` is the logical axis of
     D."""
-    mesh, axes = sharding.mesh_in_use(), (*_TIME, channels)
+    mesh, axes = sharding.mesh_in_use(), (*TIME, channels)
     own = jax.ShapeDtypeStruct(x.shape if mesh is None else sharding.shard_shape(axes, x.shape, mesh), x.dtype)
     own_heads, rest = divmod((heads or 0) * own.shape[2], max(x.shape[2], 1))
     reason = None
-    if _mesh("short_convolution", x.shape[1]) is not None:
+    if time_mesh("short_convolution", x.shape[1]) is not None:
         reason = "the kernel needs whole rows, and mesh.sequence spreads them"
     elif rest:
         reason = f"the kernel needs whole heads, and {x.shape[2] // own.shape[2]} devices have parts of {heads}"
@@ -327,169 +341,9 @@ def short_convolution(
     if initial_state is None:
         initial_state = jnp.zeros_like(x, shape=(x.shape[0], kernel.shape[0] - 1, x.shape[2]))
     arguments = x, kernel, bias, initial_state, segment_ids
-    all_axes = axes, (None, channels), (channels,), ("batch", None, channels), _TIME
+    all_axes = axes, (None, channels), (channels,), ("batch", None, channels), TIME
     local = lambda *given: run(*given[:-1], segment_ids=given[-1])  # noqa: E731
-    return _on_shards(mesh, local, (0, 3), arguments, all_axes)
-
-
-def sliding_window_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    window: int,
-    scale: float | None = None,
-    segment_ids: jax.Array | None = None,
-    past: Past | None = None,
-    backend: str = "auto",
-) -> jax.Array:
-    """``ops.sliding_window_attention`` of T queries over their T keys and, in front of these, the ``past``: keys
-    ``[B, P, G, K]``, values ``[B, P, G, V]`` and segment ids ``[B, P]`` of earlier tokens, with P at least
-    ``window - 1``."""
-    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
-    mesh = _mesh("sliding_window_attention", q.shape[1])
-    attend = functools.partial(ops.sliding_window_attention, window=window, scale=scale)
-    if mesh is None:
-        return _attention_in_parts(attend, backend, q, *_after_past(past, k, v, segment_ids))
-
-    none = jnp.zeros_like(k, shape=(k.shape[0], window - 1, *k.shape[2:]))
-    before = past or (none, jnp.zeros_like(v, shape=(*none.shape[:3], v.shape[-1])), None)
-
-    def local(q, k, v, ids, past_k, past_v, past_ids):
-        ids = jnp.zeros_like(q, shape=q.shape[:2], dtype=jnp.int32) if ids is None else ids
-        if past_ids is None:
-            past_ids = jnp.full((ids.shape[0], window - 1), NO_DOCUMENT, ids.dtype)
-        earlier = (
-            halos.before(x, window - 1, y[:, -(window - 1) :]) for x, y in ((k, past_k), (v, past_v), (ids, past_ids))
-        )
-        k, v, ids = (jnp.concatenate([x, y], axis=1) for x, y in zip(earlier, (k, v, ids), strict=True))
-        return attend(q, k, v, segment_ids=ids, backend=backend)
-
-    heads = _head_axis(mesh, q.shape[2], k.shape[2])
-    own, others = (*_TIME, heads, None), ("batch", None, heads, None)
-    axes = own, own, own, _TIME, others, others, ("batch", None)
-    return _on_shards(mesh, local, 0, (q, k, v, segment_ids, *before), axes)
-
-
-def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    scale: float | None = None,
-    segment_ids: jax.Array | None = None,
-    past: Past | None = None,
-    backend: str = "auto",
-) -> jax.Array:
-    """``ops.causal_attention``, with a ``past`` of any length as in ``sliding_window_attention``. Where time is spread,
-    either every shard gathers all keys and values (LASP-2H, arXiv:2502.07563, section 3.4), or these go round the
-    shards (``parallel.ring``)."""
-    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
-    mesh = _mesh("causal_attention", q.shape[1])
-    attend = functools.partial(ops.causal_attention, scale=scale)
-    if mesh is None:
-        return _attention_in_parts(attend, backend, q, *_after_past(past, k, v, segment_ids))
-
-    def by_ring(q, k, v, ids, *past):
-        return ring.causal_attention(q, k, v, ids, past or None, scale)
-
-    def gathered(q, k, v, ids, *past):
-        offset = lax.axis_index(AXIS) * q.shape[1]
-        k, v = (lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (k, v))
-        ids = None if ids is None else lax.all_gather(ids, AXIS, axis=1, tiled=True)
-        if past:
-            k, v, ids = _after_past(past, k, v, ids)
-            offset += past[0].shape[1]
-        return attend(q, k, v, segment_ids=ids, offset=offset, backend=backend)
-
-    heads = _head_axis(mesh, q.shape[2], k.shape[2])
-    own, others = (*_TIME, heads, None), ("batch", None, heads, None)
-    axes = own, own, own, _TIME, *((others, others, ("batch", None)) if past else ())
-    local = {"all_gather": gathered, "ring": by_ring}[_attention_exchange(mesh, k, v, own)]
-    return _on_shards(mesh, local, 0, (q, k, v, segment_ids, *(past or ())), axes)
-
-
-def _attention_in_parts(
-    attend: functools.partial, backend: str, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
-) -> jax.Array:
-    """Attention over whole sequences. The kernel runs on each device's part, since the compiler cannot split it."""
-    mesh = sharding.mesh_in_use()
-    if mesh is None or mesh.size == 1 or choose_softmax(attend.func.__name__, backend, q, k, v) != "pallas":
-        return attend(q, k, v, segment_ids=segment_ids, backend=backend)
-
-    def local(q, k, v, ids):
-        return attend(q, k, v, segment_ids=ids, backend="pallas")
-
-    axes = "batch", None, _head_axis(mesh, q.shape[2], k.shape[2]), None
-    return _on_shards(mesh, local, 0, (q, k, v, segment_ids), (axes, axes, axes, ("batch", None)))
-
-
-def _attention_exchange(mesh: AnyMesh, k: jax.Array, v: jax.Array, axes: tuple) -> str:
-    """One of ``cost.ATTENTION``, for keys and values sharded by these logical axes."""
-    own = [jax.ShapeDtypeStruct(sharding.shard_shape(axes, x.shape, mesh), x.dtype) for x in (k, v)]
-    wide = [jax.ShapeDtypeStruct(x.shape, dtypes.wide(x.dtype)) for x in own]
-    load = cost.KeysAndValues(mesh.shape[AXIS], cost.size_of(own), cost.size_of(wide))
-    return cost.choose_attention(sharding.choices_in_use().attention, load, *kind_and_span(mesh))
-
-
-def _after_past(past: Past | None, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None):
-    """Keys, values and segment ids with the past in front of them."""
-    if past is None:
-        return k, v, segment_ids
-    ids = jnp.zeros_like(past[2], shape=k.shape[:2]) if segment_ids is None else segment_ids
-    return (jnp.concatenate([earlier, own], axis=1) for earlier, own in zip(past, (k, v, ids), strict=True))
-
-
-def linear_cross_entropy(
-    x: jax.Array,
-    embedding: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    *,
-    soft_cap: float = 0.0,
-    z_loss: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
-    """``ops.cross_entropy.linear_cross_entropy``: each shard of time computes the losses of its own tokens."""
-
-    def local(x, embedding, whole, targets, weights):
-        groups = sharding.batch_groups()
-        return cross_entropy.linear_cross_entropy(
-            x, embedding, targets, weights, soft_cap=soft_cap, z_loss=z_loss, groups=groups, whole=whole
-        )
-
-    mesh, whole = _mesh("linear_cross_entropy", x.shape[1]), sharding.gather_embed(embedding, _EMBEDDING, x.dtype)
-    arguments = x, sharding.place_gradient(embedding, _EMBEDDING), whole, targets, weights
-    if mesh is None:
-        return local(*arguments)
-    return _over_time(mesh, lambda *given: lax.psum(local(*given), AXIS), 2, PartitionSpec())(*arguments)
-
-
-def token_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array, *, soft_cap: float = 0.0) -> jax.Array:
-    """``ops.cross_entropy.token_losses``, computed on each shard of time separately."""
-
-    def local(x, embedding, targets):
-        return cross_entropy.token_losses(x, embedding, targets, soft_cap=soft_cap, groups=sharding.batch_groups())
-
-    mesh, whole = _mesh("token_losses", x.shape[1]), sharding.gather_embed(embedding, _EMBEDDING, x.dtype)
-    return (local if mesh is None else _over_time(mesh, local, 1, _BY_TIME))(x, whole, targets)
-
-
-def rows(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows ``tokens`` ``[B, T]`` of an embedding ``[vocab, D]``, in ``dtype``: ``[B, T, D]``.
-
-    Devices that each hold some columns of the embedding look up these columns for all of their tokens and exchange the
-    results. These are the bytes of one activation; the whole embedding has those of as many tokens as the vocabulary.
-    """
-    table, split = sharding.place_gradient(table, _EMBEDDING), table.shape[1] % sharding.parts("columns") == 0
-    if split:
-        # The table's columns are split like the result's: if they differ (`mesh.expert`), XLA in JAX 0.11 ends the process.
-        table = sharding.constrain(table, "vocab", "columns")
-        tokens = sharding.constrain(tokens, "rows", "time")
-    # Looked up before the cast, so that the gradient of a frequent token is summed in float32.
-    x = jnp.take(table, tokens, axis=0).astype(dtype)
-    if split:
-        x = sharding.constrain(x, "rows", "time", "columns")
-    return sharding.constrain(x, "batch", "time", None)
+    return on_shards(mesh, local, (0, 3), arguments, all_axes)
 
 
 def parameter_product(equation: str, x: jax.Array, parameter: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -498,65 +352,12 @@ def parameter_product(equation: str, x: jax.Array, parameter: jax.Array, dtype: 
     return dtypes.parameter_product(equation, x, parameter, dtype, wide_gradient=wide)
 
 
-_EMBEDDING = ("vocab", "embed")
-_BY_TIME = PartitionSpec(None, AXIS)
-
-
-def _over_time(mesh: AnyMesh, function: Callable, whole: int, out_specs: PartitionSpec) -> Callable:
-    """``function(x, *others)`` on each shard of time. The first ``whole`` of the others have no time axis and stay
-    whole; the other axes of the mesh are left to the compiler."""
-
-    def run(*arguments):
-        in_specs = (
-            _BY_TIME,
-            *(PartitionSpec() for _ in range(whole)),
-            *(_BY_TIME for _ in range(len(arguments) - 1 - whole)),
-        )
-        mapped = jax.shard_map(
-            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={AXIS}, check_vma=False
-        )
-        return mapped(*arguments)
-
-    return run
-
-
-def _head_axis(mesh: AnyMesh, heads: int, groups: int) -> str | None:
-    """The logical axis of attention heads: none where a device would hold heads without their group's keys."""
-    tensor = mesh.shape.get("tensor", 1)
-    return "heads" if groups == 1 or groups % tensor == 0 or heads % tensor else None
+def _runner(operation: str, length: int, heads: str | None) -> recurrence.Runner:
+    mesh = time_mesh(operation, length)
+    return recurrence.WHOLE if mesh is None else Spread(mesh, heads, sharding.choices_in_use().exchange)
 
 
 def _of_last_shard(x: jax.Array) -> jax.Array:
     """The last shard's value on every shard."""
     is_last = lax.axis_index(AXIS) == lax.axis_size(AXIS) - 1
     return lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), AXIS)
-
-
-def _runner(operation: str, length: int, heads: str | None) -> recurrence.Runner:
-    mesh = _mesh(operation, length)
-    return recurrence.WHOLE if mesh is None else Spread(mesh, heads, sharding.choices_in_use().exchange)
-
-
-def _mesh(operation: str, length: int) -> AnyMesh | None:
-    """The mesh in use if it spreads this many tokens over its axis ``sequence``."""
-    mesh = sharding.mesh_in_use()
-    if mesh is None or mesh.shape.get(AXIS, 1) == 1 or length == 1:
-        return None
-    if length % mesh.shape[AXIS]:
-        raise UserError(
-            f"{operation}: mesh.sequence={mesh.shape[AXIS]} does not divide {length} tokens; the next length that "
-            f"works is {-(-length // mesh.shape[AXIS]) * mesh.shape[AXIS]}"
-        )
-    return mesh
-
-
-def _on_shards(mesh: AnyMesh, function: Callable, like: Any, arguments: tuple, axes: tuple) -> Any:
-    """``function`` on each device's parts of the arguments, which are sharded by their logical axes (None is passed on).
-
-    ``like``: for each output, the number of the argument whose sharding it has.
-    """
-    specs = tuple(
-        None if x is None else sharding.spec(names, x.shape, mesh) for names, x in zip(axes, arguments, strict=True)
-    )
-    out_specs = jax.tree.map(lambda i: specs[i], like)
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*arguments)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, dtypes, recurrence, segments
 from jaxlinear.ops.recurrence import Family, State
 from jaxlinear.parallel import cost, exchanges, halos, sharding, traced
@@ -103,6 +104,19 @@ class Spread:
     def _spec(self, x: jax.Array, *axes: str | None) -> PartitionSpec:
         """The partition of x, whose first axes these are."""
         return sharding.spec((*axes, *(None,) * x.ndim)[: x.ndim], x.shape, self.mesh)
+
+
+def time_mesh(operation: str, length: int) -> AnyMesh | None:
+    """The mesh in use if it spreads this many tokens over its axis ``sequence``."""
+    mesh = sharding.mesh_in_use()
+    if mesh is None or mesh.shape.get(AXIS, 1) == 1 or length == 1:
+        return None
+    if length % mesh.shape[AXIS]:
+        raise UserError(
+            f"{operation}: mesh.sequence={mesh.shape[AXIS]} does not divide {length} tokens; the next length that "
+            f"works is {-(-length // mesh.shape[AXIS]) * mesh.shape[AXIS]}"
+        )
+    return mesh
 
 
 def kind_and_span(mesh: AnyMesh) -> tuple[str, int]:

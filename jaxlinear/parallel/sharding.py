@@ -39,6 +39,7 @@ class Choices(NamedTuple):
 
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
+TIME = ("batch", "time")
 _COPIES = "data"  # the mesh axis along which devices have copies of the parameters
 
 _in_use: list[tuple[AnyMesh, Choices]] = []
@@ -159,13 +160,23 @@ def choices_in_use() -> Choices:
     return _in_use[-1][1] if _in_use else Choices()
 
 
+def on_shards(mesh: AnyMesh, function: Callable[..., Any], like: Any, arguments: tuple, axes: tuple) -> Any:
+    """``function`` on each device's parts of the arguments, which are sharded by their logical axes (None is passed on).
+
+    ``like``: for each output, the number of the argument whose sharding it has.
+    """
+    specs = tuple(None if x is None else spec(names, x.shape, mesh) for names, x in zip(axes, arguments, strict=True))
+    out_specs = jax.tree.map(lambda i: specs[i], like)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*arguments)
+
+
 def token_by_token(function: Callable[..., Any], *tokens: jax.Array) -> Any:
     """``function(*tokens)``, from arrays ``[B, T, ...]`` to such arrays, with each device computing only its own
     tokens: for operations that XLA would rather gather than split, such as ``top_k``."""
     mesh = mesh_in_use()
     if mesh is None or mesh.size == 1:
         return function(*tokens)
-    rows = spec(("batch", "time"), tokens[0].shape[:2], mesh)
+    rows = spec(TIME, tokens[0].shape[:2], mesh)
     return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows)(*tokens)
 
 

@@ -65,8 +65,11 @@ class KimiDeltaAttention(nnx.Module):
         past = {} if state is None else state
         (q, k, v, beta), new = self.inputs(x, segment_ids=segment_ids, past=past)
         heads = v.shape[2]
-        dt = by_head(time_steps(self.decay(x), self.dt_bias[...]), heads)
-        log_decay = -jnp.exp(self.A_log[...].astype(dt.dtype))[None, None, :, None] * dt
+        dt = time_steps(self.decay(x), self.dt_bias[...])
+        # The heads are split after the product: split before, it would be put in another order on TPUs, and back for the
+        # kernel, and its gradient likewise.
+        rates = jnp.repeat(jnp.exp(self.A_log[...].astype(dt.dtype)), self.widths[1])
+        log_decay = by_head(-rates[None, None] * dt, heads)
         options = {"segment_ids": segment_ids, "negative_eigenvalues": self.inputs.negative_eigenvalues}
         o, new["memory"] = operations.delta_rule(q, k, v, beta, log_decay, past.get("memory"), **options)
         o = self.norm(o.reshape(*x.shape[:2], -1), dt.dtype) * jax.nn.sigmoid(self.gate(x).astype(dt.dtype))
