@@ -7,13 +7,15 @@ The script needs the compiler for TPU (pip install 'jaxlinear[aot]'). The mixer 
 documents, on a mesh of all the topology's devices that splits the batch alone. Of each instruction outside loops, and of
 all together:
 
-    bytes us      operands and results in HBM over its bandwidth; arrays that the compiler keeps in VMEM are free
+    bytes us      operands and results in HBM, in whole tiles, over its bandwidth; arrays that the compiler keeps in VMEM are
+                  free
     cycles us     libtpu's schedule: bundles times trips. Of instructions without one, such as copies, 0
     time us       the longer of the two: a bound, as if no two instructions overlapped
 
 Arrays of 1 MiB or more are rewritten if a program only puts them in another order, gives them other axes, or repeats them.
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -96,10 +98,18 @@ def _of_its_like(name: str, kind: str, cycles: dict[str, float]) -> float:
 
 def _in_hbm(shape: str) -> int:
     """Bytes of a shape, or of a tuple of them, but for those that its layout places in VMEM."""
-    arrays = ((kind, sizes) for kind, sizes, layout in _ARRAY.findall(shape) if "S(1)" not in layout and kind in _SIZES)
-    return sum(
-        _SIZES[kind] * math.prod(map(int, sizes.split(","))) if sizes else _SIZES[kind] for kind, sizes in arrays
-    )
+    arrays = (item for item in _ARRAY.findall(shape) if "S(1)" not in item[2] and item[0] in _SIZES)
+    return sum(_SIZES[kind] * _elements(sizes, layout) for kind, sizes, layout in arrays)
+
+
+def _elements(sizes: str, layout: str) -> int:
+    """Of an array with this layout, such as ``{2,0,1:T(8,128)(2,1)}``: from the minor axis on, whole tiles of 8 x 128."""
+    order, tile = re.match(r"\{([\d,]*)", layout), re.search(r"T\(([\d,]+)\)", layout)
+    if not sizes or order is None:
+        return math.prod(map(int, filter(None, sizes.split(","))))
+    axes = [int(sizes.split(",")[int(axis)]) for axis in order[1].split(",")]
+    parts = list(map(int, reversed(tile[1].split(",")))) if tile else []
+    return math.prod(-(-size // part) * part for size, part in itertools.zip_longest(axes, parts, fillvalue=1))
 
 
 def _compile() -> tuple[str, str]:

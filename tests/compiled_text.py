@@ -20,6 +20,12 @@ def rearrangements(text: str, elements: int) -> list[str]:
     return _large(text[text.index("\nENTRY ") :], "copy|transpose|reshape|broadcast|copy-start", elements)
 
 
+def with_last_axis(text: str, *sizes: int) -> list[str]:
+    """The shapes with one of these last axes, of arrays that are written outside fusions."""
+    shapes = re.findall(r"\[([\d,]+)\]", text[text.index("\nENTRY ") :])
+    return [shape for shape in shapes if int(shape.rpartition(",")[2]) in sizes]
+
+
 def _large(text, kinds, elements):
     found = re.findall(rf"= \w+\[([\d,]+)\]\S* (?:{kinds})\(", text)
     return [shape for shape in found if math.prod(map(int, shape.split(","))) >= elements]

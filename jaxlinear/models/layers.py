@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.ops import dtypes
+from jaxlinear.ops import backends, dtypes
+from jaxlinear.pallas import lanes
 from jaxlinear.parallel import operations, sharding
 
 Initializer = Callable[..., jax.Array]
@@ -190,8 +191,22 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
     angle_high = high[..., None].astype(jnp.float32) * per_high[None, None]
     angle = (angle_low + angle_high)[:, :, None]
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    if backends.platform() == "tpu" and x.dtype == jnp.bfloat16 and half % lanes.LANES:
+        # XLA for TPUs would keep each part of the heads as an array of its own, whose last axis is padded to whole registers.
+        cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
+        fixed = [(0, 0)] * 3 + [(0, x.shape[-1] - 2 * half)]
+        cos, sin = jnp.pad(cos, fixed, constant_values=1), jnp.pad(sin, fixed)
+        return x * cos + _partners(x, half) * sin
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def _partners(x: jax.Array, half: int) -> jax.Array:
+    """Channel i + half, negated, in the place of channel i, and channel i in that of channel i + half, as a product with a
+    matrix of 1, -1 and 0, which is exact."""
+    pairs, places = np.arange(half), np.zeros((x.shape[-1], x.shape[-1]), np.float32)
+    places[pairs + half, pairs], places[pairs, pairs + half] = -1, 1
+    return jnp.einsum("bthk,kj->bthj", x, jnp.asarray(places, x.dtype))
 
 
 def to_complex(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from jaxlinear.models.layers import (
     to_complex,
 )
 from jaxlinear.models.short_convolution import ShortConvolution
+from jaxlinear.ops import backends
 from tests import numerics, oracles, small
 
 
@@ -142,6 +143,29 @@ def test_rotary_in_bfloat16():
     found = numerics.run(turned(fraction=1.0), x, positions, dtype="bfloat16")
     assert found.dtype == jnp.bfloat16
     numerics.assert_close(found, oracles.rotary(x, positions, fraction=1.0), 1e-2)
+
+
+@pytest.mark.parametrize("fraction", [0.4, 1.0])
+def test_rotary_on_a_tpu(fraction):
+    """There with a product, exact in bfloat16: values, channels that do not turn, and the gradient, which turns back."""
+    random = np.random.default_rng(6)
+    x, weights = (numerics.normal(random, 2, 50, 3, 16) for _ in range(2))
+    positions = random.integers(0, 3000, (2, 50)).astype(np.int32)
+    turn = lambda x: turned(fraction=fraction)(x, positions)  # noqa: E731
+
+    def both(x, weights):
+        y, pullback = jax.vjp(turn, x)
+        return y, *pullback(weights)
+
+    given = [numerics.cast(y, "bfloat16") for y in (x, weights)]
+    with backends.use_platform("tpu"):
+        assert "dot_general" in str(jax.make_jaxpr(turn)(given[0]))
+        y, d_x = jax.jit(both)(*given)
+    for found, expected in ((y, (x, positions)), (d_x, (weights, -positions))):
+        assert found.dtype == jnp.bfloat16
+        numerics.assert_close(found, oracles.rotary(*expected, fraction=fraction), 1e-2)
+    rest = 2 * (int(16 * fraction) // 2)
+    assert np.array_equal(y[..., rest:], given[0][..., rest:])
 
 
 def test_rotary_at_a_million():
