@@ -7,8 +7,8 @@ The script needs the compiler for TPU (pip install 'jaxlinear[aot]'). The mixer 
 documents, on a mesh of all the topology's devices that splits the batch alone. Of each instruction outside loops, and of
 all together:
 
-    bytes us      operands and results in HBM, in whole tiles, over its bandwidth; arrays that the compiler keeps in VMEM are
-                  free
+    bytes us      operands and results in HBM, in whole tiles, over its bandwidth; arrays that the compiler keeps in VMEM
+                  are free
     cycles us     libtpu's schedule: bundles times trips. Of instructions without one, such as copies, 0
     time us       the longer of the two: a bound, as if no two instructions overlapped
 

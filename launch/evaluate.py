@@ -16,7 +16,9 @@ _DATA = flags.DEFINE_string("data", None, "A prepared dataset to use instead of 
 _LENGTHS = flags.DEFINE_list("lengths", None, "Multiples of the training length; by default those of 1,2,4,8 that fit.")
 _EXAMPLES = flags.DEFINE_integer("examples", 256, "Examples of each difficulty of a synthetic task.")
 _MESH = flags.DEFINE_list("mesh", [], "How all devices share a batch, e.g. sequence=8; by default by rows, data=-1.")
-_BATCHES = flags.DEFINE_integer("batches", 0, "Batches of each length; 0 takes the whole held-out split.")
+_BATCHES = flags.DEFINE_integer(
+    "batches", 0, "Batches of the longest rows, and as much text in shorter ones; 0 takes the whole split."
+)
 _FOLLOW = flags.DEFINE_boolean(
     "follow", False, "Evaluate every checkpoint as it appears, until the run ends; results go to WORKDIR/evaluations."
 )

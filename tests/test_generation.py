@@ -322,9 +322,10 @@ def test_stop_token(model):
     assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=()) == [whole[0]]
     first = whole[0][0]
     assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=first) == [[]]
-    assert generate(model, [[]], max_tokens=9, stop_token=stop) == generate(
-        model, [[stop]], max_tokens=9, stop_token=stop
-    )
+    for stops in (stop, both):  # an empty prompt begins with the first of them
+        assert generate(model, [[]], max_tokens=9, stop_token=stops) == generate(
+            model, [[stop]], max_tokens=9, stop_token=stops
+        )
 
 
 def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
@@ -360,6 +361,10 @@ def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": [[1], []]}, "a prompt is empty"),
         ({"prompts": [[1, VOCAB]]}, "a prompt has tokens from 1 to 61; the model's tokens are 0 to 60"),
+        (
+            {"prompts": [[1, VOCAB]], "vocab_size": VOCAB + 9},
+            "a prompt has tokens from 1 to 61; the model's .* 0 to 60",
+        ),
         ({"prompts": [[-1]]}, "a prompt has tokens from -1"),
     ],
 )
@@ -410,9 +415,9 @@ def _frequencies(draws=4000, **options):
     return np.bincount(drawn, minlength=len(P)) / draws
 
 
-def _kept(*which):
+def _kept(*which, power=1.0):
     kept = np.zeros_like(P)
-    kept[list(which)] = P[list(which)]
+    kept[list(which)] = P[list(which)] ** power
     return kept / kept.sum()
 
 
@@ -433,6 +438,9 @@ def _kept(*which):
         ({"top_p": 0.7}, _kept(0, 2, 4)),
         ({"top_p": 1e-6}, _kept(0)),
         ({"top_k": 2, "top_p": 0.6}, _kept(0)),  # of the two left, the first has 0.4 / 0.65, which is enough
+        # Of the probabilities at that temperature: 0.59 for the first token, and 0.28, 0.22 and 0.20 for the first three.
+        ({"temperature": 0.5, "top_p": 0.55}, _kept(0)),
+        ({"temperature": 2.0, "top_p": 0.6}, _kept(0, 2, 4, power=0.5)),
     ],
 )
 def test_sampling_statistics(options, expected):

@@ -69,6 +69,11 @@ def reads_text(spec: str) -> bool:
     return name == "perplexity" or (name in synthetic_tasks.TASKS and synthetic_tasks.TASKS[name].READS_TEXT)
 
 
+def own_dataset(spec: str) -> str:
+    """The dataset that a task of ``reads_text`` names itself; "" if it names none."""
+    return "" if spec.startswith("perplexity") else synthetic_tasks.split(spec)[1].get("dataset", "")
+
+
 def find(spec: str) -> ModuleType:
     """The module of the task ``NAME:option=VALUE:...``."""
     name = spec.split(":")[0]

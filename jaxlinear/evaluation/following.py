@@ -116,8 +116,11 @@ def _asked(workdir: str | os.PathLike, tasks: Sequence[str], options: Options) -
     """What makes a report, apart from the checkpoint: the text may change when the run resumes."""
     asked = {"tasks": list(tasks), "options": json.loads(json.dumps(dataclasses.asdict(options)))}
     path = options.data or heldout_path(read_config(workdir))
-    if path and any(evaluation.reads_text(task) for task in tasks):
+    own = {task: evaluation.own_dataset(task) for task in tasks if evaluation.reads_text(task)}
+    if path and not all(own.values()):
         asked["heldout_text"] = heldout.identity(path)
+    if any(own.values()):
+        asked["texts"] = {dataset: heldout.identity(dataset) for dataset in own.values() if dataset}
     return asked
 
 

@@ -40,13 +40,17 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
     for multiple in LENGTHS if lengths is None else lengths:
         length = multiple * training.sequence_length
         try:
-            plans.append((multiple, _plan(run, path, length, split.tokens - 1, batch_tokens, batches)))
+            plans.append((multiple, _plan(run, path, length, split.tokens - 1, batch_tokens)))
         except UserError as error:
             if lengths is not None:
                 raise UserError(f"length {multiple} x {training.sequence_length}: {error}") from error
             left_out.append({"multiple": multiple, "length": length, "reason": str(error)})
     if not plans:
         raise UserError(left_out[0]["reason"] if left_out else "the list of lengths is empty; give at least one")
+
+    # Of every length the same text, so that their losses differ by the length alone.
+    tokens = batches * max(plan["batch_size"] * plan["sequence_length"] for _, plan in plans)
+    plans = [(multiple, _of_the_first(plan, tokens)) for multiple, plan in plans]
 
     def measure() -> dict[str, Any]:
         loss_step = run.program("loss", lambda: make_loss_step(run.config, run.architecture, run.mesh))
@@ -112,8 +116,8 @@ def _read_manifest(run: Run, path: Path) -> data.Manifest:
     return manifest
 
 
-def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int, limit: int) -> dict[str, Any]:
-    """Arguments of ``heldout_batches`` for rows of ``length``; refuses a length that cannot work."""
+def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int) -> dict[str, Any]:
+    """Arguments of ``heldout_batches`` for all rows of ``length``; refuses a length that cannot work."""
     if length < 1:
         raise UserError("the multiple of the training length must be at least 1")
     if length > targets:
@@ -124,14 +128,16 @@ def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int, li
     rows = min(max(batch_tokens // length, 1), math.ceil(targets / length))
     rows = math.ceil(rows / groups) * groups
     total = math.ceil(targets / (rows * length))
-    plan: dict[str, Any] = {
-        "path": path,
-        "batch_size": rows,
-        "sequence_length": length,
-        "limit": min(limit or total, total),
-    }
+    plan: dict[str, Any] = {"path": path, "batch_size": rows, "sequence_length": length, "limit": total}
     data.heldout_batches(**plan)  # checks the length against the block length; reads nothing yet
-    return plan | {"whole_split": plan["limit"] == total}
+    return plan
+
+
+def _of_the_first(plan: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The plan for the first ``tokens`` tokens in whole batches, 0: for all, and whether these are all."""
+    needed = math.ceil(tokens / (plan["batch_size"] * plan["sequence_length"])) or plan["limit"]
+    limit = min(needed, plan["limit"])
+    return plan | {"limit": limit, "whole_split": limit == plan["limit"]}
 
 
 def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byte: float) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
     angle = (angle_low + angle_high)[:, :, None]
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     if backends.platform() == "tpu" and x.dtype == jnp.bfloat16 and half % lanes.LANES:
-        # XLA for TPUs would keep each part of the heads as an array of its own, whose last axis is padded to whole registers.
+        # XLA for TPUs would write each part of the heads as an array of its own, its last axis padded to whole registers.
         cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
         fixed = [(0, 0)] * 3 + [(0, x.shape[-1] - 2 * half)]
         cos, sin = jnp.pad(cos, fixed, constant_values=1), jnp.pad(sin, fixed)

@@ -11,6 +11,7 @@ from ml_collections import config_dict
 
 from jaxlinear import data
 from jaxlinear.data import tasks
+from jaxlinear.errors import UserError
 from jaxlinear.parallel import feeding
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import metrics
@@ -55,6 +56,7 @@ class Evaluation:
         tokens = rows_at_once(config) * config.training.sequence_length
         self._answers = Answers(config, job.architecture, job.mesh, tokens, between)
         self._tasks = job.evaluation_tasks() if config.evaluation.every_steps else []
+        self._dataset = identity(job.heldout_path) if config.evaluation.every_steps and job.datasets else ""
 
     def __call__(self, parameters: dict[str, Any]) -> dict[str, float]:
         """``heldout_loss`` in nats per token, or per answer of the task that the run is trained on, together with bits per
@@ -73,15 +75,18 @@ class Evaluation:
     @property
     def text(self) -> str:
         """Identifies what the loss is measured on, wherever it is stored: its tokens, and how many of them are used."""
-        job = self._job
-        dataset = identity(job.heldout_path) if job.datasets else ""
-        return f"{dataset} {job.config.evaluation.batches}"
+        return f"{self._dataset} {self._job.config.evaluation.batches}"
 
     def _measure(self, parameters: dict[str, Any], asked: Sequence[tasks.Task], examples: int) -> dict[str, Any]:
         return self._answers.measure(parameters, asked, examples=examples, seed=self._job.config.training.seed)
 
     def _text(self, parameters: dict[str, Any]) -> dict[str, float]:
         job = self._job
+        if identity(job.heldout_path) != self._dataset:
+            raise UserError(
+                f"the dataset in {job.heldout_path} was replaced by a new one while the run was evaluated on it; put the "
+                "former one back, or give the resumed run another data.heldout_path"
+            )
         sharding = meshes.batch_sharding(job.mesh)
 
         def sums():

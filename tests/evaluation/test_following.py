@@ -13,6 +13,7 @@ from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import Options, following
 from jaxlinear.scaling.laws import points
+from jaxlinear.training import heldout
 from jaxlinear.training.workdir import STARTS
 
 OPTIONS = Options(lengths=(1,), batches=1, batch_tokens=256, examples=8)
@@ -78,6 +79,20 @@ def test_what_was_evaluated_is_not_evaluated_again(followed, copied, monkeypatch
     assert list(following.follow(copied, TASKS, OPTIONS)) == followed
     with pytest.raises(AssertionError, match="a checkpoint was opened"):  # other options make another evaluation
         list(following.follow(copied, TASKS, Options(lengths=(1,), batches=2)))
+
+
+def test_the_dataset_that_a_task_names_is_part_of_what_is_asked(copied, tiny_dataset, tmp_path):
+    text = shutil.copytree(tiny_dataset, tmp_path / "text")
+    own = f"passkey:length=128:dataset={text}"
+    before = following._asked(copied, [own], OPTIONS)
+    assert before["texts"] == {str(text): heldout.identity(tiny_dataset)} and "heldout_text" not in before
+    manifest = json.loads((text / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (text / "manifest.json").write_text(json.dumps(manifest))
+    assert following._asked(copied, [own], OPTIONS) != before
+    both = following._asked(copied, ["perplexity", own], OPTIONS)
+    assert both["heldout_text"] == heldout.identity(tiny_dataset) and both["texts"] != before["texts"]
+    assert "texts" not in following._asked(copied, ["passkey:length=128"], OPTIONS)
 
 
 def test_reports_of_checkpoints_that_are_gone_are_read_again(followed, copied, tmp_path):

@@ -129,6 +129,14 @@ def test_a_part_of_the_split(tiny_run):
     assert result["tokens"] == 8 * 32
 
 
+def test_parts_of_all_lengths_are_of_the_same_text(tiny_run):
+    """A row of the longer length has more tokens than a batch is asked to have."""
+    asked = evaluation.Options(lengths=(1, 4), batches=1, batch_tokens=64)
+    short, long = evaluation.evaluate_run(open_run(tiny_run), ["perplexity"], asked)["perplexity"]["lengths"]
+    assert short["tokens"] == long["tokens"] == 8 * 4 * 32 and (short["batches"], long["batches"]) == (4, 1)
+    assert not short["whole_split"] and not long["whole_split"]
+
+
 def test_where_documents_are_not_segmented_the_row_is_what_was_seen(tiny_run):
     run = open_run(tiny_run)
     config = run.config.copy_and_resolve_references()

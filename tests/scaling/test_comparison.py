@@ -17,6 +17,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.scaling.laws import comparison, optimum, plots, points, report
 from jaxlinear.scaling.laws.parametric import Law
 from jaxlinear.scaling.sweeps.sweep import prepare
+from jaxlinear.training import heldout
 from tests.evaluation import test_html
 from tests.scaling import stand_in
 
@@ -403,6 +404,34 @@ def test_losses_of_finished_runs_may_be_those_of_their_evaluations(tiny_dataset,
     report(8, 4.5, 800)
     with pytest.raises(UserError, match=r"different text: .*batch_size=8 has 800 tokens .*batch_size=4 has 900"):
         points.of_sweep(tmp_path, evaluated=True)
+
+
+def test_losses_of_a_dataset_that_was_prepared_again_are_refused(tiny_dataset, tmp_path):
+    """A run records the text that it was evaluated on; before that was recorded, the present text is taken to be it."""
+    finished(tmp_path, tiny_dataset, [rows(8, 2), rows(4, 4)])
+
+    def record(batch_size, *texts):
+        lines = [json.dumps({"step": 0, "heldout_text": f"{text} 2"}) for text in texts]
+        (run,) = (tmp_path / "runs").glob(f"batch_size={batch_size}*")
+        (run / "starts.jsonl").write_text("\n".join([*lines, ""]))
+
+    record(8, "0" * 16, heldout.identity(tiny_dataset))
+    assert len(points.of_sweep(tmp_path)) == 2
+    record(4, "0" * 16)
+    with pytest.raises(
+        UserError, match=rf"batch_size=4\S* has 1,024 tokens of {tiny_dataset} as it was before it was prepared again;"
+    ):
+        points.of_sweep(tmp_path)
+    record(8, "0" * 16)
+    assert len(points.of_sweep(tmp_path)) == 2
+
+
+def test_losses_on_different_difficulties_of_a_task_are_refused(tmp_path):
+    """Of as many tokens."""
+    plan = [rows(8, 2), rows(4, 2, **{"training.sequence_length": 128})]
+    finished(tmp_path, "", [{"data.task": "parity"} | changes for changes in plan])
+    with pytest.raises(UserError, match=r"1,024 tokens of parity:length=64.*, .* 1,024 tokens of parity:length=128"):
+        points.of_sweep(tmp_path)
 
 
 def test_losses_of_different_data_are_refused_and_of_a_copy_accepted(tiny_dataset, tmp_path):

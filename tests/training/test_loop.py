@@ -138,6 +138,7 @@ def test_the_heldout_loss_is_the_mean_over_the_tokens(tiny_config, tmp_path, mon
 
 def test_losses_are_told_apart_by_what_they_are_of(tiny_config, tiny_dataset, tmp_path):
     config = tiny_config.copy_and_resolve_references()
+    config.evaluation.every_steps = 1
     changed = shutil.copytree(tiny_dataset, tmp_path / "changed")
     manifest = json.loads((changed / "manifest.json").read_text())
     manifest["splits"]["heldout"]["bytes"] += 1
@@ -152,6 +153,20 @@ def test_losses_are_told_apart_by_what_they_are_of(tiny_config, tiny_dataset, tm
         config.data.heldout_path, config.evaluation.batches = str(path), batches
         texts.append(Evaluation(Job.build(config), lambda: None).text)
     assert texts[0] == texts[1] and len(set(texts)) == 3
+
+
+def test_a_dataset_that_is_replaced_while_a_run_is_evaluated_on_it_is_refused(tiny_config, tiny_dataset, tmp_path):
+    config = tiny_config.copy_and_resolve_references()
+    replaced = shutil.copytree(tiny_dataset, tmp_path / "replaced")
+    config.data.heldout_path, config.evaluation.every_steps = str(replaced), 1
+    evaluation = Evaluation(Job.build(config), lambda: None)
+    manifest = json.loads((replaced / "manifest.json").read_text())
+    manifest["splits"]["heldout"]["bytes"] += 1
+    (replaced / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        UserError, match=f"the dataset in {replaced} was replaced by a new one while the run was evaluated"
+    ):
+        evaluation({})
 
 
 def test_a_run_is_evaluated_at_its_end(run_config):

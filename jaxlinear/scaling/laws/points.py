@@ -14,6 +14,7 @@ from ml_collections import config_dict
 from jaxlinear import config as configs
 from jaxlinear import data
 from jaxlinear.checkpoint import Checkpoints
+from jaxlinear.data import tasks
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import following
 from jaxlinear.models.parameters import describe
@@ -21,9 +22,9 @@ from jaxlinear.scaling import flops
 from jaxlinear.scaling.sweeps import states
 from jaxlinear.scaling.sweeps.files import RunFiles
 from jaxlinear.scaling.sweeps.sweep import PlannedRun, read
-from jaxlinear.training import metrics
-from jaxlinear.training.job import heldout_path
-from jaxlinear.training.workdir import read_config
+from jaxlinear.training import heldout, metrics
+from jaxlinear.training.job import heldout_path, task_setting
+from jaxlinear.training.workdir import read_config, read_starts
 
 _LOG = logging.getLogger(__name__)
 _NO_ARCHITECTURE = ("preset", "remat", "kernels")  # keys of a model that do not change what it computes
@@ -34,7 +35,8 @@ COUNTS = {"with": "with embeddings", "without": "without embeddings"}
 class Point:
     """A run at its end. FLOPs are forward and backward; ``budget`` is that of an isoFLOP ladder, and ``budget_counts`` says
     by which of ``COUNTS`` it was counted. ``loss`` is over the first ``heldout_tokens`` tokens (0: all) of
-    ``heldout_data``, which is the directory of a dataset, or a task."""
+    ``heldout_data``, which is the directory of a dataset, or the difficulties of a task. ``heldout_text`` identifies the
+    text as it was then, if that is recorded."""
 
     name: str
     architecture: str
@@ -48,6 +50,7 @@ class Point:
     budget_counts: str | None = None
     heldout_data: str = ""
     heldout_tokens: int = 0
+    heldout_text: str = ""
 
     def size(self, counts: str) -> int:
         """N by one of ``COUNTS``: all parameters, or those outside the embeddings."""
@@ -114,16 +117,19 @@ def _check_same_text(points: Sequence[Point]) -> None:
     which run is better nor follow a law."""
     manifests = {path: _manifest(path) for path in {point.heldout_data for point in points}}
 
-    def measured(point: Point) -> tuple[data.Manifest | str, int]:
+    def measured(point: Point) -> tuple[data.Manifest | str, str, int]:
         manifest = manifests[point.heldout_data]
         if manifest is None:
-            return point.heldout_data, point.heldout_tokens
+            return point.heldout_data, point.heldout_text, point.heldout_tokens
         whole = manifest.splits["heldout"].tokens - 1  # the first token is not a target
-        return manifest, min(point.heldout_tokens or whole, whole)
+        now = heldout.identity(point.heldout_data)
+        return manifest, point.heldout_text or now, min(point.heldout_tokens or whole, whole)
 
     def said(point: Point) -> str:
-        count = measured(point)[1]
-        return f"{f'{count:,}' if count else 'all'} tokens of {point.heldout_data}"
+        manifest, text, count = measured(point)
+        replaced = manifest != point.heldout_data and text != heldout.identity(point.heldout_data)
+        former = " as it was before it was prepared again" if replaced else ""
+        return f"{f'{count:,}' if count else 'all'} tokens of {point.heldout_data}{former}"
 
     for point in points:
         if measured(point) != measured(points[0]):
@@ -195,9 +201,21 @@ def _point(run: PlannedRun, config: config_dict.ConfigDict, architecture: str) -
         loss=losses[-1],
         budget=run.labels.get("budget"),
         budget_counts=run.labels.get("budget_counts"),
-        heldout_data=config.data.task or heldout_path(config),
+        heldout_data=_difficulties(config) if config.data.task else heldout_path(config),
         heldout_tokens=config.evaluation.batches * training.batch_size * training.sequence_length,
+        heldout_text="" if config.data.task else _text(run.files.workdir),
     )
+
+
+def _difficulties(config: config_dict.ConfigDict) -> str:
+    """Those of the task that a run is trained and judged on."""
+    return " ".join(map(tasks.text, tasks.training_set(config.data.task, task_setting(config, "train"))))
+
+
+def _text(workdir: Path) -> str:
+    """``heldout.identity`` of the text that a run's last losses are of; "" if it was not recorded."""
+    recorded = [line["heldout_text"] for line in read_starts(workdir) if "heldout_text" in line]
+    return recorded[-1].split(" ")[0] if recorded else ""
 
 
 def _evaluated(point: Point, sweep: str | os.PathLike) -> Point:
@@ -216,5 +234,9 @@ def _evaluated(point: Point, sweep: str | os.PathLike) -> Point:
             "--follow makes it"
         )
     return dataclasses.replace(
-        point, loss=rows[0]["loss"], heldout_data=found["dataset"], heldout_tokens=rows[0]["tokens"]
+        point,
+        loss=rows[0]["loss"],
+        heldout_data=found["dataset"],
+        heldout_tokens=rows[0]["tokens"],
+        heldout_text=report["asked"].get("heldout_text", ""),
     )
