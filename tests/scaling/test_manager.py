@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,9 +12,11 @@ import time
 
 import pytest
 
+from jaxlinear import data
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps import executors, manager, plans, states
 from jaxlinear.scaling.sweeps.sweep import prepare, read
+from jaxlinear.training import trained_data
 from tests.scaling import stand_in
 
 PATIENCE = 240
@@ -249,6 +252,31 @@ def test_a_run_that_its_data_do_not_fit_stops_the_sweep_before_the_first(tiny_da
     with pytest.raises(UserError, match=message), prepare(tmp_path, stand_in.config(tiny_dataset), plans.grid(axis)):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_on_data_that_were_replaced_stops_the_sweep(tmp_path):
+    """A finished one too: its loss would be compared with those of the new runs."""
+
+    def prepared(name, word):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{word} {i}" for i in range(3000)))
+        options = {"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "workers": 1}
+        data.prepare(str(tmp_path / f"{name}.txt"), tmp_path / name, **options)
+        return tmp_path / name
+
+    path, other = prepared("data", "one"), prepared("other", "two")
+    with prepare(tmp_path / "sweep", stand_in.config(path), stand_in.runs([0])) as sweep:
+        (run,) = sweep.runs
+    stand_in.train(str(run.files.config), str(run.files.workdir))
+    trained_data.keep(run.files.workdir, {str(path): 1.0})
+    with prepare(tmp_path / "sweep", stand_in.config(path), stand_in.runs([0, 1])) as sweep:
+        assert len(sweep.runs) == 2
+    shutil.rmtree(path)
+    other.rename(path)
+    with (
+        pytest.raises(UserError, match=f"{run.files.workdir} holds a run on other data than {path}: "),
+        prepare(tmp_path / "sweep", stand_in.config(path), stand_in.runs([0, 1])),
+    ):
+        pass
 
 
 def test_two_runs_of_one_name_are_refused(tiny_dataset, tmp_path):

@@ -15,7 +15,7 @@ from jaxlinear import config as configs
 from jaxlinear.errors import UserError
 from jaxlinear.scaling.sweeps import plans, states
 from jaxlinear.scaling.sweeps.files import RunFiles, hold
-from jaxlinear.training import job
+from jaxlinear.training import job, trained_data
 
 FILE = "sweep.json"
 
@@ -52,8 +52,8 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
     An existing sweep may now have more or fewer runs than before, and longer ones.
 
     Raises:
-      UserError: a run cannot work, or has begun and would become another one, or another process works on the sweep.
-        Nothing has changed then.
+      UserError: a run cannot work, or has begun and would become another one, or has begun on data that were replaced
+        since, or another process works on the sweep. Nothing has changed then.
     """
     if not runs:
         raise UserError("the sweep has no runs")
@@ -74,6 +74,8 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
         for name, run, run_config in zip(kept, runs, resolved, strict=True):
             files = RunFiles(sweep, name)
             states.check_unchanged(files, configs.to_json(run_config))
+            if (files.workdir / trained_data.FILE).exists():
+                trained_data.check(files.workdir, job.mixture(run_config.data.path))
             labels = {key: value for key, value in run.items() if key in plans.LABELS}
             planned.append(PlannedRun(files, run_config.training.steps, labels))
         for item, run_config in zip(planned, resolved, strict=True):
