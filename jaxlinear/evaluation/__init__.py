@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from jaxlinear import specs
 from jaxlinear.data import tasks as synthetic_tasks
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation.options import Options
@@ -71,7 +72,7 @@ def reads_text(spec: str) -> bool:
 
 def own_dataset(spec: str) -> str:
     """The dataset that a task of ``reads_text`` names itself; "" if it names none."""
-    return "" if spec.startswith("perplexity") else synthetic_tasks.split(spec)[1].get("dataset", "")
+    return specs.split(spec)[1].get("dataset", "")
 
 
 def find(spec: str) -> ModuleType:

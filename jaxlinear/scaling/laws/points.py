@@ -116,20 +116,19 @@ def _check_same_text(points: Sequence[Point]) -> None:
     """Raises ``UserError`` if losses are for different text (other data, or more of the same): such losses neither show
     which run is better nor follow a law."""
     manifests = {path: _manifest(path) for path in {point.heldout_data for point in points}}
+    present = {path: heldout.identity(path) for path, manifest in manifests.items() if manifest}
 
     def measured(point: Point) -> tuple[data.Manifest | str, str, int]:
-        manifest = manifests[point.heldout_data]
+        path, manifest = point.heldout_data, manifests[point.heldout_data]
         if manifest is None:
-            return point.heldout_data, point.heldout_text, point.heldout_tokens
+            return path, point.heldout_text, point.heldout_tokens
         whole = manifest.splits["heldout"].tokens - 1  # the first token is not a target
-        now = heldout.identity(point.heldout_data)
-        return manifest, point.heldout_text or now, min(point.heldout_tokens or whole, whole)
+        return manifest, point.heldout_text or present[path], min(point.heldout_tokens or whole, whole)
 
     def said(point: Point) -> str:
-        manifest, text, count = measured(point)
-        replaced = manifest != point.heldout_data and text != heldout.identity(point.heldout_data)
-        former = " as it was before it was prepared again" if replaced else ""
-        return f"{f'{count:,}' if count else 'all'} tokens of {point.heldout_data}{former}"
+        path, (_, text, count) = point.heldout_data, measured(point)
+        former = " as it was before it was prepared again" if text != present.get(path, text) else ""
+        return f"{f'{count:,}' if count else 'all'} tokens of {path}{former}"
 
     for point in points:
         if measured(point) != measured(points[0]):
