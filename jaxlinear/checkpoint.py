@@ -20,8 +20,8 @@ import orbax.checkpoint as ocp
 from ml_collections import config_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from jaxlinear import atomic, streaming
 from jaxlinear import config as configs
-from jaxlinear import streaming
 from jaxlinear.errors import RunError, UserError
 from jaxlinear.parallel import start
 
@@ -129,8 +129,20 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
-                metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss, _TEXT: heldout_text},
+                metrics=None if heldout_loss is None else _metrics(heldout_loss, heldout_text),
             )
+
+    def evaluated(self, step: int, heldout_loss: float, heldout_text: str) -> None:
+        """Notes the held-out loss of a checkpoint that was saved without one, since SIGTERM had ended its evaluation. Each
+        process must call this."""
+        losses = self.directory / str(step) / "metrics"  # as Orbax writes and reads them
+        with start.together(), self._writing():  # no process reads them before they are there
+            if start.is_first() and losses.parent.is_dir() and not losses.exists():
+                made = losses.with_name("metrics.partial")
+                made.mkdir(exist_ok=True)
+                atomic.write_text(made / "metrics", json.dumps(_metrics(heldout_loss, heldout_text)))
+                made.rename(losses)
+        self._manager.reload()
 
     def restore(self, structs: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
         """The trees named in ``structs`` at ``step`` (the newest by default).
@@ -312,6 +324,10 @@ def _preservation(config: config_dict.ConfigDict) -> policies.PreservationPolicy
     if options.keep_best:
         kept.append(_Best(options.keep_best))
     return policies.AnyPreservationPolicy(kept)
+
+
+def _metrics(heldout_loss: float, heldout_text: str) -> dict[str, Any]:
+    return {"heldout_loss": heldout_loss, _TEXT: heldout_text}
 
 
 def _heldout_loss(metrics: Mapping[str, float]) -> float:

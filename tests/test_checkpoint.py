@@ -156,6 +156,18 @@ def test_the_best_of_before_it_was_asked_for_is_kept(tmp_path):
     assert small_trees.save(tmp_path, (4, 5, 6), {4: 2.5}, keep_newest=1, keep_best=1).steps() == [1, 6]
 
 
+def test_a_loss_that_is_known_later_counts(tmp_path):
+    """SIGTERM may end the evaluation at a step, which is then made when the run goes on."""
+    options = {"keep_newest": 1, "keep_best": 1}
+    small_trees.save(tmp_path, (1, 2), {1: 2.0}, **options)
+    checkpoints = Checkpoints(tmp_path, small_trees.config(**options))
+    checkpoints.evaluated(2, 1.0, "")
+    checkpoints.save(3, small_trees.placed(3, small_trees.single()), next_batch=30, heldout_loss=1.5)
+    checkpoints.close()
+    assert Checkpoints(tmp_path).steps() == [2, 3]
+    assert small_trees.save(tmp_path, (4,), **options).steps() == [2, 4]
+
+
 def test_losses_of_other_text_are_neither_better_nor_worse(tmp_path):
     """For example, of more text, when a run resumes with another evaluation.batches."""
     options = {"keep_newest": 1, "keep_best": 1}

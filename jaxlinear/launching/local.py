@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -13,7 +14,7 @@ from typing import Any
 
 from jaxlinear.errors import UserError
 from jaxlinear.exit_status import PREEMPTED
-from jaxlinear.launching.request import Request
+from jaxlinear.launching.request import PROGRAM, Request
 
 _PAUSE = 1.0  # seconds before a preempted run is restarted: one that ends at once would otherwise take a whole core
 
@@ -31,6 +32,8 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
     environments = [_environment(request, i, processes) for i in range(processes)]
     if shutil.which(request.python) is None:
         raise UserError(f"--python={request.python}: this machine has no such program; the default is {sys.executable}")
+    if not pathlib.Path(PROGRAM).is_file():
+        raise UserError(f"there is no {PROGRAM} in {pathlib.Path.cwd()}; run this in the folder of the project")
     told = False
     running: list[subprocess.Popen] = []
 

@@ -12,7 +12,7 @@ from jaxlinear.parallel import targets
 
 # Chips per host in a TPU slice that has several hosts, and GPUs per host.
 _ON_A_HOST = {"v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 4, "h100": 8, "h200": 8, "a100": 8, "gpu": 8, "cpu": 1}
-_PROGRAM = "launch/train.py"
+PROGRAM = "launch/train.py"
 _FLAGS = ("config", "workdir")  # its own; the others are set here
 
 
@@ -57,7 +57,7 @@ class Request:
     def command(self, *joining: str) -> list[str]:
         """The command of one process. It goes no further unless all processes together see the devices that they should."""
         expected = f"--expect={self.platform}:{self.devices}"
-        return [self.python, _PROGRAM, *self.arguments, expected, *joining]
+        return [self.python, PROGRAM, *self.arguments, expected, *joining]
 
     def line(self, *joining: str) -> str:
         """The command for a shell. ``joining`` is inserted as it is, with variables of the shell."""
@@ -71,7 +71,7 @@ def check_flags(arguments: Sequence[str]) -> None:
         if not argument.startswith("-") or not re.fullmatch(rf"(no)?config\..*|{'|'.join(_FLAGS)}", name):
             near = difflib.get_close_matches(name, _FLAGS, n=1, cutoff=0.0)[0]
             raise UserError(
-                f"{argument!r} is not one of the options of {_PROGRAM} that can be given here, --config, "
+                f"{argument!r} is not one of the options of {PROGRAM} that can be given here, --config, "
                 f"--config.section.key and --workdir; did you mean --{near}=...?"
             )
 

@@ -179,6 +179,11 @@ def _open_batches(
     """The training batches: these rows, or all, of every global batch."""
     training = config.training
     if config.data.task:
+        if len(mixture(config.data.path)) > 1:
+            raise UserError(
+                f"data.task={config.data.task} reads one dataset at most, but data.path={config.data.path} names several; "
+                "name one"
+            )
         made = tasks.training_set(config.data.task, task_setting(config, "train"))
         if config.data.path and not made[0].READS_TEXT:
             raise UserError(

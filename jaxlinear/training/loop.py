@@ -143,12 +143,14 @@ class _Run:
             initial=None if initial is None else str(initial),
         )
         if owed:
-            if evaluations.make(first, state.parameters) is None:
+            values = evaluations.make(first, state.parameters)
+            if values is None:
                 _LOG.info(
                     "SIGTERM: step %d of %d is still to be evaluated; the same command resumes from there", first, steps
                 )
                 return PREEMPTED
             self.writer.sync()
+            self.checkpoints.evaluated(first, values["heldout_loss"], evaluations.text)
         if first >= steps:
             return FINISHED
         return _Steps(self, evaluations, state, first).take()

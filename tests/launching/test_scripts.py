@@ -416,6 +416,12 @@ def test_refusals(make, message):
         make()
 
 
+def test_another_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"there is no launch/train.py in {tmp_path}; run this in the folder of the"):
+        local.run(asked("cpu:1"), processes=1)
+
+
 def test_the_name_is_the_work_directorys():
     assert asked("h100:8", [*ARGUMENTS[:1], "--workdir=/runs/Griffin_100M.b/"]).name == "griffin-100m-b"
 

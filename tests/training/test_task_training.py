@@ -232,6 +232,10 @@ def test_the_pass_key_trains_on_text(tiny_dataset, tmp_path):
         ({"evaluation__tasks": ("speed",)}, "there is no task 'speed'"),
         ({"data__task": "passkey"}, "passkey: it needs text"),
         (
+            {"data__task": "passkey", "data__path": "a=0.5,b=0.5"},
+            "one dataset at most, but data.path=a=0.5,b=0.5 names",
+        ),
+        (
             {"mesh__sequence": 2, "evaluation__tasks": ("parity:length=6+15",)},
             "examples of 15 tokens cannot be spread over mesh.sequence=2; set it to 1",
         ),
