@@ -6,7 +6,7 @@ from flax import nnx
 
 from jaxlinear.models.heads import unit_length
 from jaxlinear.models.layers import ACTIVATIONS, parameter
-from jaxlinear.ops import dtypes
+from jaxlinear.ops import backends, dtypes
 from jaxlinear.parallel import operations
 
 
@@ -14,8 +14,8 @@ class ShortConvolution(nnx.Module):
     """The causal convolution before a recurrence, one filter per channel, over ``[B, T, C]``, followed by SiLU and, if
     ``heads`` are given, by the scaling of each to unit length. State: the preceding inputs ``[B, width-1, C]``.
 
-    ``feeds_kernel``: the result is the input of a kernel and of nothing else. On a TPU all of this is then a kernel, too;
-    otherwise XLA, which can fuse its steps with what follows, moves fewer bytes.
+    ``kernel_on``: the platforms where all of this is one kernel. That moves fewer bytes if the result feeds another kernel;
+    elsewhere XLA can fuse the steps with what follows.
     """
 
     def __init__(
@@ -25,10 +25,10 @@ class ShortConvolution(nnx.Module):
         *,
         axis: str | None,
         bias: bool = False,
-        feeds_kernel: bool = False,
+        kernel_on: tuple[str, ...] = (),
         rngs: nnx.Rngs,
     ):
-        self.channels, self.width, self.axis, self.feeds_kernel = channels, width, axis, feeds_kernel
+        self.channels, self.width, self.axis, self.kernel_on = channels, width, axis, kernel_on
         # Uniform within 1 / sqrt(fan-in), where the fan-in of a channel's filter is its width.
         bound = width**-0.5
         init = nnx.initializers.uniform(2 * bound)
@@ -46,7 +46,7 @@ class ShortConvolution(nnx.Module):
         kernel, axis = self.convolution_kernel[...], self.axis
         bias = None if self.convolution_bias is None else self.convolution_bias[...]
         given = x, kernel, bias, state
-        if self.feeds_kernel:
+        if backends.platform() in self.kernel_on:
             found = operations.short_convolution(*given, segment_ids=segment_ids, channels=axis, heads=heads)
             if found is not None:
                 return found

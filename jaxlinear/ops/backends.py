@@ -12,7 +12,7 @@ import numpy as np
 from jaxlinear.errors import UserError
 from jaxlinear.pallas.target import GPU, Target, gpu_of
 
-_OF_TPU = (np.dtype(np.float32), np.dtype(jnp.bfloat16))  # dtypes that a kernel for TPU alone takes
+_TAKEN = (np.dtype(np.float32), np.dtype(jnp.bfloat16))  # dtypes of ``refused_dtype``
 COMPILED = ("tpu", "gpu")  # where kernels are compiled; elsewhere they are interpreted
 _SAID: set[str] = set()  # by ``say_once``
 _UNHEARD: list[None] = []  # the contexts ``unheard`` that are open
@@ -137,30 +137,34 @@ def kernel_or_chunks(
     return "pallas" if runs else backend
 
 
-def kernel_for_tpu_runs(
+def lone_kernel_runs(
     operation: str,
     backend: str,
     few: bool,
     shape: tuple[int, ...],
     refusal: Callable[[str], str | None],
     *,
+    on: tuple[str, ...] = COMPILED,
     instead: str,
     how: str,
 ) -> bool:
-    """``kernel_runs`` for an operation with no other kernel and no other backend than ``instead``; ``few``: as in
-    ``kernel_or_chunks``."""
+    """``kernel_runs`` for an operation with no other backend than ``instead``, and a kernel for the platforms ``on``;
+    ``few``: as in ``kernel_or_chunks``."""
     check(operation, backend, (instead, "pallas"))
-    if backend == instead or (backend == "auto" and (platform() != "tpu" or not takes_kernels() or few)):
+    here = platform()
+    if backend == instead or (backend == "auto" and (here not in on or not takes_kernels() or few)):
         return False
-    return kernel_runs(operation, backend, [shape], refusal, instead=instead, how=how)
+
+    def refused(platform: str) -> str | None:
+        return "the kernel is for TPUs" if here in COMPILED and here not in on else refusal(platform)
+
+    return kernel_runs(operation, backend, [shape], refused, instead=instead, how=how)
 
 
-def none_but_for_tpu(platform: str, dtype: Any) -> str | None:
-    """Why a kernel for TPU does not run on a platform, or with numbers of a dtype where it is compiled; or None."""
-    if platform == "gpu":
-        return "the kernel is for TPUs"
-    if platform in COMPILED and dtype not in _OF_TPU:
-        return f"the kernel takes {' and '.join(map(str, _OF_TPU))}, not {dtype}"
+def refused_dtype(platform: str, dtype: Any) -> str | None:
+    """Why a kernel for float32 and bfloat16 does not run with numbers of a dtype where it is compiled; or None."""
+    if platform in COMPILED and dtype not in _TAKEN:
+        return f"the kernel takes {' and '.join(map(str, _TAKEN))}, not {dtype}"
     return None
 
 

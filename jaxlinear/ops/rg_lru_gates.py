@@ -89,7 +89,7 @@ def kernel_runs(
     ``fits``: whether VMEM has room, for R, K and the bytes of a number.
     """
     few, refusal = x.shape[1] <= matrix_states.FEW_TOKENS, functools.partial(_refusal, x, kernel, fits)
-    return backends.kernel_for_tpu_runs(operation, backend, few, x.shape, refusal, instead=instead, how=how)
+    return backends.lone_kernel_runs(operation, backend, few, x.shape, refusal, on=("tpu",), instead=instead, how=how)
 
 
 def _refusal(
@@ -102,7 +102,7 @@ def _refusal(
     width, (count, block, _) = x.shape[2], kernel.shape
     if width != count * block:
         return f"the kernel needs whole blocks on each device, and {width} channels are no multiple of {block}"
-    reason = backends.none_but_for_tpu(platform, x.dtype)
+    reason = backends.refused_dtype(platform, x.dtype)
     if reason is None and platform in backends.COMPILED and not fits(width, block, x.dtype.itemsize):
         return f"the kernel has no room in VMEM for blocks of {block} channels among {width}"
     return reason

@@ -32,8 +32,8 @@ def short_convolution(
     Args:
       x, kernel, bias, initial_state, segment_ids: as in ``causal_convolution``, but real; the state is its ``state``.
       heads: H, which divides D; None for y itself.
-      backend: ``"separate"`` (XLA), ``"pallas"`` (one kernel for TPU, interpreted on CPU) or ``"auto"``: the kernel on TPU
-        for more than 8 tokens; where it does not run, that is logged once.
+      backend: ``"separate"`` (XLA), ``"pallas"`` (one kernel for TPU and GPU, interpreted on CPU) or ``"auto"``: the kernel
+        on TPU and GPU for more than 8 tokens; where it does not run, that is logged once.
 
     Returns:
       ``[B, T, D]`` in the dtype of x, and the state after the last token, as ``causal_convolution``.
@@ -70,7 +70,7 @@ def choose(
     ``elsewhere``: why there can be no kernel on a mesh, if there cannot."""
     few, refusal = x.shape[1] <= matrix_states.FEW_TOKENS, functools.partial(_refusal, x, kernel, heads, elsewhere)
     how = "as a convolution and what follows it"
-    runs = backends.kernel_for_tpu_runs("short_convolution", backend, few, x.shape, refusal, instead=_INSTEAD, how=how)
+    runs = backends.lone_kernel_runs("short_convolution", backend, few, x.shape, refusal, instead=_INSTEAD, how=how)
     return "pallas" if runs else _INSTEAD
 
 
@@ -84,8 +84,9 @@ def _refusal(
     """Why the kernel does not run, or None."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return "the kernel takes no complex numbers"
-    reason = elsewhere or backends.none_but_for_tpu(platform, x.dtype)
-    return reason or kernels.refusal(x.shape[2], kernel.shape[0], 0 if heads is None else x.shape[2] // heads)
+    head = 0 if heads is None else x.shape[2] // heads
+    reason = elsewhere or backends.refused_dtype(platform, x.dtype)
+    return reason or kernels.refusal(x.shape[2], kernel.shape[0], head, platform)
 
 
 def _since(x: jax.Array, runs: jax.Array | None, before: int) -> jax.Array:

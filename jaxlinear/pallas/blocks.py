@@ -409,3 +409,10 @@ CONVOLUTION_TIME = 512, 256, 128
 CONVOLUTION_CHANNELS = 2048
 CONVOLUTION_NUMBERS = 512 * 2048
 CONVOLUTION_ROWS = 64
+
+# On GPU: tokens of a program; its channels, if no head gets unit length; channels times taps of a warp, for which it has
+# registers; and tokens that are processed at once, forward and backward. No GPU has timed these.
+CONVOLUTION_GPU_TIME = 128
+CONVOLUTION_GPU_CHANNELS = 128
+CONVOLUTION_GPU_WEIGHTS = 512
+CONVOLUTION_GPU_ROWS = 8, 4

@@ -20,7 +20,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas.channel_decays import to_base_2
-from jaxlinear.pallas.selective_scan_gpu_tile import Row, Shape, Tile, native, over_channels, over_lanes, over_numbers
+from jaxlinear.pallas.gpu_arithmetic import Arithmetic, arithmetic_of
+from jaxlinear.pallas.selective_scan_gpu_tile import Row, Shape, Tile, over_channels, over_lanes, over_numbers
 from jaxlinear.pallas.selective_scan_plan import Arguments, Plan
 from jaxlinear.pallas.target import Target
 
@@ -37,7 +38,7 @@ def call(plan: Plan, arguments: Arguments, target: Target) -> list[jax.Array]:
         inputs["starts"] = inputs["starts"].astype(jnp.int8)
     outputs = _outputs(plan, arguments, shape)
     found = pl.pallas_call(
-        functools.partial(_kernel, plan, shape, native(target), (*inputs, *outputs)),
+        functools.partial(_kernel, plan, shape, arithmetic_of(target), (*inputs, *outputs)),
         grid=(batch, *shape.tiles),
         out_shape=list(outputs.values()),
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
@@ -80,8 +81,8 @@ def _summed(name: str, x: jax.Array, arguments: Arguments) -> jax.Array:
     return x.astype(like.dtype)
 
 
-def _kernel(plan: Plan, shape: Shape, native: bool, names: tuple[str, ...], *refs) -> None:
-    tile = Tile(plan, shape, native, dict(zip(names, refs, strict=True)))
+def _kernel(plan: Plan, shape: Shape, arithmetic: Arithmetic, names: tuple[str, ...], *refs) -> None:
+    tile = Tile(plan, shape, arithmetic, dict(zip(names, refs, strict=True)))
     state = tile.states("state")
     if plan.kind == "gradient":
         final, d_A = _over_time(tile, _gradients, (state, jnp.zeros_like(state)))

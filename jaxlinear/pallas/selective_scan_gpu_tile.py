@@ -9,15 +9,14 @@ layout is converted, and nothing goes through shared memory.
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxlinear.pallas.blocks import SelectiveScanGPUBlock
+from jaxlinear.pallas.gpu_arithmetic import Arithmetic
 from jaxlinear.pallas.selective_scan_plan import Plan
-from jaxlinear.pallas.target import Target
 
 _LANES = 8, 4
 
@@ -58,10 +57,9 @@ class Row(NamedTuple):
 
 
 class Tile:
-    """``native``: use NVIDIA instructions where Triton's own take more."""
-
-    def __init__(self, plan: Plan, shape: Shape, native: bool, refs: dict[str, Any]):
-        self.plan, self.shape, self.native, self.refs = plan, shape, native, refs
+    def __init__(self, plan: Plan, shape: Shape, arithmetic: Arithmetic, refs: dict[str, Any]):
+        self.plan, self.shape, self.refs = plan, shape, refs
+        self.fma, self.exp2 = arithmetic.fma, arithmetic.exp2
         self.wide = refs["state"].dtype
         self.row_of_batch, self.channel_tile, self.number_tile = (pl.program_id(axis) for axis in range(3))
         channels, numbers = shape.block.channels, shape.block.numbers
@@ -142,29 +140,6 @@ class Tile:
     def unless_start(self, row: Row, y, otherwise):
         """y, or ``otherwise`` where the state is forgotten."""
         return jnp.where(row.starts == 0, y, otherwise) if self.plan.packed else y
-
-    def fma(self, x, y, z):
-        """``x y + z``: XLA compiles Triton's version to two instructions."""
-        return self._instruction("fma.rn.f32 $0, $1, $2, $3;", x, y, z) if self.native else x * y + z
-
-    def exp2(self, x):
-        """Numbers below the normal range may become 0; otherwise ptxas makes four instructions of one."""
-        return self._instruction("ex2.approx.ftz.f32 $0, $1;", x) if self.native else jnp.exp2(x)
-
-    def _instruction(self, text: str, *operands):
-        shape = jnp.broadcast_shapes(*(x.shape for x in operands))
-        (found,) = plgpu.elementwise_inline_asm(
-            text,
-            args=[jnp.broadcast_to(x, shape) for x in operands],
-            constraints=",".join(["=f", *("f" for _ in operands)]),
-            pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
-        )
-        return found
-
-
-def native(target: Target) -> bool:
-    return not target.interpret and (target.gpu is None or target.gpu.capability is not None)
 
 
 def over_numbers(x):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlinear import ops
-from jaxlinear.ops import delta_rule, linear_attention, sliding_window_attention
+from jaxlinear.ops import backends, delta_rule, linear_attention, sliding_window_attention
 from jaxlinear.pallas import blocks, factored_decays
 from jaxlinear.pallas.target import Target
 from tests import numerics
@@ -23,6 +23,7 @@ from tests.pallas import test_delta_rule_kernel as delta
 from tests.pallas import test_linear_attention_kernel as linear
 from tests.pallas import test_scan_kernel as scan
 from tests.pallas import test_selective_scan_kernel as selective
+from tests.pallas import test_short_convolution_kernel as convolution
 from tests.ptx import calls
 
 pytestmark = pytest.mark.compiles_ahead
@@ -57,6 +58,13 @@ def test_selective_scan(name, dtype, ran):
 def test_the_map_of_a_selective_scan(name, ran):
     selective.check_the_map(name, selective.target("gpu", interpret=False), "float32")
     assert {x.name.split("_")[2] for x in ran} == {"summary", "state"}
+
+
+@pytest.mark.parametrize("name, dtype", [("narrow", "float32"), ("wide_heads", "bfloat16")])
+def test_short_convolution(name, dtype, ran, monkeypatch):
+    monkeypatch.setattr(backends, "target", lambda: selective.target("gpu", interpret=False))
+    convolution.check(name, dtype, numerics.TOLERANCES[dtype])
+    assert [x.name.split("_")[2] for x in ran] == ["forward", "gradient"]
 
 
 @pytest.mark.parametrize("name", ["short", "constant_packed", "scalar", "channel", "no_documents"])

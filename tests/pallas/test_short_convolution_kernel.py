@@ -1,5 +1,5 @@
-"""The kernel of the short convolution, interpreted, and the operation without it, against the step-by-step oracle: values
-and all gradients."""
+"""The kernels of the short convolution, interpreted, and the operation without them, against the step-by-step oracle:
+values and all gradients."""
 
 import functools
 
@@ -28,13 +28,16 @@ CASES = {
     "heads_of_registers": (1, 200, 512, 4, 2, True),
     "heads_share_a_register": (1, 140, 128, 4, 4, True),
     "heads_between_registers": (2, 135, 300, 4, 3, True),
+    "wide_heads": (1, 70, 400, 4, 2, True),
 }
+TPU, GPU = (Target(platform, "none", True) for platform in ("tpu", "gpu"))
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "CONVOLUTION_TIME", (128,))
     monkeypatch.setattr(blocks, "CONVOLUTION_CHANNELS", 256)
+    monkeypatch.setattr(blocks, "CONVOLUTION_GPU_TIME", 32)
 
 
 @functools.cache
@@ -50,6 +53,11 @@ def case(name):
     return inputs, ids, heads, cotangents, numerics.wide(outputs), numerics.wide(gradients)
 
 
+@pytest.fixture
+def use(monkeypatch):
+    return lambda target: monkeypatch.setattr(backends, "target", lambda: target)
+
+
 def check(name, dtype, tolerance, backend="pallas"):
     inputs, ids, heads, cotangents, outputs, gradients = case(name)
     op = functools.partial(ops.short_convolution, segment_ids=ids, heads=heads, backend=backend)
@@ -59,8 +67,10 @@ def check(name, dtype, tolerance, backend="pallas"):
     numerics.assert_close(found_gradients, gradients, tolerance)
 
 
+@pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name):
+def test_values_and_gradients(name, target, use):
+    use(target)
     check(name, "float64", 1e-12)
 
 
@@ -69,30 +79,35 @@ def test_without_the_kernel(name):
     check(name, "float64", 1e-12, backend="separate")
 
 
+@pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("name", ["groups", "heads_between_registers"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_narrow_numbers(name, dtype):
+def test_narrow_numbers(name, dtype, target, use):
+    use(target)
     check(name, dtype, numerics.TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("name", ["groups", "heads_between_registers"])
-def test_on_a_simulated_tpu(monkeypatch, name):
+def test_on_a_simulated_tpu(use, name):
     """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""
-    simulated = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
-    monkeypatch.setattr(backends, "target", lambda: simulated)
+    use(Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan")))
     check(name, "float32", 1e-5)
 
 
-def test_small_results_keep_their_digits():
+@pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
+def test_small_results_keep_their_digits(target, use):
     """Of very negative sums, whose sigmoid is close to 0; and of the largest."""
+    use(target)
     z = np.concatenate([np.linspace(-80, 20, 401), [-1e30, 1e30]]).astype(np.float32)
     y, _ = ops.short_convolution(z[None, :, None], np.array([[0.0], [1.0]], np.float32), backend="pallas")
     expected = z.astype(np.float64) / (1 + np.exp(-np.maximum(z.astype(np.float64), -700)))
     np.testing.assert_allclose(np.asarray(y)[0, :, 0], expected, rtol=2e-5, atol=1e-37)
 
 
-def test_another_document_cannot_be_seen():
+@pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
+def test_another_document_cannot_be_seen(target, use):
     """Not even infinities and NaN get across, in either direction."""
+    use(target)
     random = np.random.default_rng(0)
     x, kernel = numerics.normal(random, 1, 200, 4), numerics.normal(random, 4, 4)
     ids = np.repeat([[0, 1, 0]], [63, 66, 71], axis=1).astype(np.int32)
@@ -140,11 +155,22 @@ def test_refused(shape, width, heads, reason):
         ops.short_convolution(jnp.ones(shape), jnp.ones((width, shape[2])), heads=heads, backend="pallas")
 
 
-def test_refused_on_gpu_and_where_time_is_spread(caplog, monkeypatch):
+@pytest.mark.parametrize(
+    "channels, heads, dtype, reason",
+    [
+        (514, 2, "float32", r"takes heads of up to 256 channels, not 257; use backend='separate'"),
+        (8, 2, "float16", r"takes float32 and bfloat16, not float16"),
+    ],
+)
+def test_refused_on_gpu(channels, heads, dtype, reason):
+    arguments = jnp.ones((1, 9, channels), dtype), jnp.ones((4, channels))
+    with backends.use_platform("gpu", "NVIDIA H100 80GB HBM3"), pytest.raises(UserError, match=reason):
+        ops.short_convolution(*arguments, heads=heads, backend="pallas")
+
+
+def test_refused_where_time_is_spread(caplog, monkeypatch):
     monkeypatch.setattr(backends, "_SAID", set())
     x, kernel = jnp.ones((4, 32, 8)), jnp.ones((4, 8))
-    with backends.use_platform("gpu"), pytest.raises(UserError, match=r"is for TPUs; use backend='separate'"):
-        ops.short_convolution(x, kernel, backend="pallas")
     with sharding.use_mesh(make_mesh({"data": 4, "sequence": 2})):
         with pytest.raises(UserError, match=r"needs whole rows, and mesh.sequence spreads them"):
             operations.short_convolution(x, kernel, backend="pallas")

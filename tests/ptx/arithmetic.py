@@ -24,7 +24,8 @@ _KNOWN = re.compile(
             r"(add|sub)(\.rn)?\.(f32|bf16x?2?|[us]\d+)|(min|max)\.(f32|bf16x?2?|[us]\d+)",
             r"mul\.(lo|hi|wide)\.[us]\d+|mul(\.rn)?\.(f32|bf16x?2?)|(div|rem)\.[us]\d+|mad\.(lo|wide)\.[us]\d+",
             r"fma\.r[nm]\.f32|fma\.rn\.bf16x?2?",
-            r"(neg|abs)\.(f32|bf16|s\d+)|div\.(full|rn)\.f32|(rcp|sqrt|ex2|lg2)\.(approx|rn)\.f32|ex2\.approx\.ftz\.f32",
+            r"(neg|abs)\.(f32|bf16|s\d+)|div\.(full|rn)\.f32|(rcp|sqrt|ex2|lg2)\.(approx|rn)\.f32",
+            r"ex2\.approx\.ftz\.f32|rsqrt\.approx\.f32",
             r"cvt\.([usb]\d+\.[usb]\d+|f32\.bf16|rn\.bf16\.f32|rn\.bf16x2\.f32|sat\.f32\.f32|rn\.b?f\d+\.[us]\d+)",
             r"cvt\.r[znmp]i\.([us]\d+|f32)\.f32|cvt\.rna\.tf32\.f32",
         )
@@ -42,6 +43,15 @@ _COMPARE = {
 _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 _EXTREMES = {"max": np.fmax, "min": np.fmin}
 _SUMS = {"add": np.add, "sub": np.subtract}
+_OF_ONE = {
+    "neg": np.negative,
+    "abs": np.abs,
+    "rcp": np.reciprocal,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: np.reciprocal(np.sqrt(x)),
+    "ex2": np.exp2,
+    "lg2": np.log2,
+}
 
 
 def apply(opcode: str, given) -> np.ndarray:
@@ -83,9 +93,8 @@ def apply(opcode: str, given) -> np.ndarray:
             return given(0, kind) / given(1, kind)
         if name in ("div", "rem"):
             return _divide(name, given(0, kind), given(1, kind))
-        one = {"neg": np.negative, "abs": np.abs, "rcp": np.reciprocal, "sqrt": np.sqrt, "ex2": np.exp2, "lg2": np.log2}
-        if name in one:
-            found = one[name](given(0, kind))
+        if name in _OF_ONE:
+            found = _OF_ONE[name](given(0, kind))
             return np.where(abs(found) < np.float32(2**-126), np.float32(0), found) if "ftz" in parts else found
     raise NotImplementedError(opcode)
 

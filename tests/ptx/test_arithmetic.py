@@ -48,6 +48,7 @@ def pair(low, high):
         ("setp.ne.bf16", (ml_dtypes.bfloat16(np.nan), ml_dtypes.bfloat16(1)), False),
         ("ex2.approx.ftz.f32", (F(-127),), F(0)),
         ("ex2.approx.f32", (F(-127),), F(2**-127)),
+        ("rsqrt.approx.f32", (F(16),), F(0.25)),
         ("selp.f32", (F(1), F(2), False), F(2)),
     ],
 )

@@ -63,7 +63,9 @@ class DeltaInputs(nnx.Module):
             return Linear(config.width, outputs, axes=("embed", "heads"), bias=False, rngs=rngs)
 
         def convolve(channels: int) -> ShortConvolution:
-            return ShortConvolution(channels, config.convolution_width, axis="heads", feeds_kernel=True, rngs=rngs)
+            return ShortConvolution(
+                channels, config.convolution_width, axis="heads", kernel_on=("tpu", "gpu"), rngs=rngs
+            )
 
         self.query, self.query_convolution = project(heads * key_width), convolve(heads * key_width)
         self.key, self.key_convolution = project(written * key_width), convolve(written * key_width)

@@ -56,7 +56,7 @@ class Mamba(nnx.Module):
 
         self.value, self.gate = (project(width, self.inner, ("embed", "recurrent")) for _ in range(2))
         self.value_convolution = ShortConvolution(
-            self.inner, config.convolution_width, axis="recurrent", bias=True, rngs=rngs
+            self.inner, config.convolution_width, axis="recurrent", bias=True, kernel_on=("tpu", "gpu"), rngs=rngs
         )
         self.selection = project(self.inner, self.rank + 2 * self.states, ("recurrent", None))
         self.selection_epsilon = self.epsilon_of_selection(config)

@@ -57,7 +57,8 @@ class Mamba2(nnx.Module):
             return Linear(width, outputs, axes=("embed", axis), bias=False, init=init, rngs=rngs)
 
         def convolve(channels: int, axis: str | None) -> ShortConvolution:
-            return ShortConvolution(channels, config.convolution_width, axis=axis, bias=True, rngs=rngs)
+            width, on = config.convolution_width, ("gpu",)  # on TPU XLA moves fewer bytes by itself
+            return ShortConvolution(channels, width, axis=axis, bias=True, kernel_on=on, rngs=rngs)
 
         self.gate, self.value = project(inner, "heads"), project(inner, "heads")
         self.key, self.query = project(self.key_width, None), project(self.key_width, None)
