@@ -44,17 +44,7 @@ def refusal(channels: int, width: int, head: int) -> str | None:
     return None
 
 
-def forward(
-    x: jax.Array,
-    taps: jax.Array,
-    bias: jax.Array,
-    since: jax.Array,
-    state: jax.Array,
-    *,
-    head: int,
-    epsilon: float,
-    target: Target,
-) -> jax.Array:
+def forward(x, taps, bias, since, state, *, head: int, epsilon: float, target: Target) -> jax.Array:
     """As ``short_convolution.forward``."""
     plan = _plan(x, taps, head, epsilon, backward=False)
     (y,) = _call(plan, x, taps, bias, since, state, None, target)
@@ -62,16 +52,7 @@ def forward(
 
 
 def gradient(
-    x: jax.Array,
-    taps: jax.Array,
-    bias: jax.Array,
-    since: jax.Array,
-    state: jax.Array,
-    d_y: jax.Array,
-    *,
-    head: int,
-    epsilon: float,
-    target: Target,
+    x, taps, bias, since, state, d_y, *, head: int, epsilon: float, target: Target
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """As ``short_convolution.gradient``."""
     plan = _plan(x, taps, head, epsilon, backward=True)

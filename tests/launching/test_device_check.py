@@ -5,7 +5,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -172,12 +171,25 @@ def test_what_every_model_calls(preset):
                     assert np.all(written <= 1.02)
 
 
-def test_convolutions_on_a_tpu():
-    """There they are a kernel, with the heads that get unit length; on this device the model does not call it."""
-    device = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
-    found = device_check._calls(configs.resolve(config("delta_net_6m", dtype="bfloat16")), device, 2, 300)
+@pytest.mark.parametrize(
+    "mixer, target, heads",
+    [
+        *(("delta_net", target, [4, None]) for target in ("v5e:1x1", "h100:1")),
+        *(("mamba", target, [None]) for target in ("v5e:1x1", "h100:1")),
+        *[("mamba2", "v5e:1x1", []), ("mamba2", "h100:1", [None, None])],  # of values, and of queries and keys
+    ],
+)
+def test_where_convolutions_are_kernels(mixer, target, heads):
+    """With the heads that get unit length."""
+    sizes = {"num_layers": 1, "width": 64, "num_heads": 4, "key_width": 16}
+    sizes |= {} if mixer == "delta_net" else {"recurrent_width": 128}
+    small = config("delta_net_6m", pattern=(mixer,), dtype="bfloat16", **sizes)
+    found = device_check._calls(configs.resolve(small), targets.find(target).devices[0], 2, 300)
     calls = [call for call in found if call.operation == "short_convolution"]
-    assert [call.options.get("heads") for call in calls] == [4, None]
+    assert [call.options.get("heads") for call in calls] == heads
+
+
+def test_the_kernel_of_a_convolution_is_checked():
     small = {"x": (1, 100, 12), "kernel": (4, 12), "bias": (12,), "segment_ids": (1, 100)}
     arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in small.items()}
     arrays["segment_ids"] = jax.ShapeDtypeStruct((1, 100), jnp.int32)

@@ -31,11 +31,11 @@ MODELS = {
         for target in TARGETS
     },
     "gated_delta_net_1b3": {
-        "v5p:4x4x4": {
+        target: {
             *("delta_rule_forward_scalar_packed", "delta_rule_gradient_scalar_packed"),
             *("short_convolution_forward_heads", "short_convolution_gradient_heads"),
-        },
-        "h100:8": {"delta_rule_forward_scalar_packed", "delta_rule_gradient_scalar_packed"},
+        }
+        for target in TARGETS
     },
 }
 
