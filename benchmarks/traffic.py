@@ -1,0 +1,64 @@
+"""What the instructions of a compiled program read and write in HBM, as ``layers.py`` lists it."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+
+from jaxlinear.scaling import hlo, programs
+
+_ARRAY = re.compile(r"(\w+)\[([^]]*)\](\{[^}]*\})?")
+_FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
+_REWRITES = {"copy", "transpose", "reshape", "broadcast"}
+
+
+def on_tpu(text: str) -> list[dict]:
+    """The instructions of a program that take time, outside loops, with the bytes of their operands and results."""
+    module, found = hlo.parse(text), []
+    sizes = {line.name: _in_hbm(line.shape) for line in module.computations[module.entry]}
+    for line in _working(module):
+        moved = sizes[line.name] + sum(sizes[operand] for operand in line.operands)
+        found.append(_item(module, line, moved, sizes[line.name]))
+    return found
+
+
+def on_gpu(text: str) -> list[dict]:
+    """As ``on_tpu``; of arrays that are only cut or updated in place, the part."""
+    module, found = hlo.parse(text), []
+    for line in _working(module):
+        result = hlo.size(line.shape)
+        moved = 2 * result if line.opcode == "copy" else programs.moved(module, line)  # to which a copy is no work
+        found.append(_item(module, line, int(moved), result))
+    return found
+
+
+def _working(module: hlo.Module) -> Iterator[hlo.Instruction]:
+    """Of the program's instructions, those that do more than name arrays, or begin or end what runs beside others."""
+    for line in module.computations[module.entry]:
+        if line.opcode not in _FREE and not line.opcode.endswith(("-start", "-done")):
+            yield line
+
+
+def _item(module: hlo.Module, line: hlo.Instruction, moved: int, result: int) -> dict:
+    # For GPUs XLA makes a fusion even of a single operation.
+    inside = {inner.opcode for inner in module.within(line)} - _FREE - {"fusion"}
+    return {
+        **{"name": line.name, "kind": line.opcode, "operation": line.operation},
+        **{"bytes": moved, "result": result, "rewrites": bool(inside) and inside <= _REWRITES},
+    }
+
+
+def _in_hbm(shape: str) -> int:
+    """Bytes of a TPU's shape, or of a tuple of them, but for those that its layout places in VMEM."""
+    arrays = (item for item in _ARRAY.findall(shape) if "S(1)" not in item[2])
+    return sum(hlo.size(f"{kind}[{_elements(sizes, layout)}]") for kind, sizes, layout in arrays)
+
+
+def _elements(sizes: str, layout: str) -> int:
+    """Of an array with this layout, such as ``{2,0,1:T(8,128)(2,1)}``: from the minor axis on, whole tiles of 8 x 128."""
+    order, tile = re.match(r"\{([\d,]*)", layout), re.search(r"T\(([\d,]+)\)", layout)
+    if not sizes or order is None:
+        return math.prod(map(int, filter(None, sizes.split(","))))
+    axes = [int(sizes.split(",")[int(axis)]) for axis in order[1].split(",")]
+    parts = list(map(int, reversed(tile[1].split(",")))) if tile else []
+    return math.prod(-(-size // part) * part for size, part in itertools.zip_longest(axes, parts, fillvalue=1))
