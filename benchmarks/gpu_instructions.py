@@ -4,11 +4,12 @@
         [--length=1024 --heads=1 --key=128 --value=128] [--shared] [--negative_eigenvalues] [--mean=-0.04]
         [--against=FLA/bin/python] [--json=FILE]
     python benchmarks/gpu_instructions.py --operations=selective_scan --decays=channel --key=16 --length=256
+    python benchmarks/gpu_instructions.py --operations=rg_lru --decays=channel
 
 No GPU is needed: Triton and LLVM compile the kernels for an H100, and ``tests/ptx`` runs them on the CPU instruction by
 instruction, so that loops and branches count as often as they are executed. The script needs the compiler for GPU (pip
 install 'jaxlinear[aot]') and a clone of the repository. Decays by channel are float32, as in the models. A head of the
-selective scan is V channels of K numbers each. For each kernel, per 64 tokens of a head:
+selective scan is V channels of K numbers each, and of the RG-LRU V channels. For each kernel, per 64 tokens of a head:
 
     instructions   PTX instructions that warps execute
     issue          cycles of one SM for these, at four per cycle
@@ -61,8 +62,10 @@ _MEAN = flags.DEFINE_float("mean", -0.04, "Mean of the log decays, whose distrib
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with flash-linear-attention.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
+_OF_CHANNELS = {"selective_scan", "rg_lru"}  # their kernels have instructions that are written in PTX: not interpreted
+
 for _flag, _known in (
-    ("operations", {"linear_attention", "delta_rule", "selective_scan"}),
+    ("operations", {"linear_attention", "delta_rule", *_OF_CHANNELS}),
     ("decays", {"none", "scalar", "channel"}),
 ):
     flags.register_validator(_flag, _known.issuperset, f"of {', '.join(sorted(_known))}")
@@ -109,6 +112,22 @@ def selective_scan() -> None:
     jax.block_until_ready(jax.grad(objective, range(5))(x, dt, rates, written, read))
 
 
+def rg_lru() -> None:
+    """Runs both passes, with a document that ends in the middle."""
+    random, length, heads, block = np.random.default_rng(0), _LENGTH.value, _HEADS.value, _VALUE.value
+    x = jnp.asarray(random.standard_normal((1, length, heads * block)), jnp.bfloat16)
+    of_a, of_x = (jnp.asarray(random.standard_normal((heads, block, block)) / block**0.5) for _ in range(2))
+    bias, rate = jnp.zeros(heads * block), jnp.full(heads * block, 2 * _MEAN.value)
+    ids = jnp.asarray(np.arange(length)[None] >= length // 2, jnp.int32)
+    first = jnp.diff(ids, axis=1, prepend=-1) != 0
+
+    def objective(x, of_a, of_x, bias, rate):
+        h, state = ops.rg_lru(x, of_a, bias, of_x, bias, rate, first, segment_ids=ids, backend="pallas")
+        return jnp.sum(h) + jnp.sum(state)
+
+    jax.block_until_ready(jax.grad(objective, range(5))(x, of_a, of_x, bias, rate))
+
+
 def theirs(operation: str, decay: str) -> list[dict[str, Any]]:
     """The rows of flash-linear-attention's kernels."""
     name = operation if decay == "none" else f"{operation}_{decay}"
@@ -137,18 +156,19 @@ def main(argv) -> None:
         raise app.UsageError("--against requires --key and --value to be equal")
     if _SHARED.value and (_AGAINST.value or set(_OPERATIONS.value) != {"linear_attention"}):
         raise app.UsageError("--shared is of --operations=linear_attention only, and not for --against")
-    if "selective_scan" in _OPERATIONS.value and (_AGAINST.value or set(_DECAYS.value) != {"channel"}):
-        raise app.UsageError("selective_scan requires --decays=channel, and is not for --against")
+    if _OF_CHANNELS.intersection(_OPERATIONS.value) and (_AGAINST.value or set(_DECAYS.value) != {"channel"}):
+        names = " and ".join(sorted(_OF_CHANNELS))
+        raise app.UsageError(f"{names} require --decays=channel, and are not for --against")
     ran = calls.emulate(setattr)
     rows, passes, compared = [], [], []
     share = 64 / (_LENGTH.value * _HEADS.value)
     for operation in _OPERATIONS.value:
         for decay in _DECAYS.value:
             del ran[:]
-            # An interpreted selective scan lacks the instructions that are written in PTX.
-            interpreted = operation != "selective_scan"
+            interpreted = operation not in _OF_CHANNELS
             backends.target = functools.partial(Target, "gpu", "NVIDIA H100 80GB HBM3", interpreted)
-            gradient(operation, decay) if interpreted else selective_scan()
+            of_channels = {"selective_scan": selective_scan, "rg_lru": rg_lru}
+            gradient(operation, decay) if interpreted else of_channels[operation]()
             found = [row(x.name, x.counts, x.bytes, share) for x in ran]
             rows += found
             others = theirs(operation, decay) if _AGAINST.value else []

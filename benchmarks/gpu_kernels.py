@@ -5,9 +5,10 @@
 Shapes are B x T x H x D with K = V = D, and arrays are bfloat16. For each operation and shape it prints milliseconds per
 call, forward and forward with backward, by the clock (after waiting for the device) and by the device's own record of its
 kernels. With ``--against`` the two libraries take turns, and it also prints how many times as fast ours is. The linear
-recurrence has H * D channels. So has the selective scan, with 16 states per channel and float32 for all but x; it is not
-compared with anything. Attention with a window of 1,024 is compared with cuDNN's, through JAX, up to 128 channels per head;
-cuDNN's does not support packed documents.
+recurrence has H * D channels. So has what is not compared with anything: the selective scan, with 16 states per channel
+and float32 for all but x; the RG-LRU, with a block of W per head; and the short convolution, whose heads get unit length.
+Attention with a window of 1,024 is compared with cuDNN's, through JAX, up to 128 channels per head; cuDNN's does not
+support packed documents.
 
 ``--backend=chunked`` times the code that runs without kernels, on any device, so the program can be tried without a GPU.
 """
@@ -37,9 +38,13 @@ OPERATIONS = {
     "delta_rule_channel": ("delta_rule", "channel"),
     "linear_recurrence": ("linear_recurrence", "channel"),
     "selective_scan": ("selective_scan", "none"),
+    "rg_lru": ("rg_lru", "none"),
+    "short_convolution": ("short_convolution", "none"),
     "sliding_window_attention": ("sliding_window_attention", "none"),
 }
-WINDOW, CUDNN_WIDTH, STATES = 1024, 128, 16
+ALONE = {"selective_scan", "rg_lru", "short_convolution"}
+WITHOUT_KERNELS = {"linear_recurrence": "associative", "rg_lru": "separate", "short_convolution": "separate"}
+WINDOW, CUDNN_WIDTH, STATES, TAPS = 1024, 128, 16, 4
 
 _OPERATIONS = flags.DEFINE_list("operations", list(OPERATIONS), "Which operations to time.")
 _SHAPES = flags.DEFINE_list(
@@ -80,7 +85,7 @@ def _row(name: str, shape: str, direction: str) -> dict[str, Any]:
         if _BACKEND.value == "pallas" and sizes[3] <= CUDNN_WIDTH:
             theirs = _cudnn(sizes, direction)
             row["against"] = {"library": "cuDNN"}
-    elif _AGAINST.value and name != "selective_scan":
+    elif _AGAINST.value and name not in ALONE:
         options = {"shape": shape, "direction": direction, "calls": _CALLS.value}
         worker = Worker(_AGAINST.value, name, "fla_worker.py", **options)
         row["against"] = {"library": f"flash-linear-attention {worker.told['version']}"}
@@ -154,24 +159,41 @@ def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], Non
     log_decay = jax.nn.log_sigmoid(draw(*(shape if decay == "channel" else shape[:3])).astype(jnp.float32)) / 16
     if decay == "channel":
         log_decay = log_decay.astype(jnp.bfloat16)
-    backend = "associative" if operation == "linear_recurrence" and _BACKEND.value == "chunked" else _BACKEND.value
+    backend = _BACKEND.value if _BACKEND.value == "pallas" else WITHOUT_KERNELS.get(operation, _BACKEND.value)
     options = {"window": WINDOW} if operation == "sliding_window_attention" else {}
+    options |= {"heads": heads} if operation == "short_convolution" else {}
     run = functools.partial(getattr(ops, operation), backend=backend, **options)
     inputs: tuple[Any, ...] = (q, k, v, beta) if operation == "delta_rule" else (q, k, v)
     if operation == "linear_recurrence":
         flat = (batch, length, heads * width)
         inputs, d_o = (jnp.exp(log_decay).reshape(flat), v.reshape(flat)), d_o.reshape(flat)
-    elif operation == "selective_scan":
+    elif operation in ALONE:
         flat = (batch, length, heads * width)
-        dt = jax.nn.softplus(q.astype(jnp.float32).reshape(flat) - 4)
-        rates = -jnp.broadcast_to(jnp.arange(1, STATES + 1, dtype=jnp.float32), (heads * width, STATES))
-        written, read = (draw(batch, length, STATES).astype(jnp.float32) for _ in range(2))
-        inputs, d_o = (v.reshape(flat), dt, rates, written, read), d_o.reshape(flat)
+        inputs, d_o = _inputs(operation, q.reshape(flat), v.reshape(flat), heads, draw), d_o.reshape(flat)
     elif decay != "none":
         inputs = *inputs, log_decay
 
-    outputs = run if options else lambda *x: run(*x)[0]  # the others also return a state
+    outputs = run if "window" in options else lambda *x: run(*x)[0]  # the others also return a state
     return _calls(outputs, inputs, d_o, direction)
+
+
+def _inputs(operation: str, q: Any, v: Any, heads: int, draw: Callable) -> tuple[Any, ...]:
+    """Of an operation that is timed alone, from q and v as ``[B, T, H * D]``."""
+    import jax
+    import jax.numpy as jnp
+
+    batch, length, channels = v.shape
+    if operation == "selective_scan":
+        dt = jax.nn.softplus(q.astype(jnp.float32) - 4)
+        rates = -jnp.broadcast_to(jnp.arange(1, STATES + 1, dtype=jnp.float32), (channels, STATES))
+        written, read = (draw(batch, length, STATES).astype(jnp.float32) for _ in range(2))
+        return v, dt, rates, written, read
+    if operation == "short_convolution":
+        return v, draw(TAPS, channels).astype(jnp.float32)
+    block = channels // heads
+    of_a, of_x = (draw(heads, block, block).astype(jnp.float32) / block**0.5 for _ in range(2))
+    bias, first = jnp.zeros(channels), jnp.arange(length)[None] == jnp.zeros((batch, 1))
+    return v, of_a, bias, of_x, bias, jnp.full(channels, -0.1), first
 
 
 def _cudnn(shape: tuple[int, ...], direction: str) -> Callable[[], tuple[float, float]]:

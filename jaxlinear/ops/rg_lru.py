@@ -2,7 +2,7 @@
 
     h_t = a_t h_{t-1} + u_t
 
-As one kernel, neither a nor u is ever written, forward or backward.
+As one kernel, neither a nor u is ever written, forward or backward. On GPU XLA computes the products with W_a and W_x.
 """
 
 import functools
@@ -14,9 +14,8 @@ from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, calls, checks, dtypes, recurrence, segments
 from jaxlinear.ops.diagonal import linear_recurrence
 from jaxlinear.ops.diagonal_kernel import no_state
-from jaxlinear.ops.rg_lru_gates import check_shapes, kernel_runs, rg_lru_gates
-from jaxlinear.pallas import derivatives
-from jaxlinear.pallas import rg_lru as kernels
+from jaxlinear.ops.rg_lru_gates import check_shapes, kernel_runs, product, rg_lru_gates
+from jaxlinear.pallas import derivatives, rg_lru_gpu, rg_lru_tpu
 from jaxlinear.pallas.target import Target
 
 _INSTEAD = "separate"  # of the kernel, where it does not run
@@ -42,8 +41,8 @@ def rg_lru(
       x, recurrence_kernel, recurrence_bias, input_kernel, input_bias, rate, first: as in ``rg_lru_gates``.
       initial_state, segment_ids: ``[B, R]`` and ``[B, T]``, as in ``linear_recurrence``.
       backend: ``"separate"`` (``rg_lru_gates`` and ``linear_recurrence``, each by its own choice), ``"pallas"`` (one
-        kernel for TPU, interpreted on CPU) or ``"auto"``: the kernel on TPU for more than 8 tokens; where it does not run,
-        that is logged once.
+        kernel for TPU and GPU, interpreted on CPU) or ``"auto"``: the kernel there for more than 8 tokens; where it does
+        not run, that is logged once.
 
     Returns:
       h ``[B, T, R]`` and the last state ``[B, R]`` in float32 (float64 if x is).
@@ -71,14 +70,19 @@ def rg_lru(
     if state.shape != (x.shape[0], x.shape[2]):
         raise UserError(f"rg_lru: the initial state is {state.shape}, not [B, R] = {(x.shape[0], x.shape[2])}")
     vectors = jnp.stack([y.astype(wide) for y in (recurrence_bias, input_bias, rate)])
+    target = backends.target()
+    if target.platform == "gpu":
+        z = product(x, jnp.concatenate([recurrence_kernel, input_kernel], axis=2))
+        return _given_products(rg_lru_gpu.Inputs(z, x, vectors, first, starts), state, target)
     both = jnp.stack([recurrence_kernel, input_kernel])
-    return _by_kernel(x, both, vectors, first, starts, state, backends.target())
+    return _by_kernel(x, both, vectors, first, starts, state, target)
 
 
 def choose(backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct) -> str:
     """The backend that ``rg_lru`` uses for x ``[B, T, R]`` and kernels ``[N, K, K]``, those of one device."""
     how = "as gates and a recurrence"
-    runs = kernel_runs("rg_lru", backend, x, kernel, instead=_INSTEAD, how=how, fits=kernels.fits)
+    fits, on = rg_lru_tpu.fits, backends.COMPILED
+    runs = kernel_runs("rg_lru", backend, x, kernel, instead=_INSTEAD, how=how, fits=fits, on=on)
     return "pallas" if runs else _INSTEAD
 
 
@@ -92,19 +96,39 @@ def _by_kernel(
     state: jax.Array,
     target: Target,
 ):
-    return kernels.forward(x, both, vectors, first, starts, state, target=target)
+    return rg_lru_tpu.forward(x, both, vectors, first, starts, state, target=target)
 
 
 def _by_kernel_forward(x, both, vectors, first, starts, state, target):
     given = derivatives.once((x, both, vectors, first, starts, state), _INSTEAD)
-    h, final = recurrence.named(kernels.forward(*given, target=target))
+    h, final = recurrence.named(rg_lru_tpu.forward(*given, target=target))
     return (h, final), (given, h)
 
 
 def _by_kernel_backward(target, residuals, cotangents):
     (given, h), cotangents = derivatives.once((residuals, cotangents), _INSTEAD)
-    d_x, d_both, d_vectors, d_state = kernels.gradient(*given, h, *cotangents, target=target)
+    d_x, d_both, d_vectors, d_state = rg_lru_tpu.gradient(*given, h, *cotangents, target=target)
     return d_x, d_both, d_vectors, None, None, d_state
 
 
 _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _given_products(inputs: rg_lru_gpu.Inputs, state: jax.Array, target: Target):
+    return rg_lru_gpu.forward(inputs, state, target=target)
+
+
+def _given_products_forward(inputs, state, target):
+    given = derivatives.once((inputs, state), _INSTEAD)
+    h, final = recurrence.named(rg_lru_gpu.forward(*given, target=target))
+    return (h, final), (given, h)
+
+
+def _given_products_backward(target, residuals, cotangents):
+    (given, h), cotangents = derivatives.once((residuals, cotangents), _INSTEAD)
+    *of_inputs, d_state = rg_lru_gpu.gradient(*given, h, *cotangents, target=target)
+    return rg_lru_gpu.Inputs(*of_inputs, None, None), d_state
+
+
+_given_products.defvjp(_given_products_forward, _given_products_backward)

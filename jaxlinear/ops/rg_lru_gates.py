@@ -15,7 +15,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, calls, checks, dtypes, matrix_states
 from jaxlinear.pallas import derivatives
 from jaxlinear.pallas import rg_lru_gates as kernels
-from jaxlinear.pallas.rg_lru_block import LARGEST_SLOPE
+from jaxlinear.pallas.rg_lru_equations import LARGEST_SLOPE
 from jaxlinear.pallas.target import Target
 
 _INSTEAD = "products"  # of the kernel, where it does not run
@@ -70,7 +70,8 @@ def rg_lru_gates(
 
 def choose(backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct) -> str:
     """The backend that ``rg_lru_gates`` uses for x ``[B, T, R]`` and kernels ``[N, K, K]``, those of one device."""
-    runs = kernel_runs("rg_lru_gates", backend, x, kernel, instead=_INSTEAD, how="as products", fits=kernels.fits)
+    how, fits = "as products", kernels.fits
+    runs = kernel_runs("rg_lru_gates", backend, x, kernel, instead=_INSTEAD, how=how, fits=fits, on=("tpu",))
     return "pallas" if runs else _INSTEAD
 
 
@@ -83,13 +84,15 @@ def kernel_runs(
     instead: str,
     how: str,
     fits: Callable[[int, int, int], bool],
+    on: tuple[str, ...],
 ) -> bool:
-    """Whether the kernel of an operation with these gates runs, as ``backends.kernel_runs``.
+    """Whether the kernel of an operation with these gates runs, as ``backends.kernel_runs``; there is one ``on`` some
+    platforms.
 
     ``fits``: whether VMEM has room, for R, K and the bytes of a number.
     """
     few, refusal = x.shape[1] <= matrix_states.FEW_TOKENS, functools.partial(_refusal, x, kernel, fits)
-    return backends.lone_kernel_runs(operation, backend, few, x.shape, refusal, on=("tpu",), instead=instead, how=how)
+    return backends.lone_kernel_runs(operation, backend, few, x.shape, refusal, on=on, instead=instead, how=how)
 
 
 def _refusal(
@@ -103,19 +106,22 @@ def _refusal(
     if width != count * block:
         return f"the kernel needs whole blocks on each device, and {width} channels are no multiple of {block}"
     reason = backends.refused_dtype(platform, x.dtype)
-    if reason is None and platform in backends.COMPILED and not fits(width, block, x.dtype.itemsize):
+    if reason is None and platform == "tpu" and not fits(width, block, x.dtype.itemsize):
         return f"the kernel has no room in VMEM for blocks of {block} channels among {width}"
     return reason
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x ``[B, T, N K]`` by the blocks ``[N, K, M]``: ``[B, T, N, M]`` in the dtype of x."""
+    return dtypes.parameter_product("bthi,hij->bthj", x.reshape(*x.shape[:2], *kernel.shape[:2]), kernel)
 
 
 def _by_products(x, recurrence_kernel, input_kernel, vectors, first):
     recurrence_bias, input_bias, rate = vectors
 
     def gate(kernel, bias):
-        heads = x.reshape(*x.shape[:2], kernel.shape[0], -1)
-        product = dtypes.parameter_product("bthi,hij->bthj", heads, kernel).reshape(x.shape)
         # Widened first: the gradient of the bias is then summed in this dtype.
-        return jax.nn.sigmoid(product.astype(bias.dtype) + bias[None, None])
+        return jax.nn.sigmoid(product(x, kernel).reshape(x.shape).astype(bias.dtype) + bias[None, None])
 
     r, i = gate(recurrence_kernel, recurrence_bias), gate(input_kernel, input_bias)
     log_a = r * rate[None, None]

@@ -84,6 +84,13 @@ RG_LRU_ROWS = 128
 RG_LRU_SCAN_ROWS = 32
 RG_LRU_BYTES = 54 * 2**20
 
+# On GPU: channels of a program, one warp; tokens that are requested at once, forward and backward; how many programs occupy
+# a GPU, and tokens of a program if there would be fewer. No GPU has timed these.
+RG_LRU_GPU_CHANNELS = 32
+RG_LRU_GPU_ROWS = 16, 8
+RG_LRU_GPU_PROGRAMS = 512
+RG_LRU_GPU_TIME = 512
+
 
 class SelectiveScanGPUBlock(NamedTuple):
     channels: int  # of a lane of a warp; 8 lanes divide the channels

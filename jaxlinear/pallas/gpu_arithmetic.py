@@ -22,6 +22,10 @@ class Arithmetic(NamedTuple):
         """Numbers below the normal range may become 0; otherwise ptxas makes four instructions of one."""
         return _instruction("ex2.approx.ftz.f32 $0, $1;", x) if self.native else jnp.exp2(x)
 
+    def reciprocal(self, x):
+        """Triton's division takes more than one instruction."""
+        return _instruction("rcp.approx.ftz.f32 $0, $1;", x) if self.native else 1 / x
+
 
 def arithmetic_of(target: Target) -> Arithmetic:
     return Arithmetic(not target.interpret and (target.gpu is None or target.gpu.capability is not None))

@@ -1,17 +1,5 @@
-"""The arithmetic of the RG-LRU's gates in one block of its kernels for TPU.
+"""The arithmetic of the RG-LRU's gates in one block of its kernels for TPU; ``rg_lru_equations`` has the equations."""
 
-    r = sigmoid(z_r),   i = sigmoid(z_i),   a = exp(rate r),   u = w i x
-
-with w = sqrt(q) and q = 1 - a^2, but for the first token of a document, whose w is 1. Backward,
-
-    dq = du i x / max(2 w, 1 / LARGEST_SLOPE),    dlog a = a (da - 2 a dq),    drate = sum dlog a r
-    dz_r = dlog a rate r (1 - r),    dz_i = du w x i (1 - i),    dx = du w i + dz_r W_a^T + dz_i W_x^T,    dW = x^T dz
-
-and dq = 0 for the first token of a document. Powers are of 2, which is what a TPU computes, and in float32 q is a series in
-log a where a is close to 1.
-"""
-
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,32 +11,9 @@ from jax.experimental import pallas as pl
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas.lanes import SUBLANES, fill
 from jaxlinear.pallas.rg_lru_bands import Shape, Tile
+from jaxlinear.pallas.rg_lru_equations import LOG2_E, Gates, one_minus_square
 
-LARGEST_SLOPE = 1000.0  # of the square root: its own grows without bound as a -> 1
-_LOG2_E = math.log2(math.e)
 _LARGEST_POWER = 60.0
-_LEAST = 1e-30  # of what a reciprocal root is taken of
-_NEAR = 1 / 24  # -log2 a up to which 1 - a^2 is a series: with a product it would have lost 4 of 24 digits there
-
-
-class Gates(NamedTuple):
-    """Of some tokens and a tile, in the dtype to compute in."""
-
-    r: jax.Array
-    i: jax.Array
-    a: jax.Array
-    q: jax.Array
-    x: jax.Array
-
-    def weight(self, is_first: jax.Array) -> jax.Array:
-        return _unless_first(is_first, self.q * self._inverse_root(), 1)
-
-    def slope(self) -> jax.Array:
-        """Of the root."""
-        return jnp.minimum(self._inverse_root() / 2, LARGEST_SLOPE)
-
-    def _inverse_root(self) -> jax.Array:
-        return lax.rsqrt(jnp.maximum(self.q, _LEAST))
 
 
 def of_tokens(x, bands, vectors, at, tile: Tile) -> Gates:
@@ -59,14 +24,14 @@ def of_tokens(x, bands, vectors, at, tile: Tile) -> Gates:
     def inverse_gate(n):
         """1 + exp(-z), at most 2^60, where a gate is 1e-18: the reciprocal of two is that of their product."""
         z = _dot(reached, _band(bands, n, tile), 0, wide) + vectors[n : n + 1, tile.lanes]
-        return 1 + jnp.exp2(jnp.minimum(z * -_LOG2_E, _LARGEST_POWER))
+        return 1 + jnp.exp2(jnp.minimum(z * -LOG2_E, _LARGEST_POWER))
 
     for_r, for_i = inverse_gate(0), inverse_gate(1)
     inverse = 1 / (for_r * for_i)
     r, i = inverse * for_i, inverse * for_r
-    log2_a = r * (vectors[2:3, tile.lanes] * _LOG2_E)
+    log2_a = r * (vectors[2:3, tile.lanes] * LOG2_E)
     a = jnp.exp2(log2_a)
-    return Gates(r, i, a, _one_minus_square(log2_a, a), x[at, tile.lanes].astype(wide))
+    return Gates(r, i, a, one_minus_square(log2_a, a), x[at, tile.lanes].astype(wide))
 
 
 def forward(shape: Shape, x, bands, vectors, first, marks, a, u) -> None:
@@ -78,7 +43,7 @@ def forward(shape: Shape, x, bands, vectors, first, marks, a, u) -> None:
         for tile in shape.tiles:
             gates = of_tokens(x, bands, vectors, at, tile)
             a[at, tile.lanes] = gates.a
-            u[at, tile.lanes] = gates.weight(is_first) * (gates.i * gates.x)
+            u[at, tile.lanes] = gates.input(_of_tile(is_first, tile))
 
     each(shape.time, rows)
 
@@ -104,18 +69,14 @@ class Gradients(NamedTuple):
         self, gates: Gates, d_a: jax.Array, d_u: jax.Array, is_first: jax.Array, vectors, at, tile: Tile
     ) -> None:
         """Those of some tokens, given those of their a and u."""
-        r, i, a = gates.r, gates.i, gates.a
-        ix, d_ix = i * gates.x, d_u * gates.weight(is_first)
-        d_q = _unless_first(is_first, d_u * ix * gates.slope(), 0)
-        of_rate = a * (d_a - 2 * a * d_q) * r
-        of_r = of_rate * vectors[2:3, tile.lanes] * (1 - r)
-        of_i = d_ix * ix * (1 - i)
+        of_gates = gates.gradients(vectors[2:3, tile.lanes], d_a, d_u, _of_tile(is_first, tile))
+        of_r, of_i, of_rate, of_x = of_gates
         for n, y in enumerate((of_r, of_i, of_rate)):
             eights = jnp.sum(y.reshape(-1, SUBLANES, y.shape[1]), axis=0)
             self.sums[n * SUBLANES : (n + 1) * SUBLANES, tile.lanes] += eights
         for n, y in enumerate((of_r, of_i)):
             self.d_z[n, at, tile.lanes] = y.astype(self.d_z.dtype)
-        self.of_x[at, tile.lanes] = d_ix * i
+        self.of_x[at, tile.lanes] = of_x
 
     def multiply(self, shape: Shape, x, bands, d_x) -> None:
         """The block's ``d_x``, and what it adds to ``d_bands``. The last two of the ``bands`` are those of transposed
@@ -140,18 +101,9 @@ def each(time: int, body: Callable[[Any], None]) -> None:
     lax.fori_loop(0, time // rows, step, jnp.int32(0))
 
 
-def _unless_first(is_first: jax.Array, y: jax.Array, other: float) -> jax.Array:
+def _of_tile(is_first: jax.Array, tile: Tile) -> jax.Array:
     """``is_first``: of the tokens, on 128 lanes."""
-    return jnp.where(is_first[:, : y.shape[1]], jnp.full_like(y, other), y)
-
-
-def _one_minus_square(log2_a: jax.Array, a: jax.Array) -> jax.Array:
-    if a.dtype != jnp.float32:
-        return -jnp.expm1(2 * math.log(2) * log2_a)  # which is not compiled
-    series = jnp.zeros_like(a)
-    for n in reversed(range(1, 5)):  # -(exp(y) - 1) for y = 2 log a
-        series = log2_a * (series - (2 * math.log(2)) ** n / math.factorial(n))
-    return jnp.where(log2_a > -_NEAR, series, 1 - a * a)
+    return is_first[:, : tile.width]
 
 
 def _band(bands, n: int, tile: Tile) -> jax.Array:

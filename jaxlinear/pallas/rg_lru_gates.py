@@ -1,5 +1,5 @@
 """The gates of the RG-LRU for TPU, and what each token makes of them: one kernel each way. Backward, the gates are computed
-again. ``rg_lru_block`` has the equations."""
+again. ``rg_lru_equations`` has the equations."""
 
 import jax
 import jax.numpy as jnp

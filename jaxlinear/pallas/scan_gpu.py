@@ -89,30 +89,31 @@ def _kernel(plan: Plan, length: int, width: int, lanes: int, rows: int, *refs):
             steps.append((a, load(x_refs, b, t), h, plgpu.load(starts_ref.at[b, jnp.int32(t)]) if plan.packed else ()))
         return steps
 
+    def kept(y: Parts, starts) -> Parts:
+        """y unless the step forgets the state before it, even one that is not finite."""
+        return parts.where(starts == 0, y, parts.zero(y)) if plan.packed else y
+
     def steps(start, loaded, carry):
         state, total = carry
         for j in reversed(range(len(loaded))) if plan.reverse else range(len(loaded)):
             a, x, h, starts = loaded[j]
             a, x, t = constant if plan.constant else widen(a), widen(x), start + j
-            if plan.packed:
-                a = parts.where(starts == 0, a, parts.zero(a))
             if plan.lagged:
                 y = parts.plus(x, state)
-                state = parts.times(a, y)
+                state = kept(parts.times(a, y), starts)
             else:
-                y = state = parts.plus(parts.times(a, state), x)
+                y = state = parts.plus(parts.times(a, kept(state, starts)), x)
             if plan.emit:
                 store(y_refs, y, b, t)
             if plan.with_h:
                 d_a = parts.times(y, parts.where(t == (0 if plan.reverse else length - 1), before, widen(h)))
-                if plan.packed:
-                    d_a = parts.where(starts == 0, d_a, parts.zero(d_a))
+                d_a = kept(d_a, starts)
                 if plan.constant:
                     total = parts.plus(total, d_a)
                 else:
                     store(a_out_refs, d_a, b, t)
             elif not plan.emit:
-                total = parts.times(total, a)
+                total = kept(parts.times(total, a), starts)
         return state, total
 
     state = widen(load(state_refs, b))

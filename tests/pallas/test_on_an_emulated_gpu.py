@@ -21,6 +21,7 @@ from tests.ops import test_sliding_window as windows
 from tests.pallas import test_attention_kernel as attention
 from tests.pallas import test_delta_rule_kernel as delta
 from tests.pallas import test_linear_attention_kernel as linear
+from tests.pallas import test_rg_lru_kernel as rg_lru
 from tests.pallas import test_scan_kernel as scan
 from tests.pallas import test_selective_scan_kernel as selective
 from tests.pallas import test_short_convolution_kernel as convolution
@@ -65,6 +66,16 @@ def test_short_convolution(name, dtype, ran, monkeypatch):
     monkeypatch.setattr(backends, "target", lambda: selective.target("gpu", interpret=False))
     convolution.check(name, dtype, numerics.TOLERANCES[dtype])
     assert [x.name.split("_")[2] for x in ran] == ["forward", "gradient"]
+
+
+@pytest.mark.parametrize("name, dtype", [("last_register_in_part", "float32"), ("odd", "bfloat16")])
+def test_rg_lru(name, dtype, ran, monkeypatch):
+    monkeypatch.setattr(backends, "target", lambda: selective.target("gpu", interpret=False))
+    monkeypatch.setattr(blocks, "RG_LRU_GPU_TIME", 32)
+    rg_lru.check(name, dtype, numerics.TOLERANCES[dtype])
+    kinds = ("forward", "gradient", "state_gradient", "summary")
+    expected = {f"rg_lru_{kind}{'' if name == 'odd' else '_packed'}" for kind in kinds}
+    assert {x.name for x in ran if "scan" not in x.name} == expected
 
 
 @pytest.mark.parametrize("name", ["short", "constant_packed", "scalar", "channel", "no_documents"])

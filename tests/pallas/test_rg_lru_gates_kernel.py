@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends
-from jaxlinear.pallas import blocks, rg_lru_block
+from jaxlinear.pallas import blocks, rg_lru_equations
 from jaxlinear.pallas.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import naive, numerics
@@ -76,9 +76,9 @@ def test_on_a_simulated_tpu(monkeypatch, name):
 
 def test_one_minus_the_square_to_the_last_digits():
     """In float32, at every a from 0 to 1 - 1e-9, on both sides of where the series ends."""
-    at_the_end = rg_lru_block._NEAR * (1 + np.linspace(-1e-3, 1e-3, 99))
+    at_the_end = rg_lru_equations._NEAR * (1 + np.linspace(-1e-3, 1e-3, 99))
     log2_a = -np.concatenate([[0.0], np.geomspace(1e-9, 100, 20_000), at_the_end]).astype(np.float32)
-    found = rg_lru_block._one_minus_square(jnp.asarray(log2_a), jnp.exp2(jnp.asarray(log2_a)))
+    found = rg_lru_equations.one_minus_square(jnp.asarray(log2_a), jnp.exp2(jnp.asarray(log2_a)))
     expected = -np.expm1(2 * np.log(2) * log2_a.astype(np.float64))
     assert found[0] == 0
     assert np.max(np.abs(found[1:] / expected[1:] - 1)) < 2e-6

@@ -1,4 +1,4 @@
-"""The kernel of the RG-LRU, gates and recurrence in one, interpreted, against a loop: values and all gradients."""
+"""The kernels of the RG-LRU, gates and recurrence in one, interpreted, against a loop: values and all gradients."""
 
 import functools
 
@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends
-from jaxlinear.pallas import blocks, rg_lru
+from jaxlinear.pallas import blocks, rg_lru_gpu, rg_lru_tpu
 from jaxlinear.pallas import rg_lru_bands as bands
 from jaxlinear.pallas.target import Target
 from jaxlinear.parallel import operations, sharding
@@ -30,6 +30,7 @@ CASES = {
     "last_register_in_part": (2, 40, 2, 160, True),
     "odd": (1, 130, 3, 77, False),
 }
+TPU, GPU = (Target(platform, "none", True) for platform in ("tpu", "gpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,14 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "RG_LRU_TPU", (128,))
     monkeypatch.setattr(blocks, "RG_LRU_ROWS", 64)
     monkeypatch.setattr(blocks, "RG_LRU_CHANNELS", 256)
+    monkeypatch.setattr(blocks, "RG_LRU_GPU_CHANNELS", 128)
+    monkeypatch.setattr(blocks, "RG_LRU_GPU_ROWS", (4, 2))
+    monkeypatch.setattr(blocks, "RG_LRU_GPU_TIME", 16)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    return lambda target: monkeypatch.setattr(backends, "target", lambda: target)
 
 
 @functools.cache
@@ -61,26 +70,66 @@ def check(name, dtype, tolerance):
     numerics.assert_close(found_gradients, gradients, tolerance)
 
 
-@pytest.mark.some_cases("one_token", "griffin", "whole_blocks", "last_register_in_part", "odd")
+@pytest.mark.some_cases(
+    *(f"tpu-{name}" for name in ("one_token", "griffin", "whole_blocks", "last_register_in_part", "odd")),
+    *(f"gpu-{name}" for name in ("one_token", "whole_blocks", "odd")),
+)
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name):
+@pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
+def test_values_and_gradients(name, target, use):
+    use(target)
     check(name, "float64", 1e-12)
 
 
-@pytest.mark.some_cases("float32-several_in_a_register", "bfloat16-between_registers")
+@pytest.mark.parametrize("name", ["whole_blocks_without_documents", "odd"])
+def test_programs_that_occupy_a_gpu(name, use, monkeypatch):
+    """They go through all of time, without what else they need for its parts."""
+    monkeypatch.setattr(blocks, "RG_LRU_GPU_PROGRAMS", 1)
+    monkeypatch.setattr(blocks, "RG_LRU_GPU_ROWS", (4, 2 if name == "odd" else 8))
+    monkeypatch.setattr(rg_lru_gpu.scan, "forward", None)
+    use(GPU)
+    check(name, "float64", 1e-12)
+
+
+@pytest.mark.some_cases(
+    "tpu-float32-several_in_a_register", "tpu-bfloat16-between_registers", "gpu-bfloat16-several_in_a_register"
+)
 @pytest.mark.parametrize("name", ["several_in_a_register", "between_registers"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_narrow_numbers(name, dtype):
+@pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
+def test_narrow_numbers(name, dtype, target, use):
+    use(target)
     check(name, dtype, numerics.TOLERANCES[dtype])
 
 
 @pytest.mark.some_cases("last_register_in_part")
 @pytest.mark.parametrize("name", ["between_registers", "last_register_in_part"])
-def test_on_a_simulated_tpu(monkeypatch, name):
+def test_on_a_simulated_tpu(use, name):
     """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""
-    simulated = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
-    monkeypatch.setattr(backends, "target", lambda: simulated)
+    use(Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan")))
     check(name, "float32", 1e-5)
+
+
+def test_another_document_cannot_be_seen(use):
+    """On GPU not even an infinity in the state gets across, in either direction."""
+    use(GPU)
+    inputs, first, ids = draw(1, 70, 1, 4)
+    *of_gates, state = numerics.cast(inputs, "float32")
+    ids, first = (np.arange(70)[None] >= 40).astype(np.int32), np.arange(70)[None] == 40
+
+    @numerics.jit
+    def run(state, d_h):
+        options = {"segment_ids": ids, "backend": "pallas"}
+        op = lambda x, state: ops.rg_lru(x, *of_gates[1:], jnp.asarray(first), state, **options)[0]  # noqa: E731
+        h, pullback = jax.vjp(op, of_gates[0], state)
+        return h, *pullback(d_h)
+
+    d_h = np.ones((1, 70, 4), np.float32)
+    (h, d_x, d_state), (_, ill_d_x, ill_d_state) = run(state, d_h), run(state, np.where(ids[..., None], np.inf, d_h))
+    ill_h, *_ = run(np.full_like(state, np.inf), d_h)
+    assert not np.isfinite(ill_h[0, 39]).any() and not np.isfinite(ill_d_x[0, 40]).any()
+    assert np.array_equal(ill_h[0, 40:], h[0, 40:]) and np.isfinite(h[0, 40:]).all()
+    assert np.array_equal(ill_d_x[0, :40], d_x[0, :40]) and np.array_equal(ill_d_state, d_state)
 
 
 def test_channels_of_a_block():
@@ -89,7 +138,7 @@ def test_channels_of_a_block():
     def chosen(kind, blocks_of_w, block, dtype, length=4096):
         x = jax.ShapeDtypeStruct((1, length, blocks_of_w * block), dtype)
         kernel = jax.ShapeDtypeStruct((2, blocks_of_w, block, block), jnp.float32)
-        shape = bands.shape_of(x, kernel, rg_lru._needed(x.dtype.itemsize), Target("tpu", kind))
+        shape = bands.shape_of(x, kernel, rg_lru_tpu._needed(x.dtype.itemsize), Target("tpu", kind))
         return shape.group, shape.time
 
     with pytest.MonkeyPatch.context() as patch:
@@ -107,8 +156,9 @@ def test_channels_of_a_block():
 
 
 @pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
-@pytest.mark.parametrize("packed", [True, False])
-def test_on_a_mesh(sizes, packed):
+@pytest.mark.parametrize("target, packed", [(TPU, True), (TPU, False), (GPU, True)], ids=["tpu", "unpacked", "gpu"])
+def test_on_a_mesh(sizes, target, packed, use):
+    use(target)
     inputs, first, ids = draw(4, 32, 4, 3)
     inputs, ids = (inputs, ids) if packed else ((*inputs[:-1], 0 * inputs[-1]), None)
     random = np.random.default_rng(1)
@@ -141,7 +191,9 @@ def test_over_time_gates_and_recurrence_are_separate():
     numerics.assert_close(found, numerics.wide(expected), 1e-5)
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
+def test_second_derivatives_are_refused(target, use):
+    use(target)
     inputs, first, _ = draw(1, 4, 1, 2)
     x, *others, state = numerics.cast(inputs, "float32")
     run = lambda x: ops.rg_lru(x, *others, jnp.asarray(first), state, backend="pallas")[0]  # noqa: E731

@@ -25,7 +25,7 @@ _KNOWN = re.compile(
             r"mul\.(lo|hi|wide)\.[us]\d+|mul(\.rn)?\.(f32|bf16x?2?)|(div|rem)\.[us]\d+|mad\.(lo|wide)\.[us]\d+",
             r"fma\.r[nm]\.f32|fma\.rn\.bf16x?2?",
             r"(neg|abs)\.(f32|bf16|s\d+)|div\.(full|rn)\.f32|(rcp|sqrt|ex2|lg2)\.(approx|rn)\.f32",
-            r"ex2\.approx\.ftz\.f32|rsqrt\.approx\.f32",
+            r"(ex2|rcp)\.approx\.ftz\.f32|rsqrt\.approx\.f32",
             r"cvt\.([usb]\d+\.[usb]\d+|f32\.bf16|rn\.bf16\.f32|rn\.bf16x2\.f32|sat\.f32\.f32|rn\.b?f\d+\.[us]\d+)",
             r"cvt\.r[znmp]i\.([us]\d+|f32)\.f32|cvt\.rna\.tf32\.f32",
         )

@@ -19,6 +19,7 @@ from jaxlinear.pallas import scan_tpu_block as scan
 from jaxlinear.pallas.lanes import SUBLANES, fill
 from jaxlinear.pallas.rg_lru_bands import Bytes, Shape, bands_of, blocks_of, fit, shape_of
 from jaxlinear.pallas.rg_lru_call import BESIDE, GROUP, IN_TIME, MARKS, PER_ROW, Order, call, on_lanes
+from jaxlinear.pallas.rg_lru_equations import Gates
 from jaxlinear.pallas.scan_plan import Plan
 from jaxlinear.pallas.target import Target
 
@@ -159,7 +160,7 @@ def _gradient(plan: Plan, shape: Shape, x, d_h, h, bands, vectors, first, beside
         is_first = marks[at] > 0
         for tile in shape.tiles:
             of_tile = (ref[at, tile.lanes] for ref in (r, i, a, q))
-            gates = block.Gates(*of_tile, x[at, tile.lanes].astype(a.dtype))
+            gates = Gates(*of_tile, x[at, tile.lanes].astype(a.dtype))
             gradients.collect(gates, d_a[at, tile.lanes], d_u[at, tile.lanes], is_first, vectors, at, tile)
 
     block.each(shape.time, rows)
