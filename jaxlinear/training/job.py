@@ -47,12 +47,9 @@ class Job:
         if config.data.heldout_path:
             job._check_heldout_text_is_read()
             job._check_same_tokenizer(config.data.heldout_path)
-            for path in job.datasets:
+            for path in job.texts:
                 paths = [path, config.data.heldout_path]
                 data.warn_of_splits(paths, [data.read_manifest(one) for one in paths])
-        for task in job.trained_tasks:
-            if task.READS_TEXT:
-                job._check_same_tokenizer(task.options()["dataset"])
         if config.evaluation.every_steps:
             if not config.data.task:
                 job.heldout_batches()
@@ -82,7 +79,7 @@ class Job:
 
     def heldout_tasks(self) -> list[tasks.Task]:
         """``trained_tasks`` as the run is judged by them: their text is held out, and refused if there is too little."""
-        return [_held_out(task, self.datasets, self.heldout_path) for task in self.trained_tasks]
+        return [_held_out(task, self.heldout_path) for task in self.trained_tasks]
 
     def evaluation_tasks(self) -> list[tasks.Task]:
         """The difficulties of ``evaluation.tasks``."""
@@ -104,13 +101,13 @@ class Job:
 
     def _check_same_tokenizer(self, path: str) -> None:
         """Requires the tokenizer of the training data: numbers in other tokens would mean nothing."""
-        if self.datasets:
-            paths = [next(iter(self.datasets)), path]
+        if self.texts:
+            paths = [next(iter(self.texts)), path]
             data.check_same_tokenizer(paths, [data.read_manifest(one) for one in paths])
 
     def data_text(self) -> str:
         """A description of the data, for processes to compare."""
-        paths = [*self.texts, *([self.heldout_path] if self.datasets else [])]
+        paths = [*self.texts, *([self.heldout_path] if self.heldout_path else [])]
         return repr((self.trained_tasks, [data.read_manifest(path) for path in paths]))
 
     def heldout_batches(self) -> Iterator[dict[str, np.ndarray]]:
@@ -119,11 +116,10 @@ class Job:
         return _heldout_batches(self.config, feeding.local_rows(meshes.batch_sharding(self.mesh), shape))
 
 
-def _held_out(task: tasks.Task, datasets: dict[str, float], heldout: str) -> tasks.Task:
+def _held_out(task: tasks.Task, heldout: str) -> tasks.Task:
     if not task.READS_TEXT:
         return task
-    dataset = task.options()["dataset"]
-    changes: dict[str, Any] = {"split": "heldout", "dataset": heldout if dataset in datasets else dataset}
+    changes: dict[str, Any] = {"split": "heldout", "dataset": heldout or task.options()["dataset"]}
     return dataclasses.replace(task, **changes)
 
 
@@ -188,6 +184,11 @@ def _open_batches(
         if config.data.path and not made[0].READS_TEXT:
             raise UserError(
                 f"data.task={config.data.task} takes no text, but data.path={config.data.path} is set; leave one out"
+            )
+        if config.data.path and made[0].options()["dataset"] not in mixture(config.data.path):
+            raise UserError(
+                f"data.task={config.data.task} has a dataset of its own, but data.path={config.data.path} is set; "
+                "leave one out"
             )
         return tasks.TaskBatches(
             made,

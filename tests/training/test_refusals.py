@@ -290,11 +290,12 @@ def test_a_damaged_record_of_the_data_is_refused(tiny_dataset, tmp_path, text, r
         trained_data.check(tmp_path, {str(tiny_dataset): 1.0})
 
 
-def test_text_in_other_tokens_is_not_evaluated(tiny_config, other_dataset):
+def test_text_in_other_tokens_is_not_evaluated(tiny_config, tiny_dataset, other_dataset):
+    own = {"data.path": "", "data.task": f"passkey:digits=2:dataset={tiny_dataset}", "training.sequence_length": 128}
     for changes in (
         {"data.heldout_path": str(other_dataset)},
         {"evaluation.every_steps": 1, "evaluation.tasks": (f"passkey:length=128:dataset={other_dataset}",)},
-        {"data.task": f"passkey:dataset={other_dataset}:split=train", "training.sequence_length": 128},
+        own | {"data.heldout_path": str(other_dataset)},
     ):
         config = tiny_config.copy_and_resolve_references()
         for key, value in changes.items():

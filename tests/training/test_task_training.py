@@ -197,6 +197,8 @@ def test_the_pass_key_trains_on_text(tiny_dataset, tmp_path):
     assert {task.dataset for task in [*judged.evaluation_tasks()[1:], *judged.heldout_tasks()]} == {
         str(tmp_path / "heldout")
     }
+    config.data.update({"path": "", "task": f"passkey:digits=2:dataset={tiny_dataset}"})
+    assert {task.dataset for task in Job.build(config).heldout_tasks()} == {str(tmp_path / "heldout")}
     config.data.heldout_path = ""
     config.data.update({"path": "", "task": f"passkey:digits=2:dataset={tiny_dataset}:split=train"})
     config.evaluation.tasks = ()
@@ -212,6 +214,18 @@ def test_the_pass_key_trains_on_text(tiny_dataset, tmp_path):
         1,
     ]
     assert {task.split for task in [*job.evaluation_tasks(), *job.heldout_tasks()]} == {"heldout"}
+
+
+def test_one_text_is_named_once_or_twice(tiny_dataset, tmp_path):
+    """A task that reads one dataset beside another would leave the other unread, and the run would record both."""
+    changes = {"training__sequence_length": 128, "model__vocab_size": 384, "evaluation__tasks": ()}
+    other = str(shutil.copytree(tiny_dataset, tmp_path / "other"))
+    job = Job.build(task_config(data__task=f"passkey:digits=2:dataset={other}", data__path=f"{other}=0.5", **changes))
+    assert list(job.texts) == [other]
+    with pytest.raises(
+        UserError, match=f"dataset={other} has a dataset of its own, but data.path={tiny_dataset} is set; "
+    ):
+        Job.build(task_config(data__task=f"passkey:digits=2:dataset={other}", data__path=str(tiny_dataset), **changes))
 
 
 @pytest.mark.parametrize(
