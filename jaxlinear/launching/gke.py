@@ -67,6 +67,9 @@ def render(
         )
     volumes, mounted = _volumes(mounts)
     paths = [PurePosixPath(mount["mountPath"]) for mount in mounted]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise UserError(f"--mount is given twice at {path}; mount each bucket or claim at a path of its own")
     workdir = PurePosixPath(request.workdir)
     if ".." in workdir.parts or not any(workdir.is_relative_to(path) for path in paths):
         below = " or ".join(map(str, paths)) or "/PATH of a --mount=gs://BUCKET:/PATH or --mount=CLAIM:/PATH"

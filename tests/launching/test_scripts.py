@@ -399,6 +399,10 @@ def test_a_set_waits_in_a_queue():
         ),
         (lambda: of_gke(mounts=["gs://a/b:/shared"]), "--mount='gs://a/b:/shared' must be gs://BUCKET:/PATH or"),
         (lambda: of_gke(mounts=["/shared"]), "--mount='/shared' must be"),
+        (
+            lambda: of_gke(mounts=["gs://a:/data", "b:/shared", "gs://c:/data/"]),
+            "--mount is given twice at /data; mount each bucket or claim at a path of its own",
+        ),
         (lambda: tpu_vm.render(asked("h100:8"), zone="z", project="p", setup="s"), "--platform=tpu_vm is for TPUs"),
         (
             lambda: tpu_vm.render(asked("v5e:2x4"), zone="z", project=None, setup="s"),
