@@ -1,7 +1,10 @@
-"""Files that are written whole or not at all: a reader sees the old text or the new one, never part of one."""
+"""Files that are written whole or not at all: a reader sees the old text or the new one, never part of one. And the
+directories for them."""
 
 import os
 from pathlib import Path
+
+from jaxlinear.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -13,3 +16,16 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def make_directory(directory: Path) -> None:
+    """Makes it and its parents, if it does not exist.
+
+    Raises:
+      UserError: its file system holds no directories of users, such as /proc, which calls the new one not found.
+      OSError: for instance because the disk is full or read-only.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} cannot be made: its file system takes no new directories") from error

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from jaxlinear import locks
+from jaxlinear import atomic, locks
 
 _LOG = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def directory(output: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new directory beside ``output``, removed at the end if it is still there. A lock in it shows that its writer is
     alive, until ``unlock``."""
     partial = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
-    partial.mkdir()
+    atomic.make_directory(partial)
     try:
         with (partial / (locks.FILE + ".tmp")).open("wb", buffering=0) as file:
             file.write(socket.gethostname().encode())

@@ -113,7 +113,6 @@ def prepare(
             f"{source} is a pipe, which can be read only once, and training a tokenizer reads the text twice: write "
             "it to a file, or give an existing --tokenizer (or bytes)"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     half_made.clear(output)
     with half_made.directory(output) as partial:
         chosen = existing

@@ -104,7 +104,7 @@ def check(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
 def alone(workdir: str | os.PathLike) -> Iterator[None]:
     """Makes the directory, which all processes share. In this context, no other run has it."""
     directory = Path(workdir)
-    directory.mkdir(parents=True, exist_ok=True)
+    atomic.make_directory(directory)
     start.check_shared("the work directory", directory)
     with contextlib.ExitStack() as stack:
         with start.together():
@@ -120,7 +120,7 @@ def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
     with start.together():
         check(workdir, config)
     directory = Path(workdir)
-    directory.mkdir(parents=True, exist_ok=True)
+    atomic.make_directory(directory)
     if (directory / CONFIG).exists():
         before, after = _behaviour(read_config(directory)), _behaviour(config)
         for key, value in after.items():

@@ -191,17 +191,15 @@ def _check_empty(directory: Path) -> None:
 @contextlib.contextmanager
 def _made_whole(directory: Path, arrays: Mapping[str, StreamedArray]) -> Iterator[Path]:
     """A path to fill, which is then renamed to ``directory``. If that fails, nothing is left."""
-    parent = directory.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(x.nbytes for x in arrays.values()) + _OVERHEAD_BYTES, shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(
-            f"no space left on the disk for {directory}: it needs up to {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} "
-            "MB are free"
-        )
     half_made.clear(directory)
     try:
-        with half_made.directory(directory) as around:
+        with half_made.directory(directory) as around:  # before the space: where nothing can be made, none is free
+            needed, free = sum(x.nbytes for x in arrays.values()) + _OVERHEAD_BYTES, shutil.disk_usage(around).free
+            if free < needed:
+                raise UserError(
+                    f"no space left on the disk for {directory}: it needs up to {needed / 1e6:,.1f} MB and "
+                    f"{free / 1e6:,.1f} MB are free"
+                )
             yield around / "whole"
             _check_empty(directory)  # again, since another program may have made it meanwhile
             os.replace(around / "whole", directory)

@@ -65,7 +65,7 @@ def prepare(directory: str | os.PathLike, config: config_dict.ConfigDict, runs: 
     _check_data(resolved)
     if os.path.lexists(sweep) and not sweep.is_dir():
         raise UserError(f"{sweep} is not a directory; give the sweep a --workdir of its own")
-    sweep.mkdir(parents=True, exist_ok=True)
+    atomic.make_directory(sweep)
     with hold(sweep) as held:
         if not held:
             raise UserError(f"another launch/sweep.py is running on {sweep}; --status shows its progress")

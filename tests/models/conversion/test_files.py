@@ -1,6 +1,7 @@
 """Damaged files, full disks, and how much of a file is in memory at once."""
 
 import json
+import os
 import shutil
 import socket
 
@@ -162,6 +163,13 @@ def test_a_full_disk(made, tmp_path, monkeypatch):
     ):
         export_weights(source, tmp_path / "target")
     assert_nothing_in(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="not Linux")
+def test_where_nothing_can_be_made_the_disk_is_not_called_full(made):
+    """Such a file system has no free space either."""
+    with pytest.raises(UserError, match=r"^/proc/\.run\.partial-\w+ cannot be made: its file system takes no new dir"):
+        import_weights(made("llama")[1], "/proc/run")
 
 
 def test_a_damaged_checkpoint_is_not_exported(made, tmp_path):
