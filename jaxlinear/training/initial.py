@@ -19,6 +19,7 @@ from jaxlinear.training.job import Job
 
 _LOG = logging.getLogger(__name__)
 
+_PARAMETRISATION = "norm_offset"  # with another the weights are of no use: norms would double, or be near 0
 _OF_THE_RUN_ALONE = ("remat", "kernels", "dtype")  # keys of a model that do not change what its weights mean
 
 
@@ -43,11 +44,11 @@ class Initial:
             workdir, step = path.parents[1], int(path.name)
         step = _step(workdir, step)
         said = [f"but {difference}" for difference in _differences(workdir, job)]
-        if job.datasets and not (workdir / INFO_FILE).is_file():
+        if job.texts and not (workdir / INFO_FILE).is_file():
             said.append(
-                f"which names no tokenizer: make sure that {', '.join(job.datasets)} was prepared with its tokenizer"
+                f"which names no tokenizer: make sure that {', '.join(job.texts)} was prepared with its tokenizer"
             )
-        for dataset in job.datasets:
+        for dataset in job.texts:
             trained_data.check_tokenizer(workdir, dataset, data.read_manifest(dataset))
         if job.datasets:
             manifest = data.read_manifest(job.heldout_path)
@@ -78,6 +79,11 @@ def _differences(workdir: Path, job: Job) -> list[str]:
         for key, name in ((key, key.removeprefix("model.")) for key in configs.KEYS if key.startswith("model."))
         if name not in _OF_THE_RUN_ALONE and there.model[name] != here.model[name]
     ]
+    if there.model[_PARAMETRISATION] != here.model[_PARAMETRISATION]:
+        raise UserError(
+            f"training.initial_from={here.training.initial_from} has weights for another form of RMSNorm: "
+            f"{'; '.join(differences)}; set model.{_PARAMETRISATION}={there.model[_PARAMETRISATION]:g}"
+        )
     theirs, ours = _by_path(shapes), _by_path(job.architecture.shapes)
     if theirs != ours:
         path = next(path for path in [*ours, *theirs] if theirs.get(path) != ours.get(path))

@@ -117,6 +117,12 @@ def test_heldout_text_that_the_other_run_may_have_been_trained_on_is_said(config
             "has the weights of another model: model.recurrent_width is 32 there and 64 in this",
         ),
         ("model.vocab_size", 512, "has the weights of another model: model.vocab_size is 384 there and 512 in this"),
+        (
+            "model.norm_offset",
+            0.0,
+            r"has weights for another form of RMSNorm: model.norm_offset is 1.0 there and 0.0 in this config; set "
+            r"model.norm_offset=1$",
+        ),
         ("training.initial_from", "gone", "gone has no checkpoints: it is not the work directory of a run"),
         ("training.initial_from", "RUN/checkpoints/5", "has no checkpoint of step 5; it has 1, 2$"),
     ],
