@@ -13,6 +13,7 @@ from jaxlinear.exit_status import BAD_INPUT, PREEMPTED
 from jaxlinear.launching.request import Request
 
 _PORT = 8476
+_SHARED_MEMORY = PurePosixPath("/dev/shm")
 
 # Seconds that a pod on a spot node has by default, and at most if its node pool grants more, whatever the pod asks for
 # (cloud.google.com/kubernetes-engine/docs/concepts/spot-vms).
@@ -70,6 +71,8 @@ def render(
     for i, path in enumerate(paths):
         if path in paths[:i]:
             raise UserError(f"--mount is given twice at {path}; mount each bucket or claim at a path of its own")
+    if request.platform == "gpu" and _SHARED_MEMORY in paths:
+        raise UserError(f"--mount at {_SHARED_MEMORY}: NCCL's shared memory is mounted there; give another path")
     workdir = PurePosixPath(request.workdir)
     if ".." in workdir.parts or not any(workdir.is_relative_to(path) for path in paths):
         below = " or ".join(map(str, paths)) or "/PATH of a --mount=gs://BUCKET:/PATH or --mount=CLAIM:/PATH"
@@ -101,7 +104,7 @@ def render(
         container["ports"] = [{"containerPort": _PORT}]
     if not on_tpu:  # for NCCL's buffers: a container's 64 MB are too few
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
-        mounted.append({"name": "shared-memory", "mountPath": "/dev/shm"})
+        mounted.append({"name": "shared-memory", "mountPath": str(_SHARED_MEMORY)})
     container["volumeMounts"] = mounted
     pod: dict[str, Any] = {
         "restartPolicy": "Never",

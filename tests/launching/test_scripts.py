@@ -403,6 +403,10 @@ def test_a_set_waits_in_a_queue():
             lambda: of_gke(mounts=["gs://a:/data", "b:/shared", "gs://c:/data/"]),
             "--mount is given twice at /data; mount each bucket or claim at a path of its own",
         ),
+        (
+            lambda: of_gke(mounts=["b:/shared", "gs://a:/dev/shm/"]),
+            "--mount at /dev/shm: NCCL's shared memory is mounted there; give another path",
+        ),
         (lambda: tpu_vm.render(asked("h100:8"), zone="z", project="p", setup="s"), "--platform=tpu_vm is for TPUs"),
         (
             lambda: tpu_vm.render(asked("v5e:2x4"), zone="z", project=None, setup="s"),
