@@ -96,6 +96,18 @@ def test_what_differs_and_fits_is_said(config, tiny_run, tmp_path, caplog):
     assert f"the weights of {other}, which names no tokenizer: make sure that {config.data.path} was" in caplog.text
 
 
+def test_the_text_of_a_task_has_its_tokenizer_compared_too(config, tiny_run, tmp_path):
+    dataset = shutil.copytree(config.data.path, tmp_path / "dataset")
+    config.data.update({"path": "", "task": f"passkey:digits=2:dataset={dataset}"})
+    config.training.sequence_length = 128
+    Initial.find(Job.build(config))
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="was not prepared with the tokenizer that"):
+        Initial.find(Job.build(config))
+
+
 def test_heldout_text_that_the_other_run_may_have_been_trained_on_is_said(config, tiny_run, tmp_path, caplog):
     apart = shutil.copytree(config.data.path, tmp_path / "apart")
     manifest = json.loads((apart / "manifest.json").read_text())
