@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -241,7 +242,8 @@ class Checkpoints:
     def _read(self, step: int, **items: Any) -> Any:
         """These items and the metadata beside them, which is checked to be what was written."""
         try:
-            saved = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
+            with _late_answers_dropped():
+                saved = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
             meta = dict(saved[_META])
             if meta.pop("checksum") != _text_checksum(meta):
                 raise ValueError("meta: it differs from what was saved")
@@ -266,6 +268,21 @@ class Checkpoints:
         earlier = [other for other in self.steps() if other < step]
         advice = f"remove it to resume from step {earlier[-1]}" if earlier else "there is no earlier one"
         return UserError(f"the checkpoint {self.directory / str(step)} cannot be read ({reason}); {advice}")
+
+
+@contextlib.contextmanager
+def _late_answers_dropped() -> Iterator[None]:
+    """TensorStore answers to an event loop, which Orbax closes at the first array that cannot be read. Python would print a
+    traceback for each answer after that, so if this context ends in an error, none is printed from then on."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = usual
 
 
 def _open(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:

@@ -3,6 +3,8 @@
 import gc
 import pathlib
 import shutil
+import sys
+import types
 
 import pytest
 
@@ -74,6 +76,24 @@ def test_damage_is_refused_by_name(three, what, damage):
         assert message.endswith("); remove it to resume from step 2") and "\n" not in message
         small_trees.assert_equal(checkpoints.restore(small_trees.on(small_trees.single()), 2), small_trees.trees(2))
     assert _files(three) == before
+
+
+def test_answers_after_a_refusal_are_not_printed(three, monkeypatch):
+    """TensorStore's threads may still answer when Orbax no longer listens."""
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(str(unraisable.exc_value)))
+    late, other = (types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other"))
+    checkpoints = Checkpoints(three)
+    checkpoints.restore(small_trees.on(small_trees.single()))
+    sys.unraisablehook(late)
+    assert heard == ["Event loop is closed"]
+    remove(DAMAGED["index"](three / DIRECTORY / "3"))
+    with pytest.raises(UserError):
+        checkpoints.restore(small_trees.on(small_trees.single()))
+    del heard[:]
+    for unraisable in (late, other):
+        sys.unraisablehook(unraisable)
+    assert heard == ["other"]
 
 
 @pytest.mark.parametrize("damage", [truncate, empty])
