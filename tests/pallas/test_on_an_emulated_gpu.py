@@ -78,6 +78,13 @@ def test_rg_lru(name, dtype, ran, monkeypatch):
     assert {x.name for x in ran if "scan" not in x.name} == expected
 
 
+@pytest.mark.parametrize("bias", [-200.0, -18.0, 200.0])
+def test_rg_lru_at_every_decay(bias, monkeypatch):
+    """With powers and reciprocals of 0 and of infinity."""
+    monkeypatch.setattr(backends, "target", lambda: selective.target("gpu", interpret=False))
+    rg_lru.check_decay(bias)
+
+
 @pytest.mark.parametrize("name", ["short", "constant_packed", "scalar", "channel", "no_documents"])
 def test_linear_attention(name, ran):
     linear.check(name, "bfloat16", GPU)

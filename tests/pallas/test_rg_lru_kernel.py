@@ -110,6 +110,22 @@ def test_on_a_simulated_tpu(use, name):
     check(name, "float32", 1e-5)
 
 
+@pytest.mark.parametrize("bias", [-200.0, -18.0, 200.0])
+def test_at_every_decay(bias, use):
+    use(GPU)
+    check_decay(bias)
+
+
+def check_decay(bias):
+    """At -200 a is 1, and at 200 at its smallest; neither depends on the gate. At -18 a is close to 1."""
+    (x, kernel, _, *others), first, ids = draw(1, 20, 2, 8)
+    inputs, cotangents = (x, kernel, np.full(16, bias), *others), (np.ones(x.shape), np.ones(others[-1].shape))
+    run = lambda backend: numerics.with_gradients(operation(first, ids, backend))  # noqa: E731
+    found, expected = (numerics.run(run(name), inputs, cotangents, dtype="float32") for name in ("pallas", "separate"))
+    for y, want in zip(jax.tree.leaves(found), jax.tree.leaves(numerics.wide(expected)), strict=True):
+        assert np.max(np.abs(y - want)) <= 1e-5 * max(0.1, np.max(np.abs(want)))
+
+
 def test_another_document_cannot_be_seen(use):
     """On GPU not even an infinity in the state gets across, in either direction."""
     use(GPU)
