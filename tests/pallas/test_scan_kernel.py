@@ -101,6 +101,29 @@ def test_on_a_simulated_tpu(name):
     check(name, target("tpu", pltpu.InterpretParams(uninitialized_memory="nan")), "float32")
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_infinities_do_not_cross_documents(reverse):
+    """On GPU, in either direction: 0 times the last state of the document before would not be a number."""
+    starts = np.arange(9)[None] == 4
+    first, second = (slice(5, 9), slice(0, 5)) if reverse else (slice(0, 4), slice(4, 9))  # as the scan goes
+    a, x = np.full((1, 9, 3), 0.5, np.float32), np.ones((1, 9, 3), np.float32)
+    well, ill = np.ones((1, 3), np.float32), np.full((1, 3), np.inf, np.float32)
+
+    @numerics.jit
+    def run(state, d_h, d_final):
+        scan = functools.partial(run_kernel, starts, reverse, target("gpu"), a)
+        outputs, pullback = jax.vjp(scan, x, state)
+        return outputs, pullback((d_h, d_final))
+
+    (h, final), (d_x, d_state) = run(well, x, well)
+    (ill_h, ill_final), _ = run(ill, x, well)
+    _, (ill_d_x, ill_d_state) = run(well, x, ill)
+    assert np.isinf(ill_h[:, first]).all() and np.isinf(ill_d_x[:, second]).all()
+    assert np.array_equal(ill_h[:, second], h[:, second]) and np.array_equal(ill_final, final)
+    assert np.array_equal(ill_d_x[:, first], d_x[:, first]) and np.array_equal(ill_d_state, d_state)
+    assert np.isfinite(h).all() and np.isfinite(d_x).all()
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("name", ["short", "complex", "blocks", "packed"])
 def test_a_run_without_its_outputs(small_blocks, name, platform):
