@@ -71,11 +71,13 @@ def rg_lru(
         raise UserError(f"rg_lru: the initial state is {state.shape}, not [B, R] = {(x.shape[0], x.shape[2])}")
     vectors = jnp.stack([y.astype(wide) for y in (recurrence_bias, input_bias, rate)])
     target = backends.target()
+    inputs: rg_lru_gpu.Inputs | rg_lru_tpu.Inputs
     if target.platform == "gpu":
         z = product(x, jnp.concatenate([recurrence_kernel, input_kernel], axis=2))
-        return _given_products(rg_lru_gpu.Inputs(z, x, vectors, first, starts), state, target)
-    both = jnp.stack([recurrence_kernel, input_kernel])
-    return _by_kernel(x, both, vectors, first, starts, state, target)
+        inputs = rg_lru_gpu.Inputs(z, x, vectors, first, starts)
+    else:
+        inputs = rg_lru_tpu.Inputs(x, jnp.stack([recurrence_kernel, input_kernel]), vectors, first, starts)
+    return _by_kernel(inputs, state, target)
 
 
 def choose(backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct) -> str:
@@ -86,49 +88,25 @@ def choose(backend: str, x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array 
     return "pallas" if runs else _INSTEAD
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _by_kernel(
-    x: jax.Array,
-    both: jax.Array,
-    vectors: jax.Array,
-    first: jax.Array,
-    starts: jax.Array | None,
-    state: jax.Array,
-    target: Target,
-):
-    return rg_lru_tpu.forward(x, both, vectors, first, starts, state, target=target)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _by_kernel(inputs: rg_lru_gpu.Inputs | rg_lru_tpu.Inputs, state: jax.Array, target: Target):
+    return _kernels(target).forward(inputs, state, target=target)
 
 
-def _by_kernel_forward(x, both, vectors, first, starts, state, target):
-    given = derivatives.once((x, both, vectors, first, starts, state), _INSTEAD)
-    h, final = recurrence.named(rg_lru_tpu.forward(*given, target=target))
+def _by_kernel_forward(inputs, state, target):
+    given = derivatives.once((inputs, state), _INSTEAD)
+    h, final = recurrence.named(_kernels(target).forward(*given, target=target))
     return (h, final), (given, h)
 
 
 def _by_kernel_backward(target, residuals, cotangents):
-    (given, h), cotangents = derivatives.once((residuals, cotangents), _INSTEAD)
-    d_x, d_both, d_vectors, d_state = rg_lru_tpu.gradient(*given, h, *cotangents, target=target)
-    return d_x, d_both, d_vectors, None, None, d_state
+    ((inputs, state), h), cotangents = derivatives.once((residuals, cotangents), _INSTEAD)
+    *numbers, d_state = _kernels(target).gradient(inputs, state, h, *cotangents, target=target)
+    return type(inputs)(*numbers, first=None, starts=None), d_state
 
 
 _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _given_products(inputs: rg_lru_gpu.Inputs, state: jax.Array, target: Target):
-    return rg_lru_gpu.forward(inputs, state, target=target)
-
-
-def _given_products_forward(inputs, state, target):
-    given = derivatives.once((inputs, state), _INSTEAD)
-    h, final = recurrence.named(rg_lru_gpu.forward(*given, target=target))
-    return (h, final), (given, h)
-
-
-def _given_products_backward(target, residuals, cotangents):
-    (given, h), cotangents = derivatives.once((residuals, cotangents), _INSTEAD)
-    *of_inputs, d_state = rg_lru_gpu.gradient(*given, h, *cotangents, target=target)
-    return rg_lru_gpu.Inputs(*of_inputs, None, None), d_state
-
-
-_given_products.defvjp(_given_products_forward, _given_products_backward)
+def _kernels(target: Target):
+    return rg_lru_gpu if target.platform == "gpu" else rg_lru_tpu

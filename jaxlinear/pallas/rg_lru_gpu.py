@@ -117,17 +117,18 @@ def _between(
 
 def _call(plan: Plan, kernel, kind: str, inputs, outputs, target: Target) -> list[jax.Array]:
     """``outputs``: what they are like. Those of a summary have as many parts as it has programs in time."""
-    x = inputs[0]
+    batch = len(inputs[0])
+    numbers = batch * plan.length * plan.width
     shapes = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in outputs]
     parts = plan.parts - (kernel in (_summary, _state_gradient))
     return pl.pallas_call(
         functools.partial(kernel, plan, arithmetic_of(target)),
-        grid=(pl.cdiv(plan.width, blocks.RG_LRU_GPU_CHANNELS), parts, len(x)),
+        grid=(pl.cdiv(plan.width, blocks.RG_LRU_GPU_CHANNELS), parts, batch),
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
         cost_estimate=pl.CostEstimate(
-            flops=x.size * 20,
-            transcendentals=x.size * 6,
+            flops=20 * numbers,
+            transcendentals=6 * numbers,
             bytes_accessed=sum(y.size * jnp.dtype(y.dtype).itemsize for y in [*inputs, *shapes]),
         ),
         name=f"rg_lru_{kind}{'_packed' if plan.packed else ''}",

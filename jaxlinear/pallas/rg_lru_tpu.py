@@ -7,6 +7,7 @@ gates. Only h is kept between the passes.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,26 +25,22 @@ from jaxlinear.pallas.scan_plan import Plan
 from jaxlinear.pallas.target import Target
 
 
-def forward(
-    x: jax.Array,
-    kernels: jax.Array,
-    vectors: jax.Array,
-    first: jax.Array,
-    starts: jax.Array | None,
-    state: jax.Array,
-    *,
-    target: Target,
-) -> tuple[jax.Array, jax.Array]:
-    """h ``[B, T, R]`` and the last state ``[B, R]``, in the dtype of ``vectors``, the one to compute in.
+class Inputs(NamedTuple):
+    """x, kernels, vectors, first: as in ``rg_lru_gates.forward``. ``starts`` ``[B, T]`` bool: where the state before the
+    token is forgotten; or None."""
 
-    Args:
-      x, kernels, vectors, first: as in ``rg_lru_gates.forward``.
-      starts: ``[B, T]`` bool, where the state before the token is forgotten; or None.
-      state: ``[B, R]``, before the first token.
-      target: "tpu" or, to interpret the kernel, another.
-    """
+    x: jax.Array
+    kernels: jax.Array
+    vectors: jax.Array
+    first: jax.Array
+    starts: jax.Array | None
+
+
+def forward(inputs: Inputs, state: jax.Array, *, target: Target) -> tuple[jax.Array, jax.Array]:
+    """h ``[B, T, R]`` and the last state ``[B, R]``, in the dtype of the vectors. ``state``: before the first token."""
+    x, kernels, vectors, first, starts = inputs
     shape, wide = shape_of(x, kernels, _needed_forward(x.dtype.itemsize), target), vectors.dtype
-    inputs = [
+    arrays = [
         (x, IN_TIME),
         (bands_of(kernels.astype(x.dtype), shape), GROUP),
         (vectors, GROUP),
@@ -52,27 +49,18 @@ def forward(
     ]
     outputs = [(x.shape, wide, IN_TIME), (state.shape, wide, PER_ROW)]
     scratch = [on_lanes(shape), *[pltpu.VMEM((shape.time, shape.group), wide)] * 2]
-    h, final = _call("forward", shape, inputs, outputs, scratch, starts, target)
+    h, final = _call("forward", shape, arrays, outputs, scratch, starts, target)
     return h, final
 
 
 def gradient(
-    x: jax.Array,
-    kernels: jax.Array,
-    vectors: jax.Array,
-    first: jax.Array,
-    starts: jax.Array | None,
-    state: jax.Array,
-    h: jax.Array,
-    d_h: jax.Array,
-    d_final: jax.Array,
-    *,
-    target: Target,
+    inputs: Inputs, state: jax.Array, h: jax.Array, d_h: jax.Array, d_final: jax.Array, *, target: Target
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The gradients of x, ``kernels``, ``vectors`` and ``state``, from those of ``forward``'s outputs; it gave h."""
+    """The gradients of x, the kernels, the vectors and the state, from those of ``forward``'s outputs; it gave h."""
+    x, kernels, vectors, first, starts = inputs
     shape, wide = shape_of(x, kernels, _needed(x.dtype.itemsize), target), vectors.dtype
     bands = bands_of(jnp.concatenate([kernels, kernels.swapaxes(2, 3)]).astype(x.dtype), shape)
-    inputs = [
+    arrays = [
         (x, IN_TIME),
         (d_h, IN_TIME),
         (h, IN_TIME),
@@ -91,7 +79,7 @@ def gradient(
     ]
     of_block = shape.time, shape.group
     scratch = [on_lanes(shape), *[pltpu.VMEM(of_block, wide)] * 6, pltpu.VMEM((2, *of_block), x.dtype)]
-    d_x, d_bands, sums, d_state = _call("gradient", shape, inputs, outputs, scratch, starts, target)
+    d_x, d_bands, sums, d_state = _call("gradient", shape, arrays, outputs, scratch, starts, target)
     d_vectors = jnp.sum(sums.reshape(len(vectors), SUBLANES, -1), axis=1)
     return d_x, blocks_of(d_bands, shape).astype(kernels.dtype), d_vectors, d_state
 
