@@ -12,7 +12,17 @@ from jaxlinear.ops.calls import Call
 MIXED = "mixed"
 KINDS = ("weak", "strong", MIXED)
 _FORGETS = {"log_decay", "a", "dt", "rate"}
-_PARAMETERS = ("A", "kernel", "bias", "recurrence_kernel", "input_kernel", "recurrence_bias", "input_bias")
+_PARAMETERS = (
+    "A",
+    "kernel",
+    "bias",
+    "recurrence_kernel",
+    "input_kernel",
+    "recurrence_bias",
+    "input_bias",
+    "scale",
+    "skip",
+)
 _ALIKE = 0.1  # how far keys are from the key that they resemble
 _DOCUMENT = 40  # mean number of tokens per document
 

@@ -33,6 +33,7 @@ _OF_SUMS = 10.0
 _LENGTH = 2048  # tokens per row, if training has more
 _RAGGED = 37  # so many tokens fewer for some inputs, so that no block divides them
 _WITHOUT = {  # others: "chunked"
+    "gated_rms_norm": "separate",
     "linear_recurrence": "associative",
     "rg_lru": "separate",
     "rg_lru_gates": "products",

@@ -16,7 +16,7 @@ from jaxlinear.models.layers import RMSNorm
 from jaxlinear.ops import backends, dtypes
 from jaxlinear.ops.short_convolution import UNIT_EPSILON
 from jaxlinear.pallas.lanes import LANES, SUBLANES
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding
 
 _FEWEST = 32  # channels of a head: with more heads in a register, their sums would take longer than the copies
 
@@ -47,8 +47,15 @@ class HeadNorm(RMSNorm):
     def __call__(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         heads = x.shape[-1] // self.scale.shape[0]
         x = _placed(x, heads, shared=False)
-        y = _normalised(x, heads, self.epsilon, weights=self.offset + self.scale[...])
+        y = _normalised(x, heads, self.epsilon, weights=self.factors)
         return y.astype(dtype or x.dtype)
+
+    def gated(self, x: jax.Array, gate: jax.Array) -> jax.Array:
+        """The norm times SiLU of ``gate``, both ``[B, T, H * K]``: one kernel where that runs."""
+        heads, wide = x.shape[-1] // self.scale.shape[0], dtypes.wide(x.dtype)
+        options = {"channels": "heads", "heads": heads, "epsilon": self.epsilon, "norm_before_gate": True}
+        y = operations.gated_rms_norm(x, gate, self.factors, **options)
+        return (self(x, wide) * jax.nn.silu(gate.astype(wide))).astype(x.dtype) if y is None else y
 
 
 class GroupNorm(nnx.Module):

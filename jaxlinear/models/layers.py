@@ -122,10 +122,15 @@ class RMSNorm(nnx.Module):
         self.epsilon, self.offset = epsilon, offset
         self.scale = parameter(nnx.initializers.constant(1 - offset), (width,), (axis,), rngs)
 
+    @property
+    def factors(self) -> jax.Array:
+        """By channel."""
+        return self.offset + self.scale[...]
+
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(dtypes.wide(x.dtype))
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * _last(self.offset + self.scale[...], wide)).astype(x.dtype)
+        return (wide * inverse * _last(self.factors, wide)).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, epsilon: float) -> jax.Array:

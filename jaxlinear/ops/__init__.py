@@ -4,6 +4,7 @@ from jaxlinear.ops.attention import causal_attention
 from jaxlinear.ops.convolution import causal_convolution
 from jaxlinear.ops.delta_rule import delta_rule
 from jaxlinear.ops.diagonal import linear_recurrence
+from jaxlinear.ops.gated_rms_norm import gated_rms_norm
 from jaxlinear.ops.linear_attention import linear_attention
 from jaxlinear.ops.rg_lru import rg_lru
 from jaxlinear.ops.rg_lru_gates import rg_lru_gates
@@ -19,6 +20,7 @@ __all__ = [
     "causal_attention",
     "causal_convolution",
     "delta_rule",
+    "gated_rms_norm",
     "linear_attention",
     "linear_recurrence",
     "rg_lru",

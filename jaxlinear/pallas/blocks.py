@@ -423,3 +423,17 @@ CONVOLUTION_GPU_TIME = 128
 CONVOLUTION_GPU_CHANNELS = 128
 CONVOLUTION_GPU_WEIGHTS = 512
 CONVOLUTION_GPU_ROWS = 8, 4
+
+# The RMSNorm with its gate on TPU: tokens of a block, the most first; its numbers, for which VMEM has room seven times,
+# twice each; and tokens that are processed at once. No program tunes these.
+GATED_NORM_TPU_TIME = 512, 256, 128, 64, 32
+GATED_NORM_TPU_NUMBERS = 512 * 1024
+GATED_NORM_TPU_ROWS = 16
+
+# On GPU: tokens of a program, a power of two; numbers that a thread has of an array, about; channels that it has of a piece
+# of a head; and the most channels of a head, those of 8 warps: with more, threads have half the registers. No GPU has timed
+# these.
+GATED_NORM_GPU_TIME = 32
+GATED_NORM_GPU_NUMBERS = 20
+GATED_NORM_GPU_PIECE = 4
+GATED_NORM_GPU_HEAD = 5120

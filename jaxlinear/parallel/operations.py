@@ -25,6 +25,7 @@ from jaxlinear.ops import (
     selective_scan_maps,
 )
 from jaxlinear.ops.delta_rule import choose as choose_delta_rule
+from jaxlinear.ops.gated_rms_norm import choose as choose_gated_norm
 from jaxlinear.ops.linear_attention import choose as choose_attention
 from jaxlinear.ops.rg_lru import choose as choose_rg_lru
 from jaxlinear.ops.rg_lru_gates import choose as choose_gates
@@ -45,6 +46,7 @@ __all__ = [
     "causal_convolution",
     "delta_rule",
     "document_starts",
+    "gated_rms_norm",
     "linear_attention",
     "linear_cross_entropy",
     "linear_recurrence",
@@ -344,6 +346,36 @@ def short_convolution(
     all_axes = axes, (None, channels), (channels,), ("batch", None, channels), TIME
     local = lambda *given: run(*given[:-1], segment_ids=given[-1])  # noqa: E731
     return on_shards(mesh, local, (0, 3), arguments, all_axes)
+
+
+def gated_rms_norm(
+    x: jax.Array,
+    gate: jax.Array,
+    scale: jax.Array,
+    skipped: jax.Array | None = None,
+    skip: jax.Array | None = None,
+    *,
+    channels: str | None,
+    heads: int = 1,
+    backend: str = "auto",
+    **options: Any,
+) -> jax.Array | None:
+    """``ops.gated_rms_norm`` as a kernel, on each device's part, since the compiler cannot split it; or None where that
+    does not run and XLA should fuse the operation's parts with what is around them. ``channels`` is the logical axis of
+    D."""
+    mesh, axes = sharding.mesh_in_use(), (*TIME, channels)
+    own = jax.ShapeDtypeStruct(x.shape if mesh is None else sharding.shard_shape(axes, x.shape, mesh), x.dtype)
+    own_heads, rest = divmod(heads * own.shape[2], max(x.shape[2], 1))
+    devices = x.shape[2] // max(own.shape[2], 1)
+    reason = f"the kernel needs whole heads, and {devices} devices have parts of {heads}" if rest else None
+    if choose_gated_norm(backend, own, x.shape[2] // heads, reason) != "pallas":
+        return None
+    run = functools.partial(ops.gated_rms_norm, heads=own_heads, backend="pallas", **options)
+    arguments = x, gate, scale, skipped, skip
+    if mesh is None or mesh.size == 1:
+        return run(*arguments)
+    of_scale = (channels,) if heads == 1 else (None,)
+    return on_shards(mesh, run, 0, arguments, (axes, axes, of_scale, axes, (channels,)))
 
 
 def parameter_product(equation: str, x: jax.Array, parameter: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:

@@ -252,10 +252,12 @@ def test_the_program(tmp_path):
 def test_what_runs_on_a_device_compiles_for_it(topology):
     """With a kernel and without, at the sizes of GLA 1.3B."""
     device = targets.find(topology).devices[0]
-    (call,) = device_check._calls(configs.resolve(config("gla_1b3")), device, 1, 256)
-    place = SingleDeviceSharding(device)
+    calls = device_check._calls(configs.resolve(config("gla_1b3")), device, 1, 256)
+    assert [call.operation for call in calls] == ["linear_attention", "gated_rms_norm"]
+    place, without = SingleDeviceSharding(device), {"linear_attention": "chunked", "gated_rms_norm": "separate"}
+    each = [(call, backend) for call in calls for backend in ("pallas", without[call.operation])]
     with backends.use_device(device):
-        for backend, kernels in (("pallas", True), ("chunked", False)):
+        for call, backend in each:
             outputs = jax.eval_shape(
                 device_check._operation(call, backend), *device_check._numbers_and_others(call.arrays)
             )
@@ -263,4 +265,4 @@ def test_what_runs_on_a_device_compiles_for_it(topology):
             arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
             lowered = jax.jit(device_check._with_gradients(call, backend)).lower(*arguments)
             text = lowered.compile(compiler_options=compiler.WITHOUT_DEVICE.get(device.platform)).as_text()
-            assert ("linear_attention_gradient" in text) == kernels
+            assert (f"{call.operation}_gradient" in text) == (backend == "pallas")

@@ -30,7 +30,10 @@ MODELS = {
         },
     },
     "gla_1b3": {
-        target: {"linear_attention_forward_channel_packed", "linear_attention_gradient_channel_packed"}
+        target: {
+            *("linear_attention_forward_channel_packed", "linear_attention_gradient_channel_packed"),
+            *("gated_rms_norm_forward", "gated_rms_norm_gradient"),
+        }
         for target in TARGETS
     },
     "gated_delta_net_1b3": {
@@ -45,7 +48,7 @@ MODELS = {
 
 def kernels(text):
     """The kernels' names, without what the compiler adds before and after them."""
-    operations = "rg_lru|scan|linear_attention|delta_rule|short_convolution"
+    operations = "rg_lru|scan|linear_attention|delta_rule|short_convolution|gated_rms_norm"
     found = set(re.findall(rf"(?:{operations})_(?:forward|gradient)[a-z_]*[a-z]", text))
     found |= set(re.findall(r"attention_(?:outputs|queries|keys)", text))
     return found | {"splash_" + kind for kind in re.findall(r"splash\w*?_(fwd|dq|dkv)", text)}

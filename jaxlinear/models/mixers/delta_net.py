@@ -120,11 +120,8 @@ class DeltaOutput(nnx.Module):
         self.out = Linear(inner, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
-        wide = dtypes.wide(x.dtype)
-        o = self.norm(o.reshape(*x.shape[:2], -1), wide)
-        if self.gate is not None:
-            o = o * jax.nn.silu(self.gate(x).astype(wide))
-        return self.out(o.astype(x.dtype))
+        o = o.reshape(*x.shape[:2], -1).astype(x.dtype)
+        return self.out(self.norm(o) if self.gate is None else self.norm.gated(o, self.gate(x)))
 
 
 class DeltaNet(DeltaOutput):

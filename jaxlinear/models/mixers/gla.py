@@ -64,5 +64,4 @@ class GLA(nnx.Module):
         log_decay = by_head(jax.nn.log_sigmoid(gate) / GATE_DIVISOR, self.heads)
         past = None if state is None else state["memory"]
         o, memory = operations.linear_attention(q, k, v, log_decay, past, segment_ids=segment_ids)
-        o = self.norm(o.reshape(*x.shape[:2], -1))
-        return self.out(jax.nn.silu(self.gate(x)) * o), {"memory": memory}
+        return self.out(self.norm.gated(o.reshape(*x.shape[:2], -1), self.gate(x))), {"memory": memory}
