@@ -6,6 +6,8 @@ from one to the other before a sum over K, and back after it; the gradient of a 
 there over axes that are the tiles themselves.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,8 +55,8 @@ class HeadNorm(RMSNorm):
     def gated(self, x: jax.Array, gate: jax.Array) -> jax.Array:
         """The norm times SiLU of ``gate``, both ``[B, T, H * K]``: one kernel where that runs."""
         heads, wide = x.shape[-1] // self.scale.shape[0], dtypes.wide(x.dtype)
-        options = {"channels": "heads", "heads": heads, "epsilon": self.epsilon, "norm_before_gate": True}
-        y = operations.gated_rms_norm(x, gate, self.factors, **options)
+        run = functools.partial(operations.gated_rms_norm, channels="heads", heads=heads, epsilon=self.epsilon)
+        y = run(x, gate, self.factors, norm_before_gate=True)
         return (self(x, wide) * jax.nn.silu(gate.astype(wide))).astype(x.dtype) if y is None else y
 
 

@@ -68,11 +68,6 @@ class Channels(NamedTuple):
         return d_r, d_silu * (self.opened + self.silu * (1 - self.opened)), d * normed
 
 
-def channels(x, gate, skipped, skip, opened, norm: Norm) -> Channels:
-    """Each in the dtype to compute in; ``skipped`` and ``skip`` are None without v."""
-    return Channels(x if skipped is None else x + skip * skipped, gate, opened, norm.before_gate)
-
-
 def inverse_and_along(square, product, norm: Norm) -> tuple[jax.Array, jax.Array]:
     """i and ``along``, from the sums of ``n^2`` and of ``w e n`` over a head."""
     inverse = jax.lax.rsqrt(square / norm.head + norm.epsilon)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxlinear.pallas import blocks
-from jaxlinear.pallas.gated_rms_norm import Channels, Inputs, Norm, channels, cost, inverse_and_along
+from jaxlinear.pallas.gated_rms_norm import Channels, Inputs, Norm, cost, inverse_and_along
 from jaxlinear.pallas.gpu_arithmetic import Arithmetic, arithmetic_of
 from jaxlinear.pallas.target import Target
 
@@ -143,7 +143,7 @@ def _gradient(plan: Plan, arithmetic: Arithmetic, *arrays) -> None:
 
 def _total(pieces) -> jax.Array:
     """``[rows, 1]``."""
-    return sum(jnp.sum(piece, axis=1, keepdims=True) for piece in pieces)
+    return functools.reduce(jnp.add, (jnp.sum(piece, axis=1, keepdims=True) for piece in pieces))
 
 
 class _Tile:
@@ -170,10 +170,11 @@ class _Tile:
         return pl.ds(first, self.plan.rows), rows < self.plan.tokens if self.plan.tokens % self.plan.time else None
 
     def channels(self, at, piece: int) -> Channels:
-        x, z = self.load(self._x, at, piece), self.load(self._gate, at, piece)
+        r, z = self.load(self._x, at, piece), self.load(self._gate, at, piece)
         opened = self._arithmetic.reciprocal(1 + self._arithmetic.exp2(z * -_LOG2_E))
-        pair = (self.skipped(at, piece), self.skip(piece)) if self.plan.skips else (None, None)
-        return channels(x, z, *pair, opened, self.plan.norm)
+        if self.plan.skips:
+            r = r + self.skip(piece) * self.skipped(at, piece)
+        return Channels(r, z, opened, self.plan.norm.before_gate)
 
     def skipped(self, at, piece: int) -> jax.Array:
         return self.load(self._skipped, at, piece)

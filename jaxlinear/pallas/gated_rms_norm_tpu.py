@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import blocks
-from jaxlinear.pallas.gated_rms_norm import Channels, Inputs, Norm, channels, cost, inverse_and_along
+from jaxlinear.pallas.gated_rms_norm import Channels, Inputs, Norm, cost, inverse_and_along
 from jaxlinear.pallas.lanes import LANES, SUBLANES
 from jaxlinear.pallas.target import Target
 
@@ -92,7 +92,9 @@ def _forward(plan: Plan, *arrays) -> None:
     *given, y = arrays
 
     def head(tile: _Tile, registers: list[slice]) -> None:
-        square = sum(_squared(tile.channels(at).n) for at in registers)
+        square = tile.zeros()
+        for at in registers:
+            square += _squared(tile.channels(at).n)
         inverse, _ = inverse_and_along(_total(square), 0.0, plan.norm)
         for at in registers:
             tile.store(y, at, tile.channels(at).output(inverse, tile.w(at)))
@@ -109,7 +111,7 @@ def _gradient(plan: Plan, *arrays) -> None:
         sums[...] = jnp.zeros_like(sums)
 
     def head(tile: _Tile, registers: list[slice]) -> None:
-        square, product = 0.0, 0.0
+        square, product = tile.zeros(), tile.zeros()
         for at in registers:
             part = tile.channels(at)
             square += _squared(part.n)
@@ -148,12 +150,17 @@ class _Tile:
         if plan.length % plan.time:
             self._exists = lax.broadcasted_iota(jnp.int32, (blocks.GATED_NORM_TPU_ROWS, LANES), 0) < left
 
+    def zeros(self) -> jax.Array:
+        return jnp.zeros((blocks.GATED_NORM_TPU_ROWS, LANES), self.wide)
+
     def channels(self, at) -> Channels:
         z = self.load(self._gate, at)
         # As powers, which take fewer operations than a reciprocal.
         opened = jnp.exp2(-jnp.log2(1 + jnp.exp2(z * -_LOG2_E)))
-        pair = (self.skipped(at), self.skip(at)) if self.plan.skips else (None, None)
-        return channels(self.load(self._x, at), z, *pair, opened, self.plan.norm)
+        r = self.load(self._x, at)
+        if self.plan.skips:
+            r = r + self.skip(at) * self.skipped(at)
+        return Channels(r, z, opened, self.plan.norm.before_gate)
 
     def skipped(self, at) -> jax.Array:
         return self.load(self._skipped, at)

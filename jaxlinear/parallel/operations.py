@@ -370,8 +370,8 @@ def gated_rms_norm(
     reason = f"the kernel needs whole heads, and {devices} devices have parts of {heads}" if rest else None
     if choose_gated_norm(backend, own, x.shape[2] // heads, reason) != "pallas":
         return None
-    run = functools.partial(ops.gated_rms_norm, heads=own_heads, backend="pallas", **options)
     arguments = x, gate, scale, skipped, skip
+    run = lambda *given: ops.gated_rms_norm(*given, heads=own_heads, backend="pallas", **options)  # noqa: E731
     if mesh is None or mesh.size == 1:
         return run(*arguments)
     of_scale = (channels,) if heads == 1 else (None,)
