@@ -48,6 +48,14 @@ class _AskedFor(logging.Filter):
 logging.getLogger("absl").addFilter(_AskedFor())
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """The run decides itself when it was preempted (``training/preemption.py``). JAX has one counter for all that ask,
+        which the number of a step would move far beyond the run's own."""
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run. Each holds named pytrees, their checksums, the resolved config and the data position.
 
@@ -290,7 +298,7 @@ def _open(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
     removed one in the meantime. Orbax also reads the losses beside all of them."""
     for opening in range(_OPENINGS):
         try:
-            return ocp.CheckpointManager(directory, options=options)
+            return _Manager(directory, options=options)
         except FileNotFoundError:
             if not options.read_only or opening == _OPENINGS - 1:
                 raise

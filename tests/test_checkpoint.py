@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxlinear import checkpoint
 from jaxlinear import config as configs
@@ -37,7 +38,7 @@ def test_round_trip(tmp_path):
 
 def test_a_checkpoint_that_is_removed_while_they_are_listed(three, monkeypatch):
     """Orbax reads the time of each checkpoint it has listed; meanwhile, the run that owns the directory removes one."""
-    manager, opened = checkpoint.ocp.CheckpointManager, []
+    manager, opened = checkpoint._Manager, []
 
     def removed_meanwhile(directory, options):
         opened.append(options.read_only)
@@ -47,7 +48,7 @@ def test_a_checkpoint_that_is_removed_while_they_are_listed(three, monkeypatch):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(gone))
         return manager(directory, options=options)
 
-    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", removed_meanwhile)
+    monkeypatch.setattr(checkpoint, "_Manager", removed_meanwhile)
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
     assert Checkpoints(three).steps() == [2, 3] and opened == [True] * 3
 
@@ -265,3 +266,9 @@ def test_an_error_of_a_background_write_is_raised(three, monkeypatch):
     monkeypatch.setattr(checkpoints._manager, "wait_until_finished", lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):  # any other error is a defect
         checkpoints.close()
+
+
+def test_jax_is_not_asked_about_preemption_by_step(three, monkeypatch):
+    """It counts all questions together, and a run asks more often than once a step, or less."""
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: pytest.fail(f"asked of {step}"))
+    assert Checkpoints(three)._manager.reached_preemption(1000) is False

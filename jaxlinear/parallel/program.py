@@ -17,6 +17,7 @@ _SETTINGS = (
     "jax_enable_x64",
     "jax_default_matmul_precision",
     "jax_default_prng_impl",
+    "jax_random_seed_offset",
     "jax_threefry_partitionable",
 )
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")

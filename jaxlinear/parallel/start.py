@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxlinear.errors import EveryProcessError, RunError, UserError
 from jaxlinear.parallel import program, targets
@@ -176,9 +176,7 @@ def check_agreement(what: str, text: str, advice: str = "") -> None:
     """Raises ``UserError`` on every process unless all were given the same text."""
     if jax.process_count() == 1:
         return
-    # In two halves, since the integers exchanged are 32 bits wide.
-    checksum = zlib.crc32(text.encode())
-    of_all = _of_every_process(checksum >> 16, checksum & 0xFFFF, len(text))
+    of_all = _of_every_process(zlib.crc32(text.encode()), len(text))
     others = np.flatnonzero((of_all != of_all[0]).any(axis=1))
     if len(others):
         raise EveryProcessError(
@@ -186,6 +184,8 @@ def check_agreement(what: str, text: str, advice: str = "") -> None:
         )
 
 
+_EXCHANGES = itertools.count()  # of ``_of_every_process``, equally many on every process
+_FOR_EVER = 7 * 24 * 3600 * 1000  # ms. JAX ends the others if a process is gone
 _KINDS = (None, EveryProcessError, RunError)
 
 
@@ -251,8 +251,24 @@ def as_the_first(value: bool) -> bool:
 
 
 def _of_every_process(*numbers: int) -> np.ndarray:
-    """``[processes, numbers]``."""
-    return multihost_utils.process_allgather(np.array(numbers, np.int32), tiled=False).reshape(-1, len(numbers))
+    """``[processes, numbers]``. The processes' coordinator has them: an exchange between devices would need equally many
+    on each process, which is one of the things that are checked."""
+    processes, own = jax.process_count(), ",".join(map(str, numbers))
+    texts = own
+    if processes > 1:
+        from jax._src import distributed  # JAX has no public way to its coordinator
+
+        client, key = distributed.global_state.client, f"jaxlinear/{next(_EXCHANGES)}"
+        if client is None:
+            raise RunError("the processes of a run must call jax.distributed.initialize() first")
+        if is_first():
+            others = [client.blocking_key_value_get(f"{key}/{i}", _FOR_EVER) for i in range(1, processes)]
+            texts = ";".join([own, *others])
+            client.key_value_set(f"{key}/all", texts)
+        else:
+            client.key_value_set(f"{key}/{jax.process_index()}", own)
+            texts = client.blocking_key_value_get(f"{key}/all", _FOR_EVER)
+    return np.array([text.split(",") for text in texts.split(";")], np.int64)
 
 
 def _named(processes: np.ndarray) -> str:

@@ -50,12 +50,15 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
         trained_data.check(workdir, job.texts)
         if config.training.initial_from and not workdirs.saved_steps(workdir):
             Initial.find(job)  # so that nothing is written if it does not fit
+        data = job.data_text() + trained_data.text(job.texts)
+    start.check_agreement("the data", data)
     with workdirs.alone(workdir):
         directory = Path(workdir)
         with start.together():
-            workdirs.check(directory, job.config)  # again, now that no other run has the directory
+            # Again, now that no other run has the directory.
+            workdirs.check(directory, job.config)
+            trained_data.check(directory, job.texts)
             trained_data.keep(directory, job.texts)
-        start.check_agreement("the data", job.data_text())
         with Stop() as stop, Watchdog(job.config.training.patience_minutes) as watchdog:
             return _train(job, directory, stop, watchdog)
 
@@ -64,10 +67,10 @@ def _train(job: Job, directory: Path, stop: Stop, watchdog: Watchdog) -> int:
     checkpoints = Checkpoints(directory, job.config)
     try:
         state, first, initial = _restore_or_create(job, checkpoints)
+        with start.together():  # it reads what was logged, which may be damaged
+            writer = MetricsWriter(directory, step=first, tensorboard=job.config.logging.tensorboard)
         with (
-            contextlib.closing(
-                MetricsWriter(directory, step=first, tensorboard=job.config.logging.tensorboard)
-            ) as writer,
+            contextlib.closing(writer),
             contextlib.closing(Progress(step=first, steps=job.config.training.steps)) as progress,
         ):
             run = _Run(job, directory, checkpoints, writer, progress, stop, watchdog)
@@ -127,8 +130,9 @@ class _Run:
     def go_on(self, state: states.TrainState, first: int, initial: Initial | None) -> int:
         """Trains from the state after ``first`` steps to the last step."""
         config, steps = self.job.config, self.job.config.training.steps
-        # Only the first process needs to see what was logged.
-        owed = first > 0 and start.as_the_first(start.is_first() and heldout.is_owed(config, self.directory, first))
+        with start.together():  # only the first process needs to see what was logged
+            owed = first > 0 and start.is_first() and heldout.is_owed(config, self.directory, first)
+        owed = start.as_the_first(owed)
         if first >= steps and not owed:
             _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
             return FINISHED

@@ -62,6 +62,11 @@ def keep(directory: Path, datasets: Mapping[str, float]) -> None:
         atomic.write_text(directory / FILE, json.dumps(_identities(datasets), indent=2) + "\n")
 
 
+def text(datasets: Mapping[str, float]) -> str:
+    """What distinguishes the datasets from others, for processes to compare."""
+    return json.dumps(_identities(datasets))
+
+
 def check_tokenizer(workdir: Path, path: str | os.PathLike, manifest: data.Manifest) -> None:
     """Raises ``UserError`` if a dataset's tokenizer is not that of the run. A converted run may have none."""
     if not (workdir / INFO_FILE).is_file():

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,31 @@ def test_a_host_that_lacks_the_data_ends_all(processes, tiny_dataset, tmp_path):
     assert (status, other_status) == (2, 2), pair[0]
     assert lines == ["train.py: process 1 failed; its own message says why"]
     assert len(other_lines) == 1 and "no dataset at data: the directory does not exist" in other_lines[0]
+    assert not workdir.exists()
+
+
+def test_hosts_that_see_other_numbers_of_devices_are_refused(processes, tmp_path):
+    before = "import os; os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=2'"
+    for process in processes(tmp_path / "run", 2, 1, "--expect=cpu:4", before=before):
+        status, lines = process.end()
+        assert status == 1, process
+        assert lines == [
+            "train.py: 4 cpu devices are expected in total, but process 0 sees 1 cpu; process 1 sees 2 cpu"
+        ]
+
+
+def test_hosts_whose_data_differ_are_refused(processes, tiny_dataset, tmp_path):
+    """Nothing is written that would refuse a start with the same data."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        shutil.copytree(tiny_dataset, folder / "data")
+        manifest = json.loads((folder / "data" / "manifest.json").read_text())
+        (folder / "data" / "manifest.json").write_text(json.dumps(manifest | {"seed": seed}))
+    workdir, config = tmp_path / "run", f"--config={tiny.REPOSITORY / tiny.ARGUMENTS['config']}"
+    for process in processes(workdir, 2, 1, config, "--config.data.path=data", folders=folders):
+        status, lines = process.end()
+        assert status == 2, process
+        assert lines == ["train.py: the data of process 1 differs from that of process 0; all must be given the same"]
     assert not workdir.exists()
 
 

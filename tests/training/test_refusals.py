@@ -1,5 +1,6 @@
 """Configs, runs and data that do not fit together are refused before anything is written."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -234,6 +235,24 @@ def test_other_data_of_the_same_tokeniser_are_refused(tiny_config, tiny_run, tin
             trained_data.check(tiny_run, {str(path): weight for path, weight in datasets.items()})
 
 
+def test_data_are_compared_again_when_no_other_run_has_the_directory(tiny_config, tiny_dataset, tmp_path, monkeypatch):
+    """A run on other data began there while this one waited for the directory."""
+    other = shutil.copytree(tiny_dataset, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"seed": manifest["seed"] + 1}))
+    alone = workdirs.alone
+
+    @contextlib.contextmanager
+    def after_another(workdir):
+        with alone(workdir):
+            trained_data.keep(workdir, {str(other): 1.0})
+            yield
+
+    monkeypatch.setattr(workdirs, "alone", after_another)
+    with pytest.raises(UserError, match=r"holds a run on other data than .*: seed is 1 there and 0 in this config"):
+        train(tiny_config, tmp_path / "run")
+
+
 def test_the_same_documents_in_another_order_are_other_data(tmp_path, caplog):
     documents = [f"document {i} of some words" for i in range(200)]
     for name, order in (("one", 1), ("same", 1), ("turned", -1)):
@@ -243,6 +262,9 @@ def test_the_same_documents_in_another_order_are_other_data(tmp_path, caplog):
             **{"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "workers": 1},
             heldout_fraction=0.1,
         )
+    # Also where the processes of a run compare them.
+    one, same, turned = (trained_data.text({str(tmp_path / name): 1.0}) for name in ("one", "same", "turned"))
+    assert one == same != turned
     trained_data.keep(tmp_path, {str(tmp_path / "one"): 1.0})
     trained_data.check(tmp_path, {str(tmp_path / "same"): 1.0})
     with pytest.raises(UserError, match=r"holds a run on other data than .*turned: blocks is"):
