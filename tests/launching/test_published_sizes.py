@@ -49,7 +49,7 @@ MODELS = {
 def kernels(text):
     """The kernels' names, without what the compiler adds before and after them."""
     operations = "rg_lru|scan|linear_attention|delta_rule|short_convolution|gated_rms_norm"
-    found = set(re.findall(rf"(?:{operations})_(?:forward|gradient)[a-z_]*[a-z]", text))
+    found = set(re.findall(rf"(?:{operations})_(?:forward|gradient)(?:_[a-z]+)*", text))
     found |= set(re.findall(r"attention_(?:outputs|queries|keys)", text))
     return found | {"splash_" + kind for kind in re.findall(r"splash\w*?_(fwd|dq|dkv)", text)}
 
