@@ -2,13 +2,13 @@
 
     python benchmarks/gpu_kernels.py [--against=FLA/bin/python] [--operations=...] [--json=FILE]    # FLA: see fla_worker.py
 
-Shapes are B x T x H x D with K = V = D, and arrays are bfloat16. For each operation and shape it prints milliseconds per
-call, forward and forward with backward, by the clock (after waiting for the device) and by the device's own record of its
-kernels. With ``--against`` the two libraries take turns, and it also prints how many times as fast ours is. The linear
-recurrence has H * D channels. So has what is not compared with anything: the selective scan, with 16 states per channel
-and float32 for all but x; the RG-LRU, with a block of W per head; and the short convolution, whose heads get unit length.
-Attention with a window of 1,024 is compared with cuDNN's, through JAX, up to 128 channels per head; cuDNN's does not
-support packed documents.
+Shapes are B x T x H x D with K = V = D, and arrays are bfloat16. For each operation and shape it prints milliseconds
+per call, forward and forward with backward, by the clock (after waiting for the device) and by the device's own record
+of its kernels. With ``--against`` the two libraries take turns, and it also prints how many times as fast ours is. The
+linear recurrence has H * D channels. So has what is not compared with anything: the selective scan, with 16 states per
+channel and float32 for all but x; the RG-LRU, with a block of W per head; the short convolution, whose heads get unit
+length; and the RMSNorm over each head with its gate. Attention with a window of 1,024 is compared with cuDNN's, through
+JAX, up to 128 channels per head; cuDNN's does not support packed documents.
 
 ``--backend=chunked`` times the code that runs without kernels, on any device, so the program can be tried without a GPU.
 """
@@ -40,10 +40,15 @@ OPERATIONS = {
     "selective_scan": ("selective_scan", "none"),
     "rg_lru": ("rg_lru", "none"),
     "short_convolution": ("short_convolution", "none"),
+    "gated_rms_norm": ("gated_rms_norm", "none"),
     "sliding_window_attention": ("sliding_window_attention", "none"),
 }
-ALONE = {"selective_scan", "rg_lru", "short_convolution"}
-WITHOUT_KERNELS = {"linear_recurrence": "associative", "rg_lru": "separate", "short_convolution": "separate"}
+ALONE = {"selective_scan", "rg_lru", "short_convolution", "gated_rms_norm"}
+WITHOUT_KERNELS = {
+    "linear_recurrence": "associative",
+    **dict.fromkeys(("rg_lru", "short_convolution", "gated_rms_norm"), "separate"),
+}
+STATELESS = {"sliding_window_attention", "gated_rms_norm"}  # the others also return a state
 WINDOW, CUDNN_WIDTH, STATES, TAPS = 1024, 128, 16, 4
 
 _OPERATIONS = flags.DEFINE_list("operations", list(OPERATIONS), "Which operations to time.")
@@ -161,7 +166,8 @@ def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], Non
         log_decay = log_decay.astype(jnp.bfloat16)
     backend = _BACKEND.value if _BACKEND.value == "pallas" else WITHOUT_KERNELS.get(operation, _BACKEND.value)
     options = {"window": WINDOW} if operation == "sliding_window_attention" else {}
-    options |= {"heads": heads} if operation == "short_convolution" else {}
+    options |= {"heads": heads} if operation in ("short_convolution", "gated_rms_norm") else {}
+    options |= {"epsilon": 1e-6, "norm_before_gate": True} if operation == "gated_rms_norm" else {}
     run = functools.partial(getattr(ops, operation), backend=backend, **options)
     inputs: tuple[Any, ...] = (q, k, v, beta) if operation == "delta_rule" else (q, k, v)
     if operation == "linear_recurrence":
@@ -173,7 +179,7 @@ def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], Non
     elif decay != "none":
         inputs = *inputs, log_decay
 
-    outputs = run if "window" in options else lambda *x: run(*x)[0]  # the others also return a state
+    outputs = run if operation in STATELESS else lambda *x: run(*x)[0]
     return _calls(outputs, inputs, d_o, direction)
 
 
@@ -188,6 +194,8 @@ def _inputs(operation: str, q: Any, v: Any, heads: int, draw: Callable) -> tuple
         rates = -jnp.broadcast_to(jnp.arange(1, STATES + 1, dtype=jnp.float32), (channels, STATES))
         written, read = (draw(batch, length, STATES).astype(jnp.float32) for _ in range(2))
         return v, dt, rates, written, read
+    if operation == "gated_rms_norm":
+        return v, q, jnp.ones(channels // heads)
     if operation == "short_convolution":
         return v, draw(TAPS, channels).astype(jnp.float32)
     block = channels // heads

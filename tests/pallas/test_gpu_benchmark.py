@@ -15,7 +15,13 @@ def run(*options):
 def test_each_direction_of_each_operation_is_timed(tmp_path):
     path = tmp_path / "rows.json"
     sizes = "--shapes=1x64x2x16", "--calls=1", "--rounds=1"
-    operations = "delta_rule_scalar", "linear_recurrence", "selective_scan", "sliding_window_attention"
+    operations = (
+        "delta_rule_scalar",
+        "linear_recurrence",
+        "selective_scan",
+        "gated_rms_norm",
+        "sliding_window_attention",
+    )
     done = run("--backend=chunked", f"--operations={','.join(operations)}", *sizes, f"--json={path}")
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())["rows"]

@@ -20,6 +20,7 @@ from tests.ops import test_delta_rule as delta_operation
 from tests.ops import test_sliding_window as windows
 from tests.pallas import test_attention_kernel as attention
 from tests.pallas import test_delta_rule_kernel as delta
+from tests.pallas import test_gated_rms_norm_kernel as norm
 from tests.pallas import test_linear_attention_kernel as linear
 from tests.pallas import test_rg_lru_kernel as rg_lru
 from tests.pallas import test_scan_kernel as scan
@@ -66,6 +67,13 @@ def test_short_convolution(name, dtype, ran, monkeypatch):
     monkeypatch.setattr(backends, "target", lambda: selective.target("gpu", interpret=False))
     convolution.check(name, dtype, numerics.TOLERANCES[dtype])
     assert [x.name.split("_")[2] for x in ran] == ["forward", "gradient"]
+
+
+@pytest.mark.parametrize("name, dtype", [("odd", "float32"), ("heads", "bfloat16")])
+def test_gated_rms_norm(name, dtype, ran, monkeypatch):
+    monkeypatch.setattr(backends, "target", lambda: selective.target("gpu", interpret=False))
+    norm.check(name, dtype, numerics.TOLERANCES[dtype])
+    assert [x.name.split("_")[3] for x in ran] == ["forward", "gradient"]
 
 
 @pytest.mark.parametrize("name, dtype", [("last_register_in_part", "float32"), ("odd", "bfloat16")])
