@@ -23,6 +23,7 @@ CASES = {
     "gla_1b3": (2, 2048, 2048, 4, False, True, "bfloat16"),
     "float32": (1, 1000, 8192, 1, True, True, "float32"),
     "widest": (1, 1024, 16_384, 1, True, False, "bfloat16"),
+    "short": (3, 9, 2048, 4, False, True, "bfloat16"),  # a block is longer than the sequence
     "longest": (1, 131_072, 2048, 8, False, True, "bfloat16"),
 }
 ON_GPU = {name: CASES[name] for name in ("mamba2_1b3", "mamba2_2b7", "gla_1b3", "longest")} | {
