@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -30,30 +31,46 @@ DIRECTORY = "checkpoints"
 _META = "meta"
 _TEXT = "heldout_text"
 _OVERHEAD_BYTES = 1 << 19  # of a checkpoint beyond its arrays: descriptions, and blocks that are not full
+_LOOKS_EVERY = 0.01  # seconds
 _OPENINGS = 10  # attempts to open a directory in which a run removes checkpoints
 # What Orbax and TensorStore raise for a damaged file; for the damaged contents of an array it is a bare Exception.
 _READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
 _DISK_FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")  # in the messages of a failed write
 
 
-class _AskedFor(logging.Filter):
-    """Drops Orbax's warnings about what is intended: opening a run only for reading, and saving without an evaluation."""
+# Orbax warns about what is intended: opening a run only for reading, and saving without an evaluation. It logs the error of
+# a write in the background three times before it is raised here.
+_NOT_SHOWN = re.compile(
+    r"CheckpointManagerOptions\.read_only=True|Given directory is read only|Requested `tracked_metric`"
+    r"|(\[[^\]]*\])* ?(_SignalingThread\.run\(\) raised|Failed to run \d+ Handler Commit|Save Finalize thread .* failed)"
+)
 
+
+class _Shown(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(
-            ("CheckpointManagerOptions.read_only=True", "Given directory is read only", "Requested `tracked_metric`")
-        )
+        return _NOT_SHOWN.match(record.getMessage()) is None
 
 
-logging.getLogger("absl").addFilter(_AskedFor())
+logging.getLogger("absl").addFilter(_Shown())
 
 
 class _Manager(ocp.CheckpointManager):
+    failure: Exception | None = None  # of a write in the background
+
     def reached_preemption(self, step: int) -> bool:
         """The run decides itself when it was preempted (``training/preemption.py``). JAX has one counter for all that ask,
         which the number of a step would move far beyond the run's own."""
         del step
         return False
+
+    def _wait_for_checkpointers(self) -> None:
+        """Orbax calls this in a thread, and keeps the error until the other processes have written too: they wait for this
+        one, ten minutes."""
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failure = error
+            raise
 
 
 class Checkpoints:
@@ -70,6 +87,7 @@ class Checkpoints:
             raise UserError(f"{workdir} has no checkpoints: it is not the work directory of a run")
         self._config = config
         self._failed = False
+        self._write = contextlib.ExitStack()  # closed when it has succeeded
         options = ocp.CheckpointManagerOptions(
             read_only=config is None,
             create=config is not None,
@@ -126,7 +144,7 @@ class Checkpoints:
         """Starts a save; returns once the arrays have been copied, while the writing continues in the background. The loss
         is compared only with those of the same ``heldout_text``, which identifies the text.
 
-        An error of an earlier save is raised here or in ``close``.
+        An error of an earlier save is raised here or in ``check``, ``wait`` or ``close``.
         """
         assert self._config is not None
         self.wait()  # as Orbax would; here, so that the free space is known
@@ -134,6 +152,7 @@ class Checkpoints:
             self._check_space(trees)
         meta = _meta(self._config, next_batch, {name: _checksums(tree) for name, tree in trees.items()})
         items = {name: ocp.args.StandardSave(_by_path(tree)) for name, tree in trees.items()}
+        self._write.enter_context(_late_answers_dropped())
         with self._writing():
             self._manager.save(
                 step,
@@ -208,10 +227,20 @@ class Checkpoints:
                 raise self._unreadable(step, ValueError(f"{name}: {path} differs from what was saved"))
         return arrays
 
+    def check(self) -> None:
+        """Raises the error of a save that was started, if it is known already."""
+        with self._writing():
+            if self._manager.failure is not None:
+                raise self._manager.failure
+
     def wait(self) -> None:
-        """Waits until every save that was started is written."""
+        """Waits until every save that was started is written, or one of this process's own has failed."""
+        while self._manager.is_saving_in_progress():
+            self.check()
+            time.sleep(_LOOKS_EVERY)
         with self._writing():
             self._manager.wait_until_finished()
+        self._write.close()
 
     def close(self) -> None:
         """Waits, and releases the threads."""
@@ -236,12 +265,15 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns a full-disk error, of this write or an earlier one, into ``UserError``; removes the remains."""
+        """Turns a full-disk error, of this write or an earlier one, into ``UserError``, and removes the remains; turns
+        TensorStore's error for another one of the system into ``OSError``."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             self._failed = True
             if not is_disk_full(error):
+                if code := re.search(r"os_error_code='(\d+)'", str(error)):
+                    raise OSError(int(code[1]), os.strerror(int(code[1])), str(self.directory)) from error
                 raise
             for unfinished in self.directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -280,8 +312,9 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _late_answers_dropped() -> Iterator[None]:
-    """TensorStore answers to an event loop, which Orbax closes at the first array that cannot be read. Python would print a
-    traceback for each answer after that, so if this context ends in an error, none is printed from then on."""
+    """TensorStore answers to an event loop, which Orbax closes at the first array that cannot be read or written. Python
+    would print a traceback for each answer after that, so if this context ends in an error, none is printed from then on.
+    """
     usual = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -293,7 +326,7 @@ def _late_answers_dropped() -> Iterator[None]:
     sys.unraisablehook = usual
 
 
-def _open(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+def _open(directory: Path, options: ocp.CheckpointManagerOptions) -> _Manager:
     """Opens the checkpoints with Orbax, which lists them and then looks at each. If they are only read, the run may have
     removed one in the meantime. Orbax also reads the losses beside all of them."""
     for opening in range(_OPENINGS):

@@ -24,6 +24,7 @@ from jaxlinear.exit_status import BAD_INPUT, FAILED
 _ENVIRONMENT_ERRORS = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than the file system or the limit of this process (ulimit -f) permits",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "operation not permitted",

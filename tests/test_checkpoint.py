@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.serialization import serialization
 
 from jaxlinear import checkpoint
 from jaxlinear import config as configs
@@ -266,6 +267,24 @@ def test_an_error_of_a_background_write_is_raised(three, monkeypatch):
     monkeypatch.setattr(checkpoints._manager, "wait_until_finished", lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):  # any other error is a defect
         checkpoints.close()
+
+
+def test_an_error_of_a_background_write_is_known_before_the_next_save(three, monkeypatch, capfd):
+    """As the system's error, which the programs explain, and without the tracebacks of Orbax and its event loop."""
+    checkpoints = Checkpoints(three, small_trees.config(keep_newest=9))
+    checkpoints.check()
+
+    async def fail(*_, **__):
+        raise ValueError("INTERNAL: Failed to write 16456 bytes to file 29: Input/output error [os_error_code='5']")
+
+    monkeypatch.setattr(serialization, "async_serialize_from_host", fail)
+    checkpoints.save(4, small_trees.placed(4, small_trees.single()), next_batch=4)
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: '.*/checkpoints'$"):
+        while True:
+            checkpoints.check()
+    checkpoints.close()  # does not raise again
+    assert Checkpoints(three).steps() == [1, 2, 3]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_jax_is_not_asked_about_preemption_by_step(three, monkeypatch):

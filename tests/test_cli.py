@@ -62,6 +62,11 @@ def test_the_status_is_what_main_returns(returned, status, capsys):
         (NotADirectoryError(errno.ENOTDIR, "x", "a/b"), 2, "a part of the path is not a directory: a/b"),
         (OSError(errno.ENAMETOOLONG, "x", "a/b"), 2, "a name in the path is too long: a/b"),
         (OSError(errno.EDQUOT, "no more"), 2, "the disk quota is used up: no more"),
+        (
+            OSError(errno.EFBIG, "x", "a/b"),
+            2,
+            "a file would be larger than the file system or the limit of this process (ulimit -f) permits: a/b",
+        ),
         (OSError(errno.EIO, "x", "a/b"), 1, "a disk or a file server failed (input/output error): a/b"),
         (OSError(errno.EIO, "x"), 1, "a disk or a file server failed (input/output error)"),
         (OSError(errno.ESTALE, "x"), 1, "a file server no longer knows a file that was open (stale file handle)"),

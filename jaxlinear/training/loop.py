@@ -242,6 +242,7 @@ class _Steps:
         """Starts step ``done``, counted from 1, and reads the metrics of the step before."""
         self._trace.before(done, self._state)
         self._run.watchdog.at(f"step {done}")
+        self._run.checkpoints.check()
         self._state, metrics = self._step_fn(self._state, self._batch)
         self._read_metrics()
         self._unread = (done, metrics)

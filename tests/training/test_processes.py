@@ -156,6 +156,30 @@ def test_the_coordinator_lost(processes, tmp_path):
     assert status not in (0, 75) and time.monotonic() - begin < PROMPT + began, pair[1]
 
 
+# A host whose disk takes no file of the size of a checkpoint's; what it prints goes through a process without that limit.
+NO_LARGE_FILES = """
+import os, resource, subprocess
+printer = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+os.dup2(printer.stdin.fileno(), 1)
+os.dup2(printer.stdin.fileno(), 2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+"""
+
+
+def test_a_host_that_cannot_write_its_part_of_a_checkpoint_ends(processes, tmp_path):
+    """At the next step, instead of waiting for the others, which wait for it."""
+    workdir = tmp_path / "run"
+    endless = ("--config.training.steps=100000", "--config.checkpoint.every_steps=4")
+    pair = processes(workdir, 2, 2, "--config.mesh.fsdp=4", *endless, before=NO_LARGE_FILES)
+    wait_for(pair[:1], lambda: last_step(workdir) >= 4)
+    begin = time.monotonic()
+    status, (line,) = pair[1].end()
+    assert status == 2 and time.monotonic() - begin < PROMPT, pair[1]
+    assert line.startswith("train.py: a file would be larger than the file system or the limit"), pair[1]
+    assert "Traceback" not in pair[1].output.read_text(), pair[1]
+    assert Checkpoints(workdir).steps() == []
+
+
 def test_hosts_whose_configs_differ_are_refused(processes, tmp_path):
     workdir = tmp_path / "run"
     for process in processes(workdir, 2, 1, each=[[], ["--config.training.seed=1"]]):
