@@ -100,15 +100,17 @@ def short_convolution(x, kernel, bias, state, heads=None, ids=None):
     return y, final
 
 
-def gated_rms_norm(x, gate, scale, skipped=None, skip=None, *, heads=1, epsilon, norm_before_gate=False):
-    silu = gate / (1 + jnp.exp(-gate))
+def gated_rms_norm(
+    x, gate, scale, skipped=None, skip=None, *, heads=1, epsilon, norm_before_gate=False, activation="silu"
+):
+    factor = (gate if activation == "silu" else 1) / (1 + jnp.exp(-gate))
     n = x if skipped is None else x + skip[None, None] * skipped
     if not norm_before_gate:
-        n = n * silu
+        n = n * factor
     of_heads = n.reshape(*n.shape[:2], heads, -1)
     of_heads = of_heads / jnp.sqrt(jnp.mean(of_heads**2, axis=-1, keepdims=True) + epsilon) * scale[None, None, None]
     y = of_heads.reshape(x.shape)
-    return y * silu if norm_before_gate else y
+    return y * factor if norm_before_gate else y
 
 
 def sliding_window_attention(q, k, v, *, window, scale=None, ids=None):

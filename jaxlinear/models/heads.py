@@ -6,8 +6,6 @@ from one to the other before a sum over K, and back after it; the gradient of a 
 there over axes that are the tiles themselves.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +16,7 @@ from jaxlinear.models.layers import RMSNorm
 from jaxlinear.ops import backends, dtypes
 from jaxlinear.ops.short_convolution import UNIT_EPSILON
 from jaxlinear.pallas.lanes import LANES, SUBLANES
-from jaxlinear.parallel import operations, sharding
+from jaxlinear.parallel import sharding
 
 _FEWEST = 32  # channels of a head: with more heads in a register, their sums would take longer than the copies
 
@@ -40,8 +38,7 @@ def by_head(x: jax.Array, heads: int, *inner: int) -> jax.Array:
 
 
 class HeadNorm(RMSNorm):
-    """``RMSNorm`` over each head of ``[B, T, H * K]``, with the same weights for all; the result in ``dtype``, by default
-    that of x."""
+    """``RMSNorm`` over each head of ``[B, T, H * K]``, with the same weights for all."""
 
     def __init__(self, channels: int, *, epsilon: float, offset: float, rngs: nnx.Rngs):
         super().__init__(channels, axis=None, epsilon=epsilon, offset=offset, rngs=rngs)
@@ -51,13 +48,6 @@ class HeadNorm(RMSNorm):
         x = _placed(x, heads, shared=False)
         y = _normalised(x, heads, self.epsilon, weights=self.factors)
         return y.astype(dtype or x.dtype)
-
-    def gated(self, x: jax.Array, gate: jax.Array) -> jax.Array:
-        """The norm times SiLU of ``gate``, both ``[B, T, H * K]``: one kernel where that runs."""
-        heads, wide = x.shape[-1] // self.scale.shape[0], dtypes.wide(x.dtype)
-        run = functools.partial(operations.gated_rms_norm, channels="heads", heads=heads, epsilon=self.epsilon)
-        y = run(x, gate, self.factors, norm_before_gate=True)
-        return (self(x, wide) * jax.nn.silu(gate.astype(wide))).astype(x.dtype) if y is None else y
 
 
 class GroupNorm(nnx.Module):

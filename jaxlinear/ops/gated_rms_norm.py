@@ -11,6 +11,7 @@ from jaxlinear.pallas import derivatives, gated_rms_norm_gpu, gated_rms_norm_tpu
 from jaxlinear.pallas.gated_rms_norm import Inputs, Norm
 from jaxlinear.pallas.target import Target
 
+ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 _INSTEAD = "separate"  # of the kernel, where it does not run
 
 
@@ -25,9 +26,10 @@ def gated_rms_norm(
     epsilon: float,
     heads: int = 1,
     norm_before_gate: bool = False,
+    activation: str = "silu",
     backend: str = "auto",
 ) -> jax.Array:
-    """``y = norm(r silu(gate)) scale`` with ``r = x + skip skipped``, as in Mamba-2; or ``norm(r) scale silu(gate)``.
+    """``y = norm(r f(gate)) scale`` with ``r = x + skip skipped``, as in Mamba-2; or ``norm(r) scale f(gate)``.
 
     ``norm(n)`` is ``n / sqrt(mean(n^2) + epsilon)``, the mean over each head.
 
@@ -37,6 +39,7 @@ def gated_rms_norm(
       skipped, skip: ``[B, T, D]`` and ``[D]``, or both None.
       heads: H, which divides D.
       norm_before_gate: the second form.
+      activation: f, ``"silu"`` or ``"sigmoid"``.
       backend: ``"separate"`` (XLA), ``"pallas"`` (one kernel for TPU and GPU, interpreted on CPU) or ``"auto"``: the kernel
         on TPU and GPU for more than 8 tokens; where it does not run, that is logged once.
 
@@ -49,6 +52,8 @@ def gated_rms_norm(
         raise UserError("gated_rms_norm takes skipped and skip together, or neither")
     if heads < 1 or x.shape[2] % heads:
         raise UserError(f"gated_rms_norm: {heads} heads do not divide {x.shape[2]} channels")
+    if activation not in ACTIVATIONS:
+        raise UserError(f"gated_rms_norm: activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
     channels = x.shape[2:]
     expected = {"gate": (gate, x.shape), "scale": (scale, (x.shape[2] // heads,))}
     if skipped is not None and skip is not None:
@@ -58,16 +63,16 @@ def gated_rms_norm(
         if array.shape != shape:
             raise UserError(f"gated_rms_norm: {name} is {array.shape}, not {shape}")
     wide = dtypes.wide(x.dtype)
-    norm = Norm(x.shape[2] // heads, epsilon, norm_before_gate)
+    norm = Norm(x.shape[2] // heads, epsilon, norm_before_gate, activation)
     if choose(backend, x, norm.head) == _INSTEAD:
         r = x.astype(wide)
         if skipped is not None and skip is not None:
             r = r + skip.astype(wide)[None, None] * skipped.astype(wide)
-        silu = jax.nn.silu(gate.astype(wide))
-        n = (r if norm_before_gate else r * silu).reshape(*x.shape[:2], heads, -1)
+        factor = ACTIVATIONS[activation](gate.astype(wide))
+        n = (r if norm_before_gate else r * factor).reshape(*x.shape[:2], heads, -1)
         n = n * jax.lax.rsqrt(jnp.mean(n * n, axis=-1, keepdims=True) + epsilon) * scale.astype(wide)[None, None, None]
         y = n.reshape(x.shape)
-        return (y * silu if norm_before_gate else y).astype(x.dtype)
+        return (y * factor if norm_before_gate else y).astype(x.dtype)
     weights = [jnp.tile(scale, heads)] + ([] if skip is None else [skip])
     inputs = Inputs(x, gate, skipped, jnp.stack([y.astype(wide) for y in weights]))
     return _by_kernel(inputs, norm, backends.target())

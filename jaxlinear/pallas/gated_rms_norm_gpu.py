@@ -174,7 +174,7 @@ class _Tile:
         opened = self._arithmetic.reciprocal(1 + self._arithmetic.exp2(z * -_LOG2_E))
         if self.plan.skips:
             r = r + self.skip(piece) * self.skipped(at, piece)
-        return Channels(r, z, opened, self.plan.norm.before_gate)
+        return Channels(r, z, opened, self.plan.norm)
 
     def skipped(self, at, piece: int) -> jax.Array:
         return self.load(self._skipped, at, piece)

@@ -160,7 +160,7 @@ class _Tile:
         r = self.load(self._x, at)
         if self.plan.skips:
             r = r + self.skip(at) * self.skipped(at)
-        return Channels(r, z, opened, self.plan.norm.before_gate)
+        return Channels(r, z, opened, self.plan.norm)
 
     def skipped(self, at) -> jax.Array:
         return self.load(self._skipped, at)

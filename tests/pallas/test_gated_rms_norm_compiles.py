@@ -16,17 +16,18 @@ from tests import compiled_text, gpus, ptxas
 
 pytestmark = pytest.mark.compiles_ahead
 
-# name: B, T, D, heads, whether there is a skip, whether the norm comes first, and the dtype
+# name: B, T, D, heads, whether there is a skip, whether the norm comes first, the dtype, and the activation unless SiLU
 CASES = {
     "mamba2_1b3": (2, 2048, 4096, 1, True, False, "bfloat16"),
     "mamba2_2b7": (2, 2048, 5120, 1, True, False, "bfloat16"),
     "gla_1b3": (2, 2048, 2048, 4, False, True, "bfloat16"),
     "float32": (1, 1000, 8192, 1, True, True, "float32"),
+    "kda": (2, 2048, 2048, 16, False, True, "bfloat16", "sigmoid"),
     "widest": (1, 1024, 16_384, 1, True, False, "bfloat16"),
     "short": (3, 9, 2048, 4, False, True, "bfloat16"),  # a block is longer than the sequence
     "longest": (1, 131_072, 2048, 8, False, True, "bfloat16"),
 }
-ON_GPU = {name: CASES[name] for name in ("mamba2_1b3", "mamba2_2b7", "gla_1b3", "longest")} | {
+ON_GPU = {name: CASES[name] for name in ("mamba2_1b3", "mamba2_2b7", "gla_1b3", "kda", "longest")} | {
     "float32": (1, 1000, 5120, 1, True, True, "float32"),
     "gated_delta_net_1b3": (2, 2048, 3600, 9, False, True, "bfloat16"),
     "narrow_heads": (3, 1000, 1920, 30, False, True, "bfloat16"),
@@ -66,13 +67,14 @@ def test_other_gpus(gpu, tmp_path):
 
 def compiled(device, case, **options):
     """Both passes, and the gradients of all arguments."""
-    batch, length, channels, heads, skips, before, dtype = case
+    batch, length, channels, heads, skips, before, dtype, *activation = case
 
     def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     def both(cotangent, *inputs):
-        op = functools.partial(gated_rms_norm, epsilon=1e-6, heads=heads, norm_before_gate=before)
+        options = {"heads": heads, "norm_before_gate": before} | ({"activation": activation[0]} if activation else {})
+        op = functools.partial(gated_rms_norm, epsilon=1e-6, **options)
         y, pullback = jax.vjp(op, *inputs)
         return y, pullback(cotangent)
 

@@ -18,7 +18,7 @@ from jaxlinear.parallel import operations, sharding
 from tests import naive, numerics
 from tests.shards import make_mesh
 
-# name: B, T, D, heads, whether there is a skip, and whether the norm comes first
+# name: B, T, D, heads, whether there is a skip, whether the norm comes first, and the activation unless it is SiLU
 CASES = {
     "one_token": (3, 1, 128, 1, True, False),
     "blocks_of_time": (2, 150, 256, 1, True, False),  # the last in part
@@ -26,6 +26,8 @@ CASES = {
     "heads": (2, 70, 512, 4, False, True),
     "wide_heads": (1, 33, 1536, 2, True, True),
     "gate_first_by_head": (1, 64, 512, 2, False, False),
+    "sigmoid": (1, 40, 256, 2, False, True, "sigmoid"),
+    "sigmoid_first": (2, 40, 256, 1, True, False, "sigmoid"),
 }
 # Heads that are no registers, and pieces of a head that are only partly its own.
 ON_GPU = CASES | {
@@ -46,13 +48,14 @@ def small_blocks(monkeypatch):
 
 @functools.cache
 def case(name):
-    batch, length, channels, heads, skips, before = ON_GPU[name]
+    batch, length, channels, heads, skips, before, *activation = ON_GPU[name]
     random = np.random.default_rng(length)
     shape = batch, length, channels
     inputs = *(numerics.normal(random, *shape) for _ in range(2)), numerics.normal(random, channels // heads)
     if skips:
         inputs += numerics.normal(random, *shape), numerics.normal(random, channels)
     options = {"heads": heads, "epsilon": 1e-2, "norm_before_gate": before}
+    options |= {"activation": activation[0]} if activation else {}
     cotangent = numerics.normal(random, *shape)
     reference = numerics.with_gradients(functools.partial(naive.gated_rms_norm, **options))
     return inputs, options, cotangent, numerics.wide(numerics.run(reference, inputs, cotangent, dtype="float64"))
@@ -77,13 +80,13 @@ def test_values_and_gradients(name, target, use):
     check(name, "float64", 1e-12)
 
 
-@pytest.mark.parametrize("name", ["blocks_of_time", "heads", "narrow"])
+@pytest.mark.parametrize("name", ["blocks_of_time", "heads", "narrow", "sigmoid"])
 def test_without_the_kernel(name):
     check(name, "float64", 1e-12, backend="separate")
 
 
 @pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
-@pytest.mark.parametrize("name", ["blocks_of_time", "heads"])
+@pytest.mark.parametrize("name", ["blocks_of_time", "heads", "sigmoid"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_narrow_numbers(name, dtype, target, use):
     use(target)
@@ -99,14 +102,15 @@ def test_on_a_simulated_tpu(use, name):
 
 @pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("norm_before_gate", [False, True])
-def test_a_closed_gate_and_an_open_one(target, norm_before_gate, use):
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_a_closed_gate_and_an_open_one(target, norm_before_gate, activation, use):
     """Gates so negative that the sigmoid is 0, and so large that it is 1; and a token of zeros, whose norm is epsilon's."""
     use(target)
     random = np.random.default_rng(0)
     x, gate = random.standard_normal((1, 4, 128)), np.repeat([[-200.0, -80.0, 1e4, 1.0]], 128, axis=0).T[None]
     x[:, 3] = 0
     arguments = tuple(y.astype(np.float32) for y in (x, gate, np.ones(128)))
-    op = functools.partial(ops.gated_rms_norm, epsilon=1e-6, norm_before_gate=norm_before_gate)
+    op = functools.partial(ops.gated_rms_norm, epsilon=1e-6, norm_before_gate=norm_before_gate, activation=activation)
     both = [
         numerics.run(numerics.with_gradients(functools.partial(op, backend=how)), arguments, x * 0 + 1, dtype="float32")
         for how in ("pallas", "separate")
@@ -175,6 +179,11 @@ def test_wrong_shapes(changed, reason):
     shapes = {"x": (1, 9, 8), "gate": (1, 9, 8), "scale": (4,)} | changed
     with pytest.raises(UserError, match=reason):
         ops.gated_rms_norm(**{name: jnp.ones(shape) for name, shape in shapes.items()}, heads=2, epsilon=1e-6)
+
+
+def test_an_unknown_activation():
+    with pytest.raises(UserError, match=r"activation='gelu' must be one of silu, sigmoid"):
+        ops.gated_rms_norm(jnp.ones((1, 9, 8)), jnp.ones((1, 9, 8)), jnp.ones(8), activation="gelu", epsilon=1e-6)
 
 
 def test_heads_that_do_not_divide():

@@ -69,7 +69,7 @@ def test_short_convolution(name, dtype, ran, monkeypatch):
     assert [x.name.split("_")[2] for x in ran] == ["forward", "gradient"]
 
 
-@pytest.mark.parametrize("name, dtype", [("odd", "float32"), ("heads", "bfloat16")])
+@pytest.mark.parametrize("name, dtype", [("odd", "float32"), ("heads", "bfloat16"), ("sigmoid", "float32")])
 def test_gated_rms_norm(name, dtype, ran, monkeypatch):
     monkeypatch.setattr(backends, "target", lambda: selective.target("gpu", interpret=False))
     norm.check(name, dtype, numerics.TOLERANCES[dtype])

@@ -72,5 +72,5 @@ class KimiDeltaAttention(nnx.Module):
         log_decay = by_head(-rates[None, None] * dt, heads)
         options = {"segment_ids": segment_ids, "negative_eigenvalues": self.inputs.negative_eigenvalues}
         o, new["memory"] = operations.delta_rule(q, k, v, beta, log_decay, past.get("memory"), **options)
-        o = self.norm(o.reshape(*x.shape[:2], -1), dt.dtype) * jax.nn.sigmoid(self.gate(x).astype(dt.dtype))
-        return self.out(o.astype(x.dtype)), new
+        o = o.reshape(*x.shape[:2], -1).astype(x.dtype)
+        return self.out(self.norm.gated(o, self.gate(x), "sigmoid")), new

@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.heads import GroupNorm, HeadNorm, by_head, per_head
-from jaxlinear.models.layers import Linear, RMSNorm, rotary, rotary_frequencies
+from jaxlinear.models.layers import Linear, rotary, rotary_frequencies
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations
 
@@ -48,7 +48,7 @@ class Retention(nnx.Module):
         self.key = Linear(width, keys, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
         self.value = Linear(width, values, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
         self.gate = Linear(width, values, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
-        self.norm: RMSNorm | GroupNorm = GroupNorm(self.heads, config.norm_epsilon)
+        self.norm: HeadNorm | GroupNorm = GroupNorm(self.heads, config.norm_epsilon)
         if config.head_norm == "rms":
             self.norm = HeadNorm(self.value_width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=xavier, rngs=rngs)
@@ -67,6 +67,6 @@ class Retention(nnx.Module):
         q, k = (rotary(y, positions, turns) for y in (q, k))
         log_decay = jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(self.heads)))), dtypes.wide(x.dtype))
         o, memory = operations.linear_attention(q, k, v, log_decay, state["memory"], segment_ids=segment_ids)
-        o = self.norm(o.reshape(*x.shape[:2], -1))
-        y = self.out(jax.nn.silu(self.gate(x)) * o)
-        return y, {"memory": memory, "position": state["position"] + x.shape[1]}
+        o, gate = o.reshape(*x.shape[:2], -1), self.gate(x)
+        gated = self.norm.gated(o, gate) if isinstance(self.norm, HeadNorm) else jax.nn.silu(gate) * self.norm(o)
+        return self.out(gated), {"memory": memory, "position": state["position"] + x.shape[1]}
