@@ -85,19 +85,24 @@ class Fields:
     def rotary(self, *, fraction: float, may_scale: bool = False) -> dict[str, Any]:
         """Our keys for rotary positions, from the fields of any release of transformers: unscaled ones or, with
         ``may_scale``, Llama 3.1's."""
-        base = self.number("rope_theta", 10_000.0)
-        fraction = self.number("partial_rotary_factor", fraction)
-        scaled: dict[str, Any] = {}
-        for name in ("rope_scaling", "rope_parameters"):
-            rope = self.section(name)
-            kind = rope.get(f"{name}.rope_type", rope.get(f"{name}.type", "default"))
-            if kind == "llama3" and may_scale:
-                scaled = _scaled(rope, name)
-            elif kind != "default":
-                which = "only unscaled positions ('default')" + (" or 'llama3'" if may_scale else "")
-                self.refuse(f"{name}.rope_type", kind, f"{which} can be imported")
-            base = rope.number(f"{name}.rope_theta", base)
-            fraction = rope.number(f"{name}.partial_rotary_factor", fraction)
+        names = [name for name in ("rope_scaling", "rope_parameters") if self.optional(name) not in (None, {})]
+        found = [self._rotary(name, fraction, may_scale) for name in names or ["rope_parameters"]]
+        if any(keys != found[0] for keys in found):
+            # transformers 5 takes the first, and earlier releases do not know the second.
+            self.refuse(names[0], self.optional(names[0]), f"{names[1]} says otherwise; keep the one that is right")
+        return found[0]
+
+    def _rotary(self, name: str, fraction: float, may_scale: bool) -> dict[str, Any]:
+        """By one of the fields that releases have for it."""
+        rope, scaled = self.section(name), {}
+        kind = rope.get(f"{name}.rope_type", rope.get(f"{name}.type", "default"))
+        if kind == "llama3" and may_scale:
+            scaled = _scaled(rope, name)
+        elif kind != "default":
+            which = "only unscaled positions ('default')" + (" or 'llama3'" if may_scale else "")
+            self.refuse(f"{name}.rope_type", kind, f"{which} can be imported")
+        base = rope.number(f"{name}.rope_theta", self.number("rope_theta", 10_000.0))
+        fraction = rope.number(f"{name}.partial_rotary_factor", self.number("partial_rotary_factor", fraction))
         return {"rotary_base": base, "rotary_fraction": fraction, **scaled}
 
 

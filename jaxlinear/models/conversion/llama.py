@@ -18,7 +18,13 @@ def _llama(fields: Fields) -> dict[str, Any]:
 
 def _mistral(fields: Fields) -> dict[str, Any]:
     shared = _shared(fields, 8)
-    if fields.is_null("sliding_window"):
+    full = fields.is_null("sliding_window")
+    kind = "full_attention" if full else "sliding_attention"
+    layers = fields.optional("layer_types")
+    # Where there are any, transformers takes the model for a Ministral, whose layers may differ.
+    if layers not in (None, [kind] * shared["num_layers"]):
+        fields.refuse("layer_types", layers, f"with this sliding_window only {kind} can be imported")
+    if full:
         return shared | _full(fields, 4096 * 32)
     return shared | {"pattern": ("sliding_window",), "window": fields.integer("sliding_window", 4096)}
 
@@ -45,6 +51,7 @@ def _shared(fields: Fields, groups: int) -> dict[str, Any]:
             f"num_attention_heads={heads})",
         )
     fields.only("hidden_act", "silu", default="silu")
+    fields.only("is_causal", True, default=True)
     positions = fields.rotary(fraction=1.0, may_scale=True)
     if positions["rotary_fraction"] != 1:
         fields.refuse(

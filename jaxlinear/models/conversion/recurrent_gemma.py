@@ -25,6 +25,8 @@ def _model(fields: Fields) -> dict[str, Any]:
     cap = fields.number("logits_soft_cap", 30.0)
     if cap <= 0:
         fields.refuse("logits_soft_cap", cap, "it must be above 0")
+    window = fields.integer("attention_window_size", 2048)
+    fields.only("sliding_window", window, default=window)  # another name for it
     blocks = fields.get("block_types", ["recurrent", "recurrent", "attention"])
     if not isinstance(blocks, list) or not blocks or not all(block in tuple(_BLOCKS) for block in blocks):
         fields.refuse("block_types", blocks, f"only {' and '.join(_BLOCKS)} can be imported")
@@ -47,7 +49,7 @@ def _model(fields: Fields) -> dict[str, Any]:
         recurrent_width=recurrent_width,
         num_heads=heads,
         key_value_heads=fields.integer("num_key_value_heads", heads),
-        window=fields.integer("attention_window_size", 2048),
+        window=window,
         mlp_expansion=fields.integer("intermediate_size") // 2 / width,
         convolution_width=fields.integer("conv1d_width", 4),
         **positions,

@@ -92,6 +92,15 @@ def test_tensors_that_do_not_fit_are_named(copied, tmp_path, change, message):
             {"rope_scaling": SCALED},
             r"rope_scaling.rope_type is 'llama3'; only .* \('default'\) can be",
         ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 50.0}, "rope_scaling": {"rope_theta": 60.0}},
+            "rope_scaling is {'rope_theta': 60.0}; rope_parameters says otherwise; keep the one that is right",
+        ),
+        ("llama", {"is_causal": False}, "is_causal is False; only True can be imported"),
+        ("mistral", {"layer_types": ["full_attention"]}, "layer_types is .* only sliding_attention can be imported"),
+        ("mistral", {"layer_types": -1}, "layer_types is -1; with this sliding_window only sliding_attention can"),
+        ("recurrent_gemma", {"sliding_window": 9}, "sliding_window is 9; only 4 can be imported"),
         ("mistral", {"sliding_window": "all"}, "sliding_window is 'all'; it must be a whole number, at least 1"),
         (
             "llama",
