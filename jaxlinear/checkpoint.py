@@ -31,6 +31,7 @@ DIRECTORY = "checkpoints"
 _META = "meta"
 _TEXT = "heldout_text"
 _OVERHEAD_BYTES = 1 << 19  # of a checkpoint beyond its arrays: descriptions, and blocks that are not full
+_LOG = logging.getLogger(__name__)
 _LOOKS_EVERY = 0.01  # seconds
 _OPENINGS = 10  # attempts to open a directory in which a run removes checkpoints
 # What Orbax and TensorStore raise for a damaged file; for the damaged contents of an array it is a bare Exception.
@@ -38,8 +39,8 @@ _READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
 _DISK_FULL = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota exceeded")  # in the messages of a failed write
 
 
-# Orbax warns about what is intended: opening a run only for reading, and saving without an evaluation. It logs the error of
-# a write in the background three times before it is raised here.
+# Orbax warns about what is intended: opening a run only for reading, and saving without an evaluation. It logs the
+# traceback of a write in the background three times before the error is raised here.
 _NOT_SHOWN = re.compile(
     r"CheckpointManagerOptions\.read_only=True|Given directory is read only|Requested `tracked_metric`"
     r"|(\[[^\]]*\])* ?(_SignalingThread\.run\(\) raised|Failed to run \d+ Handler Commit|Save Finalize thread .* failed)"
@@ -69,6 +70,8 @@ class _Manager(ocp.CheckpointManager):
         try:
             super()._wait_for_checkpointers()
         except Exception as error:
+            # Logged as well: this process may be ended before its next step, waiting for another.
+            _LOG.error("a checkpoint could not be written: %s", _in_one_line(error))
             self.failure = error
             raise
 
@@ -304,10 +307,11 @@ class Checkpoints:
         return step
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
-        reason = " ".join(str(error).split())[:300]
         earlier = [other for other in self.steps() if other < step]
         advice = f"remove it to resume from step {earlier[-1]}" if earlier else "there is no earlier one"
-        return UserError(f"the checkpoint {self.directory / str(step)} cannot be read ({reason}); {advice}")
+        return UserError(
+            f"the checkpoint {self.directory / str(step)} cannot be read ({_in_one_line(error)}); {advice}"
+        )
 
 
 @contextlib.contextmanager
@@ -367,6 +371,10 @@ def save_streamed(
         checkpointer.save(directory, args=ocp.args.Composite(**{_META: ocp.args.JsonSave(meta)}))
     # Saved separately: Orbax writes what is saved together in the background, all at once.
     streaming.save(directory / name, dict(arrays))
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -6,6 +6,8 @@ from one to the other before a sum over K, and back after it; the gradient of a 
 there over axes that are the tiles themselves.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,10 @@ from flax import nnx
 from jaxlinear.errors import UserError
 from jaxlinear.models.layers import RMSNorm
 from jaxlinear.ops import backends, dtypes
+from jaxlinear.ops.gated_rms_norm import ACTIVATIONS
 from jaxlinear.ops.short_convolution import UNIT_EPSILON
 from jaxlinear.pallas.lanes import LANES, SUBLANES
-from jaxlinear.parallel import sharding
+from jaxlinear.parallel import operations, sharding
 
 _FEWEST = 32  # channels of a head: with more heads in a register, their sums would take longer than the copies
 
@@ -38,7 +41,8 @@ def by_head(x: jax.Array, heads: int, *inner: int) -> jax.Array:
 
 
 class HeadNorm(RMSNorm):
-    """``RMSNorm`` over each head of ``[B, T, H * K]``, with the same weights for all."""
+    """``RMSNorm`` over each head of ``[B, T, H * K]``, with the same weights for all; the result in ``dtype``, by default
+    that of x."""
 
     def __init__(self, channels: int, *, epsilon: float, offset: float, rngs: nnx.Rngs):
         super().__init__(channels, axis=None, epsilon=epsilon, offset=offset, rngs=rngs)
@@ -48,6 +52,13 @@ class HeadNorm(RMSNorm):
         x = _placed(x, heads, shared=False)
         y = _normalised(x, heads, self.epsilon, weights=self.factors)
         return y.astype(dtype or x.dtype)
+
+    def gated(self, x: jax.Array, gate: jax.Array, activation: str = "silu") -> jax.Array:
+        """The norm times the activation of ``gate``, both ``[B, T, H * K]``: one kernel where that runs."""
+        heads, wide = x.shape[-1] // self.scale.shape[0], dtypes.wide(x.dtype)
+        run = functools.partial(operations.gated_rms_norm, channels="heads", heads=heads, epsilon=self.epsilon)
+        y = run(x, gate, self.factors, norm_before_gate=True, activation=activation)
+        return (self(x, wide) * ACTIVATIONS[activation](gate.astype(wide))).astype(x.dtype) if y is None else y
 
 
 class GroupNorm(nnx.Module):

@@ -1,6 +1,5 @@
 """The pieces that every block is built from: linear maps, normalisation, rotary positions, the gated MLP."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +9,6 @@ from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.ops import backends, dtypes
-from jaxlinear.ops.gated_rms_norm import ACTIVATIONS as GATES
 from jaxlinear.pallas import lanes
 from jaxlinear.parallel import operations, sharding
 
@@ -121,7 +119,7 @@ class RMSNorm(nnx.Module):
     def __init__(
         self, width: int, *, axis: str | None = "embed", epsilon: float = 1e-6, offset: float = 1.0, rngs: nnx.Rngs
     ):
-        self.epsilon, self.offset, self.channels = epsilon, offset, axis or "heads"
+        self.epsilon, self.offset = epsilon, offset
         self.scale = parameter(nnx.initializers.constant(1 - offset), (width,), (axis,), rngs)
 
     @property
@@ -129,19 +127,10 @@ class RMSNorm(nnx.Module):
         """By channel."""
         return self.offset + self.scale[...]
 
-    def __call__(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-        """In ``dtype``, by default that of x."""
+    def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(dtypes.wide(x.dtype))
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * _last(self.factors, wide)).astype(dtype or x.dtype)
-
-    def gated(self, x: jax.Array, gate: jax.Array, activation: str = "silu") -> jax.Array:
-        """The norm of x ``[B, T, D]`` times the activation of ``gate``, like x: one kernel where that runs. The weights may
-        be those of each head."""
-        wide, heads = dtypes.wide(x.dtype), x.shape[-1] // self.scale.shape[0]
-        run = functools.partial(operations.gated_rms_norm, channels=self.channels, heads=heads, epsilon=self.epsilon)
-        y = run(x, gate, self.factors, norm_before_gate=True, activation=activation)
-        return (self(x, wide) * GATES[activation](gate.astype(wide))).astype(x.dtype) if y is None else y
+        return (wide * inverse * _last(self.factors, wide)).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, epsilon: float) -> jax.Array:

@@ -100,6 +100,22 @@ def test_gates_and_recurrence_as_one_kernel():
         assert {error.array for error in checked.errors} == names
 
 
+@pytest.mark.parametrize(
+    "preset, norm, activation",
+    [
+        ("gla_6m", {}, "silu"),
+        ("gated_delta_net_6m", {}, "silu"),
+        ("retnet_6m", {"head_norm": "rms"}, "silu"),
+        ("kda_6m", {}, "sigmoid"),
+    ],
+)
+def test_mixers_whose_norm_and_gate_are_one_kernel(preset, norm, activation):
+    small = config(preset, num_layers=1, num_heads=2, key_width=64, value_width=128, width=64, **norm)
+    *_, found = device_check._calls(configs.resolve(small), targets.find("v5e:1x1").devices[0], 1, 150)
+    assert found.operation == "gated_rms_norm"
+    assert {"heads": 2, "norm_before_gate": True, "activation": activation}.items() <= found.options.items()
+
+
 def test_right_kernels_in_bfloat16(small_blocks):
     """An operation with decays runs on every kind of input."""
     found = check("lightning_6m", 150, num_layers=1, width=32, num_heads=2, key_width=16, value_width=16)

@@ -87,8 +87,7 @@ class Fields:
         ``may_scale``, Llama 3.1's."""
         names = [name for name in ("rope_scaling", "rope_parameters") if self.optional(name) not in (None, {})]
         found = [self._rotary(name, fraction, may_scale) for name in names or ["rope_parameters"]]
-        if any(keys != found[0] for keys in found):
-            # transformers 5 takes the first, and earlier releases do not know the second.
+        if found[-1] != found[0]:  # of which transformers 5 takes the first
             self.refuse(names[0], self.optional(names[0]), f"{names[1]} says otherwise; keep the one that is right")
         return found[0]
 
