@@ -48,10 +48,8 @@ def main() -> None:
     for item in found:
         item["bytes_us"] = 1e6 * item["bytes"] / bandwidth
     if directory is not None:
-        cycles = schedules.schedules(directory)
+        _add_cycles(found, schedules.schedules(directory))
         for item in found:
-            known = cycles.get(item["name"], _of_its_like(item["name"], item["kind"], cycles))
-            item["cycles"] = 0.0 if math.isnan(known) else known
             item["cycles_us"] = 1e6 * item["cycles"] / schedules.RATES[chip][1]
             item["us"] = max(item["bytes_us"], item["cycles_us"])
     columns = [column for column in _COLUMNS if column in found[0]]
@@ -81,11 +79,15 @@ def _print(item: dict, columns: list[str], label: str) -> None:
     print(*(f"{item[column]:9.0f}" for column in columns), f" {label}")
 
 
-def _of_its_like(name: str, kind: str, cycles: dict[str, float]) -> float:
-    """Of a kernel without a schedule, the cycles of the longest of its name: libtpu compiles equal kernels once."""
-    if kind != "custom-call":
-        return 0.0
-    return max((x for other, x in cycles.items() if other.partition(".")[0] == name.partition(".")[0]), default=0.0)
+def _add_cycles(found: list[dict], cycles: dict[str, float]) -> None:
+    """To each instruction those of its schedule or, since libtpu writes equal programs' once, of the longest like it."""
+    of_like: dict[str, float] = {}
+    for item in found:
+        known = cycles.get(item["name"], math.nan)
+        item["cycles"] = 0.0 if math.isnan(known) else known
+        of_like[item["like"]] = max(item["cycles"], of_like.get(item["like"], 0.0))
+    for item in found:
+        item["cycles"] = item["cycles"] or of_like[item["like"]]
 
 
 def _compile() -> tuple[str, str, float]:

@@ -8,22 +8,28 @@ from collections.abc import Iterator
 from jaxlinear.scaling import hlo, programs
 
 _ARRAY = re.compile(r"(\w+)\[([^]]*)\](\{[^}]*\})?")
+_NO_PROGRAM = re.compile(
+    r"(?:calls|to_apply)=%?[\w.\-]+|(?:metadata|backend_config)=.*"
+)  # of an instruction's attributes
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 _REWRITES = {"copy", "transpose", "reshape", "broadcast"}
 
 
 def on_tpu(text: str) -> list[dict]:
-    """The instructions of a program that take time, outside loops, with the bytes of their operands and results."""
-    module, found = hlo.parse(text), []
+    """The instructions of a program that take time, outside loops, with the bytes of their operands and results; of arrays
+    that are only cut or updated in place, the part. "like": the first that is the same program, which libtpu compiles
+    once."""
+    module, found, first = hlo.parse(text), [], {}
     sizes = {line.name: _in_hbm(line.shape) for line in module.computations[module.entry]}
     for line in _working(module):
-        moved = sizes[line.name] + sum(sizes[operand] for operand in line.operands)
-        found.append(_item(module, line, moved, sizes[line.name]))
+        moved = sizes[line.name] + sum(sizes[operand] for operand in set(line.operands))
+        item = _item(module, line, round(moved * _part(module, line)), sizes[line.name])
+        found.append(item | {"like": first.setdefault(_program(module, line), line.name)})
     return found
 
 
 def on_gpu(text: str) -> list[dict]:
-    """As ``on_tpu``; of arrays that are only cut or updated in place, the part."""
+    """As ``on_tpu``, without "like"."""
     module, found = hlo.parse(text), []
     for line in _working(module):
         result = hlo.size(line.shape)
@@ -46,6 +52,25 @@ def _item(module: hlo.Module, line: hlo.Instruction, moved: int, result: int) ->
         **{"name": line.name, "kind": line.opcode, "operation": line.operation},
         **{"bytes": moved, "result": result, "rewrites": bool(inside) and inside <= _REWRITES},
     }
+
+
+def _part(module: hlo.Module, line: hlo.Instruction) -> float:
+    """How much of a fusion's operands and results it reads and writes."""
+    whole = module.sizes[line.name] + sum(module.sizes[operand] for operand in line.operands)
+    return programs.moved(module, line) / whole if line.opcode == "fusion" and whole else 1.0
+
+
+def _program(module: hlo.Module, line: hlo.Instruction) -> str:
+    """The same for instructions that are the same program: of a kernel its name without the number, of others their text
+    without names."""
+    if line.opcode == "custom-call":
+        return line.name.partition(".")[0]
+    within = list(module.within(line))
+    numbers = {inner.name: str(n) for n, inner in enumerate(within[1:])}
+    of_operands = lambda inner: re.sub(r"%([\w.\-]+)", lambda name: numbers.get(name[1], ""), inner.inside)  # noqa: E731
+    of_attributes = lambda inner: _NO_PROGRAM.sub("", inner.attributes)  # noqa: E731
+    texts = ((inner.shape, inner.opcode, of_operands(inner), of_attributes(inner)) for inner in within)
+    return "\n".join(" ".join(text) for text in texts)
 
 
 def _in_hbm(shape: str) -> int:

@@ -91,9 +91,9 @@ def causal_convolution(x, kernel, bias, state, ids=None):
     return jnp.moveaxis(y, 0, 1), final
 
 
-def short_convolution(x, kernel, bias, state, heads=None, ids=None):
+def short_convolution(x, kernel, bias, state, heads=None, ids=None, activation="silu"):
     z, final = causal_convolution(x, kernel, bias, state, ids)
-    y = z / (1 + jnp.exp(-z))
+    y = z / (1 + jnp.exp(-z)) if activation == "silu" else z
     if heads is not None:
         of_heads = y.reshape(*y.shape[:2], heads, -1)
         y = (of_heads / jnp.sqrt(jnp.sum(of_heads**2, axis=-1, keepdims=True) + 1e-6)).reshape(y.shape)

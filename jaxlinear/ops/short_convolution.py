@@ -1,5 +1,5 @@
-"""The short convolution before a recurrence (``causal_convolution``), the SiLU after it and, for queries and keys of the
-delta rule, the scaling of each head to unit length."""
+"""The short convolution before a recurrence (``causal_convolution``), the SiLU after it, if there is one, and, for queries
+and keys of the delta rule, the scaling of each head to unit length."""
 
 import functools
 
@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, calls, checks, convolution, dtypes, matrix_states
-from jaxlinear.pallas import derivatives
-from jaxlinear.pallas import short_convolution as kernels
+from jaxlinear.pallas import derivatives, short_convolution_gpu, short_convolution_tpu
+from jaxlinear.pallas.short_convolution import After, Inputs
 from jaxlinear.pallas.target import Target
 
 UNIT_EPSILON = 1e-6  # added to the squared length of a query or a key
+ACTIVATIONS = "silu", "none"
 _INSTEAD = "separate"  # of the kernel, where it does not run
 
 
@@ -24,13 +25,15 @@ def short_convolution(
     initial_state: jax.Array | None = None,
     *,
     segment_ids: jax.Array | None = None,
+    activation: str = "silu",
     heads: int | None = None,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """``y_t = silu(bias + sum_j kernel[width-1-j] * x_{t-j})``; with ``heads``, ``y / sqrt(|y|^2 + 1e-6)`` over each.
+    """``y_t = f(bias + sum_j kernel[width-1-j] * x_{t-j})``; with ``heads``, ``y / sqrt(|y|^2 + 1e-6)`` over each.
 
     Args:
       x, kernel, bias, initial_state, segment_ids: as in ``causal_convolution``, but real; the state is its ``state``.
+      activation: f, ``"silu"``, or ``"none"`` for the sum itself.
       heads: H, which divides D; None for y itself.
       backend: ``"separate"`` (XLA), ``"pallas"`` (one kernel for TPU and GPU, interpreted on CPU) or ``"auto"``: the kernel
         on TPU and GPU for more than 8 tokens; where it does not run, that is logged once.
@@ -40,11 +43,15 @@ def short_convolution(
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     checks.axes("short_convolution", "B T D", x=x)
+    if activation not in ACTIVATIONS:
+        raise UserError(f"short_convolution: activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
     if heads is not None and (heads < 1 or x.shape[2] % heads):
         raise UserError(f"short_convolution: {heads} heads do not divide {x.shape[2]} channels")
     if choose(backend, x, kernel, heads) == _INSTEAD:
         y, final = convolution.causal_convolution(x, kernel, bias, initial_state, segment_ids=segment_ids)
-        y = jax.nn.silu(y.astype(dtypes.wide(y.dtype)))
+        y = y.astype(dtypes.wide(y.dtype))
+        if activation == "silu":
+            y = jax.nn.silu(y)
         if heads is not None:
             of_heads = y.reshape(*y.shape[:2], heads, -1)
             square = jnp.sum(of_heads * of_heads, axis=-1, keepdims=True)
@@ -52,10 +59,11 @@ def short_convolution(
         return y.astype(x.dtype), final
     wide = dtypes.wide(x.dtype)
     x, kernel, bias, state, runs = convolution.arguments(x, kernel, bias, initial_state, segment_ids)
-    since = _since(x, runs, len(kernel) - 1)
     bias = jnp.zeros(x.shape[2:], wide) if bias is None else bias.astype(wide)
-    head = 0 if heads is None else x.shape[2] // heads
-    y = _by_kernel(x, kernel.astype(wide), bias, since, state, head, backends.target())
+    weights = jnp.concatenate([kernel.astype(wide), bias[None]])
+    inputs = Inputs(x, weights, _since(x, runs, len(kernel) - 1), state)
+    after = After(activation == "silu", 0 if heads is None else x.shape[2] // heads, UNIT_EPSILON)
+    y = _by_kernel(inputs, after, backends.target())
     return y, convolution.last_inputs(x, state, runs)
 
 
@@ -86,7 +94,7 @@ def _refusal(
         return "the kernel takes no complex numbers"
     head = 0 if heads is None else x.shape[2] // heads
     reason = elsewhere or backends.refused_dtype(platform, x.dtype)
-    return reason or kernels.refusal(x.shape[2], kernel.shape[0], head, platform)
+    return reason or _kernels(platform).refusal(x.shape[2], kernel.shape[0], head)
 
 
 def _since(x: jax.Array, runs: jax.Array | None, before: int) -> jax.Array:
@@ -97,22 +105,24 @@ def _since(x: jax.Array, runs: jax.Array | None, before: int) -> jax.Array:
     return sum(((y == runs).astype(jnp.int32) for y in earlier), jnp.zeros(runs.shape, jnp.int32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _by_kernel(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, since: jax.Array, state: jax.Array, head: int, target: Target
-) -> jax.Array:
-    return kernels.forward(x, kernel, bias, since, state, head=head, epsilon=UNIT_EPSILON, target=target)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _by_kernel(inputs: Inputs, after: After, target: Target) -> jax.Array:
+    return _kernels(target.platform).forward(inputs, after, target)
 
 
-def _by_kernel_forward(x, kernel, bias, since, state, head, target):
-    given = derivatives.once((x, kernel, bias, since, state), _INSTEAD)
-    return kernels.forward(*given, head=head, epsilon=UNIT_EPSILON, target=target), given
+def _by_kernel_forward(inputs, after, target):
+    given = derivatives.once(inputs, _INSTEAD)
+    return _kernels(target.platform).forward(given, after, target), given
 
 
-def _by_kernel_backward(head, target, given, d_y):
+def _by_kernel_backward(after, target, given, d_y):
     given, d_y = derivatives.once((given, d_y), _INSTEAD)
-    d_x, d_kernel, d_bias, d_state = kernels.gradient(*given, d_y, head=head, epsilon=UNIT_EPSILON, target=target)
-    return d_x, d_kernel, d_bias, None, d_state.astype(given[4].dtype)
+    d_x, d_weights, d_state = _kernels(target.platform).gradient(given, d_y, after, target)
+    return (Inputs(d_x, d_weights, None, d_state),)
 
 
 _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
+
+
+def _kernels(platform: str):
+    return short_convolution_gpu if platform == "gpu" else short_convolution_tpu

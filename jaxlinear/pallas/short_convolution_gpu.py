@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas.gpu_arithmetic import Arithmetic, arithmetic_of
+from jaxlinear.pallas.short_convolution import After, Inputs
 from jaxlinear.pallas.target import Target
 
 _LOG2_E = math.log2(math.e)
@@ -28,8 +29,7 @@ class Plan(NamedTuple):
     length: int  # T
     channels: int  # D
     width: int  # taps
-    head: int  # channels of a head that gets unit length; 0 if none does
-    epsilon: float
+    after: After
     lanes: int  # channels that a program has room for
     warps: int
     time: int  # tokens of a program
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     @property
     def group(self) -> int:
         """Channels of a program."""
-        return self.head or self.lanes
+        return self.after.head or self.lanes
 
     @property
     def parts(self) -> int:
@@ -55,38 +55,30 @@ def refusal(channels: int, width: int, head: int) -> str | None:
     return None
 
 
-def forward(x, taps, bias, since, state, *, head: int, epsilon: float, target: Target) -> jax.Array:
-    """As ``short_convolution.forward``."""
-    plan = _plan(x, taps, head, epsilon, backward=False)
-    (y,) = _call(plan, _forward, "forward", (x, _rows(taps, bias), since, state), [x], target)
+def forward(inputs: Inputs, after: After, target: Target) -> jax.Array:
+    """y or u, like x."""
+    plan = _plan(inputs, after, backward=False)
+    (y,) = _call(plan, _forward, "forward", inputs, [inputs.x], target)
     return y
 
 
-def gradient(
-    x, taps, bias, since, state, d_y, *, head: int, epsilon: float, target: Target
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """As ``short_convolution.gradient``."""
-    plan, wide = _plan(x, taps, head, epsilon, backward=True), taps.dtype
-    of_weights = jax.ShapeDtypeStruct((len(x), plan.parts, plan.width + 1, plan.channels), wide)
-    of_state = jax.ShapeDtypeStruct(state.shape, wide)
-    inputs = x, _rows(taps, bias), since, state, d_y
-    d_x, d_weights, d_state = _call(plan, _gradient, "gradient", inputs, [x, of_weights, of_state], target)
-    d_weights = jnp.sum(d_weights, axis=(0, 1))
-    return d_x, d_weights[:-1], d_weights[-1], d_state
+def gradient(inputs: Inputs, d_y: jax.Array, after: After, target: Target) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Those of x, weights and state, from that of ``forward``'s output."""
+    plan, weights = _plan(inputs, after, backward=True), inputs.weights
+    of_weights = jax.ShapeDtypeStruct((len(d_y), plan.parts, *weights.shape), weights.dtype)
+    outputs = [inputs.x, of_weights, inputs.state]
+    d_x, d_weights, d_state = _call(plan, _gradient, "gradient", (*inputs, d_y), outputs, target)
+    return d_x, jnp.sum(d_weights, axis=(0, 1)), d_state
 
 
-def _plan(x: jax.Array, taps: jax.Array, head: int, epsilon: float, *, backward: bool) -> Plan:
-    _, length, channels = x.shape
-    width = len(taps)
+def _plan(inputs: Inputs, after: After, *, backward: bool) -> Plan:
+    _, length, channels = inputs.x.shape
+    width = inputs.width
     least = pl.next_power_of_2(width - 1)  # what precedes a token is in its block or the one before
-    lanes = max(_LANES, pl.next_power_of_2(head or min(channels, blocks.CONVOLUTION_GPU_CHANNELS)))
+    lanes = max(_LANES, pl.next_power_of_2(after.head or min(channels, blocks.CONVOLUTION_GPU_CHANNELS)))
     warps = pl.next_power_of_2(pl.cdiv(lanes * width, blocks.CONVOLUTION_GPU_WEIGHTS))
     rows = max(blocks.CONVOLUTION_GPU_ROWS[backward], least)
-    return Plan(length, channels, width, head, epsilon, lanes, warps, blocks.CONVOLUTION_GPU_TIME, rows)
-
-
-def _rows(taps: jax.Array, bias: jax.Array) -> jax.Array:
-    return jnp.concatenate([taps, bias[None]])
+    return Plan(length, channels, width, after, lanes, warps, blocks.CONVOLUTION_GPU_TIME, rows)
 
 
 def _call(plan: Plan, kernel, kind: str, inputs, outputs, target: Target) -> list[jax.Array]:
@@ -100,10 +92,10 @@ def _call(plan: Plan, kernel, kind: str, inputs, outputs, target: Target) -> lis
         compiler_params=plgpu.CompilerParams(num_warps=plan.warps, num_stages=1),
         cost_estimate=pl.CostEstimate(
             flops=x.size * plan.width * (6 if kind == "gradient" else 2),
-            transcendentals=2 * x.size,
+            transcendentals=2 * x.size * plan.after.silu,
             bytes_accessed=sum(y.size * jnp.dtype(y.dtype).itemsize for y in [*inputs, *shapes]),
         ),
-        name=f"short_convolution_{kind}{'_heads' if plan.head else ''}",
+        name=f"short_convolution_{kind}{'_heads' if plan.after.head else ''}",
         interpret=target.interpret,
     )(*inputs)
 
@@ -120,10 +112,11 @@ def _forward(plan: Plan, arithmetic: Arithmetic, x, weights, since, state, y) ->
         following = loads(jnp.minimum(first + plan.rows, tile.first + plan.time - plan.rows))
         for j, (own, reached) in enumerate(loaded):
             inputs = tile.inputs([own, *before], reached)
-            z = tile.filtered(inputs)
-            result = z * tile.sigmoid(z)
-            if plan.head:
-                result = result * lax.rsqrt(jnp.sum(result * result) + plan.epsilon)
+            result = tile.filtered(inputs)
+            if plan.after.silu:
+                result = result * tile.sigmoid(result)
+            if plan.after.head:
+                result = result * lax.rsqrt(jnp.sum(result * result) + plan.after.epsilon)
             tile.store(y, first + j, result)
             before = [own, *before[:-1]]
         return before, following
@@ -141,19 +134,22 @@ def _gradient(plan: Plan, arithmetic: Arithmetic, x, weights, since, state, d_y,
         they reach. With heads, ptxas would spill registers."""
         earlier = [tile.input(first - lags + j) for j in range(lags)]
         earlier += [tile.load(x, first + j) for j in range(plan.rows - lags)]
-        reached = [] if plan.head else [tile.reached(first + j) for j in range(plan.rows)]
+        reached = [] if plan.after.head else [tile.reached(first + j) for j in range(plan.rows)]
         return earlier, [tile.load(d_y, first + j) for j in range(plan.rows)], reached
 
     def of_sum(inputs, d):
         """The gradient of z."""
-        z, d = tile.filtered(inputs), d.astype(weights.dtype)
-        gate = tile.sigmoid(z)
-        if plan.head:
+        d = d.astype(weights.dtype)
+        if plan.after.is_linear:
+            return d
+        z = tile.filtered(inputs)
+        gate = tile.sigmoid(z) if plan.after.silu else 1
+        if plan.after.head:
             result = z * gate
-            scale = lax.rsqrt(jnp.sum(result * result) + plan.epsilon)
+            scale = lax.rsqrt(jnp.sum(result * result) + plan.after.epsilon)
             along = scale * scale * jnp.sum(result * d)
             d = scale * fma(-along, result, d)
-        return d * fma(gate, z * (1 - gate), gate)
+        return d * fma(gate, z * (1 - gate), gate) if plan.after.silu else d
 
     def backwards(d_z, reached, of_earlier):
         """The gradient of the token's own input; and what is known so far of those before it."""
@@ -167,7 +163,7 @@ def _gradient(plan: Plan, arithmetic: Arithmetic, x, weights, since, state, d_y,
         following = loads(jnp.maximum(first - plan.rows, tile.first))
         in_order = earlier + inputs_after  # from lags before the first on
         for j in reversed(range(plan.rows)):
-            reached = tile.reached(first + j) if plan.head else known[j]
+            reached = tile.reached(first + j) if plan.after.head else known[j]
             inputs = tile.inputs(in_order[j : j + plan.width][::-1], reached)
             d_z = of_sum(inputs, d[j])
             totals = [fma(d_z, y, total) for y, total in zip(inputs[::-1], totals, strict=False)] + [totals[-1] + d_z]

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas import blocks
 from jaxlinear.pallas.lanes import LANES, SUBLANES, fill
+from jaxlinear.pallas.short_convolution import After, Inputs
 from jaxlinear.pallas.target import Target
 
 _LOG2_E = math.log2(math.e)
@@ -24,8 +25,7 @@ class Plan(NamedTuple):
     length: int  # T
     channels: int  # D
     width: int  # taps
-    head: int  # channels of a head that gets unit length; 0 if none does
-    epsilon: float
+    after: After
     time: int  # tokens of a block
     group: int  # channels of a block
     backward: bool
@@ -44,29 +44,27 @@ def refusal(channels: int, width: int, head: int) -> str | None:
     return None
 
 
-def forward(x, taps, bias, since, state, *, head: int, epsilon: float, target: Target) -> jax.Array:
-    """As ``short_convolution.forward``."""
-    plan = _plan(x, taps, head, epsilon, backward=False)
-    (y,) = _call(plan, x, taps, bias, since, state, None, target)
+def forward(inputs: Inputs, after: After, target: Target) -> jax.Array:
+    """y or u, like x."""
+    plan = _plan(inputs, after, backward=False)
+    (y,) = _call(plan, inputs, None, target)
     return y[:, : plan.length]
 
 
-def gradient(
-    x, taps, bias, since, state, d_y, *, head: int, epsilon: float, target: Target
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """As ``short_convolution.gradient``."""
-    plan = _plan(x, taps, head, epsilon, backward=True)
-    d_x, sums, d_state = _call(plan, x, taps, bias, since, state, d_y, target)
-    sums = jnp.sum(sums.reshape(x.shape[0], plan.width + 1, SUBLANES, -1), axis=(0, 2))
-    return d_x[:, : plan.length], sums[:-1], sums[-1], d_state[:, SUBLANES + 1 - plan.width :]
+def gradient(inputs: Inputs, d_y: jax.Array, after: After, target: Target) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Those of x, weights and state, from that of ``forward``'s output."""
+    plan = _plan(inputs, after, backward=True)
+    d_x, sums, d_state = _call(plan, inputs, d_y, target)
+    sums = jnp.sum(sums.reshape(len(d_y), plan.width + 1, SUBLANES, -1), axis=(0, 2))
+    return d_x[:, : plan.length], sums, d_state[:, SUBLANES + 1 - plan.width :].astype(inputs.state.dtype)
 
 
-def _plan(x: jax.Array, taps: jax.Array, head: int, epsilon: float, *, backward: bool) -> Plan:
-    _, length, channels = x.shape
-    block = _block(channels, head)
+def _plan(inputs: Inputs, after: After, *, backward: bool) -> Plan:
+    _, length, channels = inputs.x.shape
+    block = _block(channels, after.head)
     assert block is not None
     time, group = block
-    return Plan(length, channels, len(taps), head, epsilon, min(time, -(-length // LANES) * LANES), group, backward)
+    return Plan(length, channels, inputs.width, after, min(time, -(-length // LANES) * LANES), group, backward)
 
 
 def _block(channels: int, head: int) -> tuple[int, int] | None:
@@ -81,28 +79,25 @@ def _block(channels: int, head: int) -> tuple[int, int] | None:
     return None if time is None else (time, group)
 
 
-def _call(plan: Plan, x, taps, bias, since, state, d_y, target: Target) -> list[jax.Array]:
+def _call(plan: Plan, given: Inputs, d_y: Any, target: Target) -> list[jax.Array]:
     """The outputs of the kernel for whole blocks of time. Tokens after T are zeros, and so are their gradients."""
-    batch, wide, missing = x.shape[0], taps.dtype, plan.steps * plan.time - plan.length
-    halo = SUBLANES + 1 - plan.width
-    x, since, d_y = (
-        y if y is None or not missing else jnp.pad(y, ((0, 0), (0, missing), *((0, 0),) * (y.ndim - 2)))
-        for y in (x, since, d_y)
-    )
+    wide, missing, halo = given.weights.dtype, plan.steps * plan.time - plan.length, SUBLANES + 1 - plan.width
+    in_blocks = lambda y: jnp.pad(y, ((0, 0), (0, missing), *((0, 0),) * (y.ndim - 2))) if missing else y  # noqa: E731
+    x, since, batch = in_blocks(given.x), in_blocks(given.since), len(given.x)
     at = (lambda t: plan.steps - 1 - t) if plan.backward else lambda t: t
     in_time = pl.BlockSpec((None, plan.time, plan.group), lambda b, g, t: (b, at(t), g))
     of_row = lambda rows: pl.BlockSpec((None, rows, plan.group), lambda b, g, t: (b, 0, g))  # noqa: E731
     inputs = [
         (x, in_time),
-        (jnp.concatenate([taps, bias[None]]), pl.BlockSpec((plan.width + 1, plan.group), lambda b, g, t: (0, g))),
+        (given.weights, pl.BlockSpec((plan.width + 1, plan.group), lambda b, g, t: (0, g))),
         (since[:, None], pl.BlockSpec((None, 1, plan.time), lambda b, g, t: (b, 0, at(t)))),
-        (jnp.pad(state.astype(wide), ((0, 0), (halo, 0), (0, 0))), of_row(SUBLANES)),
+        (jnp.pad(given.state.astype(wide), ((0, 0), (halo, 0), (0, 0))), of_row(SUBLANES)),
     ]
     outputs, carried = [(x.shape, x.dtype, in_time)], SUBLANES
     if plan.backward:
         before = lambda t: jnp.maximum(at(t) * (plan.time // SUBLANES) - 1, 0)  # noqa: E731
         beside = pl.BlockSpec((None, SUBLANES, plan.group), lambda b, g, t: (b, before(t), g))
-        inputs += [(d_y, in_time), (x, beside)]
+        inputs += [(in_blocks(d_y), in_time), (x, beside)]
         sums, carried = (plan.width + 1) * SUBLANES, (plan.width - 1) * SUBLANES
         outputs += [((batch, rows, plan.channels), wide, of_row(rows)) for rows in (sums, SUBLANES)]
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
@@ -118,10 +113,10 @@ def _call(plan: Plan, x, taps, bias, since, state, d_y, target: Target) -> list[
         ),
         cost_estimate=pl.CostEstimate(
             flops=x.size * plan.width * (6 if plan.backward else 2),
-            transcendentals=3 * x.size,
+            transcendentals=3 * x.size * plan.after.silu,
             bytes_accessed=sum(y.size * y.dtype.itemsize for y in [*(y for y, _ in inputs), *shapes]),
         ),
-        name=f"short_convolution_{'gradient' if plan.backward else 'forward'}{'_heads' if plan.head else ''}",
+        name=f"short_convolution_{'gradient' if plan.backward else 'forward'}{'_heads' if plan.after.head else ''}",
         interpret=target.interpret,
     )(*(y for y, _ in inputs))
 
@@ -141,7 +136,7 @@ def _forward(plan: Plan, x, weights, since, state, y, marks, last) -> None:
             inputs = _Inputs(plan, x[at, lanes].astype(weights.dtype), last[:, lanes], marks[at])
             last[:, lanes] = inputs.own[-SUBLANES:]
             z = inputs.filtered(weights, lanes)
-            for part in heads.after(_Part(lanes, z * _sigmoid(z))):
+            for part in heads.after(_Part(lanes, z * _sigmoid(z) if plan.after.silu else z)):
                 y[at, part.lanes] = (part.y if part.scale is None else part.y * part.scale).astype(y.dtype)
 
     _each(plan, tokens)
@@ -168,12 +163,12 @@ def _gradient(plan: Plan, x, weights, since, state, d_y, beside, d_x, sums, d_st
             before = jnp.where(first == 0, outside, inside.astype(wide)[SUBLANES:])
             inputs = _Inputs(plan, x[at, lanes].astype(wide), before, marks[at])
             z = inputs.filtered(weights, lanes)
-            gate = _sigmoid(z)
+            gate = _sigmoid(z) if plan.after.silu else 1
             kept[lanes.start] = inputs, z, gate
             for part in heads.after(_Part(lanes, z * gate, d_y[at, lanes].astype(wide))):
                 inputs, z, gate = kept.pop(part.lanes.start)
                 d = part.d if part.scale is None else part.scale * (part.d - part.y * part.along)
-                d_z = d * (gate * (1 + z * (1 - gate)))
+                d_z = d * (gate * (1 + z * (1 - gate))) if plan.after.silu else d
                 d_x[at, part.lanes] = inputs.gradient(d_z, weights, sums, after, part.lanes).astype(d_x.dtype)
 
     _each(plan, tokens)
@@ -244,7 +239,7 @@ class _Heads:
     """Takes the registers of a block in order, and gives back those whose heads are complete, with what heads need."""
 
     def __init__(self, plan: Plan):
-        self._head, self._epsilon = plan.head, plan.epsilon
+        self._head, self._epsilon = plan.after.head, plan.after.epsilon
         self._waiting: list[_Part] = []
         self._sums: dict[int, list[jax.Array]] = {}  # by head, so far
         self._found: dict[int, list[jax.Array]] = {}  # by head, ``scale`` and ``along``

@@ -321,6 +321,7 @@ def short_convolution(
     *,
     segment_ids: jax.Array | None = None,
     channels: str | None = None,
+    activation: str = "silu",
     heads: int | None = None,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array] | None:
@@ -337,7 +338,7 @@ def short_convolution(
         reason = f"the kernel needs whole heads, and {x.shape[2] // own.shape[2]} devices have parts of {heads}"
     if choose_short_convolution(backend, own, kernel, own_heads or None, reason) != "pallas":
         return None
-    run = functools.partial(ops.short_convolution, heads=own_heads or None, backend="pallas")
+    run = functools.partial(ops.short_convolution, activation=activation, heads=own_heads or None, backend="pallas")
     if mesh is None or mesh.size == 1:
         return run(x, kernel, bias, initial_state, segment_ids=segment_ids)
     if initial_state is None:

@@ -84,17 +84,17 @@ def test_gates_and_recurrence_as_one_kernel():
     """On a TPU they are, but where a mesh spreads time."""
     small = config("hawk_6m", num_layers=1, width=32, recurrent_width=32, num_heads=2)
     found = device_check._calls(configs.resolve(small), targets.find("v5e:1x1").devices[0], 1, 150)
-    assert [call.operation for call in found] == ["rg_lru", "rg_lru_gates", "linear_recurrence"]
+    assert [call.operation for call in found] == ["short_convolution", "rg_lru", "rg_lru_gates", "linear_recurrence"]
     hybrid = config("hawk_6m", num_layers=2, width=32, recurrent_width=32, num_heads=2, pattern=("rg_lru", "hgrn"))
     others = device_check._calls(configs.resolve(hybrid), targets.find("v5e:1x1").devices[0], 1, 150)
     assert [call.operation for call in others] == [
-        "rg_lru",
+        *["short_convolution", "rg_lru"],
         "linear_recurrence",
         *["rg_lru_gates", "linear_recurrence"],
     ]
-    assert check_inputs.constants(found[0]) == GATES
-    for kind in check_inputs.kinds_of(found[0]):
-        checked = device_check._check(found[0], kind, *jax.devices()[:1] * 2)
+    assert check_inputs.constants(found[1]) == GATES
+    for kind in check_inputs.kinds_of(found[1]):
+        checked = device_check._check(found[1], kind, *jax.devices()[:1] * 2)
         assert checked.is_right and checked.worst.kernel < 2e-2
         names = {"output", "last state", *(f"gradient of {name}" for name in ("x", "initial_state", *GATES))}
         assert {error.array for error in checked.errors} == names
@@ -193,11 +193,12 @@ def test_what_every_model_calls(preset):
         *(("delta_net", target, [4, None]) for target in ("v5e:1x1", "h100:1")),
         *(("mamba", target, [None]) for target in ("v5e:1x1", "h100:1")),
         *[("mamba2", "v5e:1x1", []), ("mamba2", "h100:1", [None, None])],  # of values, and of queries and keys
+        *[("rg_lru", "v5e:1x1", [None]), ("rg_lru", "h100:1", [])],
     ],
 )
 def test_where_convolutions_are_kernels(mixer, target, heads):
     """With the heads that get unit length."""
-    sizes = {"num_layers": 1, "width": 64, "num_heads": 4, "key_width": 16}
+    sizes = {"num_layers": 1, "width": 64, "num_heads": 4, "key_width": 0 if mixer == "rg_lru" else 16}
     sizes |= {} if mixer == "delta_net" else {"recurrent_width": 128}
     small = config("delta_net_6m", pattern=(mixer,), dtype="bfloat16", **sizes)
     found = device_check._calls(configs.resolve(small), targets.find(target).devices[0], 2, 300)

@@ -23,7 +23,10 @@ TARGETS = {"v5p:4x4x4": {"data": 4, "fsdp": 16}, "h100:8": {"data": 1, "fsdp": 8
 # Prefixes of the kernels' names.
 MODELS = {
     "griffin_7b": {
-        "v5p:4x4x4": {"rg_lru_forward_packed", "rg_lru_gradient_packed", "splash_fwd", "splash_dq", "splash_dkv"},
+        "v5p:4x4x4": {
+            *("rg_lru_forward_packed", "rg_lru_gradient_packed", "splash_fwd", "splash_dq", "splash_dkv"),
+            *("short_convolution_forward", "short_convolution_gradient"),
+        },
         "h100:8": {
             *("rg_lru_forward_packed", "rg_lru_gradient_packed"),
             *("attention_outputs", "attention_queries", "attention_keys"),

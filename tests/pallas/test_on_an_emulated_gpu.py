@@ -62,7 +62,7 @@ def test_the_map_of_a_selective_scan(name, ran):
     assert {x.name.split("_")[2] for x in ran} == {"summary", "state"}
 
 
-@pytest.mark.parametrize("name, dtype", [("narrow", "float32"), ("wide_heads", "bfloat16")])
+@pytest.mark.parametrize("name, dtype", [("narrow", "float32"), ("wide_heads", "bfloat16"), ("sums", "float32")])
 def test_short_convolution(name, dtype, ran, monkeypatch):
     monkeypatch.setattr(backends, "target", lambda: selective.target("gpu", interpret=False))
     convolution.check(name, dtype, numerics.TOLERANCES[dtype])

@@ -16,11 +16,12 @@ from tests import compiled_text, gpus, ptxas
 
 pytestmark = pytest.mark.compiles_ahead
 
-# name: B, T, D, heads, dtype and, unless there are 4, taps
+# name: B, T, D, heads, dtype and, unless there are 4, taps and, unless it is SiLU, activation
 CASES = {
     "delta_net_1b3": (2, 2048, 2048, 16, "bfloat16"),
     "gated_delta_net_1b3": (2, 2048, 1800, 9, "bfloat16"),
     "its_values": (2, 2048, 3600, None, "bfloat16"),
+    "griffin_1b3": (2, 2048, 2560, None, "bfloat16", 4, "none"),
     "longest": (1, 131_072, 4096, None, "bfloat16"),
     "float32": (1, 1024, 8192, 32, "float32"),
     "narrow_heads": (1, 1024, 1024, 64, "bfloat16"),
@@ -28,20 +29,35 @@ CASES = {
     "largest_block": (1, 1024, 8136, 9, "bfloat16"),
 }
 ON_GPU = {
-    **{name: CASES[name] for name in ("delta_net_1b3", "gated_delta_net_1b3", "its_values", "float32", "small")},
+    **{
+        name: CASES[name]
+        for name in ("delta_net_1b3", "gated_delta_net_1b3", "its_values", "griffin_1b3", "float32", "small")
+    },
     "narrow_heads": (1, 1024, 1024, 64, "bfloat16"),
     "widest_heads": (1, 1024, 1536, 6, "float32"),
     "most_taps": (1, 1024, 1024, 8, "float32", 9),
     "over_4_gib": (8, 131_072, 4096, 32, "bfloat16"),  # offsets have 64 bits
 }
-TPUS = {"v5e:1x1": list(CASES), "v5p:2x2x1": ["gated_delta_net_1b3"], "v6e:1x1": ["delta_net_1b3"]}
+TPUS = {
+    "v5e:1x1": list(CASES),
+    "v5p:2x2x1": ["gated_delta_net_1b3", "griffin_1b3"],
+    "v6e:1x1": ["delta_net_1b3", "griffin_1b3"],
+}
 
 
-@pytest.mark.some_cases("v5e:1x1-longest", "v5e:1x1-small", "v5p:2x2x1-gated_delta_net_1b3", "v6e:1x1-delta_net_1b3")
+@pytest.mark.some_cases(
+    *(
+        "v5e:1x1-longest",
+        "v5e:1x1-small",
+        "v5e:1x1-griffin_1b3",
+        "v5p:2x2x1-gated_delta_net_1b3",
+        "v6e:1x1-delta_net_1b3",
+    )
+)
 @pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
 def test_tpu(target, name):
     text = compiled(targets.find(target).devices[0], CASES[name]).as_text()
-    batch, length, channels, heads, _ = CASES[name]
+    batch, length, channels, heads = CASES[name][:4]
     assert compiled_text.kernels(text, "short_convolution") == each_way(heads)
     if channels % 128 == 0 and length % 128 == 0:
         assert not compiled_text.rearrangements(text, batch * length * channels)
@@ -71,13 +87,13 @@ def each_way(heads):
 
 def compiled(device, case, **options):
     """Both passes, and the gradients of all arguments."""
-    batch, length, channels, heads, dtype, width = (*case, 4)[:6]
+    batch, length, channels, heads, dtype, width, activation = *case, *(4, "silu")[len(case) - 5 :]
 
     def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     def both(ids, cotangents, *inputs):
-        op = functools.partial(short_convolution, segment_ids=ids, heads=heads)
+        op = functools.partial(short_convolution, segment_ids=ids, heads=heads, activation=activation)
         outputs, pullback = jax.vjp(op, *inputs)
         return outputs, pullback(cotangents)
 

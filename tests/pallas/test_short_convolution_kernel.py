@@ -18,7 +18,7 @@ from jaxlinear.parallel import operations, sharding
 from tests import naive, numerics
 from tests.shards import make_mesh
 
-# name: B, T, D, width, heads, segments
+# name: B, T, D, width, heads, segments and, unless it is SiLU, activation
 CASES = {
     "one_token": (2, 1, 3, 4, None, True),
     "narrow": (1, 130, 3, 4, None, True),  # two blocks of time, the second nearly empty
@@ -29,6 +29,8 @@ CASES = {
     "heads_share_a_register": (1, 140, 128, 4, 4, True),
     "heads_between_registers": (2, 135, 300, 4, 3, True),
     "wide_heads": (1, 70, 400, 4, 2, True),
+    "sums": (2, 300, 256, 4, None, True, "none"),
+    "sums_in_heads": (2, 135, 300, 4, 3, True, "none"),
 }
 TPU, GPU = (Target(platform, "none", True) for platform in ("tpu", "gpu"))
 
@@ -42,15 +44,16 @@ def small_blocks(monkeypatch):
 
 @functools.cache
 def case(name):
-    batch, length, channels, width, heads, packed = CASES[name]
+    batch, length, channels, width, heads, packed, activation = (*CASES[name], "silu")[:7]
     random = np.random.default_rng(length)
     shapes = ((batch, length, channels), (width, channels), (channels,), (batch, width - 1, channels))
     inputs = tuple(numerics.normal(random, *shape) for shape in shapes)
     ids = np.cumsum(random.random((batch, length)) < 0.2, axis=1, dtype=np.int32) % 2 if packed else None
-    reference = numerics.with_gradients(functools.partial(naive.short_convolution, heads=heads, ids=ids))
+    options = {"heads": heads, "activation": activation}
+    reference = numerics.with_gradients(functools.partial(naive.short_convolution, **options, ids=ids))
     cotangents = numerics.normal(random, *shapes[0]), numerics.normal(random, *shapes[3])
     outputs, gradients = numerics.run(reference, inputs, cotangents, dtype="float64")
-    return inputs, ids, heads, cotangents, numerics.wide(outputs), numerics.wide(gradients)
+    return inputs, options | {"segment_ids": ids}, cotangents, numerics.wide(outputs), numerics.wide(gradients)
 
 
 @pytest.fixture
@@ -59,8 +62,8 @@ def use(monkeypatch):
 
 
 def check(name, dtype, tolerance, backend="pallas"):
-    inputs, ids, heads, cotangents, outputs, gradients = case(name)
-    op = functools.partial(ops.short_convolution, segment_ids=ids, heads=heads, backend=backend)
+    inputs, options, cotangents, outputs, gradients = case(name)
+    op = functools.partial(ops.short_convolution, **options, backend=backend)
     found, found_gradients = numerics.run(numerics.with_gradients(op), inputs, cotangents, dtype=dtype)
     assert {y.dtype.name for y in (*found, *found_gradients)} == {dtype}
     numerics.assert_close(found, outputs, tolerance)
@@ -74,20 +77,20 @@ def test_values_and_gradients(name, target, use):
     check(name, "float64", 1e-12)
 
 
-@pytest.mark.parametrize("name", ["narrow", "heads_between_registers"])
+@pytest.mark.parametrize("name", ["narrow", "heads_between_registers", "sums", "sums_in_heads"])
 def test_without_the_kernel(name):
     check(name, "float64", 1e-12, backend="separate")
 
 
 @pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
-@pytest.mark.parametrize("name", ["groups", "heads_between_registers"])
+@pytest.mark.parametrize("name", ["groups", "heads_between_registers", "sums"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_narrow_numbers(name, dtype, target, use):
     use(target)
     check(name, dtype, numerics.TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("name", ["groups", "heads_between_registers"])
+@pytest.mark.parametrize("name", ["groups", "heads_between_registers", "sums"])
 def test_on_a_simulated_tpu(use, name):
     """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""
     use(Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan")))
@@ -124,14 +127,16 @@ def test_another_document_cannot_be_seen(target, use):
         assert np.all(np.isfinite(want)) and np.array_equal(np.asarray(got)[:, well], np.asarray(want)[:, well])
 
 
-@pytest.mark.parametrize("heads", [None, 4], ids=["alone", "heads"])
+@pytest.mark.parametrize(
+    "heads, activation", [(None, "silu"), (4, "silu"), (None, "none")], ids=["alone", "heads", "sums"]
+)
 @pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
-def test_on_a_mesh(sizes, heads):
+def test_on_a_mesh(sizes, heads, activation):
     random = np.random.default_rng(0)
     inputs = tuple(numerics.normal(random, *shape) for shape in ((4, 40, 12), (4, 12), (12,), (4, 3, 12)))
     ids = np.cumsum(random.random((4, 40)) < 0.1, axis=1, dtype=np.int32)
     cotangents = numerics.normal(random, 4, 40, 12), numerics.normal(random, 4, 3, 12)
-    options = {"segment_ids": ids, "heads": heads}
+    options = {"segment_ids": ids, "heads": heads, "activation": activation}
     reference = functools.partial(ops.short_convolution, **options, backend="separate")
     op = functools.partial(operations.short_convolution, **options, channels="heads", backend="pallas")
     expected = numerics.run(numerics.with_gradients(reference), inputs, cotangents, dtype="float64")
@@ -153,6 +158,11 @@ def test_on_a_mesh(sizes, heads):
 def test_refused(shape, width, heads, reason):
     with pytest.raises(UserError, match=reason):
         ops.short_convolution(jnp.ones(shape), jnp.ones((width, shape[2])), heads=heads, backend="pallas")
+
+
+def test_an_unknown_activation():
+    with pytest.raises(UserError, match=r"activation='relu' must be one of silu, none"):
+        ops.short_convolution(jnp.ones((1, 9, 4)), jnp.ones((4, 4)), activation="relu")
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,15 @@
 The block is ``out(gelu(gate(x)) * rg_lru(convolution(input(x))))``.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, fan_in_normal, parameter
-from jaxlinear.ops import dtypes
+from jaxlinear.ops import backends, dtypes
 from jaxlinear.parallel import operations, sharding
 
 DECAY_POWER = 8.0  # c of the paper
@@ -92,14 +94,12 @@ class RGLRUBlock(nnx.Module):
         first = jnp.where(jnp.arange(x.shape[1])[None] == 0, ~state["started"][:, None], first)
 
         inner = sharding.constrain(self.input(x), "batch", "time", "recurrent")
-        inner, convolution = operations.causal_convolution(
-            inner,
-            self.convolution_kernel[...],
-            self.convolution_bias[...],
-            state["convolution"],
-            segment_ids=segment_ids,
-            channels="recurrent",
-        )
+        given = inner, self.convolution_kernel[...], self.convolution_bias[...], state["convolution"]
+        options: dict[str, Any] = {"segment_ids": segment_ids, "channels": "recurrent"}
+        found = None
+        if backends.platform() == "tpu":  # on GPU the kernel moves no fewer bytes
+            found = operations.short_convolution(*given, **options, activation="none")
+        inner, convolution = found or operations.causal_convolution(*given, **options)
         x = operations.after(x, inner)  # the states do not depend on the gate
         gate = jax.nn.gelu(sharding.constrain(self.gate(x), "batch", "time", "recurrent"))
         inner, h = self.rg_lru(inner, first, state["h"], segment_ids)
