@@ -384,7 +384,8 @@ def sample(logits: jax.Array, keys: jax.Array, values: dict[str, Any], filters: 
     if by_mass:
         p = _keep(p, p, values["top_p"] * jnp.sum(p, axis=-1, keepdims=True))
     logits = jnp.where(p > 0, logits, -jnp.inf)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+    # In the other mode it is never above 16, so that rare tokens of a large vocabulary come too seldom.
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype, mode="high"))(keys)
     return best(logits + noise)
 
 

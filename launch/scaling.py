@@ -27,7 +27,13 @@ def main() -> None:
     from jaxlinear.scaling.laws import comparison, points, report
 
     measured = points.of_sweep(_WORKDIR.value, partial=_PARTIAL.value, evaluated=_EVALUATED.value)
-    fitted = comparison.compare(measured, baseline=_BASELINE.value, replicates=_REPLICATES.value, seed=_SEED.value)
+    fitted = comparison.compare(
+        measured,
+        baseline=_BASELINE.value,
+        replicates=_REPLICATES.value,
+        seed=_SEED.value,
+        unfinished=points.unfinished(_WORKDIR.value),
+    )
     name = os.path.basename(os.path.abspath(_WORKDIR.value))
     output = _OUTPUT.value or os.path.join(_WORKDIR.value, "scaling")
     written = report.write(fitted, output, title=f"Scaling laws: {name}")

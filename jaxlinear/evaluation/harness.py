@@ -37,8 +37,8 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, run: Run, batch_tokens: int):
         super().__init__()
-        self._run, self._scorer = run, Scorer(run, batch_tokens)
         self._tokens = load_tokenizer(run.workdir)
+        self._run, self._scorer = run, Scorer(run, batch_tokens, self._tokens.vocab_size)
         self._batch_tokens = batch_tokens
 
     @property

@@ -49,8 +49,10 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
         raise UserError(left_out[0]["reason"] if left_out else "the list of lengths is empty; give at least one")
 
     # Of every length the same text, so that their losses differ by the length alone.
-    tokens = batches * max(plan["batch_size"] * plan["sequence_length"] for _, plan in plans)
-    plans = [(multiple, _of_the_first(plan, tokens)) for multiple, plan in plans]
+    longest = max((plan for _, plan in plans), key=lambda plan: plan["sequence_length"])
+    targets = split.tokens - 1
+    if batches:
+        targets = min(targets, batches * longest["batch_size"] * longest["sequence_length"])
 
     def measure() -> dict[str, Any]:
         loss_step = run.program("loss", lambda: make_loss_step(run.config, run.architecture, run.mesh))
@@ -64,7 +66,8 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
             "xz_bits_per_byte": None if split.xz_bytes is None else 8 * split.xz_bytes / split.bytes,
             "segment_documents": run.config.data.segment_documents,
             "lengths": [
-                {"multiple": multiple} | _measure(run, loss_step, plan, split.tokens / split.bytes)
+                {"multiple": multiple, "whole_split": targets == split.tokens - 1}
+                | _measure(run, loss_step, plan, targets, split.tokens / split.bytes)
                 for multiple, plan in plans
             ],
             "left_out": left_out,
@@ -127,35 +130,29 @@ def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int) ->
         raise UserError(f"it is {length} tokens, which mesh.sequence={shards} does not divide")
     rows = min(max(batch_tokens // length, 1), math.ceil(targets / length))
     rows = math.ceil(rows / groups) * groups
-    total = math.ceil(targets / (rows * length))
-    plan: dict[str, Any] = {"path": path, "batch_size": rows, "sequence_length": length, "limit": total}
+    plan: dict[str, Any] = {"path": path, "batch_size": rows, "sequence_length": length}
     data.heldout_batches(**plan)  # checks the length against the block length; reads nothing yet
     return plan
 
 
-def _of_the_first(plan: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The plan for the first ``tokens`` tokens in whole batches, 0: for all, and whether these are all."""
-    needed = math.ceil(tokens / (plan["batch_size"] * plan["sequence_length"])) or plan["limit"]
-    limit = min(needed, plan["limit"])
-    return plan | {"limit": limit, "whole_split": limit == plan["limit"]}
-
-
-def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byte: float) -> dict[str, Any]:
-    plan = dict(plan)
-    whole = plan.pop("whole_split")
-    length = plan["sequence_length"]
+def _measure(
+    run: Run, loss_step: Callable, plan: dict[str, Any], targets: int, tokens_per_byte: float
+) -> dict[str, Any]:
+    """The losses of the split's first ``targets`` targets."""
+    length, in_batch = plan["sequence_length"], plan["batch_size"] * plan["sequence_length"]
+    batches = math.ceil(targets / in_batch)
     place = meshes.batch_sharding(run.mesh)
     totals = np.zeros(int(bucket(np.asarray(length - 1))) + 1)
     counts = np.zeros(len(totals), np.int64)
 
     def losses() -> Iterator[tuple[np.ndarray, jax.Array]]:
-        for batch in data.heldout_batches(**plan):
+        for batch in data.heldout_batches(**plan, limit=batches):
             nll, _ = loss_step(run.parameters, feeding.place(batch, place, plan["batch_size"]))
             yield batch["segment_ids"], nll
 
     begin = time.perf_counter()
-    for segment_ids, nll in feeding.one_behind(losses()):
-        where = segment_ids > 0
+    for i, (segment_ids, nll) in enumerate(feeding.one_behind(losses())):
+        where = (segment_ids > 0) & (i * in_batch + np.arange(in_batch).reshape(segment_ids.shape) < targets)
         buckets = bucket(context(segment_ids, segment_documents=run.config.data.segment_documents))[where]
         totals += np.bincount(buckets, np.asarray(nll, np.float64)[where], len(totals))
         counts += np.bincount(buckets, minlength=len(totals))
@@ -170,8 +167,7 @@ def _measure(run: Run, loss_step: Callable, plan: dict[str, Any], tokens_per_byt
     return {
         "length": length,
         "batch_size": plan["batch_size"],
-        "batches": plan["limit"],
-        "whole_split": whole,
+        "batches": batches,
         "tokens": int(counts.sum()),
         "loss": loss,
         "perplexity": float(np.exp(loss)),

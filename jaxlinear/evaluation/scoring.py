@@ -22,12 +22,14 @@ _SHORTEST = 16  # contexts are padded to 16, 24, 32, 48, ..., so that few length
 
 
 class Scorer:
-    """Scores with the model of a run, whose devices share the rows of a batch of about ``batch_tokens`` tokens."""
+    """Scores with the model of a run, whose devices share the rows of a batch of about ``batch_tokens`` tokens. Greedy
+    decoding takes the tokenizer's ``vocab_size`` tokens, by default all that the model has."""
 
-    def __init__(self, run: Run, batch_tokens: int):
+    def __init__(self, run: Run, batch_tokens: int, vocab_size: int | None = None):
         if run.mesh.shape["sequence"] > 1:
             raise UserError("devices share the rows here, not the time of each row; leave --mesh=sequence out")
         self._run, self._batch_tokens = run, batch_tokens
+        self._vocab_size = np.int32(vocab_size or run.config.model.vocab_size)
         self._groups = sharding.parts_on(run.mesh.shape, "batch")
         self._context = run.architecture.config.context if "attention" in run.architecture.config.layers else None
         self._rows = NamedSharding(run.mesh, PartitionSpec(sharding.RULES["batch"]))
@@ -64,7 +66,8 @@ class Scorer:
         for n, (row, i) in enumerate(some):
             continuation = pairs[i][1]
             rows[n], tokens[n, : len(continuation)], due[n, : len(continuation)] = row, continuation, True
-        nll, greedy = self._continuations(self._run.parameters, last, state, *self._place(rows, tokens, due))
+        placed = self._place(rows, tokens, due)
+        nll, greedy = self._continuations(self._run.parameters, last, state, *placed, self._vocab_size)
         for (_, i), loss, same in zip(some, np.asarray(nll), np.asarray(greedy), strict=False):
             scores[i] = (-float(loss), bool(same))
 
@@ -136,9 +139,9 @@ def _prefix(model, tokens, segment_ids):
     return hidden[:, -1], state
 
 
-def _continuations(model, last, state, rows, tokens, due):
+def _continuations(model, last, state, rows, tokens, due, vocab_size):
     """For continuations ``[N, T]``, padded on the right, of the contexts ``rows`` [N]: the losses ``[N]``, and whether
-    every token is the likeliest."""
+    every token is the likeliest of the first ``vocab_size``: the model may have more, which stand for nothing."""
     hidden = last[rows][:, None]
     if tokens.shape[1] > 1:
         past = {key: _take(state[key], rows, _batch_axis(model, key)) for key in state}
@@ -149,7 +152,8 @@ def _continuations(model, last, state, rows, tokens, due):
         x, target = column
         logits = model.logits(x[:, None])[:, 0]
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.argmax(logits, axis=-1) == target
+        of_tokens = jnp.where(jnp.arange(logits.shape[1])[None] < vocab_size, logits, -jnp.inf)
+        return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.argmax(of_tokens, axis=-1) == target
 
     nll, same = lax.map(one, (jnp.swapaxes(hidden, 0, 1), tokens.T))
     return jnp.sum(jnp.where(due.T, nll, jnp.zeros((), nll.dtype)), axis=0), jnp.all(same | ~due.T, axis=0)

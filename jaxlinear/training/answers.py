@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
@@ -61,7 +62,7 @@ class Answers:
             return {
                 "answers": jnp.sum(due),
                 "right": jnp.sum(right),
-                "solved": jnp.sum(jnp.all(right | ~due, axis=1)),
+                "solved": jnp.sum(jnp.all(right | ~due, axis=1) & jnp.any(due, axis=1)),
                 "nll": jnp.sum(jnp.where(due, nll, jnp.zeros((), nll.dtype))),
             }
 
@@ -76,7 +77,7 @@ class Answers:
     def measure(
         self, parameters: dict[str, Any], asked: Sequence[tasks.Task], *, examples: int, seed: int
     ) -> dict[str, Any]:
-        """Measures at least so many held-out examples, in whole batches, of one difficulty or several of one length:
+        """Measures so many held-out examples of one difficulty or several of one length:
 
         ``accuracy`` of the answers, each predicted from the true tokens before it, answers included; ``solved``, the
         fraction of examples whose answers are all right; ``loss`` in nats per answer; and how many examples and answers
@@ -93,7 +94,10 @@ class Answers:
         def counts():
             for i in range(batches):
                 self._between()
-                yield self._count(parameters, feeding.place(made[i], place, rows), most)
+                asked_for = (i * rows + np.asarray(local) < examples)[:, None]  # of the last batch perhaps not all
+                batch = made[i]
+                batch["targets"] = np.where(asked_for, batch["targets"], tasks.NO_TARGET)
+                yield self._count(parameters, feeding.place(batch, place, rows), most)
 
         for counted in feeding.one_behind(counts()):
             totals = {name: total + float(counted[name]) for name, total in totals.items()}
@@ -102,9 +106,9 @@ class Answers:
             totals |= {"right": loss, "solved": loss}
         return {
             "accuracy": totals["right"] / totals["answers"],
-            "solved": totals["solved"] / (rows * batches),
+            "solved": totals["solved"] / examples,
             "loss": loss,
-            "examples": rows * batches,
+            "examples": examples,
             "answers": int(totals["answers"]),
         }
 

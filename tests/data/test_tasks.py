@@ -324,7 +324,16 @@ def test_difficulties_of_the_pass_key_follow_the_run(tiny_dataset):
         ("mqar:random_filling=1", "mqar: random_filling=1 is not of type bool"),
         ("induction:length=2", "induction: length=2 must be at least 3"),
         ("selective_copying:length=20", "selective_copying: length=20 must be at least 32, twice count"),
-        ("listops:shortest=1500", "listops: shortest=1500 must not exceed 1024"),
+        ("mqar:power=11", "mqar: power=11.0 must be above 0 and at most 10"),
+        ("mqar:power=inf", "mqar: power=inf must be above 0 and at most 10"),
+        (
+            "listops:shortest=2040",
+            r"listops: shortest=2040 must not exceed 2005: fewer than 0.5% of the expressions of depth=10 and "
+            r"arguments=10 have as many tokens and no more than length=2048",
+        ),
+        ("listops:length=600:shortest=300:depth=20:arguments=3", "listops: shortest=300 must not exceed 69: fewer"),
+        ("listops:shortest=-1", "listops: shortest=-1 must not be negative"),
+        ("listops:length=5:shortest=0:arguments=1000", "listops: length=5 is too short: fewer than 0.5%"),
         ("passkey:length=64", "passkey: it needs text"),
         (
             "passkey:length=64:dataset={dataset}",

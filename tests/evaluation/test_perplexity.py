@@ -135,6 +135,13 @@ def test_parts_of_all_lengths_are_of_the_same_text(tiny_run):
     short, long = evaluation.evaluate_run(open_run(tiny_run), ["perplexity"], asked)["perplexity"]["lengths"]
     assert short["tokens"] == long["tokens"] == 8 * 4 * 32 and (short["batches"], long["batches"]) == (4, 1)
     assert not short["whole_split"] and not long["whole_split"]
+    # 40 rows of the shorter length in a batch have more tokens than 8 of the longer, and the rest does not count.
+    asked = evaluation.Options(lengths=(1, 4), batches=1, batch_tokens=1100)
+    again, last = evaluation.evaluate_run(open_run(tiny_run), ["perplexity"], asked)["perplexity"]["lengths"]
+    assert (again["batch_size"], again["tokens"], last["tokens"]) == (40, short["tokens"], short["tokens"])
+    assert again["loss"] == pytest.approx(short["loss"], rel=1e-6) and last["loss"] == pytest.approx(long["loss"])
+    counts = [[bucket["tokens"] for bucket in row["by_position"]] for row in (again, short)]
+    assert counts[0] == counts[1] and sum(counts[0]) == again["tokens"] and not again["whole_split"]
 
 
 def test_where_documents_are_not_segmented_the_row_is_what_was_seen(tiny_run):

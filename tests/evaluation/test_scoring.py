@@ -70,6 +70,17 @@ def test_scores_are_those_of_each_by_itself(run, log_p, monkeypatch):
     assert sum(read) == sum(len(context) for context in {context for context, _ in pairs})  # each context is read once
 
 
+def test_greedy_decoding_takes_the_tokenizers_tokens(run, log_p):
+    """The model has more, one of which may be the likeliest. They still have a part of the probability."""
+    found = log_p(SHARED)[-1]
+    best = int(found.argmax())
+    pairs = [(SHARED, (int(found[:best].argmax()),)), (SHARED, (best,))]
+    assert [greedy for _, greedy in Scorer(run, 128).score(pairs)] == [False, True]
+    scores = Scorer(run, 128, vocab_size=best).score(pairs)
+    assert [greedy for _, greedy in scores] == [True, False]
+    np.testing.assert_allclose([score for score, _ in scores], [found[pair[1][0]] for pair in pairs], rtol=1e-4)
+
+
 def test_whole_documents(run, log_p, monkeypatch):
     """In one batch: documents longer than a chunk, exactly one chunk long, and shorter, one of them a single token with
     nothing to predict."""
@@ -126,7 +137,7 @@ def test_a_score_that_is_no_number(run, monkeypatch):
     scorer = Scorer(run, 128)
     run_continuations = scorer._continuations
     monkeypatch.setattr(
-        scorer, "_continuations", lambda *given: (run_continuations(*given)[0] * np.nan, given[-1][:, 0])
+        scorer, "_continuations", lambda *given: (run_continuations(*given)[0] * np.nan, given[-2][:, 0])
     )
     with pytest.raises(UserError, match=r"the scores of 2 of 2 texts are not finite: the model's own values are not"):
         scorer.score([(SHARED, (1, 2)), (SHARED, (2, 3))])

@@ -34,9 +34,9 @@ def test_report_and_table(run, tiny_dataset):
     rows = report[specs[0]]["difficulties"]
     assert [row["options"]["depth"] for row in rows] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert {(row["options"]["dataset"], row["options"]["split"]) for row in rows} == {(str(tiny_dataset), "heldout")}
-    assert {(row["examples"], row["answers"], row["trained"]) for row in rows} == {(24, 24 * 3, False)}
+    assert {(row["examples"], row["answers"], row["trained"]) for row in rows} == {(20, 20 * 3, False)}
     (parity,) = report[specs[1]]["difficulties"]
-    assert (parity["chance"], parity["examples"], parity["answers"]) == (0.5, 24, 24 * 32)
+    assert (parity["chance"], parity["examples"], parity["answers"]) == (0.5, 20, 20 * 32)
     assert all(0 <= row["solved"] <= row["accuracy"] <= 1 for row in [*rows, parity])
     text = evaluation.table(report)
     for part in ("passkey:length=128:digits=2: Mohtashami", "depth  accuracy", "0.75", "parity:length=32: Grazzi"):

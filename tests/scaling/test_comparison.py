@@ -181,6 +181,20 @@ def test_runs_that_diverged_are_left_out_and_named(tmp_path, compared):
         comparison.compare([broken, lone])
 
 
+def test_runs_that_are_not_finished_are_named(tmp_path, compared):
+    found = comparison.compare(ladder(), replicates=50, unfinished=["late (running)", "lost (failed)"])
+    assert comparison.to_json(found) == comparison.to_json(compared) | {"unfinished": found.unfinished}
+    remark = "left out because they are not finished: late (running), lost (failed)"
+    assert report.text(found) == f"{report.text(compared)}\n\n{remark}"
+    assert remark in report.write(found, tmp_path, title="A ladder")[-1].read_text()
+
+
+def test_a_baseline_of_which_no_run_has_a_loss():
+    lone = dataclasses.replace(ladder()[0], architecture="lone", loss=math.inf)
+    with pytest.raises(UserError, match=r"no run of the baseline 'lone' has a finite loss; the others are slow, fast"):
+        comparison.compare([lone, *ladder()], baseline="lone")
+
+
 def test_too_few_runs_have_no_law():
     found = comparison.compare(ladder(budgets=(1e15,), sizes=4), replicates=20).fits["with"]["fast"]
     assert found.law is None and found.profile is not None
@@ -233,6 +247,10 @@ def test_constants_that_the_runs_do_not_tell():
     found = comparison.compare(alike, replicates=30)
     assert {"alpha", "beta"} <= set(found.fits["with"]["fast"].undetermined())
     assert "fast: these runs do not determine" in report.text(found)
+    # Nor do seven runs whose losses rise with N. Their constants have no intervals.
+    worse = [dataclasses.replace(run, loss=2 + 0.1 * math.log(run.parameters / 1e3)) for run in runs[:7]]
+    few = comparison.compare(worse).fits["with"]["fast"]
+    assert np.isnan(few.constant("alpha")[1:]).all() and "alpha" in few.undetermined()
     # Losses that fall to nothing say that E is small, but not what it is.
     law, wobble = dataclasses.replace(LAWS["fast"], E=0.0), [0.992, 1.02, 0.988]
     losses = [float(law.loss(run.parameters, run.tokens)) * wobble[i % 3] for i, run in enumerate(runs)]

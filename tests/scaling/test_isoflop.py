@@ -40,7 +40,8 @@ def test_intervals_cover_the_truth():
 
 
 def test_replicates_are_as_far_apart_as_the_runs_of_a_law():
-    """With 6 runs and 3 constants, parabolas have half the variance of the noise. The residuals have less."""
+    """With 6 runs and 3 constants, parabolas have half the variance of the noise. The residuals have less, and say with 12
+    degrees of freedom what it is up to a factor, whose mean is 12 / (12 - 2)."""
     noise = 0.01 * np.random.default_rng(0).standard_normal(len(LOSSES))
     found = isoflop.fit(BUDGETS, PARAMETERS, LOSSES + noise, replicates=400)
     sizes = PARAMETERS.reshape(4, 6)
@@ -50,7 +51,7 @@ def test_replicates_are_as_far_apart_as_the_runs_of_a_law():
 
     residuals = (LOSSES + noise).reshape(4, 6) - fitted(found.best)
     variance = np.mean([(fitted(replicate) - fitted(found.best)) ** 2 for replicate in found.replicates])
-    assert variance == pytest.approx(np.sum(residuals**2) / (24 - 4 * 3) * 3 / 6, rel=0.1)
+    assert variance == pytest.approx(np.sum(residuals**2) / (24 - 4 * 3 - 2) * 3 / 6, rel=0.1)
 
 
 def test_a_minimum_outside_the_sizes_does_not_count():

@@ -110,7 +110,8 @@ def test_tokens_that_follow_from_the_size_are_refused(power):
     sizes = np.geomspace(1e7, 1e10, 10)
     near = np.exp(0.05 * np.random.default_rng(0).standard_normal(10))
     with pytest.raises(
-        UserError, match=r"^tokens follow from the size .*; .* two or more numbers of tokens per size$"
+        UserError,
+        match=r"^tokens follow from the size .*; .* two or more numbers of tokens per size, and three in all$",
     ) as found:
         parametric.fit(sizes, 20e7 * (sizes / 1e7) ** power * near, np.linspace(3, 2, 10))
     assert float(re.search(r"as N\^(\S+)\)", str(found.value)).group(1)) == pytest.approx(power, abs=0.03)

@@ -167,14 +167,14 @@ def test_answers_are_those_of_the_logits(spec, likely):
         batch = batches[step]
         logits = np.asarray(forward(batch["tokens"], batch["segment_ids"]), np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        for row, targets in zip(log_p, batch["targets"], strict=True):
+        for row, targets in list(zip(log_p, batch["targets"], strict=True))[: 20 - 8 * step]:
             at = np.flatnonzero(targets >= 0)
             correct = row[at].argmax(-1) == targets[at]
             right += correct.tolist()
             solved.append(correct.all())
             losses += (-row[at, targets[at]]).tolist()
     for values in found:
-        assert (values["examples"], values["answers"]) == (24, len(right))
+        assert (values["examples"], values["answers"]) == (20, len(right))
         assert values["accuracy"] == pytest.approx(np.mean(right)) and values["solved"] == pytest.approx(
             np.mean(solved)
         )

@@ -1,10 +1,12 @@
 """ListOps: nested operations on digits; the answer is the value."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
+from jaxlinear.data.tasks import list_ops_odds
 from jaxlinear.data.tasks.task import NO_TARGET, Example, Task
 
 OPERATIONS: dict[str, Callable[[list[int]], int]] = {
@@ -14,6 +16,7 @@ OPERATIONS: dict[str, Callable[[list[int]], int]] = {
     "SM": lambda values: sum(values) % 10,
 }
 PADDING, DIGITS, OPEN, CLOSE, END = 0, 1, 11, 15, 16  # tokens: 1 to 10 are digits, 11 to 14 open an operation
+_RAREST = 0.005  # of the expressions that are drawn, that are long and short enough; the others are drawn in vain
 _NESTED = 0.25  # probability that an argument is an operation, as in the Long Range Arena
 
 
@@ -22,7 +25,7 @@ class ListOps(Task):
     """``[MAX 2 9 [MIN 4 7] 0] =`` and, at its end, the answer, a digit. It is padded on the left to T tokens.
 
     Operations (maximum, minimum, median rounded down, sum modulo 10) have 2 to ``arguments`` arguments and are nested at
-    most ``depth`` deep. An expression has at least ``shortest`` tokens.
+    most ``depth`` deep. An expression has at least ``shortest`` tokens, the ``=`` included.
     """
 
     SOURCE = (
@@ -46,11 +49,18 @@ class ListOps(Task):
         self.require(
             self.length >= 5, f"length={self.length} must be at least 5, an operation on two digits and its end"
         )
-        most = min(self.length // 2, max(_largest(self.depth, self.arguments) // 8, 4))  # longer ones are too rare
+        self.require(self.shortest >= 0, f"shortest={self.shortest} must not be negative")
+        # Of a number of tokens, its end included: how many expressions have as many or more, but no more than T.
+        odds = list_ops_odds.lengths(self.depth, self.arguments, _NESTED, self.length - 1)
+        enough = np.flatnonzero(np.cumsum(odds[::-1])[::-1] >= _RAREST)
+        drawn = f"of the expressions of depth={self.depth} and arguments={self.arguments}"
         self.require(
-            0 <= self.shortest <= most,
-            f"shortest={self.shortest} must not exceed {most}: half of the length, and an eighth of the largest of "
-            f"depth={self.depth} and arguments={self.arguments}",
+            len(enough) > 0, f"length={self.length} is too short: fewer than {_RAREST:.1%} {drawn} have so few tokens"
+        )
+        self.require(
+            self.shortest <= enough[-1] + 1,
+            f"shortest={self.shortest} must not exceed {enough[-1] + 1}: fewer than {_RAREST:.1%} {drawn} have as many "
+            f"tokens and no more than length={self.length}",
         )
 
     @property
@@ -61,9 +71,12 @@ class ListOps(Task):
     def most_answers(self) -> int:
         return 1
 
-    @property
+    @functools.cached_property
     def chance(self) -> float:
-        return 1 / 10
+        """The likeliest value is 0 or 9, as a minimum or maximum."""
+        odds = list_ops_odds.odds(self.depth, self.arguments, _NESTED, self.length - 1)
+        of_values = np.sum(odds[max(self.shortest - 1, 0) :], axis=0)
+        return float(np.max(of_values) / np.sum(of_values))
 
     def example(self, random: np.random.Generator) -> Example:
         expression: list[int] = []
@@ -91,8 +104,3 @@ class ListOps(Task):
                 values.append(digit)
         expression.append(CLOSE)
         return list(OPERATIONS.values())[operation](values)
-
-
-def _largest(depth: int, arguments: int) -> int:
-    """Tokens of the largest expression."""
-    return 2 + arguments * (1 if depth == 1 else _largest(depth - 1, arguments))

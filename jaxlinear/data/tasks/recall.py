@@ -7,6 +7,8 @@ import numpy as np
 
 from jaxlinear.data.tasks.task import NO_TARGET, Example, WithVocabulary
 
+_MOST_POWER = 10  # with 100 and 4,096 tokens the weights are beyond float64
+
 
 @dataclasses.dataclass(frozen=True)
 class MultiQueryRecall(WithVocabulary):
@@ -43,7 +45,7 @@ class MultiQueryRecall(WithVocabulary):
             self.vocab_size >= 2 * self.pairs + 2,
             f"vocab_size={self.vocab_size} must be at least {2 * self.pairs + 2} for pairs={self.pairs}",
         )
-        self.require(self.power > 0, f"power={self.power} must be above 0")
+        self.require(0 < self.power <= _MOST_POWER, f"power={self.power} must be above 0 and at most {_MOST_POWER}")
 
     @property
     def most_answers(self) -> int:

@@ -50,23 +50,26 @@ class ArchitectureFit:
         }
 
     def undetermined(self) -> list[str]:
-        """The constants whose intervals reach the end of the search range: these runs do not determine them."""
+        """The constants that reach the end of the search range, or whose intervals do: these runs do not determine them."""
         if self.law is None:
             return []
         low, high = parametric.EXPONENTS
         ends = {"E": (1e-3, math.inf), "alpha": (low * 1.01, high * 0.99), "beta": (low * 1.01, high * 0.99)}
         found = {name: self.constant(name) for name in ends}
-        return [name for name, (least, most) in ends.items() if found[name].low < least or found[name].high > most]
+        # A law of few runs has no interval: NaN, which is neither below nor above.
+        return [name for name, (least, most) in ends.items() if any(y < least or y > most for y in found[name])]
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """``fits`` and ``budgets`` by way of counting, ``fits`` also by architecture; ``diverged`` names the runs left out."""
+    """``fits`` and ``budgets`` by way of counting, ``fits`` also by architecture; ``diverged`` and ``unfinished`` name the
+    runs left out, since a fit to those that went well is a fit to these alone."""
 
     fits: dict[str, dict[str, ArchitectureFit]]
     budgets: dict[str, list[float]]
     baseline: str
     diverged: list[str]
+    unfinished: list[str]
 
     def multiplier(self, counts: str, architecture: str, flops: float) -> Interval | None:
         """How many times ``flops`` the baseline needs for this architecture's loss; None unless both laws exist."""
@@ -83,19 +86,27 @@ class Comparison:
 
 
 def compare(
-    points: Sequence[Point], *, baseline: str | None = None, replicates: int = bootstrap.REPLICATES, seed: int = 0
+    points: Sequence[Point],
+    *,
+    baseline: str | None = None,
+    replicates: int = bootstrap.REPLICATES,
+    seed: int = 0,
+    unfinished: Sequence[str] = (),
 ) -> Comparison:
-    """Fits every architecture among the ``points`` that have not diverged. ``baseline`` defaults to the first one.
+    """Fits every architecture among the ``points`` that have not diverged. ``baseline`` defaults to the first one;
+    ``unfinished`` is only passed on.
 
     Raises:
       UserError: there is no such baseline, or nothing to fit.
     """
-    diverged = [point.name for point in points if point.diverged]
+    diverged, all_names = [point.name for point in points if point.diverged], {point.architecture for point in points}
     points = [point for point in points if not point.diverged]
     names = list(dict.fromkeys(point.architecture for point in points))
     if not names:
         raise UserError("there are no runs to compare" + " whose loss is finite" * bool(diverged))
     baseline = baseline or names[0]
+    if baseline in all_names.difference(names):
+        raise UserError(f"no run of the baseline {baseline!r} has a finite loss; the others are {', '.join(names)}")
     if baseline not in names:
         raise UserError(f"there is no architecture {baseline!r} in the sweep; the architectures are {', '.join(names)}")
     fits: dict[str, dict[str, ArchitectureFit]] = {}
@@ -107,7 +118,7 @@ def compare(
             for i, name in enumerate(names)
         }
         budgets[counts] = _budgets(points, counts)
-    return Comparison(fits, budgets, baseline, diverged)
+    return Comparison(fits, budgets, baseline, diverged, list(unfinished))
 
 
 def _fit(points: list[Point], counts: str, replicates: int, seed: int) -> ArchitectureFit:
@@ -151,6 +162,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "level": bootstrap.LEVEL,
         "baseline": comparison.baseline,
         "diverged": comparison.diverged,
+        "unfinished": comparison.unfinished,
         "counts": {},
     }
     for counts, fits in comparison.fits.items():

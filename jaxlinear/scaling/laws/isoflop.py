@@ -58,8 +58,9 @@ def fit(
     """The profile of runs, each given by its budget, N and L.
 
     In a replicate every run gets a residual drawn from those of all budgets: one budget has too few runs to draw from.
-    Residuals are scaled for the degrees of freedom that the parabolas take. If fewer than ``FREEDOM`` are left (three sizes
-    per budget leave none) there are no replicates: on synthetic losses their intervals covered the power too seldom.
+    Residuals are scaled by the square root of the number of runs over a draw from chi-squared with the degrees of freedom
+    that the parabolas leave: so uncertain is the noise's variance, and intervals become those of Student's t. If fewer than
+    ``FREEDOM`` are left (three sizes per budget leave none) there are no replicates.
 
     Raises:
       UserError: a budget has fewer than three sizes.
@@ -79,9 +80,9 @@ def fit(
     freedom = len(z) - 3 * len(groups)
     if freedom < FREEDOM:
         return Fit(best, ())
-    residuals = (z - fitted) * np.sqrt(len(z) / freedom)
     random = np.random.default_rng(seed)
-    drawn = (fitted + random.choice(residuals, len(z)) for _ in range(replicates))
+    scales = np.sqrt(len(z) / random.chisquare(freedom, replicates))
+    drawn = (fitted + scale * random.choice(z - fitted, len(z)) for scale in scales)
     return Fit(best, tuple(_profile(c, n, losses, groups) for losses in drawn))
 
 

@@ -100,7 +100,7 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
     if slope > -0.1 and np.sqrt(np.mean((y - slope * x - constant) ** 2)) < _STRAIGHT:
         raise UserError(
             f"tokens follow from the size (as N^{slope:.2f}), so the effects of N and D on the loss cannot be "
-            "separated; the parametric law needs two or more numbers of tokens per size"
+            "separated; the parametric law needs two or more numbers of tokens per size, and three in all"
         )
 
 

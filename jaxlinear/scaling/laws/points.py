@@ -21,7 +21,7 @@ from jaxlinear.models.parameters import describe
 from jaxlinear.scaling import flops
 from jaxlinear.scaling.sweeps import states
 from jaxlinear.scaling.sweeps.files import RunFiles
-from jaxlinear.scaling.sweeps.sweep import PlannedRun, read
+from jaxlinear.scaling.sweeps.sweep import PlannedRun, Sweep, read
 from jaxlinear.training import heldout, metrics
 from jaxlinear.training.job import heldout_path, task_setting
 from jaxlinear.training.workdir import read_config, read_starts
@@ -80,7 +80,7 @@ def of_sweep(workdir: str | os.PathLike, *, partial: bool = False, evaluated: bo
         are for different text.
     """
     sweep = read(workdir)
-    unfinished = [run for run in sweep.runs if not states.is_finished(run.files, run.steps)]
+    unfinished = _unfinished(sweep)
     if unfinished and (not partial or len(unfinished) == len(sweep.runs)):
         first = unfinished[0]
         raise UserError(
@@ -98,6 +98,15 @@ def of_sweep(workdir: str | os.PathLike, *, partial: bool = False, evaluated: bo
         made = [_evaluated(point, workdir) for point in made]
     _check_same_text([point for point in made if not point.diverged])
     return best(made)
+
+
+def unfinished(workdir: str | os.PathLike) -> list[str]:
+    """The names and the states of the runs that ``of_sweep`` leaves out with ``partial``."""
+    return [f"{run.name} ({run.progress().state})" for run in _unfinished(read(workdir))]
+
+
+def _unfinished(sweep: Sweep) -> list[PlannedRun]:
+    return [run for run in sweep.runs if not states.is_finished(run.files, run.steps)]
 
 
 def best(points: Sequence[Point]) -> list[Point]:

@@ -116,9 +116,8 @@ def _remarks(comparison: Comparison, counts: str) -> list[str]:
 
 
 def _left_out(comparison: Comparison) -> list[str]:
-    if not comparison.diverged:
-        return []
-    return [f"left out because their loss is not finite: {', '.join(comparison.diverged)}"]
+    reasons = {"their loss is not finite": comparison.diverged, "they are not finished": comparison.unfinished}
+    return [f"left out because {reason}: {', '.join(names)}" for reason, names in reasons.items() if names]
 
 
 def _outside(name: str, fit: ArchitectureFit) -> list[str]:
