@@ -8,8 +8,9 @@ The script needs the compilers (pip install 'jaxlinear[aot]'). The mixer is comp
 on a mesh of all the topology's devices that splits the batch alone. Of each instruction outside loops, and of all together:
 
     bytes us      operands and results in HBM, over its bandwidth. On TPU, in whole tiles; arrays that the compiler keeps
-                  in VMEM are free. On GPU, of arrays that are only cut or updated in place, the part
-    cycles us     on TPU: libtpu's schedule, bundles times trips. Of instructions without one, such as copies, 0
+                  in VMEM are free. Of arrays that are only cut or updated in place, the part
+    cycles us     on TPU: libtpu's schedule, bundles times trips. Of instructions without one, such as copies, 0;
+                  of equal ones that of the one that has it
     time us       on TPU: the longer of the two, a bound, as if no two instructions overlapped
 
 On GPU there is no schedule, the bytes are no timing, and what a kernel reads more than once is counted once. What runs
@@ -18,7 +19,6 @@ them in another order, gives them other axes, or repeats them.
 """
 
 import json
-import math
 import pathlib
 
 import schedules
@@ -48,7 +48,7 @@ def main() -> None:
     for item in found:
         item["bytes_us"] = 1e6 * item["bytes"] / bandwidth
     if directory is not None:
-        _add_cycles(found, schedules.schedules(directory))
+        traffic.add_cycles(found, schedules.schedules(directory))
         for item in found:
             item["cycles_us"] = 1e6 * item["cycles"] / schedules.RATES[chip][1]
             item["us"] = max(item["bytes_us"], item["cycles_us"])
@@ -77,17 +77,6 @@ def main() -> None:
 
 def _print(item: dict, columns: list[str], label: str) -> None:
     print(*(f"{item[column]:9.0f}" for column in columns), f" {label}")
-
-
-def _add_cycles(found: list[dict], cycles: dict[str, float]) -> None:
-    """To each instruction those of its schedule or, since libtpu writes equal programs' once, of the longest like it."""
-    of_like: dict[str, float] = {}
-    for item in found:
-        known = cycles.get(item["name"], math.nan)
-        item["cycles"] = 0.0 if math.isnan(known) else known
-        of_like[item["like"]] = max(item["cycles"], of_like.get(item["like"], 0.0))
-    for item in found:
-        item["cycles"] = item["cycles"] or of_like[item["like"]]
 
 
 def _compile() -> tuple[str, str, float]:

@@ -1,6 +1,6 @@
 """Checks the fits of scaling laws against known constants: how often the intervals cover them.
 
-    python benchmarks/scaling_laws.py [--draws=20] [--replicates=200] [--json=FILE]
+    python benchmarks/scaling_laws.py [--draws=20] [--sizes=7] [--budgets=5] [--replicates=200] [--json=FILE]
 
 It also fits the points that Hoffmann et al. 2022 (arXiv:2203.15556) published in figure 4, as Besiroglu et al. 2024
 (arXiv:2404.10102) read them off it:
@@ -24,6 +24,8 @@ from jaxlinear.scaling.laws import bootstrap, isoflop, optimum
 from jaxlinear.scaling.laws.parametric import Law
 
 _DRAWS = flags.DEFINE_integer("draws", 20, "Synthetic ladders, each with its own noise.")
+_SIZES = flags.DEFINE_integer("sizes", 7, "Sizes at each budget.", lower_bound=3)
+_BUDGETS = flags.DEFINE_integer("budgets", 5, "Budgets, from 1e17 to 1e20 FLOPs.", lower_bound=2)
 _NOISE = flags.DEFINE_list("noise", ["0.003", "0.01"], "Standard deviations of the noise in log L.")
 _REPLICATES = flags.DEFINE_integer("replicates", 200, "Bootstrap resamplings of each fit.")
 _POINTS = flags.DEFINE_string("points", None, "The CSV of the published points.")
@@ -35,11 +37,11 @@ PUBLISHED = Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
 _NAMES = ("E", "alpha", "beta")
 
 
-def coverage(noise: float, draws: int, replicates: int) -> dict:
-    """In how many of ``draws`` ladders, of 7 sizes at 5 budgets, each interval covers the truth."""
-    budgets = np.repeat(np.geomspace(1e17, 1e20, 5), 7)
+def coverage(noise: float, draws: int, sizes: int, steps: int, replicates: int) -> dict:
+    """In how many of ``draws`` ladders, of so many sizes at so many budgets, each interval covers the truth."""
+    budgets = np.repeat(np.geomspace(1e17, 1e20, steps), sizes)
     best = np.array([optimum.compute_optimal(PUBLISHED, budget).parameters for budget in budgets])
-    parameters = best * np.tile(np.geomspace(0.25, 4, 7), 5)
+    parameters = best * np.tile(np.geomspace(0.25, 4, sizes), steps)
     tokens = budgets / (6 * parameters)
     covered = dict.fromkeys((*_NAMES, "isoflop power"), 0)
     for seed in range(draws):
@@ -78,7 +80,7 @@ def main() -> None:
     if _DRAWS.value:
         for noise in map(float, _NOISE.value):
             begin = time.perf_counter()
-            result = coverage(noise, _DRAWS.value, _REPLICATES.value)
+            result = coverage(noise, _DRAWS.value, _SIZES.value, _BUDGETS.value, _REPLICATES.value)
             report["coverage"].append(result)
             shown = ", ".join(f"{name} {count}" for name, count in result["covered"].items())
             print(f"noise {noise:g}: of {_DRAWS.value} draws covered: {shown} ({time.perf_counter() - begin:.0f} s)")

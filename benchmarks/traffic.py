@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from jaxlinear.scaling import hlo, programs
 
 _ARRAY = re.compile(r"(\w+)\[([^]]*)\](\{[^}]*\})?")
-_NO_PROGRAM = re.compile(
-    r"(?:calls|to_apply)=%?[\w.\-]+|(?:metadata|backend_config)=.*"
-)  # of an instruction's attributes
+# Of an instruction's attributes, what is no part of its program.
+_NO_PROGRAM = re.compile(r"(?:calls|to_apply)=%?[\w.\-]+|(?:metadata|backend_config)=.*")
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 _REWRITES = {"copy", "transpose", "reshape", "broadcast"}
 
@@ -36,6 +35,17 @@ def on_gpu(text: str) -> list[dict]:
         moved = 2 * result if line.opcode == "copy" else programs.moved(module, line)  # to which a copy is no work
         found.append(_item(module, line, int(moved), result))
     return found
+
+
+def add_cycles(found: list[dict], cycles: dict[str, float]) -> None:
+    """To each instruction those of its schedule or, since libtpu writes equal programs' once, of the longest like it."""
+    of_like: dict[str, float] = {}
+    for item in found:
+        known = cycles.get(item["name"], math.nan)
+        item["cycles"] = 0.0 if math.isnan(known) else known
+        of_like[item["like"]] = max(item["cycles"], of_like.get(item["like"], 0.0))
+    for item in found:
+        item["cycles"] = item["cycles"] or of_like[item["like"]]
 
 
 def _working(module: hlo.Module) -> Iterator[hlo.Instruction]:

@@ -1,6 +1,7 @@
 """What ``benchmarks/layers.py`` counts of a compiled program, for programs written out here."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 _PATH = Path(__file__).parents[2] / "benchmarks" / "traffic.py"
@@ -16,6 +17,43 @@ ENTRY %main (x: bf16[3,64]) -> f32[64,3] {
   %kernel.1 = (f32[3,64]{1,0:T(8,128)}, /*index=1*/u32[]{:T(128)}) custom-call(%near, %x), custom_call_target="tpu"
   %y = f32[3,64]{1,0:T(8,128)} get-tuple-element(%kernel.1), index=0
   ROOT %turned = f32[64,3]{1,0:T(8,128)} transpose(%y), dimensions={1,0}
+}
+"""
+
+TWICE = """HloModule m
+
+%double (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %s = f32[8,128]{1,0:T(8,128)} add(%p, %p), metadata={op_name="one"}
+}
+
+%double.1 (q: f32[8,128]) -> f32[8,128] {
+  %q = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %s.1 = f32[8,128]{1,0:T(8,128)} add(%q, %q), metadata={op_name="other"}
+}
+
+%square (r: f32[8,128]) -> f32[8,128] {
+  %r = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %s.2 = f32[8,128]{1,0:T(8,128)} multiply(%r, %r)
+}
+
+%update (a: f32[8,128], b: f32[1,128], i: s32[]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %b = f32[1,128]{1,0:T(1,128)} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %u = f32[8,128]{1,0:T(8,128)} dynamic-update-slice(%a, %b, %i, %i)
+}
+
+ENTRY %main (x: f32[8,128], row: f32[1,128], at: s32[]) -> f32[8,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %row = f32[1,128]{1,0:T(1,128)} parameter(1)
+  %at = s32[] parameter(2)
+  %f = f32[8,128]{1,0:T(8,128)} fusion(%x), kind=kLoop, calls=%double, metadata={op_name="one"}
+  %f.1 = f32[8,128]{1,0:T(8,128)} fusion(%f), kind=kLoop, calls=%double.1, metadata={op_name="other"}
+  %g = f32[8,128]{1,0:T(8,128)} fusion(%f.1), kind=kLoop, calls=%square
+  %kernel.3 = f32[8,128]{1,0:T(8,128)} custom-call(%g, %g), custom_call_target="tpu"
+  %kernel.4 = f32[8,128]{1,0:T(8,128)} custom-call(%kernel.3, %g), custom_call_target="tpu"
+  ROOT %h = f32[8,128]{1,0:T(8,128)} fusion(%kernel.4, %row, %at), kind=kLoop, calls=%update
 }
 """
 
@@ -60,6 +98,17 @@ def test_on_tpu_whole_tiles_are_moved_and_arrays_in_vmem_are_free():
         "kernel.1": (narrow + wide + 4, False),
         "turned": (wide + turned, True),
     }
+
+
+def test_equal_programs_have_the_cycles_of_one_and_what_is_read_twice_counts_once():
+    """libtpu compiles equal programs once, and writes one schedule."""
+    found, whole, row = traffic.on_tpu(TWICE), 8 * 128 * 4, 128 * 4
+    assert {item["name"]: item["bytes"] for item in found} == {
+        **{"f": 2 * whole, "f.1": 2 * whole, "g": 2 * whole, "kernel.3": 2 * whole, "kernel.4": 3 * whole},
+        "h": 2 * row,
+    }
+    traffic.add_cycles(found, {"f.1": 7.0, "g": math.nan, "kernel.3": 5.0, "h": 2.0})
+    assert [item["cycles"] for item in found] == [7.0, 7.0, 0.0, 5.0, 5.0, 2.0]
 
 
 def test_on_gpu_slices_are_moved_and_exchanges_are_not_counted():
