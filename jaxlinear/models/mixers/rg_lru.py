@@ -96,9 +96,8 @@ class RGLRUBlock(nnx.Module):
         inner = sharding.constrain(self.input(x), "batch", "time", "recurrent")
         given = inner, self.convolution_kernel[...], self.convolution_bias[...], state["convolution"]
         options: dict[str, Any] = {"segment_ids": segment_ids, "channels": "recurrent"}
-        found = None
-        if backends.platform() == "tpu":  # on GPU the kernel moves no fewer bytes
-            found = operations.short_convolution(*given, **options, activation="none")
+        on_tpu = backends.platform() == "tpu"  # on GPU the kernel moves no fewer bytes
+        found = operations.short_convolution(*given, **options, activation="none") if on_tpu else None
         inner, convolution = found or operations.causal_convolution(*given, **options)
         x = operations.after(x, inner)  # the states do not depend on the gate
         gate = jax.nn.gelu(sharding.constrain(self.gate(x), "batch", "time", "recurrent"))
