@@ -44,8 +44,8 @@ def follow(
     """The report of each checkpoint, oldest first, up to that of the run's last step. Each is written before it is given.
 
     Reports of earlier calls for the same checkpoint, tasks, options and held-out text are read, not made again, including
-    those of checkpoints that the run has removed since. A checkpoint that the run removes before its turn is left out, and
-    a line in the log says so. Looks every ``poll`` seconds. With ``patience`` above 0, also ends when no checkpoint has
+    those of checkpoints that the run has removed since. Checkpoints that the run removes before their turn are left out,
+    and a line in the log says so. Looks every ``poll`` seconds. With ``patience`` above 0, also ends when no checkpoint has
     appeared for that many seconds.
     """
     evaluation.check_names(tasks)
@@ -57,6 +57,7 @@ def follow(
     past = _of_the_past(workdir, asked)
     run: Run | None = None
     removed: set[int] = set()
+    newest: int | None = None  # at the last look
     seen = time.monotonic()
     while True:
         asked, starts = _asked(workdir, tasks, options), read_starts(workdir)
@@ -66,7 +67,11 @@ def follow(
             for step, report in reports.items()
             if not _was_set_back(report, folder / f"{step}.json", starts)
         }
-        for step in sorted({*_steps(workdir), *past}):
+        steps = _steps(workdir)
+        if newest is not None:
+            _name_those_that_passed(workdir, newest, steps, {*reports, *past, *removed})
+        newest = max(steps, default=newest)
+        for step in sorted({*steps, *past}):
             if step in removed:
                 continue
             if step in past:
@@ -141,6 +146,19 @@ def _steps(workdir: str | os.PathLike) -> list[int]:
         return Checkpoints(workdir).steps()
     except UserError:
         return []
+
+
+def _name_those_that_passed(workdir: str | os.PathLike, newest: int, steps: Sequence[int], known: set[int]) -> None:
+    """Logs which checkpoints were due since the look that found ``newest``, and are gone already."""
+    every = read_config(workdir).checkpoint.every_steps
+    due = range(newest // every * every + every, max(steps, default=0), every)
+    gone = [step for step in due if step not in steps and step not in known]
+    if gone:
+        _LOG.warning(
+            "%d checkpoints, of steps %d to %d, were removed before they could be evaluated; checkpoint.keep_every_steps "
+            "keeps more",
+            *(len(gone), gone[0], gone[-1]),
+        )
 
 
 def _is_removed(workdir: str | os.PathLike, step: int) -> bool:

@@ -228,6 +228,21 @@ def test_a_checkpoint_that_is_removed_is_left_out(copied, followed, monkeypatch,
         list(following.follow(copied, TASKS, OPTIONS))
 
 
+def test_checkpoints_that_come_and_go_between_two_looks_are_named(copied, followed, monkeypatch, caplog):
+    """Those that were due by the run's config, and neither evaluated nor removed in their turn."""
+    config = evaluation.open_run(copied, 1).config.copy_and_resolve_references()
+    config.training.steps, config.checkpoint.every_steps = 17, 3
+    monkeypatch.setattr(following, "read_config", lambda workdir: config)
+    monkeypatch.setattr(following.time, "sleep", lambda seconds: None)
+    # Of the past, at each look, and after each failed reading: a run of 17 steps that keeps two checkpoints.
+    looks = iter([[1, 2], [1, 2], [1, 2, 15, 17], [1, 2, 17], [1, 2, 17], [1, 2], [1, 2]])
+    monkeypatch.setattr(following, "_steps", lambda workdir: next(looks))
+    with caplog.at_level("WARNING", logger="jaxlinear"):
+        assert list(following.follow(copied, TASKS, OPTIONS)) == followed
+    assert "4 checkpoints, of steps 3 to 12, were removed before they could be evaluated" in caplog.text
+    assert [f"step {n} was removed before it could be evaluated" in caplog.text for n in (15, 17)] == [True, True]
+
+
 def test_a_checkpoint_whose_removal_is_under_way(copied, followed, tmp_path, monkeypatch, caplog):
     """It is removed file by file, so it still exists but cannot be read. What an earlier call found for it is not lost."""
     workdir = shutil.copytree(copied, tmp_path / "run")
