@@ -333,7 +333,8 @@ def test_difficulties_of_the_pass_key_follow_the_run(tiny_dataset):
         ),
         ("listops:length=600:shortest=300:depth=20:arguments=3", "listops: shortest=300 must not exceed 69: fewer"),
         ("listops:shortest=-1", "listops: shortest=-1 must not be negative"),
-        ("listops:length=5:shortest=0:arguments=1000", "listops: length=5 is too short: fewer than 0.5%"),
+        ("listops:arguments=101", "listops: arguments=101 must be at least 2 and at most 100"),
+        ("listops:length=5:shortest=7:arguments=100", "listops: shortest=7 must not exceed 5: fewer than 0.5%"),
         ("passkey:length=64", "passkey: it needs text"),
         (
             "passkey:length=64:dataset={dataset}",

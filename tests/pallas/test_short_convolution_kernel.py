@@ -107,8 +107,9 @@ def test_small_results_keep_their_digits(target, use):
     np.testing.assert_allclose(np.asarray(y)[0, :, 0], expected, rtol=2e-5, atol=1e-37)
 
 
+@pytest.mark.parametrize("options", [{"heads": 2}, {"activation": "none"}], ids=["heads", "sums"])
 @pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
-def test_another_document_cannot_be_seen(target, use):
+def test_another_document_cannot_be_seen(target, options, use):
     """Not even infinities and NaN get across, in either direction."""
     use(target)
     random = np.random.default_rng(0)
@@ -118,8 +119,8 @@ def test_another_document_cannot_be_seen(target, use):
 
     @numerics.jit
     def run(x):
-        op = lambda x: ops.short_convolution(x, kernel, segment_ids=ids, heads=2, backend="pallas")[0]  # noqa: E731
-        y, pullback = jax.vjp(op, x.astype(jnp.float32))
+        op = functools.partial(ops.short_convolution, kernel=kernel, segment_ids=ids, backend="pallas", **options)
+        y, pullback = jax.vjp(lambda x: op(x)[0], x.astype(jnp.float32))
         return y, *pullback(jnp.ones_like(y))
 
     well = ids[0] == 0

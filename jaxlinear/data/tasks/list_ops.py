@@ -17,6 +17,7 @@ OPERATIONS: dict[str, Callable[[list[int]], int]] = {
 }
 PADDING, DIGITS, OPEN, CLOSE, END = 0, 1, 11, 15, 16  # tokens: 1 to 10 are digits, 11 to 14 open an operation
 _RAREST = 0.005  # of the expressions that are drawn, that are long and short enough; the others are drawn in vain
+_MOST_ARGUMENTS = 100  # with more, two digits, which every length has room for, would be rarer than that
 _NESTED = 0.25  # probability that an argument is an operation, as in the Long Range Arena
 
 
@@ -45,7 +46,10 @@ class ListOps(Task):
 
     def __post_init__(self) -> None:
         self.require(self.depth >= 1, f"depth={self.depth} must be at least 1")
-        self.require(self.arguments >= 2, f"arguments={self.arguments} must be at least 2")
+        self.require(
+            2 <= self.arguments <= _MOST_ARGUMENTS,
+            f"arguments={self.arguments} must be at least 2 and at most {_MOST_ARGUMENTS}",
+        )
         self.require(
             self.length >= 5, f"length={self.length} must be at least 5, an operation on two digits and its end"
         )
@@ -53,14 +57,10 @@ class ListOps(Task):
         # Of a number of tokens, its end included: how many expressions have as many or more, but no more than T.
         odds = list_ops_odds.lengths(self.depth, self.arguments, _NESTED, self.length - 1)
         enough = np.flatnonzero(np.cumsum(odds[::-1])[::-1] >= _RAREST)
-        drawn = f"of the expressions of depth={self.depth} and arguments={self.arguments}"
-        self.require(
-            len(enough) > 0, f"length={self.length} is too short: fewer than {_RAREST:.1%} {drawn} have so few tokens"
-        )
         self.require(
             self.shortest <= enough[-1] + 1,
-            f"shortest={self.shortest} must not exceed {enough[-1] + 1}: fewer than {_RAREST:.1%} {drawn} have as many "
-            f"tokens and no more than length={self.length}",
+            f"shortest={self.shortest} must not exceed {enough[-1] + 1}: fewer than {_RAREST:.1%} of the expressions of "
+            f"depth={self.depth} and arguments={self.arguments} have as many tokens and no more than length={self.length}",
         )
 
     @property
