@@ -15,10 +15,10 @@ kernel:
                    could do in as many cycles; the inverse and the extra work of a decay by channel are not counted
     at 64 %        the same with the operations of chunks of 64 tokens, so that larger chunks do not inflate the figure
 
-A kernel with a decay by channel has four code paths: one for blocks of chunks in which no decay is strong, two for those in
-which none is strong within parts of a chunk, of 16 tokens or of 8, and one for all others (``pallas/factored_decays.py``).
-Each has a row. The last three are measured in programs with that path alone; the first is what a program with all four
-takes beyond these three, including the choice of path.
+In bfloat16 a kernel with a decay by channel has four code paths: one for blocks of chunks in which no decay is strong, two
+for those in which none is strong within parts of a chunk, of 16 tokens or of 8, and one for all others
+(``pallas/factored_decays.py``). Each has a row. The last three are measured in programs with that path alone; the first is
+what a program with all four takes beyond these three, including the choice of path.
 
 Sizes under ``--tune`` are those of the tables in ``pallas/blocks.py``, whose functions shorten blocks of many heads.
 ``--chunked`` also prints the bytes that the instructions of both passes read and write, with and without the kernel.
@@ -53,7 +53,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Dtype 
 _CHUNKED = flags.DEFINE_bool("chunked", False, "Also compile the program without the kernel, which takes minutes.")
 _TUNE = flags.DEFINE_bool("tune", False, "Instead, print cycles by block size.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
-_WAYS = {"in_parts": "FactoredInParts", "in_small_parts": "FactoredInSmallParts", "strong": "ByChannel"}
+_WAYS = {"in_parts": "FactoredInParts", "in_small_parts": "FactoredInSmallParts", "strong": "FactoredInFours"}
 _WAY = flags.DEFINE_enum("way", None, list(_WAYS), "Internal: the only code path of a decay by channel.")
 _WORKER = flags.DEFINE_list("worker", None, "Internal: compile this operation, decay and backend; print a report.")
 _BLOCK = flags.DEFINE_list(

@@ -118,12 +118,12 @@ class AttentionBlock(NamedTuple):
 # For linear attention: without a decay or with one per head, and with one per channel. Among the blocks within 7% of the
 # best at K = V = 128 with 16 heads, those that keep the fewest states.
 LINEAR_ATTENTION_TPU: dict[str, tuple[AttentionBlock, AttentionBlock]] = {
-    "TPU v5 lite": (AttentionBlock(512, 128, 512),) * 2,
-    "TPU v5": (AttentionBlock(512, 128, 512),) * 2,
-    "TPU v6 lite": (AttentionBlock(1024, 256, 512), AttentionBlock(512, 128, 512)),  # its matrix unit is 256 x 256
-    "TPU7x": (AttentionBlock(512, 128, 512),) * 2,
+    "TPU v5 lite": (AttentionBlock(512, 128, 512), AttentionBlock(512, 128, 1024)),
+    "TPU v5": (AttentionBlock(512, 128, 512), AttentionBlock(512, 128, 1024)),
+    "TPU v6 lite": (AttentionBlock(1024, 256, 512), AttentionBlock(512, 128, 1024)),  # its matrix unit is 256 x 256
+    "TPU7x": (AttentionBlock(512, 128, 512), AttentionBlock(512, 128, 1024)),
 }
-_LINEAR_ATTENTION_TPU_ELSEWHERE = (AttentionBlock(512, 128, 512),) * 2
+_LINEAR_ATTENTION_TPU_ELSEWHERE = AttentionBlock(512, 128, 512), AttentionBlock(512, 128, 1024)
 CHUNKS = {"tpu": (128, 128), "gpu": (16, 64)}  # the smallest and the largest that may be requested
 CHUNKS_INTERPRETED = 8, 256
 VMEM_BYTES = 64 * 2**20  # that a kernel with chunks may use

@@ -1,11 +1,14 @@
 """Decays of key channels within a chunk, inside kernels, under the rules of ``chunk_decays``."""
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear.pallas.chunk_decays import (
@@ -19,49 +22,48 @@ from jaxlinear.pallas.chunk_decays import (
 )
 from jaxlinear.pallas.products import dot, dot_terms, terms
 
-Groups: TypeAlias = Sequence[jax.Array | None]  # for each group ``[1, K]``, None for 1
+Groups: TypeAlias = Sequence[jax.Array]  # for each group a register, ``[8, K]``, of equal rows
+Outer: TypeAlias = tuple[Sequence[jax.Array], jax.Array]  # for each of some rows, and for the columns, ``[c, K]``
 ROW, COLUMN = 0, 1  # the index in pairs: since or before, until or after
 
 
+class Gradients(NamedTuple):
+    rows: list[jax.Array]  # ``[c, K]`` each, like ``columns``
+    columns: jax.Array
+    tokens: jax.Array  # [c, K]; the gradient of the log decays is ``suffix_sums(tokens) + total``
+    total: jax.Array  # [1, K]
+
+
 class ByLevels:
-    """A decay of each key channel: ``since_start``, ``until_end`` ``[c, K]`` and ``whole`` ``[1, K]`` as in ``ops.decay``.
+    """A decay of each key channel, from ``[c, K]``: ``whole`` ``[1, K]`` as in ``ops.decay``.
 
     Two tokens of different groups meet at the middle of the smallest of the chunk's halves, quarters, ... that has both:
         exp(G_i - G_j) = exp(G_i - G_r) exp(G_r - G_j),   i > r >= j,
     so both factors are at most 1. At each such level a token is on one side: a row, decayed since the middle, or a column,
-    decayed until it. It has one factor there: its own, since or until a position in its group, times the group's, between
-    that and the middle. Subclasses define the groups and the products within each.
+    decayed until it. From one level to the next, where two parts join, rows in the second are also decayed by all of the
+    first, and columns in the first by all of the second. Subclasses define the groups and the products within each.
     """
 
     by_channel = True
 
-    def __init__(self, own: tuple[jax.Array, jax.Array], ends: tuple[Groups, Groups], wholes: Groups):
+    def __init__(self, own: tuple[jax.Array, jax.Array], ends: tuple[Groups, Groups] | None, wholes: Groups):
         """``own`` ``[c, K]``: a token's decays as a row, since a position in its group, and as a column, until one.
-        ``ends``: for each group the decays from its start to that position, and from there to its end. ``wholes``: its
-        total decay."""
-        levels, outside, whole = _between(wholes)
-        assert whole is not None
-        self.whole = whole
-        self._own = [_cut(x, len(wholes)) for x in own]
-        self._outside = [[times(x, y) for x, y in zip(*z, strict=True)] for z in zip(ends, outside, strict=True)]
-        self._levels = [[times(ends[_side(g, n)][g], x) for g, x in enumerate(level)] for n, level in enumerate(levels)]
-        self._pairs = pairs(own[0].shape[0])
-
-    @property
-    def since_start(self) -> jax.Array:
-        return self._until_outside(ROW)
-
-    @property
-    def until_end(self) -> jax.Array:
-        return self._until_outside(COLUMN)
+        ``ends``: for each group the decays from its start to that position, and from there to its end; None if its start
+        and end are these positions. ``wholes``: its total decay."""
+        self._own, self._ends, self._wholes = own, ends, [wholes]
+        while len(wholes) > 1:
+            wholes = [x * y for x, y in zip(wholes[::2], wholes[1::2], strict=True)]
+            self._wholes.append(wholes)
+        self.whole = wholes[0][:1]
+        self._pairs = pairs(own[ROW].shape[0])
 
     def from_start(self, x: jax.Array, factor: jax.Array | None) -> jax.Array:
-        """``factor * since_start * x``, in the dtype of x, computed from what ``pairwise`` has for these rows."""
-        return self._decayed(x, ROW, factor)
+        """x decayed since the chunk's start, times ``factor``; in the dtype of x."""
+        return times(factor, self._of_chunk(x, ROW)).astype(x.dtype)
 
     def to_end(self, x: jax.Array, factor: jax.Array | None) -> jax.Array:
-        """``factor * until_end * x``, in the dtype of x, computed from what ``pairwise`` has for these columns."""
-        return self._decayed(x, COLUMN, factor)
+        """x decayed until the chunk's end, times ``factor``; in the dtype of x."""
+        return times(factor, self._of_chunk(x, COLUMN)).astype(x.dtype)
 
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
         """``A_ij = sum_k r_ik columns_jk exp(G_ik - G_jk)`` for i >= j, else 0, for each r of ``rows`` ``[c, K]``.
@@ -69,51 +71,50 @@ class ByLevels:
         i, j = self._pairs
         apart = i ^ j
         products = self._near_products(rows, columns, apart, wide)
-        for n in range(len(self._levels)):
+        for n, meeting in enumerate(self._meeting(rows, columns)):
             size = self._size << n
-            second = jnp.concatenate([_halves(self._at_level(n, r, ROW), size)[1] for r in rows])
-            first = self._at_level(n, columns, COLUMN)
-            crossing = dot(second.astype(columns.dtype), first.astype(columns.dtype), (1, 1), wide)
+            second = jnp.concatenate([_halves(x, size)[1] for x in meeting]).astype(columns.dtype)
+            crossing = dot(second, meeting[0].astype(columns.dtype), (1, 1), wide)
             far = _halves(apart, size)[1] >= size
             for m, new in enumerate(_cut(crossing, len(rows))):
                 above, own = _halves(products[m], size)
                 products[m] = _joined(above, jnp.where(far, new, own), size)
         return [masked(i >= j, x) for x in products]
 
-    def pairwise_gradient(
-        self, rows, columns, d_products, wide, count=1
-    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-        """From the gradients of ``pairwise``'s products, those for the last of ``rows`` in ``count`` terms: more than one
-        where the gradients of the decays are small differences of their sums.
-
-        Returns:
-          the gradients of ``rows`` and of ``columns``; and ``sum r dr - columns dcolumns`` ``[c, K]``, without the products
-          of a token with itself: the gradient of the log decays is its ``suffix_sums``.
-        """
+    def gradients(self, rows, columns, d_products, outer: Outer, last: jax.Array | int, wide, count=1) -> Gradients:
+        """From the gradients of ``pairwise``'s products and, in ``outer``, those of ``from_start`` of ``rows`` and
+        ``to_end`` of ``columns``, wide. ``last``: the index of the last token. The last of ``d_products`` is multiplied in
+        ``count`` terms: more than one where the gradients of the decays are small differences of the results."""
         i, j = self._pairs
         apart = i ^ j
-        d_rows: list[jax.Array] = []
-        d_columns: Any = 0.0
-        for r, d, in_terms in zip(rows, d_products, of_last(count, rows), strict=True):
+        near, far = [], []
+        by_level = list(self._meeting(rows, columns))
+        for m, (r, d, in_terms) in enumerate(zip(rows, d_products, of_last(count, rows), strict=True)):
             # For both tokens of a pair at once: each product has one of them as a row and the other as a column.
             d = masked(i > j, d)
             both = jnp.where(i > j, d, d.T)
-            d_row, d_column = self._near_gradients(r, columns, (d, both), apart, wide, in_terms)
-            d_columns = d_columns + d_column
-            for n in range(len(self._levels)):
-                size = self._size << n
-                (first, _), (_, second) = (
-                    _halves(self._at_level(n, x, side), size) for x, side in ((columns, COLUMN), (r, ROW))
-                )
-                x = _joined(first, second, size).astype(columns.dtype)
-                crossing = terms(masked((apart >= size) & (apart < 2 * size), both), x.dtype, in_terms)
-                of_columns, of_row = _halves(self._factors(n) * dot_terms(crossing, (x,), (1, 0), wide), size)
-                first, second = _halves(d_row, size)
-                d_row = _joined(first, second + of_row, size)
-                first, second = _halves(d_columns, size)
-                d_columns = _joined(first + of_columns, second, size)
-            d_rows.append(d_row)
-        return with_same(self._pairs, rows, columns, d_products, d_rows, d_columns)
+            crossing = [masked((apart >= size) & (apart < 2 * size), both) for size in self._sizes]
+            far.append(
+                [
+                    dot_terms(terms(x, columns.dtype, in_terms), (y[m].astype(columns.dtype),), (1, 0), wide)
+                    for x, y in zip(crossing, by_level, strict=True)
+                ]
+            )
+            near.append(self._near_gradients(r, columns, (d, both), apart, wide, in_terms))
+        outer_rows, outer_columns = outer
+        d_rows = [
+            self._with_near(x[ROW], self._far_gradients(y, z, ROW), ROW)
+            for x, y, z in zip(near, far, outer_rows, strict=True)
+        ]
+        d_columns = self._with_near(
+            functools.reduce(operator.add, [x[COLUMN] for x in near]),
+            self._far_gradients(
+                [functools.reduce(operator.add, x) for x in zip(*far, strict=True)], outer_columns, COLUMN
+            ),
+            COLUMN,
+        )
+        ended = self._of_chunk(columns, COLUMN)
+        return with_decays(self._pairs, rows, columns, d_products, (d_rows, d_columns), ended * outer_columns, last)
 
     def _near_products(
         self, rows: tuple[jax.Array, ...], columns: jax.Array, apart: jax.Array, wide
@@ -130,39 +131,64 @@ class ByLevels:
         wide,
         count: int,
     ) -> tuple[jax.Array, jax.Array]:
-        """The gradients of ``row`` and ``columns`` for pairs within a group, from ``d_products``, in ``count`` terms:
-        where i > j alone, and the same for (i, j) and (j, i)."""
+        """The gradients of ``row`` and ``columns`` for pairs within a group, for ``_with_near``, from ``d_products``, in
+        ``count`` terms: where i > j alone, and the same for (i, j) and (j, i)."""
+        raise NotImplementedError
+
+    def _with_near(self, near: jax.Array, far: jax.Array, side: int) -> jax.Array:
+        """The sum of ``_near_gradients`` and of those for pairs of groups, ``far``, which lacks the tokens' own decays."""
         raise NotImplementedError
 
     @property
     def _size(self) -> int:
         """Number of tokens in a group."""
-        return self._own[ROW][0].shape[0]
+        return self._own[ROW].shape[0] // len(self._wholes[0])
 
-    def _until_outside(self, side: int) -> jax.Array:
-        return jnp.concatenate([times(x, y) for x, y in zip(self._outside[side], self._own[side], strict=True)])
+    @property
+    def _sizes(self) -> list[int]:
+        """Numbers of tokens in what meets at each level."""
+        return [self._size << n for n in range(len(self._wholes) - 1)]
 
-    def _decayed(self, x: jax.Array, side: int, factor: jax.Array | None) -> jax.Array:
-        own = self._times_own(x, side)
-        wide = jnp.concatenate([times(y, z) for y, z in zip(self._outside[side], own, strict=True)])
-        return times(factor, wide).astype(x.dtype)
+    def _meeting(self, rows, columns) -> Iterator[list[jax.Array]]:
+        """By level, for each of ``rows``: the columns and, in second halves, the rows that meet there, wide."""
+        steps = [self._by_level(columns, COLUMN), *(self._by_level(r, ROW) for r in rows)]
+        for n in range(len(self._sizes)):
+            of_columns, *of_rows = (next(x) for x in steps)
+            sides = [_side(g, n) for g in range(len(of_columns))]
+            yield [jnp.concatenate([(x, of_columns)[side][g] for g, side in enumerate(sides)]) for x in of_rows]
 
-    def _times_own(self, x: jax.Array, side: int) -> list[jax.Array]:
+    def _of_chunk(self, x: jax.Array, side: int) -> jax.Array:
+        """x as rows decayed since the chunk's start, or as columns until its end, wide."""
+        *_, last = self._by_level(x, side)
+        return jnp.concatenate(last)
+
+    def _by_level(self, x: jax.Array, side: int) -> Iterator[list[jax.Array]]:
+        """By level and group: x as rows decayed since the start of the parts that meet there, or as columns until their
+        end; and last, those of the chunk."""
         own = self._own[side]
-        return [y * z.astype(y.dtype) for y, z in zip(own, _cut(x, len(own)), strict=True)]
+        groups = _cut(own * x.astype(own.dtype), len(self._wholes[0]))
+        if self._ends is not None:
+            groups = [_spread(y, z) for y, z in zip(self._ends[side], groups, strict=True)]
+        yield groups
+        for n in range(len(self._sizes)):
+            groups = [self._past(n, g, side, y) for g, y in enumerate(groups)]
+            yield groups
 
-    def _at_level(self, n: int, x: jax.Array, side: int) -> jax.Array:
-        """x as rows or as columns, wide, with zeros for the tokens on the other side."""
-        return jnp.concatenate(
-            [
-                times(factor, y) if side == _side(g, n) else jnp.zeros_like(y)
-                for g, (factor, y) in enumerate(zip(self._levels[n], self._times_own(x, side), strict=True))
-            ]
-        )
+    def _far_gradients(self, found: Sequence[jax.Array], outer: jax.Array, side: int) -> jax.Array:
+        """From the gradients of ``_meeting`` and of ``_of_chunk``, those of the tokens times their own decays."""
+        count = len(self._wholes[0])
+        groups = _cut(outer, count)
+        for n, x in reversed(list(enumerate(found))):
+            new = _cut(x, count)
+            groups = [self._past(n, g, side, y) for g, y in enumerate(groups)]
+            groups = [y + new[g] if _side(g, n) == side else y for g, y in enumerate(groups)]
+        if self._ends is not None:
+            groups = [_spread(y, z) for y, z in zip(self._ends[side], groups, strict=True)]
+        return jnp.concatenate(groups)
 
-    def _factors(self, n: int) -> jax.Array:
-        """What a token is scaled by at a level, ``[c, K]``."""
-        return jnp.concatenate([times(x, self._own[_side(g, n)][g]) for g, x in enumerate(self._levels[n])])
+    def _past(self, n: int, group: int, side: int, x: jax.Array) -> jax.Array:
+        """x decayed by all of the part that its group's part meets at level n, if it is on the side that does."""
+        return _spread(self._wholes[n][(group >> n) ^ 1], x) if _side(group, n) == side else x
 
 
 class ByChannel(ByLevels):
@@ -174,8 +200,7 @@ class ByChannel(ByLevels):
         near, seen, left = _near(groups, self._row)
         self._near = [jnp.exp2(x) for x in near]
         own = jnp.exp2(seen).reshape(log_decay.shape), jnp.exp2(left).reshape(log_decay.shape)
-        none = [None] * len(groups)
-        super().__init__(own, (none, none), [jnp.exp2(x[-1:]) for x in seen])
+        super().__init__(own, None, list(jnp.exp2(jnp.broadcast_to(seen[:, -1:], seen.shape))))
 
     def _near_products(self, rows, columns, apart, wide) -> list[jax.Array]:
         products = []
@@ -198,6 +223,9 @@ class ByChannel(ByLevels):
             d_columns = d_columns + masked(~in_second, d_x).reshape(x.shape)
         return d_row, d_columns
 
+    def _with_near(self, near, far, side) -> jax.Array:
+        return near + self._own[side] * far
+
     def _near_scaled(self, row: jax.Array, columns: jax.Array):
         """By level: the tokens of half of its parts as rows and those of the others as columns, in one array ``[c, K]`` of
         their dtype; and the factors in it."""
@@ -213,20 +241,23 @@ def of_last(count: int, rows) -> list[int]:
     return [1] * (len(rows) - 1) + [count]
 
 
-def with_same(pairs, rows, columns, d_products, d_rows, d_columns):
-    """Adds the products of a token with itself, which have no decay, to the gradients of the others; except
-    to those of ``columns`` as a row."""
+def with_decays(pairs, rows, columns, d_products, found, ended: jax.Array, last) -> Gradients:
+    """``found``: the gradients of rows and columns. The products of a token with itself, without a decay, are added here;
+    except to those of ``columns`` as a row. ``ended``: columns decayed to the chunk's end, times the gradients of that."""
     i, j = pairs
+    (d_rows, d_columns), every = found, []
     wide_columns = columns.astype(d_columns.dtype)
-    sums, every = -wide_columns * d_columns, []
+    # The last token's write does not decay. Summed with terms that do, it would drown them or be lost among them.
+    decays = lax.broadcasted_iota(jnp.int32, ended.shape, 0) != last
+    tokens, total = -masked(decays, wide_columns * d_columns), jnp.sum(masked(decays, ended), axis=0, keepdims=True)
     for r, d, d_row in zip(rows, d_products, d_rows, strict=True):
         wide_row = r.astype(d.dtype)
-        sums = sums + wide_row * d_row
+        tokens = tokens + wide_row * d_row
         if r is not columns:
             same = jnp.sum(masked(i == j, d), axis=1, keepdims=True)
             d_row, d_columns = d_row + same * wide_columns, d_columns + same * wide_row
         every.append(d_row)
-    return every, d_columns, sums
+    return Gradients(every, d_columns, tokens, total)
 
 
 def to_base_2(log_decay: jax.Array) -> jax.Array:
@@ -251,28 +282,14 @@ def _near(log_decay: jax.Array, row: jax.Array):
     return levels, seen, left
 
 
-def _between(wholes: Groups) -> tuple[list[Groups], tuple[Groups, Groups], jax.Array | None]:
-    """From the decays of groups: by level, those between each group and the middle; those before and those after each
-    group; and that of all."""
-    count, n = len(wholes), 0
-    before: Groups = [None] * count
-    after = before
-    levels: list[Groups] = []
-    while len(wholes) > 1:
-        sides = [_side(g, n) for g in range(count)]
-        levels.append([(before, after)[side][g] for g, side in enumerate(sides)])
-        other = [wholes[(g >> n) ^ 1] for g in range(count)]
-        before, after = (
-            [times(other[g], x) if sides[g] == side else x for g, x in enumerate(every)]
-            for side, every in ((ROW, before), (COLUMN, after))
-        )
-        wholes, n = [times(*wholes[g : g + 2]) for g in range(0, len(wholes), 2)], n + 1
-    return levels, (before, after), wholes[0]
-
-
 def _side(group: int, level: int) -> int:
     """The side of a group's tokens: in second halves they are rows."""
     return ROW if group >> level & 1 else COLUMN
+
+
+def _spread(factor: jax.Array, x: jax.Array) -> jax.Array:
+    """``factor`` ``[8, K]``, of equal rows, times x ``[c, K]``."""
+    return (factor[None] * in_groups(x)).reshape(x.shape)
 
 
 def _cut(x: jax.Array, count: int) -> list[jax.Array]:

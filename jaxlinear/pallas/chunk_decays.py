@@ -46,17 +46,19 @@ def suffix_sums(x: jax.Array) -> jax.Array:
 
 
 def prefix_sums(x: jax.Array, part: int | None = None) -> jax.Array:
-    """``y_i = sum_{j <= i} x_j`` of ``[c, D]``; the sums restart every ``part`` tokens, a multiple of 8."""
+    """``y_i = sum_{j <= i} x_j`` of ``[c, D]``; the sums restart every ``part`` tokens, 4 or a multiple of 8."""
     return _running(x, 1, part)
 
 
 def _running(x: jax.Array, step: int, part: int | None = None) -> jax.Array:
     groups = in_groups(x)
-    row = places(groups)
+    size = GROUP if part is None else min(part, GROUP)
+    place = places(groups) & (size - 1)
     for by in (1, 2, 4):
-        reached = row >= by if step == 1 else row < GROUP - by
-        shifted = pltpu.roll(groups, by if step == 1 else GROUP - by, axis=1)
-        groups = groups + jnp.where(reached, shifted, jnp.zeros_like(groups))
+        if by < size:
+            reached = place >= by if step == 1 else place < size - by
+            shifted = pltpu.roll(groups, by if step == 1 else GROUP - by, axis=1)
+            groups = groups + jnp.where(reached, shifted, jnp.zeros_like(groups))
     last = slice(GROUP - 1, GROUP) if step == 1 else slice(0, 1)
     found: dict[int, jax.Array] = {}
     for n in range(groups.shape[0])[::step]:
@@ -82,9 +84,9 @@ class NoDecay:
     def pairwise(self, rows: tuple[jax.Array, ...], columns: jax.Array, wide) -> list[jax.Array]:
         return [self.decayed(dot(r, columns, (1, 1), wide)) for r in rows]
 
-    def pairwise_gradient(self, rows, columns, d_products, wide, count=1) -> tuple[list[jax.Array], jax.Array, None]:
-        """As ``ByHead.pairwise_gradient``."""
-        return *_back(rows, columns, [self.decayed(d) for d in d_products], wide), None
+    def pairwise_gradient(self, rows, columns, d_products, wide) -> tuple[list[jax.Array], jax.Array]:
+        """From the gradients of ``pairwise``'s products, those of ``rows`` and of ``columns``."""
+        return _back(rows, columns, [self.decayed(d) for d in d_products], wide)
 
 
 class ByHead:
@@ -111,10 +113,9 @@ class ByHead:
         """As ``NoDecay.decayed``."""
         return self.matrix * products
 
-    def pairwise_gradient(self, rows, columns, d_products, wide, count=1) -> tuple[list[jax.Array], jax.Array, None]:
-        """As ``ByChannel.pairwise_gradient``, but a token's product with itself is rounded with the others, and the decay's
-        own gradient, which might need more terms, is that of ``steps_gradient``."""
-        return *_back(rows, columns, [self.decayed(d) for d in d_products], wide), None
+    def pairwise_gradient(self, rows, columns, d_products, wide) -> tuple[list[jax.Array], jax.Array]:
+        """As ``NoDecay.pairwise_gradient``. That of the decay itself is that of ``steps_gradient``."""
+        return _back(rows, columns, [self.decayed(d) for d in d_products], wide)
 
     def steps_gradient(self, products, d_products) -> jax.Array:
         """The gradient of ``G_i - G_j`` ``[c, c]``, from ``pairwise``'s products and their gradients."""

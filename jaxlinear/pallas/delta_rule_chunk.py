@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxlinear.pallas import inverse
 from jaxlinear.pallas.chunk_decays import times
-from jaxlinear.pallas.linear_attention_chunk import Chunk, DecayGradient, decay_gradient
+from jaxlinear.pallas.linear_attention_chunk import Chunk, DecayGradient, channel_gradients, decay_gradient
 from jaxlinear.pallas.products import Terms, dot, dot_terms, terms
 
 
@@ -94,31 +94,34 @@ def gradients(
     d_lower = [
         -_earlier(h, dot_terms(_cut(h, d), x, (1, 1), wide)) for h, d, x in zip(heads, d_solved, written, strict=True)
     ]
-    pairs = [
-        h.chunk.decays.pairwise_gradient((h.q, h.k), h.k, (d_p, h.beta * d_l), wide, h.terms)
-        for h, d_p, d_l in zip(heads, d_attention, d_lower, strict=True)
+    d_pairs = [(d_p, h.beta * d_l) for h, d_p, d_l in zip(heads, d_attention, d_lower, strict=True)]
+    inner: list[Any] = [
+        None if h.chunk.decays.by_channel else h.chunk.decays.pairwise_gradient((h.q, h.k), h.k, d, wide)
+        for h, d in zip(heads, d_pairs, strict=True)
     ]
     d_before = _before(heads, d_errors, d_after)
     found = []
     for n, h in enumerate(heads):
-        (d_q, d_k_row), d_k_column, sums = pairs[n]
-        since_start, until_end = h.chunk.since_start, h.chunk.until_end
-        d_q_read = times(since_start, dot(h.d_o, states[n], (1, 0), wide))
-        d_k_read = -times(since_start, dot(d_errors[n].astype(h.k.dtype), states[n], (1, 0), wide))
-        d_k_written = times(until_end, dot(written[n][0], d_after[n], (1, 0), wide))
+        d_read = dot(h.d_o, states[n], (1, 0), wide), -dot(d_errors[n].astype(h.k.dtype), states[n], (1, 0), wide)
+        d_written, d_decay = dot(written[n][0], d_after[n], (1, 0), wide), None
+        if inner[n] is None:
+            (d_q, d_k_row), d_k, d_decay = channel_gradients(
+                h.chunk, (h.q, h.k), h.k, d_pairs[n], (d_read, d_written), (states[n], d_after[n]), h.terms
+            )
+        else:
+            (d_q, d_k_row), d_k = inner[n]
+            d_q_read, d_k_read = (times(h.chunk.since_start, x) for x in d_read)
+            d_k_written = times(h.chunk.until_end, d_written)
+            if h.chunk.decays.whole is not None:
+                sums = h.chunk.decays.steps_gradient((tokens[n].attention, tokens[n].overlap), d_pairs[n])
+                wide_k = h.k.astype(wide)
+                read = h.q.astype(wide) * d_q_read + wide_k * d_k_read
+                held = jnp.sum(states[n].astype(wide) * d_after[n], axis=0, keepdims=True)
+                d_decay = decay_gradient(h.chunk, sums, read, wide_k, d_k_written, held)
+            d_q, d_k = d_q + d_q_read, d_k + d_k_read + d_k_written
         d_beta = d_solved[n] * (h.v.astype(wide) - reads[n])
         d_beta = jnp.sum(d_beta, axis=1, keepdims=True) + jnp.sum(d_lower[n] * tokens[n].overlap, axis=1, keepdims=True)
-        d_decay = None
-        if h.chunk.decays.whole is not None:
-            if not h.chunk.decays.by_channel:
-                products = tokens[n].attention, tokens[n].overlap
-                sums = h.chunk.decays.steps_gradient(products, (d_attention[n], h.beta * d_lower[n]))
-            wide_k = h.k.astype(wide)
-            read = h.q.astype(wide) * d_q_read + wide_k * d_k_read
-            held = jnp.sum(states[n].astype(wide) * d_after[n], axis=0, keepdims=True)
-            d_decay = decay_gradient(h.chunk, sums, read, wide_k, d_k_written, held)
-        d_k = d_k_row + d_k_column + d_k_read + d_k_written
-        found.append(Gradients(d_q + d_q_read, d_k, d_errors[n], d_beta, d_before[n], d_decay))
+        found.append(Gradients(d_q, d_k_row + d_k, d_errors[n], d_beta, d_before[n], d_decay))
     return found
 
 

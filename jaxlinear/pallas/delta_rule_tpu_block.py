@@ -72,8 +72,7 @@ class Block:
         self._store_states(carried, states)
 
     def _heads(self, by_channel: type) -> list[delta_rule_chunk.Head]:
-        is_gradient = self.plan.kind == "gradient"
-        chunks = [Chunk(decay, self._documents(), self.last, is_gradient) for decay in self._decays(by_channel)]
+        chunks = [Chunk(decay, self._documents(), self.last) for decay in self._decays(by_channel)]
         beta = self._columns("beta")
         names = [name for name in ("k", "q", "v", "d_o") if name in self.refs]
         loaded = {name: self._load(name) for name in names}

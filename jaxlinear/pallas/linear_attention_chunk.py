@@ -27,9 +27,6 @@ class Chunk(NamedTuple):
     decays: Any
     documents: Documents | None
     last: Any  # the index of the last token; positions after it are padding
-    takes_factors: bool = (
-        False  # whether ``since_start`` and ``until_end`` scale more than tokens: they then scale these
-    )
 
     @property
     def since_start(self) -> jax.Array | None:
@@ -48,13 +45,13 @@ class Chunk(NamedTuple):
 
     def from_start(self, x: jax.Array) -> jax.Array:
         """``since_start * x``, in the dtype of x."""
-        if self.takes_factors or not self.decays.by_channel:
+        if not self.decays.by_channel:
             return scaled(x, self.since_start)
         return self.decays.from_start(x, None if self.documents is None else self.documents.in_first)
 
     def to_end(self, x: jax.Array) -> jax.Array:
         """``until_end * x``, in the dtype of x."""
-        if self.takes_factors or not self.decays.by_channel:
+        if not self.decays.by_channel:
             return scaled(x, self.until_end)
         return self.decays.to_end(x, None if self.documents is None else self.documents.in_last)
 
@@ -126,30 +123,44 @@ def gradients(
     """The gradients, from those of the outputs and of the state after the chunk. ``state`` is the one before the chunk."""
     q, k, v, d_o = tokens[:4]
     wide = state.dtype
-    d_q, d_k, sums, d_products = None, None, None, None
-    if tokens.products is None:
-        (d_q,), d_k, sums = chunk.decays.pairwise_gradient((q,), k, (d_attended,), wide)
+    outer = [dot(d_o, state, (1, 0), wide)], dot(v, d_after, (1, 0), wide)
+    d_products, d_decay = None, None
+    if chunk.decays.by_channel:
+        (d_q,), d_k, d_decay = channel_gradients(chunk, (q,), k, (d_attended,), outer, (state, d_after))
     else:
-        d_products = chunk.decays.decayed(d_attended)
-    d_q_outer = times(chunk.since_start, dot(d_o, state, (1, 0), wide))
-    d_k_outer = times(chunk.until_end, dot(v, d_after, (1, 0), wide))
+        (d_q_outer,), d_k_outer = outer
+        d_q_outer, d_k_outer = times(chunk.since_start, d_q_outer), times(chunk.until_end, d_k_outer)
+        if chunk.decays.whole is not None:
+            of_steps = chunk.decays.steps_gradient((attended,), (d_attended,))
+            held = jnp.sum(state * d_after, axis=0, keepdims=True)
+            d_decay = decay_gradient(chunk, of_steps, q.astype(wide) * d_q_outer, k.astype(wide), d_k_outer, held)
+        if tokens.products is None:
+            (d_q,), d_k = chunk.decays.pairwise_gradient((q,), k, (d_attended,), wide)
+            d_q, d_k = d_q + d_q_outer, d_k + d_k_outer
+        else:
+            d_products, d_q, d_k = chunk.decays.decayed(d_attended), d_q_outer, d_k_outer
     d_v = dot(attended, d_o, (0, 0), wide)
     d_v = d_v + dot(chunk.to_end(k), d_after, (1, 1), wide)
     d_before = advance(chunk, chunk.from_start(q), d_o, d_after)
-    d_decay = None
-    if chunk.decays.whole is not None:
-        pairs = sums if chunk.decays.by_channel else chunk.decays.steps_gradient((attended,), (d_attended,))
-        held = jnp.sum(state * d_after, axis=0, keepdims=True)
-        d_decay = decay_gradient(chunk, pairs, q.astype(wide) * d_q_outer, k.astype(wide), d_k_outer, held)
-    d_q, d_k = (outer if inner is None else inner + outer for inner, outer in ((d_q, d_q_outer), (d_k, d_k_outer)))
     return Gradients(d_q, d_k, d_v, d_before, d_decay, d_products)
+
+
+def channel_gradients(chunk: Chunk, rows, columns, d_products, outer, states, count=1):
+    """``decays.gradients`` for decays by channel: those of ``rows``, of ``columns`` and of the log decays. ``states``: the
+    one before the chunk, and the gradient of the one after it."""
+    before, d_after = states
+    in_first, in_last = (None, None) if chunk.documents is None else (chunk.documents.in_first, chunk.documents.in_last)
+    seen = [times(in_first, x) for x in outer[0]], times(in_last, outer[1])
+    d = chunk.decays.gradients(rows, columns, d_products, seen, chunk.last, d_after.dtype, count)
+    held = jnp.sum(before.astype(d_after.dtype) * d_after, axis=0, keepdims=True)
+    return d.rows, d.columns, DecayGradient(d.tokens, None, d.total + times(chunk.whole, held))
 
 
 def decay_gradient(
     chunk: Chunk, pairs: Any, read: jax.Array, k: jax.Array, d_k: jax.Array, held: jax.Array
 ) -> DecayGradient:
-    """From the terms of each kind of decay: ``pairs``, of those between tokens, the sums of ``ByChannel.pairwise_gradient``
-    or ``ByHead.steps_gradient``; ``read`` ``[c, K]``, of those since the start; k times ``d_k``, the gradient of what it
+    """For a decay per head, from the terms of each kind of decay: ``pairs``, of those between tokens, as from
+    ``ByHead.steps_gradient``; ``read`` ``[c, K]``, of those since the start; k times ``d_k``, the gradient of what it
     writes, of those until the end; and ``held`` ``[1, K]``, of that of the whole chunk, without this factor."""
     # The last token's write does not decay. Summed with terms that do, it would drown them or be lost among them.
     row = lax.broadcasted_iota(jnp.int32, d_k.shape, 0)
@@ -157,8 +168,6 @@ def decay_gradient(
     total = jnp.sum(written, axis=0, keepdims=True) + times(chunk.whole, held)
     together = pairs.shape == read.shape
     tokens = (pairs + read if together else read) - written
-    if chunk.decays.by_channel:
-        return DecayGradient(tokens, None, total)
     of_tokens, *apart = (jnp.sum(x, axis=1, keepdims=True) for x in ((tokens,) if together else (tokens, pairs)))
     earlier = jnp.sum(pairs, axis=0, keepdims=True)
     return DecayGradient(sum(apart, of_tokens), earlier, jnp.sum(total, axis=1, keepdims=True))

@@ -208,8 +208,7 @@ class Block:
                 self.log_decay[first : first + self.shape.heads, self._at(n)] for first in (0, self.shape.rows)
             )
             decays = [chunk_decays.by_sums(coarse[h : h + 1], fine[h : h + 1]) for h in self.heads]
-        is_gradient = self.plan.kind == "gradient"
-        return {h: Chunk(x, documents, last, is_gradient) for h, x in zip(self.heads, decays, strict=True)}
+        return {h: Chunk(x, documents, last) for h, x in zip(self.heads, decays, strict=True)}
 
     def _log_decays(self, n: int) -> dict[int, jax.Array]:
         """The log decays of the key channels of each head, ``[c, K]``."""

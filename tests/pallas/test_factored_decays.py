@@ -2,6 +2,7 @@
 each of the code paths."""
 
 import functools
+import math
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,7 @@ from jaxlinear.models.mixers import kda
 from jaxlinear.ops import delta_rule, linear_attention
 from jaxlinear.pallas import blocks, factored_decays
 from jaxlinear.pallas.channel_decays import ByChannel
-from jaxlinear.pallas.factored_decays import LIMIT, Factored, FactoredInParts, FactoredInSmallParts
+from jaxlinear.pallas.factored_decays import LIMIT, Factored, FactoredInFours, FactoredInParts, FactoredInSmallParts
 from jaxlinear.parallel import operations
 from tests import numerics
 
@@ -31,24 +32,51 @@ def draw(random, part: int) -> np.ndarray:
     return log_decay
 
 
+def outputs_and_gradients(random):
+    """A function of a class, log decays and the arrays that are returned too: all that kernels take from the class."""
+    rows, columns, d = ([random.standard_normal(s) for _ in range(2)] for s in ((C, K), (C, K), (C, C)))
+
+    def everything(kind, log_decay, rows, columns, d):
+        decays, (columns, of_columns) = kind(log_decay), columns
+        products = decays.pairwise(tuple(rows), columns, jnp.float64)
+        gradients = decays.gradients(tuple(rows), columns, d, (rows, of_columns), C - 1, jnp.float64)
+        ends = [decay(x, None) for decay, x in ((decays.from_start, rows[0]), (decays.to_end, columns))]
+        return ends, decays.whole, products, gradients
+
+    return everything, (rows, columns, d)
+
+
 @pytest.mark.parametrize("kind", [Factored, FactoredInParts, FactoredInSmallParts])
 def test_one_factor_each_gives_what_halves_give(kind):
     random, part = np.random.default_rng(0), kind.part or C
     log_decay = draw(random, part)
     assert (log_decay.sum(axis=0) < -LIMIT).any() == (part < C)
-    rows, columns, d = ([random.standard_normal(s) for _ in range(2)] for s in ((C, K), (C, K), (C, C)))
-
-    def everything(kind, log_decay, rows, columns, d):
-        decays, (columns, _) = kind(log_decay), columns
-        products = decays.pairwise(tuple(rows), columns, jnp.float64)
-        gradients = decays.pairwise_gradient(tuple(rows), columns, d, jnp.float64)
-        return decays.since_start, decays.until_end, decays.whole, products, gradients
-
+    everything, arrays = outputs_and_gradients(random)
     found, expected = (
-        numerics.run(jax.jit(functools.partial(everything, kind)), log_decay, rows, columns, d, dtype="float64")
+        numerics.run(jax.jit(functools.partial(everything, kind)), log_decay, *arrays, dtype="float64")
         for kind in (kind, ByChannel)
     )
     numerics.assert_close(found, numerics.wide(expected), 1e-12)
+
+
+@pytest.mark.parametrize("strongest, tolerance", [(24 * math.log(2), 1e-12), (math.inf, 2**-21)])
+def test_any_decay_in_fours(strongest, tolerance):
+    """Down to 2^-24 from a token to the next as by halves; 0 for less, up to 2^-24 of each of the terms, some of which are
+    above 3."""
+    random = np.random.default_rng(2)
+    log_decay = -random.uniform(0, 1, (C, K)) * np.array([strongest if np.isfinite(strongest) else 60, 30, 1, 0])
+    log_decay[::5, 2] = -strongest
+    log_decay = np.maximum(log_decay, -strongest)
+    assert (log_decay[:, 2] == -strongest).sum() == 13
+    everything, arrays = outputs_and_gradients(random)
+    found, expected = (
+        numerics.run(jax.jit(functools.partial(everything, kind)), log_decay, *arrays, dtype="float64")
+        for kind in (FactoredInFours, ByChannel)
+    )
+    numerics.assert_close(found, numerics.wide(expected), tolerance)
+    if not np.isfinite(strongest):
+        with pytest.raises(AssertionError):
+            numerics.assert_close(found, numerics.wide(expected), 1e-12)
 
 
 @pytest.mark.parametrize("factor, expected", [(0.99, True), (1.01, False)])
@@ -105,7 +133,7 @@ def test_kernels_take_each_way(monkeypatch, operation, way):
         "weak": (Factored, 0.0),
         "in_parts": (FactoredInParts, 2.0),
         "in_small_parts": (FactoredInSmallParts, 4.0),
-        "strong": (ByChannel, 7.0),
+        "strong": (FactoredInFours, 10.0),
     }
     whole = {kind: kind.pairwise for kind, _ in ways.values()}  # one may inherit it from another
     for name, (kind, _) in ways.items():
