@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_FEW = 5  # runs whose names have room among their curves
+
+
 def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
     """Training loss (each logged step, and smoothed) and held-out loss of runs, plotted against tokens. The line of the
-    latter is broken where the text changes."""
-    figure = make_figure(7, 4)
-    axes = figure.subplots()
+    latter is broken where the text changes. The names of many runs are beside the curves, once each."""
+    few = len(workdirs) <= _FEW
+    figure = make_figure(7, 4) if few else make_figure(10, max(4, 0.7 + 0.22 * len(workdirs)))
+    axes, colours = figure.subplots(), _colours(len(workdirs))
     for i, (workdir, name) in enumerate(zip(workdirs, _names(workdirs), strict=True)):
         lines = metrics.read(workdir)
         training = [line for line in lines if "loss" in line]
@@ -31,22 +35,40 @@ def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
         heldout = [line for line in lines if "heldout_loss" in line]
         losses = [line["loss"] for line in training]
         seen = [line["tokens"] for line in training]
-        axes.plot(seen, losses, color=f"C{i}", alpha=0.25, linewidth=0.8)
-        axes.plot(seen, _smooth(losses), color=f"C{i}", label=plain(f"{name}, training"))
+        axes.plot(seen, losses, color=colours[i], alpha=0.25, linewidth=0.8)
+        training_name, heldout_name = (f"{name}, training", plain(f"{name}, held out")) if few else (name, "_")
+        axes.plot(seen, _smooth(losses), _mark(losses), color=colours[i], label=plain(training_name))
         for j, part in enumerate(_parts(heldout, heldout_changes(read_starts(workdir)))):
             axes.plot(
                 [line["step"] * tokens_a_step for line in part],
                 [line["heldout_loss"] for line in part],
-                color=f"C{i}",
+                color=colours[i],
                 marker="o",
                 linestyle="--",
-                label="_" if j else plain(f"{name}, held out"),  # one in the legend
+                label="_" if j else heldout_name,  # one in the legend
             )
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if few:
+        axes.legend()
+    else:
+        figure.legend(loc="outside right upper", title="training (dashed: held out)")
     return figure
+
+
+def _colours(count: int) -> list[Any]:
+    """One for each run: Matplotlib's own cycle has ten."""
+    from matplotlib import colormaps
+
+    if count <= 10:
+        return [f"C{i}" for i in range(count)]
+    return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
+
+
+def _mark(values: Sequence[float]) -> str:
+    """Format of a curve: a line alone would not show a single number."""
+    return "-" if sum(map(math.isfinite, values)) > 1 else "-o"
 
 
 def _names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
@@ -87,7 +109,8 @@ def step_curves(curves: Mapping[str, Mapping[int, float]], what: str, *, marker:
     figure = make_figure(7, 4)
     axes = figure.subplots()
     for name, values in curves.items():
-        axes.plot(list(values), list(values.values()), marker=marker, markersize=3, label=plain(name))
+        one = "o" if _mark(list(values.values())) == "-o" else marker
+        axes.plot(list(values), list(values.values()), marker=one, markersize=3, label=plain(name))
     axes.set_xlabel("steps")
     axes.set_ylabel(what)
     axes.grid(alpha=0.3)

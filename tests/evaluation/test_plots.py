@@ -75,3 +75,24 @@ def test_runs_are_told_apart(tmp_path, monkeypatch):
     assert labels(first, first) == ["run, training"] * 2
     monkeypatch.chdir(first)
     assert labels(".") == ["run, training"]
+
+
+def test_many_runs_have_a_colour_and_a_name_each_beside_the_curves(tmp_path):
+    figure = plots.loss_curves([write(tmp_path / f"run{n}") for n in range(12)])
+    (axes,) = figure.axes
+    colours = {line.get_color() for line in axes.lines if line.get_linestyle() == "--"}
+    assert len(colours) == 12
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"run{n}" for n in range(12)]
+    figure.draw_without_rendering()  # lays it out
+    assert axes.get_window_extent().x1 < legend.get_window_extent().x0
+    assert axes.get_window_extent().width > 0.6 * figure.get_window_extent().width
+
+
+def test_a_single_loss_is_a_mark(tmp_path):
+    line = json.dumps({"step": 1, "loss": 4.0, "tokens": 512}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(line)
+    (axes,) = plots.loss_curves([tmp_path]).axes
+    assert [line.get_marker() for line in axes.lines] == ["None", "o"]
+    (axes,) = plots.step_curves({"loss": {1: 4.0}, "both": {1: 4.0, 2: 3.0}}, "nats", marker="").axes
+    assert [line.get_marker() for line in axes.lines] == ["o", ""]
