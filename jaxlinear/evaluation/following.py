@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import config_dict
+
 from jaxlinear import atomic, evaluation
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
@@ -49,18 +51,18 @@ def follow(
     appeared for that many seconds.
     """
     evaluation.check_names(tasks)
-    read_config(workdir)
+    config = read_config(workdir)
     folder = directory(workdir)
     folder.mkdir(exist_ok=True)
     reports: dict[int, dict[str, Any]] = {}
-    asked = _asked(workdir, tasks, options)
+    asked = _asked(config, tasks, options)
     past = _of_the_past(workdir, asked)
     run: Run | None = None
     removed: set[int] = set()
     newest: int | None = None  # at the last look
     seen = time.monotonic()
     while True:
-        asked, starts = _asked(workdir, tasks, options), read_starts(workdir)
+        asked, starts = _asked(read_config(workdir), tasks, options), read_starts(workdir)
         # A run that was set back is no longer where these were made.
         reports = {
             step: report
@@ -102,6 +104,8 @@ def follow(
                 continue
             if report is None:
                 assert run is not None
+                # By the config that it is evaluated with: the run may have resumed with another one since the look.
+                of_step = _asked(run.config, tasks, options) | {"checkpoint": of_step["checkpoint"]}
                 report = evaluation.evaluate_run(run, tasks, options) | {"asked": of_step, "starts": begun}
                 atomic.write_text(folder / f"{step}.json", json.dumps(report, indent=2) + "\n")
                 _to_tensorboard(folder, step, report)
@@ -117,10 +121,10 @@ def follow(
         time.sleep(poll)
 
 
-def _asked(workdir: str | os.PathLike, tasks: Sequence[str], options: Options) -> dict[str, Any]:
+def _asked(config: config_dict.ConfigDict, tasks: Sequence[str], options: Options) -> dict[str, Any]:
     """What makes a report, apart from the checkpoint: the text may change when the run resumes."""
     asked = {"tasks": list(tasks), "options": json.loads(json.dumps(dataclasses.asdict(options)))}
-    path = options.data or heldout_path(read_config(workdir))
+    path = options.data or heldout_path(config)
     own = {task: evaluation.own_dataset(task) for task in tasks if evaluation.reads_text(task)}
     if path and not all(own.values()):
         asked["heldout_text"] = heldout.identity(path)

@@ -31,9 +31,10 @@ class Run:
     _programs: dict[Hashable, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def at(self, step: int) -> "Run":
-        """The same run with the weights of another checkpoint."""
+        """The same run with the weights of another checkpoint, and the config of today: a run may resume on other data."""
+        config = read_config(self.workdir)
         model = load(self.workdir, step, mesh=self.mesh)
-        return dataclasses.replace(self, step=step, parameters=nnx.to_pure_dict(nnx.split(model)[1]))
+        return dataclasses.replace(self, step=step, config=config, parameters=nnx.to_pure_dict(nnx.split(model)[1]))
 
     def batch_tokens(self, given: int) -> int:
         """Tokens of a batch: ``given`` or, if that is 0, those of a microbatch, for which the run had enough memory."""

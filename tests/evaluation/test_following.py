@@ -8,13 +8,14 @@ import shutil
 
 import pytest
 
-from jaxlinear import evaluation
+from jaxlinear import config as configs
+from jaxlinear import data, evaluation
 from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import Options, following
 from jaxlinear.scaling.laws import points
 from jaxlinear.training import heldout
-from jaxlinear.training.workdir import STARTS
+from jaxlinear.training.workdir import CONFIG, STARTS, read_config
 
 OPTIONS = Options(lengths=(1,), batches=1, batch_tokens=256, examples=8)
 TASKS = ["perplexity", "parity:length=8+16"]
@@ -83,16 +84,16 @@ def test_what_was_evaluated_is_not_evaluated_again(followed, copied, monkeypatch
 
 def test_the_dataset_that_a_task_names_is_part_of_what_is_asked(copied, tiny_dataset, tmp_path):
     text = shutil.copytree(tiny_dataset, tmp_path / "text")
-    own = f"passkey:length=128:dataset={text}"
-    before = following._asked(copied, [own], OPTIONS)
+    own, config = f"passkey:length=128:dataset={text}", read_config(copied)
+    before = following._asked(config, [own], OPTIONS)
     assert before["texts"] == {str(text): heldout.identity(tiny_dataset)} and "heldout_text" not in before
     manifest = json.loads((text / "manifest.json").read_text())
     manifest["tokenizer"]["sha256"] = "0" * 64
     (text / "manifest.json").write_text(json.dumps(manifest))
-    assert following._asked(copied, [own], OPTIONS) != before
-    both = following._asked(copied, ["perplexity", own], OPTIONS)
+    assert following._asked(config, [own], OPTIONS) != before
+    both = following._asked(config, ["perplexity", own], OPTIONS)
     assert both["heldout_text"] == heldout.identity(tiny_dataset) and both["texts"] != before["texts"]
-    assert "texts" not in following._asked(copied, ["passkey:length=128"], OPTIONS)
+    assert "texts" not in following._asked(config, ["passkey:length=128"], OPTIONS)
 
 
 def test_reports_of_checkpoints_that_are_gone_are_read_again(followed, copied, tmp_path):
@@ -201,6 +202,36 @@ def test_other_text_is_another_evaluation(followed, copied, tmp_path, monkeypatc
     reports = list(following.follow(workdir, TASKS, OPTIONS))
     assert [report["asked"]["heldout_text"] for report in reports] == ["another"] * 2
     assert "heldout_text" not in next(following.follow(workdir, TASKS[1:], OPTIONS))["asked"]
+
+
+def test_a_run_that_resumes_with_other_text_and_more_steps(followed, copied, tmp_path):
+    """It does so between two checkpoints of one look: each report is of the text, and names it, of its own time."""
+    workdir, text = shutil.copytree(copied, tmp_path / "run"), tmp_path / "text.txt"
+    shutil.rmtree(following.directory(workdir))
+    text.write_text("\n".join(f"another document, number {i}" for i in range(200)))
+    data.prepare(
+        *(str(text), str(tmp_path / "data")),
+        **{"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "heldout_fraction": 0.2, "workers": 1},
+    )
+    reports = following.follow(workdir, TASKS[:1], OPTIONS, poll=0.1)
+    first = next(reports)
+    config = read_config(workdir)
+    config.data.heldout_path, config.training.steps = str(tmp_path / "data"), 3
+    (workdir / CONFIG).write_text(configs.to_json(config))
+    second, again = next(reports), next(reports)  # again: at the next look, of the other text
+    assert [report["step"] for report in (first, second, again)] == [1, 2, 1]
+    for report, former in ((second, followed[1]), (again, followed[0])):
+        expected = evaluation.evaluate_run(evaluation.open_run(workdir, report["step"]), TASKS[:1], OPTIONS)
+        assert _loss(report) == pytest.approx(_loss(expected))
+        assert _loss(report) != pytest.approx(_loss(former), rel=1e-3)
+        assert report["asked"]["heldout_text"] == heldout.identity(config.data.heldout_path)
+        assert (report["perplexity"]["dataset"], report["training"]["steps"]) == (config.data.heldout_path, 3)
+    assert _loss(first) == pytest.approx(_loss(followed[0]))
+    assert first["asked"]["heldout_text"] == followed[0]["asked"]["heldout_text"]
+
+
+def _loss(report):
+    return report["perplexity"]["lengths"][0]["loss"]
 
 
 def test_it_waits_and_gives_up(copied, followed, monkeypatch, caplog):
