@@ -49,10 +49,10 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
         raise UserError(left_out[0]["reason"] if left_out else "the list of lengths is empty; give at least one")
 
     # Of every length the same text, so that their losses differ by the length alone.
-    longest = max((plan for _, plan in plans), key=lambda plan: plan["sequence_length"])
+    longest = max(plan["sequence_length"] for _, plan in plans)
     targets = split.tokens - 1
-    if batches:
-        targets = min(targets, batches * longest["batch_size"] * longest["sequence_length"])
+    if batches:  # as many rows as on one device: plans round them up to what more devices can share
+        targets = min(targets, batches * _rows(batch_tokens, longest) * longest)
 
     def measure() -> dict[str, Any]:
         loss_step = run.program("loss", lambda: make_loss_step(run.config, run.architecture, run.mesh))
@@ -119,6 +119,11 @@ def _read_manifest(run: Run, path: Path) -> data.Manifest:
     return manifest
 
 
+def _rows(batch_tokens: int, length: int) -> int:
+    """Rows of ``length`` in a batch of about ``batch_tokens``."""
+    return max(batch_tokens // length, 1)
+
+
 def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int) -> dict[str, Any]:
     """Arguments of ``heldout_batches`` for all rows of ``length``; refuses a length that cannot work."""
     if length < 1:
@@ -128,7 +133,7 @@ def _plan(run: Run, path: Path, length: int, targets: int, batch_tokens: int) ->
     shards, groups = (sharding.parts_on(run.mesh.shape, axis) for axis in ("time", "batch"))
     if length % shards:
         raise UserError(f"it is {length} tokens, which mesh.sequence={shards} does not divide")
-    rows = min(max(batch_tokens // length, 1), math.ceil(targets / length))
+    rows = min(_rows(batch_tokens, length), math.ceil(targets / length))
     rows = math.ceil(rows / groups) * groups
     plan: dict[str, Any] = {"path": path, "batch_size": rows, "sequence_length": length}
     data.heldout_batches(**plan)  # checks the length against the block length; reads nothing yet

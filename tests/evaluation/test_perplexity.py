@@ -19,6 +19,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.evaluation import perplexity
 from jaxlinear.evaluation.run import open_run
 from jaxlinear.models import load
+from jaxlinear.parallel import mesh as meshes
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -126,12 +127,29 @@ def test_default_lengths_are_left_out_where_the_split_is_shorter(tiny_run, tmp_p
 def test_a_part_of_the_split(tiny_run):
     result = evaluation.evaluate(tiny_run, lengths=[1], batches=1, batch_tokens=64)["perplexity"]["lengths"][0]
     assert (result["batch_size"], result["batches"], result["whole_split"]) == (8, 1, False)  # a row a device, at least
-    assert result["tokens"] == 8 * 32
+    assert result["tokens"] == 64  # of which two rows are asked for
+
+
+@pytest.mark.parametrize("asked", [{"batches": 2, "batch_tokens": 128}, {"batches": 3, "batch_tokens": 160}])
+def test_a_part_is_the_same_text_on_any_number_of_devices(tiny_run, asked):
+    """Which have to share the rows of a batch: 1 and 3 devices, and a length whose rows are longer than a batch."""
+    found = []
+    for devices in (1, 3):
+        mesh = meshes.make_mesh(dict.fromkeys(meshes.AXES, 1) | {"data": devices}, jax.devices()[:devices])
+        run = dataclasses.replace(open_run(tiny_run), mesh=mesh).at(2)
+        options = evaluation.Options(lengths=(1, 4), **asked)
+        found.append(evaluation.evaluate_run(run, ["perplexity"], options)["perplexity"]["lengths"])
+    for one, three in zip(*found, strict=True):
+        assert one["tokens"] == three["tokens"] == asked["batches"] * 128
+        assert one["loss"] == pytest.approx(three["loss"], rel=1e-6)
+        counts = [[bucket["tokens"] for bucket in row["by_position"]] for row in (one, three)]
+        assert counts[0] == counts[1]
+    assert [row["batch_size"] for lengths in found for row in lengths][1::2] == [1, 3]
 
 
 def test_parts_of_all_lengths_are_of_the_same_text(tiny_run):
     """A row of the longer length has more tokens than a batch is asked to have."""
-    asked = evaluation.Options(lengths=(1, 4), batches=1, batch_tokens=64)
+    asked = evaluation.Options(lengths=(1, 4), batches=8, batch_tokens=64)
     short, long = evaluation.evaluate_run(open_run(tiny_run), ["perplexity"], asked)["perplexity"]["lengths"]
     assert short["tokens"] == long["tokens"] == 8 * 4 * 32 and (short["batches"], long["batches"]) == (4, 1)
     assert not short["whole_split"] and not long["whole_split"]
