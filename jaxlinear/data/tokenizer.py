@@ -128,6 +128,8 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):  # leaves out merges at random
+            self._tokenizer.model.dropout = None
         self._check_document_token()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -172,6 +172,20 @@ def test_what_others_files_ask_for_beside_the_tokens_is_not_done(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_byte_pair_encoding_with_dropout_gives_the_same_tokens_each_time(tmp_path):
+    """Those of all merges, in a dataset as in what is read from it."""
+    plain = train_bpe(TEXTS, 300)
+    plain.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    fields["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(fields))
+    assert tokenizers.Tokenizer.from_file(str(file)).model.dropout == 0.5
+    for tokenizer in (open_tokenizer(str(file)), load_tokenizer(tmp_path)):
+        for text in TEXTS:
+            np.testing.assert_array_equal(tokenizer.encode(text), plain.encode(text))
+
+
 def _json_tokenizer(directory, names, special=True) -> str:
     """A byte-level BPE with the given added tokens and no other."""
     train_bpe(TEXTS, 257).save(directory)
