@@ -7,7 +7,7 @@ The script needs the compilers (pip install 'jaxlinear[aot]'). Activations are b
 
     parameters     bytes of the parameters as decoding holds them, in MiB
     moved          a bound on the bytes that a token's instructions read and write, in MiB: all operands and results
-    memory         arguments, results and temporaries, in MiB
+    memory         arguments, results and temporaries, on TPU the most of them at any time, in MiB
     cycles         libtpu's estimate for a token's instructions, counting both branches of a conditional; on TPUs only
 
 ``generate`` decodes a single stream together with a copy of it; --streams=1 and 2 show why. With ``--wide`` the parameters

@@ -86,7 +86,7 @@ def candidates(config: config_dict.ConfigDict, target: Target, compiled: Sizing 
         known = compiled.mesh, compiled.remat, compiled.microbatches
         mesh = AbstractMesh(tuple(compiled.mesh.values()), tuple(compiled.mesh))
         own = model.reckon(compiled.mesh, mesh, compiled.remat, compiled.microbatches)
-        more = max(1.0, (compiled.memory.total - compiled.memory.code) / own.memory)
+        more = max(1.0, compiled.memory.total / own.memory)
     for microbatches in (n for n in _MICROBATCHES if config.training.batch_size % n == 0):
         config.training.microbatches = microbatches
         for sizes in _meshes(len(target.devices)):

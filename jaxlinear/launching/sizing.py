@@ -28,9 +28,8 @@ from jaxlinear.training import ahead
 from jaxlinear.training.step import make_objective
 
 _SIZE = r"([\d.]+)([KMGT]?)B?"
-# libtpu's two forms of this message: for all that the program takes, and for its temporaries alone.
-_OUT_OF_MEMORY = re.compile(rf"Used {_SIZE} of \S+ hbm")
-_OUT_OF_TEMPORARIES = re.compile(rf"required for HLO temporaries \({_SIZE}\)")
+# libtpu's two forms of this message. Both give all that the program takes: the second, too, includes its arguments.
+_OUT_OF_MEMORY = re.compile(rf"Used {_SIZE} of \S+ hbm|required for HLO temporaries \({_SIZE}\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,6 @@ class Kinds:
     gradients: int
     activations: int
     temporaries: int
-    code: int
 
     @property
     def total(self) -> int:
@@ -128,11 +126,11 @@ def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
     try:
         compiled = made.compile()
     except JaxRuntimeError as error:
-        program, used = None, _used(error, shard_bytes(made.state))
+        program, used = None, _used(error)
     else:
         program = programs.read(compiled, made.mesh)
         used = program.memory.total
-    kinds = _kinds(made, activations, used, program.memory.code if program else 0)
+    kinds = _kinds(made, activations, used)
     tokens = training.batch_size * training.sequence_length
     executed = traced.products(made.traced.jaxpr.jaxpr)
     collectives = program.collectives if program else None
@@ -205,19 +203,19 @@ def shard_bytes(tree: Any) -> int:
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def _kinds(made: ahead.Ahead, activations: int, used: int, code: int) -> Kinds:
+def _kinds(made: ahead.Ahead, activations: int, used: int) -> Kinds:
     parameters, state = shard_bytes(made.state.parameters), shard_bytes(made.state)
     tokens = made.config.training.batch_size * made.config.training.sequence_length
     batch = 3 * 4 * tokens // spread(made.mesh.shape)  # tokens, targets and segment ids
-    rest = max(0, used - state - batch - code)
+    rest = max(0, used - state - batch)
     gradients = min(parameters, rest)
     activations = min(activations, rest - gradients)
-    return Kinds(parameters, state - parameters, batch, gradients, activations, rest - gradients - activations, code)
+    return Kinds(parameters, state - parameters, batch, gradients, activations, rest - gradients - activations)
 
 
-def _used(error: JaxRuntimeError, arguments: int) -> int:
+def _used(error: JaxRuntimeError) -> int:
     """The bytes that a program would use according to libtpu, when it refuses the program for its memory."""
-    for pattern, besides in ((_OUT_OF_MEMORY, 0), (_OUT_OF_TEMPORARIES, arguments)):
-        if found := pattern.search(str(error)):
-            return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) + besides
+    if found := _OUT_OF_MEMORY.search(str(error)):
+        number, unit = found[1] or found[3], found[2] or found[4] or " "
+        return int(float(number) * 1024 ** " KMGT".index(unit))
     raise UserError(f"the compiler rejects the program: {str(error).splitlines()[0]}") from error

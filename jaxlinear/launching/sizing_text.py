@@ -18,7 +18,7 @@ def table(sized: Sizing) -> str:
         "",
         f"memory per device, of {_gib(limit)}:",
     ]
-    kinds = ("parameters", "optimizer", "batch", "gradients", "activations", "temporaries", "code")
+    kinds = ("parameters", "optimizer", "batch", "gradients", "activations", "temporaries")
     lines += [f"  {name:24} {_gib(getattr(memory, name)):>11}" for name in kinds]
     lines += [f"  {'total':24} {_gib(memory.total):>11}   {_verdict(sized)}", ""]
     rows = roofline.grouped(sized.collectives or ())

@@ -63,17 +63,23 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. ``aliased`` bytes of the outputs reuse the memory of donated arguments."""
+    """Bytes of one device. ``aliased`` bytes of the outputs reuse the memory of donated arguments. ``peak``, for TPUs, is
+    what libtpu compares with a device's memory: the most that is held at any time, without the code. The sum of the parts
+    may be more than a device has although libtpu accepts the program. For others ``peak`` is None: XLA for GPUs allocates
+    all temporaries at once, for the whole of the program."""
 
     arguments: int
     outputs: int
     aliased: int
     temporaries: int
     code: int
+    peak: int | None
 
     @property
     def total(self) -> int:
         """Bytes that a device holds at the same time."""
+        if self.peak is not None:
+            return self.peak
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
@@ -101,6 +107,7 @@ def read(compiled: stages.Compiled, mesh: jax.sharding.Mesh) -> Program:
         stats.alias_size_in_bytes,
         stats.temp_size_in_bytes,
         stats.generated_code_size_in_bytes,
+        stats.peak_memory_in_bytes if mesh.devices.flat[0].platform == "tpu" else None,
     )
     cost = compiled.cost_analysis() or {}
     flops, seconds = (x if x is not None and x > 0 else None for x in (cost.get("flops"), cost.get("optimal_seconds")))

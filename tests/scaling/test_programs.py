@@ -354,6 +354,7 @@ def test_a_program_that_is_compiled_here():
         ("all-reduce", ("sequence",), 4, 2 * 4, 1)
     ]
     assert program.memory.arguments == program.memory.outputs == program.memory.aliased == 2 * 16 * 4
+    assert program.memory.peak is None
     assert program.memory.total == program.memory.arguments + program.memory.temporaries + program.memory.code
     assert program.flops is not None
     assert program.flops >= 2 * 16
