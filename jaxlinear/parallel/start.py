@@ -22,7 +22,6 @@ import numpy as np
 from jaxlinear.errors import EveryProcessError, RunError, UserError
 from jaxlinear.parallel import program, targets
 
-_MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
 _GOOGLE = "0x1ae0"  # vendor of PCI devices
 _LOG = logging.getLogger(__name__)
 
@@ -38,8 +37,9 @@ _LOOKS_AT_A_LISTING = 90
 def use_gpu_memory() -> None:
     """Called before any device is touched: lets a run take as much of a GPU's memory as ``targets`` assumes, where JAX
     by itself takes three quarters. What the user has set stays, under the old name of the variable too."""
-    if not {_MEMORY_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
-        os.environ[_MEMORY_FRACTION] = str(targets.GPU_MEMORY_FRACTION)
+    fraction = targets.gpu_memory_fraction()
+    if not os.environ.get(targets.OLD_MEMORY_FRACTION):
+        os.environ[targets.MEMORY_FRACTION] = str(fraction)
 
 
 def join(

@@ -7,6 +7,7 @@ runs.
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 _TPUS = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
 DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # of a slice's shape
 DEVICES_A_CHIP = {"tpu7x": 2}  # one on the others
-# The fraction of a GPU's memory that a run takes (``start.use_gpu_memory``). The rest is for CUDA and NCCL.
-GPU_MEMORY_FRACTION = 0.9
+GPU_MEMORY_FRACTION = 0.9  # that a run takes unless the user has set another. The rest is for CUDA and NCCL
+MEMORY_FRACTION, OLD_MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # JAX's variables
 _GPUS_A_HOST = 8
 
 # What the CUDA plugin would read from the device: a description in the text form of XLA's GpuTargetConfigProto.
@@ -74,6 +75,23 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def gpu_memory_fraction() -> float:
+    """The fraction of a GPU's memory that a run takes: what the user has set for JAX, under the old name of the variable
+    too, or else ours."""
+    found = {name: text for name in (MEMORY_FRACTION, OLD_MEMORY_FRACTION) if (text := os.environ.get(name))}
+    if len(found) == 2:
+        raise UserError(f"{MEMORY_FRACTION} and {OLD_MEMORY_FRACTION}, its old name, are both set; JAX takes only one")
+    for name, text in found.items():
+        try:
+            fraction = float(text)
+        except ValueError:
+            fraction = math.nan
+        if not 0 < fraction < math.inf:
+            raise UserError(f"{name}={text!r} must be a fraction of a GPU's memory, such as {GPU_MEMORY_FRACTION}")
+        return fraction
+    return GPU_MEMORY_FRACTION
+
+
 # The slices of v5e and v6e (cloud.google.com/tpu/docs/v5e and v6e). v5p and TPU7x have many, which libtpu knows.
 SLICES = {kind: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16") for kind in ("v5e", "v6e")}
 
@@ -106,7 +124,7 @@ def find(name: str) -> Target:
     if name == "h100:0":
         raise UserError("h100:0 asks for no GPUs; the smallest target is h100:1")
     if kind == "h100" and is_size(kind, size):
-        return Target(name, _gpus(name, int(size)), int(GPU_MEMORY_FRACTION * _H100_BYTES))
+        return Target(name, _gpus(name, int(size)), int(gpu_memory_fraction() * _H100_BYTES))
     raise UserError(
         f"there is no target {name!r}; a target is a TPU slice by its shape (v5e:2x4, v5p:4x4x4, v6e:16x16, "
         "tpu7x:4x4x4; several as 2xv6e:16x16) or a number of GPUs (h100:16)"

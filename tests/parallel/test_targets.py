@@ -102,12 +102,28 @@ def test_a_run_takes_the_memory_of_a_gpu_that_is_reckoned_with(monkeypatch):
     """JAX reads the setting when it first asks for the GPUs."""
     from jaxlib import xla_client
 
-    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        monkeypatch.delenv(name, raising=False)
-    start.use_gpu_memory()
-    assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == targets.GPU_MEMORY_FRACTION
-    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
-        monkeypatch.setenv(name, "0.5")
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.setattr(targets, "_gpus", lambda name, count: [])
+    for given in (None, "", "0.5"):
+        for name in names:
+            for each in names:
+                monkeypatch.setenv(each, "")  # what is set below is taken back after the test
+                monkeypatch.delenv(each)
+            if given is not None:
+                monkeypatch.setenv(name, given)
+            assumed = targets.find("h100:1").memory_bytes / 84_929_347_584
+            start.use_gpu_memory()
+            taken = xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"]
+            assert taken == pytest.approx(assumed) == float(given or targets.GPU_MEMORY_FRACTION)
+            assert targets.find("h100:1").memory_bytes / 84_929_347_584 == pytest.approx(assumed)
+
+
+@pytest.mark.parametrize("given", ["much", "0", "nan"])
+def test_a_fraction_of_memory_that_is_none_is_refused(monkeypatch, given):
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", given)
+    with pytest.raises(UserError, match=f"^XLA_PYTHON_CLIENT_MEM_FRACTION='{given}' must be a fraction"):
         start.use_gpu_memory()
-        assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == 0.5
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    with pytest.raises(UserError, match="are both set; JAX takes only one"):
+        start.use_gpu_memory()
