@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlinear.errors import UserError
 from jaxlinear.training import metrics
-from jaxlinear.training.workdir import heldout_changes, read_starts
+from jaxlinear.training.workdir import heldout_changes, read_config, read_starts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,8 @@ def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
         lines = metrics.read(workdir)
         training = [line for line in lines if "loss" in line]
         if not training:
-            raise UserError(f"{workdir} has no losses to draw: it is not the work directory of a run")
+            read_config(workdir)  # refuses what is not the work directory of a run
+            raise UserError(f"{workdir} has logged no losses yet")
         # Evaluations are at steps of their own; every step of a run has the same number of tokens.
         tokens_a_step = training[-1]["tokens"] / training[-1]["step"]
         heldout = [line for line in lines if "heldout_loss" in line]

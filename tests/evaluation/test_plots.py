@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from jaxlinear import config as configs
+from jaxlinear.errors import UserError
 from jaxlinear.evaluation import plots
 from jaxlinear.training import metrics
 
@@ -26,6 +28,14 @@ def test_every_evaluation_is_in_the_loss_curves(tmp_path):
     heldout, training = (found[f"{tmp_path.name}, {what}"] for what in ("held out", "training"))
     assert list(heldout.get_xdata()) == [512 * step for step in (15, 30, 45, 60)]
     assert list(training.get_xdata()) == [512 * step for step in (20, 40, 60)]
+
+
+def test_a_run_without_losses_is_told_from_what_is_no_run(tmp_path, tiny_config):
+    with pytest.raises(UserError, match="is not the work directory of a run"):
+        plots.loss_curves([tmp_path])
+    (tmp_path / "config.json").write_text(configs.to_json(tiny_config), encoding="utf-8")
+    with pytest.raises(UserError, match=f"^{tmp_path} has logged no losses yet$"):
+        plots.loss_curves([tmp_path])
 
 
 def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve(tmp_path):
