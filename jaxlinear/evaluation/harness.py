@@ -57,11 +57,17 @@ class HarnessModel(TemplateLM):
         document = self._tokens.document_token
         return tuple(tokens) if len(tokens) and tokens[0] == document else (document, *tokens)
 
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probabilities of continuations, and whether each is greedy."""
+        for context, continuation in (request.args for request in requests):
+            if not context:  # lm_eval looks at the first token of what follows
+                _check_left(context, continuation, self.tok_encode(continuation))
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
     def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
         pairs = []
         for (context, continuation), before, after in requests:
-            if not after:
-                raise UserError(f"the tokenizer leaves nothing of {continuation!r} after {context[-40:]!r}")
+            _check_left(context, continuation, after)
             pairs.append((self._begun(before), tuple(after)))
         scores = self._scorer.score(pairs)
         for (texts, _, _), score in zip(requests, scores, strict=True):
@@ -131,6 +137,12 @@ class HarnessModel(TemplateLM):
             if all(done):
                 break
         return texts
+
+
+def _check_left(context: str, continuation: str, tokens: Sequence[int]) -> None:
+    """Raises ``UserError`` if a continuation has no tokens after its context."""
+    if not tokens:
+        raise UserError(f"the tokenizer leaves nothing of {continuation!r} after {context[-40:]!r}")
 
 
 def _sampling(arguments: dict[str, Any]) -> tuple[list[str], int, generation.Sampling]:

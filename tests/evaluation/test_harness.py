@@ -72,6 +72,12 @@ def test_loglikelihood(model, run):
     assert [greedy for _, greedy in found] == [greedy for _, greedy in alone] and found[0][0] != found[1][0]
 
 
+@pytest.mark.parametrize("context", ["for x", ""])
+def test_a_continuation_without_tokens_is_refused(model, context):
+    with pytest.raises(UserError, match=f"the tokenizer leaves nothing of '' after '{context}'"):
+        model.loglikelihood(requests("loglikelihood", ("a", "b"), (context, "")), disable_tqdm=True)
+
+
 def test_rolling_is_the_likelihood_of_the_whole_text(model):
     text = "for x in range(3): print(x)"
     (rolling,) = model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
