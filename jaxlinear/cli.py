@@ -1,6 +1,5 @@
 """What all programs in ``launch/`` share: parse flags, call one function, turn bad input into one line and status 2."""
 
-import errno
 import importlib.util
 import logging
 import os
@@ -17,26 +16,8 @@ from absl import flags
 from absl import logging as absl_logging
 
 from jaxlinear import cli_flags
-from jaxlinear.errors import Diverged, EveryProcessError, RunError, UserError
+from jaxlinear.errors import Diverged, EveryProcessError, RunError, UserError, of_the_machine
 from jaxlinear.exit_status import BAD_INPUT, FAILED
-
-# Errors of the machine that the user can fix; all other errors keep their traceback.
-_ENVIRONMENT_ERRORS = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file would be larger than the file system or the limit of this process (ulimit -f) permits",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "operation not permitted",
-    errno.ENOTDIR: "a part of the path is not a directory",
-    errno.ENAMETOOLONG: "a name in the path is too long",
-}
-# Failures of a machine: the same command may well succeed on another machine, or later.
-_FAILURES_OF_A_DISK = {
-    errno.EIO: "a disk or a file server failed (input/output error)",
-    errno.ESTALE: "a file server no longer knows a file that was open (stale file handle)",
-    errno.ENOTCONN: "a file system is no longer mounted (not connected)",
-}
 
 # Flags that name a file or directory, in any program that has them.
 _PATHS = {"workdir", "output", "json", "data", "source"}
@@ -180,10 +161,8 @@ def _check_paths() -> None:
 
 def _of_the_machine(error: Exception) -> tuple[str | None, int]:
     """The message and exit status for an error caused by the machine; None and ``FAILED`` for a defect."""
-    if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRORS:
-        return f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}", BAD_INPUT
-    if isinstance(error, OSError) and error.errno in _FAILURES_OF_A_DISK:
-        return _FAILURES_OF_A_DISK[error.errno] + (f": {error.filename}" if error.filename else ""), FAILED
+    if isinstance(error, OSError) and (found := of_the_machine(error)):
+        return str(found), BAD_INPUT if isinstance(found, UserError) else FAILED
     message = _out_of_memory(error)
     return message, FAILED if message is None else BAD_INPUT
 

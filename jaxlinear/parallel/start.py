@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlinear.errors import EveryProcessError, RunError, UserError
+from jaxlinear.errors import EveryProcessError, RunError, UserError, of_the_machine
 from jaxlinear.parallel import program, targets
 
 _GOOGLE = "0x1ae0"  # vendor of PCI devices
@@ -195,13 +195,17 @@ def _kind(error: UserError | RunError) -> type[EveryProcessError] | type[RunErro
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """If a ``UserError`` or ``RunError`` is raised within the context on some processes, every process raises one:
-    otherwise the others would wait."""
+    """If a ``UserError``, a ``RunError`` or a failure of the machine is raised within the context on some processes, every
+    process raises one of the first two: otherwise the others would wait."""
     error: UserError | RunError | None = None
     try:
         yield
     except (UserError, RunError) as raised:
         error = raised
+    except OSError as raised:
+        error = of_the_machine(raised)
+        if error is None or jax.process_count() == 1:
+            raise
     if jax.process_count() == 1:
         if error is not None:
             raise error

@@ -218,6 +218,30 @@ def test_a_host_that_lacks_the_data_ends_all(processes, tiny_dataset, tmp_path):
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+    "name, status, said",
+    [
+        ("EACCES", 2, "permission denied: some/shard"),
+        ("ESTALE", 1, "a file server no longer knows a file that was open (stale file handle): some/shard"),
+    ],
+)
+def test_a_host_whose_machine_fails_at_the_start_ends_all(processes, tmp_path, name, status, said):
+    """With the same status, instead of waiting for it until JAX ends them."""
+    before = f"""
+import errno
+from jaxlinear.data import blocks
+def refused(*_):
+    raise OSError(errno.{name}, "x", "some/shard")
+blocks._content = refused
+"""
+    pair = processes(tmp_path / "run", 2, 1, before=before)
+    assert [process.end() for process in pair] == [
+        (status, ["train.py: process 1 failed; its own message says why"]),
+        (status, [f"train.py: {said}"]),
+    ]
+    assert not (tmp_path / "run").exists()
+
+
 def test_hosts_that_see_other_numbers_of_devices_are_refused(processes, tmp_path):
     before = "import os; os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=2'"
     for process in processes(tmp_path / "run", 2, 1, "--expect=cpu:4", before=before):
