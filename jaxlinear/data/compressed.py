@@ -48,11 +48,13 @@ def read_chunks(file: pathlib.Path, *, beginning: bool = False) -> Iterator[byte
                 if beginning:
                     return
         return
-    decompressor = None
+    decompressor, padding = None, b""
     with file.open("rb") as stream:
         while data := stream.read(_CHUNK):
             # A file may consist of several gzip members or zstd frames.
             while data:
+                if decompressor is None and not (data := data.lstrip(padding)):
+                    break
                 decompressor = decompressor or new()
                 try:
                     content = decompressor.decompress(data)
@@ -63,6 +65,7 @@ def read_chunks(file: pathlib.Path, *, beginning: bool = False) -> Iterator[byte
                 data = b""
                 if decompressor.eof:
                     data, decompressor = decompressor.unused_data, None
+                    padding = b"\0" if suffix == ".gz" else b""  # left out by gzip too; tapes add it
             if beginning:
                 return
     if decompressor is not None:

@@ -20,6 +20,24 @@ def test_several_members_and_damage(tmp_path):
             b"".join(read_chunks(tmp_path / name))
 
 
+def test_padding_after_a_gzip_member_is_no_damage(tmp_path):
+    """As of tapes: zeros, also more than are read at once, before another member or none. Before the first they are damage,
+    and so is what is neither."""
+    one, two, zeros = gzip.compress(b"one "), gzip.compress(b"two"), bytes((1 << 20) + 5)
+    file = tmp_path / "a.gz"
+    for content, expected in (
+        (one + bytes(9), b"one "),
+        (one + zeros, b"one "),
+        (one + zeros + two + zeros, b"one two"),
+    ):
+        file.write_bytes(content)
+        assert b"".join(read_chunks(file)) == expected
+    for content in (bytes(9) + one, bytes(9), one + bytes(9) + b"x", one[:-1], one + bytes(9) + two[:-1]):
+        file.write_bytes(content)
+        with pytest.raises(DamagedFile, match=r"damaged \.gz file"):
+            b"".join(read_chunks(file))
+
+
 def test_zstandard_of_the_largest_window(tmp_path):
     """As ``zstd --long=31`` writes it; the library's default limit is 27."""
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
