@@ -107,8 +107,9 @@ def follow(
                 # By the config that it is evaluated with: the run may have resumed with another one since the look.
                 of_step = _asked(run.config, tasks, options) | {"checkpoint": of_step["checkpoint"]}
                 report = evaluation.evaluate_run(run, tasks, options) | {"asked": of_step, "starts": begun}
-                atomic.write_text(folder / f"{step}.json", json.dumps(report, indent=2) + "\n")
+                # First the curves: a report that exists is not made again, so what it lacks it would lack for ever.
                 _to_tensorboard(folder, step, report)
+                atomic.write_text(folder / f"{step}.json", json.dumps(report, indent=2) + "\n")
             reports[step] = report
             atomic.write_text(folder / PAGE, _page(reports))
             yield report

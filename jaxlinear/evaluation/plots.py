@@ -38,7 +38,7 @@ def loss_curves(workdirs: Sequence[str | os.PathLike]) -> "Figure":
         seen = [line["tokens"] for line in training]
         axes.plot(seen, losses, color=colours[i], alpha=0.25, linewidth=0.8)
         training_name, heldout_name = (f"{name}, training", plain(f"{name}, held out")) if few else (name, "_")
-        axes.plot(seen, _smooth(losses), _mark(losses), color=colours[i], label=plain(training_name))
+        axes.plot(seen, _smooth(losses), _mark(losses), color=colours[i], label=_label(training_name, losses))
         for j, part in enumerate(_parts(heldout, heldout_changes(read_starts(workdir)))):
             axes.plot(
                 [line["step"] * tokens_a_step for line in part],
@@ -87,6 +87,11 @@ def plain(name: str) -> str:
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
+def _label(name: str, values: Sequence[float]) -> str:
+    """A curve's label. It says that there is nothing to see of a run that diverged before its first logged step."""
+    return plain(name) + ("" if any(map(math.isfinite, values)) else ", none is finite")
+
+
 def _parts(lines: Sequence[dict[str, Any]], ends: Sequence[int]) -> list[list[dict[str, Any]]]:
     """The lines, divided after each of these steps; no empty parts."""
     bounds = [-1, *ends, math.inf]
@@ -111,7 +116,9 @@ def step_curves(curves: Mapping[str, Mapping[int, float]], what: str, *, marker:
     axes = figure.subplots()
     for name, values in curves.items():
         one = "o" if _mark(list(values.values())) == "-o" else marker
-        axes.plot(list(values), list(values.values()), marker=one, markersize=3, label=plain(name))
+        axes.plot(
+            list(values), list(values.values()), marker=one, markersize=3, label=_label(name, list(values.values()))
+        )
     axes.set_xlabel("steps")
     axes.set_ylabel(what)
     axes.grid(alpha=0.3)

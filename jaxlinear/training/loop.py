@@ -144,6 +144,7 @@ class _Run:
             config,
             self.job.mesh,
             heldout_text=evaluations.text if config.evaluation.every_steps else "",
+            owed=owed,
             initial=None if initial is None else str(initial),
         )
         if owed:

@@ -160,11 +160,12 @@ def note_start(
     mesh: jax.sharding.Mesh,
     *,
     heldout_text: str = "",
+    owed: bool = False,
     initial: str | None = None,
 ) -> None:
     """Adds a line to ``starts.jsonl``: the step from which the run goes on, when, with what and on what; what identifies
-    the text of its held-out losses, if it has any; and, if its initial weights are not new, the checkpoint that they are
-    from."""
+    the text of its held-out losses, if it has any, and whether that of this very step is owed; and, if its initial weights
+    are not new, the checkpoint that they are from."""
     if not start.is_first():
         return
     before = [line["heldout_text"] for line in read_starts(directory) if "heldout_text" in line]
@@ -187,6 +188,7 @@ def note_start(
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         **_behaviour(config),
         **({"heldout_text": heldout_text} if heldout_text else {}),
+        **({"evaluation_owed": True} if owed else {}),
         **({} if initial is None else {"initial": initial}),
     }
     lines = [*_whole_lines(directory), json.dumps(line)]
@@ -202,9 +204,10 @@ def heldout_changes(starts: Sequence[Mapping[str, Any]]) -> list[int]:
     """The steps after which the held-out losses of a run with these starts are of other text than before."""
     texts: list[tuple[int, str]] = []
     for line in starts:
-        texts = [known for known in texts if known[0] < line["step"]]  # the others are no longer in its history
+        last = line["step"] - line.get("evaluation_owed", False)  # the last step of which a loss was known before it
+        texts = [known for known in texts if known[0] < last]  # the others are no longer in its history
         if "heldout_text" in line:
-            texts.append((line["step"], line["heldout_text"]))
+            texts.append((last, line["heldout_text"]))
     return [step for (_, before), (step, text) in itertools.pairwise(texts) if before != text]
 
 

@@ -159,6 +159,29 @@ def test_another_checkpoint_of_a_step_is_evaluated(followed, copied, tmp_path, m
     assert opened == [2]
 
 
+def test_a_follower_that_is_killed_leaves_no_report_without_its_curves(followed, copied, tmp_path, monkeypatch):
+    """Whatever it has written by then: what has a report is not evaluated again."""
+    workdir = shutil.copytree(copied, tmp_path / "run")
+    (following.directory(workdir) / "2.json").unlink()
+    made = {name: value for name, value in followed[1].items() if name not in ("asked", "starts")}
+    monkeypatch.setattr(following.evaluation, "evaluate_run", lambda *_: made)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(following, "_to_tensorboard", kill)
+        with pytest.raises(Killed):
+            list(following.follow(workdir, TASKS, OPTIONS))
+    kept = []
+    monkeypatch.setattr(following, "_to_tensorboard", lambda folder, step, report: kept.append((step, report)))
+    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed
+    assert kept == [(2, followed[1])]
+
+
 def test_a_run_that_is_set_back_while_it_is_followed(followed, copied, tmp_path, monkeypatch):
     """Its report of a later step is dropped, and the page shows what the run has then."""
     workdir = shutil.copytree(copied, tmp_path / "run")

@@ -51,6 +51,16 @@ def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve(tmp_path):
     assert list(smoothed[1:]) == pytest.approx(expected)
 
 
+def test_a_curve_without_a_finite_number_says_so(tmp_path):
+    """An empty figure would look like a fault of the plot."""
+    lines = [{"step": step, "loss": math.nan, "tokens": 512 * step} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (axes,) = plots.loss_curves([tmp_path]).axes
+    assert [line.get_label() for line in axes.lines][-1] == f"{tmp_path.name}, training, none is finite"
+    (axes,) = plots.step_curves({"loss": {1: math.nan, 2: math.inf}, "z-loss": {1: 1.0}}, "loss").axes
+    assert [line.get_label() for line in axes.lines] == ["loss, none is finite", "z-loss"]
+
+
 @pytest.mark.parametrize("name", ["_hidden", "a$^$b", "cost$1$2"])
 def test_names_are_shown_as_they_are(tmp_path, name):
     """Matplotlib leaves labels with an underscore in front out of legends, and sets text between dollar signs."""

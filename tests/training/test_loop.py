@@ -333,6 +333,8 @@ def test_an_evaluation_that_sigterm_ends_is_made_when_the_run_goes_on(run_config
         assert len(asked) == more
     found, expected = ([without_times(line) for line in metrics.read(path)] for path in (workdir, whole))
     assert found == expected and sum("heldout_loss" in line for line in found) == 2
+    owed = [(line["step"], line.get("evaluation_owed", False)) for line in workdirs.read_starts(workdir)]
+    assert owed == [(0, False), (2, True), (2, True), (4, True)]
     # By which checkpoints are kept.
     noted = [(path / "checkpoints/4/metrics/metrics").read_text() for path in (workdir, whole)]
     assert noted[0] == noted[1]

@@ -94,6 +94,16 @@ def test_where_held_out_losses_are_of_other_text():
     assert workdirs.heldout_changes(lines[:3]) == [10] and workdirs.heldout_changes(lines[:2]) == []
 
 
+def test_an_owed_evaluation_is_of_the_text_of_the_start_that_makes_it():
+    """The loss of step 20 is of the text "b": before that start it had none. Only its second line counts, as it was stopped
+    again."""
+    line = {"step": 20, "heldout_text": "b", "evaluation_owed": True}
+    begun = {"step": 0, "heldout_text": "a"}
+    assert workdirs.heldout_changes([begun, line]) == [19]
+    assert workdirs.heldout_changes([begun, line | {"heldout_text": "c"}, line]) == [19]
+    assert workdirs.heldout_changes([begun, line | {"step": 21}, line]) == [19]
+
+
 def curve(directory, name="loss"):
     """``{step: value}`` as TensorBoard reads the event files: in the order of their names, without what a start purges."""
     points = {}
