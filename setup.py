@@ -15,7 +15,7 @@ JAX = ">=0.10.2,<0.13"
 extras = {
     "tpu": [f"jax[tpu]{JAX}"],
     "cuda": [f"jax[cuda13]{JAX}"],
-    # The compilers for TPU and GPU, for machines that have neither (parallel/targets.py). The CUDA libraries are left out:
+    # The compilers for TPU and GPU, for machines that have neither (costs/targets.py). The CUDA libraries are left out:
     # they are needed to run programs, not to compile them. ptxas and libdevice are in nvidia-cuda-nvcc.
     "aot": [f"jax[tpu]{JAX}", f"jax[cuda13-local]{JAX}", "nvidia-cuda-nvcc>=13,<14"],
     "parquet": ["pyarrow>=18,<27"],

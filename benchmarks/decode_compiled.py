@@ -45,7 +45,7 @@ class Decoding(NamedTuple):
 
 
 def main() -> None:
-    from jaxlinear.parallel import targets
+    from jaxlinear.costs import targets
 
     targets.set_environment()
     from jaxlinear.models import ModelConfig, presets
@@ -81,11 +81,11 @@ def compile_for(target: str, config, streams: int, length: int, *, wide: bool = 
 
     from jaxlinear import generation
     from jaxlinear.config import default
+    from jaxlinear.costs import programs, targets
     from jaxlinear.models import parameters
     from jaxlinear.models.layers import round_for_decoding
-    from jaxlinear.parallel import compiler, targets
+    from jaxlinear.parallel import compiler
     from jaxlinear.parallel import mesh as meshes
-    from jaxlinear.scaling import programs
 
     mesh = meshes.make_mesh(default().mesh, targets.find(target).devices[:1])
     whole = NamedSharding(mesh, PartitionSpec())
@@ -117,7 +117,7 @@ def compile_for(target: str, config, streams: int, length: int, *, wide: bool = 
 
 def of_a_token(text: str) -> tuple[int, int | None]:
     """Bytes moved and cycles of one trip of the loop over tokens."""
-    from jaxlinear.scaling import hlo, programs
+    from jaxlinear.costs import hlo, programs
 
     module = hlo.parse(text)
     (loop,) = (line for line in module.computations[module.entry] if line.opcode == "while")

@@ -47,7 +47,7 @@ from instructions import row, together
 
 from jaxlinear import ops
 from jaxlinear.ops import backends
-from jaxlinear.pallas.target import Target
+from jaxlinear.pallas.parts.target import Target
 from tests.ptx import calls
 
 _OPERATIONS = flags.DEFINE_list("operations", ["linear_attention", "delta_rule"], "Of jaxlinear.ops.")

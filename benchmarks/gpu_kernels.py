@@ -166,7 +166,7 @@ def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], Non
         log_decay = log_decay.astype(jnp.bfloat16)
     backend = _BACKEND.value if _BACKEND.value == "pallas" else WITHOUT_KERNELS.get(operation, _BACKEND.value)
     options = {"window": WINDOW} if operation == "sliding_window_attention" else {}
-    options |= {"heads": heads} if operation in ("short_convolution", "gated_rms_norm") else {}
+    options |= {"head_width": width} if operation == "short_convolution" else {}
     options |= {"epsilon": 1e-6, "norm_before_gate": True} if operation == "gated_rms_norm" else {}
     run = functools.partial(getattr(ops, operation), backend=backend, **options)
     inputs: tuple[Any, ...] = (q, k, v, beta) if operation == "delta_rule" else (q, k, v)

@@ -24,7 +24,7 @@ import pathlib
 import schedules
 from absl import flags
 
-from jaxlinear.parallel import targets
+from jaxlinear.costs import targets
 
 _MODEL = flags.DEFINE_string("model", "delta_net_1b3", "A preset.")
 _MIXER = flags.DEFINE_string("mixer", None, "One of the preset's mixers, by default its first.")
@@ -87,8 +87,8 @@ def _compile() -> tuple[str, str, float]:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxlinear.config import default
+    from jaxlinear.costs import devices as figures
     from jaxlinear.models import ModelConfig, mixers, presets
-    from jaxlinear.parallel import devices as figures
     from jaxlinear.parallel import mesh as meshes
     from jaxlinear.parallel import sharding
 

@@ -20,8 +20,8 @@ from absl import flags
 
 from jaxlinear import cli
 from jaxlinear.errors import UserError
-from jaxlinear.scaling.laws import bootstrap, isoflop, optimum
-from jaxlinear.scaling.laws.parametric import Law
+from jaxlinear.sweeps.laws import bootstrap, isoflop, optimum
+from jaxlinear.sweeps.laws.parametric import Law
 
 _DRAWS = flags.DEFINE_integer("draws", 20, "Synthetic ladders, each with its own noise.")
 _SIZES = flags.DEFINE_integer("sizes", 7, "Sizes at each budget.", lower_bound=3)

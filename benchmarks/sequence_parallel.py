@@ -28,7 +28,7 @@ from unittest import mock
 from absl import flags
 
 from jaxlinear import cli
-from jaxlinear.parallel import targets
+from jaxlinear.costs import targets
 
 K = 1024
 MODELS = ("hawk", "gla", "gated_delta_net", "griffin", "transformer")
@@ -79,8 +79,8 @@ def _compiled(cases: list[tuple[str, str, int, int, str]]) -> list[dict[str, Any
 
 def _measure(model: str, scheme: str, tokens: int, devices: int, remat: str) -> dict[str, Any]:
     from jaxlinear import config as configs
-    from jaxlinear.parallel import operations
-    from jaxlinear.scaling import programs
+    from jaxlinear.costs import programs
+    from jaxlinear.parallel import on_mesh
     from jaxlinear.training import ahead
 
     config = configs.default()
@@ -90,7 +90,8 @@ def _measure(model: str, scheme: str, tokens: int, devices: int, remat: str) -> 
     if model == "transformer":
         config.parallel.attention = scheme
     begin = time.perf_counter()
-    whole = mock.patch.object(operations, "_runner", _gathered_runner(operations._runner))
+    sharded = on_mesh.ShardedTime
+    whole = mock.patch.object(on_mesh, "ShardedTime", lambda *given: _Gathered(sharded(*given)))
     with whole if scheme == "gathered" else contextlib.nullcontext():
         made = ahead.trace(config, targets.find(f"h100:{devices}").devices)
     program = programs.read(made.compile(), made.mesh)
@@ -109,42 +110,32 @@ def _measure(model: str, scheme: str, tokens: int, devices: int, remat: str) -> 
     }
 
 
-def _gathered_runner(runner):
-    """``operations._runner`` whose recurrences gather the whole sequence."""
-
-    def gathered(*arguments):
-        spread = runner(*arguments)
-        return _Gathered(spread) if hasattr(spread, "mesh") else spread
-
-    return gathered
-
-
 @dataclasses.dataclass(frozen=True)
 class _Gathered:
-    """A ``recurrence.Runner``: inputs are gathered over time, and each device keeps its part of the outputs."""
+    """A ``protocol.TimeAxis``: inputs are gathered over time, and each device keeps its part of the outputs."""
 
-    spread: Any
+    sharded: Any
 
     def starts(self, segment_ids):
-        return self.spread.starts(segment_ids)
+        return self.sharded.starts(segment_ids)
 
     def run(self, family, chunk, inputs, constants, state):
         import jax
         from jax import lax
 
-        from jaxlinear.ops import recurrence
+        from jaxlinear.ops import protocol
 
         def local(inputs, constants, state):
             length = jax.tree.leaves(inputs)[0].shape[1]
             whole = jax.tree.map(lambda x: lax.all_gather(x, "sequence", axis=1, tiled=True), inputs)
             size = chunk or jax.tree.leaves(whole)[0].shape[1]
-            outputs, final = recurrence.chunked(family, size, whole, constants, state)
+            outputs, final = protocol.chunked(family, size, whole, constants, state)
             return lax.dynamic_slice_in_dim(outputs, lax.axis_index("sequence") * length, length, axis=1), final
 
         time_axis, everywhere = jax.P(None, "sequence"), jax.P()
         specs = time_axis, everywhere, everywhere
         run = jax.shard_map(
-            local, mesh=self.spread.mesh, in_specs=specs, out_specs=(time_axis, everywhere), check_vma=False
+            local, mesh=self.sharded.mesh, in_specs=specs, out_specs=(time_axis, everywhere), check_vma=False
         )
         return run(inputs, constants, state)
 

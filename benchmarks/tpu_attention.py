@@ -1,5 +1,5 @@
 """Static schedules of JAX's splash attention for TPU by block size, the source of the table in
-``jaxlinear/pallas/blocks.py``.
+``jaxlinear/pallas/attention/blocks.py``.
 
     python benchmarks/tpu_attention.py [--topology=v5e:1x1] [--tokens=512,1024 --keys=256,512] [--json=FILE]
         [--length=8192 --window=8192 --heads=4 --key_heads=1 --width=128] [--dtype=bfloat16]
@@ -69,9 +69,10 @@ def _compile(tokens: int, keys: int) -> dict:
 
     from jaxlinear import ops
     from jaxlinear.ops import backends
-    from jaxlinear.pallas import attention_tpu, blocks
+    from jaxlinear.pallas.attention import blocks
+    from jaxlinear.pallas.attention import tpu as attention_tpu
 
-    blocks.softmax_tpu, blocks.SOFTMAX_TPU_KEYS = (lambda *_: tokens), keys
+    blocks.tpu, blocks.TPU_KEYS = (lambda *_: tokens), keys
     length, heads, window = _LENGTH.value, _HEADS.value, min(_WINDOW.value, _LENGTH.value)
     q, k = (jax.ShapeDtypeStruct((1, length, n, _WIDTH.value), _DTYPE.value) for n in (_HEADS.value, _KEY_HEADS.value))
     kind = schedules.device(_TOPOLOGY.value).device_kind

@@ -17,10 +17,10 @@ kernel:
 
 In bfloat16 a kernel with a decay by channel has four code paths: one for blocks of chunks in which no decay is strong, two
 for those in which none is strong within parts of a chunk, of 16 tokens or of 8, and one for all others
-(``pallas/factored_decays.py``). Each has a row. The last three are measured in programs with that path alone; the first is
-what a program with all four takes beyond these three, including the choice of path.
+(``pallas/parts/factored_decays.py``). Each has a row. The last three are measured in programs with that path alone; the
+first is what a program with all four takes beyond these three, including the choice of path.
 
-Sizes under ``--tune`` are those of the tables in ``pallas/blocks.py``, whose functions shorten blocks of many heads.
+Sizes under ``--tune`` are those of the tables in ``pallas/FAMILY/blocks.py``, whose functions shorten blocks of many heads.
 ``--chunked`` also prints the bytes that the instructions of both passes read and write, with and without the kernel.
 Schedules are lower bounds on the time, not timings.
 """
@@ -150,7 +150,9 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
 
     from jaxlinear import ops
     from jaxlinear.ops import backends
-    from jaxlinear.pallas import blocks, factored_decays
+    from jaxlinear.pallas.delta_rule import blocks as delta_rule_blocks
+    from jaxlinear.pallas.linear_attention import blocks as linear_attention_blocks
+    from jaxlinear.pallas.parts import factored_decays
 
     if _WAY.value:
         kind_of = getattr(factored_decays, _WAYS[_WAY.value])
@@ -160,9 +162,9 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
     if _BLOCK.value:
         *sizes, chunk, lanes = map(int, _BLOCK.value)
         if operation == "delta_rule":
-            blocks.DELTA_RULE_TPU[kind] = blocks.DeltaRuleBlock(chunk, chunk, lanes)
+            delta_rule_blocks.TPU[kind] = delta_rule_blocks.Block(chunk, chunk, lanes)
         else:
-            blocks.LINEAR_ATTENTION_TPU[kind] = (blocks.AttentionBlock(*sizes, chunk, lanes),) * 2
+            linear_attention_blocks.TPU[kind] = (linear_attention_blocks.Block(*sizes, chunk, lanes),) * 2
     by_head = jax.ShapeDtypeStruct((batch, length, heads), "float32")
     wide = functools.partial(jax.ShapeDtypeStruct, dtype=_DTYPE.value)
     key_heads = 1 if _SHARED.value else heads
@@ -211,19 +213,21 @@ def _compile(operation: str, decay: str, backend: str) -> dict:
 
 
 def _chunk(operation: str, decay: str, kind: str) -> int:
-    from jaxlinear.pallas import blocks
+    from jaxlinear.pallas.delta_rule import blocks as delta_rule_blocks
+    from jaxlinear.pallas.linear_attention import blocks as linear_attention_blocks
 
     length, by_channel = _LENGTH.value, decay == "channel"
     if operation == "delta_rule":
-        return blocks.delta_rule_chunk(kind, length, by_channel, None)
+        return delta_rule_blocks.chunk_of(kind, length, by_channel, None)
     widths = (_VALUE.value,) if _SHARED.value else (_KEY.value, _VALUE.value)
     size = 4 if _DTYPE.value == "float32" else 2
-    return blocks.linear_attention_tpu(kind, length, _HEADS.value, widths, by_channel, None, size)[1]
+    return linear_attention_blocks.tpu(kind, length, _HEADS.value, widths, by_channel, None, size)[1]
 
 
 def _operations(operation: str, direction: str, decay: str, chunk: int) -> float:
     """Floating point operations of the products, for all tokens and heads."""
-    from jaxlinear.pallas import delta_rule_plan, linear_attention_plan
+    from jaxlinear.pallas.delta_rule import plan as delta_rule_plan
+    from jaxlinear.pallas.linear_attention import plan as linear_attention_plan
 
     length, *shape = (flag.value for flag in (_LENGTH, _HEADS, _KEY, _VALUE))
     if operation == "delta_rule":

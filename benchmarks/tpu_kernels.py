@@ -101,13 +101,13 @@ def _compile(backend: str, direction: str) -> dict:
     import jax
 
     from jaxlinear.ops import backends, linear_recurrence
-    from jaxlinear.pallas import blocks
+    from jaxlinear.pallas.scan import blocks
 
     shape = _BATCH.value, _LENGTH.value, _WIDTH.value
     x, state = jax.ShapeDtypeStruct(shape, _DTYPE.value), jax.ShapeDtypeStruct((shape[0], shape[2]), "float32")
     kind = schedules.device(_TOPOLOGY.value).device_kind
     if _BLOCK.value:
-        blocks.SCAN_TPU[kind] = blocks.ScanBlock(*map(int, _BLOCK.value))
+        blocks.TPU[kind] = blocks.Block(*map(int, _BLOCK.value))
 
     def forward(a, x, state):
         with backends.use_platform("tpu", kind):

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from jaxlinear.scaling import hlo, programs
+from jaxlinear.costs import hlo, programs
 
 _ARRAY = re.compile(r"(\w+)\[([^]]*)\](\{[^}]*\})?")
 # Of an instruction's attributes, what is no part of its program.

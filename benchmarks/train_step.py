@@ -141,10 +141,10 @@ def _ours(config: Any) -> tuple[Callable[[], float], dict[str, Any]]:
     import numpy as np
 
     from jaxlinear import config as configs
-    from jaxlinear.models import parameters
+    from jaxlinear.costs import hardware
+    from jaxlinear.models import flops, parameters
     from jaxlinear.parallel import feeding
     from jaxlinear.parallel import mesh as meshes
-    from jaxlinear.scaling import flops, hardware
     from jaxlinear.training import state as states
     from jaxlinear.training.optimizer import make_optimizer
     from jaxlinear.training.step import make_train_step

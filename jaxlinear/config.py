@@ -5,7 +5,6 @@ returns the config; ``--config.section.key=VALUE`` changes one key on the comman
 follow from a preset and refuses what cannot work; a run writes its result to ``config.json``.
 """
 
-import dataclasses
 import difflib
 import json
 from collections.abc import Collection
@@ -317,8 +316,7 @@ def forget_unread(config: config_dict.ConfigDict, changed: Collection[str]) -> N
 
 def model_config(config: config_dict.ConfigDict) -> ModelConfig:
     """The model that a resolved config describes."""
-    names = [field.name for field in dataclasses.fields(ModelConfig)]
-    return ModelConfig(**{name: config.model[name] for name in names})
+    return ModelConfig.of(config.model)
 
 
 def to_json(config: config_dict.ConfigDict) -> str:

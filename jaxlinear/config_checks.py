@@ -9,8 +9,9 @@ from ml_collections import config_dict
 
 from jaxlinear.errors import UserError
 from jaxlinear.models import mixers
+from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.language_model import REMAT_POLICIES
-from jaxlinear.models.layers import rotary_frequencies
+from jaxlinear.ops import rotary
 from jaxlinear.parallel.cost import ATTENTION, EXCHANGES
 
 MODEL_DTYPES = ("bfloat16", "float32")
@@ -61,8 +62,12 @@ def check(config: config_dict.ConfigDict, may_stand: Mapping[str, tuple[Any, ...
     if not 0 <= model.rotary_fraction <= 1:
         raise UserError(f"model.rotary_fraction is {model.rotary_fraction}; it must be between 0 and 1")
     for name in _chosen(config, "model.pattern"):
-        channels = _turned(model, name)
-        if model.rotary_fraction and channels and not len(rotary_frequencies(channels, fraction=model.rotary_fraction)):
+        channels = _rotary_width(model, name)
+        if (
+            model.rotary_fraction
+            and channels
+            and not len(rotary.frequencies_of(channels, fraction=model.rotary_fraction))
+        ):
             raise UserError(
                 f"model.rotary_fraction={model.rotary_fraction} rotates no pair of the {channels} channels of a head "
                 f"of {name}, which would have no rotary positions; set it higher, or to 0 for none"
@@ -174,13 +179,10 @@ def _chosen(config: config_dict.ConfigDict, chooser: str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value[: config.model.num_layers]
 
 
-def _turned(model: config_dict.ConfigDict, mixer: str) -> int:
-    """Channels of a head that rotary positions turn, or turn a part of; 0 for mixers without."""
-    if mixer not in mixers.READERS["rotary_fraction"]:
-        return 0
-    if mixer == "retention":
-        return model.key_width or model.width // (model.recurrent_heads or model.num_heads)
-    return model.width // model.num_heads
+def _rotary_width(model: config_dict.ConfigDict, mixer: str) -> int:
+    """``Mixer.rotary_width``; 0 for mixers without."""
+    width = getattr(mixers.find(mixer), "rotary_width", None)
+    return 0 if width is None else width(ModelConfig.of(model))
 
 
 def _check_experts(model: config_dict.ConfigDict) -> None:
@@ -268,8 +270,8 @@ _MLP, _MIXTURE = "gated_mlp", "mixture_of_experts"
 _OF_EXPERTS: dict[str, tuple[str, ...]] = {"model.channel_mixer": (_MIXTURE,)}
 # Keys that only some choices read: for each, the keys that decide and the choices that read it.
 _READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
-    **{f"model.{name}": {"model.pattern": readers} for name, readers in mixers.READERS.items()},
-    "model.bias": {"model.channel_mixer": (_MLP, _MIXTURE), "model.pattern": mixers.READERS["bias"]},
+    **{f"model.{name}": {"model.pattern": readers} for name, readers in mixers.readers().items()},
+    "model.bias": {"model.channel_mixer": (_MLP, _MIXTURE), "model.pattern": mixers.readers()["bias"]},
     "model.mlp_expansion": {"model.channel_mixer": (_MLP,)},
     "model.mlp_activation": {"model.channel_mixer": (_MLP, _MIXTURE)},
     **{f"model.{name}": _OF_EXPERTS for name in ("experts", "experts_per_token", "expert_width")},

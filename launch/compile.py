@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxlinear import cli
-from jaxlinear.parallel import targets
+from jaxlinear.costs import targets
 
 targets.set_environment()  # before the config file is read, as that imports JAX
 

@@ -20,7 +20,7 @@ _LAYOUT = flags.DEFINE_string("layout", "huggingface", "Format of the export: hu
 
 def main() -> None:
     cli.leave_out_warnings_of_orbax()
-    from jaxlinear.models import conversion
+    from jaxlinear import conversion
 
     if (_SOURCE.value is None) == (_TARGET.value is None):
         raise UserError("give --source to import into --workdir, or --target to export from it")

@@ -24,7 +24,7 @@ def main() -> None:
             f"--output={_OUTPUT.value} is a file, but the report has several files: name a directory, new or existing"
         )
     cli.leave_out_warnings_of_orbax()
-    from jaxlinear.scaling.laws import comparison, points, report
+    from jaxlinear.sweeps.laws import comparison, points, report
 
     measured = points.of_sweep(_WORKDIR.value, partial=_PARTIAL.value, evaluated=_EVALUATED.value)
     fitted = comparison.compare(

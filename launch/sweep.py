@@ -23,7 +23,7 @@ _STATUS = flags.DEFINE_boolean("status", False, "Only show the progress of the r
 
 def main() -> int:
     cli.leave_out_warnings_of_orbax()
-    from jaxlinear.scaling.sweeps import states, sweep, table
+    from jaxlinear.sweeps import states, sweep, table
 
     if _EXECUTOR.value == "local" and _SBATCH.value:
         raise UserError(f"--sbatch={_SBATCH.value[0]} is for --executor=slurm")
@@ -36,7 +36,7 @@ def main() -> int:
         raise UserError("which sweep? --config=configs/sweeps/NAME.py")
 
     try:
-        from jaxlinear.scaling.sweeps import executors, manager
+        from jaxlinear.sweeps import executors, manager
     except ModuleNotFoundError as error:
         if error.name != "submitit":
             raise

@@ -36,7 +36,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import numpy as np
 import pytest
 
-from jaxlinear.parallel import targets
+from jaxlinear.costs import targets
 
 targets.set_environment()
 

@@ -91,23 +91,21 @@ def causal_convolution(x, kernel, bias, state, ids=None):
     return jnp.moveaxis(y, 0, 1), final
 
 
-def short_convolution(x, kernel, bias, state, heads=None, ids=None, activation="silu"):
+def short_convolution(x, kernel, bias, state, head_width=None, ids=None, activation="silu"):
     z, final = causal_convolution(x, kernel, bias, state, ids)
     y = z / (1 + jnp.exp(-z)) if activation == "silu" else z
-    if heads is not None:
-        of_heads = y.reshape(*y.shape[:2], heads, -1)
+    if head_width is not None:
+        of_heads = y.reshape(*y.shape[:2], -1, head_width)
         y = (of_heads / jnp.sqrt(jnp.sum(of_heads**2, axis=-1, keepdims=True) + 1e-6)).reshape(y.shape)
     return y, final
 
 
-def gated_rms_norm(
-    x, gate, scale, skipped=None, skip=None, *, heads=1, epsilon, norm_before_gate=False, activation="silu"
-):
+def gated_rms_norm(x, gate, scale, skipped=None, skip=None, *, epsilon, norm_before_gate=False, activation="silu"):
     factor = (gate if activation == "silu" else 1) / (1 + jnp.exp(-gate))
     n = x if skipped is None else x + skip[None, None] * skipped
     if not norm_before_gate:
         n = n * factor
-    of_heads = n.reshape(*n.shape[:2], heads, -1)
+    of_heads = n.reshape(*n.shape[:2], -1, scale.shape[0])
     of_heads = of_heads / jnp.sqrt(jnp.mean(of_heads**2, axis=-1, keepdims=True) + epsilon) * scale[None, None, None]
     y = of_heads.reshape(x.shape)
     return y * factor if norm_before_gate else y

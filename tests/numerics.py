@@ -104,3 +104,8 @@ def runs(ids):
     """``(start, end)`` of each document in one row of ids."""
     edges = [0, *(np.flatnonzero(np.diff(ids)) + 1), len(ids)]
     return list(itertools.pairwise(edges))
+
+
+def form(choose, backend, *arrays, **options):
+    """The name of the form that an operation's ``choose`` takes for a backend."""
+    return choose(*arrays, backend=backend, **options).name

@@ -245,7 +245,7 @@ def test_a_run_too_short_for_checkpoints_on_the_way_may_keep_the_best():
         configs.resolve(changed({"checkpoint.keep_best": 2, "training.steps": steps, "checkpoint.every_steps": 500}))
 
 
-OTHER = dict.fromkeys((name for name in mixers.READERS if name not in ("bias", "num_heads")), 2) | {
+OTHER = dict.fromkeys((name for name in mixers.readers() if name not in ("bias", "num_heads")), 2) | {
     "key_width": 4,
     "feature_map": "elu",
     "discretization": "bilinear",
@@ -266,10 +266,10 @@ BESIDE = {"rotary_context": {"rotary_scaling": 2.0}, "selection_norm_epsilon": {
 
 @pytest.mark.parametrize("name", OTHER)
 def test_what_no_mixer_of_the_pattern_reads_is_refused(name):
-    readers, key = mixers.READERS[name], f"model.{name}"
+    readers, key = mixers.readers()[name], f"model.{name}"
     default = 16 if name == "recurrent_width" else configs.KEYS[key][0].value
     other = next(mixer for mixer in ("rg_lru", "gla", "mamba2") if mixer not in readers)
-    for mixer in mixers.MIXERS:
+    for mixer in mixers.names():
         config = changed({"model.pattern": (other, mixer), "model.window": None, key: OTHER[name]})
         if mixer in readers:
             config.model.update(BESIDE.get(name, {}))

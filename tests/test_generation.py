@@ -129,7 +129,7 @@ def test_kernels_by_output_are_those_of_the_model(deep):
 
 
 @pytest.mark.some_cases(*small.SOME_MIXERS)
-@pytest.mark.parametrize("mixer", sorted(mixers.MIXERS))
+@pytest.mark.parametrize("mixer", mixers.names())
 def test_a_model_for_decoding_is_the_same_model(mixer):
     """Including square kernels, whose shape does not show which way they are laid out."""
     sizes = {"num_layers": 1, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
@@ -145,7 +145,7 @@ def test_a_model_for_decoding_is_the_same_model(mixer):
 
 
 @pytest.mark.some_cases("attention", "kda", "mamba", "rg_lru", "experts")
-@pytest.mark.parametrize("mixer", [*sorted(mixers.MIXERS), "experts"])
+@pytest.mark.parametrize("mixer", [*mixers.names(), "experts"])
 def test_parameters_that_are_rounded_for_decoding_are_only_read_so(mixer):
     """They are rounded to bfloat16, in which they are used: outputs are equal to the last bit. They are most of the
     parameters."""

@@ -8,7 +8,7 @@ losses for the same FLOPs. docs/scaling.md has the results.
 """
 
 from jaxlinear import config as configs
-from jaxlinear.scaling.sweeps import plans
+from jaxlinear.sweeps import plans
 
 BUDGETS = (5e11, 1e12, 2e12)  # FLOPs, including those of the logits
 HEADS = {24: 1, 32: 1, 48: 2, 64: 2}  # for each width

@@ -8,8 +8,7 @@ from typing import Any
 from jaxlinear import config as configs
 from jaxlinear import evaluation
 from jaxlinear.evaluation import following, html, plots
-from jaxlinear.models import parameters
-from jaxlinear.scaling import flops
+from jaxlinear.models import flops, parameters
 from jaxlinear.training import metrics
 from jaxlinear.training.workdir import heldout_changes, read_config, read_starts
 

@@ -32,15 +32,6 @@ _ROUNDING = {"bfloat16": 1e-2, "float32": 1e-4}
 _OF_SUMS = 10.0
 _LENGTH = 2048  # tokens per row, if training has more
 _RAGGED = 37  # so many tokens fewer for some inputs, so that no block divides them
-_WITHOUT = {  # others: "chunked"
-    "gated_rms_norm": "separate",
-    "linear_recurrence": "associative",
-    "rg_lru": "separate",
-    "rg_lru_gates": "products",
-    "short_convolution": "separate",
-}
-_OUTPUTS = {"rg_lru_gates": ("transition", "input")}  # others: an output and, of recurrences, the last state
-_APART = {"rg_lru": ("rg_lru_gates", "linear_recurrence")}  # what takes its place where a mesh spreads time
 _REPEATS = 5  # runs, of which the median time is taken
 
 
@@ -123,7 +114,7 @@ def _host() -> jax.Device:
 
 
 def _calls(config: config_dict.ConfigDict, device: jax.Device, rows: int, length: int) -> list[Call]:
-    """The distinct calls, in the order of the model's layers, and then those of the operations in ``_APART``."""
+    """The distinct calls, in the order of the model's layers, and then those of the operations' ``Spec.parts``."""
     config = config.copy_and_resolve_references()
     config.model.vocab_size = config.model.vocab_size or 256  # which no operation reads
     architecture = parameters.describe(configs.model_config(config))
@@ -138,7 +129,7 @@ def _calls(config: config_dict.ConfigDict, device: jax.Device, rows: int, length
 
     with backends.use_device(device), jax.numpy_dtype_promotion("standard"):
         found = recorded()
-        if operations := {name for call in found for name in _APART.get(call.operation, ())}:
+        if operations := {name for call in found for name in ops.SPECS[call.operation].parts}:
             with backends.use_kernels(False):
                 found += [call for call in recorded() if call.operation in operations and call not in found]
     return found
@@ -151,13 +142,13 @@ def _check(call: Call, kind: str, device: jax.Device, host: jax.Device) -> Check
             shapes = jax.eval_shape(_operation(call, "pallas"), *_numbers_and_others(call.arrays))
     except UserError as error:
         return Checked(call.operation, described, kind, refused=str(error))
-    random = np.random.default_rng(0)
+    spec, random = ops.SPECS[call.operation], np.random.default_rng(0)
     inputs = check_inputs.draw(call, kind, random)
-    if len(shapes) == 2 and call.operation not in _OUTPUTS:  # with a state, which here is also given
+    if "last state" in spec.outputs:  # with a state, which here is also given
         inputs["initial_state"] = check_inputs.normal(shapes[1], random)
     cotangents = tuple(check_inputs.normal(y, random) for y in shapes)
 
-    without = _WITHOUT.get(call.operation, "chunked")
+    without = spec.plain
     as_kernel = _compiled(call, "pallas", device, inputs, cotangents)
     as_chunks = _compiled(call, without, device, inputs, cotangents)
     expected = _compiled(call, without, host, *jax.tree.map(_in_float32, (inputs, cotangents)))()
@@ -177,7 +168,7 @@ def _check(call: Call, kind: str, device: jax.Device, host: jax.Device) -> Check
 
 def _operation(call: Call, backend: str) -> Callable[[dict[str, Any], dict[str, Any]], tuple[Any, ...]]:
     """``(numbers, other arrays) -> outputs``, by the names of its arguments."""
-    operation = functools.partial(getattr(ops, call.operation), backend=backend, **call.options)
+    operation = functools.partial(ops.SPECS[call.operation].operation, backend=backend, **call.options)
 
     def run(numbers, others):
         outputs = operation(**numbers, **others)
@@ -199,7 +190,7 @@ def _with_gradients(call: Call, backend: str) -> Callable[..., dict[str, jax.Arr
     def both(numbers, others, cotangents):
         outputs, pullback = jax.vjp(lambda numbers: run(numbers, others), numbers)
         (gradients,) = pullback(tuple(d.astype(y.dtype) for d, y in zip(cotangents, outputs, strict=True)))
-        named = dict(zip(_OUTPUTS.get(call.operation, ("output", "last state")), outputs, strict=False))
+        named = dict(zip(ops.SPECS[call.operation].outputs, outputs, strict=True))
         return named | {f"gradient of {name}": x for name, x in gradients.items()}
 
     return both

@@ -7,8 +7,8 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from jaxlinear.costs import targets
 from jaxlinear.errors import UserError
-from jaxlinear.parallel import targets
 
 # Chips per host in a TPU slice that has several hosts, and GPUs per host.
 _ON_A_HOST = {"v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 4, "h100": 8, "h200": 8, "a100": 8, "gpu": 8, "cpu": 1}

@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from jaxlinear.costs.devices import Device, axes_of, device_of, link_of, most_gathering
+from jaxlinear.costs.hardware import PEAK_FLOPS
+from jaxlinear.costs.programs import Collective
 from jaxlinear.errors import UserError
-from jaxlinear.parallel.devices import Device, axes_of, device_of, link_of, most_gathering
-from jaxlinear.scaling.hardware import PEAK_FLOPS
-from jaxlinear.scaling.programs import Collective
 
 ASSUMPTIONS = (
     "every product runs at the matrix unit's peak, float32 products at their default precision: one pass of bfloat16 on "
@@ -75,7 +75,7 @@ def times(
     products. ``collectives`` is None if they are not known; ``flops_counted`` is False if ``flops`` are not all."""
     device = device_of(kind)
     if kind not in PEAK_FLOPS:
-        raise UserError(f"the peak FLOPs of {kind} are unknown (jaxlinear/scaling/hardware.py)")
+        raise UserError(f"the peak FLOPs of {kind} are unknown (jaxlinear/costs/hardware.py)")
     peak = PEAK_FLOPS[kind]
     # Products that ask for more precision are slower: the least time remains a bound.
     rate = peak / 2 if dtype == "float32" and not kind.startswith("TPU") else peak

@@ -15,6 +15,8 @@ from ml_collections import config_dict
 
 from jaxlinear import config as configs
 from jaxlinear.config_checks import is_read
+from jaxlinear.costs.devices import device_of, most_gathering
+from jaxlinear.costs.targets import Target
 from jaxlinear.errors import UserError
 from jaxlinear.launching import roofline, sizing
 from jaxlinear.launching.sizing import Sizing
@@ -22,8 +24,6 @@ from jaxlinear.models import parameters
 from jaxlinear.models.language_model import REMAT_POLICIES
 from jaxlinear.parallel import cost, sharding
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel.devices import device_of, most_gathering
-from jaxlinear.parallel.targets import Target
 from jaxlinear.training import state as states
 from jaxlinear.training.job import check_mesh, with_vocabulary_of_data
 from jaxlinear.training.optimizer import make_optimizer

@@ -16,14 +16,16 @@ from jax.errors import JaxRuntimeError
 from jax.extend import core
 from ml_collections import config_dict
 
+from jaxlinear import log_once
+from jaxlinear.costs import programs, traced
+from jaxlinear.costs.programs import Collective
+from jaxlinear.costs.targets import Target
 from jaxlinear.errors import UserError
 from jaxlinear.launching import roofline
+from jaxlinear.models import flops
 from jaxlinear.models.parameters import Architecture
 from jaxlinear.ops import backends
-from jaxlinear.parallel import cost, sharding, traced
-from jaxlinear.parallel.targets import Target
-from jaxlinear.scaling import flops, programs
-from jaxlinear.scaling.programs import Collective
+from jaxlinear.parallel import cost, sharding
 from jaxlinear.training import ahead
 from jaxlinear.training.step import make_objective
 
@@ -185,7 +187,7 @@ def passes(config: config_dict.ConfigDict, architecture: Architecture, target: T
         return pull(jnp.ones_like(total))
 
     # On one device kernels may be refused that take a device's part: the run's own program says which are not used.
-    with backends.use_device(target.devices[0]), backends.unheard(), jax.numpy_dtype_promotion("standard"):
+    with backends.use_device(target.devices[0]), log_once.muted(), jax.numpy_dtype_promotion("standard"):
         forward = jax.make_jaxpr(lambda *given: pullback(*given)[0])(architecture.shapes, batch).jaxpr
         both = jax.make_jaxpr(gradient)(architecture.shapes, batch).jaxpr
     given = {id(x) for x in (*forward.invars, *forward.constvars)}

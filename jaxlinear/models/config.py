@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -55,6 +57,11 @@ class ModelConfig:
     dtype: str = "bfloat16"
     remat: str = "elementwise"
     kernels: bool = True
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> "ModelConfig":
+        """From the section of a config, which may have other keys too."""
+        return cls(**{field.name: section[field.name] for field in dataclasses.fields(cls)})
 
     @property
     def head_width(self) -> int:

@@ -14,9 +14,9 @@ from jaxlinear.errors import UserError
 from jaxlinear.models import mixers
 from jaxlinear.models.across_layers import across_layers
 from jaxlinear.models.blocks import Losses, Period, add
+from jaxlinear.models.cached_attention import CachedAttention
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, RMSNorm, by_outputs, parameter, round_for_decoding
-from jaxlinear.models.mixers.cached_attention import CachedAttention
 from jaxlinear.models.stacks import Stack
 from jaxlinear.ops import backends, dtypes
 from jaxlinear.ops.cross_entropy import soft_capped

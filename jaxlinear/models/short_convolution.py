@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlinear.models.heads import unit_length
-from jaxlinear.models.layers import ACTIVATIONS, parameter
-from jaxlinear.ops import backends, dtypes
+from jaxlinear.models.layers import parameter
 from jaxlinear.parallel import operations
 
 
@@ -14,8 +12,7 @@ class ShortConvolution(nnx.Module):
     """The causal convolution before a recurrence, one filter per channel, over ``[B, T, C]``, followed by SiLU and, if
     ``heads`` are given, by the scaling of each to unit length. State: the preceding inputs ``[B, width-1, C]``.
 
-    ``kernel_on``: the platforms where all of this is one kernel. That moves fewer bytes if the result feeds another kernel;
-    elsewhere XLA can fuse the steps with what follows.
+    ``feeds_kernel``: whether another kernel reads the result. Otherwise XLA can fuse the steps with what follows.
     """
 
     def __init__(
@@ -25,10 +22,10 @@ class ShortConvolution(nnx.Module):
         *,
         axis: str | None,
         bias: bool = False,
-        kernel_on: tuple[str, ...] = (),
+        feeds_kernel: bool,
         rngs: nnx.Rngs,
     ):
-        self.channels, self.width, self.axis, self.kernel_on = channels, width, axis, kernel_on
+        self.channels, self.width, self.axis, self.feeds_kernel = channels, width, axis, feeds_kernel
         # Uniform within 1 / sqrt(fan-in), where the fan-in of a channel's filter is its width.
         bound = width**-0.5
         init = nnx.initializers.uniform(2 * bound)
@@ -43,14 +40,13 @@ class ShortConvolution(nnx.Module):
     def __call__(
         self, x: jax.Array, *, segment_ids: jax.Array | None, state: jax.Array | None, heads: int | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        kernel, axis = self.convolution_kernel[...], self.axis
-        bias = None if self.convolution_bias is None else self.convolution_bias[...]
-        given = x, kernel, bias, state
-        if backends.platform() in self.kernel_on:
-            found = operations.short_convolution(*given, segment_ids=segment_ids, channels=axis, heads=heads)
-            if found is not None:
-                return found
-        y, state = operations.causal_convolution(*given, segment_ids=segment_ids, channels=axis)
-        # In float32: in bfloat16 SiLU would round at each of its internal steps.
-        y = ACTIVATIONS["silu"](y.astype(dtypes.wide(y.dtype))).astype(y.dtype)
-        return (y if heads is None else unit_length(y, heads)), state
+        return operations.short_convolution(
+            x,
+            self.convolution_kernel[...],
+            None if self.convolution_bias is None else self.convolution_bias[...],
+            state,
+            segment_ids=segment_ids,
+            head_width=None if heads is None else self.channels // heads,
+            feeds_kernel=self.feeds_kernel,
+            channels=self.axis,
+        )

@@ -1,27 +1,36 @@
 """The backends of operations: the check that one exists, the choice of kernels, and the platform that is traced for."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlinear import log_once
 from jaxlinear.errors import UserError
-from jaxlinear.pallas.target import GPU, Target, gpu_of
+from jaxlinear.pallas.parts.target import GPU, Target, gpu_of
 
 _TAKEN = (np.dtype(np.float32), np.dtype(jnp.bfloat16))  # dtypes of ``refused_dtype``
 COMPILED = ("tpu", "gpu")  # where kernels are compiled; elsewhere they are interpreted
-_SAID: set[str] = set()  # by ``say_once``
-_UNHEARD: list[None] = []  # the contexts ``unheard`` that are open
 _OLDEST = 8, 0  # the oldest compute capability that Triton compiles for
 
-_LOG = logging.getLogger(__name__)
 # JAX's own contexts, so that nothing traced for one platform is reused for another.
 _platform = jax.make_user_context(default_value=None)
 _kernels = jax.make_user_context(default_value=True)
+
+
+class Form(NamedTuple):
+    """The form in which an operation runs, chosen once from the device, the dtypes and the shapes (``choose``)."""
+
+    name: str  # a backend of the operation other than "auto"
+    chunk: int | None = None  # tokens per chunk, where it has chunks; None for a kernel's own
+    refused: str | None = None  # why it is not the kernel, where "auto" would have taken that
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.name == "pallas"
 
 
 @contextlib.contextmanager
@@ -100,23 +109,6 @@ def no_compiler() -> str | None:
     return None
 
 
-def say_once(message: str) -> None:
-    """Logs a message the first time it is given; repetitions of the same text are dropped."""
-    if message not in _SAID and not _UNHEARD:
-        _SAID.add(message)
-        _LOG.info(message)
-
-
-@contextlib.contextmanager
-def unheard() -> Iterator[None]:
-    """In this context nothing is said: it traces programs that are not run."""
-    _UNHEARD.append(None)
-    try:
-        yield
-    finally:
-        _UNHEARD.pop()
-
-
 def check(operation: str, backend: str, known: tuple[str, ...]) -> None:
     """Raises ``UserError`` unless ``backend`` is ``"auto"`` or one of ``known``."""
     if backend != "auto" and backend not in known:
@@ -124,69 +116,53 @@ def check(operation: str, backend: str, known: tuple[str, ...]) -> None:
         raise UserError(f"{operation} has no backend {backend!r}; it has {names}")
 
 
-def kernel_or_chunks(
-    operation: str, backend: str, few: bool, shapes: Iterable[tuple[int, ...]], refusal: Callable[[str], str | None]
-) -> str:
-    """``"pallas"`` if an operation that has chunks uses its kernel, else ``backend`` as given.
-
-    ``few``: whether there are so few tokens that ``"auto"`` uses no chunks. The others are those of ``kernel_runs``.
-    """
-    if backend not in ("auto", "pallas") or (backend == "auto" and (not takes_kernels() or few)):
-        return backend
-    runs = kernel_runs(operation, backend, shapes, refusal, instead="chunked", how="in chunks")
-    return "pallas" if runs else backend
-
-
-def lone_kernel_runs(
+def choose(
     operation: str,
-    backend: str,
-    few: bool,
-    shape: tuple[int, ...],
-    refusal: Callable[[str], str | None],
+    backend: "str | Form",
+    forms: tuple[str, ...],
     *,
+    plain: str,
+    few: str | None = None,
+    shapes: Iterable[tuple[int, ...]] = (),
+    refusal: Callable[[str], str | None],
     on: tuple[str, ...] = COMPILED,
-    instead: str,
-    how: str,
-) -> bool:
-    """``kernel_runs`` for an operation with no other backend than ``instead``, and a kernel for the platforms ``on``;
-    ``few``: as in ``kernel_or_chunks``."""
-    check(operation, backend, (instead, "pallas"))
-    here = platform()
-    if backend == instead or (backend == "auto" and (here not in on or not takes_kernels() or few)):
-        return False
+) -> "Form":
+    """The form in which an operation runs, for the arrays of one device.
 
-    def refused(platform: str) -> str | None:
-        return "the kernel is for TPUs" if here in COMPILED and here not in on else refusal(platform)
-
-    return kernel_runs(operation, backend, [shape], refused, instead=instead, how=how)
-
-
-def refused_dtype(platform: str, dtype: Any) -> str | None:
-    """Why a kernel for float32 and bfloat16 does not run with numbers of a dtype where it is compiled; or None."""
-    if platform in COMPILED and dtype not in _TAKEN:
-        return f"the kernel takes {' and '.join(map(str, _TAKEN))}, not {dtype}"
-    return None
-
-
-def kernel_runs(
-    operation: str,
-    backend: str,
-    shapes: Iterable[tuple[int, ...]],
-    refusal: Callable[[str], str | None],
-    *,
-    instead: str,
-    how: str,
-) -> bool:
-    """Whether the kernel of an operation runs. If it does not, or none does (``no_kernels``, ``no_compiler``), ``"auto"``
-    says so once and ``"pallas"`` raises ``UserError``.
-
-    ``shapes``: those of the arrays. ``refusal``: why the kernel does not run on a given platform, or None. ``instead``: the
-    backend that does, and ``how`` the operation runs then.
+    Args:
+      operation: its name.
+      backend: what the caller asked for, or a form that is chosen already.
+      forms: those that the operation has.
+      plain: the form that takes the kernel's place.
+      few: the form of ``"auto"`` if there are too few tokens for the kernel and for ``plain``; None if there are not.
+      shapes: those of the arrays.
+      refusal: why the kernel does not run on a given platform, or None.
+      on: the platforms where there is a kernel and ``"auto"`` takes it. Where it does not run there (``no_kernels``,
+        ``no_compiler``, ``refusal``), ``"auto"`` says so once, and ``"pallas"`` raises ``UserError``.
     """
-    reason = no_kernels(*shapes) or refusal(platform()) or no_compiler()
+    if isinstance(backend, Form):
+        return backend
+    check(operation, backend, forms)
+    here = platform()
+    if backend == "auto" and few is not None:
+        return Form(few)
+    if backend == "auto" and not (here in on and takes_kernels()):
+        return Form(plain)
+    if backend not in ("auto", "pallas"):
+        return Form(backend)
+    elsewhere = "the kernel is for TPUs" if here in COMPILED and here not in on else None
+    reason = no_kernels(*shapes) or elsewhere or refusal(here) or no_compiler()
     if reason is None:
-        return True
+        return Form("pallas")
     if backend == "pallas":
-        raise UserError(f"{operation}: {reason}; use backend={instead!r}")
-    say_once(f"{operation} runs {how}, not as a kernel: {reason}")
-    return False
+        raise UserError(f"{operation}: {reason}; use backend={plain!r}")
+    log_once.info_once(f"{operation} runs as {plain!r}, not as a kernel: {reason}")
+    return Form(plain, refused=reason)
+
+
+def refused_dtype(platform: str, *dtypes: Any) -> str | None:
+    """Why a kernel for float32 and bfloat16 does not run with numbers of these dtypes where it is compiled; or None."""
+    for dtype in dtypes:
+        if platform in COMPILED and dtype not in _TAKEN:
+            return f"the kernel takes {' and '.join(map(str, _TAKEN))}, not {dtype}"
+    return None

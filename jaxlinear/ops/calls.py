@@ -8,9 +8,12 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 
+from jaxlinear.ops.backends import Form
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-_HOW = {"backend", "runner", "chunk_size"}  # these decide how a result is computed, not what it is
+# These decide how a result is computed, not what it is.
+_HOW = {"backend", "time", "chunk_size", "call", "shards", "feeds_kernel"}
 
 _records: list[list["Call"]] = []
 
@@ -42,8 +45,11 @@ def record() -> Iterator[list[Call]]:
         _records.pop()
 
 
-def recorded(operation: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Wraps an operation so that ``record`` sees its calls."""
+def recorded(
+    operation: Callable[_Arguments, _Result], choose: Callable[..., Form] | None = None
+) -> Callable[_Arguments, _Result]:
+    """Wraps an operation so that ``record`` sees its calls; with ``choose``, only those whose form is a kernel: in its
+    other form such an operation is made of others."""
     signature = inspect.signature(operation)
 
     @functools.wraps(operation)
@@ -51,6 +57,8 @@ def recorded(operation: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
         if not _records:
             return operation(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
+        if choose is not None and not choose(**given).is_kernel:
+            return operation(*args, **kwargs)
         which = ((name, _shape(x)) for name, x in given.items() if name not in _HOW)
         _records[-1].append(Call(operation.__name__, tuple(which)))
         with record():  # operations called inside this one are not the program's calls

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxlinear.ops import dtypes
-from jaxlinear.pallas.chunk_decays import floor
+from jaxlinear.pallas.parts.chunk_decays import floor
 
 _BLOCK = 8  # tokens; smaller matrix products are no faster
 

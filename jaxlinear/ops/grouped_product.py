@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlinear import counted
+from jaxlinear.costs import counted
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, dtypes
-from jaxlinear.pallas import derivatives, grouped_sums
+from jaxlinear.pallas.parts import derivatives, grouped_sums
 
 BACKENDS = ("blocks", "ragged_dot", "rows", "pallas")
 

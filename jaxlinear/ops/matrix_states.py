@@ -1,6 +1,5 @@
 """What recurrences with a ``[K, V]`` state per head share: shapes, the choice of backend and chunk, decays in a chunk."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, checks, decay, dtypes, recurrence
+from jaxlinear.ops import backends, checks, decay, dtypes
+from jaxlinear.ops.backends import Form
 
 FEW_TOKENS = 8  # up to which the loop over time is faster
 CHUNK = 64
@@ -17,45 +17,34 @@ CHUNK = 64
 
 def choose(
     operation: str,
-    refusal: Callable[..., str | None],
-    backend: str,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    chunk_size: int | None = None,
-    runner: recurrence.Runner = recurrence.WHOLE,
+    backend: str | Form,
+    shapes: tuple[tuple[int, ...], ...],
+    refusal: Callable[[str], str | None],
     *,
-    by_channel: bool = False,
-) -> str:
-    """``"pallas"`` if an operation uses its kernel, else the backend as given. ``by_channel``: whether decays are by key
-    channel. ``refusal(q, k, v, chunk_size, by_channel, platform)``: why the kernel does not run, or None."""
-    backends.check(operation, backend, ("recurrent", "chunked", "pallas"))
+    length: int,
+    chunk_size: int | None,
+    sharded: bool,
+    chunk: int = CHUNK,
+) -> Form:
+    """The form of an operation that has a loop over time, chunks and a kernel; with the tokens per chunk, except for a
+    kernel, which has its own, and a loop. ``length``: tokens, or updates; ``chunk``: the most that a chunk has unless
+    ``chunk_size`` says otherwise. The rest is that of ``backends.choose``."""
+    if isinstance(backend, Form):
+        return backend
     check_chunk(operation, backend, chunk_size)
-    few = chunk_size is None and q.shape[1] <= FEW_TOKENS and runner is recurrence.WHOLE
-    refused = functools.partial(refusal, q, k, v, chunk_size, by_channel)
-    return backends.kernel_or_chunks(operation, backend, few, (q.shape, v.shape), refused)
+    if sharded and backend == "recurrent":
+        raise UserError(f"{operation}: backend='recurrent' does not run over several devices; use 'chunked'")
+    few = "recurrent" if chunk_size is None and length <= FEW_TOKENS and not sharded else None
+    forms = "recurrent", "chunked", "pallas"
+    form = backends.choose(operation, backend, forms, plain="chunked", few=few, shapes=shapes, refusal=refusal)
+    if form.name != "chunked":
+        return form
+    return form._replace(chunk=int(chunk_size or min(chunk, 1 << max(length - 1, 0).bit_length())))
 
 
 def is_by_channel(log_decay: jax.Array | None) -> bool:
     """Whether a log decay is ``[B, T, H, K]``."""
     return log_decay is not None and jnp.ndim(log_decay) == 4
-
-
-def choose_chunk(
-    operation: str, backend: str, chunk_size: int | None, length: int, runner: recurrence.Runner
-) -> int | None:
-    """Tokens per chunk; None for a kernel, which has its own chunks, and for a loop over time, which devices cannot share.
-    ``backend`` is what ``choose`` returned."""
-    if backend == "pallas":
-        return None
-    if chunk_size is not None:
-        return int(chunk_size)
-    if runner is not recurrence.WHOLE:
-        if backend == "recurrent":
-            raise UserError(f"{operation}: backend='recurrent' does not run over several devices; use 'chunked'")
-    elif backend == "recurrent" or (backend == "auto" and length <= FEW_TOKENS):
-        return None
-    return min(CHUNK, 1 << (length - 1).bit_length())
 
 
 def check_chunk(operation: str, backend: str, chunk_size: int | None) -> None:
@@ -71,27 +60,6 @@ def check_chunk(operation: str, backend: str, chunk_size: int | None) -> None:
 def is_shared(q: jax.Array, v: jax.Array) -> bool:
     """Whether all heads share queries and keys."""
     return q.ndim == v.ndim == 4 and q.shape[2] == 1 != v.shape[2]
-
-
-def choose_shared(
-    choose: Callable[..., str],
-    backend: str,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array | None,
-    chunk_size: int | None,
-    runner: recurrence.Runner,
-) -> tuple[str, jax.Array, jax.Array]:
-    """What ``choose`` returns, and q and k in the form that this backend takes. Those that all heads share,
-    ``[B, T, 1, K]``, stay so for kernels without a decay by channel; otherwise they are copied for every head."""
-    by_channel = is_by_channel(log_decay)
-    if is_shared(q, v) and by_channel:
-        q, k = (for_every_head(x, v.shape[2]) for x in (q, k))
-    backend = choose(backend, q, k, v, chunk_size, runner, by_channel=by_channel)
-    if is_shared(q, v) and backend != "pallas":
-        q, k = (for_every_head(x, v.shape[2]) for x in (q, k))
-    return backend, q, k
 
 
 def for_every_head(x: jax.Array, heads: int) -> jax.Array:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import custom_vjp_primal_tree_values as values
 
-from jaxlinear.ops import backends, dtypes, recurrence
-from jaxlinear.pallas import derivatives
-from jaxlinear.pallas.target import Target
+from jaxlinear.ops import backends, dtypes, protocol
+from jaxlinear.pallas.parts import derivatives
+from jaxlinear.pallas.parts.target import Target
 
 # The limits of K, and of V per kernel, where kernels are compiled; in bfloat16 V may be twice as wide. Kernels that share V
 # each recompute what follows from the keys.
@@ -102,7 +102,7 @@ def _outputs_forward(kernels, inputs, state, options):
     o, final, before = _by_pieces(kernels, *given, options, keep=not only_state)
     if only_state:
         return (o, final), (inputs, None)
-    o, final, before = recurrence.named((o, final, before))
+    o, final, before = protocol.named((o, final, before))
     return (o, final), (inputs, before)
 
 
@@ -160,7 +160,7 @@ def _sum(*parts: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class StateKernels(recurrence.Family):
+class StateKernels(protocol.Family):
     """A family by its kernels. A run is just its inputs. Its map takes one pass over them, which writes nothing as long as
     the run; its outputs take another pass, once the state before the run is known. ``chunk``: tokens per chunk, or None."""
 

@@ -9,9 +9,12 @@ from jax import lax
 
 from jaxlinear import ops
 from jaxlinear.ops import dtypes
-from jaxlinear.ops.attention import choose
+from jaxlinear.ops.attention.op import CAUSAL_ATTENTION
+from jaxlinear.ops.attention.sliding_window import SLIDING_WINDOW_ATTENTION
+from jaxlinear.ops.spec import Spec
 from jaxlinear.parallel import cost, halos, ring, sharding
 from jaxlinear.parallel.exchanges import AXIS
+from jaxlinear.parallel.on_mesh import on_mesh
 from jaxlinear.parallel.sequence import kind_and_span, time_mesh
 from jaxlinear.parallel.sharding import TIME, AnyMesh, on_shards
 
@@ -38,9 +41,11 @@ def sliding_window_attention(
     ``window - 1``."""
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     mesh = time_mesh("sliding_window_attention", q.shape[1])
-    attend = functools.partial(ops.sliding_window_attention, window=window, scale=scale)
     if mesh is None:
-        return _attention_in_parts(attend, backend, q, *_after_past(past, k, v, segment_ids))
+        return _unsharded(
+            SLIDING_WINDOW_ATTENTION, q, k, v, segment_ids, past, window=window, scale=scale, backend=backend
+        )
+    attend = functools.partial(ops.sliding_window_attention, window=window, scale=scale)
 
     none = jnp.zeros_like(k, shape=(k.shape[0], window - 1, *k.shape[2:]))
     before = past or (none, jnp.zeros_like(v, shape=(*none.shape[:3], v.shape[-1])), None)
@@ -76,9 +81,9 @@ def causal_attention(
     shards (``parallel.ring``)."""
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     mesh = time_mesh("causal_attention", q.shape[1])
-    attend = functools.partial(ops.causal_attention, scale=scale)
     if mesh is None:
-        return _attention_in_parts(attend, backend, q, *_after_past(past, k, v, segment_ids))
+        return _unsharded(CAUSAL_ATTENTION, q, k, v, segment_ids, past, scale=scale, backend=backend)
+    attend = functools.partial(ops.causal_attention, scale=scale)
 
     def by_ring(q, k, v, ids, *past):
         return ring.causal_attention(q, k, v, ids, past or None, scale)
@@ -99,19 +104,12 @@ def causal_attention(
     return on_shards(mesh, local, 0, (q, k, v, segment_ids, *(past or ())), axes)
 
 
-def _attention_in_parts(
-    attend: functools.partial, backend: str, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
-) -> jax.Array:
-    """Attention over whole sequences. The kernel runs on each device's part, since the compiler cannot split it."""
+def _unsharded(spec: Spec, q, k, v, segment_ids, past, **options):
+    """Attention over whole sequences."""
+    k, v, segment_ids = _after_past(past, k, v, segment_ids)
     mesh = sharding.mesh_in_use()
-    if mesh is None or mesh.size == 1 or choose(attend.func.__name__, backend, q, k, v) != "pallas":
-        return attend(q, k, v, segment_ids=segment_ids, backend=backend)
-
-    def local(q, k, v, ids):
-        return attend(q, k, v, segment_ids=ids, backend="pallas")
-
-    axes = "batch", None, _head_axis(mesh, q.shape[2], k.shape[2]), None
-    return on_shards(mesh, local, 0, (q, k, v, segment_ids), (axes, axes, axes, ("batch", None)))
+    axis = None if mesh is None else _head_axis(mesh, q.shape[2], k.shape[2])
+    return on_mesh(spec)(q, k, v, segment_ids=segment_ids, channels=axis, **options)
 
 
 def _attention_exchange(mesh: AnyMesh, k: jax.Array, v: jax.Array, axes: tuple) -> str:

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxlinear.costs.devices import Device, Link, device_of, link_of
 from jaxlinear.errors import UserError
-from jaxlinear.parallel.devices import Device, Link, device_of, link_of
 from jaxlinear.parallel.exchanges import EXCHANGES
 
 ATTENTION = ("all_gather", "ring")

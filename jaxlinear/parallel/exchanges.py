@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxlinear.ops import recurrence
-from jaxlinear.ops.recurrence import Constants, Family, State, Summary
+from jaxlinear.ops import protocol
+from jaxlinear.ops.protocol import Constants, Family, State, Summary
 
 AXIS = "sequence"
 EXCHANGED = "exchanged"  # values with this name are kept for the backward pass, under any remat policy
@@ -40,7 +40,7 @@ class Maps(NamedTuple):
 
     def back(self, transition: Any, d_shard: State, d_state: State) -> State:
         """D + M^T d_state."""
-        return jax.tree.map(jnp.add, d_shard, recurrence.transposed(self.family, transition, d_state))
+        return jax.tree.map(jnp.add, d_shard, protocol.transposed(self.family, transition, d_state))
 
 
 def gather(maps: Maps, summary: Summary, state: State) -> tuple[State, State, Any]:

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlinear.ops import attention, blockwise, segments
-from jaxlinear.ops.blockwise import Rule
+from jaxlinear.ops import segments
+from jaxlinear.ops.attention import blockwise
+from jaxlinear.ops.attention import op as attention
+from jaxlinear.ops.attention.blockwise import Rule
 from jaxlinear.parallel.exchanges import AXIS
 
 

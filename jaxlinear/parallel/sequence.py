@@ -17,17 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxlinear.costs import traced
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, dtypes, recurrence, segments
-from jaxlinear.ops.recurrence import Family, State
-from jaxlinear.parallel import cost, exchanges, halos, sharding, traced
+from jaxlinear.ops import backends, dtypes, protocol, segments
+from jaxlinear.ops.protocol import Family, State
+from jaxlinear.parallel import cost, exchanges, halos, sharding
 from jaxlinear.parallel.exchanges import AXIS
 from jaxlinear.parallel.sharding import AnyMesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
-    """The time of sequences spread over the axis ``sequence`` of a mesh (``recurrence.Runner``).
+class ShardedTime:
+    """Time sharded over the axis ``sequence`` of a mesh (``protocol.TimeAxis``).
 
     ``heads`` is the logical axis of the third axis of the inputs, which is the second of a state and the first of
     constants; what all heads share has size 1 there, and is whole on each device. ``exchange`` names one of
@@ -46,19 +47,16 @@ class Spread:
 
         return _shard_map(local, self.mesh, (spec,), spec)(segment_ids)
 
-    def share(self, heads: int) -> int:
-        return sharding.shard_shape((self.heads,), (heads,), self.mesh)[0]
-
     def run(
         self, family: Family, chunk: int | None, inputs: Any, constants: Any, state: State
     ) -> tuple[jax.Array, State]:
-        """``ops.recurrence.chunked`` of global arrays. The outputs are sharded as the inputs are; the last state is on
+        """``ops.protocol.chunked`` of global arrays. The outputs are sharded as the inputs are; the last state is on
         every shard."""
         chunk = chunk or jax.tree.leaves(inputs)[0].shape[1] // self.mesh.shape[AXIS]
         of_inputs = jax.tree.map(lambda x: self._spec(x, "batch", "time", self.heads), inputs)
         of_constants = jax.tree.map(lambda x: self._spec(x, self.heads), constants)
         of_state = self._spec(state, "batch", self.heads)
-        whole = functools.partial(recurrence.chunked, family, chunk)
+        whole = functools.partial(protocol.chunked, family, chunk)
         outputs, _ = jax.eval_shape(whole, inputs, constants, state)
         own = jax.eval_shape(
             lambda *shard: _summarised(family, chunk, *shard)[2],
@@ -75,23 +73,23 @@ class Spread:
         forward, backward = _local(family, chunk, exchange, of_inputs, of_constants)
 
         @jax.custom_vjp
-        def spread(inputs, constants, state):
-            return spread_forward(inputs, constants, state)[0]
+        def sharded(inputs, constants, state):
+            return sharded_forward(inputs, constants, state)[0]
 
-        def spread_forward(inputs, constants, state):
+        def sharded_forward(inputs, constants, state):
             results = of_outputs, of_state, of_start, of_transitions
             mapped = _shard_map(forward, self.mesh, (of_inputs, of_constants, of_state), results)
             outputs, final, start, transitions = mapped(inputs, constants, state)
-            return (recurrence.named(outputs), final), (inputs, constants, start, transitions)
+            return (protocol.named(outputs), final), (inputs, constants, start, transitions)
 
-        def spread_backward(residuals, cotangents):
+        def sharded_backward(residuals, cotangents):
             of_gradients = jax.tree.map(_if_floating, residuals[0], of_inputs)
             arguments = of_inputs, of_constants, of_start, of_transitions, of_outputs, of_state
             mapped = _shard_map(backward, self.mesh, arguments, (of_gradients, of_constants, of_state))
             return mapped(*residuals, *cotangents)
 
-        spread.defvjp(spread_forward, spread_backward)
-        return spread(inputs, constants, state)
+        sharded.defvjp(sharded_forward, sharded_backward)
+        return sharded(inputs, constants, state)
 
     def _shards(self, tree: Any, specs: Any) -> Any:
         """The shapes of each device's parts."""
@@ -107,7 +105,7 @@ class Spread:
 
 
 def time_mesh(operation: str, length: int) -> AnyMesh | None:
-    """The mesh in use if it spreads this many tokens over its axis ``sequence``."""
+    """The mesh in use if it shards this many tokens over its axis ``sequence``."""
     mesh = sharding.mesh_in_use()
     if mesh is None or mesh.shape.get(AXIS, 1) == 1 or length == 1:
         return None
@@ -117,6 +115,12 @@ def time_mesh(operation: str, length: int) -> AnyMesh | None:
             f"works is {-(-length // mesh.shape[AXIS]) * mesh.shape[AXIS]}"
         )
     return mesh
+
+
+def document_starts(segment_ids: jax.Array) -> jax.Array:
+    """``ops.segments.starts``: ``[B, T]`` bool, where a document begins inside the row."""
+    mesh = time_mesh("document_starts", segment_ids.shape[1])
+    return segments.starts(segment_ids) if mesh is None else ShardedTime(mesh, None, "auto").starts(segment_ids)
 
 
 def kind_and_span(mesh: AnyMesh) -> tuple[str, int]:
@@ -133,29 +137,29 @@ def _load(family, packed, own, mesh) -> cost.States:
 
 def _summarised(family, chunk, inputs, constants):
     """For one shard: the run by chunks, their maps, and the map of the whole run."""
-    run = family.prepare(recurrence.split(inputs, chunk), constants)
-    summaries = recurrence.by_chunk(family.summarise(run), jax.tree.leaves(inputs)[0].shape[0])
-    return run, summaries, recurrence.whole(family, summaries)
+    run = family.prepare(protocol.split(inputs, chunk), constants)
+    summaries = protocol.by_chunk(family.summarise(run), jax.tree.leaves(inputs)[0].shape[0])
+    return run, summaries, protocol.whole(family, summaries)
 
 
 def _local(family, chunk, exchange, of_inputs, of_constants):
     """The two passes on one shard."""
     forward_exchange, backward_exchange = exchanges.EXCHANGES[exchange]
-    spread = {name for spec in jax.tree.leaves(of_inputs, is_leaf=_is_spec) for name in sharding.mesh_axes(spec)}
+    axes_in_use = {name for spec in jax.tree.leaves(of_inputs, is_leaf=_is_spec) for name in sharding.mesh_axes(spec)}
 
     def forward(inputs, constants, state):
         batch, length = jax.tree.leaves(inputs)[0].shape[:2]
         run, summaries, own = _summarised(family, chunk, inputs, constants)
         exchanged = forward_exchange(exchanges.Maps(family, constants, length), own, state)
-        start, final, transitions = recurrence.named(exchanged, exchanges.EXCHANGED)
-        before, _ = recurrence.fold(family, summaries, start)
-        outputs = recurrence.join(family.apply(run, recurrence.flat(before)), batch, length)
+        start, final, transitions = protocol.named(exchanged, exchanges.EXCHANGED)
+        before, _ = protocol.fold(family, summaries, start)
+        outputs = protocol.join(family.apply(run, protocol.flat(before)), batch, length)
         return outputs, final, jax.tree.map(lambda x: x[None], start), transitions
 
     def backward(inputs, constants, start, transitions, d_outputs, d_final):
         _, summaries, _ = _summarised(family, chunk, inputs, constants)
-        before, _ = recurrence.fold(family, summaries, jax.tree.map(lambda x: x[0], start))
-        gradients = recurrence.Gradients(family, chunk, inputs, constants, before, d_outputs)
+        before, _ = protocol.fold(family, summaries, jax.tree.map(lambda x: x[0], start))
+        gradients = protocol.Gradients(family, chunk, inputs, constants, before, d_outputs)
         d_shard = gradients.of_first_state()
         maps = exchanges.Maps(family, constants, d_outputs.shape[1])
         d_after, d_state = backward_exchange(maps, transitions, d_shard, d_final)
@@ -164,7 +168,7 @@ def _local(family, chunk, exchange, of_inputs, of_constants):
 
         def summed(x, spec):
             """The gradient of what is whole on several devices, summed: each has the share of its part of the rest."""
-            axes = () if x is None else tuple(sorted(spread - sharding.mesh_axes(spec)))
+            axes = () if x is None else tuple(sorted(axes_in_use - sharding.mesh_axes(spec)))
             return lax.psum(x.astype(dtypes.wide(x.dtype)), axes).astype(x.dtype) if axes else x
 
         d_inputs = jax.tree.map(summed, d_inputs, of_inputs, is_leaf=lambda x: x is None)

@@ -191,6 +191,11 @@ def parts_on(sizes: Mapping[str, int], *axes: str) -> int:
     return math.prod(sizes.get(name, 1) for axis in axes for name in RULES[axis])
 
 
+def shards(axis: str | None) -> tuple[int, int]:
+    """Into how many parts the mesh in use divides time and another logical axis."""
+    return parts("time"), 1 if axis is None else parts(axis)
+
+
 def batch_groups() -> int:
     """The number of devices over which the batch is spread on the mesh in use."""
     return parts("batch")

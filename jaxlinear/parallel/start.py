@@ -19,8 +19,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxlinear.costs import targets
 from jaxlinear.errors import EveryProcessError, RunError, UserError, of_the_machine
-from jaxlinear.parallel import program, targets
+from jaxlinear.parallel import program
 
 _GOOGLE = "0x1ae0"  # vendor of PCI devices
 _LOG = logging.getLogger(__name__)

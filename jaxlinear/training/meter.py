@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import jax
 
+from jaxlinear.costs import hardware
 from jaxlinear.errors import Diverged
-from jaxlinear.scaling import flops, hardware
+from jaxlinear.models import flops
 from jaxlinear.training.job import Job
 from jaxlinear.training.metrics import MetricsWriter
 from jaxlinear.training.progress import Progress

@@ -13,7 +13,7 @@ from jaxlinear import data, evaluation
 from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import Options, following
-from jaxlinear.scaling.laws import points
+from jaxlinear.sweeps.laws import points
 from jaxlinear.training import heldout
 from jaxlinear.training.workdir import CONFIG, STARTS, read_config
 

@@ -6,9 +6,9 @@ Collected only with ``--chromium=PATH`` (``make test-pages``, a step of CI).
 import pytest
 
 from jaxlinear.evaluation import following, options, report
-from jaxlinear.scaling.laws import comparison
-from jaxlinear.scaling.laws import report as laws_report
-from tests.scaling import test_comparison
+from jaxlinear.sweeps.laws import comparison
+from jaxlinear.sweeps.laws import report as laws_report
+from tests.sweeps import test_comparison
 
 SIZES = {"a desk": (1280, 800), "a phone": (390, 800)}
 

@@ -1,5 +1,6 @@
 """``launch/check.py``: correct kernels pass, wrong ones do not; and which operations and inputs it checks."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -14,14 +15,16 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlinear import config as configs
 from jaxlinear import ops
+from jaxlinear.costs import targets
 from jaxlinear.errors import UserError
 from jaxlinear.launching import check_inputs, device_check, device_check_text
 from jaxlinear.launching.device_check import Checked, Error
 from jaxlinear.models import presets
 from jaxlinear.ops import backends
 from jaxlinear.ops.calls import Call
-from jaxlinear.pallas import blocks
-from jaxlinear.parallel import compiler, targets
+from jaxlinear.pallas.linear_attention import blocks as linear_attention_blocks
+from jaxlinear.pallas.scan import blocks as scan_blocks
+from jaxlinear.parallel import compiler
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SMALL = [name for name in presets.PRESETS if name.endswith(("_2m", "_6m"))]
@@ -56,8 +59,8 @@ def check(preset, length, **model):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "_SCAN_TPU_ELSEWHERE", blocks.ScanBlock(128, 128, 16))
-    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (blocks.AttentionBlock(64, 32, 1),) * 2)
+    monkeypatch.setattr(scan_blocks, "_TPU_ELSEWHERE", scan_blocks.Block(128, 128, 16))
+    monkeypatch.setattr(linear_attention_blocks, "_TPU_ELSEWHERE", (linear_attention_blocks.Block(64, 32, 1),) * 2)
 
 
 def test_right_kernels(small_blocks):
@@ -113,7 +116,7 @@ def test_mixers_whose_norm_and_gate_are_one_kernel(preset, norm, activation):
     small = config(preset, num_layers=1, num_heads=2, key_width=64, value_width=128, width=64, **norm)
     *_, found = device_check._calls(configs.resolve(small), targets.find("v5e:1x1").devices[0], 1, 150)
     assert found.operation == "gated_rms_norm"
-    assert {"heads": 2, "norm_before_gate": True, "activation": activation}.items() <= found.options.items()
+    assert {"norm_before_gate": True, "activation": activation}.items() <= found.options.items()
 
 
 def test_right_kernels_in_bfloat16(small_blocks):
@@ -145,7 +148,10 @@ def test_a_wrong_kernel_is_found(monkeypatch, small_blocks, wrong):
             h = h.at[:, 50, 3].multiply(jnp.nan if wrong == "nan" else 1.01)
         return h, final
 
-    monkeypatch.setattr(ops, "linear_recurrence", functools.wraps(operation)(linear_recurrence))
+    wrong_spec = dataclasses.replace(
+        ops.SPECS["linear_recurrence"], operation=functools.wraps(operation)(linear_recurrence)
+    )
+    monkeypatch.setitem(ops.SPECS, "linear_recurrence", wrong_spec)
     x = jax.ShapeDtypeStruct((1, 100, 4), jnp.float32)
     checked = device_check._check(Call("linear_recurrence", (("a", x), ("x", x))), "weak", *jax.devices()[:1] * 2)
     assert not checked.is_right and not checked.worst.is_small
@@ -190,9 +196,9 @@ def test_what_every_model_calls(preset):
 @pytest.mark.parametrize(
     "mixer, target, heads",
     [
-        *(("delta_net", target, [4, None]) for target in ("v5e:1x1", "h100:1")),
+        *(("delta_net", target, [16, None]) for target in ("v5e:1x1", "h100:1")),
         *(("mamba", target, [None]) for target in ("v5e:1x1", "h100:1")),
-        *[("mamba2", "v5e:1x1", []), ("mamba2", "h100:1", [None, None])],  # of values, and of queries and keys
+        *(("mamba2", target, []) for target in ("v5e:1x1", "h100:1")),
         *[("rg_lru", "v5e:1x1", [None]), ("rg_lru", "h100:1", [])],
     ],
 )
@@ -203,14 +209,14 @@ def test_where_convolutions_are_kernels(mixer, target, heads):
     small = config("delta_net_6m", pattern=(mixer,), dtype="bfloat16", **sizes)
     found = device_check._calls(configs.resolve(small), targets.find(target).devices[0], 2, 300)
     calls = [call for call in found if call.operation == "short_convolution"]
-    assert [call.options.get("heads") for call in calls] == heads
+    assert [call.options.get("head_width") for call in calls] == heads
 
 
 def test_the_kernel_of_a_convolution_is_checked():
     small = {"x": (1, 100, 12), "kernel": (4, 12), "bias": (12,), "segment_ids": (1, 100)}
     arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in small.items()}
     arrays["segment_ids"] = jax.ShapeDtypeStruct((1, 100), jnp.int32)
-    call = Call("short_convolution", (*arrays.items(), ("heads", 4)))
+    call = Call("short_convolution", (*arrays.items(), ("head_width", 3)))
     assert check_inputs.constants(call) == {"kernel", "bias"}
     checked = device_check._check(call, "weak", *jax.devices()[:1] * 2)
     assert checked.is_right and max(error.kernel for error in checked.errors) < 1e-5

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlinear.parallel import targets
-from jaxlinear.scaling import programs
+from jaxlinear.costs import programs, targets
 from jaxlinear.training import ahead
 
 pytestmark = pytest.mark.compiles_ahead

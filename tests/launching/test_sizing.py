@@ -16,11 +16,11 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from jaxlinear import config as configs
+from jaxlinear.costs import devices, programs, targets, traced
+from jaxlinear.costs.programs import Collective
 from jaxlinear.errors import UserError
 from jaxlinear.launching import roofline, search, sizing, sizing_text
-from jaxlinear.parallel import devices, targets, traced
-from jaxlinear.scaling import flops, programs
-from jaxlinear.scaling.programs import Collective
+from jaxlinear.models import flops
 from jaxlinear.training import ahead, loop
 from jaxlinear.training import step as steps
 

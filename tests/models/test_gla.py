@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.models.mixers.gla import GLA, widths
+from jaxlinear.models.mixers.gla import GLA
+from jaxlinear.parallel import operations
 from tests import small
 
 
@@ -35,11 +35,11 @@ def test_the_widths():
             with pytest.raises(
                 UserError, match=r"^gla: 3 heads do not divide 8 channels; change model.recurrent_heads"
             ):
-                widths(config)
+                GLA.widths(config)
         else:
-            assert widths(config) == shape
+            assert GLA.widths(config) == shape
     with pytest.raises(UserError, match=r"^gla: 1 heads do not divide 0 channels"):  # half of 1
-        widths(small.config(width=1, num_heads=1))
+        GLA.widths(small.config(width=1, num_heads=1))
     mixer = GLA(small.config(recurrent_heads=3, key_width=5, value_width=7), rngs=nnx.Rngs(0))
     assert mixer.init_state(6)["memory"].shape == (6, 3, 5, 7)
 
@@ -71,7 +71,7 @@ def test_the_decays(monkeypatch):
         decays.append(log_decay)
         return v, None
 
-    monkeypatch.setattr(ops, "linear_attention", attend)
+    monkeypatch.setattr(operations, "linear_attention", attend)
     mixer = GLA(small.config(width=256, num_heads=4, dtype="bfloat16"), rngs=nnx.Rngs(0))
     mixer(jax.random.normal(jax.random.key(0), (2, 50, 256), jnp.bfloat16))
     assert decays[0].dtype == jnp.float32 and decays[0].shape == (2, 50, 4, 32)

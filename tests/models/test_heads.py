@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlinear.models.heads import GroupNorm, HeadNorm, scale_heads, unit_length
+from jaxlinear.models.heads import GroupNorm, HeadNorm
 from jaxlinear.ops import backends
+from jaxlinear.ops.heads import unit_length
 from jaxlinear.parallel import sharding
+from jaxlinear.parallel.operations import scale_heads
 from tests import numerics, small
 from tests.shards import make_mesh
 

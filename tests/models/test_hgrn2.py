@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxlinear.errors import UserError
 from jaxlinear.models import stacks
-from jaxlinear.models.mixers.hgrn2 import HGRN2, lower_bounds, widths
+from jaxlinear.models.mixers.hgrn2 import HGRN2, lower_bounds
 from jaxlinear.models.parameters import describe
 from tests import numerics, oracles, small
 from tests.mixer_oracles import ORACLES
@@ -33,11 +33,11 @@ def test_the_widths():
         (16, 3, 6, 5): (3, 6, 5),
     }.items():
         config = small.config(**dict(zip(names, given, strict=True)))
-        assert widths(config) == shape
+        assert HGRN2.widths(config) == shape
     with pytest.raises(UserError, match=r"^hgrn2: heads of 128 channels do not divide model.width=16; set model.key_w"):
-        widths(small.config())
+        HGRN2.widths(small.config())
     with pytest.raises(UserError, match=r"^hgrn2: 3 heads do not divide 16 channels"):
-        widths(small.config(recurrent_heads=3, key_width=4))
+        HGRN2.widths(small.config(recurrent_heads=3, key_width=4))
     mixer = HGRN2(small.config(recurrent_heads=3, key_width=6, value_width=5), rngs=nnx.Rngs(0))
     assert mixer.init_state(7)["memory"].shape == (7, 3, 6, 5)
 

@@ -12,12 +12,10 @@ from jaxlinear.models.layers import (
     Linear,
     RMSNorm,
     from_complex,
-    rotary,
-    rotary_frequencies,
     to_complex,
 )
 from jaxlinear.models.short_convolution import ShortConvolution
-from jaxlinear.ops import backends
+from jaxlinear.ops import backends, rotary
 from tests import numerics, oracles, small
 
 
@@ -54,7 +52,7 @@ def test_rms_norm_in_bfloat16_is_rounded_once():
 
 def test_the_activation_after_a_convolution_is_rounded_once():
     """In bfloat16, with a filter that passes the present token through."""
-    layer = ShortConvolution(8, 3, axis=None, rngs=nnx.Rngs(0))
+    layer = ShortConvolution(8, 3, axis=None, feeds_kernel=True, rngs=nnx.Rngs(0))
     layer.convolution_kernel[...] = jnp.eye(3)[:, 2:] * jnp.ones((1, 8))
     x = numerics.normal(np.random.default_rng(1), 2, 200, 8)
     found, _ = numerics.jit(lambda x: layer(x, segment_ids=None, state=None))(numerics.cast(x, "bfloat16"))
@@ -107,7 +105,7 @@ def test_a_gated_mlp_at_the_start():
 
 
 def turned(**frequencies):
-    return lambda x, positions: rotary(x, positions, rotary_frequencies(x.shape[-1], **frequencies))
+    return lambda x, positions: rotary.turn(x, positions, rotary.frequencies_of(x.shape[-1], **frequencies))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 0.5, 1.0])
@@ -130,7 +128,7 @@ def test_rotary_scaling(scaling):
     found = numerics.run(turned(**changes), x, positions, dtype="float32")
     numerics.assert_close(found, oracles.rotary(x, positions, **changes), 5e-4)
     frequencies = [
-        rotary_frequencies(16, fraction=1.0, base=5000.0, **x) for x in ({}, {"scaling": 8.0, "context": 800})
+        rotary.frequencies_of(16, fraction=1.0, base=5000.0, **x) for x in ({}, {"scaling": 8.0, "context": 800})
     ]
     ratios = frequencies[0] / frequencies[1]
     assert (ratios == 1).sum() == 4 and np.isclose(ratios, 8).sum() == 3 and ((ratios > 1.01) & (ratios < 7)).sum() == 1

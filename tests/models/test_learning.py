@@ -38,7 +38,7 @@ def entropy_of_a_byte(heldout, tokens):
 
 
 @pytest.mark.some_cases("delta_net", "gla", "mamba", "rg_lru", "s5")
-@pytest.mark.parametrize("name", sorted(mixers.MIXERS))
+@pytest.mark.parametrize("name", mixers.names())
 def test_one_layer_learns(name):
     """From the 5.5 nats per byte of knowing nothing to below the 3.1 of byte frequencies without the past."""
     config = small.config(

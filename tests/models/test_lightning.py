@@ -11,7 +11,7 @@ from flax import nnx
 from jaxlinear import config as configs
 from jaxlinear import config_checks
 from jaxlinear.errors import UserError
-from jaxlinear.models.mixers.lightning import Lightning, widths
+from jaxlinear.models.mixers.lightning import Lightning
 from jaxlinear.models.parameters import describe
 from jaxlinear.training.optimizer import make_optimizer
 from tests import numerics, small
@@ -28,7 +28,7 @@ def test_the_widths_that_are_given():
     mixer = Lightning(small.config(recurrent_heads=3, key_width=5, value_width=4), rngs=nnx.Rngs(0))
     assert mixer.init_state(7)["memory"].shape == (7, 3, 5, 4)
     with pytest.raises(UserError, match=r"^lightning: 3 heads do not divide 16 channels"):
-        widths(small.config(recurrent_heads=3, key_width=5))
+        Lightning.widths(small.config(recurrent_heads=3, key_width=5))
 
 
 def test_the_parameters_at_the_start():

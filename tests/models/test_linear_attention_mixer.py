@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxlinear.errors import UserError
-from jaxlinear.models.mixers.linear_attention import Hedgehog, LinearAttention, Rebased, _elu, _pairs, _taylor, widths
+from jaxlinear.models.mixers.linear_attention import Hedgehog, LinearAttention, Rebased, _elu, _pairs, _taylor
 from tests import numerics, small
 
 MAPS = ("identity", "elu", "relu", "taylor", "rebased", "hedgehog")
@@ -44,7 +44,7 @@ def test_the_state(feature_map, features, values):
 
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match=r"^linear_attention: 3 heads do not divide 16 channels"):
-        widths(small.config(recurrent_heads=3))
+        LinearAttention.widths(small.config(recurrent_heads=3))
 
 
 def test_the_parameters_at_the_start():

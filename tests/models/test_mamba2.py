@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from jaxlinear.costs import targets
 from jaxlinear.errors import UserError
 from jaxlinear.models.mixers.mamba2 import Mamba2
 from jaxlinear.ops import backends
-from jaxlinear.parallel import targets
 from tests import numerics, oracles, small
 
 CONFIG = small.config(key_width=6, value_width=8)

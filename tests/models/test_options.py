@@ -1,4 +1,4 @@
-"""``mixers.READERS``: which mixers read a config key, judged by the programs they compile to."""
+"""``mixers.readers()``: which mixers read a config key, judged by the programs they compile to."""
 
 import functools
 import itertools
@@ -95,7 +95,7 @@ NORMS = ("delta_net", "gated_delta_net", "gateloop", "gla", "hgrn", "hgrn2", "kd
 WITH_NORMS = {"linear_attention": {"feature_map": "identity"}, "mamba": {"selection_norm": True}}
 
 
-@pytest.mark.parametrize("mixer", mixers.MIXERS)
+@pytest.mark.parametrize("mixer", mixers.names())
 def test_norms_have_the_epsilon_of_the_config(mixer):
     """0.25 in place of 1e-6 changes the program of a mixer with a norm, and no other."""
     texts = [program(mixer, norm_epsilon=epsilon, **WITH_NORMS.get(mixer, {})) for epsilon in (1e-6, 0.25)]
@@ -128,10 +128,10 @@ def test_the_norms_of_a_model_have_the_epsilon_of_the_config():
     assert "dense<2.500000e-01>" in text and "9.99999997E-7" not in text
 
 
-@pytest.mark.parametrize("mixer", mixers.MIXERS)
+@pytest.mark.parametrize("mixer", mixers.names())
 def test_a_mixer_reads_what_the_table_says(mixer):
     """Each key that it reads changes its program; the others, all at once, change nothing at all."""
-    reads = {name for name, readers in mixers.READERS.items() if mixer in readers}
+    reads = {name for name, readers in mixers.readers().items() if mixer in readers}
     for name in reads:
         beside = BESIDE.get(name, {})
         assert program(mixer, **beside, **{name: OTHER[name]}) != program(mixer, **beside), name
@@ -141,5 +141,5 @@ def test_a_mixer_reads_what_the_table_says(mixer):
 
 
 def test_the_table_names_keys_and_mixers_that_there_are():
-    assert set(mixers.READERS) == set(BASE) == set(OTHER)
-    assert {mixer for readers in mixers.READERS.values() for mixer in readers} <= set(mixers.MIXERS)
+    assert set(mixers.readers()) == set(BASE) == set(OTHER)
+    assert {mixer for readers in mixers.readers().values() for mixer in readers} <= set(mixers.names())

@@ -12,10 +12,9 @@ import pytest
 from jaxlinear import config as configs
 from jaxlinear import models
 from jaxlinear.errors import UserError
-from jaxlinear.models import mixers
+from jaxlinear.models import flops, mixers
 from jaxlinear.models.parameters import describe
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.scaling import flops
 from jaxlinear.training.loop import FINISHED, train
 from tests import small
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxlinear.conversion import falcon_mamba
+from jaxlinear.conversion.family import Fields
 from jaxlinear.errors import UserError
 from jaxlinear.models import ModelConfig, presets
-from jaxlinear.models.conversion import falcon_mamba
-from jaxlinear.models.conversion.family import Fields
 from jaxlinear.models.parameters import describe
 
 # After a change of the architecture: check each number by hand, then write it here.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.models.mixers.retention import Retention, widths
+from jaxlinear.models.mixers.retention import Retention
+from jaxlinear.parallel import operations
 from tests import numerics, small
 
 
@@ -36,7 +36,7 @@ def test_the_state():
 
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match=r"^retention: 3 heads do not divide 16 channels"):
-        widths(small.config(recurrent_heads=3))
+        Retention.widths(small.config(recurrent_heads=3))
 
 
 def test_the_parameters_at_the_start():
@@ -57,7 +57,7 @@ def test_the_decays(monkeypatch):
         decays.append(log_decay)
         return v, None
 
-    monkeypatch.setattr(ops, "linear_attention", attend)
+    monkeypatch.setattr(operations, "linear_attention", attend)
     mixer = Retention(small.config(dtype="bfloat16", recurrent_heads=16), rngs=nnx.Rngs(0))
     mixer(jnp.ones((1, 1, 16), jnp.bfloat16))
     expected = [1 / 2 ** (5 + h) for h in range(16)]

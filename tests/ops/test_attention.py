@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import attention, causal_attention, sliding_window_attention
+from jaxlinear.ops import causal_attention, sliding_window_attention
+from jaxlinear.ops.attention import op as attention
 from tests import naive, numerics, oracles
 
 BACKENDS = ["recurrent", "chunked"]

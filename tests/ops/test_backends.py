@@ -12,8 +12,9 @@ import pytest
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends
-from jaxlinear.pallas import blocks
-from jaxlinear.pallas.target import Target, gpu_of
+from jaxlinear.pallas.attention import blocks as attention_blocks
+from jaxlinear.pallas.delta_rule import blocks as delta_rule_blocks
+from jaxlinear.pallas.parts.target import Target, gpu_of
 from jaxlinear.parallel import sharding
 
 
@@ -82,8 +83,8 @@ def test_blocks_fit_the_shared_memory(capability, kilobytes, attention, chunk):
     with backends.use_device(device):
         gpu = backends.target().gpu
         assert gpu == gpu_of(device)
-        assert blocks.attention_gpu(128, gpu) == attention
-        assert blocks.delta_rule_gpu(4096, 256, False, None, gpu, 1).chunk == chunk
+        assert attention_blocks.gpu(128, gpu) == attention
+        assert delta_rule_blocks.gpu(4096, 256, False, None, gpu, 1).chunk == chunk
         x = jnp.ones((1, 64, 2, 256), jnp.bfloat16)
         if not gpu.ample:
             with pytest.raises(UserError, match="takes chunks of a power of two from 16 to 32 tokens, not of 64"):

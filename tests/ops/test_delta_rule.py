@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, delta_rule
-from jaxlinear.ops.delta_rule import DeltaRule, Inputs, choose
+from jaxlinear.ops.delta_rule.op import DeltaRule, Inputs, choose
 from tests import naive, numerics, oracles
 
 BACKENDS = ["recurrent", "chunked"]
@@ -499,9 +499,9 @@ def test_negative_eigenvalues_keep_their_digits_where_keys_are_alike(beta):
 def test_negative_eigenvalues_have_a_kernel(platform, kind):
     x = jnp.ones((1, 9, 2, 256), jnp.bfloat16)
     with backends.use_platform(platform, kind):
-        assert choose("auto", x, x, x, negative_eigenvalues=True) == "pallas"
-        assert choose("auto", x, x, x, 64) == "pallas"
+        assert choose(x, x, x, negative_eigenvalues=True).is_kernel
+        assert choose(x, x, x, chunk_size=64).is_kernel
         if platform == "gpu":  # the inverse of 64 tokens, then in two terms, finds no registers beside 256 keys
-            assert choose("auto", x, x, x, 64, negative_eigenvalues=True) == "auto"
+            assert choose(x, x, x, chunk_size=64, negative_eigenvalues=True).name == "chunked"
             with pytest.raises(UserError, match="chunks of a power of two from 16 to 32 tokens, not of 64"):
-                choose("pallas", x, x, x, 64, negative_eigenvalues=True)
+                choose(x, x, x, chunk_size=64, backend="pallas", negative_eigenvalues=True)

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import SAVED, diagonal, linear_recurrence, recurrence
+from jaxlinear.ops import SAVED, linear_recurrence, protocol
+from jaxlinear.ops.diagonal import loops
+from jaxlinear.ops.diagonal import op as diagonal
 from tests import naive, numerics, oracles
 
 BACKENDS = ["recurrent", "associative"]
@@ -98,14 +100,14 @@ def test_a_complex_state_of_a_real_recurrence_is_refused():
 @pytest.mark.parametrize("name", [name for name in CASES if "complex" in name])
 def test_complex_numbers_as_real_arithmetic(monkeypatch, name, backend):
     """The same values and, by JAX's convention, the same gradients; nothing complex is carried through time."""
-    monkeypatch.setattr(diagonal, "REAL_ARITHMETIC_ON", ("cpu",))
+    monkeypatch.setattr(loops, "REAL_ARITHMETIC_ON", ("cpu",))
     inputs, cotangents, ids, outputs, gradients = case(name)
     op = functools.partial(linear_recurrence, segment_ids=ids, reverse=CASES[name][3], backend=backend)
     for dtype in ("float64", "float32"):
         found, found_gradients = numerics.run(numerics.with_gradients(op), inputs, cotangents, dtype=dtype)
         numerics.assert_close(found, outputs, numerics.TOLERANCES[dtype])
         numerics.assert_close(found_gradients, gradients, numerics.TOLERANCES[dtype])
-    steps = jax.make_jaxpr(diagonal._steps, static_argnums=(3, 4, 5))
+    steps = jax.make_jaxpr(loops._steps, static_argnums=(3, 4, 5))
     x = jnp.ones((1, 4, 2), jnp.complex64)
     assert dtypes_of_products(steps(x, x, None, False, backend, False)) == {"complex64"}
     assert dtypes_of_products(steps(x, x, None, False, backend, True)) == {"float32"}
@@ -248,7 +250,7 @@ def ways(constant):
 
     def pieces(a, x, state, starts):
         inputs, constants = ((None, x, starts > 0), a) if constant else ((a, x, starts > 0), None)
-        return recurrence.chunked(family, 4, inputs, constants, state)
+        return protocol.chunked(family, 4, inputs, constants, state)
 
     return [numerics.with_gradients(way) for way in (operation, one_run, two_runs, pieces)]
 

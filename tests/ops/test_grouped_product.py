@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from jaxlinear.costs import programs, targets
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends
 from jaxlinear.ops.grouped_product import BACKENDS, grouped_product
-from jaxlinear.parallel import targets
-from jaxlinear.scaling import programs
 from tests import numerics
 
 # The number of rows, and of rows per group: with empty groups, rows of no group, one row, more than a block.

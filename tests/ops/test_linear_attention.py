@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import linear_attention, recurrence
-from jaxlinear.ops.linear_attention import Inputs, LinearAttention
-from jaxlinear.ops.matrix_states import choose_chunk
+from jaxlinear.ops import linear_attention, protocol
+from jaxlinear.ops.linear_attention.op import Inputs, LinearAttention, choose
 from tests import naive, numerics, oracles
 
 BACKENDS = ["recurrent", "chunked"]
@@ -352,18 +351,21 @@ def test_memory_grows_with_the_inputs_and_a_state_a_chunk(kind):
     # Of all tokens' states, those before each chunk are a 64th or a 32nd, and an array like the inputs is a 32nd.
     assert 0 < long - short <= 8_192 * heads * width * width * 4 / 16
     # For any T: one group of chunks, and what follows from it.
-    assert short - (long - short) < 10 * recurrence._CPU_GROUP_BYTES
+    assert short - (long - short) < 10 * protocol._CPU_GROUP_BYTES
 
 
 # What is chosen and what is refused
 
 
 def test_auto_takes_chunks_for_more_than_a_few_tokens():
-    choose = functools.partial(choose_chunk, "linear_attention", runner=recurrence.WHOLE)
-    assert [choose("auto", None, length) for length in (1, 8, 9, 33, 10_000)] == [None, None, 16, 64, 64]
-    assert [choose("chunked", None, length) for length in (1, 8, 100)] == [1, 8, 64]
-    assert choose("recurrent", None, 10_000) is None
-    assert choose("auto", 5, 1) == 5
+    def chunk(backend, length, chunk_size=None):
+        q = jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32)
+        return choose(q, q, q, backend=backend, chunk_size=chunk_size).chunk
+
+    assert [chunk("auto", length) for length in (1, 8, 9, 33, 10_000)] == [None, None, 16, 64, 64]
+    assert [chunk("chunked", length) for length in (1, 8, 100)] == [1, 8, 64]
+    assert chunk("recurrent", 10_000) is None
+    assert chunk("auto", 1, chunk_size=5) == 5
 
 
 def test_misfits_are_refused():

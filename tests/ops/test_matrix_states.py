@@ -9,7 +9,7 @@ import pytest
 
 from jaxlinear import ops
 from jaxlinear.ops import backends
-from jaxlinear.pallas.target import Target
+from jaxlinear.pallas.parts.target import Target
 from tests import numerics
 
 B, T, H, K = 1, 40, 2, 16

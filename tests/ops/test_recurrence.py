@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlinear.ops import SAVED, recurrence
+from jaxlinear.ops import SAVED, protocol
 from tests import numerics
 
 WIDTH = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Turning(recurrence.Family):
+class Turning(protocol.Family):
     """S_t = A_t S_{t-1} + weights u_t, with A_t = 1 + turn_t and 0 where a document begins; o_t = sum(S_t read_t).
 
     ``inputs`` are turn ``[B, T, D, D]``, u and read ``[B, T, D]`` and starts ``[B, T]`` bool; ``constants`` are the weights
@@ -65,7 +65,7 @@ def step_by_step(turn, u, read, starts, weights, state):
 
 
 def in_chunks(turn, u, read, starts, weights, state, chunk):
-    outputs, final = recurrence.chunked(Turning(), chunk, (turn, u, read, starts > 0), weights, {"s": state})
+    outputs, final = protocol.chunked(Turning(), chunk, (turn, u, read, starts > 0), weights, {"s": state})
     return outputs, final["s"]
 
 
@@ -86,8 +86,8 @@ def expected(length):
 )
 @pytest.mark.parametrize("written_out", [1, 16])
 def test_values_and_gradients(monkeypatch, length, chunk, size, written_out):
-    monkeypatch.setattr(recurrence, "_CPU_GROUP_BYTES", size)
-    monkeypatch.setattr(recurrence, "_CHUNKS_WRITTEN_OUT", written_out)
+    monkeypatch.setattr(protocol, "_CPU_GROUP_BYTES", size)
+    monkeypatch.setattr(protocol, "_CHUNKS_WRITTEN_OUT", written_out)
     inputs, cotangents, want = expected(length)
     run = numerics.with_gradients(functools.partial(in_chunks, chunk=chunk))
     numerics.assert_close(numerics.run(run, inputs, cotangents, dtype="float64"), numerics.wide(want), 1e-12)
@@ -97,22 +97,22 @@ def test_groups_are_equal_and_pad_nothing(monkeypatch):
     inputs = np.zeros((1, 22, 10), np.float32)
     groups = {}
     for size in (0, 200, 400, 600, 10_000):
-        monkeypatch.setattr(recurrence, "_CPU_GROUP_BYTES", size)
-        groups[size] = recurrence._groups(inputs, 4)
+        monkeypatch.setattr(protocol, "_CPU_GROUP_BYTES", size)
+        groups[size] = protocol._groups(inputs, 4)
     assert groups == {0: (6, 4), 200: (6, 4), 400: (3, 8), 600: (2, 12), 10_000: (1, 24)}
 
 
 def test_the_map_of_all_chunks_is_that_of_the_run():
     turn, u, read, starts, weights, _ = numerics.cast(draw(20), "float32")
     family, inputs = Turning(), (turn, u, read, starts > 0)
-    by_chunk = recurrence.by_chunk(family.summarise(family.prepare(recurrence.split(inputs, 5), weights)), 2)
+    by_chunk = protocol.by_chunk(family.summarise(family.prepare(protocol.split(inputs, 5), weights)), 2)
     one = family.summarise(family.prepare(inputs, weights))
-    numerics.assert_close(recurrence.whole(family, by_chunk), one, 1e-5)
+    numerics.assert_close(protocol.whole(family, by_chunk), one, 1e-5)
 
 
 def test_remat_saves_the_states_between_chunks(monkeypatch):
     """One loop over the chunks forward and one backward; the forward one is not repeated."""
-    monkeypatch.setattr(recurrence, "_CHUNKS_WRITTEN_OUT", 1)
+    monkeypatch.setattr(protocol, "_CHUNKS_WRITTEN_OUT", 1)
     inputs = numerics.cast(draw(20), "float32")
 
     def loops(wrap):

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlinear import log_once
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, rg_lru_gates
-from jaxlinear.ops.rg_lru_gates import bounded_sqrt, choose
+from jaxlinear.ops.rg_lru.gates import bounded_sqrt, choose
 from tests import naive, numerics, oracles
 
 
@@ -72,28 +73,32 @@ def test_auto_takes_the_kernel_on_a_tpu_where_it_runs(caplog):
     wide, one_block = jnp.ones((1, 9, 4096)), jax.ShapeDtypeStruct((1, 4096, 4096), jnp.float32)
     with jax.enable_x64(True):
         double = jnp.ones((1, 9, 256), jnp.float64)
-    assert choose("auto", x, kernel) == "products"
-    assert choose("pallas", x, kernel) == "pallas"
-    backends._SAID.clear()
+    assert numerics.form(choose, "auto", x, kernel) == "products"
+    assert numerics.form(choose, "pallas", x, kernel) == "pallas"
+    log_once._logged.clear()
     with backends.use_platform("tpu", "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
-        assert choose("auto", x, kernel) == choose("auto", x.astype(jnp.bfloat16), kernel) == "pallas"
-        assert choose("auto", few, kernel) == choose("products", x, kernel) == "products"
+        assert (
+            numerics.form(choose, "auto", x, kernel)
+            == numerics.form(choose, "auto", x.astype(jnp.bfloat16), kernel)
+            == "pallas"
+        )
+        assert numerics.form(choose, "auto", few, kernel) == numerics.form(choose, "products", x, kernel) == "products"
         assert not caplog.records
         for y, kernels, why in (
             (double, kernel, "takes float32 and bfloat16, not float64"),
             (wide, one_block, "has no room in VMEM for blocks of 4096 channels among 4096"),
             (x[..., :192], kernel[:1], "needs whole blocks on each device, and 192 channels are no multiple of 128"),
         ):
-            assert choose("auto", y, kernels) == "products"
-            assert caplog.messages[-1] == f"rg_lru_gates runs as products, not as a kernel: the kernel {why}"
+            assert numerics.form(choose, "auto", y, kernels) == "products"
+            assert caplog.messages[-1] == f"rg_lru_gates runs as 'products', not as a kernel: the kernel {why}"
             with pytest.raises(UserError, match=re.escape(f"{why}; use backend='products'")):
-                choose("pallas", y, kernels)
+                numerics.form(choose, "pallas", y, kernels)
         with backends.use_kernels(False):
-            assert choose("auto", x, kernel) == "products"
+            assert numerics.form(choose, "auto", x, kernel) == "products"
     with backends.use_platform("gpu", "some kind"):
-        assert choose("auto", x, kernel) == "products"
+        assert numerics.form(choose, "auto", x, kernel) == "products"
         with pytest.raises(UserError, match=r"the kernel is for TPUs; use backend='products'"):
-            choose("pallas", x, kernel)
+            numerics.form(choose, "pallas", x, kernel)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlinear import log_once
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, rg_lru
-from jaxlinear.ops.rg_lru import choose
+from jaxlinear.ops.rg_lru.op import choose
 from tests import naive, numerics
 from tests.ops import test_rg_lru_gates
 
@@ -74,22 +75,29 @@ def test_values_and_gradients(dtype):
 
 def test_auto_takes_the_kernel_where_it_runs(caplog):
     x, few, kernel = jnp.ones((1, 9, 256)), jnp.ones((1, 8, 256)), jnp.ones((2, 128, 128))
-    assert choose("auto", x, kernel) == "separate"
-    assert choose("pallas", x, kernel) == "pallas"
-    backends._SAID.clear()
+    assert numerics.form(choose, "auto", x, kernel) == "separate"
+    assert numerics.form(choose, "pallas", x, kernel) == "pallas"
+    log_once._logged.clear()
     with backends.use_platform("tpu", "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
-        assert choose("auto", x, kernel) == choose("auto", x.astype(jnp.bfloat16), kernel) == "pallas"
-        assert choose("auto", few, kernel) == choose("separate", x, kernel) == "separate"
+        assert (
+            numerics.form(choose, "auto", x, kernel)
+            == numerics.form(choose, "auto", x.astype(jnp.bfloat16), kernel)
+            == "pallas"
+        )
+        assert numerics.form(choose, "auto", few, kernel) == numerics.form(choose, "separate", x, kernel) == "separate"
         assert not caplog.records
         why = "needs whole blocks on each device, and 192 channels are no multiple of 128"
-        assert choose("auto", x[..., :192], kernel[:1]) == "separate"
-        assert caplog.messages == [f"rg_lru runs as gates and a recurrence, not as a kernel: the kernel {why}"]
+        assert numerics.form(choose, "auto", x[..., :192], kernel[:1]) == "separate"
+        assert caplog.messages == [f"rg_lru runs as 'separate', not as a kernel: the kernel {why}"]
         with pytest.raises(UserError, match=re.escape(f"rg_lru: the kernel {why}; use backend='separate'")):
-            choose("pallas", x[..., :192], kernel[:1])
+            numerics.form(choose, "pallas", x[..., :192], kernel[:1])
         with backends.use_kernels(False):
-            assert choose("auto", x, kernel) == "separate"
+            assert numerics.form(choose, "auto", x, kernel) == "separate"
     with backends.use_platform("gpu", "some kind"):
-        assert choose("auto", x, kernel) == "pallas" and choose("auto", few, kernel) == "separate"
+        assert (
+            numerics.form(choose, "auto", x, kernel) == "pallas"
+            and numerics.form(choose, "auto", few, kernel) == "separate"
+        )
 
 
 @pytest.mark.parametrize("backend", ["separate", "pallas"])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import linear_attention, selective_scan
-from jaxlinear.ops.selective_scan import SelectiveScan
-from jaxlinear.ops.selective_scan_maps import Inputs
+from jaxlinear.ops.selective_scan.family import Inputs
+from jaxlinear.ops.selective_scan.op import SelectiveScan
 from tests import naive, numerics, oracles
 
 BACKENDS = ["recurrent", "chunked"]

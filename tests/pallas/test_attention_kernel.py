@@ -13,22 +13,24 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.ops import attention, backends, causal_attention, sliding_window_attention
-from jaxlinear.pallas import attention_tpu, blocks
-from jaxlinear.pallas.target import Target
+from jaxlinear.ops import backends, causal_attention, sliding_window_attention
+from jaxlinear.ops.attention import op as attention
+from jaxlinear.pallas.attention import blocks
+from jaxlinear.pallas.attention import tpu as attention_tpu
+from jaxlinear.pallas.parts.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
 from tests.ops import test_attention as full
 from tests.ops import test_sliding_window as windows
 from tests.shards import EIGHT, FOUR, IDS, TWO, T, make_mesh
 
-softmax_tpu = blocks.softmax_tpu
+softmax_tpu = blocks.tpu
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "softmax_tpu", lambda *_: 128)
-    monkeypatch.setattr(blocks, "attention_gpu", lambda *_: blocks.SoftmaxGPUBlock(16, 32, 4, 1))
+    monkeypatch.setattr(blocks, "tpu", lambda *_: 128)
+    monkeypatch.setattr(blocks, "gpu", lambda *_: blocks.GPUBlock(16, 32, 4, 1))
 
 
 @pytest.fixture(params=["tpu", "gpu"])
@@ -138,13 +140,13 @@ def test_on_a_mesh(operation, sizes, groups, target):
 
 def test_what_is_chosen():
     q, k = jnp.ones((1, 256, 4, 64), jnp.bfloat16), jnp.ones((1, 256, 1, 64), jnp.bfloat16)
-    assert attention.choose("causal_attention", "auto", q, k, k) == "auto"  # on CPU
+    assert numerics.form(attention.choose, "auto", q, k, k) == "chunked"  # on CPU
     with backends.use_platform("tpu", "TPU v5 lite"):
-        assert attention.choose("causal_attention", "auto", q, k, k) == "pallas"
-        assert attention.choose("causal_attention", "auto", q[:, -1:], k, k) == "auto"  # one token: decoding
-        assert attention.choose("causal_attention", "auto", q, k, k, offset=jnp.int32(0)) == "auto"
+        assert numerics.form(attention.choose, "auto", q, k, k) == "pallas"
+        assert numerics.form(attention.choose, "auto", q[:, -1:], k, k) == "chunked"  # one token: decoding
+        assert numerics.form(attention.choose, "auto", q, k, k, offset=jnp.int32(0)) == "chunked"
     with backends.use_platform("gpu", "NVIDIA H100"):
-        assert attention.choose("causal_attention", "auto", q, k, k) == "pallas"
+        assert numerics.form(attention.choose, "auto", q, k, k) == "pallas"
         message = "sliding_window_attention: the kernel for GPU takes bfloat16, not float32; use backend='chunked'"
         with pytest.raises(UserError, match=message):
             sliding_window_attention(q.astype(jnp.float32), k, k, window=5, backend="pallas")

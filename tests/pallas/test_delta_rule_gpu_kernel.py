@@ -8,8 +8,8 @@ import pytest
 
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, delta_rule
-from jaxlinear.ops.delta_rule import choose
-from jaxlinear.pallas.target import Target
+from jaxlinear.ops.delta_rule.op import choose
+from jaxlinear.pallas.parts.target import Target
 from tests import numerics
 from tests.ops import test_delta_rule as operation
 from tests.pallas.test_delta_rule_kernel import (
@@ -95,8 +95,8 @@ def test_what_it_takes():
     q, beta = jnp.ones((1, 9, 2, 16)), jnp.ones((1, 9, 2))
     narrow = q.astype(jnp.bfloat16)
     with backends.use_platform("gpu", "NVIDIA H100 80GB HBM3"):
-        assert choose("auto", narrow, narrow, narrow) == "pallas"
-        assert choose("auto", q, q, q) == "auto"
+        assert numerics.form(choose, "auto", narrow, narrow, narrow) == "pallas"
+        assert numerics.form(choose, "auto", q, q, q) == "chunked"
         with pytest.raises(
             UserError, match="delta_rule: the kernel takes bfloat16, not float32; use backend='chunked'"
         ):

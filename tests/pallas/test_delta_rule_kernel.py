@@ -13,13 +13,15 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxlinear import log_once
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, delta_rule, recurrence, state_kernels
-from jaxlinear.ops.delta_rule import DeltaRule, Inputs, choose
-from jaxlinear.ops.delta_rule_kernel import DeltaRuleKernel
-from jaxlinear.pallas import blocks, inverse
-from jaxlinear.pallas import delta_rule as kernels
-from jaxlinear.pallas.target import Target
+from jaxlinear.ops import backends, delta_rule, protocol, state_kernels
+from jaxlinear.ops.delta_rule.family import DeltaRuleKernel
+from jaxlinear.ops.delta_rule.op import DeltaRule, Inputs, choose
+from jaxlinear.pallas.delta_rule import blocks
+from jaxlinear.pallas.delta_rule import kernel as kernels
+from jaxlinear.pallas.parts import inverse
+from jaxlinear.pallas.parts.target import Target
 from tests import numerics
 from tests.ops import test_delta_rule as operation
 
@@ -41,11 +43,11 @@ RUNS = [
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several chunks."""
-    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(32, 32, 256))
+    monkeypatch.setattr(blocks, "_TPU_ELSEWHERE", blocks.Block(32, 32, 256))
 
 
 def run_kernel(ids, target, q, k, v, beta, log_decay, state, chunk=None, negative_eigenvalues=False):
-    starts = None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids))
+    starts = None if ids is None else protocol.UNSHARDED.starts(jnp.asarray(ids))
     wide = np.promote_types(state.dtype, np.float32)
     options = kernels.Options(q.shape[-1] ** -0.5, chunk, target, negative_eigenvalues)
     return state_kernels.outputs(kernels, kernels.Inputs(q, k, v, beta, log_decay, starts), state.astype(wide), options)
@@ -69,8 +71,8 @@ def test_values_and_gradients(name, dtype, chunk):
 @pytest.mark.parametrize("lanes, of_blocks", [(128, [2, 2]), (512, [3, 2])])
 def test_blocks_of_some_heads(monkeypatch, lanes, of_blocks):
     """Of three heads, the last block may have one; the forward pass takes more at once than the gradient."""
-    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(32, 32, lanes))
-    assert [blocks.delta_rule_heads("", 3, 64, 64, forward) for forward in (True, False)] == of_blocks
+    monkeypatch.setattr(blocks, "_TPU_ELSEWHERE", blocks.Block(32, 32, lanes))
+    assert [blocks.heads_of("", 3, 64, 64, forward) for forward in (True, False)] == of_blocks
     check_heads(3, lanes, "scalar")
 
 
@@ -78,9 +80,9 @@ def test_blocks_of_some_heads(monkeypatch, lanes, of_blocks):
 @pytest.mark.parametrize("together, decay", [(1, "channel"), (3, "scalar")])
 def test_a_block_of_heads_in_groups(monkeypatch, together, decay):
     """Two groups share a register."""
-    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(32, 32, 1024))
-    monkeypatch.setattr(blocks.DeltaRuleHeads, "together", lambda _: together)
-    assert blocks.delta_rule_heads("", 5, 64, 64) == 4
+    monkeypatch.setattr(blocks, "_TPU_ELSEWHERE", blocks.Block(32, 32, 1024))
+    monkeypatch.setattr(blocks.Heads, "together", lambda _: together)
+    assert blocks.heads_of("", 5, 64, 64) == 4
     check_heads(5, together, decay)
 
 
@@ -115,7 +117,7 @@ def check_without_outputs(name, target):
     @numerics.jit
     def both(inputs, d_o, d_final):
         *arrays, state = inputs
-        run = kernels.Inputs(*arrays, None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids)))
+        run = kernels.Inputs(*arrays, None if ids is None else protocol.UNSHARDED.starts(jnp.asarray(ids)))
         transition, written = kernels.summary(run, state.dtype, options)
         final = jnp.einsum("bhkl,bhlv->bhkv", transition, state) + written
         return final, kernels.state_gradient(run, d_o, d_final, options)
@@ -307,7 +309,7 @@ def test_the_family_of_the_kernel_in_pieces():
 
     def pieces(family):
         def run(*inputs):
-            return recurrence.chunked(family, 12, Inputs(*inputs[:5], jnp.asarray(starts)), None, inputs[5])
+            return protocol.chunked(family, 12, Inputs(*inputs[:5], jnp.asarray(starts)), None, inputs[5])
 
         inputs = q, k / 2, v, beta, log_decay, state
         return numerics.run(numerics.with_gradients(run), inputs, cotangents, dtype="float64")
@@ -320,13 +322,18 @@ def test_auto_takes_it_where_it_runs(caplog):
     q = jnp.ones((1, 9, 2, 16), jnp.bfloat16)
     with jax.enable_x64(True):
         double = jnp.ones((1, 9, 2, 16), jnp.float64)
-    assert choose("auto", q, q, q) == "auto"
-    backends._SAID.clear()
+    assert numerics.form(choose, "auto", q, q, q) == "chunked"
+    log_once._logged.clear()
     with backends.use_platform("tpu", "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
-        assert choose("auto", q, q, q) == choose("pallas", q, q, q, 64) == "pallas"
-        assert choose("auto", q[:, :8], q[:, :8], q[:, :8]) == choose("auto", double, double, double) == "auto"
-        assert choose("chunked", q, q, q) == "chunked"
-    said = "delta_rule runs in chunks, not as a kernel: the kernel takes float32 and bfloat16, not float64"
+        assert (
+            numerics.form(choose, "auto", q, q, q)
+            == numerics.form(choose, "pallas", q, q, q, chunk_size=64)
+            == "pallas"
+        )
+        assert numerics.form(choose, "auto", q[:, :8], q[:, :8], q[:, :8]) == "recurrent"
+        assert numerics.form(choose, "auto", double, double, double) == "chunked"
+        assert numerics.form(choose, "chunked", q, q, q) == "chunked"
+    said = "delta_rule runs as 'chunked', not as a kernel: the kernel takes float32 and bfloat16, not float64"
     assert [record.getMessage() for record in caplog.records] == [said]
 
 
@@ -356,10 +363,10 @@ def test_what_it_does_not_take_is_refused(shapes, chunk, reason):
 def test_what_vmem_holds_depends_on_the_decay():
     q = jnp.ones((1, 9, 16, 248))
     with backends.use_platform("tpu", "TPU v5 lite"):
-        assert choose("auto", q, q, q) == "pallas"
-        assert choose("auto", q, q, q, by_channel=True) == "auto"
+        assert numerics.form(choose, "auto", q, q, q) == "pallas"
+        assert numerics.form(choose, "auto", q, q, q, log_decay=q) == "chunked"
         narrow = q.astype(jnp.bfloat16)
-        assert choose("auto", narrow, narrow, narrow, by_channel=True) == "pallas"
+        assert numerics.form(choose, "auto", narrow, narrow, narrow, log_decay=q) == "pallas"
 
 
 # Heads of a block, K, V, bytes per number, whether decays are by channel; MiB that the gradient compiled for v5e takes with
@@ -380,7 +387,7 @@ VMEM = [
 
 @pytest.mark.parametrize("sizes, measured, together", VMEM)
 def test_what_heads_take_of_vmem(sizes, measured, together):
-    block = blocks.DeltaRuleHeads(*sizes)
+    block = blocks.Heads(*sizes)
     assert 1 <= block.vmem(block.heads) / (measured * 2**20) < 1.35
     assert block.together() == together
 
@@ -397,7 +404,7 @@ def test_what_heads_take_of_vmem(sizes, measured, together):
 )
 def test_what_heads_take_of_vmem_forward(sizes, measured, together):
     """The same for the forward pass, where decays not by channel were by head or none."""
-    block = blocks.DeltaRuleHeads(*sizes, is_gradient=False)
+    block = blocks.Heads(*sizes, is_gradient=False)
     assert 1 <= block.vmem(block.heads) / (measured * 2**20) < 1.35
     assert block.together() == together
 
@@ -413,13 +420,13 @@ def test_the_map_of_a_run_has_no_gradient():
 def test_blocks_of_heads(heads, keys, values):
     """Blocks fill whole lane registers, or have all heads, and never too many."""
     for kind, forward in itertools.product(("", "TPU v5 lite"), (False, True)):
-        count = blocks.delta_rule_heads(kind, heads, keys, values, forward)
+        count = blocks.heads_of(kind, heads, keys, values, forward)
         assert count == heads or count * keys % 128 == count * values % 128 == 0
-        assert count <= blocks.DELTA_RULE_HEADS
+        assert count <= blocks.HEADS
 
 
 def test_many_narrow_heads_take_several_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DELTA_RULE_TPU["TPU v5 lite"])
+    monkeypatch.setattr(blocks, "_TPU_ELSEWHERE", blocks.TPU["TPU v5 lite"])
     q = jnp.ones((1, 9, 40, 16))
     with backends.use_platform("tpu", "TPU v5 lite"):
-        assert choose("auto", q, q, q) == "pallas"
+        assert numerics.form(choose, "auto", q, q, q) == "pallas"

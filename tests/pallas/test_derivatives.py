@@ -10,7 +10,7 @@ import pytest
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends
-from jaxlinear.pallas.target import Target
+from jaxlinear.pallas.parts.target import Target
 
 X = jnp.ones((1, 32, 1, 16))
 OPERATIONS = {

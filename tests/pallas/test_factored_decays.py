@@ -11,11 +11,19 @@ import numpy as np
 import pytest
 
 from jaxlinear.models import ModelConfig, parameters, presets
-from jaxlinear.models.mixers import kda
+from jaxlinear.models.mixers import delta_net
 from jaxlinear.ops import delta_rule, linear_attention
-from jaxlinear.pallas import blocks, factored_decays
-from jaxlinear.pallas.channel_decays import ByChannel
-from jaxlinear.pallas.factored_decays import LIMIT, Factored, FactoredInFours, FactoredInParts, FactoredInSmallParts
+from jaxlinear.pallas.delta_rule import blocks as delta_rule_blocks
+from jaxlinear.pallas.linear_attention import blocks as linear_attention_blocks
+from jaxlinear.pallas.parts import factored_decays
+from jaxlinear.pallas.parts.channel_decays import ByChannel
+from jaxlinear.pallas.parts.factored_decays import (
+    LIMIT,
+    Factored,
+    FactoredInFours,
+    FactoredInParts,
+    FactoredInSmallParts,
+)
 from jaxlinear.parallel import operations
 from tests import numerics
 
@@ -97,7 +105,7 @@ def test_kda_begins_with_decays_that_are_weak_in_parts_alone(monkeypatch):
         found.append(arguments[4])
         return operations.delta_rule(*arguments, **options)
 
-    monkeypatch.setattr(kda, "operations", SimpleNamespace(**vars(operations) | {"delta_rule": delta_rule}))
+    monkeypatch.setattr(delta_net, "operations", SimpleNamespace(**vars(operations) | {"delta_rule": delta_rule}))
     architecture = parameters.describe(ModelConfig(**presets.find("kda_6m"), dtype="float32"))
     model = architecture.bind(jax.jit(architecture.initialise)(jax.random.key(0))).unstacked()
     model.hidden(np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 256)))
@@ -126,9 +134,9 @@ def test_only_narrow_numbers_with_as_large_exponents_are_taken():
 )
 def test_kernels_take_each_way(monkeypatch, operation, way):
     """Four chunks, each with its own code path or all with one. The paths that must not be taken are broken."""
-    small = blocks.AttentionBlock(C, C, 1), blocks.AttentionBlock(C, C, 1)
-    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", small)
-    monkeypatch.setattr(blocks, "_DELTA_RULE_TPU_ELSEWHERE", blocks.DeltaRuleBlock(C, C, 1))
+    small = linear_attention_blocks.Block(C, C, 1), linear_attention_blocks.Block(C, C, 1)
+    monkeypatch.setattr(linear_attention_blocks, "_TPU_ELSEWHERE", small)
+    monkeypatch.setattr(delta_rule_blocks, "_TPU_ELSEWHERE", delta_rule_blocks.Block(C, C, 1))
     ways = {
         "weak": (Factored, 0.0),
         "in_parts": (FactoredInParts, 2.0),

@@ -10,8 +10,8 @@ import jax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from jaxlinear.costs import targets
 from jaxlinear.ops import backends, gated_rms_norm
-from jaxlinear.parallel import targets
 from tests import compiled_text, gpus, ptxas
 
 pytestmark = pytest.mark.compiles_ahead
@@ -73,7 +73,7 @@ def compiled(device, case, **options):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     def both(cotangent, *inputs):
-        options = {"heads": heads, "norm_before_gate": before} | ({"activation": activation[0]} if activation else {})
+        options = {"norm_before_gate": before} | ({"activation": activation[0]} if activation else {})
         op = functools.partial(gated_rms_norm, epsilon=1e-6, **options)
         y, pullback = jax.vjp(op, *inputs)
         return y, pullback(cotangent)

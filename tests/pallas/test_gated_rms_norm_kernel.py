@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlinear import ops
+from jaxlinear import log_once, ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends
-from jaxlinear.pallas import blocks
-from jaxlinear.pallas.target import Target
+from jaxlinear.pallas.gated_rms_norm import blocks
+from jaxlinear.pallas.parts.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import naive, numerics
 from tests.shards import make_mesh
@@ -42,8 +42,8 @@ IDS = [f"{target.platform}-{name}" for target, name in EACH]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "GATED_NORM_TPU_TIME", (64, 32))
-    monkeypatch.setattr(blocks, "GATED_NORM_TPU_NUMBERS", 64 * 1024)
+    monkeypatch.setattr(blocks, "TPU_TIME", (64, 32))
+    monkeypatch.setattr(blocks, "TPU_NUMBERS", 64 * 1024)
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def case(name):
     inputs = *(numerics.normal(random, *shape) for _ in range(2)), numerics.normal(random, channels // heads)
     if skips:
         inputs += numerics.normal(random, *shape), numerics.normal(random, channels)
-    options = {"heads": heads, "epsilon": 1e-2, "norm_before_gate": before}
+    options = {"epsilon": 1e-2, "norm_before_gate": before}
     options |= {"activation": activation[0]} if activation else {}
     cotangent = numerics.normal(random, *shape)
     reference = numerics.with_gradients(functools.partial(naive.gated_rms_norm, **options))
@@ -132,7 +132,7 @@ def test_on_a_mesh(sizes, heads, target, use):
     inputs = *(numerics.normal(random, *shape) for _ in range(2)), numerics.normal(random, 512 // heads)
     inputs += numerics.normal(random, *shape), numerics.normal(random, 512)
     cotangent = numerics.normal(random, *shape)
-    options = {"heads": heads, "epsilon": 1e-6, "norm_before_gate": heads > 1}
+    options = {"epsilon": 1e-6, "norm_before_gate": heads > 1}
     reference = functools.partial(naive.gated_rms_norm, **options)
     expected = numerics.run(numerics.with_gradients(reference), inputs, cotangent, dtype="float64")
     op = functools.partial(operations.gated_rms_norm, **options, channels="heads", backend="pallas")
@@ -160,7 +160,7 @@ def test_on_a_mesh(sizes, heads, target, use):
 def test_refused(platform, channels, heads, dtype, reason, monkeypatch):
     monkeypatch.undo()  # blocks as they are
     x = jax.ShapeDtypeStruct((1, 9, channels), dtype)
-    op = functools.partial(ops.gated_rms_norm, epsilon=1e-6, heads=heads, backend="pallas")
+    op = functools.partial(ops.gated_rms_norm, epsilon=1e-6, backend="pallas")
     with backends.use_platform(platform, "NVIDIA H100 80GB HBM3"), pytest.raises(UserError, match=reason):
         jax.eval_shape(op, x, x, jax.ShapeDtypeStruct((channels // heads,), "float32"))
 
@@ -169,7 +169,6 @@ def test_refused(platform, channels, heads, dtype, reason, monkeypatch):
     "changed, reason",
     [
         ({"gate": (1, 9, 4)}, r"gate is \(1, 9, 4\), not \(1, 9, 8\)"),
-        ({"scale": (8,)}, r"scale is \(8,\), not \(4,\)"),
         ({"skipped": (1, 9, 8)}, r"takes skipped and skip together, or neither"),
         ({"skipped": (1, 9, 8), "skip": (4,)}, r"skip is \(4,\), not \(8,\)"),
         ({"x": (9, 8)}, r"x"),
@@ -178,7 +177,7 @@ def test_refused(platform, channels, heads, dtype, reason, monkeypatch):
 def test_wrong_shapes(changed, reason):
     shapes = {"x": (1, 9, 8), "gate": (1, 9, 8), "scale": (4,)} | changed
     with pytest.raises(UserError, match=reason):
-        ops.gated_rms_norm(**{name: jnp.ones(shape) for name, shape in shapes.items()}, heads=2, epsilon=1e-6)
+        ops.gated_rms_norm(**{name: jnp.ones(shape) for name, shape in shapes.items()}, epsilon=1e-6)
 
 
 def test_an_unknown_activation():
@@ -187,22 +186,22 @@ def test_an_unknown_activation():
 
 
 def test_heads_that_do_not_divide():
-    with pytest.raises(UserError, match=r"gated_rms_norm: 3 heads do not divide 8 channels"):
-        ops.gated_rms_norm(jnp.ones((1, 9, 8)), jnp.ones((1, 9, 8)), jnp.ones(4), heads=3, epsilon=1e-6)
+    with pytest.raises(UserError, match=r"gated_rms_norm: heads of 3 channels do not divide 8 channels"):
+        ops.gated_rms_norm(jnp.ones((1, 9, 8)), jnp.ones((1, 9, 8)), jnp.ones(3), epsilon=1e-6)
 
 
 def test_where_devices_have_parts_of_a_head(caplog, monkeypatch):
-    monkeypatch.setattr(backends, "_SAID", set())
+    monkeypatch.setattr(log_once, "_logged", set())
     x, scale = jnp.ones((4, 32, 256)), jnp.ones(256)
     with sharding.use_mesh(make_mesh({"data": 4, "tensor": 2})):
         run = functools.partial(operations.gated_rms_norm, channels="heads", epsilon=1e-6)
-        with pytest.raises(UserError, match=r"needs whole heads, and 2 devices have parts of 1"):
+        with pytest.raises(UserError, match=r"needs whole heads, and a device has 128 channels, of heads of 256"):
             run(x, x, scale, backend="pallas")
         with backends.use_platform("tpu"), caplog.at_level("INFO", logger="jaxlinear"):
-            assert run(x, x, scale) is None
+            jax.eval_shape(run, x, x, scale)
     assert caplog.messages == [
-        "gated_rms_norm runs as a norm and a gate, not as a kernel: the kernel needs whole heads, and 2 devices have parts "
-        "of 1"
+        "gated_rms_norm runs as 'separate', not as a kernel: the kernel needs whole heads, and a device has 128 channels, "
+        "of heads of 256"
     ]
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlinear.pallas import lanes
+from jaxlinear.pallas.parts import lanes
 
 # channels, heads: lanes of each head
 SIZES = {(64, 4): 128, (16, 8): 128, (32, 12): 128, (32, 2): 64, (64, 1): 64, (64, 3): 64, (48, 8): 48, (256, 2): 256}

@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlinear.costs import targets
 from jaxlinear.models import ModelConfig, mixers, presets
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import sharding, targets
+from jaxlinear.parallel import sharding
 from tests import compiled_text
 
 pytestmark = pytest.mark.compiles_ahead

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from jaxlinear.costs import targets
 from jaxlinear.ops import SAVED, backends, linear_attention
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import operations, sharding, targets
+from jaxlinear.parallel import operations, sharding
 from tests import compiled_text, ptxas
 
 pytestmark = pytest.mark.compiles_ahead

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxlinear import log_once
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, linear_attention, linear_attention_kernel, recurrence, state_kernels
-from jaxlinear.ops.linear_attention import choose
-from jaxlinear.ops.linear_attention_kernel import LinearAttentionKernel
-from jaxlinear.ops.linear_attention_maps import Inputs
-from jaxlinear.pallas import blocks
-from jaxlinear.pallas import linear_attention as kernels
-from jaxlinear.pallas.target import Target
+from jaxlinear.ops import backends, linear_attention, protocol, state_kernels
+from jaxlinear.ops.linear_attention import op
+from jaxlinear.ops.linear_attention.family import Inputs, LinearAttentionKernel
+from jaxlinear.ops.linear_attention.op import choose
+from jaxlinear.pallas.linear_attention import blocks
+from jaxlinear.pallas.linear_attention import kernel as kernels
+from jaxlinear.pallas.parts.target import Target
 from tests import numerics
 from tests.ops import test_linear_attention as operation
 
@@ -33,12 +34,12 @@ RUNS = [
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Two chunks per block if the decay is per head or there is none, one if it is per channel."""
-    small = blocks.AttentionBlock(64, 32, 1), blocks.AttentionBlock(32, 32, 1)
-    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", small)
+    small = blocks.Block(64, 32, 1), blocks.Block(32, 32, 1)
+    monkeypatch.setattr(blocks, "_TPU_ELSEWHERE", small)
 
 
 def run_kernel(ids, target, q, k, v, log_decay, state):
-    starts = None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids))
+    starts = None if ids is None else protocol.UNSHARDED.starts(jnp.asarray(ids))
     wide = np.promote_types(state.dtype, np.float32)
     options = kernels.Options(q.shape[-1] ** -0.5, None, target)
     return state_kernels.outputs(kernels, kernels.Inputs(q, k, v, log_decay, starts), state.astype(wide), options)
@@ -90,7 +91,7 @@ def test_a_run_without_its_outputs(small_blocks, name, target):
     @numerics.jit
     def both(inputs, d_o, d_final):
         *arrays, state = inputs
-        run = kernels.Inputs(*arrays, None if ids is None else recurrence.WHOLE.starts(jnp.asarray(ids)))
+        run = kernels.Inputs(*arrays, None if ids is None else protocol.UNSHARDED.starts(jnp.asarray(ids)))
         kept, written = kernels.summary(run, state.dtype, options)
         return kept[..., None] * state + written, kernels.state_gradient(run, d_o, d_final, options)
 
@@ -120,7 +121,7 @@ def draw(random, decay, length, heads, keys, values):
 @pytest.mark.parametrize("decay, packed", [("constant", False), ("scalar", True), ("channel", True)])
 def test_gpu_by_tiles(monkeypatch, decay, packed):
     """K and V take several tiles, the last of them partial; the outputs take two programs."""
-    monkeypatch.setattr(blocks, "linear_attention_gpu", lambda *_: blocks.AttentionGPUBlock(16, 16, 16, 32, 32, 16, 32))
+    monkeypatch.setattr(blocks, "gpu", lambda *_: blocks.GPUBlock(16, 16, 16, 32, 32, 16, 32))
     ids = np.repeat([[0, 1, 2]], [5, 27, 8], axis=1).astype(np.int32) if packed else None
     inputs = draw(np.random.default_rng(7), decay, 40, 2, 40, 50)
     assert_as_the_recurrence(functools.partial(run_kernel, ids, GPU), ids, inputs)
@@ -128,7 +129,7 @@ def test_gpu_by_tiles(monkeypatch, decay, packed):
 
 @pytest.mark.parametrize("decay, packed", [("none", True), ("constant", True), ("scalar", False)])
 def test_chunks_of_128_on_gpu(decay, packed):
-    assert blocks.linear_attention_gpu(256, 64, decay, packed, None, None).chunk == 128
+    assert blocks.gpu(256, 64, decay, packed, None, None).chunk == 128
     ids = np.repeat([[0, 1, 2]], [5, 200, 51], axis=1).astype(np.int32) if packed else None
     inputs = draw(np.random.default_rng(7), decay, 256, 1, 40, 24)
     assert_as_the_recurrence(functools.partial(run_kernel, ids, GPU), ids, inputs)
@@ -138,9 +139,7 @@ def test_chunks_of_128_on_gpu(decay, packed):
 def test_in_the_blocks_of_v6e(length):
     """Chunks of 256 tokens, or of 128 if those hold all."""
     kind = "TPU v6 lite"
-    assert blocks.linear_attention_tpu(kind, length, 1, (128, 128), False, None, 4)[1] == (
-        128 if length == 100 else 256
-    )
+    assert blocks.tpu(kind, length, 1, (128, 128), False, None, 4)[1] == (128 if length == 100 else 256)
     ids = np.repeat([[0, 1, 2]], [5, length - 30, 25], axis=1).astype(np.int32)
     inputs = draw(np.random.default_rng(9), "scalar", length, 1, 128, 128)
     assert_as_the_recurrence(functools.partial(run_kernel, ids, Target("tpu", kind, True)), ids, inputs)
@@ -150,9 +149,9 @@ def test_in_the_blocks_of_v6e(length):
 @pytest.mark.parametrize("decay", ["constant", "scalar", "channel"])
 def test_the_gradient_takes_half_as_many_heads_at_once(monkeypatch, decay):
     """And runs through the chunks of several heads, each with the products of others made before its own turn."""
-    wider = blocks.AttentionBlock(64, 32, 256)
-    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (wider, wider))
-    assert blocks.linear_attention_tpu("none", 100, 4, (64, 64), decay == "channel", 32, 4) == (64, 32, (4, 2))
+    wider = blocks.Block(64, 32, 256)
+    monkeypatch.setattr(blocks, "_TPU_ELSEWHERE", (wider, wider))
+    assert blocks.tpu("none", 100, 4, (64, 64), decay == "channel", 32, 4) == (64, 32, (4, 2))
     check_heads(4, decay)
 
 
@@ -164,9 +163,9 @@ def check_heads(heads, decay):
 
 def test_a_block_of_heads_in_groups(monkeypatch):
     """Two groups share a register, and the last block has one head."""
-    wider = blocks.AttentionBlock(64, 32, 512)
-    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (wider, wider))
-    monkeypatch.setattr(blocks, "linear_attention_together", lambda *_: 3)
+    wider = blocks.Block(64, 32, 512)
+    monkeypatch.setattr(blocks, "_TPU_ELSEWHERE", (wider, wider))
+    monkeypatch.setattr(blocks, "together", lambda *_: 3)
     monkeypatch.setattr(blocks, "heads_of_block", lambda *_: 4)
     check_heads(5, "channel")
 
@@ -174,10 +173,10 @@ def test_a_block_of_heads_in_groups(monkeypatch):
 def test_what_heads_take_of_vmem():
     """With all at once, the first two would take 70.5 and 67.7 MiB of the 64 that there are; the others fit."""
     shapes = (8, 240, 240), (8, 248, 248), (8, 200, 136), (8, 128, 256)
-    assert [blocks.linear_attention_together(heads, 128, 128, k, v, 4) for heads, k, v in shapes] == [4, 4, 8, 8]
-    assert blocks.linear_attention_together(8, 128, 128, 256, 512, 2) == 8
-    assert blocks.linear_attention_tpu("", 4000, 4, (160, 160), True, None, 4) == (256, 128, (4, 4))
-    of_v6e = functools.partial(blocks.linear_attention_tpu, "TPU v6 lite", 4000, 8, (240, 240), False, None)
+    assert [blocks.together(heads, 128, 128, k, v, 4) for heads, k, v in shapes] == [4, 4, 8, 8]
+    assert blocks.together(8, 128, 128, 256, 512, 2) == 8
+    assert blocks.tpu("", 4000, 4, (160, 160), True, None, 4) == (256, 128, (4, 4))
+    of_v6e = functools.partial(blocks.tpu, "TPU v6 lite", 4000, 8, (240, 240), False, None)
     assert of_v6e(2) == (256, 256, (8, 8)) and of_v6e(4) == (128, 128, (8, 8))
 
 
@@ -279,7 +278,7 @@ def test_the_operation_takes_it(small_blocks):
 @pytest.mark.parametrize("decay", ["none", "constant", "scalar", "channel"])
 def test_channels_of_zeros_change_nothing(monkeypatch, short_chunks, decay):
     """As where too many heads would have to be in one block, or rows would not be aligned."""
-    monkeypatch.setattr(linear_attention_kernel, "padding", lambda *_: (3, 5))
+    monkeypatch.setattr(op, "padding", lambda *_: (3, 5))
     ids = np.repeat([[0, 1, 2]], [5, 12, 8], axis=1).astype(np.int32)
     inputs = draw(np.random.default_rng(3), decay, 25, 2, 13, 11)
     run = functools.partial(linear_attention, segment_ids=ids, backend="pallas")
@@ -292,7 +291,7 @@ def test_which_widths_have_channels_of_zeros():
             jax.ShapeDtypeStruct((1, 9, n, width), jnp.bfloat16)
             for n, width in ((key_heads or heads, keys), (heads, values))
         )
-        return linear_attention_kernel.padding(q, q, v, platform)
+        return op.padding(q, q, v, platform)
 
     assert padding("tpu", 16, 153, 113) == (7, 15) and padding("tpu", 8, 153, 113) == (0, 0)
     assert padding("tpu", 16, 72, 64) == (8, 0) and padding("tpu", 16, 80, 64) == (0, 0)
@@ -307,16 +306,16 @@ def test_auto_takes_it_where_it_runs(caplog):
         return jax.ShapeDtypeStruct((1, length, 2, width), dtype)
 
     x, wide, full = array(), array(width=512), array(dtype=jnp.float32)
-    assert choose("auto", x, x, x) == "auto"
-    backends._SAID.clear()
+    assert numerics.form(choose, "auto", x, x, x) == "chunked"
+    log_once._logged.clear()
     for platform in backends.COMPILED:
         with backends.use_platform(platform, "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
-            assert choose("auto", x, x, x) == "pallas"
-            assert choose("auto", full, x, full) == ("pallas" if platform == "tpu" else "auto")
-            assert choose("auto", *[array(length=8)] * 3) == "auto"
-            assert choose("auto", wide, wide, x) == "auto"
-            assert choose("chunked", x, x, x) == "chunked"
-    said = "linear_attention runs in chunks, not as a kernel: the kernel takes "
+            assert numerics.form(choose, "auto", x, x, x) == "pallas"
+            assert numerics.form(choose, "auto", full, x, full) == ("pallas" if platform == "tpu" else "chunked")
+            assert numerics.form(choose, "auto", *[array(length=8)] * 3) == "recurrent"
+            assert numerics.form(choose, "auto", wide, wide, x) == "chunked"
+            assert numerics.form(choose, "chunked", x, x, x) == "chunked"
+    said = "linear_attention runs as 'chunked', not as a kernel: the kernel takes "
     assert [record.getMessage() for record in caplog.records] == [
         f"{said}K from 16 to 256 and V of at least 16, not K = 512",
         f"{said}bfloat16, not float32",

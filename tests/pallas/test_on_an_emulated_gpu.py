@@ -13,8 +13,10 @@ import pytest
 
 from jaxlinear import ops
 from jaxlinear.ops import backends, delta_rule, linear_attention, sliding_window_attention
-from jaxlinear.pallas import blocks, factored_decays
-from jaxlinear.pallas.target import Target
+from jaxlinear.pallas.linear_attention import blocks as linear_attention_blocks
+from jaxlinear.pallas.parts import factored_decays
+from jaxlinear.pallas.parts.target import Target
+from jaxlinear.pallas.rg_lru import blocks as rg_lru_blocks
 from tests import numerics
 from tests.ops import test_delta_rule as delta_operation
 from tests.ops import test_sliding_window as windows
@@ -79,7 +81,7 @@ def test_gated_rms_norm(name, dtype, ran, monkeypatch):
 @pytest.mark.parametrize("name, dtype", [("last_register_in_part", "float32"), ("odd", "bfloat16")])
 def test_rg_lru(name, dtype, ran, monkeypatch):
     monkeypatch.setattr(backends, "target", lambda: selective.target("gpu", interpret=False))
-    monkeypatch.setattr(blocks, "RG_LRU_GPU_TIME", 32)
+    monkeypatch.setattr(rg_lru_blocks, "GPU_TIME", 32)
     rg_lru.check(name, dtype, numerics.TOLERANCES[dtype])
     kinds = ("forward", "gradient", "state_gradient", "summary")
     expected = {f"rg_lru_{kind}{'' if name == 'odd' else '_packed'}" for kind in kinds}
@@ -139,7 +141,7 @@ def compare(kernel, reference, inputs, cotangents):
 )
 def test_linear_attention_of_many_channels(decay, length, width, values):
     random, ids = np.random.default_rng(0), documents(length) if (decay, length) != ("scalar", 256) else None
-    chunk = blocks.linear_attention_gpu(length, width, decay, ids is not None, None, None).chunk
+    chunk = linear_attention_blocks.gpu(length, width, decay, ids is not None, None, None).chunk
     assert chunk == {200: 64, 130: 32, 150: 64, 70: 64}.get(length, 128)
     inputs = linear.draw(random, decay, length, 2, width, values)
     cotangents = numerics.normal(random, *inputs[2].shape), numerics.normal(random, *inputs[4].shape)
@@ -154,7 +156,7 @@ def test_linear_attention_of_many_channels(decay, length, width, values):
 )
 def test_linear_attention_of_shared_keys(decay, length, width, values, packed, monkeypatch):
     """Their gradients come in two parts, of two heads and of one."""
-    monkeypatch.setattr(blocks, "GPU_SHARED_HEADS", 2)
+    monkeypatch.setattr(linear_attention_blocks, "GPU_SHARED_HEADS", 2)
     random, ids = np.random.default_rng(0), documents(length) if packed else None
     q, k, *rest = linear.draw(random, decay, length, 3, width, values)
     inputs = q[:, :, :1], k[:, :, :1], *rest

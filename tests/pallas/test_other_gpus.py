@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from jaxlinear import log_once
 from jaxlinear.errors import UserError
 from jaxlinear.ops import (
     backends,
@@ -89,7 +90,7 @@ def test_kernels_compile(gpu, name, width, kernels, tmp_path, record_property):
 def test_a_gpu_without_kernels(name, caplog):
     """``auto`` chooses what XLA compiles and says why, once; ``pallas`` is refused."""
     device, elsewhere = gpus.device("t4"), OPERATIONS[name][3]
-    backends._SAID.clear()
+    log_once._logged.clear()
     with caplog.at_level(logging.INFO, logger="jaxlinear"):
         program = lowered(name, 64, device)
         lowered(name, 64, device, gradients=False)

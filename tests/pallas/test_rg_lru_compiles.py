@@ -10,8 +10,8 @@ import jax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from jaxlinear.costs import targets
 from jaxlinear.ops import SAVED, backends, rg_lru
-from jaxlinear.parallel import targets
 from tests import compiled_text, gpus, ptxas
 
 pytestmark = pytest.mark.compiles_ahead

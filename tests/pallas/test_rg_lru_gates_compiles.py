@@ -9,8 +9,8 @@ import jax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from jaxlinear.costs import targets
 from jaxlinear.ops import backends, rg_lru_gates
-from jaxlinear.parallel import targets
 from tests import compiled_text
 
 pytestmark = pytest.mark.compiles_ahead

@@ -11,8 +11,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends
-from jaxlinear.pallas import blocks, rg_lru_equations
-from jaxlinear.pallas.target import Target
+from jaxlinear.pallas.parts.target import Target
+from jaxlinear.pallas.rg_lru import blocks
+from jaxlinear.pallas.rg_lru import equations as rg_lru_equations
 from jaxlinear.parallel import operations, sharding
 from tests import naive, numerics
 from tests.ops.test_rg_lru_gates import draw
@@ -32,9 +33,9 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "RG_LRU_TPU", (256, 128))
-    monkeypatch.setattr(blocks, "RG_LRU_ROWS", 64)
-    monkeypatch.setattr(blocks, "RG_LRU_CHANNELS", 256)
+    monkeypatch.setattr(blocks, "TIME", (256, 128))
+    monkeypatch.setattr(blocks, "ROWS", 64)
+    monkeypatch.setattr(blocks, "CHANNELS", 256)
 
 
 @functools.cache

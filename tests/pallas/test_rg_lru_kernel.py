@@ -11,9 +11,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends
-from jaxlinear.pallas import blocks, rg_lru_gpu, rg_lru_tpu
-from jaxlinear.pallas import rg_lru_bands as bands
-from jaxlinear.pallas.target import Target
+from jaxlinear.pallas.parts.target import Target
+from jaxlinear.pallas.rg_lru import bands, blocks
+from jaxlinear.pallas.rg_lru import gpu as rg_lru_gpu
+from jaxlinear.pallas.rg_lru import tpu as rg_lru_tpu
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
 from tests.ops.test_rg_lru_recurrence import draw, operation, reference
@@ -35,12 +36,12 @@ TPU, GPU = (Target(platform, "none", True) for platform in ("tpu", "gpu"))
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "RG_LRU_TPU", (128,))
-    monkeypatch.setattr(blocks, "RG_LRU_ROWS", 64)
-    monkeypatch.setattr(blocks, "RG_LRU_CHANNELS", 256)
-    monkeypatch.setattr(blocks, "RG_LRU_GPU_CHANNELS", 128)
-    monkeypatch.setattr(blocks, "RG_LRU_GPU_ROWS", (4, 2))
-    monkeypatch.setattr(blocks, "RG_LRU_GPU_TIME", 16)
+    monkeypatch.setattr(blocks, "TIME", (128,))
+    monkeypatch.setattr(blocks, "ROWS", 64)
+    monkeypatch.setattr(blocks, "CHANNELS", 256)
+    monkeypatch.setattr(blocks, "GPU_CHANNELS", 128)
+    monkeypatch.setattr(blocks, "GPU_ROWS", (4, 2))
+    monkeypatch.setattr(blocks, "GPU_TIME", 16)
 
 
 @pytest.fixture
@@ -84,8 +85,8 @@ def test_values_and_gradients(name, target, use):
 @pytest.mark.parametrize("name", ["whole_blocks_without_documents", "odd"])
 def test_programs_that_occupy_a_gpu(name, use, monkeypatch):
     """They go through all of time, without what else they need for its parts."""
-    monkeypatch.setattr(blocks, "RG_LRU_GPU_PROGRAMS", 1)
-    monkeypatch.setattr(blocks, "RG_LRU_GPU_ROWS", (4, 2 if name == "odd" else 8))
+    monkeypatch.setattr(blocks, "GPU_PROGRAMS", 1)
+    monkeypatch.setattr(blocks, "GPU_ROWS", (4, 2 if name == "odd" else 8))
     monkeypatch.setattr(rg_lru_gpu.scan, "forward", None)
     use(GPU)
     check(name, "float64", 1e-12)
@@ -158,8 +159,8 @@ def test_channels_of_a_block():
         return shape.group, shape.time
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "RG_LRU_TPU", (512, 256, 128))
-        patch.setattr(blocks, "RG_LRU_CHANNELS", 1024)
+        patch.setattr(blocks, "TIME", (512, 256, 128))
+        patch.setattr(blocks, "CHANNELS", 1024)
         assert chosen("TPU v5 lite", 16, 160, "bfloat16") == (1280, 512)
         assert chosen("TPU v5 lite", 16, 160, "float32") == (640, 512)
         assert chosen("TPU v5 lite", 32, 176, "bfloat16") == (1408, 512)
@@ -199,9 +200,7 @@ def test_over_time_gates_and_recurrence_are_separate():
     *of_gates, state = numerics.cast(inputs, "float32")
     with sharding.use_mesh(make_mesh({"data": 2, "sequence": 4})):
         found = operations.rg_lru(*of_gates, jnp.asarray(first), state, segment_ids=jnp.asarray(ids))
-        with pytest.raises(
-            UserError, match=r"needs whole rows, and mesh.sequence spreads them; use backend='separate'"
-        ):
+        with pytest.raises(UserError, match=r"needs whole rows, and mesh.sequence shards them; use backend='separate'"):
             operations.rg_lru(*of_gates, jnp.asarray(first), state, backend="pallas")
     expected = numerics.run(reference(first, ids), *inputs, dtype="float64")
     numerics.assert_close(found, numerics.wide(expected), 1e-5)

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxlinear import log_once
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, diagonal, diagonal_kernel, dtypes, linear_recurrence, recurrence
-from jaxlinear.pallas import blocks
-from jaxlinear.pallas import scan as kernels
-from jaxlinear.pallas.target import Target
+from jaxlinear.ops import backends, dtypes, linear_recurrence, protocol
+from jaxlinear.ops.diagonal import family as diagonal_family
+from jaxlinear.ops.diagonal import loops
+from jaxlinear.ops.diagonal import op as diagonal
+from jaxlinear.pallas.parts.target import Target
+from jaxlinear.pallas.scan import blocks
+from jaxlinear.pallas.scan import kernel as kernels
 from tests import numerics, oracles
 
 PLATFORMS = ["tpu", "gpu"]
@@ -60,13 +64,13 @@ def case(name):
 
 def run_loop(starts, reverse, a, x, state):
     starts = None if starts is None else jnp.asarray(starts)
-    return diagonal._run(a, x.astype(state.dtype), state, starts, reverse, "recurrent")
+    return loops.run(a, x.astype(state.dtype), state, starts, reverse, "recurrent")
 
 
 def run_kernel(starts, reverse, target, a, x, state):
     wide = dtypes.wide(state.dtype)
     starts = None if starts is None else jnp.asarray(starts)
-    return diagonal_kernel.scan(a, x, state.astype(wide), starts, reverse, target)
+    return diagonal_family.scan(a, x, state.astype(wide), starts, reverse, target)
 
 
 def check(name, target, dtype):
@@ -205,11 +209,11 @@ def test_the_family_of_the_kernel_in_pieces(small_blocks):
 
     def pieces(family):
         def run(a, x, state):
-            return recurrence.chunked(family, 4, (a, x, jnp.asarray(starts)), None, state)
+            return protocol.chunked(family, 4, (a, x, jnp.asarray(starts)), None, state)
 
         return numerics.run(numerics.with_gradients(run), (a, x, state), cotangents, dtype="float64")
 
-    by_kernel = pieces(diagonal_kernel.DiagonalKernel(target=target("tpu")))
+    by_kernel = pieces(diagonal_family.DiagonalKernel(target=target("tpu")))
     numerics.assert_close(by_kernel, numerics.wide(pieces(diagonal.Diagonal("recurrent"))), 1e-12)
 
 
@@ -217,15 +221,15 @@ def test_auto_takes_it_where_it_runs(caplog):
     x, one = jnp.ones((1, 5, 2)), jnp.ones((1, 1, 2))
     with jax.enable_x64(True):
         double = jnp.ones((1, 5, 2), jnp.float64)
-    assert diagonal.choose("auto", x, x) == "recurrent"
-    backends._SAID.clear()
+    assert numerics.form(diagonal.choose, "auto", x, x) == "recurrent"
+    log_once._logged.clear()
     for platform in backends.COMPILED:
         with backends.use_platform(platform, "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
-            assert diagonal.choose("auto", x, x.astype(jnp.bfloat16)) == "pallas"
-            assert diagonal.choose("auto", one, one) == "recurrent"
-            assert diagonal.choose("auto", double, double) == "associative"
+            assert numerics.form(diagonal.choose, "auto", x, x.astype(jnp.bfloat16)) == "pallas"
+            assert numerics.form(diagonal.choose, "auto", one, one) == "recurrent"
+            assert numerics.form(diagonal.choose, "auto", double, double) == "associative"
             assert backends.target() == Target(platform, "some kind", False)
-    said = "linear_recurrence runs as an associative scan, not as a kernel: the kernel computes in float32 or complex64"
+    said = "linear_recurrence runs as 'associative', not as a kernel: the kernel computes in float32 or complex64"
     assert [record.getMessage() for record in caplog.records] == [f"{said}, not in float64"]
 
 
@@ -242,7 +246,7 @@ def test_what_it_does_not_take_is_refused(dtype, reason):
 
 def test_the_map_of_a_run_has_no_gradient():
     x = jnp.ones((1, 5, 2))
-    family = diagonal_kernel.DiagonalKernel(target=target("tpu"))
+    family = diagonal_family.DiagonalKernel(target=target("tpu"))
     with pytest.raises(UserError, match="the kernel has no gradient for the map of a run"):
         jax.grad(lambda a: jnp.sum(family.summarise(family.prepare((a, x, None), None))[1]))(x)
 
@@ -252,7 +256,7 @@ def test_the_map_of_a_run_has_no_gradient():
 def test_blocks(kind, width):
     """They take at most 12 MiB of VMEM, counting a backward pass's arrays twice, and waste at most a tile each."""
     for parts in (1, 2):
-        block = blocks.scan_tpu(kind, 100_000, width, parts)
+        block = blocks.tpu(kind, 100_000, width, parts)
         assert block.time % 128 == block.rows % 16 == block.time % block.rows == 0
         assert block.width == width or block.width % 128 == 0
         count = -(-width // block.width)

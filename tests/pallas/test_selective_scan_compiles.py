@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from jaxlinear.costs import targets
 from jaxlinear.errors import UserError
 from jaxlinear.ops import SAVED, backends, selective_scan
-from jaxlinear.ops.selective_scan import choose
+from jaxlinear.ops.selective_scan.op import choose
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import operations, sharding, targets
+from jaxlinear.parallel import operations, sharding
 from tests import compiled_text, ptxas
 
 pytestmark = pytest.mark.compiles_ahead

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxlinear import log_once
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, recurrence, selective_scan, selective_scan_kernel, selective_scan_maps
-from jaxlinear.ops.selective_scan import SelectiveScan, choose
-from jaxlinear.ops.selective_scan_kernel import SelectiveScanKernel
-from jaxlinear.ops.selective_scan_maps import Inputs
-from jaxlinear.pallas import selective_scan as kernels
-from jaxlinear.pallas.target import Target
+from jaxlinear.ops import backends, protocol, selective_scan
+from jaxlinear.ops.selective_scan import family
+from jaxlinear.ops.selective_scan.family import Inputs, SelectiveScanKernel
+from jaxlinear.ops.selective_scan.op import SelectiveScan, choose
+from jaxlinear.pallas.parts.target import Target
+from jaxlinear.pallas.selective_scan import kernel as kernels
 from tests import naive, numerics
 from tests.ops import test_selective_scan as operation
 
@@ -62,9 +63,9 @@ def starts(ids):
 
 
 def run_kernel(ids, target, x, dt, A, B, C, state):
-    none = selective_scan_maps.no_state(x, dt, A, B, C)
+    none = family.no_state(x, dt, A, B, C)
     inputs = Inputs(x, dt, B[:, :, None], C[:, :, None], starts(ids))
-    return selective_scan_kernel.outputs(inputs, A, state.astype(none.dtype), target)
+    return family.outputs(inputs, A, state.astype(none.dtype), target)
 
 
 def check(name, target, dtype):
@@ -108,7 +109,7 @@ def check_the_map(name, target, dtype):
     @numerics.jit
     def found(x, dt, A, B, C, state, cotangents):
         inputs = Inputs(x, dt, B[:, :, None], C[:, :, None], starts(ids))
-        kept, added = selective_scan_kernel.summary(inputs, A, target)
+        kept, added = family.summary(inputs, A, target)
         d_y, d_final = cotangents
         of_state = kernels.state_gradient(dt, A, B, C, inputs.starts, d_y, d_final, target=target)
         return added, kept * state + added, of_state
@@ -176,7 +177,7 @@ def test_the_family_of_the_kernel_in_pieces(small_blocks, platform):
 
     def pieces(family):
         def run(x, dt, A, B, C, state):
-            return recurrence.chunked(family, 50, Inputs(x, dt, B[:, :, None], C[:, :, None], marks), A, state)
+            return protocol.chunked(family, 50, Inputs(x, dt, B[:, :, None], C[:, :, None], marks), A, state)
 
         return numerics.run(numerics.with_gradients(run), (x, dt, A, B, C, state), cotangents, dtype="float64")
 
@@ -188,25 +189,26 @@ def test_auto_takes_it_where_it_runs(caplog):
     x, A, B, one = jnp.ones((1, 9, 2)), jnp.ones((2, 3)), jnp.ones((1, 9, 3)), jnp.ones((1, 1, 2))
     with jax.enable_x64(True):
         double = jnp.ones((1, 9, 2), jnp.float64)
-    assert choose("auto", x, x, A, B, B) == "auto"
-    backends._SAID.clear()
+    assert numerics.form(choose, "auto", x, x, A, B, B) == "chunked"
+    log_once._logged.clear()
     for platform in backends.COMPILED:
         with backends.use_platform(platform, "some kind"), caplog.at_level(logging.INFO, logger="jaxlinear"):
-            assert choose("auto", x.astype(jnp.bfloat16), x, A, B, B) == "pallas"
-            assert choose("auto", one, one, None, B[:, :1], B[:, :1]) == "auto"
-            assert choose("auto", double, x, A, B, B) == choose("auto", x, x, A, B, B, 4) == "auto"
+            assert numerics.form(choose, "auto", x.astype(jnp.bfloat16), x, A, B, B) == "pallas"
+            assert numerics.form(choose, "auto", one, one, None, B[:, :1], B[:, :1]) == "recurrent"
+            assert numerics.form(choose, "auto", double, x, A, B, B) == "chunked"
+            assert numerics.form(choose, "auto", x, x, A, B, B, chunk_size=4) == "chunked"
             with pytest.raises(
                 UserError, match=r"the kernel takes float32 and bfloat16, not float64; use backend='chunked'"
             ):
-                choose("pallas", double, x, A, B, B)
+                numerics.form(choose, "pallas", double, x, A, B, B)
             with pytest.raises(
                 UserError, match=r"chooses its own blocks and takes no chunk_size=4; use backend='chunked'"
             ):
-                choose("pallas", x, x, A, B, B, 4)
+                numerics.form(choose, "pallas", x, x, A, B, B, chunk_size=4)
             wide = jnp.ones((1, 9, 300))
             with pytest.raises(UserError, match=r"the kernel takes N up to 128, not 300; use backend='chunked'"):
-                choose("pallas", x, x, None, wide, wide)
-    assert sum("selective_scan runs in chunks, not as a kernel" in line for line in caplog.messages) == 2
+                numerics.form(choose, "pallas", x, x, None, wide, wide)
+    assert sum("selective_scan runs as 'chunked', not as a kernel" in line for line in caplog.messages) == 2
 
 
 def test_no_gradients_of_gradients():

@@ -5,7 +5,7 @@ import pytest
 
 from jaxlinear import ops
 from jaxlinear.ops import backends
-from jaxlinear.pallas.target import Target
+from jaxlinear.pallas.parts.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
 from tests.shards import make_mesh

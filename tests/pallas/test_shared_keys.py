@@ -13,10 +13,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, linear_attention, matrix_states, recurrence
-from jaxlinear.ops.linear_attention import choose
-from jaxlinear.pallas import blocks
-from jaxlinear.pallas.target import Target
+from jaxlinear.ops import backends, linear_attention, matrix_states
+from jaxlinear.ops.linear_attention.op import LINEAR_ATTENTION, choose
+from jaxlinear.pallas.linear_attention import blocks
+from jaxlinear.pallas.parts.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
 from tests.ops import test_linear_attention as operation
@@ -62,7 +62,7 @@ def compare(run, reference, inputs, cotangents, tolerance=1e-10):
     ],
 )
 def test_values_and_gradients(monkeypatch, backend, decay, heads):
-    monkeypatch.setattr(blocks, "_LINEAR_ATTENTION_TPU_ELSEWHERE", (blocks.AttentionBlock(64, 32, 1),) * 2)
+    monkeypatch.setattr(blocks, "_TPU_ELSEWHERE", (blocks.Block(64, 32, 1),) * 2)
     inputs, cotangents = draw(decay, 70, heads, 6, 64)
     ids = np.repeat([[0, 1, 2]], [5, 40, 25], axis=1).astype(np.int32)
     run = functools.partial(linear_attention, segment_ids=ids, backend=backend)
@@ -82,7 +82,7 @@ GPU = Target("gpu", "none", True)
 @pytest.mark.parametrize("packed", [True, False])
 def test_on_gpu(monkeypatch, decay, heads, keys, values, packed):
     monkeypatch.setattr(backends, "target", lambda: GPU)
-    monkeypatch.setattr(blocks, "linear_attention_gpu", lambda *_: blocks.AttentionGPUBlock(16, 16, 16, 32, 32, 16, 32))
+    monkeypatch.setattr(blocks, "gpu", lambda *_: blocks.GPUBlock(16, 16, 16, 32, 32, 16, 32))
     inputs, cotangents = draw(decay, 40, heads, keys, values, batch=2)
     ids = np.repeat([[0, 1, 2], [0, 0, 1]], [5, 27, 8], axis=1).astype(np.int32) if packed else None
     run = functools.partial(linear_attention, segment_ids=ids, backend="pallas")
@@ -178,18 +178,17 @@ def test_the_gradient_of_a_shared_key_is_summed_over_heads_in_float32():
     assert [summed.dtype for summed in sums if 1024 in summed.shape] == [jnp.float32]
 
 
-@pytest.mark.parametrize("decay, backend", [("scalar", "pallas"), ("channel", "auto")])
+@pytest.mark.parametrize("decay, backend", [("scalar", "pallas"), ("channel", "chunked")])
 def test_heads_are_refused_as_they_reach_the_kernel(decay, backend):
     """With shared keys only V must fill registers; with keys repeated for every head, K must as well. Two kernels share V
     here, so that there are no channels of zeros."""
     q, v = (jnp.zeros((1, 9, *shape), jnp.bfloat16) for shape in ((1, 24), (12, 1024)))
     log_decay = jnp.zeros((1, 9, 12) if decay == "scalar" else (1, 9, 12, 24))
     with backends.use_platform("tpu", "TPU v5 lite"):
-        chosen, q_taken, k_taken = matrix_states.choose_shared(
-            choose, "auto", q, q, v, log_decay, None, recurrence.WHOLE
-        )
-    assert chosen == backend
-    assert q_taken.shape == k_taken.shape == (1, 9, 1 if backend == "pallas" else 12, 24)
+        form = choose(q, q, v, log_decay)
+        arrays = LINEAR_ATTENTION.complete({"q": q, "k": q, "v": v, "log_decay": log_decay}, form)
+    assert form.name == backend
+    assert arrays["q"].shape == arrays["k"].shape == (1, 9, 1 if backend == "pallas" else 12, 24)
 
 
 def test_the_delta_rule_takes_none():

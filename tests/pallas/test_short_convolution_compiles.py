@@ -10,8 +10,8 @@ import jax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from jaxlinear.costs import targets
 from jaxlinear.ops import backends, short_convolution
-from jaxlinear.parallel import targets
 from tests import compiled_text, gpus, ptxas
 
 pytestmark = pytest.mark.compiles_ahead
@@ -93,7 +93,8 @@ def compiled(device, case, **options):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     def both(ids, cotangents, *inputs):
-        op = functools.partial(short_convolution, segment_ids=ids, heads=heads, activation=activation)
+        options = {"segment_ids": ids, "head_width": heads and channels // heads, "activation": activation}
+        op = functools.partial(short_convolution, **options)
         outputs, pullback = jax.vjp(op, *inputs)
         return outputs, pullback(cotangents)
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlinear import ops
+from jaxlinear import log_once, ops
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends
-from jaxlinear.pallas import blocks
-from jaxlinear.pallas.target import Target
+from jaxlinear.pallas.parts.target import Target
+from jaxlinear.pallas.short_convolution import blocks
 from jaxlinear.parallel import operations, sharding
 from tests import naive, numerics
 from tests.shards import make_mesh
@@ -37,9 +37,9 @@ TPU, GPU = (Target(platform, "none", True) for platform in ("tpu", "gpu"))
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "CONVOLUTION_TIME", (128,))
-    monkeypatch.setattr(blocks, "CONVOLUTION_CHANNELS", 256)
-    monkeypatch.setattr(blocks, "CONVOLUTION_GPU_TIME", 32)
+    monkeypatch.setattr(blocks, "TPU_TIME", (128,))
+    monkeypatch.setattr(blocks, "TPU_CHANNELS", 256)
+    monkeypatch.setattr(blocks, "GPU_TIME", 32)
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def case(name):
     shapes = ((batch, length, channels), (width, channels), (channels,), (batch, width - 1, channels))
     inputs = tuple(numerics.normal(random, *shape) for shape in shapes)
     ids = np.cumsum(random.random((batch, length)) < 0.2, axis=1, dtype=np.int32) % 2 if packed else None
-    options = {"heads": heads, "activation": activation}
+    options = {"head_width": heads and channels // heads, "activation": activation}
     reference = numerics.with_gradients(functools.partial(naive.short_convolution, **options, ids=ids))
     cotangents = numerics.normal(random, *shapes[0]), numerics.normal(random, *shapes[3])
     outputs, gradients = numerics.run(reference, inputs, cotangents, dtype="float64")
@@ -107,7 +107,7 @@ def test_small_results_keep_their_digits(target, use):
     np.testing.assert_allclose(np.asarray(y)[0, :, 0], expected, rtol=2e-5, atol=1e-37)
 
 
-@pytest.mark.parametrize("options", [{"heads": 2}, {"activation": "none"}], ids=["heads", "sums"])
+@pytest.mark.parametrize("options", [{"head_width": 2}, {"activation": "none"}], ids=["heads", "sums"])
 @pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
 def test_another_document_cannot_be_seen(target, options, use):
     """Not even infinities and NaN get across, in either direction."""
@@ -137,7 +137,7 @@ def test_on_a_mesh(sizes, heads, activation):
     inputs = tuple(numerics.normal(random, *shape) for shape in ((4, 40, 12), (4, 12), (12,), (4, 3, 12)))
     ids = np.cumsum(random.random((4, 40)) < 0.1, axis=1, dtype=np.int32)
     cotangents = numerics.normal(random, 4, 40, 12), numerics.normal(random, 4, 3, 12)
-    options = {"segment_ids": ids, "heads": heads, "activation": activation}
+    options = {"segment_ids": ids, "head_width": heads and 12 // heads, "activation": activation}
     reference = functools.partial(ops.short_convolution, **options, backend="separate")
     op = functools.partial(operations.short_convolution, **options, channels="heads", backend="pallas")
     expected = numerics.run(numerics.with_gradients(reference), inputs, cotangents, dtype="float64")
@@ -153,12 +153,12 @@ def test_on_a_mesh(sizes, heads, activation):
         ((1, 9, 4), 10, None, r"takes 2 to 9 taps, not 10"),
         ((1, 9, 9000), 4, None, r"no room in VMEM for 9000 channels, which no multiple of 128 and of a head divides"),
         ((1, 9, 0), 4, None, r"takes no empty arrays"),
-        ((1, 9, 4), 4, 3, r"3 heads do not divide 4 channels"),
+        ((1, 9, 4), 4, 3, r"heads of 3 channels do not divide 4 channels"),
     ],
 )
 def test_refused(shape, width, heads, reason):
     with pytest.raises(UserError, match=reason):
-        ops.short_convolution(jnp.ones(shape), jnp.ones((width, shape[2])), heads=heads, backend="pallas")
+        ops.short_convolution(jnp.ones(shape), jnp.ones((width, shape[2])), head_width=heads, backend="pallas")
 
 
 def test_an_unknown_activation():
@@ -176,20 +176,19 @@ def test_an_unknown_activation():
 def test_refused_on_gpu(channels, heads, dtype, reason):
     arguments = jnp.ones((1, 9, channels), dtype), jnp.ones((4, channels))
     with backends.use_platform("gpu", "NVIDIA H100 80GB HBM3"), pytest.raises(UserError, match=reason):
-        ops.short_convolution(*arguments, heads=heads, backend="pallas")
+        ops.short_convolution(*arguments, head_width=channels // heads, backend="pallas")
 
 
-def test_refused_where_time_is_spread(caplog, monkeypatch):
-    monkeypatch.setattr(backends, "_SAID", set())
+def test_refused_where_time_is_sharded(caplog, monkeypatch):
+    monkeypatch.setattr(log_once, "_logged", set())
     x, kernel = jnp.ones((4, 32, 8)), jnp.ones((4, 8))
     with sharding.use_mesh(make_mesh({"data": 4, "sequence": 2})):
-        with pytest.raises(UserError, match=r"needs whole rows, and mesh.sequence spreads them"):
+        with pytest.raises(UserError, match=r"needs whole rows, and mesh.sequence shards them"):
             operations.short_convolution(x, kernel, backend="pallas")
         with backends.use_platform("tpu"), caplog.at_level("INFO", logger="jaxlinear"):
-            assert operations.short_convolution(x, kernel) is None
+            jax.eval_shape(operations.short_convolution, x, kernel)
     assert caplog.messages == [
-        "short_convolution runs as a convolution and what follows it, not as a kernel: the kernel needs whole rows, and "
-        "mesh.sequence spreads them"
+        "short_convolution runs as 'separate', not as a kernel: the kernel needs whole rows, and mesh.sequence shards them"
     ]
 
 

@@ -18,9 +18,8 @@ import math
 import pytest
 
 from jaxlinear import config as configs
-from jaxlinear.parallel import targets
+from jaxlinear.costs import programs, targets
 from jaxlinear.parallel.exchanges import LANES
-from jaxlinear.scaling import programs
 from jaxlinear.training import ahead
 
 pytestmark = pytest.mark.compiles_ahead

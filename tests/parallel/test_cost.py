@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from jaxlinear import counted, ops
+from jaxlinear import log_once, ops
+from jaxlinear.costs import counted, devices, traced
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends
-from jaxlinear.ops.delta_rule import DeltaRule
+from jaxlinear.ops.delta_rule.op import DeltaRule
 from jaxlinear.ops.grouped_product import BACKENDS, grouped_product
-from jaxlinear.pallas import blocks
-from jaxlinear.parallel import cost, devices, operations, sharding, traced
+from jaxlinear.pallas.attention import blocks
+from jaxlinear.parallel import cost, operations, sharding
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel.cost import KeysAndValues, States
 
@@ -111,7 +111,7 @@ def test_hosts_are_joined_by_the_network():
 
 
 def test_an_unknown_device_is_taken_for_another_and_said_once(caplog):
-    backends._SAID.clear()
+    log_once._logged.clear()
     with caplog.at_level(logging.INFO, logger="jaxlinear"):
         found = [devices.device_of("NVIDIA B999") for _ in range(2)]
     assert all(x.name.startswith("NVIDIA B999 (not in the table") for x in found)
@@ -236,7 +236,7 @@ def test_products_of_a_kernel_that_passes_over_steps_of_its_grid(window, visited
     attend = functools.partial(ops.sliding_window_attention, window=window, backend="pallas")
     one = 2 * 128 * 128 * 64
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "softmax_tpu", lambda *_: 128)
+        patch.setattr(blocks, "tpu", lambda *_: 128)
         assert traced.products_of(attend, x, x, x) == (2 * visited * 2 * one, True)
         kept = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names("attention"))
         for attention, again in ((attend, 0), (jax.checkpoint(attend), 2), (kept, 0)):

@@ -7,8 +7,9 @@ import logging
 import numpy as np
 import pytest
 
+from jaxlinear.costs import targets
 from jaxlinear.errors import UserError
-from jaxlinear.parallel import feeding, targets
+from jaxlinear.parallel import feeding
 from jaxlinear.parallel import mesh as meshes
 
 ONES = dict.fromkeys(meshes.AXES, 1)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jaxlinear import ops
-from jaxlinear.ops import attention
+from jaxlinear.costs import programs
+from jaxlinear.ops.attention import op as attention
 from jaxlinear.parallel import cost, operations, sharding
-from jaxlinear.scaling import programs
 from tests import numerics, shards
 from tests.shards import MESHES, T, make_mesh
 

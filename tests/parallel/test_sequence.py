@@ -10,11 +10,11 @@ import pytest
 
 from jaxlinear import ops
 from jaxlinear.errors import UserError
-from jaxlinear.ops import cross_entropy, recurrence
-from jaxlinear.ops.delta_rule import DeltaRule
-from jaxlinear.ops.delta_rule import Inputs as DeltaInputs
+from jaxlinear.ops import cross_entropy, protocol
+from jaxlinear.ops.delta_rule.op import DeltaRule
+from jaxlinear.ops.delta_rule.op import Inputs as DeltaInputs
 from jaxlinear.parallel import exchanges, operations, sharding
-from jaxlinear.parallel.sequence import Spread
+from jaxlinear.parallel.sequence import ShardedTime
 from tests import numerics
 from tests.shards import IDS, MESHES, T, make_mesh
 
@@ -102,12 +102,12 @@ def test_both_exchanges(sizes, exchange):
 
     def whole(q, k, v, beta, decay, state):
         starts = ops.segments.starts(jnp.asarray(IDS))
-        return recurrence.chunked(family, 4, DeltaInputs(q, k, v, beta, decay, starts), None, state)
+        return protocol.chunked(family, 4, DeltaInputs(q, k, v, beta, decay, starts), None, state)
 
     def spread(q, k, v, beta, decay, state):
-        runner = Spread(mesh, "heads", exchange)
-        inputs = DeltaInputs(q, k, v, beta, decay, runner.starts(jnp.asarray(IDS)))
-        return runner.run(family, 4, inputs, None, state)
+        time = ShardedTime(mesh, "heads", exchange)
+        inputs = DeltaInputs(q, k, v, beta, decay, time.starts(jnp.asarray(IDS)))
+        return time.run(family, 4, inputs, None, state)
 
     compare(whole, spread, (q, k, v, beta, decay, state), mesh)
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_spread_is_refused():
         ):
             operations.linear_recurrence(x, x)
         x = jnp.ones((1, 16, 2))
-        with pytest.raises(UserError, match="reverse=True does not run with time spread over several devices"):
+        with pytest.raises(UserError, match="reverse=True does not run with time sharded over several devices"):
             operations.linear_recurrence(x, x, reverse=True)
         q = jnp.ones((1, 16, 2, 2))
         with pytest.raises(UserError, match="'recurrent' does not run over several devices; use 'chunked'"):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from jaxlinear.costs import programs, targets
 from jaxlinear.errors import UserError
 from jaxlinear.models.parameters import describe
 from jaxlinear.ops import cross_entropy
 from jaxlinear.ops.cross_entropy import linear_cross_entropy
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import operations, sharding, targets
-from jaxlinear.scaling import programs
+from jaxlinear.parallel import operations, sharding
 from tests import numerics, small
 
 ONES = dict.fromkeys(meshes.AXES, 1)

@@ -11,8 +11,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.sharding import SingleDeviceSharding
 
+from jaxlinear.costs import targets
 from jaxlinear.ops import backends
-from jaxlinear.parallel import targets
 from tests import ptxas
 from tests.ptx import machine
 from tests.ptx.program import Program, read

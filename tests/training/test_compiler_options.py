@@ -6,11 +6,10 @@ import jax
 import pytest
 
 from jaxlinear import config as configs
+from jaxlinear.costs import hlo, targets
 from jaxlinear.evaluation import scoring
 from jaxlinear.evaluation.run import Run
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import targets
-from jaxlinear.scaling import hlo
 from jaxlinear.training import ahead
 from jaxlinear.training import step as steps
 from jaxlinear.training.answers import Answers

@@ -16,8 +16,8 @@ from jaxlinear import data
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import Diverged, UserError
 from jaxlinear.parallel import start
-from jaxlinear.scaling.sweeps.files import RunFiles
-from jaxlinear.scaling.sweeps.states import is_finished
+from jaxlinear.sweeps.files import RunFiles
+from jaxlinear.sweeps.states import is_finished
 from jaxlinear.training import heldout, loop, metrics, trained_data
 from jaxlinear.training import state as states
 from jaxlinear.training import workdir as workdirs

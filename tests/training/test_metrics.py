@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxlinear.errors import Diverged, UserError
-from jaxlinear.scaling import flops
+from jaxlinear.models import flops
 from jaxlinear.training import metrics
 from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.job import Job
@@ -66,7 +66,7 @@ def test_a_damaged_line_is_named(tmp_path):
 def test_import_is_light():
     """Programs that write no curves do not import the package that does, which takes as long as all others together."""
     program = (
-        "import sys, jaxlinear.evaluation.following, jaxlinear.scaling.sweeps.manager, jaxlinear.training.loop; "
+        "import sys, jaxlinear.evaluation.following, jaxlinear.sweeps.manager, jaxlinear.training.loop; "
         "print(sorted({'tensorboardX', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -180,7 +180,7 @@ def meter(tiny_config, monkeypatch):
     config.training.batch_size, config.training.microbatches = 16, 2
     clock, lines = types.SimpleNamespace(now=100.0), []
     monkeypatch.setattr("jaxlinear.training.meter.time.perf_counter", lambda: clock.now)
-    monkeypatch.setattr("jaxlinear.scaling.hardware.peak_flops", lambda device: 1e9)
+    monkeypatch.setattr("jaxlinear.costs.hardware.peak_flops", lambda device: 1e9)
     writer = types.SimpleNamespace(write=lambda step, line: lines.append((step, line)))
     progress = types.SimpleNamespace(at=lambda *_, **__: None)
     job = Job.build(config)
@@ -220,7 +220,7 @@ def test_rates(meter):
 
 def test_where_the_peak_is_not_known_there_is_no_mfu(meter, monkeypatch, caplog):
     _, clock, lines, job = meter
-    monkeypatch.setattr("jaxlinear.scaling.hardware.peak_flops", lambda device: None)
+    monkeypatch.setattr("jaxlinear.costs.hardware.peak_flops", lambda device: None)
     of_run = {"write": lambda step, line: lines.append(line), "at": lambda *_, **__: None}
     unknown = Meter(job, types.SimpleNamespace(**of_run), types.SimpleNamespace(**of_run), 4)
     assert "are unknown: mfu will be 0" in caplog.text

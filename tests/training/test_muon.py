@@ -6,8 +6,9 @@ import pytest
 from optax import contrib
 
 from jaxlinear import config as configs
+from jaxlinear.costs import targets, traced
 from jaxlinear.models.parameters import describe
-from jaxlinear.parallel import sharding, targets, traced
+from jaxlinear.parallel import sharding
 from jaxlinear.training import muon
 from jaxlinear.training.optimizer import make_optimizer
 from tests.training import tiny

@@ -8,6 +8,8 @@ import os
 import pathlib
 import re
 import shutil
+import sys
+import types
 
 import pytest
 
@@ -99,13 +101,13 @@ def test_a_mixer_that_does_not_run_over_sequence_is_refused(tiny_config, tmp_pat
     class Mine(mixers.find("gla")):
         OVER_SEQUENCE = False
 
-    monkeypatch.setitem(mixers.MIXERS, "mine", Mine)
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(Mine=Mine))
     config = tiny_config.copy_and_resolve_references()
-    config.model.pattern = ("gla", "mine")
+    config.model.pattern = ("gla", "mine.Mine")
     configs.forget_unread(config, ["model.pattern"])
     config.mesh.sequence = 4
     with pytest.raises(
-        UserError, match=r"mesh.sequence=4: the mixer 'mine' does not run with the sequence split .* to 1$"
+        UserError, match=r"mesh.sequence=4: the mixer 'mine.Mine' does not run with the sequence sharded .* to 1$"
     ):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

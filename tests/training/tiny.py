@@ -49,7 +49,7 @@ def config(**changes):
     }
     pattern = changes.get("model__pattern", values["model__pattern"])
     for name in ("num_heads", "window"):
-        if not set(mixers.READERS[name]) & set(pattern):
+        if not set(mixers.readers()[name]) & set(pattern):
             del values[f"model__{name}"]
     for key, value in (values | changes).items():
         section, name = key.split("__")

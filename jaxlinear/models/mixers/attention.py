@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlinear.models.cached_attention import CachedAttention, mean_context
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.mixers.cached_attention import CachedAttention, State
+from jaxlinear.models.mixer import State
 from jaxlinear.ops import segments
 from jaxlinear.parallel import operations
 
@@ -20,6 +21,8 @@ class Attention(CachedAttention):
     token on, whatever is computed from a state is NaN, since the beginning of the document has been forgotten. The layers
     above spread the NaN over all of the row's tokens of that call.
     """
+
+    READS = (*CachedAttention.READS, "context")
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
         super().__init__(config, slots=config.context, rngs=rngs)
@@ -40,3 +43,8 @@ class Attention(CachedAttention):
                 beyond &= segments.runs(segment_ids) == 0  # later documents have their whole past in this call
             y = jnp.where(beyond[..., None], jnp.full((), jnp.nan, y.dtype), y)
         return y, new
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """``flops_of_tokens``."""
+        return cls.flops_of_tokens(config, mean_context(length, length))

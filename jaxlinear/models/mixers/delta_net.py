@@ -17,32 +17,22 @@ one after another, each with its own key, value and beta, and is read after the 
 such matrices, generalised Householder reflections.
 """
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.heads import HeadNorm, by_head, per_head
-from jaxlinear.models.layers import Linear, fan_in_normal
+from jaxlinear.models.heads import HeadNorm, by_head
+from jaxlinear.models.layers import Linear
+from jaxlinear.models.mixer import MatrixMixer, State, project
 from jaxlinear.models.short_convolution import ShortConvolution
 from jaxlinear.ops import dtypes
+from jaxlinear.ops.delta_rule.op import flops as delta_rule_flops
 from jaxlinear.parallel import operations, sharding
-
-OWN_GATE = {"delta_net": "none", "gated_delta_net": "silu"}  # the meaning of ``model.output_gate`` "auto", by mixer
-
-
-def has_gate(config: ModelConfig, mixer: str = "delta_net") -> bool:
-    """Whether the output of one of ``OWN_GATE``'s mixers is multiplied by a gate."""
-    gate = config.output_gate
-    return (OWN_GATE[mixer] if gate == "auto" else gate) == "silu"
-
-
-def widths(config: ModelConfig, mixer: str = "delta_net") -> tuple[int, int, int]:
-    """H, K and V. Over all heads, K and V each add up to D, unless they are given."""
-    heads = config.heads
-    key_width = config.key_width or per_head(mixer, config.width, heads)
-    return heads, key_width, config.value_width or per_head(mixer, config.width, heads)
 
 
 class DeltaInputs(nnx.Module):
@@ -59,20 +49,17 @@ class DeltaInputs(nnx.Module):
         self.updates = () if config.householders == 1 else (config.householders,)  # the axis J, if there is one
         self.written = written = heads * config.householders
 
-        def project(outputs: int) -> Linear:
-            return Linear(config.width, outputs, axes=("embed", "heads"), bias=False, rngs=rngs)
+        def convolved(channels: int) -> tuple[Linear, ShortConvolution]:
+            linear = project(config, channels, rngs=rngs)
+            width = config.convolution_width
+            return linear, ShortConvolution(channels, width, axis="heads", feeds_kernel=True, rngs=rngs)
 
-        def convolve(channels: int) -> ShortConvolution:
-            return ShortConvolution(
-                channels, config.convolution_width, axis="heads", kernel_on=("tpu", "gpu"), rngs=rngs
-            )
+        self.query, self.query_convolution = convolved(heads * key_width)
+        self.key, self.key_convolution = convolved(written * key_width)
+        self.value, self.value_convolution = convolved(written * value_width)
+        self.beta = project(config, written, rngs=rngs)
 
-        self.query, self.query_convolution = project(heads * key_width), convolve(heads * key_width)
-        self.key, self.key_convolution = project(written * key_width), convolve(written * key_width)
-        self.value, self.value_convolution = project(written * value_width), convolve(written * value_width)
-        self.beta = project(written)
-
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
+    def init_state(self, batch: int) -> State:
         return {
             "query": self.query_convolution.init_state(batch, self.dtype),
             "key": self.key_convolution.init_state(batch, self.dtype),
@@ -80,17 +67,17 @@ class DeltaInputs(nnx.Module):
         }
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None, past: dict[str, jax.Array]
-    ) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None, past: State
+    ) -> tuple[tuple[jax.Array, ...], State]:
         """``((q, k, v, beta), state)``; an empty ``past`` means zeros."""
-        new: dict[str, jax.Array] = {}
+        new: State = {}
         k, new["key"] = self.key_convolution(
             self.key(x), segment_ids=segment_ids, state=past.get("key"), heads=self.written
         )
         v, new["value"] = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
         beta = jax.nn.sigmoid(self.beta(x).astype(dtypes.wide(x.dtype)))
         beta = 2 * beta if self.negative_eigenvalues else beta
-        x = operations.after(x, (k, v, beta))  # the states do not depend on the queries
+        x = operations.overlapping(x, (k, v, beta))  # the states do not depend on the queries
         q, new["query"] = self.query_convolution(
             self.query(x), segment_ids=segment_ids, state=past.get("query"), heads=self.heads
         )
@@ -105,44 +92,73 @@ class DeltaInputs(nnx.Module):
         return (q, k, v, sharding.constrain(beta, "batch", "time", "heads", *(None,) * len(self.updates))), new
 
 
-class DeltaOutput(nnx.Module):
-    """Maps ``o [B, T, H, V]`` to the layer's output: ``out(norm(o))``, or ``out(norm(o) * silu(gate(x)))``.
+class DeltaNet(MatrixMixer):
+    """Over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and that of ``DeltaInputs``. Mixers that add a decay derive from
+    it."""
 
-    It is a base class of mixers rather than a part of them: in checkpoints ``gate``, ``norm`` and ``out`` belong to the
-    mixer.
-    """
-
-    def _add_output(self, config: ModelConfig, heads: int, value_width: int, *, gated: bool, rngs: nnx.Rngs) -> None:
-        width, inner = config.width, heads * value_width
-        self.gate = Linear(width, inner, axes=("embed", "heads"), bias=False, rngs=rngs) if gated else None
-        self.norm = HeadNorm(value_width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
-        init = fan_in_normal(2 / config.num_layers)
-        self.out = Linear(inner, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
-
-    def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
-        o = o.reshape(*x.shape[:2], -1).astype(x.dtype)
-        return self.out(self.norm(o) if self.gate is None else self.norm.gated(o, self.gate(x)))
-
-
-class DeltaNet(DeltaOutput):
-    """Over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and that of ``DeltaInputs``."""
-
-    OVER_SEQUENCE = True
+    READS: ClassVar[tuple[str, ...]] = (
+        "num_heads",
+        "recurrent_heads",
+        "key_width",
+        "value_width",
+        "convolution_width",
+        "output_gate",
+        "negative_eigenvalues",
+        "householders",
+    )
+    OWN_GATE: ClassVar[str] = "none"  # the meaning of ``model.output_gate`` "auto"
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
-        self.widths = heads, _, value_width = widths(config)
-        self.inputs = DeltaInputs(config, *self.widths, rngs=rngs)
-        self._add_output(config, heads, value_width, gated=has_gate(config), rngs=rngs)
+        super().__init__(config)
+        self.inputs = DeltaInputs(config, self.heads, self.key_width, self.value_width, rngs=rngs)
+        self.add_decay(config, rngs)
+        self.gate = self.make_gate(config, rngs)
+        self.norm = HeadNorm(self.value_width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
+        self.out = self.project_out(config, rngs=rngs)
 
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
-        memory = jnp.zeros((batch, *self.widths), dtypes.wide(self.inputs.dtype))
-        return {"memory": memory, **self.inputs.init_state(batch)}
+    @classmethod
+    def has_gate(cls, config: ModelConfig) -> bool:
+        """Whether the output is multiplied by a gate."""
+        return (cls.OWN_GATE if config.output_gate == "auto" else config.output_gate) == "silu"
+
+    def make_gate(self, config: ModelConfig, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array] | None:
+        """The map of x to the output gate before its activation, if there is one."""
+        return self.project_values(config, rngs=rngs) if self.has_gate(config) else None
+
+    def add_decay(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        """The parameters of ``log_decay``."""
+
+    def log_decay(self, x: jax.Array) -> jax.Array | None:
+        """Of the operation: None here."""
+        return None
+
+    def init_state(self, batch: int) -> State:
+        return super().init_state(batch) | self.inputs.init_state(batch)
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
         past = {} if state is None else state
         (q, k, v, beta), new = self.inputs(x, segment_ids=segment_ids, past=past)
         options = {"segment_ids": segment_ids, "negative_eigenvalues": self.inputs.negative_eigenvalues}
-        o, new["memory"] = operations.delta_rule(q, k, v, beta, None, past.get("memory"), **options)
-        return self._output(o, x), new
+        o, new["memory"] = operations.delta_rule(q, k, v, beta, self.log_decay(x), past.get("memory"), **options)
+        o = o.reshape(*x.shape[:2], -1).astype(x.dtype)
+        return self.out(self.norm(o) if self.gate is None else self.gated(o, self.gate(x))), new
+
+    def gated(self, o: jax.Array, gate: jax.Array) -> jax.Array:
+        """``[B, T, H V]``: the norm of o times the gate."""
+        return self.norm.gated(o, gate)
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """The inputs, the recurrence, the projection H V x D, and that of a gate, D x H V."""
+        h, _, v = cls.widths(config)
+        return cls.flops_of_updates(config) + 2 * config.width * h * v * (1 + cls.has_gate(config))
+
+    @classmethod
+    def flops_of_updates(cls, config: ModelConfig) -> float:
+        """For J updates, projections D x H (K + J (K + V + 1)), the convolutions of q, k and v, and the recurrence."""
+        (h, k, v), updates = cls.widths(config), config.householders
+        channels = h * (k + updates * (k + v))
+        inputs = 2 * config.width * (channels + h * updates) + 2 * config.convolution_width * channels
+        return inputs + delta_rule_flops(h, k, v, updates)

@@ -15,16 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.heads import HeadNorm, per_head
+from jaxlinear.models.heads import HeadNorm
 from jaxlinear.models.layers import Linear, fan_in_normal, parameter
+from jaxlinear.models.mixer import Mixer, State, per_head
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
 
-class GateLoop(nnx.Module):
+class GateLoop(Mixer):
     """GateLoop over ``[B, T, D]``, with R = ``recurrent_width`` channels, normalised in as many groups as the config has
     ``heads``. State: ``h [B, R]``, complex64."""
 
+    READS = ("num_heads", "recurrent_heads", "recurrent_width")
     OVER_SEQUENCE = True
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
@@ -40,17 +42,17 @@ class GateLoop(nnx.Module):
         self.phase = Linear(width, inner, axes=axes, bias=False, rngs=rngs)
         self.phase_bias = parameter(nnx.initializers.zeros, (inner,), axes[1:], rngs)
         self.gate = Linear(width, inner, axes=axes, bias=False, rngs=rngs)
-        group = per_head("gateloop", inner, self.groups)
+        group = per_head(GateLoop, inner, self.groups)
         self.norm = HeadNorm(group, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(inner, width, axes=("recurrent", "embed"), bias=False, init=init, rngs=rngs)
 
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
+    def init_state(self, batch: int) -> State:
         return {"h": jnp.zeros((batch, self.inner), dtypes.wide(self.dtype, jnp.complex64))}
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
         wide = dtypes.wide(x.dtype)
         q, k, v = (
             sharding.constrain(project(x), "batch", "time", "recurrent").astype(wide)
@@ -70,3 +72,10 @@ class GateLoop(nnx.Module):
         )
         magnitude = jax.nn.sigmoid(alpha)
         return jax.lax.complex(magnitude * jnp.cos(beta), magnitude * jnp.sin(beta))
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """Seven projections D x R; for each channel the transition from its magnitude and phase (2), k v, a complex product
+        with the state to which it is added (7), and the real part of its product with q (1)."""
+        d, r = config.width, config.recurrent_width
+        return 7 * 2 * d * r + 11 * r

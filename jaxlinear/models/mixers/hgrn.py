@@ -16,18 +16,20 @@ from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, RMSNorm, fan_in_normal, parameter
+from jaxlinear.models.mixer import Mixer, State
 from jaxlinear.models.mixers.hgrn2 import lower_bounds
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
 
-class HGRN(nnx.Module):
+class HGRN(Mixer):
     """HGRN over ``[B, T, D]``, with R = ``recurrent_width`` channels. State: ``h [B, R]``.
 
     ``lower_bound`` is this layer's row of the logits; in the module as the model runs it, it is the bound itself
     (``ACROSS_LAYERS``). A module run on its own has bounds of 0 at first.
     """
 
+    READS = ("recurrent_width",)
     OVER_SEQUENCE = True
     ACROSS_LAYERS = {"lower_bound": lower_bounds}
 
@@ -44,12 +46,12 @@ class HGRN(nnx.Module):
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(self.inner, width, axes=axes[::-1], bias=False, init=init, rngs=rngs)
 
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
+    def init_state(self, batch: int) -> State:
         return {"h": jnp.zeros((batch, self.inner), dtypes.wide(self.dtype))}
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
         wide = dtypes.wide(x.dtype)
         inner, forget = (
             sharding.constrain(project(x), "batch", "time", "recurrent").astype(wide)
@@ -60,6 +62,13 @@ class HGRN(nnx.Module):
         kept, inner = 1 - written, written * jax.nn.silu(inner)
         past = None if state is None else state["h"]
         h, last = operations.linear_recurrence(kept, inner, past, segment_ids=segment_ids)
-        x = operations.after(x, (kept, inner))  # the states do not depend on the gate
+        x = operations.overlapping(x, (kept, inner))  # the states do not depend on the gate
         gate = jax.nn.silu(sharding.constrain(self.gate(x), "batch", "time", "recurrent"))
         return self.out(self.norm(h.astype(x.dtype)) * gate), {"h": last}
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """Four projections D x R; for each channel the gate above its bound, what it leaves of the state, and the input
+        times that (1 each), and the recurrence (2)."""
+        d, r = config.width, config.recurrent_width
+        return 4 * 2 * d * r + 5 * r

@@ -17,23 +17,15 @@ from flax import nnx
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.heads import by_head, per_head
-from jaxlinear.models.layers import Linear, RMSNorm, fan_in_normal, parameter
+from jaxlinear.models.heads import by_head
+from jaxlinear.models.layers import RMSNorm, parameter
+from jaxlinear.models.mixer import MatrixMixer, State, per_head
 from jaxlinear.ops import dtypes
+from jaxlinear.ops.linear_attention.op import flops as linear_attention_flops
 from jaxlinear.parallel import operations
 
 EXPANSION = 128  # K
 _LOWEST = -15.0  # of the gate before its sigmoid: not far below, 1 - f is 1 in float32, and log f would be -inf
-
-
-def widths(config: ModelConfig) -> tuple[int, int, int]:
-    """H, K and V: K = V = 128 and H = D / K, unless K or ``recurrent_heads`` is given; V is D / H unless it is given."""
-    key = config.key_width or EXPANSION
-    if not config.recurrent_heads and config.width % key:
-        raise UserError(f"hgrn2: heads of {key} channels do not divide model.width={config.width}; set model.key_width")
-    heads = config.recurrent_heads or config.width // key
-    key = config.key_width or per_head("hgrn2", config.width, heads)
-    return heads, key, config.value_width or per_head("hgrn2", config.width, heads)
 
 
 def lower_bounds(logits: jax.Array) -> jax.Array:
@@ -42,37 +34,41 @@ def lower_bounds(logits: jax.Array) -> jax.Array:
     return jnp.cumsum(shares.at[0].set(0), axis=0)
 
 
-class HGRN2(nnx.Module):
+class HGRN2(MatrixMixer):
     """HGRN2 over ``[B, T, D]``. State: ``memory [B, H, K, V]``.
 
     ``lower_bound`` is this layer's row of the logits; in the module as the model runs it, it is the bound itself
     (``ACROSS_LAYERS``). A module run on its own has bounds of 0 at first.
     """
 
-    OVER_SEQUENCE = True
+    READS = ("recurrent_heads", "key_width", "value_width", "output_norm_epsilon")
     ACROSS_LAYERS = {"lower_bound": lower_bounds}
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
-        width = config.width
-        self.heads, self.key_width, self.value_width = widths(config)
-        self.dtype = config.activation_dtype
+        super().__init__(config)
         keys, values = self.heads * self.key_width, self.heads * self.value_width
-        self.query = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
-        self.forget = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
-        self.value = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
+        self.query, self.forget = (self.project_keys(config, rngs=rngs) for _ in range(2))
+        self.value = self.project_values(config, rngs=rngs)
         self.lower_bound = parameter(nnx.initializers.zeros, (keys,), ("heads",), rngs)
         epsilon = config.output_norm_epsilon or config.norm_epsilon
         self.norm = RMSNorm(values, axis="heads", epsilon=epsilon, offset=config.norm_offset, rngs=rngs)
-        init = fan_in_normal(2 / config.num_layers)
-        self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
+        self.out = self.project_out(config, rngs=rngs)
 
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
-        shape = (batch, self.heads, self.key_width, self.value_width)
-        return {"memory": jnp.zeros(shape, dtypes.wide(self.dtype))}
+    @classmethod
+    def widths(cls, config: ModelConfig) -> tuple[int, int, int]:
+        """H, K and V: K = V = 128 and H = D / K, unless K or ``recurrent_heads`` is given; V is D / H unless given."""
+        key = config.key_width or EXPANSION
+        if not config.recurrent_heads and config.width % key:
+            raise UserError(
+                f"hgrn2: heads of {key} channels do not divide model.width={config.width}; set model.key_width"
+            )
+        heads = config.recurrent_heads or config.width // key
+        key = config.key_width or per_head(cls, config.width, heads)
+        return heads, key, config.value_width or per_head(cls, config.width, heads)
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
         k = self._input_gate(x)
         log_decay = by_head(jnp.log1p(-k), self.heads)
         q = by_head(jax.nn.silu(self.query(x)), self.heads)
@@ -86,3 +82,9 @@ class HGRN2(nnx.Module):
         wide = dtypes.wide(x.dtype)
         gate = jnp.maximum(self.forget(x).astype(wide), _LOWEST)
         return (1 - self.lower_bound[...].astype(wide))[None, None] * jax.nn.sigmoid(-gate)
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """Queries and forget gates D x H K, values and output D x H V, and the recurrence."""
+        h, k, v = cls.widths(config)
+        return 2 * config.width * h * (2 * k + 2 * v) + linear_attention_flops(h, k, v)

@@ -14,17 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.heads import HeadNorm, by_head
+from jaxlinear.models.heads import by_head
 from jaxlinear.models.layers import Initializer, Linear, fan_in_normal, parameter
-from jaxlinear.models.mixers import delta_net
+from jaxlinear.models.mixers.delta_net import DeltaNet
 from jaxlinear.models.mixers.mamba2 import PROJECTION_SCALE, RATE_RANGE, log_rates, time_step_biases, time_steps
-from jaxlinear.ops import dtypes
-from jaxlinear.parallel import operations
-
-
-def widths(config: ModelConfig) -> tuple[int, int, int]:
-    """H, K and V. Over all heads, K and V each add up to D, unless they are given."""
-    return delta_net.widths(config, "kda")
 
 
 class LowRank(nnx.Module):
@@ -38,39 +31,35 @@ class LowRank(nnx.Module):
         return self.up(self.down(x))
 
 
-class KimiDeltaAttention(nnx.Module):
-    """Over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and that of ``DeltaInputs``."""
+class KimiDeltaAttention(DeltaNet):
+    """Like ``DeltaNet``, including its state and widths."""
 
-    OVER_SEQUENCE = True
+    READS = (*(key for key in DeltaNet.READS if key != "output_gate"), "gate_bias")
 
-    def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
-        self.widths = heads, key_width, value_width = widths(config)
-        width, keys, inner = config.width, heads * key_width, heads * value_width
-        self.inputs = delta_net.DeltaInputs(config, *self.widths, rngs=rngs)
-        self.decay = LowRank(width, value_width, keys, init=fan_in_normal(PROJECTION_SCALE), rngs=rngs)
-        self.A_log = parameter(log_rates(*RATE_RANGE), (heads,), ("heads",), rngs)
+    def add_decay(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        keys, init = self.heads * self.key_width, fan_in_normal(PROJECTION_SCALE)
+        self.decay = LowRank(config.width, self.value_width, keys, init=init, rngs=rngs)
+        self.A_log = parameter(log_rates(*RATE_RANGE), (self.heads,), ("heads",), rngs)
         self.dt_bias = parameter(time_step_biases, (keys,), ("heads",), rngs)
-        self.gate = LowRank(width, value_width, inner, init=fan_in_normal(), bias=config.gate_bias, rngs=rngs)
-        self.norm = HeadNorm(value_width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
-        init = fan_in_normal(2 / config.num_layers)
-        self.out = Linear(inner, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
 
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
-        memory = jnp.zeros((batch, *self.widths), dtypes.wide(self.inputs.dtype))
-        return {"memory": memory, **self.inputs.init_state(batch)}
+    def make_gate(self, config: ModelConfig, rngs: nnx.Rngs) -> LowRank:
+        inner = self.heads * self.value_width
+        return LowRank(config.width, self.value_width, inner, init=fan_in_normal(), bias=config.gate_bias, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        past = {} if state is None else state
-        (q, k, v, beta), new = self.inputs(x, segment_ids=segment_ids, past=past)
-        heads = v.shape[2]
+    def log_decay(self, x: jax.Array) -> jax.Array:
+        """``[B, T, H, K]``."""
         dt = time_steps(self.decay(x), self.dt_bias[...])
         # The heads are split after the product: split before, it would be put in another order on TPUs, and back for the
         # kernel, and its gradient likewise.
-        rates = jnp.repeat(jnp.exp(self.A_log[...].astype(dt.dtype)), self.widths[1])
-        log_decay = by_head(-rates[None, None] * dt, heads)
-        options = {"segment_ids": segment_ids, "negative_eigenvalues": self.inputs.negative_eigenvalues}
-        o, new["memory"] = operations.delta_rule(q, k, v, beta, log_decay, past.get("memory"), **options)
-        o = o.reshape(*x.shape[:2], -1).astype(x.dtype)
-        return self.out(self.norm.gated(o, self.gate(x), "sigmoid")), new
+        rates = jnp.repeat(jnp.exp(self.A_log[...].astype(dt.dtype)), self.key_width)
+        return by_head(-rates[None, None] * dt, self.heads)
+
+    def gated(self, o: jax.Array, gate: jax.Array) -> jax.Array:
+        return self.norm.gated(o, gate, "sigmoid")
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """The updates, the projection H V x D, and two maps of rank V, to the decays, H K, and to the gate, H V."""
+        h, k, v = cls.widths(config)
+        low_rank = 2 * v * (2 * config.width + h * k + h * v)
+        return 2 * config.width * h * v + low_rank + cls.flops_of_updates(config)

@@ -18,50 +18,35 @@ from flax import nnx
 from jax import lax
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.heads import by_head, per_head
-from jaxlinear.models.layers import Linear, fan_in_normal, parameter, rms_norm
-from jaxlinear.ops import dtypes
+from jaxlinear.models.heads import by_head
+from jaxlinear.models.layers import parameter, rms_norm
+from jaxlinear.models.mixer import MatrixMixer, State
+from jaxlinear.ops.linear_attention.op import flops as linear_attention_flops
 from jaxlinear.parallel import operations
 
 
-def widths(config: ModelConfig) -> tuple[int, int, int]:
-    """H, K and V. Over all heads, K and V add up to D, unless they are given."""
-    heads = config.heads
-    key = config.key_width or per_head("lightning", config.width, heads)
-    return heads, key, config.value_width or per_head("lightning", config.width, heads)
-
-
-class Lightning(nnx.Module):
+class Lightning(MatrixMixer):
     """Linear attention with a constant decay by head and layer over ``[B, T, D]``. State: ``memory [B, H, K, V]``.
 
     ``log_decay [H]`` is among the parameters because it differs from layer to layer and layers are scanned. It has no
     gradient, so training leaves it unchanged.
     """
 
-    OVER_SEQUENCE = True
+    READS = ("num_heads", "recurrent_heads", "key_width", "value_width")
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
-        width = config.width
-        self.heads, self.key_width, self.value_width = widths(config)
-        self.epsilon, self.dtype = config.norm_epsilon, config.activation_dtype
-        keys, values = self.heads * self.key_width, self.heads * self.value_width
-        self.query = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
-        self.key = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
-        self.value = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
-        self.gate = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
+        super().__init__(config)
+        self.epsilon = config.norm_epsilon
+        self.query, self.key = (self.project_keys(config, rngs=rngs) for _ in range(2))
+        self.value, self.gate = (self.project_values(config, rngs=rngs) for _ in range(2))
         place = 1 - jnp.asarray(layer, jnp.float32) / config.num_layers
         decay = lambda key, shape, dtype: place * jnp.asarray(-8 * np.arange(1, shape[0] + 1) / shape[0], dtype)  # noqa: E731
         self.log_decay = parameter(decay, (self.heads,), ("heads",), rngs)
-        init = fan_in_normal(2 / config.num_layers)
-        self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
-
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
-        shape = (batch, self.heads, self.key_width, self.value_width)
-        return {"memory": jnp.zeros(shape, dtypes.wide(self.dtype))}
+        self.out = self.project_out(config, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
         q, k = (by_head(jax.nn.silu(project(x)), self.heads) for project in (self.query, self.key))
         v = by_head(self.value(x), self.heads)
         log_decay = lax.stop_gradient(self.log_decay[...])
@@ -69,3 +54,9 @@ class Lightning(nnx.Module):
         o, memory = operations.linear_attention(q, k, v, log_decay, past, scale=1.0, segment_ids=segment_ids)
         o = rms_norm(o.reshape(*x.shape[:2], -1), self.epsilon)
         return self.out(self.gate(x) * o), {"memory": memory}
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """Queries and keys D x H K, values, gate and output D x H V, and the recurrence."""
+        h, k, v = cls.widths(config)
+        return 2 * config.width * h * (2 * k + 3 * v) + linear_attention_flops(h, k, v)

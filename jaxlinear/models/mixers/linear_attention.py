@@ -24,9 +24,11 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.heads import HeadNorm, by_head, per_head
-from jaxlinear.models.layers import Linear, fan_in_normal, parameter
+from jaxlinear.models.heads import HeadNorm, by_head
+from jaxlinear.models.layers import parameter
+from jaxlinear.models.mixer import MatrixMixer, State, per_head
 from jaxlinear.ops import dtypes
+from jaxlinear.ops.linear_attention.op import flops as linear_attention_flops
 from jaxlinear.parallel import operations
 
 PRODUCT_WIDTH = 16  # K where phi has the products of all pairs of channels
@@ -37,35 +39,24 @@ _EPSILON = {"relu": 1e-6, "rebased": 1e-6}
 _LEAST = 1e-18
 
 
-def widths(config: ModelConfig) -> tuple[int, int, int]:
-    """H, K before the feature map, and V: D / H, or K = 16 where phi has products, unless they are given."""
-    heads = config.heads
-    products = config.feature_map in ("taylor", "rebased")
-    key = config.key_width or (PRODUCT_WIDTH if products else per_head("linear_attention", config.width, heads))
-    return heads, key, config.value_width or per_head("linear_attention", config.width, heads)
-
-
 def features(feature_map: str, key_width: int) -> int:
     """The number of channels of phi(x)."""
     pairs = key_width * (key_width + 1) // 2
     return {"taylor": 1 + key_width + pairs, "rebased": pairs, "hedgehog": 2 * key_width}.get(feature_map, key_width)
 
 
-class LinearAttention(nnx.Module):
+class LinearAttention(MatrixMixer):
     """Linear attention over ``[B, T, D]``. State: ``memory [B, H, F, V]``, or ``[B, H, F, V + 1]`` with z; F features."""
 
-    OVER_SEQUENCE = True
+    READS = ("num_heads", "recurrent_heads", "key_width", "value_width", "feature_map")
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
-        width, name = config.width, config.feature_map
-        self.heads, key_width, self.value_width = widths(config)
-        self.features = features(name, key_width)
-        self.dtype = config.activation_dtype
-        keys, values = self.heads * key_width, self.heads * self.value_width
-        self.query = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
-        self.key = Linear(width, keys, axes=("embed", "heads"), bias=False, rngs=rngs)
-        self.value = Linear(width, values, axes=("embed", "heads"), bias=False, rngs=rngs)
-        self.query_map, self.key_map = (_feature_map(name, self.heads, key_width, rngs) for _ in range(2))
+        super().__init__(config)
+        name = config.feature_map
+        self.features = features(name, self.key_width)
+        self.query, self.key = (self.project_keys(config, rngs=rngs) for _ in range(2))
+        self.value = self.project_values(config, rngs=rngs)
+        self.query_map, self.key_map = (_feature_map(name, self.heads, self.key_width, rngs) for _ in range(2))
         # ReBased's weights are squares, down to 0. From features rounded to bfloat16 they would come out with either sign,
         # and their sum, which is divided by, would now and then be about 0.
         self.rounded = name != "rebased"
@@ -75,16 +66,23 @@ class LinearAttention(nnx.Module):
             if name == "identity"
             else None
         )
-        init = fan_in_normal(2 / config.num_layers)
-        self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
+        self.out = self.project_out(config, rngs=rngs)
 
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
+    @classmethod
+    def widths(cls, config: ModelConfig) -> tuple[int, int, int]:
+        """H, K before the feature map, and V: D / H, or K = 16 where phi has products, unless they are given."""
+        heads = config.heads
+        products = config.feature_map in ("taylor", "rebased")
+        key = config.key_width or (PRODUCT_WIDTH if products else per_head(cls, config.width, heads))
+        return heads, key, config.value_width or per_head(cls, config.width, heads)
+
+    def init_state(self, batch: int) -> State:
         shape = (batch, self.heads, self.features, self.value_width + (self.norm is None))
         return {"memory": jnp.zeros(shape, dtypes.wide(self.dtype))}
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
         wide = dtypes.wide(x.dtype)
         dtype = x.dtype if self.rounded else wide
         q, k, v = (by_head(project(x), self.heads) for project in (self.query, self.key, self.value))
@@ -100,6 +98,16 @@ class LinearAttention(nnx.Module):
             o, memory = operations.linear_attention(q, k, v, None, past, segment_ids=segment_ids)
             o = self.norm(o.reshape(*x.shape[:2], -1))
         return self.out(o), {"memory": memory}
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """Queries and keys D x H K, values and output D x H V, Hedgehog's maps K x K of queries and keys in each head, and
+        the recurrence of the features, with one more value channel unless the map is the identity; no decay."""
+        h, k, v = cls.widths(config)
+        maps = 2 * 2 * h * k * k if config.feature_map == "hedgehog" else 0
+        values = v if config.feature_map == "identity" else v + 1
+        recurrence = linear_attention_flops(h, features(config.feature_map, k), values, decays=False)
+        return 2 * config.width * h * (2 * k + 2 * v) + maps + recurrence
 
 
 class Rebased(nnx.Module):

@@ -21,6 +21,8 @@ from jaxlinear.models.mixers.mamba import Mamba
 class Longhorn(Mamba):
     """Like ``Mamba``, including its state and widths."""
 
+    READS = ("recurrent_width", "key_width", "time_step_rank", "convolution_width")
+
     @staticmethod
     def epsilon_of_selection(config: ModelConfig) -> None:
         """A pattern may also contain Falcon-Mamba: its norms do not belong to this mixer."""
@@ -32,3 +34,9 @@ class Longhorn(Mamba):
         beta = jax.nn.sigmoid(logits + self.dt_bias[...].astype(logits.dtype)[None, None])
         k = B.astype(logits.dtype)
         return beta / (1 + beta * jnp.sum(k * k, axis=-1, keepdims=True)), None
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """As Mamba, plus for each number of the state what it keeps (2, not 1), |k|^2 per token and dt per channel."""
+        r, (n, _) = config.recurrent_width, cls.widths(config)
+        return super().flops(config, length) + r * n + 2 * n + 3 * r

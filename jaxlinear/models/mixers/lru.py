@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, fan_in_normal, from_complex, parameter, to_complex
+from jaxlinear.models.mixer import Mixer, State
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
@@ -22,9 +23,10 @@ RADIUS_RANGE = (0.9, 0.999)  # of |a|, when training begins
 LARGEST_PHASE = 2 * jnp.pi
 
 
-class LRU(nnx.Module):
+class LRU(Mixer):
     """The unit over ``[B, T, D]``, with N = ``recurrent_width`` complex states. State: ``h [B, N]``, complex64."""
 
+    READS = ("recurrent_width",)
     OVER_SEQUENCE = True
     rounded_parameters = ("output_kernel",)
 
@@ -41,12 +43,12 @@ class LRU(nnx.Module):
         self.value = Linear(width, width, axes=("embed", "mlp"), init=init, rngs=rngs)
         self.gate = Linear(width, width, axes=("embed", "mlp"), rngs=rngs)
 
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
+    def init_state(self, batch: int) -> State:
         return {"h": jnp.zeros((batch, self.states), dtypes.wide(self.dtype, jnp.complex64))}
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
         z, h = self.recur(x, segment_ids, None if state is None else state["h"])
         return self.value(z) * jax.nn.sigmoid(self.gate(z)), {"h": h}
 
@@ -62,6 +64,13 @@ class LRU(nnx.Module):
         h, last = operations.linear_recurrence(a, u, past, segment_ids=segment_ids)
         z = from_complex(h, self.output_kernel[...], x.dtype) + skip[None, None] * x.astype(wide)
         return z.astype(x.dtype), last
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """B, D x R, and the real part of C, R x D, both complex; the gated unit D x 2 D; for each state a complex product
+        and sum (8); and the skip."""
+        d, r = config.width, config.recurrent_width
+        return 2 * 2 * 2 * d * r + 2 * 2 * d * d + 8 * r + 2 * d
 
 
 def _nu_init(key, shape, dtype):

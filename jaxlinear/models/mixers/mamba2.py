@@ -15,10 +15,12 @@ from flax import nnx
 
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.heads import by_head, scale_heads
+from jaxlinear.models.heads import by_head
 from jaxlinear.models.layers import Initializer, Linear, RMSNorm, fan_in_normal, parameter
+from jaxlinear.models.mixer import MatrixMixer, State
 from jaxlinear.models.short_convolution import ShortConvolution
 from jaxlinear.ops import dtypes
+from jaxlinear.ops.linear_attention.op import flops as linear_attention_flops
 from jaxlinear.parallel import operations
 
 RATE_RANGE = (1.0, 16.0)  # of A = exp(A_log), when training begins
@@ -27,18 +29,7 @@ TIME_STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt_bias), when training begins
 PROJECTION_SCALE = 1 / 3
 
 
-def widths(config: ModelConfig) -> tuple[int, int, int]:
-    """H, N and P: P is the value width, 64 unless given; N the key width, 128 unless given; H P is the recurrent width."""
-    key_width, value_width = config.key_width or 128, config.value_width or 64
-    if config.recurrent_width % value_width:
-        raise UserError(
-            f"mamba2: the heads' width {value_width} does not divide model.recurrent_width={config.recurrent_width}; "
-            "set model.value_width"
-        )
-    return config.recurrent_width // value_width, key_width, value_width
-
-
-class Mamba2(nnx.Module):
+class Mamba2(MatrixMixer):
     """Over ``[B, T, D]``. In terms of linear attention, x is the value, B the key and C the query; all heads share one key
     and one query, and z is the gate. ``model.recurrent_width`` is the inner width, 2 D in the paper.
 
@@ -46,19 +37,19 @@ class Mamba2(nnx.Module):
     ``[B, width-1, H P]``.
     """
 
-    OVER_SEQUENCE = True
+    READS = ("recurrent_width", "key_width", "value_width", "convolution_width")
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
-        self.heads, self.key_width, self.value_width = widths(config)
-        width, inner, self.dtype = config.width, config.recurrent_width, config.activation_dtype
+        super().__init__(config)
+        width, inner = config.width, config.recurrent_width
 
         def project(outputs: int, axis: str | None) -> Linear:
             init = fan_in_normal(PROJECTION_SCALE)
             return Linear(width, outputs, axes=("embed", axis), bias=False, init=init, rngs=rngs)
 
         def convolve(channels: int, axis: str | None) -> ShortConvolution:
-            width, on = config.convolution_width, ("gpu",)  # on TPU XLA moves fewer bytes by itself
-            return ShortConvolution(channels, width, axis=axis, bias=True, kernel_on=on, rngs=rngs)
+            width = config.convolution_width
+            return ShortConvolution(channels, width, axis=axis, bias=True, feeds_kernel=False, rngs=rngs)
 
         self.gate, self.value = project(inner, "heads"), project(inner, "heads")
         self.key, self.query = project(self.key_width, None), project(self.key_width, None)
@@ -72,20 +63,29 @@ class Mamba2(nnx.Module):
         init = fan_in_normal(PROJECTION_SCALE / config.num_layers)
         self.out = Linear(inner, width, axes=("heads", "embed"), bias=False, init=init, rngs=rngs)
 
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
-        wide = dtypes.wide(self.dtype)
-        return {
-            "memory": jnp.zeros((batch, self.heads, self.key_width, self.value_width), wide),
+    @classmethod
+    def widths(cls, config: ModelConfig) -> tuple[int, int, int]:
+        """H, N and P: P is the value width, 64 unless given; N the key width, 128 unless given; H P = R."""
+        key_width, value_width = config.key_width or 128, config.value_width or 64
+        if config.recurrent_width % value_width:
+            raise UserError(
+                f"mamba2: the heads' width {value_width} does not divide model.recurrent_width={config.recurrent_width}; "
+                "set model.value_width"
+            )
+        return config.recurrent_width // value_width, key_width, value_width
+
+    def init_state(self, batch: int) -> State:
+        return super().init_state(batch) | {
             "query": self.query_convolution.init_state(batch, self.dtype),
             "key": self.key_convolution.init_state(batch, self.dtype),
             "value": self.value_convolution.init_state(batch, self.dtype),
         }
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
         past = {} if state is None else state
-        new: dict[str, jax.Array] = {}
+        new: State = {}
         q, new["query"] = self.query_convolution(self.query(x), segment_ids=segment_ids, state=past.get("query"))
         k, new["key"] = self.key_convolution(self.key(x), segment_ids=segment_ids, state=past.get("key"))
         v, new["value"] = self.value_convolution(self.value(x), segment_ids=segment_ids, state=past.get("value"))
@@ -93,7 +93,7 @@ class Mamba2(nnx.Module):
         rate, skip = jnp.exp(self.A_log[...]).astype(dt.dtype), self.D[...].astype(dt.dtype)
         # On all channels [B, T, H P]: XLA for TPUs does elementwise work on heads of fewer than 128 channels with time as
         # the last axis, transposing the inputs to that layout and the results back.
-        inputs = by_head(scale_heads(v, dt), self.heads)
+        inputs = by_head(operations.scale_heads(v, dt), self.heads)
         y, new["memory"] = operations.linear_attention(
             q[:, :, None],
             k[:, :, None],
@@ -104,16 +104,17 @@ class Mamba2(nnx.Module):
             segment_ids=segment_ids,
         )
         skip = jnp.broadcast_to(skip[:, None], (self.heads, self.value_width)).reshape(-1)
-        return self.out(self._normed(y.reshape(v.shape), v, skip, self.gate(x)).astype(x.dtype)), new
+        given = y.reshape(v.shape), self.gate(x), self.norm.factors, v, skip
+        return self.out(operations.gated_rms_norm(*given, epsilon=self.norm.epsilon)), new
 
-    def _normed(self, y: jax.Array, v: jax.Array, skip: jax.Array, gate: jax.Array) -> jax.Array:
-        """``norm((y + skip v) silu(gate))``: one kernel where that runs."""
-        given = y, gate, self.norm.factors, v, skip
-        found = operations.gated_rms_norm(*given, channels="heads", epsilon=self.norm.epsilon)
-        if found is not None:
-            return found
-        y = y.astype(skip.dtype) + skip[None, None] * v.astype(skip.dtype)
-        return self.norm(y * jax.nn.silu(gate.astype(skip.dtype)))
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """Projections D x (2 R + 2 N + H) and R x D, the convolution over R + 2 N channels, the update and the read of the
+        state (decays left out), and the skip."""
+        d, r, w = config.width, config.recurrent_width, config.convolution_width
+        h, n, p = cls.widths(config)
+        recurrence = linear_attention_flops(h, n, p, decays=False)
+        return 2 * d * (3 * r + 2 * n + h) + 2 * w * (r + 2 * n) + recurrence + 2 * r
 
 
 def time_steps(logits: jax.Array, bias: jax.Array) -> jax.Array:

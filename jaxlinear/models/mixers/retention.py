@@ -16,57 +16,68 @@ import numpy as np
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
-from jaxlinear.models.heads import GroupNorm, HeadNorm, by_head, per_head
-from jaxlinear.models.layers import Linear, rotary, rotary_frequencies
-from jaxlinear.ops import dtypes
+from jaxlinear.models.heads import GroupNorm, HeadNorm, by_head
+from jaxlinear.models.mixer import MatrixMixer, State
+from jaxlinear.ops import dtypes, rotary
+from jaxlinear.ops.linear_attention.op import flops as linear_attention_flops
 from jaxlinear.parallel import operations
 
 
-def widths(config: ModelConfig) -> tuple[int, int, int]:
-    """H, K and V. Over all heads, K adds up to D and V to 2 D, unless they are given."""
-    heads = config.heads
-    key = config.key_width or per_head("retention", config.width, heads)
-    return heads, key, config.value_width or per_head("retention", 2 * config.width, heads)
-
-
-class Retention(nnx.Module):
+class Retention(MatrixMixer):
     """Retention over ``[B, T, D]``. State: ``memory [B, H, K, V]`` and ``position [B]``, that of the next token.
 
     Only differences of positions matter within a document, so a document may begin at any position.
     """
 
-    OVER_SEQUENCE = True
+    READS = (
+        "num_heads",
+        "recurrent_heads",
+        "key_width",
+        "value_width",
+        "rotary_fraction",
+        "rotary_base",
+        "head_norm",
+    )
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
-        width = config.width
-        self.heads, self.key_width, self.value_width = widths(config)
+        super().__init__(config)
         self.rotary_fraction, self.rotary_base = config.rotary_fraction, config.rotary_base
-        self.dtype = config.activation_dtype
-        keys, values = self.heads * self.key_width, self.heads * self.value_width
         small, xavier = (nnx.initializers.variance_scaling(scale, "fan_avg", "uniform") for scale in (2**-5, 1))
-        self.query = Linear(width, keys, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
-        self.key = Linear(width, keys, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
-        self.value = Linear(width, values, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
-        self.gate = Linear(width, values, axes=("embed", "heads"), bias=False, init=small, rngs=rngs)
+        self.query, self.key = (self.project_keys(config, init=small, rngs=rngs) for _ in range(2))
+        self.value, self.gate = (self.project_values(config, init=small, rngs=rngs) for _ in range(2))
         self.norm: HeadNorm | GroupNorm = GroupNorm(self.heads, config.norm_epsilon)
         if config.head_norm == "rms":
             self.norm = HeadNorm(self.value_width, epsilon=config.norm_epsilon, offset=config.norm_offset, rngs=rngs)
-        self.out = Linear(values, width, axes=("heads", "embed"), bias=False, init=xavier, rngs=rngs)
+        self.out = self.project_out(config, init=xavier, rngs=rngs)
 
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
-        shape = (batch, self.heads, self.key_width, self.value_width)
-        return {"memory": jnp.zeros(shape, dtypes.wide(self.dtype)), "position": jnp.zeros((batch,), jnp.int32)}
+    @classmethod
+    def widths(cls, config: ModelConfig) -> tuple[int, int, int]:
+        """H, K and V. Over all heads, K adds up to D and V to 2 D, unless they are given."""
+        return cls.widths_of(config, config.width, 2 * config.width)
+
+    @classmethod
+    def rotary_width(cls, config: ModelConfig) -> int:
+        return cls.widths(config)[1]
+
+    def init_state(self, batch: int) -> State:
+        return super().init_state(batch) | {"position": jnp.zeros((batch,), jnp.int32)}
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
         state = self.init_state(x.shape[0]) if state is None else state
         positions = state["position"][:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         q, k, v = (by_head(project(x), self.heads) for project in (self.query, self.key, self.value))
-        turns = rotary_frequencies(q.shape[-1], fraction=self.rotary_fraction, base=self.rotary_base)
-        q, k = (rotary(y, positions, turns) for y in (q, k))
+        turns = rotary.frequencies_of(q.shape[-1], fraction=self.rotary_fraction, base=self.rotary_base)
+        q, k = (rotary.turn(y, positions, turns) for y in (q, k))
         log_decay = jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(self.heads)))), dtypes.wide(x.dtype))
         o, memory = operations.linear_attention(q, k, v, log_decay, state["memory"], segment_ids=segment_ids)
         o, gate = o.reshape(*x.shape[:2], -1), self.gate(x)
         gated = self.norm.gated(o, gate) if isinstance(self.norm, HeadNorm) else jax.nn.silu(gate) * self.norm(o)
         return self.out(gated), {"memory": memory, "position": state["position"] + x.shape[1]}
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """Queries and keys D x H K, values, gate and output D x H V, and the recurrence."""
+        h, k, v = cls.widths(config)
+        return 2 * config.width * h * (2 * k + 3 * v) + linear_attention_flops(h, k, v)

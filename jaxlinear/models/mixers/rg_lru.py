@@ -8,15 +8,14 @@
 The block is ``out(gelu(gate(x)) * rg_lru(convolution(input(x))))``.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, fan_in_normal, parameter
-from jaxlinear.ops import backends, dtypes
+from jaxlinear.models.mixer import Mixer, State
+from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
 DECAY_POWER = 8.0  # c of the paper
@@ -56,10 +55,11 @@ class RGLRU(nnx.Module):
         return h.astype(x.dtype), final
 
 
-class RGLRUBlock(nnx.Module):
+class RGLRUBlock(Mixer):
     """Griffin's recurrent block (arXiv:2402.19427, section 2.4). State: ``h [B, R]``, ``convolution [B, 3, R]``,
     ``started [B]``: whether a token has been seen."""
 
+    READS = ("num_heads", "recurrent_width", "convolution_width")
     OVER_SEQUENCE = True
 
     def __init__(self, config: ModelConfig, *, layer: int | jax.Array = 0, rngs: nnx.Rngs):
@@ -79,7 +79,7 @@ class RGLRUBlock(nnx.Module):
         init = fan_in_normal(2 / config.num_layers)
         self.out = Linear(inner, width, axes=("recurrent", "embed"), init=init, rngs=rngs)
 
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
+    def init_state(self, batch: int) -> State:
         return {
             "h": jnp.zeros((batch, self.inner), dtypes.wide(self.dtype)),
             "convolution": jnp.zeros((batch, self.convolution_width - 1, self.inner), self.dtype),
@@ -87,23 +87,30 @@ class RGLRUBlock(nnx.Module):
         }
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
         state = self.init_state(x.shape[0]) if state is None else state
         first = jnp.zeros(x.shape[:2], bool) if segment_ids is None else operations.document_starts(segment_ids)
         first = jnp.where(jnp.arange(x.shape[1])[None] == 0, ~state["started"][:, None], first)
 
         inner = sharding.constrain(self.input(x), "batch", "time", "recurrent")
         given = inner, self.convolution_kernel[...], self.convolution_bias[...], state["convolution"]
-        options: dict[str, Any] = {"segment_ids": segment_ids, "channels": "recurrent"}
-        on_tpu = backends.platform() == "tpu"  # on GPU the kernel moves no fewer bytes
-        found = operations.short_convolution(*given, **options, activation="none") if on_tpu else None
-        inner, convolution = found or operations.causal_convolution(*given, **options)
-        x = operations.after(x, inner)  # the states do not depend on the gate
+        inner, convolution = operations.short_convolution(
+            *given, segment_ids=segment_ids, activation="none", channels="recurrent"
+        )
+        x = operations.overlapping(x, inner)  # the states do not depend on the gate
         gate = jax.nn.gelu(sharding.constrain(self.gate(x), "batch", "time", "recurrent"))
         inner, h = self.rg_lru(inner, first, state["h"], segment_ids)
         state = {"h": h, "convolution": convolution, "started": jnp.ones_like(state["started"])}
         return self.out(gate * inner), state
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """Three projections D x R, two block-diagonal gates, the convolution, and the recurrence (2 for h, 3 for its
+        input)."""
+        d, r = config.width, config.recurrent_width
+        gates = 2 * 2 * r * r // config.gate_blocks
+        return 3 * 2 * d * r + gates + 2 * config.convolution_width * r + 5 * r
 
 
 def _decay_init(key, shape, dtype):

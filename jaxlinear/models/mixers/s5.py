@@ -24,13 +24,14 @@ from flax import nnx
 from jaxlinear.errors import UserError
 from jaxlinear.models.config import ModelConfig
 from jaxlinear.models.layers import Linear, from_complex, parameter, to_complex
+from jaxlinear.models.mixer import Mixer, State
 from jaxlinear.ops import dtypes
 from jaxlinear.parallel import operations, sharding
 
 STEP_RANGE = (0.001, 0.1)  # of Delta, when training begins
 
 
-class S5(nnx.Module):
+class S5(Mixer):
     """S5 over ``[B, T, D]``, with P = ``recurrent_width`` and J = the config's ``heads``. State: ``h [B, P / 2]``,
     complex64.
 
@@ -39,6 +40,7 @@ class S5(nnx.Module):
     config.
     """
 
+    READS = ("num_heads", "recurrent_heads", "recurrent_width", "discretization")
     OVER_SEQUENCE = True
     rounded_parameters = ("output_kernel",)
 
@@ -69,21 +71,21 @@ class S5(nnx.Module):
         self.skip = parameter(nnx.initializers.normal(1.0), (width,), ("embed",), rngs)
         self.gate = Linear(width, width, axes=("embed", "mlp"), rngs=rngs)
 
-    def init_state(self, batch: int) -> dict[str, jax.Array]:
+    def init_state(self, batch: int) -> State:
         if self.bidirectional:
             raise UserError("s5: a bidirectional layer has no state; it sees each document whole")
         return {"h": jnp.zeros((batch, self.states), dtypes.wide(self.dtype, jnp.complex64))}
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: dict[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State | None]:
         """y and the state after it; None for the state if bidirectional."""
         if self.bidirectional and state is not None:
             raise UserError("s5: a bidirectional layer cannot continue from a state; it sees each document whole")
         if self.bidirectional and sharding.parts("time") > 1:
             raise UserError(
                 f"mesh.sequence={sharding.parts('time')}: a bidirectional s5 layer does not run with the sequence "
-                "split, since its second pass runs from the last shard to the first; set mesh.sequence to 1"
+                "sharded, since its second pass runs from the last shard to the first; set mesh.sequence to 1"
             )
         z, h = self.recur(x, segment_ids, None if state is None else state["h"])
         z = jax.nn.gelu(z)
@@ -108,6 +110,12 @@ class S5(nnx.Module):
             h, _ = operations.linear_recurrence(a, u, segment_ids=segment_ids, reverse=True)
             z = z + from_complex(h, self.reverse_output_kernel[...], x.dtype)
         return (2 * z + skip[None, None] * x.astype(wide)).astype(x.dtype), last
+
+    @classmethod
+    def flops(cls, config: ModelConfig, length: int) -> float:
+        """As the LRU with R / 2 states, plus a gate D x D."""
+        d, r = config.width, config.recurrent_width
+        return 2 * 2 * d * r + 2 * d * d + 4 * r + 2 * d
 
 
 def zero_order_hold(eigenvalues: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,1 @@
+"""Causal softmax attention, over all earlier tokens or a window of them."""

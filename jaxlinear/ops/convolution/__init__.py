@@ -1,0 +1,1 @@
+"""The causal convolution before a recurrence, alone and with what follows it."""

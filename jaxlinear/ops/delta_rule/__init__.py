@@ -1,0 +1,1 @@
+"""The delta rule: a write replaces what the state holds at its key."""

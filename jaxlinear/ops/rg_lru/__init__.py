@@ -1,0 +1,1 @@
+"""The RG-LRU: its gates, and the recurrence that they drive."""

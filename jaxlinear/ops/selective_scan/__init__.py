@@ -1,0 +1,1 @@
+"""The selective scan of Mamba and Longhorn: N state numbers per channel."""
