@@ -1,18 +1,25 @@
 """What recurrences with a ``[K, V]`` state per head share: shapes, the choice of backend and chunk, decays in a chunk."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, checks, decay, dtypes
+from jaxlinear.ops import backends, checks, decay, dtypes, protocol
 from jaxlinear.ops.backends import Form
+from jaxlinear.pallas.parts.target import Target
 
 FEW_TOKENS = 8  # up to which the loop over time is faster
 CHUNK = 64
+
+# The limits of K, and of V per kernel, where kernels are compiled; in bfloat16 V may be twice as wide. Kernels that share V
+# each recompute what follows from the keys.
+NARROWEST, WIDEST, WIDEST_VALUES = 16, 256, 512
+_TAKEN = {"tpu": (np.dtype(np.float32), np.dtype(jnp.bfloat16)), "gpu": (np.dtype(jnp.bfloat16),)}
 
 
 def choose(
@@ -143,3 +150,111 @@ def no_state(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Zeros ``[B, H, K, V]`` in the dtype of states."""
     shape = q.shape[0], v.shape[2], q.shape[-1], v.shape[-1]
     return jnp.zeros_like(q, shape=shape, dtype=dtypes.wide(q.dtype, k.dtype, v.dtype))
+
+
+def refusal(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    chunk_size: int | None,
+    platform: str,
+    *,
+    chunks: tuple[int, int],
+    of_heads: Callable[[int, tuple[int, ...], int], str | None],
+) -> str | None:
+    """Why kernels do not run, or None. On other platforms than TPU and GPU they are interpreted, and the only limit is on
+    the size of chunks. On GPU, float32 products would take more registers than there are.
+
+    ``chunks``: the fewest and the most tokens per chunk on this platform.
+    ``of_heads(H, (K, V per kernel), bytes per number)``: why such heads do not fit on TPU, or None; the widths are V alone
+    if heads share queries and keys.
+    """
+    least, most = chunks
+    if chunk_size is not None and (int(chunk_size).bit_count() != 1 or not least <= chunk_size <= most):
+        sizes = f"{least} tokens" if least == most else f"a power of two from {least} to {most} tokens"
+        return f"the kernel takes chunks of {sizes}, not of {chunk_size}"
+    if platform not in backends.COMPILED:
+        return None
+    taken = _TAKEN[platform]
+    for x in (q, k, v):
+        if x.dtype not in taken:
+            return f"the kernel takes {' and '.join(map(str, taken))}, not {x.dtype}"
+    heads, keys, values = v.shape[2], q.shape[3], v.shape[3]
+    wrong = f"K = {keys}" if not NARROWEST <= keys <= WIDEST else f"V = {values}" if values < NARROWEST else None
+    if wrong:
+        return f"the kernel takes K from {NARROWEST} to {WIDEST} and V of at least {NARROWEST}, not {wrong}"
+    size = product_bytes(q, k, v)
+    pieces = value_pieces(values, size)
+    if pieces is None:
+        return (
+            f"the kernel takes V in equal parts of at most {_widest(size)}, and V = {values} cannot be split that way"
+        )
+    widths = (keys, values // pieces) if q.shape[2] == heads else (values // pieces,)
+    return of_heads(heads, widths, size) if platform == "tpu" else None
+
+
+def value_pieces(width: int, size: int) -> int | None:
+    """How many kernels share V, for numbers of ``size`` bytes: the columns of a state are independent. None if they cannot
+    share it."""
+    fewest = -(-width // _widest(size))
+    return next((pieces for pieces in range(fewest, 2 * fewest + 1) if width % pieces == 0), None)
+
+
+def _widest(size: int) -> int:
+    return WIDEST_VALUES if size == 2 else WIDEST
+
+
+def product_bytes(*arrays: jax.Array) -> int:
+    """Bytes per number in the dtype in which arrays are multiplied (``dtypes.narrow``)."""
+    return dtypes.narrow(*(x.dtype for x in arrays)).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixKernels(protocol.Kernels):
+    """A family with a ``[K, V]`` state per head by its kernels, whose states are ``[B, H, V, K]``; a run has q, k and v, of
+    one dtype. ``chunk``: tokens per chunk, or None."""
+
+    scale: float
+    chunk: int | None
+    target: Target
+
+    def summarise(self, run: Any) -> tuple[jax.Array, jax.Array]:
+        transitions, states = zip(*(super(MatrixKernels, self).summarise(one) for one in _by_values(run)), strict=True)
+        return transitions[0], _joined(states)
+
+    def through(self, run: Any, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pieces = _by_values(run)
+        parts = zip(pieces, _split(state, len(pieces)), strict=True)
+        o, final = zip(*(super(MatrixKernels, self).through(*part) for part in parts), strict=True)
+        return _joined(o), _joined(final)
+
+
+def _by_values(run: Any) -> list[Any]:
+    """The run once for each kernel that shares V."""
+    pieces = value_pieces(run.v.shape[-1], product_bytes(run.q, run.k, run.v))
+    assert pieces is not None
+    return [run._replace(v=v) for v in _split(run.v, pieces)]
+
+
+def _split(x: jax.Array, pieces: int) -> list[jax.Array]:
+    """Along the last axis, V."""
+    return jnp.split(x, pieces, axis=-1) if pieces > 1 else [x]
+
+
+def _joined(parts: tuple[jax.Array, ...]) -> jax.Array:
+    return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+
+
+def flat(x: jax.Array) -> jax.Array:
+    """``[B, T, H, K]`` to ``[B, T, H K]``, which moves no data."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def flat_decay(log_decay: jax.Array | None) -> jax.Array | None:
+    """One by channel as ``flat``; others as they are."""
+    return log_decay if log_decay is None or log_decay.ndim < 4 else flat(log_decay)
+
+
+def turned(state: jax.Array) -> jax.Array:
+    """``[B, H, K, V]`` to ``[B, H, V, K]``, and back."""
+    return state.swapaxes(-1, -2)

@@ -7,14 +7,16 @@ in ``jaxlinear.parallel``.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import custom_vjp_primal_tree_values as values
 
 from jaxlinear.ops import backends, segments
+from jaxlinear.pallas.parts import derivatives
 
 Inputs = Any  # a tree of arrays [B, T, ...]
 Constants = Any  # a tree of arrays that do not change with time and have no axis B
@@ -63,6 +65,75 @@ class Family(Protocol):
     def unpack(self, packed: Any, constants: Constants, length: int) -> Any:
         """Recovers the M of a run of ``length`` tokens."""
         return packed
+
+
+class Kernels(Family, Protocol):
+    """A family by its kernels. A run is just its inputs. Its map takes one pass over them, which writes nothing as long as
+    the run; its outputs take another pass, once the state before the run is known."""
+
+    TWICE: ClassVar[str] = "chunked"  # the backend that has gradients of gradients
+
+    def forward(self, run: Run, state: State, *, keep: bool) -> tuple[jax.Array, State, Any]:
+        """The outputs, the state after the run and, with ``keep``, the states before blocks of it, if ``gradient`` takes
+        them."""
+
+    def kept(self, run: Run, state: State, outputs: jax.Array, before: Any) -> tuple[Run, Any]:
+        """What ``gradient`` takes of a run."""
+        return run, before
+
+    def gradient(self, run: Run, before: Any, d_outputs: jax.Array, d_final: State) -> tuple[Run, State]:
+        """The gradients of the run and of the state before it."""
+
+    def state_gradient(self, run: Run, d_outputs: jax.Array, d_final: State) -> State:
+        """The gradient of the state before the run alone. No output is as long as the run."""
+
+    def summary(self, run: Run) -> Summary:
+        """The run's map. No output is as long as the run."""
+
+    def summarise(self, run: Run) -> Summary:
+        return _kernel_summary(self, run)
+
+    def apply(self, run: Run, state: State) -> jax.Array:
+        return self.through(run, state)[0]
+
+    def through(self, run: Run, state: State) -> tuple[jax.Array, State]:
+        return _kernel_outputs(self, run, state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel_outputs(family: Kernels, run: Run, state: State) -> tuple[jax.Array, State]:
+    """``family.forward``, differentiable. If only the gradient of the state is asked for, only that is computed."""
+    return family.forward(run, state, keep=False)[:2]
+
+
+def _kernel_outputs_forward(family, run, state):
+    only_state = not any(x.perturbed for x in jax.tree.leaves(run))
+    run, state = derivatives.once(values((run, state)), family.TWICE)
+    outputs, final, before = family.forward(run, state, keep=not only_state)
+    if only_state:
+        return (outputs, final), (run, None)
+    outputs, final, before = named((outputs, final, before))
+    return (outputs, final), (None, family.kept(run, state, outputs, before))
+
+
+def _kernel_outputs_backward(family, residuals, cotangents):
+    cotangents = derivatives.as_arrays(cotangents)
+    (run, kept), (d_outputs, d_final) = derivatives.once((residuals, cotangents), family.TWICE)
+    if kept is None:
+        return None, family.state_gradient(run, d_outputs, d_final)
+    return family.gradient(*kept, d_outputs, d_final)
+
+
+_kernel_outputs.defvjp(_kernel_outputs_forward, _kernel_outputs_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel_summary(family: Kernels, run: Run) -> Summary:
+    """``family.summary``. It has no gradient: a run is differentiated by its outputs and the state after it."""
+    return family.summary(run)
+
+
+_kernel_summary.defvjp(lambda family, run: (family.summary(run), None), derivatives.refuse_that_of_a_map)
 
 
 class TimeAxis(Protocol):

@@ -15,11 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear import log_once
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, delta_rule, protocol, state_kernels
+from jaxlinear.ops import backends, delta_rule, protocol
 from jaxlinear.ops.delta_rule.family import DeltaRuleKernel
 from jaxlinear.ops.delta_rule.op import DeltaRule, Inputs, choose
 from jaxlinear.pallas.delta_rule import blocks
-from jaxlinear.pallas.delta_rule import kernel as kernels
 from jaxlinear.pallas.parts import inverse
 from jaxlinear.pallas.parts.target import Target
 from tests import numerics
@@ -49,8 +48,8 @@ def small_blocks(monkeypatch):
 def run_kernel(ids, target, q, k, v, beta, log_decay, state, chunk=None, negative_eigenvalues=False):
     starts = None if ids is None else protocol.UNSHARDED.starts(jnp.asarray(ids))
     wide = np.promote_types(state.dtype, np.float32)
-    options = kernels.Options(q.shape[-1] ** -0.5, chunk, target, negative_eigenvalues)
-    return state_kernels.outputs(kernels, kernels.Inputs(q, k, v, beta, log_decay, starts), state.astype(wide), options)
+    family = DeltaRuleKernel(q.shape[-1] ** -0.5, chunk, target, negative_eigenvalues)
+    return family.through(Inputs(q, k, v, beta, log_decay, starts), state.astype(wide))
 
 
 def check(name, dtype, target=INTERPRETED, chunk=None, **options):
@@ -112,15 +111,13 @@ def test_on_a_simulated_tpu():
 def check_without_outputs(name, target):
     """The map of a run, and the gradient of the state alone."""
     inputs, cotangents, ids, outputs, gradients = operation.case(name)
-    options = kernels.Options(inputs[0].shape[-1] ** -0.5, None, target)
+    family = DeltaRuleKernel(inputs[0].shape[-1] ** -0.5, None, target)
 
     @numerics.jit
     def both(inputs, d_o, d_final):
         *arrays, state = inputs
-        run = kernels.Inputs(*arrays, None if ids is None else protocol.UNSHARDED.starts(jnp.asarray(ids)))
-        transition, written = kernels.summary(run, state.dtype, options)
-        final = jnp.einsum("bhkl,bhlv->bhkv", transition, state) + written
-        return final, kernels.state_gradient(run, d_o, d_final, options)
+        run = Inputs(*arrays, None if ids is None else protocol.UNSHARDED.starts(jnp.asarray(ids)))
+        return family.advance(family.summary(run), state), family.state_gradient(run, d_o, d_final)
 
     found = numerics.run(both, inputs, *cotangents, dtype="float64")
     numerics.assert_close(found, (outputs[1], gradients[5]), 1e-10)

@@ -13,12 +13,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear import log_once
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, linear_attention, protocol, state_kernels
+from jaxlinear.ops import backends, linear_attention, protocol
 from jaxlinear.ops.linear_attention import op
 from jaxlinear.ops.linear_attention.family import Inputs, LinearAttentionKernel
 from jaxlinear.ops.linear_attention.op import choose
 from jaxlinear.pallas.linear_attention import blocks
-from jaxlinear.pallas.linear_attention import kernel as kernels
 from jaxlinear.pallas.parts.target import Target
 from tests import numerics
 from tests.ops import test_linear_attention as operation
@@ -41,8 +40,8 @@ def small_blocks(monkeypatch):
 def run_kernel(ids, target, q, k, v, log_decay, state):
     starts = None if ids is None else protocol.UNSHARDED.starts(jnp.asarray(ids))
     wide = np.promote_types(state.dtype, np.float32)
-    options = kernels.Options(q.shape[-1] ** -0.5, None, target)
-    return state_kernels.outputs(kernels, kernels.Inputs(q, k, v, log_decay, starts), state.astype(wide), options)
+    family = LinearAttentionKernel(q.shape[-1] ** -0.5, None, target)
+    return family.through(Inputs(q, k, v, log_decay, starts, None), state.astype(wide))
 
 
 def check(name, dtype, target=INTERPRETED):
@@ -86,14 +85,13 @@ def test_on_a_simulated_tpu(small_blocks, name):
 def test_a_run_without_its_outputs(small_blocks, name, target):
     """The map of a run, and the gradient of the state alone."""
     inputs, cotangents, ids, outputs, gradients = operation.case(name)
-    options = kernels.Options(inputs[0].shape[-1] ** -0.5, None, target)
+    family = LinearAttentionKernel(inputs[0].shape[-1] ** -0.5, None, target)
 
     @numerics.jit
     def both(inputs, d_o, d_final):
         *arrays, state = inputs
-        run = kernels.Inputs(*arrays, None if ids is None else protocol.UNSHARDED.starts(jnp.asarray(ids)))
-        kept, written = kernels.summary(run, state.dtype, options)
-        return kept[..., None] * state + written, kernels.state_gradient(run, d_o, d_final, options)
+        run = Inputs(*arrays, None if ids is None else protocol.UNSHARDED.starts(jnp.asarray(ids)), None)
+        return family.advance(family.summary(run), state), family.state_gradient(run, d_o, d_final)
 
     found = numerics.run(both, inputs, *cotangents, dtype="float64")
     numerics.assert_close(found, (outputs[1], gradients[4]), 1e-10)

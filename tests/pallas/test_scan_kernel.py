@@ -70,7 +70,8 @@ def run_loop(starts, reverse, a, x, state):
 def run_kernel(starts, reverse, target, a, x, state):
     wide = dtypes.wide(state.dtype)
     starts = None if starts is None else jnp.asarray(starts)
-    return diagonal_family.scan(a, x, state.astype(wide), starts, reverse, target)
+    kernel = diagonal_family.DiagonalKernel(target, reverse)
+    return kernel.through(kernel.prepare((a, x, starts), None), state.astype(wide))
 
 
 def check(name, target, dtype):

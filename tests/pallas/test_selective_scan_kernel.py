@@ -18,7 +18,6 @@ from jaxlinear.ops.selective_scan import family
 from jaxlinear.ops.selective_scan.family import Inputs, SelectiveScanKernel
 from jaxlinear.ops.selective_scan.op import SelectiveScan, choose
 from jaxlinear.pallas.parts.target import Target
-from jaxlinear.pallas.selective_scan import kernel as kernels
 from tests import naive, numerics
 from tests.ops import test_selective_scan as operation
 
@@ -65,7 +64,8 @@ def starts(ids):
 def run_kernel(ids, target, x, dt, A, B, C, state):
     none = family.no_state(x, dt, A, B, C)
     inputs = Inputs(x, dt, B[:, :, None], C[:, :, None], starts(ids))
-    return family.outputs(inputs, A, state.astype(none.dtype), target)
+    kernel = SelectiveScanKernel(target)
+    return kernel.through(kernel.prepare(inputs, A), state.astype(none.dtype))
 
 
 def check(name, target, dtype):
@@ -109,10 +109,10 @@ def check_the_map(name, target, dtype):
     @numerics.jit
     def found(x, dt, A, B, C, state, cotangents):
         inputs = Inputs(x, dt, B[:, :, None], C[:, :, None], starts(ids))
-        kept, added = family.summary(inputs, A, target)
-        d_y, d_final = cotangents
-        of_state = kernels.state_gradient(dt, A, B, C, inputs.starts, d_y, d_final, target=target)
-        return added, kept * state + added, of_state
+        kernel = SelectiveScanKernel(target)
+        run = kernel.prepare(inputs, A)
+        kept, added = kernel.summary(run)
+        return added, kept * state + added, kernel.state_gradient(run, *cotangents)
 
     none = np.zeros_like(state)
     loop = numerics.jit(functools.partial(naive.selective_scan, ids=ids))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlinear import ops
-from jaxlinear.ops import state_kernels
+from jaxlinear.ops import matrix_states
 from tests import numerics
 
 B, T, H, K, V = 2, 20, 2, 8, 16
@@ -36,8 +36,8 @@ def values_and_gradients(operation, backend):
 
 @pytest.mark.parametrize("operation", ["linear_attention", "delta_rule"])
 def test_two_kernels_share_the_values(operation, short_chunks, monkeypatch):
-    monkeypatch.setattr(state_kernels, "WIDEST", 8)
-    assert state_kernels.value_pieces(V, 8) == 2
+    monkeypatch.setattr(matrix_states, "WIDEST", 8)
+    assert matrix_states.value_pieces(V, 8) == 2
     with jax.enable_x64(True):
         numerics.assert_close(
             values_and_gradients(operation, "pallas"), values_and_gradients(operation, "recurrent"), 1e-10
@@ -46,6 +46,6 @@ def test_two_kernels_share_the_values(operation, short_chunks, monkeypatch):
 
 @pytest.mark.parametrize("width, pieces", [(16, 1), (512, 1), (400, 1), (521, None), (1024, 2), (1280, 4), (1536, 3)])
 def test_pieces(width, pieces):
-    assert state_kernels.value_pieces(width, 2) == pieces
+    assert matrix_states.value_pieces(width, 2) == pieces
     if width < 512:
-        assert state_kernels.value_pieces(2 * width, 4) == state_kernels.value_pieces(4 * width, 2)
+        assert matrix_states.value_pieces(2 * width, 4) == matrix_states.value_pieces(4 * width, 2)

@@ -1,14 +1,15 @@
 """The delta rule as a family of recurrences: by chunks of matrix products, and by its kernels."""
 
 import dataclasses
-from types import ModuleType
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlinear.ops import decay, dtypes, matrix_states, protocol, state_kernels, triangular
-from jaxlinear.pallas.delta_rule import kernel as kernels
+from jaxlinear.ops import decay, dtypes, matrix_states, protocol, triangular
+from jaxlinear.ops.matrix_states import flat, turned
+from jaxlinear.pallas.delta_rule import gpu, tpu
+from jaxlinear.pallas.delta_rule.plan import Arguments, Plan
 
 
 class Inputs(NamedTuple):
@@ -130,18 +131,63 @@ class DeltaRule(DeltaRuleMaps):
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaRuleKernel(state_kernels.StateKernels, DeltaRuleMaps):
-    """The family ``delta_rule.DeltaRule`` by the kernel. ``constants`` is None."""
-
-    KERNELS: ClassVar[ModuleType] = kernels
+class DeltaRuleKernel(matrix_states.MatrixKernels, DeltaRuleMaps):
+    """The family ``DeltaRule`` by the kernels, which work within and between chunks and keep the state resident. A token
+    makes one update, and ``constants`` is None. ``negative_eigenvalues``: whether beta |k|^2 may exceed 1."""
 
     negative_eigenvalues: bool = False
 
-    @property
-    def _options(self) -> kernels.Options:
-        return super()._options._replace(negative_eigenvalues=self.negative_eigenvalues)
-
-    def prepare(self, inputs: Inputs, constants: None) -> kernels.Inputs:
+    def prepare(self, inputs: Inputs, constants: None) -> Inputs:
         narrow = dtypes.narrow(inputs.q.dtype, inputs.k.dtype, inputs.v.dtype)
-        q, k, v = (x.astype(narrow) for x in inputs[:3])
-        return kernels.Inputs(q, k, v, *inputs[3:])
+        return inputs._replace(q=inputs.q.astype(narrow), k=inputs.k.astype(narrow), v=inputs.v.astype(narrow))
+
+    def forward(self, run: Inputs, state: jax.Array, *, keep: bool):
+        """``before``: ``[B, N, H, V, K]``, before each chunk, in the dtype of the products."""
+        arguments = self._arguments(run, state)._replace(q=flat(run.q), v=flat(run.v))
+        found = self._call("forward", run, arguments, keep=keep)
+        return found["o"].reshape(run.v.shape), turned(found["final"]), found.get("before")
+
+    def summary(self, run: Inputs) -> tuple[jax.Array, jax.Array]:
+        batch, _, heads, width = run.k.shape
+        none = jnp.zeros((batch, heads, width, run.v.shape[-1]), dtypes.wide(run.q.dtype))
+        found = self._call("summary", run, self._arguments(run, none)._replace(v=flat(run.v)))
+        return turned(found["transition"]), turned(found["final"])
+
+    def gradient(self, run: Inputs, before: jax.Array, d_outputs: jax.Array, d_final: jax.Array):
+        arguments = self._arguments(run, d_final)._replace(
+            q=flat(run.q), v=flat(run.v), d_o=flat(d_outputs), before=before
+        )
+        found = self._call("gradient", run, arguments)
+
+        def of(name: str) -> jax.Array:
+            x = getattr(run, name)
+            return found["d_" + name].reshape(x.shape).astype(x.dtype)
+
+        d_log_decay = None if run.log_decay is None else of("log_decay")
+        return Inputs(of("q"), of("k"), of("v"), of("beta"), d_log_decay, None), turned(found["d_state"])
+
+    def state_gradient(self, run: Inputs, d_outputs: jax.Array, d_final: jax.Array) -> jax.Array:
+        arguments = self._arguments(run, d_final)._replace(q=flat(run.q), d_o=flat(d_outputs))
+        return turned(self._call("state_gradient", run, arguments)["d_state"])
+
+    def _arguments(self, run: Inputs, state: jax.Array) -> Arguments:
+        log_decay = matrix_states.flat_decay(run.log_decay)
+        return Arguments(flat(run.k), run.beta, turned(state), log_decay=log_decay, starts=run.starts)
+
+    def _call(self, kind: str, run: Inputs, arguments: Arguments, *, keep: bool = False) -> dict[str, jax.Array]:
+        plan = Plan(
+            kind=kind,
+            length=run.k.shape[1],
+            heads=run.k.shape[2],
+            key_width=run.k.shape[3],
+            value_width=run.v.shape[3],
+            decay="none" if run.log_decay is None else {3: "scalar", 4: "channel"}[run.log_decay.ndim],
+            packed=run.starts is not None,
+            scale=self.scale,
+            narrow=run.k.dtype,
+            wide=arguments.state.dtype,
+            chunk=self.chunk,
+            keep=keep,
+            negative_eigenvalues=self.negative_eigenvalues,
+        )
+        return (gpu if self.target.platform == "gpu" else tpu).call(plan, arguments, self.target)

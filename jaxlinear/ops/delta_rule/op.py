@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlinear.errors import UserError
-from jaxlinear.ops import backends, calls, checks, dtypes, matrix_states, protocol, state_kernels
+from jaxlinear.ops import backends, calls, checks, dtypes, matrix_states, protocol
 from jaxlinear.ops.backends import Form
 from jaxlinear.ops.delta_rule.family import DeltaRule, DeltaRuleKernel, Inputs
 from jaxlinear.ops.spec import TIME, Arrays, Axes, Spec
@@ -226,11 +226,11 @@ def refusal(
     *,
     negative_eigenvalues: bool = False,
 ) -> str | None:
-    """``state_kernels.refusal``."""
-    terms = 2 if negative_eigenvalues and state_kernels.product_bytes(q, k, v) < 4 else 1  # as the plan has them
+    """``matrix_states.refusal``."""
+    terms = 2 if negative_eigenvalues and matrix_states.product_bytes(q, k, v) < 4 else 1  # as the plan has them
     most = blocks.gpu_chunk(k.shape[3], backends.target().gpu, terms) if platform == "gpu" else _MOST
     of_heads = functools.partial(_of_heads, by_channel=by_channel, terms=terms)
-    return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=(_LEAST, most), of_heads=of_heads)
+    return matrix_states.refusal(q, k, v, chunk_size, platform, chunks=(_LEAST, most), of_heads=of_heads)
 
 
 def _of_heads(heads: int, widths: tuple[int, int], size: int, *, by_channel: bool, terms: int) -> str | None:

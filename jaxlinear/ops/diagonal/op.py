@@ -15,7 +15,7 @@ from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, calls, checks, dtypes, protocol, segments
 from jaxlinear.ops.backends import Form
 from jaxlinear.ops.diagonal import loops
-from jaxlinear.ops.diagonal.family import Diagonal, DiagonalKernel, no_state, of_one_kind, scan
+from jaxlinear.ops.diagonal.family import Diagonal, DiagonalKernel, no_state
 from jaxlinear.ops.spec import TIME, Arrays, Axes, Spec
 
 
@@ -83,8 +83,8 @@ def linear_recurrence(
         h, final = time.run(family, None, inputs, constant, initial_state)
         return h.astype(out), final
     if form.is_kernel:
-        a, x = of_one_kind(a, x)
-        h, final = scan(a, x, initial_state, boundary, reverse, backends.target())
+        kernel = DiagonalKernel(backends.target(), reverse)
+        h, final = kernel.through(kernel.prepare((a, x, boundary), None), initial_state)
     else:
         h, final = loops.run(a, x.astype(compute), initial_state, boundary, reverse, form.name)
     return h.astype(out), final

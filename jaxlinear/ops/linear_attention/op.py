@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlinear.ops import backends, calls, checks, dtypes, matrix_states, protocol, state_kernels
+from jaxlinear.ops import backends, calls, checks, dtypes, matrix_states, protocol
 from jaxlinear.ops.backends import Form
 from jaxlinear.ops.linear_attention.family import Inputs, LinearAttention, LinearAttentionKernel
 from jaxlinear.ops.spec import TIME, Arrays, Axes, Spec
@@ -189,10 +189,10 @@ def _recurrent(q, k, v, log_decay, initial_state, starts, scale):
 
 
 def refusal(q: jax.Array, k: jax.Array, v: jax.Array, chunk_size: int | None, platform: str) -> str | None:
-    """``state_kernels.refusal``; it is the same for every decay."""
+    """``matrix_states.refusal``; it is the same for every decay."""
     chunks = blocks.CHUNKS.get(platform, blocks.CHUNKS_INTERPRETED)
     of_heads = functools.partial(_of_heads, may_pad=_may_pad(q, k, v))
-    return state_kernels.refusal(q, k, v, chunk_size, platform, chunks=chunks, of_heads=of_heads)
+    return matrix_states.refusal(q, k, v, chunk_size, platform, chunks=chunks, of_heads=of_heads)
 
 
 def padding(q: jax.Array, k: jax.Array, v: jax.Array, platform: str) -> tuple[int, int]:
@@ -212,7 +212,7 @@ def padding(q: jax.Array, k: jax.Array, v: jax.Array, platform: str) -> tuple[in
 
 def _may_pad(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
     """Only if one kernel has all of V: several may divide it otherwise than without padding."""
-    return state_kernels.value_pieces(v.shape[3], state_kernels.product_bytes(q, k, v)) == 1
+    return matrix_states.value_pieces(v.shape[3], matrix_states.product_bytes(q, k, v)) == 1
 
 
 def _of_heads(heads: int, widths: tuple[int, ...], size: int, *, may_pad: bool) -> str | None:

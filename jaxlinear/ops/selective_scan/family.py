@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import custom_vjp_primal_tree_values as values
 
 from jaxlinear.ops import backends, dtypes, matrix_states, protocol
 from jaxlinear.ops.diagonal import op as diagonal
-from jaxlinear.pallas.parts import derivatives
 from jaxlinear.pallas.parts.target import Target
-from jaxlinear.pallas.selective_scan import kernel as kernels
+from jaxlinear.pallas.selective_scan import gpu, tpu
+from jaxlinear.pallas.selective_scan.plan import Arguments, Plan
 
 # The size of one array of a block, which is all that XLA for CPUs holds of the block in cache at a time; 4 MiB and 256 KiB
 # were slower. With too few tokens per block, the states that are kept, one per block, would be large beside the inputs.
@@ -164,82 +163,49 @@ def fitting(chunk: int, state: jax.Array) -> int:
     return min(chunk, max(_CPU_FEWEST, _CPU_BLOCK_BYTES // (state.size * state.dtype.itemsize)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def outputs(inputs: Inputs, A: jax.Array | None, state: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
-    """``kernels.forward``, differentiable. If only the gradient of the state is asked for, only that is computed."""
-    return _forward(inputs, A, state, target, keep=False)[:2]
-
-
-def _forward(inputs, A, state, target, keep):
-    x, dt, B, C, starts = inputs
-    return kernels.forward(x, dt, A, B[:, :, 0], C[:, :, 0], state, starts, keep=keep, target=target)
-
-
-def _outputs_forward(inputs, A, state, target):
-    only_state = not any(x.perturbed for x in (*inputs[:4], A) if x is not None)
-    given = derivatives.once(values((inputs, A, state)))
-    y, final, before = _forward(*given, target, keep=not only_state)
-    if not only_state:
-        y, final, before = protocol.named((y, final, before))
-    return (y, final), (*given[:2], before)
-
-
-def _outputs_backward(target, residuals, cotangents):
-    cotangents = derivatives.as_arrays(cotangents)
-    (inputs, A, before), (d_y, d_final) = derivatives.once((residuals, cotangents))
-    x, dt, B, C, starts = inputs
-    B, C = B[:, :, 0], C[:, :, 0]
-    if before is None:
-        return None, None, kernels.state_gradient(dt, A, B, C, starts, d_y, d_final, target=target)
-    d_x, d_dt, d_A, d_B, d_C, d_state = kernels.gradient(x, dt, A, B, C, starts, before, d_y, d_final, target=target)
-    return Inputs(d_x, d_dt, d_B[:, :, None], d_C[:, :, None], None), d_A, d_state
-
-
-outputs.defvjp(_outputs_forward, _outputs_backward, symbolic_zeros=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def summary(inputs: Inputs, A: jax.Array | None, target: Target) -> tuple[jax.Array, jax.Array]:
-    """M and C of a run. It has no gradient: a run is differentiated by its outputs and the state after it."""
-    x, dt, B, C, starts = inputs
-    none = no_state(x, dt, A, B, C)
-    run = functools.partial(kernels.summary, target=target)
-    added = run(x, dt, A, B[:, :, 0], none, starts)
-    if A is not None:
-        return decay_of(inputs, A, none.dtype), added
-    return run(jnp.zeros_like(x), dt, A, B[:, :, 0], none + 1, starts), added
-
-
-def _summary_forward(inputs, A, target):
-    return summary(inputs, A, target), None
-
-
-summary.defvjp(_summary_forward, derivatives.refuse_that_of_a_map)
-
-
 class _Given(NamedTuple):
     inputs: Inputs
     A: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectiveScanKernel(SelectiveScanMaps):
-    """The family ``selective_scan.SelectiveScan`` by the kernel.
-
-    A run is just its inputs. Its map takes one pass over them, which writes nothing as long as the run; its outputs take
-    another pass, once the state before the run is known.
-    """
+class SelectiveScanKernel(protocol.Kernels, SelectiveScanMaps):
+    """The family ``SelectiveScan`` by the kernels."""
 
     target: Target
 
     def prepare(self, inputs: Inputs, constants: jax.Array | None) -> _Given:
         return _Given(inputs, constants)
 
-    def summarise(self, run: _Given) -> tuple[jax.Array, jax.Array]:
-        return summary(*run, self.target)
+    def forward(self, run: _Given, state: jax.Array, *, keep: bool):
+        y, final, *before = self._call("forward", run, state, keep=keep)
+        return y, final.swapaxes(1, 2), before[0] if keep else None
 
-    def apply(self, run: _Given, state: jax.Array) -> jax.Array:
-        return self.through(run, state)[0]
+    def gradient(self, run: _Given, before: jax.Array, d_outputs: jax.Array, d_final: jax.Array):
+        (x, dt, B, C, _), A = run
+        d_x, d_dt, d_B, d_C, d_state, *d_A = self._call("gradient", run, d_final, before=before, d_y=d_outputs)
+        d_B, d_C = d_B[:, :, None].astype(B.dtype), d_C[:, :, None].astype(C.dtype)
+        d_inputs = Inputs(d_x.astype(x.dtype), d_dt.astype(dt.dtype), d_B, d_C, None)
+        return _Given(d_inputs, None if A is None else d_A[0].T.astype(A.dtype)), d_state.swapaxes(1, 2)
 
-    def through(self, run: _Given, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return outputs(*run, state, self.target)
+    def state_gradient(self, run: _Given, d_outputs: jax.Array, d_final: jax.Array) -> jax.Array:
+        needed = None if run.A is not None else run.inputs.B[:, :, 0]
+        (d_state,) = self._call("state_gradient", run, d_final, x=None, B=needed, d_y=d_outputs)
+        return d_state.swapaxes(1, 2)
+
+    def summary(self, run: _Given) -> tuple[jax.Array, jax.Array]:
+        inputs, A = run
+        none = no_state(*inputs[:2], A, *inputs[2:4])
+        (added,) = self._call("summary", run, none, C=None)
+        if A is not None:
+            return decay_of(inputs, A, none.dtype), added.swapaxes(1, 2)
+        unwritten = run._replace(inputs=inputs._replace(x=jnp.zeros_like(inputs.x)))
+        (kept,) = self._call("summary", unwritten, none + 1, C=None)
+        return kept.swapaxes(1, 2), added.swapaxes(1, 2)
+
+    def _call(self, kind: str, run: _Given, state: jax.Array, *, keep: bool = False, **arrays: Any) -> list[jax.Array]:
+        (x, dt, B, C, starts), A = run
+        rates = None if A is None else A.T.astype(state.dtype)
+        arguments = Arguments(x, dt, rates, B[:, :, 0], C[:, :, 0], state.swapaxes(1, 2), starts)._replace(**arrays)
+        plan = Plan(kind, keep, A is not None, starts is not None)
+        return (gpu if self.target.platform == "gpu" else tpu).call(plan, arguments, self.target)

@@ -1,4 +1,15 @@
-"""The specification and the arguments of a selective scan kernel: the same on TPU and GPU."""
+"""The selective scan, one kernel each way: forward, its summary, and its gradients.
+
+    S_t = exp(dt_t A) S_{t-1} + (dt_t x_t) B_t^T,   y_t = S_t C_t,        with A None 1 - dt_t (B_t^T)^2 for exp(dt_t A)
+
+The transitions and states of a token, N numbers for each of its channels, exist only in registers. Backward, with G_t the
+gradient of S_t and a_t its transition,
+
+    G_t = C_t dy_t + a_{t+1} G_{t+1},   dC_t = sum_d S_t dy_t,   d(dt_t x_t) = sum_n G_t B_t,   dB_t = sum_d G_t dt_t x_t,
+
+and for the transition ``da_t = G_t S_{t-1}``, from which the gradients of dt_t and A, or of dt_t and B_t, follow. The
+states are recomputed from those before blocks of time, which the forward pass keeps.
+"""
 
 import dataclasses
 from typing import NamedTuple
