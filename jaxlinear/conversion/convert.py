@@ -14,7 +14,7 @@ from jaxlinear import config as configs
 from jaxlinear.conversion import flax, hugging_face
 from jaxlinear.conversion.family import Fields
 from jaxlinear.conversion.links import Plan
-from jaxlinear.data import half_made
+from jaxlinear.data import staging
 from jaxlinear.data.tokenizer import INFO_FILE, Tokenizer, load_tokenizer, open_tokenizer
 from jaxlinear.errors import UserError
 from jaxlinear.streaming import StreamedArray
@@ -191,9 +191,9 @@ def _check_empty(directory: Path) -> None:
 @contextlib.contextmanager
 def _made_whole(directory: Path, arrays: Mapping[str, StreamedArray]) -> Iterator[Path]:
     """A path to fill, which is then renamed to ``directory``. If that fails, nothing is left."""
-    half_made.clear(directory)
+    staging.clear(directory)
     try:
-        with half_made.directory(directory) as around:  # before the space: where nothing can be made, none is free
+        with staging.directory(directory) as around:  # before the space: where nothing can be made, none is free
             needed, free = sum(x.nbytes for x in arrays.values()) + _OVERHEAD_BYTES, shutil.disk_usage(around).free
             if free < needed:
                 raise UserError(

@@ -191,15 +191,6 @@ class SplitReader:
         except (RuntimeError, IndexError) as error:  # how the ArrayRecord library reports damage
             raise UserError(f"shard {path} cannot be read: {error}; prepare the dataset again") from error
 
-    def _check_same_dataset(self) -> None:
-        """Refuses shards of another dataset, which have the same names and, except for the last, as many blocks. Shards of
-        a large dataset are opened all the time, so the manifest is read again only if it was rewritten."""
-        mark = _mark(self._manifest)
-        if mark != self._looked_at:
-            if _content(self._manifest) != self._content:
-                raise UserError(f"the dataset in {self._directory} was replaced by a new one while it was being read")
-            self._looked_at = mark
-
     def _open_shard(self, path: pathlib.Path, expected: int) -> Any:
         # No read-ahead: the records of a batch can be anywhere.
         options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
@@ -207,7 +198,12 @@ class SplitReader:
         if not reader.ok() or reader.num_records() != expected:
             found = reader.num_records()
             raise UserError(f"shard {path} is damaged: it holds {found} blocks instead of {expected}")
-        self._check_same_dataset()
+        # Another dataset has shards of the same names and, except for the last, of as many blocks. Shards of a large
+        # dataset are opened all the time, so the manifest is read again only if it was rewritten.
+        if (mark := _mark(self._manifest)) != self._looked_at:
+            if _content(self._manifest) != self._content:
+                raise UserError(f"the dataset in {self._directory} was replaced by a new one while it was being read")
+            self._looked_at = mark
         if len(self._open) >= _OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         return reader

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -60,22 +61,13 @@ def encode_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _joined(batch: list[Document], others: list[Document]) -> Iterator[tuple[str, np.ndarray]]:
-    for document, other in zip(batch, others, strict=True):
-        if isinstance(document, str):
-            assert not isinstance(other, str)
-            yield document, other
-        else:
-            assert isinstance(other, str)
-            yield other, document
+def _joined(batch: list[Any], others: list[Any]) -> Iterator[tuple[str, np.ndarray]]:
+    return zip(batch, others, strict=True) if isinstance(batch[0], str) else zip(others, batch, strict=True)
 
 
-def _other_half(tokenizer: Tokenizer, batch: list[Document]) -> list[Document]:
+def _other_half(tokenizer: Tokenizer, batch: list[Any]) -> list[Any]:
     """The tokens of texts, or the texts of tokens."""
-    texts = [document for document in batch if isinstance(document, str)]
-    if texts:
-        return list(tokenizer.encode_batch(texts))
-    return [tokenizer.decode(tokens) for tokens in batch if not isinstance(tokens, str)]
+    return tokenizer.encode_batch(batch) if isinstance(batch[0], str) else list(map(tokenizer.decode, batch))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

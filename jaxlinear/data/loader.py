@@ -13,7 +13,6 @@ import os
 import pathlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -33,10 +32,6 @@ SHUFFLE = f"index_shuffle, {_ROUNDS} rounds"
 
 Path = str | os.PathLike[str]
 Batch = dict[str, np.ndarray]
-
-
-class _Order(Protocol):
-    def __getitem__(self, index: int) -> int: ...
 
 
 class TrainBatches:
@@ -150,7 +145,6 @@ class ExampleTable:
         self._check_sequence_length(sequence_length)
         self._reader = SplitReader(pathlib.Path(path), info)
         self._path, self._sequence_length = path, sequence_length
-        self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self.whole_examples = self.targets // sequence_length
         self.examples = -(-self.targets // sequence_length)
 
@@ -174,6 +168,7 @@ class ExampleTable:
     def read(self, examples: np.ndarray) -> Batch:
         """examples: [b] -> arrays [b, T]; an index after the last example gives a row of padding."""
         length, block_length = self._sequence_length, self.manifest.block_length
+        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         starts_at = examples * length
         present = np.flatnonzero(starts_at < self.targets)
         blocks_each = max(length // block_length, 1)
@@ -190,7 +185,12 @@ class ExampleTable:
         for record, block, row, offset in zip(
             self._reader.read(blocks), blocks.tolist(), rows.tolist(), offsets, strict=True
         ):
-            tokens, documents = self._decode(record, block)
+            try:
+                _, tokens, documents = decode_block(record, block_length, dtype)
+            except ValueError as error:
+                raise UserError(
+                    f"block {block} of {self._path} is damaged: {error}; prepare the dataset again"
+                ) from error
             if offset >= 0:
                 stream[row, offset : offset + taken + 1] = tokens[: taken + 1]
                 starts[row, offset + documents[documents < taken]] = 1
@@ -205,28 +205,21 @@ class ExampleTable:
             padding = np.arange(length) >= (length - ends)[:, None]
             tokens, targets = np.where(padding, 0, tokens), np.where(padding, 0, targets)
             segment_ids = np.where(padding, 0, segment_ids)
-        return {
-            "tokens": np.ascontiguousarray(tokens),
-            "targets": np.ascontiguousarray(targets),
-            "segment_ids": segment_ids,
-        }
-
-    def _decode(self, record: bytes, block: int) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            _, tokens, starts = decode_block(record, self.manifest.block_length, self._dtype)
-        except ValueError as error:
-            raise UserError(f"block {block} of {self._path} is damaged: {error}; prepare the dataset again") from error
-        return tokens, starts
+        tokens, targets = map(np.ascontiguousarray, (tokens, targets))
+        return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids}
 
 
-def _order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> tuple["_Order", int]:
+def _order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> tuple["_Shuffled | _Mixture", int]:
     """(example index in the run -> position in the concatenated datasets, examples per epoch)."""
     offsets = np.cumsum([0, *lengths]).tolist()
     seeds = np.random.SeedSequence(seed).generate_state(len(lengths)).tolist()
     shuffled = [_Shuffled(*ends, s) for ends, s in zip(itertools.pairwise(offsets), seeds, strict=True)]
     if len(shuffled) == 1:
         return shuffled[0], lengths[0]
-    shares = _shares(weights)
+    # The weights as whole numbers, in exactly the ratio of their decimal notations.
+    exact = [fractions.Fraction(repr(float(weight))) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    shares = [int(weight * scale) for weight in exact]
     epoch = min(length * sum(shares) // share for length, share in zip(lengths, shares, strict=True))
     return _Mixture(shuffled, shares), epoch
 
@@ -246,13 +239,6 @@ class _Shuffled:
         return self._start + self._shuffle(i, max_index=self._length - 1, seed=seed, rounds=_ROUNDS)
 
 
-def _shares(weights: Sequence[float]) -> list[int]:
-    """The weights as whole numbers, in exactly the ratio of their decimal notations."""
-    exact = [fractions.Fraction(repr(float(weight))) for weight in weights]
-    scale = math.lcm(*(weight.denominator for weight in exact))
-    return [int(weight * scale) for weight in exact]
-
-
 class _Mixture:
     """Several endless orders as one: for every k, each dataset has its share of the first k examples, with an error below
     the number of datasets.
@@ -260,7 +246,7 @@ class _Mixture:
     grain's mixture does the same, but rounds weights down to hundredths of the smallest: it mixes 0.5 and 0.497 as 1 to 1.
     """
 
-    def __init__(self, parts: Sequence["_Order"], shares: Sequence[int]):
+    def __init__(self, parts: Sequence[_Shuffled], shares: Sequence[int]):
         self._parts, self._shares = parts, shares
 
     def __getitem__(self, index: int) -> int:
@@ -326,10 +312,5 @@ def warn_of_splits(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None
             _LOG.warning(
                 "%s was split with seed %d and heldout_fraction %g, and %s with %d and %g: a document in both may be "
                 "trained on in one and held out in the other; prepare both with the same values",
-                paths[0],
-                first.seed,
-                first.heldout_fraction,
-                path,
-                manifest.seed,
-                manifest.heldout_fraction,
+                *(paths[0], first.seed, first.heldout_fraction, path, manifest.seed, manifest.heldout_fraction),
             )

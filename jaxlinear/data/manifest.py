@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
 
 from jaxlinear.errors import UserError
 
@@ -89,35 +88,21 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise UserError(f"{directory} is not a prepared dataset: it has no {MANIFEST}")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        version = fields["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged: {error or type(error).__name__}; prepare the dataset again") from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{file} has format version {version}, but this program reads {FORMAT_VERSION}; prepare the dataset again"
-        )
-    try:
-        manifest = _from_json(fields)
-    except (KeyError, TypeError, AttributeError) as error:
+        if (version := fields["format_version"]) != FORMAT_VERSION:
+            raise UserError(
+                f"{file} has format version {version}, but this program reads {FORMAT_VERSION}; prepare the dataset again"
+            )
+        splits = {
+            name: Split(**split | {"shards": tuple(Shard(**shard) for shard in split["shards"])})
+            for name, split in fields["splits"].items()
+        }
+        of_types = {"tokenizer": TokenizerInfo(**fields["tokenizer"]), "records": Records(**fields["records"])}
+        manifest = Manifest(**fields | of_types | {"splits": splits})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {error or type(error).__name__}; prepare the dataset again") from error
     for split in manifest.splits.values():
         _check_shards(directory, split)
     return manifest
-
-
-def _from_json(fields: dict[str, Any]) -> Manifest:
-    splits = {
-        name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
-        for name, split in fields["splits"].items()
-    }
-    return Manifest(
-        **{
-            **fields,
-            "tokenizer": TokenizerInfo(**fields["tokenizer"]),
-            "records": Records(**fields["records"]),
-            "splits": splits,
-        }
-    )
 
 
 def _check_shards(directory: pathlib.Path, split: Split) -> None:

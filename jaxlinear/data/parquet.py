@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxlinear.data.sources import Record, field_record
+from jaxlinear.data.records import Record, field_record
 from jaxlinear.data.token_ids import Ids
 from jaxlinear.errors import UserError
 
@@ -14,9 +14,8 @@ _ROWS = 1024
 def expansion(file: pathlib.Path, field: str) -> float:
     """How many times the size of the file its text is, according to the file's metadata; 1 if that does not say."""
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:  # reported when the records are read, as is damage
+        pyarrow = _pyarrow(file)
+    except UserError:  # reported when the records are read, as is damage
         return 1.0
     try:
         table = pyarrow.parquet.read_metadata(file)
@@ -32,8 +31,7 @@ def expansion(file: pathlib.Path, field: str) -> float:
 
 def records(file: pathlib.Path, text_field: str) -> Iterator[Record]:
     """One record per row, named file:row, counting from 1."""
-    _require_pyarrow(file)
-    import pyarrow
+    pyarrow = _pyarrow(file)
 
     def check(kind: Any) -> str | None:
         values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # a pandas categorical
@@ -44,20 +42,24 @@ def records(file: pathlib.Path, text_field: str) -> Iterator[Record]:
     def contents(column: Any) -> list[bytes | None]:
         return column.cast(pyarrow.large_binary()).to_pylist()
 
-    return _records(file, text_field, "text_field", check, contents, _text_record)
+    def record(origin: str, content: bytes | None, field: str) -> Record:
+        if content is None:
+            return field_record(origin, {field: None}, field)
+        try:
+            return Record(origin, content.decode())
+        except UnicodeDecodeError as error:
+            return Record(origin, None, f"not utf-8: {error.reason} at byte {error.start}")
+
+    return _records(file, text_field, "text_field", check, contents, record)
 
 
 def id_records(file: pathlib.Path, tokens_field: str, ids: Ids) -> Iterator[Record]:
     """The same for a column of lists of token ids."""
-    _require_pyarrow(file)
-    import pyarrow
+    types = _pyarrow(file).types
 
     def check(kind: Any) -> str | None:
-        is_list = (
-            pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
-        )
-        is_ids = is_list and pyarrow.types.is_integer(kind.value_type)
-        return None if is_ids else f"not lists of integers but {kind}"
+        is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+        return None if is_list and types.is_integer(kind.value_type) else f"not lists of integers but {kind}"
 
     def arrays(column: Any) -> list[Any]:
         return [row.values for row in column]
@@ -70,11 +72,12 @@ def id_records(file: pathlib.Path, tokens_field: str, ids: Ids) -> Iterator[Reco
     return _records(file, tokens_field, "tokens_field", check, arrays, record)
 
 
-def _require_pyarrow(file: pathlib.Path) -> None:
+def _pyarrow(file: pathlib.Path) -> Any:
     try:
-        import pyarrow.parquet  # noqa: F401
+        import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{file} needs the pyarrow package: pip install jaxlinear[parquet]") from error
+    return pyarrow
 
 
 def _records(
@@ -86,9 +89,7 @@ def _records(
     record: Callable[[str, Any, str], Record],
 ) -> Iterator[Record]:
     """``record(origin, value, field)`` for the ``values`` of each batch's column, whose type must pass ``check``."""
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = _pyarrow(file)
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
@@ -106,12 +107,3 @@ def _records(
         if isinstance(error, OSError) and error.errno is not None:  # a disk error: no permission, or the file is gone
             raise
         yield Record(f"{file}:{row + 1}", None, f"damaged Parquet file: {error}", ends_file=True)
-
-
-def _text_record(origin: str, content: bytes | None, text_field: str) -> Record:
-    if content is None:
-        return field_record(origin, {text_field: None}, text_field)
-    try:
-        return Record(origin, content.decode())
-    except UnicodeDecodeError as error:
-        return Record(origin, None, f"not utf-8: {error.reason} at byte {error.start}")

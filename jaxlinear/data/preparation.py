@@ -4,7 +4,6 @@ The bytes written depend only on the source and the arguments, not on the number
 """
 
 import contextlib
-import dataclasses
 import logging
 import os
 import pathlib
@@ -16,24 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from jaxlinear.data import half_made
+from jaxlinear.data import staging
 from jaxlinear.data.blocks import SplitWriter, token_dtype
 from jaxlinear.data.encoding import Document, encode_in_order
-from jaxlinear.data.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    SPLITS,
-    Manifest,
-    Records,
-    Split,
-    TokenizerInfo,
-)
-from jaxlinear.data.sources import Record, Source, open_source
-from jaxlinear.data.splitting import (
-    COMPRESSED_TEXT_LIMIT,
-    Splitter,
-    with_compressed_sizes,
-)
+from jaxlinear.data.manifest import FORMAT_VERSION, MANIFEST, SPLITS, Manifest, Records, Split, TokenizerInfo
+from jaxlinear.data.records import Record, Source
+from jaxlinear.data.sources import open_source
+from jaxlinear.data.splitting import COMPRESSED_TEXT_LIMIT, Splitter, with_compressed_sizes
 from jaxlinear.data.token_ids import Agreement, Ids
 from jaxlinear.data.token_sources import open_tokens
 from jaxlinear.data.tokenizer import (
@@ -83,7 +71,18 @@ def prepare(
     16 MB by default), "bytes", or the path of a tokenizer. ``workers`` processes encode (None: one per CPU). The other
     arguments are explained by the flags of ``launch/prepare_data.py`` and in docs/data.md.
     """
-    _check_arguments(heldout_fraction, block_length, vocab_size, max_broken_fraction, workers, train_bytes, seed)
+    if not 0 < heldout_fraction < 1:
+        raise UserError(f"heldout_fraction must be between 0 and 1, not {heldout_fraction}")
+    if not 0 <= max_broken_fraction <= 1:
+        raise UserError(f"max_broken_fraction must be between 0 and 1, not {max_broken_fraction}")
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"seed must be at least 0 and below 2**63, not {seed}")
+    for name, value in (("block_length", block_length), ("workers", workers), ("train_bytes", train_bytes)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    for name, value in (("block_length", block_length), ("vocab_size", vocab_size)):
+        if value is not None and value > _MOST:
+            raise UserError(f"{name} must be at most {_MOST}, not {value}")
     # The target, if it is a link: everything is written and renamed on one disk, and the link stays.
     output = pathlib.Path(os.path.realpath(output))
     _check_output(output, overwrite)
@@ -95,16 +94,16 @@ def prepare(
             raise UserError("packed_rows is for rows of tokens (--tokens_field); leave it out")
         documents = open_source(source, text_field=text_field, suffixes=files, separator=document_separator)
     else:
-        _refuse_with_tokens(text_field=text_field, document_separator=document_separator)
+        for option, of_text in (("text_field", text_field), ("document_separator", document_separator)):
+            if of_text is not None:
+                raise UserError(
+                    f"{option} is for text, but tokens_field or token_files says that the source has tokens; leave one out"
+                )
         if existing is None:
             raise UserError("a source of tokens needs the existing tokenizer that made them: --tokenizer names it")
+        ids = Ids.of(existing)
         documents = open_tokens(
-            source,
-            Ids.of(existing),
-            tokens_field=tokens_field,
-            form=token_files,
-            packed_rows=packed_rows,
-            suffixes=files,
+            source, ids, tokens_field=tokens_field, form=token_files, packed_rows=packed_rows, suffixes=files
         )
         agreement = Agreement(source, existing)
     splitter = Splitter(seed, heldout_fraction)
@@ -113,24 +112,16 @@ def prepare(
             f"{source} is a pipe, which can be read only once, and training a tokenizer reads the text twice: write "
             "it to a file, or give an existing --tokenizer (or bytes)"
         )
-    half_made.clear(output)
-    with half_made.directory(output) as partial:
+    staging.clear(output)
+    with staging.directory(output) as partial:
         chosen = existing
         if chosen is None:
-            sample = _training_sample(
-                documents, splitter, DEFAULT_TRAIN_BYTES if train_bytes is None else train_bytes, seed
-            )
+            sample = _training_sample(documents, splitter, train_bytes or DEFAULT_TRAIN_BYTES, seed)
             chosen = train_bpe(sample, DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
         chosen.save(partial)
+        workers = workers or os.cpu_count() or 1
         counts, splits = _write_splits(
-            documents,
-            splitter,
-            chosen,
-            agreement,
-            partial,
-            block_length,
-            workers or os.cpu_count() or 1,
-            max_broken_fraction,
+            documents, splitter, chosen, agreement, partial, block_length, workers, max_broken_fraction
         )
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -146,41 +137,10 @@ def prepare(
             splits=splits,
         )
         manifest.write(partial)
-        half_made.unlock(partial)
+        staging.unlock(partial)
         _check_output(output, overwrite)  # again, since another run may have made it meanwhile
         _replace(partial, output)
     return manifest
-
-
-def _check_arguments(
-    heldout_fraction: float,
-    block_length: int,
-    vocab_size: int | None,
-    max_broken_fraction: float,
-    workers: int | None,
-    train_bytes: int | None,
-    seed: int,
-) -> None:
-    if not 0 < heldout_fraction < 1:
-        raise UserError(f"heldout_fraction must be between 0 and 1, not {heldout_fraction}")
-    if not 0 <= max_broken_fraction <= 1:
-        raise UserError(f"max_broken_fraction must be between 0 and 1, not {max_broken_fraction}")
-    if not 0 <= seed < 1 << 63:
-        raise UserError(f"seed must be at least 0 and below 2**63, not {seed}")
-    for name, value in (("block_length", block_length), ("workers", workers), ("train_bytes", train_bytes)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
-    for name, value in (("block_length", block_length), ("vocab_size", vocab_size)):
-        if value is not None and value > _MOST:
-            raise UserError(f"{name} must be at most {_MOST}, not {value}")
-
-
-def _refuse_with_tokens(**of_text: str | None) -> None:
-    for option, value in of_text.items():
-        if value is not None:
-            raise UserError(
-                f"{option} is for text, but tokens_field or token_files says that the source has tokens; leave one out"
-            )
 
 
 def _existing_tokenizer(
@@ -250,28 +210,21 @@ def _training_sample(documents: Source, splitter: Splitter, train_bytes: int, se
                 return
 
 
-@dataclasses.dataclass
-class _Counts:
-    read: int = 0
-    broken: int = 0
-    empty: int = 0
-
-
-def _usable(documents: Iterable[Record], counts: _Counts, progress: tqdm) -> Iterator[Document]:
+def _usable(documents: Iterable[Record], counts: dict[str, int], progress: tqdm) -> Iterator[Document]:
     """The records that are neither broken nor empty. Counts all, and logs the first broken ones and all damaged files."""
     for record in documents:
-        counts.read += 1
+        counts["read"] += 1
         document = record.text if record.ids is None else record.ids
         if document is None:
-            counts.broken += 1
-            if counts.broken <= _LOGGED_BROKEN or record.ends_file:
+            counts["broken"] += 1
+            if counts["broken"] <= _LOGGED_BROKEN or record.ends_file:
                 _LOG.warning("broken record left out: %s: %s", record.origin, record.error)
             continue
         progress.update(len(document.encode()) if isinstance(document, str) else document.nbytes)
-        if len(document) == 0:
-            counts.empty += 1
-            continue
-        yield document
+        if len(document):
+            yield document
+        else:
+            counts["empty"] += 1
 
 
 def _write_splits(
@@ -291,7 +244,7 @@ def _write_splits(
         )
         for name in SPLITS
     }
-    counts = _Counts()
+    counts = dict.fromkeys(("read", "broken", "empty"), 0)
     heldout_text: bytearray | None = bytearray()
     lossy = 0
     with contextlib.ExitStack() as stack:
@@ -316,9 +269,13 @@ def _write_splits(
                     heldout_text = None
         if agreement is not None:
             agreement.finish()
-        _check_broken(documents.description, counts, max_broken_fraction)
+        if counts["broken"] > max_broken_fraction * counts["read"]:
+            raise UserError(
+                f"{counts['broken']} of {counts['read']} records of {documents.description} are broken, more than "
+                f"max_broken_fraction {max_broken_fraction:g} allows; fix the source or raise --max_broken_fraction"
+            )
         splits = {name: writer.finish() for name, writer in writers.items()}
-    _check_not_empty(documents.description, counts, splits, splitter, is_text=agreement is None)
+    _check_not_empty(documents.description, counts["empty"], splits, splitter, is_text=agreement is None)
     if lossy:
         _LOG.warning(
             "%d of %d held-out documents differ from what their tokens decode to: this tokenizer drops or changes "
@@ -327,24 +284,16 @@ def _write_splits(
             splits["heldout"].documents,
         )
     splits["heldout"] = with_compressed_sizes(splits["heldout"], heldout_text)
-    return Records(counts.read, counts.broken, counts.empty), splits
-
-
-def _check_broken(description: str, counts: _Counts, max_broken_fraction: float) -> None:
-    if counts.broken > max_broken_fraction * counts.read:
-        raise UserError(
-            f"{counts.broken} of {counts.read} records of {description} are broken, more than max_broken_fraction "
-            f"{max_broken_fraction:g} allows; fix the source or raise --max_broken_fraction"
-        )
+    return Records(**counts), splits
 
 
 def _check_not_empty(
-    description: str, counts: _Counts, splits: dict[str, Split], splitter: Splitter, *, is_text: bool
+    description: str, empty: int, splits: dict[str, Split], splitter: Splitter, *, is_text: bool
 ) -> None:
     documents = sum(split.documents for split in splits.values())
     if not documents:
         what = "text" if is_text else "tokens"
-        raise UserError(f"{description} has no {what}: all of its {counts.empty} documents are empty")
+        raise UserError(f"{description} has no {what}: all of its {empty} documents are empty")
     for name, split in splits.items():
         if split.blocks == 0:
             fraction = splitter.nearest_fraction()

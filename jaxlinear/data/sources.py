@@ -5,11 +5,10 @@ gives the same records each time it is iterated; a pipe can be iterated only onc
 ``token_sources.py``.
 """
 
-import codecs
 import contextlib
 import dataclasses
+import functools
 import io
-import itertools
 import json
 import logging
 import pathlib
@@ -19,15 +18,10 @@ import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from jaxlinear.data.compressed import (
-    DamagedFile,
-    expansion,
-    read_chunks,
-    stripped_suffix,
-)
+from jaxlinear.data import parquet
+from jaxlinear.data.compressed import DamagedFile, expansion, read_chunks, stripped_suffix
 from jaxlinear.data.folders import files_of_folder
+from jaxlinear.data.records import Record, Source, field_record, text_record
 from jaxlinear.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -35,95 +29,44 @@ DEFAULT_TEXT_FIELD = "text"
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 RECORD_SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
 DEFAULT_SUFFIXES = (".txt", ".text", ".md", ".rst", *RECORD_SUFFIXES)
-_ACCEPTABLE_BROKEN_AT_START = 100
-_ACCEPTABLE_UNCUT_AT_START = 100
+_ACCEPTABLE_UNSPLIT_AT_START = 100
 _LARGEST_DOCUMENT = 1 << 30  # bytes: it is held in memory whole, as text and as tokens, a few times
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One document: ``text``, the ``ids`` [T] uint32 of its tokens, or the ``error`` that broke it. ``origin`` is
-    file:line, or file. After one that ``ends_file``, the rest of its file is lost too, however much that is."""
-
-    origin: str
-    text: str | None
-    error: str | None = None
-    ends_file: bool = False
-    ids: np.ndarray | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """``description`` goes into the manifest. ``size`` is the approximate number of bytes, None if unknown. Only a source
-    that is a ``pipe`` cannot be iterated a second time."""
-
-    description: str
-    size: int | None
-    records: Callable[[], Iterator[Record]]
-    pipe: bool = False
-
-    def __iter__(self) -> Iterator[Record]:
-        """All records. A source whose first records are all broken is refused: it is not what it seems to be."""
-        records = self.records()
-        start = []
-        for record in records:
-            start.append(record)
-            if record.error is None:
-                break
-            if len(start) == _ACCEPTABLE_BROKEN_AT_START:
-                break
-        if not start:
-            raise UserError(f"{self.description} is empty: it has no documents")
-        if start[-1].error is not None:
-            raise UserError(
-                f"no usable document among the first {len(start)} of {self.description}: {start[0].origin}: "
-                f"{start[0].error}"
-            )
-        return itertools.chain(start, records)
-
-
 def open_source(
-    name: str,
-    *,
-    text_field: str | None = None,
-    suffixes: tuple[str, ...] | None = None,
-    separator: str | None = None,
+    name: str, *, text_field: str | None = None, suffixes: tuple[str, ...] | None = None, separator: str | None = None
 ) -> Source:
     """The source ``name``: "python-stdlib", "hf:NAME" or "hf:NAME:CONFIG", or the path of a file or a folder.
 
     ``text_field`` ("text") names the text in JSONL, Parquet and Hugging Face records. ``suffixes`` (``DEFAULT_SUFFIXES``)
-    selects the files taken from a folder (``.gz`` and ``.zst`` may follow). ``separator`` cuts plain text into documents;
-    without it each file is one. Raises ``UserError`` for an option that is given but that the source does not use.
+    selects the files taken from a folder (``.gz`` and ``.zst`` may follow). ``separator`` splits plain text into
+    documents; without it each file is one. Raises ``UserError`` for an option that the source does not use.
     """
     field = DEFAULT_TEXT_FIELD if text_field is None else text_field
+    of_fields = functools.partial(field_record, text_field=field)
     if name == "python-stdlib":
         refuse_unread(name, text_field=text_field, suffixes=suffixes, document_separator=separator)
         return _python_stdlib()
     if name.startswith("hf:"):
-        from jaxlinear.data import hugging_face
-
         refuse_unread(name, suffixes=suffixes, document_separator=separator)
-        return hugging_face.open_dataset(name, lambda origin, fields: field_record(origin, fields, field))
+        return open_dataset(name, of_fields)
     files = files_of(name, suffixes, DEFAULT_SUFFIXES)
     plain = [is_plain(file) for file in files]
     if all(plain):
         refuse_unread(name, text_field=text_field)
     if not any(plain):
         refuse_unread(name, document_separator=separator)
-    pipe = is_pipe(name)
-    size = None if pipe else about_size(files, field)
-    cuts = None if separator is None else _Cuts(name, separator)
+    separated = None if separator is None else _Separated(name, separator)
 
-    def records() -> Iterator[Record]:
-        for file in files:
-            if cuts is not None and is_plain(file):
-                yield from cuts.of_file(file)
-            else:
-                yield from _records_of_file(file, field)
-        if cuts is not None:
-            cuts.check()
+    def records(file: pathlib.Path) -> Iterator[Record]:
+        suffix = stripped_suffix(file)
+        if suffix == ".parquet":
+            return parquet.records(file, field)
+        if suffix in _JSON_SUFFIXES:
+            return json_lines(file, of_fields)
+        return _plain_text(file) if separated is None else separated.documents(file)
 
-    return Source(name, size, records, pipe)
+    return source_of_files(name, files, field, records, None if separated is None else separated.check)
 
 
 def files_of(name: str, suffixes: tuple[str, ...] | None, defaults: tuple[str, ...]) -> list[pathlib.Path]:
@@ -139,19 +82,32 @@ def files_of(name: str, suffixes: tuple[str, ...] | None, defaults: tuple[str, .
     raise UserError(f"no source {name!r}: there is no such file or folder (nor is it python-stdlib or hf:NAME)")
 
 
-def is_pipe(name: str) -> bool:
-    """Whether a source is neither a file nor a folder, and so can be read only once. ``UserError`` for Parquet pipes."""
+def source_of_files(
+    name: str,
+    files: Sequence[pathlib.Path],
+    field: str,
+    records: Callable[[pathlib.Path], Iterator[Record]],
+    check: Callable[[], None] | None = None,
+) -> Source:
+    """The ``records`` of each of the files, then ``check``. What is neither a file nor a folder can be read only once, and
+    Parquet cannot be read from it."""
     path = pathlib.Path(name)
-    if path.is_dir() or path.is_file():
-        return False
-    if stripped_suffix(path) == ".parquet":
+    pipe = not path.is_dir() and not path.is_file()
+    if pipe and stripped_suffix(path) == ".parquet":
         raise UserError(f"{name} is a pipe, and Parquet must be a file; write it to one")
-    return True
+
+    def of_all() -> Iterator[Record]:
+        for file in files:
+            yield from records(file)
+        if check is not None:
+            check()
+
+    return Source(name, None if pipe else _about_size(files, field), of_all, pipe)
 
 
-class _Cuts:
-    """Plain text cut into documents by a separator. One found in no file is refused, since each file would be one document:
-    that is certain after the last file, and likely after a hundred, when a warning says so."""
+class _Separated:
+    """Plain text split into documents by a separator. One found in no file is refused, since each file would be one
+    document: that is certain after the last file, and likely after a hundred, when a warning says so."""
 
     def __init__(self, name: str, separator: str):
         if not separator:
@@ -163,37 +119,32 @@ class _Cuts:
         self._name, self._separator = name, separator
         unix = separator.replace("\r\n", "\n")
         self._other_ends = unix if unix != separator else unix.replace("\n", "\r\n")
-        self._cut, self._whole, self._with_other_ends = set[pathlib.Path](), set[pathlib.Path](), set[pathlib.Path]()
+        self._split, self._whole, self._with_other_ends = set[pathlib.Path](), set[pathlib.Path](), set[pathlib.Path]()
         self._said = False  # a second pass over the source would say the same
 
-    def of_file(self, file: pathlib.Path) -> Iterator[Record]:
-        line = 1
-        documents = _parts(file, self._bytes, f"is document_separator {self._separator!r} correct?")
-        records = 0
-        while True:
-            try:
-                content = next(documents, None)
-            except DamagedFile as error:
-                if records:
-                    self._cut.add(file)
-                yield Record(f"{file}:{line}", None, str(error), ends_file=True)
-                return
-            if content is None:
-                break
-            records += 1
-            if records == 2:
-                self._cut.add(file)
-            record = text_record(f"{file}:{line}", content)
-            if b"\0" in content:  # e.g. an archive, parts of which may be text
-                yield dataclasses.replace(record, ends_file=True)
-                return
-            yield record
-            line += content.count(b"\n") + self._bytes.count(b"\n")
+    def documents(self, file: pathlib.Path) -> Iterator[Record]:
+        line, records = 1, 0
+        try:
+            for content in _parts(file, self._bytes, f"is document_separator {self._separator!r} correct?"):
+                records += 1
+                if records == 2:
+                    self._split.add(file)
+                record = text_record(f"{file}:{line}", content)
+                if b"\0" in content:  # e.g. an archive, parts of which may be text
+                    yield dataclasses.replace(record, ends_file=True)
+                    return
+                yield record
+                line += content.count(b"\n") + self._bytes.count(b"\n")
+        except DamagedFile as error:
+            if records:
+                self._split.add(file)
+            yield Record(f"{file}:{line}", None, str(error), ends_file=True)
+            return
         if records == 1 and record.text:
             self._whole.add(file)
             if self._other_ends in record.text and self._other_ends != self._separator:
                 self._with_other_ends.add(file)
-            if len(self._whole) == _ACCEPTABLE_UNCUT_AT_START and not self._cut and not self._said:
+            if len(self._whole) == _ACCEPTABLE_UNSPLIT_AT_START and not self._split and not self._said:
                 _LOG.warning("%s the first %d plain-text files of %s", self._nowhere(), len(self._whole), self._name)
                 self._said = True
 
@@ -205,7 +156,7 @@ class _Cuts:
         if not self._whole:
             return
         files, others = len(self._whole), len(self._with_other_ends)
-        if not self._cut:
+        if not self._split:
             advice = (
                 f"{self._other_ends!r} is in {others} of them" if others else "leave it out if each is one document"
             )
@@ -216,10 +167,7 @@ class _Cuts:
         self._said = True
         _LOG.info(
             "%s: %d plain-text files are cut at %r; %d files without it are one document each%s",
-            self._name,
-            len(self._cut),
-            self._separator,
-            files,
+            *(self._name, len(self._split), self._separator, files),
             f" ({self._other_ends!r} is in {others} of them)" if others else "",
         )
 
@@ -238,25 +186,19 @@ def refuse_unread(name: str, **unread: object) -> None:
             raise UserError(f"{option} does nothing for {name}: it is for {_READ_BY[option]}; leave it out")
 
 
-def about_size(files: Sequence[pathlib.Path], field: str) -> int:
+def _about_size(files: Sequence[pathlib.Path], field: str) -> int:
     """Approximate size of the text. Files are assumed to be like the first of their kind."""
     of_kind: dict[tuple[str, str], float] = {}
     total = 0.0
     for file in files:
         kind = stripped_suffix(file), file.suffix.lower()
         if kind not in of_kind:
-            of_kind[kind] = _expansion(file, field)
+            if kind[0] == ".parquet":
+                of_kind[kind] = parquet.expansion(file, field)
+            else:
+                of_kind[kind] = expansion(file) * (_share_of_field(file, field) if kind[0] in _JSON_SUFFIXES else 1)
         total += of_kind[kind] * file.stat().st_size
     return round(total)
-
-
-def _expansion(file: pathlib.Path, field: str) -> float:
-    if stripped_suffix(file) == ".parquet":
-        from jaxlinear.data import parquet
-
-        return parquet.expansion(file, field)
-    share = _share_of_field(file, field) if stripped_suffix(file) in _JSON_SUFFIXES else 1.0
-    return share * expansion(file)
 
 
 def _share_of_field(file: pathlib.Path, field: str) -> float:
@@ -285,17 +227,6 @@ def is_plain(file: pathlib.Path) -> bool:
     return stripped_suffix(file) not in RECORD_SUFFIXES
 
 
-def _records_of_file(file: pathlib.Path, text_field: str) -> Iterator[Record]:
-    suffix = stripped_suffix(file)
-    if suffix == ".parquet":
-        from jaxlinear.data import parquet
-
-        return parquet.records(file, text_field)
-    if suffix in _JSON_SUFFIXES:
-        return json_lines(file, lambda origin, fields: field_record(origin, fields, text_field))
-    return _plain_text(file)
-
-
 def _plain_text(file: pathlib.Path) -> Iterator[Record]:
     content = bytearray()
     try:
@@ -308,68 +239,23 @@ def _plain_text(file: pathlib.Path) -> Iterator[Record]:
     yield text_record(str(file), content)
 
 
-def text_record(origin: str, content: bytes | bytearray, encoding: str = "utf-8") -> Record:
-    """The record of one file or string of bytes."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return Record(
-            origin, None, "UTF-16 by its first bytes; convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"
-        )
-    if b"\0" in content:
-        return Record(origin, None, "a binary file (it has NUL bytes); --token_files reads token ids")
-    try:
-        return Record(origin, content.decode(encoding))
-    except UnicodeDecodeError as error:
-        return Record(origin, None, f"not {encoding}: {error.reason} at byte {error.start}")
-
-
-def without_field(origin: str, fields: object, field: str, option: str) -> Record | None:
-    """A broken record if a decoded JSON value or table row lacks the field, else None."""
-    if not isinstance(fields, dict):
-        return Record(origin, None, f"a JSON {type(fields).__name__} where an object is expected")
-    if field not in fields:
-        there = ", ".join(sorted(map(str, fields))) or "none"
-        return Record(origin, None, f"no field {field!r} (its fields: {there}); --{option} chooses it")
-    return None
-
-
-def field_record(origin: str, fields: Any, text_field: str) -> Record:
-    """The record for one decoded JSON value or table row."""
-    if (missing := without_field(origin, fields, text_field, "text_field")) is not None:
-        return missing
-    text = fields[text_field]
-    if not isinstance(text, str):
-        return Record(origin, None, f"field {text_field!r} is not a string but {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
-        return Record(origin, None, f"field {text_field!r} is not Unicode text: {error.reason}")
-    return Record(origin, text)
-
-
 def json_lines(file: pathlib.Path, record: Callable[[str, Any], Record]) -> Iterator[Record]:
     """``record(origin, value)`` for each line's JSON value, and broken records for lines that are not JSON."""
     number = 0
-    lines = _parts(file, b"\n", "JSONL has one object per line")
-    while True:
-        number += 1
-        origin = f"{file}:{number}"
-        try:
-            line = next(lines, None)
-        except DamagedFile as error:
-            yield Record(origin, None, str(error), ends_file=True)
-            return
-        if line is None:
-            return
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            yield Record(origin, None, f"not utf-8: {error.reason} at byte {error.start}")
-        except (ValueError, RecursionError) as error:
-            yield Record(origin, None, f"not JSON with one object per line: {error}")
-        else:
-            yield record(origin, fields)
+    try:
+        for number, line in enumerate(_parts(file, b"\n", "JSONL has one object per line"), start=1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                yield Record(f"{file}:{number}", None, f"not utf-8: {error.reason} at byte {error.start}")
+            except (ValueError, RecursionError) as error:
+                yield Record(f"{file}:{number}", None, f"not JSON with one object per line: {error}")
+            else:
+                yield record(f"{file}:{number}", fields)
+    except DamagedFile as error:
+        yield Record(f"{file}:{number + 1}", None, str(error), ends_file=True)
 
 
 def _parts(file: pathlib.Path, separator: bytes, remedy: str) -> Iterator[bytes]:
@@ -414,3 +300,24 @@ def _python_stdlib() -> Source:
 
     description = f"python-stdlib ({platform.python_implementation()} {platform.python_version()})"
     return Source(description, sum(file.stat().st_size for file in files), records)
+
+
+def open_dataset(name: str, record: Callable[[str, Any], Record]) -> Source:
+    """``name`` is hf:NAME or hf:NAME:CONFIG. Gives ``record(origin, fields)`` for each row of the training split."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{name} needs the datasets package: pip install jaxlinear[hf]") from error
+    path, _, config = name.removeprefix("hf:").partition(":")
+    if not path.strip("/ "):
+        raise UserError(f"{name!r} does not name a dataset; write hf:NAME or hf:NAME:CONFIG")
+    try:
+        dataset = datasets.load_dataset(path, config or None, split="train")
+    except (OSError, ValueError, RuntimeError) as error:  # not found, no connection, no such configuration, a script
+        raise UserError(f"{name} cannot be loaded: {error}") from error
+
+    def records() -> Iterator[Record]:
+        for row, fields in enumerate(dataset, start=1):
+            yield record(f"{name}:{row}", fields)
+
+    return Source(name, None, records)

@@ -30,19 +30,13 @@ class Splitter:
         """The fraction nearest to the current one that gives both splits a document; None if there is none."""
         if self.smallest >= self.largest:
             return None
-        if self._heldout_fraction <= self.smallest:
-            return _short_decimal(self.smallest, self.largest, up=True)
-        return _short_decimal(self.smallest, self.largest, up=False)
-
-
-def _short_decimal(low: float, high: float, *, up: bool) -> str:
-    """A short decimal f with low < f <= high, close to ``low`` (up) or to ``high``."""
-    for digits in range(1, 18):
-        scale = 10**digits
-        f = (int(low * scale) + 1) / scale if up else int(high * scale) / scale
-        if low < f <= high:
-            return f"{f:.{digits}f}"
-    return repr(high)
+        for digits in range(1, 18):  # the shortest decimal that is above the smallest and not above the largest
+            scale = 10**digits
+            up = self._heldout_fraction <= self.smallest
+            f = (int(self.smallest * scale) + 1 if up else int(self.largest * scale)) / scale
+            if self.smallest < f <= self.largest:
+                return f"{f:.{digits}f}"
+        return repr(self.largest)
 
 
 def with_compressed_sizes(split: Split, text: bytearray | None) -> Split:
@@ -51,14 +45,5 @@ def with_compressed_sizes(split: Split, text: bytearray | None) -> Split:
         note = f"not compressed: the text is longer than {COMPRESSED_TEXT_LIMIT} bytes"
         return dataclasses.replace(split, note=note)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # both compressors release the interpreter lock
-        gzip_bytes, xz_bytes = pool.map(lambda size: size(text), (_gzip_size, _xz_size))
-    return dataclasses.replace(split, gzip_bytes=gzip_bytes, xz_bytes=xz_bytes)
-
-
-def _gzip_size(text: bytearray) -> int:
-    compressor = zlib.compressobj(9, wbits=31)
-    return len(compressor.compress(text)) + len(compressor.flush())
-
-
-def _xz_size(text: bytearray) -> int:
-    return len(lzma.compress(text, preset=9))
+        gzip, xz = pool.submit(zlib.compress, text, 9, 31), pool.submit(lzma.compress, text, preset=9)
+    return dataclasses.replace(split, gzip_bytes=len(gzip.result()), xz_bytes=len(xz.result()))

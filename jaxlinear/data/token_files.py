@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxlinear.data.compressed import DamagedFile, read_chunks, stripped_suffix
-from jaxlinear.data.sources import Record
+from jaxlinear.data.records import Record
 from jaxlinear.data.token_ids import Ids
 from jaxlinear.errors import UserError
 
@@ -29,16 +29,6 @@ _LLM_C = {20240520: "uint16", 20240801: "uint32"}  # by the first number in the 
 _LLM_C_HEADER = 256  # int32
 
 
-def suffixes(form: str) -> tuple[str, ...]:
-    """The suffixes of the files that are taken from a folder by default."""
-    return (".npy",) if form == "npy" else (".bin",)
-
-
-def is_stream(form: str) -> bool:
-    """Whether a file is one stream, in which document tokens separate the documents."""
-    return form != "megatron"
-
-
 def check(file: pathlib.Path, form: str) -> None:
     """``UserError`` for a file that does not begin as this ``form`` does, before reading others, maybe for hours."""
     if form == "megatron":
@@ -48,7 +38,8 @@ def check(file: pathlib.Path, form: str) -> None:
     elif form == "llm.c":
         _llm_c(file)
     elif file.is_file():  # a pipe can be read only once
-        _refuse_index(file)
+        if _is_megatron(file.with_suffix(".idx")):
+            raise UserError(f"{file} has a Megatron-LM index beside it: use --token_files=megatron")
         _refuse_headers(file, next(read_chunks(file, beginning=True), b""))
 
 
@@ -87,7 +78,13 @@ def _flat(file: pathlib.Path, form: str, ids: Ids) -> Iterator[Record]:
             part, rest = np.frombuffer(rest[:whole], dtype), rest[whole:]
             if start == 0:
                 _refuse_headers(file, chunk)
-                _check_padding(file, part)
+                checked = part[: min(len(part), _PADDED) & ~1]
+                if len(checked) and part.itemsize < 8 and not checked[1::2].any() and checked[::2].any():
+                    raise UserError(
+                        f"every second one of the first {len(checked)} ids of {file} is 0, as if ids of "
+                        f"{2 * part.itemsize} bytes or more were read as {part.itemsize} bytes; perhaps use "
+                        f"--token_files={'int64' if part.itemsize == 4 else 'uint32'}"
+                    )
             yield _checked(file, start, part, ids)
             start += len(part)
     except DamagedFile as error:
@@ -103,21 +100,6 @@ def _refuse_headers(file: pathlib.Path, beginning: bytes) -> None:
         raise UserError(f"{file} begins like a file of llm.c: use --token_files=llm.c")
     if beginning.startswith(_NPY):
         raise UserError(f"{file} begins like a NumPy array: use --token_files=npy")
-
-
-def _refuse_index(file: pathlib.Path) -> None:
-    if _is_megatron(file.with_suffix(".idx")):
-        raise UserError(f"{file} has a Megatron-LM index beside it: use --token_files=megatron")
-
-
-def _check_padding(file: pathlib.Path, part: np.ndarray) -> None:
-    start = part[: min(len(part), _PADDED) & ~1]
-    if len(start) and part.itemsize < 8 and not start[1::2].any() and start[::2].any():
-        raise UserError(
-            f"every second one of the first {len(start)} ids of {file} is 0, as if ids of {2 * part.itemsize} bytes "
-            f"or more were read as {part.itemsize} bytes; perhaps use "
-            f"--token_files={'int64' if part.itemsize == 4 else 'uint32'}"
-        )
 
 
 def _npy(file: pathlib.Path) -> np.ndarray:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from jaxlinear.data.sources import Record
+from jaxlinear.data.records import Record
 from jaxlinear.data.tokenizer import Tokenizer
 from jaxlinear.errors import UserError
 
@@ -93,8 +93,8 @@ class Ids:
             whole = [part for part in parts if len(part)] or [record.ids[:0]]
             yield from (dataclasses.replace(record, ids=part) for part in whole)
 
-    def cut(self, description: str, records: Iterable[Record]) -> Iterator[Record]:
-        """The documents of a stream whose records are its parts, cut at the document tokens. A broken record ends a
+    def split(self, description: str, records: Iterable[Record]) -> Iterator[Record]:
+        """The documents of a stream whose records are its parts, split at the document tokens. A broken record ends a
         document, and a new one begins after it."""
         parts: list[np.ndarray] = []
         origin, waiting, borders = "", 0, 0
@@ -134,7 +134,7 @@ class Ids:
 
 class Agreement:
     """Whether ids come from the tokenizer they are said to come from. If another tokenizer made them, decoding and encoding
-    them again gives other ids; a document cut within a word or a character differs in only a few places."""
+    them again gives other ids; a document truncated within a word or a character differs in only a few places."""
 
     def __init__(self, description: str, tokenizer: Tokenizer):
         self._description, self._tokenizer = description, tokenizer

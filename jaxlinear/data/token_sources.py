@@ -1,23 +1,14 @@
 """Sources whose documents are token ids: a field of JSONL, Parquet or Hugging Face records, or files of ids."""
 
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from jaxlinear.data import token_files
+from jaxlinear.data import parquet, sources, token_files
 from jaxlinear.data.compressed import stripped_suffix
-from jaxlinear.data.sources import (
-    RECORD_SUFFIXES,
-    Record,
-    Source,
-    about_size,
-    files_of,
-    is_pipe,
-    is_plain,
-    json_lines,
-    refuse_unread,
-    without_field,
-)
+from jaxlinear.data.records import Record, Source, without_field
 from jaxlinear.data.token_ids import Ids
 from jaxlinear.errors import UserError
 
@@ -43,9 +34,7 @@ def open_tokens(
         return _of_files(name, ids, form, suffixes)
     assert tokens_field is not None
     source = _of_field(name, ids, tokens_field, suffixes)
-    if packed_rows:
-        return _mapped(source, lambda records: ids.cut(name, records))
-    return _mapped(source, ids.documents)
+    return _mapped(source, functools.partial(ids.split, name) if packed_rows else ids.documents)
 
 
 def _of_files(name: str, ids: Ids, form: str, suffixes: tuple[str, ...] | None) -> Source:
@@ -55,21 +44,14 @@ def _of_files(name: str, ids: Ids, form: str, suffixes: tuple[str, ...] | None) 
         raise UserError(
             f"token_files is for files of ids, but {name} has records; name their field with --tokens_field"
         )
-    files = files_of(name, suffixes, token_files.suffixes(form))
+    files = sources.files_of(name, suffixes, (".npy",) if form == "npy" else (".bin",))
     for file in files:
-        if not is_plain(file):
+        if not sources.is_plain(file):
             raise UserError(f"{file} has records and is not a file of ids; name their field with --tokens_field")
         token_files.check(file, form)
-    pipe = is_pipe(name)
-
-    def records() -> Iterator[Record]:
-        for file in files:
-            yield from token_files.records(file, form, ids)
-
-    source = Source(name, None if pipe else about_size(files, ""), records, pipe)
-    if token_files.is_stream(form):
-        return _mapped(source, lambda parts: ids.cut(name, parts))
-    return _mapped(source, ids.documents_of_each)
+    source = sources.source_of_files(name, files, "", lambda file: token_files.records(file, form, ids))
+    # A file of Megatron-LM has documents; others are one stream, in which document tokens separate them.
+    return _mapped(source, ids.documents_of_each if form == "megatron" else functools.partial(ids.split, name))
 
 
 def _of_field(name: str, ids: Ids, field: str, suffixes: tuple[str, ...] | None) -> Source:
@@ -78,28 +60,21 @@ def _of_field(name: str, ids: Ids, field: str, suffixes: tuple[str, ...] | None)
         return ids.record(origin, fields[field], field) if missing is None else missing
 
     if name.startswith("hf:"):
-        from jaxlinear.data import hugging_face
-
-        refuse_unread(name, suffixes=suffixes)
-        return hugging_face.open_dataset(name, record)
-    files = files_of(name, suffixes, RECORD_SUFFIXES)
+        sources.refuse_unread(name, suffixes=suffixes)
+        return sources.open_dataset(name, record)
+    files = sources.files_of(name, suffixes, sources.RECORD_SUFFIXES)
     for file in files:
-        if is_plain(file):
+        if sources.is_plain(file):
             raise UserError(
                 f"{file} is not JSONL or Parquet and has no records; give the format of its ids with --token_files"
             )
-    pipe = is_pipe(name)
 
-    def records() -> Iterator[Record]:
-        for file in files:
-            if stripped_suffix(file) == ".parquet":
-                from jaxlinear.data import parquet
+    def records(file: pathlib.Path) -> Iterator[Record]:
+        if stripped_suffix(file) == ".parquet":
+            return parquet.id_records(file, field, ids)
+        return sources.json_lines(file, record)
 
-                yield from parquet.id_records(file, field, ids)
-            else:
-                yield from json_lines(file, record)
-
-    return Source(name, None if pipe else about_size(files, field), records, pipe)
+    return sources.source_of_files(name, files, field, records)
 
 
 def _mapped(source: Source, documents: Callable[[Iterable[Record]], Iterator[Record]]) -> Source:

@@ -37,6 +37,7 @@ class Tokenizer(abc.ABC):
     document_token: int
     document_token_name: str
     end_tokens: tuple[int, ...] = ()
+    _content: bytes = b""  # of the file
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -51,10 +52,6 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids. Document tokens are left out; bytes that are not UTF-8 become U+FFFD."""
 
-    @abc.abstractmethod
-    def _serialized(self) -> bytes:
-        """The content of the tokenizer's own file."""
-
     def encode(self, text: str) -> np.ndarray:
         """Token ids ``[T]`` of a text."""
         return self.encode_batch([text])[0]
@@ -63,15 +60,14 @@ class Tokenizer(abc.ABC):
     def sha256(self) -> str:
         """Two tokenizers with the same one give the same ids to all documents."""
         header = f"{self.kind}\n{self.document_token_name}\n{self.document_token}\n".encode()
-        return hashlib.sha256(header + self._serialized()).hexdigest()
+        return hashlib.sha256(header + self._content).hexdigest()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the files that ``load_tokenizer`` reads. Once the last of them exists, all are complete."""
         if self.file is not None:
-            pathlib.Path(directory, self.file).write_bytes(self._serialized())
+            pathlib.Path(directory, self.file).write_bytes(self._content)
         info: dict[str, Any] = {"kind": self.kind, "file": self.file, "document_token": self.document_token_name}
-        if self.end_tokens:
-            info["end_tokens"] = list(self.end_tokens)
+        info |= {"end_tokens": list(self.end_tokens)} if self.end_tokens else {}
         atomic.write_text(pathlib.Path(directory, INFO_FILE), json.dumps(info, indent=2) + "\n")
 
     def _check_document_token(self) -> None:
@@ -93,9 +89,6 @@ class BytesTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
-
-    def _serialized(self) -> bytes:
-        return b""
 
 
 class JsonTokenizer(Tokenizer):
@@ -139,9 +132,6 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
-    def _serialized(self) -> bytes:
-        return self._content
-
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, from the content of its ``.model`` file."""
@@ -172,9 +162,6 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids)
         return self._processor.decode(ids[ids != self.document_token].tolist())
-
-    def _serialized(self) -> bytes:
-        return self._content
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
@@ -242,13 +229,10 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _choose_document_token(vocabulary: dict[str, int], wanted: str | None) -> str:
-    candidates = _KNOWN_DOCUMENT_TOKENS if wanted is None else (wanted,)
-    for name in candidates:
+    for name in _KNOWN_DOCUMENT_TOKENS if wanted is None else (wanted,):
         if name in vocabulary:
             return name
     if wanted is not None:
         raise UserError(f"the tokenizer has no token {wanted!r} to separate documents with")
-    raise UserError(
-        f"the tokenizer has none of {', '.join(candidates)} to separate documents with; name its own with "
-        "--document_token"
-    )
+    known = ", ".join(_KNOWN_DOCUMENT_TOKENS)
+    raise UserError(f"the tokenizer has none of {known} to separate documents with; name its own with --document_token")

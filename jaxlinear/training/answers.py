@@ -88,7 +88,7 @@ class Answers:
         place = meshes.batch_sharding(self._mesh)
         local = feeding.local_rows(place, (rows, length))
         made = tasks.TaskBatches(asked, batch_size=rows, seed=seed, split="heldout", rows=local)
-        most = min(max(task.most_answers for task in asked), length)
+        most = min(max(task.max_targets for task in asked), length)
         totals = {"answers": 0.0, "right": 0.0, "solved": 0.0, "nll": 0.0}
 
         def counts():

@@ -68,7 +68,7 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     """Its document token is the one that began the model's texts, which here is not the one that a dataset would use."""
     source = copied("llama")
     tokenizer = train_bpe(["def f(x): return x"] * 9, 257)
-    content = json.loads(tokenizer._serialized())
+    content = json.loads(tokenizer._content)
     content["model"]["vocab"]["<s>"] = 257
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 257, "content": "<s>"})
     (source / "tokenizer.json").write_text(json.dumps(content))

@@ -6,18 +6,17 @@ import pytest
 import zstandard
 
 from jaxlinear.data.compressed import DamagedFile, read_chunks
+from tests.data.test_sources import PACK
 
 
 def test_several_members_and_damage(tmp_path):
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b"one ") + gzip.compress(b"two"))
-    assert b"".join(read_chunks(tmp_path / "a.gz")) == b"one two"
-    pack = zstandard.ZstdCompressor().compress
-    (tmp_path / "a.zst").write_bytes(pack(b"one ") + pack(b"two"))
-    assert b"".join(read_chunks(tmp_path / "a.zst")) == b"one two"
-    for name in ("b.gz", "b.zst"):
-        (tmp_path / name).write_bytes(b"this is not compressed at all")
-        with pytest.raises(DamagedFile, match=f"damaged {name[1:]} file"):
-            b"".join(read_chunks(tmp_path / name))
+    for suffix, pack in PACK.items():
+        file = tmp_path / f"a{suffix}"
+        file.write_bytes(pack(b"one ") + pack(b"two"))
+        assert b"".join(read_chunks(file)) == b"one two"
+        file.write_bytes(b"this is not compressed at all")
+        with pytest.raises(DamagedFile, match=f"damaged {suffix} file"):
+            b"".join(read_chunks(file))
 
 
 def test_padding_after_a_gzip_member_is_no_damage(tmp_path):
@@ -25,11 +24,8 @@ def test_padding_after_a_gzip_member_is_no_damage(tmp_path):
     and so is what is neither."""
     one, two, zeros = gzip.compress(b"one "), gzip.compress(b"two"), bytes((1 << 20) + 5)
     file = tmp_path / "a.gz"
-    for content, expected in (
-        (one + bytes(9), b"one "),
-        (one + zeros, b"one "),
-        (one + zeros + two + zeros, b"one two"),
-    ):
+    whole = (one + bytes(9), b"one "), (one + zeros, b"one "), (one + zeros + two + zeros, b"one two")
+    for content, expected in whole:
         file.write_bytes(content)
         assert b"".join(read_chunks(file)) == expected
     for content in (bytes(9) + one, bytes(9), one + bytes(9) + b"x", one[:-1], one + bytes(9) + two[:-1]):
@@ -41,7 +37,7 @@ def test_padding_after_a_gzip_member_is_no_damage(tmp_path):
 def test_zstandard_of_the_largest_window(tmp_path):
     """As ``zstd --long=31`` writes it; the library's default limit is 27."""
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
-    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # it is not told the size
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # without the size
     (tmp_path / "a.zst").write_bytes(packer.compress(b"one") + packer.flush())
     assert zstandard.get_frame_parameters((tmp_path / "a.zst").read_bytes()).window_size == 1 << 31
     assert b"".join(read_chunks(tmp_path / "a.zst")) == b"one"

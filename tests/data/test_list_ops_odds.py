@@ -20,18 +20,15 @@ def test_operations_on_digits():
 
 def test_nested_operations():
     """Counts of values and lengths that occur often enough for a chi-squared test, and of no other length."""
-    task, random, most = (
-        tasks.TASKS["listops"](length=10**4, shortest=0, depth=3, arguments=5),
-        np.random.default_rng(0),
-        60,
-    )
+    task = tasks.TASKS["listops"](length=10**4, shortest=0, depth=3, arguments=5)
+    random, most = np.random.default_rng(0), 60
     counts, total = np.zeros((most + 1, 10)), 20_000
     for _ in range(total):
         expression = []
         value = task._write(random, expression, task.depth)
         if len(expression) <= most:
             counts[len(expression), value] += 1
-    expected = total * list_ops_odds.odds(3, 5, list_ops._NESTED, most)
+    expected = total * list_ops_odds.odds(3, 5, 0.25, most)  # a fourth, as in the Long Range Arena
     often = expected > 5
     statistic = np.sum((counts[often] - expected[often]) ** 2 / expected[often])
     assert often.sum() > 150 and abs(statistic - often.sum()) < 4 * np.sqrt(2 * often.sum())
@@ -47,6 +44,6 @@ def test_lengths_are_those_of_all_values(depth, arguments, most):
 
 def test_chance_is_the_share_of_the_likeliest_answer():
     task = tasks.TASKS["listops"](length=64, shortest=16, depth=4, arguments=5)
-    answers = [task.example(np.random.default_rng(i))[1][-1] - list_ops.DIGITS for i in range(3000)]
-    assert max(np.bincount(answers)) / 3000 == pytest.approx(task.chance, abs=0.015)
+    found = [task.example(np.random.default_rng(i))[1][-1] - list_ops.DIGITS for i in range(3000)]
+    assert max(np.bincount(found)) / 3000 == pytest.approx(task.chance, abs=0.015)
     assert task.chance == pytest.approx(0.1157, abs=1e-4)

@@ -12,105 +12,98 @@ from jaxlinear.data.manifest import Manifest
 from jaxlinear.data.sources import open_source
 from jaxlinear.errors import UserError
 from tests.data.sources_of_text import files, make_texts, write_jsonl
+from tests.data.test_sources import tree
+
+OPTIONS = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
 
 
-def test_existing_output(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
-    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
-    data = tmp_path / "data"
+@pytest.fixture
+def source(tmp_path):
+    return write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tmp_path / "data"
+
+
+def refused(key, *arguments, **options) -> None:
+    with pytest.raises(UserError, match=key):
+        prepare(*arguments, **{**OPTIONS, **options})
+
+
+def test_existing_output(tmp_path, source, data):
+    """An empty directory counts as none. Nothing but a dataset is removed: not, for example, a source inside it."""
     data.mkdir()
-    prepare(source, data, block_length=64, **options)  # an empty directory counts as none
+    prepare(source, data, block_length=64, **OPTIONS)
     before = files(data)
-    with pytest.raises(UserError, match="data already exists; --overwrite replaces it"):
-        prepare(source, data, block_length=32, **options)
+    refused("already exists; --overwrite", source, data, block_length=32)
     assert files(data) == before
-    prepare(source, data, block_length=32, overwrite=True, **options)
+    prepare(source, data, block_length=32, overwrite=True, **OPTIONS)
     assert read_manifest(data).block_length == 32
+    (data / "text").mkdir()
+    inside = write_jsonl(data / "text" / "a.jsonl", make_texts(0, 60))
+    refused("data holds text", inside, data, overwrite=True)
+    assert os.listdir(data / "text") == ["a.jsonl"]
     (data / "manifest.json").unlink()
-    with pytest.raises(
-        UserError, match=r"is not a prepared dataset \(it has no manifest\.json\), so --overwrite leaves"
-    ):
-        prepare(source, data, overwrite=True, **options)
-    with pytest.raises(UserError, match=r"a\.jsonl is a file, not a directory"):
-        prepare(source, tmp_path / "a.jsonl/data", **options)
+    refused("is not a prepared dataset", source, data, overwrite=True)
+    refused(r"a\.jsonl is a file, not a directory", source, tmp_path / "a.jsonl/data")
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
 
 
-def test_overwrite_removes_nothing_but_a_dataset(tmp_path):
-    """Not, for example, a source that lies inside the dataset made from it."""
-    data = tmp_path / "data"
-    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1, "overwrite": True}
-    prepare(write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60)), data, **options)
-    (data / "text").mkdir()
-    source = write_jsonl(data / "text" / "a.jsonl", make_texts(0, 60))
-    with pytest.raises(UserError, match=r"data holds text, which is not part of a dataset .*; move it away$"):
-        prepare(source, data, **options)
-    assert os.listdir(data / "text") == ["a.jsonl"]
-
-
-def test_a_dataset_in_its_own_source_is_not_read(tmp_path, caplog):
+def test_a_dataset_in_its_own_source_is_not_read(tmp_path, data, caplog):
     """Its manifest is also JSON and would be taken for text."""
     for i, text in enumerate(make_texts(0, 60)):
         (tmp_path / f"{i}.txt").write_text(text)
-    options = {"vocab_size": 300, "heldout_fraction": 0.3, "block_length": 64, "workers": 1, "overwrite": True}
-    prepare(str(tmp_path), tmp_path / "data", **options)
-    before = files(tmp_path / "data")
+    prepare(str(tmp_path), data, **OPTIONS)
+    before = files(data)
     with caplog.at_level("INFO", logger="jaxlinear"):
-        prepare(str(tmp_path), tmp_path / "data", **options)
-    assert caplog.messages == [f"{tmp_path}: leaving out the prepared datasets in it: {tmp_path / 'data'}"]
-    assert files(tmp_path / "data") == before
-    with pytest.raises(UserError, match=r"data is a prepared dataset, which has no text; name the source it was made"):
-        prepare(str(tmp_path / "data"), tmp_path / "again", **options)
-    for name in ("manifest.json", "train/a.txt", "heldout/b.txt"):  # which is not a dataset of ours
-        (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "corpus" / name).write_text('{"text": "one"}')
+        prepare(str(tmp_path), data, overwrite=True, **OPTIONS)
+    assert caplog.messages == [f"{tmp_path}: leaving out the prepared datasets in it: {data}"]
+    assert files(data) == before
+    refused("data is a prepared dataset", str(data), tmp_path / "again")
+    names = ("manifest.json", "train/a.txt", "heldout/b.txt")  # which is not a dataset of ours
+    tree(tmp_path / "corpus", dict.fromkeys(names, '{"text": "one"}'))
     assert len(list(open_source(str(tmp_path / "corpus")))) == 3
 
 
-def test_a_mounted_disk_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_a_mounted_disk_is_refused_before_the_work(tmp_path, source, data, monkeypatch):
     """The work would be in vain, since a mount cannot be renamed."""
-    source, data = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60)), tmp_path / "data"
     data.mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(data))
-    with pytest.raises(UserError, match="data is a mount point and cannot be replaced; name a directory in it"):
-        prepare(source, data, tokenizer="bytes", workers=1, heldout_fraction=0.3)
+    refused("data is a mount point", source, data)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"] and os.listdir(data) == []
-    prepare(source, data / "in", tokenizer="bytes", workers=1, heldout_fraction=0.3)
+    prepare(source, data / "in", **OPTIONS)
 
 
 @pytest.mark.parametrize("there", ["dataset", "empty directory", "nothing"])
-def test_output_through_a_link(tmp_path, there):
+def test_output_through_a_link(tmp_path, source, there):
     """The dataset appears where the link points; the link stays, and nothing is left beside either."""
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
-    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
     (tmp_path / "disk").mkdir()
     target, link = tmp_path / "disk" / "data", tmp_path / "link"
     if there == "dataset":
-        prepare(source, target, block_length=64, **options)
+        prepare(source, target, block_length=64, **OPTIONS)
     elif there == "empty directory":
         target.mkdir()
     link.symlink_to(target)
-    prepare(source, link, block_length=32, overwrite=there == "dataset", **options)
+    prepare(source, link, block_length=32, overwrite=there == "dataset", **OPTIONS)
     assert link.is_symlink() and read_manifest(target).block_length == 32
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "disk", "link"] and os.listdir(tmp_path / "disk") == ["data"]
 
 
-def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
+def test_full_disk_leaves_nothing_behind(tmp_path, source, data, monkeypatch):
     monkeypatch.setattr(SplitWriter, "_shard_path", lambda self: pathlib.Path("/dev/full"))
-    with pytest.raises(OSError, match="No space left on device") as raised:
-        prepare(source, tmp_path / "data", tokenizer="bytes", heldout_fraction=0.3)
-    assert raised.value.errno == errno.ENOSPC
+    with pytest.raises(OSError) as raised:
+        prepare(source, data, **OPTIONS)
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, "/dev/full")
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch, overwrite):
+def test_interruption_leaves_nothing_behind(tmp_path, source, data, monkeypatch, overwrite):
     """At the last moment, when only the manifest is missing; an older dataset remains."""
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
-    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
     if overwrite:
-        prepare(source, tmp_path / "data", block_length=64, **options)
+        prepare(source, data, block_length=64, **OPTIONS)
     before = files(tmp_path)
 
     def interrupt(self, directory):
@@ -119,43 +112,38 @@ def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch, overwrite):
 
     monkeypatch.setattr(Manifest, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        prepare(source, tmp_path / "data", overwrite=overwrite, **options)
+        prepare(source, data, overwrite=overwrite, **OPTIONS)
     assert files(tmp_path) == before
     assert sorted(os.listdir(tmp_path)) == (["a.jsonl", "data"] if overwrite else ["a.jsonl"])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
-def test_an_older_dataset_is_back_after_an_end_between_the_renames(tmp_path, monkeypatch, error):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
-    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
-    prepare(source, tmp_path / "data", block_length=64, **options)
+def test_an_older_dataset_is_back_after_an_end_between_the_renames(tmp_path, source, data, monkeypatch, error):
+    prepare(source, data, block_length=64, **OPTIONS)
     before = files(tmp_path)
     rename = pathlib.Path.rename
 
     def ended(self, target):
         if ".partial-" in self.name:
-            assert not (tmp_path / "data").exists()
+            assert not (data).exists()
             raise error
         return rename(self, target)
 
     monkeypatch.setattr(pathlib.Path, "rename", ended)
     with pytest.raises(error):
-        prepare(source, tmp_path / "data", overwrite=True, **options)
+        prepare(source, data, overwrite=True, **OPTIONS)
     assert files(tmp_path) == before and sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]
 
 
-def test_what_another_run_made_meanwhile_stays(tmp_path, monkeypatch):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(0, 60))
-    options = {"tokenizer": "bytes", "heldout_fraction": 0.3, "workers": 1}
+def test_what_another_run_made_meanwhile_stays(tmp_path, source, data, monkeypatch):
     write = Manifest.write
 
     def make_another(self, directory):
         monkeypatch.setattr(Manifest, "write", write)
-        prepare(source, tmp_path / "data", block_length=64, **options)
+        prepare(source, data, block_length=64, **OPTIONS)
         write(self, directory)
 
     monkeypatch.setattr(Manifest, "write", make_another)
-    with pytest.raises(UserError, match="data already exists; --overwrite replaces it"):
-        prepare(source, tmp_path / "data", block_length=32, **options)
-    assert read_manifest(tmp_path / "data").block_length == 64
+    refused("already exists; --overwrite", source, data, block_length=32)
+    assert read_manifest(data).block_length == 64
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "data"]

@@ -30,11 +30,6 @@ def made(spec):
     return tasks.TASKS[name].make(options)
 
 
-@pytest.fixture(scope="module")
-def passkey(tiny_dataset):
-    return f"passkey:length=200:depth=0.5:dataset={tiny_dataset}:split=train"
-
-
 def due(targets):
     return np.flatnonzero(targets >= 0)
 
@@ -44,18 +39,22 @@ def test_examples_are_of_seed_split_and_index(spec):
     task, whole = rows(spec)
     assert whole["tokens"].shape == (40, task.length) and all(a.dtype == np.int32 for a in whole.values())
     # As other hosts would make them, and as later batches of a smaller size would have them.
-    parts = [tasks.TaskBatches([task], batch_size=40, seed=3, rows=range(*r))[0] for r in ((0, 17), (17, 40))]
     small = [tasks.TaskBatches([task], batch_size=8, seed=3)[step] for step in range(5)]
-    apart = [3, 4, 39]
-    some = tasks.TaskBatches([task], batch_size=40, seed=3, rows=apart)[0]
     for name in whole:
-        np.testing.assert_array_equal(some[name], whole[name][apart])
-        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+        for some in (range(17), range(17, 40), [3, 4, 39]):
+            part = tasks.TaskBatches([task], batch_size=40, seed=3, rows=some)[0]
+            np.testing.assert_array_equal(part[name], whole[name][list(some)])
         np.testing.assert_array_equal(np.concatenate([part[name] for part in small]), whole[name])
     for changed in ({"seed": 4}, {"split": "heldout"}):
         assert (rows(spec, **changed)[1]["tokens"] != whole["tokens"]).any(axis=1).mean() > 0.9
     later = tasks.TaskBatches([task], batch_size=40, seed=3)[1]
     assert (later["tokens"] != whole["tokens"]).any(axis=1).mean() > 0.9
+    # Tokens and targets are of the vocabulary.
+    assert whole["tokens"].min() >= 0 and whole["tokens"].max() < task.vocabulary
+    assert whole["targets"].min() >= -1 and whole["targets"].max() < task.vocabulary
+    due_in_each = (whole["targets"] >= 0).sum(axis=1)
+    assert due_in_each.min() >= 1 and due_in_each.max() == task.max_targets
+    assert (whole["segment_ids"] == 1).all() and 0 < task.chance <= 0.5
 
 
 def test_no_example_is_another_of_the_next_seed_or_of_the_other_split():
@@ -64,21 +63,10 @@ def test_no_example_is_another_of_the_next_seed_or_of_the_other_split():
     assert len(np.unique(np.concatenate([batch["tokens"] for _, batch in found]), axis=0)) == 6 * 40
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_tokens_and_answers_are_of_the_vocabulary(spec):
-    task, batch = rows(spec)
-    assert batch["tokens"].min() >= 0 and batch["tokens"].max() < task.vocabulary
-    assert batch["targets"].min() >= -1 and batch["targets"].max() < task.vocabulary
-    answers = (batch["targets"] >= 0).sum(axis=1)
-    assert answers.min() >= 1 and answers.max() == task.most_answers
-    assert (batch["segment_ids"] == 1).all() and 0 < task.chance <= 0.5
-
-
 @pytest.mark.parametrize("spec", SPECS[:2])
 def test_mqar(spec):
     task, batch = rows(spec)
     assert task.chance == 1 / (task.vocab_size - task.vocab_size // 2)  # among all values: it is not known which occur
-    distances = []
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
         pairs = dict(zip(tokens[0 : 2 * task.pairs : 2].tolist(), tokens[1 : 2 * task.pairs : 2].tolist(), strict=True))
         assert len(pairs) == len(set(pairs.values())) == task.pairs
@@ -89,9 +77,6 @@ def test_mqar(spec):
         rest = np.delete(tokens, at)[2 * task.pairs :]
         assert not set(rest.tolist()) & set(pairs)
         assert (rest.max() > 0) == task.random_filling
-        distances += (at - 2 * task.pairs).tolist()
-    near = np.mean(np.array(distances) < (task.length - 2 * task.pairs) // 2)
-    assert 0.55 < near < 0.8  # the power law: half of the positions have more than half of the queries
 
 
 def share(values, bounds):
@@ -200,22 +185,10 @@ def test_list_ops():
     assert len(np.unique(batch["targets"][:, -1])) == 10
 
 
-def test_a_fourth_of_the_arguments_are_operations():
-    """Wherever operations may be, as in the Long Range Arena. At depth 2, the length has room for all that are drawn."""
-    _, batch = rows("listops:length=128:shortest=0:depth=2:arguments=6", count=300)
-    nested = arguments = 0
-    for tokens in batch["tokens"]:
-        opens = (tokens >= list_ops.OPEN) & (tokens < list_ops.CLOSE)
-        digits = (tokens >= list_ops.DIGITS) & (tokens < list_ops.OPEN)
-        depth = np.cumsum(opens.astype(int) - (tokens == list_ops.CLOSE))
-        nested += np.sum(opens & (depth == 2))
-        arguments += np.sum(opens & (depth == 2)) + np.sum(digits & (depth == 1))
-    assert arguments > 1000 and 0.21 < nested / arguments < 0.29
-
-
-def test_pass_key(passkey, tiny_dataset):
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_pass_key(tiny_dataset, depth):
     """The number is in the text, at its depth, and is the answer; the text comes from the split."""
-    task, batch = rows(passkey, count=6)
+    task, batch = rows(f"passkey:length=200:depth={depth}:dataset={tiny_dataset}:split=train", count=6)
     tokenizer = load_tokenizer(tiny_dataset)
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
         assert tokens[0] == tokenizer.document_token and tokenizer.document_token not in tokens[1:]
@@ -226,19 +199,10 @@ def test_pass_key(passkey, tiny_dataset):
         before, found, after = tokenizer.decode(tokens[1:]).partition(sentence)
         assert found and after.endswith(question)
         text = before + after.removesuffix(question)
-        assert abs(len(before.encode()) - len(text.encode()) / 2) <= 1
+        assert abs(len(before.encode()) - depth * len(text.encode())) <= 1
         assert set(text.replace("(", " ").split()) & {"for", "print", "return", "range", "def"}
-    assert task.most_answers == 6 and len({tuple(row) for row in batch["targets"].tolist()}) == 6
+    assert task.max_targets == 6 and len({tuple(row) for row in batch["targets"].tolist()}) == 6
     assert task.chance == pytest.approx((1 + 5 * 0.1) / 6, abs=0.01)  # the space before the number, then digits
-
-
-def test_pass_key_at_the_ends(tiny_dataset):
-    decoded = []
-    for depth in (0.0, 1.0):
-        _, batch = rows(f"passkey:length=150:depth={depth}:dataset={tiny_dataset}", count=2)
-        decoded.append(load_tokenizer(tiny_dataset).decode(batch["tokens"][0][1:]))
-    assert decoded[0].startswith("\nThe pass key is")
-    assert "is the pass key.\n\nWhat is the pass key?" in decoded[1] and not decoded[1].startswith("\nThe pass")
 
 
 def test_pass_keys_are_anywhere_in_other_text(tiny_dataset):
@@ -264,8 +228,6 @@ def test_a_task_as_training_set():
     (task,) = tasks.training_set("mqar:pairs=4:vocab_size=64", tasks.Setting(sequence_length=48))
     assert (task.length, task.pairs, task.vocab_size) == (48, 4, 64)
     assert made(tasks.text(task)) == task
-    with pytest.raises(UserError, match=r"length=32 differs from training.sequence_length=48; leave length out"):
-        tasks.training_set("mqar:length=32:pairs=4", tasks.Setting(48))
 
 
 def test_several_difficulties_take_turns():
@@ -303,59 +265,55 @@ def test_difficulties():
 
 
 def test_difficulties_of_the_pass_key_follow_the_run(tiny_dataset):
-    found = tasks.difficulties("passkey", tasks.Setting(150, 512, str(tiny_dataset), "train"))
+    setting = tasks.Setting(150, 512, str(tiny_dataset), "train")
+    found = tasks.difficulties("passkey", setting)
     assert [task.length for task in found] == [150] * 5 + [300] * 5
     assert [task.depth for task in found[:5]] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    found = tasks.difficulties("passkey:length=200", tasks.Setting(150, 512, str(tiny_dataset), "train"))
+    found = tasks.difficulties("passkey:length=200", setting)
     assert [(task.length, task.depth) for task in found] == [(200, depth) for depth in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    (found,) = tasks.difficulties("passkey:length=200:depth=0.1", tasks.Setting(150, 512, str(tiny_dataset), "train"))
+    (found,) = tasks.difficulties("passkey:length=200:depth=0.1", setting)
     assert (found.length, found.depth, found.split) == (200, 0.1, "train")
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("spec", "key"),
     [
-        ("mqarr", "there is no task 'mqarr'; the tasks are mqar, induction, passkey"),
+        ("mqarr", "no task 'mqarr'; the tasks are mqar, "),
         ("mqar:pair=3", "mqar has no option 'pair'; the options are length, vocab_size, pairs"),
-        ("mqar:pairs", "'pairs' is not an option; write NAME:option=VALUE:option=VALUE"),
+        ("mqar:pairs", "'pairs' is not an option"),
         ("mqar:pairs=x", "mqar: pairs=x is not of type int"),
-        ("mqar:pairs=17", "mqar: length=64 must be even and at least 68, four tokens a pair"),
-        ("mqar:vocab_size=12", "mqar: vocab_size=12 must be at least 18 for pairs=8"),
+        ("mqar:pairs=17", "mqar: length=64 must be even and at least 68"),
+        ("mqar:vocab_size=12", "mqar: vocab_size=12 must be at least 18"),
         ("mqar:random_filling=1", "mqar: random_filling=1 is not of type bool"),
         ("induction:length=2", "induction: length=2 must be at least 3"),
-        ("selective_copying:length=20", "selective_copying: length=20 must be at least 32, twice count"),
+        ("selective_copying:length=20", "selective_copying: length=20 must be at least 32"),
         ("mqar:power=11", "mqar: power=11.0 must be above 0 and at most 10"),
         ("mqar:power=inf", "mqar: power=inf must be above 0 and at most 10"),
-        (
-            "listops:shortest=2040",
-            r"listops: shortest=2040 must not exceed 2005: fewer than 0.5% of the expressions of depth=10 and "
-            r"arguments=10 have as many tokens and no more than length=2048",
-        ),
-        ("listops:length=600:shortest=300:depth=20:arguments=3", "listops: shortest=300 must not exceed 69: fewer"),
+        ("listops:shortest=2040", "shortest=2040 must not exceed 2005: fewer than 0.5% .* length=2048"),
+        ("listops:length=600:shortest=300:depth=20:arguments=3", "shortest=300 must not exceed 69: fewer"),
         ("listops:shortest=-1", "listops: shortest=-1 must not be negative"),
         ("listops:arguments=101", "listops: arguments=101 must be at least 2 and at most 100"),
-        ("listops:length=5:shortest=7:arguments=100", "listops: shortest=7 must not exceed 5: fewer than 0.5%"),
+        ("listops:length=5:shortest=7:arguments=100", "shortest=7 must not exceed 5: fewer"),
         ("passkey:length=64", "passkey: it needs text"),
-        (
-            "passkey:length=64:dataset={dataset}",
-            "passkey: length=64 must be at least the 104 tokens that are needed without any text",
-        ),
-        (
-            "passkey:length=5000:dataset={dataset}",
-            r"length=5000 must be at most half of the \d+ tokens in the heldout",
-        ),
-        ("passkey:length=200:depth=2:dataset={dataset}", "passkey: depth=2.0 must be between 0 and 1, or -1"),
+        ("passkey:length=64:dataset={dataset}", "length=64 must be at least the 104 tokens"),
+        ("passkey:length=5000:dataset={dataset}", r"length=5000 must be at most half of the \d+ tokens in the heldout"),
+        ("passkey:length=200:depth=2:dataset={dataset}", "passkey: depth=2.0 must be between 0 and 1"),
     ],
 )
-def test_refusals(spec, message, tiny_dataset):
-    with pytest.raises(UserError, match=message):
+def test_refusals(spec, key, tiny_dataset):
+    with pytest.raises(UserError, match=key):
         made(spec.format(dataset=tiny_dataset))
 
 
-def test_a_vocabulary_that_the_model_lacks_is_refused():
-    with pytest.raises(UserError, match=r"mqar needs 600 tokens, but model.vocab_size is 512; set vocab_size"):
-        tasks.difficulties("mqar:vocab_size=600", tasks.Setting(64, 512))
-    with pytest.raises(UserError, match=r"mqar needs 513 tokens"):
-        tasks.difficulties("mqar:vocab_size=513", tasks.Setting(64, 512))
-    with pytest.raises(UserError, match=r"s5_permutations needs 120 tokens, but model.vocab_size is 64$"):
-        tasks.difficulties("s5_permutations", tasks.Setting(64, 64))
+@pytest.mark.parametrize(
+    ("what", "spec", "setting", "key"),
+    [
+        (tasks.training_set, "mqar:length=32:pairs=4", (48,), "length=32 differs from training.sequence_length=48"),
+        (tasks.difficulties, "mqar:vocab_size=600", (64, 512), "model.vocab_size is 512; set vocab_size"),
+        (tasks.difficulties, "mqar:vocab_size=513", (64, 512), "mqar needs 513 tokens"),
+        (tasks.difficulties, "s5_permutations", (64, 64), "needs 120 tokens, but model.vocab_size is 64$"),
+    ],
+)
+def test_what_the_run_lacks_is_refused(what, spec, setting, key):
+    with pytest.raises(UserError, match=key):
+        what(spec, tasks.Setting(*setting))

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -43,130 +44,110 @@ def train_sentencepiece(path):
 @pytest.fixture(scope="module", params=["bpe", "bytes", "json", "sentencepiece"])
 def tokenizer(request, tmp_path_factory) -> Tokenizer:
     directory = tmp_path_factory.mktemp("tokenizer")
-    match request.param:
-        case "bpe":
-            return train_bpe(TEXTS, 400)
-        case "bytes":
-            return open_tokenizer("bytes")
-        case "json":
-            train_bpe(TEXTS[:2], 300).save(directory)
-            return open_tokenizer(str(directory / "tokenizer.json"))
-        case _:
-            train_sentencepiece(directory / "tiny.model")
-            return open_tokenizer(str(directory / "tiny.model"))
+    if request.param == "bpe":
+        return train_bpe(TEXTS, 400)
+    train_bpe(TEXTS[:2], 300).save(directory)
+    train_sentencepiece(directory / "tiny.model")
+    files = {"json": "tokenizer.json", "sentencepiece": "tiny.model"}
+    return open_tokenizer(str(directory / files[request.param]) if request.param in files else request.param)
 
 
-def test_round_trip(tokenizer):
+def edited(directory, change) -> str:
+    """The saved tokenizer.json with its fields changed."""
+    file = pathlib.Path(directory, "tokenizer.json")
+    fields = json.loads(file.read_text())
+    change(fields)
+    file.write_text(json.dumps(fields))
+    return str(file)
+
+
+def test_round_trip(tokenizer, tmp_path):
+    """Also after saving and loading, and for a document token in the text or around it."""
     # SentencePiece has no piece for NUL and reads U+2581, its own sign for a space, as a space.
     texts = [text.replace("\0", "") for text in TEXTS] if tokenizer.kind == "sentencepiece" else TEXTS
     encoded = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(ids) for ids in encoded] == texts
     assert all(ids.max() < tokenizer.vocab_size for ids in encoded)
     np.testing.assert_array_equal(tokenizer.encode(texts[0]), encoded[0])
-
-
-def test_no_text_becomes_the_document_token(tokenizer):
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    for name in ("sha256", "vocab_size", "document_token"):
+        assert getattr(loaded, name) == getattr(tokenizer, name)
+    np.testing.assert_array_equal(loaded.encode(texts[1]), encoded[1])
     for name in ("<|endoftext|>", "</s>", "<s>", tokenizer.document_token_name):
         ids = tokenizer.encode(f"a{name}b")
         assert tokenizer.document_token not in ids
-        assert tokenizer.decode(ids) == f"a{name}b"
-
-
-def test_document_tokens_decode_to_nothing(tokenizer):
-    ids = np.concatenate([[tokenizer.document_token], tokenizer.encode("one"), [tokenizer.document_token]])
-    assert tokenizer.decode(ids) == "one"
-
-
-def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
-    loaded = load_tokenizer(tmp_path)
-    assert (loaded.sha256, loaded.vocab_size, loaded.document_token) == (
-        tokenizer.sha256,
-        tokenizer.vocab_size,
-        tokenizer.document_token,
-    )
-    np.testing.assert_array_equal(loaded.encode(TEXTS[1]), tokenizer.encode(TEXTS[1]))
+        assert tokenizer.decode([tokenizer.document_token, *ids, tokenizer.document_token]) == f"a{name}b"
 
 
 def test_kinds_and_sizes():
     bpe = train_bpe(TEXTS, 300)
+    assert bpe.sha256 == train_bpe(TEXTS, 300).sha256 != train_bpe(TEXTS[:2], 300).sha256
     assert (bpe.vocab_size, bpe.document_token, bpe.document_token_name) == (300, 0, "<|endoftext|>")
     assert (BytesTokenizer().vocab_size, BytesTokenizer().document_token) == (257, 256)
     assert BytesTokenizer().encode("aé").tolist() == [97, 195, 169]
     assert BytesTokenizer().decode([97, 195]) == "a\ufffd"
 
 
-def test_training_is_deterministic_and_texts_matter():
-    assert train_bpe(TEXTS, 350).sha256 == train_bpe(TEXTS, 350).sha256
-    assert train_bpe(TEXTS, 350).sha256 != train_bpe(TEXTS[:2], 350).sha256
-
-
-def test_document_token_is_part_of_the_hash(tmp_path):
-    file = _json_tokenizer(tmp_path, ["<|endoftext|>", "</s>"])
-    assert open_tokenizer(file).document_token_name == "<|endoftext|>"
-    other = open_tokenizer(file, "</s>")
-    assert other.document_token == open_tokenizer(file).document_token + 1
-    assert other.sha256 != open_tokenizer(file).sha256
-
-
-def test_an_ordinary_added_token_is_made_special(tmp_path):
-    """Some files list the document token as one that is looked for in text."""
-    file = _json_tokenizer(tmp_path, ["</s>"], special=False)
-    tokenizer = open_tokenizer(file)
-    assert tokenizer.document_token_name == "</s>"
-    assert tokenizer.document_token not in tokenizer.encode("a</s>b")
+def test_which_document_token(tmp_path):
+    """It is part of the hash. Some files list it as an ordinary token, which is looked for in text."""
+    file = json_tokenizer(tmp_path, ["<|endoftext|>", "</s>"], special=False)
+    first, other = open_tokenizer(file), open_tokenizer(file, "</s>")
+    assert (first.document_token_name, other.document_token_name) == ("<|endoftext|>", "</s>")
+    assert other.document_token == first.document_token + 1 and other.sha256 != first.sha256
+    assert other.document_token not in other.encode("a</s>b")
 
 
 def test_ids_may_have_gaps(tmp_path):
     """A model then needs room for the largest id, not for the number of ids."""
+
+    def change(fields):
+        vocabulary = fields["model"]["vocab"]
+        vocabulary[max(vocabulary, key=vocabulary.get)] = 70_000
+
     train_bpe(TEXTS, 300).save(tmp_path)
-    fields = json.loads((tmp_path / "tokenizer.json").read_text())
-    vocabulary = fields["model"]["vocab"]
-    vocabulary[max(vocabulary, key=vocabulary.get)] = 70_000
-    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
-    tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(edited(tmp_path, change))
     assert tokenizer.vocab_size == 70_001
     assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS
 
 
 def test_a_document_token_that_is_a_byte_too_is_refused(tmp_path):
     """Here the package numbers added tokens from 257 onwards, whatever the file says, and 257 is the id of a byte."""
+
+    def change(fields):
+        vocabulary = fields["model"]["vocab"]
+        vocabulary[max(vocabulary, key=vocabulary.get)] = 257
+        fields["added_tokens"].append({**fields["added_tokens"][0], "id": 300, "content": "<doc>"})
+
     train_bpe(TEXTS, 257).save(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    fields = json.loads(file.read_text())
-    vocabulary = fields["model"]["vocab"]
-    byte = max(vocabulary, key=vocabulary.get)
-    vocabulary[byte] = 257
-    fields["added_tokens"].append({**fields["added_tokens"][0], "id": 300, "content": "<doc>"})
-    file.write_text(json.dumps(fields))
-    with pytest.raises(
-        UserError, match=f"its tokens '<doc>' and '{byte}' have the same id 257,.*name another token with"
-    ):
-        open_tokenizer(str(file), "<doc>")
-    assert open_tokenizer(str(file), "<|endoftext|>").document_token == 0
+    file = edited(tmp_path, change)
+    with pytest.raises(UserError, match="have the same id 257"):
+        open_tokenizer(file, "<doc>")
+    assert open_tokenizer(file, "<|endoftext|>").document_token == 0
 
 
 def test_what_others_files_ask_for_beside_the_tokens_is_not_done(tmp_path):
     """Texts are not truncated or padded, and nothing is put before or after them: the packing does that."""
-    file = pathlib.Path(_json_tokenizer(tmp_path, ["<s>", "</s>"]))
-    plain = open_tokenizer(str(file), "</s>")
-    begin = open_tokenizer(str(file), "<s>").document_token
-    fields = json.loads(file.read_text())
-    fields["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    fields["padding"] = {
-        **{"strategy": {"Fixed": 500}, "direction": "Right", "pad_to_multiple_of": None},
-        **{"pad_id": begin, "pad_type_id": 0, "pad_token": "<s>"},
-    }
-    fields["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [begin], "tokens": ["<s>"]}},
-    }
-    file.write_text(json.dumps(fields))
-    whole = tokenizers.Tokenizer.from_file(str(file)).encode("a text").ids
+    file = json_tokenizer(tmp_path, ["<s>", "</s>"])
+    plain = open_tokenizer(file, "</s>")
+    begin = open_tokenizer(file, "<s>").document_token
+
+    def change(fields):
+        fields["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+        fields["padding"] = {
+            **{"strategy": {"Fixed": 500}, "direction": "Right", "pad_to_multiple_of": None},
+            **{"pad_id": begin, "pad_type_id": 0, "pad_token": "<s>"},
+        }
+        fields["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [begin], "tokens": ["<s>"]}},
+        }
+
+    whole = tokenizers.Tokenizer.from_file(edited(tmp_path, change)).encode("a text").ids
     assert len(whole) == 500 and whole[0] == begin and len(plain.encode("a text")) == 6  # as the file asks
-    tokenizer = open_tokenizer(str(file), "</s>")
+    tokenizer = open_tokenizer(file, "</s>")
     for text in ("a text", *TEXTS):
         np.testing.assert_array_equal(tokenizer.encode(text), plain.encode(text))
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -176,72 +157,65 @@ def test_a_byte_pair_encoding_with_dropout_gives_the_same_tokens_each_time(tmp_p
     """Those of all merges, in a dataset as in what is read from it."""
     plain = train_bpe(TEXTS, 300)
     plain.save(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    fields = json.loads(file.read_text())
-    fields["model"]["dropout"] = 0.5
-    file.write_text(json.dumps(fields))
-    assert tokenizers.Tokenizer.from_file(str(file)).model.dropout == 0.5
-    for tokenizer in (open_tokenizer(str(file)), load_tokenizer(tmp_path)):
+    file = edited(tmp_path, lambda fields: fields["model"].update(dropout=0.5))
+    assert tokenizers.Tokenizer.from_file(file).model.dropout == 0.5
+    for tokenizer in (open_tokenizer(file), load_tokenizer(tmp_path)):
         for text in TEXTS:
             np.testing.assert_array_equal(tokenizer.encode(text), plain.encode(text))
 
 
-def _json_tokenizer(directory, names, special=True) -> str:
+def json_tokenizer(directory, names, special=True) -> str:
     """A byte-level BPE with the given added tokens and no other."""
+
+    def change(fields):
+        template = fields["added_tokens"][0]
+        vocabulary = fields["model"]["vocab"]
+        fields["model"]["vocab"] = {key: id - 1 for key, id in vocabulary.items() if key != template["content"]}
+        fields["added_tokens"] = [
+            {**template, "id": 256 + i, "content": name, "special": special} for i, name in enumerate(names)
+        ]
+
     train_bpe(TEXTS, 257).save(directory)
-    fields = json.loads((directory / "tokenizer.json").read_text())
-    template = fields["added_tokens"][0]
-    del fields["model"]["vocab"][template["content"]]
-    fields["model"]["vocab"] = {name: token - 1 for name, token in fields["model"]["vocab"].items()}
-    fields["added_tokens"] = [
-        {**template, "id": 256 + i, "content": name, "special": special} for i, name in enumerate(names)
-    ]
-    (directory / "tokenizer.json").write_text(json.dumps(fields))
-    return str(directory / "tokenizer.json")
+    return edited(directory, change)
 
 
-def test_bad_tokenizers_are_refused(tmp_path):
-    with pytest.raises(
-        UserError, match="cannot have 256 tokens; it must have at least 257, for 256 bytes and the document token"
-    ):
-        train_bpe(TEXTS, 256)
-    with pytest.raises(UserError, match=r"no tokenizer 'absent.json': give bpe, bytes, or the path"):
-        open_tokenizer("absent.json")
-    (tmp_path / "bad.json").write_text('{"model": 1}')
-    with pytest.raises(UserError, match=r"bad\.json is not a tokenizer\.json of the tokenizers package"):
-        open_tokenizer(str(tmp_path / "bad.json"))
-    (tmp_path / "bad.model").write_bytes(b"junk" * 100)
-    with pytest.raises(UserError, match=r"bad\.model is not a SentencePiece model"):
-        open_tokenizer(str(tmp_path / "bad.model"))
-    file = _json_tokenizer(tmp_path, ["<pad>"])
-    with pytest.raises(UserError, match=r"has none of <\|endoftext\|>, .* name its own with --document_token"):
-        open_tokenizer(file)
-    with pytest.raises(UserError, match="has no token '<end>' to separate documents with"):
-        open_tokenizer(file, "<end>")
-    # A letter is a token too, but text produces it.
-    with pytest.raises(UserError, match="turns the text 'a' into its document token"):
-        _refuse_plain_letter(tmp_path)
-
-
-def _refuse_plain_letter(directory):
-    train_sentencepiece(directory / "tiny.model")
-    open_tokenizer(str(directory / "tiny.model"), "a")
+@pytest.mark.parametrize(
+    "name, content, document_token, key",
+    [
+        ("absent.json", None, None, "no tokenizer"),
+        ("a.json", b'{"model": 1}', None, r"not a tokenizer\.json"),
+        ("a.model", b"junk" * 100, None, "not a SentencePiece"),
+        ("tokenizer.json", ["<pad>"], None, r"<\|endoftext\|>, .* --document_token"),
+        ("tokenizer.json", ["<pad>"], "<end>", "no token '<end>'"),
+        ("tiny.model", train_sentencepiece, "a", "turns the text 'a' into"),  # a token too, but text produces it
+    ],
+)
+def test_bad_tokenizers_are_refused(tmp_path, name, content, document_token, key):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif isinstance(content, list):
+        json_tokenizer(tmp_path, content)
+    elif content:
+        content(tmp_path / name)
+    with pytest.raises(UserError, match=key):
+        open_tokenizer(str(tmp_path / name), document_token)
 
 
 def test_damaged_saves_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer in .*: it has no tokenizer_info\.json"):
-        load_tokenizer(tmp_path)
+    def refused(key):
+        with pytest.raises(UserError, match=key):
+            load_tokenizer(tmp_path)
+
+    refused(r"no tokenizer_info\.json")
     train_bpe(TEXTS, 257).save(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"is incomplete: tokenizer\.json is missing"):
-        load_tokenizer(tmp_path)
+    refused("incomplete")
     (tmp_path / "tokenizer_info.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer_info\.json is damaged"):
-        load_tokenizer(tmp_path)
+    refused(r"tokenizer_info\.json is damaged")
 
 
 def test_sentencepiece_absent_names_the_extra(tmp_path, monkeypatch):
     train_sentencepiece(tmp_path / "tiny.model")
-    monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(UserError, match=r"pip install jaxlinear\[sentencepiece\]"):
         open_tokenizer(str(tmp_path / "tiny.model"))

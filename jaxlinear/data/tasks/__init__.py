@@ -6,7 +6,6 @@ A difficulty is written ``NAME:option=VALUE:option=VALUE``. Options left out hav
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 from jaxlinear import specs
 from jaxlinear.data.tasks.batches import TaskBatches
@@ -20,15 +19,8 @@ from jaxlinear.errors import UserError
 
 __all__ = ["NO_TARGET", "TASKS", "Setting", "Task", "TaskBatches", "difficulties", "split", "text", "training_set"]
 
-TASKS: dict[str, type[Task]] = {
-    "mqar": MultiQueryRecall,
-    "induction": InductionHeads,
-    "passkey": PassKey,
-    "selective_copying": SelectiveCopying,
-    "parity": Parity,
-    "s5_permutations": Permutations,
-    "listops": ListOps,
-}
+_TASKS = (MultiQueryRecall, InductionHeads, PassKey, SelectiveCopying, Parity, Permutations, ListOps)
+TASKS: dict[str, type[Task]] = {task.NAME: task for task in _TASKS}
 
 
 def split(spec: str) -> tuple[str, dict[str, str]]:
@@ -41,8 +33,8 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
 
 def text(task: Task) -> str:
     """The name with all options, in the form that ``split`` reads."""
-    (name,) = (name for name, known in TASKS.items() if known is type(task))
-    return ":".join([name, *(f"{option}={_written(value)}" for option, value in task.options().items())])
+    written = {name: str(value).lower() if isinstance(value, bool) else value for name, value in task.options().items()}
+    return ":".join([task.NAME, *(f"{option}={value}" for option, value in written.items())])
 
 
 def training_set(spec: str, setting: Setting) -> tuple[Task, ...]:
@@ -92,7 +84,3 @@ def _alternatives(task: type[Task], given: dict[str, str]) -> list[dict[str, str
     texts = {field.name for field in dataclasses.fields(task) if field.type in (str, "str")}
     values = [[value] if name in texts else value.split("+") for name, value in given.items()]
     return [dict(zip(given, chosen, strict=True)) for chosen in itertools.product(*values)]
-
-
-def _written(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

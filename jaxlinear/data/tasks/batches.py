@@ -1,14 +1,11 @@
 """Batches of a synthetic task, addressed by index like those of a dataset."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxlinear.data.loader import Batch, check_rows
-
-if TYPE_CHECKING:
-    from jaxlinear.data.tasks.task import Example, Task
+from jaxlinear.data.tasks.task import Example, Task
 
 SPLITS = {"train": 0, "heldout": 1}
 
@@ -24,7 +21,7 @@ class TaskBatches:
 
     def __init__(
         self,
-        tasks: "Sequence[Task]",
+        tasks: Sequence[Task],
         *,
         batch_size: int,
         seed: int,
@@ -42,5 +39,5 @@ class TaskBatches:
         tokens, targets = (np.stack(arrays).astype(np.int32) for arrays in zip(*examples, strict=True))
         return {"tokens": tokens, "targets": targets, "segment_ids": np.ones_like(tokens)}
 
-    def _example(self, i: int) -> "Example":
+    def _example(self, i: int) -> Example:
         return self.tasks[i % len(self.tasks)].example(np.random.default_rng((*self._key, i)))

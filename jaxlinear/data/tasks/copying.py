@@ -12,6 +12,7 @@ class SelectiveCopying(WithVocabulary):
     """``count`` data tokens, in order, at random positions among filler (token 0), then as many markers (token 1). The
     answer at marker number i is data token number i."""
 
+    NAME = "selective_copying"
     SOURCE = "Gu and Dao 2023, Mamba (arXiv:2312.00752), section 4.1.1, after Jing et al. 2019 (arXiv:1706.02761)"
     REFERENCE = tuple({"length": length, "count": 16} for length in (256, 1024, 4096))
 
@@ -27,7 +28,7 @@ class SelectiveCopying(WithVocabulary):
         self.require(self.vocab_size >= 4, f"vocab_size={self.vocab_size} must be at least 4")
 
     @property
-    def most_answers(self) -> int:
+    def max_targets(self) -> int:
         return self.count
 
     @property

@@ -29,6 +29,7 @@ class ListOps(Task):
     most ``depth`` deep. An expression has at least ``shortest`` tokens, the ``=`` included.
     """
 
+    NAME = "listops"
     SOURCE = (
         "Nangia and Bowman 2018 (arXiv:1804.06028); depth, arguments and lengths of 500 to 2000 of Tay et al. 2020, Long "
         "Range Arena (arXiv:2011.04006); the shorter ones are ours"
@@ -38,6 +39,9 @@ class ListOps(Task):
         {"length": 256, "shortest": 64, "depth": 6, "arguments": 8},
         {"length": 2048, "shortest": 500, "depth": 10, "arguments": 10},
     )
+
+    vocabulary = END + 1
+    max_targets = 1
 
     length: int = 2048
     shortest: int = 500
@@ -62,14 +66,6 @@ class ListOps(Task):
             f"shortest={self.shortest} must not exceed {enough[-1] + 1}: fewer than {_RAREST:.1%} of the expressions of "
             f"depth={self.depth} and arguments={self.arguments} have as many tokens and no more than length={self.length}",
         )
-
-    @property
-    def vocabulary(self) -> int:
-        return END + 1
-
-    @property
-    def most_answers(self) -> int:
-        return 1
 
     @functools.cached_property
     def chance(self) -> float:

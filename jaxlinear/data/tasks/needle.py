@@ -12,7 +12,7 @@ from jaxlinear.data.manifest import read_manifest
 from jaxlinear.data.tasks.task import NO_TARGET, Example, Setting, Task
 from jaxlinear.data.tokenizer import Tokenizer, load_tokenizer
 
-_KEYS_COUNTED = 4_000  # used to estimate the accuracy by chance
+_SAMPLED_KEYS = 4_000  # used to estimate the accuracy by chance
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 _QUESTION = "\nWhat is the pass key? The pass key is"
@@ -27,6 +27,7 @@ class PassKey(Task):
     all are right exactly if greedy decoding gives the number.
     """
 
+    NAME = "passkey"
     SOURCE = (
         "Mohtashami and Jaggi 2023 (arXiv:2305.16300), whose sentences these are; the text is the dataset's, as in the "
         "needle tests of long contexts; lengths and depths are ours"
@@ -74,14 +75,14 @@ class PassKey(Task):
         return self._table.manifest.vocab_size
 
     @property
-    def most_answers(self) -> int:
+    def max_targets(self) -> int:
         return self.digits + 1  # as bytes: the digits and the space before them
 
     @functools.cached_property
     def chance(self) -> float:
         """Estimated from many keys: how often the likeliest token at each position of the answer is right. For bytes this
         is always for the space before the number, and a tenth of the time for each digit."""
-        keys = np.random.default_rng(0).integers(10**self.digits, size=_KEYS_COUNTED)
+        keys = np.random.default_rng(0).integers(10**self.digits, size=_SAMPLED_KEYS)
         counts = collections.Counter(place for key in keys for place in enumerate(self._answer(int(key)).tolist()))
         likeliest: dict[int, int] = {}
         for (place, _), count in counts.items():
@@ -130,13 +131,12 @@ class PassKey(Task):
 
     def example(self, random: np.random.Generator) -> Example:
         needle, question, answer = self._parts(int(random.integers(10**self.digits)))
-        text = self._text(
-            random, self.length - len(needle) - len(question) - len(answer)
-        )  # the last token of the answer is never an input
+        # The last token of the answer is never an input.
+        text = self._text(random, self.length - len(needle) - len(question) - len(answer))
         depth = random.random() if self.depth == -1 else self.depth
-        cut = round(depth * len(text))
+        before, after = np.split(text, [round(depth * len(text))])
         document = self._tokenizer.document_token
-        stream = np.concatenate([[document], text[:cut], needle, text[cut:], question, answer]).astype(np.int32)
+        stream = np.concatenate([[document], before, needle, after, question, answer]).astype(np.int32)
         targets = np.full(self.length, NO_TARGET, np.int32)
         targets[-len(answer) :] = answer
         return stream[:-1], targets

@@ -22,6 +22,7 @@ class MultiQueryRecall(WithVocabulary):
     favours near ones. Filler is token 0 or, with ``random_filling``, any token that is not a key of the example.
     """
 
+    NAME = "mqar"
     SOURCE = "Arora et al. 2023, Zoology (arXiv:2312.04927); the difficulties are those of its figure 2"
     REFERENCE = (
         {"length": 64, "pairs": 4},
@@ -48,7 +49,7 @@ class MultiQueryRecall(WithVocabulary):
         self.require(0 < self.power <= _MOST_POWER, f"power={self.power} must be above 0 and at most {_MOST_POWER}")
 
     @property
-    def most_answers(self) -> int:
+    def max_targets(self) -> int:
         return self.pairs
 
     @property
@@ -83,11 +84,14 @@ class InductionHeads(WithVocabulary):
     """Random tokens. A special token, 0, appears once among them and once more at the end, where the answer is the token
     that followed its first occurrence."""
 
+    NAME = "induction"
     SOURCE = (
         "Olsson et al. 2022 (arXiv:2209.11895); in this form Fu, Dao et al. 2022, H3 (arXiv:2212.14052); vocabulary and "
         "lengths, trained at 256, of Gu and Dao 2023, Mamba (arXiv:2312.00752), section 4.1.2"
     )
     REFERENCE = tuple({"length": length} for length in (64, 128, 256, 512, 1024, 2048, 4096))
+
+    max_targets = 1
 
     length: int = 256
     vocab_size: int = 16
@@ -95,10 +99,6 @@ class InductionHeads(WithVocabulary):
     def __post_init__(self) -> None:
         self.require(self.length >= 3, f"length={self.length} must be at least 3")
         self.require(self.vocab_size >= 3, f"vocab_size={self.vocab_size} must be at least 3")
-
-    @property
-    def most_answers(self) -> int:
-        return 1
 
     @property
     def chance(self) -> float:

@@ -29,6 +29,7 @@ class Task(abc.ABC):
     ``example`` is a function of the generator alone. Tokens and answers are below ``vocab_size``.
     """
 
+    NAME: ClassVar[str]
     REFERENCE: ClassVar[tuple[dict[str, Any], ...]]  # the difficulties on which a checkpoint is evaluated
     SOURCE: ClassVar[str]  # of the task and its difficulties
     READS_TEXT: ClassVar[bool] = False  # whether it needs a prepared dataset
@@ -42,7 +43,7 @@ class Task(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def most_answers(self) -> int:
+    def max_targets(self) -> int:
         """Upper bound on the number of answers in an example."""
 
     @property
@@ -72,8 +73,15 @@ class Task(abc.ABC):
         values = {}
         for name, value in options.items():
             if name not in fields:
-                raise UserError(f"{name_of(cls)} has no option {name!r}; the options are {', '.join(fields)}")
-            values[name] = _parsed(cls, fields[name], value)
+                raise UserError(f"{cls.NAME} has no option {name!r}; the options are {', '.join(fields)}")
+            declared = fields[name].type
+            kind = {"int": int, "float": float, "bool": bool, "str": str}[str(getattr(declared, "__name__", declared))]
+            if isinstance(value, str) and kind is not str:
+                try:
+                    value = {"true": True, "false": False}[value] if kind is bool else kind(value)
+                except (ValueError, KeyError):
+                    raise UserError(f"{cls.NAME}: {name}={value} is not of type {kind.__name__}") from None
+            values[name] = value
         return cls(**values)
 
     def options(self) -> dict[str, Any]:
@@ -83,7 +91,7 @@ class Task(abc.ABC):
     def require(self, fits: bool, reason: str) -> None:
         """Raises ``UserError`` unless ``fits``."""
         if not fits:
-            raise UserError(f"{name_of(type(self))}: {reason}")
+            raise UserError(f"{self.NAME}: {reason}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,20 +108,3 @@ class WithVocabulary(Task):
     def defaults(cls, setting: Setting) -> dict[str, Any]:
         """The vocabulary of the paper, limited to the model's."""
         return {} if setting.vocab_size is None else {"vocab_size": min(cls.vocab_size, setting.vocab_size)}
-
-
-def name_of(task: type[Task]) -> str:
-    """The name of a task in the registry."""
-    from jaxlinear.data import tasks  # imported here, since it imports the tasks, which import this file
-
-    return next(name for name, known in tasks.TASKS.items() if known is task)
-
-
-def _parsed(cls: type[Task], field: dataclasses.Field, value: Any) -> Any:
-    kind = {"int": int, "float": float, "bool": bool, "str": str}[str(getattr(field.type, "__name__", field.type))]
-    if isinstance(value, str) and kind is not str:
-        try:
-            value = {"true": True, "false": False}[value] if kind is bool else kind(value)
-        except (ValueError, KeyError):
-            raise UserError(f"{name_of(cls)}: {field.name}={value} is not of type {kind.__name__}") from None
-    return value

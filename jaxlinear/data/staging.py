@@ -1,4 +1,4 @@
-"""The hidden directory where a dataset or a converted model is written, and the cleanup after killed programs."""
+"""The staging directory, in which a dataset or a converted model is written, and the cleanup after killed programs."""
 
 import contextlib
 import logging
@@ -9,7 +9,6 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from jaxlinear import atomic, locks
 
@@ -25,8 +24,14 @@ def directory(output: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         with (partial / (locks.FILE + ".tmp")).open("wb", buffering=0) as file:
             file.write(socket.gethostname().encode())
+            try:
+                locked = locks.take(file)
+            except OSError as error:
+                if error.errno not in locks.NO_LOCKS:
+                    raise
+                locked = False
             # It gets its name only once it is locked: ``clear`` may remove a directory whose lock nobody holds.
-            if _take(file):
+            if locked:
                 os.rename(file.name, partial / locks.FILE)
             else:
                 os.unlink(file.name)
@@ -70,12 +75,3 @@ def _cleared(partial: pathlib.Path) -> bool:
         return False
     _LOG.warning("removed %s, left by a run that was killed", partial)
     return True
-
-
-def _take(file: BinaryIO) -> bool:
-    try:
-        return locks.take(file)
-    except OSError as error:
-        if error.errno not in locks.NO_LOCKS:
-            raise
-        return False
