@@ -9,7 +9,7 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "jaxlinear" / "__init__.py").read_text())
 assert version is not None
 
-# With Python 3.11 make test runs with the oldest version, as JAX 0.11 needs 3.12; make test-newest runs with the newest.
+# With Python 3.11 make test runs with the oldest version, as JAX 0.11 needs 3.12; CI also tests with the newest.
 JAX = ">=0.10.2,<0.13"
 
 extras = {
@@ -26,7 +26,13 @@ extras = {
     "tensorboard": ["tensorboard>=2.18,<3"],
     "eval": ["lm_eval>=0.4.13,<0.5"],  # the EleutherAI harness; it needs neither torch nor transformers
     "parity": ["torch>=2.6,<3", "transformers>=5,<6"],  # the reference for imported weights, on the CPU
-    "pages": ["playwright>=1.50,<2"],  # drives an installed Chromium, for make test-pages
+    "pages": ["playwright>=1.50,<2"],  # drives an installed Chromium, for make test-all
+    "docs": [  # the site, for make docs; ruff lays out its signatures
+        "mkdocs>=1.6,<2",
+        "mkdocs-material>=9.6,<10",
+        "mkdocstrings[python]>=1,<2",
+        "ruff>=0.14,<0.18",
+    ],
 }
 extras["test"] = [
     "pytest>=8,<10",

@@ -53,7 +53,7 @@ def main() -> None:
     values = presets.find(_MODEL.value)
     values |= {"num_layers": _LAYERS.value, "vocab_size": _VOCABULARY.value, "dtype": "bfloat16"}
     found = compile_for(_TOPOLOGY.value, ModelConfig(**values), _STREAMS.value, _LENGTH.value, wide=_WIDE.value)
-    moved, cycles = of_a_token(found.text)
+    moved, cycles = token_bytes(found.text)
     result = {
         "model": _MODEL.value,
         "layers": _LAYERS.value,
@@ -115,7 +115,7 @@ def compile_for(target: str, config, streams: int, length: int, *, wide: bool = 
     return Decoding(compiled.as_text(), size, programs.read(compiled, mesh).memory.total)
 
 
-def of_a_token(text: str) -> tuple[int, int | None]:
+def token_bytes(text: str) -> tuple[int, int | None]:
     """Bytes moved and cycles of one trip of the loop over tokens."""
     from jaxlinear.costs import hlo, programs
 

@@ -81,7 +81,7 @@ def _measure(model: str, scheme: str, tokens: int, devices: int, remat: str) -> 
     from jaxlinear import config as configs
     from jaxlinear.costs import programs
     from jaxlinear.parallel import on_mesh
-    from jaxlinear.training import ahead
+    from jaxlinear.training import ahead_of_time
 
     config = configs.default()
     config.model.update({"preset": f"{model}_1b3", "remat": remat})
@@ -93,7 +93,7 @@ def _measure(model: str, scheme: str, tokens: int, devices: int, remat: str) -> 
     sharded = on_mesh.ShardedTime
     whole = mock.patch.object(on_mesh, "ShardedTime", lambda *given: _Gathered(sharded(*given)))
     with whole if scheme == "gathered" else contextlib.nullcontext():
-        made = ahead.trace(config, targets.find(f"h100:{devices}").devices)
+        made = ahead_of_time.trace(config, targets.find(f"h100:{devices}").devices)
     program = programs.read(made.compile(), made.mesh)
     received = {"exchanged": 0, "gradients": 0}
     for collective in program.collectives:

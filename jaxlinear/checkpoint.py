@@ -25,7 +25,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from jaxlinear import atomic, streaming
 from jaxlinear import config as configs
 from jaxlinear.errors import RunError, UserError
-from jaxlinear.parallel import start
+from jaxlinear.parallel import distributed
 
 DIRECTORY = "checkpoints"
 _META = "meta"
@@ -107,7 +107,7 @@ class Checkpoints:
         """The steps that can be restored, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def newest_of_all(self) -> int | None:
+    def newest_anywhere(self) -> int | None:
         """The newest step, the same on all processes of the run, each of which must call this; None if there is none. A
         host that sees an older state of the directory, as may happen on NFS, looks again for a while.
 
@@ -120,7 +120,7 @@ class Checkpoints:
             self._manager.reload()
             return max(self.steps(), default=none)
 
-        seen = start.seen_by_each(look)
+        seen = distributed.seen_by_each(look)
         newest = max(seen)
         others = [process for process, step in enumerate(seen) if step != newest]
         if others:
@@ -151,7 +151,7 @@ class Checkpoints:
         """
         assert self._config is not None
         self.wait()  # as Orbax would; here, so that the free space is known
-        with start.together():  # a quota may be used up on one host only
+        with distributed.together():  # a quota may be used up on one host only
             self._check_space(trees)
         meta = _meta(self._config, next_batch, {name: _checksums(tree) for name, tree in trees.items()})
         items = {name: ocp.args.StandardSave(_by_path(tree)) for name, tree in trees.items()}
@@ -167,8 +167,8 @@ class Checkpoints:
         """Notes the held-out loss of a checkpoint that was saved without one, since SIGTERM had ended its evaluation. Each
         process must call this."""
         losses = self.directory / str(step) / "metrics"  # as Orbax writes and reads them
-        with start.together(), self._writing():  # no process reads them before they are there
-            if start.is_first() and losses.parent.is_dir() and not losses.exists():
+        with distributed.together(), self._writing():  # no process reads them before they are there
+            if distributed.is_first() and losses.parent.is_dir() and not losses.exists():
                 made = losses.with_name("metrics.partial")
                 made.mkdir(exist_ok=True)
                 atomic.write_text(made / "metrics", json.dumps(_metrics(heldout_loss, heldout_text)))

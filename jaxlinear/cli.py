@@ -16,7 +16,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from jaxlinear import cli_flags
-from jaxlinear.errors import Diverged, EveryProcessError, RunError, UserError, of_the_machine
+from jaxlinear.errors import Diverged, EveryProcessError, RunError, UserError, machine_error
 from jaxlinear.exit_status import BAD_INPUT, FAILED
 
 # Flags that name a file or directory, in any program that has them.
@@ -57,7 +57,7 @@ def run(
     except RunError as error:  # raised by every process
         message, status = str(error), BAD_INPUT if isinstance(error, Diverged) else FAILED
     except Exception as error:
-        message, status = _of_the_machine(error)
+        message, status = _machine_error(error)
         if message is None:
             if not _has_others() and waits_for_threads:
                 raise
@@ -159,9 +159,9 @@ def _check_paths() -> None:
             check_path(flag, path)
 
 
-def _of_the_machine(error: Exception) -> tuple[str | None, int]:
+def _machine_error(error: Exception) -> tuple[str | None, int]:
     """The message and exit status for an error caused by the machine; None and ``FAILED`` for a defect."""
-    if isinstance(error, OSError) and (found := of_the_machine(error)):
+    if isinstance(error, OSError) and (found := machine_error(error)):
         return str(found), BAD_INPUT if isinstance(found, UserError) else FAILED
     message = _out_of_memory(error)
     return message, FAILED if message is None else BAD_INPUT

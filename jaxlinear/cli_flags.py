@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> list[str]:
     except UserError:
         raise
     except Exception as error:
-        if file is None or (refusal := _of_config_file(error, file)) is None:
+        if file is None or (refusal := _config_file_error(error, file)) is None:
             raise
         raise refusal from error
     if changed:
@@ -101,7 +101,7 @@ def _with_tuples(argv: list[str]) -> list[str]:
     return found
 
 
-def _of_config_file(error: Exception, file: str) -> UserError | None:
+def _config_file_error(error: Exception, file: str) -> UserError | None:
     """What is wrong in a config file, and where. None for a defect in code that the file calls, and for a malformed
     flag."""
     if isinstance(error, SyntaxError) and error.filename == file:

@@ -45,7 +45,7 @@ class Diverged(RunError):
     """The work cannot go on, and the same command would fail in the same way: status ``BAD_INPUT``."""
 
 
-def of_the_machine(error: OSError) -> UserError | RunError | None:
+def machine_error(error: OSError) -> UserError | RunError | None:
     """The error of one line for a failure of the machine; None for what may be a defect, such as a missing file."""
     if error.errno in _ENVIRONMENT_ERRORS:
         return UserError(f"{_ENVIRONMENT_ERRORS[error.errno]}: {error.filename or error.strerror}")

@@ -46,12 +46,12 @@ class StreamedArray:
     def piece(self) -> tuple[int, ...]:
         """The shape that is passed on at a time: about ``PIECE_BYTES`` of what is read at a time."""
         shape = (self.rows, *self.shape[1:])
-        axis = _cut(shape)
+        axis = _split_axis(shape)
         return (*shape[:axis], rows_at_once(shape[axis:], self.dtype.itemsize), *shape[axis + 1 :])
 
     def pieces(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """The array in consecutive pieces, each with its position."""
-        axis = _cut((self.rows, *self.shape[1:]))
+        axis = _split_axis((self.rows, *self.shape[1:]))
         length = self.piece[axis]
         for begin in range(0, self.shape[0], self.rows):
             part = self.read(begin, min(begin + self.rows, self.shape[0]))
@@ -71,7 +71,7 @@ def rows_at_once(shape: Sequence[int], itemsize: int) -> int:
     return min(max(PIECE_BYTES // max(row, 1), 1), max(shape[0], 1))
 
 
-def _cut(shape: Sequence[int]) -> int:
+def _split_axis(shape: Sequence[int]) -> int:
     """The axis along which an array is cut into consecutive pieces: the first one longer than 1."""
     return next((axis for axis, length in enumerate(shape) if length > 1), 0)
 

@@ -29,9 +29,9 @@ def main() -> int:
 
     from jaxlinear.launching import device_check, device_check_text
     from jaxlinear.ops import backends
-    from jaxlinear.parallel import start
+    from jaxlinear.parallel import distributed
 
-    start.use_gpu_memory()
+    distributed.use_gpu_memory()
     device = jax.devices()[0]
     if device.platform not in backends.COMPILED and not _INTERPRET.value:
         raise UserError(

@@ -32,12 +32,12 @@ _EXAMPLES = flags.DEFINE_integer("examples", 1024, "Held-out examples for each p
 
 def main() -> int:
     from jaxlinear.evaluation import recall
-    from jaxlinear.parallel import start
+    from jaxlinear.parallel import distributed
 
     if not _PATTERNS.value:
         raise UserError("--patterns is empty; name layers, such as --patterns=gla,griffin")
     recall.check(_CONFIG.value, _PATTERNS.value)
-    start.use_gpu_memory()
+    distributed.use_gpu_memory()
     cli.leave_out_warnings_of_orbax()
     rows = []
     for name in _PATTERNS.value:

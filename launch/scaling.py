@@ -26,7 +26,7 @@ def main() -> None:
     cli.leave_out_warnings_of_orbax()
     from jaxlinear.sweeps.laws import comparison, points, report
 
-    measured = points.of_sweep(_WORKDIR.value, partial=_PARTIAL.value, evaluated=_EVALUATED.value)
+    measured = points.sweep_points(_WORKDIR.value, partial=_PARTIAL.value, evaluated=_EVALUATED.value)
     fitted = comparison.compare(
         measured,
         baseline=_BASELINE.value,

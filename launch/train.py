@@ -15,13 +15,13 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> int:
-    from jaxlinear.parallel import start
+    from jaxlinear.parallel import distributed
     from jaxlinear.training.loop import train
 
-    start.use_gpu_memory()
-    start.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    distributed.use_gpu_memory()
+    distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _EXPECT.value:
-        start.expect(_EXPECT.value)
+        distributed.expect(_EXPECT.value)
     return train(_CONFIG.value, _WORKDIR.value)
 
 

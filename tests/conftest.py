@@ -48,97 +48,54 @@ _MANY_MAPS = 30_000  # Linux allows a process 65,530; a program takes a few, and
 _EVERY = 8  # tests: counting many maps takes 10 ms
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--every_mesh",
-        action="store_true",
-        help="Models on every mesh that spreads time, not on some, what their compiled steps exchange, and runs of several "
-        "processes.",
-    )
-    parser.addoption(
-        "--compiled",
-        action="store_true",
-        help="Also kernels compiled for TPUs and GPUs, and run on an emulated GPU, and what launch/compile.py says.",
-    )
-    parser.addoption(
-        "--every_case",
-        action="store_true",
-        help="All cases of the tests from which, as they say by the mark some_cases, other runs take some.",
-    )
-    parser.addoption("--published_sizes", action="store_true", help="Also training steps at published sizes: minutes.")
-    parser.addoption("--chromium", help="Also pages of HTML, in this Chromium.")
-    parser.addoption(
-        "--every_nth", type=int, default=1, metavar="N", help="Of each test's cases, the first and each Nth after it."
-    )
-
-
-@pytest.hookimpl(trylast=True)  # of the cases that -k leaves
 def pytest_collection_modifyitems(config, items):
-    nth, before = config.getoption("--every_nth"), collections.Counter()
-    if nth < 1:
-        raise pytest.UsageError(f"--every_nth={nth} must be at least 1")
-    # Whoever names tests or cases means all of them.
+    """Leaves out what is slow, unless tests or cases are named. ``JAXLINEAR_TESTS``: "quick" (``make test``); "rest"
+    (``make test-all``); or "ci", of the rest what a bare mark ``slow`` is on. A mark with arguments names cases that only
+    ``make test-all`` runs: ``but`` all but these, ``cases`` these, ``but_nth`` all but the first and each nth after it.
+    ``JAXLINEAR_NTH=n`` takes of each test's cases the first and each nth after it."""
     options = (config.getoption(name, None) for name in ("keyword", "lf", "deselect"))
-    named = any(options) or any("::" in argument for argument in config.args)
-    every = named or config.getoption("--every_case")
-    if not named:
-        _check_names(items)
-    kept, left_out = [], []
-    for item in items:
-        test, mark = item.nodeid.partition("[")[0], None if every else item.get_closest_marker("some_cases")
-        if mark and not _is_taken(item.callspec.id, *mark.args, **mark.kwargs):
-            left_out.append(item)
-            continue
-        step = nth * mark.kwargs.get("nth", 1) if mark else nth
-        (left_out if before[test] % step else kept).append(item)
-        before[test] += 1
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = kept
-
-
-def _check_names(items):
-    """Each name in a mark ``some_cases`` is that of a case: a wrong one would leave a case out, or none, in silence."""
-    named, there = {}, collections.defaultdict(set)
-    for item in items:
-        if mark := item.get_closest_marker("some_cases"):
-            test = item.nodeid.partition("[")[0]
-            named[test] = {*mark.args, *mark.kwargs.get("without", ())}
-            there[test].add(item.callspec.id)
-    for test, names in named.items():
-        if unknown := names - there[test]:
-            raise pytest.UsageError(
-                f"{test}: some_cases names {sorted(unknown)}, and the cases are {sorted(there[test])}"
-            )
-
-
-def _is_taken(case, *only, without=(), nth=1):
-    """The arguments of the mark ``some_cases``; ``nth`` is for whoever counts."""
-    return case not in without and (not only or case in only)
-
-
-def pytest_ignore_collect(collection_path, config):
-    on_request = {
-        "test_published_sizes.py": "published_sizes",
-        "test_compiled_collectives.py": "every_mesh",
-        "test_processes.py": "every_mesh",
-        "test_in_chromium.py": "chromium",
-        "test_on_an_emulated_gpu.py": "compiled",
-        "test_sizing.py": "compiled",
-    }
-    if collection_path.match("pallas/test_*_compiles.py"):
-        on_request[collection_path.name] = "compiled"
-    option = on_request.get(collection_path.name)
-    if option is not None and not config.getoption(option):
-        return True
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optimised(request):
-    """``make test`` compiles with little optimisation, except for devices that are not present."""
-    if request.node.get_closest_marker("compiles_ahead") is None:
-        yield
+    if any(options) or any("::" in argument for argument in config.args):
         return
+    wanted = {"quick": (0,), "ci": (1,), "rest": (1, 2)}[os.environ.get("JAXLINEAR_TESTS", "quick")]
+    nth = int(os.environ.get("JAXLINEAR_NTH", "1"))
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for test, found in cases.items():
+        _check_names(test, found)
+        levels = [_level(item, number) for number, item in enumerate(found)]
+        taken = [item for item, level in zip(found, levels, strict=True) if level in wanted]
+        kept.update(taken[::nth])
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def _level(item, number) -> int:
+    """0 if the case is quick, 1 if it is slow, 2 if CI leaves it out."""
+    level = 0
+    for mark in item.iter_markers("slow"):
+        if not mark.kwargs:
+            level = max(level, 1)
+        elif "but_nth" in mark.kwargs:
+            level = 2 if number % mark.kwargs["but_nth"] else level
+        else:
+            named = item.callspec.id in mark.kwargs.get("but", mark.kwargs.get("cases"))
+            level = 2 if named == ("cases" in mark.kwargs) else level
+    return level
+
+
+def _check_names(test, found):
+    """Each name in a mark ``slow`` is that of a case: a wrong one would leave a case out, or none, in silence."""
+    for mark in found[0].iter_markers("slow"):
+        named = {*mark.kwargs.get("but", ()), *mark.kwargs.get("cases", ())}
+        if unknown := named and named - {x.callspec.id for x in found}:
+            raise pytest.UsageError(f"{test}: the mark slow names {sorted(unknown)}, which are no cases of it")
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """``make test`` compiles with little optimisation; tests that compile for devices that are not present use this."""
     import jax
 
     # Nor are these programs cached: without such a device JAX cannot read them back, and warns about it.

@@ -1,6 +1,7 @@
 """The table in docs/architecture.md matches the code: no room imports another that it may not."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -86,3 +87,8 @@ def test_the_file_that_goes_against_the_table_still_does():
     """Otherwise the exception should leave the page and ``AGAINST``."""
     others = {rooms()[room_of(other)][0] for name in AGAINST for other in imported(ROOT / name)}
     assert others - reached("jaxlinear/models/")
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = {name: {other for other in imported(ROOT / name) if other.endswith(".py")} - {name} for name in FILES}
+    graphlib.TopologicalSorter(files).prepare()

@@ -18,8 +18,8 @@ from jaxlinear import checkpoint
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import EveryProcessError, RunError, UserError
+from jaxlinear.parallel import distributed
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.parallel import start
 from tests import small_trees
 
 
@@ -63,16 +63,16 @@ def of_two_processes(monkeypatch, other):
         asked.append(numbers)
         return np.array([numbers, [other(len(asked))]], np.int32)
 
-    monkeypatch.setattr(start, "_of_every_process", gathered)
-    monkeypatch.setattr(start.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(start.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(distributed, "_gathered", gathered)
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
     return asked
 
 
 def test_a_host_that_sees_the_newest_checkpoint_late_is_waited_for(three, monkeypatch):
     checkpoints = Checkpoints(three)
     asked = of_two_processes(monkeypatch, lambda question: 2 if question < 20 else 3)
-    assert checkpoints.newest_of_all() == 3 and len(asked) == 20
+    assert checkpoints.newest_anywhere() == 3 and len(asked) == 20
 
 
 @pytest.mark.parametrize("sees, words", [(2, "process 1 sees step 2"), (-1, "process 1 sees none")])
@@ -80,7 +80,7 @@ def test_a_host_that_never_sees_the_newest_checkpoint_is_refused(three, monkeypa
     checkpoints = Checkpoints(three)
     asked = of_two_processes(monkeypatch, lambda question: sees)
     with pytest.raises(RunError, match=f"is that of step 3 for process 0, but {words}; a run can resume only when all"):
-        checkpoints.newest_of_all()
+        checkpoints.newest_anywhere()
     assert len(asked) > 60  # NFS may show a stale directory for this many seconds
 
 
@@ -88,7 +88,7 @@ def test_the_first_process_is_asked_for_no_other_than_the_newest(three, monkeypa
     checkpoints = Checkpoints(three)
     of_two_processes(monkeypatch, lambda question: 4)
     with pytest.raises(RunError, match="is that of step 4 for process 1, but process 0 sees step 3;"):
-        checkpoints.newest_of_all()
+        checkpoints.newest_anywhere()
 
 
 def test_a_host_without_space_ends_all(three, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from jaxlinear.models import ModelConfig
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = pytest.mark.usefixtures("optimised")
 
 ROWS, WIDTH, SLOTS = 4, 256, 128
 
@@ -85,9 +85,9 @@ def test_what_a_token_moves_is_counted():
         dtype="bfloat16",
     )
     found = benchmark.compile_for("h100:1", config, ROWS, SLOTS)
-    moved, cycles = benchmark.of_a_token(found.text)
+    moved, cycles = benchmark.token_bytes(found.text)
     embedding = 2 * 512 * WIDTH
     assert found.parameters + embedding < moved < 1.15 * (found.parameters + embedding)
     assert cycles is None
-    alone, _ = benchmark.of_a_token(benchmark.compile_for("h100:1", config, 1, SLOTS).text)
+    alone, _ = benchmark.token_bytes(benchmark.compile_for("h100:1", config, 1, SLOTS).text)
     assert alone > 2 * moved

@@ -128,7 +128,7 @@ def test_kernels_by_output_are_those_of_the_model(deep):
     assert before.get_metadata("axes") == ("embed", "mlp") and after.get_metadata("axes") == ("mlp", "embed")
 
 
-@pytest.mark.some_cases(*small.SOME_MIXERS)
+@pytest.mark.slow(but=[*small.SOME_MIXERS])
 @pytest.mark.parametrize("mixer", mixers.names())
 def test_a_model_for_decoding_is_the_same_model(mixer):
     """Including square kernels, whose shape does not show which way they are laid out."""
@@ -144,7 +144,7 @@ def test_a_model_for_decoding_is_the_same_model(mixer):
         np.testing.assert_allclose(ours, np.reshape(theirs, ours.shape), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.some_cases("attention", "kda", "mamba", "rg_lru", "experts")
+@pytest.mark.slow(but=["attention", "kda", "mamba", "rg_lru", "experts"])
 @pytest.mark.parametrize("mixer", [*mixers.names(), "experts"])
 def test_parameters_that_are_rounded_for_decoding_are_only_read_so(mixer):
     """They are rounded to bfloat16, in which they are used: outputs are equal to the last bit. They are most of the

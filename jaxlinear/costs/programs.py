@@ -196,19 +196,19 @@ def moved(module: hlo.Module, work: hlo.Instruction) -> float:
     shape = _SCRATCH.sub("", work.shape) if work.opcode == "custom-call" else work.shape
     inputs = {int(line.inside): line.name for line in lines if line.opcode == "parameter"}
     return hlo.size(shape) + sum(
-        min(module.sizes.get(name, 0), _cut(lines, inputs[i]) if i in inputs else math.inf)
+        min(module.sizes.get(name, 0), _sliced(lines, inputs[i]) if i in inputs else math.inf)
         for i, name in enumerate(work.operands)
     )
 
 
-def _cut(lines: list[hlo.Instruction], name: str) -> float:
+def _sliced(lines: list[hlo.Instruction], name: str) -> float:
     """Bytes of the slices that these lines cut from an array; infinity if they use it in any other way."""
     total = 0.0
     for line in lines:
         if name not in line.operands:
             continue
         if line.opcode == "bitcast":
-            total += _cut(lines, line.name)
+            total += _sliced(lines, line.name)
         elif line.opcode in ("dynamic-slice", "slice") and line.operands.index(name) == 0:
             total += hlo.size(line.shape)
         else:
@@ -324,7 +324,7 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
     meshed = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((.*?)\))? ?\{([^}]*)\}", attributes)
     if meshed:
         sizes = {axis: int(size) for axis, size in re.findall(r"'?([\w.]+)'?=(\d+)", meshed[1])}
-        return _of_mesh(sizes, meshed[2], re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", meshed[3])).tolist()
+        return _mesh_groups(sizes, meshed[2], re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", meshed[3])).tolist()
     return [list(range(devices))]
 
 
@@ -339,7 +339,7 @@ def _iota(text: str) -> np.ndarray:
     return (grid.transpose(numbers(turn)) if turn else grid).reshape(numbers(to))
 
 
-def _of_mesh(sizes: dict[str, int], ids: str | None, axes: list[tuple[str, str, str]]) -> np.ndarray:
+def _mesh_groups(sizes: dict[str, int], ids: str | None, axes: list[tuple[str, str, str]]) -> np.ndarray:
     """Groups along some axes of XLA's own mesh. An axis written ``x:(p)n`` is the part of size n after those of size p."""
     grid = np.arange(math.prod(sizes.values()))
     if ids:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from jaxlinear.costs import counted
+from jaxlinear.costs import flop_annotations
 
 
 class Products(NamedTuple):
@@ -27,7 +27,7 @@ def products(jaxpr: core.Jaxpr, runs: int | None = None) -> Products:
     were skipped.
 
     A scan's body counts as often as it runs; of several branches, the most expensive counts. Whatever has no fixed
-    number of trips counts ``runs`` times, as given by ``counted.jit``, or once if that gives nothing.
+    number of trips counts ``runs`` times, as given by ``flop_annotations.jit``, or once if that gives nothing.
     """
     return _sum(_products(equation, runs) for equation in jaxpr.eqns)
 
@@ -60,7 +60,7 @@ def _products(equation, runs) -> Products:
     if name == "shard_map":
         times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     if name in ("jit", "pjit"):
-        said, each = counted.told(params["name"])
+        said, each = flop_annotations.read(params["name"])
         if said is not None and each is not None:
             return Products(said * each, True)
         runs = runs if said is None else said

@@ -56,7 +56,7 @@ def follow(
     folder.mkdir(exist_ok=True)
     reports: dict[int, dict[str, Any]] = {}
     asked = _asked(config, tasks, options)
-    past = _of_the_past(workdir, asked)
+    past = _past_results(workdir, asked)
     run: Run | None = None
     removed: set[int] = set()
     newest: int | None = None  # at the last look
@@ -94,7 +94,7 @@ def follow(
                     raise
                 if step in reports:
                     continue
-                past = {n: report for n, report in _of_the_past(workdir, asked).items() if n not in reports}
+                past = {n: report for n, report in _past_results(workdir, asked).items() if n not in reports}
                 if step in past:
                     reports[step] = past.pop(step)
                     yield reports[step]
@@ -187,7 +187,7 @@ def _read(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     return report if report.get("asked") == asked else None
 
 
-def _of_the_past(workdir: str | os.PathLike, asked: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def _past_results(workdir: str | os.PathLike, asked: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The reports of earlier calls with the same ``asked`` for checkpoints that no longer exist. Left out are those made
     before the run restarted from an earlier step, and those of steps that it has not reached again."""
     steps, past, starts = _steps(workdir), {}, read_starts(workdir)

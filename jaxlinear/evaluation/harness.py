@@ -132,7 +132,7 @@ class HarnessModel(TemplateLM):
                 ended = len(kept) < len(tokens)
                 rows[i] += kept
                 whole = self._tokens.decode(np.array([*prompts[i], *rows[i]]))[len(before[i]) :]
-                texts[i], stopped = _cut(whole, until)
+                texts[i], stopped = _truncated(whole, until)
                 done[i] = ended or stopped
             if all(done):
                 break
@@ -170,7 +170,7 @@ def _sampling(arguments: dict[str, Any]) -> tuple[list[str], int, generation.Sam
     return [until] if isinstance(until, str) else list(until), int(number("max_gen_toks", 256)), sampling
 
 
-def _cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
+def _truncated(text: str, until: Sequence[str]) -> tuple[str, bool]:
     """The text before the first of ``until``, and whether there is one."""
     ends = [place for end in until if end and (place := text.find(end)) >= 0]
     return (text[: min(ends)], True) if ends else (text, False)

@@ -128,7 +128,7 @@ def _programs(run: Run) -> tuple[stages.Wrapped, ...]:
             with sharding.use_mesh(mesh, **choices):
                 return function(architecture.bind(parameters), *arguments)
 
-        return jax.jit(program, compiler_options=compiler.of_sequences(mesh))
+        return jax.jit(program, compiler_options=compiler.sequence_options(mesh))
 
     return tuple(on_mesh(function) for function in (_prefix, _continuations, _next_chunk))
 

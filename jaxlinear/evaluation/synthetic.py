@@ -12,8 +12,8 @@ from jaxlinear.errors import UserError
 from jaxlinear.evaluation.options import Options
 from jaxlinear.evaluation.run import Run
 from jaxlinear.training import trained_data
-from jaxlinear.training.answers import Answers
 from jaxlinear.training.job import task_setting
+from jaxlinear.training.task_evaluation import TaskEvaluator
 
 
 def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any]]:
@@ -35,7 +35,7 @@ def prepare(run: Run, spec: str, options: Options) -> Callable[[], dict[str, Any
             trained_data.check_tokenizer(run.workdir, dataset, data.read_manifest(dataset))
     batch_tokens = run.batch_tokens(options.batch_tokens)
     answers = run.program(
-        ("answers", batch_tokens), lambda: Answers(run.config, run.architecture, run.mesh, batch_tokens)
+        ("answers", batch_tokens), lambda: TaskEvaluator(run.config, run.architecture, run.mesh, batch_tokens)
     )
     for task in difficulties:
         answers.plan(task.length, options.examples)  # refuses a length that the mesh does not divide

@@ -53,7 +53,7 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
                     running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment))
                     if told:  # before this process existed to be told
                         running[-1].terminate()
-                status = _of_all([process.wait() for process in running])
+                status = _joint_status([process.wait() for process in running])
             running.clear()
             if status == PREEMPTED and requeue and not told:
                 time.sleep(_PAUSE)
@@ -65,7 +65,7 @@ def run(request: Request, *, processes: int, requeue: bool = False) -> int:
             signal.signal(number, handler)
 
 
-def _of_all(statuses: Sequence[int]) -> int:
+def _joint_status(statuses: Sequence[int]) -> int:
     """``PREEMPTED`` if some processes saved themselves and none failed, since the next start would fail again; else the
     largest of the failures, where failures by a signal are numbered as in a shell."""
     failures = [status if status >= 0 else 128 - status for status in statuses if status not in (0, PREEMPTED)]

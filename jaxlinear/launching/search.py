@@ -159,7 +159,7 @@ class _Model:
         config, tokens = self._config, self._config.training.batch_size * self._config.training.sequence_length
         own = self._parameters_on_one(mesh)
         gathered = own * sizes["fsdp"]
-        local = tokens / sizing.spread(sizes) / microbatches  # tokens per device in a microbatch
+        local = tokens / sizing.batch_shards(sizes) / microbatches  # tokens per device in a microbatch
         layers = config.model.num_layers
         in_a_layer = self._kept["none"] / tokens / layers
         memory = own * (self._state_over_parameters + (1 if microbatches == 1 else 2))

@@ -26,7 +26,7 @@ from jaxlinear.models import flops
 from jaxlinear.models.parameters import Architecture
 from jaxlinear.ops import backends
 from jaxlinear.parallel import cost, sharding
-from jaxlinear.training import ahead
+from jaxlinear.training import ahead_of_time
 from jaxlinear.training.step import make_objective
 
 _SIZE = r"([\d.]+)([KMGT]?)B?"
@@ -121,10 +121,10 @@ class Sizing:
 def size(config: config_dict.ConfigDict, target: Target) -> Sizing:
     """Compiles the training step of a config for a target, which takes as long as the compiler needs."""
     with cost.explained() as choices:
-        made = ahead.trace(config, target.devices)
+        made = ahead_of_time.trace(config, target.devices)
     training = made.config.training
     activations, _ = passes(made.config, made.architecture, target)
-    activations //= spread(made.mesh.shape) * training.microbatches
+    activations //= batch_shards(made.mesh.shape) * training.microbatches
     try:
         compiled = made.compile()
     except JaxRuntimeError as error:
@@ -195,7 +195,7 @@ def passes(config: config_dict.ConfigDict, architecture: Architecture, target: T
     return cost.size_of(list(kept.values())), traced.products(both).flops
 
 
-def spread(mesh: Any) -> int:
+def batch_shards(mesh: Any) -> int:
     """The number of devices over which the tokens of a batch are spread."""
     return sharding.parts_on(mesh, "batch", "time")
 
@@ -205,10 +205,10 @@ def shard_bytes(tree: Any) -> int:
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def _kinds(made: ahead.Ahead, activations: int, used: int) -> Kinds:
+def _kinds(made: ahead_of_time.TracedStep, activations: int, used: int) -> Kinds:
     parameters, state = shard_bytes(made.state.parameters), shard_bytes(made.state)
     tokens = made.config.training.batch_size * made.config.training.sequence_length
-    batch = 3 * 4 * tokens // spread(made.mesh.shape)  # tokens, targets and segment ids
+    batch = 3 * 4 * tokens // batch_shards(made.mesh.shape)  # tokens, targets and segment ids
     rest = max(0, used - state - batch)
     gradients = min(parameters, rest)
     activations = min(activations, rest - gradients)

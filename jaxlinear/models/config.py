@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxlinear.models.stacks import Stack, cut
+from jaxlinear.models.stacks import Stack, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class ModelConfig:
     @functools.cached_property
     def stacks(self) -> tuple[Stack, ...]:
         """How the layers are laid out in the model's parameters."""
-        return cut(self.pattern, self.num_layers)
+        return split(self.pattern, self.num_layers)
 
     @property
     def layers(self) -> tuple[str, ...]:

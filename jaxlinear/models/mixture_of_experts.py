@@ -88,9 +88,9 @@ def _losses(logits, log_normaliser, chosen, segment_ids):
     experts = logits.shape[-1]
     counted = jnp.ones(chosen.shape[:2], bool) if segment_ids is None else segment_ids > 0
     counted = counted.astype(logits.dtype)
-    share = counted / jnp.maximum(sharding.of_all_copies(jnp.sum(counted)), jnp.ones((), logits.dtype))
+    share = counted / jnp.maximum(sharding.summed_over_all_copies(jnp.sum(counted)), jnp.ones((), logits.dtype))
     choices = jnp.mean(jax.nn.one_hot(chosen, experts, dtype=logits.dtype), axis=2)
-    frequency = sharding.of_all_copies(dtypes.product("bt,bte->e", share, choices))
+    frequency = sharding.summed_over_all_copies(dtypes.product("bt,bte->e", share, choices))
     probability = dtypes.product("bt,bte->e", share, jnp.exp(logits - log_normaliser[..., None]))
     return {
         "load_balance": experts * jnp.sum(frequency * probability),

@@ -22,7 +22,7 @@ class Place(NamedTuple):
     block: int
 
 
-def cut(pattern: tuple[str, ...], num_layers: int) -> tuple[Stack, ...]:
+def split(pattern: tuple[str, ...], num_layers: int) -> tuple[Stack, ...]:
     """The stacks of ``pattern``, repeated to the depth.
 
     Its whole repetitions are one stack, followed by what is left of the depth. But if a pattern of more than
@@ -32,10 +32,10 @@ def cut(pattern: tuple[str, ...], num_layers: int) -> tuple[Stack, ...]:
     period = len(pattern)
     whole, left = divmod(num_layers, period)
     if whole < 2 and period > BLOCKS_AT_ONCE:
-        return _cut((pattern * 2)[:num_layers], 0)
+        return _split((pattern * 2)[:num_layers], 0)
     stacks = (Stack(0, pattern, whole),) if whole else ()
     if left > BLOCKS_AT_ONCE:
-        return stacks + _cut(pattern[:left], whole * period)
+        return stacks + _split(pattern[:left], whole * period)
     return stacks + ((Stack(whole * period, pattern[:left], 1),) if left else ())
 
 
@@ -45,7 +45,7 @@ def place(stacks: tuple[Stack, ...], layer: int) -> Place:
     return Place(i, *divmod(layer - stacks[i].first, len(stacks[i].pattern)))
 
 
-def _cut(layers: tuple[str, ...], first: int) -> tuple[Stack, ...]:
+def _split(layers: tuple[str, ...], first: int) -> tuple[Stack, ...]:
     """The cheapest cut of ``layers``, built up from that of each tail, the shortest first."""
 
     def cost(stacks: tuple[Stack, ...]) -> tuple[int, int]:

@@ -72,11 +72,11 @@ def takes_kernels() -> bool:
 
 def target() -> Target:
     """What kernels are built for."""
-    name, kind, gpu = _platform.value or _of_this_machine()
+    name, kind, gpu = _platform.value or _this_machine()
     return Target(name, kind, name not in COMPILED, gpu)
 
 
-def _of_this_machine() -> tuple[str, str, GPU | None]:
+def _this_machine() -> tuple[str, str, GPU | None]:
     device = jax.devices()[0]
     return jax.default_backend(), device.device_kind, gpu_of(device)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlinear.costs import counted
+from jaxlinear.costs import flop_annotations
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, dtypes
 from jaxlinear.pallas.parts import derivatives, grouped_sums
@@ -95,7 +95,7 @@ def _counts(x, kernels, sizes, backend, rows):
 
 @functools.lru_cache(maxsize=64)
 def _program(function, runs, each, *static):
-    return counted.jit(lambda *arrays: function(*arrays, *static), runs, each)
+    return flop_annotations.jit(lambda *arrays: function(*arrays, *static), runs, each)
 
 
 def _rows_by_blocks(x, kernels, sizes, contracted):

@@ -48,7 +48,7 @@ def scale_heads(x: jax.Array, scales: jax.Array, *, shards: Shards = (1, 1)) -> 
     """Each head of ``[B, T, H * K]`` times its own number ``[B, T, H]``, in the dtype of ``scales`` internally."""
     heads = scales.shape[-1]
     view = _view(x.shape, heads, True, shards)
-    y = view.split(x.astype(scales.dtype)) * view.spread(view.of_heads(scales))
+    y = view.split(x.astype(scales.dtype)) * view.broadcast(view.by_heads(scales))
     return _placed(view.joined(y).reshape(x.shape).astype(x.dtype), heads, shards)
 
 
@@ -73,8 +73,8 @@ def _normalised(
     channels, view = x.shape[-1] // heads, _view(x.shape, heads, weights is None, shards)
     y = view.split(x.astype(dtypes.wide(x.dtype)))
     if centred:
-        y = y - view.spread(view.sums(y) / channels)
-    y = y * view.spread(jax.lax.rsqrt(view.sums(y * y) / (count or channels) + epsilon))
+        y = y - view.broadcast(view.sums(y) / channels)
+    y = y * view.broadcast(jax.lax.rsqrt(view.sums(y * y) / (count or channels) + epsilon))
     if weights is not None:
         y = view.weighted(y, weights.astype(y.dtype))
     return view.joined(y).reshape(x.shape)
@@ -92,9 +92,9 @@ class _LastAxis:
     def joined(self, y: jax.Array) -> jax.Array:
         return y
 
-    spread = joined
+    broadcast = joined
 
-    def of_heads(self, y: jax.Array) -> jax.Array:
+    def by_heads(self, y: jax.Array) -> jax.Array:
         return y[..., None]
 
     def sums(self, y: jax.Array) -> jax.Array:
@@ -128,7 +128,7 @@ class _Tiles:
     def joined(self, y: jax.Array) -> jax.Array:
         return y.transpose(0, 1, 4, 2, 3, 5)
 
-    def of_heads(self, y: jax.Array) -> jax.Array:
+    def by_heads(self, y: jax.Array) -> jax.Array:
         """``[B, T, d * H]`` -> ``[B, T/8, d, H, 8]``, as ``sums`` has it."""
         return y.reshape(y.shape[0], -1, SUBLANES, self.devices, y.shape[2] // self.devices).transpose(0, 1, 3, 4, 2)
 
@@ -142,14 +142,14 @@ class _Tiles:
             total = total + _product("btdrs,rh->btdhs", jnp.sum(part, axis=-1), belongs)
         return total
 
-    def spread(self, of_heads: jax.Array) -> jax.Array:
+    def broadcast(self, of_heads: jax.Array) -> jax.Array:
         """At each channel, the value of its head."""
         if self.alone:
             return of_heads[..., None]
-        spread, *others = (_product("btdhs,rh->btdrs", of_heads, belongs)[..., None] for belongs in self.belongs)
+        broadcast, *others = (_product("btdhs,rh->btdrs", of_heads, belongs)[..., None] for belongs in self.belongs)
         for mask, values in zip(self.masks[1:], others, strict=True):
-            spread = jnp.where(mask, values, spread)
-        return spread
+            broadcast = jnp.where(mask, values, broadcast)
+        return broadcast
 
     def weighted(self, y: jax.Array, weights: jax.Array) -> jax.Array:
         # Not repeated for each head: devices would sum the gradients of all repetitions.

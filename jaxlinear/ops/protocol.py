@@ -273,7 +273,7 @@ class Gradients:
         d_state, after = loop(step, d_final, _count(summaries), reverse=True, written_out=_CHUNKS_WRITTEN_OUT)
         return after, d_state
 
-    def of_first_state(self) -> State:
+    def first_state_gradient(self) -> State:
         """The gradient of the outputs alone with respect to the state before the first chunk. For a single chunk it is D,
         and the chunk's map is not needed."""
         if _count(self._through_outputs) == 1:

@@ -34,6 +34,6 @@ DECODING: dict[str, Options] = {"gpu": _APART}
 WITHOUT_DEVICE: dict[str, Options] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
-def of_sequences(mesh: Mesh) -> Options | None:
+def sequence_options(mesh: Mesh) -> Options | None:
     """For programs that process whole sequences: training and evaluation."""
     return SEQUENCES.get(mesh.devices.flat[0].platform)

@@ -62,7 +62,7 @@ class Cost(NamedTuple):
     held: int  # peak bytes
 
 
-def of_states(load: States, device: Device, link: Link) -> dict[str, Cost]:
+def state_costs(load: States, device: Device, link: Link) -> dict[str, Cost]:
     """The cost of each of ``EXCHANGES``."""
     shards, m, c, fold, compose = load
     doublings = [2**i for i in range(math.ceil(math.log2(shards)))]
@@ -80,7 +80,7 @@ def of_states(load: States, device: Device, link: Link) -> dict[str, Cost]:
     }
 
 
-def of_keys_and_values(load: KeysAndValues, link: Link) -> dict[str, Cost]:
+def key_value_costs(load: KeysAndValues, link: Link) -> dict[str, Cost]:
     """The cost of each of ``ATTENTION``, excluding the products, behind which the ring hides what it can."""
     shards, own, wide = load
     steps = shards - 1
@@ -103,7 +103,7 @@ def choose_exchange(asked: str, load: States, kind: str, span: int) -> str:
     """
     _check("parallel.exchange", asked, tuple(EXCHANGES))
     device = device_of(kind)
-    costs, bound = of_states(load, device, link_of(device, span)), int(STATES_BOUND * device.memory)
+    costs, bound = state_costs(load, device, link_of(device, span)), int(STATES_BOUND * device.memory)
     fitting = [name for name in EXCHANGES if costs[name].held <= bound]
     if fitting:
         best = min(fitting, key=lambda name: costs[name].seconds)
@@ -119,7 +119,7 @@ def choose_attention(asked: str, load: KeysAndValues, kind: str, span: int) -> s
     """One of ``ATTENTION``: the one asked for or, for ``"auto"``, the gather unless it holds more than its bound."""
     _check("parallel.attention", asked, ATTENTION)
     device = device_of(kind)
-    costs, bound = of_keys_and_values(load, link_of(device, span)), int(KEYS_AND_VALUES_BOUND * device.memory)
+    costs, bound = key_value_costs(load, link_of(device, span)), int(KEYS_AND_VALUES_BOUND * device.memory)
     best = "all_gather" if costs["all_gather"].held <= bound else "ring"
     chosen = best if asked == "auto" else asked
     what = f"keys and values of {load.shards} shards, {_size(load.own)} each"

@@ -109,13 +109,13 @@ def _with_halo(spec: Spec, mesh: AnyMesh, arrays: Arrays, options: dict, axes: d
             ids = given["segment_ids"]
             given["segment_ids"] = jnp.concatenate([halos.ids_before(ids, width - 1), ids], axis=1)
         y, final = spec.operation(**options | given)
-        return y[:, width - 1 :], _of_last_shard(final)
+        return y[:, width - 1 :], _from_last_shard(final)
 
     like = tuple(names.index(name) for name in spec.results)
     return sharding.on_shards(mesh, local, like, tuple(arrays.values()), tuple(axes[name] for name in names))
 
 
-def _of_last_shard(x: jax.Array) -> jax.Array:
+def _from_last_shard(x: jax.Array) -> jax.Array:
     """The last shard's value on every shard."""
     is_last = lax.axis_index(AXIS) == lax.axis_size(AXIS) - 1
     return lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), AXIS)

@@ -35,7 +35,7 @@ def text() -> str:
             if package not in _PLUGINS:
                 raise
     settings = [f"{name}={getattr(jax.config, name, None)}" for name in _SETTINGS]  # a newer JAX may have dropped one
-    flags = [f"{name}={' '.join(_of_all_hosts(os.environ.get(name, '')))!r}" for name in _FLAGS]
+    flags = [f"{name}={' '.join(_host_flags(os.environ.get(name, '')))!r}" for name in _FLAGS]
     return ", ".join(versions + settings + flags)
 
 
@@ -49,5 +49,5 @@ def _code(directory: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _of_all_hosts(flags: str) -> list[str]:
+def _host_flags(flags: str) -> list[str]:
     return sorted(flag for flag in flags.split() if not _OF_A_HOST.match(flag))

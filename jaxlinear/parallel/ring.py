@@ -56,9 +56,9 @@ def causal_attention(
     attention.check_shapes("causal_attention", q, k, v)
     heads, groups, (batch, length), dtype = q.shape[2], k.shape[2], k.shape[:2], v.dtype
     if past is None:
-        q, k, v = attention.of_one_dtype(q, k, v)
+        q, k, v = attention.promoted(q, k, v)
     else:
-        q, k, v, past_keys, past_values = attention.of_one_dtype(q, k, v, *past[:2])
+        q, k, v, past_keys, past_values = attention.promoted(q, k, v, *past[:2])
         past = past_keys, past_values, past[2]
     if past is not None and segment_ids is None:
         segment_ids = jnp.zeros_like(past[2], shape=(batch, length))

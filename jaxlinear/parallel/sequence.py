@@ -160,7 +160,7 @@ def _local(family, chunk, exchange, of_inputs, of_constants):
         _, summaries, _ = _summarised(family, chunk, inputs, constants)
         before, _ = protocol.fold(family, summaries, jax.tree.map(lambda x: x[0], start))
         gradients = protocol.Gradients(family, chunk, inputs, constants, before, d_outputs)
-        d_shard = gradients.of_first_state()
+        d_shard = gradients.first_state_gradient()
         maps = exchanges.Maps(family, constants, d_outputs.shape[1])
         d_after, d_state = backward_exchange(maps, transitions, d_shard, d_final)
         after, _ = gradients.fold_back(d_after)

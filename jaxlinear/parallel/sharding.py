@@ -61,7 +61,7 @@ def summed_over_copies(function: Callable[..., Any], parameters: Any, batch: Any
     """``function(parameters, batch)``, a tree of sums over the rows of the batch: the devices of each copy of the
     parameters compute it from their own rows, and the results are then summed, once. The compiler would sum each part
     as it comes, and does so with ``mesh.tensor``. The function is traced for the rows of one copy, and what it computes
-    has to be a sum over them; whatever else it needs of the others' rows, ``of_all_copies`` provides."""
+    has to be a sum over them; whatever else it needs of the others' rows, ``summed_over_all_copies`` provides."""
     mesh, choices = _in_use[-1]
     # Tracing for one copy, XLA in JAX 0.11 ends the process where rows are looked up in a split vocabulary.
     if mesh.shape.get(_COPIES, 1) == 1 or parts("vocab") > 1:
@@ -82,7 +82,7 @@ def summed_over_copies(function: Callable[..., Any], parameters: Any, batch: Any
     return mapped(parameters, batch)
 
 
-def of_all_copies(x: jax.Array) -> jax.Array:
+def summed_over_all_copies(x: jax.Array) -> jax.Array:
     """A sum over the rows of all copies, from the sum over those of one; for values that have no gradient."""
     mesh = mesh_in_use()
     apart = mesh is not None and _COPIES in mesh.shape and _COPIES not in _sizes(mesh)

@@ -15,9 +15,9 @@ from jaxlinear.errors import UserError
 from jaxlinear.parallel import feeding
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import metrics
-from jaxlinear.training.answers import Answers
 from jaxlinear.training.job import Job, rows_at_once
 from jaxlinear.training.step import make_loss_step
+from jaxlinear.training.task_evaluation import TaskEvaluator
 
 
 def is_due(config: config_dict.ConfigDict, step: int) -> bool:
@@ -54,7 +54,7 @@ class Evaluation:
         self._job, self._between = job, between
         self._loss_step = make_loss_step(config, job.architecture, job.mesh)
         tokens = rows_at_once(config) * config.training.sequence_length
-        self._answers = Answers(config, job.architecture, job.mesh, tokens, between)
+        self._answers = TaskEvaluator(config, job.architecture, job.mesh, tokens, between)
         self._tasks = job.evaluation_tasks() if config.evaluation.every_steps else []
         self._dataset = identity(job.heldout_path) if config.evaluation.every_steps and job.datasets else ""
 

@@ -18,8 +18,8 @@ from jaxlinear.errors import UserError
 from jaxlinear.models import mixers, parameters
 from jaxlinear.parallel import feeding, sharding
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.training.answers import check_length
 from jaxlinear.training.optimizer import make_optimizer
+from jaxlinear.training.task_evaluation import check_length
 
 
 @dataclasses.dataclass(frozen=True)

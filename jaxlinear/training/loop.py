@@ -16,13 +16,13 @@ from jaxlinear import config as configs
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import RunError, UserError
 from jaxlinear.exit_status import FINISHED, PREEMPTED
-from jaxlinear.parallel import feeding, start
+from jaxlinear.parallel import distributed, feeding
 from jaxlinear.parallel import mesh as meshes
 from jaxlinear.training import heldout, trained_data
 from jaxlinear.training import state as states
 from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.heldout import Evaluation
-from jaxlinear.training.initial import Initial
+from jaxlinear.training.init_from import Initial
 from jaxlinear.training.job import Job
 from jaxlinear.training.meter import Meter
 from jaxlinear.training.metrics import MetricsWriter
@@ -41,20 +41,20 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> int:
     and started again follows the uninterrupted run: exactly on CPU, and elsewhere as exactly as the compiler's programs
     repeat themselves (docs/checkpoints.md).
     """
-    start.check_same_program()
-    start.check_agreement("the config", config.to_json_best_effort(sort_keys=True))
-    start.check_agreement("the work directory", str(workdir))
-    with start.together():
+    distributed.check_same_program()
+    distributed.check_agreement("the config", config.to_json_best_effort(sort_keys=True))
+    distributed.check_agreement("the work directory", str(workdir))
+    with distributed.together():
         job = Job.build(config)
         workdirs.check(workdir, job.config)
         trained_data.check(workdir, job.texts)
         if config.training.initial_from and not workdirs.saved_steps(workdir):
             Initial.find(job)  # so that nothing is written if it does not fit
         data = job.data_text() + trained_data.text(job.texts)
-    start.check_agreement("the data", data)
+    distributed.check_agreement("the data", data)
     with workdirs.alone(workdir):
         directory = Path(workdir)
-        with start.together():
+        with distributed.together():
             # Again, now that no other run has the directory.
             workdirs.check(directory, job.config)
             trained_data.check(directory, job.texts)
@@ -67,7 +67,7 @@ def _train(job: Job, directory: Path, stop: Stop, watchdog: Watchdog) -> int:
     checkpoints = Checkpoints(directory, job.config)
     try:
         state, first, initial = _restore_or_create(job, checkpoints)
-        with start.together():  # it reads what was logged, which may be damaged
+        with distributed.together():  # it reads what was logged, which may be damaged
             writer = MetricsWriter(directory, step=first, tensorboard=job.config.logging.tensorboard)
         with (
             contextlib.closing(writer),
@@ -87,15 +87,15 @@ def _train(job: Job, directory: Path, stop: Stop, watchdog: Watchdog) -> int:
 
 def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.TrainState, int, Initial | None]:
     """The state, its step, and the source of a run's initial weights if they are not new."""
-    step = checkpoints.newest_of_all()
+    step = checkpoints.newest_anywhere()
     structs = states.structs(job.architecture, job.optimizer, job.mesh)
     if step is None:
         state = states.initialise(job.architecture, job.optimizer, job.config.training.seed, job.mesh)
         if not job.config.training.initial_from:
             return state, 0, None
-        initial = _initial_of_all(job)
+        initial = _agreed_initial(job)
         return initial.put_into(state, structs), 0, initial
-    with start.together():
+    with distributed.together():
         meta = checkpoints.meta(step)
         saved = configs.from_json(json.dumps(meta["config"]))
         try:
@@ -107,11 +107,11 @@ def _restore_or_create(job: Job, checkpoints: Checkpoints) -> tuple[states.Train
     return states.from_trees(checkpoints.restore(states.to_trees(structs), step)), first, None
 
 
-def _initial_of_all(job: Job) -> Initial:
+def _agreed_initial(job: Job) -> Initial:
     """Chooses the same checkpoint on all processes: another may be written to that directory meanwhile."""
-    with start.together():
+    with distributed.together():
         initial = Initial.find(job)
-    start.check_agreement("the checkpoint of training.initial_from", str(initial.step))
+    distributed.check_agreement("the checkpoint of training.initial_from", str(initial.step))
     return initial
 
 
@@ -130,9 +130,9 @@ class _Run:
     def go_on(self, state: states.TrainState, first: int, initial: Initial | None) -> int:
         """Trains from the state after ``first`` steps to the last step."""
         config, steps = self.job.config, self.job.config.training.steps
-        with start.together():  # only the first process needs to see what was logged
-            owed = first > 0 and start.is_first() and heldout.is_owed(config, self.directory, first)
-        owed = start.as_the_first(owed)
+        with distributed.together():  # only the first process needs to see what was logged
+            owed = first > 0 and distributed.is_first() and heldout.is_owed(config, self.directory, first)
+        owed = distributed.as_the_first(owed)
         if first >= steps and not owed:
             _LOG.info("the run is at step %d of %d: nothing to do", first, steps)
             return FINISHED
@@ -299,7 +299,7 @@ class _Trace:
     def __init__(self, config: config_dict.ConfigDict, first: int, directory: Path):
         begin, self._steps = config.logging.profile_step, config.logging.profile_steps
         # A run that resumes after these steps already has their trace, and would take another after each preemption.
-        wanted = begin and begin + self._steps > first + 1 and start.is_first()
+        wanted = begin and begin + self._steps > first + 1 and distributed.is_first()
         self._begin = max(begin, first + 2) if wanted else None
         self._directory = str(directory / "profile")
         self._running = False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlinear import atomic
 from jaxlinear.errors import UserError
-from jaxlinear.parallel import start
+from jaxlinear.parallel import distributed
 
 if TYPE_CHECKING:
     from jaxlinear.training.tensorboard import TensorBoard
@@ -22,7 +22,7 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, *, step: int, tensorboard: bool):
         # The first process of a run writes; the lines of the others are discarded.
-        first = start.is_first()
+        first = distributed.is_first()
         self._file = _open_at(workdir / FILE, step) if first else open(os.devnull, "a")
         self._board = _board(workdir, step + 1) if tensorboard and first else None
 
@@ -36,7 +36,7 @@ class MetricsWriter:
     def sync(self) -> None:
         """Returns once all that was written so far is on disk: needed before a checkpoint that covers these steps."""
         self._file.flush()
-        if start.is_first():
+        if distributed.is_first():
             os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.sync()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from jaxlinear.parallel import start
+from jaxlinear.parallel import distributed
 
 _LOG = logging.getLogger(__name__)
 _SECONDS_A_LINE = 20  # at least
@@ -20,7 +20,7 @@ class Progress:
     appear above the bar."""
 
     def __init__(self, *, step: int, steps: int):
-        self._steps, self._shown = steps, start.is_first()
+        self._steps, self._shown = steps, distributed.is_first()
         self._said: float | None = None
         self._open = contextlib.ExitStack()
         self._bar: tqdm | None = None

@@ -123,7 +123,7 @@ def make_train_step(
         in_shardings=(placed, meshes.batch_sharding(mesh)),
         out_shardings=(placed, None),
         donate_argnums=0,
-        compiler_options=compiler.of_sequences(mesh),
+        compiler_options=compiler.sequence_options(mesh),
     )
 
 
@@ -141,7 +141,7 @@ def make_loss_step(config: config_dict.ConfigDict, architecture: Architecture, m
             return jnp.where(targets, nll, jnp.zeros((), nll.dtype)), targets
 
     placed = architecture.shardings(mesh), meshes.batch_sharding(mesh)
-    return jax.jit(step, in_shardings=placed, compiler_options=compiler.of_sequences(mesh))
+    return jax.jit(step, in_shardings=placed, compiler_options=compiler.sequence_options(mesh))
 
 
 def is_target(batch: Batch) -> jax.Array:

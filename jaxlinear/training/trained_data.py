@@ -14,7 +14,7 @@ from jaxlinear import atomic, data
 from jaxlinear.data.loader import SHUFFLE, ExampleTable
 from jaxlinear.data.tokenizer import INFO_FILE
 from jaxlinear.errors import UserError
-from jaxlinear.parallel import start
+from jaxlinear.parallel import distributed
 from jaxlinear.training import workdir as workdirs
 
 _LOG = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def check(workdir: str | os.PathLike, datasets: Mapping[str, float]) -> None:
 def keep(directory: Path, datasets: Mapping[str, float]) -> None:
     """Writes what ``check`` reads, unless it exists; also the tokenizer, so that text can be read and written without the
     dataset."""
-    if not datasets or not start.is_first():
+    if not datasets or not distributed.is_first():
         return
     if not (directory / INFO_FILE).exists():
         data.load_tokenizer(next(iter(datasets))).save(directory)

@@ -21,7 +21,7 @@ from jaxlinear import __version__, atomic, config_checks, locks
 from jaxlinear import config as configs
 from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
-from jaxlinear.parallel import start
+from jaxlinear.parallel import distributed
 from jaxlinear.training import metrics
 
 _LOG = logging.getLogger(__name__)
@@ -105,11 +105,11 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
     """Makes the directory, which all processes share. In this context, no other run has it."""
     directory = Path(workdir)
     atomic.make_directory(directory)
-    start.check_shared("the work directory", directory)
+    distributed.check_shared("the work directory", directory)
     with contextlib.ExitStack() as stack:
-        with start.together():
+        with distributed.together():
             _check_renames(directory)
-            if start.is_first():
+            if distributed.is_first():
                 stack.enter_context(locks.of_run(directory))
         yield
 
@@ -117,7 +117,7 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
 def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
     """Makes the directory if it does not exist and, after all checks, writes the config. Call this only if the run has
     something to do: a config with which a finished run is started again is not one that it ran with."""
-    with start.together():
+    with distributed.together():
         check(workdir, config)
     directory = Path(workdir)
     atomic.make_directory(directory)
@@ -126,13 +126,13 @@ def prepare(workdir: str | os.PathLike, config: config_dict.ConfigDict) -> None:
         for key, value in after.items():
             if before[key] != value:
                 _LOG.warning("the run continues with %s=%r; it was %r", key, value, before[key])
-    if start.is_first():
+    if distributed.is_first():
         atomic.write_text(directory / CONFIG, configs.to_json(config))
 
 
 def _check_renames(directory: Path) -> None:
     """Raises ``UserError`` if folders cannot be renamed, as a checkpoint's is when it is complete."""
-    if not start.is_first():
+    if not distributed.is_first():
         return
     with tempfile.TemporaryDirectory(prefix=".renames_", dir=directory) as made:
         before = Path(made) / "a"
@@ -166,7 +166,7 @@ def note_start(
     """Adds a line to ``starts.jsonl``: the step from which the run goes on, when, with what and on what; what identifies
     the text of its held-out losses, if it has any, and whether that of this very step is owed; and, if its initial weights
     are not new, the checkpoint that they are from."""
-    if not start.is_first():
+    if not distributed.is_first():
         return
     before = [line["heldout_text"] for line in read_starts(directory) if "heldout_text" in line]
     if heldout_text and before and before[-1] != heldout_text:

@@ -43,9 +43,11 @@ def write_tensors(directory, values):
     write_header(directory / "model.safetensors", header, data)
 
 
-@pytest.mark.some_cases(
-    *("gla, with windows", "delta_net, with a gate", "gated_deltanet", "gated_deltaproduct", "kda, with windows"),
-    *("retnet, with windows", "hgrn, wider", "hgrn2, by heads", "transformer, grouped"),
+@pytest.mark.slow(
+    but=[
+        *("gla, with windows", "delta_net, with a gate", "gated_deltanet", "gated_deltaproduct", "kda, with windows"),
+        *("retnet, with windows", "hgrn, wider", "hgrn2, by heads", "transformer, grouped"),
+    ]
 )
 @pytest.mark.parametrize("name", reference.MODELS)
 def test_logits(tmp_path, name):

@@ -151,9 +151,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.some_cases(
-    *("recurrent_gemma, grouped", "mamba, of other widths", "falcon_mamba, untied, of other widths", "mamba2"),
-    *("llama, tied, one group", "llama 3.1", "mistral, scaled"),
+@pytest.mark.slow(
+    but=[
+        *("recurrent_gemma, grouped", "mamba, of other widths", "falcon_mamba, untied, of other widths", "mamba2"),
+        *("llama, tied, one group", "llama 3.1", "mistral, scaled"),
+    ]
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers(tmp_path, name):

@@ -32,7 +32,7 @@ from tests.conversion.converted import (
 from tests.data.test_tokenizer import train_sentencepiece
 
 
-@pytest.mark.some_cases(nth=3)
+@pytest.mark.slow(but_nth=3)
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip(made, tmp_path, name):
     """Export, import, export again: the same arrays, the same tensors, the same model."""

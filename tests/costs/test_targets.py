@@ -9,9 +9,9 @@ import pytest
 
 from jaxlinear.costs import targets
 from jaxlinear.errors import UserError
-from jaxlinear.parallel import start
+from jaxlinear.parallel import distributed
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_run_takes_the_memory_of_a_gpu_that_is_reckoned_with(monkeypatch):
             if given is not None:
                 monkeypatch.setenv(name, given)
             assumed = targets.find("h100:1").memory_bytes / 84_929_347_584
-            start.use_gpu_memory()
+            distributed.use_gpu_memory()
             taken = xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"]
             assert taken == pytest.approx(assumed) == float(given or targets.GPU_MEMORY_FRACTION)
             assert targets.find("h100:1").memory_bytes / 84_929_347_584 == pytest.approx(assumed)
@@ -124,7 +124,7 @@ def test_a_fraction_of_memory_that_is_none_is_refused(monkeypatch, given):
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", given)
     with pytest.raises(UserError, match=f"^XLA_PYTHON_CLIENT_MEM_FRACTION='{given}' must be a fraction"):
-        start.use_gpu_memory()
+        distributed.use_gpu_memory()
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
     with pytest.raises(UserError, match="are both set; JAX takes only one"):
-        start.use_gpu_memory()
+        distributed.use_gpu_memory()

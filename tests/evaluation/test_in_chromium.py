@@ -1,7 +1,10 @@
 """Pages of a run, its evaluations and a sweep, opened in headless Chromium: complete, without errors or requests.
 
-Collected only with ``--chromium=PATH`` (``make test-pages``, a step of CI).
+The browser is the one that the environment's ``CHROMIUM`` names, or the one on the path.
 """
+
+import os
+import shutil
 
 import pytest
 
@@ -10,18 +13,20 @@ from jaxlinear.sweeps.laws import comparison
 from jaxlinear.sweeps.laws import report as laws_report
 from tests.sweeps import test_comparison
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"a desk": (1280, 800), "a phone": (390, 800)}
 
 
 @pytest.fixture(scope="module")
-def chromium(request):
+def chromium():
     from playwright import sync_api
 
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    assert path, "there is no chromium here; name one: CHROMIUM=/path/to/chromium"
     with sync_api.sync_playwright() as playwright:
         # CI runs as root, for whom Chromium has no sandbox; the pages are our own.
-        browser = playwright.chromium.launch(
-            executable_path=request.config.getoption("chromium"), args=["--no-sandbox", "--disable-gpu"]
-        )
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
 

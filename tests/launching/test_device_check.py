@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
@@ -38,6 +39,7 @@ OPERATIONS = {
     "causal_attention": {"transformer_6m"},
 }
 GATES = {"recurrence_kernel", "input_kernel", "recurrence_bias", "input_bias", "rate"}
+ARRAYS = {"linear_recurrence": {"a", "x", "initial_state"}, "rg_lru_gates": {"x"} | GATES}
 CONSTANTS = {
     "lightning_6m": {"log_decay"},
     "retnet_6m": {"log_decay"},
@@ -47,6 +49,9 @@ CONSTANTS = {
 }
 
 
+ONE_LAYER = {"num_layers": 1, "width": 32, "num_heads": 2}
+
+
 def config(preset, **model):
     config = configs.default()
     config.model.update({"preset": preset, **model})
@@ -54,7 +59,16 @@ def config(preset, **model):
 
 
 def check(preset, length, **model):
-    return list(device_check.check(config(preset, **model), jax.devices()[0], length=length, rows=1))
+    small = config(preset, **ONE_LAYER, **model)
+    return list(device_check.check(small, jax.devices()[0], length=length, rows=1))
+
+
+def calls(config, target, rows=1, length=150):
+    return device_check._calls(configs.resolve(config), targets.find(target).devices[0], rows, length)
+
+
+def checked(call, inputs="weak"):
+    return device_check._check(call, inputs, *jax.devices()[:1] * 2)
 
 
 @pytest.fixture
@@ -65,42 +79,36 @@ def small_blocks(monkeypatch):
 
 def test_right_kernels(small_blocks):
     """The recurrence is in float32, the activations of its gates in bfloat16."""
-    found = check("hawk_6m", 150, num_layers=1, width=32, recurrent_width=32, num_heads=2)
+    found = check("hawk_6m", 150, recurrent_width=32)
     assert [(x.operation, x.inputs, x.is_right) for x in found] == [
         (operation, kind, True) for operation in ("rg_lru_gates", "linear_recurrence") for kind in check_inputs.KINDS
     ]
-    dtypes = {"rg_lru_gates": "bfloat16", "linear_recurrence": "float32"}
-    tokens = [150, 150, 113] * 2
-    assert [x.shapes["x"] for x in found] == [
-        f"{dtypes[x.operation]}[1, {n}, 32]" for x, n in zip(found, tokens, strict=True)
-    ]
-    names = {
-        "linear_recurrence": {"output", "last state", "gradient of a", "gradient of x", "gradient of initial_state"},
-        "rg_lru_gates": {"transition", "input", "gradient of x", *(f"gradient of {name}" for name in GATES)},
+    gradients = {name: {f"gradient of {array}" for array in arrays} for name, arrays in ARRAYS.items()}
+    expected = {
+        "linear_recurrence": ("float32", 1e-5, {"output", "last state"}),
+        "rg_lru_gates": ("bfloat16", 2e-2, {"transition", "input"}),
     }
-    assert all({error.array for error in x.errors} == names[x.operation] for x in found)
-    for x in found:
-        assert max(error.kernel for error in x.errors) < (2e-2 if x.operation == "rg_lru_gates" else 1e-5)
+    for x, tokens in zip(found, [150, 150, 113] * 2, strict=True):
+        dtype, most, outputs = expected[x.operation]
+        assert x.shapes["x"] == f"{dtype}[1, {tokens}, 32]"
+        assert {error.array for error in x.errors} == outputs | gradients[x.operation]
+        assert max(error.kernel for error in x.errors) < most
 
 
 def test_gates_and_recurrence_as_one_kernel():
     """On a TPU they are, but where a mesh spreads time."""
-    small = config("hawk_6m", num_layers=1, width=32, recurrent_width=32, num_heads=2)
-    found = device_check._calls(configs.resolve(small), targets.find("v5e:1x1").devices[0], 1, 150)
+    found = calls(config("hawk_6m", **ONE_LAYER, recurrent_width=32), "v5e:1x1")
     assert [call.operation for call in found] == ["short_convolution", "rg_lru", "rg_lru_gates", "linear_recurrence"]
-    hybrid = config("hawk_6m", num_layers=2, width=32, recurrent_width=32, num_heads=2, pattern=("rg_lru", "hgrn"))
-    others = device_check._calls(configs.resolve(hybrid), targets.find("v5e:1x1").devices[0], 1, 150)
-    assert [call.operation for call in others] == [
-        *["short_convolution", "rg_lru"],
-        "linear_recurrence",
-        *["rg_lru_gates", "linear_recurrence"],
-    ]
+    sizes = ONE_LAYER | {"num_layers": 2, "recurrent_width": 32}
+    others = calls(config("hawk_6m", pattern=("rg_lru", "hgrn"), **sizes), "v5e:1x1")
+    names = ["short_convolution", "rg_lru", "linear_recurrence", "rg_lru_gates", "linear_recurrence"]
+    assert [call.operation for call in others] == names
     assert check_inputs.constants(found[1]) == GATES
     for kind in check_inputs.kinds_of(found[1]):
-        checked = device_check._check(found[1], kind, *jax.devices()[:1] * 2)
-        assert checked.is_right and checked.worst.kernel < 2e-2
-        names = {"output", "last state", *(f"gradient of {name}" for name in ("x", "initial_state", *GATES))}
-        assert {error.array for error in checked.errors} == names
+        one = checked(found[1], kind)
+        assert one.is_right and one.worst.kernel < 2e-2
+        gradients = {f"gradient of {name}" for name in ("x", "initial_state", *GATES)}
+        assert {error.array for error in one.errors} == {"output", "last state", *gradients}
 
 
 @pytest.mark.parametrize(
@@ -113,15 +121,15 @@ def test_gates_and_recurrence_as_one_kernel():
     ],
 )
 def test_mixers_whose_norm_and_gate_are_one_kernel(preset, norm, activation):
-    small = config(preset, num_layers=1, num_heads=2, key_width=64, value_width=128, width=64, **norm)
-    *_, found = device_check._calls(configs.resolve(small), targets.find("v5e:1x1").devices[0], 1, 150)
+    sizes = ONE_LAYER | {"key_width": 64, "value_width": 128, "width": 64}
+    *_, found = calls(config(preset, **sizes, **norm), "v5e:1x1")
     assert found.operation == "gated_rms_norm"
     assert {"norm_before_gate": True, "activation": activation}.items() <= found.options.items()
 
 
 def test_right_kernels_in_bfloat16(small_blocks):
     """An operation with decays runs on every kind of input."""
-    found = check("lightning_6m", 150, num_layers=1, width=32, num_heads=2, key_width=16, value_width=16)
+    found = check("lightning_6m", 150, key_width=16, value_width=16)
     assert [(x.operation, x.inputs, x.is_right) for x in found] == [
         ("linear_attention", kind, True) for kind in check_inputs.KINDS
     ]
@@ -140,6 +148,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, small_blocks, wrong):
 
     off_backward.defvjp(lambda x: (x, None), lambda _, d_x: (d_x.at[:, 50].multiply(1.001),))
 
+    @functools.wraps(operation)
     def linear_recurrence(a, x, *arguments, backend="auto", **options):
         if backend == "pallas" and wrong == "gradient":
             x = off_backward(x)
@@ -148,19 +157,16 @@ def test_a_wrong_kernel_is_found(monkeypatch, small_blocks, wrong):
             h = h.at[:, 50, 3].multiply(jnp.nan if wrong == "nan" else 1.01)
         return h, final
 
-    wrong_spec = dataclasses.replace(
-        ops.SPECS["linear_recurrence"], operation=functools.wraps(operation)(linear_recurrence)
-    )
+    wrong_spec = dataclasses.replace(ops.SPECS["linear_recurrence"], operation=linear_recurrence)
     monkeypatch.setitem(ops.SPECS, "linear_recurrence", wrong_spec)
     x = jax.ShapeDtypeStruct((1, 100, 4), jnp.float32)
-    checked = device_check._check(Call("linear_recurrence", (("a", x), ("x", x))), "weak", *jax.devices()[:1] * 2)
-    assert not checked.is_right and not checked.worst.is_small
+    found = checked(Call("linear_recurrence", (("a", x), ("x", x))))
+    assert not found.is_right and not found.worst.is_small
     wrong_array = "gradient of x" if wrong == "gradient" else "output"
-    assert wrong_array in {error.array for error in checked.errors if not error.is_small}
-    assert "WRONG" in device_check_text.line(checked)
-    assert device_check_text.verdict([checked]) == (
-        "wrong on this device: the kernels of linear_recurrence; --config.model.kernels=False trains without any"
-    )
+    assert wrong_array in {error.array for error in found.errors if not error.is_small}
+    assert "WRONG" in device_check_text.line(found)
+    verdict = "wrong on this device: the kernels of linear_recurrence; --config.model.kernels=False trains without any"
+    assert device_check_text.verdict([found]) == verdict
 
 
 @pytest.mark.parametrize("preset", SMALL)
@@ -206,10 +212,9 @@ def test_where_convolutions_are_kernels(mixer, target, heads):
     """With the heads that get unit length."""
     sizes = {"num_layers": 1, "width": 64, "num_heads": 4, "key_width": 0 if mixer == "rg_lru" else 16}
     sizes |= {} if mixer == "delta_net" else {"recurrent_width": 128}
-    small = config("delta_net_6m", pattern=(mixer,), dtype="bfloat16", **sizes)
-    found = device_check._calls(configs.resolve(small), targets.find(target).devices[0], 2, 300)
-    calls = [call for call in found if call.operation == "short_convolution"]
-    assert [call.options.get("head_width") for call in calls] == heads
+    found = calls(config("delta_net_6m", pattern=(mixer,), dtype="bfloat16", **sizes), target, rows=2, length=300)
+    convolutions = [call for call in found if call.operation == "short_convolution"]
+    assert [call.options.get("head_width") for call in convolutions] == heads
 
 
 def test_the_kernel_of_a_convolution_is_checked():
@@ -218,16 +223,16 @@ def test_the_kernel_of_a_convolution_is_checked():
     arrays["segment_ids"] = jax.ShapeDtypeStruct((1, 100), jnp.int32)
     call = Call("short_convolution", (*arrays.items(), ("head_width", 3)))
     assert check_inputs.constants(call) == {"kernel", "bias"}
-    checked = device_check._check(call, "weak", *jax.devices()[:1] * 2)
-    assert checked.is_right and max(error.kernel for error in checked.errors) < 1e-5
+    found = checked(call)
+    assert found.is_right and max(error.kernel for error in found.errors) < 1e-5
     gradients = {f"gradient of {name}" for name in ("x", "kernel", "bias", "initial_state")}
-    assert {error.array for error in checked.errors} == {"output", "last state", *gradients}
+    assert {error.array for error in found.errors} == {"output", "last state", *gradients}
 
 
 def test_a_model_without_kernels_on_the_device(monkeypatch):
     """It is reported once, with the reason, and nothing is wrong."""
     monkeypatch.setattr(backends, "no_kernels", lambda *shapes: "the kernels for GPU run on NVIDIA GPUs only")
-    found = check("hawk_6m", 150, num_layers=1, width=32, recurrent_width=32, num_heads=2)
+    found = check("hawk_6m", 150, recurrent_width=32)
     assert [device_check_text.line(x) for x in found] == [
         f"{operation:25} weak    no kernel: {operation}: the kernels for GPU run on NVIDIA GPUs only; use backend={other!r}"
         for operation, other in (("rg_lru_gates", "products"), ("linear_recurrence", "associative"))
@@ -270,21 +275,18 @@ def test_the_program(tmp_path):
     assert result["device"] == "cpu" and [x["inputs"] for x in result["checked"]] == [*check_inputs.KINDS] * 2
 
 
-@pytest.mark.compiles_ahead
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("topology", ["h100:1", "v5e:1x1"])
 def test_what_runs_on_a_device_compiles_for_it(topology):
     """With a kernel and without, at the sizes of GLA 1.3B."""
-    device = targets.find(topology).devices[0]
-    calls = device_check._calls(configs.resolve(config("gla_1b3")), device, 1, 256)
-    assert [call.operation for call in calls] == ["linear_attention", "gated_rms_norm"]
-    place, without = SingleDeviceSharding(device), {"linear_attention": "chunked", "gated_rms_norm": "separate"}
-    each = [(call, backend) for call in calls for backend in ("pallas", without[call.operation])]
+    device, without = targets.find(topology).devices[0], {"linear_attention": "chunked", "gated_rms_norm": "separate"}
+    found, place = calls(config("gla_1b3"), topology, length=256), SingleDeviceSharding(device)
+    assert [call.operation for call in found] == list(without)
     with backends.use_device(device):
-        for call, backend in each:
-            outputs = jax.eval_shape(
-                device_check._operation(call, backend), *device_check._numbers_and_others(call.arrays)
-            )
-            arguments = (*device_check._numbers_and_others(call.arrays), outputs)
+        for call, backend in itertools.product(found, ("pallas", "without")):
+            given = device_check._numbers_and_others(call.arrays)
+            backend = without[call.operation] if backend == "without" else backend
+            arguments = (*given, jax.eval_shape(device_check._operation(call, backend), *given))
             arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
             lowered = jax.jit(device_check._with_gradients(call, backend)).lower(*arguments)
             text = lowered.compile(compiler_options=compiler.WITHOUT_DEVICE.get(device.platform)).as_text()

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 
 import pytest
@@ -19,7 +18,6 @@ from jaxlinear.exit_status import PREEMPTED
 from jaxlinear.launching import gke, local, request, slurm, tpu_vm
 from tests.launching.rewrite import ARGUMENTS, CASES, GOLDEN, asked
 from tests.launching.shell import sent, stand_in
-from tests.training.tiny import REPOSITORY
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -34,19 +32,14 @@ SCRIPTS = {name: make for name, make in CASES.items() if name.endswith(".sh")} |
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_shell_reads_it(name):
-    found = subprocess.run(["bash", "-n"], input=SCRIPTS[name](), text=True, capture_output=True, check=False)
-    assert (found.returncode, found.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
 def test_shellcheck_has_no_complaint(name):
+    """Above all, the shell reads it."""
     places = [sysconfig.get_path("scripts"), os.environ["PATH"]]  # this environment's need not be on the PATH
     program = shutil.which("shellcheck", path=os.pathsep.join(places))
     assert program, "the extra test has it: pip install 'jaxlinear[test]'"
-    command = [program, "--norc", "--shell=bash", "-"]
-    found = subprocess.run(command, input=SCRIPTS[name](), text=True, capture_output=True, check=False)
-    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+    for command in (["bash", "-n"], [program, "--norc", "--shell=bash", "-"]):
+        found = subprocess.run(command, input=SCRIPTS[name](), text=True, capture_output=True, check=False)
+        assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
 
 def test_sbatch_reads_values_whole():
@@ -72,13 +65,12 @@ def test_sbatch_reads_values_whole():
 )
 def test_gpus_are_dealt_out(tmp_path, monkeypatch, visible, dealt):
     """Two processes get them, and record what they see."""
-    program = tmp_path / "python"
-    program.write_text(f'#!/bin/sh\nfor last; do :; done\nprintf "$CUDA_VISIBLE_DEVICES" > {tmp_path}/"$last"\n')
-    program.chmod(0o755)
+    record = f'printf "$CUDA_VISIBLE_DEVICES" > {tmp_path}/"$last"'
+    program = stand_in(tmp_path / "python", "for last; do :; done", record)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert local.run(dataclasses.replace(asked("gpu:4"), python=str(program)), processes=2) == 0
+    assert local.run(dataclasses.replace(asked("gpu:4"), python=program), processes=2) == 0
     assert [(tmp_path / f"--process={i}").read_text() for i in range(2)] == dealt
 
 
@@ -143,10 +135,7 @@ def test_the_port_of_a_run_is_no_one_elses():
 def test_fewer_gpus_than_asked_for(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
-    message = (
-        f"^CUDA_VISIBLE_DEVICES={visible} names {count} GPUs, but --target=gpu:4 asks for 4; name as many, or ask for"
-    )
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^CUDA_VISIBLE_DEVICES={visible} names {count} GPUs, .*gpu:4 asks for 4;"):
         local.run(asked("gpu:4"), processes=2)
 
 
@@ -172,29 +161,25 @@ def of_slurm(tmp_path, statuses, refused=0, script="slurm.sh"):
     return found.returncode, log.read_text(), found.stderr
 
 
+ENDED = "the run failed with status 1, after 20 restarts (griffin-17.failures); sbatch this script to resume it"
+
+
 @pytest.mark.parametrize(
-    "statuses, said",
+    "statuses, said, error",
     [
-        ([PREEMPTED], "requeue 17\n"),
-        ([0], ""),
-        ([2], ""),
-        ([1], "requeue 17\n"),
-        ([134] * 20, "requeue 17\n"),
-        ([134] * 20 + [PREEMPTED] * 30, "requeue 17\n"),
-        ([134] * 20 + [0] + [134], "requeue 17\n"),
+        ([PREEMPTED], "requeue 17\n", ""),
+        ([0], "", ""),
+        ([2], "", ""),
+        ([1], "requeue 17\n", ""),
+        ([134] * 20, "requeue 17\n", ""),
+        ([134] * 20 + [PREEMPTED] * 30, "requeue 17\n", ""),
+        ([134] * 20 + [0] + [134], "requeue 17\n", ""),
+        ([134, PREEMPTED] * 20 + [1], "", ENDED),  # preemptions between its failures do not count
     ],
 )
-def test_a_job_goes_back_into_the_queue_by_its_status(tmp_path, statuses, said):
-    assert of_slurm(tmp_path, statuses) == (statuses[-1], said, "")
-
-
-def test_a_job_that_always_fails_ends(tmp_path):
-    """Preemptions between its failures do not count."""
-    status, said, errors = of_slurm(tmp_path, [134, PREEMPTED] * 20 + [1])
-    assert (status, said) == (1, "")
-    assert errors.startswith(
-        "the run failed with status 1, after 20 restarts (griffin-17.failures); sbatch this script to resume it"
-    )
+def test_a_job_goes_back_into_the_queue_by_its_status(tmp_path, statuses, said, error):
+    *found, errors = of_slurm(tmp_path, statuses)
+    assert found == [statuses[-1], said] and errors.startswith(error) and bool(errors) == bool(error)
 
 
 @pytest.mark.parametrize("status", [PREEMPTED, 134])
@@ -239,54 +224,48 @@ def test_sbatch_is_told_each_thing_once(target, options, lines):
     )
 
 
-def test_a_manifest_starts_one_pod_a_host():
-    manifest = yaml.safe_load(CASES["gke_tpu.yaml"]())
-    (hosts,) = manifest["spec"]["replicatedJobs"]
-    job = hosts["template"]["spec"]
-    assert job["completions"] == job["parallelism"] == 8
-    (container,) = job["template"]["spec"]["containers"]
-    assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert container["command"][-1].endswith("--expect=tpu:32")
+def of_gke(request=None, image="i", mounts=("runs:/shared",), **options):
+    return gke.render(request or asked("h100:8"), image=image, mounts=mounts, **options)
 
 
-def test_several_slices_are_as_many_jobs_of_a_set():
-    spec = yaml.safe_load(CASES["gke_slices.yaml"]())["spec"]
+def read(manifest):
+    """The set, the jobs of each of its slices, and their pods."""
+    spec = yaml.safe_load(manifest)["spec"]
     (hosts,) = spec["replicatedJobs"]
     job = hosts["template"]["spec"]
-    assert hosts["replicas"] == 2 and job["completions"] == job["parallelism"] == 8
-    (container,) = job["template"]["spec"]["containers"]
-    assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert container["command"][-1].endswith("--expect=tpu:64")
+    return {**spec, "replicas": hosts["replicas"]}, job, job["template"]["spec"]
+
+
+@pytest.mark.parametrize(
+    "target, slices, hosts, devices, kind",
+    [
+        ("v5e:4x8", 1, 8, 32, "tpu-v5-lite-podslice"),
+        ("2xv6e:4x8", 2, 8, 64, "tpu-v6e-slice"),
+        ("tpu7x:4x4x4", 1, 16, 128, "tpu7x"),
+    ],
+)
+def test_a_manifest_starts_one_pod_a_host(target, slices, hosts, devices, kind):
+    """Slices are as many jobs of a set. GKE counts chips, and JAX devices, of which a chip may be two."""
+    jobs, job, pod = read(of_gke(asked(target)))
+    assert jobs["replicas"] == slices and job["completions"] == job["parallelism"] == hosts
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["containers"][0]["command"][-1].endswith(f"--expect=tpu:{devices}")
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == kind
 
 
 def test_a_dollar_is_none_of_kubernetes():
     """Kubernetes expands ``$(NAME)`` in a command, and turns ``$$`` into ``$``, before bash sees it."""
     text = "--config.data.path=/data/$(HOSTNAME) $$a"
-    manifest = yaml.safe_load(of_gke(asked("h100:16", [ARGUMENTS[0], "--workdir=/shared/a", text])))
-    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    *_, pod = read(of_gke(asked("h100:16", [ARGUMENTS[0], "--workdir=/shared/a", text])))
     line = pod["containers"][0]["command"][-1]
-    read = re.sub(r"\$\$|\$\(\w+\)", lambda found: "$" if found[0] == "$$" else "a-pod", line)
-    assert text in shlex.split(read) and read.endswith('--process="$JOB_COMPLETION_INDEX"')
-
-
-def test_a_chip_may_be_two_devices():
-    """GKE counts chips, and JAX counts devices."""
-    manifest = yaml.safe_load(of_gke(asked("tpu7x:4x4x4")))
-    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
-    pod = job["template"]["spec"]
-    assert job["completions"] == 16 and pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
-    assert pod["containers"][0]["command"][-1].endswith("--expect=tpu:128")
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu7x"
-
-
-def of_gke(request=None, image="i", mounts=("runs:/shared",), **options):
-    return gke.render(request or asked("h100:8"), image=image, mounts=mounts, **options)
+    seen = re.sub(r"\$\$|\$\(\w+\)", lambda found: "$" if found[0] == "$$" else "a-pod", line)
+    assert text in shlex.split(seen) and seen.endswith('--process="$JOB_COMPLETION_INDEX"')
 
 
 @pytest.mark.parametrize("options, seconds", [({}, 300), ({"spot": True}, 15), ({"spot": True, "grace": 120}, 120)])
 def test_a_spot_node_gives_less_time(options, seconds):
-    (hosts,) = yaml.safe_load(of_gke(**options))["spec"]["replicatedJobs"]
-    assert hosts["template"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == seconds
+    *_, pod = read(of_gke(**options))
+    assert pod["terminationGracePeriodSeconds"] == seconds
 
 
 @pytest.mark.parametrize(
@@ -295,11 +274,8 @@ def test_a_spot_node_gives_less_time(options, seconds):
 )
 def test_what_a_set_does_after_a_status(status, action):
     """Jobs and JobSets apply the first rule that matches; if none does, a JobSet makes a counted restart."""
-    spec = yaml.safe_load(of_gke())["spec"]
-    codes = [
-        rule.get("onExitCodes", {"values": []})["values"]
-        for rule in spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
-    ]
+    jobs, job, _ = read(of_gke())
+    codes = [rule.get("onExitCodes", {"values": []})["values"] for rule in job["podFailurePolicy"]["rules"]]
     matched = [i for i, values in enumerate(codes) if status in values]
     reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
     if matched:
@@ -309,116 +285,75 @@ def test_what_a_set_does_after_a_status(status, action):
         )
     actions = [
         rule["action"]
-        for rule in spec["failurePolicy"]["rules"]
+        for rule in jobs["failurePolicy"]["rules"]
         if reason in rule["onJobFailureReasons"]
         and any(re.fullmatch(pattern, message) for pattern in rule.get("onJobFailureMessagePatterns", [".*"]))
     ]
     assert [*actions, "RestartJobSet"][0] == action
 
 
-def test_a_set_waits_in_a_queue():
-    assert yaml.safe_load(of_gke(queue="tpus"))["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
-    assert "labels" not in yaml.safe_load(of_gke())["metadata"]
+def of_slurm_with(target="h100:8", **options):
+    return slurm.render(asked(target), **options)
 
 
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        *(
-            (lambda target=target: asked(target), f"there is no target '{target}'")
-            for target in ("v9:2", "v5e:0x4", "v5e:4x04", "v5p:4x4", "v5e:2x2x2", "v6e:8", "h100:0", "h100:2x2")
-        ),
-        (lambda: asked("h100:12"), "h100:12: more than 8 devices must fill whole hosts"),
-        (lambda: asked("v5e:3x8"), "there is no slice v5e:3x8; the slices of v5e are 1x1, .*, and the nearest is 4x4"),
-        (lambda: asked("v6e:32x32"), "there is no slice v6e:32x32; .*, and the nearest is 16x16"),
-        (
-            lambda: request.check_flags([*ARGUMENTS, "--workdri=x"]),
-            "^'--workdri=x' is not one of .*; did you mean --workdir=",
-        ),
-        (
-            lambda: request.check_flags(["--config=x.py", "run"]),
-            "^'run' is not one of the options of launch/train.py that",
-        ),
-        (lambda: asked("h100:8", ["--config=x.py"]), r"the training command \(after --\) needs --workdir"),
-        (lambda: asked("h100:8", name="No Name"), "--name='No Name' is not a job name"),
-        (
-            lambda: slurm.render(asked("v5e:2x4")),
-            "SLURM runs on GPUs here, not on v5e:2x4; try --platform=tpu_vm, gke or local",
-        ),
-        (lambda: slurm.render(asked("cpu:2")), "SLURM runs on GPUs here, not on cpu:2"),
-        (
-            lambda: slurm.render(asked("h100:8"), minutes=5, grace=300),
-            "--grace=300: with --minutes=5 the run would be told to end as soon as it begins; --grace must be "
-            "less than 300",
-        ),
-        (
-            lambda: slurm.render(asked("h100:8"), options={"no-requeue": None}),
-            "--sbatch=no-requeue: a preempted run must go back",
-        ),
-        (
-            lambda: slurm.named(["qos=a", "--exclusive", "--qos=b"]),
-            "--sbatch=--qos=b: qos is given twice, and sbatch",
-        ),
-        (lambda: slurm.render(asked("h100:8"), options={"N": "2"}), "--sbatch=N: give the option by its long"),
-        *(
-            (
-                lambda value=value: slurm.render(asked("h100:8"), options={"comment": value}),
-                r"#SBATCH --comment: .* has a line break or a double quote, which sbatch does not take",
-            )
-            for value in ("a\nb", 'say "a"')
-        ),
-        (lambda: of_gke(asked("cpu:2")), "--platform=gke needs a target with known nodes, one of v5e, .*, not cpu:2"),
-        (
-            lambda: of_gke(asked("2xv5e:2x2")),
-            "2xv5e:2x2: GKE joins only slices of several hosts, and one of 2x2 chips has one host",
-        ),
-        (
-            lambda: tpu_vm.render(asked("tpu7x:2x2x2"), zone="z", project="p", setup="s"),
-            "--platform=tpu_vm has v5e, v5p, v6e, not tpu7x:2x2x2; --platform=gke has it",
-        ),
-        (lambda: asked("2xh100:8"), "2xh100:8: only TPU slices can be multiplied"),
-        (lambda: asked("2xv5e:3x8"), "there is no slice v5e:3x8; .*, and the nearest is 4x4"),
-        (
-            lambda: tpu_vm.render(asked("2xv5e:4x4"), zone="z", project="p", setup="s"),
-            "--platform=tpu_vm has one slice, not 2xv5e:4x4; --platform=gke joins several",
-        ),
-        (lambda: of_gke(asked("gpu:8")), "--platform=gke needs a target with known nodes, .*, not gpu:8"),
-        (
-            lambda: of_gke(spot=True, grace=300),
-            "--grace=300: spot nodes are gone 15 seconds after SIGTERM, .*; with --spot, --grace must be at most 120",
-        ),
-        (lambda: of_gke(image=""), "--platform=gke needs --image"),
-        (
-            lambda: of_gke(mounts=[]),
-            "--workdir=/shared/runs/griffin would .* is lost with the pod .*; give one below /PATH",
-        ),
-        (lambda: of_gke(mounts=["a:/data", "b:/shared/run"]), "--workdir=.*; give one below /data or /shared/run$"),
-        (
-            lambda: of_gke(asked("h100:8", ["--config=c", "--workdir=/shared/../runs"])),
-            r"--workdir=/shared/\.\./runs would be on a pod's own disk",
-        ),
-        (lambda: of_gke(mounts=["gs://a/b:/shared"]), "--mount='gs://a/b:/shared' must be gs://BUCKET:/PATH or"),
-        (lambda: of_gke(mounts=["/shared"]), "--mount='/shared' must be"),
-        (
-            lambda: of_gke(mounts=["gs://a:/data", "b:/shared", "gs://c:/data/"]),
-            "--mount is given twice at /data; mount each bucket or claim at a path of its own",
-        ),
-        (
-            lambda: of_gke(mounts=["b:/shared", "gs://a:/dev/shm/"]),
-            "--mount at /dev/shm: NCCL's shared memory is mounted there; give another path",
-        ),
-        (lambda: tpu_vm.render(asked("h100:8"), zone="z", project="p", setup="s"), "--platform=tpu_vm is for TPUs"),
-        (
-            lambda: tpu_vm.render(asked("v5e:2x4"), zone="z", project=None, setup="s"),
-            "--platform=tpu_vm needs --project",
-        ),
-        (lambda: local.run(asked("cpu:3"), processes=2), "--processes=2 does not divide 3 devices"),
-        (
-            lambda: local.run(dataclasses.replace(asked("cpu:1"), python="/no/python"), processes=1),
-            "--python=/no/python: this machine has no such program; the default is ",
-        ),
-    ],
-)
+def of_tpu_vm(target="v5e:2x4", project="p"):
+    return tpu_vm.render(asked(target), zone="z", project=project, setup="s")
+
+
+REFUSALS = [
+    *(
+        (lambda target=target: asked(target), f"there is no target '{target}'")
+        for target in ("v9:2", "v5e:0x4", "v5e:4x04", "v5p:4x4", "v5e:2x2x2", "v6e:8", "h100:0", "h100:2x2")
+    ),
+    (lambda: asked("h100:12"), "h100:12: more than 8 devices must fill whole hosts"),
+    (lambda: asked("v5e:3x8"), "there is no slice v5e:3x8; the slices of v5e are 1x1, .*, and the nearest is 4x4"),
+    (lambda: asked("v6e:32x32"), "there is no slice v6e:32x32; .*, and the nearest is 16x16"),
+    (lambda: asked("2xv5e:3x8"), "there is no slice v5e:3x8; .*, and the nearest is 4x4"),
+    (lambda: asked("2xh100:8"), "2xh100:8: only TPU slices can be multiplied"),
+    (lambda: request.check_flags([*ARGUMENTS, "--workdri=x"]), "^'--workdri=x' is .*; did you mean --workdir="),
+    (lambda: request.check_flags(["--config=x.py", "run"]), "^'run' is not one of the options"),
+    (lambda: asked("h100:8", ["--config=x.py"]), r"the training command \(after --\) needs --workdir"),
+    (lambda: asked("h100:8", name="No Name"), "--name='No Name' is not a job name"),
+    (lambda: of_slurm_with("v5e:2x4"), "not on v5e:2x4; try --platform=tpu_vm, gke or local"),
+    (lambda: of_slurm_with("cpu:2"), "SLURM runs on GPUs here, not on cpu:2"),
+    (lambda: of_slurm_with(minutes=5, grace=300), "--grace=300: with --minutes=5 .* must be less than 300"),
+    (lambda: of_slurm_with(options={"no-requeue": None}), "--sbatch=no-requeue: a preempted run must go back"),
+    (lambda: of_slurm_with(options={"N": "2"}), "--sbatch=N: give the option by its long"),
+    (lambda: slurm.named(["qos=a", "--exclusive", "--qos=b"]), "--sbatch=--qos=b: qos is given twice"),
+    *(
+        (lambda value=value: of_slurm_with(options={"comment": value}), "--comment: .* a line break or a double quote")
+        for value in ("a\nb", 'say "a"')
+    ),
+    *(
+        (lambda target=target: of_gke(asked(target)), f"a target with known nodes, one of v5e, .*, not {target}")
+        for target in ("cpu:2", "gpu:8")
+    ),
+    (lambda: of_gke(asked("2xv5e:2x2")), "2xv5e:2x2: GKE joins only slices of several hosts"),
+    (lambda: of_gke(spot=True, grace=300), "--grace=300: spot nodes .*; with --spot, --grace must be at most 120"),
+    (lambda: of_gke(image=""), "--platform=gke needs --image"),
+    (
+        lambda: of_gke(mounts=[]),
+        "--workdir=/shared/runs/griffin would .* is lost with the pod .*; give one below /PATH",
+    ),
+    (lambda: of_gke(mounts=["a:/data", "b:/shared/run"]), "--workdir=.*; give one below /data or /shared/run$"),
+    (lambda: of_gke(asked("h100:8", ["--config=c", "--workdir=/shared/../r"])), r"/shared/\.\./r would be on a pod's"),
+    (lambda: of_gke(mounts=["gs://a/b:/shared"]), "--mount='gs://a/b:/shared' must be gs://BUCKET:/PATH or"),
+    (lambda: of_gke(mounts=["/shared"]), "--mount='/shared' must be"),
+    (lambda: of_gke(mounts=["gs://a:/data", "b:/shared", "gs://c:/data/"]), "--mount is given twice at /data;"),
+    (lambda: of_gke(mounts=["b:/shared", "gs://a:/dev/shm/"]), "--mount at /dev/shm: NCCL's"),
+    (lambda: of_tpu_vm("tpu7x:2x2x2"), "has v5e, v5p, v6e, not tpu7x:2x2x2; --platform=gke has it"),
+    (lambda: of_tpu_vm("2xv5e:4x4"), "one slice, not 2xv5e:4x4; --platform=gke joins several"),
+    (lambda: of_tpu_vm("h100:8"), "--platform=tpu_vm is for TPUs"),
+    (lambda: of_tpu_vm(project=None), "--platform=tpu_vm needs --project"),
+    (lambda: local.run(asked("cpu:3"), processes=2), "--processes=2 does not divide 3 devices"),
+    (
+        lambda: local.run(dataclasses.replace(asked("cpu:1"), python="/no/python"), processes=1),
+        "--python=/no/python: this machine has no such program; the default is ",
+    ),
+]
+
+
+@pytest.mark.parametrize("make, message", REFUSALS)
 def test_refusals(make, message):
     with pytest.raises(UserError, match=message):
         make()
@@ -437,35 +372,19 @@ def test_the_name_is_the_work_directorys():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (
-            "--platform=local --target=cpu:1 --output=x",
-            "--output is for --platform=slurm or gke or tpu_vm; local does not use",
-        ),
-        (
-            "--platform=local --target=cpu:1 --submit",
-            "--submit is for --platform=slurm or gke; local does not use it",
-        ),
-        ("--platform=slurm --target=h100:8 --spot", "--spot is for --platform=gke or tpu_vm; slurm does not use it"),
-        ("--platform=slurm --target=h100:8 --requeue", "--requeue is for --platform=local; slurm does not use it"),
-        (
-            "--platform=gke --target=h100:8 --image=i --minutes=9",
-            "--minutes is for --platform=slurm; gke does not use it",
-        ),
-        (
-            "--platform=tpu_vm --target=v5e:2x4 --grace=9",
-            "--grace is for --platform=slurm or gke; tpu_vm does not use it",
-        ),
-        ("--platform=tpu_vm --target=v5e:2x4 --shell=x", "--shell is for --platform=slurm; tpu_vm does not use it"),
-        ("--platform=slurm --target=h100:8 --output=no/x", "--output=no/x: its directory does not exist"),
-        (
-            "--platform=slurm --target=h100:8 --python=~/bin/python",
-            "--python=~/bin/python: a shell does not expand ~ after",
-        ),
+        ("local --target=cpu:1 --output=x", "--output is for --platform=slurm or gke or tpu_vm; local does not use"),
+        ("local --target=cpu:1 --submit", "--submit is for --platform=slurm or gke; local does not use it"),
+        ("slurm --target=h100:8 --spot", "--spot is for --platform=gke or tpu_vm; slurm does not use it"),
+        ("slurm --target=h100:8 --requeue", "--requeue is for --platform=local; slurm does not use it"),
+        ("gke --target=h100:8 --image=i --minutes=9", "--minutes is for --platform=slurm; gke does not use it"),
+        ("tpu_vm --target=v5e:2x4 --grace=9", "--grace is for --platform=slurm or gke; tpu_vm does not use it"),
+        ("tpu_vm --target=v5e:2x4 --shell=x", "--shell is for --platform=slurm; tpu_vm does not use it"),
+        ("slurm --target=h100:8 --output=no/x", "--output=no/x: its directory does not exist"),
+        ("slurm --target=h100:8 --python=~/bin/python", "--python=~/bin/python: a shell does not expand ~ after"),
     ],
 )
-def test_submit_refuses_what_it_would_not_read(options, message):
+def test_submit_refuses_what_it_would_not_read(start, options, message):
     arguments = ["--config=configs/griffin_100m.py", "--workdir=x"]
-    command = [sys.executable, "launch/submit.py", *options.split(), "--", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    done = start("submit", *f"--platform={options}".split(), "--", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"submit.py: {message}") and done.stderr.count("\n") == 1

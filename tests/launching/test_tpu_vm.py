@@ -15,13 +15,17 @@ from tests.launching.shell import sent, stand_in
 
 GONE, NO_NETWORK = "!NOT_FOUND: Resource 'griffin' was not found", "!Could not reach the server"
 PATIENCE = 240
-REMAINS = "gcloud compute tpus queued-resources delete griffin-96db98 --zone=us-east5-a --project=mine --force"
+PAID = (
+    "griffin-96db98: a slice that is still there is paid for; this deletes it: gcloud compute tpus queued-resources "
+    "delete griffin-96db98 --zone=us-east5-a --project=mine --force"
+)
 
 
 def of_tpu_vm(tmp_path, states, ends, create=(), delete=(), **options):
     """Runs the script for TPU VMs here, with a stand-in for gcloud that goes through these states and these exit statuses
     of ssh, create and delete (0 when there are no more). Returns its status, what it did, and what it said."""
     log = tmp_path / "log"
+    log.unlink(missing_ok=True)
     for name, values in {"describe": states, "ssh": ends, "create": create, "delete": delete}.items():
         (tmp_path / name).write_text("".join(f"{value}\n" for value in values))
     stand_in(tmp_path / "sleep", f'echo "sleep$1" >> {log}')
@@ -39,17 +43,19 @@ def of_tpu_vm(tmp_path, states, ends, create=(), delete=(), **options):
         "esac",
     )
     script = tpu_vm.render(asked("v5p:4x4x4"), zone="us-east5-a", project="mine", setup="true", **options)
-    environment = {"PATH": f"{tmp_path}:/bin:/usr/bin"}
+    given = f"echo $$ > {tmp_path}/script\n{script}"
     found = subprocess.run(
         ["bash"],
-        input=f"echo $$ > {tmp_path}/script\n{script}",
+        input=given,
         text=True,
         capture_output=True,
-        env=environment,
+        env={"PATH": f"{tmp_path}:/bin:/usr/bin"},
         timeout=PATIENCE,
-        check=False,
     )
     return found.returncode, log.read_text().split(), [line for line in found.stderr.split("\n") if line]
+
+
+GONE_AGAIN = ["ACTIVE", "SUSPENDING", "SUSPENDED", GONE, "ACTIVE"]
 
 
 @pytest.mark.parametrize(
@@ -60,42 +66,26 @@ def of_tpu_vm(tmp_path, states, ends, create=(), delete=(), **options):
         ([NO_NETWORK, "ACTIVE"], [0, 0], 0, "sleep60 ssh ssh"),
         (["ACTIVE"], [0, 2], 2, "ssh ssh"),
         (["ACTIVE", NO_NETWORK, "ACTIVE"], [0, 255, 0, 0], 0, "ssh ssh sleep60 sleep60 ssh ssh"),
-        (
-            ["ACTIVE", "SUSPENDING", "SUSPENDED", GONE, "ACTIVE"],
-            [0, 255, 0, 0],
-            0,
-            "ssh ssh sleep60 sleep30 delete sleep30 create sleep30 ssh ssh",
-        ),
+        (GONE_AGAIN, [0, 255, 0, 0], 0, "ssh ssh sleep60 sleep30 delete sleep30 create sleep30 ssh ssh"),
         # The connection is lost while the slice is there, or a host saves its run and is not taken away.
         *((["ACTIVE"] * 2, [0, end, 0, 0], 0, "ssh ssh sleep60 ssh ssh") for end in (255, 1, PREEMPTED)),
         # When a slice is taken away, the rest of its run crashes.
-        (
-            ["ACTIVE", "SUSPENDING", "SUSPENDED", GONE, "ACTIVE"],
-            [0, 134, 0, 0],
-            0,
-            "ssh ssh sleep60 delete sleep30 create sleep30 ssh ssh",
-        ),
+        (GONE_AGAIN, [0, 134, 0, 0], 0, "ssh ssh sleep60 delete sleep30 create sleep30 ssh ssh"),
     ],
 )
 def test_a_slice_is_asked_for_again(tmp_path, states, ends, status, done):
     ended, did, errors = of_tpu_vm(tmp_path, states, ends)
     assert (ended, did) == (status, done.split())
     unknown = "griffin-96db98: gcloud could not find out the state of the slice (1 in a row, at most 20)"
-    assert errors == [
-        *[NO_NETWORK[1:], unknown] * (NO_NETWORK in states),
-        f"griffin-96db98: a slice that is still there is paid for; this deletes it: {REMAINS}",
-    ]
+    assert errors == [*[NO_NETWORK[1:], unknown] * (NO_NETWORK in states), PAID]
 
 
 def test_a_state_that_is_never_known_is_the_end(tmp_path):
     """For example, gcloud's login has expired. Network failures that recover in between do not count, however many."""
     ended, did, errors = of_tpu_vm(tmp_path, [NO_NETWORK] * 3, [], restarts=2)
     assert (ended, did) == (1, ["sleep60", "sleep120"])
-    assert errors[-2:] == [
-        "griffin-96db98: gcloud could not find out the state of the slice (3 in a row, at most 2)",
-        f"griffin-96db98: a slice that is still there is paid for; this deletes it: {REMAINS}",
-    ]
-    (tmp_path / "log").unlink()
+    unknown = "griffin-96db98: gcloud could not find out the state of the slice (3 in a row, at most 2)"
+    assert errors[-2:] == [unknown, PAID]
     states = [*[NO_NETWORK, NO_NETWORK, "PROVISIONING"] * 3, "ACTIVE"]
     ended, did, _ = of_tpu_vm(tmp_path, states, [0, 0], restarts=2)
     assert (ended, did) == (0, [*["sleep60", "sleep120", "sleep30"] * 3, "ssh", "ssh"])
@@ -108,42 +98,29 @@ def test_a_run_that_fails_is_started_again(tmp_path):
     assert errors[0] == "griffin-96db98: the run failed with status 134 (1 times, at most 2)"
     ended, did, errors = of_tpu_vm(tmp_path, ["ACTIVE"] * 6, [0, 134] * 3, restarts=2)
     assert ended == 134
-    assert errors[-2:] == [
-        "griffin-96db98: the run failed with status 134 (3 times, at most 2)",
-        f"griffin-96db98: a slice that is still there is paid for; this deletes it: {REMAINS}",
-    ]
+    assert errors[-2:] == ["griffin-96db98: the run failed with status 134 (3 times, at most 2)", PAID]
 
 
 @pytest.mark.parametrize(
     "states, ends, create, delete, did, said",
     [
-        ([GONE] * 3, [], [1] * 3, [], "create sleep60 sleep30 create sleep120 sleep30 create", "the slice was refused"),
+        ([GONE], [], [1] * 3, [], "create sleep60 sleep30 create sleep120 sleep30 create", "the slice was refused"),
+        (["SUSPENDED"], [], [], [1] * 3, "delete sleep60 sleep30 delete sleep120 sleep30 delete", "it could not be"),
         (
-            ["SUSPENDED"] * 3,
-            [],
-            [],
-            [1] * 3,
-            "delete sleep60 sleep30 delete sleep120 sleep30 delete",
-            "it could not be",
-        ),
-        (
-            ["FAILED", GONE, "FAILED", GONE, "FAILED"],
-            [],
-            [],
-            [],
+            *(["FAILED", GONE, "FAILED", GONE, "FAILED"], [], [], []),
             "delete sleep60 sleep30 create sleep30 delete sleep120 sleep30 create sleep30 delete",
             "the request for the slice failed",
         ),
-        (["ACTIVE"] * 3, [255] * 3, [], [], "ssh sleep60 ssh sleep120 ssh", "the hosts could not be set up"),
+        (["ACTIVE"], [255] * 3, [], [], "ssh sleep60 ssh sleep120 ssh", "the hosts could not be set up"),
     ],
 )
 def test_what_google_refuses_is_asked_for_again(tmp_path, states, ends, create, delete, did, said):
     """With pauses; if it is granted at last, the run begins, and otherwise the script ends."""
+    states = states * 3 if len(states) == 1 else states
     ended, done, errors = of_tpu_vm(tmp_path, states, ends, create, delete, restarts=2)
     assert (ended, done) == (1, did.split())
     assert errors[-2].startswith(f"griffin-96db98: {said}") and errors[-2].endswith(" (3 in a row, at most 2)")
-    assert errors[-1].endswith(REMAINS)
-    (tmp_path / "log").unlink()
+    assert errors[-1] == PAID
     ended, done, errors = of_tpu_vm(tmp_path, [*states, "ACTIVE"], [*ends, 0, 0], create, delete, restarts=3)
     assert (ended, done[-2:]) == (0, ["ssh", "ssh"])
 
@@ -152,25 +129,20 @@ def test_the_slice_of_a_finished_run_may_be_deleted(tmp_path):
     ended, did, errors = of_tpu_vm(tmp_path, ["ACTIVE"], [0, 0], delete=[1, 0], delete_when_done=True)
     assert (ended, did) == (0, ["ssh", "ssh", "delete", "sleep60", "delete"])
     assert errors == ["griffin-96db98: it could not be deleted (1 in a row, at most 20)"]
-    (tmp_path / "log").unlink()
     ended, did, errors = of_tpu_vm(tmp_path, ["ACTIVE"], [0, 2], delete_when_done=True)
-    assert (ended, did) == (2, ["ssh", "ssh"]) and errors[-1].endswith(REMAINS)
+    assert (ended, did) == (2, ["ssh", "ssh"]) and errors[-1] == PAID
+
+
+def script(arguments=None, target="v5p:4x4x4", setup="true", **options):
+    return tpu_vm.render(asked(target, arguments), zone="z", project="p", setup=setup, **options)
 
 
 def test_two_runs_whose_work_directories_end_alike_have_two_slices():
-    def script(workdir):
-        arguments = [*ARGUMENTS[:1], f"--workdir={workdir}"]
-        return tpu_vm.render(asked("v5p:4x4x4", arguments), zone="z", project="p", setup="s")
-
-    names = [
-        re.search("\nname=([^ ]+) ", script(workdir))[1] for workdir in ("/a/griffin", "/a/griffin/", "/b/griffin")
-    ]
+    scripts = [script([ARGUMENTS[0], f"--workdir={path}"]) for path in ("/a/griffin", "/a/griffin/", "/b/griffin")]
+    names = [re.search("\nname=([^ ]+) ", one)[1] for one in scripts]
     assert names[0] == names[1] != names[2]
-    assert all(name.startswith("griffin-") and f"--node-id={name} " not in script("/c/griffin") for name in names)
-
-
-def script(**options):
-    return tpu_vm.render(asked("v5p:4x4x4"), zone="z", project="p", **options)
+    other = script([ARGUMENTS[0], "--workdir=/c/griffin"])
+    assert all(name.startswith("griffin-") and f"--node-id={name} " not in other for name in names)
 
 
 def test_a_setup_may_have_a_here_document_of_its_own():
@@ -181,15 +153,14 @@ def test_a_setup_may_have_a_here_document_of_its_own():
 
 def test_an_argument_may_have_lines_of_its_own():
     text = "--config.data.path=a\nEND\nb"
-    request = asked("v5p:4x4x4", [*ARGUMENTS, text])
-    said = sent(tpu_vm.render(request, zone="z", project="p", setup="true"), "train")
+    said = sent(script([*ARGUMENTS, text]), "train")
     assert f" '{text}' --expect=tpu:64; }}\n" in said and said.endswith('\nexit "$status"\n')
 
 
 @pytest.mark.parametrize("directory, of_home", [("~/my code", "'my code'"), ("~", "."), ("a~b", "'a~b'"), ("/a", "/a")])
 def test_a_directory_below_the_home_of_the_hosts(directory, of_home):
     """Their shells begin in the home; in quotes, ~ would be a directory's name."""
-    said = sent(script(setup="true", directory=directory), "train")
+    said = sent(script(directory=directory), "train")
     assert f"\ndirectory={of_home}\n" in said and '\ncd "$directory" || exit 3\n' in said
 
 
@@ -227,7 +198,7 @@ class Host:
             time.sleep(0.02)
 
 
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize("end, status", [(0, 0), (2, 2), (1, 101), (134, 134)])
 def test_a_run_outlives_its_connection(tmp_path, end, status):
     """The next connection follows the run: no other run is started, and the status is the run's."""
@@ -275,4 +246,4 @@ def test_a_run_that_saved_itself_goes_on_in_its_place(tmp_path):
     "target, shape", [("v5p:2x2x16", "v5p --topology=2x2x16"), ("v5e:4x8", "v5litepod --topology=4x8")]
 )
 def test_a_slice_is_asked_for_by_its_shape(target, shape):
-    assert f" --type={shape} " in tpu_vm.render(asked(target), zone="z", project="p", setup="s")
+    assert f" --type={shape} " in script(target=target)

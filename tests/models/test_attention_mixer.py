@@ -142,7 +142,7 @@ def test_training_pays_for_no_cache():
     assert memory(2**20) == memory(16)
 
 
-@pytest.mark.some_cases(nth=3)
+@pytest.mark.slow(but_nth=3)
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
 @BOTH
 def test_heads_over_devices(mixer, groups):

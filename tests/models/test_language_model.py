@@ -146,7 +146,7 @@ def test_each_block_of_a_long_pattern_has_its_own_state():
 LONG = ("gla", "rg_lru", "sliding_window", "rg_lru", "sliding_window", "rg_lru", "gla")
 
 
-@pytest.mark.some_cases("part", "repeated", "long")
+@pytest.mark.slow(but=["part", "repeated", "long"])
 @pytest.mark.parametrize(
     "num_layers, pattern, stacks",
     [(2, small.PATTERN, 1), (8, small.PATTERN, 2), (7, LONG, 3), (19, LONG, 3)],

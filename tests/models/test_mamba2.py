@@ -95,7 +95,7 @@ def test_what_is_seen_of_the_past(limit):
     numerics.assert_close(y, alone.reshape(2, 5, 16), 1e-6)
 
 
-@pytest.mark.compiles_ahead
+@pytest.mark.usefixtures("optimised")
 def test_on_tpu_the_channels_are_turned_round_for_the_time_step_alone():
     """Forward: heads of 64 channels are transposed to put time last, and back, only for the product with the time step."""
     config = small.config(width=256, recurrent_width=512, dtype="bfloat16")

@@ -124,7 +124,7 @@ def tokens(seed=0, rows=3, length=LENGTH):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, length, 16)), jnp.float32)
 
 
-@pytest.mark.some_cases(nth=2)  # each dtype once
+@pytest.mark.slow(but_nth=2)  # each dtype once
 @pytest.mark.parametrize("dtype", numerics.TOLERANCES)
 @pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "packed"])
 @pytest.mark.parametrize("name", [name for name in MIXERS if name not in ("rg_lru_no_convolution", "window_1")])
@@ -163,7 +163,7 @@ def test_packed_documents_are_documents_alone(name):
     numerics.assert_close(run(more, None, state)[0], run(more, None, alone_state)[0], 1e-5)
 
 
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize("name", LAWS)
 def test_decoding_token_by_token_is_one_pass(name):
     """From an empty past, and from a prompt."""
@@ -183,7 +183,7 @@ def test_decoding_token_by_token_is_one_pass(name):
         numerics.assert_close(run(more, None, state)[0], run(more, None, whole_state)[0], 1e-5)
 
 
-@pytest.mark.some_cases(nth=3)
+@pytest.mark.slow(but_nth=3)
 @pytest.mark.parametrize("cuts", [(1, 2, 7), (6,)], ids=str)
 @pytest.mark.parametrize("name", LAWS)
 def test_packed_chunks_are_one_pass(name, cuts):
@@ -208,7 +208,7 @@ def test_an_empty_past_is_none(name):
     numerics.assert_close(run(tokens(), None, init_state(3))[0], run(tokens())[0], 1e-6)
 
 
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LAWS)
 def test_the_state_does_not_grow(name, dtype):

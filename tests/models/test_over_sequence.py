@@ -1,8 +1,7 @@
 """Language models with time spread over 8 devices, for every mixer and the hybrids' patterns: loss, logits, states and the
-gradients of every parameter and of the initial state are those of one device, in float64. With ``--every_mesh`` and
-``--every_case`` each model runs on three meshes, both from a state and without, which takes long (``make test-meshes``; CI
-takes some); otherwise ``SOME_MODELS`` run from a state, on the mesh that ``MODELS`` names. Also, copies of the parameters
-sum their gradients once: for each model on three meshes, or for one on one.
+gradients of every parameter and of the initial state are those of one device, in float64: on the mesh that ``MODELS``
+names or, as ``every_mesh``, on three, both from a state and without. Also, copies of the parameters sum their gradients
+once.
 
 In float32 they agree to 1e-5 of the largest entry. In bfloat16 the logits of gla, delta_net, mamba2, griffin, rg_lru and
 attention, as configured here, differ between 8 devices and one by at most 0.022 of the largest entry, gradients by 0.054.
@@ -142,18 +141,17 @@ def parameters(name, dtype, seed=0):
     return numerics.cast(small.parameters(shapes, seed), "float64" if dtype == "float64" else "float32")
 
 
-@pytest.fixture
-def every_mesh(request) -> bool:
-    return request.config.getoption("every_mesh")
+MESHES = ["one_mesh", pytest.param("every_mesh", marks=pytest.mark.slow)]
 
 
-@pytest.mark.some_cases(*SOME_MODELS)
+@pytest.mark.slow(but=[*(f"{name}-one_mesh" for name in SOME_MODELS), "griffin-every_mesh", "gla-every_mesh"])
+@pytest.mark.parametrize("meshes", MESHES)
 @pytest.mark.parametrize("name", MODELS)
-def test_8_devices_give_what_one_gives(name, every_mesh):
-    """From a state, with documents that go on and one that does not; and without a state."""
-    from_state = without = [EIGHT, FOUR, TWO]
-    if not every_mesh:
-        from_state, without = [MODELS[name][2]], []
+def test_8_devices_give_what_one_gives(name, meshes):
+    """From a state, with documents that go on and one that does not; and, on every mesh, without a state."""
+    from_state, without = [MODELS[name][2]], []
+    if meshes == "every_mesh":
+        from_state = without = [EIGHT, FOUR, TWO]
     with jax.enable_x64(True):
         values, one = parameters(name, "float64"), step(name, "float64")
         empty = describe(config(name, dtype="float64")).bind(values).init_state(B)
@@ -209,28 +207,26 @@ def gradients_of_copies(name, mesh=None):
     return run
 
 
-def pytest_generate_tests(metafunc):
-    if "copied" in metafunc.fixturenames:
-        metafunc.parametrize("copied", MODELS if metafunc.config.getoption("every_mesh") else ["griffin"])
-
-
-def test_copies_sum_their_gradients_once(copied, every_mesh):
+@pytest.mark.slow(but=["griffin-one_mesh", "griffin-every_mesh", "gla-every_mesh"])
+@pytest.mark.parametrize("meshes", MESHES)
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_sum_their_gradients_once(name, meshes):
     """Rows have different weights, and so do copies."""
-    meshes = COPIES if every_mesh else COPIES[:1]
+    meshes = COPIES if meshes == "every_mesh" else COPIES[:1]
     with jax.enable_x64(True):
         text = tokens(1)
         weights = np.linspace(0.1, 1.0, B * T, dtype=np.float32).reshape(B, T)
         batch = {"tokens": text[0], "targets": text[1], "ids": IDS, "weights": weights}
-        values = parameters(copied, "float64")
-        expected = gradients_of_copies(copied)(values, batch)
+        values = parameters(name, "float64")
+        expected = gradients_of_copies(name)(values, batch)
         for mesh in meshes:
-            numerics.assert_close(gradients_of_copies(copied, make_mesh(mesh))(values, batch), expected, 1e-12)
+            numerics.assert_close(gradients_of_copies(name, make_mesh(mesh))(values, batch), expected, 1e-12)
 
 
 LOWER = ["gla", "delta_net", "griffin"]
 
 
-@pytest.mark.some_cases("gla")
+@pytest.mark.slow(but=["gla"])
 @pytest.mark.parametrize("name", LOWER)
 def test_float32(name):
     """With rotary positions, which are float32; compared with float64, on 8 devices and on one.

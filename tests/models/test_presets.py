@@ -68,7 +68,7 @@ def test_parameter_counts(name):
     assert describe(ModelConfig(**presets.find(name))).num_parameters == COUNTS[name]
 
 
-@pytest.mark.some_cases(nth=3)
+@pytest.mark.slow(but_nth=3)
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_preset_runs(name):
     """Shapes only: no array is made."""

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlinear.models import presets
-from jaxlinear.models.stacks import BLOCKS_AT_ONCE, Stack, _cut, cut, place
+from jaxlinear.models.stacks import BLOCKS_AT_ONCE, Stack, _split, place, split
 
 RECURRENT, LOCAL = "rg_lru", "sliding_window"
 
@@ -21,16 +21,16 @@ def shown(name):
     preset = presets.find(name)
     return " ".join(
         "".join(mixer[0] for mixer in stack.pattern) + str(stack.repeats)
-        for stack in cut(preset["pattern"], preset["num_layers"])
+        for stack in split(preset["pattern"], preset["num_layers"])
     )
 
 
 def test_a_short_pattern_is_repeated_as_it_is():
     griffin = (RECURRENT, RECURRENT, LOCAL)
-    assert cut(griffin, 26) == (Stack(0, griffin, 8), Stack(24, (RECURRENT, RECURRENT), 1))
-    assert cut(griffin, 3) == (Stack(0, griffin, 1),)
-    assert cut(griffin, 2) == (Stack(0, (RECURRENT, RECURRENT), 1),)
-    assert cut(("gla",), 5) == (Stack(0, ("gla",), 5),)
+    assert split(griffin, 26) == (Stack(0, griffin, 8), Stack(24, (RECURRENT, RECURRENT), 1))
+    assert split(griffin, 3) == (Stack(0, griffin, 1),)
+    assert split(griffin, 2) == (Stack(0, (RECURRENT, RECURRENT), 1),)
+    assert split(("gla",), 5) == (Stack(0, ("gla",), 5),)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_preset_is_written_out_no_more_than_it_has_to_be(name, stacks):
 @given(st.lists(st.sampled_from("xyz"), min_size=1, max_size=14), st.integers(1, 30))
 def test_the_stacks_are_the_layers(pattern, num_layers):
     pattern = tuple(pattern)
-    stacks = cut(pattern, num_layers)
+    stacks = split(pattern, num_layers)
     expected = [pattern[i % len(pattern)] for i in range(num_layers)]
     assert list(layers(stacks)) == expected
     ends = [stack.first + len(stack.pattern) * stack.repeats for stack in stacks]
@@ -81,4 +81,4 @@ def test_no_other_cut_writes_fewer_blocks(names):
                 costs.append(period + fewest(names[end:]))
         return min(costs)
 
-    assert sum(len(stack.pattern) for stack in _cut(tuple(names), 0)) == fewest(names)
+    assert sum(len(stack.pattern) for stack in _split(tuple(names), 0)) == fewest(names)

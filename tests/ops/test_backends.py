@@ -137,8 +137,3 @@ def test_kernels_are_not_compiled_for_indices_of_64_bits(platform):
                 call(backend="pallas")
         with backends.use_platform(platform):
             assert is_a_kernel(call, backend="pallas")
-
-
-def test_unknown_backends_are_refused():
-    with pytest.raises(UserError, match=r"an_op has no backend 'fast'; it has 'auto', 'chunked'"):
-        backends.check("an_op", "fast", ("chunked",))

@@ -10,176 +10,228 @@ import pytest
 from jaxlinear import ops
 from jaxlinear.errors import UserError
 
-_B, _T, _H, _K, _V = 2, 12, 2, 4, 6
-
-
-def _arrays():
-    random = np.random.default_rng(0)
-    normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
-    q, k, v = normal(_B, _T, _H, _K), normal(_B, _T, _H, _K), normal(_B, _T, _H, _V)
-    beta = np.full((_B, _T, _H), 0.5, np.float32)
-    return q, k, v, beta
-
-
-_Q, _KEYS, _VALUES, _BETA = _arrays()
-
-# Each as a function of its v or x.
-_OPERATIONS = {
-    "linear_recurrence": lambda x=_VALUES, **options: ops.linear_recurrence(0.5, x, **options),
-    "linear_attention": lambda x=_VALUES, **options: ops.linear_attention(_Q, _KEYS, x, **options),
-    "delta_rule": lambda x=_VALUES, **options: ops.delta_rule(_Q, _KEYS, x, _BETA, **options),
-    "causal_attention": lambda x=_VALUES, **options: ops.causal_attention(_Q, _KEYS, x, **options),
-    "sliding_window_attention": lambda x=_VALUES, **options: ops.sliding_window_attention(
-        _Q, _KEYS, x, window=4, **options
-    ),
-    "causal_convolution": lambda x=_VALUES[..., 0], **options: ops.causal_convolution(
-        x, np.ones((3, _H), np.float32), **options
-    ),
+_HEADS = {"q": (2, 9, 2, 3), "k": (2, 9, 2, 3), "v": (2, 9, 2, 5)}
+_GROUPED = {"q": (2, 4, 4, 2), "k": (2, 4, 2, 2), "v": (2, 4, 2, 2)}
+_GATES = {
+    **{"x": (2, 12, 12), "recurrence_kernel": (3, 4, 4), "recurrence_bias": (12,), "input_kernel": (3, 4, 4)},
+    **{"input_bias": (12,), "rate": (12,), "first": np.ones((2, 12), bool)},
 }
-_IDS = np.repeat([[1, 2, 3]], _T // 3, axis=1).repeat(_B, axis=0)
+# Arguments that fit; a tuple is the shape of ones in float32.
+_FITTING = {
+    "linear_recurrence": {"a": (2, 5, 3), "x": (2, 5, 3), "initial_state": (2, 3)},
+    "linear_attention": _HEADS,
+    "delta_rule": {**_HEADS, "beta": (2, 9, 2)},
+    "selective_scan": {"x": (2, 4, 3), "dt": (2, 4, 3), "A": (3, 2), "B": (2, 4, 2), "C": (2, 4, 2)},
+    "causal_convolution": {"x": (2, 12, 2), "kernel": (3, 2), "bias": (2,), "state": (2, 2, 2)},
+    "causal_attention": _GROUPED,
+    "sliding_window_attention": {**_GROUPED, "window": 2},
+    "rg_lru_gates": _GATES,
+    "rg_lru": {**_GATES, "initial_state": (2, 12)},
+}
+_WITH_HEADS = ("linear_attention", "delta_rule", "causal_attention", "sliding_window_attention")
 
 
-@pytest.mark.parametrize("operation", _OPERATIONS)
-@pytest.mark.parametrize("shape", [(_B, _T + 1), (_B, _T - 1), (_B, 1), (1, _T), (_T,), (_B, _T, 1)])
-def test_segment_ids_that_are_not_one_a_token_are_refused(operation, shape):
-    ids = np.resize(_IDS, shape)
-    message = re.escape(f"{operation}: segment_ids {shape} must be one per token, [B, T] = {(_B, _T)}")
-    with pytest.raises(UserError, match=message):
-        _OPERATIONS[operation](segment_ids=ids)
+def call(operation, change):
+    """The operation on ``_FITTING`` with this change."""
+    given = _FITTING[operation] | change
+    given = {name: np.ones(x, np.float32) if isinstance(x, tuple) else x for name, x in given.items()}
+    return getattr(ops, operation)(**given)
 
 
-@pytest.mark.parametrize("operation", _OPERATIONS)
-def test_segment_ids_may_be_lists(operation):
-    first = lambda outputs: outputs[0] if isinstance(outputs, tuple) else outputs  # noqa: E731
-    listed = first(_OPERATIONS[operation](segment_ids=_IDS.tolist()))
-    np.testing.assert_array_equal(listed, first(_OPERATIONS[operation](segment_ids=jnp.asarray(_IDS))))
+def rows_and_tokens(operation):
+    return next(_FITTING[operation][name] for name in ("x", "q") if name in _FITTING[operation])[:2]
 
 
-@pytest.mark.parametrize("operation", _OPERATIONS)
-def test_whole_numbers_are_refused_since_outputs_would_be_cut_to_them(operation):
-    x = np.ones((_B, _T, _H) if operation == "causal_convolution" else _VALUES.shape, np.int32)
-    with pytest.raises(UserError, match=rf"{operation}: [vx] has dtype int32; it must be real"):
-        _OPERATIONS[operation](x)
+_TWO_FORMS = "has no backend 'associative'; it has 'auto', 'recurrent', 'chunked'"
+_REFUSED = [
+    *(
+        (
+            operation,
+            {"segment_ids": np.zeros(shape, np.int32)},
+            f"segment_ids {shape} must be one per token, [B, T] = {(batch, length)}",
+        )
+        for operation in _FITTING
+        if operation != "rg_lru_gates"
+        for batch, length in [rows_and_tokens(operation)]
+        for shape in (
+            (batch, length + 1),
+            (batch, length - 1),
+            (batch, 1),
+            (1, length),
+            (length,),
+            (batch, length, 1),
+        )
+    ),
+    # Outputs would be cut to whole numbers, or the imaginary part dropped.
+    ("causal_convolution", {"x": np.ones((2, 12, 2), np.int32)}, "x has dtype int32; it must be real"),
+    ("linear_recurrence", {"x": np.ones((2, 5, 3), np.int32)}, "x has dtype int32; it must be real"),
+    *(
+        (name, {"v": np.ones(_FITTING[name]["v"], dtype)}, f"v has dtype {dtype}; it must be real")
+        for name in _WITH_HEADS
+        for dtype in ("int32", "complex64")
+    ),
+    *(
+        (name, {"initial_state": np.zeros((2, 2, 3, 5), np.complex64)}, "initial_state is complex")
+        for name in _WITH_HEADS[:2]
+    ),
+    *((name, {"scale": np.ones(3, np.float32)}, "it must be one number, known at trace time") for name in _WITH_HEADS),
+    *(
+        (
+            name,
+            {x: (*_FITTING[name][x][:-1], 0) for x in "qk"} | {"scale": scale, "backend": backend},
+            "queries and keys have no channels",
+        )
+        for name in _WITH_HEADS
+        for scale in (None, 0.5)
+        for backend in ("recurrent", "chunked", "auto")
+    ),
+    ("linear_recurrence", {"backend": "chunked"}, "has no backend 'chunked'; it has 'auto', 'rec"),
+    ("linear_recurrence", {"a": (2, 5, 1)}, "a (2, 5, 1) does not fit x (2, 5, 3); it must be [B, T, ...] or [...]"),
+    ("linear_recurrence", {"a": (5, 3)}, "a (5, 3) does not fit"),
+    ("linear_recurrence", {"a": (2,)}, "a (2,) does not fit"),
+    ("linear_recurrence", {"initial_state": (1, 3)}, "initial state is (1, 3), not [B, ...] = (2, 3)"),
+    ("linear_recurrence", {"initial_state": np.full((2, 3), 1j)}, "initial state is complex, a and x are real"),
+    ("linear_attention", {"backend": "associative"}, _TWO_FORMS),
+    ("linear_attention", {"k": (2, 9, 2, 5)}, "do not have the shape of the queries"),
+    ("linear_attention", {"v": (2, 9, 1, 5)}, "do not fit queries"),
+    ("linear_attention", {"log_decay": (9,)}, "log_decay (9,) does not fit"),
+    ("linear_attention", {"initial_state": (2, 2, 5, 3)}, "the initial state is"),
+    *(
+        (name, {"chunk_size": 4, "backend": "recurrent"}, "chunk_size=4 is for backend='chunked'")
+        for name in ("linear_attention", "delta_rule", "selective_scan")
+    ),
+    *(
+        (name, {"chunk_size": size}, f"chunk_size={size} must be a whole number of tokens, at least 1")
+        for name, sizes in (("linear_attention", (0, -1, 2.5)), ("delta_rule", (0,)), ("selective_scan", (0,)))
+        for size in sizes
+    ),
+    ("delta_rule", {"backend": "associative"}, _TWO_FORMS),
+    ("delta_rule", {"beta": (2, 9, 2, 1)}, "beta (2, 9, 2, 1) does not fit queries"),
+    ("delta_rule", {"log_decay": (2,)}, "log_decay (2,) does not fit"),
+    ("delta_rule", {"k": (2, 9, 2, 4)}, "keys (2, 9, 2, 4) do not have the shape of the queries"),
+    (
+        "delta_rule",
+        {"k": (2, 9, 2, 2, 3), "v": (2, 9, 2, 2, 4), "beta": (2, 9, 2, 3)},
+        "beta (2, 9, 2, 3) differ in the number of updates per token",
+    ),
+    ("delta_rule", {"k": (2, 9, 2, 0, 3)}, "differ in the number of updates per token"),
+    ("delta_rule", {"initial_state": (2, 2, 3, 3)}, "the initial state is (2, 2, 3, 3), not [B, H, K, V]"),
+    ("selective_scan", {"backend": "associative"}, _TWO_FORMS),
+    ("selective_scan", {"x": (4, 3)}, "x is (4, 3); it must be [B, T, D]"),
+    ("selective_scan", {"dt": (2, 4, 1)}, "dt (2, 4, 1) does not have the shape of x (2, 4, 3)"),
+    ("selective_scan", {"B": (2, 5, 2)}, "B (2, 5, 2) does not fit x (2, 4, 3); it must be [B, T, N]"),
+    ("selective_scan", {"C": (2, 4, 3)}, "C (2, 4, 3) does not have the shape of B (2, 4, 2)"),
+    ("selective_scan", {"A": (2, 3)}, "A is (2, 3), not [D, N] = (3, 2)"),
+    ("selective_scan", {"A": np.ones((3, 2), np.complex64)}, "A has dtype complex64; it must be real"),
+    ("selective_scan", {"initial_state": (2, 2, 3)}, "initial state is (2, 2, 3), not [B, D, N] = (2, 3, 2)"),
+    *(
+        (name, change, message)
+        for name in ("causal_attention", "sliding_window_attention")
+        for change, message in (
+            ({"backend": "associative"}, _TWO_FORMS),
+            ({"q": (4, 4, 2)}, "q is (4, 4, 2); it must be [B, T, H, K]"),
+            ({"k": (2, 4, 2), "v": (2, 4, 2)}, "k is (2, 4, 2); it must be [B, T, G, K]"),
+            ({"k": (2, 4, 3, 2), "v": (2, 4, 3, 2)}, "3 key heads do not divide 4 query heads"),
+            ({"k": (2, 3, 2, 2), "v": (2, 3, 2, 2)}, "do not fit queries"),
+            ({"k": (1, 4, 2, 2), "v": (1, 4, 2, 2)}, "do not fit queries"),
+            ({"k": (2, 4, 2, 3)}, "do not fit queries"),
+            ({"v": (2, 5, 2, 2)}, "do not fit queries"),
+        )
+    ),
+    ("causal_attention", {"q": (2, 2, 4, 2), "offset": 9}, "offset is 9; with 2 queries on 4 keys it must be 0 to 2"),
+    ("sliding_window_attention", {"window": 0}, "the window is 0; it must be at least 1"),
+    ("sliding_window_attention", {"window": 2.5}, "the window is 2.5; it must be a whole number of tokens"),
+    ("causal_convolution", {"kernel": (3, 1)}, "kernel (3, 1) does not fit x (2, 12, 2); it must be [width, D]"),
+    ("causal_convolution", {"kernel": (2,)}, "kernel (2,) does not fit"),
+    ("causal_convolution", {"kernel": (0, 2)}, "kernel (0, 2) does not fit"),
+    ("causal_convolution", {"bias": (1,)}, "bias (1,) does not fit"),
+    ("causal_convolution", {"bias": (1, 2)}, "bias (1, 2) does not fit"),
+    ("causal_convolution", {"state": (2, 3, 2)}, "state is (2, 3, 2), not [B, width-1, D] = (2, 2, 2)"),
+    ("causal_convolution", {"state": (1, 2, 2)}, "state is (1, 2, 2), not"),
+    *(
+        ("causal_convolution", {name: np.ones(shape, np.complex64)}, f"the {name} is complex, x is real")
+        for name, shape in (("kernel", (3, 2)), ("bias", (2,)), ("state", (2, 2, 2)))
+    ),
+    ("rg_lru_gates", {"backend": "chunked"}, "has no backend 'chunked'; it has 'auto', 'products', 'pallas'"),
+    ("rg_lru_gates", {"x": (2, 12)}, "x is (2, 12); it must be [B, T, R]"),
+    ("rg_lru_gates", {"x": np.ones((2, 12, 12), np.int32)}, "x has dtype int32; it must be real"),
+    ("rg_lru_gates", {"recurrence_kernel": (2, 4, 4)}, "for x (2, 12, 12) it must be [N, K, K] with N K = 12"),
+    ("rg_lru_gates", {"input_kernel": (4, 3, 3)}, "input_kernel (4, 3, 3) does not have recurrence_kernel's shape"),
+    ("rg_lru_gates", {"input_bias": (1,)}, "input_bias is (1,), not [R] = (12,)"),
+    ("rg_lru_gates", {"first": np.ones((2, 12), np.int32)}, "first is int32 (2, 12), not bool [B, T] = (2, 12)"),
+    ("rg_lru_gates", {"first": np.ones((2, 1), bool)}, "first is bool (2, 1), not bool"),
+    ("rg_lru", {"backend": "chunked"}, "has no backend 'chunked'; it has 'auto', 'separate', 'pallas'"),
+    *(
+        ("rg_lru", {**change, "backend": backend}, message)
+        for backend in ("separate", "pallas")
+        for change, message in (
+            ({"initial_state": (2, 11)}, "the initial state is (2, 11), not [B, "),
+            ({"segment_ids": np.ones((2, 11), np.int32)}, "segment_ids"),
+            ({"first": np.ones((2, 11), bool)}, "first is bool (2, 11), not bool [B, T] = (2, 12)"),
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    "operation", ["linear_attention", "delta_rule", "causal_attention", "sliding_window_attention"]
-)
-def test_complex_numbers_are_refused_where_the_imaginary_part_would_be_dropped(operation):
-    with pytest.raises(UserError, match=f"{operation}: v has dtype complex64; it must be real"):
-        _OPERATIONS[operation](_VALUES.astype(np.complex64))
-    if operation in ("linear_attention", "delta_rule"):
-        with pytest.raises(UserError, match=f"{operation}: initial_state is complex"):
-            _OPERATIONS[operation](initial_state=np.zeros((_B, _H, _K, _V), np.complex64))
+@pytest.mark.parametrize("operation, change, message", _REFUSED)
+def test_what_does_not_fit_is_refused(operation, change, message):
+    prefix = "(rg_lru|rg_lru_gates|linear_recurrence)" if operation == "rg_lru" else operation  # it calls the others
+    with pytest.raises(UserError, match=rf"^{prefix}\b.*{re.escape(message)}"):
+        call(operation, change)
 
 
-@pytest.mark.parametrize(
-    "operation", ["linear_attention", "delta_rule", "causal_attention", "sliding_window_attention"]
-)
+@pytest.mark.parametrize("operation", _WITH_HEADS)
 def test_a_scale_is_a_number(operation):
-    run = lambda scale: jax.tree.leaves(_OPERATIONS[operation](scale=scale))[0]  # noqa: E731
+    run = lambda scale: jax.tree.leaves(call(operation, {"scale": scale}))[0]  # noqa: E731
     np.testing.assert_allclose(run(jnp.float32(0.25)), run(0.25), rtol=1e-6)
-    message = f"{operation}: scale is .*it must be one number, known at trace time"
-    with pytest.raises(UserError, match=message):
-        run(np.ones(_V, np.float32))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"{operation}: scale is .*it must be one number, known at trace time"):
         jax.grad(lambda scale: run(scale).sum())(jnp.float32(0.25))
 
 
 @pytest.mark.parametrize("backend", ["recurrent", "chunked", "auto"])
-@pytest.mark.parametrize("empty", ["batch", "time", "heads"])
-def test_a_recurrence_of_nothing_leaves_its_state(backend, empty):
-    cut = {"batch": np.s_[:0], "time": np.s_[:, :0], "heads": np.s_[:, :, :0]}[empty]
-    shape = (0 if empty == "batch" else _B, 0 if empty == "heads" else _H, _K, _V)
-    state = jnp.ones(shape, jnp.float32)
-    for o, final in (
-        ops.linear_attention(_Q[cut], _KEYS[cut], _VALUES[cut], None, state, backend=backend),
-        ops.delta_rule(_Q[cut], _KEYS[cut], _VALUES[cut], _BETA[cut], None, state, backend=backend),
-    ):
-        assert o.shape == _VALUES[cut].shape
+@pytest.mark.parametrize("operation", ["linear_attention", "delta_rule"])
+def test_a_recurrence_of_nothing_leaves_its_state(operation, backend):
+    for batch, length, heads in ((0, 9, 2), (1, 0, 2), (2, 9, 0)):
+        change = {name: (batch, length, heads, *shape[3:]) for name, shape in _FITTING[operation].items()}
+        state = np.ones((batch, heads, 3, 5), np.float32)
+        o, final = call(operation, change | {"initial_state": state, "backend": backend})
+        assert o.shape == change["v"]
         np.testing.assert_array_equal(final, state)
-
-
-@pytest.mark.parametrize("backend", ["recurrent", "chunked", "auto"])
-@pytest.mark.parametrize("scale", [None, 0.5])
-def test_no_channels_are_refused(backend, scale):
-    q, k = _Q[..., :0], _KEYS[..., :0]
-    options = {"backend": backend, "scale": scale}
-    for run in (
-        lambda: ops.linear_attention(q, k, _VALUES, **options),
-        lambda: ops.delta_rule(q, k, _VALUES, _BETA, **options),
-        lambda: ops.causal_attention(q, k, _VALUES, **options),
-        lambda: ops.sliding_window_attention(q, k, _VALUES, window=3, **options),
-    ):
-        with pytest.raises(UserError, match="queries and keys have no channels"):
-            run()
 
 
 def test_values_without_channels_are_none_in_the_outputs():
-    v, options = _VALUES[..., :0], {"backend": "chunked"}
-    assert ops.linear_attention(_Q, _KEYS, v, **options)[0].shape == v.shape
-    assert ops.delta_rule(_Q, _KEYS, v, _BETA, **options)[0].shape == v.shape
-    for backend in ("recurrent", "chunked", "pallas"):
-        assert ops.causal_attention(_Q, _KEYS, v, backend=backend).shape == v.shape
-        assert ops.sliding_window_attention(_Q, _KEYS, v, window=3, backend=backend).shape == v.shape
+    for operation in _WITH_HEADS:
+        v = (*_FITTING[operation]["v"][:-1], 0)
+        for backend in ("recurrent", "chunked", "pallas") if operation in _WITH_HEADS[2:] else ("chunked",):
+            o = jax.tree.leaves(call(operation, {"v": v, "backend": backend}))[0]
+            assert o.shape == (*_FITTING[operation]["q"][:-1], 0)
 
 
-def test_a_convolution_of_no_tokens_leaves_its_state():
-    state = np.ones((_B, 2, _H), np.float32)
-    for ids in (None, np.zeros((_B, 0), np.int32)):
-        y, final = ops.causal_convolution(
-            _VALUES[:, :0, :, 0], np.ones((3, _H), np.float32), None, state, segment_ids=ids
-        )
-        assert y.shape == (_B, 0, _H)
-        np.testing.assert_array_equal(final, state)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_diagonal_recurrence_of_no_tokens_leaves_its_state(reverse):
-    state = jnp.ones((_B, _V), jnp.float32)
-    for a in (np.full((_B, 0, _V), 0.5, np.float32), np.float32(0.5)):
-        h, final = ops.linear_recurrence(a, np.ones((_B, 0, _V), np.float32), state, reverse=reverse)
-        assert h.shape == (_B, 0, _V)
-        np.testing.assert_array_equal(final, state)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((_Q[0], _KEYS, _VALUES), r"q is (12, 2, 4); it must be [B, T, H, K]"),
-        ((_Q, _KEYS[:, :, 0], _VALUES[:, :, 0]), r"k is (2, 12, 4); it must be [B, T, G, K]"),
-        ((_Q, _KEYS[:1], _VALUES[:1]), "do not fit queries"),
-        ((_Q, _KEYS[..., :3], _VALUES), "do not fit queries"),
-        ((_Q[..., :0], _KEYS[..., :0], _VALUES), "queries and keys have no channels"),
-    ],
-)
-def test_attention_refuses_shapes_that_do_not_fit(arguments, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        ops.causal_attention(*arguments)
-    with pytest.raises(UserError, match=re.escape(message)):
-        ops.sliding_window_attention(*arguments, window=3)
-
-
-def test_a_window_and_an_offset_are_whole_numbers_in_their_bounds():
-    with pytest.raises(UserError, match=r"the window is 2\.5; it must be a whole number of tokens"):
-        ops.sliding_window_attention(_Q, _KEYS, _VALUES, window=2.5)
-    with pytest.raises(UserError, match="offset is 9; with 4 queries on 12 keys it must be 0 to 8"):
-        ops.causal_attention(_Q[:, :4], _KEYS, _VALUES, offset=9)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "bias", "state", "message"),
-    [
-        ((3, 1), None, None, r"the kernel (3, 1) does not fit x (2, 12, 2); it must be [width, D]"),
-        ((2,), None, None, "the kernel (2,) does not fit"),
-        ((0, 2), None, None, "the kernel (0, 2) does not fit"),
-        ((3, 2), (1,), None, "the bias (1,) does not fit"),
-        ((3, 2), (1, 2), None, "the bias (1, 2) does not fit"),
-        ((3, 2), None, (2, 3, 2), "the state is (2, 3, 2), not [B, width-1, D] = (2, 2, 2)"),
-        ((3, 2), None, (1, 2, 2), "the state is (1, 2, 2), not"),
-    ],
-)
-def test_a_convolution_refuses_shapes_that_do_not_fit(kernel, bias, state, message):
-    bias, state = (None if shape is None else np.ones(shape, np.float32) for shape in (bias, state))
-    with pytest.raises(UserError, match=re.escape(message)):
-        ops.causal_convolution(_VALUES[..., 0], np.ones(kernel, np.float32), bias, state)
+def test_no_tokens_rows_or_channels_leave_the_state():
+    state = np.ones((2, 2, 2), np.float32)
+    runs = [
+        *(
+            ("causal_convolution", {"x": (2, 0, 2), "state": state, "segment_ids": ids})
+            for ids in (None, np.zeros((2, 0), np.int32))
+        ),
+        *(
+            (
+                "linear_recurrence",
+                {"a": a, "x": (2, 0, 3), "initial_state": state[:, 0, :1].repeat(3, 1), "reverse": way},
+            )
+            for a in ((2, 0, 3), np.float32(0.5))
+            for way in (False, True)
+        ),
+        *(
+            (
+                "selective_scan",
+                {"x": x, "dt": x, "A": (x[2], 2), "B": (*x[:2], 2), "C": (*x[:2], 2)}
+                | {"initial_state": np.ones((x[0], x[2], 2), np.float32)},
+            )
+            for x in ((0, 4, 3), (1, 0, 3), (2, 4, 0))
+        ),
+    ]
+    for operation, given in runs:
+        y, final = call(operation, given)
+        assert y.shape == given["x"]
+        np.testing.assert_array_equal(final, given.get("initial_state", state))

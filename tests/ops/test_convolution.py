@@ -1,4 +1,4 @@
-"""causal_convolution against the step-by-step oracle, its gradients and its laws."""
+"""causal_convolution: cases for the laws, complex numbers, the state, and what is rounded."""
 
 import functools
 
@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jaxlinear.errors import UserError
 from jaxlinear.ops import causal_convolution
-from tests import naive, numerics, oracles
+from tests import naive, numerics
+from tests.ops import cases
 
 # name: B, T, D, width, segments
 CASES = {
@@ -33,39 +31,14 @@ def case(name):
     shapes = ((batch, length, channels), (width, channels), (channels,), (batch, width - 1, channels))
     inputs = tuple(numerics.normal(random, *shape) for shape in shapes)
     ids = np.cumsum(random.random((batch, length)) < 0.2, axis=1, dtype=np.int32) % 2 if packed else None
-    outputs = oracles.causal_convolution(*inputs, ids)
-    cotangents = numerics.cotangents_like(random, outputs)
-    reference = numerics.with_gradients(functools.partial(naive.causal_convolution, ids=ids))
-    naive_outputs, gradients = numerics.run(reference, inputs, cotangents, dtype="float64")
-    numerics.assert_close(naive_outputs, outputs, 1e-12)
-    return inputs, cotangents, ids, outputs, numerics.wide(gradients)
+    return cases.expected(random, "causal_convolution", inputs, ids)
 
 
-@pytest.mark.parametrize("name, dtype", numerics.each_dtype(CASES, "short", "packed", "long"))
-def test_values_and_gradients(name, dtype):
-    inputs, cotangents, ids, outputs, gradients = case(name)
-    op = functools.partial(causal_convolution, segment_ids=ids)
-    found, found_gradients = numerics.run(numerics.with_gradients(op), inputs, cotangents, dtype=dtype)
-    numerics.assert_close(found, outputs, numerics.TOLERANCES[dtype])
-    numerics.assert_close(found_gradients, gradients, numerics.TOLERANCES[dtype])
-    assert found[0].dtype == found[1].dtype == dtype
+RUNS = [(name, dtype, "auto") for name, dtype in numerics.each_dtype(CASES, "short", "packed", "long")]
 
 
-def test_gradients_are_those_of_finite_differences():
-    random = np.random.default_rng(0)
-    inputs = tuple(random.standard_normal(shape) for shape in ((1, 6, 2), (3, 2), (2,), (1, 2, 2)))
-    ids = np.array([[1, 1, 1, 2, 2, 1]], np.int32)
-    weights = tuple(random.standard_normal(shape) for shape in ((1, 6, 2), (1, 2, 2)))
-
-    def objective(*inputs):
-        return sum(np.sum(w * y) for w, y in zip(weights, oracles.causal_convolution(*inputs, ids), strict=True))
-
-    op = functools.partial(causal_convolution, segment_ids=ids)
-    _, gradients = numerics.run(numerics.with_gradients(op), inputs, weights, dtype="float64")
-    directions = [random.standard_normal(y.shape) for y in inputs]
-    expected = numerics.directional_derivative(objective, inputs, directions)
-    found = sum(np.sum(d * np.asarray(g)) for d, g in zip(directions, gradients, strict=True))
-    assert found == pytest.approx(expected, rel=1e-6)
+def options(name, backend):
+    return {}
 
 
 @pytest.mark.parametrize("complex_weights", [False, True])
@@ -86,57 +59,6 @@ def test_complex_inputs(complex_weights):
     op = numerics.with_gradients(functools.partial(causal_convolution, segment_ids=ids))
     for dtype in ("float64", "float32"):
         numerics.assert_close(numerics.run(op, *arguments, dtype=dtype), expected, numerics.TOLERANCES[dtype])
-
-
-def test_complex_weights_of_real_inputs_are_refused():
-    """Their imaginary parts would be dropped."""
-    arrays = {"x": (1, 5, 2), "kernel": (3, 2), "bias": (2,), "state": (1, 2, 2)}
-    given = {name: np.ones(shape, np.float32) for name, shape in arrays.items()}
-    for name in ("kernel", "bias", "state"):
-        with pytest.raises(UserError, match=f"the {name} is complex, x is real"):
-            causal_convolution(**given | {name: given[name].astype(np.complex64)})
-
-
-def test_no_state_is_zeros_and_no_bias_is_none():
-    random = np.random.default_rng(1)
-    x, kernel = (numerics.cast(numerics.normal(random, *shape), "float32") for shape in ((2, 5, 3), (4, 3)))
-    found = causal_convolution(x, kernel)
-    numerics.assert_close(found, oracles.causal_convolution(numerics.wide(x), numerics.wide(kernel)), 1e-6)
-
-
-OP = numerics.jit(lambda x, kernel, state, ids: causal_convolution(x, kernel, None, state, segment_ids=ids))
-LENGTH = 12
-some_ids = st.lists(st.integers(0, 2), min_size=LENGTH, max_size=LENGTH).map(lambda ids: np.array([ids], np.int32))
-law = settings(max_examples=15, deadline=None, derandomize=True)
-
-
-def law_inputs(seed):
-    random = np.random.default_rng(seed)
-    return tuple(random.standard_normal(shape) for shape in ((1, LENGTH, 2), (4, 2), (1, 3, 2)))
-
-
-@given(seed=st.integers(0, 1000), ids=some_ids, cut=st.sampled_from([1, 5, 11]))
-@law
-def test_a_run_cut_in_two_is_one_run(seed, ids, cut):
-    x, kernel, state = law_inputs(seed)
-    ids[:, cut] = ids[:, cut - 1]  # the state passed on belongs to the next token's document
-    whole = numerics.run(OP, x, kernel, state, ids, dtype="float64")
-    first, middle = numerics.run(OP, x[:, :cut], kernel, state, ids[:, :cut], dtype="float64")
-    second, final = numerics.run(OP, x[:, cut:], kernel, np.asarray(middle), ids[:, cut:], dtype="float64")
-    numerics.assert_close((np.concatenate([first, second], axis=1), final), whole, 1e-12)
-
-
-@given(seed=st.integers(0, 1000), ids=some_ids)
-@law
-def test_packed_documents_are_documents_alone(seed, ids):
-    x, kernel, state = law_inputs(seed)
-    y, _ = numerics.run(OP, x, kernel, state, ids, dtype="float64")
-    for start, end in numerics.runs(ids[0]):
-        alone = np.zeros_like(x)
-        alone[:, : end - start] = x[:, start:end]
-        alone_state = state if start == 0 else np.zeros_like(state)
-        expected, _ = numerics.run(OP, alone, kernel, alone_state, np.zeros_like(ids), dtype="float64")
-        numerics.assert_close(y[:, start:end], expected[:, : end - start], 1e-12)
 
 
 def test_the_state_holds_the_inputs_of_the_last_document():

@@ -17,10 +17,8 @@ def updates_case(kind):
     gradients. Of every three such tokens only the first decays the state, and only the last one's output is taken."""
     batch, length, heads, updates, width, value_width = 2, 13, 2, 3, 4, 5
     random = np.random.default_rng(7)
-    q, state = (
-        numerics.normal(random, batch, length, heads, width),
-        numerics.normal(random, batch, heads, width, value_width),
-    )
+    q = numerics.normal(random, batch, length, heads, width)
+    state = numerics.normal(random, batch, heads, width, value_width)
     k = operation.unit(numerics.normal(random, batch, length, heads, updates, width))
     v = numerics.normal(random, batch, length, heads, updates, value_width)
     beta = numerics.uniform(random, batch, length, heads, updates, high=1.9)

@@ -131,8 +131,8 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.compiles_ahead
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize("target", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_on_tpu_no_row_is_multiplied_for_every_group(name, target):

@@ -80,7 +80,7 @@ def expected(length):
 
 
 # ``size``: bytes per group, for one chunk, some, or all. 22 tokens are 6 chunks of 4, in 6, 3 or 2 groups or one.
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize(
     "length, chunk, size", [(22, 4, 0), (22, 4, 2_000), (22, 4, 3_500), (20, 5, 1 << 20), (3, 8, 0)]
 )

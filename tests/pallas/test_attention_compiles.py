@@ -17,7 +17,7 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding
 from tests import ptxas
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 # name: B, T, H, G, K, window, dtype, packed
 CASES = {
@@ -70,8 +70,8 @@ def compiled(target, name, **options):
         return jax.jit(both).lower(q, k, k, ids, q).compile(**options)
 
 
-@pytest.mark.some_cases(
-    without=("v5e:1x1-largest_in_float32", "v5e:1x1-widest", "v6e:1x1-recurrent_gemma", "tpu7x:2x2x1-griffin")
+@pytest.mark.slow(
+    cases=("v5e:1x1-largest_in_float32", "v5e:1x1-widest", "v6e:1x1-recurrent_gemma", "tpu7x:2x2x1-griffin")
 )
 @pytest.mark.parametrize("target, name", [(target, name) for target, cases in TARGETS.items() for name in cases])
 def test_tpu(target, name):

@@ -48,7 +48,7 @@ def check(operation, inputs, cotangents, outputs, gradients, dtype):
     assert found.dtype == dtype
 
 
-@pytest.mark.some_cases(nth=3)
+@pytest.mark.slow(but_nth=3)
 @pytest.mark.parametrize(
     "name, dtype",
     [*((name, "float32") for name in windows.CASES), ("grouped", "bfloat16"), ("more_keys_in_front", "bfloat16")],
@@ -61,7 +61,7 @@ def test_windows(name, dtype, target):
     check(operation, inputs, cotangents, *expected, dtype)
 
 
-@pytest.mark.some_cases(nth=3)
+@pytest.mark.slow(but_nth=3)
 @pytest.mark.parametrize("name", ["grouped", "keys_in_front", "whole", "long"])
 def test_all_tokens(name, target):
     inputs, cotangents, ids, *expected = full.case(name)
@@ -104,11 +104,13 @@ def test_the_mask_of_blocks_is_that_of_pairs(window, offset):
     assert found.visited(8) == np.count_nonzero(seen) == np.count_nonzero(kernels.block_mask)
 
 
-@pytest.mark.some_cases(
-    f"sliding_window_attention-{EIGHT}-2-tpu",
-    f"sliding_window_attention-{TWO}-2-tpu",
-    f"sliding_window_attention-{TWO}-2-gpu",
-    "causal_attention-{'data': 4, 'tensor': 2}-2-tpu",
+@pytest.mark.slow(
+    but=[
+        f"sliding_window_attention-{EIGHT}-2-tpu",
+        f"sliding_window_attention-{TWO}-2-tpu",
+        f"sliding_window_attention-{TWO}-2-gpu",
+        "causal_attention-{'data': 4, 'tensor': 2}-2-tpu",
+    ]
 )
 @pytest.mark.parametrize(
     "operation, sizes, groups, target",

@@ -17,7 +17,7 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding
 from tests import compiled_text, ptxas
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 kernels = functools.partial(compiled_text.kernels, name="delta_rule")
 
@@ -111,8 +111,8 @@ def names(name, *kinds):
 
 
 # The largest blocks take a minute or two each: ``more_forward`` stays. ``wide_values`` is in a published step.
-@pytest.mark.some_cases(
-    without=[
+@pytest.mark.slow(
+    cases=[
         f"v5e:1x1-{name}"
         for name in ("fullest", "in_turns", "in_turns_by_channel", "most_states", "registers_shared", "wide_values")
     ]
@@ -132,8 +132,8 @@ def test_negative_eigenvalues_on_tpu(target, name):
     assert kernels(text) == names(name, "forward", "gradient")
 
 
-@pytest.mark.some_cases(
-    without=[
+@pytest.mark.slow(
+    cases=[
         f"{name}-False" for name in ("odd_64", "channel_16", "narrow_channel", "many_keys", "few_chunks", "shortest")
     ]
 )

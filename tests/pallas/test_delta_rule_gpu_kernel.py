@@ -33,7 +33,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.some_cases(without=["short-float64-64", "scalar-bfloat16-None"])
+@pytest.mark.slow(cases=["short-float64-64", "scalar-bfloat16-None"])
 @pytest.mark.parametrize("name, dtype, chunk", RUNS)
 def test_values_and_gradients(name, dtype, chunk):
     check(name, dtype, INTERPRETED, chunk)
@@ -85,7 +85,7 @@ def test_float32_decays_beside_products_in_bfloat16(kind):
     assert_decays_are_not_rounded(run, kind)
 
 
-@pytest.mark.some_cases("turned-2-channel-False")
+@pytest.mark.slow(but=["turned-2-channel-False"])
 @pytest.mark.parametrize("keys, beta, decay, packed", ALIKE[:3])
 def test_negative_eigenvalues(keys, beta, decay, packed):
     check_alike(keys, beta, decay, packed, INTERPRETED)

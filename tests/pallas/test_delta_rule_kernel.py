@@ -66,7 +66,7 @@ def test_values_and_gradients(name, dtype, chunk):
     check(name, dtype, chunk=chunk)
 
 
-@pytest.mark.some_cases("512-of_blocks1")
+@pytest.mark.slow(but=["512-of_blocks1"])
 @pytest.mark.parametrize("lanes, of_blocks", [(128, [2, 2]), (512, [3, 2])])
 def test_blocks_of_some_heads(monkeypatch, lanes, of_blocks):
     """Of three heads, the last block may have one; the forward pass takes more at once than the gradient."""
@@ -75,7 +75,7 @@ def test_blocks_of_some_heads(monkeypatch, lanes, of_blocks):
     check_heads(3, lanes, "scalar")
 
 
-@pytest.mark.some_cases("3-scalar")
+@pytest.mark.slow(but=["3-scalar"])
 @pytest.mark.parametrize("together, decay", [(1, "channel"), (3, "scalar")])
 def test_a_block_of_heads_in_groups(monkeypatch, together, decay):
     """Two groups share a register."""
@@ -210,8 +210,8 @@ def test_inverses_to_16_bits_of_unlike_blocks():
     block = np.arange(128) // 16
     lower[(block[:, None] == block) & (block < 7)] = 0
     lower[block[:, None] > block + 1 - block % 2] = 0  # one step of doubling
-    found, of_last = inverse_of(lower, 1), slice(96)
-    numerics.assert_close(found[of_last, of_last], (np.eye(128) - lower)[of_last, of_last], 2**-16)
+    found, last_counts = inverse_of(lower, 1), slice(96)
+    numerics.assert_close(found[last_counts, last_counts], (np.eye(128) - lower)[last_counts, last_counts], 2**-16)
 
 
 def test_inverses_in_two_terms():
@@ -273,7 +273,7 @@ ALIKE = [
 ]
 
 
-@pytest.mark.some_cases(without=["turned-2-channel-False"])  # half a minute to compile; on GPU it is always taken
+@pytest.mark.slow(cases=["turned-2-channel-False"])  # half a minute to compile; on GPU it is always taken
 @pytest.mark.parametrize("keys, beta, decay, packed", ALIKE)
 def test_negative_eigenvalues(keys, beta, decay, packed):
     check_alike(keys, beta, decay, packed, INTERPRETED, chunk=128)

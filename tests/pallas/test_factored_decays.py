@@ -122,7 +122,7 @@ def test_only_narrow_numbers_with_as_large_exponents_are_taken():
     assert not factored_decays.takes(jnp.float16, jnp.float32)
 
 
-@pytest.mark.some_cases("linear_attention-in_small_parts", "delta_rule-all")
+@pytest.mark.slow(but=["linear_attention-in_small_parts", "delta_rule-all"])
 @pytest.mark.parametrize(
     "operation, way",
     [

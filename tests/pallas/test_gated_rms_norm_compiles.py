@@ -14,7 +14,7 @@ from jaxlinear.costs import targets
 from jaxlinear.ops import backends, gated_rms_norm
 from tests import compiled_text, gpus, ptxas
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 # name: B, T, D, heads, whether there is a skip, whether the norm comes first, the dtype, and the activation unless SiLU
 CASES = {
@@ -37,7 +37,7 @@ TPUS = {"v5e:1x1": list(CASES), "v5p:2x2x1": ["mamba2_1b3"], "v6e:1x1": ["gla_1b
 EACH_WAY = ["gated_rms_norm_forward", "gated_rms_norm_gradient"]
 
 
-@pytest.mark.some_cases("v5e:1x1-mamba2_2b7", "v5e:1x1-widest", "v5p:2x2x1-mamba2_1b3", "v6e:1x1-gla_1b3")
+@pytest.mark.slow(but=["v5e:1x1-mamba2_2b7", "v5e:1x1-widest", "v5p:2x2x1-mamba2_1b3", "v6e:1x1-gla_1b3"])
 @pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
 def test_tpu(target, name):
     text = compiled(targets.find(target).devices[0], CASES[name]).as_text()

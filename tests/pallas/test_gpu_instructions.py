@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = pytest.mark.usefixtures("optimised")
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu_instructions.py"
 

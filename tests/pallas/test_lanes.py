@@ -17,7 +17,7 @@ def test_heads_are_read_and_written_apart(size):
     x = np.random.default_rng(channels).normal(size=(3, channels * heads)).astype(np.float32)
     written = jnp.full(x.shape, jnp.nan)
     for h in range(heads):
-        place, own = lanes.of_head(h, channels, heads), slice(h * channels, (h + 1) * channels)
+        place, own = lanes.head_lanes(h, channels, heads), slice(h * channels, (h + 1) * channels)
         alone = np.zeros_like(x)
         alone[:, own] = x[:, own]
         found = place.only(jnp.asarray(x[:, place.register]))
@@ -33,8 +33,10 @@ def test_states_are_where_products_put_them(keys, values):
     random, heads = np.random.default_rng(0), 8
     k, v = (random.normal(size=(5, width * heads)).astype(np.float32) for width in (keys, values))
     for h in range(heads):
-        of_keys, of_values = (lanes.of_head(h, width, heads) for width in (keys, values))
+        of_keys, of_values = (lanes.head_lanes(h, width, heads) for width in (keys, values))
         state = v[:, h * values : (h + 1) * values].T @ k[:, h * keys : (h + 1) * keys]
         product = of_values.only(v[:, of_values.register]).T @ of_keys.only(k[:, of_keys.register])
-        np.testing.assert_allclose(lanes.spread(jnp.asarray(state), of_values, of_keys), product, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            lanes.broadcast(jnp.asarray(state), of_values, of_keys), product, rtol=1e-5, atol=1e-6
+        )
         np.testing.assert_allclose(lanes.taken(product, of_values, of_keys), state, rtol=1e-5, atol=1e-6)

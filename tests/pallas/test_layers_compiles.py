@@ -14,7 +14,7 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import sharding
 from tests import compiled_text
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 # Mixer, preset, mesh of 4 devices, and the numbers that a token has in the smallest array as long as the sequence.
 CASES = [
@@ -48,7 +48,7 @@ def compiled(mixer, preset, sizes):
         return jax.jit(both).lower(jax.tree.map(placed, parameters), x, ids, x).compile().as_text(), own
 
 
-@pytest.mark.some_cases("rg_lru-griffin_1b3--")
+@pytest.mark.slow(but=["rg_lru-griffin_1b3--"])
 @pytest.mark.parametrize(
     "mixer, preset, sizes, numbers", CASES, ids=lambda value: value if isinstance(value, str) else ""
 )
@@ -60,7 +60,7 @@ def test_nothing_is_rearranged(mixer, preset, sizes, numbers):
     assert not compiled_text.rearrangements(text, math.prod(tokens) * numbers)
 
 
-@pytest.mark.some_cases("griffin_1b3")
+@pytest.mark.slow(but=["griffin_1b3"])
 @pytest.mark.parametrize("preset", ["griffin_1b3", "samba_1b3"])
 def test_rotary_positions_split_no_heads(preset):
     """Parts of heads of 128 channels would be arrays that are padded to 128 channels."""

@@ -17,7 +17,7 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding
 from tests import compiled_text, ptxas
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 kernels = functools.partial(compiled_text.kernels, name="linear_attention")
 
@@ -144,7 +144,7 @@ LEFT_OUT = {  # from what CI compiles
 }
 
 
-@pytest.mark.some_cases(without=[f"{target}-{name}" for target, names in LEFT_OUT.items() for name in names])
+@pytest.mark.slow(cases=[f"{target}-{name}" for target, names in LEFT_OUT.items() for name in names])
 @pytest.mark.parametrize("target, name", [(target, name) for target, cases in TARGETS.items() for name in cases])
 def test_tpu(target, name):
     text = compiled_of(target, CASES[name]).as_text()
@@ -194,8 +194,8 @@ def test_over_a_mesh_of_tpus(target, key_heads):
     ]
 
 
-@pytest.mark.some_cases(
-    without=("odd_128", "scalar_256", "constant_packed", "odd_scalar", "wide_keys", "odd_widths")
+@pytest.mark.slow(
+    cases=("odd_128", "scalar_256", "constant_packed", "odd_scalar", "wide_keys", "odd_widths")
     + ("odd_64-shared", "few_values-shared", "constant_128-shared", "narrow_keys-shared")
 )
 @pytest.mark.parametrize(

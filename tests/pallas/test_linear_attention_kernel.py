@@ -55,11 +55,13 @@ def check(name, dtype, target=INTERPRETED):
     )
 
 
-@pytest.mark.some_cases(
-    *(f"{name}-float64-tpu" for name in ("one_token", "none", "constant_packed", "no_documents")),
-    *(f"{name}-float64-gpu" for name in ("short", "constant", "channel")),
-    *("channel-float32-tpu", "scalar-float32-gpu"),
-    *(f"{name}-bfloat16-{platform}" for name in ("scalar", "channel") for platform in ("tpu", "gpu")),
+@pytest.mark.slow(
+    but=[
+        *(f"{name}-float64-tpu" for name in ("one_token", "none", "constant_packed", "no_documents")),
+        *(f"{name}-float64-gpu" for name in ("short", "constant", "channel")),
+        *("channel-float32-tpu", "scalar-float32-gpu"),
+        *(f"{name}-bfloat16-{platform}" for name in ("scalar", "channel") for platform in ("tpu", "gpu")),
+    ]
 )
 @pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("name, dtype", RUNS)
@@ -79,7 +81,7 @@ def test_on_a_simulated_tpu(small_blocks, name):
     check(name, "float32", Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan")))
 
 
-@pytest.mark.some_cases(nth=3)  # TPU and GPU in turn
+@pytest.mark.slow(but_nth=3)  # TPU and GPU in turn
 @pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("name", ["none", "constant_packed", "no_documents", "channel"])
 def test_a_run_without_its_outputs(small_blocks, name, target):
@@ -143,7 +145,7 @@ def test_in_the_blocks_of_v6e(length):
     assert_as_the_recurrence(functools.partial(run_kernel, ids, Target("tpu", kind, True)), ids, inputs)
 
 
-@pytest.mark.some_cases("scalar")
+@pytest.mark.slow(but=["scalar"])
 @pytest.mark.parametrize("decay", ["constant", "scalar", "channel"])
 def test_the_gradient_takes_half_as_many_heads_at_once(monkeypatch, decay):
     """And runs through the chunks of several heads, each with the products of others made before its own turn."""
@@ -202,7 +204,7 @@ def assert_right_in_float32(inputs, target, packed=False):
     numerics.assert_close(found, expected, 1e-5)
 
 
-@pytest.mark.some_cases("scalar-tpu", "channel-tpu", "channel-gpu")
+@pytest.mark.slow(but=["scalar-tpu", "channel-tpu", "channel-gpu"])
 @pytest.mark.parametrize("target", [INTERPRETED, GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("kind", ["constant", "scalar", "channel"])
 def test_hard_decays(small_blocks, kind, target):
@@ -219,7 +221,7 @@ def test_hard_decays(small_blocks, kind, target):
         assert_right_in_float32(inputs, target)
 
 
-@pytest.mark.some_cases(without=["channel-target1"])
+@pytest.mark.slow(cases=["channel-target1"])
 @pytest.mark.parametrize("kind, target", [("scalar", INTERPRETED), ("channel", INTERPRETED), ("channel", GPU)])
 def test_one_document_a_token(small_blocks, kind, target):
     inputs = operation.at_the_limits(kind, lambda random, shape: -random.uniform(0, 1, shape))

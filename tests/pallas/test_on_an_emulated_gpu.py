@@ -30,7 +30,7 @@ from tests.pallas import test_selective_scan_kernel as selective
 from tests.pallas import test_short_convolution_kernel as convolution
 from tests.ptx import calls
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 GPU = Target("gpu", "none", True)
 
@@ -131,7 +131,7 @@ def compare(kernel, reference, inputs, cotangents):
 # Channels as models have them: products of warpgroups, several chunks in flight, states in tiles.
 
 
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize(
     "decay, length, width, values",
     [

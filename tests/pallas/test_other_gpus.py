@@ -21,7 +21,7 @@ from jaxlinear.ops import (
 )
 from tests import gpus, ptxas
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = pytest.mark.usefixtures("optimised")
 
 LENGTH, HEADS = 1000, 2
 
@@ -56,7 +56,7 @@ def lowered(name, width, device, gradients=True, **options):
         return jax.jit(both).lower(*arrays)
 
 
-@pytest.mark.some_cases(nth=3)
+@pytest.mark.slow(but_nth=3)
 @pytest.mark.parametrize(
     "gpu, name, width, kernels",
     [

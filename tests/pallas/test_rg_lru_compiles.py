@@ -14,7 +14,7 @@ from jaxlinear.costs import targets
 from jaxlinear.ops import SAVED, backends, rg_lru
 from tests import compiled_text, gpus, ptxas
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 kernels = functools.partial(compiled_text.kernels, name="rg_lru")
 
@@ -70,9 +70,7 @@ def names(packed, kinds=("forward", "gradient")):
     return [f"rg_lru_{kind}{'_packed' if packed else ''}" for kind in kinds]
 
 
-@pytest.mark.some_cases(
-    without=[f"v5e:1x1-{name}" for name in ("griffin_1b3", "float32", "half_a_register", "largest_block")]
-)
+@pytest.mark.slow(cases=[f"v5e:1x1-{name}" for name in ("griffin_1b3", "float32", "half_a_register", "largest_block")])
 @pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
 def test_tpu(target, name):
     batch, length, width, _, _, packed = CASES[name]
@@ -100,7 +98,7 @@ def names_on_gpu(name):
     return names(CASES[name][-1], kinds)
 
 
-@pytest.mark.some_cases("griffin_1b3", "float32", "longest", "many_long_rows")
+@pytest.mark.slow(but=["griffin_1b3", "float32", "longest", "many_long_rows"])
 @pytest.mark.parametrize("name", ON_GPU)
 def test_h100(name, tmp_path, record_property):
     text, used = on_gpu(targets.find("h100:1").devices[0], name, tmp_path)

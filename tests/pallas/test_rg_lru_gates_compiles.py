@@ -13,7 +13,7 @@ from jaxlinear.costs import targets
 from jaxlinear.ops import backends, rg_lru_gates
 from tests import compiled_text
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 kernels = functools.partial(compiled_text.kernels, name="rg_lru_gates")
 EACH_WAY = ["rg_lru_gates_forward", "rg_lru_gates_gradient"]
@@ -35,9 +35,7 @@ TPUS = {
 }
 
 
-@pytest.mark.some_cases(
-    without=[f"v5e:1x1-{name}" for name in ("griffin_1b3", "float32", "half_a_register", "largest_block")]
-)
+@pytest.mark.slow(cases=[f"v5e:1x1-{name}" for name in ("griffin_1b3", "float32", "half_a_register", "largest_block")])
 @pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
 def test_tpu(target, name):
     batch, length, width, count, dtype = CASES[name]

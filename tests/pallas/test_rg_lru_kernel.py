@@ -71,9 +71,11 @@ def check(name, dtype, tolerance):
     numerics.assert_close(found_gradients, gradients, tolerance)
 
 
-@pytest.mark.some_cases(
-    *(f"tpu-{name}" for name in ("one_token", "griffin", "whole_blocks", "last_register_in_part", "odd")),
-    *(f"gpu-{name}" for name in ("one_token", "whole_blocks", "odd")),
+@pytest.mark.slow(
+    but=[
+        *(f"tpu-{name}" for name in ("one_token", "griffin", "whole_blocks", "last_register_in_part", "odd")),
+        *(f"gpu-{name}" for name in ("one_token", "whole_blocks", "odd")),
+    ]
 )
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("target", [TPU, GPU], ids=["tpu", "gpu"])
@@ -92,8 +94,8 @@ def test_programs_that_occupy_a_gpu(name, use, monkeypatch):
     check(name, "float64", 1e-12)
 
 
-@pytest.mark.some_cases(
-    "tpu-float32-several_in_a_register", "tpu-bfloat16-between_registers", "gpu-bfloat16-several_in_a_register"
+@pytest.mark.slow(
+    but=["tpu-float32-several_in_a_register", "tpu-bfloat16-between_registers", "gpu-bfloat16-several_in_a_register"]
 )
 @pytest.mark.parametrize("name", ["several_in_a_register", "between_registers"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -103,7 +105,7 @@ def test_narrow_numbers(name, dtype, target, use):
     check(name, dtype, numerics.TOLERANCES[dtype])
 
 
-@pytest.mark.some_cases("last_register_in_part")
+@pytest.mark.slow(but=["last_register_in_part"])
 @pytest.mark.parametrize("name", ["between_registers", "last_register_in_part"])
 def test_on_a_simulated_tpu(use, name):
     """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""

@@ -17,7 +17,7 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding
 from tests import compiled_text, ptxas
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 kernels = functools.partial(compiled_text.kernels, name="scan")
 

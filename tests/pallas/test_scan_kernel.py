@@ -85,14 +85,14 @@ def check(name, target, dtype):
     assert [y.dtype for y in (found[0], *found_gradients)] == [dtype] * 4
 
 
-@pytest.mark.some_cases(nth=3)  # TPU and GPU in turn
+@pytest.mark.slow(but_nth=3)  # TPU and GPU in turn
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(small_blocks, name, platform):
     check(name, target(platform), "float64")
 
 
-@pytest.mark.some_cases(without=["blocks-bfloat16-gpu", "plain_reverse-bfloat16-tpu"])
+@pytest.mark.slow(cases=["blocks-bfloat16-gpu", "plain_reverse-bfloat16-tpu"])
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("name, dtype", [("blocks", "bfloat16"), ("plain_reverse", "bfloat16"), ("complex", "float32")])
 def test_narrow_numbers(small_blocks, name, dtype, platform):

@@ -16,7 +16,7 @@ B, T = 4, 32
 IDS = np.stack([np.repeat([0, 1, 2], [3, 25, 4]), np.repeat([0, 1, 2], [8, 8, 16]), np.arange(T), np.zeros(T, int)])
 
 
-@pytest.mark.some_cases(nth=3)
+@pytest.mark.slow(but_nth=3)
 @pytest.mark.parametrize(
     "sizes, kind, packed, reverse",
     [

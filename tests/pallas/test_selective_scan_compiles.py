@@ -19,7 +19,7 @@ from jaxlinear.parallel import mesh as meshes
 from jaxlinear.parallel import operations, sharding
 from tests import compiled_text, ptxas
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 kernels = functools.partial(compiled_text.kernels, name="selective_scan")
 
@@ -91,7 +91,7 @@ LEFT_OUT = {  # from what CI compiles
 }
 
 
-@pytest.mark.some_cases(without=[f"{target}-{name}" for target, names in LEFT_OUT.items() for name in names])
+@pytest.mark.slow(cases=[f"{target}-{name}" for target, names in LEFT_OUT.items() for name in names])
 @pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
 def test_tpu(target, name):
     text = compiled(target, name).as_text()

@@ -82,21 +82,21 @@ def test_states_beside_bfloat16_are_float32(platform):
     operation.assert_states_are_float32(functools.partial(run_kernel, None, target(platform)))
 
 
-@pytest.mark.some_cases(nth=3)  # TPU and GPU in turn
+@pytest.mark.slow(but_nth=3)  # TPU and GPU in turn
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(small_blocks, name, platform):
     check(name, target(platform), "float64")
 
 
-@pytest.mark.some_cases(without=["short-float32-gpu"])
+@pytest.mark.slow(cases=["short-float32-gpu"])
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("name, dtype", [("blocks", "bfloat16"), ("short", "float32")])
 def test_narrow_numbers(small_blocks, name, dtype, platform):
     check(name, target(platform), dtype)
 
 
-@pytest.mark.some_cases("blocks_of_keys")
+@pytest.mark.slow(but=["blocks_of_keys"])
 @pytest.mark.parametrize("name", ["packed", "blocks_of_keys"])
 def test_on_a_simulated_tpu(small_blocks, name):
     """With TPU memories and copies; reads beyond an array or of unwritten memory give NaN."""

@@ -73,7 +73,7 @@ def test_values_and_gradients(monkeypatch, backend, decay, heads):
 GPU = Target("gpu", "none", True)
 
 
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize(
     "decay, heads, keys, values",
     # Gradients of q and k in one part; in two, of five heads and of five and four; by several tiles, the last not whole.
@@ -152,7 +152,7 @@ MESHES = [
 ]
 
 
-@pytest.mark.some_cases(nth=3)
+@pytest.mark.slow(but_nth=3)
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("sizes, backend, decay, heads", MESHES, ids=str)
 def test_on_a_mesh(monkeypatch, short_chunks, sizes, backend, decay, heads, platform):
@@ -202,7 +202,7 @@ def test_the_delta_rule_takes_none():
         operations.linear_attention(three, three, v)
 
 
-@pytest.mark.compiles_ahead
+@pytest.mark.usefixtures("optimised")
 def test_compiled_for_tpu():
     """Mamba-2's heads: no array has queries or keys for every head, and there is one kernel each way."""
     heads, keys, values, length = 64, 128, 64, 1024

@@ -14,7 +14,7 @@ from jaxlinear.costs import targets
 from jaxlinear.ops import backends, short_convolution
 from tests import compiled_text, gpus, ptxas
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 # name: B, T, D, heads, dtype and, unless there are 4, taps and, unless it is SiLU, activation
 CASES = {
@@ -45,14 +45,16 @@ TPUS = {
 }
 
 
-@pytest.mark.some_cases(
-    *(
-        "v5e:1x1-longest",
-        "v5e:1x1-small",
-        "v5e:1x1-griffin_1b3",
-        "v5p:2x2x1-gated_delta_net_1b3",
-        "v6e:1x1-delta_net_1b3",
-    )
+@pytest.mark.slow(
+    but=[
+        *(
+            "v5e:1x1-longest",
+            "v5e:1x1-small",
+            "v5e:1x1-griffin_1b3",
+            "v5p:2x2x1-gated_delta_net_1b3",
+            "v6e:1x1-delta_net_1b3",
+        )
+    ]
 )
 @pytest.mark.parametrize("target, name", [(target, name) for target, names in TPUS.items() for name in names])
 def test_tpu(target, name):

@@ -35,7 +35,7 @@ CASES = [
 ]
 
 
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize("operation, sizes, decay, packed", CASES, ids=str)
 def test_the_kernel_on_a_mesh(short_chunks, operation, sizes, decay, packed):
     check(operation, sizes, decay, packed)

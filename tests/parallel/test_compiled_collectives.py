@@ -10,7 +10,7 @@ formula gives, whatever T is and under every remat policy. Otherwise, this axis 
 
 The device computes while a gather is under way, except on v5p and v6e: there, libtpu 0.0.48 refuses to fuse all-gathers
 with other work ("incorrect results, hang"), and 0.0.42 does it only when asked to. Compiling takes long, so
-``make test-meshes`` runs this file; CI takes some of its cases.
+``make test-all`` runs this file; CI takes some of its cases.
 """
 
 import math
@@ -20,9 +20,9 @@ import pytest
 from jaxlinear import config as configs
 from jaxlinear.costs import programs, targets
 from jaxlinear.parallel.exchanges import LANES
-from jaxlinear.training import ahead
+from jaxlinear.training import ahead_of_time
 
-pytestmark = pytest.mark.compiles_ahead
+pytestmark = [pytest.mark.slow, pytest.mark.slow(but_nth=12), pytest.mark.usefixtures("optimised")]
 
 B, D, HEADS, LAYERS, WINDOW, SHARDS = 2, 1024, 8, 2, 24, 8
 LENGTH, LONG = 256, 16 * 256
@@ -74,7 +74,7 @@ def program(
     config.parallel.update({"exchange": "all_gather", "gradient_dtype": gradient_dtype})
     config.mesh.data = 1
     config.mesh.update(mesh or {"sequence": SHARDS})
-    made = ahead.trace(config, targets.find(target).devices)
+    made = ahead_of_time.trace(config, targets.find(target).devices)
     return programs.read(made.compile(), made.mesh), made.architecture.num_parameters
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from jaxlinear import log_once, ops
-from jaxlinear.costs import counted, devices, traced
+from jaxlinear.costs import devices, flop_annotations, traced
 from jaxlinear.errors import UserError
 from jaxlinear.ops.delta_rule.op import DeltaRule
 from jaxlinear.ops.grouped_product import BACKENDS, grouped_product
@@ -36,7 +36,7 @@ def test_collectives_by_hand():
 
 def test_costs_of_states_by_hand():
     """W = 4, m = 100, c = 200; a fold is bound by memory, (100 + 600) / 1000 s, a compose by its 200 FLOPs, 2 s."""
-    costs = cost.of_states(States(4, 100, 200, 10, 200), DEVICE, SWITCH)
+    costs = cost.state_costs(States(4, 100, 200, 10, 200), DEVICE, SWITCH)
     gathered = (1 + 1.5 + 3 * 300 / 10) + (1 + 1.5 + 3 * 200 / 10) + 8 * 0.7
     doubled = 2 * (2 * (1.5 + 300 / 10 + 2.0) + 1.5 + 200 / 10)
     assert costs["all_gather"] == pytest.approx((gathered, 3 * 500, 4 * 300), rel=1e-12)
@@ -44,7 +44,7 @@ def test_costs_of_states_by_hand():
 
 
 def test_costs_of_keys_and_values_by_hand():
-    costs = cost.of_keys_and_values(KeysAndValues(4, 100, 200), SWITCH)
+    costs = cost.key_value_costs(KeysAndValues(4, 100, 200), SWITCH)
     assert costs["all_gather"] == pytest.approx((2 * (2.5 + 30), 600, 1200), rel=1e-12)
     assert costs["ring"] == pytest.approx((6 * (1.5 + 10) + 5 * (1.5 + 20), 600 + 1000, 800), rel=1e-12)
 
@@ -201,7 +201,7 @@ def test_products_in_loops_of_unknown_trips_are_said_not_to_be_counted():
         2 * one,
         False,
     )
-    assert traced.products_of(counted.jit(twice, runs=5), a, n) == ((2 * 5 + 1) * one, True)
+    assert traced.products_of(flop_annotations.jit(twice, runs=5), a, n) == ((2 * 5 + 1) * one, True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

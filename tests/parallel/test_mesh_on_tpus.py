@@ -47,26 +47,21 @@ def assert_each_once(mesh, devices):
     assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in devices)
 
 
-def test_sequence_lies_along_one_axis_of_the_torus():
-    mesh = mesh_of("v5p:4x4x4", data=16, sequence=4)
-    assert varying(mesh, "sequence") == {1} and varying(mesh, "data") == {2}
-    assert_neighbours(mesh, "sequence", 4)
-    assert_each_once(mesh, targets.find("v5p:4x4x4").devices)
-
-
 @pytest.mark.parametrize(
-    "target, around, sizes",
+    "target, around, sizes, dimensions",
     [
-        ("v6e:16x16", 16, {"data": 16, "fsdp": 16}),
-        ("v6e:16x16", 16, {"fsdp": 16, "sequence": 16}),
-        ("v5p:4x4x4", 4, {"data": 4, "fsdp": 4, "sequence": 4}),
+        ("v5p:4x4x4", 4, {"data": 16, "sequence": 4}, {"data": 2, "sequence": 1}),
+        ("v6e:16x16", 16, {"data": 16, "fsdp": 16}, {"data": 1, "fsdp": 1}),
+        ("v6e:16x16", 16, {"fsdp": 16, "sequence": 16}, {"fsdp": 1, "sequence": 1}),
+        ("v5p:4x4x4", 4, {"data": 4, "fsdp": 4, "sequence": 4}, {"data": 1, "fsdp": 1, "sequence": 1}),
     ],
 )
-def test_each_axis_is_a_line_of_the_torus(target, around, sizes):
+def test_axes_are_lines_of_the_torus_or_planes(target, around, sizes, dimensions):
     mesh = mesh_of(target, **sizes)
-    for axis in sizes:
-        assert varying(mesh, axis) == {1}
+    assert {axis: varying(mesh, axis) for axis in sizes} == {axis: {count} for axis, count in dimensions.items()}
+    for axis in (axis for axis, count in dimensions.items() if count == 1):
         assert_neighbours(mesh, axis, around)
+    assert_each_once(mesh, targets.find(target).devices)
 
 
 def test_an_axis_of_the_torus_can_be_split(caplog):
@@ -107,27 +102,22 @@ def test_slices_are_laid_along_data(sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes, message",
+    "sizes, count, message",
     [
         (
             {"fsdp": -1},
-            "^mesh.data=1 is not a multiple of the 2 slices, .*the nearest that works is mesh.data=2, .* over 16 "
-            "devices in total$",
+            32,
+            "^mesh.data=1 is not a multiple of the 2 slices, .* works is mesh.data=2, .* over 16 devices in total$",
         ),
-        ({"fsdp": 2, "tensor": 16}, "^mesh.data=1 is not a multiple of the 2 slices, "),
-        ({"sequence": 32}, "^mesh.data=1 is not a multiple of the 2 slices, "),
+        ({"fsdp": 2, "tensor": 16}, 32, "^mesh.data=1 is not a multiple of the 2 slices, "),
+        ({"sequence": 32}, 32, "^mesh.data=1 is not a multiple of the 2 slices, "),
+        ({"data": 24}, 24, "^the 2 slices have 16, 8 devices; a mesh needs the same number from each"),
     ],
 )
-def test_no_axis_but_data_goes_from_slice_to_slice(sizes, message):
+def test_no_axis_but_data_goes_from_slice_to_slice(sizes, count, message):
+    """And slices are of one size."""
     with pytest.raises(UserError, match=message):
-        meshes.make_mesh(ONES | sizes, two_slices())
-
-
-def test_slices_of_different_sizes_are_refused():
-    with pytest.raises(
-        UserError, match=r"^the 2 slices have 16, 8 devices; a mesh needs the same number from each slice$"
-    ):
-        meshes.make_mesh(ONES | {"data": 24}, two_slices()[:24])
+        meshes.make_mesh(ONES | sizes, two_slices()[:count])
 
 
 @pytest.mark.parametrize(

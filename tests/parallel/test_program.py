@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jaxlinear.parallel import program, start
+from jaxlinear.parallel import distributed, program
 
 
 @pytest.fixture
@@ -47,23 +47,16 @@ def test_flags_that_hosts_may_have_of_their_own(monkeypatch, name, flags, same):
     assert (program.text() == before) == same
 
 
-def test_versions_are_told_apart(monkeypatch):
-    before = program.text()
-    version = program.importlib.metadata.version
-    monkeypatch.setattr(
-        program.importlib.metadata, "version", lambda name: "9.9" if name == "jaxlib" else version(name)
-    )
+def test_versions_and_settings_that_change_results_are_told_apart(monkeypatch):
+    before, version = program.text(), program.importlib.metadata.version
+    for setting in (jax.default_matmul_precision("highest"), jax.enable_x64(True)):
+        with setting:
+            assert program.text() != before
+    other = lambda name: "9.9" if name == "jaxlib" else version(name)  # noqa: E731
+    monkeypatch.setattr(program.importlib.metadata, "version", other)
     assert program.text() != before and "jaxlib 9.9" in program.text()
-
-
-def test_settings_that_change_results_are_told_apart():
-    before = program.text()
-    with jax.default_matmul_precision("highest"):
-        assert program.text() != before
-    with jax.enable_x64(True):
-        assert program.text() != before
 
 
 def test_of_one_process_nothing_is_asked(monkeypatch):
     monkeypatch.setattr(program, "text", lambda: pytest.fail("alone there is no one to differ from"))
-    start.check_same_program()
+    distributed.check_same_program()

@@ -92,7 +92,7 @@ def test_recurrences(kind, decay):
             compare(call(ops, kind, ids), call(operations, kind, ids), random_inputs(kind, decay), mesh)
 
 
-@pytest.mark.some_cases(nth=3)
+@pytest.mark.slow(but_nth=3)
 @pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_both_exchanges(sizes, exchange):
@@ -140,55 +140,43 @@ def test_convolution(width):
     compare(run, spread, inputs, make_mesh(MESHES[0]))
 
 
-@pytest.mark.parametrize("window, groups", [(1, 1), (4, 2), (11, 1), (11, 4), (50, 2)])
-def test_sliding_window(window, groups):
-    """Windows shorter than a shard, over several shards, and longer than the sequence."""
+# Windows shorter than a shard, over several shards, and longer than the sequence, or None for all that is before; groups of
+# keys; tokens of a past; ids, of which no 8 bits can equal the id of the positions before the sequence; mesh.
+ATTENTION = {
+    "window_1": (1, 1, 0, IDS, MESHES[1]),
+    "in_a_shard": (4, 2, 0, IDS, MESHES[1]),
+    "ids_of_few_bits": (4, 2, 0, np.uint8(IDS - IDS.min()), MESHES[0]),
+    "over_shards": (11, 1, 0, IDS, MESHES[2]),
+    "every_head": (11, 4, 0, IDS, MESHES[2]),
+    "over_the_sequence": (50, 2, 0, IDS, MESHES[2]),
+    "with_a_past": (9, 2, 8, IDS, MESHES[2]),
+    "causal": (None, 1, 0, IDS, MESHES[0]),
+    "causal_one_document": (None, 1, 0, None, MESHES[0]),
+    "causal_with_a_past": (None, 2, 8, IDS, MESHES[2]),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name):
+    window, groups, past, ids, mesh = ATTENTION[name]
     random = np.random.default_rng(3)
-    shapes = (B, T, 4, K), (B, T, groups, K), (B, T, groups, V)
-    inputs = tuple(random.standard_normal(shape) for shape in shapes)
-    options = {"window": window, "scale": 0.3, "segment_ids": jnp.asarray(IDS)}
-    run = functools.partial(ops.sliding_window_attention, **options)
-    mesh = make_mesh(MESHES[window % 3])
-    compare(run, functools.partial(operations.sliding_window_attention, **options), inputs, mesh)
+    shapes = (B, T, 4, K), *((B, length, groups, width) for length in (past, T) for width in (K, V))
+    kind, options = "causal_attention", {"scale": 0.3}
+    if window is not None:
+        kind, options = "sliding_window_attention", {"scale": 0.3, "window": window}
+    past_ids = np.where(np.arange(past)[None] < np.array([[0], [3], [7], [8]]), operations.NO_DOCUMENT, IDS[:, :1])
 
-
-def test_ids_of_few_bits():
-    """None of them can equal the id of the positions before the sequence."""
-    random = np.random.default_rng(3)
-    inputs = tuple(random.standard_normal(shape) for shape in ((B, T, 4, K), (B, T, 2, K), (B, T, 2, V)))
-    options = {"window": 4, "segment_ids": jnp.asarray(IDS - IDS.min(), jnp.uint8)}
-    run = functools.partial(ops.sliding_window_attention, **options)
-    spread = functools.partial(operations.sliding_window_attention, **options)
-    compare(run, spread, inputs, make_mesh(MESHES[0]))
-
-
-@pytest.mark.parametrize("kind", ["sliding_window_attention", "causal_attention"])
-def test_attention_with_a_past(kind):
-    window = {"window": 9} if kind == "sliding_window_attention" else {}
-    random = np.random.default_rng(4)
-    shapes = (B, T, 4, K), (B, T, 2, K), (B, T, 2, V), (B, 8, 2, K), (B, 8, 2, V)
-    inputs = tuple(random.standard_normal(shape) for shape in shapes)
-    past_ids = np.where(np.arange(8)[None] < np.array([[0], [3], [7], [8]]), operations.NO_DOCUMENT, IDS[:, :1])
-
-    def whole(q, k, v, past_k, past_v):
+    def whole(q, past_k, past_v, k, v):
         k, v = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
-        ids = jnp.asarray(np.concatenate([past_ids, IDS], axis=1), jnp.int32)
-        return getattr(ops, kind)(q, k, v, segment_ids=ids, **window)
+        every = None if ids is None else jnp.asarray(np.concatenate([past_ids[:, :past], ids], axis=1), jnp.int32)
+        return getattr(ops, kind)(q, k, v, segment_ids=every, **options)
 
-    def spread(q, k, v, past_k, past_v):
-        past = past_k, past_v, jnp.asarray(past_ids, jnp.int32)
-        return getattr(operations, kind)(q, k, v, segment_ids=jnp.asarray(IDS), past=past, **window)
+    def spread(q, past_k, past_v, k, v):
+        given = {"past": (past_k, past_v, jnp.asarray(past_ids, jnp.int32))} if past else {}
+        own = None if ids is None else jnp.asarray(ids)
+        return getattr(operations, kind)(q, k, v, segment_ids=own, **given, **options)
 
-    compare(whole, spread, inputs, make_mesh(MESHES[2]))
-
-
-def test_causal_attention():
-    random = np.random.default_rng(5)
-    inputs = tuple(random.standard_normal(shape) for shape in ((B, T, 4, K), (B, T, 1, K), (B, T, 1, V)))
-    for ids in (None, jnp.asarray(IDS)):
-        run = functools.partial(ops.causal_attention, scale=0.3, segment_ids=ids)
-        spread = functools.partial(operations.causal_attention, scale=0.3, segment_ids=ids)
-        compare(run, spread, inputs, make_mesh(MESHES[0]))
+    compare(whole, spread, tuple(random.standard_normal(shape) for shape in shapes), make_mesh(mesh))
 
 
 def test_losses():
@@ -214,19 +202,23 @@ def test_document_starts():
     assert np.array_equal(found, ops.segments.starts(jnp.asarray(IDS)))
 
 
-def test_what_cannot_be_spread_is_refused():
-    x = jnp.ones((1, 12, 2))
-    with sharding.use_mesh(make_mesh(MESHES[0])):
-        with pytest.raises(
-            UserError, match=r"mesh.sequence=8 does not divide 12 tokens; the next length that works is 16"
-        ):
-            operations.linear_recurrence(x, x)
-        x = jnp.ones((1, 16, 2))
-        with pytest.raises(UserError, match="reverse=True does not run with time sharded over several devices"):
-            operations.linear_recurrence(x, x, reverse=True)
-        q = jnp.ones((1, 16, 2, 2))
-        with pytest.raises(UserError, match="'recurrent' does not run over several devices; use 'chunked'"):
-            operations.linear_attention(q, q, q, backend="recurrent")
+@pytest.mark.parametrize(
+    "kind, shape, options, message",
+    [
+        ("linear_recurrence", (1, 12, 2), {}, "mesh.sequence=8 does not divide 12 tokens; .* that works is 16"),
+        ("linear_recurrence", (1, 16, 2), {"reverse": True}, "reverse=True does not run with time sharded"),
+        (
+            "linear_attention",
+            (1, 16, 2, 2),
+            {"backend": "recurrent"},
+            "does not run over several devices; use 'chunked'",
+        ),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(kind, shape, options, message):
+    inputs = [jnp.ones(shape)] * (2 if kind == "linear_recurrence" else 3)
+    with sharding.use_mesh(make_mesh(MESHES[0])), pytest.raises(UserError, match=message):
+        getattr(operations, kind)(*inputs, **options)
 
 
 def collectives(function, structs):

@@ -113,7 +113,7 @@ def on_one_device():
     return parameters, numerics.jit(jax.value_and_grad(loss))(parameters, *batch())
 
 
-@pytest.mark.some_cases("fsdp8", "fsdp2_tensor2_data2")
+@pytest.mark.slow(but=["fsdp8", "fsdp2_tensor2_data2"])
 @pytest.mark.parametrize(
     "sizes",
     [{"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"fsdp": 2, "tensor": 2, "data": 2}],
@@ -194,7 +194,7 @@ def test_gradients_of_a_frequent_token_are_summed_in_float32():
     assert gradient(jnp.ones((4, 2)))[:, 0].tolist() == [4096, 0, 0, 0]
 
 
-@pytest.mark.compiles_ahead
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("target", ["h100:4", "v5e:2x2"])
 def test_the_loss_gathers_the_embedding_in_the_dtype_of_its_products(target, monkeypatch):
     """It sums the gradient in float32."""

@@ -328,8 +328,8 @@ def sweep(tiny_dataset, tmp_path_factory):
 
 def test_the_runs_of_a_sweep(sweep):
     with pytest.raises(UserError, match=r"1 of the 2 runs in .* are not finished, small-seed=13 \(failed\) among them"):
-        points.of_sweep(sweep)
-    (point,) = points.of_sweep(sweep, partial=True)
+        points.sweep_points(sweep)
+    (point,) = points.sweep_points(sweep, partial=True)
     assert (point.name, point.architecture, point.loss) == ("small-seed=0", "small", 5.5)
     assert point.tokens == stand_in.STEPS * 8 * 1024
     assert point.embedding_parameters == 384 * 8 and point.size("without") == point.parameters - 384 * 8
@@ -383,13 +383,13 @@ def rows(batch_size, batches, **changes):
 )
 def test_runs_of_other_batches_may_be_measured_on_the_same_text(tiny_dataset, tmp_path, plan):
     finished(tmp_path, tiny_dataset, plan)
-    assert {point.loss for point in points.of_sweep(tmp_path)} == {5.5}
+    assert {point.loss for point in points.sweep_points(tmp_path)} == {5.5}
 
 
 def test_losses_of_different_parts_of_a_text_are_refused(tiny_dataset, tmp_path):
     finished(tmp_path, tiny_dataset, [rows(8, 2), rows(4, 2)])
     with pytest.raises(UserError) as refusal:
-        points.of_sweep(tmp_path)
+        points.sweep_points(tmp_path)
     assert str(refusal.value) == (
         f"the held-out losses are of different text: batch_size=8 has 1,024 tokens of {tiny_dataset}, "
         f"batch_size=4 has 512 tokens of {tiny_dataset}; train a sweep whose runs have the same data.heldout_path and "
@@ -412,16 +412,16 @@ def test_losses_of_finished_runs_may_be_those_of_their_evaluations(tiny_dataset,
         path.write_text(json.dumps(found | {"asked": {"checkpoint": checkpoint}}))
 
     with pytest.raises(UserError, match=refusal):
-        points.of_sweep(tmp_path, evaluated=True)
+        points.sweep_points(tmp_path, evaluated=True)
     report(8, 4.5, 900, "another of 1")  # after the run was set back
     report(4, 4.25, 900)
     with pytest.raises(UserError, match=refusal):
-        points.of_sweep(tmp_path, evaluated=True)
+        points.sweep_points(tmp_path, evaluated=True)
     report(8, 4.5, 900)
-    assert [point.loss for point in points.of_sweep(tmp_path, evaluated=True)] == [4.5, 4.25]
+    assert [point.loss for point in points.sweep_points(tmp_path, evaluated=True)] == [4.5, 4.25]
     report(8, 4.5, 800)
     with pytest.raises(UserError, match=r"different text: .*batch_size=8 has 800 tokens .*batch_size=4 has 900"):
-        points.of_sweep(tmp_path, evaluated=True)
+        points.sweep_points(tmp_path, evaluated=True)
 
 
 def test_losses_of_a_dataset_that_was_prepared_again_are_refused(tiny_dataset, tmp_path):
@@ -434,14 +434,14 @@ def test_losses_of_a_dataset_that_was_prepared_again_are_refused(tiny_dataset, t
         (run / "starts.jsonl").write_text("\n".join([*lines, ""]))
 
     record(8, "0" * 16, heldout.identity(tiny_dataset))
-    assert len(points.of_sweep(tmp_path)) == 2
+    assert len(points.sweep_points(tmp_path)) == 2
     record(4, "0" * 16)
     with pytest.raises(
         UserError, match=rf"batch_size=4\S* has 1,024 tokens of {tiny_dataset} as it was before it was prepared again;"
     ):
-        points.of_sweep(tmp_path)
+        points.sweep_points(tmp_path)
     record(8, "0" * 16)
-    assert len(points.of_sweep(tmp_path)) == 2
+    assert len(points.sweep_points(tmp_path)) == 2
 
 
 def test_losses_on_different_difficulties_of_a_task_are_refused(tmp_path):
@@ -449,20 +449,20 @@ def test_losses_on_different_difficulties_of_a_task_are_refused(tmp_path):
     plan = [rows(8, 2), rows(4, 2, **{"training.sequence_length": 128})]
     finished(tmp_path, "", [{"data.task": "parity"} | changes for changes in plan])
     with pytest.raises(UserError, match=r"1,024 tokens of parity:length=64.*, .* 1,024 tokens of parity:length=128"):
-        points.of_sweep(tmp_path)
+        points.sweep_points(tmp_path)
 
 
 def test_losses_of_different_data_are_refused_and_of_a_copy_accepted(tiny_dataset, tmp_path):
     copy = shutil.copytree(tiny_dataset, tmp_path / "copy")
     plan = [{"data.heldout_path": str(path)} for path in (tiny_dataset, copy)]
     finished(tmp_path / "sweep", tiny_dataset, plan)
-    assert len(points.of_sweep(tmp_path / "sweep")) == 1
+    assert len(points.sweep_points(tmp_path / "sweep")) == 1
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"seed": 1}))
     with pytest.raises(
         UserError, match=rf"different text: .* has [\d,]+ tokens of {tiny_dataset}, .* tokens of {copy};"
     ):
-        points.of_sweep(tmp_path / "sweep")
+        points.sweep_points(tmp_path / "sweep")
 
 
 def test_the_program(sweep):

@@ -1,6 +1,5 @@
 """Sweeps that are killed, stopped, started again and broken; their runs are those of ``stand_in``."""
 
-import functools
 import json
 import os
 import shutil
@@ -29,6 +28,32 @@ def in_the_repository(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(stand_in.ROOT))
 
 
+@pytest.fixture
+def sweep(tiny_dataset, tmp_path):
+    """``sweep(seeds, **options)`` runs a sweep to its end in this process, and returns its status."""
+
+    def run(seeds=range(12), **options):
+        return stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs(seeds), **options)
+
+    return run
+
+
+@pytest.fixture
+def planned(tiny_dataset, tmp_path):
+    """``planned(runs)`` plans a sweep without running it, and returns its runs."""
+
+    def plan(runs, **evaluation):
+        config = stand_in.config(tiny_dataset)
+        config.evaluation.update(evaluation)
+        with prepare(tmp_path, config, runs) as made:
+            return made.runs
+
+    return plan
+
+
+ALL = list(range(1, stand_in.STEPS + 1))
+
+
 def start(directory, dataset, *, hold):
     """Starts a manager in its own process group. Runs with seeds from ``hold`` onwards wait until the file is removed."""
     (directory / stand_in.HOLD).write_text(str(hold))
@@ -42,10 +67,6 @@ def wait(process, condition):
         assert process.poll() is None, "the sweep ended early"
         assert time.monotonic() - begin < PATIENCE
         time.sleep(0.01)
-
-
-def progress(directory):
-    return {run.name: run.progress() for run in read(directory).runs} if (directory / "sweep.json").exists() else {}
 
 
 def finished(directory):
@@ -66,7 +87,7 @@ def running(directory):
     return {run.name for run in read(directory).runs if run.files.is_running()}
 
 
-def test_killed_half_way_it_ends_complete_and_no_run_is_done_twice(tiny_dataset, tmp_path):
+def test_killed_half_way_it_ends_complete_and_no_run_is_done_twice(tiny_dataset, tmp_path, sweep):
     process = start(tmp_path, tiny_dataset, hold=6)
     wait(process, lambda: len(finished(tmp_path)) >= 6)
     os.killpg(process.pid, signal.SIGKILL)
@@ -77,30 +98,29 @@ def test_killed_half_way_it_ends_complete_and_no_run_is_done_twice(tiny_dataset,
     assert 6 <= len(finished(tmp_path)) < 12 and done
     begun = {name for name in tries if tries[name]} - done
 
-    assert stand_in.sweep(tmp_path, tiny_dataset) == 0
+    assert sweep() == 0
     after, tries = steps(tmp_path), attempts(tmp_path)
     assert finished(tmp_path) == set(tries) == set(after) and len(after) == 12
     for name, taken in after.items():
         if name in done:  # it was left alone
-            assert taken == before[name] == list(range(1, stand_in.STEPS + 1)) and len(tries[name]) == 1
+            assert taken == before[name] == ALL and len(tries[name]) == 1
         else:  # it went on from its last checkpoint: a step is repeated only if the kill came before it was saved
-            assert sorted(set(taken)) == list(range(1, stand_in.STEPS + 1)) and len(taken) <= stand_in.STEPS + 1
+            assert sorted(set(taken)) == ALL and len(taken) <= stand_in.STEPS + 1
             assert len(tries[name]) <= (2 if name in begun else 1)
-    assert {run.state for run in progress(tmp_path).values()} == {states.FINISHED}
+    assert {run.progress().state for run in read(tmp_path).runs} == {states.FINISHED}
 
-    assert stand_in.sweep(tmp_path, tiny_dataset) == 0
+    assert sweep() == 0
     assert steps(tmp_path) == after and attempts(tmp_path) == tries, "a sweep that is done does nothing"
 
 
-def test_runs_that_survive_their_manager_are_waited_for(tiny_dataset, tmp_path):
+def test_runs_that_survive_their_manager_are_waited_for(tiny_dataset, tmp_path, sweep):
     process = start(tmp_path, tiny_dataset, hold=0)
     wait(process, lambda: len(list(tmp_path.glob("jobs/*/submitted.json"))) == 4)
     process.kill()  # only the manager, whose four jobs are just beginning
     process.wait()
     assert not finished(tmp_path)
-    let_go = functools.partial((tmp_path / stand_in.HOLD).unlink, missing_ok=True)
-    assert stand_in.sweep(tmp_path, tiny_dataset, show=lambda table: let_go()) == 0
-    assert all(taken == list(range(1, stand_in.STEPS + 1)) for taken in steps(tmp_path).values())
+    assert sweep(show=lambda table: (tmp_path / stand_in.HOLD).unlink(missing_ok=True)) == 0
+    assert list(steps(tmp_path).values()) == [ALL] * 12
     assert [len(tries) for tries in attempts(tmp_path).values()] == [1] * 12
 
 
@@ -112,7 +132,7 @@ def test_runs_that_survive_their_manager_are_waited_for(tiny_dataset, tmp_path):
     ],
     ids=["SIGTERM", "Ctrl-C"],
 )
-def test_told_to_stop_it_has_its_runs_save_themselves(tiny_dataset, tmp_path, tell):
+def test_told_to_stop_it_has_its_runs_save_themselves(tiny_dataset, tmp_path, sweep, tell):
     process = start(tmp_path, tiny_dataset, hold=4)
     wait(process, lambda: len(finished(tmp_path)) >= 1 and running(tmp_path))
     tell(process)
@@ -122,10 +142,10 @@ def test_told_to_stop_it_has_its_runs_save_themselves(tiny_dataset, tmp_path, te
     assert 0 < len(finished(tmp_path)) < 12
     ended = {tries[-1]["status"] for tries in attempts(tmp_path).values() if tries}
     assert ended <= {0, 75, -signal.SIGTERM}, "the last: before the run had learned what to do"
-    found = {run.state for run in progress(tmp_path).values()}
+    found = {run.progress().state for run in read(tmp_path).runs}
     assert found <= {states.FINISHED, states.INTERRUPTED, states.WAITING} and states.WAITING in found
-    assert stand_in.sweep(tmp_path, tiny_dataset) == 0
-    assert all(taken == list(range(1, stand_in.STEPS + 1)) for taken in steps(tmp_path).values())
+    assert sweep() == 0
+    assert list(steps(tmp_path).values()) == [ALL] * 12
 
 
 @pytest.mark.parametrize("inherited", [False, True])
@@ -160,84 +180,83 @@ def test_a_run_that_just_begins_is_told_to_stop_and_is_no_failure(tiny_dataset, 
         assert (progress.state, progress.step) == (states.INTERRUPTED, 0)
 
 
-def test_a_failed_run_is_named_with_its_error_and_the_others_end(tiny_dataset, tmp_path):
+def test_a_failed_run_is_named_with_its_error_and_the_others_end(tmp_path, sweep):
     tables = []
-    plan = stand_in.runs([0, stand_in.BROKEN, 1])
-    assert stand_in.sweep(tmp_path, tiny_dataset, plan, show=tables.append) == 1
+    assert sweep([0, stand_in.BROKEN, 1], show=tables.append) == 1
     found = dict(tables[-1])
     assert [run.state for run in found.values()] == [states.FINISHED, states.FAILED, states.FINISHED]
     assert found[f"seed={stand_in.BROKEN}"].error == "stand_in: this seed is broken"
-    assert progress(tmp_path) == found
-    assert stand_in.sweep(tmp_path, tiny_dataset, plan) == 1, "started again, what failed is tried again"
+    assert {run.name: run.progress() for run in read(tmp_path).runs} == found
+    assert sweep([0, stand_in.BROKEN, 1]) == 1, "started again, what failed is tried again"
     assert [len(tries) for tries in attempts(tmp_path).values()] == [1, 2, 1]
 
 
-def test_more_runs_and_more_steps_may_be_asked_for_later(tiny_dataset, tmp_path):
-    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1])) == 0
-    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1, 2]), steps=stand_in.STEPS + 2) == 0
+def test_more_runs_and_more_steps_may_be_asked_for_later(tmp_path, sweep):
+    assert sweep([0, 1]) == 0
+    assert sweep([0, 1, 2], steps=stand_in.STEPS + 2) == 0
     assert steps(tmp_path) == {f"seed={seed}": list(range(1, stand_in.STEPS + 3)) for seed in range(3)}
 
 
-def test_fewer_steps_than_a_run_has_done_are_refused(tiny_dataset, tmp_path):
-    """Its loss would be taken for that of a run whose learning rate ended there."""
-    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0])) == 0
-    message = r"runs/run has a checkpoint of step 6, but the plan is for 5 steps: a run cannot be shortened"
-    with pytest.raises(UserError, match=message):
-        stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0]), steps=stand_in.STEPS - 1)
+def test_a_run_that_was_begun_in_another_way_is_refused(tiny_dataset, tmp_path, sweep):
+    """With fewer steps, its loss would be taken for that of a run whose learning rate ended there. A single run may go on
+    with other values of the last two keys; in a sweep, it would be taken for one that always had them, and its losses are
+    compared, so they must be of as much text."""
+    assert sweep([0, 1]) == 0
+    with pytest.raises(UserError, match="runs/seed=0 has a checkpoint of step 6, but the plan is for 5 steps"):
+        sweep([0, 1], steps=stand_in.STEPS - 1)
+    for key, there, here in (("batch_size", 8, 4), ("spike_multiple", r"0\.0", 10.0)):
+        with pytest.raises(
+            UserError, match=rf"another run: training\.{key} is {there} there and {here} in this config"
+        ):
+            sweep([0, 1], **{key: here})
+    with pytest.raises(UserError, match=r"another run: evaluation\.batches is 16 there and 2 in this config"):
+        stand_in.sweep(tmp_path, tiny_dataset, [run | {"evaluation.batches": 2} for run in stand_in.runs([0, 1, 2])])
 
 
-def test_an_evaluation_that_is_asked_for_later_is_owed(tiny_dataset, tmp_path, caplog):
+def test_an_evaluation_that_is_asked_for_later_is_owed(tiny_dataset, tmp_path, planned, caplog):
     """Finished runs owe it too, at their end; a line says that other tasks asked for there are not measured."""
 
-    def planned(**evaluation):
-        config = stand_in.config(tiny_dataset)
-        config.evaluation.update(evaluation)
-        with prepare(tmp_path, config, stand_in.runs([0])) as sweep:
-            (run,) = sweep.runs
-            return run.progress().state
+    def state(**evaluation):
+        (run,) = planned(stand_in.runs([0]), **evaluation)
+        return run.progress().state
 
-    assert planned(every_steps=0) == states.WAITING
+    assert state(every_steps=0) == states.WAITING
     assert stand_in.sweep(tmp_path, tiny_dataset, [{"training.seed": 0, "evaluation.every_steps": 0}]) == 0
     (log,) = tmp_path.glob("runs/*/metrics.jsonl")
     log.write_text("".join(line.replace("heldout_loss", "other") + "\n" for line in log.read_text().splitlines()))
-    assert planned(every_steps=0) == states.FINISHED
-    assert planned(every_steps=2) != states.FINISHED
-    assert planned(every_steps=0, examples=7) == states.FINISHED
+    assert state(every_steps=0) == states.FINISHED
+    assert state(every_steps=2) != states.FINISHED
+    assert state(every_steps=0, examples=7) == states.FINISHED
     assert [record.getMessage() for record in caplog.records if record.name.startswith("jaxlinear")] == [
         "run: evaluation.examples differs in the plan, but the run is finished; launch/evaluate.py --tasks measures it"
     ]
 
 
-def test_runs_keep_their_names_when_others_are_planned_beside_them(tiny_dataset, tmp_path):
+def test_runs_keep_their_names_when_others_are_planned_beside_them(tmp_path, planned):
     """Names contain the keys in which runs differ, so a second seed would change them."""
 
-    def planned(rates, **axes):
-        plan = plans.grid({"optimizer.learning_rate": rates, **axes})
-        with prepare(tmp_path, stand_in.config(tiny_dataset), plan) as sweep:
-            return [run.name for run in sweep.runs]
+    def names(rates, **axes):
+        return [run.name for run in planned(plans.grid({"optimizer.learning_rate": rates, **axes}))]
 
-    assert planned([1e-3, 2e-3]) == ["learning_rate=0.001", "learning_rate=0.002"]
+    one, two = "learning_rate=0.001", "learning_rate=0.002"
+    assert names([1e-3, 2e-3]) == [one, two]
     seeds = {"training.seed": [0, 1]}
-    both = planned([1e-3, 2e-3], **seeds)
-    assert both == [
-        *("learning_rate=0.001", "learning_rate=0.001-seed=1"),
-        *("learning_rate=0.002", "learning_rate=0.002-seed=1"),
-    ]
-    assert planned([1e-3, 2e-3], **seeds) == both and planned([1e-3, 2e-3]) == both[::2]
-    assert planned([2e-3], **seeds) == ["learning_rate=0.002", "learning_rate=0.002-seed=1"]
+    both = [one, f"{one}-seed=1", two, f"{two}-seed=1"]
+    assert names([1e-3, 2e-3], **seeds) == both
+    assert names([1e-3, 2e-3], **seeds) == both and names([1e-3, 2e-3]) == both[::2]
+    assert names([2e-3], **seeds) == both[2:]
     assert len(list(tmp_path.glob("jobs/*/config.json"))) == 4
-    assert planned([2e-3]) == ["learning_rate=0.002"]
+    assert names([2e-3]) == [two]
 
 
-def test_a_run_keeps_its_name_though_another_one_had_what_it_would_be_called(tiny_dataset, tmp_path):
-    def planned(*rates):
-        plan = [{"size": "small", "optimizer.learning_rate": rate} for rate in rates]
-        with prepare(tmp_path, stand_in.config(tiny_dataset), plan) as sweep:
-            return [run.name for run in sweep.runs]
+def labelled(planned, size, *rates):
+    return [run.name for run in planned([{"size": size, "optimizer.learning_rate": rate} for rate in rates])]
 
-    assert planned(1e-3) == ["small"]
-    assert planned(1e-3, 3e-3) == ["small", "small-learning_rate=0.003"]
-    assert planned(3e-3) == ["small-learning_rate=0.003"]
+
+def test_a_run_keeps_its_name_though_another_one_had_what_it_would_be_called(planned):
+    assert labelled(planned, "small", 1e-3) == ["small"]
+    assert labelled(planned, "small", 1e-3, 3e-3) == ["small", "small-learning_rate=0.003"]
+    assert labelled(planned, "small", 3e-3) == ["small-learning_rate=0.003"]
 
 
 @pytest.mark.parametrize(
@@ -248,9 +267,9 @@ def test_a_run_keeps_its_name_though_another_one_had_what_it_would_be_called(tin
         ({"training.sequence_length": [64, 65]}, "65"),
     ],
 )
-def test_a_run_that_its_data_do_not_fit_stops_the_sweep_before_the_first(tiny_dataset, tmp_path, axis, message):
-    with pytest.raises(UserError, match=message), prepare(tmp_path, stand_in.config(tiny_dataset), plans.grid(axis)):
-        pass
+def test_a_run_that_its_data_do_not_fit_stops_the_sweep_before_the_first(tmp_path, planned, axis, message):
+    with pytest.raises(UserError, match=message):
+        planned(plans.grid(axis))
     assert not list(tmp_path.iterdir())
 
 
@@ -263,39 +282,30 @@ def test_a_run_on_data_that_were_replaced_stops_the_sweep(tmp_path):
         data.prepare(str(tmp_path / f"{name}.txt"), tmp_path / name, **options)
         return tmp_path / name
 
+    def planned(*seeds):
+        with prepare(tmp_path / "sweep", stand_in.config(path), stand_in.runs(seeds)) as sweep:
+            return sweep.runs
+
     path, other = prepared("data", "one"), prepared("other", "two")
-    with prepare(tmp_path / "sweep", stand_in.config(path), stand_in.runs([0])) as sweep:
-        (run,) = sweep.runs
+    (run,) = planned(0)
     stand_in.train(str(run.files.config), str(run.files.workdir))
     trained_data.keep(run.files.workdir, {str(path): 1.0})
-    with prepare(tmp_path / "sweep", stand_in.config(path), stand_in.runs([0, 1])) as sweep:
-        assert len(sweep.runs) == 2
+    assert len(planned(0, 1)) == 2
     shutil.rmtree(path)
     other.rename(path)
-    with (
-        pytest.raises(UserError, match=f"{run.files.workdir} holds a run on other data than {path}: "),
-        prepare(tmp_path / "sweep", stand_in.config(path), stand_in.runs([0, 1])),
-    ):
-        pass
+    with pytest.raises(UserError, match=f"{run.files.workdir} holds a run on other data than {path}: "):
+        planned(0, 1)
 
 
-def test_two_runs_of_one_name_are_refused(tiny_dataset, tmp_path):
+def test_two_runs_of_one_name_are_refused(tmp_path, planned):
     """One of them keeps the name from an earlier label. Nothing is written."""
-
-    def planned(**rates):
-        plan = [{"size": size, "optimizer.learning_rate": rate} for size, rate in rates.items()]
-        with prepare(tmp_path, stand_in.config(tiny_dataset), plan) as sweep:
-            return [run.name for run in sweep.runs]
-
-    assert planned(small=1e-3) == ["small"]
+    assert labelled(planned, "small", 1e-3) == ["small"]
     before = (tmp_path / "sweep.json").read_text()
-    with pytest.raises(
-        UserError,
-        match=r"^two runs would be named small: one from an earlier plan and a new one; give the new one a label$",
-    ):
-        planned(tiny=1e-3, small=3e-3)
+    rates = {"tiny": 1e-3, "small": 3e-3}
+    with pytest.raises(UserError, match=r"^two runs would be named small: .*; give the new one a label$"):
+        planned([{"size": size, "optimizer.learning_rate": rate} for size, rate in rates.items()])
     assert (tmp_path / "sweep.json").read_text() == before
-    assert planned(tiny=1e-3) == ["small"]
+    assert labelled(planned, "tiny", 1e-3) == ["small"]
 
 
 def test_a_file_is_no_directory_of_a_sweep(tiny_dataset, tmp_path):
@@ -304,47 +314,26 @@ def test_a_file_is_no_directory_of_a_sweep(tiny_dataset, tmp_path):
         stand_in.sweep(tmp_path / "file", tiny_dataset)
 
 
-@pytest.mark.parametrize("text", ["", '{"executor": "lo', "[]", "{}"])
-def test_a_note_of_a_job_that_was_cut_counts_as_none(tiny_dataset, tmp_path, text):
-    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0])) == 0
-    note = read(tmp_path).runs[0].files.job / "submitted.json"
-    note.write_text(text)
-    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0]), steps=stand_in.STEPS + 1) == 0
+def test_a_note_of_a_job_that_was_cut_counts_as_none(tmp_path, sweep):
+    for more, text in enumerate(["", '{"executor": "lo', "[]", "{}"]):
+        assert sweep([0], steps=2 + more) == 0
+        note = read(tmp_path).runs[0].files.job / "submitted.json"
+        assert json.loads(note.read_text())["executor"] == "local"
+        note.write_text(text)
+    assert sweep([0]) == 0
     assert json.loads(note.read_text())["executor"] == "local"
 
 
-def test_another_run_of_the_same_name_is_refused(tiny_dataset, tmp_path):
-    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1])) == 0
-    with pytest.raises(UserError, match=r"another run: training\.batch_size is 8 there and 4 in this config"):
-        stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), batch_size=4)
-    # A single run may go on with another value of this key; in a sweep, it would be taken for one that always had it.
-    with pytest.raises(
-        UserError, match=r"another run: training\.spike_multiple is 0\.0 there and 10\.0 in this config"
-    ):
-        stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), spike_multiple=10.0)
-    # The same holds for this key, but the losses of a sweep are compared and must be of as much text.
-    with pytest.raises(UserError, match=r"another run: evaluation\.batches is 16 there and 2 in this config"):
-        stand_in.sweep(tmp_path, tiny_dataset, [run | {"evaluation.batches": 2} for run in stand_in.runs([0, 1, 2])])
-
-
-def test_a_run_that_another_process_holds_is_waited_for(tiny_dataset, tmp_path):
-    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1])) == 0
-    files = read(tmp_path).runs[0].files
+def test_a_run_that_another_process_holds_is_waited_for(tmp_path, sweep):
+    assert sweep([0, 1]) == 0
+    files, held = read(tmp_path).runs[0].files, []
     with files.locked() as lock:
         assert lock is not None and files.is_running()
-        held = []
-        status = stand_in.sweep(
-            tmp_path,
-            tiny_dataset,
-            stand_in.runs([0, 1]),
-            steps=stand_in.STEPS + 1,
-            show=lambda table: held.append(lock.close()),
-        )
-    assert status == 0 and held
-    assert steps(tmp_path)["seed=0"] == list(range(1, stand_in.STEPS + 2))
+        assert sweep([0, 1], steps=stand_in.STEPS + 1, show=lambda table: held.append(lock.close())) == 0
+    assert held and steps(tmp_path)["seed=0"] == [*ALL, stand_in.STEPS + 1]
 
 
-def test_two_managers_are_one_too_many_and_the_second_changes_nothing(tiny_dataset, tmp_path):
+def test_two_managers_are_one_too_many_and_the_second_changes_nothing(tmp_path, sweep):
     """Above all, runs that have not begun stay as they are: the first manager starts them with the config it finds then."""
 
     def plan():
@@ -354,12 +343,12 @@ def test_two_managers_are_one_too_many_and_the_second_changes_nothing(tiny_datas
         before = plan()
         assert len(before) == 3
         with pytest.raises(UserError, match=r"another launch/sweep\.py is running on"):
-            stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([1, 2]), batch_size=4)
+            sweep([1, 2], batch_size=4)
         assert plan() == before and not (tmp_path / "jobs" / "seed=2").exists()
         asked.append(True)
 
     asked = []
-    assert stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs([0, 1]), parallel=1, show=second) == 0
+    assert sweep([0, 1], parallel=1, show=second) == 0
     assert asked
     sizes = [json.loads(path.read_text())["training"]["batch_size"] for path in tmp_path.glob("runs/*/config.json")]
     assert sizes == [8, 8]

@@ -10,10 +10,10 @@ from jaxlinear.costs import hlo, targets
 from jaxlinear.evaluation import scoring
 from jaxlinear.evaluation.run import Run
 from jaxlinear.parallel import mesh as meshes
-from jaxlinear.training import ahead
+from jaxlinear.training import ahead_of_time
 from jaxlinear.training import step as steps
-from jaxlinear.training.answers import Answers
 from jaxlinear.training.optimizer import make_optimizer
+from jaxlinear.training.task_evaluation import TaskEvaluator
 from tests.training import tiny
 
 NO_LOOPS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
@@ -24,7 +24,7 @@ APART = {
 }
 
 
-@pytest.mark.compiles_ahead
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("target, expected", [("v5p:2x2x1", NO_LOOPS), ("v5e:2x2", NO_LOOPS), ("h100:4", APART)])
 def test_products_are_no_loops_on_tpu_and_stay_apart_on_gpu(target, expected, monkeypatch):
     config, architecture = tiny.config(), tiny.architecture(("sliding_window",), 1)
@@ -38,13 +38,13 @@ def test_products_are_no_loops_on_tpu_and_stay_apart_on_gpu(target, expected, mo
     monkeypatch.setattr(jax, "jit", recording)
     steps.make_train_step(config, architecture, make_optimizer(config, architecture), mesh)
     steps.make_loss_step(config, architecture, mesh)
-    Answers(config, architecture, mesh, batch_tokens=64)
+    TaskEvaluator(config, architecture, mesh, batch_tokens=64)
     scoring._programs(Run(pathlib.Path(), 0, config, architecture, {}, mesh))  # three functions
     assert given == [expected] * 6
 
 
-@pytest.mark.compiles_ahead
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize("dtype, name", [("float32", "f32"), ("bfloat16", "bf16")])
 def test_gradients_leave_a_layer_in_parts_on_gpu(dtype, name):
     """A sum of several over two devices leaves at most 4 MiB on each, not a whole layer. There are no copies of slices,
@@ -56,7 +56,7 @@ def test_gradients_leave_a_layer_in_parts_on_gpu(dtype, name):
     config.training.batch_size, config.training.sequence_length = 2, 256
     config.mesh.update({"data": 1, "fsdp": 2})
     config.parallel.gradient_dtype = dtype
-    text = ahead.trace(config, targets.find("h100:2").devices).compile().as_text()
+    text = ahead_of_time.trace(config, targets.find("h100:2").devices).compile().as_text()
     found = [line for lines in hlo.parse(text).computations.values() for line in lines]
     operands = {line.name: line for line in found}
     assert not any(line.opcode == "fusion-start" for line in found)

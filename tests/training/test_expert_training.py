@@ -52,7 +52,7 @@ def on_one_device(microbatches):
     return tiny.host(state), lines
 
 
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize(
     "sizes, microbatches", [*((sizes, 1) for sizes in MESHES), *((sizes, 2) for sizes in IN_PARTS)], ids=str
 )
@@ -87,7 +87,7 @@ def gradient_and_metrics(batch, **changes):
     return jax.tree.map(lambda moment: scale * np.asarray(moment), optax.tree.get(state.optimizer, "mu")), metrics
 
 
-@pytest.mark.some_cases("4")
+@pytest.mark.slow(but=["4"])
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_losses_enter_the_objective_with_their_weights(microbatches):
     """They are averaged over microbatches, whose shares of padding differ. The metric ``loss`` is the cross-entropy."""

@@ -15,7 +15,7 @@ import pytest
 from jaxlinear import data
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from jaxlinear.errors import Diverged, UserError
-from jaxlinear.parallel import start
+from jaxlinear.parallel import distributed
 from jaxlinear.sweeps.files import RunFiles
 from jaxlinear.sweeps.states import is_finished
 from jaxlinear.training import heldout, loop, metrics, trained_data
@@ -292,7 +292,7 @@ def test_only_the_first_process_takes_a_trace(run_config, tmp_path, monkeypatch)
     """Two processes on one host would write the same file."""
     run_config.logging.profile_step = 2
     for first in (False, True):
-        monkeypatch.setattr(start, "is_first", lambda first=first: first)
+        monkeypatch.setattr(distributed, "is_first", lambda first=first: first)
         trace = loop._Trace(run_config, 0, tmp_path)
         trace.before(2, state=())
         trace.close()

@@ -60,7 +60,7 @@ def of_optax(architecture):
     )
 
 
-@pytest.mark.some_cases("layers-data-fsdp-tensor", "experts-tensor-expert")
+@pytest.mark.slow(but=["layers-data-fsdp-tensor", "experts-tensor-expert"])
 @pytest.mark.parametrize("shape, sizes", MESHES, ids=lambda x: "-".join(x) if isinstance(x, dict) else x)
 def test_two_updates_are_those_of_optax_on_one_device(shape, sizes):
     config = tiny.config(**OPTIONS, **SHAPES[shape])
@@ -108,7 +108,7 @@ def test_no_product_is_computed_twice(sizes):
     assert counted[0].flops > 1e6
 
 
-@pytest.mark.compiles_ahead
+@pytest.mark.usefixtures("optimised")
 def test_nothing_is_dealt_out_between_slices():
     def axes(target, **sizes):
         return muon._fast_axes(tiny.meshes.make_mesh(tiny.ONES | sizes, targets.find(target).devices))

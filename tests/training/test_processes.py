@@ -16,9 +16,11 @@ import jaxlinear
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
 from jaxlinear.launching.local import held_port
-from jaxlinear.parallel import start
+from jaxlinear.parallel import distributed
 from jaxlinear.training.metrics import FILE, read
 from tests.training import tiny
+
+pytestmark = pytest.mark.slow
 
 STEPS = 20  # of tiny.ARGUMENTS
 PATIENCE = 240
@@ -294,14 +296,14 @@ def test_hosts_with_a_directory_each_are_refused(processes, tmp_path):
 )
 def test_wrong_flags_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        start.join(*flags)
+        distributed.join(*flags)
 
 
 ALONE = """
 import logging, sys
-from jaxlinear.parallel import start
+from jaxlinear.parallel import distributed
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-start.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]), patience=3)
+distributed.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]), patience=3)
 """
 
 
@@ -324,9 +326,9 @@ def test_a_process_whose_others_do_not_come_ends_with_a_reason(process):
 
 
 def test_while_a_process_waits_it_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(start, "_SAYS_SO_EVERY", 0.05)
+    monkeypatch.setattr(distributed, "_SAYS_SO_EVERY", 0.05)
     begin = time.monotonic()
-    with caplog.at_level("INFO"), start._waiting("the others", patience=1800):
+    with caplog.at_level("INFO"), distributed._waiting("the others", patience=1800):
         while len(caplog.messages) < 2 and time.monotonic() - begin < 50:
             time.sleep(0.01)
     assert caplog.messages[:2] == ["waiting for the others, 0 of 30 minutes"] * 2
@@ -339,8 +341,8 @@ def test_of_a_jobset_only_pods_with_tpus_are_joined(monkeypatch, hosts, joins):
         if value is not None:
             monkeypatch.setenv(name, value)
     calls = []
-    monkeypatch.setattr(start.jax.distributed, "initialize", lambda **options: calls.append(options))
-    start.join()
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **options: calls.append(options))
+    distributed.join()
     assert bool(calls) == joins
 
 
@@ -353,19 +355,19 @@ def test_what_vfio_gives_to_programs_may_be_no_tpu(monkeypatch, tmp_path, device
     for path, text in ((f"dev/{device}", ""), ("sys/bus/pci/devices/0000:00:05.0/vendor", f"0x{vendor}\n")):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
-    monkeypatch.setattr(start.glob, "glob", lambda pattern: [str(path) for path in tmp_path.glob(pattern[1:])])
-    monkeypatch.setattr(start, "_has", lambda package: True)
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [str(path) for path in tmp_path.glob(pattern[1:])])
+    monkeypatch.setattr(distributed, "_has", lambda package: True)
     calls = []
-    monkeypatch.setattr(start.jax.distributed, "initialize", lambda **options: calls.append(options))
-    start.join()
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **options: calls.append(options))
+    distributed.join()
     assert bool(calls) == joins
 
 
 def test_alone_there_is_nothing_to_join(monkeypatch):
     for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "JOBSET_NAME"):
         monkeypatch.delenv(name, raising=False)
-    start.join()
-    assert start.is_first()
-    start.check_agreement("the config", "text")
-    with pytest.raises(UserError, match="as it was"), start.together():
+    distributed.join()
+    assert distributed.is_first()
+    distributed.check_agreement("the config", "text")
+    with pytest.raises(UserError, match="as it was"), distributed.together():
         raise UserError("as it was")

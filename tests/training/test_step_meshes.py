@@ -34,20 +34,20 @@ def on_one_device():
     return tiny.host(state), losses
 
 
-@pytest.mark.some_cases("fsdp8", "tensor4_data2", "sequence8")  # the others are like those of the tests below
+@pytest.mark.slow(but=["fsdp8", "tensor4_data2", "sequence8"])  # the others are like those of the tests below
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "_".join(f"{axis}{n}" for axis, n in sizes.items()))
 def test_8_devices_follow_one(sizes):
     check_follows(tiny.mesh(8, **sizes), sizes)
 
 
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize("sizes", IN_PARTS, ids=str)
 def test_8_devices_follow_one_in_microbatches(sizes):
     """Each copy of the parameters sums the gradients of its own rows, whose numbers of targets differ."""
     check_follows(tiny.mesh(8, **sizes), sizes, microbatches=2)
 
 
-@pytest.mark.some_cases(nth=2)
+@pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "data": 2}, {"data": 2, "sequence": 2, "tensor": 2}], ids=str)
 def test_8_devices_in_any_order_follow_one(sizes):
     """As on TPUs, where the mesh follows the torus."""

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from jaxlinear.errors import RunError, UserError
-from jaxlinear.parallel import start
+from jaxlinear.parallel import distributed
 from jaxlinear.training.metrics import FILE
 from tests.training import tiny
 
@@ -68,14 +68,14 @@ def test_devices_that_are_not_there(submit, tmp_path):
 
 
 def test_expect_here():
-    start.expect("cpu:8")
+    distributed.expect("cpu:8")
     alone = "it runs alone: were the other processes not found"
     with pytest.raises(RunError, match=f"16 cpu devices are expected in total, but process 0 sees 8 cpu; {alone}"):
-        start.expect("cpu:16")
+        distributed.expect("cpu:16")
     with pytest.raises(RunError, match="8 gpu devices are expected in total, but process 0 sees 8 cpu"):
-        start.expect("gpu:8")
+        distributed.expect("gpu:8")
     with pytest.raises(UserError, match="--expect='eight' must be PLATFORM:DEVICES"):
-        start.expect("eight")
+        distributed.expect("eight")
 
 
 @pytest.mark.parametrize(
@@ -92,4 +92,4 @@ def test_one_process_a_node_has_all_its_gpus(environment, ids, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert start._gpus_of_a_node() == ids
+    assert distributed._gpus_of_a_node() == ids

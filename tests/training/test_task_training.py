@@ -12,11 +12,11 @@ from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.data import tasks
 from jaxlinear.errors import UserError
 from jaxlinear.training import metrics
-from jaxlinear.training.answers import Answers
 from jaxlinear.training.heldout import Evaluation
 from jaxlinear.training.job import Job
 from jaxlinear.training.loop import FINISHED, train
 from jaxlinear.training.step import make_loss_step
+from jaxlinear.training.task_evaluation import TaskEvaluator
 from tests.training import tiny
 
 TASK = "mqar:pairs=3:vocab_size=32"
@@ -154,7 +154,7 @@ def test_answers_are_those_of_the_logits(spec, likely):
     parameters["embedding"][likely] *= 10
     made = tasks.training_set(spec, tasks.Setting(tiny.LENGTH, 32))
     found = [
-        Answers(config, architecture, mesh, batch_tokens=8 * tiny.LENGTH).measure(
+        TaskEvaluator(config, architecture, mesh, batch_tokens=8 * tiny.LENGTH).measure(
             jax.device_put(parameters, architecture.shardings(mesh)), made, examples=20, seed=5
         )
         for mesh in (tiny.mesh(), tiny.mesh(8, data=2, sequence=2, tensor=2))

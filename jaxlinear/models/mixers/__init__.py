@@ -36,9 +36,9 @@ def readers() -> dict[str, tuple[str, ...]]:
 def find(name: str) -> Any:
     """The mixer's class, one of ``names()`` or of another package."""
     if name in names():
-        return _of_this_package(name)
+        return _own(name)
     if "." in name and all(part.isidentifier() for part in name.split(".")):
-        return _of_another_package(name)
+        return _foreign(name)
     raise UserError(
         f"there is no mixer {name!r}; the mixers are {', '.join(names())}, and those of other packages as "
         "package.module.Class"
@@ -51,7 +51,7 @@ def reads(mixer: str, key: str) -> bool:
 
 
 @functools.cache
-def _of_this_package(name: str) -> Any:
+def _own(name: str) -> Any:
     module = importlib.import_module(f"{__name__}.{name}")
     (found,) = (
         value
@@ -61,7 +61,7 @@ def _of_this_package(name: str) -> Any:
     return found
 
 
-def _of_another_package(name: str) -> Any:
+def _foreign(name: str) -> Any:
     path, _, attribute = name.rpartition(".")
     try:
         module = importlib.import_module(path)

@@ -168,7 +168,7 @@ def attend(
       o ``[B, T, H, V]`` in the dtype of v.
     """
     length, heads, groups, dtype = q.shape[1], q.shape[2], k.shape[2], v.dtype
-    q, k, v = of_one_dtype(q, k, v)
+    q, k, v = promoted(q, k, v)
     rule = Rule(scale_of(q, scale), run, isinstance(offset, jax.Array))
     keys = k.shape[1]
     q, k, v = blockwise.by_blocks(q, groups, block), k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -176,7 +176,7 @@ def attend(
     return blockwise.from_blocks(o, length, heads, block).astype(dtype)
 
 
-def of_one_dtype(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def promoted(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays in the dtype that holds all of theirs, in which they are multiplied, as in the kernels."""
     narrow = dtypes.narrow(*(x.dtype for x in arrays))
     return tuple(x.astype(narrow) for x in arrays)

@@ -78,7 +78,7 @@ def delta_rule(
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     updates = _check_updates(k, v, beta)
-    one = _of_one_update(k), _of_one_update(v)
+    one = _one_update(k), _one_update(v)
     matrix_states.check_shapes("delta_rule", q, *one, log_decay, initial_state, constant_decay=False, may_share=False)
     batch, length, _, width = q.shape
     if beta.shape != (*q.shape[:3], *k.shape[3:-1]):
@@ -142,7 +142,7 @@ def choose(
     by_channel = matrix_states.is_by_channel(log_decay)
     length = q.shape[1] * (k.shape[3] if k.ndim == 5 else 1)  # updates
     q = jax.ShapeDtypeStruct((q.shape[0], length, *q.shape[2:]), q.dtype)
-    k, v = _of_one_update(k), _of_one_update(v)
+    k, v = _one_update(k), _one_update(v)
     refused = functools.partial(refusal, q, k, v, chunk_size, by_channel, negative_eigenvalues=negative_eigenvalues)
     most = _CHANNEL_CHUNK if by_channel else matrix_states.CHUNK
     return matrix_states.choose(
@@ -185,7 +185,7 @@ def _check_updates(k: jax.Array, v: jax.Array, beta: jax.Array) -> int:
     return updates
 
 
-def _of_one_update(x: jax.Array) -> Any:
+def _one_update(x: jax.Array) -> Any:
     """The shape and dtype of keys or values without the axis of updates."""
     return jax.ShapeDtypeStruct((*x.shape[:3], x.shape[4]), x.dtype) if x.ndim == 5 else x
 

@@ -33,7 +33,7 @@ class DiagonalMaps(protocol.Family):
     def advance(self, summary, state: jax.Array) -> jax.Array:
         transition, added = summary
         if isinstance(transition, Power):
-            transition = _of_power(transition)
+            transition = _from_power(transition)
         return transition * state + added
 
     def pack(self, transition: Transition) -> jax.Array:
@@ -45,7 +45,7 @@ class DiagonalMaps(protocol.Family):
         return Power(packed, lax.integer_pow(constants.astype(packed.dtype), length)[None])
 
 
-def _of_power(transition: Power) -> jax.Array:
+def _from_power(transition: Power) -> jax.Array:
     kept = jnp.expand_dims(transition.kept.astype(bool), tuple(range(1, transition.power.ndim)))
     return jnp.where(kept, transition.power, jnp.zeros((), transition.power.dtype))
 
@@ -106,7 +106,7 @@ class Diagonal(DiagonalMaps):
         return h, h[:, -1]
 
 
-def of_one_kind(a: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def promoted_kind(a: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both as complex if either is."""
     if jnp.iscomplexobj(a) == jnp.iscomplexobj(x):
         return a, x
@@ -137,7 +137,7 @@ class DiagonalKernel(protocol.Kernels, DiagonalMaps):
 
     def prepare(self, inputs, constants) -> _Given:
         a, x, starts = inputs
-        return _Given(*of_one_kind(constants if a is None else a, x), starts)
+        return _Given(*promoted_kind(constants if a is None else a, x), starts)
 
     def forward(self, run: _Given, state: jax.Array, *, keep: bool):
         """h ``[B, T, ...]`` in the dtype of x."""

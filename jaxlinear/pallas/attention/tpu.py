@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from jaxlinear.costs import counted
+from jaxlinear.costs import flop_annotations
 from jaxlinear.pallas.attention import blocks
 from jaxlinear.pallas.parts import derivatives
 from jaxlinear.pallas.parts.target import Target
@@ -88,7 +88,7 @@ def _kernel(batch: int, heads: int, queries: int, keys: int, window: int, offset
             masks.MultiHeadMask([mask] * heads), block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret
         )
     # The kernel's grid also has steps for blocks that are skipped.
-    return counted.jit(jax.vmap(kernel), runs=batch * heads * mask.visited(block))
+    return flop_annotations.jit(jax.vmap(kernel), runs=batch * heads * mask.visited(block))
 
 
 class _Window(masks.LocalMask):

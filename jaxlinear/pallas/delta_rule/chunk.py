@@ -92,7 +92,7 @@ def gradients(
     d_solved, d_errors = _errors_gradients(heads, tokens, d_after)
     d_attention = [h.chunk.seen(dot(h.d_o, x[0], (1, 1), wide)) for h, x in zip(heads, written, strict=True)]
     d_lower = [
-        -_earlier(h, dot_terms(_cut(h, d), x, (1, 1), wide)) for h, d, x in zip(heads, d_solved, written, strict=True)
+        -_earlier(h, dot_terms(_terms(h, d), x, (1, 1), wide)) for h, d, x in zip(heads, d_solved, written, strict=True)
     ]
     d_pairs = [(d_p, h.beta * d_l) for h, d_p, d_l in zip(heads, d_attention, d_lower, strict=True)]
     inner: list[Any] = [
@@ -134,7 +134,7 @@ def _written(heads, tokens, reads) -> list[Terms]:
     """X, what the tokens write, given what they read from the state before the chunk."""
     errors = [-read if h.v is None else h.v.astype(read.dtype) - read for h, read in zip(heads, reads, strict=True)]
     return [
-        _cut(h, dot_terms(t.inverse, _cut(h, h.beta * error), (1, 0), error.dtype))
+        _terms(h, dot_terms(t.inverse, _terms(h, h.beta * error), (1, 0), error.dtype))
         for h, t, error in zip(heads, tokens, errors, strict=True)
     ]
 
@@ -152,7 +152,7 @@ def _errors_gradients(heads, tokens, d_after):
     outer = [_to_end(h, d) for h, d in zip(heads, d_after, strict=True)]
     inner = [dot(t.attention, h.d_o, (0, 0), wide) for h, t in zip(heads, tokens, strict=True)]
     d_solved = [
-        dot_terms(t.inverse, _cut(h, x + y), (0, 0), wide)
+        dot_terms(t.inverse, _terms(h, x + y), (0, 0), wide)
         for h, t, x, y in zip(heads, tokens, outer, inner, strict=True)
     ]
     return d_solved, [h.beta * d for h, d in zip(heads, d_solved, strict=True)]
@@ -162,14 +162,14 @@ def _before(heads, d_errors, d_after) -> list[jax.Array]:
     """The gradients of the states before the chunk."""
     found = []
     for h, d_error, d in zip(heads, d_errors, d_after, strict=True):
-        reading = jnp.concatenate([h.d_o, *_cut(h, -d_error)])
+        reading = jnp.concatenate([h.d_o, *_terms(h, -d_error)])
         q, k = (h.chunk.from_start(x) for x in (h.q, h.k))
         read = jnp.concatenate([q, *[k] * h.terms])
         found.append(times(h.chunk.whole, d) + dot(reading, read, (0, 0), d.dtype))
     return found
 
 
-def _cut(head: Head, x: jax.Array) -> Terms:
+def _terms(head: Head, x: jax.Array) -> Terms:
     return terms(x, head.k.dtype, head.terms)
 
 

@@ -104,7 +104,7 @@ class _Call:
         if plan.decay == "channel":
             arrays["log_decay"] = self._by_head(given.log_decay)
         elif plan.decay == "scalar":
-            sums = head_sums.cut(self._chunked(self._in_chunks(given.log_decay)))
+            sums = head_sums.coarse_and_fine(self._chunked(self._in_chunks(given.log_decay)))
             arrays["coarse"], arrays["fine"] = map(self._flat, sums)
         if given.starts is not None:
             arrays["runs"] = self._flat(jnp.cumsum(self._chunked(given.starts), axis=-1, dtype=jnp.int32))

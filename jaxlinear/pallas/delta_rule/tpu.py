@@ -73,7 +73,7 @@ class _Layout:
             inputs["log_decay"] = given.log_decay, self._wide(given.log_decay)
         elif self.plan.decay == "scalar":
             rows, _ = self._rows(given.log_decay)
-            inputs["log_decay"] = jnp.stack(head_sums.cut(rows), axis=3), self._rows_spec(2)
+            inputs["log_decay"] = jnp.stack(head_sums.coarse_and_fine(rows), axis=3), self._rows_spec(2)
         if given.starts is not None:
             starts = self._by_chunk(given.starts.astype(jnp.int32))
             runs = jnp.cumsum(starts, axis=2, dtype=jnp.int32)[:, :, None]

@@ -131,17 +131,17 @@ class Block:
 
     def _states(self, ref) -> list[jax.Array]:
         """By head ``[V, K]``, or ``[K, K]``."""
-        return [lanes.spread(ref[h], *self._places(ref, h)) for h in self.heads]
+        return [lanes.broadcast(ref[h], *self._places(ref, h)) for h in self.heads]
 
     def _store_states(self, ref, values: list[jax.Array]) -> None:
         for h, value in zip(self.heads, values, strict=True):
             ref[h] = lanes.taken(value, *self._places(ref, h)).astype(ref.dtype)
 
     def _places(self, ref, h: int) -> list[Lanes]:
-        return [lanes.of_head(h, channels, self.of_block) for channels in ref.shape[1:]]
+        return [lanes.head_lanes(h, channels, self.of_block) for channels in ref.shape[1:]]
 
     def _lanes(self, ref) -> list[Lanes]:
-        return [lanes.of_head(h, ref.shape[-1] // self.of_block, self.of_block) for h in self.heads]
+        return [lanes.head_lanes(h, ref.shape[-1] // self.of_block, self.of_block) for h in self.heads]
 
     def _store_gradients(self, found: list[delta_rule_chunk.Gradients]) -> None:
         self._store("d_q", [x.q for x in found])

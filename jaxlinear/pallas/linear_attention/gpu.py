@@ -127,7 +127,7 @@ class _Call:
             shared["log_decay"] = given.log_decay.astype(plan.wide)
         elif plan.decay == "scalar":
             by_head = jnp.pad(given.log_decay.astype(plan.wide).swapaxes(1, 2), ((0, 0), (0, 0), (0, padding)))
-            coarse, fine = head_sums.cut(self._chunked(by_head))
+            coarse, fine = head_sums.coarse_and_fine(self._chunked(by_head))
             shared.update(coarse=coarse.reshape(by_head.shape), fine=fine.reshape(by_head.shape))
         if plan.packed:
             starts = jnp.pad(given.starts.astype(jnp.int32), ((0, 0), (0, padding)))

@@ -178,10 +178,10 @@ def _finished(layout: _Layout, results: list[jax.Array]) -> list[jax.Array]:
 
 
 def _sums(layout: _Layout, log_decay: jax.Array) -> jax.Array:
-    """``[B, T, H]`` to ``[B, head blocks, 2 rows, T]``, with time along lanes: ``head_sums.cut`` of chunks, one row per
-    head for the first part and then for the second."""
+    """``[B, T, H]`` to ``[B, head blocks, 2 rows, T]``, with time along lanes: those of
+    ``head_sums.coarse_and_fine``, one row per head for the first and then for the second."""
     by_head = _padded(layout, log_decay, 1).swapaxes(1, 2)
-    parts = head_sums.cut(by_head.reshape(*by_head.shape[:2], -1, layout.shape.chunk))
+    parts = head_sums.coarse_and_fine(by_head.reshape(*by_head.shape[:2], -1, layout.shape.chunk))
     return jnp.concatenate([_by_block(layout, x.reshape(by_head.shape), 1) for x in parts], axis=2)
 
 

@@ -114,7 +114,7 @@ class Block:
                 states[h] = linear_attention_chunk.advance(chunk, keys, values, states[h])
                 if self.kept is not None:
                     place = self._lanes(self.keys, h)
-                    kept = chunk_decays.times(chunk.whole, place.spread(self.kept[h], 1))
+                    kept = chunk_decays.times(chunk.whole, place.broadcast(self.kept[h], 1))
                     self.kept[h] = place.taken(kept, 1)
         return states
 
@@ -251,7 +251,7 @@ class Block:
         ref[stored] = place.only(x, ref[stored] if place.first else None)
 
     def _state(self, ref, h: int) -> jax.Array:
-        return lanes.spread(ref[h], self._lanes(self.values, h), self._lanes(self.keys, h))
+        return lanes.broadcast(ref[h], self._lanes(self.values, h), self._lanes(self.keys, h))
 
     def _store_state(self, ref, h: int, state: jax.Array) -> None:
         ref[h] = lanes.taken(state, self._lanes(self.values, h), self._lanes(self.keys, h))
@@ -268,8 +268,8 @@ class Block:
 
     def _lanes(self, ref, h: int) -> Lanes:
         if self.plan.shared and any(ref is x for x in (self.keys, self.queries, self.d_q, self.d_k)):
-            return lanes.of_head(0, ref.shape[1], 1)
-        return lanes.of_head(h, ref.shape[1] // self.shape.heads, self.shape.heads)
+            return lanes.head_lanes(0, ref.shape[1], 1)
+        return lanes.head_lanes(h, ref.shape[1] // self.shape.heads, self.shape.heads)
 
 
 def _ahead(units: Iterable[tuple], make: Callable, count: int) -> Iterator[tuple]:

@@ -68,7 +68,7 @@ class ByLevels:
             second = jnp.concatenate([_halves(x, size)[1] for x in meeting]).astype(columns.dtype)
             crossing = dot(second, meeting[0].astype(columns.dtype), (1, 1), wide)
             far = _halves(apart, size)[1] >= size
-            for m, new in enumerate(_cut(crossing, len(rows))):
+            for m, new in enumerate(_split(crossing, len(rows))):
                 above, own = _halves(products[m], size)
                 products[m] = _joined(above, jnp.where(far, new, own), size)
         return [masked(i >= j, x) for x in products]
@@ -81,7 +81,7 @@ class ByLevels:
         apart = i ^ j
         near, far = [], []
         by_level = list(self._meeting(rows, columns))
-        for m, (r, d, in_terms) in enumerate(zip(rows, d_products, of_last(count, rows), strict=True)):
+        for m, (r, d, in_terms) in enumerate(zip(rows, d_products, last_counts(count, rows), strict=True)):
             # For both tokens of a pair at once: each product has one of them as a row and the other as a column.
             d = masked(i > j, d)
             both = jnp.where(i > j, d, d.T)
@@ -158,9 +158,9 @@ class ByLevels:
         """By level and group: x as rows decayed since the start of the parts that meet there, or as columns until their
         end; and last, those of the chunk."""
         own = self._own[side]
-        groups = _cut(own * x.astype(own.dtype), len(self._wholes[0]))
+        groups = _split(own * x.astype(own.dtype), len(self._wholes[0]))
         if self._ends is not None:
-            groups = [_spread(y, z) for y, z in zip(self._ends[side], groups, strict=True)]
+            groups = [_scaled_by(y, z) for y, z in zip(self._ends[side], groups, strict=True)]
         yield groups
         for n in range(len(self._sizes)):
             groups = [self._past(n, g, side, y) for g, y in enumerate(groups)]
@@ -169,18 +169,18 @@ class ByLevels:
     def _far_gradients(self, found: Sequence[jax.Array], outer: jax.Array, side: int) -> jax.Array:
         """From the gradients of ``_meeting`` and of ``_of_chunk``, those of the tokens times their own decays."""
         count = len(self._wholes[0])
-        groups = _cut(outer, count)
+        groups = _split(outer, count)
         for n, x in reversed(list(enumerate(found))):
-            new = _cut(x, count)
+            new = _split(x, count)
             groups = [self._past(n, g, side, y) for g, y in enumerate(groups)]
             groups = [y + new[g] if _side(g, n) == side else y for g, y in enumerate(groups)]
         if self._ends is not None:
-            groups = [_spread(y, z) for y, z in zip(self._ends[side], groups, strict=True)]
+            groups = [_scaled_by(y, z) for y, z in zip(self._ends[side], groups, strict=True)]
         return jnp.concatenate(groups)
 
     def _past(self, n: int, group: int, side: int, x: jax.Array) -> jax.Array:
         """x decayed by all of the part that its group's part meets at level n, if it is on the side that does."""
-        return _spread(self._wholes[n][(group >> n) ^ 1], x) if _side(group, n) == side else x
+        return _scaled_by(self._wholes[n][(group >> n) ^ 1], x) if _side(group, n) == side else x
 
 
 class ByChannel(ByLevels):
@@ -228,7 +228,7 @@ class ByChannel(ByLevels):
             yield 1 << n, x.reshape(shape).astype(dtype), factor.reshape(shape)
 
 
-def of_last(count: int, rows) -> list[int]:
+def last_counts(count: int, rows) -> list[int]:
     """For each of ``rows``: ``count`` for the last, 1 for the others."""
     return [1] * (len(rows) - 1) + [count]
 
@@ -279,12 +279,12 @@ def _side(group: int, level: int) -> int:
     return ROW if group >> level & 1 else COLUMN
 
 
-def _spread(factor: jax.Array, x: jax.Array) -> jax.Array:
+def _scaled_by(factor: jax.Array, x: jax.Array) -> jax.Array:
     """``factor`` ``[8, K]``, of equal rows, times x ``[c, K]``."""
     return (factor[None] * in_groups(x)).reshape(x.shape)
 
 
-def _cut(x: jax.Array, count: int) -> list[jax.Array]:
+def _split(x: jax.Array, count: int) -> list[jax.Array]:
     size = x.shape[0] // count
     return [x[n * size : (n + 1) * size] for n in range(count)]
 

@@ -30,7 +30,7 @@ class ByChannel:
         plan = layout.plan
         self._layout, self._log_decay = layout, finite(given.astype(plan.wide))
         self._row, self._lane = (lax.broadcasted_iota(jnp.int32, (layout.chunk,) * 2, axis) for axis in (0, 1))
-        self._parts = _cut(self._log_decay, plan.narrow, 1 if given.dtype == plan.narrow else 2)
+        self._parts = _split(self._log_decay, plan.narrow, 1 if given.dtype == plan.narrow else 2)
         self._factors = takes(plan.narrow, plan.wide)
 
     @functools.cached_property
@@ -89,7 +89,7 @@ class ByChannel:
     def from_last(self, x: jax.Array) -> jax.Array:
         """``y_i = sum_{j >= i} x_j`` of ``[c, tile]``."""
         narrow = self._layout.plan.narrow
-        return self._summed(self._row <= self._lane, _cut(x, narrow, 1 if narrow == x.dtype else 3))
+        return self._summed(self._row <= self._lane, _split(x, narrow, 1 if narrow == x.dtype else 3))
 
     def _summed(self, of: jax.Array, parts: list[jax.Array] | None = None) -> jax.Array:
         """Sums over the tokens selected by each row of a matrix of 1, 0 and -1."""
@@ -121,7 +121,7 @@ class ByChannel:
         return crossing(row, lane, n), exp(seen), exp(left)
 
 
-def _cut(x: jax.Array, narrow, count: int) -> list[jax.Array]:
+def _split(x: jax.Array, narrow, count: int) -> list[jax.Array]:
     """x as a sum of ``count`` arrays of the dtype of products, which products sum exactly."""
     parts = []
     for _ in range(count):

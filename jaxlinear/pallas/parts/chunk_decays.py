@@ -125,7 +125,7 @@ class ByHead:
 
 
 def by_heads(coarse: jax.Array, fine: jax.Array) -> list[ByHead]:
-    """For each head, from the two parts of the sums of ``head_sums.cut``, ``[n, c]`` each; factors are ``[c, 1]``."""
+    """For each head, from the sums of ``head_sums.coarse_and_fine``, ``[n, c]`` each; factors are ``[c, 1]``."""
     columns, found = [x.T for x in (coarse, fine)], []
     for n in range(coarse.shape[0]):
         rows, (first, second) = (x[n : n + 1] for x in (coarse, fine)), (x[:, n : n + 1] for x in columns)
@@ -151,7 +151,7 @@ def constant(log_decay: jax.Array, length: int, last: Any) -> ByHead:
     return ByHead((i - j) * log_decay, (i + 1) * log_decay, (i[-1:] - i) * log_decay)
 
 
-def cut(log_decay: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+def coarse_and_fine(log_decay: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
     """Whole multiples of a unit, ``length`` of which, down to the floor of log decays, have an exact sum; and the rest."""
     dtype = log_decay.dtype
     unit = 2.0 ** math.ceil(math.log2(-floor(dtype) * length / 2 ** (jnp.finfo(dtype).nmant + 1)))

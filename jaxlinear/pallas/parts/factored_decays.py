@@ -22,7 +22,7 @@ from jaxlinear.pallas.parts.channel_decays import (
     ByChannel,
     ByLevels,
     Gradients,
-    of_last,
+    last_counts,
     to_base_2,
     with_decays,
 )
@@ -101,7 +101,7 @@ class Factored:
     def gradients(self, rows, columns, d_products, outer, last, wide, count=1) -> Gradients:
         i, j = self._pairs
         left, of_rows, of_columns = scaled(columns, self._until_end), [], []
-        for r, d, n in zip(rows, d_products, of_last(count, rows), strict=True):
+        for r, d, n in zip(rows, d_products, last_counts(count, rows), strict=True):
             d = terms(masked(i > j, d), columns.dtype, n)
             of_rows.append(dot_terms(d, (left,), (1, 0), wide))
             of_columns.append(dot_terms(d, (scaled(r, self._row),), (0, 0), wide))

@@ -8,13 +8,13 @@ from jax import lax
 from jaxlinear.pallas.parts import chunk_decays
 
 
-def cut(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
+def coarse_and_fine(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``[..., c]`` to the sums up to each token, ``[..., c]`` twice: two parts, for ``chunk_decays.by_sums``.
 
     Each log decay is split into a whole multiple of a common unit and a small rest. The multiples are summed exactly, so
     the differences of their sums are exact as well.
     """
-    coarse, fine = chunk_decays.cut(chunk_decays.finite(log_decay), log_decay.shape[-1])
+    coarse, fine = chunk_decays.coarse_and_fine(chunk_decays.finite(log_decay), log_decay.shape[-1])
     return _sums(np.tri(log_decay.shape[-1]), coarse), _sums(np.tri(log_decay.shape[-1]), fine)
 
 

@@ -33,18 +33,18 @@ class Lanes(NamedTuple):
         lane = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) - self.first
         return jnp.where((lane >= 0) & (lane < self.channels), x, jnp.zeros_like(x) if others is None else others)
 
-    def spread(self, x: jax.Array, axis: int) -> jax.Array:
+    def broadcast(self, x: jax.Array, axis: int) -> jax.Array:
         """Puts the head's channels, alone along ``axis`` of x, into a register of zeros."""
         shape = lambda count: (*x.shape[:axis], count, *x.shape[axis + 1 :])  # noqa: E731
         before, after = (jnp.zeros(shape(count), x.dtype) for count in (self.first, self.left))
         return jnp.concatenate([part for part in (before, x, after) if part.shape[axis]], axis)
 
     def taken(self, x: jax.Array, axis: int) -> jax.Array:
-        """The inverse of ``spread``."""
+        """The inverse of ``broadcast``."""
         return lax.slice_in_dim(x, self.first, self.first + self.channels, axis=axis)
 
 
-def of_head(head: int, channels: int, heads: int) -> Lanes:
+def head_lanes(head: int, channels: int, heads: int) -> Lanes:
     """``heads``: of the array. Unless one register holds all, those that may be in two, or leave one partly empty, are
     moved and have registers of their own. All heads have equally many lanes."""
     start, every = head * channels, heads * channels
@@ -54,13 +54,13 @@ def of_head(head: int, channels: int, heads: int) -> Lanes:
     return Lanes(slice(register, min(register + LANES, every)), start - register, channels)
 
 
-def spread(state: jax.Array, values: Lanes, keys: Lanes) -> jax.Array:
+def broadcast(state: jax.Array, values: Lanes, keys: Lanes) -> jax.Array:
     """A head's state ``[V, K]`` for products with whole registers of values and keys."""
-    return keys.spread(values.spread(state, 0), 1)
+    return keys.broadcast(values.broadcast(state, 0), 1)
 
 
 def taken(state: jax.Array, values: Lanes, keys: Lanes) -> jax.Array:
-    """The inverse of ``spread``."""
+    """The inverse of ``broadcast``."""
     return keys.taken(values.taken(state, 0), 1)
 
 

@@ -43,7 +43,7 @@ def forward(shape: Shape, x, bands, vectors, first, marks, a, u) -> None:
         for tile in shape.tiles:
             gates = of_tokens(x, bands, vectors, at, tile)
             a[at, tile.lanes] = gates.a
-            u[at, tile.lanes] = gates.input(_of_tile(is_first, tile))
+            u[at, tile.lanes] = gates.input(_on_tile(is_first, tile))
 
     each(shape.time, rows)
 
@@ -69,7 +69,7 @@ class Gradients(NamedTuple):
         self, gates: Gates, d_a: jax.Array, d_u: jax.Array, is_first: jax.Array, vectors, at, tile: Tile
     ) -> None:
         """Those of some tokens, given those of their a and u."""
-        of_gates = gates.gradients(vectors[2:3, tile.lanes], d_a, d_u, _of_tile(is_first, tile))
+        of_gates = gates.gradients(vectors[2:3, tile.lanes], d_a, d_u, _on_tile(is_first, tile))
         of_r, of_i, of_rate, of_x = of_gates
         for n, y in enumerate((of_r, of_i, of_rate)):
             eights = jnp.sum(y.reshape(-1, SUBLANES, y.shape[1]), axis=0)
@@ -101,7 +101,7 @@ def each(time: int, body: Callable[[Any], None]) -> None:
     lax.fori_loop(0, time // rows, step, jnp.int32(0))
 
 
-def _of_tile(is_first: jax.Array, tile: Tile) -> jax.Array:
+def _on_tile(is_first: jax.Array, tile: Tile) -> jax.Array:
     """``is_first``: of the tokens, on 128 lanes."""
     return is_first[:, : tile.width]
 

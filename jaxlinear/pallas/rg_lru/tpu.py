@@ -116,7 +116,7 @@ def _forward(plan: Plan, shape: Shape, x, bands, vectors, first, state, *rest) -
     starts, rest = (rest[:1], rest[1:]) if plan.packed else ((), rest)
     h, final, marks, a, u, *resets = rest
     block.forward(shape, x, bands, vectors, first, marks, a, u)
-    scan.Block(plan, _of_scan(shape), (a, u, state, *starts, h, final, *resets)).run()
+    scan.Block(plan, _scan_shape(shape), (a, u, state, *starts, h, final, *resets)).run()
 
 
 def _gradient(plan: Plan, shape: Shape, x, d_h, h, bands, vectors, first, beside, state, d_final, *rest) -> None:
@@ -141,7 +141,7 @@ def _gradient(plan: Plan, shape: Shape, x, d_h, h, bands, vectors, first, beside
             d_u[...] = jnp.zeros_like(d_u)
 
     refs = a, d_h, h, beside, state, d_final, *starts, d_u, d_a, d_state, *resets
-    scan.Block(plan, _of_scan(shape), refs).run()
+    scan.Block(plan, _scan_shape(shape), refs).run()
 
     def rows(at):
         is_first = marks[at] > 0
@@ -154,5 +154,5 @@ def _gradient(plan: Plan, shape: Shape, x, d_h, h, bands, vectors, first, beside
     gradients.multiply(shape, x, bands, d_x)
 
 
-def _of_scan(shape: Shape) -> scan.Shape:
+def _scan_shape(shape: Shape) -> scan.Shape:
     return scan.Shape(shape.length, shape.time, shape.group, blocks.SCAN_ROWS)

@@ -70,7 +70,7 @@ class Point:
         return not math.isfinite(self.loss)
 
 
-def of_sweep(workdir: str | os.PathLike, *, partial: bool = False, evaluated: bool = False) -> list[Point]:
+def sweep_points(workdir: str | os.PathLike, *, partial: bool = False, evaluated: bool = False) -> list[Point]:
     """The runs of the sweep in ``workdir``. Of runs with the same architecture, size and tokens, only the one with the
     lowest loss is taken, so that a sweep may try several learning rates; runs that diverged are always included. Losses are
     those that the runs logged or, with ``evaluated``, those of ``launch/evaluate.py --follow``.
@@ -101,7 +101,7 @@ def of_sweep(workdir: str | os.PathLike, *, partial: bool = False, evaluated: bo
 
 
 def unfinished(workdir: str | os.PathLike) -> list[str]:
-    """The names and the states of the runs that ``of_sweep`` leaves out with ``partial``."""
+    """The names and the states of the runs that ``sweep_points`` leaves out with ``partial``."""
     return [f"{run.name} ({run.progress().state})" for run in _unfinished(read(workdir))]
 
 

@@ -29,7 +29,7 @@ def _devices(mesh: Mesh, axis: str) -> int:
     return sharding.parts_on(mesh.shape, axis)
 
 
-class Answers:
+class TaskEvaluator:
     """Measures models of one architecture on a mesh. One program is compiled for each shape of a task's examples.
     ``between`` is called before each batch, and may raise to end the measurement."""
 
@@ -71,7 +71,7 @@ class Answers:
             static_argnums=2,
             in_shardings=(architecture.shardings(mesh), meshes.batch_sharding(mesh)),
             out_shardings=whole,
-            compiler_options=compiler.of_sequences(mesh),
+            compiler_options=compiler.sequence_options(mesh),
         )
 
     def measure(

@@ -20,7 +20,7 @@ from jaxlinear.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Ahead:
+class TracedStep:
     """The step that ``training.loop.train`` runs, traced but not yet compiled."""
 
     config: config_dict.ConfigDict
@@ -35,7 +35,7 @@ class Ahead:
         return self.traced.lower().compile(compiler_options=compiler.WITHOUT_DEVICE.get(platform))
 
 
-def trace(config: config_dict.ConfigDict, devices: Sequence[jax.Device]) -> Ahead:
+def trace(config: config_dict.ConfigDict, devices: Sequence[jax.Device]) -> TracedStep:
     """The training step of a config on these devices. Nothing of the data is read except, if ``model.vocab_size`` is not
     set, how many different tokens there are."""
     config = with_vocabulary_of_data(configs.resolve(config))
@@ -48,4 +48,4 @@ def trace(config: config_dict.ConfigDict, devices: Sequence[jax.Device]) -> Ahea
     batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
     state = states.structs(architecture, optimizer, mesh)
     traced = make_train_step(config, architecture, optimizer, mesh).trace(state, batch)
-    return Ahead(config, architecture, mesh, state, traced)
+    return TracedStep(config, architecture, mesh, state, traced)

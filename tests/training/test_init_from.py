@@ -13,7 +13,7 @@ from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
 from jaxlinear.training import state as states
 from jaxlinear.training import workdir as workdirs
-from jaxlinear.training.initial import Initial
+from jaxlinear.training.init_from import Initial
 from jaxlinear.training.job import Job
 from jaxlinear.training.loop import FINISHED, _restore_or_create, train
 from tests.training import tiny

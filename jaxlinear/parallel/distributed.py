@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from jaxlinear.costs import targets
-from jaxlinear.errors import EveryProcessError, RunError, UserError, of_the_machine
+from jaxlinear.errors import EveryProcessError, RunError, UserError, machine_error
 from jaxlinear.parallel import program
 
 _GOOGLE = "0x1ae0"  # vendor of PCI devices
@@ -113,7 +113,7 @@ def expect(what: str) -> None:
             f"--expect={what!r} must be PLATFORM:DEVICES, such as gpu:16; the platforms are {', '.join(_PLATFORMS)}"
         )
     found = jax.default_backend()
-    seen = _of_every_process(_PLATFORMS.index(found) if found in _PLATFORMS else -1, jax.local_device_count())
+    seen = _gathered(_PLATFORMS.index(found) if found in _PLATFORMS else -1, jax.local_device_count())
     if np.all(seen[:, 0] == _PLATFORMS.index(platform)) and seen[:, 1].sum() == int(count):
         return
     by_what: dict[str, list[int]] = {}
@@ -177,7 +177,7 @@ def check_agreement(what: str, text: str, advice: str = "") -> None:
     """Raises ``UserError`` on every process unless all were given the same text."""
     if jax.process_count() == 1:
         return
-    of_all = _of_every_process(zlib.crc32(text.encode()), len(text))
+    of_all = _gathered(zlib.crc32(text.encode()), len(text))
     others = np.flatnonzero((of_all != of_all[0]).any(axis=1))
     if len(others):
         raise EveryProcessError(
@@ -185,7 +185,7 @@ def check_agreement(what: str, text: str, advice: str = "") -> None:
         )
 
 
-_EXCHANGES = itertools.count()  # of ``_of_every_process``, equally many on every process
+_EXCHANGES = itertools.count()  # of ``_gathered``, equally many on every process
 _FOR_EVER = 7 * 24 * 3600 * 1000  # ms. JAX ends the others if a process is gone
 _KINDS = (None, EveryProcessError, RunError)
 
@@ -204,14 +204,14 @@ def together() -> Iterator[None]:
     except (UserError, RunError) as raised:
         error = raised
     except OSError as raised:
-        error = of_the_machine(raised)
+        error = machine_error(raised)
         if error is None or jax.process_count() == 1:
             raise
     if jax.process_count() == 1:
         if error is not None:
             raise error
         return
-    kinds = _of_every_process(_KINDS.index(None if error is None else _kind(error)))[:, 0]
+    kinds = _gathered(_KINDS.index(None if error is None else _kind(error)))[:, 0]
     failed = np.flatnonzero(kinds)
     if error is not None:
         raise _kind(error)(str(error)) from error
@@ -225,10 +225,10 @@ def check_shared(what: str, directory: Path) -> None:
     """Raises ``UserError`` on every process unless all of them see what the first one writes in ``directory``."""
     if jax.process_count() == 1:
         return
-    written = directory / f".written_by_process_0_{_of_every_process(secrets.randbelow(2**31))[0, 0]}"
+    written = directory / f".written_by_process_0_{_gathered(secrets.randbelow(2**31))[0, 0]}"
     if is_first():
         written.touch()
-    _of_every_process(0)  # it exists by now: a host that looked before that may remember that it did not
+    _gathered(0)  # it exists by now: a host that looked before that may remember that it did not
     unseen = np.flatnonzero(np.array(seen_by_each(lambda: int(written.exists()), _LOOKS_AT_A_FILE)) == 0)
     if is_first():
         written.unlink()
@@ -243,19 +243,19 @@ def seen_by_each(look: Callable[[], int], looks: int = _LOOKS_AT_A_LISTING) -> l
     """The result of ``look()`` on each process, in order: as soon as all agree, or else after ``looks`` attempts, a
     second apart. ``look`` reads a disk, of which a host may know an older state; its result is below 2**31."""
     for _ in range(looks - 1):
-        seen = _of_every_process(look())[:, 0]
+        seen = _gathered(look())[:, 0]
         if (seen == seen[0]).all():
             return seen.tolist()
         time.sleep(1)
-    return _of_every_process(look())[:, 0].tolist()
+    return _gathered(look())[:, 0].tolist()
 
 
 def as_the_first(value: bool) -> bool:
     """The value of the first process, on all of them."""
-    return bool(_of_every_process(int(value))[0, 0])
+    return bool(_gathered(int(value))[0, 0])
 
 
-def _of_every_process(*numbers: int) -> np.ndarray:
+def _gathered(*numbers: int) -> np.ndarray:
     """``[processes, numbers]``. The processes' coordinator has them: an exchange between devices would need equally many
     on each process, which is one of the things that are checked."""
     processes, own = jax.process_count(), ",".join(map(str, numbers))

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-_NAME = re.compile(r"counted_(\d+)(?:_of_(\d+))?")
+_NAME = re.compile(r"annotated_(\d+)(?:_of_(\d+))?")
 
 
 def jit(function: Callable[..., Any], runs: int, each: int | None = None) -> Callable[..., Any]:
@@ -18,14 +18,14 @@ def jit(function: Callable[..., Any], runs: int, each: int | None = None) -> Cal
     more work would be done under the same name.
     """
 
-    def counted(*arguments):
+    def annotated(*arguments):
         return function(*arguments)
 
-    counted.__name__ = f"counted_{runs}" if each is None else f"counted_{runs}_of_{each}"
-    return jax.jit(counted)
+    annotated.__name__ = f"annotated_{runs}" if each is None else f"annotated_{runs}_of_{each}"
+    return jax.jit(annotated)
 
 
-def told(name: str) -> tuple[int | None, int | None]:
+def read(name: str) -> tuple[int | None, int | None]:
     """The ``runs`` and ``each`` that were given to ``jit``, read from the program's name."""
     found = _NAME.fullmatch(name)
     runs, each = found.groups() if found else (None, None)
