@@ -155,11 +155,7 @@ def test_help_behind_two_dashes_is_anothers():
         ("report", "--workdir=x --output=no/x.html", "--output=no/x.html: its directory does not exist"),
         ("evaluate", "--workdir=", "--workdir is empty; give it a path"),
         ("evaluate", "--workdir=x --poll=3", "--poll is for --follow, which waits for checkpoints; leave it out"),
-        (
-            "report",
-            "--workdir=x --max_tokens=5",
-            "--max_tokens is for the samples of --prompt; give a --prompt, or leave it out",
-        ),
+        ("report", "--workdir=x --max_tokens=5", "--max_tokens is for the samples of --prompt; give a --prompt"),
         (
             "generate",
             "--workdir=x --prompt=a --temperature=0 --top_k=3 --seed=1",
@@ -167,11 +163,7 @@ def test_help_behind_two_dashes_is_anothers():
         ),
         ("recall", "--workdir=x --patterns=", "--patterns is empty; name layers, such as --patterns=gla,griffin"),
         ("recall", "--workdir=x --examples=0", "flag --examples=0: 0 is not a positive integer"),
-        (
-            "scaling",
-            "--workdir=x --output=README.md",
-            "--output=README.md is a file, but the report has several files: name a",
-        ),
+        ("scaling", "--workdir=x --output=README.md", "--output=README.md is a file, but the report has several files"),
     ],
 )
 def test_where_nothing_can_be_written_nothing_is_begun(start, program, arguments, message):
@@ -235,72 +227,31 @@ def get_config():
     "line, arguments, message",
     [
         ("pass", ["--config.model.wdth=3"], "there is no config key 'model.wdth'; did you mean 'model.width'?"),
-        (
-            "pass",
-            ["--noconfig.loging.layer_norms"],
-            "there is no config key 'loging.layer_norms'; did you mean 'logging.",
-        ),
+        ("pass", ["--noconfig.loging.layer_norms"], "there is no config key 'loging.layer_norms'; did you mean"),
         ("pass", ["--config.training.steps=2.5"], "flag --config.training.steps=2.5: invalid literal for int()"),
         ("pass", ["--config.model.pattern=gla"], "without model.preset these keys need a value: model.num_heads"),
         ("pass", ["--config=FILE_"], "there is no config file 'FILE_'; did you mean 'FILE'?"),
         ("config.model.wdth = 3", [], 'FILE, line 6: there is no config key "wdth"; did you mean "width"?'),
         ("config.model.update({'wdth': 3})", [], 'FILE, line 6: there is no config key "wdth"; did you mean "width"?'),
         (WITHOUT_A_NEAR_ONE, [], 'FILE, line 6: there is no config key "zzz"'),
-        (
-            "config.model.width = 'wide'",
-            [],
-            "FILE, line 6: Could not override field 'width' (reference). wide is of original type <class 'str'> and cannot",
-        ),
-        (
-            "config.model.pattern = 'gla, s5'",
-            [],
-            "FILE, line 6: pattern is the string 'gla, s5'; it must be a tuple: ('gla', 's5')",
-        ),
+        ("config.model.width = 'wide'", [], "FILE, line 6: Could not override field 'width' (reference). wide is of"),
+        ("config.model.pattern = 'gla, s5'", [], "FILE, line 6: pattern is the string 'gla, s5'; it must be a tuple"),
         ("{}['key']", [], "FILE, line 6: KeyError: 'key'"),
         ("config.training.steps = 1 // 0", [], "FILE, line 6: ZeroDivisionError: integer division or modulo by zero"),
-        (
-            "config.training.steps = int('a')",
-            [],
-            "FILE, line 6: ValueError: invalid literal for int() with base 10: 'a'",
-        ),
+        ("config.training.steps = int('a')", [], "FILE, line 6: ValueError: invalid literal for int() with base 10"),
         ("import not_there", [], "FILE, line 6: ModuleNotFoundError: No module named 'not_there'"),
-        (
-            "open('not_there')",
-            [],
-            "FILE, line 6: FileNotFoundError: [Errno 2] No such file or directory: 'not_there'",
-        ),
+        ("open('not_there')", [], "FILE, line 6: FileNotFoundError: [Errno 2] No such file or directory: 'not_there'"),
         (
             "import pathlib; pathlib.Path('not_there').read_text()",
             ["--config.training.steps=3"],
             "FILE, line 6: FileNotFoundError: [Errno 2] No such file or directory: 'not_there'",
         ),
-        (
-            "pass",
-            ["--config=FILE:argument"],
-            "train.py: FILE: get_config() takes 0 positional arguments but 1 was given; its argument is what "
-            "follows the colon in",
-        ),
+        ("pass", ["--config=FILE:argument"], "train.py: FILE: get_config() takes 0 positional arguments but 1 was"),
         ("config.model.width = (", [], "FILE, line 6: '(' was never closed"),
-        (
-            "config.model = dict(width=64)",
-            [],
-            "the config has no model.preset; get_config() must take jaxlinear.config.def",
-        ),
-        (
-            "config.model = dict(width=64)",
-            ["--config.training.steps=3"],
-            "the config has no model.preset; get_config()",
-        ),
-        (
-            "return dict(model=1)",
-            [],
-            "the config has no model.preset; get_config() must take jaxlinear.config.default()",
-        ),
-        (
-            "return dict(model=1)",
-            ["--config.training.steps=3"],
-            "FILE: get_config() must return jaxlinear.config.def",
-        ),
+        ("config.model = dict(width=64)", [], "the config has no model.preset; get_config() must take"),
+        ("config.model = dict(width=64)", ["--config.training.steps=3"], "the config has no model.preset"),
+        ("return dict(model=1)", [], "the config has no model.preset; get_config() must take"),
+        ("return dict(model=1)", ["--config.training.steps=3"], "FILE: get_config() must return jaxlinear.config.def"),
         (
             "config.model.preset = 'griffin_100m'",
             ["--config.optimizer.muon_learning_rate=0.1"],

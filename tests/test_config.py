@@ -58,9 +58,7 @@ def test_an_unknown_key_is_refused_with_the_nearest():
 def test_a_config_that_lacks_keys_is_refused(section, value, key):
     config = changed({})
     config[section] = value
-    with pytest.raises(
-        UserError, match=rf"^the config has no {section}.{key}; get_config\(\) must take jaxlinear.config.def"
-    ):
+    with pytest.raises(UserError, match=rf"^the config has no {section}.{key}; get_config\(\) must take"):
         configs.resolve(config)
 
 
@@ -119,14 +117,8 @@ def test_rates_and_weights_are_not_negative(key):
         ({"model.remat": "some"}, "model.remat is 'some'; it must be one of none, elementwise, products, full"),
         ({"parallel.exchange": "ring"}, "parallel.exchange is 'ring'; it must be one of auto, all_gather, doubling"),
         ({"parallel.attention": "none"}, "parallel.attention is 'none'; it must be one of auto, all_gather, ring"),
-        (
-            {"optimizer.epsilon": 0.0},
-            "optimizer.epsilon is 0.0; it must be at least 1.2e-38, the smallest normal float32",
-        ),
-        (
-            {"optimizer.epsilon": 1e-40},
-            "optimizer.epsilon is 1e-40; it must be at least 1.2e-38, the smallest normal float32",
-        ),
+        ({"optimizer.epsilon": 0.0}, "optimizer.epsilon is 0.0; it must be at least 1.2e-38, the smallest normal"),
+        ({"optimizer.epsilon": 1e-40}, "optimizer.epsilon is 1e-40; it must be at least 1.2e-38, the smallest normal"),
         ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; it must be one of adamw, adafactor, muon"),
         ({"schedule.name": "step"}, "schedule.name is 'step'; it must be one of cosine, linear, wsd, constant"),
         ({"model.preset": "griffin"}, "there is no preset 'griffin'; the presets are hawk_100m"),
@@ -137,10 +129,7 @@ def test_rates_and_weights_are_not_negative(key):
         ({"model.window": 2**31}, r"model.window is 2147483648; it must be below 2\*\*31"),
         ({"model.context": 10**12}, r"model.context is 1000000000000; it must be below 2\*\*31"),
         ({"model.rotary_fraction": 1.5}, "model.rotary_fraction is 1.5; it must be between 0 and 1"),
-        (
-            {"model.num_heads": 8},
-            "model.rotary_fraction=0.5 rotates no pair of the 2 channels of a head of sliding_window",
-        ),
+        ({"model.num_heads": 8}, "model.rotary_fraction=0.5 rotates no pair of the 2 channels of a head of"),
         (
             {"model.pattern": ("retention",), "model.key_width": 3, "model.window": None, "model.bias": None},
             "model.rotary_fraction=0.5 rotates no pair of the 3 channels of a head of retention",
@@ -184,19 +173,13 @@ def test_rates_and_weights_are_not_negative(key):
                 ("schedule.name", "constant", "schedule.final_fraction", 0.5, "cosine, linear, wsd read"),
             )
         ),
-        (
-            {"evaluation.every_steps": 0, "evaluation.tasks": ("mqarx",)},
-            r"^evaluation.tasks=\('mqarx',\) does nothing without evaluation.every_steps; set that, or leave evalu",
-        ),
+        ({"evaluation.every_steps": 0, "evaluation.tasks": ("mqarx",)}, r"^evaluation.tasks=\('mqarx',\) does nothing"),
         (
             {"model.pattern": ("mamba",), "model.window": None, "model.selection_norm_epsilon": 1e-5},
             "^model.selection_norm_epsilon=1e-05 does nothing without model.selection_norm; set that, or leave model.sele",
         ),
         ({"evaluation.tasks": (1,)}, r"^evaluation.tasks is \(1,\); it must be names of tasks$"),
-        (
-            {"model.num_layers": 1},
-            "^model.window=4 does nothing for model.pattern=rg_lru: only sliding_window reads it; ",
-        ),
+        ({"model.num_layers": 1}, "^model.window=4 does nothing for model.pattern=rg_lru: only sliding_window reads"),
         ({"training.microbatches": 3}, "training.microbatches=3 does not divide training.batch_size=8"),
         ({"training.seed": -1}, r"^training.seed is -1; it must be in \[0, 2\*\*63\)$"),
         ({"training.seed": 1 << 63}, r"^training.seed is 9223372036854775808; it must be in \[0, 2\*\*63\)$"),

@@ -344,10 +344,7 @@ def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
         ({"seed": 0.5}, r"the seed is 0.5; it must be a whole number in"),
         ({"top_k": float("inf")}, "top_k is inf; it must be a number of tokens"),
         ({"prompts": [[1.7, 2.2]]}, r"a prompt is \[1.7, 2.2\]; it must be a list of token ids"),
-        (
-            {"prompts": [1, 2]},
-            "a prompt is 1; it must be a list of token ids, and several prompts a list of such lists",
-        ),
+        ({"prompts": [1, 2]}, "a prompt is 1; it must be a list of token ids, and several prompts a list of such"),
         ({"prompts": [[[1, 2], [3, 4]]]}, r"a prompt is \[\[1, 2\], \[3, 4\]\]; it must be a list of token ids"),
         ({"prompts": ["text"]}, "a prompt is 'text'; it must be a list of token ids"),
         ({"temperature": -0.1}, "the temperature is -0.1"),
@@ -360,10 +357,7 @@ def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": [[1], []]}, "a prompt is empty"),
         ({"prompts": [[1, VOCAB]]}, "a prompt has tokens from 1 to 61; the model's tokens are 0 to 60"),
-        (
-            {"prompts": [[1, VOCAB]], "vocab_size": VOCAB + 9},
-            "a prompt has tokens from 1 to 61; the model's .* 0 to 60",
-        ),
+        ({"prompts": [[1, VOCAB]], "vocab_size": VOCAB + 9}, "a prompt has tokens from 1 to 61; the model's .* 0"),
         ({"prompts": [[-1]]}, "a prompt has tokens from -1"),
     ],
 )
@@ -447,10 +441,7 @@ def test_program(tiny_run):
         (["--workdir={run}", "--prompt=a", "--step=7"], "has no checkpoint of step 7; it has 1, 2"),
         (["--workdir={run}/none", "--prompt=a"], "is not the work directory of a run"),
         (["--workdir={run}", "--prompt=a", "--top_p=0"], "top_p is 0.0; it must be in (0, 1]"),
-        (
-            ["--workdir={run}", "--prompt=a\udcff"],
-            "a prompt is not UTF-8 text: surrogates not allowed at character 1",
-        ),
+        (["--workdir={run}", "--prompt=a\udcff"], "a prompt is not UTF-8 text: surrogates not allowed at character 1"),
     ],
 )
 def test_program_refuses(start, tiny_run, arguments, message):

@@ -76,9 +76,7 @@ def test_an_embedding_that_is_there_twice(copied, tmp_path):
     rewrite(source, lambda x: x | {"lm_head.weight": x["backbone.embeddings.weight"]})
     import_weights(source, tmp_path / "run")
     rewrite(source, lambda x: x | {"lm_head.weight": x["backbone.embeddings.weight"] + 1})
-    with pytest.raises(
-        UserError, match=r"lm_head.weight differs from backbone.embeddings.weight, although tie_word_embeddings"
-    ):
+    with pytest.raises(UserError, match=r"lm_head.weight differs from backbone.embeddings.weight, although"):
         import_weights(source, tmp_path / "other")
     # An older name, and an entry that is not a weight.
     rewrite(source, lambda x: {name: y for name, y in x.items() if name != "lm_head.weight"})
@@ -90,9 +88,7 @@ def test_an_embedding_that_is_there_twice(copied, tmp_path):
 
 def test_what_is_no_model(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        UserError, match=r"empty is neither a Hugging Face directory .* nor a recurrentgemma checkpoint"
-    ):
+    with pytest.raises(UserError, match=r"empty is neither a Hugging Face directory .* nor a recurrentgemma"):
         import_weights(tmp_path / "empty", tmp_path / "run")
     with pytest.raises(UserError, match=r"nowhere is not a directory"):
         import_weights(tmp_path / "nowhere", tmp_path / "run")
@@ -149,18 +145,14 @@ def test_a_full_disk(made, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-        with pytest.raises(
-            UserError, match=r"no space left on the disk for .*run: it needs up to [\d.]+ MB and 0.1 MB are"
-        ):
+        with pytest.raises(UserError, match=r"no space left on the disk for .*run: it needs up to [\d.]+ MB and 0.1"):
             import_weights(exported, tmp_path / "run")
 
     def fail(*_):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
     monkeypatch.setattr(hugging_face, "write", fail)
-    with pytest.raises(
-        UserError, match=r"no space left on the disk for .*target: it was used up by other data during the wr"
-    ):
+    with pytest.raises(UserError, match=r"no space left on the disk for .*target: it was used up by other data during"):
         export_weights(source, tmp_path / "target")
     assert_nothing_in(tmp_path)
 

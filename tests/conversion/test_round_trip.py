@@ -72,9 +72,7 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     content["model"]["vocab"]["<s>"] = 257
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 257, "content": "<s>"})
     (source / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(
-        UserError, match="has 258 tokens and the model only 31; move the tokenizer away to import the weights wi"
-    ):
+    with pytest.raises(UserError, match="has 258 tokens and the model only 31; move the tokenizer away to import"):
         import_weights(source, tmp_path / "run")
     random = np.random.default_rng(0)
     grow = ("model.embed_tokens.weight", "lm_head.weight")
@@ -98,16 +96,12 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     export_weights(tmp_path / "again", tmp_path / "twice")
     assert json.loads((tmp_path / "twice" / "config.json").read_text())["eos_token_id"] == [3, 5]
     (tmp_path / "exported" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(
-        UserError, match="exported: eos_token_id is '</s>'; it must be a token id or a list of token ids"
-    ):
+    with pytest.raises(UserError, match="exported: eos_token_id is '</s>'; it must be a token id or a list of token"):
         import_weights(tmp_path / "exported", tmp_path / "other")
 
     for tokens in ([{"content": "<s>"}], [{"id": 257}], ["<s>"], 5):
         (source / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": tokens}))
-        with pytest.raises(
-            UserError, match=r"source/tokenizer.json is damaged: .* no id or no content; move the file away"
-        ):
+        with pytest.raises(UserError, match=r"source/tokenizer.json is damaged: .* no id or no content; move the file"):
             import_weights(source, tmp_path / "other")
     (source / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"source/tokenizer.json: .*; move the file away to import the weights without"):

@@ -240,11 +240,8 @@ ENTRY %main (a: f32[16,4]) -> f32[] {
 
 def test_a_sum_of_which_a_device_keeps_its_part():
     """libtpu writes it as a combined all-reduce and slice: a device receives half of an all-reduce's bytes."""
-    found = programs.collectives(SCATTERED, {"fsdp": 4})
-    assert [(one.kind, one.bytes, one.received) for one in found] == [
-        ("reduce-scatter", 256, 192.0),
-        ("all-reduce", 256, 384.0),
-    ]
+    found = [(one.kind, one.bytes, one.received) for one in programs.collectives(SCATTERED, {"fsdp": 4})]
+    assert found == [("reduce-scatter", 256, 192.0), ("all-reduce", 256, 384.0)]
 
 
 BESIDE = """HloModule jit_step, is_scheduled=true

@@ -18,6 +18,8 @@ from jaxlinear.training import heldout
 from jaxlinear.training.workdir import CONFIG, STARTS, read_config
 
 OPTIONS = Options(lengths=(1,), batches=1, batch_tokens=256, examples=8)
+TEXT = {"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "heldout_fraction": 0.2, "workers": 1}
+LATER = "2100-01-01T00:00:00+00:00"
 TASKS = ["perplexity", "parity:length=8+16"]
 
 
@@ -61,15 +63,49 @@ def test_what_is_written(followed, copied):
     assert len(list(folder.glob("events.out.tfevents.*"))) >= 1
     page = (folder / following.PAGE).read_text()
     assert page.count("<svg") == 3 and "2 checkpoints, steps 1 to 2." in page
-    for part in (
-        "perplexity: loss",
-        "perplexity: bits per byte",
-        "parity:length=8+16: accuracy",
-        "length 16",
-        "step 2 of 2",
-    ):
-        assert part in page
+    names = ("perplexity: loss", "perplexity: bits per byte", "parity:length=8+16: accuracy", "length 16")
+    assert all(part in page for part in (*names, "step 2 of 2"))
     assert "src=" not in page and "http:" not in page and "https:" not in page
+
+
+@pytest.fixture
+def workdir(copied, followed, tmp_path):
+    """A copy of the run with its reports."""
+    return shutil.copytree(copied, tmp_path / "run")
+
+
+def follow(workdir, **options):
+    return list(following.follow(workdir, TASKS, OPTIONS, **options))
+
+
+def start_again(workdir, step, time=LATER):
+    with (workdir / STARTS).open("a") as file:
+        file.write(json.dumps({"step": step, "time": time}) + "\n")
+
+
+@pytest.fixture
+def config(copied, monkeypatch):
+    """The config that the follower reads; tests change it."""
+    changed = read_config(copied).copy_and_resolve_references()
+    monkeypatch.setattr(following, "read_config", lambda _: changed)
+    return changed
+
+
+@pytest.fixture
+def look(monkeypatch, caplog):
+    """``look(steps, ...)`` lets the follower find these steps when it looks, and in between wait no time."""
+
+    def look(*looks):
+        looks = iter(looks)
+        monkeypatch.setattr(following, "_steps", lambda _: next(looks))
+        monkeypatch.setattr(following.time, "sleep", lambda _: None)
+
+    with caplog.at_level("WARNING", logger="jaxlinear"):
+        yield look
+
+
+def removed(step):
+    return f"step {step} was removed before it could be evaluated"
 
 
 def test_what_was_evaluated_is_not_evaluated_again(followed, copied, monkeypatch):
@@ -77,7 +113,7 @@ def test_what_was_evaluated_is_not_evaluated_again(followed, copied, monkeypatch
         raise AssertionError("a checkpoint was opened")
 
     monkeypatch.setattr(following, "open_run", refuse)
-    assert list(following.follow(copied, TASKS, OPTIONS)) == followed
+    assert follow(copied) == followed
     with pytest.raises(AssertionError, match="a checkpoint was opened"):  # other options make another evaluation
         list(following.follow(copied, TASKS, Options(lengths=(1,), batches=2)))
 
@@ -96,42 +132,36 @@ def test_the_dataset_that_a_task_names_is_part_of_what_is_asked(copied, tiny_dat
     assert "texts" not in following._asked(config, ["passkey:length=128"], OPTIONS)
 
 
-def test_reports_of_checkpoints_that_are_gone_are_read_again(followed, copied, tmp_path):
+def test_reports_of_checkpoints_that_are_gone_are_read_again(followed, workdir):
     """Only those before the newest checkpoint: a run that was set back reaches the later steps again."""
-    workdir = shutil.copytree(copied, tmp_path / "run")
     folder = following.directory(workdir)
     shutil.rmtree(workdir / DIRECTORY / "1")
     (folder / "3.json").write_text(json.dumps(followed[0] | {"step": 3}))
     (folder / following.PAGE).unlink()
-    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed
+    assert follow(workdir) == followed
     assert "2 checkpoints, steps 1 to 2." in (folder / following.PAGE).read_text()
     report = (folder / "1.json").read_text()
     (folder / "1.json").write_text(json.dumps(followed[0] | {"asked": followed[0]["asked"] | {"tasks": ["parity"]}}))
-    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed[1:]
+    assert follow(workdir) == followed[1:]
     (folder / "1.json").write_text(report)
-    again = {"step": 1, "time": "2100-01-01T00:00:00+00:00"}  # a start from the step of the report
-    with (workdir / STARTS).open("a") as file:
-        file.write(json.dumps(again) + "\n")
-    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed
-    with (workdir / STARTS).open("a") as file:
-        file.write(json.dumps(again | {"step": 0}) + "\n")
-    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed[1:]
+    start_again(workdir, 1)  # from the step of the report
+    assert follow(workdir) == followed
+    start_again(workdir, 0)
+    assert follow(workdir) == followed[1:]
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_a_copy_that_is_younger_than_all_starts(followed, copied, tmp_path, counted):
+def test_a_copy_that_is_younger_than_all_starts(followed, workdir, counted):
     """Going by time, a report from a discarded past would be newer than the start that set the run back, so the starts are
     counted. A report from before starts were counted has only its time."""
-    workdir = shutil.copytree(copied, tmp_path / "run")
     shutil.rmtree(workdir / DIRECTORY / "1")
     path = following.directory(workdir) / "1.json"
     if not counted:
         path.write_text(json.dumps({name: value for name, value in followed[0].items() if name != "starts"}))
     again = datetime.datetime(2050, 1, 1, tzinfo=datetime.UTC)
     os.utime(path, (again.timestamp() + (1 if counted else -1),) * 2)
-    with (workdir / STARTS).open("a") as file:
-        file.write(json.dumps({"step": 0, "time": again.isoformat()}) + "\n")
-    assert [report["step"] for report in following.follow(workdir, TASKS, OPTIONS)] == [2]
+    start_again(workdir, 0, again.isoformat())
+    assert [report["step"] for report in follow(workdir)] == [2]
 
 
 def test_a_scaling_law_takes_the_loss_of_the_last_checkpoint(followed, copied, tmp_path):
@@ -144,24 +174,18 @@ def test_a_scaling_law_takes_the_loss_of_the_last_checkpoint(followed, copied, t
     assert found.heldout_data == followed[1]["perplexity"]["dataset"]
 
 
-def test_another_checkpoint_of_a_step_is_evaluated(followed, copied, tmp_path, monkeypatch):
+def test_another_checkpoint_of_a_step_is_evaluated(workdir, monkeypatch):
     """For example, after a run was set back."""
-    workdir = shutil.copytree(copied, tmp_path / "run")
-    fingerprint, opened = following.Checkpoints.fingerprint, []
-    monkeypatch.setattr(
-        following.Checkpoints,
-        "fingerprint",
-        lambda self, step: "another" if step == 2 else fingerprint(self, step),
-    )
-    open_run = following.open_run
+    fingerprint, open_run, opened = following.Checkpoints.fingerprint, following.open_run, []
+    other = lambda self, step: "another" if step == 2 else fingerprint(self, step)  # noqa: E731
+    monkeypatch.setattr(following.Checkpoints, "fingerprint", other)
     monkeypatch.setattr(following, "open_run", lambda *given: opened.append(given[1]) or open_run(*given))
-    assert [report["step"] for report in following.follow(workdir, TASKS, OPTIONS)] == [1, 2]
+    assert [report["step"] for report in follow(workdir)] == [1, 2]
     assert opened == [2]
 
 
-def test_a_follower_that_is_killed_leaves_no_report_without_its_curves(followed, copied, tmp_path, monkeypatch):
+def test_a_follower_that_is_killed_leaves_no_report_without_its_curves(followed, workdir, monkeypatch):
     """Whatever it has written by then: what has a report is not evaluated again."""
-    workdir = shutil.copytree(copied, tmp_path / "run")
     (following.directory(workdir) / "2.json").unlink()
     made = {name: value for name, value in followed[1].items() if name not in ("asked", "starts")}
     monkeypatch.setattr(following.evaluation, "evaluate_run", lambda *_: made)
@@ -172,70 +196,52 @@ def test_a_follower_that_is_killed_leaves_no_report_without_its_curves(followed,
     def kill(*_):
         raise Killed
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(following, "_to_tensorboard", kill)
-        with pytest.raises(Killed):
-            list(following.follow(workdir, TASKS, OPTIONS))
+        follow(workdir)
     kept = []
     monkeypatch.setattr(following, "_to_tensorboard", lambda folder, step, report: kept.append((step, report)))
-    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed
+    assert follow(workdir) == followed
     assert kept == [(2, followed[1])]
 
 
-def test_a_run_that_is_set_back_while_it_is_followed(followed, copied, tmp_path, monkeypatch):
+def test_a_run_that_is_set_back_while_it_is_followed(followed, workdir, config, monkeypatch):
     """Its report of a later step is dropped, and the page shows what the run has then."""
-    workdir = shutil.copytree(copied, tmp_path / "run")
-    config = evaluation.open_run(workdir, 1).config.copy_and_resolve_references()
     config.training.steps = 3
-    monkeypatch.setattr(following, "read_config", lambda _: config)
-    shutil.copytree(workdir / DIRECTORY / "2", tmp_path / "2")
 
     def sleep(_):
         if config.training.steps == 3:
             shutil.rmtree(workdir / DIRECTORY / "2")
-            with (workdir / STARTS).open("a") as file:
-                file.write(json.dumps({"step": 1, "time": "2100-01-01T00:00:00+00:00"}) + "\n")
+            start_again(workdir, 1)
             config.training.steps = 1
 
     monkeypatch.setattr(following.time, "sleep", sleep)
-    reports = list(following.follow(workdir, TASKS, OPTIONS))
-    assert reports == followed  # each given once
+    assert follow(workdir) == followed  # each given once
     assert following.newest_report(workdir)["step"] == 1
 
 
-def test_reports_are_given_once_though_checkpoints_are_removed(followed, copied, tmp_path, monkeypatch, caplog):
+def test_reports_are_given_once_though_checkpoints_are_removed(followed, workdir, config, look, monkeypatch, caplog):
     """Steps 1 and 2 are gone when step 3 disappears before its turn, and 4 appears."""
-    workdir = shutil.copytree(copied, tmp_path / "run")
-    looks, clock = iter([[1, 2], [1, 2, 3], [4], [4]]), itertools.count(step=10.0)
-    monkeypatch.setattr(following, "_steps", lambda _: next(looks, []))
-    monkeypatch.setattr(following.time, "sleep", lambda _: None)
+    look([1, 2], [1, 2, 3], [4], [4], *itertools.repeat([], 9))
+    clock = itertools.count(step=10.0)
     monkeypatch.setattr(following.time, "monotonic", lambda: next(clock))
-    config = evaluation.open_run(workdir, 1).config.copy_and_resolve_references()
     config.training.steps = 5
-    monkeypatch.setattr(following, "read_config", lambda _: config)
-    with caplog.at_level("WARNING", logger="jaxlinear"):
-        assert list(following.follow(workdir, TASKS, OPTIONS, patience=15.0)) == followed
-    assert "step 3 was removed before it could be evaluated" in caplog.text
+    assert follow(workdir, patience=15.0) == followed
+    assert removed(3) in caplog.text
 
 
-def test_other_text_is_another_evaluation(followed, copied, tmp_path, monkeypatch):
+def test_other_text_is_another_evaluation(workdir, monkeypatch):
     """Held-out data may change when a run resumes."""
-    workdir = shutil.copytree(copied, tmp_path / "run")
     monkeypatch.setattr(following.heldout, "identity", lambda _: "another")
-    reports = list(following.follow(workdir, TASKS, OPTIONS))
-    assert [report["asked"]["heldout_text"] for report in reports] == ["another"] * 2
+    assert [report["asked"]["heldout_text"] for report in follow(workdir)] == ["another"] * 2
     assert "heldout_text" not in next(following.follow(workdir, TASKS[1:], OPTIONS))["asked"]
 
 
-def test_a_run_that_resumes_with_other_text_and_more_steps(followed, copied, tmp_path):
+def test_a_run_that_resumes_with_other_text_and_more_steps(followed, workdir, tmp_path):
     """It does so between two checkpoints of one look: each report is of the text, and names it, of its own time."""
-    workdir, text = shutil.copytree(copied, tmp_path / "run"), tmp_path / "text.txt"
     shutil.rmtree(following.directory(workdir))
-    text.write_text("\n".join(f"another document, number {i}" for i in range(200)))
-    data.prepare(
-        *(str(text), str(tmp_path / "data")),
-        **{"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "heldout_fraction": 0.2, "workers": 1},
-    )
+    (tmp_path / "text.txt").write_text("\n".join(f"another document, number {i}" for i in range(200)))
+    data.prepare(str(tmp_path / "text.txt"), str(tmp_path / "data"), **TEXT)
     reports = following.follow(workdir, TASKS[:1], OPTIONS, poll=0.1)
     first = next(reports)
     config = read_config(workdir)
@@ -257,51 +263,39 @@ def _loss(report):
     return report["perplexity"]["lengths"][0]["loss"]
 
 
-def test_it_waits_and_gives_up(copied, followed, monkeypatch, caplog):
+def test_it_waits_and_gives_up(copied, followed, config, monkeypatch, caplog):
     """The last step of this run never comes."""
-    config = evaluation.open_run(copied, 1).config.copy_and_resolve_references()
-    config.training.steps = 5
-    monkeypatch.setattr(following, "read_config", lambda workdir: config)
-    slept = []
-    monkeypatch.setattr(following.time, "sleep", lambda seconds: slept.append(seconds))
+    config.training.steps, slept = 5, []
+    monkeypatch.setattr(following.time, "sleep", slept.append)
     monkeypatch.setattr(following.time, "monotonic", lambda: 10.0 * len(slept))
     with caplog.at_level("WARNING", logger="jaxlinear"):
-        assert list(following.follow(copied, TASKS, OPTIONS, poll=3.0, patience=25.0)) == followed
+        assert follow(copied, poll=3.0, patience=25.0) == followed
     assert slept == [3.0] * 3 and "no new checkpoint for 25 s" in caplog.text
 
 
-def test_a_checkpoint_that_is_removed_is_left_out(copied, followed, monkeypatch, caplog):
+def test_a_checkpoint_that_is_removed_is_left_out(copied, followed, look, caplog):
     """It is removed between two looks at the directory. One that cannot be read and is still there is an error."""
-    looks = iter([[1, 2, 3], [1, 2, 3], [1, 2], [1, 2]])
-    monkeypatch.setattr(following, "_steps", lambda workdir: next(looks))
-    with caplog.at_level("WARNING", logger="jaxlinear"):
-        assert list(following.follow(copied, TASKS, OPTIONS)) == followed
-    assert "step 3 was removed before it could be evaluated" in caplog.text
-    monkeypatch.setattr(following, "_steps", lambda workdir: [1, 2, 3])
+    look([1, 2, 3], [1, 2, 3], [1, 2], [1, 2])
+    assert follow(copied) == followed
+    assert removed(3) in caplog.text
+    look(*itertools.repeat([1, 2, 3], 99))
     with pytest.raises(UserError, match=r"has no checkpoint of step 3; it has 1, 2"):
-        list(following.follow(copied, TASKS, OPTIONS))
+        follow(copied)
 
 
-def test_checkpoints_that_come_and_go_between_two_looks_are_named(copied, followed, monkeypatch, caplog):
+def test_checkpoints_that_come_and_go_between_two_looks_are_named(copied, followed, config, look, caplog):
     """Those that were due by the run's config, and neither evaluated nor removed in their turn."""
-    config = evaluation.open_run(copied, 1).config.copy_and_resolve_references()
     config.training.steps, config.checkpoint.every_steps = 17, 3
-    monkeypatch.setattr(following, "read_config", lambda workdir: config)
-    monkeypatch.setattr(following.time, "sleep", lambda seconds: None)
     # Of the past, at each look, and after each failed reading: a run of 17 steps that keeps two checkpoints.
-    looks = iter([[1, 2], [1, 2], [1, 2, 15, 17], [1, 2, 17], [1, 2, 17], [1, 2], [1, 2]])
-    monkeypatch.setattr(following, "_steps", lambda workdir: next(looks))
-    with caplog.at_level("WARNING", logger="jaxlinear"):
-        assert list(following.follow(copied, TASKS, OPTIONS)) == followed
+    look([1, 2], [1, 2], [1, 2, 15, 17], [1, 2, 17], [1, 2, 17], [1, 2], [1, 2])
+    assert follow(copied) == followed
     assert "4 checkpoints, of steps 3 to 12, were removed before they could be evaluated" in caplog.text
-    assert [f"step {n} was removed before it could be evaluated" in caplog.text for n in (15, 17)] == [True, True]
+    assert removed(15) in caplog.text and removed(17) in caplog.text
 
 
-def test_a_checkpoint_whose_removal_is_under_way(copied, followed, tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_whose_removal_is_under_way(copied, followed, workdir, monkeypatch, caplog):
     """It is removed file by file, so it still exists but cannot be read. What an earlier call found for it is not lost."""
-    workdir = shutil.copytree(copied, tmp_path / "run")
-    first = workdir / DIRECTORY / "1"
-    slept = []
+    first, slept = workdir / DIRECTORY / "1", []
 
     def sleep(seconds):
         slept.append(seconds)
@@ -310,25 +304,24 @@ def test_a_checkpoint_whose_removal_is_under_way(copied, followed, tmp_path, mon
 
     monkeypatch.setattr(following.time, "sleep", sleep)
     (first / "meta" / "metadata").unlink()
-    assert list(following.follow(workdir, TASKS, OPTIONS)) == followed and slept == [1] * 3
+    assert follow(workdir) == followed and slept == [1] * 3
     assert not caplog.records
 
     shutil.copytree(copied / DIRECTORY / "1", first)
     (first / "meta" / "metadata").unlink()
     (following.directory(workdir) / "1.json").unlink()
     with caplog.at_level("WARNING", logger="jaxlinear"):
-        assert list(following.follow(workdir, TASKS, OPTIONS)) == followed[1:]
-    assert "step 1 was removed before it could be evaluated" in caplog.text
+        assert follow(workdir) == followed[1:]
+    assert removed(1) in caplog.text
 
     shutil.copytree(copied / DIRECTORY / "1", first)
     (first / "meta" / "metadata").unlink()
     monkeypatch.setattr(following.time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match=r"the checkpoint .*/1 cannot be read"):  # it stays, so it is damaged
-        list(following.follow(workdir, TASKS, OPTIONS))
+        follow(workdir)
 
 
 def test_refusals(tmp_path, copied):
-    with pytest.raises(UserError, match="is not the work directory of a run"):
-        list(following.follow(tmp_path, TASKS, OPTIONS))
-    with pytest.raises(UserError, match="there is no task 'speed'"):
-        list(following.follow(copied, ["speed"], OPTIONS))
+    for directory, tasks, message in ((tmp_path, TASKS, "is not the work dir"), (copied, ["speed"], "no task 'speed'")):
+        with pytest.raises(UserError, match=message):
+            list(following.follow(directory, tasks, OPTIONS))

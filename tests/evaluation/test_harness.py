@@ -60,16 +60,26 @@ def requests(kind, *arguments):
     return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
 
 
+def encoded(run, context, continuation):
+    """What is scored: the context after the token that begins a document, and the continuation."""
+    tokenizer = load_tokenizer(run.workdir)
+    return (
+        (tokenizer.document_token, *tokenizer.encode(context).tolist()),
+        tuple(tokenizer.encode(continuation).tolist()),
+    )
+
+
 def test_loglikelihood(model, run):
-    """Contexts may be empty, shared, or end in a space, which moves to the continuation."""
-    asked = [("for x", " in"), ("for x", " range("), ("", "def"), ("for x ", "in")]
+    """Contexts may be empty, shared, or end in a space, which moves to the continuation. Rolling is that of the whole text
+    after an empty context."""
+    asked = [("for x", " in"), ("for x", " range("), ("", "def"), ("for x ", "in"), ("", "for x in range(3): print(x)")]
     found = model.loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True)
-    tokenizer, document = load_tokenizer(run.workdir), load_tokenizer(run.workdir).document_token
-    texts = [("for x", " in"), ("for x", " range("), ("", "def"), ("for x", " in")]
-    pairs = [((document, *tokenizer.encode(a).tolist()), tuple(tokenizer.encode(b).tolist())) for a, b in texts]
+    pairs = [encoded(run, *pair) for pair in [*asked[:3], ("for x", " in"), asked[4]]]
     alone = [Scorer(run, 64).score([pair])[0] for pair in pairs]
     np.testing.assert_allclose([score for score, _ in found], [score for score, _ in alone], rtol=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in alone] and found[0][0] != found[1][0]
+    (rolling,) = model.loglikelihood_rolling(requests("loglikelihood_rolling", asked[4][1:]))
+    np.testing.assert_allclose(rolling, found[4][0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("context", ["for x", ""])
@@ -78,37 +88,27 @@ def test_a_continuation_without_tokens_is_refused(model, context):
         model.loglikelihood(requests("loglikelihood", ("a", "b"), (context, "")), disable_tqdm=True)
 
 
-def test_rolling_is_the_likelihood_of_the_whole_text(model):
-    text = "for x in range(3): print(x)"
-    (rolling,) = model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
-    ((whole, _),) = model.loglikelihood(requests("loglikelihood", ("", text)), disable_tqdm=True)
-    np.testing.assert_allclose(rolling, whole, rtol=1e-5)
-
-
 def test_generation_ends_where_it_is_told(model, run):
     """The text is that of ``generation.generate``, up to the first of the stops or the given number of tokens."""
-    tokenizer = load_tokenizer(run.workdir)
-    prompts = ["for x in", "print("]
+    tokenizer, prompts = load_tokenizer(run.workdir), ["for x in", "print("]
     rows = generation.generate(
         run.architecture.bind(run.parameters),
-        [[tokenizer.document_token, *tokenizer.encode(prompt).tolist()] for prompt in prompts],
+        [encoded(run, prompt, "")[0] for prompt in prompts],
         max_tokens=24,
         temperature=0,
         stop_token=tokenizer.document_token,
         vocab_size=tokenizer.vocab_size,
     )
     texts = [tokenizer.decode(np.array(row)) for row in rows]
-    found = model.generate_until(
-        requests("generate_until", *[(prompt, {"until": ["\0"], "max_gen_toks": 24}) for prompt in prompts])
-    )
-    assert found == texts and all(len(text) > 1 for text in texts)
+
+    def generated(*prompts, **options):
+        return model.generate_until(requests("generate_until", *[(prompt, options) for prompt in prompts]))
+
+    assert generated(*prompts, until=["\0"], max_gen_toks=24) == texts and all(len(text) > 1 for text in texts)
     stop = texts[0][3]
-    found = model.generate_until(requests("generate_until", (prompts[0], {"until": stop, "max_gen_toks": 24})))
-    assert found == [texts[0][: texts[0].index(stop)]]
-    with pytest.raises(
-        UserError, match="generation with num_beams is not supported; the options are do_sample, max_gen_toks"
-    ):
-        model.generate_until(requests("generate_until", (prompts[0], {"num_beams": 4})))
+    assert generated(prompts[0], until=stop, max_gen_toks=24) == [texts[0][: texts[0].index(stop)]]
+    with pytest.raises(UserError, match=r"generation with num_beams is not supported; .*do_sample, max_gen_toks"):
+        generated(prompts[0], num_beams=4)
 
 
 def test_repeats_are_drawn_apart_and_do_not_depend_on_the_batches(run):
@@ -160,32 +160,36 @@ def test_what_is_drawn(arguments, expected):
     assert theirs["do_sample"] is (sampling.temperature > 0) or arguments.get("temperature") == 0.0
 
 
-def test_what_cannot_be_drawn():
-    with pytest.raises(UserError, match="generation with top_k: 'many' is not a number"):
-        harness._sampling({"temperature": 1.0, "top_k": "many"})
-    with pytest.raises(UserError, match=r"top_p is 0.0; it must be in \(0, 1\]"):
-        harness._sampling({"temperature": 1.0, "top_p": 0.0})
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"top_k": "many"}, "generation with top_k: 'many' is not a number"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be"),
+    ],
+)
+def test_what_cannot_be_drawn(arguments, message):
+    with pytest.raises(UserError, match=message):
+        harness._sampling({"temperature": 1.0} | arguments)
 
 
 def test_cut():
-    assert harness._cut("one\ntwo. three", [".", "\n"]) == ("one", True)
-    assert harness._cut("one two", ["\n", ""]) == ("one two", False)
+    assert harness._truncated("one\ntwo. three", [".", "\n"]) == ("one", True)
+    assert harness._truncated("one two", ["\n", ""]) == ("one two", False)
 
 
 def test_a_task_from_local_files(run, files):
     """The accuracies are those of scoring each choice of each question by itself."""
     task, data, questions = files
-    spec = f"harness:{task}:data={data}:limit=10"
+    spec, scorer = f"harness:{task}:data={data}:limit=10", Scorer(run, 64)
     report = evaluation.evaluate_run(run, [spec], Options(batch_tokens=512))
     json.dumps(report, allow_nan=False)
     values = report[spec]["tasks"]["words"]
-    tokenizer, scorer = load_tokenizer(run.workdir), Scorer(run, 64)
     right, right_norm = [], []
     for question in questions[:10]:
-        context = (tokenizer.document_token, *tokenizer.encode(question["question"]).tolist())
-        scores = [scorer.score([(context, tuple(tokenizer.encode(c).tolist()))])[0][0] for c in question["choices"]]
+        choices = question["choices"]
+        scores = [scorer.score([encoded(run, question["question"], choice)])[0][0] for choice in choices]
         right.append(np.argmax(scores) == question["label"])
-        right_norm.append(np.argmax(np.array(scores) / [len(c) for c in question["choices"]]) == question["label"])
+        right_norm.append(np.argmax(np.array(scores) / [len(c) for c in choices]) == question["label"])
     assert (values["samples"], values["of"]) == (10, 12)
     assert values["acc"] == pytest.approx(np.mean(right)) and values["acc_norm"] == pytest.approx(np.mean(right_norm))
     text = evaluation.table(report)
@@ -202,31 +206,17 @@ def test_standard_errors_of_filtered_answers():
     assert "words: exact_match 0.2500, exact_match,maj 0.5000 ± 0.1250; " in harness.table(report)
 
 
-def test_examples_before_a_question(run, files, monkeypatch):
-    spec, asked = f"harness:{files[0]}:data={files[1]}:limit=2:fewshot=2", []
-    loglikelihood = harness.HarnessModel.loglikelihood
+def test_no_question_is_among_its_own_examples(run, files, monkeypatch):
+    """Of which there are as many before each question as were asked for."""
+    asked = []
 
     def seen(self, requests, **options):
         asked.extend(request.args[0] for request in requests)
-        return loglikelihood(self, requests, **options)
+        return [(0.0, False)] * len(requests)
 
     monkeypatch.setattr(harness.HarnessModel, "loglikelihood", seen)
-    assert evaluation.evaluate_run(run, [spec], Options())[spec]["tasks"]["words"]["samples"] == 2
-    assert [len(context.split("\n\n")) for context in asked] == [3] * 2 * 3
-
-
-def test_no_question_is_among_its_own_examples(run, files):
-    manager, tasks = harness._load(str(files[0]), str(files[1]))
-    asked = []
-
-    class Asked(harness.HarnessModel):
-        def loglikelihood(self, requests, **options):
-            asked.extend(request.args[0] for request in requests)
-            return [(0.0, False)] * len(requests)
-
-    harness.lm_eval.simple_evaluate(
-        Asked(run, 512), tasks=tasks, task_manager=manager, num_fewshot=5, bootstrap_iters=0, log_samples=False
-    )
+    spec = f"harness:{files[0]}:data={files[1]}:fewshot=5"
+    assert evaluation.evaluate_run(run, [spec], Options())[spec]["tasks"]["words"]["samples"] == 12
     assert len(asked) == 3 * 12
     for context in asked:
         *examples, question = context.split("\n\n")
@@ -253,52 +243,40 @@ def test_tasks_that_come_with_the_harness_are_found():
         ("harness:nothing.yaml", "there is no task file nothing.yaml"),
         ("harness:piqa:data=questions.csv", "its name must end in .jsonl, .json, .arrow, .parquet"),
         ("harness:piqa:data=none.jsonl", "data=none.jsonl: the file does not exist"),
+        # The question itself does not count as an example; a number that the task's file gives is checked as well.
+        ("harness:{words}:data={data}:fewshot=12", "words does not have 12 examples per .* possible is fewshot=11"),
+        (
+            "harness:{own}:data={data}",
+            "words does not have 12 examples per question; the largest possible is fewshot=11",
+        ),
+        # The second reason is the cause.
+        (
+            "harness:{words}:data={broken}",
+            "lm_eval cannot load the task '.*': DatasetGenerationError: .*; for .*Invalid",
+        ),
     ],
 )
-def test_refusals(run, spec, message):
+def test_refusals(run, files, spec, message):
+    words, data, _ = files
+    broken, own = data.with_name("broken.jsonl"), words.with_name("own.yaml")
+    broken.write_text("{not JSON\n")
+    own.write_text(TASK + "num_fewshot: 12\n")
     with pytest.raises(UserError, match=message):
-        evaluation.evaluate_run(run, [spec], Options())
-
-
-def test_too_many_examples_are_refused(run, files):
-    """The question itself does not count; a number that the task's file gives is checked as well."""
-    task, data, _ = files
-    with pytest.raises(
-        UserError, match="words does not have 12 examples per question; the largest possible is fewshot=11"
-    ):
-        evaluation.evaluate_run(run, [f"harness:{task}:data={data}:fewshot=12"], Options())
-    own = task.with_name("own.yaml")
-    own.write_text(task.read_text() + "num_fewshot: 12\n")
-    with pytest.raises(
-        UserError, match="words does not have 12 examples per question; the largest possible is fewshot=11"
-    ):
-        evaluation.evaluate_run(run, [f"harness:{own}:data={data}"], Options())
+        evaluation.evaluate_run(run, [spec.format(words=words, data=data, broken=broken, own=own)], Options())
 
 
 def test_tasks_that_are_not_of_text_alone_are_refused():
-    with pytest.raises(
-        UserError, match="'harness:humaneval': humaneval runs code that the model writes, which is not supported"
-    ):
+    with pytest.raises(UserError, match="'harness:humaneval': humaneval runs code that the model writes"):
         harness._check("harness:humaneval", {"humaneval": SimpleNamespace(UNSAFE_CODE=True)}, None)
 
 
-def test_what_lm_eval_cannot_load_is_refused(run, files, monkeypatch):
-    """Data that cannot be downloaded or read is refused with the task's name."""
-
+def test_data_that_cannot_be_downloaded_are_refused(run, files, monkeypatch):
     def offline(**_):
         raise ConnectionError("couldn't reach the hub")
 
-    task, data, _ = files
-    broken = data.with_name("broken.jsonl")
-    broken.write_text("{not JSON\n")
-    reasons = "DatasetGenerationError: .*; for .*Invalid"  # the second is the cause
-    with pytest.raises(UserError, match=f"lm_eval cannot load the task '{task}': {reasons}"):
-        evaluation.evaluate_run(run, [f"harness:{task}:data={broken}"], Options())
     monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", offline)
-    with pytest.raises(
-        UserError, match=f"lm_eval cannot load the task '{task}': ConnectionError: couldn't reach the hub"
-    ):
-        evaluation.evaluate_run(run, [f"harness:{task}"], Options())
+    with pytest.raises(UserError, match=f"cannot load the task '{files[0]}': ConnectionError: couldn't reach the hub"):
+        evaluation.evaluate_run(run, [f"harness:{files[0]}"], Options())
 
 
 def test_nothing_runs_before_all_tasks_are_checked(run, files, monkeypatch):
@@ -308,22 +286,21 @@ def test_nothing_runs_before_all_tasks_are_checked(run, files, monkeypatch):
         raise AssertionError("perplexity was measured")
 
     task, data, _ = files
-    beams = task.with_name("beams.yaml")
-    beams.write_text(
-        TASK.replace("multiple_choice", "generate_until").split("metric_list")[0]
-        + "generation_kwargs: {num_beams: 4}\n"
+    beams, head = (
+        task.with_name("beams.yaml"),
+        TASK.replace("multiple_choice", "generate_until").split("metric_list")[0],
     )
+    beams.write_text(head + "generation_kwargs: {num_beams: 4}\n")
     monkeypatch.setattr(perplexity, "_measure", measured)
-    for last, message in (
-        ("parity:bogus=1", "parity has no option 'bogus'"),
-        ("passkey:length=999999", "length=999999 must be at most half of the"),
-        (f"harness:{task}:data={data}:fewshot=12", "the largest possible is fewshot=11"),
-        (f"harness:{beams}:data={data}", "generation with num_beams is not supported"),
+    for last, error, message in (
+        ("parity:bogus=1", UserError, "parity has no option 'bogus'"),
+        ("passkey:length=999999", UserError, "length=999999 must be at most half of the"),
+        (f"harness:{task}:data={data}:fewshot=12", UserError, "the largest possible is fewshot=11"),
+        (f"harness:{beams}:data={data}", UserError, "generation with num_beams is not supported"),
+        ("parity", AssertionError, "perplexity was measured"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(error, match=message):
             evaluation.evaluate_run(run, ["perplexity", last], Options(lengths=(1,), batches=1))
-    with pytest.raises(AssertionError, match="perplexity was measured"):
-        evaluation.evaluate_run(run, ["perplexity", "parity"], Options(lengths=(1,), batches=1))
 
 
 def test_neither_torch_nor_transformers_is_imported():

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -27,6 +25,20 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def report(tiny_run):
     return evaluation.evaluate(tiny_run, step=1, lengths=[1, 4], batches=10_000)  # all that there are
+
+
+def measured(run, **options):
+    return evaluation.evaluate_run(run, ["perplexity"], evaluation.Options(**options))["perplexity"]["lengths"]
+
+
+def counts(row):
+    return [bucket["tokens"] for bucket in row["by_position"]]
+
+
+def changed(run, section, **values):
+    config = run.config.copy_and_resolve_references()
+    config[section].update(values)
+    return dataclasses.replace(run, config=config)
 
 
 def _direct(run, dataset, length):
@@ -88,10 +100,6 @@ def test_a_model_that_is_not_finite_is_refused(tiny_run):
         measure()
 
 
-def test_bits_per_byte():
-    assert perplexity.bits_per_byte(math.log(2) * 3, 0.25) == pytest.approx(0.75)
-
-
 def test_context_and_buckets():
     ids = np.array([[1, 1, 2, 2, 2, 3, 0, 0], [1] * 8])
     expected = [[0, 1, 0, 1, 2, 0, 0, 1], list(range(8))]
@@ -104,28 +112,22 @@ def test_context_and_buckets():
 def test_default_lengths_are_left_out_where_the_split_is_shorter(tiny_run, tmp_path):
     """For a held-out split of some 100 tokens in blocks of 64, lengths 32 and 64 are used."""
     (tmp_path / "text.txt").write_text("\n".join(f"a document, the {i}th" for i in range(100)))
-    data.prepare(
-        str(tmp_path / "text.txt"),
-        str(tmp_path / "data"),
-        tokenizer="bytes",
-        document_separator="\n",
-        block_length=64,
-        heldout_fraction=0.05,
-        workers=1,
-    )
-    targets = read_manifest(tmp_path / "data").splits["heldout"].tokens - 1
+    options = {"block_length": 64, "heldout_fraction": 0.05, "workers": 1}
+    text, path = tmp_path / "text.txt", str(tmp_path / "data")
+    data.prepare(str(text), path, tokenizer="bytes", document_separator="\n", **options)
+    targets = read_manifest(path).splits["heldout"].tokens - 1
     assert 64 <= targets < 256
-    result = evaluation.evaluate(tiny_run, data=str(tmp_path / "data"), batches=1)["perplexity"]
+    result = evaluation.evaluate(tiny_run, data=path, batches=1)["perplexity"]
     taken, left_out = ([row["length"] for row in result[name]] for name in ("lengths", "left_out"))
     assert taken == [length for length in (32, 64, 128, 256) if length <= targets]
     assert taken + left_out == [32, 64, 128, 256]
     assert f"has only {targets} targets" in result["left_out"][-1]["reason"]
     with pytest.raises(UserError, match=r"length 8 x 32: it is 256 tokens, but the held-out split"):
-        evaluation.evaluate(tiny_run, data=str(tmp_path / "data"), lengths=[1, 8])
+        evaluation.evaluate(tiny_run, data=path, lengths=[1, 8])
 
 
 def test_a_part_of_the_split(tiny_run):
-    result = evaluation.evaluate(tiny_run, lengths=[1], batches=1, batch_tokens=64)["perplexity"]["lengths"][0]
+    (result,) = measured(open_run(tiny_run), lengths=(1,), batches=1, batch_tokens=64)
     assert (result["batch_size"], result["batches"], result["whole_split"]) == (8, 1, False)  # a row a device, at least
     assert result["tokens"] == 64  # of which two rows are asked for
 
@@ -137,73 +139,44 @@ def test_a_part_is_the_same_text_on_any_number_of_devices(tiny_run, asked):
     for devices in (1, 3):
         mesh = meshes.make_mesh(dict.fromkeys(meshes.AXES, 1) | {"data": devices}, jax.devices()[:devices])
         run = dataclasses.replace(open_run(tiny_run), mesh=mesh).at(2)
-        options = evaluation.Options(lengths=(1, 4), **asked)
-        found.append(evaluation.evaluate_run(run, ["perplexity"], options)["perplexity"]["lengths"])
+        found.append(measured(run, lengths=(1, 4), **asked))
     for one, three in zip(*found, strict=True):
         assert one["tokens"] == three["tokens"] == asked["batches"] * 128
         assert one["loss"] == pytest.approx(three["loss"], rel=1e-6)
-        counts = [[bucket["tokens"] for bucket in row["by_position"]] for row in (one, three)]
-        assert counts[0] == counts[1]
+        assert counts(one) == counts(three)
     assert [row["batch_size"] for lengths in found for row in lengths][1::2] == [1, 3]
 
 
 def test_parts_of_all_lengths_are_of_the_same_text(tiny_run):
     """A row of the longer length has more tokens than a batch is asked to have."""
-    asked = evaluation.Options(lengths=(1, 4), batches=8, batch_tokens=64)
-    short, long = evaluation.evaluate_run(open_run(tiny_run), ["perplexity"], asked)["perplexity"]["lengths"]
+    short, long = measured(open_run(tiny_run), lengths=(1, 4), batches=8, batch_tokens=64)
     assert short["tokens"] == long["tokens"] == 8 * 4 * 32 and (short["batches"], long["batches"]) == (4, 1)
     assert not short["whole_split"] and not long["whole_split"]
     # 40 rows of the shorter length in a batch have more tokens than 8 of the longer, and the rest does not count.
-    asked = evaluation.Options(lengths=(1, 4), batches=1, batch_tokens=1100)
-    again, last = evaluation.evaluate_run(open_run(tiny_run), ["perplexity"], asked)["perplexity"]["lengths"]
+    again, last = measured(open_run(tiny_run), lengths=(1, 4), batches=1, batch_tokens=1100)
     assert (again["batch_size"], again["tokens"], last["tokens"]) == (40, short["tokens"], short["tokens"])
     assert again["loss"] == pytest.approx(short["loss"], rel=1e-6) and last["loss"] == pytest.approx(long["loss"])
-    counts = [[bucket["tokens"] for bucket in row["by_position"]] for row in (again, short)]
-    assert counts[0] == counts[1] and sum(counts[0]) == again["tokens"] and not again["whole_split"]
+    assert counts(again) == counts(short) and sum(counts(again)) == again["tokens"] and not again["whole_split"]
 
 
 def test_where_documents_are_not_segmented_the_row_is_what_was_seen(tiny_run):
-    run = open_run(tiny_run)
-    config = run.config.copy_and_resolve_references()
-    config.data.segment_documents = False
-    run = dataclasses.replace(run, config=config)
-    report = evaluation.evaluate_run(run, ["perplexity"], evaluation.Options(lengths=(1,), batches=1))["perplexity"]
-    positions = report["lengths"][0]["by_position"]
-    assert [entry["tokens"] for entry in positions] == [8 * count for count in (1, 1, 2, 4, 8, 16)]
+    run = changed(open_run(tiny_run), "data", segment_documents=False)
+    (found,) = measured(run, lengths=(1,), batches=1)
+    assert counts(found) == [8 * count for count in (1, 1, 2, 4, 8, 16)]
 
 
 def test_a_batch_is_a_microbatch_of_training(tiny_run):
     """The run had the memory for it."""
-    run = open_run(tiny_run)
-    config = run.config.copy_and_resolve_references()
-    config.training.update({"batch_size": 64, "microbatches": 4})
-    run = dataclasses.replace(run, config=config)
+    run = changed(open_run(tiny_run), "training", batch_size=64, microbatches=4)
     assert (run.batch_tokens(0), run.batch_tokens(100)) == (16 * 32, 100)
-    report = evaluation.evaluate_run(run, ["perplexity"], evaluation.Options(lengths=(1,), batches=1))
-    assert report["perplexity"]["lengths"][0]["batch_size"] == 16
-
-
-def test_another_tokenizer_is_refused(tiny_run, tiny_dataset, tmp_path):
-    shutil.copytree(tiny_dataset, tmp_path / "data")
-    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
-    manifest["tokenizer"]["sha256"] = "0" * 64
-    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="was not prepared with the tokenizer"):
-        evaluation.evaluate(tiny_run, data=str(tmp_path / "data"))
-
-
-def _launch(*arguments):
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "launch/evaluate.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        timeout=300,
-    )
+    (found,) = measured(run, lengths=(1,), batches=1)
+    assert found["batch_size"] == 16
 
 
 def test_program(tiny_run, report, tmp_path):
-    done = _launch(f"--workdir={tiny_run}", "--step=1", "--lengths=1", f"--json={tmp_path / 'report.json'}")
+    flags = [f"--workdir={tiny_run}", "--step=1", "--lengths=1", f"--json={tmp_path / 'report.json'}"]
+    command = [sys.executable, "launch/evaluate.py", *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     written = json.loads((tmp_path / "report.json").read_text())
     assert done.stdout == evaluation.table(written) + "\n"
@@ -217,26 +190,17 @@ def test_program(tiny_run, report, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workdir={run}", "--tasks=perplexity,speed"], "there is no task 'speed'; the tasks are perplexity"),
-        (["--workdir={run}", "--step=7"], "has no checkpoint of step 7; it has 1, 2"),
-        (["--workdir={run}", "--lengths=3"], "length 3 x 32: sequence_length 96 neither divides the block length 64"),
-        (["--workdir={run}", "--lengths=²"], "--lengths: '²' is not a whole number"),
-        (["--workdir={run}", "--examples=4"], "--examples is for induction, listops, mqar, parity, passkey"),
-        (
-            ["--workdir={run}", "--tasks=mqar", "--lengths=1"],
-            "--lengths is for perplexity, and --tasks=mqar has none",
-        ),
-        (
-            ["--workdir={run}", "--tasks=parity,mqar", "--batches=1"],
-            "--batches is for perplexity, and --tasks=parity",
-        ),
-        (
-            ["--workdir={run}", "--tasks=mqar", "--data=x"],
-            "--data is for passkey, perplexity, and --tasks=mqar has",
-        ),
+        ("--tasks=perplexity,speed", "there is no task 'speed'; the tasks are perplexity"),
+        ("--step=7", "has no checkpoint of step 7; it has 1, 2"),
+        ("--lengths=3", "length 3 x 32: sequence_length 96 neither divides the block length 64"),
+        ("--lengths=²", "--lengths: '²' is not a whole number"),
+        ("--examples=4", "--examples is for induction, listops, mqar, parity, passkey"),
+        ("--tasks=mqar --lengths=1", "--lengths is for perplexity, and --tasks=mqar has none"),
+        ("--tasks=parity,mqar --batches=1", "--batches is for perplexity, and --tasks=parity"),
+        ("--tasks=mqar --data=x", "--data is for passkey, perplexity, and --tasks=mqar has"),
     ],
 )
 def test_program_refuses(start, tiny_run, arguments, message):
-    done = start("evaluate", *[argument.format(run=tiny_run) for argument in arguments])
+    done = start("evaluate", f"--workdir={tiny_run}", *arguments.split())
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr

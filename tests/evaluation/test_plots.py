@@ -11,23 +11,30 @@ from jaxlinear.evaluation import plots
 from jaxlinear.training import metrics
 
 
-def write(directory):
+def write(directory, lines=None):
     directory.mkdir(parents=True, exist_ok=True)
-    lines = [{"step": step, "loss": 3 - step / 100, "tokens": 512 * step} for step in (20, 40, 60)]
-    lines += [{"step": step, "heldout_loss": 3.1 - step / 100} for step in (15, 30, 45, 60)]
+    if lines is None:
+        lines = [{"step": step, "loss": 3 - step / 100, "tokens": 512 * step} for step in (20, 40, 60)]
+        lines += [{"step": step, "heldout_loss": 3.1 - step / 100} for step in (15, 30, 45, 60)]
     text = "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"]))
     (directory / metrics.FILE).write_text(text)
     return directory
 
 
+def drawn(*workdirs):
+    (axes,) = plots.loss_curves(workdirs).axes
+    return axes
+
+
+def training(losses):
+    return [{"step": step, "loss": loss, "tokens": 512 * step} for step, loss in enumerate(losses, 1)]
+
+
 def test_every_evaluation_is_in_the_loss_curves(tmp_path):
     """Also those of steps that were not logged."""
-    write(tmp_path)
-    (axes,) = plots.loss_curves([tmp_path]).axes
-    found = {line.get_label(): line for line in axes.lines}
-    heldout, training = (found[f"{tmp_path.name}, {what}"] for what in ("held out", "training"))
-    assert list(heldout.get_xdata()) == [512 * step for step in (15, 30, 45, 60)]
-    assert list(training.get_xdata()) == [512 * step for step in (20, 40, 60)]
+    found = {line.get_label(): list(line.get_xdata()) for line in drawn(write(tmp_path)).lines}
+    assert found[f"{tmp_path.name}, held out"] == [512 * step for step in (15, 30, 45, 60)]
+    assert found[f"{tmp_path.name}, training"] == [512 * step for step in (20, 40, 60)]
 
 
 def test_a_run_without_losses_is_told_from_what_is_no_run(tmp_path, tiny_config):
@@ -40,10 +47,7 @@ def test_a_run_without_losses_is_told_from_what_is_no_run(tmp_path, tiny_config)
 
 def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve(tmp_path):
     """It does not end the smoothed curve: a run that skips such a step goes on."""
-    losses = [math.nan, 4.0, 3.0, math.inf, math.nan, 2.0]
-    lines = [{"step": step, "loss": loss, "tokens": 512 * step} for step, loss in enumerate(losses, 1)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (axes,) = plots.loss_curves([tmp_path]).axes
+    axes = drawn(write(tmp_path, training([math.nan, 4.0, 3.0, math.inf, math.nan, 2.0])))
     smoothed = next(line for line in axes.lines if line.get_label().endswith("training")).get_ydata()
     assert math.isnan(smoothed[0])
     mean = (0.8 * 4 + 3) / 1.8
@@ -53,9 +57,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve(tmp_path):
 
 def test_a_curve_without_a_finite_number_says_so(tmp_path):
     """An empty figure would look like a fault of the plot."""
-    lines = [{"step": step, "loss": math.nan, "tokens": 512 * step} for step in (1, 2)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (axes,) = plots.loss_curves([tmp_path]).axes
+    axes = drawn(write(tmp_path, training([math.nan, math.nan])))
     assert [line.get_label() for line in axes.lines][-1] == f"{tmp_path.name}, training, none is finite"
     (axes,) = plots.step_curves({"loss": {1: math.nan, 2: math.inf}, "z-loss": {1: 1.0}}, "loss").axes
     assert [line.get_label() for line in axes.lines] == ["loss, none is finite", "z-loss"]
@@ -70,24 +72,20 @@ def test_names_are_shown_as_they_are(tmp_path, name):
 
 
 def test_the_held_out_line_is_broken_where_its_text_changes(tmp_path):
-    write(tmp_path)
     starts = [{"step": 0, "heldout_text": "a"}, {"step": 30, "heldout_text": "b"}]
     (tmp_path / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
-    (axes,) = plots.loss_curves([tmp_path]).axes
+    axes = drawn(write(tmp_path))
     heldout = [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "--"]
     assert heldout == [[512 * 15, 512 * 30], [512 * 45, 512 * 60]]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        f"{tmp_path.name}, training",
-        f"{tmp_path.name}, held out",
-    ]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == [f"{tmp_path.name}, training", f"{tmp_path.name}, held out"]
 
 
 def test_runs_are_told_apart(tmp_path, monkeypatch):
     """They are labelled by the parts in which their paths differ."""
 
     def labels(*workdirs):
-        (axes,) = plots.loss_curves(workdirs).axes
-        return [line.get_label() for line in axes.lines if line.get_label().endswith("training")]
+        return [line.get_label() for line in drawn(*workdirs).lines if line.get_label().endswith("training")]
 
     first, second, other = (write(tmp_path / path) for path in ("a/run", "b/run", "b/other"))
     assert labels(first, other) == ["run, training", "other, training"]
@@ -110,9 +108,6 @@ def test_many_runs_have_a_colour_and_a_name_each_beside_the_curves(tmp_path):
 
 
 def test_a_single_loss_is_a_mark(tmp_path):
-    line = json.dumps({"step": 1, "loss": 4.0, "tokens": 512}) + "\n"
-    (tmp_path / "metrics.jsonl").write_text(line)
-    (axes,) = plots.loss_curves([tmp_path]).axes
-    assert [line.get_marker() for line in axes.lines] == ["None", "o"]
+    assert [line.get_marker() for line in drawn(write(tmp_path, training([4.0]))).lines] == ["None", "o"]
     (axes,) = plots.step_curves({"loss": {1: 4.0}, "both": {1: 4.0, 2: 3.0}}, "nats", marker="").axes
     assert [line.get_marker() for line in axes.lines] == ["o", ""]

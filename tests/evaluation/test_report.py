@@ -6,47 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from jaxlinear import config as configs
-from jaxlinear.errors import UserError
 from jaxlinear.evaluation import following, report
 from jaxlinear.training import metrics
 from jaxlinear.training.workdir import CONFIG, STARTS, read_config, read_starts
+from tests.evaluation import test_html
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-class Reader(HTMLParser):
-    """Collects what a page would fetch, its ids, and whether every tag is closed."""
-
-    _VOID = ("meta", "link", "br")
-
-    def __init__(self, text):
-        super().__init__()
-        self.fetched, self.ids, self.open = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in self._VOID:
-            self.open.append(tag)
-        self._see(attrs)
-
-    def handle_startendtag(self, tag, attrs):
-        self._see(attrs)
-
-    def _see(self, attrs):
-        for name, value in attrs:
-            if name in ("src", "href", "xlink:href") and not value.startswith(("#", "data:")):
-                self.fetched.append(value)
-            if name == "id":
-                self.ids.append(value)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +25,7 @@ def page(tiny_run):
 
 
 def test_it_stands_alone(page):
-    reader = Reader(page)
-    assert reader.open == []
-    assert reader.fetched == [] and "@import" not in page and "url(http" not in page
-    assert len(set(reader.ids)) == len(reader.ids) > 0
+    test_html.assert_self_contained(page)
 
 
 def test_what_it_says(page, tiny_run):
@@ -97,11 +64,6 @@ def test_a_run_without_losses(tiny_run, tmp_path):
     (tmp_path / metrics.FILE).write_text('{"step": 1, "heldout_loss": 2.5}\n')
     page = report.page(tmp_path)
     assert "<h2>Losses</h2>" in page and "<td>2.5000</td>" in page and "<svg" not in page
-
-
-def test_what_is_no_run(tmp_path):
-    with pytest.raises(UserError, match="is not the work directory of a run"):
-        report.page(tmp_path)
 
 
 def test_the_program(tiny_run, tmp_path):

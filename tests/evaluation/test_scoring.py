@@ -54,12 +54,9 @@ def test_scores_are_those_of_each_by_itself(run, log_p, monkeypatch):
     greedy = [int(log_p(SHARED)[-1].argmax())]
     greedy.append(int(log_p([*SHARED, *greedy])[-1].argmax()))
     pairs += [(SHARED, tuple(greedy)), (SHARED, (*greedy, (greedy[0] + 1) % 256))]
-    read = []
-    scorer = Scorer(run, 128)
+    read, scorer = [], Scorer(run, 128)
     prefix = scorer._prefix
-    scorer._prefix = lambda parameters, tokens, ids: (
-        read.append(int((ids > 0).sum())) or prefix(parameters, tokens, ids)
-    )
+    monkeypatch.setattr(scorer, "_prefix", lambda *given: read.append(int((given[2] > 0).sum())) or prefix(*given))
     scores = scorer.score(pairs)
     assert len(scores) == len(pairs)
     for (context, continuation), (score, is_greedy) in zip(pairs, scores, strict=True):
@@ -94,19 +91,10 @@ def test_whole_documents(run, log_p, monkeypatch):
 
 
 def test_lengths_that_are_compiled():
-    assert [scoring._padded(n) for n in (1, 16, 17, 24, 25, 32, 33, 48, 49, 65)] == [
-        16,
-        16,
-        24,
-        24,
-        32,
-        32,
-        48,
-        48,
-        64,
-        96,
-    ]
-    assert [scoring._rounded(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13)] == [1, 2, 3, 4, 6, 6, 8, 12, 16]
+    lengths = {1: 16, 16: 16, 17: 24, 24: 24, 25: 32, 32: 32, 33: 48, 48: 48, 49: 64, 65: 96}
+    assert {n: scoring._padded(n) for n in lengths} == lengths
+    rows = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 6, 7: 8, 9: 12, 13: 16}
+    assert {n: scoring._rounded(n) for n in rows} == rows
 
 
 @pytest.mark.parametrize("pattern", [("attention", "attention"), ("gla", "attention", "gla")], ids="+".join)
@@ -135,20 +123,14 @@ def test_padding_beyond_what_attention_remembers(pattern):
 
 def test_a_score_that_is_no_number(run, monkeypatch):
     scorer = Scorer(run, 128)
-    run_continuations = scorer._continuations
-    monkeypatch.setattr(
-        scorer, "_continuations", lambda *given: (run_continuations(*given)[0] * np.nan, given[-2][:, 0])
-    )
+    scores = scorer._continuations
+    monkeypatch.setattr(scorer, "_continuations", lambda *given: (scores(*given)[0] * np.nan, given[-2][:, 0]))
     with pytest.raises(UserError, match=r"the scores of 2 of 2 texts are not finite: the model's own values are not"):
         scorer.score([(SHARED, (1, 2)), (SHARED, (2, 3))])
 
 
 def test_refusals(tiny_run, run, monkeypatch):
-    with pytest.raises(
-        UserError,
-        match=r"devices share the rows here, not the time of each row; leave "
-        r"--mesh=sequence out",
-    ):
+    with pytest.raises(UserError, match="not the time of each row; leave --mesh=sequence out"):
         Scorer(evaluation.open_run(tiny_run, 2, ["sequence=2"]), 128)
     scorer = Scorer(run, 128)
     monkeypatch.setattr(scorer, "_context", 30)

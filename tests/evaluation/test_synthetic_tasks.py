@@ -60,42 +60,30 @@ def test_the_difficulty_of_the_training(task_run):
     assert "(as trained)" in evaluation.table(report).split("\n")[-2]
 
 
-def test_another_dataset_for_the_text(task_run, tiny_dataset):
-    with pytest.raises(UserError, match=r"passkey: it needs text: give data.path, --data or the option dataset"):
-        evaluation.evaluate_run(task_run, ["passkey"], Options())
-    with pytest.raises(
-        UserError,
-        match=r"passkey: length=32 must be at least the 10\d tokens that are needed "
-        r"without any text",
-    ):
-        evaluation.evaluate_run(task_run, ["passkey"], Options(data=str(tiny_dataset)))
-
-
-def test_text_of_another_tokenizer_is_refused(run, tiny_dataset, tmp_path):
-    shutil.copytree(tiny_dataset, tmp_path / "data")
-    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
-    manifest["tokenizer"]["sha256"] = "0" * 64
-    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
-    for spec, data in (("passkey:length=128", tmp_path / "data"), (f"passkey:length=128:dataset={tmp_path}/data", "")):
-        with pytest.raises(UserError, match="was not prepared with the tokenizer that"):
-            evaluation.evaluate_run(run, [spec], Options(data=str(data)))
-
-
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
         ("perplexity", {}, r"was trained on mqar:pairs=2:vocab_size=64, not on text; evaluate it with --tasks=mqar"),
-        (
-            "perplexity:x=1",
-            {},
-            r"perplexity takes no options after a colon; use --lengths, --batches and --data",
-        ),
+        ("perplexity:x=1", {}, r"perplexity takes no options after a colon; use --lengths, --batches and --data"),
         ("mqar:vocab_size=512", {}, r"mqar needs 512 tokens, but model.vocab_size is 384; set vocab_size"),
         ("mqar:pairs=4:pairs=8", {}, r"'mqar:pairs=4:pairs=8': pairs is given twice; leave one out"),
         ("mqar", {"examples": 0}, r"examples=0 must be at least 1"),
         ("speed", {}, r"there is no task 'speed'; the tasks are perplexity, mqar"),
+        ("passkey", {}, r"passkey: it needs text: give data.path, --data or the option dataset"),
+        ("passkey", {"data": "{data}"}, r"passkey: length=32 must be at least the 10\d tokens that are needed"),
+        ("passkey:length=128", {"data": "{other}"}, "was not prepared with the tokenizer that"),
+        ("passkey:length=128:dataset={other}", {}, "was not prepared with the tokenizer that"),
+        ("perplexity", {"data": "{other}"}, "was not prepared with the tokenizer"),
     ],
 )
-def test_refusals(task_run, spec, options, message):
+def test_refusals(run, task_run, tiny_dataset, tmp_path, spec, options, message):
+    of_text = "other" in f"{spec} {options}"
+    other = shutil.copytree(tiny_dataset, tmp_path / "data") if of_text else None
+    if of_text:
+        manifest = json.loads((other / "manifest.json").read_text())
+        manifest["tokenizer"]["sha256"] = "0" * 64
+        (other / "manifest.json").write_text(json.dumps(manifest))
+    paths = {"data": tiny_dataset, "other": other}
+    options = {name: value.format(**paths) if name == "data" else value for name, value in options.items()}
     with pytest.raises(UserError, match=message):
-        evaluation.evaluate_run(task_run, [spec], Options(**options))
+        evaluation.evaluate_run(run if of_text else task_run, [spec.format(**paths)], Options(**options))

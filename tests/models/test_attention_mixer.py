@@ -1,4 +1,4 @@
-"""What attention and sliding_window share, and attention's context: parameters, end of the state, heads over devices."""
+"""What attention and sliding_window share, and attention's context: end of the state, heads over devices."""
 
 import jax
 import jax.numpy as jnp
@@ -18,40 +18,6 @@ from tests.mixer_oracles import ORACLES
 
 CONTEXT = 8
 BOTH = pytest.mark.parametrize("mixer", [Attention, SlidingWindow])
-
-
-@BOTH
-def test_the_parameters(mixer):
-    """4 query heads of 4; 1, 2 or 4 heads of keys and values; an output bias, or none."""
-    for groups in (1, 2, 4):
-        config = small.config(num_heads=4, key_value_heads=groups, bias=groups < 4)
-        _, parameters = small.module(lambda rngs, config=config: mixer(config, rngs=rngs))
-        assert jax.tree.map(np.shape, parameters) == {
-            "query": {"kernel": (16, 16)},
-            "key": {"kernel": (16, 4 * groups)},
-            "value": {"kernel": (16, 4 * groups)},
-            "out": {"kernel": (16, 16), "bias": (16,)} if groups < 4 else {"kernel": (16, 16)},
-        }
-
-
-@BOTH
-def test_the_parameters_at_the_start(mixer):
-    layer = mixer(small.config(width=256, num_heads=4, key_value_heads=2, num_layers=8), rngs=nnx.Rngs(0))
-    for name in ("query", "key", "value"):
-        assert np.std(getattr(layer, name).kernel[...]) == pytest.approx(256**-0.5, rel=0.05), name
-    assert np.std(layer.out.kernel[...]) == pytest.approx((2 / 8 / 256) ** 0.5, rel=0.05)
-    assert not layer.out.bias[...].any()
-
-
-@BOTH
-def test_the_state(mixer):
-    layer = mixer(small.config(num_heads=4, key_value_heads=2, window=5, context=5), rngs=nnx.Rngs(0))
-    assert jax.tree.map(lambda x: x.shape, layer.init_state(7)) == {
-        "keys": (7, 2, 5, 4),
-        "values": (7, 2, 5, 4),
-        "position": (7,),
-        "seen": (7,),
-    }
 
 
 @pytest.mark.parametrize("groups", [1, 4])

@@ -1,4 +1,4 @@
-"""HGRN: its parameters, their initial values, its gates when saturated, and a model's lower bounds, whose laws are in
+"""HGRN: its gates when saturated, and a model's lower bounds, whose laws are in
 test_hgrn2.py. Its outputs: test_mixers.py."""
 
 import jax
@@ -9,33 +9,8 @@ from flax import nnx
 
 from jaxlinear.models.mixers.hgrn import HGRN
 from jaxlinear.models.parameters import describe
-from jaxlinear.training.optimizer import decay_mask
 from tests import numerics, oracles, small
 from tests.mixer_oracles import ORACLES
-
-
-def test_the_parameters():
-    """R = 24 channels; the vectors are not decayed."""
-    _, parameters = small.module(lambda rngs: HGRN(small.config(), rngs=rngs))
-    kernels = {name: {"kernel": (16, 24)} for name in ("input", "forget", "gate")}
-    expected = {**kernels, "lower_bound": (24,), "norm": {"scale": (24,)}, "out": {"kernel": (24, 16)}}
-    assert jax.tree.map(np.shape, parameters) == expected
-    mask = decay_mask(describe(small.config(pattern=("hgrn",), num_layers=2)))["stacks"][0]["blocks"][0]["mixer"]
-    assert {path[-1].key for path, decayed in jax.tree.leaves_with_path(mask) if decayed} == {"kernel"}
-
-
-def test_the_numbers_at_the_start():
-    """On tokens of variance 1."""
-    layer = HGRN(small.config(width=64, recurrent_width=256, num_layers=8), rngs=nnx.Rngs(0))
-    for name in ("input", "forget", "gate"):
-        assert np.std(getattr(layer, name).kernel[...]) == pytest.approx(64**-0.5, rel=0.05), name
-    assert not layer.lower_bound[...].any() and not layer.norm.scale[...].any()
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 100, 64)), jnp.float32)
-    y, state = numerics.jit(lambda x: layer(x))(x)
-    assert state["h"].shape == (2, 256) and state["h"].dtype == jnp.float32
-    # silu of a normal number has a mean square of 0.356; the last kernel a variance of 2 / (layers x fan-in).
-    assert np.var(y) == pytest.approx(0.356 * 2 / 8, rel=0.2)
-
 
 SHUT, OPEN = -200.0, 200.0
 

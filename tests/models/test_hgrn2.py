@@ -1,4 +1,4 @@
-"""HGRN2: its parameters, their initial values, and its lower bounds, which depend on all layers."""
+"""HGRN2: its its lower bounds, which depend on all layers."""
 
 import functools
 
@@ -8,46 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlinear.errors import UserError
 from jaxlinear.models import stacks
 from jaxlinear.models.mixers.hgrn2 import HGRN2, lower_bounds
 from jaxlinear.models.parameters import describe
 from tests import numerics, oracles, small
 from tests.mixer_oracles import ORACLES
-
-
-def test_the_parameters():
-    """K = V and H = D / K."""
-    _, parameters = small.module(lambda rngs: HGRN2(small.config(key_width=8), rngs=rngs))
-    kernels = {name: {"kernel": (16, 16)} for name in ("query", "forget", "value", "out")}
-    assert jax.tree.map(np.shape, parameters) == {**kernels, "lower_bound": (16,), "norm": {"scale": (16,)}}
-
-
-def test_the_widths():
-    names = ("width", "recurrent_heads", "key_width", "value_width")
-    for given, shape in {
-        (256, 0, 0, 0): (2, 128, 128),
-        (16, 0, 8, 0): (2, 8, 8),
-        (16, 4, 0, 0): (4, 4, 4),
-        (16, 4, 6, 0): (4, 6, 4),
-        (16, 3, 6, 5): (3, 6, 5),
-    }.items():
-        config = small.config(**dict(zip(names, given, strict=True)))
-        assert HGRN2.widths(config) == shape
-    with pytest.raises(UserError, match=r"^hgrn2: heads of 128 channels do not divide model.width=16; set model.key_w"):
-        HGRN2.widths(small.config())
-    with pytest.raises(UserError, match=r"^hgrn2: 3 heads do not divide 16 channels"):
-        HGRN2.widths(small.config(recurrent_heads=3, key_width=4))
-    mixer = HGRN2(small.config(recurrent_heads=3, key_width=6, value_width=5), rngs=nnx.Rngs(0))
-    assert mixer.init_state(7)["memory"].shape == (7, 3, 6, 5)
-
-
-def test_the_parameters_at_the_start():
-    mixer = HGRN2(small.config(width=256, num_layers=8), rngs=nnx.Rngs(0))
-    for name in ("query", "forget", "value"):
-        assert np.std(getattr(mixer, name).kernel[...]) == pytest.approx(256**-0.5, rel=0.05), name
-    assert np.std(mixer.out.kernel[...]) == pytest.approx((2 / 8 / 256) ** 0.5, rel=0.05)
-    assert not mixer.lower_bound[...].any() and not mixer.norm.scale[...].any()
 
 
 def test_the_lower_bounds():

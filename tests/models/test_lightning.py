@@ -1,4 +1,4 @@
-"""Lightning attention: its parameters, their initial values, and its decays, which do not change."""
+"""Lightning attention: its its decays, which do not change."""
 
 import functools
 
@@ -6,37 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxlinear import config as configs
 from jaxlinear import config_checks
-from jaxlinear.errors import UserError
-from jaxlinear.models.mixers.lightning import Lightning
 from jaxlinear.models.parameters import describe
 from jaxlinear.training.optimizer import make_optimizer
 from tests import numerics, small
-
-
-def test_the_parameters():
-    """2 heads: K = V = D / H. The norm has no parameters."""
-    _, parameters = small.module(lambda rngs: Lightning(small.config(), rngs=rngs))
-    kernels = {name: {"kernel": (16, 16)} for name in ("query", "key", "value", "gate", "out")}
-    assert jax.tree.map(np.shape, parameters) == {**kernels, "log_decay": (2,)}
-
-
-def test_the_widths_that_are_given():
-    mixer = Lightning(small.config(recurrent_heads=3, key_width=5, value_width=4), rngs=nnx.Rngs(0))
-    assert mixer.init_state(7)["memory"].shape == (7, 3, 5, 4)
-    with pytest.raises(UserError, match=r"^lightning: 3 heads do not divide 16 channels"):
-        Lightning.widths(small.config(recurrent_heads=3, key_width=5))
-
-
-def test_the_parameters_at_the_start():
-    mixer = Lightning(small.config(width=256, num_heads=4, num_layers=8), rngs=nnx.Rngs(0))
-    for name in ("query", "key", "value", "gate"):
-        assert np.std(getattr(mixer, name).kernel[...]) == pytest.approx(256**-0.5, rel=0.05), name
-    assert np.std(mixer.out.kernel[...]) == pytest.approx((2 / 8 / 256) ** 0.5, rel=0.05)
-
 
 SIZES = {"pattern": ("lightning", "rg_lru", "lightning"), "num_layers": 7, "num_heads": 4}
 

@@ -9,8 +9,6 @@ import pytest
 from flax import nnx
 
 from jaxlinear.models.mixers.lru import LRU
-from jaxlinear.models.parameters import describe
-from jaxlinear.training.optimizer import decay_mask
 from tests import numerics, small
 
 D, N = 32, 4096
@@ -19,18 +17,6 @@ D, N = 32, 4096
 @functools.cache
 def at_start():
     return LRU(small.config(width=D, recurrent_width=N), rngs=nnx.Rngs(0))
-
-
-def test_the_parameters():
-    """Counted by hand; the vectors are not decayed."""
-    architecture = describe(small.config(pattern=("lru",), num_layers=2))
-    mixer = architecture.shapes["stacks"][0]["blocks"][0]["mixer"]
-    width, states = 16, 24
-    by_hand = 3 * states + 2 * (2 * width * states) + width + 2 * (width * width + width)
-    assert sum(shape.size for shape in jax.tree.leaves(mixer)) == 2 * by_hand
-    assert {shape.dtype for shape in jax.tree.leaves(mixer)} == {jnp.dtype("float32")}
-    decayed = decay_mask(architecture)["stacks"][0]["blocks"][0]["mixer"]
-    assert {name for name in mixer if decayed[name] is True} == {"input_kernel", "output_kernel"}
 
 
 def test_the_transition_at_the_start():

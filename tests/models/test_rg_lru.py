@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlinear.models.mixers.rg_lru import RGLRU, RGLRUBlock
+from jaxlinear.models.mixers.rg_lru import RGLRU
 from tests import naive, numerics, oracles, small
 
 IDS = np.array([[1] * 20, [1] * 3 + [2] * 9 + [1] * 7 + [2]], np.int32)
@@ -90,20 +90,3 @@ def test_the_decay_at_the_start():
     assert 0.9 - 1e-5 < a.min() < 0.901 and 0.9985 < a.max() < 0.999 + 1e-5
     place = (a**2 - 0.81) / (0.999**2 - 0.81)
     numerics.assert_close(np.quantile(place, np.linspace(0.1, 0.9, 9)), np.linspace(0.1, 0.9, 9), 0.03)
-
-
-def test_the_parameters_at_the_start():
-    block = RGLRUBlock(small.config(width=256, recurrent_width=512, num_heads=4, num_layers=8), rngs=nnx.Rngs(0))
-    deviations = {
-        "input": (block.input.kernel, 256**-0.5),
-        "gate": (block.gate.kernel, 256**-0.5),
-        "out": (block.out.kernel, (2 / 8 / 512) ** 0.5),
-        "recurrence": (block.rg_lru.recurrence_kernel, 128**-0.5),
-        "input_gate": (block.rg_lru.input_kernel, 128**-0.5),
-        "convolution": (block.convolution_kernel, (0.01 / 4) ** 0.5),
-    }
-    for name, (kernel, deviation) in deviations.items():
-        assert np.std(kernel[...]) == pytest.approx(deviation, rel=0.05), name
-        assert abs(np.mean(kernel[...])) < 0.1 * deviation, name
-    for bias in (block.input.bias, block.gate.bias, block.out.bias, block.convolution_bias, block.rg_lru.input_bias):
-        assert not bias[...].any()

@@ -27,24 +27,14 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Gives short inputs many blocks, whose sizes divide neither each other nor the length."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(attention, "KEY_RUN", 24)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @functools.cache
 def case(name):
-    batch, length, heads, groups, key_width, value_width, prefix, packed = CASES[name]
-    random = np.random.default_rng(length)
-    q = numerics.normal(random, batch, length, heads, key_width)
-    k = numerics.normal(random, batch, prefix + length, groups, key_width)
-    v = numerics.normal(random, batch, prefix + length, groups, value_width)
-    changes = random.random((batch, prefix + length)) < 0.03
-    ids = np.cumsum(changes, axis=1, dtype=np.int32) % 2 if packed else None
-    options = {"window": prefix + length}
-    return cases.expected(random, "sliding_window_attention", (q, k, v), ids, **options)
+    *shape, past, packed = CASES[name]
+    length = shape[1]
+    return cases.attention(*shape, past + length, past, packed, chance=0.03, seed=length)
 
 
 RUNS = [

@@ -30,7 +30,7 @@ def case(name):
     random = np.random.default_rng(length)
     shapes = ((batch, length, channels), (width, channels), (channels,), (batch, width - 1, channels))
     inputs = tuple(numerics.normal(random, *shape) for shape in shapes)
-    ids = np.cumsum(random.random((batch, length)) < 0.2, axis=1, dtype=np.int32) % 2 if packed else None
+    ids = cases.documents(random, batch, length, 0.2) if packed else None
     return cases.expected(random, "causal_convolution", inputs, ids)
 
 

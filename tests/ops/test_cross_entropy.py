@@ -55,7 +55,7 @@ def set_slice(monkeypatch, elements):
 
 @pytest.mark.parametrize("name, dtype", numerics.each_dtype(CASES, "soft_cap", "z_loss", "everything"))
 def test_values_and_gradients(monkeypatch, name, dtype):
-    x, embedding, targets, weights, values, _, gradients = case(name)
+    x, embedding, targets, weights, values, losses, gradients = case(name)
     *_, soft_cap, z_loss, groups, elements = CASES[name]
     set_slice(monkeypatch, elements)
 
@@ -68,15 +68,17 @@ def test_values_and_gradients(monkeypatch, name, dtype):
 
         gradients, values = jax.grad(objective, argnums=(0, 1), has_aux=True)(x, embedding)
         plain = linear_cross_entropy(x, embedding, jnp.asarray(targets), weights, soft_cap=soft_cap, z_loss=z_loss)
-        return values, gradients, plain
+        each = token_losses(x, embedding, jnp.asarray(targets), soft_cap=soft_cap)
+        return values, gradients, plain, each
 
     with jax.enable_x64(dtype == "float64"):
         weights = jnp.asarray(weights, "float64" if dtype == "float64" else "float32")
-        found, found_gradients, plain = run(*numerics.cast((x, embedding), dtype), weights)
+        found, found_gradients, plain, each = run(*numerics.cast((x, embedding), dtype), weights)
     numerics.assert_close(found, values, numerics.TOLERANCES[dtype])
     numerics.assert_close(plain, values, numerics.TOLERANCES[dtype])
+    numerics.assert_close(each, losses, numerics.TOLERANCES[dtype])
     numerics.assert_close(found_gradients, jax.tree.map(lambda y: 3 * y, gradients), numerics.TOLERANCES[dtype])
-    assert all(y.dtype == weights.dtype for y in found)
+    assert all(y.dtype == weights.dtype for y in (*found, each))
     assert all(y.dtype == dtype for y in found_gradients)
 
 
@@ -138,16 +140,6 @@ def test_gradients_are_those_of_finite_differences():
         expected = numerics.directional_derivative(objective, (x, embedding), directions)
         found = np.sum(directions[position] * np.asarray(gradients[position]))
         assert found == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("name, dtype", numerics.each_dtype(["one_token", "slices_that_do_not_divide"], "everything"))
-def test_token_losses(monkeypatch, name, dtype):
-    x, embedding, targets, _, _, losses, _ = case(name)
-    set_slice(monkeypatch, CASES[name][-1])
-    run = numerics.jit(functools.partial(token_losses, soft_cap=CASES[name][4]))
-    found = numerics.run(run, x, embedding, targets, dtype=dtype)
-    numerics.assert_close(found, losses, numerics.TOLERANCES[dtype])
-    assert found.dtype == ("float64" if dtype == "float64" else "float32")
 
 
 def test_a_slice_does_not_hold_all_logits(monkeypatch):

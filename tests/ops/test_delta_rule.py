@@ -10,7 +10,7 @@ import pytest
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, delta_rule
 from jaxlinear.ops.delta_rule.op import choose
-from tests import naive, numerics
+from tests import numerics
 from tests.ops import cases
 
 BACKENDS = ["recurrent", "chunked"]
@@ -35,10 +35,8 @@ def unit(x):
     return numerics.representable(x / np.linalg.norm(x, axis=-1, keepdims=True))
 
 
-def draw_decay(random, kind, batch, length, heads, width):
-    """Decays from almost 1 to 1e-9: no entry of ``log_decay`` is rounded to zero in bfloat16."""
-    shapes = {"scalar": (batch, length, heads), "channel": (batch, length, heads, width)}
-    return None if kind == "none" else numerics.representable(-np.exp(random.uniform(-7, 3, shapes[kind])))
+draw_decay = cases.draw_decay
+reference = functools.partial(cases.reference, "delta_rule")
 
 
 @functools.cache
@@ -50,7 +48,7 @@ def case(name):
     beta = numerics.uniform(random, batch, length, heads, low=-0.1, high=1.9)
     state = numerics.normal(random, batch, heads, width, value_width)
     inputs = (q, unit(k), v, beta, draw_decay(random, kind, batch, length, heads, width), state)
-    ids = np.cumsum(random.random((batch, length)) < 0.08, axis=1, dtype=np.int32) % 2 if packed else None
+    ids = cases.documents(random, batch, length) if packed else None
     return cases.expected(random, "delta_rule", inputs, ids)
 
 
@@ -109,23 +107,9 @@ def assert_states_are_float32(run, kind):
     numerics.assert_close((final, d_state), (np.full(state.shape, np.exp(-1001 * 2.0**-12)),) * 2, 1e-4)
 
 
-@functools.cache
-def reference(packed):
-    """The oracle's gradients too; ``packed`` makes each of 100 tokens a document."""
-    ids = np.arange(100)[None] if packed else None
-    return numerics.with_gradients(functools.partial(naive.delta_rule, ids=ids))
-
-
 def at_the_limits(kind, log_decay=None, beta=None, *, length=100, heads=2, width=4):
-    """Tokens with the log decays ``log_decay(random, shape)``."""
-    random, shape = np.random.default_rng(4), (1, length, heads, width)
-    q, k, v, state = (numerics.normal(random, *each) for each in (shape, shape, shape, (1, heads, width, width)))
-    if kind == "none":
-        log_decay = None
-    else:
-        drawn = log_decay(random, {"scalar": shape[:3], "channel": shape}[kind])
-        log_decay = np.asarray(drawn).astype(np.float32).astype(np.float64)
-    drawn = numerics.uniform(random, *shape[:3])
+    random, q, k, v, log_decay, state = cases.at_the_limits(kind, log_decay, length, heads, width)
+    drawn = numerics.uniform(random, 1, length, heads)
     return q, unit(k), v, drawn if beta is None else np.full_like(drawn, beta), log_decay, state
 
 

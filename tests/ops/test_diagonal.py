@@ -46,7 +46,7 @@ def case(name):
         a = numerics.representable(0.9 * a) + 1j * numerics.uniform(random, *shape, low=-0.4, high=0.4)
     x = numerics.normal(random, batch, length, *trailing, complex_=kind_x == "complex")
     state = numerics.normal(random, batch, *trailing, complex_="complex" in kind_a + kind_x)
-    ids = np.cumsum(random.random((batch, length)) < 0.08, axis=1, dtype=np.int32) % 2 if packed else None
+    ids = cases.documents(random, batch, length) if packed else None
     return cases.expected(random, "linear_recurrence", (a, x, state), ids, reverse=reverse)
 
 

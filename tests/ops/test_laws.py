@@ -14,7 +14,6 @@ import pytest
 
 from jaxlinear import ops
 from jaxlinear.ops import backends, protocol
-from jaxlinear.ops.attention import op as attention_op
 from jaxlinear.ops.delta_rule import op as delta_op
 from jaxlinear.ops.diagonal.op import Diagonal
 from jaxlinear.ops.linear_attention import op as linear_op
@@ -56,11 +55,7 @@ each_form = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Gives causal attention many blocks, whose sizes divide neither each other nor the length."""
-    monkeypatch.setattr(attention_op, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(attention_op, "KEY_RUN", 24)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 # Against the oracles

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlinear.ops import linear_attention, protocol
 from jaxlinear.ops.linear_attention.op import choose
-from tests import naive, numerics
+from tests import numerics
 from tests.ops import cases
 
 BACKENDS = ["recurrent", "chunked"]
@@ -33,10 +33,8 @@ RUNS = [
 ]
 
 
-def draw_decay(random, kind, batch, length, heads, width):
-    """Decays from almost 1 to 1e-9: no entry of ``log_decay`` is rounded to zero in bfloat16."""
-    shapes = {"constant": (heads,), "scalar": (batch, length, heads), "channel": (batch, length, heads, width)}
-    return None if kind == "none" else numerics.representable(-np.exp(random.uniform(-7, 3, shapes[kind])))
+draw_decay = cases.draw_decay
+reference = functools.partial(cases.reference, "linear_attention")
 
 
 @functools.cache
@@ -47,7 +45,7 @@ def case(name):
     v = numerics.normal(random, batch, length, heads, value_width)
     state = numerics.normal(random, batch, heads, width, value_width)
     inputs = (q, k, v, draw_decay(random, kind, batch, length, heads, width), state)
-    ids = np.cumsum(random.random((batch, length)) < 0.08, axis=1, dtype=np.int32) % 2 if packed else None
+    ids = cases.documents(random, batch, length) if packed else None
     return cases.expected(random, "linear_attention", inputs, ids)
 
 
@@ -80,19 +78,8 @@ def test_zero_forgets_and_one_sums(backend, shape):
         assert np.array_equal(o, np.einsum("bthk,bthkv->bthv", q, sums)) and np.array_equal(final, sums[:, -1])
 
 
-@functools.cache
-def reference(packed):
-    """The oracle's gradients too; ``packed`` makes each of 100 tokens a document."""
-    ids = np.arange(100)[None] if packed else None
-    return numerics.with_gradients(functools.partial(naive.linear_attention, ids=ids))
-
-
 def at_the_limits(kind, log_decay, *, length=100, heads=2, width=4):
-    """Tokens with the log decays ``log_decay(random, shape)``."""
-    random, shape = np.random.default_rng(4), (1, length, heads, width)
-    q, k, v, state = (numerics.normal(random, *each) for each in (shape, shape, shape, (1, heads, width, width)))
-    drawn = log_decay(random, {"constant": (heads,), "scalar": shape[:3], "channel": shape}[kind])
-    return q, k, v, np.asarray(drawn).astype(np.float32).astype(np.float64), state
+    return cases.at_the_limits(kind, log_decay, length, heads, width)[1:]
 
 
 def test_no_decay_adds_up_65536_tokens():

@@ -95,19 +95,16 @@ def grouped(q, k, v):
     return grouped_product(rows, k.reshape(-1, WIDTH, WIDTH), jnp.ones(len(rows) // WIDTH, jnp.int32), backend="pallas")
 
 
-def gates(q, k, v):
-    kernel, vector = k.reshape(-1, WIDTH, WIDTH)[:HEADS], v.reshape(-1)[: HEADS * WIDTH]
-    first = jnp.ones((1, TIME), bool)
-    return ops.rg_lru_gates(q.reshape(1, TIME, -1), kernel, vector, kernel, vector, vector, first, backend="pallas")
+def of_gates(operation):
+    def run(q, k, v):
+        kernel, vector = k.reshape(-1, WIDTH, WIDTH)[:HEADS], v.reshape(-1)[: HEADS * WIDTH]
+        given = q.reshape(1, TIME, -1), kernel, vector, kernel, vector, vector, jnp.ones((1, TIME), bool)
+        return operation(*given, backend="pallas")
+
+    return run
 
 
-def rg_lru(q, k, v):
-    kernel, vector = k.reshape(-1, WIDTH, WIDTH)[:HEADS], v.reshape(-1)[: HEADS * WIDTH]
-    first = jnp.ones((1, TIME), bool)
-    return ops.rg_lru(q.reshape(1, TIME, -1), kernel, vector, kernel, vector, vector, first, backend="pallas")
-
-
-OTHERS = {"grouped_product": grouped, "rg_lru_gates": gates, "rg_lru": rg_lru}
+OTHERS = {"grouped_product": grouped, "rg_lru_gates": of_gates(ops.rg_lru_gates), "rg_lru": of_gates(ops.rg_lru)}
 
 
 @pytest.mark.parametrize(

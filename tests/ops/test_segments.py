@@ -7,20 +7,11 @@ from jaxlinear.ops import segments
 IDS = np.array([[1, 1, 2, 1, 1], [0, 0, 0, 0, 0], [5, 4, 3, 2, 1]], np.int32)
 
 
-def test_starts():
+def test_the_representations_of_boundaries():
     assert segments.starts(IDS).astype(int).tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]]
-
-
-def test_ends():
     assert segments.ends(IDS).astype(int).tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
-
-
-def test_runs():
     assert segments.runs(IDS).tolist() == [[0, 0, 1, 2, 2], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]]
     assert segments.runs(IDS).dtype == np.int32
-
-
-def test_first_positions():
     assert segments.first_positions(IDS).tolist() == [[0, 0, 2, 3, 3], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]]
 
 

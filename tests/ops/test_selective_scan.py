@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlinear.ops import linear_attention, selective_scan
-from tests import naive, numerics
+from tests import numerics
 from tests.ops import cases
 
 BACKENDS = ["recurrent", "chunked"]
@@ -42,7 +42,7 @@ def case(name):
     *shape, packed, _ = CASES[name]
     random = np.random.default_rng(shape[1] + shape[2])
     inputs = draw(random, *shape)
-    ids = np.cumsum(random.random(shape[:2]) < 0.08, axis=1, dtype=np.int32) % 2 if packed else None
+    ids = cases.documents(random, *shape[:2]) if packed else None
     return cases.expected(random, "selective_scan", inputs, ids)
 
 
@@ -73,11 +73,7 @@ def assert_states_are_float32(run):
     numerics.assert_close((final, d_state), (np.full(state.shape, np.exp(-1001 * 2.0**-12)),) * 2, 1e-4)
 
 
-@functools.cache
-def reference(packed):
-    """The oracle's gradients too; ``packed`` makes each of 100 tokens a document."""
-    ids = np.arange(100)[None] if packed else None
-    return numerics.with_gradients(functools.partial(naive.selective_scan, ids=ids))
+reference = functools.partial(cases.reference, "selective_scan")
 
 
 def at_the_limits(kind, time_steps, *, length=100, heads=2, width=2):

@@ -2,8 +2,6 @@
 
 import functools
 
-import numpy as np
-
 from tests import numerics
 from tests.ops import cases
 
@@ -26,14 +24,8 @@ CASES = {
 
 @functools.cache
 def case(name):
-    batch, length, heads, groups, key_width, value_width, window, prefix, packed = CASES[name]
-    random = np.random.default_rng(length + window)
-    q = numerics.normal(random, batch, length, heads, key_width)
-    k = numerics.normal(random, batch, prefix + length, groups, key_width)
-    v = numerics.normal(random, batch, prefix + length, groups, value_width)
-    changes = random.random((batch, prefix + length)) < 0.08
-    ids = np.cumsum(changes, axis=1, dtype=np.int32) % 2 if packed else None
-    return cases.expected(random, "sliding_window_attention", (q, k, v), ids, window=window)
+    length, window = CASES[name][1], CASES[name][6]
+    return cases.attention(*CASES[name], chance=0.08, seed=length + window)
 
 
 RUNS = [

@@ -79,17 +79,14 @@ def test_auto_goes_both_ways(load, kind, expected):
 def test_attention_gathers_what_fits():
     """Bfloat16 heads of 128 channels on 8 devices: 64K tokens of one head are gathered, 1M tokens of 16 heads are not."""
     short, long = KeysAndValues(8, 4 * MIB, 8 * MIB), KeysAndValues(8, 1024 * MIB, 2048 * MIB)
-    assert cost.choose_attention("auto", short, H100, 8) == "all_gather"
-    assert cost.choose_attention("auto", long, H100, 8) == "ring"
-    assert cost.choose_attention("all_gather", long, H100, 8) == "all_gather"
+    choices = [cost.choose_attention(name, load, H100, 8) for name in ("auto", "all_gather") for load in (short, long)]
+    assert choices == ["all_gather", "ring", "all_gather", "all_gather"]
 
 
 def test_what_there_is_not_is_refused():
-    with pytest.raises(UserError, match=r"^parallel.exchange is 'ring'; it must be one of auto, all_gather, doubling$"):
+    with pytest.raises(UserError, match=r"^parallel.exchange is 'ring'; .* one of auto, all_gather, doubling$"):
         cost.choose_exchange("ring", HAWK(8), H100, 8)
-    with pytest.raises(
-        UserError, match=r"^parallel.attention is 'doubling'; it must be one of auto, all_gather, ring$"
-    ):
+    with pytest.raises(UserError, match=r"^parallel.attention is 'doubling'; .* one of auto, all_gather, ring$"):
         cost.choose_attention("doubling", KeysAndValues(8, 1, 1), H100, 8)
 
 
@@ -161,47 +158,30 @@ def test_auto_on_the_mesh_changes_no_result(monkeypatch):
 
 
 def test_products_of_loops_branches_and_shards_are_counted():
-    a, b = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.float32)
-    mesh = meshes.make_mesh({"data": 2, "fsdp": 1, "sequence": 1, "tensor": 1, "expert": 1}, jax.devices()[:2])
-    one = 2 * 4 * 8 * 16
-
-    def looped(a, b):
-        return jax.lax.scan(lambda c, _: (c + a @ b, None), jnp.zeros((4, 16)), None, length=5)
-
-    def branched(a, b):
-        return jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: (a @ b) + (a @ b))
-
-    def mapped(a, b):
-        rows = jax.P("data")
-        return jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(rows, jax.P()), out_specs=rows)(a, b)
-
-    assert traced.products_of(looped, a, b) == (5 * one, True)
-    assert traced.products_of(branched, a, b) == (2 * one, True)
-    assert traced.products_of(jax.checkpoint(jax.jit(lambda a, b: a @ b)), a, b) == (one, True)
-    assert traced.products_of(mapped, a, b) == (one, True)
-
-
-def test_products_in_loops_of_unknown_trips_are_said_not_to_be_counted():
+    """And it is said where a loop of unknown trips has some, which count as one trip's."""
     a, n = jax.ShapeDtypeStruct((8, 8), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    one = 2 * 8 * 8 * 8
+    mesh = meshes.make_mesh(dict.fromkeys(meshes.AXES, 1) | {"data": 2}, jax.devices()[:2])
+    one, scan, cond, times = 2 * 8 * 8 * 8, jax.lax.scan, jax.lax.cond, jax.lax.fori_loop
+    rows = {"in_specs": (jax.P("data"), jax.P()), "out_specs": jax.P("data")}
 
     def looped(a, n):
-        return jax.lax.fori_loop(0, n, lambda _, b: a @ b, a)
-
-    def summed(a, n):
-        return jax.lax.fori_loop(0, n, lambda _, b: a + b, a) @ a
+        return times(0, n, lambda _, b: a @ b, a)
 
     def twice(a, n):
-        return jax.lax.scan(lambda b, _: (looped(b, n), None), a, None, length=2)[0] @ a
+        return scan(lambda b, _: (looped(b, n), None), a, None, length=2)[0] @ a
 
-    assert traced.products_of(looped, a, n) == (one, False)
-    assert traced.products_of(summed, a, n) == (one, True)
-    assert traced.products_of(twice, a, n) == (3 * one, False)
-    assert traced.products_of(lambda a, n: jax.lax.cond(n > 0, looped, lambda a, n: a @ a @ a, a, n), a, n) == (
-        2 * one,
-        False,
-    )
-    assert traced.products_of(flop_annotations.jit(twice, runs=5), a, n) == ((2 * 5 + 1) * one, True)
+    for count, known, function in (
+        (5, True, lambda a, n: scan(lambda c, _: (c + a @ a, None), a, None, length=5)),
+        (2, True, lambda a, n: cond(n > 0, lambda: a @ a, lambda: (a @ a) + (a @ a))),
+        (1, True, jax.checkpoint(jax.jit(lambda a, n: a @ a))),
+        (1, True, lambda a, n: jax.shard_map(lambda a, b: a @ b, mesh=mesh, **rows)(a, a)),
+        (1, False, looped),
+        (1, True, lambda a, n: times(0, n, lambda _, b: a + b, a) @ a),
+        (3, False, twice),
+        (2, False, lambda a, n: cond(n > 0, looped, lambda a, n: a @ a @ a, a, n)),
+        (2 * 5 + 1, True, flop_annotations.jit(twice, runs=5)),
+    ):
+        assert traced.products_of(function, a, n) == (count * one, known)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -98,33 +98,27 @@ def test_dtypes_may_differ():
     numerics.assert_close((found, found_gradients), numerics.wide((exact, gradients)), 1e-6)
 
 
-def compiled(mesh, choice, length):
-    """The compiled program of the gradients."""
-    place = jax.NamedSharding(mesh, jax.P(None, "sequence"))
-    shapes = {"q": (1, length, 2, 8), "k": (1, length, 1, 8), "v": (1, length, 1, 8), "ids": (1, length)}
-    structs = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32 if name == "ids" else jnp.float32, sharding=place)
-        for name, shape in shapes.items()
-    }
-
-    def objective(q, k, v, ids):
-        with sharding.use_mesh(mesh, attention=choice):
-            return jnp.sum(operations.causal_attention(q, k, v, segment_ids=ids) ** 2)
-
-    gradient = jax.jit(jax.grad(objective, argnums=(0, 1, 2)), out_shardings=place)
-    return gradient.lower(*structs.values()).compile()
-
-
 def test_nothing_is_gathered(monkeypatch):
     """The compiled program has only permutes, and takes less memory than gathering, whose memory grows with T."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 64)
     monkeypatch.setattr(attention, "KEY_RUN", 64)
     mesh, length = make_mesh(MESHES[0]), 4096
-    ring, gathered = (compiled(mesh, choice, length) for choice in ("ring", "all_gather"))
-    assert collectives(ring, mesh) == {"collective-permute"}
-    assert "all-gather" in collectives(gathered, mesh)
+    place = jax.NamedSharding(mesh, jax.P(None, "sequence"))
+    shapes = ((1, length, 2, 8), "float32"), *[((1, length, 1, 8), "float32")] * 2, ((1, length), "int32")
+
+    def compiled(choice):
+        def objective(q, k, v, ids):
+            with sharding.use_mesh(mesh, attention=choice):
+                return jnp.sum(operations.causal_attention(q, k, v, segment_ids=ids) ** 2)
+
+        gradient = jax.jit(jax.grad(objective, argnums=(0, 1, 2)), out_shardings=place)
+        return gradient.lower(*(jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes)).compile()
+
+    both = [compiled(choice) for choice in ("ring", "all_gather")]
+    ring, gathered = ({x.kind for x in programs.collectives(y.as_text(), mesh.shape)} for y in both)
+    assert ring == {"collective-permute"} and "all-gather" in gathered
     block = 2 * 8 * 4 * length // 8  # bytes of a shard's keys and values
-    temporary = [program.memory_analysis().temp_size_in_bytes for program in (ring, gathered)]
+    temporary = [program.memory_analysis().temp_size_in_bytes for program in both]
     # The keys and values of eight shards and their gradients, against those of two and the gradients of a third.
     assert temporary[1] - temporary[0] >= 11 * block
 
@@ -141,7 +135,3 @@ def test_auto_gathers_what_fits(monkeypatch):
     assert chosen() == "all_gather"
     monkeypatch.setattr(cost, "KEYS_AND_VALUES_BOUND", 1e-9)
     assert chosen() == "ring"
-
-
-def collectives(program, mesh):
-    return {collective.kind for collective in programs.collectives(program.as_text(), mesh.shape)}

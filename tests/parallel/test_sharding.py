@@ -21,12 +21,12 @@ from tests import numerics, small
 ONES = dict.fromkeys(meshes.AXES, 1)
 
 
+def name_of(sizes):
+    return "_".join(f"{axis}{size}" for axis, size in sizes.items())
+
+
 def mesh_of(**sizes):
     return meshes.make_mesh(ONES | sizes)
-
-
-def test_there_are_8_devices():
-    assert jax.device_count() == 8
 
 
 def test_make_mesh():
@@ -117,7 +117,7 @@ def on_one_device():
 @pytest.mark.parametrize(
     "sizes",
     [{"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"fsdp": 2, "tensor": 2, "data": 2}],
-    ids=lambda sizes: "_".join(f"{axis}{size}" for axis, size in sizes.items()),
+    ids=name_of,
 )
 def test_8_devices_give_the_numbers_of_one(sizes):
     parameters, expected = on_one_device()
@@ -132,27 +132,12 @@ def test_8_devices_give_the_numbers_of_one(sizes):
     jitted = numerics.jit(run, in_shardings=(places, rows, rows, rows, rows), out_shardings=(None, places))
     value, gradients = jitted(placed, *batch())
     numerics.assert_close((value, gradients), expected, 1e-5)
-    jax.tree.map(lambda gradient, place: _check_place(gradient, place), gradients, places)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), gradients, places)))
     parts = [leaf for leaf in jax.tree.leaves(gradients) if leaf.addressable_shards[0].data.size < leaf.size]
     assert bool(parts) == (sizes != {"data": 8})
 
 
-def _check_place(x, place):
-    assert x.sharding.is_equivalent_to(place, x.ndim)
-
-
 TABLE, TOKENS = (64, 16), (8, 4)  # [vocab, D], [B, T]
-
-
-def row_losses(mesh):
-    """``(table, tokens, weights [B, T, D]) -> loss``, and the shardings of its arguments."""
-
-    def loss(table, tokens, weights):
-        with sharding.use_mesh(mesh):
-            return jnp.sum(operations.rows(table, tokens, jnp.bfloat16).astype(jnp.float32) * weights)
-
-    rows = meshes.batch_sharding(mesh)
-    return loss, (jax.NamedSharding(mesh, sharding.spec(("vocab", "embed"), TABLE, mesh)), rows, rows)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +149,7 @@ def row_losses(mesh):
         {"fsdp": 2, "tensor": 2, "expert": 2},
         {"fsdp": 2, "sequence": 4},
     ],
-    ids=lambda sizes: "_".join(f"{axis}{size}" for axis, size in sizes.items()),
+    ids=name_of,
 )
 def test_what_is_looked_up_is_exchanged_and_not_the_embedding(sizes):
     random = np.random.default_rng(0)
@@ -173,14 +158,16 @@ def test_what_is_looked_up_is_exchanged_and_not_the_embedding(sizes):
     expected = np.zeros(TABLE, np.float32)
     np.add.at(expected, tokens, weights)
     mesh = mesh_of(**sizes)
-    loss, places = row_losses(mesh)
-    run = numerics.jit(jax.value_and_grad(loss), in_shardings=places, out_shardings=(None, places[0])).lower(
-        table, tokens, weights
-    )
-    compiled = run.compile()
-    value, gradient = compiled(
-        *(jax.device_put(x, place) for x, place in zip((table, tokens, weights), places, strict=True))
-    )
+
+    def loss(table, tokens, weights):
+        with sharding.use_mesh(mesh):
+            return jnp.sum(operations.rows(table, tokens, jnp.bfloat16).astype(jnp.float32) * weights)
+
+    rows = meshes.batch_sharding(mesh)
+    places = jax.NamedSharding(mesh, sharding.spec(("vocab", "embed"), TABLE, mesh)), rows, rows
+    run = numerics.jit(jax.value_and_grad(loss), in_shardings=places, out_shardings=(None, places[0]))
+    compiled = run.lower(table, tokens, weights).compile()
+    value, gradient = compiled(*map(jax.device_put, (table, tokens, weights), places))
     rounded = np.asarray(jnp.asarray(table).astype(jnp.bfloat16).astype(jnp.float32))
     assert float(value) == pytest.approx(np.sum(rounded[tokens] * weights), rel=1e-5)
     np.testing.assert_array_equal(gradient, expected)
@@ -206,12 +193,9 @@ def test_the_loss_gathers_the_embedding_in_the_dtype_of_its_products(target, mon
         with sharding.use_mesh(mesh):
             return operations.linear_cross_entropy(x, embedding, targets, weights)[1]
 
-    given = (
-        jax.ShapeDtypeStruct((1024, 256), jnp.float32, sharding=place),
-        jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16, sharding=rows),
-        jax.ShapeDtypeStruct((4, 128), jnp.int32, sharding=rows),
-        jax.ShapeDtypeStruct((4, 128), jnp.float32, sharding=rows),
-    )
+    shapes = ((1024, 256), "float32"), ((4, 128, 256), "bfloat16"), ((4, 128), "int32"), ((4, 128), "float32")
+    at = place, rows, rows, rows
+    given = [jax.ShapeDtypeStruct(*shape, sharding=one) for shape, one in zip(shapes, at, strict=True)]
     compiled = jax.jit(jax.grad(loss), out_shardings=place).lower(*given).compile()
     collectives = programs.read(compiled, mesh).collectives
     assert [c.bytes for c in collectives if c.kind == "all-gather"] == [1024 * 256 // 4 * 2]

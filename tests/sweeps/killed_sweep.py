@@ -49,7 +49,7 @@ manager.Manager.__init__ = lambda self, sweep, executor, train: init(self, sweep
 """
 
 
-def start(directory, dataset, *, runs=2, key="training.seed", stops=None):
+def start(directory, dataset, *, runs, stops=None):
     """Starts launch/sweep.py in its own process group. The run with the seed ``stops`` waits in its 5th step."""
     before = ""
     if stops is not None:
@@ -57,7 +57,7 @@ def start(directory, dataset, *, runs=2, key="training.seed", stops=None):
         train = tiny.program(before=of_that + textwrap.indent(tiny.STOPS.replace("STEP", "5"), "    "))
         before = TRAINS.replace("PROGRAM", repr(train))
     file = directory / "small.py"
-    file.write_text(SWEEP.replace("KEY", key).replace("RUNS", str(runs)))
+    file.write_text(SWEEP.replace("KEY", "training.seed").replace("RUNS", str(runs)))
     options = {"config": file, "workdir": directory / "sweep", "config.data.path": dataset}
     return subprocess.Popen(
         [*tiny.program("launch/sweep.py", before), *(f"--{name}={value}" for name, value in options.items())],

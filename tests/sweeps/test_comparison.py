@@ -1,12 +1,11 @@
 """Several architectures on the same axes, from runs with known laws; the report on them; the runs of a sweep."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 import types
 
 import numpy as np
@@ -31,27 +30,27 @@ BUDGETS = (1e15, 4e15, 1.6e16)
 def ladder(budgets=BUDGETS, sizes=5, noise=0.0005):
     """Runs at the optimum's size and around it; a third of the parameters are embeddings, a quarter of the FLOPs logits."""
     random, made = np.random.default_rng(0), []
-    for name, law in LAWS.items():
-        for budget in budgets:
-            best = optimum.compute_optimal(law, budget).parameters
-            for size in best * np.geomspace(0.25, 4, sizes):
-                tokens = budget / (6 * size)
-                loss = float(law.loss(size, tokens) * np.exp(noise * random.standard_normal()))
-                made.append(
-                    points.Point(
-                        name=f"{name}-{budget:g}-{size:.0f}",
-                        architecture=name,
-                        parameters=int(size),
-                        embedding_parameters=int(size / 3),
-                        tokens=int(tokens),
-                        flops_per_token=6 * size,
-                        logits_flops_per_token=1.5 * size,
-                        loss=loss,
-                        budget=budget,
-                        budget_counts="with",
-                    )
-                )
+    for (name, law), budget in itertools.product(LAWS.items(), budgets):
+        for size in optimum.compute_optimal(law, budget).parameters * np.geomspace(0.25, 4, sizes):
+            tokens = budget / (6 * size)
+            point = points.Point(
+                name=f"{name}-{budget:g}-{size:.0f}",
+                architecture=name,
+                parameters=int(size),
+                embedding_parameters=int(size / 3),
+                tokens=int(tokens),
+                flops_per_token=6 * size,
+                logits_flops_per_token=1.5 * size,
+                loss=float(law.loss(size, tokens) * np.exp(noise * random.standard_normal())),
+                budget=budget,
+                budget_counts="with",
+            )
+            made.append(point)
     return made
+
+
+def fast():
+    return [run for run in ladder() if run.architecture == "fast"]
 
 
 @pytest.fixture(scope="module")
@@ -134,84 +133,80 @@ def test_each_architecture_is_judged_by_what_its_own_parameters_cost():
 
 
 def test_of_runs_that_differ_in_nothing_else_the_best_counts():
-
+    """Those of another architecture, size or number of tokens are kept, and one that diverged never wins."""
     runs = ladder()
     worse = [dataclasses.replace(run, name="worse", loss=run.loss + 1) for run in runs]
     assert points.best([*worse, *runs]) == runs
-
-
-def test_runs_of_another_architecture_size_or_number_of_tokens_are_kept():
-    run = ladder()[0]
-    changes = ({"architecture": "other"}, {"tokens": 2 * run.tokens}, {"parameters": 2 * run.parameters})
-    others = [dataclasses.replace(run, name=str(change), loss=run.loss + 1, **change) for change in changes]
-    assert points.best([run, *others]) == [run, *others]
+    changes = ({"architecture": "other"}, {"tokens": 2 * runs[0].tokens}, {"parameters": 2 * runs[0].parameters})
+    others = [dataclasses.replace(worse[0], **change) for change in changes]
+    assert points.best([runs[0], *others]) == [runs[0], *others]
+    for loss in (math.nan, math.inf, -math.inf):
+        broken = [dataclasses.replace(run, name=f"broken-{run.name}", loss=loss) for run in runs[:2]]
+        assert points.best([*broken, *runs]) == points.best([*runs, *broken]) == [*runs, *broken]
 
 
 def test_architectures_are_resampled_apart():
     """The same runs under two names have the same law, but different replicates of it."""
-    runs = [run for run in ladder() if run.architecture == "fast"]
-    again = [dataclasses.replace(run, architecture="again") for run in runs]
-    first, second = comparison.compare([*runs, *again], replicates=3).fits["with"].values()
+    again = [dataclasses.replace(run, architecture="again") for run in fast()]
+    first, second = comparison.compare([*fast(), *again], replicates=3).fits["with"].values()
     assert first.law.best == second.law.best and first.profile.best == second.profile.best
     for one, other in ((first.law, second.law), (first.profile, second.profile)):
         assert not set(one.replicates) & set(other.replicates)
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("first", [True, False])
-def test_a_run_that_diverged_never_wins(loss, first):
-    runs = ladder()
-    broken = [dataclasses.replace(run, name=f"broken-{run.name}", loss=loss) for run in runs[:2]]
-    assert points.best([*broken, *runs] if first else [*runs, *broken]) == [*runs, *broken]
-
-
-def test_runs_that_diverged_are_left_out_and_named(tmp_path, compared):
+def test_runs_that_diverged_or_are_not_finished_are_left_out_and_named(tmp_path, compared):
     runs = ladder()
     broken = dataclasses.replace(runs[0], name="broken-1", loss=math.nan)
     lone = dataclasses.replace(runs[0], name="broken-2", architecture="lone", loss=math.inf)
-    found = comparison.compare([broken, lone, *runs], replicates=50)
-    assert (found.diverged, found.baseline, compared.diverged) == (["broken-1", "broken-2"], "slow", [])
-    assert comparison.to_json(found) == comparison.to_json(compared) | {"diverged": found.diverged}
-    remark = "left out because their loss is not finite: broken-1, broken-2"
-    assert report.text(found) == f"{report.text(compared)}\n\n{remark}"
-    written = report.write(found, tmp_path, title="A ladder")
-    assert remark in written[-1].read_text()
-    assert json.loads(written[0].read_text())["diverged"] == ["broken-1", "broken-2"]
-    with pytest.raises(UserError, match=r"^there are no runs to compare whose loss is finite$"):
-        comparison.compare([broken, lone])
+    unfinished = ["late (running)", "lost (failed)"]
+    found = comparison.compare([broken, lone, *runs], replicates=50, unfinished=unfinished)
+    left_out = {"diverged": ["broken-1", "broken-2"], "unfinished": unfinished}
+    assert (found.baseline, compared.diverged) == ("slow", [])
+    assert comparison.to_json(found) == comparison.to_json(compared) | left_out
+    remarks = {
+        "left out because their loss is not finite: broken-1, broken-2",
+        "left out because they are not finished: late (running), lost (failed)",
+    }
+    text = report.text(found)
+    assert text.startswith(f"{report.text(compared)}\n\n")
+    assert set(text.removeprefix(f"{report.text(compared)}\n\n").split("\n\n")) == remarks
+    values, *_, page = report.write(found, tmp_path, title="A ladder")
+    assert all(remark in page.read_text() for remark in remarks)
+    assert json.loads(values.read_text()).items() >= left_out.items()
 
 
-def test_runs_that_are_not_finished_are_named(tmp_path, compared):
-    found = comparison.compare(ladder(), replicates=50, unfinished=["late (running)", "lost (failed)"])
-    assert comparison.to_json(found) == comparison.to_json(compared) | {"unfinished": found.unfinished}
-    remark = "left out because they are not finished: late (running), lost (failed)"
-    assert report.text(found) == f"{report.text(compared)}\n\n{remark}"
-    assert remark in report.write(found, tmp_path, title="A ladder")[-1].read_text()
-
-
-def test_a_baseline_of_which_no_run_has_a_loss():
-    lone = dataclasses.replace(ladder()[0], architecture="lone", loss=math.inf)
-    with pytest.raises(UserError, match=r"no run of the baseline 'lone' has a finite loss; the others are slow, fast"):
-        comparison.compare([lone, *ladder()], baseline="lone")
+@pytest.mark.parametrize(
+    "architectures, baseline, message",
+    [
+        (["lone"], None, "^there are no runs to compare whose loss is finite$"),
+        ([], None, "^there are no runs to compare$"),
+        (
+            ["lone", "slow", "fast"],
+            "lone",
+            "no run of the baseline 'lone' has a finite loss; the others are slow, fast",
+        ),
+        (["slow", "fast"], "faster", "no architecture 'faster' in the sweep; the architectures are slow, fast"),
+    ],
+)
+def test_refusals(architectures, baseline, message):
+    runs = [dataclasses.replace(ladder()[0], architecture="lone", loss=math.inf), *ladder()]
+    with pytest.raises(UserError, match=message):
+        comparison.compare([run for run in runs if run.architecture in architectures], baseline=baseline)
 
 
 def test_too_few_runs_have_no_law():
     found = comparison.compare(ladder(budgets=(1e15,), sizes=4), replicates=20).fits["with"]["fast"]
     assert found.law is None and found.profile is not None
     assert found.refusals == ["the parametric law needs at least 6 runs, not 4"]
-    with pytest.raises(UserError, match="no architecture 'faster' in the sweep; the architectures are slow, fast"):
-        comparison.compare(ladder(), baseline="faster")
-    with pytest.raises(UserError, match="no runs to compare"):
-        comparison.compare([])
 
 
 def test_few_runs_have_a_law_without_intervals():
     """The law passes nearly through all of them, and so through resampled ones: replicates add no information."""
-    ladders = {name: [run for run in ladder() if run.architecture == name] for name in LAWS}
-    found = comparison.compare([*ladders["slow"][:8], *ladders["fast"][:7]], replicates=20)
-    slow, fast = (found.fits["with"][name] for name in LAWS)
-    assert len(slow.law.replicates) == 20 and np.isfinite(slow.constant("alpha")).all()
-    assert math.isfinite(fast.law.best.alpha) and np.isnan(fast.constant("alpha")[1:]).all()
+    slow = [run for run in ladder() if run.architecture == "slow"]
+    found = comparison.compare([*slow[:8], *fast()[:7]], replicates=20)
+    many, few = (found.fits["with"][name] for name in LAWS)
+    assert len(many.law.replicates) == 20 and np.isfinite(many.constant("alpha")).all()
+    assert math.isfinite(few.law.best.alpha) and np.isnan(few.constant("alpha")[1:]).all()
     times, *bounds = found.multiplier("with", "fast", 1e16)
     assert math.isfinite(times) and np.isnan(bounds).all()
     remark = "fast: 7 runs are too few for intervals; 8 or more give them"
@@ -221,19 +216,13 @@ def test_few_runs_have_a_law_without_intervals():
 
 def test_where_flops_fall_as_sizes_grow_the_others_are_reported():
     """For example, mixtures whose tokens use fewer of more experts."""
-    runs = ladder()
-    size = min(run.parameters for run in runs)
-    sparse = [
-        dataclasses.replace(
-            run,
-            architecture="sparse",
-            flops_per_token=6 * size * (size / run.parameters) ** 0.2,
-            logits_flops_per_token=0,
-        )
-        for run in runs
-        if run.architecture == "fast"
-    ]
-    found = comparison.compare([*runs, *sparse], replicates=20)
+    size = min(run.parameters for run in ladder())
+    sparse = []
+    for run in fast():
+        falling = 6 * size * (size / run.parameters) ** 0.2
+        changes = {"architecture": "sparse", "flops_per_token": falling, "logits_flops_per_token": 0}
+        sparse.append(dataclasses.replace(run, **changes))
+    found = comparison.compare([*ladder(), *sparse], replicates=20)
     fit = found.fits["with"]["sparse"]
     assert fit.law is None and fit.profile is not None and found.fits["with"]["fast"].law is not None
     assert "sparse: FLOPs per token grow as N^-0.2, so no size is the best" in report.text(found)
@@ -241,8 +230,7 @@ def test_where_flops_fall_as_sizes_grow_the_others_are_reported():
 
 def test_constants_that_the_runs_do_not_tell():
     """The losses depend on nothing."""
-    random = np.random.default_rng(0)
-    runs = [run for run in ladder() if run.architecture == "fast"]
+    random, runs = np.random.default_rng(0), fast()
     alike = [dataclasses.replace(run, loss=3 + 0.01 * random.standard_normal()) for run in runs]
     found = comparison.compare(alike, replicates=30)
     assert {"alpha", "beta"} <= set(found.fits["with"]["fast"].undetermined())
@@ -252,9 +240,10 @@ def test_constants_that_the_runs_do_not_tell():
     few = comparison.compare(worse).fits["with"]["fast"]
     assert np.isnan(few.constant("alpha")[1:]).all() and "alpha" in few.undetermined()
     # Losses that fall to nothing say that E is small, but not what it is.
-    law, wobble = dataclasses.replace(LAWS["fast"], E=0.0), [0.992, 1.02, 0.988]
-    losses = [float(law.loss(run.parameters, run.tokens)) * wobble[i % 3] for i, run in enumerate(runs)]
-    falling = [dataclasses.replace(run, loss=loss) for run, loss in zip(runs, losses, strict=True)]
+    law, wobble = dataclasses.replace(LAWS["fast"], E=0.0), itertools.cycle([0.992, 1.02, 0.988])
+    falling = [
+        dataclasses.replace(run, loss=float(law.loss(run.parameters, run.tokens)) * next(wobble)) for run in runs
+    ]
     assert "E" in comparison.compare(falling, replicates=30).fits["with"]["fast"].undetermined()
 
 
@@ -277,12 +266,10 @@ def test_a_sweep_with_ladders_of_both_counts_has_both_profiles():
 
 
 def test_the_report(compared, tmp_path):
+    """And the terminal shows the same."""
     written = report.write(compared, tmp_path / "out", title="A ladder")
-    names = [
-        "scaling.json",
-        *(f"{name}.{kind}" for name in ("loss", "optimum", "residuals", "isoflop") for kind in ("svg", "png")),
-    ]
-    assert [path.name for path in written] == [*names, "scaling.html"]
+    drawn = [f"{name}.{kind}" for name in ("loss", "optimum", "residuals", "isoflop") for kind in ("svg", "png")]
+    assert [path.name for path in written] == ["scaling.json", *drawn, "scaling.html"]
     assert all(path.stat().st_size > 1000 for path in written)
     read = test_html.assert_self_contained(written[-1].read_text())
     for text in ("A ladder", "fast-4e+15-", "IsoFLOP profiles (with embeddings)", "The best use of 1.6e+17 FLOPs"):
@@ -298,20 +285,20 @@ def test_the_report(compared, tmp_path):
     assert [path.read_bytes() for path in again if path.suffix != ".png"] == [
         path.read_bytes() for path in written if path.suffix != ".png"
     ]
-
-
-def test_the_terminal_shows_the_same(compared):
     lines = report.text(compared).splitlines()
-    assert lines[0] == "counted with embeddings"
-    assert lines[2].split("  ")[0] == "architecture"
+    assert lines[0] == "counted with embeddings" and lines[2].split("  ")[0] == "architecture"
     assert sum(line.startswith("fast ") for line in lines) == 2 * (1 + 4)
 
 
-def test_numbers_for_people():
-    values = [0.3412, 12.34, 1234.0, 5.6e6, 7.8e9, 2e12, float("nan"), float("inf")]
-    assert list(map(report._number, values)) == ["0.341", "12.3", "1.23k", "5.6M", "7.8G", "2T", "?", "∞"]
-    values = [999.4, 999.9, 999.4e3, 999.9e6, 999.9e9, 999.9e12]
-    assert list(map(report._number, values)) == ["999", "1k", "999k", "1G", "1T", "1e+15"]
+@pytest.mark.parametrize(
+    "values, texts",
+    [
+        ([0.3412, 12.34, 1234.0, 5.6e6, 7.8e9, 2e12, math.nan, math.inf], "0.341 12.3 1.23k 5.6M 7.8G 2T ? ∞"),
+        ([999.4, 999.9, 999.4e3, 999.9e6, 999.9e9, 999.9e12], "999 1k 999k 1G 1T 1e+15"),
+    ],
+)
+def test_numbers_for_people(values, texts):
+    assert " ".join(map(report._number, values)) == texts
 
 
 @pytest.fixture(scope="module")
@@ -390,11 +377,9 @@ def test_losses_of_different_parts_of_a_text_are_refused(tiny_dataset, tmp_path)
     finished(tmp_path, tiny_dataset, [rows(8, 2), rows(4, 2)])
     with pytest.raises(UserError) as refusal:
         points.sweep_points(tmp_path)
-    assert str(refusal.value) == (
+    assert str(refusal.value).startswith(
         f"the held-out losses are of different text: batch_size=8 has 1,024 tokens of {tiny_dataset}, "
-        f"batch_size=4 has 512 tokens of {tiny_dataset}; train a sweep whose runs have the same data.heldout_path and "
-        "evaluation.batches x training.batch_size x training.sequence_length, or evaluation.batches=0 (all of it); for "
-        "finished runs, measure each with launch/evaluate.py --follow and use its losses with --evaluated"
+        f"batch_size=4 has 512 tokens of {tiny_dataset}; train a sweep whose runs have the same data.heldout_path"
     )
 
 
@@ -436,9 +421,8 @@ def test_losses_of_a_dataset_that_was_prepared_again_are_refused(tiny_dataset, t
     record(8, "0" * 16, heldout.identity(tiny_dataset))
     assert len(points.sweep_points(tmp_path)) == 2
     record(4, "0" * 16)
-    with pytest.raises(
-        UserError, match=rf"batch_size=4\S* has 1,024 tokens of {tiny_dataset} as it was before it was prepared again;"
-    ):
+    refusal = rf"batch_size=4\S* has 1,024 tokens of {tiny_dataset} as it was before it was prepared again;"
+    with pytest.raises(UserError, match=refusal):
         points.sweep_points(tmp_path)
     record(8, "0" * 16)
     assert len(points.sweep_points(tmp_path)) == 2
@@ -459,17 +443,14 @@ def test_losses_of_different_data_are_refused_and_of_a_copy_accepted(tiny_datase
     assert len(points.sweep_points(tmp_path / "sweep")) == 1
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"seed": 1}))
-    with pytest.raises(
-        UserError, match=rf"different text: .* has [\d,]+ tokens of {tiny_dataset}, .* tokens of {copy};"
-    ):
+    with pytest.raises(UserError, match=rf"different text: .* tokens of {tiny_dataset}, .* tokens of {copy};"):
         points.sweep_points(tmp_path / "sweep")
 
 
-def test_the_program(sweep):
-    command = [sys.executable, "launch/scaling.py", f"--workdir={sweep}"]
-    refused = subprocess.run(command, cwd=stand_in.ROOT, capture_output=True, text=True)
+def test_the_program(start, sweep):
+    refused = start("scaling", f"--workdir={sweep}")
     assert refused.returncode == 2 and refused.stderr.startswith("scaling.py: 1 of the 2 runs in ")
-    done = subprocess.run([*command, "--partial"], cwd=stand_in.ROOT, capture_output=True, text=True)
+    done = start("scaling", f"--workdir={sweep}", "--partial")
     assert done.returncode == 0, done.stderr
     assert "small: the parametric law needs at least 6 runs, not 1" in done.stdout
     assert done.stdout.splitlines()[-1] == str(sweep / "scaling" / "scaling.html")

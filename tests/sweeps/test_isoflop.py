@@ -63,17 +63,14 @@ def test_a_minimum_outside_the_sizes_does_not_count():
     assert found.power == pytest.approx(0.48)
 
 
-def test_without_minima_there_is_no_power_law():
-    found = isoflop.fit(BUDGETS, PARAMETERS, np.log(PARAMETERS), replicates=3)
-    assert not any(parabola.inside for parabola in found.best.parabolas)
+@pytest.mark.parametrize("minima", [0, 1])
+def test_without_two_minima_there_is_no_power_law(minima):
+    found = isoflop.fit(
+        BUDGETS, PARAMETERS, np.where(np.arange(24) < 6 * minima, LOSSES, np.log(PARAMETERS)), replicates=3
+    )
+    assert [parabola.inside for parabola in found.best.parabolas] == [True] * minima + [False] * (4 - minima)
+    assert np.isnan([found.best.power, found.best.scale]).all()
     assert np.isnan(found.interval(lambda profile: profile.power)).all()
-
-
-def test_through_one_minimum_there_is_no_power_law():
-    first = np.isclose(BUDGETS, BUDGETS[0])
-    found = isoflop.fit(BUDGETS, PARAMETERS, np.where(first, LOSSES, np.log(PARAMETERS)), replicates=0).best
-    assert [parabola.inside for parabola in found.parabolas] == [True, False, False, False]
-    assert np.isnan([found.power, found.scale]).all()
 
 
 @pytest.mark.parametrize("budgets_of_four, replicates", [(0, 0), (2, 0), (3, 5)])

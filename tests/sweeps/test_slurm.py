@@ -58,10 +58,17 @@ def jobs(tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def sweep(directory, dataset, plan, *, options=("time=60",), parallel=None, **changes):
-    with prepare(directory, stand_in.config(dataset, **changes), plan) as planned:
-        executor = executors.Slurm(planned.directory / "jobs" / "submitit", parallel=parallel, options=options)
+def sweep(directory, dataset, plan, *, options=("time=60",)):
+    with prepare(directory, stand_in.config(dataset), plan) as planned:
+        executor = executors.Slurm(planned.directory / "jobs" / "submitit", parallel=None, options=options)
         yield manager.Manager(planned, executor, stand_in.TRAIN)
+
+
+def steps(directory):
+    return [list(map(int, path.read_text().split())) for path in directory.glob("runs/*/steps.txt")]
+
+
+ALL = list(range(1, stand_in.STEPS + 1))
 
 
 def test_the_runs_are_jobs_with_the_options_that_were_given(jobs, tiny_dataset, tmp_path):
@@ -81,9 +88,6 @@ def test_jobs_outlive_their_manager_and_are_found_again(jobs, tiny_dataset, tmp_
     def stop(table):
         first._stop = True
 
-    def let_go(table):
-        hold.unlink(missing_ok=True)
-
     hold = tmp_path / "sweep" / stand_in.HOLD
     hold.parent.mkdir()
     hold.write_text("0")
@@ -91,10 +95,9 @@ def test_jobs_outlive_their_manager_and_are_found_again(jobs, tiny_dataset, tmp_
         assert first.run(stop, poll=0.1) == 75
     assert len(list(jobs.glob("*.sh"))) == 2
     with sweep(tmp_path / "sweep", tiny_dataset, stand_in.runs([0, 1, 2])) as again:
-        assert again.run(let_go, poll=0.1) == 0
+        assert again.run(lambda table: hold.unlink(missing_ok=True), poll=0.1) == 0
     assert len(list(jobs.glob("*.sh"))) == 3, "the runs 0 and 1 were not submitted again"
-    for path in (tmp_path / "sweep").glob("runs/*/steps.txt"):
-        assert list(map(int, path.read_text().split())) == list(range(1, stand_in.STEPS + 1))
+    assert steps(tmp_path / "sweep") == [ALL] * 3
 
 
 def test_a_preempted_job_saves_itself_and_asks_to_be_requeued(jobs, tiny_dataset, tmp_path):
@@ -114,8 +117,7 @@ def test_a_preempted_job_saves_itself_and_asks_to_be_requeued(jobs, tiny_dataset
         assert runs.run(preempt, poll=0.05) == 0
     assert (jobs / "requeued").read_text() == "1\n"
     assert [tried["status"] for tried in run.files.attempts()] == [75, 0]
-    taken = list(map(int, (run.files.workdir / "steps.txt").read_text().split()))
-    assert taken == list(range(1, stand_in.STEPS + 1))
+    assert steps(tmp_path / "sweep") == [ALL]
 
 
 def test_a_job_may_be_preempted_before_it_begins():
@@ -135,9 +137,8 @@ def test_a_job_may_be_preempted_before_it_begins():
     ],
 )
 def test_options_that_are_refused(jobs, tmp_path, options, message):
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError, match=message):
         executors.Slurm(tmp_path, parallel=None, options=options)
-    assert message in str(refusal.value)
 
 
 def test_without_slurm(tmp_path, monkeypatch):

@@ -78,44 +78,35 @@ def test_state_after_an_attempt(run, status, state, error):
     assert states.read(run, 10, queued=True).state == states.QUEUED
 
 
-def rows():
-    return [
-        ("a", states.Progress(states.FINISHED, 10, 10, 2.5, 2.75, 1234.0)),
-        ("b", states.Progress(states.FAILED, 3, 10, error="it broke")),
-        *((f"w{i}", states.Progress(states.WAITING, 0, 10)) for i in range(9)),
-    ]
+ROWS = [
+    ("a", states.Progress(states.FINISHED, 10, 10, 2.5, 2.75, 1234.0)),
+    ("b", states.Progress(states.FAILED, 3, 10, error="it broke")),
+    *((f"w{i}", states.Progress(states.WAITING, 0, 10)) for i in range(9)),
+]
 
 
 def test_the_table():
-    lines = table.text(rows()).split("\n")
+    lines = table.text(ROWS).split("\n")
     assert lines[0] == "11 runs: 1 finished, 1 failed, 9 waiting"
     assert lines[2].split() == ["finished", "10/10", "2.500", "2.750", "1,234", "a"]
     assert lines[3].split() == ["failed", "3/10", "b:", "it", "broke"]
     assert len(lines) == 13
-    low = table.text(rows(), height=6).split("\n")
+    low = table.text(ROWS, height=6).split("\n")
     assert low[0] == lines[0] and len(low) == 3 and low[2] == lines[3], "what is done and what waits is only counted"
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_lines_where_no_terminal_is():
-    stream = io.StringIO()
-    live = table.Live(stream)
-    live.show(rows())
-    live.show(rows())
-    assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["finished", "failed"]
-
-
-def test_a_terminal_is_redrawn(monkeypatch):
+@pytest.mark.parametrize("terminal", [False, True])
+def test_lines_where_no_terminal_is_and_a_terminal_is_redrawn(monkeypatch, terminal):
     monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((40, 30)))
-    stream = Terminal()
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
     live = table.Live(stream)
-    live.show(rows())
+    live.show(ROWS)
     once = stream.getvalue()
-    live.show(rows())
+    live.show(ROWS)
+    if not terminal:
+        assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["finished", "failed"]
+        return
     assert stream.getvalue() == once + "\x1b[13A" + once, "13 lines up, and the same again"
     assert max(len(line.removeprefix("\x1b[2K")) for line in once.split("\n")) == 39
 

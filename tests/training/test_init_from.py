@@ -123,11 +123,7 @@ def test_heldout_text_that_the_other_run_may_have_been_trained_on_is_said(config
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        (
-            "model.recurrent_width",
-            64,
-            "has the weights of another model: model.recurrent_width is 32 there and 64 in this",
-        ),
+        ("model.recurrent_width", 64, "has the weights of another model: model.recurrent_width is 32 there and 64"),
         ("model.vocab_size", 512, "has the weights of another model: model.vocab_size is 384 there and 512 in this"),
         (
             "model.norm_offset",

@@ -163,9 +163,7 @@ def test_a_dataset_that_is_replaced_while_a_run_is_evaluated_on_it_is_refused(ti
     manifest = json.loads((replaced / "manifest.json").read_text())
     manifest["splits"]["heldout"]["bytes"] += 1
     (replaced / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        UserError, match=f"the dataset in {replaced} was replaced by a new one while the run was evaluated"
-    ):
+    with pytest.raises(UserError, match=f"the dataset in {replaced} was replaced by a new one while the run was"):
         evaluation({})
 
 

@@ -233,8 +233,6 @@ def test_too_many_skips_in_a_row(meter):
     meter, clock, lines, _ = meter
     clock.now += 1
     read(meter, 6, skips_in_a_row=2.0)
-    with pytest.raises(
-        Diverged, match=r"^3 steps in a row were skipped, the last of them step 7 with a gradient norm of 8"
-    ):
+    with pytest.raises(Diverged, match=r"^3 steps in a row were skipped, the last of them step 7 with a gradient norm"):
         read(meter, 7, skips_in_a_row=3.0, gradient_norm=8.0)
     assert len(lines) == 1

@@ -70,7 +70,7 @@ def test_a_line_every_twenty_seconds(monkeypatch, caplog, seconds, lines):
 
 
 def test_other_processes_show_nothing(monkeypatch, caplog):
-    monkeypatch.setattr(progress.start, "is_first", lambda: False)
+    monkeypatch.setattr(progress.distributed, "is_first", lambda: False)
     shown = progress.Progress(step=0, steps=1)
     with caplog.at_level("INFO", logger="jaxlinear"):
         shown.at(1, loss=1.0, tokens_per_second=1.0, step_seconds=1.0)

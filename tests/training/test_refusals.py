@@ -73,10 +73,7 @@ def other_dataset(tmp_path_factory):
         ({"model.vocab_size": 256}, r"has 257 tokens, more than model.vocab_size=256; leave model.vocab_size unset"),
         ({"mesh.data": 3}, r"a mesh of data 3 does not use each of the 8 available devices once"),
         ({"mesh.fsdp": -1}, r"only one size of the mesh can be -1, not both mesh.data and mesh.fsdp"),
-        (
-            {"mesh.sequence": 8, "training.sequence_length": 44},
-            r"mesh.sequence=8 does not divide training.sequence_length=44; the nearest length that works is 48",
-        ),
+        ({"mesh.sequence": 8, "training.sequence_length": 44}, r"mesh.sequence=8 does not divide"),
         ({"mesh.data": 4, "mesh.expert": 2}, r"mesh.expert=2: the model has no experts .* 'gated_mlp'\); set it to 1"),
         (
             {"mesh.data": 2, "mesh.tensor": 4, "model.vocab_size": 258},
@@ -160,18 +157,9 @@ def test_mixture():
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        (
-            "model.mlp_expansion",
-            2.0,
-            "holds a checkpoint of another model: model.mlp_expansion is 3.0 there and 2.0 in",
-        ),
+        ("model.mlp_expansion", 2.0, "holds a checkpoint of another model: model.mlp_expansion is 3.0 there and 2.0"),
         ("model.window", 4, "holds a checkpoint of another model: model.window is 8 there and 4 in this config"),
-        (
-            "training.seed",
-            5,
-            "holds another run: training.seed is 0 there and 5 in this config; give the new run a "
-            "--workdir of its own; or remove the directory: it has no checkpoint",
-        ),
+        ("training.seed", 5, "holds another run: training.seed is 0 there and 5 in this config; give the new run"),
         ("training.batch_size", 16, "holds another run: training.batch_size is 8 there and 16"),
         ("optimizer.name", "muon", "holds another run: optimizer.name is 'adamw' there and 'muon' in this config"),
         ("schedule.name", "linear", "holds another run: schedule.name is 'cosine' there"),
@@ -383,9 +371,7 @@ def test_a_workdir_that_another_run_has(tiny_config, tiny_run, tmp_path, monkeyp
     config.training.steps = 4
     with locks.of_run(workdir):
         before = tiny.files(workdir)
-        with pytest.raises(
-            RunError, match=rf"^the run of process {os.getpid()} on .* is using {workdir}; end it first"
-        ):
+        with pytest.raises(RunError, match=rf"^the run of process {os.getpid()} on .* is using {workdir}; end"):
             train(config, workdir)
         assert tiny.files(workdir) == before
 
@@ -406,9 +392,7 @@ def test_a_workdir_whose_folders_cannot_be_renamed(tiny_config, tmp_path, monkey
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(pathlib.Path, "rename", rename)
-    with pytest.raises(
-        UserError, match=rf"^folders cannot be renamed in {tmp_path}/run \(Operation not supported\), which"
-    ):
+    with pytest.raises(UserError, match=rf"^folders cannot be renamed in {tmp_path}/run \(Operation not supported\)"):
         train(tiny_config, tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
 

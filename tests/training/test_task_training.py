@@ -222,9 +222,7 @@ def test_one_text_is_named_once_or_twice(tiny_dataset, tmp_path):
     other = str(shutil.copytree(tiny_dataset, tmp_path / "other"))
     job = Job.build(task_config(data__task=f"passkey:digits=2:dataset={other}", data__path=f"{other}=0.5", **changes))
     assert list(job.texts) == [other]
-    with pytest.raises(
-        UserError, match=f"dataset={other} has a dataset of its own, but data.path={tiny_dataset} is set; "
-    ):
+    with pytest.raises(UserError, match=f"dataset={other} has a dataset of its own, but data.path={tiny_dataset}"):
         Job.build(task_config(data__task=f"passkey:digits=2:dataset={other}", data__path=str(tiny_dataset), **changes))
 
 
@@ -233,26 +231,14 @@ def test_one_text_is_named_once_or_twice(tiny_dataset, tmp_path):
     [
         ({"data__task": "mqa"}, "there is no task 'mqa'; the tasks are mqar"),
         ({"data__path": "somewhere"}, "takes no text, but data.path=somewhere is set; leave one out"),
-        (
-            {"data__heldout_path": "somewhere"},
-            "takes no text, and neither do the evaluation.tasks, but data.heldout_path=somewhere is set; leave it out",
-        ),
+        ({"data__heldout_path": "somewhere"}, "takes no text, and neither do the evaluation.tasks, but"),
         ({"data__heldout_path": "nowhere", "evaluation__tasks": ("passkey",)}, "no tokenizer in nowhere"),
         ({"evaluation__batches": 0}, "data.task has no end; set it to 1 or more"),
-        (
-            {"data__task": "mqar:pairs=3:vocab_size=64"},
-            "mqar:pairs=3:vocab_size=64 has 64 tokens, more than model.vocab_size=32",
-        ),
+        ({"data__task": "mqar:pairs=3:vocab_size=64"}, "mqar:pairs=3:vocab_size=64 has 64 tokens, more than"),
         ({"evaluation__tasks": ("speed",)}, "there is no task 'speed'"),
         ({"data__task": "passkey"}, "passkey: it needs text"),
-        (
-            {"data__task": "passkey", "data__path": "a=0.5,b=0.5"},
-            "one dataset at most, but data.path=a=0.5,b=0.5 names",
-        ),
-        (
-            {"mesh__sequence": 2, "evaluation__tasks": ("parity:length=6+15",)},
-            "examples of 15 tokens cannot be spread over mesh.sequence=2; set it to 1",
-        ),
+        ({"data__task": "passkey", "data__path": "a=0.5,b=0.5"}, "one dataset at most, but data.path=a=0.5,b=0.5"),
+        ({"mesh__sequence": 2, "evaluation__tasks": ("parity:length=6+15",)}, "examples of 15 tokens cannot be spread"),
     ],
 )
 def test_refusals(changes, message):
