@@ -340,10 +340,7 @@ def test_what_is_changed_may_leave_what_the_file_says_without_a_reader():
 
     assert forgotten({"training.seed": 3}) == forgotten({"optimizer.name": "muon"}) == {}
     assert forgotten({"optimizer.name": "adamw"}) == {"optimizer.muon_learning_rate": 0.02}
-    assert forgotten({"optimizer.name": "adafactor"}) == {
-        "optimizer.muon_learning_rate": 0.02,
-        "optimizer.beta1": 0.9,
-    }
+    assert forgotten({"optimizer.name": "adafactor"}) == {"optimizer.muon_learning_rate": 0.02, "optimizer.beta1": 0.9}
     assert forgotten({"model.pattern": ("gla", "gla")}) == forgotten({"model.num_layers": 1}) == {"model.window": None}
     of_a_file |= {"evaluation.tasks": ("parity",), "evaluation.examples": 77}  # how many examples may stay
     assert forgotten({"evaluation.every_steps": 0}) == {"evaluation.tasks": ()}

@@ -35,7 +35,7 @@ KEYS = {
 
 def test_what_a_run_writes(run_config, whole_run):
     assert {path.name for path in whole_run.iterdir()} == {
-        *("checkpoints", "config.json", "data.json", "lock", "metrics.jsonl", "starts.jsonl", "tokenizer_info.json"),
+        *("checkpoints", "config.json", "data.json", "lock", "metrics.jsonl", "starts.jsonl", "tokenizer_info.json")
     }
     lines = metrics.read(whole_run)
     assert [line["step"] for line in lines] == list(range(1, 9))

@@ -50,10 +50,7 @@ def test_what_a_run_writes(task_run):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     evaluated = [line for line in lines if "heldout_loss" in line]
     assert [set(line) for line in evaluated] == [
-        {
-            *("step", "heldout_loss", "heldout_accuracy", "heldout_solved"),
-            "parity:length=6/accuracy",
-        }
+        {*("step", "heldout_loss", "heldout_accuracy", "heldout_solved"), "parity:length=6/accuracy"}
     ] * 2
     assert all(0 <= value <= 1 for line in evaluated for name, value in line.items() if "accuracy" in name)
     assert abs(evaluated[0]["heldout_loss"] - np.log(32)) < 1

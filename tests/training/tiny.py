@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxlinear import config as configs
+from jaxlinear import data
 from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.models import mixers
 from jaxlinear.models.parameters import describe
@@ -55,6 +57,39 @@ def config(**changes):
         section, name = key.split("__")
         made[section][name] = value
     return configs.resolve(made)
+
+
+def changed(config, changes):
+    """A copy of ``config`` with other values of its keys, ``{"section.key": value}``."""
+    made = config.copy_and_resolve_references()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        made[section][name] = value
+    return made
+
+
+def prepared(path, documents, **options):
+    """A dataset of text, at ``path``, whose manifest is ``data.read_manifest(path)``."""
+    path.parent.mkdir(exist_ok=True)
+    text = path.with_suffix(".txt")
+    text.write_text("\n".join(documents), encoding="utf-8")
+    given = {
+        "tokenizer": "bytes",
+        "document_separator": "\n",
+        "block_length": 64,
+        "heldout_fraction": 0.05,
+        "workers": 1,
+    }
+    data.prepare(str(text), str(path), **(given | options))
+    return path
+
+
+def copy_of(dataset, path, **changes):
+    """A copy of a dataset, at ``path``, with other entries in its manifest."""
+    shutil.copytree(dataset, path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | changes))
+    return path
 
 
 def architecture(pattern=("rg_lru", "sliding_window"), num_layers=2):
@@ -149,14 +184,18 @@ def assert_equal(actual, expected):
         assert got.tobytes() == want.tobytes(), f"{where} differs by {np.max(np.abs(got - want))}"
 
 
+def assert_close(actual, expected, rtol=0.0, atol=0.0):
+    """Asserts that two trees of arrays are alike within tolerances, and not empty."""
+    paths, leaves = jax.tree.leaves_with_path(expected), jax.tree.leaves(actual)
+    assert leaves
+    for (path, want), got in zip(paths, leaves, strict=True):
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
 def lasting(config):
     """``config`` for 8 steps, with a schedule that does not depend on their number."""
-    config = config.copy_and_resolve_references()
-    config.model.pattern, config.model.num_layers = ("rg_lru", "sliding_window"), 2
-    config.schedule.name = "constant"
-    config.training.steps = 8
-    config.checkpoint.every_steps = 2
-    return config
+    layers = {"model.pattern": ("rg_lru", "sliding_window"), "model.num_layers": 2}
+    return changed(config, layers | {"schedule.name": "constant", "training.steps": 8, "checkpoint.every_steps": 2})
 
 
 def restored(workdir, config, mesh, step=None):
