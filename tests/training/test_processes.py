@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +15,12 @@ from jaxlinear.checkpoint import Checkpoints
 from jaxlinear.errors import UserError
 from jaxlinear.launching.local import held_port
 from jaxlinear.parallel import distributed
-from jaxlinear.training.metrics import FILE, read
+from jaxlinear.training.metrics import read
 from tests.training import tiny
 
 pytestmark = pytest.mark.slow
 
 STEPS = 20  # of tiny.ARGUMENTS
-PATIENCE = 240
 # Seconds within which the other processes end when one is lost during training: less than the 100 for which JAX waits for a
 # sign of life, which is how long it takes when one is lost while all write a checkpoint. The time that a run takes to begin
 # is added: 10 s, and more on a slow machine, where ending takes longer too.
@@ -35,14 +32,13 @@ class Process:
     running: subprocess.Popen
     output: pathlib.Path
 
-    def end(self, patience=PATIENCE):
-        """``(status, the lines on stderr of the library and of the program)``."""
-        status = self.running.wait(timeout=patience)
-        lines = self.output.read_text().splitlines()
-        return status, [line for line in lines if line.startswith("train.py: ")]
+    def end(self):
+        """``(status, the lines on stderr of the program)``."""
+        status = self.running.wait(timeout=tiny.PATIENCE)
+        return status, [line for line in str(self).splitlines() if line.startswith("train.py: ")]
 
     def __str__(self):
-        return self.output.read_text()[-3000:]
+        return self.output.read_text()
 
 
 @pytest.fixture
@@ -78,20 +74,7 @@ def processes(tiny_dataset, tmp_path):
 
 
 def wait_for(group, condition):
-    """Waits until ``condition()``, while all processes must keep running. Returns the seconds that it took."""
-    begin = time.monotonic()
-    while not condition():
-        for process in group:
-            assert process.running.poll() is None, process
-        assert time.monotonic() - begin < PATIENCE, group[0]
-        time.sleep(0.01)
-    return time.monotonic() - begin
-
-
-def last_step(workdir):
-    file = workdir / FILE
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+    return tiny.wait_for([process.running for process in group], condition)
 
 
 # A host whose list of checkpoints is out of date: three times, it lacks the newest.
@@ -116,18 +99,18 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
     for process in processes(workdir, 2, 2, *spread, "--config.training.steps=8"):
         assert process.end()[0] == 0, process
     pair = processes(workdir, 2, 2, *spread, endless, before=STALE)
-    began = wait_for(pair, lambda: last_step(workdir) >= 11)
+    began = wait_for(pair, lambda: tiny.last_step(workdir) >= 11)
     pair[1].running.send_signal(signal.SIGKILL)
     begin = time.monotonic()
     status, _ = pair[0].end()
     assert status not in (0, 75) and time.monotonic() - begin < PROMPT + began, pair[0]
     assert Checkpoints(workdir).steps()[-1] == 8
-    further = last_step(workdir) + 3  # beyond the killed pair's lines: the next processes cut those after step 8
+    further = tiny.last_step(workdir) + 3  # beyond the killed pair's lines: the next processes cut those after step 8
 
     # So SIGTERM mostly ends an evaluation.
     often = ("--config.evaluation.every_steps=1", "--config.evaluation.batches=2")
     four = processes(workdir, 4, 1, "--config.mesh.sequence=4", rarely, endless, *often)
-    wait_for(four, lambda: last_step(workdir) >= further)
+    wait_for(four, lambda: tiny.last_step(workdir) >= further)
     four[2].running.send_signal(signal.SIGTERM)
     for process in four:
         assert process.end()[0] == 75, process
@@ -147,11 +130,9 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(processes, uninterr
 
 def test_the_coordinator_lost(processes, tmp_path):
     """The other processes learn about each other through process 0."""
-    workdir = tmp_path / "run"
-    pair = processes(
-        workdir, 2, 1, "--config.mesh.data=1", "--config.mesh.sequence=2", "--config.training.steps=100000"
-    )
-    began = wait_for(pair, lambda: last_step(workdir) >= 2)
+    arguments = ("--config.mesh.data=1", "--config.mesh.sequence=2", "--config.training.steps=100000")
+    pair = processes(tmp_path / "run", 2, 1, *arguments)
+    began = wait_for(pair, lambda: tiny.last_step(tmp_path / "run") >= 2)
     pair[0].running.send_signal(signal.SIGKILL)
     begin = time.monotonic()
     status, _ = pair[1].end()
@@ -173,116 +154,84 @@ def test_a_host_that_cannot_write_its_part_of_a_checkpoint_ends(processes, tmp_p
     workdir = tmp_path / "run"
     endless = ("--config.training.steps=100000", "--config.checkpoint.every_steps=4")
     pair = processes(workdir, 2, 2, "--config.mesh.fsdp=4", *endless, before=NO_LARGE_FILES)
-    wait_for(pair[:1], lambda: last_step(workdir) >= 4)
+    wait_for(pair[:1], lambda: tiny.last_step(workdir) >= 4)
     begin = time.monotonic()
     status, (line,) = pair[1].end()
     assert status == 2 and time.monotonic() - begin < PROMPT, pair[1]
     assert line.startswith("train.py: a file would be larger than the file system or the limit"), pair[1]
-    assert "Traceback" not in pair[1].output.read_text(), pair[1]
+    assert "Traceback" not in str(pair[1]), pair[1]
     assert Checkpoints(workdir).steps() == []
 
 
-def test_hosts_whose_configs_differ_are_refused(processes, tmp_path):
-    workdir = tmp_path / "run"
-    for process in processes(workdir, 2, 1, each=[[], ["--config.training.seed=1"]]):
-        status, lines = process.end()
-        assert status == 2, process
-        assert lines == ["train.py: the config of process 1 differs from that of process 0; all must be given the same"]
-    assert not workdir.exists()
-
-
-def test_hosts_whose_code_differs_are_refused(processes, tmp_path):
-    """An activation differs in the last process's version of the code; nothing else would reveal it."""
-    workdir = tmp_path / "run"
-    before = "import jaxlinear; jaxlinear.__version__ = '0.0.9'\nimport jax; jax.nn.silu = jax.nn.gelu"
-    for process, version in zip(processes(workdir, 2, 1, before=before), (jaxlinear.__version__, "0.0.9"), strict=True):
-        status, lines = process.end()
-        assert status == 2, process
-        assert len(lines) == 1 and lines[0].startswith(
-            "train.py: the program of process 1 differs from that of process 0; all must be given the same, with "
-            f"the same versions on every host; here it is jaxlinear {version} (code "
-        )
-    assert not workdir.exists()
-
-
-def test_a_host_that_lacks_the_data_ends_all(processes, tiny_dataset, tmp_path):
-    """Both run the same command, from different directories; only the first has the dataset."""
-    with_data, without = tmp_path / "with", tmp_path / "without"
-    with_data.mkdir(), without.mkdir()
-    (with_data / "data").symlink_to(tiny_dataset)
-    workdir = tmp_path / "run"
-    config = f"--config={tiny.REPOSITORY / tiny.ARGUMENTS['config']}"
-    pair = processes(workdir, 2, 1, config, "--config.data.path=data", folders=[with_data, without])
-    (status, lines), (other_status, other_lines) = (process.end() for process in pair)
-    assert (status, other_status) == (2, 2), pair[0]
-    assert lines == ["train.py: process 1 failed; its own message says why"]
-    assert len(other_lines) == 1 and "no dataset at data: the directory does not exist" in other_lines[0]
-    assert not workdir.exists()
-
-
-@pytest.mark.parametrize(
-    "name, status, said",
-    [
-        ("EACCES", 2, "permission denied: some/shard"),
-        ("ESTALE", 1, "a file server no longer knows a file that was open (stale file handle): some/shard"),
-    ],
+DIFFERS, ITS_OWN = (
+    "of process 1 differs from that of process 0; all must be given the same",
+    "process 1 failed; its own ",
 )
-def test_a_host_whose_machine_fails_at_the_start_ends_all(processes, tmp_path, name, status, said):
-    """With the same status, instead of waiting for it until JAX ends them."""
-    before = f"""
+FAILING = """
 import errno
 from jaxlinear.data import blocks
 def refused(*_):
-    raise OSError(errno.{name}, "x", "some/shard")
+    raise OSError(errno.NAME, "x", "some/shard")
 blocks._content = refused
 """
-    pair = processes(tmp_path / "run", 2, 1, before=before)
-    assert [process.end() for process in pair] == [
-        (status, ["train.py: process 1 failed; its own message says why"]),
-        (status, [f"train.py: {said}"]),
-    ]
-    assert not (tmp_path / "run").exists()
+# What two hosts are started with, their status, and what they say: the second's own line where it is another one.
+REFUSED = {
+    "configs": ({"each": [[], ["--config.training.seed=1"]]}, 2, f"the config {DIFFERS}"),
+    # An activation differs in the last process's version of the code; nothing else would reveal it.
+    "code": (
+        {"before": "import jaxlinear; jaxlinear.__version__ = '0.0.9'\nimport jax; jax.nn.silu = jax.nn.gelu"},
+        2,
+        *(
+            f"the program {DIFFERS}, with the same versions on every host; here it is jaxlinear {version} (code "
+            for version in (jaxlinear.__version__, "0.0.9")
+        ),
+    ),
+    "devices": (
+        {
+            "each": [["--expect=cpu:4"]] * 2,
+            "before": "import os; os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=2'",
+        },
+        1,
+        "4 cpu devices are expected in total, but process 0 sees 1 cpu; process 1 sees 2 cpu",
+    ),
+    "data": ({}, 2, f"the data {DIFFERS}"),
+    "directories": (  # the same relative path, as on two hosts with their own disks
+        {},
+        2,
+        "the work directory run of process 1 is not that of process 0, which wrote a file there; all processes of a run "
+        "must share one directory, on a network file system or in a bucket that all hosts mount",
+    ),
+    "no data": ({}, 2, ITS_OWN, "no dataset at data: the directory does not exist"),
+    # All end with the status of the one whose machine fails, instead of waiting for it until JAX ends them.
+    "EACCES": ({"before": FAILING.replace("NAME", "EACCES")}, 2, ITS_OWN, "permission denied: some/shard"),
+    "ESTALE": (
+        {"before": FAILING.replace("NAME", "ESTALE")},
+        1,
+        ITS_OWN,
+        "a file server no longer knows a file that was open (stale file handle): some/shard",
+    ),
+}
 
 
-def test_hosts_that_see_other_numbers_of_devices_are_refused(processes, tmp_path):
-    before = "import os; os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=2'"
-    for process in processes(tmp_path / "run", 2, 1, "--expect=cpu:4", before=before):
-        status, lines = process.end()
-        assert status == 1, process
-        assert lines == [
-            "train.py: 4 cpu devices are expected in total, but process 0 sees 1 cpu; process 1 sees 2 cpu"
-        ]
-
-
-def test_hosts_whose_data_differ_are_refused(processes, tiny_dataset, tmp_path):
-    """Nothing is written that would refuse a start with the same data."""
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for seed, folder in enumerate(folders):
-        shutil.copytree(tiny_dataset, folder / "data")
-        manifest = json.loads((folder / "data" / "manifest.json").read_text())
-        (folder / "data" / "manifest.json").write_text(json.dumps(manifest | {"seed": seed}))
-    workdir, config = tmp_path / "run", f"--config={tiny.REPOSITORY / tiny.ARGUMENTS['config']}"
-    for process in processes(workdir, 2, 1, config, "--config.data.path=data", folders=folders):
-        status, lines = process.end()
-        assert status == 2, process
-        assert lines == ["train.py: the data of process 1 differs from that of process 0; all must be given the same"]
-    assert not workdir.exists()
-
-
-def test_hosts_with_a_directory_each_are_refused(processes, tmp_path):
-    """The same relative path in two directories, as on two hosts with their own disks."""
-    folders = [tmp_path / "a", tmp_path / "b"]
+@pytest.mark.parametrize("case", REFUSED)
+def test_hosts_that_do_not_fit_are_refused(processes, tiny_dataset, tmp_path, case):
+    """All say so in a line each, and nothing is written. Each starts in a folder of its own."""
+    options, status, *said = REFUSED[case]
+    first, second = folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    config = f"--config={tiny.REPOSITORY / tiny.ARGUMENTS['config']}"
-    for process in processes("run", 2, 1, config, folders=folders):
-        status, lines = process.end()
-        assert status == 2, process
-        assert lines == [
-            "train.py: the work directory run of process 1 is not that of process 0, which wrote a file there; all "
-            "processes of a run must share one directory, on a network file system or in a bucket that all hosts mount"
-        ]
-    assert [list(folder.glob("run/*")) for folder in folders] == [[], []]
+        (folder / "data").symlink_to(tiny_dataset)
+    if case in ("data", "no data"):
+        (second / "data").unlink()
+    if case == "data":
+        tiny.copy_of(tiny_dataset, second / "data", seed=1)
+    workdir = "run" if case == "directories" else tmp_path / "run"
+    arguments = (f"--config={tiny.REPOSITORY / tiny.ARGUMENTS['config']}", "--config.data.path=data")
+    pair = processes(workdir, 2, 1, *arguments, folders=folders, **options)
+    for process, line in zip(pair, [*said, *said], strict=False):
+        ended, (found,) = process.end()
+        assert ended == status and found.startswith(f"train.py: {line}"), process
+    assert not (tmp_path / "run").exists() and not [*first.glob("run/*"), *second.glob("run/*")]
 
 
 @pytest.mark.parametrize(
@@ -310,13 +259,8 @@ distributed.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]), patience=3)
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_whose_others_do_not_come_ends_with_a_reason(process):
     with held_port() as port:  # nothing answers process 1 there
-        done = subprocess.run(
-            [sys.executable, "-c", ALONE, str(port), str(process)],
-            env=tiny.environment(),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
+        command = [sys.executable, "-c", ALONE, str(port), str(process)]
+        done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=tiny.PATIENCE)
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1] == (
         f"-c: the other processes (of 2) at 127.0.0.1:{port} did not connect within 0.05 minutes: were they started, and "
@@ -334,40 +278,37 @@ def test_while_a_process_waits_it_says_so(monkeypatch, caplog):
     assert caplog.messages[:2] == ["waiting for the others, 0 of 30 minutes"] * 2
 
 
-@pytest.mark.parametrize("hosts, joins", [(None, False), ("a,b", True)])
-def test_of_a_jobset_only_pods_with_tpus_are_joined(monkeypatch, hosts, joins):
-    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
-    for name, value in {"JOBSET_NAME": "run", "JOB_COMPLETION_INDEX": "0", "TPU_WORKER_HOSTNAMES": hosts}.items():
-        if value is not None:
-            monkeypatch.setenv(name, value)
+@pytest.fixture
+def joins(monkeypatch):
+    """``joins()``: whether a process joins others, where no scheduler is unless a test says so."""
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "JOBSET_NAME", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
     calls = []
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **options: calls.append(options))
-    distributed.join()
-    assert bool(calls) == joins
+    return lambda: (distributed.join(), bool(calls))[1]
+
+
+@pytest.mark.parametrize("hosts, expected", [({}, False), ({"TPU_WORKER_HOSTNAMES": "a,b"}, True)])
+def test_of_a_jobset_only_pods_with_tpus_are_joined(joins, monkeypatch, hosts, expected):
+    for name, value in {"JOBSET_NAME": "run", "JOB_COMPLETION_INDEX": "0", **hosts}.items():
+        monkeypatch.setenv(name, value)
+    assert joins() == expected
 
 
 @pytest.mark.parametrize(
-    "device, vendor, joins", [("accel0", "1ae0", True), ("vfio/3", "1ae0", True), ("vfio/3", "10de", False)]
+    "device, vendor, expected", [("accel0", "1ae0", True), ("vfio/3", "1ae0", True), ("vfio/3", "10de", False)]
 )
-def test_what_vfio_gives_to_programs_may_be_no_tpu(monkeypatch, tmp_path, device, vendor, joins):
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "JOBSET_NAME"):
-        monkeypatch.delenv(name, raising=False)
+def test_what_vfio_gives_to_programs_may_be_no_tpu(joins, monkeypatch, tmp_path, device, vendor, expected):
     for path, text in ((f"dev/{device}", ""), ("sys/bus/pci/devices/0000:00:05.0/vendor", f"0x{vendor}\n")):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
     monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [str(path) for path in tmp_path.glob(pattern[1:])])
     monkeypatch.setattr(distributed, "_has", lambda package: True)
-    calls = []
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **options: calls.append(options))
-    distributed.join()
-    assert bool(calls) == joins
+    assert joins() == expected
 
 
-def test_alone_there_is_nothing_to_join(monkeypatch):
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "JOBSET_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    distributed.join()
-    assert distributed.is_first()
+def test_alone_there_is_nothing_to_join(joins):
+    assert not joins() and distributed.is_first()
     distributed.check_agreement("the config", "text")
     with pytest.raises(UserError, match="as it was"), distributed.together():
         raise UserError("as it was")

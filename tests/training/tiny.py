@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -30,6 +31,7 @@ from tests import xla_flags
 REPOSITORY = pathlib.Path(__file__).parents[2]
 ONES = dict.fromkeys(meshes.AXES, 1)
 BATCH, LENGTH, VOCABULARY = 8, 16, 32
+PATIENCE = 240  # seconds for a program
 
 
 def config(**changes):
@@ -220,6 +222,24 @@ def losses(workdir):
     found = [(json.loads(line)["step"], re.search(r'"loss": ([^,}]*)', line)[1]) for line in lines]
     assert len(dict(found)) == len(found), "a step is there twice"
     return dict(found)
+
+
+def last_step(workdir):
+    """The newest step in metrics.jsonl, whose last line may be incomplete; 0 if there is none."""
+    file = pathlib.Path(workdir) / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def wait_for(running, condition):
+    """Waits until ``condition()``, while these processes must keep running. Returns the seconds that it took."""
+    begin = time.monotonic()
+    while not condition():
+        for process in running:
+            assert process.poll() is None, process.stderr.read() if process.stderr else process.args
+        assert time.monotonic() - begin < PATIENCE
+        time.sleep(0.002)
+    return time.monotonic() - begin
 
 
 def files(directory):
