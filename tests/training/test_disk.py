@@ -9,22 +9,33 @@ import pytest
 from tests.training import tiny
 
 
-def in_a_namespace(script, **options):
-    """Runs a shell script that may mount file systems, which disappear when it ends."""
-    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+@pytest.fixture
+def mounted(tmp_path):
+    """``mounted(options, script)`` runs a shell script where tmp_path/disk is a new file system, which disappears when it
+    ends. The test is skipped if a process may not mount one, even in its own namespace."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
 
+    def run(options, script):
+        command = [
+            "unshare",
+            "--mount",
+            "--map-root-user",
+            "sh",
+            "-c",
+            f"mount -t tmpfs -o {options} tmpfs {disk}\n{script}",
+        ]
+        given = {"cwd": tiny.REPOSITORY, "env": tiny.environment(), "timeout": tiny.PATIENCE}
+        return subprocess.run(command, capture_output=True, text=True, **given)
 
-@pytest.fixture(scope="module")
-def can_mount(tmp_path_factory):
-    """Skips the test if a process may not mount a file system, even in its own namespace."""
     try:
-        done = in_a_namespace(f"mount -t tmpfs -o size=1m tmpfs {tmp_path_factory.mktemp('probe')}")
+        done = run("size=1m", "exit $?")
     except FileNotFoundError:
         pytest.skip("there is no unshare")
     if done.returncode:
         assert "CI" not in os.environ, done.stderr  # in CI, it has to run
         pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
+    return run
 
 
 def errors(text):
@@ -35,27 +46,24 @@ def errors(text):
     return lines[0]
 
 
-def test_a_disk_that_fills_up(can_mount, tmp_path, tiny_dataset):
+@pytest.mark.slow
+def test_a_disk_that_fills_up(mounted, tmp_path, tiny_dataset):
     """Once there is room, the same command continues from what is there and finishes."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    options = ("--config.checkpoint.every_steps=2", "--config.checkpoint.keep_newest=100")
+    disk, options = tmp_path / "disk", ("--config.checkpoint.every_steps=2", "--config.checkpoint.keep_newest=100")
     train = shlex.join(tiny.command(disk / "run", tiny_dataset, *options))
     script = f"""
-      mount -t tmpfs -o size=2m tmpfs {disk}
-      {train} 2> first.txt; echo first $?
+      {train} 2> {tmp_path}/errors; echo first $?
       ls {disk}/run/checkpoints
       mount -o remount,size=200m {disk}
-      {train} 2> second.txt; echo second $?
+      {train}; echo second $?
       ls {disk}/run/checkpoints
-      cp {disk}/run/metrics.jsonl .
-    """.replace("first.txt", f"{tmp_path}/first.txt").replace("second.txt", f"{tmp_path}/second.txt")
-    script = script.replace("metrics.jsonl .", f"metrics.jsonl {tmp_path}")
-    done = in_a_namespace(script, cwd=tiny.REPOSITORY, env=tiny.environment())
+      cp {disk}/run/metrics.jsonl {tmp_path}
+    """
+    done = mounted("size=2m", script)
     lines = done.stdout.split()
     second = lines.index("second")
     assert lines[:2] == ["first", "2"] and lines[second + 1] == "0", done.stdout + done.stderr
-    message = errors((tmp_path / "first.txt").read_text())
+    message = errors((tmp_path / "errors").read_text())
     there = sorted(map(int, lines[2:second]))
     assert there and there == list(range(2, there[-1] + 1, 2)) and there[-1] < 20, "what is left is whole checkpoints"
     assert f"no space left on the disk for a checkpoint in {disk}/run/checkpoints" in message
@@ -64,12 +72,9 @@ def test_a_disk_that_fills_up(can_mount, tmp_path, tiny_dataset):
     assert list(tiny.losses(tmp_path)) == list(range(1, 21))
 
 
-def test_a_disk_that_is_read_only(can_mount, tmp_path, tiny_dataset):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    train = shlex.join(tiny.command(disk / "run", tiny_dataset))
-    script = f"mount -t tmpfs -o ro tmpfs {disk}; exec {train}"
-    done = in_a_namespace(script, cwd=tiny.REPOSITORY, env=tiny.environment())
+def test_a_disk_that_is_read_only(mounted, tmp_path, tiny_dataset):
+    run = tmp_path / "disk" / "run"
+    done = mounted("ro", f"exec {shlex.join(tiny.command(run, tiny_dataset))}")
     assert done.returncode == 2, done.stderr
-    assert errors(done.stderr) == f"train.py: the file system is read-only: {disk}/run"
+    assert errors(done.stderr) == f"train.py: the file system is read-only: {run}"
     assert done.stderr.count("\n") == 1

@@ -4,6 +4,8 @@ import random
 import signal
 import time
 
+import pytest
+
 from jaxlinear.checkpoint import DIRECTORY, Checkpoints
 from tests.training import tiny
 
@@ -27,12 +29,15 @@ os.rename = waits
 # Python to run first: each batch takes a while to be read.
 SLOW = """
 import time
+
+import pytest
 from jaxlinear.data import loader
 read = loader.TrainBatches.__getitem__
 loader.TrainBatches.__getitem__ = lambda self, index: (time.sleep(0.3), read(self, index))[1]
 """
 
 
+@pytest.mark.slow
 def test_killed_or_stopped_at_any_moment_it_ends_the_same(launch, uninterrupted, tmp_path):
     """A kill at a moment from a fixed seed; one as soon as a checkpoint is being written; then SIGTERM, when there is no
     other checkpoint than the one that it asks for. After the step that the test waits for, a run that is killed itself

@@ -12,10 +12,11 @@ from jaxlinear.training.watchdog import _LOOKS, Watchdog
 from tests.training import tiny
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_ends_with_what_it_was_doing(launch, tmp_path):
     hasty = ("--config.training.patience_minutes=0.1", "--config.checkpoint.every_steps=1000")
     process = launch(tmp_path / "run", *hasty, before=tiny.STOPS.replace("STEP", "6"))
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=tiny.PATIENCE)
     assert process.returncode == 1, errors
     assert errors.splitlines()[-1] == (
         "train.py: no sign of life for 0.1 minutes in the reading of the batch of step 6 (training.patience_minutes); "
@@ -32,61 +33,44 @@ def ended(monkeypatch):
     return found
 
 
-def test_what_lasts_too_long(ended):
+@pytest.mark.parametrize("patience, reason", [(0.005, ["a step"]), (0.0, [])])
+def test_what_lasts_too_long(ended, patience, reason):
+    """With a patience of 0 minutes, nothing does."""
     begin = time.monotonic()
-    with Watchdog(0.005) as watchdog:
+    with Watchdog(patience) as watchdog:
         watchdog.start()
         watchdog.at("a step")
-        while not ended and time.monotonic() - begin < 240:
+        while not ended and time.monotonic() - begin < (tiny.PATIENCE if patience else 0.2):
             time.sleep(0.05)
-    assert ended[:1] == ["a step"]
+    assert ended[:1] == reason
 
 
-def test_without_patience_nothing_lasts_too_long(ended):
-    with Watchdog(0.0) as watchdog:
-        watchdog.start()
+def missed(watchdog):
+    watchdog.start()
+    watchdog.at("a step")
+    yield _LOOKS + 1
+
+
+def in_time(watchdog):
+    watchdog.at("the first step, which is not counted")
+    yield 2 * _LOOKS
+    watchdog.start()
+    for _ in range(5):
         watchdog.at("a step")
-        time.sleep(0.2)
-    assert ended == []
+        yield _LOOKS
+    watchdog.rest()
+    watchdog.at("an evaluation that compiles")
+    yield 2 * _LOOKS
 
 
-@pytest.fixture
-def looked_at(ended):
-    """The reasons for which a watchdog ends ``life(watchdog)``, which yields how often the watchdog looks next."""
-
-    def look(life):
-        watchdog = Watchdog(1.0)
-        looks = (False for count in life(watchdog) for _ in range(count))
-        watchdog._over = types.SimpleNamespace(wait=lambda seconds: next(looks, True))
-        watchdog._watch()
-        return ended
-
-    return look
-
-
-@pytest.mark.parametrize("more, reason", [(0, []), (1, ["a step"])])
-def test_how_often_it_looks(looked_at, more, reason):
-    def life(watchdog):
-        watchdog.start()
-        watchdog.at("a step")
-        yield _LOOKS + more
-
-    assert looked_at(life) == reason
-
-
-def test_signs_of_life_and_rests(looked_at):
-    def life(watchdog):
-        watchdog.at("the first step, which is not counted")
-        yield 2 * _LOOKS
-        watchdog.start()
-        for _ in range(5):
-            watchdog.at("a step")
-            yield _LOOKS
-        watchdog.rest()
-        watchdog.at("an evaluation that compiles")
-        yield 2 * _LOOKS
-
-    assert looked_at(life) == []
+@pytest.mark.parametrize("life, reason", [(missed, ["a step"]), (in_time, [])])
+def test_signs_of_life_and_rests(ended, life, reason):
+    """A life says after each sign how often the watchdog looks next."""
+    watchdog = Watchdog(1.0)
+    looks = (False for count in life(watchdog) for _ in range(count))
+    watchdog._over = types.SimpleNamespace(wait=lambda seconds: next(looks, True))
+    watchdog._watch()
+    assert ended == reason
 
 
 SUSPENDED = """
