@@ -1,6 +1,7 @@
 """Runs in this process: what they write, and that a stopped run resumes as if it had never been stopped."""
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
@@ -34,9 +35,8 @@ KEYS = {
 
 
 def test_what_a_run_writes(run_config, whole_run):
-    assert {path.name for path in whole_run.iterdir()} == {
-        *("checkpoints", "config.json", "data.json", "lock", "metrics.jsonl", "starts.jsonl", "tokenizer_info.json")
-    }
+    files = "checkpoints config.json data.json lock metrics.jsonl starts.jsonl tokenizer_info.json"
+    assert {path.name for path in whole_run.iterdir()} == set(files.split())
     lines = metrics.read(whole_run)
     assert [line["step"] for line in lines] == list(range(1, 9))
     for line in lines:
@@ -51,17 +51,19 @@ def test_what_a_run_writes(run_config, whole_run):
     assert Checkpoints(whole_run).meta()["next_batch"] == 8
 
 
+def same_end(workdir, config, expected):
+    """Asserts that two runs have the same losses, as text, and the same last state."""
+    assert tiny.losses(workdir) == tiny.losses(expected)
+    tiny.assert_equal(*(tiny.restored(path, config, tiny.mesh()) for path in (workdir, expected)))
+
+
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_config, whole_run, tmp_path):
     workdir = tmp_path / "run"
-    run_config.training.steps = 4
-    assert train(run_config, workdir) == FINISHED
+    assert train(tiny.changed(run_config, {"training.steps": 4}), workdir) == FINISHED
     with (workdir / metrics.FILE).open("a") as file:  # logged after the checkpoint, and a truncated line
         file.write('{"step": 5, "loss": 0.0}\n{"step": 6, "lo')
-    run_config.training.steps = 8
     assert train(run_config, workdir) == FINISHED
-    assert tiny.losses(workdir) == tiny.losses(whole_run)
-    mesh = tiny.mesh()
-    tiny.assert_equal(tiny.restored(workdir, run_config, mesh), tiny.restored(whole_run, run_config, mesh))
+    same_end(workdir, run_config, whole_run)
 
     before = tiny.files(workdir)
     run_config.evaluation.batches += 1  # its config.json still says what it was judged by
@@ -90,11 +92,9 @@ def test_a_checkpoint_restores_on_another_mesh(run_config, whole_run, devices, s
 
 
 def test_evaluation_chooses_the_checkpoints_to_keep(run_config, tmp_path):
-    run_config.training.steps = 6
+    run_config.training.steps, run_config.logging.every_steps, workdir = 6, 100, tmp_path / "run"
     run_config.checkpoint.update({"every_steps": 1, "keep_newest": 1, "keep_best": 1})
     run_config.evaluation.update({"every_steps": 3, "batches": 0})
-    run_config.logging.every_steps = 100
-    workdir = tmp_path / "run"
     assert train(run_config, workdir) == FINISHED
     first, logged, last = metrics.read(workdir)
     assert logged["step"] == 6 and set(logged) == KEYS
@@ -110,16 +110,10 @@ def test_evaluation_chooses_the_checkpoints_to_keep(run_config, tmp_path):
 def test_the_heldout_loss_is_the_mean_over_the_tokens(tiny_config, tmp_path, monkeypatch, batches, microbatches):
     """Not over batches, since the last one has fewer tokens; and on the dataset that is named for it. Here, a token's loss
     is its id. No more rows are on the devices at once than in training."""
-    (tmp_path / "text.txt").write_text("\n".join(f"{i} plus {i} is {2 * i}" for i in range(900)))
-    heldout_path = str(tmp_path / "data")
-    options = {"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "workers": 1}
-    split = data.prepare(str(tmp_path / "text.txt"), heldout_path, heldout_fraction=0.05, **options).splits["heldout"]
-    config = tiny_config.copy_and_resolve_references()
-    config.data.heldout_path = heldout_path
-    rows = 8 * microbatches
-    config.training.update({"batch_size": rows, "microbatches": microbatches})
-    config.evaluation.update({"every_steps": 1, "batches": batches})
-    evaluation = Evaluation(Job.build(config), lambda: None)
+    heldout_path = tiny.prepared(tmp_path / "data", [f"{i} plus {i} is {2 * i}" for i in range(900)])
+    rows, counts = 8 * microbatches, {"training.microbatches": microbatches, "evaluation.batches": batches}
+    changes = {"data.heldout_path": str(heldout_path), "training.batch_size": rows, "evaluation.every_steps": 1}
+    evaluation = Evaluation(Job.build(tiny.changed(tiny_config, changes | counts)), lambda: None)
 
     def losses(_, batch):
         assert batch["targets"].shape == (8, 32)
@@ -132,58 +126,50 @@ def test_the_heldout_loss_is_the_mean_over_the_tokens(tiny_config, tmp_path, mon
     targets = np.concatenate([batch["targets"][batch["segment_ids"] > 0] for batch in read])
     assert len(read) == batches or 0 < len(targets) % 256 < 200
     assert found["heldout_loss"] == pytest.approx(targets.mean(), rel=1e-6)
+    split = data.read_manifest(heldout_path).splits["heldout"]
     bits = targets.mean() / np.log(2) * split.tokens / split.bytes
     assert found["heldout_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
+def one_more_byte(dataset):
+    """The manifest of a dataset, changed as that of another text would be."""
+    splits = json.loads((dataset / "manifest.json").read_text())["splits"]
+    splits["heldout"]["bytes"] += 1
+    return {"splits": splits}
+
+
 def test_losses_are_told_apart_by_what_they_are_of(tiny_config, tiny_dataset, tmp_path):
-    config = tiny_config.copy_and_resolve_references()
-    config.evaluation.every_steps = 1
-    changed = shutil.copytree(tiny_dataset, tmp_path / "changed")
-    manifest = json.loads((changed / "manifest.json").read_text())
-    manifest["splits"]["heldout"]["bytes"] += 1
-    (changed / "manifest.json").write_text(json.dumps(manifest))
-    texts = []
-    for path, batches in (
-        (tiny_dataset, 2),
-        (shutil.copytree(tiny_dataset, tmp_path / "moved"), 2),
-        (changed, 2),
-        (changed, 0),
-    ):
-        config.data.heldout_path, config.evaluation.batches = str(path), batches
-        texts.append(Evaluation(Job.build(config), lambda: None).text)
-    assert texts[0] == texts[1] and len(set(texts)) == 3
+    """Of a text that is replaced while a run is evaluated on it, there is none."""
+    moved = tiny.copy_of(tiny_dataset, tmp_path / "moved")
+    other = tiny.copy_of(tiny_dataset, tmp_path / "other", **one_more_byte(tiny_dataset))
 
+    def evaluation(path, batches):
+        changes = {"data.heldout_path": str(path), "evaluation.batches": batches, "evaluation.every_steps": 1}
+        return Evaluation(Job.build(tiny.changed(tiny_config, changes)), lambda: None)
 
-def test_a_dataset_that_is_replaced_while_a_run_is_evaluated_on_it_is_refused(tiny_config, tiny_dataset, tmp_path):
-    config = tiny_config.copy_and_resolve_references()
-    replaced = shutil.copytree(tiny_dataset, tmp_path / "replaced")
-    config.data.heldout_path, config.evaluation.every_steps = str(replaced), 1
-    evaluation = Evaluation(Job.build(config), lambda: None)
-    manifest = json.loads((replaced / "manifest.json").read_text())
-    manifest["splits"]["heldout"]["bytes"] += 1
-    (replaced / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=f"the dataset in {replaced} was replaced by a new one while the run was"):
-        evaluation({})
+    made = [evaluation(*of) for of in ((tiny_dataset, 2), (moved, 2), (other, 2), (other, 0))]
+    assert made[0].text == made[1].text and len({one.text for one in made}) == 3
+    shutil.copy(other / "manifest.json", moved)
+    with pytest.raises(UserError, match=f"the dataset in {moved} was replaced by a new one while the run was"):
+        made[1]({})
 
 
 def test_a_run_is_evaluated_at_its_end(run_config):
-    run_config.evaluation.every_steps = 3
-    assert [step for step in range(1, 9) if heldout.is_due(run_config, step)] == [3, 6, 8]
-    run_config.evaluation.every_steps = 0
-    assert not heldout.is_due(run_config, 8)
+    for every, due in ((3, [3, 6, 8]), (0, [])):
+        run_config.evaluation.every_steps = every
+        assert [step for step in range(1, 9) if heldout.is_due(run_config, step)] == due
 
 
 def test_batches_are_those_of_the_weights_and_the_seed(tiny_config, tiny_dataset, tmp_path):
-    paths = {str(tiny_dataset): 3.0, str(shutil.copytree(tiny_dataset, tmp_path / "copy")): 1.0}
-    config = tiny_config.copy_and_resolve_references()
-    config.data.path, config.training.seed = ",".join(f"{path}={weight}" for path, weight in paths.items()), 5
-    made = Job.build(config).batches
-    expected = data.TrainBatches(paths, batch_size=8, sequence_length=32, seed=5)
+    paths = {str(tiny_dataset): 3.0, str(tiny.copy_of(tiny_dataset, tmp_path / "copy")): 1.0}
+    changes = {"data.path": ",".join(f"{path}={weight}" for path, weight in paths.items()), "training.seed": 5}
+    made = Job.build(tiny.changed(tiny_config, changes)).batches
+    expected, alike = (
+        data.TrainBatches(weights, batch_size=8, sequence_length=32, seed=5)
+        for weights in (paths, dict.fromkeys(paths, 1.0))
+    )
     for step in (0, 7):
-        for name, values in expected[step].items():
-            np.testing.assert_array_equal(made[step][name], values, err_msg=name)
-    alike = data.TrainBatches(dict.fromkeys(paths, 1.0), batch_size=8, sequence_length=32, seed=5)
+        tiny.assert_equal(made[step], expected[step])
     assert np.any(alike[7]["tokens"] != made[7]["tokens"])
 
 
@@ -207,41 +193,34 @@ def test_too_many_skips_end_the_run(run_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("damaged", ["parameters", "training", "meta"])
 def test_a_damaged_checkpoint_is_not_a_fresh_start(run_config, whole_run, tmp_path, damaged):
     workdir = shutil.copytree(whole_run, tmp_path / "run")
-    run_config.training.steps = 10
     item = workdir / DIRECTORY / "8" / damaged
     file = max((path for path in item.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     for place in range(0, len(content), max(1, len(content) // 32)):  # some of the file may be unused
         content[place] ^= 1
     file.write_bytes(content)
-    before = tiny.files(workdir / DIRECTORY) | {metrics.FILE: (workdir / metrics.FILE).read_bytes()}
+    before = tiny.files(workdir / DIRECTORY), (workdir / metrics.FILE).read_bytes()
     with pytest.raises(UserError, match=rf"the checkpoint {workdir}/checkpoints/8 cannot be read .* from step 6$"):
-        train(run_config, workdir)
-    assert tiny.files(workdir / DIRECTORY) | {metrics.FILE: (workdir / metrics.FILE).read_bytes()} == before
+        train(tiny.changed(run_config, {"training.steps": 10}), workdir)
+    assert (tiny.files(workdir / DIRECTORY), (workdir / metrics.FILE).read_bytes()) == before
 
 
 def test_a_checkpoint_of_another_run_is_refused(run_config, whole_run, tmp_path, caplog):
     """This may be one that was copied into the directory, or any, if what identifies the run is missing."""
     workdir = shutil.copytree(whole_run, tmp_path / "run")
-    run_config.training.steps = 10
     config = workdir / "config.json"
     text = config.read_text()
-    other = run_config.copy_and_resolve_references()
-    other.training.seed = 5
     config.write_text(text.replace('"seed": 0', '"seed": 5'))  # so the checkpoints are not of this run
     before = tiny.files(workdir)
-    message = (
-        rf"the checkpoint of step 8 was copied from another run: {workdir} holds another run: training.seed is 0 there"
-    )
-    with pytest.raises(UserError, match=rf"^{message} and 5 in this config"):
-        train(other, workdir)
-    config.unlink()
-    message = rf"{workdir} has checkpoints but no config.json, .* \(checkpoints/8/meta/metadata has it"
-    with pytest.raises(UserError, match=rf"^{message}"):
-        train(other, workdir)
-    left = tiny.files(workdir)
-    assert left == {name: content for name, content in before.items() if name in left}
-    assert set(before) - set(left) == {"config.json"}
+    for message in (
+        rf"the checkpoint of step 8 was copied from another run: {workdir} .*training.seed is 0 there and 5 in this",
+        rf"{workdir} has checkpoints but no config.json, .* \(checkpoints/8/meta/metadata has it",
+    ):
+        with pytest.raises(UserError, match=f"^{message}"):
+            train(tiny.changed(run_config, {"training.steps": 10, "training.seed": 5}), workdir)
+        assert tiny.files(workdir) == before
+        config.unlink(missing_ok=True)
+        before.pop("config.json", None)
 
     config.write_text(text)
     (workdir / "data.json").unlink()
@@ -256,10 +235,8 @@ def test_a_half_written_checkpoint_is_not_picked(run_config, whole_run, tmp_path
     shutil.move(checkpoints / "8", checkpoints / "8.orbax-checkpoint-tmp")
     (checkpoints / "8.orbax-checkpoint-tmp" / "commit_success.txt").unlink()
     assert train(run_config, workdir) == FINISHED
-    assert tiny.losses(workdir) == tiny.losses(whole_run)
+    same_end(workdir, run_config, whole_run)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["6", "8"]
-    mesh = tiny.mesh()
-    tiny.assert_equal(tiny.restored(workdir, run_config, mesh), tiny.restored(whole_run, run_config, mesh))
 
 
 def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
@@ -343,48 +320,49 @@ def without_times(line):
     return {name: value for name, value in line.items() if name not in times}
 
 
-@pytest.mark.parametrize("before, heard", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
-def test_sighup_is_taken_for_sigterm_unless_it_is_ignored(before, heard):
-    at_first = signal.signal(signal.SIGHUP, before)
+@contextlib.contextmanager
+def handled(number, by):
+    """A signal has this handler, as if a shell had set it, until the end, and still has it then."""
+    before = signal.signal(number, by)
     try:
-        with Stop() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.came() == heard
-        assert signal.getsignal(signal.SIGHUP) is before
+        yield
+        assert signal.getsignal(number) is by
     finally:
-        signal.signal(signal.SIGHUP, at_first)
+        signal.signal(number, before)
+
+
+def heard(number):
+    with Stop() as stop:
+        assert not stop.came()
+        signal.raise_signal(number)
+        return stop.came()
+
+
+@pytest.mark.parametrize(
+    "number, before, expected",
+    [
+        (signal.SIGTERM, signal.SIG_DFL, True),
+        (signal.SIGHUP, signal.SIG_DFL, True),
+        (signal.SIGHUP, signal.SIG_IGN, False),
+        (signal.SIGINT, signal.SIG_IGN, False),  # as in a shell's background
+    ],
+)
+def test_signals_are_taken_for_sigterm_unless_they_are_ignored(number, before, expected):
+    with handled(number, before):
+        assert heard(number) == expected
 
 
 def test_the_first_interrupt_is_taken_for_sigterm(capfd):
-    """The second interrupt acts as usual; if interrupts are ignored, as in a shell's background, they stay ignored."""
-    at_first = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may be in the background themselves
-    try:
-        with Stop() as stop:
+    """The second interrupt acts as usual."""
+    said = "\nCtrl-C: the run saves itself and ends after this step; once more ends it at once\n"
+    with handled(signal.SIGINT, signal.default_int_handler), Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.came() and capfd.readouterr().err == said
+        with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-            assert stop.came()
-            assert capfd.readouterr().err == (
-                "\nCtrl-C: the run saves itself and ends after this step; once more ends it at once\n"
-            )
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with Stop() as stop:
-            signal.raise_signal(signal.SIGINT)
-            assert not stop.came()
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, at_first)
 
 
-def test_sigterm_is_heard_within_a_run_alone():
-    before = signal.getsignal(signal.SIGTERM)
-    with Stop() as stop:
-        assert not stop.came()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.came()
-    assert signal.getsignal(signal.SIGTERM) is before
-
+def test_another_thread_hears_no_signal():
     def elsewhere():
         with Stop() as stop:
             return stop.came()
