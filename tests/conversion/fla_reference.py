@@ -12,134 +12,57 @@ _SHARED = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 44,
 _WINDOWS = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": False, "window_size": 5, "rope_theta": 500.0}
 _FULL = {"layers": [0, 2], "num_heads": 2, "num_kv_heads": 2, "qkv_bias": False, "window_size": None, "rope_theta": 1e4}
 MODELS = {
-    "gla": {"model_type": "gla", "num_heads": 2},
-    "gla, tied, other widths": {
-        "model_type": "gla",
-        "num_heads": 4,
-        "expand_k": 0.75,
-        "expand_v": 2.0,
-        "fuse_norm": False,
-        "norm_eps": 1e-2,
-        "tie_word_embeddings": True,
-        "intermediate_size": None,
-        "hidden_ratio": 2,
-    },
-    "gla, with windows": {"model_type": "gla", "num_heads": 2, "attn": _WINDOWS},
-    "gla, with full attention": {"model_type": "gla", "num_heads": 4, "attn": _FULL},
-    "gated_deltanet": {"model_type": "gated_deltanet", "num_heads": 3, "head_dim": 12},
-    "gated_deltanet, with windows": {
-        "model_type": "gated_deltanet",
-        "num_heads": 3,
-        "head_dim": 8,
-        "expand_v": 0.75,
-        "conv_size": 3,
-        "norm_eps": 1e-2,
-        "attn": _WINDOWS,
-    },
-    "delta_net": {"model_type": "delta_net", "num_heads": 2},
-    "delta_net, with full attention": {
-        "model_type": "delta_net",
-        "num_heads": 4,
-        "expand_k": 0.5,
-        "expand_v": 0.75,
-        "conv_size": 3,
-        "norm_eps": 1e-2,
-        "attn": _FULL,
-    },
-    "delta_net, with a gate": {
-        "model_type": "delta_net",
-        "num_heads": 2,
-        "expand_v": 0.75,
-        "norm_eps": 1e-2,
-        "use_gate": True,
-        "attn": _WINDOWS,
-    },
-    "delta_net, negative eigenvalues": {"model_type": "delta_net", "num_heads": 4, "allow_neg_eigval": True},
-    "gated_deltanet, negative eigenvalues": {
-        "model_type": "gated_deltanet",
-        "num_heads": 2,
-        "head_dim": 8,
-        "allow_neg_eigval": True,
-    },
-    "gated_deltanet, without a gate": {
-        "model_type": "gated_deltanet",
-        "num_heads": 2,
-        "head_dim": 8,
-        "norm_eps": 1e-2,
-        "use_gate": False,
-        "output_gate_activation": "sigmoid",  # of no gate
-    },
-    "gated_deltaproduct": {
-        "model_type": "gated_deltaproduct",
-        "num_heads": 3,
-        "head_dim": 8,
-        "expand_v": 0.75,
-        "num_householder": 2,
-        "use_forget_gate": True,
-        "allow_neg_eigval": True,
-    },
-    "gated_deltaproduct, without gates": {
-        "model_type": "gated_deltaproduct",
-        "num_heads": 2,
-        "head_dim": 12,
-        "conv_size": 3,
-        "norm_eps": 1e-2,
-        "num_householder": 3,
-        "use_output_gate": False,
-    },
-    "gated_deltaproduct, with its output's gate": {
-        "model_type": "gated_deltaproduct",
-        "num_heads": 2,
-        "head_dim": 12,
-        "num_householder": 2,
-    },
-    "gated_deltaproduct, with its decay": {
-        "model_type": "gated_deltaproduct",
-        "num_heads": 3,
-        "head_dim": 8,
-        "expand_v": 0.75,
-        "norm_eps": 1e-2,
-        "num_householder": 2,
-        "use_forget_gate": True,
-        "use_output_gate": False,
-    },
-    "gated_deltaproduct, of one update": {"model_type": "gated_deltaproduct", "num_heads": 2, "head_dim": 12},
-    "kda": {"model_type": "kda", "num_heads": 2, "head_dim": 12},
-    "kda, with windows": {
-        "model_type": "kda",
-        "num_heads": 3,
-        "head_dim": 8,
-        "expand_v": 0.75,
-        "conv_size": 3,
-        "norm_eps": 1e-2,
-        "allow_neg_eigval": True,
-        "attn": _WINDOWS,
-    },
-    "retnet": {"model_type": "retnet", "num_heads": 2},
-    "retnet, with windows": {
-        "model_type": "retnet",
-        "num_heads": 4,
-        "expand_k": 0.5,
-        "expand_v": 0.75,
-        "fuse_norm": False,
-        "norm_eps": 1e-2,
-        "attn": _WINDOWS | {"rope_theta": 1e4},
-    },
-    "hgrn": {"model_type": "hgrn"},
-    "hgrn, wider": {"model_type": "hgrn", "expand_ratio": 1.5, "norm_eps": 1e-2, "tie_word_embeddings": True},
-    "hgrn2": {"model_type": "hgrn2", "expand_ratio": 16},
-    "hgrn2, by heads": {"model_type": "hgrn2", "expand_ratio": None, "num_heads": 4, "norm_eps": 1e-2},
-    "transformer": {"model_type": "transformer", "num_heads": 4},
-    "transformer, grouped": {
-        "model_type": "transformer",
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "rope_theta": 500.0,
-        "norm_eps": 1e-2,
-    },
-    "transformer, with windows": {"model_type": "transformer", "num_heads": 4, "num_kv_heads": 1, "window_size": 5},
+    "gla": dict(num_heads=2),
+    "gla, tied, other widths": dict(
+        **dict(num_heads=4, expand_k=0.75, expand_v=2.0, fuse_norm=False, norm_eps=1e-2, tie_word_embeddings=True),
+        **dict(intermediate_size=None, hidden_ratio=2),
+    ),
+    "gla, with windows": dict(num_heads=2, attn=_WINDOWS),
+    "gla, with full attention": dict(num_heads=4, attn=_FULL),
+    "gated_deltanet": dict(num_heads=3, head_dim=12),
+    "gated_deltanet, with windows": dict(
+        num_heads=3, head_dim=8, expand_v=0.75, conv_size=3, norm_eps=1e-2, attn=_WINDOWS
+    ),
+    "delta_net": dict(num_heads=2),
+    "delta_net, with full attention": dict(
+        num_heads=4, expand_k=0.5, expand_v=0.75, conv_size=3, norm_eps=1e-2, attn=_FULL
+    ),
+    "delta_net, with a gate": dict(num_heads=2, expand_v=0.75, norm_eps=1e-2, use_gate=True, attn=_WINDOWS),
+    "delta_net, negative eigenvalues": dict(num_heads=4, allow_neg_eigval=True),
+    "gated_deltanet, negative eigenvalues": dict(num_heads=2, head_dim=8, allow_neg_eigval=True),
+    "gated_deltanet, without a gate": dict(  # which has an activation all the same
+        num_heads=2, head_dim=8, norm_eps=1e-2, use_gate=False, output_gate_activation="sigmoid"
+    ),
+    "gated_deltaproduct": dict(
+        num_heads=3, head_dim=8, expand_v=0.75, num_householder=2, use_forget_gate=True, allow_neg_eigval=True
+    ),
+    "gated_deltaproduct, without gates": dict(
+        num_heads=2, head_dim=12, conv_size=3, norm_eps=1e-2, num_householder=3, use_output_gate=False
+    ),
+    "gated_deltaproduct, with its output's gate": dict(num_heads=2, head_dim=12, num_householder=2),
+    "gated_deltaproduct, with its decay": dict(
+        **dict(num_heads=3, head_dim=8, expand_v=0.75, norm_eps=1e-2, num_householder=2),
+        **dict(use_forget_gate=True, use_output_gate=False),
+    ),
+    "gated_deltaproduct, of one update": dict(num_heads=2, head_dim=12),
+    "kda": dict(num_heads=2, head_dim=12),
+    "kda, with windows": dict(
+        **dict(num_heads=3, head_dim=8, expand_v=0.75, conv_size=3, norm_eps=1e-2, allow_neg_eigval=True, attn=_WINDOWS)
+    ),
+    "retnet": dict(num_heads=2),
+    "retnet, with windows": dict(
+        **dict(num_heads=4, expand_k=0.5, expand_v=0.75, fuse_norm=False, norm_eps=1e-2),
+        attn=_WINDOWS | {"rope_theta": 1e4},
+    ),
+    "hgrn": {},
+    "hgrn, wider": dict(expand_ratio=1.5, norm_eps=1e-2, tie_word_embeddings=True),
+    "hgrn2": dict(expand_ratio=16),
+    "hgrn2, by heads": dict(expand_ratio=None, num_heads=4, norm_eps=1e-2),
+    "transformer": dict(num_heads=4),
+    "transformer, grouped": dict(num_heads=4, num_kv_heads=2, rope_theta=500.0, norm_eps=1e-2),
+    "transformer, with windows": dict(num_heads=4, num_kv_heads=1, window_size=5),
 }
-MODELS = {name: _SHARED | fields for name, fields in MODELS.items()}
+MODELS = {name: _SHARED | {"model_type": name.partition(",")[0]} | fields for name, fields in MODELS.items()}
 
 
 def shapes(fields):
@@ -213,12 +136,7 @@ def _attention_of(fields, layer):
 
 def _attention_shapes(width, spec):
     shared = width // spec["num_heads"] * spec["num_kv_heads"]
-    return {
-        "q_proj.weight": (width, width),
-        "k_proj.weight": (shared, width),
-        "v_proj.weight": (shared, width),
-        "o_proj.weight": (width, width),
-    }
+    return {f"{name}_proj.weight": (shared if name in "kv" else width, width) for name in "qkvo"}
 
 
 def _attention(spec, w, x):
@@ -254,17 +172,14 @@ def _gla_norm(fields):
 def _gla_shapes(fields):
     width, heads = fields["hidden_size"], fields["num_heads"]
     keys, values = (int(width * fields.get(name, default)) for name, default in (("expand_k", 0.5), ("expand_v", 1)))
-    return {
-        "q_proj.weight": (keys, width),
-        "k_proj.weight": (keys, width),
-        "v_proj.weight": (values, width),
-        "g_proj.weight": (values, width),
-        "gk_proj.0.weight": (16, width),
-        "gk_proj.1.weight": (keys, 16),
-        "gk_proj.1.bias": (keys,),
-        _gla_norm(fields): (values // heads,),
-        "o_proj.weight": (width, values),
-    }
+    decay = {"gk_proj.0.weight": (16, width), "gk_proj.1.weight": (keys, 16), "gk_proj.1.bias": (keys,)}
+    return _projections(width, keys, values) | decay | {_gla_norm(fields): (values // heads,)}
+
+
+def _projections(width, keys, values):
+    outputs = {"q": keys, "k": keys, "v": values, "g": values}
+    own = {f"{name}_proj.weight": (channels, width) for name, channels in outputs.items()}
+    return own | {"o_proj.weight": (width, values)}
 
 
 def _gla(fields, w, x):
@@ -292,9 +207,7 @@ def _gated(q, k, v, decay):
 def _retnet_shapes(fields):
     width, heads = fields["hidden_size"], fields["num_heads"]
     keys, values = (int(width * fields.get(name, default)) for name, default in (("expand_k", 1), ("expand_v", 2)))
-    outputs = {"q": keys, "k": keys, "v": values, "g": values}
-    own = {f"{name}_proj.weight": (channels, width) for name, channels in outputs.items()}
-    return own | {"o_proj.weight": (width, values), _gla_norm(fields): (values // heads,)}
+    return _projections(width, keys, values) | {_gla_norm(fields): (values // heads,)}
 
 
 def _retnet(fields, w, x):
@@ -353,17 +266,10 @@ def _lower_bounds(weights):
 
 def _delta_shapes(fields, heads, keys, values):
     width, taps, updates = fields["hidden_size"], fields.get("conv_size", 4), fields.get("num_householder", 1)
-    return {
-        "q_proj.weight": (keys, width),
-        "k_proj.weight": (updates * keys, width),
-        "v_proj.weight": (updates * values, width),
-        "b_proj.weight": (updates * heads, width),
-        "q_conv1d.weight": (keys, 1, taps),
-        "k_conv1d.weight": (updates * keys, 1, taps),
-        "v_conv1d.weight": (updates * values, 1, taps),
-        "o_norm.weight": (values // heads,),
-        "o_proj.weight": (width, values),
-    }
+    channels = {"q": keys, "k": updates * keys, "v": updates * values}
+    own = {f"{name}_proj.weight": (size, width) for name, size in {**channels, "b": updates * heads}.items()}
+    own |= {f"{name}_conv1d.weight": (size, 1, taps) for name, size in channels.items()}
+    return own | {"o_norm.weight": (values // heads,), "o_proj.weight": (width, values)}
 
 
 def _delta_rule(fields, w, x, decay=1.0):

@@ -15,58 +15,38 @@ from jaxlinear.conversion import convert, export_weights, flax, hugging_face, im
 from jaxlinear.errors import UserError
 from jaxlinear.streaming import StreamedArray
 from jaxlinear.training import workdir as workdirs
-from tests.conversion.converted import (
-    arrays,
-    assert_nothing_in,
-    assert_same_bits,
-    layout,
-    rewrite,
-    streamed,
-    tensors,
-    write_header,
-)
+from tests.conversion import converted
+from tests.conversion.converted import arrays, assert_nothing_in, assert_same_bits, refused, rewrite, write_header
+
+ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+def of_x(entry):
+    """Writes a file with one tensor, x, of that entry."""
+    return lambda path: write_header(path, {"x": entry}, b"0000")
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
         (lambda path: path.write_bytes(b"short"), "is not a safetensors file, or is truncated"),
-        (
-            lambda path: path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}"),
-            "is not a safetensors file, or is truncated",
-        ),
+        (lambda path: path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}"), "not a safetensors file, or is trunc"),
         (lambda path: path.write_bytes((4).to_bytes(8, "little") + b"none"), "its header is not JSON"),
         (lambda path: path.write_bytes(path.read_bytes()[:-4]), "is not where the header says; .* truncated"),
         (lambda path: write_header(path, [1]), "is not a safetensors file: its header is not an object"),
-        (lambda path: write_header(path, {"x": {"dtype": "F32"}}), "the entry of x is damaged"),
+        *((of_x(ENTRY | {"shape": [size]}), "the entry of x is damaged") for size in ("1", -1, True)),
         *(
-            (
-                lambda path, entry=entry: write_header(
-                    path, {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | entry}, b"0000"
-                ),
-                "the entry of x is damaged",
-            )
-            for entry in (
-                {"dtype": []},
-                {"shape": ["1"]},
-                {"shape": [-1]},
-                {"shape": [True]},
-                {"data_offsets": ["0", "4"]},
-                {"data_offsets": [0.0, 4.0]},
-                {"data_offsets": [-4, 0]},
-            )
+            (of_x(ENTRY | {"data_offsets": offsets}), "the entry of x is damaged")
+            for offsets in (["0", "4"], [0.0, 4.0], [-4, 0])
         ),
-        (
-            lambda path: write_header(path, {"x": {"dtype": "I8", "shape": [1], "data_offsets": [0, 1]}}, b"0"),
-            "x has the dtype I8; weights are imported from F32, F16, BF16",
-        ),
+        *((of_x(entry), "the entry of x is damaged") for entry in ({"dtype": "F32"}, ENTRY | {"dtype": []})),
+        (of_x({"dtype": "I8", "shape": [1], "data_offsets": [0, 1]}), "the dtype I8; weights .* from F32, F16, BF16"),
     ],
 )
 def test_damaged_files(copied, tmp_path, damage, message):
     source = copied("llama")
     damage(source / "model.safetensors")
-    with pytest.raises(UserError, match=f"model.safetensors.*{message}"):
-        import_weights(source, tmp_path / "run")
+    refused(f"model.safetensors.*{message}", source, tmp_path / "run")
     assert_nothing_in(tmp_path, "source")
 
 
@@ -76,8 +56,7 @@ def test_an_embedding_that_is_there_twice(copied, tmp_path):
     rewrite(source, lambda x: x | {"lm_head.weight": x["backbone.embeddings.weight"]})
     import_weights(source, tmp_path / "run")
     rewrite(source, lambda x: x | {"lm_head.weight": x["backbone.embeddings.weight"] + 1})
-    with pytest.raises(UserError, match=r"lm_head.weight differs from backbone.embeddings.weight, although"):
-        import_weights(source, tmp_path / "other")
+    refused("lm_head.weight differs from backbone.embeddings.weight, although", source, tmp_path / "other")
     # An older name, and an entry that is not a weight.
     rewrite(source, lambda x: {name: y for name, y in x.items() if name != "lm_head.weight"})
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
@@ -87,19 +66,16 @@ def test_an_embedding_that_is_there_twice(copied, tmp_path):
 
 
 def test_what_is_no_model(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty is neither a Hugging Face directory .* nor a recurrentgemma"):
-        import_weights(tmp_path / "empty", tmp_path / "run")
-    with pytest.raises(UserError, match=r"nowhere is not a directory"):
-        import_weights(tmp_path / "nowhere", tmp_path / "run")
-    (tmp_path / "empty" / "model.safetensors").touch()
-    with pytest.raises(UserError, match=r"empty has no config.json"):
-        import_weights(tmp_path / "empty", tmp_path / "run")
-    (tmp_path / "empty" / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"config.json is damaged: it is not an object"):
-        import_weights(tmp_path / "empty", tmp_path / "run")
+    source, run = tmp_path / "empty", tmp_path / "run"
+    source.mkdir()
+    refused("empty is neither a Hugging Face directory .* nor a recurrentgemma", source, run)
+    refused("nowhere is not a directory", tmp_path / "nowhere", run)
+    (source / "model.safetensors").touch()
+    refused("empty has no config.json", source, run)
+    (source / "config.json").write_text("[]")
+    refused("config.json is damaged: it is not an object", source, run)
     with pytest.raises(UserError, match=r"empty already exists; name a new or empty directory"):
-        import_weights(tmp_path / "empty", tmp_path / "empty")
+        import_weights(source, source)
     with pytest.raises(UserError, match=r"nowhere is not the work directory of a run: it has no config.json"):
         export_weights(tmp_path / "nowhere", tmp_path / "target")
     assert_nothing_in(tmp_path, "empty")
@@ -175,28 +151,29 @@ def test_a_damaged_checkpoint_is_not_exported(made, tmp_path):
     assert_nothing_in(tmp_path, "run")
 
 
+def watched(arrays, read):
+    """The same arrays, which note in ``read`` what is read of them: name and bytes."""
+
+    def one(name, x):
+        def read_rows(begin, end):
+            rows = x.read(begin, end)
+            read.append((name, rows.nbytes))
+            return rows
+
+        return StreamedArray(x.shape, x.dtype, x.rows, read_rows, x.order)
+
+    return {name: one(name, x) for name, x in arrays.items()}
+
+
 @pytest.mark.parametrize("name", ["flax", "mamba2"])
 def test_what_is_read_at_once(made, tmp_path, monkeypatch, name):
     """At most one layer's tensor or, for an array that can be cut anywhere, a few rows; and nothing is read twice except
     for checksums. The pieces make up the whole file."""
     monkeypatch.setattr(streaming, "PIECE_BYTES", 1000)
-    read = []
-
-    def watched(tensors):
-        def one(tensor_name, x):
-            def read_rows(begin, end):
-                rows = x.read(begin, end)
-                read.append((tensor_name, rows.nbytes))
-                return rows
-
-            return StreamedArray(x.shape, x.dtype, x.rows, read_rows, x.order)
-
-        return {tensor_name: one(tensor_name, x) for tensor_name, x in tensors.items()}
-
-    source, exported = made(name)
-    layouts = flax if layout(name) == "flax" else hugging_face
+    read, (source, exported), layout = [], made(name), converted.layout(name)
+    layouts = flax if layout == "flax" else hugging_face
     read_tensors = layouts.read_tensors
-    monkeypatch.setattr(layouts, "read_tensors", lambda directory: watched(read_tensors(directory)))
+    monkeypatch.setattr(layouts, "read_tensors", lambda directory: watched(read_tensors(directory), read))
     import_weights(exported, tmp_path / "run")
     sizes = {tensor: x.nbytes for tensor, x in read_tensors(exported).items()}
     embedding = next(tensor for tensor in sizes if "embed" in tensor)
@@ -206,46 +183,30 @@ def test_what_is_read_at_once(made, tmp_path, monkeypatch, name):
 
     read.clear()
     stream = Checkpoints.stream
-    monkeypatch.setattr(Checkpoints, "stream", lambda *arguments: watched(stream(*arguments)))
-    export_weights(tmp_path / "run", tmp_path / "again", layout=layout(name))
+    monkeypatch.setattr(Checkpoints, "stream", lambda *arguments: watched(stream(*arguments), read))
+    export_weights(tmp_path / "run", tmp_path / "again", layout=layout)
     stacked = {path: x.nbytes for path, x in stream(Checkpoints(tmp_path / "run"), "parameters").items()}
     assert sum(size for _, size in read) == sum(stacked.values())
-    repeats = {
-        f"stacks.{i}.": stack.repeats
-        for i, stack in enumerate(configs.model_config(workdirs.read_config(source)).stacks)
-    }
-    of_layers = [(path, size, repeats[path[:9]]) for path, size in read if path.startswith("stacks.")]
-    assert len(of_layers) < len(read) and all(size <= stacked[path] / parts for path, size, parts in of_layers)
+    stacks = configs.model_config(workdirs.read_config(source)).stacks
+    of_layers = [(path, size, stacks[int(path.split(".")[1])]) for path, size in read if path.startswith("stacks.")]
+    assert len(of_layers) < len(read) and all(size <= stacked[path] / x.repeats for path, size, x in of_layers)
     assert all(size <= stacked[path] for path, size in read)
     assert_same_bits(arrays(tmp_path / "run"), arrays(source))
-    assert_same_bits(tensors(tmp_path / "again"), tensors(exported))
+    assert_same_bits(converted.tensors(tmp_path / "again"), converted.tensors(exported))
 
 
 def test_a_checkpoint_of_training_is_read_once(made, tmp_path, monkeypatch):
     """Even though each of its arrays is one piece that holds the tensors of many layers."""
-    read = []
     stream = Checkpoints.stream
-
-    def watched(*arguments):
-        def one(path, x):
-            def read_rows(begin, end):
-                read.append(path)
-                return x.read(begin, end)
-
-            return StreamedArray(x.shape, x.dtype, x.rows, read_rows)
-
-        return {path: one(path, x) for path, x in stream(*arguments).items()}
-
-    monkeypatch.setattr(Checkpoints, "stream", watched)
     for name in ("recurrent_gemma", "flax", "mamba2"):
-        source = made(name)[0]
-        read.clear()
-        export_weights(source, tmp_path / name, layout=layout(name))
-        assert len(read) == len(set(read)) > 10
+        read, source = [], made(name)[0]
+        monkeypatch.setattr(Checkpoints, "stream", lambda *arguments, read=read: watched(stream(*arguments), read))
+        export_weights(source, tmp_path / name, layout=converted.layout(name))
+        assert len(read) == len({path for path, _ in read}) > 10
 
 
 def test_safetensors_header():
-    x = streamed(np.zeros((2, 3), np.float32))
+    x = converted.streamed(np.zeros((2, 3), np.float32))
     header, places = safetensors.header({"a": x, "b": x})
     length = int.from_bytes(header[:8], "little")
     entries = json.loads(header[8:])

@@ -22,12 +22,13 @@ from tests.conversion.converted import (
     arrays,
     assert_nothing_in,
     assert_same_bits,
-    launch,
     layout,
+    refused,
     rewrite,
     run,
+    set_fields,
     tensors,
-    write_header,
+    write_tensors,
 )
 from tests.data.test_tokenizer import train_sentencepiece
 
@@ -54,14 +55,11 @@ def test_an_imported_run_is_a_run(made, tmp_path):
     assert opened.step == 0 and opened.config.data.path == ""
     expected = nnx.to_pure_dict(nnx.split(jaxlinear.models.load(source, 7))[1])
     jax.tree.map(np.testing.assert_array_equal, opened.parameters, expected)
+    with pytest.raises(UserError, match="has no checkpoint of step 3; it has 7"):
+        export_weights(source, tmp_path / "target", step=3)
+    assert_nothing_in(tmp_path, "run")
     with pytest.raises(UserError, match=r"run holds imported weights, .*, and --config.training.initial_from=.*run"):
         workdirs.prepare(tmp_path / "run", workdirs.read_config(tmp_path / "run"))
-
-
-def test_another_step(made, tmp_path):
-    with pytest.raises(UserError, match="has no checkpoint of step 3; it has 7"):
-        export_weights(made("llama")[0], tmp_path / "target", step=3)
-    assert_nothing_in(tmp_path)
 
 
 def test_the_tokenizer_comes_along(copied, tmp_path):
@@ -72,12 +70,11 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     content["model"]["vocab"]["<s>"] = 257
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 257, "content": "<s>"})
     (source / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="has 258 tokens and the model only 31; move the tokenizer away to import"):
-        import_weights(source, tmp_path / "run")
+    refused("has 258 tokens and the model only 31; move the tokenizer away to import", source, tmp_path / "run")
     random = np.random.default_rng(0)
     grow = ("model.embed_tokens.weight", "lm_head.weight")
     wide = {name: random.standard_normal((300, 16)).astype(np.float32) for name in grow}
-    rewrite(source, lambda values: values | wide, {"vocab_size": 300, "bos_token_id": 257, "eos_token_id": 3})
+    rewrite(source, lambda values: values | wide, vocab_size=300, bos_token_id=257, eos_token_id=3)
     (source / "tokenizer.json").write_text(json.dumps(content))
     import_weights(source, tmp_path / "run")
     assert load_tokenizer(tmp_path / "run").document_token_name == "<s>"
@@ -96,16 +93,13 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     export_weights(tmp_path / "again", tmp_path / "twice")
     assert json.loads((tmp_path / "twice" / "config.json").read_text())["eos_token_id"] == [3, 5]
     (tmp_path / "exported" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(UserError, match="exported: eos_token_id is '</s>'; it must be a token id or a list of token"):
-        import_weights(tmp_path / "exported", tmp_path / "other")
+    refused("exported: eos_token_id is '</s>'; it must be a token id or", tmp_path / "exported", tmp_path / "other")
 
     for tokens in ([{"content": "<s>"}], [{"id": 257}], ["<s>"], 5):
         (source / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": tokens}))
-        with pytest.raises(UserError, match=r"source/tokenizer.json is damaged: .* no id or no content; move the file"):
-            import_weights(source, tmp_path / "other")
+        refused("tokenizer.json is damaged: .* no id or no content; move the file", source, tmp_path / "other")
     (source / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"source/tokenizer.json: .*; move the file away to import the weights without"):
-        import_weights(source, tmp_path / "other")
+    refused("tokenizer.json: .*; move the file away to import the weights without", source, tmp_path / "other")
     assert_nothing_in(tmp_path, "source", "run", "exported", "again", "twice")
 
 
@@ -122,18 +116,10 @@ def test_a_sentencepiece_model_says_itself_where_texts_begin_and_end(tmp_path):
 def test_other_dtypes_are_widened(copied, tmp_path):
     """Every bfloat16 and float16 number is exact in float32."""
     source = copied("llama")
-    values = tensors(source)
-    kinds = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
-    header, data = {"__metadata__": {"format": "pt"}}, b""
-    for i, (name, x) in enumerate(values.items()):
-        kind = list(kinds)[i % 3]
-        values[name] = x.astype(kinds[kind])
-        content = values[name].tobytes()
-        header[name] = {"dtype": kind, "shape": x.shape, "data_offsets": [len(data), len(data) + len(content)]}
-        data += content
-    write_header(source / "model.safetensors", header, data)
-    fields = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(fields | {"torch_dtype": "bfloat16"}))
+    kinds = (ml_dtypes.bfloat16, np.float16, np.float32)
+    values = {name: x.astype(kinds[i % 3]) for i, (name, x) in enumerate(tensors(source).items())}
+    write_tensors(source / "model.safetensors", values)
+    set_fields(source, {"torch_dtype": "bfloat16"})
     import_weights(source, tmp_path / "run")
     assert workdirs.read_config(tmp_path / "run").model.dtype == "bfloat16"
     export_weights(tmp_path / "run", tmp_path / "exported")
@@ -160,42 +146,35 @@ def test_several_files_with_an_index(made, tmp_path, monkeypatch):
     import_weights(sharded, tmp_path / "run")
     assert_same_bits(arrays(tmp_path / "run"), arrays(source))
 
-    def refused(message):
-        with pytest.raises(UserError, match=message):
-            import_weights(sharded, tmp_path / "other")
-
     file_of = dict(index["weight_map"])
     first = next(iter(file_of))
     for changed, message in (
-        (
-            file_of | {"more": files[0]},
-            f"{files[0]} has no tensor more, which model.safetensors.index.json lists there",
-        ),
-        (
-            file_of | {first: files[-1]},
-            f"has the tensor {first}, which model.safetensors.index.json lists in {files[-1]}",
-        ),
+        (file_of | {"more": files[0]}, f"{files[0]} has no tensor more, which {hugging_face.INDEX} lists there"),
+        (file_of | {first: files[-1]}, f"has the tensor {first}, which {hugging_face.INDEX} lists in {files[-1]}"),
         (None, "is damaged: it has no weight_map"),
         (file_of | {first: 5}, f"is damaged: it lists {first} in 5, which is not a file name$"),
     ):
         (sharded / hugging_face.INDEX).write_text(json.dumps({"weight_map": changed}))
-        refused(message)
+        refused(message, sharded, tmp_path / "other")
     (sharded / hugging_face.INDEX).write_text(json.dumps(index))
     (sharded / files[1]).unlink()
-    refused(f"has no {files[1]}, which model.safetensors.index.json lists")
+    refused(f"has no {files[1]}, which model.safetensors.index.json lists", sharded, tmp_path / "other")
     (sharded / hugging_face.INDEX).unlink()
-    refused("has neither model.safetensors nor model.safetensors.index.json$")
+    refused("has neither model.safetensors nor model.safetensors.index.json$", sharded, tmp_path / "other")
     (sharded / "pytorch_model.bin").touch()
-    refused("pytorch_model.bin cannot be read, so save the model as safetensors$")
+    refused("pytorch_model.bin cannot be read, so save the model as safetensors$", sharded, tmp_path / "other")
     assert_nothing_in(tmp_path, "sharded", "run")
 
 
-def test_program(made, tmp_path):
+def test_program(made, start, tmp_path):
     """Imports, then refuses a target that already exists: one line and status 2."""
-    exported = made("llama")[1]
-    done = launch(tmp_path, f"--source={exported}")
+    workdir = f"--workdir={tmp_path / 'run'}"
+    done = start("convert", workdir, f"--source={made('llama')[1]}")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert jaxlinear.models.load(tmp_path / "run").config.pattern == ("attention",)
-    done = launch(tmp_path, f"--target={tmp_path / 'run'}")
-    assert done.returncode == 2
-    assert done.stderr == f"convert.py: {tmp_path / 'run'} already exists; name a new or empty directory\n"
+    for flags, refusal in (
+        ([f"--target={tmp_path / 'run'}"], f"{tmp_path / 'run'} already exists; name a new or empty directory"),
+        ([], "give --source to import into --workdir, or --target to export from it"),
+    ):
+        done = start("convert", workdir, *flags)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"convert.py: {refusal}\n")
