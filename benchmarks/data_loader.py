@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import common
 import numpy as np
 from absl import flags
 
@@ -22,7 +23,7 @@ from jaxlinear.data.blocks import SplitWriter, token_dtype
 from jaxlinear.data.manifest import FORMAT_VERSION, Records, Split, TokenizerInfo
 
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 65536, "Tokens per batch.")
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+common.define_json()
 
 _BLOCK_LENGTH, _VOCAB_SIZE, _DOCUMENT_LENGTH = 2048, 4096, 800
 _TOKENS, _BATCHES, _REPEATS = 20_000_000, 100, 5
@@ -45,10 +46,9 @@ def main() -> None:
         result["mixture_of_2_sequence_length_2048"] = _rate(mixture.__getitem__, batch_size * _BLOCK_LENGTH)
         windows = _windows(flat, batch_size, _BLOCK_LENGTH)
         result["reference_memory_map_sequence_length_2048"] = _rate(windows, batch_size * _BLOCK_LENGTH)
-    text = json.dumps({"unit": "tokens per second", "batch_tokens": batch_tokens, **result}, indent=2)
-    print(text)
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
+    report = {"unit": "tokens per second", "batch_tokens": batch_tokens, **result}
+    print(json.dumps(report, indent=2))
+    common.write(report)
 
 
 def _rate(read: Callable[[int], object], tokens: int) -> float:

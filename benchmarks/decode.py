@@ -8,16 +8,16 @@ the two take turns, so that both see the same machine. The weights are random, s
 package cuts its attention window to the length of the text, as ours does.
 """
 
+import contextlib
 import json
 import os
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import common
 from absl import flags
-from alternating import Worker, alternate
 
 from jaxlinear import cli
 from jaxlinear.errors import UserError
@@ -28,30 +28,20 @@ _PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens of each prompt.", lower_bou
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens decoded per stream in a round.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds, after one warm-up round.", lower_bound=1)
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with the recurrentgemma package.")
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+common.define_json()
 
 
 def main() -> None:
     if _AGAINST.value and _MODEL.value != "griffin_6m":
         raise UserError(f"--against supports the model griffin_6m only, not {_MODEL.value}")
-    parts = {"jaxlinear": _ours()}
-    worker = None
-    if _AGAINST.value:
-        worker = Worker(_AGAINST.value, "decode", streams=_STREAMS.value, prompt=_PROMPT.value, tokens=_TOKENS.value)
-    if worker:
-        parts["recurrentgemma"] = worker.go
-    try:
-        rates = alternate(parts, _ROUNDS.value)
-    finally:
-        if worker:
-            worker.close()
-    result: dict[str, Any] = {
-        "model": _MODEL.value,
-        "streams": _STREAMS.value,
-        "prompt": _PROMPT.value,
-        "tokens": _TOKENS.value,
-        "load_average": os.getloadavg()[0],
-    }
+    shape = {"streams": _STREAMS.value, "prompt": _PROMPT.value, "tokens": _TOKENS.value}
+    parts, worker = {"jaxlinear": _ours()}, None
+    with contextlib.ExitStack() as stack:
+        if _AGAINST.value:
+            worker = stack.enter_context(common.Worker(_AGAINST.value, "decode", **shape))
+            parts["recurrentgemma"] = worker.tokens_per_second
+        rates = common.alternate(parts, _ROUNDS.value)
+    result: dict[str, Any] = {"model": _MODEL.value, **shape, "load_average": os.getloadavg()[0]}
     for name, values in rates.items():
         result[name] = {"tokens_per_second": statistics.median(values), "rounds": values}
     if worker:
@@ -59,10 +49,8 @@ def main() -> None:
         result["ratio"] = statistics.median(
             ours / theirs for ours, theirs in zip(rates["jaxlinear"], rates["recurrentgemma"], strict=True)
         )
-    text = json.dumps(result, indent=2)
-    print(text)
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    common.write(result)
 
 
 def _ours() -> Callable[[], float]:

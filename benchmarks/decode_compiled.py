@@ -17,7 +17,6 @@ own, not Triton's, whose tiles are found by timing.
 
 import dataclasses
 import json
-import pathlib
 import re
 from typing import NamedTuple
 
@@ -32,10 +31,9 @@ _TOPOLOGY = flags.DEFINE_string("topology", "h100:1", "As for launch/compile.py;
 _STREAMS = flags.DEFINE_integer("streams", 8, "Prompts continued together, B.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens that softmax attention remembers.", lower_bound=1)
 _WIDE = flags.DEFINE_bool("wide", False, "Use the float32 parameters of training.")
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 _PIECE = 8  # tokens per call
-_MIB = 2**20
 
 
 class Decoding(NamedTuple):
@@ -45,6 +43,8 @@ class Decoding(NamedTuple):
 
 
 def main() -> None:
+    import common  # not above: tests import this file
+
     from jaxlinear.costs import targets
 
     targets.set_environment()
@@ -54,22 +54,12 @@ def main() -> None:
     values |= {"num_layers": _LAYERS.value, "vocab_size": _VOCABULARY.value, "dtype": "bfloat16"}
     found = compile_for(_TOPOLOGY.value, ModelConfig(**values), _STREAMS.value, _LENGTH.value, wide=_WIDE.value)
     moved, cycles = token_bytes(found.text)
-    result = {
-        "model": _MODEL.value,
-        "layers": _LAYERS.value,
-        "topology": _TOPOLOGY.value,
-        "streams": _STREAMS.value,
-        "length": _LENGTH.value,
-        "wide": _WIDE.value,
-        "parameters_mib": round(found.parameters / _MIB, 1),
-        "moved_mib": round(moved / _MIB, 1),
-        "memory_mib": round(found.memory / _MIB, 1),
-        "cycles": cycles,
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
+    shown = (_MODEL, _LAYERS, _TOPOLOGY, _STREAMS, _LENGTH, _WIDE)
+    mib = {"parameters_mib": found.parameters, "moved_mib": moved, "memory_mib": found.memory}
+    result = {flag.name: flag.value for flag in shown} | {name: round(n / 2**20, 1) for name, n in mib.items()}
+    result["cycles"] = cycles
+    print(json.dumps(result, indent=2))
+    common.write(result)
 
 
 def compile_for(target: str, config, streams: int, length: int, *, wide: bool = False) -> Decoding:

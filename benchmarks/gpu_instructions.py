@@ -39,13 +39,13 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 
+import cases
+import common
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from instructions import row, together
 
-from jaxlinear import ops
 from jaxlinear.ops import backends
 from jaxlinear.pallas.parts.target import Target
 from tests.ptx import calls
@@ -60,7 +60,7 @@ _SHARED = flags.DEFINE_bool("shared", False, "One query and one key for all head
 _NEGATIVE = flags.DEFINE_bool("negative_eigenvalues", False, "The delta rule's option of that name.")
 _MEAN = flags.DEFINE_float("mean", -0.04, "Mean of the log decays, whose distribution is exponential.", upper_bound=0.0)
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with flash-linear-attention.")
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+common.define_json()
 
 _OF_CHANNELS = {"selective_scan", "rg_lru"}  # their kernels have instructions that are written in PTX: not interpreted
 
@@ -71,61 +71,18 @@ for _flag, _known in (
     flags.register_validator(_flag, _known.issuperset, f"of {', '.join(sorted(_known))}")
 
 
-def draw(decay: str):
-    """``[q, k, v]``, beta and the log decays, or None for these."""
-    random, length, heads = np.random.default_rng(0), _LENGTH.value, _HEADS.value
-    q, k = (random.standard_normal((1, length, 1 if _SHARED.value else heads, _KEY.value)) for _ in range(2))
-    v = random.standard_normal((1, length, heads, _VALUE.value))
-    k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    shape = (1, length, heads, _KEY.value) if decay == "channel" else (1, length, heads)
-    log_decay = None if decay == "none" else jnp.asarray(_MEAN.value * random.exponential(size=shape), jnp.float32)
-    beta = jnp.asarray(random.uniform(size=(1, length, heads)), jnp.float32)
-    return [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)], beta, log_decay
+def run(operation: str, decay: str) -> None:
+    """Runs both passes. Documents of the RG-LRU end in the middle."""
+    name = operation if decay == "none" or operation in _OF_CHANNELS else f"{operation}_{decay}"
+    options = {"negative_eigenvalues": _NEGATIVE.value} if operation == "delta_rule" else {}
+    options |= {"decay_dtype": "float32", "key_heads": 1 if _SHARED.value else None, "documents": operation == "rg_lru"}
+    call = cases.case(name, 1, _LENGTH.value, _HEADS.value, _KEY.value, _VALUE.value, **options)
+    forward = cases.forward(call, "pallas")
 
+    def sums(arrays):
+        return sum(jnp.sum(y.astype(jnp.float32)) for y in forward(arrays))
 
-def gradient(operation: str, decay: str) -> None:
-    """Runs both passes."""
-    (q, k, v), beta, log_decay = draw(decay)
-    delta_rule = operation == "delta_rule"
-    given = (q, k, v, beta) if delta_rule else (q, k, v)
-    options = {"negative_eigenvalues": _NEGATIVE.value} if delta_rule else {}
-
-    def objective(given, log_decay):
-        o, state = getattr(ops, operation)(*given, log_decay, backend="pallas", **options)
-        return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
-
-    jax.block_until_ready(jax.grad(objective, (0, 1) if log_decay is not None else 0)(given, log_decay))
-
-
-def selective_scan() -> None:
-    """Runs both passes, as in Mamba."""
-    random, length, width, numbers = np.random.default_rng(0), _LENGTH.value, _HEADS.value * _VALUE.value, _KEY.value
-    x = jnp.asarray(random.standard_normal((1, length, width)), jnp.bfloat16)
-    dt = jnp.asarray(-_MEAN.value * random.exponential(size=x.shape), jnp.float32)
-    rates = -jnp.broadcast_to(jnp.arange(1, numbers + 1, dtype=jnp.float32), (width, numbers))
-    written, read = (jnp.asarray(random.standard_normal((1, length, numbers)), jnp.float32) for _ in range(2))
-
-    def objective(*inputs):
-        y, state = ops.selective_scan(*inputs, backend="pallas")
-        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
-
-    jax.block_until_ready(jax.grad(objective, range(5))(x, dt, rates, written, read))
-
-
-def rg_lru() -> None:
-    """Runs both passes, with a document that ends in the middle."""
-    random, length, heads, block = np.random.default_rng(0), _LENGTH.value, _HEADS.value, _VALUE.value
-    x = jnp.asarray(random.standard_normal((1, length, heads * block)), jnp.bfloat16)
-    of_a, of_x = (jnp.asarray(random.standard_normal((heads, block, block)) / block**0.5) for _ in range(2))
-    bias, rate = jnp.zeros(heads * block), jnp.full(heads * block, 2 * _MEAN.value)
-    ids = jnp.asarray(np.arange(length)[None] >= length // 2, jnp.int32)
-    first = jnp.diff(ids, axis=1, prepend=-1) != 0
-
-    def objective(x, of_a, of_x, bias, rate):
-        h, state = ops.rg_lru(x, of_a, bias, of_x, bias, rate, first, segment_ids=ids, backend="pallas")
-        return jnp.sum(h) + jnp.sum(state)
-
-    jax.block_until_ready(jax.grad(objective, range(5))(x, of_a, of_x, bias, rate))
+    jax.block_until_ready(cases.gradient(sums)(cases.values(call, _MEAN.value), jnp.float32(1)))
 
 
 def theirs(operation: str, decay: str) -> list[dict[str, Any]]:
@@ -167,8 +124,7 @@ def main(argv) -> None:
             del ran[:]
             interpreted = operation not in _OF_CHANNELS
             backends.target = functools.partial(Target, "gpu", "NVIDIA H100 80GB HBM3", interpreted)
-            of_channels = {"selective_scan": selective_scan, "rg_lru": rg_lru}
-            gradient(operation, decay) if interpreted else of_channels[operation]()
+            run(operation, decay)
             found = [row(x.name, x.counts, x.bytes, share) for x in ran]
             rows += found
             others = theirs(operation, decay) if _AGAINST.value else []
@@ -186,9 +142,7 @@ def main(argv) -> None:
     if compared:
         print("\nflash-linear-attention")
         table(compared)
-    if _JSON.value:
-        result = {"kernels": rows, "passes": passes, "compared": compared}
-        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=1) + "\n")
+    common.write({"kernels": rows, "passes": passes, "compared": compared})
 
 
 if __name__ == "__main__":

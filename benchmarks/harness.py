@@ -8,11 +8,13 @@ Times are medians over rounds in which the two take turns, after one round in wh
 machine, read the CPU time.
 """
 
+import functools
 import json
 import pathlib
 import time
 from typing import Any
 
+import common
 from absl import flags, logging
 
 from jaxlinear import cli
@@ -27,7 +29,7 @@ _TASKS = flags.DEFINE_list(
 _LIMIT = flags.DEFINE_integer("limit", 200, "Questions per task.", lower_bound=1)
 _FEWSHOT = flags.DEFINE_integer("fewshot", 0, "Examples before each question.", lower_bound=0)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed rounds, after one warm-up round.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+common.define_json()
 
 
 def main() -> None:
@@ -41,8 +43,7 @@ def main() -> None:
         (data,) = (pathlib.Path(_SETS.value) / folder / "validation").glob("*.arrow")
         result["tasks"][name] = _compare(run, name, str(data))
         print(name, json.dumps(result["tasks"][name]), flush=True)
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    common.write(result)
 
 
 def _compare(run, name: str, data: str) -> dict[str, Any]:
@@ -66,20 +67,20 @@ def _compare(run, name: str, data: str) -> dict[str, Any]:
     found = lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager, **options)["results"][name]
 
     alone = _Alone(run, batch_tokens)
+    scores: dict[str, list] = {}
+
+    def timed(part: str, score) -> tuple[float, float]:
+        begin = time.perf_counter(), time.process_time()
+        scores[part] = score(model.asked)
+        return time.perf_counter() - begin[0], time.process_time() - begin[1]
+
     parts = {"shared": model._scorer.score, "alone": alone.score}
-    seconds: dict[str, list[float]] = {part: [] for part in parts}
-    cpu: dict[str, list[float]] = {part: [] for part in parts}
-    scores = {}
-    for _ in range(_ROUNDS.value + 1):
-        for part, score in parts.items():
-            begin = time.perf_counter(), time.process_time()
-            scores[part] = score(model.asked)
-            seconds[part].append(time.perf_counter() - begin[0])
-            cpu[part].append(time.process_time() - begin[1])
+    times = common.alternate(
+        {part: functools.partial(timed, part, score) for part, score in parts.items()}, _ROUNDS.value
+    )
+    median, cpu_median = ({part: float(np.median(each, 0)[i]) for part, each in times.items()} for i in range(2))
     assert scores["shared"] == model.answered
     shared, by_itself = (np.array([score for score, _ in scores[part]]) for part in parts)
-    median = {part: float(np.median(times[1:])) for part, times in seconds.items()}
-    cpu_median = {part: float(np.median(times[1:])) for part, times in cpu.items()}
     return {
         "choices": len(model.asked),
         "contexts": len({context for context, _ in model.asked}),
@@ -122,17 +123,16 @@ class _Alone:
 
         from jaxlinear.evaluation import scoring
 
+        def padded(i):
+            return scoring._padded(sum(map(len, pairs[i])) - 1)
+
         scores = [(0.0, False)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
         while order:
-            length = scoring._padded(sum(map(len, pairs[order[0]])) - 1)
-            some: list[int] = []
-            while order:
-                longer = scoring._padded(sum(map(len, pairs[order[0]])) - 1)
-                if some and (len(some) + 1) * longer > self._batch_tokens:
-                    break
+            some = [order.pop(0)]
+            while order and (len(some) + 1) * padded(order[0]) <= self._batch_tokens:
                 some.append(order.pop(0))
-                length = longer
+            length = padded(some[-1])
             count = scoring._rounded(len(some))
             tokens, targets = np.zeros((2, count, length), np.int32)
             due = np.zeros((count, length), bool)

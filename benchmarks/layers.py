@@ -18,12 +18,11 @@ beside other instructions, such as exchanges, is not counted. Arrays of 1 MiB or
 them in another order, gives them other axes, or repeats them.
 """
 
-import json
-import pathlib
-
+import common
 import schedules
 from absl import flags
 
+from jaxlinear import cli
 from jaxlinear.costs import targets
 
 _MODEL = flags.DEFINE_string("model", "delta_net_1b3", "A preset.")
@@ -32,7 +31,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "As for launch/compile.py
 _ROWS = flags.DEFINE_integer("rows", 2, "B on each device.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 8192, "T.", lower_bound=1)
 _TOP = flags.DEFINE_integer("top", 0, "Also list so many of the longest instructions.", lower_bound=0)
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+common.define_json()
 
 _COLUMNS = {"us": "time us", "bytes_us": "bytes us", "cycles_us": "cycles us"}
 
@@ -54,25 +53,15 @@ def main() -> None:
             item["us"] = max(item["bytes_us"], item["cycles_us"])
     columns = [column for column in _COLUMNS if column in found[0]]
     rewritten = [item["bytes"] for item in found if item["rewrites"] and item["result"] >= 2**20]
-    result = {
-        **{
-            "model": _MODEL.value,
-            "mixer": mixer,
-            "topology": _TOPOLOGY.value,
-            "rows": _ROWS.value,
-            "length": _LENGTH.value,
-        },
-        **{name: sum(item[name] for item in found) for name in ("bytes", *columns)},
-        **{"rewritten": len(rewritten), "rewritten_us": 1e6 * sum(rewritten) / bandwidth},
-    }
+    result = {flag.name: flag.value for flag in (_MODEL, _TOPOLOGY, _ROWS, _LENGTH)} | {"mixer": mixer}
+    result |= {name: sum(item[name] for item in found) for name in ("bytes", *columns)}
+    result |= {"rewritten": len(rewritten), "rewritten_us": 1e6 * sum(rewritten) / bandwidth}
     print(*(f"{_COLUMNS[column]:>9}" for column in columns))
     for item in sorted(found, key=lambda item: -item[columns[0]])[: _TOP.value]:
         _print(item, columns, f"{item['kind']} {item['name']} {item['operation'][-60:]}")
     summary = f"all, {result['bytes'] / 1e9:.2f} GB; {len(rewritten)} arrays rewritten"
     _print(result, columns, f"{summary}, {result['rewritten_us']:.0f} us of the bytes")
-    if _JSON.value:
-        text = json.dumps(result | {"instructions": found}, indent=2)
-        pathlib.Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
+    common.write(result | {"instructions": found})
 
 
 def _print(item: dict, columns: list[str], label: str) -> None:
@@ -116,6 +105,4 @@ def _compile() -> tuple[str, str, float]:
 
 
 if __name__ == "__main__":
-    from jaxlinear import cli
-
     cli.run(main)

@@ -12,17 +12,14 @@ is measured at one shape for both, in turn.
 Memory is XLA's own figure for the compiled program: its temporaries and outputs, without its inputs.
 """
 
-import functools
-import json
 import os
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import common
 from absl import flags
-from alternating import alternate
 
 from jaxlinear import cli
 from jaxlinear.errors import UserError
@@ -36,20 +33,20 @@ _WIDTH = flags.DEFINE_integer("width", 64, "K = V; the diagonal recurrence has H
 _RATIO_LENGTH = flags.DEFINE_integer("ratio_length", None, "Only the ratio of chunked to recurrent, at B=1 and this T.")
 _WINDOW = flags.DEFINE_integer("window", 512, "Window of sliding_window_attention.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed runs, after one warm-up run.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+common.define_json()
 
-# By name: the operation, the decay that it is given, its backends
-CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "linear_recurrence": ("linear_recurrence", "", ("recurrent", "associative")),
-    "linear_attention": ("linear_attention", "none", ("recurrent", "chunked")),
-    "linear_attention_constant": ("linear_attention", "constant", ("chunked",)),
-    "linear_attention_scalar": ("linear_attention", "scalar", ("chunked",)),
-    "linear_attention_channel": ("linear_attention", "channel", ("recurrent", "chunked")),
-    "delta_rule": ("delta_rule", "none", ("recurrent", "chunked")),
-    "delta_rule_scalar": ("delta_rule", "scalar", ("chunked",)),
-    "delta_rule_channel": ("delta_rule", "channel", ("recurrent", "chunked")),
-    "sliding_window_attention": ("sliding_window_attention", "", ("chunked",)),
-    "attention": ("causal_attention", "", ("chunked",)),
+# The backends of each operation.
+CASES = {
+    "linear_recurrence": ("recurrent", "associative"),
+    "linear_attention": ("recurrent", "chunked"),
+    "linear_attention_constant": ("chunked",),
+    "linear_attention_scalar": ("chunked",),
+    "linear_attention_channel": ("recurrent", "chunked"),
+    "delta_rule": ("recurrent", "chunked"),
+    "delta_rule_scalar": ("chunked",),
+    "delta_rule_channel": ("recurrent", "chunked"),
+    "sliding_window_attention": ("chunked",),
+    "attention": ("chunked",),
 }
 
 
@@ -62,8 +59,7 @@ def main() -> None:
         result["ratios"] = _ratios(names, _RATIO_LENGTH.value)
     else:
         result["rows"] = _table(names, [int(length) for length in _LENGTHS.value])
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    common.write(result)
 
 
 def _table(names: list[str], lengths: list[int]) -> list[dict[str, Any]]:
@@ -72,13 +68,13 @@ def _table(names: list[str], lengths: list[int]) -> list[dict[str, Any]]:
     )
     rows = []
     for name in names:
-        for backend in CASES[name][2]:
+        for backend in CASES[name]:
             total = _RECURRENT_TOKENS.value if backend == "recurrent" else _TOKENS.value
             parts, memory = {}, {}
             for length in (length for length in lengths if length <= total):
                 for pas in ("forward", "gradient"):
                     parts[length, pas], memory[length, pas] = _case(name, backend, total // length, length, pas)
-            seconds = alternate(parts, _ROUNDS.value)
+            seconds = common.alternate(parts, _ROUNDS.value)
             for length in dict.fromkeys(length for length, _ in parts):
                 row = {"operation": name, "backend": backend, "length": length, "batch": total // length}
                 for pas in ("forward", "gradient"):
@@ -111,11 +107,10 @@ def _crossings(rows: list[dict[str, Any]]) -> None:
 def _ratios(names: list[str], length: int) -> dict[str, Any]:
     ratios = {}
     for name in names:
-        backends = CASES[name][2]
-        if "chunked" not in backends or CASES[name][0] not in ("linear_attention", "delta_rule"):
+        if not name.startswith(("linear_attention", "delta_rule")):
             continue
         parts = {backend: _case(name, backend, 1, length, "gradient")[0] for backend in ("recurrent", "chunked")}
-        seconds = alternate(parts, _ROUNDS.value)
+        seconds = common.alternate(parts, _ROUNDS.value)
         each = [slow / fast for slow, fast in zip(seconds["recurrent"], seconds["chunked"], strict=True)]
         ratios[name] = {"ratio": statistics.median(each), "ratios": each, "seconds": seconds}
         print(f"{name:27} T={length} B=1: chunked is {ratios[name]['ratio']:.1f} times as fast, forward + backward")
@@ -124,43 +119,22 @@ def _ratios(names: list[str], length: int) -> dict[str, Any]:
 
 def _case(name: str, backend: str, batch: int, length: int, pas: str) -> tuple[Callable[[], float], int]:
     """A function that returns the seconds of one run, and the bytes that the program needs."""
+    import cases
     import jax
-    import numpy as np
 
-    from jaxlinear import ops
+    options = {"window": _WINDOW.value} if name == "sliding_window_attention" else {}
+    shape = batch, length, _HEADS.value, _WIDTH.value, _WIDTH.value
+    call = cases.case("causal_attention" if name == "attention" else name, *shape, dtype="float32", **options)
+    inputs, run = cases.values(call), cases.forward(call, backend)
 
-    operation, decay, _ = CASES[name]
-    heads, width = _HEADS.value, _WIDTH.value
-    random = np.random.default_rng(0)
-
-    def normal(*shape: int) -> Any:
-        return jax.numpy.asarray(random.standard_normal(shape), "float32")
-
-    if operation == "linear_recurrence":
-        a = jax.numpy.asarray(random.uniform(0.5, 1, (batch, length, heads * width)), "float32")
-        inputs = {"a": a, "x": normal(batch, length, heads * width)}
-    else:
-        inputs = {axis: normal(batch, length, heads, width) for axis in ("q", "k", "v")}
-        inputs["k"] = inputs["k"] / jax.numpy.linalg.norm(inputs["k"], axis=-1, keepdims=True)
-    if operation == "delta_rule":
-        inputs["beta"] = jax.nn.sigmoid(normal(batch, length, heads))
-    shapes = {"constant": (heads,), "scalar": (batch, length, heads), "channel": (batch, length, heads, width)}
-    if decay in shapes:
-        inputs["log_decay"] = jax.nn.log_sigmoid(4 + normal(*shapes[decay]))
-
-    function: Callable = functools.partial(getattr(ops, operation), backend=backend)
-    if operation == "sliding_window_attention":
-        function = functools.partial(function, window=_WINDOW.value)
-
-    def outputs(inputs: dict) -> Any:
-        found = function(**inputs)
-        return found[0] if isinstance(found, tuple) else found
+    def output(inputs: dict) -> Any:
+        return run(inputs)[0]
 
     def gradient(inputs: dict) -> Any:
-        o, pullback = jax.vjp(outputs, inputs)
+        o, pullback = jax.vjp(output, inputs)
         return pullback(o)
 
-    compiled = jax.jit(outputs if pas == "forward" else gradient).lower(inputs).compile()
+    compiled = jax.jit(output if pas == "forward" else gradient).lower(inputs).compile()
     memory = compiled.memory_analysis()
 
     def go() -> float:

@@ -1,35 +1,27 @@
-"""The comparison side of the benchmarks: Griffin from the `recurrentgemma` package (1.0.1, flax), served a step at a time.
+"""The comparison side of ``train_step.py`` and ``decode.py``: Griffin from the ``recurrentgemma`` package, step by step.
 
 The script uses nothing from jaxlinear and runs under the Python (3.11) of its own environment:
 
     python3.11 -m venv RG && RG/bin/pip install -r benchmarks/recurrentgemma.txt
-    RG/bin/python benchmarks/recurrentgemma_worker.py train --batch=4 --length=1024 --scan=native
-    RG/bin/python benchmarks/recurrentgemma_worker.py decode --streams=8 --prompt=64 --tokens=64
+    yes go | head -4 | RG/bin/python benchmarks/recurrentgemma_worker.py train --batch=4 --length=1024 --scan=native
+    yes go | head -4 | RG/bin/python benchmarks/recurrentgemma_worker.py decode --streams=8 --prompt=64 --tokens=64
 
-It is a worker, so that two programs can be measured in turn in one run. It compiles and prints one JSON line,
-{"ready": true, "compile_seconds": ..., "parameters": ..., ...}. For each line "go" on standard input it then runs one
-timed training step (train) or one timed round of `--tokens` tokens in each stream (decode), waits for the result and
-prints {"seconds": ..., "tokens": ..., ...}. It ends at the end of its input or after `--steps` goes. Alone:
+It compiles and prints one JSON line, {"ready": true, "compile_seconds": ..., ...}. For each line "go" on standard input it
+then runs one training step, or one round of ``--tokens`` tokens in each stream, waits for the result, and prints
+{"seconds": ..., "tokens": ..., ...}. The first go is also the first execution (it faults the memory in), so leave it out of
+reported figures. Only these lines go to standard output; everything else goes to standard error.
 
-    yes go | RG/bin/python benchmarks/recurrentgemma_worker.py train --batch=4 --length=1024 --steps=3
-
-Only these JSON lines go to standard output; everything else goes to standard error. The script writes no file: whoever
-started it records the lines. Compilation happens before "ready" and is not in any "seconds", but the first go is also the
-first execution (it faults the memory in), so leave it out of reported figures.
-
-The package runs unchanged on the CPU, in float32 (parameters, activations, scan), with these options:
-  * width 256, 6 layers (recurrent, recurrent, attention) x 2, lru_width 256, 4 heads (of the attention, which has one
-    key/value head, and of the block-diagonal gates), MLP expansion 3, attention window 512, vocabulary 4096, tied
-    embeddings: 5.9 M parameters. No logit cap and no embedding scale, as in the package's preset of the Griffin paper.
-  * `scan_type` by --scan: native is LINEAR_NATIVE (`lax.scan`; what the package's AUTO picks on a CPU), associative is
-    ASSOCIATIVE_NATIVE (`lax.associative_scan`).
-  * `gradient_checkpointing` is True in the package and False here, where memory is not scarce; --remat turns it on.
-  * training asks for no cache (`return_cache=False`).
-  * decoding is the package's own `Sampler`: its jitted prompt processing, then its jitted sampling, a `while_loop` of
+The package runs unchanged on the CPU, in float32 (parameters, activations, scan), as the preset ``griffin_6m``: 6 layers
+(recurrent, recurrent, attention) x 2, tied embeddings, 5.9 M parameters; no logit cap and no embedding scale, as in the
+package's preset of the Griffin paper.
+  * ``scan_type`` by --scan: native is LINEAR_NATIVE (``lax.scan``; what the package's AUTO picks on a CPU), associative is
+    ASSOCIATIVE_NATIVE (``lax.associative_scan``).
+  * ``gradient_checkpointing`` is True in the package and False here, where memory is not scarce.
+  * training asks for no cache (``return_cache=False``).
+  * decoding is the package's own ``Sampler``: its jitted prompt processing, then its jitted sampling, a ``while_loop`` of
     single-token steps on a donated state, greedy, not stopping at EOS. The prompt is processed anew in each round and
-    reported separately ("prefill_seconds"). The attention cache is as long as the window; --cache=trimmed cuts the
-    window to the length of the sequence where that is shorter, which is what the package's `max_sequence_length` does
-    (same tokens, less to attend over), and --cache=full leaves it at 512.
+    reported separately ("prefill_seconds"). The attention window is cut to the length of the sequence where that is
+    shorter, which is what the package's ``max_sequence_length`` does (same tokens, less to attend over).
 """
 
 from __future__ import annotations
@@ -51,13 +43,7 @@ import jax.numpy as jnp
 import optax
 from recurrentgemma import jax as recurrentgemma
 
-WIDTH = 256
-LAYERS = 6
-HEADS = 4
-EXPANSION = 3
-WINDOW = 512
-VOCABULARY = 4096
-SEED = 0
+WIDTH, LAYERS, HEADS, EXPANSION, WINDOW, VOCABULARY, SEED = 256, 6, 4, 3, 512, 4096, 0
 
 SCANS = {
     "native": recurrentgemma.ScanType.LINEAR_NATIVE,
@@ -80,7 +66,7 @@ class Vocabulary:
         return 2
 
 
-def build(scan: str, window: int, remat: bool) -> recurrentgemma.Griffin:
+def build(scan: str, window: int) -> recurrentgemma.Griffin:
     """The Griffin of the comparison."""
     recurrent, attention = recurrentgemma.TemporalBlockType.RECURRENT, recurrentgemma.TemporalBlockType.ATTENTION
     pattern = itertools.cycle([recurrent, recurrent, attention])
@@ -96,7 +82,7 @@ def build(scan: str, window: int, remat: bool) -> recurrentgemma.Griffin:
         lru_width=WIDTH,
         scan_type=SCANS[scan],
     )
-    return recurrentgemma.Griffin(config, gradient_checkpointing=remat, dtype=jnp.float32, param_dtype=jnp.float32)
+    return recurrentgemma.Griffin(config, gradient_checkpointing=False, dtype=jnp.float32, param_dtype=jnp.float32)
 
 
 def initial(model: recurrentgemma.Griffin) -> tuple[Any, int]:
@@ -120,7 +106,7 @@ def compile_timed(function: Any, *arguments: Any) -> tuple[Callable[..., Any], R
 
 def prepare_train(options: argparse.Namespace) -> tuple[Record, Callable[[], Record]]:
     """Compiles the training step; returns what "ready" reports and a function that runs one timed step."""
-    model = build(options.scan, WINDOW, options.remat)
+    model = build(options.scan, WINDOW)
     params, parameters = initial(model)
     optimizer = optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=0.1)
     shape = (options.batch, options.length)
@@ -147,13 +133,13 @@ def prepare_train(options: argparse.Namespace) -> tuple[Record, Callable[[], Rec
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens": options.batch * options.length, "loss": float(loss)}
 
-    return {**times, "parameters": parameters, "window": WINDOW, "remat": options.remat}, go
+    return {**times, "parameters": parameters}, go
 
 
 def prepare_decode(options: argparse.Namespace) -> tuple[Record, Callable[[], Record]]:
     """Compiles the package's sampler; returns what "ready" reports and a function that runs one timed round."""
-    window = min(WINDOW, options.prompt + options.tokens) if options.cache == "trimmed" else WINDOW
-    model = build(options.scan, window, remat=False)
+    window = min(WINDOW, options.prompt + options.tokens)
+    model = build(options.scan, window)
     params, parameters = initial(model)
     sampler = recurrentgemma.Sampler(model, Vocabulary(), params)
     shape = (options.streams, options.prompt)
@@ -189,23 +175,16 @@ def prepare_decode(options: argparse.Namespace) -> tuple[Record, Callable[[], Re
     return {**told, "parameters": parameters, "window": window}, go
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="one timed training step for each go")
-    train.add_argument("--batch", type=int, required=True)
-    train.add_argument("--length", type=int, required=True, help="tokens predicted in each sequence")
-    train.add_argument("--remat", action="store_true", help="the package's gradient checkpointing")
-    decode = commands.add_parser("decode", help="one timed round of tokens for each go")
-    decode.add_argument("--streams", type=int, default=8)
-    decode.add_argument("--prompt", type=int, default=64)
-    decode.add_argument("--tokens", type=int, required=True, help="timed tokens of each stream in a round")
-    decode.add_argument("--cache", choices=["trimmed", "full"], default="trimmed")
-    for command in (train, decode):
-        command.add_argument("--scan", choices=sorted(SCANS), default="native")
-        command.add_argument("--steps", type=int, default=0, help="end after this many goes (0: with the input)")
-    return parser.parse_args(arguments)
+    for command, numbers in (("train", ("batch", "length")), ("decode", ("streams", "prompt", "tokens"))):
+        added = commands.add_parser(command)
+        added.add_argument("--scan", choices=sorted(SCANS), default="native")
+        for name in numbers:
+            added.add_argument(f"--{name}", type=int, required=True)
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -221,12 +200,10 @@ def main() -> None:
     told, go = (prepare_train if options.command == "train" else prepare_decode)(options)
     versions = {name: importlib.metadata.version(name) for name in ("recurrentgemma", "flax", "jax")}
     tell({"ready": True, **told, "scan": options.scan, "device": jax.devices()[0].platform, "versions": versions})
-    served = 0
-    while (options.steps == 0 or served < options.steps) and (line := sys.stdin.readline()):
+    for line in sys.stdin:
         if line.strip() != "go":
             sys.exit(f"expected the line 'go', found {line.strip()!r}")
         tell(go())
-        served += 1
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ The file is in github.com/epoch-research/analyzing-chinchilla, which names no li
 """
 
 import csv
-import json
 import pathlib
 import time
 
+import common
 import numpy as np
 from absl import flags
 
@@ -30,7 +30,7 @@ _NOISE = flags.DEFINE_list("noise", ["0.003", "0.01"], "Standard deviations of t
 _REPLICATES = flags.DEFINE_integer("replicates", 200, "Bootstrap resamplings of each fit.")
 _POINTS = flags.DEFINE_string("points", None, "The CSV of the published points.")
 _OUTLIERS = flags.DEFINE_integer("outliers", 5, "Points of the highest loss to leave out, as in the replication.")
-_JSON = flags.DEFINE_string("json", None, "Also write the results to this file.")
+common.define_json()
 
 # Besiroglu et al. 2024, table 1.
 PUBLISHED = Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
@@ -90,8 +90,7 @@ def main() -> None:
         for name, found in report["published"]["fit"].items():
             theirs = f"   replication {getattr(PUBLISHED, name)}" if hasattr(PUBLISHED, name) else ""
             print(f"{name:>10} {found['value']:10.4f}  [{found['low']:.4f}, {found['high']:.4f}]{theirs}")
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    common.write(report)
 
 
 if __name__ == "__main__":

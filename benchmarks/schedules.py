@@ -6,16 +6,17 @@ other lower bound is the bytes over the memory bandwidth.
 """
 
 import atexit
+import concurrent.futures
 import dataclasses
-import json
 import math
+import multiprocessing
 import os
 import pathlib
 import re
 import shutil
-import subprocess
 import tempfile
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 # Operations per cycle of a device's matrix units: four arrays of 128 x 128 per core, and on v5p two cores, which share a
 # kernel's parallel grid; on v6e and TPU7x two arrays of 256 x 256, to which the schedules give two rows per cycle.
@@ -36,11 +37,12 @@ _COPIED = re.compile(r"%(?:\w*copy|\w*transpose)[\w.]* = (\w+)\[([\d,]+)\]\S* (?
 _SIZES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1, "s8": 1, "u8": 1, "f16": 2, "u32": 4}
 
 
-def begin() -> str:
-    """Call this before importing jax. Returns the directory to which libtpu will write its schedules, up to a gigabyte; it
-    is deleted when the program ends."""
-    directory = tempfile.mkdtemp(prefix="schedules")
-    atexit.register(shutil.rmtree, directory)
+def begin(directory: str | None = None) -> str:
+    """Call this before importing jax. Returns the directory to which libtpu will write its schedules, up to a gigabyte; by
+    default one that is deleted when the program ends."""
+    if directory is None:
+        directory = tempfile.mkdtemp(prefix="schedules")
+        atexit.register(shutil.rmtree, directory)
     os.environ.update(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",
@@ -50,6 +52,17 @@ def begin() -> str:
         LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true",
     )
     return directory
+
+
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls ``function(directory of the schedules, *arguments)`` in a fork of this process, which must not have imported
+    jax. Each program needs its own process, as libtpu writes all schedules of a process to one directory."""
+    fork = multiprocessing.get_context("fork")
+    with (
+        tempfile.TemporaryDirectory(prefix="schedules") as directory,
+        concurrent.futures.ProcessPoolExecutor(1, fork, begin, (directory,)) as pool,
+    ):
+        return pool.submit(function, directory, *arguments).result()
 
 
 class Bundle(NamedTuple):
@@ -136,18 +149,6 @@ def schedules(directory: str) -> dict[str, float]:
     return {name: cycles(*schedule) for name, schedule in kernels(directory).items()}
 
 
-def in_process(command: list[str]) -> dict:
-    """Runs a program and returns the JSON of its last line. Each program needs its own process, as libtpu writes all
-    schedules of a process to one directory."""
-    from jaxlinear.errors import RunError
-
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RunError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def device(topology: str):
     from jax.experimental import topologies
 
@@ -193,36 +194,3 @@ def report(directory: str, compiled, topology: str) -> dict:
         "compute_us": 1e6 * sum(cycles.values()) / clock,
         "memory_us": 1e6 * moved / bandwidth,
     }
-
-
-_COLUMNS = (
-    ("cycles/token", 12),
-    ("compute us", 11),
-    ("memory us", 10),
-    ("bound us", 9),
-    ("ratio", 6),
-    ("relayouts", 9),
-)
-_LABELS = 15, 9
-
-
-def print_columns(what: str) -> None:
-    """Prints the header of the table that ``row`` prints."""
-    print(f"{what:{_LABELS[0]}} {'':{_LABELS[1]}}", *(f"{name:>{width}}" for name, width in _COLUMNS))
-
-
-def row(name: str, direction: str, report: dict, tokens: int, must_move: int, topology: str) -> dict:
-    """Prints and returns a program's ``report`` with the time of the bytes that it must move; None is for the unknown."""
-    bound = 1e6 * must_move / RATES[topology.partition(":")[0]][0]
-    known = not math.isnan(report["cycles"])
-    slower = max(report["memory_us"], report["compute_us"]) if known else report["memory_us"]
-    found = {
-        **{"scan": name, "direction": direction, **report, "cycles": report["cycles"] if known else None},
-        **{"compute_us": report["compute_us"] if known else None, "bound_us": bound, "ratio": slower / bound},
-        "cycles_a_token": report["cycles"] / tokens if known else None,
-    }
-    values = [f"{found[key]:.2f}" if known else "unknown" for key in ("cycles_a_token", "compute_us")]
-    values += [f"{found['memory_us']:.1f}", f"{bound:.1f}", f"{found['ratio']:.2f}", f"{len(found['relayouts'])}"]
-    cells = (f"{value:>{width}}" for value, (_, width) in zip(values, _COLUMNS, strict=True))
-    print(f"{name:{_LABELS[0]}} {direction:{_LABELS[1]}}", *cells, flush=True)
-    return found

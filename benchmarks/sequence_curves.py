@@ -9,11 +9,11 @@ and how far apart the curves are.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import tempfile
 
+import common
 from absl import flags
 
 from jaxlinear import cli
@@ -29,7 +29,7 @@ MODELS = {
 _STEPS = flags.DEFINE_integer("steps", 200, "Steps of each run.", lower_bound=1)
 _MODELS = flags.DEFINE_list("models", list(MODELS), "Which models.")
 _DATA = flags.DEFINE_string("data", None, "A prepared dataset; by default, the bytes of the standard library.")
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+common.define_json()
 
 
 def main() -> None:
@@ -48,8 +48,7 @@ def main() -> None:
             print(f"{name}: loss {losses[1][0]:.4f} at step 1, {losses[1][-1]:.4f} at step {_STEPS.value}")
             for devices, difference in apart.items():
                 print(f"  mesh.sequence={devices}: at most {difference:.1e} from one device", flush=True)
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    common.write(report)
 
 
 def _prepare(directory: str) -> str:

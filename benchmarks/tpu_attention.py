@@ -17,12 +17,12 @@ Schedules are lower bounds on the time, not timings.
 """
 
 import itertools
-import json
-import pathlib
-import sys
 
+import common
 import schedules
 from absl import flags
+
+from jaxlinear import cli
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "v5e, v5p, v6e or tpu7x, and the shape of the slice.")
 _TOKENS = flags.DEFINE_list("tokens", ["512", "1024"], "Queries, and also keys, per block.")
@@ -33,58 +33,41 @@ _HEADS = flags.DEFINE_integer("heads", 4, "Query heads.", lower_bound=1)
 _KEY_HEADS = flags.DEFINE_integer("key_heads", 1, "Key and value heads.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", 128, "Channels of a head.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Dtype of q, k and v.")
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
-_WORKER = flags.DEFINE_list("worker", None, "Internal: compile with this block (tokens, keys) and print its report.")
+common.define_json()
 
 KERNELS = ("fwd", "dq", "dkv")
-_OPTIONS = ("topology", "length", "window", "heads", "key_heads", "width", "dtype")  # also passed to each worker
+_RECORDED = _TOPOLOGY, _LENGTH, _WINDOW, _HEADS, _KEY_HEADS, _WIDTH, _DTYPE
 
 
 def main() -> None:
-    if _WORKER.value:
-        print(json.dumps(_compile(*map(int, _WORKER.value))))
-        return
     print(f"{'tokens':>8} {'keys':>6}", *(f"{name + ' cycles':>12}" for name in KERNELS), f"{'whole':>8} {'peak %':>8}")
     rows = []
     for tokens, keys in itertools.product(*(map(int, flag.value) for flag in (_TOKENS, _KEYS))):
         if tokens % keys or tokens > _LENGTH.value:
             continue
-        row = _worker(tokens, keys)
+        row = schedules.in_process(_compile, tokens, keys)
         cycles = (f"{row['cycles'][name]:12.1f}" for name in KERNELS)
         print(f"{tokens:8} {keys:6}", *cycles, f"{row['whole']:8.0f} {100 * row['peak']:8.1f}", flush=True)
         rows.append({"tokens": tokens, "keys": keys, **row})
-    if _JSON.value:
-        result = {name: flags.FLAGS[name].value for name in _OPTIONS} | {"rows": rows}
-        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    common.write({flag.name: flag.value for flag in _RECORDED} | {"rows": rows})
 
 
-def _worker(tokens: int, keys: int) -> dict:
-    options = [f"--{name}={flags.FLAGS[name].value}" for name in _OPTIONS]
-    return schedules.in_process([sys.executable, __file__, f"--worker={tokens},{keys}", *options])
-
-
-def _compile(tokens: int, keys: int) -> dict:
-    directory = schedules.begin()
+def _compile(directory: str, tokens: int, keys: int) -> dict:
+    import cases
     import jax
 
-    from jaxlinear import ops
     from jaxlinear.ops import backends
     from jaxlinear.pallas.attention import blocks
     from jaxlinear.pallas.attention import tpu as attention_tpu
 
     blocks.tpu, blocks.TPU_KEYS = (lambda *_: tokens), keys
-    length, heads, window = _LENGTH.value, _HEADS.value, min(_WINDOW.value, _LENGTH.value)
-    q, k = (jax.ShapeDtypeStruct((1, length, n, _WIDTH.value), _DTYPE.value) for n in (_HEADS.value, _KEY_HEADS.value))
-    kind = schedules.device(_TOPOLOGY.value).device_kind
-
-    def both(q, k, v, ids, d_o):
-        with backends.use_platform("tpu", kind):
-            attend = lambda *x: ops.sliding_window_attention(*x, window=window, segment_ids=ids, backend="pallas")  # noqa: E731
-            o, pullback = jax.vjp(attend, q, k, v)
-            return o, pullback(d_o)
-
-    ids = jax.ShapeDtypeStruct((1, length), "int32")
-    schedules.compile_for(_TOPOLOGY.value, both, q, k, k, ids, q)
+    length, heads, width, window = _LENGTH.value, _HEADS.value, _WIDTH.value, min(_WINDOW.value, _LENGTH.value)
+    options = {"dtype": _DTYPE.value, "key_heads": _KEY_HEADS.value, "documents": True, "window": window}
+    call = cases.case("sliding_window_attention", 1, length, heads, width, width, **options)
+    run = cases.forward(call, "pallas")
+    with backends.use_platform("tpu", schedules.device(_TOPOLOGY.value).device_kind):
+        outputs = jax.eval_shape(run, call.arrays)
+        schedules.compile_for(_TOPOLOGY.value, cases.gradient(run), call.arrays, outputs)
     mask = attention_tpu._Window((-(-length // tokens) * tokens,) * 2, window, 0)
     visited, blocks_in_line = mask.visited(tokens), mask.shape[0] // tokens
     # The visited share of the grid's steps. Every line of blocks has as many as the longest one; on v5p, two cores share
@@ -99,7 +82,7 @@ def _compile(tokens: int, keys: int) -> dict:
             cycles[kernel] = (grid.last + 1 - grid.first) * (grid.trips - 2) * share
     whole = sum(cycles.values())
     seen = sum(min(n + 1, window) for n in range(length))
-    needed = 7 * 2 * heads * seen * _WIDTH.value
+    needed = 7 * 2 * heads * seen * width
     return {
         "cycles": {name: n / (heads * visited) / (tokens / 128) ** 2 for name, n in cycles.items()},
         "whole": whole / heads / length * 128,
@@ -108,6 +91,4 @@ def _compile(tokens: int, keys: int) -> dict:
 
 
 if __name__ == "__main__":
-    from jaxlinear import cli
-
     cli.run(main)

@@ -25,22 +25,22 @@ Sizes under ``--tune`` are those of the tables in ``pallas/FAMILY/blocks.py``, w
 Schedules are lower bounds on the time, not timings.
 """
 
-import functools
 import itertools
-import json
-import pathlib
+import math
 import re
-import sys
 
+import common
 import schedules
 from absl import flags
+
+from jaxlinear import cli
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "v5e, v5p, v6e or tpu7x, and the shape of the slice.")
 _OPERATIONS = flags.DEFINE_list("operations", ["delta_rule", "linear_attention"], "Of jaxlinear.ops.")
 _DECAYS = flags.DEFINE_list(
     "decays",
     ["none", "scalar", "channel"],
-    "No decay; one per head, constant (linear attention only) or not; one per key channel.",
+    "None; per head, constant (linear attention only) or not (scalar); per key channel.",
 )
 _BATCH = flags.DEFINE_integer("batch", 1, "B.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 4096, "T.", lower_bound=1)
@@ -52,29 +52,17 @@ _NEGATIVE = flags.DEFINE_bool("negative_eigenvalues", False, "The delta rule's o
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Dtype of q, k and v.")
 _CHUNKED = flags.DEFINE_bool("chunked", False, "Also compile the program without the kernel, which takes minutes.")
 _TUNE = flags.DEFINE_bool("tune", False, "Instead, print cycles by block size.")
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
-_WAYS = {"in_parts": "FactoredInParts", "in_small_parts": "FactoredInSmallParts", "strong": "FactoredInFours"}
-_WAY = flags.DEFINE_enum("way", None, list(_WAYS), "Internal: the only code path of a decay by channel.")
-_WORKER = flags.DEFINE_list("worker", None, "Internal: compile this operation, decay and backend; print a report.")
-_BLOCK = flags.DEFINE_list(
-    "block",
-    None,
-    "Internal: a block's chunk and lanes for the delta rule; its time, chunk and lanes for linear attention.",
-)
+common.define_json()
 
-KINDS = ("forward", "gradient")
-# Recorded with the result, and passed to each worker.
-_OPTIONS = ("topology", "batch", "length", "heads", "key", "value", "shared", "negative_eigenvalues", "dtype")
+_RECORDED = _TOPOLOGY, _BATCH, _LENGTH, _HEADS, _KEY, _VALUE, _SHARED, _NEGATIVE, _DTYPE
+# The code paths of a decay by channel but the first, each by what it is called in ``factored_decays``.
+_PATHS = {"in_parts": "FactoredInParts", "in_small_parts": "FactoredInSmallParts", "strong": "FactoredInFours"}
+DIRECTIONS = ("forward", "gradient")
 
 
 def main() -> None:
-    if _WORKER.value:
-        print(json.dumps(_compile(*_WORKER.value)))
-        return
-    result: dict = {name: flags.FLAGS[name].value for name in _OPTIONS}
-    result["rows"] = _tuning() if _TUNE.value else _comparison()
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    rows = _tuning() if _TUNE.value else _comparison()
+    common.write({flag.name: flag.value for flag in _RECORDED} | {"rows": rows})
 
 
 def _comparison() -> list[dict]:
@@ -97,25 +85,25 @@ def _comparison() -> list[dict]:
     return rows
 
 
-def _report(operation: str, decay: str, backend: str, *more: str) -> dict:
-    """The worker's report, with a row for each code path of a kernel."""
-    report = _worker(operation, decay, backend, *more)
+def _report(operation: str, decay: str, backend: str, block: tuple[int, ...] = ()) -> dict:
+    """The report of one program, with a row for each code path of a kernel."""
+    report = schedules.in_process(_compile, operation, decay, backend, block)
     if backend == "pallas" and decay == "channel" and _DTYPE.value == "bfloat16":
-        ways = {way: _worker(operation, decay, backend, f"--way={way}", *more)["kernels"] for way in _WAYS}
-        report["kernels"] = _each_way(report["kernels"], ways)
+        others = {path: schedules.in_process(_compile, operation, decay, backend, block, path) for path in _PATHS}
+        report["kernels"] = _by_path(report["kernels"], {path: other["kernels"] for path, other in others.items()})
     return report
 
 
-def _each_way(all_ways: list[dict], ways: dict[str, list[dict]]) -> list[dict]:
-    """For each kernel with all paths, a row for its part for weak decays, and one for each kernel of the other ``ways``."""
+def _by_path(whole: list[dict], paths: dict[str, list[dict]]) -> list[dict]:
+    """For each kernel with all paths, a row for its part for weak decays, and one for each of the other ``paths``."""
     rows = []
-    for whole, *others in zip(all_ways, *ways.values(), strict=True):
-        assert all(other["name"] == whole["name"] for other in others)
-        part = (whole["cycles"] - sum(other["cycles"] for other in others)) / whole["cycles"]
-        weak = {name: whole[name] * part for name in ("cycles", "compute_us")}
-        weak |= {name: whole[name] / part for name in ("peak", "at_64")}
-        rows.append(whole | weak | {"name": whole["name"] + ", weak"})
-        rows += [other | {"name": f"{other['name']}, {way}"} for way, other in zip(ways, others, strict=True)]
+    for kernel, *others in zip(whole, *paths.values(), strict=True):
+        assert all(other["name"] == kernel["name"] for other in others)
+        part = (kernel["cycles"] - sum(other["cycles"] for other in others)) / kernel["cycles"]
+        weak = {name: kernel[name] * part for name in ("cycles", "compute_us")}
+        weak |= {name: kernel[name] / part for name in ("peak", "at_64")}
+        rows.append(kernel | weak | {"name": kernel["name"] + ", weak"})
+        rows += [other | {"name": f"{other['name']}, {path}"} for path, other in zip(paths, others, strict=True)]
     return rows
 
 
@@ -131,7 +119,7 @@ def _tuning() -> list[dict]:
             if not delta_rule:
                 sizes = {"time": (256, 512, 1024)} | sizes
             for block in itertools.product(*sizes.values()):
-                report = _report(operation, decay, "pallas", "--block=" + ",".join(map(str, block)))
+                report = _report(operation, decay, "pallas", block)
                 cycles = {row["name"]: row["cycles"] for row in report["kernels"]}
                 rows.append({"operation": operation, "decay": decay, **dict(zip(sizes, block, strict=True)), **cycles})
                 named = " ".join(f"{name} {size:4}" for name, size in zip(sizes, block, strict=True))
@@ -139,76 +127,64 @@ def _tuning() -> list[dict]:
     return rows
 
 
-def _worker(operation: str, decay: str, backend: str, *more: str) -> dict:
-    options = [f"--{name}={flags.FLAGS[name].value}" for name in _OPTIONS]
-    return schedules.in_process([sys.executable, __file__, f"--worker={operation},{decay},{backend}", *options, *more])
-
-
-def _compile(operation: str, decay: str, backend: str) -> dict:
-    directory = schedules.begin()
+def _compile(
+    directory: str, operation: str, decay: str, backend: str, block: tuple[int, ...], path: str | None = None
+) -> dict:
+    """``block``: chunk and lanes for the delta rule; time, chunk and lanes for linear attention. ``path``: the only code
+    path of a decay by channel."""
+    import cases
     import jax
 
-    from jaxlinear import ops
     from jaxlinear.ops import backends
     from jaxlinear.pallas.delta_rule import blocks as delta_rule_blocks
     from jaxlinear.pallas.linear_attention import blocks as linear_attention_blocks
     from jaxlinear.pallas.parts import factored_decays
 
-    if _WAY.value:
-        kind_of = getattr(factored_decays, _WAYS[_WAY.value])
+    if path:
+        kind_of = getattr(factored_decays, _PATHS[path])
         factored_decays.each_way = lambda log_decays, narrow, wide, work: work(kind_of)
-    batch, length, heads, key, value = (flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY, _VALUE))
+    chip = _TOPOLOGY.value.partition(":")[0]
     kind = schedules.device(_TOPOLOGY.value).device_kind
-    if _BLOCK.value:
-        *sizes, chunk, lanes = map(int, _BLOCK.value)
-        if operation == "delta_rule":
-            delta_rule_blocks.TPU[kind] = delta_rule_blocks.Block(chunk, chunk, lanes)
-        else:
-            linear_attention_blocks.TPU[kind] = (linear_attention_blocks.Block(*sizes, chunk, lanes),) * 2
-    by_head = jax.ShapeDtypeStruct((batch, length, heads), "float32")
-    wide = functools.partial(jax.ShapeDtypeStruct, dtype=_DTYPE.value)
-    key_heads = 1 if _SHARED.value else heads
-    q, v = wide((batch, length, key_heads * key)), wide((batch, length, heads * value))
-    constant = jax.ShapeDtypeStruct((heads,), "float32")
-    by_channel = wide((batch, length, heads * key))
-    log_decay = {"none": None, "constant": constant, "scalar": by_head, "channel": by_channel}[decay]
-    beta = by_head if operation == "delta_rule" else None
+    if block and operation == "delta_rule":
+        chunk, lanes = block
+        delta_rule_blocks.TPU[kind] = delta_rule_blocks.Block(chunk, chunk, lanes)
+    elif block:
+        linear_attention_blocks.TPU[kind] = (linear_attention_blocks.Block(*block),) * 2
+    shape = batch, length, heads, _, _ = [flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY, _VALUE)]
     options = {"negative_eigenvalues": _NEGATIVE.value} if operation == "delta_rule" else {}
-    state = jax.ShapeDtypeStruct((batch, heads, key, value), "float32")
+    name = operation if decay == "none" else f"{operation}_{decay}"
+    call = cases.case(name, *shape, dtype=_DTYPE.value, key_heads=1 if _SHARED.value else None, **options)
+    split, run = call.arrays, cases.forward(call, backend)
 
-    def forward(inputs):
-        *arrays, beta, log_decay, state = inputs
-        q, k, v = (x.reshape(batch, length, n, -1) for x, n in zip(arrays, (key_heads, key_heads, heads), strict=True))
-        if decay == "channel":
-            log_decay = log_decay.reshape(batch, length, heads, -1)
-        more = () if beta is None else (beta,)
-        with backends.use_platform("tpu", kind):
-            o, final = getattr(ops, operation)(q, k, v, *more, log_decay, state, backend=backend, **options)
-        return o.reshape(batch, length, -1), final
+    def beside_each_other(x):  # the channels of all heads, as in a layer
+        return jax.ShapeDtypeStruct((batch, length, math.prod(x.shape[2:])), x.dtype) if x.ndim == 4 else x
 
-    def both(inputs, cotangents):
-        outputs, pullback = jax.vjp(forward, inputs)
-        with backends.use_platform("tpu", kind):
-            return outputs, pullback(cotangents)
+    def on_channels(arrays):
+        o, state = run({name: x.reshape(split[name].shape) if name in split else x for name, x in arrays.items()})
+        return o.reshape(batch, length, -1), state
 
-    compiled = schedules.compile_for(_TOPOLOGY.value, both, (q, q, v, beta, log_decay, state), (v, state))
+    arrays = {name: beside_each_other(x) for name, x in split.items()}
+    with backends.use_platform("tpu", kind):
+        outputs = jax.eval_shape(on_channels, arrays)
+        given = arrays | {"initial_state": outputs[1]}
+        compiled = schedules.compile_for(_TOPOLOGY.value, cases.gradient(on_channels), given, outputs)
     report = schedules.report(directory, compiled, _TOPOLOGY.value)
-    size = [x.size * x.dtype.itemsize for x in (q, q, v, log_decay, beta) if x is not None]
-    moved = {"forward": sum(size) + size[2], "gradient": 2 * sum(size) + size[2]}
-    bandwidth, clock = schedules.RATES[_TOPOLOGY.value.partition(":")[0]]
+    inputs, output = (sum(x.size * x.dtype.itemsize for x in some) for some in (arrays.values(), outputs[:1]))
+    moved = {"forward": inputs + output, "gradient": 2 * inputs + output}
+    bandwidth, clock = schedules.RATES[chip]
     found = []
-    for name, cycles in report["kernels"].items():
-        direction = next((word for word in KINDS if f"{operation}_{word}" in name), None)
-        if direction is None:
-            continue
-        peak = cycles * schedules.MATRIX_UNIT[_TOPOLOGY.value.partition(":")[0]]
-        short = re.search(rf"{operation}_[a-z_]*[a-z]", name)[0]
-        row = {"name": short, "kind": direction, "cycles": cycles / (batch * length * heads) * 128}
-        row |= {"compute_us": 1e6 * cycles / clock, "memory_us": 1e6 * moved[direction] / bandwidth}
-        used = _chunk(operation, decay, kind)
-        row |= {"peak": _operations(operation, direction, decay, used) / peak}
-        found.append(row | {"at_64": _operations(operation, direction, decay, 64) / peak})
-    found.sort(key=lambda row: KINDS.index(row["kind"]))  # they may have been compiled in another order
+    for direction in DIRECTIONS:
+        products = [_operations(operation, direction, decay, n) for n in (_chunk(operation, decay, kind), 64)]
+        for name, cycles in report["kernels"].items():
+            if short := re.search(rf"{operation}_{direction}[a-z_]*", name):
+                peak = cycles * schedules.MATRIX_UNIT[chip]
+                row = {
+                    "name": short[0].rstrip("_"),
+                    "kind": direction,
+                    "cycles": cycles / (batch * length * heads) * 128,
+                }
+                row |= {"compute_us": 1e6 * cycles / clock, "memory_us": 1e6 * moved[direction] / bandwidth}
+                found.append(row | {"peak": products[0] / peak, "at_64": products[1] / peak})
     return {"kernels": found, "bytes": report["bytes"], "relayouts": report["relayouts"]}
 
 
@@ -238,6 +214,4 @@ def _operations(operation: str, direction: str, decay: str, chunk: int) -> float
 
 
 if __name__ == "__main__":
-    from jaxlinear import cli
-
     cli.run(main)

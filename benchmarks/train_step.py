@@ -12,16 +12,16 @@ the recurrentgemma package (benchmarks/recurrentgemma_worker.py says how to make
 scans, in turn with ours, so that all see the same machine.
 """
 
+import contextlib
 import json
 import os
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import common
 from absl import flags
-from alternating import Worker, alternate
 
 from jaxlinear import cli
 from jaxlinear.errors import UserError
@@ -35,55 +35,42 @@ _STEPS = flags.DEFINE_integer("steps", 7, "Timed steps, after one warm-up step."
 _MIXERS = flags.DEFINE_list("mixers", None, "Instead of --model: a table of these mixers, or of 'all'.")
 _SIZE = flags.DEFINE_enum("size", "6m", ["6m", "100m"], "With --mixers: about 6 M or 100 M parameters.")
 _AGAINST = flags.DEFINE_string("against", None, "The Python of an environment with the recurrentgemma package.")
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+common.define_json()
 
 
 def main() -> None:
     if _AGAINST.value and (_MODEL.value != "griffin_6m" or _LAYERS.value):
         raise UserError("--against supports the model griffin_6m only, at its own depth")
     if _MIXERS.value:
-        _write(_table())
+        common.write(_table())
         return
     ours, result = _ours(_config(_MODEL.value))
-    result = {"model": _MODEL.value} | result
-    workers = {}
-    if _AGAINST.value:
-        for scan in ("native", "associative"):
-            workers[scan] = Worker(_AGAINST.value, "train", batch=_BATCH.value, length=_LENGTH.value, scan=scan)
-    try:
-        parts = {"jaxlinear": ours} | {name: worker.go for name, worker in workers.items()}
-        rates = alternate(parts, _STEPS.value)
-    finally:
-        for worker in workers.values():
-            worker.close()
-
-    speed = statistics.median(rates["jaxlinear"])
-    result |= {"tokens_per_second": speed, "rates": rates["jaxlinear"]}
+    with contextlib.ExitStack() as stack:
+        options = {"batch": _BATCH.value, "length": _LENGTH.value}
+        workers = {
+            scan: stack.enter_context(common.Worker(_AGAINST.value, "train", scan=scan, **options))
+            for scan in ("native", "associative")
+            if _AGAINST.value
+        }
+        parts = {"jaxlinear": ours} | {scan: worker.tokens_per_second for scan, worker in workers.items()}
+        rates = common.alternate(parts, _STEPS.value)
+    speeds = {name: statistics.median(values) for name, values in rates.items()}
+    speed = speeds.pop("jaxlinear")
+    result = {"model": _MODEL.value, **result, "tokens_per_second": speed, "rates": rates["jaxlinear"]}
     result["mfu"] = speed * result["flops_per_token"] / result.pop("peak_flops")
     if workers:
         result["recurrentgemma"] = {
-            name: {
-                "tokens_per_second": statistics.median(rates[name]),
-                "rates": rates[name],
-                "compile_seconds": worker.told["compile_seconds"],
-                "lower_seconds": worker.told["lower_seconds"],
-            }
-            for name, worker in workers.items()
+            scan: {"tokens_per_second": speeds[scan], "rates": rates[scan]}
+            | {name: worker.told[name] for name in ("compile_seconds", "lower_seconds")}
+            for scan, worker in workers.items()
         }
-        theirs = result["recurrentgemma"]
-        best = max(theirs, key=lambda name: theirs[name]["tokens_per_second"])
-        result["ratio_to_better_scan"] = speed / theirs[best]["tokens_per_second"]
-        result["better_scan"] = best
+        best = max(speeds, key=lambda scan: speeds[scan])
+        result |= {"ratio_to_better_scan": speed / speeds[best], "better_scan": best}
         result["compile_ratio"] = {
-            name: result["compile_seconds"] / value["compile_seconds"] for name, value in theirs.items()
+            scan: result["compile_seconds"] / worker.told["compile_seconds"] for scan, worker in workers.items()
         }
     print(json.dumps(result, indent=2))
-    _write(result)
-
-
-def _write(result: Any) -> None:
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    common.write(result)
 
 
 def _table() -> list[dict[str, Any]]:
@@ -104,7 +91,7 @@ def _table() -> list[dict[str, Any]]:
             _enlarge(config.model, presets.find(small[mixer]))
         configs.forget_unread(config, ["model.pattern"])
         go, row = _ours(config)
-        speed = statistics.median(alternate({mixer: go}, _STEPS.value)[mixer])
+        speed = statistics.median(common.alternate({mixer: go}, _STEPS.value)[mixer])
         row = {"mixer": mixer, "size": _SIZE.value, "tokens_per_second": speed} | row
         row["mfu"] = speed * row["flops_per_token"] / row.pop("peak_flops")
         rows.append(row)
