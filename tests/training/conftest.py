@@ -25,11 +25,7 @@ def whole_run(tiny_config, tmp_path_factory):
 def launch(tiny_dataset):
     """``launch(workdir, *arguments)`` starts launch/train.py on one device in its own process, which may first run the
     Python code ``before``."""
-
-    def start(workdir, *arguments, before=""):
-        return tiny.start(workdir, tiny_dataset, *arguments, before=before)
-
-    return start
+    return lambda workdir, *arguments, before="": tiny.start(workdir, tiny_dataset, *arguments, before=before)
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +33,7 @@ def uninterrupted(launch, tmp_path_factory):
     """The directory of the run of ``tiny.ARGUMENTS`` from its first to its last step, on one device."""
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     process = launch(workdir)
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=tiny.PATIENCE)
     assert process.returncode == 0, errors
     assert list(tiny.losses(workdir)) == list(range(1, tiny.ARGUMENTS["config.training.steps"] + 1))
     return workdir

@@ -63,8 +63,7 @@ def test_8_devices_follow_one(sizes, microbatches):
     config = tiny.config(**EXPERTS, training__microbatches=microbatches)
     state, got = follow(tiny.Trainer(config, tiny.mesh(8, **sizes)))
     np.testing.assert_allclose(got, lines, rtol=1e-5)
-    for value, want in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(expected.parameters), strict=True):
-        np.testing.assert_allclose(value, want, rtol=0, atol=1e-4)
+    tiny.assert_close(state.parameters, expected.parameters, atol=1e-4)
     each_has_its_experts(state.parameters, sizes)
     each_has_its_experts(optax.tree.get(state.optimizer, "mu"), sizes)
 
@@ -109,8 +108,7 @@ def test_losses_enter_the_objective_with_their_weights(microbatches):
     gradients, losses = zip(*(compiled(parameters, *part) for part in each), strict=True)
     mean = lambda trees: jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *trees)  # noqa: E731
     difference = jax.tree.map(np.subtract, with_losses, without)
-    for want, got in zip(jax.tree.leaves(mean(gradients)), jax.tree.leaves(difference), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+    tiny.assert_close(difference, mean(gradients), atol=2e-6)
     assert np.max(np.abs(difference["stacks"][0]["blocks"][0]["mlp"]["router"])) > 1e-2
     for name, value in mean(losses).items():
         assert metrics[name] == pytest.approx(value, rel=1e-6)
@@ -119,15 +117,11 @@ def test_losses_enter_the_objective_with_their_weights(microbatches):
 
 def test_what_stands_in_the_padding_changes_nothing():
     batch = tiny.batch(padding=5)
-    other = {name: values.copy() for name, values in batch.items()}
-    padding = batch["segment_ids"] == 0
-    for name in ("tokens", "targets"):
-        other[name][padding] = (other[name][padding] + 7) % tiny.VOCABULARY
-    (first, metrics), (second, other_metrics) = gradient_and_metrics(batch), gradient_and_metrics(other)
+    found = [gradient_and_metrics(x) for x in (batch, tiny.with_other_padding(batch))]
+    (first, metrics), (second, others) = found
     for name in ("loss", "load_balance", "router_z"):
-        assert other_metrics[name] == pytest.approx(metrics[name], rel=1e-6)
-    for got, want in zip(jax.tree.leaves(second), jax.tree.leaves(first), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+        assert others[name] == pytest.approx(metrics[name], rel=1e-6)
+    tiny.assert_close(second, first, atol=1e-6)
 
 
 def by_name(tree):
@@ -151,33 +145,6 @@ def test_experts_are_decayed_and_the_muon_takes_their_kernels():
     assert values.shape == (2, 8, 12) and values.max() < 2 * values.min()
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (
-            {
-                "model.channel_mixer": "gated_mlp",
-                "model.experts": 0,
-                "model.experts_per_token": 0,
-                "model.expert_width": 0,
-            },
-            r"^mesh.expert=4: the model has no experts \(model.channel_mixer is 'gated_mlp'\); set it to 1$",
-        ),
-        ({"model.experts": 6}, r"^mesh.expert=4 does not divide model.experts=6$"),
-        (
-            {"training.batch_size": 12},
-            r"12 rows, which the mesh \(data 2 x fsdp 1 x expert 4\) does not divide; .* works is (8|16)$",
-        ),
-    ],
-)
-def test_a_mesh_that_does_not_fit_is_refused(experts_config, changes, message):
-    for key, value in changes.items():
-        section, name = key.split(".")
-        experts_config[section][name] = value
-    with pytest.raises(UserError, match=message):
-        Job.build(experts_config)
-
-
 @pytest.fixture
 def experts_config(tiny_config):
     config = tiny_config.copy_and_resolve_references()
@@ -186,6 +153,24 @@ def experts_config(tiny_config):
     config.model.update({"experts": 8, "experts_per_token": 2, "expert_width": 12})
     config.mesh.update({"data": 2, "expert": 4})
     return config
+
+
+WITHOUT = {"model.channel_mixer": "gated_mlp"} | {
+    f"model.{name}": 0 for name in ("experts", "experts_per_token", "expert_width")
+}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (WITHOUT, r"^mesh.expert=4: the model has no experts \(model.channel_mixer is 'gated_mlp'\); set it to 1$"),
+        ({"model.experts": 6}, r"^mesh.expert=4 does not divide model.experts=6$"),
+        ({"training.batch_size": 12}, r"12 rows, .*\(data 2 x fsdp 1 x expert 4\).* works is (8|16)$"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(experts_config, changes, message):
+    with pytest.raises(UserError, match=message):
+        Job.build(tiny.changed(experts_config, changes))
 
 
 def test_a_run(experts_config, tmp_path):

@@ -65,14 +65,9 @@ def test_a_damaged_line_is_named(tmp_path):
 
 def test_import_is_light():
     """Programs that write no curves do not import the package that does, which takes as long as all others together."""
-    program = (
-        "import sys, jaxlinear.evaluation.following, jaxlinear.sweeps.manager, jaxlinear.training.loop; "
-        "print(sorted({'tensorboardX', 'torch'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tiny.REPOSITORY, check=True
-    )
-    assert done.stdout == "[]\n"
+    modules = "jaxlinear.evaluation.following, jaxlinear.sweeps.manager, jaxlinear.training.loop"
+    program = f"import sys, {modules}; print(sorted({{'tensorboardX', 'torch'}} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True, cwd=tiny.REPOSITORY) == "[]\n"
 
 
 def test_a_start_after_a_line_that_was_cut_short_has_a_line_of_its_own(tmp_path):
@@ -86,22 +81,26 @@ def test_a_start_after_a_line_that_was_cut_short_has_a_line_of_its_own(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [workdirs.STARTS]
 
 
-def test_where_held_out_losses_are_of_other_text():
-    """A start takes the later ones before it out of the run's history. Those without evaluations say nothing."""
-    starts = [(0, "a"), (5, None), (10, "b"), (20, "b"), (30, "c"), (25, "a"), (40, "a")]
-    lines = [{"step": step} | ({} if text is None else {"heldout_text": text}) for step, text in starts]
-    assert workdirs.heldout_changes(lines) == [10, 25]
-    assert workdirs.heldout_changes(lines[:3]) == [10] and workdirs.heldout_changes(lines[:2]) == []
+A, B = {"step": 0, "heldout_text": "a"}, {"step": 20, "heldout_text": "b", "evaluation_owed": True}
 
 
-def test_an_owed_evaluation_is_of_the_text_of_the_start_that_makes_it():
-    """The loss of step 20 is of the text "b": before that start it had none. Only its second line counts, as it was stopped
-    again."""
-    line = {"step": 20, "heldout_text": "b", "evaluation_owed": True}
-    begun = {"step": 0, "heldout_text": "a"}
-    assert workdirs.heldout_changes([begun, line]) == [19]
-    assert workdirs.heldout_changes([begun, line | {"heldout_text": "c"}, line]) == [19]
-    assert workdirs.heldout_changes([begun, line | {"step": 21}, line]) == [19]
+@pytest.mark.parametrize(
+    "starts, changes",
+    [
+        # A start takes the later ones before it out of the run's history. Those without evaluations say nothing.
+        ([(0, "a"), (5, None), (10, "b"), (20, "b"), (30, "c"), (25, "a"), (40, "a")], [10, 25]),
+        ([(0, "a"), (5, None), (10, "b")], [10]),
+        ([(0, "a"), (5, None)], []),
+        # An owed evaluation is of the text of the start that makes it: the loss of step 20, which had none before, is of
+        # "b". Only the second line of a run that was stopped again counts.
+        ([A, B], [19]),
+        ([A, B | {"heldout_text": "c"}, B], [19]),
+        ([A, B | {"step": 21}, B], [19]),
+    ],
+)
+def test_where_held_out_losses_are_of_other_text(starts, changes):
+    line = lambda step, text: {"step": step} | ({"heldout_text": text} if text else {})  # noqa: E731
+    assert workdirs.heldout_changes([line(*one) if isinstance(one, tuple) else one for one in starts]) == changes
 
 
 def curve(directory, name="loss"):
@@ -111,34 +110,24 @@ def curve(directory, name="loss"):
         content = path.read_bytes()
         while content:
             (length,) = struct.unpack("<Q", content[:8])
-            assert struct.unpack("<I", content[8:12])[0] == masked_crc32c(content[:8])
-            assert struct.unpack("<I", content[12 + length : 16 + length])[0] == masked_crc32c(
-                content[12 : 12 + length]
-            )
-            event, content = event_pb2.Event.FromString(content[12 : 12 + length]), content[16 + length :]
+            body = content[12 : 12 + length]
+            for part, at in ((content[:8], 8), (body, 12 + length)):
+                assert struct.unpack("<I", content[at : at + 4])[0] == masked_crc32c(part)
+            event, content = event_pb2.Event.FromString(body), content[16 + length :]
             if event.session_log.status == event_pb2.SessionLog.START:
                 points = {step: value for step, value in points.items() if step < event.step}
-            for value in event.summary.value:
-                if value.tag == name:
-                    points[event.step] = value.simple_value
+            points.update((event.step, value.simple_value) for value in event.summary.value if value.tag == name)
     return points
-
-
-def test_tensorboard_events(tmp_path):
-    one = writer(tmp_path, 0, tensorboard=True)
-    one.write(1, {"loss": 2.0, "note": "no number"})
-    one.close()
-    (events,) = tmp_path.glob("events.out.tfevents.*")
-    assert curve(tmp_path) == {1: 2.0} and b"note" not in events.read_bytes()
 
 
 def test_a_killed_run_leaves_tensorboard_what_it_had_saved(tmp_path):
     """A killed run closes no files. The steps after the one that the next run resumes from are purged."""
     killed = writer(tmp_path, 0, tensorboard=True)
     for step in (1, 2, 3, 4):
-        killed.write(step, {"loss": float(step)})
+        killed.write(step, {"loss": float(step), "note": "no number"})
         killed.sync()
         assert curve(tmp_path)[step] == step
+    assert not any(b"note" in events.read_bytes() for events in tmp_path.glob("events.out.tfevents.*"))
     again = writer(tmp_path, 2, tensorboard=True)
     assert curve(tmp_path) == {1: 1.0, 2: 2.0}
     again.write(3, {"loss": 30.0})

@@ -13,14 +13,8 @@ from jaxlinear.training import muon
 from jaxlinear.training.optimizer import make_optimizer
 from tests.training import tiny
 
-OPTIONS = {
-    "optimizer__name": "muon",
-    "optimizer__learning_rate": 0.1,
-    "optimizer__muon_learning_rate": 0.5,
-    "optimizer__clip_norm": 0.0,
-    "optimizer__weight_decay": 0.0,
-    "optimizer__epsilon": 1e-2,
-}
+OPTIONS = {"learning_rate": 0.1, "muon_learning_rate": 0.5, "clip_norm": 0.0, "weight_decay": 0.0, "epsilon": 1e-2}
+OPTIONS = {"optimizer__name": "muon"} | {f"optimizer__{name}": value for name, value in OPTIONS.items()}
 # Kernels of every kind: wide, tall and square, of heads and of experts, of stacked layers and of a single one.
 SHAPES = {
     "layers": {"model__num_layers": 3},
@@ -43,21 +37,14 @@ MESHES = [
 
 
 def of_optax(architecture):
-    def numbers(path, axes):
+    def numbers(path, _, axes):
         if not path[-1].key.endswith("kernel") or path[-1].key.startswith("convolution"):
             return None
         return contrib.MuonDimensionNumbers(len(axes) - 2, len(axes) - 1)
 
-    tree = jax.tree_util.tree_map_with_path(
-        lambda path, _, axes: numbers(path, axes), architecture.shapes, architecture.axes
-    )
-    return contrib.muon(
-        lambda _: 0.5,
-        adam_b2=0.95,
-        eps=1e-2,
-        adam_learning_rate=lambda _: 0.1,
-        muon_weight_dimension_numbers=lambda _: tree,
-    )
+    tree = jax.tree_util.tree_map_with_path(numbers, architecture.shapes, architecture.axes)
+    rates = {"adam_learning_rate": lambda _: 0.1, "adam_b2": 0.95, "eps": 1e-2}
+    return contrib.muon(lambda _: 0.5, **rates, muon_weight_dimension_numbers=lambda _: tree)
 
 
 @pytest.mark.slow(but=["layers-data-fsdp-tensor", "experts-tensor-expert"])
@@ -81,16 +68,11 @@ def test_two_updates_are_those_of_optax_on_one_device(shape, sizes):
         gradients = tiny.parameters(architecture, seed)
         updates, state = step(gradients, state)
         expected, expected_state = whole(gradients, expected_state)
-        for (path, got), want in zip(
-            jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(expected), strict=True
-        ):
-            np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5, err_msg=str(path))
-    found, wanted = (
-        jax.tree_util.tree_leaves_with_path(tree) for tree in (state[1][0].inner_states, expected_state.inner_states)
-    )
-    assert [path for path, _ in found] == [path for path, _ in wanted]  # so their checkpoints are alike
-    for (path, got), (_, want) in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=str(path))
+        tiny.assert_close(updates, expected, rtol=2e-4, atol=2e-5)
+    moments = state[1][0].inner_states, expected_state.inner_states
+    found, wanted = ([path for path, _ in jax.tree_util.tree_leaves_with_path(tree)] for tree in moments)
+    assert found == wanted  # so their checkpoints are alike
+    tiny.assert_close(*moments, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])

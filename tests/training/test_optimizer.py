@@ -18,13 +18,21 @@ VECTORS = {"bias", "convolution_bias", "recurrence_bias", "input_bias", "decay",
 MUON = {"kernel", "recurrence_kernel", "input_kernel"}  # the last two have a matrix for each head
 
 
+def by_path(tree):
+    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def both():
     """Layers that are stacked, and one that is not."""
     return tiny.architecture(num_layers=3)
 
 
-def by_path(tree):
-    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def configured(architecture, **options):
+    """``(optimizer, parameters, update)`` with these options of the optimiser, the update compiled."""
+    named = {name if "__" in name else f"optimizer__{name}": value for name, value in options.items()}
+    optimizer, parameters = make_optimizer(tiny.config(**named), architecture), tiny.parameters(architecture)
+    update = tiny.compiled(optimizer.update, parameters, optimizer.init(parameters), parameters)
+    return optimizer, parameters, update
 
 
 def test_matrices_are_decayed_and_nothing_else():
@@ -43,20 +51,10 @@ def random_gradients(architecture, seed=1):
 def test_adamw_is_that_of_the_paper(clip):
     """Three steps against NumPy: bias-corrected moments, and decoupled weight decay (Loshchilov and Hutter)."""
     rate, decay, beta1, beta2, epsilon = 0.1, 0.3, 0.8, 0.9, 1e-3
-    config = tiny.config(
-        optimizer__learning_rate=rate,
-        optimizer__weight_decay=decay,
-        optimizer__beta1=beta1,
-        optimizer__beta2=beta2,
-        optimizer__epsilon=epsilon,
-        optimizer__clip_norm=clip,
-        schedule__warmup_steps=4,
-    )
+    options = {"learning_rate": rate, "weight_decay": decay, "beta1": beta1, "beta2": beta2, "epsilon": epsilon}
     architecture = tiny.architecture()
-    optimizer = make_optimizer(config, architecture)
-    parameters = tiny.parameters(architecture)
+    optimizer, parameters, update = configured(architecture, **options, clip_norm=clip, schedule__warmup_steps=4)
     state = optimizer.init(parameters)
-    update = tiny.compiled(optimizer.update, parameters, state, parameters)
     expected = {path: value.astype(np.float64) for path, value in by_path(parameters).items()}
     first, second = ({path: np.zeros_like(value) for path, value in expected.items()} for _ in range(2))
     for step in range(3):
@@ -81,47 +79,32 @@ def test_adamw_is_that_of_the_paper(clip):
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_decay_is_decoupled(name):
     """Without a gradient, a matrix shrinks by the rate times the decay, and a vector stays."""
-    architecture = tiny.architecture()
-    config = tiny.config(optimizer__name=name, optimizer__learning_rate=0.1, optimizer__weight_decay=0.3)
-    optimizer = make_optimizer(config, architecture)
-    parameters = tiny.parameters(architecture)
-    zeros = jax.tree.map(np.zeros_like, parameters)
-    state = optimizer.init(parameters)
-    updates = by_path(tiny.compiled(optimizer.update, zeros, state, parameters)(zeros, state, parameters)[0])
+    optimizer, parameters, update = configured(tiny.architecture(), name=name, learning_rate=0.1, weight_decay=0.3)
+    updates, _ = update(jax.tree.map(np.zeros_like, parameters), optimizer.init(parameters), parameters)
     for path, value in by_path(parameters).items():
         expected = -0.1 * 0.3 * value if path[-1] in MATRICES else np.zeros_like(value)
-        np.testing.assert_allclose(updates[path], expected, rtol=1e-5, atol=1e-9, err_msg=str(path))
+        np.testing.assert_allclose(by_path(updates)[path], expected, rtol=1e-5, atol=1e-9, err_msg=str(path))
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])  # for AdamW, above
 def test_all_of_an_update_follows_the_schedule(name):
     """In the first of four warm-up steps it is a quarter, for matrices and vectors, including the decay."""
     architecture = tiny.architecture(pattern=("rg_lru",), num_layers=1)
-    parameters, gradients, found = tiny.parameters(architecture), random_gradients(architecture), []
+    gradients, found = random_gradients(architecture), []
     for warmup in (0, 4):
-        options = {"optimizer__name": name, "optimizer__learning_rate": 0.1, "optimizer__weight_decay": 0.3}
-        optimizer = make_optimizer(tiny.config(schedule__warmup_steps=warmup, **options), architecture)
-        update = lambda gradients, of=optimizer: of.update(gradients, of.init(parameters), parameters)[0]  # noqa: E731
-        found.append(by_path(tiny.compiled(update, gradients)(gradients)))
-    for path, whole in found[0].items():
-        np.testing.assert_allclose(found[1][path], whole / 4, rtol=1e-5, err_msg=str(path))
+        options = {"name": name, "learning_rate": 0.1, "weight_decay": 0.3, "schedule__warmup_steps": warmup}
+        optimizer, parameters, update = configured(architecture, **options)
+        found.append(update(gradients, optimizer.init(parameters), parameters)[0])
+    tiny.assert_close(found[1], jax.tree.map(lambda whole: whole / 4, found[0]), rtol=1e-5)
 
 
 def test_the_adamw_beside_muon_has_the_constants_of_the_config():
     """Two steps of a vector equal those of Adam with Nesterov momentum on clipped gradients."""
-    constants = {"b1": 0.6, "b2": 0.8, "eps": 1e-2}
-    names = {"b1": "beta1", "b2": "beta2", "eps": "epsilon"}
-    config = tiny.config(
-        optimizer__name="muon",
-        optimizer__learning_rate=0.1,
-        optimizer__clip_norm=0.5,
-        **{f"optimizer__{names[name]}": value for name, value in constants.items()},
-    )
+    options = {"name": "muon", "learning_rate": 0.1, "clip_norm": 0.5, "beta1": 0.6, "beta2": 0.8, "epsilon": 1e-2}
     architecture = tiny.architecture(pattern=("rg_lru",), num_layers=1)
-    parameters, optimizer = tiny.parameters(architecture), make_optimizer(config, architecture)
-    adam = optax.scale_by_adam(**constants, nesterov=True)
+    optimizer, parameters, update = configured(architecture, **options)
+    adam = optax.scale_by_adam(b1=0.6, b2=0.8, eps=1e-2, nesterov=True)
     state, own = optimizer.init(parameters), adam.init(parameters["norm"]["scale"])
-    update = tiny.compiled(optimizer.update, parameters, state, parameters)
     for step in range(2):
         gradients = random_gradients(architecture, seed=step + 1)
         updates, state = update(gradients, state, parameters)
@@ -133,18 +116,9 @@ def test_the_adamw_beside_muon_has_the_constants_of_the_config():
 def test_muon_takes_each_matrix_between_activations():
     """Its first update is a matrix with similar singular values, which are larger where there are more outputs than inputs
     (Jordan et al.: by the root of their ratio); AdamW's has entries of the size of the rate."""
-    architecture = both()
-    config = tiny.config(
-        optimizer__name="muon",
-        optimizer__weight_decay=0.0,
-        optimizer__learning_rate=1e-3,
-        optimizer__muon_learning_rate=1.0,
-    )
-    optimizer = make_optimizer(config, architecture)
-    parameters = tiny.parameters(architecture)
-    state = optimizer.init(parameters)
-    gradients = random_gradients(architecture)
-    updates = tiny.compiled(optimizer.update, gradients, state, parameters)(gradients, state, parameters)[0]
+    options = {"weight_decay": 0.0, "learning_rate": 1e-3, "muon_learning_rate": 1.0}
+    optimizer, parameters, update = configured(both(), name="muon", **options)
+    updates, _ = update(random_gradients(both()), optimizer.init(parameters), parameters)
     taken = set()
     for path, update in by_path(updates).items():
         if path[-1] in MUON:
@@ -163,21 +137,12 @@ def test_muon_takes_each_matrix_between_activations():
 def test_adafactor_takes_each_layer_and_each_expert_by_itself():
     """When the gradients of one layer of a stack become far larger, two steps equal those of each layer alone, and so do
     those of a shorter stack next to it; matrices of 128 by 128 are factored."""
-    sizes = {"model__experts": 2, "model__experts_per_token": 1, "model__expert_width": 128, "model__width": 128}
-    config = tiny.config(
-        model__channel_mixer="mixture_of_experts",
-        model__num_layers=5,
-        optimizer__name="adafactor",
-        optimizer__learning_rate=0.1,
-        optimizer__weight_decay=0.0,
-        optimizer__clip_norm=0.0,
-        **sizes,
-    )
-    architecture = tiny.described(configs.model_config(config))
-    parameters = tiny.parameters(architecture)
-    optimizer = make_optimizer(config, architecture)
+    sizes = {"num_layers": 5, "experts": 2, "experts_per_token": 1, "expert_width": 128, "width": 128}
+    model = {f"model__{name}": x for name, x in (sizes | {"channel_mixer": "mixture_of_experts"}).items()}
+    architecture = tiny.described(configs.model_config(tiny.config(**model)))
+    options = {"learning_rate": 0.1, "weight_decay": 0.0, "clip_norm": 0.0}
+    optimizer, parameters, update = configured(architecture, name="adafactor", **options, **model)
     state = optimizer.init(parameters)
-    update = tiny.compiled(optimizer.update, parameters, state, parameters)
     axes = by_path(jax.tree.map(lambda _, axes: ",".join(map(str, axes)), architecture.shapes, architecture.axes))
     alone = optax.adafactor(0.1, multiply_by_parameter_scale=False)
     alone_states, found_stacks = {}, set()
@@ -197,18 +162,20 @@ def test_adafactor_takes_each_layer_and_each_expert_by_itself():
     assert found_stacks == {0, 1, 2}
 
 
-def test_names_in_adafactors_state():
+@pytest.mark.parametrize(
+    "pattern, layers, names",
+    [
+        (("rg_lru", "sliding_window"), 4, {"0", "1"}),
+        (("rg_lru", "rg_lru", "sliding_window"), 4, {"0", "1"}),  # a repetition, and one more layer
+        (("rg_lru", "sliding_window"), 5, {"0", "1", "1_of_1"}),
+    ],
+)
+def test_names_in_adafactors_state(pattern, layers, names):
     """Checkpoints contain the names: for stacks of one size, however many, they are the same as in earlier versions."""
-
-    def names(pattern, layers):
-        config = tiny.config(model__pattern=pattern, model__num_layers=layers, optimizer__name="adafactor")
-        architecture = tiny.described(configs.model_config(config))
-        state = jax.eval_shape(make_optimizer(config, architecture).init, architecture.shapes)
-        return set(next(state for state in state[1] if hasattr(state, "inner_states")).inner_states)
-
-    assert names(("rg_lru", "sliding_window"), 4) == {"0", "1"}
-    assert names(("rg_lru", "rg_lru", "sliding_window"), 4) == {"0", "1"}  # a repetition, and one more layer
-    assert names(("rg_lru", "sliding_window"), 5) == {"0", "1", "1_of_1"}
+    config = tiny.config(model__pattern=pattern, model__num_layers=layers, optimizer__name="adafactor")
+    architecture = tiny.described(configs.model_config(config))
+    state = jax.eval_shape(make_optimizer(config, architecture).init, architecture.shapes)
+    assert set(next(state for state in state[1] if hasattr(state, "inner_states")).inner_states) == names
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])  # for AdamW, test_step.py
@@ -228,7 +195,7 @@ def test_lowers_a_loss(name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
-def test_the_moments_lie_where_their_parameters_do(name):
+def test_the_state_lies_where_its_parameters_do_and_is_that_which_is_created(name):
     architecture, mesh = both(), tiny.mesh(8, fsdp=8)
     optimizer = make_optimizer(tiny.config(optimizer__name=name), architecture)
     shapes = states.structs(architecture, optimizer, mesh)
@@ -246,9 +213,13 @@ def test_the_moments_lie_where_their_parameters_do(name):
             assert name == "adafactor" or leaf.size <= 3, path  # counters, and the coefficients of Muon's polynomial
     for keys, found in moments.items():
         assert all(place == places[keys] for place in found), keys
-    if name == "adamw":
-        assert {keys: len(found) for keys, found in moments.items()} == dict.fromkeys(places, 2)
-    elif name == "muon":  # Muon's matrices have one moment
+    if name != "adafactor":  # Muon's matrices have one moment
+        ones = MUON if name == "muon" else ()
         assert {keys: len(found) for keys, found in moments.items()} == {
-            keys: 2 - (keys[-1] in MUON) for keys in places
+            keys: 2 - (keys[-1] in ones) for keys in places
         }
+    created = jax.eval_shape(lambda: states.create(architecture, optimizer, 0))
+    found = states.shapes(architecture, optimizer)
+    assert jax.tree.structure(found) == jax.tree.structure(created)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(created), strict=True):
+        assert (got.shape, got.dtype, got.weak_type) == (want.shape, want.dtype, want.weak_type)

@@ -60,9 +60,8 @@ def check_follows(mesh, sizes, microbatches=1):
     assert max(losses) - min(losses) > 1e-2
     trainer, state, got = train(mesh, microbatches)
     np.testing.assert_allclose(got, losses, rtol=1e-5)
-    for value, want in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(expected.parameters), strict=True):
-        np.testing.assert_allclose(value, want, rtol=0, atol=1e-4)
-    jax.tree.map(lambda x, place: _check_place(x, place), state, trainer.placed)
+    tiny.assert_close(state.parameters, expected.parameters, atol=1e-4)
+    jax.tree.map(_check_place, state, trainer.placed)
     on_a_device = [shard.data.size for x in jax.tree.leaves(state.optimizer) for shard in x.addressable_shards[:1]]
     share = sum(on_a_device) / sum(x.size for x in jax.tree.leaves(state.optimizer))
     parts = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
@@ -75,15 +74,12 @@ def _check_place(x, place):
 
 def test_the_first_state_does_not_depend_on_the_mesh():
     """It is made where it belongs, with the same numbers as on one device."""
-    config = tiny.config(model__pattern=("sliding_window",), model__num_layers=1)
     architecture = tiny.architecture(("sliding_window",), 1)
-    optimizer = make_optimizer(config, architecture)
+    optimizer = make_optimizer(tiny.config(model__pattern=("sliding_window",), model__num_layers=1), architecture)
     spread, single = tiny.mesh(8, fsdp=8), tiny.mesh()
     state = states.initialise(architecture, optimizer, 3, spread)
-    jax.tree.map(lambda x, place: _check_place(x, place), state, states.shardings(architecture, optimizer, spread))
+    jax.tree.map(_check_place, state, states.shardings(architecture, optimizer, spread))
     assert len(state.parameters["embedding"].sharding.device_set) == 8
     assert not state.parameters["embedding"].sharding.is_fully_replicated
-    expected = states.initialise(architecture, optimizer, 3, single)
-    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-6)
+    tiny.assert_close(state, states.initialise(architecture, optimizer, 3, single), rtol=1e-6)
     assert np.std(state.parameters["embedding"]) > 0.1

@@ -36,29 +36,18 @@ PATIENCE = 240  # seconds for a program
 
 def config(**changes):
     """A resolved config with one period of two layers; ``section__key=value`` changes a key."""
-    made = configs.default()
     values = {
-        "model__pattern": ("rg_lru", "sliding_window"),
-        "model__num_layers": 2,
-        "model__vocab_size": VOCABULARY,
-        "model__width": 32,
-        "model__num_heads": 4,
-        "model__window": 4,
-        "model__dtype": "float32",
-        "training__batch_size": BATCH,
-        "training__sequence_length": LENGTH,
-        "schedule__name": "constant",
-        "schedule__warmup_steps": 0,
-        "optimizer__learning_rate": 1e-2,
+        **{"model__pattern": ("rg_lru", "sliding_window"), "model__num_layers": 2, "model__vocab_size": VOCABULARY},
+        **{"model__width": 32, "model__num_heads": 4, "model__window": 4, "model__dtype": "float32"},
+        **{"training__batch_size": BATCH, "training__sequence_length": LENGTH, "optimizer__learning_rate": 1e-2},
+        **{"schedule__name": "constant", "schedule__warmup_steps": 0},
     }
     pattern = changes.get("model__pattern", values["model__pattern"])
     for name in ("num_heads", "window"):
         if not set(mixers.readers()[name]) & set(pattern):
             del values[f"model__{name}"]
-    for key, value in (values | changes).items():
-        section, name = key.split("__")
-        made[section][name] = value
-    return configs.resolve(made)
+    named = {key.replace("__", "."): value for key, value in (values | changes).items()}
+    return configs.resolve(changed(configs.default(), named))
 
 
 def changed(config, changes):
@@ -120,6 +109,12 @@ def batch(seed=0, padding=0):
     if padding:
         ids[1::2, -padding:] = 0
     return {"tokens": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy(), "segment_ids": ids}
+
+
+def with_other_padding(batch):
+    """The batch with other tokens and targets in its padding."""
+    padding = batch["segment_ids"] == 0
+    return batch | {x: np.where(padding, (batch[x] + 7) % VOCABULARY, batch[x]) for x in ("tokens", "targets")}
 
 
 def mesh(devices=1, **sizes):
@@ -248,25 +243,17 @@ def files(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-ARGUMENTS = {
-    "config": "configs/quickstart.py",
-    "config.model.preset": "",
-    "config.model.pattern": "rg_lru,sliding_window",
-    "config.model.num_layers": 2,
-    "config.model.vocab_size": 384,
-    "config.model.width": 32,
-    "config.model.recurrent_width": 32,
-    "config.model.num_heads": 4,
-    "config.model.window": 8,
-    "config.training.batch_size": 8,
-    "config.training.sequence_length": 32,
-    "config.training.steps": 20,
-    "config.schedule.name": "constant",
-    "config.schedule.warmup_steps": 1,
-    "config.checkpoint.every_steps": 1,
-    "config.evaluation.every_steps": 0,
-    "config.logging.every_steps": 1,
-    "config.logging.tensorboard": "false",
+_KEYS = {
+    "model": {"preset": "", "pattern": "rg_lru,sliding_window", "num_layers": 2, "vocab_size": 384, "width": 32}
+    | {"recurrent_width": 32, "num_heads": 4, "window": 8},
+    "training": {"batch_size": 8, "sequence_length": 32, "steps": 20},
+    "schedule": {"name": "constant", "warmup_steps": 1},
+    "checkpoint": {"every_steps": 1},
+    "evaluation": {"every_steps": 0},
+    "logging": {"every_steps": 1, "tensorboard": "false"},
+}
+ARGUMENTS = {"config": "configs/quickstart.py"} | {
+    f"config.{section}.{key}": value for section, keys in _KEYS.items() for key, value in keys.items()
 }
 
 
@@ -307,11 +294,6 @@ def environment():
 
 def start(workdir, dataset, *arguments, before=""):
     """Starts launch/train.py in its own process."""
-    return subprocess.Popen(
-        command(workdir, dataset, *arguments, before=before),
-        cwd=REPOSITORY,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    line = command(workdir, dataset, *arguments, before=before)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, cwd=REPOSITORY, env=environment(), **pipes)
