@@ -61,12 +61,8 @@ def start(directory, dataset, *, runs, stops=None):
     options = {"config": file, "workdir": directory / "sweep", "config.data.path": dataset}
     return subprocess.Popen(
         [*tiny.program("launch/sweep.py", before), *(f"--{name}={value}" for name, value in options.items())],
-        cwd=tiny.REPOSITORY,
-        env=tiny.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        **dict(cwd=tiny.REPOSITORY, env=tiny.environment(), text=True, start_new_session=True),
+        **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE),
     )
 
 
@@ -110,6 +106,5 @@ if __name__ == "__main__":
         (directory / "text.txt").write_text("\n".join(f"for x in range({i}): print({i * i})" for i in range(2000)))
         data.prepare(str(directory / "text.txt"), directory / "data", tokenizer="bytes", document_separator="\n")
         check(directory, directory / "data", int(sys.argv[1]))
-        print(
-            f"{sys.argv[1]} runs, killed half way, are complete and none was done twice: {time.monotonic() - begin:.0f} s"
-        )
+        seconds = time.monotonic() - begin
+        print(f"{sys.argv[1]} runs, killed half way, are complete and none was done twice: {seconds:.0f} s")

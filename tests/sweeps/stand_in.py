@@ -1,7 +1,7 @@
 """A sweep whose runs are not trained: a program that writes what launch/train.py writes, in a moment and without JAX.
 
 ``python -m tests.sweeps.stand_in train --config=...:FILE --workdir=DIR`` is the program; ``... sweep DIR DATA`` runs a
-sweep of twelve runs of it, in a process that can be killed.
+sweep of eight runs of it, in a process that can be killed.
 """
 
 import json
@@ -16,6 +16,7 @@ import tests
 ROOT = pathlib.Path(next(iter(tests.__path__))).parent
 TRAIN = [sys.executable, "-m", "tests.sweeps.stand_in", "train"]
 STEPS, SECONDS = 6, 0.05
+SEEDS = range(8)
 BROKEN = 13  # a seed whose run fails
 # A file in a sweep's directory that makes its tests independent of timing: while it is there, runs with its seed or a
 # larger one wait in this step. They do respond to SIGTERM.
@@ -56,7 +57,7 @@ def first_held(sweep):
         return float("inf")
 
 
-def runs(seeds=range(12)):
+def runs(seeds=SEEDS):
     return [{"training.seed": seed} for seed in seeds]
 
 
@@ -64,14 +65,7 @@ def config(dataset, **changes):
     from jaxlinear import config as configs
 
     made = configs.default()
-    small = {
-        "pattern": ("rg_lru",),
-        "num_layers": 1,
-        "width": 8,
-        "recurrent_width": 8,
-        "num_heads": 1,
-        "vocab_size": 384,
-    }
+    small = dict(pattern=("rg_lru",), num_layers=1, width=8, recurrent_width=8, num_heads=1, vocab_size=384)
     made.model.update(small)
     made.data.path = str(dataset)
     made.training.update({"steps": STEPS} | changes)

@@ -33,19 +33,12 @@ def ladder(budgets=BUDGETS, sizes=5, noise=0.0005):
     for (name, law), budget in itertools.product(LAWS.items(), budgets):
         for size in optimum.compute_optimal(law, budget).parameters * np.geomspace(0.25, 4, sizes):
             tokens = budget / (6 * size)
-            point = points.Point(
-                name=f"{name}-{budget:g}-{size:.0f}",
-                architecture=name,
-                parameters=int(size),
-                embedding_parameters=int(size / 3),
-                tokens=int(tokens),
-                flops_per_token=6 * size,
-                logits_flops_per_token=1.5 * size,
-                loss=float(law.loss(size, tokens) * np.exp(noise * random.standard_normal())),
-                budget=budget,
-                budget_counts="with",
+            loss = float(law.loss(size, tokens) * np.exp(noise * random.standard_normal()))
+            spent = dict(
+                flops_per_token=6 * size, logits_flops_per_token=1.5 * size, budget=budget, budget_counts="with"
             )
-            made.append(point)
+            counts = dict(parameters=int(size), embedding_parameters=int(size / 3), tokens=int(tokens))
+            made.append(points.Point(f"{name}-{budget:g}-{size:.0f}", name, loss=loss, **counts, **spent))
     return made
 
 
@@ -76,9 +69,7 @@ def test_the_laws_are_those_that_made_the_losses(compared):
 def test_without_embeddings_parameters_and_flops_are_fewer(compared):
     for name, law in LAWS.items():
         fit = compared.fits["without"][name]
-        assert fit.cost.per_token(1e6) == pytest.approx(4.5 * 1.5e6, rel=1e-3), (
-            "three fourths of 6 N for two thirds of N"
-        )
+        assert fit.cost.per_token(1e6) == pytest.approx(4.5 * 1.5e6, rel=1e-3), "3/4 of 6 N for 2/3 of N"
         assert fit.law is not None and pytest.approx(law.A * (2 / 3) ** law.alpha, rel=0.15) == fit.law.best.A
         assert fit.profile is None, "the budgets counted the logits"
     assert compared.budgets["with"] == [*BUDGETS, 1.6e17]
@@ -180,12 +171,8 @@ def test_runs_that_diverged_or_are_not_finished_are_left_out_and_named(tmp_path,
     [
         (["lone"], None, "^there are no runs to compare whose loss is finite$"),
         ([], None, "^there are no runs to compare$"),
-        (
-            ["lone", "slow", "fast"],
-            "lone",
-            "no run of the baseline 'lone' has a finite loss; the others are slow, fast",
-        ),
-        (["slow", "fast"], "faster", "no architecture 'faster' in the sweep; the architectures are slow, fast"),
+        (["lone", "slow", "fast"], "lone", "no run of the baseline 'lone' has a finite loss; .* are slow, fast"),
+        (["slow", "fast"], "faster", "no architecture 'faster' .* are slow, fast"),
     ],
 )
 def test_refusals(architectures, baseline, message):
@@ -231,19 +218,20 @@ def test_where_flops_fall_as_sizes_grow_the_others_are_reported():
 def test_constants_that_the_runs_do_not_tell():
     """The losses depend on nothing."""
     random, runs = np.random.default_rng(0), fast()
-    alike = [dataclasses.replace(run, loss=3 + 0.01 * random.standard_normal()) for run in runs]
-    found = comparison.compare(alike, replicates=30)
+
+    def with_losses(runs, loss):
+        return [dataclasses.replace(run, loss=float(loss(run))) for run in runs]
+
+    found = comparison.compare(with_losses(runs, lambda _: 3 + 0.01 * random.standard_normal()), replicates=30)
     assert {"alpha", "beta"} <= set(found.fits["with"]["fast"].undetermined())
     assert "fast: these runs do not determine" in report.text(found)
     # Nor do seven runs whose losses rise with N. Their constants have no intervals.
-    worse = [dataclasses.replace(run, loss=2 + 0.1 * math.log(run.parameters / 1e3)) for run in runs[:7]]
-    few = comparison.compare(worse).fits["with"]["fast"]
+    few = comparison.compare(with_losses(runs[:7], lambda run: 2 + 0.1 * math.log(run.parameters / 1e3)))
+    few = few.fits["with"]["fast"]
     assert np.isnan(few.constant("alpha")[1:]).all() and "alpha" in few.undetermined()
     # Losses that fall to nothing say that E is small, but not what it is.
     law, wobble = dataclasses.replace(LAWS["fast"], E=0.0), itertools.cycle([0.992, 1.02, 0.988])
-    falling = [
-        dataclasses.replace(run, loss=float(law.loss(run.parameters, run.tokens)) * next(wobble)) for run in runs
-    ]
+    falling = with_losses(runs, lambda run: law.loss(run.parameters, run.tokens) * next(wobble))
     assert "E" in comparison.compare(falling, replicates=30).fits["with"]["fast"].undetermined()
 
 
@@ -252,9 +240,8 @@ def test_a_sweep_with_ladders_of_both_counts_has_both_profiles():
     others = [dataclasses.replace(run, name=f"{run.name}-", tokens=run.tokens + 1000) for run in ladder()]
     runs = ladder() + [dataclasses.replace(run, budget_counts="without") for run in others]
     compared = comparison.compare(runs, replicates=20)
-    sizes = [
-        [parabola.best for parabola in compared.fits[counts]["fast"].profile.best.parabolas] for counts in points.COUNTS
-    ]
+    profiles = [compared.fits[counts]["fast"].profile.best for counts in points.COUNTS]
+    sizes = [[parabola.best for parabola in profile.parabolas] for profile in profiles]
     assert sizes[1] == pytest.approx(np.multiply(2 / 3, sizes[0]), rel=1e-3), "a third are embeddings"
     drawn = plots.figures(compared)
     assert [name for name in drawn if name.startswith("isoflop")] == ["isoflop_with", "isoflop_without"]
@@ -281,10 +268,8 @@ def test_the_report(compared, tmp_path):
     assert fast["optimum"][1]["baseline_flops_multiplier"][0] > 1.5
     assert len(fast["isoflop"]["minima"]) == 3 and all(minimum["inside"] for minimum in fast["isoflop"]["minima"])
     assert len(fast["runs"]) == 15
-    again = report.write(compared, tmp_path / "again", title="A ladder")
-    assert [path.read_bytes() for path in again if path.suffix != ".png"] == [
-        path.read_bytes() for path in written if path.suffix != ".png"
-    ]
+    for path in report.write(compared, tmp_path / "again", title="A ladder"):
+        assert path.suffix == ".png" or path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     lines = report.text(compared).splitlines()
     assert lines[0] == "counted with embeddings" and lines[2].split("  ")[0] == "architecture"
     assert sum(line.startswith("fast ") for line in lines) == 2 * (1 + 4)
@@ -314,8 +299,7 @@ def sweep(tiny_dataset, tmp_path_factory):
 
 
 def test_the_runs_of_a_sweep(sweep):
-    with pytest.raises(UserError, match=r"1 of the 2 runs in .* are not finished, small-seed=13 \(failed\) among them"):
-        points.sweep_points(sweep)
+    refused(r"1 of the 2 runs in .* are not finished, small-seed=13 \(failed\) among them", sweep)
     (point,) = points.sweep_points(sweep, partial=True)
     assert (point.name, point.architecture, point.loss) == ("small-seed=0", "small", 5.5)
     assert point.tokens == stand_in.STEPS * 8 * 1024
@@ -334,7 +318,10 @@ def test_the_runs_of_a_sweep(sweep):
         ),
         (
             [{"bias": True}, {"remat": "full"}, {"dtype": "float32"}, {"pattern": ("gla",), "bias": True}],
-            ["hawk bias=True dtype=bfloat16", "hawk bias=False dtype=bfloat16", "hawk bias=False dtype=float32", "gla"],
+            [
+                *(f"hawk bias={x}" for x in ("True dtype=bfloat16", "False dtype=bfloat16", "False dtype=float32")),
+                "gla",
+            ],
         ),
     ],
 )
@@ -356,17 +343,21 @@ def finished(directory, dataset, plan):
     return directory
 
 
+def refused(message, directory, **options):
+    with pytest.raises(UserError, match=message):
+        points.sweep_points(directory, **options)
+
+
 def rows(batch_size, batches, **changes):
     return {"training.batch_size": batch_size, "evaluation.batches": batches} | changes
 
 
+LONG = {"training.sequence_length": 128}
+
+
 @pytest.mark.parametrize(
-    "plan",
-    [
-        [rows(8, 2), rows(4, 4)],  # the first 1,024 tokens
-        [rows(8, 2), rows(4, 2, **{"training.sequence_length": 128})],
-        [rows(8, 1000), rows(4, 1000), rows(4, 0)],  # all of some 2,000
-    ],
+    "plan",  # the first 1,024 tokens, twice; all of some 2,000
+    [[rows(8, 2), rows(4, 4)], [rows(8, 2), rows(4, 2, **LONG)], [rows(8, 1000), rows(4, 1000), rows(4, 0)]],
 )
 def test_runs_of_other_batches_may_be_measured_on_the_same_text(tiny_dataset, tmp_path, plan):
     finished(tmp_path, tiny_dataset, plan)
@@ -375,11 +366,10 @@ def test_runs_of_other_batches_may_be_measured_on_the_same_text(tiny_dataset, tm
 
 def test_losses_of_different_parts_of_a_text_are_refused(tiny_dataset, tmp_path):
     finished(tmp_path, tiny_dataset, [rows(8, 2), rows(4, 2)])
-    with pytest.raises(UserError) as refusal:
-        points.sweep_points(tmp_path)
-    assert str(refusal.value).startswith(
-        f"the held-out losses are of different text: batch_size=8 has 1,024 tokens of {tiny_dataset}, "
-        f"batch_size=4 has 512 tokens of {tiny_dataset}; train a sweep whose runs have the same data.heldout_path"
+    refused(
+        f"^the held-out losses are of different text: batch_size=8 has 1,024 tokens of {tiny_dataset}, "
+        f"batch_size=4 has 512 tokens of {tiny_dataset}; train a sweep whose runs have the same data.heldout_path",
+        tmp_path,
     )
 
 
@@ -387,7 +377,7 @@ def test_losses_of_finished_runs_may_be_those_of_their_evaluations(tiny_dataset,
     """The evaluations are all of one text, whatever was measured during training."""
     finished(tmp_path, tiny_dataset, [rows(8, 2), rows(4, 2)])
     monkeypatch.setattr(points.Checkpoints, "fingerprint", lambda self, step: f"of {step}")
-    refusal = "the run batch_size=8 has no report of its last checkpoint's loss: .*/runs/batch_size=8 --follow makes it"
+    lacks = "the run batch_size=8 has no report of its last checkpoint's loss: .*/runs/batch_size=8 --follow makes it"
 
     def report(batch_size, loss, tokens, checkpoint="of 1"):
         path = tmp_path / "runs" / f"batch_size={batch_size}" / "evaluations" / "1.json"
@@ -396,17 +386,14 @@ def test_losses_of_finished_runs_may_be_those_of_their_evaluations(tiny_dataset,
         found = {"perplexity": {"dataset": str(tiny_dataset), "lengths": lengths}}
         path.write_text(json.dumps(found | {"asked": {"checkpoint": checkpoint}}))
 
-    with pytest.raises(UserError, match=refusal):
-        points.sweep_points(tmp_path, evaluated=True)
+    refused(lacks, tmp_path, evaluated=True)
     report(8, 4.5, 900, "another of 1")  # after the run was set back
     report(4, 4.25, 900)
-    with pytest.raises(UserError, match=refusal):
-        points.sweep_points(tmp_path, evaluated=True)
+    refused(lacks, tmp_path, evaluated=True)
     report(8, 4.5, 900)
     assert [point.loss for point in points.sweep_points(tmp_path, evaluated=True)] == [4.5, 4.25]
     report(8, 4.5, 800)
-    with pytest.raises(UserError, match=r"different text: .*batch_size=8 has 800 tokens .*batch_size=4 has 900"):
-        points.sweep_points(tmp_path, evaluated=True)
+    refused(r"different text: .*batch_size=8 has 800 tokens .*batch_size=4 has 900", tmp_path, evaluated=True)
 
 
 def test_losses_of_a_dataset_that_was_prepared_again_are_refused(tiny_dataset, tmp_path):
@@ -421,30 +408,24 @@ def test_losses_of_a_dataset_that_was_prepared_again_are_refused(tiny_dataset, t
     record(8, "0" * 16, heldout.identity(tiny_dataset))
     assert len(points.sweep_points(tmp_path)) == 2
     record(4, "0" * 16)
-    refusal = rf"batch_size=4\S* has 1,024 tokens of {tiny_dataset} as it was before it was prepared again;"
-    with pytest.raises(UserError, match=refusal):
-        points.sweep_points(tmp_path)
+    refused(rf"batch_size=4\S* has 1,024 tokens of {tiny_dataset} as it was before it was prepared again;", tmp_path)
     record(8, "0" * 16)
     assert len(points.sweep_points(tmp_path)) == 2
 
 
 def test_losses_on_different_difficulties_of_a_task_are_refused(tmp_path):
     """Of as many tokens."""
-    plan = [rows(8, 2), rows(4, 2, **{"training.sequence_length": 128})]
-    finished(tmp_path, "", [{"data.task": "parity"} | changes for changes in plan])
-    with pytest.raises(UserError, match=r"1,024 tokens of parity:length=64.*, .* 1,024 tokens of parity:length=128"):
-        points.sweep_points(tmp_path)
+    finished(tmp_path, "", [{"data.task": "parity"} | changes for changes in (rows(8, 2), rows(4, 2, **LONG))])
+    refused(r"1,024 tokens of parity:length=64.*, .* 1,024 tokens of parity:length=128", tmp_path)
 
 
 def test_losses_of_different_data_are_refused_and_of_a_copy_accepted(tiny_dataset, tmp_path):
     copy = shutil.copytree(tiny_dataset, tmp_path / "copy")
-    plan = [{"data.heldout_path": str(path)} for path in (tiny_dataset, copy)]
-    finished(tmp_path / "sweep", tiny_dataset, plan)
+    finished(tmp_path / "sweep", tiny_dataset, [{"data.heldout_path": str(path)} for path in (tiny_dataset, copy)])
     assert len(points.sweep_points(tmp_path / "sweep")) == 1
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"seed": 1}))
-    with pytest.raises(UserError, match=rf"different text: .* tokens of {tiny_dataset}, .* tokens of {copy};"):
-        points.sweep_points(tmp_path / "sweep")
+    refused(rf"different text: .* tokens of {tiny_dataset}, .* tokens of {copy};", tmp_path / "sweep")
 
 
 def test_the_program(start, sweep):

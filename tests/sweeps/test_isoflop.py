@@ -65,9 +65,8 @@ def test_a_minimum_outside_the_sizes_does_not_count():
 
 @pytest.mark.parametrize("minima", [0, 1])
 def test_without_two_minima_there_is_no_power_law(minima):
-    found = isoflop.fit(
-        BUDGETS, PARAMETERS, np.where(np.arange(24) < 6 * minima, LOSSES, np.log(PARAMETERS)), replicates=3
-    )
+    losses = np.where(np.arange(24) < 6 * minima, LOSSES, np.log(PARAMETERS))
+    found = isoflop.fit(BUDGETS, PARAMETERS, losses, replicates=3)
     assert [parabola.inside for parabola in found.best.parabolas] == [True] * minima + [False] * (4 - minima)
     assert np.isnan([found.best.power, found.best.scale]).all()
     assert np.isnan(found.interval(lambda profile: profile.power)).all()

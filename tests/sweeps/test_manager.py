@@ -7,18 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
-from jaxlinear import data
 from jaxlinear.errors import UserError
 from jaxlinear.sweeps import executors, manager, plans, states
 from jaxlinear.sweeps.sweep import prepare, read
 from jaxlinear.training import trained_data
 from tests.sweeps import stand_in
-
-PATIENCE = 240
+from tests.training import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +29,7 @@ def in_the_repository(monkeypatch):
 def sweep(tiny_dataset, tmp_path):
     """``sweep(seeds, **options)`` runs a sweep to its end in this process, and returns its status."""
 
-    def run(seeds=range(12), **options):
+    def run(seeds=stand_in.SEEDS, **options):
         return stand_in.sweep(tmp_path, tiny_dataset, stand_in.runs(seeds), **options)
 
     return run
@@ -51,7 +48,7 @@ def planned(tiny_dataset, tmp_path):
     return plan
 
 
-ALL = list(range(1, stand_in.STEPS + 1))
+ALL, COUNT = list(range(1, stand_in.STEPS + 1)), len(stand_in.SEEDS)
 
 
 def start(directory, dataset, *, hold):
@@ -59,14 +56,6 @@ def start(directory, dataset, *, hold):
     (directory / stand_in.HOLD).write_text(str(hold))
     command = [sys.executable, "-m", "tests.sweeps.stand_in", "sweep", str(directory), str(dataset)]
     return subprocess.Popen(command, start_new_session=True)
-
-
-def wait(process, condition):
-    begin = time.monotonic()
-    while not condition():
-        assert process.poll() is None, "the sweep ended early"
-        assert time.monotonic() - begin < PATIENCE
-        time.sleep(0.01)
 
 
 def finished(directory):
@@ -88,19 +77,19 @@ def running(directory):
 
 
 def test_killed_half_way_it_ends_complete_and_no_run_is_done_twice(tiny_dataset, tmp_path, sweep):
-    process = start(tmp_path, tiny_dataset, hold=6)
-    wait(process, lambda: len(finished(tmp_path)) >= 6)
+    process = start(tmp_path, tiny_dataset, hold=4)
+    tiny.wait_for([process], lambda: len(finished(tmp_path)) >= 4)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     (tmp_path / stand_in.HOLD).unlink()
     before, tries = steps(tmp_path), attempts(tmp_path)
     done = {name for name in finished(tmp_path) if tries[name] and tries[name][-1].get("status") == 0}
-    assert 6 <= len(finished(tmp_path)) < 12 and done
+    assert 4 <= len(finished(tmp_path)) < COUNT and done
     begun = {name for name in tries if tries[name]} - done
 
     assert sweep() == 0
     after, tries = steps(tmp_path), attempts(tmp_path)
-    assert finished(tmp_path) == set(tries) == set(after) and len(after) == 12
+    assert finished(tmp_path) == set(tries) == set(after) and len(after) == COUNT
     for name, taken in after.items():
         if name in done:  # it was left alone
             assert taken == before[name] == ALL and len(tries[name]) == 1
@@ -115,37 +104,30 @@ def test_killed_half_way_it_ends_complete_and_no_run_is_done_twice(tiny_dataset,
 
 def test_runs_that_survive_their_manager_are_waited_for(tiny_dataset, tmp_path, sweep):
     process = start(tmp_path, tiny_dataset, hold=0)
-    wait(process, lambda: len(list(tmp_path.glob("jobs/*/submitted.json"))) == 4)
+    tiny.wait_for([process], lambda: len(list(tmp_path.glob("jobs/*/submitted.json"))) == 4)
     process.kill()  # only the manager, whose four jobs are just beginning
     process.wait()
     assert not finished(tmp_path)
     assert sweep(show=lambda table: (tmp_path / stand_in.HOLD).unlink(missing_ok=True)) == 0
-    assert list(steps(tmp_path).values()) == [ALL] * 12
-    assert [len(tries) for tries in attempts(tmp_path).values()] == [1] * 12
+    assert list(steps(tmp_path).values()) == [ALL] * COUNT
+    assert [len(tries) for tries in attempts(tmp_path).values()] == [1] * COUNT
 
 
-@pytest.mark.parametrize(
-    "tell",
-    [
-        lambda process: process.send_signal(signal.SIGTERM),
-        lambda process: os.killpg(process.pid, signal.SIGINT),  # as Ctrl-C does
-    ],
-    ids=["SIGTERM", "Ctrl-C"],
-)
-def test_told_to_stop_it_has_its_runs_save_themselves(tiny_dataset, tmp_path, sweep, tell):
-    process = start(tmp_path, tiny_dataset, hold=4)
-    wait(process, lambda: len(finished(tmp_path)) >= 1 and running(tmp_path))
-    tell(process)
-    assert process.wait(timeout=PATIENCE) == 75
+@pytest.mark.parametrize("tell, number", [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)])  # as Ctrl-C does
+def test_told_to_stop_it_has_its_runs_save_themselves(tiny_dataset, tmp_path, sweep, tell, number):
+    process = start(tmp_path, tiny_dataset, hold=2)
+    tiny.wait_for([process], lambda: len(finished(tmp_path)) >= 1 and running(tmp_path))
+    tell(process.pid, number)
+    assert process.wait(timeout=tiny.PATIENCE) == 75
     (tmp_path / stand_in.HOLD).unlink()
     assert not running(tmp_path)
-    assert 0 < len(finished(tmp_path)) < 12
+    assert 0 < len(finished(tmp_path)) < COUNT
     ended = {tries[-1]["status"] for tries in attempts(tmp_path).values() if tries}
     assert ended <= {0, 75, -signal.SIGTERM}, "the last: before the run had learned what to do"
     found = {run.progress().state for run in read(tmp_path).runs}
     assert found <= {states.FINISHED, states.INTERRUPTED, states.WAITING} and states.WAITING in found
     assert sweep() == 0
-    assert list(steps(tmp_path).values()) == [ALL] * 12
+    assert list(steps(tmp_path).values()) == [ALL] * COUNT
 
 
 @pytest.mark.parametrize("inherited", [False, True])
@@ -202,13 +184,13 @@ def test_a_run_that_was_begun_in_another_way_is_refused(tiny_dataset, tmp_path, 
     with other values of the last two keys; in a sweep, it would be taken for one that always had them, and its losses are
     compared, so they must be of as much text."""
     assert sweep([0, 1]) == 0
-    with pytest.raises(UserError, match="runs/seed=0 has a checkpoint of step 6, but the plan is for 5 steps"):
-        sweep([0, 1], steps=stand_in.STEPS - 1)
-    for key, there, here in (("batch_size", 8, 4), ("spike_multiple", r"0\.0", 10.0)):
-        with pytest.raises(
-            UserError, match=rf"another run: training\.{key} is {there} there and {here} in this config"
-        ):
-            sweep([0, 1], **{key: here})
+    for changes, message in (
+        ({"steps": 5}, "runs/seed=0 has a checkpoint of step 6, but the plan is for 5 steps"),
+        ({"batch_size": 4}, r"another run: training\.batch_size is 8 there and 4 in this config"),
+        ({"spike_multiple": 10.0}, r"another run: training\.spike_multiple is 0\.0 there and 10\.0 in this config"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sweep([0, 1], **changes)
     with pytest.raises(UserError, match=r"another run: evaluation\.batches is 16 there and 2 in this config"):
         stand_in.sweep(tmp_path, tiny_dataset, [run | {"evaluation.batches": 2} for run in stand_in.runs([0, 1, 2])])
 
@@ -276,17 +258,11 @@ def test_a_run_that_its_data_do_not_fit_stops_the_sweep_before_the_first(tmp_pat
 def test_a_run_on_data_that_were_replaced_stops_the_sweep(tmp_path):
     """A finished one too: its loss would be compared with those of the new runs."""
 
-    def prepared(name, word):
-        (tmp_path / f"{name}.txt").write_text("\n".join(f"{word} {i}" for i in range(3000)))
-        options = {"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "workers": 1}
-        data.prepare(str(tmp_path / f"{name}.txt"), tmp_path / name, **options)
-        return tmp_path / name
-
     def planned(*seeds):
         with prepare(tmp_path / "sweep", stand_in.config(path), stand_in.runs(seeds)) as sweep:
             return sweep.runs
 
-    path, other = prepared("data", "one"), prepared("other", "two")
+    path, other = (tiny.prepared(tmp_path / name, [f"{name} {i}" for i in range(3000)]) for name in ("data", "other"))
     (run,) = planned(0)
     stand_in.train(str(run.files.config), str(run.files.workdir))
     trained_data.keep(run.files.workdir, {str(path): 1.0})
@@ -314,13 +290,16 @@ def test_a_file_is_no_directory_of_a_sweep(tiny_dataset, tmp_path):
         stand_in.sweep(tmp_path / "file", tiny_dataset)
 
 
-def test_a_note_of_a_job_that_was_cut_counts_as_none(tmp_path, sweep):
-    for more, text in enumerate(["", '{"executor": "lo', "[]", "{}"]):
-        assert sweep([0], steps=2 + more) == 0
-        note = read(tmp_path).runs[0].files.job / "submitted.json"
-        assert json.loads(note.read_text())["executor"] == "local"
-        note.write_text(text)
+def test_a_note_of_a_job_that_was_cut_counts_as_none(tiny_dataset, tmp_path, sweep):
     assert sweep([0]) == 0
+    note = read(tmp_path).runs[0].files.job / "submitted.json"
+    assert json.loads(note.read_text())["executor"] == "local"
+    with prepare(tmp_path, stand_in.config(tiny_dataset), stand_in.runs([0])) as planned:
+        work = manager.Manager(planned, executors.Local(tmp_path / "jobs" / "submitit", parallel=1), stand_in.TRAIN)
+        for text in ("", "[]", "{}", '{"executor": "lo'):
+            note.write_text(text)
+            assert work._submitted(planned.runs[0]) is None
+    assert sweep([0], steps=stand_in.STEPS + 1) == 0
     assert json.loads(note.read_text())["executor"] == "local"
 
 

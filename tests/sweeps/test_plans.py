@@ -15,7 +15,8 @@ from jaxlinear.sweeps import plans
 def base(**changes):
     config = configs.default()
     config.model.vocab_size = 512
-    config.training.update({"batch_size": 4, "sequence_length": 64} | changes)
+    config.training.update({"batch_size": 4, "sequence_length": 64})
+    config.update(changes)
     return config
 
 
@@ -84,25 +85,8 @@ def test_fixed_tokens():
     assert plans.names(runs)[:3] == names
 
 
-WITHOUT_PRESET = {
-    "model.preset": "",
-    "model.pattern": ("gla",),
-    "model.num_layers": 1,
-    "model.width": 8,
-    "model.num_heads": 1,
-}
-
-
-def silent():
-    config = base()
-    config.evaluation.every_steps = 0
-    return config
-
-
-def unknown():
-    config = base()
-    config.model.vocab_size = None
-    return config
+PLAIN = dict(preset="", pattern=("gla",), num_layers=1, width=8, num_heads=1)
+PLAIN = {f"model.{key}": value for key, value in PLAIN.items()}
 
 
 @pytest.mark.parametrize(
@@ -114,14 +98,12 @@ def unknown():
         (lambda: plans.resolve(base(), {"model.preset": "griffin_3m"}), "there is no preset 'griffin_3m'"),
         (lambda: plans.resolve(base(), SIZES[1] | {"training.steps": 0}), "training.steps is 0"),
         (lambda: plans.isoflops(base(), SIZES, [6e9]), " steps of 256 tokens for hawk_6m"),
-        (lambda: plans.fixed_tokens(silent(), SIZES, [25_600]), "a ladder compares held-out losses"),
-        (lambda: plans.isoflops(unknown(), [WITHOUT_PRESET], [1e13]), "set model.vocab_size"),
+        (lambda: plans.fixed_tokens(base(evaluation={"every_steps": 0}), SIZES, [25_600]), "compares held-out losses"),
+        (lambda: plans.isoflops(base(model={"vocab_size": None}), [PLAIN], [1e13]), "set model.vocab_size"),
         (lambda: plans.names([SIZES[1], SIZES[1]]), "2 runs of the sweep are identical: griffin_2m"),
         (lambda: plans.grid({"model.preset": "griffin_2m"}), "a grid needs a list"),
-        *(
-            (lambda label=label: plans.names([{"size": label}, {"size": "x"}]), f"a run cannot be named '{label}', ")
-            for label in (".", "..")
-        ),
+        (lambda: plans.names([{"size": "."}, {"size": "x"}]), "a run cannot be named '.', "),
+        (lambda: plans.names([{"size": ".."}, {"size": "x"}]), "a run cannot be named '..', "),
     ],
 )
 def test_refusals(make, message):
@@ -130,9 +112,7 @@ def test_refusals(make, message):
 
 
 def test_what_a_run_leaves_without_a_reader_is_not_set_in_it():
-    config = base()
-    config.model.window = 64
-    config.optimizer.update({"name": "muon", "muon_learning_rate": 0.05})
+    config = base(model={"window": 64}, optimizer={"name": "muon", "muon_learning_rate": 0.05})
     hawk, griffin = ({"model.preset": name, "optimizer.name": "adamw"} for name in ("hawk_6m", "griffin_6m"))
     assert plans.resolve(config, hawk).model.window == 512  # from the preset
     config.model.mlp_expansion = 2.0

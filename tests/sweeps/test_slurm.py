@@ -36,9 +36,7 @@ for script in jobs.glob("*.sh"):
     state = "COMPLETED" if script.with_suffix(".over").exists() else "RUNNING"
     print(f"{script.stem}|{state}|here")
 """
-SCONTROL = """
-(jobs / "requeued").open("a").write(sys.argv[2] + "\\n")
-"""
+SCONTROL = '(jobs / "requeued").open("a").write(sys.argv[2] + "\\n")'
 
 
 @pytest.fixture

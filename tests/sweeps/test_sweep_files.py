@@ -130,7 +130,6 @@ def test_a_file_system_without_locks(run, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(locks.fcntl, "flock", flock)
-    refusal = pytest.raises(UserError, match=r"has no locks \(.*\), which a sweep needs .*; give it a --workdir on")
-    with refusal, files.hold(run.sweep):
-        pass
+    with pytest.raises(UserError, match=r"has no locks \(.*\), which a sweep needs .*; give it a --workdir on"):
+        files.hold(run.sweep).__enter__()
     assert not run.is_running()

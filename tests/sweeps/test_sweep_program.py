@@ -5,6 +5,7 @@ import pytest
 from tests.sweeps import killed_sweep
 
 
+@pytest.mark.slow
 def test_killed_in_its_second_run_it_trains_that_run_on_and_the_first_no_more(start, tiny_dataset, tmp_path):
     killed_sweep.check(tmp_path, tiny_dataset, 2)
     status = start("sweep", f"--workdir={tmp_path / 'sweep'}", "--status")
