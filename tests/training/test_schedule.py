@@ -10,15 +10,8 @@ from tests.training import tiny
 
 
 def schedule(name, steps=100, warmup=10, final=0.1, decay=0.2):
-    return make_schedule(
-        tiny.config(
-            schedule__name=name,
-            training__steps=steps,
-            schedule__warmup_steps=warmup,
-            schedule__final_fraction=final,
-            schedule__decay_fraction=decay,
-        )
-    )
+    keys = {"name": name, "warmup_steps": warmup, "final_fraction": final, "decay_fraction": decay}
+    return make_schedule(tiny.config(training__steps=steps, **{f"schedule__{key}": x for key, x in keys.items()}))
 
 
 # 89 steps lie between the end of the warm-up, step 10, and the last step, 99; 19 between 80 and 99.
@@ -38,15 +31,12 @@ def test_by_hand(name, values):
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
-def test_without_a_warmup_the_first_step_has_the_whole_rate(name):
+def test_the_shortest_runs(name):
+    """Without a warm-up, the first step has the whole rate."""
     assert schedule(name, warmup=0)(0) == 1
-
-
-@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
-@pytest.mark.parametrize("steps, warmup", [(1, 0), (1, 1), (5, 5)])
-def test_the_shortest_runs(name, steps, warmup):
-    values = [float(schedule(name, steps=steps, warmup=warmup)(step)) for step in range(steps)]
-    np.testing.assert_allclose(values, [(step + 1) / max(warmup, 1) for step in range(steps)], rtol=1e-6)
+    for steps, warmup in ((1, 0), (1, 1), (5, 5)):
+        values = [float(schedule(name, steps=steps, warmup=warmup)(step)) for step in range(steps)]
+        np.testing.assert_allclose(values, [(step + 1) / max(warmup, 1) for step in range(steps)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
@@ -56,18 +46,14 @@ def test_a_warmup_until_the_last_step_but_one(name, steps, warmup):
     np.testing.assert_allclose([multiplier(steps - 2), multiplier(steps - 1)], [1, 0.1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("decay", [0.01, 0.004])
-def test_wsd_decays_for_one_step_at_least(decay):
-    multiplier = schedule("wsd", decay=decay)
-    np.testing.assert_allclose([multiplier(98), multiplier(99), multiplier(500)], [1, 0.1, 0.1], rtol=1e-5)
-
-
-def test_wsd_decays_after_the_warmup_at_the_earliest():
-    multiplier = schedule("wsd", decay=1.0)
-    np.testing.assert_allclose([multiplier(10), multiplier(99)], [1, 0.1], rtol=1e-5)
-
-
-def test_wsd_decays_for_the_nearest_number_of_steps():
-    """A fifth of 98 is 19.6, so it decays from step 78 onwards."""
-    multiplier = schedule("wsd", steps=98)
-    np.testing.assert_allclose([multiplier(78), multiplier(79), multiplier(97)], [1, 1 - 0.9 / 19, 0.1], rtol=1e-5)
+@pytest.mark.parametrize(
+    "options, values",
+    [
+        *(({"decay": decay}, {98: 1, 99: 0.1, 500: 0.1}) for decay in (0.01, 0.004)),  # for one step at least
+        ({"decay": 1.0}, {10: 1, 99: 0.1}),  # after the warm-up at the earliest
+        ({"steps": 98}, {78: 1, 79: 1 - 0.9 / 19, 97: 0.1}),  # a fifth is 19.6, so from step 78 onwards
+    ],
+)
+def test_how_long_wsd_decays(options, values):
+    multiplier = schedule("wsd", **options)
+    np.testing.assert_allclose([multiplier(step) for step in values], [*values.values()], rtol=1e-5)

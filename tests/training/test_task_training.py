@@ -1,7 +1,5 @@
 """Runs on a synthetic task: only answers count, measurements agree with the logits, and a stopped run resumes exactly."""
 
-import shutil
-
 import jax
 import numpy as np
 import pytest
@@ -24,15 +22,9 @@ TASK = "mqar:pairs=3:vocab_size=32"
 
 def task_config(**changes):
     made = {
-        "data__task": TASK,
-        "training__steps": 4,
-        "checkpoint__every_steps": 2,
-        "evaluation__every_steps": 2,
-        "evaluation__batches": 2,
-        "evaluation__tasks": ("parity:length=6",),
-        "evaluation__examples": 12,
-        "logging__every_steps": 1,
-        "logging__tensorboard": False,
+        **{"data__task": TASK, "training__steps": 4, "checkpoint__every_steps": 2, "evaluation__every_steps": 2},
+        **{"evaluation__batches": 2, "evaluation__tasks": ("parity:length=6",), "evaluation__examples": 12},
+        **{"logging__every_steps": 1, "logging__tensorboard": False},
     }
     return tiny.config(**made | changes)
 
@@ -68,24 +60,21 @@ def test_an_evaluation_of_a_checkpoint_gives_what_the_run_wrote(task_run):
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(task_run, tmp_path):
-    assert train(task_config(training__steps=2), tmp_path / "run") == FINISHED
-    assert train(task_config(), tmp_path / "run") == FINISHED
-    names = ("step", "loss", "heldout_loss", "heldout_accuracy", "parity:length=6/accuracy")
-    logged = [
-        [{name: line.get(name) for name in names} for line in metrics.read(run)] for run in (tmp_path / "run", task_run)
-    ]
-    assert logged[0] == logged[1] and len(logged[0]) == 6
-    mesh = tiny.mesh()
-    tiny.assert_equal(
-        tiny.restored(tmp_path / "run", task_config(), mesh), tiny.restored(task_run, task_config(), mesh)
+    for steps in (2, 4):
+        assert train(task_config(training__steps=steps), tmp_path / "run") == FINISHED
+    names, runs = (
+        ("step", "loss", "heldout_loss", "heldout_accuracy", "parity:length=6/accuracy"),
+        (tmp_path / "run", task_run),
     )
+    logged = [[{name: line.get(name) for name in names} for line in metrics.read(run)] for run in runs]
+    assert logged[0] == logged[1] and len(logged[0]) == 6
+    tiny.assert_equal(*(tiny.restored(run, task_config(), tiny.mesh()) for run in runs))
 
 
 def test_batches_are_the_training_examples_of_the_seed():
     job = Job.build(task_config(training__seed=5))
     expected = tasks.TaskBatches(job.trained_tasks, batch_size=tiny.BATCH, seed=5, split="train")[3]
-    for name, values in job.batches[3].items():
-        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+    tiny.assert_equal(job.batches[3], expected)
 
 
 def test_each_task_is_asked_by_itself_while_a_run_trains(monkeypatch):
@@ -172,55 +161,40 @@ def test_answers_are_those_of_the_logits(spec, likely):
             losses += (-row[at, targets[at]]).tolist()
     for values in found:
         assert (values["examples"], values["answers"]) == (20, len(right))
-        assert values["accuracy"] == pytest.approx(np.mean(right)) and values["solved"] == pytest.approx(
-            np.mean(solved)
-        )
+        assert [values["accuracy"], values["solved"]] == pytest.approx([np.mean(right), np.mean(solved)])
         assert values["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert 0 < np.mean(right) < 1 and (0 < np.mean(solved) < np.mean(right) or spec == "parity")
 
 
 def test_the_pass_key_trains_on_text(tiny_dataset, tmp_path):
-    config = task_config(
-        data__task="passkey:digits=2",
-        data__path=str(tiny_dataset),
-        model__vocab_size=384,
-        training__sequence_length=128,
-        evaluation__tasks=("passkey:length=128",),
-    )
-    job = Job.build(config)
-    config.data.heldout_path = str(shutil.copytree(tiny_dataset, tmp_path / "heldout"))
-    judged = Job.build(config)
-    assert {task.dataset for task in judged.trained_tasks} == {str(tiny_dataset)}
-    assert {task.dataset for task in [*judged.evaluation_tasks()[1:], *judged.heldout_tasks()]} == {
-        str(tmp_path / "heldout")
-    }
-    config.data.update({"path": "", "task": f"passkey:digits=2:dataset={tiny_dataset}"})
-    assert {task.dataset for task in Job.build(config).heldout_tasks()} == {str(tmp_path / "heldout")}
-    config.data.heldout_path = ""
-    config.data.update({"path": "", "task": f"passkey:digits=2:dataset={tiny_dataset}:split=train"})
-    config.evaluation.tasks = ()
-    assert job.texts == Job.build(config).texts == {str(tiny_dataset): 1.0}
-    batch = job.batches[0]
-    assert (batch["targets"] >= 0).sum(axis=1).tolist() == [3] * tiny.BATCH
-    assert job.trained_tasks[0].split == "train" and [task.depth for task in job.evaluation_tasks()] == [
-        -1,
-        0,
-        0.25,
-        0.5,
-        0.75,
-        1,
-    ]
+    own, other = str(tiny_dataset), str(tiny.copy_of(tiny_dataset, tmp_path / "heldout"))
+    changes = {"model__vocab_size": 384, "training__sequence_length": 128, "evaluation__tasks": ("passkey:length=128",)}
+
+    def build(heldout="", **more):
+        return Job.build(task_config(**changes | {"data__heldout_path": heldout} | more))
+
+    job = build(data__task="passkey:digits=2", data__path=own)
+    judged = build(other, data__task="passkey:digits=2", data__path=own)
+    assert {task.dataset for task in judged.trained_tasks} == {own}
+    assert {task.dataset for task in [*judged.evaluation_tasks()[1:], *judged.heldout_tasks()]} == {other}
+    named = build(other, data__task=f"passkey:digits=2:dataset={own}")
+    assert {task.dataset for task in named.heldout_tasks()} == {other}
+    named = build(data__task=f"passkey:digits=2:dataset={own}:split=train", evaluation__tasks=())
+    assert job.texts == named.texts == {own: 1.0}
+    assert (job.batches[0]["targets"] >= 0).sum(axis=1).tolist() == [3] * tiny.BATCH
+    assert job.trained_tasks[0].split == "train"
+    assert [task.depth for task in job.evaluation_tasks()] == [-1, 0, 0.25, 0.5, 0.75, 1]
     assert {task.split for task in [*job.evaluation_tasks(), *job.heldout_tasks()]} == {"heldout"}
 
 
 def test_one_text_is_named_once_or_twice(tiny_dataset, tmp_path):
     """A task that reads one dataset beside another would leave the other unread, and the run would record both."""
     changes = {"training__sequence_length": 128, "model__vocab_size": 384, "evaluation__tasks": ()}
-    other = str(shutil.copytree(tiny_dataset, tmp_path / "other"))
-    job = Job.build(task_config(data__task=f"passkey:digits=2:dataset={other}", data__path=f"{other}=0.5", **changes))
-    assert list(job.texts) == [other]
+    other = str(tiny.copy_of(tiny_dataset, tmp_path / "other"))
+    changes["data__task"] = f"passkey:digits=2:dataset={other}"
+    assert list(Job.build(task_config(data__path=f"{other}=0.5", **changes)).texts) == [other]
     with pytest.raises(UserError, match=f"dataset={other} has a dataset of its own, but data.path={tiny_dataset}"):
-        Job.build(task_config(data__task=f"passkey:digits=2:dataset={other}", data__path=str(tiny_dataset), **changes))
+        Job.build(task_config(data__path=str(tiny_dataset), **changes))
 
 
 @pytest.mark.parametrize(
