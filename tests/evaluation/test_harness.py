@@ -49,9 +49,8 @@ def files(tmp_path_factory):
     """A task and its questions."""
     folder = tmp_path_factory.mktemp("harness")
     (folder / "words.yaml").write_text(TASK)
-    questions = [
-        {"question": f"for x in range({i}):", "choices": [" print", " x", " def if"], "label": i % 3} for i in range(12)
-    ]
+    choices = [" print", " x", " def if"]
+    questions = [{"question": f"for x in range({i}):", "choices": choices, "label": i % 3} for i in range(12)]
     (folder / "words.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     return folder / "words.yaml", folder / "words.jsonl", questions
 
@@ -63,10 +62,8 @@ def requests(kind, *arguments):
 def encoded(run, context, continuation):
     """What is scored: the context after the token that begins a document, and the continuation."""
     tokenizer = load_tokenizer(run.workdir)
-    return (
-        (tokenizer.document_token, *tokenizer.encode(context).tolist()),
-        tuple(tokenizer.encode(continuation).tolist()),
-    )
+    context, continuation = (tokenizer.encode(text).tolist() for text in (context, continuation))
+    return (tokenizer.document_token, *context), tuple(continuation)
 
 
 def test_loglikelihood(model, run):
@@ -91,14 +88,9 @@ def test_a_continuation_without_tokens_is_refused(model, context):
 def test_generation_ends_where_it_is_told(model, run):
     """The text is that of ``generation.generate``, up to the first of the stops or the given number of tokens."""
     tokenizer, prompts = load_tokenizer(run.workdir), ["for x in", "print("]
-    rows = generation.generate(
-        run.architecture.bind(run.parameters),
-        [encoded(run, prompt, "")[0] for prompt in prompts],
-        max_tokens=24,
-        temperature=0,
-        stop_token=tokenizer.document_token,
-        vocab_size=tokenizer.vocab_size,
-    )
+    contexts, model_ = [encoded(run, prompt, "")[0] for prompt in prompts], run.architecture.bind(run.parameters)
+    ends = {"stop_token": tokenizer.document_token, "vocab_size": tokenizer.vocab_size}
+    rows = generation.generate(model_, contexts, max_tokens=24, temperature=0, **ends)
     texts = [tokenizer.decode(np.array(row)) for row in rows]
 
     def generated(*prompts, **options):
@@ -160,16 +152,10 @@ def test_what_is_drawn(arguments, expected):
     assert theirs["do_sample"] is (sampling.temperature > 0) or arguments.get("temperature") == 0.0
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"top_k": "many"}, "generation with top_k: 'many' is not a number"),
-        ({"top_p": 0.0}, "top_p is 0.0; it must be"),
-    ],
-)
-def test_what_cannot_be_drawn(arguments, message):
-    with pytest.raises(UserError, match=message):
-        harness._sampling({"temperature": 1.0} | arguments)
+def test_what_cannot_be_drawn():
+    for arguments, message in (({"top_k": "many"}, "top_k: 'many' is not a number"), ({"top_p": 0.0}, "top_p is 0.0")):
+        with pytest.raises(UserError, match=message):
+            harness._sampling({"temperature": 1.0} | arguments)
 
 
 def test_cut():
@@ -245,15 +231,9 @@ def test_tasks_that_come_with_the_harness_are_found():
         ("harness:piqa:data=none.jsonl", "data=none.jsonl: the file does not exist"),
         # The question itself does not count as an example; a number that the task's file gives is checked as well.
         ("harness:{words}:data={data}:fewshot=12", "words does not have 12 examples per .* possible is fewshot=11"),
-        (
-            "harness:{own}:data={data}",
-            "words does not have 12 examples per question; the largest possible is fewshot=11",
-        ),
+        ("harness:{own}:data={data}", "words does not have 12 examples per .* possible is fewshot=11"),
         # The second reason is the cause.
-        (
-            "harness:{words}:data={broken}",
-            "lm_eval cannot load the task '.*': DatasetGenerationError: .*; for .*Invalid",
-        ),
+        ("harness:{words}:data={broken}", "cannot load the task '.*': DatasetGenerationError: .*; for .*Invalid"),
     ],
 )
 def test_refusals(run, files, spec, message):
@@ -265,12 +245,10 @@ def test_refusals(run, files, spec, message):
         evaluation.evaluate_run(run, [spec.format(words=words, data=data, broken=broken, own=own)], Options())
 
 
-def test_tasks_that_are_not_of_text_alone_are_refused():
+def test_a_task_that_runs_code_and_one_that_cannot_be_downloaded_are_refused(run, files, monkeypatch):
     with pytest.raises(UserError, match="'harness:humaneval': humaneval runs code that the model writes"):
         harness._check("harness:humaneval", {"humaneval": SimpleNamespace(UNSAFE_CODE=True)}, None)
 
-
-def test_data_that_cannot_be_downloaded_are_refused(run, files, monkeypatch):
     def offline(**_):
         raise ConnectionError("couldn't reach the hub")
 
@@ -304,10 +282,7 @@ def test_nothing_runs_before_all_tasks_are_checked(run, files, monkeypatch):
 
 
 def test_neither_torch_nor_transformers_is_imported():
-    code = (
-        "import sys; from jaxlinear.evaluation import harness; "
-        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    )
+    code = "import sys; from jaxlinear.evaluation import harness; print({'torch', 'transformers'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert done.stdout.strip() == "set()", done.stderr

@@ -47,11 +47,9 @@ def test_a_million_tokens_fit_where_an_eighth_fits(tiny_config):
         batch = dict.fromkeys(("tokens", "targets", "segment_ids"), row)
         return make_loss_step(config, architecture, mesh).lower(architecture.shapes, batch).compile()
 
-    million = compiled(1 << 20, 8)
-    longest = max(
-        int(size) for shape in re.findall(r"\w\d+\[([\d,]+)\]", million.as_text()) for size in shape.split(",")
-    )
-    eighth = compiled(1 << 17, 1)
+    million, eighth = compiled(1 << 20, 8), compiled(1 << 17, 1)
+    shapes = re.findall(r"\w\d+\[([\d,]+)\]", million.as_text())
+    longest = max(int(size) for shape in shapes for size in shape.split(","))
     assert longest < 1 << 18, longest
     assert million.memory_analysis().temp_size_in_bytes < 1.1 * eighth.memory_analysis().temp_size_in_bytes
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import pathlib
 import subprocess
 import sys
 
@@ -11,15 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlinear import data, evaluation
+from jaxlinear import evaluation
 from jaxlinear.data import heldout_batches, read_manifest
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import perplexity
 from jaxlinear.evaluation.run import open_run
 from jaxlinear.models import load
 from jaxlinear.parallel import mesh as meshes
-
-REPOSITORY = pathlib.Path(__file__).parents[2]
+from tests.training import tiny
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +49,9 @@ def _direct(run, dataset, length):
         log_p = logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
         nll = -np.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
         for row_nll, ids in zip(nll, batch["segment_ids"], strict=True):
-            for t in range(length):
-                if ids[t] > 0:
-                    losses.append(row_nll[t])
-                    seen.append(int((ids[:t] == ids[t]).sum()))
+            for t in np.flatnonzero(ids > 0):
+                losses.append(row_nll[t])
+                seen.append(int((ids[:t] == ids[t]).sum()))
     return np.array(losses), np.array(seen)
 
 
@@ -111,10 +108,7 @@ def test_context_and_buckets():
 
 def test_default_lengths_are_left_out_where_the_split_is_shorter(tiny_run, tmp_path):
     """For a held-out split of some 100 tokens in blocks of 64, lengths 32 and 64 are used."""
-    (tmp_path / "text.txt").write_text("\n".join(f"a document, the {i}th" for i in range(100)))
-    options = {"block_length": 64, "heldout_fraction": 0.05, "workers": 1}
-    text, path = tmp_path / "text.txt", str(tmp_path / "data")
-    data.prepare(str(text), path, tokenizer="bytes", document_separator="\n", **options)
+    path = str(tiny.prepared(tmp_path / "data", [f"a document, the {i}th" for i in range(100)]))
     targets = read_manifest(path).splits["heldout"].tokens - 1
     assert 64 <= targets < 256
     result = evaluation.evaluate(tiny_run, data=path, batches=1)["perplexity"]
@@ -176,7 +170,7 @@ def test_a_batch_is_a_microbatch_of_training(tiny_run):
 def test_program(tiny_run, report, tmp_path):
     flags = [f"--workdir={tiny_run}", "--step=1", "--lengths=1", f"--json={tmp_path / 'report.json'}"]
     command = [sys.executable, "launch/evaluate.py", *flags]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tiny.REPOSITORY, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     written = json.loads((tmp_path / "report.json").read_text())
     assert done.stdout == evaluation.table(written) + "\n"

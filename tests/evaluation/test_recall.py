@@ -1,10 +1,6 @@
 """evaluation/recall.py and launch/recall.py: layers trained in the same way, and the table of what they recall."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -15,9 +11,6 @@ from jaxlinear.errors import UserError
 from jaxlinear.evaluation import recall
 from jaxlinear.training import metrics
 from jaxlinear.training.job import task_setting
-from tests import xla_flags
-
-REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 def config(task="mqar", **model):
@@ -29,11 +22,7 @@ def config(task="mqar", **model):
 
 @pytest.mark.parametrize(
     "name, pattern",
-    [
-        ("kda", ("kda",)),
-        ("griffin", ("rg_lru", "rg_lru", "sliding_window")),
-        ("gla+attention", ("gla", "attention")),
-    ],
+    [("kda", ("kda",)), ("griffin", ("rg_lru", "rg_lru", "sliding_window")), ("gla+attention", ("gla", "attention"))],
 )
 def test_patterns(name, pattern):
     given = config(num_layers=3, recurrent_heads=2)
@@ -54,8 +43,8 @@ def check(*specs):
     recall.check(config("mqar:vocab_size=64", num_layers=2, num_heads=2, width=16), specs)
 
 
-def test_patterns_that_are_right():
-    check("gla:training.steps=200", "gla+attention")
+def with_pattern(task="mqar", **changes):
+    recall.with_pattern(config(task), "kda", {key.replace("__", "."): value for key, value in changes.items()})
 
 
 @pytest.mark.parametrize(
@@ -63,23 +52,18 @@ def test_patterns_that_are_right():
     [
         # All are checked before the first is trained. Two of one name would be one run, and the second row would show
         # weights that the first had trained.
-        (
-            lambda: check("gla:training.steps=200", "gla:training.steps=300"),
-            "gla is named 2 times; run each separately",
-        ),
+        (lambda: check("gla:training.steps=200", "gla:training.steps=300"), "gla is named 2 times; run each sep"),
         (lambda: check("gla", "kdaa"), "there is no mixer 'kdaa'"),
         (lambda: check("gla", "hawk:training.steps=0"), "training.steps"),
-        (lambda: recall.with_pattern(config(""), "kda", {}), "data.task is not set: .*; configs/mqar.py sets it"),
+        (lambda: with_pattern(""), "data.task is not set: .*; configs/mqar.py sets it"),
         (lambda: recall.split("kda:training.step=7"), r"no config key 'training.step'; .* 'training.steps'\?"),
         (lambda: recall.split("kda:steps"), "'kda:steps': 'steps' is not an option; write NAME:option=VALUE"),
-        (lambda: recall.with_pattern(config(), "kda", {"training.steps": "many"}), "kda: .*many is not of type int"),
-        (
-            lambda: recall.with_pattern(config(), "kda", {"logging.tensorboard": "false"}),
-            "kda: logging.tensorboard is a bool; only keys that are numbers or names",
-        ),
+        (lambda: with_pattern(training__steps="many"), "kda: .*many is not of type int"),
+        (lambda: with_pattern(logging__tensorboard="false"), "kda: logging.tensorboard is a bool; only keys that are"),
     ],
 )
 def test_refusals(refused, message):
+    check("gla:training.steps=200", "gla+attention")
     with pytest.raises(UserError, match=message):
         refused()
 
@@ -110,18 +94,14 @@ def test_table():
     assert re.split(r" +", lines[2]) == ["kda", "1,234", "20", "98.77%", "50.00%", "12", "20"]
 
 
-def test_program(tmp_path):
+def test_program(start, tmp_path):
     """A run of two steps, then its table without training."""
     keys = "data.task=mqar:pairs=2:vocab_size=32 model.width=16 model.num_layers=1 training.sequence_length=16 "
     keys += "training.batch_size=8 training.steps=2 schedule.warmup_steps=0 evaluation.every_steps=0 "
-    keys += "logging.tensorboard=false"
-    options = [f"--workdir={tmp_path}", "--patterns=convolution", "--examples=16"]
-    command = [sys.executable, "launch/recall.py", *options, *(f"--config.{key}" for key in keys.split())]
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1 {xla_flags.FAST}"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": flags}
+    keys = [f"--config.{key}" for key in (keys + "logging.tensorboard=false").split()]
     asked = "mqar:length=16"
     for _ in range(2):
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+        done = start("recall", f"--workdir={tmp_path}", "--patterns=convolution", "--examples=16", *keys)
         assert done.returncode == 0, done.stderr
         task, _, row = done.stdout.strip().split("\n")
         assert task == "mqar:pairs=2:vocab_size=32" and row.split()[0] == "convolution"

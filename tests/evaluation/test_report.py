@@ -4,9 +4,6 @@ import html as escaping
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,19 +13,14 @@ from jaxlinear.training import metrics
 from jaxlinear.training.workdir import CONFIG, STARTS, read_config, read_starts
 from tests.evaluation import test_html
 
-REPOSITORY = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def page(tiny_run):
     return report.page(tiny_run, [("for x", "for x in <range>:\n  print")])
 
 
-def test_it_stands_alone(page):
-    test_html.assert_self_contained(page)
-
-
 def test_what_it_says(page, tiny_run):
+    test_html.assert_self_contained(page)
     lines = [line for line in metrics.read(tiny_run) if "loss" in line]
     assert f"<td>{lines[-1]['loss']:.4f} nats per token</td>" in page
     assert "<td>2 of 2</td>" in page
@@ -66,10 +58,8 @@ def test_a_run_without_losses(tiny_run, tmp_path):
     assert "<h2>Losses</h2>" in page and "<td>2.5000</td>" in page and "<svg" not in page
 
 
-def test_the_program(tiny_run, tmp_path):
+def test_the_program(start, tiny_run, tmp_path):
     output = tmp_path / "page.html"
-    command = [sys.executable, "launch/report.py", f"--workdir={tiny_run}", f"--output={output}", "--prompt=for x"]
-    found = subprocess.run([*command, "--max_tokens=4"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout == f"{output}\n"
+    done = start("report", f"--workdir={tiny_run}", f"--output={output}", "--prompt=for x", "--max_tokens=4")
+    assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
     assert "After &#x27;for x&#x27;:" in output.read_text()

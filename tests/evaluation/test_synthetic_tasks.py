@@ -3,7 +3,6 @@ tests/training/test_task_training.py."""
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import pytest
 from jaxlinear import evaluation
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import Options
+from tests.training import tiny
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +78,8 @@ def test_the_difficulty_of_the_training(task_run):
 )
 def test_refusals(run, task_run, tiny_dataset, tmp_path, spec, options, message):
     of_text = "other" in f"{spec} {options}"
-    other = shutil.copytree(tiny_dataset, tmp_path / "data") if of_text else None
-    if of_text:
-        manifest = json.loads((other / "manifest.json").read_text())
-        manifest["tokenizer"]["sha256"] = "0" * 64
-        (other / "manifest.json").write_text(json.dumps(manifest))
-    paths = {"data": tiny_dataset, "other": other}
+    tokenizer = json.loads((tiny_dataset / "manifest.json").read_text())["tokenizer"] | {"sha256": "0" * 64}
+    paths = {"data": tiny_dataset, "other": tiny.copy_of(tiny_dataset, tmp_path / "data", tokenizer=tokenizer)}
     options = {name: value.format(**paths) if name == "data" else value for name, value in options.items()}
     with pytest.raises(UserError, match=message):
         evaluation.evaluate_run(run if of_text else task_run, [spec.format(**paths)], Options(**options))
