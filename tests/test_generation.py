@@ -3,10 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +21,6 @@ from jaxlinear.parallel import mesh as meshes
 from tests import numerics, small
 from tests.training import tiny
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
 VOCAB, WINDOW = 61, 8
 
 
@@ -35,24 +30,19 @@ def strict():
         yield
 
 
-def _model(num_layers):
-    """Its biases and decays are perturbed, so that every parameter matters."""
-    architecture = describe(
-        ModelConfig(
-            pattern=("rg_lru", "sliding_window"),
-            num_layers=num_layers,
-            vocab_size=VOCAB,
-            width=32,
-            recurrent_width=32,
-            num_heads=4,
-            window=WINDOW,
-            dtype="float32",
-        )
-    )
-    random = np.random.default_rng(0)
+SIZES = {"num_layers": 2, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4, "dtype": "float32"}
+
+
+def bound(moved=0.0, **changes):
+    """A model of these sizes. If it is ``moved``, its biases and decays are perturbed, so that every parameter matters."""
+    architecture, random = describe(ModelConfig(**(SIZES | changes))), np.random.default_rng(0)
     initial = numerics.jit(architecture.initialise)(jax.random.key(0))
-    moved = jax.tree.map(lambda x: x + 0.2 * random.standard_normal(x.shape).astype(np.float32), initial)
-    return architecture.bind(moved)
+    move = lambda x: x + moved * random.standard_normal(x.shape).astype(np.float32)  # noqa: E731
+    return architecture.bind(jax.tree.map(move, initial) if moved else initial)
+
+
+def _model(num_layers):
+    return bound(0.2, pattern=("rg_lru", "sliding_window"), num_layers=num_layers, window=WINDOW)
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +75,14 @@ def tokens(*shape, seed=0):
 @pytest.mark.parametrize("prompt", [3, 3 * WINDOW - 1])
 def test_decoding_is_one_pass(deep, layout, prompt):
     """A prompt after padding, then one token, then five at once, then one at a time past the window."""
-    text, length, pad = tokens(2, 40), 40, 5
+    text, pad = tokens(2, 40), 5
     forward = _forward(_laid_out(deep, layout))
     expected, _ = forward(text)
     padded = np.concatenate([tokens(2, pad, seed=1), text[:, :prompt]], axis=1)
-    segment_ids = np.concatenate([np.zeros((2, pad), np.int32), np.ones((2, prompt), np.int32)], axis=1)
-    logits, state = forward(padded, segment_ids)
+    segment_ids = np.repeat([[0, 1]], [pad, prompt], axis=1).astype(np.int32)
+    logits, state = forward(padded, np.repeat(segment_ids, 2, axis=0))
     parts, size = [logits[:, pad:]], jax.tree.map(jnp.shape, state)
-    for start, stop in [(prompt, prompt + 1), (prompt + 1, prompt + 6)] + [
-        (i, i + 1) for i in range(prompt + 6, length)
-    ]:
+    for start, stop in itertools.pairwise([prompt, prompt + 1, *range(prompt + 6, 41)]):
         logits, state = forward(text[:, start:stop], None, state)
         parts.append(logits)
         assert jax.tree.map(jnp.shape, state) == size
@@ -106,17 +94,13 @@ def test_state_after_packed_documents(model, length):
     """The state belongs to the row's last document, wherever that began; another id begins with an empty state."""
     forward, text = _forward(model), tokens(1, length + 6, seed=2)
     before = tokens(1, 2 * WINDOW + 8 - length % 8, seed=3)
-    row = np.concatenate([before, text[:, :length]], axis=1)
-    segment_ids = np.concatenate([np.full_like(before, 1), np.full((1, length), 2, np.int32)], axis=1)
-    _, state = forward(row, segment_ids)
+    segment_ids = np.repeat([[1, 2]], [before.size, length], axis=1).astype(np.int32)
+    _, state = forward(np.concatenate([before, text[:, :length]], axis=1), segment_ids)
     expected, _ = forward(text)
-    for i in range(length, length + 6):
-        logits, state = forward(text[:, i : i + 1], None, state)
+    another = np.full((1, 1), 7, np.int32)
+    for i, ids in [*((i, None) for i in range(length, length + 6)), (0, another), (1, another)]:
+        logits, state = forward(text[:, i : i + 1], ids, state)
         np.testing.assert_allclose(logits[:, 0], expected[:, i], rtol=0, atol=2e-5)
-    logits, state = forward(text[:, :1], np.full((1, 1), 7, np.int32), state)  # another document
-    np.testing.assert_allclose(logits[:, 0], expected[:, 0], rtol=0, atol=2e-5)
-    logits, state = forward(text[:, 1:2], np.full((1, 1), 7, np.int32), state)
-    np.testing.assert_allclose(logits[:, 0], expected[:, 1], rtol=0, atol=2e-5)
 
 
 def test_kernels_by_output_are_those_of_the_model(deep):
@@ -132,15 +116,11 @@ def test_kernels_by_output_are_those_of_the_model(deep):
 @pytest.mark.parametrize("mixer", mixers.names())
 def test_a_model_for_decoding_is_the_same_model(mixer):
     """Including square kernels, whose shape does not show which way they are laid out."""
-    sizes = {"num_layers": 1, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
-    sizes |= {"key_width": 8, "value_width": 8, "dtype": "float32"}
-    architecture = describe(ModelConfig(pattern=(mixer,), **sizes))
-    model = architecture.bind(numerics.jit(architecture.initialise)(jax.random.key(0)))
-    expected, state = _forward(model)(tokens(2, 5))
-    logits, turned_state = _forward(model.for_decoding())(tokens(2, 5))
+    model = bound(pattern=(mixer,), num_layers=1, key_width=8, value_width=8)
+    (expected, state), (logits, turned) = (_forward(x)(tokens(2, 5)) for x in (model, model.for_decoding()))
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
-    for ours, theirs in zip(jax.tree.leaves(turned_state), jax.tree.leaves(state), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(turned), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(ours, np.reshape(theirs, ours.shape), rtol=1e-5, atol=2e-5)
 
 
@@ -149,26 +129,19 @@ def test_a_model_for_decoding_is_the_same_model(mixer):
 def test_parameters_that_are_rounded_for_decoding_are_only_read_so(mixer):
     """They are rounded to bfloat16, in which they are used: outputs are equal to the last bit. They are most of the
     parameters."""
-    sizes = {"num_layers": 1, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
-    sizes |= {"key_width": 8, "value_width": 8, "dtype": "bfloat16"}
-    if mixer == "experts":
-        sizes |= {"channel_mixer": "mixture_of_experts", "experts": 4, "experts_per_token": 2, "expert_width": 16}
-    architecture = describe(ModelConfig(pattern=("gla" if mixer == "experts" else mixer,), **sizes))
-    random = np.random.default_rng(0)
-    initial = numerics.jit(architecture.initialise)(jax.random.key(0))
-    moved = jax.tree.map(lambda x: x + 0.1 * random.standard_normal(x.shape).astype(np.float32), initial)
-    model = architecture.bind(moved)
+    experts = {"channel_mixer": "mixture_of_experts", "experts": 4, "experts_per_token": 2, "expert_width": 16}
+    layers = {"pattern": ("gla",), **experts} if mixer == "experts" else {"pattern": (mixer,)}
+    model = bound(0.1, num_layers=1, key_width=8, value_width=8, **(layers | {"dtype": "bfloat16"}))
     rounded = nnx.clone(model)
     round_for_decoding(rounded, jnp.bfloat16)
     as_written = {"xla_allow_excess_precision": False}  # else XLA drops a rounding that float32 follows
-    (expected, state), (logits, other_state) = (
+    expected, found = (
         jax.jit(lambda x, made=made: made(x), compiler_options=as_written)(tokens(2, 5)) for made in (model, rounded)
     )
-    np.testing.assert_array_equal(logits, expected)
-    for ours, theirs in zip(jax.tree.leaves(other_state), jax.tree.leaves(state), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    kept = [x.size for x in jax.tree.leaves(nnx.to_pure_dict(nnx.split(rounded)[1])) if x.dtype == jnp.float32]
-    assert sum(kept) < 0.15 * architecture.num_parameters
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    sizes = [(x.size, x.dtype) for x in jax.tree.leaves(nnx.to_pure_dict(nnx.split(rounded)[1]))]
+    kept = sum(size for size, dtype in sizes if dtype == jnp.float32)
+    assert kept < 0.15 * sum(size for size, _ in sizes)
 
 
 def test_a_model_for_decoding_is_rounded_but_not_what_it_was_made_of(deep):
@@ -205,10 +178,7 @@ def test_products_by_output(rows):
 @pytest.mark.parametrize("pattern", [("attention",), ("sliding_window", "rg_lru")])
 def test_attention_has_room_for_the_text_alone(pattern, monkeypatch):
     """There is no room for its whole context or window; the text is the same."""
-    sizes = {"num_layers": 2, "vocab_size": VOCAB, "width": 32, "recurrent_width": 32, "num_heads": 4}
-    config = ModelConfig(pattern=pattern, window=64, context=64, dtype="float32", **sizes)
-    architecture = describe(config)
-    model = architecture.bind(numerics.jit(architecture.initialise)(jax.random.key(0)))
+    model = bound(pattern=pattern, window=64, context=64)
     prompts, rooms, prefill = [tokens(5), tokens(9)], [], generation._prefill
 
     def seen(*arguments):
@@ -219,9 +189,8 @@ def test_attention_has_room_for_the_text_alone(pattern, monkeypatch):
     monkeypatch.setattr(generation, "_prefill", seen)
     whole = generate(model, prompts, max_tokens=24, seed=3)  # 128 tokens at least, so all 64
     monkeypatch.setattr(generation, "_FEWEST_REMEMBERED", 8)
-    assert generate(model, prompts, max_tokens=24, seed=3) == whole
-    assert generate(model, prompts, max_tokens=8, seed=3) == [row[:8] for row in whole]
-    assert generate(model, prompts, max_tokens=9, seed=3) == [row[:9] for row in whole]  # 17 tokens, one too many
+    for most in (24, 8, 9):  # the last makes 17 tokens, one too many
+        assert generate(model, prompts, max_tokens=most, seed=3) == [row[:most] for row in whole]
     assert rooms == [{(2, 1, 64, 8)}, {(2, 1, 32, 8)}, {(2, 1, 16, 8)}, {(2, 1, 32, 8)}]
 
 
@@ -303,28 +272,20 @@ def test_rows_are_drawn_by_their_numbers(model):
 
 
 def test_stop_token(model):
-    prompt = tokens(6, seed=6)
-    whole = generate(model, [prompt, prompt], max_tokens=20, seed=1)
-    stop = whole[0][9]
-    expected = [row[: row.index(stop)] if stop in row else row for row in whole]
-    assert len(expected[0]) <= 9
-    assert generate(model, [prompt, prompt], max_tokens=20, seed=1, stop_token=stop) == expected
-    pieces = stream(model, prompt, max_tokens=20, seed=1, stop_token=stop, chunk=8)
-    assert list(itertools.chain(*pieces)) == expected[0]
-    both = [stop, whole[0][4]]
-    expected = [whole[0][: min(map(whole[0].index, both))]]
-    assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=both) == expected
-    assert list(itertools.chain(*stream(model, prompt, max_tokens=20, seed=1, stop_token=both))) == expected[0]
-    assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=np.array(both)[0]) == [
-        whole[0][: whole[0].index(stop)]
-    ]
-    assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=()) == [whole[0]]
-    first = whole[0][0]
-    assert generate(model, [prompt], max_tokens=20, seed=1, stop_token=first) == [[]]
-    for stops in (stop, both):  # an empty prompt begins with the first of them
-        assert generate(model, [[]], max_tokens=9, stop_token=stops) == generate(
-            model, [[stop]], max_tokens=9, stop_token=stops
-        )
+    prompt, options = tokens(6, seed=6), {"max_tokens": 20, "seed": 1}
+    whole = generate(model, [prompt, prompt], **options)
+    first, stop, both = whole[0][0], whole[0][9], [whole[0][9], whole[0][4]]
+    until = lambda row, *stops: row[: min([row.index(x) for x in stops if x in row], default=20)]  # noqa: E731
+    assert len(until(whole[0], stop)) <= 9
+    assert generate(model, [prompt, prompt], **options, stop_token=stop) == [until(row, stop) for row in whole]
+    for given, stops in ((both, both), (np.array(stop), [stop]), ((), []), (first, [first])):
+        assert generate(model, [prompt], **options, stop_token=given) == [until(whole[0], *stops)]
+    for given, stops in ((stop, [stop]), (both, both)):
+        pieces = stream(model, prompt, **options, stop_token=given, chunk=8)
+        assert list(itertools.chain(*pieces)) == until(whole[0], *stops)
+        # An empty prompt begins with the first of them.
+        empty, begun = (generate(model, [prompt], max_tokens=9, stop_token=given) for prompt in ([], [stop]))
+        assert empty == begun
 
 
 def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
@@ -336,29 +297,23 @@ def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
     ("options", "message"),
     [
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"max_tokens": 2.5}, "max_tokens is 2.5; it must be a whole number"),
-        ({"top_k": 1.5}, "top_k is 1.5; it must be a number of tokens"),
-        ({"vocab_size": 0}, "vocab_size is 0; it must be a whole number, at least 1"),
-        ({"vocab_size": 2.5}, "vocab_size is 2.5; it must be a whole number, at least 1"),
-        ({"stop_token": 2.5}, "stop_token is 2.5; it must be a token id or several"),
-        ({"seed": 0.5}, r"the seed is 0.5; it must be a whole number in"),
-        ({"top_k": float("inf")}, "top_k is inf; it must be a number of tokens"),
-        ({"prompts": [[1.7, 2.2]]}, r"a prompt is \[1.7, 2.2\]; it must be a list of token ids"),
-        ({"prompts": [1, 2]}, "a prompt is 1; it must be a list of token ids, and several prompts a list of such"),
-        ({"prompts": [[[1, 2], [3, 4]]]}, r"a prompt is \[\[1, 2\], \[3, 4\]\]; it must be a list of token ids"),
-        ({"prompts": ["text"]}, "a prompt is 'text'; it must be a list of token ids"),
-        ({"temperature": -0.1}, "the temperature is -0.1"),
-        ({"temperature": 1e-40}, "the temperature is 1e-40; it must be 0 .the likeliest token. or at least 1e-30"),
-        ({"temperature": float("nan")}, "the temperature is nan"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"seed": -1}, "the seed is -1"),
-        ({"prompts": []}, "there is no prompt"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5"),
+        *(({"top_k": value}, f"top_k is {value}") for value in (1.5, float("inf"), -1)),
+        *(({"vocab_size": value}, f"vocab_size is {value}; .* at least 1") for value in (0, 2.5)),
+        ({"stop_token": 2.5}, "stop_token is 2.5"),
+        *(({"seed": value}, f"seed is {value}") for value in (0.5, -1)),
+        *(({"temperature": value}, f"temperature is {value}") for value in (-0.1, float("nan"))),
+        ({"temperature": 1e-40}, "temperature is 1e-40; .* at least 1e-30"),
+        *(({"top_p": value}, f"top_p is {value}") for value in (0.0, 1.1)),
+        ({"prompts": [[1.7, 2.2]]}, r"a prompt is \[1.7, 2.2\]"),
+        ({"prompts": [1, 2]}, "a prompt is 1; .* several prompts"),
+        ({"prompts": [[[1, 2], [3, 4]]]}, r"a prompt is \[\[1, 2\], \[3, 4\]\]"),
+        ({"prompts": ["text"]}, "a prompt is 'text'"),
+        ({"prompts": []}, "no prompt"),
         ({"prompts": [[1], []]}, "a prompt is empty"),
-        ({"prompts": [[1, VOCAB]]}, "a prompt has tokens from 1 to 61; the model's tokens are 0 to 60"),
-        ({"prompts": [[1, VOCAB]], "vocab_size": VOCAB + 9}, "a prompt has tokens from 1 to 61; the model's .* 0"),
-        ({"prompts": [[-1]]}, "a prompt has tokens from -1"),
+        ({"prompts": [[1, VOCAB]]}, "tokens from 1 to 61; the model's tokens are 0 to 60"),
+        ({"prompts": [[1, VOCAB]], "vocab_size": VOCAB + 9}, "tokens from 1 to 61; the model's .* 0"),
+        ({"prompts": [[-1]]}, "tokens from -1"),
     ],
 )
 def test_refusals(model, options, message):
@@ -378,32 +333,16 @@ def test_logits_that_are_not_finite_name_no_token(model, temperature, row):
 
 def test_full_attention_generates_within_its_context():
     """It is refused beyond that, whatever the prompts' padding; a window of the same size continues."""
-    config = {"num_layers": 2, "vocab_size": VOCAB, "width": 16, "recurrent_width": 16, "num_heads": 2, "window": 20}
-
-    def make(*pattern):
-        architecture = describe(ModelConfig(pattern=pattern, context=20, dtype="float32", **config))
-        return architecture.bind(numerics.jit(architecture.initialise)(jax.random.key(0)))
-
-    model, prompts = make("sliding_window", "attention"), [tokens(5), tokens(9)]
+    make = functools.partial(bound, context=20, window=20)
+    model, prompts = make(pattern=("sliding_window", "attention")), [tokens(5), tokens(9)]
     rows = generate(model, prompts, max_tokens=11, temperature=0.0)
     text = np.concatenate([prompts[1], rows[1]])[None].astype(np.int32)
     assert np.asarray(_forward(model)(text)[0][0, 8:-1]).argmax(axis=-1).tolist() == rows[1]
-    message = "a prompt of 9 tokens and max_tokens=12 exceed model.context=20, .*; max_tokens=11 fits"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"9 tokens and max_tokens=12 exceed model.context=20, .*; max_tokens=11 fits"):
         generate(model, prompts, max_tokens=12)
     with pytest.raises(UserError, match="the prompt alone is too long"):
         list(stream(model, tokens(20), max_tokens=1))
-    assert len(generate(make("sliding_window", "rg_lru"), prompts, max_tokens=12)[0]) == 12
-
-
-def _launch(*arguments):
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "launch/generate.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        timeout=300,
-    )
+    assert len(generate(make(pattern=("sliding_window", "rg_lru")), prompts, max_tokens=12)[0]) == 12
 
 
 def test_writer(tiny_run):
@@ -428,13 +367,6 @@ def test_a_writer_stops_and_draws_as_its_tokenizer_says(tiny_run):
     assert writer.write(prompts, **options) == decoded
 
 
-def test_program(tiny_run):
-    arguments = [f"--workdir={tiny_run}", "--prompt=for x", "--max_tokens=10", "--seed=5"]
-    done = _launch(*arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == generation.Writer.open(tiny_run).write(["for x"], max_tokens=10, seed=5)[0] + "\n"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -448,6 +380,12 @@ def test_program_refuses(start, tiny_run, arguments, message):
     done = start("generate", *[argument.format(run=tiny_run) for argument in arguments])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+
+
+def test_program(start, tiny_run):
+    done = start("generate", f"--workdir={tiny_run}", "--prompt=for x", "--max_tokens=10", "--seed=5")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == generation.Writer.open(tiny_run).write(["for x"], max_tokens=10, seed=5)[0] + "\n"
 
 
 def test_a_prompt_spread_over_devices_goes_on_the_same(tiny_run):
