@@ -9,16 +9,16 @@ import shutil
 import pytest
 
 from jaxlinear import config as configs
-from jaxlinear import data, evaluation
+from jaxlinear import evaluation
 from jaxlinear.checkpoint import DIRECTORY
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation import Options, following
 from jaxlinear.sweeps.laws import points
 from jaxlinear.training import heldout
 from jaxlinear.training.workdir import CONFIG, STARTS, read_config
+from tests.training import tiny
 
 OPTIONS = Options(lengths=(1,), batches=1, batch_tokens=256, examples=8)
-TEXT = {"tokenizer": "bytes", "document_separator": "\n", "block_length": 64, "heldout_fraction": 0.2, "workers": 1}
 LATER = "2100-01-01T00:00:00+00:00"
 TASKS = ["perplexity", "parity:length=8+16"]
 
@@ -119,13 +119,12 @@ def test_what_was_evaluated_is_not_evaluated_again(followed, copied, monkeypatch
 
 
 def test_the_dataset_that_a_task_names_is_part_of_what_is_asked(copied, tiny_dataset, tmp_path):
-    text = shutil.copytree(tiny_dataset, tmp_path / "text")
+    text = tiny.copy_of(tiny_dataset, tmp_path / "text")
     own, config = f"passkey:length=128:dataset={text}", read_config(copied)
     before = following._asked(config, [own], OPTIONS)
     assert before["texts"] == {str(text): heldout.identity(tiny_dataset)} and "heldout_text" not in before
-    manifest = json.loads((text / "manifest.json").read_text())
-    manifest["tokenizer"]["sha256"] = "0" * 64
-    (text / "manifest.json").write_text(json.dumps(manifest))
+    manifest = (text / "manifest.json").read_text()
+    (text / "manifest.json").write_text(manifest.replace(json.loads(manifest)["tokenizer"]["sha256"], "0" * 64))
     assert following._asked(config, [own], OPTIONS) != before
     both = following._asked(config, ["perplexity", own], OPTIONS)
     assert both["heldout_text"] == heldout.identity(tiny_dataset) and both["texts"] != before["texts"]
@@ -190,13 +189,10 @@ def test_a_follower_that_is_killed_leaves_no_report_without_its_curves(followed,
     made = {name: value for name, value in followed[1].items() if name not in ("asked", "starts")}
     monkeypatch.setattr(following.evaluation, "evaluate_run", lambda *_: made)
 
-    class Killed(BaseException):
-        pass
-
     def kill(*_):
-        raise Killed
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(following, "_to_tensorboard", kill)
         follow(workdir)
     kept = []
@@ -240,12 +236,11 @@ def test_other_text_is_another_evaluation(workdir, monkeypatch):
 def test_a_run_that_resumes_with_other_text_and_more_steps(followed, workdir, tmp_path):
     """It does so between two checkpoints of one look: each report is of the text, and names it, of its own time."""
     shutil.rmtree(following.directory(workdir))
-    (tmp_path / "text.txt").write_text("\n".join(f"another document, number {i}" for i in range(200)))
-    data.prepare(str(tmp_path / "text.txt"), str(tmp_path / "data"), **TEXT)
+    text = tiny.prepared(tmp_path / "data", [f"another document, number {i}" for i in range(200)], heldout_fraction=0.2)
     reports = following.follow(workdir, TASKS[:1], OPTIONS, poll=0.1)
     first = next(reports)
     config = read_config(workdir)
-    config.data.heldout_path, config.training.steps = str(tmp_path / "data"), 3
+    config.data.heldout_path, config.training.steps = str(text), 3
     (workdir / CONFIG).write_text(configs.to_json(config))
     second, again = next(reports), next(reports)  # again: at the next look, of the other text
     assert [report["step"] for report in (first, second, again)] == [1, 2, 1]
@@ -297,25 +292,27 @@ def test_a_checkpoint_whose_removal_is_under_way(copied, followed, workdir, monk
     """It is removed file by file, so it still exists but cannot be read. What an earlier call found for it is not lost."""
     first, slept = workdir / DIRECTORY / "1", []
 
+    def half_removed():
+        shutil.copytree(copied / DIRECTORY / "1", first, dirs_exist_ok=True)
+        (first / "meta" / "metadata").unlink()
+
     def sleep(seconds):
         slept.append(seconds)
         if len(slept) % 3 == 0:
             shutil.rmtree(first)
 
     monkeypatch.setattr(following.time, "sleep", sleep)
-    (first / "meta" / "metadata").unlink()
+    half_removed()
     assert follow(workdir) == followed and slept == [1] * 3
     assert not caplog.records
 
-    shutil.copytree(copied / DIRECTORY / "1", first)
-    (first / "meta" / "metadata").unlink()
+    half_removed()
     (following.directory(workdir) / "1.json").unlink()
     with caplog.at_level("WARNING", logger="jaxlinear"):
         assert follow(workdir) == followed[1:]
     assert removed(1) in caplog.text
 
-    shutil.copytree(copied / DIRECTORY / "1", first)
-    (first / "meta" / "metadata").unlink()
+    half_removed()
     monkeypatch.setattr(following.time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match=r"the checkpoint .*/1 cannot be read"):  # it stays, so it is damaged
         follow(workdir)

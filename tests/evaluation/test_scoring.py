@@ -13,7 +13,6 @@ from jaxlinear.evaluation import scoring
 from jaxlinear.evaluation.scoring import Scorer
 from jaxlinear.models import load
 from jaxlinear.models.parameters import describe
-from jaxlinear.parallel import mesh as meshes
 from tests.training import tiny
 
 SHARED = tuple(range(40, 63))
@@ -107,32 +106,23 @@ def test_padding_beyond_what_attention_remembers(pattern):
     def scorer(remembered):
         config = tiny.config(model__pattern=pattern, model__num_layers=len(pattern), model__context=remembered)
         architecture = describe(configs.model_config(config))
-        run = types.SimpleNamespace(
-            mesh=meshes.make_mesh(dict.fromkeys(meshes.AXES, 1), jax.devices()[:1]),
-            architecture=architecture,
-            parameters=jax.device_put(tiny.parameters(architecture)),
-            config=config,
-            program=lambda name, make: make(),
-        )
-        return Scorer(run, 4096)
+        parts = {"mesh": tiny.mesh(), "architecture": architecture, "config": config}
+        parameters = jax.device_put(tiny.parameters(architecture))
+        return Scorer(types.SimpleNamespace(**parts, parameters=parameters, program=lambda name, make: make()), 4096)
 
     short, long = scorer(32), scorer(64)
     np.testing.assert_allclose([x for x, _ in short.score(pairs)], [x for x, _ in long.score(pairs)], rtol=1e-5)
     np.testing.assert_allclose(short.whole([document]), long.whole([document]), rtol=1e-5)
 
 
-def test_a_score_that_is_no_number(run, monkeypatch):
+def test_refusals(tiny_run, run, monkeypatch):
+    with pytest.raises(UserError, match="not the time of each row; leave --mesh=sequence out"):
+        Scorer(evaluation.open_run(tiny_run, 2, ["sequence=2"]), 128)
     scorer = Scorer(run, 128)
     scores = scorer._continuations
     monkeypatch.setattr(scorer, "_continuations", lambda *given: (scores(*given)[0] * np.nan, given[-2][:, 0]))
     with pytest.raises(UserError, match=r"the scores of 2 of 2 texts are not finite: the model's own values are not"):
         scorer.score([(SHARED, (1, 2)), (SHARED, (2, 3))])
-
-
-def test_refusals(tiny_run, run, monkeypatch):
-    with pytest.raises(UserError, match="not the time of each row; leave --mesh=sequence out"):
-        Scorer(evaluation.open_run(tiny_run, 2, ["sequence=2"]), 128)
-    scorer = Scorer(run, 128)
     monkeypatch.setattr(scorer, "_context", 30)
     with pytest.raises(UserError, match=r"a text of 31 tokens is longer than model.context=30"):
         scorer.score([(SHARED, tuple(range(8)))])
