@@ -2,6 +2,8 @@
 
 import json
 import math
+import pathlib
+import re
 
 import pytest
 
@@ -10,22 +12,14 @@ from jaxlinear.errors import UserError
 from jaxlinear.models import mixers, presets
 from jaxlinear.training import workdir
 from tests.golden import rewrite
+from tests.training import tiny
 
-SMALL = {
-    "model.pattern": ("rg_lru", "sliding_window"),
-    "model.num_layers": 2,
-    "model.width": 16,
-    "model.num_heads": 2,
-    "model.window": 4,
-}
+SMALL = {"model.pattern": ("rg_lru", "sliding_window"), "model.num_layers": 2, "model.width": 16}
+SMALL |= {"model.num_heads": 2, "model.window": 4}
 
 
 def changed(changes):
-    config = configs.default()
-    for key, value in (SMALL | changes).items():
-        section, name = key.split(".")
-        config[section][name] = value
-    return config
+    return tiny.put(configs.default(), SMALL | changes)
 
 
 def flat(config):
@@ -91,136 +85,119 @@ NOT_NEGATIVE = (
 )
 
 
+def refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        configs.resolve(changed(changes))
+
+
 @pytest.mark.parametrize("key", AT_LEAST_1)
 def test_counts_are_at_least_1(key):
-    with pytest.raises(UserError, match=rf"^{key} is 0; it must be at least 1$"):
-        configs.resolve(changed({key: 0}))
+    refused({key: 0}, rf"^{key} is 0; it must be at least 1$")
 
 
 @pytest.mark.parametrize("key", NOT_NEGATIVE)
 def test_rates_and_weights_are_not_negative(key):
     default = configs.KEYS[key][0]
     whole = isinstance(default.value if isinstance(default, configs.OrPreset) else default, int)
-    with pytest.raises(UserError, match=rf"^{key} is -1(\.0)?; it must not be negative$"):
-        configs.resolve(changed({key: -1 if whole else -1.0}))
+    refused({key: -1 if whole else -1.0}, rf"^{key} is -1(\.0)?; it must not be negative$")
     if not whole:
-        with pytest.raises(UserError, match=rf"^{key} is nan; "):
-            configs.resolve(changed({key: math.nan}))
-        with pytest.raises(UserError, match=rf"^{key} is inf; it must be finite$"):
-            configs.resolve(changed({key: math.inf}))
+        refused({key: math.nan}, rf"^{key} is nan; ")
+        refused({key: math.inf}, rf"^{key} is inf; it must be finite$")
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"model.dtype": "float16"}, "model.dtype is 'float16'; it must be one of bfloat16, float32"),
-        ({"model.remat": "some"}, "model.remat is 'some'; it must be one of none, elementwise, products, full"),
-        ({"parallel.exchange": "ring"}, "parallel.exchange is 'ring'; it must be one of auto, all_gather, doubling"),
-        ({"parallel.attention": "none"}, "parallel.attention is 'none'; it must be one of auto, all_gather, ring"),
-        ({"optimizer.epsilon": 0.0}, "optimizer.epsilon is 0.0; it must be at least 1.2e-38, the smallest normal"),
-        ({"optimizer.epsilon": 1e-40}, "optimizer.epsilon is 1e-40; it must be at least 1.2e-38, the smallest normal"),
-        ({"optimizer.name": "sgd"}, "optimizer.name is 'sgd'; it must be one of adamw, adafactor, muon"),
-        ({"schedule.name": "step"}, "schedule.name is 'step'; it must be one of cosine, linear, wsd, constant"),
-        ({"model.preset": "griffin"}, "there is no preset 'griffin'; the presets are hawk_100m"),
-        ({"model.pattern": ()}, "model.pattern is empty; it must name at least one mixer"),
-        ({"model.pattern": (5,)}, r"model.pattern is \(5,\); it must be names of mixers"),
-        ({"model.pattern": ("mamba3",)}, "there is no mixer 'mamba3'; the mixers are "),
-        ({"model.num_heads": 3}, "model.num_heads=3 does not divide model.width=16"),
-        ({"model.window": 2**31}, r"model.window is 2147483648; it must be below 2\*\*31"),
-        ({"model.context": 10**12}, r"model.context is 1000000000000; it must be below 2\*\*31"),
-        ({"model.rotary_fraction": 1.5}, "model.rotary_fraction is 1.5; it must be between 0 and 1"),
-        ({"model.num_heads": 8}, "model.rotary_fraction=0.5 rotates no pair of the 2 channels of a head of"),
-        (
-            {"model.pattern": ("retention",), "model.key_width": 3, "model.window": None, "model.bias": None},
-            "model.rotary_fraction=0.5 rotates no pair of the 3 channels of a head of retention",
-        ),
-        ({"model.norm_offset": 0.5}, "model.norm_offset is 0.5; it must be 0 or 1"),
-        ({"model.rotary_fraction": -0.5}, "model.rotary_fraction is -0.5; it must be between 0 and 1"),
-        *(
-            ({f"model.{name}": value}, f"^model.{name} is {value}; it must be above 0 and finite$")
-            for name in ("mlp_expansion", "rotary_base")
-            for value in (0.0, -1.0, math.inf, math.nan)
-        ),
-        *(
-            ({"model.channel_mixer": "mixture_of_experts"} | changes, message)
-            for changes, message in (
-                ({}, "channel_mixer='mixture_of_experts' needs model.experts; it is 0"),
-                ({"model.experts": 2, "model.expert_width": 3}, "needs model.experts_per_token; it is 0"),
-                ({"model.experts": 2, "model.experts_per_token": 1}, "needs model.expert_width; it is 0"),
-                (
-                    {"model.experts": 2, "model.experts_per_token": 3, "model.expert_width": 3},
-                    "model.experts_per_token=3 must be at most model.experts=2",
-                ),
-            )
-        ),
-        *(
-            (
-                {chooser: choice, key: value},
-                f"^{key}={value!r} does nothing for {chooser}={choice}: only {readers} it; leave it",
-            )
-            for chooser, choice, key, value, readers in (
-                ("model.channel_mixer", "gated_mlp", "model.experts", 2, "mixture_of_experts reads"),
-                ("model.channel_mixer", "none", "model.expert_width", 2, "mixture_of_experts reads"),
-                ("model.channel_mixer", "none", "model.mlp_expansion", 2.0, "gated_mlp reads"),
-                ("model.channel_mixer", "none", "model.mlp_activation", "silu", "gated_mlp, mixture_of_experts read"),
-                ("model.channel_mixer", "gated_mlp", "training.load_balance_loss", 0.1, "mixture_of_experts reads"),
-                ("model.channel_mixer", "gated_mlp", "training.router_z_loss", 0.1, "mixture_of_experts reads"),
-                ("optimizer.name", "adamw", "optimizer.muon_learning_rate", 0.1, "muon reads"),
-                ("optimizer.name", "adafactor", "optimizer.beta1", 0.5, "adamw, muon read"),
-                ("optimizer.name", "adafactor", "optimizer.beta2", 0.5, "adamw, muon read"),
-                ("optimizer.name", "adafactor", "optimizer.epsilon", 0.5, "adamw, muon read"),
-                ("schedule.name", "cosine", "schedule.decay_fraction", 0.5, "wsd reads"),
-                ("schedule.name", "constant", "schedule.final_fraction", 0.5, "cosine, linear, wsd read"),
-            )
-        ),
-        ({"evaluation.every_steps": 0, "evaluation.tasks": ("mqarx",)}, r"^evaluation.tasks=\('mqarx',\) does nothing"),
-        (
-            {"model.pattern": ("mamba",), "model.window": None, "model.selection_norm_epsilon": 1e-5},
-            "^model.selection_norm_epsilon=1e-05 does nothing without model.selection_norm; set that, or leave model.sele",
-        ),
-        ({"evaluation.tasks": (1,)}, r"^evaluation.tasks is \(1,\); it must be names of tasks$"),
-        ({"model.num_layers": 1}, "^model.window=4 does nothing for model.pattern=rg_lru: only sliding_window reads"),
-        ({"training.microbatches": 3}, "training.microbatches=3 does not divide training.batch_size=8"),
-        ({"training.seed": -1}, r"^training.seed is -1; it must be in \[0, 2\*\*63\)$"),
-        ({"training.seed": 1 << 63}, r"^training.seed is 9223372036854775808; it must be in \[0, 2\*\*63\)$"),
-        ({"training.steps": 99}, "schedule.warmup_steps=100 must be at most training.steps=99"),
-        ({"schedule.decay_fraction": 0.0}, r"schedule.decay_fraction is 0.0; it must be in \(0, 1\]"),
-        ({"schedule.final_fraction": 10.0}, r"schedule.final_fraction is 10.0; it must be in \[0, 1\]"),
-        ({"schedule.decay_fraction": 1.5}, r"schedule.decay_fraction is 1.5; it must be in \(0, 1\]"),
-        ({"optimizer.beta1": 1.0}, r"optimizer.beta1 is 1.0; it must be in \[0, 1\)"),
-        ({"optimizer.beta2": -0.1}, r"optimizer.beta2 is -0.1; it must be in \[0, 1\)"),
-        ({"optimizer.learning_rate": None}, "optimizer.learning_rate is None; it needs a value"),
-        ({"checkpoint.keep_best": 1, "evaluation.every_steps": 0}, "keep_best needs held-out losses: set evaluation"),
-        (
-            {
-                "checkpoint.keep_best": 1,
-                "checkpoint.every_steps": 30,
-                "evaluation.every_steps": 40,
-                "training.steps": 100,
-            },
-            "no checkpoint before the end at step 100 is also evaluated",
-        ),
-        (
-            {
-                "checkpoint.keep_best": 1,
-                "checkpoint.every_steps": 25,
-                "evaluation.every_steps": 20,
-                "training.steps": 100,
-            },
-            "make the first a multiple of the second",
-        ),
-        ({"logging.profile_step": 101, "training.steps": 100}, "profile_step=101: there is no such step"),
-        (
-            {"logging.profile_step": 1, "training.steps": 1, "schedule.warmup_steps": 1},
-            "profile_step=1: there is no such step after the first one",
-        ),
-        ({"mesh.fsdp": 0}, "mesh.fsdp is 0; it must be a number of devices, or -1 for those that are left"),
-        ({"mesh.data": -2}, "mesh.data is -2; it must be a number of devices"),
+ONE_OF = {
+    "model.dtype": ("float16", "bfloat16, float32"),
+    "model.remat": ("some", "none, elementwise, products, full"),
+    "parallel.exchange": ("ring", "auto, all_gather, doubling"),
+    "parallel.attention": ("none", "auto, all_gather, ring"),
+    "optimizer.name": ("sgd", "adamw, adafactor, muon"),
+    "schedule.name": ("step", "cosine, linear, wsd, constant"),
+}
+BETWEEN = {
+    "must be above 0 and finite": [
+        (f"model.{name}", value)
+        for name in ("mlp_expansion", "rotary_base")
+        for value in (0.0, -1.0, math.inf, math.nan)
     ],
-)
+    "must be between 0 and 1": [("model.rotary_fraction", value) for value in (1.5, -0.5)],
+    r"must be in \(0, 1\]": [("schedule.decay_fraction", value) for value in (0.0, 1.5)],
+    r"must be in \[0, 1\]": [("schedule.final_fraction", 10.0)],
+    r"must be in \[0, 1\)": [("optimizer.beta1", 1.0), ("optimizer.beta2", -0.1)],
+    r"must be in \[0, 2\*\*63\)": [("training.seed", value) for value in (-1, 1 << 63)],
+    r"must be below 2\*\*31": [("model.window", 2**31), ("model.context", 10**12)],
+    "must be 0 or 1": [("model.norm_offset", 0.5)],
+    "at least 1.2e-38, the smallest normal": [("optimizer.epsilon", value) for value in (0.0, 1e-40)],
+    "must be a number of devices, or -1": [("mesh.fsdp", 0), ("mesh.data", -2)],
+    "needs a value": [("optimizer.learning_rate", None)],
+}
+# What chooses, its choice, a key that does nothing for it, its value, and what reads it.
+UNREAD = [
+    ("model.channel_mixer", "gated_mlp", "model.experts", 2, "mixture_of_experts reads"),
+    ("model.channel_mixer", "none", "model.expert_width", 2, "mixture_of_experts reads"),
+    ("model.channel_mixer", "none", "model.mlp_expansion", 2.0, "gated_mlp reads"),
+    ("model.channel_mixer", "none", "model.mlp_activation", "silu", "gated_mlp, mixture_of_experts read"),
+    ("model.channel_mixer", "gated_mlp", "training.load_balance_loss", 0.1, "mixture_of_experts reads"),
+    ("model.channel_mixer", "gated_mlp", "training.router_z_loss", 0.1, "mixture_of_experts reads"),
+    ("optimizer.name", "adamw", "optimizer.muon_learning_rate", 0.1, "muon reads"),
+    *(
+        ("optimizer.name", "adafactor", f"optimizer.{x}", 0.5, "adamw, muon read")
+        for x in ("beta1", "beta2", "epsilon")
+    ),
+    ("schedule.name", "cosine", "schedule.decay_fraction", 0.5, "wsd reads"),
+    ("schedule.name", "constant", "schedule.final_fraction", 0.5, "cosine, linear, wsd read"),
+]
+EXPERTS = [
+    ({}, "channel_mixer='mixture_of_experts' needs model.experts; it is 0"),
+    ({"experts": 2, "expert_width": 3}, "needs model.experts_per_token; it is 0"),
+    ({"experts": 2, "experts_per_token": 1}, "needs model.expert_width; it is 0"),
+    ({"experts": 2, "experts_per_token": 3, "expert_width": 3}, "experts_per_token=3 must be at most model.experts=2"),
+]
+BEST, FIRST = {"checkpoint.keep_best": 1, "training.steps": 100}, {"logging.profile_step": 1, "training.steps": 1}
+ALONE = {"model.window": None, "model.bias": None}
+CANNOT_WORK = [
+    *(({key: value}, f"^{key} is '{value}'; it must be one of {those}$") for key, (value, those) in ONE_OF.items()),
+    *(({key: x}, rf"^{key} is {re.escape(str(x))}; .*{must}") for must, keys in BETWEEN.items() for key, x in keys),
+    *(
+        ({chooser: choice, key: x}, f"^{key}={x!r} does nothing for {chooser}={choice}: only {readers} it; leave it")
+        for chooser, choice, key, x, readers in UNREAD
+    ),
+    *(
+        ({"model.channel_mixer": "mixture_of_experts"} | {f"model.{name}": x for name, x in sizes.items()}, message)
+        for sizes, message in EXPERTS
+    ),
+    ({"model.preset": "griffin"}, "there is no preset 'griffin'; the presets are hawk_100m"),
+    ({"model.pattern": ()}, "model.pattern is empty; it must name at least one mixer"),
+    ({"model.pattern": (5,)}, r"model.pattern is \(5,\); it must be names of mixers"),
+    ({"model.pattern": ("mamba3",)}, "there is no mixer 'mamba3'; the mixers are "),
+    ({"model.num_heads": 3}, "model.num_heads=3 does not divide model.width=16"),
+    ({"model.num_heads": 8}, "model.rotary_fraction=0.5 rotates no pair of the 2 channels of a head of"),
+    (
+        ALONE | {"model.pattern": ("retention",), "model.key_width": 3},
+        "no pair of the 3 channels of a head of retention",
+    ),
+    ({"evaluation.every_steps": 0, "evaluation.tasks": ("mqarx",)}, r"^evaluation.tasks=\('mqarx',\) does nothing"),
+    (
+        {"model.pattern": ("mamba",), "model.window": None, "model.selection_norm_epsilon": 1e-5},
+        "^model.selection_norm_epsilon=1e-05 does nothing without model.selection_norm; .* leave model.sele",
+    ),
+    ({"evaluation.tasks": (1,)}, r"^evaluation.tasks is \(1,\); it must be names of tasks$"),
+    ({"model.num_layers": 1}, "^model.window=4 does nothing for model.pattern=rg_lru: only sliding_window reads"),
+    ({"training.microbatches": 3}, "training.microbatches=3 does not divide training.batch_size=8"),
+    ({"training.steps": 99}, "schedule.warmup_steps=100 must be at most training.steps=99"),
+    ({"checkpoint.keep_best": 1, "evaluation.every_steps": 0}, "keep_best needs held-out losses: set evaluation"),
+    (
+        BEST | {"checkpoint.every_steps": 30, "evaluation.every_steps": 40},
+        "no checkpoint before the end at step 100 is",
+    ),
+    (BEST | {"checkpoint.every_steps": 25, "evaluation.every_steps": 20}, "make the first a multiple of the second"),
+    ({"logging.profile_step": 101, "training.steps": 100}, "profile_step=101: there is no such step"),
+    (FIRST | {"schedule.warmup_steps": 1}, "profile_step=1: there is no such step after the first one"),
+]
+
+
+@pytest.mark.parametrize("changes, message", CANNOT_WORK)
 def test_what_cannot_work_is_refused_with_its_reason(changes, message):
-    with pytest.raises(UserError, match=message):
-        configs.resolve(changed(changes))
+    refused(changes, message)
 
 
 def test_a_run_too_short_for_checkpoints_on_the_way_may_keep_the_best():
@@ -229,19 +206,9 @@ def test_a_run_too_short_for_checkpoints_on_the_way_may_keep_the_best():
 
 
 OTHER = dict.fromkeys((name for name in mixers.readers() if name not in ("bias", "num_heads")), 2) | {
-    "key_width": 4,
-    "feature_map": "elu",
-    "discretization": "bilinear",
-    "rotary_fraction": 0.25,
-    "rotary_base": 500.0,
-    "rotary_scaling": 2.0,
-    "output_norm_epsilon": 0.25,
-    "selection_norm": True,
-    "selection_norm_epsilon": 0.25,
-    "head_norm": "rms",
-    "output_gate": "silu",
-    "gate_bias": True,
-    "negative_eigenvalues": True,
+    **{"key_width": 4, "feature_map": "elu", "discretization": "bilinear", "head_norm": "rms", "output_gate": "silu"},
+    **{"rotary_fraction": 0.25, "rotary_base": 500.0, "rotary_scaling": 2.0, "output_norm_epsilon": 0.25},
+    **{"selection_norm": True, "selection_norm_epsilon": 0.25, "gate_bias": True, "negative_eigenvalues": True},
 }
 # Which other keys have to be set for a key to be read.
 BESIDE = {"rotary_context": {"rotary_scaling": 2.0}, "selection_norm_epsilon": {"selection_norm": True}}
@@ -268,54 +235,51 @@ def test_what_no_mixer_of_the_pattern_reads_is_refused(name):
         assert configs.resolve(alone).model[name] == default
 
 
-def test_biases_are_of_the_channel_mixer_or_of_attention():
-    def resolved(mixer, channel_mixer, bias):
-        config = changed({"model.pattern": (mixer,), "model.window": None, "model.bias": bias})
-        config.model.channel_mixer = channel_mixer
-        return configs.resolve(config).model.bias
+def with_bias(mixer, channel_mixer, bias):
+    model = {"pattern": (mixer,), "window": None, "bias": bias, "channel_mixer": channel_mixer}
+    return changed({f"model.{name}": value for name, value in model.items()})
 
-    assert resolved("attention", "none", False) is resolved("rg_lru", "gated_mlp", False) is False
-    assert resolved("rg_lru", "none", True) is True
+
+def test_biases_are_of_the_channel_mixer_or_of_attention():
+    """What nothing reads makes no other run."""
+    for mixer, channel_mixer, bias in (
+        ("attention", "none", False),
+        ("rg_lru", "gated_mlp", False),
+        ("rg_lru", "none", True),
+    ):
+        assert configs.resolve(with_bias(mixer, channel_mixer, bias)).model.bias is bias
     with pytest.raises(UserError) as refusal:
-        resolved("rg_lru", "none", False)
+        configs.resolve(with_bias("rg_lru", "none", False))
     assert str(refusal.value) == (
         "model.bias=False does nothing for model.channel_mixer=none and model.pattern=rg_lru: only gated_mlp, "
         "mixture_of_experts, attention, sliding_window read it; leave it at True"
     )
-
-
-def test_what_nothing_reads_makes_no_other_run(tmp_path):
-    def made(channel_mixer, bias):
-        config = changed({"model.pattern": ("mamba2",), "model.window": None, "model.bias": bias})
-        config.model.channel_mixer = channel_mixer
-        return config
-
-    workdir.check_same_run(tmp_path, made("none", False), made("none", True))
+    run = pathlib.Path("run")
+    workdir.check_same_run(run, with_bias("mamba2", "none", False), with_bias("mamba2", "none", True))
     with pytest.raises(UserError, match=r"model\.bias is False there and True in this config"):
-        workdir.check_same_run(tmp_path, made("gated_mlp", False), made("gated_mlp", True))
+        workdir.check_same_run(run, with_bias("mamba2", "gated_mlp", False), with_bias("mamba2", "gated_mlp", True))
 
 
 def test_heads_that_nothing_reads():
     """Their number may be missing or anything, and need not divide the width: a config that names all sizes has one."""
     config = configs.default()
-    config.model.preset, config.model.width = "mamba2_6m", 257
-    assert configs.resolve(config).model.num_heads == 8
-    config.model.num_heads = 2
-    assert configs.resolve(config).model.num_heads == 2
+
+    def heads(**changes):
+        config.model.update(changes)
+        return configs.resolve(config).model.num_heads
+
+    assert heads(preset="mamba2_6m", width=257) == 8
+    assert heads(num_heads=2) == 2
     configs.forget_unread(config, ["model.pattern"])
-    assert configs.resolve(config).model.num_heads == 2
+    assert heads() == 2
     config = changed({"model.pattern": ("lru",), "model.num_heads": None, "model.window": None})
-    assert configs.resolve(config).model.num_heads == 1
-    config.model.pattern = ("lru", "gla")
+    assert heads() == 1
     with pytest.raises(UserError, match=r"^without model.preset these keys need a value: model.num_heads$"):
-        configs.resolve(config)
-    config.model.recurrent_heads = 2  # gla then reads these instead
-    assert configs.resolve(config).model.num_heads == 1
-    config.model.num_heads = 3  # does not divide the width
-    assert configs.resolve(config).model.num_heads == 3
-    config.model.pattern = ("gla", "attention")
+        heads(pattern=("lru", "gla"))
+    assert heads(recurrent_heads=2) == 1  # gla then reads these instead
+    assert heads(num_heads=3) == 3  # does not divide the width
     with pytest.raises(UserError, match=r"model.num_heads=3 does not divide model.width"):
-        configs.resolve(config)
+        heads(pattern=("gla", "attention"))
 
 
 def test_what_a_preset_says_and_another_pattern_does_not_read_may_stand():
@@ -331,33 +295,31 @@ def test_what_a_preset_says_and_another_pattern_does_not_read_may_stand():
 
 def test_what_is_changed_may_leave_what_the_file_says_without_a_reader():
     of_a_file = {"optimizer.name": "muon", "optimizer.muon_learning_rate": 0.05, "optimizer.beta1": 0.5}
-
-    def forgotten(changes):
-        config = changed(of_a_file | changes)
-        configs.forget_unread(config, list(changes))
-        after = flat(config)
-        return {key: after[key] for key, value in flat(changed(of_a_file | changes)).items() if after[key] != value}
-
-    assert forgotten({"training.seed": 3}) == forgotten({"optimizer.name": "muon"}) == {}
-    assert forgotten({"optimizer.name": "adamw"}) == {"optimizer.muon_learning_rate": 0.02}
-    assert forgotten({"optimizer.name": "adafactor"}) == {"optimizer.muon_learning_rate": 0.02, "optimizer.beta1": 0.9}
-    assert forgotten({"model.pattern": ("gla", "gla")}) == forgotten({"model.num_layers": 1}) == {"model.window": None}
     of_a_file |= {"evaluation.tasks": ("parity",), "evaluation.examples": 77}  # how many examples may stay
-    assert forgotten({"evaluation.every_steps": 0}) == {"evaluation.tasks": ()}
-    # What was changed explicitly stays, for `resolve` to refuse; so does what had no reader before.
-    assert forgotten({"optimizer.name": "adamw", "optimizer.muon_learning_rate": 0.1}) == {}
-    assert forgotten({"optimizer.name": "adamw", "schedule.decay_fraction": 0.1}) == {
-        "optimizer.muon_learning_rate": 0.02
-    }
+    rate, beta, window = {"optimizer.muon_learning_rate": 0.02}, {"optimizer.beta1": 0.9}, {"model.window": None}
+    for changes, forgotten in (
+        ({"training.seed": 3}, {}),
+        ({"optimizer.name": "muon"}, {}),
+        ({"optimizer.name": "adamw"}, rate),
+        ({"optimizer.name": "adafactor"}, rate | beta),
+        ({"model.pattern": ("gla", "gla")}, window),
+        ({"model.num_layers": 1}, window),
+        ({"evaluation.every_steps": 0}, {"evaluation.tasks": ()}),
+        # What was changed explicitly stays, for `resolve` to refuse; so does what had no reader before.
+        ({"optimizer.name": "adamw", "optimizer.muon_learning_rate": 0.1}, {}),
+        ({"optimizer.name": "adamw", "schedule.decay_fraction": 0.1}, rate),
+    ):
+        config = changed(of_a_file | changes)
+        before = flat(config)
+        configs.forget_unread(config, list(changes))
+        assert {key: value for key, value in flat(config).items() if value != before[key]} == forgotten
 
 
 def test_without_a_preset_the_shapes_have_to_be_named():
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError, match=r"^without model.preset these keys need a value: ") as refusal:
         configs.resolve(configs.default())
-    named = str(refusal.value).removeprefix("without model.preset these keys need a value: ").split(", ")
-    assert set(named) == {f"model.{name}" for name in ("pattern", "num_layers", "width", "num_heads")} | {
-        "model.recurrent_width"
-    }
+    shapes = ("pattern", "num_layers", "width", "num_heads", "recurrent_width")
+    assert set(str(refusal.value).split(": ")[1].split(", ")) == {f"model.{name}" for name in shapes}
 
 
 def test_resolve_fills_in_what_follows():
@@ -399,16 +361,14 @@ def test_json_of_an_earlier_version():
 @pytest.mark.parametrize("path", rewrite.files(), ids=lambda path: path.stem)
 def test_golden(path):
     golden = rewrite.GOLDEN / f"{path.stem}.json"
-    advice = f"{path.name} resolves to something else than {golden.name}; if that is meant: {rewrite.COMMAND}"
     assert golden.is_file(), f"{golden} is missing: {rewrite.COMMAND}"
+    advice = f"{path.name} resolves to something else than {golden.name}; if that is meant: {rewrite.COMMAND}"
     assert rewrite.resolved_text(path) == golden.read_text(encoding="utf-8"), advice
 
 
 def test_no_golden_file_is_left_over():
-    assert rewrite.files()
-    assert {path.stem for path in rewrite.GOLDEN.glob("*.json")} == {path.stem for path in rewrite.files()}, (
-        rewrite.COMMAND
-    )
+    files = {path.stem for path in rewrite.files()}
+    assert files and {path.stem for path in rewrite.GOLDEN.glob("*.json")} == files, rewrite.COMMAND
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

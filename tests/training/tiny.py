@@ -47,16 +47,20 @@ def config(**changes):
         if not set(mixers.readers()[name]) & set(pattern):
             del values[f"model__{name}"]
     named = {key.replace("__", "."): value for key, value in (values | changes).items()}
-    return configs.resolve(changed(configs.default(), named))
+    return configs.resolve(put(configs.default(), named))
+
+
+def put(config, changes):
+    """``config`` itself, with other values of its keys, ``{"section.key": value}``."""
+    for key, value in changes.items():
+        section, name = key.split(".")
+        config[section][name] = value
+    return config
 
 
 def changed(config, changes):
-    """A copy of ``config`` with other values of its keys, ``{"section.key": value}``."""
-    made = config.copy_and_resolve_references()
-    for key, value in changes.items():
-        section, name = key.split(".")
-        made[section][name] = value
-    return made
+    """A copy of ``config`` with other values of its keys."""
+    return put(config.copy_and_resolve_references(), changes)
 
 
 def prepared(path, documents, **options):
