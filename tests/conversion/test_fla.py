@@ -12,16 +12,9 @@ from jaxlinear.conversion.family import Fields
 from jaxlinear.conversion.fla import delta_net, gated_deltanet, gla, hgrn, retnet
 from jaxlinear.models.parameters import describe
 from tests import small
+from tests.conversion import converted
 from tests.conversion import fla_reference as reference
-from tests.conversion.converted import (
-    MODELS,
-    arrays,
-    assert_same_bits,
-    assert_same_logits,
-    refused,
-    tensors,
-    write_tensors,
-)
+from tests.conversion.converted import MODELS, arrays, assert_same_bits, assert_same_logits, refused, tensors
 
 
 def saved(directory, fields):
@@ -29,7 +22,7 @@ def saved(directory, fields):
     drawn = reference.draw(fields)
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(fields))
-    write_tensors(directory / "model.safetensors", drawn)
+    converted.write_tensors(directory / "model.safetensors", drawn)
     return drawn
 
 
@@ -64,7 +57,7 @@ def test_a_norm_that_is_there_under_both_names(tmp_path):
     drawn = saved(tmp_path / "saved", reference.MODELS["gla"])
     usual = "model.layers.1.attn.g_norm_swish_gate.weight"
     other = usual.replace("g_norm_swish_gate", "g_norm")
-    write_tensors(tmp_path / "saved" / "model.safetensors", drawn | {other: drawn[usual] + 1})
+    converted.write_tensors(tmp_path / "saved" / "model.safetensors", drawn | {other: drawn[usual] + 1})
     refused(f"the tensor {other} does not belong to this model$", tmp_path / "saved", tmp_path / "run")
 
 
@@ -81,23 +74,16 @@ def test_files_of_2024(tmp_path):
         gate, up = (drawn[f"{there}.mlp.{name}_proj.weight"] for name in ("gate", "up"))
         old[f"{there}.mlp.gate_proj.weight"] = np.concatenate([gate, up])
         old[f"{there}.attn.D"] = np.ones(3, np.float32)
-    write_tensors(tmp_path / "saved" / "model.safetensors", old)
+    converted.write_tensors(tmp_path / "saved" / "model.safetensors", old)
     import_weights(tmp_path / "saved", tmp_path / "old")
     assert_same_bits(arrays(tmp_path / "old"), arrays(tmp_path / "run"))
 
 
 # Parameter counts of the models that the package makes by default.
-DEFAULTS = {
-    "gla": 1_365_514_240,
-    "gated_deltanet": 1_387_348_732,
-    "gated_deltaproduct": 1_387_090_432,
-    "delta_net": 1_365_677_056,
-    "hgrn": 1_364_396_032,
-    "hgrn2": 1_364_396_032,
-    "kda": 1_390_941_568,
-    "retnet": 1_351_727_104,
-    "transformer": 1_364_297_728,
-}
+DEFAULTS = dict(
+    **dict(gla=1_365_514_240, gated_deltanet=1_387_348_732, gated_deltaproduct=1_387_090_432, delta_net=1_365_677_056),
+    **dict(hgrn=1_364_396_032, hgrn2=1_364_396_032, kda=1_390_941_568, retnet=1_351_727_104, transformer=1_364_297_728),
+)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

@@ -17,24 +17,13 @@ from jaxlinear.data.tokenizer import train_bpe
 from jaxlinear.errors import UserError
 from jaxlinear.evaluation.run import open_run
 from jaxlinear.training import workdir as workdirs
-from tests.conversion.converted import (
-    MODELS,
-    arrays,
-    assert_nothing_in,
-    assert_same_bits,
-    layout,
-    refused,
-    rewrite,
-    run,
-    set_fields,
-    tensors,
-    write_tensors,
-)
+from tests.conversion import converted
+from tests.conversion.converted import arrays, assert_nothing_in, assert_same_bits, layout, refused, tensors
 from tests.data.test_tokenizer import train_sentencepiece
 
 
 @pytest.mark.slow(but_nth=3)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", converted.MODELS)
 def test_round_trip(made, tmp_path, name):
     """Export, import, export again: the same arrays, the same tensors, the same model."""
     source, exported = made(name)
@@ -74,7 +63,7 @@ def test_the_tokenizer_comes_along(copied, tmp_path):
     random = np.random.default_rng(0)
     grow = ("model.embed_tokens.weight", "lm_head.weight")
     wide = {name: random.standard_normal((300, 16)).astype(np.float32) for name in grow}
-    rewrite(source, lambda values: values | wide, vocab_size=300, bos_token_id=257, eos_token_id=3)
+    converted.rewrite(source, lambda values: values | wide, vocab_size=300, bos_token_id=257, eos_token_id=3)
     (source / "tokenizer.json").write_text(json.dumps(content))
     import_weights(source, tmp_path / "run")
     assert load_tokenizer(tmp_path / "run").document_token_name == "<s>"
@@ -118,8 +107,8 @@ def test_other_dtypes_are_widened(copied, tmp_path):
     source = copied("llama")
     kinds = (ml_dtypes.bfloat16, np.float16, np.float32)
     values = {name: x.astype(kinds[i % 3]) for i, (name, x) in enumerate(tensors(source).items())}
-    write_tensors(source / "model.safetensors", values)
-    set_fields(source, {"torch_dtype": "bfloat16"})
+    converted.write_tensors(source / "model.safetensors", values)
+    converted.set_fields(source, {"torch_dtype": "bfloat16"})
     import_weights(source, tmp_path / "run")
     assert workdirs.read_config(tmp_path / "run").model.dtype == "bfloat16"
     export_weights(tmp_path / "run", tmp_path / "exported")
@@ -128,7 +117,7 @@ def test_other_dtypes_are_widened(copied, tmp_path):
 
 def test_norms_of_another_parameterisation(tmp_path):
     """A transformer trained with norms whose scale begins at 0: in the exported format the scale is 1 more."""
-    run(tmp_path / "run", **MODELS["llama"] | {"norm_offset": 1.0})
+    converted.run(tmp_path / "run", **converted.MODELS["llama"] | {"norm_offset": 1.0})
     export_weights(tmp_path / "run", tmp_path / "exported")
     scale = arrays(tmp_path / "run")["norm.scale"]
     np.testing.assert_array_equal(tensors(tmp_path / "exported")["model.norm.weight"], 1 + scale)

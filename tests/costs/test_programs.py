@@ -13,28 +13,27 @@ MESH = {"data": 2, "sequence": 4}
 # A loop of three trips, known from what its counter is compared with, around a gather that goes on through a chain of
 # fusions, as on TPU; and one of five trips, stated as such, around a gather with a start and an end, as on GPU. The last
 # gather is on a SparseCore.
+CHAIN = """channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}, \
+metadata={op_name="jit(step)/all_gather"}"""
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %start (p.0: f32[1,256]) -> (f32[1,256], f32[4,256]) {
   %p.0 = f32[1,256]{1,0:T(1,128)} parameter(0)
-  %all-gather.1 = f32[4,256]{1,0:T(1,128)} all-gather(%p.0), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}, \
-frontend_attributes={chain_id="3"}, metadata={op_name="jit(step)/all_gather"}
+  %all-gather.1 = f32[4,256]{1,0:T(1,128)} all-gather(%p.0), CHAIN
   ROOT %custom-call.1 = (f32[1,256]{1,0}, f32[4,256]{1,0}) custom-call(%all-gather.1), custom_call_target="Start"
 }
 
 %middle (p.1: f32[1,256], p.2: bf16[8,8]) -> (f32[1,256], f32[4,256], bf16[8,8]) {
   %p.1 = f32[1,256]{1,0:T(1,128)} parameter(0)
   %p.2 = bf16[8,8]{1,0} parameter(1)
-  %all-gather.2 = f32[4,256]{1,0:T(1,128)} all-gather(%p.1), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}, \
-frontend_attributes={chain_id="3"}, metadata={op_name="jit(step)/all_gather"}
+  %all-gather.2 = f32[4,256]{1,0:T(1,128)} all-gather(%p.1), CHAIN
   %dot.1 = bf16[8,8]{1,0} dot(%p.2, %p.2), lhs_contracting_dims={1}, metadata={op_name="jit(step)/inside/dot_general"}
   ROOT %tuple.1 = (f32[1,256]{1,0}, f32[4,256]{1,0}, bf16[8,8]{1,0}) tuple(%p.1, %all-gather.2, %dot.1)
 }
 
 %end (p.3: f32[1,256]) -> f32[4,256] {
   %p.3 = f32[1,256]{1,0:T(1,128)} parameter(0)
-  ROOT %all-gather.3 = f32[4,256]{1,0:T(1,128)} all-gather(%p.3), channel_id=7, replica_groups=[2,4]<=[8], \
-dimensions={0}, frontend_attributes={chain_id="3"}, metadata={op_name="jit(step)/all_gather"}
+  ROOT %all-gather.3 = f32[4,256]{1,0:T(1,128)} all-gather(%p.3), CHAIN
 }
 
 %body (b: (s32[], f32[1,256])) -> (s32[], f32[1,256]) {
@@ -101,7 +100,7 @@ to_apply=%add
   %call-done = f32[16]{0} call-done(%call-update)
   ROOT %result = f32[] constant(0)
 }
-"""
+""".replace("CHAIN", CHAIN)
 
 
 def test_collectives():
@@ -120,18 +119,17 @@ def test_collectives():
 
 
 # As between slices of TPUs: what the hosts take and give back, after an all-reduce inside the slice.
+ATTRIBUTES = """\
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="one",\
+_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{TARGET}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}"""
 BETWEEN_SLICES = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main (a: f32[16]) -> f32[16] {
   %a = f32[16]{0} parameter(0)
   %all-reduce = f32[16]{0} all-reduce(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   %after-all = token[] after-all()
-  %send = (f32[16]{0}, u32[], token[]) send(%all-reduce, %after-all), channel_id=1, is_host_transfer=true, \
-frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="one",\
-_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{TARGET}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
-  %recv = (f32[16]{0}, u32[], token[]) recv(%after-all), channel_id=2, is_host_transfer=true, \
-frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="one",\
-_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{TARGET}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send = (f32[16]{0}, u32[], token[]) send(%all-reduce, %after-all), channel_id=1, is_host_transfer=true, ATTRIBUTES
+  %recv = (f32[16]{0}, u32[], token[]) recv(%after-all), channel_id=2, is_host_transfer=true, ATTRIBUTES
   %send-done = token[] send-done(%send), channel_id=1, is_host_transfer=true
   %work = f32[8]{0} cosine(%other), metadata={op_name="jit(step)/work/cos"}
   %recv-done = (f32[16]{0}, token[]) recv-done(%recv), channel_id=2, is_host_transfer=true
@@ -139,7 +137,7 @@ _xla_megascale_reduce_operation="SUM",_xla_megascale_target="{TARGET}x{0:3}",_xl
   %plain = (f32[16]{0}, u32[], token[]) send(%later, %after-all), channel_id=3
   ROOT %result = f32[16]{0} get-tuple-element(%recv-done), index=0
 }
-"""
+""".replace("ATTRIBUTES", ATTRIBUTES)
 
 
 @pytest.mark.parametrize("target, slices", [("{1,2}", 2), ("{1,2,3}", 3), ("{1:4}", 4), ("{1,3:4}", 3)])
@@ -334,8 +332,7 @@ def test_of_arrays_that_are_cut_the_slices_are_moved():
 def test_sizes():
     assert hlo.size("f32[8,1,128]{2,1,0:T(1,128)S(1)}") == 8 * 128 * 4
     assert hlo.size("(bf16[3]{0}, pred[5]{0}, s32[], /*index=3*/u4[6]{0:T(8)(4,1)})") == 6 + 5 + 4 + 3
-    assert hlo.size("c64[2]{0}") == 16
-    assert hlo.size("f8e4m3fn[10]{0}") == 10
+    assert [hlo.size(text) for text in ("c64[2]{0}", "f8e4m3fn[10]{0}")] == [16, 10]
 
 
 def test_a_program_that_is_compiled_here():

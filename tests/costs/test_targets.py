@@ -1,6 +1,7 @@
 """Targets without hardware, and refused ones. test_compiled_collectives.py tests that programs compile for targets."""
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def test_what_is_no_target_is_refused(name, message):
 @pytest.mark.parametrize(
     "name, module, package",
     [
-        ("v5e:2x4", "libtpu", "libtpu"),
+        ("v5e:2x4", *["libtpu"] * 2),
         ("h100:8", "jax_plugins.xla_cuda13", "jax-cuda13-plugin"),
         ("h100:8", "nvidia", "ptxas"),
     ],
@@ -101,18 +102,17 @@ def test_a_run_takes_the_memory_of_a_gpu_that_is_reckoned_with(monkeypatch):
 
     names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
     monkeypatch.setattr(targets, "_gpus", lambda name, count: [])
-    for given in (None, "", "0.5"):
-        for name in names:
-            for each in names:
-                monkeypatch.setenv(each, "")  # what is set below is taken back after the test
-                monkeypatch.delenv(each)
-            if given is not None:
-                monkeypatch.setenv(name, given)
-            assumed = targets.find("h100:1").memory_bytes / 84_929_347_584
-            distributed.use_gpu_memory()
-            taken = xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"]
-            assert taken == pytest.approx(assumed) == float(given or targets.GPU_MEMORY_FRACTION)
-            assert targets.find("h100:1").memory_bytes / 84_929_347_584 == pytest.approx(assumed)
+    for given, name in itertools.product((None, "", "0.5"), names):
+        for each in names:
+            monkeypatch.setenv(each, "")  # what is set below is taken back after the test
+            monkeypatch.delenv(each)
+        if given is not None:
+            monkeypatch.setenv(name, given)
+        assumed = targets.find("h100:1").memory_bytes / 84_929_347_584
+        distributed.use_gpu_memory()
+        taken = xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"]
+        assert taken == pytest.approx(assumed) == float(given or targets.GPU_MEMORY_FRACTION)
+        assert targets.find("h100:1").memory_bytes / 84_929_347_584 == pytest.approx(assumed)
 
 
 @pytest.mark.parametrize("given", ["much", "0", "nan"])

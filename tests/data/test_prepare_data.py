@@ -20,9 +20,9 @@ PROGRAM = [sys.executable, str(REPOSITORY / "launch/prepare_data.py")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    command = [*PROGRAM, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=PATIENCE)
+@pytest.fixture
+def run(start):
+    return lambda *arguments: start("prepare_data", *arguments)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def source(tmp_path):
     return tmp_path / "a.txt"
 
 
-def test_summary(tmp_path, source):
+def test_summary(run, tmp_path, source):
     data = tmp_path / "made" / "data"
     options = ["--vocab_size=300", r"--document_separator=\n", "--heldout_fraction=0.1", "--workers=2"]
     done = run(f"--source={source}", f"--output={data}", *options)
@@ -55,7 +55,7 @@ def test_summary(tmp_path, source):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_tokens_instead_of_text(tmp_path, packed):
+def test_tokens_instead_of_text(run, tmp_path, packed):
     """With each of the command's three options."""
     rows = [list(f"line number {i} has {i * i} in it".encode()) for i in range(200)]
     if packed:
@@ -84,7 +84,7 @@ def test_tokens_instead_of_text(tmp_path, packed):
         (["--source=SOURCE", "--output=/dev/full/a/b"], "a part of the path is not a directory"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(tmp_path, source, arguments, key):
+def test_bad_input_is_one_line_and_status_2(run, tmp_path, source, arguments, key):
     arguments = [argument.replace("SOURCE", str(source)) for argument in arguments]
     done = run(f"--output={tmp_path / 'data'}", *arguments)
     assert done.returncode == 2
@@ -103,7 +103,7 @@ def goes_on(process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_its_end_is_that_of_its_workers(tmp_path, number):
+def test_its_end_is_that_of_its_workers(run, tmp_path, number):
     """The command is killed while reading. SIGTERM leaves nothing; the next run removes what SIGKILL leaves."""
     source = tmp_path / "source.jsonl"
     os.mkfifo(source)

@@ -29,14 +29,8 @@ def train_sentencepiece(path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the quick brown fox jumps over the lazy dog", "def f(x): return x + 1"] * 20),
         model_writer=model,
-        vocab_size=330,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
+        **dict(vocab_size=330, model_type="bpe", byte_fallback=True, normalization_rule_name="identity"),
+        **dict(add_dummy_prefix=False, remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2),
     )
     path.write_bytes(model.getvalue())
 

@@ -284,12 +284,6 @@ def test_two_runs_of_one_name_are_refused(tmp_path, planned):
     assert labelled(planned, "tiny", 1e-3) == ["small"]
 
 
-def test_a_file_is_no_directory_of_a_sweep(tiny_dataset, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"^{tmp_path}/file is not a directory; give the sweep a --workdir of its own$"):
-        stand_in.sweep(tmp_path / "file", tiny_dataset)
-
-
 def test_a_note_of_a_job_that_was_cut_counts_as_none(tiny_dataset, tmp_path, sweep):
     assert sweep([0]) == 0
     note = read(tmp_path).runs[0].files.job / "submitted.json"
@@ -333,15 +327,18 @@ def test_two_managers_are_one_too_many_and_the_second_changes_nothing(tmp_path, 
     assert sizes == [8, 8]
 
 
-def test_without_data_nothing_is_started(tmp_path):
-    with pytest.raises(UserError, match=r"data\.path is not set"):
-        stand_in.sweep(tmp_path / "sweep", "", stand_in.runs([0]))
-    with pytest.raises(UserError, match="no dataset at"):
-        stand_in.sweep(tmp_path / "sweep", tmp_path / "nothing", stand_in.runs([0]))
-    assert not (tmp_path / "sweep").exists()
-
-
-def test_a_directory_that_is_none_of_a_sweep(tmp_path):
+def test_what_is_no_sweep_and_no_data(tiny_dataset, tmp_path):
+    """Nothing is written."""
+    file = tmp_path / "file"
+    file.write_text("")
+    for directory, dataset, message in (
+        (file, tiny_dataset, f"^{file} is not a directory; give the sweep a --workdir of its own$"),
+        (tmp_path / "sweep", "", r"data\.path is not set"),
+        (tmp_path / "sweep", tmp_path / "nothing", "no dataset at"),
+    ):
+        with pytest.raises(UserError, match=message):
+            stand_in.sweep(directory, dataset, stand_in.runs([0]))
+    assert list(tmp_path.iterdir()) == [file]
     with pytest.raises(UserError, match=r"is not the directory of a sweep: it has no sweep\.json"):
         read(tmp_path)
     (tmp_path / "sweep.json").write_text(json.dumps({"runs": [{}]}))
