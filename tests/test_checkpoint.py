@@ -29,11 +29,25 @@ def three(tmp_path, tmp_path_factory):
     return shutil.copytree(small_trees.three(tmp_path_factory.getbasetemp() / "three"), tmp_path / "run")
 
 
+def assert_restored(checkpoints, step):
+    """Asserts that the newest trees, and those of that step, are those that were saved in it."""
+    for asked in (None, step):
+        found = checkpoints.restore(small_trees.on(small_trees.single()), asked)
+        small_trees.assert_equal(found, small_trees.trees(step))
+
+
+def put(checkpoints, step, **heldout):
+    checkpoints.save(step, small_trees.placed(step, small_trees.single()), next_batch=10 * step, **heldout)
+
+
 def test_round_trip(tmp_path):
     checkpoints = small_trees.save(tmp_path, (1, 2), keep_newest=2)
     assert checkpoints.steps() == [1, 2]
-    small_trees.assert_equal(checkpoints.restore(small_trees.on(small_trees.single())), small_trees.trees(2))
-    small_trees.assert_equal(checkpoints.restore(small_trees.on(small_trees.single()), 1), small_trees.trees(1))
+    structs = small_trees.on(small_trees.single())
+    assert_restored(checkpoints, 2)
+    small_trees.assert_equal(checkpoints.restore(structs, 1), small_trees.trees(1))
+    one = {"parameters": structs["parameters"]}  # one tree alone
+    small_trees.assert_equal(checkpoints.restore(one), {"parameters": small_trees.trees(2)["parameters"]})
     assert checkpoints.meta()["next_batch"] == 20 and checkpoints.meta(1)["next_batch"] == 10
     assert checkpoints.meta()["config"] == json.loads(configs.to_json(small_trees.config(keep_newest=2)))
 
@@ -75,20 +89,20 @@ def test_a_host_that_sees_the_newest_checkpoint_late_is_waited_for(three, monkey
     assert checkpoints.newest_anywhere() == 3 and len(asked) == 20
 
 
-@pytest.mark.parametrize("sees, words", [(2, "process 1 sees step 2"), (-1, "process 1 sees none")])
-def test_a_host_that_never_sees_the_newest_checkpoint_is_refused(three, monkeypatch, sees, words):
+@pytest.mark.parametrize(
+    "sees, message",
+    [
+        (2, "step 3 for process 0, but process 1 sees step 2; a run can resume only when all"),
+        (-1, "step 3 for process 0, but process 1 sees none; a run can resume only when all"),
+        (4, "step 4 for process 1, but process 0 sees step 3;"),
+    ],
+)
+def test_a_host_that_never_sees_the_newest_checkpoint_is_refused(three, monkeypatch, sees, message):
     checkpoints = Checkpoints(three)
     asked = of_two_processes(monkeypatch, lambda question: sees)
-    with pytest.raises(RunError, match=f"is that of step 3 for process 0, but {words}; a run can resume only when all"):
+    with pytest.raises(RunError, match=f"is that of {message}"):
         checkpoints.newest_anywhere()
     assert len(asked) > 60  # NFS may show a stale directory for this many seconds
-
-
-def test_the_first_process_is_asked_for_no_other_than_the_newest(three, monkeypatch):
-    checkpoints = Checkpoints(three)
-    of_two_processes(monkeypatch, lambda question: 4)
-    with pytest.raises(RunError, match="is that of step 4 for process 1, but process 0 sees step 3;"):
-        checkpoints.newest_anywhere()
 
 
 def test_a_host_without_space_ends_all(three, monkeypatch):
@@ -102,14 +116,6 @@ def test_a_host_without_space_ends_all(three, monkeypatch):
     assert checkpoints.steps() == [1, 2, 3]
 
 
-def test_one_tree_alone(tmp_path):
-    checkpoints = small_trees.save(tmp_path, (1,))
-    structs = small_trees.on(small_trees.single())
-    small_trees.assert_equal(
-        checkpoints.restore({"parameters": structs["parameters"]}), {"parameters": small_trees.trees(1)["parameters"]}
-    )
-
-
 @pytest.mark.parametrize(
     "sizes, devices, spec",
     [
@@ -119,21 +125,14 @@ def test_one_tree_alone(tmp_path):
     ],
 )
 def test_restores_on_another_mesh(tmp_path, sizes, devices, spec):
-    checkpoints = Checkpoints(tmp_path, small_trees.config())
-    checkpoints.save(
-        3, small_trees.placed(3, meshes.make_mesh(small_trees.ONES | {"data": 8}), (None, "data")), next_batch=3
-    )
+    checkpoints, whole = Checkpoints(tmp_path, small_trees.config()), meshes.make_mesh(small_trees.ONES | {"data": 8})
+    checkpoints.save(3, small_trees.placed(3, whole, (None, "data")), next_batch=3)
     checkpoints.wait()
-    mesh = meshes.make_mesh(small_trees.ONES | sizes, jax.devices()[:devices])
-    structs = small_trees.on(mesh, spec)
+    structs = small_trees.on(meshes.make_mesh(small_trees.ONES | sizes, jax.devices()[:devices]), spec)
     restored = checkpoints.restore(structs)
     small_trees.assert_equal(restored, small_trees.trees(3))
-    jax.tree.map(lambda x, struct: _check_place(x, struct.sharding), restored, structs)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda struct: struct.sharding, structs)
     checkpoints.close()
-
-
-def _check_place(x, place):
-    assert x.sharding == place
 
 
 @pytest.mark.parametrize(
@@ -154,33 +153,38 @@ def test_what_is_kept(tmp_path, options, kept, then):
     assert small_trees.save(tmp_path, (10,), **options).steps() == then
 
 
-def test_the_best_of_before_it_was_asked_for_is_kept(tmp_path):
-    small_trees.save(tmp_path, range(1, 4), {1: 1.0, 2: 2.0, 3: 3.0}, keep_newest=3)
-    assert small_trees.save(tmp_path, (4, 5, 6), {4: 2.5}, keep_newest=1, keep_best=1).steps() == [1, 6]
+BEST = {"keep_newest": 1, "keep_best": 1}
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [
+        # The best of before it was asked for.
+        [(range(1, 4), {1: 1.0, 2: 2.0, 3: 3.0}, {"keep_newest": 3}, [1, 2, 3]), ((4, 5, 6), {4: 2.5}, BEST, [1, 6])],
+        # Losses of other text, for example of more of it, are neither better nor worse.
+        [
+            ((1, 2, 3), {1: 1.0, 2: 2.0}, {"text": "a", **BEST}, [1, 3]),
+            ((4, 5, 6), {4: 2.5, 5: 3.0}, {"text": "b", **BEST}, [1, 4, 6]),
+        ],
+        # Of losses that are no numbers none is the best.
+        [(range(1, 6), {1: float("nan"), 2: 2.0, 3: float("nan"), 4: 3.0}, BEST, [2, 5])],
+    ],
+    ids=["from before", "other text", "no numbers"],
+)
+def test_which_is_the_best(tmp_path, starts):
+    for steps, losses, options, kept in starts:
+        assert small_trees.save(tmp_path, steps, losses, **options).steps() == kept
 
 
 def test_a_loss_that_is_known_later_counts(tmp_path):
     """SIGTERM may end the evaluation at a step, which is then made when the run goes on."""
-    options = {"keep_newest": 1, "keep_best": 1}
-    small_trees.save(tmp_path, (1, 2), {1: 2.0}, **options)
-    checkpoints = Checkpoints(tmp_path, small_trees.config(**options))
+    small_trees.save(tmp_path, (1, 2), {1: 2.0}, **BEST)
+    checkpoints = Checkpoints(tmp_path, small_trees.config(**BEST))
     checkpoints.evaluated(2, 1.0, "")
-    checkpoints.save(3, small_trees.placed(3, small_trees.single()), next_batch=30, heldout_loss=1.5)
+    put(checkpoints, 3, heldout_loss=1.5)
     checkpoints.close()
     assert Checkpoints(tmp_path).steps() == [2, 3]
-    assert small_trees.save(tmp_path, (4,), **options).steps() == [2, 4]
-
-
-def test_losses_of_other_text_are_neither_better_nor_worse(tmp_path):
-    """For example, of more text, when a run resumes with another evaluation.batches."""
-    options = {"keep_newest": 1, "keep_best": 1}
-    assert small_trees.save(tmp_path, (1, 2, 3), {1: 1.0, 2: 2.0}, text="a", **options).steps() == [1, 3]
-    assert small_trees.save(tmp_path, (4, 5, 6), {4: 2.5, 5: 3.0}, text="b", **options).steps() == [1, 4, 6]
-
-
-def test_of_losses_that_are_no_numbers_none_is_the_best(tmp_path):
-    losses = {1: float("nan"), 2: 2.0, 3: float("nan"), 4: 3.0}
-    assert small_trees.save(tmp_path, range(1, 6), losses, keep_newest=1, keep_best=1).steps() == [2, 5]
+    assert small_trees.save(tmp_path, (4,), **BEST).steps() == [2, 4]
 
 
 def test_a_step_that_is_not_there(tmp_path):
@@ -200,53 +204,45 @@ def test_another_tree_is_refused(tmp_path):
     more, less, wider = (small_trees.on(small_trees.single()) for _ in range(3))
     more["parameters"]["layers"][1] = more["parameters"]["layers"][0]
     del less["parameters"]["norm"]
-    for structs, what in ((more, "no layers.1.kernel"), (less, "a norm.scale")):
-        with pytest.raises(UserError) as refusal:
+    wide = wider["parameters"]["layers"][0]
+    wide["kernel"] = wide["kernel"].update(shape=(3, 64, 128))
+    for structs, message in (
+        (more, r" is of another version .*: among its parameters is no layers.1.kernel; .* the version that wrote it$"),
+        (less, r" is of another version .*: among its parameters is a norm.scale; .* the version that wrote it$"),
+        (wider, " cannot be read"),
+    ):
+        with pytest.raises(UserError, match=f"^the checkpoint {tmp_path}/checkpoints/2{message}"):
             checkpoints.restore(structs)
-        assert str(refusal.value) == (
-            f"the checkpoint {tmp_path}/checkpoints/2 is of another version of jaxlinear: among its parameters is {what}; "
-            "read it with the version that wrote it"
-        )
-    kernel = wider["parameters"]["layers"][0]["kernel"]
-    wider["parameters"]["layers"][0]["kernel"] = jax.ShapeDtypeStruct(
-        (3, 64, 128), kernel.dtype, sharding=kernel.sharding
-    )
-    with pytest.raises(UserError, match=rf"the checkpoint {tmp_path}/checkpoints/2 cannot be read"):
-        checkpoints.restore(wider)
 
 
 def test_the_checksum_of_an_array():
     """It changes with any bit, anywhere, and when two entries swap places."""
-    from jaxlinear.checkpoint import _checksums
-
     values = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
     values[0, 0, :2] = 0.0
-    found, places = {_checksums({"x": values})["x"]}, list(np.ndindex(values.shape))
-    for place in places:
-        for bit in (0, 13, 31):
-            other = values.copy()
-            other.view(np.uint32)[place] ^= np.uint32(1 << bit)
-            found.add(_checksums({"x": other})["x"])
+    places, others = list(np.ndindex(values.shape)), [values]
+    for place, bit in itertools.product(places, (0, 13, 31)):
+        others.append(values.copy())
+        others[-1].view(np.uint32)[place] ^= np.uint32(1 << bit)
     for first, second in itertools.pairwise(places[1:]):
-        other = values.copy()
-        other[first], other[second] = values[second], values[first]
-        found.add(_checksums({"x": other})["x"])
-    assert len(found) == 1 + 3 * len(places) + len(places) - 2
+        others.append(values.copy())
+        others[-1][first], others[-1][second] = values[second], values[first]
+    assert len({checkpoint._checksums({"x": x})["x"] for x in others}) == 1 + 3 * len(places) + len(places) - 2
     mixed = {"a": jnp.array([True, False]), "b": jnp.bfloat16(1.5), "c": jnp.zeros((0, 3))}
-    assert list(_checksums(mixed)) == ["a", "b", "c"] and _checksums(mixed)["c"] == 0
+    found = checkpoint._checksums(mixed)
+    assert list(found) == ["a", "b", "c"] and found["c"] == 0
 
 
 def test_a_full_disk_is_seen_before_anything_is_begun(three, monkeypatch):
     """While the previous checkpoint is whole."""
     checkpoints = Checkpoints(three, small_trees.config(keep_newest=9))
-    checkpoints.save(4, small_trees.placed(4, small_trees.single()), next_batch=4)
+    put(checkpoints, 4)
     usage = shutil.disk_usage(three)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     with pytest.raises(UserError, match=r"no space .* \(it needs up to [\d.]+ MB and 0.1 MB are free\); .* of step 4"):
-        checkpoints.save(5, small_trees.placed(5, small_trees.single()), next_batch=5)
+        put(checkpoints, 5)
     checkpoints.close()
     assert Checkpoints(three).steps() == [1, 2, 3, 4]
-    small_trees.assert_equal(Checkpoints(three).restore(small_trees.on(small_trees.single())), small_trees.trees(4))
+    assert_restored(Checkpoints(three), 4)
 
 
 def test_an_error_of_a_background_write_is_raised(three, monkeypatch):
@@ -277,7 +273,7 @@ def test_an_error_of_a_background_write_is_known_before_the_next_save(three, mon
         raise ValueError("INTERNAL: Failed to write 16456 bytes to file 29: Input/output error [os_error_code='5']")
 
     monkeypatch.setattr(serialization, "async_serialize_from_host", fail)
-    checkpoints.save(4, small_trees.placed(4, small_trees.single()), next_batch=4)
+    put(checkpoints, 4)
     with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: '.*/checkpoints'$"):
         for _ in range(3000):  # a minute
             checkpoints.check()

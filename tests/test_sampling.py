@@ -84,6 +84,7 @@ def test_nucleus_is_that_of_sorting(platform):
         assert set(np.flatnonzero(keep)) == set(order[:count])
 
 
+@pytest.mark.slow
 def test_rare_tokens_of_a_large_vocabulary():
     """Each has a ten-millionth, all together 0.03: 15 of 500 draws, with a standard deviation of 3.8. Noise that is never
     above 16 would give 4."""

@@ -44,6 +44,7 @@ def test_products_are_no_loops_on_tpu_and_stay_apart_on_gpu(target, expected, mo
 
 
 @pytest.mark.usefixtures("optimised")
+@pytest.mark.slow
 @pytest.mark.slow(but_nth=2)
 @pytest.mark.parametrize("dtype, name", [("float32", "f32"), ("bfloat16", "bf16")])
 def test_gradients_leave_a_layer_in_parts_on_gpu(dtype, name):

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import json
-import logging
 import os
 import shutil
 import signal
@@ -71,18 +70,6 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_config, whole_run, 
     assert tiny.files(workdir) == before
 
 
-def test_held_out_losses_of_other_text_are_warned_of(run_config, tmp_path, caplog):
-    workdir = tmp_path / "run"
-    run_config.evaluation.every_steps = 1
-    for steps, batches, said in ((1, 1, False), (2, 2, True), (3, 2, False)):
-        run_config.training.steps, run_config.evaluation.batches = steps, batches
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            assert train(run_config, workdir) == FINISHED
-        assert ("held-out losses from here on are of other text" in caplog.text) == said
-    assert workdirs.heldout_changes(workdirs.read_starts(workdir)) == [1]
-
-
 @pytest.mark.parametrize("devices, sizes", [(8, {"fsdp": 4, "tensor": 2}), (1, {})])
 def test_a_checkpoint_restores_on_another_mesh(run_config, whole_run, devices, sizes):
     state = tiny.restored(whole_run, run_config, tiny.mesh(devices, **sizes))
@@ -92,9 +79,11 @@ def test_a_checkpoint_restores_on_another_mesh(run_config, whole_run, devices, s
 
 
 def test_evaluation_chooses_the_checkpoints_to_keep(run_config, tmp_path):
-    run_config.training.steps, run_config.logging.every_steps, workdir = 6, 100, tmp_path / "run"
+    """The run is also traced from a step that is named, although it ends before the trace would."""
+    run_config.training.steps, workdir = 6, tmp_path / "run"
     run_config.checkpoint.update({"every_steps": 1, "keep_newest": 1, "keep_best": 1})
     run_config.evaluation.update({"every_steps": 3, "batches": 0})
+    run_config.logging.update({"every_steps": 100, "profile_step": 6, "profile_steps": 5})
     assert train(run_config, workdir) == FINISHED
     first, logged, last = metrics.read(workdir)
     assert logged["step"] == 6 and set(logged) == KEYS
@@ -104,6 +93,8 @@ def test_evaluation_chooses_the_checkpoints_to_keep(run_config, tmp_path):
     expected = last["heldout_loss"] / np.log(2) * split.tokens / split.bytes
     assert last["heldout_bits_per_byte"] == pytest.approx(expected)
     assert Checkpoints(workdir).steps() == [6]
+    (trace,) = (workdir / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("batches, microbatches", [(0, 1), (2, 1), (2, 2), (0, 4)])
@@ -239,15 +230,6 @@ def test_a_half_written_checkpoint_is_not_picked(run_config, whole_run, tmp_path
     assert sorted(path.name for path in checkpoints.iterdir()) == ["6", "8"]
 
 
-def test_a_trace_is_taken_of_the_steps_that_are_named(run_config, tmp_path):
-    """Even if the run ends before the trace would."""
-    run_config.training.steps = 3
-    run_config.logging.profile_step, run_config.logging.profile_steps = 2, 5
-    assert train(run_config, tmp_path / "run") == FINISHED
-    traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-    assert len(traces) == 1 and traces[0].stat().st_size > 1000
-
-
 @pytest.mark.parametrize("first, taken", [(0, 3), (1, 3), (2, 4), (3, 5), (4, None)])
 def test_a_run_that_goes_on_behind_the_steps_takes_no_trace_again(run_config, tmp_path, monkeypatch, first, taken):
     """A run that takes a trace waits for the step before it and for its last step."""
@@ -308,8 +290,10 @@ def test_an_evaluation_that_sigterm_ends_is_made_when_the_run_goes_on(run_config
         assert len(asked) == more
     found, expected = ([without_times(line) for line in metrics.read(path)] for path in (workdir, whole))
     assert found == expected and sum("heldout_loss" in line for line in found) == 2
-    owed = [(line["step"], line.get("evaluation_owed", False)) for line in workdirs.read_starts(workdir)]
+    starts = workdirs.read_starts(workdir)
+    owed = [(line["step"], line.get("evaluation_owed", False)) for line in starts]
     assert owed == [(0, False), (2, True), (2, True), (4, True)]
+    assert {line["heldout_text"] for line in starts} == {Evaluation(Job.build(run_config), lambda: None).text}
     # By which checkpoints are kept.
     noted = [(path / "checkpoints/4/metrics/metrics").read_text() for path in (workdir, whole)]
     assert noted[0] == noted[1]

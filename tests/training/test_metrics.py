@@ -103,6 +103,14 @@ def test_where_held_out_losses_are_of_other_text(starts, changes):
     assert workdirs.heldout_changes([line(*one) if isinstance(one, tuple) else one for one in starts]) == changes
 
 
+def test_held_out_losses_of_other_text_are_warned_of(tmp_path, caplog):
+    for step, text, said in ((0, "a", False), (1, "b", True), (2, "b", False)):
+        caplog.clear()
+        workdirs.note_start(tmp_path, step, tiny.config(), tiny.mesh(), heldout_text=text)
+        assert ("held-out losses from here on are of other text" in caplog.text) == said
+    assert workdirs.heldout_changes(workdirs.read_starts(tmp_path)) == [1]
+
+
 def curve(directory, name="loss"):
     """``{step: value}`` as TensorBoard reads the event files: in the order of their names, without what a start purges."""
     points = {}

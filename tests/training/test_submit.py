@@ -53,6 +53,7 @@ def test_a_run_of_two_processes_is_stopped_and_goes_on(submit, tmp_path):
     assert json.loads((workdir / "config.json").read_text())["training"]["steps"] == stopped + 2
 
 
+@pytest.mark.slow
 def test_devices_that_are_not_there(submit, tmp_path):
     process = submit("cpu:4", tmp_path / "run")
     assert process.wait(tiny.PATIENCE) == 1
