@@ -1,15 +1,13 @@
-"""The operations that the benchmarks measure: the shapes of their arguments, values for these, and what is compiled.
+"""The operations that the benchmarks measure: the shapes of their arguments, and values for these.
 
 An operation is named as in ``jaxlinear.ops``; one with a log decay has its kind appended: ``delta_rule_scalar``.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlinear import ops
 from jaxlinear.ops.calls import Call
 
 TAPS = 4
@@ -99,24 +97,3 @@ def values(call: Call, mean: float = -0.04) -> dict[str, jax.Array]:
     return {
         name: draw(name, x, random).astype(x.dtype) for (name, x), random in zip(call.arrays.items(), keys, strict=True)
     }
-
-
-def forward(call: Call, backend: str) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """The call as a function of its arrays, by name."""
-
-    def run(arrays):
-        found = getattr(ops, call.operation)(**arrays, **call.options, backend=backend)
-        return found if isinstance(found, tuple) else (found,)
-
-    return run
-
-
-def gradient(run: Callable) -> Callable:
-    """A function of arrays by name as one of these and of its outputs' cotangents, which returns the gradients too."""
-
-    def both(arrays, cotangents):
-        numbers = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-        outputs, pullback = jax.vjp(lambda numbers: run(arrays | numbers), numbers)
-        return outputs, pullback(cotangents)
-
-    return both

@@ -46,6 +46,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from instructions import row, together
 
+from jaxlinear.launching import device_check
 from jaxlinear.ops import backends
 from jaxlinear.pallas.parts.target import Target
 from tests.ptx import calls
@@ -77,12 +78,12 @@ def run(operation: str, decay: str) -> None:
     options = {"negative_eigenvalues": _NEGATIVE.value} if operation == "delta_rule" else {}
     options |= {"decay_dtype": "float32", "key_heads": 1 if _SHARED.value else None, "documents": operation == "rg_lru"}
     call = cases.case(name, 1, _LENGTH.value, _HEADS.value, _KEY.value, _VALUE.value, **options)
-    forward = cases.forward(call, "pallas")
+    forward = device_check.outputs_of(call, "pallas")
 
     def sums(arrays):
         return sum(jnp.sum(y.astype(jnp.float32)) for y in forward(arrays))
 
-    jax.block_until_ready(cases.gradient(sums)(cases.values(call, _MEAN.value), jnp.float32(1)))
+    jax.block_until_ready(device_check.with_gradients(sums)(cases.values(call, _MEAN.value), jnp.float32(1)))
 
 
 def theirs(operation: str, decay: str) -> list[dict[str, Any]]:

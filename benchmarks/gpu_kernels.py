@@ -135,11 +135,14 @@ def _ours(name: str, shape: tuple[int, ...], direction: str) -> Callable[[], Non
     import cases
 
     from jaxlinear import ops
+    from jaxlinear.launching import device_check
 
     batch, length, heads, width = shape
     options = {"head_width": width} if name == "short_convolution" else OPTIONS.get(name, {})
     call = cases.case(name, batch, length, heads, STATES if name == "selective_scan" else width, width, **options)
-    run = cases.forward(call, _BACKEND.value if _BACKEND.value == "pallas" else ops.SPECS[call.operation].plain)
+    run = device_check.outputs_of(
+        call, _BACKEND.value if _BACKEND.value == "pallas" else ops.SPECS[call.operation].plain
+    )
     return _calls(lambda inputs: run(inputs)[0], cases.values(call), direction)
 
 
@@ -160,11 +163,12 @@ def _cudnn(shape: tuple[int, ...], direction: str) -> Callable[[], tuple[float, 
 
 def _calls(run: Callable, inputs: dict[str, Any], direction: str) -> Callable[[], None]:
     """A function that makes ``_CALLS`` calls of ``run``, or of it and its gradients, and waits for them."""
-    import cases
     import jax
 
+    from jaxlinear.launching import device_check
+
     given = (inputs,) if direction == "forward" else (inputs, jax.jit(run)(inputs))
-    compiled = jax.jit(run if direction == "forward" else cases.gradient(run)).lower(*given).compile()
+    compiled = jax.jit(run if direction == "forward" else device_check.with_gradients(run)).lower(*given).compile()
 
     def call() -> None:
         for _ in range(_CALLS.value):

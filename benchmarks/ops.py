@@ -122,10 +122,12 @@ def _case(name: str, backend: str, batch: int, length: int, pas: str) -> tuple[C
     import cases
     import jax
 
+    from jaxlinear.launching import device_check
+
     options = {"window": _WINDOW.value} if name == "sliding_window_attention" else {}
     shape = batch, length, _HEADS.value, _WIDTH.value, _WIDTH.value
     call = cases.case("causal_attention" if name == "attention" else name, *shape, dtype="float32", **options)
-    inputs, run = cases.values(call), cases.forward(call, backend)
+    inputs, run = cases.values(call), device_check.outputs_of(call, backend)
 
     def output(inputs: dict) -> Any:
         return run(inputs)[0]

@@ -56,6 +56,7 @@ def _compile(directory: str, tokens: int, keys: int) -> dict:
     import cases
     import jax
 
+    from jaxlinear.launching import device_check
     from jaxlinear.ops import backends
     from jaxlinear.pallas.attention import blocks
     from jaxlinear.pallas.attention import tpu as attention_tpu
@@ -64,10 +65,10 @@ def _compile(directory: str, tokens: int, keys: int) -> dict:
     length, heads, width, window = _LENGTH.value, _HEADS.value, _WIDTH.value, min(_WINDOW.value, _LENGTH.value)
     options = {"dtype": _DTYPE.value, "key_heads": _KEY_HEADS.value, "documents": True, "window": window}
     call = cases.case("sliding_window_attention", 1, length, heads, width, width, **options)
-    run = cases.forward(call, "pallas")
+    run = device_check.outputs_of(call, "pallas")
     with backends.use_platform("tpu", schedules.device(_TOPOLOGY.value).device_kind):
         outputs = jax.eval_shape(run, call.arrays)
-        schedules.compile_for(_TOPOLOGY.value, cases.gradient(run), call.arrays, outputs)
+        schedules.compile_for(_TOPOLOGY.value, device_check.with_gradients(run), call.arrays, outputs)
     mask = attention_tpu._Window((-(-length // tokens) * tokens,) * 2, window, 0)
     visited, blocks_in_line = mask.visited(tokens), mask.shape[0] // tokens
     # The visited share of the grid's steps. Every line of blocks has as many as the longest one; on v5p, two cores share

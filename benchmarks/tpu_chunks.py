@@ -135,6 +135,7 @@ def _compile(
     import cases
     import jax
 
+    from jaxlinear.launching import device_check
     from jaxlinear.ops import backends
     from jaxlinear.pallas.delta_rule import blocks as delta_rule_blocks
     from jaxlinear.pallas.linear_attention import blocks as linear_attention_blocks
@@ -154,7 +155,7 @@ def _compile(
     options = {"negative_eigenvalues": _NEGATIVE.value} if operation == "delta_rule" else {}
     name = operation if decay == "none" else f"{operation}_{decay}"
     call = cases.case(name, *shape, dtype=_DTYPE.value, key_heads=1 if _SHARED.value else None, **options)
-    split, run = call.arrays, cases.forward(call, backend)
+    split, run = call.arrays, device_check.outputs_of(call, backend)
 
     def beside_each_other(x):  # the channels of all heads, as in a layer
         return jax.ShapeDtypeStruct((batch, length, math.prod(x.shape[2:])), x.dtype) if x.ndim == 4 else x
@@ -167,7 +168,7 @@ def _compile(
     with backends.use_platform("tpu", kind):
         outputs = jax.eval_shape(on_channels, arrays)
         given = arrays | {"initial_state": outputs[1]}
-        compiled = schedules.compile_for(_TOPOLOGY.value, cases.gradient(on_channels), given, outputs)
+        compiled = schedules.compile_for(_TOPOLOGY.value, device_check.with_gradients(on_channels), given, outputs)
     report = schedules.report(directory, compiled, _TOPOLOGY.value)
     inputs, output = (sum(x.size * x.dtype.itemsize for x in some) for some in (arrays.values(), outputs[:1]))
     moved = {"forward": inputs + output, "gradient": 2 * inputs + output}

@@ -125,6 +125,7 @@ def _compile(directory: str, backend: str, direction: str, block: tuple[int, int
     import cases
     import jax
 
+    from jaxlinear.launching import device_check
     from jaxlinear.ops import backends
     from jaxlinear.pallas.scan import blocks
 
@@ -133,14 +134,13 @@ def _compile(directory: str, backend: str, direction: str, block: tuple[int, int
         blocks.TPU[kind] = blocks.Block(*block)
     shape = _BATCH.value, _LENGTH.value, 1, _STATES.value, _WIDTH.value
     call = cases.case(_OPERATION.value, *shape, dtype=_DTYPE.value, documents=_PACKED.value)
-    run, arrays = cases.forward(call, backend), call.arrays
     if _OF_KEYS.value:
-        run = cases.forward(call._replace(arguments=(("A", None),)), backend)
-        del arrays["A"]
+        call = call._replace(arguments=tuple((dict(call.arguments) | {"A": None}).items()))
+    run, arrays = device_check.outputs_of(call, backend), call.arrays
     with backends.use_platform("tpu", kind):
         outputs = jax.eval_shape(run, arrays)
         arrays["initial_state"] = outputs[1]
-        function = (run, arrays) if direction == "forward" else (cases.gradient(run), arrays, outputs)
+        function = (run, arrays) if direction == "forward" else (device_check.with_gradients(run), arrays, outputs)
         compiled = schedules.compile_for(_TOPOLOGY.value, *function)
     return schedules.report(directory, compiled, _TOPOLOGY.value)
 

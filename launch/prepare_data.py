@@ -4,6 +4,7 @@ python launch/prepare_data.py --source=python-stdlib --output=data/stdlib
 python launch/prepare_data.py --source=tokens.bin --token_files=uint16 --tokenizer=tokenizer.json --output=data/tokens
 """
 
+import inspect
 import os
 import time
 
@@ -14,74 +15,50 @@ from jaxlinear.data import Manifest, prepare
 from jaxlinear.data.sources import DEFAULT_SUFFIXES, DEFAULT_TEXT_FIELD
 from jaxlinear.data.token_files import FORMATS
 
-_SOURCE = flags.DEFINE_string("source", None, "python-stdlib, hf:NAME, or the path of a file or folder.", required=True)
+flags.DEFINE_string("source", None, "python-stdlib, hf:NAME, or the path of a file or folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Directory of the dataset to make.", required=True)
-_TOKENIZER = flags.DEFINE_string("tokenizer", "bpe", "bpe (trained here), bytes, or a tokenizer.json or .model file.")
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Vocabulary size of the trained BPE; 4096 by default.")
-_TRAIN_BYTES = flags.DEFINE_integer("train_bytes", None, "Bytes of text to train the BPE on; 16000000 by default.")
-_DOCUMENT_TOKEN = flags.DEFINE_string(
-    "document_token", None, "Token of an existing tokenizer that precedes each document."
-)
-_TEXT_FIELD = flags.DEFINE_string(
+flags.DEFINE_string("tokenizer", "bpe", "bpe (trained here), bytes, or a tokenizer.json or .model file.")
+flags.DEFINE_integer("vocab_size", None, "Vocabulary size of the trained BPE; 4096 by default.")
+flags.DEFINE_integer("train_bytes", None, "Bytes of text to train the BPE on; 16000000 by default.")
+flags.DEFINE_string("document_token", None, "Token of an existing tokenizer that precedes each document.")
+flags.DEFINE_string(
     "text_field", None, f"Field with the text in JSONL, Parquet and hf: records; {DEFAULT_TEXT_FIELD} by default."
 )
-_SUFFIXES = flags.DEFINE_list(
+flags.DEFINE_list(
     "suffixes",
     None,
     f"Suffixes of the files to take from a folder (.gz or .zst may follow); {','.join(DEFAULT_SUFFIXES)} by default.",
 )
-_DOCUMENT_SEPARATOR = flags.DEFINE_string(
+flags.DEFINE_string(
     "document_separator",
     None,
     r"Separator of documents in plain-text files (\n is a line end); without it, each file is one document.",
 )
-_TOKENS_FIELD = flags.DEFINE_string(
+flags.DEFINE_string(
     "tokens_field", None, "Field with token ids of --tokenizer in JSONL, Parquet and hf: records, instead of text."
 )
-_TOKEN_FILES = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "token_files",
     None,
     FORMATS,
     "Format of files with token ids of --tokenizer: the dtype of flat files, or a program's format.",
 )
-_PACKED_ROWS = flags.DEFINE_boolean(
-    "packed_rows", False, "Read the rows of --tokens_field as one stream, cut at document tokens."
-)
-_HELDOUT_FRACTION = flags.DEFINE_float("heldout_fraction", 0.05, "Fraction of the documents to hold out.")
-_BLOCK_LENGTH = flags.DEFINE_integer(
-    "block_length", 2048, "Tokens per block; training takes its divisors and multiples."
-)
-_WORKERS = flags.DEFINE_integer("workers", None, "Processes that encode; one per CPU by default.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the split of the documents.")
-_MAX_BROKEN_FRACTION = flags.DEFINE_float(
-    "max_broken_fraction", 0.01, "Fail if a greater fraction of the records is broken."
-)
-_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace an existing dataset.")
+flags.DEFINE_boolean("packed_rows", False, "Read the rows of --tokens_field as one stream, cut at document tokens.")
+flags.DEFINE_float("heldout_fraction", 0.05, "Fraction of the documents to hold out.")
+flags.DEFINE_integer("block_length", 2048, "Tokens per block; training takes its divisors and multiples.")
+flags.DEFINE_integer("workers", None, "Processes that encode; one per CPU by default.")
+flags.DEFINE_integer("seed", 0, "Seed of the split of the documents.")
+flags.DEFINE_float("max_broken_fraction", 0.01, "Fail if a greater fraction of the records is broken.")
+flags.DEFINE_boolean("overwrite", False, "Replace an existing dataset.")
 
 
 def main() -> None:
     cli.stop_by_sigterm()
     started = time.monotonic()
-    manifest = prepare(
-        _SOURCE.value,
-        _OUTPUT.value,
-        tokenizer=_TOKENIZER.value,
-        vocab_size=_VOCAB_SIZE.value,
-        train_bytes=_TRAIN_BYTES.value,
-        document_token=_DOCUMENT_TOKEN.value,
-        text_field=_TEXT_FIELD.value,
-        suffixes=_SUFFIXES.value,
-        document_separator=_unescaped(_DOCUMENT_SEPARATOR.value),
-        tokens_field=_TOKENS_FIELD.value,
-        token_files=_TOKEN_FILES.value,
-        packed_rows=_PACKED_ROWS.value,
-        heldout_fraction=_HELDOUT_FRACTION.value,
-        block_length=_BLOCK_LENGTH.value,
-        workers=_WORKERS.value,
-        seed=_SEED.value,
-        max_broken_fraction=_MAX_BROKEN_FRACTION.value,
-        overwrite=_OVERWRITE.value,
-    )
+    # Each argument has a flag of its name.
+    options = {name: flags.FLAGS[name].value for name in inspect.signature(prepare).parameters}
+    options["document_separator"] = _unescaped(options["document_separator"])
+    manifest = prepare(**options)
     _print_summary(manifest, time.monotonic() - started)
 
 

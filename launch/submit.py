@@ -15,6 +15,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 from absl import flags
 
@@ -125,44 +126,22 @@ def main(arguments: list[str]) -> int:
 
 
 def _render(asked: request.Request) -> tuple[str, str]:
+    """What the scheduler is given, and the suffix of its file."""
     if _PLATFORM.value == "slurm":
-        own = {"partition": _PARTITION.value, "account": _ACCOUNT.value}
-        options = slurm.named([*(f"{name}={value}" for name, value in own.items() if value), *_SBATCH.value])
-        script = slurm.render(
-            asked,
-            per=_PROCESSES_PER.value,
-            minutes=_MINUTES.value,
-            grace=_GRACE.value or 300,
-            log=_LOG.value,
-            options=options,
-            setup=_SHELL.value,
-            cpus_per_task=_CPUS_PER_TASK.value,
-            restarts=_RESTARTS.value,
-        )
-        return script, ".sh"
+        own = [f"{flag.name}={flag.value}" for flag in (_PARTITION, _ACCOUNT) if flag.value]
+        options = {"options": slurm.named([*own, *_SBATCH.value]), "grace": _GRACE.value or 300}
+        options |= {"per": _PROCESSES_PER.value, "setup": _SHELL.value}
+        return slurm.render(asked, **options, **_named(_MINUTES, _LOG, _CPUS_PER_TASK, _RESTARTS)), ".sh"
     if _PLATFORM.value == "gke":
-        manifest = gke.render(
-            asked,
-            image=_IMAGE.value,
-            mounts=_MOUNT.value,
-            service_account=_SERVICE_ACCOUNT.value,
-            restarts=_RESTARTS.value,
-            grace=_GRACE.value,
-            spot=_SPOT.value,
-            queue=_QUEUE.value,
-        )
-        return manifest, ".yaml"
-    script = tpu_vm.render(
-        asked,
-        zone=_ZONE.value,
-        project=_PROJECT.value,
-        setup=_SETUP.value,
-        directory=_DIRECTORY.value,
-        spot=_SPOT.value,
-        restarts=_RESTARTS.value,
-        delete_when_done=_DELETE_WHEN_DONE.value,
-    )
-    return script, ".sh"
+        options = _named(_IMAGE, _SERVICE_ACCOUNT, _RESTARTS, _GRACE, _SPOT, _QUEUE)
+        return gke.render(asked, mounts=_MOUNT.value, **options), ".yaml"
+    options = _named(_ZONE, _PROJECT, _SETUP, _DIRECTORY, _SPOT, _RESTARTS, _DELETE_WHEN_DONE)
+    return tpu_vm.render(asked, **options), ".sh"
+
+
+def _named(*read: flags.FlagHolder) -> dict[str, Any]:
+    """Arguments with the names of their flags."""
+    return {flag.name: flag.value for flag in read}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ without one, and in float32 on the host's CPU, with gradients, on inputs with th
 """
 
 import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -139,7 +138,7 @@ def _check(call: Call, kind: str, device: jax.Device, host: jax.Device) -> Check
     described = {name: f"{x.dtype}{list(x.shape)}" for name, x in call.arrays.items()}
     try:
         with backends.use_device(device):
-            shapes = jax.eval_shape(_operation(call, "pallas"), *_numbers_and_others(call.arrays))
+            shapes = jax.eval_shape(outputs_of(call, "pallas"), call.arrays)
     except UserError as error:
         return Checked(call.operation, described, kind, refused=str(error))
     spec, random = ops.SPECS[call.operation], np.random.default_rng(0)
@@ -166,42 +165,41 @@ def _check(call: Call, kind: str, device: jax.Device, host: jax.Device) -> Check
     return Checked(call.operation, described, kind, None, tuple(errors), times)
 
 
-def _operation(call: Call, backend: str) -> Callable[[dict[str, Any], dict[str, Any]], tuple[Any, ...]]:
-    """``(numbers, other arrays) -> outputs``, by the names of its arguments."""
-    operation = functools.partial(ops.SPECS[call.operation].operation, backend=backend, **call.options)
+def outputs_of(call: Call, backend: str) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """The call as a function of its arrays, by name."""
 
-    def run(numbers, others):
-        outputs = operation(**numbers, **others)
+    def run(arrays):
+        outputs = ops.SPECS[call.operation].operation(**call.options | arrays, backend=backend)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return run
 
 
-def _numbers_and_others(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays that have gradients, and those that have none."""
-    numbers = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-    return numbers, {name: x for name, x in arrays.items() if name not in numbers}
+def with_gradients(run: Callable) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Of ``run(arrays by name)``: a function of these arrays and the outputs' cotangents, which returns the outputs and, by
+    name, the gradients of the arrays that have some."""
 
-
-def _with_gradients(call: Call, backend: str) -> Callable[..., dict[str, jax.Array]]:
-    """``(numbers, other arrays, cotangents of the outputs) -> outputs and gradients of the numbers`` by name."""
-    run = _operation(call, backend)
-
-    def both(numbers, others, cotangents):
-        outputs, pullback = jax.vjp(lambda numbers: run(numbers, others), numbers)
-        (gradients,) = pullback(tuple(d.astype(y.dtype) for d, y in zip(cotangents, outputs, strict=True)))
-        named = dict(zip(ops.SPECS[call.operation].outputs, outputs, strict=True))
-        return named | {f"gradient of {name}": x for name, x in gradients.items()}
+    def both(arrays, cotangents):
+        numbers = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+        outputs, pullback = jax.vjp(lambda numbers: run(arrays | numbers), numbers)
+        (gradients,) = pullback(jax.tree.map(lambda d, y: d.astype(y.dtype), cotangents, outputs))
+        return outputs, gradients
 
     return both
 
 
 def _compiled(call: Call, backend: str, device: jax.Device, inputs, cotangents) -> Callable[[], dict[str, jax.Array]]:
-    """``_with_gradients`` of arrays that are on the device."""
-    arguments = jax.device_put((*_numbers_and_others(inputs), cotangents), device)
+    """A function that computes the outputs and gradients, by name, of arrays that are on the device."""
+    arguments = jax.device_put((inputs, cotangents), device)
     with backends.use_device(device), backends.use_kernels(backend == "pallas"):
-        compiled = jax.jit(_with_gradients(call, backend)).lower(*arguments).compile()
-    return lambda: jax.block_until_ready(compiled(*arguments))
+        compiled = jax.jit(with_gradients(outputs_of(call, backend))).lower(*arguments).compile()
+
+    def run():
+        outputs, gradients = jax.block_until_ready(compiled(*arguments))
+        named = dict(zip(ops.SPECS[call.operation].outputs, outputs, strict=True))
+        return named | {f"gradient of {name}": x for name, x in gradients.items()}
+
+    return run
 
 
 def _in_float32(x: np.ndarray) -> np.ndarray:
