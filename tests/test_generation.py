@@ -382,8 +382,8 @@ def test_program_refuses(start, tiny_run, arguments, message):
     assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
 
 
-def test_program(start, tiny_run):
-    done = start("generate", f"--workdir={tiny_run}", "--prompt=for x", "--max_tokens=10", "--seed=5")
+def test_program(tiny_run):
+    done = tiny.run("launch/generate.py", f"--workdir={tiny_run}", "--prompt=for x", "--max_tokens=10", "--seed=5")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == generation.Writer.open(tiny_run).write(["for x"], max_tokens=10, seed=5)[0] + "\n"
 

@@ -23,6 +23,7 @@ from jaxlinear.ops.calls import Call
 from jaxlinear.pallas.linear_attention import blocks as linear_attention_blocks
 from jaxlinear.pallas.scan import blocks as scan_blocks
 from jaxlinear.parallel import compiler
+from tests.training import tiny
 
 SMALL = [name for name in presets.PRESETS if name.endswith(("_2m", "_6m"))]
 OPERATIONS = {
@@ -255,7 +256,7 @@ def test_the_program(start, tmp_path):
     said = "check.py: this machine has no TPU or GPU, only cpu; --interpret checks kernels without one\n"
     assert (refused.returncode, refused.stderr) == (2, said)
     output = tmp_path / "check.json"
-    done = start("check", *arguments, "--interpret", "--length=74", "--rows=1", f"--json={output}")
+    done = tiny.run("launch/check.py", *arguments, "--interpret", "--length=74", "--rows=1", f"--json={output}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "right on this device: the kernels of rg_lru_gates, linear_recurrence"
     result = json.loads(output.read_text())
@@ -271,10 +272,10 @@ def test_what_runs_on_a_device_compiles_for_it(topology):
     assert [call.operation for call in found] == list(without)
     with backends.use_device(device):
         for call, backend in itertools.product(found, ("pallas", "without")):
-            given = device_check._numbers_and_others(call.arrays)
             backend = without[call.operation] if backend == "without" else backend
-            arguments = (*given, jax.eval_shape(device_check._operation(call, backend), *given))
+            run = device_check.outputs_of(call, backend)
+            arguments = call.arrays, jax.eval_shape(run, call.arrays)
             arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
-            lowered = jax.jit(device_check._with_gradients(call, backend)).lower(*arguments)
+            lowered = jax.jit(device_check.with_gradients(run)).lower(*arguments)
             text = lowered.compile(compiler_options=compiler.WITHOUT_DEVICE.get(device.platform)).as_text()
             assert (f"{call.operation}_gradient" in text) == (backend == "pallas")

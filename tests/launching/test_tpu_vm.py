@@ -43,15 +43,8 @@ def of_tpu_vm(tmp_path, states, ends, create=(), delete=(), **options):
         "esac",
     )
     script = tpu_vm.render(asked("v5p:4x4x4"), zone="us-east5-a", project="mine", setup="true", **options)
-    given = f"echo $$ > {tmp_path}/script\n{script}"
-    found = subprocess.run(
-        ["bash"],
-        input=given,
-        text=True,
-        capture_output=True,
-        env={"PATH": f"{tmp_path}:/bin:/usr/bin"},
-        timeout=PATIENCE,
-    )
+    given = {"input": f"echo $$ > {tmp_path}/script\n{script}", "env": {"PATH": f"{tmp_path}:/bin:/usr/bin"}}
+    found = subprocess.run(["bash"], **given, text=True, capture_output=True, timeout=PATIENCE)
     return found.returncode, log.read_text().split(), [line for line in found.stderr.split("\n") if line]
 
 
@@ -145,13 +138,10 @@ def test_two_runs_whose_work_directories_end_alike_have_two_slices():
     assert all(name.startswith("griffin-") and f"--node-id={name} " not in other for name in names)
 
 
-def test_a_setup_may_have_a_here_document_of_its_own():
+def test_setups_and_arguments_may_have_lines_of_their_own():
     setup = "cat > notes <<END\nof this host\nEND\npip install -q ."
     said = sent(script(setup=setup), "setup")
     assert said.endswith(f"\n{setup}\n") and said.count("\n") == 5
-
-
-def test_an_argument_may_have_lines_of_its_own():
     text = "--config.data.path=a\nEND\nb"
     said = sent(script([*ARGUMENTS, text]), "train")
     assert f" '{text}' --expect=tpu:64; }}\n" in said and said.endswith('\nexit "$status"\n')
@@ -180,43 +170,39 @@ class Host:
     def connect(self):
         """Runs the command in its own session, as sshd does."""
         environment = {"PATH": f"{self._home}:/bin:/usr/bin", "HOME": str(self._home)}
-        return subprocess.Popen(
-            ["bash", "-c", self._command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            # libtpu, which other tests in this process may have loaded, ignores SIGHUP, and a child would inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-        )
+        # libtpu, which other tests in this process may have loaded, ignores SIGHUP, and a child would inherit that.
+        session = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(["bash", "-c", self._command], env=environment, **pipes, **session)
 
-    def wait_for(self, text):
-        begin = time.monotonic()
-        while not self.log.exists() or text not in self.log.read_text():
+    def wait_for(self, text, file=None):
+        begin, file = time.monotonic(), file or self.log
+        while not file.exists() or text not in file.read_text():
             assert time.monotonic() - begin < PATIENCE
             time.sleep(0.02)
 
 
-@pytest.mark.slow(but_nth=2)
-@pytest.mark.parametrize("end, status", [(0, 0), (2, 2), (1, 101), (134, 134)])
+def end_of(connection):
+    """The status of a connection that has ended, and what it said."""
+    said, _ = connection.communicate(timeout=PATIENCE)
+    return connection.returncode, said
+
+
+@pytest.mark.slow(but_nth=4)
+@pytest.mark.parametrize("end, status", [(1, 101), (0, 0), (2, 2), (134, 134)])
 def test_a_run_outlives_its_connection(tmp_path, end, status):
     """The next connection follows the run: no other run is started, and the status is the run's."""
     host = Host(tmp_path, f"{WAIT} [ -e go ] && break; done", "echo done", f"exit {end}")
     lost = host.connect()
     host.wait_for("start")
     os.killpg(lost.pid, signal.SIGHUP)
-    lost.communicate(timeout=PATIENCE)
-    assert lost.returncode == -signal.SIGHUP
+    assert end_of(lost)[0] == -signal.SIGHUP
     follows = host.connect()
     assert follows.stdout.readline() == "start\n"
     (tmp_path / "go").touch()
-    said, _ = follows.communicate(timeout=PATIENCE)
-    assert (follows.returncode, said) == (status, "done\n")
+    assert end_of(follows) == (status, "done\n")
     assert host.starts.read_text() == "start\n"
-    again = host.connect()
-    said, _ = again.communicate(timeout=PATIENCE)
-    assert again.returncode == status and host.starts.read_text() == "start\n" * 2
+    assert end_of(host.connect())[0] == status and host.starts.read_text() == "start\n" * 2
 
 
 def test_a_machine_that_is_taken_away_tells_its_run(tmp_path):
@@ -226,20 +212,16 @@ def test_a_machine_that_is_taken_away_tells_its_run(tmp_path):
     host.wait_for("ready")
     os.killpg(taken.pid, signal.SIGTERM)
     os.killpg(taken.pid, signal.SIGHUP)
-    taken.communicate(timeout=PATIENCE)
+    end_of(taken)
     host.wait_for("saved")
-    begin, status = time.monotonic(), tmp_path / "griffin-96db98.status"
-    while not (status.exists() and status.read_text()):  # the file exists before it has content
-        assert time.monotonic() - begin < PATIENCE
-        time.sleep(0.02)
+    status = tmp_path / "griffin-96db98.status"
+    host.wait_for("\n", status)  # the file exists before it has content
     assert status.read_text() == "75\n" and host.starts.read_text() == "start\n"
 
 
 def test_a_run_that_saved_itself_goes_on_in_its_place(tmp_path):
     host = Host(tmp_path, f"[ $(wc -l < {tmp_path}/starts) -lt 3 ] && exit 75", "exit 0")
-    run = host.connect()
-    said, _ = run.communicate(timeout=PATIENCE)
-    assert (run.returncode, said) == (0, "start\n" * 3)
+    assert end_of(host.connect()) == (0, "start\n" * 3)
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,12 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), **own}
 
 
+def run(file, *arguments):
+    """Runs a program of the project to its end."""
+    given = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True, "timeout": PATIENCE}
+    return subprocess.run([*program(file), *map(str, arguments)], **given)
+
+
 def start(workdir, dataset, *arguments, before=""):
     """Starts launch/train.py in its own process."""
     line = command(workdir, dataset, *arguments, before=before)
