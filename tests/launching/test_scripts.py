@@ -75,16 +75,16 @@ def test_gpus_are_dealt_out(tmp_path, monkeypatch, visible, dealt):
 
 
 @pytest.mark.parametrize(
-    "ends, status, starts",
+    "ends, status, goes_on",
     [
-        (("exit 75", "exit 0"), 75, 3),
-        (("exit 75", "exit 2"), 2, 1),
-        (("exit 1", "exit 75"), 1, 1),
-        (("kill -9 $$", "exit 75"), 137, 1),
-        (("exit 0", "exit 0"), 0, 1),
+        (("exit 75", "exit 0"), 75, True),
+        (("exit 75", "exit 2"), 2, False),
+        (("exit 1", "exit 75"), 1, False),
+        (("kill -9 $$", "exit 75"), 137, False),
+        (("exit 0", "exit 0"), 0, False),
     ],
 )
-def test_a_run_goes_on_if_none_of_its_processes_failed(tmp_path, monkeypatch, ends, status, starts):
+def test_a_run_goes_on_if_none_of_its_processes_failed(tmp_path, monkeypatch, ends, status, goes_on):
     pauses = []
 
     def pause(seconds):
@@ -99,7 +99,7 @@ def test_a_run_goes_on_if_none_of_its_processes_failed(tmp_path, monkeypatch, en
     request = dataclasses.replace(asked("cpu:2"), python=program)
     assert local.run(request, processes=2, requeue=True) == status
     assert len(log.read_text().splitlines()) == 2 * len(pauses or [0])
-    assert pauses == ([local._PAUSE] * 2 if starts == 3 else [])
+    assert pauses == [local._PAUSE] * 2 * goes_on
 
 
 def test_told_to_end_between_two_starts(tmp_path, monkeypatch):
@@ -155,9 +155,8 @@ def of_slurm(tmp_path, statuses, refused=0, script="slurm.sh"):
     for status in statuses:
         log.write_text("")
         environment = {"PATH": f"{tmp_path}:/bin:/usr/bin", "STATUS": str(status), "SLURM_JOB_ID": "17"}
-        found = subprocess.run(
-            ["bash"], input=script, text=True, capture_output=True, env=environment, cwd=tmp_path, check=False
-        )
+        given = {"input": script, "env": environment, "cwd": tmp_path}
+        found = subprocess.run(["bash"], **given, text=True, capture_output=True, check=False)
     return found.returncode, log.read_text(), found.stderr
 
 
@@ -247,9 +246,10 @@ def read(manifest):
 def test_a_manifest_starts_one_pod_a_host(target, slices, hosts, devices, kind):
     """Slices are as many jobs of a set. GKE counts chips, and JAX devices, of which a chip may be two."""
     jobs, job, pod = read(of_gke(asked(target)))
+    (container,) = pod["containers"]
     assert jobs["replicas"] == slices and job["completions"] == job["parallelism"] == hosts
-    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
-    assert pod["containers"][0]["command"][-1].endswith(f"--expect=tpu:{devices}")
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["command"][-1].endswith(f"--expect=tpu:{devices}")
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == kind
 
 
@@ -279,10 +279,8 @@ def test_what_a_set_does_after_a_status(status, action):
     matched = [i for i, values in enumerate(codes) if status in values]
     reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
     if matched:
-        reason = "PodFailurePolicy"
-        message = (
-            f"Container train for pod a/b failed with exit code {status} matching FailJob rule at index {matched[0]}"
-        )
+        rule = f"matching FailJob rule at index {matched[0]}"
+        reason, message = "PodFailurePolicy", f"Container train for pod a/b failed with exit code {status} {rule}"
     actions = [
         rule["action"]
         for rule in jobs["failurePolicy"]["rules"]
@@ -300,6 +298,7 @@ def of_tpu_vm(target="v5e:2x4", project="p"):
     return tpu_vm.render(asked(target), zone="z", project=project, setup="s")
 
 
+NO_PYTHON = dataclasses.replace(asked("cpu:1"), python="/no/python")
 REFUSALS = [
     *(
         (lambda target=target: asked(target), f"there is no target '{target}'")
@@ -331,10 +330,7 @@ REFUSALS = [
     (lambda: of_gke(asked("2xv5e:2x2")), "2xv5e:2x2: GKE joins only slices of several hosts"),
     (lambda: of_gke(spot=True, grace=300), "--grace=300: spot nodes .*; with --spot, --grace must be at most 120"),
     (lambda: of_gke(image=""), "--platform=gke needs --image"),
-    (
-        lambda: of_gke(mounts=[]),
-        "--workdir=/shared/runs/griffin would .* is lost with the pod .*; give one below /PATH",
-    ),
+    (lambda: of_gke(mounts=[]), "--workdir=/shared/runs/griffin would .* lost with the pod .*; give one below /PATH"),
     (lambda: of_gke(mounts=["a:/data", "b:/shared/run"]), "--workdir=.*; give one below /data or /shared/run$"),
     (lambda: of_gke(asked("h100:8", ["--config=c", "--workdir=/shared/../r"])), r"/shared/\.\./r would be on a pod's"),
     (lambda: of_gke(mounts=["gs://a/b:/shared"]), "--mount='gs://a/b:/shared' must be gs://BUCKET:/PATH or"),
@@ -346,10 +342,7 @@ REFUSALS = [
     (lambda: of_tpu_vm("h100:8"), "--platform=tpu_vm is for TPUs"),
     (lambda: of_tpu_vm(project=None), "--platform=tpu_vm needs --project"),
     (lambda: local.run(asked("cpu:3"), processes=2), "--processes=2 does not divide 3 devices"),
-    (
-        lambda: local.run(dataclasses.replace(asked("cpu:1"), python="/no/python"), processes=1),
-        "--python=/no/python: this machine has no such program; the default is ",
-    ),
+    (lambda: local.run(NO_PYTHON, processes=1), "--python=/no/python: this machine has no such program; the default"),
 ]
 
 

@@ -109,13 +109,6 @@ def test_where_products_are_not_all_counted_there_is_no_bound(sized):
     assert sizing_text.ranking([loops]).endswith(" -")
 
 
-def test_the_embedding_is_gathered_once_a_pass(sized):
-    """It is not gathered in each slice of the loss."""
-    rows = {(row.kind, row.axes): row for row in roofline.grouped(sized.collectives)}
-    gathered = rows["all-gather", ("fsdp",)].bytes
-    assert gathered <= 3 * 4 * sized.parameters / 2  # forward, backward and recomputation, float32 at most
-
-
 def test_table_and_json(sized):
     text = sizing_text.table(sized)
     assert "data 2 x fsdp 2" in text and "fits" in text and "all-gather" in text
@@ -123,6 +116,10 @@ def test_table_and_json(sized):
     assert values["memory"]["total"] == sized.memory.total
     assert values["time"]["least"] == sized.time.least
     assert {row["kind"] for row in values["collectives"]} >= {"all-gather", "all-reduce"}
+    # The embedding is gathered once a pass, and not in each slice of the loss.
+    rows = {(row.kind, row.axes): row for row in roofline.grouped(sized.collectives)}
+    gathered = rows["all-gather", ("fsdp",)].bytes
+    assert gathered <= 3 * 4 * sized.parameters / 2  # forward, backward and recomputation, float32 at most
 
 
 def test_what_does_not_fit(target, sized):
@@ -160,7 +157,10 @@ def test_advice_follows_from_what_was_compiled(target, sized):
     ],
 )
 def test_a_compiler_that_runs_out_of_memory(message, used):
+    """Another refusal of the compiler is passed on."""
     assert sizing._used(JaxRuntimeError(message)) == int(used)
+    with pytest.raises(UserError, match="the compiler rejects the program: INTERNAL: no"):
+        sizing._used(JaxRuntimeError("INTERNAL: no\nmore"))
 
 
 def a_program(topology, rows):
@@ -199,11 +199,6 @@ def test_of_a_program_that_was_refused_the_exchanges_are_not_known(target, refus
     assert "exchanges not known, since there is no program\n" in sizing_text.table(found)
     values = json.loads(json.dumps(found.to_json()))
     assert values["collectives"] is None and values["time"]["exchanges"] is None
-
-
-def test_another_refusal_of_the_compiler_is_passed_on():
-    with pytest.raises(UserError, match="the compiler rejects the program: INTERNAL: no"):
-        sizing._used(JaxRuntimeError("INTERNAL: no\nmore"))
 
 
 def test_the_search_keeps_the_batch_and_uses_every_device(target):
@@ -392,9 +387,8 @@ def test_the_program(tmp_path):
     output = tmp_path / "sizing.json"
     command = [sys.executable, "launch/compile.py", "--config=configs/griffin_100m.py", "--topology=h100:2", *keys]
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    found = subprocess.run(
-        [*command, f"--json={output}"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
+    given = {"cwd": REPOSITORY, "env": environment, "capture_output": True, "text": True}
+    found = subprocess.run([*command, f"--json={output}"], **given)
     assert found.returncode == 0, found.stderr
     values = json.loads(output.read_text())
     assert values["fits"] and values["devices"] == 2 and values["mesh"]["fsdp"] == 2
