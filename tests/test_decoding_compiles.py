@@ -18,26 +18,19 @@ benchmark = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(benchmark)
 
 
-def decoding(target, pattern, **changes):
-    """The text of ``_decode`` compiled for the first device of a target."""
-    config = ModelConfig(
-        pattern=pattern,
-        num_layers=len(pattern),
-        vocab_size=512,
-        width=WIDTH,
-        recurrent_width=WIDTH,
-        num_heads=2,
-        window=SLOTS,
-        dtype="bfloat16",
-        **changes,
-    )
-    return benchmark.compile_for(target, config, ROWS, SLOTS).text
+SIZES = {"vocab_size": 512, "width": WIDTH, "recurrent_width": WIDTH, "num_heads": 2, "dtype": "bfloat16"}
+
+
+def decoding(target, pattern, rows=ROWS, **changes):
+    """``_decode`` compiled for the first device of a target."""
+    config = ModelConfig(pattern=pattern, num_layers=len(pattern), window=SLOTS, **SIZES, **changes)
+    return benchmark.compile_for(target, config, rows, SLOTS)
 
 
 @pytest.mark.parametrize("target", ["h100:1", "v5e:2x2"])
 def test_kernels_are_read_as_they_lie(target):
     """No kernel appears in float32, and none is concatenated with another."""
-    text = decoding(target, ("rg_lru",))
+    text = decoding(target, ("rg_lru",)).text
     shapes = set(re.findall(r"\b(?:bf16|f32)\[[\d,]+\]", text))
     assert f"bf16[{WIDTH},{3 * WIDTH}]" in shapes and f"bf16[512,{WIDTH}]" in shapes
     assert not shapes & {f"f32[{WIDTH},{3 * WIDTH}]", f"f32[{WIDTH},{WIDTH}]", f"f32[512,{WIDTH}]"}
@@ -46,7 +39,7 @@ def test_kernels_are_read_as_they_lie(target):
 
 def test_slots_on_a_tpu_are_written_at_once_and_read_by_the_matrix_unit():
     """One conditional per layer, with one branch that has no loop over the rows; nothing of the slots' shape is float32."""
-    text = decoding("v5e:2x2", ("sliding_window",), key_value_heads=2)
+    text = decoding("v5e:2x2", ("sliding_window",), key_value_heads=2).text
     (branches,) = re.findall(r"conditional\(.*branch_computations=\{%([\w.\-]+), %([\w.\-]+)\}", text)
     bodies = [re.search(rf"^%{re.escape(name)} .*?^\}}", text, re.MULTILINE | re.DOTALL).group() for name in branches]
     assert [" while(" in body for body in bodies] == [True, False]
@@ -57,14 +50,14 @@ def test_slots_on_a_tpu_are_written_at_once_and_read_by_the_matrix_unit():
 def test_experts_on_a_gpu_are_no_loops():
     """Each iteration of a loop would wait for the host: the only loop is over the tokens."""
     experts = {"channel_mixer": "mixture_of_experts", "experts": 16, "experts_per_token": 2, "expert_width": WIDTH}
-    text = decoding("h100:1", ("gla",), **experts)
+    text = decoding("h100:1", ("gla",), **experts).text
     assert len(re.findall(r" while\(", text)) == 1
     assert f"bf16[16,{WIDTH},{WIDTH}]" in text and f"f32[16,{WIDTH},{WIDTH}]" not in text
 
 
 def test_states_of_the_delta_rule_on_a_gpu_are_updated_in_place():
     """The fusion that writes a state reads no sum over it, and so may write in place: the state is not copied."""
-    text = decoding("h100:1", ("gated_delta_net",), recurrent_heads=2, key_width=96, value_width=160)
+    text = decoding("h100:1", ("gated_delta_net",), recurrent_heads=2, key_width=96, value_width=160).text
     body = re.search(r" while\(.*body=%([\w.\-]+)", text).group(1)
     lines = re.search(rf"^%{re.escape(body)} .*?^\}}", text, re.MULTILINE | re.DOTALL).group().splitlines()
     states = [line for line in lines if re.search(rf"= f32\[{ROWS},2,(96,160|160,96)\]", line)]
@@ -75,19 +68,10 @@ def test_states_of_the_delta_rule_on_a_gpu_are_updated_in_place():
 def test_what_a_token_moves_is_counted():
     """On a GPU, for a layer with little state: all parameters once, the embedding twice, and little else. A single row
     moves more than twice as much."""
-    config = ModelConfig(
-        pattern=("rg_lru",),
-        num_layers=1,
-        vocab_size=512,
-        width=WIDTH,
-        recurrent_width=WIDTH,
-        num_heads=2,
-        dtype="bfloat16",
-    )
-    found = benchmark.compile_for("h100:1", config, ROWS, SLOTS)
+    found = decoding("h100:1", ("rg_lru",))
     moved, cycles = benchmark.token_bytes(found.text)
     embedding = 2 * 512 * WIDTH
     assert found.parameters + embedding < moved < 1.15 * (found.parameters + embedding)
     assert cycles is None
-    alone, _ = benchmark.token_bytes(benchmark.compile_for("h100:1", config, 1, SLOTS).text)
+    alone, _ = benchmark.token_bytes(decoding("h100:1", ("rg_lru",), rows=1).text)
     assert alone > 2 * moved

@@ -38,9 +38,8 @@ def python_of(page):
 
 def anchors_of(page):
     """The anchors of a page's headings, as GitHub and the site make them."""
-    headings = re.findall(
-        r"^#+ (.*)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE
-    )
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -50,20 +49,15 @@ def test_configuration_page_is_that_of_the_keys():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_local_links_lead_somewhere(page):
+def test_local_links_and_programs_that_are_named_exist(page):
     missing = []
     for target, _, anchor in re.findall(r"\]\(([^)#\s]*)(#([^)]+))?\)", page.read_text()):
         if "://" not in target:
             path = page.parent / target if target else page
             if not path.exists() or (anchor and path.suffix == ".md" and anchor not in anchors_of(path)):
                 missing.append((target, anchor))
-    assert not missing
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_programs_that_are_named_exist(page):
     named = set(re.findall(r"\b((?:launch|benchmarks|configs)/\w+\.py)\b", page.read_text())) - {"configs/NAME.py"}
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    assert not missing and all((ROOT / name).exists() for name in named), (missing, named)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name)

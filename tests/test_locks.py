@@ -49,7 +49,7 @@ def test_a_second_one_is_refused_with_who_holds_it(tmp_path, monkeypatch, caplog
 
 def test_one_that_ends_is_waited_for(tmp_path):
     """For example, for the previous run when a scheduler restarts it."""
-    ended = threading.Event()
+    held, ended = threading.Event(), threading.Event()
 
     def hold():
         with locks.of_run(tmp_path):
@@ -57,7 +57,6 @@ def test_one_that_ends_is_waited_for(tmp_path):
             time.sleep(0.3)
             ended.set()
 
-    held = threading.Event()
     thread = threading.Thread(target=hold)
     thread.start()
     assert held.wait(240)
@@ -108,7 +107,5 @@ def test_without_locks_a_line_says_so(tmp_path, monkeypatch, caplog, number):
     monkeypatch.setattr(locks.fcntl, "flock", flock)
     with locks.of_run(tmp_path):
         pass
-    assert caplog.messages == [
-        f"the file system of {tmp_path} has no locks ({os.strerror(number)}): a second run started there would not "
-        "be refused"
-    ]
+    reason = f"the file system of {tmp_path} has no locks ({os.strerror(number)})"
+    assert caplog.messages == [f"{reason}: a second run started there would not be refused"]

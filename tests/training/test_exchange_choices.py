@@ -1,13 +1,10 @@
-"""Programs use the exchange between shards of time that the config chooses; a run may be resumed with another."""
-
-import pathlib
+"""The steps use the exchange between shards of time that the config chooses."""
 
 import jax
 import pytest
 
 from jaxlinear.parallel import cost
 from jaxlinear.training import state as states
-from jaxlinear.training import workdir as workdirs
 from jaxlinear.training.optimizer import make_optimizer
 from jaxlinear.training.step import make_loss_step, make_train_step
 from tests.training import tiny
@@ -36,10 +33,3 @@ def test_the_steps_follow_the_config(exchange, attention):
             step.trace(argument, batch)
         found = {line.split(" of ")[0]: line.split(": ")[1].split(";")[0] for line in lines if not line.startswith(" ")}
         assert found == expected
-
-
-def test_a_run_goes_on_with_another():
-    old = tiny.config()
-    new = tiny.config(parallel__exchange="doubling", parallel__attention="ring")
-    assert old.parallel != new.parallel
-    workdirs.check_same_run(pathlib.Path("run"), old, new)

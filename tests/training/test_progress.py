@@ -57,22 +57,17 @@ def test_on_a_terminal_messages_stand_above_the_bar():
     assert screen[3:] == ["after", ""]
 
 
-@pytest.mark.parametrize("seconds, lines", [(19.0, 1), (21.0, 2)])
-def test_a_line_every_twenty_seconds(monkeypatch, caplog, seconds, lines):
+@pytest.mark.parametrize("seconds, first, lines", [(19.0, True, 1), (21.0, True, 2), (21.0, False, 0)])
+def test_a_line_every_twenty_seconds(monkeypatch, caplog, seconds, first, lines):
+    """Other processes than the first show nothing, nor what is evaluated."""
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.distributed, "is_first", lambda: first)
     shown = progress.Progress(step=0, steps=9)
     with caplog.at_level("INFO", logger="jaxlinear"):
         for step in (1, 2):
             shown.at(step, loss=1.0, tokens_per_second=1.0, step_seconds=1.0)
             now += seconds
-    assert len(caplog.messages) == lines and caplog.messages[0].startswith("step 1 of 9: loss 1.000, ")
-
-
-def test_other_processes_show_nothing(monkeypatch, caplog):
-    monkeypatch.setattr(progress.distributed, "is_first", lambda: False)
-    shown = progress.Progress(step=0, steps=1)
-    with caplog.at_level("INFO", logger="jaxlinear"):
-        shown.at(1, loss=1.0, tokens_per_second=1.0, step_seconds=1.0)
-        shown.evaluated(1, {"heldout_loss": 1.0})
-    assert not caplog.messages
+        shown.evaluated(2, {"heldout_loss": 1.0})
+    starts = ["step 1 of 9: loss 1.000, ", "step 2 of 9: "][:lines] + ["step 2: heldout_loss"] * first
+    assert all(map(str.startswith, caplog.messages, starts)) and len(caplog.messages) == len(starts)
