@@ -12,7 +12,6 @@ import pytest
 
 from jaxlinear.models import ModelConfig, parameters, presets
 from jaxlinear.models.mixers import delta_net
-from jaxlinear.ops import delta_rule, linear_attention
 from jaxlinear.pallas.delta_rule import blocks as delta_rule_blocks
 from jaxlinear.pallas.linear_attention import blocks as linear_attention_blocks
 from jaxlinear.pallas.parts import factored_decays
@@ -26,6 +25,8 @@ from jaxlinear.pallas.parts.factored_decays import (
 )
 from jaxlinear.parallel import operations
 from tests import numerics
+from tests.ops import test_delta_rule
+from tests.pallas import kernel_cases
 
 C, K = 64, 4
 
@@ -40,8 +41,8 @@ def draw(random, part: int) -> np.ndarray:
     return log_decay
 
 
-def outputs_and_gradients(random):
-    """A function of a class, log decays and the arrays that are returned too: all that kernels take from the class."""
+def by_both(kind, random, log_decay):
+    """All that kernels take from the class ``kind``, and the same by halves."""
     rows, columns, d = ([random.standard_normal(s) for _ in range(2)] for s in ((C, K), (C, K), (C, C)))
 
     def everything(kind, log_decay, rows, columns, d):
@@ -51,7 +52,10 @@ def outputs_and_gradients(random):
         ends = [decay(x, None) for decay, x in ((decays.from_start, rows[0]), (decays.to_end, columns))]
         return ends, decays.whole, products, gradients
 
-    return everything, (rows, columns, d)
+    return [
+        numerics.run(jax.jit(functools.partial(everything, each)), log_decay, rows, columns, d, dtype="float64")
+        for each in (kind, ByChannel)
+    ]
 
 
 @pytest.mark.parametrize("kind", [Factored, FactoredInParts, FactoredInSmallParts])
@@ -59,12 +63,7 @@ def test_one_factor_each_gives_what_halves_give(kind):
     random, part = np.random.default_rng(0), kind.part or C
     log_decay = draw(random, part)
     assert (log_decay.sum(axis=0) < -LIMIT).any() == (part < C)
-    everything, arrays = outputs_and_gradients(random)
-    found, expected = (
-        numerics.run(jax.jit(functools.partial(everything, kind)), log_decay, *arrays, dtype="float64")
-        for kind in (kind, ByChannel)
-    )
-    numerics.assert_close(found, numerics.wide(expected), 1e-12)
+    numerics.assert_close(*by_both(kind, random, log_decay), 1e-12)
 
 
 @pytest.mark.parametrize("strongest, tolerance", [(24 * math.log(2), 1e-12), (math.inf, 2**-21)])
@@ -76,15 +75,11 @@ def test_any_decay_in_fours(strongest, tolerance):
     log_decay[::5, 2] = -strongest
     log_decay = np.maximum(log_decay, -strongest)
     assert (log_decay[:, 2] == -strongest).sum() == 13
-    everything, arrays = outputs_and_gradients(random)
-    found, expected = (
-        numerics.run(jax.jit(functools.partial(everything, kind)), log_decay, *arrays, dtype="float64")
-        for kind in (FactoredInFours, ByChannel)
-    )
-    numerics.assert_close(found, numerics.wide(expected), tolerance)
+    both = by_both(FactoredInFours, random, log_decay)
+    numerics.assert_close(*both, tolerance)
     if not np.isfinite(strongest):
         with pytest.raises(AssertionError):
-            numerics.assert_close(found, numerics.wide(expected), 1e-12)
+            numerics.assert_close(*both, 1e-12)
 
 
 @pytest.mark.parametrize("factor, expected", [(0.99, True), (1.01, False)])
@@ -126,11 +121,9 @@ def test_only_narrow_numbers_with_as_large_exponents_are_taken():
 @pytest.mark.parametrize(
     "operation, way",
     [
-        *((linear_attention, way) for way in ("weak", "in_parts", "in_small_parts", "strong", "all")),
-        # This chooses by the same function.
-        *((delta_rule, way) for way in ("weak", "all")),
+        *(("linear_attention", way) for way in ("weak", "in_parts", "in_small_parts", "strong", "all")),
+        *(("delta_rule", way) for way in ("weak", "all")),  # which chooses by the same function
     ],
-    ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
 def test_kernels_take_each_way(monkeypatch, operation, way):
     """Four chunks, each with its own code path or all with one. The paths that must not be taken are broken."""
@@ -149,19 +142,11 @@ def test_kernels_take_each_way(monkeypatch, operation, way):
         pairwise = (lambda self, rows, *_: [jnp.full((C, C), jnp.nan)] * len(rows)) if broken else whole[kind]
         monkeypatch.setattr(kind, "pairwise", pairwise)
     random = np.random.default_rng(1)
-    q, k, v, state = (numerics.normal(random, *s) for s in (*[(1, 4 * C, 2, 8)] * 3, (1, 2, 8, 8)))
-    k = numerics.representable(k / np.linalg.norm(k, axis=-1, keepdims=True))
-    log_decay = -random.uniform(0, 0.5, q.shape)
+    *inputs, _, state = kernel_cases.draw(operation, random, "none", 4 * C, 2, 8, 8)
+    if operation == "linear_attention":
+        inputs[1] = test_delta_rule.unit(inputs[1])
+    log_decay = -random.uniform(0, 0.5, inputs[0].shape)
     for n, name in enumerate(ways if way == "all" else [way] * 4):
         log_decay[:, n * C : (n + 1) * C] -= ways[name][1]
-    log_decay = numerics.representable(log_decay)
-    beta = (numerics.representable(random.uniform(0, 1, q.shape[:3])),) if operation is delta_rule else ()
-    inputs = q, k, v, *beta, log_decay, state
-    cotangents = numerics.normal(random, *v.shape), numerics.normal(random, *state.shape)
-    results = [
-        numerics.run(
-            numerics.with_gradients(functools.partial(operation, backend=backend)), inputs, cotangents, dtype=dtype
-        )
-        for backend, dtype in (("recurrent", "float64"), ("pallas", "bfloat16"))
-    ]
-    numerics.assert_close(results[1], numerics.wide(results[0]), numerics.TOLERANCES["bfloat16"])
+    inputs = *inputs, numerics.representable(log_decay), state
+    kernel_cases.assert_as_the_recurrence(operation, inputs, "bfloat16")

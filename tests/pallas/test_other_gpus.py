@@ -56,6 +56,7 @@ def lowered(name, width, device, gradients=True, **options):
         return jax.jit(both).lower(*arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.slow(but_nth=3)
 @pytest.mark.parametrize(
     "gpu, name, width, kernels",

@@ -9,68 +9,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxlinear import ops
+from jaxlinear.costs import targets
 from jaxlinear.errors import UserError
 from jaxlinear.ops import backends, linear_attention, matrix_states
 from jaxlinear.ops.linear_attention.op import LINEAR_ATTENTION, choose
 from jaxlinear.pallas.linear_attention import blocks
-from jaxlinear.pallas.parts.target import Target
 from jaxlinear.parallel import operations, sharding
 from tests import numerics
-from tests.ops import test_linear_attention as operation
-from tests.pallas import test_linear_attention_compiles as compiles
-from tests.pallas import test_linear_attention_kernel as kernel
+from tests.pallas import kernel_cases
+from tests.pallas import test_every_kernel_compiles as compiles
+from tests.pallas.kernel_cases import ids_of
 from tests.shards import FOUR, IDS, TWO, T, make_mesh
 
-B = 4
+as_the_recurrence = functools.partial(kernel_cases.assert_as_the_recurrence, "linear_attention")
+each_platform = pytest.mark.parametrize("platform", kernel_cases.PLATFORMS)
 
 
 def draw(decay, length, heads, keys, values, batch=1):
     random = np.random.default_rng(0)
-    q, k = (numerics.normal(random, batch, length, 1, keys) for _ in range(2))
-    v, state = (numerics.normal(random, *s) for s in ((batch, length, heads, values), (batch, heads, keys, values)))
-    inputs = q, k, v, operation.draw_decay(random, decay, batch, length, heads, keys), state
-    return inputs, (numerics.normal(random, *v.shape), numerics.normal(random, *state.shape))
-
-
-def of_every_head(run):
-    """``run`` on queries and keys that are repeated for every head."""
-
-    def whole(q, k, v, *rest):
-        q, k = (jnp.broadcast_to(x, (*x.shape[:2], v.shape[2], x.shape[3])) for x in (q, k))
-        return run(q, k, v, *rest)
-
-    return whole
-
-
-def compare(run, reference, inputs, cotangents, tolerance=1e-10):
-    found, expected = (
-        numerics.run(numerics.with_gradients(x), inputs, cotangents, dtype="float64") for x in (run, reference)
-    )
-    assert found[1][0].shape == inputs[0].shape and found[1][1].shape == inputs[1].shape
-    numerics.assert_close(found, numerics.wide(expected), tolerance)
+    q, k, *rest = kernel_cases.draw("linear_attention", random, decay, length, heads, keys, values, batch)
+    return q[:, :, :1], k[:, :, :1], *rest
 
 
 @pytest.mark.parametrize(
-    "backend, decay, heads",
-    [
-        # In blocks of 2 heads, of 5, or of all three.
-        *(("pallas", decay, heads) for decay, heads in (("none", 3), ("constant", 10), ("scalar", 10), ("channel", 2))),
-        *(("recurrent", "scalar", 3), ("chunked", "constant", 3), ("chunked", "channel", 2)),
-    ],
+    "backend, decay, heads", [("recurrent", "scalar", 3), ("chunked", "constant", 3), ("chunked", "channel", 2)]
 )
-def test_values_and_gradients(monkeypatch, backend, decay, heads):
+def test_as_if_each_head_had_its_own(backend, decay, heads):
+    def of_every_head(q, k, v, *rest):
+        q, k = (jnp.broadcast_to(x, (*x.shape[:2], heads, x.shape[3])) for x in (q, k))
+        return linear_attention(q, k, v, *rest, segment_ids=ids, backend=backend)
+
+    ids = ids_of(5, 40, 25)
+    as_the_recurrence(draw(decay, 70, heads, 6, 64), run=of_every_head, segment_ids=ids)
+    as_the_recurrence(draw(decay, 70, heads, 6, 64), segment_ids=ids, backend=backend)
+
+
+# In blocks of 2 heads, of 5, or of all three.
+@pytest.mark.parametrize("decay, heads", [("none", 3), ("constant", 10), ("scalar", 10), ("channel", 2)])
+def test_on_tpu(monkeypatch, decay, heads):
     monkeypatch.setattr(blocks, "_TPU_ELSEWHERE", (blocks.Block(64, 32, 1),) * 2)
-    inputs, cotangents = draw(decay, 70, heads, 6, 64)
-    ids = np.repeat([[0, 1, 2]], [5, 40, 25], axis=1).astype(np.int32)
-    run = functools.partial(linear_attention, segment_ids=ids, backend=backend)
-    reference = of_every_head(functools.partial(linear_attention, segment_ids=ids, backend="recurrent"))
-    compare(run, reference, inputs, cotangents)
-
-
-GPU = Target("gpu", "none", True)
+    as_the_recurrence(draw(decay, 70, heads, 6, 64), segment_ids=ids_of(5, 40, 25))
 
 
 @pytest.mark.slow(but_nth=2)
@@ -80,32 +60,27 @@ GPU = Target("gpu", "none", True)
     [("none", 3, 6, 5), ("constant", 10, 6, 5), ("scalar", 9, 6, 5), ("scalar", 3, 40, 50), ("channel", 2, 6, 5)],
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_on_gpu(monkeypatch, decay, heads, keys, values, packed):
-    monkeypatch.setattr(backends, "target", lambda: GPU)
+def test_on_gpu(monkeypatch, decay, heads, keys, values, packed, use):
+    use("gpu")
     monkeypatch.setattr(blocks, "gpu", lambda *_: blocks.GPUBlock(16, 16, 16, 32, 32, 16, 32))
-    inputs, cotangents = draw(decay, 40, heads, keys, values, batch=2)
     ids = np.repeat([[0, 1, 2], [0, 0, 1]], [5, 27, 8], axis=1).astype(np.int32) if packed else None
-    run = functools.partial(linear_attention, segment_ids=ids, backend="pallas")
-    reference = of_every_head(functools.partial(linear_attention, segment_ids=ids, backend="recurrent"))
-    compare(run, reference, inputs, cotangents)
+    as_the_recurrence(draw(decay, 40, heads, keys, values, batch=2), segment_ids=ids)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@each_platform
 @pytest.mark.parametrize("sizes", [{"data": 8}, FOUR, TWO], ids=str)
-def test_no_array_is_of_every_head(monkeypatch, platform, sizes):
+def test_no_array_is_of_every_head(platform, sizes, use):
     """Neither kernel inputs, nor what is kept for the backward pass, nor gradients, which are per group of heads."""
-    monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
+    use(platform)
     heads, keys, values, length = 16, 32, 48, 128
-    (q, k, v, decay, state), cotangents = draw("scalar", length, heads, keys, values)
-    q, k, v, decay, state = (jnp.asarray(x, jnp.float32) for x in (q, k, v, decay, state))
+    inputs = numerics.cast(draw("scalar", length, heads, keys, values), "float32")
 
-    def gradient(q, k, v, decay, state):
-        run = functools.partial(operations.linear_attention, backend="pallas")
-        outputs, pullback = jax.vjp(run, q, k, v, decay, state)
-        return pullback(tuple(x.astype(y.dtype) for x, y in zip(cotangents, outputs, strict=True)))
+    def gradient(*inputs):
+        outputs, pullback = jax.vjp(functools.partial(operations.linear_attention, backend="pallas"), *inputs)
+        return pullback(outputs)
 
     with sharding.use_mesh(make_mesh(sizes)):
-        text = str(jax.make_jaxpr(gradient)(q, k, v, decay, state))
+        text = str(jax.make_jaxpr(gradient)(*inputs))
     mesh = {"sequence": 1, "tensor": 1} | sizes
     own_length, own_heads = length // mesh["sequence"], heads // mesh["tensor"]
     shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text)}
@@ -115,29 +90,21 @@ def test_no_array_is_of_every_head(monkeypatch, platform, sizes):
     assert not of_every_head & {math.prod(shape) for shape in in_time}
 
 
-def test_on_a_simulated_tpu():
+def test_on_a_simulated_tpu(use):
     """Reads beyond an array or of unwritten memory give NaN, also for a head after the last."""
-    inputs, cotangents = draw("scalar", 40, 3, 6, 64)
-    target = Target("tpu", "none", pltpu.InterpretParams(uninitialized_memory="nan"))
-    found = numerics.run(
-        numerics.with_gradients(functools.partial(kernel.run_kernel, None, target)), inputs, cotangents, dtype="float32"
-    )
-    reference = numerics.with_gradients(of_every_head(functools.partial(linear_attention, backend="recurrent")))
-    expected = numerics.run(reference, inputs, cotangents, dtype="float64")
-    numerics.assert_close(found, numerics.wide(expected), 1e-5)
+    use("simulated")
+    as_the_recurrence(draw("scalar", 40, 3, 6, 64), "float32")
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_the_gradient_of_the_state_alone(monkeypatch, platform):
-    monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
-    (q, k, v, decay, state), (d_o, _) = draw("scalar", 20, 10, 6, 64)
+@each_platform
+def test_the_gradient_of_the_state_alone(platform, use):
+    use(platform)
+    *inputs, state = draw("scalar", 20, 10, 6, 64)
+    d_o = np.random.default_rng(1).standard_normal(inputs[2].shape)
     with jax.enable_x64(True):
         of_state = [
-            jax.grad(lambda state, run=run: jnp.sum(run(*map(jnp.asarray, (q, k, v, decay)), state)[0] * d_o))(state)
-            for run in (
-                functools.partial(linear_attention, backend="pallas"),
-                of_every_head(functools.partial(linear_attention, backend="recurrent")),
-            )
+            jax.grad(lambda state, how=how: jnp.sum(linear_attention(*inputs, state, backend=how)[0] * d_o))(state)
+            for how in ("pallas", "recurrent")
         ]
     numerics.assert_close(*of_state, 1e-10)
 
@@ -152,18 +119,17 @@ MESHES = [
 ]
 
 
-@pytest.mark.slow(but_nth=3)
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.slow(but_nth=5)
+@each_platform
 @pytest.mark.parametrize("sizes, backend, decay, heads", MESHES, ids=str)
-def test_on_a_mesh(monkeypatch, short_chunks, sizes, backend, decay, heads, platform):
+def test_on_a_mesh(short_chunks, sizes, backend, decay, heads, platform, use):
     """Heads are spread, and their gradients of queries and keys summed; rows and time are spread, too."""
-    monkeypatch.setattr(backends, "target", lambda: Target(platform, "none", True))
-    inputs, cotangents = draw(decay, T, heads, 6, 8, batch=8 if sizes == {"fsdp": 8} else B)
+    use(platform)
+    inputs = draw(decay, T, heads, 6, 8, batch=8 if sizes == {"fsdp": 8} else 4)
     ids = np.concatenate([IDS, IDS[::-1]])[: len(inputs[0])]
     run = functools.partial(operations.linear_attention, segment_ids=ids, backend=backend)
-    reference = of_every_head(functools.partial(ops.linear_attention, segment_ids=ids, backend="recurrent"))
     with sharding.use_mesh(make_mesh(sizes)):
-        compare(run, reference, inputs, cotangents)
+        as_the_recurrence(inputs, run=run, segment_ids=ids)
 
 
 def test_the_gradient_of_a_shared_key_is_summed_over_heads_in_float32():
@@ -172,9 +138,8 @@ def test_the_gradient_of_a_shared_key_is_summed_over_heads_in_float32():
     y, pullback = jax.vjp(lambda x: matrix_states.for_every_head(x, 1024), x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(pullback(jnp.ones_like(y))[0], 1024)
-    sums = [
-        eqn.invars[0].aval for eqn in jax.make_jaxpr(pullback)(jnp.ones_like(y)).eqns if "sum" in eqn.primitive.name
-    ]
+    equations = jax.make_jaxpr(pullback)(jnp.ones_like(y)).eqns
+    sums = [eqn.invars[0].aval for eqn in equations if "sum" in eqn.primitive.name]
     assert [summed.dtype for summed in sums if 1024 in summed.shape] == [jnp.float32]
 
 
@@ -202,16 +167,13 @@ def test_the_delta_rule_takes_none():
         operations.linear_attention(three, three, v)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_compiled_for_tpu():
     """Mamba-2's heads: no array has queries or keys for every head, and there is one kernel each way."""
     heads, keys, values, length = 64, 128, 64, 1024
-    text = compiles.compiled_of(
-        "v5e:1x1", (1, length, heads, keys, values, "bfloat16", "scalar", True), key_heads=1
-    ).as_text()
-    assert compiles.kernels(text) == [
-        "linear_attention_forward_scalar_packed",
-        "linear_attention_gradient_scalar_packed",
-    ]
+    kernel, case = compiles.TestLinearAttention(), (1, length, heads, keys, values, "bfloat16", "scalar", True, 1)
+    text = compiles.compiled(targets.find("v5e:1x1").devices[0], *kernel.program(*case)).as_text()
+    assert kernel.kernels(text) == kernel.names(*case)
     largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"bf16\[([\d,]+)\]", text))
     assert largest == length * heads * values
